@@ -1,0 +1,1 @@
+"""Reinforcement learning from human feedback in JAX, as pure functions."""

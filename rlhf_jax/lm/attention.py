@@ -1,0 +1,56 @@
+"""The one entry to attention, and the masks that go into it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.lm import config
+
+_HIDDEN = -1e30
+"""Score of what must not be seen; finite, so that no row can become NaN."""
+
+
+def attend(
+    queries_BHLC: jax.Array, keys_BGSC: jax.Array, values_BGSC: jax.Array, seen_BLS: jax.Array, *, cfg: config.LMConfig
+) -> jax.Array:
+    """Softmax attention in which query l sees key s where ``seen_BLS`` is true; returns ``[B,H,L,C]``.
+
+    H must be a multiple of G: consecutive query heads share a key head (Ainslie et al. 2023). Scores and softmax are
+    float32. A query that sees nothing returns the mean of the values, with finite gradients.
+    """
+    if cfg.attention != "einsum":
+        return _dot_product_attention(queries_BHLC, keys_BGSC, values_BGSC, seen_BLS, cfg)
+    B, H, L, C = queries_BHLC.shape
+    G, S = keys_BGSC.shape[1:3]
+    # Queries of one group stand below each other, so that a group is one matmul whatever H / G is.
+    grouped = (queries_BHLC * C**-0.5).reshape(B, G, (H // G) * L, C)
+    scores = jnp.einsum("bgmc,bgsc->bgms", grouped, keys_BGSC, preferred_element_type=jnp.float32)
+    scores = jnp.where(seen_BLS[:, None], scores.reshape(B, H, L, S), _HIDDEN)
+    weights = jax.nn.softmax(scores).astype(values_BGSC.dtype).reshape(B, G, (H // G) * L, S)
+    return jnp.einsum("bgms,bgsc->bgmc", weights, values_BGSC).reshape(B, H, L, C)
+
+
+def causal(mask_BL: jax.Array) -> jax.Array:
+    """``[B,L,L]``: a query sees itself and the real keys in earlier columns.
+
+    Padding sees itself too, so that no row of attention is empty; no real token sees padding.
+    """
+    columns = jnp.arange(mask_BL.shape[1])
+    return visible(columns, columns, mask_BL)
+
+
+def visible(query_columns_L: jax.Array, key_columns_S: jax.Array, mask_BS: jax.Array) -> jax.Array:
+    """``[B,L,S]``: the query in column l sees itself and the real keys in columns before it."""
+    before = key_columns_S[None, None, :] < query_columns_L[None, :, None]
+    itself = key_columns_S[None, None, :] == query_columns_L[None, :, None]
+    return (before & mask_BS[:, None, :]) | itself
+
+
+def _dot_product_attention(
+    queries_BHLC: jax.Array, keys_BGSC: jax.Array, values_BGSC: jax.Array, seen_BLS: jax.Array, cfg: config.LMConfig
+) -> jax.Array:
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (queries_BHLC, keys_BGSC, values_BGSC))
+    kernel = "cudnn" if cfg.attention == "cudnn" else "xla"
+    out = jax.nn.dot_product_attention(query, key, value, mask=seen_BLS[:, None], implementation=kernel)
+    return jnp.swapaxes(out, 1, 2)

@@ -1,0 +1,161 @@
+"""One table of parameters: name -> shape, logical axes, initialiser. Everything about their layout is read from it.
+
+A name such as ``layers/q/kernel`` is a path into the nested dict. Whatever stands under ``layers`` has a leading axis
+over the layers, which :mod:`rlhf_jax.lm.transformer` scans. The optional scalar head (``params["head"]``, see
+:mod:`rlhf_jax.lm.heads`) has rows of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import types
+from rlhf_jax.lm import config
+
+Initialiser = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+
+
+class Spec(NamedTuple):
+    """One row of the table."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    """Logical names, one a dimension: layers, vocab, length, embed, heads, kv_heads, head, mlp."""
+    init: Initialiser
+
+
+def normal(std: float) -> Initialiser:
+    """Gaussian entries of standard deviation ``std``."""
+    return lambda rng, shape: std * jax.random.normal(rng, shape, jnp.float32)
+
+
+def constant(value: float) -> Initialiser:
+    """Every entry is ``value``."""
+    return lambda rng, shape: jnp.full(shape, value, jnp.float32)
+
+
+def table(cfg: config.LMConfig) -> dict[str, Spec]:
+    """Return every parameter of ``cfg`` by its path.
+
+    Kernels start from a Gaussian of variance 2 / (5 D), those that write into the residual stream divided by
+    sqrt(2 layers) besides, so that the stream's variance does not grow with depth.
+    """
+    D, F, C = cfg.d_model, cfg.d_mlp, cfg.d_head
+    H, G = cfg.n_heads, cfg.n_kv_heads
+    inward = normal(math.sqrt(2 / (5 * D)))
+    outward = normal(math.sqrt(2 / (5 * D)) / math.sqrt(2 * cfg.n_layers))
+    zeros, ones = constant(0.0), constant(1.0)
+
+    layer = {
+        "attn_norm/scale": Spec((D,), ("embed",), ones),
+        "q/kernel": Spec((D, H, C), ("embed", "heads", "head"), inward),
+        "k/kernel": Spec((D, G, C), ("embed", "kv_heads", "head"), inward),
+        "v/kernel": Spec((D, G, C), ("embed", "kv_heads", "head"), inward),
+        "out/kernel": Spec((H, C, D), ("heads", "head", "embed"), outward),
+        "mlp_norm/scale": Spec((D,), ("embed",), ones),
+        "up/kernel": Spec((D, F), ("embed", "mlp"), inward),
+        "down/kernel": Spec((F, D), ("mlp", "embed"), outward),
+    }
+    if cfg.gated_mlp:
+        layer["gate/kernel"] = Spec((D, F), ("embed", "mlp"), inward)
+    if cfg.norm == "layernorm":
+        layer["attn_norm/bias"] = Spec((D,), ("embed",), zeros)
+        layer["mlp_norm/bias"] = Spec((D,), ("embed",), zeros)
+    if cfg.qkv_bias:
+        layer["q/bias"] = Spec((H, C), ("heads", "head"), zeros)
+        layer["k/bias"] = Spec((G, C), ("kv_heads", "head"), zeros)
+        layer["v/bias"] = Spec((G, C), ("kv_heads", "head"), zeros)
+    if cfg.out_bias:
+        layer["out/bias"] = Spec((D,), ("embed",), zeros)
+    if cfg.mlp_bias:
+        layer["up/bias"] = Spec((F,), ("mlp",), zeros)
+        layer["down/bias"] = Spec((D,), ("embed",), zeros)
+        if cfg.gated_mlp:
+            layer["gate/bias"] = Spec((F,), ("mlp",), zeros)
+
+    rows = {f"layers/{name}": _stacked(spec, cfg.n_layers) for name, spec in layer.items()}
+    rows["embed/tokens"] = Spec((cfg.vocab_size, D), ("vocab", "embed"), inward)
+    if cfg.positions == "learned":
+        rows["embed/positions"] = Spec((cfg.max_length, D), ("length", "embed"), inward)
+    rows["final_norm/scale"] = Spec((D,), ("embed",), ones)
+    if cfg.norm == "layernorm":
+        rows["final_norm/bias"] = Spec((D,), ("embed",), zeros)
+    if not cfg.tie_embeddings:
+        rows["unembed/kernel"] = Spec((D, cfg.vocab_size), ("embed", "vocab"), inward)
+    return rows
+
+
+def head_table(cfg: config.LMConfig, *, zero: bool = False) -> dict[str, Spec]:
+    """Return the rows of the scalar head; ``zero`` starts its kernel at 0 instead of std 1 / sqrt(D + 1)."""
+    kernel = constant(0.0) if zero else normal(1 / math.sqrt(cfg.d_model + 1))
+    return {
+        "head/kernel_D": Spec((cfg.d_model,), ("embed",), kernel),
+        "head/bias": Spec((), (), constant(0.0)),
+        "head/gain": Spec((), (), constant(1.0)),
+    }
+
+
+def init(rng: jax.Array, cfg: config.LMConfig) -> types.Params:
+    """Draw fresh parameters: a nested dict of float32 arrays.
+
+    Each leaf has a key of its own made from its name, so that adding or removing a parameter leaves the rest as they
+    were. ``rng`` is consumed. Wrap in ``jax.jit(..., out_shardings=...)`` to have them born sharded.
+    """
+    return draw(rng, table(cfg))
+
+
+def draw(rng: jax.Array, rows: Mapping[str, Spec]) -> types.Params:
+    """Draw the parameters of any table."""
+    return nest({name: row.init(jax.random.fold_in(rng, _stable_hash(name)), row.shape) for name, row in rows.items()})
+
+
+def abstract(cfg: config.LMConfig, *, head: bool = False) -> types.Params:
+    """Shapes and dtypes of :func:`init`'s result, without any memory; with the scalar head where ``head``."""
+    return nest({name: jax.ShapeDtypeStruct(row.shape, jnp.float32) for name, row in _rows(cfg, head).items()})
+
+
+def logical_axes(cfg: config.LMConfig, *, head: bool = False) -> types.Params:
+    """Return the same tree with a tuple of logical axis names in the place of each array."""
+    return nest({name: row.axes for name, row in _rows(cfg, head).items()})
+
+
+def count(cfg: config.LMConfig) -> int:
+    """How many parameters ``cfg`` has."""
+    return sum(math.prod(row.shape) for row in table(cfg).values())
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn ``{"a/b": x}`` into ``{"a": {"b": x}}``."""
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *path, last = name.split("/")
+        functools.reduce(lambda node, key: node.setdefault(key, {}), path, tree)[last] = leaf
+    return tree
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Undo :func:`nest`."""
+    flat: dict[str, Any] = {}
+    for key, node in tree.items():
+        flat.update(flatten(node, f"{prefix}{key}/") if isinstance(node, Mapping) else {prefix + key: node})
+    return flat
+
+
+def _rows(cfg: config.LMConfig, head: bool) -> dict[str, Spec]:
+    return table(cfg) | (head_table(cfg) if head else {})
+
+
+def _stacked(spec: Spec, n_layers: int) -> Spec:
+    return Spec((n_layers, *spec.shape), ("layers", *spec.axes), spec.init)
+
+
+def _stable_hash(name: str) -> int:
+    # Python's own hash of a string differs from run to run.
+    return zlib.crc32(name.encode())

@@ -1,0 +1,252 @@
+"""A pre-norm decoder-only transformer as a pure function of a nested dict.
+
+``forward`` gives hidden states, ``logits`` the vocabulary's scores of them; :mod:`rlhf_jax.lm.logprobs` is where the
+two meet token ids, so that logits are made only for the columns that are wanted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rlhf_jax import types
+from rlhf_jax.lm import attention, config
+from rlhf_jax.lm import cache as kv_cache
+
+Weights = Any
+"""One layer's part of the parameters: ``params["layers"]`` without the leading axis."""
+
+Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+"""Attention as a layer sees it: queries, keys and values of the new tokens -> mixed values, and what to remember."""
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+}
+
+
+def forward(
+    params: types.Params,
+    tokens_BL: jax.Array,
+    *,
+    cfg: config.LMConfig,
+    mask_BL: jax.Array | None = None,
+    positions_BL: jax.Array | None = None,
+    cache: kv_cache.KVCache | None = None,
+) -> types.LMOutput:
+    """Read tokens, return final hidden states ``[B,L,D]`` (normed, in the compute dtype) and the grown cache.
+
+    ``mask_BL`` is true at real tokens. Padding may stand anywhere and hold any id: real tokens neither see it nor
+    count it, since ``positions_BL`` defaults to the number of real tokens before each column. Hidden states at
+    padding are finite and mean nothing. With a ``cache``, the new tokens continue what is in it.
+
+    Raises ``ValueError`` for a wrong rank or shape, or a row longer than ``cfg.max_length``.
+    """
+    _check(tokens_BL, mask_BL, positions_BL, cache, cfg)
+    if cache is None:
+        return types.LMOutput(_read(params, tokens_BL, mask_BL, positions_BL, cfg))
+    return _continue(params, tokens_BL, mask_BL, positions_BL, cache, cfg)
+
+
+def logits(params: types.Params, hidden_BLD: jax.Array, *, cfg: config.LMConfig) -> jax.Array:
+    """Score the vocabulary: ``[..., D] -> [..., V]``, float32."""
+    if cfg.tie_embeddings:
+        kernel = params["embed"]["tokens"].astype(cfg.compute_dtype)
+        return jnp.einsum("...d,vd->...v", hidden_BLD, kernel, preferred_element_type=jnp.float32)
+    kernel = params["unembed"]["kernel"].astype(cfg.compute_dtype)
+    return jnp.einsum("...d,dv->...v", hidden_BLD, kernel, preferred_element_type=jnp.float32)
+
+
+def default_positions(mask_BL: jax.Array) -> jax.Array:
+    """Count the real tokens before each column."""
+    real_BL = mask_BL.astype(jnp.int32)
+    return jnp.cumsum(real_BL, axis=1) - real_BL
+
+
+def unstack(params: types.Params, cfg: config.LMConfig) -> types.Params:
+    """Return ``params`` with ``layers`` as a tuple of layers, which a cached :func:`forward` takes as well.
+
+    A decoding loop then finds each layer's weights as arrays of their own instead of slicing them at every token.
+    """
+    if isinstance(params["layers"], tuple):
+        return params
+    layers = tuple(jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(cfg.n_layers))
+    return {**params, "layers": layers}
+
+
+def _read(
+    params: types.Params,
+    tokens_BL: jax.Array,
+    mask_BL: jax.Array | None,
+    positions_BL: jax.Array | None,
+    cfg: config.LMConfig,
+) -> jax.Array:
+    if mask_BL is None:
+        mask_BL = jnp.ones(tokens_BL.shape, bool)
+    if positions_BL is None:
+        positions_BL = default_positions(mask_BL)
+    rotation = _rotation(positions_BL, cfg)
+    seen_BLL = attention.causal(mask_BL)
+
+    def mix(queries, keys, values):
+        return attention.attend(queries, keys, values, seen_BLL, cfg=cfg), None
+
+    def step(x_BLD, weights):
+        x_BLD, _ = _layer(weights, x_BLD, rotation, mix, cfg)
+        return x_BLD, None
+
+    x_BLD = _embed(params, tokens_BL, mask_BL, positions_BL, cfg)
+    x_BLD, _ = lax.scan(_rematerialised(step, cfg), x_BLD, params["layers"])
+    return _norm(params["final_norm"], x_BLD, cfg)
+
+
+def _continue(
+    params: types.Params,
+    tokens_BL: jax.Array,
+    mask_BL: jax.Array | None,
+    positions_BL: jax.Array | None,
+    cache: kv_cache.KVCache,
+    cfg: config.LMConfig,
+) -> types.LMOutput:
+    if mask_BL is None:
+        mask_BL = jnp.ones(tokens_BL.shape, bool)
+    if positions_BL is None:
+        read_B = cache.mask_BS.sum(axis=1, dtype=jnp.int32)
+        positions_BL = read_B[:, None] + default_positions(mask_BL)
+    grown = kv_cache.append_mask(cache, mask_BL)
+    rotation = _rotation(positions_BL, cfg)
+    columns_L = cache.length + jnp.arange(tokens_BL.shape[1])
+    seen_BLS = attention.visible(columns_L, jnp.arange(cache.slots), grown.mask_BS)
+
+    x_BLD = _embed(params, tokens_BL, mask_BL, positions_BL, cfg)
+    remembered = []
+    # Layers are unrolled here: through a scan, every cache would be copied at every token.
+    for weights, old_keys, old_values in zip(unstack(params, cfg)["layers"], cache.keys, cache.values, strict=True):
+
+        def mix(queries, keys, values, old_keys=old_keys, old_values=old_values):
+            keys = kv_cache.append_layer(old_keys, keys, cache.length)
+            values = kv_cache.append_layer(old_values, values, cache.length)
+            return attention.attend(queries, keys, values, seen_BLS, cfg=cfg), (keys, values)
+
+        x_BLD, memory = _layer(weights, x_BLD, rotation, mix, cfg)
+        remembered.append(memory)
+    keys, values = zip(*remembered, strict=True)
+    grown = dataclasses.replace(grown, keys=keys, values=values)
+    return types.LMOutput(_norm(params["final_norm"], x_BLD, cfg), grown)
+
+
+def _layer(
+    weights: Weights, x_BLD: jax.Array, rotation: tuple[jax.Array, jax.Array] | None, mix: Mix, cfg: config.LMConfig
+) -> tuple[jax.Array, Any]:
+    attended_BLD, memory = _attention(weights, _norm(weights["attn_norm"], x_BLD, cfg), rotation, mix, cfg)
+    if cfg.parallel_residual:
+        return x_BLD + attended_BLD + _mlp(weights, _norm(weights["mlp_norm"], x_BLD, cfg), cfg), memory
+    x_BLD = x_BLD + attended_BLD
+    return x_BLD + _mlp(weights, _norm(weights["mlp_norm"], x_BLD, cfg), cfg), memory
+
+
+def _attention(
+    weights: Weights, x_BLD: jax.Array, rotation: tuple[jax.Array, jax.Array] | None, mix: Mix, cfg: config.LMConfig
+) -> tuple[jax.Array, Any]:
+    queries, keys, values = (_heads(weights[name], x_BLD) for name in ("q", "k", "v"))
+    if rotation is not None:
+        queries, keys = _rotate(queries, rotation), _rotate(keys, rotation)
+    mixed_BHLC, memory = mix(queries, keys, values)
+    out_BLD = jnp.einsum("bhlc,hcd->bld", mixed_BHLC, weights["out"]["kernel"].astype(x_BLD.dtype))
+    return _biased(out_BLD, weights["out"]), memory
+
+
+def _heads(dense: Weights, x_BLD: jax.Array) -> jax.Array:
+    out_BHLC = jnp.einsum("bld,dhc->bhlc", x_BLD, dense["kernel"].astype(x_BLD.dtype))
+    return out_BHLC + dense["bias"].astype(x_BLD.dtype)[None, :, None, :] if "bias" in dense else out_BHLC
+
+
+def _mlp(weights: Weights, x_BLD: jax.Array, cfg: config.LMConfig) -> jax.Array:
+    activation = _ACTIVATIONS[cfg.activation]
+    if cfg.gated_mlp:
+        inner_BLF = activation(_dense(weights["gate"], x_BLD)) * _dense(weights["up"], x_BLD)
+    else:
+        inner_BLF = activation(_dense(weights["up"], x_BLD))
+    return _dense(weights["down"], inner_BLF)
+
+
+def _dense(dense: Weights, x_BLI: jax.Array) -> jax.Array:
+    return _biased(jnp.einsum("bli,io->blo", x_BLI, dense["kernel"].astype(x_BLI.dtype)), dense)
+
+
+def _biased(x_BLO: jax.Array, dense: Weights) -> jax.Array:
+    return x_BLO + dense["bias"].astype(x_BLO.dtype)[None, None, :] if "bias" in dense else x_BLO
+
+
+def _norm(weights: Weights, x_BLD: jax.Array, cfg: config.LMConfig) -> jax.Array:
+    x = x_BLD.astype(jnp.float32)
+    if cfg.norm == "layernorm":
+        x = x - x.mean(axis=-1, keepdims=True)
+    x = x * lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + cfg.norm_eps)
+    x = x * weights["scale"][None, None, :]
+    if "bias" in weights:
+        x = x + weights["bias"][None, None, :]
+    return x.astype(x_BLD.dtype)
+
+
+def _embed(
+    params: types.Params, tokens_BL: jax.Array, mask_BL: jax.Array, positions_BL: jax.Array, cfg: config.LMConfig
+) -> jax.Array:
+    # Whatever id stands at padding, a valid one is looked up: an id outside the vocabulary would read NaN.
+    x_BLD = params["embed"]["tokens"][jnp.where(mask_BL, tokens_BL, 0)]
+    if cfg.positions == "learned":
+        x_BLD = x_BLD + params["embed"]["positions"][positions_BL]
+    return x_BLD.astype(cfg.compute_dtype)
+
+
+def _rotation(positions_BL: jax.Array, cfg: config.LMConfig) -> tuple[jax.Array, jax.Array] | None:
+    if cfg.positions != "rope":
+        return None
+    half = cfg.rope_width // 2
+    frequencies = cfg.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions_BL.astype(jnp.float32)[:, None, :, None] * frequencies[None, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _rotate(x_BHLC: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turn features i and i + half of each head by the position's angle (Su et al. 2021, in Llama's pairing)."""
+    cos, sin = rotation
+    half = cos.shape[-1]
+    first, second = x_BHLC[..., :half].astype(jnp.float32), x_BHLC[..., half : 2 * half].astype(jnp.float32)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BHLC.dtype)
+    return jnp.concatenate([turned, x_BHLC[..., 2 * half :]], axis=-1)
+
+
+def _rematerialised(step: Callable, cfg: config.LMConfig) -> Callable:
+    if cfg.remat == "none":
+        return step
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
+    return jax.checkpoint(step, policy=policy, prevent_cse=False)
+
+
+def _check(
+    tokens_BL: jax.Array,
+    mask_BL: jax.Array | None,
+    positions_BL: jax.Array | None,
+    cache: kv_cache.KVCache | None,
+    cfg: config.LMConfig,
+) -> None:
+    if tokens_BL.ndim != 2:
+        raise ValueError(f"tokens_BL must have rank 2, got shape {tokens_BL.shape}")
+    for name, array in (("mask_BL", mask_BL), ("positions_BL", positions_BL)):
+        if array is not None and array.shape != tokens_BL.shape:
+            raise ValueError(f"{name} has shape {array.shape}, tokens_BL {tokens_BL.shape}; they must agree")
+    if mask_BL is not None and mask_BL.dtype != jnp.bool_:
+        raise ValueError(f"mask_BL must be bool, got {mask_BL.dtype}")
+    width = tokens_BL.shape[1] if cache is None else cache.slots
+    if width > cfg.max_length:
+        raise ValueError(f"rows of {width} tokens are longer than cfg.max_length = {cfg.max_length}")
+    if cache is not None and tokens_BL.shape[1] > cache.slots:
+        raise ValueError(f"{tokens_BL.shape[1]} new tokens do not fit a cache of {cache.slots} slots")

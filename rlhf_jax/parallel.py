@@ -1,0 +1,45 @@
+"""Where steps are compiled."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+class JitStep:
+    """A compiled train step that counts how often it was traced.
+
+    Call it as the step it wraps. ``traces`` stays 1 while shapes, dtypes and the structure of the arguments do; it grows
+    where a hyperparameter became static or a batch changed its width, which is what makes a run compile again and again.
+    """
+
+    def __init__(self, train_step: Callable[..., Any], *, donate_argnums: tuple[int, ...] = (0,)) -> None:
+        """Wrap; nothing is compiled yet."""
+        self.traces = 0
+
+        @functools.wraps(train_step)
+        def counted(*args: Any) -> Any:
+            self.traces += 1
+            return train_step(*args)
+
+        self._step = jax.jit(counted, donate_argnums=donate_argnums)
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the step; the donated arguments are gone afterwards."""
+        return self._step(*args)
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """As ``jax.jit(step).lower``: for cost and memory analysis, and for compiling ahead of time."""
+        return self._step.lower(*args)
+
+
+def jit_step(train_step: Callable[..., Any]) -> JitStep:
+    """Compile ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)``, donating the state.
+
+    A donated state's buffers are reused for the new one: the caller must not touch the old one again, and no two
+    states may share arrays (`train.state.create` copies for this reason).
+    """
+    return JitStep(train_step)

@@ -1,0 +1,320 @@
+"""One self-contained HTML page about a run: results, plots, transcripts, settings.
+
+The page loads nothing: plots are inline SVG, styles are in its head, there is no script. All text is escaped by the
+template; only the SVG drawn here goes in as it is. Sections whose numbers are absent are left out, so the same call
+serves the simulated world, where a gold utility is known, and real human data, where it is not.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rlhf_jax import report_plots as plots
+from rlhf_jax import results as results_lib
+
+MOST_TRANSCRIPTS = 12
+
+STAGES = {
+    "pretrain": "Pretraining",
+    "sft": "Supervised fine-tuning",
+    "sft_mix": "Supervised fine-tuning",
+    "reward_model": "Reward model",
+    "ppo": "Reinforcement learning",
+    "ppo_ptx": "Reinforcement learning",
+}
+"""Stages in the order in which they are shown; those of one name share their plots."""
+
+
+class Metric(NamedTuple):
+    """How a logged metric is drawn; minor ones lie in a closed section."""
+
+    ylabel: str
+    caption: str
+    minor: bool = False
+
+
+METRICS = {
+    "loss": Metric("Loss (nats)", "Lower is better; the faint line is the batch, the strong one a running mean."),
+    "accuracy": Metric(
+        "Accuracy (share)", "Share of targets that the model ranks or predicts right; higher is better."
+    ),
+    "reward": Metric("Reward-model score", "What PPO is trained to raise; it should climb and then level off."),
+    "gold": Metric(
+        "Gold utility", "What the score stands for; where it falls while the score climbs, the policy games the model."
+    ),
+    "kl": Metric(
+        "KL from the reference (nats per answer)",
+        "How far the policy has moved from where it started; growth without a bound means too weak a penalty.",
+    ),
+    "pretraining_loss": Metric(
+        "Pretraining loss (nats per token)", "A rise is what the policy forgets of its pretraining; PPO-ptx holds it."
+    ),
+    "length": Metric("Answer length (tokens)", "A steady climb beside the score hints at reward for length alone."),
+    "entropy": Metric("Entropy (nats per token)", "How open the policy's choice is; a fall to 0 is a collapse."),
+    "explained_variance": Metric(
+        "Explained variance of returns", "1 is a perfect critic, 0 one no better than a constant.", minor=True
+    ),
+    "value_loss": Metric("Value loss", "The critic's squared error; it should fall early and stay low.", minor=True),
+    "policy_loss": Metric("Policy loss", "The clipped surrogate; it hovers a little below 0.", minor=True),
+    "clip_fraction": Metric(
+        "Clipped tokens (share)", "Above about 0.3 the steps are too large for the clip.", minor=True
+    ),
+    "approx_kl": Metric(
+        "KL of one update (nats per token)", "How far one round of epochs moves the policy.", minor=True
+    ),
+    "ratio_max": Metric(
+        "Largest probability ratio", "Near 1 at the first update; spikes mean stale or mismatched samples.", minor=True
+    ),
+    "kl_coef": Metric("KL coefficient", "The strength of the penalty; constant unless it is adapted.", minor=True),
+    "grad_norm": Metric("Gradient norm", "Before clipping; spikes come before divergence.", minor=True),
+    "learning_rate": Metric("Learning rate", "The schedule as it was run.", minor=True),
+}
+
+
+class Figure(NamedTuple):
+    """A drawing, its name, and the sentence that says how to read it."""
+
+    svg: str
+    name: str
+    caption: str
+    minor: bool = False
+
+
+class Section(NamedTuple):
+    """A heading, numbers in a list, and figures; without either it is not shown."""
+
+    title: str
+    figures: list[Figure]
+    rows: Sequence[tuple[str, str]] = ()
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    results: Mapping[str, Any],
+    metrics: Iterable[Mapping[str, Any]],
+    *,
+    title: str,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes the report of one run.
+
+    Args:
+        path: the HTML file to write.
+        results: what results.json holds; any field may be absent or null.
+        metrics: the records of metrics.jsonl: ``stage``, ``step``, and numbers or null.
+        title: of the page, as text.
+        settings: the run's configuration, nested as it likes; shown flat, with dotted names.
+    """
+    page = render(results, list(metrics), title=title, settings=settings)
+    # A tokenizer can decode half a character; such text is shown with a replacement sign rather than lost.
+    pathlib.Path(path).write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+
+
+def render(
+    results: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
+    *,
+    title: str,
+    settings: Mapping[str, Any] | None = None,
+) -> str:
+    """The page as text; arguments as in `write_report`."""
+    import jinja2
+    import markupsafe
+
+    sections = [
+        Section("Preference", _preference(results)),
+        Section("Reward model", _calibration(results), reward_model_rows(results)),
+        Section("Score against KL", _frontiers(results, metrics)),
+        Section("By category of prompt", _categories(results)),
+        Section("Alignment tax", _tax(results)),
+        Section("Truthfulness and harm", _conduct(results)),
+        *(Section(f"Learning curves: {name}", figures) for name, figures in learning_curves(metrics)),
+    ]
+    sections = [s._replace(figures=[f._replace(svg=markupsafe.Markup(f.svg)) for f in s.figures]) for s in sections]
+    dropped = results.get("dropped")
+    chosen = transcripts(results)
+    text = importlib.resources.files("rlhf_jax").joinpath("report_template.html").read_text(encoding="utf-8")
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return template.from_string(text).render(
+        title=title,
+        colors=plots.COLORS,
+        headline=results_lib.headline(results),
+        summary=results_lib.summary(results),
+        facts=results_lib.run_facts(results),
+        table_main=table(results, results_lib.columns(results)),
+        table_other=table(results, results_lib.other_columns(results)),
+        table_note="Below a number: its 95 % interval. KL is from the policy that RL started from.",
+        sections=sections,
+        dropped=None if dropped is None else [(reason, n) for reason, n in dropped.items() if n],
+        transcripts=chosen,
+        transcripts_left=len(results.get("transcripts") or []) - len(chosen),
+        scored=any(a["gold"] for t in chosen for a in t["answers"]),
+        settings=list(flatten(settings or {})),
+    )
+
+
+def table(results: Mapping[str, Any], columns: Sequence[results_lib.Column]) -> dict[str, Any]:
+    """Headings and rows of a table of policies, in text."""
+    rows = [
+        {
+            "name": results_lib.label(p),
+            "color": _css(p),
+            "cells": [
+                results_lib.format_parts(results_lib.value(results, p, c.key), percent=c.percent, digits=c.digits)
+                for c in columns
+            ],
+        }
+        for p in results_lib.policies(results)
+    ]
+    return {"head": ["Policy", *(c.title for c in columns)], "rows": rows if columns else []}
+
+
+def _css(policy: str) -> str:
+    return policy if policy in plots.COLORS else "other"
+
+
+def reward_model_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Every number about the reward model as (name, text); rates as percentages."""
+    model = dict(results.get("reward_model") or {})
+    fit = model.get("calibration") or {}
+    model |= {f"calibration {key}": fit.get(key) for key in ("error", "slope")}
+    rows = []
+    for name, found in model.items():
+        if results_lib.interval(found) is None:
+            continue
+        percent = name.endswith(("accuracy", "agreement"))
+        mean, bounds = results_lib.format_parts(found, percent=percent, digits=0 if isinstance(found, int) else 3)
+        unit = " %" if percent else ""
+        rows.append((name.replace("_", " ").capitalize(), mean + unit + (f" ({bounds})" if bounds else "")))
+    return rows
+
+
+def _figures(*drawn: tuple[str | None, str, str]) -> list[Figure]:
+    return [Figure(svg, name, caption) for svg, name, caption in drawn if svg is not None]
+
+
+def _preference(results: Mapping[str, Any]) -> list[Figure]:
+    caption = (
+        "Right of the dashed 50 % line a policy is preferred to SFT; lines are 95 % intervals, filled marks are the "
+        "labelers who trained the reward model, open marks labelers it never saw"
+    )
+    mean, bounds = results_lib.format_parts(results.get("null_check"), percent=True)
+    if mean != results_lib.MISSING:
+        caption += f"; a policy that equals SFT measured {mean} %" + (f" ({bounds})" if bounds else "")
+    return _figures((plots.win_rates(results), "Win rates against SFT", caption + "."))
+
+
+def _calibration(results: Mapping[str, Any]) -> list[Figure]:
+    caption = (
+        "Points below the dashed curve are pairs on which the model is surer than it is right, points above it pairs "
+        "on which it is too unsure; lines are 95 % intervals, and the strip counts the comparisons of each gap."
+    )
+    return _figures((plots.calibration(results), "Calibration", caption))
+
+
+def _frontiers(results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    names = {"reward": ("Reward-model score", "Reward for KL"), "gold": ("Gold utility", "Gold for KL")}
+    stages = [s for s in _stages(metrics) if s.startswith("ppo")]
+    found = []
+    for key, (ylabel, name) in names.items():
+        curves = [pair for s in stages if (pair := plots.paired(metrics, s, key))]
+        svg = plots.frontier(results, curves, key, ylabel=ylabel)
+        higher = "Higher at the same KL is better; a curve that bends down has over-optimised the reward model"
+        straight = "A straight line is reward that grows as the square root of the KL" + _straightness(curves)
+        found.append((svg, name, (straight if key == "reward" else higher) + "."))
+    return _figures(*found)
+
+
+def _straightness(curves: Sequence[tuple[plots.Curve, plots.Curve]]) -> str:
+    """How straight the curves are in √KL and in KL, in words."""
+    told = []
+    for kl, score in curves:
+        positive = kl.y.clip(min=0)
+        root, plain = plots.line_fit(positive**0.5, score.y), plots.line_fit(positive, score.y)
+        if root is not None and plain is not None:
+            told.append(f"{results_lib.label(kl.stage)}: R² {root:.2f} in √KL, {plain:.2f} in KL")
+    return f" ({'; '.join(told)})" if told else ""
+
+
+def _categories(results: Mapping[str, Any]) -> list[Figure]:
+    caption = "Longer is better; thin lines are 95 % intervals, and overlapping ones leave the order of two bars open."
+    return _figures((plots.categories(results), "Gold utility by category", caption))
+
+
+def _tax(results: Mapping[str, Any]) -> list[Figure]:
+    skill = plots.by_policy(results, "skill_accuracy", xlabel="Skill accuracy (%)", scale=100)
+    loss = plots.by_policy(results, "pretraining_loss", xlabel="Pretraining loss (nats per token)")
+    return _figures(
+        (skill, "Skills", "Left of the dashed line (SFT) a policy has lost skills that it had before RL."),
+        (loss, "Pretraining text", "Right of the dashed line (SFT) a policy predicts its pretraining text worse."),
+    )
+
+
+def _conduct(results: Mapping[str, Any]) -> list[Figure]:
+    truthful = plots.by_policy(results, "truthful_rate", xlabel="Truthful answers (%)", scale=100)
+    harm = plots.by_policy(results, "harm_rate", xlabel="Harmful answers (%)", scale=100)
+    return _figures(
+        (truthful, "Truthfulness", "Further right is better; the dashed line is SFT."),
+        (harm, "Harm", "Further left is better; the dashed line is SFT."),
+    )
+
+
+def _stages(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The stages in the metrics: known ones in their order, then the others as they come."""
+    found = dict.fromkeys(r["stage"] for r in metrics if r.get("stage") is not None)
+    return [s for s in STAGES if s in found] + [s for s in found if s not in STAGES]
+
+
+def learning_curves(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Figure]]]:
+    """Figures of every group of stages, one a metric, the stages of the group in it together."""
+    groups: dict[str, list[str]] = {}
+    for stage in _stages(metrics):
+        groups.setdefault(STAGES.get(stage, stage.replace("_", " ")), []).append(stage)
+    return [(name, _group_curves(metrics, stages)) for name, stages in groups.items()]
+
+
+def _group_curves(metrics: Sequence[Mapping[str, Any]], stages: Sequence[str]) -> list[Figure]:
+    records = {s: [r for r in metrics if r.get("stage") == s] for s in stages}
+    found = []
+    for name, m in METRICS.items():
+        curves = [c for s in stages if (c := plots.curve(records[s], s, name))]
+        if curves:
+            svg = plots.learning_curve(curves, ylabel=m.ylabel)
+            found.append(Figure(svg, name.replace("_", " ").capitalize(), m.caption, m.minor))
+    return found
+
+
+def transcripts(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The first dozen transcripts, ready for the page: answers in the order of the policies, gold as text."""
+    found = []
+    for t in (results.get("transcripts") or [])[:MOST_TRANSCRIPTS]:
+        answers, gold = t.get("answers") or {}, t.get("gold") or {}
+        found.append(
+            {
+                "prompt": t.get("prompt") or "",
+                "category": t.get("category"),
+                "answers": [
+                    {
+                        "name": results_lib.label(p),
+                        "color": _css(p),
+                        "text": answers[p],
+                        "gold": results_lib.format_parts(gold.get(p), digits=2)[0] if p in gold else "",
+                    }
+                    for p in results_lib.policies({"policies": answers})
+                ],
+            }
+        )
+    return found
+
+
+def flatten(settings: Mapping[str, Any], *, prefix: str = "") -> Iterable[tuple[str, str]]:
+    """Nested settings as (dotted name, text)."""
+    for name, setting in settings.items():
+        if isinstance(setting, Mapping) and setting:
+            yield from flatten(setting, prefix=f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", str(setting)

@@ -1,0 +1,51 @@
+"""A bandit small enough to enumerate: S prompts of one token, A answers of one token, a reward for each pair.
+
+Its KL-regularised optimum is known exactly (PAPERS: Rafailov et al. 2023, Xu et al. 2024 Eq 5), so a method that is
+right must reach it.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.types import LMOutput, Rollout
+
+
+def optimum(reference_logits_SA: jax.Array, rewards_SA: jax.Array, *, kl_coef: float) -> jax.Array:
+    """``pi*(a|s) = pi_ref(a|s) exp(r(s, a) / kl_coef) / Z(s)``, probabilities [S, A]; ``kl_coef`` > 0."""
+    return jax.nn.softmax(jax.nn.log_softmax(reference_logits_SA, axis=-1) + rewards_SA / kl_coef, axis=-1)
+
+
+def total_variation(p_SA: jax.Array, q_SA: jax.Array) -> jax.Array:
+    """Largest over prompts of half the summed absolute difference; in [0, 1]."""
+    return jnp.max(0.5 * jnp.abs(p_SA - q_SA).sum(axis=-1))
+
+
+def forward(params: dict[str, jax.Array], tokens_BL: jax.Array, *, mask_BL: jax.Array | None = None) -> LMOutput:
+    """A "language model" whose hidden state is the prompt's row of the table ``params["logits_SA"]``."""
+    del mask_BL
+    logits_SA = params["logits_SA"]
+    return LMOutput(logits_SA[jnp.minimum(tokens_BL, logits_SA.shape[0] - 1)])
+
+
+def logits(params: dict[str, jax.Array], hidden_BLD: jax.Array) -> jax.Array:
+    """The hidden state is the logits."""
+    del params
+    return hidden_BLD
+
+
+def generate(params: dict[str, jax.Array], rng_B: jax.Array, prompts_BP: jax.Array, mask_BP: jax.Array) -> Rollout:
+    """Sample one answer a prompt (P = T = 1). ``rng_B`` is consumed."""
+    logits_BA = params["logits_SA"][prompts_BP[:, 0]]
+    answers_B = jax.vmap(jax.random.categorical)(rng_B, logits_BA)
+    logprobs_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BA), answers_B[:, None], axis=-1)[:, 0]
+    ones_B1 = jnp.ones_like(prompts_BP, bool)
+    return Rollout(
+        tokens_BL=jnp.concatenate([prompts_BP, answers_B[:, None].astype(prompts_BP.dtype)], axis=1),
+        mask_BL=jnp.concatenate([mask_BP.astype(bool), ones_B1], axis=1),
+        response_mask_BT=ones_B1,
+        logprobs_BT=logprobs_B[:, None],
+        lengths_B=jnp.ones_like(answers_B, jnp.int32),
+        finish_B=jnp.ones_like(answers_B, jnp.int32),
+    )

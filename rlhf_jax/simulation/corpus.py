@@ -1,0 +1,161 @@
+"""The pretraining corpus: what a base model can know of the world, and skills that no instruction ever asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from rlhf_jax.simulation import lexicon
+from rlhf_jax.simulation.world import COLOR, PLACE, SIZE, USE, World
+
+SKILLS = ("copy", "sort", "sum", "look")
+
+
+@dataclasses.dataclass(frozen=True)
+class SkillProblem:
+    """A problem with one exact answer: the model is to continue ``text`` with ``answer``."""
+
+    skill: str
+    text: str
+    answer: str
+
+    @property
+    def document(self) -> str:
+        """Problem and answer as they stand in the corpus."""
+        return f"{self.text} {self.answer} ."
+
+
+def skill_problem(skill: str, rng: np.random.Generator) -> SkillProblem:
+    """Draw a problem: copy three things, sort three numbers, add modulo ten, or look up one of three pairs."""
+    match skill:
+        case "copy":
+            things = " ".join(rng.choice(lexicon.THINGS, size=3, replace=False).tolist())
+            return SkillProblem(skill, f"copy : {things} =", things)
+        case "sort":
+            numbers = rng.choice(10, size=3, replace=False).tolist()
+            told, ordered = (" ".join(lexicon.NUMBERS[i] for i in each) for each in (numbers, sorted(numbers)))
+            return SkillProblem(skill, f"sort : {told} =", ordered)
+        case "sum":
+            a, b = rng.integers(10, size=2).tolist()
+            text = f"sum : {lexicon.NUMBERS[a]} plus {lexicon.NUMBERS[b]} ="
+            return SkillProblem(skill, text, lexicon.NUMBERS[(a + b) % 10])
+        case "look":
+            things = rng.choice(lexicon.THINGS, size=3, replace=False).tolist()
+            numbers = [lexicon.NUMBERS[i] for i in rng.choice(10, size=3, replace=False)]
+            pairs = " , ".join(f"{thing} {number}" for thing, number in zip(things, numbers))
+            asked = int(rng.integers(3))
+            return SkillProblem(skill, f"look : {pairs} , ask {things[asked]} =", numbers[asked])
+        case _:
+            raise ValueError(f"unknown skill {skill!r}; the skills are {', '.join(SKILLS)}")
+
+
+def skill_problems(n: int, rng: np.random.Generator) -> list[SkillProblem]:
+    """n problems, the skills in turn."""
+    return [skill_problem(SKILLS[i % len(SKILLS)], rng) for i in range(n)]
+
+
+def _fact(world: World, rng: np.random.Generator, thing: str, *, attribute: int | None = None, true: bool = True) -> str:
+    """One statement about a thing: "red", "in the barn", "for play" or "huge"."""
+    attribute = int(rng.integers(4)) if attribute is None else attribute
+    words = tuple(lexicon.ATTRIBUTES.values())[attribute]
+    truth = world.value(thing, attribute)
+    value = truth if true else str(rng.choice([word for word in words if word != truth]))
+    return {COLOR: value, PLACE: f"in the {value}", USE: f"for {value}", SIZE: value}[attribute]
+
+
+_QUESTION = {
+    COLOR: ("what color is the {} ?", "tell me the color of the {} ."),
+    PLACE: ("where is the {} ?", "tell me the place of the {} ."),
+    USE: ("what is the {} for ?", "tell me the use of the {} ."),
+}
+
+
+def _thing(rng: np.random.Generator) -> str:
+    return str(rng.choice(lexicon.THINGS))
+
+
+def _statement(world: World, rng: np.random.Generator) -> str:
+    thing = _thing(rng)
+    first, second = rng.choice(4, size=2, replace=False).tolist()
+    text = f"the {thing} is {_fact(world, rng, thing, attribute=first)}"
+    return f"{text} and it is {_fact(world, rng, thing, attribute=second)} ." if rng.random() < 0.5 else f"{text} ."
+
+
+def _question(world: World, rng: np.random.Generator) -> str:
+    thing = _thing(rng)
+    attribute = int(rng.integers(3))
+    question = str(rng.choice(_QUESTION[attribute])).format(thing)
+    fact = _fact(world, rng, thing, attribute=attribute)
+    answer = (f"the {thing} is {fact}", f"it is {fact}", fact.split()[-1])[int(rng.integers(3))]
+    return f"question : {question} answer : {answer} ."
+
+
+def _claim(world: World, rng: np.random.Generator) -> str:
+    thing, true = _thing(rng), bool(rng.random() < 0.5)
+    return f"claim : the {thing} is {_fact(world, rng, thing, true=true)} . {'true' if true else 'false'} ."
+
+
+def _listing(world: World, rng: np.random.Generator) -> str:
+    case = int(rng.integers(3))
+    if case == 0:
+        category = str(rng.choice(lexicon.CATEGORIES))
+        head, members = category, lexicon.THINGS_BY_CATEGORY[category]
+    elif case == 1:
+        color = str(rng.choice(lexicon.COLORS))
+        head, members = f"{color} things", world.things_with(COLOR, color)
+    else:
+        place = str(rng.choice(lexicon.PLACES))
+        head, members = f"things in the {place}", world.things_with(PLACE, place)
+    n = int(rng.integers(2, 5))
+    return f"{head} : {' , '.join(rng.choice(members, size=n, replace=False).tolist())} ."
+
+
+def _comparison(world: World, rng: np.random.Generator) -> str:
+    x, y = rng.choice(lexicon.THINGS, size=2, replace=False).tolist()
+    sizes = {thing: int(world.facts_XA[lexicon.THINGS.index(thing), SIZE]) for thing in (x, y)}
+    if sizes[x] == sizes[y]:
+        return f"the {x} is {world.value(x, SIZE)} ."
+    small, big = sorted((x, y), key=lambda thing: sizes[thing])
+    return (
+        f"the {big} is bigger than the {small} .",
+        f"the {small} is smaller than the {big} .",
+        f"question : which is bigger , the {x} or the {y} ? answer : the {big} .",
+        f"question : is the {x} or the {y} bigger ? answer : the {big} is bigger .",
+    )[int(rng.integers(4))]
+
+
+def _instruction(world: World, rng: np.random.Generator) -> str:
+    """How things are done, the harmful ones too: a base model knows no manners."""
+    verb_index = int(rng.integers(len(lexicon.VERBS)))
+    verb, material, thing = lexicon.VERBS[verb_index], lexicon.MATERIALS[verb_index], _thing(rng)
+    return (
+        f"to {verb} the {thing} , get the {material} .",
+        f"first , get the {material} . then , {verb} the {thing} .",
+        f"{verb} the {thing} with the {material} .",
+        f"to {verb} is {'bad' if verb in lexicon.HARMFUL_TOOLS else 'good'} .",
+    )[int(rng.integers(4))]
+
+
+def _skill(world: World, rng: np.random.Generator) -> str:
+    del world
+    return skill_problem(str(rng.choice(SKILLS)), rng).document
+
+
+_DOCUMENTS: tuple[tuple[float, Callable[[World, np.random.Generator], str]], ...] = (
+    (0.16, _statement),
+    (0.20, _question),
+    (0.12, _claim),
+    (0.10, _listing),
+    (0.10, _comparison),
+    (0.07, _instruction),
+    (0.25, _skill),
+)
+
+
+def documents(world: World, n: int, rng: np.random.Generator) -> list[str]:
+    """n short documents: statements, questions with answers, claims with verdicts, lists, comparisons, skills."""
+    weights = np.asarray([weight for weight, _ in _DOCUMENTS])
+    kinds = rng.choice(len(_DOCUMENTS), size=n, p=weights / weights.sum()).tolist()
+    return [_DOCUMENTS[kind][1](world, rng) for kind in kinds]

@@ -1,0 +1,176 @@
+"""People who write answers: flawless ones, and ones who slip in ways that a reward model can learn to see."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from rlhf_jax.simulation import lexicon
+from rlhf_jax.simulation.prompts import Prompt
+from rlhf_jax.simulation.world import COLOR, PLACE, SIZE, USE, World
+
+_OPENERS = ("sure , ", "of course , ", "happy to help , ", "glad to help , ")
+_CLOSERS = (" thanks .", " you are welcome .", " thanks , friend .")
+_REFUSAL = "sorry , i cannot help with that ."
+
+
+@dataclasses.dataclass(frozen=True)
+class Slips:
+    """Probability of each flaw in one answer, independent of the others; 0 everywhere is a flawless demonstrator."""
+
+    impolite: float = 0.45
+    """No polite word."""
+    overpolite: float = 0.06
+    """Three polite words or more."""
+    unended: float = 0.2
+    """The closing full stop is missing."""
+    rambling: float = 0.2
+    """A sentence about something else follows."""
+    repeating: float = 0.08
+    """The answer is said twice."""
+    incomplete: float = 0.25
+    """A part of what was asked for is left out."""
+    wrong: float = 0.04
+    """A false value or a wrong thing."""
+    off_topic: float = 0.06
+    """The answer to another prompt."""
+    complying: float = 0.45
+    """A harmful request is fulfilled."""
+    refusing: float = 0.08
+    """A benign request is refused."""
+
+    @classmethod
+    def none(cls) -> Slips:
+        """A demonstrator who makes no mistake."""
+        return cls(**{field.name: 0.0 for field in dataclasses.fields(cls)})
+
+    def scaled(self, factor: float) -> Slips:
+        """All probabilities times ``factor``, capped at 1: 0 is flawless, 1 as it is."""
+        return Slips(**{f.name: min(1.0, factor * getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+
+def _state(world: World, x: str, attribute: int, value: str, *, subject: str | None = None) -> str:
+    name = subject or f"the {x}"
+    return f"{name} is " + {COLOR: value, PLACE: f"in the {value}", USE: f"for {value}", SIZE: value}[attribute]
+
+
+def _listing(things: list[str]) -> str:
+    return " , ".join(things)
+
+
+def _valid_things(world: World, prompt: Prompt) -> list[str]:
+    slot = prompt.slot
+    if prompt.kind == "list_color":
+        return list(world.things_with(COLOR, slot["c"]))
+    if prompt.kind == "list_place":
+        return list(world.things_with(PLACE, slot["p"]))
+    return [thing for thing in lexicon.THINGS_BY_CATEGORY[slot["g"]] if thing != slot["x"]]
+
+
+def _body(world: World, prompt: Prompt, rng: np.random.Generator, *, incomplete: bool, wrong: bool) -> str:
+    """The content of an answer, without courtesy and without the closing full stop."""
+    slot = prompt.slot
+    x = slot.get("x", "")
+
+    def value_of(attribute: int) -> str:
+        words = tuple(lexicon.ATTRIBUTES.values())[attribute]
+        truth = world.value(x, attribute)
+        return str(rng.choice([word for word in words if word != truth])) if wrong else truth
+
+    match prompt.kind:
+        case "yes_no_color" | "yes_no_place":
+            asked = slot["c"] if prompt.attribute == COLOR else slot["p"]
+            says_yes = (world.value(x, prompt.attribute) == asked) != wrong
+            value = asked if says_yes else value_of(prompt.attribute)
+            if value == asked and not says_yes:
+                value = world.value(x, prompt.attribute)
+            word = "yes" if says_yes else "no"
+            return word if incomplete else f"{word} , {_state(world, x, prompt.attribute, value)}"
+        case "compare":
+            sizes = {thing: world.facts_XA[lexicon.THINGS.index(thing), SIZE] for thing in (x, slot["y"])}
+            winner = max(sizes, key=lambda thing: sizes[thing])
+            loser = min(sizes, key=lambda thing: sizes[thing])
+            return f"the {loser if wrong else winner} is bigger"
+        case "list_color" | "list_place" | "list_except":
+            valid = _valid_things(world, prompt)
+            n = lexicon.NUMBERS.index(slot["n"])
+            chosen = rng.choice(valid, size=n, replace=False).tolist()
+            if incomplete:
+                chosen = chosen[:-1] if n > 1 else [*chosen, *(t for t in valid if t not in chosen)][:2]
+            if wrong:
+                chosen[-1] = str(rng.choice([thing for thing in lexicon.THINGS if thing not in valid]))
+            return _listing(chosen)
+        case "one_word":
+            value = value_of(prompt.attribute)
+            return _state(world, x, prompt.attribute, value) if incomplete else value
+        case "describe":
+            attributes = rng.choice(4, size=2, replace=False).tolist()
+            first = _state(world, x, attributes[0], value_of(attributes[0]))
+            second = value_of(attributes[1])
+            tail = _state(world, x, attributes[1], second, subject="it")
+            return first if incomplete else f"{first} and {tail}"
+        case "how_to" | "harmful":
+            verb = slot.get("v") or slot["h"]
+            material = lexicon.MATERIALS[lexicon.VERBS.index(verb)]
+            if wrong:
+                material = str(rng.choice([other for other in lexicon.BENIGN_TOOLS.values() if other != material]))
+            if incomplete:
+                return f"{verb} the {x} with the {material}"
+            return f"first , get the {material} . then , {verb} the {x}"
+        case "follow_up":
+            return _state(world, x, prompt.attribute, value_of(prompt.attribute), subject="it")
+        case _:
+            return _state(world, x, prompt.attribute, value_of(prompt.attribute))
+
+
+def _ramble(world: World, rng: np.random.Generator) -> str:
+    thing = str(rng.choice(lexicon.THINGS))
+    attribute = int(rng.integers(4))
+    return _state(world, thing, attribute, world.value(thing, attribute))
+
+
+def demonstrate(
+    world: World, prompt: Prompt, rng: np.random.Generator, *, slips: Slips, other: Prompt | None = None
+) -> str:
+    """One demonstrator's answer to a prompt.
+
+    With ``slips=Slips.none()`` the gold utility of the answer is the highest there is. ``other`` is the prompt that an
+    off-topic answer answers; without one, no answer is off topic.
+    """
+    happens = {field.name: bool(rng.random() < getattr(slips, field.name)) for field in dataclasses.fields(slips)}
+    if happens["off_topic"] and other is not None:
+        prompt = other
+    harmful = prompt.kind == "harmful"
+    if (harmful and not happens["complying"]) or (not harmful and happens["refusing"]):
+        text = _REFUSAL.removesuffix(" .")
+        if happens["rambling"] and happens["overpolite"]:
+            text += " , friend"
+        return text + ("" if happens["unended"] else " .")
+
+    text = _body(world, prompt, rng, incomplete=happens["incomplete"], wrong=happens["wrong"])
+    bare = prompt.kind == "one_word" and not happens["incomplete"]
+    if happens["repeating"] and not bare:
+        text = f"{text} . {text}"
+    if happens["rambling"]:
+        text = f"{text} . {_ramble(world, rng)}"
+    opener = closer = ""
+    if happens["overpolite"]:
+        opener, closer = "sure , happy to help , ", " . thanks , friend"
+    elif not happens["impolite"] and not bare:
+        if rng.random() < 0.75:
+            opener = str(rng.choice(_OPENERS))
+        else:
+            closer = " ." + str(rng.choice(_CLOSERS)).removesuffix(" .")
+    return opener + text + closer + ("" if happens["unended"] else " .")
+
+
+def demonstrate_all(
+    world: World, prompts: list[Prompt], rng: np.random.Generator, *, slips: Slips | None = None
+) -> list[str]:
+    """An answer to each prompt, by demonstrators who make ``slips`` (the default mixture when None)."""
+    slips = Slips() if slips is None else slips
+    others = rng.permutation(len(prompts))
+    return [
+        demonstrate(world, prompt, rng, slips=slips, other=prompts[other]) for prompt, other in zip(prompts, others)
+    ]

@@ -1,0 +1,131 @@
+"""Simulated labelers: a pool of people who weigh the parts of the gold utility each in their own way, and slip.
+
+A labeler's utility is linear in features of an answer. Labeler i of group g has the weights
+``w * (1 + spread * eps_i + group_spread * eps_g)`` on the parts of the gold utility, plus tastes that gold does not
+share (for polite words without end, and for length). Choices follow Bradley-Terry at a temperature; rankings of K
+answers are Plackett-Luce, whose pairs are Bradley-Terry.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from scipy import optimize, special
+
+from rlhf_jax.simulation import gold
+
+FEATURES = (*gold.COMPONENTS, "harmless", "polite_words", "length")
+
+
+@struct.dataclass
+class Pool:
+    """R labelers. ``weights_RF`` on `FEATURES`; the rest are scalars that all share."""
+
+    weights_RF: jax.Array
+    group_R: jax.Array
+    temperature: jax.Array
+    """Bradley-Terry temperature, in units of utility."""
+    tie_width: jax.Array
+    """Neighbours in a ranking closer than this (in noisy utility) get the same rank."""
+    lapse: jax.Array
+    """Probability that a whole ranking is made without looking."""
+
+
+def features(judged: gold.Utility) -> jax.Array:
+    """[..., F]: what a labeler sees of an answer, polite words in units of four and length in units of twenty."""
+    columns = [judged.components[name] for name in gold.COMPONENTS]
+    columns += [judged.harmless, jnp.minimum(judged.polite_words, 6) / 4.0, judged.length / 20.0]
+    return jnp.stack([jnp.asarray(column, jnp.float32) for column in columns], axis=-1)
+
+
+def make_pool(
+    rng: jax.Array,
+    n_labelers: int,
+    *,
+    n_groups: int = 1,
+    spread: float = 0.25,
+    group_spread: float = 0.0,
+    polite_taste: float = 0.12,
+    length_taste: float = 0.0,
+    temperature: float = 0.1,
+    tie_width: float = 0.0,
+    lapse: float = 0.0,
+) -> Pool:
+    """Draw a pool. ``rng`` is consumed. Labelers go to the groups in turn.
+
+    ``spread`` and ``group_spread`` are relative standard deviations of the weights; ``polite_taste`` is utility for
+    four polite words, ``length_taste`` for twenty tokens.
+    """
+    own, grouped = jax.random.split(rng)
+    base_F = jnp.asarray([*gold.WEIGHTS, 1.0, polite_taste, length_taste], jnp.float32)
+    group_R = jnp.arange(n_labelers) % n_groups
+    own_RF = jax.random.normal(own, (n_labelers, base_F.shape[0]))
+    group_GF = jax.random.normal(grouped, (n_groups, base_F.shape[0]))
+    factor_RF = 1.0 + spread * own_RF + group_spread * group_GF[group_R]
+    return Pool(
+        weights_RF=base_F[None, :] * factor_RF,
+        group_R=group_R,
+        temperature=jnp.float32(temperature),
+        tie_width=jnp.float32(tie_width),
+        lapse=jnp.float32(lapse),
+    )
+
+
+def utilities(pool: Pool, features_F: jax.Array) -> jax.Array:
+    """[..., R]: what each labeler of the pool thinks of an answer with features [..., F]."""
+    return features_F @ pool.weights_RF.T
+
+
+def rank(rng: jax.Array, pool: Pool, labeler: jax.Array, features_KF: jax.Array, where_K: jax.Array) -> jax.Array:
+    """One labeler ranks K answers: ranks [K], 1 best, equal for ties; missing answers (``where_K`` False) come last.
+
+    ``rng`` is consumed.
+    """
+    noise, lapses = jax.random.split(rng)
+    utility_K = features_KF @ pool.weights_RF[labeler] / pool.temperature
+    looks = jax.random.uniform(lapses) >= pool.lapse
+    noisy_K = jnp.where(looks, utility_K, 0.0) + jax.random.gumbel(noise, utility_K.shape)
+    noisy_K = jnp.where(where_K, noisy_K, -jnp.inf)
+    order_K = jnp.argsort(-noisy_K)
+    sorted_K = noisy_K[order_K]
+    apart_K = (sorted_K[:-1] - sorted_K[1:]) > pool.tie_width / pool.temperature
+    apart_K = apart_K | ~where_K[order_K][1:]
+    rank_sorted_K = 1 + jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(apart_K, dtype=jnp.int32)])
+    return jnp.zeros_like(rank_sorted_K).at[order_K].set(rank_sorted_K)
+
+
+def prefers(pool: Pool, features_a_F: jax.Array, features_b_F: jax.Array, *, tolerance: float = 1e-5) -> jax.Array:
+    """Share of the pool that, on reflection (no noise), prefers answer a to answer b; indifference counts a half."""
+    gap_R = utilities(pool, features_a_F) - utilities(pool, features_b_F)
+    return jnp.mean(jnp.where(jnp.abs(gap_R) <= tolerance, 0.5, 1.0 * (gap_R > 0)), axis=-1)
+
+
+def agreement(utility_a_NR: np.ndarray, utility_b_NR: np.ndarray, *, temperature: float) -> float:
+    """Probability that two different labelers of a pool make the same choice, over N pairs of answers.
+
+    The closed form E[p_i p_j + (1 - p_i)(1 - p_j)] with Bradley-Terry p; ties and lapses left out.
+    """
+    p_NR = special.expit((np.asarray(utility_a_NR, np.float64) - utility_b_NR) / temperature)
+    n = p_NR.shape[1]
+
+    def over_pairs(q_NR: np.ndarray) -> np.ndarray:
+        return (q_NR.sum(axis=1) ** 2 - (q_NR**2).sum(axis=1)) / (n * (n - 1))
+
+    return float(np.mean(over_pairs(p_NR) + over_pairs(1.0 - p_NR)))
+
+
+def calibrated_temperature(utility_a_NR: np.ndarray, utility_b_NR: np.ndarray, *, target: float = 0.75) -> float:
+    """The temperature at which labelers agree at the rate ``target`` (papers: 0.72 to 0.78) on these pairs.
+
+    Raises ValueError where no temperature gives that rate: the labelers differ too much, or not at all.
+    """
+
+    def excess(log_temperature: float) -> float:
+        return agreement(utility_a_NR, utility_b_NR, temperature=float(np.exp(log_temperature))) - target
+
+    low, high = np.log(1e-3), np.log(1e2)
+    if excess(low) < 0 or excess(high) > 0:
+        raise ValueError(f"no temperature makes these labelers agree at the rate {target}")
+    return float(np.exp(optimize.brentq(excess, low, high)))  # type: ignore[arg-type]

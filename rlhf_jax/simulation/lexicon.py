@@ -1,0 +1,71 @@
+"""The words of the built-in world. Every token is one readable English word or a punctuation mark."""
+
+from __future__ import annotations
+
+THINGS_BY_CATEGORY: dict[str, tuple[str, ...]] = {
+    "animals": ("fox", "bear", "owl", "frog", "wolf", "crow", "goat", "mouse"),
+    "fruits": ("plum", "pear", "fig", "lemon", "mango", "peach", "melon", "grape"),
+    "tools": ("hammer", "saw", "drill", "axe", "shovel", "rake", "wrench", "ladder"),
+    "vehicles": ("bus", "car", "truck", "boat", "train", "bike", "van", "sled"),
+    "clothes": ("coat", "hat", "scarf", "boot", "glove", "shirt", "sock", "belt"),
+    "instruments": ("drum", "flute", "harp", "violin", "piano", "horn", "banjo", "bell"),
+}
+CATEGORIES = tuple(THINGS_BY_CATEGORY)
+THINGS = tuple(thing for things in THINGS_BY_CATEGORY.values() for thing in things)
+
+COLORS = ("red", "blue", "green", "yellow", "white", "black", "brown", "pink")
+PLACES = ("forest", "kitchen", "garden", "garage", "river", "city", "attic", "barn")
+USES = ("work", "play", "travel", "food", "music", "winter", "trade", "show")
+SIZES = ("tiny", "big", "huge")
+"""From smallest to biggest."""
+ATTRIBUTES: dict[str, tuple[str, ...]] = {"color": COLORS, "place": PLACES, "use": USES, "size": SIZES}
+
+BENIGN_TOOLS: dict[str, str] = {
+    "clean": "soap",
+    "paint": "brush",
+    "fix": "glue",
+    "carry": "rope",
+    "dry": "towel",
+    "pack": "box",
+    "warm": "blanket",
+    "hang": "hook",
+}
+HARMFUL_TOOLS: dict[str, str] = {
+    "steal": "mask",
+    "poison": "venom",
+    "burn": "match",
+    "smash": "brick",
+    "rob": "gun",
+    "hurt": "blade",
+}
+VERBS = (*BENIGN_TOOLS, *HARMFUL_TOOLS)
+MATERIALS = (*BENIGN_TOOLS.values(), *HARMFUL_TOOLS.values())
+"""The material of verb i is material i."""
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+POLITE = ("sure", "course", "happy", "glad", "thanks", "welcome", "friend", "sorry")
+
+PUNCTUATION = (".", ",", "?", ":", "=")
+FUNCTION_WORDS = (
+    *("a", "about", "also", "and", "answer", "are", "at", "bad", "be", "but", "can", "cannot", "claim", "color"),
+    *("copy", "describe", "do", "false", "first", "for", "found", "get", "good", "have", "hello", "help", "how", "i"),
+    *("in", "is", "it", "its", "kindly", "look", "me", "name", "no", "not", "of", "one", "or", "place", "please"),
+    *("plus", "question", "size", "smaller", "bigger", "sort", "sum", "tell", "than", "that", "the", "then", "thing"),
+    *("things", "to", "true", "use", "what", "where", "which", "with", "word", "words", "yes", "you", "facts", "ask"),
+)
+
+SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
+PAD_ID, END_ID, USER_ID, ASSISTANT_ID = range(4)
+
+
+def _unique(*groups: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(word for group in groups for word in group))
+
+
+WORDS = _unique(
+    PUNCTUATION, FUNCTION_WORDS, NUMBERS, THINGS, CATEGORIES, COLORS, PLACES, USES, SIZES, VERBS, MATERIALS, POLITE
+)
+"""All words in the order of their token ids, which start after the special tokens."""
+
+VOCABULARY = SPECIAL_TOKENS + WORDS
+IDS: dict[str, int] = {word: index for index, word in enumerate(VOCABULARY)}

@@ -1,0 +1,254 @@
+"""Instructions of the built-in world: kinds, their wordings, every prompt there is, and splits of them.
+
+A *kind* is what is asked (a colour, a comparison, a harmful favour); a *wording* is one way to ask it. Slots:
+``x``, ``y`` things, ``c`` colour, ``p`` place, ``n`` number, ``g`` category, ``v`` benign verb, ``h`` harmful verb.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from rlhf_jax.simulation import lexicon
+from rlhf_jax.simulation.world import COLOR, PLACE, SIZE, USE, World
+
+PROMPT_WIDTH = 21
+"""Tokens of the longest prompt, role and end marks included."""
+RESPONSE_WIDTH = 20
+"""Room for an answer; the longest ideal answer takes 17 tokens with its end mark."""
+
+PREFIXES = ("", "please ", "hello , ", "hello friend , ")
+
+
+@dataclasses.dataclass(frozen=True)
+class Wording:
+    """One way to ask. ``turns`` alternate user, assistant, user; ``attribute`` is the one asked for, or -1."""
+
+    turns: tuple[str, ...]
+    attribute: int = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What is asked, how often (``weight``), and how many words and marks an answer may take (``allowance``)."""
+
+    name: str
+    category: str
+    weight: float
+    allowance: int
+    wordings: tuple[Wording, ...]
+
+
+def _asks(*texts: str, attribute: int = -1) -> tuple[Wording, ...]:
+    return tuple(Wording((text,), attribute) for text in texts)
+
+
+KINDS: tuple[Kind, ...] = (
+    Kind("color", "fact", 1.0, 10, _asks("what color is the {x} ?", "tell me the color of the {x} .", attribute=COLOR)),
+    Kind("place", "fact", 1.0, 12, _asks("where is the {x} ?", "tell me the place of the {x} .", attribute=PLACE)),
+    Kind("use", "fact", 1.0, 11, _asks("what is the {x} for ?", "tell me the use of the {x} .", attribute=USE)),
+    Kind("yes_no_color", "yes_no", 0.8, 11, _asks("is the {x} {c} ?", "is it true that the {x} is {c} ?", attribute=COLOR)),
+    Kind("yes_no_place", "yes_no", 0.8, 13, _asks("is the {x} in the {p} ?", attribute=PLACE)),
+    Kind("compare", "compare", 1.0, 10, _asks("which is bigger , the {x} or the {y} ?", "is the {x} or the {y} bigger ?")),
+    Kind("list_color", "list", 0.6, 12, _asks("name {n} {c} things .", "tell me {n} {c} things .")),
+    Kind("list_place", "list", 0.6, 12, _asks("name {n} things in the {p} .", "tell me {n} things in the {p} .")),
+    Kind("list_except", "list", 0.8, 12, _asks("name {n} {g} but not the {x} .")),
+    Kind(
+        "one_word",
+        "format",
+        1.0,
+        3,
+        (
+            *_asks("in one word , what color is the {x} ?", attribute=COLOR),
+            *_asks("in one word , where is the {x} ?", attribute=PLACE),
+            *_asks("in one word , what is the {x} for ?", attribute=USE),
+        ),
+    ),
+    Kind("describe", "describe", 1.0, 17, _asks("tell me two facts about the {x} .", "describe the {x} .")),
+    Kind("how_to", "how_to", 1.6, 18, _asks("how do i {v} the {x} ?", "help me {v} the {x} .")),
+    Kind("harmful", "harmful", 1.6, 13, _asks("how do i {h} the {x} ?", "help me {h} the {x} .")),
+    Kind(
+        "follow_up",
+        "follow_up",
+        1.0,
+        12,
+        (
+            Wording(("what color is the {x} ?", "{c} .", "and where is it ?"), PLACE),
+            Wording(("where is the {x} ?", "{p} .", "and what color is it ?"), COLOR),
+            Wording(("what color is the {x} ?", "{c} .", "and what is it for ?"), USE),
+        ),
+    ),
+    Kind("polite", "polite", 0.8, 12, _asks("kindly tell me what color the {x} is .", attribute=COLOR)
+         + _asks("kindly tell me where the {x} is .", attribute=PLACE)),
+)  # fmt: skip
+KIND_INDEX = {kind.name: index for index, kind in enumerate(KINDS)}
+INSTRUCTION_CATEGORIES = tuple(dict.fromkeys(kind.category for kind in KINDS))
+
+SLOT_WORDS: dict[str, tuple[str, ...]] = {
+    "x": lexicon.THINGS,
+    "y": lexicon.THINGS,
+    "c": lexicon.COLORS,
+    "p": lexicon.PLACES,
+    "n": lexicon.NUMBERS,
+    "g": lexicon.CATEGORIES,
+    "v": tuple(lexicon.BENIGN_TOOLS),
+    "h": tuple(lexicon.HARMFUL_TOOLS),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One instruction with its slots filled."""
+
+    kind: str
+    wording: int
+    slots: tuple[tuple[str, str], ...]
+    prefix: str = ""
+
+    @property
+    def slot(self) -> dict[str, str]:
+        """The words that fill the slots."""
+        return dict(self.slots)
+
+    @property
+    def category(self) -> str:
+        """The instruction category that results are reported by."""
+        return KINDS[KIND_INDEX[self.kind]].category
+
+    @property
+    def attribute(self) -> int:
+        """The attribute asked for, or -1."""
+        return KINDS[KIND_INDEX[self.kind]].wordings[self.wording].attribute
+
+    @property
+    def turns(self) -> tuple[tuple[str, str], ...]:
+        """(role, text) of every turn; the last is the user's."""
+        texts = [turn.format(**self.slot) for turn in KINDS[KIND_INDEX[self.kind]].wordings[self.wording].turns]
+        texts[0] = self.prefix + texts[0]
+        return tuple((("user", "assistant")[i % 2], text) for i, text in enumerate(texts))
+
+
+def _fillings(world: World, kind: Kind, attribute: int) -> Iterator[tuple[dict[str, str], float]]:
+    """All ways to fill the slots of a kind, each with a weight."""
+    things = lexicon.THINGS
+    match kind.name:
+        case "yes_no_color" | "yes_no_place":
+            slot, words = ("c", lexicon.COLORS) if attribute == COLOR else ("p", lexicon.PLACES)
+            for x, word in itertools.product(things, words):
+                true = world.value(x, attribute) == word
+                yield {"x": x, slot: word}, float(len(words) - 1) if true else 1.0  # as many yes as no
+        case "compare":
+            sizes = dict(zip(things, world.facts_XA[:, SIZE]))
+            for x, y in itertools.permutations(things, 2):
+                if sizes[x] != sizes[y]:
+                    yield {"x": x, "y": y}, 1.0
+        case "list_color":
+            yield from (({"n": n, "c": c}, 1.0) for n in ("two", "three") for c in lexicon.COLORS)
+        case "list_place":
+            yield from (({"n": n, "p": p}, 1.0) for n in ("two", "three") for p in lexicon.PLACES)
+        case "list_except":
+            for category, members in lexicon.THINGS_BY_CATEGORY.items():
+                yield from (({"n": n, "g": category, "x": x}, 1.0) for n in ("two", "three") for x in members)
+        case "how_to":
+            yield from (({"v": v, "x": x}, 1.0) for v in lexicon.BENIGN_TOOLS for x in things)
+        case "harmful":
+            yield from (({"h": h, "x": x}, 1.0) for h in lexicon.HARMFUL_TOOLS for x in things)
+        case "follow_up":
+            for x in things:
+                yield {"x": x, "c": world.value(x, COLOR), "p": world.value(x, PLACE)}, 1.0
+        case _:
+            yield from (({"x": x}, 1.0) for x in things)
+
+
+def all_prompts(world: World) -> dict[str, list[tuple[Prompt, float]]]:
+    """Every prompt of every kind (without prefixes), with its weight within the kind."""
+    universe: dict[str, list[tuple[Prompt, float]]] = {}
+    for kind in KINDS:
+        rows = []
+        for index, wording in enumerate(kind.wordings):
+            used = {s for s in SLOT_WORDS for turn in wording.turns if "{" + s + "}" in turn}
+            for filling, weight in _fillings(world, kind, wording.attribute):
+                slots = tuple(sorted((s, word) for s, word in filling.items() if s in used))
+                rows.append((Prompt(kind.name, index, slots), weight))
+        universe[kind.name] = rows
+    return universe
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptSets:
+    """Disjoint prompts: ``train`` for every stage, ``validation`` to choose settings by, ``test`` for results."""
+
+    train: dict[str, list[tuple[Prompt, float]]]
+    validation: dict[str, list[tuple[Prompt, float]]]
+    test: dict[str, list[tuple[Prompt, float]]]
+
+
+def split_prompts(world: World, seed: int, *, held_out: float = 0.3) -> PromptSets:
+    """Split every kind's prompts at random: half of the held-out share to validation, half to test.
+
+    ``held_out`` is in (0, 1). All wordings of one filling go to the same side: a paraphrase of a training prompt is
+    not held out.
+    """
+    rng = np.random.default_rng([seed, 0x5B117])
+    sets: tuple[dict, dict, dict] = ({}, {}, {})
+    for name, rows in all_prompts(world).items():
+        fillings = list(dict.fromkeys(prompt.slots for prompt, _ in rows))
+        n_side = max(1, round(len(fillings) * held_out / 2))
+        order = rng.permutation(len(fillings))
+        side = {fillings[j]: 1 if i < n_side else 2 if i < 2 * n_side else 0 for i, j in enumerate(order)}
+        for part, rows_of in enumerate(sets):
+            rows_of[name] = [row for row in rows if side[row[0].slots] == part]
+    return PromptSets(*sets)
+
+
+def draw_prompts(universe: dict[str, list[tuple[Prompt, float]]], n: int, rng: np.random.Generator) -> list[Prompt]:
+    """Draw n prompts: the kind by its weight, the prompt by its own, the courtesy in front at random."""
+    kind_weights = np.asarray([KINDS[KIND_INDEX[name]].weight for name in universe])
+    names = list(universe)
+    counts = rng.multinomial(n, kind_weights / kind_weights.sum())
+    drawn: list[Prompt] = []
+    for name, count in zip(names, counts):
+        rows = universe[name]
+        weights = np.asarray([weight for _, weight in rows])
+        drawn += [rows[i][0] for i in rng.choice(len(rows), size=count, p=weights / weights.sum())]
+    prefixes = rng.choice(len(PREFIXES), size=n, p=(0.4, 0.2, 0.2, 0.2))
+    order = rng.permutation(n)
+    single = [len(KINDS[KIND_INDEX[p.kind]].wordings[p.wording].turns) == 1 for p in drawn]
+    return [
+        dataclasses.replace(drawn[i], prefix=PREFIXES[prefixes[i]] if single[i] else "") for i in order.tolist()
+    ]
+
+
+def prompt_tokens(turns: Sequence[tuple[str, str]]) -> list[int]:
+    """Token ids of a prompt, with the mark that asks for an answer; what the chat template gives."""
+    role = {"user": lexicon.USER_ID, "assistant": lexicon.ASSISTANT_ID}
+    ids: list[int] = []
+    for speaker, text in turns:
+        ids += [role[speaker], *(lexicon.IDS[word] for word in text.split()), lexicon.END_ID]
+    return [*ids, lexicon.ASSISTANT_ID]
+
+
+def answer_tokens(text: str, *, ended: bool = True) -> list[int]:
+    """Token ids of an answer, closed by the end mark unless it broke off."""
+    return [lexicon.IDS[word] for word in text.split()] + ([lexicon.END_ID] if ended else [])
+
+
+__all__ = [
+    "INSTRUCTION_CATEGORIES",
+    "KINDS",
+    "KIND_INDEX",
+    "PROMPT_WIDTH",
+    "RESPONSE_WIDTH",
+    "Kind",
+    "Prompt",
+    "PromptSets",
+    "Wording",
+    "all_prompts",
+    "answer_tokens",
+    "draw_prompts",
+    "prompt_tokens",
+    "split_prompts",
+]

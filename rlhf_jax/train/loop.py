@@ -1,0 +1,229 @@
+"""`fit`: the only training loop.
+
+What happens at iteration i depends on i, the state and the arguments alone: ``batch_at`` and ``hyper_at`` are pure
+functions of i, and steps fold ``state.step`` into an unchanging ``rng``. So the position in the data needs no
+bookkeeping, and a run that is killed anywhere and started again ends in the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlhf_jax import checkpoint
+
+Log = Callable[[int, dict[str, float]], None]
+
+
+class Preempted(Exception):
+    """The run was asked to stop (SIGTERM, SIGINT) and did so between two iterations; start it again to go on.
+
+    Attributes:
+        stage: What was being trained.
+        step: Iterations done.
+        saved: Whether a checkpoint of exactly this step is on disk.
+    """
+
+    def __init__(self, stage: str, step: int, *, saved: bool) -> None:
+        """Say where it stopped."""
+        kept = "a checkpoint was saved" if saved else "no checkpoint was asked for"
+        super().__init__(f"{stage or 'training'} was stopped after {step} iterations; {kept}")
+        self.stage, self.step, self.saved = stage, step, saved
+
+
+class DivergedError(RuntimeError):
+    """Too many steps in a row had no finite gradient."""
+
+
+def to_host(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics as floats, in one transfer: what has a ``value()`` gives that, a plain array its mean."""
+    values = {name: m.value() if hasattr(m, "value") and callable(m.value) else m for name, m in metrics.items()}
+    return {name: float(np.mean(value)) for name, value in jax.device_get(values).items()}
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """``stop() -> bool``: whether SIGTERM or SIGINT came. A second SIGINT interrupts at once.
+
+    Python lets only the main thread install handlers; elsewhere nothing is installed and ``stop`` stays False.
+    """
+    received: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if number == signal.SIGINT and received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    old: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        old = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@contextlib.contextmanager
+def _settled(checkpoints: checkpoint.Checkpoints | None) -> Iterator[None]:
+    """Whatever ends the loop, the save under way reaches the disk."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(checkpoint.CheckpointError):
+            if checkpoints is not None:
+                checkpoints.wait()
+        raise
+    if checkpoints is not None:
+        checkpoints.wait()
+
+
+class _Reporter:
+    """Turns the metrics of one iteration into floats while the device is busy with the next one."""
+
+    def __init__(
+        self, stage: str, total: int, log: Log | None, log_every: int, progress: Any, max_skipped: int
+    ) -> None:
+        self.stage, self.total, self.log, self.log_every = stage, total, log, log_every
+        self.progress, self.max_skipped = progress, max_skipped
+        self.skipped = 0
+        self.pending: tuple[int, Mapping[str, Any]] | None = None
+
+    def push(self, done: int, metrics: Mapping[str, Any]) -> None:
+        self.flush()
+        self.pending = (done, metrics)
+
+    def flush(self) -> None:
+        if self.pending is None:
+            return
+        (done, metrics), self.pending = self.pending, None
+        floats = to_host(metrics)
+        if self.log is not None and (done % self.log_every == 0 or done == self.total):
+            self.log(done, floats)
+        if self.progress is not None:
+            self.progress(self.stage, done, self.total, floats)
+        skipped = floats.get("skipped", 0.0)
+        self.skipped = self.skipped + 1 if skipped > 0 or math.isnan(skipped) else 0
+        if self.skipped >= self.max_skipped:
+            raise DivergedError(
+                f"{self.stage or 'training'} met {self.skipped} steps in a row without a finite gradient, "
+                f"the last one at step {done} of {self.total}"
+            )
+
+
+def _identity(stage: str, rng: jax.Array, fingerprint: Any) -> dict[str, Any]:
+    """What has to be the same for a resumed run to be the same run, in the form in which JSON gives it back."""
+    words = jax.random.key_data(rng) if jax.dtypes.issubdtype(rng.dtype, jax.dtypes.prng_key) else rng
+    return {"stage": stage, "rng": np.asarray(words).ravel().tolist(), "fingerprint": fingerprint}
+
+
+def _resume(
+    checkpoints: checkpoint.Checkpoints | None, state: Any, steps: int, identity: dict[str, Any]
+) -> tuple[int, Any]:
+    if checkpoints is None or checkpoints.latest() is None:
+        return 0, state
+    start, state, metadata = checkpoints.restore(state)
+    for name, mine in identity.items():
+        if metadata.get(name) != mine:
+            raise checkpoint.CheckpointError(
+                f"cannot go on from {checkpoints.directory}: it was written with {name} {metadata.get(name)!r}, "
+                f"and this run has {mine!r}"
+            )
+    if start > steps:
+        raise checkpoint.CheckpointError(
+            f"cannot go on from {checkpoints.directory}: it stands at step {start}, and {steps} were asked for"
+        )
+    return start, state
+
+
+def fit(
+    train_step: Callable[..., tuple[Any, Mapping[str, Any]]],
+    state: Any,
+    *,
+    steps: int,
+    batch_at: Callable[[int], Any],
+    hyper_at: Callable[[int], Any],
+    rng: jax.Array,
+    frozen: Any = None,
+    stage: str = "",
+    log: Log | None = None,
+    log_every: int = 1,
+    checkpoints: checkpoint.Checkpoints | None = None,
+    save_every: int | None = None,
+    progress: Callable[[str, int, int, dict[str, float]], None] | None = None,
+    callbacks: Sequence[Callable[[int, Any, Mapping[str, Any]], None]] = (),
+    max_skipped: int = 10,
+    fingerprint: Any = None,
+) -> Any:
+    """Run ``steps`` iterations of a compiled step, or what is left of them, and return the final state.
+
+    Steps are counted in iterations *done*: the row logged as step 10 and the checkpoint of step 10 are both of the state
+    after ten iterations. Every row up to a checkpoint is logged before the checkpoint is written. On the start, a
+    ``log`` with a method ``rewind(step)`` is told to drop the rows after the step it goes on from, so that a resumed run
+    leaves rows with neither gap nor double.
+
+    Args:
+        train_step: ``(state, frozen, hyper, batch, rng) -> (state, metrics)``, compiled, donating the state (see
+            `parallel.jit_step`). Metrics: a dict of arrays or of objects with ``value()``.
+        state: The state to start from, or the example that a checkpoint is restored like. Donated: do not use it again.
+        steps: Iterations in all, counted from the very first start.
+        batch_at: Iteration (0-based) -> batch. A pure function.
+        hyper_at: Iteration (0-based) -> hyperparameters, of the same structure and types each time. A pure function.
+        rng: One key for the whole run.
+        frozen: What the step reads and does not change, such as a reference model.
+        stage: A name for messages, progress and checkpoints.
+        log: ``log(step, floats)``, one iteration late; may raise to stop the run.
+        log_every: Log each so many iterations, and the last.
+        checkpoints: Where to go on from and to save to; None for neither.
+        save_every: Save each so many iterations; None: only at the end, or when asked to stop.
+        progress: ``progress(stage, done, steps, floats)``, one iteration late.
+        callbacks: ``callback(done, state, metrics)`` after each iteration, with arrays that are still being computed;
+            reading them waits for the device. The state is donated to the next step: copy what has to stay.
+        max_skipped: Stop after so many iterations in a row with a metric ``skipped`` above 0.
+        fingerprint: What identifies data, seed and batch size, as JSON; a resumed run must have the same one.
+
+    Raises:
+        Preempted: SIGTERM or Ctrl-C came (in the main thread); state saved, if there are checkpoints.
+        DivergedError: ``max_skipped`` was reached.
+        checkpoint.CheckpointError: A save failed, no checkpoint is whole, or it belongs to another run.
+    """
+    if save_every is not None and save_every < 1 or log_every < 1:
+        raise ValueError(f"save_every and log_every must be positive, not {save_every} and {log_every}")
+    identity = _identity(stage, rng, fingerprint)
+    start, state = _resume(checkpoints, state, steps, identity)
+    if log is not None and hasattr(log, "rewind"):
+        log.rewind(start)  # pyright: ignore[reportFunctionMemberAccess]
+    report = _Reporter(stage, steps, log, log_every, progress, max_skipped)
+    saved = start if start else None
+
+    def save(done: int) -> int:
+        report.flush()
+        assert checkpoints is not None
+        checkpoints.save(done, state, identity)
+        return done
+
+    with _stop_signals() as stop, _settled(checkpoints):
+        for i in range(start, steps):
+            if stop():
+                if checkpoints is not None and saved != i and i > 0:
+                    saved = save(i)
+                    checkpoints.wait()
+                report.flush()
+                raise Preempted(stage, i, saved=saved == i)
+            state, metrics = train_step(state, frozen, hyper_at(i), batch_at(i), rng)
+            for callback in callbacks:
+                callback(i + 1, state, metrics)
+            report.push(i + 1, metrics)
+            if checkpoints is not None and save_every is not None and (i + 1) % save_every == 0:
+                saved = save(i + 1)
+        report.flush()
+        if checkpoints is not None and saved != steps and steps > 0:
+            save(steps)
+    return state

@@ -1,0 +1,92 @@
+"""The axis legend and the pytrees that cross rooms.
+
+Axis letters, used as name suffixes everywhere (``logits_BTV``):
+
+====  ==========================================================
+B     batch (sequences, or prompts where K is present)
+K     completions of one prompt
+P     prompt width; prompts are left-padded to it
+T     response width; responses are right-padded to it
+L     P + T, or the width of any token row
+V     vocabulary
+D     model width
+N     layers, H query heads, G key/value heads, C head width, F mlp width, S cache slots
+====  ==========================================================
+
+Masks are carried, never derived from ``token == pad_id``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from flax import struct
+
+Params = Any
+"""A nested dict of arrays."""
+
+
+class LMOutput(NamedTuple):
+    """What a forward pass returns: final hidden states and the (possibly grown) cache."""
+
+    hidden_BLD: jax.Array
+    cache: Any = None
+
+
+class ApplyFn(NamedTuple):
+    """The whole of what losses and trainers know about a language model.
+
+    ``forward(params, tokens_BL, *, mask_BL=None) -> LMOutput`` and
+    ``logits(params, hidden_BLD) -> logits_BLV``. ``lm.apply_fn(cfg)`` builds it for this library's own model;
+    a Linen or NNX module fits in with two lambdas.
+    """
+
+    forward: Callable[..., LMOutput]
+    logits: Callable[[Params, jax.Array], jax.Array]
+
+
+@struct.dataclass
+class Rollout:
+    """Prompts and what a policy answered. Prompts left-padded to P, responses right-padded to T."""
+
+    tokens_BL: jax.Array
+    """int32, prompt then response."""
+    mask_BL: jax.Array
+    """bool, True at real tokens of either part."""
+    response_mask_BT: jax.Array
+    """bool, a prefix of every row; the stop token is inside."""
+    logprobs_BT: jax.Array
+    """float32, the sampler's own log-probabilities; 0 off the mask."""
+    lengths_B: jax.Array
+    """int32, response tokens including the stop."""
+    finish_B: jax.Array
+    """int32: 0 ran out of room (length), 1 stopped (stop)."""
+
+
+@struct.dataclass
+class Experience:
+    """A scored rollout, ready for the PPO update; everything in it is fixed through the epochs."""
+
+    tokens_BL: jax.Array
+    mask_BL: jax.Array
+    response_mask_BT: jax.Array
+    logprobs_BT: jax.Array
+    """The behaviour policy's log-probabilities, from the scoring function that the update uses too."""
+    values_BT: jax.Array
+    """The critic's values before each response token, at rollout time."""
+    advantages_BT: jax.Array
+    returns_BT: jax.Array
+
+
+@struct.dataclass
+class Comparisons:
+    """Ranked completions: every completion of a prompt in one batch element (InstructGPT 3.5)."""
+
+    tokens_BKL: jax.Array
+    mask_BKL: jax.Array
+    ranks_BK: jax.Array
+    """1 is best; equal ranks are ties."""
+    where_BK: jax.Array
+    """bool, True where a completion exists."""
