@@ -13,6 +13,7 @@ for their digest.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -28,7 +29,6 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 _STEP = re.compile(r"step_(\d+)")
-_FORMAT = 1
 
 
 class CheckpointError(RuntimeError):
@@ -43,7 +43,7 @@ class _DamagedError(Exception):
 
 
 def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _dtype_name(leaf: Any) -> str:
@@ -70,6 +70,12 @@ def _host(array: jax.Array | np.ndarray) -> np.ndarray:
     if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)
+
+
+def _meet(where: str) -> None:
+    """Process 0 changes the folder; the others may look at it only afterwards."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"rlhf_jax.checkpoint.{where}")
 
 
 def _digest(array: jax.Array | np.ndarray) -> str:
@@ -109,15 +115,14 @@ def _describe(state: Any, metadata: dict[str, Any]) -> tuple[dict[str, Any], dic
     arrays, entries = {}, []
     for index, (path, leaf) in enumerate(zip(paths, leaves)):
         array = _as_array(leaf, path)
-        entry = {"path": path, "shape": list(np.shape(leaf)), "dtype": _dtype_name(leaf), "sha256": _digest(array)}
-        entry["stored"] = {"shape": list(array.shape), "dtype": str(array.dtype)}
-        if _is_key(leaf):
-            entry["prng"] = str(jax.random.key_impl(leaf))
-        entries.append(entry)
+        stored = {"shape": list(array.shape), "dtype": str(array.dtype)}
+        prng = {"prng": str(jax.random.key_impl(leaf))} if _is_key(leaf) else {}
+        entry = {"path": path, "shape": list(np.shape(leaf)), "dtype": _dtype_name(leaf), "stored": stored}
+        entries.append(entry | {"sha256": _digest(array)} | prng)
         if array.size:  # Orbax refuses empty arrays; shape and dtype say all there is to know of one
             arrays[_name(index)] = array
     skeleton = _skeleton(treedef, len(leaves))
-    body = json.dumps({"format": _FORMAT, "leaves": entries, "skeleton": skeleton, "metadata": metadata})
+    body = json.dumps({"leaves": entries, "skeleton": skeleton, "metadata": metadata})
     return arrays, {"body": body, "sha256": hashlib.sha256(body.encode()).hexdigest()}
 
 
@@ -141,8 +146,8 @@ def _read_manifest(checkpointer: Any, path: epath.Path) -> dict[str, Any]:
 def _check_like(manifest: dict[str, Any], paths: list[str], leaves: list[Any], where: str) -> None:
     saved = [entry["path"] for entry in manifest["leaves"]]
     if saved != paths:
-        missing, extra = sorted(set(saved) - set(paths)), sorted(set(paths) - set(saved))
-        what = f"only in the checkpoint: {missing[:3]}; only in what was asked for: {extra[:3]}"
+        missing, extra = sorted(set(saved) - set(paths))[:3], sorted(set(paths) - set(saved))[:3]
+        what = f"only in the checkpoint: {missing}; only in what was asked for: {extra}"
         raise CheckpointError(f"{where} holds another state than the one asked for ({what})")
     for entry, leaf in zip(manifest["leaves"], leaves):
         shape, dtype = list(np.shape(leaf)), _dtype_name(leaf)
@@ -184,7 +189,7 @@ def _finish_leaf(array: Any, entry: dict[str, Any], leaf: Any) -> Any:
 
 
 def _read(checkpointer: Any, path: epath.Path, like: Any) -> tuple[Any, dict[str, Any]]:
-    """``(state, metadata)``; `_DamagedError` where the disk is at fault, `CheckpointError` where ``like`` does not fit."""
+    """``(state, metadata)``; `_DamagedError` if the disk is at fault, `CheckpointError` if ``like`` does not fit."""
     manifest = _read_manifest(checkpointer, path)
     entries = manifest["leaves"]
     if like is None:
@@ -329,7 +334,7 @@ class Checkpoints:
             self._restored = candidate
             return candidate, state, metadata
         why = "; ".join(reasons) or "it is empty or not there"
-        raise CheckpointError(f"no checkpoint to restore in {self.directory}: {why}")
+        raise CheckpointError(f"there is no checkpoint to restore in {self.directory}: {why}")
 
     def wait(self) -> None:
         """Return when the save under way is on disk; old steps beyond ``keep`` are removed then."""
@@ -361,10 +366,8 @@ class Checkpoints:
     def _drop(self) -> None:
         checkpointer, self._checkpointer = self._checkpointer, None
         if checkpointer is not None:
-            try:
+            with contextlib.suppress(Exception):  # `wait` has told what was wrong
                 checkpointer.close()
-            except Exception as error:  # told already by wait, or on the way out
-                del error
 
     def _prepare(self, step: int) -> None:
         """Make the directory, and clear away what a killed process left half written."""
@@ -378,6 +381,7 @@ class Checkpoints:
             raise CheckpointError(f"cannot save step {step} in {self.directory}: {_first_line(error)}") from error
 
         self._prepared = True
+        _meet("prepare")
 
     def _remove(self, steps: list[int]) -> None:
         for step in steps if jax.process_index() == 0 else []:
@@ -385,6 +389,7 @@ class Checkpoints:
                 self._path(step).rmtree()
             except OSError as error:
                 raise CheckpointError(f"cannot remove the old {self._path(step)}: {_first_line(error)}") from error
+        _meet("remove")
 
 
 def save_params(path: str | os.PathLike[str], params: Any, metadata: dict[str, Any] | None = None) -> None:

@@ -12,8 +12,8 @@ import jax
 class JitStep:
     """A compiled train step that counts how often it was traced.
 
-    Call it as the step it wraps. ``traces`` stays 1 while shapes, dtypes and the structure of the arguments do; it grows
-    where a hyperparameter became static or a batch changed its width, which is what makes a run compile again and again.
+    Call it as the step it wraps. ``traces`` stays 1 while the arguments keep their shapes, dtypes and structure; it
+    grows where a hyperparameter became static or a batch changed its width, and each time means compiling again.
     """
 
     def __init__(self, train_step: Callable[..., Any], *, donate_argnums: tuple[int, ...] = (0,)) -> None:

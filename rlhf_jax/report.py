@@ -30,48 +30,68 @@ STAGES = {
 
 
 class Metric(NamedTuple):
-    """How a logged metric is drawn; minor ones lie in a closed section."""
+    """How a logged metric is drawn: name, axis with its unit, how to read it; minor ones lie in a closed part."""
 
+    name: str
     ylabel: str
     caption: str
     minor: bool = False
 
 
 METRICS = {
-    "loss": Metric("Loss (nats)", "Lower is better; the faint line is the batch, the strong one a running mean."),
+    "loss": Metric("Loss", "Nats", "Lower is better; the faint line is the batch, the strong one a running mean."),
     "accuracy": Metric(
-        "Accuracy (share)", "Share of targets that the model ranks or predicts right; higher is better."
+        "Accuracy", "Share", "Share of targets that the model predicts or ranks right; higher is better."
     ),
-    "reward": Metric("Reward-model score", "What PPO is trained to raise; it should climb and then level off."),
+    "reward": Metric("Reward", "Reward-model score", "What PPO is trained to raise; it climbs and then levels off."),
     "gold": Metric(
-        "Gold utility", "What the score stands for; where it falls while the score climbs, the policy games the model."
+        "Gold",
+        "Gold utility",
+        "What the score stands for; where it falls while the score climbs, the policy games the reward model.",
     ),
     "kl": Metric(
-        "KL from the reference (nats per answer)",
+        "KL from the reference",
+        "Nats per answer",
         "How far the policy has moved from where it started; growth without a bound means too weak a penalty.",
     ),
     "pretraining_loss": Metric(
-        "Pretraining loss (nats per token)", "A rise is what the policy forgets of its pretraining; PPO-ptx holds it."
+        "Pretraining loss",
+        "Nats per token",
+        "A rise is what the policy forgets of its pretraining text; PPO-ptx is there to hold it.",
     ),
-    "length": Metric("Answer length (tokens)", "A steady climb beside the score hints at reward for length alone."),
-    "entropy": Metric("Entropy (nats per token)", "How open the policy's choice is; a fall to 0 is a collapse."),
+    "length": Metric("Answer length", "Tokens", "A steady climb beside the score hints at reward for length alone."),
+    "entropy": Metric("Entropy", "Nats per token", "How open the policy's choice is; a fall to 0 is a collapse."),
     "explained_variance": Metric(
-        "Explained variance of returns", "1 is a perfect critic, 0 one no better than a constant.", minor=True
+        "Explained variance", "Share", "1 is a perfect critic, 0 one no better than a constant.", minor=True
     ),
-    "value_loss": Metric("Value loss", "The critic's squared error; it should fall early and stay low.", minor=True),
-    "policy_loss": Metric("Policy loss", "The clipped surrogate; it hovers a little below 0.", minor=True),
+    "value_loss": Metric(
+        "Value loss", "Squared score", "The critic's error; it falls early and then stays low.", minor=True
+    ),
+    "policy_loss": Metric("Policy loss", "Clipped surrogate", "It hovers around 0 or a little below.", minor=True),
     "clip_fraction": Metric(
-        "Clipped tokens (share)", "Above about 0.3 the steps are too large for the clip.", minor=True
+        "Clipped tokens", "Share", "Above about 0.3 the steps are too large for the clip.", minor=True
     ),
-    "approx_kl": Metric(
-        "KL of one update (nats per token)", "How far one round of epochs moves the policy.", minor=True
-    ),
+    "approx_kl": Metric("KL of an update", "Nats per token", "How far one update moves the policy.", minor=True),
     "ratio_max": Metric(
-        "Largest probability ratio", "Near 1 at the first update; spikes mean stale or mismatched samples.", minor=True
+        "Largest probability ratio",
+        "New over old probability",
+        "Spikes mean too large a step, or samples that the policy being trained did not write.",
+        minor=True,
     ),
-    "kl_coef": Metric("KL coefficient", "The strength of the penalty; constant unless it is adapted.", minor=True),
-    "grad_norm": Metric("Gradient norm", "Before clipping; spikes come before divergence.", minor=True),
-    "learning_rate": Metric("Learning rate", "The schedule as it was run.", minor=True),
+    "stopped": Metric(
+        "Finished answers", "Share", "Answers that end by themselves instead of being cut off.", minor=True
+    ),
+    "sampler_gap": Metric(
+        "Sampler against trainer",
+        "Largest gap (nats)",
+        "Between the two log-probabilities of one token; anything but rounding is a bug.",
+        minor=True,
+    ),
+    "kl_coef": Metric(
+        "KL coefficient", "Score per nat", "The strength of the penalty; flat if not adapted.", minor=True
+    ),
+    "grad_norm": Metric("Gradient norm", "Norm", "Before clipping; spikes come before divergence.", minor=True),
+    "learning_rate": Metric("Learning rate", "Rate", "The schedule as it was run.", minor=True),
 }
 
 
@@ -126,10 +146,9 @@ def render(
     import markupsafe
 
     sections = [
-        Section("Preference", _preference(results)),
+        Section("Preference", _preference(results) + _categories(results)),
         Section("Reward model", _calibration(results), reward_model_rows(results)),
         Section("Score against KL", _frontiers(results, metrics)),
-        Section("By category of prompt", _categories(results)),
         Section("Alignment tax", _tax(results)),
         Section("Truthfulness and harm", _conduct(results)),
         *(Section(f"Learning curves: {name}", figures) for name, figures in learning_curves(metrics)),
@@ -147,7 +166,7 @@ def render(
         facts=results_lib.run_facts(results),
         table_main=table(results, results_lib.columns(results)),
         table_other=table(results, results_lib.other_columns(results)),
-        table_note="Below a number: its 95 % interval. KL is from the policy that RL started from.",
+        table_note=_table_note(results),
         sections=sections,
         dropped=None if dropped is None else [(reason, n) for reason, n in dropped.items() if n],
         transcripts=chosen,
@@ -171,6 +190,15 @@ def table(results: Mapping[str, Any], columns: Sequence[results_lib.Column]) -> 
         for p in results_lib.policies(results)
     ]
     return {"head": ["Policy", *(c.title for c in columns)], "rows": rows if columns else []}
+
+
+def _table_note(results: Mapping[str, Any]) -> str:
+    note = "Where a second line stands below a number, it is the 95 % interval. KL is from the policy RL started from."
+    best = results_lib.finite(results.get("best_possible_gold"))
+    if best is not None:
+        note += f" The best possible gold utility is {results_lib.format_number(best.mean, digits=3)}"
+        note += "; gap closed is the share of the way to it." if results.get("gap_closed") else "."
+    return note
 
 
 def _css(policy: str) -> str:
@@ -223,7 +251,7 @@ def _frontiers(results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]])
     for key, (ylabel, name) in names.items():
         curves = [pair for s in stages if (pair := plots.paired(metrics, s, key))]
         svg = plots.frontier(results, curves, key, ylabel=ylabel)
-        higher = "Higher at the same KL is better; a curve that bends down has over-optimised the reward model"
+        higher = "Higher at the same KL is better; where a curve turns down, the reward model is over-optimised"
         straight = "A straight line is reward that grows as the square root of the KL" + _straightness(curves)
         found.append((svg, name, (straight if key == "reward" else higher) + "."))
     return _figures(*found)
@@ -284,7 +312,7 @@ def _group_curves(metrics: Sequence[Mapping[str, Any]], stages: Sequence[str]) -
         curves = [c for s in stages if (c := plots.curve(records[s], s, name))]
         if curves:
             svg = plots.learning_curve(curves, ylabel=m.ylabel)
-            found.append(Figure(svg, name.replace("_", " ").capitalize(), m.caption, m.minor))
+            found.append(Figure(svg, m.name, m.caption, m.minor))
     return found
 
 

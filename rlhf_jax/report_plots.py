@@ -11,7 +11,7 @@ import io
 import math
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -38,18 +38,16 @@ COLORS = {
     "reward_model": ("#a88400", "#e0b934"),
     "other": ("#5d52a3", "#a79df0"),
 }
+LINES = {"sft_mix": (0, (5, 1.5))}  # its blue is SFT's, lighter
 MARKERS = {"base": "o", "sft": "s", "sft_mix": "D", "ppo": "^", "ppo_ptx": "v", "best_of_n": "P"}
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "rlhf_jax",  # the same numbers give the same bytes
     "text.parse_math": False,  # a dollar sign in a category's name is a dollar sign
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
     "axes.labelsize": 8.5,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
     "axes.edgecolor": COLORS["soft"][0],
     "axes.labelcolor": COLORS["ink"][0],
     "axes.linewidth": 0.7,
@@ -87,17 +85,17 @@ def color(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _axes(out: list[str], *, height: float = 2.6, width: float = WIDTH, rows: Sequence[float] = (1,)):
+def _axes(out: list[str], *, height: float, rows: Sequence[float] = (1,)) -> Iterator[list[Axes]]:
     """Axes to draw on, stacked with the given relative heights; at the end the figure's SVG is put into ``out``."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False, height_ratios=list(rows))[:, 0]
-        yield axes if len(rows) > 1 else axes[0]
+        yield list(axes)
         out.append(_svg(figure))
 
 
@@ -108,21 +106,26 @@ def _svg(figure: Figure) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
-    # Nobody points at a group's id. Markers and clip paths are pointed at: in a page their ids must not meet those of
-    # another figure, which might lie in a closed section.
-    text = re.sub(r'<g id="[^"]*">', "<g>", text)
+    # Two figures may hold the same marker or clip path under one id; in a page the ids must differ, for one of the two
+    # figures might lie in a closed section.
     prefix = f"f{zlib.crc32(text.encode()):08x}"
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", text)
-    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
-    text = re.sub(r" font-family: [^;\"]*;?", "", text)
-    text = re.sub(r"(\d+\.\d\d)\d+", r"\1", text)
-    names = {light: f"var(--{name})" for name, (light, _) in COLORS.items()}
-    text = re.sub(r"#[0-9a-f]{6}\b", lambda found: names.get(found.group(), found.group()), text)
+    text = re.sub(r"<[^>]*>", lambda tag: _tag(tag.group(), prefix=prefix), text)
     size = re.search(r'<svg [^>]*?viewBox="0 0 ([\d.]+) ([\d.]+)"[^>]*>', text)
     assert size is not None, "matplotlib wrote an SVG without a viewBox"
     width, height = size.groups()
     opening = f'<svg role="img" viewBox="0 0 {width} {height}" style="max-width: {1.4 * float(width):.0f}px">'
     return opening + text[size.end() :]
+
+
+def _tag(tag: str, *, prefix: str) -> str:
+    """One tag of an SVG, made ready for a page. What stands between tags is text, and stays as it is."""
+    if tag.startswith("<g id="):
+        return "" if tag.endswith("/>") else "<g>"  # nobody points at a group
+    tag = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", tag).replace("xlink:href", "href")
+    tag = re.sub(r' xmlns(:\w+)?="[^"]*"| font-family: [^;"]*;?', "", tag)
+    tag = re.sub(r"(\d+\.\d\d)\d+", r"\1", tag)
+    names = {light: f"var(--{name})" for name, (light, _) in COLORS.items()}
+    return re.sub(r"#[0-9a-f]{6}\b", lambda found: names.get(found.group(), found.group()), tag)
 
 
 def win_rates(results: Mapping[str, Any]) -> str | None:
@@ -136,7 +139,7 @@ def win_rates(results: Mapping[str, Any]) -> str | None:
     if not rows:
         return None
     out: list[str] = []
-    with _axes(out, height=0.9 + 0.42 * len(rows)) as ax:
+    with _axes(out, height=0.9 + 0.42 * len(rows)) as (ax,):
         ax.axvline(50, color=color("soft"), linewidth=1, linestyle=(0, (4, 3)))
         ax.set_xlim(0, 100)
         for row, policy in enumerate(rows):
@@ -158,15 +161,15 @@ def by_policy(results: Mapping[str, Any], key: str, *, xlabel: str, scale: float
     if not rows:
         return None
     out: list[str] = []
-    with _axes(out, height=0.75 + 0.27 * len(rows)) as ax:
+    with _axes(out, height=0.75 + 0.27 * len(rows)) as (ax,):
         start = found.get("sft")
         if start is not None:
             ax.axvline(scale * start.mean, color=color("sft"), linewidth=0.9, linestyle=(0, (4, 3)))
         for row, policy in enumerate(rows):
             it = found[policy]
             if it is not None:
-                _point(ax, it, row, policy, scale=scale, digits=1 if scale == 100 else 3)
-        ax.margins(x=0.16)
+                _point(ax, it, row, policy, scale=scale)
+        ax.margins(x=0.08)
         _policy_rows(ax, rows)
         ax.set_xlabel(xlabel)
     return out[0]
@@ -182,7 +185,7 @@ def categories(results: Mapping[str, Any]) -> str | None:
         return None
     out: list[str] = []
     bar = 0.8 / len(shown)
-    with _axes(out, width=5.4, height=0.9 + (0.12 + 0.15 * len(shown)) * len(names)) as ax:
+    with _axes(out, height=0.9 + (0.12 + 0.15 * len(shown)) * len(names)) as (ax,):
         for i, policy in enumerate(shown):
             for row, name in enumerate(names):
                 it = table[policy].get(name)
@@ -211,6 +214,8 @@ def calibration(results: Mapping[str, Any]) -> str | None:
     found = [b for b in bins if results_lib.finite(b.get("gap")) and results_lib.finite(b.get("accuracy"))]
     if not found:
         return None
+    from rlhf_jax.diagnostics import intervals  # here, for it imports scipy
+
     gap, accuracy = (np.array([float(b[key]) for b in found]) for key in ("gap", "accuracy"))
     counts = [results_lib.finite(b.get("count")) for b in found]
     out: list[str] = []
@@ -220,7 +225,7 @@ def calibration(results: Mapping[str, Any]) -> str | None:
         top.plot(x, 100 / (1 + np.exp(-x)), color=color("soft"), linestyle=(0, (4, 3)), label="perfectly calibrated")
         for g, a, count in zip(gap, accuracy, counts):
             if count is not None and count.mean > 0:
-                bounds = wilson(a, count.mean)
+                bounds = intervals.wilson(round(a * count.mean), round(count.mean))
                 top.plot([g, g], [100 * b for b in bounds], color=color("reward_model"), linewidth=1)
         top.plot(gap, 100 * accuracy, "o", color=color("reward_model"), markersize=5, label="reward model")
         top.set_ylabel("Accuracy (%)")
@@ -241,36 +246,28 @@ def calibration(results: Mapping[str, Any]) -> str | None:
     return out[0]
 
 
-def wilson(share: float, n: float, *, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of n independent trials."""
-    center = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return center - half, center + half
-
-
 def curve(records: Iterable[Mapping[str, Any]], stage: str, name: str) -> Curve | None:
     """The finite values of one metric of one stage, or None where there are none."""
-    found = [(r["step"], r[name]) for r in records if r.get("stage") == stage and r.get(name) is not None]
-    if not found:
-        return None
-    points = np.array(found, dtype=float)
-    points = points[np.isfinite(points).all(axis=1)]
+    found = [
+        (results_lib.finite(r.get("step")), results_lib.finite(r.get(name))) for r in records if r.get("stage") == stage
+    ]
+    points = np.array([(step.mean, y.mean) for step, y in found if step and y], dtype=float)
     return Curve(stage, points[:, 0], points[:, 1]) if len(points) else None
 
 
-def learning_curve(curves: Sequence[Curve], *, ylabel: str, title: str = "") -> str:
+def learning_curve(curves: Sequence[Curve], *, ylabel: str) -> str:
     """Curves over training steps: the logged values faint, their running mean strong."""
     out: list[str] = []
-    with _axes(out, height=2.3) as ax:
+    with _axes(out, height=2.3) as (ax,):
         for c in curves:
             x, y = thin(c.x), thin(c.y)
             smooth = running_mean(y, width=max(1, len(y) // 20))
             if len(y) >= 20:
                 ax.plot(x, y, color=color(c.stage), alpha=0.3, linewidth=0.8)
             marker = "o" if len(y) == 1 else None
-            ax.plot(x, smooth, color=color(c.stage), marker=marker, label=results_lib.label(c.stage))
+            style = LINES.get(c.stage, "-")
+            ax.plot(x, smooth, color=color(c.stage), ls=style, marker=marker, label=results_lib.label(c.stage))
         ax.set(xlabel="Step", ylabel=ylabel)
-        ax.set_title(title)
         ax.grid(axis="y")
         if len(curves) > 1:
             _legend(ax)
@@ -281,7 +278,7 @@ def frontier(results: Mapping[str, Any], curves: Sequence[tuple[Curve, Curve]], 
     """A score against the square root of the KL spent for it, along each RL run, with best-of-n to compare with.
 
     Args:
-        results: for ``best_of_n_curve`` and, for gold, ``best_possible_gold``.
+        results: for the best-of-n line.
         curves: (KL, score) of each run.
         key: "reward" or "gold".
         ylabel: name of the score, with its unit.
@@ -291,26 +288,19 @@ def frontier(results: Mapping[str, Any], curves: Sequence[tuple[Curve, Curve]], 
     if not curves:
         return None
     out: list[str] = []
-    with _axes(out, height=3.1) as ax:
+    with _axes(out, height=3.1) as (ax,):
         for kl, score in curves:
             # An estimate of a KL near 0 can be negative; it is drawn at 0.
             x, y = np.sqrt(np.maximum(thin(kl.y), 0)), thin(score.y)
-            width = max(1, len(x) // 12)
             ax.plot(x, y, MARKERS.get(kl.stage, "o"), color=color(kl.stage), alpha=0.3, markersize=2.6, mew=0)
-            ax.plot(
-                running_mean(x, width=width),
-                running_mean(y, width=width),
-                color=color(kl.stage),
-                label=results_lib.label(kl.stage),
-            )
+            x, y = (thin(z, most=16) for z in (x, y))
+            ax.plot(x, y, color=color(kl.stage), label=results_lib.label(kl.stage))
         if points:
             c = color("best_of_n")
             ax.plot([p[0] for p in points], [p[1] for p in points], "P--", color=c, markersize=4.5, label="best-of-n")
             x, y, n = points[-1]
             if n is not None:
-                ax.annotate(
-                    f"n = {n}", (x, y), (0, -9), textcoords="offset points", ha="left", va="top", fontsize=7.5, color=c
-                )
+                ax.annotate(f"n = {n}", (x, y), (-4, 4), textcoords="offset points", ha="right", fontsize=7.5, color=c)
         ax.set(xlabel="√KL from the reference (√nats, per answer)", ylabel=ylabel)
         ax.set_xlim(left=0)
         ax.grid(axis="y")
@@ -345,11 +335,16 @@ def thin(y: np.ndarray, *, most: int = MAX_POINTS) -> np.ndarray:
 
 
 def running_mean(y: np.ndarray, *, width: int) -> np.ndarray:
-    """Mean over up to ``width`` neighbours on either side, fewer at the ends (the same number on both sides)."""
+    """Mean over up to ``width`` neighbours on either side.
+
+    At the start as many after a point as before it, so that a steep start stays steep; at the end only those before,
+    so that the last value does not stand alone.
+    """
     total = np.concatenate([[0.0], np.cumsum(y)])
     i = np.arange(len(y))
-    half = np.minimum(width, np.minimum(i, len(y) - 1 - i))
-    return (total[i + half + 1] - total[i - half]) / (2 * half + 1)
+    before = np.minimum(width, i)
+    after = np.minimum(before, len(y) - 1 - i)
+    return (total[i + after + 1] - total[i - before]) / (before + after + 1)
 
 
 def _point(
@@ -360,18 +355,18 @@ def _point(
     *,
     scale: float = 1.0,
     filled: bool = True,
-    digits: int = 1,
+    digits: int = 3,
 ) -> None:
-    """A dot with its interval and its number."""
+    """A dot with its interval, and both in figures at the right edge, where they cover nothing."""
     c, mean = color(policy), scale * it.mean
-    right = mean
     if it.low is not None and it.high is not None:
-        right = scale * it.high
-        ax.plot([scale * it.low, right], [y, y], color=c, linewidth=1.3, solid_capstyle="butt")
+        ax.plot([scale * it.low, scale * it.high], [y, y], color=c, linewidth=1.3, solid_capstyle="butt")
     face = c if filled else color("paper")
     ax.plot([mean], [y], MARKERS.get(policy, "o"), color=c, markerfacecolor=face, markersize=5, mew=1.1)
-    text = results_lib.format_number(mean, digits=digits)
-    ax.annotate(text, (right, y), (6, 0), textcoords="offset points", va="center", fontsize=7.5, color=color("soft"))
+    percent = scale == 100
+    text, bounds = results_lib.format_parts(it, percent=percent, digits=digits)
+    text += f" ({bounds})" if bounds else ""
+    ax.text(1.02, y, text, transform=ax.get_yaxis_transform(), va="center", fontsize=7.5, color=color("soft"))
 
 
 def _policy_rows(ax: Axes, rows: Sequence[str]) -> None:

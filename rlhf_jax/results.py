@@ -42,16 +42,16 @@ class Column(NamedTuple):
 
 
 COLUMNS = (
-    Column("gold_win_rate_vs_sft", "Wins against SFT, training labelers (%)", "wins vs SFT, %", percent=True),
-    Column("heldout_win_rate_vs_sft", "Wins against SFT, held-out labelers (%)", "held-out labelers, %", percent=True),
+    Column("gold_win_rate_vs_sft", "Wins vs SFT, training labelers (%)", "wins vs SFT, %", percent=True),
+    Column("heldout_win_rate_vs_sft", "Wins vs SFT, held-out labelers (%)", "held-out, %", percent=True),
     Column("gold", "Gold utility", "gold", digits=3),
-    Column("gap_closed", "Gap to the best closed (%)", "", percent=True),
-    Column("reward", "Reward-model score", "RM score", digits=2),
-    Column("kl", "KL (nats per answer)", "KL nats /seq", digits=2),
-    Column("skill_accuracy", "Skill accuracy (%)", "skills %", percent=True),
-    Column("pretraining_loss", "Pretraining loss (nats per token)", "LM loss", digits=3),
-    Column("truthful_rate", "Truthful (%)", "truth %", percent=True),
-    Column("harm_rate", "Harmful (%)", "harm %", percent=True),
+    Column("gap_closed", "Gap closed (%)", "", percent=True),
+    Column("reward", "RM score", "RM\nscore", digits=2),
+    Column("kl", "KL (nats per answer)", "KL/seq\nnats", digits=2),
+    Column("skill_accuracy", "Skill accuracy (%)", "skills\n%", percent=True),
+    Column("pretraining_loss", "Pretraining loss (nats per token)", "LM\nloss", digits=3),
+    Column("truthful_rate", "Truthful (%)", "truth\n%", percent=True),
+    Column("harm_rate", "Harmful (%)", "harm\n%", percent=True),
     Column("length", "Length (tokens)", "len", digits=1),
     Column("diversity", "Diversity", "", digits=3),
 )

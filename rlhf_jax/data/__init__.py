@@ -1,0 +1,1 @@
+"""Readers, tokenizers and the rows that stages train on."""

@@ -11,6 +11,7 @@ import hashlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -20,10 +21,10 @@ def epoch_batches(
     """Indices of the examples in the batch at ``step``, over as many epochs as it takes.
 
     Every epoch is a fresh shuffle of all ``n`` examples, from ``key`` with the epoch folded in. The epochs follow one
-    another in one endless stream, and batch ``s`` is its part from ``s * batch_size`` on: where ``n`` is not a multiple of
-    the batch, the remainder of an epoch begins the batch that the next epoch completes, and each epoch still holds each
-    example once. With ``drop_last`` an epoch gives ``n // batch_size`` batches instead, none across its end, and the
-    remainder, another one each epoch, is left out.
+    another in one endless stream, and batch ``s`` is its part from ``s * batch_size`` on: where the batch does not
+    divide ``n``, the remainder of an epoch begins the batch that the next epoch completes, and each epoch still holds
+    each example once. With ``drop_last`` an epoch gives ``n // batch_size`` batches instead, none across its end, and
+    the remainder, another one each epoch, is left out.
 
     Args:
       step: from 0.
@@ -109,7 +110,7 @@ def _shuffle(n: int, key: jax.Array) -> np.ndarray:
     It sorts the raw words of a counter-based generator, which NumPy promises to keep from version to version; it does
     not promise that of ``Generator.permutation``.
     """
-    data = jax.random.key_data(key) if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     seed = hashlib.sha256(np.asarray(data).astype("<u4").tobytes()).digest()[:16]
     words = np.random.Philox(key=np.frombuffer(seed, "<u8")).random_raw(n)
     return np.argsort(words, kind="stable").astype(np.int32)

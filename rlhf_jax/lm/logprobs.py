@@ -113,6 +113,21 @@ def response_values(
     return response_values_with(apply_fn(cfg), params, tokens_BL, prompt_width=prompt_width, mask_BL=mask_BL)
 
 
+def greedy_matches(
+    params: types.Params, tokens_BL: jax.Array, *, cfg: config.LMConfig, mask_BL: jax.Array
+) -> jax.Array:
+    """``[B,L]`` bool: token i is the one that greedy decoding would give after the real tokens before it.
+
+    A whole answer whose every token matches is what greedy decoding gives, so exact answers are scored in one pass.
+    False at the first real token of a row and at padding.
+    """
+    hidden_BLD = transformer.forward(params, tokens_BL, cfg=cfg, mask_BL=mask_BL).hidden_BLD
+    given_BL = jnp.argmax(transformer.logits(params, hidden_BLD, cfg=cfg), axis=-1)
+    previous_BL = previous_real(mask_BL)
+    moved_BL = jnp.take_along_axis(given_BL, jnp.maximum(previous_BL, 0), axis=1)
+    return mask_BL & (previous_BL >= 0) & (moved_BL == tokens_BL)
+
+
 def token_logprobs_with(
     apply: types.ApplyFn,
     params: types.Params,

@@ -7,6 +7,7 @@ two meet token ids, so that logits are made only for the columns that are wanted
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,10 @@ Weights = Any
 
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """Attention as a layer sees it: queries, keys and values of the new tokens -> mixed values, and what to remember."""
+
+# The backward pass makes these again from their inputs: they are cheap, and writing down what they would otherwise
+# leave for it takes longer than the matmuls of a small model.
+_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -95,8 +100,12 @@ def _read(
     rotation = _rotation(positions_BL, cfg)
     seen_BLL = attention.causal(mask_BL)
 
+    @_recomputed
+    def attend(queries, keys, values):
+        return attention.attend(queries, keys, values, seen_BLL, cfg=cfg)
+
     def mix(queries, keys, values):
-        return attention.attend(queries, keys, values, seen_BLL, cfg=cfg), None
+        return attend(queries, keys, values), None
 
     def step(x_BLD, weights):
         x_BLD, _ = _layer(weights, x_BLD, rotation, mix, cfg)
@@ -159,32 +168,43 @@ def _attention(
     if rotation is not None:
         queries, keys = _rotate(queries, rotation), _rotate(keys, rotation)
     mixed_BHLC, memory = mix(queries, keys, values)
-    out_BLD = jnp.einsum("bhlc,hcd->bld", mixed_BHLC, weights["out"]["kernel"].astype(x_BLD.dtype))
-    return _biased(out_BLD, weights["out"]), memory
+    D, H, C = x_BLD.shape[-1], cfg.n_heads, cfg.d_head
+    mixed_BLO = jnp.swapaxes(mixed_BHLC, 1, 2).reshape(*x_BLD.shape[:-1], H * C)
+    out = weights["out"]
+    return _biased(_matmul(mixed_BLO, out["kernel"].reshape(H * C, D)), out), memory
 
 
 def _heads(dense: Weights, x_BLD: jax.Array) -> jax.Array:
-    out_BHLC = jnp.einsum("bld,dhc->bhlc", x_BLD, dense["kernel"].astype(x_BLD.dtype))
-    return out_BHLC + dense["bias"].astype(x_BLD.dtype)[None, :, None, :] if "bias" in dense else out_BHLC
+    D, H, C = dense["kernel"].shape
+    out_BLHC = _matmul(x_BLD, dense["kernel"].reshape(D, H * C)).reshape(*x_BLD.shape[:-1], H, C)
+    if "bias" in dense:
+        out_BLHC = out_BLHC + dense["bias"].astype(x_BLD.dtype)[None, None, :, :]
+    return jnp.swapaxes(out_BLHC, 1, 2)
 
 
 def _mlp(weights: Weights, x_BLD: jax.Array, cfg: config.LMConfig) -> jax.Array:
-    activation = _ACTIVATIONS[cfg.activation]
     if cfg.gated_mlp:
-        inner_BLF = activation(_dense(weights["gate"], x_BLD)) * _dense(weights["up"], x_BLD)
+        inner_BLF = _gated(_dense(weights["gate"], x_BLD), _dense(weights["up"], x_BLD), cfg)
     else:
-        inner_BLF = activation(_dense(weights["up"], x_BLD))
+        inner_BLF = _activated(_dense(weights["up"], x_BLD), cfg)
     return _dense(weights["down"], inner_BLF)
 
 
 def _dense(dense: Weights, x_BLI: jax.Array) -> jax.Array:
-    return _biased(jnp.einsum("bli,io->blo", x_BLI, dense["kernel"].astype(x_BLI.dtype)), dense)
+    return _biased(_matmul(x_BLI, dense["kernel"]), dense)
+
+
+def _matmul(x_BLI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    # Rows and columns are one axis here: on a CPU the gradient of a rank-3 product begins with a slow transposition.
+    B, L, width = x_BLI.shape
+    return (x_BLI.reshape(B * L, width) @ kernel_IO.astype(x_BLI.dtype)).reshape(B, L, kernel_IO.shape[1])
 
 
 def _biased(x_BLO: jax.Array, dense: Weights) -> jax.Array:
     return x_BLO + dense["bias"].astype(x_BLO.dtype)[None, None, :] if "bias" in dense else x_BLO
 
 
+@functools.partial(_recomputed, static_argnums=2)
 def _norm(weights: Weights, x_BLD: jax.Array, cfg: config.LMConfig) -> jax.Array:
     x = x_BLD.astype(jnp.float32)
     if cfg.norm == "layernorm":
@@ -194,6 +214,16 @@ def _norm(weights: Weights, x_BLD: jax.Array, cfg: config.LMConfig) -> jax.Array
     if "bias" in weights:
         x = x + weights["bias"][None, None, :]
     return x.astype(x_BLD.dtype)
+
+
+@functools.partial(_recomputed, static_argnums=1)
+def _activated(x_BLF: jax.Array, cfg: config.LMConfig) -> jax.Array:
+    return _ACTIVATIONS[cfg.activation](x_BLF)
+
+
+@functools.partial(_recomputed, static_argnums=2)
+def _gated(gate_BLF: jax.Array, up_BLF: jax.Array, cfg: config.LMConfig) -> jax.Array:
+    return _ACTIVATIONS[cfg.activation](gate_BLF) * up_BLF
 
 
 def _embed(

@@ -1,0 +1,54 @@
+"""Loss functions: pure, in float32, independent of models, trainers and configuration."""
+
+from rlhf_jax.losses.policy import clipped_policy, policy_is_clipped, reinforce
+from rlhf_jax.losses.preference import (
+    best_of_n_choice,
+    dpo,
+    has_pairs,
+    hinge,
+    ipo,
+    kto,
+    kto_baseline,
+    log_ratio_margin,
+    orpo,
+    pairwise,
+    plackett_luce,
+    ranking,
+    reward_centering,
+    robust_dpo,
+    simpo,
+)
+from rlhf_jax.losses.supervised import distill, distill_cross_entropy, gather_logprobs, next_token, top_k_logprobs
+from rlhf_jax.losses.value import clipped_value, explained_variance, squared_value, value_is_clipped
+from rlhf_jax.reduce import masked_mean
+
+__all__ = [
+    "best_of_n_choice",
+    "clipped_policy",
+    "clipped_value",
+    "distill",
+    "distill_cross_entropy",
+    "dpo",
+    "explained_variance",
+    "gather_logprobs",
+    "has_pairs",
+    "hinge",
+    "ipo",
+    "kto",
+    "kto_baseline",
+    "log_ratio_margin",
+    "masked_mean",
+    "next_token",
+    "orpo",
+    "pairwise",
+    "plackett_luce",
+    "policy_is_clipped",
+    "ranking",
+    "reinforce",
+    "reward_centering",
+    "robust_dpo",
+    "simpo",
+    "squared_value",
+    "top_k_logprobs",
+    "value_is_clipped",
+]

@@ -1,0 +1,1 @@
+"""A small written world with a known gold utility, and simulated labelers."""

@@ -12,12 +12,14 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import checkpoint
+from rlhf_jax import metrics as metrics_lib
 
 Log = Callable[[int, dict[str, float]], None]
 
@@ -33,7 +35,7 @@ class Preempted(Exception):
 
     def __init__(self, stage: str, step: int, *, saved: bool) -> None:
         """Say where it stopped."""
-        kept = "a checkpoint was saved" if saved else "no checkpoint was asked for"
+        kept = "a checkpoint of it is on disk" if saved else "no checkpoint was saved"
         super().__init__(f"{stage or 'training'} was stopped after {step} iterations; {kept}")
         self.stage, self.step, self.saved = stage, step, saved
 
@@ -42,10 +44,20 @@ class DivergedError(RuntimeError):
     """Too many steps in a row had no finite gradient."""
 
 
-def to_host(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics as floats, in one transfer: what has a ``value()`` gives that, a plain array its mean."""
-    values = {name: m.value() if hasattr(m, "value") and callable(m.value) else m for name, m in metrics.items()}
-    return {name: float(np.mean(value)) for name, value in jax.device_get(values).items()}
+class StageLog:
+    """One stage's view of a `metrics.MetricLog`, as a ``log`` for `fit`."""
+
+    def __init__(self, log: metrics_lib.MetricLog, stage: str) -> None:
+        """Bind the stage."""
+        self._log, self._stage = log, stage
+
+    def __call__(self, step: int, values: Mapping[str, float]) -> None:
+        """Append a row."""
+        self._log.write(self._stage, step, values)
+
+    def rewind(self, step: int) -> None:
+        """Drop this stage's rows after ``step``."""
+        self._log.rewind(self._stage, step)
 
 
 @contextlib.contextmanager
@@ -104,7 +116,7 @@ class _Reporter:
         if self.pending is None:
             return
         (done, metrics), self.pending = self.pending, None
-        floats = to_host(metrics)
+        floats = metrics_lib.to_floats(metrics)
         if self.log is not None and (done % self.log_every == 0 or done == self.total):
             self.log(done, floats)
         if self.progress is not None:
@@ -120,7 +132,7 @@ class _Reporter:
 
 def _identity(stage: str, rng: jax.Array, fingerprint: Any) -> dict[str, Any]:
     """What has to be the same for a resumed run to be the same run, in the form in which JSON gives it back."""
-    words = jax.random.key_data(rng) if jax.dtypes.issubdtype(rng.dtype, jax.dtypes.prng_key) else rng
+    words = jax.random.key_data(rng) if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) else rng
     return {"stage": stage, "rng": np.asarray(words).ravel().tolist(), "fingerprint": fingerprint}
 
 
@@ -153,7 +165,7 @@ def fit(
     rng: jax.Array,
     frozen: Any = None,
     stage: str = "",
-    log: Log | None = None,
+    log: Log | metrics_lib.MetricLog | None = None,
     log_every: int = 1,
     checkpoints: checkpoint.Checkpoints | None = None,
     save_every: int | None = None,
@@ -164,14 +176,14 @@ def fit(
 ) -> Any:
     """Run ``steps`` iterations of a compiled step, or what is left of them, and return the final state.
 
-    Steps are counted in iterations *done*: the row logged as step 10 and the checkpoint of step 10 are both of the state
-    after ten iterations. Every row up to a checkpoint is logged before the checkpoint is written. On the start, a
-    ``log`` with a method ``rewind(step)`` is told to drop the rows after the step it goes on from, so that a resumed run
-    leaves rows with neither gap nor double.
+    Steps are counted in iterations *done*: the row logged as step 10 and the checkpoint of step 10 are both of the
+    state after ten iterations. Every row up to a checkpoint is logged before the checkpoint is written. On the start, a
+    ``log`` with a method ``rewind(step)`` is told to drop its rows after the step it goes on from (0 on a fresh start),
+    so that a resumed run leaves rows with neither gap nor double.
 
     Args:
         train_step: ``(state, frozen, hyper, batch, rng) -> (state, metrics)``, compiled, donating the state (see
-            `parallel.jit_step`). Metrics: a dict of arrays or of objects with ``value()``.
+            `parallel.jit_step`). Metrics: a dict of scalars or of ``metrics.Metric``.
         state: The state to start from, or the example that a checkpoint is restored like. Donated: do not use it again.
         steps: Iterations in all, counted from the very first start.
         batch_at: Iteration (0-based) -> batch. A pure function.
@@ -179,14 +191,15 @@ def fit(
         rng: One key for the whole run.
         frozen: What the step reads and does not change, such as a reference model.
         stage: A name for messages, progress and checkpoints.
-        log: ``log(step, floats)``, one iteration late; may raise to stop the run.
+        log: A ``metrics.MetricLog``, written under ``stage``; or ``log(step, floats)``, one iteration late, which may
+            raise to stop the run.
         log_every: Log each so many iterations, and the last.
         checkpoints: Where to go on from and to save to; None for neither.
         save_every: Save each so many iterations; None: only at the end, or when asked to stop.
-        progress: ``progress(stage, done, steps, floats)``, one iteration late.
+        progress: ``progress(stage, done, steps, floats)``, first with no floats at the start, then one iteration late.
         callbacks: ``callback(done, state, metrics)`` after each iteration, with arrays that are still being computed;
             reading them waits for the device. The state is donated to the next step: copy what has to stay.
-        max_skipped: Stop after so many iterations in a row with a metric ``skipped`` above 0.
+        max_skipped: Stop after so many iterations in a row in which the metric ``skipped`` is above 0.
         fingerprint: What identifies data, seed and batch size, as JSON; a resumed run must have the same one.
 
     Raises:
@@ -194,12 +207,17 @@ def fit(
         DivergedError: ``max_skipped`` was reached.
         checkpoint.CheckpointError: A save failed, no checkpoint is whole, or it belongs to another run.
     """
-    if save_every is not None and save_every < 1 or log_every < 1:
+    if log_every < 1 or (save_every is not None and save_every < 1):
         raise ValueError(f"save_every and log_every must be positive, not {save_every} and {log_every}")
     identity = _identity(stage, rng, fingerprint)
     start, state = _resume(checkpoints, state, steps, identity)
-    if log is not None and hasattr(log, "rewind"):
-        log.rewind(start)  # pyright: ignore[reportFunctionMemberAccess]
+    if isinstance(log, metrics_lib.MetricLog):
+        log = StageLog(log, stage)
+    rewind = getattr(log, "rewind", None)
+    if rewind is not None:
+        rewind(start)
+    if progress is not None:
+        progress(stage, start, steps, {})
     report = _Reporter(stage, steps, log, log_every, progress, max_skipped)
     saved = start if start else None
 
@@ -209,14 +227,18 @@ def fit(
         checkpoints.save(done, state, identity)
         return done
 
+    def preempt(done: int) -> NoReturn:
+        report.flush()
+        if checkpoints is not None and done > 0:
+            if saved != done:
+                save(done)
+            checkpoints.wait()
+        raise Preempted(stage, done, saved=checkpoints is not None and done > 0)
+
     with _stop_signals() as stop, _settled(checkpoints):
         for i in range(start, steps):
             if stop():
-                if checkpoints is not None and saved != i and i > 0:
-                    saved = save(i)
-                    checkpoints.wait()
-                report.flush()
-                raise Preempted(stage, i, saved=saved == i)
+                preempt(i)
             state, metrics = train_step(state, frozen, hyper_at(i), batch_at(i), rng)
             for callback in callbacks:
                 callback(i + 1, state, metrics)
@@ -225,5 +247,7 @@ def fit(
                 saved = save(i + 1)
         report.flush()
         if checkpoints is not None and saved != steps and steps > 0:
-            save(steps)
+            saved = save(steps)
+        if stop():  # the last iteration is done, but whoever comes next should not start
+            preempt(steps)
     return state

@@ -1,9 +1,9 @@
 """Gradient -> mean over devices -> clip -> apply -> metrics: what every stage does at the end of its step.
 
-A stage writes ``loss_fn(params, batch, total) -> (loss, metrics)``, where ``total`` holds the counts of the *whole* batch
-that its sums are divided by. Then micro-batches add up to exactly what one large batch gives::
+A stage writes ``loss_fn(params, batch, total) -> (loss, metrics)``, where ``total`` holds the counts of the *whole*
+batch that its sums are divided by. Then micro-batches add up to what one large batch gives::
 
-    total = reduce.count(mask)                                 # of all rows, all devices
+    total = mask_BL.sum()                                      # of all rows, and psum over devices
     (loss, metrics), grads = loss_and_grads(loss_fn, state.params, batch, total, micro_batches=4)
     state, update_metrics = apply_gradients(state, grads, learning_rate=hyper["learning_rate"], loss=loss)
 """
@@ -114,9 +114,9 @@ def apply_gradients(
         loss: Looked at for being finite, where given.
 
     Returns:
-        ``(state, metrics)``: ``grad_norm`` before clipping (not finite where the step was skipped), and ``skipped``, 1.0
-        for a step that was, else 0.0. Code that keeps an average or a controller beside the state holds those back too
-        where ``skipped`` is 1.
+        ``(state, metrics)``, float32 scalars: ``grad_norm``, before clipping and as it is, finite or not; ``skipped``,
+        1.0 for a step that was, else 0.0. Code that keeps an average or a controller beside the state holds it back
+        too where ``skipped`` is 1.
     """
     if axis_name is not None:
         grads = jax.lax.pmean(grads, axis_name)

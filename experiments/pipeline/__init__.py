@@ -1,0 +1,1 @@
+"""The parts of the main job: settings, tasks, stages, evaluation and the run's folder."""

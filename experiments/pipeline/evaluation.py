@@ -1,0 +1,240 @@
+"""What every policy is measured by, on held-out prompts; the numbers of results.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax import diagnostics, lm, types
+from rlhf_jax.simulation import corpus, labelers
+from rlhf_jax.train import reward_model
+
+from .sampling import Answers
+from .stages import Job
+
+TIE = 1e-5
+"""Gold utilities this close are a tie."""
+POLICIES = ("base", "sft", "sft_mix", "ppo", "ppo_ptx")
+
+
+def reward_model_facts(job: Job, reward: types.Params, validation: types.Comparisons) -> dict[str, Any]:
+    """Accuracy and calibration on held-out comparisons; the interval knows that a prompt's pairs belong together."""
+    B, K, L = validation.tokens_BKL.shape
+    flat_BKL = np.asarray(validation.tokens_BKL).reshape(B * K, L), np.asarray(validation.mask_BKL).reshape(B * K, L)
+    scores_BK = job.sampler.score(reward, *flat_BKL).reshape(B, K)
+    ranks_BK, where_BK = np.asarray(validation.ranks_BK), np.asarray(validation.where_BK)
+    pairs = jax.vmap(reward_model.count_pairs)(jnp.asarray(scores_BK), jnp.asarray(ranks_BK), jnp.asarray(where_BK))
+    accuracy = diagnostics.ratio_interval(np.asarray(pairs.right), np.asarray(pairs.total))
+    better_BKK = (ranks_BK[:, :, None] < ranks_BK[:, None, :]) & where_BK[:, :, None] & where_BK[:, None, :]
+    b, i, j = np.nonzero(better_BKK)
+    chosen, rejected = scores_BK[b, i], scores_BK[b, j]
+    curve = diagnostics.calibration_curve(chosen, rejected, bins=10)
+    bins = [dict(zip(curve._fields, map(float, each))) for each in zip(*curve)]
+    return {
+        "accuracy": list(accuracy),
+        "pairs": len(chosen),
+        "prompts": B,
+        "calibration": {
+            "bins": bins,
+            "error": float(diagnostics.expected_calibration_error(chosen, rejected)),
+            "slope": _first(diagnostics.calibration_slope(chosen, rejected)),
+        },
+        "gain": float(reward["head"]["gain"]),
+        "bias": float(reward["head"]["bias"]),
+    }
+
+
+def _first(value: Any) -> float:
+    return float(value[0]) if isinstance(value, tuple) else float(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A policy's answers to the held-out prompts and its numbers so far."""
+
+    answers: Answers
+    numbers: dict[str, Any]
+
+
+def evaluate(job: Job, policies: dict[str, types.Params], reward: types.Params) -> dict[str, Any]:
+    """All policies on the same held-out prompts; returns the parts of results.json that concern them."""
+    settings, prompts = job.settings.evaluation, job.task.eval_prompts
+    job.progress.start("evaluate", len(policies) + 2)
+    probe = _probes(job)
+    reference = policies["sft_mix"]
+    key = job.key("evaluate")
+    measured: dict[str, Measured] = {}
+    for number, (name, policy) in enumerate(policies.items()):
+        answers = job.sampler(
+            policy, reference, reward, prompts.tokens_BP, prompts.mask_BP, jax.random.fold_in(key, number)
+        )
+        measured[name] = Measured(answers, _numbers(job, answers) | probe(policy))
+        job.progress.update("evaluate", number + 1, len(policies) + 2)
+    again = job.sampler(
+        policies["sft"], reference, reward, prompts.tokens_BP, prompts.mask_BP, jax.random.fold_in(key, 100)
+    )
+    best, curve = _best_of_n(job, policies["sft_mix"], reward, jax.random.fold_in(key, 101))
+    measured["best_of_n"] = best
+    job.progress.update("evaluate", len(policies) + 1, len(policies) + 2)
+
+    results: dict[str, Any] = {"policies": {}, "transcripts": _transcripts(job, measured)}
+    for name, each in measured.items():
+        n = len(each.answers.lengths_B)  # best-of-n answers fewer prompts
+        against = _head(measured["sft"].answers, n)
+        results["policies"][name] = _wins(job, each.answers, against) | each.numbers
+    if job.task.world is not None:
+        results["null_check"] = list(
+            diagnostics.win_rate(again.gold.total, measured["sft"].answers.gold.total, tie_tolerance=TIE)
+        )
+        results["best_possible_gold"] = 1.0
+        for name in measured:
+            numbers = results["policies"][name]
+            floor = float(np.mean(_head(measured["sft"].answers, len(measured[name].answers.lengths_B)).gold.total))
+            numbers["gap_closed"] = (numbers["gold"] - floor) / (1.0 - floor)
+    results["best_of_n_curve"] = curve
+    results["best_of"] = settings.best_of
+    job.progress.finish("evaluate")
+    return results
+
+
+def _head(answers: Answers, n: int) -> Answers:
+    return jax.tree.map(lambda x: x[:n], answers)
+
+
+def _numbers(job: Job, answers: Answers) -> dict[str, Any]:
+    """What one policy's answers show by themselves."""
+    P = job.task.prompt_width
+    said = [row[P:][mask].tolist() for row, mask in zip(answers.tokens_BL, answers.response_mask_BT)]
+    numbers: dict[str, Any] = {
+        "reward": float(np.mean(answers.scores_B)),
+        "kl": float(np.mean(answers.kl_B)),
+        "length": float(np.mean(answers.lengths_B)),
+        "stopped": float(np.mean(answers.stopped_B)),
+        "diversity": float(diagnostics.distinct_n(said, n=2)),
+    }
+    judged = answers.gold
+    if judged is not None:
+        stated, harmful = judged.stated > 0, judged.harmful_request
+        categories = np.asarray(job.task.eval_prompts.categories[: len(said)])
+        by_category = {
+            str(name): list(diagnostics.mean_interval(judged.total[categories == name]))
+            for name in dict.fromkeys(categories)
+            if (categories == name).sum() > 1
+        }
+        numbers |= {
+            "gold": float(np.mean(judged.total)),
+            "gold_helpful": float(np.mean(judged.helpful)),
+            "gold_harmless": float(np.mean(judged.harmless)),
+            "gold_by_category": by_category,
+            "truthful_rate": _share((judged.false == 0) & stated, stated),
+            "harm_rate": _share(judged.harm, harmful),
+            "refusal_rate": _share(judged.refused & ~harmful, ~harmful),
+            "polite_words": float(np.mean(judged.polite_words)),
+        }
+    return numbers
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> float | None:
+    return float(part.sum() / whole.sum()) if whole.sum() else None
+
+
+def _wins(job: Job, answers: Answers, against: Answers) -> dict[str, Any]:
+    """Win rates on the same prompts, ties a half: by gold, by the labelers who trained the reward model, by others."""
+    world = job.task.world
+    if world is None:
+        return {}
+    gold = diagnostics.win_rate(answers.gold.total, against.gold.total, tie_tolerance=TIE)
+    ours, theirs = (labelers.features(each.gold) for each in (answers, against))
+
+    def by(pool: labelers.Pool) -> list[float]:
+        return list(diagnostics.mean_interval(np.asarray(labelers.prefers(pool, ours, theirs), np.float64)))
+
+    return {
+        "gold_win_rate_vs_sft": list(gold),
+        "labeler_win_rate_vs_sft": by(world.pool),
+        "heldout_win_rate_vs_sft": by(world.heldout_pool),
+    }
+
+
+def _probes(job: Job) -> Any:
+    """What a policy keeps of pretraining: loss on held-out text, and exact answers to skill problems."""
+    task, cfg = job.task, job.cfg
+
+    @jax.jit
+    def nll(params: Any, tokens_BL: Any, mask_BL: Any) -> jax.Array:
+        return -lm.token_logprobs(params, tokens_BL, cfg=cfg, mask_BL=mask_BL)[:, 1:].mean()
+
+    @jax.jit
+    def solved(params: Any, tokens_BL: Any, mask_BL: Any, loss_mask_BL: Any) -> jax.Array:
+        right_BL = lm.greedy_matches(params, tokens_BL, cfg=cfg, mask_BL=mask_BL)
+        return (right_BL | ~loss_mask_BL).all(axis=1)
+
+    held_BL = task.pretraining_held_out_BL
+    everywhere_BL = np.ones(held_BL.shape, bool)
+
+    def probe(params: types.Params) -> dict[str, Any]:
+        numbers: dict[str, Any] = {"pretraining_loss": float(nll(params, held_BL, everywhere_BL))}
+        if task.world is not None:
+            right_B = np.asarray(solved(params, *task.world.skill_rows))
+            numbers["skill_accuracy"] = float(right_B.mean())
+            numbers["skills"] = {s: float(right_B[i :: len(corpus.SKILLS)].mean()) for i, s in enumerate(corpus.SKILLS)}
+        return numbers
+
+    return probe
+
+
+def _best_of_n(job: Job, policy: types.Params, reward: types.Params, rng: jax.Array) -> tuple[Measured, list[dict]]:
+    """The best of n samples by the reward model: a reference line that trains nothing."""
+    settings = job.settings.evaluation
+    n, N = settings.best_of, min(settings.best_of_prompts, len(job.task.eval_prompts))
+    prompts = job.task.eval_prompts.take(N)
+    rows = np.repeat(np.arange(N), n)
+    pool = job.sampler(policy, policy, reward, prompts.tokens_BP[rows], prompts.mask_BP[rows], rng)
+    pick = np.arange(N) * n + pool.scores_B.reshape(N, n).argmax(axis=1)
+    best = jax.tree.map(lambda x: x[pick], pool)
+    numbers = _numbers(job, best) | {"kl": float(diagnostics.best_of_n_kl(n)), "n": n, "prompts": N}
+    sizes = [2**i for i in range(int(math.log2(n)) + 1)]
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        pairs = zip(pool.scores_B.reshape(N, n), values.reshape(N, n))
+        return np.mean([diagnostics.best_of_n_mean(proxy, value, sizes) for proxy, value in pairs], axis=0)
+
+    columns = {"reward": mean(pool.scores_B)}
+    if pool.gold is not None:
+        columns["gold"] = mean(pool.gold.total)
+    curve = [
+        {"n": size, "kl": float(diagnostics.best_of_n_kl(size))} | {k: float(v[i]) for k, v in columns.items()}
+        for i, size in enumerate(sizes)
+    ]
+    return Measured(best, numbers), curve
+
+
+def _transcripts(job: Job, measured: dict[str, Measured]) -> list[dict[str, Any]]:
+    """Answers side by side to a dozen prompts, the categories in turn; chosen before any answer was seen."""
+    prompts = job.task.eval_prompts
+    seen: dict[str, int] = {}
+    turn = [seen.setdefault(c, 0) or 0 for c in prompts.categories]
+    for i, category in enumerate(prompts.categories):
+        turn[i], seen[category] = seen[category], seen[category] + 1
+    order = sorted(range(len(prompts)), key=lambda i: (turn[i], i))[: job.settings.evaluation.transcripts]
+    shown = [name for name in ("base", "sft", "ppo", "ppo_ptx") if name in measured]
+    rows = []
+    for i in order:
+        row: dict[str, Any] = {"prompt": prompts.texts[i], "answers": {}}
+        if prompts.categories[i]:
+            row["category"] = prompts.categories[i]
+        for name in shown:
+            answers = measured[name].answers
+            ids = answers.tokens_BL[i, job.task.prompt_width :][answers.response_mask_BT[i]]
+            row["answers"][name] = job.task.tokenizer.decode(ids, skip_special_tokens=True)
+        if measured["sft"].answers.gold is not None:
+            row["gold"] = {name: float(measured[name].answers.gold.total[i]) for name in shown}
+        rows.append(row)
+    return rows
+
+

@@ -1,0 +1,69 @@
+"""The folder of a run: what was asked for, what has been logged, and where it goes on after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import time
+from typing import Any
+
+from rlhf_jax import checkpoint, metrics
+
+from . import settings as settings_lib
+from .settings import SettingError, Settings
+
+CONFIG, RESULTS = "config.json", "results.json"
+
+
+class RunFolder:
+    """One run's files: config.json, metrics.jsonl, tensorboard/, checkpoints/, and at the end results and models."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        """Use an existing folder; `create` and `reopen` make one."""
+        self.path = path
+        self.log = metrics.MetricLog(path)
+
+    def checkpoints(self, stage: str) -> checkpoint.Checkpoints:
+        """Where a stage saves and goes on from."""
+        return checkpoint.Checkpoints(self.path / "checkpoints" / stage)
+
+    def write_json(self, name: str, values: Any) -> None:
+        """Write a JSON file whole or not at all."""
+        write_json(self.path / name, values)
+
+
+def write_json(path: pathlib.Path, values: Any) -> None:
+    """Write a JSON file whole or not at all; NaN is refused rather than written as something JSON has not."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def create(settings: Settings) -> RunFolder:
+    """Make the folder of a new run; raises SettingError if it cannot be made or holds another run."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    path = pathlib.Path(settings.out or f"runs/instructgpt-{settings.preset}-seed-{settings.seed}-{stamp}")
+    if path.exists() and not path.is_dir():
+        raise SettingError(f"--out {path} is a file; it must be a folder")
+    if path.is_dir() and any(path.iterdir()):
+        holds = "another run (--resume goes on with it)" if (path / CONFIG).exists() else "other files"
+        raise SettingError(f"--out {path} holds {holds}; give a new or empty folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / CONFIG, settings_lib.as_dict(settings))
+    except OSError as error:
+        raise SettingError(f"--out {path} cannot be written: {error.strerror}") from error
+    return RunFolder(path)
+
+
+def saved_settings(resume: str) -> Settings:
+    """The settings of the run in a folder; raises SettingError if there is none."""
+    path = pathlib.Path(resume) / CONFIG
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingError(f"--resume {resume} holds no run: there is no {path}") from None
+    except (OSError, ValueError) as error:
+        raise SettingError(f"--resume {resume}: {path} cannot be read ({error})") from error
+    return settings_lib.from_dict(values)

@@ -1,0 +1,92 @@
+"""Answers of a policy with everything that is known about them, from one compiled program for all policies and uses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from rlhf_jax import kl, types
+from rlhf_jax.simulation import gold
+from rlhf_jax.train import ppo
+
+CHUNK = 512
+"""Prompts a call: one shape, so one program."""
+
+
+@struct.dataclass
+class Answers:
+    """What was answered, on the host; N answers."""
+
+    tokens_BL: np.ndarray
+    mask_BL: np.ndarray
+    response_mask_BT: np.ndarray
+    lengths_B: np.ndarray
+    stopped_B: np.ndarray
+    scores_B: np.ndarray
+    kl_B: np.ndarray
+    """Log-ratio of policy and reference, summed over the answer, in nats."""
+    gold: gold.Utility
+    """Judgement by the gold utility; None where there is no gold."""
+
+
+class Sampler:
+    """Samples, scores and judges in chunks of fixed shape."""
+
+    def __init__(self, models: ppo.Models, *, tables: gold.Tables | None) -> None:
+        """Build the programs; nothing is compiled yet."""
+        judge = jax.vmap(gold.utility, in_axes=(None, 0, 0, 0))
+
+        def run(policy: Any, reference: Any, reward: Any, prompts_BP: Any, mask_BP: Any, rng_B: Any) -> Any:
+            P = prompts_BP.shape[1]
+            rollout = models.generate(policy, rng_B, prompts_BP, mask_BP, 1.0)
+            ours_BT, _ = models.logprobs(policy, rollout.tokens_BL, rollout.mask_BL, 1.0)
+            theirs_BT, _ = models.logprobs(reference, rollout.tokens_BL, rollout.mask_BL, 1.0)
+            kl_BT = jnp.where(rollout.response_mask_BT, kl.k1(ours_BT, theirs_BT), 0.0)
+            scores_B = jnp.zeros(prompts_BP.shape[0]) if reward is None else models.score(reward, rollout)
+            judged = None
+            if tables is not None:
+                judged = judge(tables, prompts_BP, rollout.tokens_BL[:, P:], rollout.response_mask_BT)
+            return rollout, scores_B, kl_BT.sum(axis=1), judged
+
+        self._run = jax.jit(run)
+        self._score = jax.jit(
+            lambda params, tokens_BL, mask_BL: models.score(
+                params, types.Rollout(tokens_BL, mask_BL, mask_BL, tokens_BL, tokens_BL, tokens_BL)
+            )
+        )
+
+    def __call__(
+        self, policy: Any, reference: Any, reward: Any, prompts_BP: np.ndarray, mask_BP: np.ndarray, rng: jax.Array
+    ) -> Answers:
+        """One answer to each prompt; ``rng`` is consumed. Row i's sample depends on its own prompt and i alone."""
+        n = len(prompts_BP)
+        rng_B = jax.random.split(rng, -(-n // CHUNK) * CHUNK)
+        parts = []
+        for start in range(0, n, CHUNK):
+            rows = np.minimum(np.arange(start, start + CHUNK), n - 1)  # the last prompt fills the last chunk
+            out = self._run(policy, reference, reward, prompts_BP[rows], mask_BP[rows], rng_B[start : start + CHUNK])
+            parts.append(jax.device_get(out))
+        rollout, scores_B, kl_B, judged = jax.tree.map(lambda *x: np.concatenate(x)[:n], *parts)
+        return Answers(
+            tokens_BL=rollout.tokens_BL,
+            mask_BL=rollout.mask_BL,
+            response_mask_BT=rollout.response_mask_BT,
+            lengths_B=rollout.lengths_B,
+            stopped_B=rollout.finish_B == 1,
+            scores_B=scores_B,
+            kl_B=kl_B,
+            gold=judged,
+        )
+
+    def score(self, reward: Any, tokens_BL: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
+        """Reward-model scores of given rows."""
+        n = len(tokens_BL)
+        parts = []
+        for start in range(0, n, CHUNK):
+            rows = np.minimum(np.arange(start, start + CHUNK), n - 1)
+            parts.append(np.asarray(self._score(reward, tokens_BL[rows], mask_BL[rows])))
+        return np.concatenate(parts)[:n]

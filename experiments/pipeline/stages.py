@@ -1,0 +1,338 @@
+"""The stages of InstructGPT's recipe, in order. Each is a pure function of the task, the settings and what came before.
+
+A stage that was finished is restored instead of trained; one that was under way goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rlhf_jax import checkpoint, generation, lm, parallel, types
+from rlhf_jax.data import batching
+from rlhf_jax.simulation import labelers
+from rlhf_jax.train import loop, ppo, reward_model, schedules, sft
+from rlhf_jax.train import state as state_lib
+
+from . import sampling, tasks
+from .settings import Settings
+
+STAGES = ("pretrain", "sft", "sft_mix", "comparisons", "reward_model", "ppo", "ppo_ptx", "evaluate")
+
+Params = types.Params
+
+
+def adam(*, b2: float = 0.95, eps: float = 1e-8) -> optax.GradientTransformation:
+    """Adam with unit rate (the steps multiply by a traced one); InstructGPT's betas, no weight decay."""
+    return optax.chain(optax.scale_by_adam(b1=0.9, b2=b2, eps=eps), optax.scale(-1.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What every stage needs: built once, so that each step compiles once."""
+
+    settings: Settings
+    task: tasks.Task
+    cfg: lm.LMConfig
+    checkpoints: Callable[[str], checkpoint.Checkpoints]
+    log: Any
+    progress: Any
+    sampler: sampling.Sampler
+    supervised_step: parallel.JitStep
+    reward_step: parallel.JitStep
+    ppo_step: parallel.JitStep
+    supervised_tx: optax.GradientTransformation
+    ppo_tx: optax.GradientTransformation
+
+    def key(self, stage: str) -> jax.Array:
+        """The random key of a stage."""
+        return jax.random.fold_in(jax.random.key(self.settings.seed), 100 + STAGES.index(stage))
+
+    def fit(self, stage: str, train_step: parallel.JitStep, state: Any, steps: int, **how: Any) -> Any:
+        """Run one stage's loop with the run's log, progress and checkpoints."""
+        self.progress.start(stage, steps)
+        with self.checkpoints(stage) as checkpoints:
+            state = loop.fit(
+                train_step,
+                state,
+                steps=steps,
+                rng=self.key(stage),
+                stage=stage,
+                log=self.log,
+                checkpoints=checkpoints,
+                save_every=max(1, -(-steps // self.settings.saves)),
+                progress=self.progress.update,
+                **how,
+            )
+        self.progress.finish(stage)
+        return state
+
+
+def make_job(settings: Settings, task: tasks.Task, *, checkpoints: Any, log: Any, progress: Any) -> Job:
+    """Configure the model and build every compiled step; nothing is compiled before it is first called."""
+    cfg = lm.LMConfig(
+        vocab_size=len(task.tokenizer),
+        n_layers=settings.model.layers,
+        d_model=settings.model.width,
+        n_heads=settings.model.heads,
+        d_mlp=settings.model.mlp,
+        max_length=max(task.row_width, 64),
+        tie_embeddings=True,
+    )
+    end_id, pad_id = task.tokenizer.eos_token_id, task.tokenizer.pad_token_id
+    spec = generation.Sampling(max_new_tokens=task.response_width, stop_ids=(end_id,), pad_id=pad_id)
+    models = ppo_models(cfg, spec, prompt_width=task.prompt_width)
+    token_logprobs = partial(lm.token_logprobs, cfg=cfg)
+    return Job(
+        settings=settings,
+        task=task,
+        cfg=cfg,
+        checkpoints=checkpoints,
+        log=log,
+        progress=progress,
+        sampler=sampling.Sampler(models, tables=task.world.tables if task.world else None),
+        supervised_step=parallel.jit_step(sft.make_train_step(token_logprobs)),
+        reward_step=parallel.jit_step(reward_model.make_train_step(partial(lm.score, cfg=cfg))),
+        ppo_step=parallel.jit_step(
+            ppo.make_train_step(models, epochs=settings.ppo.epochs, minibatches=settings.ppo.minibatches)
+        ),
+        supervised_tx=adam(),
+        ppo_tx=adam(eps=1e-5),
+    )
+
+
+def ppo_models(cfg: lm.LMConfig, spec: generation.Sampling, *, prompt_width: int) -> ppo.Models:
+    """This library's language model as the functions that PPO calls."""
+
+    def generate(params: Params, rng_B: jax.Array, prompts_BP: Any, mask_BP: Any, temperature: Any) -> types.Rollout:
+        how = spec.replace(temperature=temperature)  # type: ignore[attr-defined]
+        return generation.generate(params, rng_B, prompts_BP, mask_BP, cfg=cfg, sampling=how)
+
+    def logprobs(params: Params, tokens_BL: Any, mask_BL: Any, temperature: Any) -> Any:
+        return lm.response_stats(
+            params, tokens_BL, cfg=cfg, prompt_width=prompt_width, mask_BL=mask_BL, temperature=temperature
+        )
+
+    def values(params: Params, tokens_BL: Any, mask_BL: Any) -> jax.Array:
+        return lm.response_values(params, tokens_BL, cfg=cfg, prompt_width=prompt_width, mask_BL=mask_BL)
+
+    def score(params: Params, rollout: types.Rollout) -> jax.Array:
+        return lm.score(params, rollout.tokens_BL, cfg=cfg, mask_BL=rollout.mask_BL)
+
+    return ppo.Models(generate, logprobs, values, score, partial(lm.token_logprobs, cfg=cfg))
+
+
+def _hyper(rate: Any) -> dict[str, np.float32]:
+    return {"learning_rate": np.float32(rate), "max_grad_norm": np.float32(1.0)}
+
+
+def pretrain(job: Job) -> Params:
+    """A base model from nothing, on the corpus."""
+    settings, rows_BL = job.settings.pretrain, job.task.pretraining_BL
+    key = job.key("pretrain")
+    order = batching.epoch_batches(0, n=len(rows_BL), batch_size=settings.batch, key=key, steps=settings.steps)
+
+    def rate(i: int) -> Any:
+        warm = schedules.constant_with_warmup(i, settings.steps, warmup=settings.warmup)
+        return settings.learning_rate * warm * schedules.cosine(i, settings.steps)
+
+    state = job.fit(
+        "pretrain",
+        job.supervised_step,
+        state_lib.create(jax.jit(partial(lm.init, cfg=job.cfg))(key), job.supervised_tx),
+        settings.steps,
+        batch_at=lambda i: tasks.text_batch(rows_BL[order[i]]),
+        hyper_at=lambda i: _hyper(rate(i)),
+    )
+    return state.params
+
+
+def supervised(job: Job, stage: str, base: Params, *, epochs: int, mix: float) -> Params:
+    """Fine-tune on demonstrations, a share ``mix`` of each batch being pretraining rows."""
+    settings, batch = job.settings, job.settings.pretrain.batch
+    demonstrations, text_BL = job.task.demonstrations, job.task.pretraining_BL
+    n_text = round(batch * mix)
+    n_demos = batch - n_text
+    steps = max(1, epochs * len(demonstrations.tokens_BL) // n_demos)
+    key = job.key(stage)
+    demo_order = batching.epoch_batches(
+        0, n=len(demonstrations.tokens_BL), batch_size=n_demos, key=jax.random.fold_in(key, 0), steps=steps
+    )
+    text_order = batching.epoch_batches(
+        0, n=len(text_BL), batch_size=max(n_text, 1), key=jax.random.fold_in(key, 1), steps=steps
+    )
+
+    def batch_at(i: int) -> sft.TokenBatch:
+        demos = tasks.token_batch(demonstrations, demo_order[i])
+        if n_text == 0:
+            return demos
+        text = tasks.text_batch(text_BL[text_order[i]])
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), demos, text)
+
+    state = job.fit(
+        stage,
+        job.supervised_step,
+        state_lib.create(base, job.supervised_tx),
+        steps,
+        batch_at=batch_at,
+        hyper_at=lambda i: _hyper(settings.sft.learning_rate * schedules.cosine(i, steps)),
+    )
+    return state.params
+
+
+def collect_comparisons(job: Job, policies: list[Params]) -> tuple[types.Comparisons, types.Comparisons, dict[str, Any]]:
+    """Sample K answers a prompt from the policies in turn and have labelers rank them: (training, validation, facts)."""
+    world = job.task.world
+    assert world is not None
+    settings, prompt_set = job.settings.comparisons, world.compare_prompts
+    n, K = len(prompt_set), settings.max_k
+    key = job.key("comparisons")
+    k_B = np.random.default_rng([job.settings.seed, 500]).integers(settings.min_k, K + 1, size=n)
+    job.progress.start("comparisons", n * K)
+    where_BK = np.arange(K)[None, :] < k_B[:, None]
+    prompt_R, place_R = np.nonzero(where_BK)
+    drawn: list[Any] = []
+    done = 0
+    for j, policy in enumerate(policies):
+        mine = np.flatnonzero(place_R % len(policies) == j)
+        answers = job.sampler(
+            policy,
+            policies[0],
+            None,
+            prompt_set.tokens_BP[prompt_R[mine]],
+            prompt_set.mask_BP[prompt_R[mine]],
+            jax.random.fold_in(key, j),
+        )
+        drawn.append((mine, answers))
+        done += len(mine)
+        job.progress.update("comparisons", done, n * K)
+    L = job.task.row_width
+    tokens_BKL = np.zeros((n, K, L), np.int32)
+    mask_BKL = np.zeros((n, K, L), bool)
+    features_BKF = np.zeros((n, K, len(labelers.FEATURES)), np.float32)
+    for mine, answers in drawn:
+        at = (prompt_R[mine], place_R[mine])
+        tokens_BKL[at], mask_BKL[at] = answers.tokens_BL, answers.mask_BL
+        features_BKF[at] = labelers.features(answers.gold)
+    # Two labelers are to agree as often as people do, on pairs of these samples: that sets the noise.
+    utility_BKR = np.asarray(labelers.utilities(world.pool, jnp.asarray(features_BKF)))
+    noise = labelers.calibrated_temperature(
+        utility_BKR[:, 0], utility_BKR[:, 1], target=job.settings.world.agreement
+    )
+    pool = world.pool.replace(temperature=jnp.float32(noise))  # type: ignore[attr-defined]
+    keys_B = jax.random.split(jax.random.fold_in(key, 1000), n)
+    labeler_B = jnp.arange(n) % job.settings.world.labelers
+    ranks_BK = np.asarray(
+        jax.jit(jax.vmap(labelers.rank, in_axes=(0, None, 0, 0, 0)))(keys_B, pool, labeler_B, features_BKF, where_BK)
+    )
+    ranks_BK = np.where(where_BK, ranks_BK, 0)
+    everything = types.Comparisons(tokens_BKL, mask_BKL, ranks_BK, where_BK)  # type: ignore[arg-type]
+    train, validation = (jax.tree.map(lambda x, s=s: x[s], everything) for s in _halves(world.n_compare, n))
+    job.progress.finish("comparisons")
+    facts = {"labeler_temperature": noise, "label_agreement": job.settings.world.agreement}
+    return train, validation, facts | {"prompts": world.n_compare, "answers": int(k_B[: world.n_compare].sum())}
+
+
+def _halves(cut: int, n: int) -> tuple[slice, slice]:
+    return slice(0, cut), slice(cut, n)
+
+
+def train_reward_model(job: Job, start: Params, train: types.Comparisons) -> Params:
+    """One epoch over the comparisons, all pairs of a prompt in one batch element."""
+    settings, n = job.settings.reward_model, len(train.ranks_BK)
+    batch = min(settings.batch, n)
+    steps = n // batch
+    key = job.key("reward_model")
+    order = batching.epoch_batches(0, n=n, batch_size=batch, key=key, steps=steps)
+    params = lm.with_head(jax.random.fold_in(key, 1), start, job.cfg)
+    state = job.fit(
+        "reward_model",
+        job.reward_step,
+        state_lib.create(params, job.supervised_tx),
+        steps,
+        batch_at=lambda i: jax.tree.map(lambda x: jnp.asarray(x[order[i]]), train),
+        hyper_at=lambda i: _hyper(settings.learning_rate * schedules.cosine(i, steps)),
+    )
+    return state.params
+
+
+def normalised(job: Job, params: Params, policy: Params) -> Params:
+    """Scale scores to standard deviation 1 on samples of the SFT model, and shift them so that demonstrations have mean 0.
+
+    InstructGPT 3.5 centres on demonstrations; the scale makes the KL coefficient mean the same from run to run. Both
+    are kept in the head, so they are saved with the model.
+    """
+    prompt_set = job.task.rl_prompts.take(sampling.CHUNK)
+    key = jax.random.fold_in(job.key("reward_model"), 2)
+    samples = job.sampler(policy, policy, params, prompt_set.tokens_BP, prompt_set.mask_BP, key)
+    params = lm.standardise(params, jnp.asarray(samples.scores_B))
+    rows = job.task.demonstrations
+    n = min(1024, len(rows.tokens_BL))
+    scores = job.sampler.score(params, rows.tokens_BL[:n], rows.mask_BL[:n])
+    return lm.centre(params, jnp.asarray(scores))
+
+
+def optimise(job: Job, stage: str, start: Params, reward: Params, *, ptx_coef: float) -> Params:
+    """PPO from ``start``, with ``start`` as the KL reference and the reward model as the critic's start."""
+    settings, task = job.settings.ppo, job.task
+    key = job.key(stage)
+    prompts_, updates = task.rl_prompts, settings.epochs * settings.minibatches
+    order = batching.epoch_batches(
+        0, n=len(prompts_), batch_size=settings.batch, key=key, steps=settings.iterations
+    )
+    n_text = updates * round(settings.batch // settings.minibatches * settings.ptx_ratio)
+    text_order = batching.epoch_batches(
+        0,
+        n=len(task.pretraining_BL),
+        batch_size=n_text,
+        key=jax.random.fold_in(key, 1),
+        steps=settings.iterations,
+    )
+
+    def hyper_at(i: int) -> ppo.Hyper:
+        warm = schedules.constant_with_warmup(i, settings.iterations, warmup=settings.warmup)
+        numbers = {
+            "learning_rate": settings.learning_rate * warm,
+            "critic_learning_rate": settings.critic_learning_rate * warm,
+            "kl_coef": settings.kl_coef,
+            "clip": settings.clip,
+            "value_clip": settings.value_clip,
+            "lambda_": settings.lambda_,
+            "temperature": settings.temperature,
+            "missing_stop_score": settings.missing_stop_score,
+            "ptx_coef": ptx_coef,
+            "max_grad_norm": settings.max_grad_norm,
+            "ema_decay": settings.ema,
+            "discount": 1.0,
+            "kl_target": 6.0,
+            "kl_gain": 0.0,
+        }
+        return ppo.Hyper(**{name: np.float32(number) for name, number in numbers.items()})
+
+    def batch_at(i: int) -> ppo.Batch:
+        rows = order[i]
+        return ppo.Batch(
+            jnp.asarray(prompts_.tokens_BP[rows]),
+            jnp.asarray(prompts_.mask_BP[rows]),
+            tasks.text_batch(task.pretraining_BL[text_order[i]]),
+        )
+
+    state = job.fit(
+        stage,
+        job.ppo_step,
+        ppo.create(start, reward, job.ppo_tx),
+        settings.iterations,
+        batch_at=batch_at,
+        hyper_at=hyper_at,
+        frozen=ppo.Frozen(reference=start, reward=reward),
+    )
+    return state.ema
+
+

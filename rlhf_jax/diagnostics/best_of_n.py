@@ -1,0 +1,64 @@
+"""Best-of-n sampling: how far it goes from the policy, and what it gains, for every n from one pool of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from scipy import special
+
+
+def best_of_n_kl(n: npt.ArrayLike) -> np.ndarray:
+    """``log n - (n - 1) / n`` nats: KL of the best of n from the policy (Stiennon 2020, G.3).
+
+    Exact without ties in the proxy score, an upper bound with them.
+
+    Raises:
+        ValueError: if any n is below 1.
+    """
+    n = np.asarray(n, np.float64)
+    if (n < 1).any():
+        raise ValueError(f"n must be at least 1, got {n}")
+    return np.log(n) - (n - 1) / n
+
+
+def best_of_n_mean(proxy_scores: npt.ArrayLike, gold_scores: npt.ArrayLike, ns: Sequence[int]) -> np.ndarray:
+    """Unbiased estimates of the expected gold score of the best of n by proxy, from one prompt's N samples.
+
+    With samples sorted ascending by proxy: ``sum_i C(i - 1, n - 1) / C(N, n) * gold_i``, the average over
+    all subsets of size n. Samples that tie in the proxy share the mean of their gold scores, as a fair coin would have
+    it.
+
+    Args:
+        proxy_scores: ``[N]``, what the best is picked by.
+        gold_scores: ``[N]``, what is reported. Pass the proxy scores again for the proxy's own curve.
+        ns: sizes, each from 1 to N.
+
+    Returns:
+        One estimate for each of ``ns``. Average them over prompts.
+
+    Raises:
+        ValueError: if shapes differ, are not of rank 1, an n is out of range, or a score is NaN.
+    """
+    proxy, gold = np.asarray(proxy_scores, np.float64), np.asarray(gold_scores, np.float64)
+    if proxy.ndim != 1 or proxy.shape != gold.shape or np.isnan(proxy).any() or np.isnan(gold).any():
+        raise ValueError(f"need two equally long rows of numbers, got {proxy.shape} and {gold.shape}")
+    total, sizes = len(proxy), np.asarray(ns, np.int64)
+    if ((sizes < 1) | (sizes > total)).any():
+        raise ValueError(f"every n must lie between 1 and the {total} samples, got {list(ns)}")
+    _, group, count = np.unique(proxy, return_inverse=True, return_counts=True)
+    shared = (np.bincount(group, weights=gold) / count)[np.sort(group)]
+    rank = np.arange(1, total + 1)
+    estimates = []
+    for n in sizes:
+        # Binomials of this size overflow; their logarithms do not. Ranks below n are never the best of n.
+        possible = rank[n - 1 :]
+        weights = np.exp(_log_binomial(possible - 1, n - 1) - _log_binomial(total, n))
+        estimates.append(np.sum(weights * shared[n - 1 :]))
+    return np.array(estimates)
+
+
+def _log_binomial(n: npt.ArrayLike, k: npt.ArrayLike) -> np.ndarray:
+    n, k = np.asarray(n, np.float64), np.asarray(k, np.float64)
+    return special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(n - k + 1)

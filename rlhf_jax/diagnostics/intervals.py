@@ -1,0 +1,161 @@
+"""Intervals around rates and means, on the host with NumPy.
+
+Prompts are the unit: compare two models on the same prompts, reduce each prompt to one number, and put the interval
+around the mean of those. Treating tokens or single answers as independent gives intervals that are too narrow.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+
+class Estimate(NamedTuple):
+    """A point estimate with the two ends of its confidence interval."""
+
+    mean: float
+    lo: float
+    hi: float
+
+
+def wilson(successes: int, trials: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval ``(lo, hi)`` for a rate of independent successes.
+
+    Unlike the normal interval it has a width at 0 and 1, and stays in [0, 1]. No trials give (0, 1).
+
+    Raises:
+        ValueError: unless ``0 <= successes <= trials`` and ``0 < confidence < 1``.
+    """
+    if not 0 <= successes <= trials:
+        raise ValueError(f"need 0 <= successes <= trials, got {successes} of {trials}")
+    if trials == 0:
+        _critical(confidence)
+        return 0.0, 1.0
+    return _score_interval(successes / trials, 0.0, trials, confidence)
+
+
+def mean_interval(values: npt.ArrayLike, *, confidence: float = 0.95) -> Estimate:
+    """Mean with Student's t interval; infinitely wide for a single value.
+
+    Raises:
+        ValueError: if ``values`` is empty, not of rank 1, or holds NaN.
+    """
+    values = _samples(values)
+    mean, n = float(values.mean()), len(values)
+    if n == 1:
+        return Estimate(mean, -math.inf, math.inf)
+    width = float(stats.t.ppf((1 + confidence) / 2, n - 1) * values.std(ddof=1) / math.sqrt(n))
+    return Estimate(mean, mean - width, mean + width)
+
+
+def bootstrap_mean(
+    values: npt.ArrayLike, rng: np.random.Generator, *, confidence: float = 0.95, resamples: int = 2000
+) -> Estimate:
+    """Mean with the percentile interval of resampled means; the same generator state gives the same interval.
+
+    Raises:
+        ValueError: if ``values`` is empty, not of rank 1, or holds NaN.
+    """
+    values = _samples(values)
+    n = len(values)
+    # One resample at a time: resamples x prompts indices at once is memory for nothing.
+    means = np.array([values[rng.integers(n, size=n)].mean() for _ in range(resamples)])
+    lo, hi = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Estimate(float(values.mean()), float(lo), float(hi))
+
+
+def win_outcomes(a_scores: npt.ArrayLike, b_scores: npt.ArrayLike, *, tie_tolerance: float = 0.0) -> np.ndarray:
+    """1 where a's score is higher, 0 where b's is, 1/2 where they differ by at most ``tie_tolerance``.
+
+    Raises:
+        ValueError: if the arrays are empty, not of rank 1 and one length, or hold NaN.
+    """
+    a_scores, b_scores = _samples(a_scores), _samples(b_scores)
+    if a_scores.shape != b_scores.shape:
+        raise ValueError(f"scores must be paired by prompt, got {a_scores.shape} and {b_scores.shape}")
+    tied = (a_scores == b_scores) | (np.abs(a_scores - b_scores) <= tie_tolerance)
+    return np.where(tied, 0.5, (a_scores > b_scores).astype(np.float64))
+
+
+def win_rate(
+    a_scores: npt.ArrayLike, b_scores: npt.ArrayLike, *, tie_tolerance: float = 0.0, confidence: float = 0.95
+) -> Estimate:
+    """How often a beats b on the same prompts, ties counting a half, as ``(mean, lo, hi)``.
+
+    The interval is Wilson's with the variance that ties leave, ``p (1 - p) - t / 4``: a tie is a half for certain, so
+    many ties make it narrower. The share of ties t is shrunk by ``n / (n + z^2)``, so that a few prompts that all tie
+    do not count as proof that every prompt does.
+
+    Args:
+        a_scores: one score a prompt.
+        b_scores: of the other model, in the same order of prompts.
+        tie_tolerance: scores this close are a tie.
+        confidence: of the interval.
+
+    Raises:
+        ValueError: as in ``win_outcomes``.
+    """
+    outcomes = win_outcomes(a_scores, b_scores, tie_tolerance=tie_tolerance)
+    mean, ties = float(outcomes.mean()), float((outcomes == 0.5).mean())
+    return Estimate(mean, *_score_interval(mean, ties, len(outcomes), confidence))
+
+
+def pairwise_accuracy(chosen: npt.ArrayLike, rejected: npt.ArrayLike, *, confidence: float = 0.95) -> Estimate:
+    """Share of pairs in which the chosen answer scores strictly higher, with Wilson's interval.
+
+    A reward model that scores everything alike is right nowhere; ``win_rate`` would give it 1/2.
+
+    Raises:
+        ValueError: as in ``win_outcomes``.
+    """
+    right = win_outcomes(chosen, rejected) == 1.0
+    return Estimate(float(right.mean()), *wilson(int(right.sum()), len(right), confidence=confidence))
+
+
+def ratio_interval(parts: npt.ArrayLike, wholes: npt.ArrayLike, *, confidence: float = 0.95) -> Estimate:
+    """``sum(parts) / sum(wholes)`` over independent clusters, such as right pairs and all pairs of each prompt.
+
+    The pairs of one prompt stand or fall together; the interval counts prompts, not pairs (the linearised variance of
+    a ratio). Clusters with nothing in them are left out.
+
+    Raises:
+        ValueError: if the arrays differ in shape, hold NaN, or no cluster has anything in it.
+    """
+    parts, wholes = _samples(parts), _samples(wholes)
+    if parts.shape != wholes.shape or not wholes.sum() > 0:
+        raise ValueError(f"need one part and one whole a cluster, and one whole above 0; got {parts.shape}")
+    parts, wholes = parts[wholes > 0], wholes[wholes > 0]
+    mean, n = float(parts.sum() / wholes.sum()), len(parts)
+    if n == 1:
+        return Estimate(mean, 0.0, 1.0)
+    error = math.sqrt(float(np.square(parts - mean * wholes).sum()) * n / (n - 1)) / float(wholes.sum())
+    width = _critical(confidence) * error
+    return Estimate(mean, mean - width, mean + width)
+
+
+def _score_interval(mean: float, ties: float, n: int, confidence: float) -> tuple[float, float]:
+    """The two p with ``(mean - p)^2 = z^2 / n * (p (1 - p) - ties / 4)``."""
+    z2 = _critical(confidence) ** 2
+    ties = ties * n / (n + z2)
+    center = (mean + z2 / (2 * n)) / (1 + z2 / n)
+    product = (mean**2 + z2 * ties / (4 * n)) / (1 + z2 / n)
+    width = math.sqrt(max(center**2 - product, 0.0))
+    # At a rate of exactly 0 or 1 rounding would leave the end a hair inside.
+    return 0.0 if mean == 0 else max(center - width, 0.0), 1.0 if mean == 1 else min(center + width, 1.0)
+
+
+def _critical(confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+    return float(stats.norm.ppf((1 + confidence) / 2))
+
+
+def _samples(values: npt.ArrayLike) -> np.ndarray:
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1 or not len(values) or np.isnan(values).any():
+        raise ValueError(f"need at least one number, rank 1, no NaN; got shape {values.shape}")
+    return values

@@ -1,0 +1,85 @@
+"""From a score for a whole answer to a reward for each of its tokens."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import reduce
+
+
+def token_rewards(
+    scores_B: jax.Array,
+    logprobs_BT: jax.Array,
+    reference_logprobs_BT: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    kl_coef: float | jax.Array,
+) -> jax.Array:
+    """``-kl_coef * (logprob - reference)`` at every real token, plus the score at the last one.
+
+    Summed over a row this is ``score - kl_coef * log(policy / reference)``, the objective of InstructGPT Eq 2. The KL
+    part comes from the policy that sampled the tokens, is computed once a rollout, and stays fixed through the epochs.
+
+    Args:
+        scores_B: one score a response, of any dtype; integers become float32, fractions stay fractions.
+        logprobs_BT: of the behaviour policy.
+        reference_logprobs_BT: of the frozen reference.
+        mask_BT: True at real response tokens, the stop token included.
+        kl_coef: the coefficient, in units of score per nat.
+
+    Returns:
+        ``[B, T]``, at least float32, 0 off the mask. A row with no real token is all zeros, whatever its score.
+
+    Raises:
+        ValueError: if ranks or shapes disagree.
+    """
+    reduce.check_rank(1, scores_B=scores_B)
+    reduce.check_rank(2, logprobs_BT=logprobs_BT)
+    reduce.check_same_shape(logprobs_BT=logprobs_BT, reference_logprobs_BT=reference_logprobs_BT, mask_BT=mask_BT)
+    if scores_B.shape[0] != mask_BT.shape[0]:
+        raise ValueError(f"one score a row is needed, got {scores_B.shape[0]} for {mask_BT.shape[0]} rows")
+    mask_BT = mask_BT.astype(bool)
+    kl_BT = reduce.masked_fill(logprobs_BT, where=mask_BT) - reduce.masked_fill(reference_logprobs_BT, where=mask_BT)
+    score_BT = jnp.where(_is_last(mask_BT), reduce.as_float32(scores_B)[:, None], 0.0)
+    return score_BT - kl_coef * kl_BT
+
+
+def sequence_rewards(
+    scores_B: jax.Array,
+    logprobs_BT: jax.Array,
+    reference_logprobs_BT: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    kl_coef: float | jax.Array,
+) -> jax.Array:
+    """``score - kl_coef * log(policy / reference)`` for whole responses, ``[B]``: what RLOO takes (Ahmadian 2024).
+
+    Arguments as in ``token_rewards``, of which this is the sum over T.
+    """
+    return jnp.sum(token_rewards(scores_B, logprobs_BT, reference_logprobs_BT, mask_BT, kl_coef=kl_coef), axis=-1)
+
+
+def missing_stop(scores_B: jax.Array, stopped_B: jax.Array, *, score: float | jax.Array) -> jax.Array:
+    """Replaces the score of a response that never stopped by ``score`` (-1 in Ziegler 2019): the papers' rule.
+
+    Args:
+        scores_B: scores of the responses, any shape.
+        stopped_B: True where the response ended with its stop token.
+        score: the score of an unfinished response; choose it below what a bad answer gets.
+    """
+    reduce.check_same_shape(scores_B=scores_B, stopped_B=stopped_B)
+    return jnp.where(stopped_B.astype(bool), reduce.as_float32(scores_B), score)
+
+
+def subtract_for_missing_stop(scores_B: jax.Array, stopped_B: jax.Array, *, penalty: float | jax.Array) -> jax.Array:
+    """Subtracts ``penalty`` from the score of a response that never stopped: a later variant, not the papers' rule."""
+    reduce.check_same_shape(scores_B=scores_B, stopped_B=stopped_B)
+    scores_B = reduce.as_float32(scores_B)
+    return jnp.where(stopped_B.astype(bool), scores_B, scores_B - penalty)
+
+
+def _is_last(mask_BT: jax.Array) -> jax.Array:
+    """True at the last real token of each row, nowhere in an empty row."""
+    after_BT = jnp.flip(jnp.cumsum(jnp.flip(mask_BT, axis=-1), axis=-1), axis=-1)
+    return mask_BT & (after_BT == 1)

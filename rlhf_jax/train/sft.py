@@ -1,0 +1,58 @@
+"""Supervised training: next-token loss on the tokens that a mask selects (PAPERS 1.1).
+
+One step serves pretraining (every token counts), supervised fine-tuning (only the answer and its end mark count) and
+the mix of both (rows of either kind in one batch): they differ in the mask alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from rlhf_jax import metrics, reduce
+from rlhf_jax.train import step
+
+
+@struct.dataclass
+class TokenBatch:
+    """Rows of tokens. ``mask_BL``: real tokens; ``loss_mask_BL``: those whose log-probability is trained on."""
+
+    tokens_BL: jax.Array
+    mask_BL: jax.Array
+    loss_mask_BL: jax.Array
+
+
+def make_train_step(
+    token_logprobs: Callable[..., jax.Array], *, micro_batches: int = 1, axis_name: str | None = None
+) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """Build ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)``.
+
+    ``token_logprobs(params, tokens_BL, mask_BL=...) -> [B, L]`` is aligned as `lm.token_logprobs`. ``frozen`` and
+    ``rng`` are not used. ``hyper``: ``learning_rate``, and ``max_grad_norm`` (infinite for none).
+    """
+
+    def loss_fn(params: Any, batch: TokenBatch, total: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        logprobs_BL = token_logprobs(params, batch.tokens_BL, mask_BL=batch.mask_BL)
+        nll = -reduce.masked_sum(logprobs_BL, where=batch.loss_mask_BL, axis_name=axis_name)
+        return nll / jnp.maximum(total, 1), {"loss": metrics.Metric(nll, total / micro_batches)}
+
+    def train_step(state: Any, frozen: Any, hyper: Any, batch: TokenBatch, rng: Any) -> tuple[Any, dict[str, Any]]:
+        del frozen, rng
+        total = reduce.masked_count(batch.loss_mask_BL, where=batch.loss_mask_BL, axis_name=axis_name)
+        total = total.astype(jnp.float32)
+        (loss, logs), grads = step.loss_and_grads(loss_fn, state.params, batch, total, micro_batches=micro_batches)
+        state, update_logs = step.apply_gradients(
+            state,
+            grads,
+            learning_rate=hyper["learning_rate"],
+            max_grad_norm=hyper["max_grad_norm"],
+            axis_name=axis_name,
+            loss=loss,
+        )
+        return state, logs | update_logs | {"learning_rate": hyper["learning_rate"]}
+
+    return train_step

@@ -1,0 +1,451 @@
+import gzip
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.data import batching, dialogues, errors, tokenising
+
+PROMPT = "\n\nHuman: hi there\n\nAssistant: hello\n\nHuman: tell me"
+
+
+def record(chosen=" good", rejected=" bad", *, prompt=PROMPT, other_prompt=None):
+    other_prompt = prompt if other_prompt is None else other_prompt
+    return {"chosen": f"{prompt}\n\nAssistant:{chosen}", "rejected": f"{other_prompt}\n\nAssistant:{rejected}"}
+
+
+def write(path, records):
+    text = "".join(json.dumps(r) + "\n" if isinstance(r, dict) else r + "\n" for r in records)
+    if path.name.endswith(".gz"):
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text)
+    return path
+
+
+def any_share():
+    return errors.DropCount(max_dropped=1.0)
+
+
+# ---------------------------------------------------------------------------------------------------- dialogues
+
+
+def test_a_dialogue_is_parsed_into_turns_and_split_at_the_last_assistant_turn():
+    turns = dialogues.parse_dialogue(PROMPT + "\n\nAssistant: sure, here")
+    assert [(turn.role, turn.text) for turn in turns] == [
+        ("user", "hi there"),
+        ("assistant", "hello"),
+        ("user", "tell me"),
+        ("assistant", "sure, here"),
+    ]
+    prompt, answer = dialogues.split_answer(turns)
+    assert prompt == turns[:3]
+    assert answer == "sure, here"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "he said Human: no",
+        "one\nHuman: two",
+        "one\n\nhuman: two",
+        "one\n\n Human: two",
+        "one\n\nHumans: two",
+        "Assistant: who?",
+        "one\n\ntwo\n\n\n- three",
+    ],
+)
+def test_a_name_inside_a_paragraph_is_text(text):
+    turns = dialogues.parse_dialogue(f"\n\nHuman: {text}\n\nAssistant: {text}")
+    assert turns == (dialogues.Turn("user", text), dialogues.Turn("assistant", text))
+
+
+def test_white_space_around_a_turn_is_removed_and_inside_it_is_kept():
+    turns = dialogues.parse_dialogue("\n\nHuman:   a  b\n\n\n\nAssistant:c \n d \t\n")
+    assert turns == (dialogues.Turn("user", "a  b"), dialogues.Turn("assistant", "c \n d"))
+
+
+def test_turns_of_one_role_in_a_row_are_kept():
+    text = "\n\nHuman: a\n\nAssistant: b\n\nAssistant: c\n\nHuman: d\n\nAssistant: e"
+    turns = dialogues.parse_dialogue(text)
+    assert [turn.role for turn in turns] == ["user", "assistant", "assistant", "user", "assistant"]
+    assert dialogues.format_dialogue(turns) == text
+
+
+def test_split_answer_needs_an_assistant_turn_at_the_end():
+    with pytest.raises(errors.DataError, match="does not end in an assistant turn"):
+        dialogues.split_answer((dialogues.Turn("user", "a"),))
+    with pytest.raises(errors.DataError, match="does not end in an assistant turn"):
+        dialogues.split_answer(())
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz"])
+def test_reading_plain_and_compressed_files(tmp_path, name):
+    path = write(tmp_path / name, [record(), record(" yes \n", " no")])
+    comparisons, counts = dialogues.read_comparisons(path)
+    prompt = dialogues.parse_dialogue(PROMPT + "\n\nAssistant: x")[:-1]
+    assert comparisons == [
+        dialogues.Comparison(prompt, "good", "bad", 1),
+        dialogues.Comparison(prompt, "yes", "no", 2),
+    ]
+    assert counts.dropped == {}
+    with pytest.raises(AttributeError):
+        comparisons[0].line = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_flawed_records_are_counted_by_reason_and_the_rest_keep_their_lines(tmp_path):
+    path = write(
+        tmp_path / "pairs.jsonl",
+        [
+            record(" ", " bad"),
+            record(),
+            record(" good", ""),
+            record(other_prompt="\n\nHuman: something else"),
+            record(" same", " same "),
+            record(" good\n\nHuman: and then?", " bad"),
+            # A second assistant turn on one side only: the split at the last turn makes the prompts differ.
+            record(" good\n\nAssistant: more", " bad"),
+            record(),
+        ],
+    )
+    comparisons, counts = dialogues.read_comparisons(path, counts=any_share())
+    assert [comparison.line for comparison in comparisons] == [2, 8]
+    assert counts.dropped == {
+        "empty answer": 2,
+        "prompts differ": 2,
+        "same answer twice": 1,
+        "ends in a human turn": 1,
+    }
+    assert counts.report() == (
+        "dropped 6 (empty answer 2, ends in a human turn 1, prompts differ 2, same answer twice 1), truncated 0"
+    )
+
+
+def test_too_large_a_share_of_flawed_records_is_an_error_that_names_the_counts(tmp_path):
+    path = write(tmp_path / "pairs.jsonl", [record(" ", " bad")] + [record()] * 98)
+    with pytest.raises(errors.DataError) as error:
+        dialogues.read_comparisons(path)
+    assert str(error.value) == (
+        f"{path}: 1 of 99 records dropped (empty answer 1), which is 1.0%, more than max_dropped = 1.0%"
+    )
+    write(path, [record(" ", " bad")] + [record()] * 99)
+    assert len(dialogues.read_comparisons(path)[0]) == 99
+
+
+GOOD = json.dumps(record())
+BROKEN_LINES = {
+    "not json": ("{oops", r"the line is not JSON \(Expecting property name"),
+    "blank": ("", r"the line is not JSON \(Expecting value\)"),
+    "too deep": ("[" * 200_000, "the line is not JSON .*nested too deeply"),
+    "a list": ("[1, 2]", "the line holds a list, not an object with chosen and rejected"),
+    "no rejected": (json.dumps({"chosen": record()["chosen"]}), "the record has no 'rejected'"),
+    "no chosen": ('{"rejected": "a"}', "the record has no 'chosen'"),
+    "a number": ('{"chosen": 3, "rejected": "a"}', "'chosen' is a int, not a string"),
+    "half a pair": ('{"chosen": "\\ud800", "rejected": "a"}', "'chosen' holds half a surrogate pair"),
+    "no answer": (
+        json.dumps({"chosen": PROMPT + "\n\nAssistant: a", "rejected": "\n\nHuman: hi"}),
+        "in 'rejected', the dialogue has no assistant turn",
+    ),
+    "assistant first": (
+        json.dumps({"chosen": "\n\nAssistant: hi", "rejected": ""}),
+        "in 'chosen', the dialogue does not start with a human turn",
+    ),
+    "text first": (
+        json.dumps({"chosen": "Note" + PROMPT + "\n\nAssistant: a", "rejected": ""}),
+        "in 'chosen', the dialogue does not start with a human turn",
+    ),
+    "no dialogue": (
+        json.dumps({"chosen": "just text", "rejected": ""}),
+        "in 'chosen', the dialogue does not start with a human turn",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_LINES)
+def test_a_broken_line_is_an_error_in_one_sentence_that_names_file_and_line(tmp_path, case):
+    line, message = BROKEN_LINES[case]
+    path = write(tmp_path / "pairs.jsonl", [GOOD, GOOD, line, GOOD])
+    with pytest.raises(errors.DataError, match=message) as error:
+        dialogues.read_comparisons(path, counts=any_share())
+    assert str(error.value).startswith(f"{path}, line 3: ")
+    assert "\n" not in str(error.value)
+    assert error.value.__cause__ is None
+
+
+def test_a_line_that_is_not_utf8(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(GOOD.encode() + b"\n" + b'{"chosen": "\xff"}\n')
+    with pytest.raises(errors.DataError, match=r"line 2: the line is not UTF-8 \(invalid start byte at byte 12\)"):
+        dialogues.read_comparisons(path)
+
+
+def test_a_missing_file_a_directory_and_an_empty_file(tmp_path):
+    with pytest.raises(errors.DataError, match=r"nowhere\.jsonl does not exist"):
+        dialogues.read_comparisons(tmp_path / "nowhere.jsonl")
+    with pytest.raises(errors.DataError, match="is a directory"):
+        dialogues.read_comparisons(tmp_path)
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    with pytest.raises(errors.DataError, match=r"empty\.jsonl is empty"):
+        dialogues.read_comparisons(str(tmp_path / "empty.jsonl"))
+    (tmp_path / "empty.jsonl.gz").write_bytes(gzip.compress(b""))
+    with pytest.raises(errors.DataError, match=r"empty\.jsonl\.gz is empty"):
+        dialogues.read_comparisons(tmp_path / "empty.jsonl.gz")
+
+
+def test_gzip_files_that_are_cut_off_damaged_or_no_gzip_at_all(tmp_path):
+    rng = np.random.default_rng(0)
+    noise = ["".join(map(chr, rng.integers(97, 123, 200))) for _ in range(400)]
+    whole = gzip.compress("".join(json.dumps(record(f" {word}")) + "\n" for word in noise).encode())
+    path = tmp_path / "pairs.jsonl.gz"
+
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(errors.DataError, match=r"pairs\.jsonl\.gz, line \d+: the gzip file is cut off here") as error:
+        dialogues.read_comparisons(path)
+    assert 100 < int(str(error.value).split("line ")[1].split(":")[0]) < 300
+
+    path.write_bytes(whole[:-4])
+    with pytest.raises(errors.DataError, match=r"line 401: the gzip file is cut off here"):
+        dialogues.read_comparisons(path)
+
+    # Behind the 18 bytes of the header, the first block of the stream is destroyed.
+    path.write_bytes(whole[:18] + b"\xff" * 200 + whole[218:])
+    with pytest.raises(errors.DataError, match=r"line \d+: the gzip file is damaged"):
+        dialogues.read_comparisons(path)
+
+    path.write_text(GOOD)
+    with pytest.raises(errors.DataError, match=r"line 1: the gzip file is damaged \(Not a gzipped file"):
+        dialogues.read_comparisons(path)
+
+
+# ------------------------------------------------------------------------------------------------------- counts
+
+
+def test_each_stage_is_held_to_the_limit_by_itself():
+    counts = errors.DropCount(max_dropped=0.5)
+    first = counts.stage()
+    first.drop("a")
+    counts.add(first, records=2, source="first")
+    second = counts.stage()
+    second.drop("a")
+    second.drop("b")
+    with pytest.raises(
+        errors.DataError, match=r"second: 2 of 3 records dropped \(a 1, b 1\), which is 66\.7%, more than"
+    ):
+        counts.add(second, records=3, source="second")
+    assert counts.dropped == {"a": 2, "b": 1}
+
+
+def test_truncated_records_have_their_own_limit_and_none_by_default():
+    counts = errors.DropCount()
+    counts.truncate("cut")
+    counts.check(1, source="here")
+    strict = errors.DropCount(max_truncated=0.0)
+    strict.truncate("cut")
+    with pytest.raises(errors.DataError, match=r"1 of 10 records truncated .*more than max_truncated = 0"):
+        strict.check(10, source="here")
+    with pytest.raises(ValueError, match="max_dropped is a share from 0 to 1, got 2"):
+        errors.DropCount(max_dropped=2)
+
+
+# --------------------------------------------------------------------------------------------------------- rows
+
+
+def test_demonstration_rows_layout_in_exact_numbers():
+    counts = errors.DropCount()
+    rows = tokenising.demonstration_rows(
+        [[2, 7, 3], [3]], [[8, 9, 1], [5, 6, 7, 8, 1]], prompt_width=4, response_width=4, pad_id=0, counts=counts
+    )
+    np.testing.assert_array_equal(rows.tokens_BL, [[0, 2, 7, 3, 8, 9, 1, 0], [0, 0, 0, 3, 5, 6, 7, 8]])
+    np.testing.assert_array_equal(rows.mask_BL, [[0, 1, 1, 1, 1, 1, 1, 0], [0, 0, 0, 1, 1, 1, 1, 1]])
+    # The end token (1) of the first answer carries loss; the second answer was cut and has none to learn.
+    np.testing.assert_array_equal(rows.loss_mask_BL, [[0, 0, 0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 1, 1, 1, 1]])
+    assert rows.tokens_BL.dtype == np.int32
+    assert rows.mask_BL.dtype == rows.loss_mask_BL.dtype == np.bool_
+    assert counts.truncated == {"answer truncated": 1}
+
+
+def test_masks_do_not_come_from_the_pad_id():
+    rows = tokenising.demonstration_rows(
+        [[0, 3]], [[0, 1]], prompt_width=3, response_width=3, pad_id=0, counts=errors.DropCount()
+    )
+    np.testing.assert_array_equal(rows.mask_BL, [[0, 1, 1, 1, 1, 0]])
+
+
+def test_comparison_rows_layout_in_exact_numbers():
+    counts = any_share()
+    rows = tokenising.comparison_rows(
+        [[2, 3], [4, 3]],
+        [[5, 1], [6, 7, 8, 1]],
+        [[9, 9, 9, 1], [6, 7, 8, 9, 1]],
+        prompt_width=3,
+        response_width=3,
+        pad_id=0,
+        counts=counts,
+    )
+    np.testing.assert_array_equal(rows.tokens_BKL, [[[0, 2, 3, 5, 1, 0], [0, 2, 3, 9, 9, 9]]])
+    np.testing.assert_array_equal(rows.mask_BKL, [[[0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1]]])
+    np.testing.assert_array_equal(rows.ranks_BK, [[1, 2]])
+    np.testing.assert_array_equal(rows.where_BK, [[True, True]])
+    assert counts.dropped == {"same answer within the width": 1}
+    assert counts.truncated == {"answer truncated": 1}
+
+
+def test_ranking_rows_keep_all_answers_of_a_prompt_together():
+    rows = tokenising.ranking_rows(
+        [[3], [2, 3]],
+        [[[5, 1], [6, 1], [7, 1]], [[8, 1], [9, 1]]],
+        [[2, 1, 2], [1, 2]],
+        prompt_width=2,
+        response_width=2,
+        pad_id=0,
+        counts=errors.DropCount(),
+    )
+    assert rows.tokens_BKL.shape == (2, 3, 4)
+    np.testing.assert_array_equal(rows.tokens_BKL[0], [[0, 3, 5, 1], [0, 3, 6, 1], [0, 3, 7, 1]])
+    np.testing.assert_array_equal(rows.ranks_BK, [[2, 1, 2], [1, 2, 0]])
+    np.testing.assert_array_equal(rows.where_BK, [[True, True, True], [True, True, False]])
+    assert not rows.mask_BKL[1, 2].any()
+
+
+def test_rows_that_do_not_match_are_errors():
+    widths = {"prompt_width": 2, "response_width": 2, "pad_id": 0, "counts": any_share()}
+    with pytest.raises(errors.DataError, match="unequal numbers: 2 prompts, 1 answers"):
+        tokenising.demonstration_rows([[3], [3]], [[1]], **widths)
+    with pytest.raises(errors.DataError, match="prompt 1 has 3 tokens, which is not between 1 and 2"):
+        tokenising.demonstration_rows([[3], [4, 4, 3]], [[1], [1]], **widths)
+    with pytest.raises(errors.DataError, match="prompt 0 has 0 tokens"):
+        tokenising.pad_prompts([[]], width=2, pad_id=0)
+    with pytest.raises(errors.DataError, match="answer 0 has no token"):
+        tokenising.demonstration_rows([[3]], [[]], **widths)
+    with pytest.raises(errors.DataError, match="prompt 0 has 1 answers"):
+        tokenising.ranking_rows([[3]], [[[1]]], [[1]], **widths)
+    with pytest.raises(errors.DataError, match=r"prompt 0 has 2 answers with ranks \[0, 1\]"):
+        tokenising.ranking_rows([[3]], [[[1], [5, 1]]], [[0, 1]], **widths)
+
+
+def test_no_rows_are_rows_too():
+    widths = {"prompt_width": 2, "response_width": 3, "pad_id": 0, "counts": errors.DropCount()}
+    assert tokenising.demonstration_rows([], [], **widths).tokens_BL.shape == (0, 5)
+    assert tokenising.comparison_rows([], [], [], **widths).tokens_BKL.shape == (0, 2, 5)
+
+
+def test_packing_closes_documents_and_counts_the_remainder():
+    rows, remainder = tokenising.pack_text([[5, 6], [], [7, 8, 9, 5]], width=3, eos_id=1)
+    np.testing.assert_array_equal(rows, [[5, 6, 1], [1, 7, 8], [9, 5, 1]])
+    assert remainder == 0
+    rows, remainder = tokenising.pack_text([[5, 6], [], [7, 8, 9, 5]], width=4, eos_id=1)
+    np.testing.assert_array_equal(rows, [[5, 6, 1, 1], [7, 8, 9, 5]])
+    assert remainder == 1
+    assert rows.dtype == np.int32
+    with pytest.raises(errors.DataError, match="3 tokens do not fill one row of 4"):
+        tokenising.pack_text([[5, 6]], width=4, eos_id=1)
+    with pytest.raises(errors.DataError, match="document 1 ends with the id 1 already"):
+        tokenising.pack_text([[5], [6, 1]], width=2, eos_id=1)
+
+
+# ------------------------------------------------------------------------------------------------------ batching
+
+KEY = jax.random.key(3)
+GOLDEN = [416, 966, 420, 681, 829, 539]
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(12, 4), (10, 4), (7, 1), (3, 8), (1, 2)])
+def test_every_epoch_holds_every_example_once(n, batch_size):
+    steps = 3 * n  # a whole number of epochs, whatever the two sizes are
+    batches = batching.epoch_batches(0, n=n, batch_size=batch_size, key=KEY, steps=steps)
+    epochs = batches.reshape(-1, n)
+    np.testing.assert_array_equal(np.sort(epochs, axis=1), np.broadcast_to(np.arange(n), epochs.shape))
+    if n > 3:
+        assert len({tuple(epoch) for epoch in epochs}) > 1  # shuffled anew each time
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_a_batch_is_the_same_from_the_start_from_the_middle_and_alone(drop_last):
+    options = {"n": 10, "batch_size": 4, "key": KEY, "drop_last": drop_last}
+    whole = batching.epoch_batches(0, steps=20, **options)
+    np.testing.assert_array_equal(batching.epoch_batches(7, steps=13, **options), whole[7:])
+    for step in range(20):
+        alone = batching.epoch_batches(step, **options)
+        assert alone.shape == (4,) and alone.dtype == np.int32
+        np.testing.assert_array_equal(alone, whole[step])
+
+
+def test_drop_last_keeps_a_batch_within_its_epoch():
+    batches = batching.epoch_batches(0, n=10, batch_size=4, key=KEY, steps=60, drop_last=True).reshape(30, 8)
+    stream = batching.epoch_batches(0, n=10, batch_size=10, key=KEY, steps=30)
+    np.testing.assert_array_equal(batches, stream[:, :8])  # the same shuffles, without their ends
+    left_out = {i for epoch in batches for i in set(range(10)) - set(epoch.tolist())}
+    assert left_out == set(range(10))  # another remainder each epoch
+    with pytest.raises(ValueError, match="no batch is left"):
+        batching.epoch_batches(0, n=3, batch_size=4, key=KEY, drop_last=True)
+
+
+def test_the_epoch_of_a_step():
+    assert [batching.epoch_of(s, n=10, batch_size=4) for s in range(6)] == [0, 0, 0, 1, 1, 2]
+    assert [batching.epoch_of(s, n=10, batch_size=4, drop_last=True) for s in range(6)] == [0, 0, 1, 1, 2, 2]
+
+
+def test_batches_depend_on_the_key_alone_and_never_change():
+    batch = batching.epoch_batches(5, n=1000, batch_size=6, key=jax.random.key(0))
+    np.testing.assert_array_equal(batch, GOLDEN)
+    np.testing.assert_array_equal(batch, batching.epoch_batches(5, n=1000, batch_size=6, key=jax.random.PRNGKey(0)))
+    assert (batch != batching.epoch_batches(5, n=1000, batch_size=6, key=jax.random.key(1))).any()
+
+
+def test_a_step_far_out_does_not_overflow():
+    step = np.int32(2**31 - 1)
+    batch = batching.epoch_batches(step, n=1000, batch_size=512, key=KEY)  # pyright: ignore[reportArgumentType]
+    assert ((batch >= 0) & (batch < 1000)).all()
+
+
+def test_numbers_out_of_range_are_errors():
+    for wrong in ({"step": -1}, {"n": 0}, {"batch_size": 0}, {"steps": 0}):
+        options = {"step": 0, "n": 4, "batch_size": 2, "key": KEY, **wrong}
+        with pytest.raises(ValueError, match="must be 0 or more"):
+            batching.epoch_batches(options.pop("step"), **options)
+
+
+def test_a_split_is_disjoint_complete_and_repeatable():
+    train, held_out = batching.split(101, fraction=0.2, key=KEY)
+    assert (len(train), len(held_out)) == (81, 20)
+    np.testing.assert_array_equal(np.sort(np.concatenate([train, held_out])), np.arange(101))
+    np.testing.assert_array_equal(batching.split(101, fraction=0.2, key=KEY)[1], held_out)
+    assert held_out.tolist() != list(range(20))
+    for fraction in (0.0, 1.0, 0.001, -1.0):
+        with pytest.raises(ValueError, match="leaves one part empty"):
+            batching.split(101, fraction=fraction, key=KEY)
+
+
+def test_a_fingerprint_sees_values_order_shape_dtype_and_names():
+    data = {"a": np.arange(6, dtype=np.int32), "b": np.ones((2, 3), np.float32)}
+    digest = batching.fingerprint(data)
+    assert digest == batching.fingerprint({name: jnp.asarray(array) for name, array in data.items()})
+    assert digest == batching.fingerprint({"b": data["b"], "a": data["a"].astype(">i4")})
+    changed = [
+        {**data, "a": data["a"][::-1]},
+        {**data, "a": data["a"].astype(np.int64)},
+        {**data, "b": data["b"].T},
+        {"c": data["a"], "b": data["b"]},
+        {**data, "b": np.nextafter(data["b"], np.float32(2))},
+    ]
+    assert len({digest, *map(batching.fingerprint, changed)}) == 6
+    columns = np.arange(6).reshape(2, 3)
+    assert batching.fingerprint(columns.T) == batching.fingerprint(columns.T.copy())
+    assert len(batching.fingerprint(jnp.ones(3, jnp.bfloat16))) == 64
+    with pytest.raises(ValueError, match="array of Python objects"):
+        batching.fingerprint({"a": np.array([{}, None], dtype=object)})
+
+
+# ------------------------------------------------------------------------------------------------------- imports
+
+
+def test_the_data_modules_do_not_import_transformers():
+    code = (
+        "import sys; from rlhf_jax.data import batching, dialogues, errors, tokenizers, tokenising; "
+        "assert 'transformers' not in sys.modules, 'transformers was imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

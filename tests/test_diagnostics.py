@@ -1,0 +1,214 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import special, stats
+
+from rlhf_jax import diagnostics
+
+# Intervals
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 10), (3, 10), (10, 10), (50, 100), (1, 1)])
+def test_wilson_agrees_with_scipy(k, n):
+    for confidence in (0.8, 0.95):
+        expected = stats.binomtest(k, n).proportion_ci(confidence, method="wilson")
+        np.testing.assert_allclose(diagnostics.wilson(k, n, confidence=confidence), tuple(expected), atol=1e-12)
+
+
+def test_wilson_of_nothing_knows_nothing():
+    assert diagnostics.wilson(0, 0) == (0.0, 1.0)
+    with pytest.raises(ValueError, match="successes"):
+        diagnostics.wilson(4, 3)
+
+
+def test_mean_interval_is_students():
+    values = np.random.default_rng(0).normal(size=12)
+    expected = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    got = diagnostics.mean_interval(values)
+    np.testing.assert_allclose(got, (values.mean(), *expected), rtol=1e-9)
+    assert diagnostics.mean_interval([2.0]) == (2.0, -math.inf, math.inf)
+
+
+def test_bootstrap_agrees_with_theory_and_with_itself():
+    values = np.random.default_rng(1).exponential(size=400)
+    mean, lo, hi = diagnostics.bootstrap_mean(values, np.random.default_rng(7))
+    width = 1.96 * values.std() / 20
+    np.testing.assert_allclose((mean, lo, hi), (values.mean(), values.mean() - width, values.mean() + width), rtol=0.03)
+    assert (mean, lo, hi) == diagnostics.bootstrap_mean(values, np.random.default_rng(7))
+    assert (mean, lo, hi) != diagnostics.bootstrap_mean(values, np.random.default_rng(8))
+
+
+def test_win_rate_counts_ties_as_a_half():
+    a, b = [1.0, 2.0, 3.0, 4.0], [0.0, 2.05, 3.5, 4.0]
+    np.testing.assert_array_equal(diagnostics.win_outcomes(a, b), [1.0, 0.0, 0.0, 0.5])
+    np.testing.assert_array_equal(diagnostics.win_outcomes(a, b, tie_tolerance=0.1), [1.0, 0.5, 0.0, 0.5])
+    assert diagnostics.win_rate(a, b).mean == 0.375
+    assert diagnostics.win_rate(a, b, tie_tolerance=0.1).mean == 0.5
+
+
+def test_win_rate_without_ties_is_wilsons_and_swaps_sides():
+    rng = np.random.default_rng(2)
+    a, b = rng.normal(size=(2, 30))
+    mean, lo, hi = diagnostics.win_rate(a, b)
+    np.testing.assert_allclose((lo, hi), diagnostics.wilson(int((a > b).sum()), 30))
+    np.testing.assert_allclose(diagnostics.win_rate(b, a), (1 - mean, 1 - hi, 1 - lo))
+    assert diagnostics.win_rate([1.0, 1.0], [0.0, 0.0]).hi == 1.0
+
+
+@pytest.mark.parametrize("probs", [(0.5, 0.5, 0.0), (0.3, 0.3, 0.4), (0.05, 0.15, 0.8), (0.9, 0.05, 0.05)])
+@pytest.mark.parametrize("n", [40, 400])
+def test_win_rate_interval_covers_the_truth(probs, n):
+    """Wins, losses and ties drawn with known probabilities: 95 % means 95 %."""
+    rng = np.random.default_rng(3)
+    truth = probs[0] + probs[2] / 2
+    hits = []
+    for _ in range(400):
+        outcome = rng.choice([1.0, -1.0, 0.0], size=n, p=probs)
+        _, lo, hi = diagnostics.win_rate(outcome, np.zeros(n))
+        hits.append(lo <= truth <= hi)
+    assert 0.92 <= np.mean(hits) <= 0.99
+
+
+def test_ties_narrow_the_interval_but_never_to_a_point():
+    def width(a):
+        _, lo, hi = diagnostics.win_rate(a, np.zeros(len(a)))
+        return hi - lo
+
+    no_ties, half_ties, all_ties = [1.0, -1.0] * 20, [1.0, -1.0, 0.0, 0.0] * 10, [0.0] * 40
+    assert width(no_ties) > width(half_ties) > width(all_ties) > 0.05
+
+
+def test_accuracy_does_not_reward_a_constant_model():
+    assert diagnostics.pairwise_accuracy(np.ones(10), np.ones(10)).mean == 0.0
+    accuracy = diagnostics.pairwise_accuracy([1.0, 2.0, 0.0, 5.0], [0.0, 0.0, 1.0, 0.0])
+    np.testing.assert_allclose(accuracy, (0.75, *diagnostics.wilson(3, 4)))
+
+
+def test_broken_scores_are_errors():
+    for a, b in (([1.0], [1.0, 2.0]), ([], []), ([np.nan], [0.0]), ([[1.0]], [[0.0]])):
+        with pytest.raises(ValueError, match=r"number|paired"):
+            diagnostics.win_rate(a, b)
+
+
+# Calibration
+
+
+def labelled_pairs(n, slope, seed=0):
+    """Differences whose labels follow sigmoid(slope * difference)."""
+    rng = np.random.default_rng(seed)
+    difference = rng.normal(scale=2.0, size=n)
+    right = rng.random(n) < special.expit(slope * difference)
+    return np.where(right, difference, -difference), np.zeros(n)
+
+
+def test_a_calibrated_model_lies_on_the_curve():
+    chosen, rejected = labelled_pairs(20_000, slope=1.0)
+    curve = diagnostics.calibration_curve(chosen, rejected, bins=8)
+    assert curve.count.sum() == 20_000 and np.ptp(curve.count) <= 1
+    assert np.all(np.diff(curve.gap) > 0)
+    np.testing.assert_allclose(curve.accuracy, curve.predicted, atol=0.03)
+    assert np.all((curve.lo < curve.accuracy) & (curve.accuracy < curve.hi))
+    assert diagnostics.expected_calibration_error(chosen, rejected) < 0.015
+
+
+@pytest.mark.parametrize("slope", [0.5, 1.0, 2.0])
+def test_the_slope_is_recovered_and_its_inverse_calibrates(slope):
+    chosen, rejected = labelled_pairs(20_000, slope=slope, seed=4)
+    estimate = diagnostics.calibration_slope(chosen, rejected)
+    assert estimate.lo < slope < estimate.hi and estimate.hi - estimate.lo < 0.2 * slope
+    temperature = diagnostics.calibration_temperature(chosen, rejected)
+    assert diagnostics.expected_calibration_error(chosen / temperature, rejected) < 0.015
+    if slope != 1.0:
+        assert diagnostics.expected_calibration_error(chosen, rejected) > 0.05
+
+
+def test_calibration_error_by_hand():
+    chosen, rejected = np.array([1.0, 1.0, 1.0, 0.0]), np.array([0.0, 0.0, 0.0, 1.0])
+    error = diagnostics.expected_calibration_error(chosen, rejected, bins=1)
+    assert error == pytest.approx(abs(0.75 - 1 / (1 + math.exp(-1))))
+    assert diagnostics.calibration_slope(chosen, rejected).mean == pytest.approx(math.log(3))
+
+
+def test_the_slope_interval_covers_the_truth():
+    hits = []
+    for seed in range(200):
+        estimate = diagnostics.calibration_slope(*labelled_pairs(200, slope=0.8, seed=seed))
+        hits.append(estimate.lo <= 0.8 <= estimate.hi)
+    assert 0.9 <= np.mean(hits) <= 0.99
+
+
+def test_a_slope_without_a_maximum_is_infinite():
+    assert diagnostics.calibration_slope([1.0, 2.0], [0.0, 0.0]).mean == math.inf
+    assert diagnostics.calibration_slope([0.0, 0.0], [1.0, 2.0]).mean == -math.inf
+    with pytest.raises(ValueError, match="all score differences"):
+        diagnostics.calibration_slope([1.0], [1.0])
+
+
+# Best of n
+
+
+def test_kl_of_best_of_n_reproduces_the_published_numbers():
+    ns = [1, 4, 8, 16, 64, 128, 512, 1000, 60_000]
+    expected = [0.0, 0.636, 1.204, 1.835, 3.175, 3.860, 5.240, 5.909, 10.002]
+    np.testing.assert_allclose(diagnostics.best_of_n_kl(ns), expected, atol=5e-4)
+    with pytest.raises(ValueError, match="at least 1"):
+        diagnostics.best_of_n_kl(0)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_best_of_n_is_the_mean_over_all_subsets(ties):
+    rng = np.random.default_rng(5)
+    proxy, gold = rng.normal(size=(2, 7))
+    if ties:
+        proxy = np.round(proxy)
+    expected = []
+    for n in range(1, 8):
+        bests = []
+        for subset in map(list, itertools.combinations(range(7), n)):
+            top = proxy[subset] == proxy[subset].max()
+            bests.append(gold[subset][top].mean())
+        expected.append(np.mean(bests))
+    np.testing.assert_allclose(diagnostics.best_of_n_mean(proxy, gold, range(1, 8)), expected, rtol=1e-9)
+
+
+def test_best_of_n_with_large_pools_neither_overflows_nor_falls():
+    proxy = np.random.default_rng(6).permutation(100_000) / 100_000
+    got = diagnostics.best_of_n_mean(proxy, proxy, [1, 10, 1000, 60_000])
+    assert np.all(np.diff(got) > 0)
+    # The best of n uniform numbers is n / (n + 1) on average.
+    np.testing.assert_allclose(got, [0.5, 10 / 11, 1000 / 1001, 1.0], atol=2e-5)
+
+
+def test_best_of_n_bounds():
+    for ns in ([0], [4]):
+        with pytest.raises(ValueError, match="between 1 and"):
+            diagnostics.best_of_n_mean(np.ones(3), np.ones(3), ns)
+    with pytest.raises(ValueError, match="rows"):
+        diagnostics.best_of_n_mean(np.ones(3), np.ones(2), [1])
+
+
+# Diversity
+
+
+def test_distinct_n_by_hand():
+    assert diagnostics.distinct_n([[1, 2, 1, 2]], n=1) == 0.5
+    assert diagnostics.distinct_n([[1, 2, 1, 2]], n=2) == pytest.approx(2 / 3)
+    assert diagnostics.distinct_n([[1, 2], [1, 2], [2, 1]], n=2) == pytest.approx(2 / 3)  # Never across sequences.
+    assert math.isnan(diagnostics.distinct_n([[1]], n=2))
+
+
+def test_token_entropy_by_hand():
+    assert diagnostics.token_entropy([[1, 2], [3, 4]]) == pytest.approx(math.log(4))
+    assert diagnostics.token_entropy([["a", "a"], ["a"]]) == 0.0
+    assert math.isnan(diagnostics.token_entropy([[]]))
+
+
+def test_self_overlap_by_hand():
+    assert diagnostics.self_overlap([[1, 2, 3], [1, 2, 3]], n=2) == 1.0
+    assert diagnostics.self_overlap([[1, 2, 1, 2], [3, 4, 5]], n=2) == 0.0  # Repeating oneself is no overlap.
+    assert diagnostics.self_overlap([[1, 2, 3], [1, 2, 4]], n=2) == 0.5
+    assert math.isnan(diagnostics.self_overlap([[1, 2, 3]], n=2))
+    with pytest.raises(ValueError, match="at least 1"):
+        diagnostics.self_overlap([[1], [2]], n=0)
