@@ -43,10 +43,9 @@ def gae(
     """
     reduce.check_rank(1, rewards_T=rewards_T, values_T=values_T, mask_T=mask_T)
     reduce.check_same_shape(rewards_T=rewards_T, values_T=values_T, mask_T=mask_T)
-    rewards_T = reduce.masked_fill(rewards_T, where=mask_T)
     values_T = jax.lax.stop_gradient(reduce.masked_fill(values_T, where=mask_T))
     next_values_T = jnp.append(values_T[1:], 0.0)
-    deltas_T = reduce.masked_fill(rewards_T + discount * next_values_T - values_T, where=mask_T)
+    deltas_T = reduce.masked_fill(reduce.as_float32(rewards_T) + discount * next_values_T - values_T, where=mask_T)
 
     def step(next_advantage: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
         advantage = delta + discount * lambda_ * next_advantage

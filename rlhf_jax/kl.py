@@ -133,6 +133,15 @@ def update_controller_by_horizon(
     return ControllerState(kl_coef=state.kl_coef * (1.0 + _error(observed_kl, target) * episodes / horizon))
 
 
+def update_controller_by_doubling(
+    state: ControllerState, observed_kl: jax.Array, *, target: float | jax.Array
+) -> ControllerState:
+    """PPO's own penalty rule (Schulman 2017, 4): double above 1.5 times the target, halve below target / 1.5."""
+    reduce.check_rank(0, observed_kl=observed_kl)
+    factor = jnp.where(observed_kl > 1.5 * target, 2.0, jnp.where(observed_kl < target / 1.5, 0.5, 1.0))
+    return ControllerState(kl_coef=state.kl_coef * factor)
+
+
 def _error(observed_kl: jax.Array, target: float | jax.Array) -> jax.Array:
     reduce.check_rank(0, observed_kl=observed_kl)
     return jnp.clip((reduce.as_float32(observed_kl) - target) / target, -0.2, 0.2)

@@ -104,6 +104,13 @@ def test_controller_follows_the_paper_and_the_released_code():
     np.testing.assert_allclose(code.kl_coef, 0.2 * (1 + 0.2 * 0.0512), rtol=1e-6)
 
 
+def test_controller_that_doubles_and_halves():
+    state = kl.controller(0.2)
+    for observed, expected in ((9.1, 0.4), (8.9, 0.2), (4.1, 0.2), (3.9, 0.1)):
+        got = kl.update_controller_by_doubling(state, jnp.float32(observed), target=6.0)
+        np.testing.assert_allclose(got.kl_coef, expected, rtol=1e-6)
+
+
 def test_controller_settles_at_its_target():
     """In a world where KL is 3 / coef, the coefficient that gives 6 nats is 0.5."""
 

@@ -4,6 +4,7 @@ from rlhf_jax.lm.cache import KVCache
 from rlhf_jax.lm.cache import create as create_cache
 from rlhf_jax.lm.config import LMConfig
 from rlhf_jax.lm.heads import centre, scalar, shift_bias, standardise, with_head, without_head
+from rlhf_jax.lm.hf import load, save
 from rlhf_jax.lm.logprobs import (
     TokenStats,
     apply_fn,
@@ -39,6 +40,7 @@ __all__ = [
     "forward",
     "greedy_matches",
     "init",
+    "load",
     "logical_axes",
     "logits",
     "response_logprobs",
@@ -47,6 +49,7 @@ __all__ = [
     "response_stats_with",
     "response_values",
     "response_values_with",
+    "save",
     "scalar",
     "score",
     "score_with",
