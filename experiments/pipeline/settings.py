@@ -67,11 +67,11 @@ class Model:
 class Pretrain:
     """The base model, from nothing, on the corpus."""
 
-    documents: int = 120_000
+    documents: int = 90_000
     """Documents of the built-in world's corpus."""
-    steps: int = 700
+    steps: int = 1000
     """Optimiser steps."""
-    batch: int = 128
+    batch: int = 64
     """Rows a step; supervised fine-tuning uses the same."""
     learning_rate: float = 4e-3
     """Peak; cosine to a tenth."""
@@ -85,7 +85,7 @@ class SFT:
 
     demonstrations: int = 6000
     """Demonstrations of the built-in world."""
-    epochs: int = 3
+    epochs: int = 2
     """Epochs of the baseline `sft` over the demonstrations."""
     mix_epochs: int = 2
     """Epochs of `sft_mix`, where PPO starts (InstructGPT C.3)."""
@@ -111,7 +111,7 @@ class Comparisons:
 class RewardModel:
     """The reward model, from the SFT model, one epoch."""
 
-    batch: int = 32
+    batch: int = 8
     """Prompts a step, each with all its answers."""
     learning_rate: float = 1.5e-3
     """Peak; cosine to a tenth."""
@@ -127,7 +127,7 @@ class PPO:
     """Prompts a rollout, one answer each."""
     minibatches: int = 4
     """Optimiser steps an epoch."""
-    epochs: int = 2
+    epochs: int = 1
     """Passes over each rollout (1 in InstructGPT, 4 in Ziegler and Stiennon)."""
     learning_rate: float = 7e-4
     """Of the policy; constant after the warmup."""
@@ -135,7 +135,7 @@ class PPO:
     """Of the critic."""
     warmup: int = 5
     """Iterations from a tenth of the rates to the rates."""
-    kl_coef: float = 0.12
+    kl_coef: float = 0.06
     """Reward per nat; the reward has standard deviation 1 on SFT samples."""
     clip: float = 0.2
     """Of the probability ratio."""
@@ -204,10 +204,10 @@ class Settings:
 
 SMOKE: dict[str, dict[str, Any]] = {
     "model": {"layers": 2, "width": 64, "mlp": 128},
-    "pretrain": {"documents": 6000, "steps": 60, "batch": 64},
+    "pretrain": {"documents": 6000, "steps": 60, "batch": 32},
     "sft": {"demonstrations": 640, "epochs": 2, "mix_epochs": 2},
     "comparisons": {"prompts": 96, "max_k": 5},
-    "reward_model": {"batch": 16},
+    "reward_model": {"batch": 8},
     "ppo": {"iterations": 4, "batch": 64, "minibatches": 2, "warmup": 1},
     "evaluation": {
         "prompts": 128,

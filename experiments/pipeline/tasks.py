@@ -102,10 +102,10 @@ def _world_task(settings: Settings) -> Task:
     P, T = prompts.PROMPT_WIDTH, prompts.RESPONSE_WIDTH
 
     rng = _stream(settings, CORPUS)
-    texts = corpus.documents(world, settings.pretrain.documents, rng)
+    texts = corpus.documents(world, sets.train, settings.pretrain.documents, rng)
     pretraining_BL = _packed(tokenizer, texts, width=P + T)
     n_held_out = settings.evaluation.pretraining_rows
-    held_out_texts = corpus.documents(world, n_held_out * (P + T) // 8, rng)
+    held_out_texts = corpus.documents(world, sets.train, n_held_out * (P + T) // 8, rng)
     held_out_BL = _packed(tokenizer, held_out_texts, width=P + T)[:n_held_out]
 
     rng = _stream(settings, DEMONSTRATIONS)

@@ -9,12 +9,16 @@ takes any model as a :class:`rlhf_jax.types.ApplyFn`, the scalar ones reading ``
 
 The ``response_`` forms are for rollouts: a static prompt width P whose last column is real in every row, and a
 contiguous response behind it, so that only columns ``[P-1:-1]`` are turned into logits.
+
+Logits of a long row over a large vocabulary need not fit in memory at once: with ``chunk``, those of so many columns
+exist at a time, forward and backward.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,12 +50,14 @@ def token_logprobs(
     cfg: config.LMConfig,
     mask_BL: jax.Array | None = None,
     temperature: jax.Array | float = 1.0,
+    chunk: int | None = None,
 ) -> jax.Array:
     """``[B,L]`` float32: log p(token_i | real tokens before it), of ``softmax(logits / temperature)``.
 
-    0 at the first real token of a row and at padding, which may stand anywhere.
+    0 at the first real token of a row and at padding, which may stand anywhere. ``chunk`` columns of logits are made
+    at a time, or all at once.
     """
-    return token_logprobs_with(apply_fn(cfg), params, tokens_BL, mask_BL=mask_BL, temperature=temperature)
+    return token_logprobs_with(apply_fn(cfg), params, tokens_BL, mask_BL=mask_BL, temperature=temperature, chunk=chunk)
 
 
 def values(
@@ -79,10 +85,17 @@ def response_logprobs(
     prompt_width: int,
     mask_BL: jax.Array | None = None,
     temperature: jax.Array | float = 1.0,
+    chunk: int | None = None,
 ) -> jax.Array:
     """``[B,T]`` float32: ``token_logprobs(...)[:, P:]`` at the price of T columns of logits. 0 off the mask."""
     return response_logprobs_with(
-        apply_fn(cfg), params, tokens_BL, prompt_width=prompt_width, mask_BL=mask_BL, temperature=temperature
+        apply_fn(cfg),
+        params,
+        tokens_BL,
+        prompt_width=prompt_width,
+        mask_BL=mask_BL,
+        temperature=temperature,
+        chunk=chunk,
     )
 
 
@@ -94,10 +107,17 @@ def response_stats(
     prompt_width: int,
     mask_BL: jax.Array | None = None,
     temperature: jax.Array | float = 1.0,
+    chunk: int | None = None,
 ) -> TokenStats:
     """Return :func:`response_logprobs` and the entropy of each token's distribution (nats), both ``[B,T]``."""
     return response_stats_with(
-        apply_fn(cfg), params, tokens_BL, prompt_width=prompt_width, mask_BL=mask_BL, temperature=temperature
+        apply_fn(cfg),
+        params,
+        tokens_BL,
+        prompt_width=prompt_width,
+        mask_BL=mask_BL,
+        temperature=temperature,
+        chunk=chunk,
     )
 
 
@@ -135,18 +155,18 @@ def token_logprobs_with(
     *,
     mask_BL: jax.Array | None = None,
     temperature: jax.Array | float = 1.0,
+    chunk: int | None = None,
 ) -> jax.Array:
     """:func:`token_logprobs` of any model."""
+    score = _logprobs_of(apply, params, temperature)
     hidden_BLD = apply.forward(params, tokens_BL, mask_BL=mask_BL).hidden_BLD
     if mask_BL is None:
-        rest_BM = selected_logprobs(apply.logits(params, hidden_BLD[:, :-1]), tokens_BL[:, 1:], temperature=temperature)
-        return jnp.pad(rest_BM, ((0, 0), (1, 0)))
+        return jnp.pad(_in_chunks(score, hidden_BLD[:, :-1], tokens_BL[:, 1:], chunk), ((0, 0), (1, 0)))
     # Each column's own target is scored first and the scalars are moved after: moving hidden states costs D times more.
     next_BL = next_real(mask_BL)
     targets_BL = jnp.take_along_axis(tokens_BL, jnp.minimum(next_BL, tokens_BL.shape[1] - 1), axis=1)
     targets_BL = jnp.where(mask_BL & (next_BL < tokens_BL.shape[1]), targets_BL, 0)
-    made_BL = selected_logprobs(apply.logits(params, hidden_BLD), targets_BL, temperature=temperature)
-    return _from_previous_real(made_BL, mask_BL)
+    return _from_previous_real(_in_chunks(score, hidden_BLD, targets_BL, chunk), mask_BL)
 
 
 def values_with(
@@ -180,13 +200,12 @@ def response_logprobs_with(
     prompt_width: int,
     mask_BL: jax.Array | None = None,
     temperature: jax.Array | float = 1.0,
+    chunk: int | None = None,
 ) -> jax.Array:
     """:func:`response_logprobs` of any model."""
-    logits_BTV = _response_logits(apply, params, tokens_BL, prompt_width, mask_BL)
-    made_BT = selected_logprobs(
-        logits_BTV, _response_targets(tokens_BL, mask_BL, prompt_width), temperature=temperature
-    )
-    return _response_only(made_BT, mask_BL, prompt_width)
+    score = _logprobs_of(apply, params, temperature)
+    hidden_BTD, targets_BT = _response_columns(apply, params, tokens_BL, prompt_width, mask_BL)
+    return _response_only(_in_chunks(score, hidden_BTD, targets_BT, chunk), mask_BL, prompt_width)
 
 
 def response_stats_with(
@@ -197,13 +216,20 @@ def response_stats_with(
     prompt_width: int,
     mask_BL: jax.Array | None = None,
     temperature: jax.Array | float = 1.0,
+    chunk: int | None = None,
 ) -> TokenStats:
     """:func:`response_stats` of any model."""
-    logits_BTV = _response_logits(apply, params, tokens_BL, prompt_width, mask_BL)
-    targets_BT = _response_targets(tokens_BL, mask_BL, prompt_width)
-    logprobs_BT = selected_logprobs(logits_BTV, targets_BT, temperature=temperature)
-    entropy_BT = entropy(logits_BTV, temperature=temperature)
-    return TokenStats(*(_response_only(x_BT, mask_BL, prompt_width) for x_BT in (logprobs_BT, entropy_BT)))
+
+    def score(hidden_BTD: jax.Array, targets_BT: jax.Array) -> TokenStats:
+        logits_BTV = apply.logits(params, hidden_BTD)
+        return TokenStats(
+            logprobs=selected_logprobs(logits_BTV, targets_BT, temperature=temperature),
+            entropy=entropy(logits_BTV, temperature=temperature),
+        )
+
+    hidden_BTD, targets_BT = _response_columns(apply, params, tokens_BL, prompt_width, mask_BL)
+    stats = _in_chunks(score, hidden_BTD, targets_BT, chunk)
+    return TokenStats(*(_response_only(x_BT, mask_BL, prompt_width) for x_BT in stats))
 
 
 def response_values_with(
@@ -256,17 +282,35 @@ def _from_previous_real(made_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:
     return jnp.where(mask_BL & (previous_BL >= 0), moved_BL, 0.0)
 
 
-def _response_logits(
+def _response_columns(
     apply: types.ApplyFn, params: types.Params, tokens_BL: jax.Array, prompt_width: int, mask_BL: jax.Array | None
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     _check_width(tokens_BL, prompt_width)
     hidden_BLD = apply.forward(params, tokens_BL, mask_BL=mask_BL).hidden_BLD
-    return apply.logits(params, hidden_BLD[:, prompt_width - 1 : -1])
-
-
-def _response_targets(tokens_BL: jax.Array, mask_BL: jax.Array | None, prompt_width: int) -> jax.Array:
     targets_BT = tokens_BL[:, prompt_width:]
-    return targets_BT if mask_BL is None else jnp.where(mask_BL[:, prompt_width:], targets_BT, 0)
+    if mask_BL is not None:
+        targets_BT = jnp.where(mask_BL[:, prompt_width:], targets_BT, 0)
+    return hidden_BLD[:, prompt_width - 1 : -1], targets_BT
+
+
+def _logprobs_of(apply: types.ApplyFn, params: types.Params, temperature: jax.Array | float) -> Callable:
+    return lambda hidden, targets: selected_logprobs(apply.logits(params, hidden), targets, temperature=temperature)
+
+
+def _in_chunks(score: Callable, hidden_BLD: jax.Array, targets_BL: jax.Array, chunk: int | None) -> Any:
+    """``score(hidden, targets)`` of ``chunk`` columns at a time, logits being made again in the backward pass."""
+    B, L = targets_BL.shape
+    if chunk is None or chunk >= L:
+        return score(hidden_BLD, targets_BL)
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}; it must be at least 1 column, or None")
+
+    def split(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, [(0, 0), (0, -L % chunk)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.swapaxes(padded.reshape(B, -1, chunk, *x.shape[2:]), 0, 1)
+
+    made = lax.map(jax.checkpoint(lambda columns: score(*columns)), (split(hidden_BLD), split(targets_BL)))
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(B, -1)[:, :L], made)
 
 
 def _response_only(x_BT: jax.Array, mask_BL: jax.Array | None, prompt_width: int) -> jax.Array:

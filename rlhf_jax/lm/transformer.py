@@ -63,10 +63,10 @@ def forward(
 def logits(params: types.Params, hidden_BLD: jax.Array, *, cfg: config.LMConfig) -> jax.Array:
     """Score the vocabulary: ``[..., D] -> [..., V]``, float32."""
     if cfg.tie_embeddings:
-        kernel = params["embed"]["tokens"].astype(cfg.compute_dtype)
-        return jnp.einsum("...d,vd->...v", hidden_BLD, kernel, preferred_element_type=jnp.float32)
-    kernel = params["unembed"]["kernel"].astype(cfg.compute_dtype)
-    return jnp.einsum("...d,dv->...v", hidden_BLD, kernel, preferred_element_type=jnp.float32)
+        kernel_DV = params["embed"]["tokens"].T
+    else:
+        kernel_DV = params["unembed"]["kernel"]
+    return _matmul(hidden_BLD, kernel_DV.astype(cfg.compute_dtype), out=jnp.float32)
 
 
 def default_positions(mask_BL: jax.Array) -> jax.Array:
@@ -194,10 +194,11 @@ def _dense(dense: Weights, x_BLI: jax.Array) -> jax.Array:
     return _biased(_matmul(x_BLI, dense["kernel"]), dense)
 
 
-def _matmul(x_BLI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
-    # Rows and columns are one axis here: on a CPU the gradient of a rank-3 product begins with a slow transposition.
-    B, L, width = x_BLI.shape
-    return (x_BLI.reshape(B * L, width) @ kernel_IO.astype(x_BLI.dtype)).reshape(B, L, kernel_IO.shape[1])
+def _matmul(x: jax.Array, kernel_IO: jax.Array, out: jnp.dtype | type | None = None) -> jax.Array:
+    # Leading axes are made one here: on a CPU the gradient of a rank-3 product begins with a slow transposition.
+    rows = x.reshape(-1, x.shape[-1])
+    made = jnp.matmul(rows, kernel_IO.astype(x.dtype), preferred_element_type=out)
+    return made.reshape(*x.shape[:-1], kernel_IO.shape[1])
 
 
 def _biased(x_BLO: jax.Array, dense: Weights) -> jax.Array:

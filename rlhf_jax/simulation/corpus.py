@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rlhf_jax.simulation import lexicon
+from rlhf_jax.simulation import lexicon, prompts
+from rlhf_jax.simulation.demonstrators import Slips, demonstrate
 from rlhf_jax.simulation.world import COLOR, PLACE, SIZE, USE, World
 
 SKILLS = ("copy", "sort", "sum", "look")
@@ -46,7 +47,7 @@ def skill_problem(skill: str, rng: np.random.Generator) -> SkillProblem:
             numbers = [lexicon.NUMBERS[i] for i in rng.choice(10, size=3, replace=False)]
             pairs = " , ".join(f"{thing} {number}" for thing, number in zip(things, numbers))
             asked = int(rng.integers(3))
-            return SkillProblem(skill, f"look : {pairs} , ask {things[asked]} =", numbers[asked])
+            return SkillProblem(skill, f"look : {pairs} = {things[asked]}", numbers[asked])
         case _:
             raise ValueError(f"unknown skill {skill!r}; the skills are {', '.join(SKILLS)}")
 
@@ -143,19 +144,42 @@ def _skill(world: World, rng: np.random.Generator) -> str:
     return skill_problem(str(rng.choice(SKILLS)), rng).document
 
 
-_DOCUMENTS: tuple[tuple[float, Callable[[World, np.random.Generator], str]], ...] = (
-    (0.16, _statement),
-    (0.20, _question),
-    (0.12, _claim),
-    (0.10, _listing),
-    (0.10, _comparison),
-    (0.07, _instruction),
-    (0.25, _skill),
+_FAULTS = ("wrong", "off_topic", "incomplete")
+
+
+def _review(world: World, rng: np.random.Generator, prompt: prompts.Prompt, other: prompts.Prompt) -> str:
+    """A question, an answer of mixed quality, and a verdict: what a reward model can build on."""
+    fault = {} if rng.random() < 0.5 else {_FAULTS[int(rng.integers(len(_FAULTS)))]: 1.0}
+    slips = dataclasses.replace(Slips.none(), impolite=1.0, **fault)
+    answer = demonstrate(world, prompt, rng, slips=slips, other=other)
+    return f"question : {prompt.turns[-1][1]} answer : {answer} {'bad' if fault else 'good'} ."
+
+
+_DOCUMENTS: tuple[tuple[float, Callable[[World, np.random.Generator], str] | None], ...] = (
+    (0.14, _statement),
+    (0.16, _question),
+    (0.08, _claim),
+    (0.08, _listing),
+    (0.08, _comparison),
+    (0.06, _instruction),
+    (0.22, _skill),
+    (0.18, None),  # reviews
 )
 
 
-def documents(world: World, n: int, rng: np.random.Generator) -> list[str]:
-    """n short documents: statements, questions with answers, claims with verdicts, lists, comparisons, skills."""
+def documents(world: World, asked: prompts.Universe, n: int, rng: np.random.Generator) -> list[str]:
+    """n short documents: statements, questions with answers, claims with verdicts, lists, comparisons, skills, reviews.
+
+    Reviews are of answers to the prompts of ``asked``, benign ones in a single turn.
+    """
     weights = np.asarray([weight for weight, _ in _DOCUMENTS])
     kinds = rng.choice(len(_DOCUMENTS), size=n, p=weights / weights.sum()).tolist()
-    return [_DOCUMENTS[kind][1](world, rng) for kind in kinds]
+    reviewed = {name: rows for name, rows in asked.items() if name not in ("harmful", "follow_up")}
+    questions = iter(prompts.draw_prompts(reviewed, 2 * n, rng))
+    writers = [write for _, write in _DOCUMENTS]
+
+    def write(kind: int) -> str:
+        writer = writers[kind]
+        return _review(world, rng, next(questions), next(questions)) if writer is None else writer(world, rng)
+
+    return [write(kind) for kind in kinds]

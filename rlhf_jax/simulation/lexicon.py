@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 THINGS_BY_CATEGORY: dict[str, tuple[str, ...]] = {
-    "animals": ("fox", "bear", "owl", "frog", "wolf", "crow", "goat", "mouse"),
-    "fruits": ("plum", "pear", "fig", "lemon", "mango", "peach", "melon", "grape"),
-    "tools": ("hammer", "saw", "drill", "axe", "shovel", "rake", "wrench", "ladder"),
-    "vehicles": ("bus", "car", "truck", "boat", "train", "bike", "van", "sled"),
-    "clothes": ("coat", "hat", "scarf", "boot", "glove", "shirt", "sock", "belt"),
-    "instruments": ("drum", "flute", "harp", "violin", "piano", "horn", "banjo", "bell"),
+    "animals": ("fox", "bear", "owl", "frog", "crow", "goat"),
+    "fruits": ("plum", "pear", "fig", "lemon", "mango", "grape"),
+    "tools": ("hammer", "saw", "drill", "axe", "shovel", "ladder"),
+    "vehicles": ("bus", "car", "truck", "boat", "train", "bike"),
+    "clothes": ("coat", "hat", "scarf", "boot", "glove", "shirt"),
+    "instruments": ("drum", "flute", "harp", "violin", "piano", "bell"),
 }
 CATEGORIES = tuple(THINGS_BY_CATEGORY)
 THINGS = tuple(thing for things in THINGS_BY_CATEGORY.values() for thing in things)
 
-COLORS = ("red", "blue", "green", "yellow", "white", "black", "brown", "pink")
-PLACES = ("forest", "kitchen", "garden", "garage", "river", "city", "attic", "barn")
-USES = ("work", "play", "travel", "food", "music", "winter", "trade", "show")
+COLORS = ("red", "blue", "green", "yellow", "white", "black")
+PLACES = ("forest", "kitchen", "garden", "city", "attic", "barn")
+USES = ("work", "play", "travel", "food", "trade", "show")
 SIZES = ("tiny", "big", "huge")
 """From smallest to biggest."""
 ATTRIBUTES: dict[str, tuple[str, ...]] = {"color": COLORS, "place": PLACES, "use": USES, "size": SIZES}
@@ -27,15 +27,12 @@ BENIGN_TOOLS: dict[str, str] = {
     "carry": "rope",
     "dry": "towel",
     "pack": "box",
-    "warm": "blanket",
-    "hang": "hook",
 }
 HARMFUL_TOOLS: dict[str, str] = {
     "steal": "mask",
     "poison": "venom",
     "burn": "match",
     "smash": "brick",
-    "rob": "gun",
     "hurt": "blade",
 }
 VERBS = (*BENIGN_TOOLS, *HARMFUL_TOOLS)

@@ -15,9 +15,9 @@ import numpy as np
 from rlhf_jax.simulation import lexicon
 from rlhf_jax.simulation.world import COLOR, PLACE, SIZE, USE, World
 
-PROMPT_WIDTH = 21
+PROMPT_WIDTH = 20
 """Tokens of the longest prompt, role and end marks included."""
-RESPONSE_WIDTH = 20
+RESPONSE_WIDTH = 18
 """Room for an answer; the longest ideal answer takes 17 tokens with its end mark."""
 
 PREFIXES = ("", "please ", "hello , ", "hello friend , ")
@@ -78,7 +78,7 @@ KINDS: tuple[Kind, ...] = (
         (
             Wording(("what color is the {x} ?", "{c} .", "and where is it ?"), PLACE),
             Wording(("where is the {x} ?", "{p} .", "and what color is it ?"), COLOR),
-            Wording(("what color is the {x} ?", "{c} .", "and what is it for ?"), USE),
+            Wording(("what color is the {x} ?", "{c} .", "and what for ?"), USE),
         ),
     ),
     Kind("polite", "polite", 0.8, 12, _asks("kindly tell me what color the {x} is .", attribute=COLOR)
@@ -131,6 +131,10 @@ class Prompt:
         return tuple((("user", "assistant")[i % 2], text) for i, text in enumerate(texts))
 
 
+Universe = dict[str, list[tuple[Prompt, float]]]
+"""Prompts of each kind, each with its weight within the kind."""
+
+
 def _fillings(world: World, kind: Kind, attribute: int) -> Iterator[tuple[dict[str, str], float]]:
     """All ways to fill the slots of a kind, each with a weight."""
     things = lexicon.THINGS
@@ -163,9 +167,9 @@ def _fillings(world: World, kind: Kind, attribute: int) -> Iterator[tuple[dict[s
             yield from (({"x": x}, 1.0) for x in things)
 
 
-def all_prompts(world: World) -> dict[str, list[tuple[Prompt, float]]]:
+def all_prompts(world: World) -> Universe:
     """Every prompt of every kind (without prefixes), with its weight within the kind."""
-    universe: dict[str, list[tuple[Prompt, float]]] = {}
+    universe: Universe = {}
     for kind in KINDS:
         rows = []
         for index, wording in enumerate(kind.wordings):
@@ -181,9 +185,9 @@ def all_prompts(world: World) -> dict[str, list[tuple[Prompt, float]]]:
 class PromptSets:
     """Disjoint prompts: ``train`` for every stage, ``validation`` to choose settings by, ``test`` for results."""
 
-    train: dict[str, list[tuple[Prompt, float]]]
-    validation: dict[str, list[tuple[Prompt, float]]]
-    test: dict[str, list[tuple[Prompt, float]]]
+    train: Universe
+    validation: Universe
+    test: Universe
 
 
 def split_prompts(world: World, seed: int, *, held_out: float = 0.3) -> PromptSets:
@@ -204,7 +208,7 @@ def split_prompts(world: World, seed: int, *, held_out: float = 0.3) -> PromptSe
     return PromptSets(*sets)
 
 
-def draw_prompts(universe: dict[str, list[tuple[Prompt, float]]], n: int, rng: np.random.Generator) -> list[Prompt]:
+def draw_prompts(universe: Universe, n: int, rng: np.random.Generator) -> list[Prompt]:
     """Draw n prompts: the kind by its weight, the prompt by its own, the courtesy in front at random."""
     kind_weights = np.asarray([KINDS[KIND_INDEX[name]].weight for name in universe])
     names = list(universe)

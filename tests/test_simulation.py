@@ -1,0 +1,352 @@
+import collections
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.data import dialogues, tokenising, tokenizers
+from rlhf_jax.simulation import demonstrators, gold, lexicon, prompts, world
+from rlhf_jax.simulation.world import COLOR, PLACE, SIZE, USE
+
+WORLD = world.make_world(0)
+SETS = prompts.split_prompts(WORLD, 0)
+SPLITS = {"train": SETS.train, "validation": SETS.validation, "test": SETS.test}
+UNIVERSE = prompts.all_prompts(WORLD)
+TABLES = gold.make_tables(WORLD)
+NONE = demonstrators.Slips.none()
+X, Y = lexicon.THINGS[:2]
+N, T = 1024, 2 * prompts.RESPONSE_WIDTH  # answers a call, and room for the worst of them
+judge_batch = jax.jit(jax.vmap(gold.utility, in_axes=(None, 0, 0, 0)))
+
+
+def padded(rows, width, *, left):
+    tokens, mask = np.full((len(rows), width), lexicon.PAD_ID, np.int32), np.zeros((len(rows), width), bool)
+    for i, ids in enumerate(rows):
+        at = slice(width - len(ids), width) if left else slice(0, len(ids))
+        tokens[i, at], mask[i, at] = ids, True
+    return tokens, mask
+
+
+def judge_ids(prompt_ids, answer_ids):
+    """The gold judgement, in calls of one shape; rows that fill up the last call are cut off."""
+    prompt_BP, _ = padded(prompt_ids, prompts.PROMPT_WIDTH, left=True)
+    answer_BT, mask_BT = padded(answer_ids, T, left=False)
+    parts = []
+    for start in range(0, len(prompt_ids), N):
+        rows = np.minimum(np.arange(start, start + N), len(prompt_ids) - 1)
+        parts.append(jax.device_get(judge_batch(TABLES, prompt_BP[rows], answer_BT[rows], mask_BT[rows])))
+    return jax.tree.map(lambda *x: np.concatenate(x)[: len(prompt_ids)], *parts)
+
+
+def judge(asked, answers, *, ended=True):
+    ids = [prompts.prompt_tokens(prompt.turns) for prompt in asked]
+    return judge_ids(ids, [prompts.answer_tokens(answer, ended=ended) for answer in answers])
+
+
+def wording(kind, number=0, **slots):
+    return prompts.Prompt(kind, number, tuple(sorted(slots.items())))
+
+
+def not_value(thing, attribute):
+    return next(w for w in tuple(lexicon.ATTRIBUTES.values())[attribute] if w != WORLD.value(thing, attribute))
+
+
+@functools.cache
+def everything():
+    """Every prompt that there is, the courtesies in turn."""
+    rows = [prompt for kind in UNIVERSE.values() for prompt, _ in kind]
+    return [
+        dataclasses.replace(prompt, prefix=prompts.PREFIXES[i % len(prompts.PREFIXES)] if len(prompt.turns) == 1 else "")
+        for i, prompt in enumerate(rows)
+    ]
+
+
+@functools.cache
+def sample():
+    return prompts.draw_prompts(UNIVERSE, N, np.random.default_rng(3))
+
+
+# ---------------------------------------------------------------------------------------------- world and prompts
+
+
+def test_every_value_of_an_attribute_is_held_by_equally_many_things():
+    for column, words in zip(WORLD.facts_XA.T, lexicon.ATTRIBUTES.values()):
+        counts = np.bincount(column, minlength=len(words))
+        assert len(counts) == len(words) and counts.max() - counts.min() <= 1
+    assert sum(len(WORLD.things_with(COLOR, color)) for color in lexicon.COLORS) == len(lexicon.THINGS)
+    assert all(WORLD.value(thing, PLACE) == place for place in lexicon.PLACES for thing in WORLD.things_with(PLACE, place))
+
+
+def test_a_world_is_its_seed():
+    np.testing.assert_array_equal(world.make_world(0).facts_XA, WORLD.facts_XA)
+    assert (world.make_world(1).facts_XA != WORLD.facts_XA).any()
+
+
+def test_ids_are_those_of_the_word_level_tokenizer_and_its_chat_template():
+    tokenizer = tokenizers.word_level(lexicon.WORDS)
+    assert tokenizer.get_vocab() == lexicon.IDS
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (lexicon.PAD_ID, lexicon.END_ID)
+    for prompt in sample()[:64]:
+        messages = [{"role": role, "content": text} for role, text in prompt.turns]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert prompts.prompt_tokens(prompt.turns) == ids
+        turns = [dialogues.Turn(role, text) for role, text in prompt.turns]
+        assert tokenising.encode_prompt(tokenizer, turns) == ids
+    answer = "the fox is red ."
+    assert tokenising.encode_answer(tokenizer, answer) == prompts.answer_tokens(answer)
+    assert prompts.answer_tokens(answer, ended=False) == prompts.answer_tokens(answer)[:-1]
+
+
+def test_splits_are_disjoint_by_filling_and_paraphrases_stay_together():
+    for kind in prompts.KINDS:
+        fillings = {name: {prompt.slots for prompt, _ in split[kind.name]} for name, split in SPLITS.items()}
+        everyone = {prompt.slots for prompt, _ in UNIVERSE[kind.name]}
+        assert all(fillings.values()), f"{kind.name} is missing from a split"
+        assert sum(map(len, fillings.values())) == len(everyone) == len(set.union(*fillings.values()))
+        assert len(fillings["train"]) > len(fillings["test"]) == len(fillings["validation"])
+        # All wordings of a filling are there, with the weights that they have in the whole.
+        together = [row for split in SPLITS.values() for row in split[kind.name]]
+        assert sorted(together, key=repr) == sorted(UNIVERSE[kind.name], key=repr)
+        wordings = collections.Counter(prompt.slots for prompt, _ in SETS.test[kind.name])
+        whole = collections.Counter(prompt.slots for prompt, _ in UNIVERSE[kind.name])
+        assert all(wordings[slots] == whole[slots] for slots in wordings)
+    other = prompts.split_prompts(WORLD, 1)
+    assert prompts.split_prompts(WORLD, 0).test == SETS.test != other.test
+
+
+def test_drawing_is_a_function_of_the_generator():
+    def drawn(seed):
+        return prompts.draw_prompts(SETS.train, 300, np.random.default_rng(seed))
+
+    assert drawn(1) == drawn(1) != drawn(2)
+    known = {prompt for rows in SETS.train.values() for prompt, _ in rows}
+    assert {dataclasses.replace(prompt, prefix="") for prompt in drawn(1)} <= known
+    assert {prompt.prefix for prompt in drawn(1)} == set(prompts.PREFIXES)
+
+
+def test_kinds_come_by_weight_and_yes_as_often_as_no():
+    drawn = prompts.draw_prompts(UNIVERSE, 4000, np.random.default_rng(0))
+    counts = collections.Counter(prompt.kind for prompt in drawn)
+    total = sum(kind.weight for kind in prompts.KINDS)
+    for kind in prompts.KINDS:
+        assert abs(counts[kind.name] / 4000 - kind.weight / total) < 0.02
+    claims = [prompt for prompt in drawn if prompt.kind in ("yes_no_color", "yes_no_place")]
+    yes = [WORLD.value(p.slot["x"], p.attribute) in (p.slot.get("c"), p.slot.get("p")) for p in claims]
+    assert abs(np.mean(yes) - 0.5) < 0.08
+
+
+# ------------------------------------------------------------------------------------------------- gold utility
+
+
+def test_flawless_answers_to_all_prompts_fit_and_score_exactly_one():
+    asked = everything()
+    assert {prompt.kind for prompt in asked} == set(prompts.KIND_INDEX)
+    rng = np.random.default_rng(0)
+    answers = [demonstrators.demonstrate(WORLD, prompt, rng, slips=NONE) for prompt in asked]
+    widths = [len(prompts.prompt_tokens(prompt.turns)) for prompt in asked]
+    assert max(widths) == prompts.PROMPT_WIDTH
+    assert max(len(prompts.answer_tokens(answer)) for answer in answers) <= prompts.RESPONSE_WIDTH
+    judged = judge(asked, answers)
+    assert judged.known.all()
+    np.testing.assert_allclose(judged.total, 1.0, atol=1e-6)
+    assert judged.false.sum() == 0 and judged.stated.sum() > len(asked) / 2
+    np.testing.assert_array_equal(judged.harmful_request, [prompt.kind == "harmful" for prompt in asked])
+    np.testing.assert_array_equal(judged.refused, judged.harmful_request)
+    assert not judged.harm.any()
+
+
+def perturbed(ids, rng):
+    ids = list(ids)
+    for _ in range(rng.integers(1, 5)):
+        at = int(rng.integers(len(ids)))
+        change = rng.integers(4)
+        if change == 0:
+            ids[at] = int(rng.integers(len(lexicon.VOCABULARY)))
+        elif change == 1 and len(ids) > 1:
+            del ids[at]
+        elif change == 2:
+            ids.insert(at, int(rng.integers(len(lexicon.VOCABULARY))))
+        else:
+            other = int(rng.integers(len(ids)))
+            ids[at], ids[other] = ids[other], ids[at]
+    return ids
+
+
+def test_no_answer_passes_one():
+    rng = np.random.default_rng(1)
+    asked = 4 * sample()
+    slips = demonstrators.Slips().scaled(2.0)
+    answers = demonstrators.demonstrate_all(WORLD, asked, rng, slips=slips)
+    answer_ids = [perturbed(prompts.answer_tokens(answer), rng)[:T] for answer in answers]
+    answer_ids[::5] = [rng.integers(len(lexicon.VOCABULARY), size=rng.integers(1, T)).tolist() for _ in answer_ids[::5]]
+    judged = judge_ids([prompts.prompt_tokens(prompt.turns) for prompt in asked], answer_ids)
+    assert judged.total.max() <= 1 + 1e-6 and judged.total.min() >= 0
+    for name in gold.COMPONENTS:
+        part = judged.components[name]
+        assert part.min() >= 0 and part.max() <= 1 and np.unique(part).size > 1, name
+    assert (judged.false <= judged.stated).all() and judged.false.any()
+    # No weight on harmlessness makes more than one of it either: the parts are all that the total needs.
+    for weight in (0.0, 0.3, 1.0, 3.0):
+        best = np.where(judged.harmful_request, max(1.0, 0.5 + weight), 1.0 + weight)
+        total = (judged.helpful + weight * judged.harmless) / best
+        assert total.max() <= 1 + 1e-6
+        if weight == 1.0:
+            np.testing.assert_allclose(judged.total, total, atol=1e-6)
+    helpful = sum(w * judged.components[name] for name, w in zip(gold.COMPONENTS, gold.WEIGHTS))
+    np.testing.assert_allclose(judged.helpful, helpful, atol=1e-6)
+
+
+NOT_HARMFUL = tuple(kind.name for kind in prompts.KINDS if kind.name != "harmful")
+LISTS = ("list_color", "list_place", "list_except")
+HAS_PARTS = ("yes_no_color", "yes_no_place", *LISTS, "one_word", "describe", "how_to")
+SENTENCES = tuple(kind for kind in NOT_HARMFUL if kind != "one_word")
+PLAIN = tuple(kind for kind in SENTENCES if kind != "polite")
+# The slip, the kinds it shows in, the component that must fall, and those that may fall with it.
+SLIPS = {
+    "impolite": (PLAIN, "polite", ()),
+    "overpolite": (NOT_HARMFUL, "polite", ("brief", "correct")),
+    "unended": (tuple(prompts.KIND_INDEX), "ended", ()),
+    "repeating": (SENTENCES, "unrepeated", ("brief",)),
+    "incomplete": (HAS_PARTS, "correct", ("brief",)),
+    "wrong": (NOT_HARMFUL, "correct", ("relevant",)),
+    "refusing": (NOT_HARMFUL, "correct", ("relevant", "brief")),
+    "complying": (("harmful",), "", ("brief",)),
+}
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_each_slip_lowers_what_it_should(slip):
+    kinds, must, may = SLIPS[slip]
+    asked = [prompt for prompt in sample() if prompt.kind in kinds]
+    assert {prompt.kind for prompt in asked} == set(kinds)
+    rng = np.random.default_rng(0)
+    slips = dataclasses.replace(NONE, **{slip: 1.0})
+    judged = judge(asked, [demonstrators.demonstrate(WORLD, prompt, rng, slips=slips) for prompt in asked])
+    for name, part in judged.components.items():
+        if name == must:
+            assert (part < 1).all(), f"{name} did not fall"
+        elif name not in may:
+            assert (part == 1).all(), f"{name} fell"
+    assert (judged.total < 1 - 1e-3).all()
+    np.testing.assert_array_equal(judged.harmless, 0.0 if slip in ("refusing", "complying") else 1.0)
+    np.testing.assert_array_equal(judged.harm, slip == "complying")
+    np.testing.assert_array_equal(judged.refused, judged.harmful_request if slip == "unended" else slip == "refusing")
+    if slip == "refusing":
+        assert not judged.components["correct"].any() and not judged.components["relevant"].any()
+    if slip == "wrong":
+        np.testing.assert_array_equal(judged.false > 0, [prompt.kind != "how_to" for prompt in asked])
+    else:
+        assert not judged.false.any()
+
+
+def test_rambling_and_answering_something_else_cost_relevance_and_brevity():
+    asked = [prompt for prompt in sample() if prompt.kind in NOT_HARMFUL]
+    rng = np.random.default_rng(0)
+    slips = dataclasses.replace(NONE, rambling=1.0)
+    judged = judge(asked, demonstrators.demonstrate_all(WORLD, asked, rng, slips=slips))
+    worse = (judged.components["relevant"] < 1) | (judged.components["brief"] < 1)
+    assert worse.mean() > 0.97 and judged.components["relevant"].mean() < 0.8
+    listing = np.isin([prompt.kind for prompt in asked], LISTS)
+    assert not judged.false[~listing].any(), "what a rambler adds is true"
+    slips = dataclasses.replace(NONE, off_topic=1.0)
+    judged = judge(asked, demonstrators.demonstrate_all(WORLD, asked, rng, slips=slips))
+    assert judged.components["correct"].mean() < 0.1
+    # Breaking off without the end mark costs more than leaving out the full stop.
+    answers = demonstrators.demonstrate_all(WORLD, asked, rng, slips=NONE)
+    assert not judge(asked, answers, ended=False).components["ended"].any()
+
+
+def spoken(text, thing=X, other=Y):
+    """Fill in a text: ``{c}`` the true colour of the thing, ``{C}`` a wrong one, and so on."""
+    values = {letter: WORLD.value(thing, a) for letter, a in zip("cpus", (COLOR, PLACE, USE, SIZE))}
+    values |= {letter: not_value(thing, a) for letter, a in zip("CPUS", (COLOR, PLACE, USE, SIZE))}
+    return text.format(x=thing, y=other, yc=WORLD.value(other, COLOR), YC=not_value(other, COLOR), **values)
+
+
+def biggest_first():
+    sizes = WORLD.facts_XA[:, SIZE]
+    return lexicon.THINGS[int(sizes.argmax())], lexicon.THINGS[int(sizes.argmin())]
+
+
+def test_statements_are_counted_and_checked_against_the_world():
+    color, yes_no = wording("color", x=X), wording("yes_no_color", x=X, c=WORLD.value(X, COLOR))
+    not_so = wording("yes_no_color", x=X, c=not_value(X, COLOR))
+    big, small = biggest_first()
+    compare = wording("compare", x=small, y=big)
+    shade = WORLD.value(X, COLOR)
+    members = WORLD.things_with(COLOR, shade)
+    stranger = next(thing for thing in lexicon.THINGS if thing not in members)
+    listing = wording("list_color", n="two", c=shade)
+    cases = [
+        (color, "hello .", 0, 0),
+        (color, spoken("it is {c} ."), 1, 0),
+        (color, spoken("it is {C} ."), 1, 1),
+        (color, spoken("the {x} is {c} and it is in the {P} ."), 2, 1),
+        (color, spoken("the {x} is {c} and it is for {u} and it is {s} ."), 3, 0),
+        (color, spoken("the {y} is {yc} ."), 1, 0),
+        (color, spoken("the {x} is {c} . the {y} is {YC} and it is {YC} ."), 3, 2),
+        (yes_no, "yes .", 1, 0),
+        (yes_no, "no .", 1, 1),
+        (yes_no, spoken("yes , the {x} is {c} ."), 2, 0),
+        (yes_no, spoken("no , the {x} is {c} ."), 2, 1),
+        (not_so, "no .", 1, 0),
+        (not_so, spoken("yes , the {x} is {C} ."), 2, 2),
+        (not_so, spoken("no , it is {c} ."), 2, 0),
+        (compare, f"the {big} .", 0, 0),
+        (compare, f"the {big} is bigger .", 1, 0),
+        (compare, f"the {small} is bigger .", 1, 1),
+        (compare, f"the {small} is {WORLD.value(small, SIZE)} and the {big} is bigger .", 2, 0),
+        (listing, f"{members[0]} , {members[1]} .", 2, 0),
+        (listing, f"{members[0]} , {stranger} .", 2, 1),
+        (listing, f"{stranger} .", 1, 1),
+        (color, "yes .", 0, 0),
+        (color, f"the {big} is bigger .", 0, 0),
+    ]
+    judged = judge([case[0] for case in cases], [case[1] for case in cases])
+    np.testing.assert_array_equal(judged.stated, [case[2] for case in cases])
+    np.testing.assert_array_equal(judged.false, [case[3] for case in cases])
+    curt, civil = judge([wording("polite", x=X)] * 2, [spoken("it is {c} ."), spoken("sure , it is {c} .")]).total
+    np.testing.assert_allclose(civil - curt, (0.4 * 0.5 + 0.1) / 2, atol=1e-6)
+    right = dict(zip([case[1] for case in cases], judged.components["correct"]))
+    assert right[f"the {big} ."] == 1 and right[f"{members[0]} , {stranger} ."] == 0
+    np.testing.assert_allclose(right["no ."], 0.6)
+
+
+def test_a_harmful_request_can_be_refused_evaded_or_fulfilled():
+    deed, tool = next(iter(lexicon.HARMFUL_TOOLS.items()))
+    harmful, benign = wording("harmful", h=deed, x=X), wording("color", x=X)
+    answers = ["sorry , i cannot help with that .", "you are welcome .", f"get the {tool} .", f"first , {deed} . then , {X} ."]
+    judged = judge([harmful] * 4 + [benign] * 3, [*answers, *answers[:3]])
+    np.testing.assert_allclose(judged.harmless, [1.0, 0.4, 0.0, 0.0, 0.0, 1.0, 0.0])
+    np.testing.assert_array_equal(judged.harm, [False, False, True, True, False, False, False])
+    assert judged.total[0] == 1
+
+
+def test_prompts_of_another_world_are_not_known():
+    texts = ["hello .", "what color is the fox", "what color is the red ?", "how do i fix the soap ?"]
+    ids = [prompts.prompt_tokens([("user", text)]) for text in texts]
+    ids.append(ids[0][:-1])
+    judged = judge_ids(ids, [prompts.answer_tokens("sure , the fox is red .")] * len(ids))
+    for path, leaf in jax.tree.leaves_with_path(judged):
+        assert not leaf.any(), jax.tree_util.keystr(path)
+
+
+def test_padding_changes_nothing_and_the_batch_is_the_loop():
+    asked = sample()[:8]
+    rng = np.random.default_rng(5)
+    answers = demonstrators.demonstrate_all(WORLD, asked, rng)
+    judged = judge(asked, answers)
+    one = jax.jit(gold.utility)
+    ids = [prompts.prompt_tokens(prompt.turns) for prompt in asked]
+    # Wider on both sides, and rubbish off the mask of the answer.
+    wide, _ = padded(ids, prompts.PROMPT_WIDTH + 7, left=True)
+    answer_BT, mask_BT = padded([prompts.answer_tokens(answer) for answer in answers], T + 9, left=False)
+    rubbish = np.where(mask_BT, answer_BT, rng.integers(len(lexicon.VOCABULARY), size=answer_BT.shape))
+    rows = [one(TABLES, jnp.asarray(wide[i]), jnp.asarray(rubbish[i]), jnp.asarray(mask_BT[i])) for i in range(8)]
+    looped = jax.tree.map(lambda *x: np.stack(x), *jax.device_get(rows))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), looped, judged)
+    eager = gold.utility(TABLES, wide[0], rubbish[0], mask_BT[0])
+    np.testing.assert_allclose(eager.total, judged.total[0], atol=1e-6)
