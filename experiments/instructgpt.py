@@ -82,13 +82,15 @@ def run(asked: settings.Settings) -> dict:
     """The whole job; returns what results.json holds."""
     began = float(os.environ.get("RLHF_JAX_BEGAN", _BEGAN))
     out = Console()
+    if asked.resume and (finished := rundir.finished_results(asked.resume)):
+        out.print(console.results_table(finished))
+        out.print(f"{asked.resume} is finished; nothing was run")
+        return finished
     task = tasks.make_task(asked)  # a file that cannot be used is refused before anything is written
     folder = rundir.RunFolder(rundir.pathlib.Path(asked.resume)) if asked.resume else rundir.create(asked)
     out.print(f"writing to {folder.path}; data: {task.dropped.report()}")
     with console.StageProgress(list(WEIGHTS.items())) as progress:
-        job = stages.make_job(
-            asked, task, checkpoints=folder.checkpoints, log=folder.log, progress=progress
-        )
+        job = stages.make_job(asked, task, checkpoints=folder.checkpoints, log=folder.log, progress=progress)
         base = stages.pretrain(job)
         sft = stages.supervised(job, "sft", base, epochs=asked.sft.epochs, mix=0.0)
         sft_mix = stages.supervised(job, "sft_mix", base, epochs=asked.sft.mix_epochs, mix=asked.sft.mix)
@@ -135,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     try:
         run(parse(sys.argv[1:] if arguments is None else arguments))
-    except (settings.SettingError, errors.DataError, checkpoint.CheckpointError) as error:
+    except (settings.SettingError, errors.DataError, checkpoint.CheckpointError, loop.DivergedError) as error:
         _refuse(str(error))
     except loop.Preempted as stopped:
         print(f"{stopped}; go on with --resume", file=sys.stderr)

@@ -129,7 +129,7 @@ def _tag(tag: str, *, prefix: str) -> str:
 
 
 def win_rates(results: Mapping[str, Any]) -> str | None:
-    """Win rate against SFT of every policy, training labelers filled, held-out labelers open, with the 50 % line."""
+    """Win rate against SFT of every policy, by gold filled, by held-out labelers open, with the 50 % line."""
     keys = ("gold_win_rate_vs_sft", "heldout_win_rate_vs_sft")
     rates = {
         p: [results_lib.finite(results_lib.value(results, p, key)) for key in keys]
@@ -150,7 +150,7 @@ def win_rates(results: Mapping[str, Any]) -> str | None:
         ax.set_xlabel("Wins against SFT (% of held-out prompts)")
         if any(found[0] for found in rates.values()) and any(found[1] for found in rates.values()):
             handles = [_marker_handle(filled) for filled in (True, False)]
-            _legend(ax, handles=handles, labels=["training labelers", "held-out labelers"])
+            _legend(ax, handles=handles, labels=["gold utility", "held-out labelers"])
     return out[0]
 
 

@@ -42,7 +42,8 @@ class Column(NamedTuple):
 
 
 COLUMNS = (
-    Column("gold_win_rate_vs_sft", "Wins vs SFT, training labelers (%)", "wins vs SFT, %", percent=True),
+    Column("gold_win_rate_vs_sft", "Wins vs SFT, gold utility (%)", "wins vs SFT, %", percent=True),
+    Column("labeler_win_rate_vs_sft", "Wins vs SFT, training labelers (%)", "", percent=True),
     Column("heldout_win_rate_vs_sft", "Wins vs SFT, held-out labelers (%)", "held-out, %", percent=True),
     Column("gold", "Gold utility", "gold", digits=3),
     Column("gap_closed", "Gap closed (%)", "", percent=True),

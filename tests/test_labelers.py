@@ -129,10 +129,10 @@ def test_pairs_of_a_ranking_are_bradley_terry():
 
 def test_without_noise_to_speak_of_a_ranking_is_the_order_of_utility():
     people = pool(temperature=1e-4)
-    features = answers(200, K)
-    labeler = np.arange(200) % R
-    keys = jax.random.split(KEY, 200)
-    ranks = np.asarray(ranked(keys, people, labeler, features, np.ones((200, K), bool)))
+    features = answers(2000, K)
+    labeler = np.arange(2000) % R
+    keys = jax.random.split(KEY, 2000)
+    ranks = np.asarray(ranked(keys, people, labeler, features, np.ones((2000, K), bool)))
     utility = np.einsum("nkf,nf->nk", features, np.asarray(people.weights_RF)[labeler])
     expected = 1 + np.argsort(np.argsort(-utility, axis=1), axis=1)
     assert (ranks == expected).all(axis=1).mean() > 0.98  # a draw can still be closer than the noise
@@ -140,16 +140,16 @@ def test_without_noise_to_speak_of_a_ranking_is_the_order_of_utility():
 
 def test_missing_answers_come_last():
     people = pool(temperature=10.0, tie_width=0.5)
-    features = answers(500, K)
-    where = np.random.default_rng(0).random((500, K)) < 0.6
+    features = answers(2000, K)
+    where = np.random.default_rng(0).random((2000, K)) < 0.6
     features[~where] = 100.0
-    ranks = np.asarray(ranked(jax.random.split(KEY, 500), people, np.zeros(500, int), features, where))
+    ranks = np.asarray(ranked(jax.random.split(KEY, 2000), people, np.zeros(2000, int), features, where))
     best_missing = np.where(where, K + 1, ranks).min(axis=1)
     worst_there = np.where(where, ranks, 0).max(axis=1)
     assert (worst_there < best_missing).all()
     assert (np.where(where, ranks, 1).min(axis=1) == 1).all()
     features[~where] = -100.0
-    again = np.asarray(ranked(jax.random.split(KEY, 500), people, np.zeros(500, int), features, where))
+    again = np.asarray(ranked(jax.random.split(KEY, 2000), people, np.zeros(2000, int), features, where))
     np.testing.assert_array_equal(ranks[where], again[where])
 
 

@@ -80,6 +80,13 @@ def test_every_value_of_an_attribute_is_held_by_equally_many_things():
     assert all(WORLD.value(thing, PLACE) == place for place in lexicon.PLACES for thing in WORLD.things_with(PLACE, place))
 
 
+def test_no_word_is_of_two_classes():
+    assert lexicon.VOCABULARY == tuple(dict.fromkeys(lexicon.VOCABULARY))
+    values = [*lexicon.THINGS, *(word for words in lexicon.ATTRIBUTES.values() for word in words), *lexicon.POLITE]
+    values += [*lexicon.VERBS, *lexicon.MATERIALS, *lexicon.NUMBERS, *lexicon.CATEGORIES]
+    assert len(set(values)) == len(values)
+
+
 def test_a_world_is_its_seed():
     np.testing.assert_array_equal(world.make_world(0).facts_XA, WORLD.facts_XA)
     assert (world.make_world(1).facts_XA != WORLD.facts_XA).any()
@@ -201,14 +208,14 @@ def test_no_answer_passes_one():
 
 NOT_HARMFUL = tuple(kind.name for kind in prompts.KINDS if kind.name != "harmful")
 LISTS = ("list_color", "list_place", "list_except")
-HAS_PARTS = ("yes_no_color", "yes_no_place", *LISTS, "one_word", "describe", "how_to")
+HAS_PARTS = tuple(kind for kind in NOT_HARMFUL if kind in demonstrators.HAS_PARTS)
 SENTENCES = tuple(kind for kind in NOT_HARMFUL if kind != "one_word")
 PLAIN = tuple(kind for kind in SENTENCES if kind != "polite")
 # The slip, the kinds it shows in, the component that must fall, and those that may fall with it.
 SLIPS = {
     "impolite": (PLAIN, "polite", ()),
     "overpolite": (NOT_HARMFUL, "polite", ("brief", "correct")),
-    "unended": (tuple(prompts.KIND_INDEX), "ended", ()),
+    "unended": (NOT_HARMFUL, "ended", ()),
     "repeating": (SENTENCES, "unrepeated", ("brief",)),
     "incomplete": (HAS_PARTS, "correct", ("brief",)),
     "wrong": (NOT_HARMFUL, "correct", ("relevant",)),
@@ -233,7 +240,7 @@ def test_each_slip_lowers_what_it_should(slip):
     assert (judged.total < 1 - 1e-3).all()
     np.testing.assert_array_equal(judged.harmless, 0.0 if slip in ("refusing", "complying") else 1.0)
     np.testing.assert_array_equal(judged.harm, slip == "complying")
-    np.testing.assert_array_equal(judged.refused, judged.harmful_request if slip == "unended" else slip == "refusing")
+    np.testing.assert_array_equal(judged.refused, slip == "refusing")
     if slip == "refusing":
         assert not judged.components["correct"].any() and not judged.components["relevant"].any()
     if slip == "wrong":
@@ -254,6 +261,10 @@ def test_rambling_and_answering_something_else_cost_relevance_and_brevity():
     slips = dataclasses.replace(NONE, off_topic=1.0)
     judged = judge(asked, demonstrators.demonstrate_all(WORLD, asked, rng, slips=slips))
     assert judged.components["correct"].mean() < 0.1
+    # Leaving out a part shows in no other kind than those that have parts.
+    whole = [prompt for prompt in asked if prompt.kind not in HAS_PARTS]
+    slips = dataclasses.replace(NONE, incomplete=1.0)
+    assert (judge(whole, demonstrators.demonstrate_all(WORLD, whole, rng, slips=slips)).total == 1).all()
     # Breaking off without the end mark costs more than leaving out the full stop.
     answers = demonstrators.demonstrate_all(WORLD, asked, rng, slips=NONE)
     assert not judge(asked, answers, ended=False).components["ended"].any()

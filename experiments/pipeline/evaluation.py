@@ -236,5 +236,3 @@ def _transcripts(job: Job, measured: dict[str, Measured]) -> list[dict[str, Any]
             row["gold"] = {name: float(measured[name].answers.gold.total[i]) for name in shown}
         rows.append(row)
     return rows
-
-

@@ -67,3 +67,9 @@ def saved_settings(resume: str) -> Settings:
     except (OSError, ValueError) as error:
         raise SettingError(f"--resume {resume}: {path} cannot be read ({error})") from error
     return settings_lib.from_dict(values)
+
+
+def finished_results(resume: str) -> dict[str, Any] | None:
+    """What a finished run wrote, or None if it is not finished; results.json is the last file that a run writes."""
+    path = pathlib.Path(resume) / RESULTS
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

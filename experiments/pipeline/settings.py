@@ -67,13 +67,13 @@ class Model:
 class Pretrain:
     """The base model, from nothing, on the corpus."""
 
-    documents: int = 90_000
+    documents: int = 80_000
     """Documents of the built-in world's corpus."""
-    steps: int = 1000
+    steps: int = 800
     """Optimiser steps."""
     batch: int = 64
     """Rows a step; supervised fine-tuning uses the same."""
-    learning_rate: float = 4e-3
+    learning_rate: float = 6e-3
     """Peak; cosine to a tenth."""
     warmup: int = 20
     """Steps from a tenth of the peak to the peak."""
@@ -91,7 +91,7 @@ class SFT:
     """Epochs of `sft_mix`, where PPO starts (InstructGPT C.3)."""
     mix: float = 0.1
     """Share of pretraining rows in the batches of `sft_mix`."""
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 3e-3
     """Peak of both; cosine to a tenth."""
 
 
@@ -113,7 +113,7 @@ class RewardModel:
 
     batch: int = 8
     """Prompts a step, each with all its answers."""
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 3e-3
     """Peak; cosine to a tenth."""
 
 
@@ -121,7 +121,7 @@ class RewardModel:
 class PPO:
     """PPO, and PPO-ptx, which adds the pretraining loss and is the same in all else."""
 
-    iterations: int = 60
+    iterations: int = 50
     """Rollouts, each followed by the updates on it."""
     batch: int = 256
     """Prompts a rollout, one answer each."""
@@ -279,7 +279,9 @@ def check(settings: Settings) -> None:
     _require(settings.evaluation.split in ("test", "validation"), settings, "evaluation.split", "test or validation")
     heads = settings.model.heads
     divides = settings.model.width % heads == 0 and (settings.model.width // heads) % 2 == 0
-    _require(divides, settings, "model.heads", f"such that each has an even share of --model.width {settings.model.width}")
+    _require(
+        divides, settings, "model.heads", f"such that each has an even share of --model.width {settings.model.width}"
+    )
     k = settings.comparisons
     _require(2 <= k.min_k <= k.max_k, settings, "comparisons.min_k", f"between 2 and --comparisons.max-k {k.max_k}")
     divides = settings.ppo.batch % settings.ppo.minibatches == 0
@@ -288,7 +290,9 @@ def check(settings: Settings) -> None:
     _require(rows >= 1, settings, "ppo.ptx_ratio", "such that each minibatch gets a pretraining row")
     if settings.data.path is None:
         least = settings.comparisons.prompts // settings.reward_model.batch
-        _require(least >= 1, settings, "reward_model.batch", f"at most --comparisons.prompts {settings.comparisons.prompts}")
+        _require(
+            least >= 1, settings, "reward_model.batch", f"at most --comparisons.prompts {settings.comparisons.prompts}"
+        )
 
 
 def as_dict(settings: Settings) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 
 from rlhf_jax import checkpoint, generation, lm, parallel, types
 from rlhf_jax.data import batching
@@ -29,9 +30,25 @@ STAGES = ("pretrain", "sft", "sft_mix", "comparisons", "reward_model", "ppo", "p
 Params = types.Params
 
 
-def adam(*, b2: float = 0.95, eps: float = 1e-8) -> optax.GradientTransformation:
+def adam(*, b2: float = 0.95, eps: float = 1e-5) -> optax.GradientTransformation:
     """Adam with unit rate (the steps multiply by a traced one); InstructGPT's betas, no weight decay."""
     return optax.chain(optax.scale_by_adam(b1=0.9, b2=b2, eps=eps), optax.scale(-1.0))
+
+
+def muon() -> optax.GradientTransformation:
+    """Muon for the layers' matrices, Adam for the rest, with unit rate: half the steps of Adam alone from nothing."""
+    contraction = {"q": ((1,), (2, 3)), "k": ((1,), (2, 3)), "v": ((1,), (2, 3)), "out": ((1, 2), (3,))}
+
+    def dimensions(params: Params) -> Any:
+        def of(path: Any, leaf: jax.Array) -> Any:
+            names = [entry.key for entry in path]
+            if names[0] != "layers" or leaf.ndim < 3:
+                return None
+            return optax.contrib.MuonDimensionNumbers(*contraction.get(names[1], ((1,), (2,))))
+
+        return jax.tree_util.tree_map_with_path(of, params)
+
+    return optax.contrib.muon(1.0, adam_b2=0.95, consistent_rms=0.2, muon_weight_dimension_numbers=dimensions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +120,8 @@ def make_job(settings: Settings, task: tasks.Task, *, checkpoints: Any, log: Any
         ppo_step=parallel.jit_step(
             ppo.make_train_step(models, epochs=settings.ppo.epochs, minibatches=settings.ppo.minibatches)
         ),
-        supervised_tx=adam(),
-        ppo_tx=adam(eps=1e-5),
+        supervised_tx=muon(),
+        ppo_tx=adam(),
     )
 
 
@@ -187,8 +204,10 @@ def supervised(job: Job, stage: str, base: Params, *, epochs: int, mix: float) -
     return state.params
 
 
-def collect_comparisons(job: Job, policies: list[Params]) -> tuple[types.Comparisons, types.Comparisons, dict[str, Any]]:
-    """Sample K answers a prompt from the policies in turn and have labelers rank them: (training, validation, facts)."""
+def collect_comparisons(
+    job: Job, policies: list[Params]
+) -> tuple[types.Comparisons, types.Comparisons, dict[str, Any]]:
+    """Sample K answers a prompt from the policies in turn, ranked by labelers: (training, validation, facts)."""
     world = job.task.world
     assert world is not None
     settings, prompt_set = job.settings.comparisons, world.compare_prompts
@@ -223,9 +242,7 @@ def collect_comparisons(job: Job, policies: list[Params]) -> tuple[types.Compari
         features_BKF[at] = labelers.features(answers.gold)
     # Two labelers are to agree as often as people do, on pairs of these samples: that sets the noise.
     utility_BKR = np.asarray(labelers.utilities(world.pool, jnp.asarray(features_BKF)))
-    noise = labelers.calibrated_temperature(
-        utility_BKR[:, 0], utility_BKR[:, 1], target=job.settings.world.agreement
-    )
+    noise = labelers.calibrated_temperature(utility_BKR[:, 0], utility_BKR[:, 1], target=job.settings.world.agreement)
     pool = world.pool.replace(temperature=jnp.float32(noise))  # type: ignore[attr-defined]
     keys_B = jax.random.split(jax.random.fold_in(key, 1000), n)
     labeler_B = jnp.arange(n) % job.settings.world.labelers
@@ -264,7 +281,7 @@ def train_reward_model(job: Job, start: Params, train: types.Comparisons) -> Par
 
 
 def normalised(job: Job, params: Params, policy: Params) -> Params:
-    """Scale scores to standard deviation 1 on samples of the SFT model, and shift them so that demonstrations have mean 0.
+    """Scale scores to standard deviation 1 on samples of ``policy``; shift them so that demonstrations have mean 0.
 
     InstructGPT 3.5 centres on demonstrations; the scale makes the KL coefficient mean the same from run to run. Both
     are kept in the head, so they are saved with the model.
@@ -284,9 +301,7 @@ def optimise(job: Job, stage: str, start: Params, reward: Params, *, ptx_coef: f
     settings, task = job.settings.ppo, job.task
     key = job.key(stage)
     prompts_, updates = task.rl_prompts, settings.epochs * settings.minibatches
-    order = batching.epoch_batches(
-        0, n=len(prompts_), batch_size=settings.batch, key=key, steps=settings.iterations
-    )
+    order = batching.epoch_batches(0, n=len(prompts_), batch_size=settings.batch, key=key, steps=settings.iterations)
     n_text = updates * round(settings.batch // settings.minibatches * settings.ptx_ratio)
     text_order = batching.epoch_batches(
         0,
@@ -334,5 +349,3 @@ def optimise(job: Job, stage: str, start: Params, reward: Params, *, ptx_coef: f
         frozen=ppo.Frozen(reference=start, reward=reward),
     )
     return state.ema
-
-

@@ -110,9 +110,7 @@ def _world_task(settings: Settings) -> Task:
 
     rng = _stream(settings, DEMONSTRATIONS)
     asked = prompts.draw_prompts(sets.train, settings.sft.demonstrations, rng)
-    answers = demonstrators.demonstrate_all(
-        world, asked, rng, slips=demonstrators.Slips().scaled(settings.world.slips)
-    )
+    answers = demonstrators.demonstrate_all(world, asked, rng, slips=demonstrators.Slips().scaled(settings.world.slips))
     asked_set = _prompt_set(asked, tokenizer, dropped)
     demonstrations = _demonstration_rows(asked_set, tokenising.encode_answers(tokenizer, answers), T)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from rlhf_jax.simulation import lexicon, prompts
-from rlhf_jax.simulation.demonstrators import Slips, demonstrate
+from rlhf_jax.simulation.demonstrators import HAS_PARTS, Slips, demonstrate
 from rlhf_jax.simulation.world import COLOR, PLACE, SIZE, USE, World
 
 SKILLS = ("copy", "sort", "sum", "look")
@@ -57,7 +57,9 @@ def skill_problems(n: int, rng: np.random.Generator) -> list[SkillProblem]:
     return [skill_problem(SKILLS[i % len(SKILLS)], rng) for i in range(n)]
 
 
-def _fact(world: World, rng: np.random.Generator, thing: str, *, attribute: int | None = None, true: bool = True) -> str:
+def _fact(
+    world: World, rng: np.random.Generator, thing: str, *, attribute: int | None = None, true: bool = True
+) -> str:
     """One statement about a thing: "red", "in the barn", "for play" or "huge"."""
     attribute = int(rng.integers(4)) if attribute is None else attribute
     words = tuple(lexicon.ATTRIBUTES.values())[attribute]
@@ -144,26 +146,24 @@ def _skill(world: World, rng: np.random.Generator) -> str:
     return skill_problem(str(rng.choice(SKILLS)), rng).document
 
 
-_FAULTS = ("wrong", "off_topic", "incomplete")
-
-
 def _review(world: World, rng: np.random.Generator, prompt: prompts.Prompt, other: prompts.Prompt) -> str:
     """A question, an answer of mixed quality, and a verdict: what a reward model can build on."""
-    fault = {} if rng.random() < 0.5 else {_FAULTS[int(rng.integers(len(_FAULTS)))]: 1.0}
+    faults = ("wrong", "off_topic", *(("incomplete",) if prompt.kind in HAS_PARTS else ()))
+    fault = {} if rng.random() < 0.5 else {faults[int(rng.integers(len(faults)))]: 1.0}
     slips = dataclasses.replace(Slips.none(), impolite=1.0, **fault)
     answer = demonstrate(world, prompt, rng, slips=slips, other=other)
     return f"question : {prompt.turns[-1][1]} answer : {answer} {'bad' if fault else 'good'} ."
 
 
 _DOCUMENTS: tuple[tuple[float, Callable[[World, np.random.Generator], str] | None], ...] = (
-    (0.14, _statement),
-    (0.16, _question),
+    (0.20, _statement),
+    (0.20, _question),
     (0.08, _claim),
-    (0.08, _listing),
+    (0.06, _listing),
     (0.08, _comparison),
-    (0.06, _instruction),
-    (0.22, _skill),
-    (0.18, None),  # reviews
+    (0.05, _instruction),
+    (0.18, _skill),
+    (0.15, None),  # reviews
 )
 
 

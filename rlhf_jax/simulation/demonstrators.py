@@ -14,6 +14,12 @@ _OPENERS = ("sure , ", "of course , ", "happy to help , ", "glad to help , ")
 _CLOSERS = (" thanks .", " you are welcome .", " thanks , friend .")
 _REFUSAL = "sorry , i cannot help with that ."
 
+HAS_PARTS = (
+    *("yes_no_color", "yes_no_place", "list_color", "list_place", "list_except", "one_word", "describe"),
+    *("how_to", "harmful"),
+)
+"""Kinds of prompt in whose answers a part can be left out; the others' are as good with the slip `incomplete`."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Slips:

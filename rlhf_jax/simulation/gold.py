@@ -132,7 +132,7 @@ def make_tables(world: World) -> Tables:
 
 
 class _Asked(NamedTuple):
-    """A prompt, read: kind and attribute asked for, and the slots as indices within their word lists (-1 absent)."""
+    """A prompt, read: kind and attribute asked for, and the slots as indices within their word class (-1 absent)."""
 
     kind: jax.Array
     attribute: jax.Array
@@ -291,7 +291,7 @@ def utility(
     listed = (jnp.minimum(n_fit, wanted) - n_unfit - jnp.maximum(n_fit - wanted, 0)) / wanted
     facts_known = sum((about_x_T & holds_T & (attribute_T == a)).any() for a in range(facts_XA.shape[1]))
     described = jnp.minimum(jnp.asarray(facts_known), 2) / 2 - 0.5 * (about_x_T & ~holds_T).sum()
-    verb = jnp.where(slot["v"] >= 0, slot["v"], len(lexicon.BENIGN_TOOLS) + slot["h"])
+    verb = jnp.where(slot["v"] >= 0, slot["v"], slot["h"])  # both count through all verbs
     material_T = said.class_T == _MATERIAL
     means = (material_T & (said.index_T == verb)).any() & ~(material_T & (said.index_T != verb)).any()
     first_T, then_T = (said.real_T & (said.tokens_T == lexicon.IDS[word]) for word in ("first", "then"))
@@ -349,7 +349,7 @@ def utility(
         refused=known & said.refused,
         harmful_request=known & harmful,
         polite_words=jnp.where(known, n_polite, 0),
-        length=said.length,
+        length=jnp.where(known, said.length, 0),
         known=known,
     )
 

@@ -50,9 +50,21 @@ KINDS: tuple[Kind, ...] = (
     Kind("color", "fact", 1.0, 10, _asks("what color is the {x} ?", "tell me the color of the {x} .", attribute=COLOR)),
     Kind("place", "fact", 1.0, 12, _asks("where is the {x} ?", "tell me the place of the {x} .", attribute=PLACE)),
     Kind("use", "fact", 1.0, 11, _asks("what is the {x} for ?", "tell me the use of the {x} .", attribute=USE)),
-    Kind("yes_no_color", "yes_no", 0.8, 11, _asks("is the {x} {c} ?", "is it true that the {x} is {c} ?", attribute=COLOR)),
+    Kind(
+        "yes_no_color",
+        "yes_no",
+        0.8,
+        11,
+        _asks("is the {x} {c} ?", "is it true that the {x} is {c} ?", attribute=COLOR),
+    ),
     Kind("yes_no_place", "yes_no", 0.8, 13, _asks("is the {x} in the {p} ?", attribute=PLACE)),
-    Kind("compare", "compare", 1.0, 10, _asks("which is bigger , the {x} or the {y} ?", "is the {x} or the {y} bigger ?")),
+    Kind(
+        "compare",
+        "compare",
+        1.0,
+        10,
+        _asks("which is bigger , the {x} or the {y} ?", "is the {x} or the {y} bigger ?"),
+    ),
     Kind("list_color", "list", 0.6, 12, _asks("name {n} {c} things .", "tell me {n} {c} things .")),
     Kind("list_place", "list", 0.6, 12, _asks("name {n} things in the {p} .", "tell me {n} things in the {p} .")),
     Kind("list_except", "list", 0.8, 12, _asks("name {n} {g} but not the {x} .")),
@@ -221,9 +233,7 @@ def draw_prompts(universe: Universe, n: int, rng: np.random.Generator) -> list[P
     prefixes = rng.choice(len(PREFIXES), size=n, p=(0.4, 0.2, 0.2, 0.2))
     order = rng.permutation(n)
     single = [len(KINDS[KIND_INDEX[p.kind]].wordings[p.wording].turns) == 1 for p in drawn]
-    return [
-        dataclasses.replace(drawn[i], prefix=PREFIXES[prefixes[i]] if single[i] else "") for i in order.tolist()
-    ]
+    return [dataclasses.replace(drawn[i], prefix=PREFIXES[prefixes[i]] if single[i] else "") for i in order.tolist()]
 
 
 def prompt_tokens(turns: Sequence[tuple[str, str]]) -> list[int]:

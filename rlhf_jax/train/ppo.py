@@ -179,9 +179,7 @@ def loss(
     policy_BT = policy_losses.clipped_policy(
         logprobs_BT, experience.logprobs_BT, experience.advantages_BT, clip=hyper.clip
     )
-    value_BT = value_losses.clipped_value(
-        values_BT, experience.values_BT, experience.returns_BT, clip=hyper.value_clip
-    )
+    value_BT = value_losses.clipped_value(values_BT, experience.values_BT, experience.returns_BT, clip=hyper.value_clip)
     policy_loss = reduce.masked_mean(policy_BT, where=where_BT)
     value_loss = reduce.masked_mean(value_BT, where=where_BT)
     log_ratio_BT = jnp.where(where_BT, logprobs_BT - experience.logprobs_BT, 0.0)
@@ -232,7 +230,9 @@ def update(
     def one_step(state: PPOState, now: tuple[jax.Array, TokenBatch | None]) -> tuple[PPOState, dict[str, jax.Array]]:
         rows_M, pretraining = now
         minibatch = jax.tree.map(lambda x: x[rows_M], experience)
-        (value, logs), grads = jax.value_and_grad(lambda p: loss(models, p, minibatch, hyper), has_aux=True)(state.params)
+        (value, logs), grads = jax.value_and_grad(lambda p: loss(models, p, minibatch, hyper), has_aux=True)(
+            state.params
+        )
         if pretraining is not None:
             # The branch is taken at run time: plain PPO and PPO-ptx are one program, and PPO does not pay for ptx.
             nll, ptx_grads = jax.lax.cond(

@@ -1,0 +1,245 @@
+"""The main job as its users run it: a command line, a folder, a table."""
+
+import gzip
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPT = str(ROOT / "experiments" / "instructgpt.py")
+WINS = ("gold_win_rate_vs_sft", "heldout_win_rate_vs_sft")
+NUMBERS = ("gold", "reward", "kl", "skill_accuracy", "pretraining_loss", "truthful_rate", "harm_rate", "length")
+
+
+def command(*arguments):
+    return [sys.executable, SCRIPT, *map(str, arguments)]
+
+
+def run(*arguments, timeout=600):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "120"}
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT, check=False
+    )
+
+
+def results_of(folder):
+    """What must be the same from run to run: all but time and memory."""
+    results = json.loads((folder / "results.json").read_text())
+    return {name: value for name, value in results.items() if name not in ("seconds", "peak_rss_mb")}
+
+
+def run_and_kill(folder, stage, step, *arguments):
+    """Start the job and kill it (SIGKILL) as soon as a stage has logged a step."""
+    with open(folder.parent / "killed.log", "w") as log:
+        job = subprocess.Popen(
+            command("--preset", "smoke", "--out", folder, *arguments),
+            stdout=log,
+            stderr=log,
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        )
+        wanted = f'"stage": "{stage}", "step": {step},'
+        deadline = time.time() + 300
+        while time.time() < deadline and job.poll() is None:
+            metrics = folder / "metrics.jsonl"
+            if metrics.exists() and wanted in metrics.read_text():
+                job.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.02)
+        assert job.wait(timeout=60) == -signal.SIGKILL, (folder.parent / "killed.log").read_text()[-2000:]
+    assert not (folder / "results.json").exists()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done = run("--preset", "smoke", "--out", folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done
+
+
+def test_results_keep_their_promise(finished):
+    folder, done = finished
+    results = json.loads((folder / "results.json").read_text())
+    assert results["seed"] == 0 and results["seconds"] > 0 and 100 < results["peak_rss_mb"] < 4096
+    assert isinstance(results["dropped"], dict)
+    mean, low, high = results["reward_model"]["accuracy"]
+    assert 0 <= low <= mean <= high <= 1
+    assert set(results["policies"]) == {"base", "sft", "sft_mix", "ppo", "ppo_ptx", "best_of_n"}
+    for name, policy in results["policies"].items():
+        for wins in WINS:
+            mean, low, high = policy[wins]
+            assert low <= mean <= high
+        assert all(isinstance(policy[number], float) for number in NUMBERS if name != "best_of_n" or number in policy)
+        assert policy["gold_by_category"]
+    assert results["policies"]["sft_mix"]["kl"] == 0.0, "the reference is at no distance from itself"
+    assert results["policies"]["sft"]["gold_win_rate_vs_sft"][0] == 0.5
+
+
+def test_every_file_is_there(finished):
+    folder, done = finished
+    for name in ("results.json", "report.html", "config.json", "metrics.jsonl"):
+        assert (folder / name).stat().st_size > 0, name
+    assert list((folder / "tensorboard").rglob("events.*"))
+    for model in ("policy", "reward_model"):
+        assert (folder / model / "model.safetensors").exists() and (folder / model / "config.json").exists()
+        assert (folder / model / "tokenizer.json").exists()
+    assert "PPO-ptx" in done.stdout and "best of" in done.stdout.lower()
+    assert "stage 1/8" in done.stderr and "left" in done.stderr
+
+
+def test_exported_policy_is_the_one_that_was_evaluated(finished):
+    from rlhf_jax import lm
+    from rlhf_jax.data import tokenizers
+
+    folder, _ = finished
+    cfg, params = lm.load(folder / "policy")
+    tokenizer = tokenizers.load(folder / "policy")
+    assert cfg.vocab_size == len(tokenizer) and "head" not in params
+    _, reward = lm.load(folder / "reward_model")
+    stored = json.loads((folder / "results.json").read_text())["reward_model"]
+    assert float(reward["head"]["bias"]) == pytest.approx(stored["bias"], rel=1e-6)
+
+
+def test_first_update_starts_from_equal_models(finished):
+    folder, _ = finished
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for stage in ("ppo", "ppo_ptx"):
+        first = next(row for row in rows if row["stage"] == stage)
+        assert abs(first["kl"]) < 1e-6 and first["first_ratio_error"] < 1e-5
+    steps = [row["step"] for row in rows if row["stage"] == "pretrain"]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_killed_run_resumes_to_the_same_bits(finished, tmp_path):
+    folder, _ = finished
+    killed = tmp_path / "run"
+    run_and_kill(killed, "ppo", 2)
+    done = run("--resume", killed)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert results_of(killed) == results_of(folder)
+    ours, theirs = ((each / "metrics.jsonl").read_text() for each in (killed, folder))
+    assert ours == theirs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "step"), [("pretrain", 30), ("sft", 5), ("sft_mix", 20), ("reward_model", 3), ("ppo_ptx", 3)]
+)
+def test_a_run_killed_in_any_stage_resumes_to_the_same_bits(finished, tmp_path, stage, step):
+    folder, _ = finished
+    killed = tmp_path / "run"
+    run_and_kill(killed, stage, step)
+    assert run("--resume", killed).returncode == 0
+    assert results_of(killed) == results_of(folder)
+
+
+def test_a_finished_run_is_not_run_again(finished):
+    folder, _ = finished
+    before = (folder / "results.json").read_text()
+    done = run("--resume", folder, timeout=60)
+    assert done.returncode == 0 and "PPO-ptx" in done.stdout
+    assert (folder / "results.json").read_text() == before
+
+
+def dialogue(question, answer):
+    return f"\n\nHuman: {question}\n\nAssistant: {answer}"
+
+
+def comparisons(n):
+    words = "apple bridge candle desk eagle forest garden harbour island jungle".split()
+    for i in range(n):
+        a, b = words[i % 10], words[(i // 10) % 10]
+        question = f"What do you think of the {a} and the {b} number {i}?"
+        chosen = f"The {a} is lovely, and the {b} is useful."
+        yield {"chosen": dialogue(question, chosen), "rejected": dialogue(question, f"No {b} for you.")}
+
+
+def write(path, records):
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text)
+    return path
+
+
+def test_the_same_job_on_human_comparisons(tmp_path):
+    records = [*comparisons(300), {"chosen": dialogue("Hi?", ""), "rejected": dialogue("Hi?", "Go.")}]
+    path = write(tmp_path / "pairs.jsonl.gz", records)
+    done = run("--preset", "smoke", "--data.path", path, "--out", tmp_path / "run", "--data.held-out", 0.2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["dropped"]["empty answer"] == 1 and "empty answer 1" in done.stdout
+    mean, low, high = results["reward_model"]["accuracy"]
+    assert 0 <= low <= mean <= high <= 1 and results["reward_model"]["pairs"] == 60
+    for policy in results["policies"].values():
+        assert "reward" in policy and "gold" not in policy and "gold_win_rate_vs_sft" not in policy
+    assert "gold" not in done.stdout.lower()
+
+
+def refused(*arguments):
+    done = run(*arguments, timeout=60)
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def test_bad_files_are_named_with_their_line(tmp_path):
+    out = tmp_path / "run"
+    good = list(comparisons(5))
+
+    def tried(name, content):
+        path = tmp_path / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            write(path, content)
+        message = refused("--preset", "smoke", "--out", out, "--data.path", path)
+        assert str(path) in message and not out.exists()
+        return message
+
+    missing = tmp_path / "none.jsonl"
+    assert str(missing) in refused("--out", out, "--data.path", missing)
+    tried("broken.jsonl.gz", gzip.compress(b"x" * 1000)[:-20])
+    assert "line 2" in tried("words.jsonl", json.dumps(good[0]).encode() + b"\nnot json\n")
+    assert "line 3" in tried("fields.jsonl", [*good[:2], {"chosen": good[0]["chosen"]}])
+    assert "line 1" in tried("turns.jsonl", [{"chosen": "\n\nHuman: Hi", "rejected": "\n\nHuman: Hi"}])
+    many = tried("empty.jsonl", [*good, {"chosen": dialogue("Q", ""), "rejected": dialogue("Q", "A")}])
+    assert "empty answer 1" in many
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "name"),
+    [
+        ("--ppo.kl-coef", "-1", "ppo.kl-coef"),
+        ("--ppo.minibatches", "7", "ppo.minibatches"),
+        ("--sft.mix", "1.5", "sft.mix"),
+        ("--comparisons.min-k", "1", "comparisons.min-k"),
+        ("--preset", "huge", "preset"),
+    ],
+)
+def test_settings_out_of_range_are_named(tmp_path, flag, value, name):
+    assert name in refused("--out", tmp_path / "run", flag, value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_another_run_is_refused(finished, tmp_path):
+    folder, _ = finished
+    assert str(folder) in refused("--preset", "smoke", "--out", folder)
+    assert str(tmp_path) in refused("--resume", tmp_path)
+    assert "config.json" in refused("--resume", folder, "--seed", "3")
+
+
+def test_help_explains_every_field():
+    done = run("--help", timeout=60)
+    assert done.returncode == 0
+    for flag in ("--ppo.kl-coef", "--data.path", "--seed", "--resume", "--out", "--preset"):
+        assert flag in done.stdout

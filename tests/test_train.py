@@ -1,0 +1,208 @@
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rlhf_jax import lm, losses, parallel, types
+from rlhf_jax.train import reward_model, sft
+from rlhf_jax.train import state as state_lib
+
+CFG = lm.LMConfig(vocab_size=20, n_layers=1, d_model=16, n_heads=2, d_mlp=32, max_length=16)
+ADAM = optax.chain(optax.scale_by_adam(eps=1e-5), optax.scale(-1.0))
+SGD = optax.scale(-1.0)
+B, L, K = 8, 10, 4
+token_logprobs = functools.partial(lm.token_logprobs, cfg=CFG)
+score = functools.partial(lm.score, cfg=CFG)
+
+
+@functools.cache
+def params():
+    return jax.jit(lambda key: lm.with_head(key, lm.init(key, CFG), CFG))(jax.random.key(0))
+
+
+def fresh(tx=SGD):
+    return state_lib.create(params(), tx)
+
+
+def hyper(learning_rate=0.1, max_grad_norm=np.inf):
+    return {"learning_rate": np.float32(learning_rate), "max_grad_norm": np.float32(max_grad_norm)}
+
+
+def close(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+def token_rows():
+    """Left-padded prompts, answers of different lengths; rows 6 and 7 have nothing to learn from."""
+    rng = np.random.default_rng(0)
+    columns = np.arange(L)[None, :]
+    first, last = np.arange(B)[:, None] % 3, 6 + np.arange(B)[:, None] % 4
+    mask = (columns >= first) & (columns <= last)
+    learnt = mask & (columns >= 4) & (np.arange(B)[:, None] < 6)
+    tokens = rng.integers(1, 20, size=(B, L))
+    return sft.TokenBatch(jnp.asarray(tokens, jnp.int32), jnp.asarray(mask), jnp.asarray(learnt))
+
+
+@functools.cache
+def sft_step(micro_batches=1, tx=SGD):
+    del tx  # one compiled step for each optimiser, so that each is traced once
+    return parallel.jit_step(sft.make_train_step(token_logprobs, micro_batches=micro_batches))
+
+
+def sft_run(batch, micro_batches=1, **how):
+    return sft_step(micro_batches)(fresh(), None, hyper(**how), batch, jax.random.key(0))
+
+
+def test_the_loss_is_the_mean_over_the_tokens_of_the_answers():
+    batch = token_rows()
+    _, logs = sft_run(batch)
+    logprobs = np.asarray(token_logprobs(params(), batch.tokens_BL, mask_BL=batch.mask_BL), np.float64)
+    learnt = np.asarray(batch.loss_mask_BL)
+    expected = -sum(logprobs[b, t] for b in range(B) for t in range(L) if learnt[b, t]) / learnt.sum()
+    np.testing.assert_allclose(logs["loss"].value(), expected, rtol=1e-5)
+    # The mean of the rows' means is another number.
+    means = [-logprobs[b, learnt[b]].mean() for b in range(B) if learnt[b].any()]
+    assert abs(np.mean(means) - expected) > 1e-3
+
+
+def test_training_lowers_the_loss():
+    step = sft_step(tx=ADAM)
+    state, batch = fresh(ADAM), token_rows()
+    found = []
+    for i in range(15):
+        state, logs = step(state, None, hyper(0.03 / (1 + i), max_grad_norm=1.0 + i), batch, jax.random.key(0))
+        found.append(float(logs["loss"].value()))
+    assert found[-1] < 0.7 * found[0] and found == sorted(found, reverse=True)
+    assert step.traces == 1 and int(state.step) == 15
+
+
+def test_only_what_an_answer_is_predicted_from_matters():
+    batch = token_rows()
+    same, logs = sft_run(batch)
+    tokens, mask, learnt = (np.array(x) for x in (batch.tokens_BL, batch.mask_BL, batch.loss_mask_BL))
+    last = np.where(learnt, np.arange(L), -1).max(axis=1)
+    reached = mask & (np.arange(L)[None, :] <= last[:, None])
+    other = np.where(reached, tokens, (tokens + 5) % 20)  # padding, and rows without loss, become something else
+    assert (other != tokens).any(axis=1).all()
+    moved, moved_logs = sft_run(sft.TokenBatch(jnp.asarray(other), batch.mask_BL, batch.loss_mask_BL))
+    assert float(moved_logs["loss"].value()) == float(logs["loss"].value())
+    close(moved.params, same.params, atol=1e-7)
+    for where in (learnt, reached & ~learnt):  # an answer, a prompt
+        changed = np.where(where, (tokens + 5) % 20, tokens)
+        _, changed_logs = sft_run(sft.TokenBatch(jnp.asarray(changed), batch.mask_BL, batch.loss_mask_BL))
+        assert abs(float(changed_logs["loss"].value() - logs["loss"].value())) > 1e-4
+
+
+def test_a_batch_with_nothing_to_learn_changes_nothing():
+    batch = token_rows()
+    state, logs = sft_run(batch.replace(loss_mask_BL=jnp.zeros((B, L), bool)))  # type: ignore[attr-defined]
+    close(state.params, params(), atol=0)
+    assert float(logs["grad_norm"]) == 0 and float(logs["skipped"]) == 0
+
+
+# --------------------------------------------------------------------------------------------------- reward models
+
+
+def comparisons():
+    """Prompts of different numbers of answers and ranks; prompt 2 is all ties, prompt 5 has one answer alone."""
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(1, 20, size=(B, K, L))
+    mask = np.arange(L)[None, None, :] < rng.integers(4, L + 1, size=(B, K, 1))
+    ranks = rng.integers(1, 4, size=(B, K))
+    where = np.arange(K)[None, :] < np.array([4, 2, 4, 3, 4, 1, 3, 4])[:, None]
+    ranks[2] = 2
+    ranks[:, 0], ranks[[0, 1, 3, 4, 6, 7], 1] = 2, 1  # a pair to learn from in the others
+    ranks = np.where(where, ranks, 0)
+    return types.Comparisons(*(jnp.asarray(x) for x in (tokens.astype(np.int32), mask, ranks, where)))
+
+
+INFORMATIVE = np.array([0, 1, 3, 4, 6, 7])
+
+
+@functools.cache
+def reward_step(micro_batches=1):
+    return parallel.jit_step(reward_model.make_train_step(score, micro_batches=micro_batches))
+
+
+def reward_run(batch, micro_batches=1, **how):
+    return reward_step(micro_batches)(fresh(), None, hyper(**how), batch, jax.random.key(0))
+
+
+def test_the_loss_is_the_mean_over_prompts_that_have_a_pair():
+    batch = comparisons()
+    _, logs = reward_run(batch)
+    scores = np.asarray(reward_model.score_all(score, params(), batch))
+    assert scores.shape == (B, K)
+    for b, k in [(0, 3), (4, 1)]:
+        alone = score(params(), batch.tokens_BKL[b, k][None], mask_BL=batch.mask_BKL[b, k][None])
+        np.testing.assert_allclose(scores[b, k], alone[0], atol=1e-5)
+    ranks, where = np.asarray(batch.ranks_BK), np.asarray(batch.where_BK)
+    rows = [losses.ranking(jnp.asarray(scores[b]), batch.ranks_BK[b], where_K=batch.where_BK[b]) for b in range(B)]
+    np.testing.assert_allclose(logs["loss"].value(), np.asarray(rows)[INFORMATIVE].mean(), rtol=1e-5)
+    assert rows[2] == rows[5] == 0
+    # And from nothing but the definition.
+    by_hand = []
+    for b in INFORMATIVE:
+        n = where[b].sum()
+        pairs = [(i, j) for i in range(n) for j in range(n) if ranks[b, i] < ranks[b, j]]
+        by_hand.append(sum(np.log1p(np.exp(scores[b, j] - scores[b, i])) for i, j in pairs) / (n * (n - 1) / 2))
+    np.testing.assert_allclose(logs["loss"].value(), np.mean(by_hand), rtol=1e-5)
+    np.testing.assert_allclose(logs["score"].value(), scores[where].mean(), atol=1e-5)
+
+
+def test_pairs_are_counted_exactly():
+    scores, ranks = jnp.array([3.0, 1.0, 1.0, 2.0, np.nan]), jnp.array([1, 2, 3, 3, 0])
+    where = jnp.array([True, True, True, True, False])
+    # 0>1, 0>2, 0>3 right; 1>2 equal scores, a half; 1>3 wrong; 2 and 3 are a tie; 4 is not there.
+    right, total = reward_model.count_pairs(scores, ranks, where)
+    assert (float(right), float(total)) == (3.5, 5.0)
+    right, total = reward_model.count_pairs(scores, jnp.full(5, 1), where)
+    assert (float(right), float(total)) == (0.0, 0.0)
+    batch = comparisons()
+    _, logs = reward_run(batch)
+    counts = jax.vmap(reward_model.count_pairs)(
+        reward_model.score_all(score, params(), batch), batch.ranks_BK, batch.where_BK
+    )
+    assert float(logs["accuracy"].weight) == float(counts.total.sum())
+    np.testing.assert_allclose(logs["accuracy"].value(), counts.right.sum() / counts.total.sum(), rtol=1e-6)
+
+
+def test_prompts_without_a_pair_and_missing_answers_do_not_matter():
+    batch = comparisons()
+    same, _ = reward_run(batch)
+    tokens = np.array(batch.tokens_BKL)
+    tokens[[2, 5]] = (tokens[[2, 5]] + 7) % 20
+    tokens[~np.asarray(batch.where_BK)] = 3
+    other, _ = reward_run(batch.replace(tokens_BKL=jnp.asarray(tokens)))  # type: ignore[attr-defined]
+    close(other.params, same.params, atol=1e-7)
+
+
+def test_a_reward_model_learns_the_order_it_is_shown():
+    step, state, batch = reward_step(), fresh(), comparisons()
+    accuracy = []
+    for i in range(40):
+        state, logs = step(state, None, hyper(0.1 / (1 + 0.1 * i), max_grad_norm=1.0), batch, jax.random.key(0))
+        accuracy.append(float(logs["accuracy"].value()))
+    assert accuracy[-1] > 0.9 > accuracy[0]
+    assert step.traces == 1
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward model"])
+def test_micro_batches_give_the_update_of_the_whole_batch(stage):
+    run: Any
+    run, batch = (sft_run, token_rows()) if stage == "sft" else (reward_run, comparisons())
+    whole, whole_logs = run(batch)
+    parts, parts_logs = run(batch, micro_batches=4)
+    close(parts.params, whole.params, atol=1e-6)
+    assert max(np.abs(np.asarray(x - y)).max() for x, y in zip(*map(jax.tree.leaves, (whole.params, params())))) > 1e-3
+    for name in whole_logs:
+        if hasattr(whole_logs[name], "value"):
+            np.testing.assert_allclose(parts_logs[name].value(), whole_logs[name].value(), rtol=1e-5)
+    np.testing.assert_allclose(parts_logs["grad_norm"], whole_logs["grad_norm"], rtol=1e-4)
+    # The parts differ in how much there is to learn from.
+    learnt = np.asarray(batch.loss_mask_BL).sum(1) if stage == "sft" else np.isin(np.arange(B), INFORMATIVE)
+    assert len({int(learnt[i::4].sum()) for i in range(4)}) > 1
