@@ -42,13 +42,13 @@ from rlhf_jax.data import errors  # noqa: E402
 from rlhf_jax.train import loop  # noqa: E402
 
 WEIGHTS = {
-    "pretrain": 60,
-    "sft": 15,
-    "sft_mix": 10,
-    "comparisons": 15,
-    "reward_model": 35,
-    "ppo": 45,
-    "ppo_ptx": 50,
+    "pretrain": 63,
+    "sft": 14,
+    "sft_mix": 15,
+    "comparisons": 16,
+    "reward_model": 20,
+    "ppo": 43,
+    "ppo_ptx": 44,
     "evaluate": 20,
 }
 """Seconds that the stages are expected to take, for the estimate of the time left."""

@@ -274,11 +274,11 @@ def _categories(results: Mapping[str, Any]) -> list[Figure]:
 
 
 def _tax(results: Mapping[str, Any]) -> list[Figure]:
-    skill = plots.by_policy(results, "skill_accuracy", xlabel="Skill accuracy (%)", scale=100)
-    loss = plots.by_policy(results, "pretraining_loss", xlabel="Pretraining loss (nats per token)")
+    skill = plots.by_policy(results, "skill_accuracy", xlabel="Skill accuracy (%)", scale=100, against="sft_mix")
+    loss = plots.by_policy(results, "pretraining_loss", xlabel="Pretraining loss (nats per token)", against="sft_mix")
     return _figures(
-        (skill, "Skills", "Left of the dashed line (SFT) a policy has lost skills that it had before RL."),
-        (loss, "Pretraining text", "Right of the dashed line (SFT) a policy predicts its pretraining text worse."),
+        (skill, "Skills", "Left of the dashed line (SFT-mix, where PPO starts) skills are lost: the alignment tax."),
+        (loss, "Pretraining text", "Right of the dashed line (SFT-mix) a policy predicts its pretraining text worse."),
     )
 
 

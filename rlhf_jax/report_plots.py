@@ -154,17 +154,19 @@ def win_rates(results: Mapping[str, Any]) -> str | None:
     return out[0]
 
 
-def by_policy(results: Mapping[str, Any], key: str, *, xlabel: str, scale: float = 1.0) -> str | None:
-    """One number of every policy as dots, with the SFT policy's value as a line to compare with."""
+def by_policy(
+    results: Mapping[str, Any], key: str, *, xlabel: str, scale: float = 1.0, against: str = "sft"
+) -> str | None:
+    """One number of every policy as dots, with the value of the policy ``against`` as a line to compare with."""
     found = {p: results_lib.finite(results_lib.value(results, p, key)) for p in results_lib.policies(results)}
     rows = [p for p, it in found.items() if it is not None]
     if not rows:
         return None
     out: list[str] = []
     with _axes(out, height=0.75 + 0.27 * len(rows)) as (ax,):
-        start = found.get("sft")
+        start = found.get(against)
         if start is not None:
-            ax.axvline(scale * start.mean, color=color("sft"), linewidth=0.9, linestyle=(0, (4, 3)))
+            ax.axvline(scale * start.mean, color=color(against), linewidth=0.9, linestyle=(0, (4, 3)))
         for row, policy in enumerate(rows):
             it = found[policy]
             if it is not None:

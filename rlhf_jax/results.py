@@ -230,9 +230,9 @@ def _reward_model(results: Mapping[str, Any]) -> str:
 
 
 def _tax(results: Mapping[str, Any]) -> str:
-    start = finite(value(results, "sft", "skill_accuracy"))
+    start = finite(value(results, "sft_mix", "skill_accuracy"))
     ends = [(p, finite(value(results, p, "skill_accuracy"))) for p in ("ppo", "ppo_ptx")]
     told = [f"{label(p)} at {format_number(end.mean, percent=True)} %" for p, end in ends if end]
     if start is None or not told:
         return ""
-    return f"Skill accuracy: SFT at {format_number(start.mean, percent=True)} %, {', '.join(told)}."
+    return f"Skill accuracy: {label('sft_mix')}, where PPO starts, at {format_number(start.mean, percent=True)} %, {', '.join(told)}."

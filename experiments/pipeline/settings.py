@@ -121,7 +121,7 @@ class RewardModel:
 class PPO:
     """PPO, and PPO-ptx, which adds the pretraining loss and is the same in all else."""
 
-    iterations: int = 50
+    iterations: int = 40
     """Rollouts, each followed by the updates on it."""
     batch: int = 256
     """Prompts a rollout, one answer each."""
@@ -135,7 +135,7 @@ class PPO:
     """Of the critic."""
     warmup: int = 5
     """Iterations from a tenth of the rates to the rates."""
-    kl_coef: float = 0.06
+    kl_coef: float = 0.045
     """Reward per nat; the reward has standard deviation 1 on SFT samples."""
     clip: float = 0.2
     """Of the probability ratio."""
@@ -161,13 +161,13 @@ class PPO:
 class Evaluation:
     """Held-out prompts, and what is measured on them."""
 
-    prompts: int = 1536
+    prompts: int = 1280
     """Held-out prompts; one answer of each policy to each, two of `sft`."""
     split: str = "test"
     """`test` for results, `validation` to choose settings by."""
     best_of: int = 16
     """Samples a prompt of the best-of-n reference."""
-    best_of_prompts: int = 512
+    best_of_prompts: int = 400
     """Held-out prompts of the best-of-n reference."""
     skills: int = 800
     """Skill problems, as many of each skill."""

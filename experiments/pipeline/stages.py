@@ -18,7 +18,7 @@ import optax.contrib
 
 from rlhf_jax import checkpoint, generation, lm, parallel, types
 from rlhf_jax.data import batching
-from rlhf_jax.simulation import labelers
+from rlhf_jax.simulation import gold, labelers
 from rlhf_jax.train import loop, ppo, reward_model, schedules, sft
 from rlhf_jax.train import state as state_lib
 
@@ -105,7 +105,8 @@ def make_job(settings: Settings, task: tasks.Task, *, checkpoints: Any, log: Any
     )
     end_id, pad_id = task.tokenizer.eos_token_id, task.tokenizer.pad_token_id
     spec = generation.Sampling(max_new_tokens=task.response_width, stop_ids=(end_id,), pad_id=pad_id)
-    models = ppo_models(cfg, spec, prompt_width=task.prompt_width)
+    tables = task.world.tables if task.world else None
+    models = ppo_models(cfg, spec, prompt_width=task.prompt_width, tables=tables)
     token_logprobs = partial(lm.token_logprobs, cfg=cfg)
     return Job(
         settings=settings,
@@ -114,7 +115,7 @@ def make_job(settings: Settings, task: tasks.Task, *, checkpoints: Any, log: Any
         checkpoints=checkpoints,
         log=log,
         progress=progress,
-        sampler=sampling.Sampler(models, tables=task.world.tables if task.world else None),
+        sampler=sampling.Sampler(models, tables=tables),
         supervised_step=parallel.jit_step(sft.make_train_step(token_logprobs)),
         reward_step=parallel.jit_step(reward_model.make_train_step(partial(lm.score, cfg=cfg))),
         ppo_step=parallel.jit_step(
@@ -125,8 +126,10 @@ def make_job(settings: Settings, task: tasks.Task, *, checkpoints: Any, log: Any
     )
 
 
-def ppo_models(cfg: lm.LMConfig, spec: generation.Sampling, *, prompt_width: int) -> ppo.Models:
-    """This library's language model as the functions that PPO calls."""
+def ppo_models(
+    cfg: lm.LMConfig, spec: generation.Sampling, *, prompt_width: int, tables: gold.Tables | None = None
+) -> ppo.Models:
+    """This library's language model as the functions that PPO calls; gold is watched where there is any."""
 
     def generate(params: Params, rng_B: jax.Array, prompts_BP: Any, mask_BP: Any, temperature: Any) -> types.Rollout:
         how = spec.replace(temperature=temperature)  # type: ignore[attr-defined]
@@ -143,7 +146,13 @@ def ppo_models(cfg: lm.LMConfig, spec: generation.Sampling, *, prompt_width: int
     def score(params: Params, rollout: types.Rollout) -> jax.Array:
         return lm.score(params, rollout.tokens_BL, cfg=cfg, mask_BL=rollout.mask_BL)
 
-    return ppo.Models(generate, logprobs, values, score, partial(lm.token_logprobs, cfg=cfg))
+    def watch(rollout: types.Rollout) -> dict[str, jax.Array]:
+        judge = jax.vmap(gold.utility, in_axes=(None, 0, 0, 0))
+        prompts_BP, answers_BT = rollout.tokens_BL[:, :prompt_width], rollout.tokens_BL[:, prompt_width:]
+        return {"gold": judge(tables, prompts_BP, answers_BT, rollout.response_mask_BT).total}
+
+    watched = None if tables is None else watch
+    return ppo.Models(generate, logprobs, values, score, partial(lm.token_logprobs, cfg=cfg), watched)
 
 
 def _hyper(rate: Any) -> dict[str, np.float32]:

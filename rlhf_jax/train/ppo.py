@@ -40,6 +40,8 @@ class Models(NamedTuple):
     """``(params, rollout) -> scores_B``; any function, a reward model or a program."""
     token_logprobs: Callable[..., jax.Array] | None = None
     """``(params, tokens_BL, mask_BL=...) -> [B, L]``, for the pretraining rows of PPO-ptx."""
+    watch: Callable[[Rollout], dict[str, jax.Array]] | None = None
+    """``rollout -> {name: [B]}``: numbers to log and not to train on, such as a gold score (over-optimisation)."""
 
 
 class Frozen(NamedTuple):
@@ -164,6 +166,8 @@ def collect(
         "explained_variance": 1.0 - missed / jnp.maximum(spread, 1e-8),
         "sampler_gap": jnp.max(jnp.abs(jnp.where(response_BT, rollout.logprobs_BT - logprobs_BT, 0.0))),
     }
+    if models.watch is not None:
+        logs |= {name: metrics.mean_metric(numbers_B) for name, numbers_B in models.watch(rollout).items()}
     return experience, logs
 
 
@@ -287,6 +291,9 @@ def make_train_step(
         )
         observed = logs["kl"].value()
         scale = kl.update_controller(state.kl_scale, observed, target=hyper.kl_target, gain=hyper.kl_gain)
+        # Held back with the weights: a KL that is not a number would stay in the controller for good.
+        held = update_logs["skipped"] > 0
+        scale = jax.tree.map(lambda new, old: jnp.where(held, old, new), scale, state.kl_scale)
         return state.replace(kl_scale=scale), logs | update_logs | {"learning_rate": hyper.learning_rate}
 
     return train_step
