@@ -58,7 +58,8 @@ def parse(arguments: list[str]) -> settings.Settings:
     """Settings from the command line; exits for --help, raises SettingError for what cannot be."""
     name = _peek(arguments, "--preset") or "default"
     resume = _peek(arguments, "--resume")
-    start = rundir.saved_settings(resume) if resume else settings.preset(name)
+    dialogues = _peek(arguments, "--data.path") is not None
+    start = rundir.saved_settings(resume) if resume else settings.preset(name, dialogues=dialogues)
     asked = tyro.cli(settings.Settings, args=arguments, default=start, prog="instructgpt.py", description=__doc__)
     if resume and dataclasses.replace(asked, resume=None) != dataclasses.replace(start, resume=None):
         raise settings.SettingError(
@@ -94,7 +95,7 @@ def run(asked: settings.Settings) -> dict:
         base = stages.pretrain(job)
         sft = stages.supervised(job, "sft", base, epochs=asked.sft.epochs, mix=0.0)
         sft_mix = stages.supervised(job, "sft_mix", base, epochs=asked.sft.mix_epochs, mix=asked.sft.mix)
-        train, validation, facts = stages.collect_comparisons(job, [sft, sft_mix])
+        train, validation, facts = stages.comparisons(job, [sft, sft_mix])
         reward = stages.train_reward_model(job, sft_mix, train)
         reward = stages.normalised(job, reward, sft_mix)
         judged = evaluation.reward_model_facts(job, reward, validation)

@@ -235,4 +235,5 @@ def _tax(results: Mapping[str, Any]) -> str:
     told = [f"{label(p)} at {format_number(end.mean, percent=True)} %" for p, end in ends if end]
     if start is None or not told:
         return ""
-    return f"Skill accuracy: {label('sft_mix')}, where PPO starts, at {format_number(start.mean, percent=True)} %, {', '.join(told)}."
+    before = f"{label('sft_mix')}, where PPO starts, at {format_number(start.mean, percent=True)} %"
+    return f"Skill accuracy: {', '.join([before, *told])}."

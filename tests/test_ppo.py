@@ -12,7 +12,7 @@ from rlhf_jax.train import ppo, sft
 
 P, T, B = 4, 6, 16
 EPOCHS, MINIBATCHES = 2, 2
-CFG = lm.LMConfig(vocab_size=20, n_layers=2, d_model=16, n_heads=2, d_mlp=32, max_length=P + T)
+CFG = lm.LMConfig(vocab_size=20, n_layers=1, d_model=16, n_heads=2, d_mlp=32, max_length=P + T)
 SPEC = generation.Sampling(max_new_tokens=T, stop_ids=(1, 2, 3), pad_id=0)
 ADAM = optax.chain(optax.scale_by_adam(eps=1e-5), optax.scale(-1.0))
 SGD = optax.scale(-1.0)
@@ -237,58 +237,66 @@ def test_ptx_adds_its_own_gradient_times_its_coefficient():
         close(mixed["critic"], plain["critic"], atol=1e-7)
 
 
-def table_experience(n):
-    """One word each, prompt i's value in a table of its own, every return 1."""
-    ones = jnp.ones((n, 1))
-    tokens = jnp.stack([jnp.arange(n), jnp.zeros(n, int)], axis=1)
-    return types.Experience(tokens, tokens >= 0, ones > 0, 0 * ones, 0 * ones, 0 * ones, ones)
+def table_experience(returns_B):
+    """Answers of one word, prompt i's value in a table of its own."""
+    zeros = jnp.zeros((len(returns_B), 1))
+    tokens = jnp.pad(jnp.arange(len(returns_B))[:, None], ((0, 0), (0, 1)))
+    return types.Experience(tokens, tokens >= 0, zeros == 0, zeros, zeros, zeros, returns_B[:, None])
 
 
 TABLE = ppo.Models(
     generate=lambda *_: None,  # type: ignore[arg-type]
     logprobs=lambda params, tokens, mask, temperature: (params["w"] * jnp.zeros((len(tokens), 1)), 0.0),
-    values=lambda params, tokens, mask: params["value_B"][tokens[:, :1]],
+    values=lambda params, tokens, mask: params["value_B"][tokens[:, :1]] + params["shared"],
     score=lambda *_: jnp.zeros(()),
 )
 
 
 @functools.cache
 def table_update(minibatches, epochs=1):
-    return jax.jit(
-        lambda state, how, rng: ppo.update(
-            TABLE, state, table_experience(16), how, None, rng, epochs=epochs, minibatches=minibatches
-        )
-    )
+    def update(state, returns_B, how, rng):
+        experience = table_experience(returns_B)
+        return ppo.update(TABLE, state, experience, how, None, rng, epochs=epochs, minibatches=minibatches)
+
+    return jax.jit(update)
+
+
+def table_state(learnt):
+    """Of the table and of what all prompts share, one learns and the other stays."""
+    critic = {"value_B": jnp.zeros(16), "shared": jnp.zeros(())}
+    held = optax.masked(optax.set_to_zero(), {"policy": True, "critic": {name: name != learnt for name in critic}})
+    return ppo.create({"w": jnp.ones(())}, critic, optax.chain(SGD, held))
 
 
 def test_every_answer_is_used_once_an_epoch():
-    state = ppo.create({"w": jnp.ones(())}, {"value_B": jnp.zeros(16)}, SGD)
-    how = hyper(critic_learning_rate=0.4, value_clip=100.0)
+    state, how = table_state("value_B"), hyper(critic_learning_rate=0.4, value_clip=100.0)
     for seed in range(3):
-        new, _ = table_update(4)(state, how, jax.random.key(seed))
-        # Each is one of four in its minibatch, and a quarter of its error times the rate is taken off.
+        # Each is one of four in its minibatch: a quarter of its error times the rate is taken off.
+        new, _ = table_update(4)(state, jnp.ones(16), how, jax.random.key(seed))
         np.testing.assert_allclose(new.params["critic"]["value_B"], np.full(16, 0.4 / 4), rtol=1e-6)
-        again, _ = table_update(4, epochs=2)(state, how, jax.random.key(seed))
+        again, _ = table_update(4, epochs=2)(state, jnp.ones(16), how, jax.random.key(seed))
         np.testing.assert_allclose(again.params["critic"]["value_B"], np.full(16, 0.1 + 0.9 * 0.1), rtol=1e-5)
         assert int(new.step) == 4 and int(again.step) == 8
 
 
-def test_minibatches_are_dealt_out_by_the_key():
-    def policy(seed):
-        params = {"policy": weights(), "critic": zero_critic()}
-        experience, _ = COLLECT(params, frozen(), hyper(), batch(), jax.random.key(0))
-        return update(fresh(), experience, hyper(), batch().ptx, jax.random.key(seed))[0].params["policy"]
+def test_minibatches_are_dealt_out_by_the_key_anew_in_every_epoch():
+    state, how = table_state("shared"), hyper(critic_learning_rate=0.5, value_clip=100.0)
 
-    update = jax.jit(functools.partial(ppo.update, MODELS, epochs=EPOCHS, minibatches=MINIBATCHES))
-    one = policy(0)
-    same(one, policy(0))
-    assert farthest(one, policy(1)) > 1e-4
+    def learnt(seed, epochs):
+        new, _ = table_update(4, epochs)(state, jnp.arange(16.0), how, jax.random.key(seed))
+        return float(new.params["critic"]["shared"])
+
+    # Half of the way to the mean of each minibatch in turn: the last ones weigh most, so the order shows.
+    ends = [learnt(seed, epochs) for epochs in (1, 2) for seed in (0, 1, 2)]
+    assert len(set(ends)) == 6 and ends == [learnt(seed, epochs) for epochs in (1, 2) for seed in (0, 1, 2)]
+    # Were both epochs dealt alike, the second would add a sixteenth of what the first did.
+    one_key = np.array([learnt(seed, 1) for seed in (0, 1, 2)])
+    assert (np.abs(np.array(ends[3:]) - one_key * (1 + 1 / 16)) > 1e-3).all()
 
 
 def test_minibatches_must_divide_the_batch():
-    state = ppo.create({"w": jnp.ones(())}, {"value_B": jnp.zeros(16)}, SGD)
     with pytest.raises(ValueError, match="16 answers.*3 minibatches"):
-        table_update(3)(state, hyper(), jax.random.key(0))
+        table_update(3)(table_state("shared"), jnp.ones(16), hyper(), jax.random.key(0))
 
 
 def test_policy_and_critic_have_rates_of_their_own():

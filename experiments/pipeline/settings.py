@@ -21,9 +21,9 @@ class Data:
     """Share of records that may be dropped before the run refuses the file."""
     vocab_size: int = 1024
     """Of the byte-level BPE tokenizer trained on the file's training dialogues."""
-    prompt_width: int = 96
+    prompt_width: int = 128
     """Tokens of a prompt; older turns of a longer one are dropped, and counted."""
-    response_width: int = 48
+    response_width: int = 64
     """Tokens of an answer; a longer one is cut off without its end mark, and counted."""
     held_out: float = 0.1
     """Share of the comparisons kept for the reward model's accuracy and for the evaluation's prompts."""
@@ -221,14 +221,21 @@ SMOKE: dict[str, dict[str, Any]] = {
 }
 """What the smoke preset changes."""
 
+DIALOGUES: dict[str, dict[str, Any]] = {
+    "pretrain": {"steps": 400, "batch": 16},
+    "ppo": {"iterations": 24, "batch": 64, "minibatches": 2},
+    "evaluation": {"prompts": 512, "best_of_prompts": 64, "pretraining_rows": 128},
+}
+"""What both presets change for a file of dialogues, whose rows are five times as long."""
 
-def preset(name: str) -> Settings:
-    """The settings that a preset starts from."""
+
+def preset(name: str, *, dialogues: bool = False) -> Settings:
+    """The settings that a preset starts from, for the built-in world or for a file of dialogues."""
     if name not in ("default", "smoke"):
         raise SettingError(f"--preset is {name!r}; it must be default or smoke")
     settings = Settings(preset=name)
-    if name == "smoke":
-        parts = {part: dataclasses.replace(getattr(settings, part), **changes) for part, changes in SMOKE.items()}
+    for changes in ([DIALOGUES] if dialogues else []) + ([SMOKE] if name == "smoke" else []):
+        parts = {part: dataclasses.replace(getattr(settings, part), **change) for part, change in changes.items()}
         settings = dataclasses.replace(settings, **parts)
     return settings
 

@@ -213,6 +213,16 @@ def supervised(job: Job, stage: str, base: Params, *, epochs: int, mix: float) -
     return state.params
 
 
+def comparisons(job: Job, policies: list[Params]) -> tuple[types.Comparisons, types.Comparisons, dict[str, Any]]:
+    """Training and held-out comparisons with facts about them: from the file, or new ones from simulated labelers."""
+    if job.task.comparisons is None:
+        return collect_comparisons(job, policies)
+    train, validation = job.task.comparisons
+    job.progress.skip("comparisons")
+    n = len(train.ranks_BK)
+    return train, validation, {"prompts": n, "answers": 2 * n}
+
+
 def collect_comparisons(
     job: Job, policies: list[Params]
 ) -> tuple[types.Comparisons, types.Comparisons, dict[str, Any]]:

@@ -228,8 +228,8 @@ def _dialogue_task(settings: Settings) -> Task:
     held_BL, _ = tokenising.pack_text(
         [_whole_dialogue(tokenizer, record) for record in held_records], width=P + T, eos_id=tokenizer.eos_token_id
     )
-    for reason, count in (*widths.dropped.items(), *widths.truncated.items()):
-        dropped.truncated[reason] = dropped.truncated.get(reason, 0) + count
+    dropped.dropped |= widths.dropped
+    dropped.truncated |= widths.truncated
     return Task(
         tokenizer=tokenizer,
         prompt_width=P,
