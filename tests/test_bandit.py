@@ -1,4 +1,5 @@
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ MODELS = ppo.Models(
 
 
 @functools.cache
-def trained():
+def trained() -> Any:
     """The policy that PPO finds, and its last logs."""
     step = parallel.jit_step(ppo.make_train_step(MODELS, epochs=2, minibatches=2))
     frozen = ppo.Frozen(reference={"logits_SA": REFERENCE}, reward={"rewards_SA": REWARDS})
@@ -109,10 +110,11 @@ def test_answers_are_drawn_as_often_as_the_policy_says():
 
 
 def test_ppo_reaches_the_optimum_of_its_coefficient_and_of_no_other():
-    assert variation(KL_COEF) < 0.05
+    assert variation(KL_COEF) < 0.02
     for wrong in (0.8 * KL_COEF, 1.25 * KL_COEF):
         assert variation(wrong) > 0.05
-    assert float(bandit.total_variation(jax.nn.softmax(REFERENCE), bandit.optimum(REFERENCE, REWARDS, kl_coef=KL_COEF))) > 0.3
+    start = bandit.total_variation(jax.nn.softmax(REFERENCE), bandit.optimum(REFERENCE, REWARDS, kl_coef=KL_COEF))
+    assert float(start) > 0.3, "there was a way to go"
 
 
 def test_the_critic_learns_the_value_and_the_logs_say_what_happened():

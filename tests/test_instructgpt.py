@@ -17,14 +17,18 @@ WINS = ("gold_win_rate_vs_sft", "heldout_win_rate_vs_sft")
 NUMBERS = ("gold", "reward", "kl", "skill_accuracy", "pretraining_loss", "truthful_rate", "harm_rate", "length")
 
 
+# As a user has it: without what the tests set for themselves.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+ENVIRONMENT |= {"JAX_PLATFORMS": "cpu", "COLUMNS": "120"}
+
+
 def command(*arguments):
     return [sys.executable, SCRIPT, *map(str, arguments)]
 
 
 def run(*arguments, timeout=600):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "120"}
     return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT, check=False
+        command(*arguments), capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT, cwd=ROOT, check=False
     )
 
 
@@ -42,7 +46,7 @@ def run_and_kill(folder, stage, step, *arguments):
             stdout=log,
             stderr=log,
             cwd=ROOT,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            env=ENVIRONMENT,
         )
         wanted = f'"stage": "{stage}", "step": {step},'
         deadline = time.time() + 300
@@ -65,7 +69,7 @@ def finished(tmp_path_factory):
 
 
 def test_results_keep_their_promise(finished):
-    folder, done = finished
+    folder, _ = finished
     results = json.loads((folder / "results.json").read_text())
     assert results["seed"] == 0 and results["seconds"] > 0 and 100 < results["peak_rss_mb"] < 4096
     assert isinstance(results["dropped"], dict)
@@ -153,7 +157,7 @@ def dialogue(question, answer):
 
 
 def comparisons(n):
-    words = "apple bridge candle desk eagle forest garden harbour island jungle".split()
+    words = ("apple", "bridge", "candle", "desk", "eagle", "forest", "garden", "harbour", "island", "jungle")
     for i in range(n):
         a, b = words[i % 10], words[(i // 10) % 10]
         question = f"What do you think of the {a} and the {b} number {i}?"

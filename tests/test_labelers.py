@@ -41,7 +41,18 @@ def test_features_are_the_components_and_what_gold_does_not_share():
     parts = {name: jnp.full(2, 0.1 * i) for i, name in enumerate(gold.COMPONENTS)}
     zeros, no = jnp.zeros(2), jnp.zeros(2, bool)
     judged = gold.Utility(
-        zeros, zeros, jnp.array([1.0, 0.4]), parts, zeros, zeros, no, no, no, jnp.array([2, 30]), jnp.array([5, 20]), ~no
+        zeros,
+        zeros,
+        jnp.array([1.0, 0.4]),
+        parts,
+        zeros,
+        zeros,
+        no,
+        no,
+        no,
+        jnp.array([2, 30]),
+        jnp.array([5, 20]),
+        ~no,
     )
     got = labelers.features(judged)
     assert labelers.FEATURES[-3:] == ("harmless", "polite_words", "length") and got.shape == (2, F)
@@ -114,7 +125,7 @@ def test_the_majority_of_three_agrees_with_gold_more_than_one_does():
 
 def test_pairs_of_a_ranking_are_bradley_terry():
     people = pool(temperature=0.5)
-    labeler = 3
+    labeler = jnp.array(3)
     features_KF = answers(1, K)[0]
     utility_K = features_KF.astype(np.float64) @ np.asarray(people.weights_RF[labeler], np.float64)
     keys = jax.random.split(jax.random.key(5), N)
@@ -172,7 +183,9 @@ def test_ties_are_neighbours_closer_than_the_width():
     # Two answers are told apart where their noisy utilities differ by the width: a logistic variable beyond it.
     pairs = np.repeat(answers(1), N, axis=0)
     pairs[:, 1] = pairs[:, 0]
-    ranks = ranked(jax.random.split(KEY, N), pool(temperature=0.1, tie_width=0.05), np.zeros(N, int), pairs, np.ones((N, 2), bool))
+    ranks = ranked(
+        jax.random.split(KEY, N), pool(temperature=0.1, tie_width=0.05), np.zeros(N, int), pairs, np.ones((N, 2), bool)
+    )
     assert abs((ranks[:, 0] == ranks[:, 1]).mean() - np.tanh(0.5 * 0.05 / 0.1)) < 0.015
 
 

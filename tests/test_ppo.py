@@ -30,9 +30,7 @@ def lm_models(axis_name=None):
         return generation.generate(params, rng_B, prompts_BP, mask_BP, cfg=CFG, sampling=how, axis_name=axis_name)
 
     def logprobs(params, tokens_BL, mask_BL, temperature):
-        return lm.response_stats(
-            params, tokens_BL, cfg=CFG, prompt_width=P, mask_BL=mask_BL, temperature=temperature
-        )
+        return lm.response_stats(params, tokens_BL, cfg=CFG, prompt_width=P, mask_BL=mask_BL, temperature=temperature)
 
     def values(params, tokens_BL, mask_BL):
         return lm.response_values(params, tokens_BL, cfg=CFG, prompt_width=P, mask_BL=mask_BL)
@@ -81,11 +79,11 @@ def frozen(constant=0.0, high=1.0, reference=0):
     return ppo.Frozen(reference=weights(reference), reward=reward)
 
 
-def fresh(tx=ADAM, critic=None):
-    return ppo.create(weights(), zero_critic() if critic is None else critic, tx)
+def fresh(tx: optax.GradientTransformation = ADAM) -> Any:
+    return ppo.create(weights(), zero_critic(), tx)
 
 
-def step(state=None, frozen_=None, seed=0, **hypers):
+def step(state=None, frozen_=None, seed=0, **hypers: Any) -> Any:
     return STEP(state or fresh(), frozen_ or frozen(), hyper(**hypers), batch(), jax.random.key(seed))
 
 
@@ -148,7 +146,7 @@ def test_a_fractional_reward_arrives_as_it_is_and_a_missing_stop_replaces_it():
     how = hyper(lambda_=1.0, kl_coef=0.0, missing_stop_score=-1.5)
     params = {"policy": weights(), "critic": zero_critic()}
     experience, logs = COLLECT(params, frozen(0.7, 0.0), how, batch(), jax.random.key(0))
-    mask = np.asarray(experience.response_mask_BT)
+    mask: Any = np.asarray(experience.response_mask_BT)
     stopped = np.isin(np.where(mask, experience.tokens_BL[:, P:], 0), SPEC.stop_ids).any(axis=1)
     assert stopped.any() and not stopped.all()
     expected = np.where(mask, np.where(stopped, 0.7, -1.5)[:, None], 0.0)
@@ -165,7 +163,9 @@ def test_a_fractional_reward_arrives_as_it_is_and_a_missing_stop_replaces_it():
 def test_scores_of_any_type_become_returns(scores):
     experience, _ = scripted(scores)(lambda_=1.0, kl_coef=0.0, missing_stop_score=-9.0)
     paid = np.where([True, True, False, True], scores.astype(jnp.float32), -9.0)
-    np.testing.assert_allclose(experience.returns_BT, np.where(experience.response_mask_BT, paid[:, None], 0), atol=1e-6)
+    np.testing.assert_allclose(
+        experience.returns_BT, np.where(experience.response_mask_BT, paid[:, None], 0), atol=1e-6
+    )
     valid = np.asarray(experience.advantages_BT)[np.asarray(experience.response_mask_BT)]
     np.testing.assert_allclose([valid.mean(), valid.std()], [0, 1], atol=1e-3)
 
@@ -174,13 +174,13 @@ def test_returns_hold_the_penalty_for_leaving_the_reference():
     how = hyper(lambda_=1.0, kl_coef=0.5, missing_stop_score=-1.0)
     params = {"policy": weights(), "critic": zero_critic()}
     experience, logs = COLLECT(params, frozen(0.7, 0.0, reference=2), how, batch(), jax.random.key(0))
-    mask = np.asarray(experience.response_mask_BT)
+    mask: Any = np.asarray(experience.response_mask_BT)
+    scored = jax.jit(functools.partial(lm.token_logprobs, cfg=CFG))
     old, reference = (
-        np.asarray(lm.response_logprobs(w, experience.tokens_BL, cfg=CFG, prompt_width=P, mask_BL=experience.mask_BL))
-        for w in (weights(), weights(2))
+        np.asarray(scored(w, experience.tokens_BL, mask_BL=experience.mask_BL))[:, P:] for w in (weights(), weights(2))
     )
     np.testing.assert_allclose(experience.logprobs_BT, old, atol=1e-5)
-    stopped = np.isin(np.where(mask, experience.tokens_BL[:, P:], 0), SPEC.stop_ids).any(axis=1)
+    stopped: Any = np.isin(np.where(mask, experience.tokens_BL[:, P:], 0), SPEC.stop_ids).any(axis=1)
     for b in range(B):
         later = -0.5 * (old - reference)[b] * mask[b]
         expected = [(later[t:].sum() + (0.7 if stopped[b] else -1.0)) * mask[b, t] for t in range(T)]
@@ -233,7 +233,8 @@ def test_ptx_adds_its_own_gradient_times_its_coefficient():
     for coef in (0.5, 27.8):
         mixed = updated(coef)
         moved = jax.tree.map(lambda a, b: a - b, mixed["policy"], plain["policy"])
-        close(moved, jax.tree.map(lambda g: -0.1 * coef * g, gradient), atol=1e-6 * max(1, coef), rtol=1e-3)
+        expected = optax.tree.scale(-0.1 * coef, gradient)
+        close(moved, expected, atol=1e-6 * max(1, coef), rtol=1e-3)
         close(mixed["critic"], plain["critic"], atol=1e-7)
 
 
@@ -295,7 +296,7 @@ def test_minibatches_are_dealt_out_by_the_key_anew_in_every_epoch():
 
 
 def test_minibatches_must_divide_the_batch():
-    with pytest.raises(ValueError, match="16 answers.*3 minibatches"):
+    with pytest.raises(ValueError, match=r"16 answers.*3 minibatches"):
         table_update(3)(table_state("shared"), jnp.ones(16), hyper(), jax.random.key(0))
 
 
@@ -318,7 +319,7 @@ def test_the_average_follows_the_policy_at_its_decay():
 
 
 def test_the_controller_scales_the_coefficient_of_the_next_batch():
-    how = {"kl_coef": 0.2, "kl_gain": 0.1, "kl_target": 1e-3}
+    how: Any = {"kl_coef": 0.2, "kl_gain": 0.1, "kl_target": 1e-3}
     state, first = step(frozen_=frozen(reference=2), **how)
     _, second = step(state, frozen(reference=2), **how)
     np.testing.assert_allclose(first["kl_coef"], 0.2, rtol=1e-6)
@@ -344,8 +345,8 @@ def test_a_step_is_a_function_of_its_key_and_the_counter():
     one, two, other = step()[0], step()[0], step(seed=1)[0]
     same(one.params, two.params)
     assert farthest(one.params["policy"], other.params["policy"]) > 1e-4
-    lengths = [float(STEP(fresh().replace(step=jnp.int32(i)), frozen(), hyper(), batch(), jax.random.key(0))[1]["length"].sum) for i in (0, 4, 8)]
-    assert len(set(lengths)) > 1, "later steps with the same key draw other answers"
+    later = [step(fresh().replace(step=jnp.int32(i)))[1] for i in (0, 4, 8)]
+    assert len({float(logs["reward"].sum) for logs in later}) > 1, "later steps with the same key draw other answers"
 
 
 def test_a_sweep_over_seeds_and_coefficients_is_the_loop():
@@ -370,8 +371,8 @@ def test_a_sweep_over_seeds_and_coefficients_is_the_loop():
 
 def test_ppo_finds_the_words_that_are_paid_for():
     state = fresh()
-    found = []
-    for i in range(25):
-        state, logs = STEP(state, frozen(), hyper(kl_coef=0.01, learning_rate=0.01), batch(), jax.random.key(i))
+    how, found = hyper(kl_coef=0.01, learning_rate=0.03, critic_learning_rate=0.03), []
+    for i in range(40):
+        state, logs = STEP(state, frozen(), how, batch(), jax.random.key(i))
         found.append(float(logs["reward"].value()))
-    assert np.mean(found[-5:]) > np.mean(found[:5]) + 1.0
+    assert np.mean(found[-10:]) > np.mean(found[:10]) + 1.0

@@ -1,6 +1,7 @@
 import collections
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,9 @@ def everything():
     """Every prompt that there is, the courtesies in turn."""
     rows = [prompt for kind in UNIVERSE.values() for prompt, _ in kind]
     return [
-        dataclasses.replace(prompt, prefix=prompts.PREFIXES[i % len(prompts.PREFIXES)] if len(prompt.turns) == 1 else "")
+        dataclasses.replace(
+            prompt, prefix=prompts.PREFIXES[i % len(prompts.PREFIXES)] if len(prompt.turns) == 1 else ""
+        )
         for i, prompt in enumerate(rows)
     ]
 
@@ -77,11 +80,13 @@ def test_every_value_of_an_attribute_is_held_by_equally_many_things():
         counts = np.bincount(column, minlength=len(words))
         assert len(counts) == len(words) and counts.max() - counts.min() <= 1
     assert sum(len(WORLD.things_with(COLOR, color)) for color in lexicon.COLORS) == len(lexicon.THINGS)
-    assert all(WORLD.value(thing, PLACE) == place for place in lexicon.PLACES for thing in WORLD.things_with(PLACE, place))
+    assert all(
+        WORLD.value(thing, PLACE) == place for place in lexicon.PLACES for thing in WORLD.things_with(PLACE, place)
+    )
 
 
 def test_no_word_is_of_two_classes():
-    assert lexicon.VOCABULARY == tuple(dict.fromkeys(lexicon.VOCABULARY))
+    assert len(set(lexicon.VOCABULARY)) == len(lexicon.VOCABULARY)
     values = [*lexicon.THINGS, *(word for words in lexicon.ATTRIBUTES.values() for word in words), *lexicon.POLITE]
     values += [*lexicon.VERBS, *lexicon.MATERIALS, *lexicon.NUMBERS, *lexicon.CATEGORIES]
     assert len(set(values)) == len(values)
@@ -96,9 +101,10 @@ def test_ids_are_those_of_the_word_level_tokenizer_and_its_chat_template():
     tokenizer = tokenizers.word_level(lexicon.WORDS)
     assert tokenizer.get_vocab() == lexicon.IDS
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (lexicon.PAD_ID, lexicon.END_ID)
+    template: Any = functools.partial(tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=True)
     for prompt in sample()[:64]:
         messages = [{"role": role, "content": text} for role, text in prompt.turns]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        ids = template(messages)["input_ids"]
         assert prompts.prompt_tokens(prompt.turns) == ids
         turns = [dialogues.Turn(role, text) for role, text in prompt.turns]
         assert tokenising.encode_prompt(tokenizer, turns) == ids
@@ -329,7 +335,12 @@ def test_statements_are_counted_and_checked_against_the_world():
 def test_a_harmful_request_can_be_refused_evaded_or_fulfilled():
     deed, tool = next(iter(lexicon.HARMFUL_TOOLS.items()))
     harmful, benign = wording("harmful", h=deed, x=X), wording("color", x=X)
-    answers = ["sorry , i cannot help with that .", "you are welcome .", f"get the {tool} .", f"first , {deed} . then , {X} ."]
+    answers = [
+        "sorry , i cannot help with that .",
+        "you are welcome .",
+        f"get the {tool} .",
+        f"first , {deed} . then , {X} .",
+    ]
     judged = judge([harmful] * 4 + [benign] * 3, [*answers, *answers[:3]])
     np.testing.assert_allclose(judged.harmless, [1.0, 0.4, 0.0, 0.0, 0.0, 1.0, 0.0])
     np.testing.assert_array_equal(judged.harm, [False, False, True, True, False, False, False])

@@ -14,8 +14,8 @@ from rlhf_jax.train import state as state_lib
 CFG = lm.LMConfig(vocab_size=20, n_layers=1, d_model=16, n_heads=2, d_mlp=32, max_length=16)
 SGD = optax.scale(-1.0)
 B, L, K = 8, 10, 4
-token_logprobs = functools.partial(lm.token_logprobs, cfg=CFG)
-score = functools.partial(lm.score, cfg=CFG)
+token_logprobs = jax.jit(functools.partial(lm.token_logprobs, cfg=CFG))
+score = jax.jit(functools.partial(lm.score, cfg=CFG))
 
 
 @functools.cache
@@ -71,7 +71,7 @@ def test_training_lowers_the_loss():
     step, state, batch = sft_step(), fresh(), token_rows()
     found = []
     for i in range(15):
-        state, logs = step(state, None, hyper(0.5 / (1 + 0.1 * i), max_grad_norm=1.0 + i), batch, jax.random.key(0))
+        state, logs = step(state, None, hyper(0.2 / (1 + 0.1 * i), max_grad_norm=1.0 + i), batch, jax.random.key(0))
         found.append(float(logs["loss"].value()))
     assert found[-1] < 0.7 * found[0] and found == sorted(found, reverse=True)
     assert step.traces == 1 and int(state.step) == 15
@@ -191,6 +191,7 @@ def test_a_reward_model_learns_the_order_it_is_shown():
 @pytest.mark.parametrize("stage", ["sft", "reward model"])
 def test_micro_batches_give_the_update_of_the_whole_batch(stage):
     run: Any
+    batch: Any
     run, batch = (sft_run, token_rows()) if stage == "sft" else (reward_run, comparisons())
     whole, whole_logs = run(batch)
     parts, parts_logs = run(batch, micro_batches=4)

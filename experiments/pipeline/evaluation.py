@@ -139,7 +139,7 @@ def _numbers(job: Job, answers: Answers) -> dict[str, Any]:
     return numbers
 
 
-def _share(part: np.ndarray, whole: np.ndarray) -> float | None:
+def _share(part: Any, whole: Any) -> float | None:
     return float(part.sum() / whole.sum()) if whole.sum() else None
 
 
@@ -200,7 +200,7 @@ def _best_of_n(job: Job, policy: types.Params, reward: types.Params, rng: jax.Ar
     numbers = _numbers(job, best) | {"kl": float(diagnostics.best_of_n_kl(n)), "n": n, "prompts": N}
     sizes = [2**i for i in range(int(math.log2(n)) + 1)]
 
-    def mean(values: np.ndarray) -> np.ndarray:
+    def mean(values: Any) -> np.ndarray:
         pairs = zip(pool.scores_B.reshape(N, n), values.reshape(N, n))
         return np.mean([diagnostics.best_of_n_mean(proxy, value, sizes) for proxy, value in pairs], axis=0)
 

@@ -146,13 +146,14 @@ def ppo_models(
     def score(params: Params, rollout: types.Rollout) -> jax.Array:
         return lm.score(params, rollout.tokens_BL, cfg=cfg, mask_BL=rollout.mask_BL)
 
-    def watch(rollout: types.Rollout) -> dict[str, jax.Array]:
-        judge = jax.vmap(gold.utility, in_axes=(None, 0, 0, 0))
-        prompts_BP, answers_BT = rollout.tokens_BL[:, :prompt_width], rollout.tokens_BL[:, prompt_width:]
-        return {"gold": judge(tables, prompts_BP, answers_BT, rollout.response_mask_BT).total}
+    watch = None if tables is None else partial(_watch_gold, tables, prompt_width=prompt_width)
+    return ppo.Models(generate, logprobs, values, score, partial(lm.token_logprobs, cfg=cfg), watch)
 
-    watched = None if tables is None else watch
-    return ppo.Models(generate, logprobs, values, score, partial(lm.token_logprobs, cfg=cfg), watched)
+
+def _watch_gold(tables: gold.Tables, rollout: types.Rollout, *, prompt_width: int) -> dict[str, jax.Array]:
+    judge = jax.vmap(gold.utility, in_axes=(None, 0, 0, 0))
+    prompts_BP, answers_BT = rollout.tokens_BL[:, :prompt_width], rollout.tokens_BL[:, prompt_width:]
+    return {"gold": judge(tables, prompts_BP, answers_BT, rollout.response_mask_BT).total}
 
 
 def _hyper(rate: Any) -> dict[str, np.float32]:

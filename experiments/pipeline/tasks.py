@@ -20,6 +20,8 @@ from .settings import Settings
 DEMONSTRATIONS, CORPUS, COMPARE, RL, EVALUATE, SKILLS, POOL, HELDOUT_POOL = range(8)
 """Streams of random numbers, so that changing the size of one leaves the others as they were."""
 
+PAD_ID, END_ID = (tokenizers.SPECIAL_TOKENS.index(token) for token in (tokenizers.PAD, tokenizers.END))
+
 
 @dataclasses.dataclass(frozen=True)
 class PromptSet:
@@ -89,7 +91,7 @@ def _prompt_set(task_prompts: list[prompts.Prompt], tokenizer: Any, counts: erro
     turns = [tuple(dialogues.Turn(role, text) for role, text in prompt.turns) for prompt in task_prompts]
     ids, kept = tokenising.encode_prompts(tokenizer, turns, width=prompts.PROMPT_WIDTH, counts=counts)
     assert len(kept) == len(task_prompts)
-    tokens_BP, mask_BP = tokenising.pad_prompts(ids, width=prompts.PROMPT_WIDTH, pad_id=lexicon.PAD_ID)
+    tokens_BP, mask_BP = tokenising.pad_prompts(ids, width=prompts.PROMPT_WIDTH, pad_id=PAD_ID)
     texts = ["\n".join(f"{turn.role}: {turn.text}" for turn in each) for each in turns]
     return PromptSet(tokens_BP, mask_BP, texts, [prompt.category for prompt in task_prompts])
 
@@ -121,10 +123,15 @@ def _world_task(settings: Settings) -> Task:
     evaluated = prompts.draw_prompts(split, settings.evaluation.prompts, _stream(settings, EVALUATE))
 
     key = jax.random.key(settings.seed)
-    made = {"spread": settings.world.spread, "polite_taste": settings.world.polite_taste}
-    made |= {"tie_width": settings.world.tie_width, "lapse": settings.world.lapse}
     pool, heldout_pool = (
-        labelers.make_pool(jax.random.fold_in(key, stream), settings.world.labelers, **made)
+        labelers.make_pool(
+            jax.random.fold_in(key, stream),
+            settings.world.labelers,
+            spread=settings.world.spread,
+            polite_taste=settings.world.polite_taste,
+            tie_width=settings.world.tie_width,
+            lapse=settings.world.lapse,
+        )
         for stream in (POOL, HELDOUT_POOL)
     )
     return Task(
@@ -164,7 +171,7 @@ def _demonstration_rows(asked: PromptSet, answers: list[list[int]], width: int) 
 
 def _packed(tokenizer: Any, texts: list[str], *, width: int) -> np.ndarray:
     ids = tokenising.encode_texts(tokenizer, texts)
-    return tokenising.pack_text(ids, width=width, eos_id=lexicon.END_ID)[0]
+    return tokenising.pack_text(ids, width=width, eos_id=END_ID)[0]
 
 
 def _skill_rows(settings: Settings, tokenizer: Any, width: int) -> tokenising.Rows:
@@ -174,7 +181,7 @@ def _skill_rows(settings: Settings, tokenizer: Any, width: int) -> tokenising.Ro
     tokens_BL = np.zeros((len(problems), width), np.int32)
     mask_BL, loss_mask_BL = np.zeros(tokens_BL.shape, bool), np.zeros(tokens_BL.shape, bool)
     for row, (text, answer) in enumerate(zip(asked, answers)):
-        ids = [lexicon.END_ID, *text, *answer]  # a document follows the end of another
+        ids = [END_ID, *text, *answer]  # a document follows the end of another
         tokens_BL[row, : len(ids)], mask_BL[row, : len(ids)] = ids, True
         loss_mask_BL[row, len(ids) - len(answer) : len(ids)] = True
     return tokenising.Rows(tokens_BL, mask_BL, loss_mask_BL)
@@ -194,7 +201,6 @@ def _dialogue_task(settings: Settings) -> Task:
     ]
     tokenizer = tokenizers.train_bpe(texts, vocab_size=data.vocab_size)
     P, T = data.prompt_width, data.response_width
-    pad_id = tokenizer.pad_token_id
 
     def encoded(indices: np.ndarray) -> tuple[list[list[int]], list[dialogues.Comparison]]:
         chosen = [comparisons[i] for i in indices]
@@ -211,7 +217,7 @@ def _dialogue_task(settings: Settings) -> Task:
             for side in ("chosen", "rejected")
         )
         rows = tokenising.comparison_rows(
-            ids, chosen, rejected, prompt_width=P, response_width=T, pad_id=pad_id, counts=widths
+            ids, chosen, rejected, prompt_width=P, response_width=T, pad_id=PAD_ID, counts=widths
         )
         sets.append((ids, records, chosen, rows))
     (train_ids, train_records, train_chosen, train_rows), (held_ids, held_records, _, held_rows) = sets
@@ -220,13 +226,13 @@ def _dialogue_task(settings: Settings) -> Task:
         train_chosen,
         prompt_width=P,
         response_width=T,
-        pad_id=pad_id,
+        pad_id=PAD_ID,
         counts=errors.DropCount(max_dropped=1.0),
     )
     whole = [_whole_dialogue(tokenizer, record) for record in train_records]
-    packed_BL, _ = tokenising.pack_text(whole, width=P + T, eos_id=tokenizer.eos_token_id)
+    packed_BL, _ = tokenising.pack_text(whole, width=P + T, eos_id=END_ID)
     held_BL, _ = tokenising.pack_text(
-        [_whole_dialogue(tokenizer, record) for record in held_records], width=P + T, eos_id=tokenizer.eos_token_id
+        [_whole_dialogue(tokenizer, record) for record in held_records], width=P + T, eos_id=END_ID
     )
     dropped.dropped |= widths.dropped
     dropped.truncated |= widths.truncated
@@ -237,8 +243,8 @@ def _dialogue_task(settings: Settings) -> Task:
         pretraining_BL=packed_BL,
         pretraining_held_out_BL=held_BL[: settings.evaluation.pretraining_rows],
         demonstrations=demonstrations,
-        rl_prompts=_dialogue_prompts(train_ids, train_records, P, pad_id),
-        eval_prompts=_dialogue_prompts(held_ids, held_records, P, pad_id).take(settings.evaluation.prompts),
+        rl_prompts=_dialogue_prompts(train_ids, train_records, P),
+        eval_prompts=_dialogue_prompts(held_ids, held_records, P).take(settings.evaluation.prompts),
         dropped=dropped,
         comparisons=(train_rows, held_rows),
     )
@@ -249,8 +255,8 @@ def _whole_dialogue(tokenizer: Any, record: dialogues.Comparison) -> list[int]:
     return [*ids, *tokenising.encode_answer(tokenizer, record.chosen)[:-1]]  # the packing ends it
 
 
-def _dialogue_prompts(ids: list[list[int]], records: list[dialogues.Comparison], width: int, pad_id: int) -> PromptSet:
-    tokens_BP, mask_BP = tokenising.pad_prompts(ids, width=width, pad_id=pad_id)
+def _dialogue_prompts(ids: list[list[int]], records: list[dialogues.Comparison], width: int) -> PromptSet:
+    tokens_BP, mask_BP = tokenising.pad_prompts(ids, width=width, pad_id=PAD_ID)
     texts = ["\n".join(f"{turn.role}: {turn.text}" for turn in record.prompt) for record in records]
     return PromptSet(tokens_BP, mask_BP, texts, [""] * len(records))
 

@@ -104,11 +104,11 @@ def make_tables(world: World) -> Tables:
     allowed_MWV = np.ones((len(wordings), width, n_words), bool)
     slot_MS = np.full((len(wordings), len(_SLOTS)), -1, np.int32)
     for m, (_, wording) in enumerate(wordings):
-        words: list[str] = []
+        marked: list[str] = []
         for i, turn in enumerate(wording.turns):
-            words += [("<|user|>", "<|assistant|>")[i % 2], *turn.split(), "<|end|>"]
-        words = [*words[1:], "<|assistant|>"]  # a courtesy may stand between the first role mark and the wording
-        for w, word in enumerate(words, start=width - len(words)):
+            marked += [("<|user|>", "<|assistant|>")[i % 2], *turn.split(), "<|end|>"]
+        marked = [*marked[1:], "<|assistant|>"]  # a courtesy may stand between the first role mark and the wording
+        for w, word in enumerate(marked, start=width - len(marked)):
             name = word[1:-1] if word.startswith("{") else ""
             fits = prompts.SLOT_WORDS[name] if name else (word,)
             allowed_MWV[m, w] = False

@@ -1,0 +1,52 @@
+"""Settings of the main job: each is read somewhere, explained, and kept in the run's folder."""
+
+import dataclasses
+import pathlib
+import re
+from typing import Any
+
+import pytest
+from pipeline import settings
+
+FOLDER = pathlib.Path(settings.__file__).parent
+SOURCE = "\n".join(
+    p.read_text() for p in [*FOLDER.glob("*.py"), FOLDER.parent / "instructgpt.py"] if p.stem != "settings"
+)
+
+
+def fields(cls: Any = settings.Settings):
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.default_factory):
+            yield from fields(field.default_factory)
+        else:
+            yield cls, field.name
+
+
+@pytest.mark.parametrize(("cls", "name"), list(fields()), ids=lambda x: getattr(x, "__name__", x))
+def test_every_field_is_read_and_explained(cls, name):
+    assert re.search(rf"\.{name}\b", SOURCE), f"no stage reads {cls.__name__}.{name}"
+    text = pathlib.Path(settings.__file__).read_text()
+    assert re.search(rf'^    {name}: [^\n]*\n    """.+', text, re.MULTILINE), f"{cls.__name__}.{name} has no help"
+
+
+@pytest.mark.parametrize("name", ["default", "smoke"])
+@pytest.mark.parametrize("dialogues", [False, True])
+def test_presets_are_in_range_and_survive_the_configuration_file(name, dialogues):
+    made = settings.preset(name, dialogues=dialogues)
+    settings.check(made)
+    assert settings.from_dict(settings.as_dict(made)) == made
+
+
+def test_a_configuration_of_another_version_is_refused():
+    values = settings.as_dict(settings.preset("default"))
+    values["ppo"] = {**values["ppo"], "new_field": 1}
+    with pytest.raises(settings.SettingError, match="ppo"):
+        settings.from_dict(values)
+
+
+@pytest.mark.parametrize(("part", "name", "value"), [("ppo", "clip", 0.0), ("model", "heads", 5), ("sft", "mix", 1.0)])
+def test_values_out_of_range_name_their_flag(part, name, value):
+    made = settings.preset("default")
+    broken = dataclasses.replace(made, **{part: dataclasses.replace(getattr(made, part), **{name: value})})
+    with pytest.raises(settings.SettingError, match=f"--{part}.{name}"):
+        settings.check(broken)
