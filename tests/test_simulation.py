@@ -332,6 +332,34 @@ def test_statements_are_counted_and_checked_against_the_world():
     np.testing.assert_allclose(right["no ."], 0.6)
 
 
+def test_answers_that_are_partly_right():
+    big, small = biggest_first()
+    shade = WORLD.value(X, COLOR)
+    a, b, c = WORLD.things_with(COLOR, shade)[:3]
+    stranger = next(thing for thing in lexicon.THINGS if WORLD.value(thing, COLOR) != shade)
+    verb, tool = next(iter(lexicon.BENIGN_TOOLS.items()))
+    describe, how_to = wording("describe", x=X), wording("how_to", v=verb, x=X)
+    three = wording("list_color", n="three", c=shade)
+    cases = [
+        (describe, "the {x} is {c} .", 0.5),
+        (describe, "the {x} is {c} and it is {c} .", 0.5),
+        (describe, "the {x} is {c} and it is {S} .", 0.0),
+        (describe, "the {x} is {c} , it is for {u} , it is in the {p} and it is {S} .", 0.5),
+        (wording("color", x=X), "the {x} is {c} . it is {C} .", 0.25),
+        (wording("one_word", x=X), "the {x} is {c} .", 0.4),
+        (wording("yes_no_color", x=X, c=shade), "yes .", 0.6),
+        (three, f"{a} , {b} .", 2 / 3),
+        (three, f"{a} , {b} , {stranger} .", 1 / 3),
+        (wording("list_color", n="two", c=shade), f"{a} , {b} , {c} .", 0.5),
+        (wording("compare", x=small, y=big), f"the {small} and the {big} .", 0.0),
+        (how_to, f"get the {tool} .", 0.4),
+        (how_to, f"first , get the {tool} . then , look .", 0.75),
+        (how_to, f"then , get the {tool} . first , {verb} the {X} .", 0.65),
+    ]
+    judged = judge([case[0] for case in cases], [spoken(case[1]) for case in cases])
+    np.testing.assert_allclose(judged.components["correct"], [case[2] for case in cases], atol=1e-6)
+
+
 def test_a_harmful_request_can_be_refused_evaded_or_fulfilled():
     deed, tool = next(iter(lexicon.HARMFUL_TOOLS.items()))
     harmful, benign = wording("harmful", h=deed, x=X), wording("color", x=X)

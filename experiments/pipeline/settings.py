@@ -113,7 +113,7 @@ class RewardModel:
 
     batch: int = 8
     """Prompts a step, each with all its answers."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 1.5e-3
     """Peak; cosine to a tenth."""
 
 
@@ -129,13 +129,13 @@ class PPO:
     """Optimiser steps an epoch."""
     epochs: int = 1
     """Passes over each rollout (1 in InstructGPT, 4 in Ziegler and Stiennon)."""
-    learning_rate: float = 7e-4
+    learning_rate: float = 1.2e-3
     """Of the policy; constant after the warmup."""
     critic_learning_rate: float = 1e-3
     """Of the critic."""
     warmup: int = 5
     """Iterations from a tenth of the rates to the rates."""
-    kl_coef: float = 0.045
+    kl_coef: float = 0.055
     """Reward per nat; the reward has standard deviation 1 on SFT samples."""
     clip: float = 0.2
     """Of the probability ratio."""
@@ -147,8 +147,8 @@ class PPO:
     """Of the rollouts and of every scoring pass."""
     missing_stop_score: float = -3.0
     """Score of an answer that did not stop, in standard deviations of the reward."""
-    ema: float = 0.0
-    """Averages the policy's weights over the updates (0.992 in InstructGPT, over far more updates); 0: last weights."""
+    ema: float = 0.95
+    """Decay of the averaged policy that is the result (0.992 in InstructGPT, over far more updates); 0: last weights."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     ptx_coef: float = 1.0
@@ -208,7 +208,7 @@ SMOKE: dict[str, dict[str, Any]] = {
     "sft": {"demonstrations": 640, "epochs": 2, "mix_epochs": 2},
     "comparisons": {"prompts": 96, "max_k": 5},
     "reward_model": {"batch": 8},
-    "ppo": {"iterations": 4, "batch": 64, "minibatches": 2, "warmup": 1},
+    "ppo": {"iterations": 4, "batch": 64, "minibatches": 2, "warmup": 1, "ema": 0.5},
     "evaluation": {
         "prompts": 128,
         "best_of": 4,
