@@ -121,7 +121,7 @@ class RewardModel:
 class PPO:
     """PPO, and PPO-ptx, which adds the pretraining loss and is the same in all else."""
 
-    iterations: int = 40
+    iterations: int = 45
     """Rollouts, each followed by the updates on it."""
     batch: int = 256
     """Prompts a rollout, one answer each."""
@@ -129,7 +129,7 @@ class PPO:
     """Optimiser steps an epoch."""
     epochs: int = 1
     """Passes over each rollout (1 in InstructGPT, 4 in Ziegler and Stiennon)."""
-    learning_rate: float = 1.2e-3
+    learning_rate: float = 6e-4
     """Of the policy; constant after the warmup."""
     critic_learning_rate: float = 1e-3
     """Of the critic."""
