@@ -227,8 +227,8 @@ def _figures(*drawn: tuple[str | None, str, str]) -> list[Figure]:
 
 def _preference(results: Mapping[str, Any]) -> list[Figure]:
     caption = (
-        "Right of the dashed 50 % line a policy is preferred to SFT; lines are 95 % intervals, filled marks are the "
-        "labelers who trained the reward model, open marks labelers it never saw"
+        "Right of the dashed 50 % line a policy is preferred to SFT; lines are 95 % intervals, filled marks "
+        "are judged by the gold utility, open marks by labelers whom the reward model never saw"
     )
     mean, bounds = results_lib.format_parts(results.get("null_check"), percent=True)
     if mean != results_lib.MISSING:

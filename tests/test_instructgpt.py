@@ -182,7 +182,7 @@ def test_the_same_job_on_human_comparisons(tmp_path):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["dropped"]["empty answer"] == 1 and "empty answer 1" in done.stdout
     mean, low, high = results["reward_model"]["accuracy"]
-    assert 0 <= low <= mean <= high <= 1 and results["reward_model"]["pairs"] == 60
+    assert 0 <= low <= mean <= high <= 1 and results["reward_model"]["held_out_pairs"] == 60
     for policy in results["policies"].values():
         assert "reward" in policy and "gold" not in policy and "gold_win_rate_vs_sft" not in policy
     assert "gold" not in done.stdout.lower()

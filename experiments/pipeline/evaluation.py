@@ -32,13 +32,14 @@ def reward_model_facts(job: Job, reward: types.Params, validation: types.Compari
     accuracy = diagnostics.ratio_interval(np.asarray(pairs.right), np.asarray(pairs.total))
     better_BKK = (ranks_BK[:, :, None] < ranks_BK[:, None, :]) & where_BK[:, :, None] & where_BK[:, None, :]
     b, i, j = np.nonzero(better_BKK)
-    chosen, rejected = scores_BK[b, i], scores_BK[b, j]
+    # The scale that RL wants (standard deviation 1) is undone: as trained, a gap in scores is a claim in log odds.
+    chosen, rejected = scores_BK[b, i] / float(reward["head"]["gain"]), scores_BK[b, j] / float(reward["head"]["gain"])
     curve = diagnostics.calibration_curve(chosen, rejected, bins=10)
     bins = [dict(zip(curve._fields, map(float, each))) for each in zip(*curve)]
     return {
         "accuracy": list(accuracy),
-        "pairs": len(chosen),
-        "prompts": B,
+        "held_out_pairs": len(chosen),
+        "held_out_prompts": B,
         "calibration": {
             "bins": bins,
             "error": float(diagnostics.expected_calibration_error(chosen, rejected)),

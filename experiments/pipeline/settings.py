@@ -148,7 +148,7 @@ class PPO:
     missing_stop_score: float = -3.0
     """Score of an answer that did not stop, in standard deviations of the reward."""
     ema: float = 0.95
-    """Decay of the averaged policy that is the result (0.992 in InstructGPT, over far more updates); 0: last weights."""
+    """Decay of the averaged policy, the result (0.992 in InstructGPT, over far more updates); 0: the last weights."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     ptx_coef: float = 1.0

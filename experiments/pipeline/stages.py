@@ -221,7 +221,7 @@ def comparisons(job: Job, policies: list[Params]) -> tuple[types.Comparisons, ty
     train, validation = job.task.comparisons
     job.progress.skip("comparisons")
     n = len(train.ranks_BK)
-    return train, validation, {"prompts": n, "answers": 2 * n}
+    return train, validation, {"training_prompts": n, "training_answers": 2 * n}
 
 
 def collect_comparisons(
@@ -274,7 +274,11 @@ def collect_comparisons(
     train, validation = (jax.tree.map(lambda x, s=s: x[s], everything) for s in _halves(world.n_compare, n))
     job.progress.finish("comparisons")
     facts = {"labeler_temperature": noise, "label_agreement": job.settings.world.agreement}
-    return train, validation, facts | {"prompts": world.n_compare, "answers": int(k_B[: world.n_compare].sum())}
+    return (
+        train,
+        validation,
+        facts | {"training_prompts": world.n_compare, "training_answers": int(k_B[: world.n_compare].sum())},
+    )
 
 
 def _halves(cut: int, n: int) -> tuple[slice, slice]:
