@@ -33,8 +33,10 @@ def _with_huge_pages() -> None:
 
 
 _with_huge_pages()
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is not needed, and not missed
 
 import dataclasses  # noqa: E402
+import pathlib  # noqa: E402
 import resource  # noqa: E402
 
 import tyro  # noqa: E402
@@ -91,8 +93,9 @@ def run(asked: settings.Settings) -> dict:
         out.print(console.results_table(finished))
         out.print(f"{asked.resume} is finished; nothing was run")
         return finished
+    path = pathlib.Path(asked.resume) if asked.resume else rundir.free_path(asked)
     task = tasks.make_task(asked)  # a file that cannot be used is refused before anything is written
-    folder = rundir.RunFolder(rundir.pathlib.Path(asked.resume)) if asked.resume else rundir.create(asked)
+    folder = rundir.RunFolder(path) if asked.resume else rundir.create(path, asked)
     out.print(f"writing to {folder.path}; data: {task.dropped.report()}")
     with console.StageProgress(list(WEIGHTS.items())) as progress:
         job = stages.make_job(asked, task, checkpoints=folder.checkpoints, log=folder.log, progress=progress)
@@ -117,6 +120,7 @@ def run(asked: settings.Settings) -> dict:
         "reward_model": judged | facts,
         **found,
     }
+    results = rundir.finite(results)
     lm.save(folder.path / "policy", job.cfg, ppo_ptx, tokenizer=task.tokenizer)
     lm.save(folder.path / "reward_model", job.cfg, reward, tokenizer=task.tokenizer)
     report.write_report(

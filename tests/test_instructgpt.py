@@ -94,7 +94,7 @@ def test_every_file_is_there(finished):
     for model in ("policy", "reward_model"):
         assert (folder / model / "model.safetensors").exists() and (folder / model / "config.json").exists()
         assert (folder / model / "tokenizer.json").exists()
-    assert "PPO-ptx" in done.stdout and "best of" in done.stdout.lower()
+    assert "PPO-ptx" in done.stdout and "best-of-n" in done.stdout
     assert "stage 1/8" in done.stderr and "left" in done.stderr
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import time
@@ -40,8 +41,17 @@ def write_json(path: pathlib.Path, values: Any) -> None:
     os.replace(temporary, path)
 
 
-def create(settings: Settings) -> RunFolder:
-    """Make the folder of a new run; raises SettingError if it cannot be made or holds another run."""
+def finite(values: Any) -> Any:
+    """The same with null for NaN and infinity, which JSON does not have (the slope of perfectly separated pairs)."""
+    if isinstance(values, dict):
+        return {name: finite(value) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def free_path(settings: Settings) -> pathlib.Path:
+    """Where a new run goes; raises SettingError if something is there. Nothing is made."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     path = pathlib.Path(settings.out or f"runs/instructgpt-{settings.preset}-seed-{settings.seed}-{stamp}")
     if path.exists() and not path.is_dir():
@@ -49,6 +59,11 @@ def create(settings: Settings) -> RunFolder:
     if path.is_dir() and any(path.iterdir()):
         holds = "another run (--resume goes on with it)" if (path / CONFIG).exists() else "other files"
         raise SettingError(f"--out {path} holds {holds}; give a new or empty folder")
+    return path
+
+
+def create(path: pathlib.Path, settings: Settings) -> RunFolder:
+    """Make the folder of a new run; raises SettingError if it cannot be made."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         write_json(path / CONFIG, settings_lib.as_dict(settings))
