@@ -13,8 +13,8 @@ from rlhf_jax import kl, types
 from rlhf_jax.simulation import gold
 from rlhf_jax.train import ppo
 
-CHUNK = 512
-"""Prompts a call: one shape, so one program."""
+CHUNK, LONG_CHUNK = 512, 128
+"""Prompts a call, in the built-in world and in dialogues: one shape, so one program."""
 
 
 @struct.dataclass
@@ -39,6 +39,7 @@ class Sampler:
     def __init__(self, models: ppo.Models, *, tables: gold.Tables | None) -> None:
         """Build the programs; nothing is compiled yet."""
         judge = jax.vmap(gold.utility, in_axes=(None, 0, 0, 0))
+        self._chunk = LONG_CHUNK if tables is None else CHUNK
 
         def run(policy: Any, reference: Any, reward: Any, prompts_BP: Any, mask_BP: Any, rng_B: Any) -> Any:
             P = prompts_BP.shape[1]
@@ -63,12 +64,12 @@ class Sampler:
         self, policy: Any, reference: Any, reward: Any, prompts_BP: np.ndarray, mask_BP: np.ndarray, rng: jax.Array
     ) -> Answers:
         """One answer to each prompt; ``rng`` is consumed. Row i's sample depends on its own prompt and i alone."""
-        n = len(prompts_BP)
-        rng_B = jax.random.split(rng, -(-n // CHUNK) * CHUNK)
+        n, chunk = len(prompts_BP), self._chunk
+        rng_B = jax.random.split(rng, -(-n // chunk) * chunk)
         parts = []
-        for start in range(0, n, CHUNK):
-            rows = np.minimum(np.arange(start, start + CHUNK), n - 1)  # the last prompt fills the last chunk
-            out = self._run(policy, reference, reward, prompts_BP[rows], mask_BP[rows], rng_B[start : start + CHUNK])
+        for start in range(0, n, chunk):
+            rows = np.minimum(np.arange(start, start + chunk), n - 1)  # the last prompt fills the last chunk
+            out = self._run(policy, reference, reward, prompts_BP[rows], mask_BP[rows], rng_B[start : start + chunk])
             parts.append(jax.device_get(out))
         rollout, scores_B, kl_B, judged = jax.tree.map(lambda *x: np.concatenate(x)[:n], *parts)
         return Answers(
@@ -84,9 +85,9 @@ class Sampler:
 
     def score(self, reward: Any, tokens_BL: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
         """Reward-model scores of given rows."""
-        n = len(tokens_BL)
+        n, chunk = len(tokens_BL), self._chunk
         parts = []
-        for start in range(0, n, CHUNK):
-            rows = np.minimum(np.arange(start, start + CHUNK), n - 1)
+        for start in range(0, n, chunk):
+            rows = np.minimum(np.arange(start, start + chunk), n - 1)
             parts.append(np.asarray(self._score(reward, tokens_BL[rows], mask_BL[rows])))
         return np.concatenate(parts)[:n]
