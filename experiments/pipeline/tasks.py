@@ -114,7 +114,7 @@ def _world_task(settings: Settings) -> Task:
     asked = prompts.draw_prompts(sets.train, settings.sft.demonstrations, rng)
     answers = demonstrators.demonstrate_all(world, asked, rng, slips=demonstrators.Slips().scaled(settings.world.slips))
     asked_set = _prompt_set(asked, tokenizer, dropped)
-    demonstrations = _demonstration_rows(asked_set, tokenising.encode_answers(tokenizer, answers), T)
+    demonstrations = _demonstration_rows(asked_set, tokenising.encode_answers(tokenizer, answers), T, dropped)
 
     n_compare = settings.comparisons.prompts
     compare = prompts.draw_prompts(sets.train, n_compare + max(n_compare // 10, 1), _stream(settings, COMPARE))
@@ -155,13 +155,11 @@ def _world_task(settings: Settings) -> Task:
     )
 
 
-def _demonstration_rows(asked: PromptSet, answers: list[list[int]], width: int) -> tokenising.Rows:
-    """Rows of prompt and answer; demonstrators who ramble past the width break off without an end, as people do."""
-    tokens_BT = np.zeros((len(answers), width), np.int32)
-    mask_BT = np.zeros(tokens_BT.shape, bool)
-    for row, ids in enumerate(answers):
-        n = min(len(ids), width)
-        tokens_BT[row, :n], mask_BT[row, :n] = ids[:n], True
+def _demonstration_rows(
+    asked: PromptSet, answers: list[list[int]], width: int, counts: errors.DropCount
+) -> tokenising.Rows:
+    """Rows of prompt and answer; demonstrators who ramble past the width break off without an end, and are counted."""
+    tokens_BT, mask_BT = tokenising.pad_answers(answers, width=width, pad_id=PAD_ID, counts=counts)
     return tokenising.Rows(
         tokens_BL=np.concatenate([asked.tokens_BP, tokens_BT], axis=1),
         mask_BL=np.concatenate([asked.mask_BP, mask_BT], axis=1),
