@@ -42,6 +42,10 @@ class Models(NamedTuple):
     """``(params, tokens_BL, mask_BL=...) -> [B, L]``, for the pretraining rows of PPO-ptx."""
     watch: Callable[[Rollout], dict[str, jax.Array]] | None = None
     """``rollout -> {name: [B]}``: numbers to log and not to train on, such as a gold score (over-optimisation)."""
+    join: Callable[[Any, Params], Params] = step.all_trained
+    """``(frozen, params) -> {"policy", "critic"}`` as the functions above want them. A policy of adapters on its own
+    reference, which is then there once: ``lambda frozen, params: {**params, "policy":
+    lora.attach(frozen.reference, params["policy"], scale=...)}``."""
 
 
 class Frozen(NamedTuple):
@@ -122,11 +126,12 @@ def collect(
     kl_scale: jax.Array | float = 1.0,
     whiten_rewards: bool = False,
 ) -> tuple[Experience, dict[str, Any]]:
-    """Answer the prompts and turn scores into advantages and returns. ``rng`` is consumed.
+    """Answer the prompts and turn scores into advantages and returns. ``rng`` is consumed; ``params`` as in the state.
 
     The old log-probabilities come from the same scoring function as the reference's and the update's, so that the
     first ratio is 1 and the KL of equal models 0; the sampler's own are compared with them in ``sampler_gap``.
     """
+    params = models.join(frozen, params)
     rng_B = jax.random.split(rng, batch.prompts_BP.shape[0])
     rollout = models.generate(params["policy"], rng_B, batch.prompts_BP, batch.mask_BP, hyper.temperature)
     tokens_BL, mask_BL, response_BT = rollout.tokens_BL, rollout.mask_BL, rollout.response_mask_BT
@@ -175,7 +180,8 @@ def loss(
     models: Models, params: Params, experience: Experience, hyper: Hyper
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Clipped policy loss plus clipped value loss of one minibatch (PAPERS 1.6); the critic has its own rate instead
-    of a value coefficient, and no weight is shared. No entropy bonus: no paper of the three has one.
+    of a value coefficient, and no weight is shared. No entropy bonus: no paper of the three has one. ``params`` are
+    those that ``models.join`` gives.
     """
     where_BT = experience.response_mask_BT
     logprobs_BT, _ = models.logprobs(params["policy"], experience.tokens_BL, experience.mask_BL, hyper.temperature)
@@ -215,33 +221,38 @@ def update(
     ptx: TokenBatch | None,
     rng: jax.Array,
     *,
+    frozen: Frozen | None = None,
     epochs: int = 1,
     minibatches: int = 8,
 ) -> tuple[PPOState, dict[str, jax.Array]]:
     """Improve policy and critic on one batch of experience: ``epochs * minibatches`` optimiser steps in one scan.
 
     Minibatches are drawn anew every epoch. In PPO-ptx the gradients of the two parts are taken one after the other and
-    added before one optimiser step (InstructGPT C.4). ``rng`` is consumed. Logs are means over the steps, but
-    ``ratio_max`` (their maximum) and ``first_ratio_error``, how far any ratio was from 1 before the first step.
+    added before one optimiser step (InstructGPT C.4). ``rng`` is consumed; ``frozen`` is for ``models.join``. Logs are
+    means over the steps, but ``ratio_max`` (their maximum) and ``first_ratio_error``, how far any ratio was from 1
+    before the first step.
     """
     B = experience.tokens_BL.shape[0]
     if B % minibatches:
         raise ValueError(f"a batch of {B} answers does not divide into {minibatches} minibatches")
     orders_EB = jnp.stack([jax.random.permutation(key, B) for key in jax.random.split(rng, epochs)])
     rows_UM = orders_EB.reshape(epochs * minibatches, B // minibatches)
+    joined = partial(models.join, frozen)
     ptx_U = None if ptx is None else jax.tree.map(lambda x: x.reshape(rows_UM.shape[0], -1, *x.shape[1:]), ptx)
 
     def one_step(state: PPOState, now: tuple[jax.Array, TokenBatch | None]) -> tuple[PPOState, dict[str, jax.Array]]:
         rows_M, pretraining = now
         minibatch = jax.tree.map(lambda x: x[rows_M], experience)
-        (value, logs), grads = jax.value_and_grad(lambda p: loss(models, p, minibatch, hyper), has_aux=True)(
+        (value, logs), grads = jax.value_and_grad(lambda p: loss(models, joined(p), minibatch, hyper), has_aux=True)(
             state.params
         )
         if pretraining is not None:
             # The branch is taken at run time: plain PPO and PPO-ptx are one program, and PPO does not pay for ptx.
             nll, ptx_grads = jax.lax.cond(
                 hyper.ptx_coef > 0,
-                jax.value_and_grad(lambda p: ptx_loss(models, p, pretraining)),
+                jax.value_and_grad(
+                    lambda p: ptx_loss(models, joined({**state.params, "policy": p})["policy"], pretraining)
+                ),
                 lambda p: (jnp.zeros(()), jax.tree.map(jnp.zeros_like, p)),
                 state.params["policy"],
             )
@@ -287,7 +298,15 @@ def make_train_step(
             whiten_rewards=whiten_rewards,
         )
         state, update_logs = update(
-            models, state, experience, hyper, batch.ptx, order_rng, epochs=epochs, minibatches=minibatches
+            models,
+            state,
+            experience,
+            hyper,
+            batch.ptx,
+            order_rng,
+            frozen=frozen,
+            epochs=epochs,
+            minibatches=minibatches,
         )
         observed = logs["kl"].value()
         scale = kl.update_controller(state.kl_scale, observed, target=hyper.kl_target, gain=hyper.kl_gain)

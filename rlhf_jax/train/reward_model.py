@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -42,18 +43,21 @@ def make_train_step(
     score: Callable[..., jax.Array],
     *,
     loss: Callable[..., jax.Array] = preference.ranking,
+    join: Callable[[Any, Any], Any] = step.all_trained,
     micro_batches: int = 1,
     axis_name: str | None = None,
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """Build ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)`` on a `types.Comparisons` batch.
 
     ``score(params, tokens_BL, mask_BL=...) -> [B]``. ``loss(scores_K, ranks_K, where_K=...)`` is that of one prompt;
-    the batch's loss is the mean over the prompts that have a pair to learn from. ``frozen`` and ``rng`` are not used.
-    ``hyper``: ``learning_rate``, ``max_grad_norm`` (infinite for none).
+    the batch's loss is the mean over the prompts that have a pair to learn from. ``score`` gets
+    ``join(frozen, state.params)``. Adapters are trained together with a head of their own by
+    ``join=lambda base, own: {**lora.attach(base, own["lora"], scale=...), "head": own["head"]}``; without a ``join``,
+    ``frozen`` is not used. Nor is ``rng``. ``hyper``: ``learning_rate``, ``max_grad_norm`` (infinite for none).
     """
 
-    def loss_fn(params: Any, batch: Comparisons, total: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        scores_BK = score_all(score, params, batch)
+    def loss_fn(frozen: Any, params: Any, batch: Comparisons, total: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        scores_BK = score_all(score, join(frozen, params), batch)
         losses_B = jax.vmap(lambda s, r, w: loss(s, r, where_K=w))(scores_BK, batch.ranks_BK, batch.where_BK)
         informative_B = jax.vmap(preference.has_pairs)(batch.ranks_BK, batch.where_BK)
         loss_sum = reduce.masked_sum(losses_B, where=informative_B, axis_name=axis_name)
@@ -66,10 +70,12 @@ def make_train_step(
         return loss_sum / jnp.maximum(total, 1.0), logs
 
     def train_step(state: Any, frozen: Any, hyper: Any, batch: Comparisons, rng: Any) -> tuple[Any, dict[str, Any]]:
-        del frozen, rng
+        del rng
         informative_B = jax.vmap(preference.has_pairs)(batch.ranks_BK, batch.where_BK)
         total = reduce.masked_count(informative_B, where=informative_B, axis_name=axis_name).astype(jnp.float32)
-        (value, logs), grads = step.loss_and_grads(loss_fn, state.params, batch, total, micro_batches=micro_batches)
+        (value, logs), grads = step.loss_and_grads(
+            partial(loss_fn, frozen), state.params, batch, total, micro_batches=micro_batches
+        )
         state, update_logs = step.apply_gradients(
             state,
             grads,

@@ -7,6 +7,7 @@ the mix of both (rows of either kind in one batch): they differ in the mask alon
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,24 +28,32 @@ class TokenBatch:
 
 
 def make_train_step(
-    token_logprobs: Callable[..., jax.Array], *, micro_batches: int = 1, axis_name: str | None = None
+    token_logprobs: Callable[..., jax.Array],
+    *,
+    join: Callable[[Any, Any], Any] = step.all_trained,
+    micro_batches: int = 1,
+    axis_name: str | None = None,
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """Build ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)``.
 
-    ``token_logprobs(params, tokens_BL, mask_BL=...) -> [B, L]`` is aligned as `lm.token_logprobs`. ``frozen`` and
-    ``rng`` are not used. ``hyper``: ``learning_rate``, and ``max_grad_norm`` (infinite for none).
+    ``token_logprobs(params, tokens_BL, mask_BL=...) -> [B, L]`` is aligned as `lm.token_logprobs`; its ``params`` are
+    ``join(frozen, state.params)``. With ``join=partial(lm.lora.attach, scale=...)``, ``frozen`` is the base model and
+    the state holds adapters only; without a ``join``, ``frozen`` is not used. Nor is ``rng``.
+    ``hyper``: ``learning_rate``, and ``max_grad_norm`` (infinite for none).
     """
 
-    def loss_fn(params: Any, batch: TokenBatch, total: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        logprobs_BL = token_logprobs(params, batch.tokens_BL, mask_BL=batch.mask_BL)
+    def loss_fn(frozen: Any, params: Any, batch: TokenBatch, total: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        logprobs_BL = token_logprobs(join(frozen, params), batch.tokens_BL, mask_BL=batch.mask_BL)
         nll = -reduce.masked_sum(logprobs_BL, where=batch.loss_mask_BL, axis_name=axis_name)
         return nll / jnp.maximum(total, 1), {"loss": metrics.Metric(nll, total / micro_batches)}
 
     def train_step(state: Any, frozen: Any, hyper: Any, batch: TokenBatch, rng: Any) -> tuple[Any, dict[str, Any]]:
-        del frozen, rng
+        del rng
         total = reduce.masked_count(batch.loss_mask_BL, where=batch.loss_mask_BL, axis_name=axis_name)
         total = total.astype(jnp.float32)
-        (loss, logs), grads = step.loss_and_grads(loss_fn, state.params, batch, total, micro_batches=micro_batches)
+        (loss, logs), grads = step.loss_and_grads(
+            partial(loss_fn, frozen), state.params, batch, total, micro_batches=micro_batches
+        )
         state, update_logs = step.apply_gradients(
             state,
             grads,

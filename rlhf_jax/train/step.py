@@ -20,6 +20,16 @@ import optax
 from rlhf_jax.train import state as state_lib
 
 
+def all_trained(frozen: Any, params: Any) -> Any:
+    """The ``join`` of a trainer in which nothing is frozen: ``params``, as they are.
+
+    A ``join(frozen, params)`` makes the model's parameters of what a step must not change and of what it trains,
+    inside the loss, so that the gradient is that of ``params`` alone. `lm.lora.attach` is one.
+    """
+    del frozen
+    return params
+
+
 def split(batch: Any, micro_batches: int) -> Any:
     """``[B, ...]`` leaves as ``[micro_batches, B / micro_batches, ...]``; micro-batch i has rows i, i + m, i + 2m, ...
 
