@@ -91,12 +91,12 @@ def run(asked: settings.Settings) -> dict:
     out = Console()
     if asked.resume and (finished := rundir.finished_results(asked.resume)):
         out.print(console.results_table(finished))
-        out.print(f"{asked.resume} is finished; nothing was run")
+        _say(out, f"{asked.resume} is finished; nothing was run")
         return finished
     path = pathlib.Path(asked.resume) if asked.resume else rundir.free_path(asked)
     task = tasks.make_task(asked)  # a file that cannot be used is refused before anything is written
     folder = rundir.RunFolder(path) if asked.resume else rundir.create(path, asked)
-    out.print(f"writing to {folder.path}; data: {task.dropped.report()}")
+    _say(out, f"writing to {folder.path}; data: {task.dropped.report()}")
     with console.StageProgress(list(WEIGHTS.items())) as progress:
         job = stages.make_job(asked, task, checkpoints=folder.checkpoints, log=folder.log, progress=progress)
         base = stages.pretrain(job)
@@ -133,8 +133,13 @@ def run(asked: settings.Settings) -> dict:
     results["seconds"] = time.time() - began
     folder.write_json(rundir.RESULTS, results)
     out.print(console.results_table(results))
-    out.print(f"report: {folder.path / 'report.html'}   numbers: {folder.path / rundir.RESULTS}")
+    _say(out, f"report: {folder.path / 'report.html'}   numbers: {folder.path / rundir.RESULTS}")
     return results
+
+
+def _say(out: Console, text: str) -> None:
+    """Print a line whole, whatever the terminal's width, and its brackets as they are."""
+    out.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def _refuse(message: str) -> NoReturn:
