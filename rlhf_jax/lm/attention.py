@@ -24,20 +24,29 @@ def attend(
     B, H, L, C = queries_BHLC.shape
     G, S = keys_BGSC.shape[1:3]
     # Queries of one group stand below each other, so that a group is one matmul whatever H / G is.
-    grouped = (queries_BHLC * C**-0.5).reshape(B, G, (H // G) * L, C)
+    grouped = (queries_BHLC * cfg.attn_scale).reshape(B, G, (H // G) * L, C)
     scores = jnp.einsum("bgmc,bgsc->bgms", grouped, keys_BGSC, preferred_element_type=jnp.float32)
+    scores = soft_cap(scores, cfg.attn_softcap)
     scores = jnp.where(seen_BLS[:, None], scores.reshape(B, H, L, S), _HIDDEN)
     weights = jax.nn.softmax(scores).astype(values_BGSC.dtype).reshape(B, G, (H // G) * L, S)
     return jnp.einsum("bgms,bgsc->bgmc", weights, values_BGSC).reshape(B, H, L, C)
 
 
-def causal(mask_BL: jax.Array) -> jax.Array:
-    """``[B,L,L]``: a query sees itself and the real keys in earlier columns.
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+    """``cap * tanh(x / cap)``, which keeps x within the cap (Gemma 2); x itself where the cap is 0."""
+    return cap * jnp.tanh(x / cap) if cap > 0 else x
+
+
+def causal(mask_BL: jax.Array, segments_BL: jax.Array | None = None) -> jax.Array:
+    """``[B,L,L]``: a query sees itself and the real keys in earlier columns, of its own segment.
 
     Padding sees itself too, so that no row of attention is empty; no real token sees padding.
     """
     columns = jnp.arange(mask_BL.shape[1])
-    return visible(columns, columns, mask_BL)
+    seen_BLL = visible(columns, columns, mask_BL)
+    if segments_BL is None:
+        return seen_BLL
+    return seen_BLL & (segments_BL[:, :, None] == segments_BL[:, None, :])
 
 
 def visible(query_columns_L: jax.Array, key_columns_S: jax.Array, mask_BS: jax.Array) -> jax.Array:
@@ -52,5 +61,7 @@ def _dot_product_attention(
 ) -> jax.Array:
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (queries_BHLC, keys_BGSC, values_BGSC))
     kernel = "cudnn" if cfg.attention == "cudnn" else "xla"
-    out = jax.nn.dot_product_attention(query, key, value, mask=seen_BLS[:, None], implementation=kernel)
+    out = jax.nn.dot_product_attention(
+        query, key, value, mask=seen_BLS[:, None], scale=cfg.attn_scale, implementation=kernel
+    )
     return jnp.swapaxes(out, 1, 2)

@@ -24,6 +24,8 @@ class KVCache:
     values: tuple[jax.Array, ...]
     mask_BS: jax.Array
     """bool, True where a slot holds a real token."""
+    positions_BS: jax.Array
+    """int32, the position of each token, which a sliding window is measured in."""
     length: jax.Array
     """int32 scalar: slots filled so far, padding included; the next token goes to this slot."""
 
@@ -44,14 +46,23 @@ def create(cfg: config.LMConfig, *, batch: int, slots: int) -> KVCache:
         keys=tuple(jnp.zeros(shape, cfg.compute_dtype) for _ in layers),
         values=tuple(jnp.zeros(shape, cfg.compute_dtype) for _ in layers),
         mask_BS=jnp.zeros((batch, slots), bool),
+        positions_BS=jnp.zeros((batch, slots), jnp.int32),
         length=jnp.zeros((), jnp.int32),
     )
 
 
-def append_mask(cache: KVCache, mask_BL: jax.Array) -> KVCache:
-    """Return the cache with L more slots marked real or not; the keys and values are for :func:`append_layer`."""
-    mask_BS = lax.dynamic_update_slice_in_dim(cache.mask_BS, mask_BL, cache.length, axis=1)
-    return dataclasses.replace(cache, mask_BS=mask_BS, length=cache.length + mask_BL.shape[1])
+def append_tokens(cache: KVCache, mask_BL: jax.Array, positions_BL: jax.Array) -> KVCache:
+    """Return the cache with L more slots, real or not, and where they stand; :func:`append_layer` has the keys."""
+
+    def put(slots_BS: jax.Array, new_BL: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(slots_BS, new_BL.astype(slots_BS.dtype), cache.length, axis=1)
+
+    return dataclasses.replace(
+        cache,
+        mask_BS=put(cache.mask_BS, mask_BL),
+        positions_BS=put(cache.positions_BS, positions_BL),
+        length=cache.length + mask_BL.shape[1],
+    )
 
 
 def append_layer(slots_BGSC: jax.Array, new_BGLC: jax.Array, length: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 
@@ -21,6 +21,25 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "remat": ("none", "dots", "full"),
     "attention": ("einsum", "xla", "cudnn"),
 }
+
+
+class LinearScaling(NamedTuple):
+    """Rotary frequencies divided by ``factor`` (position interpolation, Chen et al. 2023)."""
+
+    factor: float
+
+
+class Llama3Scaling(NamedTuple):
+    """Llama 3.1's rule: low frequencies are divided by ``factor``, high ones kept, a linear blend in between.
+
+    A frequency is low where less than ``low`` of its turns fit into ``length`` tokens, high where more than ``high``
+    do.
+    """
+
+    factor: float
+    low: float
+    high: float
+    length: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,11 +66,34 @@ class LMConfig:
     rope_theta: float = 10_000.0
     rope_fraction: float = 1.0
     """Share of a head's width that is rotated (a quarter in GPT-NeoX, all of it in Llama)."""
+    rope_scaling: LinearScaling | Llama3Scaling | None = None
+    position_offset: int = 0
+    """Row of the learned positions' table that the first token reads (2 in OPT)."""
+    sliding_window: int = 0
+    """A token sees itself and the real tokens less than this many before it; 0: all of them."""
+    local_layers: tuple[bool, ...] = ()
+    """Which layers the window holds for, one entry a layer; empty: all of them (Gemma 2 and 3 alternate)."""
+    local_rope_theta: float = 0.0
+    """Of the layers with a window, whose frequencies are then not scaled (Gemma 3); 0: the same as everywhere."""
     parallel_residual: bool = False
     """Attention and mlp read the same residual stream and are added together (GPT-J, GPT-NeoX)."""
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
+    """RMS norms of every query and key head before they are rotated (Qwen3, Gemma 3)."""
+    post_norms: bool = False
+    """Norms of what attention and mlp give, before it is added to the stream (Gemma 2 and 3)."""
+    norm_plus_one: bool = False
+    """RMS norms multiply by 1 + scale (Gemma)."""
+    embed_scale: bool = False
+    """Embeddings are multiplied by sqrt(d_model) (Gemma)."""
+    attn_scale: float = 0.0
+    """What attention scores are multiplied by; 0 becomes ``1 / sqrt(d_head)``."""
+    attn_softcap: float = 0.0
+    """Attention scores s become ``cap * tanh(s / cap)`` (Gemma 2); 0: they are left alone."""
+    final_softcap: float = 0.0
+    """Likewise for the logits."""
     tie_embeddings: bool = False
     dtype: str = "float32"
     """What layers compute in; parameters, norms' statistics and log-probabilities stay in float32."""
@@ -59,6 +101,8 @@ class LMConfig:
     """What the backward pass recomputes: nothing, all but the matmuls without a batch dimension, or whole layers."""
     attention: Attention = "einsum"
     """The kernel: written out here, or ``jax.nn.dot_product_attention`` on XLA or on cuDNN (16-bit dtypes on a GPU)."""
+    model_type: str = ""
+    """The Hugging Face model type that this was read as and is written as; empty: the first one that can hold it."""
 
     def __post_init__(self) -> None:
         """Fill in what was left at 0, then check every field."""
@@ -74,6 +118,8 @@ class LMConfig:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
         if self.d_mlp == 0:
             object.__setattr__(self, "d_mlp", 4 * self.d_model)
+        if self.attn_scale == 0:
+            object.__setattr__(self, "attn_scale", self.d_head**-0.5)
         for name, choices in _CHOICES.items():
             _require(getattr(self, name) in choices, name, getattr(self, name), "one of " + ", ".join(choices))
         divides = self.n_heads % self.n_kv_heads == 0
@@ -81,9 +127,43 @@ class LMConfig:
         _require(self.norm_eps > 0, "norm_eps", self.norm_eps, "positive")
         _require(self.rope_theta > 0, "rope_theta", self.rope_theta, "positive")
         _require(0 < self.rope_fraction <= 1, "rope_fraction", self.rope_fraction, "in (0, 1]")
+        for name in ("position_offset", "sliding_window", "local_rope_theta", "attn_softcap", "final_softcap"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        _require(self.attn_scale > 0, "attn_scale", self.attn_scale, "positive")
+        self._check_combinations()
         if self.positions == "rope":
             even = self.rope_width >= 2 and self.rope_width % 2 == 0
             _require(even, "rope_fraction", self.rope_fraction, f"such that an even part of d_head {self.d_head} turns")
+
+    def _check_combinations(self) -> None:
+        n_local = len(self.local_layers)
+        _require(n_local in (0, self.n_layers), "local_layers", self.local_layers, f"empty or {self.n_layers} long")
+        windowed = self.sliding_window > 0
+        _require(windowed or not n_local, "local_layers", self.local_layers, "empty without a sliding_window")
+        _require(
+            windowed or self.local_rope_theta == 0,
+            "local_rope_theta",
+            self.local_rope_theta,
+            "0 without sliding_window",
+        )
+        plain = self.attention == "einsum" or self.attn_softcap == 0
+        _require(plain, "attention", self.attention, "'einsum' where attn_softcap is not 0")
+        only_rms = self.norm == "rmsnorm" or not self.norm_plus_one
+        _require(only_rms, "norm_plus_one", self.norm_plus_one, "False with layernorm")
+
+    @property
+    def mixed_layers(self) -> bool:
+        """Whether some layers have the window and others do not."""
+        return len(set(self.local_layers)) > 1
+
+    @property
+    def windowed(self) -> bool:
+        """Whether any layer has the window."""
+        return self.sliding_window > 0 and (not self.local_layers or any(self.local_layers))
+
+    def is_local(self, layer: int) -> bool:
+        """Whether the window holds for this layer, from 0."""
+        return self.sliding_window > 0 and (not self.local_layers or self.local_layers[layer])
 
     @property
     def rope_width(self) -> int:

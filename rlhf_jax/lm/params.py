@@ -52,19 +52,26 @@ def table(cfg: config.LMConfig) -> dict[str, Spec]:
     inward = normal(math.sqrt(2 / (5 * D)))
     outward = normal(math.sqrt(2 / (5 * D)) / math.sqrt(2 * cfg.n_layers))
     zeros, ones = constant(0.0), constant(1.0)
+    unit = zeros if cfg.norm_plus_one else ones
 
     layer = {
-        "attn_norm/scale": Spec((D,), ("embed",), ones),
+        "attn_norm/scale": Spec((D,), ("embed",), unit),
         "q/kernel": Spec((D, H, C), ("embed", "heads", "head"), inward),
         "k/kernel": Spec((D, G, C), ("embed", "kv_heads", "head"), inward),
         "v/kernel": Spec((D, G, C), ("embed", "kv_heads", "head"), inward),
         "out/kernel": Spec((H, C, D), ("heads", "head", "embed"), outward),
-        "mlp_norm/scale": Spec((D,), ("embed",), ones),
+        "mlp_norm/scale": Spec((D,), ("embed",), unit),
         "up/kernel": Spec((D, F), ("embed", "mlp"), inward),
         "down/kernel": Spec((F, D), ("mlp", "embed"), outward),
     }
     if cfg.gated_mlp:
         layer["gate/kernel"] = Spec((D, F), ("embed", "mlp"), inward)
+    if cfg.qk_norm:
+        layer["q_norm/scale"] = Spec((C,), ("head",), unit)
+        layer["k_norm/scale"] = Spec((C,), ("head",), unit)
+    if cfg.post_norms:
+        layer["attn_post_norm/scale"] = Spec((D,), ("embed",), unit)
+        layer["mlp_post_norm/scale"] = Spec((D,), ("embed",), unit)
     if cfg.norm == "layernorm":
         layer["attn_norm/bias"] = Spec((D,), ("embed",), zeros)
         layer["mlp_norm/bias"] = Spec((D,), ("embed",), zeros)
@@ -83,8 +90,9 @@ def table(cfg: config.LMConfig) -> dict[str, Spec]:
     rows = {f"layers/{name}": _stacked(spec, cfg.n_layers) for name, spec in layer.items()}
     rows["embed/tokens"] = Spec((cfg.vocab_size, D), ("vocab", "embed"), inward)
     if cfg.positions == "learned":
-        rows["embed/positions"] = Spec((cfg.max_length, D), ("length", "embed"), inward)
-    rows["final_norm/scale"] = Spec((D,), ("embed",), ones)
+        length = cfg.position_offset + cfg.max_length
+        rows["embed/positions"] = Spec((length, D), ("length", "embed"), inward)
+    rows["final_norm/scale"] = Spec((D,), ("embed",), unit)
     if cfg.norm == "layernorm":
         rows["final_norm/bias"] = Spec((D,), ("embed",), zeros)
     if not cfg.tie_embeddings:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,14 @@ Weights = Any
 
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """Attention as a layer sees it: queries, keys and values of the new tokens -> mixed values, and what to remember."""
+
+
+class _View(NamedTuple):
+    """What a layer sees: keys by query, and by what angle each is turned."""
+
+    seen_BLS: jax.Array
+    rotation: tuple[jax.Array, jax.Array] | None
+
 
 # The backward pass makes these again from their inputs: they are cheap, and writing down what they would otherwise
 # leave for it takes longer than the matmuls of a small model.
@@ -44,6 +52,7 @@ def forward(
     cfg: config.LMConfig,
     mask_BL: jax.Array | None = None,
     positions_BL: jax.Array | None = None,
+    segments_BL: jax.Array | None = None,
     cache: kv_cache.KVCache | None = None,
 ) -> types.LMOutput:
     """Read tokens, return final hidden states ``[B,L,D]`` (normed, in the compute dtype) and the grown cache.
@@ -52,11 +61,14 @@ def forward(
     count it, since ``positions_BL`` defaults to the number of real tokens before each column. Hidden states at
     padding are finite and mean nothing. With a ``cache``, the new tokens continue what is in it.
 
-    Raises ``ValueError`` for a wrong rank or shape, or a row longer than ``cfg.max_length``.
+    Rows may be packed: ``segments_BL``, int, gives the sequence each token belongs to. Equal ids stand next to each
+    other; tokens see their own sequence alone, and positions restart in each.
+
+    Raises ``ValueError`` for a wrong rank or shape, a row longer than ``cfg.max_length``, or segments with a cache.
     """
-    _check(tokens_BL, mask_BL, positions_BL, cache, cfg)
+    _check(tokens_BL, mask_BL, positions_BL, segments_BL, cache, cfg)
     if cache is None:
-        return types.LMOutput(_read(params, tokens_BL, mask_BL, positions_BL, cfg))
+        return types.LMOutput(_read(params, tokens_BL, mask_BL, positions_BL, segments_BL, cfg))
     return _continue(params, tokens_BL, mask_BL, positions_BL, cache, cfg)
 
 
@@ -66,13 +78,18 @@ def logits(params: types.Params, hidden_BLD: jax.Array, *, cfg: config.LMConfig)
         kernel_DV = params["embed"]["tokens"].T
     else:
         kernel_DV = params["unembed"]["kernel"]
-    return _matmul(hidden_BLD, kernel_DV.astype(cfg.compute_dtype), out=jnp.float32)
+    scores = _matmul(hidden_BLD, kernel_DV.astype(cfg.compute_dtype), out=jnp.float32)
+    return attention.soft_cap(scores, cfg.final_softcap)
 
 
-def default_positions(mask_BL: jax.Array) -> jax.Array:
-    """Count the real tokens before each column."""
+def default_positions(mask_BL: jax.Array, segments_BL: jax.Array | None = None) -> jax.Array:
+    """Count the real tokens before each column, or those of its own segment."""
     real_BL = mask_BL.astype(jnp.int32)
-    return jnp.cumsum(real_BL, axis=1) - real_BL
+    before_BL = jnp.cumsum(real_BL, axis=1) - real_BL
+    if segments_BL is None:
+        return before_BL
+    starts_BL = jnp.pad(segments_BL[:, 1:] != segments_BL[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return before_BL - lax.cummax(jnp.where(starts_BL, before_BL, 0), axis=1)
 
 
 def unstack(params: types.Params, cfg: config.LMConfig) -> types.Params:
@@ -91,28 +108,33 @@ def _read(
     tokens_BL: jax.Array,
     mask_BL: jax.Array | None,
     positions_BL: jax.Array | None,
+    segments_BL: jax.Array | None,
     cfg: config.LMConfig,
 ) -> jax.Array:
     if mask_BL is None:
         mask_BL = jnp.ones(tokens_BL.shape, bool)
     if positions_BL is None:
-        positions_BL = default_positions(mask_BL)
-    rotation = _rotation(positions_BL, cfg)
-    seen_BLL = attention.causal(mask_BL)
+        positions_BL = default_positions(mask_BL, segments_BL)
+    far, near = _views(attention.causal(mask_BL, segments_BL), positions_BL, positions_BL, cfg)
 
     @_recomputed
-    def attend(queries, keys, values):
+    def attend(queries, keys, values, seen_BLL):
         return attention.attend(queries, keys, values, seen_BLL, cfg=cfg)
 
-    def mix(queries, keys, values):
-        return attend(queries, keys, values), None
+    def step(x_BLD, layer):
+        weights, is_local = layer
+        # Local and global layers are one scanned body: which of the two views it takes is data.
+        view = near if is_local is None else jax.tree.map(lambda a, b: jnp.where(is_local, a, b), near, far)
 
-    def step(x_BLD, weights):
-        x_BLD, _ = _layer(weights, x_BLD, rotation, mix, cfg)
+        def mix(queries, keys, values):
+            return attend(queries, keys, values, view.seen_BLS), None
+
+        x_BLD, _ = _layer(weights, x_BLD, view.rotation, mix, cfg)
         return x_BLD, None
 
     x_BLD = _embed(params, tokens_BL, mask_BL, positions_BL, cfg)
-    x_BLD, _ = lax.scan(_rematerialised(step, cfg), x_BLD, params["layers"])
+    local_N = jnp.array(cfg.local_layers) if cfg.mixed_layers else None
+    x_BLD, _ = lax.scan(_rematerialised(step, cfg), x_BLD, (params["layers"], local_N))
     return _norm(params["final_norm"], x_BLD, cfg)
 
 
@@ -129,26 +151,42 @@ def _continue(
     if positions_BL is None:
         read_B = cache.mask_BS.sum(axis=1, dtype=jnp.int32)
         positions_BL = read_B[:, None] + default_positions(mask_BL)
-    grown = kv_cache.append_mask(cache, mask_BL)
-    rotation = _rotation(positions_BL, cfg)
+    grown = kv_cache.append_tokens(cache, mask_BL, positions_BL)
     columns_L = cache.length + jnp.arange(tokens_BL.shape[1])
     seen_BLS = attention.visible(columns_L, jnp.arange(cache.slots), grown.mask_BS)
+    far, near = _views(seen_BLS, positions_BL, grown.positions_BS, cfg)
 
     x_BLD = _embed(params, tokens_BL, mask_BL, positions_BL, cfg)
     remembered = []
     # Layers are unrolled here: through a scan, every cache would be copied at every token.
-    for weights, old_keys, old_values in zip(unstack(params, cfg)["layers"], cache.keys, cache.values, strict=True):
+    for i, weights in enumerate(unstack(params, cfg)["layers"]):
+        view = near if cfg.is_local(i) else far
 
-        def mix(queries, keys, values, old_keys=old_keys, old_values=old_values):
-            keys = kv_cache.append_layer(old_keys, keys, cache.length)
-            values = kv_cache.append_layer(old_values, values, cache.length)
-            return attention.attend(queries, keys, values, seen_BLS, cfg=cfg), (keys, values)
+        def mix(queries, keys, values, i=i, view=view):
+            keys = kv_cache.append_layer(cache.keys[i], keys, cache.length)
+            values = kv_cache.append_layer(cache.values[i], values, cache.length)
+            return attention.attend(queries, keys, values, view.seen_BLS, cfg=cfg), (keys, values)
 
-        x_BLD, memory = _layer(weights, x_BLD, rotation, mix, cfg)
+        x_BLD, memory = _layer(weights, x_BLD, view.rotation, mix, cfg)
         remembered.append(memory)
     keys, values = zip(*remembered, strict=True)
     grown = dataclasses.replace(grown, keys=keys, values=values)
     return types.LMOutput(_norm(params["final_norm"], x_BLD, cfg), grown)
+
+
+def _views(
+    seen_BLS: jax.Array, positions_BL: jax.Array, key_positions_BS: jax.Array, cfg: config.LMConfig
+) -> tuple[_View, _View]:
+    """The view of the layers without the window, and that of those with it; the same twice where there is none."""
+    far = _View(seen_BLS, _rotation(positions_BL, cfg.rope_theta, cfg.rope_scaling, cfg))
+    if not cfg.windowed:
+        return far, far
+    # The window counts real tokens, as positions do: padding that stands between two of them takes no room.
+    within_BLS = positions_BL[:, :, None] - key_positions_BS[:, None, :] < cfg.sliding_window
+    rotation = far.rotation
+    if cfg.local_rope_theta > 0:
+        rotation = _rotation(positions_BL, cfg.local_rope_theta, None, cfg)
+    return far, _View(seen_BLS & within_BLS, rotation)
 
 
 def _layer(
@@ -157,26 +195,33 @@ def _layer(
     attended_BLD, memory = _attention(weights, _norm(weights["attn_norm"], x_BLD, cfg), rotation, mix, cfg)
     if cfg.parallel_residual:
         return x_BLD + attended_BLD + _mlp(weights, _norm(weights["mlp_norm"], x_BLD, cfg), cfg), memory
+    if cfg.post_norms:
+        attended_BLD = _norm(weights["attn_post_norm"], attended_BLD, cfg)
     x_BLD = x_BLD + attended_BLD
-    return x_BLD + _mlp(weights, _norm(weights["mlp_norm"], x_BLD, cfg), cfg), memory
+    inner_BLD = _mlp(weights, _norm(weights["mlp_norm"], x_BLD, cfg), cfg)
+    if cfg.post_norms:
+        inner_BLD = _norm(weights["mlp_post_norm"], inner_BLD, cfg)
+    return x_BLD + inner_BLD, memory
 
 
 def _attention(
     weights: Weights, x_BLD: jax.Array, rotation: tuple[jax.Array, jax.Array] | None, mix: Mix, cfg: config.LMConfig
 ) -> tuple[jax.Array, Any]:
     queries, keys, values = (_heads(weights[name], x_BLD) for name in ("q", "k", "v"))
+    if cfg.qk_norm:
+        queries, keys = _rms_norm(weights["q_norm"], queries, cfg), _rms_norm(weights["k_norm"], keys, cfg)
     if rotation is not None:
         queries, keys = _rotate(queries, rotation), _rotate(keys, rotation)
     mixed_BHLC, memory = mix(queries, keys, values)
     D, H, C = x_BLD.shape[-1], cfg.n_heads, cfg.d_head
     mixed_BLO = jnp.swapaxes(mixed_BHLC, 1, 2).reshape(*x_BLD.shape[:-1], H * C)
     out = weights["out"]
-    return _biased(_matmul(mixed_BLO, out["kernel"].reshape(H * C, D)), out), memory
+    return _biased(_linear(out, mixed_BLO, out["kernel"].reshape(H * C, D)), out), memory
 
 
 def _heads(dense: Weights, x_BLD: jax.Array) -> jax.Array:
     D, H, C = dense["kernel"].shape
-    out_BLHC = _matmul(x_BLD, dense["kernel"].reshape(D, H * C)).reshape(*x_BLD.shape[:-1], H, C)
+    out_BLHC = _linear(dense, x_BLD, dense["kernel"].reshape(D, H * C)).reshape(*x_BLD.shape[:-1], H, C)
     if "bias" in dense:
         out_BLHC = out_BLHC + dense["bias"].astype(x_BLD.dtype)[None, None, :, :]
     return jnp.swapaxes(out_BLHC, 1, 2)
@@ -191,7 +236,15 @@ def _mlp(weights: Weights, x_BLD: jax.Array, cfg: config.LMConfig) -> jax.Array:
 
 
 def _dense(dense: Weights, x_BLI: jax.Array) -> jax.Array:
-    return _biased(_matmul(x_BLI, dense["kernel"]), dense)
+    return _biased(_linear(dense, x_BLI, dense["kernel"]), dense)
+
+
+def _linear(dense: Weights, x_BLI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    made_BLO = _matmul(x_BLI, kernel_IO)
+    if "lora_a" in dense:
+        # A low-rank addition to the kernel (Hu et al. 2021), which is never added up: see `lm.lora`.
+        made_BLO = made_BLO + _matmul(_matmul(x_BLI, dense["lora_a"]), dense["lora_b"])
+    return made_BLO
 
 
 def _matmul(x: jax.Array, kernel_IO: jax.Array, out: jnp.dtype | type | None = None) -> jax.Array:
@@ -207,14 +260,21 @@ def _biased(x_BLO: jax.Array, dense: Weights) -> jax.Array:
 
 @functools.partial(_recomputed, static_argnums=2)
 def _norm(weights: Weights, x_BLD: jax.Array, cfg: config.LMConfig) -> jax.Array:
+    if cfg.norm == "rmsnorm":
+        return _rms_norm(weights, x_BLD, cfg)
     x = x_BLD.astype(jnp.float32)
-    if cfg.norm == "layernorm":
-        x = x - x.mean(axis=-1, keepdims=True)
+    x = x - x.mean(axis=-1, keepdims=True)
     x = x * lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + cfg.norm_eps)
-    x = x * weights["scale"][None, None, :]
-    if "bias" in weights:
-        x = x + weights["bias"][None, None, :]
+    x = x * weights["scale"][None, None, :] + weights["bias"][None, None, :]
     return x.astype(x_BLD.dtype)
+
+
+def _rms_norm(weights: Weights, x: jax.Array, cfg: config.LMConfig) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    wide = wide * lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + cfg.norm_eps)
+    scale = weights["scale"].astype(jnp.float32)
+    scale = scale + 1.0 if cfg.norm_plus_one else scale
+    return (wide * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
 
 
 @functools.partial(_recomputed, static_argnums=1)
@@ -233,15 +293,24 @@ def _embed(
     # Whatever id stands at padding, a valid one is looked up: an id outside the vocabulary would read NaN.
     x_BLD = params["embed"]["tokens"][jnp.where(mask_BL, tokens_BL, 0)]
     if cfg.positions == "learned":
-        x_BLD = x_BLD + params["embed"]["positions"][positions_BL]
-    return x_BLD.astype(cfg.compute_dtype)
+        x_BLD = x_BLD + params["embed"]["positions"][positions_BL + cfg.position_offset]
+    x_BLD = x_BLD.astype(cfg.compute_dtype)
+    return x_BLD * jnp.asarray(cfg.d_model**0.5, x_BLD.dtype) if cfg.embed_scale else x_BLD
 
 
-def _rotation(positions_BL: jax.Array, cfg: config.LMConfig) -> tuple[jax.Array, jax.Array] | None:
+def _rotation(
+    positions_BL: jax.Array, theta: float, scaling: Any, cfg: config.LMConfig
+) -> tuple[jax.Array, jax.Array] | None:
     if cfg.positions != "rope":
         return None
     half = cfg.rope_width // 2
-    frequencies = cfg.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if isinstance(scaling, config.LinearScaling):
+        frequencies = frequencies / scaling.factor
+    elif isinstance(scaling, config.Llama3Scaling):
+        turns = frequencies * (scaling.length / (2 * jnp.pi))
+        kept = jnp.clip((turns - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
+        frequencies = kept * frequencies + (1.0 - kept) * frequencies / scaling.factor
     angles = positions_BL.astype(jnp.float32)[:, None, :, None] * frequencies[None, None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -266,16 +335,19 @@ def _check(
     tokens_BL: jax.Array,
     mask_BL: jax.Array | None,
     positions_BL: jax.Array | None,
+    segments_BL: jax.Array | None,
     cache: kv_cache.KVCache | None,
     cfg: config.LMConfig,
 ) -> None:
     if tokens_BL.ndim != 2:
         raise ValueError(f"tokens_BL must have rank 2, got shape {tokens_BL.shape}")
-    for name, array in (("mask_BL", mask_BL), ("positions_BL", positions_BL)):
+    for name, array in (("mask_BL", mask_BL), ("positions_BL", positions_BL), ("segments_BL", segments_BL)):
         if array is not None and array.shape != tokens_BL.shape:
             raise ValueError(f"{name} has shape {array.shape}, tokens_BL {tokens_BL.shape}; they must agree")
     if mask_BL is not None and mask_BL.dtype != jnp.bool_:
         raise ValueError(f"mask_BL must be bool, got {mask_BL.dtype}")
+    if segments_BL is not None and cache is not None:
+        raise ValueError("segments_BL is for whole rows; with a cache, give each sequence a row of its own")
     width = tokens_BL.shape[1] if cache is None else cache.slots
     if width > cfg.max_length:
         raise ValueError(f"rows of {width} tokens are longer than cfg.max_length = {cfg.max_length}")
