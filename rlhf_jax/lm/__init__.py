@@ -1,15 +1,30 @@
 """The language model: pure functions on a nested dict of arrays."""
 
+from rlhf_jax.lm.alignment import response_map_with, token_map_with
 from rlhf_jax.lm.cache import KVCache
 from rlhf_jax.lm.cache import create as create_cache
 from rlhf_jax.lm.config import LMConfig
+from rlhf_jax.lm.distributions import (
+    TopK,
+    response_listed_logprobs,
+    response_listed_logprobs_with,
+    response_top_k,
+    response_top_k_with,
+    token_kl,
+    token_kl_with,
+    token_listed_logprobs,
+    token_listed_logprobs_with,
+    token_top_k,
+    token_top_k_with,
+)
 from rlhf_jax.lm.heads import centre, scalar, shift_bias, standardise, with_head, without_head
-from rlhf_jax.lm.hf import load, save
+from rlhf_jax.lm.hf import load, load_config, save
 from rlhf_jax.lm.logprobs import (
     TokenStats,
     apply_fn,
     entropy,
     greedy_matches,
+    greedy_matches_with,
     response_logprobs,
     response_logprobs_with,
     response_stats,
@@ -31,6 +46,7 @@ __all__ = [
     "KVCache",
     "LMConfig",
     "TokenStats",
+    "TopK",
     "abstract",
     "apply_fn",
     "centre",
@@ -39,14 +55,21 @@ __all__ = [
     "entropy",
     "forward",
     "greedy_matches",
+    "greedy_matches_with",
     "init",
     "load",
+    "load_config",
     "logical_axes",
     "logits",
+    "response_listed_logprobs",
+    "response_listed_logprobs_with",
     "response_logprobs",
     "response_logprobs_with",
+    "response_map_with",
     "response_stats",
     "response_stats_with",
+    "response_top_k",
+    "response_top_k_with",
     "response_values",
     "response_values_with",
     "save",
@@ -56,8 +79,15 @@ __all__ = [
     "selected_logprobs",
     "shift_bias",
     "standardise",
+    "token_kl",
+    "token_kl_with",
+    "token_listed_logprobs",
+    "token_listed_logprobs_with",
     "token_logprobs",
     "token_logprobs_with",
+    "token_map_with",
+    "token_top_k",
+    "token_top_k_with",
     "values",
     "values_with",
     "with_head",

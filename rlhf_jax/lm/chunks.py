@@ -68,7 +68,7 @@ def part_shape(B: int, L: int, *, vocab: int, chunk: int | None = None) -> tuple
             raise ValueError(f"chunk is {chunk}; it must be at least 1 column, or None")
         return B, min(chunk, L)
     fit = max(MAX_BYTES // (4 * vocab), 1)
-    if B * L <= fit:
+    if fit >= B * L:
         return B, L
     return (B, _even(L, fit // B)) if fit >= B else (_even(B, fit), 1)
 

@@ -159,9 +159,7 @@ def greedy_matches(
     A whole answer whose every token matches is what greedy decoding gives, so exact answers are scored in one pass.
     False at the first real token of a row (of a segment) and at padding.
     """
-    return greedy_matches_with(
-        apply_fn(cfg), params, tokens_BL, mask_BL=mask_BL, segments_BL=segments_BL, chunk=chunk
-    )
+    return greedy_matches_with(apply_fn(cfg), params, tokens_BL, mask_BL=mask_BL, segments_BL=segments_BL, chunk=chunk)
 
 
 def token_logprobs_with(
