@@ -1,23 +1,22 @@
 """Conversations into token ids, and token ids into the padded rows that every stage shares.
 
-A prompt ends in the assistant's role token, an answer ends in the end token. They are encoded apart from each other,
-so their boundary is the same in training, where an answer is there, and in generation, where it is not. The layout is
-one for all stages: prompts left-padded to P, answers right-padded to T, L = P + T.
+The layout is one for all stages: prompts left-padded to P, answers right-padded to T, L = P + T. Rows are NumPy arrays:
+tokens int32, masks bool.
 
-Text is never taken for a control token: a literal ``<|end|>`` that somebody typed stays text.
-
-Rows are NumPy arrays: tokens int32, masks bool.
+What takes a tokenizer here takes one that this library made, with its one chat format; `chat` is for all others and
+does the same.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from rlhf_jax import types
-from rlhf_jax.data import dialogues, errors, tokenizers
+from rlhf_jax.data import chat, dialogues, errors, texts, tokenizers
 
 if TYPE_CHECKING:
     import transformers
@@ -38,34 +37,8 @@ class Rows(NamedTuple):
 # ---------------------------------------------------------------------------------------------------- text to ids
 
 
-def messages(turns: Sequence[dialogues.Turn]) -> list[dict[str, str]]:
-    """Turns as the ``role``/``content`` dictionaries that ``apply_chat_template`` takes."""
-    return [{"role": turn.role, "content": turn.text} for turn in turns]
-
-
-def encode_texts(tokenizer: transformers.PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    """Encode plain texts in one call, with no special token in the result whatever the texts hold.
-
-    Raises:
-      DataError: a word-level tokenizer without an unknown token met a word it does not have; the word is named.
-    """
-    if not texts:
-        return []
-    try:
-        encoded = tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-    except Exception as error:
-        # The tokenizers library raises a bare Exception which does not say what is missing.
-        unknown = _first_unknown(tokenizer, texts)
-        if unknown is None:
-            raise
-        raise errors.DataError(f"the word {unknown!r} is not in the tokenizer's vocabulary") from error
-    return encoded["input_ids"]
+messages = chat.messages
+encode_texts = texts.encode_texts
 
 
 def encode_text(tokenizer: transformers.PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -82,7 +55,7 @@ def encode_prompt(tokenizer: transformers.PreTrainedTokenizerFast, turns: Sequen
     Raises:
       DataError: the tokenizer lacks a token of the chat format, or a word.
     """
-    return _join(tokenizer, _encode_turns(tokenizer, [turns])[0])
+    return chat.encode_prompt(_built_in_format(tokenizer), turns)
 
 
 def encode_answer(tokenizer: transformers.PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -90,10 +63,9 @@ def encode_answer(tokenizer: transformers.PreTrainedTokenizerFast, text: str) ->
     return encode_answers(tokenizer, [text])[0]
 
 
-def encode_answers(tokenizer: transformers.PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+def encode_answers(tokenizer: transformers.PreTrainedTokenizerFast, answers: Sequence[str]) -> list[list[int]]:
     """Ids of many answers in one call, each ending in the end token."""
-    end = _special_id(tokenizer, tokenizers.END)
-    return [[*ids, end] for ids in encode_texts(tokenizer, texts)]
+    return chat.encode_answers(_built_in_format(tokenizer), answers)
 
 
 def encode_prompts(
@@ -103,32 +75,8 @@ def encode_prompts(
     width: int,
     counts: errors.DropCount,
 ) -> tuple[list[list[int]], np.ndarray]:
-    """Encode many prompts, each in at most ``width`` tokens.
-
-    A longer prompt loses its oldest turns until it fits, and starts with a user turn all the same: text is never cut
-    in the middle. That counts as truncated, ``"prompt turns dropped"``. Where the last user turn and what follows it do
-    not fit, the prompt is dropped, ``"prompt too long"``; so is one with ``"no user turn"``.
-
-    Returns:
-      ``(ids, kept)``: the prompts that remain, and their places in ``prompts``, int64, rising.
-
-    Raises:
-      DataError: too large a share is dropped; the tokenizer lacks a token of the chat format, or a word.
-    """
-    stage = counts.stage()
-    fitted, kept = [], []
-    for i, (turns, pieces) in enumerate(zip(prompts, _encode_turns(tokenizer, prompts))):
-        start = _first_turn_that_fits(turns, pieces, width)
-        if start is None:
-            has_user = any(turn.role == dialogues.USER for turn in turns)
-            stage.drop("prompt too long" if has_user else "no user turn")
-            continue
-        if start > 0:
-            stage.truncate("prompt turns dropped")
-        fitted.append(_join(tokenizer, pieces[start:]))
-        kept.append(i)
-    counts.add(stage, records=len(prompts), source="prompts")
-    return fitted, np.asarray(kept, np.int64)
+    """Encode many prompts, each in at most ``width`` tokens; see `chat.encode_prompts`."""
+    return chat.encode_prompts(_built_in_format(tokenizer), prompts, width=width, counts=counts)
 
 
 # ---------------------------------------------------------------------------------------------------- ids to rows
@@ -310,57 +258,13 @@ def pack_text(documents: Sequence[Ids], *, width: int, eos_id: int) -> tuple[np.
 # ---------------------------------------------------------------------------------------------------------- parts
 
 
-def _encode_turns(
-    tokenizer: transformers.PreTrainedTokenizerFast, prompts: Sequence[Sequence[dialogues.Turn]]
-) -> list[list[list[int]]]:
-    """For every prompt, for every turn: role token, text, end token. All texts are encoded in one call."""
-    roles = {
-        dialogues.USER: _special_id(tokenizer, tokenizers.USER),
-        dialogues.ASSISTANT: _special_id(tokenizer, tokenizers.ASSISTANT),
-    }
-    end = _special_id(tokenizer, tokenizers.END)
-    for i, turns in enumerate(prompts):
-        for turn in turns:
-            if turn.role not in roles:
-                raise errors.DataError(f"prompt {i} has a turn of role {turn.role!r}, which the chat format lacks")
-    texts = iter(encode_texts(tokenizer, [turn.text for turns in prompts for turn in turns]))
-    return [[[roles[turn.role], *next(texts), end] for turn in turns] for turns in prompts]
-
-
-def _join(tokenizer: transformers.PreTrainedTokenizerFast, pieces: Sequence[Ids]) -> list[int]:
-    """The pieces of a prompt in one list, with the assistant's role token after them."""
-    return [*(i for piece in pieces for i in piece), _special_id(tokenizer, tokenizers.ASSISTANT)]
-
-
-def _first_turn_that_fits(turns: Sequence[dialogues.Turn], pieces: Sequence[Ids], width: int) -> int | None:
-    """The earliest user turn from which on all turns and the assistant's role token fit in ``width`` tokens."""
-    room = width - 1
-    first = None
-    for start in reversed(range(len(turns))):
-        room -= len(pieces[start])
-        if room < 0:
-            break
-        if turns[start].role == dialogues.USER:
-            first = start
-    return first
-
-
-def _special_id(tokenizer: transformers.PreTrainedTokenizerFast, token: str) -> int:
-    index = tokenizer.backend_tokenizer.token_to_id(token)
-    if index is None:
-        raise errors.DataError(f"the tokenizer has no {token!r}, which the chat format needs")
-    return index
-
-
-def _first_unknown(tokenizer: transformers.PreTrainedTokenizerFast, texts: Sequence[str]) -> str | None:
-    """The first word without an id, for a word-level tokenizer."""
-    backend = tokenizer.backend_tokenizer
-    if type(backend.model).__name__ != "WordLevel" or backend.pre_tokenizer is None:
-        return None
-    for word in (word for text in texts for word in text.split()):
-        if any(backend.token_to_id(piece) is None for piece, _ in backend.pre_tokenizer.pre_tokenize_str(word)):
-            return word
-    return None
+@functools.lru_cache(maxsize=8)
+def _built_in_format(tokenizer: transformers.PreTrainedTokenizerFast) -> chat.ChatFormat:
+    """The format of the tokenizers that this library makes, made once a tokenizer."""
+    for token in (tokenizers.USER, tokenizers.ASSISTANT, tokenizers.END):
+        if tokenizer.backend_tokenizer.token_to_id(token) is None:
+            raise errors.DataError(f"the tokenizer has no {token!r}, which the chat format needs")
+    return chat.chat_format(tokenizer, template=tokenizers.CHAT_TEMPLATE)
 
 
 def _fill_answers(

@@ -1,6 +1,6 @@
 """A Hugging Face model directory to ``(cfg, params)`` and back, without torch.
 
-Llama, GPT-2 and GPT-NeoX (Pythia) layouts. A model with a scalar head is written as the family's
+The families are in :mod:`rlhf_jax.lm.families`. A model with a scalar head is written as the family's
 ``...ForSequenceClassification`` with one label: ``score.weight`` holds the head's kernel times its gain. Those classes
 have no bias, so the head's bias stands in ``config.json`` as ``reward_bias``: :func:`load` applies it again, and
 whoever reads the directory with another library adds it to the scores. Such a model has no output over the vocabulary
@@ -11,70 +11,78 @@ What ``config.json`` has no field for (compute dtype, remat, attention kernel) i
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from rlhf_jax import types
-from rlhf_jax.lm import config, hf_layouts
+from rlhf_jax.lm import config, families, hf_files, hf_layouts
 from rlhf_jax.lm import params as lm_params
+
+Shard = Callable[[tuple[str, ...]], jax.sharding.Sharding]
+"""The sharding of an array by the logical names of its axes (:attr:`rlhf_jax.lm.params.Spec.axes`)."""
 
 _SCORE = "score.weight"
 _OURS = ("dtype", "remat", "attention")
 _BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
 """Ends of names that older files hold beside the weights; models make these from the config."""
 
-_Read = Callable[[], np.ndarray]
+
+def load_config(path: str | os.PathLike[str]) -> config.LMConfig:
+    """Read the architecture of a model directory from its ``config.json`` alone; see :func:`load`."""
+    return _config(*_read_config(_folder(path)))
 
 
-def load(path: str | os.PathLike[str]) -> tuple[config.LMConfig, types.Params]:
-    """Read a model directory: ``config.json`` and safetensors, in one file or sharded. Parameters are float32.
+def load(
+    path: str | os.PathLike[str], *, dtype: Any = jnp.float32, shard: Shard | None = None
+) -> tuple[config.LMConfig, types.Params]:
+    """Read a model directory: ``config.json`` and safetensors, in one file or sharded.
 
-    Raises ``FileNotFoundError`` for a missing directory or file, and ``ValueError`` for a model, activation or rope
-    type that is not supported and for a tensor that is missing, unexpected or of the wrong shape.
+    One tensor at a time goes from the file into the arrays, which are made in place: beyond the result, the host holds
+    one tensor. Parameters are ``dtype`` whatever the file's is, and live where ``shard`` says, on the default device
+    without it.
+
+    Raises ``FileNotFoundError`` for a missing directory or file, and ``ValueError`` for a model type, activation or
+    rope type that is not supported, for a file that is cut off, for a value that is not finite, and, listing them, for
+    tensors that are missing, unexpected or of another shape than ``config.json`` says.
     """
-    folder = pathlib.Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no model directory at {folder}")
-    hf = _read_json(folder / "config.json")
-    family = _family(hf)
-    cfg = _config(hf, family)
-    tensors = _open(folder)
-    if not any(name.startswith(family.trunk) for name in tensors):
-        # GPT-2 as first published has no prefix.
-        tensors = {name if name in (_SCORE, family.unembed) else family.trunk + name: t for name, t in tensors.items()}
+    folder = _folder(path)
+    hf, source = _read_config(folder)
+    cfg = _config(hf, source)
+    family = families.FAMILIES[hf["model_type"]]
+    stored = _with_trunk(hf_files.stored(folder), family)
+    head = _SCORE in stored
+    plan = list(_plan(cfg, family, head=head, unembed=family.unembed in stored))
+    _check_tensors(folder, cfg, family, plan, stored)
 
-    leaves: dict[str, np.ndarray] = {}
-    rows = lm_params.table(cfg)
-    for tensor, layer in _plan(cfg, family, head=_SCORE in tensors, unembed=family.unembed in tensors):
+    rows = lm_params.table(cfg) | (lm_params.head_table(cfg) if head else {})
+    leaves: dict[str, jax.Array] = {}
+    for tensor, layer in plan:
         name = tensor.name.format(i=layer)
+        array = _finite(stored[name])
         shapes = [rows[part].shape[0 if layer is None else 1 :] for part in tensor.parts]
-        inputs = _input_axes(tensor.parts[0])
-        array = _take(tensors, name, hf_layouts.packed_shape(shapes, tensor.kind, inputs))
-        for part, piece in zip(tensor.parts, hf_layouts.unpack(array, tensor.kind, inputs, shapes), strict=True):
+        pieces = hf_layouts.unpack(array, tensor.kind, hf_layouts.input_axes(tensor.parts[0]), shapes)
+        for part, piece in zip(tensor.parts, pieces, strict=True):
             if layer is None:
-                leaves[part] = piece.astype(np.float32)
+                leaves[part] = _place(piece, rows[part].axes, dtype, shard)
             else:
-                leaves.setdefault(part, np.empty(rows[part].shape, np.float32))[layer] = piece
-    if _SCORE in tensors:
-        leaves["head/kernel_D"] = _take(tensors, _SCORE, (1, cfg.d_model))[0].astype(np.float32)
-        leaves["head/bias"] = np.array(hf.get("reward_bias", 0.0), np.float32)
-        leaves["head/gain"] = np.array(1.0, np.float32)
-    if cfg.tie_embeddings:
-        tensors.pop(family.unembed, None)
-    left = sorted(name for name in tensors if not name.endswith(_BUFFERS))
-    if left:
-        raise ValueError(f"{folder} holds tensors that {hf['model_type']} has no place for: {', '.join(left[:5])}")
-    return cfg, lm_params.nest({name: jnp.asarray(leaf) for name, leaf in leaves.items()})
+                leaf = leaves[part] if part in leaves else _zeros(rows[part], dtype, shard)
+                new = _place(piece, rows[part].axes[1:], dtype, shard)
+                leaves[part] = _filler(leaf.sharding if shard else None)(leaf, new, layer)
+    if head:
+        numbers = {"kernel_D": _finite(stored[_SCORE])[0], "bias": hf.get("reward_bias", 0.0), "gain": 1.0}
+        for name, number in numbers.items():
+            row = rows[f"head/{name}"]
+            leaves[f"head/{name}"] = _place(np.asarray(number), row.axes, jnp.float32, shard)
+    return cfg, lm_params.nest(leaves)
 
 
 def save(
@@ -83,36 +91,131 @@ def save(
     params: types.Params,
     tokenizer: Any = None,
     *,
+    dtype: Any = jnp.float32,
     pad_id: int = 0,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write a directory that ``transformers`` reads with ``AutoModelForCausalLM``, in float32.
+    """Write a directory that ``transformers`` reads with ``AutoModelForCausalLM``, values rounded to ``dtype``.
 
     With a scalar head it is for ``AutoModelForSequenceClassification`` (see above); those classes find the last real
     token by ``pad_token_id``: the tokenizer's where one is given, ``pad_id`` where not. ``tokenizer`` is anything with
-    ``save_pretrained``. Everything is written beside ``path`` first and then renamed; an older model there is replaced.
+    ``save_pretrained``. The model type is ``cfg.model_type``, or the first that can hold ``cfg``. One tensor at a time
+    is brought to the host. Everything is written beside ``path`` first and then renamed, so that no half of a model is
+    ever found there; an older model is replaced.
 
-    Raises ``ValueError`` where no layout holds ``cfg``, where a parameter is missing or has the wrong shape, and
-    ``FileExistsError`` where ``path`` is there and is not a model directory.
+    Raises ``ValueError`` where no layout holds ``cfg``, where a parameter is missing, has the wrong shape or is not
+    finite, and ``FileExistsError`` where ``path`` is there and is not a model directory.
     """
     folder = pathlib.Path(path)
     if folder.exists() and not (folder.is_dir() and ((folder / "config.json").exists() or not any(folder.iterdir()))):
         raise FileExistsError(f"{folder} is there and holds no config.json; it is not replaced by a model")
-    model_type = hf_layouts.family_of(cfg)
-    family = hf_layouts.FAMILIES[model_type]
+    model_type = model_type_of(cfg)
+    family = families.FAMILIES[model_type]
     flat = lm_params.flatten(params)
     _check_leaves(flat, cfg)
     has_head = "head/kernel_D" in flat
-    hf = _config_json(model_type, family, cfg, flat, tokenizer, pad_id)
+    hf = _config_json(model_type, family, cfg, flat, tokenizer, pad_id, jnp.dtype(dtype).name)
+    plan = list(_plan(cfg, family, head=has_head, unembed=not has_head))
 
     temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(temporary)
-    _write_json(temporary / "config.json", hf)
-    _write_shards(temporary, _packed(cfg, family, flat, has_head), max_shard_bytes)
-    _replace(folder, temporary)
+    try:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        hf_files.write_json(temporary / "config.json", hf)
+        hf_files.write(
+            temporary,
+            _shapes(cfg, plan, has_head),
+            _packed(plan, flat, has_head),
+            dtype=jnp.dtype(dtype),
+            max_shard_bytes=max_shard_bytes,
+        )
+        _replace(folder, temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def model_type_of(cfg: config.LMConfig) -> str:
+    """The model type that can hold ``cfg``: its own, or the first of all; ``ValueError`` says what each one lacks."""
+    reasons = []
+    for name in [cfg.model_type] if cfg.model_type else families.FAMILIES:
+        wrong = _lost(cfg, name)
+        if not wrong:
+            return name
+        reasons.append(f"{name} needs " + ", ".join(f"{field}={want!r}" for field, want in wrong.items()))
+    raise ValueError("no known Hugging Face layout holds this LMConfig: " + "; ".join(reasons))
+
+
+def _lost(cfg: config.LMConfig, model_type: str) -> dict[str, Any]:
+    """Fields that would be others after being written and read as ``model_type``, and what they would be."""
+    if model_type not in families.FAMILIES:
+        return {"model_type": f"one of {', '.join(families.FAMILIES)}"}
+    family = families.FAMILIES[model_type]
+    try:
+        written = {"model_type": model_type} | hf_layouts.write_fields(cfg, family)
+        back = config.LMConfig(**hf_layouts.read_fields(_understood(written), family))
+    except ValueError as error:
+        return {"other fields": str(error)}
+    same = {"model_type", *_OURS}
+    fields = [field.name for field in dataclasses.fields(cfg) if field.name not in same]
+    return {name: getattr(back, name) for name in fields if getattr(back, name) != getattr(cfg, name)}
+
+
+def _folder(path: str | os.PathLike[str]) -> pathlib.Path:
+    folder = pathlib.Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no model directory at {folder}")
+    return folder
+
+
+def _read_config(folder: pathlib.Path) -> tuple[dict[str, Any], pathlib.Path]:
+    source = folder / "config.json"
+    hf = hf_files.read_json(source)
+    model_type = hf.get("model_type")
+    if model_type not in families.FAMILIES:
+        known = ", ".join(families.FAMILIES)
+        raise ValueError(f"{source}: model type {model_type!r} is not supported; known: {known}")
+    if hf.get("quantization_config"):
+        raise ValueError(f"{source}: quantized weights (quantization_config) are not supported")
+    return hf, source
+
+
+def _config(hf: Mapping[str, Any], source: pathlib.Path) -> config.LMConfig:
+    family = families.FAMILIES[hf["model_type"]]
+    # What the files are kept in is a good guess at what to compute in; "torch_dtype" is the older spelling.
+    ours = hf.get("rlhf_jax") or {"dtype": hf.get("dtype") or hf.get("torch_dtype") or "float32"}
+    ours = {field: ours[field] for field in _OURS if field in ours}
+    try:
+        return config.LMConfig(**hf_layouts.read_fields(_understood(hf), family), **ours, model_type=hf["model_type"])
+    except KeyError as error:
+        raise ValueError(f"{source} lacks the field {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _understood(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``config.json`` as ``transformers`` reads it: defaults filled in, older spellings replaced."""
+    # Imported here: it takes most of a second, and torch, which it looks for, is not needed.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    kind = transformers.CONFIG_MAPPING[hf["model_type"]]
+    # Without the dtype, which would be turned into one of torch's where torch is there.
+    given = {name: value for name, value in hf.items() if name not in ("dtype", "torch_dtype")}
+    try:
+        return vars(kind.from_dict(given))
+    except ValueError:
+        raise
+    except Exception as error:  # its checks raise exceptions of many kinds
+        raise ValueError(str(error).replace("\n", " ").strip()) from error
+
+
+def _with_trunk(stored: dict[str, hf_files.Stored], family: hf_layouts.Family) -> dict[str, hf_files.Stored]:
+    """Names with the prefix that files of the bare model lack, as GPT-2's first one does."""
+    if any(name.startswith(family.base) for name in stored):
+        return stored
+    return {name if name in (_SCORE, family.unembed) else family.base + name: x for name, x in stored.items()}
 
 
 def _plan(
@@ -127,21 +230,90 @@ def _plan(
         yield hf_layouts.Tensor(family.unembed, ("unembed/kernel",), "rows_out"), None
 
 
-def _input_axes(part: str) -> int:
-    if not part.endswith("/kernel"):
-        return 0
-    return 2 if part == "layers/out/kernel" else 1
+def _shapes(
+    cfg: config.LMConfig, plan: Iterable[tuple[hf_layouts.Tensor, int | None]], head: bool
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors as they stand in files."""
+    rows = lm_params.table(cfg)
+    shapes = {}
+    for tensor, layer in plan:
+        parts = [rows[part].shape[0 if layer is None else 1 :] for part in tensor.parts]
+        inputs = hf_layouts.input_axes(tensor.parts[0])
+        shapes[tensor.name.format(i=layer)] = hf_layouts.packed_shape(parts, tensor.kind, inputs)
+    return shapes | ({_SCORE: (1, cfg.d_model)} if head else {})
+
+
+def _check_tensors(
+    folder: pathlib.Path,
+    cfg: config.LMConfig,
+    family: hf_layouts.Family,
+    plan: Iterable[tuple[hf_layouts.Tensor, int | None]],
+    stored: Mapping[str, hf_files.Stored],
+) -> None:
+    """Compare names and shapes before anything is read, and name whatever does not fit."""
+    wanted = _shapes(cfg, plan, _SCORE in stored)
+    ignored = (*_BUFFERS, family.unembed) if cfg.tie_embeddings else _BUFFERS
+    missing = [name for name in wanted if name not in stored]
+    unexpected = [name for name in stored if name not in wanted and not name.endswith(ignored)]
+    misshapen = [
+        f"{name} {list(stored[name].shape)} instead of {list(shape)}"
+        for name, shape in wanted.items()
+        if name in stored and stored[name].shape != shape
+    ]
+    found = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    told = [f"{what}: {_listed(names)}" for what, names in found.items() if names]
+    if told:
+        raise ValueError(f"{folder} holds other tensors than its config.json says; {'; '.join(told)}")
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    names = sorted(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _finite(tensor: hf_files.Stored) -> np.ndarray:
+    array = tensor.read()
+    if not np.isfinite(array).all():
+        raise ValueError(f"{tensor.file}: the tensor {tensor.name} holds a value that is not finite")
+    return array
+
+
+def _place(piece: np.ndarray, axes: tuple[str, ...], dtype: Any, shard: Shard | None) -> jax.Array:
+    piece = piece.astype(jnp.dtype(dtype))
+    if shard is None:
+        # Copied: a view of the tensor in memory would keep all of it.
+        return jnp.array(piece, copy=True)
+    return jax.make_array_from_callback(piece.shape, shard(axes), lambda index: piece[index])
+
+
+def _zeros(row: lm_params.Spec, dtype: Any, shard: Shard | None) -> jax.Array:
+    if shard is None:
+        return jnp.zeros(row.shape, dtype)
+    return jax.jit(functools.partial(jnp.zeros, row.shape, dtype), out_shardings=shard(row.axes))()
+
+
+@functools.cache
+def _filler(sharding: jax.sharding.Sharding | None) -> Callable[..., jax.Array]:
+    """Write one layer into a stacked array, in place: the array is donated, so no second one ever exists."""
+
+    def fill(leaf: jax.Array, piece: jax.Array, layer: Any) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(leaf, piece, layer, axis=0)
+
+    return jax.jit(fill, donate_argnums=0, out_shardings=sharding)
 
 
 def _packed(
-    cfg: config.LMConfig, family: hf_layouts.Family, flat: Mapping[str, Any], has_head: bool
-) -> Iterator[tuple[str, np.ndarray]]:
-    for tensor, layer in _plan(cfg, family, head=has_head, unembed=not has_head):
+    plan: Iterable[tuple[hf_layouts.Tensor, int | None]], flat: Mapping[str, Any], head: bool
+) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+    def make(tensor: hf_layouts.Tensor, layer: int | None) -> np.ndarray:
         parts = [np.asarray(flat[part] if layer is None else flat[part][layer], np.float32) for part in tensor.parts]
-        yield tensor.name.format(i=layer), hf_layouts.pack(parts, tensor.kind, _input_axes(tensor.parts[0]))
-    if has_head:
+        return hf_layouts.pack(parts, tensor.kind, hf_layouts.input_axes(tensor.parts[0]))
+
+    for tensor, layer in plan:
+        yield tensor.name.format(i=layer), functools.partial(make, tensor, layer)
+    if head:
         gain, kernel_D = np.float32(flat["head/gain"]), np.asarray(flat["head/kernel_D"], np.float32)
-        yield _SCORE, gain * kernel_D[None, :]
+        yield _SCORE, lambda: gain * kernel_D[None, :]
 
 
 def _check_leaves(flat: Mapping[str, Any], cfg: config.LMConfig) -> None:
@@ -164,16 +336,17 @@ def _config_json(
     flat: Mapping[str, Any],
     tokenizer: Any,
     pad_id: int,
+    dtype: str,
 ) -> dict[str, Any]:
     has_head = "head/kernel_D" in flat
-    purpose = "ForSequenceClassification" if has_head else _lm_class_suffix(model_type)
+    lm_class = family.lm_class or family.class_name + "ForCausalLM"
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
     hf = {
-        "architectures": [family.class_name + purpose],
+        "architectures": [family.class_name + "ForSequenceClassification" if has_head else lm_class],
         "model_type": model_type,
         # The files' dtype: what is computed in stands under "rlhf_jax".
-        "dtype": "float32",
-        **family.to_json(cfg),
+        "dtype": dtype,
+        **hf_layouts.write_fields(cfg, family),
         **special,
         "rlhf_jax": {field: getattr(cfg, field) for field in _OURS},
     }
@@ -185,83 +358,6 @@ def _config_json(
     return hf | labels | {"reward_bias": float(flat["head/bias"])}
 
 
-def _lm_class_suffix(model_type: str) -> str:
-    return "LMHeadModel" if model_type == "gpt2" else "ForCausalLM"
-
-
-def _family(hf: Mapping[str, Any]) -> hf_layouts.Family:
-    model_type = hf.get("model_type")
-    if model_type not in hf_layouts.FAMILIES:
-        raise ValueError(f"model type {model_type!r} is not supported; known: {', '.join(hf_layouts.FAMILIES)}")
-    return hf_layouts.FAMILIES[model_type]
-
-
-def _config(hf: Mapping[str, Any], family: hf_layouts.Family) -> config.LMConfig:
-    # What the files are kept in is a good guess at what to compute in; "torch_dtype" is the older spelling.
-    fields: dict[str, Any] = {"dtype": hf.get("dtype") or hf.get("torch_dtype") or "float32"}
-    if "rlhf_jax" in hf:
-        fields = {field: hf["rlhf_jax"][field] for field in _OURS}
-    try:
-        return config.LMConfig(**(family.from_json(hf) | fields))
-    except KeyError as error:
-        raise ValueError(f"config.json lacks the field {error}") from error
-
-
-def _open(folder: pathlib.Path) -> dict[str, _Read]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(_read_json(index)["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    tensors: dict[str, _Read] = {}
-    for name in names:
-        if not (folder / name).exists():
-            raise FileNotFoundError(f"{folder} has no {name}")
-        handle = safetensors.safe_open(folder / name, framework="np")
-        tensors |= {tensor: functools.partial(handle.get_tensor, tensor) for tensor in handle.keys()}  # noqa: SIM118
-    return tensors
-
-
-def _take(tensors: dict[str, _Read], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    if name not in tensors:
-        raise ValueError(f"the model files lack the tensor {name}")
-    array = tensors.pop(name)()
-    if array.shape != shape:
-        raise ValueError(f"the tensor {name} has shape {array.shape}; config.json says {shape}")
-    return array
-
-
-def _write_shards(folder: pathlib.Path, arrays: Iterator[tuple[str, np.ndarray]], max_bytes: int) -> None:
-    shards: list[list[str]] = []
-    shard: dict[str, np.ndarray] = {}
-    size = total = 0
-
-    def flush() -> None:
-        safetensors.numpy.save_file(shard, folder / _shard_name(len(shards)), metadata={"format": "pt"})
-        shards.append(list(shard))
-
-    for name, array in arrays:
-        if shard and size + array.nbytes > max_bytes:
-            flush()
-            shard, size = {}, 0
-        # safetensors writes the memory as it lies: of a transposed view, the wrong numbers.
-        shard[name] = np.ascontiguousarray(array)
-        size, total = size + array.nbytes, total + array.nbytes
-    flush()
-    if len(shards) == 1:
-        (folder / _shard_name(0)).rename(folder / "model.safetensors")
-        return
-    final = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for i, name in enumerate(final):
-        (folder / _shard_name(i)).rename(folder / name)
-    places = {tensor: name for name, tensors in zip(final, shards, strict=True) for tensor in tensors}
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
-
-
-def _shard_name(number: int) -> str:
-    return f"shard-{number:05d}"
-
-
 def _replace(folder: pathlib.Path, temporary: pathlib.Path) -> None:
     if not folder.exists():
         temporary.rename(folder)
@@ -270,13 +366,3 @@ def _replace(folder: pathlib.Path, temporary: pathlib.Path) -> None:
     folder.rename(old)
     temporary.rename(folder)
     shutil.rmtree(old)
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path.parent} has no {path.name}")
-    return json.loads(path.read_text())
-
-
-def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")

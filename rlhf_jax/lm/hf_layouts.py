@@ -1,7 +1,10 @@
-"""How three families of Hugging Face models write what is in an ``LMConfig`` and in its parameters.
+"""What the families of Hugging Face models have in common: how a config.json and a tensor are written and read.
 
-A family is a pair of functions for ``config.json`` and a list of tensors. Each tensor names the parameters in it and
-how they lie there; :mod:`rlhf_jax.lm.hf` does the reading and writing.
+A family (:mod:`rlhf_jax.lm.families`) is a table of ``config.json`` fields, a list of tensors, and what is particular
+to it as two small functions. :mod:`rlhf_jax.lm.hf` does the reading and writing.
+
+Every ``config.json`` is seen as ``transformers`` understands it: with its defaults filled in and its older spellings
+replaced, so that a family knows one spelling alone.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ _ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "relu": "relu",
 }
-_ACTIVATION_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
+_ACTIVATION_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 
 
 class Tensor(NamedTuple):
@@ -45,11 +48,122 @@ class Family(NamedTuple):
     class_name: str
     tensors: Callable[[config.LMConfig], list[Tensor]]
     """Those of the trunk, without the prefix."""
-    unembed: str
-    from_json: Callable[[Mapping[str, Any]], dict[str, Any]]
-    to_json: Callable[[config.LMConfig], dict[str, Any]]
-    requires: Callable[[config.LMConfig], dict[str, Any]]
-    """What fields must be for ``cfg`` to be expressible."""
+    fields: Mapping[str, str]
+    """Fields of ``config.json`` and what they are called in `LMConfig`."""
+    fixed: Mapping[str, Any]
+    """Fields of `LMConfig` that are the same in every model of the family."""
+    read: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda hf: {}
+    """Fields of `LMConfig` from ``config.json`` that are no mere renaming."""
+    write: Callable[[config.LMConfig], dict[str, Any]] = lambda cfg: {}
+    """Undoes ``read``."""
+    only: Mapping[str, Any] = {}
+    """Fields of ``config.json`` that change the computation, and the one value that is supported."""
+    unembed: str = "lm_head.weight"
+    lm_class: str = ""
+    """Of the language model, where it is not ``class_name`` and ``ForCausalLM``."""
+
+    @property
+    def base(self) -> str:
+        """The prefix that files of the bare model lack."""
+        return self.trunk.split(".")[0] + "."
+
+
+# ---------------------------------------------------------------------------------------------------- config.json
+
+
+def read_fields(hf: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Fields of `LMConfig`; raises ``ValueError`` naming what is not supported."""
+    for field, want in family.only.items():
+        if hf.get(field, want) not in (want, None):
+            raise ValueError(f"{field} = {hf[field]!r} is not supported (only {want!r})")
+    found = {ours: hf[theirs] for theirs, ours in family.fields.items() if hf.get(theirs) is not None}
+    found |= family.fixed | family.read(hf)
+    activation = found.get("activation", "silu")
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} is not supported (only {', '.join(sorted(_ACTIVATIONS))})")
+    return found | {"activation": _ACTIVATIONS[activation]}
+
+
+def write_fields(cfg: config.LMConfig, family: Family) -> dict[str, Any]:
+    """Fields of ``config.json``, each that the computation depends on; what is 0 with us is null there."""
+    found: dict[str, Any] = {}
+    for theirs, ours in family.fields.items():
+        value = getattr(cfg, ours)
+        found[theirs] = None if value == 0 and value is not False else value
+        if ours == "activation":
+            found[theirs] = _ACTIVATION_NAMES[value]
+    return found | dict(family.only) | family.write(cfg)
+
+
+def read_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `LMConfig` from ``rope_parameters``."""
+    kind = rope.get("rope_type", "default")
+    found = {"rope_theta": float(rope["rope_theta"]), "rope_fraction": float(rope.get("partial_rotary_factor", 1.0))}
+    if kind == "default":
+        return found
+    if kind == "linear":
+        return found | {"rope_scaling": config.LinearScaling(float(rope["factor"]))}
+    if kind == "llama3":
+        factor, low, high = (float(rope[name]) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+        length = int(rope["original_max_position_embeddings"])
+        return found | {"rope_scaling": config.Llama3Scaling(factor, low, high, length)}
+    raise ValueError(f"rope type {kind!r} is not supported (only 'default', 'linear' and 'llama3')")
+
+
+def write_rope(cfg: config.LMConfig) -> dict[str, Any]:
+    """Undo `read_rope`."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": cfg.rope_theta}
+    if cfg.rope_fraction != 1:
+        rope["partial_rotary_factor"] = cfg.rope_fraction
+    match cfg.rope_scaling:
+        case config.LinearScaling(factor):
+            rope |= {"rope_type": "linear", "factor": factor}
+        case config.Llama3Scaling(factor, low, high, length):
+            rope |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+            rope["original_max_position_embeddings"] = length
+    return rope
+
+
+def read_window(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `LMConfig` from ``sliding_window``, and from ``layer_types`` where only some layers have it."""
+    kinds = hf.get("layer_types") or ["sliding_attention"] * hf["num_hidden_layers"]
+    for kind in kinds:
+        if kind not in ("sliding_attention", "full_attention"):
+            raise ValueError(f"layer type {kind!r} is not supported (only 'sliding_attention' and 'full_attention')")
+    local = tuple(kind == "sliding_attention" for kind in kinds)
+    if not hf.get("sliding_window") or not any(local):
+        return {}
+    return {"sliding_window": hf["sliding_window"], "local_layers": () if all(local) else local}
+
+
+def write_window(cfg: config.LMConfig) -> dict[str, Any]:
+    """Undo `read_window`."""
+    names = ["sliding_attention" if cfg.is_local(i) else "full_attention" for i in range(cfg.n_layers)]
+    return {"sliding_window": cfg.sliding_window or None, "layer_types": names}
+
+
+# -------------------------------------------------------------------------------------------------------- tensors
+
+
+def linear(ours: str, theirs: str, *, bias: bool, kind: str = "rows_out") -> list[Tensor]:
+    """A dense layer, or several in one tensor: ``ours`` names them with spaces between."""
+    names = ours.split()
+    kernels = Tensor(f"{theirs}.weight", tuple(f"layers/{name}/kernel" for name in names), kind)
+    biases = Tensor(f"{theirs}.bias", tuple(f"layers/{name}/bias" for name in names), kind)
+    return [kernels, biases] if bias else [kernels]
+
+
+def norm(ours: str, theirs: str, *, bias: bool = False) -> list[Tensor]:
+    """A norm's scale, and its bias."""
+    scale, shift = Tensor(f"{theirs}.weight", (f"{ours}/scale",)), Tensor(f"{theirs}.bias", (f"{ours}/bias",))
+    return [scale, shift] if bias else [scale]
+
+
+def input_axes(part: str) -> int:
+    """How many leading axes of a parameter (of one layer) are summed over where it is used."""
+    if not part.endswith("/kernel"):
+        return 0
+    return 2 if part == "layers/out/kernel" else 1
 
 
 def pack(parts: list[np.ndarray], kind: str, inputs: int) -> np.ndarray:
@@ -90,264 +204,6 @@ def packed_shape(shapes: list[tuple[int, ...]], kind: str, inputs: int) -> tuple
     return (rows, out) if kind == "rows_in" else (out, rows)
 
 
-def family_of(cfg: config.LMConfig) -> str:
-    """Return the model type that can hold ``cfg``; raises ``ValueError`` saying what each one lacks."""
-    reasons = []
-    for name, family in FAMILIES.items():
-        wrong = {field: want for field, want in family.requires(cfg).items() if getattr(cfg, field) != want}
-        if not wrong:
-            return name
-        reasons.append(f"{name} needs " + ", ".join(f"{field}={want!r}" for field, want in wrong.items()))
-    raise ValueError("no known Hugging Face layout holds this LMConfig: " + "; ".join(reasons))
-
-
 def _flatten(part: np.ndarray, inputs: int) -> np.ndarray:
     rows = int(np.prod(part.shape[:inputs]))
     return part.reshape(rows, -1) if inputs else part.reshape(-1)
-
-
-def _activation(name: str) -> str:
-    if name not in _ACTIVATIONS:
-        raise ValueError(f"activation {name!r} is not supported; known: {', '.join(sorted(_ACTIVATIONS))}")
-    return _ACTIVATIONS[name]
-
-
-def _refuse(hf: Mapping[str, Any], **wanted: Any) -> None:
-    for field, want in wanted.items():
-        if hf.get(field, want) != want:
-            raise ValueError(f"config.json has {field} = {hf[field]!r}, which is not supported (only {want!r})")
-
-
-def _rope(hf: Mapping[str, Any], *, theta_key: str, theta: float, share_key: str, share: float) -> dict[str, Any]:
-    # Two spellings: "rope_parameters" since transformers 5, loose fields and "rope_scaling" before.
-    rope = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"rope type {kind!r} is not supported (only 'default')")
-    return {
-        "rope_theta": float(rope.get("rope_theta", hf.get(theta_key, theta))),
-        "rope_fraction": float(rope.get("partial_rotary_factor", hf.get(share_key, share))),
-    }
-
-
-def _linear(ours: tuple[str, ...], theirs: str, kind: str, *, bias: bool) -> list[Tensor]:
-    kernels = Tensor(f"{theirs}.weight", tuple(f"layers/{name}/kernel" for name in ours), kind)
-    biases = Tensor(f"{theirs}.bias", tuple(f"layers/{name}/bias" for name in ours), kind)
-    return [kernels, biases] if bias else [kernels]
-
-
-def _norm(ours: str, theirs: str, *, bias: bool) -> list[Tensor]:
-    scale, shift = Tensor(f"{theirs}.weight", (f"{ours}/scale",)), Tensor(f"{theirs}.bias", (f"{ours}/bias",))
-    return [scale, shift] if bias else [scale]
-
-
-def _llama_tensors(cfg: config.LMConfig) -> list[Tensor]:
-    attention, mlp = "layers.{i}.self_attn.", "layers.{i}.mlp."
-    return [
-        Tensor("embed_tokens.weight", ("embed/tokens",)),
-        *_norm("layers/attn_norm", "layers.{i}.input_layernorm", bias=False),
-        *_linear(("q",), attention + "q_proj", "rows_out", bias=cfg.qkv_bias),
-        *_linear(("k",), attention + "k_proj", "rows_out", bias=cfg.qkv_bias),
-        *_linear(("v",), attention + "v_proj", "rows_out", bias=cfg.qkv_bias),
-        *_linear(("out",), attention + "o_proj", "rows_out", bias=cfg.out_bias),
-        *_norm("layers/mlp_norm", "layers.{i}.post_attention_layernorm", bias=False),
-        *_linear(("gate",), mlp + "gate_proj", "rows_out", bias=cfg.mlp_bias),
-        *_linear(("up",), mlp + "up_proj", "rows_out", bias=cfg.mlp_bias),
-        *_linear(("down",), mlp + "down_proj", "rows_out", bias=cfg.mlp_bias),
-        *_norm("final_norm", "norm", bias=False),
-    ]
-
-
-def _llama_from_json(hf: Mapping[str, Any]) -> dict[str, Any]:
-    _refuse(hf, pretraining_tp=1)
-    rope = _rope(hf, theta_key="rope_theta", theta=10_000.0, share_key="partial_rotary_factor", share=1.0)
-    return rope | {
-        "vocab_size": hf["vocab_size"],
-        "n_layers": hf["num_hidden_layers"],
-        "d_model": hf["hidden_size"],
-        "n_heads": hf["num_attention_heads"],
-        "n_kv_heads": hf.get("num_key_value_heads") or 0,
-        "d_head": hf.get("head_dim") or 0,
-        "d_mlp": hf["intermediate_size"],
-        "max_length": hf.get("max_position_embeddings", 2048),
-        "norm_eps": hf.get("rms_norm_eps", 1e-6),
-        "activation": _activation(hf.get("hidden_act", "silu")),
-        "qkv_bias": hf.get("attention_bias", False),
-        "out_bias": hf.get("attention_bias", False),
-        "mlp_bias": hf.get("mlp_bias", False),
-        "tie_embeddings": hf.get("tie_word_embeddings", False),
-    }
-
-
-def _llama_to_json(cfg: config.LMConfig) -> dict[str, Any]:
-    return {
-        "vocab_size": cfg.vocab_size,
-        "num_hidden_layers": cfg.n_layers,
-        "hidden_size": cfg.d_model,
-        "num_attention_heads": cfg.n_heads,
-        "num_key_value_heads": cfg.n_kv_heads,
-        "head_dim": cfg.d_head,
-        "intermediate_size": cfg.d_mlp,
-        "max_position_embeddings": cfg.max_length,
-        "rms_norm_eps": cfg.norm_eps,
-        "hidden_act": _ACTIVATION_NAMES[cfg.activation],
-        "attention_bias": cfg.qkv_bias,
-        "mlp_bias": cfg.mlp_bias,
-        "tie_word_embeddings": cfg.tie_embeddings,
-        "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
-        "rope_theta": cfg.rope_theta,
-    }
-
-
-def _llama_requires(cfg: config.LMConfig) -> dict[str, Any]:
-    return {
-        "norm": "rmsnorm",
-        "positions": "rope",
-        "rope_fraction": 1.0,
-        "gated_mlp": True,
-        "parallel_residual": False,
-        "out_bias": cfg.qkv_bias,
-    }
-
-
-def _gpt2_tensors(cfg: config.LMConfig) -> list[Tensor]:
-    return [
-        Tensor("wte.weight", ("embed/tokens",)),
-        Tensor("wpe.weight", ("embed/positions",)),
-        *_norm("layers/attn_norm", "h.{i}.ln_1", bias=True),
-        *_linear(("q", "k", "v"), "h.{i}.attn.c_attn", "rows_in", bias=True),
-        *_linear(("out",), "h.{i}.attn.c_proj", "rows_in", bias=True),
-        *_norm("layers/mlp_norm", "h.{i}.ln_2", bias=True),
-        *_linear(("up",), "h.{i}.mlp.c_fc", "rows_in", bias=True),
-        *_linear(("down",), "h.{i}.mlp.c_proj", "rows_in", bias=True),
-        *_norm("final_norm", "ln_f", bias=True),
-    ]
-
-
-def _gpt2_from_json(hf: Mapping[str, Any]) -> dict[str, Any]:
-    _refuse(hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-    return {
-        "vocab_size": hf["vocab_size"],
-        "n_layers": hf["n_layer"],
-        "d_model": hf["n_embd"],
-        "n_heads": hf["n_head"],
-        "d_mlp": hf.get("n_inner") or 0,
-        "max_length": hf.get("n_positions", hf.get("n_ctx", 1024)),
-        "norm": "layernorm",
-        "norm_eps": hf.get("layer_norm_epsilon", 1e-5),
-        "activation": _activation(hf.get("activation_function", "gelu_new")),
-        "gated_mlp": False,
-        "positions": "learned",
-        "qkv_bias": True,
-        "out_bias": True,
-        "mlp_bias": True,
-        "tie_embeddings": hf.get("tie_word_embeddings", True),
-    }
-
-
-def _gpt2_to_json(cfg: config.LMConfig) -> dict[str, Any]:
-    return {
-        "vocab_size": cfg.vocab_size,
-        "n_layer": cfg.n_layers,
-        "n_embd": cfg.d_model,
-        "n_head": cfg.n_heads,
-        "n_inner": cfg.d_mlp,
-        "n_positions": cfg.max_length,
-        "layer_norm_epsilon": cfg.norm_eps,
-        "activation_function": _ACTIVATION_NAMES[cfg.activation],
-        "tie_word_embeddings": cfg.tie_embeddings,
-    }
-
-
-def _gpt2_requires(cfg: config.LMConfig) -> dict[str, Any]:
-    return {
-        "norm": "layernorm",
-        "positions": "learned",
-        "gated_mlp": False,
-        "parallel_residual": False,
-        "n_kv_heads": cfg.n_heads,
-        "d_head": cfg.d_model // cfg.n_heads,
-        "qkv_bias": True,
-        "out_bias": True,
-        "mlp_bias": True,
-    }
-
-
-def _neox_tensors(cfg: config.LMConfig) -> list[Tensor]:
-    attention, mlp = "layers.{i}.attention.", "layers.{i}.mlp."
-    return [
-        Tensor("embed_in.weight", ("embed/tokens",)),
-        *_norm("layers/attn_norm", "layers.{i}.input_layernorm", bias=True),
-        *_linear(("q", "k", "v"), attention + "query_key_value", "interleaved", bias=cfg.qkv_bias),
-        *_linear(("out",), attention + "dense", "rows_out", bias=cfg.out_bias),
-        *_norm("layers/mlp_norm", "layers.{i}.post_attention_layernorm", bias=True),
-        *_linear(("up",), mlp + "dense_h_to_4h", "rows_out", bias=True),
-        *_linear(("down",), mlp + "dense_4h_to_h", "rows_out", bias=True),
-        *_norm("final_norm", "final_layer_norm", bias=True),
-    ]
-
-
-def _neox_from_json(hf: Mapping[str, Any]) -> dict[str, Any]:
-    rope = _rope(hf, theta_key="rotary_emb_base", theta=10_000.0, share_key="rotary_pct", share=0.25)
-    return rope | {
-        "vocab_size": hf["vocab_size"],
-        "n_layers": hf["num_hidden_layers"],
-        "d_model": hf["hidden_size"],
-        "n_heads": hf["num_attention_heads"],
-        "d_mlp": hf["intermediate_size"],
-        "max_length": hf.get("max_position_embeddings", 2048),
-        "norm": "layernorm",
-        "norm_eps": hf.get("layer_norm_eps", 1e-5),
-        "activation": _activation(hf.get("hidden_act", "gelu")),
-        "gated_mlp": False,
-        "parallel_residual": hf.get("use_parallel_residual", True),
-        "qkv_bias": hf.get("attention_bias", True),
-        "out_bias": hf.get("attention_bias", True),
-        "mlp_bias": True,
-        "tie_embeddings": hf.get("tie_word_embeddings", False),
-    }
-
-
-def _neox_to_json(cfg: config.LMConfig) -> dict[str, Any]:
-    rope = {"rope_type": "default", "rope_theta": cfg.rope_theta, "partial_rotary_factor": cfg.rope_fraction}
-    return {
-        "vocab_size": cfg.vocab_size,
-        "num_hidden_layers": cfg.n_layers,
-        "hidden_size": cfg.d_model,
-        "num_attention_heads": cfg.n_heads,
-        "intermediate_size": cfg.d_mlp,
-        "max_position_embeddings": cfg.max_length,
-        "layer_norm_eps": cfg.norm_eps,
-        "hidden_act": _ACTIVATION_NAMES[cfg.activation],
-        "use_parallel_residual": cfg.parallel_residual,
-        "attention_bias": cfg.qkv_bias,
-        "tie_word_embeddings": cfg.tie_embeddings,
-        "rope_parameters": rope,
-        "rotary_emb_base": cfg.rope_theta,
-        "rotary_pct": cfg.rope_fraction,
-    }
-
-
-def _neox_requires(cfg: config.LMConfig) -> dict[str, Any]:
-    return {
-        "norm": "layernorm",
-        "positions": "rope",
-        "gated_mlp": False,
-        "n_kv_heads": cfg.n_heads,
-        "d_head": cfg.d_model // cfg.n_heads,
-        "out_bias": cfg.qkv_bias,
-        "mlp_bias": True,
-    }
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        "model.", "Llama", _llama_tensors, "lm_head.weight", _llama_from_json, _llama_to_json, _llama_requires
-    ),
-    "gpt2": Family(
-        "transformer.", "GPT2", _gpt2_tensors, "lm_head.weight", _gpt2_from_json, _gpt2_to_json, _gpt2_requires
-    ),
-    "gpt_neox": Family(
-        "gpt_neox.", "GPTNeoX", _neox_tensors, "embed_out.weight", _neox_from_json, _neox_to_json, _neox_requires
-    ),
-}

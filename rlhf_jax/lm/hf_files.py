@@ -1,0 +1,144 @@
+"""Safetensors in a model directory: read one tensor at a time, written one tensor at a time.
+
+Neither direction holds more than one tensor in memory. The format (a length, a JSON header, the bytes) is written here
+because the library's own writer takes a whole file's tensors at once.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+INDEX = "model.safetensors.index.json"
+
+
+class Stored(NamedTuple):
+    """A tensor in a file, not yet read."""
+
+    file: pathlib.Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors names it."""
+
+    def read(self) -> np.ndarray:
+        """The tensor, in its own dtype. The file is opened anew: what a mapped file leaves in memory goes with it."""
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"{self.file}: the tensor {self.name} is {self.dtype}; only {', '.join(_DTYPES)} are read")
+        with safetensors.safe_open(self.file, framework="np") as opened:
+            return opened.get_tensor(self.name)
+
+
+def stored(folder: pathlib.Path) -> dict[str, Stored]:
+    """Every tensor of a model directory, in one file or sharded.
+
+    Raises ``FileNotFoundError`` for a missing file and ``ValueError`` for one that is cut off or no safetensors file,
+    and where the index and the files contradict each other.
+    """
+    index = folder / INDEX
+    places: dict[str, str] = read_json(index).get("weight_map", {}) if index.exists() else {}
+    found: dict[str, Stored] = {}
+    for name in sorted(set(places.values())) or ["model.safetensors"]:
+        for tensor in _tensors_in(folder / name):
+            if tensor.name in found:
+                raise ValueError(f"{tensor.name} is in {found[tensor.name].file} and again in {tensor.file}")
+            found[tensor.name] = tensor
+    for tensor, name in places.items():
+        if tensor not in found or found[tensor].file.name != name:
+            raise ValueError(f"{index} says that {tensor} is in {name}, which does not hold it")
+    return found
+
+
+def write(
+    folder: pathlib.Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    arrays: Iterable[tuple[str, Callable[[], np.ndarray]]],
+    *,
+    dtype: Any,
+    max_shard_bytes: int,
+) -> None:
+    """Write tensors as ``model.safetensors``, or as numbered files and an index where they exceed ``max_shard_bytes``.
+
+    ``shapes`` and ``arrays`` name the same tensors in the same order; an array is made when its turn has come. Values
+    are rounded to ``dtype``. Raises ``ValueError`` for a value that is not finite.
+    """
+    dtype = np.dtype(dtype)
+    sizes = {name: int(np.prod(shape)) * dtype.itemsize for name, shape in shapes.items()}
+    shards: list[list[str]] = [[]]
+    room = max_shard_bytes
+    for name, size in sizes.items():
+        if shards[-1] and size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= size
+    total = len(shards)
+    files = [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
+    files = files if total > 1 else ["model.safetensors"]
+    following = iter(arrays)
+    for file, names in zip(files, shards, strict=True):
+        with (folder / file).open("wb") as out:
+            out.write(_header(names, shapes, sizes, _NAMES[dtype]))
+            for name in names:
+                given, make = next(following)
+                array = make()
+                if given != name or array.shape != shapes[name]:
+                    raise ValueError(f"{given} {array.shape} was given for {name} {shapes[name]}")
+                if not np.isfinite(array).all():
+                    raise ValueError(f"{name} holds a value that is not finite")
+                # The memory is written as it lies: of a transposed view, that would be the wrong numbers.
+                out.write(np.ascontiguousarray(array.astype(dtype, copy=False)).reshape(-1).view(np.uint8).data)
+    if total > 1:
+        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places})
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object; raises ``FileNotFoundError`` or ``ValueError`` naming the file."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content
+
+
+def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+    """Indented, with a newline at the end."""
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _tensors_in(file: pathlib.Path) -> list[Stored]:
+    if not file.exists():
+        if any(file.parent.glob("*.bin")) or any(file.parent.glob("*.pt")):
+            raise FileNotFoundError(f"{file.parent} has no {file.name}; pickled weights (.bin, .pt) are not read")
+        raise FileNotFoundError(f"{file.parent} has no {file.name}")
+    try:
+        with safetensors.safe_open(file, framework="np") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return [Stored(file, name, tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()]
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is cut off or is no safetensors file: {error}") from error
+
+
+def _header(names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int], dtype: str) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name in names:
+        end = start + sizes[name]
+        entries[name] = {"dtype": dtype, "shape": list(shapes[name]), "data_offsets": [start, end]}
+        start = end
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
