@@ -184,7 +184,7 @@ def _read_config(folder: pathlib.Path) -> tuple[dict[str, Any], pathlib.Path]:
 def _config(hf: Mapping[str, Any], source: pathlib.Path) -> config.LMConfig:
     family = families.FAMILIES[hf["model_type"]]
     # What the files are kept in is a good guess at what to compute in; "torch_dtype" is the older spelling.
-    ours = hf.get("rlhf_jax") or {"dtype": hf.get("dtype") or hf.get("torch_dtype") or "float32"}
+    ours: dict[str, Any] = hf.get("rlhf_jax") or {"dtype": hf.get("dtype") or hf.get("torch_dtype") or "float32"}
     ours = {field: ours[field] for field in _OURS if field in ours}
     try:
         return config.LMConfig(**hf_layouts.read_fields(_understood(hf), family), **ours, model_type=hf["model_type"])

@@ -77,7 +77,7 @@ def read_fields(hf: Mapping[str, Any], family: Family) -> dict[str, Any]:
         if hf.get(field, want) not in (want, None):
             raise ValueError(f"{field} = {hf[field]!r} is not supported (only {want!r})")
     found = {ours: hf[theirs] for theirs, ours in family.fields.items() if hf.get(theirs) is not None}
-    found |= family.fixed | family.read(hf)
+    found |= {**family.fixed, **family.read(hf)}
     activation = found.get("activation", "silu")
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not supported (only {', '.join(sorted(_ACTIVATIONS))})")
@@ -90,15 +90,17 @@ def write_fields(cfg: config.LMConfig, family: Family) -> dict[str, Any]:
     for theirs, ours in family.fields.items():
         value = getattr(cfg, ours)
         found[theirs] = None if value == 0 and value is not False else value
-        if ours == "activation":
-            found[theirs] = _ACTIVATION_NAMES[value]
+    for theirs in [theirs for theirs, ours in family.fields.items() if ours == "activation"]:
+        found[theirs] = _ACTIVATION_NAMES[cfg.activation]
     return found | dict(family.only) | family.write(cfg)
 
 
-def read_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `LMConfig` from ``rope_parameters``."""
+def read_rope(rope: Mapping[str, Any], *, partial: bool = False) -> dict[str, Any]:
+    """Fields of `LMConfig` from ``rope_parameters``; ``partial``: the family can rotate part of a head."""
     kind = rope.get("rope_type", "default")
     found = {"rope_theta": float(rope["rope_theta"]), "rope_fraction": float(rope.get("partial_rotary_factor", 1.0))}
+    if found["rope_fraction"] != 1 and not partial:
+        raise ValueError(f"partial_rotary_factor = {found['rope_fraction']} is not supported here (only 1)")
     if kind == "default":
         return found
     if kind == "linear":

@@ -50,7 +50,7 @@ def _write_2(cfg: config.LMConfig) -> dict[str, Any]:
 
 def _read_3(hf: Mapping[str, Any]) -> dict[str, Any]:
     ropes = hf["rope_parameters"]
-    found = _read_2(hf | {"rope_parameters": ropes["full_attention"]})
+    found = _read_2({**hf, "rope_parameters": ropes["full_attention"]})
     local = read_rope(ropes["sliding_attention"])
     if "sliding_window" not in found or ropes["sliding_attention"] == ropes["full_attention"]:
         return found

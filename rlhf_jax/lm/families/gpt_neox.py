@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf_jax.lm import config
+from rlhf_jax.lm.families import llama
 from rlhf_jax.lm.hf_layouts import Family, Tensor, linear, norm, read_rope, write_rope
 
 
@@ -24,7 +25,7 @@ def _tensors(cfg: config.LMConfig) -> list[Tensor]:
 
 
 def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
-    return read_rope(hf["rope_parameters"]) | {"qkv_bias": hf["attention_bias"], "out_bias": hf["attention_bias"]}
+    return read_rope(hf["rope_parameters"], partial=True) | llama.read_biases(hf)
 
 
 def _write(cfg: config.LMConfig) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def _tensors(cfg: config.LMConfig) -> list[Tensor]:
 
 
 def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
-    return read_rope(hf["rope_parameters"]) | read_window(hf)
+    return read_rope(hf["rope_parameters"], partial=True) | read_window(hf)
 
 
 def _write(cfg: config.LMConfig) -> dict[str, Any]:
