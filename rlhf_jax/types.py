@@ -8,6 +8,7 @@ K     completions of one prompt
 P     prompt width; prompts are left-padded to it
 T     response width; responses are right-padded to it
 L     P + T, or the width of any token row
+R     packed rows, where B counts what is packed into them
 V     vocabulary
 D     model width
 N     layers, H query heads, G key/value heads, C head width, F mlp width, S cache slots
@@ -90,3 +91,33 @@ class Comparisons:
     """1 is best; equal ranks are ties."""
     where_BK: jax.Array
     """bool, True where a completion exists."""
+
+
+@struct.dataclass
+class Places:
+    """Where each of some sequences stands in packed rows; int32, any one shape, such as ``[N]`` or ``[B, K]``.
+
+    A sequence that is in no row has segment 0; row and column then are 0 and mean nothing.
+    """
+
+    row: jax.Array
+    segment: jax.Array
+    """Its number within the row, from 1."""
+    end: jax.Array
+    """Column of its last token."""
+
+
+@struct.dataclass
+class PackedComparisons:
+    """:class:`Comparisons` with all their completions packed into a few rows, one after the other."""
+
+    tokens_RL: jax.Array
+    segments_RL: jax.Array
+    """int32, which of a row's completions each token belongs to, from 1; 0 at padding."""
+    places_BK: Places
+    """Where each completion went."""
+    ranks_BK: jax.Array
+    where_BK: jax.Array
+    groups: int = struct.field(pytree_node=False, default=1)
+    """Into how many parts, packed apart from each other, the batch divides: the step's micro-batches. Part i has
+    prompts and rows i, i + groups, ...; ``places_BK.row`` counts the rows of the part."""

@@ -39,6 +39,7 @@ from rlhf_jax.lm.logprobs import (
     values,
     values_with,
 )
+from rlhf_jax.lm.packed import packed_means, packed_scores, packed_scores_with, packed_sums
 from rlhf_jax.lm.params import abstract, count, init, logical_axes
 from rlhf_jax.lm.transformer import forward, logits
 
@@ -61,6 +62,10 @@ __all__ = [
     "load_config",
     "logical_axes",
     "logits",
+    "packed_means",
+    "packed_scores",
+    "packed_scores_with",
+    "packed_sums",
     "response_listed_logprobs",
     "response_listed_logprobs_with",
     "response_logprobs",

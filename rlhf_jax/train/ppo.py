@@ -21,8 +21,8 @@ from flax import struct
 from rlhf_jax import advantages, kl, metrics, reduce, rewards
 from rlhf_jax.losses import policy as policy_losses
 from rlhf_jax.losses import value as value_losses
+from rlhf_jax.train import sft, step
 from rlhf_jax.train import state as state_lib
-from rlhf_jax.train import step
 from rlhf_jax.train.sft import TokenBatch
 from rlhf_jax.types import Experience, Params, Rollout
 
@@ -209,7 +209,7 @@ def ptx_loss(models: Models, policy: Params, rows: TokenBatch) -> jax.Array:
     """Mean negative log-probability of the pretraining tokens (InstructGPT Eq 2, second part); per token."""
     if models.token_logprobs is None:
         raise ValueError("Batch.ptx was given, but Models.token_logprobs was not")
-    logprobs_BL = models.token_logprobs(policy, rows.tokens_BL, mask_BL=rows.mask_BL)
+    logprobs_BL = sft.batch_logprobs(models.token_logprobs, policy, rows)
     return -reduce.masked_mean(logprobs_BL, where=rows.loss_mask_BL)
 
 

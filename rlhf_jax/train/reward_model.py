@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from rlhf_jax import metrics, reduce
 from rlhf_jax.losses import preference
 from rlhf_jax.train import step
-from rlhf_jax.types import Comparisons
+from rlhf_jax.types import Comparisons, PackedComparisons
 
 
 class PairCounts(NamedTuple):
@@ -39,9 +39,15 @@ def score_all(score: Callable[..., jax.Array], params: Any, batch: Comparisons) 
     return scores.reshape(B, K).astype(jnp.float32)
 
 
+def score_all_packed(packed_scores: Callable[..., jax.Array], params: Any, batch: PackedComparisons) -> jax.Array:
+    """:func:`score_all` of packed completions, with ``packed_scores`` as `lm.packed_scores`."""
+    return packed_scores(params, batch.tokens_RL, batch.segments_RL, batch.places_BK).astype(jnp.float32)
+
+
 def make_train_step(
     score: Callable[..., jax.Array],
     *,
+    packed_scores: Callable[..., jax.Array] | None = None,
     loss: Callable[..., jax.Array] = preference.ranking,
     join: Callable[[Any, Any], Any] = step.all_trained,
     micro_batches: int = 1,
@@ -49,15 +55,28 @@ def make_train_step(
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """Build ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)`` on a `types.Comparisons` batch.
 
-    ``score(params, tokens_BL, mask_BL=...) -> [B]``. ``loss(scores_K, ranks_K, where_K=...)`` is that of one prompt;
-    the batch's loss is the mean over the prompts that have a pair to learn from. ``score`` gets
+    ``score(params, tokens_BL, mask_BL=...) -> [B]``. With ``packed_scores(params, tokens_RL, segments_RL, places_BK)
+    -> [B, K]`` the step takes `types.PackedComparisons` as well, packed in as many groups as there are micro-batches,
+    and does the same with less padding. ``loss(scores_K, ranks_K, where_K=...)`` is that of one prompt; the batch's
+    loss is the mean over the prompts that have a pair to learn from. ``score`` and ``packed_scores`` get
     ``join(frozen, state.params)``. Adapters are trained together with a head of their own by
     ``join=lambda base, own: {**lora.attach(base, own["lora"], scale=...), "head": own["head"]}``; without a ``join``,
     ``frozen`` is not used. Nor is ``rng``. ``hyper``: ``learning_rate``, ``max_grad_norm`` (infinite for none).
     """
 
-    def loss_fn(frozen: Any, params: Any, batch: Comparisons, total: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        scores_BK = score_all(score, join(frozen, params), batch)
+    def scores(params: Any, batch: Comparisons | PackedComparisons) -> jax.Array:
+        if isinstance(batch, Comparisons):
+            return score_all(score, params, batch)
+        if packed_scores is None:
+            raise ValueError("the batch is packed, but make_train_step was given no packed_scores")
+        if batch.groups != micro_batches:
+            raise ValueError(f"the batch was packed in {batch.groups} groups for {micro_batches} micro-batches")
+        return score_all_packed(packed_scores, params, batch)
+
+    def loss_fn(
+        frozen: Any, params: Any, batch: Comparisons | PackedComparisons, total: jax.Array
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        scores_BK = scores(join(frozen, params), batch)
         losses_B = jax.vmap(lambda s, r, w: loss(s, r, where_K=w))(scores_BK, batch.ranks_BK, batch.where_BK)
         informative_B = jax.vmap(preference.has_pairs)(batch.ranks_BK, batch.where_BK)
         loss_sum = reduce.masked_sum(losses_B, where=informative_B, axis_name=axis_name)
@@ -69,7 +88,9 @@ def make_train_step(
         }
         return loss_sum / jnp.maximum(total, 1.0), logs
 
-    def train_step(state: Any, frozen: Any, hyper: Any, batch: Comparisons, rng: Any) -> tuple[Any, dict[str, Any]]:
+    def train_step(
+        state: Any, frozen: Any, hyper: Any, batch: Comparisons | PackedComparisons, rng: Any
+    ) -> tuple[Any, dict[str, Any]]:
         del rng
         informative_B = jax.vmap(preference.has_pairs)(batch.ranks_BK, batch.where_BK)
         total = reduce.masked_count(informative_B, where=informative_B, axis_name=axis_name).astype(jnp.float32)

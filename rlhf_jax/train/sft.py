@@ -20,11 +20,22 @@ from rlhf_jax.train import step
 
 @struct.dataclass
 class TokenBatch:
-    """Rows of tokens. ``mask_BL``: real tokens; ``loss_mask_BL``: those whose log-probability is trained on."""
+    """Rows of tokens. ``mask_BL``: real tokens; ``loss_mask_BL``: those whose log-probability is trained on.
+
+    ``segments_BL`` in packed rows alone: which sequence of the row each token belongs to (`data.packing`). The first
+    token of a sequence is predicted from nothing and has log-probability 0, whatever the loss mask says of it.
+    """
 
     tokens_BL: jax.Array
     mask_BL: jax.Array
     loss_mask_BL: jax.Array
+    segments_BL: jax.Array | None = None
+
+
+def batch_logprobs(token_logprobs: Callable[..., jax.Array], params: Any, batch: TokenBatch) -> jax.Array:
+    """``token_logprobs(params, tokens_BL, mask_BL=...)``, which gets ``segments_BL=...`` where the batch is packed."""
+    packed = {} if batch.segments_BL is None else {"segments_BL": batch.segments_BL}
+    return token_logprobs(params, batch.tokens_BL, mask_BL=batch.mask_BL, **packed)
 
 
 def make_train_step(
@@ -36,14 +47,15 @@ def make_train_step(
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """Build ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)``.
 
-    ``token_logprobs(params, tokens_BL, mask_BL=...) -> [B, L]`` is aligned as `lm.token_logprobs`; its ``params`` are
-    ``join(frozen, state.params)``. With ``join=partial(lm.lora.attach, scale=...)``, ``frozen`` is the base model and
-    the state holds adapters only; without a ``join``, ``frozen`` is not used. Nor is ``rng``.
+    ``token_logprobs(params, tokens_BL, mask_BL=...) -> [B, L]`` is aligned as `lm.token_logprobs`, and gets
+    ``segments_BL=...`` too where a batch is packed; its ``params`` are ``join(frozen, state.params)``. With
+    ``join=partial(lm.lora.attach, scale=...)``, ``frozen`` is the base model and the state holds adapters only;
+    without a ``join``, ``frozen`` is not used. Nor is ``rng``.
     ``hyper``: ``learning_rate``, and ``max_grad_norm`` (infinite for none).
     """
 
     def loss_fn(frozen: Any, params: Any, batch: TokenBatch, total: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        logprobs_BL = token_logprobs(join(frozen, params), batch.tokens_BL, mask_BL=batch.mask_BL)
+        logprobs_BL = batch_logprobs(token_logprobs, join(frozen, params), batch)
         nll = -reduce.masked_sum(logprobs_BL, where=batch.loss_mask_BL, axis_name=axis_name)
         return nll / jnp.maximum(total, 1), {"loss": metrics.Metric(nll, total / micro_batches)}
 

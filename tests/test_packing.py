@@ -1,0 +1,283 @@
+import dataclasses
+import functools
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rlhf_jax import lm, losses, parallel, types
+from rlhf_jax.data import errors, packing, tokenising
+from rlhf_jax.train import reward_model, sft
+from rlhf_jax.train import state as state_lib
+
+PAD = 0
+lengths_and_width = st.integers(1, 30).flatmap(
+    lambda width: st.tuples(st.lists(st.integers(0, width), max_size=40), st.just(width))
+)
+
+
+def pack(sequences, **how):
+    return packing.pack(sequences, pad_id=PAD, **{"counts": errors.DropCount(), **how})
+
+
+@hypothesis.given(lengths_and_width, st.randoms(use_true_random=False))
+def test_every_token_is_there_once_and_can_be_found(case, random):
+    lengths, width = case
+    # Token ids that occur once say where each token went; a pad id among them must not matter.
+    ids = iter(range(sum(lengths)))
+    sequences = [[next(ids) for _ in range(n)] for n in lengths]
+    learnt = [[random.random() < 0.5 for _ in range(n)] for n in lengths]
+    packed = pack(sequences, loss_masks=learnt, width=width)
+    assert sorted(packed.tokens_BL[packed.mask_BL]) == list(range(sum(lengths)))
+    for i, (ids_i, learnt_i) in enumerate(zip(sequences, learnt)):
+        row, segment, end = (int(x[i]) for x in (packed.places.row, packed.places.segment, packed.places.end))
+        if not ids_i:
+            assert segment == 0
+            continue
+        mine = packed.segments_BL[row] == segment
+        assert list(packed.tokens_BL[row, mine]) == ids_i and list(packed.loss_mask_BL[row, mine]) == learnt_i
+        assert np.flatnonzero(mine)[-1] == end and mine[end + 1 - len(ids_i) : end + 1].all()
+    # Segments count up from the left, and padding is at the end of a row.
+    steps = np.diff(np.concatenate([packed.segments_BL, np.zeros((len(packed.segments_BL), 1), np.int32)], axis=1))
+    assert np.all((steps >= 0) & (steps <= 1) | (packed.segments_BL + steps == 0))
+    np.testing.assert_array_equal(packed.mask_BL, packed.segments_BL > 0)
+    assert not packed.loss_mask_BL[~packed.mask_BL].any()
+    # Best fit leaves no two rows that one would hold.
+    used = np.sort(packed.mask_BL.sum(axis=1))
+    assert len(used) < 2 or used[0] + used[1] > width
+    again = pack(sequences, loss_masks=learnt, width=width)
+    jax.tree.map(np.testing.assert_array_equal, tuple(again), tuple(packed))
+
+
+def test_rows_are_filled_by_best_fit_the_longest_first():
+    packed = pack([[1, 1], [2, 2, 2], [3], [4, 4, 4, 4], [5, 5]], width=6)
+    np.testing.assert_array_equal(packed.tokens_BL, [[4, 4, 4, 4, 1, 1], [2, 2, 2, 5, 5, 3]])
+    np.testing.assert_array_equal(packed.segments_BL, [[1, 1, 1, 1, 2, 2], [1, 1, 1, 2, 2, 3]])
+    assert packed.fill == 1.0
+    np.testing.assert_array_equal(packed.places.row, [0, 1, 1, 0, 1])
+    np.testing.assert_array_equal(packed.places.segment, [2, 1, 3, 1, 2])
+    np.testing.assert_array_equal(packed.places.end, [5, 2, 5, 3, 4])
+    more = pack([[1, 1], [2]], width=4, rows=3)
+    np.testing.assert_array_equal(more.tokens_BL, [[1, 1, 2, PAD], [PAD] * 4, [PAD] * 4])
+    assert more.fill == 0.25 and pack([], width=4).tokens_BL.shape == (0, 4)
+
+
+def test_what_is_too_long_is_counted():
+    sequences = [[1] * 3] * 9 + [[2] * 6]
+    counts = errors.DropCount(max_dropped=0.1)
+    packed = pack(sequences, width=4, counts=counts)
+    assert counts.dropped == {"longer than a row": 1} and packed.mask_BL.sum() == 27
+    assert packed.places.segment[9] == 0
+    counts = errors.DropCount()
+    assert pack(sequences, width=4, counts=counts, truncate=True).mask_BL.sum() == 31
+    assert counts.truncated == {"cut at the width of a row": 1} and not counts.dropped
+    with pytest.raises(errors.DataError, match=r"packed sequences: 1 of 10 records dropped \(longer than a row 1\)"):
+        pack(sequences, width=4)
+    with pytest.raises(errors.DataError, match="2 sequences fill 2 rows of 4, more than rows = 1"):
+        pack([[1] * 3] * 2, width=4, rows=1)
+    with pytest.raises(errors.DataError, match="loss masks differ"):
+        pack([[1, 2]], loss_masks=[[True]], width=4)
+    with pytest.raises(ValueError, match="a piece of 5"):
+        packing.best_fit([5], width=4)
+
+
+# ------------------------------------------------------------------------------------------ packed equals unpacked
+
+SMALL: dict[str, Any] = dict(vocab_size=20, n_layers=2, d_model=16, n_heads=2, d_mlp=24, max_length=48)
+ROPE = lm.LMConfig(**SMALL)
+CONFIGS = {
+    "rope": ROPE,
+    "learned": lm.LMConfig(**SMALL, positions="learned", norm="layernorm", gated_mlp=False, tie_embeddings=True),
+}
+if any(field.name == "sliding_window" for field in dataclasses.fields(lm.LMConfig)):
+    CONFIGS["window"] = dataclasses.replace(ROPE, sliding_window=3)
+each_config = pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS.keys())
+P, T, WIDTH = 5, 7, 24
+
+
+@functools.cache
+def model(cfg, seed=0):
+    shapes = lm.abstract(cfg, head=True)
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), jnp.float32), shapes)
+
+
+def demonstrations(n=10) -> Any:
+    """Padded rows of prompts and answers of many lengths."""
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(1, 20, size=rng.integers(1, P + 1)).tolist() for _ in range(n)]
+    answers = [rng.integers(1, 20, size=rng.integers(1, T + 1)).tolist() for _ in range(n)]
+    counts = errors.DropCount()
+    return tokenising.demonstration_rows(prompts, answers, prompt_width=P, response_width=T, pad_id=PAD, counts=counts)
+
+
+def comparisons(B=6, K=4) -> Any:
+    rng = np.random.default_rng(4)
+    n_B = rng.integers(2, K + 1, size=B)
+    answers = [[rng.integers(1, 20, size=rng.integers(1, T + 1)).tolist() for _ in range(n)] for n in n_B]
+    ranks = [rng.integers(1, 4, size=n).tolist() for n in n_B]
+    prompts = [rng.integers(1, 20, size=rng.integers(1, P + 1)).tolist() for _ in range(B)]
+    counts = errors.DropCount()
+    return tokenising.ranking_rows(prompts, answers, ranks, prompt_width=P, response_width=T, pad_id=PAD, counts=counts)
+
+
+def on_device(tree):
+    return jax.tree.map(jnp.asarray, tree)
+
+
+def alike(got, want):
+    """Values and gradients agree within 1e-5, relative to the largest entry of each array."""
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(want))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * scale, rtol=1e-5), got, want)
+
+
+def packed_demonstrations(rows) -> Any:
+    return packing.pack_rows(rows, width=WIDTH, pad_id=PAD, counts=errors.DropCount())
+
+
+@each_config
+def test_each_token_of_packed_rows_is_what_it_is_alone(cfg):
+    rows = demonstrations()
+    packed = packed_demonstrations(rows)
+    assert len(packed.tokens_BL) < len(rows.tokens_BL) / 1.5 and packed.fill > 0.75
+
+    @jax.jit
+    def read(params, tokens, mask, segments):
+        how: dict[str, Any] = dict(cfg=cfg, mask_BL=mask, segments_BL=segments)
+        return (
+            lm.token_logprobs(params, tokens, temperature=0.7, **how),
+            lm.values(params, tokens, **how),
+            lm.greedy_matches(params, tokens, chunk=5, **how),
+        )
+
+    alone = read(model(cfg), rows.tokens_BL, rows.mask_BL, None)
+    # Ids at padding are never read, and a mask that is not given is where the segments are.
+    junk = np.where(packed.mask_BL, packed.tokens_BL, -7)
+    for together in (
+        read(model(cfg), packed.tokens_BL, packed.mask_BL, packed.segments_BL),
+        read(model(cfg), junk, None, packed.segments_BL),
+    ):
+        for got, want in zip(together, alone):
+            assert not np.any(np.asarray(got)[~packed.mask_BL])
+            for i in range(len(rows.tokens_BL)):
+                mine = packed.segments_BL[packed.places.row[i]] == packed.places.segment[i]
+                found = np.asarray(got)[packed.places.row[i]][mine]
+                np.testing.assert_allclose(found, np.asarray(want)[i][rows.mask_BL[i]], atol=1e-5)
+                assert found[0] == 0
+
+
+@each_config
+def test_packed_supervised_training(cfg):
+    rows = demonstrations()
+    packed = packed_demonstrations(rows)
+    step = parallel.jit_step(sft.make_train_step(functools.partial(lm.token_logprobs, cfg=cfg)))
+    hyper = {"learning_rate": np.float32(1.0), "max_grad_norm": np.float32(np.inf)}
+
+    def run(batch):
+        state = state_lib.create(model(cfg), optax.scale(-1.0))
+        state, logs = step(state, None, hyper, on_device(batch), jax.random.key(0))
+        return logs["loss"].value(), jax.tree.map(jnp.subtract, state.params, model(cfg))
+
+    want = run(sft.TokenBatch(*rows))
+    got = run(sft.TokenBatch(packed.tokens_BL, packed.mask_BL, packed.loss_mask_BL, packed.segments_BL))
+    alike(got[0], want[0])
+    alike(got[1], want[1])
+    assert float(want[0]) > 0.5
+
+
+@functools.cache
+def ranking_step(cfg, micro_batches=1):
+    score, packed_scores = (functools.partial(f, cfg=cfg) for f in (lm.score, lm.packed_scores))
+    return parallel.jit_step(
+        reward_model.make_train_step(score, packed_scores=packed_scores, micro_batches=micro_batches)
+    )
+
+
+def ranking_update(cfg, batch, micro_batches=1):
+    hyper = {"learning_rate": np.float32(1.0), "max_grad_norm": np.float32(np.inf)}
+    state = state_lib.create(model(cfg), optax.scale(-1.0))
+    step = ranking_step(cfg, micro_batches)
+    state, logs = step(state, None, hyper, on_device(batch), jax.random.key(0))
+    return logs, jax.tree.map(jnp.subtract, state.params, model(cfg))
+
+
+@each_config
+def test_packed_reward_model_training(cfg):
+    batch = comparisons()
+    logs, change = ranking_update(cfg, batch)
+    packed = packing.pack_comparisons(batch, width=WIDTH, pad_id=PAD)
+    packed_logs, packed_change = ranking_update(cfg, packed)
+    for name in ("loss", "accuracy", "score"):
+        np.testing.assert_allclose(packed_logs[name].value(), logs[name].value(), rtol=1e-5)
+    alike(packed_change, change)
+    B, K = batch.where_BK.shape
+    assert packed.tokens_RL.shape[0] * WIDTH < 0.7 * B * K * (P + T)
+
+
+def test_packed_reward_model_training_in_micro_batches():
+    batch = comparisons()
+    want = ranking_update(ROPE, batch)[1]
+    packed = packing.pack_comparisons(batch, width=WIDTH, pad_id=PAD, groups=3)
+    alike(ranking_update(ROPE, packed, micro_batches=3)[1], want)
+    with pytest.raises(ValueError, match="packed in 3 groups for 1 micro-batches"):
+        ranking_update(ROPE, packed)
+    with pytest.raises(ValueError, match="no packed_scores"):
+        step = reward_model.make_train_step(functools.partial(lm.score, cfg=ROPE))
+        step(state_lib.create(model(ROPE), optax.scale(-1.0)), None, {}, on_device(packed), None)
+    with pytest.raises(ValueError, match="4 groups do not divide 6 prompts"):
+        packing.pack_comparisons(batch, width=WIDTH, pad_id=PAD, groups=4)
+    with pytest.raises(errors.DataError, match="longer than a row"):
+        packing.pack_comparisons(batch, width=3, pad_id=PAD)
+    fixed = packing.pack_comparisons(batch, width=WIDTH, pad_id=PAD, rows=18, groups=3)
+    assert fixed.tokens_RL.shape == (18, WIDTH)
+    alike(ranking_update(ROPE, fixed, micro_batches=3)[1], want)
+
+
+@each_config
+def test_packed_dpo(cfg):
+    """Pairs of answers; chosen and rejected of one prompt need not be in one row."""
+    rows = demonstrations(10)
+    packed = packed_demonstrations(rows)
+    pairs = {"chosen": np.arange(0, 10, 2), "rejected": np.arange(1, 10, 2)}
+    reference = model(cfg, seed=1)
+
+    def dpo(policy_N, reference_N):
+        four = (x_N[pairs[which]] for x_N in (policy_N, reference_N) for which in ("chosen", "rejected"))
+        return losses.dpo(*four, beta=0.1).mean()
+
+    def padded_sums(params):
+        logprobs_BL = lm.token_logprobs(params, rows.tokens_BL, cfg=cfg, mask_BL=rows.mask_BL)
+        return jnp.sum(jnp.where(rows.loss_mask_BL, logprobs_BL, 0.0), axis=1)
+
+    def packed_sums(params):
+        logprobs_BL = lm.token_logprobs(params, packed.tokens_BL, cfg=cfg, segments_BL=packed.segments_BL)
+        return lm.packed_sums(logprobs_BL, packed.segments_BL, packed.places, where_BL=packed.loss_mask_BL)
+
+    want, got = (
+        jax.jit(jax.value_and_grad(lambda params, sums=sums: dpo(sums(params), sums(reference))))(model(cfg))
+        for sums in (padded_sums, packed_sums)
+    )
+    alike(got[0], want[0])
+    alike(got[1], want[1])
+    assert abs(float(want[0]) - np.log(2)) > 1e-3
+
+
+def test_sums_and_means_of_sequences():
+    x = jnp.array([[1.0, 2.0, 3.0, np.nan], [4.0, 5.0, 6.0, 7.0]])
+    segments = jnp.array([[1, 1, 2, 0], [1, 2, 2, 2]])
+    where = jnp.array([[True, True, True, False], [True, False, True, True]])
+    places = types.Places(*(jnp.array(n) for n in ([[0, 0], [1, 1], [0, 0]], [[1, 2], [1, 2], [0, 0]], [[0] * 2] * 3)))
+    sums = lm.packed_sums(x, segments, places, where_BL=where)
+    np.testing.assert_array_equal(sums, [[3.0, 3.0], [4.0, 13.0], [0.0, 0.0]])
+    np.testing.assert_array_equal(lm.packed_sums(x, segments, places)[1], [4.0, 18.0])
+    means = lm.packed_means(x, segments, places, where_BL=where)
+    np.testing.assert_array_equal(means, [[1.5, 3.0], [4.0, 6.5], [0.0, 0.0]])
+    gradient = jax.grad(
+        lambda x: (lm.packed_sums(x, segments, places, where_BL=where) * jnp.arange(6.0).reshape(3, 2)).sum()
+    )(x)
+    np.testing.assert_array_equal(gradient, [[0, 0, 1, 0], [2, 0, 3, 3]])
