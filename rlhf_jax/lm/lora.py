@@ -67,9 +67,10 @@ def table(cfg: config.LMConfig, *, rank: int, pattern: str | Sequence[str]) -> d
     if rank < 1:
         raise ValueError(f"rank is {rank!r}; it must be at least 1")
     kernels = {name: row for name, row in lm_params.table(cfg).items() if re.fullmatch("layers/.*/kernel", name)}
-    chosen = set().union(
-        *(_matching(one, list(kernels)) for one in ([pattern] if isinstance(pattern, str) else pattern))
-    )
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    chosen = set().union(*(_matching(one, list(kernels)) for one in patterns))
+    if not chosen:
+        raise ValueError("no pattern was given, so there is nothing to adapt")
     rows = {}
     for name, kernel in kernels.items():
         if name in chosen:
