@@ -43,16 +43,19 @@ def causal(mask_BL: jax.Array, segments_BL: jax.Array | None = None) -> jax.Arra
     Padding sees itself too, so that no row of attention is empty; no real token sees padding.
     """
     columns = jnp.arange(mask_BL.shape[1])
-    seen_BLL = visible(columns, columns, mask_BL)
+    seen_BLL = visible(columns[None, :], columns, mask_BL)
     if segments_BL is None:
         return seen_BLL
     return seen_BLL & (segments_BL[:, :, None] == segments_BL[:, None, :])
 
 
-def visible(query_columns_L: jax.Array, key_columns_S: jax.Array, mask_BS: jax.Array) -> jax.Array:
-    """``[B,L,S]``: the query in column l sees itself and the real keys in columns before it."""
-    before = key_columns_S[None, None, :] < query_columns_L[None, :, None]
-    itself = key_columns_S[None, None, :] == query_columns_L[None, :, None]
+def visible(query_columns_BL: jax.Array, key_columns_S: jax.Array, mask_BS: jax.Array) -> jax.Array:
+    """``[B,L,S]``: the query in a column sees itself and the real keys in columns before it.
+
+    ``query_columns_BL`` may have one row for all.
+    """
+    before = key_columns_S[None, None, :] < query_columns_BL[:, :, None]
+    itself = key_columns_S[None, None, :] == query_columns_BL[:, :, None]
     return (before & mask_BS[:, None, :]) | itself
 
 

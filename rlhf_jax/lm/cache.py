@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,8 @@ class KVCache:
     positions_BS: jax.Array
     """int32, the position of each token, which a sliding window is measured in."""
     length: jax.Array
-    """int32 scalar: slots filled so far, padding included; the next token goes to this slot."""
+    """int32: slots filled so far, padding included; the next token goes to this slot. A scalar, or ``[B]`` where rows
+    are at different places (:mod:`rlhf_jax.generation.continuous`)."""
 
     @property
     def slots(self) -> int:
@@ -55,7 +57,7 @@ def append_tokens(cache: KVCache, mask_BL: jax.Array, positions_BL: jax.Array) -
     """Return the cache with L more slots, real or not, and where they stand; :func:`append_layer` has the keys."""
 
     def put(slots_BS: jax.Array, new_BL: jax.Array) -> jax.Array:
-        return lax.dynamic_update_slice_in_dim(slots_BS, new_BL.astype(slots_BS.dtype), cache.length, axis=1)
+        return _put(slots_BS, new_BL.astype(slots_BS.dtype), cache.length, axis=1)
 
     return dataclasses.replace(
         cache,
@@ -67,4 +69,11 @@ def append_tokens(cache: KVCache, mask_BL: jax.Array, positions_BL: jax.Array) -
 
 def append_layer(slots_BGSC: jax.Array, new_BGLC: jax.Array, length: jax.Array) -> jax.Array:
     """Write L new keys (or values) of one layer behind the ``length`` that are there."""
-    return lax.dynamic_update_slice_in_dim(slots_BGSC, new_BGLC.astype(slots_BGSC.dtype), length, axis=2)
+    return _put(slots_BGSC, new_BGLC.astype(slots_BGSC.dtype), length, axis=2)
+
+
+def _put(slots: jax.Array, new: jax.Array, length: jax.Array, *, axis: int) -> jax.Array:
+    if length.ndim == 0:
+        return lax.dynamic_update_slice_in_dim(slots, new, length, axis=axis)
+    one_row = functools.partial(lax.dynamic_update_slice_in_dim, axis=axis - 1)
+    return jax.vmap(one_row)(slots, new, length)

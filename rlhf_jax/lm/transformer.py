@@ -152,8 +152,8 @@ def _continue(
         read_B = cache.mask_BS.sum(axis=1, dtype=jnp.int32)
         positions_BL = read_B[:, None] + default_positions(mask_BL)
     grown = kv_cache.append_tokens(cache, mask_BL, positions_BL)
-    columns_L = cache.length + jnp.arange(tokens_BL.shape[1])
-    seen_BLS = attention.visible(columns_L, jnp.arange(cache.slots), grown.mask_BS)
+    columns_BL = jnp.atleast_1d(cache.length)[:, None] + jnp.arange(tokens_BL.shape[1])[None, :]
+    seen_BLS = attention.visible(columns_BL, jnp.arange(cache.slots), grown.mask_BS)
     far, near = _views(seen_BLS, positions_BL, grown.positions_BS, cfg)
 
     x_BLD = _embed(params, tokens_BL, mask_BL, positions_BL, cfg)
