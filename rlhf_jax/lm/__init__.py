@@ -1,5 +1,6 @@
 """The language model: pure functions on a nested dict of arrays."""
 
+from rlhf_jax.lm import lora, peft
 from rlhf_jax.lm.alignment import response_map_with, token_map_with
 from rlhf_jax.lm.cache import KVCache
 from rlhf_jax.lm.cache import create as create_cache
@@ -62,12 +63,14 @@ __all__ = [
     "load_config",
     "logical_axes",
     "logits",
+    "lora",
     "packed_means",
     "packed_scores",
     "packed_scores_with",
     "packed_sums",
     "response_listed_logprobs",
     "response_listed_logprobs_with",
+    "peft",
     "response_logprobs",
     "response_logprobs_with",
     "response_map_with",
