@@ -3,6 +3,7 @@
     python experiments/instructgpt.py                            under 5 minutes on two CPU cores, 2 GB
     python experiments/instructgpt.py --preset smoke             all of it in under a minute, too short to learn much
     python experiments/instructgpt.py --data.path FILE.jsonl.gz  the same on human comparisons in Anthropic's format
+    python experiments/instructgpt.py --model PATH               the same from a model you have, in Hugging Face form
     python experiments/instructgpt.py --resume runs/NAME         go on with a run that was stopped or killed
 
 Stages: a base model from a built-in world's corpus; two supervised recipes; comparisons ranked by simulated labelers; a
@@ -40,7 +41,7 @@ import pathlib  # noqa: E402
 import resource  # noqa: E402
 
 import tyro  # noqa: E402
-from pipeline import evaluation, rundir, settings, stages, tasks  # noqa: E402
+from pipeline import evaluation, rundir, settings, stages, start, tasks  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from rlhf_jax import checkpoint, console, lm, metrics, report  # noqa: E402
@@ -65,14 +66,21 @@ def parse(arguments: list[str]) -> settings.Settings:
     name = _peek(arguments, "--preset") or "default"
     resume = _peek(arguments, "--resume")
     dialogues = _peek(arguments, "--data.path") is not None
-    start = rundir.saved_settings(resume) if resume else settings.preset(name, dialogues=dialogues)
-    asked = tyro.cli(settings.Settings, args=arguments, default=start, prog="instructgpt.py", description=__doc__)
-    if resume and dataclasses.replace(asked, resume=None) != dataclasses.replace(start, resume=None):
+    started = _peek(arguments, "--model") is not None
+    if resume:
+        begin = rundir.saved_settings(resume)
+    else:
+        begin = settings.preset(name, dialogues=dialogues, started=started)
+    asked = tyro.cli(settings.Settings, args=arguments, default=begin, prog="instructgpt.py", description=__doc__)
+    if resume and dataclasses.replace(asked, resume=None) != dataclasses.replace(begin, resume=None):
         raise settings.SettingError(
             f"--resume {resume} goes on with the settings of its config.json; give no other setting beside it"
         )
     settings.check(asked)
-    return asked
+    if asked.model is None:
+        return asked
+    # Absolute, so that the run can be resumed from anywhere.
+    return dataclasses.replace(asked, model=str(pathlib.Path(asked.model).absolute()))
 
 
 def _peek(arguments: list[str], flag: str) -> str | None:
@@ -94,11 +102,20 @@ def run(asked: settings.Settings) -> dict:
         _say(out, f"{asked.resume} is finished; nothing was run")
         return finished
     path = pathlib.Path(asked.resume) if asked.resume else rundir.free_path(asked)
-    task = tasks.make_task(asked)  # a file that cannot be used is refused before anything is written
-    folder = rundir.RunFolder(path) if asked.resume else rundir.create(path, asked)
+    # A model or a file that cannot be used is refused before anything is written.
+    model_files = start.fingerprint(asked.model) if asked.model else None
+    if asked.resume and model_files:
+        rundir.same_model(asked.resume, asked, model_files)
+    begin = start.load(asked.model) if asked.model else None
+    task = tasks.make_task(asked, begin)
+    folder = rundir.RunFolder(path) if asked.resume else rundir.create(path, asked, model_files=model_files)
     _say(out, f"writing to {folder.path}; data: {task.dropped.report()}")
+    if begin is not None:
+        _say(out, f"from {begin.path} ({begin.cfg.model_type}); chat template: {begin.fmt.origin}")
     with console.StageProgress(list(WEIGHTS.items())) as progress:
-        job = stages.make_job(asked, task, checkpoints=folder.checkpoints, log=folder.log, progress=progress)
+        job = stages.make_job(
+            asked, task, start=begin, checkpoints=folder.checkpoints, log=folder.log, progress=progress
+        )
         base = stages.pretrain(job)
         sft = stages.supervised(job, "sft", base, epochs=asked.sft.epochs, mix=0.0)
         sft_mix = stages.supervised(job, "sft_mix", base, epochs=asked.sft.mix_epochs, mix=asked.sft.mix)
@@ -121,8 +138,8 @@ def run(asked: settings.Settings) -> dict:
         **found,
     }
     results = rundir.finite(results)
-    lm.save(folder.path / "policy", job.cfg, ppo_ptx, tokenizer=task.tokenizer)
-    lm.save(folder.path / "reward_model", job.cfg, reward, tokenizer=task.tokenizer)
+    for name, params in (("policy", ppo_ptx), ("reward_model", reward)):
+        lm.save(folder.path / name, job.cfg, params, tokenizer=task.tokenizer, pad_id=task.fmt.pad_id)
     report.write_report(
         folder.path / "report.html",
         results,

@@ -31,8 +31,9 @@ def test_every_field_is_read_and_explained(cls, name):
 
 @pytest.mark.parametrize("name", ["default", "smoke"])
 @pytest.mark.parametrize("dialogues", [False, True])
-def test_presets_are_in_range_and_survive_the_configuration_file(name, dialogues):
-    made = settings.preset(name, dialogues=dialogues)
+@pytest.mark.parametrize("started", [False, True])
+def test_presets_are_in_range_and_survive_the_configuration_file(name, dialogues, started):
+    made = settings.preset(name, dialogues=dialogues, started=started)
     settings.check(made)
     assert settings.from_dict(settings.as_dict(made)) == made
 
@@ -44,7 +45,7 @@ def test_a_configuration_of_another_version_is_refused():
         settings.from_dict(values)
 
 
-@pytest.mark.parametrize(("part", "name", "value"), [("ppo", "clip", 0.0), ("model", "heads", 5), ("sft", "mix", 1.0)])
+@pytest.mark.parametrize(("part", "name", "value"), [("ppo", "clip", 0.0), ("net", "heads", 5), ("sft", "mix", 1.0)])
 def test_values_out_of_range_name_their_flag(part, name, value):
     made = settings.preset("default")
     broken = dataclasses.replace(made, **{part: dataclasses.replace(getattr(made, part), **{name: value})})

@@ -71,14 +71,10 @@ def evaluate(job: Job, policies: dict[str, types.Params], reward: types.Params) 
     key = job.key("evaluate")
     measured: dict[str, Measured] = {}
     for number, (name, policy) in enumerate(policies.items()):
-        answers = job.sampler(
-            policy, reference, reward, prompts.tokens_BP, prompts.mask_BP, jax.random.fold_in(key, number)
-        )
+        answers = job.sampler(policy, reference, reward, prompts, jax.random.fold_in(key, number))
         measured[name] = Measured(answers, _numbers(job, answers) | probe(policy))
         job.progress.update("evaluate", number + 1, len(policies) + 2)
-    again = job.sampler(
-        policies["sft"], reference, reward, prompts.tokens_BP, prompts.mask_BP, jax.random.fold_in(key, 100)
-    )
+    again = job.sampler(policies["sft"], reference, reward, prompts, jax.random.fold_in(key, 100))
     best, curve = _best_of_n(job, policies["sft_mix"], reward, jax.random.fold_in(key, 101))
     measured["best_of_n"] = best
     job.progress.update("evaluate", len(policies) + 1, len(policies) + 2)
@@ -118,6 +114,8 @@ def _numbers(job: Job, answers: Answers) -> dict[str, Any]:
         "stopped": float(np.mean(answers.stopped_B)),
         "diversity": float(diagnostics.distinct_n(said, n=2)),
     }
+    if answers.unknown_B is not None:
+        numbers["unknown_words"] = float(np.mean(answers.unknown_B))
     judged = answers.gold
     if judged is not None:
         stated, harmful = judged.stated > 0, judged.harmful_request
@@ -194,8 +192,7 @@ def _best_of_n(job: Job, policy: types.Params, reward: types.Params, rng: jax.Ar
     settings = job.settings.evaluation
     n, N = settings.best_of, min(settings.best_of_prompts, len(job.task.eval_prompts))
     prompts = job.task.eval_prompts.take(N)
-    rows = np.repeat(np.arange(N), n)
-    pool = job.sampler(policy, policy, reward, prompts.tokens_BP[rows], prompts.mask_BP[rows], rng)
+    pool = job.sampler(policy, policy, reward, prompts.at(np.repeat(np.arange(N), n)), rng)
     pick = np.arange(N) * n + pool.scores_B.reshape(N, n).argmax(axis=1)
     best = jax.tree.map(lambda x: x[pick], pool)
     numbers = _numbers(job, best) | {"kl": float(diagnostics.best_of_n_kl(n)), "n": n, "prompts": N}

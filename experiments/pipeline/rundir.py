@@ -15,6 +15,8 @@ from . import settings as settings_lib
 from .settings import SettingError, Settings
 
 CONFIG, RESULTS = "config.json", "results.json"
+MODEL_FILES = "model_files"
+"""Beside the settings in config.json."""
 
 
 class RunFolder:
@@ -62,11 +64,14 @@ def free_path(settings: Settings) -> pathlib.Path:
     return path
 
 
-def create(path: pathlib.Path, settings: Settings) -> RunFolder:
-    """Make the folder of a new run; raises SettingError if it cannot be made."""
+def create(path: pathlib.Path, settings: Settings, *, model_files: str | None = None) -> RunFolder:
+    """Make the folder of a new run; raises SettingError if it cannot be made.
+
+    ``model_files``: the fingerprint of the model that the run starts from.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        write_json(path / CONFIG, settings_lib.as_dict(settings))
+        write_json(path / CONFIG, settings_lib.as_dict(settings) | {MODEL_FILES: model_files})
     except OSError as error:
         raise SettingError(f"--out {path} cannot be written: {error.strerror}") from error
     return RunFolder(path)
@@ -74,14 +79,23 @@ def create(path: pathlib.Path, settings: Settings) -> RunFolder:
 
 def saved_settings(resume: str) -> Settings:
     """The settings of the run in a folder; raises SettingError if there is none."""
+    return settings_lib.from_dict(_saved(resume))
+
+
+def same_model(resume: str, settings: Settings, model_files: str) -> None:
+    """Raise SettingError if the model that a run started from is not what it was."""
+    if _saved(resume).get(MODEL_FILES) != model_files:
+        raise SettingError(f"--resume {resume} cannot go on: the files in {settings.model} have changed since it began")
+
+
+def _saved(resume: str) -> dict[str, Any]:
     path = pathlib.Path(resume) / CONFIG
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SettingError(f"--resume {resume} holds no run: there is no {path}") from None
     except (OSError, ValueError) as error:
         raise SettingError(f"--resume {resume}: {path} cannot be read ({error})") from error
-    return settings_lib.from_dict(values)
 
 
 def finished_results(resume: str) -> dict[str, Any] | None:

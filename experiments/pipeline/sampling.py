@@ -13,8 +13,10 @@ from rlhf_jax import kl, types
 from rlhf_jax.simulation import gold
 from rlhf_jax.train import ppo
 
+from . import tasks, words
+
 CHUNK, LONG_CHUNK = 512, 128
-"""Prompts a call, in the built-in world and in dialogues: one shape, so one program."""
+"""Prompts a call, in the words of the built-in world and in longer rows: one shape, so one program."""
 
 
 @struct.dataclass
@@ -31,27 +33,25 @@ class Answers:
     """Log-ratio of policy and reference, summed over the answer, in nats."""
     gold: gold.Utility
     """Judgement by the gold utility; None where there is no gold."""
+    unknown_B: np.ndarray | None = None
+    """Share of words that the built-in world does not know, where answers had to be read as text."""
 
 
 class Sampler:
     """Samples, scores and judges in chunks of fixed shape."""
 
-    def __init__(self, models: ppo.Models, *, tables: gold.Tables | None) -> None:
+    def __init__(self, models: ppo.Models, *, task: tasks.Task) -> None:
         """Build the programs; nothing is compiled yet."""
-        judge = jax.vmap(gold.utility, in_axes=(None, 0, 0, 0))
-        self._chunk = LONG_CHUNK if tables is None else CHUNK
+        self._task = task
+        self._chunk = CHUNK if task.speaks_world else LONG_CHUNK
 
         def run(policy: Any, reference: Any, reward: Any, prompts_BP: Any, mask_BP: Any, rng_B: Any) -> Any:
-            P = prompts_BP.shape[1]
             rollout = models.generate(policy, rng_B, prompts_BP, mask_BP, 1.0)
             ours_BT, _ = models.logprobs(policy, rollout.tokens_BL, rollout.mask_BL, 1.0)
             theirs_BT, _ = models.logprobs(reference, rollout.tokens_BL, rollout.mask_BL, 1.0)
             kl_BT = jnp.where(rollout.response_mask_BT, kl.k1(ours_BT, theirs_BT), 0.0)
             scores_B = jnp.zeros(prompts_BP.shape[0]) if reward is None else models.score(reward, rollout)
-            judged = None
-            if tables is not None:
-                judged = judge(tables, prompts_BP, rollout.tokens_BL[:, P:], rollout.response_mask_BT)
-            return rollout, scores_B, kl_BT.sum(axis=1), judged
+            return rollout, scores_B, kl_BT.sum(axis=1)
 
         self._run = jax.jit(run)
         self._score = jax.jit(
@@ -60,18 +60,17 @@ class Sampler:
             )
         )
 
-    def __call__(
-        self, policy: Any, reference: Any, reward: Any, prompts_BP: np.ndarray, mask_BP: np.ndarray, rng: jax.Array
-    ) -> Answers:
+    def __call__(self, policy: Any, reference: Any, reward: Any, prompts: tasks.PromptSet, rng: jax.Array) -> Answers:
         """One answer to each prompt; ``rng`` is consumed. Row i's sample depends on its own prompt and i alone."""
-        n, chunk = len(prompts_BP), self._chunk
+        n, chunk = len(prompts), self._chunk
         rng_B = jax.random.split(rng, -(-n // chunk) * chunk)
         parts = []
         for start in range(0, n, chunk):
             rows = np.minimum(np.arange(start, start + chunk), n - 1)  # the last prompt fills the last chunk
-            out = self._run(policy, reference, reward, prompts_BP[rows], mask_BP[rows], rng_B[start : start + chunk])
-            parts.append(jax.device_get(out))
-        rollout, scores_B, kl_B, judged = jax.tree.map(lambda *x: np.concatenate(x)[:n], *parts)
+            asked = prompts.tokens_BP[rows], prompts.mask_BP[rows]
+            parts.append(jax.device_get(self._run(policy, reference, reward, *asked, rng_B[start : start + chunk])))
+        rollout, scores_B, kl_B = jax.tree.map(lambda *x: np.concatenate(x)[:n], *parts)
+        judged, unknown_B = self._judged(prompts, rollout)
         return Answers(
             tokens_BL=rollout.tokens_BL,
             mask_BL=rollout.mask_BL,
@@ -81,7 +80,20 @@ class Sampler:
             scores_B=scores_B,
             kl_B=kl_B,
             gold=judged,
+            unknown_B=unknown_B,
         )
+
+    def _judged(self, prompts: tasks.PromptSet, rollout: types.Rollout) -> tuple[Any, np.ndarray | None]:
+        """Gold judgement where there is gold; the share of unknown words where answers are read as text for it."""
+        task = self._task
+        if task.world is None or prompts.words_BP is None:
+            return None, None
+        tokens_BT = np.asarray(rollout.tokens_BL)[:, task.prompt_width :]
+        mask_BT = np.asarray(rollout.response_mask_BT)
+        if task.speaks_world:
+            return words.judge(task.world.tables, prompts.words_BP, tokens_BT, mask_BT), None
+        read = words.read(task.fmt, tokens_BT, mask_BT)
+        return words.judge(task.world.tables, prompts.words_BP, read.words_BT, read.mask_BT), read.unknown_B
 
     def score(self, reward: Any, tokens_BL: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
         """Reward-model scores of given rows."""

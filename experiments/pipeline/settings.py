@@ -20,7 +20,7 @@ class Data:
     max_dropped: float = 0.01
     """Share of records that may be dropped before the run refuses the file."""
     vocab_size: int = 1024
-    """Of the byte-level BPE tokenizer trained on the file's training dialogues."""
+    """Of the byte-level BPE tokenizer trained on the file's training dialogues; --model brings its own tokenizer."""
     prompt_width: int = 128
     """Tokens of a prompt; older turns of a longer one are dropped, and counted."""
     response_width: int = 64
@@ -50,8 +50,8 @@ class World:
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
-    """A small Llama: rotary positions, RMS norms, gated mlp."""
+class Net:
+    """The model of a run that starts from nothing, a small Llama: rotary positions, RMS norms, gated mlp."""
 
     layers: int = 3
     """Layers."""
@@ -181,6 +181,8 @@ class Evaluation:
 class Settings:
     """From a base model to PPO-ptx: pretraining, SFT, reward model, PPO, PPO-ptx, evaluation, report."""
 
+    model: str | None = None
+    """Start from the model and the tokenizer in this folder of Hugging Face form; none: from nothing, with --net."""
     preset: str = "default"
     """`default`: under 5 minutes on two CPU cores; `smoke`: all of it in under a minute, too short to learn much."""
     seed: int = 0
@@ -193,7 +195,7 @@ class Settings:
     """Checkpoints within a stage; a run that is killed loses no more than the time between two."""
     data: Data = dataclasses.field(default_factory=Data)
     world: World = dataclasses.field(default_factory=World)
-    model: Model = dataclasses.field(default_factory=Model)
+    net: Net = dataclasses.field(default_factory=Net)
     pretrain: Pretrain = dataclasses.field(default_factory=Pretrain)
     sft: SFT = dataclasses.field(default_factory=SFT)
     comparisons: Comparisons = dataclasses.field(default_factory=Comparisons)
@@ -203,7 +205,7 @@ class Settings:
 
 
 SMOKE: dict[str, dict[str, Any]] = {
-    "model": {"layers": 2, "width": 64, "mlp": 128},
+    "net": {"layers": 2, "width": 64, "mlp": 128},
     "pretrain": {"documents": 6000, "steps": 60, "batch": 32},
     "sft": {"demonstrations": 640, "epochs": 2, "mix_epochs": 2},
     "comparisons": {"prompts": 96, "max_k": 5},
@@ -229,20 +231,29 @@ DIALOGUES: dict[str, dict[str, Any]] = {
 """What both presets change for a file of dialogues, whose rows are five times as long."""
 
 
-def preset(name: str, *, dialogues: bool = False) -> Settings:
-    """The settings that a preset starts from, for the built-in world or for a file of dialogues."""
+STARTED: dict[str, dict[str, Any]] = {
+    "sft": {"learning_rate": 1e-4},
+    "reward_model": {"learning_rate": 5e-5},
+    "ppo": {"learning_rate": 2e-5, "critic_learning_rate": 5e-5},
+}
+"""What both presets change for a given model: rates for some 100 million parameters, which larger ones want lower."""
+
+
+def preset(name: str, *, dialogues: bool = False, started: bool = False) -> Settings:
+    """The settings that a preset starts from: for the built-in world or a file, from nothing or from a given model."""
     if name not in ("default", "smoke"):
         raise SettingError(f"--preset is {name!r}; it must be default or smoke")
     settings = Settings(preset=name)
-    for changes in ([DIALOGUES] if dialogues else []) + ([SMOKE] if name == "smoke" else []):
+    asked = ((SMOKE, name == "smoke"), (STARTED, started))
+    for changes in ([DIALOGUES] if dialogues else []) + [changes for changes, on in asked if on]:
         parts = {part: dataclasses.replace(getattr(settings, part), **change) for part, change in changes.items()}
         settings = dataclasses.replace(settings, **parts)
     return settings
 
 
 _POSITIVE = (
-    *("data.prompt_width", "data.response_width", "world.labelers", "model.layers", "model.width", "model.heads"),
-    *("model.mlp", "pretrain.documents", "pretrain.steps", "pretrain.batch", "sft.demonstrations", "sft.epochs"),
+    *("data.prompt_width", "data.response_width", "world.labelers", "net.layers", "net.width", "net.heads"),
+    *("net.mlp", "pretrain.documents", "pretrain.steps", "pretrain.batch", "sft.demonstrations", "sft.epochs"),
     *("sft.mix_epochs", "comparisons.prompts", "reward_model.batch", "ppo.iterations", "ppo.batch", "ppo.epochs"),
     *("ppo.minibatches", "evaluation.prompts", "evaluation.best_of", "evaluation.best_of_prompts", "saves"),
     *("evaluation.skills", "evaluation.pretraining_rows", "pretrain.learning_rate", "sft.learning_rate"),
@@ -284,11 +295,9 @@ def check(settings: Settings) -> None:
     _require(settings.world.labelers >= 2, settings, "world.labelers", "at least 2")
     _require(0.5 < settings.world.agreement < 1, settings, "world.agreement", "above 0.5 and below 1")
     _require(settings.evaluation.split in ("test", "validation"), settings, "evaluation.split", "test or validation")
-    heads = settings.model.heads
-    divides = settings.model.width % heads == 0 and (settings.model.width // heads) % 2 == 0
-    _require(
-        divides, settings, "model.heads", f"such that each has an even share of --model.width {settings.model.width}"
-    )
+    heads = settings.net.heads
+    divides = settings.net.width % heads == 0 and (settings.net.width // heads) % 2 == 0
+    _require(divides, settings, "net.heads", f"such that each has an even share of --net.width {settings.net.width}")
     k = settings.comparisons
     _require(2 <= k.min_k <= k.max_k, settings, "comparisons.min_k", f"between 2 and --comparisons.max-k {k.max_k}")
     divides = settings.ppo.batch % settings.ppo.minibatches == 0

@@ -23,6 +23,7 @@ from rlhf_jax.train import loop, ppo, reward_model, schedules, sft
 from rlhf_jax.train import state as state_lib
 
 from . import sampling, tasks
+from . import start as start_lib
 from .settings import Settings
 
 STAGES = ("pretrain", "sft", "sft_mix", "comparisons", "reward_model", "ppo", "ppo_ptx", "evaluate")
@@ -36,13 +37,13 @@ def adam(*, b2: float = 0.95, eps: float = 1e-5) -> optax.GradientTransformation
 
 
 def muon() -> optax.GradientTransformation:
-    """Muon for the layers' matrices, Adam for the rest, with unit rate: half the steps of Adam alone from nothing."""
+    """Muon for the layers' kernels, Adam for the rest, with unit rate: half the steps of Adam alone from nothing."""
     contraction = {"q": ((1,), (2, 3)), "k": ((1,), (2, 3)), "v": ((1,), (2, 3)), "out": ((1, 2), (3,))}
 
     def dimensions(params: Params) -> Any:
         def of(path: Any, leaf: jax.Array) -> Any:
             names = [entry.key for entry in path]
-            if names[0] != "layers" or leaf.ndim < 3:
+            if names[0] != "layers" or names[-1] != "kernel":
                 return None
             return optax.contrib.MuonDimensionNumbers(*contraction.get(names[1], ((1,), (2,))))
 
@@ -58,6 +59,8 @@ class Job:
     settings: Settings
     task: tasks.Task
     cfg: lm.LMConfig
+    base: Params | None
+    """The model that the run was given, if it was."""
     checkpoints: Callable[[str], checkpoint.Checkpoints]
     log: Any
     progress: Any
@@ -92,20 +95,14 @@ class Job:
         return state
 
 
-def make_job(settings: Settings, task: tasks.Task, *, checkpoints: Any, log: Any, progress: Any) -> Job:
+def make_job(
+    settings: Settings, task: tasks.Task, *, start: start_lib.Start | None, checkpoints: Any, log: Any, progress: Any
+) -> Job:
     """Configure the model and build every compiled step; nothing is compiled before it is first called."""
-    cfg = lm.LMConfig(
-        vocab_size=len(task.tokenizer),
-        n_layers=settings.model.layers,
-        d_model=settings.model.width,
-        n_heads=settings.model.heads,
-        d_mlp=settings.model.mlp,
-        max_length=max(task.row_width, 64),
-        tie_embeddings=True,
-    )
-    end_id, pad_id = task.tokenizer.eos_token_id, task.tokenizer.pad_token_id
-    spec = generation.Sampling(max_new_tokens=task.response_width, stop_ids=(end_id,), pad_id=pad_id)
-    tables = task.world.tables if task.world else None
+    cfg = _new_model(settings, task) if start is None else start.cfg
+    spec = generation.Sampling(max_new_tokens=task.response_width, stop_ids=task.fmt.stop_ids, pad_id=task.fmt.pad_id)
+    # What PPO writes while it runs is what its compiled step can see: ids, which gold reads only where they are words.
+    tables = task.world.tables if task.world and task.speaks_world else None
     models = ppo_models(cfg, spec, prompt_width=task.prompt_width, tables=tables)
     token_logprobs = partial(lm.token_logprobs, cfg=cfg)
     return Job(
@@ -115,7 +112,8 @@ def make_job(settings: Settings, task: tasks.Task, *, checkpoints: Any, log: Any
         checkpoints=checkpoints,
         log=log,
         progress=progress,
-        sampler=sampling.Sampler(models, tables=tables),
+        base=None if start is None else start.params,
+        sampler=sampling.Sampler(models, task=task),
         supervised_step=parallel.jit_step(sft.make_train_step(token_logprobs)),
         reward_step=parallel.jit_step(reward_model.make_train_step(partial(lm.score, cfg=cfg))),
         ppo_step=parallel.jit_step(
@@ -123,6 +121,18 @@ def make_job(settings: Settings, task: tasks.Task, *, checkpoints: Any, log: Any
         ),
         supervised_tx=muon(),
         ppo_tx=adam(),
+    )
+
+
+def _new_model(settings: Settings, task: tasks.Task) -> lm.LMConfig:
+    return lm.LMConfig(
+        vocab_size=len(task.tokenizer),
+        n_layers=settings.net.layers,
+        d_model=settings.net.width,
+        n_heads=settings.net.heads,
+        d_mlp=settings.net.mlp,
+        max_length=max(task.row_width, 64),
+        tie_embeddings=True,
     )
 
 
@@ -161,7 +171,10 @@ def _hyper(rate: Any) -> dict[str, np.float32]:
 
 
 def pretrain(job: Job) -> Params:
-    """A base model from nothing, on the corpus."""
+    """A base model from nothing, on the corpus; or the one that the run was given, as it is."""
+    if job.base is not None:
+        job.progress.skip("pretrain")
+        return job.base
     settings, rows_BL = job.settings.pretrain, job.task.pretraining_BL
     key = job.key("pretrain")
     order = batching.epoch_batches(0, n=len(rows_BL), batch_size=settings.batch, key=key, steps=settings.steps)
@@ -241,19 +254,13 @@ def collect_comparisons(
     done = 0
     for j, policy in enumerate(policies):
         mine = np.flatnonzero(place_R % len(policies) == j)
-        answers = job.sampler(
-            policy,
-            policies[0],
-            None,
-            prompt_set.tokens_BP[prompt_R[mine]],
-            prompt_set.mask_BP[prompt_R[mine]],
-            jax.random.fold_in(key, j),
-        )
+        asked = prompt_set.at(prompt_R[mine])
+        answers = job.sampler(policy, policies[0], None, asked, jax.random.fold_in(key, j))
         drawn.append((mine, answers))
         done += len(mine)
         job.progress.update("comparisons", done, n * K)
     L = job.task.row_width
-    tokens_BKL = np.zeros((n, K, L), np.int32)
+    tokens_BKL = np.full((n, K, L), job.task.fmt.pad_id, np.int32)
     mask_BKL = np.zeros((n, K, L), bool)
     features_BKF = np.zeros((n, K, len(labelers.FEATURES)), np.float32)
     for mine, answers in drawn:
@@ -312,7 +319,7 @@ def normalised(job: Job, params: Params, policy: Params) -> Params:
     """
     prompt_set = job.task.rl_prompts.take(sampling.CHUNK)
     key = jax.random.fold_in(job.key("reward_model"), 2)
-    samples = job.sampler(policy, policy, params, prompt_set.tokens_BP, prompt_set.mask_BP, key)
+    samples = job.sampler(policy, policy, params, prompt_set, key)
     params = lm.standardise(params, jnp.asarray(samples.scores_B))
     rows = job.task.demonstrations
     n = min(1024, len(rows.tokens_BL))

@@ -9,18 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.data import batching, dialogues, errors, tokenising, tokenizers
+from rlhf_jax.data import batching, chat, dialogues, errors, tokenising, tokenizers
 from rlhf_jax.simulation import corpus, demonstrators, gold, labelers, lexicon, prompts
 from rlhf_jax.simulation import world as world_lib
 from rlhf_jax.train import sft
 from rlhf_jax.types import Comparisons
 
+from . import start as start_lib
+from . import words
 from .settings import Settings
 
+_ANY = 1 << 30
+"""A width that every prompt fits in."""
 DEMONSTRATIONS, CORPUS, COMPARE, RL, EVALUATE, SKILLS, POOL, HELDOUT_POOL = range(8)
 """Streams of random numbers, so that changing the size of one leaves the others as they were."""
-
-PAD_ID, END_ID = (tokenizers.SPECIAL_TOKENS.index(token) for token in (tokenizers.PAD, tokenizers.END))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,8 @@ class PromptSet:
     mask_BP: np.ndarray
     texts: list[str]
     categories: list[str]
+    words_BP: np.ndarray | None = None
+    """The same in the words of the built-in world, as gold reads them."""
 
     def __len__(self) -> int:
         """How many there are."""
@@ -38,7 +42,13 @@ class PromptSet:
 
     def take(self, n: int) -> PromptSet:
         """The first n."""
-        return PromptSet(self.tokens_BP[:n], self.mask_BP[:n], self.texts[:n], self.categories[:n])
+        return self.at(np.arange(min(n, len(self))))
+
+    def at(self, rows: np.ndarray) -> PromptSet:
+        """Those at the places ``rows``, which may repeat."""
+        texts, categories = ([each[i] for i in rows] for each in (self.texts, self.categories))
+        words_BP = None if self.words_BP is None else self.words_BP[rows]
+        return PromptSet(self.tokens_BP[rows], self.mask_BP[rows], texts, categories, words_BP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +69,7 @@ class GoldTask:
 class Task:
     """Everything a run learns from and is measured on."""
 
-    tokenizer: Any
+    fmt: chat.ChatFormat
     prompt_width: int
     response_width: int
     pretraining_BL: np.ndarray
@@ -71,6 +81,13 @@ class Task:
     world: GoldTask | None = None
     comparisons: tuple[Comparisons, Comparisons] | None = None
     """Training and held-out comparisons, where they come from a file."""
+    speaks_world: bool = False
+    """Whether the tokens are the built-in world's words."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """With the chat template that is trained with."""
+        return self.fmt.tokenizer
 
     @property
     def row_width(self) -> int:
@@ -78,49 +95,81 @@ class Task:
         return self.prompt_width + self.response_width
 
 
-def make_task(settings: Settings) -> Task:
-    """The task that the settings ask for; raises DataError for a file that cannot be used."""
-    return _world_task(settings) if settings.data.path is None else _dialogue_task(settings)
+def make_task(settings: Settings, start: start_lib.Start | None = None) -> Task:
+    """The task that the settings ask for, in the tokens of the model that a run starts from.
+
+    Raises DataError for a file that cannot be used, SettingError where the rows are longer than the model reads.
+    """
+    return _world_task(settings, start) if settings.data.path is None else _dialogue_task(settings, start)
 
 
 def _stream(settings: Settings, stream: int) -> np.random.Generator:
     return np.random.default_rng([settings.seed, stream])
 
 
-def _prompt_set(task_prompts: list[prompts.Prompt], tokenizer: Any, counts: errors.DropCount) -> PromptSet:
-    turns = [tuple(dialogues.Turn(role, text) for role, text in prompt.turns) for prompt in task_prompts]
-    ids, kept = tokenising.encode_prompts(tokenizer, turns, width=prompts.PROMPT_WIDTH, counts=counts)
-    assert len(kept) == len(task_prompts)
-    tokens_BP, mask_BP = tokenising.pad_prompts(ids, width=prompts.PROMPT_WIDTH, pad_id=PAD_ID)
-    texts = ["\n".join(f"{turn.role}: {turn.text}" for turn in each) for each in turns]
-    return PromptSet(tokens_BP, mask_BP, texts, [prompt.category for prompt in task_prompts])
+def _turns(prompt: prompts.Prompt) -> tuple[dialogues.Turn, ...]:
+    return tuple(dialogues.Turn(role, text) for role, text in prompt.turns)
 
 
-def _world_task(settings: Settings) -> Task:
+def _prompt_sets(
+    fmt: chat.ChatFormat, lists: list[list[prompts.Prompt]], counts: errors.DropCount
+) -> tuple[int, list[PromptSet]]:
+    """The width that holds every prompt, and each list of prompts at this width."""
+    asked = [[_turns(prompt) for prompt in each] for each in lists]
+    encoded = [chat.encode_prompts(fmt, each, width=_ANY, counts=counts)[0] for each in asked]
+    speaks = words.spoken(fmt)
+    P = prompts.PROMPT_WIDTH if speaks else max(len(ids) for each in encoded for ids in each)
+    made = []
+    for task_prompts, turns, ids in zip(lists, asked, encoded):
+        assert len(ids) == len(turns)
+        tokens_BP, mask_BP = tokenising.pad_prompts(ids, width=P, pad_id=fmt.pad_id)
+        texts = ["\n".join(f"{turn.role}: {turn.text}" for turn in each) for each in turns]
+        words_BP = tokens_BP
+        if not speaks:
+            told = [prompts.prompt_tokens(prompt.turns) for prompt in task_prompts]
+            words_BP, _ = tokenising.pad_prompts(told, width=prompts.PROMPT_WIDTH, pad_id=lexicon.PAD_ID)
+        made.append(PromptSet(tokens_BP, mask_BP, texts, [p.category for p in task_prompts], words_BP))
+    return P, made
+
+
+def _answer_width(answers: list[str], ids: list[list[int]], *, speaks: bool) -> int:
+    """Tokens that hold what the world gives an answer room for; who rambles past that breaks off, in any tokens."""
+    if speaks:
+        return prompts.RESPONSE_WIDTH
+    fitting = [len(x) for x, text in zip(ids, answers) if len(text.split()) < prompts.RESPONSE_WIDTH]
+    return max(fitting, default=prompts.RESPONSE_WIDTH)
+
+
+def _world_task(settings: Settings, start: start_lib.Start | None) -> Task:
     world = world_lib.make_world(settings.seed)
-    tokenizer = tokenizers.word_level(lexicon.WORDS)
+    fmt = chat.chat_format(tokenizers.word_level(lexicon.WORDS)) if start is None else start.fmt
+    speaks = words.spoken(fmt)
     dropped = errors.DropCount(max_dropped=settings.data.max_dropped)
     sets = prompts.split_prompts(world, settings.seed)
-    P, T = prompts.PROMPT_WIDTH, prompts.RESPONSE_WIDTH
-
-    rng = _stream(settings, CORPUS)
-    texts = corpus.documents(world, sets.train, settings.pretrain.documents, rng)
-    pretraining_BL = _packed(tokenizer, texts, width=P + T)
-    n_held_out = settings.evaluation.pretraining_rows
-    held_out_texts = corpus.documents(world, sets.train, n_held_out * (P + T) // 8, rng)
-    held_out_BL = _packed(tokenizer, held_out_texts, width=P + T)[:n_held_out]
 
     rng = _stream(settings, DEMONSTRATIONS)
     asked = prompts.draw_prompts(sets.train, settings.sft.demonstrations, rng)
     answers = demonstrators.demonstrate_all(world, asked, rng, slips=demonstrators.Slips().scaled(settings.world.slips))
-    asked_set = _prompt_set(asked, tokenizer, dropped)
-    demonstrations = _demonstration_rows(asked_set, tokenising.encode_answers(tokenizer, answers), T, dropped)
-
     n_compare = settings.comparisons.prompts
     compare = prompts.draw_prompts(sets.train, n_compare + max(n_compare // 10, 1), _stream(settings, COMPARE))
     rl = prompts.draw_prompts(sets.train, settings.ppo.iterations * settings.ppo.batch, _stream(settings, RL))
     split = sets.test if settings.evaluation.split == "test" else sets.validation
     evaluated = prompts.draw_prompts(split, settings.evaluation.prompts, _stream(settings, EVALUATE))
+
+    P, (asked_set, rl_set, eval_set, compare_set) = _prompt_sets(fmt, [asked, rl, evaluated, compare], dropped)
+    answer_ids = chat.encode_answers(fmt, answers)
+    T = _answer_width(answers, answer_ids, speaks=speaks)
+    skill_rows = _skill_rows(settings, fmt, P + T)
+    if start is not None:
+        start.make_room(P, skill_rows.tokens_BL.shape[1] - P, where="the built-in world's prompts and answers")
+    demonstrations = _demonstration_rows(asked_set, answer_ids, T, fmt.pad_id, dropped)
+
+    rng = _stream(settings, CORPUS)
+    texts = corpus.documents(world, sets.train, settings.pretrain.documents, rng)
+    pretraining_BL = _packed(fmt, texts, width=P + T)
+    n_held_out = settings.evaluation.pretraining_rows
+    held_out_texts = corpus.documents(world, sets.train, n_held_out * (P + T) // 8, rng)
+    held_out_BL = _packed(fmt, held_out_texts, width=P + T)[:n_held_out]
 
     key = jax.random.key(settings.seed)
     pool, heldout_pool = (
@@ -135,31 +184,32 @@ def _world_task(settings: Settings) -> Task:
         for stream in (POOL, HELDOUT_POOL)
     )
     return Task(
-        tokenizer=tokenizer,
+        fmt=fmt,
         prompt_width=P,
         response_width=T,
         pretraining_BL=pretraining_BL,
         pretraining_held_out_BL=held_out_BL,
         demonstrations=demonstrations,
-        rl_prompts=_prompt_set(rl, tokenizer, dropped),
-        eval_prompts=_prompt_set(evaluated, tokenizer, dropped),
+        rl_prompts=rl_set,
+        eval_prompts=eval_set,
         dropped=dropped,
         world=GoldTask(
             tables=gold.make_tables(world),
             pool=pool,
             heldout_pool=heldout_pool,
-            compare_prompts=_prompt_set(compare, tokenizer, dropped),
+            compare_prompts=compare_set,
             n_compare=n_compare,
-            skill_rows=_skill_rows(settings, tokenizer, P + T),
+            skill_rows=skill_rows,
         ),
+        speaks_world=speaks,
     )
 
 
 def _demonstration_rows(
-    asked: PromptSet, answers: list[list[int]], width: int, counts: errors.DropCount
+    asked: PromptSet, answers: list[list[int]], width: int, pad_id: int, counts: errors.DropCount
 ) -> tokenising.Rows:
     """Rows of prompt and answer; demonstrators who ramble past the width break off without an end, and are counted."""
-    tokens_BT, mask_BT = tokenising.pad_answers(answers, width=width, pad_id=PAD_ID, counts=counts)
+    tokens_BT, mask_BT = tokenising.pad_answers(answers, width=width, pad_id=pad_id, counts=counts)
     return tokenising.Rows(
         tokens_BL=np.concatenate([asked.tokens_BP, tokens_BT], axis=1),
         mask_BL=np.concatenate([asked.mask_BP, mask_BT], axis=1),
@@ -167,42 +217,46 @@ def _demonstration_rows(
     )
 
 
-def _packed(tokenizer: Any, texts: list[str], *, width: int) -> np.ndarray:
-    ids = tokenising.encode_texts(tokenizer, texts)
-    return tokenising.pack_text(ids, width=width, eos_id=END_ID)[0]
+def _document_end(fmt: chat.ChatFormat) -> int:
+    """What stands between documents: the EOS, which is the last of the stop tokens."""
+    return fmt.stop_ids[-1]
 
 
-def _skill_rows(settings: Settings, tokenizer: Any, width: int) -> tokenising.Rows:
+def _packed(fmt: chat.ChatFormat, texts: list[str], *, width: int) -> np.ndarray:
+    ids = tokenising.encode_texts(fmt.tokenizer, texts)
+    return tokenising.pack_text(ids, width=width, eos_id=_document_end(fmt))[0]
+
+
+def _skill_rows(settings: Settings, fmt: chat.ChatFormat, width: int) -> tokenising.Rows:
+    """Problems with their answers, as they stand in the corpus; wider than ``width`` where one needs it."""
     problems = corpus.skill_problems(settings.evaluation.skills, _stream(settings, SKILLS))
-    asked = tokenising.encode_texts(tokenizer, [problem.text for problem in problems])
-    answers = tokenising.encode_texts(tokenizer, [problem.answer for problem in problems])
-    tokens_BL = np.zeros((len(problems), width), np.int32)
+    asked = tokenising.encode_texts(fmt.tokenizer, [problem.text for problem in problems])
+    whole = tokenising.encode_texts(fmt.tokenizer, [f"{problem.text} {problem.answer}" for problem in problems])
+    width = max(width, 1 + max(map(len, whole)))
+    tokens_BL = np.full((len(problems), width), fmt.pad_id, np.int32)
     mask_BL, loss_mask_BL = np.zeros(tokens_BL.shape, bool), np.zeros(tokens_BL.shape, bool)
-    for row, (text, answer) in enumerate(zip(asked, answers)):
-        ids = [END_ID, *text, *answer]  # a document follows the end of another
+    for row, (text, ids) in enumerate(zip(asked, whole)):
+        ids = [_document_end(fmt), *ids]  # a document follows the end of another
         tokens_BL[row, : len(ids)], mask_BL[row, : len(ids)] = ids, True
-        loss_mask_BL[row, len(ids) - len(answer) : len(ids)] = True
+        loss_mask_BL[row, 1 + len(text) : len(ids)] = True
     return tokenising.Rows(tokens_BL, mask_BL, loss_mask_BL)
 
 
-def _dialogue_task(settings: Settings) -> Task:
+def _dialogue_task(settings: Settings, start: start_lib.Start | None) -> Task:
     data = settings.data
     assert data.path is not None
+    P, T = data.prompt_width, data.response_width
+    if start is not None:
+        start.make_room(P, T, where="--data.prompt-width and --data.response-width")
     dropped = errors.DropCount(max_dropped=data.max_dropped)
     comparisons, _ = dialogues.read_comparisons(data.path, counts=dropped)
     key = jax.random.key(settings.seed)
     train, held_out = batching.split(len(comparisons), fraction=data.held_out, key=key)
-    texts = [
-        dialogues.format_dialogue((*each.prompt, dialogues.Turn(dialogues.ASSISTANT, answer)))
-        for each in (comparisons[i] for i in train)
-        for answer in (each.chosen, each.rejected)
-    ]
-    tokenizer = tokenizers.train_bpe(texts, vocab_size=data.vocab_size)
-    P, T = data.prompt_width, data.response_width
+    fmt = _trained_format([comparisons[i] for i in train], data.vocab_size) if start is None else start.fmt
 
     def encoded(indices: np.ndarray) -> tuple[list[list[int]], list[dialogues.Comparison]]:
         chosen = [comparisons[i] for i in indices]
-        ids, kept = tokenising.encode_prompts(tokenizer, [c.prompt for c in chosen], width=P, counts=widths)
+        ids, kept = chat.encode_prompts(fmt, [c.prompt for c in chosen], width=P, counts=widths)
         return ids, [chosen[i] for i in kept]
 
     # What the widths cost is counted beside the file's flaws; only the flaws are held against the file.
@@ -211,11 +265,10 @@ def _dialogue_task(settings: Settings) -> Task:
     for indices in (train, held_out):
         ids, records = encoded(np.asarray(indices))
         chosen, rejected = (
-            tokenising.encode_answers(tokenizer, [getattr(record, side) for record in records])
-            for side in ("chosen", "rejected")
+            chat.encode_answers(fmt, [getattr(record, side) for record in records]) for side in ("chosen", "rejected")
         )
         rows = tokenising.comparison_rows(
-            ids, chosen, rejected, prompt_width=P, response_width=T, pad_id=PAD_ID, counts=widths
+            ids, chosen, rejected, prompt_width=P, response_width=T, pad_id=fmt.pad_id, counts=widths
         )
         sets.append((ids, records, chosen, rows))
     (train_ids, train_records, train_chosen, train_rows), (held_ids, held_records, _, held_rows) = sets
@@ -224,37 +277,50 @@ def _dialogue_task(settings: Settings) -> Task:
         train_chosen,
         prompt_width=P,
         response_width=T,
-        pad_id=PAD_ID,
+        pad_id=fmt.pad_id,
         counts=errors.DropCount(max_dropped=1.0),
     )
-    whole = [_whole_dialogue(tokenizer, record) for record in train_records]
-    packed_BL, _ = tokenising.pack_text(whole, width=P + T, eos_id=END_ID)
-    held_BL, _ = tokenising.pack_text(
-        [_whole_dialogue(tokenizer, record) for record in held_records], width=P + T, eos_id=END_ID
+    packed_BL, held_BL = (
+        tokenising.pack_text(_whole_dialogues(fmt, records), width=P + T, eos_id=_document_end(fmt))[0]
+        for records in (train_records, held_records)
     )
     dropped.dropped |= widths.dropped
     dropped.truncated |= widths.truncated
     return Task(
-        tokenizer=tokenizer,
+        fmt=fmt,
         prompt_width=P,
         response_width=T,
         pretraining_BL=packed_BL,
         pretraining_held_out_BL=held_BL[: settings.evaluation.pretraining_rows],
         demonstrations=demonstrations,
-        rl_prompts=_dialogue_prompts(train_ids, train_records, P),
-        eval_prompts=_dialogue_prompts(held_ids, held_records, P).take(settings.evaluation.prompts),
+        rl_prompts=_dialogue_prompts(train_ids, train_records, P, fmt.pad_id),
+        eval_prompts=_dialogue_prompts(held_ids, held_records, P, fmt.pad_id).take(settings.evaluation.prompts),
         dropped=dropped,
         comparisons=(train_rows, held_rows),
     )
 
 
-def _whole_dialogue(tokenizer: Any, record: dialogues.Comparison) -> list[int]:
-    ids = tokenising.encode_prompt(tokenizer, record.prompt)
-    return [*ids, *tokenising.encode_answer(tokenizer, record.chosen)[:-1]]  # the packing ends it
+def _trained_format(comparisons: list[dialogues.Comparison], vocab_size: int) -> chat.ChatFormat:
+    """A tokenizer made for the file, from its training dialogues."""
+    texts = [
+        dialogues.format_dialogue((*each.prompt, dialogues.Turn(dialogues.ASSISTANT, answer)))
+        for each in comparisons
+        for answer in (each.chosen, each.rejected)
+    ]
+    return chat.chat_format(tokenizers.train_bpe(texts, vocab_size=vocab_size))
 
 
-def _dialogue_prompts(ids: list[list[int]], records: list[dialogues.Comparison], width: int) -> PromptSet:
-    tokens_BP, mask_BP = tokenising.pad_prompts(ids, width=width, pad_id=PAD_ID)
+def _whole_dialogues(fmt: chat.ChatFormat, records: list[dialogues.Comparison]) -> list[list[int]]:
+    """Whole preferred dialogues; the token that ends a document is left to the packing."""
+    end, whole = _document_end(fmt), []
+    for record in records:
+        ids, _ = chat.encode_dialogue(fmt, (*record.prompt, dialogues.Turn(dialogues.ASSISTANT, record.chosen)))
+        whole.append(ids[:-1] if ids[-1] == end else ids)
+    return whole
+
+
+def _dialogue_prompts(ids: list[list[int]], records: list[dialogues.Comparison], width: int, pad_id: int) -> PromptSet:
+    tokens_BP, mask_BP = tokenising.pad_prompts(ids, width=width, pad_id=pad_id)
     texts = ["\n".join(f"{turn.role}: {turn.text}" for turn in record.prompt) for record in records]
     return PromptSet(tokens_BP, mask_BP, texts, [""] * len(records))
 

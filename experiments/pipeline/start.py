@@ -1,0 +1,59 @@
+"""The model that a run starts from: a directory of Hugging Face form, with its tokenizer and its chat format."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import pathlib
+
+from rlhf_jax import lm, types
+from rlhf_jax.data import chat, tokenizers
+
+from .settings import SettingError
+
+_FILES = ("*.json", "*.jinja", "*.safetensors", "tokenizer.model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A model to go on from."""
+
+    path: str
+    cfg: lm.LMConfig
+    params: types.Params
+    fmt: chat.ChatFormat
+
+    def make_room(self, prompt_width: int, response_width: int, *, where: str) -> None:
+        """Raise SettingError if prompts and answers of these widths are longer than the model reads."""
+        if prompt_width + response_width > self.cfg.max_length:
+            raise SettingError(
+                f"{where}: {prompt_width} + {response_width} tokens are more than the {self.cfg.max_length} that "
+                f"--model {self.path} reads"
+            )
+
+
+def load(path: str) -> Start:
+    """Read a model directory; raises SettingError for one that cannot be used."""
+    try:
+        cfg, params = lm.load(path)
+        tokenizer = tokenizers.load(path)
+        fmt = chat.chat_format(tokenizer, model_type=cfg.model_type)
+    except (OSError, ValueError) as error:
+        raise SettingError(f"--model {path} cannot be used: {error}") from error
+    except Exception as error:  # the safetensors and tokenizers libraries raise bare exceptions for damaged files
+        raise SettingError(f"--model {path} cannot be read: {error}") from error
+    last = max(tokenizer.get_vocab().values())
+    if last >= cfg.vocab_size:
+        raise SettingError(
+            f"--model {path} cannot be used: its tokenizer has the id {last}, its model only {cfg.vocab_size} of them"
+        )
+    return Start(path, cfg, params, fmt)
+
+
+def fingerprint(path: str) -> str:
+    """SHA-256 of what a model directory holds: names and contents of the files that are read from it."""
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in _FILES for file in pathlib.Path(path).glob(pattern)}):
+        with open(file, "rb") as stream:
+            digest.update(f"{file.name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
