@@ -64,6 +64,8 @@ class Rollout:
     """int32, response tokens including the stop."""
     finish_B: jax.Array
     """int32: 0 ran out of room (length), 1 stopped (stop)."""
+    values_BT: jax.Array | None = None
+    """float32, where they were asked for: the policy's own scalar head before each token; 0 off the mask."""
 
 
 @struct.dataclass

@@ -161,6 +161,95 @@ def test_vmap_over_seeds_is_a_loop_over_seeds():
         np.testing.assert_allclose(mapped.logprobs_BT[i], alone.logprobs_BT, atol=1e-5)
 
 
+# --- when to stop, and what not to draw ----------------------------------------------------------------------------
+
+
+def first_end(tokens_T, sequences):
+    """How many tokens there are up to the first end of any of the sequences; all of them where there is none."""
+    for t in range(1, len(tokens_T) + 1):
+        if any(tuple(tokens_T[max(t - len(s), 0) : t]) == s for s in sequences):
+            return t
+    return len(tokens_T)
+
+
+def test_a_stop_sequence_of_several_tokens_only_cuts():
+    free = run(sampling=dataclasses.replace(SAMPLING, stop_ids=()))
+    drawn = responses(free)
+    sequences = (tuple(map(int, drawn[0, 2:5])), tuple(map(int, drawn[1, 0:2])), (7,))
+    cut = run(sampling=dataclasses.replace(SAMPLING, stop_ids=(), stop_sequences=sequences))
+    for row, tokens_T in enumerate(drawn):
+        length = first_end(tokens_T, sequences)
+        ended = length < T or tuple(tokens_T[-3:]) in sequences or tokens_T[-1] == 7
+        assert cut.lengths_B[row] == length and cut.finish_B[row] == ended
+        np.testing.assert_array_equal(responses(cut)[row, :length], tokens_T[:length])
+    assert cut.lengths_B[0] <= 5 and cut.lengths_B[1] == 2
+
+
+def test_no_stop_before_the_least_number_of_tokens():
+    early, late = run(), run(sampling=dataclasses.replace(SAMPLING, min_new_tokens=4))
+    assert early.lengths_B.min() < 4 and late.lengths_B.min() >= 4
+    before = responses(late)[:, :3]
+    assert not np.isin(before, STOPS).any()
+    # What is drawn there follows the distribution without the stop ids; the log-probability says so.
+    logits = jnp.arange(23.0)
+    kept = np.asarray(generation.log_distribution(logits, dataclasses.replace(SAMPLING, min_new_tokens=4), step=2))
+    assert np.isneginf(kept[list(STOPS)]).all() and abs(np.exp(kept).sum() - 1) < 1e-5
+    sequence = dataclasses.replace(SAMPLING, stop_ids=(), stop_sequences=tuple((i,) for i in range(23)))
+    assert np.all(run(sampling=sequence).lengths_B == 1)
+    assert np.all(run(sampling=dataclasses.replace(sequence, min_new_tokens=3)).lengths_B == 3)
+
+
+def test_forbidden_tokens_are_never_drawn():
+    forbidden = tuple(range(0, 23, 2))
+    rollout = run(sampling=dataclasses.replace(SAMPLING, forbidden_ids=forbidden, stop_ids=(), pad_id=0))
+    assert not np.isin(responses(rollout), forbidden).any()
+    with pytest.raises(ValueError, match="names the id 23; ids go to 22"):
+        run(sampling=dataclasses.replace(SAMPLING, forbidden_ids=(4, 23)))
+
+
+def test_several_answers_to_a_prompt_that_is_read_once():
+    tokens, mask = prompts(6)
+    several = jax.jit(functools.partial(generation.generate, cfg=ROPE, n=4))
+    got = several(model(ROPE), keys(24), tokens, mask, sampling=SAMPLING)
+    want = compiled(ROPE)(
+        model(ROPE), keys(24), jnp.repeat(tokens, 4, axis=0), jnp.repeat(mask, 4, axis=0), sampling=SAMPLING
+    )
+    for name in ("tokens_BL", "mask_BL", "lengths_B", "finish_B"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
+    np.testing.assert_allclose(got.logprobs_BT, want.logprobs_BT, atol=1e-5)
+
+
+def test_values_from_the_same_pass():
+    params = lm.with_head(jax.random.key(3), model(ROPE), ROPE)
+    rollout = jax.jit(functools.partial(generation.generate, cfg=ROPE, values=True))(
+        params, keys(), *prompts(), sampling=SAMPLING
+    )
+    score = jax.jit(functools.partial(lm.response_values, cfg=ROPE, prompt_width=P))
+    want = score(params, rollout.tokens_BL, mask_BL=rollout.mask_BL)
+    np.testing.assert_allclose(rollout.values_BT, want, atol=1e-5)
+    assert np.ptp(rollout.values_BT) > 0.1 and run().values_BT is None
+
+
+def test_limits_of_single_rows():
+    free = run(sampling=dataclasses.replace(SAMPLING, stop_ids=()))
+    limits = jnp.arange(B) % T + 1
+    sampling = dataclasses.replace(SAMPLING, stop_ids=())
+    got = compiled(ROPE)(model(ROPE), keys(), *prompts(), sampling=sampling, limits_B=limits)
+    np.testing.assert_array_equal(got.lengths_B, limits)
+    assert not got.finish_B.any()
+    np.testing.assert_array_equal(
+        responses(got)[np.asarray(got.response_mask_BT)], responses(free)[got.response_mask_BT]
+    )
+
+
+def test_what_is_not_the_policys_own_distribution_is_refused_for_policy_gradients():
+    generation.check_on_policy(SAMPLING)
+    with pytest.raises(ValueError, match=r"Sampling.top_k and Sampling.top_p draw from another distribution"):
+        generation.check_on_policy(dataclasses.replace(SAMPLING, top_k=5, top_p=0.9))
+    with pytest.raises(ValueError, match=r"Sampling.min_new_tokens draw"):
+        generation.check_on_policy(dataclasses.replace(SAMPLING, min_new_tokens=2))
+
+
 # --- the draw ----------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +334,8 @@ def test_truncations_keep_what_they_say():
         dict(top_p=1.1),
         dict(min_p=2.0),
         dict(max_new_tokens=0),
+        dict(min_new_tokens=-1),
+        dict(min_new_tokens=5, max_new_tokens=4),
     ],
 )
 def test_sampling_out_of_range(arguments):

@@ -1,13 +1,27 @@
 """Drawing responses from a language model."""
 
+from rlhf_jax.generation import continuous
+from rlhf_jax.generation.any_model import generate_with
 from rlhf_jax.generation.generate import generate
-from rlhf_jax.generation.sampling import Sampling, choose, draw, keep_min_p, keep_top_k, keep_top_p, log_distribution
+from rlhf_jax.generation.sampling import (
+    Sampling,
+    check_on_policy,
+    choose,
+    draw,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    log_distribution,
+)
 
 __all__ = [
     "Sampling",
+    "check_on_policy",
     "choose",
+    "continuous",
     "draw",
     "generate",
+    "generate_with",
     "keep_min_p",
     "keep_top_k",
     "keep_top_p",

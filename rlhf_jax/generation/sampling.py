@@ -1,11 +1,15 @@
-"""What to draw from: one spec, and the transforms of logits that it names."""
+"""What to draw from and when to stop: one spec, and the transforms of logits that it names."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
+
+NOTHING = -1
+"""An id that no token has: what stands before the first token of a response."""
 
 
 @struct.dataclass
@@ -30,6 +34,12 @@ class Sampling:
     """T: how many tokens a response may have, the stop token among them."""
     stop_ids: tuple[int, ...] = struct.field(pytree_node=False, default=())
     """Any of these ends a response and is its last token."""
+    stop_sequences: tuple[tuple[int, ...], ...] = struct.field(pytree_node=False, default=())
+    """Any of these ends a response, which it is the end of; see `stops.sequences` for strings."""
+    min_new_tokens: int = struct.field(pytree_node=False, default=0)
+    """Before so many tokens no stop id is drawn, and no stop sequence ends a response."""
+    forbidden_ids: tuple[int, ...] = struct.field(pytree_node=False, default=())
+    """Never drawn."""
     pad_id: int = struct.field(pytree_node=False, default=0)
     """What stands behind the end of a response; told from a token by the mask, never by its id."""
 
@@ -47,17 +57,59 @@ class Sampling:
                 raise ValueError(f"Sampling.{name} is {share}; it must be in (0, 1]")
         if self.max_new_tokens < 1:
             raise ValueError(f"Sampling.max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        object.__setattr__(self, "stop_ids", tuple(int(token) for token in self.stop_ids))
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"Sampling.min_new_tokens is {self.min_new_tokens}; it must be in [0, {self.max_new_tokens}]"
+            )
+        for name in ("stop_ids", "forbidden_ids"):
+            object.__setattr__(self, name, tuple(int(token) for token in getattr(self, name)))
+        sequences = tuple(tuple(int(token) for token in sequence) for sequence in self.stop_sequences)
+        if () in sequences:
+            raise ValueError("Sampling.stop_sequences holds an empty sequence, which would stop everything")
+        object.__setattr__(self, "stop_sequences", sequences)
 
     @property
     def truncated(self) -> bool:
         """Whether what is drawn differs from the model's own distribution at this temperature."""
-        return self.greedy or any(x is not None for x in (self.top_k, self.top_p, self.min_p))
+        return bool(self.truncations)
+
+    @property
+    def truncations(self) -> tuple[str, ...]:
+        """The fields that make it differ."""
+        given = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
+        return (*given, *(name for name in ("greedy", "min_new_tokens", "forbidden_ids") if getattr(self, name)))
+
+    @property
+    def longest_stop(self) -> int:
+        """How many last tokens decide whether a response ends."""
+        return max(map(len, self.stop_sequences), default=1)
 
 
-def log_distribution(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Log-probabilities of what ``sampling`` draws from: ``[..., V]`` float32, ``-inf`` where cut off."""
+def check_on_policy(sampling: Sampling) -> None:
+    """Raise ``ValueError`` where the samples would not follow the policy that a policy gradient takes them from.
+
+    The gradient of REINFORCE and PPO is an expectation over the policy's own distribution; what top-k or top-p cut
+    off is drawn from another, and every ratio and every KL of it is off.
+    """
+    if sampling.truncated:
+        raise ValueError(
+            f"Sampling.{' and Sampling.'.join(sampling.truncations)} draw from another distribution than the policy's "
+            "own, so that log-ratios and KL would be wrong; leave them out, or correct for it with importance weights"
+        )
+
+
+def log_distribution(logits: jax.Array, sampling: Sampling, *, step: jax.Array | int | None = None) -> jax.Array:
+    """Log-probabilities of what ``sampling`` draws from: ``[..., V]`` float32, ``-inf`` where cut off.
+
+    ``step``, ``[...]`` or a scalar, is how many tokens the response has already; without it ``min_new_tokens`` does
+    nothing.
+    """
     scaled = logits.astype(jnp.float32) / sampling.temperature
+    if sampling.forbidden_ids:
+        scaled = jnp.where(_among(sampling.forbidden_ids, scaled), -jnp.inf, scaled)
+    if sampling.min_new_tokens and sampling.stop_ids and step is not None:
+        early = jnp.expand_dims(jnp.broadcast_to(step < sampling.min_new_tokens, scaled.shape[:-1]), -1)
+        scaled = jnp.where(early & _among(sampling.stop_ids, scaled), -jnp.inf, scaled)
     if sampling.top_k is not None:
         scaled = keep_top_k(scaled, sampling.top_k)
     if sampling.top_p is not None:
@@ -99,11 +151,34 @@ def draw(rng: jax.Array, logprobs_V: jax.Array) -> jax.Array:
     return jnp.sum(cumulative_V <= level, dtype=jnp.int32)
 
 
-def choose(rng_B: jax.Array, logits_BV: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+def choose(
+    rng_B: jax.Array, logits_BV: jax.Array, sampling: Sampling, *, step: jax.Array | int | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Choose a token a row, with its log-probability: ids ``[B]`` int32 and ``[B]`` float32."""
-    logprobs_BV = log_distribution(logits_BV, sampling)
+    logprobs_BV = log_distribution(logits_BV, sampling, step=step)
     if sampling.greedy:
         tokens_B = jnp.argmax(logprobs_BV, axis=-1).astype(jnp.int32)
     else:
         tokens_B = jax.vmap(draw)(rng_B, logprobs_BV)
     return tokens_B, jnp.take_along_axis(logprobs_BV, tokens_B[:, None], axis=1)[:, 0]
+
+
+def ends(tail_BK: jax.Array, sampling: Sampling, *, length: jax.Array | int) -> jax.Array:
+    """``[B]`` bool: whether a response whose last K tokens are these ends here, K at least ``longest_stop``.
+
+    ``length``, a scalar or ``[B]``, counts its tokens; `NOTHING` stands where it has fewer than K.
+    """
+    stopped_B = jnp.zeros(tail_BK.shape[:1], bool)
+    for sequence in (*((token,) for token in sampling.stop_ids), *sampling.stop_sequences):
+        stopped_B |= jnp.all(tail_BK[:, tail_BK.shape[1] - len(sequence) :] == jnp.array([sequence]), axis=1)
+    return stopped_B & (length >= sampling.min_new_tokens)
+
+
+def _among(ids: tuple[int, ...], scores: jax.Array) -> np.ndarray:
+    """``[..., V]`` bool of as many axes as ``scores``; raises ``ValueError`` for an id outside the vocabulary."""
+    vocab = scores.shape[-1]
+    if min(ids) < 0 or max(ids) >= vocab:
+        raise ValueError(f"Sampling names the id {max(ids) if max(ids) >= vocab else min(ids)}; ids go to {vocab - 1}")
+    found = np.zeros(vocab, bool)
+    found[list(ids)] = True
+    return found.reshape((1,) * (scores.ndim - 1) + (vocab,))
