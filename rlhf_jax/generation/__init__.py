@@ -1,8 +1,9 @@
 """Drawing responses from a language model."""
 
-from rlhf_jax.generation import continuous
+from rlhf_jax.generation import continuous, stops
 from rlhf_jax.generation.any_model import generate_with
 from rlhf_jax.generation.generate import generate
+from rlhf_jax.generation.ragged import Answer, RaggedSampler
 from rlhf_jax.generation.sampling import (
     Sampling,
     check_on_policy,
@@ -15,6 +16,8 @@ from rlhf_jax.generation.sampling import (
 )
 
 __all__ = [
+    "Answer",
+    "RaggedSampler",
     "Sampling",
     "check_on_policy",
     "choose",
@@ -26,4 +29,5 @@ __all__ = [
     "keep_top_k",
     "keep_top_p",
     "log_distribution",
+    "stops",
 ]

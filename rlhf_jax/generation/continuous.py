@@ -13,6 +13,7 @@ to the last bit, on what else is answered, on the slot, or on when its turn came
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -157,7 +158,7 @@ def generate(
         """One more token for every live slot."""
         # A slot that has ended stands still: what it writes goes to the same column again.
         length_B = P + jnp.where(state.live_B, state.step_B, 1) - 1
-        cache = state.cache.replace(length=length_B)
+        cache = dataclasses.replace(state.cache, length=length_B)
         out = transformer.forward(params, state.last_B[:, None], cfg=cfg, mask_BL=state.live_B[:, None], cache=cache)
         drawn = decoding.draw(
             params,
@@ -201,7 +202,7 @@ def generate(
         step_B=jnp.zeros((B,), jnp.int32),
         last_B=jnp.full((B,), sampling.pad_id, jnp.int32),
         tail_BK=decoding.no_tail(B, sampling),
-        cache=cache.replace(length=jnp.full((B,), P, jnp.int32)),
+        cache=dataclasses.replace(cache, length=jnp.full((B,), P, jnp.int32)),
         answers=_Answers(
             tokens_NT=jnp.full((N, T), sampling.pad_id, jnp.int32),
             logprobs_NT=numbers_NT,
