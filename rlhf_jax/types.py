@@ -40,8 +40,10 @@ class ApplyFn(NamedTuple):
     """The whole of what losses and trainers know about a language model.
 
     ``forward(params, tokens_BL, *, mask_BL=None) -> LMOutput`` and
-    ``logits(params, hidden_BLD) -> logits_BLV``. ``lm.apply_fn(cfg)`` builds it for this library's own model;
-    a Linen or NNX module fits in with two lambdas.
+    ``logits(params, hidden_BLD) -> logits_BLV``, of any part of the columns. A column sees no later column and none where
+    the mask is False. A model for packed rows takes ``segments_BL`` too, which is passed only where rows are packed.
+
+    ``lm.apply_fn(cfg)`` builds it for this library's own model; a Linen or NNX module fits in with two lambdas.
     """
 
     forward: Callable[..., LMOutput]
@@ -81,6 +83,8 @@ class Experience:
     """The critic's values before each response token, at rollout time."""
     advantages_BT: jax.Array
     returns_BT: jax.Array
+    weights_BT: jax.Array | None = None
+    """Importance weights of the tokens, where the sampler's distribution was not the policy's."""
 
 
 @struct.dataclass

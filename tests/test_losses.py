@@ -326,6 +326,14 @@ def test_the_surrogate_by_hand():
     np.testing.assert_array_equal(clipped, [True, False, False, True])
 
 
+def test_importance_weights_are_capped_and_carry_no_gradient():
+    behaviour = jnp.log(jnp.array([0.5, 0.25, 0.1]))
+    logprobs = jnp.log(jnp.array([0.25, 0.5, 0.9]))
+    np.testing.assert_allclose(losses.importance_weights(logprobs, behaviour), [0.5, 2.0, 2.0], rtol=1e-6)
+    np.testing.assert_allclose(losses.importance_weights(logprobs, behaviour, cap=5.0), [0.5, 2.0, 5.0], rtol=1e-6)
+    assert not jax.grad(lambda x: losses.importance_weights(x, behaviour).sum())(logprobs).any()
+
+
 def test_at_ratio_one_the_surrogate_has_the_gradient_of_reinforce():
     logprobs, advantages = jnp.array([-1.0, -2.0, -0.5]), jnp.array([0.7, -1.1, 0.0])
 

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 from typing import Any
 
@@ -140,6 +141,34 @@ def test_at_the_first_update_the_ratio_is_one_and_the_kl_nought(temperature):
 def test_a_lower_temperature_draws_from_a_narrower_distribution():
     entropy = [float(step(temperature=temperature)[1]["entropy"].value()) for temperature in (0.7, 1.0, 2.0)]
     assert entropy[0] + 0.05 < entropy[1] < entropy[2] - 0.05
+
+
+def test_what_a_truncated_sampler_drew_is_weighed_by_what_the_policy_thinks_of_it():
+    def generate(params, rng_B, prompts_BP, mask_BP, temperature):
+        how = dataclasses.replace(SPEC, top_p=0.8, temperature=temperature)
+        return generation.generate(params, rng_B, prompts_BP, mask_BP, cfg=CFG, sampling=how)
+
+    models = MODELS._replace(generate=generate)
+    collect = jax.jit(functools.partial(ppo.collect, models, correct_sampler=True))
+    experience, _ = collect(fresh().params, frozen(), hyper(), batch(), jax.random.key(1))
+    real = np.asarray(experience.response_mask_BT)
+    # A token that was kept is as much likelier in the truncated distribution as that has lost mass.
+    weights_N = np.asarray(experience.weights_BT)[real]
+    assert np.all(weights_N <= 1 + 1e-5) and np.all(weights_N >= 0.8 - 1e-5) and weights_N.min() < 0.95
+    # At the first update every ratio is 1, so that the loss is the weighed mean of the negative advantages.
+    _, logs = jax.jit(functools.partial(ppo.loss, models))(fresh().params, experience, hyper())
+    want = -(weights_N * np.asarray(experience.advantages_BT)[real]).mean()
+    np.testing.assert_allclose(logs["policy_loss"], want, atol=1e-5)
+
+
+def test_correcting_a_sampler_that_needs_none_changes_nothing():
+    plain = COLLECT(fresh().params, frozen(), hyper(), batch(), jax.random.key(1))[0]
+    corrected = jax.jit(functools.partial(ppo.collect, MODELS, correct_sampler=True))(
+        fresh().params, frozen(), hyper(), batch(), jax.random.key(1)
+    )[0]
+    real = np.asarray(plain.response_mask_BT)
+    np.testing.assert_allclose(np.asarray(corrected.weights_BT)[real], 1.0, atol=1e-5)
+    assert plain.weights_BT is None
 
 
 def test_a_fractional_reward_arrives_as_it_is_and_a_missing_stop_replaces_it():

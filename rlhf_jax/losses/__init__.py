@@ -1,6 +1,6 @@
 """Loss functions: pure, in float32, independent of models, trainers and configuration."""
 
-from rlhf_jax.losses.policy import clipped_policy, policy_is_clipped, reinforce
+from rlhf_jax.losses.policy import clipped_policy, importance_weights, policy_is_clipped, reinforce
 from rlhf_jax.losses.preference import (
     best_of_n_choice,
     dpo,
@@ -33,6 +33,7 @@ __all__ = [
     "gather_logprobs",
     "has_pairs",
     "hinge",
+    "importance_weights",
     "ipo",
     "kto",
     "kto_baseline",

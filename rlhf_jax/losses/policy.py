@@ -44,6 +44,18 @@ def reinforce(logprobs: jax.Array, advantages: jax.Array) -> jax.Array:
     return -jax.lax.stop_gradient(reduce.as_float32(advantages)) * reduce.as_float32(logprobs)
 
 
+def importance_weights(
+    logprobs: jax.Array, behaviour_logprobs: jax.Array, *, cap: float | jax.Array = 2.0
+) -> jax.Array:
+    """``min(p / q, cap)`` of tokens drawn from q, for losses that are expectations over p; no gradient.
+
+    Truncated importance sampling (Ionides 2008): cutting the weights off trades a little bias for a bounded variance.
+    What q never draws, under top-p say, no weight brings back.
+    """
+    reduce.check_same_shape(logprobs=logprobs, behaviour_logprobs=behaviour_logprobs)
+    return jax.lax.stop_gradient(jnp.minimum(kl.ratio(logprobs, behaviour_logprobs), cap))
+
+
 def _branches(
     logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, clip: float | jax.Array
 ) -> tuple[jax.Array, jax.Array]:

@@ -77,6 +77,8 @@ class Hyper:
     """Replaces the score of an answer that never stopped."""
     ptx_coef: Any = 0.0
     """Weight of the mean pretraining loss per token; 0 is plain PPO, and then costs nothing."""
+    sampler_cap: Any = 2.0
+    """Largest weight of a token where the sampler's distribution is corrected for."""
     max_grad_norm: Any = jnp.inf
     ema_decay: Any = 0.0
     """Of the averaged policy weights (0.992 per step in InstructGPT); 0 follows the policy."""
@@ -125,11 +127,14 @@ def collect(
     *,
     kl_scale: jax.Array | float = 1.0,
     whiten_rewards: bool = False,
+    correct_sampler: bool = False,
 ) -> tuple[Experience, dict[str, Any]]:
     """Answer the prompts and turn scores into advantages and returns. ``rng`` is consumed; ``params`` as in the state.
 
     The old log-probabilities come from the same scoring function as the reference's and the update's, so that the
-    first ratio is 1 and the KL of equal models 0; the sampler's own are compared with them in ``sampler_gap``.
+    first ratio is 1 and the KL of equal models 0; the sampler's own are compared with them in ``sampler_gap``. Where
+    the sampler drew from another distribution (top-p, a faster kernel), ``correct_sampler`` weighs each token's policy
+    loss by how much likelier the policy makes it than the sampler did, up to ``Hyper.sampler_cap``.
     """
     params = models.join(frozen, params)
     rng_B = jax.random.split(rng, batch.prompts_BP.shape[0])
@@ -157,6 +162,9 @@ def collect(
         values_BT=values_BT,
         advantages_BT=advantages.whiten(advantages_BT, where=response_BT),
         returns_BT=returns_BT,
+        weights_BT=policy_losses.importance_weights(logprobs_BT, rollout.logprobs_BT, cap=hyper.sampler_cap)
+        if correct_sampler
+        else None,
     )
     kl_B = reduce.masked_sum(kl.k1(logprobs_BT, reference_BT), where=response_BT, axis=-1)
     spread = reduce.masked_var(returns_BT, where=response_BT)
@@ -189,6 +197,8 @@ def loss(
     policy_BT = policy_losses.clipped_policy(
         logprobs_BT, experience.logprobs_BT, experience.advantages_BT, clip=hyper.clip
     )
+    if experience.weights_BT is not None:
+        policy_BT = experience.weights_BT * policy_BT
     value_BT = value_losses.clipped_value(values_BT, experience.values_BT, experience.returns_BT, clip=hyper.value_clip)
     policy_loss = reduce.masked_mean(policy_BT, where=where_BT)
     value_loss = reduce.masked_mean(value_BT, where=where_BT)
@@ -279,7 +289,12 @@ def update(
 
 
 def make_train_step(
-    models: Models, *, epochs: int = 1, minibatches: int = 8, whiten_rewards: bool = False
+    models: Models,
+    *,
+    epochs: int = 1,
+    minibatches: int = 8,
+    whiten_rewards: bool = False,
+    correct_sampler: bool = False,
 ) -> Callable[..., tuple[PPOState, dict[str, Any]]]:
     """Build ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)``: rollout to update in one program."""
 
@@ -296,6 +311,7 @@ def make_train_step(
             sample_rng,
             kl_scale=state.kl_scale.kl_coef,
             whiten_rewards=whiten_rewards,
+            correct_sampler=correct_sampler,
         )
         state, update_logs = update(
             models,
