@@ -40,8 +40,8 @@ class ApplyFn(NamedTuple):
     """The whole of what losses and trainers know about a language model.
 
     ``forward(params, tokens_BL, *, mask_BL=None) -> LMOutput`` and
-    ``logits(params, hidden_BLD) -> logits_BLV``, of any part of the columns. A column sees no later column and none where
-    the mask is False. A model for packed rows takes ``segments_BL`` too, which is passed only where rows are packed.
+    ``logits(params, hidden_BLD) -> logits_BLV``, of any part of the columns. A column sees no later column, and none
+    where the mask is False. A model for packed rows takes ``segments_BL`` too, which only they bring along.
 
     ``lm.apply_fn(cfg)`` builds it for this library's own model; a Linen or NNX module fits in with two lambdas.
     """
