@@ -19,7 +19,10 @@ TURNS = (Turn(U, "where is it?"), Turn(A, "In the garden."), Turn(U, "why  so"),
 MODERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def byte_level(specials, *, template=None, pattern: str | None = MODERN, also=(), **names):
+WORDS = ("where is the garden \n\n assistant user why so nobody knows",)
+
+
+def byte_level(specials, *, template=None, pattern: str | None = MODERN, also=(), words=WORDS, size=340, **names):
     """A small byte-level BPE tokenizer with a family's control tokens."""
     backend = library.Tokenizer(library.models.BPE())
     steps: Any = [library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)]
@@ -28,12 +31,12 @@ def byte_level(specials, *, template=None, pattern: str | None = MODERN, also=()
     backend.pre_tokenizer = library.pre_tokenizers.Sequence(steps)
     backend.decoder = library.decoders.ByteLevel()
     trainer = library.trainers.BpeTrainer(
-        vocab_size=340,
+        vocab_size=size,
         special_tokens=[],
         initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(["where is the garden \n\n assistant user why so nobody knows"] * 5, trainer)
+    backend.train_from_iterator([*words] * 5, trainer)
     backend.add_special_tokens(list(specials))
     backend.add_tokens(list(also))
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **names)

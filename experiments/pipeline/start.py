@@ -42,6 +42,8 @@ def load(path: str) -> Start:
         raise SettingError(f"--model {path} cannot be used: {error}") from error
     except Exception as error:  # the safetensors and tokenizers libraries raise bare exceptions for damaged files
         raise SettingError(f"--model {path} cannot be read: {error}") from error
+    if "head" in params:
+        raise SettingError(f"--model {path} cannot be used: it holds a reward model, not a language model")
     last = max(tokenizer.get_vocab().values())
     if last >= cfg.vocab_size:
         raise SettingError(
