@@ -297,6 +297,19 @@ def test_a_whole_response_follows_the_models_distribution():
     assert stats.chisquare(counts, n * joint / joint.sum()).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("vocab", [1025, 5000])
+def test_draws_from_a_large_vocabulary_follow_the_distribution(vocab):
+    # Most of the mass on tokens at the edges of blocks, and none on whole stretches.
+    logits = np.full(vocab, -np.inf)
+    likely = [0, 1, 127, 128, 129, 255, 700, 1023, 1024, vocab - 1]
+    logits[likely] = np.linspace(0.0, 2.0, len(likely))
+    logits, n = jnp.asarray(logits, jnp.float32), 20_000
+    tokens = jax.jit(jax.vmap(generation.draw, in_axes=(0, None)))(keys(n), jax.nn.log_softmax(logits))
+    counts, want = np.bincount(tokens, minlength=vocab), np.asarray(jax.nn.softmax(logits), np.float64)
+    assert counts[want == 0].sum() == 0
+    assert stats.chisquare(counts[want > 0], n * want[want > 0] / want.sum()).pvalue > 1e-3
+
+
 def test_nothing_impossible_is_drawn():
     logprobs = jnp.log(jnp.array([0.0, 0.5, 0.0, 0.5, 0.0, 0.0]))
     tokens = jax.vmap(generation.draw, in_axes=(0, None))(keys(5_000), logprobs)

@@ -110,6 +110,23 @@ def test_the_job_on_a_file_from_what_another_run_wrote(finished, tmp_path):
     assert start.load(str(out / "policy")).cfg.model_type == "gpt2"
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_ids_that_no_token_has_are_taken_off_the_model(byte_pairs, tmp_path, tied):
+    fields = (
+        {} if tied else {**dict.fromkeys(GPT2, False), "norm": "rmsnorm", "activation": "silu", "positions": "rope"}
+    )
+    folder = save_gpt2(tmp_path / "m", byte_pairs, more=11, **(fields | {"gated_mlp": not tied}))
+    (padded_cfg, padded), began = lm.load(folder), start.load(str(folder))
+    n = len(byte_pairs)
+    assert (padded_cfg.vocab_size, began.cfg.vocab_size) == (n + 11, n)
+    tokens_BL = jax.numpy.arange(10)[None]
+
+    def logits(cfg, params):
+        return lm.logits(params, lm.forward(params, tokens_BL, cfg=cfg).hidden_BLD, cfg=cfg)
+
+    np.testing.assert_array_equal(logits(began.cfg, began.params), logits(padded_cfg, padded)[..., :n])
+
+
 # -------------------------------------------------------------------------------------------------------------- tasks
 
 
@@ -200,6 +217,8 @@ def test_directories_that_cannot_be_used_are_refused_in_one_sentence(checkpoint,
     out = tmp_path / "run"
     message = job.refused("--model", tmp_path / "none", "--out", out)
     assert f"--model {tmp_path / 'none'}" in message and not out.exists()
+    with pytest.raises(settings.SettingError, match="--net sizes a model made from nothing"):
+        instructgpt.parse(["--model", str(checkpoint), "--net.layers", "2"])
 
     def copy_of(name):
         return shutil.copytree(checkpoint, tmp_path / name)
@@ -226,7 +245,7 @@ def test_directories_that_cannot_be_used_are_refused_in_one_sentence(checkpoint,
         tasks.make_task(with_changes(SMALL, {"data": {"path": str(path)}}), start.load(str(short)))
 
     small = save_gpt2(tmp_path / "small", byte_pairs, more=-3)
-    with pytest.raises(settings.SettingError, match="its tokenizer has the id"):
+    with pytest.raises(settings.SettingError, match="its tokenizer has 677 ids, more than its model's 674"):
         start.load(str(small))
     unmarked = save_gpt2(tmp_path / "unmarked", test_chat.make_gpt2(template="{{ messages[0]['content'] }}"))
     with pytest.raises(settings.SettingError, match=r"no {% generation %} marks"):

@@ -101,7 +101,7 @@ def generate(
 
     # The last token drawn is never read, so its slot is not needed.
     empty = kv_cache.create(cfg, batch=B // n, slots=P + T - 1)
-    prefill = transformer.forward(params, prompts_BP, cfg=cfg, mask_BL=mask_BP, cache=empty)
+    prefill = transformer.forward(params, prompts_BP, cfg=cfg, mask_BL=mask_BP, cache=empty, used_slots=P)
     state = _State(
         step=jnp.zeros((), jnp.int32),
         cache=_repeated(prefill.cache, n),

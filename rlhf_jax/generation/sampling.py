@@ -8,6 +8,9 @@ import numpy as np
 from flax import struct
 from jax import lax
 
+_DIRECT, _BLOCK = 1024, 128
+"""Vocabularies up to the first are searched at once, larger ones in blocks of the second."""
+
 NOTHING = -1
 """An id that no token has: what stands before the first token of a response."""
 
@@ -144,11 +147,26 @@ def draw(rng: jax.Array, logprobs_V: jax.Array) -> jax.Array:
 
     A token of probability 0 is never drawn. Probabilities are resolved to about 1e-7.
     """
-    cumulative_V = jnp.cumsum(jnp.exp(logprobs_V))
-    total = cumulative_V[-1]
+    probs_V = jnp.exp(logprobs_V)
+    uniform = jax.random.uniform(rng)
+    if probs_V.size <= _DIRECT:
+        cumulative_V = jnp.cumsum(probs_V)
+        return _search(cumulative_V, uniform * cumulative_V[-1])
+    # Two short searches instead of a cumulative sum over the vocabulary: for the block, then within it.
+    blocks_NM = jnp.pad(probs_V, (0, -probs_V.size % _BLOCK)).reshape(-1, _BLOCK)
+    cumulative_N = jnp.cumsum(jnp.sum(blocks_NM, axis=1))
+    level = uniform * cumulative_N[-1]
+    block = _search(cumulative_N, level)
+    before = jnp.where(block > 0, cumulative_N[jnp.maximum(block - 1, 0)], 0.0)
+    return block * _BLOCK + _search(jnp.cumsum(blocks_NM[block]), level - before)
+
+
+def _search(cumulative: jax.Array, level: jax.Array) -> jax.Array:
+    """The first index whose running sum exceeds ``level``; never one that adds nothing."""
+    total = cumulative[-1]
     # Strictly below the total, else rounding could step past the last token that has any mass.
-    level = jnp.minimum(jax.random.uniform(rng) * total, jnp.nextafter(total, jnp.zeros_like(total)))
-    return jnp.sum(cumulative_V <= level, dtype=jnp.int32)
+    level = jnp.minimum(level, jnp.nextafter(total, jnp.zeros_like(total)))
+    return jnp.sum(cumulative <= level, dtype=jnp.int32)
 
 
 def choose(

@@ -54,12 +54,14 @@ def forward(
     positions_BL: jax.Array | None = None,
     segments_BL: jax.Array | None = None,
     cache: kv_cache.KVCache | None = None,
+    used_slots: int | None = None,
 ) -> types.LMOutput:
     """Read tokens, return final hidden states ``[B,L,D]`` (normed, in the compute dtype) and the grown cache.
 
     ``mask_BL`` is true at real tokens. Padding may stand anywhere and hold any id: real tokens neither see it nor
     count it, since ``positions_BL`` defaults to the number of real tokens before each column. Hidden states at
-    padding are finite and mean nothing. With a ``cache``, the new tokens continue what is in it.
+    padding are finite and mean nothing. With a ``cache``, the new tokens continue what is in it; where the caller knows
+    that no more than ``used_slots`` of it hold anything afterwards, the rest is not looked at.
 
     Rows may be packed: ``segments_BL``, int, gives the sequence each token belongs to. Equal ids stand next to each
     other; tokens see their own sequence alone, and positions restart in each.
@@ -69,7 +71,7 @@ def forward(
     _check(tokens_BL, mask_BL, positions_BL, segments_BL, cache, cfg)
     if cache is None:
         return types.LMOutput(_read(params, tokens_BL, mask_BL, positions_BL, segments_BL, cfg))
-    return _continue(params, tokens_BL, mask_BL, positions_BL, cache, cfg)
+    return _continue(params, tokens_BL, mask_BL, positions_BL, cache, used_slots or cache.slots, cfg)
 
 
 def logits(params: types.Params, hidden_BLD: jax.Array, *, cfg: config.LMConfig) -> jax.Array:
@@ -144,6 +146,7 @@ def _continue(
     mask_BL: jax.Array | None,
     positions_BL: jax.Array | None,
     cache: kv_cache.KVCache,
+    used: int,
     cfg: config.LMConfig,
 ) -> types.LMOutput:
     if mask_BL is None:
@@ -153,8 +156,8 @@ def _continue(
         positions_BL = read_B[:, None] + default_positions(mask_BL)
     grown = kv_cache.append_tokens(cache, mask_BL, positions_BL)
     columns_BL = jnp.atleast_1d(cache.length)[:, None] + jnp.arange(tokens_BL.shape[1])[None, :]
-    seen_BLS = attention.visible(columns_BL, jnp.arange(cache.slots), grown.mask_BS)
-    far, near = _views(seen_BLS, positions_BL, grown.positions_BS, cfg)
+    seen_BLS = attention.visible(columns_BL, jnp.arange(used), grown.mask_BS[:, :used])
+    far, near = _views(seen_BLS, positions_BL, grown.positions_BS[:, :used], cfg)
 
     x_BLD = _embed(params, tokens_BL, mask_BL, positions_BL, cfg)
     remembered = []
@@ -165,7 +168,8 @@ def _continue(
         def mix(queries, keys, values, i=i, view=view):
             keys = kv_cache.append_layer(cache.keys[i], keys, cache.length)
             values = kv_cache.append_layer(cache.values[i], values, cache.length)
-            return attention.attend(queries, keys, values, view.seen_BLS, cfg=cfg), (keys, values)
+            seen_keys, seen_values = keys[:, :, :used], values[:, :, :used]
+            return attention.attend(queries, seen_keys, seen_values, view.seen_BLS, cfg=cfg), (keys, values)
 
         x_BLD, memory = _layer(weights, x_BLD, view.rotation, mix, cfg)
         remembered.append(memory)
