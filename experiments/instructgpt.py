@@ -79,6 +79,8 @@ def parse(arguments: list[str]) -> settings.Settings:
     settings.check(asked)
     if asked.model is None:
         return asked
+    if asked.net != begin.net:
+        raise settings.SettingError("--net sizes a model made from nothing; leave it out beside --model")
     # Absolute, so that the run can be resumed from anywhere.
     return dataclasses.replace(asked, model=str(pathlib.Path(asked.model).absolute()))
 

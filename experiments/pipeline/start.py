@@ -16,7 +16,7 @@ _FILES = ("*.json", "*.jinja", "*.safetensors", "tokenizer.model")
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """A model to go on from."""
+    """A model to go on from, with as many ids as its tokenizer has."""
 
     path: str
     cfg: lm.LMConfig
@@ -33,7 +33,11 @@ class Start:
 
 
 def load(path: str) -> Start:
-    """Read a model directory; raises SettingError for one that cannot be used."""
+    """Read a model directory; raises SettingError for one that cannot be used.
+
+    Vocabularies are often padded to a round number. Ids that no token has are taken off the model, so that none is ever
+    drawn and no probability is anywhere lost to one.
+    """
     try:
         cfg, params = lm.load(path)
         tokenizer = tokenizers.load(path)
@@ -44,12 +48,21 @@ def load(path: str) -> Start:
         raise SettingError(f"--model {path} cannot be read: {error}") from error
     if "head" in params:
         raise SettingError(f"--model {path} cannot be used: it holds a reward model, not a language model")
-    last = max(tokenizer.get_vocab().values())
-    if last >= cfg.vocab_size:
+    n = 1 + max(tokenizer.get_vocab().values())
+    if n > cfg.vocab_size:
         raise SettingError(
-            f"--model {path} cannot be used: its tokenizer has the id {last}, its model only {cfg.vocab_size} of them"
+            f"--model {path} cannot be used: its tokenizer has {n} ids, more than its model's {cfg.vocab_size}"
         )
-    return Start(path, cfg, params, fmt)
+    return Start(path, *_cut(cfg, params, n), fmt)
+
+
+def _cut(cfg: lm.LMConfig, params: types.Params, n: int) -> tuple[lm.LMConfig, types.Params]:
+    if n == cfg.vocab_size:
+        return cfg, params
+    cut = {**params, "embed": {**params["embed"], "tokens": params["embed"]["tokens"][:n]}}
+    if "unembed" in params:
+        cut["unembed"] = {"kernel": params["unembed"]["kernel"][:, :n]}
+    return dataclasses.replace(cfg, vocab_size=n), cut
 
 
 def fingerprint(path: str) -> str:
