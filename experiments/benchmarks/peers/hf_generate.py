@@ -1,0 +1,46 @@
+"""transformers' generate: sampled answers of full length, with its cache."""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from suite import child, sizes
+from transformers import GenerationConfig, GPT2LMHeadModel
+
+from peers import torch_models
+
+
+def main() -> None:
+    """Measure it."""
+    given = child.options(__doc__)
+    clock, shapes, size, B = child.Clock(given), given.work.shapes, given.work.size, given.work.batch
+    torch.manual_seed(0)
+    device, dtype = ("cuda", torch.bfloat16) if given.accelerator else ("cpu", torch.float32)
+    model = GPT2LMHeadModel(torch_models.config(size)).eval().to(device, dtype)
+    how = GenerationConfig(
+        max_new_tokens=shapes.answer,
+        min_new_tokens=shapes.answer,
+        do_sample=True,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        pad_token_id=sizes.PAD,
+        eos_token_id=None,
+        use_cache=True,
+    )
+    rng = np.random.default_rng(0)
+
+    def once() -> None:
+        prompts = torch.tensor(rng.integers(sizes.FIRST_WORD, size.vocab, (B, shapes.prompt)), device=device)
+        with torch.inference_mode():
+            rows = model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), generation_config=how)
+        assert rows.cpu().shape == (B, shapes.prompt + shapes.answer)
+
+    clock.measure(once)
+    clock.report(packages=torch_models.PACKAGES, tokens=B * shapes.answer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Tunix's Sampler: sampled answers of full length."""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
+
+from __future__ import annotations
+
+import numpy as np
+from suite import child, sizes
+from tunix.generate import sampler
+
+from peers import tunix_models, words
+
+
+def main() -> None:
+    """Measure it."""
+    given = child.options(__doc__)
+    clock, shapes, size, B = child.Clock(given), given.work.shapes, given.work.size, given.work.batch
+    P, T = shapes.prompt, shapes.answer
+    cache = sampler.CacheConfig(
+        cache_size=P + T, num_layers=size.layers, num_kv_heads=size.heads, head_dim=size.width // size.heads
+    )
+    sample = sampler.Sampler(tunix_models.make(size), words.tokenizer(size), cache)
+    rng, calls = np.random.default_rng(0), iter(range(10**9))
+
+    def once() -> None:
+        prompts = [words.text(rng, size, P) for _ in range(B)]
+        out = sample(
+            prompts,
+            max_generation_steps=T,
+            max_prompt_length=P,
+            temperature=1.0,
+            top_p=1.0,
+            seed=next(calls),
+            forbidden_tokens=(sizes.PAD, sizes.EOS),
+        )
+        assert all(len(row) == T for row in out.tokens)
+
+    clock.measure(once)
+    clock.report(packages=tunix_models.PACKAGES, tokens=B * T)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""The models and the works, and how many operations they take. Plain Python: peers' interpreters read it too."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+PAD, EOS, FIRST_WORD = 0, 1, 3
+"""Ids of padding and end, and the first id that a random row holds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A GPT-2 of some size, its unembedding tied to its embedding."""
+
+    layers: int
+    width: int
+    heads: int
+    vocab: int
+    positions: int
+    gated_mlp: int
+    """Width of a gated mlp with as many parameters as the plain one of four times the width, for peers without it."""
+
+    @property
+    def matmul_params(self) -> int:
+        """Parameters that a token is multiplied by: the layers' kernels and the unembedding."""
+        return self.trunk_params + self.vocab * self.width
+
+    @property
+    def trunk_params(self) -> int:
+        """Those of the layers alone, which is what a scalar head sits on."""
+        return 12 * self.layers * self.width**2
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """The shapes of all works."""
+
+    rows: int = 8
+    """Rows of a supervised step, pairs of a preference step."""
+    length: int = 256
+    dpo_prompt: int = 64
+    prompt: int = 64
+    answer: int = 64
+    batch_s: int = 64
+    """Prompts of the generation rows, by size."""
+    batch_m: int = 8
+    ppo_samples: int = 64
+    ppo_prompt: int = 32
+    ppo_answer: int = 32
+    ppo_epochs: int = 4
+    ppo_minibatches: int = 4
+    stream_prompts: int = 512
+    stream_slots: int = 64
+    short: int = 32
+    """Tokens of seven answers in eight; the eighth has eight times as many."""
+    matmul: int = 2048
+
+    @property
+    def long(self) -> int:
+        """Tokens of every eighth answer."""
+        return 8 * self.short
+
+
+SIZES = {
+    "s": Size(layers=4, width=256, heads=4, vocab=4096, positions=512, gated_mlp=688),
+    "m": Size(layers=12, width=768, heads=12, vocab=8192, positions=1024, gated_mlp=2048),
+}
+SHAPES = Shapes()
+
+QUICK_SIZES = {
+    "s": Size(layers=2, width=32, heads=2, vocab=64, positions=128, gated_mlp=96),
+    "m": Size(layers=2, width=64, heads=2, vocab=64, positions=128, gated_mlp=160),
+}
+QUICK_SHAPES = Shapes(
+    rows=2,
+    length=16,
+    dpo_prompt=4,
+    prompt=8,
+    answer=8,
+    batch_s=4,
+    batch_m=2,
+    ppo_samples=8,
+    ppo_prompt=8,
+    ppo_answer=8,
+    ppo_epochs=2,
+    ppo_minibatches=2,
+    stream_prompts=16,
+    stream_slots=4,
+    short=2,
+    matmul=64,
+)
+
+
+class Work(NamedTuple):
+    """What a name such as ``sft-s`` or ``decode-m-16`` stands for."""
+
+    name: str
+    kind: str
+    size_name: str
+    size: Size
+    shapes: Shapes
+    batch: int
+    """Rows that are decoded at once: the number in the name, or the size's own."""
+
+
+def work(name: str, *, quick: bool = False) -> Work:
+    """Read a name; raises ``ValueError`` where it names no size."""
+    kind, size_name, batch = (*name.split("-"), "")[:3]
+    sizes, shapes = (QUICK_SIZES, QUICK_SHAPES) if quick else (SIZES, SHAPES)
+    if size_name not in sizes or (batch and not batch.isdigit()):
+        raise ValueError(f"{name!r} is not a work; names are as 'sft-s' or 'decode-m-16'")
+    own = shapes.batch_s if size_name == "s" else shapes.batch_m
+    return Work(name, kind, size_name, sizes[size_name], shapes, int(batch) if batch else own)
+
+
+def training_operations(size: Size, *, rows: int, length: int, params: int | None = None) -> float:
+    """Floating-point operations of a forward and a backward pass, what is recomputed not counted.
+
+    6 for each matmul parameter and token, and ``12 * layers * width * length`` a token for attention that reads all
+    columns (PaLM, appendix B).
+    """
+    each = 6 * (size.matmul_params if params is None else params) + 12 * size.layers * size.width * length
+    return float(rows * length * each)
+
+
+class DecodeCost(NamedTuple):
+    """What one step of decoding cannot do without."""
+
+    bytes: float
+    operations: float
+
+
+def decode_cost(size: Size, *, batch: int, prompt: int, answer: int, bytes_each: int) -> DecodeCost:
+    """Parameters and cache that must be read, and operations, for one token of each row.
+
+    The cache counts as full as it is on average over the answer, whatever room was made for it.
+    """
+    read = prompt + answer / 2
+    cached = 2 * size.layers * batch * read * size.width
+    attention = 4 * size.layers * size.width * read
+    return DecodeCost(
+        bytes=bytes_each * (size.matmul_params + cached),
+        operations=batch * (2 * size.matmul_params + attention),
+    )

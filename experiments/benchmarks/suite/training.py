@@ -1,0 +1,165 @@
+"""This library's training steps, built as a user would build them: one compiled step that donates its state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rlhf_jax import generation, lm, losses, parallel, types
+from rlhf_jax.train import ppo, reward_model, sft, step
+from rlhf_jax.train import state as state_lib
+
+from . import models, sizes
+
+HYPER = {"learning_rate": np.float32(1e-4), "max_grad_norm": np.float32(1.0)}
+
+Ready = tuple[Callable[[], Any], dict[str, float]]
+"""A function that makes one repetition and returns when it is done, and what a repetition consists of."""
+
+
+def adam() -> optax.GradientTransformation:
+    """Adam with unit rate; the steps multiply by a traced one."""
+    return optax.chain(optax.scale_by_adam(), optax.scale(-1.0))
+
+
+def supervised(work: sizes.Work) -> Ready:
+    """Next-token loss on every token of a few rows."""
+    shapes, cfg = work.shapes, models.config(work.size)
+    train_step = parallel.jit_step(sft.make_train_step(partial(lm.token_logprobs, cfg=cfg)))
+    mask_BL = np.ones((shapes.rows, shapes.length), bool)
+
+    def batch(rng: np.random.Generator) -> sft.TokenBatch:
+        tokens_BL = models.random_rows(rng, work.size, *mask_BL.shape)
+        return sft.TokenBatch(tokens_BL, mask_BL, mask_BL)  # type: ignore[arg-type]
+
+    once = _stepper(train_step, state_lib.create(models.init(cfg), adam()), None, HYPER, batch)
+    return once, {
+        "tokens": mask_BL.size,
+        "operations": sizes.training_operations(work.size, rows=shapes.rows, length=shapes.length),
+    }
+
+
+def reward(work: sizes.Work) -> Ready:
+    """The ranking loss of pairs."""
+    shapes, cfg = work.shapes, models.config(work.size)
+    train_step = parallel.jit_step(reward_model.make_train_step(partial(lm.score, cfg=cfg)))
+    mask_BKL = np.ones((shapes.rows, 2, shapes.length), bool)
+    ranks_BK = np.tile(np.array([1, 2], np.int32), (shapes.rows, 1))
+
+    def batch(rng: np.random.Generator) -> types.Comparisons:
+        tokens_BKL = models.random_rows(rng, work.size, *mask_BKL.shape)
+        return types.Comparisons(tokens_BKL, mask_BKL, ranks_BK, ranks_BK > 0)  # type: ignore[arg-type]
+
+    params = lm.with_head(jax.random.key(1), models.init(cfg), cfg)
+    once = _stepper(train_step, state_lib.create(params, adam()), None, HYPER, batch)
+    operations = sizes.training_operations(
+        work.size, rows=2 * shapes.rows, length=shapes.length, params=work.size.trunk_params
+    )
+    return once, {"tokens": mask_BKL.size, "operations": operations}
+
+
+def make_dpo_step(cfg: lm.LMConfig, *, prompt_width: int, beta: float = 0.1) -> Callable[..., Any]:
+    """``train_step(state, reference, hyper, tokens_B2L, rng)``: the better answer first; no padding."""
+
+    def sums(params: types.Params, tokens_B2L: jax.Array) -> jax.Array:
+        rows_BL = tokens_B2L.reshape(-1, tokens_B2L.shape[-1])
+        logprobs_BT = lm.response_logprobs(params, rows_BL, cfg=cfg, prompt_width=prompt_width)
+        return logprobs_BT.sum(axis=1).reshape(tokens_B2L.shape[:2])
+
+    def train_step(
+        state: Any, reference: types.Params, hyper: Any, tokens_B2L: jax.Array, rng: Any
+    ) -> tuple[Any, dict[str, jax.Array]]:
+        del rng
+        reference_B2 = sums(reference, tokens_B2L)
+
+        def loss_fn(params: types.Params) -> jax.Array:
+            policy_B2 = sums(params, tokens_B2L)
+            return jnp.mean(
+                losses.dpo(policy_B2[:, 0], policy_B2[:, 1], reference_B2[:, 0], reference_B2[:, 1], beta=beta)
+            )
+
+        loss, grads = jax.value_and_grad(loss_fn)(state.params)
+        state, logs = step.apply_gradients(
+            state, grads, learning_rate=hyper["learning_rate"], max_grad_norm=hyper["max_grad_norm"], loss=loss
+        )
+        return state, logs | {"loss": loss}
+
+    return train_step
+
+
+def dpo(work: sizes.Work) -> Ready:
+    """DPO on pairs of answers to one prompt, the reference's pass included."""
+    shapes, cfg = work.shapes, models.config(work.size)
+    train_step = parallel.jit_step(make_dpo_step(cfg, prompt_width=shapes.dpo_prompt))
+
+    def batch(rng: np.random.Generator) -> np.ndarray:
+        tokens_B2L = models.random_rows(rng, work.size, shapes.rows, 2, shapes.length)
+        tokens_B2L[:, 1, : shapes.dpo_prompt] = tokens_B2L[:, 0, : shapes.dpo_prompt]
+        return tokens_B2L
+
+    params = models.init(cfg)
+    once = _stepper(train_step, state_lib.create(params, adam()), params, HYPER, batch)
+    # The reference's forward pass is a third of what a forward and a backward pass are.
+    operations = 4 / 3 * sizes.training_operations(work.size, rows=2 * shapes.rows, length=shapes.length)
+    return once, {"tokens": 2 * shapes.rows * shapes.length, "operations": operations}
+
+
+def ppo_iteration(work: sizes.Work) -> Ready:
+    """Sampling, scoring and all updates of one iteration; policy, reference, critic and reward model are apart."""
+    shapes, cfg = work.shapes, models.config(work.size)
+    P, B = shapes.ppo_prompt, shapes.ppo_samples
+    functions = ppo_models(cfg, prompt_width=P, max_new_tokens=shapes.ppo_answer)
+    train_step = parallel.jit_step(
+        ppo.make_train_step(functions, epochs=shapes.ppo_epochs, minibatches=shapes.ppo_minibatches)
+    )
+    numbers = {"learning_rate": 1e-5, "critic_learning_rate": 1e-5, "kl_coef": 0.05, "max_grad_norm": 1.0}
+    hyper = ppo.Hyper(**{name: np.float32(number) for name, number in numbers.items()})
+    mask_BP = np.ones((B, P), bool)
+
+    def batch(rng: np.random.Generator) -> ppo.Batch:
+        return ppo.Batch(models.random_rows(rng, work.size, B, P), mask_BP)  # type: ignore[arg-type]
+
+    policy = models.init(cfg)
+    scorer = lm.with_head(jax.random.key(1), models.init(cfg, 1), cfg)
+    frozen = ppo.Frozen(reference=policy, reward=scorer)
+    once = _stepper(train_step, ppo.create(policy, scorer, adam()), frozen, hyper, batch)
+    return once, {"tokens": B * shapes.ppo_answer}
+
+
+def ppo_models(cfg: lm.LMConfig, *, prompt_width: int, max_new_tokens: int) -> ppo.Models:
+    """This library's model as the functions that PPO calls; no stop, so that every iteration is equally long."""
+    how = generation.Sampling(max_new_tokens=max_new_tokens)
+
+    def generate(params: types.Params, rng_B: jax.Array, prompts_BP: Any, mask_BP: Any, temperature: Any) -> Any:
+        sampling = how.replace(temperature=temperature)  # type: ignore[attr-defined]
+        return generation.generate(params, rng_B, prompts_BP, mask_BP, cfg=cfg, sampling=sampling)
+
+    def logprobs(params: types.Params, tokens_BL: Any, mask_BL: Any, temperature: Any) -> Any:
+        return lm.response_stats(
+            params, tokens_BL, cfg=cfg, prompt_width=prompt_width, mask_BL=mask_BL, temperature=temperature
+        )
+
+    def values(params: types.Params, tokens_BL: Any, mask_BL: Any) -> jax.Array:
+        return lm.response_values(params, tokens_BL, cfg=cfg, prompt_width=prompt_width, mask_BL=mask_BL)
+
+    def score(params: types.Params, rollout: types.Rollout) -> jax.Array:
+        return lm.score(params, rollout.tokens_BL, cfg=cfg, mask_BL=rollout.mask_BL)
+
+    return ppo.Models(generate, logprobs, values, score)
+
+
+def _stepper(train_step: Any, state: Any, frozen: Any, hyper: Any, batch: Callable[..., Any]) -> Callable[[], Any]:
+    rng, key = np.random.default_rng(0), jax.random.key(2)
+
+    def once() -> None:
+        nonlocal state
+        state, logs = train_step(state, frozen, hyper, batch(rng), key)
+        jax.block_until_ready((state, logs))
+
+    return once
