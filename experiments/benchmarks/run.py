@@ -72,14 +72,16 @@ class Settings:
     """Leave the peers out, installed or not."""
     together: bool = True
     """Have all programs of a row in memory, so that they can repeat in turn (15 GB for sft-m); else one by one."""
-    accelerator: bool = False
-    """Use a GPU or a TPU, in bfloat16. Install peers' GPU builds of jax and torch into their environments first."""
+    cpu: bool = False
+    """Stay on the CPU where there is a GPU or a TPU."""
     install: Annotated[pathlib.Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Create the peers' environments in DIR, and stop."""
     tunix_python: str = ""
     """A Python 3.12 for Tunix, where python3.12 on the path is none."""
     torch_index: str = ""
     """An additional package index for torch, such as that of its CPU builds."""
+    tunix_extra: str = ""
+    """A further requirement for Tunix, such as the jax of this machine's GPU: "jax[cuda13]"."""
 
 
 def main(arguments: list[str]) -> int:
@@ -90,6 +92,7 @@ def main(arguments: list[str]) -> int:
         environments.install(
             settings.install,
             tunix_python=settings.tunix_python,
+            tunix_extra=settings.tunix_extra,
             torch_index=settings.torch_index,
             say=lambda text: console.print(text, highlight=False),
         )
@@ -117,7 +120,7 @@ def measure(settings: Settings, chosen: tuple[rows.Row, ...]) -> dict[str, Any]:
         logs=settings.out.absolute() / "logs",
         repeats=settings.repeats,
         quick=settings.quick,
-        accelerator=settings.accelerator,
+        accelerator=not settings.cpu and processes.has_accelerator(),
         together=settings.together,
     )
     records: dict[str, processes.Record] = {}

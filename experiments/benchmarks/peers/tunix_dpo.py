@@ -15,7 +15,11 @@ def main() -> None:
     """Measure it."""
     given = child.options(__doc__)
     clock, shapes, size = child.Clock(given), given.work.shapes, given.work.size
-    model, reference, rng = tunix_models.make(size), tunix_models.make(size), np.random.default_rng(0)
+    model, reference, rng = (
+        tunix_models.make(size, bfloat16=given.accelerator),
+        tunix_models.make(size, bfloat16=given.accelerator),
+        np.random.default_rng(0),
+    )
     B, P, T = shapes.rows, shapes.dpo_prompt, shapes.length - shapes.dpo_prompt
 
     def batch() -> dpo_trainer.TrainingInput:

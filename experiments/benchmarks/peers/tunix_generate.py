@@ -19,7 +19,7 @@ def main() -> None:
     cache = sampler.CacheConfig(
         cache_size=P + T, num_layers=size.layers, num_kv_heads=size.heads, head_dim=size.width // size.heads
     )
-    sample = sampler.Sampler(tunix_models.make(size), words.tokenizer(size), cache)
+    sample = sampler.Sampler(tunix_models.make(size, bfloat16=given.accelerator), words.tokenizer(size), cache)
     rng, calls = np.random.default_rng(0), iter(range(10**9))
 
     def once() -> None:

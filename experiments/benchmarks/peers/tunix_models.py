@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -18,7 +19,7 @@ from tunix.models.llama3 import model as llama3
 PACKAGES = ("google-tunix", "jax", "flax")
 
 
-def make(size: sizes.Size, *, seed: int = 0) -> llama3.Llama3:
+def make(size: sizes.Size, *, bfloat16: bool, seed: int = 0) -> llama3.Llama3:
     """Tunix has no GPT-2: a Llama of the same width, depth, heads and vocabulary, and as many matmul parameters.
 
     Its mlp kernels are zero when it is made, and would stay so; all kernels are drawn anew.
@@ -39,10 +40,11 @@ def make(size: sizes.Size, *, seed: int = 0) -> llama3.Llama3:
     key = jax.random.key(seed + 1)
 
     def draw(path: Any, leaf: jax.Array) -> jax.Array:
+        dtype = jnp.bfloat16 if bfloat16 else leaf.dtype
         if leaf.ndim == 1:
-            return leaf
+            return leaf.astype(dtype)
         own = jax.random.fold_in(key, zlib.crc32(str(path).encode()))
-        return 0.02 * jax.random.normal(own, leaf.shape, leaf.dtype)
+        return 0.02 * jax.random.normal(own, leaf.shape, dtype)
 
     nnx.update(model, jax.tree_util.tree_map_with_path(draw, nnx.state(model, nnx.Param)))
     return model

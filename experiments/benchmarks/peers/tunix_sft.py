@@ -15,7 +15,7 @@ def main() -> None:
     """Measure it."""
     given = child.options(__doc__)
     clock, shapes, size = child.Clock(given), given.work.shapes, given.work.size
-    model, rng = tunix_models.make(size), np.random.default_rng(0)
+    model, rng = tunix_models.make(size, bfloat16=given.accelerator), np.random.default_rng(0)
     mask = np.ones((shapes.rows, shapes.length), bool)
 
     def batch() -> peft_trainer.TrainingInput:

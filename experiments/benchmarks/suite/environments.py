@@ -30,7 +30,14 @@ def path(folder: pathlib.Path, home: Home) -> list[str]:
     return [str(folder / "trl-ppo")] if home == "trl-ppo" else []
 
 
-def install(folder: pathlib.Path, *, tunix_python: str = "", torch_index: str = "", say: Callable[[str], None]) -> None:
+def install(
+    folder: pathlib.Path,
+    *,
+    say: Callable[[str], None],
+    tunix_python: str = "",
+    tunix_extra: str = "",
+    torch_index: str = "",
+) -> None:
     """Create what is not there yet. Tunix is left out, with a word on it, where no Python 3.12 is found."""
     folder.mkdir(parents=True, exist_ok=True)
     index = ["--extra-index-url", torch_index] if torch_index else []
@@ -50,7 +57,7 @@ def install(folder: pathlib.Path, *, tunix_python: str = "", torch_index: str = 
             return
         say(f"Tunix: {', '.join(TUNIX)}")
         _venv(python, folder / "tunix")
-        _pip(folder / "tunix", *TUNIX)
+        _pip(folder / "tunix", *TUNIX, *([tunix_extra] if tunix_extra else []))
         _done(folder, "tunix", now=True)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -54,6 +55,13 @@ def measure(
                     one.turn()
             found |= {one.program.key: one.record for one in started}
     return {program.key: found.get(program.key) or {"missing": _why(program, how)} for program in programs}
+
+
+def has_accelerator() -> bool:
+    """Whether JAX finds a GPU or a TPU; asked in a process of its own, which does not keep its memory."""
+    asked = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+    backend = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    return backend not in ("", "cpu")
 
 
 def installed(program: Program, how: How) -> bool:
