@@ -25,7 +25,10 @@ What a repetition is, and what is read off it:
                         (parameters and cache) / bandwidth, and operations / rate of the step's own products
     "matmul rate"       operations a second beside those of a product of two 2048-cubes
 
-"compile" is what the first repetition took beyond the median one. Peak memory is that of the whole process.
+Peers: TRL's SFTTrainer, RewardTrainer, DPOTrainer and, of 1.12, PPOTrainer; transformers' generate; Tunix's
+PeftTrainer, DPOTrainer and Sampler. TRL's DPO is slower with huge pages, so it runs without them too. "compile" is what
+the first repetition took beyond the median one. "memory" is the peak of the whole process, of the device where there is
+one.
 
 Writes results.json and results.md below --out, and logs/.
 

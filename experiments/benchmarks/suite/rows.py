@@ -29,7 +29,7 @@ class Program:
     @property
     def key(self) -> str:
         """A name for files and messages."""
-        parts = (self.module or self.home, self.work, self.variant, "" if self.huge_pages else "small-pages")
+        parts = (self.home, self.work, self.variant, "" if self.huge_pages else "small-pages")
         return ".".join(part for part in parts if part)
 
 
@@ -81,46 +81,46 @@ ROWS: tuple[Row, ...] = (
     _row(
         "sft-s",
         "SFT step S",
-        _trl("TRL SFTTrainer", 2.0, "sft-s", "trl_sft"),
-        _one("Tunix PeftTrainer", 1.1, "sft-s", "tunix", "tunix_sft"),
+        _trl("TRL", 2.0, "sft-s", "trl_sft"),
+        _one("Tunix", 1.1, "sft-s", "tunix", "tunix_sft"),
     ),
     _row(
         "sft-m",
         "SFT step M",
-        _trl("TRL SFTTrainer", 2.0, "sft-m", "trl_sft"),
-        _one("Tunix PeftTrainer", 1.15, "sft-m", "tunix", "tunix_sft"),
+        _trl("TRL", 2.0, "sft-m", "trl_sft"),
+        _one("Tunix", 1.15, "sft-m", "tunix", "tunix_sft"),
         Against("matmul rate", "share", 0.6, (Program("ours", "matmul-m"),)),
         warm=1,
     ),
-    _row("reward-s", "reward model S", _trl("TRL RewardTrainer", 1.4, "reward-s", "trl_reward")),
+    _row("reward-s", "reward model S", _trl("TRL", 1.4, "reward-s", "trl_reward")),
     _row(
         "dpo-s",
         "DPO step S",
-        _trl("TRL DPOTrainer", 1.9, "dpo-s", "trl_dpo", small=True),
-        _one("Tunix DPOTrainer", 1.1, "dpo-s", "tunix", "tunix_dpo"),
+        _trl("TRL", 1.9, "dpo-s", "trl_dpo", small=True),
+        _one("Tunix", 1.1, "dpo-s", "tunix", "tunix_dpo"),
     ),
     _row(
         "generate-s",
         "generation S",
         _one("transformers", 2.4, "generate-s", "trl", "hf_generate"),
-        _one("Tunix Sampler", 1.7, "generate-s", "tunix", "tunix_generate"),
+        _one("Tunix", 1.7, "generate-s", "tunix", "tunix_generate"),
     ),
     _row(
         "generate-m",
         "generation M",
         _one("transformers", 2.4, "generate-m", "trl", "hf_generate"),
-        _one("Tunix Sampler", 1.25, "generate-m", "tunix", "tunix_generate"),
+        _one("Tunix", 1.25, "generate-m", "tunix", "tunix_generate"),
     ),
     _row(
         "ppo-s",
         "PPO iteration S",
-        _trl("TRL 1.12 PPOTrainer", 1.8, "ppo-s", "trl_ppo", "trl-ppo"),
+        _trl("TRL 1.12", 1.8, "ppo-s", "trl_ppo", "trl-ppo"),
         warm=1,
     ),
     _row(
         "stream-s",
         "refilled slots S",
-        Against("batch after batch", "speed", 2.5, (Program("ours", "static-s"),)),
+        Against("static", "speed", 2.5, (Program("ours", "static-s"),)),
         warm=0,
     ),
     *(_decoding(size, batch) for size in ("s", "m") for batch in BATCHES),

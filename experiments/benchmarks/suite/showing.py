@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 COMPARED = ("row", "ours", "against", "theirs", "ratio", "required", "met")
-MEASURED = ("program", "median", "fastest – slowest", "tokens/s", "compile", "peak memory")
+MEASURED = ("program", "median", "fastest", "slowest", "tok/s", "compile", "memory")
 
 
 def terminal(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
@@ -18,7 +18,7 @@ def terminal(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
     )
     for head in heads:
-        table.add_column(head, justify="left" if head in ("row", "against", "program") else "right", overflow="fold")
+        table.add_column(head, justify="left" if head in ("row", "against", "program") else "right", no_wrap=True)
     for line in lines:
         table.add_row(*line)
     return table
@@ -52,7 +52,8 @@ def measured(programs: Sequence[dict[str, Any]]) -> list[list[str]]:
         [
             found["program"],
             _time(found["median_s"]),
-            f"{_time(found['min_s'])} – {_time(found['max_s'])}",
+            _time(found["min_s"]),
+            _time(found["max_s"]),
             f"{found['tokens_per_s']:.0f}" if found["tokens_per_s"] else "–",
             f"{found['compile_s']:.1f} s",
             f"{found['device_mb'] or found['peak_mb']} MB",
