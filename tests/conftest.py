@@ -13,3 +13,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=25)
 hypothesis.settings.load_profile("default")
+
+
+LONGEST = ("test_instructgpt.py", "test_model_start.py")
+"""Files that take minutes: they are begun first, so that no worker is left alone with one at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    """Order the files; tests within a file stay in theirs."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)

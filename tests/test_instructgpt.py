@@ -7,6 +7,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -20,6 +21,10 @@ NUMBERS = ("gold", "reward", "kl", "skill_accuracy", "pretraining_loss", "truthf
 # As a user has it: without what the tests set for themselves.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
 ENVIRONMENT |= {"JAX_PLATFORMS": "cpu", "COLUMNS": "120"}
+# But what one run has compiled the next need not compile again.
+COMPILED = tempfile.TemporaryDirectory(prefix="rlhf-jax-compiled-")
+ENVIRONMENT |= {"JAX_COMPILATION_CACHE_DIR": COMPILED.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+ENVIRONMENT |= {"JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 
 
 def command(*arguments):

@@ -51,3 +51,12 @@ def test_values_out_of_range_name_their_flag(part, name, value):
     broken = dataclasses.replace(made, **{part: dataclasses.replace(getattr(made, part), **{name: value})})
     with pytest.raises(settings.SettingError, match=f"--{part}.{name}"):
         settings.check(broken)
+
+
+def test_truncated_rollouts_are_refused_with_the_reason_unless_they_are_corrected_for():
+    made = settings.preset("default")
+    for change in (dict(top_k=10), dict(top_p=0.9)):
+        cut = dataclasses.replace(made, ppo=dataclasses.replace(made.ppo, **change))
+        with pytest.raises(settings.SettingError, match=r"--ppo.top-[kp] .*correct-sampler.*another distribution"):
+            settings.check(cut)
+        settings.check(dataclasses.replace(cut, ppo=dataclasses.replace(cut.ppo, correct_sampler=True)))

@@ -145,6 +145,12 @@ class PPO:
     """Of GAE; the discount is 1."""
     temperature: float = 1.0
     """Of the rollouts and of every scoring pass."""
+    top_k: int | None = None
+    """Draw rollouts from the k likeliest tokens alone; needs --ppo.correct-sampler."""
+    top_p: float | None = None
+    """Draw rollouts from the likeliest tokens that have this probability together; needs --ppo.correct-sampler."""
+    correct_sampler: bool = False
+    """Weigh each token by how much likelier the policy makes it than the sampler did, at most twofold."""
     missing_stop_score: float = -3.0
     """Score of an answer that did not stop, in standard deviations of the reward."""
     ema: float = 0.95
@@ -267,6 +273,12 @@ _NOT_NEGATIVE = (
 _SHARES = ("data.max_dropped", "data.held_out", "world.lapse", "sft.mix", "ppo.lambda_", "ppo.ema")
 
 
+_ON_POLICY = (
+    "left out unless --ppo.correct-sampler is given: what is cut off makes the samples those of another distribution "
+    "than the policy's, and then log-ratios and KL are wrong"
+)
+
+
 def _value(settings: Settings, name: str) -> Any:
     value: Any = settings
     for part in name.split("."):
@@ -291,6 +303,11 @@ def check(settings: Settings) -> None:
     _require(0 < settings.data.held_out < 1, settings, "data.held_out", "above 0 and below 1")
     _require(settings.sft.mix < 1, settings, "sft.mix", "below 1")
     _require(settings.ppo.ema < 1, settings, "ppo.ema", "below 1")
+    for name in ("ppo.top_k", "ppo.top_p"):
+        given = _value(settings, name)
+        _require(given is None or settings.ppo.correct_sampler, settings, name, _ON_POLICY)
+        _require(given is None or given > 0, settings, name, "positive")
+    _require((settings.ppo.top_p or 0.0) <= 1, settings, "ppo.top_p", "at most 1")
     _require(settings.data.vocab_size >= 260, settings, "data.vocab_size", "at least 260 (256 bytes, 4 special tokens)")
     _require(settings.world.labelers >= 2, settings, "world.labelers", "at least 2")
     _require(0.5 < settings.world.agreement < 1, settings, "world.agreement", "above 0.5 and below 1")

@@ -104,6 +104,10 @@ def make_job(
     # What PPO writes while it runs is what its compiled step can see: ids, which gold reads only where they are words.
     tables = task.world.tables if task.world and task.speaks_world else None
     models = ppo_models(cfg, spec, prompt_width=task.prompt_width, tables=tables)
+    drawn = dataclasses.replace(spec, top_k=settings.ppo.top_k, top_p=settings.ppo.top_p)
+    if not settings.ppo.correct_sampler:
+        generation.check_on_policy(drawn)
+    rollouts = models if drawn == spec else ppo_models(cfg, drawn, prompt_width=task.prompt_width, tables=tables)
     token_logprobs = partial(lm.token_logprobs, cfg=cfg)
     return Job(
         settings=settings,
@@ -117,7 +121,12 @@ def make_job(
         supervised_step=parallel.jit_step(sft.make_train_step(token_logprobs)),
         reward_step=parallel.jit_step(reward_model.make_train_step(partial(lm.score, cfg=cfg))),
         ppo_step=parallel.jit_step(
-            ppo.make_train_step(models, epochs=settings.ppo.epochs, minibatches=settings.ppo.minibatches)
+            ppo.make_train_step(
+                rollouts,
+                epochs=settings.ppo.epochs,
+                minibatches=settings.ppo.minibatches,
+                correct_sampler=settings.ppo.correct_sampler,
+            )
         ),
         supervised_tx=muon(),
         ppo_tx=adam(),

@@ -32,6 +32,7 @@ Shard = Callable[[tuple[str, ...]], jax.sharding.Sharding]
 
 _SCORE = "score.weight"
 _OURS = ("dtype", "remat", "attention")
+_NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 _BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
 """Ends of names that older files hold beside the weights; models make these from the config."""
 
@@ -153,7 +154,7 @@ def _lost(cfg: config.LMConfig, model_type: str) -> dict[str, Any]:
         return {"model_type": f"one of {', '.join(families.FAMILIES)}"}
     family = families.FAMILIES[model_type]
     try:
-        written = {"model_type": model_type} | hf_layouts.write_fields(cfg, family)
+        written = {"model_type": model_type, **_NO_TOKENS, **hf_layouts.write_fields(cfg, family)}
         back = config.LMConfig(**hf_layouts.read_fields(_understood(written), family))
     except ValueError as error:
         return {"other fields": str(error)}
