@@ -26,9 +26,10 @@ What a repetition is, and what is read off it:
     "matmul rate"       operations a second beside those of a product of two 2048-cubes
 
 Peers: TRL's SFTTrainer, RewardTrainer, DPOTrainer and, of 1.12, PPOTrainer; transformers' generate; Tunix's
-PeftTrainer, DPOTrainer and Sampler. TRL's DPO is slower with huge pages, so it runs without them too. "compile" is what
-the first repetition took beyond the median one. "memory" is the peak of the whole process, of the device where there is
-one.
+PeftTrainer, DPOTrainer and Sampler. TRL's DPO is slower with huge pages, so it runs without them too (4k).
+
+"compile" is what the first repetition took beyond the median one. "memory" is the peak of the whole process, or of the
+device where there is one.
 
 Writes results.json and results.md below --out, and logs/.
 

@@ -29,7 +29,7 @@ class Program:
     @property
     def key(self) -> str:
         """A name for files and messages."""
-        parts = (self.home, self.work, self.variant, "" if self.huge_pages else "small-pages")
+        parts = (self.home, self.work, self.variant, "" if self.huge_pages else "4k")
         return ".".join(part for part in parts if part)
 
 

@@ -15,7 +15,7 @@ MEASURED = ("program", "median", "fastest", "slowest", "tok/s", "compile", "memo
 def terminal(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
     """A table for rich."""
     table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0, show_edge=False
     )
     for head in heads:
         table.add_column(head, justify="left" if head in ("row", "against", "program") else "right", no_wrap=True)
