@@ -208,7 +208,14 @@ def test_bfloat16_models_give_float32_results_in_parts_as_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "shape, tied", [((1, 2048), True), ((1, 2048), False), ((8, 256), True), ((8, 256), False), ((512, 4), True)]
+    "shape, tied",
+    [
+        ((1, 2048), True),
+        ((8, 256), False),
+        pytest.param((1, 2048), False, marks=pytest.mark.slow),
+        pytest.param((8, 256), True, marks=pytest.mark.slow),
+        pytest.param((512, 4), True, marks=pytest.mark.slow),
+    ],
 )
 def test_a_gradient_over_a_large_vocabulary_stays_small(shape, tied):
     """All logits of 2,048 tokens are 1.25 GB; the default holds gradients' temporaries below 0.4 GB."""

@@ -1,6 +1,8 @@
 """The main job as its users run it: a command line, a folder, a table."""
 
+import contextlib
 import gzip
+import io
 import json
 import os
 import pathlib
@@ -10,6 +12,7 @@ import sys
 import tempfile
 import time
 
+import instructgpt
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -152,8 +155,10 @@ def test_a_run_killed_in_any_stage_resumes_to_the_same_bits(finished, tmp_path, 
 def test_a_finished_run_is_not_run_again(finished):
     folder, _ = finished
     before = (folder / "results.json").read_text()
-    done = run("--resume", folder, timeout=60)
-    assert done.returncode == 0 and "PPO-ptx" in done.stdout
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        instructgpt.main(["--resume", str(folder)])
+    assert "PPO-ptx" in told.getvalue() and "is finished; nothing was run" in told.getvalue()
     assert (folder / "results.json").read_text() == before
 
 
@@ -182,7 +187,19 @@ def write(path, records):
 def test_the_same_job_on_human_comparisons(tmp_path):
     records = [*comparisons(300), {"chosen": dialogue("Hi?", ""), "rejected": dialogue("Hi?", "Go.")}]
     path = write(tmp_path / "pairs.jsonl.gz", records)
-    done = run("--preset", "smoke", "--data.path", path, "--out", tmp_path / "run", "--data.held-out", 0.2)
+    little = (
+        "--preset",
+        "smoke",
+        "--saves",
+        2,
+        "--pretrain.steps",
+        20,
+        "--ppo.iterations",
+        2,
+        "--evaluation.prompts",
+        24,
+    )
+    done = run(*little, "--data.path", path, "--out", tmp_path / "run", "--data.held-out", 0.2)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["dropped"]["empty answer"] == 1 and "empty answer 1" in done.stdout
@@ -194,11 +211,19 @@ def test_the_same_job_on_human_comparisons(tmp_path):
 
 
 def refused(*arguments):
-    done = run(*arguments, timeout=60)
-    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, done.stderr
+    """The one line on stderr, at an exit status of 2. In this process: nothing is compiled before it."""
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told), pytest.raises(SystemExit) as left:
+        instructgpt.main([str(argument) for argument in arguments])
+    assert left.value.code == 2
+    lines = [line for line in told.getvalue().splitlines() if line.strip()]
+    assert len(lines) == 1, told.getvalue()
     return lines[0]
+
+
+def test_a_refusal_at_the_command_line(tmp_path):
+    done = run("--out", tmp_path / "run", "--ppo.clip", 0, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("error: --ppo.clip is 0.0") and not done.stdout
 
 
 def test_bad_files_are_named_with_their_line(tmp_path):
