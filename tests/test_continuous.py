@@ -66,7 +66,10 @@ def assert_same(got, want):
         np.testing.assert_allclose(got.values_BT, want.values_BT, atol=1e-5)
 
 
-@pytest.mark.parametrize("slots, refill", [(8, None), (8, 3), (4, 4), (1, 1), (100, 7)])
+@pytest.mark.parametrize(
+    "slots, refill",
+    [(8, None), (1, 1), (100, 7), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((8, 3), (4, 4)))],
+)
 @pytest.mark.parametrize("name", ["rope"])
 def test_prompt_by_prompt_the_same_as_a_static_batch(name, slots, refill):
     cfg = CONFIGS[name]

@@ -51,7 +51,9 @@ def test_an_adapter_is_drawn_from_its_name():
     }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [name if name in ("llama", "gpt2") else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
+)
 def test_attached_is_merged_in_logits_and_gradients(name):
     cfg, own = CONFIGS[name], adapters(CONFIGS[name])
     tokens = jnp.asarray(TOKENS, jnp.int32)
