@@ -49,14 +49,14 @@ from rlhf_jax.data import errors  # noqa: E402
 from rlhf_jax.train import loop  # noqa: E402
 
 WEIGHTS = {
-    "pretrain": 63,
-    "sft": 14,
-    "sft_mix": 15,
-    "comparisons": 16,
-    "reward_model": 20,
-    "ppo": 43,
-    "ppo_ptx": 44,
-    "evaluate": 20,
+    "pretrain": 39,
+    "sft": 13,
+    "sft_mix": 14,
+    "comparisons": 14,
+    "reward_model": 19,
+    "ppo": 31,
+    "ppo_ptx": 32,
+    "evaluate": 21,
 }
 """Seconds that the stages are expected to take, for the estimate of the time left."""
 

@@ -30,6 +30,7 @@ def run(script, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_a_table_without_peers(tmp_path):
     done = run("run.py", "--quick", "--repeats", 1, "--only", "dpo-s", "--ours-only", "--out", tmp_path)
     assert done.returncode == 0, done.stderr

@@ -75,7 +75,10 @@ def close(a, b, **tolerance):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
 
 
-@pytest.mark.parametrize("fit", [17, 4], ids=["two columns", "four rows of one column"])
+@pytest.mark.parametrize(
+    "fit",
+    [pytest.param(17, id="two columns"), pytest.param(4, id="four rows of one column", marks=pytest.mark.slow)],
+)
 def test_parts_change_nothing(fit, monkeypatch):
     want, want_exact, want_gradient = at_once()
     monkeypatch.setattr(chunks, "MAX_BYTES", 4 * V * fit)

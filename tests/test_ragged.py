@@ -12,7 +12,7 @@ from rlhf_jax.generation import stops
 SMALL: dict[str, Any] = dict(vocab_size=23, n_layers=1, d_model=16, n_heads=2, d_mlp=24, max_length=64)
 CFG = lm.LMConfig(**SMALL)
 SAMPLING = generation.Sampling(max_new_tokens=6, stop_ids=(3, 4))
-SAMPLER = generation.RaggedSampler(CFG, SAMPLING, widths=(4, 16, 9), slots=4)
+SAMPLER = generation.RaggedSampler(CFG, SAMPLING, widths=(16, 6), slots=4)
 
 
 @functools.cache
@@ -46,7 +46,7 @@ def test_a_handful_of_programs_however_many_lists():
     before = SAMPLER.programs
     for seed in range(5):
         SAMPLER(params(), jax.random.key(seed), some_prompts(20 - seed, 16, seed))
-    assert SAMPLER.programs - before <= 3 and SAMPLER.programs <= 9
+    assert SAMPLER.programs - before <= 2 and SAMPLER.programs <= 6
     assert SAMPLER(params(), jax.random.key(0), []) == []
 
 
