@@ -11,7 +11,7 @@ reward model; PPO and PPO-ptx; evaluation on held-out prompts. Everything is wri
 report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/, policy/ and reward_model/ (Hugging Face form).
 
 To expect of the default preset: a reward model that ranks 67 to 70 % of held-out pairs as their labelers did; PPO and
-PPO-ptx that beat SFT on 70 to 76 % of held-out prompts at a KL of about 2 nats, close to best-of-16 or above it; an
+PPO-ptx that beat SFT on 70 to 78 % of held-out prompts at a KL of 2 to 3 nats, close to best-of-16 or above it; an
 alignment tax on PPO and none on PPO-ptx.
 """
 
@@ -49,13 +49,13 @@ from rlhf_jax.data import errors  # noqa: E402
 from rlhf_jax.train import loop  # noqa: E402
 
 WEIGHTS = {
-    "pretrain": 39,
+    "pretrain": 50,
     "sft": 13,
     "sft_mix": 14,
-    "comparisons": 14,
-    "reward_model": 19,
-    "ppo": 31,
-    "ppo_ptx": 32,
+    "comparisons": 15,
+    "reward_model": 20,
+    "ppo": 37,
+    "ppo_ptx": 38,
     "evaluate": 21,
 }
 """Seconds that the stages are expected to take, for the estimate of the time left."""

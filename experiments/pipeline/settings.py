@@ -69,7 +69,7 @@ class Pretrain:
 
     documents: int = 80_000
     """Documents of the built-in world's corpus."""
-    steps: int = 520
+    steps: int = 640
     """Optimiser steps."""
     batch: int = 64
     """Rows a step; supervised fine-tuning uses the same."""
@@ -121,7 +121,7 @@ class RewardModel:
 class PPO:
     """PPO, and PPO-ptx, which adds the pretraining loss and is the same in all else."""
 
-    iterations: int = 30
+    iterations: int = 38
     """Rollouts, each followed by the updates on it."""
     batch: int = 256
     """Prompts a rollout, one answer each."""
@@ -173,7 +173,7 @@ class Evaluation:
     """`test` for results, `validation` to choose settings by."""
     best_of: int = 16
     """Samples a prompt of the best-of-n reference."""
-    best_of_prompts: int = 320
+    best_of_prompts: int = 400
     """Held-out prompts of the best-of-n reference."""
     skills: int = 800
     """Skill problems, as many of each skill."""
