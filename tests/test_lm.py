@@ -388,6 +388,7 @@ def test_response_forms_are_slices_of_the_general_ones(cfg):
             lm.response_logprobs(params, tokens, cfg=cfg, prompt_width=width)
 
 
+@pytest.mark.slow
 def test_chunks_of_columns_change_nothing():
     cfg, tokens = CONFIGS["llama"], some_tokens(CONFIGS["llama"])
     mask = jnp.stack([jnp.ones(L, bool), jnp.arange(L) >= 3, (jnp.arange(L) >= 2) & (jnp.arange(L) < 9)])

@@ -219,6 +219,7 @@ def test_packed_reward_model_training(cfg):
     assert packed.tokens_RL.shape[0] * WIDTH < 0.7 * B * K * (P + T)
 
 
+@pytest.mark.slow
 def test_packed_reward_model_training_in_micro_batches():
     batch = comparisons()
     want = ranking_update(ROPE, batch)[1]

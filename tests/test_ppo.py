@@ -161,6 +161,7 @@ def test_what_a_truncated_sampler_drew_is_weighed_by_what_the_policy_thinks_of_i
     np.testing.assert_allclose(logs["policy_loss"], want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_correcting_a_sampler_that_needs_none_changes_nothing():
     plain = COLLECT(fresh().params, frozen(), hyper(), batch(), jax.random.key(1))[0]
     corrected = jax.jit(functools.partial(ppo.collect, MODELS, correct_sampler=True))(
