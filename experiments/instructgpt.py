@@ -1,7 +1,7 @@
 """InstructGPT's recipe from nothing to PPO-ptx, with a table and a report (Ouyang et al. 2022).
 
-    python experiments/instructgpt.py                            under 5 minutes on two CPU cores, 2 GB
-    python experiments/instructgpt.py --preset smoke             all of it in under a minute, too short to learn much
+    python experiments/instructgpt.py                            about 5 minutes on two CPU cores, 2 GB
+    python experiments/instructgpt.py --preset smoke             all of it in about a minute, too short to learn much
     python experiments/instructgpt.py --data.path FILE.jsonl.gz  the same on human comparisons in Anthropic's format
     python experiments/instructgpt.py --model PATH               the same from a model you have, in Hugging Face form
     python experiments/instructgpt.py --resume runs/NAME         go on with a run that was stopped or killed

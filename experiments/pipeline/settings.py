@@ -190,7 +190,7 @@ class Settings:
     model: str | None = None
     """Start from the model and the tokenizer in this folder of Hugging Face form; none: from nothing, with --net."""
     preset: str = "default"
-    """`default`: under 5 minutes on two CPU cores; `smoke`: all of it in under a minute, too short to learn much."""
+    """`default`: about 5 minutes on two CPU cores; `smoke`: all of it in about a minute, too short to learn much."""
     seed: int = 0
     """Of everything: world, data, initial weights, samples."""
     out: str | None = None
