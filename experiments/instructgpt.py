@@ -41,7 +41,7 @@ import pathlib  # noqa: E402
 import resource  # noqa: E402
 
 import tyro  # noqa: E402
-from pipeline import evaluation, rundir, settings, stages, start, tasks  # noqa: E402
+from pipeline import ahead, evaluation, rundir, settings, stages, start, tasks  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from rlhf_jax import checkpoint, console, lm, metrics, report  # noqa: E402
@@ -118,17 +118,18 @@ def run(asked: settings.Settings) -> dict:
         job = stages.make_job(
             asked, task, start=begin, checkpoints=folder.checkpoints, log=folder.log, progress=progress
         )
-        base = stages.pretrain(job)
-        sft = stages.supervised(job, "sft", base, epochs=asked.sft.epochs, mix=0.0)
-        sft_mix = stages.supervised(job, "sft_mix", base, epochs=asked.sft.mix_epochs, mix=asked.sft.mix)
-        train, validation, facts = stages.comparisons(job, [sft, sft_mix])
-        reward = stages.train_reward_model(job, sft_mix, train)
-        reward = stages.normalised(job, reward, sft_mix)
-        judged = evaluation.reward_model_facts(job, reward, validation)
-        ppo = stages.optimise(job, "ppo", sft_mix, reward, ptx_coef=0.0)
-        ppo_ptx = stages.optimise(job, "ppo_ptx", sft_mix, reward, ptx_coef=asked.ppo.ptx_coef)
-        policies = {"base": base, "sft": sft, "sft_mix": sft_mix, "ppo": ppo, "ppo_ptx": ppo_ptx}
-        found = evaluation.evaluate(job, policies, reward)
+        with ahead.compiling(job):
+            base = stages.pretrain(job)
+            sft = stages.supervised(job, "sft", base, epochs=asked.sft.epochs, mix=0.0)
+            sft_mix = stages.supervised(job, "sft_mix", base, epochs=asked.sft.mix_epochs, mix=asked.sft.mix)
+            train, validation, facts = stages.comparisons(job, [sft, sft_mix])
+            reward = stages.train_reward_model(job, sft_mix, train)
+            reward = stages.normalised(job, reward, sft_mix)
+            judged = evaluation.reward_model_facts(job, reward, validation)
+            ppo = stages.optimise(job, "ppo", sft_mix, reward, ptx_coef=0.0)
+            ppo_ptx = stages.optimise(job, "ppo_ptx", sft_mix, reward, ptx_coef=asked.ppo.ptx_coef)
+            policies = {"base": base, "sft": sft, "sft_mix": sft_mix, "ppo": ppo, "ppo_ptx": ppo_ptx}
+            found = evaluation.evaluate(job, policies, reward)
     folder.log.close()
     results = {
         "seconds": time.time() - began,
@@ -136,6 +137,7 @@ def run(asked: settings.Settings) -> dict:
         "seed": asked.seed,
         "preset": asked.preset,
         "dropped": task.dropped.dropped | task.dropped.truncated,
+        "programs": job.programs(),
         "reward_model": judged | facts,
         **found,
     }
@@ -152,6 +154,7 @@ def run(asked: settings.Settings) -> dict:
     results["seconds"] = time.time() - began
     folder.write_json(rundir.RESULTS, results)
     out.print(console.results_table(results))
+    _say(out, f"compiled programs: {', '.join(f'{n} {name}' for name, n in results['programs'].items())}")
     _say(out, f"report: {folder.path / 'report.html'}   numbers: {folder.path / rundir.RESULTS}")
     return results
 

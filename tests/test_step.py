@@ -1,4 +1,6 @@
+import concurrent.futures
 import itertools
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +130,44 @@ def test_a_step_that_is_not_finite_changes_the_counter_alone(bad):
     assert int(new.step) == 2 and float(metrics["skipped"]) == 1
     same(new.params, start.params)
     same(new.opt_state, start.opt_state)
+
+
+def test_a_step_that_is_compiled_ahead_is_the_same_step_and_compiled_once():
+    params, batch = problem()
+
+    def train_step(state, frozen, hyper, batch, rng):
+        (loss, metrics), grads = step.loss_and_grads(loss_fn, state.params, batch, batch["mask"].sum())
+        state, update = step.apply_gradients(state, grads, loss=loss, **hyper)
+        return state, metrics | update
+
+    hyper = {"learning_rate": np.float32(0.1), "max_grad_norm": np.float32(1.0)}
+    plain, ahead, dropped = (parallel.jit_step(train_step) for _ in range(3))
+    args = (state.create(params, ADAM), None, hyper, batch, jax.random.key(0))
+    expected, _ = plain(*jax.tree.map(jnp.copy, args[:1]), *args[1:])
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        shapes = jax.eval_shape(lambda *same: same, *args[:1])
+        ahead.compile_ahead(executor, *shapes, *args[1:])
+        done, _ = ahead(*jax.tree.map(jnp.copy, args[:1]), *args[1:])
+        # One whose turn has not come is compiled by the call.
+        hold = threading.Event()
+        executor.submit(hold.wait)
+        dropped.compile_ahead(executor, *args)
+        late, _ = dropped(*jax.tree.map(jnp.copy, args[:1]), *args[1:])
+        hold.set()
+    same(done.params, expected.params)
+    same(late.params, expected.params)
+    assert (plain.traces, ahead.traces, dropped.traces) == (1, 1, 1)
+
+
+def test_what_goes_wrong_ahead_is_raised_by_the_call():
+    def train_step(state, frozen, hyper, batch, rng):
+        raise ValueError("no such thing")
+
+    broken = parallel.jit_step(train_step)
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        broken.compile_ahead(executor, 1.0, None, 1.0, None, jax.random.key(0))
+        with pytest.raises(ValueError, match="no such thing"):
+            broken(1.0, None, 1.0, None, jax.random.key(0))
 
 
 def test_one_compilation_serves_every_rate_and_clip():

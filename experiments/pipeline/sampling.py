@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from rlhf_jax import kl, types
+from rlhf_jax import kl, parallel, types
 from rlhf_jax.simulation import gold
 from rlhf_jax.train import ppo
 
@@ -30,7 +32,7 @@ class Answers:
     stopped_B: np.ndarray
     scores_B: np.ndarray
     kl_B: np.ndarray
-    """Log-ratio of policy and reference, summed over the answer, in nats."""
+    """Log-ratio of policy and reference, summed over the answer, in nats; 0 where there was no reference."""
     gold: gold.Utility
     """Judgement by the gold utility; None where there is no gold."""
     unknown_B: np.ndarray | None = None
@@ -47,29 +49,52 @@ class Sampler:
 
         def run(policy: Any, reference: Any, reward: Any, prompts_BP: Any, mask_BP: Any, rng_B: Any) -> Any:
             rollout = models.generate(policy, rng_B, prompts_BP, mask_BP, 1.0)
-            ours_BT, _ = models.logprobs(policy, rollout.tokens_BL, rollout.mask_BL, 1.0)
-            theirs_BT, _ = models.logprobs(reference, rollout.tokens_BL, rollout.mask_BL, 1.0)
-            kl_BT = jnp.where(rollout.response_mask_BT, kl.k1(ours_BT, theirs_BT), 0.0)
-            scores_B = jnp.zeros(prompts_BP.shape[0]) if reward is None else models.score(reward, rollout)
-            return rollout, scores_B, kl_BT.sum(axis=1)
+            kl_B = scores_B = jnp.zeros(prompts_BP.shape[0])
+            if reference is not None:
+                theirs_BT, _ = models.logprobs(reference, rollout.tokens_BL, rollout.mask_BL, 1.0)
+                kl_B = jnp.where(rollout.response_mask_BT, kl.k1(rollout.logprobs_BT, theirs_BT), 0.0).sum(axis=1)
+            if reward is not None:
+                scores_B = models.score(reward, rollout)
+            return rollout, scores_B, kl_B
 
-        self._run = jax.jit(run)
-        self._score = jax.jit(
-            lambda params, tokens_BL, mask_BL: models.score(
-                params, types.Rollout(tokens_BL, mask_BL, mask_BL, tokens_BL, tokens_BL, tokens_BL)
-            )
-        )
+        def score(params: Any, tokens_BL: Any, mask_BL: Any) -> jax.Array:
+            return models.score(params, types.Rollout(tokens_BL, mask_BL, mask_BL, tokens_BL, tokens_BL, tokens_BL))
+
+        self._run = parallel.JitStep(run, donate_argnums=())
+        self._measure = parallel.JitStep(run, donate_argnums=())
+        self._score = parallel.JitStep(score, donate_argnums=())
+
+    def compile_ahead(self, executor: concurrent.futures.Executor, policy: Any, reward: Any) -> None:
+        """Compile in a thread of ``executor`` for parameters of these shapes, in the order in which a run samples."""
+        task, chunk = self._task, self._chunk
+        ints, bools = (partial(jax.ShapeDtypeStruct, dtype=dtype) for dtype in (jnp.int32, jnp.bool_))
+        asked = ints((chunk, task.prompt_width)), bools((chunk, task.prompt_width))
+        rng_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), chunk))
+        if task.comparisons is None:
+            self._run.compile_ahead(executor, policy, None, None, *asked, rng_B)
+        self._measure.compile_ahead(executor, policy, policy, reward, *asked, rng_B)
+        self._score.compile_ahead(executor, reward, ints((chunk, task.row_width)), bools((chunk, task.row_width)))
+
+    @property
+    def traces(self) -> int:
+        """How many programs were traced for sampling and scoring."""
+        return self._run.traces + self._measure.traces + self._score.traces
 
     def __call__(self, policy: Any, reference: Any, reward: Any, prompts: tasks.PromptSet, rng: jax.Array) -> Answers:
-        """One answer to each prompt; ``rng`` is consumed. Row i's sample depends on its own prompt and i alone."""
+        """One answer to each prompt; ``rng`` is consumed. Row i's sample depends on its own prompt and i alone.
+
+        Without a ``reference`` or a ``reward`` (None), there is no KL and no score, and neither costs anything.
+        """
         n, chunk = len(prompts), self._chunk
         rng_B = jax.random.split(rng, -(-n // chunk) * chunk)
+        run = self._run if reference is None and reward is None else self._measure
         parts = []
         for start in range(0, n, chunk):
             rows = np.minimum(np.arange(start, start + chunk), n - 1)  # the last prompt fills the last chunk
             asked = prompts.tokens_BP[rows], prompts.mask_BP[rows]
-            parts.append(jax.device_get(self._run(policy, reference, reward, *asked, rng_B[start : start + chunk])))
-        rollout, scores_B, kl_B = jax.tree.map(lambda *x: np.concatenate(x)[:n], *parts)
+            parts.append(run(policy, reference, reward, *asked, rng_B[start : start + chunk]))
+        # Read when all are on their way: the device goes from one to the next without waiting for the host.
+        rollout, scores_B, kl_B = jax.tree.map(lambda *x: np.concatenate(x)[:n], *jax.device_get(parts))
         judged, unknown_B = self._judged(prompts, rollout)
         return Answers(
             tokens_BL=rollout.tokens_BL,

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib
 
 from rlhf_jax import checkpoint, generation, lm, parallel, types
 from rlhf_jax.data import batching
@@ -22,34 +21,13 @@ from rlhf_jax.simulation import gold, labelers
 from rlhf_jax.train import loop, ppo, reward_model, schedules, sft
 from rlhf_jax.train import state as state_lib
 
-from . import sampling, tasks
+from . import optimisers, sampling, tasks
 from . import start as start_lib
 from .settings import Settings
 
 STAGES = ("pretrain", "sft", "sft_mix", "comparisons", "reward_model", "ppo", "ppo_ptx", "evaluate")
 
 Params = types.Params
-
-
-def adam(*, b2: float = 0.95, eps: float = 1e-5) -> optax.GradientTransformation:
-    """Adam with unit rate (the steps multiply by a traced one); InstructGPT's betas, no weight decay."""
-    return optax.chain(optax.scale_by_adam(b1=0.9, b2=b2, eps=eps), optax.scale(-1.0))
-
-
-def muon() -> optax.GradientTransformation:
-    """Muon for the layers' kernels, Adam for the rest, with unit rate: half the steps of Adam alone from nothing."""
-    contraction = {"q": ((1,), (2, 3)), "k": ((1,), (2, 3)), "v": ((1,), (2, 3)), "out": ((1, 2), (3,))}
-
-    def dimensions(params: Params) -> Any:
-        def of(path: Any, leaf: jax.Array) -> Any:
-            names = [entry.key for entry in path]
-            if names[0] != "layers" or names[-1] != "kernel":
-                return None
-            return optax.contrib.MuonDimensionNumbers(*contraction.get(names[1], ((1,), (2,))))
-
-        return jax.tree_util.tree_map_with_path(of, params)
-
-    return optax.contrib.muon(1.0, adam_b2=0.95, consistent_rms=0.2, muon_weight_dimension_numbers=dimensions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +52,11 @@ class Job:
     def key(self, stage: str) -> jax.Array:
         """The random key of a stage."""
         return jax.random.fold_in(jax.random.key(self.settings.seed), 100 + STAGES.index(stage))
+
+    def programs(self) -> dict[str, int]:
+        """How often each of the large programs was traced, which is how often it was compiled."""
+        steps = {"supervised": self.supervised_step, "reward_model": self.reward_step, "ppo": self.ppo_step}
+        return {name: step.traces for name, step in steps.items()} | {"sampling": self.sampler.traces}
 
     def fit(self, stage: str, train_step: parallel.JitStep, state: Any, steps: int, **how: Any) -> Any:
         """Run one stage's loop with the run's log, progress and checkpoints."""
@@ -128,8 +111,8 @@ def make_job(
                 correct_sampler=settings.ppo.correct_sampler,
             )
         ),
-        supervised_tx=muon(),
-        ppo_tx=adam(),
+        supervised_tx=optimisers.muon(),
+        ppo_tx=optimisers.adam(),
     )
 
 
@@ -175,7 +158,8 @@ def _watch_gold(tables: gold.Tables, rollout: types.Rollout, *, prompt_width: in
     return {"gold": judge(tables, prompts_BP, answers_BT, rollout.response_mask_BT).total}
 
 
-def _hyper(rate: Any) -> dict[str, np.float32]:
+def hyper(rate: Any) -> dict[str, np.float32]:
+    """What the supervised and the reward-model step take, with gradients clipped to norm 1."""
     return {"learning_rate": np.float32(rate), "max_grad_norm": np.float32(1.0)}
 
 
@@ -198,7 +182,7 @@ def pretrain(job: Job) -> Params:
         state_lib.create(jax.jit(partial(lm.init, cfg=job.cfg))(key), job.supervised_tx),
         settings.steps,
         batch_at=lambda i: tasks.text_batch(rows_BL[order[i]]),
-        hyper_at=lambda i: _hyper(rate(i)),
+        hyper_at=lambda i: hyper(rate(i)),
     )
     return state.params
 
@@ -231,7 +215,7 @@ def supervised(job: Job, stage: str, base: Params, *, epochs: int, mix: float) -
         state_lib.create(base, job.supervised_tx),
         steps,
         batch_at=batch_at,
-        hyper_at=lambda i: _hyper(settings.sft.learning_rate * schedules.cosine(i, steps)),
+        hyper_at=lambda i: hyper(settings.sft.learning_rate * schedules.cosine(i, steps)),
     )
     return state.params
 
@@ -264,7 +248,7 @@ def collect_comparisons(
     for j, policy in enumerate(policies):
         mine = np.flatnonzero(place_R % len(policies) == j)
         asked = prompt_set.at(prompt_R[mine])
-        answers = job.sampler(policy, policies[0], None, asked, jax.random.fold_in(key, j))
+        answers = job.sampler(policy, None, None, asked, jax.random.fold_in(key, j))
         drawn.append((mine, answers))
         done += len(mine)
         job.progress.update("comparisons", done, n * K)
@@ -315,7 +299,7 @@ def train_reward_model(job: Job, start: Params, train: types.Comparisons) -> Par
         state_lib.create(params, job.supervised_tx),
         steps,
         batch_at=lambda i: jax.tree.map(lambda x: jnp.asarray(x[order[i]]), train),
-        hyper_at=lambda i: _hyper(settings.learning_rate * schedules.cosine(i, steps)),
+        hyper_at=lambda i: hyper(settings.learning_rate * schedules.cosine(i, steps)),
     )
     return state.params
 
@@ -338,6 +322,23 @@ def normalised(job: Job, params: Params, policy: Params) -> Params:
 
 def optimise(job: Job, stage: str, start: Params, reward: Params, *, ptx_coef: float) -> Params:
     """PPO from ``start``, with ``start`` as the KL reference and the reward model as the critic's start."""
+    batch_at, hyper_at = ppo_inputs(job, stage, ptx_coef=ptx_coef)
+    state = job.fit(
+        stage,
+        job.ppo_step,
+        ppo.create(start, reward, job.ppo_tx),
+        job.settings.ppo.iterations,
+        batch_at=batch_at,
+        hyper_at=hyper_at,
+        frozen=ppo.Frozen(reference=start, reward=reward),
+    )
+    return state.ema
+
+
+def ppo_inputs(
+    job: Job, stage: str, *, ptx_coef: float
+) -> tuple[Callable[[int], ppo.Batch], Callable[[int], ppo.Hyper]]:
+    """Batch and hyperparameters of each iteration of PPO."""
     settings, task = job.settings.ppo, job.task
     key = job.key(stage)
     prompts_, updates = task.rl_prompts, settings.epochs * settings.minibatches
@@ -379,13 +380,4 @@ def optimise(job: Job, stage: str, start: Params, reward: Params, *, ptx_coef: f
             tasks.text_batch(task.pretraining_BL[text_order[i]]),
         )
 
-    state = job.fit(
-        stage,
-        job.ppo_step,
-        ppo.create(start, reward, job.ppo_tx),
-        settings.iterations,
-        batch_at=batch_at,
-        hyper_at=hyper_at,
-        frozen=ppo.Frozen(reference=start, reward=reward),
-    )
-    return state.ema
+    return batch_at, hyper_at

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -72,8 +74,8 @@ class Task:
     fmt: chat.ChatFormat
     prompt_width: int
     response_width: int
-    pretraining_BL: np.ndarray
-    pretraining_held_out_BL: np.ndarray
+    text: Callable[[], tuple[np.ndarray, np.ndarray]]
+    """Writes the rows of pretraining text and the held-out ones: seconds in which steps can be compiled."""
     demonstrations: tokenising.Rows
     rl_prompts: PromptSet
     eval_prompts: PromptSet
@@ -88,6 +90,20 @@ class Task:
     def tokenizer(self) -> Any:
         """With the chat template that is trained with."""
         return self.fmt.tokenizer
+
+    @functools.cached_property
+    def _text(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.text()
+
+    @property
+    def pretraining_BL(self) -> np.ndarray:
+        """Rows of running text to pretrain on, and to mix in later."""
+        return self._text[0]
+
+    @property
+    def pretraining_held_out_BL(self) -> np.ndarray:
+        """Rows for the pretraining loss."""
+        return self._text[1]
 
     @property
     def row_width(self) -> int:
@@ -164,12 +180,12 @@ def _world_task(settings: Settings, start: start_lib.Start | None) -> Task:
         start.make_room(P, skill_rows.tokens_BL.shape[1] - P, where="the built-in world's prompts and answers")
     demonstrations = _demonstration_rows(asked_set, answer_ids, T, fmt.pad_id, dropped)
 
-    rng = _stream(settings, CORPUS)
-    texts = corpus.documents(world, sets.train, settings.pretrain.documents, rng)
-    pretraining_BL = _packed(fmt, texts, width=P + T)
-    n_held_out = settings.evaluation.pretraining_rows
-    held_out_texts = corpus.documents(world, sets.train, n_held_out * (P + T) // 8, rng)
-    held_out_BL = _packed(fmt, held_out_texts, width=P + T)[:n_held_out]
+    def text() -> tuple[np.ndarray, np.ndarray]:
+        rng = _stream(settings, CORPUS)
+        texts = corpus.documents(world, sets.train, settings.pretrain.documents, rng)
+        n_held_out = settings.evaluation.pretraining_rows
+        held_out = corpus.documents(world, sets.train, n_held_out * (P + T) // 8, rng)
+        return _packed(fmt, texts, width=P + T), _packed(fmt, held_out, width=P + T)[:n_held_out]
 
     key = jax.random.key(settings.seed)
     pool, heldout_pool = (
@@ -187,8 +203,7 @@ def _world_task(settings: Settings, start: start_lib.Start | None) -> Task:
         fmt=fmt,
         prompt_width=P,
         response_width=T,
-        pretraining_BL=pretraining_BL,
-        pretraining_held_out_BL=held_out_BL,
+        text=text,
         demonstrations=demonstrations,
         rl_prompts=rl_set,
         eval_prompts=eval_set,
@@ -290,8 +305,7 @@ def _dialogue_task(settings: Settings, start: start_lib.Start | None) -> Task:
         fmt=fmt,
         prompt_width=P,
         response_width=T,
-        pretraining_BL=packed_BL,
-        pretraining_held_out_BL=held_BL[: settings.evaluation.pretraining_rows],
+        text=lambda: (packed_BL, held_BL[: settings.evaluation.pretraining_rows]),
         demonstrations=demonstrations,
         rl_prompts=_dialogue_prompts(train_ids, train_records, P, fmt.pad_id),
         eval_prompts=_dialogue_prompts(held_ids, held_records, P, fmt.pad_id).take(settings.evaluation.prompts),

@@ -1,0 +1,71 @@
+"""Compiling what a run needs late while it trains what comes first."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import lm, types
+from rlhf_jax.train import ppo, sft
+from rlhf_jax.train import state as state_lib
+
+from . import stages
+
+
+@contextlib.contextmanager
+def compiling(job: stages.Job) -> Iterator[None]:
+    """Compile the steps of all stages in a thread, in the order in which they are needed.
+
+    Whatever ends the block, what has not begun to be compiled is dropped.
+    """
+    executor = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
+    try:
+        _submit(job, executor)
+        yield
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _submit(job: stages.Job, executor: concurrent.futures.Executor) -> None:
+    key = jax.random.key(0)
+    policy = jax.eval_shape(partial(lm.init, cfg=job.cfg), key) if job.base is None else job.base
+    reward = jax.eval_shape(partial(lm.with_head, cfg=job.cfg), key, policy)
+
+    def training(params: types.Params) -> state_lib.TrainState:
+        return jax.eval_shape(partial(state_lib.create, tx=job.supervised_tx), params)
+
+    B, L = job.settings.pretrain.batch, job.task.row_width
+    text = sft.TokenBatch(_ints(B, L), _flags(B, L), _flags(B, L))
+    job.supervised_step.compile_ahead(executor, training(policy), None, stages.hyper(0.0), text, key)
+    job.sampler.compile_ahead(executor, policy, reward)
+    job.reward_step.compile_ahead(executor, training(reward), None, stages.hyper(0.0), _comparisons(job), key)
+    # From here on the text is there: its rows are in the batches of PPO.
+    batch_at, hyper_at = stages.ppo_inputs(job, "ppo", ptx_coef=0.0)
+    optimising = jax.eval_shape(partial(ppo.create, tx=job.ppo_tx), policy, reward)
+    frozen = ppo.Frozen(reference=policy, reward=reward)
+    job.ppo_step.compile_ahead(executor, optimising, frozen, hyper_at(0), batch_at(0), key)
+
+
+def _comparisons(job: stages.Job) -> types.Comparisons:
+    """The shapes of a reward-model batch."""
+    if job.task.comparisons is not None:
+        train = job.task.comparisons[0]
+        n, K, L = train.tokens_BKL.shape
+    else:
+        n, K, L = job.settings.comparisons.prompts, job.settings.comparisons.max_k, job.task.row_width
+    B = min(job.settings.reward_model.batch, n)
+    return types.Comparisons(_ints(B, K, L), _flags(B, K, L), _ints(B, K), _flags(B, K))
+
+
+def _ints(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _flags(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.bool_)
