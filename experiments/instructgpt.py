@@ -20,7 +20,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import NoReturn
 
 _BEGAN = time.time()
 
@@ -36,63 +35,30 @@ def _with_huge_pages() -> None:
 _with_huge_pages()
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is not needed, and not missed
 
-import dataclasses  # noqa: E402
 import pathlib  # noqa: E402
 import resource  # noqa: E402
 
-import tyro  # noqa: E402
-from pipeline import ahead, evaluation, rundir, settings, stages, start, tasks  # noqa: E402
+from pipeline import ahead, command, evaluation, rundir, settings, stages, start, tasks, watching  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from rlhf_jax import checkpoint, console, lm, metrics, report  # noqa: E402
-from rlhf_jax.data import errors  # noqa: E402
-from rlhf_jax.train import loop  # noqa: E402
+from rlhf_jax import console, lm, metrics, report  # noqa: E402
 
 WEIGHTS = {
-    "pretrain": 50,
-    "sft": 13,
-    "sft_mix": 14,
-    "comparisons": 15,
-    "reward_model": 20,
-    "ppo": 37,
-    "ppo_ptx": 38,
-    "evaluate": 21,
+    "pretrain": 60,
+    "sft": 15,
+    "sft_mix": 16,
+    "comparisons": 11,
+    "reward_model": 19,
+    "ppo": 36,
+    "ppo_ptx": 43,
+    "evaluate": 20,
 }
 """Seconds that the stages are expected to take, for the estimate of the time left."""
 
 
 def parse(arguments: list[str]) -> settings.Settings:
     """Settings from the command line; exits for --help, raises SettingError for what cannot be."""
-    name = _peek(arguments, "--preset") or "default"
-    resume = _peek(arguments, "--resume")
-    dialogues = _peek(arguments, "--data.path") is not None
-    started = _peek(arguments, "--model") is not None
-    if resume:
-        begin = rundir.saved_settings(resume)
-    else:
-        begin = settings.preset(name, dialogues=dialogues, started=started)
-    asked = tyro.cli(settings.Settings, args=arguments, default=begin, prog="instructgpt.py", description=__doc__)
-    if resume and dataclasses.replace(asked, resume=None) != dataclasses.replace(begin, resume=None):
-        raise settings.SettingError(
-            f"--resume {resume} goes on with the settings of its config.json; give no other setting beside it"
-        )
-    settings.check(asked)
-    if asked.model is None:
-        return asked
-    if asked.net != begin.net:
-        raise settings.SettingError("--net sizes a model made from nothing; leave it out beside --model")
-    # Absolute, so that the run can be resumed from anywhere.
-    return dataclasses.replace(asked, model=str(pathlib.Path(asked.model).absolute()))
-
-
-def _peek(arguments: list[str], flag: str) -> str | None:
-    """The value of a flag that decides what the other flags start from."""
-    for i, argument in enumerate(arguments):
-        if argument == flag and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.startswith(flag + "="):
-            return argument.split("=", 1)[1]
-    return None
+    return command.parse(settings.Settings, arguments, prog="instructgpt.py", doc=__doc__)
 
 
 def run(asked: settings.Settings) -> dict:
@@ -136,8 +102,10 @@ def run(asked: settings.Settings) -> dict:
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "seed": asked.seed,
         "preset": asked.preset,
+        "published": asked.published,
         "dropped": task.dropped.dropped | task.dropped.truncated,
         "programs": job.programs(),
+        "alarms": watching.raised(folder.log, asked),
         "reward_model": judged | facts,
         **found,
     }
@@ -155,6 +123,8 @@ def run(asked: settings.Settings) -> dict:
     folder.write_json(rundir.RESULTS, results)
     out.print(console.results_table(results))
     _say(out, f"compiled programs: {', '.join(f'{n} {name}' for name, n in results['programs'].items())}")
+    if results["alarms"]:
+        _say(out, "alarms: " + ", ".join(f"{a['name']} ({a['stage']}, step {a['step']})" for a in results["alarms"]))
     _say(out, f"report: {folder.path / 'report.html'}   numbers: {folder.path / rundir.RESULTS}")
     return results
 
@@ -164,20 +134,9 @@ def _say(out: Console, text: str) -> None:
     out.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
-def _refuse(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    try:
-        run(parse(sys.argv[1:] if arguments is None else arguments))
-    except (settings.SettingError, errors.DataError, checkpoint.CheckpointError, loop.DivergedError) as error:
-        _refuse(str(error))
-    except loop.Preempted as stopped:
-        print(f"{stopped}; go on with --resume", file=sys.stderr)
-        raise SystemExit(75) from None  # EX_TEMPFAIL: try again later
+    command.enter(run, parse, arguments)
 
 
 if __name__ == "__main__":

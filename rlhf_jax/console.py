@@ -241,6 +241,11 @@ class StageProgress:
         self._over |= {stage}
         self._print(f"{self._heading(stage)}: already done")
 
+    def tell(self, stage: str, text: str) -> None:
+        """Prints a line of its own about a stage, whole, above the live display where there is one."""
+        self._check(stage)
+        self._print(f"{self._heading(stage)}: {text}")
+
     def remaining(self) -> float:
         """Seconds left of the whole job, as `remaining_seconds` estimates them."""
         at, over = self._at, self._over

@@ -137,6 +137,10 @@ class MetricLog:
             if name in self._boards:
                 self._boards.pop(name).close()
 
+    def rows(self, stage: str) -> list[dict[str, Any]]:
+        """The lines of one stage, as `read` gives them."""
+        return [record for record in read(self._directory) if record["stage"] == stage]
+
     def close(self) -> None:
         """Flushes and closes everything; the object cannot be written to afterwards."""
         self._file.close()

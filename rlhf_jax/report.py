@@ -167,6 +167,7 @@ def render(
         table_main=table(results, results_lib.columns(results)),
         table_other=table(results, results_lib.other_columns(results)),
         table_note=_table_note(results),
+        alarms=[(results_lib.label(a["stage"]), a["step"], a["message"]) for a in results.get("alarms") or []],
         sections=sections,
         dropped=None if dropped is None else [(reason, n) for reason, n in dropped.items() if n],
         transcripts=chosen,

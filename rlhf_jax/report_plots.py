@@ -85,7 +85,7 @@ def color(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _axes(out: list[str], *, height: float, rows: Sequence[float] = (1,)) -> Iterator[list[Axes]]:
+def axes(out: list[str], *, height: float, rows: Sequence[float] = (1,)) -> Iterator[list[Axes]]:
     """Axes to draw on, stacked with the given relative heights; at the end the figure's SVG is put into ``out``."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -139,7 +139,7 @@ def win_rates(results: Mapping[str, Any]) -> str | None:
     if not rows:
         return None
     out: list[str] = []
-    with _axes(out, height=0.9 + 0.42 * len(rows)) as (ax,):
+    with axes(out, height=0.9 + 0.42 * len(rows)) as (ax,):
         ax.axvline(50, color=color("soft"), linewidth=1, linestyle=(0, (4, 3)))
         ax.set_xlim(0, 100)
         for row, policy in enumerate(rows):
@@ -163,7 +163,7 @@ def by_policy(
     if not rows:
         return None
     out: list[str] = []
-    with _axes(out, height=0.75 + 0.27 * len(rows)) as (ax,):
+    with axes(out, height=0.75 + 0.27 * len(rows)) as (ax,):
         start = found.get(against)
         if start is not None:
             ax.axvline(scale * start.mean, color=color(against), linewidth=0.9, linestyle=(0, (4, 3)))
@@ -187,7 +187,7 @@ def categories(results: Mapping[str, Any]) -> str | None:
         return None
     out: list[str] = []
     bar = 0.8 / len(shown)
-    with _axes(out, height=0.9 + (0.12 + 0.15 * len(shown)) * len(names)) as (ax,):
+    with axes(out, height=0.9 + (0.12 + 0.15 * len(shown)) * len(names)) as (ax,):
         for i, policy in enumerate(shown):
             for row, name in enumerate(names):
                 it = table[policy].get(name)
@@ -221,7 +221,7 @@ def calibration(results: Mapping[str, Any]) -> str | None:
     gap, accuracy = (np.array([float(b[key]) for b in found]) for key in ("gap", "accuracy"))
     counts = [results_lib.finite(b.get("count")) for b in found]
     out: list[str] = []
-    with _axes(out, height=3.7, rows=(3, 1)) as (top, bottom):
+    with axes(out, height=3.7, rows=(3, 1)) as (top, bottom):
         low, high = min(0.0, float(gap.min())), float(gap.max()) * 1.06
         x = np.linspace(low, high, 80)
         top.plot(x, 100 / (1 + np.exp(-x)), color=color("soft"), linestyle=(0, (4, 3)), label="perfectly calibrated")
@@ -260,7 +260,7 @@ def curve(records: Iterable[Mapping[str, Any]], stage: str, name: str) -> Curve 
 def learning_curve(curves: Sequence[Curve], *, ylabel: str) -> str:
     """Curves over training steps: the logged values faint, their running mean strong."""
     out: list[str] = []
-    with _axes(out, height=2.3) as (ax,):
+    with axes(out, height=2.3) as (ax,):
         for c in curves:
             x, y = thin(c.x), thin(c.y)
             smooth = running_mean(y, width=max(1, len(y) // 20))
@@ -290,7 +290,7 @@ def frontier(results: Mapping[str, Any], curves: Sequence[tuple[Curve, Curve]], 
     if not curves:
         return None
     out: list[str] = []
-    with _axes(out, height=3.1) as (ax,):
+    with axes(out, height=3.1) as (ax,):
         for kl, score in curves:
             # An estimate of a KL near 0 can be negative; it is drawn at 0.
             x, y = np.sqrt(np.maximum(thin(kl.y), 0)), thin(score.y)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from rlhf_jax import reduce
+from rlhf_jax import reduce, types
 
 
 def token_rewards(
@@ -77,6 +81,51 @@ def subtract_for_missing_stop(scores_B: jax.Array, stopped_B: jax.Array, *, pena
     reduce.check_same_shape(scores_B=scores_B, stopped_B=stopped_B)
     scores_B = reduce.as_float32(scores_B)
     return jnp.where(stopped_B.astype(bool), scores_B, scores_B - penalty)
+
+
+def weighted(
+    scorers: Mapping[str, Callable[[Any, types.Rollout], jax.Array]], weights: Mapping[str, float]
+) -> Callable[[Mapping[str, Any], types.Rollout], jax.Array]:
+    """One score function of several, such as helpful and harmless: the sum of weight times score, name by name.
+
+    Raises ValueError where the names of scorers and weights differ.
+    """
+    if set(scorers) != set(weights):
+        raise ValueError(f"scorers are {sorted(scorers)} and weights {sorted(weights)}; they must have the same names")
+
+    def score(params: Mapping[str, Any], rollout: types.Rollout) -> jax.Array:
+        parts = [weights[name] * reduce.as_float32(scorers[name](params[name], rollout)) for name in scorers]
+        return sum(parts[1:], parts[0])
+
+    return score
+
+
+def from_python(
+    fn: Callable[[np.ndarray, np.ndarray, np.ndarray], Any],
+) -> Callable[[Any, types.Rollout], jax.Array]:
+    """A score function that calls ``fn(tokens_BL, mask_BL, response_mask_BT)`` on the host, in a compiled step too.
+
+    ``fn`` gets NumPy arrays and returns one number an answer, of any type; the step raises where it returns another
+    shape or a number that is not finite. Device and host wait for each other, so a JAX function is faster.
+    """
+
+    def on_host(tokens_BL: Any, mask_BL: Any, response_mask_BT: Any) -> np.ndarray:
+        rows = np.asarray(tokens_BL), np.asarray(mask_BL), np.asarray(response_mask_BT)
+        scores_B = np.asarray(fn(*rows), np.float32)
+        if scores_B.shape != rows[0].shape[:1]:
+            raise ValueError(f"the reward function returned shape {scores_B.shape} for {len(rows[0])} answers")
+        if not np.isfinite(scores_B).all():
+            row = int(np.flatnonzero(~np.isfinite(scores_B))[0])
+            raise ValueError(f"the reward function returned {scores_B[row]} for answer {row} of {len(scores_B)}")
+        return scores_B
+
+    def score(params: Any, rollout: types.Rollout) -> jax.Array:
+        del params
+        shape = jax.ShapeDtypeStruct(rollout.tokens_BL.shape[:1], jnp.float32)
+        arrays = rollout.tokens_BL, rollout.mask_BL, rollout.response_mask_BT
+        return jax.pure_callback(on_host, shape, *arrays, vmap_method="sequential")
+
+    return score
 
 
 def _is_last(mask_BT: jax.Array) -> jax.Array:

@@ -79,12 +79,15 @@ class Experience:
     response_mask_BT: jax.Array
     logprobs_BT: jax.Array
     """The behaviour policy's log-probabilities, from the scoring function that the update uses too."""
-    values_BT: jax.Array
-    """The critic's values before each response token, at rollout time."""
+    values_BT: Any
+    """The critic's values before each response token, at rollout time; None where there is no critic."""
     advantages_BT: jax.Array
-    returns_BT: jax.Array
+    returns_BT: Any
+    """What the critic learns, in its own units; None where there is no critic."""
     weights_BT: jax.Array | None = None
     """Importance weights of the tokens, where the sampler's distribution was not the policy's."""
+    reference_BT: Any = None
+    """The reference's log-probabilities, for a KL loss."""
 
 
 @struct.dataclass

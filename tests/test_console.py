@@ -159,6 +159,23 @@ def test_a_failure_says_where():
     assert file.getvalue().splitlines()[-1] == "stopped in stage 2/2 PPO at step 3/9 after 1:01"
 
 
+def test_a_line_of_its_own_is_whole_and_above_the_display():
+    progress, _, file = plain([("sft", 10), ("ppo", 20)])
+    text = "alarm at step 3: [kl] " + "far too many words for one narrow line " * 3
+    with progress:
+        progress.start("ppo", 9)
+        progress.tell("ppo", text)
+    assert f"stage 2/2 PPO: {text}" in file.getvalue().splitlines()
+    with pytest.raises(ValueError, match="unknown stage"):
+        progress.tell("rm", text)
+    drawn = io.StringIO()
+    terminal = Console(file=drawn, width=60, force_terminal=True)
+    with console.StageProgress([("ppo", 20)], console=terminal, live=True) as progress:
+        progress.start("ppo", 9)
+        progress.tell("ppo", text)
+    assert f"stage 1/1 PPO: {text}" in drawn.getvalue()
+
+
 def test_unknown_and_double_stages_are_errors():
     progress, _, _ = plain([("sft", 1)])
     with pytest.raises(ValueError, match="unknown stage 'rm'"):

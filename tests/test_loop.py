@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -212,6 +213,24 @@ def test_one_compilation_and_reports_in_order():
     assert progress == [("toy", done, 7) for done in range(8)]
 
 
+def test_nothing_is_copied_to_the_host_but_the_metrics_of_the_step_before(monkeypatch):
+    kind: Any = type(jnp.zeros(1))
+    copies, seen = [], []
+    read = kind._value.fget
+    monkeypatch.setattr(kind, "_value", property(lambda self: copies.append(self.shape) or read(self)))
+    seen_before = [len(copies)]
+
+    def callback(done, state, logs):
+        seen.append(len(jax.tree.leaves(logs)))
+        seen_before.append(len(copies))
+
+    run(callbacks=[callback], steps=6, log=lambda step, floats: None)
+    each = np.diff(seen_before)
+    assert len(set(seen)) == 1 and set(copies) == {()}, "scalars alone are read"
+    # Before the callback of step i, the metrics of step i - 1 have been read, and nothing else; of the first, nothing.
+    assert each[0] <= 2 and set(each[2:]) == {seen[0]}
+
+
 def test_metrics_are_read_one_step_late():
     order = []
     run(
@@ -220,6 +239,27 @@ def test_metrics_are_read_one_step_late():
         log=lambda done, row: order.append(f"row {done}"),
     )
     assert order == ["batch 0", "batch 1", "row 1", "batch 2", "row 2", "row 3"]
+
+
+@pytest.mark.parametrize(("at", "stopped_at"), [(4, 5), (6, 6), (STEPS, STEPS)])
+def test_a_log_that_alarms_stops_the_run_with_its_state_saved(whole, tmp_path, at, stopped_at):
+    def stop(log):
+        def alarmed(done, row):
+            log.write("toy", done, row)
+            if done in (at, at + 1):
+                raise loop.Alarmed(f"row {done} looks bad")
+
+        return alarmed
+
+    with metrics.MetricLog(tmp_path) as log, pytest.raises(loop.Alarmed) as stopped:
+        run(tmp_path, log=stop(log))
+    found = stopped.value
+    assert (found.step, found.saved, found.stage, found.reason) == (stopped_at, True, "toy", f"row {at} looks bad")
+    assert f"toy was stopped after {stopped_at} iterations by an alarm; a checkpoint" in str(found)
+    assert checkpoint.Checkpoints(tmp_path / "ckpt").latest() == stopped_at
+    assert [row["step"] for row in metrics.read(tmp_path)] == list(range(1, stopped_at + 1))
+    same(run(tmp_path), whole[0])
+    assert metrics.read(tmp_path) == whole[1]
 
 
 def test_bad_batches_are_skipped_and_too_many_stop_the_run(tmp_path):

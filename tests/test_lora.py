@@ -34,6 +34,17 @@ def test_fresh_adapters_change_nothing(name):
             assert 0.8 * bound < abs(leaf).max() <= bound and abs(leaf.mean()) < 0.2 * bound
 
 
+@pytest.mark.parametrize(("preset", "rank"), [("gpt2", 16), ("pythia-1b", 64), ("llama-3-8b", 64)])
+def test_a_policy_and_the_base_that_is_its_reference_take_little_more_than_one_model(preset, rank):
+    cfg = lm.LMConfig.preset(preset)
+
+    def floats(make):
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(make, jax.random.key(0))))
+
+    model, own = floats(lambda key: lm.init(key, cfg)), floats(lambda key: lora.init(key, cfg, rank=rank, pattern=ALL))
+    assert 1.0 < (model + own) / model < 1.15
+
+
 def test_an_adapter_is_drawn_from_its_name():
     few, many = (lm_params.flatten(fresh(pattern=p)) for p in ("layers/(q|v)/kernel", ALL))
     assert sorted(few) == [f"layers/{n}/lora_{x}" for n in "qv" for x in "ab"] and len(many) == 14

@@ -257,7 +257,7 @@ def test_a_run_does_not_go_on_from_a_model_that_has_changed(checkpoint, tmp_path
     made = dataclasses.replace(SMALL, model=str(model))
     before = start.fingerprint(str(model))
     rundir.create(run, made, model_files=before)
-    assert rundir.saved_settings(str(run)) == made
+    assert settings.from_dict(rundir.saved_values(str(run))) == made
     rundir.same_model(str(run), made, before)
     (model / "README.md").write_text("not read")
     assert start.fingerprint(str(model)) == before

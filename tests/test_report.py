@@ -199,6 +199,16 @@ def test_transcripts_are_escaped_and_keep_their_lines(full_text):
     assert "(empty answer)" in page.text and "0.10" in page.text
 
 
+def test_alarms_are_listed_and_escaped_where_there_are_any(full_text):
+    assert "Alarms" not in Page(full_text).headings
+    alarm = {"stage": "ppo_ptx", "step": 12, "name": "negative_kl", "message": "the KL is <b>below</b> 0."}
+    text = report.render(full_results() | {"alarms": [alarm]}, [], title="t")
+    page = Page(text)
+    assert "Alarms" in page.headings and "PPO-ptx, step 12: the KL is <b>below</b> 0." in page.text
+    assert "<b>below" not in text
+    assert "Alarms" not in Page(report.render(full_results() | {"alarms": []}, [], title="t")).headings
+
+
 def test_without_gold_its_plots_and_columns_are_gone(tmp_path):
     path = tmp_path / "report.html"
     report.write_report(path, real_results(), full_metrics(gold=False), title="Real data")

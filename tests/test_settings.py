@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from pipeline import settings
+from pipeline import checks, settings
 
 FOLDER = pathlib.Path(settings.__file__).parent
 SOURCE = "\n".join(
@@ -34,7 +34,7 @@ def test_every_field_is_read_and_explained(cls, name):
 @pytest.mark.parametrize("started", [False, True])
 def test_presets_are_in_range_and_survive_the_configuration_file(name, dialogues, started):
     made = settings.preset(name, dialogues=dialogues, started=started)
-    settings.check(made)
+    checks.check(made)
     assert settings.from_dict(settings.as_dict(made)) == made
 
 
@@ -50,7 +50,7 @@ def test_values_out_of_range_name_their_flag(part, name, value):
     made = settings.preset("default")
     broken = dataclasses.replace(made, **{part: dataclasses.replace(getattr(made, part), **{name: value})})
     with pytest.raises(settings.SettingError, match=f"--{part}.{name}"):
-        settings.check(broken)
+        checks.check(broken)
 
 
 def test_truncated_rollouts_are_refused_with_the_reason_unless_they_are_corrected_for():
@@ -58,5 +58,5 @@ def test_truncated_rollouts_are_refused_with_the_reason_unless_they_are_correcte
     for change in (dict(top_k=10), dict(top_p=0.9)):
         cut = dataclasses.replace(made, ppo=dataclasses.replace(made.ppo, **change))
         with pytest.raises(settings.SettingError, match=r"--ppo.top-[kp] .*correct-sampler.*another distribution"):
-            settings.check(cut)
-        settings.check(dataclasses.replace(cut, ppo=dataclasses.replace(cut.ppo, correct_sampler=True)))
+            checks.check(cut)
+        checks.check(dataclasses.replace(cut, ppo=dataclasses.replace(cut.ppo, correct_sampler=True)))

@@ -47,7 +47,7 @@ def _submit(job: stages.Job, executor: concurrent.futures.Executor) -> None:
     job.reward_step.compile_ahead(executor, training(reward), None, stages.hyper(0.0), _comparisons(job), key)
     # From here on the text is there: its rows are in the batches of PPO.
     batch_at, hyper_at = stages.ppo_inputs(job, "ppo", ptx_coef=0.0)
-    optimising = jax.eval_shape(partial(ppo.create, tx=job.ppo_tx), policy, reward)
+    optimising = jax.eval_shape(job.new_policy, policy, reward)
     frozen = ppo.Frozen(reference=policy, reward=reward)
     job.ppo_step.compile_ahead(executor, optimising, frozen, hyper_at(0), batch_at(0), key)
 

@@ -13,11 +13,6 @@ from rlhf_jax import types
 Params = types.Params
 
 
-def adam(*, b2: float = 0.95, eps: float = 1e-5) -> optax.GradientTransformation:
-    """Adam with InstructGPT's betas and no weight decay."""
-    return optax.chain(optax.scale_by_adam(b1=0.9, b2=b2, eps=eps), optax.scale(-1.0))
-
-
 def muon() -> optax.GradientTransformation:
     """Muon for the layers' kernels, Adam for the rest: half the steps of Adam alone from nothing."""
     contraction = {"q": ((1,), (2, 3)), "k": ((1,), (2, 3)), "v": ((1,), (2, 3)), "out": ((1, 2), (3,))}

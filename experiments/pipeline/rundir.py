@@ -52,10 +52,10 @@ def finite(values: Any) -> Any:
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
-def free_path(settings: Settings) -> pathlib.Path:
+def free_path(settings: Settings, *, kind: str = "instructgpt") -> pathlib.Path:
     """Where a new run goes; raises SettingError if something is there. Nothing is made."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    path = pathlib.Path(settings.out or f"runs/instructgpt-{settings.preset}-seed-{settings.seed}-{stamp}")
+    path = pathlib.Path(settings.out or f"runs/{kind}-{settings.preset}-seed-{settings.seed}-{stamp}")
     if path.exists() and not path.is_dir():
         raise SettingError(f"--out {path} is a file; it must be a folder")
     if path.is_dir() and any(path.iterdir()):
@@ -77,18 +77,14 @@ def create(path: pathlib.Path, settings: Settings, *, model_files: str | None = 
     return RunFolder(path)
 
 
-def saved_settings(resume: str) -> Settings:
-    """The settings of the run in a folder; raises SettingError if there is none."""
-    return settings_lib.from_dict(_saved(resume))
-
-
 def same_model(resume: str, settings: Settings, model_files: str) -> None:
     """Raise SettingError if the model that a run started from is not what it was."""
-    if _saved(resume).get(MODEL_FILES) != model_files:
+    if saved_values(resume).get(MODEL_FILES) != model_files:
         raise SettingError(f"--resume {resume} cannot go on: the files in {settings.model} have changed since it began")
 
 
-def _saved(resume: str) -> dict[str, Any]:
+def saved_values(resume: str) -> dict[str, Any]:
+    """What config.json of a run holds; raises SettingError if there is none."""
     path = pathlib.Path(resume) / CONFIG
     try:
         return json.loads(path.read_text(encoding="utf-8"))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any
+from typing import Any, Literal
+
+from . import published as papers
 
 
 class SettingError(ValueError):
@@ -119,24 +120,54 @@ class RewardModel:
 
 @dataclasses.dataclass(frozen=True)
 class PPO:
-    """PPO, and PPO-ptx, which adds the pretraining loss and is the same in all else."""
+    """PPO, and PPO-ptx, which adds the pretraining loss and is the same in all else; or a method without a critic."""
 
+    method: Literal["ppo", "reinforce", "rloo", "grpo", "dr-grpo", "reinforce-pp"] = "ppo"
+    """How advantages and their mean are made; every setting below that a method has no use for is refused."""
+    samples: int = 1
+    """Answers to each prompt; rloo, grpo and dr-grpo compare them and need two or more."""
     iterations: int = 38
     """Rollouts, each followed by the updates on it."""
     batch: int = 256
-    """Prompts a rollout, one answer each."""
+    """Answers a rollout."""
     minibatches: int = 4
     """Optimiser steps an epoch."""
+    micro_batches: int = 1
+    """Parts of a minibatch that are held in memory one at a time; the gradient is the same."""
     epochs: int = 1
     """Passes over each rollout (1 in InstructGPT, 4 in Ziegler and Stiennon)."""
     learning_rate: float = 6e-4
-    """Of the policy; constant after the warmup."""
+    """Of the policy, after the warmup."""
     critic_learning_rate: float = 1e-3
     """Of the critic."""
     warmup: int = 5
     """Iterations from a tenth of the rates to the rates."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Of the rates: constant (InstructGPT), linear to 0 (Ziegler, Stiennon), cosine to a tenth."""
+    adam_eps: float = 1e-5
+    """Of Adam."""
+    adam_tf1: bool = False
+    """Adam as TensorFlow 1 has it: epsilon is added before the bias correction, and first steps are smaller."""
     kl_coef: float = 0.055
     """Reward per nat; the reward has standard deviation 1 on SFT samples."""
+    kl_target: float | None = None
+    """Nats a sequence that an adaptive coefficient steers to (6 in Ziegler); none: the coefficient is fixed."""
+    kl_gain: float = 0.1
+    """Of the adaptive coefficient."""
+    kl_loss_coef: float = 0.0
+    """Weight of the KL as a loss, k3 (0.04 in GRPO); --ppo.kl-coef is the KL in the reward."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus; InstructGPT, Stiennon and Ziegler have none."""
+    reward_clip: float | None = None
+    """Scores are kept within this on both sides (20 in Xu)."""
+    whiten_rewards: bool = False
+    """Scale the per-token rewards of a rollout to variance 1, and keep their mean (Ziegler)."""
+    normalise_values: bool = False
+    """Let the critic learn returns less their running mean over their deviation (Xu)."""
+    reference_ema: float | None = None
+    """Decay of a reference that follows the policy, once an iteration (Xu); none: the reference stays."""
+    discount: float = 1.0
+    """Of GAE and of rewards to go."""
     clip: float = 0.2
     """Of the probability ratio."""
     value_clip: float = 0.5
@@ -153,6 +184,8 @@ class PPO:
     """Weigh each token by how much likelier the policy makes it than the sampler did, at most twofold."""
     missing_stop_score: float = -3.0
     """Score of an answer that did not stop, in standard deviations of the reward."""
+    missing_stop: Literal["replace", "subtract"] = "replace"
+    """Whether that score replaces the answer's own (the papers' rule) or is added to it."""
     ema: float = 0.95
     """Decay of the averaged policy, the result (0.992 in InstructGPT, over far more updates); 0: the last weights."""
     max_grad_norm: float = 1.0
@@ -191,12 +224,16 @@ class Settings:
     """Start from the model and the tokenizer in this folder of Hugging Face form; none: from nothing, with --net."""
     preset: str = "default"
     """`default`: about 5 minutes on two CPU cores; `smoke`: all of it in about a minute, too short to learn much."""
+    published: Literal["instructgpt", "stiennon", "ziegler", "n-plus", "hh", "xu", "tutorial"] | None = None
+    """Begin with the settings of PPO that a paper reports; its learning rates only beside --model."""
     seed: int = 0
     """Of everything: world, data, initial weights, samples."""
     out: str | None = None
     """Folder for all files; by default runs/instructgpt-PRESET-seed-SEED-TIME."""
     resume: str | None = None
     """Go on with the run in this folder, with the settings it was started with."""
+    on_alarm: Literal["report", "stop"] = "report"
+    """On an alarm in PPO (KL below 0, gold falling, entropy collapsing, ...): tell and go on, or save and stop."""
     saves: int = 5
     """Checkpoints within a stage; a run that is killed loses no more than the time between two."""
     data: Data = dataclasses.field(default_factory=Data)
@@ -245,8 +282,11 @@ STARTED: dict[str, dict[str, Any]] = {
 """What both presets change for a given model: rates for some 100 million parameters, which larger ones want lower."""
 
 
-def preset(name: str, *, dialogues: bool = False, started: bool = False) -> Settings:
-    """The settings that a preset starts from: for the built-in world or a file, from nothing or from a given model."""
+def preset(name: str, *, dialogues: bool = False, started: bool = False, published: str | None = None) -> Settings:
+    """The settings that a preset starts from: for the built-in world or a file, from nothing or from a given model.
+
+    ``published`` names a paper whose settings of PPO replace the preset's. Raises SettingError for unknown names.
+    """
     if name not in ("default", "smoke"):
         raise SettingError(f"--preset is {name!r}; it must be default or smoke")
     settings = Settings(preset=name)
@@ -254,78 +294,22 @@ def preset(name: str, *, dialogues: bool = False, started: bool = False) -> Sett
     for changes in ([DIALOGUES] if dialogues else []) + [changes for changes, on in asked if on]:
         parts = {part: dataclasses.replace(getattr(settings, part), **change) for part, change in changes.items()}
         settings = dataclasses.replace(settings, **parts)
+    if published is not None:
+        if published not in papers.PUBLISHED:
+            raise SettingError(f"--published is {published!r}; it must be one of {', '.join(papers.PUBLISHED)}")
+        changes = papers.PUBLISHED[published] | (papers.RATES.get(published, {}) if started else {})
+        settings = dataclasses.replace(settings, published=published, ppo=dataclasses.replace(settings.ppo, **changes))
     return settings
 
 
-_POSITIVE = (
-    *("data.prompt_width", "data.response_width", "world.labelers", "net.layers", "net.width", "net.heads"),
-    *("net.mlp", "pretrain.documents", "pretrain.steps", "pretrain.batch", "sft.demonstrations", "sft.epochs"),
-    *("sft.mix_epochs", "comparisons.prompts", "reward_model.batch", "ppo.iterations", "ppo.batch", "ppo.epochs"),
-    *("ppo.minibatches", "evaluation.prompts", "evaluation.best_of", "evaluation.best_of_prompts", "saves"),
-    *("evaluation.skills", "evaluation.pretraining_rows", "pretrain.learning_rate", "sft.learning_rate"),
-    *("reward_model.learning_rate", "ppo.learning_rate", "ppo.critic_learning_rate", "ppo.clip", "ppo.value_clip"),
-    *("ppo.temperature", "ppo.max_grad_norm", "ppo.ptx_ratio"),
-)
-_NOT_NEGATIVE = (
-    *("seed", "world.slips", "world.spread", "world.tie_width", "pretrain.warmup", "ppo.warmup", "ppo.kl_coef"),
-    *("ppo.ptx_coef", "evaluation.transcripts"),
-)
-_SHARES = ("data.max_dropped", "data.held_out", "world.lapse", "sft.mix", "ppo.lambda_", "ppo.ema")
-
-
-_ON_POLICY = (
-    "left out unless --ppo.correct-sampler is given: what is cut off makes the samples those of another distribution "
-    "than the policy's, and then log-ratios and KL are wrong"
-)
-
-
-def _value(settings: Settings, name: str) -> Any:
-    value: Any = settings
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _require(ok: bool, settings: Settings, name: str, wanted: str) -> None:
-    if not ok:
-        flag = name.replace("_", "-").rstrip("-")
-        raise SettingError(f"--{flag} is {_value(settings, name)!r}; it must be {wanted}")
-
-
-def check(settings: Settings) -> None:
-    """Raise SettingError, naming the setting, for anything out of range; before anything is made or compiled."""
-    for name in _POSITIVE:
-        _require(0 < _value(settings, name) < math.inf, settings, name, "positive and finite")
-    for name in _NOT_NEGATIVE:
-        _require(0 <= _value(settings, name) < math.inf, settings, name, "at least 0 and finite")
-    for name in _SHARES:
-        _require(0 <= _value(settings, name) <= 1, settings, name, "between 0 and 1")
-    _require(0 < settings.data.held_out < 1, settings, "data.held_out", "above 0 and below 1")
-    _require(settings.sft.mix < 1, settings, "sft.mix", "below 1")
-    _require(settings.ppo.ema < 1, settings, "ppo.ema", "below 1")
-    for name in ("ppo.top_k", "ppo.top_p"):
-        given = _value(settings, name)
-        _require(given is None or settings.ppo.correct_sampler, settings, name, _ON_POLICY)
-        _require(given is None or given > 0, settings, name, "positive")
-    _require((settings.ppo.top_p or 0.0) <= 1, settings, "ppo.top_p", "at most 1")
-    _require(settings.data.vocab_size >= 260, settings, "data.vocab_size", "at least 260 (256 bytes, 4 special tokens)")
-    _require(settings.world.labelers >= 2, settings, "world.labelers", "at least 2")
-    _require(0.5 < settings.world.agreement < 1, settings, "world.agreement", "above 0.5 and below 1")
-    _require(settings.evaluation.split in ("test", "validation"), settings, "evaluation.split", "test or validation")
-    heads = settings.net.heads
-    divides = settings.net.width % heads == 0 and (settings.net.width // heads) % 2 == 0
-    _require(divides, settings, "net.heads", f"such that each has an even share of --net.width {settings.net.width}")
-    k = settings.comparisons
-    _require(2 <= k.min_k <= k.max_k, settings, "comparisons.min_k", f"between 2 and --comparisons.max-k {k.max_k}")
-    divides = settings.ppo.batch % settings.ppo.minibatches == 0
-    _require(divides, settings, "ppo.minibatches", f"a divisor of --ppo.batch {settings.ppo.batch}")
-    rows = settings.ppo.batch // settings.ppo.minibatches * settings.ppo.ptx_ratio
-    _require(rows >= 1, settings, "ppo.ptx_ratio", "such that each minibatch gets a pretraining row")
-    if settings.data.path is None:
-        least = settings.comparisons.prompts // settings.reward_model.batch
-        _require(
-            least >= 1, settings, "reward_model.batch", f"at most --comparisons.prompts {settings.comparisons.prompts}"
-        )
+def peek(arguments: list[str], flag: str) -> str | None:
+    """The value of a flag that decides what the other flags start from."""
+    for i, argument in enumerate(arguments):
+        if argument == flag and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(flag + "="):
+            return argument.split("=", 1)[1]
+    return None
 
 
 def as_dict(settings: Settings) -> dict[str, Any]:

@@ -6,6 +6,7 @@ A stage that was finished is restored instead of trained; one that was under way
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from rlhf_jax.simulation import gold, labelers
 from rlhf_jax.train import loop, ppo, reward_model, schedules, sft
 from rlhf_jax.train import state as state_lib
 
-from . import optimisers, sampling, tasks
+from . import methods, optimisers, sampling, tasks, watching
 from . import start as start_lib
 from .settings import Settings
 
@@ -37,6 +38,8 @@ class Job:
     settings: Settings
     task: tasks.Task
     cfg: lm.LMConfig
+    spec: generation.Sampling
+    """Of an answer that is not cut off in any way."""
     base: Params | None
     """The model that the run was given, if it was."""
     checkpoints: Callable[[str], checkpoint.Checkpoints]
@@ -45,7 +48,6 @@ class Job:
     sampler: sampling.Sampler
     supervised_step: parallel.JitStep
     reward_step: parallel.JitStep
-    ppo_step: parallel.JitStep
     supervised_tx: optax.GradientTransformation
     ppo_tx: optax.GradientTransformation
 
@@ -53,13 +55,39 @@ class Job:
         """The random key of a stage."""
         return jax.random.fold_in(jax.random.key(self.settings.seed), 100 + STAGES.index(stage))
 
+    @functools.cached_property
+    def ppo_step(self) -> parallel.JitStep:
+        """An iteration of reinforcement learning by the method of the settings."""
+        return parallel.jit_step(ppo.make_train_step(self.rollouts(), **methods.composed(self.settings.ppo)))
+
+    def rollouts(self, *, axis_name: str | None = None) -> ppo.Models:
+        """The models as reinforcement learning calls them."""
+        settings, task = self.settings.ppo, self.task
+        # What PPO writes while it runs is what its compiled step can see: ids, which gold reads only where they are
+        # words.
+        return ppo_models(
+            self.cfg,
+            _drawn(self.spec, self.settings),
+            prompt_width=task.prompt_width,
+            tables=task.world.tables if task.world and task.speaks_world else None,
+            samples=settings.samples,
+            critic=methods.has_critic(settings),
+            axis_name=axis_name,
+        )
+
+    def new_policy(self, start: Params, reward: Params) -> ppo.PPOState:
+        """What reinforcement learning begins with: a critic that starts as the reward model (InstructGPT C.4)."""
+        settings = self.settings.ppo
+        critic = reward if methods.has_critic(settings) else None
+        return ppo.create(start, critic, self.ppo_tx, reference=None if settings.reference_ema is None else start)
+
     def programs(self) -> dict[str, int]:
         """How often each of the large programs was traced, which is how often it was compiled."""
         steps = {"supervised": self.supervised_step, "reward_model": self.reward_step, "ppo": self.ppo_step}
         return {name: step.traces for name, step in steps.items()} | {"sampling": self.sampler.traces}
 
     def fit(self, stage: str, train_step: parallel.JitStep, state: Any, steps: int, **how: Any) -> Any:
-        """Run one stage's loop with the run's log, progress and checkpoints."""
+        """Run one stage's loop with the run's log (or another), progress and checkpoints."""
         self.progress.start(stage, steps)
         with self.checkpoints(stage) as checkpoints:
             state = loop.fit(
@@ -68,11 +96,10 @@ class Job:
                 steps=steps,
                 rng=self.key(stage),
                 stage=stage,
-                log=self.log,
                 checkpoints=checkpoints,
                 save_every=max(1, -(-steps // self.settings.saves)),
                 progress=self.progress.update,
-                **how,
+                **{"log": self.log, **how},
             )
         self.progress.finish(stage)
         return state
@@ -84,18 +111,15 @@ def make_job(
     """Configure the model and build every compiled step; nothing is compiled before it is first called."""
     cfg = _new_model(settings, task) if start is None else start.cfg
     spec = generation.Sampling(max_new_tokens=task.response_width, stop_ids=task.fmt.stop_ids, pad_id=task.fmt.pad_id)
-    # What PPO writes while it runs is what its compiled step can see: ids, which gold reads only where they are words.
-    tables = task.world.tables if task.world and task.speaks_world else None
-    models = ppo_models(cfg, spec, prompt_width=task.prompt_width, tables=tables)
-    drawn = dataclasses.replace(spec, top_k=settings.ppo.top_k, top_p=settings.ppo.top_p)
+    models = ppo_models(cfg, spec, prompt_width=task.prompt_width)
     if not settings.ppo.correct_sampler:
-        generation.check_on_policy(drawn)
-    rollouts = models if drawn == spec else ppo_models(cfg, drawn, prompt_width=task.prompt_width, tables=tables)
+        generation.check_on_policy(_drawn(spec, settings))
     token_logprobs = partial(lm.token_logprobs, cfg=cfg)
     return Job(
         settings=settings,
         task=task,
         cfg=cfg,
+        spec=spec,
         checkpoints=checkpoints,
         log=log,
         progress=progress,
@@ -103,17 +127,13 @@ def make_job(
         sampler=sampling.Sampler(models, task=task),
         supervised_step=parallel.jit_step(sft.make_train_step(token_logprobs)),
         reward_step=parallel.jit_step(reward_model.make_train_step(partial(lm.score, cfg=cfg))),
-        ppo_step=parallel.jit_step(
-            ppo.make_train_step(
-                rollouts,
-                epochs=settings.ppo.epochs,
-                minibatches=settings.ppo.minibatches,
-                correct_sampler=settings.ppo.correct_sampler,
-            )
-        ),
         supervised_tx=optimisers.muon(),
-        ppo_tx=optimisers.adam(),
+        ppo_tx=methods.optimiser(settings.ppo),
     )
+
+
+def _drawn(spec: generation.Sampling, settings: Settings) -> generation.Sampling:
+    return dataclasses.replace(spec, top_k=settings.ppo.top_k, top_p=settings.ppo.top_p)
 
 
 def _new_model(settings: Settings, task: tasks.Task) -> lm.LMConfig:
@@ -129,13 +149,25 @@ def _new_model(settings: Settings, task: tasks.Task) -> lm.LMConfig:
 
 
 def ppo_models(
-    cfg: lm.LMConfig, spec: generation.Sampling, *, prompt_width: int, tables: gold.Tables | None = None
+    cfg: lm.LMConfig,
+    spec: generation.Sampling,
+    *,
+    prompt_width: int,
+    tables: gold.Tables | None = None,
+    samples: int = 1,
+    critic: bool = True,
+    axis_name: str | None = None,
 ) -> ppo.Models:
-    """This library's language model as the functions that PPO calls; gold is watched where there is any."""
+    """This library's language model as the functions that PPO calls; gold is watched where there is any.
+
+    ``samples`` are the answers to each prompt; ``axis_name`` is that of a ``jax.vmap`` over the whole step.
+    """
 
     def generate(params: Params, rng_B: jax.Array, prompts_BP: Any, mask_BP: Any, temperature: Any) -> types.Rollout:
         how = spec.replace(temperature=temperature)  # type: ignore[attr-defined]
-        return generation.generate(params, rng_B, prompts_BP, mask_BP, cfg=cfg, sampling=how)
+        return generation.generate(
+            params, rng_B, prompts_BP, mask_BP, cfg=cfg, sampling=how, n=samples, axis_name=axis_name
+        )
 
     def logprobs(params: Params, tokens_BL: Any, mask_BL: Any, temperature: Any) -> Any:
         return lm.response_stats(
@@ -149,7 +181,8 @@ def ppo_models(
         return lm.score(params, rollout.tokens_BL, cfg=cfg, mask_BL=rollout.mask_BL)
 
     watch = None if tables is None else partial(_watch_gold, tables, prompt_width=prompt_width)
-    return ppo.Models(generate, logprobs, values, score, partial(lm.token_logprobs, cfg=cfg), watch)
+    token_logprobs = partial(lm.token_logprobs, cfg=cfg)
+    return ppo.Models(generate, logprobs, values if critic else None, score, token_logprobs, watch)
 
 
 def _watch_gold(tables: gold.Tables, rollout: types.Rollout, *, prompt_width: int) -> dict[str, jax.Array]:
@@ -326,11 +359,12 @@ def optimise(job: Job, stage: str, start: Params, reward: Params, *, ptx_coef: f
     state = job.fit(
         stage,
         job.ppo_step,
-        ppo.create(start, reward, job.ppo_tx),
+        job.new_policy(start, reward),
         job.settings.ppo.iterations,
         batch_at=batch_at,
         hyper_at=hyper_at,
         frozen=ppo.Frozen(reference=start, reward=reward),
+        log=watching.watched(job.log, stage, job.settings, partial(job.progress.tell, stage)),
     )
     return state.ema
 
@@ -342,7 +376,8 @@ def ppo_inputs(
     settings, task = job.settings.ppo, job.task
     key = job.key(stage)
     prompts_, updates = task.rl_prompts, settings.epochs * settings.minibatches
-    order = batching.epoch_batches(0, n=len(prompts_), batch_size=settings.batch, key=key, steps=settings.iterations)
+    asked = settings.batch // settings.samples
+    order = batching.epoch_batches(0, n=len(prompts_), batch_size=asked, key=key, steps=settings.iterations)
     n_text = updates * round(settings.batch // settings.minibatches * settings.ptx_ratio)
     text_order = batching.epoch_batches(
         0,
@@ -352,26 +387,6 @@ def ppo_inputs(
         steps=settings.iterations,
     )
 
-    def hyper_at(i: int) -> ppo.Hyper:
-        warm = schedules.constant_with_warmup(i, settings.iterations, warmup=settings.warmup)
-        numbers = {
-            "learning_rate": settings.learning_rate * warm,
-            "critic_learning_rate": settings.critic_learning_rate * warm,
-            "kl_coef": settings.kl_coef,
-            "clip": settings.clip,
-            "value_clip": settings.value_clip,
-            "lambda_": settings.lambda_,
-            "temperature": settings.temperature,
-            "missing_stop_score": settings.missing_stop_score,
-            "ptx_coef": ptx_coef,
-            "max_grad_norm": settings.max_grad_norm,
-            "ema_decay": settings.ema,
-            "discount": 1.0,
-            "kl_target": 6.0,
-            "kl_gain": 0.0,
-        }
-        return ppo.Hyper(**{name: np.float32(number) for name, number in numbers.items()})
-
     def batch_at(i: int) -> ppo.Batch:
         rows = order[i]
         return ppo.Batch(
@@ -380,4 +395,4 @@ def ppo_inputs(
             tasks.text_batch(task.pretraining_BL[text_order[i]]),
         )
 
-    return batch_at, hyper_at
+    return batch_at, lambda i: methods.hyper(settings, i, ptx_coef=ptx_coef)

@@ -1,5 +1,6 @@
 """Measurements of models and of reward models, on the host with NumPy and SciPy."""
 
+from rlhf_jax.diagnostics import alarms
 from rlhf_jax.diagnostics.best_of_n import best_of_n_kl, best_of_n_mean
 from rlhf_jax.diagnostics.calibration import (
     CalibrationCurve,
@@ -23,6 +24,7 @@ from rlhf_jax.diagnostics.intervals import (
 __all__ = [
     "CalibrationCurve",
     "Estimate",
+    "alarms",
     "best_of_n_kl",
     "best_of_n_mean",
     "bootstrap_mean",

@@ -35,9 +35,25 @@ class Preempted(Exception):
 
     def __init__(self, stage: str, step: int, *, saved: bool) -> None:
         """Say where it stopped."""
-        kept = "a checkpoint of it is on disk" if saved else "no checkpoint was saved"
-        super().__init__(f"{stage or 'training'} was stopped after {step} iterations; {kept}")
+        super().__init__(f"{stage or 'training'} was stopped after {step} iterations; {_kept(saved)}")
         self.stage, self.step, self.saved = stage, step, saved
+
+
+class Alarmed(Exception):
+    """A ``log`` found something wrong: it raises ``Alarmed(reason)``, and `fit` saves, stops and says where.
+
+    Attributes: as of `Preempted`, and ``reason``.
+    """
+
+    def __init__(self, reason: str, *, stage: str = "", step: int = 0, saved: bool = False) -> None:
+        """Say why, and where it stopped; a log knows the first alone."""
+        where = f"{stage or 'training'} was stopped after {step} iterations by an alarm; {_kept(saved)}"
+        super().__init__(f"{where}: {reason}")
+        self.reason, self.stage, self.step, self.saved = reason, stage, step, saved
+
+
+def _kept(saved: bool) -> str:
+    return "a checkpoint of it is on disk" if saved else "no checkpoint was saved"
 
 
 class DivergedError(RuntimeError):
@@ -106,6 +122,7 @@ class _Reporter:
         self.stage, self.total, self.log, self.log_every = stage, total, log, log_every
         self.progress, self.max_skipped = progress, max_skipped
         self.skipped = 0
+        self.alarmed: Alarmed | None = None
         self.pending: tuple[int, Mapping[str, Any]] | None = None
 
     def push(self, done: int, metrics: Mapping[str, Any]) -> None:
@@ -118,7 +135,10 @@ class _Reporter:
         (done, metrics), self.pending = self.pending, None
         floats = metrics_lib.to_floats(metrics)
         if self.log is not None and (done % self.log_every == 0 or done == self.total):
-            self.log(done, floats)
+            try:
+                self.log(done, floats)
+            except Alarmed as alarmed:
+                self.alarmed = self.alarmed or alarmed
         if self.progress is not None:
             self.progress(self.stage, done, self.total, floats)
         skipped = floats.get("skipped", 0.0)
@@ -192,7 +212,7 @@ def fit(
         frozen: What the step reads and does not change, such as a reference model.
         stage: A name for messages, progress and checkpoints.
         log: A ``metrics.MetricLog``, written under ``stage``; or ``log(step, floats)``, one iteration late, which may
-            raise to stop the run.
+            raise `Alarmed` to stop the run before its next iteration, or anything else to stop it at once, unsaved.
         log_every: Log each so many iterations, and the last.
         checkpoints: Where to go on from and to save to; None for neither.
         save_every: Save each so many iterations; None: only at the end, or when asked to stop.
@@ -204,6 +224,7 @@ def fit(
 
     Raises:
         Preempted: SIGTERM or Ctrl-C came (in the main thread); state saved, if there are checkpoints.
+        Alarmed: The log raised it; state saved, if there are checkpoints.
         DivergedError: ``max_skipped`` was reached.
         checkpoint.CheckpointError: A save failed, no checkpoint is whole, or it belongs to another run.
     """
@@ -227,18 +248,21 @@ def fit(
         checkpoints.save(done, state, identity)
         return done
 
-    def preempt(done: int) -> NoReturn:
+    def leave(done: int) -> NoReturn:
         report.flush()
         if checkpoints is not None and done > 0:
             if saved != done:
                 save(done)
             checkpoints.wait()
-        raise Preempted(stage, done, saved=checkpoints is not None and done > 0)
+        kept = checkpoints is not None and done > 0
+        if report.alarmed is not None:
+            raise Alarmed(report.alarmed.reason, stage=stage, step=done, saved=kept) from report.alarmed
+        raise Preempted(stage, done, saved=kept)
 
     with _stop_signals() as stop, _settled(checkpoints):
         for i in range(start, steps):
-            if stop():
-                preempt(i)
+            if stop() or report.alarmed is not None:
+                leave(i)
             state, metrics = train_step(state, frozen, hyper_at(i), batch_at(i), rng)
             for callback in callbacks:
                 callback(i + 1, state, metrics)
@@ -248,6 +272,6 @@ def fit(
         report.flush()
         if checkpoints is not None and saved != steps and steps > 0:
             saved = save(steps)
-        if stop():  # the last iteration is done, but whoever comes next should not start
-            preempt(steps)
+        if stop() or report.alarmed is not None:  # all is done, but whoever comes next should not start
+            leave(steps)
     return state

@@ -1,120 +1,59 @@
-"""PPO and PPO-ptx for language models (InstructGPT 3.5 and C.4; Stiennon 2020; Ziegler 2019; PAPERS 1.4 to 1.7).
+"""PPO and PPO-ptx for language models (InstructGPT 3.5 and C.4; Stiennon 2020; Ziegler 2019).
 
 Two pure functions, in the order of the paper::
 
     collect:  prompts -> answers -> scores -> per-token KL rewards -> GAE -> Experience
     update:   Experience -> epochs x minibatches of (clipped losses [+ ptx] -> gradient -> apply) -> new state
 
-and `make_train_step`, which is one after the other in a single program.
+and `make_train_step`, which is one after the other in a single program. Without a critic, and with another estimator of
+advantages and another reduction, the same two are REINFORCE, RLOO, GRPO and their kin: see `train.estimators`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-from rlhf_jax import advantages, kl, metrics, reduce, rewards
+from rlhf_jax import kl, metrics, reduce, reductions, rewards
 from rlhf_jax.losses import policy as policy_losses
 from rlhf_jax.losses import value as value_losses
-from rlhf_jax.train import sft, step
-from rlhf_jax.train import state as state_lib
+from rlhf_jax.train import estimators, sft, step
+from rlhf_jax.train.ppo_state import Batch, Frozen, Hyper, Models, Past, PPOState, create
 from rlhf_jax.train.sft import TokenBatch
-from rlhf_jax.types import Experience, Params, Rollout
+from rlhf_jax.types import Experience, Params
+
+__all__ = [
+    "Batch",
+    "Frozen",
+    "Hyper",
+    "Models",
+    "PPOState",
+    "Past",
+    "Totals",
+    "collect",
+    "create",
+    "loss",
+    "lowered",
+    "make_train_step",
+    "ptx_loss",
+    "replaced",
+    "update",
+]
 
 
-class Models(NamedTuple):
-    """What PPO calls. P is the prompt width; every ``params`` is the pytree that belongs to the function."""
-
-    generate: Callable[..., Rollout]
-    """``(params, rng_B, prompts_BP, mask_BP, temperature) -> Rollout``"""
-    logprobs: Callable[..., Any]
-    """``(params, tokens_BL, mask_BL, temperature) -> (logprobs_BT, entropy_BT)`` of the response tokens."""
-    values: Callable[..., jax.Array]
-    """``(params, tokens_BL, mask_BL) -> values_BT`` before each response token."""
-    score: Callable[..., jax.Array]
-    """``(params, rollout) -> scores_B``; any function, a reward model or a program."""
-    token_logprobs: Callable[..., jax.Array] | None = None
-    """``(params, tokens_BL, mask_BL=...) -> [B, L]``, for the pretraining rows of PPO-ptx."""
-    watch: Callable[[Rollout], dict[str, jax.Array]] | None = None
-    """``rollout -> {name: [B]}``: numbers to log and not to train on, such as a gold score (over-optimisation)."""
-    join: Callable[[Any, Params], Params] = step.all_trained
-    """``(frozen, params) -> {"policy", "critic"}`` as the functions above want them. A policy of adapters on its own
-    reference, which is then there once: ``lambda frozen, params: {**params, "policy":
-    lora.attach(frozen.reference, params["policy"], scale=...)}``."""
+def replaced(scores_B: jax.Array, stopped_B: jax.Array, hyper: Hyper) -> jax.Array:
+    """An answer that never stopped is paid ``missing_stop_score``, whatever it scored (Ziegler 2019)."""
+    return rewards.missing_stop(scores_B, stopped_B, score=hyper.missing_stop_score)
 
 
-class Frozen(NamedTuple):
-    """What the step reads and never changes."""
-
-    reference: Params
-    reward: Params
-
-
-@struct.dataclass
-class Hyper:
-    """Everything a sweep would vary, as traced scalars: changing one compiles nothing."""
-
-    learning_rate: Any = 1e-5
-    critic_learning_rate: Any = 1e-5
-    kl_coef: Any = 0.02
-    """Reward per nat. The start of the adaptive controller where ``kl_gain`` is not 0."""
-    kl_target: Any = 6.0
-    """Nats a sequence that the controller steers to."""
-    kl_gain: Any = 0.0
-    """Of the adaptive controller (0.1 in Ziegler 2019); 0 keeps the coefficient fixed."""
-    clip: Any = 0.2
-    value_clip: Any = 0.2
-    discount: Any = 1.0
-    lambda_: Any = 0.95
-    temperature: Any = 1.0
-    """Of sampling and of every scoring pass alike."""
-    missing_stop_score: Any = -1.0
-    """Replaces the score of an answer that never stopped."""
-    ptx_coef: Any = 0.0
-    """Weight of the mean pretraining loss per token; 0 is plain PPO, and then costs nothing."""
-    sampler_cap: Any = 2.0
-    """Largest weight of a token where the sampler's distribution is corrected for."""
-    max_grad_norm: Any = jnp.inf
-    ema_decay: Any = 0.0
-    """Of the averaged policy weights (0.992 per step in InstructGPT); 0 follows the policy."""
-
-
-class PPOState(state_lib.TrainState):
-    """``params = {"policy", "critic"}``, and beside the optimiser what else a resumed run needs."""
-
-    kl_scale: kl.ControllerState
-    """What the adaptive controller has come to multiply ``Hyper.kl_coef`` by, 1 at the start."""
-    ema: Params
-    """Averaged policy weights."""
-
-
-class Batch(NamedTuple):
-    """One iteration's input."""
-
-    prompts_BP: jax.Array
-    mask_BP: jax.Array
-    ptx: TokenBatch | None = None
-    """Pretraining rows ``[epochs * minibatches * rows, L]``, dealt out to the updates in turn."""
-
-
-def create(policy: Params, critic: Params, tx: Any) -> PPOState:
-    """A fresh state; parameters are copied, since a step donates its state. ``tx`` has unit learning rate."""
-    base = state_lib.create({"policy": policy, "critic": critic}, tx)
-    ema = jax.tree.map(lambda x: jnp.array(x, copy=True), policy)
-    return PPOState(
-        step=base.step,
-        apply_fn=base.apply_fn,
-        params=base.params,
-        tx=base.tx,
-        opt_state=base.opt_state,
-        kl_scale=kl.controller(1.0),
-        ema=ema,
-    )
+def lowered(scores_B: jax.Array, stopped_B: jax.Array, hyper: Hyper) -> jax.Array:
+    """It is paid its score plus ``missing_stop_score``, which is negative: a later variant, not the papers' rule."""
+    return rewards.subtract_for_missing_stop(scores_B, stopped_B, penalty=-hyper.missing_stop_score)
 
 
 def collect(
@@ -126,93 +65,146 @@ def collect(
     rng: jax.Array,
     *,
     kl_scale: jax.Array | float = 1.0,
-    whiten_rewards: bool = False,
+    past: Past | None = None,
+    samples: int = 1,
+    estimate: estimators.Estimator = estimators.gae,
+    unfinished: Callable[..., jax.Array] = replaced,
+    normalise_values: bool = False,
     correct_sampler: bool = False,
 ) -> tuple[Experience, dict[str, Any]]:
     """Answer the prompts and turn scores into advantages and returns. ``rng`` is consumed; ``params`` as in the state.
 
     The old log-probabilities come from the same scoring function as the reference's and the update's, so that the
-    first ratio is 1 and the KL of equal models 0; the sampler's own are compared with them in ``sampler_gap``. Where
-    the sampler drew from another distribution (top-p, a faster kernel), ``correct_sampler`` weighs each token's policy
-    loss by how much likelier the policy makes it than the sampler did, up to ``Hyper.sampler_cap``.
+    first ratio is 1 and the KL of equal models 0; the sampler's own are compared with them in ``sampler_gap``. The
+    other arguments are those of `make_train_step`.
     """
     params = models.join(frozen, params)
-    rng_B = jax.random.split(rng, batch.prompts_BP.shape[0])
+    B = batch.prompts_BP.shape[0] * samples
+    rng_B = jax.random.split(rng, B)
     rollout = models.generate(params["policy"], rng_B, batch.prompts_BP, batch.mask_BP, hyper.temperature)
     tokens_BL, mask_BL, response_BT = rollout.tokens_BL, rollout.mask_BL, rollout.response_mask_BT
     scores_B = reduce.as_float32(models.score(frozen.reward, rollout))
+    if scores_B.shape != (B,) or response_BT.shape[0] != B:
+        raise ValueError(
+            f"Models.score gave shape {scores_B.shape} for {response_BT.shape[0]} answers, and {samples} to each of "
+            f"{batch.prompts_BP.shape[0]} prompts are {B}; it must give one score an answer"
+        )
     stopped_B = rollout.finish_B == 1
-    paid_B = rewards.missing_stop(scores_B, stopped_B, score=hyper.missing_stop_score)
+    paid_B = unfinished(jnp.clip(scores_B, -hyper.reward_clip, hyper.reward_clip), stopped_B, hyper)
 
     logprobs_BT, entropy_BT = models.logprobs(params["policy"], tokens_BL, mask_BL, hyper.temperature)
     reference_BT, _ = models.logprobs(frozen.reference, tokens_BL, mask_BL, hyper.temperature)
-    values_BT = models.values(params["critic"], tokens_BL, mask_BL)
+    own_BT = None if models.values is None else models.values(params["critic"], tokens_BL, mask_BL)
+    scale = past.scale() if past is not None and normalise_values else None
+    values_BT = own_BT if scale is None or own_BT is None else own_BT * scale[1] + scale[0]
 
     kl_coef = hyper.kl_coef * kl_scale
-    rewards_BT = rewards.token_rewards(paid_B, logprobs_BT, reference_BT, response_BT, kl_coef=kl_coef)
-    if whiten_rewards:
-        rewards_BT = advantages.whiten(rewards_BT, where=response_BT, shift_mean=False)
-    gae = partial(advantages.gae, discount=hyper.discount, lambda_=hyper.lambda_)
-    advantages_BT, returns_BT = jax.vmap(gae)(rewards_BT, values_BT, response_BT)
+    before = jnp.zeros(()) if past is None else jnp.where(past.returns.weight > 0, past.returns.value(), 0.0)
+    scored = estimators.Scored(paid_B, logprobs_BT, reference_BT, values_BT, response_BT, kl_coef, before)
+    advantages_BT, returns_BT = estimate(scored, hyper)
     experience = Experience(
         tokens_BL=tokens_BL,
         mask_BL=mask_BL,
         response_mask_BT=response_BT,
         logprobs_BT=logprobs_BT,
-        values_BT=values_BT,
-        advantages_BT=advantages.whiten(advantages_BT, where=response_BT),
-        returns_BT=returns_BT,
+        values_BT=own_BT,
+        advantages_BT=advantages_BT,
+        returns_BT=returns_BT if scale is None or returns_BT is None else (returns_BT - scale[0]) / scale[1],
         weights_BT=policy_losses.importance_weights(logprobs_BT, rollout.logprobs_BT, cap=hyper.sampler_cap)
         if correct_sampler
         else None,
+        reference_BT=reference_BT,
     )
     kl_B = reduce.masked_sum(kl.k1(logprobs_BT, reference_BT), where=response_BT, axis=-1)
-    spread = reduce.masked_var(returns_BT, where=response_BT)
-    missed = reduce.masked_mean(jnp.square(values_BT - returns_BT), where=response_BT)
+    gap_BT = jnp.where(response_BT, rollout.logprobs_BT - logprobs_BT, 0.0)
+    odds_BT = reduce.masked_fill(kl.ratio(logprobs_BT, rollout.logprobs_BT), where=response_BT)
     logs = {
         "reward": metrics.mean_metric(scores_B),
+        "reward_std": jnp.std(scores_B),
         "kl": metrics.mean_metric(kl_B),
         "kl_coef": kl_coef,
+        "return": metrics.mean_metric(paid_B - kl_coef * kl_B),
         "length": metrics.mean_metric(rollout.lengths_B),
         "stopped": metrics.mean_metric(stopped_B),
         "entropy": metrics.mean_metric(entropy_BT, response_BT),
-        "explained_variance": 1.0 - missed / jnp.maximum(spread, 1e-8),
-        "sampler_gap": jnp.max(jnp.abs(jnp.where(response_BT, rollout.logprobs_BT - logprobs_BT, 0.0))),
+        "sampler_gap": jnp.max(jnp.abs(gap_BT)),
+        "sampler_gap_mean": metrics.mean_metric(jnp.abs(gap_BT), response_BT),
+        "sampler_ess": jnp.square(odds_BT.sum()) / jnp.maximum(jnp.square(odds_BT).sum() * response_BT.sum(), 1e-8),
     }
+    if values_BT is not None and returns_BT is not None:
+        spread = reduce.masked_var(returns_BT, where=response_BT)
+        missed = reduce.masked_mean(jnp.square(values_BT - returns_BT), where=response_BT)
+        logs["explained_variance"] = 1.0 - missed / jnp.maximum(spread, 1e-8)
+        logs |= {"target": metrics.mean_metric(returns_BT, response_BT)}
+        logs |= {"target_square": metrics.mean_metric(jnp.square(returns_BT), response_BT)}
     if models.watch is not None:
         logs |= {name: metrics.mean_metric(numbers_B) for name, numbers_B in models.watch(rollout).items()}
     return experience, logs
 
 
+class Totals(NamedTuple):
+    """What a minibatch's sums are divided by, which its micro-batches share."""
+
+    policy: jax.Array
+    tokens: jax.Array
+
+
 def loss(
-    models: Models, params: Params, experience: Experience, hyper: Hyper
+    models: Models,
+    params: Params,
+    experience: Experience,
+    hyper: Hyper,
+    *,
+    weights_B: jax.Array | None = None,
+    totals: Totals | None = None,
+    kl_loss: Callable[..., jax.Array] | None = None,
+    entropy_bonus: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Clipped policy loss plus clipped value loss of one minibatch (PAPERS 1.6); the critic has its own rate instead
-    of a value coefficient, and no weight is shared. No entropy bonus: no paper of the three has one. ``params`` are
-    those that ``models.join`` gives.
+    """Clipped policy loss plus clipped value loss of one minibatch (Schulman 2017; Ziegler 2019, code).
+
+    ``params`` are those that ``models.join`` gives. ``weights_B`` and ``totals`` say how tokens become a mean; by
+    default every token weighs the same.
     """
     where_BT = experience.response_mask_BT
-    logprobs_BT, _ = models.logprobs(params["policy"], experience.tokens_BL, experience.mask_BL, hyper.temperature)
-    values_BT = models.values(params["critic"], experience.tokens_BL, experience.mask_BL)
+    if weights_B is None or totals is None:
+        weights_B, count = reductions.token_mean(where_BT)
+        totals = Totals(count, count)
+    logprobs_BT, entropy_BT = models.logprobs(
+        params["policy"], experience.tokens_BL, experience.mask_BL, hyper.temperature
+    )
     policy_BT = policy_losses.clipped_policy(
         logprobs_BT, experience.logprobs_BT, experience.advantages_BT, clip=hyper.clip
     )
     if experience.weights_BT is not None:
         policy_BT = experience.weights_BT * policy_BT
-    value_BT = value_losses.clipped_value(values_BT, experience.values_BT, experience.returns_BT, clip=hyper.value_clip)
-    policy_loss = reduce.masked_mean(policy_BT, where=where_BT)
-    value_loss = reduce.masked_mean(value_BT, where=where_BT)
+    if kl_loss is not None:
+        assert experience.reference_BT is not None
+        policy_BT = policy_BT + hyper.kl_loss_coef * kl_loss(logprobs_BT, experience.reference_BT)
+
+    def token_mean(x_BT: jax.Array) -> jax.Array:
+        return reduce.masked_sum(x_BT, where=where_BT) / totals.tokens
+
+    objective = policy_loss = reductions.weighted_sum(policy_BT, weights_B, where=where_BT) / totals.policy
     log_ratio_BT = jnp.where(where_BT, logprobs_BT - experience.logprobs_BT, 0.0)
     ratio_BT = jnp.exp(log_ratio_BT)
     logs = {
         "policy_loss": policy_loss,
-        "value_loss": value_loss,
-        "approx_kl": reduce.masked_mean(0.5 * jnp.square(log_ratio_BT), where=where_BT),
-        "clip_fraction": reduce.masked_mean(jnp.abs(ratio_BT - 1.0) > hyper.clip, where=where_BT),
+        "approx_kl": token_mean(0.5 * jnp.square(log_ratio_BT)),
+        "clip_fraction": token_mean(jnp.abs(ratio_BT - 1.0) > hyper.clip),
+        "ratio_mean": token_mean(ratio_BT),
         "ratio_max": jnp.max(ratio_BT),
         "ratio_error": jnp.max(jnp.abs(ratio_BT - 1.0)),
     }
-    return policy_loss + value_loss, logs
+    if models.values is not None and experience.values_BT is not None and experience.returns_BT is not None:
+        values_BT = models.values(params["critic"], experience.tokens_BL, experience.mask_BL)
+        value_loss = token_mean(
+            value_losses.clipped_value(values_BT, experience.values_BT, experience.returns_BT, clip=hyper.value_clip)
+        )
+        objective += hyper.value_coef * value_loss
+        logs["value_loss"] = value_loss
+    if entropy_bonus:
+        objective -= hyper.entropy_coef * token_mean(entropy_BT)
+    return objective, logs
 
 
 def ptx_loss(models: Models, policy: Params, rows: TokenBatch) -> jax.Array:
@@ -234,13 +226,17 @@ def update(
     frozen: Frozen | None = None,
     epochs: int = 1,
     minibatches: int = 8,
+    micro_batches: int = 1,
+    reduction: reductions.Reduction = reductions.token_mean,
+    kl_loss: Callable[..., jax.Array] | None = None,
+    entropy_bonus: bool = False,
 ) -> tuple[PPOState, dict[str, jax.Array]]:
     """Improve policy and critic on one batch of experience: ``epochs * minibatches`` optimiser steps in one scan.
 
     Minibatches are drawn anew every epoch. In PPO-ptx the gradients of the two parts are taken one after the other and
     added before one optimiser step (InstructGPT C.4). ``rng`` is consumed; ``frozen`` is for ``models.join``. Logs are
     means over the steps, but ``ratio_max`` (their maximum) and ``first_ratio_error``, how far any ratio was from 1
-    before the first step.
+    before the first step. The other arguments are those of `make_train_step`.
     """
     B = experience.tokens_BL.shape[0]
     if B % minibatches:
@@ -250,11 +246,18 @@ def update(
     joined = partial(models.join, frozen)
     ptx_U = None if ptx is None else jax.tree.map(lambda x: x.reshape(rows_UM.shape[0], -1, *x.shape[1:]), ptx)
 
+    def loss_fn(params: Params, part: tuple[Experience, jax.Array], totals: Totals) -> tuple[jax.Array, Any]:
+        rows, weights_B = part
+        how: Any = {"weights_B": weights_B, "totals": totals, "kl_loss": kl_loss, "entropy_bonus": entropy_bonus}
+        return loss(models, joined(params), rows, hyper, **how)
+
     def one_step(state: PPOState, now: tuple[jax.Array, TokenBatch | None]) -> tuple[PPOState, dict[str, jax.Array]]:
         rows_M, pretraining = now
         minibatch = jax.tree.map(lambda x: x[rows_M], experience)
-        (value, logs), grads = jax.value_and_grad(lambda p: loss(models, joined(p), minibatch, hyper), has_aux=True)(
-            state.params
+        weights_M, total = reduction(minibatch.response_mask_BT)
+        totals = Totals(total, reductions.token_mean(minibatch.response_mask_BT)[1])
+        (value, logs), grads = step.loss_and_grads(
+            loss_fn, state.params, (minibatch, weights_M), totals, micro_batches=micro_batches, merge=_merged
         )
         if pretraining is not None:
             # The branch is taken at run time: plain PPO and PPO-ptx are one program, and PPO does not pay for ptx.
@@ -268,17 +271,18 @@ def update(
             )
             grads["policy"] = jax.tree.map(lambda g, h: g + hyper.ptx_coef * h, grads["policy"], ptx_grads)
             logs["ptx_loss"] = nll
+        logs |= {f"grad_norm_{part}": step.global_norm(grads[part]) for part in grads}
+        rates = {"policy": hyper.learning_rate, "critic": hyper.critic_learning_rate}
         state, update_logs = step.apply_gradients(
             state,
             grads,
-            learning_rate={"policy": hyper.learning_rate, "critic": hyper.critic_learning_rate},
+            learning_rate={part: rates[part] for part in grads},
             max_grad_norm=hyper.max_grad_norm,
             loss=value,
         )
         # A skipped step leaves the average as it was, too.
         decay = jnp.where(update_logs["skipped"] > 0, 1.0, hyper.ema_decay)
-        ema = jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p, state.ema, state.params["policy"])
-        return state.replace(ema=ema), logs | update_logs
+        return state.replace(ema=_towards(state.ema, state.params["policy"], decay)), logs | update_logs
 
     state, logs_U = jax.lax.scan(one_step, state, (rows_UM, ptx_U))
     logs = {name: jnp.mean(values_U) for name, values_U in logs_U.items()}
@@ -288,29 +292,68 @@ def update(
     return state, {name: value for name, value in logs.items() if name != "ratio_error"}
 
 
+def _merged(logs_M: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The logs of a minibatch from those of its micro-batches."""
+    largest = ("ratio_max", "ratio_error")
+    return {name: jnp.max(x_M) if name in largest else jnp.sum(x_M) for name, x_M in logs_M.items()}
+
+
+def _towards(old: Params, new: Params, decay: Any) -> Params:
+    return jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p, old, new)
+
+
 def make_train_step(
     models: Models,
     *,
     epochs: int = 1,
     minibatches: int = 8,
-    whiten_rewards: bool = False,
+    micro_batches: int = 1,
+    samples: int = 1,
+    estimate: estimators.Estimator = estimators.gae,
+    reduction: reductions.Reduction = reductions.token_mean,
+    kl_loss: Callable[..., jax.Array] | None = None,
+    entropy_bonus: bool = False,
+    unfinished: Callable[..., jax.Array] = replaced,
+    normalise_values: bool = False,
     correct_sampler: bool = False,
 ) -> Callable[..., tuple[PPOState, dict[str, Any]]]:
-    """Build ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)``: rollout to update in one program."""
+    """Build ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)``: rollout to update in one program.
+
+    Args:
+        models: What is called.
+        epochs: Passes over each rollout (1 in InstructGPT, 4 in Ziegler and Stiennon).
+        minibatches: Optimiser steps an epoch; divides the number of answers.
+        micro_batches: Parts of a minibatch that are held in memory one at a time and give the same gradient.
+        samples: Answers to each prompt; ``models.generate`` gets as many keys and gives as many rows, those of one
+            prompt next to each other.
+        estimate: Advantages and returns of a scored batch; see `train.estimators`.
+        reduction: How token losses become one number; see `reductions`. The value loss is always a mean over tokens.
+        kl_loss: ``kl.k2`` or ``kl.k3`` of policy and reference as a loss of its own, times ``Hyper.kl_loss_coef``.
+        entropy_bonus: Whether the policy loss has one, times ``Hyper.entropy_coef``.
+        unfinished: ``(scores_B, stopped_B, hyper) -> scores_B``: `replaced` or `lowered`.
+        normalise_values: Let the critic learn returns less their running mean over their deviation (Xu 2024).
+        correct_sampler: Weigh each token's policy loss by how much likelier the policy makes it than the sampler did,
+            up to ``Hyper.sampler_cap``, where the sampler drew from another distribution (top-p, a faster kernel).
+    """
 
     def train_step(
         state: PPOState, frozen: Frozen, hyper: Hyper, batch: Batch, rng: jax.Array
     ) -> tuple[PPOState, dict[str, Any]]:
         sample_rng, order_rng = jax.random.split(jax.random.fold_in(rng, state.step))
+        compared = frozen if state.reference is None else frozen._replace(reference=state.reference)
         experience, logs = collect(
             models,
             state.params,
-            frozen,
+            compared,
             hyper,
             batch,
             sample_rng,
             kl_scale=state.kl_scale.kl_coef,
-            whiten_rewards=whiten_rewards,
+            past=state.past,
+            samples=samples,
+            estimate=estimate,
+            unfinished=unfinished,
+            normalise_values=normalise_values,
             correct_sampler=correct_sampler,
         )
         state, update_logs = update(
@@ -320,15 +363,39 @@ def make_train_step(
             hyper,
             batch.ptx,
             order_rng,
-            frozen=frozen,
+            frozen=compared,
             epochs=epochs,
             minibatches=minibatches,
+            micro_batches=micro_batches,
+            reduction=reduction,
+            kl_loss=kl_loss,
+            entropy_bonus=entropy_bonus,
         )
-        observed = logs["kl"].value()
-        scale = kl.update_controller(state.kl_scale, observed, target=hyper.kl_target, gain=hyper.kl_gain)
+        carried = _carried(state, hyper, logs)
         # Held back with the weights: a KL that is not a number would stay in the controller for good.
         held = update_logs["skipped"] > 0
-        scale = jax.tree.map(lambda new, old: jnp.where(held, old, new), scale, state.kl_scale)
-        return state.replace(kl_scale=scale), logs | update_logs | {"learning_rate": hyper.learning_rate}
+        carried = {
+            name: jax.tree.map(lambda new, old: jnp.where(held, old, new), new, getattr(state, name))
+            for name, new in carried.items()
+        }
+        logs = {name: value for name, value in logs.items() if name not in ("target", "target_square")}
+        return state.replace(**carried), logs | update_logs | {"learning_rate": hyper.learning_rate}
 
     return train_step
+
+
+def _carried(state: PPOState, hyper: Hyper, logs: dict[str, Any]) -> dict[str, Any]:
+    """What the next iteration takes over from this one, beside the weights."""
+    observed = logs["kl"].value()
+    past = dataclasses.replace(state.past, returns=state.past.returns.merge(logs["return"]))
+    if "target" in logs:
+        past = dataclasses.replace(
+            past, targets=past.targets.merge(logs["target"]), squares=past.squares.merge(logs["target_square"])
+        )
+    carried = {
+        "kl_scale": kl.update_controller(state.kl_scale, observed, target=hyper.kl_target, gain=hyper.kl_gain),
+        "past": past,
+    }
+    if state.reference is not None:
+        carried["reference"] = _towards(state.reference, state.params["policy"], hyper.reference_decay)
+    return carried

@@ -11,6 +11,7 @@ batch that its sums are divided by. Then micro-batches add up to what one large 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -52,6 +53,7 @@ def loss_and_grads(
     total: Any,
     *,
     micro_batches: int = 1,
+    merge: Callable[[Any], Any] | None = None,
 ) -> tuple[tuple[jax.Array, Any], Any]:
     """Loss, metrics and gradients of a batch, in ``micro_batches`` parts that are held in memory one at a time.
 
@@ -65,6 +67,7 @@ def loss_and_grads(
         batch: A pytree of ``[B, ...]`` arrays. Randomness per row (dropout) travels in it as one key a row.
         total: The counts of the whole batch, over all devices; any pytree, passed through.
         micro_batches: How many parts; divides B.
+        merge: Makes one metrics of those of all parts, stacked on a new first axis, where they do not simply add up.
 
     Returns:
         ``((loss, metrics), grads)``, gradients in the dtype of the parameters where there is one part, accumulated in
@@ -81,13 +84,19 @@ def loss_and_grads(
     def wide(x: jax.Array) -> jax.Array:
         return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
-    def add(carry: Any, micro: Any) -> tuple[Any, None]:
-        new = jax.tree.map(wide, grad_fn(params, micro, total))
-        return jax.tree.map(jnp.add, carry, new), None
+    def one(micro: Any) -> tuple[Any, Any]:
+        (loss, logs), grads = grad_fn(params, micro, total)
+        return jax.tree.map(wide, (loss, grads)), jax.tree.map(wide, logs)
 
-    shapes = jax.eval_shape(lambda micro: jax.tree.map(wide, grad_fn(params, micro, total)), part(0))
+    def add(carry: Any, micro: Any) -> tuple[Any, Any]:
+        new, logs = one(micro)
+        return jax.tree.map(jnp.add, carry, new), logs
+
+    shapes, _ = jax.eval_shape(one, part(0))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.scan(add, zeros, parts)[0]
+    (loss, grads), logs_M = jax.lax.scan(add, zeros, parts)
+    merge = merge or partial(jax.tree.map, partial(jnp.sum, axis=0))
+    return (loss, merge(logs_M)), grads
 
 
 def global_norm(tree: Any) -> jax.Array:

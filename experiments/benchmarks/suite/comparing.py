@@ -33,6 +33,8 @@ def _comparison(row: Row, against: Against, ours: Record, records: Mapping[str, 
     if isinstance(made["ours"], str) or isinstance(made["theirs"], str):
         return made | {"ratio": None, "met": None}
     ratio = made["ours"] / made["theirs"]
+    if against.required is None:
+        return made | {"ratio": ratio, "met": None}
     met = ratio <= against.required if against.kind == "times" else ratio >= against.required
     return made | {"ratio": ratio, "met": met}
 

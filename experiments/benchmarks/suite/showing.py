@@ -39,11 +39,15 @@ def compared(comparisons: Sequence[dict[str, Any]]) -> list[list[str]]:
             found["against"],
             _amount(found["kind"], found["theirs"]),
             _ratio(found["kind"], found["ratio"]),
-            ("≤ " if found["kind"] == "times" else "≥ ") + _ratio(found["kind"], found["required"]),
+            _asked(found["kind"], found["required"]),
             {True: "yes", False: "no", None: "–"}[found["met"]],
         ]
         for found in comparisons
     ]
+
+
+def _asked(kind: str, required: float | None) -> str:
+    return "–" if required is None else ("≤ " if kind == "times" else "≥ ") + _ratio(kind, required)
 
 
 def measured(programs: Sequence[dict[str, Any]]) -> list[list[str]]:

@@ -1,0 +1,83 @@
+"""The command line of the main job, and of experiments whose settings are its own and some more."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import tyro
+
+from rlhf_jax import checkpoint
+from rlhf_jax.data import errors
+from rlhf_jax.train import loop
+
+from . import checks, rundir, settings
+
+S = TypeVar("S", bound=settings.Settings)
+
+
+def parse(kind: type[S], arguments: list[str], *, prog: str, doc: str | None) -> S:
+    """Settings of ``kind`` from the command line, from the presets or from the run to go on with.
+
+    Exits for --help; raises SettingError for what cannot be.
+    """
+    resume = settings.peek(arguments, "--resume")
+    begin = _saved(kind, resume) if resume else kind(**_fields(_preset(arguments)))
+    asked = tyro.cli(kind, args=arguments, default=begin, prog=prog, description=doc)
+    if resume and dataclasses.replace(asked, resume=None) != dataclasses.replace(begin, resume=None):
+        raise settings.SettingError(
+            f"--resume {resume} goes on with the settings of its config.json; give no other setting beside it"
+        )
+    checks.check(asked)
+    if asked.model is None:
+        return asked
+    if asked.net != begin.net:
+        raise settings.SettingError("--net sizes a model made from nothing; leave it out beside --model")
+    # Absolute, so that the run can be resumed from anywhere.
+    return dataclasses.replace(asked, model=str(pathlib.Path(asked.model).absolute()))
+
+
+def enter(run: Callable[[Any], Any], read: Callable[[list[str]], Any], arguments: list[str] | None) -> None:
+    """Run, and turn what a user can do something about into one line on stderr and an exit status."""
+    try:
+        run(read(sys.argv[1:] if arguments is None else arguments))
+    except (settings.SettingError, errors.DataError, checkpoint.CheckpointError, loop.DivergedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except loop.Alarmed as stopped:
+        print(f"{stopped}; go on all the same with --resume", file=sys.stderr)
+        raise SystemExit(3) from None
+    except loop.Preempted as stopped:
+        print(f"{stopped}; go on with --resume", file=sys.stderr)
+        raise SystemExit(75) from None  # EX_TEMPFAIL: try again later
+
+
+def _preset(arguments: list[str]) -> settings.Settings:
+    given = {flag: settings.peek(arguments, f"--{flag}") for flag in ("data.path", "model", "published", "preset")}
+    return settings.preset(
+        given["preset"] or "default",
+        dialogues=given["data.path"] is not None,
+        started=given["model"] is not None,
+        published=given["published"],
+    )
+
+
+def _saved(kind: type[S], resume: str) -> S:
+    values = rundir.saved_values(resume)
+    shared = {field.name for field in dataclasses.fields(settings.Settings)}
+    own = [field.name for field in dataclasses.fields(kind) if field.name not in shared]
+    missing = [name for name in own if name not in values]
+    if missing:
+        raise settings.SettingError(f"--resume {resume} holds another kind of run: its settings lack {missing[0]}")
+    mine: dict[str, Any] = {
+        name: tuple(values[name]) if isinstance(values[name], list) else values[name] for name in own
+    }
+    mine |= _fields(settings.from_dict({name: values[name] for name in values if name in shared}))
+    return kind(**mine)
+
+
+def _fields(known: settings.Settings) -> dict[str, Any]:
+    return {field.name: getattr(known, field.name) for field in dataclasses.fields(settings.Settings)}

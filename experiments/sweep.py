@@ -1,0 +1,138 @@
+"""Reward against KL: PPO at several KL coefficients and seeds, from one SFT model and one reward model.
+
+    python experiments/sweep.py                                   the recipe up to the reward model, then 4 x 3 runs
+    python experiments/sweep.py --kl-coefs 0.02 0.2 --seeds 5
+    python experiments/sweep.py --ppo.method rloo --ppo.samples 4  the same of another method
+    python experiments/sweep.py --preset smoke                    all of it in about a minute, too short to learn much
+    python experiments/sweep.py --resume runs/NAME                go on with a sweep that was stopped or killed
+
+One compiled program serves every coefficient and every seed. On a GPU or TPU all runs are one program (``jax.vmap``
+over keys and coefficients); on a CPU, where that is no faster, they come one after the other. All settings of
+instructgpt.py are settings here too. Writes below ``--out``: sweep.json, sweep.html with the figure, config.json,
+metrics.jsonl, tensorboard/, checkpoints/.
+
+To expect: KL falls as the coefficient grows; gold reward rises with the root of the KL and then bends, while the reward
+model's own score goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if sys.platform == "linux" and os.environ.get("GLIBC_TUNABLES") is None and __name__ == "__main__":
+    # Huge pages make steps about a third faster on a CPU; glibc reads this once, when a process starts.
+    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+import dataclasses
+import math
+import pathlib
+import time
+from typing import Any, Literal
+
+import jax
+from pipeline import cells, command, rundir, settings, stages, start, sweep_plot, tasks
+from rich.console import Console
+
+from rlhf_jax import console
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep(settings.Settings):
+    """KL coefficients by seeds, with every setting of the main job."""
+
+    kl_coefs: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
+    """Reward per nat; each is run with every seed."""
+    seeds: int = 3
+    """Runs of each coefficient: keys of sampling and of minibatches; data and models are the same."""
+    together: Literal["auto", "yes", "no"] = "auto"
+    """All runs as one program; `auto`: where there is an accelerator. Such a sweep goes on from its stages alone."""
+
+
+def parse(arguments: list[str]) -> Sweep:
+    """Settings from the command line; raises SettingError for what cannot be."""
+    asked = command.parse(Sweep, arguments, prog="sweep.py", doc=__doc__)
+    if not asked.kl_coefs or not all(0 <= coef < math.inf for coef in asked.kl_coefs):
+        raise settings.SettingError(f"--kl-coefs is {asked.kl_coefs}; each must be at least 0 and finite")
+    if len(set(asked.kl_coefs)) < len(asked.kl_coefs):
+        raise settings.SettingError(f"--kl-coefs is {asked.kl_coefs}; each may be there once")
+    if asked.seeds < 1:
+        raise settings.SettingError(f"--seeds is {asked.seeds}; it must be at least 1")
+    return asked
+
+
+def cells_of(asked: Sweep) -> list[cells.Cell]:
+    """The runs of a sweep, coefficient by coefficient."""
+    return [
+        cells.Cell(f"kl{coef:g}-seed{seed}", dataclasses.replace(asked.ppo, kl_coef=coef), seed)
+        for coef in asked.kl_coefs
+        for seed in range(asked.seeds)
+    ]
+
+
+def run(asked: Sweep) -> dict[str, Any]:
+    """The whole sweep; returns what sweep.json holds."""
+    began, out = time.time(), Console()
+    path = pathlib.Path(asked.resume) if asked.resume else rundir.free_path(asked, kind="sweep")
+    begin = start.load(asked.model) if asked.model else None
+    task = tasks.make_task(asked, begin)
+    folder = rundir.RunFolder(path) if asked.resume else rundir.create(path, asked)
+    wanted = cells_of(asked)
+    together = asked.together == "yes" or (asked.together == "auto" and jax.default_backend() != "cpu")
+    names = ["pretrain", "sft", "sft_mix", "comparisons", "reward_model"]
+    each = 0.9 * asked.ppo.iterations
+    weights = (
+        [(name, 20.0) for name in names] + [(cell.name, each) for cell in wanted] + [("evaluate", 3.0 * len(wanted))]
+    )
+    with console.StageProgress(weights) as progress:
+        job = stages.make_job(
+            asked, task, start=begin, checkpoints=folder.checkpoints, log=folder.log, progress=progress
+        )
+        shared = cells.prepare(job)
+        if together:
+            policies = cells.train_together(job, shared, wanted)
+        else:
+            policies = []
+            for cell in wanted:
+                progress.start(cell.name, cell.settings.iterations)
+                policies.append(cells.train(job, shared, cell, step=job.ppo_step))
+                progress.finish(cell.name)
+        progress.start("evaluate", len(wanted))
+        against = cells.answers(job, shared, task.eval_prompts, shared.sft, seed=0)
+        found = []
+        for cell, policy in zip(wanted, policies, strict=True):
+            numbers = cells.measure(job, shared, task.eval_prompts, against, policy, seed=1 + cell.seed)
+            found.append({"name": cell.name, "kl_coef": cell.settings.kl_coef, "seed": cell.seed} | numbers)
+            progress.update("evaluate", len(found), len(wanted))
+        progress.finish("evaluate")
+    folder.log.close()
+    results = {
+        "seconds": time.time() - began,
+        "together": together,
+        "traces": 1 if together else job.ppo_step.traces,
+        "points": [
+            {"kl_coef": coef} | cells.over_seeds([_numbers(f) for f in found if f["kl_coef"] == coef])
+            for coef in asked.kl_coefs
+        ],
+        "runs": found,
+    }
+    results = rundir.finite(results)
+    sweep_plot.write(folder.path / "sweep.html", results["points"], results["runs"], title="Reward against KL")
+    folder.write_json("sweep.json", results)
+    out.print(sweep_plot.table(results["points"]))
+    out.print(f"figure: {folder.path / 'sweep.html'}   numbers: {folder.path / 'sweep.json'}", soft_wrap=True)
+    return results
+
+
+def _numbers(found: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in found.items() if name not in ("name", "kl_coef", "seed")}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    command.enter(run, parse, arguments)
+
+
+if __name__ == "__main__":
+    main()

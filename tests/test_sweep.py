@@ -1,0 +1,196 @@
+"""Many runs from one start: the same one by one and as one program; what is read off them; what is refused."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import compare  # noqa: E402
+import sweep  # noqa: E402
+from pipeline import cells, checks, settings, stages, sweep_plot, tasks  # noqa: E402
+
+from rlhf_jax import checkpoint, lm, metrics  # noqa: E402
+
+
+class Silent:
+    """A progress that shows nothing."""
+
+    def __getattr__(self, name):
+        return lambda *_, **__: None
+
+
+def small(**ppo):
+    asked = settings.preset("smoke")
+    parts = {
+        "net": dataclasses.replace(asked.net, layers=1, width=32, mlp=64, heads=2),
+        "pretrain": dataclasses.replace(asked.pretrain, documents=400),
+        "sft": dataclasses.replace(asked.sft, demonstrations=16),
+        "ppo": dataclasses.replace(asked.ppo, **({"iterations": 2, "batch": 8} | ppo)),
+        "evaluation": dataclasses.replace(asked.evaluation, prompts=8),
+    }
+    return dataclasses.replace(asked, **parts)
+
+
+def job_in(folder, asked):
+    return stages.make_job(
+        asked,
+        tasks.make_task(asked),
+        start=None,
+        checkpoints=lambda stage: checkpoint.Checkpoints(folder / "checkpoints" / stage),
+        log=metrics.MetricLog(folder),
+        progress=Silent(),
+    )
+
+
+def shared_by(job):
+    params = jax.jit(lambda key: lm.init(key, cfg=job.cfg))(jax.random.key(0))
+    return cells.Prepared(params, params, lm.with_head(jax.random.key(1), params, job.cfg))
+
+
+def rows_of(folder, stage):
+    found = [row for row in metrics.read(folder) if row["stage"] == stage]
+    return [{name: value for name, value in row.items() if name not in ("stage", "step")} for row in found]
+
+
+def test_one_program_gives_what_one_run_after_the_other_gives(tmp_path):
+    job, together = job_in(tmp_path / "a", small()), job_in(tmp_path / "b", small())
+    shared = shared_by(job)
+    wanted = [
+        cells.Cell(f"kl{coef}-seed{seed}", dataclasses.replace(job.settings.ppo, kl_coef=coef), seed)
+        for coef, seed in ((0.0, 0), (0.5, 0), (0.5, 1))
+    ]
+    alone = [cells.train(job, shared, cell, step=job.ppo_step) for cell in wanted]
+    assert job.ppo_step.traces == 1, "one compiled program serves every seed and coefficient"
+    for mine, other, cell in zip(cells.train_together(together, shared, wanted), alone, wanted, strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), mine, other)
+        for a, b in zip(rows_of(tmp_path / "a", cell.name), rows_of(tmp_path / "b", cell.name), strict=True):
+            assert a.keys() == b.keys()
+            for name in ("kl", "reward", "policy_loss", "value_loss", "kl_coef"):
+                assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), name
+    differ = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), alone[1], alone[2])
+    assert max(jax.tree.leaves(differ)) > 1e-5, "seeds are different runs"
+    # What is finished is restored and not trained again.
+    again = cells.train(job, shared, wanted[0], step=None)
+    jax.tree.map(np.testing.assert_array_equal, again, alone[0])
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(method="rloo", samples=2),
+        dict(method="grpo", samples=4, kl_loss_coef=0.04, kl_coef=0.0),
+        pytest.param(dict(method="dr-grpo", samples=4), marks=pytest.mark.slow),
+        pytest.param(dict(method="reinforce", micro_batches=2), marks=pytest.mark.slow),
+        pytest.param(dict(method="reinforce-pp", epochs=2), marks=pytest.mark.slow),
+        dict(reward_clip=1.0, normalise_values=True, entropy_coef=0.01, reference_ema=0.9, whiten_rewards=True),
+        pytest.param(
+            dict(adam_tf1=True, schedule="linear", kl_target=6.0, missing_stop="subtract"), marks=pytest.mark.slow
+        ),
+    ],
+    ids=lambda how: how.get("method", "ppo") + "-" + str(len(how)),
+)
+def test_every_method_and_switch_trains_on_the_built_in_world(tmp_path, how):
+    asked = small(**how)
+    checks.check(asked)
+    job = job_in(tmp_path, asked)
+    shared = shared_by(job)
+    policy = cells.train(job, shared, cells.Cell("run", asked.ppo, 0, ptx_coef=0.5))
+    rows = rows_of(tmp_path, "run")
+    assert len(rows) == 2 and all(math.isfinite(value) for value in rows[-1].values())
+    assert ("value_loss" in rows[0]) == (asked.ppo.method == "ppo")
+    assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-6) and rows[0]["first_ratio_error"] < 1e-5
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), policy, shared.start)
+    assert max(jax.tree.leaves(moved)) > 1e-6
+
+
+def test_gold_at_a_kl_is_read_off_the_curve_and_not_beyond_it():
+    kl = np.linspace(0.0, 4.0, 30) ** 2 / 4
+    gold = 0.5 + 0.1 * np.sqrt(kl)
+    assert compare.gold_at(kl, gold, at=1.0) == pytest.approx(0.6)
+    assert compare.gold_at(kl, gold, at=2.25) == pytest.approx(0.65)
+    assert compare.gold_at(kl, gold, at=9.0) is None
+    noisy = gold + np.random.default_rng(0).normal(size=30) * 0.02
+    assert compare.gold_at(kl, noisy, at=1.0) == pytest.approx(0.6, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("parse", "arguments", "message"),
+    [
+        (sweep.parse, ["--kl-coefs", "0.1", "-1"], "kl-coefs"),
+        (sweep.parse, ["--kl-coefs", "0.1", "0.1"], "once"),
+        (sweep.parse, ["--seeds", "0"], "seeds"),
+        (sweep.parse, ["--ppo.method", "rloo"], "ppo.samples"),
+        (sweep.parse, ["--ppo.method", "grpo", "--ppo.samples", "4", "--ppo.lambda_", "0.9"], "no critic"),
+        (sweep.parse, ["--ppo.samples", "3"], "ppo.samples"),
+        (sweep.parse, ["--ppo.micro-batches", "7"], "ppo.micro-batches"),
+        (sweep.parse, ["--ppo.kl-coef", "-0.1"], "ppo.kl-coef"),
+        (sweep.parse, ["--resume", "nowhere"], "nowhere"),
+        (compare.parse, ["--group", "1"], "group"),
+        (compare.parse, ["--group", "3"], "divide"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(parse, arguments, message):
+    with pytest.raises(settings.SettingError, match=message):
+        parse(arguments)
+
+
+@pytest.mark.parametrize("name", ["instructgpt", "stiennon", "ziegler", "n-plus", "hh", "xu", "tutorial"])
+def test_published_settings_are_in_range(name):
+    asked = sweep.parse(["--published", name])
+    assert asked.published == name and asked.ppo != settings.PPO()
+    given = settings.preset("default", published=name, started=True)
+    checks.check(given)
+
+
+def test_published_numbers():
+    ziegler, xu = (settings.preset("default", published=name).ppo for name in ("ziegler", "xu"))
+    assert (ziegler.kl_coef, ziegler.kl_target, ziegler.epochs, ziegler.whiten_rewards) == (0.15, 6.0, 4, True)
+    assert (xu.kl_coef, xu.lambda_, xu.reward_clip, xu.minibatches) == (0.1, 1.0, 20.0, 4)
+    ouyang = settings.preset("default", published="instructgpt").ppo
+    assert (ouyang.kl_coef, ouyang.epochs, ouyang.minibatches, ouyang.ptx_coef, ouyang.ema) == (0.02, 1, 8, 27.8, 0.992)
+    with pytest.raises(settings.SettingError, match="--published"):
+        settings.preset("default", published="nobody")
+
+
+def test_figures_hold_every_method_and_coefficient(tmp_path):
+    run = {"kl": [0.0, 1.0, 2.0], "gold": [0.5, 0.6, 0.65]}
+    methods = [
+        {"method": name, "at": [1.0, 2.0], "gold": [[0.6, 0.55, 0.65], [None] * 3], "runs": [run]}
+        for name in compare.EVERY
+    ]
+    sweep_plot.write_methods(tmp_path / "c.html", methods, title="Methods")
+    text = (tmp_path / "c.html").read_text()
+    assert (
+        all(name in text for name in compare.EVERY) and "<svg" in text and "http" not in text.replace("www.w3.org", "")
+    )
+    points = [
+        {"kl_coef": c, "kl": [1.0, 0.9, 1.1], "gold": [0.6, 0.5, 0.7], "reward": [1.0, None, None]} for c in (0.1, 1)
+    ]
+    runs = [{"kl": 1.0, "gold": 0.6, "reward": 1.0}]
+    sweep_plot.write(tmp_path / "s.html", points, runs, title="Sweep")
+    assert (tmp_path / "s.html").read_text().count("<svg") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["sweep.py", "compare.py"])
+def test_the_command_runs_end_to_end_and_goes_on_with_a_finished_run(script, tmp_path):
+    more = ["--kl-coefs", "0.1", "0.5", "--seeds", "2"] if script == "sweep.py" else ["--seeds", "2", "--rounds", "2"]
+    command = [sys.executable, str(ROOT / "experiments" / script), "--preset", "smoke"]
+    done = subprocess.run([*command, "--out", tmp_path / "run", *more], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    name = script.replace("py", "json")
+    first = json.loads((tmp_path / "run" / name).read_text())
+    again = subprocess.run([*command[:2], "--resume", tmp_path / "run"], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr[-3000:]
+    second = json.loads((tmp_path / "run" / name).read_text())
+    drop = {"seconds", "traces"}
+    assert {k: v for k, v in first.items() if k not in drop} == {k: v for k, v in second.items() if k not in drop}
