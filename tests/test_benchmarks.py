@@ -63,18 +63,30 @@ def record(seconds, **facts):
 
 def test_the_fastest_of_a_peers_settings_counts(suite):
     comparing, rows = suite
-    (row,) = rows.choose("sft-m")
-    plain, defaults = row.against[0].programs
-    records = {
-        row.ours.key: record([3.0, 1.0, 2.0], tokens=100, operations=60.0),
-        plain.key: record([9.0], tokens=100),
-        defaults.key: record([6.0], tokens=100),
-        row.against[1].programs[0].key: {"missing": "not installed"},
-        row.against[2].programs[0].key: record([1.0], operations=40.0),
+    (row,) = rows.choose("dpo-s")
+    huge, small = row.against[0].programs
+    records = {program.key: {"missing": "not installed"} for program in row.programs}
+    records |= {
+        row.ours.key: record([3.0, 1.0, 2.0], tokens=100),
+        huge.key: record([9.0], tokens=100),
+        small.key: record([6.0], tokens=100),
+        row.against[1].programs[0].key: record([1.0], tokens=100),
     }
-    trl, tunix, rate = comparing.compare(row, records)
-    assert (trl["ratio"], trl["met"], trl["theirs_program"]) == (3.0, True, defaults.key)
+    alike, defaults, tunix = comparing.compare(row, records)
+    assert (alike["ratio"], alike["met"], alike["theirs_program"]) == (3.0, True, small.key)
+    assert (defaults["ratio"], defaults["met"]) == (0.5, None), "shown, and not asked for"
     assert (tunix["theirs"], tunix["ratio"], tunix["met"]) == ("not installed", None, None)
+
+
+def test_operations_are_compared_with_the_machines_rate(suite):
+    comparing, rows = suite
+    (row,) = rows.choose("sft-m")
+    records = {program.key: {"missing": "not installed"} for program in row.programs}
+    records |= {
+        row.ours.key: record([2.0], tokens=100, operations=60.0),
+        row.against[-1].programs[0].key: record([1.0], operations=40.0),
+    }
+    rate = comparing.compare(row, records)[-1]
     assert (rate["ratio"], rate["met"]) == (0.75, True)
 
 

@@ -13,7 +13,9 @@ import tempfile
 import time
 
 import instructgpt
+import numpy as np
 import pytest
+from pipeline import tasks
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPT = str(ROOT / "experiments" / "instructgpt.py")
@@ -185,6 +187,22 @@ def write(path, records):
     return path
 
 
+def test_human_comparisons_become_everything_that_a_run_learns_from(tmp_path):
+    records = [*comparisons(60), {"chosen": dialogue("Hi?", ""), "rejected": dialogue("Hi?", "Go.")}]
+    path = write(tmp_path / "pairs.jsonl", records)
+    arguments = ["--preset", "smoke", "--data.path", str(path), "--data.max-dropped", "0.1", "--data.held-out", "0.2"]
+    asked = instructgpt.parse(arguments)
+    task = tasks.make_task(asked)
+    assert task.world is None and task.comparisons is not None and task.dropped.dropped == {"empty answer": 1}
+    train, held = task.comparisons
+    np.testing.assert_array_equal(train.ranks_BK, [[1, 2]] * 48)
+    assert (len(train.ranks_BK), len(held.ranks_BK)) == (48, 12)
+    assert train.tokens_BKL.shape == (48, 2, task.row_width) and len(task.demonstrations.tokens_BL) == 48
+    assert task.pretraining_BL.shape[1] == task.row_width and len(task.pretraining_held_out_BL) > 0
+    assert len(task.rl_prompts) == 48 and len(task.eval_prompts) == 12 and not any(task.eval_prompts.categories)
+
+
+@pytest.mark.slow
 def test_the_same_job_on_human_comparisons(tmp_path):
     records = [*comparisons(300), {"chosen": dialogue("Hi?", ""), "rejected": dialogue("Hi?", "Go.")}]
     path = write(tmp_path / "pairs.jsonl.gz", records)

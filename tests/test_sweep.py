@@ -61,6 +61,7 @@ def rows_of(folder, stage):
     return [{name: value for name, value in row.items() if name not in ("stage", "step")} for row in found]
 
 
+@pytest.mark.slow  # its short form is the sweep of test_ppo.py
 def test_one_program_gives_what_one_run_after_the_other_gives(tmp_path):
     job, together = job_in(tmp_path / "a", small()), job_in(tmp_path / "b", small())
     shared = shared_by(job)
@@ -86,7 +87,7 @@ def test_one_program_gives_what_one_run_after_the_other_gives(tmp_path):
 @pytest.mark.parametrize(
     "how",
     [
-        dict(method="rloo", samples=2),
+        pytest.param(dict(method="rloo", samples=2), marks=pytest.mark.slow),
         dict(method="grpo", samples=4, kl_loss_coef=0.04, kl_coef=0.0),
         pytest.param(dict(method="dr-grpo", samples=4), marks=pytest.mark.slow),
         pytest.param(dict(method="reinforce", micro_batches=2), marks=pytest.mark.slow),
