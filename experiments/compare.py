@@ -2,7 +2,7 @@
 
     python experiments/compare.py                                 six methods with five seeds each
     python experiments/compare.py --methods ppo rloo --seeds 3
-    python experiments/compare.py --preset smoke                  all of it in two minutes, too short to learn much
+    python experiments/compare.py --preset smoke                  all of it in under two minutes, too short to learn much
     python experiments/compare.py --resume runs/NAME              go on with a comparison that was stopped or killed
 
 All begin with one SFT model and one reward model. The answers that a method trains on show, at every iteration, how far
@@ -200,7 +200,7 @@ def gold_at(kl: np.ndarray, gold: np.ndarray, *, at: float, width: float = 0.35)
 
 
 def _short(preset: settings.Settings) -> settings.Settings:
-    """Twenty short runs, with less to hold them back, get as far as two nats."""
+    """Twenty runs are made shorter, with less to hold them back, so that they still go some way from the SFT model."""
     if preset.preset != "default":
         return preset
     return dataclasses.replace(preset, ppo=dataclasses.replace(preset.ppo, iterations=18, kl_coef=0.03))

@@ -10,9 +10,6 @@ One compiled program serves every coefficient and every seed. On a GPU or TPU al
 over keys and coefficients); on a CPU, where that is no faster, they come one after the other. All settings of
 instructgpt.py are settings here too. Writes below ``--out``: sweep.json, sweep.html with the figure, config.json,
 metrics.jsonl, tensorboard/, checkpoints/.
-
-To expect: KL falls as the coefficient grows; gold reward rises with the root of the KL and then bends, while the reward
-model's own score goes on.
 """
 
 from __future__ import annotations
