@@ -2,7 +2,7 @@
 
     python experiments/compare.py                                 six methods with five seeds each
     python experiments/compare.py --methods ppo rloo --seeds 3
-    python experiments/compare.py --preset smoke                  all of it in under two minutes, too short to learn much
+    python experiments/compare.py --preset smoke                  all of it in two minutes, too short to learn much
     python experiments/compare.py --resume runs/NAME              go on with a comparison that was stopped or killed
 
 All begin with one SFT model and one reward model. The answers that a method trains on show, at every iteration, how far
