@@ -388,6 +388,30 @@ def test_response_forms_are_slices_of_the_general_ones(cfg):
             lm.response_logprobs(params, tokens, cfg=cfg, prompt_width=width)
 
 
+@pytest.mark.parametrize("change", [{}, dict(remat="full"), dict(n_layers=1)])
+def test_looking_at_few_columns_changes_no_gradient(change):
+    cfg = dataclasses.replace(next(iter(CONFIGS.values())), **change)
+    tokens, P = some_tokens(cfg), 5
+    columns = jnp.arange(L)[None, :]
+    mask = (columns >= jnp.array([0, 2, 4])[:, None]) & (columns < jnp.array([L, 9, 6])[:, None])
+    last = jnp.array([L - 1, 8, 5])
+
+    def few(params):
+        how: dict[str, Any] = dict(cfg=cfg, mask_BL=mask)
+        return jnp.sum(jnp.sin(lm.response_logprobs(params, tokens, prompt_width=P, **how))), jnp.sum(
+            jnp.sin(lm.score(params, tokens, **how))
+        )
+
+    def all_of_them(params):
+        hidden = lm.forward(params, tokens, cfg=cfg, mask_BL=mask).hidden_BLD
+        scores = lm.scalar(params, hidden)[jnp.arange(3), last]
+        logprobs = lm.token_logprobs(params, tokens, cfg=cfg, mask_BL=mask)[:, P:]
+        return jnp.sum(jnp.sin(logprobs)), jnp.sum(jnp.sin(scores))
+
+    got, want = (jax.jit(jax.jacrev(fn))(model(cfg)) for fn in (few, all_of_them))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, np.abs(b).max())), got, want)
+
+
 @pytest.mark.slow
 def test_chunks_of_columns_change_nothing():
     cfg, tokens = CONFIGS["llama"], some_tokens(CONFIGS["llama"])

@@ -90,7 +90,7 @@ def response_top_k(
 ) -> TopK:
     """:func:`token_top_k` of the response alone, ``[B,T,K]``."""
     return response_top_k_with(
-        logprobs.apply_fn(cfg),
+        logprobs.answering(cfg, tokens_BL, prompt_width),
         params,
         tokens_BL,
         k=k,
@@ -114,7 +114,7 @@ def response_listed_logprobs(
 ) -> jax.Array:
     """:func:`token_listed_logprobs` of the response alone, ``[B,T,K]``."""
     return response_listed_logprobs_with(
-        logprobs.apply_fn(cfg),
+        logprobs.answering(cfg, tokens_BL, prompt_width),
         params,
         tokens_BL,
         ids_BTK,

@@ -32,11 +32,18 @@ class TokenStats(NamedTuple):
 
 
 @functools.cache
-def apply_fn(cfg: config.LMConfig) -> types.ApplyFn:
-    """Return this library's model as the pair (forward, logits). The same ``cfg`` gives the same object."""
-    return types.ApplyFn(
-        forward=functools.partial(transformer.forward, cfg=cfg), logits=functools.partial(transformer.logits, cfg=cfg)
-    )
+def apply_fn(cfg: config.LMConfig, columns: tuple[int, int] | None = None) -> types.ApplyFn:
+    """Return this library's model as the pair (forward, logits). The same arguments give the same object.
+
+    ``columns`` as in `lm.forward`, where the caller looks at those alone.
+    """
+    forward = functools.partial(transformer.forward, cfg=cfg, columns=columns)
+    return types.ApplyFn(forward=forward, logits=functools.partial(transformer.logits, cfg=cfg))
+
+
+def answering(cfg: config.LMConfig, tokens_BL: jax.Array, prompt_width: int) -> types.ApplyFn:
+    """The model for one who looks at the columns that a response is predicted from, and at no other."""
+    return apply_fn(cfg, (max(prompt_width - 1, 0), tokens_BL.shape[1] - 1))
 
 
 def token_logprobs(
@@ -86,7 +93,9 @@ def score(
     params: types.Params, tokens_BL: jax.Array, *, cfg: config.LMConfig, mask_BL: jax.Array | None = None
 ) -> jax.Array:
     """``[B]`` float32: the scalar head at the last real token, gain and bias applied; a row of padding gets 0."""
-    return score_with(apply_fn(cfg), params, tokens_BL, mask_BL=mask_BL)
+    last_B = _last_real(tokens_BL, mask_BL)
+    reading = transformer.forward(params, tokens_BL, cfg=cfg, mask_BL=mask_BL, columns=last_B)
+    return _at(heads.scalar(params, reading.hidden_BLD), last_B)
 
 
 def response_logprobs(
@@ -101,7 +110,7 @@ def response_logprobs(
 ) -> jax.Array:
     """``[B,T]`` float32: ``token_logprobs(...)[:, P:]`` at the price of T columns of logits. 0 off the mask."""
     return response_logprobs_with(
-        apply_fn(cfg),
+        answering(cfg, tokens_BL, prompt_width),
         params,
         tokens_BL,
         prompt_width=prompt_width,
@@ -123,7 +132,7 @@ def response_stats(
 ) -> TokenStats:
     """Return :func:`response_logprobs` and the entropy of each token's distribution (nats), both ``[B,T]``."""
     return response_stats_with(
-        apply_fn(cfg),
+        answering(cfg, tokens_BL, prompt_width),
         params,
         tokens_BL,
         prompt_width=prompt_width,
@@ -142,7 +151,8 @@ def response_values(
     mask_BL: jax.Array | None = None,
 ) -> jax.Array:
     """``[B,T]`` float32: the value before each response token; 0 off the mask."""
-    return response_values_with(apply_fn(cfg), params, tokens_BL, prompt_width=prompt_width, mask_BL=mask_BL)
+    apply = answering(cfg, tokens_BL, prompt_width)
+    return response_values_with(apply, params, tokens_BL, prompt_width=prompt_width, mask_BL=mask_BL)
 
 
 def greedy_matches(
@@ -203,12 +213,7 @@ def score_with(
 ) -> jax.Array:
     """:func:`score` of any model."""
     made_BL = heads.scalar(params, apply.forward(params, tokens_BL, mask_BL=mask_BL).hidden_BLD)
-    if mask_BL is None:
-        return made_BL[:, -1]
-    columns_L = jnp.arange(tokens_BL.shape[1])
-    last_B = jnp.max(jnp.where(mask_BL, columns_L[None, :], -1), axis=1)
-    # A sum over one chosen column: its gradient is a product, where a gather's would be a scatter.
-    return jnp.sum(jnp.where(columns_L[None, :] == last_B[:, None], made_BL, 0.0), axis=1)
+    return _at(made_BL, _last_real(tokens_BL, mask_BL))
 
 
 def response_logprobs_with(
@@ -314,6 +319,21 @@ def entropy(logits: jax.Array, *, temperature: jax.Array | float = 1.0) -> jax.A
     """Entropy in nats of ``softmax(logits / temperature)``: ``[..., V] -> [...]``, float32."""
     logp = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
     return -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+
+
+def _last_real(tokens_BL: jax.Array, mask_BL: jax.Array | None) -> jax.Array:
+    """Column of the last real token of each row, ``[B]``; -1 where there is none."""
+    B, L = tokens_BL.shape
+    if mask_BL is None:
+        return jnp.full(B, L - 1)
+    return jnp.max(jnp.where(mask_BL, jnp.arange(L)[None, :], -1), axis=1)
+
+
+def _at(x_BL: jax.Array, column_B: jax.Array) -> jax.Array:
+    """One entry of each row; 0 for column -1."""
+    # A sum over one chosen column: its gradient is a product, where a gather's would be a scatter.
+    here_BL = jnp.arange(x_BL.shape[1])[None, :] == column_B[:, None]
+    return jnp.sum(jnp.where(here_BL, x_BL, 0.0), axis=1)
 
 
 def _logprobs_at(temperature: jax.Array | float) -> Callable[[jax.Array, jax.Array], jax.Array]:

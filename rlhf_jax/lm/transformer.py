@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rlhf_jax import types
-from rlhf_jax.lm import attention, config
+from rlhf_jax.lm import attention, config, rotary
 from rlhf_jax.lm import cache as kv_cache
 
 Weights = Any
@@ -25,13 +25,22 @@ Weights = Any
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """Attention as a layer sees it: queries, keys and values of the new tokens -> mixed values, and what to remember."""
 
+Pick = Callable[[jax.Array, int], jax.Array]
+"""Takes some columns out of an array, along an axis."""
+
 
 class _View(NamedTuple):
     """What a layer sees: keys by query, and by what angle each is turned."""
 
     seen_BLS: jax.Array
-    rotation: tuple[jax.Array, jax.Array] | None
+    rotation: rotary.Angles | None
 
+
+Columns = tuple[int, int] | jax.Array
+"""The columns that somebody looks at: from and to, or int32 ``[B]``, one of each row."""
+
+_FEW_LAYERS = 8
+"""Up to here it is worth taking the last layer out of the scan, which copies the parameters of the others."""
 
 # The backward pass makes these again from their inputs: they are cheap, and writing down what they would otherwise
 # leave for it takes longer than the matmuls of a small model.
@@ -53,6 +62,7 @@ def forward(
     mask_BL: jax.Array | None = None,
     positions_BL: jax.Array | None = None,
     segments_BL: jax.Array | None = None,
+    columns: Columns | None = None,
     cache: kv_cache.KVCache | None = None,
     used_slots: int | None = None,
 ) -> types.LMOutput:
@@ -66,11 +76,14 @@ def forward(
     Rows may be packed: ``segments_BL``, int, gives the sequence each token belongs to. Equal ids stand next to each
     other; tokens see their own sequence alone, and positions restart in each.
 
+    Where the caller looks at a few ``columns`` alone, such as the last one, the last layer of a small model works on
+    nothing else, and other columns mean nothing.
+
     Raises ``ValueError`` for a wrong rank or shape, a row longer than ``cfg.max_length``, or segments with a cache.
     """
     _check(tokens_BL, mask_BL, positions_BL, segments_BL, cache, cfg)
     if cache is None:
-        return types.LMOutput(_read(params, tokens_BL, mask_BL, positions_BL, segments_BL, cfg))
+        return types.LMOutput(_read(params, tokens_BL, mask_BL, positions_BL, segments_BL, columns, cfg))
     return _continue(params, tokens_BL, mask_BL, positions_BL, cache, used_slots or cache.slots, cfg)
 
 
@@ -111,6 +124,7 @@ def _read(
     mask_BL: jax.Array | None,
     positions_BL: jax.Array | None,
     segments_BL: jax.Array | None,
+    columns: Columns | None,
     cfg: config.LMConfig,
 ) -> jax.Array:
     if mask_BL is None:
@@ -123,21 +137,42 @@ def _read(
     def attend(queries, keys, values, seen_BLL):
         return attention.attend(queries, keys, values, seen_BLL, cfg=cfg)
 
-    def step(x_BLD, layer):
+    def step(x_BLD, layer, pick=None):
         weights, is_local = layer
         # Local and global layers are one scanned body: which of the two views it takes is data.
         view = near if is_local is None else jax.tree.map(lambda a, b: jnp.where(is_local, a, b), near, far)
+        seen_BLS = view.seen_BLS if pick is None else pick(view.seen_BLS, 1)
 
         def mix(queries, keys, values):
-            return attend(queries, keys, values, view.seen_BLS), None
+            return attend(queries, keys, values, seen_BLS), None
 
-        x_BLD, _ = _layer(weights, x_BLD, view.rotation, mix, cfg)
+        x_BLD, _ = _layer(weights, x_BLD, view.rotation, mix, cfg, pick=pick)
         return x_BLD, None
 
     x_BLD = _embed(params, tokens_BL, mask_BL, positions_BL, cfg)
-    local_N = jnp.array(cfg.local_layers) if cfg.mixed_layers else None
-    x_BLD, _ = lax.scan(_rematerialised(step, cfg), x_BLD, (params["layers"], local_N))
-    return _norm(params["final_norm"], x_BLD, cfg)
+    layers = (params["layers"], jnp.array(cfg.local_layers) if cfg.mixed_layers else None)
+    if columns is None or cfg.n_layers > _FEW_LAYERS:
+        x_BLD, _ = lax.scan(_rematerialised(step, cfg), x_BLD, layers)
+        return _norm(params["final_norm"], x_BLD, cfg)
+    pick, place = _part(columns, tokens_BL.shape[1])
+    x_BLD, _ = lax.scan(_rematerialised(step, cfg), x_BLD, jax.tree.map(lambda x: x[:-1], layers))
+    last = _rematerialised(functools.partial(step, pick=pick), cfg)
+    x_BQD, _ = last(x_BLD, jax.tree.map(lambda x: x[-1], layers))
+    return place(_norm(params["final_norm"], x_BQD, cfg))
+
+
+def _part(columns: Columns, width: int) -> tuple[Pick, Callable[[jax.Array], jax.Array]]:
+    """How the wanted columns are taken out of an axis, and how what was made of them is put back among zeros."""
+    if isinstance(columns, tuple):
+        start, stop = columns
+        around = ((0, 0), (start, width - stop), (0, 0))
+        return lambda x, axis: lax.slice_in_dim(x, start, stop, axis=axis), lambda x_BQD: jnp.pad(x_BQD, around)
+
+    def pick(x: jax.Array, axis: int) -> jax.Array:
+        return jnp.take_along_axis(x, columns.reshape(-1, *[1] * (x.ndim - 1)), axis=axis)
+
+    here_BL = jnp.arange(width)[None, :] == columns[:, None]
+    return pick, lambda x_BQD: jnp.where(here_BL[:, :, None], x_BQD, jnp.zeros((), x_BQD.dtype))
 
 
 def _continue(
@@ -182,21 +217,28 @@ def _views(
     seen_BLS: jax.Array, positions_BL: jax.Array, key_positions_BS: jax.Array, cfg: config.LMConfig
 ) -> tuple[_View, _View]:
     """The view of the layers without the window, and that of those with it; the same twice where there is none."""
-    far = _View(seen_BLS, _rotation(positions_BL, cfg.rope_theta, cfg.rope_scaling, cfg))
+    far = _View(seen_BLS, rotary.angles(positions_BL, cfg.rope_theta, cfg.rope_scaling, cfg))
     if not cfg.windowed:
         return far, far
     # The window counts real tokens, as positions do: padding that stands between two of them takes no room.
     within_BLS = positions_BL[:, :, None] - key_positions_BS[:, None, :] < cfg.sliding_window
     rotation = far.rotation
     if cfg.local_rope_theta > 0:
-        rotation = _rotation(positions_BL, cfg.local_rope_theta, None, cfg)
+        rotation = rotary.angles(positions_BL, cfg.local_rope_theta, None, cfg)
     return far, _View(seen_BLS & within_BLS, rotation)
 
 
 def _layer(
-    weights: Weights, x_BLD: jax.Array, rotation: tuple[jax.Array, jax.Array] | None, mix: Mix, cfg: config.LMConfig
+    weights: Weights,
+    x_BLD: jax.Array,
+    rotation: rotary.Angles | None,
+    mix: Mix,
+    cfg: config.LMConfig,
+    pick: Pick | None = None,
 ) -> tuple[jax.Array, Any]:
-    attended_BLD, memory = _attention(weights, _norm(weights["attn_norm"], x_BLD, cfg), rotation, mix, cfg)
+    """One layer; with ``pick`` all columns are seen, but only those that it takes go on."""
+    attended_BLD, memory = _attention(weights, _norm(weights["attn_norm"], x_BLD, cfg), rotation, mix, cfg, pick)
+    x_BLD = x_BLD if pick is None else pick(x_BLD, 1)
     if cfg.parallel_residual:
         return x_BLD + attended_BLD + _mlp(weights, _norm(weights["mlp_norm"], x_BLD, cfg), cfg), memory
     if cfg.post_norms:
@@ -209,16 +251,23 @@ def _layer(
 
 
 def _attention(
-    weights: Weights, x_BLD: jax.Array, rotation: tuple[jax.Array, jax.Array] | None, mix: Mix, cfg: config.LMConfig
+    weights: Weights,
+    x_BLD: jax.Array,
+    rotation: rotary.Angles | None,
+    mix: Mix,
+    cfg: config.LMConfig,
+    pick: Pick | None,
 ) -> tuple[jax.Array, Any]:
-    queries, keys, values = (_heads(weights[name], x_BLD) for name in ("q", "k", "v"))
+    asking_BLD = x_BLD if pick is None else pick(x_BLD, 1)
+    queries, keys, values = _heads(weights["q"], asking_BLD), _heads(weights["k"], x_BLD), _heads(weights["v"], x_BLD)
     if cfg.qk_norm:
         queries, keys = _rms_norm(weights["q_norm"], queries, cfg), _rms_norm(weights["k_norm"], keys, cfg)
     if rotation is not None:
-        queries, keys = _rotate(queries, rotation), _rotate(keys, rotation)
+        turned = rotation if pick is None else (pick(rotation[0], 2), pick(rotation[1], 2))
+        queries, keys = rotary.turn(queries, turned), rotary.turn(keys, rotation)
     mixed_BHLC, memory = mix(queries, keys, values)
     D, H, C = x_BLD.shape[-1], cfg.n_heads, cfg.d_head
-    mixed_BLO = jnp.swapaxes(mixed_BHLC, 1, 2).reshape(*x_BLD.shape[:-1], H * C)
+    mixed_BLO = jnp.swapaxes(mixed_BHLC, 1, 2).reshape(*asking_BLD.shape[:-1], H * C)
     out = weights["out"]
     return _biased(_linear(out, mixed_BLO, out["kernel"].reshape(H * C, D)), out), memory
 
@@ -300,32 +349,6 @@ def _embed(
         x_BLD = x_BLD + params["embed"]["positions"][positions_BL + cfg.position_offset]
     x_BLD = x_BLD.astype(cfg.compute_dtype)
     return x_BLD * jnp.asarray(cfg.d_model**0.5, x_BLD.dtype) if cfg.embed_scale else x_BLD
-
-
-def _rotation(
-    positions_BL: jax.Array, theta: float, scaling: Any, cfg: config.LMConfig
-) -> tuple[jax.Array, jax.Array] | None:
-    if cfg.positions != "rope":
-        return None
-    half = cfg.rope_width // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if isinstance(scaling, config.LinearScaling):
-        frequencies = frequencies / scaling.factor
-    elif isinstance(scaling, config.Llama3Scaling):
-        turns = frequencies * (scaling.length / (2 * jnp.pi))
-        kept = jnp.clip((turns - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
-        frequencies = kept * frequencies + (1.0 - kept) * frequencies / scaling.factor
-    angles = positions_BL.astype(jnp.float32)[:, None, :, None] * frequencies[None, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def _rotate(x_BHLC: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn features i and i + half of each head by the position's angle (Su et al. 2021, in Llama's pairing)."""
-    cos, sin = rotation
-    half = cos.shape[-1]
-    first, second = x_BHLC[..., :half].astype(jnp.float32), x_BHLC[..., half : 2 * half].astype(jnp.float32)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BHLC.dtype)
-    return jnp.concatenate([turned, x_BHLC[..., 2 * half :]], axis=-1)
 
 
 def _rematerialised(step: Callable, cfg: config.LMConfig) -> Callable:
