@@ -14,25 +14,21 @@ Writes below ``--out``: compare.json, compare.html with the figure, config.json,
 
 from __future__ import annotations
 
-import os
-import sys
+from pipeline import process
 
-if sys.platform == "linux" and os.environ.get("GLIBC_TUNABLES") is None and __name__ == "__main__":
-    # Huge pages make steps about a third faster on a CPU; glibc reads this once, when a process starts.
-    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+if __name__ == "__main__":
+    process.use_huge_pages()
 
 import dataclasses
-import pathlib
 import time
 from typing import Any, Literal
 
 import jax
 import numpy as np
-from pipeline import cells, command, expert, rundir, settings, stages, start, sweep_plot, tasks
+from pipeline import ahead, cells, command, expert, rundir, session, settings, stages, sweep_plot
 from rich.console import Console
 
-from rlhf_jax import console, diagnostics, metrics
+from rlhf_jax import diagnostics, metrics
 
 Method = Literal["ppo", "ppo-ptx", "rloo", "grpo", "expert-iteration", "best-of-n"]
 EVERY: tuple[Method, ...] = ("ppo", "ppo-ptx", "rloo", "grpo", "expert-iteration", "best-of-n")
@@ -66,13 +62,7 @@ def settings_of(asked: Compare, method: Method) -> settings.PPO:
 
 def run(asked: Compare) -> dict[str, Any]:
     """The whole comparison; returns what compare.json holds."""
-    began, out = time.time(), Console()
-    path = pathlib.Path(asked.resume) if asked.resume else rundir.free_path(asked, kind="compare")
-    begin = start.load(asked.model) if asked.model else None
-    task = tasks.make_task(asked, begin)
-    if task.world is None:
-        raise settings.SettingError("--data.path has no gold utility to compare methods by; leave it out")
-    folder = rundir.RunFolder(path) if asked.resume else rundir.create(path, asked)
+    out = Console()
     learning: list[Method] = [m for m in asked.methods if m in ("ppo", "ppo-ptx", "rloo", "grpo")]
     wanted: dict[Method, list[cells.Cell]] = {
         method: [
@@ -86,38 +76,32 @@ def run(asked: Compare) -> dict[str, Any]:
         ]
         for method in learning
     }
-    names = ["pretrain", "sft", "sft_mix", "comparisons", "reward_model"]
-    weights = [(name, 20.0) for name in names]
-    weights += [(cell.name, 0.9 * asked.ppo.iterations) for each in wanted.values() for cell in each]
+    every = [cell for each in wanted.values() for cell in each]
+    weights = [(cell.name, 0.9 * asked.ppo.iterations) for cell in every]
     weights += [("expert-iteration", 20.0 * asked.seeds), ("best-of-n", 5.0 * asked.seeds)]
     curves: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-    with console.StageProgress(weights) as progress:
-        job = stages.make_job(
-            asked, task, start=begin, checkpoints=folder.checkpoints, log=folder.log, progress=progress
-        )
-        shared = cells.prepare(job)
-        steps: dict[settings.PPO, Any] = {}
-        for each in wanted.values():
-            # PPO and PPO-ptx have the same settings, and so are one program.
-            step = steps.setdefault(each[0].settings, cells.with_settings(job, each[0].settings).ppo_step)
-            for cell in each:
-                progress.start(cell.name, cell.settings.iterations)
-                cells.train(job, shared, cell, step=step)
-                progress.finish(cell.name)
+    with session.opened(asked, out, kind="compare", weights=weights) as (folder, job):
+        # PPO and PPO-ptx have the same settings, and so are one program.
+        jobs = {each: cells.with_settings(job, each) for each in dict.fromkeys(cell.settings for cell in every)}
+        with ahead.compiling(job, {cell.name: jobs[cell.settings] for cell in every}):
+            shared = cells.prepare(job)
+            for cell in every:
+                job.progress.start(cell.name, cell.settings.iterations)
+                cells.train(job, shared, cell, step=jobs[cell.settings].ppo_step)
+                job.progress.finish(cell.name)
         if "expert-iteration" in asked.methods:
             curves["expert-iteration"] = _expert(job, shared, asked)
         if "best-of-n" in asked.methods:
             curves["best-of-n"] = _best_of_n(job, shared, asked)
-    folder.log.close()
     rows = metrics.read(folder.path)
     for method, each in wanted.items():
         curves[method] = [_curve(rows, cell.name) for cell in each]
-    results = summary(asked, curves) | {"seconds": time.time() - began}
+    results = summary(asked, curves) | {"seconds": time.time() - process.BEGAN}
     results = rundir.finite(results)
     sweep_plot.write_methods(folder.path / "compare.html", results["methods"], title="Gold utility at equal KL")
     folder.write_json("compare.json", results)
     out.print(sweep_plot.methods_table(results["methods"], asked.at))
-    out.print(f"figure: {folder.path / 'compare.html'}   numbers: {folder.path / 'compare.json'}", soft_wrap=True)
+    session.say(out, f"figure: {folder.path / 'compare.html'}   numbers: {folder.path / 'compare.json'}")
     return results
 
 
@@ -209,6 +193,8 @@ def _short(preset: settings.Settings) -> settings.Settings:
 def parse(arguments: list[str]) -> Compare:
     """Settings from the command line; raises SettingError for what cannot be."""
     asked = command.parse(Compare, arguments, prog="compare.py", doc=__doc__, adjust=_short)
+    if asked.data.path is not None:
+        raise settings.SettingError("--data.path has no gold utility to compare methods by; leave it out")
     for name, least in (("seeds", 1), ("group", 2), ("rounds", 1)):
         if getattr(asked, name) < least:
             raise settings.SettingError(f"--{name} is {getattr(asked, name)}; it must be at least {least}")

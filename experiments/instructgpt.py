@@ -17,43 +17,18 @@ alignment tax on PPO and none on PPO-ptx.
 
 from __future__ import annotations
 
-import os
-import sys
+from pipeline import process
+
+if __name__ == "__main__":
+    process.use_huge_pages()
+
+import resource
 import time
 
-_BEGAN = time.time()
+from pipeline import ahead, command, evaluation, rundir, session, settings, stages, watching
+from rich.console import Console
 
-
-def _with_huge_pages() -> None:
-    """Start over with glibc's huge pages where that is not decided yet: steps run about a third faster on a CPU."""
-    tunables = os.environ.get("GLIBC_TUNABLES")
-    if sys.platform == "linux" and tunables is None and __name__ == "__main__":
-        environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "RLHF_JAX_BEGAN": repr(_BEGAN)}
-        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
-
-
-_with_huge_pages()
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is not needed, and not missed
-
-import pathlib  # noqa: E402
-import resource  # noqa: E402
-
-from pipeline import ahead, command, evaluation, rundir, settings, stages, start, tasks, watching  # noqa: E402
-from rich.console import Console  # noqa: E402
-
-from rlhf_jax import console, lm, metrics, report  # noqa: E402
-
-WEIGHTS = {
-    "pretrain": 60,
-    "sft": 15,
-    "sft_mix": 16,
-    "comparisons": 11,
-    "reward_model": 19,
-    "ppo": 36,
-    "ppo_ptx": 43,
-    "evaluate": 20,
-}
-"""Seconds that the stages are expected to take, for the estimate of the time left."""
+from rlhf_jax import console, lm, metrics, report
 
 
 def parse(arguments: list[str]) -> settings.Settings:
@@ -63,47 +38,34 @@ def parse(arguments: list[str]) -> settings.Settings:
 
 def run(asked: settings.Settings) -> dict:
     """The whole job; returns what results.json holds."""
-    began = float(os.environ.get("RLHF_JAX_BEGAN", _BEGAN))
     out = Console()
     if asked.resume and (finished := rundir.finished_results(asked.resume)):
         out.print(console.results_table(finished))
-        _say(out, f"{asked.resume} is finished; nothing was run")
+        session.say(out, f"{asked.resume} is finished; nothing was run")
         return finished
-    path = pathlib.Path(asked.resume) if asked.resume else rundir.free_path(asked)
-    # A model or a file that cannot be used is refused before anything is written.
-    model_files = start.fingerprint(asked.model) if asked.model else None
-    if asked.resume and model_files:
-        rundir.same_model(asked.resume, asked, model_files)
-    begin = start.load(asked.model) if asked.model else None
-    task = tasks.make_task(asked, begin)
-    folder = rundir.RunFolder(path) if asked.resume else rundir.create(path, asked, model_files=model_files)
-    _say(out, f"writing to {folder.path}; data: {task.dropped.report()}")
-    if begin is not None:
-        _say(out, f"from {begin.path} ({begin.cfg.model_type}); chat template: {begin.fmt.origin}")
-    with console.StageProgress(list(WEIGHTS.items())) as progress:
-        job = stages.make_job(
-            asked, task, start=begin, checkpoints=folder.checkpoints, log=folder.log, progress=progress
-        )
-        with ahead.compiling(job):
-            base = stages.pretrain(job)
-            sft = stages.supervised(job, "sft", base, epochs=asked.sft.epochs, mix=0.0)
-            sft_mix = stages.supervised(job, "sft_mix", base, epochs=asked.sft.mix_epochs, mix=asked.sft.mix)
-            train, validation, facts = stages.comparisons(job, [sft, sft_mix])
-            reward = stages.train_reward_model(job, sft_mix, train)
-            reward = stages.normalised(job, reward, sft_mix)
-            judged = evaluation.reward_model_facts(job, reward, validation)
-            ppo = stages.optimise(job, "ppo", sft_mix, reward, ptx_coef=0.0)
-            ppo_ptx = stages.optimise(job, "ppo_ptx", sft_mix, reward, ptx_coef=asked.ppo.ptx_coef)
-            policies = {"base": base, "sft": sft, "sft_mix": sft_mix, "ppo": ppo, "ppo_ptx": ppo_ptx}
-            found = evaluation.evaluate(job, policies, reward)
-    folder.log.close()
+    weights = [("ppo", 36.0), ("ppo_ptx", 43.0), ("evaluate", 20.0)]
+    with (
+        session.opened(asked, out, kind="instructgpt", weights=weights) as (folder, job),
+        ahead.compiling(job, {"ppo": job, "ppo_ptx": job}),
+    ):
+        base = stages.pretrain(job)
+        sft = stages.supervised(job, "sft", base, epochs=asked.sft.epochs, mix=0.0)
+        sft_mix = stages.supervised(job, "sft_mix", base, epochs=asked.sft.mix_epochs, mix=asked.sft.mix)
+        train, validation, facts = stages.comparisons(job, [sft, sft_mix])
+        reward = stages.train_reward_model(job, sft_mix, train)
+        reward = stages.normalised(job, reward, sft_mix)
+        judged = evaluation.reward_model_facts(job, reward, validation)
+        ppo = stages.optimise(job, "ppo", sft_mix, reward, ptx_coef=0.0)
+        ppo_ptx = stages.optimise(job, "ppo_ptx", sft_mix, reward, ptx_coef=asked.ppo.ptx_coef)
+        policies = {"base": base, "sft": sft, "sft_mix": sft_mix, "ppo": ppo, "ppo_ptx": ppo_ptx}
+        found = evaluation.evaluate(job, policies, reward)
     results = {
-        "seconds": time.time() - began,
+        "seconds": time.time() - process.BEGAN,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "seed": asked.seed,
         "preset": asked.preset,
         "published": asked.published,
-        "dropped": task.dropped.dropped | task.dropped.truncated,
+        "dropped": job.task.dropped.dropped | job.task.dropped.truncated,
         "programs": job.programs(),
         "alarms": watching.raised(folder.log, asked),
         "reward_model": judged | facts,
@@ -111,7 +73,7 @@ def run(asked: settings.Settings) -> dict:
     }
     results = rundir.finite(results)
     for name, params in (("policy", ppo_ptx), ("reward_model", reward)):
-        lm.save(folder.path / name, job.cfg, params, tokenizer=task.tokenizer, pad_id=task.fmt.pad_id)
+        lm.save(folder.path / name, job.cfg, params, tokenizer=job.task.tokenizer, pad_id=job.task.fmt.pad_id)
     report.write_report(
         folder.path / "report.html",
         results,
@@ -119,19 +81,14 @@ def run(asked: settings.Settings) -> dict:
         title="From a base model to PPO-ptx",
         settings=settings.as_dict(asked),
     )
-    results["seconds"] = time.time() - began
+    results["seconds"] = time.time() - process.BEGAN
     folder.write_json(rundir.RESULTS, results)
     out.print(console.results_table(results))
-    _say(out, f"compiled programs: {', '.join(f'{n} {name}' for name, n in results['programs'].items())}")
-    if results["alarms"]:
-        _say(out, "alarms: " + ", ".join(f"{a['name']} ({a['stage']}, step {a['step']})" for a in results["alarms"]))
-    _say(out, f"report: {folder.path / 'report.html'}   numbers: {folder.path / rundir.RESULTS}")
+    session.say(out, f"compiled programs: {', '.join(f'{n} {name}' for name, n in results['programs'].items())}")
+    if alarms := ", ".join(f"{a['name']} ({a['stage']}, step {a['step']})" for a in results["alarms"]):
+        session.say(out, f"alarms: {alarms}")
+    session.say(out, f"report: {folder.path / 'report.html'}   numbers: {folder.path / rundir.RESULTS}")
     return results
-
-
-def _say(out: Console, text: str) -> None:
-    """Print a line whole, whatever the terminal's width, and its brackets as they are."""
-    out.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def main(arguments: list[str] | None = None) -> None:

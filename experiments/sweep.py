@@ -14,25 +14,19 @@ metrics.jsonl, tensorboard/, checkpoints/.
 
 from __future__ import annotations
 
-import os
-import sys
+from pipeline import process
 
-if sys.platform == "linux" and os.environ.get("GLIBC_TUNABLES") is None and __name__ == "__main__":
-    # Huge pages make steps about a third faster on a CPU; glibc reads this once, when a process starts.
-    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+if __name__ == "__main__":
+    process.use_huge_pages()
 
 import dataclasses
 import math
-import pathlib
 import time
 from typing import Any, Literal
 
 import jax
-from pipeline import cells, command, rundir, settings, stages, start, sweep_plot, tasks
+from pipeline import ahead, cells, command, rundir, session, settings, sweep_plot
 from rich.console import Console
-
-from rlhf_jax import console
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,42 +64,32 @@ def cells_of(asked: Sweep) -> list[cells.Cell]:
 
 def run(asked: Sweep) -> dict[str, Any]:
     """The whole sweep; returns what sweep.json holds."""
-    began, out = time.time(), Console()
-    path = pathlib.Path(asked.resume) if asked.resume else rundir.free_path(asked, kind="sweep")
-    begin = start.load(asked.model) if asked.model else None
-    task = tasks.make_task(asked, begin)
-    folder = rundir.RunFolder(path) if asked.resume else rundir.create(path, asked)
-    wanted = cells_of(asked)
+    out, wanted = Console(), cells_of(asked)
     together = asked.together == "yes" or (asked.together == "auto" and jax.default_backend() != "cpu")
-    names = ["pretrain", "sft", "sft_mix", "comparisons", "reward_model"]
-    each = 0.9 * asked.ppo.iterations
-    weights = (
-        [(name, 20.0) for name in names] + [(cell.name, each) for cell in wanted] + [("evaluate", 3.0 * len(wanted))]
-    )
-    with console.StageProgress(weights) as progress:
-        job = stages.make_job(
-            asked, task, start=begin, checkpoints=folder.checkpoints, log=folder.log, progress=progress
-        )
+    weights = [(cell.name, 0.9 * asked.ppo.iterations) for cell in wanted] + [("evaluate", 3.0 * len(wanted))]
+    with (
+        session.opened(asked, out, kind="sweep", weights=weights) as (folder, job),
+        ahead.compiling(job, {} if together else {cell.name: job for cell in wanted}),
+    ):
         shared = cells.prepare(job)
         if together:
             policies = cells.train_together(job, shared, wanted)
         else:
             policies = []
             for cell in wanted:
-                progress.start(cell.name, cell.settings.iterations)
+                job.progress.start(cell.name, cell.settings.iterations)
                 policies.append(cells.train(job, shared, cell, step=job.ppo_step))
-                progress.finish(cell.name)
-        progress.start("evaluate", len(wanted))
-        against = cells.answers(job, shared, task.eval_prompts, shared.sft, seed=0)
+                job.progress.finish(cell.name)
+        job.progress.start("evaluate", len(wanted))
+        against = cells.answers(job, shared, job.task.eval_prompts, shared.sft, seed=0)
         found = []
         for cell, policy in zip(wanted, policies, strict=True):
-            numbers = cells.measure(job, shared, task.eval_prompts, against, policy, seed=1 + cell.seed)
+            numbers = cells.measure(job, shared, job.task.eval_prompts, against, policy, seed=1 + cell.seed)
             found.append({"name": cell.name, "kl_coef": cell.settings.kl_coef, "seed": cell.seed} | numbers)
-            progress.update("evaluate", len(found), len(wanted))
-        progress.finish("evaluate")
-    folder.log.close()
+            job.progress.update("evaluate", len(found), len(wanted))
+        job.progress.finish("evaluate")
     results = {
-        "seconds": time.time() - began,
+        "seconds": time.time() - process.BEGAN,
         "together": together,
         "traces": 1 if together else job.ppo_step.traces,
         "points": [
@@ -118,7 +102,7 @@ def run(asked: Sweep) -> dict[str, Any]:
     sweep_plot.write(folder.path / "sweep.html", results["points"], results["runs"], title="Reward against KL")
     folder.write_json("sweep.json", results)
     out.print(sweep_plot.table(results["points"]))
-    out.print(f"figure: {folder.path / 'sweep.html'}   numbers: {folder.path / 'sweep.json'}", soft_wrap=True)
+    session.say(out, f"figure: {folder.path / 'sweep.html'}   numbers: {folder.path / 'sweep.json'}")
     return results
 
 

@@ -7,13 +7,15 @@ import subprocess
 import time
 from typing import Any
 
+import compare
 import instructgpt
 import jax
 import numpy as np
 import pytest
+import sweep
 import test_chat
 import test_instructgpt as job
-from pipeline import rundir, settings, start, tasks, words
+from pipeline import rundir, session, settings, start, tasks, words
 
 from rlhf_jax import lm
 from rlhf_jax.data import chat, tokenizers
@@ -252,16 +254,32 @@ def test_directories_that_cannot_be_used_are_refused_in_one_sentence(checkpoint,
         start.load(str(unmarked))
 
 
-def test_a_run_does_not_go_on_from_a_model_that_has_changed(checkpoint, tmp_path):
+@pytest.mark.parametrize("script", [instructgpt, sweep, compare], ids=lambda script: script.__name__)
+def test_a_run_does_not_go_on_from_a_model_that_has_changed(checkpoint, tmp_path, script):
     model, run = shutil.copytree(checkpoint, tmp_path / "model"), tmp_path / "run"
-    made = dataclasses.replace(SMALL, model=str(model))
+    made = script.parse(["--preset", "smoke", "--model", str(model)])
     before = start.fingerprint(str(model))
     rundir.create(run, made, model_files=before)
-    assert settings.from_dict(rundir.saved_values(str(run))) == made
+    assert dataclasses.replace(script.parse(["--resume", str(run)]), resume=None) == made
     rundir.same_model(str(run), made, before)
     (model / "README.md").write_text("not read")
     assert start.fingerprint(str(model)) == before
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-6}))
     with pytest.raises(settings.SettingError, match=rf"--resume {run} cannot go on: the files in {model} have changed"):
-        instructgpt.run(instructgpt.parse(["--resume", str(run)]))
+        script.run(script.parse(["--resume", str(run)]))
+
+
+@pytest.mark.parametrize("script", [sweep, compare], ids=lambda script: script.__name__)
+def test_every_experiment_writes_down_which_model_it_began_with(checkpoint, tmp_path, monkeypatch, script):
+    class Begun(Exception):
+        pass
+
+    def stop(*_, **__):
+        raise Begun
+
+    monkeypatch.setattr(session.stages, "make_job", stop)
+    out = tmp_path / "run"
+    with pytest.raises(Begun):
+        script.run(script.parse([*map(str, LITTLE), "--model", str(checkpoint), "--out", str(out)]))
+    assert rundir.saved_values(str(out))[rundir.MODEL_FILES] == start.fingerprint(str(checkpoint))

@@ -16,9 +16,9 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 import compare  # noqa: E402
 import sweep  # noqa: E402
-from pipeline import cells, checks, settings, stages, sweep_plot, tasks  # noqa: E402
+from pipeline import ahead, cells, checks, settings, stages, sweep_plot, tasks  # noqa: E402
 
-from rlhf_jax import checkpoint, lm, metrics  # noqa: E402
+from rlhf_jax import checkpoint, lm, metrics, parallel  # noqa: E402
 
 
 class Silent:
@@ -113,6 +113,34 @@ def test_every_method_and_switch_trains_on_the_built_in_world(tmp_path, how):
     assert max(jax.tree.leaves(moved)) > 1e-6
 
 
+@pytest.mark.parametrize(
+    ("saved", "expected"),
+    [
+        ({}, {"supervised", "reward_model", "one", "other"}),
+        ({"sft_mix": 4}, {"supervised", "reward_model", "one", "other"}),
+        ({"reward_model": 3}, {"reward_model", "one", "other"}),
+        ({"a": 1}, {"one", "other"}),
+        ({"a": 2, "b": 1}, {"one", "other"}),
+        ({"a": 2, "b": 2}, {"other"}),
+        ({"a": 2, "b": 2, "c": 2}, set()),
+    ],
+)
+def test_a_resumed_run_compiles_ahead_only_what_its_unfinished_stages_call(tmp_path, monkeypatch, saved, expected):
+    """Stages a and b share a program, c has its own."""
+    job = job_in(tmp_path, small())
+    for stage, step in saved.items():
+        with job.checkpoints(stage) as checkpoints:
+            checkpoints.save(step, {"x": np.zeros(1)})
+    other = cells.with_settings(job, dataclasses.replace(job.settings.ppo, samples=2, method="rloo"))
+    steps = {job.supervised_step: "supervised", job.reward_step: "reward_model"}
+    steps |= {job.ppo_step: "one", other.ppo_step: "other"}
+    begun = []
+    monkeypatch.setattr(parallel.JitStep, "compile_ahead", lambda step, *_: begun.append(steps.get(step)))
+    with ahead.compiling(job, {"a": job, "b": job, "c": other}):
+        assert set(begun) - {None} == expected and len(begun) - begun.count(None) == len(expected)
+    assert begun.count(None) == 3, "every run samples, measures and scores"
+
+
 def test_gold_at_a_kl_is_read_off_the_curve_and_not_beyond_it():
     kl = np.linspace(0.0, 4.0, 30) ** 2 / 4
     gold = 0.5 + 0.1 * np.sqrt(kl)
@@ -135,6 +163,7 @@ def test_gold_at_a_kl_is_read_off_the_curve_and_not_beyond_it():
         (sweep.parse, ["--ppo.micro-batches", "7"], "ppo.micro-batches"),
         (sweep.parse, ["--ppo.kl-coef", "-0.1"], "ppo.kl-coef"),
         (sweep.parse, ["--resume", "nowhere"], "nowhere"),
+        (compare.parse, ["--data.path", "pairs.jsonl"], "no gold utility"),
         (compare.parse, ["--group", "1"], "group"),
         (compare.parse, ["--group", "3"], "divide"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,37 +19,50 @@ from . import stages
 
 
 @contextlib.contextmanager
-def compiling(job: stages.Job) -> Iterator[None]:
+def compiling(job: stages.Job, learners: Mapping[str, stages.Job]) -> Iterator[None]:
     """Compile the steps of all stages in a thread, in the order in which they are needed.
 
-    Whatever ends the block, what has not begun to be compiled is dropped.
+    ``learners`` are the stages of reinforcement learning to come and the jobs whose ``ppo_step`` they call. What only
+    stages that are finished would call is left out. Whatever ends the block, what has not begun to be compiled is
+    dropped.
     """
     executor = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
     try:
-        _submit(job, executor)
+        _submit(job, learners, executor)
         yield
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
 
 
-def _submit(job: stages.Job, executor: concurrent.futures.Executor) -> None:
+def _submit(job: stages.Job, learners: Mapping[str, stages.Job], executor: concurrent.futures.Executor) -> None:
     key = jax.random.key(0)
     policy = jax.eval_shape(partial(lm.init, cfg=job.cfg), key) if job.base is None else job.base
     reward = jax.eval_shape(partial(lm.with_head, cfg=job.cfg), key, policy)
+    steps = {stage: _saved(job, stage) for stage in ("reward_model", *learners)}
 
     def training(params: types.Params) -> state_lib.TrainState:
         return jax.eval_shape(partial(state_lib.create, tx=job.supervised_tx), params)
 
-    B, L = job.settings.pretrain.batch, job.task.row_width
-    text = sft.TokenBatch(_ints(B, L), _flags(B, L), _flags(B, L))
-    job.supervised_step.compile_ahead(executor, training(policy), None, stages.hyper(0.0), text, key)
+    if not any(steps.values()):  # nothing was saved of the stages that follow on supervised training
+        B, L = job.settings.pretrain.batch, job.task.row_width
+        text = sft.TokenBatch(_ints(B, L), _flags(B, L), _flags(B, L))
+        job.supervised_step.compile_ahead(executor, training(policy), None, stages.hyper(0.0), text, key)
     job.sampler.compile_ahead(executor, policy, reward)
-    job.reward_step.compile_ahead(executor, training(reward), None, stages.hyper(0.0), _comparisons(job), key)
-    # From here on the text is there: its rows are in the batches of PPO.
-    batch_at, hyper_at = stages.ppo_inputs(job, "ppo", ptx_coef=0.0)
-    optimising = jax.eval_shape(job.new_policy, policy, reward)
-    frozen = ppo.Frozen(reference=policy, reward=reward)
-    job.ppo_step.compile_ahead(executor, optimising, frozen, hyper_at(0), batch_at(0), key)
+    if not any(steps[stage] for stage in learners):
+        job.reward_step.compile_ahead(executor, training(reward), None, stages.hyper(0.0), _comparisons(job), key)
+    unfinished = [own for stage, own in learners.items() if steps[stage] < own.settings.ppo.iterations]
+    for own in {id(own.ppo_step): own for own in unfinished}.values():
+        # From here on the text is there: its rows are in the batches of PPO.
+        batch_at, hyper_at = stages.ppo_inputs(own, "ppo", ptx_coef=0.0)
+        optimising = jax.eval_shape(own.new_policy, policy, reward)
+        frozen = ppo.Frozen(reference=policy, reward=reward)
+        own.ppo_step.compile_ahead(executor, optimising, frozen, hyper_at(0), batch_at(0), key)
+
+
+def _saved(job: stages.Job, stage: str) -> int:
+    """The iterations that the newest checkpoint of a stage stands at; 0 where it has none."""
+    with job.checkpoints(stage) as checkpoints:
+        return checkpoints.latest() or 0
 
 
 def _comparisons(job: stages.Job) -> types.Comparisons:

@@ -82,9 +82,12 @@ class Job:
         return ppo.create(start, critic, self.ppo_tx, reference=None if settings.reference_ema is None else start)
 
     def programs(self) -> dict[str, int]:
-        """How often each of the large programs was traced, which is how often it was compiled."""
+        """How often each of the large programs was traced, which is how often it was compiled.
+
+        A program that only stages of an earlier process called counts once, so that a resumed run has the same facts.
+        """
         steps = {"supervised": self.supervised_step, "reward_model": self.reward_step, "ppo": self.ppo_step}
-        return {name: step.traces for name, step in steps.items()} | {"sampling": self.sampler.traces}
+        return {name: max(step.traces, 1) for name, step in steps.items()} | {"sampling": self.sampler.traces}
 
     def fit(self, stage: str, train_step: parallel.JitStep, state: Any, steps: int, **how: Any) -> Any:
         """Run one stage's loop with the run's log (or another), progress and checkpoints."""

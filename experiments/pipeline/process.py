@@ -1,0 +1,20 @@
+"""What a process sets before jax is imported: nothing here imports more than the standard library."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+_WHEN = "RLHF_JAX_BEGAN"
+BEGAN = float(os.environ.pop(_WHEN, None) or time.time())
+"""When the command was given, in seconds since 1970."""
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is not needed, and not missed
+
+
+def use_huge_pages() -> None:
+    """Start over with glibc's huge pages where that is not decided yet: steps run about a third faster on a CPU."""
+    if sys.platform == "linux" and os.environ.get("GLIBC_TUNABLES") is None:  # read once, when a process starts
+        environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", _WHEN: repr(BEGAN)}
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
