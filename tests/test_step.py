@@ -159,15 +159,54 @@ def test_a_step_that_is_compiled_ahead_is_the_same_step_and_compiled_once():
     assert (plain.traces, ahead.traces, dropped.traces) == (1, 1, 1)
 
 
-def test_what_goes_wrong_ahead_is_raised_by_the_call():
-    def train_step(state, frozen, hyper, batch, rng):
-        raise ValueError("no such thing")
+def test_a_call_waits_for_the_program_that_is_being_compiled_ahead():
+    under_way, go_on, compiled_by = threading.Event(), threading.Event(), []
 
+    class Slow(concurrent.futures.ThreadPoolExecutor):
+        """A thread that is at it until ``go_on``."""
+
+        def submit(self, fn, /, *args, **kwargs):
+            return super().submit(lambda: (under_way.set(), go_on.wait(60), fn(*args, **kwargs)))
+
+    def note(event, duration_secs, **kwargs):
+        if event.endswith("backend_compile_duration"):
+            compiled_by.append(threading.current_thread().name)
+
+    once = parallel.jit_step(lambda state, frozen, hyper, batch, rng: (state + batch, {"twice": 2 * batch}))
+    state, args = jnp.ones(3), (None, None, jnp.arange(3.0), None)
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        with Slow(1, thread_name_prefix="ahead") as executor:
+            once.compile_ahead(executor, state, *args)
+            assert under_way.wait(60)
+            threading.Timer(0.5, go_on.set).start()  # a call that did not wait would compile in the meantime
+            state, logs = once(state, *args)
+            state, _ = once(state, *args)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    np.testing.assert_array_equal(state, [1, 3, 5])
+    np.testing.assert_array_equal(logs["twice"], [0, 2, 4])
+    assert once.traces == 1 and compiled_by == ["ahead_0"]
+
+
+def cannot_be_traced(state, frozen, hyper, batch, rng):
+    raise ValueError("no such thing")
+
+
+def cannot_be_compiled(state, frozen, hyper, batch, rng):
+    return jax.ffi.ffi_call("no_such_thing", jax.ShapeDtypeStruct(state.shape, state.dtype))(state), {}
+
+
+@pytest.mark.parametrize(
+    ("train_step", "message"), [(cannot_be_traced, "no such thing"), (cannot_be_compiled, "no_such_thing")]
+)
+def test_what_goes_wrong_ahead_is_raised_by_the_call(train_step, message):
     broken = parallel.jit_step(train_step)
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
-        broken.compile_ahead(executor, 1.0, None, 1.0, None, jax.random.key(0))
-        with pytest.raises(ValueError, match="no such thing"):
-            broken(1.0, None, 1.0, None, jax.random.key(0))
+        broken.compile_ahead(executor, jnp.ones(3), None, None, None, None)
+        for _ in range(2):
+            with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match=message):
+                broken(jnp.ones(3), None, None, None, None)
 
 
 def test_one_compilation_serves_every_rate_and_clip():
