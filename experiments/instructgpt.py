@@ -68,6 +68,7 @@ def run(asked: settings.Settings) -> dict:
         "dropped": job.task.dropped.dropped | job.task.dropped.truncated,
         "programs": job.programs(),
         "alarms": watching.raised(folder.log, asked),
+        "ptx_coef": watching.ptx_coef(folder.log),
         "reward_model": judged | facts,
         **found,
     }

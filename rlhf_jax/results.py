@@ -195,7 +195,7 @@ def _interval_words(rate: Interval) -> str:
 
 def summary(results: Mapping[str, Any]) -> list[str]:
     """Further sentences in words, each only where its numbers are there."""
-    return [s for s in (_heldout(results), _reward_model(results), _tax(results)) if s]
+    return [s for s in (_heldout(results), _reward_model(results), _tax(results), _ptx(results)) if s]
 
 
 def _first(results: Mapping[str, Any], names: Iterable[str], key: str) -> tuple[str, Interval] | None:
@@ -237,3 +237,14 @@ def _tax(results: Mapping[str, Any]) -> str:
         return ""
     before = f"{label('sft_mix')}, where PPO starts, at {format_number(start.mean, percent=True)} %"
     return f"Skill accuracy: {', '.join([before, *told])}."
+
+
+def _ptx(results: Mapping[str, Any]) -> str:
+    found = [finite((results.get("ptx_coef") or {}).get(name)) for name in ("per_token", "per_sequence")]
+    if found[0] is None or found[1] is None:
+        return ""
+    token, sequence = (format_number(each.mean, digits=3) for each in found if each)
+    return (
+        f"PPO-ptx weighs the pretraining loss by {token} where both losses are means over tokens, which is {sequence} "
+        "where both are sums over a sequence."
+    )

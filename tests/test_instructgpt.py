@@ -95,6 +95,7 @@ def test_results_keep_their_promise(finished):
     assert abs(results["policies"]["sft_mix"]["kl"]) < 1e-4, "the reference is at no distance from itself"
     assert results["programs"] == {"supervised": 1, "reward_model": 1, "ppo": 1, "sampling": 3}
     assert results["policies"]["sft"]["gold_win_rate_vs_sft"][0] == 0.5
+    assert results["ptx_coef"]["per_token"] == 1.0 and 0 < results["ptx_coef"]["per_sequence"] < 1
 
 
 def test_every_file_is_there(finished):

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax import generation, lm, parallel, types
-from rlhf_jax.train import ppo, sft
+from rlhf_jax import generation, lm, parallel, reductions, types
+from rlhf_jax.train import ppo, ptx, sft
 
 P, T, B = 4, 6, 16
 EPOCHS, MINIBATCHES = 2, 2
@@ -228,6 +228,8 @@ def test_one_program_serves_everything():
     assert STEP.traces == 1
     assert float(plain["ptx_loss"]) == 0, "plain PPO does not compute the loss of the pretraining rows"
     assert float(ptx["ptx_loss"]) > 1
+    assert float(plain["ptx_coef_per_token"]) == float(plain["ptx_coef_per_sequence"]) == 0
+    np.testing.assert_allclose(ptx["ptx_coef_per_token"], 27.8, rtol=1e-6)
 
 
 def test_without_weight_pretraining_rows_change_nothing():
@@ -266,6 +268,25 @@ def test_ptx_adds_its_own_gradient_times_its_coefficient():
         expected = optax.tree.scale(-0.1 * coef, gradient)
         close(moved, expected, atol=1e-6 * max(1, coef), rtol=1e-3)
         close(mixed["critic"], plain["critic"], atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "per_token", "per_sequence"),
+    [
+        (reductions.token_mean, 27.8, 27.8 * 3 / 15),
+        (reductions.sequence_sum, 27.8 / 3, 27.8 / 15),
+        (reductions.sequence_mean, 27.8, 27.8 * 3 / 15),
+        (reductions.constant_mean, 27.8 * 8 / 6, 27.8 * 8 / 6 * 3 / 15),
+    ],
+)
+def test_the_ptx_coefficient_in_both_normalisations_by_hand(reduction, per_token, per_sequence):
+    answers_BT = jnp.array([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]], bool)  # 3 tokens an answer
+    learnt_BL = jnp.arange(24)[None, :] < jnp.array([[10], [20]])  # 15 tokens a row
+    rows = sft.TokenBatch(jnp.zeros((2, 24), jnp.int32), jnp.ones((2, 24), bool), learnt_BL)
+    weights_B, total = reduction(answers_BT)
+    found = ptx.coefficients(27.8, rows, answers_BT, weights_B=weights_B, total=total)
+    np.testing.assert_allclose(found["ptx_coef_per_token"], per_token, rtol=1e-5)
+    np.testing.assert_allclose(found["ptx_coef_per_sequence"], per_sequence, rtol=1e-5)
 
 
 def table_experience(returns_B):

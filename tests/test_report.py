@@ -252,6 +252,12 @@ def test_headline_is_only_as_strong_as_its_interval():
     assert results_lib.headline(results) == "PPO-ptx beats SFT on 60.0 % of held-out prompts."
 
 
+def test_the_weight_of_the_pretraining_loss_is_said_in_both_normalisations():
+    (said,) = results_lib.summary({"ptx_coef": {"per_token": 27.8, "per_sequence": 5.56}})
+    assert "by 27.800 where both losses are means over tokens, which is 5.560 where both are sums" in said
+    assert results_lib.summary({"ptx_coef": {"per_token": 27.8, "per_sequence": None}}) == []
+
+
 def test_numbers_in_print():
     assert results_lib.format_number(-0.0004, digits=2) == "0.00"
     assert results_lib.format_number(-1.25, digits=1) == "−1.2"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -35,3 +36,9 @@ def raised(log: metrics.MetricLog, settings: Settings) -> list[dict[str, Any]]:
         for stage in STAGES
         for alarm in watched(log, stage, settings, lambda text: None).alarms
     ]
+
+
+def ptx_coef(log: metrics.MetricLog) -> dict[str, float]:
+    """PPO-ptx's coefficient in both normalisations (`train.ptx.coefficients`), as means over the run."""
+    rows = log.rows("ppo_ptx")
+    return {name: statistics.fmean(row[f"ptx_coef_{name}"] for row in rows) for name in ("per_token", "per_sequence")}

@@ -11,7 +11,6 @@ advantages and another reduction, the same two are REINFORCE, RLOO, GRPO and the
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,11 +18,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import kl, metrics, reduce, reductions, rewards
+from rlhf_jax import kl, metrics, reduce, reductions
 from rlhf_jax.losses import policy as policy_losses
 from rlhf_jax.losses import value as value_losses
-from rlhf_jax.train import estimators, sft, step
-from rlhf_jax.train.ppo_state import Batch, Frozen, Hyper, Models, Past, PPOState, create
+from rlhf_jax.train import estimators, ppo_state, step
+from rlhf_jax.train import ptx as ptx_lib
+from rlhf_jax.train.ppo_state import (
+    Batch,
+    Frozen,
+    Hyper,
+    Models,
+    Past,
+    PPOState,
+    create,
+    lowered,
+    replaced,
+)
+from rlhf_jax.train.ptx import ptx_loss
 from rlhf_jax.train.sft import TokenBatch
 from rlhf_jax.types import Experience, Params
 
@@ -44,16 +55,6 @@ __all__ = [
     "replaced",
     "update",
 ]
-
-
-def replaced(scores_B: jax.Array, stopped_B: jax.Array, hyper: Hyper) -> jax.Array:
-    """An answer that never stopped is paid ``missing_stop_score``, whatever it scored (Ziegler 2019)."""
-    return rewards.missing_stop(scores_B, stopped_B, score=hyper.missing_stop_score)
-
-
-def lowered(scores_B: jax.Array, stopped_B: jax.Array, hyper: Hyper) -> jax.Array:
-    """It is paid its score plus ``missing_stop_score``, which is negative: a later variant, not the papers' rule."""
-    return rewards.subtract_for_missing_stop(scores_B, stopped_B, penalty=-hyper.missing_stop_score)
 
 
 def collect(
@@ -207,14 +208,6 @@ def loss(
     return objective, logs
 
 
-def ptx_loss(models: Models, policy: Params, rows: TokenBatch) -> jax.Array:
-    """Mean negative log-probability of the pretraining tokens (InstructGPT Eq 2, second part); per token."""
-    if models.token_logprobs is None:
-        raise ValueError("Batch.ptx was given, but Models.token_logprobs was not")
-    logprobs_BL = sft.batch_logprobs(models.token_logprobs, policy, rows)
-    return -reduce.masked_mean(logprobs_BL, where=rows.loss_mask_BL)
-
-
 def update(
     models: Models,
     state: PPOState,
@@ -244,7 +237,7 @@ def update(
     orders_EB = jnp.stack([jax.random.permutation(key, B) for key in jax.random.split(rng, epochs)])
     rows_UM = orders_EB.reshape(epochs * minibatches, B // minibatches)
     joined = partial(models.join, frozen)
-    ptx_U = None if ptx is None else jax.tree.map(lambda x: x.reshape(rows_UM.shape[0], -1, *x.shape[1:]), ptx)
+    ptx_U = jax.tree.map(lambda x: x.reshape(rows_UM.shape[0], -1, *x.shape[1:]), ptx)
 
     def loss_fn(params: Params, part: tuple[Experience, jax.Array], totals: Totals) -> tuple[jax.Array, Any]:
         rows, weights_B = part
@@ -271,6 +264,9 @@ def update(
             )
             grads["policy"] = jax.tree.map(lambda g, h: g + hyper.ptx_coef * h, grads["policy"], ptx_grads)
             logs["ptx_loss"] = nll
+            logs |= ptx_lib.coefficients(
+                hyper.ptx_coef, pretraining, minibatch.response_mask_BT, weights_B=weights_M, total=total
+            )
         logs |= {f"grad_norm_{part}": step.global_norm(grads[part]) for part in grads}
         rates = {"policy": hyper.learning_rate, "critic": hyper.critic_learning_rate}
         state, update_logs = step.apply_gradients(
@@ -282,7 +278,7 @@ def update(
         )
         # A skipped step leaves the average as it was, too.
         decay = jnp.where(update_logs["skipped"] > 0, 1.0, hyper.ema_decay)
-        return state.replace(ema=_towards(state.ema, state.params["policy"], decay)), logs | update_logs
+        return state.replace(ema=ppo_state.towards(state.ema, state.params["policy"], decay)), logs | update_logs
 
     state, logs_U = jax.lax.scan(one_step, state, (rows_UM, ptx_U))
     logs = {name: jnp.mean(values_U) for name, values_U in logs_U.items()}
@@ -296,10 +292,6 @@ def _merged(logs_M: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The logs of a minibatch from those of its micro-batches."""
     largest = ("ratio_max", "ratio_error")
     return {name: jnp.max(x_M) if name in largest else jnp.sum(x_M) for name, x_M in logs_M.items()}
-
-
-def _towards(old: Params, new: Params, decay: Any) -> Params:
-    return jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p, old, new)
 
 
 def make_train_step(
@@ -371,7 +363,7 @@ def make_train_step(
             kl_loss=kl_loss,
             entropy_bonus=entropy_bonus,
         )
-        carried = _carried(state, hyper, logs)
+        carried = ppo_state.carried(state, hyper, logs)
         # Held back with the weights: a KL that is not a number would stay in the controller for good.
         held = update_logs["skipped"] > 0
         carried = {
@@ -382,20 +374,3 @@ def make_train_step(
         return state.replace(**carried), logs | update_logs | {"learning_rate": hyper.learning_rate}
 
     return train_step
-
-
-def _carried(state: PPOState, hyper: Hyper, logs: dict[str, Any]) -> dict[str, Any]:
-    """What the next iteration takes over from this one, beside the weights."""
-    observed = logs["kl"].value()
-    past = dataclasses.replace(state.past, returns=state.past.returns.merge(logs["return"]))
-    if "target" in logs:
-        past = dataclasses.replace(
-            past, targets=past.targets.merge(logs["target"]), squares=past.squares.merge(logs["target_square"])
-        )
-    carried = {
-        "kl_scale": kl.update_controller(state.kl_scale, observed, target=hyper.kl_target, gain=hyper.kl_gain),
-        "past": past,
-    }
-    if state.reference is not None:
-        carried["reference"] = _towards(state.reference, state.params["policy"], hyper.reference_decay)
-    return carried

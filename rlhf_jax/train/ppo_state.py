@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rlhf_jax import kl, metrics
+from rlhf_jax import kl, metrics, rewards
 from rlhf_jax.train import state as state_lib
 from rlhf_jax.train import step
 from rlhf_jax.train.sft import TokenBatch
@@ -83,6 +84,16 @@ class Hyper:
     """Of a reference that follows the policy once an iteration (Xu 2024), in a state that has one; 1 holds it still."""
 
 
+def replaced(scores_B: jax.Array, stopped_B: jax.Array, hyper: Hyper) -> jax.Array:
+    """An answer that never stopped is paid ``missing_stop_score``, whatever it scored (Ziegler 2019)."""
+    return rewards.missing_stop(scores_B, stopped_B, score=hyper.missing_stop_score)
+
+
+def lowered(scores_B: jax.Array, stopped_B: jax.Array, hyper: Hyper) -> jax.Array:
+    """It is paid its score plus ``missing_stop_score``, which is negative: a later variant, not the papers' rule."""
+    return rewards.subtract_for_missing_stop(scores_B, stopped_B, penalty=-hyper.missing_stop_score)
+
+
 @struct.dataclass
 class Past:
     """Running means over the answers of all iterations so far."""
@@ -143,3 +154,25 @@ def create(policy: Params, critic: Params | None, tx: Any, *, reference: Params 
         past=Past(*nothing),
         reference=reference,
     )
+
+
+def towards(old: Params, new: Params, decay: Any) -> Params:
+    """``old`` and ``new`` weighed by ``decay`` and the rest."""
+    return jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p, old, new)
+
+
+def carried(state: PPOState, hyper: Hyper, logs: dict[str, Any]) -> dict[str, Any]:
+    """What the next iteration takes over from this one, beside the weights."""
+    observed = logs["kl"].value()
+    past = dataclasses.replace(state.past, returns=state.past.returns.merge(logs["return"]))
+    if "target" in logs:
+        past = dataclasses.replace(
+            past, targets=past.targets.merge(logs["target"]), squares=past.squares.merge(logs["target_square"])
+        )
+    carried = {
+        "kl_scale": kl.update_controller(state.kl_scale, observed, target=hyper.kl_target, gain=hyper.kl_gain),
+        "past": past,
+    }
+    if state.reference is not None:
+        carried["reference"] = towards(state.reference, state.params["policy"], hyper.reference_decay)
+    return carried
