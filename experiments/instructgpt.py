@@ -25,7 +25,7 @@ if __name__ == "__main__":
 import resource
 import time
 
-from pipeline import ahead, command, evaluation, rundir, session, settings, stages, watching
+from pipeline import ahead, command, comparisons, evaluation, rundir, session, settings, stages, watching
 from rich.console import Console
 
 from rlhf_jax import console, lm, metrics, report
@@ -51,14 +51,13 @@ def run(asked: settings.Settings) -> dict:
         base = stages.pretrain(job)
         sft = stages.supervised(job, "sft", base, epochs=asked.sft.epochs, mix=0.0)
         sft_mix = stages.supervised(job, "sft_mix", base, epochs=asked.sft.mix_epochs, mix=asked.sft.mix)
-        train, validation, facts = stages.comparisons(job, [sft, sft_mix])
-        reward = stages.train_reward_model(job, sft_mix, train)
-        reward = stages.normalised(job, reward, sft_mix)
-        judged = evaluation.reward_model_facts(job, reward, validation)
-        ppo = stages.optimise(job, "ppo", sft_mix, reward, ptx_coef=0.0)
-        ppo_ptx = stages.optimise(job, "ppo_ptx", sft_mix, reward, ptx_coef=asked.ppo.ptx_coef)
+        parts, validation, facts = comparisons.gather(job, [sft, sft_mix])
+        rewards = stages.train_reward_models(job, sft_mix, parts)
+        judged = [evaluation.reward_model_facts(job, each, validation) for each in rewards]
+        ppo = stages.optimise(job, "ppo", sft_mix, rewards, ptx_coef=0.0)
+        ppo_ptx = stages.optimise(job, "ppo_ptx", sft_mix, rewards, ptx_coef=asked.ppo.ptx_coef)
         policies = {"base": base, "sft": sft, "sft_mix": sft_mix, "ppo": ppo, "ppo_ptx": ppo_ptx}
-        found = evaluation.evaluate(job, policies, reward)
+        found = evaluation.evaluate(job, policies, rewards[0])
     results = {
         "seconds": time.time() - process.BEGAN,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -69,11 +68,12 @@ def run(asked: settings.Settings) -> dict:
         "programs": job.programs(),
         "alarms": watching.raised(folder.log, asked),
         "ptx_coef": watching.ptx_coef(folder.log),
-        "reward_model": judged | facts,
+        "reward_model": judged[0] | facts,
+        **({"heldout_reward_model": judged[1]} if len(rewards) > 1 else {}),
         **found,
     }
     results = rundir.finite(results)
-    for name, params in (("policy", ppo_ptx), ("reward_model", reward)):
+    for name, params in (("policy", ppo_ptx), ("reward_model", rewards[0])):
         lm.save(folder.path / name, job.cfg, params, tokenizer=job.task.tokenizer, pad_id=job.task.fmt.pad_id)
     report.write_report(
         folder.path / "report.html",

@@ -49,6 +49,11 @@ METRICS = {
         "Gold utility",
         "What the score stands for; where it falls while the score climbs, the policy games the reward model.",
     ),
+    "heldout_reward": Metric(
+        "Held-out reward",
+        "Score of a second reward model",
+        "Of a reward model that nothing is trained on; a fall while the score climbs is over-optimisation.",
+    ),
     "kl": Metric(
         "KL from the reference",
         "Nats per answer",

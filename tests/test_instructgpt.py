@@ -204,6 +204,20 @@ def test_human_comparisons_become_everything_that_a_run_learns_from(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_heldout_reward_model_looks_on(tmp_path):
+    few = ("--pretrain.steps", 20, "--ppo.iterations", 2, "--evaluation.prompts", 24)
+    done = run("--preset", "smoke", "--saves", 2, *few, "--reward-model.heldout", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["reward_model"]["training_prompts"] == 48 and results["programs"]["reward_model"] == 1
+    assert 0 < results["heldout_reward_model"]["accuracy"][0] < 1
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    both = [(row["heldout_reward"], row["reward"]) for row in rows if row["stage"].startswith("ppo")]
+    assert len(both) == 4 and all(a != b for a, b in both), "it is another model, scoring the same answers"
+    assert {row["stage"] for row in rows} >= {"reward_model", "heldout_reward_model"}
+
+
+@pytest.mark.slow
 def test_the_same_job_on_human_comparisons(tmp_path):
     records = [*comparisons(300), {"chosen": dialogue("Hi?", ""), "rejected": dialogue("Hi?", "Go.")}]
     path = write(tmp_path / "pairs.jsonl.gz", records)

@@ -218,6 +218,17 @@ def test_returns_hold_the_penalty_for_leaving_the_reference():
     np.testing.assert_allclose(logs["kl"].value(), ((old - reference) * mask).sum(1).mean(), atol=1e-4)
 
 
+def test_a_heldout_reward_model_is_heard_and_changes_nothing():
+    params = {"policy": weights(), "critic": zero_critic()}
+    plain, logs = COLLECT(params, frozen(0.7), hyper(), batch(), jax.random.key(0))
+    assert "heldout_reward" not in logs
+    second = frozen(0.7)._replace(heldout=frozen(2.5, 0.0).reward)
+    watched, logs = COLLECT(params, second, hyper(), batch(), jax.random.key(0))
+    np.testing.assert_allclose(logs["heldout_reward"].value(), 2.5)
+    assert float(logs["reward"].value()) != 2.5
+    close(plain, watched, atol=1e-6)
+
+
 # -------------------------------------------------------------------------------------------------------- update
 
 

@@ -16,9 +16,9 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 import compare  # noqa: E402
 import sweep  # noqa: E402
-from pipeline import ahead, cells, checks, settings, stages, sweep_plot, tasks  # noqa: E402
+from pipeline import ahead, cells, checks, comparisons, settings, stages, sweep_plot, tasks  # noqa: E402
 
-from rlhf_jax import checkpoint, lm, metrics, parallel  # noqa: E402
+from rlhf_jax import checkpoint, lm, metrics, parallel, types  # noqa: E402
 
 
 class Silent:
@@ -104,9 +104,11 @@ def test_every_method_and_switch_trains_on_the_built_in_world(tmp_path, how):
     checks.check(asked)
     job = job_in(tmp_path, asked)
     shared = shared_by(job)
+    shared = shared._replace(heldout=shared.reward if asked.ppo.reward_clip else None)
     policy = cells.train(job, shared, cells.Cell("run", asked.ppo, 0, ptx_coef=0.5))
     rows = rows_of(tmp_path, "run")
     assert len(rows) == 2 and all(math.isfinite(value) for value in rows[-1].values())
+    assert [row.get("heldout_reward") for row in rows] == [row["reward"] if shared.heldout else None for row in rows]
     assert ("value_loss" in rows[0]) == (asked.ppo.method == "ppo")
     assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-6) and rows[0]["first_ratio_error"] < 1e-5
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), policy, shared.start)
@@ -141,6 +143,23 @@ def test_a_resumed_run_compiles_ahead_only_what_its_unfinished_stages_call(tmp_p
     assert begun.count(None) == 3, "every run samples, measures and scores"
 
 
+def test_two_reward_models_learn_from_comparisons_that_the_other_has_not_seen(tmp_path, monkeypatch):
+    n, width = 9, 4
+    tokens_BKL = np.broadcast_to(np.arange(n)[:, None, None], (n, 3, width))
+    where_BK = np.arange(3) < np.array([2, 3, 2, 3, 2, 3, 2, 3, 2])[:, None]
+    every = types.Comparisons(tokens_BKL, tokens_BKL >= 0, np.where(where_BK, np.arange(3) + 1, 0), where_BK)  # type: ignore[arg-type]
+    monkeypatch.setattr(comparisons, "collect_comparisons", lambda job, policies: (every, every, {"fact": 1}))
+    asked = small()
+    (whole,), _, facts = comparisons.gather(job_in(tmp_path / "a", asked), [])
+    assert whole is every and facts == {"fact": 1, "training_prompts": 9, "training_answers": 22}
+    asked = dataclasses.replace(asked, reward_model=dataclasses.replace(asked.reward_model, heldout=True))
+    parts, held_out, facts = comparisons.gather(job_in(tmp_path / "b", asked), [])
+    assert held_out is every, "what accuracy is measured on stays whole"
+    seen = [set(part.tokens_BKL[:, 0, 0].tolist()) for part in parts]
+    assert [len(x) for x in seen] == [4, 4] and not seen[0] & seen[1]
+    assert facts["training_prompts"] == 4 and facts["training_answers"] == parts[0].where_BK.sum()
+
+
 def test_gold_at_a_kl_is_read_off_the_curve_and_not_beyond_it():
     kl = np.linspace(0.0, 4.0, 30) ** 2 / 4
     gold = 0.5 + 0.1 * np.sqrt(kl)
@@ -159,6 +178,7 @@ def test_gold_at_a_kl_is_read_off_the_curve_and_not_beyond_it():
         (sweep.parse, ["--seeds", "0"], "seeds"),
         (sweep.parse, ["--ppo.method", "rloo"], "ppo.samples"),
         (sweep.parse, ["--ppo.method", "grpo", "--ppo.samples", "4", "--ppo.lambda_", "0.9"], "no critic"),
+        (sweep.parse, ["--reward-model.heldout", "--reward-model.batch", "1200"], "half of --comparisons.prompts"),
         (sweep.parse, ["--ppo.samples", "3"], "ppo.samples"),
         (sweep.parse, ["--ppo.micro-batches", "7"], "ppo.micro-batches"),
         (sweep.parse, ["--ppo.kl-coef", "-0.1"], "ppo.kl-coef"),

@@ -55,7 +55,8 @@ def _submit(job: stages.Job, learners: Mapping[str, stages.Job], executor: concu
         # From here on the text is there: its rows are in the batches of PPO.
         batch_at, hyper_at = stages.ppo_inputs(own, "ppo", ptx_coef=0.0)
         optimising = jax.eval_shape(own.new_policy, policy, reward)
-        frozen = ppo.Frozen(reference=policy, reward=reward)
+        heldout = reward if own.settings.reward_model.heldout else None
+        frozen = ppo.Frozen(reference=policy, reward=reward, heldout=heldout)
         own.ppo_step.compile_ahead(executor, optimising, frozen, hyper_at(0), batch_at(0), key)
 
 
@@ -72,7 +73,7 @@ def _comparisons(job: stages.Job) -> types.Comparisons:
         n, K, L = train.tokens_BKL.shape
     else:
         n, K, L = job.settings.comparisons.prompts, job.settings.comparisons.max_k, job.task.row_width
-    B = min(job.settings.reward_model.batch, n)
+    B = min(job.settings.reward_model.batch, n // 2 if job.settings.reward_model.heldout else n)
     return types.Comparisons(_ints(B, K, L), _flags(B, K, L), _ints(B, K), _flags(B, K))
 
 

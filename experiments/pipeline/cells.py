@@ -13,7 +13,7 @@ import numpy as np
 from rlhf_jax import diagnostics, parallel, types
 from rlhf_jax.train import loop, ppo
 
-from . import methods, sampling, stages
+from . import comparisons, methods, sampling, stages
 from .settings import PPO
 
 AXIS = "member"
@@ -26,6 +26,13 @@ class Prepared(NamedTuple):
     start: types.Params
     """The SFT model that they begin with, which is the KL reference too."""
     reward: types.Params
+    heldout: types.Params | None = None
+    """A second reward model, which nothing is trained on."""
+
+    @property
+    def frozen(self) -> ppo.Frozen:
+        """As PPO reads it."""
+        return ppo.Frozen(reference=self.start, reward=self.reward, heldout=self.heldout)
 
 
 class Cell(NamedTuple):
@@ -43,9 +50,8 @@ def prepare(job: stages.Job) -> Prepared:
     base = stages.pretrain(job)
     sft = stages.supervised(job, "sft", base, epochs=settings.sft.epochs, mix=0.0)
     start = stages.supervised(job, "sft_mix", base, epochs=settings.sft.mix_epochs, mix=settings.sft.mix)
-    train, _, _ = stages.comparisons(job, [sft, start])
-    reward = stages.train_reward_model(job, start, train)
-    return Prepared(sft, start, stages.normalised(job, reward, start))
+    parts, _, _ = comparisons.gather(job, [sft, start])
+    return Prepared(sft, start, *stages.train_reward_models(job, start, parts))
 
 
 def train(job: stages.Job, shared: Prepared, cell: Cell, *, step: parallel.JitStep | None = None) -> types.Params:
@@ -63,7 +69,7 @@ def train(job: stages.Job, shared: Prepared, cell: Cell, *, step: parallel.JitSt
             batch_at=batch_at,
             hyper_at=hyper_at,
             rng=jax.random.fold_in(job.key("ppo"), cell.seed),
-            frozen=ppo.Frozen(reference=shared.start, reward=shared.reward),
+            frozen=shared.frozen,
             stage=cell.name,
             log=job.log,
             checkpoints=checkpoints,
@@ -92,13 +98,12 @@ def train_together(job: stages.Job, shared: Prepared, cells: Sequence[Cell]) -> 
         own.new_policy(shared.start, shared.reward)
     )
     keys = jnp.stack([jax.random.fold_in(job.key("ppo"), cell.seed) for cell in cells])
-    frozen = ppo.Frozen(reference=shared.start, reward=shared.reward)
     for cell in cells:
         job.log.rewind(cell.name, 0)
     for i in range(own.settings.ppo.iterations):
         each = [methods.hyper(cell.settings, i, ptx_coef=cell.ptx_coef) for cell in cells]
         hypers = jax.tree.map(lambda *x: np.stack(x), *each)
-        states, logs = step(states, frozen, hypers, batch_at(i), keys)
+        states, logs = step(states, shared.frozen, hypers, batch_at(i), keys)
         logs = jax.device_get(logs)
         for m, cell in enumerate(cells):
             own_logs = {name.split("/", 1)[1]: value for name, value in logs.items() if name.startswith(f"{m}/")}

@@ -98,7 +98,7 @@ def check(settings: Settings) -> None:
     rows = settings.ppo.batch // settings.ppo.minibatches * settings.ppo.ptx_ratio
     _require(rows >= 1, settings, "ppo.ptx_ratio", "such that each minibatch gets a pretraining row")
     if settings.data.path is None:
-        least = settings.comparisons.prompts // settings.reward_model.batch
-        _require(
-            least >= 1, settings, "reward_model.batch", f"at most --comparisons.prompts {settings.comparisons.prompts}"
-        )
+        most = settings.comparisons.prompts // (2 if settings.reward_model.heldout else 1)
+        of = "half of " if settings.reward_model.heldout else ""
+        wanted = f"at most {of}--comparisons.prompts {settings.comparisons.prompts}"
+        _require(settings.reward_model.batch <= most, settings, "reward_model.batch", wanted)

@@ -36,7 +36,8 @@ def opened(
     say(out, f"writing to {folder.path}; data: {task.dropped.report()}")
     if begin is not None:
         say(out, f"from {begin.path} ({begin.cfg.model_type}); chat template: {begin.fmt.origin}")
-    with contextlib.closing(folder.log), console.StageProgress([*SHARED, *weights]) as progress:
+    second = [("heldout_reward_model", 10.0)] if asked.reward_model.heldout else []
+    with contextlib.closing(folder.log), console.StageProgress([*SHARED, *second, *weights]) as progress:
         yield (
             folder,
             stages.make_job(

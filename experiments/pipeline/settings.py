@@ -116,6 +116,9 @@ class RewardModel:
     """Prompts a step, each with all its answers."""
     learning_rate: float = 1.5e-3
     """Peak; cosine to a tenth."""
+    heldout: bool = False
+    """Train on a half of the comparisons, and a second model on the other, whose mean score PPO logs as heldout_reward:
+    an alarm tells where that falls while the reward rises."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ import optax
 
 from rlhf_jax import checkpoint, generation, lm, parallel, types
 from rlhf_jax.data import batching
-from rlhf_jax.simulation import gold, labelers
+from rlhf_jax.simulation import gold
 from rlhf_jax.train import loop, ppo, reward_model, schedules, sft
 from rlhf_jax.train import state as state_lib
 
@@ -27,6 +27,7 @@ from . import start as start_lib
 from .settings import Settings
 
 STAGES = ("pretrain", "sft", "sft_mix", "comparisons", "reward_model", "ppo", "ppo_ptx", "evaluate")
+STAGES += ("heldout_reward_model",)  # last: the place is the random key
 
 Params = types.Params
 
@@ -256,81 +257,22 @@ def supervised(job: Job, stage: str, base: Params, *, epochs: int, mix: float) -
     return state.params
 
 
-def comparisons(job: Job, policies: list[Params]) -> tuple[types.Comparisons, types.Comparisons, dict[str, Any]]:
-    """Training and held-out comparisons with facts about them: from the file, or new ones from simulated labelers."""
-    if job.task.comparisons is None:
-        return collect_comparisons(job, policies)
-    train, validation = job.task.comparisons
-    job.progress.skip("comparisons")
-    n = len(train.ranks_BK)
-    return train, validation, {"training_prompts": n, "training_answers": 2 * n}
+def train_reward_models(job: Job, start: Params, parts: list[types.Comparisons]) -> list[Params]:
+    """The reward model, and one that was held out where the comparisons are in two parts (Bai et al. 2022, 4.2)."""
+    named = zip(("reward_model", "heldout_reward_model"), parts)
+    return [normalised(job, train_reward_model(job, start, part, stage=stage), start) for stage, part in named]
 
 
-def collect_comparisons(
-    job: Job, policies: list[Params]
-) -> tuple[types.Comparisons, types.Comparisons, dict[str, Any]]:
-    """Sample K answers a prompt from the policies in turn, ranked by labelers: (training, validation, facts)."""
-    world = job.task.world
-    assert world is not None
-    settings, prompt_set = job.settings.comparisons, world.compare_prompts
-    n, K = len(prompt_set), settings.max_k
-    key = job.key("comparisons")
-    k_B = np.random.default_rng([job.settings.seed, 500]).integers(settings.min_k, K + 1, size=n)
-    job.progress.start("comparisons", n * K)
-    where_BK = np.arange(K)[None, :] < k_B[:, None]
-    prompt_R, place_R = np.nonzero(where_BK)
-    drawn: list[Any] = []
-    done = 0
-    for j, policy in enumerate(policies):
-        mine = np.flatnonzero(place_R % len(policies) == j)
-        asked = prompt_set.at(prompt_R[mine])
-        answers = job.sampler(policy, None, None, asked, jax.random.fold_in(key, j))
-        drawn.append((mine, answers))
-        done += len(mine)
-        job.progress.update("comparisons", done, n * K)
-    L = job.task.row_width
-    tokens_BKL = np.full((n, K, L), job.task.fmt.pad_id, np.int32)
-    mask_BKL = np.zeros((n, K, L), bool)
-    features_BKF = np.zeros((n, K, len(labelers.FEATURES)), np.float32)
-    for mine, answers in drawn:
-        at = (prompt_R[mine], place_R[mine])
-        tokens_BKL[at], mask_BKL[at] = answers.tokens_BL, answers.mask_BL
-        features_BKF[at] = labelers.features(answers.gold)
-    # Two labelers are to agree as often as people do, on pairs of these samples: that sets the noise.
-    utility_BKR = np.asarray(labelers.utilities(world.pool, jnp.asarray(features_BKF)))
-    noise = labelers.calibrated_temperature(utility_BKR[:, 0], utility_BKR[:, 1], target=job.settings.world.agreement)
-    pool = world.pool.replace(temperature=jnp.float32(noise))  # type: ignore[attr-defined]
-    keys_B = jax.random.split(jax.random.fold_in(key, 1000), n)
-    labeler_B = jnp.arange(n) % job.settings.world.labelers
-    ranks_BK = np.asarray(
-        jax.jit(jax.vmap(labelers.rank, in_axes=(0, None, 0, 0, 0)))(keys_B, pool, labeler_B, features_BKF, where_BK)
-    )
-    ranks_BK = np.where(where_BK, ranks_BK, 0)
-    everything = types.Comparisons(tokens_BKL, mask_BKL, ranks_BK, where_BK)  # type: ignore[arg-type]
-    train, validation = (jax.tree.map(lambda x, s=s: x[s], everything) for s in _halves(world.n_compare, n))
-    job.progress.finish("comparisons")
-    facts = {"labeler_temperature": noise, "label_agreement": job.settings.world.agreement}
-    return (
-        train,
-        validation,
-        facts | {"training_prompts": world.n_compare, "training_answers": int(k_B[: world.n_compare].sum())},
-    )
-
-
-def _halves(cut: int, n: int) -> tuple[slice, slice]:
-    return slice(0, cut), slice(cut, n)
-
-
-def train_reward_model(job: Job, start: Params, train: types.Comparisons) -> Params:
+def train_reward_model(job: Job, start: Params, train: types.Comparisons, *, stage: str = "reward_model") -> Params:
     """One epoch over the comparisons, all pairs of a prompt in one batch element."""
     settings, n = job.settings.reward_model, len(train.ranks_BK)
     batch = min(settings.batch, n)
     steps = n // batch
-    key = job.key("reward_model")
+    key = job.key(stage)
     order = batching.epoch_batches(0, n=n, batch_size=batch, key=key, steps=steps)
     params = lm.with_head(jax.random.fold_in(key, 1), start, job.cfg)
     state = job.fit(
-        "reward_model",
+        stage,
         job.reward_step,
         state_lib.create(params, job.supervised_tx),
         steps,
@@ -356,17 +298,17 @@ def normalised(job: Job, params: Params, policy: Params) -> Params:
     return lm.centre(params, jnp.asarray(scores))
 
 
-def optimise(job: Job, stage: str, start: Params, reward: Params, *, ptx_coef: float) -> Params:
-    """PPO from ``start``, with ``start`` as the KL reference and the reward model as the critic's start."""
+def optimise(job: Job, stage: str, start: Params, rewards: list[Params], *, ptx_coef: float) -> Params:
+    """PPO from ``start``, with ``start`` as the KL reference; the second of two reward models only looks on."""
     batch_at, hyper_at = ppo_inputs(job, stage, ptx_coef=ptx_coef)
     state = job.fit(
         stage,
         job.ppo_step,
-        job.new_policy(start, reward),
+        job.new_policy(start, rewards[0]),
         job.settings.ppo.iterations,
         batch_at=batch_at,
         hyper_at=hyper_at,
-        frozen=ppo.Frozen(reference=start, reward=reward),
+        frozen=ppo.Frozen(start, *rewards),
         log=watching.watched(job.log, stage, job.settings, partial(job.progress.tell, stage)),
     )
     return state.ema

@@ -138,6 +138,8 @@ def collect(
         logs["explained_variance"] = 1.0 - missed / jnp.maximum(spread, 1e-8)
         logs |= {"target": metrics.mean_metric(returns_BT, response_BT)}
         logs |= {"target_square": metrics.mean_metric(jnp.square(returns_BT), response_BT)}
+    if frozen.heldout is not None:
+        logs["heldout_reward"] = metrics.mean_metric(reduce.as_float32(models.score(frozen.heldout, rollout)))
     if models.watch is not None:
         logs |= {name: metrics.mean_metric(numbers_B) for name, numbers_B in models.watch(rollout).items()}
     return experience, logs

@@ -43,6 +43,8 @@ class Frozen(NamedTuple):
 
     reference: Params
     reward: Params
+    heldout: Params | None = None
+    """Of a second reward model: its mean score is logged as ``heldout_reward``, and nothing is trained on it."""
 
 
 @struct.dataclass
