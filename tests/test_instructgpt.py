@@ -205,7 +205,7 @@ def test_human_comparisons_become_everything_that_a_run_learns_from(tmp_path):
 
 @pytest.mark.slow
 def test_a_heldout_reward_model_looks_on(tmp_path):
-    few = ("--pretrain.steps", 20, "--ppo.iterations", 2, "--evaluation.prompts", 24)
+    few = ("--pretrain.steps", 20, "--ppo.iterations", 2, "--evaluation.prompts", 24, "--ppo.critic", "zero-head")
     done = run("--preset", "smoke", "--saves", 2, *few, "--reward-model.heldout", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "run" / "results.json").read_text())

@@ -300,6 +300,49 @@ def test_the_ptx_coefficient_in_both_normalisations_by_hand(reduction, per_token
     np.testing.assert_allclose(found["ptx_coef_per_sequence"], per_sequence, rtol=1e-5)
 
 
+# -------------------------------------------------------------------------------------------------- a shared trunk
+
+SHARED = MODELS._replace(join=ppo.shared_trunk)
+
+
+def on_the_trunk(head) -> Any:
+    trunk = {name: node for name, node in weights().items() if name != "head"}
+    return ppo.create(trunk, {"head": head}, SGD)
+
+
+def test_a_head_of_zeros_on_a_shared_trunk_begins_with_ratio_one_and_values_nought():
+    zero = lm.with_head(jax.random.key(0), weights(), CFG, zero=True)["head"]
+    experience, _ = jax.jit(functools.partial(ppo.collect, SHARED))(
+        on_the_trunk(zero).params, frozen(), hyper(), batch(), jax.random.key(0)
+    )
+    np.testing.assert_array_equal(experience.values_BT, 0.0)
+    real = experience.response_mask_BT
+    update = jax.jit(functools.partial(ppo.update, SHARED, epochs=1, minibatches=1))
+
+    def updated(head, coef):
+        how = hyper(value_coef=coef, learning_rate=0.1, critic_learning_rate=0.1, value_clip=100.0)
+        state, logs = update(on_the_trunk(head), experience, how, None, jax.random.key(0))
+        assert float(logs["first_ratio_error"]) < 1e-5
+        return state.params
+
+    # Nothing comes through a head of zeros: at first the trunk learns from the policy's loss alone, the head from its.
+    alone, both = updated(zero, 0.0), updated(zero, 0.1)
+    assert farthest(alone["policy"], on_the_trunk(zero).params["policy"]) > 1e-3
+    close(both["policy"], alone["policy"], atol=1e-7)
+    assert farthest(both["critic"], {"head": zero}) > 1e-3 and farthest(alone["critic"], {"head": zero}) == 0
+
+    # Through any other head, the value loss times its coefficient moves the trunk.
+    def value_loss(trunk):
+        values_BT = MODELS.values({**trunk, "head": weights()["head"]}, experience.tokens_BL, experience.mask_BL)  # type: ignore[misc]
+        return jnp.sum(jnp.where(real, 0.5 * (values_BT - experience.returns_BT) ** 2, 0.0)) / real.sum()
+
+    gradient = jax.jit(jax.grad(value_loss))(on_the_trunk(zero).params["policy"])
+    alone, both = updated(weights()["head"], 0.0), updated(weights()["head"], 0.5)
+    moved = jax.tree.map(lambda a, b: a - b, both["policy"], alone["policy"])
+    assert farthest(moved, optax.tree.zeros_like(moved)) > 1e-3
+    close(moved, optax.tree.scale(-0.1 * 0.5, gradient), atol=1e-6, rtol=1e-3)
+
+
 def table_experience(returns_B):
     """Answers of one word, prompt i's value in a table of its own."""
     zeros = jnp.zeros((len(returns_B), 1))

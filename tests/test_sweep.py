@@ -6,6 +6,7 @@ import math
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -92,6 +93,8 @@ def test_one_program_gives_what_one_run_after_the_other_gives(tmp_path):
         pytest.param(dict(method="dr-grpo", samples=4), marks=pytest.mark.slow),
         pytest.param(dict(method="reinforce", micro_batches=2), marks=pytest.mark.slow),
         pytest.param(dict(method="reinforce-pp", epochs=2), marks=pytest.mark.slow),
+        pytest.param(dict(critic="policy", iterations=2), marks=pytest.mark.slow),
+        dict(critic="zero-head", value_coef=0.1, epochs=2),
         dict(reward_clip=1.0, normalise_values=True, entropy_coef=0.01, reference_ema=0.9, whiten_rewards=True),
         pytest.param(
             dict(adam_tf1=True, schedule="linear", kl_target=6.0, missing_stop="subtract"), marks=pytest.mark.slow
@@ -104,7 +107,7 @@ def test_every_method_and_switch_trains_on_the_built_in_world(tmp_path, how):
     checks.check(asked)
     job = job_in(tmp_path, asked)
     shared = shared_by(job)
-    shared = shared._replace(heldout=shared.reward if asked.ppo.reward_clip else None)
+    shared = shared._replace(heldout=shared.reward if asked.ppo.critic == "zero-head" else None)
     policy = cells.train(job, shared, cells.Cell("run", asked.ppo, 0, ptx_coef=0.5))
     rows = rows_of(tmp_path, "run")
     assert len(rows) == 2 and all(math.isfinite(value) for value in rows[-1].values())
@@ -143,6 +146,22 @@ def test_a_resumed_run_compiles_ahead_only_what_its_unfinished_stages_call(tmp_p
     assert begun.count(None) == 3, "every run samples, measures and scores"
 
 
+def test_where_the_critic_starts(tmp_path):
+    job = job_in(tmp_path, small())
+    shared = shared_by(job)
+
+    def critic(how) -> Any:
+        own = cells.with_settings(job, dataclasses.replace(job.settings.ppo, critic=how))
+        return own.new_policy(shared.start, shared.reward).params["critic"]
+
+    jax.tree.map(np.testing.assert_array_equal, critic("reward"), shared.reward)
+    mine = critic("policy")
+    jax.tree.map(np.testing.assert_array_equal, lm.without_head(mine), shared.start)
+    assert float(np.abs(mine["head"]["kernel_D"] - shared.reward["head"]["kernel_D"]).max()) > 0.01
+    zero = critic("zero-head")
+    assert set(zero) == {"head"} and not np.any(zero["head"]["kernel_D"]) and float(zero["head"]["gain"]) == 1
+
+
 def test_two_reward_models_learn_from_comparisons_that_the_other_has_not_seen(tmp_path, monkeypatch):
     n, width = 9, 4
     tokens_BKL = np.broadcast_to(np.arange(n)[:, None, None], (n, 3, width))
@@ -178,6 +197,7 @@ def test_gold_at_a_kl_is_read_off_the_curve_and_not_beyond_it():
         (sweep.parse, ["--seeds", "0"], "seeds"),
         (sweep.parse, ["--ppo.method", "rloo"], "ppo.samples"),
         (sweep.parse, ["--ppo.method", "grpo", "--ppo.samples", "4", "--ppo.lambda_", "0.9"], "no critic"),
+        (sweep.parse, ["--ppo.method", "rloo", "--ppo.samples", "4", "--ppo.critic", "zero-head"], "no critic"),
         (sweep.parse, ["--reward-model.heldout", "--reward-model.batch", "1200"], "half of --comparisons.prompts"),
         (sweep.parse, ["--ppo.samples", "3"], "ppo.samples"),
         (sweep.parse, ["--ppo.micro-batches", "7"], "ppo.micro-batches"),
@@ -205,6 +225,7 @@ def test_published_numbers():
     ziegler, xu = (settings.preset("default", published=name).ppo for name in ("ziegler", "xu"))
     assert (ziegler.kl_coef, ziegler.kl_target, ziegler.epochs, ziegler.whiten_rewards) == (0.15, 6.0, 4, True)
     assert (xu.kl_coef, xu.lambda_, xu.reward_clip, xu.minibatches) == (0.1, 1.0, 20.0, 4)
+    assert (ziegler.critic, ziegler.value_coef) == ("zero-head", 0.1)
     ouyang = settings.preset("default", published="instructgpt").ppo
     assert (ouyang.kl_coef, ouyang.epochs, ouyang.minibatches, ouyang.ptx_coef, ouyang.ema) == (0.02, 1, 8, 27.8, 0.992)
     with pytest.raises(settings.SettingError, match="--published"):

@@ -20,12 +20,13 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     *("seed", "world.slips", "world.spread", "world.tie_width", "pretrain.warmup", "ppo.warmup", "ppo.kl_coef"),
     *("ppo.ptx_coef", "evaluation.transcripts", "ppo.kl_gain", "ppo.kl_loss_coef", "ppo.entropy_coef"),
+    "ppo.value_coef",
 )
 _SHARES = (
     *("data.max_dropped", "data.held_out", "world.lapse", "sft.mix", "ppo.lambda_", "ppo.ema", "ppo.discount"),
     "ppo.reference_ema",
 )
-_OF_THE_CRITIC = ("value_clip", "lambda_", "whiten_rewards", "normalise_values")
+_OF_THE_CRITIC = ("critic", "value_coef", "value_clip", "lambda_", "whiten_rewards", "normalise_values")
 _COMPARING = ("rloo", "grpo", "dr-grpo")
 _ON_POLICY = (
     "left out unless --ppo.correct-sampler is given: what is cut off makes the samples those of another distribution "

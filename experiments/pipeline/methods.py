@@ -74,6 +74,7 @@ def hyper(settings: PPO, i: int, *, ptx_coef: float) -> ppo.Hyper:
         "temperature": settings.temperature,
         "missing_stop_score": settings.missing_stop_score,
         "reward_clip": math.inf if settings.reward_clip is None else settings.reward_clip,
+        "value_coef": settings.value_coef,
         "entropy_coef": settings.entropy_coef,
         "kl_loss_coef": settings.kl_loss_coef,
         "ptx_coef": ptx_coef,

@@ -18,15 +18,18 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     | {"ema": 0.992, "ptx_coef": 27.8, "ptx_ratio": 8.0, "temperature": 1.0},
     # Stiennon et al. 2020, appendix B.1.
     "stiennon": _SHARED | {"kl_coef": 0.05, "batch": 512, "epochs": 4, "schedule": "linear", "warmup": 0, "ema": 0.0},
-    # Ziegler et al. 2019, released code (style tasks): adaptive coefficient, whitened rewards, TensorFlow's Adam.
+    # Ziegler et al. 2019, released code (style tasks): adaptive coefficient, whitened rewards, TensorFlow's Adam,
+    # values from a head of zeros on the policy's trunk.
     "ziegler": _SHARED
     | {"kl_coef": 0.15, "kl_target": 6.0, "kl_gain": 0.0512, "batch": 512, "minibatches": 1, "epochs": 4}
     | {"value_clip": 0.2, "whiten_rewards": True, "temperature": 0.7, "missing_stop_score": -1.0, "ema": 0.0}
-    | {"schedule": "linear", "warmup": 0, "adam_eps": 1e-5, "adam_tf1": True},
+    | {"schedule": "linear", "warmup": 0, "adam_eps": 1e-5, "adam_tf1": True}
+    | {"critic": "zero-head", "value_coef": 0.1},
     # Huang et al. 2024, "The N+ implementation details".
     "n-plus": _SHARED
     | {"kl_coef": 0.05, "batch": 512, "minibatches": 1, "epochs": 4, "value_clip": 0.2, "temperature": 0.7}
-    | {"missing_stop_score": -1.0, "schedule": "linear", "warmup": 0, "adam_eps": 1e-5, "ema": 0.0},
+    | {"missing_stop_score": -1.0, "schedule": "linear", "warmup": 0, "adam_eps": 1e-5, "ema": 0.0}
+    | {"value_coef": 0.1},
     # Bai et al. 2022, appendix B.1.
     "hh": _SHARED | {"kl_coef": 0.001, "epochs": 1, "entropy_coef": 0.0, "ema": 0.0},
     # Xu et al. 2024, appendix A; its top-k of 200 is left out, since it needs --ppo.correct-sampler.

@@ -143,6 +143,11 @@ class PPO:
     """Of the policy, after the warmup."""
     critic_learning_rate: float = 1e-3
     """Of the critic."""
+    critic: Literal["reward", "policy", "zero-head"] = "reward"
+    """What it starts from: the reward model (InstructGPT, Stiennon); the SFT model with a new head (Xu); or, one with
+    the policy, a head of zeros on the trunk that both train (Ziegler)."""
+    value_coef: float = 1.0
+    """Weight of the value loss (0.1 in Ziegler); a critic on its own has its rate instead."""
     warmup: int = 5
     """Iterations from a tenth of the rates to the rates."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"

@@ -66,7 +66,7 @@ class Job:
         settings, task = self.settings.ppo, self.task
         # What PPO writes while it runs is what its compiled step can see: ids, which gold reads only where they are
         # words.
-        return ppo_models(
+        models = ppo_models(
             self.cfg,
             _drawn(self.spec, self.settings),
             prompt_width=task.prompt_width,
@@ -75,12 +75,21 @@ class Job:
             critic=methods.has_critic(settings),
             axis_name=axis_name,
         )
+        return models._replace(join=ppo.shared_trunk) if settings.critic == "zero-head" else models
 
     def new_policy(self, start: Params, reward: Params) -> ppo.PPOState:
-        """What reinforcement learning begins with: a critic that starts as the reward model (InstructGPT C.4)."""
+        """What reinforcement learning begins with: the SFT model, and a critic where the method has one."""
         settings = self.settings.ppo
-        critic = reward if methods.has_critic(settings) else None
+        critic = self._new_critic(start, reward) if methods.has_critic(settings) else None
         return ppo.create(start, critic, self.ppo_tx, reference=None if settings.reference_ema is None else start)
+
+    def _new_critic(self, start: Params, reward: Params) -> Params:
+        """The reward model (InstructGPT C.4), the SFT model with a new head, or a head of zeros alone (Ziegler)."""
+        how, key = self.settings.ppo.critic, jax.random.fold_in(self.key("reward_model"), 3)
+        if how == "reward":
+            return reward
+        made = lm.with_head(key, start, self.cfg, zero=how == "zero-head")
+        return {"head": made["head"]} if how == "zero-head" else made
 
     def programs(self) -> dict[str, int]:
         """How often each of the large programs was traced, which is how often it was compiled.

@@ -33,6 +33,7 @@ from rlhf_jax.train.ppo_state import (
     create,
     lowered,
     replaced,
+    shared_trunk,
 )
 from rlhf_jax.train.ptx import ptx_loss
 from rlhf_jax.train.sft import TokenBatch
@@ -53,6 +54,7 @@ __all__ = [
     "make_train_step",
     "ptx_loss",
     "replaced",
+    "shared_trunk",
     "update",
 ]
 

@@ -35,7 +35,17 @@ class Models(NamedTuple):
     join: Callable[[Any, Params], Params] = step.all_trained
     """``(frozen, params) -> {"policy", "critic"}`` as the functions above want them. A policy of adapters on its own
     reference, which is then there once: ``lambda frozen, params: {**params, "policy":
-    lora.attach(frozen.reference, params["policy"], scale=...)}``."""
+    lora.attach(frozen.reference, params["policy"], scale=...)}``. A critic on the policy's trunk: `shared_trunk`."""
+
+
+def shared_trunk(frozen: Any, params: Params) -> Params:
+    """The ``join`` of a critic that is a head on the policy's trunk, which both then train (Ziegler 2019).
+
+    ``params["critic"]`` holds the head alone, ``{"head": ...}``; made by `lm.with_head` with ``zero``, its values
+    begin at 0. ``Hyper.value_coef`` weighs what the value loss may do to the trunk.
+    """
+    del frozen
+    return {"policy": params["policy"], "critic": {**params["policy"], **params["critic"]}}
 
 
 class Frozen(NamedTuple):
