@@ -37,8 +37,8 @@ Writes results.json and results.md below --out, and logs/.
 Hardware: two cores of an AMD EPYC with AVX-512 (family 25), 24 GB.
 Time: 35 minutes for all rows with all peers.
 To expect there: SFT 1.3 times Tunix (S) and 1.5 times (M, at 74 % of the matmul rate), and 1.8 and 1.3 times TRL in
-float32; DPO 1.6 times Tunix and twice TRL; the reward model as fast as TRL's; generation 1.3 to 1.8 times Tunix and
-twice transformers; PPO 1.4 times TRL; refilled slots 2.75 times one batch after the other; a token within 1.2 to 2
+float32; DPO 1.7 times Tunix and 2 to 2.6 times TRL; the reward model 1.2 times TRL's; generation 1.3 to 1.8 times Tunix
+and twice transformers; PPO 1.6 times TRL; refilled slots 2.75 times one batch after the other; a token within 1.2 to 2
 times the least it could be. Where XLA's products are faster than torch's, as on newer cores, the ratios to TRL are
 larger.
 """
