@@ -24,6 +24,7 @@ import gzip
 import json
 import os
 import pathlib
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -282,7 +283,9 @@ def _tfds_records(tfds_set: Tfds) -> Iterator[Raw]:
         try:
             yield Raw(where, plain_fields(rows[n]))
         except (errors.DataError, ValueError, IndexError, RuntimeError) as error:
-            raise errors.DataError(f"{where}: it cannot be read ({_first_sentence(error)})") from None
+            raise errors.DataError(
+                f"{where}: the set cannot be read, its files may be damaged or cut off ({_first_sentence(error)})"
+            ) from None
 
 
 def plain_fields(example: dict[str, Any]) -> dict[str, Any]:
@@ -305,4 +308,4 @@ def _plain(value: Any) -> Any:
 
 def _first_sentence(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].strip().rstrip(".:")
+    return re.split(r"\n|\. ", text, maxsplit=1)[0].strip().rstrip(".:")

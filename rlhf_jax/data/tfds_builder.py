@@ -27,6 +27,7 @@ import abc
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -119,7 +120,7 @@ def prepare(
 
     Args:
       builder: `RlhfDemonstrations`, `RlhfRankings`, `RlhfJudged` or `RlhfPrompts`.
-      name: of the set; letters, digits, ``_``, ``-`` and ``.``.
+      name: of the set; letters, digits, ``_``, ``-`` and ``.``, a letter or digit at the end.
       sources: for each split, such as ``"train"``, where its records come from.
       data_dir: where TFDS keeps its sets.
       counts: of records that are dropped; see `reading.read_demonstrations`.
@@ -128,9 +129,11 @@ def prepare(
       ``counts``.
 
     Raises:
-      DataError: a source cannot be read, or has too many broken records; there is a set of this name; array_record is
-        missing.
+      DataError: a source cannot be read, or has too many broken records; the name is taken, or is none;
+        array_record is missing.
     """
+    if not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9]", name):
+        raise errors.DataError(f"{name!r} is no name for a set: it may hold letters, digits, '_', '-' and '.'")
     counts = errors.DropCount() if counts is None else counts
     config = Files(name=name, sources=dict(sources), counts=counts)
     made = builder(data_dir=os.fspath(data_dir), config=config, file_format="array_record")
@@ -155,7 +158,11 @@ def example(record: records.Prompt) -> dict[str, Any]:
     if isinstance(record, records.Judged):
         fields["label"] = record.good
     if isinstance(record, records.Ranking):
-        fields |= {"responses": list(record.responses), "ranks": list(record.ranks), "scores": list(record.scores or ())}
+        fields |= {
+            "responses": list(record.responses),
+            "ranks": list(record.ranks),
+            "scores": list(record.scores or ()),
+        }
         if record.margin is not None:
             others["margin"] = record.margin
     return fields | {files.JSON_FIELD: json.dumps(others, ensure_ascii=False)}
