@@ -268,7 +268,10 @@ def test_one_set_in_every_kind_of_file(tmp_path):
 
 
 def test_parquet_with_messages_and_null_columns(tmp_path):
-    rows = [{"messages": [ASK, SAY], "prompt": None, "response": None}, {"messages": None, "prompt": "why", "response": "so"}]
+    rows = [
+        {"messages": [ASK, SAY], "prompt": None, "response": None},
+        {"messages": None, "prompt": "why", "response": "so"},
+    ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
     found, _ = reading.read_demonstrations(tmp_path / "d.parquet")
     assert found == [records.Demonstration(prompt=WHY, response="so")] * 2
