@@ -38,7 +38,11 @@ KINDS = {
         reading.read_judged,
         [{"prompt": "a", "response": "b", "label": i % 2 == 0, "expert": True} for i in range(3)],
     ),
-    "prompts": (tfds_builder.RlhfPrompts, reading.read_prompts, [{"prompt": f"q{i}", "n": i} for i in range(12)]),
+    "prompts": (
+        tfds_builder.RlhfPrompts,
+        reading.read_prompts,
+        [{"prompt": f"q{i}", "n": i, "metadata": {"prompt": "x"}} for i in range(12)],
+    ),
 }
 
 
@@ -97,7 +101,7 @@ def test_batches_read_lazily_from_a_set(data_dir):
     source = files.tfds_source(files.Tfds("rlhf_prompts/mine", data_dir=data_dir))
 
     def numbers(examples):
-        return np.asarray([files.plain_fields(example)["n"] for example in examples])
+        return np.asarray([files.plain_fields(example)["metadata"]["n"] for example in examples])
 
     batches = pipeline.from_source(source, collate=numbers, batch_size=4, seed=0, epochs=1, prefetch=0)
     seen = list(batches)

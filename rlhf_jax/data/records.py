@@ -291,7 +291,7 @@ def _ranked(fields: Mapping[str, Any]) -> tuple[Prompted, tuple[str, ...], tuple
     responses = tuple(_answer(value, "responses") for value in _list(fields, "responses"))
     if len(responses) < 2:
         raise Flaw("fewer than two answers")
-    ranks, scores = (_list(fields, key) or None if key in fields else None for key in ("ranks", "scores"))
+    ranks, scores = (_list(fields, key) if key in fields else None for key in ("ranks", "scores"))
     if ranks is None and scores is None:
         raise MissingError("ranks", "scores")
     if scores is not None:

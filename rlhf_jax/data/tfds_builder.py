@@ -8,11 +8,11 @@ TensorFlow is needed, to write or to read::
     rows = tfds.data_source("rlhf_rankings/mine", split="train", data_dir="sets")
 
 The records of a set stand in the order of their files, with these features, and ``fields_json``, a text that holds all
-else that a record said, as one JSON object:
+else that a record said, as one JSON object (numbers too: TFDS keeps 32 bits of a float):
 
 =======================  =========================================================================
 ``rlhf_demonstrations``  ``prompt`` (a sequence of ``role`` and ``content``), ``response``
-``rlhf_rankings``        ``prompt``, ``responses``, ``ranks`` (1 is best), ``scores`` (maybe none)
+``rlhf_rankings``        ``prompt``, ``responses``, ``ranks`` (1 is best)
 ``rlhf_judged``          ``prompt``, ``response``, ``label``
 ``rlhf_prompts``         ``prompt``
 =======================  =========================================================================
@@ -89,7 +89,6 @@ class RlhfRankings(_Builder):
     features = {  # noqa: RUF012
         "responses": tfds.features.Sequence(tfds.features.Text()),
         "ranks": tfds.features.Sequence(np.int32),
-        "scores": tfds.features.Sequence(np.float64),
     }
     read = staticmethod(reading.read_rankings)
 
@@ -152,17 +151,12 @@ def prepare(
 def example(record: records.Prompt) -> dict[str, Any]:
     """A record as an example of its builder; `files.plain_fields` and the parsers of `records` undo it."""
     fields: dict[str, Any] = {"prompt": [{"role": turn.role, "content": turn.text} for turn in record.prompt]}
-    others = dict(record.metadata)
+    others: dict[str, Any] = {"metadata": dict(record.metadata)}
     if isinstance(record, records.Demonstration):
         fields["response"] = record.response
     if isinstance(record, records.Judged):
         fields["label"] = record.good
     if isinstance(record, records.Ranking):
-        fields |= {
-            "responses": list(record.responses),
-            "ranks": list(record.ranks),
-            "scores": list(record.scores or ()),
-        }
-        if record.margin is not None:
-            others["margin"] = record.margin
+        fields |= {"responses": list(record.responses), "ranks": list(record.ranks)}
+        others |= {"scores": record.scores, "margin": record.margin}
     return fields | {files.JSON_FIELD: json.dumps(others, ensure_ascii=False)}
