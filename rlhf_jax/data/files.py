@@ -281,11 +281,12 @@ def _tfds_records(tfds_set: Tfds) -> Iterator[Raw]:
     for n in range(len(rows)):
         where = f"{name}, record {n + 1}"
         try:
-            yield Raw(where, plain_fields(rows[n]))
-        except (errors.DataError, ValueError, IndexError, RuntimeError) as error:
+            fields = plain_fields(rows[n])
+        except (ValueError, IndexError, RuntimeError) as error:
             raise errors.DataError(
                 f"{where}: the set cannot be read, its files may be damaged or cut off ({_first_sentence(error)})"
             ) from None
+        yield Raw(where, fields)
 
 
 def plain_fields(example: dict[str, Any]) -> dict[str, Any]:
