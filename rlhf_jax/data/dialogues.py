@@ -11,16 +11,12 @@ belongs to the format, not to the text, and is removed.
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import json
 import os
-import pathlib
 import re
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_jax.data import errors
+from rlhf_jax.data import errors, files
 
 USER = "user"
 ASSISTANT = "assistant"
@@ -32,7 +28,10 @@ _TURN_START = re.compile(r"\n\n(Human|Assistant):")
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One turn of a dialogue: ``role`` is ``"user"`` or ``"assistant"``, ``text`` carries no white space around it."""
+    """One turn of a dialogue: ``role`` is ``"user"``, ``"assistant"`` or, in front, ``"system"``.
+
+    The hh-rlhf form leaves no white space around ``text``; other forms give it as written.
+    """
 
     role: str
     text: str
@@ -103,13 +102,13 @@ def read_comparisons(
     stage = counts.stage()
     comparisons = []
     n = 0
-    for n, raw in enumerate(_lines(path), start=1):
+    for n, raw in enumerate(files.lines(path), start=1):
         try:
-            record = _record(raw)
-            chosen, rejected = (_dialogue(record, key) for key in ("chosen", "rejected"))
+            record = files.parse_line(raw, fields="chosen and rejected")
+            chosen, rejected = (dialogue_field(record, key) for key in ("chosen", "rejected"))
         except errors.DataError as error:
             raise errors.DataError(f"{errors.at(path, n)}: {error}") from None
-        reason = _flaw(chosen, rejected)
+        reason = flaw(chosen, rejected)
         if reason is not None:
             stage.drop(reason)
             continue
@@ -121,7 +120,7 @@ def read_comparisons(
     return comparisons, counts
 
 
-def _flaw(chosen: tuple[Turn, ...], rejected: tuple[Turn, ...]) -> str | None:
+def flaw(chosen: tuple[Turn, ...], rejected: tuple[Turn, ...]) -> str | None:
     """Why a pair of dialogues is no comparison, or None when it is one."""
     if chosen[-1].role != ASSISTANT or rejected[-1].role != ASSISTANT:
         return "ends in a human turn"
@@ -134,54 +133,16 @@ def _flaw(chosen: tuple[Turn, ...], rejected: tuple[Turn, ...]) -> str | None:
     return None
 
 
-def _record(raw: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise errors.DataError(f"the line is not UTF-8 ({error.reason} at byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
-        what = (
-            error.msg if isinstance(error, json.JSONDecodeError) else "it is nested too deeply, or a number is too long"
-        )
-        raise errors.DataError(f"the line is not JSON ({what})") from None
-    if not isinstance(record, dict):
-        raise errors.DataError(f"the line holds a {type(record).__name__}, not an object with chosen and rejected")
-    return record
+def dialogue_field(record: Mapping[str, Any], key: str) -> tuple[Turn, ...]:
+    """The dialogue that a field of a record holds.
 
-
-def _dialogue(record: dict[str, Any], key: str) -> tuple[Turn, ...]:
+    Raises:
+      DataError: there is none; see `parse_dialogue`.
+    """
     if key not in record:
         raise errors.DataError(f"the record has no {key!r}")
-    text = record[key]
-    if not isinstance(text, str):
-        raise errors.DataError(f"{key!r} is a {type(text).__name__}, not a string")
-    try:
-        # JSON may hold half a surrogate pair, which no tokenizer takes: better named here than failing far away.
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise errors.DataError(f"{key!r} holds half a surrogate pair, which is not a character") from None
+    text = files.text(record[key], key)
     try:
         return parse_dialogue(text)
     except errors.DataError as error:
         raise errors.DataError(f"in {key!r}, {error}") from None
-
-
-def _lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
-    """The lines of a plain or gzip file as bytes; whatever keeps them from being read becomes one DataError."""
-    name = os.fspath(path)
-    if pathlib.Path(path).is_dir():
-        raise errors.DataError(f"{name} is a directory, not a file of comparisons")
-    n = 0
-    try:
-        with gzip.open(path, "rb") if name.endswith(".gz") else open(path, "rb") as file:
-            for line in file:
-                n += 1
-                yield line
-    except FileNotFoundError:
-        raise errors.DataError(f"{name} does not exist") from None
-    except EOFError:
-        raise errors.DataError(f"{errors.at(path, n + 1)}: the gzip file is cut off here") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise errors.DataError(f"{errors.at(path, n + 1)}: the gzip file is damaged ({error})") from None
-    except OSError as error:
-        raise errors.DataError(f"{name} cannot be read ({error.strerror or error})") from None

@@ -158,28 +158,34 @@ def ranking_rows(
     response_width: int,
     pad_id: int,
     counts: errors.DropCount,
+    most: int | None = None,
 ) -> types.Comparisons:
     """Ranked answers, all those of a prompt in one batch element (InstructGPT, section 3.5).
 
     Args:
       prompts: ids, one list a prompt.
-      answers: for each prompt two or more answers; K is the largest number of them, and places beyond a prompt's own
-        hold padding with ``where_BK`` False and rank 0.
+      answers: for each prompt two or more answers; places beyond a prompt's own hold padding with ``where_BK`` False
+        and rank 0.
       ranks: for each answer its rank, 1 is best, equal ranks are ties.
       prompt_width: P.
       response_width: T.
       pad_id: the id at padding.
       counts: counts ``"answer truncated"``, once an answer.
+      most: K; by default the largest number of answers that a prompt has.
 
     Returns:
       `types.Comparisons` of NumPy arrays, ``tokens_BKL`` with L = P + T.
 
     Raises:
-      DataError: numbers that do not match, a prompt with fewer than two answers, a rank below 1; see `pad_prompts`.
+      DataError: numbers that do not match, a prompt with fewer than two answers or more than K, a rank below 1;
+        see `pad_prompts`.
     """
     _same_length(prompts=prompts, answers=answers, ranks=ranks)
     stage = counts.stage()
-    B, K, L = len(prompts), max(map(len, answers), default=2), prompt_width + response_width
+    widest = max(map(len, answers), default=2)
+    B, K, L = len(prompts), most or widest, prompt_width + response_width
+    if widest > K:
+        raise errors.DataError(f"a prompt has {widest} answers, more than the {K} there is room for")
     tokens_BKL, mask_BKL = _blank((B, K), L, pad_id)
     ranks_BK = np.zeros((B, K), np.int32)
     tokens_BP, mask_BP = pad_prompts(prompts, width=prompt_width, pad_id=pad_id)

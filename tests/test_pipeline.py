@@ -1,0 +1,190 @@
+"""Batches through grain: order, shares, resuming, and what they refuse."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf_jax.data import dialogues, errors, pipeline, records
+
+ROWS = {"x": np.arange(10), "y": np.arange(20).reshape(10, 2)}
+
+
+def make(arrays=ROWS, **options):
+    return pipeline.from_arrays(arrays, **{"batch_size": 4, "seed": 0, "prefetch": 0} | options)
+
+
+def first(batches, n):
+    return [next(batches)["x"].tolist() for _ in range(n)]
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    n=st.integers(1, 30),
+    share=st.integers(1, 5),
+    hosts=st.integers(1, 3),
+    epochs=st.integers(1, 3),
+    seed=st.integers(-3, 2**70),
+    drop_last=st.booleans(),
+)
+def test_shares_are_disjoint_cover_the_batches_and_are_of_equal_number(n, share, hosts, epochs, seed, drop_last):
+    batch_size = share * hosts
+    options = dict(batch_size=batch_size, seed=seed, epochs=epochs, drop_last=drop_last)
+    used = n - n % batch_size if drop_last else n
+    if used * epochs < batch_size:
+        with pytest.raises(errors.DataError, match="do not fill one batch"):
+            make({"x": np.arange(n)}, **options)
+        return
+    whole = [batch["x"] for batch in make({"x": np.arange(n)}, **options)]
+    assert len(whole) == used * epochs // batch_size
+    parts = [[b["x"] for b in make({"x": np.arange(n)}, host=h, hosts=hosts, **options)] for h in range(hosts)]
+    for step, batch in enumerate(whole):
+        np.testing.assert_array_equal(np.concatenate([part[step] for part in parts]), batch)
+    assert all(len(part) == len(whole) for part in parts)
+    stream = np.concatenate(whole)
+    for epoch in range(len(stream) // used):
+        seen = stream[epoch * used : (epoch + 1) * used]
+        assert len(set(seen.tolist())) == used  # each epoch holds each record at most once, and all of those it uses
+
+
+def test_epochs_have_orders_of_their_own_and_seeds_too():
+    orders = {seed: np.concatenate([b["x"] for b in make(batch_size=10, seed=seed, epochs=4)]) for seed in (0, 1)}
+    epochs = [tuple(order[i * 10 : i * 10 + 10]) for order in orders.values() for i in range(4)]
+    # grain alone would give epoch 1 of seed 0 the order of epoch 0 of seed 1.
+    assert len(set(epochs)) == 8
+    plain = np.concatenate([b["x"] for b in make(batch_size=5, shuffle=False, epochs=2)])
+    np.testing.assert_array_equal(plain, np.tile(np.arange(10), 2))
+
+
+def test_each_record_is_as_likely_in_each_place():
+    counts = Counter(make(batch_size=1, seed=seed, epochs=1).batch_at(0)["x"].item() for seed in range(300))
+    assert max(counts.values()) < 60 and min(counts.values()) > 10  # 30 each, 5 standard deviations
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+@pytest.mark.parametrize("stopped", [0, 1, 7])
+def test_an_iterator_goes_on_where_it_was_stopped(prefetch, stopped):
+    expected = first(make(prefetch=prefetch), 15)
+    batches = make(prefetch=prefetch)
+    first(batches, stopped)
+    state = json.loads(json.dumps(batches.get_state()))
+    batches.close()
+    again = make(prefetch=prefetch)
+    first(again, 3)  # wherever it stood
+    again.set_state(state)
+    assert first(again, 15 - stopped) == expected[stopped:]
+    assert [again.batch_at(step)["x"].tolist() for step in range(15)] == expected
+    again.close()
+
+
+def test_a_killed_process_goes_on_with_the_same_batches(tmp_path):
+    program = """
+import json, os, pathlib, signal, sys
+import numpy as np
+from rlhf_jax.data import pipeline
+batches = pipeline.from_arrays(np.arange(10), batch_size=4, seed=5)
+state = pathlib.Path(sys.argv[1])
+if state.exists():
+    batches.set_state(json.loads(state.read_text()))
+for n in range(3):
+    print(next(batches).tolist(), flush=True)
+state.write_text(json.dumps(batches.get_state()))
+print(next(batches).tolist(), flush=True)  # lost: it comes after the checkpoint
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    lines = []
+    for _ in range(2):
+        out = subprocess.run([sys.executable, "-c", program, str(tmp_path / "s")], capture_output=True, text=True)
+        assert out.returncode == -9
+        lines.append(out.stdout.splitlines())
+    straight = pipeline.from_arrays(np.arange(10), batch_size=4, seed=5, prefetch=0)
+    expected = [str(next(straight).tolist()) for _ in range(7)]
+    assert lines == [expected[:4], expected[3:]]
+
+
+def test_the_number_of_hosts_may_change_when_going_on():
+    expected = first(make(), 6)
+    half = make(host=1, hosts=2)
+    first(half, 2)
+    whole = make()
+    whole.set_state(half.get_state())
+    assert first(whole, 4) == expected[2:]
+
+
+OTHERS = {
+    "data": {"arrays": {"x": np.arange(10) + 1, "y": ROWS["y"]}},
+    "records": {"arrays": {"x": np.arange(11)}},
+    "seed": {"seed": 1},
+    "batch_size": {"batch_size": 2},
+    "epochs": {"epochs": 7},
+    "shuffle": {"shuffle": False},
+    "drop_last": {"drop_last": True},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_going_on_with_anything_else_is_refused(name):
+    state = make().get_state()
+    named = "data" if name == "records" else name  # other data have another fingerprint first of all
+    with pytest.raises(errors.DataError, match=f"cannot go on with these batches: the state was saved with {named} = "):
+        make(**OTHERS[name]).set_state(state)
+    for broken in ({}, {"fingerprint": {}}, {"grain": {"next_index": 3}}):
+        with pytest.raises(errors.DataError, match="this is no state of batches"):
+            make().set_state(broken)
+
+
+def test_another_order_of_the_shuffle_itself_is_refused():
+    state = make().get_state()
+    state["fingerprint"]["order"] = "0123456789abcdef"
+    with pytest.raises(errors.DataError, match="saved with order = '0123456789abcdef'"):
+        make().set_state(state)
+
+
+def test_finite_and_endless_batches():
+    assert make(epochs=2).steps == 5
+    assert make(epochs=2, drop_last=True).steps == 4
+    assert make().steps is None
+    with pytest.raises(IndexError, match="there is no step 5"):
+        make(epochs=2).batch_at(5)
+    with pytest.raises(IndexError, match="there is no step -1"):
+        make().batch_at(-1)
+    assert make(batch_size=25).batch_at(0)["x"].shape == (25,)
+    jax.tree.map(np.testing.assert_array_equal, make().batch_at(1)["y"], ROWS["y"][make().batch_at(1)["x"]])
+
+
+def test_numbers_out_of_their_range():
+    for options in ({"batch_size": 0}, {"hosts": 3}, {"hosts": 0}, {"epochs": 0}, {"prefetch": -1}):
+        with pytest.raises(ValueError, match="must be a multiple of hosts"):
+            make(**options)
+    with pytest.raises(ValueError, match="host = 2 is not one of 2"):
+        make(host=2, hosts=2)
+    with pytest.raises(errors.DataError, match="there is no record"):
+        make({"x": np.zeros(0)})
+    with pytest.raises(errors.DataError, match="differ in their number of rows: 2, 3"):
+        make({"x": np.zeros(2), "y": np.zeros(3)})
+
+
+def test_batches_of_records():
+    def record(i, where=""):
+        turn = dialogues.Turn("user", f"q{i}")
+        return records.Demonstration(prompt=(turn,), response=f"a{i}", metadata={"n": i}, where=where)
+
+    found = [record(i) for i in range(5)]
+    options = dict(batch_size=2, seed=0, prefetch=0, collate=lambda part: [record.response for record in part])
+    batches = pipeline.from_source(found, **options)
+    seen = [answer for _ in range(5) for answer in next(batches)]
+    assert Counter(seen) == Counter([f"a{i}" for i in range(5)] * 2)
+    # Where a record was read from is no part of what it says; all else is.
+    elsewhere = pipeline.from_source([record(i, "file, line 3") for i in range(5)], **options)
+    elsewhere.set_state(batches.get_state())
+    others = (found[::-1], [*found[:4], record(5)], found[:4])
+    assert len({pipeline.fingerprint(some) for some in (found, *others)}) == 4
+    with pytest.raises(TypeError, match="a set has no fixed bytes"):
+        pipeline.fingerprint([{1, 2}])
+    assert pipeline.from_source(found, data="mine", **options).fingerprint["data"] == "mine"
