@@ -104,9 +104,9 @@ def regressional_goodhart(
 ) -> np.ndarray:
     """``E[X | X + Z = proxy]``: the true score to expect of an answer with this proxy score (Gao 2022, 4.2.1).
 
-    ``mean + (proxy - mean - noise_mean) variance / (variance + noise_variance)``: of what a proxy is above its mean, its
-    noise Z takes a share, whoever optimises. Exact for normal X and Z that are independent; for others the best
-    straight line.
+    ``mean + (proxy - mean - noise_mean) variance / (variance + noise_variance)``: of what a proxy is above its
+    mean, its noise Z takes a share, whoever optimises. Exact for normal X and Z that are independent; for others the
+    best straight line.
 
     Args:
         proxy: proxy scores, of any shape.

@@ -2,8 +2,8 @@
 
 With ``d = sqrt(KL(policy || start))`` and gains over the start, so that R(0) = 0::
 
-    best of n:               R(d) = d (alpha - beta d),      highest at d* = alpha / (2 beta),       R* = alpha^2 / (4 beta)
-    reinforcement learning:  R(d) = d (alpha - beta log d),  highest at d* = exp(alpha / beta - 1),  R* = beta d*
+    best of n:               R = d (alpha - beta d),      highest at d* = alpha / (2 beta),   R* = alpha^2 / (4 beta)
+    reinforcement learning:  R = d (alpha - beta log d),  highest at d* = exp(alpha/beta - 1),  R* = beta d*
 
 Both are linear in alpha and beta. The second rises infinitely steeply from the origin: points near it are better left
 out of a fit.
@@ -153,20 +153,19 @@ def predict(curve: Fit, kl: npt.ArrayLike) -> np.ndarray:
 
 def _peak_distance(form: Form, a: float, b: float, covariance: np.ndarray, t: float) -> Estimate:
     """Fieller's interval of ``a / b``, taken through the rising function that gives the peak."""
-    lowest = form.peak(-math.inf)
-    if b <= 0:
-        return Estimate(math.inf, lowest, math.inf)
+    ratio = a / b if b > 0 else math.inf
+    mean = form.peak(ratio) if b > 0 else math.inf
     # The ratios r with (a - r b)^2 <= t^2 Var(a - r b).
     two = b**2 - t**2 * covariance[1, 1]
     one = a * b - t**2 * covariance[0, 1]
     none = a**2 - t**2 * covariance[0, 0]
     root = math.sqrt(max(one**2 - two * none, 0.0))
-    if two > 0:
-        return Estimate(form.peak(a / b), form.peak((one - root) / two), form.peak((one + root) / two))
-    if two == 0 or one**2 < two * none:
-        return Estimate(form.peak(a / b), lowest, math.inf)
-    end = (one - root) / two  # The larger root, for two is below 0: ratios above it, up to a curve that never turns.
-    return Estimate(form.peak(a / b), form.peak(end) if end <= a / b else lowest, math.inf)
+    if two > 0:  # The sign of b is certain.
+        ends = ((one - root) / two, (one + root) / two) if b > 0 else (math.inf, math.inf)
+        return Estimate(mean, *(form.peak(end) if end < math.inf else math.inf for end in ends))
+    # Else ratios above the larger root, up to those of a curve that never turns; all of them where there is no root.
+    end = (one - root) / two if two < 0 and one**2 >= two * none else -math.inf
+    return Estimate(mean, form.peak(end if end <= ratio else -math.inf), math.inf)
 
 
 def _peak_gain(form: Form, a: float, b: float, covariance: np.ndarray, t: float, distance: Estimate) -> Estimate:
