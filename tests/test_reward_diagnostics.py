@@ -1,5 +1,6 @@
 """What is measured of reward models: exact numbers, plain loops, identities."""
 
+import itertools
 import math
 
 import numpy as np
@@ -90,7 +91,7 @@ def test_buckets_hold_their_values_and_equal_values_share_one(values, count):
     assert all(bucket.least <= value <= bucket.most for value, bucket in zip(values, buckets))
     ordered = sorted(set(buckets))
     assert len(ordered) <= count
-    assert all(low.most < high.least for low, high in zip(ordered, ordered[1:]))
+    assert all(low.most < high.least for low, high in itertools.pairwise(ordered))
 
 
 def test_buckets_are_about_equally_full_and_can_be_read():
@@ -123,11 +124,8 @@ def test_the_gap_tells_a_model_that_learnt_by_heart_from_one_that_did_not():
 
 
 def test_where_nothing_was_learnt_by_heart_the_gap_holds_0_as_often_as_it_says():
-    rng, zeros = np.random.default_rng(9), np.zeros(80)
-    gaps = [
-        diagnostics.generalisation_gap(*(x for d in rng.normal(0.5, 1, (2, 80)) for x in (d, zeros)))
-        for _ in range(200)
-    ]
+    zeros, drawn = np.zeros(80), np.random.default_rng(9).normal(0.5, 1.0, size=(200, 2, 80))
+    gaps = [diagnostics.generalisation_gap(train, zeros, other, zeros) for train, other in drawn]
     for found in ([gap.accuracy_gap for gap in gaps], [gap.loss_gap for gap in gaps]):
         assert 0.9 <= np.mean([each.lo <= 0 <= each.hi for each in found]) <= 0.99
 

@@ -29,6 +29,7 @@ from rlhf_jax.diagnostics.goodhart import (
 )
 from rlhf_jax.diagnostics.intervals import (
     Estimate,
+    average,
     bootstrap_mean,
     difference,
     mean_interval,
@@ -63,6 +64,7 @@ __all__ = [
     "accuracy_above_threshold",
     "accuracy_by_stratum",
     "alarms",
+    "average",
     "best_of_n_curve",
     "best_of_n_kl",
     "best_of_n_mean",

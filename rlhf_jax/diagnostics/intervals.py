@@ -7,6 +7,7 @@ around the mean of those. Treating tokens or single answers as independent gives
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -160,6 +161,20 @@ def difference(first: Estimate, second: Estimate) -> Estimate:
     mean = first.mean - second.mean
     low = math.hypot(first.mean - first.lo, second.hi - second.mean)
     high = math.hypot(first.hi - first.mean, second.mean - second.lo)
+    return Estimate(mean, mean - low, mean + high)
+
+
+def average(estimates: Sequence[Estimate]) -> Estimate:
+    """The plain mean of independent estimates, from their intervals, in quadrature as in `difference`.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if not estimates:
+        raise ValueError("need at least one estimate")
+    n, mean = len(estimates), sum(each.mean for each in estimates) / len(estimates)
+    low = math.hypot(*(each.mean - each.lo for each in estimates)) / n
+    high = math.hypot(*(each.hi - each.mean for each in estimates)) / n
     return Estimate(mean, mean - low, mean + high)
 
 
