@@ -101,7 +101,7 @@ def split_halves(halves: Numbers | None, steps: Sequence[float] | None = None) -
         for ax in (top, bottom):
             ax.grid(axis="y")
             if parted is not None:
-                ax.axvline(x[parted], color=plots.color("ink"), linewidth=0.9, linestyle=(0, (1, 2)))
+                ax.axvline(float(x[parted]), color=plots.color("ink"), linewidth=0.9, linestyle=(0, (1, 2)))
     return out[0]
 
 
@@ -184,7 +184,7 @@ def _rates(
         for row, (_, it) in enumerate(rows):
             if it is not None:
                 plots.point(ax, it, row, "reward_model", scale=100)
-        ax.set_xlim(0, 100)
+        ax.set_xlim(-1.5, 101.5)
         ax.set_yticks(range(len(rows)), [name for name, _ in rows], color=plots.color("ink"))
         for label, (_, it) in zip(ax.get_yticklabels(), rows):
             label.set_fontweight("normal" if it else "bold")
@@ -201,4 +201,4 @@ def _name(stratum: Numbers) -> str:
     if name is None or (isinstance(name, float) and math.isnan(name)):
         return "not given"
     text = str(name)
-    return text if len(text) <= 28 else text[:27] + "…"
+    return text if len(text) <= 24 else text[:23] + "…"
