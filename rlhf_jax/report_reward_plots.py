@@ -128,7 +128,7 @@ def overoptimisation(curves: Sequence[Numbers] | None) -> str | None:
             if each.get("lo") and each.get("hi"):
                 ax.vlines(x, each["lo"], each["hi"], color=c, linewidth=0.9)
             for rank, fit in enumerate(each.get("fits") or ()):
-                (a, *_), (b, *_) = fit["alpha"], fit["beta"]
+                a, b = fit["alpha"][0], fit["beta"][0]
                 d = np.linspace(x.max() / 200, x.max(), 200)
                 curve = d * (a - b * forms[fit["form"]].bend(d))
                 ax.plot(

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -69,9 +70,9 @@ def test_scores_are_those_of_each_dialogue_alone(judged, model):
     score = jax.jit(lambda params, ids: lm.score(params, ids, cfg=cfg))
     assert [row["record"] for row in rows] == list(range(1, 25))
     for row, record in list(zip(rows, records()))[:3]:
-        asked = record["prompt"]
-        turns = [dialogues.Turn(m["role"], m["content"]) for m in asked] if isinstance(asked, list) else None
-        turns = turns or [dialogues.Turn("user", asked)]
+        asked: Any = record["prompt"]
+        asked = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
+        turns = [dialogues.Turn(message["role"], message["content"]) for message in asked]
         for side in ("chosen", "rejected"):
             ids, _ = chat.encode_dialogue(fmt, [*turns, dialogues.Turn("assistant", record[side])])
             assert row[side] == pytest.approx(float(score(params, np.array([ids]))[0]), abs=1e-5)

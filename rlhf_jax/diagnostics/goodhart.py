@@ -58,14 +58,13 @@ def split_halves(train_CN: npt.ArrayLike, test_CN: npt.ArrayLike, *, confidence:
     Raises:
         ValueError: unless both are tables of one shape, without NaN, of a checkpoint and two prompts or more.
     """
-    train_CN, test_CN = _tables(train_CN, test_CN)
-    train_CN, test_CN = train_CN - train_CN[0], test_CN - test_CN[0]
-    gaps = [intervals.mean_interval(row, confidence=confidence) for row in train_CN - test_CN]
+    train, test = (scores - scores[0] for scores in _tables(train_CN, test_CN))
+    gaps = [intervals.mean_interval(row, confidence=confidence) for row in train - test]
     apart = [gap.lo > 0 for gap in gaps]
     together = [c for c, on in enumerate(apart) if not on]
     first = together[-1] + 1 if together else 0
     mean, lo, hi = (np.array(each) for each in zip(*gaps))
-    return SplitHalves(train_CN.mean(axis=1), test_CN.mean(axis=1), mean, lo, hi, first if first < len(apart) else None)
+    return SplitHalves(train.mean(axis=1), test.mean(axis=1), mean, lo, hi, first if first < len(apart) else None)
 
 
 def fall_from_peak(proxy_CN: npt.ArrayLike, judge_CN: npt.ArrayLike, *, confidence: float = 0.95) -> FallFromPeak:
@@ -83,14 +82,14 @@ def fall_from_peak(proxy_CN: npt.ArrayLike, judge_CN: npt.ArrayLike, *, confiden
     Raises:
         ValueError: as in `split_halves`.
     """
-    proxy_CN, judge_CN = _tables(proxy_CN, judge_CN)
-    peak = int(judge_CN.mean(axis=1).argmax())
-    if peak == len(judge_CN) - 1:
+    proxy, judge = _tables(proxy_CN, judge_CN)
+    peak = int(judge.mean(axis=1).argmax())
+    if peak == len(judge) - 1:
         none = intervals.Estimate(0.0, 0.0, 0.0)
         return FallFromPeak(peak, none, none, False)
-    each = 1 - (1 - confidence) / (len(judge_CN) - 1)
-    fall = intervals.mean_interval(judge_CN[peak] - judge_CN[-1], confidence=each)
-    rise = intervals.mean_interval(proxy_CN[-1] - proxy_CN[peak], confidence=each)
+    each = 1 - (1 - confidence) / (len(judge) - 1)
+    fall = intervals.mean_interval(judge[peak] - judge[-1], confidence=each)
+    rise = intervals.mean_interval(proxy[-1] - proxy[peak], confidence=each)
     return FallFromPeak(peak, fall, rise, fall.lo > 0 and rise.lo > 0)
 
 
