@@ -289,6 +289,7 @@ def test_the_controlled_interval_covers_the_truth():
 def test_what_length_alone_decides_has_no_controlled_rate():
     got = diagnostics.length_controlled_win_rates([1.0, 1.0, 0.0], [4, 5, 1], [2, 2, 2])
     assert math.isnan(got.rates[0].mean) and got.rates[0][1:] == (0.0, 1.0) and got.length_effect.mean == math.inf
+    assert diagnostics.length_controlled_win_rates([0.0, 0.0, 1.0], [4, 5, 1], [2] * 3).length_effect.mean == -math.inf
     with pytest.raises(ValueError, match="cannot be told"):
         diagnostics.length_controlled_win_rate([1.0, 0.0], [4, 4], [2, 2])
     with pytest.raises(ValueError, match="above 0"):
