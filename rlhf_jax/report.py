@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rlhf_jax import report_plots as plots
+from rlhf_jax import report_reward_plots as reward_plots
 from rlhf_jax import results as results_lib
 
 MOST_TRANSCRIPTS = 12
@@ -152,8 +153,9 @@ def render(
 
     sections = [
         Section("Preference", _preference(results) + _categories(results)),
-        Section("Reward model", _calibration(results), reward_model_rows(results)),
+        Section("Reward model", _calibration(results) + _reward_model(results), reward_model_rows(results)),
         Section("Score against KL", _frontiers(results, metrics)),
+        Section("Over-optimisation", _overoptimisation(results)),
         Section("Alignment tax", _tax(results)),
         Section("Truthfulness and harm", _conduct(results)),
         *(Section(f"Learning curves: {name}", figures) for name, figures in learning_curves(metrics)),
@@ -215,7 +217,9 @@ def reward_model_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Every number about the reward model as (name, text); rates as percentages."""
     model = dict(results.get("reward_model") or {})
     fit = model.get("calibration") or {}
-    model |= {f"calibration {key}": fit.get(key) for key in ("error", "slope")}
+    model |= {f"calibration {key}": fit.get(key) for key in ("error", "slope", "temperature")}
+    model |= {"length correlation": (model.get("length_bias") or {}).get("correlation")}
+    model |= {key.replace("_", " "): (model.get("gap") or {}).get(key) for key in ("accuracy_gap", "loss_gap")}
     rows = []
     for name, found in model.items():
         if results_lib.interval(found) is None:
@@ -248,6 +252,49 @@ def _calibration(results: Mapping[str, Any]) -> list[Figure]:
         "on which it is too unsure; lines are 95 % intervals, and the strip counts the comparisons of each gap."
     )
     return _figures((plots.calibration(results), "Calibration", caption))
+
+
+def _reward_model(results: Mapping[str, Any]) -> list[Figure]:
+    model = results.get("reward_model") or {}
+    rho = results_lib.finite((model.get("thresholds") or {}).get("spearman"))
+    falls = "Where it falls, the model tells good answers worse apart than bad ones"
+    falls += "" if rho is None else f"; rank correlation {results_lib.format_number(rho.mean, digits=2)}"
+    return _figures(
+        (
+            reward_plots.strata(model.get("strata"), model.get("accuracy")),
+            "Accuracy by stratum",
+            "Points are accuracies, ties a half, lines their 95 % intervals; the dotted line is all pairs together.",
+        ),
+        (
+            reward_plots.generalisation(model.get("gap")),
+            "Training and other pairs",
+            "Where the intervals do not overlap, the model has learnt its training pairs by heart.",
+        ),
+        (reward_plots.thresholds(model.get("thresholds")), "Accuracy among high scores", falls + "."),
+        (
+            reward_plots.length_bias(model.get("length_bias")),
+            "Length",
+            "A model that prefers the longer answer more often than the labels do, and is right less often where the "
+            "shorter one is, goes by length; lines are 95 % intervals.",
+        ),
+    )
+
+
+def _overoptimisation(results: Mapping[str, Any]) -> list[Figure]:
+    halves, curves = results.get("split_halves"), results.get("overoptimisation")
+    told = reward_plots.overoptimisation_words(curves)
+    return _figures(
+        (
+            reward_plots.split_halves(halves, (halves or {}).get("steps")),
+            "Two reward models",
+            "Trained on halves of the comparisons; from the dotted line on, the policy gains what one alone likes.",
+        ),
+        (
+            reward_plots.overoptimisation(curves),
+            "Gold against KL, fitted",
+            "Solid: the form that fits better, with its peak; broken: the other" + (f" ({told})." if told else "."),
+        ),
+    )
 
 
 def _frontiers(results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[Figure]:

@@ -145,12 +145,12 @@ def win_rates(results: Mapping[str, Any]) -> str | None:
         for row, policy in enumerate(rows):
             for offset, filled, rate in zip((-0.17, 0.17), (True, False), rates[policy]):
                 if rate is not None:
-                    _point(ax, rate, row + offset, policy, scale=100, filled=filled)
+                    point(ax, rate, row + offset, policy, scale=100, filled=filled)
         _policy_rows(ax, rows)
         ax.set_xlabel("Wins against SFT (% of held-out prompts)")
         if any(found[0] for found in rates.values()) and any(found[1] for found in rates.values()):
             handles = [_marker_handle(filled) for filled in (True, False)]
-            _legend(ax, handles=handles, labels=["gold utility", "held-out labelers"])
+            legend(ax, handles=handles, labels=["gold utility", "held-out labelers"])
     return out[0]
 
 
@@ -170,7 +170,7 @@ def by_policy(
         for row, policy in enumerate(rows):
             it = found[policy]
             if it is not None:
-                _point(ax, it, row, policy, scale=scale)
+                point(ax, it, row, policy, scale=scale)
         ax.margins(x=0.08)
         _policy_rows(ax, rows)
         ax.set_xlabel(xlabel)
@@ -206,7 +206,7 @@ def categories(results: Mapping[str, Any]) -> str | None:
         ax.set_xlabel("Gold utility (mean)")
         from matplotlib.patches import Patch
 
-        _legend(ax, handles=[Patch(color=color(p)) for p in shown], labels=[results_lib.label(p) for p in shown])
+        legend(ax, handles=[Patch(color=color(p)) for p in shown], labels=[results_lib.label(p) for p in shown])
     return out[0]
 
 
@@ -272,7 +272,7 @@ def learning_curve(curves: Sequence[Curve], *, ylabel: str) -> str:
         ax.set(xlabel="Step", ylabel=ylabel)
         ax.grid(axis="y")
         if len(curves) > 1:
-            _legend(ax)
+            legend(ax)
     return out[0]
 
 
@@ -306,7 +306,7 @@ def frontier(results: Mapping[str, Any], curves: Sequence[tuple[Curve, Curve]], 
         ax.set(xlabel="√KL from the reference (√nats, per answer)", ylabel=ylabel)
         ax.set_xlim(left=0)
         ax.grid(axis="y")
-        _legend(ax)
+        legend(ax)
     return out[0]
 
 
@@ -349,7 +349,7 @@ def running_mean(y: np.ndarray, *, width: int) -> np.ndarray:
     return (total[i + after + 1] - total[i - before]) / (before + after + 1)
 
 
-def _point(
+def point(
     ax: Axes,
     it: results_lib.Interval,
     y: float,
@@ -386,7 +386,7 @@ def _marker_handle(filled: bool) -> Any:
     return Line2D([], [], color=c, marker="o", markersize=5, mew=1.1, markerfacecolor=c if filled else color("paper"))
 
 
-def _legend(ax: Axes, **kwargs: Any) -> None:
+def legend(ax: Axes, **kwargs: Any) -> None:
     """A legend in one row above the axes, where it can cover nothing."""
     ax.legend(
         loc="lower left",

@@ -175,6 +175,8 @@ def headline(results: Mapping[str, Any]) -> str:
                 f"{label(name)} moves the mean reward-model score from {format_number(start.mean, digits=2)} (SFT) "
                 f"to {format_number(score.mean, digits=2)}{spent}."
             )
+    if not found and (told := _reward_model(results)):
+        return told
     return f"Results of {len(found)} {'policy' if len(found) == 1 else 'policies'}."
 
 
@@ -195,7 +197,8 @@ def _interval_words(rate: Interval) -> str:
 
 def summary(results: Mapping[str, Any]) -> list[str]:
     """Further sentences in words, each only where its numbers are there."""
-    return [s for s in (_heldout(results), _reward_model(results), _tax(results), _ptx(results)) if s]
+    judged = _reward_model(results) if policies(results) else ""  # else it is the headline
+    return [s for s in (_heldout(results), judged, _tax(results), _ptx(results)) if s]
 
 
 def _first(results: Mapping[str, Any], names: Iterable[str], key: str) -> tuple[str, Interval] | None:

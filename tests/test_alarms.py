@@ -75,6 +75,13 @@ def down(by):
     return lambda name: lambda row: row[name] - by * (row["step"] - 40)
 
 
+def validated(row, *, rise):
+    """Losses of a row: the validation loss falls up to the thirtieth, and then rises by ``rise`` a row."""
+    step, noise = row["step"], 0.02 * (-1) ** row["step"]
+    held_out = 0.7 - 0.002 * min(step, 30) + rise * max(step - 30, 0)
+    return {"loss": 0.7 - 0.01 * step, "validation_loss": held_out + noise}
+
+
 CASES = {
     # name: (what raises it, what does not quite, words of the message)
     "not_finite": (
@@ -126,6 +133,11 @@ CASES = {
         lambda rows: changed(rows, 40, gold=down(0.01)("gold"), reward=lambda r: r["reward"] + 0.01 * (r["step"] - 40)),
         lambda rows: changed(rows, 40, gold=down(0.01)("gold"), reward=lambda r: r["reward"] - 0.01 * (r["step"] - 40)),
         "while gold, which is not trained on, fell from",
+    ),
+    "overfitted": (
+        lambda rows: [row | validated(row, rise=0.01) for row in rows],
+        lambda rows: [row | validated(row, rise=0.0) for row in rows],
+        "while the validation loss rose from",
     ),
 }
 

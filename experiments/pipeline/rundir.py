@@ -54,8 +54,12 @@ def finite(values: Any) -> Any:
 
 def free_path(settings: Settings, *, kind: str = "instructgpt") -> pathlib.Path:
     """Where a new run goes; raises SettingError if something is there. Nothing is made."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    path = pathlib.Path(settings.out or f"runs/{kind}-{settings.preset}-seed-{settings.seed}-{stamp}")
+    return free_folder(settings.out, kind=f"{kind}-{settings.preset}-seed-{settings.seed}")
+
+
+def free_folder(out: str | None, *, kind: str) -> pathlib.Path:
+    """``out``, or a new name below runs/ that begins with ``kind``; see `free_path`."""
+    path = pathlib.Path(out or f"runs/{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
     if path.exists() and not path.is_dir():
         raise SettingError(f"--out {path} is a file; it must be a folder")
     if path.is_dir() and any(path.iterdir()):

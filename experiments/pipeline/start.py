@@ -38,6 +38,21 @@ def load(path: str) -> Start:
     Vocabularies are often padded to a round number. Ids that no token has are taken off the model, so that none is ever
     drawn and no probability is anywhere lost to one.
     """
+    start = _read(path)
+    if "head" in start.params:
+        raise SettingError(f"--model {path} cannot be used: it holds a reward model, not a language model")
+    return start
+
+
+def load_reward_model(path: str) -> Start:
+    """Read the directory of a reward model, as the main job writes one; raises SettingError as `load` does."""
+    start = _read(path)
+    if "head" not in start.params:
+        raise SettingError(f"--model {path} cannot be used: it holds a language model, not a reward model")
+    return start
+
+
+def _read(path: str) -> Start:
     try:
         cfg, params = lm.load(path)
         tokenizer = tokenizers.load(path)
@@ -46,8 +61,6 @@ def load(path: str) -> Start:
         raise SettingError(f"--model {path} cannot be used: {error}") from error
     except Exception as error:  # the safetensors and tokenizers libraries raise bare exceptions for damaged files
         raise SettingError(f"--model {path} cannot be read: {error}") from error
-    if "head" in params:
-        raise SettingError(f"--model {path} cannot be used: it holds a reward model, not a language model")
     n = 1 + max(tokenizer.get_vocab().values())
     if n > cfg.vocab_size:
         raise SettingError(

@@ -1,7 +1,17 @@
 """Measurements of models and of reward models, on the host with NumPy and SciPy."""
 
-from rlhf_jax.diagnostics import alarms
-from rlhf_jax.diagnostics.best_of_n import best_of_n_kl, best_of_n_mean
+from rlhf_jax.diagnostics import alarms, overoptimisation
+from rlhf_jax.diagnostics.accuracy import (
+    Bucket,
+    GeneralisationGap,
+    Stratum,
+    ThresholdScan,
+    accuracy_above_threshold,
+    accuracy_by_stratum,
+    generalisation_gap,
+    quantile_buckets,
+)
+from rlhf_jax.diagnostics.best_of_n import BestOfNCurve, best_of_n_curve, best_of_n_kl, best_of_n_mean
 from rlhf_jax.diagnostics.calibration import (
     CalibrationCurve,
     calibration_curve,
@@ -10,33 +20,76 @@ from rlhf_jax.diagnostics.calibration import (
     expected_calibration_error,
 )
 from rlhf_jax.diagnostics.diversity import distinct_n, self_overlap, token_entropy
+from rlhf_jax.diagnostics.goodhart import (
+    FallFromPeak,
+    SplitHalves,
+    fall_from_peak,
+    regressional_goodhart,
+    split_halves,
+)
 from rlhf_jax.diagnostics.intervals import (
     Estimate,
+    average,
     bootstrap_mean,
+    difference,
     mean_interval,
+    outcome_rate,
     pairwise_accuracy,
     ratio_interval,
     wilson,
     win_outcomes,
     win_rate,
 )
+from rlhf_jax.diagnostics.length import (
+    LengthBias,
+    LengthControlledWinRates,
+    length_bias,
+    length_controlled_win_rate,
+    length_controlled_win_rates,
+    length_correlation,
+)
 
 __all__ = [
+    "BestOfNCurve",
+    "Bucket",
     "CalibrationCurve",
     "Estimate",
+    "FallFromPeak",
+    "GeneralisationGap",
+    "LengthBias",
+    "LengthControlledWinRates",
+    "SplitHalves",
+    "Stratum",
+    "ThresholdScan",
+    "accuracy_above_threshold",
+    "accuracy_by_stratum",
     "alarms",
+    "average",
+    "best_of_n_curve",
     "best_of_n_kl",
     "best_of_n_mean",
     "bootstrap_mean",
     "calibration_curve",
     "calibration_slope",
     "calibration_temperature",
+    "difference",
     "distinct_n",
     "expected_calibration_error",
+    "fall_from_peak",
+    "generalisation_gap",
+    "length_bias",
+    "length_controlled_win_rate",
+    "length_controlled_win_rates",
+    "length_correlation",
     "mean_interval",
+    "outcome_rate",
+    "overoptimisation",
     "pairwise_accuracy",
+    "quantile_buckets",
     "ratio_interval",
+    "regressional_goodhart",
     "self_overlap",
+    "split_halves",
     "token_entropy",
     "wilson",
     "win_outcomes",

@@ -168,10 +168,7 @@ def overoptimised(
         rewards, scores = np.array([pair for pair in both if np.isfinite(pair).all()]).reshape(-1, 2).T
         if len(scores) < 2 * judge_window:
             continue
-        # Windows end at the newest row, so that the last one is whole.
-        first = len(scores) % judge_window
-        means = scores[first:].reshape(-1, judge_window).mean(axis=1)
-        reward_means = rewards[first:].reshape(-1, judge_window).mean(axis=1)
+        means, reward_means = (_window_means(values, judge_window) for values in (scores, rewards))
         best = int(np.argmax(means[:-1]))
         lost, gained = means[best] - means[-1], max(means[best] - scores[:3].mean(), 0.0)
         rise = reward_means[-1] - reward_means[best]
@@ -186,11 +183,34 @@ def overoptimised(
     return None
 
 
+def overfitted(rows: Rows, *, validation_window: int = 4, validation_z: float = 4.0) -> str | None:
+    """The loss falls while ``validation_loss``, of pairs or texts that are not trained on, rises beyond the noise.
+
+    Rows that have both are compared in windows, the last with the best before it. For a test of a trained reward model
+    see `accuracy.generalisation_gap`.
+    """
+    both = [(_number(row.get("loss")), _number(row.get("validation_loss"))) for row in rows]
+    losses, held_out = np.array([pair for pair in both if np.isfinite(pair).all()]).reshape(-1, 2).T
+    if len(held_out) < 2 * validation_window:
+        return None
+    means, loss_means = (_window_means(values, validation_window) for values in (held_out, losses))
+    best = int(np.argmin(means[:-1]))
+    noise = validation_z * _standard_error(held_out, validation_window)
+    if means[-1] - means[best] <= noise or loss_means[-1] >= loss_means[best]:
+        return None
+    return (
+        f"the loss fell from {loss_means[best]:.3g} to {loss_means[-1]:.3g} while the validation loss rose from "
+        f"{means[best]:.3g} to {means[-1]:.3g} (means of {validation_window} rows): the model learns its training set "
+        "by heart. Look first at the number of epochs and at whether one prompt's pairs are spread over batches, then "
+        "lower the learning rate or stop earlier."
+    )
+
+
 CHECKS: dict[str, Callable[..., str | None]] = {
     check.__name__: check
     for check in (
         *(not_finite, negative_kl, first_ratio, large_ratios, sampler_gap, entropy_collapse, equal_rewards),
-        *(unfinished_answers, reward_below_start, overoptimised),
+        *(unfinished_answers, reward_below_start, overoptimised, overfitted),
     )
 }
 """Every check, by the name of its alarm."""
@@ -237,6 +257,11 @@ def _last(rows: Rows, name: str, count: int) -> list[float]:
     """The metric in the newest ``count`` rows; nothing where there are fewer rows or one of them lacks it."""
     values = [_number(row.get(name)) for row in rows[-count:]]
     return values if len(values) == count and np.isfinite(values).all() else []
+
+
+def _window_means(values: np.ndarray, window: int) -> np.ndarray:
+    """Means of neighbours; windows end at the newest row, so that the last one is whole."""
+    return values[len(values) % window :].reshape(-1, window).mean(axis=1)
 
 
 def _standard_error(values: np.ndarray, window: int) -> float:

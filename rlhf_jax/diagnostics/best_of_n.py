@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from scipy import special
+
+
+class BestOfNCurve(NamedTuple):
+    """One entry a size; arrays of length M."""
+
+    n: np.ndarray
+    kl: np.ndarray
+    """Nats from the policy; see `best_of_n_kl`."""
+    mean: np.ndarray
+    """Expected gold score of the best of n by proxy, averaged over prompts."""
+    lo: np.ndarray
+    hi: np.ndarray
+    """Ends of the percentile interval over prompts."""
 
 
 def best_of_n_kl(n: npt.ArrayLike) -> np.ndarray:
@@ -57,6 +71,41 @@ def best_of_n_mean(proxy_scores: npt.ArrayLike, gold_scores: npt.ArrayLike, ns: 
         weights = np.exp(_log_binomial(possible - 1, n - 1) - _log_binomial(total, n))
         estimates.append(np.sum(weights * shared[n - 1 :]))
     return np.array(estimates)
+
+
+def best_of_n_curve(
+    proxy_scores: npt.ArrayLike,
+    gold_scores: npt.ArrayLike,
+    rng: np.random.Generator,
+    *,
+    ns: Sequence[int] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+) -> BestOfNCurve:
+    """`best_of_n_mean` and its KL for every n from one pool, with bootstrap intervals over prompts.
+
+    All sizes are resampled together, so that the interval of one is that of the same prompts as another's.
+
+    Args:
+        proxy_scores: ``[B, N]``, N samples of each of B prompts, what the best is picked by.
+        gold_scores: ``[B, N]``, what is reported; the proxy's again for its own curve.
+        rng: the same state gives the same intervals.
+        ns: sizes, each from 1 to N; all of them by default.
+        confidence: of the intervals.
+        resamples: of the prompts.
+
+    Raises:
+        ValueError: if shapes differ, are not of rank 2 or empty, an n is out of range, or a score is NaN.
+    """
+    proxy, gold = np.asarray(proxy_scores, np.float64), np.asarray(gold_scores, np.float64)
+    if proxy.ndim != 2 or proxy.shape != gold.shape or not proxy.size:
+        raise ValueError(f"need two tables of scores, prompts by samples, got {proxy.shape} and {gold.shape}")
+    sizes = range(1, proxy.shape[1] + 1) if ns is None else ns
+    means_BM = np.array([best_of_n_mean(p, g, sizes) for p, g in zip(proxy, gold)])
+    B = len(means_BM)
+    drawn = np.array([means_BM[rng.integers(B, size=B)].mean(axis=0) for _ in range(resamples)])
+    lo, hi = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    return BestOfNCurve(np.array(sizes), best_of_n_kl(np.array(sizes)), means_BM.mean(axis=0), lo, hi)
 
 
 def _log_binomial(n: npt.ArrayLike, k: npt.ArrayLike) -> np.ndarray:

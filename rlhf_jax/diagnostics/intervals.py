@@ -7,6 +7,7 @@ around the mean of those. Treating tokens or single answers as independent gives
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -44,7 +45,7 @@ def mean_interval(values: npt.ArrayLike, *, confidence: float = 0.95) -> Estimat
     Raises:
         ValueError: if ``values`` is empty, not of rank 1, or holds NaN.
     """
-    values = _samples(values)
+    values = samples(values)
     mean, n = float(values.mean()), len(values)
     if n == 1:
         return Estimate(mean, -math.inf, math.inf)
@@ -60,7 +61,7 @@ def bootstrap_mean(
     Raises:
         ValueError: if ``values`` is empty, not of rank 1, or holds NaN.
     """
-    values = _samples(values)
+    values = samples(values)
     n = len(values)
     # One resample at a time: resamples x prompts indices at once is memory for nothing.
     means = np.array([values[rng.integers(n, size=n)].mean() for _ in range(resamples)])
@@ -74,7 +75,7 @@ def win_outcomes(a_scores: npt.ArrayLike, b_scores: npt.ArrayLike, *, tie_tolera
     Raises:
         ValueError: if the arrays are empty, not of rank 1 and one length, or hold NaN.
     """
-    a_scores, b_scores = _samples(a_scores), _samples(b_scores)
+    a_scores, b_scores = samples(a_scores), samples(b_scores)
     if a_scores.shape != b_scores.shape:
         raise ValueError(f"scores must be paired by prompt, got {a_scores.shape} and {b_scores.shape}")
     tied = (a_scores == b_scores) | (np.abs(a_scores - b_scores) <= tie_tolerance)
@@ -99,8 +100,21 @@ def win_rate(
     Raises:
         ValueError: as in ``win_outcomes``.
     """
-    outcomes = win_outcomes(a_scores, b_scores, tie_tolerance=tie_tolerance)
-    mean, ties = float(outcomes.mean()), float((outcomes == 0.5).mean())
+    return outcome_rate(win_outcomes(a_scores, b_scores, tie_tolerance=tie_tolerance), confidence=confidence)
+
+
+def outcome_rate(outcomes: npt.ArrayLike, *, confidence: float = 0.95) -> Estimate:
+    """`win_rate` from the outcomes themselves: 1 for a win, 0 for a loss, 1/2 for a tie.
+
+    Raises:
+        ValueError: if ``outcomes`` is empty, not of rank 1, holds NaN, or something outside [0, 1].
+    """
+    outcomes = samples(outcomes)
+    if ((outcomes < 0) | (outcomes > 1)).any():
+        raise ValueError("an outcome is a win (1), a loss (0) or a tie (1/2); got one outside [0, 1]")
+    mean = float(outcomes.mean())
+    # What an outcome between 0 and 1 takes off the variance of a coin; 1 for a tie.
+    ties = float((4 * outcomes * (1 - outcomes)).mean())
     return Estimate(mean, *_score_interval(mean, ties, len(outcomes), confidence))
 
 
@@ -125,7 +139,7 @@ def ratio_interval(parts: npt.ArrayLike, wholes: npt.ArrayLike, *, confidence: f
     Raises:
         ValueError: if the arrays differ in shape, hold NaN, or no cluster has anything in it.
     """
-    parts, wholes = _samples(parts), _samples(wholes)
+    parts, wholes = samples(parts), samples(wholes)
     if parts.shape != wholes.shape or not wholes.sum() > 0:
         raise ValueError(f"need one part and one whole a cluster, and one whole above 0; got {parts.shape}")
     parts, wholes = parts[wholes > 0], wholes[wholes > 0]
@@ -135,6 +149,33 @@ def ratio_interval(parts: npt.ArrayLike, wholes: npt.ArrayLike, *, confidence: f
     error = math.sqrt(float(np.square(parts - mean * wholes).sum()) * n / (n - 1)) / float(wholes.sum())
     width = _critical(confidence) * error
     return Estimate(mean, mean - width, mean + width)
+
+
+def difference(first: Estimate, second: Estimate) -> Estimate:
+    """``first - second`` of two independent estimates, from the intervals of both.
+
+    Newcombe's hybrid score interval (1998, method 10) where the two are rates with Wilson's intervals: each end of the
+    difference is as far off as the two ends that cause it, in quadrature, so that intervals that are not symmetric stay
+    so. The confidence is that of the two.
+    """
+    mean = first.mean - second.mean
+    low = math.hypot(first.mean - first.lo, second.hi - second.mean)
+    high = math.hypot(first.hi - first.mean, second.mean - second.lo)
+    return Estimate(mean, mean - low, mean + high)
+
+
+def average(estimates: Sequence[Estimate]) -> Estimate:
+    """The plain mean of independent estimates, from their intervals, in quadrature as in `difference`.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if not estimates:
+        raise ValueError("need at least one estimate")
+    n, mean = len(estimates), sum(each.mean for each in estimates) / len(estimates)
+    low = math.hypot(*(each.mean - each.lo for each in estimates)) / n
+    high = math.hypot(*(each.hi - each.mean for each in estimates)) / n
+    return Estimate(mean, mean - low, mean + high)
 
 
 def _score_interval(mean: float, ties: float, n: int, confidence: float) -> tuple[float, float]:
@@ -154,7 +195,8 @@ def _critical(confidence: float) -> float:
     return float(stats.norm.ppf((1 + confidence) / 2))
 
 
-def _samples(values: npt.ArrayLike) -> np.ndarray:
+def samples(values: npt.ArrayLike) -> np.ndarray:
+    """One or more numbers as float64 of rank 1; raises ValueError for anything else, and for NaN."""
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or not len(values) or np.isnan(values).any():
         raise ValueError(f"need at least one number, rank 1, no NaN; got shape {values.shape}")
