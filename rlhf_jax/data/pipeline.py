@@ -30,8 +30,10 @@ from rlhf_jax.data import batching, errors
 if TYPE_CHECKING:
     import grain
 
-_PROBE = 64
-"""So many places of the first epoch's order are part of a fingerprint: another grain may shuffle in another way."""
+_PROBE = 16
+"""So many places of the first epoch's order are part of a fingerprint: another grain may shuffle in another way. Few,
+since grain takes long over each place where there are few records.
+"""
 
 
 class Batches:
