@@ -208,9 +208,7 @@ def test_kto_takes_its_baseline_from_answers_to_other_prompts():
     baseline = max(float(np.mean(sums(params(), crossed) - sums(params(1), crossed))), 0.0)
     _, logs = run(batch, "kto")
     np.testing.assert_allclose(logs["baseline"], baseline, rtol=1e-3, atol=1e-5)
-    by_hand = losses.kto(
-        jnp.asarray(policy), jnp.asarray(theirs), batch.good_BK, baseline, beta=0.5
-    )
+    by_hand = losses.kto(jnp.asarray(policy), jnp.asarray(theirs), batch.good_BK, baseline, beta=0.5)
     np.testing.assert_allclose(logs["loss"].value(), by_hand.mean(), rtol=1e-4)
     good = np.asarray(batch.good_BK)
     right = (policy - theirs - baseline > 0) == good

@@ -40,7 +40,13 @@ def slope(f, x, size=1e-5):
 # ------------------------------------------------------------------------------------------------- the direct losses
 
 HYPER: Any = dpo.Hyper(
-    beta=0.3, label_smoothing=0.15, desirable_weight=1.4, undesirable_weight=0.8, odds_weight=0.7, margin=0.4, sft_coef=0.6
+    beta=0.3,
+    label_smoothing=0.15,
+    desirable_weight=1.4,
+    undesirable_weight=0.8,
+    odds_weight=0.7,
+    margin=0.4,
+    sft_coef=0.6,
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -19,20 +19,27 @@ from . import stages
 
 
 @contextlib.contextmanager
-def compiling(job: stages.Job) -> Iterator[None]:
+def compiling(
+    job: stages.Job, *, instead: Callable[[concurrent.futures.Executor, Any], None] | None = None
+) -> Iterator[None]:
     """Compile the steps of all stages in a thread, in the order in which they are needed.
 
-    Whatever ends the block, what has not begun to be compiled is dropped.
+    ``instead(executor, policy)`` compiles what comes in the place of reinforcement learning, for a policy of these
+    shapes. Whatever ends the block, what has not begun to be compiled is dropped.
     """
     executor = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
     try:
-        _submit(job, executor)
+        _submit(job, executor, instead)
         yield
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
 
 
-def _submit(job: stages.Job, executor: concurrent.futures.Executor) -> None:
+def _submit(
+    job: stages.Job,
+    executor: concurrent.futures.Executor,
+    instead: Callable[[concurrent.futures.Executor, Any], None] | None,
+) -> None:
     key = jax.random.key(0)
     policy = jax.eval_shape(partial(lm.init, cfg=job.cfg), key) if job.base is None else job.base
     reward = jax.eval_shape(partial(lm.with_head, cfg=job.cfg), key, policy)
@@ -45,6 +52,9 @@ def _submit(job: stages.Job, executor: concurrent.futures.Executor) -> None:
     job.supervised_step.compile_ahead(executor, training(policy), None, stages.hyper(0.0), text, key)
     job.sampler.compile_ahead(executor, policy, reward)
     job.reward_step.compile_ahead(executor, training(reward), None, stages.hyper(0.0), _comparisons(job), key)
+    if instead is not None:
+        instead(executor, policy)
+        return
     # From here on the text is there: its rows are in the batches of PPO.
     batch_at, hyper_at = stages.ppo_inputs(job, "ppo", ptx_coef=0.0)
     optimising = jax.eval_shape(job.new_policy, policy, reward)
