@@ -38,7 +38,7 @@ def made_step(objective: Any, reference: Any):
     return parallel.jit_step(dpo.make_train_step(logprobs, objectives.soft(objective), **how))
 
 
-def trained(objective: Any, *, pairs: Any = PAIRS, start=REFERENCE, against: Any = "start", **numbers):
+def trained(objective: Any, *, pairs: Any = PAIRS, start: Any = REFERENCE, against: Any = "start", **numbers):
     """Logits that an objective ends at, over all pairs at every step."""
     step = made_step(objective, against is not None)
     state = state_lib.create({"logits_SA": start}, ADAM)

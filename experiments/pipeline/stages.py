@@ -52,8 +52,8 @@ class Job:
     ppo_tx: optax.GradientTransformation
 
     def key(self, stage: str) -> jax.Array:
-        """The random key of a stage."""
-        return jax.random.fold_in(jax.random.key(self.settings.seed), 100 + STAGES.index(stage))
+        """The random key of a stage; ``ppo-more`` has that of ``ppo``."""
+        return jax.random.fold_in(jax.random.key(self.settings.seed), 100 + STAGES.index(stage.partition("-")[0]))
 
     @functools.cached_property
     def ppo_step(self) -> parallel.JitStep:
@@ -318,7 +318,7 @@ def _halves(cut: int, n: int) -> tuple[slice, slice]:
     return slice(0, cut), slice(cut, n)
 
 
-def train_reward_model(job: Job, start: Params, train: types.Comparisons) -> Params:
+def train_reward_model(job: Job, start: Params, train: types.Comparisons, *, stage: str = "reward_model") -> Params:
     """One epoch over the comparisons, all pairs of a prompt in one batch element."""
     settings, n = job.settings.reward_model, len(train.ranks_BK)
     batch = min(settings.batch, n)
@@ -327,7 +327,7 @@ def train_reward_model(job: Job, start: Params, train: types.Comparisons) -> Par
     order = batching.epoch_batches(0, n=n, batch_size=batch, key=key, steps=steps)
     params = lm.with_head(jax.random.fold_in(key, 1), start, job.cfg)
     state = job.fit(
-        "reward_model",
+        stage,
         job.reward_step,
         state_lib.create(params, job.supervised_tx),
         steps,

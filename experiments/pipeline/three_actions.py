@@ -42,7 +42,7 @@ APPLY = types.ApplyFn(_forward, bandit.logits)
 _START = {"theta": jnp.zeros(())}
 
 
-def probabilities(params: dict[str, jax.Array]) -> np.ndarray:
+def probabilities(params: Any) -> np.ndarray:
     """Those of the three answers."""
     return np.asarray(jax.nn.softmax(_forward(params, jnp.zeros((1, 1), jnp.int32)).hidden_BLD[0, 0]))
 

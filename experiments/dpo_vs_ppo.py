@@ -1,0 +1,324 @@
+"""DPO against PPO, after Xu et al. 2024 and Rafailov et al. 2023: gold utility for KL, and what shifted pairs cost.
+
+    python experiments/dpo_vs_ppo.py                       about 12 minutes on two CPU cores
+    python experiments/dpo_vs_ppo.py --parts bandit exact  the two parts that are exact, in less than a minute
+    python experiments/dpo_vs_ppo.py --preset smoke        all of it in two minutes, too short to learn much
+    python experiments/dpo_vs_ppo.py --resume runs/NAME    go on with a study that was stopped or killed
+
+Three parts. ``world``: from one SFT model of the built-in world, DPO at several betas, DPO in rounds that a reward
+model labels, PPO at several KL coefficients, and both again where the comparisons are of the base model's answers, which
+the SFT model would hardly write (shifted pairs). ``bandit``: the same on a table of rewards, where KL and gold are exact
+and the optimum is known. ``exact``: the three answers of Xu's theorem 4.1. Seeds are keys of sampling and batches in the
+first, other labels in the second. All settings of instructgpt.py are settings here too.
+
+Writes below ``--out``: study.json, study.html with the figures, config.json, metrics.jsonl, checkpoints/, reference/.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if sys.platform == "linux" and os.environ.get("GLIBC_TUNABLES") is None and __name__ == "__main__":
+    # Huge pages make steps about a third faster on a CPU; glibc reads this once, when a process starts.
+    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+import dataclasses
+import pathlib
+import time
+from typing import Any, Literal
+
+from pipeline import (
+    bandit_study,
+    cells,
+    command,
+    direct,
+    preferences,
+    rundir,
+    settings,
+    stages,
+    start,
+    sweep_plot,
+    tasks,
+    three_actions,
+)
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from rlhf_jax import console, diagnostics
+
+Part = Literal["world", "bandit", "exact"]
+SHIFTED = "shifted pairs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Study(direct.Direct, settings.Settings):
+    """DPO against PPO, with every setting of the main job."""
+
+    parts: tuple[Part, ...] = ("world", "bandit", "exact")
+    """Which to run."""
+    seeds: int = 3
+    """Runs of each method and coefficient."""
+    betas: tuple[float, ...] = (0.05, 0.15, 0.5)
+    """Of DPO; the middle one is what shifted and unshifted pairs are compared at."""
+    kl_coefs: tuple[float, ...] = (0.02, 0.06, 0.2)
+    """Of PPO; likewise."""
+    rounds: int = 3
+    """Of iterated DPO, on as many pairs in all as the other has."""
+    bandit_seeds: int = 10
+    """Draws of labels on the bandit."""
+    bandit_coefs: tuple[float, ...] = (0.1, 0.2, 0.5, 1.0, 2.0)
+    """Betas and KL coefficients on the bandit, where rewards have standard deviation 1."""
+    bandit_pairs: int = 400
+    """Labels on the bandit; it has 64 pairs of a prompt and an answer."""
+
+
+def parse(arguments: list[str]) -> Study:
+    """Settings from the command line; raises SettingError for what cannot be."""
+    asked = command.parse(Study, arguments, prog="dpo_vs_ppo.py", doc=__doc__, adjust=_short)
+    direct.check(asked)
+    for name in ("seeds", "rounds", "bandit_seeds", "bandit_pairs"):
+        if getattr(asked, name) < 1:
+            raise settings.SettingError(f"--{name.replace('_', '-')} is {getattr(asked, name)}; it must be at least 1")
+    for name in ("betas", "kl_coefs", "bandit_coefs"):
+        given = getattr(asked, name)
+        if not given or min(given) <= 0 or len(set(given)) < len(given):
+            raise settings.SettingError(f"--{name.replace('_', '-')} is {given}; each must be above 0, and there once")
+    if not asked.parts:
+        raise settings.SettingError("--parts must name something")
+    if asked.beta is not None:
+        raise settings.SettingError(f"--beta is {asked.beta}; give --betas here")
+    return asked
+
+
+def _short(preset: settings.Settings) -> settings.Settings:
+    """Many runs are made shorter."""
+    if preset.preset != "default":
+        return preset
+    return dataclasses.replace(preset, ppo=dataclasses.replace(preset.ppo, iterations=18))
+
+
+def run(asked: Study) -> dict[str, Any]:
+    """The whole study; returns what study.json holds."""
+    began, out = time.time(), Console()
+    path = pathlib.Path(asked.resume) if asked.resume else rundir.free_path(asked, kind="dpo-vs-ppo")
+    begin = start.load(asked.model) if asked.model else None
+    task = tasks.make_task(asked, begin) if "world" in asked.parts else None
+    if task is not None and task.world is None:
+        raise settings.SettingError("--data.path has no gold utility to compare by; leave it out, or the part `world`")
+    folder = rundir.RunFolder(path) if asked.resume else rundir.create(path, asked)
+    results: dict[str, Any] = {}
+    drawn = []
+    if "exact" in asked.parts:
+        results["exact"] = exact()
+        out.print(exact_table(results["exact"]))
+    if "bandit" in asked.parts:
+        results["bandit"] = on_bandit(asked)
+        drawn.append(
+            sweep_plot.frontier(
+                results["bandit"], xlabel="Bandit: root of the exact KL, nats", ylabel="Expected reward, exact"
+            )
+        )
+        out.print(lines_table(results["bandit"], "bandit: expected reward at the KL that each coefficient ends at"))
+    if task is not None:
+        results["world"] = in_world(asked, task, begin, folder)
+        label = "Built-in world: root of the KL to the SFT model, nats a sequence"
+        drawn.insert(0, sweep_plot.frontier(results["world"]["lines"], xlabel=label, ylabel="Gold utility"))
+        out.print(lines_table(results["world"]["lines"], "built-in world: gold utility at the KL reached"))
+        for name, effect in results["world"]["effects"].items():
+            out.print(f"{name}: {sweep_plot.interval_text(effect)}", soft_wrap=True, highlight=False)
+    folder.log.close()
+    results = rundir.finite(results | {"seconds": time.time() - began})
+    note = (
+        "Lines join the coefficients of a method, means over seeds with 95 % intervals; broken ones had shifted pairs."
+    )
+    if "exact" in results:
+        note += " " + exact_words(results["exact"])
+    sweep_plot.write_page(folder.path / "study.html", drawn, title="DPO against PPO", note=note)
+    folder.write_json("study.json", results)
+    out.print(f"figures: {folder.path / 'study.html'}   numbers: {folder.path / 'study.json'}", soft_wrap=True)
+    return results
+
+
+def exact() -> dict[str, Any]:
+    """Probabilities of the three answers, by method, and DPO's loss of each."""
+    beta = 0.1
+    trained, _ = three_actions.by_dpo(beta=beta)
+    policies = {
+        "reference": three_actions.REFERENCE,
+        "DPO": trained,
+        "PPO": three_actions.by_ppo(kl_coef=beta),
+        "optimum of reward less KL": three_actions.optimum(kl_coef=beta),
+        "(0.1, 0, 0.9)": (0.1, 0.0, 0.9),
+    }
+    return {
+        name: {"probabilities": [float(p) for p in each], "dpo_loss": three_actions.loss(each, beta=beta)}
+        for name, each in policies.items()
+    }
+
+
+def exact_words(found: dict[str, Any]) -> str:
+    """The part ``exact`` in a sentence."""
+    third = {name: each["probabilities"][2] for name, each in found.items()}
+    return (
+        "Three answers, of which the third was never seen: "
+        f"DPO gives it {third['DPO']:.3f} and PPO {third['PPO']:.4f}; in the optimum it has "
+        f"{third['optimum of reward less KL']:.1e}."
+    )
+
+
+def exact_table(found: dict[str, Any]) -> Table:
+    """The part ``exact``, a policy a row."""
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, title="three answers, the third unseen", title_justify="left")
+    for column in ("", "better", "worse", "unseen", "DPO loss"):
+        made.add_column(column, justify="right" if column else "left")
+    for name, each in found.items():
+        made.add_row(name, *(f"{p:.4g}" for p in each["probabilities"]), f"{each['dpo_loss']:.4f}")
+    return made
+
+
+def on_bandit(asked: Study) -> list[dict[str, Any]]:
+    """The lines of the bandit."""
+    found = bandit_study.run(
+        coefs=asked.bandit_coefs, seeds=asked.bandit_seeds, pairs=asked.bandit_pairs, rounds=asked.rounds
+    )
+    return [_line(method, dict(zip(asked.bandit_coefs, rows))) for method, rows in found.items()]
+
+
+def in_world(asked: Study, task: tasks.Task, begin: Any, folder: rundir.RunFolder) -> dict[str, Any]:
+    """The lines of the built-in world, and what shift and rounds do at the middle coefficients."""
+    middle = {"DPO": _middle(asked.betas), "PPO": _middle(asked.kl_coefs)}
+    names = ["pretrain", "sft", "sft_mix", "comparisons", "reward_model", "reward_model-shifted"]
+    wanted = [("DPO", asked.betas), (f"DPO, {SHIFTED}", asked.betas), ("iterated DPO", asked.betas)]
+    wanted += [("PPO", asked.kl_coefs), (f"PPO, {SHIFTED}", (middle["PPO"],))]
+    weights = [(name, 20.0) for name in names]
+    for method, coefs in wanted:
+        each = [_stage(method, coef, seed) for coef in coefs for seed in range(asked.seeds)]
+        rounds = range(asked.rounds)
+        weights += [(f"{n}-round{r}", 4.0) for n in each for r in rounds] if method == "iterated DPO" else []
+        weights += [(n, 16.0 if "PPO" in method else 9.0) for n in each] if method != "iterated DPO" else []
+    with console.StageProgress([*weights, ("evaluate", 60.0)]) as progress:
+        job = stages.make_job(
+            asked, task, start=begin, checkpoints=folder.checkpoints, log=folder.log, progress=progress
+        )
+        policies = _policies(job, asked, folder, wanted)
+        progress.start("evaluate", 1 + len(policies))
+        shared = policies.pop("shared")
+        against = cells.answers(job, shared, task.eval_prompts, shared.sft, seed=0)
+        runs: dict[str, dict[float, list[dict[str, float]]]] = {}
+        for done, ((method, coef, seed), policy) in enumerate(policies.items()):
+            numbers = cells.measure(job, shared, task.eval_prompts, against, policy, seed=1 + seed)
+            runs.setdefault(method, {}).setdefault(coef, []).append(numbers)
+            progress.update("evaluate", 1 + done, 1 + len(policies))
+        progress.finish("evaluate")
+    return {"lines": [_line(method, each) for method, each in runs.items()], "effects": _effects(runs, middle)}
+
+
+def _policies(job: stages.Job, asked: Study, folder: rundir.RunFolder, wanted: Any) -> dict[Any, Any]:
+    """Every policy, by (method, coefficient, seed); and what they share."""
+    shared = cells.prepare(job)
+    base = stages.pretrain(job)
+    width, n = job.task.prompt_width, asked.pairs
+    own, _, _ = stages.comparisons(job, [shared.sft, shared.start])
+    shifted, _, _ = stages.comparisons(job, [base])
+    reward = stages.train_reward_model(job, shared.start, shifted, stage="reward_model-shifted")
+    others = shared._replace(reward=stages.normalised(job, reward, shared.start))
+    pairs = {
+        name: preferences.from_rankings(rows, prompt_width=width, per_prompt=n, seed=asked.seed)
+        for name, rows in (("own", own), (SHIFTED, shifted))
+    }
+    trainer = direct.make_trainer(job, asked, folder.path)
+    # Each prompt of a round gives one pair.
+    prompts = job.task.rl_prompts.take(len(pairs["own"]))
+    made: dict[Any, Any] = {"shared": shared}
+    for method, coefs in wanted:
+        for coef in coefs:
+            numbers = dataclasses.replace(asked, beta=coef)
+            for seed in range(asked.seeds):
+                name = _stage(method, coef, seed)
+                if method == "iterated DPO":
+                    policy, _ = direct.iterate(
+                        trainer,
+                        shared.start,
+                        shared.reward,
+                        prompts,
+                        judge=preferences.judged_by_reward,
+                        name=name,
+                        seed=seed,
+                        rounds=asked.rounds,
+                        samples=4,
+                        asked=numbers,
+                    )
+                elif "DPO" in method:
+                    chosen = pairs[SHIFTED if SHIFTED in method else "own"]
+                    policy = trainer.train(shared.start, chosen, name=name, seed=seed, asked=numbers)
+                else:
+                    cell = cells.Cell(name, dataclasses.replace(asked.ppo, kl_coef=coef), seed)
+                    job.progress.start(name, asked.ppo.iterations)
+                    policy = cells.train(job, others if SHIFTED in method else shared, cell, step=job.ppo_step)
+                    job.progress.finish(name)
+                made[method, coef, seed] = policy
+    return made
+
+
+def _middle(coefs: tuple[float, ...]) -> float:
+    return sorted(coefs)[len(coefs) // 2]
+
+
+def _stage(method: str, coef: float, seed: int) -> str:
+    return f"{method.lower().replace(', ', '-').replace(' ', '-')}-{coef:g}-seed{seed}"
+
+
+def _line(method: str, runs: dict[float, list[dict[str, float]]]) -> dict[str, Any]:
+    """One method's line in a figure, and its runs."""
+    families = ("PPO", "DPO", "iterated DPO", "optimum")
+    return {
+        "method": method,
+        "look": families.index(method.split(",")[0]),
+        "paler": SHIFTED in method,
+        "points": [{"coef": coef} | cells.over_seeds(each) for coef, each in runs.items()],
+        "runs": {f"{coef:g}": each for coef, each in runs.items()},
+    }
+
+
+def _effects(runs: dict[str, Any], middle: dict[str, float]) -> dict[str, list[float]]:
+    """Differences of gold at the middle coefficients, with 95 % intervals over seeds."""
+
+    def gold(method: str) -> list[float]:
+        return [numbers["gold"] for numbers in runs[method][middle[method.split(",")[0].split()[-1]]]]
+
+    cost = {name: _difference(gold(name), gold(f"{name}, {SHIFTED}")) for name in ("DPO", "PPO")}
+    return {
+        "gold that shifted pairs cost DPO": list(diagnostics.mean_interval(cost["DPO"])),
+        "gold that shifted pairs cost PPO": list(diagnostics.mean_interval(cost["PPO"])),
+        "what they cost DPO more than PPO": list(diagnostics.mean_interval(_difference(cost["DPO"], cost["PPO"]))),
+        "gold that rounds gain DPO": list(diagnostics.mean_interval(_difference(gold("iterated DPO"), gold("DPO")))),
+        "gold of PPO above DPO": list(diagnostics.mean_interval(_difference(gold("PPO"), gold("DPO")))),
+    }
+
+
+def _difference(a: list[float], b: list[float]) -> list[float]:
+    return [x - y for x, y in zip(a, b, strict=True)]
+
+
+def lines_table(lines: list[dict[str, Any]], title: str) -> Table:
+    """A method and coefficient a row."""
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, title=title, title_justify="left")
+    for column in ("method", "coef", "KL", "gold"):
+        made.add_column(column, justify="left" if column == "method" else "right")
+    for line in lines:
+        for i, point in enumerate(line["points"]):
+            numbers = (sweep_plot.interval_text(point[name]) for name in ("kl", "gold"))
+            made.add_row("" if i else line["method"], f"{point['coef']:g}", *numbers)
+    return made
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    command.enter(run, parse, arguments)
+
+
+if __name__ == "__main__":
+    main()
