@@ -6,10 +6,10 @@
     python experiments/dpo_vs_ppo.py --resume runs/NAME    go on with a study that was stopped or killed
 
 Three parts. ``world``: from one SFT model of the built-in world, DPO at several betas, DPO in rounds that a reward
-model labels, PPO at several KL coefficients, and both again where the comparisons are of the base model's answers, which
-the SFT model would hardly write (shifted pairs). ``bandit``: the same on a table of rewards, where KL and gold are exact
-and the optimum is known. ``exact``: the three answers of Xu's theorem 4.1. Seeds are keys of sampling and batches in the
-first, other labels in the second. All settings of instructgpt.py are settings here too.
+model labels, PPO at several KL coefficients, and both again where the comparisons are of the base model's answers,
+which the SFT model would hardly write (shifted pairs). ``bandit``: the same on a table of rewards, where KL and gold
+are exact and the optimum is known. ``exact``: the three answers of Xu's theorem 4.1. Seeds are keys of sampling and
+batches in the first, other labels in the second. All settings of instructgpt.py are settings here too.
 
 Writes below ``--out``: study.json, study.html with the figures, config.json, metrics.jsonl, checkpoints/, reference/.
 """

@@ -41,8 +41,8 @@ class Member(NamedTuple):
 def member(seed: Any) -> Member:
     """One and the same world, all of it normal, with the labels and samples of a seed."""
     world, labels = jax.random.split(jax.random.key(0))
-    tables = (jax.random.normal(key, (S, A)) for key in jax.random.split(world, 3))
-    return Member(*tables, jax.random.fold_in(labels, seed))
+    rewards_SA, reference_SA, other_SA = jax.random.normal(world, (3, S, A))
+    return Member(rewards_SA, reference_SA, other_SA, jax.random.fold_in(labels, seed))
 
 
 def drawn(key: jax.Array, logits_SA: jax.Array, rewards_SA: jax.Array, *, n: int) -> types.Preferences:
@@ -67,6 +67,7 @@ def reward_model(pairs: types.Preferences, *, ridge: float = 0.01) -> jax.Array:
 
     def one(carry: Any, i: jax.Array) -> tuple[Any, None]:
         table_SA, state = carry
+        updates: Any
         updates, state = ADAM.update(jax.grad(loss)(table_SA), state)
         return (table_SA + RATE * (1 - i / STEPS) * updates, state), None
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from rlhf_jax.types import LMOutput, Preferences, Rollout
 
 
-def optimum(reference_logits_SA: jax.Array, rewards_SA: jax.Array, *, kl_coef: float) -> jax.Array:
+def optimum(reference_logits_SA: jax.Array, rewards_SA: jax.Array, *, kl_coef: jax.Array | float) -> jax.Array:
     """``pi*(a|s) = pi_ref(a|s) exp(r(s, a) / kl_coef) / Z(s)``, probabilities [S, A]; ``kl_coef`` > 0."""
     return jax.nn.softmax(jax.nn.log_softmax(reference_logits_SA, axis=-1) + rewards_SA / kl_coef, axis=-1)
 
