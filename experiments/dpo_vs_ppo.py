@@ -29,6 +29,7 @@ import pathlib
 import time
 from typing import Any, Literal
 
+import numpy as np
 from pipeline import (
     bandit_study,
     cells,
@@ -65,6 +66,8 @@ class Study(direct.Direct, settings.Settings):
     """Of DPO; the middle one is what shifted and unshifted pairs are compared at."""
     kl_coefs: tuple[float, ...] = (0.02, 0.06, 0.2)
     """Of PPO; likewise."""
+    at: tuple[float, ...] = (0.5, 1.0, 1.5)
+    """KLs, in nats, at which the methods' gold is compared, between the coefficients on either side."""
     rounds: int = 3
     """Of iterated DPO, on as many pairs in all as the other has."""
     bandit_seeds: int = 10
@@ -82,7 +85,7 @@ def parse(arguments: list[str]) -> Study:
     for name in ("seeds", "rounds", "bandit_seeds", "bandit_pairs"):
         if getattr(asked, name) < 1:
             raise settings.SettingError(f"--{name.replace('_', '-')} is {getattr(asked, name)}; it must be at least 1")
-    for name in ("betas", "kl_coefs", "bandit_coefs"):
+    for name in ("betas", "kl_coefs", "bandit_coefs", "at"):
         given = getattr(asked, name)
         if not given or min(given) <= 0 or len(set(given)) < len(given):
             raise settings.SettingError(f"--{name.replace('_', '-')} is {given}; each must be above 0, and there once")
@@ -116,19 +119,14 @@ def run(asked: Study) -> dict[str, Any]:
         out.print(exact_table(results["exact"]))
     if "bandit" in asked.parts:
         results["bandit"] = on_bandit(asked)
-        drawn.append(
-            sweep_plot.frontier(
-                results["bandit"], xlabel="Bandit: root of the exact KL, nats", ylabel="Expected reward, exact"
-            )
-        )
-        out.print(lines_table(results["bandit"], "bandit: expected reward at the KL that each coefficient ends at"))
+        label = "Bandit: root of the exact KL, nats"
+        drawn.append(sweep_plot.frontier(results["bandit"]["lines"], xlabel=label, ylabel="Expected reward, exact"))
+        _tell(out, results["bandit"], "bandit: expected reward at the KL that each coefficient ends at")
     if task is not None:
         results["world"] = in_world(asked, task, begin, folder)
         label = "Built-in world: root of the KL to the SFT model, nats a sequence"
         drawn.insert(0, sweep_plot.frontier(results["world"]["lines"], xlabel=label, ylabel="Gold utility"))
-        out.print(lines_table(results["world"]["lines"], "built-in world: gold utility at the KL reached"))
-        for name, effect in results["world"]["effects"].items():
-            out.print(f"{name}: {sweep_plot.interval_text(effect)}", soft_wrap=True, highlight=False)
+        _tell(out, results["world"], "built-in world: gold utility at the KL that each coefficient ends at")
     folder.log.close()
     results = rundir.finite(results | {"seconds": time.time() - began})
     note = (
@@ -140,6 +138,12 @@ def run(asked: Study) -> dict[str, Any]:
     folder.write_json("study.json", results)
     out.print(f"figures: {folder.path / 'study.html'}   numbers: {folder.path / 'study.json'}", soft_wrap=True)
     return results
+
+
+def _tell(out: Console, part: dict[str, Any], title: str) -> None:
+    out.print(lines_table(part["lines"], title))
+    for name, effect in part["effects"].items():
+        out.print(f"{name}: {sweep_plot.interval_text(effect)}", soft_wrap=True, highlight=False)
 
 
 def exact() -> dict[str, Any]:
@@ -179,12 +183,13 @@ def exact_table(found: dict[str, Any]) -> Table:
     return made
 
 
-def on_bandit(asked: Study) -> list[dict[str, Any]]:
-    """The lines of the bandit."""
-    found = bandit_study.run(
-        coefs=asked.bandit_coefs, seeds=asked.bandit_seeds, pairs=asked.bandit_pairs, rounds=asked.rounds
-    )
-    return [_line(method, dict(zip(asked.bandit_coefs, rows))) for method, rows in found.items()]
+def on_bandit(asked: Study) -> dict[str, Any]:
+    """The lines of the bandit, and the effects at its middle coefficient."""
+    coefs = asked.bandit_coefs
+    found = bandit_study.run(coefs=coefs, seeds=asked.bandit_seeds, pairs=asked.bandit_pairs, rounds=asked.rounds)
+    runs = {method: dict(zip(coefs, rows)) for method, rows in found.items()}
+    middle = dict.fromkeys(("DPO", "PPO"), _middle(coefs))
+    return {"lines": [_line(*each) for each in runs.items()], "effects": effects(runs, middle, asked.at)}
 
 
 def in_world(asked: Study, task: tasks.Task, begin: Any, folder: rundir.RunFolder) -> dict[str, Any]:
@@ -213,7 +218,7 @@ def in_world(asked: Study, task: tasks.Task, begin: Any, folder: rundir.RunFolde
             runs.setdefault(method, {}).setdefault(coef, []).append(numbers)
             progress.update("evaluate", 1 + done, 1 + len(policies))
         progress.finish("evaluate")
-    return {"lines": [_line(method, each) for method, each in runs.items()], "effects": _effects(runs, middle)}
+    return {"lines": [_line(method, each) for method, each in runs.items()], "effects": effects(runs, middle, asked.at)}
 
 
 def _policies(job: stages.Job, asked: Study, folder: rundir.RunFolder, wanted: Any) -> dict[Any, Any]:
@@ -283,20 +288,38 @@ def _line(method: str, runs: dict[float, list[dict[str, float]]]) -> dict[str, A
     }
 
 
-def _effects(runs: dict[str, Any], middle: dict[str, float]) -> dict[str, list[float]]:
-    """Differences of gold at the middle coefficients, with 95 % intervals over seeds."""
+def effects(
+    runs: dict[str, dict[float, list[dict[str, float]]]], middle: dict[str, float], at: tuple[float, ...]
+) -> dict[str, list[float]]:
+    """Differences of gold, with 95 % intervals over seeds: shift at the middle coefficients, methods at equal KL."""
 
     def gold(method: str) -> list[float]:
-        return [numbers["gold"] for numbers in runs[method][middle[method.split(",")[0].split()[-1]]]]
+        return [numbers["gold"] for numbers in runs[method][middle[method.split(",")[0]]]]
 
     cost = {name: _difference(gold(name), gold(f"{name}, {SHIFTED}")) for name in ("DPO", "PPO")}
-    return {
-        "gold that shifted pairs cost DPO": list(diagnostics.mean_interval(cost["DPO"])),
-        "gold that shifted pairs cost PPO": list(diagnostics.mean_interval(cost["PPO"])),
-        "what they cost DPO more than PPO": list(diagnostics.mean_interval(_difference(cost["DPO"], cost["PPO"]))),
-        "gold that rounds gain DPO": list(diagnostics.mean_interval(_difference(gold("iterated DPO"), gold("DPO")))),
-        "gold of PPO above DPO": list(diagnostics.mean_interval(_difference(gold("PPO"), gold("DPO")))),
-    }
+    told = {f"gold that shifted pairs cost {name}": cost[name] for name in cost}
+    told["what they cost DPO more than PPO"] = _difference(cost["DPO"], cost["PPO"])
+    for kl in at:
+        for method, other in (("PPO", "DPO"), ("iterated DPO", "DPO")):
+            upper, lower = (gold_at(runs[name], kl) for name in (method, other))
+            if upper is not None and lower is not None:
+                told[f"gold of {method} above {other} at a KL of {kl:g}"] = _difference(upper, lower)
+    return {name: list(diagnostics.mean_interval(each)) for name, each in told.items()}
+
+
+def gold_at(runs: dict[float, list[dict[str, float]]], kl: float) -> list[float] | None:
+    """Each seed's gold where its KL is ``kl``, on straight lines in the root of the KL between its coefficients.
+
+    None where a seed's coefficients do not lie on both sides of it.
+    """
+    found = []
+    for each in zip(*runs.values(), strict=True):
+        points = sorted((max(numbers["kl"], 0.0) ** 0.5, numbers["gold"]) for numbers in each)
+        x, y = zip(*points)
+        if not x[0] <= kl**0.5 <= x[-1]:
+            return None
+        found.append(float(np.interp(kl**0.5, x, y)))
+    return found
 
 
 def _difference(a: list[float], b: list[float]) -> list[float]:

@@ -263,31 +263,32 @@ def test_every_setting_of_a_loss_reaches_its_step():
     assert (weighed.desirable_weight, weighed.undesirable_weight) == (1.5, 1.0)
 
 
-def test_the_study_tells_what_shift_and_rounds_do():
-    def runs(gold):
-        return [{"gold": g, "kl": 1.0} for g in gold]
+def test_the_study_tells_what_shift_does_at_one_coefficient_and_methods_at_equal_kl():
+    def runs(*pairs):
+        return [{"kl": kl, "gold": gold} for kl, gold in pairs]
 
-    found = dpo_vs_ppo._effects(
+    found = dpo_vs_ppo.effects(
         {
-            "DPO": {0.1: runs([0.0, 0.0]), 0.2: runs([0.7, 0.8])},
-            "DPO, shifted pairs": {0.2: runs([0.5, 0.5])},
-            "iterated DPO": {0.2: runs([0.8, 1.0])},
-            "PPO": {0.3: runs([0.9, 0.9])},
-            "PPO, shifted pairs": {0.3: runs([0.8, 0.9])},
+            "DPO": {0.1: runs((4.0, 0.9), (4.0, 1.0)), 0.2: runs((0.25, 0.6), (0.25, 0.7))},
+            "DPO, shifted pairs": {0.2: runs((0.1, 0.5), (0.1, 0.5))},
+            "iterated DPO": {0.2: runs((0.5, 0.8), (0.5, 1.0)), 0.4: runs((0.6, 0.8), (0.6, 1.0))},
+            "PPO": {0.3: runs((1.0, 0.9), (1.0, 0.9)), 0.6: runs((0.0, 0.5), (0.01, 0.5))},
+            "PPO, shifted pairs": {0.3: runs((1.0, 0.8), (1.0, 0.9))},
         },
         {"DPO": 0.2, "PPO": 0.3},
+        (1.0, 9.0),
     )
     means = {name: each[0] for name, each in found.items()}
     assert means == pytest.approx(
         {
-            "gold that shifted pairs cost DPO": 0.25,
+            "gold that shifted pairs cost DPO": 0.15,
             "gold that shifted pairs cost PPO": 0.05,
-            "what they cost DPO more than PPO": 0.2,
-            "gold that rounds gain DPO": 0.15,
-            "gold of PPO above DPO": 0.15,
+            "what they cost DPO more than PPO": 0.1,
+            "gold of PPO above DPO at a KL of 1": 0.15,  # DPO has 0.7 and 0.8 there, a third of the way in the root
         }
     )
-    assert found["what they cost DPO more than PPO"][1] < 0.2 < found["what they cost DPO more than PPO"][2]
+    low, high = found["gold that shifted pairs cost DPO"][1:]
+    assert low < 0.15 < high
 
 
 @pytest.mark.slow
