@@ -188,7 +188,7 @@ def on_bandit(asked: Study) -> dict[str, Any]:
     coefs = asked.bandit_coefs
     found = bandit_study.run(coefs=coefs, seeds=asked.bandit_seeds, pairs=asked.bandit_pairs, rounds=asked.rounds)
     runs = {method: dict(zip(coefs, rows)) for method, rows in found.items()}
-    middle = dict.fromkeys(("DPO", "PPO"), _middle(coefs))
+    middle = {"DPO": _middle(coefs), "PPO": _middle(coefs)}
     return {"lines": [_line(*each) for each in runs.items()], "effects": effects(runs, middle, asked.at)}
 
 

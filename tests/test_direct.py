@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
@@ -251,6 +252,19 @@ def test_bad_settings_are_refused_by_name(arguments, message):
 def test_bad_settings_of_the_study_are_refused_by_name(arguments, message):
     with pytest.raises(settings.SettingError, match=message):
         dpo_vs_ppo.parse(arguments)
+
+
+@pytest.mark.parametrize("kind", [direct.Direct, experiment.DPO, dpo_vs_ppo.Study])
+def test_every_setting_is_read_and_explained(kind):
+    files = [pathlib.Path(module.__file__ or "") for module in (direct, experiment, dpo_vs_ppo)]
+    source = "".join(file.read_text() for file in files)
+    shared = {field.name for field in dataclasses.fields(settings.Settings)}
+    for field in dataclasses.fields(kind):
+        if field.name not in shared:
+            assert re.search(rf'(asked|settings)\.{field.name}\b|"{field.name}"', source), f"nothing reads {field.name}"
+            assert re.search(rf'^    {field.name}: [^\n]*\n    """.+', source, re.MULTILINE), (
+                f"{field.name} has no help"
+            )
 
 
 def test_every_setting_of_a_loss_reaches_its_step():
