@@ -1,10 +1,10 @@
 """DPO and its relatives: from an SFT model and comparisons straight to a policy, with a table and a report.
 
-    python experiments/dpo.py                                about 2.5 minutes on two CPU cores, 2 GB
+    python experiments/dpo.py                                DPO on the built-in world
     python experiments/dpo.py --loss kto                     or cdpo, robust, ipo, hinge, orpo, simpo, dpo-sft, dpo-norm
     python experiments/dpo.py --rounds 4                     iterated: sample, label, train, with a new reference each
     python experiments/dpo.py --rounds 4 --judge labelers    labelled by simulated people in place of the reward model
-    python experiments/dpo.py --preset smoke                 all of it in less than a minute, too short to learn much
+    python experiments/dpo.py --preset smoke                 all of it, too short to learn much
     python experiments/dpo.py --data.path FILE.jsonl.gz      on human comparisons in Anthropic's format
     python experiments/dpo.py --resume runs/NAME             go on with a run that was stopped or killed
 
@@ -13,8 +13,6 @@ too; then the log-probabilities of the SFT model, computed once and kept in refe
 model is trained on the same comparisons: it labels the rounds, and is what the table and the implicit reward are held
 against. Written below ``--out``: results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/,
 reference/, policy/ (Hugging Face form).
-
-EXPECT
 """
 
 from __future__ import annotations
