@@ -26,7 +26,7 @@ STAGES = {
     "reward_model": "Reward model",
     "ppo": "Reinforcement learning",
     "ppo_ptx": "Reinforcement learning",
-}
+} | dict.fromkeys(results_lib.DIRECT, "Learning from pairs")
 """Stages in the order in which they are shown; those of one name share their plots."""
 
 
@@ -43,6 +43,15 @@ METRICS = {
     "loss": Metric("Loss", "Nats", "Lower is better; the faint line is the batch, the strong one a running mean."),
     "accuracy": Metric(
         "Accuracy", "Share", "Share of targets that the model predicts or ranks right; higher is better."
+    ),
+    "margin": Metric(
+        "Margin", "Implicit reward", "By how much the better answer of a pair leads; it grows as the policy moves."
+    ),
+    "chosen_logprob": Metric(
+        "Better answers", "Nats per answer", "Their log-probability; that it falls too is common, and no error."
+    ),
+    "rejected_logprob": Metric(
+        "Worse answers", "Nats per answer", "Their log-probability; it falls faster than that of the better ones."
     ),
     "reward": Metric("Reward", "Reward-model score", "What PPO is trained to raise; it climbs and then levels off."),
     "gold": Metric(

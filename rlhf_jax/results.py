@@ -20,6 +20,23 @@ POLICIES = {
 }
 """Known policies in the order in which they are shown, and their names in print."""
 
+DIRECT = {
+    "dpo": "DPO",
+    "cdpo": "cDPO",
+    "robust": "robust DPO",
+    "ipo": "IPO",
+    "hinge": "hinge",
+    "kto": "KTO",
+    "orpo": "ORPO",
+    "simpo": "SimPO",
+    "dpo-sft": "DPO with SFT",
+    "dpo-norm": "length-normalised DPO",
+}
+"""Methods without reinforcement learning, which stand where PPO stands."""
+
+LEARNT = ("ppo_ptx", "ppo", *DIRECT, "best_of_n")
+"""What a run is about: the first of them that is there."""
+
 MISSING = "–"
 
 
@@ -88,13 +105,14 @@ def finite(value: Any) -> Interval | None:
 
 def label(policy: str) -> str:
     """The name of a policy in print."""
-    return POLICIES.get(policy, policy.replace("_", " "))
+    return (POLICIES | DIRECT).get(policy, policy.replace("_", " "))
 
 
 def policies(results: Mapping[str, Any]) -> list[str]:
     """The policies that results hold: the known ones in their order, then the others as they come."""
     found = results.get("policies") or {}
-    return [name for name in POLICIES if name in found] + [name for name in found if name not in POLICIES]
+    order = [*(n for n in POLICIES if n != "best_of_n"), *DIRECT, "best_of_n"]
+    return [name for name in order if name in found] + [name for name in found if name not in order]
 
 
 def value(results: Mapping[str, Any], policy: str, key: str) -> Any:
@@ -162,11 +180,11 @@ def run_facts(results: Mapping[str, Any]) -> list[str]:
 def headline(results: Mapping[str, Any]) -> str:
     """The result in one sentence, weaker where the interval says so, and about scores where nobody judged."""
     found = policies(results)
-    for name in ("ppo_ptx", "ppo", "best_of_n"):
+    for name in LEARNT:
         rate = finite(value(results, name, "gold_win_rate_vs_sft")) if name in found else None
         if rate is not None:
             return f"{label(name)} {_verdict(rate)} of held-out prompts{_interval_words(rate)}."
-    for name in ("ppo_ptx", "ppo", "best_of_n"):
+    for name in LEARNT:
         score, start = finite(value(results, name, "reward")), finite(value(results, "sft", "reward"))
         if score is not None and start is not None:
             kl = finite(value(results, name, "kl"))
@@ -209,7 +227,7 @@ def _first(results: Mapping[str, Any], names: Iterable[str], key: str) -> tuple[
 
 
 def _heldout(results: Mapping[str, Any]) -> str:
-    found = _first(results, ("ppo_ptx", "ppo", "best_of_n"), "heldout_win_rate_vs_sft")
+    found = _first(results, LEARNT, "heldout_win_rate_vs_sft")
     if found is None:
         return ""
     name, rate = found
@@ -232,13 +250,18 @@ def _reward_model(results: Mapping[str, Any]) -> str:
     return text + "."
 
 
+def _known(results: Mapping[str, Any], names: Iterable[str]) -> bool:
+    return any(name in (results.get("policies") or {}) for name in names)
+
+
 def _tax(results: Mapping[str, Any]) -> str:
     start = finite(value(results, "sft_mix", "skill_accuracy"))
-    ends = [(p, finite(value(results, p, "skill_accuracy"))) for p in ("ppo", "ppo_ptx")]
+    ends = [(p, finite(value(results, p, "skill_accuracy"))) for p in ("ppo", "ppo_ptx", *DIRECT)]
     told = [f"{label(p)} at {format_number(end.mean, percent=True)} %" for p, end in ends if end]
     if start is None or not told:
         return ""
-    before = f"{label('sft_mix')}, where PPO starts, at {format_number(start.mean, percent=True)} %"
+    method = "PPO" if _known(results, ("ppo", "ppo_ptx")) else "training"
+    before = f"{label('sft_mix')}, where {method} starts, at {format_number(start.mean, percent=True)} %"
     return f"Skill accuracy: {', '.join([before, *told])}."
 
 

@@ -130,3 +130,27 @@ class PackedComparisons:
     groups: int = struct.field(pytree_node=False, default=1)
     """Into how many parts, packed apart from each other, the batch divides: the step's micro-batches. Part i has
     prompts and rows i, i + groups, ...; ``places_BK.row`` counts the rows of the part."""
+
+
+@struct.dataclass
+class Preferences:
+    """What DPO and its relatives learn from: pairs of answers to one prompt, or answers marked good or bad alone.
+
+    In pairs K is 2 and the better answer comes first. Marked answers have ``good_BK``, and any K; 1 where every prompt
+    has one answer. C is the number of columns that the step's log-probabilities have: L, or T for answers behind a
+    prompt of one width.
+    """
+
+    tokens_BKL: jax.Array
+    mask_BKL: Any
+    """bool, real tokens; None where all are, which is faster."""
+    answer_BKC: jax.Array
+    """bool, the tokens of the answer, its stop token included."""
+    reference_BK: Any = None
+    """float32, the reference's log-probability of each answer, a sum over its tokens; None: the step computes it."""
+    targets_B: Any = None
+    """float32, in pairs: how likely the first one is the better one, of a judge who is not sure; None: 1."""
+    good_BK: Any = None
+    """bool, which answers were marked good; None in pairs."""
+    mismatched: Any = None
+    """The same prompts with answers to others (`train.dpo.mismatched`), for KTO's baseline."""

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +18,8 @@ ROWS = {"x": np.arange(10), "y": np.arange(20).reshape(10, 2)}
 
 
 def make(arrays=ROWS, **options):
-    return pipeline.from_arrays(arrays, **{"batch_size": 4, "seed": 0, "prefetch": 0} | options)
+    how: dict[str, Any] = {"batch_size": 4, "seed": 0, "prefetch": 0} | options
+    return pipeline.from_arrays(arrays, **how)
 
 
 def first(batches, n):
@@ -171,7 +173,8 @@ def test_batches_of_records():
         return records.Demonstration(prompt=(turn,), response=f"a{i}", metadata={"n": i}, where=where)
 
     found = [record(i) for i in range(5)]
-    options = dict(batch_size=2, seed=0, prefetch=0, collate=lambda part: [record.response for record in part])
+    options: dict[str, Any] = dict(batch_size=2, seed=0, prefetch=0)
+    options["collate"] = lambda part: [record.response for record in part]
     batches = pipeline.from_source(found, **options)
     seen = [answer for _ in range(5) for answer in next(batches)]
     assert Counter(seen) == Counter([f"a{i}" for i in range(5)] * 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,24 +17,29 @@ from rlhf_jax.train import state as state_lib
 
 from . import stages
 
+Instead = Callable[[concurrent.futures.Executor, types.Params], None]
+
 
 @contextlib.contextmanager
-def compiling(job: stages.Job, learners: Mapping[str, stages.Job]) -> Iterator[None]:
+def compiling(job: stages.Job, learners: Mapping[str, stages.Job], *, instead: Instead | None = None) -> Iterator[None]:
     """Compile the steps of all stages in a thread, in the order in which they are needed.
 
-    ``learners`` are the stages of reinforcement learning to come and the jobs whose ``ppo_step`` they call. What only
-    stages that are finished would call is left out. Whatever ends the block, what has not begun to be compiled is
-    dropped.
+    ``learners`` are the stages of reinforcement learning to come and the jobs whose ``ppo_step`` they call;
+    ``instead(executor, policy)`` compiles what comes in their place, for a policy of these shapes. What only stages
+    that are finished would call is left out. Whatever ends the block, what has not begun to be compiled is dropped.
     """
     executor = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
     try:
-        _submit(job, learners, executor)
+        policy = _submit(job, learners, executor)
+        if instead is not None:
+            instead(executor, policy)
         yield
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
 
 
-def _submit(job: stages.Job, learners: Mapping[str, stages.Job], executor: concurrent.futures.Executor) -> None:
+def _submit(job: stages.Job, learners: Mapping[str, stages.Job], executor: concurrent.futures.Executor) -> Any:
+    """The shapes of the policy, when all but what comes in the place of reinforcement learning is on its way."""
     key = jax.random.key(0)
     policy = jax.eval_shape(partial(lm.init, cfg=job.cfg), key) if job.base is None else job.base
     reward = jax.eval_shape(partial(lm.with_head, cfg=job.cfg), key, policy)
@@ -58,6 +63,7 @@ def _submit(job: stages.Job, learners: Mapping[str, stages.Job], executor: concu
         heldout = reward if own.settings.reward_model.heldout else None
         frozen = ppo.Frozen(reference=policy, reward=reward, heldout=heldout)
         own.ppo_step.compile_ahead(executor, optimising, frozen, hyper_at(0), batch_at(0), key)
+    return policy
 
 
 def _saved(job: stages.Job, stage: str) -> int:

@@ -220,7 +220,7 @@ def _transcripts(job: Job, measured: dict[str, Measured]) -> list[dict[str, Any]
     for i, category in enumerate(prompts.categories):
         turn[i], seen[category] = seen[category], seen[category] + 1
     order = sorted(range(len(prompts)), key=lambda i: (turn[i], i))[: job.settings.evaluation.transcripts]
-    shown = [name for name in ("base", "sft", "ppo", "ppo_ptx") if name in measured]
+    shown = [name for name in measured if name not in ("sft_mix", "best_of_n")]
     rows = []
     for i in order:
         row: dict[str, Any] = {"prompt": prompts.texts[i], "answers": {}}

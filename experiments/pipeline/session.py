@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 
@@ -19,12 +19,17 @@ SHARED = (("pretrain", 60.0), ("sft", 15.0), ("sft_mix", 16.0), ("comparisons", 
 
 @contextlib.contextmanager
 def opened(
-    asked: Settings, out: Console, *, kind: str, weights: Sequence[tuple[str, float]]
+    asked: Settings,
+    out: Console,
+    *,
+    kind: str,
+    weights: Sequence[tuple[str, float]],
+    accept: Callable[[tasks.Task], None] = lambda task: None,
 ) -> Iterator[tuple[rundir.RunFolder, stages.Job]]:
     """The folder of a run and its job, with a progress over the shared stages and those of ``weights``.
 
-    A model or a file that cannot be used, or a model that has changed since the run began, is refused with a
-    SettingError or a DataError before anything is written.
+    A model or a file that cannot be used, a model that has changed since the run began, and a task that ``accept``
+    raises a SettingError for, are refused before anything is written.
     """
     path = pathlib.Path(asked.resume) if asked.resume else rundir.free_path(asked, kind=kind)
     model_files = start.fingerprint(asked.model) if asked.model else None
@@ -32,6 +37,7 @@ def opened(
         rundir.same_model(asked.resume, asked, model_files)
     begin = start.load(asked.model) if asked.model else None
     task = tasks.make_task(asked, begin)
+    accept(task)
     folder = rundir.RunFolder(path) if asked.resume else rundir.create(path, asked, model_files=model_files)
     say(out, f"writing to {folder.path}; data: {task.dropped.report()}")
     if begin is not None:

@@ -53,8 +53,8 @@ class Job:
     ppo_tx: optax.GradientTransformation
 
     def key(self, stage: str) -> jax.Array:
-        """The random key of a stage."""
-        return jax.random.fold_in(jax.random.key(self.settings.seed), 100 + STAGES.index(stage))
+        """The random key of a stage; ``ppo-more`` has that of ``ppo``."""
+        return jax.random.fold_in(jax.random.key(self.settings.seed), 100 + STAGES.index(stage.partition("-")[0]))
 
     @functools.cached_property
     def ppo_step(self) -> parallel.JitStep:

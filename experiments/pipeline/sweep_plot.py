@@ -80,6 +80,40 @@ def write_methods(path: pathlib.Path, methods: Rows, *, title: str) -> None:
     _page(path, title, drawn, "Dots are iterations of single runs; lines are means over seeds with 95 % intervals.")
 
 
+_LINES = ("ppo", "sft", "ppo_ptx", "best_of_n", "reward_model", "base", "other")
+_MARKERS = "^os^oDv"
+
+
+def frontier(lines: Rows, *, xlabel: str, ylabel: str) -> str:
+    """Gold against the root of the KL as SVG: a line for each method, through its coefficients, with intervals.
+
+    Of a method that has ``paler`` True (shifted data) the line is broken and the markers are hollow.
+    """
+    drawn: list[str] = []
+    with plots.axes(drawn, height=3.6) as (ax,):
+        for place, line in enumerate(lines):
+            color = plots.color(_LINES[line["look"] % len(_LINES)])
+            points = sorted(line["points"], key=lambda p: p["kl"][0])
+            x, y = ([_root(p["kl"][0]) for p in points], [p["gold"][0] for p in points])
+            style, face = ("--", "none") if line["paler"] else ("-", color)
+            marker = _MARKERS[place % len(_MARKERS)]
+            ax.plot(x, y, style, marker=marker, color=color, mfc=face, markersize=4, label=line["method"])
+            for at, point in zip(x, points):
+                low, high = point["gold"][1:]
+                if low is not None and high is not None:
+                    ax.plot([at, at], [low, high], color=color, linewidth=0.8)
+        ax.set_xlabel(xlabel)
+        ax.set_ylabel(ylabel)
+        ax.grid()
+        ax.legend()
+    return drawn[0]
+
+
+def write_page(path: pathlib.Path, drawn: Sequence[str], *, title: str, note: str) -> None:
+    """One self-contained page with these figures."""
+    _page(path, title, drawn, note)
+
+
 def methods_table(methods: Rows, at: Sequence[float]) -> Table:
     """Gold at each KL with its interval over seeds, a method a row."""
     made = Table(
@@ -89,7 +123,7 @@ def methods_table(methods: Rows, at: Sequence[float]) -> Table:
     for kl in at:
         made.add_column(f"{kl:g}", justify="right")
     for each in methods:
-        made.add_row(each["method"], *("–" if p[0] is None else _interval(p) for p in each["gold"]))
+        made.add_row(each["method"], *("–" if p[0] is None else interval_text(p) for p in each["gold"]))
     return made
 
 
@@ -111,11 +145,12 @@ def table(points: Sequence[Mapping[str, Any]]) -> Table:
     for name in names:
         made.add_column(name.replace("_", " "), justify="right")
     for point in points:
-        made.add_row(f"{point['kl_coef']:g}", *(_interval(point[name]) for name in names))
+        made.add_row(f"{point['kl_coef']:g}", *(interval_text(point[name]) for name in names))
     return made
 
 
-def _interval(estimate: Sequence[float | None]) -> str:
+def interval_text(estimate: Sequence[float | None]) -> str:
+    """A mean with half the width of its interval."""
     mean, low, high = estimate
     # Student's intervals are symmetric, and half the width is shorter to read.
     return f"{mean:.3f}" if low is None or high is None else f"{mean:.3f} ±{(high - low) / 2:.3f}"

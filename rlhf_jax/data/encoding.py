@@ -146,7 +146,7 @@ def rankings(
     rows = tokenising.ranking_rows(
         [ids[place] for place in kept],
         [told[place] for place in kept],
-        [found[places[place]].ranks for place in kept],
+        [found[int(places[place])].ranks for place in kept],
         prompt_width=prompt_width,
         response_width=response_width,
         pad_id=fmt.pad_id,

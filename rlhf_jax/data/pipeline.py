@@ -274,7 +274,7 @@ def _batches(
         "epochs": epochs,
         "shuffle": shuffle,
         "drop_last": drop_last,
-        "order": hashlib.sha256(repr([int(places[i]) for i in range(min(n, _PROBE))]).encode()).hexdigest()[:16],
+        "order": hashlib.sha256(repr([int(places[i] or 0) for i in range(min(n, _PROBE))]).encode()).hexdigest()[:16],
     }
     share = batch_size // hosts
 

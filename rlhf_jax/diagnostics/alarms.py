@@ -1,4 +1,4 @@
-"""Alarms: what the logged rows of a training stage say is going wrong, in words (an andon cord, PAPERS I32).
+"""Alarms: what the logged rows of a training stage say is going wrong, in words.
 
 Ziegler 2019 woke up to a policy trained to be as bad as it could be: one sign was flipped in the reward and in the KL
 at once, and nobody was told. Each check here reads the rows of one stage and returns a message, or None. The rows are

@@ -1,6 +1,6 @@
 """A bandit small enough to enumerate: S prompts of one token, A answers of one token, a reward for each pair.
 
-Its KL-regularised optimum is known exactly (PAPERS: Rafailov et al. 2023, Xu et al. 2024 Eq 5), so a method that is
+Its KL-regularised optimum is known exactly (Rafailov et al. 2023, Xu et al. 2024 Eq 5), so a method that is
 right must reach it.
 """
 
@@ -9,10 +9,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.types import LMOutput, Rollout
+from rlhf_jax.types import LMOutput, Preferences, Rollout
 
 
-def optimum(reference_logits_SA: jax.Array, rewards_SA: jax.Array, *, kl_coef: float) -> jax.Array:
+def optimum(reference_logits_SA: jax.Array, rewards_SA: jax.Array, *, kl_coef: jax.Array | float) -> jax.Array:
     """``pi*(a|s) = pi_ref(a|s) exp(r(s, a) / kl_coef) / Z(s)``, probabilities [S, A]; ``kl_coef`` > 0."""
     return jax.nn.softmax(jax.nn.log_softmax(reference_logits_SA, axis=-1) + rewards_SA / kl_coef, axis=-1)
 
@@ -48,4 +48,22 @@ def generate(params: dict[str, jax.Array], rng_B: jax.Array, prompts_BP: jax.Arr
         logprobs_BT=logprobs_B[:, None],
         lengths_B=jnp.ones_like(answers_B, jnp.int32),
         finish_B=jnp.ones_like(answers_B, jnp.int32),
+    )
+
+
+def all_pairs(rewards_SA: jax.Array) -> Preferences:
+    """Every pair of answers to every prompt, S A (A - 1) / 2 rows, with how likely Bradley-Terry prefers the first.
+
+    ``targets_B`` is ``sigmoid(r(s, a) - r(s, b))``, so that the mean of an objective made `train.objectives.soft` is
+    that of endlessly many labels, on every pair equally often. P = T = C = 1.
+    """
+    S, A = rewards_SA.shape
+    first_N, second_N = jnp.triu_indices(A, k=1)
+    prompts_B, a_B, b_B = jnp.repeat(jnp.arange(S), len(first_N)), jnp.tile(first_N, S), jnp.tile(second_N, S)
+    tokens_BKL = jnp.stack([jnp.stack([prompts_B, x], axis=-1) for x in (a_B, b_B)], axis=1).astype(jnp.int32)
+    return Preferences(
+        tokens_BKL=tokens_BKL,
+        mask_BKL=jnp.ones(tokens_BKL.shape, bool),
+        answer_BKC=jnp.ones((*tokens_BKL.shape[:2], 1), bool),
+        targets_B=jax.nn.sigmoid(rewards_SA[prompts_B, a_B] - rewards_SA[prompts_B, b_B]),
     )

@@ -11,7 +11,7 @@ import optax
 
 
 def scale_by_adam_tf1(*, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-5) -> optax.GradientTransformation:
-    """Adam as TensorFlow 1 has it, with which Ziegler 2019 and Stiennon 2020 trained (PAPERS I22).
+    """Adam as TensorFlow 1 has it, with which Ziegler 2019 and Stiennon 2020 trained.
 
     The update is ``sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)``, with the moments ``m`` and ``v`` as they are.
     ``optax.scale_by_adam`` corrects them before it adds eps, which is an eps of ``eps * sqrt(1 - b2^t)`` here: 3 % of
@@ -22,7 +22,7 @@ def scale_by_adam_tf1(*, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-5) 
     Args:
         b1: Decay of the mean of the gradients, in [0, 1).
         b2: Decay of the mean of their squares, in [0, 1).
-        eps: Added to the root of the uncorrected second moment, at least 0; 1e-5 in Ziegler's code (PAPERS I21).
+        eps: Added to the root of the uncorrected second moment, at least 0; 1e-5 in Ziegler's code.
 
     Returns:
         A transformation whose state is an ``optax.ScaleByAdamState``. Moments and updates are in the dtype of the

@@ -1,4 +1,4 @@
-"""Supervised training: next-token loss on the tokens that a mask selects (PAPERS 1.1).
+"""Supervised training: next-token loss on the tokens that a mask selects.
 
 One step serves pretraining (every token counts), supervised fine-tuning (only the answer and its end mark count) and
 the mix of both (rows of either kind in one batch): they differ in the mask alone.

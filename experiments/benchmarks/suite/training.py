@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlhf_jax import generation, lm, losses, parallel, types
-from rlhf_jax.train import ppo, reward_model, sft, step
+from rlhf_jax import generation, lm, parallel, types
+from rlhf_jax.train import dpo as dpo_lib
+from rlhf_jax.train import objectives, ppo, reward_model, sft
 from rlhf_jax.train import state as state_lib
 
 from . import models, sizes
@@ -71,52 +71,25 @@ def reward(work: sizes.Work) -> Ready:
     return once, {"tokens": mask_BKL.size, "operations": operations}
 
 
-def make_dpo_step(
-    cfg: lm.LMConfig, *, prompt_width: int, beta: float = 0.1, micro_batches: int = 1
-) -> Callable[..., Any]:
-    """``train_step(state, reference, hyper, tokens_B2L, rng)``: the better answer first; no padding."""
-
-    def sums(params: types.Params, tokens_B2L: jax.Array) -> jax.Array:
-        rows_BL = tokens_B2L.reshape(-1, tokens_B2L.shape[-1])
-        logprobs_BT = lm.response_logprobs(params, rows_BL, cfg=cfg, prompt_width=prompt_width)
-        return logprobs_BT.sum(axis=1).reshape(tokens_B2L.shape[:2])
-
-    def train_step(
-        state: Any, reference: types.Params, hyper: Any, tokens_B2L: jax.Array, rng: Any
-    ) -> tuple[Any, dict[str, jax.Array]]:
-        del rng
-
-        def loss_fn(params: types.Params, tokens_B2L: jax.Array, total: int) -> tuple[jax.Array, dict]:
-            policy_B2, reference_B2 = sums(params, tokens_B2L), sums(reference, tokens_B2L)
-            losses_B = losses.dpo(policy_B2[:, 0], policy_B2[:, 1], reference_B2[:, 0], reference_B2[:, 1], beta=beta)
-            return jnp.sum(losses_B) / total, {}
-
-        (loss, _), grads = step.loss_and_grads(
-            loss_fn, state.params, tokens_B2L, tokens_B2L.shape[0], micro_batches=micro_batches
-        )
-        state, logs = step.apply_gradients(
-            state, grads, learning_rate=hyper["learning_rate"], max_grad_norm=hyper["max_grad_norm"], loss=loss
-        )
-        return state, logs | {"loss": loss}
-
-    return train_step
-
-
 def dpo(work: sizes.Work) -> Ready:
     """DPO on pairs of answers to one prompt, the reference's pass included."""
     shapes, cfg = work.shapes, models.config(work.size)
-    train_step = parallel.jit_step(make_dpo_step(cfg, prompt_width=shapes.dpo_prompt, micro_batches=parts(work)))
+    P, L = shapes.dpo_prompt, shapes.length
+    logprobs = partial(lm.response_logprobs, cfg=cfg, prompt_width=P)
+    train_step = parallel.jit_step(dpo_lib.make_train_step(logprobs, objectives.dpo, micro_batches=parts(work)))
+    answer_B2T = np.ones((shapes.rows, 2, L - P), bool)
 
-    def batch(rng: np.random.Generator) -> np.ndarray:
-        tokens_B2L = models.random_rows(rng, work.size, shapes.rows, 2, shapes.length)
-        tokens_B2L[:, 1, : shapes.dpo_prompt] = tokens_B2L[:, 0, : shapes.dpo_prompt]
-        return tokens_B2L
+    def batch(rng: np.random.Generator) -> types.Preferences:
+        tokens_B2L = models.random_rows(rng, work.size, shapes.rows, 2, L)
+        tokens_B2L[:, 1, :P] = tokens_B2L[:, 0, :P]
+        return types.Preferences(tokens_B2L, None, answer_B2T)  # type: ignore[arg-type]
 
     params = models.init(cfg)
-    once = _stepper(train_step, state_lib.create(params, adam()), params, HYPER, batch)
+    hyper = dpo_lib.Hyper(**HYPER, beta=np.float32(0.1))
+    once = _stepper(train_step, state_lib.create(params, adam()), params, hyper, batch)
     # The reference's forward pass is a third of what a forward and a backward pass are.
-    operations = 4 / 3 * sizes.training_operations(work.size, rows=2 * shapes.rows, length=shapes.length)
-    return once, {"tokens": 2 * shapes.rows * shapes.length, "operations": operations}
+    operations = 4 / 3 * sizes.training_operations(work.size, rows=2 * shapes.rows, length=L)
+    return once, {"tokens": 2 * shapes.rows * L, "operations": operations}
 
 
 def ppo_iteration(work: sizes.Work) -> Ready:

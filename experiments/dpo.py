@@ -1,0 +1,172 @@
+"""DPO and its relatives: from an SFT model and comparisons straight to a policy, with a table and a report.
+
+    python experiments/dpo.py                                DPO on the built-in world
+    python experiments/dpo.py --loss kto                     or cdpo, robust, ipo, hinge, orpo, simpo, dpo-sft, dpo-norm
+    python experiments/dpo.py --rounds 4                     iterated: sample, label, train, with a new reference each
+    python experiments/dpo.py --rounds 4 --judge labelers    labelled by simulated people in place of the reward model
+    python experiments/dpo.py --preset smoke                 all of it, too short to learn much
+    python experiments/dpo.py --data.path FILE.jsonl.gz      on human comparisons in Anthropic's format
+    python experiments/dpo.py --resume runs/NAME             go on with a run that was stopped or killed
+
+Stages: base model, supervised fine-tuning and comparisons as in instructgpt.py, all of whose settings are settings here
+too; then the log-probabilities of the SFT model, computed once and kept in reference/; training; evaluation. A reward
+model is trained on the same comparisons: it labels the rounds, and is what the table and the implicit reward are held
+against. Written below ``--out``: results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/,
+reference/, policy/ (Hugging Face form).
+"""
+
+from __future__ import annotations
+
+from pipeline import process
+
+if __name__ == "__main__":
+    process.use_huge_pages()
+
+import dataclasses
+import resource
+import time
+from typing import Any, Literal
+
+from pipeline import ahead, command, comparisons, direct, evaluation, rundir, session, settings, stages, tasks
+from pipeline import pairs as pairs_lib
+from rich.console import Console
+
+from rlhf_jax import console, lm, metrics, report
+from rlhf_jax import results as results_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class DPO(direct.Direct, settings.Settings):
+    """DPO and its relatives, with every setting of the main job."""
+
+    rounds: int = 0
+    """Rounds of sampling, labelling and training with the latest policy as reference; 0: train on the comparisons."""
+    samples: int = 4
+    """Answers to each prompt of a round; the best and the worst make a pair."""
+    judge: Literal["reward", "labelers", "gold"] = "reward"
+    """Who labels the rounds: the reward model, or of the built-in world the labelers or the gold utility."""
+    hold_reference: bool = False
+    """Keep the SFT model as the reference of every round (online DPO), in place of the latest policy."""
+
+
+def parse(arguments: list[str]) -> DPO:
+    """Settings from the command line; raises SettingError for what cannot be."""
+    asked = command.parse(DPO, arguments, prog="dpo.py", doc=__doc__)
+    direct.check(asked)
+    for name, least in (("rounds", 0), ("samples", 2)):
+        if getattr(asked, name) < least:
+            raise settings.SettingError(f"--{name} is {getattr(asked, name)}; it must be at least {least}")
+    if asked.data.path is not None and asked.judge != "reward":
+        raise settings.SettingError(f"--judge {asked.judge} needs the built-in world; leave it or --data.path out")
+    if asked.hold_reference and not direct.KINDS[asked.loss].reference:
+        raise settings.SettingError(f"--hold-reference is of no use to --loss {asked.loss}, which has no reference")
+    return asked
+
+
+def run(asked: DPO) -> dict[str, Any]:
+    """The whole job; returns what results.json holds."""
+    out = Console()
+    if asked.resume and (finished := rundir.finished_results(asked.resume)):
+        out.print(console.results_table(finished))
+        session.say(out, f"{asked.resume} is finished; nothing was run")
+        return finished
+    names = [f"{asked.loss}-round{r}" for r in range(asked.rounds)] or [asked.loss]
+    weights = [*((name, 20.0) for name in names), ("evaluate", 20.0)]
+
+    def accept(task: tasks.Task) -> None:
+        if 0 < len(task.rl_prompts) < asked.rounds:
+            raise settings.SettingError(
+                f"--rounds is {asked.rounds}; there are {len(task.rl_prompts)} prompts for them"
+            )
+
+    with session.opened(asked, out, kind=asked.loss, weights=weights, accept=accept) as (folder, job):
+        trainer = direct.make_trainer(job, asked, folder.path)
+        with ahead.compiling(job, {}, instead=trainer.compile_ahead):
+            base = stages.pretrain(job)
+            sft = stages.supervised(job, "sft", base, epochs=asked.sft.epochs, mix=0.0)
+            sft_mix = stages.supervised(job, "sft_mix", base, epochs=asked.sft.mix_epochs, mix=asked.sft.mix)
+            (ranked, *_), validation, facts = comparisons.gather(job, [sft, sft_mix])
+            (reward,) = stages.train_reward_models(job, sft_mix, [ranked])
+            judged = evaluation.reward_model_facts(job, reward, validation)
+            policy, learnt = _learnt(job, trainer, asked, sft_mix, reward, ranked, facts)
+            held = pairs_lib.from_rankings(
+                validation, prompt_width=job.task.prompt_width, per_prompt=0, seed=asked.seed
+            )
+            implicit = trainer.accuracy(policy, sft_mix, held)
+            policies = {"base": base, "sft": sft, "sft_mix": sft_mix, asked.loss: policy}
+            found = evaluation.evaluate(job, policies, reward)
+    results = {
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "seed": asked.seed,
+        "preset": asked.preset,
+        "loss": asked.loss,
+        "dropped": job.task.dropped.dropped | job.task.dropped.truncated,
+        "programs": _programs(job, trainer),
+        "reward_model": judged | facts,
+        "implicit_accuracy": implicit,
+        **learnt,
+        **found,
+    }
+    results = rundir.finite(results) | {"seconds": time.time() - process.BEGAN}
+    lm.save(folder.path / "policy", job.cfg, policy, tokenizer=job.task.tokenizer, pad_id=job.task.fmt.pad_id)
+    title = f"{results_lib.label(asked.loss)} from an SFT model"
+    report.write_report(
+        folder.path / "report.html",
+        results,
+        metrics.read(folder.path),
+        title=title,
+        settings=dataclasses.asdict(asked),
+    )
+    folder.write_json(rundir.RESULTS, results)
+    out.print(console.results_table(results))
+    mean, low, high = (100 * x for x in implicit)
+    session.say(out, f"held-out pairs ranked right by the implicit reward: {mean:.1f} % ({low:.1f}–{high:.1f})")
+    session.say(out, f"report: {folder.path / 'report.html'}   numbers: {folder.path / rundir.RESULTS}")
+    return results
+
+
+def _learnt(
+    job: stages.Job,
+    trainer: direct.Trainer,
+    asked: DPO,
+    sft: Any,
+    reward: Any,
+    ranked: Any,
+    facts: dict[str, Any],
+) -> tuple[Any, dict[str, Any]]:
+    """The policy, from the comparisons or in rounds, and what was learnt from."""
+    if asked.rounds == 0:
+        width = job.task.prompt_width
+        pairs = pairs_lib.from_rankings(ranked, prompt_width=width, per_prompt=asked.pairs, seed=asked.seed)
+        return trainer.train(sft, pairs, name=asked.loss, seed=asked.seed), {"pairs": len(pairs)}
+    judges: dict[str, Any] = {"reward": pairs_lib.judged_by_reward, "gold": pairs_lib.judged_by_gold}
+    if asked.judge == "labelers":
+        judges["labelers"] = pairs_lib.judged_by_labelers(job, facts["labeler_temperature"])
+    policy, rounds = direct.iterate(
+        trainer,
+        sft,
+        reward,
+        job.task.rl_prompts,
+        judge=judges[asked.judge],
+        name=asked.loss,
+        seed=asked.seed,
+        rounds=asked.rounds,
+        samples=asked.samples,
+        latest=not asked.hold_reference,
+    )
+    return policy, {"rounds": [dict(zip(each._fields, each)) for each in rounds]}
+
+
+def _programs(job: stages.Job, trainer: direct.Trainer) -> dict[str, int]:
+    """How often each of the large programs was traced, which is how often it was compiled."""
+    steps = {"supervised": job.supervised_step, "reward_model": job.reward_step, "direct": trainer.train_step}
+    return {name: step.traces for name, step in steps.items()} | {"sampling": job.sampler.traces}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    command.enter(run, parse, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,352 @@
+"""DPO against PPO, after Xu et al. 2024 and Rafailov et al. 2023: gold utility for KL, and what shifted pairs cost.
+
+    python experiments/dpo_vs_ppo.py                       all three parts
+    python experiments/dpo_vs_ppo.py --parts bandit exact  the two whose KL and rewards are exact
+    python experiments/dpo_vs_ppo.py --preset smoke        all of it, too short to learn much in the world
+    python experiments/dpo_vs_ppo.py --resume runs/NAME    go on with a study that was stopped or killed
+
+Three parts. ``world``: from one SFT model of the built-in world, DPO at several betas, DPO in rounds that a reward
+model labels, PPO at several KL coefficients, and both again where the comparisons are of the base model's answers,
+which the SFT model would hardly write (shifted pairs). ``bandit``: the same on a table of rewards, where KL and gold
+are exact and the optimum is known. ``exact``: the three answers of Xu's theorem 4.1. Seeds are keys of sampling and
+batches in the first, other labels in the second. All settings of instructgpt.py are settings here too.
+
+To expect of the bandit, over ten draws of 400 labels: at coefficient 0.5, PPO has 0.87 ±0.10 at a KL of 1.4 nats where
+the optimum has 0.99 at 1.0; shifted pairs take 0.11 of that, and of DPO's 0.92 ±0.11 at 1.9 nats they take 0.24. Of the
+three answers DPO puts 0.99 on the unseen one and PPO 0.0001.
+
+Writes below ``--out``: study.json, study.html with the figures, config.json, metrics.jsonl, checkpoints/, reference/.
+"""
+
+from __future__ import annotations
+
+from pipeline import process
+
+if __name__ == "__main__":
+    process.use_huge_pages()
+
+import dataclasses
+import pathlib
+import time
+from typing import Any, Literal
+
+import numpy as np
+from pipeline import (
+    bandit_study,
+    cells,
+    command,
+    comparisons,
+    direct,
+    rundir,
+    session,
+    settings,
+    stages,
+    sweep_plot,
+    three_actions,
+)
+from pipeline import pairs as pairs_lib
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from rlhf_jax import diagnostics
+
+Part = Literal["world", "bandit", "exact"]
+SHIFTED = "shifted pairs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Study(direct.Direct, settings.Settings):
+    """DPO against PPO, with every setting of the main job."""
+
+    parts: tuple[Part, ...] = ("world", "bandit", "exact")
+    """Which to run."""
+    seeds: int = 3
+    """Runs of each method and coefficient."""
+    betas: tuple[float, ...] = (0.05, 0.15, 0.5)
+    """Of DPO; the middle one is what shifted and unshifted pairs are compared at."""
+    kl_coefs: tuple[float, ...] = (0.02, 0.06, 0.2)
+    """Of PPO; likewise."""
+    at: tuple[float, ...] = (0.5, 1.0, 1.5)
+    """KLs, in nats, at which the methods' gold is compared, between the coefficients on either side."""
+    rounds: int = 3
+    """Of iterated DPO, on as many pairs in all as the other has."""
+    bandit_seeds: int = 10
+    """Draws of labels on the bandit."""
+    bandit_coefs: tuple[float, ...] = (0.1, 0.2, 0.5, 1.0, 2.0)
+    """Betas and KL coefficients on the bandit, where rewards have standard deviation 1."""
+    bandit_pairs: int = 400
+    """Labels on the bandit; it has 64 pairs of a prompt and an answer."""
+
+
+def parse(arguments: list[str]) -> Study:
+    """Settings from the command line; raises SettingError for what cannot be."""
+    asked = command.parse(Study, arguments, prog="dpo_vs_ppo.py", doc=__doc__, adjust=_short)
+    direct.check(asked)
+    for name in ("seeds", "rounds", "bandit_seeds", "bandit_pairs"):
+        if getattr(asked, name) < 1:
+            raise settings.SettingError(f"--{name.replace('_', '-')} is {getattr(asked, name)}; it must be at least 1")
+    for name in ("betas", "kl_coefs", "bandit_coefs", "at"):
+        given = getattr(asked, name)
+        if not given or min(given) <= 0 or len(set(given)) < len(given):
+            raise settings.SettingError(f"--{name.replace('_', '-')} is {given}; each must be above 0, and there once")
+    if not asked.parts:
+        raise settings.SettingError("--parts must name something")
+    if "world" in asked.parts and asked.data.path is not None:
+        raise settings.SettingError("--data.path has no gold utility to compare by; leave it out, or the part `world`")
+    if asked.beta is not None:
+        raise settings.SettingError(f"--beta is {asked.beta}; give --betas here")
+    return asked
+
+
+def _short(preset: settings.Settings) -> settings.Settings:
+    """Many runs are made shorter."""
+    if preset.preset != "default":
+        return preset
+    return dataclasses.replace(preset, ppo=dataclasses.replace(preset.ppo, iterations=18))
+
+
+def run(asked: Study) -> dict[str, Any]:
+    """The whole study; returns what study.json holds."""
+    out, kind = Console(), "dpo-vs-ppo"
+    results: dict[str, Any] = {}
+    drawn = []
+    if "world" in asked.parts:
+        with session.opened(asked, out, kind=kind, weights=_weights(asked)) as (folder, job):
+            results["world"] = in_world(asked, job, folder)
+        label = "Built-in world: root of the KL to the SFT model, nats a sequence"
+        drawn.append(sweep_plot.frontier(results["world"]["lines"], xlabel=label, ylabel="Gold utility"))
+        _tell(out, results["world"], "built-in world: gold utility at the KL that each coefficient ends at")
+    elif asked.resume:
+        folder = rundir.RunFolder(pathlib.Path(asked.resume))
+    else:
+        folder = rundir.create(rundir.free_path(asked, kind=kind), asked)
+    if "exact" in asked.parts:
+        results["exact"] = exact()
+        out.print(exact_table(results["exact"]))
+    if "bandit" in asked.parts:
+        results["bandit"] = on_bandit(asked)
+        label = "Bandit: root of the exact KL, nats"
+        drawn.append(sweep_plot.frontier(results["bandit"]["lines"], xlabel=label, ylabel="Expected reward, exact"))
+        _tell(out, results["bandit"], "bandit: expected reward at the KL that each coefficient ends at")
+    folder.log.close()
+    results = rundir.finite(results | {"seconds": time.time() - process.BEGAN})
+    note = (
+        "Lines join the coefficients of a method, means over seeds with 95 % intervals; broken ones had shifted pairs."
+    )
+    if "exact" in results:
+        note += " " + exact_words(results["exact"])
+    sweep_plot.write_page(folder.path / "study.html", drawn, title="DPO against PPO", note=note)
+    folder.write_json("study.json", results)
+    session.say(out, f"figures: {folder.path / 'study.html'}   numbers: {folder.path / 'study.json'}")
+    return results
+
+
+def _tell(out: Console, part: dict[str, Any], title: str) -> None:
+    out.print(lines_table(part["lines"], title))
+    for name, effect in part["effects"].items():
+        out.print(f"{name}: {sweep_plot.interval_text(effect)}", soft_wrap=True, highlight=False)
+
+
+def exact() -> dict[str, Any]:
+    """Probabilities of the three answers, by method, and DPO's loss of each."""
+    beta = 0.1
+    trained, _ = three_actions.by_dpo(beta=beta)
+    policies = {
+        "reference": three_actions.REFERENCE,
+        "DPO": trained,
+        "PPO": three_actions.by_ppo(kl_coef=beta),
+        "optimum of reward less KL": three_actions.optimum(kl_coef=beta),
+        "(0.1, 0, 0.9)": (0.1, 0.0, 0.9),
+    }
+    return {
+        name: {"probabilities": [float(p) for p in each], "dpo_loss": three_actions.loss(each, beta=beta)}
+        for name, each in policies.items()
+    }
+
+
+def exact_words(found: dict[str, Any]) -> str:
+    """The part ``exact`` in a sentence."""
+    third = {name: each["probabilities"][2] for name, each in found.items()}
+    return (
+        "Three answers, of which the third was never seen: "
+        f"DPO gives it {third['DPO']:.3f} and PPO {third['PPO']:.4f}; in the optimum it has "
+        f"{third['optimum of reward less KL']:.1e}."
+    )
+
+
+def exact_table(found: dict[str, Any]) -> Table:
+    """The part ``exact``, a policy a row."""
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, title="three answers, the third unseen", title_justify="left")
+    for column in ("", "better", "worse", "unseen", "DPO loss"):
+        made.add_column(column, justify="right" if column else "left")
+    for name, each in found.items():
+        made.add_row(name, *(f"{p:.4g}" for p in each["probabilities"]), f"{each['dpo_loss']:.4f}")
+    return made
+
+
+def on_bandit(asked: Study) -> dict[str, Any]:
+    """The lines of the bandit, and the effects at its middle coefficient."""
+    coefs = asked.bandit_coefs
+    found = bandit_study.run(coefs=coefs, seeds=asked.bandit_seeds, pairs=asked.bandit_pairs, rounds=asked.rounds)
+    runs = {method: dict(zip(coefs, rows)) for method, rows in found.items()}
+    middle = {"DPO": _middle(coefs), "PPO": _middle(coefs)}
+    return {"lines": [_line(*each) for each in runs.items()], "effects": effects(runs, middle, asked.at)}
+
+
+def _wanted(asked: Study) -> list[tuple[str, tuple[float, ...]]]:
+    """The methods of the built-in world, and the coefficients of each."""
+    wanted = [("DPO", asked.betas), (f"DPO, {SHIFTED}", asked.betas), ("iterated DPO", asked.betas)]
+    return [*wanted, ("PPO", asked.kl_coefs), (f"PPO, {SHIFTED}", (_middle(asked.kl_coefs),))]
+
+
+def _weights(asked: Study) -> list[tuple[str, float]]:
+    weights = [("reward_model-shifted", 20.0)]
+    for method, coefs in _wanted(asked):
+        each = [_stage(method, coef, seed) for coef in coefs for seed in range(asked.seeds)]
+        rounds = range(asked.rounds)
+        weights += [(f"{n}-round{r}", 4.0) for n in each for r in rounds] if method == "iterated DPO" else []
+        weights += [(n, 16.0 if "PPO" in method else 9.0) for n in each] if method != "iterated DPO" else []
+    return [*weights, ("evaluate", 60.0)]
+
+
+def in_world(asked: Study, job: stages.Job, folder: rundir.RunFolder) -> dict[str, Any]:
+    """The lines of the built-in world, and what shift and rounds do at the middle coefficients."""
+    middle = {"DPO": _middle(asked.betas), "PPO": _middle(asked.kl_coefs)}
+    policies = _policies(job, asked, folder, _wanted(asked))
+    job.progress.start("evaluate", 1 + len(policies))
+    shared = policies.pop("shared")
+    against = cells.answers(job, shared, job.task.eval_prompts, shared.sft, seed=0)
+    runs: dict[str, dict[float, list[dict[str, float]]]] = {}
+    for done, ((method, coef, seed), policy) in enumerate(policies.items()):
+        numbers = cells.measure(job, shared, job.task.eval_prompts, against, policy, seed=1 + seed)
+        runs.setdefault(method, {}).setdefault(coef, []).append(numbers)
+        job.progress.update("evaluate", 1 + done, 1 + len(policies))
+    job.progress.finish("evaluate")
+    return {"lines": [_line(method, each) for method, each in runs.items()], "effects": effects(runs, middle, asked.at)}
+
+
+def _policies(job: stages.Job, asked: Study, folder: rundir.RunFolder, wanted: Any) -> dict[Any, Any]:
+    """Every policy, by (method, coefficient, seed); and what they share."""
+    shared = cells.prepare(job)
+    base = stages.pretrain(job)
+    width, n = job.task.prompt_width, asked.pairs
+    (own, *_), _, _ = comparisons.gather(job, [shared.sft, shared.start])
+    (shifted, *_), _, _ = comparisons.gather(job, [base])
+    reward = stages.train_reward_model(job, shared.start, shifted, stage="reward_model-shifted")
+    others = shared._replace(reward=stages.normalised(job, reward, shared.start))
+    pairs = {
+        name: pairs_lib.from_rankings(rows, prompt_width=width, per_prompt=n, seed=asked.seed)
+        for name, rows in (("own", own), (SHIFTED, shifted))
+    }
+    trainer = direct.make_trainer(job, asked, folder.path)
+    # Each prompt of a round gives one pair.
+    prompts = job.task.rl_prompts.take(len(pairs["own"]))
+    made: dict[Any, Any] = {"shared": shared}
+    for method, coefs in wanted:
+        for coef in coefs:
+            numbers = dataclasses.replace(asked, beta=coef)
+            for seed in range(asked.seeds):
+                name = _stage(method, coef, seed)
+                if method == "iterated DPO":
+                    policy, _ = direct.iterate(
+                        trainer,
+                        shared.start,
+                        shared.reward,
+                        prompts,
+                        judge=pairs_lib.judged_by_reward,
+                        name=name,
+                        seed=seed,
+                        rounds=asked.rounds,
+                        samples=4,
+                        asked=numbers,
+                    )
+                elif "DPO" in method:
+                    chosen = pairs[SHIFTED if SHIFTED in method else "own"]
+                    policy = trainer.train(shared.start, chosen, name=name, seed=seed, asked=numbers)
+                else:
+                    cell = cells.Cell(name, dataclasses.replace(asked.ppo, kl_coef=coef), seed)
+                    job.progress.start(name, asked.ppo.iterations)
+                    policy = cells.train(job, others if SHIFTED in method else shared, cell, step=job.ppo_step)
+                    job.progress.finish(name)
+                made[method, coef, seed] = policy
+    return made
+
+
+def _middle(coefs: tuple[float, ...]) -> float:
+    return sorted(coefs)[len(coefs) // 2]
+
+
+def _stage(method: str, coef: float, seed: int) -> str:
+    return f"{method.lower().replace(', ', '-').replace(' ', '-')}-{coef:g}-seed{seed}"
+
+
+def _line(method: str, runs: dict[float, list[dict[str, float]]]) -> dict[str, Any]:
+    """One method's line in a figure, and its runs."""
+    families = ("PPO", "DPO", "iterated DPO", "optimum")
+    return {
+        "method": method,
+        "look": families.index(method.split(",")[0]),
+        "paler": SHIFTED in method,
+        "points": [{"coef": coef} | cells.over_seeds(each) for coef, each in runs.items()],
+        "runs": {f"{coef:g}": each for coef, each in runs.items()},
+    }
+
+
+def effects(
+    runs: dict[str, dict[float, list[dict[str, float]]]], middle: dict[str, float], at: tuple[float, ...]
+) -> dict[str, list[float]]:
+    """Differences of gold, with 95 % intervals over seeds: shift at the middle coefficients, methods at equal KL."""
+
+    def gold(method: str) -> list[float]:
+        return [numbers["gold"] for numbers in runs[method][middle[method.split(",")[0]]]]
+
+    cost = {name: _difference(gold(name), gold(f"{name}, {SHIFTED}")) for name in ("DPO", "PPO")}
+    told = {f"gold that shifted pairs cost {name}": cost[name] for name in cost}
+    told["what they cost DPO more than PPO"] = _difference(cost["DPO"], cost["PPO"])
+    for kl in at:
+        for method, other in (("PPO", "DPO"), ("iterated DPO", "DPO")):
+            upper, lower = (gold_at(runs[name], kl) for name in (method, other))
+            if upper is not None and lower is not None:
+                told[f"gold of {method} above {other} at a KL of {kl:g}"] = _difference(upper, lower)
+    return {name: list(diagnostics.mean_interval(each)) for name, each in told.items()}
+
+
+def gold_at(runs: dict[float, list[dict[str, float]]], kl: float) -> list[float] | None:
+    """Each seed's gold where its KL is ``kl``, on straight lines in the root of the KL between its coefficients.
+
+    None where a seed's coefficients do not lie on both sides of it.
+    """
+    found = []
+    for each in zip(*runs.values(), strict=True):
+        points = sorted((max(numbers["kl"], 0.0) ** 0.5, numbers["gold"]) for numbers in each)
+        x, y = zip(*points)
+        if not x[0] <= kl**0.5 <= x[-1]:
+            return None
+        found.append(float(np.interp(kl**0.5, x, y)))
+    return found
+
+
+def _difference(a: list[float], b: list[float]) -> list[float]:
+    return [x - y for x, y in zip(a, b, strict=True)]
+
+
+def lines_table(lines: list[dict[str, Any]], title: str) -> Table:
+    """A method and coefficient a row."""
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, title=title, title_justify="left")
+    for column in ("method", "coef", "KL", "gold"):
+        made.add_column(column, justify="left" if column == "method" else "right")
+    for line in lines:
+        for i, point in enumerate(line["points"]):
+            numbers = (sweep_plot.interval_text(point[name]) for name in ("kl", "gold"))
+            made.add_row("" if i else line["method"], f"{point['coef']:g}", *numbers)
+    return made
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    command.enter(run, parse, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""The step of DPO and its relatives: what it computes, what must not matter to it, and how it is composed."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rlhf_jax import lm, losses, parallel, types
+from rlhf_jax.lm import lora
+from rlhf_jax.train import dpo, objectives, reference
+from rlhf_jax.train import state as state_lib
+
+CFG = lm.LMConfig(vocab_size=20, n_layers=1, d_model=16, n_heads=2, d_mlp=32, max_length=24)
+SGD = optax.scale(-1.0)
+B, P, T = 8, 4, 6
+response = functools.partial(lm.response_logprobs, cfg=CFG, prompt_width=P)
+anywhere = functools.partial(lm.token_logprobs, cfg=CFG)
+one_row = jax.jit(anywhere)
+KEY = jax.random.key(0)
+
+
+@functools.cache
+def params(seed=0):
+    return jax.jit(lambda key: lm.init(key, CFG))(jax.random.key(seed))
+
+
+def fresh(given=None):
+    return state_lib.create(params() if given is None else given, SGD)
+
+
+def hyper(**numbers: Any) -> Any:
+    given = {"learning_rate": 0.1, "beta": 0.5, "label_smoothing": 0.1, **numbers}
+    made = dpo.Hyper(**given)
+    return dpo.Hyper(**{f.name: np.float32(getattr(made, f.name)) for f in dataclasses.fields(made)})
+
+
+def pairs(seed=0) -> Any:
+    """Left-padded prompts, answers of different lengths."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(1, 20, size=(B, 2, P + T))
+    tokens[:, 1, :P] = tokens[:, 0, :P]
+    prompt = np.broadcast_to(np.arange(P) >= rng.integers(0, P, size=(B, 1, 1)), (B, 2, P))
+    answer = np.arange(T) < rng.integers(1, T + 1, size=(B, 2, 1))
+    mask = np.concatenate([prompt, answer], axis=-1)
+    return types.Preferences(jnp.asarray(tokens, jnp.int32), jnp.asarray(mask), jnp.asarray(answer))
+
+
+def marked(seed=0, K=1) -> Any:
+    rows = pairs(seed)
+    cut = [x[:, :K] for x in (rows.tokens_BKL, rows.mask_BKL, rows.answer_BKC)]
+    good = jnp.asarray(np.random.default_rng(seed).random((B, K)) < 0.5).at[0, 0].set(True).at[1, 0].set(False)
+    made = types.Preferences(*cut, good_BK=good)
+    return made.replace(mismatched=dpo.mismatched(made, prompt_width=P))  # type: ignore[attr-defined]
+
+
+FAMILY: dict[str, Any] = {
+    "dpo": objectives.dpo,
+    "robust": objectives.robust_dpo,
+    "ipo": objectives.ipo,
+    "hinge": objectives.hinge,
+    "kto": objectives.kto,
+    "orpo": objectives.orpo,
+    "simpo": objectives.simpo,
+    "dpo-sft": objectives.with_sft(objectives.dpo),
+    "dpo-per-token": objectives.per_token(objectives.dpo),
+}
+
+
+def batch_of(name):
+    return marked() if name == "kto" else pairs()
+
+
+def reference_of(name) -> Any:
+    return {"reference": None} if name in ("orpo", "simpo") else {}
+
+
+@functools.cache
+def made_step(name="dpo", logprobs: Any = response, micro_batches=1):
+    return parallel.jit_step(
+        dpo.make_train_step(logprobs, FAMILY[name], micro_batches=micro_batches, **reference_of(name))
+    )
+
+
+def run(batch, name="dpo", *, frozen: Any = "other", logprobs: Any = response, micro_batches=1, **numbers):
+    frozen = params(1) if isinstance(frozen, str) else frozen
+    frozen = None if name in ("orpo", "simpo") else frozen
+    return made_step(name, logprobs, micro_batches)(fresh(), frozen, hyper(**numbers), batch, KEY)
+
+
+def close(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+def moved(state):
+    return max(jax.tree.leaves(jax.tree.map(lambda a, b: float(np.abs(a - b).max()), state.params, params())))
+
+
+def sums(which, batch):
+    """Log-probabilities of the answers, one row at a time and with the padding behind everything."""
+    found = np.zeros(batch.tokens_BKL.shape[:2])
+    for b, k in np.ndindex(found.shape):
+        real = np.asarray(batch.mask_BKL[b, k])
+        tokens, end = np.zeros((1, P + T), np.int32), int(real.sum())
+        tokens[0, :end] = np.asarray(batch.tokens_BKL[b, k])[real]
+        first = end - int(np.asarray(batch.answer_BKC[b, k]).sum())
+        logprobs = np.asarray(one_row(which, tokens, mask_BL=np.arange(P + T)[None] < end))
+        found[b, k] = logprobs[0, first:end].sum(dtype=np.float64)
+    return found
+
+
+def test_the_numbers_of_a_step_by_hand():
+    batch = pairs()
+    policy, theirs = sums(params(), batch), sums(params(1), batch)
+    state, logs = run(batch)
+    values = {name: float(m.value()) for name, m in logs.items() if hasattr(m, "value")}
+    ratios = policy - theirs
+    h = 0.5 * (ratios[:, 0] - ratios[:, 1])
+    expected = 0.9 * np.logaddexp(0, -h) + 0.1 * np.logaddexp(0, h)
+    np.testing.assert_allclose(values["loss"], expected.mean(), rtol=1e-4)
+    np.testing.assert_allclose(values["margin"], h.mean(), rtol=1e-4, atol=1e-5)
+    assert values["accuracy"] == np.mean(h > 0) and 0 < values["accuracy"] < 1
+    for k, side in enumerate(("chosen", "rejected")):
+        np.testing.assert_allclose(values[f"{side}_logprob"], policy[:, k].mean(), rtol=1e-4)
+        np.testing.assert_allclose(values[f"{side}_reward"], 0.5 * ratios[:, k].mean(), rtol=1e-3, atol=1e-5)
+    assert float(logs["skipped"]) == 0 and moved(state) > 1e-4
+    # At the start of training policy and reference are one.
+    _, logs = run(batch, frozen=params(), label_smoothing=0.0)
+    np.testing.assert_allclose(logs["loss"].value(), np.log(2), rtol=1e-5)
+    assert float(logs["margin"].value()) == 0 and float(logs["accuracy"].value()) == 0.5
+
+
+SHORT = ("dpo", "kto", "simpo")
+LONG = [pytest.param(name, marks=pytest.mark.slow) for name in FAMILY if name not in SHORT]
+
+
+@pytest.mark.parametrize("name", [*SHORT, *LONG])
+def test_micro_batches_give_the_update_of_the_whole_batch(name):
+    whole, whole_logs = run(batch_of(name), name)
+    parts, parts_logs = run(batch_of(name), name, micro_batches=4)
+    assert moved(whole) > 1e-5
+    close(parts.params, whole.params, atol=1e-6)
+    for metric in whole_logs:
+        values = (x.value() if hasattr(x, "value") else x for x in (parts_logs[metric], whole_logs[metric]))
+        np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-6, err_msg=metric)
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_cached_and_computed_references_give_one_step(name):
+    """And with the cache nothing is held or computed of the reference."""
+    batch = batch_of(name)
+    score = jax.jit(functools.partial(dpo.answer_logprobs, response))
+    cached = reference.attached(score, params(1), batch, rows=3)
+    in_step, logs = run(batch, name)
+    from_cache, cached_logs = run(cached, name, frozen=None)
+    close(from_cache.params, in_step.params, atol=1e-6)
+    np.testing.assert_allclose(cached_logs["loss"].value(), logs["loss"].value(), rtol=1e-5)
+
+
+def test_where_padding_stands_and_what_it_holds_does_not_matter():
+    """One row of the same real tokens, padded on the left, on the right, and filled with anything."""
+    batch, L = pairs(), P + T
+    expected, logs = run(batch)
+    for side in ("left", "right"):
+        tokens, mask, answer = (np.zeros((B, 2, L), d) for d in (np.int32, bool, bool))
+        rng = np.random.default_rng(5)
+        for b, k in np.ndindex(B, 2):
+            real = np.asarray(batch.mask_BKL[b, k])
+            ids, n = np.asarray(batch.tokens_BKL[b, k])[real], int(np.asarray(batch.answer_BKC[b, k]).sum())
+            at = np.arange(L - len(ids), L) if side == "left" else np.arange(len(ids))
+            tokens[b, k] = rng.integers(1, 20, size=L)
+            tokens[b, k, at], mask[b, k, at], answer[b, k, at[-n:]] = ids, True, True
+        made = types.Preferences(*(jnp.asarray(x) for x in (tokens, mask, answer)))
+        state, got = run(made, logprobs=anywhere)
+        np.testing.assert_allclose(got["loss"].value(), logs["loss"].value(), rtol=1e-5)
+        close(state.params, expected.params, atol=1e-6)
+
+
+def test_rows_without_any_padding_may_come_without_a_mask():
+    batch = pairs()
+    full = batch.replace(mask_BKL=jnp.ones_like(batch.mask_BKL), answer_BKC=jnp.ones_like(batch.answer_BKC))
+    expected, _ = run(full)
+    state, _ = run(full.replace(mask_BKL=None))
+    close(state.params, expected.params, atol=1e-6)
+
+
+def test_methods_without_a_reference_hold_none_and_others_say_what_they_lack():
+    for name in ("orpo", "simpo"):
+        state, logs = run(pairs(), name)
+        assert moved(state) > 1e-5 and np.isfinite(float(logs["loss"].value()))
+    with pytest.raises(ValueError, match="reference"):
+        run(pairs(), "dpo", frozen=None)
+    with pytest.raises(ValueError, match="columns"):
+        run(pairs(), "dpo", logprobs=anywhere)
+
+
+def test_kto_takes_its_baseline_from_answers_to_other_prompts():
+    batch = marked()
+    crossed = batch.mismatched
+    np.testing.assert_array_equal(crossed.tokens_BKL[..., :P], batch.tokens_BKL[..., :P])
+    np.testing.assert_array_equal(crossed.tokens_BKL[1:, :, P:], batch.tokens_BKL[:-1, :, P:])
+    np.testing.assert_array_equal(crossed.answer_BKC[0], batch.answer_BKC[-1])
+    policy, theirs = sums(params(), batch), sums(params(1), batch)
+    baseline = max(float(np.mean(sums(params(), crossed) - sums(params(1), crossed))), 0.0)
+    _, logs = run(batch, "kto")
+    np.testing.assert_allclose(logs["baseline"], baseline, rtol=1e-3, atol=1e-5)
+    by_hand = losses.kto(jnp.asarray(policy), jnp.asarray(theirs), batch.good_BK, baseline, beta=0.5)
+    np.testing.assert_allclose(logs["loss"].value(), by_hand.mean(), rtol=1e-4)
+    good = np.asarray(batch.good_BK)
+    right = (policy - theirs - baseline > 0) == good
+    np.testing.assert_allclose(logs["accuracy"].value(), right.mean())
+    np.testing.assert_allclose(logs["chosen_logprob"].value(), policy[good].mean(), rtol=1e-4)
+    np.testing.assert_allclose(logs["rejected_logprob"].value(), policy[~good].mean(), rtol=1e-4)
+    with pytest.raises(ValueError, match="mismatched"):
+        run(batch.replace(mismatched=None), "kto")
+
+
+def test_training_tells_chosen_from_rejected_and_compiles_once():
+    step, state, batch = made_step("dpo"), fresh(params(1)), pairs()
+    traces, found = step.traces, []
+    for i in range(30):
+        numbers = hyper(learning_rate=0.5 / (1 + 0.1 * i), beta=0.5 + 0.01 * i, label_smoothing=0.0, max_grad_norm=1.0)
+        state, logs = step(state, params(1), numbers, batch, KEY)
+        found.append({name: float(m.value()) for name, m in logs.items() if hasattr(m, "value")})
+    assert found[-1]["accuracy"] > 0.9 and found[-1]["loss"] < 0.6 * found[0]["loss"]
+    assert found[-1]["margin"] > 0 == found[0]["margin"]
+    assert step.traces - traces <= 1
+
+
+def test_adapters_on_their_own_reference():
+    """Fresh adapters are their base, so the first loss is log 2; the state holds them alone and the base stays."""
+    join = functools.partial(lora.attach, scale=2.0)
+    adapters = jax.jit(lambda key: lora.init(key, CFG, rank=2, pattern="layers/.*"))(KEY)
+    step = parallel.jit_step(dpo.make_train_step(response, objectives.dpo, join=join, micro_batches=2))
+    state, logs = step(fresh(adapters), params(), hyper(label_smoothing=0.0), pairs(), KEY)
+    np.testing.assert_allclose(logs["loss"].value(), np.log(2), rtol=1e-5)
+    assert jax.tree.structure(state.params) == jax.tree.structure(adapters)
+    state, logs = step(state, params(), hyper(label_smoothing=0.0), pairs(), KEY)
+    assert float(logs["loss"].value()) < np.log(2)
+    merged = lora.merge(params(), state.params, scale=2.0)
+    _, again = step(state, params(), hyper(label_smoothing=0.0), pairs(), KEY)
+    whole, theirs = sums(merged, pairs()), sums(params(), pairs())
+    h = 0.5 * ((whole - theirs)[:, 0] - (whole - theirs)[:, 1])
+    np.testing.assert_allclose(again["loss"].value(), np.logaddexp(0, -h).mean(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_a_batch_spread_over_a_named_axis_gives_the_same_update(name):
+    batch = batch_of(name)
+    expected, logs = run(batch, name)
+    step = dpo.make_train_step(response, FAMILY[name], axis_name="d")
+    halves = jax.tree.map(lambda x: x.reshape(2, B // 2, *x.shape[1:]), batch)
+    states, got = jax.jit(jax.vmap(step, in_axes=(None, None, None, 0, None), axis_name="d"))(
+        fresh(), params(1), hyper(), halves, KEY
+    )
+    close(jax.tree.map(lambda x: x[0], states.params), expected.params, atol=1e-6)
+    for metric in ("loss", "accuracy", "chosen_logprob"):
+        np.testing.assert_allclose(got[metric].value()[0], logs[metric].value(), rtol=1e-4, err_msg=metric)
+
+
+def test_a_sweep_is_one_program():
+    step = dpo.make_train_step(response, FAMILY["dpo"])
+    betas = np.array([0.1, 1.0], np.float32)
+    hypers = jax.tree.map(lambda *x: np.stack(x), *[hyper(beta=b) for b in betas])
+    states = jax.tree.map(lambda x: jnp.stack([x, x]), fresh())
+    swept, _ = jax.jit(jax.vmap(step, in_axes=(0, None, 0, None, None)))(states, params(1), hypers, pairs(), KEY)
+    for i, beta in enumerate(betas):
+        alone, _ = run(pairs(), beta=beta)
+        close(jax.tree.map(lambda x, i=i: x[i], swept.params), alone.params, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------- reference log-probabilities, kept
+
+
+def test_reference_log_probabilities_are_kept_and_used_only_for_what_they_are_of(tmp_path):
+    calls, told = [], []
+
+    compiled = jax.jit(functools.partial(dpo.answer_logprobs, response))
+
+    def score(which, batch):
+        calls.append(len(batch.tokens_BKL))
+        return compiled(which, batch)
+
+    def attached(which=None, data: Any = None, settings: Any = "float32"):
+        return reference.attached(
+            score,
+            params(1) if which is None else which,
+            pairs() if data is None else data,
+            path=tmp_path / "deep" / "reference.npz",
+            settings=settings,
+            rows=3,
+            tell=told.append,
+        )
+
+    first = attached()
+    assert calls == [3, 3, 3], "one shape, the last part filled up"
+    np.testing.assert_allclose(first.reference_BK, sums(params(1), pairs()), rtol=1e-4)
+    np.testing.assert_array_equal(attached().reference_BK, first.reference_BK)
+    assert len(calls) == 3 and not told, "read, not computed"
+    for change, word in (
+        ({"which": params(2)}, "reference"),
+        ({"data": pairs(1)}, "data"),
+        ({"settings": "bfloat16"}, "settings"),
+    ):
+        attached()  # what is there before is of the first again
+        calls.clear()
+        told.clear()
+        attached(**change)
+        assert len(calls) == 3 and len(told) == 1 and f"another {word}" in told[0] and "anew" in told[0], word
+        told.clear()
+        calls.clear()
+        attached(**change)
+        assert not calls and not told, "the new ones are kept"
+    (tmp_path / "deep" / "reference.npz").write_bytes(b"PK\x03\x04 torn")
+    calls.clear()
+    again = attached()
+    np.testing.assert_array_equal(again.reference_BK, first.reference_BK)
+    assert calls and "cannot be read" in told[-1]
+    crossed = attached(data=marked())
+    np.testing.assert_array_equal(attached(data=marked()).mismatched.reference_BK, crossed.mismatched.reference_BK)
+    np.testing.assert_allclose(crossed.mismatched.reference_BK, sums(params(1), marked().mismatched), rtol=1e-4)
