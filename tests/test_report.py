@@ -231,10 +231,10 @@ def test_nearly_nothing_is_still_a_page():
 
 def test_unknown_policies_stages_and_fields_are_shown():
     results = {"policies": {"sft": {"reward": 0.0}, "dpo_$x$": {"reward": 1.0, "gold": float("nan"), "surprise": 0.25}}}
-    text = report.render(results, [{"stage": "dpo", "step": 1, "loss": 0.5}], title="DPO")
+    text = report.render(results, [{"stage": "rehearsal", "step": 1, "loss": 0.5}], title="DPO")
     page = Page(text)
     assert "dpo $x$" in page.text and "nan" in page.text and "surprise" in page.text and "0.250" in page.text
-    assert "Learning curves: dpo" in page.headings
+    assert "Learning curves: rehearsal" in page.headings
 
 
 def test_same_input_same_page(full_text):
