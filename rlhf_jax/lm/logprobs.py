@@ -85,7 +85,10 @@ def values(
 def score(
     params: types.Params, tokens_BL: jax.Array, *, cfg: config.LMConfig, mask_BL: jax.Array | None = None
 ) -> jax.Array:
-    """``[B]`` float32: the scalar head at the last real token, gain and bias applied; a row of padding gets 0."""
+    """``[B]`` float32: the scalar head at the last real token, gain and bias applied; a row of padding gets 0.
+
+    ``[B, H]`` where the model has several heads.
+    """
     return score_with(apply_fn(cfg), params, tokens_BL, mask_BL=mask_BL)
 
 
@@ -207,8 +210,9 @@ def score_with(
         return made_BL[:, -1]
     columns_L = jnp.arange(tokens_BL.shape[1])
     last_B = jnp.max(jnp.where(mask_BL, columns_L[None, :], -1), axis=1)
+    chosen_BL = columns_L[None, :] == last_B[:, None]
     # A sum over one chosen column: its gradient is a product, where a gather's would be a scatter.
-    return jnp.sum(jnp.where(columns_L[None, :] == last_B[:, None], made_BL, 0.0), axis=1)
+    return jnp.sum(jnp.where(chosen_BL if made_BL.ndim == 2 else chosen_BL[..., None], made_BL, 0.0), axis=1)
 
 
 def response_logprobs_with(
