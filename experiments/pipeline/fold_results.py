@@ -124,13 +124,13 @@ def table(results: Mapping[str, Any]) -> Table:
     return made
 
 
-def groups_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Accuracy of every method on groups of pairs."""
+def groups_table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str] = NAMES) -> Table:
+    """Accuracy of every method on groups of pairs; ``names`` are the methods' headings."""
     made = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-    for title in ("pairs", "n", *NAMES.values()):
+    for title in ("pairs", "n", *names.values()):
         made.add_column(title, justify="left" if title == "pairs" else "right")
     for row in rows:
-        made.add_row(row["group"], str(row["pairs"]), *(percent(row[m]) for m in NAMES if m in row))
+        made.add_row(row["group"], str(row["pairs"]), *(percent(row[m]) for m in names if m in row))
     return made
 
 

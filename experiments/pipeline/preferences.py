@@ -34,8 +34,8 @@ class Training:
     limit: int | None = None
     """Use only so many training prompts."""
     normalise: Literal["demonstrations", "references", "policy", "held-out", "none"] = "demonstrations"
-    """What scores 0 on average afterwards: demonstrations (InstructGPT), reference outputs, which are demonstrations of
-    held-out prompts here (Stiennon), samples of the policy, which get variance 1 too (Ziegler), held-out answers (HH)."""
+    """What scores 0 on average afterwards: demonstrations (InstructGPT); reference outputs, which are the demonstrations
+    of other prompts (Stiennon); samples of the policy, which get variance 1 too (Ziegler); held-out answers (HH)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +145,7 @@ def check(asked: RewardRun, preset: settings.Settings) -> None:
         _require(value >= 1, f"training.{name}", value, "at least 1")
     _require(pmp.prompts >= 0, "pmp.prompts", pmp.prompts, "at least 0")
     _require(not pmp.prompts or asked.data.path is None, "pmp.prompts", pmp.prompts, "left out beside --data.path")
+    _require(not pmp.prompts or asked.model is None, "pmp.prompts", pmp.prompts, "left out beside --model")
     _require(0.5 < pmp.agreement < 1, "pmp.agreement", pmp.agreement, "above 0.5 and below 1")
     for name, value in (("rate", pmp.rate), ("tuning_rate", pmp.tuning_rate)):
         _require(value is None or 0 < value < math.inf, f"pmp.{name}", value, "positive and finite")

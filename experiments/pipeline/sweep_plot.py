@@ -98,7 +98,8 @@ def methods_table(methods: Rows, at: Sequence[float]) -> Table:
 def write_page(path: pathlib.Path, title: str, drawn: Sequence[str], note: str, *, tables: str = "") -> None:
     """One self-contained page: figures as SVG, a note, and tables that are HTML already."""
     colors = "color:var(--ink);background:var(--paper)"
-    style = f"body{{font:15px sans-serif;max-width:46em;margin:2em auto;padding:0 1em;{colors}}}td,th{{padding:.2em .6em;text-align:right}}"
+    style = f"body{{font:15px sans-serif;max-width:46em;margin:2em auto;padding:0 1em;{colors}}}"
+    style += "td,th{padding:.2em .6em;text-align:right}"
     light, dark = (";".join(f"--{name}:{pair[i]}" for name, pair in plots.COLORS.items()) for i in (0, 1))
     head = f"<style>:root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}{style}</style>"
     body = f"<h1>{html.escape(title)}</h1>" + "".join(f"<figure>{svg}</figure>" for svg in drawn)
