@@ -13,9 +13,9 @@ The base model and the SFT model come first, as in instructgpt.py, whose setting
 Face form, with what its scores were normalised on).
 
 ``--folds`` wants scikit-learn (``pip install "rlhf_jax[baselines]"``). Each fold trains its tokenizer, a small base
-model and an ensemble of reward models on its own training pairs. The baselines, on the same folds: the shorter answer wins,
-and a logistic regression on TF-IDF features, with the strength of its penalty chosen on inner splits. Differences are
-paired, with intervals from a bootstrap over pairs.
+model and an ensemble of reward models on its own training pairs. The baselines, on the same folds: the shorter answer
+wins, and a logistic regression on TF-IDF features, with the strength of its penalty chosen on inner splits. Differences
+are paired, with intervals from a bootstrap over pairs.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def packed(
     dropped: float = 0.0,
     rng: np.random.Generator | None = None,
 ) -> types.PackedComparisons:
-    """Some pairs, packed into rows; a share ``dropped`` of their tokens is left out at random, but never an end mark."""
+    """Some pairs, packed into rows; a share ``dropped`` of their tokens is left out at random, never an end mark."""
     sequences = []
     for i in rows:
         for answers in pairs.answers:
@@ -179,7 +179,7 @@ class Fold:
         return state
 
     def base(self) -> types.Params:
-        """A language model of the training dialogues: the preferred ones, and rejected answers after their questions."""
+        """A language model of the training dialogues: preferred ones, and rejected answers after their questions."""
         how, end = self.how, self.fmt.stop_ids[-1]
         documents = []
         for pair in self.train:

@@ -34,8 +34,8 @@ class Training:
     limit: int | None = None
     """Use only so many training prompts."""
     normalise: Literal["demonstrations", "references", "policy", "held-out", "none"] = "demonstrations"
-    """What scores 0 on average afterwards: demonstrations (InstructGPT); reference outputs, which are the demonstrations
-    of other prompts (Stiennon); samples of the policy, which get variance 1 too (Ziegler); held-out answers (HH)."""
+    """What scores 0 on average afterwards: demonstrations (InstructGPT); reference outputs, demonstrations
+    of other prompts here (Stiennon); samples of the policy, with variance 1 (Ziegler); held-out answers (HH)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class CrossValidation:
     """Rows a step."""
     pretrain_learning_rate: float = 6e-3
     """Peak; cosine to a tenth."""
-    members: int = 5
+    members: int = 3
     """Reward models from each base, whose scores are averaged."""
     epochs: int = 2
     """Of each member over the training pairs."""

@@ -55,6 +55,15 @@ def scalar(params: types.Params, hidden_BLD: jax.Array) -> jax.Array:
     return head["gain"] * dot + head["bias"]
 
 
+def value(params: types.Params, hidden_BLD: jax.Array) -> jax.Array:
+    """:func:`scalar` of a critic, which has one head; raises ValueError where there are several."""
+    if "head" in params and count_heads(params) is not None:
+        raise ValueError(
+            f"a value comes from one head, and there are {count_heads(params)}: lm.combine makes one of them"
+        )
+    return scalar(params, hidden_BLD)
+
+
 def combine(params: types.Params, weights_H: jax.Array) -> types.Params:
     """One head whose score is the weighted sum of several: all equal to 1 / H for an ensemble, one-hot for one of them.
 

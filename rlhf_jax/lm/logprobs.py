@@ -198,7 +198,7 @@ def values_with(
 ) -> jax.Array:
     """:func:`values` of any model."""
     out = apply.forward(params, tokens_BL, **alignment.reading(mask_BL, segments_BL))
-    return alignment.from_previous_real(heads.scalar(params, out.hidden_BLD), mask_BL, segments_BL)
+    return alignment.from_previous_real(heads.value(params, out.hidden_BLD), mask_BL, segments_BL)
 
 
 def score_with(
@@ -278,7 +278,7 @@ def response_values_with(
 ) -> jax.Array:
     """:func:`response_values` of any model."""
     hidden_BTD = alignment.response_hidden(apply, params, tokens_BL, prompt_width=prompt_width, mask_BL=mask_BL)
-    values_BT = heads.scalar(params, hidden_BTD)
+    values_BT = heads.value(params, hidden_BTD)
     return values_BT if mask_BL is None else jnp.where(mask_BL[:, prompt_width:], values_BT, 0.0)
 
 
