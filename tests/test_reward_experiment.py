@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -122,7 +123,8 @@ def test_cross_validation_is_whole_and_resumes(tmp_path):
 
 
 def test_extra_ids_are_put_on_and_taken_off():
-    for extra in (dict(tie_embeddings=True), dict(tie_embeddings=False, positions="learned")):
+    others: list[dict[str, Any]] = [dict(tie_embeddings=True), dict(tie_embeddings=False, positions="learned")]
+    for extra in others:
         cfg = lm.LMConfig(vocab_size=10, n_layers=1, d_model=8, n_heads=2, d_mlp=8, max_length=6, **extra)
         wide = lm.LMConfig(vocab_size=12, n_layers=1, d_model=8, n_heads=2, d_mlp=8, max_length=7, **extra)
         params = lm.init(jax.random.key(0), cfg)

@@ -124,7 +124,9 @@ def test_margins_and_targets_of_the_data_reach_their_prompts():
         want.append(each.sum() / (n * (n - 1) / 2))
     whole, logs = run(batch)
     np.testing.assert_allclose(logs["loss"].value(), np.mean(want), rtol=1e-5)
-    for how in (dict(batch=batch, micro=2), dict(batch=packing.pack_comparisons(batch, width=24, pad_id=0))):
+    packed = packing.pack_comparisons(batch, width=24, pad_id=0)
+    others: list[dict[str, Any]] = [dict(batch=batch, micro=2), dict(batch=packed)]
+    for how in others:
         other, other_logs = run(**how)
         np.testing.assert_allclose(other_logs["loss"].value(), np.mean(want), rtol=1e-5)
         close(other.params, whole.params, atol=1e-5)

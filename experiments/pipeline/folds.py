@@ -138,7 +138,7 @@ class Fold:
         self.seed = seed
         chosen = np.ones(len(pairs), bool)
         chosen[test] = False
-        self.test, self.train = ([pairs[i] for i in np.flatnonzero(side)] for side in (~chosen, chosen))
+        self.test, self.train = ([pairs[int(i)] for i in np.flatnonzero(side)] for side in (~chosen, chosen))
         self.key = jax.random.fold_in(jax.random.key(seed), 1000 + number)
         texts = [
             dialogues.format_dialogue((*pair.prompt, dialogues.Turn(dialogues.ASSISTANT, answer)))

@@ -17,6 +17,7 @@ from rlhf_jax.data import comparisons as comparisons_lib
 from rlhf_jax.simulation import labelers
 from rlhf_jax.train import loop, partition, reward_model, schedules
 from rlhf_jax.train import state as state_lib
+from rlhf_jax.train import step as step_lib
 
 from . import stages, tasks
 from .preferences import RewardRun, Training
@@ -41,8 +42,12 @@ def loss_of(training: Training) -> Callable[..., jax.Array]:
 def train(job: stages.Job, asked: RewardRun, begin: types.Params, data: types.Comparisons) -> types.Params:
     """The reward model on the labelers' comparisons; several heads become one that gives their mean."""
     training, how = asked.training, asked.reward_model
+    batch = how.batch
     if training.loss == "pairs":
+        prompts = len(np.asarray(data.ranks_BK))
         data = comparisons_lib.pair_rows(data)
+        # As many pairs a step as grouped batches hold on average, and so as many steps.
+        batch = max(1, round(batch * len(np.asarray(data.ranks_BK)) / prompts))
     key = job.key("reward_model")
     heads = None if training.heads == 1 else training.heads
     params = (
@@ -61,7 +66,7 @@ def train(job: stages.Job, asked: RewardRun, begin: types.Params, data: types.Co
         cfg=job.cfg,
         loss=loss_of(training),
         trains=training.trains,
-        batch=how.batch,
+        batch=batch,
         epochs=training.epochs,
         learning_rate=rate,
     )
@@ -86,16 +91,14 @@ def _fit(
     steps = max(1, epochs * n // batch)
     key = job.key("reward_model") if stage == "reward_model" else jax.random.fold_in(job.key("reward_model"), 1000)
     order = batching.epoch_batches(0, n=n, batch_size=batch, key=key, steps=steps)
-    own, frozen, join = params, None, None
+    own, frozen, join = params, None, step_lib.all_trained
     if trains:
         try:
             own, frozen = partition.split(params, trains)
         except ValueError as error:
             raise SettingError(f"--training.trains: {error}") from error
         join = partition.join
-    step = parallel.jit_step(
-        reward_model.make_train_step(partial(lm.score, cfg=cfg), loss=loss, **({} if join is None else {"join": join}))
-    )
+    step = parallel.jit_step(reward_model.make_train_step(partial(lm.score, cfg=cfg), loss=loss, join=join))
     job.progress.start(stage, steps)
     with job.checkpoints(stage) as checkpoints:
         state = loop.fit(
@@ -113,7 +116,7 @@ def _fit(
             hyper_at=lambda i: stages.hyper(learning_rate * schedules.cosine(i, steps)),
         )
     job.progress.finish(stage)
-    return state.params if join is None else join(frozen, state.params)
+    return join(frozen, state.params)
 
 
 # ------------------------------------------------------------------------------------- preference-model pretraining
