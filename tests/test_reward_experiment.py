@@ -1,8 +1,11 @@
 """experiments/reward_model.py: cross-validation without leakage, baselines, refusals, resuming, one trained model."""
 
 import contextlib
+import dataclasses
 import io
 import json
+import pathlib
+import re
 from typing import Any
 
 import jax
@@ -78,6 +81,8 @@ def test_what_folds_found_is_put_together():
     assert results["single_member_accuracy"] == pytest.approx(0.5) and results["train_accuracy"] == pytest.approx(0.75)
     want = float(np.logaddexp(0, -truth).mean())
     assert results["methods"]["reward_model"]["log_loss"] == pytest.approx(want)
+    both = results["together"]["accuracy"][0]
+    assert both == pytest.approx(float((truth + 1 > 0).mean())) and results["together"]["over_tfidf"][0] == both - 1
     assert [row["group"] for row in results["by_turn"]] == ["turn 1"] and results["by_turn"][0]["pairs"] == 20
     assert sum(row["pairs"] for row in results["by_length"][-2:]) == 20
 
@@ -176,6 +181,16 @@ def test_every_setting_survives_the_configuration_file(tmp_path):
     (run / "config.json").write_text(json.dumps(settings.as_dict(asked)))
     again = script.parse(["--resume", str(run)])
     assert (again.training, again.pmp, again.cv, again.folds) == (asked.training, asked.pmp, asked.cv, 0)
+
+
+def test_every_setting_is_read_and_explained():
+    folder = pathlib.Path(preferences.__file__).parent
+    source = "\n".join(p.read_text() for p in folder.glob("*.py") if p.stem != "preferences")
+    own = (folder / "preferences.py").read_text()
+    for group in (preferences.Training, preferences.Pretraining, preferences.CrossValidation):
+        for field in dataclasses.fields(group):
+            assert re.search(rf"\.{field.name}\b", source), f"nothing reads {group.__name__}.{field.name}"
+            assert re.search(rf'^    {field.name}: [^\n]*\n    """.+', own, re.MULTILINE), field.name
 
 
 @pytest.mark.slow

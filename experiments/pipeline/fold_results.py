@@ -19,6 +19,7 @@ from . import folds as folds_lib
 from . import sweep_plot
 
 NAMES = {"reward_model": "reward model", "tfidf": "TF-IDF regression", "shorter": "shorter wins"}
+TOGETHER = "reward model + TF-IDF"
 
 
 def facts(lead: np.ndarray) -> dict[str, Any]:
@@ -80,6 +81,9 @@ def summary(pairs: Sequence[dialogues.Comparison], found: Sequence[Mapping[str, 
         m: list(diagnostics.bootstrap_mean(outcome["reward_model"] - outcome[m], rng, resamples=5000))
         for m in ("tfidf", "shorter")
     }
+    # Both claim log odds: their sum shows whether one knows what the other does not.
+    together = leads["reward_model"] + leads["tfidf"]
+    gain = diagnostics.win_outcomes(together, np.zeros(len(together))) - outcome["tfidf"]
     signs = np.concatenate([np.asarray(fold["members"]) for fold in found], axis=1) > 0
     methods: dict[str, Any] = {m: facts(leads[m]) for m in ("reward_model", "tfidf")}
     methods["shorter"] = {"accuracy": list(diagnostics.win_rate(leads["shorter"], np.zeros(len(pairs))))}
@@ -93,6 +97,7 @@ def summary(pairs: Sequence[dialogues.Comparison], found: Sequence[Mapping[str, 
         ],
         "methods": methods,
         "difference": differences,
+        "together": facts(together) | {"over_tfidf": list(diagnostics.bootstrap_mean(gain, rng, resamples=5000))},
         "single_member_accuracy": float(signs.mean()),
         "train_accuracy": float(np.average([fold["train_accuracy"] for fold in found], weights=len(pairs) - sizes)),
         "agreement_with_tfidf": float(np.mean((leads["reward_model"] > 0) == (leads["tfidf"] > 0))),
@@ -113,14 +118,16 @@ def table(results: Mapping[str, Any]) -> Table:
     made = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     for title in ("method", "accuracy, %", "reward model leads by, points", "log loss", "calib. error", "slope"):
         made.add_column(title, justify="left" if title == "method" else "right")
-    for method, each in results["methods"].items():
-        lead = percent(results["difference"][method], signed=True) if method in results["difference"] else ""
+    named = {NAMES[method]: each for method, each in results["methods"].items()} | {TOGETHER: results["together"]}
+    differences = {NAMES[method]: each for method, each in results["difference"].items()}
+    for name, each in named.items():
+        lead = percent(differences[name], signed=True) if name in differences else ""
         rest = ("", "", "")
         if "calibration" in each:
             slope = each["calibration"]["slope"][0]
             shown = "" if slope is None else f"{slope:.2f}"
             rest = (f"{each['log_loss']:.4f}", f"{each['calibration']['error']:.3f}", shown)
-        made.add_row(NAMES[method], percent(each["accuracy"]), lead, *rest)
+        made.add_row(name, percent(each["accuracy"]), lead, *rest)
     return made
 
 
