@@ -82,7 +82,8 @@ def test_what_folds_found_is_put_together():
     want = float(np.logaddexp(0, -truth).mean())
     assert results["methods"]["reward_model"]["log_loss"] == pytest.approx(want)
     both = results["together"]["accuracy"][0]
-    assert both == pytest.approx(float((truth + 1 > 0).mean())) and results["together"]["over_tfidf"][0] == both - 1
+    assert both == pytest.approx(float((truth + 1 > 0).mean()))
+    assert results["together"]["over_tfidf"][0] == pytest.approx(both - 1)
     assert [row["group"] for row in results["by_turn"]] == ["turn 1"] and results["by_turn"][0]["pairs"] == 20
     assert sum(row["pairs"] for row in results["by_length"][-2:]) == 20
 

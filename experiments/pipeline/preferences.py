@@ -58,7 +58,7 @@ class Pretraining:
 
 @dataclasses.dataclass(frozen=True)
 class CrossValidation:
-    """The small models of --folds; chosen on inner splits of the first two folds' training pairs."""
+    """The small models of --folds; their settings were chosen on inner splits of training pairs."""
 
     vocab_size: int = 2048
     """Of the byte-level BPE tokenizer of each fold."""
@@ -124,9 +124,7 @@ def check(asked: RewardRun, preset: settings.Settings) -> None:
     """Raise SettingError, naming the setting, for what cannot be, and for what would be asked in vain."""
     for name in ("ppo", "evaluation"):
         if getattr(asked, name) != getattr(preset, name):
-            raise SettingError(
-                f"--{name}.* is about reinforcement learning, which reward_model.py has none of; leave it out"
-            )
+            raise SettingError(f"--{name}.* is about policies, of which reward_model.py trains none; leave it out")
     training, pmp, cv = asked.training, asked.pmp, asked.cv
     _require(asked.folds == 0 or asked.folds >= 2, "folds", asked.folds, "0 or at least 2")
     _require(not asked.folds or asked.data.path is not None, "folds", asked.folds, "left out without --data.path")
