@@ -136,7 +136,7 @@ def run(asked: Study) -> dict[str, Any]:
     )
     if "exact" in results:
         note += " " + exact_words(results["exact"])
-    sweep_plot.write_page(folder.path / "study.html", drawn, title="DPO against PPO", note=note)
+    sweep_plot.write_page(folder.path / "study.html", "DPO against PPO", drawn, note)
     folder.write_json("study.json", results)
     session.say(out, f"figures: {folder.path / 'study.html'}   numbers: {folder.path / 'study.json'}")
     return results

@@ -12,13 +12,10 @@ Writes below ``--out``: results.json, report.html, scores.jsonl with the scores 
 
 from __future__ import annotations
 
-import os
-import sys
+from pipeline import process
 
-if sys.platform == "linux" and os.environ.get("GLIBC_TUNABLES") is None and __name__ == "__main__":
-    # Huge pages make steps about a third faster on a CPU; glibc reads this once, when a process starts.
-    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+if __name__ == "__main__":
+    process.use_huge_pages()
 
 import dataclasses
 import json
@@ -78,7 +75,7 @@ class Scored:
 
 def run(asked: RewardBench) -> dict[str, Any]:
     """Reads, scores, writes; returns what results.json holds."""
-    began, out = time.time(), Console()
+    out = Console()
     path = rundir.free_folder(asked.out, kind="rewardbench")
     model = start.load_reward_model(asked.model)
     most = min(asked.max_length or model.cfg.max_length, model.cfg.max_length)
@@ -108,7 +105,7 @@ def run(asked: RewardBench) -> dict[str, Any]:
     if not np.isfinite(scores).all():
         raise settings.SettingError(f"--model {asked.model} gives scores that are not finite")
     found = {
-        "seconds": time.time() - began,
+        "seconds": time.time() - process.BEGAN,
         "dropped": counts.dropped | counts.truncated,
         "reward_model": facts(Scored(records, scores[:n], scores[n:], lengths[:n], lengths[n:]), bins=asked.bins),
     }

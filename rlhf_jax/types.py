@@ -11,7 +11,7 @@ L     P + T, or the width of any token row
 R     packed rows, where B counts what is packed into them
 V     vocabulary
 D     model width
-N     layers, H query heads, G key/value heads, C head width, F mlp width, S cache slots
+N     layers, H query heads (or a reward model's scores), G key/value heads, C head width, F mlp width, S cache slots
 ====  ==========================================================
 
 Masks are carried, never derived from ``token == pad_id``.
@@ -100,6 +100,11 @@ class Comparisons:
     """1 is best; equal ranks are ties."""
     where_BK: jax.Array
     """bool, True where a completion exists."""
+    domain_B: Any = None
+    """int32, what the prompt's labels are about (0 helpfulness, 1 harmlessness, ...), where that matters."""
+    loss_inputs: Any = None
+    """What the loss is told of each prompt beside scores and ranks, by keyword: a dict of ``[B]`` arrays, such as
+    ``{"margin": margin_B}`` or ``{"target": target_B}``."""
 
 
 @struct.dataclass
@@ -127,6 +132,8 @@ class PackedComparisons:
     """Where each completion went."""
     ranks_BK: jax.Array
     where_BK: jax.Array
+    domain_B: Any = None
+    loss_inputs: Any = None
     groups: int = struct.field(pytree_node=False, default=1)
     """Into how many parts, packed apart from each other, the batch divides: the step's micro-batches. Part i has
     prompts and rows i, i + groups, ...; ``places_BK.row`` counts the rows of the part."""

@@ -75,15 +75,21 @@ def _preset(arguments: list[str]) -> settings.Settings:
 def _saved(kind: type[S], resume: str) -> S:
     values = rundir.saved_values(resume)
     shared = {field.name for field in dataclasses.fields(settings.Settings)}
-    own = [field.name for field in dataclasses.fields(kind) if field.name not in shared]
+    own = {field.name: field for field in dataclasses.fields(kind) if field.name not in shared}
     missing = [name for name in own if name not in values]
     if missing:
         raise settings.SettingError(f"--resume {resume} holds another kind of run: its settings lack {missing[0]}")
-    mine: dict[str, Any] = {
-        name: tuple(values[name]) if isinstance(values[name], list) else values[name] for name in own
-    }
+    mine: dict[str, Any] = {name: _revived(values[name], field) for name, field in own.items()}
     mine |= _fields(settings.from_dict({name: values[name] for name in values if name in shared}))
     return kind(**mine)
+
+
+def _revived(value: Any, field: dataclasses.Field) -> Any:
+    """A value of config.json as the setting that it was: a tuple, or a group of settings."""
+    if isinstance(value, dict):
+        made: Any = field.default_factory
+        return made(**value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _fields(known: settings.Settings) -> dict[str, Any]:

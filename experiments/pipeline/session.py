@@ -24,9 +24,10 @@ def opened(
     *,
     kind: str,
     weights: Sequence[tuple[str, float]],
+    shared: Sequence[tuple[str, float]] = SHARED,
     accept: Callable[[tasks.Task], None] = lambda task: None,
 ) -> Iterator[tuple[rundir.RunFolder, stages.Job]]:
-    """The folder of a run and its job, with a progress over the shared stages and those of ``weights``.
+    """The folder of a run and its job, with a progress over the stages of ``shared`` and ``weights``.
 
     A model or a file that cannot be used, a model that has changed since the run began, and a task that ``accept``
     raises a SettingError for, are refused before anything is written.
@@ -43,7 +44,7 @@ def opened(
     if begin is not None:
         say(out, f"from {begin.path} ({begin.cfg.model_type}); chat template: {begin.fmt.origin}")
     second = [("heldout_reward_model", 10.0)] if asked.reward_model.heldout else []
-    with contextlib.closing(folder.log), console.StageProgress([*SHARED, *second, *weights]) as progress:
+    with contextlib.closing(folder.log), console.StageProgress([*shared, *second, *weights]) as progress:
         yield (
             folder,
             stages.make_job(

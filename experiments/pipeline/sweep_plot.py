@@ -42,7 +42,7 @@ def figure(points: Rows, runs: Rows, key: str, label: str, kind: str) -> str:
 def write(path: pathlib.Path, points: Rows, runs: Rows, *, title: str) -> None:
     """One self-contained page with a figure for each number that the runs have."""
     drawn = [figure(points, runs, key, label, kind) for key, label, kind in SHOWN if key in runs[0]]
-    _page(path, title, drawn, "Dots are runs; crosses are means over seeds with their 95 % intervals.")
+    write_page(path, title, drawn, "Dots are runs; crosses are means over seeds with their 95 % intervals.")
 
 
 _STYLES = (("ppo", "ppo", "^"), ("ppo-ptx", "ppo_ptx", "v"), ("rloo", "sft", "s"), ("grpo", "other", "D"))
@@ -77,7 +77,9 @@ def write_methods(path: pathlib.Path, methods: Rows, *, title: str) -> None:
         ax.set_ylabel("Gold utility")
         ax.grid()
         ax.legend()
-    _page(path, title, drawn, "Dots are iterations of single runs; lines are means over seeds with 95 % intervals.")
+    write_page(
+        path, title, drawn, "Dots are iterations of single runs; lines are means over seeds with 95 % intervals."
+    )
 
 
 _LINES = ("ppo", "sft", "ppo_ptx", "best_of_n", "reward_model", "base", "other")
@@ -109,11 +111,6 @@ def frontier(lines: Rows, *, xlabel: str, ylabel: str) -> str:
     return drawn[0]
 
 
-def write_page(path: pathlib.Path, drawn: Sequence[str], *, title: str, note: str) -> None:
-    """One self-contained page with these figures."""
-    _page(path, title, drawn, note)
-
-
 def methods_table(methods: Rows, at: Sequence[float]) -> Table:
     """Gold at each KL with its interval over seeds, a method a row."""
     made = Table(
@@ -127,13 +124,15 @@ def methods_table(methods: Rows, at: Sequence[float]) -> Table:
     return made
 
 
-def _page(path: pathlib.Path, title: str, drawn: Sequence[str], note: str) -> None:
+def write_page(path: pathlib.Path, title: str, drawn: Sequence[str], note: str, *, tables: str = "") -> None:
+    """One self-contained page: figures as SVG, a note, and tables that are HTML already."""
     colors = "color:var(--ink);background:var(--paper)"
     style = f"body{{font:15px sans-serif;max-width:46em;margin:2em auto;padding:0 1em;{colors}}}"
+    style += "td,th{padding:.2em .6em;text-align:right}"
     light, dark = (";".join(f"--{name}:{pair[i]}" for name, pair in plots.COLORS.items()) for i in (0, 1))
     head = f"<style>:root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}{style}</style>"
     body = f"<h1>{html.escape(title)}</h1>" + "".join(f"<figure>{svg}</figure>" for svg in drawn)
-    body += f"<p>{html.escape(note)}</p>"
+    body += f"<p>{html.escape(note)}</p>{tables}"
     path.write_text(f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>{head}{body}\n")
 
 

@@ -23,7 +23,7 @@ from .settings import Settings
 
 _ANY = 1 << 30
 """A width that every prompt fits in."""
-DEMONSTRATIONS, CORPUS, COMPARE, RL, EVALUATE, SKILLS, POOL, HELDOUT_POOL = range(8)
+DEMONSTRATIONS, CORPUS, COMPARE, RL, EVALUATE, SKILLS, POOL, HELDOUT_POOL, MORE = range(9)
 """Streams of random numbers, so that changing the size of one leaves the others as they were."""
 
 
@@ -117,6 +117,14 @@ def make_task(settings: Settings, start: start_lib.Start | None = None) -> Task:
     Raises DataError for a file that cannot be used, SettingError where the rows are longer than the model reads.
     """
     return _world_task(settings, start) if settings.data.path is None else _dialogue_task(settings, start)
+
+
+def more_prompts(settings: Settings, task: Task, n: int) -> PromptSet:
+    """Training prompts of the built-in world, in its own words, that no other part of a task has drawn."""
+    assert task.speaks_world
+    sets = prompts.split_prompts(world_lib.make_world(settings.seed), settings.seed)
+    drawn = prompts.draw_prompts(sets.train, n, _stream(settings, MORE))
+    return _prompt_sets(task.fmt, [drawn], task.dropped)[1][0]
 
 
 def _stream(settings: Settings, stream: int) -> np.random.Generator:

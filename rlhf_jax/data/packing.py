@@ -150,6 +150,8 @@ def pack_comparisons(
         places_BK=types.Places(**{name: placed(name) for name in ("row", "segment", "end")}),  # pyright: ignore
         ranks_BK=batch.ranks_BK,
         where_BK=batch.where_BK,
+        domain_B=batch.domain_B,
+        loss_inputs=batch.loss_inputs,
         groups=groups,
     )
 

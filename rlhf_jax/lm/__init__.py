@@ -18,8 +18,20 @@ from rlhf_jax.lm.distributions import (
     token_top_k,
     token_top_k_with,
 )
-from rlhf_jax.lm.heads import centre, scalar, shift_bias, standardise, with_head, without_head
-from rlhf_jax.lm.hf import load, load_config, save
+from rlhf_jax.lm.heads import (
+    Normalisation,
+    centre,
+    combine,
+    count_heads,
+    normalisation,
+    reset,
+    scalar,
+    shift_bias,
+    standardise,
+    with_head,
+    without_head,
+)
+from rlhf_jax.lm.hf import load, load_config, load_normalisation, save
 from rlhf_jax.lm.logprobs import (
     TokenStats,
     apply_fn,
@@ -47,12 +59,15 @@ from rlhf_jax.lm.transformer import forward, logits
 __all__ = [
     "KVCache",
     "LMConfig",
+    "Normalisation",
     "TokenStats",
     "TopK",
     "abstract",
     "apply_fn",
     "centre",
+    "combine",
     "count",
+    "count_heads",
     "create_cache",
     "entropy",
     "forward",
@@ -61,14 +76,17 @@ __all__ = [
     "init",
     "load",
     "load_config",
+    "load_normalisation",
     "logical_axes",
     "logits",
     "lora",
+    "normalisation",
     "packed_means",
     "packed_scores",
     "packed_scores_with",
     "packed_sums",
     "peft",
+    "reset",
     "response_listed_logprobs",
     "response_listed_logprobs_with",
     "response_logprobs",

@@ -1,10 +1,11 @@
 """A Hugging Face model directory to ``(cfg, params)`` and back, without torch.
 
 The families are in :mod:`rlhf_jax.lm.families`. A model with a scalar head is written as the family's
-``...ForSequenceClassification`` with one label: ``score.weight`` holds the head's kernel times its gain. Those classes
-have no bias, so the head's bias stands in ``config.json`` as ``reward_bias``: :func:`load` applies it again, and
-whoever reads the directory with another library adds it to the scores. Such a model has no output over the vocabulary
-there, so an ``unembed`` beside a head is left out.
+``...ForSequenceClassification`` with one label, or with H for several heads: ``score.weight`` holds the head's kernel
+times its gain. Those classes have no bias, so the head's bias (a number, or a list of H) stands in ``config.json`` as
+``reward_bias``: :func:`load` applies it again, and whoever reads the directory with another library adds it to the
+scores. Such a model has no output over the vocabulary there, so an ``unembed`` beside a head is left out. What scores
+were normalised on stands beside it as ``reward_normalisation``; see :func:`load_normalisation`.
 
 What ``config.json`` has no field for (compute dtype, remat, attention kernel) is kept under its key ``rlhf_jax``.
 """
@@ -24,7 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import types
-from rlhf_jax.lm import config, families, hf_files, hf_layouts
+from rlhf_jax.lm import config, families, hf_files, hf_heads, hf_layouts
+from rlhf_jax.lm import heads as lm_heads
 from rlhf_jax.lm import params as lm_params
 
 Shard = Callable[[tuple[str, ...]], jax.sharding.Sharding]
@@ -61,10 +63,11 @@ def load(
     family = families.FAMILIES[hf["model_type"]]
     stored = _with_trunk(hf_files.stored(folder), family)
     head = _SCORE in stored
+    heads = hf_heads.stored_heads(stored.get(_SCORE))
     plan = list(_plan(cfg, family, head=head, unembed=family.unembed in stored))
     _check_tensors(folder, cfg, family, plan, stored)
 
-    rows = lm_params.table(cfg) | (lm_params.head_table(cfg) if head else {})
+    rows = lm_params.table(cfg) | (lm_params.head_table(cfg, heads=heads) if head else {})
     leaves: dict[str, jax.Array] = {}
     for tensor, layer in plan:
         name = tensor.name.format(i=layer)
@@ -79,7 +82,7 @@ def load(
                 new = _place(piece, rows[part].axes[1:], dtype, shard)
                 leaves[part] = _filler(leaf.sharding if shard else None)(leaf, new, layer)
     if head:
-        numbers = {"kernel_D": _finite(stored[_SCORE])[0], "bias": hf.get("reward_bias", 0.0), "gain": 1.0}
+        numbers = hf_heads.numbers(_finite(stored[_SCORE]), heads, hf.get("reward_bias", 0.0), source)
         for name, number in numbers.items():
             row = rows[f"head/{name}"]
             leaves[f"head/{name}"] = _place(np.asarray(number), row.axes, jnp.float32, shard)
@@ -94,15 +97,16 @@ def save(
     *,
     dtype: Any = jnp.float32,
     pad_id: int = 0,
+    normalisation: lm_heads.Normalisation | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write a directory that ``transformers`` reads with ``AutoModelForCausalLM``, values rounded to ``dtype``.
 
     With a scalar head it is for ``AutoModelForSequenceClassification`` (see above); those classes find the last real
-    token by ``pad_token_id``: the tokenizer's where one is given, ``pad_id`` where not. ``tokenizer`` is anything with
-    ``save_pretrained``. The model type is ``cfg.model_type``, or the first that can hold ``cfg``. One tensor at a time
-    is brought to the host. Everything is written beside ``path`` first and then renamed, so that no half of a model is
-    ever found there; an older model is replaced.
+    token by ``pad_token_id``: the tokenizer's where one is given, ``pad_id`` where not. ``normalisation`` is written
+    down with it. ``tokenizer`` is anything with ``save_pretrained``. The model type is ``cfg.model_type``, or the first
+    that can hold ``cfg``. One tensor at a time is brought to the host. Everything is written beside ``path`` first and
+    then renamed, so that no half of a model is ever found there; an older model is replaced.
 
     Raises ``ValueError`` where no layout holds ``cfg``, where a parameter is missing, has the wrong shape or is not
     finite, and ``FileExistsError`` where ``path`` is there and is not a model directory.
@@ -114,8 +118,10 @@ def save(
     family = families.FAMILIES[model_type]
     flat = lm_params.flatten(params)
     _check_leaves(flat, cfg)
-    has_head = "head/kernel_D" in flat
+    has_head = "head/gain" in flat
     hf = _config_json(model_type, family, cfg, flat, tokenizer, pad_id, jnp.dtype(dtype).name)
+    if normalisation is not None:
+        hf["reward_normalisation"] = dataclasses.asdict(normalisation)
     plan = list(_plan(cfg, family, head=has_head, unembed=not has_head))
 
     temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
@@ -127,7 +133,7 @@ def save(
         hf_files.write_json(temporary / "config.json", hf)
         hf_files.write(
             temporary,
-            _shapes(cfg, plan, has_head),
+            _shapes(cfg, plan, hf_heads.count(flat)),
             _packed(plan, flat, has_head),
             dtype=jnp.dtype(dtype),
             max_shard_bytes=max_shard_bytes,
@@ -135,6 +141,15 @@ def save(
         _replace(folder, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_normalisation(path: str | os.PathLike[str]) -> lm_heads.Normalisation | None:
+    """What the scores of a saved reward model were normalised on; None where :func:`save` was not told.
+
+    :func:`load` gives scores as they were normalised, the gain inside the kernel; this undoes it.
+    """
+    hf, source = _read_config(_folder(path))
+    return hf_heads.read_normalisation(hf, source)
 
 
 def model_type_of(cfg: config.LMConfig) -> str:
@@ -232,16 +247,16 @@ def _plan(
 
 
 def _shapes(
-    cfg: config.LMConfig, plan: Iterable[tuple[hf_layouts.Tensor, int | None]], head: bool
+    cfg: config.LMConfig, plan: Iterable[tuple[hf_layouts.Tensor, int | None]], heads: int
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors as they stand in files."""
+    """Shapes of the tensors as they stand in files; ``heads`` is 0 for a language model."""
     rows = lm_params.table(cfg)
     shapes = {}
     for tensor, layer in plan:
         parts = [rows[part].shape[0 if layer is None else 1 :] for part in tensor.parts]
         inputs = hf_layouts.input_axes(tensor.parts[0])
         shapes[tensor.name.format(i=layer)] = hf_layouts.packed_shape(parts, tensor.kind, inputs)
-    return shapes | ({_SCORE: (1, cfg.d_model)} if head else {})
+    return shapes | ({_SCORE: (heads, cfg.d_model)} if heads else {})
 
 
 def _check_tensors(
@@ -252,7 +267,7 @@ def _check_tensors(
     stored: Mapping[str, hf_files.Stored],
 ) -> None:
     """Compare names and shapes before anything is read, and name whatever does not fit."""
-    wanted = _shapes(cfg, plan, _SCORE in stored)
+    wanted = _shapes(cfg, plan, (hf_heads.stored_heads(stored.get(_SCORE)) or 1) if _SCORE in stored else 0)
     ignored = (*_BUFFERS, family.unembed) if cfg.tie_embeddings else _BUFFERS
     missing = [name for name in wanted if name not in stored]
     unexpected = [name for name in stored if name not in wanted and not name.endswith(ignored)]
@@ -313,13 +328,13 @@ def _packed(
     for tensor, layer in plan:
         yield tensor.name.format(i=layer), functools.partial(make, tensor, layer)
     if head:
-        gain, kernel_D = np.float32(flat["head/gain"]), np.asarray(flat["head/kernel_D"], np.float32)
-        yield _SCORE, lambda: gain * kernel_D[None, :]
+        yield _SCORE, functools.partial(hf_heads.weight, flat)
 
 
 def _check_leaves(flat: Mapping[str, Any], cfg: config.LMConfig) -> None:
     has_head = any(name.startswith("head/") for name in flat)
-    rows = lm_params.table(cfg) | (lm_params.head_table(cfg) if has_head else {})
+    heads = len(flat["head/kernel_HD"]) if "head/kernel_HD" in flat else None
+    rows = lm_params.table(cfg) | (lm_params.head_table(cfg, heads=heads) if has_head else {})
     for name, row in rows.items():
         if name not in flat and not (has_head and name == "unembed/kernel"):
             raise ValueError(f"params lack {name}, which this LMConfig has")
@@ -339,7 +354,7 @@ def _config_json(
     pad_id: int,
     dtype: str,
 ) -> dict[str, Any]:
-    has_head = "head/kernel_D" in flat
+    has_head = hf_heads.count(flat) > 0
     lm_class = family.lm_class or family.class_name + "ForCausalLM"
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
     hf = {
@@ -355,8 +370,7 @@ def _config_json(
         return hf
     if hf["pad_token_id"] is None:
         hf["pad_token_id"] = pad_id
-    labels = {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    return hf | labels | {"reward_bias": float(flat["head/bias"])}
+    return hf | hf_heads.fields(flat)
 
 
 def _replace(folder: pathlib.Path, temporary: pathlib.Path) -> None:

@@ -92,7 +92,10 @@ def values(
 def score(
     params: types.Params, tokens_BL: jax.Array, *, cfg: config.LMConfig, mask_BL: jax.Array | None = None
 ) -> jax.Array:
-    """``[B]`` float32: the scalar head at the last real token, gain and bias applied; a row of padding gets 0."""
+    """``[B]`` float32: the scalar head at the last real token, gain and bias applied; a row of padding gets 0.
+
+    ``[B, H]`` where the model has several heads.
+    """
     last_B = _last_real(tokens_BL, mask_BL)
     reading = transformer.forward(params, tokens_BL, cfg=cfg, mask_BL=mask_BL, columns=last_B)
     return _at(heads.scalar(params, reading.hidden_BLD), last_B)
@@ -205,7 +208,7 @@ def values_with(
 ) -> jax.Array:
     """:func:`values` of any model."""
     out = apply.forward(params, tokens_BL, **alignment.reading(mask_BL, segments_BL))
-    return alignment.from_previous_real(heads.scalar(params, out.hidden_BLD), mask_BL, segments_BL)
+    return alignment.from_previous_real(heads.value(params, out.hidden_BLD), mask_BL, segments_BL)
 
 
 def score_with(
@@ -279,7 +282,7 @@ def response_values_with(
 ) -> jax.Array:
     """:func:`response_values` of any model."""
     hidden_BTD = alignment.response_hidden(apply, params, tokens_BL, prompt_width=prompt_width, mask_BL=mask_BL)
-    values_BT = heads.scalar(params, hidden_BTD)
+    values_BT = heads.value(params, hidden_BTD)
     return values_BT if mask_BL is None else jnp.where(mask_BL[:, prompt_width:], values_BT, 0.0)
 
 
@@ -330,10 +333,10 @@ def _last_real(tokens_BL: jax.Array, mask_BL: jax.Array | None) -> jax.Array:
 
 
 def _at(x_BL: jax.Array, column_B: jax.Array) -> jax.Array:
-    """One entry of each row; 0 for column -1."""
+    """One entry of each row, ``[B, L, ...] -> [B, ...]``; 0 for column -1."""
     # A sum over one chosen column: its gradient is a product, where a gather's would be a scatter.
     here_BL = jnp.arange(x_BL.shape[1])[None, :] == column_B[:, None]
-    return jnp.sum(jnp.where(here_BL, x_BL, 0.0), axis=1)
+    return jnp.sum(jnp.where(here_BL if x_BL.ndim == 2 else here_BL[..., None], x_BL, 0.0), axis=1)
 
 
 def _logprobs_at(temperature: jax.Array | float) -> Callable[[jax.Array, jax.Array], jax.Array]:

@@ -22,7 +22,10 @@ def packed_scores(
     *,
     cfg: config.LMConfig,
 ) -> jax.Array:
-    """The scalar head at the last token of each sequence, float32, in the shape of ``places``; `lm.score` unpacked."""
+    """The scalar head at the last token of each sequence, float32, in the shape of ``places``; `lm.score` unpacked.
+
+    With H as one more axis at the end where the model has several heads.
+    """
     return packed_scores_with(logprobs.apply_fn(cfg), params, tokens_BL, segments_BL, places)
 
 
@@ -36,7 +39,9 @@ def packed_scores_with(
     """:func:`packed_scores` of any model whose forward pass knows ``segments_BL``."""
     hidden_BLD = apply.forward(params, tokens_BL, **alignment.reading(None, segments_BL)).hidden_BLD
     made_BL = heads.scalar(params, hidden_BLD)
-    return jnp.where(places.segment > 0, made_BL[places.row, places.end], 0.0)
+    made = made_BL[places.row, places.end]
+    there = places.segment > 0
+    return jnp.where(there if made.ndim == there.ndim else there[..., None], made, 0.0)
 
 
 def packed_sums(

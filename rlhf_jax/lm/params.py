@@ -27,7 +27,7 @@ class Spec(NamedTuple):
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
-    """Logical names, one a dimension: layers, vocab, length, embed, heads, kv_heads, head, mlp."""
+    """Logical names, one a dimension: layers, vocab, length, embed, heads, kv_heads, head, mlp, score."""
     init: Initialiser
 
 
@@ -100,13 +100,22 @@ def table(cfg: config.LMConfig) -> dict[str, Spec]:
     return rows
 
 
-def head_table(cfg: config.LMConfig, *, zero: bool = False) -> dict[str, Spec]:
-    """Return the rows of the scalar head; ``zero`` starts its kernel at 0 instead of std 1 / sqrt(D + 1)."""
+def head_table(cfg: config.LMConfig, *, zero: bool = False, heads: int | None = None) -> dict[str, Spec]:
+    """Return the rows of the scalar head, or of several (2 or more).
+
+    ``zero`` starts the kernel at 0 instead of std 1 / sqrt(D + 1).
+    """
     kernel = constant(0.0) if zero else normal(1 / math.sqrt(cfg.d_model + 1))
+    if heads is None:
+        named, many, axes = "head/kernel_D", (), ()
+    elif heads >= 2:
+        named, many, axes = "head/kernel_HD", (heads,), ("score",)
+    else:
+        raise ValueError(f"heads is {heads}; it must be 2 or more, or None for one")
     return {
-        "head/kernel_D": Spec((cfg.d_model,), ("embed",), kernel),
-        "head/bias": Spec((), (), constant(0.0)),
-        "head/gain": Spec((), (), constant(1.0)),
+        named: Spec((*many, cfg.d_model), (*axes, "embed"), kernel),
+        "head/bias": Spec(many, axes, constant(0.0)),
+        "head/gain": Spec(many, axes, constant(1.0)),
     }
 
 

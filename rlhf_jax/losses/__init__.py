@@ -2,6 +2,7 @@
 
 from rlhf_jax.losses.policy import clipped_policy, importance_weights, policy_is_clipped, reinforce
 from rlhf_jax.losses.preference import (
+    best_choice,
     best_of_n_choice,
     dpo,
     has_pairs,
@@ -23,6 +24,7 @@ from rlhf_jax.losses.value import clipped_value, explained_variance, squared_val
 from rlhf_jax.reduce import masked_mean
 
 __all__ = [
+    "best_choice",
     "best_of_n_choice",
     "clipped_policy",
     "clipped_value",

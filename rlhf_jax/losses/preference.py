@@ -1,7 +1,8 @@
 """Losses from comparisons: of scores (reward models), and of log-probabilities (DPO and its relatives).
 
-Pointwise losses take arrays of any one shape and return it, unreduced, in float32. ``ranking``, ``plackett_luce`` and
-``best_of_n_choice`` take the completions of ONE prompt and return a scalar; ``jax.vmap`` them over prompts.
+Pointwise losses take arrays of any one shape and return it, unreduced, in float32. ``ranking``, ``plackett_luce``,
+``best_choice`` and ``best_of_n_choice`` take the completions of ONE prompt and return a scalar; ``jax.vmap`` them over
+prompts.
 
 In the second half ``h = log(policy / reference)(chosen) - log(policy / reference)(rejected)``.
 """
@@ -41,17 +42,28 @@ def reward_centering(chosen: Scalar, rejected: Scalar, *, coef: Scalar) -> jax.A
 
 
 def ranking(
-    scores_K: jax.Array, ranks_K: jax.Array, *, where_K: jax.Array | None = None, ties_in_divisor: bool = True
+    scores_K: jax.Array,
+    ranks_K: jax.Array,
+    *,
+    where_K: jax.Array | None = None,
+    ties_in_divisor: bool = True,
+    margin: Scalar = 0.0,
+    target: Scalar = 1.0,
+    centering: Scalar = 0.0,
 ) -> jax.Array:
     """The K-way loss of InstructGPT (Eq 1) for one prompt: mean of ``softplus(worse - better)`` over its pairs.
 
     All C(K, 2) pairs of a prompt belong into one batch element; shuffled as independent rows they overfit in one pass.
+    With K = 2 this is the loss of a pair.
 
     Args:
         scores_K: scores of the completions.
         ranks_K: 1 is best; equal ranks are ties and add nothing.
         where_K: True at completions that exist; None means all. What stands elsewhere is never read.
         ties_in_divisor: divide by C(n, 2), n the valid count, as printed; if False, by the pairs without a tie.
+        margin: by how much the better one of each pair should lead, as in ``pairwise``; a scalar.
+        target: probability that the better-ranked one really is better, as in ``pairwise``; a scalar.
+        centering: coefficient of ``reward_centering``, added to each pair; a scalar.
 
     Returns:
         A scalar; 0 with zero gradient where no pair survives. Leave such prompts out of a batch mean:
@@ -62,7 +74,12 @@ def ranking(
     scores_K = reduce.as_float32(scores_K)
     # Masked before softplus, not only after: NaN times a zero cotangent would be NaN.
     lead_KK = jnp.where(better_KK, scores_K[:, None] - scores_K[None, :], 0.0)
-    total = jnp.sum(jnp.where(better_KK, jax.nn.softplus(-lead_KK), 0.0))
+    loss_KK = pairwise(lead_KK, jnp.zeros_like(lead_KK), margin=margin, target=target)
+    total = jnp.sum(jnp.where(better_KK, loss_KK, 0.0))
+    # A weight of 0 that is known now leaves no trace of the term in the program.
+    if not (isinstance(centering, float | int) and centering == 0):
+        sums_KK = jnp.where(better_KK, scores_K[:, None] + scores_K[None, :], 0.0)
+        total += jnp.sum(reward_centering(sums_KK, jnp.zeros_like(sums_KK), coef=centering))
     if ties_in_divisor:
         n = scores_K.shape[0] if where_K is None else jnp.sum(where_K.astype(bool))
         pairs = n * (n - 1) // 2
@@ -120,6 +137,34 @@ def best_of_n_choice(scores_K: jax.Array, choice: jax.Array | int, *, where_K: j
     chosen = jnp.sum(jnp.where(chosen_K, scores_K, 0.0))
     valid_scores_K = jnp.where(where_K | ~jnp.any(where_K), jnp.where(where_K, scores_K, 0.0), -jnp.inf)
     return jnp.where(jnp.any(chosen_K), jax.nn.logsumexp(valid_scores_K) - chosen, jnp.nan)
+
+
+def best_choice(scores_K: jax.Array, ranks_K: jax.Array, *, where_K: jax.Array | None = None) -> jax.Array:
+    """``best_of_n_choice`` with ranks for a label: ``-log`` of the probability that softmax gives to the best rank.
+
+    Of several completions with the best rank any one will do: their probabilities are added.
+
+    Args:
+        scores_K: scores of the completions.
+        ranks_K: 1 is best; only which completions are best is read.
+        where_K: True at completions that exist; None means all.
+
+    Returns:
+        A scalar; 0 with zero gradient where all completions are equally good or none exists.
+    """
+    reduce.check_rank(1, scores_K=scores_K, ranks_K=ranks_K)
+    where_K = _valid(where_K, like=scores_K)
+    reduce.check_same_shape(scores_K=scores_K, ranks_K=ranks_K)
+    best = jnp.min(jnp.where(where_K, ranks_K, jnp.iinfo(ranks_K.dtype).max))
+    best_K = where_K & (ranks_K == best)
+    scores_K = reduce.masked_fill(scores_K, where=where_K)
+    apart = jnp.any(where_K & ~best_K)
+
+    def logsumexp(of_K: jax.Array) -> jax.Array:
+        # Where there is nothing to tell apart, of anything finite: its gradient is multiplied by 0.
+        return jax.nn.logsumexp(jnp.where(of_K | ~apart, scores_K, -jnp.inf))
+
+    return jnp.where(apart, logsumexp(where_K) - logsumexp(best_K), 0.0)
 
 
 def dpo(

@@ -32,11 +32,14 @@ def count_pairs(scores_K: jax.Array, ranks_K: jax.Array, where_K: jax.Array) -> 
 
 
 def score_all(score: Callable[..., jax.Array], params: Any, batch: Comparisons) -> jax.Array:
-    """Score every completion once: ``[B, K]`` float32; what stands where no completion is means nothing."""
+    """Score every completion once: ``[B, K]`` float32, or ``[B, K, H]`` from several heads.
+
+    What stands where no completion is means nothing.
+    """
     B, K, L = batch.tokens_BKL.shape
     flat = (B * K, L)
     scores = score(params, batch.tokens_BKL.reshape(flat), mask_BL=batch.mask_BKL.reshape(flat))
-    return scores.reshape(B, K).astype(jnp.float32)
+    return scores.reshape(B, K, *scores.shape[1:]).astype(jnp.float32)
 
 
 def score_all_packed(packed_scores: Callable[..., jax.Array], params: Any, batch: PackedComparisons) -> jax.Array:
@@ -49,6 +52,7 @@ def make_train_step(
     *,
     packed_scores: Callable[..., jax.Array] | None = None,
     loss: Callable[..., jax.Array] = preference.ranking,
+    head_of_domain: bool = False,
     join: Callable[[Any, Any], Any] = step.all_trained,
     micro_batches: int = 1,
     axis_name: str | None = None,
@@ -57,11 +61,20 @@ def make_train_step(
 
     ``score(params, tokens_BL, mask_BL=...) -> [B]``. With ``packed_scores(params, tokens_RL, segments_RL, places_BK)
     -> [B, K]`` the step takes `types.PackedComparisons` as well, packed in as many groups as there are micro-batches,
-    and does the same with less padding. ``loss(scores_K, ranks_K, where_K=...)`` is that of one prompt; the batch's
-    loss is the mean over the prompts that have a pair to learn from. ``score`` and ``packed_scores`` get
-    ``join(frozen, state.params)``. Adapters are trained together with a head of their own by
-    ``join=lambda base, own: {**lora.attach(base, own["lora"], scale=...), "head": own["head"]}``; without a ``join``,
-    ``frozen`` is not used. Nor is ``rng``. ``hyper``: ``learning_rate``, ``max_grad_norm`` (infinite for none).
+    and does the same with less padding.
+
+    ``loss(scores_K, ranks_K, where_K=...)`` is that of one prompt, such as `losses.ranking`, `plackett_luce` or
+    `best_choice`; it gets the prompt's ``batch.loss_inputs`` by keyword. The batch's loss is the mean over the prompts
+    that have a pair to learn from. With ``hyper["domain_weights"]``, a float32 array, it is instead the weighted sum of
+    each domain's own mean (Bai 2022, 5.1.2: helpful + lambda harmless), by ``batch.domain_B``.
+
+    A model of several heads scores ``[B, H]``. Each head learns from every prompt by itself (an ensemble; the loss is
+    the mean over heads), or with ``head_of_domain`` from the prompts of the domain that has its number.
+
+    ``score`` and ``packed_scores`` get ``join(frozen, state.params)``. Adapters are trained together with a head of
+    their own by ``join=lambda base, own: {**lora.attach(base, own["lora"], scale=...), "head": own["head"]}``, and what
+    a pattern names by `partition.join`; without a ``join``, ``frozen`` is not used. Nor is ``rng``. ``hyper``:
+    ``learning_rate``, ``max_grad_norm`` (infinite for none).
     """
 
     def scores(params: Any, batch: Comparisons | PackedComparisons) -> jax.Array:
@@ -73,29 +86,60 @@ def make_train_step(
             raise ValueError(f"the batch was packed in {batch.groups} groups for {micro_batches} micro-batches")
         return score_all_packed(packed_scores, params, batch)
 
+    def heads_of(scores: jax.Array, batch: Comparisons | PackedComparisons) -> jax.Array:
+        """``[H, B, K]``: what each head is to learn from; one where there is one, or one that is the prompt's own."""
+        if scores.ndim == 2:
+            return scores[None]
+        if not head_of_domain:
+            return jnp.moveaxis(scores, -1, 0)
+        own_BH = jax.nn.one_hot(_domains(batch), scores.shape[-1], dtype=bool)
+        return jnp.sum(jnp.where(own_BH[:, None, :], scores, 0.0), axis=-1)[None]
+
     def loss_fn(
-        frozen: Any, params: Any, batch: Comparisons | PackedComparisons, total: jax.Array
+        frozen: Any, weights_G: Any, params: Any, batch: Comparisons | PackedComparisons, total: jax.Array
     ) -> tuple[jax.Array, dict[str, Any]]:
-        scores_BK = scores(join(frozen, params), batch)
-        losses_B = jax.vmap(lambda s, r, w: loss(s, r, where_K=w))(scores_BK, batch.ranks_BK, batch.where_BK)
-        informative_B = jax.vmap(preference.has_pairs)(batch.ranks_BK, batch.where_BK)
-        loss_sum = reduce.masked_sum(losses_B, where=informative_B, axis_name=axis_name)
-        pairs = jax.vmap(count_pairs)(scores_BK, batch.ranks_BK, batch.where_BK)
+        scores_HBK = heads_of(scores(join(frozen, params), batch), batch)
+        ranks_BK, where_BK = batch.ranks_BK, batch.where_BK
+        inputs = batch.loss_inputs or {}
+
+        def of_prompt(scores_K: jax.Array, ranks_K: jax.Array, where_K: jax.Array, given: Any) -> jax.Array:
+            return loss(scores_K, ranks_K, where_K=where_K, **given)
+
+        def of_head(scores_BK: jax.Array) -> tuple[jax.Array, PairCounts]:
+            counts = jax.vmap(count_pairs)(scores_BK, ranks_BK, where_BK)
+            return jax.vmap(of_prompt)(scores_BK, ranks_BK, where_BK, inputs), counts
+
+        losses_HB, pairs = jax.vmap(of_head)(scores_HBK)
+        losses_B = jnp.mean(losses_HB, axis=0)
+        informative_B = jax.vmap(preference.has_pairs)(ranks_BK, where_BK)
+        if weights_G is None:
+            loss_sum = reduce.masked_sum(losses_B, where=informative_B, axis_name=axis_name)
+            value, logged = loss_sum / jnp.maximum(total, 1.0), metrics.Metric(loss_sum, total / micro_batches)
+        else:
+            mine_GB = _by_domain(informative_B, batch, weights_G.shape[0])
+            sums_G = jax.vmap(lambda mine_B: reduce.masked_sum(losses_B, where=mine_B, axis_name=axis_name))(mine_GB)
+            value = jnp.sum(weights_G * sums_G / jnp.maximum(total, 1.0))
+            logged = metrics.Metric(value, jnp.float32(1 / micro_batches))
         logs = {
-            "loss": metrics.Metric(loss_sum, total / micro_batches),
+            "loss": logged,
             "accuracy": metrics.Metric(pairs.right.sum(), pairs.total.sum()),
-            "score": metrics.mean_metric(scores_BK, batch.where_BK),
+            "score": metrics.mean_metric(scores_HBK, where_BK[None]),
         }
-        return loss_sum / jnp.maximum(total, 1.0), logs
+        return value, logs
 
     def train_step(
         state: Any, frozen: Any, hyper: Any, batch: Comparisons | PackedComparisons, rng: Any
     ) -> tuple[Any, dict[str, Any]]:
         del rng
+        weights_G = hyper.get("domain_weights")
         informative_B = jax.vmap(preference.has_pairs)(batch.ranks_BK, batch.where_BK)
-        total = reduce.masked_count(informative_B, where=informative_B, axis_name=axis_name).astype(jnp.float32)
+        if weights_G is not None:
+            informative_B = _by_domain(informative_B, batch, weights_G.shape[0])
+        total = reduce.masked_count(
+            informative_B, where=informative_B, axis=None if weights_G is None else 1, axis_name=axis_name
+        ).astype(jnp.float32)
         (value, logs), grads = step.loss_and_grads(
-            partial(loss_fn, frozen), state.params, batch, total, micro_batches=micro_batches
+            partial(loss_fn, frozen, weights_G), state.params, batch, total, micro_batches=micro_batches
         )
         state, update_logs = step.apply_gradients(
             state,
@@ -108,3 +152,16 @@ def make_train_step(
         return state, logs | update_logs | {"learning_rate": hyper["learning_rate"]}
 
     return train_step
+
+
+def _domains(batch: Comparisons | PackedComparisons) -> jax.Array:
+    if batch.domain_B is None:
+        raise ValueError(
+            "domains have weights or heads of their own, but the batch does not say which prompts are whose"
+        )
+    return batch.domain_B
+
+
+def _by_domain(of_B: jax.Array, batch: Comparisons | PackedComparisons, domains: int) -> jax.Array:
+    """``[G, B]``: where ``of_B`` holds, each prompt in the row of its domain."""
+    return of_B[None, :] & (_domains(batch)[None, :] == jnp.arange(domains)[:, None])

@@ -1,0 +1,109 @@
+"""A reward model, trained and diagnosed; and what it is worth beside simple rules, by cross-validation.
+
+    python experiments/reward_model.py                                the built-in world, about 2 minutes on two cores
+    python experiments/reward_model.py --data.path FILE.jsonl.gz      the same on human comparisons
+    python experiments/reward_model.py --data.path FILE --folds 5     cross-validated beside two baselines
+    python experiments/reward_model.py --training.trains ^head/       the scalar head alone, on a frozen trunk
+    python experiments/reward_model.py --pmp.prompts 3000 --training.limit 125
+                                                                      preference-model pretraining first (HH A.2)
+    python experiments/reward_model.py --resume runs/NAME             go on with a run that was stopped or killed
+
+The base model and the SFT model come first, as in instructgpt.py, whose settings are settings here too. Written below
+``--out``: results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/, reward_model/ (Hugging
+Face form, with what its scores were normalised on).
+
+``--folds`` wants scikit-learn (``pip install "rlhf_jax[baselines]"``). Each fold trains its tokenizer, a small base
+model and an ensemble of reward models on its own training pairs. The baselines, on the same folds: the shorter answer
+wins, and a logistic regression on TF-IDF features, with the strength of its penalty chosen on inner splits. Differences
+are paired, with intervals from a bootstrap over pairs.
+"""
+
+from __future__ import annotations
+
+from pipeline import process
+
+if __name__ == "__main__":
+    process.use_huge_pages()
+
+import dataclasses
+import pathlib
+import resource
+import time
+from typing import Any
+
+from pipeline import baselines, command, fold_results, folds, rundir, session, settings, single
+from pipeline.reward_settings import SMOKE_CV, CrossValidation, RewardRun, check
+from rich.console import Console
+
+from rlhf_jax import console
+from rlhf_jax.data import dialogues, errors
+
+
+def parse(arguments: list[str]) -> RewardRun:
+    """Settings from the command line; exits for --help, raises SettingError for what cannot be."""
+    asked = command.parse(RewardRun, arguments, prog="reward_model.py", doc=__doc__)
+    if asked.preset == "smoke" and asked.resume is None:
+        plain = {field.name: getattr(CrossValidation(), field.name) for field in dataclasses.fields(CrossValidation)}
+        untouched = {name: small for name, small in SMOKE_CV.items() if getattr(asked.cv, name) == plain[name]}
+        asked = dataclasses.replace(asked, cv=dataclasses.replace(asked.cv, **untouched))
+    preset = settings.preset(
+        asked.preset, dialogues=asked.data.path is not None, started=asked.model is not None, published=asked.published
+    )
+    check(asked, preset)
+    return asked
+
+
+def run(asked: RewardRun) -> dict[str, Any]:
+    """The whole job; returns what results.json holds."""
+    out = Console()
+    if asked.resume and (finished := rundir.finished_results(asked.resume)):
+        _show(out, finished)
+        session.say(out, f"{asked.resume} is finished; nothing was run")
+        return finished
+    path, results = _cross_validated(asked, out) if asked.folds else single.run(asked, out)
+    results |= {"seed": asked.seed, "preset": asked.preset}
+    results["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    results["seconds"] = time.time() - process.BEGAN
+    results = rundir.finite(results)
+    if asked.folds:
+        fold_results.write_page(path / "report.html", results)
+    else:
+        single.write_page(path / "report.html", results)
+    rundir.write_json(path / rundir.RESULTS, results)
+    _show(out, results)
+    session.say(out, f"report: {path / 'report.html'}   numbers: {path / rundir.RESULTS}   {results['seconds']:.0f} s")
+    return results
+
+
+def _cross_validated(asked: RewardRun, out: Console) -> tuple[pathlib.Path, dict[str, Any]]:
+    baselines.need_sklearn()
+    path = pathlib.Path(asked.resume) if asked.resume else rundir.free_path(asked, kind="reward_model")
+    assert asked.data.path is not None
+    counts = errors.DropCount(max_dropped=asked.data.max_dropped)
+    pairs, _ = dialogues.read_comparisons(asked.data.path, counts=counts)
+    if len(pairs) < 10 * asked.folds:
+        raise settings.SettingError(
+            f"--folds {asked.folds} is too many for the {len(pairs)} pairs of {asked.data.path}"
+        )
+    folder = rundir.RunFolder(path) if asked.resume else rundir.create(path, asked)
+    session.say(out, f"writing to {path}; {len(pairs)} pairs, {counts.report()}")
+    with console.StageProgress([(f"fold-{n}", 1.0) for n in range(1, asked.folds + 1)]) as progress:
+        found = folds.cross_validate(
+            pairs, asked.cv, folds=asked.folds, seed=asked.seed, folder=folder, progress=progress
+        )
+    folder.log.close()
+    return path, {"dropped": counts.dropped, **fold_results.summary(pairs, found, seed=asked.seed)}
+
+
+def _show(out: Console, results: dict[str, Any]) -> None:
+    for made in fold_results.tables(results) if "folds" in results else single.tables(results):
+        out.print(made)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    command.enter(run, parse, arguments)
+
+
+if __name__ == "__main__":
+    main()
