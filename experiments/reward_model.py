@@ -82,6 +82,8 @@ def run(asked: RewardRun) -> dict[str, Any]:
 
 def _cross_validated(asked: RewardRun, out: Console) -> tuple[pathlib.Path, dict[str, Any]]:
     baselines.need_sklearn()
+    if asked.resume:
+        rundir.same_data(asked.resume, asked)
     path = pathlib.Path(asked.resume) if asked.resume else rundir.free_path(asked, kind="reward_model")
     assert asked.data.path is not None
     counts = errors.DropCount(max_dropped=asked.data.max_dropped)

@@ -248,6 +248,16 @@ def test_adapters_on_their_own_reference():
     np.testing.assert_allclose(again["loss"].value(), np.logaddexp(0, -h).mean(), rtol=1e-4)
 
 
+def test_labels_that_a_loss_would_not_read_are_refused():
+    scored = objectives.Scored(jnp.zeros((2, 2)), jnp.zeros((2, 2)), jnp.ones((2, 2)))
+    with pytest.raises(ValueError, match="soft"):
+        objectives.dpo(scored._replace(targets_B=jnp.ones(2)), hyper())
+    with pytest.raises(ValueError, match="good_BK"):
+        objectives.dpo(scored._replace(good_BK=jnp.ones((2, 2), bool)), hyper())
+    losses_B, _ = objectives.soft(objectives.dpo)(scored._replace(targets_B=jnp.ones(2)), hyper(label_smoothing=0.0))
+    np.testing.assert_allclose(losses_B, np.log(2), rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["dpo", "kto"])
 def test_a_batch_spread_over_a_named_axis_gives_the_same_update(name):
     batch = batch_of(name)

@@ -43,9 +43,12 @@ def pairs_of(path):
 
 
 def test_folds_test_every_pair_once():
-    made = folds.parts(23, 5, seed=3)
+    made = folds.parts(np.arange(23), 5, seed=3)
     assert sorted(np.concatenate(made)) == list(range(23)) and {len(part) for part in made} == {4, 5}
-    assert any((a != b).any() for a, b in zip(made[:3], folds.parts(23, 5, seed=4)[:3]))
+    assert any((a != b).any() for a, b in zip(made[:3], folds.parts(np.arange(23), 5, seed=4)[:3]))
+    group = np.array([0, 0, 1, 2, 2, 2, 3, 4, 5, 5])
+    made = folds.parts(group, 2, seed=0)
+    assert sorted(np.concatenate(made)) == list(range(10)) and not set(group[made[0]]) & set(group[made[1]])
 
 
 def test_tfidf_learns_words_and_favours_no_order(tmp_path):
@@ -62,10 +65,10 @@ def test_tfidf_learns_words_and_favours_no_order(tmp_path):
 
 
 def test_what_folds_found_is_put_together():
-    pairs = [dialogues.Comparison((dialogues.Turn("user", "q"),), "a" * (1 + i % 3), "bb", i) for i in range(20)]
+    pairs = [dialogues.Comparison((dialogues.Turn("user", f"q{i}"),), "a" * (1 + i % 3), "bb", i) for i in range(20)]
     truth = np.random.default_rng(0).normal(size=20)
     found = []
-    for test in folds.parts(20, 2, seed=0):
+    for test in folds.parts(np.arange(20), 2, seed=0):
         lead = truth[test].tolist()
         members = [lead, (-truth[test]).tolist()]
         found.append(
@@ -85,7 +88,8 @@ def test_what_folds_found_is_put_together():
     assert both == pytest.approx(float((truth + 1 > 0).mean()))
     assert results["together"]["over_tfidf"][0] == pytest.approx(both - 1)
     assert [row["group"] for row in results["by_turn"]] == ["turn 1"] and results["by_turn"][0]["pairs"] == 20
-    assert sum(row["pairs"] for row in results["by_length"][-2:]) == 20
+    # As many characters on both sides is neither shorter nor longer.
+    assert [row["pairs"] for row in results["by_length"][-2:]] == [7, 6]
 
 
 def test_widths_keep_the_end_of_prompts_and_the_end_marks(tmp_path):

@@ -203,6 +203,8 @@ def test_a_head_of_each_domain_learns_from_its_own_prompts():
     np.testing.assert_array_equal(one_sided.params["head"]["kernel_HD"][1], before[1])
     assert abs(np.asarray(state.params["head"]["kernel_HD"] - before)).min(axis=1).max() > 0
     assert abs(np.asarray(one_sided.params["head"]["kernel_HD"][0] - before[0])).max() > 1e-4
+    _, unknown = run(comparisons(domain_B=np.full(B, 2, np.int32)), heads=2, head_of_domain=True)
+    assert float(unknown["skipped"]) == 1, "there is no third head to learn from these"
 
 
 def test_heads_become_one_and_a_critic_has_one():

@@ -204,3 +204,39 @@ def test_micro_batches_give_the_update_of_the_whole_batch(stage):
     # The parts differ in how much there is to learn from.
     learnt = np.asarray(batch.loss_mask_BL).sum(1) if stage == "sft" else np.isin(np.arange(B), INFORMATIVE)
     assert len({int(learnt[i::4].sum()) for i in range(4)}) > 1
+
+
+def test_reward_model_metrics_are_those_of_all_devices():
+    def score(params, tokens_BL, mask_BL):
+        return params["w"] * jnp.sum(jnp.where(mask_BL, tokens_BL, 0), axis=1)
+
+    rng = np.random.default_rng(0)
+    tokens, mask = rng.integers(0, 9, size=(4, 3, 5)).astype(np.int32), rng.random((4, 3, 5)) < 0.8
+    ranks = np.stack([rng.permutation(3) + 1 for _ in range(4)]).astype(np.int32)
+    where = np.array([[True, True, True], [True, True, False], [True, True, True], [True, True, False]])
+    batch = jax.tree.map(jnp.asarray, types.Comparisons(tokens, mask, ranks, where))  # type: ignore[arg-type]
+    state = state_lib.create({"w": jnp.float32(0.1)}, optax.sgd(1.0))
+    hyper = {"learning_rate": jnp.float32(0.1), "max_grad_norm": jnp.float32(jnp.inf)}
+
+    def update(batch, axis_name):
+        step = reward_model.make_train_step(score, axis_name=axis_name)
+        return step(state, None, hyper, batch, jax.random.key(0))
+
+    whole, want = update(batch, None)
+    halves = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), batch)
+    spread, got = jax.vmap(lambda half: update(half, "d"), axis_name="d")(halves)
+    np.testing.assert_allclose(spread.params["w"], [whole.params["w"]] * 2, rtol=1e-5)
+    for name in ("loss", "accuracy", "score"):
+        np.testing.assert_allclose(got[name].sum / got[name].weight, [want[name].value()] * 2, rtol=1e-5)
+
+
+def test_the_gain_goes_into_the_kernel():
+    cfg = lm.LMConfig(vocab_size=11, n_layers=1, d_model=8, n_heads=2, d_mlp=16, max_length=8)
+    for heads in (None, 2):
+        params = lm.with_head(jax.random.key(1), lm.init(jax.random.key(0), cfg), cfg, heads=heads)
+        head = params["head"]
+        params["head"] = {**head, "gain": head["gain"] * 1.7, "bias": head["bias"] + 0.3}
+        made = lm.absorb_gain(params)
+        hidden = jax.random.normal(jax.random.key(2), (3, 8))
+        np.testing.assert_allclose(lm.scalar(made, hidden), lm.scalar(params, hidden), rtol=1e-5)
+        np.testing.assert_array_equal(made["head"]["gain"], np.ones_like(head["gain"]))

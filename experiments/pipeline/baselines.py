@@ -9,6 +9,7 @@ import numpy as np
 
 from rlhf_jax.data import dialogues
 
+from . import tasks
 from .settings import SettingError
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -44,7 +45,8 @@ class TfidfChoice:
         self._vectorizer: Any = TfidfVectorizer(sublinear_tf=True, min_df=2)
         self._vectorizer.fit([answer for pair in pairs for answer in (pair.chosen, pair.rejected)])
         difference = self._difference(pairs)
-        part = np.random.default_rng(seed).permutation(len(pairs)) % 4
+        group_N = tasks.conversations(pairs)
+        part = (np.random.default_rng(seed).permutation(int(group_N.max()) + 1) % 4)[group_N]
         losses = [
             np.mean([_log_loss(difference[part == p] @ _fit(difference[part != p], C)) for p in range(4)])
             for C in STRENGTHS

@@ -16,19 +16,24 @@ from rlhf_jax import report_plots as plots
 from rlhf_jax.data import dialogues
 
 from . import folds as folds_lib
-from . import sweep_plot
+from . import sweep_plot, tasks
 
 NAMES = {"reward_model": "reward model", "tfidf": "TF-IDF regression", "shorter": "shorter wins"}
 TOGETHER = "reward model + TF-IDF"
 
 
-def facts(lead: np.ndarray) -> dict[str, Any]:
-    """Accuracy (ties a half, Wilson's interval) and calibration of leads that claim log odds."""
+def over_groups(values_N: np.ndarray, group_N: np.ndarray) -> list[float]:
+    """Mean and 95 % interval of a number of each pair, pairs of one conversation standing or falling together."""
+    return list(diagnostics.ratio_interval(np.bincount(group_N, weights=values_N), np.bincount(group_N)))
+
+
+def facts(lead: np.ndarray, group_N: np.ndarray) -> dict[str, Any]:
+    """Accuracy (ties a half) and calibration of leads that claim log odds."""
     zeros = np.zeros_like(lead)
     curve = diagnostics.calibration_curve(lead, zeros, bins=10)
     slope = diagnostics.calibration_slope(lead, zeros) if lead.any() else (float("nan"),) * 3
     return {
-        "accuracy": list(diagnostics.win_rate(lead, zeros)),
+        "accuracy": over_groups(diagnostics.win_outcomes(lead, zeros), group_N),
         "log_loss": float(np.logaddexp(0.0, -lead).mean()),
         "calibration": {
             "bins": [dict(zip(curve._fields, map(float, each))) for each in zip(*curve)],
@@ -63,30 +68,27 @@ def length_groups(pairs: Sequence[dialogues.Comparison]) -> dict[str, np.ndarray
     names = ["shortest quarter", "second quarter", "third quarter", "longest quarter"]
     return {name: quarter == q for q, name in enumerate(names)} | {
         "chosen is shorter": shorter,
-        "chosen is longer": ~shorter,
+        "chosen is longer": np.array([len(pair.chosen) > len(pair.rejected) for pair in pairs]),
     }
 
 
 def summary(pairs: Sequence[dialogues.Comparison], found: Sequence[Mapping[str, Any]], *, seed: int) -> dict[str, Any]:
     """The folds together: every pair once, scored by the model that has not seen it."""
-    where = folds_lib.parts(len(pairs), len(found), seed=seed)
+    group_N = tasks.conversations(pairs)
+    where = folds_lib.parts(group_N, len(found), seed=seed)
     leads: dict[str, np.ndarray] = {}
     for method in folds_lib.METHODS:
         leads[method] = np.zeros(len(pairs))
         for test, fold in zip(where, found):
             leads[method][test] = fold[method]
     outcome = {m: diagnostics.win_outcomes(lead, np.zeros(len(lead))) for m, lead in leads.items()}
-    rng = np.random.default_rng([seed, 23])
-    differences = {
-        m: list(diagnostics.bootstrap_mean(outcome["reward_model"] - outcome[m], rng, resamples=5000))
-        for m in ("tfidf", "shorter")
-    }
+    differences = {m: over_groups(outcome["reward_model"] - outcome[m], group_N) for m in ("tfidf", "shorter")}
     # Both claim log odds: their sum shows whether one knows what the other does not.
     together = leads["reward_model"] + leads["tfidf"]
     gain = diagnostics.win_outcomes(together, np.zeros(len(together))) - outcome["tfidf"]
-    signs = np.concatenate([np.asarray(fold["members"]) for fold in found], axis=1) > 0
-    methods: dict[str, Any] = {m: facts(leads[m]) for m in ("reward_model", "tfidf")}
-    methods["shorter"] = {"accuracy": list(diagnostics.win_rate(leads["shorter"], np.zeros(len(pairs))))}
+    members = np.concatenate([np.asarray(fold["members"]) for fold in found], axis=1).ravel()
+    methods: dict[str, Any] = {m: facts(leads[m], group_N) for m in ("reward_model", "tfidf")}
+    methods["shorter"] = {"accuracy": over_groups(outcome["shorter"], group_N)}
     sizes = np.array([len(test) for test in where])
     return {
         "pairs": len(pairs),
@@ -97,10 +99,10 @@ def summary(pairs: Sequence[dialogues.Comparison], found: Sequence[Mapping[str, 
         ],
         "methods": methods,
         "difference": differences,
-        "together": facts(together) | {"over_tfidf": list(diagnostics.bootstrap_mean(gain, rng, resamples=5000))},
-        "single_member_accuracy": float(signs.mean()),
+        "together": facts(together, group_N) | {"over_tfidf": over_groups(gain, group_N)},
+        "single_member_accuracy": float(diagnostics.win_outcomes(members, np.zeros(len(members))).mean()),
         "train_accuracy": float(np.average([fold["train_accuracy"] for fold in found], weights=len(pairs) - sizes)),
-        "agreement_with_tfidf": float(np.mean((leads["reward_model"] > 0) == (leads["tfidf"] > 0))),
+        "agreement_with_tfidf": float(np.mean(outcome["reward_model"] == outcome["tfidf"])),
         "by_turn": by(turn_groups(pairs), leads),
         "by_length": by(length_groups(pairs), leads),
     }

@@ -1,7 +1,7 @@
 """Cross-validation of a reward model on human comparisons, beside simple baselines on the same folds.
 
-Each fold starts from nothing: its tokenizer and its base model are trained on its own training dialogues, so that no
-word of a test pair is seen before it is scored.
+Each fold starts from nothing: its tokenizer and its base model are trained on its own training dialogues, and pairs of
+one conversation are in one fold, so that no test pair is seen before it is scored.
 """
 
 from __future__ import annotations
@@ -41,9 +41,13 @@ class Encoded:
         return len(self.prompts)
 
 
-def parts(n: int, folds: int, *, seed: int) -> list[np.ndarray]:
-    """Which pairs each fold tests: a shuffle of all, in ``folds`` parts of equal size, give or take one."""
-    return [np.sort(part) for part in np.array_split(np.random.default_rng([seed, 17]).permutation(n), folds)]
+def parts(group_N: np.ndarray, folds: int, *, seed: int) -> list[np.ndarray]:
+    """Which pairs each fold tests: whole groups, shuffled, in ``folds`` parts that are as equal as groups allow."""
+    groups = np.random.default_rng([seed, 17]).permutation(int(group_N.max()) + 1)
+    sizes = np.bincount(group_N)[groups]
+    fold_G = np.empty(len(groups), int)
+    fold_G[groups] = (np.cumsum(sizes) - sizes) * folds // len(group_N)
+    return [np.flatnonzero(fold_G[group_N] == fold) for fold in range(folds)]
 
 
 def encode(fmt: chat.ChatFormat, pairs: Sequence[dialogues.Comparison], how: CrossValidation) -> Encoded:
@@ -311,7 +315,7 @@ def cross_validate(
     """What each fold found, restored where it is finished; the leads are in the order of ``parts(...)``."""
     programs = Programs(how)
     found = []
-    for number, test in enumerate(parts(len(pairs), folds, seed=seed), start=1):
+    for number, test in enumerate(parts(tasks.conversations(pairs), folds, seed=seed), start=1):
         path = folder.path / f"fold-{number}.json"
         if path.exists():
             progress.skip(f"fold-{number}")

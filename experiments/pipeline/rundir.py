@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from .settings import SettingError, Settings
 
 CONFIG, RESULTS = "config.json", "results.json"
 MODEL_FILES = "model_files"
+DATA_FILE = "data_file"
 """Beside the settings in config.json."""
 
 
@@ -75,7 +77,9 @@ def create(path: pathlib.Path, settings: Settings, *, model_files: str | None = 
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        write_json(path / CONFIG, settings_lib.as_dict(settings) | {MODEL_FILES: model_files})
+        write_json(
+            path / CONFIG, settings_lib.as_dict(settings) | {MODEL_FILES: model_files, DATA_FILE: _digest(settings)}
+        )
     except OSError as error:
         raise SettingError(f"--out {path} cannot be written: {error.strerror}") from error
     return RunFolder(path)
@@ -85,6 +89,21 @@ def same_model(resume: str, settings: Settings, model_files: str) -> None:
     """Raise SettingError if the model that a run started from is not what it was."""
     if saved_values(resume).get(MODEL_FILES) != model_files:
         raise SettingError(f"--resume {resume} cannot go on: the files in {settings.model} have changed since it began")
+
+
+def same_data(resume: str, settings: Settings) -> None:
+    """Raise SettingError if the file that a run learns from is not what it was."""
+    if saved_values(resume).get(DATA_FILE) != _digest(settings):
+        raise SettingError(f"--resume {resume} cannot go on: {settings.data.path} has changed since it began")
+
+
+def _digest(settings: Settings) -> str | None:
+    """Of the data file; None where there is none, or none that can be read, which its reader will say."""
+    try:
+        with open(settings.data.path or os.devnull, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() if settings.data.path else None
+    except OSError:
+        return None
 
 
 def saved_values(resume: str) -> dict[str, Any]:

@@ -36,6 +36,8 @@ def opened(
     model_files = start.fingerprint(asked.model) if asked.model else None
     if asked.resume and model_files:
         rundir.same_model(asked.resume, asked, model_files)
+    if asked.resume:
+        rundir.same_data(asked.resume, asked)
     begin = start.load(asked.model) if asked.model else None
     task = tasks.make_task(asked, begin)
     accept(task)

@@ -45,7 +45,7 @@ def run(asked: RewardRun, out: Console) -> tuple[pathlib.Path, dict[str, Any]]:
         if asked.training.limit is not None:
             train = jax.tree.map(lambda x: x[: asked.training.limit], train)
         begun = preference_stages.pretrained(job, asked, sft) if asked.pmp.prompts else sft
-        trained = preference_stages.train(job, asked, begun, train)
+        trained = lm.absorb_gain(preference_stages.train(job, asked, begun, train))
         judged = diagnose(job, trained, train, validation)
         reward, record = normalised(job, asked, trained, sft, validation)
     task = job.task
@@ -139,7 +139,11 @@ def _groups(job: stages.Job, batch: types.Comparisons, prompt: np.ndarray) -> di
 def normalised(
     job: stages.Job, asked: RewardRun, params: types.Params, policy: types.Params, validation: types.Comparisons
 ) -> tuple[types.Params, lm.Normalisation | None]:
-    """Set gain and bias by one of the published rules, from gain 1 and bias 0; the record says which."""
+    """Set gain and bias by one of the published rules, from gain 1 and bias 0; the record says which.
+
+    Ziegler et al. normalise on policy samples before training too; here a fresh head of standard deviation 1 stands for
+    that.
+    """
     rule = asked.training.normalise
     if rule == "none":
         return params, None

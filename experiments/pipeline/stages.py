@@ -288,7 +288,7 @@ def train_reward_model(job: Job, start: Params, train: types.Comparisons, *, sta
         batch_at=lambda i: jax.tree.map(lambda x: jnp.asarray(x[order[i]]), train),
         hyper_at=lambda i: hyper(settings.learning_rate * schedules.cosine(i, steps)),
     )
-    return state.params
+    return lm.absorb_gain(state.params)
 
 
 def normalised(job: Job, params: Params, policy: Params) -> Params:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -274,7 +274,9 @@ def _dialogue_task(settings: Settings, start: start_lib.Start | None) -> Task:
     dropped = errors.DropCount(max_dropped=data.max_dropped)
     comparisons, _ = dialogues.read_comparisons(data.path, counts=dropped)
     key = jax.random.key(settings.seed)
-    train, held_out = batching.split(len(comparisons), fraction=data.held_out, key=key)
+    group_N = conversations(comparisons)
+    kept, _ = batching.split(int(group_N.max()) + 1, fraction=data.held_out, key=key)
+    train, held_out = np.flatnonzero(np.isin(group_N, kept)), np.flatnonzero(~np.isin(group_N, kept))
     fmt = _trained_format([comparisons[i] for i in train], data.vocab_size) if start is None else start.fmt
 
     def encoded(indices: np.ndarray) -> tuple[list[list[int]], list[dialogues.Comparison]]:
@@ -320,6 +322,16 @@ def _dialogue_task(settings: Settings, start: start_lib.Start | None) -> Task:
         dropped=dropped,
         comparisons=(train_rows, held_rows),
     )
+
+
+def conversations(comparisons: Sequence[dialogues.Comparison]) -> np.ndarray:
+    """A number from 0 for each comparison, one for all that open with the same human turn.
+
+    Files hold several turns of one conversation as comparisons of their own, the earlier within the prompts of the
+    later: to be held out they have to go together.
+    """
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(each.prompt[0].text, len(numbers)) for each in comparisons])
 
 
 def _trained_format(comparisons: list[dialogues.Comparison], vocab_size: int) -> chat.ChatFormat:

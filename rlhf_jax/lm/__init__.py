@@ -20,6 +20,7 @@ from rlhf_jax.lm.distributions import (
 )
 from rlhf_jax.lm.heads import (
     Normalisation,
+    absorb_gain,
     centre,
     combine,
     count_heads,
@@ -62,6 +63,7 @@ __all__ = [
     "Normalisation",
     "TokenStats",
     "TopK",
+    "absorb_gain",
     "abstract",
     "apply_fn",
     "centre",

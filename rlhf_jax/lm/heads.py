@@ -82,6 +82,16 @@ def combine(params: types.Params, weights_H: jax.Array) -> types.Params:
     return {**params, "head": one}
 
 
+def absorb_gain(params: types.Params) -> types.Params:
+    """The same scores with gain 1: what training made of the gain goes into the kernel.
+
+    After it the gain holds what a normalisation makes of it and nothing else.
+    """
+    head, name = params["head"], "kernel_HD" if "kernel_HD" in params["head"] else "kernel_D"
+    gain = head["gain"][:, None] if head["gain"].ndim else head["gain"]
+    return {**params, "head": {**head, name: gain * head[name], "gain": jnp.ones_like(head["gain"])}}
+
+
 def reset(params: types.Params) -> types.Params:
     """Gain 1 and bias 0, which Ziegler et al. 2019 (code) do before each normalisation, before and after training."""
     head = params["head"]
@@ -128,7 +138,8 @@ def _moments(params: types.Params, scores: jax.Array, where: jax.Array | None) -
 class Normalisation:
     """What a model's scores were normalised on, kept beside the model by `lm.save`; the head's numbers apply it.
 
-    ``raw score = (score - bias) / gain``: differences of raw scores are the log odds that the model was trained for.
+    ``raw score = (score - bias) / gain``: differences of raw scores are the log odds that the model was trained for,
+    where what training made of the gain was absorbed (:func:`absorb_gain`) before the scores were normalised.
     """
 
     rule: str

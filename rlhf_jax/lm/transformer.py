@@ -77,7 +77,7 @@ def forward(
     other; tokens see their own sequence alone, and positions restart in each.
 
     Where the caller looks at a few ``columns`` alone, such as the last one, the last layer of a small model works on
-    nothing else, and other columns mean nothing.
+    nothing else, and other columns mean nothing. With a cache all columns are made.
 
     Raises ``ValueError`` for a wrong rank or shape, a row longer than ``cfg.max_length``, or segments with a cache.
     """

@@ -196,6 +196,9 @@ def _told(scored: objectives.Scored, rewards_BK: jax.Array, axis_name: str | Non
         good_BK = scored.good_BK.astype(bool)
         gap = jnp.where(good_BK, rewards_BK, -rewards_BK)
     logs["accuracy"] = jnp.where(gap == 0, 0.5, (gap > 0).astype(jnp.float32))
+    if scored.targets_B is not None:
+        p_B = reduce.as_float32(scored.targets_B)
+        logs["accuracy"] = p_B * logs["accuracy"] + (1.0 - p_B) * (1.0 - logs["accuracy"])
     told = {name: metrics.mean_metric(x, axis_name=axis_name) for name, x in logs.items()}
     for side, where_BK in (("chosen", good_BK), ("rejected", ~good_BK)):
         for name, x_BK in (("reward", rewards_BK), ("logprob", jax.lax.stop_gradient(scored.policy_BK))):

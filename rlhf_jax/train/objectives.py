@@ -42,11 +42,21 @@ class Scored(NamedTuple):
         return self.policy_BK - _present(self.reference_BK, "reference log-probabilities")
 
     def four(self) -> tuple[jax.Array, ...]:
-        """What the losses of pairs take: policy and reference, of the better and the worse answer each."""
+        """What the losses of pairs take: policy and reference, of the better and the worse answer each.
+
+        Raises ``ValueError`` as :meth:`two` does, and where there is no reference.
+        """
         return (*self.two(), *_columns(_present(self.reference_BK, "reference log-probabilities")))
 
     def two(self) -> tuple[jax.Array, jax.Array]:
-        """The policy's log-probabilities of the better and the worse answer."""
+        """The policy's log-probabilities of the better and the worse answer.
+
+        Raises ``ValueError`` for labels that a loss of pairs would not read: marks, and soft labels outside of `soft`.
+        """
+        if self.good_BK is not None:
+            raise ValueError("the batch has good_BK, which only an objective for marked answers reads, such as kto")
+        if self.targets_B is not None:
+            raise ValueError("the batch has targets_B, which the objective reads only within objectives.soft(...)")
         return _columns(self.policy_BK)
 
     def means(self) -> Scored:
@@ -141,9 +151,9 @@ def soft(objective: Objective) -> Objective:
     """Its expectation over labels that are right with probability ``targets_B`` (Bai 2022, Constitutional AI 4.1)."""
 
     def expected(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
-        right_B, rewards_BK = objective(scored, hyper)
-        wrong_B, _ = objective(scored.swapped(), hyper)
-        p_B = reduce.as_float32(_present(scored.targets_B, "targets_B"))
+        p_B, hard = reduce.as_float32(_present(scored.targets_B, "targets_B")), scored._replace(targets_B=None)
+        right_B, rewards_BK = objective(hard, hyper)
+        wrong_B, _ = objective(hard.swapped(), hyper)
         return p_B * right_B + (1.0 - p_B) * wrong_B, rewards_BK
 
     return expected

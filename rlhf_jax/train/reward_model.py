@@ -93,7 +93,9 @@ def make_train_step(
         if not head_of_domain:
             return jnp.moveaxis(scores, -1, 0)
         own_BH = jax.nn.one_hot(_domains(batch), scores.shape[-1], dtype=bool)
-        return jnp.sum(jnp.where(own_BH[:, None, :], scores, 0.0), axis=-1)[None]
+        own_BK = jnp.sum(jnp.where(own_BH[:, None, :], scores, 0.0), axis=-1)
+        # A domain without a head scores nothing, and the step is skipped as not finite.
+        return jnp.where(jnp.any(own_BH, axis=-1)[:, None], own_BK, jnp.nan)[None]
 
     def loss_fn(
         frozen: Any, weights_G: Any, params: Any, batch: Comparisons | PackedComparisons, total: jax.Array
@@ -118,12 +120,17 @@ def make_train_step(
         else:
             mine_GB = _by_domain(informative_B, batch, weights_G.shape[0])
             sums_G = jax.vmap(lambda mine_B: reduce.masked_sum(losses_B, where=mine_B, axis_name=axis_name))(mine_GB)
-            value = jnp.sum(weights_G * sums_G / jnp.maximum(total, 1.0))
+            # A domain without a weight would be left out without a word: the step is skipped as not finite instead.
+            all_there = jnp.all(jnp.any(mine_GB, axis=0) == informative_B)
+            value = jnp.where(all_there, jnp.sum(weights_G * sums_G / jnp.maximum(total, 1.0)), jnp.nan)
             logged = metrics.Metric(value, jnp.float32(1 / micro_batches))
         logs = {
             "loss": logged,
-            "accuracy": metrics.Metric(pairs.right.sum(), pairs.total.sum()),
-            "score": metrics.mean_metric(scores_HBK, where_BK[None]),
+            "accuracy": metrics.Metric(
+                reduce.masked_sum(pairs.right, where=True, axis_name=axis_name),
+                reduce.masked_sum(pairs.total, where=True, axis_name=axis_name),
+            ),
+            "score": metrics.mean_metric(scores_HBK, where_BK[None], axis_name=axis_name),
         }
         return value, logs
 
