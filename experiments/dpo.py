@@ -26,7 +26,6 @@ if __name__ == "__main__":
     process.use_huge_pages()
 
 import dataclasses
-import resource
 import time
 from typing import Any, Literal
 
@@ -99,7 +98,7 @@ def run(asked: DPO) -> dict[str, Any]:
             policies = {"base": base, "sft": sft, "sft_mix": sft_mix, asked.loss: policy}
             found = evaluation.evaluate(job, policies, reward)
     results = {
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_rss_mb": process.peak_memory_mb(),
         "seed": asked.seed,
         "preset": asked.preset,
         "loss": asked.loss,

@@ -22,7 +22,6 @@ from pipeline import process
 if __name__ == "__main__":
     process.use_huge_pages()
 
-import resource
 import time
 
 from pipeline import ahead, command, comparisons, evaluation, rundir, session, settings, stages, watching
@@ -60,7 +59,7 @@ def run(asked: settings.Settings) -> dict:
         found = evaluation.evaluate(job, policies, rewards[0])
     results = {
         "seconds": time.time() - process.BEGAN,
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_rss_mb": process.peak_memory_mb(),
         "seed": asked.seed,
         "preset": asked.preset,
         "published": asked.published,

@@ -32,7 +32,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import pathlib
-import resource
 import time
 from typing import Any
 
@@ -67,7 +66,7 @@ def run(asked: RewardRun) -> dict[str, Any]:
         return finished
     path, results = _cross_validated(asked, out) if asked.folds else single.run(asked, out)
     results |= {"seed": asked.seed, "preset": asked.preset}
-    results["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    results["peak_rss_mb"] = process.peak_memory_mb()
     results["seconds"] = time.time() - process.BEGAN
     results = rundir.finite(results)
     if asked.folds:

@@ -3,6 +3,8 @@
 import dataclasses
 import pathlib
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -60,3 +62,12 @@ def test_truncated_rollouts_are_refused_with_the_reason_unless_they_are_correcte
         with pytest.raises(settings.SettingError, match=r"--ppo.top-[kp] .*correct-sampler.*another distribution"):
             checks.check(cut)
         checks.check(dataclasses.replace(cut, ppo=dataclasses.replace(cut.ppo, correct_sampler=True)))
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="elsewhere the kernel does not say")
+def test_peak_memory_is_that_of_the_process_and_not_of_its_parent():
+    held = bytearray(600 * 2**20)
+    held[:: 2**12] = bytes([1]) * (len(held) // 2**12)
+    code = "from pipeline import process; print(process.peak_memory_mb())"
+    told = subprocess.run([sys.executable, "-c", code], cwd=FOLDER.parent, capture_output=True, text=True, check=True)
+    assert 1 < float(told.stdout) < 300 < len(held) / 2**20

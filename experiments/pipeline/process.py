@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import time
 
@@ -18,3 +19,14 @@ def use_huge_pages() -> None:
     if sys.platform == "linux" and os.environ.get("GLIBC_TUNABLES") is None:  # read once, when a process starts
         environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", _WHEN: repr(BEGAN)}
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+
+
+def peak_memory_mb() -> float:
+    """The most memory that this process has held, MiB."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        # Elsewhere than on Linux; there, this would count whatever process started this one, too.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / 2**20 if sys.platform == "darwin" else peak / 1024
