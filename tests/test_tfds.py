@@ -80,8 +80,8 @@ def test_a_set_gives_the_records_of_its_file_in_their_order(data_dir, kind):
 def test_the_files_are_array_record_and_tfds_itself_reads_them(data_dir):
     rows = tfds.data_source("rlhf_rankings/mine", split="train", data_dir=str(data_dir))
     assert len(rows) == 4
-    assert [text.decode() for text in rows[0]["responses"]] == ["a", "b", "c"]
-    np.testing.assert_array_equal(rows[0]["ranks"], [2, 1, 2])
+    assert [text.decode() for text in rows[0]["responses"]] == ["b", "a", "c"]
+    np.testing.assert_array_equal(rows[0]["ranks"], [1, 2, 2])
     assert rows[0]["prompt"]["content"][0].decode() == "wärum"
     assert list((data_dir / "rlhf_rankings/mine/1.0.0").glob("*train.array_record*"))
 
