@@ -117,9 +117,8 @@ def test_only_a_star_is_special_in_a_name(tmp_path):
     for name in ("data[1]-a.jsonl", "data1-a.jsonl", "data?-a.jsonl"):
         write(tmp_path / name, ROWS)
     for name in ("data[1]", "data?"):
-        assert [raw.where for raw in files.raw_records(tmp_path / f"{name}-*.jsonl")][0] == (
-            f"{tmp_path / name}-a.jsonl, line 1"
-        )
+        where = [raw.where for raw in files.raw_records(tmp_path / f"{name}-*.jsonl")]
+        assert where == [f"{tmp_path / name}-a.jsonl, line {n}" for n in range(1, 6)]
 
 
 def test_a_parquet_text_that_is_not_utf8_names_its_row(tmp_path):

@@ -1,13 +1,15 @@
 """Records of every form, from every kind of file, into records, counts and token rows."""
 
+import dataclasses
 import gzip
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
-from rlhf_jax.data import chat, dialogues, encoding, errors, files, reading, records, tokenizers
+from rlhf_jax.data import chat, dialogues, encoding, errors, files, reading, records, tokenising, tokenizers
 
 USER, BOT = "user", "assistant"
 ASK = {"role": USER, "content": "why"}
@@ -357,5 +359,12 @@ def test_rows_of_rankings(fmt):
     wider, _ = encoding.rankings(fmt, found, prompt_width=4, response_width=2, counts=any_share(), answers=5)
     np.testing.assert_array_equal(wider.ranks_BK[:, 3:], np.zeros((3, 2)))
     np.testing.assert_array_equal(wider.tokens_BKL[:, :3], rows.tokens_BKL)
-    with pytest.raises(errors.DataError, match="a prompt has 3 answers, more than the 2"):
-        encoding.rankings(fmt, found, prompt_width=4, response_width=2, counts=any_share(), answers=2)
+    for room, name in ((2, "record 1"), (0, "record 1")):
+        with pytest.raises(errors.DataError, match=f"^{name}: the record has 3 answers, more than the {room} there"):
+            encoding.rankings(fmt, found, prompt_width=4, response_width=2, counts=any_share(), answers=room)
+    named = dataclasses.replace(found[0], where="x.jsonl, line 7")
+    with pytest.raises(errors.DataError, match=r"^x\.jsonl, line 7: the record has 3 answers"):
+        encoding.rankings(fmt, [found[3], named], prompt_width=4, response_width=2, counts=any_share(), answers=2)
+    bare: Any = dict(prompt_width=2, response_width=2, pad_id=0, counts=any_share())
+    with pytest.raises(errors.DataError, match="more than the 0 there is room for"):
+        tokenising.ranking_rows([[3]], [[[5], [6]]], [[1, 2]], most=0, **bare)

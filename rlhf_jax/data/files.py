@@ -38,6 +38,8 @@ from rlhf_jax.data import errors
 JSON_FIELD = "fields_json"
 """A field of TFDS sets: a text that holds further fields of the record, as one JSON object."""
 
+_TFDS_ERRORS = (ValueError, AssertionError, NotImplementedError, KeyError, OSError, RuntimeError)
+
 
 class Raw(NamedTuple):
     """One record as it stands in its file."""
@@ -280,8 +282,8 @@ def tfds_source(tfds_set: Tfds) -> Sequence[dict[str, Any]]:
     Nothing is downloaded and nothing prepared: see `tfds_builder` for that.
 
     Raises:
-      DataError: tensorflow-datasets or array_record is missing; no such set, split or version is prepared, or it is in
-        another format than array_record, which only TensorFlow reads.
+      DataError: tensorflow-datasets or array_record is missing; no such set, split or version is prepared, or the part
+        is empty, or the set is in another format than array_record, which only TensorFlow reads.
     """
     name = source_name(tfds_set)
     if ":" in tfds_set.name.split("/")[0] and not tfds_set.name.split(":")[1][:1].isdigit():
@@ -304,9 +306,19 @@ def tfds_source(tfds_set: Tfds) -> Sequence[dict[str, Any]]:
             f"{name}: reading it needs array_record, which has packages for Linux and macOS: pip install array_record "
             f"({error})"
         ) from None
-    except (ValueError, AssertionError, NotImplementedError, KeyError, OSError, RuntimeError) as error:
+    except _TFDS_ERRORS as error:
+        if _is_empty_part(tfds, tfds_set, data_dir):
+            raise errors.DataError(f"{name} is empty") from None
         where = "" if data_dir is None else f" in {data_dir}"
         raise errors.DataError(f"{name}: TFDS has no such prepared set{where} ({_first_sentence(error)})") from None
+
+
+def _is_empty_part(tfds: Any, tfds_set: Tfds, data_dir: str | None) -> bool:
+    """Whether a set is there and the part asked for has no record, which array_record takes for no file."""
+    try:
+        return tfds.builder(tfds_set.name, data_dir=data_dir).info.splits[tfds_set.split].num_examples == 0
+    except _TFDS_ERRORS:
+        return False
 
 
 def _tfds_records(tfds_set: Tfds) -> Iterator[Raw]:
