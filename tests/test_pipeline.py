@@ -190,10 +190,11 @@ def test_batches_of_records():
         pipeline.fingerprint([{1, 2}])
     assert pipeline.from_source(found, data="mine", **options).fingerprint["data"] == "mine"
     # A function has no fixed bytes: what it does is told beside it.
-    wide, narrow = ({"data": "mine", "identity": {"width": width}} | options for width in (8, 4))
+    how: list[dict[str, Any]] = [{"data": "mine", "identity": {"width": width}} | options for width in (8, 4)]
+    wide, narrow = how
     state = pipeline.from_source(found, **wide).get_state()
     pipeline.from_source(found, **wide).set_state(state)
-    for other in (narrow, options | {"data": "mine"}):
+    for other in [narrow, {**options, "data": "mine"}]:
         with pytest.raises(errors.DataError, match="saved with identity = "):
             pipeline.from_source(found, **other).set_state(state)
 

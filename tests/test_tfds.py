@@ -137,8 +137,9 @@ def test_batches_of_tokenised_records_read_lazily_from_a_set(tmp_path):
         return encoding.rankings(fmt, found, counts=errors.DropCount(max_dropped=0.0), **widths)[0]
 
     source = files.tfds_source(files.Tfds("rlhf_rankings/mine", "train", tmp_path))
-    how = dict(batch_size=4, seed=0, shuffle=False, prefetch=0)
-    batches = pipeline.from_source(source, collate=collate, identity=widths, **how)
+    batches = pipeline.from_source(
+        source, collate=collate, identity=widths, batch_size=4, seed=0, shuffle=False, prefetch=0
+    )
     all_at_once, _ = encoding.rankings(fmt, reading.read_rankings(path)[0], counts=errors.DropCount(), **widths)
     jax.tree.map(np.testing.assert_array_equal, batches.batch_at(1), jax.tree.map(lambda x: x[4:], all_at_once))
 
