@@ -134,6 +134,9 @@ def test_going_on_with_anything_else_is_refused(name):
     for broken in ({}, {"fingerprint": {}}, {"grain": {"next_index": 3}}):
         with pytest.raises(errors.DataError, match="this is no state of batches"):
             make().set_state(broken)
+    for place in ({}, {"next_index": "x"}, {"next_index": -1}, {"next_index": 1.5}, {"next_index": 10**9}):
+        with pytest.raises(errors.DataError, match="this is no state of batches"):
+            make(epochs=2).set_state(make(epochs=2).get_state() | {"grain": place})
 
 
 def test_another_order_of_the_shuffle_itself_is_refused():
@@ -186,3 +189,30 @@ def test_batches_of_records():
     with pytest.raises(TypeError, match="a set has no fixed bytes"):
         pipeline.fingerprint([{1, 2}])
     assert pipeline.from_source(found, data="mine", **options).fingerprint["data"] == "mine"
+    # A function has no fixed bytes: what it does is told beside it.
+    how: list[dict[str, Any]] = [{"data": "mine", "identity": {"width": width}} | options for width in (8, 4)]
+    wide, narrow = how
+    state = pipeline.from_source(found, **wide).get_state()
+    pipeline.from_source(found, **wide).set_state(state)
+    for other in [narrow, {**options, "data": "mine"}]:
+        with pytest.raises(errors.DataError, match="saved with identity = "):
+            pipeline.from_source(found, **other).set_state(state)
+
+
+def test_records_of_other_types_have_other_fingerprints():
+    pair = np.arange(2, dtype=np.int32)
+    alike: list[Any] = ["a", b"a", {"bytes": "61"}, ["bytes", "61"], [], (), {}, ["list"], [1], (1,), [1.0], [True], 1]
+    alike += [
+        ["dict", {}],
+        pair,
+        pair.astype(np.int64),
+        pair.tolist(),
+        pair[None],
+        np.asarray(["a"]),
+        np.asarray([b"a"]),
+    ]
+    alike += [{"array": [0, 1], "dtype": "int32", "shape": [2]}, np.asarray([b"a"], object), None, "None"]
+    assert len({pipeline.fingerprint([some]) for some in alike}) == len(alike)
+    assert pipeline.fingerprint([pair]) == pipeline.fingerprint([pair.astype(">i4")])
+    with pytest.raises(TypeError, match="the key 1, which is no string"):
+        pipeline.fingerprint([{1: "a"}])

@@ -1,16 +1,15 @@
 """Records of every form, from every kind of file, into records, counts and token rows."""
 
+import dataclasses
 import gzip
 import json
 import math
-import sys
+from typing import Any
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 
-from rlhf_jax.data import chat, dialogues, encoding, errors, files, reading, records, tokenizers
+from rlhf_jax.data import chat, dialogues, encoding, errors, files, reading, records, tokenising, tokenizers
 
 USER, BOT = "user", "assistant"
 ASK = {"role": USER, "content": "why"}
@@ -77,13 +76,24 @@ def test_every_form_of_a_pair_is_one_ranking():
 def test_ranks_come_from_scores_and_margins_from_the_scores_of_a_pair():
     fields = {"prompt": "why", "responses": ["a", "b", "c", "d"], "scores": [0.5, 2, -1.0, 2]}
     ranking = records.parse_ranking(fields)
-    assert (ranking.ranks, ranking.scores) == ((2, 1, 3, 1), (0.5, 2.0, -1.0, 2.0))
+    # The best first, ties as they stood, and the scores along with their answers.
+    assert ranking.responses == ("b", "d", "a", "c")
+    assert (ranking.ranks, ranking.scores, ranking.margin) == ((1, 1, 2, 3), (2.0, 2.0, 0.5, -1.0), None)
     pair = {"prompt": "why", "chosen": "a", "rejected": "b"}
     scored = records.parse_ranking(pair | {"score_chosen": 8, "score_rejected": 5.5})
     assert (scored.scores, scored.margin) == ((8.0, 5.5), 2.5)
     assert records.parse_ranking(pair | {"margin": 1.5, "score_chosen": None}).margin == 1.5
     both = records.parse_ranking(fields | {"ranks": [2, 1.0, 7, 1]})
-    assert both.ranks == (2, 1, 7, 1)
+    assert both.ranks == (1, 1, 2, 7)
+    turned = {"prompt": "why", "responses": ["bad", "good"]}
+    for said, margin in (({"ranks": [2, 1], "margin": 3}, 3.0), ({"scores": [0.5, 2]}, 1.5)):
+        two = records.parse_ranking(turned | said)
+        assert (two.responses, two.ranks, two.margin) == (("good", "bad"), (1, 2), margin)
+    assert records.parse_ranking(turned | {"scores": [1.0, 2.5], "margin": 1.51}).margin == 1.51  # rounded
+
+
+def test_equal_answers_of_one_rank_are_no_contradiction():
+    assert records.parse_ranking(k_way(responses=["a", "b", "b "])).responses == ("a", "b", "b ")
 
 
 def test_what_else_a_record_says_is_metadata():
@@ -101,8 +111,32 @@ def test_what_else_a_record_says_is_metadata():
     metadata = {"annotator": "a7", "turn": 3, "sure": 0.5, "domain": "code"}
     judged = records.parse_judged(fields)
     assert (judged.metadata, judged.good) == (metadata, True)
-    assert records.parse_prompt(fields).metadata == metadata | {"label": True}
+    assert records.parse_prompt(fields).metadata == metadata | {"label": True, "response": "so"}
     assert records.parse_judged(fields | {"label": 0}).good is False
+    # What is a form of another kind of record, or of another form, says no less here.
+    asked = {"prompt": "why", "metadata": "v1", "margin": 0.5, "score_chosen": math.nan}
+    assert records.parse_demonstration(asked | {"response": "so"}).metadata == {"metadata": "v1", "margin": 0.5}
+    ranking = records.parse_ranking(k_way(response="so", score_chosen=3, metadata="v1"))
+    assert ranking.metadata == {"metadata": "v1", "response": "so", "score_chosen": 3}
+
+
+def test_the_forms_of_a_record_may_repeat_each_other_only():
+    messages = {"messages": [ASK, SAY, ASK, SAY]}
+    whole = records.parse_demonstration(messages)
+    assert records.parse_demonstration(messages | {"prompt": "why \n", "response": "so"}) == whole
+    for other, reason in (({"prompt": "what"}, "prompts differ"), ({"response": "no"}, "answers differ")):
+        with pytest.raises(errors.Flaw, match=reason):
+            records.parse_demonstration(messages | other)
+
+
+def test_texts_of_the_hh_form_with_other_white_space():
+    prompt = "\r\n\r\nHuman: why\r\n\r\nAssistant:"
+    expected = records.Ranking(prompt=WHY, responses=("so", "no"), ranks=(1, 2))
+    for asked in (prompt, "why\n", " why", None):
+        assert (
+            records.parse_ranking({"prompt": asked, "chosen": prompt + " so", "rejected": prompt + " no"}) == expected
+        )
+    assert records.parse_prompt({"prompt": prompt}).prompt == WHY
 
 
 # ------------------------------------------------------------------------------------------------- flawed and broken
@@ -112,17 +146,20 @@ def k_way(**changes):
     return {"prompt": "why", "responses": ["a", "b", "c"], "ranks": [1, 2, 2]} | changes
 
 
+HH = "\n\nHuman: why\n\nAssistant: so"
 RANKING_FLAWS = {
     "all tied": [k_way(ranks=[2, 2, 2]), k_way(ranks=None, scores=[1.5, 1.5, 1.5])],
     "fewer than two answers": [k_way(responses=["a"], ranks=[1]), k_way(responses=[], ranks=[])],
     "same answer twice": [
         k_way(responses=["a", "b", "a "]),
+        {"prompt": "why", "responses": ["a", "a "], "scores": [1, 2]},
         {"prompt": "why", "chosen": "a", "rejected": "a"},
         {"chosen": "\n\nHuman: x\n\nAssistant: a", "rejected": "\n\nHuman: x\n\nAssistant: a"},
     ],
     "score is no finite number": [
         *(k_way(ranks=None, scores=[1, 2, bad]) for bad in (math.nan, math.inf, "3", None, True, 10**400)),
         {"prompt": "why", "chosen": "a", "rejected": "b", "margin": math.nan},
+        {"prompt": "why", "responses": ["a", "b"], "scores": [-1.7e308, 1.7e308]},
     ],
     "scores and answers differ in number": [k_way(scores=[1, 2])],
     "ranks and answers differ in number": [k_way(ranks=[1, 2]), k_way(ranks=[1, 2, 3, 4])],
@@ -131,6 +168,11 @@ RANKING_FLAWS = {
     "ranks and scores disagree": [
         k_way(scores=[1, 2, 3]),
         {"prompt": "why", "chosen": "a", "rejected": "b", "score_chosen": 1, "score_rejected": 2},
+    ],
+    "margin of more than two answers": [k_way(margin=1.0)],
+    "margin and scores disagree": [
+        {"prompt": "why", "responses": ["a", "b"], "scores": [1, 2], "margin": 0.5},
+        {"prompt": "why", "chosen": "a", "rejected": "b", "score_chosen": 3, "score_rejected": 1, "margin": 3},
     ],
     "margin below 0": [{"prompt": "why", "chosen": "a", "rejected": "b", "margin": -0.1}],
     "prompts differ": [
@@ -143,7 +185,21 @@ RANKING_FLAWS = {
         {"prompt": "why", "chosen": "", "rejected": "a"},
         {"prompt": "why", "chosen": [], "rejected": [SAY]},
     ],
-    "empty prompt": [k_way(prompt=" "), k_way(prompt=[])],
+    "empty prompt": [
+        k_way(prompt=" "),
+        k_way(prompt=[]),
+        k_way(prompt=messages(("system", "Be short."))),
+        k_way(prompt=[ASK, SAY, *messages((USER, " "))]),
+        k_way(prompt="\n\nHuman:\n\nAssistant:"),
+        {"chosen": "\n\nHuman:\n\nAssistant: a", "rejected": "\n\nHuman:\n\nAssistant: b"},
+    ],
+    "prompt ends in an assistant turn": [
+        k_way(prompt=[ASK, SAY]),
+        k_way(prompt="\n\nHuman: why\n\nAssistant: so"),
+        {"chosen": [ASK, SAY, SAY], "rejected": [ASK, SAY, *messages((BOT, "no"))]},
+        {"chosen": HH + "\n\nAssistant: a", "rejected": HH + "\n\nAssistant: b"},
+    ],
+    "prompt is null": [{"prompt": None, "chosen": "a", "rejected": "b"}],
     "ends in a human turn": [{"chosen": [ASK, SAY, ASK], "rejected": [ASK, SAY]}],
     "an answer is null": [k_way(responses=["a", None, "c"])],
     "rejected is null": [{"prompt": "why", "chosen": "a", "rejected": None}],
@@ -204,11 +260,12 @@ BROKEN = [
     (RANK, {"prompt": "a", "chosen": "b"}, "the record has no 'rejected', and no 'responses' either"),
     (RANK, {"prompt": "a", "responses": ["a", "b"]}, "the record has no 'ranks', and no 'scores' either"),
     (RANK, {"responses": ["a", "b"], "ranks": [1, 2]}, "the record has no 'prompt'"),
-    (
-        RANK,
-        {"chosen": "a", "rejected": "b"},
-        "the record has no 'prompt', and in 'chosen', the dialogue does not start",
-    ),
+    (RANK, {"chosen": "a", "rejected": "b"}, "the record has no 'prompt'"),
+    (RANK, k_way(chosen="a"), "the record is of two forms: it has 'responses' and 'chosen'"),
+    (SHOW, {"prompt": "a", "response": "b", "completion": "c"}, "two forms: it has 'response' and 'completion'"),
+    (SHOW, {"messages": {"role": [USER, BOT], "content": ["a"]}}, "'messages' has 2 roles and 1 contents"),
+    (SHOW, '{"prompt": "a", "response": "b", "who": "\\ud800"}', "'who' holds half a surrogate pair"),
+    (SHOW, '{"prompt": "a", "response": "b", "\\ud800": 1}', "'the name of a field' holds half a surrogate pair"),
     (RANK, k_way(responses="abc"), "'responses' is a str, not a list"),
     (RANK, k_way(ranks={"a": 1}), "'ranks' is a dict, not a list"),
     (RANK, k_way(responses=["a", 2, "c"]), "'responses' is a int, not a string"),
@@ -237,77 +294,6 @@ def test_a_record_of_the_wrong_form_is_an_error_in_one_sentence_with_file_and_li
     assert str(error.value).startswith(f"{path}, line 2: ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-# -------------------------------------------------------------------------------------------------------------- files
-
-ROWS = [{"prompt": f"q{i}", "response": f"a{i}", "domain": "x"} for i in range(5)]
-
-
-def same(path):
-    found, _ = reading.read_demonstrations(path)
-    assert [(r.prompt[0].text, r.response, r.metadata) for r in found] == [
-        (f"q{i}", f"a{i}", {"domain": "x"}) for i in range(5)
-    ]
-    return found
-
-
-def test_one_set_in_every_kind_of_file(tmp_path):
-    for name in ("d.jsonl", "d.jsonl.gz", "d.json", "d.json.gz", "d.txt"):
-        assert same(write(tmp_path / name, ROWS))[-1].where.endswith(f"{name}, line 5")
-    array = json.dumps(ROWS, indent=1)
-    (tmp_path / "a.json").write_text(array)
-    (tmp_path / "a.json.gz").write_bytes(gzip.compress(array.encode()))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "d.parquet", row_group_size=2)
-    for name, unit in (("a.json", "record"), ("a.json.gz", "record"), ("d.parquet", "row")):
-        assert same(tmp_path / name)[-1].where.endswith(f"{name}, {unit} 5")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS[:2]), tmp_path / "part-0.parquet")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS[2:]), tmp_path / "part-1.parquet")
-    same(tmp_path / "part-*.parquet")
-    same([tmp_path / "part-0.parquet", str(tmp_path / "part-1.parquet")])
-
-
-def test_parquet_with_messages_and_null_columns(tmp_path):
-    rows = [
-        {"messages": [ASK, SAY], "prompt": None, "response": None},
-        {"messages": None, "prompt": "why", "response": "so"},
-    ]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
-    found, _ = reading.read_demonstrations(tmp_path / "d.parquet")
-    assert found == [records.Demonstration(prompt=WHY, response="so")] * 2
-
-
-def test_files_that_cannot_be_read(tmp_path, monkeypatch):
-    def refused(path, message):
-        with pytest.raises(errors.DataError, match=message) as error:
-            reading.read_demonstrations(path)
-        assert "\n" not in str(error.value)
-
-    for name in ("d.jsonl", "d.json", "d.parquet"):
-        refused(tmp_path / f"nowhere-{name}", f"nowhere-{name} does not exist")
-        (tmp_path / name).mkdir()
-        refused(tmp_path / name, f"{name} is a directory")
-    refused(tmp_path / "no*.jsonl", r"no file fits .*no\*\.jsonl")
-    refused([], "no file was given")
-    for name, content in (("e.jsonl", b""), ("e.json", b"[]"), ("e.jsonl.gz", gzip.compress(b""))):
-        (tmp_path / name).write_bytes(content)
-        refused(tmp_path / name, f"{name} is empty")
-
-    whole = json.dumps(ROWS, indent=1)
-    (tmp_path / "cut.json").write_text(whole[: len(whole) // 2])
-    refused(tmp_path / "cut.json", r"cut\.json: the file is not JSON \(.* in line \d+\)")
-    (tmp_path / "mixed.json").write_text('[{"prompt": "a", "response": "b"}, 3]')
-    refused(tmp_path / "mixed.json", r"mixed\.json, record 2: it is a int, not an object")
-    packed = gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode())
-    (tmp_path / "cut.jsonl.gz").write_bytes(packed[:-9])
-    refused(tmp_path / "cut.jsonl.gz", r"cut\.jsonl\.gz, line \d: the gzip file is cut off here")
-
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "ok.parquet")
-    content = (tmp_path / "ok.parquet").read_bytes()
-    (tmp_path / "cut.parquet").write_bytes(content[: len(content) // 2])
-    refused(tmp_path / "cut.parquet", r"cut\.parquet, row 1: the Parquet file cannot be read")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    refused(tmp_path / "ok.parquet", r"needs pyarrow, which pip install 'rlhf_jax\[parquet\]' installs")
 
 
 def test_the_reader_of_hh_rlhf_files_and_this_one_agree(tmp_path):
@@ -373,5 +359,12 @@ def test_rows_of_rankings(fmt):
     wider, _ = encoding.rankings(fmt, found, prompt_width=4, response_width=2, counts=any_share(), answers=5)
     np.testing.assert_array_equal(wider.ranks_BK[:, 3:], np.zeros((3, 2)))
     np.testing.assert_array_equal(wider.tokens_BKL[:, :3], rows.tokens_BKL)
-    with pytest.raises(errors.DataError, match="a prompt has 3 answers, more than the 2"):
-        encoding.rankings(fmt, found, prompt_width=4, response_width=2, counts=any_share(), answers=2)
+    for room, name in ((2, "record 1"), (0, "record 1")):
+        with pytest.raises(errors.DataError, match=f"^{name}: the record has 3 answers, more than the {room} there"):
+            encoding.rankings(fmt, found, prompt_width=4, response_width=2, counts=any_share(), answers=room)
+    named = dataclasses.replace(found[0], where="x.jsonl, line 7")
+    with pytest.raises(errors.DataError, match=r"^x\.jsonl, line 7: the record has 3 answers"):
+        encoding.rankings(fmt, [found[3], named], prompt_width=4, response_width=2, counts=any_share(), answers=2)
+    bare: Any = dict(prompt_width=2, response_width=2, pad_id=0, counts=any_share())
+    with pytest.raises(errors.DataError, match="more than the 0 there is room for"):
+        tokenising.ranking_rows([[3]], [[[5], [6]]], [[1, 2]], most=0, **bare)

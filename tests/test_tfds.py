@@ -12,7 +12,17 @@ import pytest
 tfds = pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("array_record")
 
-from rlhf_jax.data import errors, files, pipeline, reading, tfds_builder  # noqa: E402
+from rlhf_jax.data import (  # noqa: E402
+    chat,
+    encoding,
+    errors,
+    files,
+    pipeline,
+    reading,
+    records,
+    tfds_builder,
+    tokenizers,
+)
 
 TURNS = [{"role": "user", "content": "wärum"}, {"role": "assistant", "content": "só"}, {"role": "user", "content": "?"}]
 KINDS = {
@@ -80,8 +90,8 @@ def test_a_set_gives_the_records_of_its_file_in_their_order(data_dir, kind):
 def test_the_files_are_array_record_and_tfds_itself_reads_them(data_dir):
     rows = tfds.data_source("rlhf_rankings/mine", split="train", data_dir=str(data_dir))
     assert len(rows) == 4
-    assert [text.decode() for text in rows[0]["responses"]] == ["a", "b", "c"]
-    np.testing.assert_array_equal(rows[0]["ranks"], [2, 1, 2])
+    assert [text.decode() for text in rows[0]["responses"]] == ["b", "a", "c"]
+    np.testing.assert_array_equal(rows[0]["ranks"], [1, 2, 2])
     assert rows[0]["prompt"]["content"][0].decode() == "wärum"
     assert list((data_dir / "rlhf_rankings/mine/1.0.0").glob("*train.array_record*"))
 
@@ -115,11 +125,38 @@ def test_batches_read_lazily_from_a_set(data_dir):
     assert pipeline.fingerprint(again) == batches.fingerprint["data"]
 
 
+def test_batches_of_tokenised_records_read_lazily_from_a_set(tmp_path):
+    rows = [{"prompt": "w0", "chosen": f"w{i}", "rejected": f"w{i + 1}"} for i in range(1, 9)]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    tfds_builder.prepare(tfds_builder.RlhfRankings, "mine", {"train": path}, data_dir=tmp_path)
+    fmt = chat.chat_format(tokenizers.word_level([f"w{i}" for i in range(10)]))
+    widths = {"prompt_width": 4, "response_width": 2, "answers": 2}
+
+    def collate(part):
+        found = [records.parse_ranking(files.plain_fields(row)) for row in part]
+        return encoding.rankings(fmt, found, counts=errors.DropCount(max_dropped=0.0), **widths)[0]
+
+    source = files.tfds_source(files.Tfds("rlhf_rankings/mine", "train", tmp_path))
+    batches = pipeline.from_source(
+        source, collate=collate, identity=widths, batch_size=4, seed=0, shuffle=False, prefetch=0
+    )
+    all_at_once, _ = encoding.rankings(fmt, reading.read_rankings(path)[0], counts=errors.DropCount(), **widths)
+    jax.tree.map(np.testing.assert_array_equal, batches.batch_at(1), jax.tree.map(lambda x: x[4:], all_at_once))
+
+
+def test_metadata_is_json_in_a_set(tmp_path):
+    path = write(tmp_path / "p.jsonl", [{"prompt": "a", "sure": float("nan"), "far": float("inf"), "n": 0.5}])
+    tfds_builder.prepare(tfds_builder.RlhfPrompts, "mine", {"train": path}, data_dir=tmp_path)
+    (row,) = tfds.data_source("rlhf_prompts/mine", split="train", data_dir=str(tmp_path))
+    assert json.loads(row[files.JSON_FIELD], parse_constant=pytest.fail) == {"metadata": {"n": 0.5}}
+
+
 def test_sets_that_are_not_there_are_refused_in_one_sentence(data_dir):
     cases = [
         (files.Tfds("rlhf_prompts/other", data_dir=data_dir), "TFDS has no such prepared set"),
         (files.Tfds("rlhf_prompts/mine:2.0.0", data_dir=data_dir), "TFDS has no such prepared set"),
         (files.Tfds("rlhf_prompts/mine", "validation", data_dir), "Unknown split 'validation'"),
+        (files.Tfds("rlhf_prompts/mine", "train[:0]", data_dir), r"^rlhf_prompts/mine\[train\[:0\]\] is empty$"),
         (files.Tfds("no_such_set", data_dir=data_dir), "TFDS has no such prepared set"),
         (files.Tfds("huggingface:imdb", data_dir=data_dir), "come over the network and are not read"),
     ]
@@ -152,6 +189,9 @@ def test_what_cannot_be_prepared(data_dir, tmp_path):
         tfds_builder.prepare(tfds_builder.RlhfPrompts, "b", {"train": broken}, data_dir=tmp_path)
     with pytest.raises(errors.DataError, match="is no name for a set"):
         tfds_builder.prepare(tfds_builder.RlhfPrompts, "a/b", {"train": good}, data_dir=tmp_path)
+    for split in ("tr ain", "train[:10]", "all", "a-b", ""):
+        with pytest.raises(errors.DataError, match="is no name for a split"):
+            tfds_builder.prepare(tfds_builder.RlhfPrompts, "d", {split: good}, data_dir=tmp_path)
     flawed = write(tmp_path / "c.jsonl", [{"prompt": "a"}, {"prompt": ""}])
     with pytest.raises(errors.DataError, match=r"1 of 2 records dropped \(empty prompt 1\)"):
         tfds_builder.prepare(tfds_builder.RlhfPrompts, "c", {"train": flawed}, data_dir=tmp_path)

@@ -5,7 +5,7 @@ A file holds one JSON object a line (JSONL; compressed where the name ends in ``
 is split at its LAST assistant turn: all before is the prompt, however many assistant turns it holds.
 
 Only a name that opens a paragraph starts a turn; ``Human:`` inside a paragraph is text. White space around a turn
-belongs to the format, not to the text, and is removed.
+belongs to the format, not to the text, and is removed; so is the carriage return of a line end ``"\r\n"``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ ASSISTANT = "assistant"
 _ROLES = {"Human": USER, "Assistant": ASSISTANT}
 _NAMES = {role: name for name, role in _ROLES.items()}
 _TURN_START = re.compile(r"\n\n(Human|Assistant):")
+_START = re.compile(r"\s*\n\nHuman:")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +48,18 @@ class Comparison:
     line: int
 
 
+def is_dialogue(text: str) -> bool:
+    """Whether a text is of the hh-rlhf form, as far as its start tells."""
+    return _START.match(text.replace("\r\n", "\n")) is not None
+
+
 def parse_dialogue(text: str) -> tuple[Turn, ...]:
     """The turns of one dialogue, in order; two turns of one role may follow each other, as they do in the real files.
 
     Raises:
       DataError: there is text before the first human turn, or no assistant turn at all.
     """
-    before, *rest = _TURN_START.split(text)
+    before, *rest = _TURN_START.split(text.replace("\r\n", "\n"))
     turns = tuple(Turn(_ROLES[name], body.strip()) for name, body in zip(rest[::2], rest[1::2]))
     if before.strip() or not turns or turns[0].role != USER:
         raise errors.DataError("the dialogue does not start with a human turn")
@@ -84,7 +90,7 @@ def read_comparisons(
     """Read a file of comparisons, and count the records left out.
 
     Left out and counted by reason: ``"prompts differ"``, ``"empty answer"`` (either of the two),
-    ``"same answer twice"`` (it says nothing), ``"ends in a human turn"``.
+    ``"same answer twice"`` (it says nothing), ``"ends in a human turn"``, and the prompts of `unasked`.
 
     Args:
       path: a JSONL file, compressed with gzip if the name ends in ``.gz``.
@@ -126,11 +132,22 @@ def flaw(chosen: tuple[Turn, ...], rejected: tuple[Turn, ...]) -> str | None:
         return "ends in a human turn"
     if chosen[:-1] != rejected[:-1]:
         return "prompts differ"
+    if (reason := unasked(chosen[:-1])) is not None:
+        return reason
     if not chosen[-1].text or not rejected[-1].text:
         return "empty answer"
     if chosen[-1].text == rejected[-1].text:
         return "same answer twice"
     return None
+
+
+def unasked(prompt: Sequence[Turn]) -> str | None:
+    """Why turns are no prompt, or None when they are one: the last must say something and not be the assistant's."""
+    if all(turn.role == "system" or not turn.text.strip() for turn in prompt):
+        return "empty prompt"
+    if prompt[-1].role == ASSISTANT:
+        return "prompt ends in an assistant turn"
+    return "empty prompt" if prompt[-1].role == "system" or not prompt[-1].text.strip() else None
 
 
 def dialogue_field(record: Mapping[str, Any], key: str) -> tuple[Turn, ...]:

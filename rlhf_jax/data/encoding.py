@@ -113,9 +113,10 @@ def rankings(
     counts: errors.DropCount,
     answers: int | None = None,
 ) -> tuple[types.Comparisons, np.ndarray]:
-    """Compared answers, all those of a prompt in one batch element; pairs are K = 2 with the chosen answer first.
+    """Compared answers, all those of a prompt in one batch element, in the order of their record.
 
-    A record with two answers that are the same within T tokens and yet of different rank is dropped,
+    The parsers of `records` put the best first, so that pairs are K = 2 with the chosen answer first. A record with two
+    answers that are the same within T tokens and yet of different rank is dropped,
     ``"same answer within the width"``.
 
     Args:
@@ -133,6 +134,10 @@ def rankings(
       DataError: too large a share is dropped, or cut; a record has more than K answers.
     """
     ids, places = _prompt_ids(fmt, found, prompt_width, counts)
+    for i in places:
+        if answers is not None and (n := len(found[i].responses)) > answers:
+            where = found[i].where or f"record {i + 1}"
+            raise errors.DataError(f"{where}: the record has {n} answers, more than the {answers} there is room for")
     flat = iter(chat.encode_answers(fmt, [text for i in places for text in found[i].responses]))
     told = [list(itertools.islice(flat, len(found[i].responses))) for i in places]
     stage = counts.stage()

@@ -14,6 +14,20 @@ class DataError(ValueError):
     """Data that cannot be used; the message is one sentence and names the file and the line where there are any."""
 
 
+class Flaw(Exception):
+    """Why a record is dropped, in the words it is counted under."""
+
+
+class MissingError(DataError):
+    """A record has none of some fields."""
+
+    def __init__(self, *names: str) -> None:
+        """The first of ``names`` is the one to be missed most."""
+        others = " or ".join(map(repr, names[1:]))
+        super().__init__(f"the record has no {names[0]!r}" + (f", and no {others} either" if others else ""))
+        self.names = names
+
+
 def at(path: str | os.PathLike[str], line: int) -> str:
     """Where in a file, ``path, line N``, as every message of the readers names it."""
     return f"{os.fspath(path)}, line {line}"

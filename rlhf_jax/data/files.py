@@ -13,14 +13,16 @@ business of `records`; here only what keeps a file from being read is an error.
 =========================  ==========================================================================================
 
 Several files are read one after the other as one: give a list of paths, or a name with ``*`` in it, which stands for
-all files it fits, sorted.
+all files it fits, sorted. Blank lines at the end and a byte order mark are no part of a file.
 """
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import glob
 import gzip
+import itertools
 import json
 import os
 import pathlib
@@ -35,6 +37,8 @@ from rlhf_jax.data import errors
 
 JSON_FIELD = "fields_json"
 """A field of TFDS sets: a text that holds further fields of the record, as one JSON object."""
+
+_TFDS_ERRORS = (ValueError, AssertionError, NotImplementedError, KeyError, OSError, RuntimeError)
 
 
 class Raw(NamedTuple):
@@ -99,7 +103,7 @@ def _paths(source: Path | Sequence[Path]) -> list[Path]:
     for path in paths:
         name = os.fspath(path)
         if "*" in name and not os.path.exists(name):
-            fitting = sorted(glob.glob(name))
+            fitting = sorted(glob.glob("*".join(map(glob.escape, name.split("*")))))
             if not fitting:
                 raise errors.DataError(f"no file fits {name}")
             found.extend(fitting)
@@ -122,16 +126,25 @@ def _file_records(name: str, fields: str) -> Iterator[Raw]:
 
 
 def lines(path: Path) -> Iterator[bytes]:
-    """The lines of a plain or gzip file as bytes; whatever keeps them from being read becomes one DataError."""
+    """The lines of a plain or gzip file as bytes; whatever keeps them from being read becomes one DataError.
+
+    Without a byte order mark and without the blank lines at the end.
+    """
     name = os.fspath(path)
     if pathlib.Path(path).is_dir():
         raise errors.DataError(f"{name} is a directory, not a file; name its files, as in {os.path.join(name, '*')}")
-    n = 0
+    n, blank = 0, []
     try:
         with gzip.open(path, "rb") if name.endswith(".gz") else open(path, "rb") as file:
             for line in file:
                 n += 1
-                yield line
+                line = line.removeprefix(codecs.BOM_UTF8) if n == 1 else line
+                if line.strip():
+                    yield from blank
+                    blank.clear()
+                    yield line
+                else:
+                    blank.append(line)
     except FileNotFoundError:
         raise errors.DataError(f"{name} does not exist") from None
     except EOFError:
@@ -172,13 +185,24 @@ def text(value: Any, key: str) -> str:
 
 def _parse(raw: bytes, what: str) -> Any:
     try:
-        return json.loads(raw.decode("utf-8"))
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
+    except errors.DataError:
+        raise
     except UnicodeDecodeError as error:
         raise errors.DataError(f"the {what} is not UTF-8 ({error.reason} at byte {error.start})") from None
     except (ValueError, RecursionError) as error:
         where = "" if what == "line" or not isinstance(error, json.JSONDecodeError) else f" in line {error.lineno}"
         why = error.msg if isinstance(error, json.JSONDecodeError) else "it is nested too deeply, or a number too long"
         raise errors.DataError(f"the {what} is not JSON ({why}{where})") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise errors.DataError(f"the field {twice!r} stands twice in one object")
+    return made
 
 
 def _json_lines(rows: Iterator[bytes], name: str, fields: str) -> Iterator[Raw]:
@@ -193,12 +217,17 @@ def _json_lines(rows: Iterator[bytes], name: str, fields: str) -> Iterator[Raw]:
 
 def _json_records(name: str, fields: str) -> Iterator[Raw]:
     """An array of objects, or lines after all: files of either form are called ``.json``."""
-    rows = list(lines(name))
-    if not b"".join(rows).lstrip().startswith(b"["):
-        yield from _json_lines(iter(rows), name, fields)
+    rows = lines(name)
+    head = []
+    for row in rows:
+        head.append(row)
+        if row.strip():
+            break
+    if not head or not head[-1].lstrip().startswith(b"["):
+        yield from _json_lines(itertools.chain(head, rows), name, fields)
         return
     try:
-        array = _parse(b"".join(rows), "file")
+        array = _parse(b"".join([*head, *rows]), "file")
     except errors.DataError as error:
         raise errors.DataError(f"{name}: {error}") from None
     for n, record in enumerate(array, start=1):
@@ -209,6 +238,15 @@ def _json_records(name: str, fields: str) -> Iterator[Raw]:
 
 
 # ------------------------------------------------------------------------------------------------------------ Parquet
+
+
+def _rows(batch: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a record batch; one by one where a value has no Python form, up to the row it stands in."""
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError):
+        rows = (batch.slice(n, 1).to_pylist()[0] for n in range(batch.num_rows))
+    yield from rows
 
 
 def _parquet_records(name: str) -> Iterator[Raw]:
@@ -227,10 +265,10 @@ def _parquet_records(name: str) -> Iterator[Raw]:
     try:
         with pyarrow.parquet.ParquetFile(name) as file:
             for batch in file.iter_batches(batch_size=1024):
-                for record in batch.to_pylist():
+                for record in _rows(batch):
                     n += 1
                     yield Raw(f"{name}, row {n}", record)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         why = " ".join(str(error).split()).rstrip(".")
         raise errors.DataError(f"{name}, row {n + 1}: the Parquet file cannot be read ({why})") from None
 
@@ -244,8 +282,8 @@ def tfds_source(tfds_set: Tfds) -> Sequence[dict[str, Any]]:
     Nothing is downloaded and nothing prepared: see `tfds_builder` for that.
 
     Raises:
-      DataError: tensorflow-datasets or array_record is missing; no such set, split or version is prepared, or it is in
-        another format than array_record, which only TensorFlow reads.
+      DataError: tensorflow-datasets or array_record is missing; no such set, split or version is prepared, or the part
+        is empty, or the set is in another format than array_record, which only TensorFlow reads.
     """
     name = source_name(tfds_set)
     if ":" in tfds_set.name.split("/")[0] and not tfds_set.name.split(":")[1][:1].isdigit():
@@ -268,9 +306,19 @@ def tfds_source(tfds_set: Tfds) -> Sequence[dict[str, Any]]:
             f"{name}: reading it needs array_record, which has packages for Linux and macOS: pip install array_record "
             f"({error})"
         ) from None
-    except (ValueError, AssertionError, NotImplementedError, KeyError, OSError, RuntimeError) as error:
+    except _TFDS_ERRORS as error:
+        if _is_empty_part(tfds, tfds_set, data_dir):
+            raise errors.DataError(f"{name} is empty") from None
         where = "" if data_dir is None else f" in {data_dir}"
         raise errors.DataError(f"{name}: TFDS has no such prepared set{where} ({_first_sentence(error)})") from None
+
+
+def _is_empty_part(tfds: Any, tfds_set: Tfds, data_dir: str | None) -> bool:
+    """Whether a set is there and the part asked for has no record, which array_record takes for no file."""
+    try:
+        return tfds.builder(tfds_set.name, data_dir=data_dir).info.splits[tfds_set.split].num_examples == 0
+    except _TFDS_ERRORS:
+        return False
 
 
 def _tfds_records(tfds_set: Tfds) -> Iterator[Raw]:

@@ -46,8 +46,9 @@ class Batches:
         self._dataset = dataset
         self._endless = endless
         self.fingerprint = fingerprint
-        """What the order of the batches hangs on, as JSON: data, number of records, seed, batch size, epochs, and
-        whether they are shuffled and cut at the end of an epoch. The same on every host."""
+        """What the batches hang on, as JSON: data, number of records, seed, batch size, epochs, and whether they are
+        shuffled and cut at the end of an epoch; ``identity`` where `from_source` was given one. The same on every
+        host."""
         options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
         self._iterator = iter(dataset.to_iter_dataset(options))
 
@@ -88,13 +89,19 @@ class Batches:
         theirs, position = state.get("fingerprint"), state.get("grain")
         if not isinstance(theirs, Mapping) or not isinstance(position, Mapping):
             raise errors.DataError("this is no state of batches: it has no 'fingerprint' and 'grain'")
-        for name, mine in self.fingerprint.items():
+        for name in dict.fromkeys([*self.fingerprint, *theirs]):
+            mine = self.fingerprint.get(name)
             if theirs.get(name) != mine:
                 raise errors.DataError(
                     f"cannot go on with these batches: the state was saved with {name} = {theirs.get(name)!r}, and "
                     f"here it is {mine!r}"
                 )
-        self._iterator.set_state(dict(position))
+        if any(not isinstance(place, int) for place in position.values()):
+            raise errors.DataError("this is no state of batches: its place in 'grain' is no whole number")
+        try:
+            self._iterator.set_state(dict(position))
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise errors.DataError(f"this is no state of batches: grain cannot go on from it ({error})") from None
 
     def close(self) -> None:
         """End what reads ahead; no batch can be taken any more, though `batch_at` still answers."""
@@ -163,6 +170,7 @@ def from_source(
     hosts: int = 1,
     prefetch: int = 2,
     data: str | None = None,
+    identity: Any = None,
 ) -> Batches:
     """Batches of anything that has a length and random access: a list of records, or a set read lazily from disk.
 
@@ -179,9 +187,13 @@ def from_source(
       hosts: see `from_arrays`.
       prefetch: see `from_arrays`.
       data: what to know the data by; by default `fingerprint` of the source, which reads all of it once.
+      identity: what to know ``collate`` by, since a function has no fixed bytes: anything that `fingerprint` takes,
+        such as ``{"tokenizer": "gpt2", "prompt_width": 256}``. Becomes part of the fingerprint, so that a state saved
+        with another one is refused; None for nothing.
 
     Raises:
       DataError: see `from_arrays`.
+      TypeError: see `fingerprint`.
       ValueError: a number is out of its range.
     """
     many = getattr(source, "__getitems__", None)
@@ -195,6 +207,7 @@ def from_source(
         fetch,
         len(source),
         data=fingerprint(source) if data is None else data,
+        more={} if identity is None else {"identity": fingerprint([identity])},
         batch_size=batch_size,
         seed=seed,
         epochs=epochs,
@@ -209,29 +222,38 @@ def from_source(
 def fingerprint(source: Sequence[Any]) -> str:
     """SHA-256, in hexadecimal, of records: dataclasses, dictionaries, lists, texts, numbers and arrays. Order counts.
 
-    Fields of dataclasses that do not take part in comparisons are left out: the same records have one fingerprint
-    wherever they were read from.
+    Types count too: a list is no tuple, and bytes are no text. Fields of dataclasses that do not take part in
+    comparisons are left out: the same records have one fingerprint wherever they were read from.
 
     Raises:
-      TypeError: a record holds something else, whose bytes are not known to be the same elsewhere.
+      TypeError: a record holds something else, whose bytes are not known to be the same elsewhere, or a dictionary with
+        a key that is no string.
     """
     digest = hashlib.sha256()
     for place in range(len(source)):
-        digest.update(json.dumps(source[place], default=_plain, sort_keys=True).encode() + b"\n")
+        digest.update(json.dumps(_tagged(source[place]), sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
 
 
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        told = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.compare}
-        return [type(value).__name__, told]
-    if isinstance(value, bytes):
-        return {"bytes": value.hex()}
-    if isinstance(value, Mapping):
-        return dict(value)
+def _tagged(value: Any) -> Any:
+    """A value as JSON in which every list begins with the type of what it stands for."""
     if isinstance(value, np.ndarray | np.generic):
-        value = np.asarray(value)
-        return {"array": value.tolist(), "dtype": value.dtype.name, "shape": value.shape}
+        array = np.asarray(value)
+        return ["array", array.dtype.str.lstrip("<>=|"), list(array.shape), _tagged(array.tolist())]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, bytes):
+        return ["bytes", value.hex()]
+    if isinstance(value, list | tuple):
+        return ["tuple" if isinstance(value, tuple) else "list", *map(_tagged, value)]
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"a dictionary with the key {key!r}, which is no string, has no fixed bytes")
+        return ["dict", {key: _tagged(item) for key, item in value.items()}]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        told = {f.name: _tagged(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
+        return ["dataclass", type(value).__name__, told]
     raise TypeError(f"a {type(value).__name__} has no fixed bytes")
 
 
@@ -240,6 +262,7 @@ def _batches(
     n: int,
     *,
     data: str,
+    more: Mapping[str, str] | None = None,
     batch_size: int,
     seed: int,
     epochs: int | None,
@@ -275,6 +298,7 @@ def _batches(
         "shuffle": shuffle,
         "drop_last": drop_last,
         "order": hashlib.sha256(repr([int(places[i] or 0) for i in range(min(n, _PROBE))]).encode()).hexdigest()[:16],
+        **(more or {}),
     }
     share = batch_size // hosts
 

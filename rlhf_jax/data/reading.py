@@ -19,7 +19,9 @@ def read_demonstrations(
 ) -> tuple[list[records.Demonstration], errors.DropCount]:
     """Read answers to imitate.
 
-    Dropped and counted: ``"empty prompt"``, ``"empty answer"``, ``"ends in a human turn"``, ``"... is null"``.
+    Dropped and counted: ``"empty prompt"`` (the last turn says nothing, or is the system's), ``"prompt ends in an
+    assistant turn"``, ``"empty answer"``, ``"ends in a human turn"``, ``"... is null"``; ``"prompts differ"`` and
+    ``"answers differ"``, where ``messages`` stands beside the other form.
 
     Args:
       source: a path, a list of paths, or `files.Tfds`.
@@ -39,10 +41,12 @@ def read_rankings(
 ) -> tuple[list[records.Ranking], errors.DropCount]:
     """Read compared answers, pairs and rankings alike; arguments, result and errors as of `read_demonstrations`.
 
-    Dropped and counted: what a demonstration is dropped for, and ``"prompts differ"``, ``"same answer twice"``,
-    ``"fewer than two answers"``, ``"ranks and answers differ in number"``, ``"rank is no whole number"``,
-    ``"rank below 1"``, ``"scores and answers differ in number"``, ``"score is no finite number"``,
-    ``"ranks and scores disagree"``, ``"margin below 0"``, ``"all tied"`` (there is nothing to learn).
+    Dropped and counted: what a demonstration is dropped for, and ``"prompts differ"``, ``"same answer twice"`` (with
+    different ranks), ``"fewer than two answers"``, ``"ranks and answers differ in number"``,
+    ``"rank is no whole number"``, ``"rank below 1"``, ``"scores and answers differ in number"``,
+    ``"score is no finite number"``, ``"ranks and scores disagree"``, ``"margin below 0"``,
+    ``"margin and scores disagree"`` (by more than rounding, 1 %), ``"margin of more than two answers"``,
+    ``"all tied"`` (there is nothing to learn).
     """
     return _read(source, records.parse_ranking, counts, "chosen and rejected, or prompt, responses and ranks")
 
@@ -71,9 +75,9 @@ def _read(
     for n, raw in enumerate(files.raw_records(source, fields=fields), start=1):  # noqa: B007
         try:
             found.append(parse(raw.fields, where=raw.where))
-        except records.Flaw as flaw:
+        except errors.Flaw as flaw:
             stage.drop(str(flaw))
-        except records.MissingError as error:
+        except errors.MissingError as error:
             null = next((name for name in error.names if name in raw.fields), None)
             if null is None:
                 raise errors.DataError(f"{raw.where}: {error}") from None

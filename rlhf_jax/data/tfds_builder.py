@@ -120,7 +120,7 @@ def prepare(
     Args:
       builder: `RlhfDemonstrations`, `RlhfRankings`, `RlhfJudged` or `RlhfPrompts`.
       name: of the set; letters, digits, ``_``, ``-`` and ``.``, a letter or digit at the end.
-      sources: for each split, such as ``"train"``, where its records come from.
+      sources: for each split, such as ``"train"``, where its records come from; letters, digits and ``_``.
       data_dir: where TFDS keeps its sets.
       counts: of records that are dropped; see `reading.read_demonstrations`.
 
@@ -128,11 +128,16 @@ def prepare(
       ``counts``.
 
     Raises:
-      DataError: a source cannot be read, or has too many broken records; the name is taken, or is none;
-        array_record is missing.
+      DataError: a source cannot be read, or has too many broken records; the name is taken, or is none,
+        or that of a split; array_record is missing.
     """
     if not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9]", name):
         raise errors.DataError(f"{name!r} is no name for a set: it may hold letters, digits, '_', '-' and '.'")
+    for split in sources:
+        if split == "all" or not re.fullmatch(r"[A-Za-z0-9_]+", split):
+            raise errors.DataError(
+                f"{split!r} is no name for a split: it may hold letters, digits and '_', and 'all' is taken"
+            )
     counts = errors.DropCount() if counts is None else counts
     config = Files(name=name, sources=dict(sources), counts=counts)
     made = builder(data_dir=os.fspath(data_dir), config=config, file_format="array_record")
@@ -159,4 +164,4 @@ def example(record: records.Prompt) -> dict[str, Any]:
     if isinstance(record, records.Ranking):
         fields |= {"responses": list(record.responses), "ranks": list(record.ranks)}
         others |= {"scores": record.scores, "margin": record.margin}
-    return fields | {files.JSON_FIELD: json.dumps(others, ensure_ascii=False)}
+    return fields | {files.JSON_FIELD: json.dumps(others, ensure_ascii=False, allow_nan=False)}

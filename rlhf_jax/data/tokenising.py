@@ -183,7 +183,7 @@ def ranking_rows(
     _same_length(prompts=prompts, answers=answers, ranks=ranks)
     stage = counts.stage()
     widest = max(map(len, answers), default=2)
-    B, K, L = len(prompts), most or widest, prompt_width + response_width
+    B, K, L = len(prompts), widest if most is None else most, prompt_width + response_width
     if widest > K:
         raise errors.DataError(f"a prompt has {widest} answers, more than the {K} there is room for")
     tokens_BKL, mask_BKL = _blank((B, K), L, pad_id)
