@@ -94,7 +94,9 @@ def test_results_are_the_numbers_of_the_scores(judged):
     lengths = [[len(row[side].split()) + 1 for side in ("chosen", "rejected")] for row in records()]
     bias = diagnostics.length_bias(chosen, rejected, *np.transpose(lengths))
     np.testing.assert_allclose(found["length_bias"]["prefers_longer"], bias.prefers_longer)
-    assert found["calibration"]["slope"][0] == pytest.approx(1 / found["calibration"]["temperature"])
+    slope, temperature = found["calibration"]["slope"][0], found["calibration"]["temperature"]
+    assert slope == pytest.approx(diagnostics.calibration_slope(chosen, rejected).mean)
+    assert temperature == (pytest.approx(1 / slope) if slope > 0 else None)
 
 
 def test_the_report_shows_strata_calibration_and_length(judged):
