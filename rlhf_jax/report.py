@@ -203,8 +203,8 @@ def _reward_model(results: Mapping[str, Any]) -> list[Figure]:
 def _gap_words(gap: Mapping[str, Any] | None) -> str:
     words = (
         "The model has learnt its training pairs by heart where the difference of the two, training less other pairs, "
+        "has an interval above 0; the two intervals may overlap all the same"
     )
-    words += "has an interval above 0; the two intervals may overlap all the same"
     mean, bounds = results_lib.format_parts((gap or {}).get("accuracy_gap"), percent=True)
     if mean == results_lib.MISSING:
         return words + "."
