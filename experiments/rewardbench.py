@@ -5,7 +5,8 @@
 
 ``--model`` is a directory with a scalar head, its tokenizer and its chat template, such as the main job writes. A
 record has a prompt (text or messages), a chosen and a rejected answer, and, if there are several, a subset. Ties of the
-two scores count a half. Scores are as saved: where a gain scales them for RL, the temperature says what to divide by.
+two scores count a half; the strict accuracy, which RewardBench reports, counts them as wrong. Scores are as saved:
+where a gain scales them for RL, the temperature says what to divide by.
 
 Writes below ``--out``: results.json, report.html, scores.jsonl with the scores of every record, config.json.
 """
@@ -22,17 +23,18 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tyro
-from pipeline import command, rewardbench_file, rundir, settings, start
+from pipeline import command, rundir, settings, start
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from rlhf_jax import console, diagnostics, lm, parallel, report, results, types
-from rlhf_jax.data import chat, errors
+from rlhf_jax import atomic, console, diagnostics, lm, parallel, report, results, types
+from rlhf_jax.data import chat, dialogues, errors, reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +42,10 @@ class Data:
     """What the reward model judges."""
 
     path: str
-    """JSONL (.gz too) or Parquet with prompt, chosen, rejected and subset."""
+    """JSONL (.gz too) or Parquet with prompt, chosen, rejected and subset; any form of two compared answers."""
     max_dropped: float = 0.01
-    """Share of records that may be dropped (empty, refused by the chat template, too long) before it is an error."""
+    """Share of records that may be dropped (empty, not a pair, refused by the chat template, too long) before it is an
+    error."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +65,22 @@ class RewardBench:
     """Of the calibration curve, at most, and with equally many pairs each."""
 
 
+class Pair(NamedTuple):
+    """Two answers to one prompt, the first preferred."""
+
+    prompt: tuple[dialogues.Turn, ...]
+    chosen: str
+    rejected: str
+    subset: str | None
+    where: str
+    """File and line."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Scored:
     """Records with scores and answer lengths in tokens (the stop token counts); N of each."""
 
-    records: list[rewardbench_file.Record]
+    records: list[Pair]
     chosen_N: np.ndarray
     rejected_N: np.ndarray
     chosen_lengths_N: np.ndarray
@@ -80,7 +94,7 @@ def run(asked: RewardBench) -> dict[str, Any]:
     model = start.load_reward_model(asked.model)
     most = min(asked.max_length or model.cfg.max_length, model.cfg.max_length)
     counts = errors.DropCount(max_dropped=asked.data.max_dropped)
-    records = rewardbench_file.read(asked.data.path, counts=counts)
+    records = read(asked.data.path, counts=counts)
     with console.StageProgress([("tokenise", 1.0), ("score", 20.0)]) as progress:
         progress.start("tokenise", len(records))
         try:
@@ -88,6 +102,9 @@ def run(asked: RewardBench) -> dict[str, Any]:
         except errors.DataError as error:
             raise errors.DataError(f"--data.path {asked.data.path}: {error}") from None
         progress.finish("tokenise")
+        _begin(
+            path, asked
+        )  # Here, so that data of no use leaves no folder, and a folder of no use is told before the work.
         progress.start("score", len(rows))
 
         def compiled(params: types.Params, tokens_BL: Any, mask_BL: Any) -> Any:
@@ -117,9 +134,30 @@ def run(asked: RewardBench) -> dict[str, Any]:
     return found
 
 
+def read(path: str, *, counts: errors.DropCount) -> list[Pair]:
+    """All pairs of a file; what `reading.read_rankings` drops is counted, and so is what is ``"not a pair"``.
+
+    Raises:
+        DataError: as of `reading.read_rankings`.
+    """
+    found, _ = reading.read_rankings(path, counts=counts)
+    stage, pairs = counts.stage(), []
+    for each in found:
+        if len(each.responses) != 2:
+            stage.drop("not a pair")
+            continue
+        chosen, rejected = each.responses if each.ranks[0] < each.ranks[1] else each.responses[::-1]
+        subset = each.metadata.get("subset")
+        # A name may hold half a character, which no terminal prints.
+        named = None if subset is None else str(subset).encode("utf-8", "replace").decode()
+        pairs.append(Pair(each.prompt, chosen, rejected, named, each.where))
+    counts.add(stage, records=len(found), source=path)
+    return pairs
+
+
 def encode(
-    fmt: chat.ChatFormat, records: Sequence[rewardbench_file.Record], *, max_length: int, counts: errors.DropCount
-) -> tuple[list[rewardbench_file.Record], list[list[int]], np.ndarray]:
+    fmt: chat.ChatFormat, records: Sequence[Pair], *, max_length: int, counts: errors.DropCount
+) -> tuple[list[Pair], list[list[int]], np.ndarray]:
     """Token ids of all chosen, then of all rejected answers with their prompts, and the answers' lengths.
 
     A pair with more than ``max_length`` tokens in either row is left out whole, and counted.
@@ -179,9 +217,10 @@ def facts(scored: Scored, *, bins: int = 10) -> dict[str, Any]:
     longer = np.maximum(scored.chosen_lengths_N, scored.rejected_lengths_N)
     buckets = diagnostics.accuracy_by_stratum(chosen, rejected, diagnostics.quantile_buckets(longer))
     curve = diagnostics.calibration_curve(chosen, rejected, bins=bins)
-    slope = diagnostics.calibration_slope(chosen, rejected) if (chosen != rejected).any() else None
+    known = (chosen != rejected).any()
     return {
         "accuracy": list(diagnostics.win_rate(chosen, rejected)),
+        "strict_accuracy": list(diagnostics.pairwise_accuracy(chosen, rejected)),
         "mean_subset_accuracy": list(diagnostics.average([each.accuracy for each in subsets])),
         "pairs": len(chosen),
         "ties": int((chosen == rejected).sum()),
@@ -192,8 +231,8 @@ def facts(scored: Scored, *, bins: int = 10) -> dict[str, Any]:
         "calibration": {
             "bins": [dict(zip(curve._fields, map(float, each))) for each in zip(*curve)],
             "error": diagnostics.expected_calibration_error(chosen, rejected, bins=bins),
-            "slope": None if slope is None else list(slope),
-            "temperature": None if slope is None or slope.mean == 0 else 1 / slope.mean,
+            "slope": list(diagnostics.calibration_slope(chosen, rejected)) if known else None,
+            "temperature": diagnostics.calibration_temperature(chosen, rejected) if known else None,
         },
         "thresholds": _lists(diagnostics.accuracy_above_threshold(chosen, rejected)),
         "length_bias": diagnostics.length_bias(
@@ -207,33 +246,37 @@ def _lists(found: Any) -> dict[str, Any]:
 
 
 def table(model: dict[str, Any]) -> Table:
-    """Accuracy by subset, then over all pairs, and the mean of the subsets."""
+    """Accuracy by subset, then over all pairs, strict where there are ties, and the mean of the subsets."""
     made = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     for name, side in (("subset", "left"), ("pairs", "right"), ("accuracy, %", "right"), ("95 % interval", "right")):
         made.add_column(name, justify=side)  # type: ignore[arg-type]
     subsets = model["strata"]["subset"]
     for each in subsets:
-        name = "not given" if each["name"] is None else each["name"]
+        name = "not given" if each["name"] is None else escape(each["name"])
         made.add_row(name, str(each["count"]), *results.format_parts(each["accuracy"], percent=True))
     made.add_section()
     made.add_row("all pairs", str(model["pairs"]), *results.format_parts(model["accuracy"], percent=True))
+    if model["ties"]:
+        strict = results.format_parts(model["strict_accuracy"], percent=True)
+        made.add_row("ties counted as wrong", str(model["pairs"]), *strict)
     if len(subsets) > 1:
         mean = results.format_parts(model["mean_subset_accuracy"], percent=True)
         made.add_row("mean of the subsets", str(len(subsets)), *mean)
     return made
 
 
-def _write(
-    path: Any, asked: RewardBench, found: dict[str, Any], records: list[rewardbench_file.Record], scores: np.ndarray
-) -> None:
+def _begin(path: Any, asked: RewardBench) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         rundir.write_json(path / rundir.CONFIG, dataclasses.asdict(asked))
     except OSError as error:
         raise settings.SettingError(f"--out {path} cannot be written: {error.strerror}") from error
+
+
+def _write(path: Any, asked: RewardBench, found: dict[str, Any], records: list[Pair], scores: np.ndarray) -> None:
     sides = zip(records, scores[: len(records)].tolist(), scores[len(records) :].tolist())
-    rows = [{"record": r.place, "subset": r.subset, "chosen": a, "rejected": b} for r, a, b in sides]
-    (path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    rows = [{"record": r.where, "subset": r.subset, "chosen": a, "rejected": b} for r, a, b in sides]
+    atomic.replace_file(path / "scores.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     report.write_report(
         path / "report.html", found, [], title="A reward model's judgement", settings=dataclasses.asdict(asked)
     )

@@ -20,7 +20,7 @@ import numpy as np
 import tensorboardX
 from flax import struct
 
-from rlhf_jax import reduce
+from rlhf_jax import atomic, reduce
 
 FILE_NAME = "metrics.jsonl"
 
@@ -130,7 +130,7 @@ class MetricLog:
             for line, record in _records(self._path)
             if record["stage"] not in drop_stages and not (record["stage"] == stage and record["step"] > step)
         ]
-        _replace(self._path, b"".join(kept))
+        atomic.replace_file(self._path, b"".join(kept))
         self._file = self._path.open("a", encoding="utf-8")
         for name, first in {**dict.fromkeys(drop_stages, 0), stage: step + 1}.items():
             self._purge_steps[name] = first
@@ -199,14 +199,4 @@ def _mend(path: pathlib.Path) -> None:
     content = path.read_bytes() if path.exists() else b""
     if content and not content.endswith(b"\n"):
         whole, tail = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
-        _replace(path, content + b"\n" if _parse(tail) is not None else whole)
-
-
-def _replace(path: pathlib.Path, content: bytes) -> None:
-    """Puts a file in place of another such that a reader, or a kill, finds the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+        atomic.replace_file(path, content + b"\n" if _parse(tail) is not None else whole)

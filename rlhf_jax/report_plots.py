@@ -216,8 +216,6 @@ def calibration(results: Mapping[str, Any]) -> str | None:
     found = [b for b in bins if results_lib.finite(b.get("gap")) and results_lib.finite(b.get("accuracy"))]
     if not found:
         return None
-    from rlhf_jax.diagnostics import intervals  # here, for it imports scipy
-
     gap, accuracy = (np.array([float(b[key]) for b in found]) for key in ("gap", "accuracy"))
     counts = [results_lib.finite(b.get("count")) for b in found]
     out: list[str] = []
@@ -225,10 +223,11 @@ def calibration(results: Mapping[str, Any]) -> str | None:
         low, high = min(0.0, float(gap.min())), float(gap.max()) * 1.06
         x = np.linspace(low, high, 80)
         top.plot(x, 100 / (1 + np.exp(-x)), color=color("soft"), linestyle=(0, (4, 3)), label="perfectly calibrated")
-        for g, a, count in zip(gap, accuracy, counts):
-            if count is not None and count.mean > 0:
-                bounds = intervals.wilson(round(a * count.mean), round(count.mean))
-                top.plot([g, g], [100 * b for b in bounds], color=color("reward_model"), linewidth=1)
+        for g, b in zip(gap, found):
+            low_end, high_end = (results_lib.finite(b.get(end)) for end in ("lo", "hi"))
+            if low_end and high_end:
+                ends = [100 * low_end.mean, 100 * high_end.mean]
+                top.plot([g, g], ends, color=color("reward_model"), linewidth=1)
         top.plot(gap, 100 * accuracy, "o", color=color("reward_model"), markersize=5, label="reward model")
         top.set_ylabel("Accuracy (%)")
         top.grid(axis="y")

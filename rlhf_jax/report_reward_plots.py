@@ -126,7 +126,9 @@ def overoptimisation(curves: Sequence[Numbers] | None) -> str | None:
             x, y = np.sqrt(np.maximum(np.array(each["kl"], float), 0)), np.array(each["gains"], float)
             ax.plot(x, y, "o", color=c, markersize=3, label=each["name"])
             if each.get("lo") and each.get("hi"):
-                ax.vlines(x, each["lo"], each["hi"], color=c, linewidth=0.9)
+                low, high = (np.array(each[end], float) for end in ("lo", "hi"))
+                ends = np.isfinite(low) & np.isfinite(high)
+                ax.vlines(x[ends], low[ends], high[ends], color=c, linewidth=0.9)
             for rank, fit in enumerate(each.get("fits") or ()):
                 a, b = fit["alpha"][0], fit["beta"][0]
                 d = np.linspace(x.max() / 200, x.max(), 200)
@@ -153,7 +155,8 @@ def overoptimisation_words(curves: Sequence[Numbers] | None) -> str:
     told = []
     for each in curves or ():
         for rank, fit in enumerate(each.get("fits") or ()):
-            text = f"R² {fit['r_squared']:.3f} by the form of {fit['form']}"
+            share = results_lib.finite(fit["r_squared"])  # None where the gains do not vary.
+            text = f"R² {results_lib.MISSING if share is None else f'{share.mean:.3f}'} by the form of {fit['form']}"
             if rank == 0:
                 mean, bounds = results_lib.format_parts(fit["peak_distance"], digits=2)
                 known = results_lib.finite(fit["peak_distance"])

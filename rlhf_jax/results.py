@@ -41,7 +41,7 @@ MISSING = "–"
 
 
 class Interval(NamedTuple):
-    """A number and, where it is known, its 95 % interval."""
+    """A number and, where it is known, its 95 % interval; an end that is None has no bound."""
 
     mean: float
     low: float | None = None
@@ -94,13 +94,14 @@ def _number(value: Any) -> float | None:
 
 
 def finite(value: Any) -> Interval | None:
-    """As `interval`, but None also for NaN and infinity, which a table must show and a plot cannot."""
+    """As `interval`, but None also for NaN and infinity, which a table must show and a plot cannot.
+
+    An end that is not finite is None, the other one stays: an interval may have one side.
+    """
     found = interval(value)
     if found is None or not math.isfinite(found.mean):
         return None
-    if found.low is None or found.high is None or not (math.isfinite(found.low) and math.isfinite(found.high)):
-        return Interval(found.mean)
-    return found
+    return Interval(found.mean, *(x if x is not None and math.isfinite(x) else None for x in (found.low, found.high)))
 
 
 def label(policy: str) -> str:
@@ -146,14 +147,17 @@ def format_number(x: float, *, percent: bool = False, digits: int = 1) -> str:
 
 
 def format_parts(found: Any, *, percent: bool = False, digits: int = 1) -> tuple[str, str]:
-    """A value in print, and its interval (``""`` where there is none)."""
+    """A value in print, and its interval: ``"1.0–2.0"``, ``"from 1.0"``, ``"up to 2.0"``, or ``""`` for none."""
     it = interval(found)
     if it is None:
         return MISSING, ""
     mean = format_number(it.mean, percent=percent, digits=digits)
-    if it.low is None or it.high is None:
-        return mean, ""
-    low, high = (format_number(x, percent=percent, digits=digits) for x in (it.low, it.high))
+    low, high = (
+        format_number(x, percent=percent, digits=digits) if x is not None and math.isfinite(x) else ""
+        for x in (it.low, it.high)
+    )
+    if not (low and high):
+        return mean, f"from {low}" if low else f"up to {high}" if high else ""
     # "−3.0 to −1.0": between negative numbers a dash would read as a minus.
     return mean, f"{low} to {high}" if "−" in low + high else f"{low}–{high}"
 

@@ -3,6 +3,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import special, stats
 
 from rlhf_jax import diagnostics
@@ -38,6 +40,65 @@ def test_bootstrap_agrees_with_theory_and_with_itself():
     np.testing.assert_allclose((mean, lo, hi), (values.mean(), values.mean() - width, values.mean() + width), rtol=0.03)
     assert (mean, lo, hi) == diagnostics.bootstrap_mean(values, np.random.default_rng(7))
     assert (mean, lo, hi) != diagnostics.bootstrap_mean(values, np.random.default_rng(8))
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=8))
+@settings(max_examples=30, deadline=None)
+def test_a_rate_over_clusters_stays_a_rate_and_always_has_a_width(rows):
+    parts, wholes = np.array([(min(r), max(r)) for r in [*rows, (1, 2)]], float).T
+    for right in (parts, 0 * wholes, wholes):
+        mean, lo, hi = diagnostics.ratio_interval(right, wholes)
+        assert 0 <= lo <= mean <= hi <= 1 and hi - lo > 0.1 and mean == pytest.approx(right.sum() / wholes.sum())
+        mirrored = diagnostics.ratio_interval(wholes - right, wholes)
+        np.testing.assert_allclose(mirrored, (1 - mean, 1 - hi, 1 - lo), atol=1e-12)
+
+
+def test_intervals_over_few_clusters_cover_the_truth():
+    """Five prompts of one to six pairs, whose pairs depend on each other."""
+    rng, hits = np.random.default_rng(4), []
+    for _ in range(200):
+        pairs = rng.integers(1, 7, size=5)
+        rate = diagnostics.ratio_interval(rng.binomial(pairs, rng.beta(1.4, 0.6, size=5)).astype(float), pairs)
+        hits.append(rate.lo <= 0.7 <= rate.hi)
+    assert np.mean(hits) >= 0.94
+
+
+def test_a_ratio_over_clusters_is_students():
+    values = np.random.default_rng(5).normal(3.0, 1.0, size=9)
+    got = diagnostics.ratio_interval(2 * values, np.full(9, 2.0), rate=False)
+    np.testing.assert_allclose(got, diagnostics.mean_interval(values))
+    assert diagnostics.ratio_interval([3.0], [2.0]) == (1.5, -math.inf, math.inf)
+    assert diagnostics.ratio_interval([0.5], [1.0], rate=False)[1:] == (-math.inf, math.inf)
+    assert diagnostics.ratio_interval([1.0, 0.0], [1.0, 0.0]) == (1.0, 0.0, 1.0)
+    with pytest.raises(ValueError, match="parts of a rate"):
+        diagnostics.ratio_interval([3.0, 1.0], [2.0, 2.0], rate=True)
+    # Clusters of one are independent trials: Wilson's, but for Student's t.
+    many = diagnostics.ratio_interval((np.arange(4000) < 1000).astype(float), np.ones(4000))
+    np.testing.assert_allclose(many[1:], diagnostics.wilson(1000, 4000), atol=2e-5)
+
+
+def test_one_value_says_nothing_of_others_and_a_confidence_is_a_share():
+    rng = np.random.default_rng(0)
+    assert diagnostics.bootstrap_mean([2.0], rng) == (2.0, -math.inf, math.inf)
+    curve = diagnostics.best_of_n_curve([[1.0, 2.0]], [[1.0, 2.0]], rng)
+    assert curve.mean.tolist() == [1.5, 2.0] and set(curve.lo) == {-math.inf} and set(curve.hi) == {math.inf}
+    ones, zeros = [1.0, 2.0, 0.5], [0.0, 3.0, 0.0]
+    for call in (
+        lambda c: diagnostics.mean_interval(ones, confidence=c),
+        lambda c: diagnostics.bootstrap_mean(ones, rng, confidence=c),
+        lambda c: diagnostics.best_of_n_curve([ones, zeros], [ones, zeros], rng, confidence=c),
+        lambda c: diagnostics.calibration_slope(ones, zeros, confidence=c),
+        lambda c: diagnostics.ratio_interval(ones, zeros, confidence=c),
+        lambda c: diagnostics.length_correlation(ones, zeros, confidence=c),
+        lambda c: diagnostics.length_controlled_win_rate([1, 0, 1], [1, 2, 3], [1, 1, 1], confidence=c),
+        lambda c: diagnostics.fall_from_peak([ones, zeros], [ones, zeros], confidence=c),
+        lambda c: diagnostics.overoptimisation.fit(
+            [1, 4, 9], ones, form=diagnostics.overoptimisation.BEST_OF_N, confidence=c
+        ),
+    ):
+        for confidence in (1.5, 0.0, -5.0):
+            with pytest.raises(ValueError, match="confidence must lie between 0 and 1"):
+                call(confidence)
 
 
 def test_win_rate_counts_ties_as_a_half():
@@ -144,6 +205,9 @@ def test_a_slope_without_a_maximum_is_infinite():
     assert diagnostics.calibration_slope([0.0, 0.0], [1.0, 2.0]).mean == -math.inf
     with pytest.raises(ValueError, match="all score differences"):
         diagnostics.calibration_slope([1.0], [1.0])
+    # Nothing above 0 to divide by calibrates scores that are always right, or more often wrong than right.
+    for chosen, rejected in (([1.0, 2.0], [0.0, 0.0]), ([0.0, 0.0, 2.0], [1.0, 2.0, 1.0])):
+        assert math.isnan(diagnostics.calibration_temperature(chosen, rejected))
 
 
 # Best of n

@@ -23,7 +23,7 @@ def published(form, kl, alpha, beta):
 # The two forms
 
 
-@given(st.sampled_from([over.BEST_OF_N, over.REINFORCEMENT]), st.floats(0.1, 3.0), st.floats(0.05, 1.0))
+@given(st.sampled_from([over.BEST_OF_N, over.REINFORCEMENT]), st.floats(0.1, 3.0), st.floats(0.1, 1.0))
 def test_noise_free_curves_are_recovered_exactly(form, alpha, beta):
     gains = published(form, KL, alpha, beta)
     better, worse = over.fit_both(KL, gains)
@@ -99,6 +99,18 @@ def test_a_curve_that_does_not_turn_has_no_peak():
         assert unsure.beta.lo < 0 < unsure.beta.hi and (unsure.beta.mean > 0) == curved
         assert 2 < unsure.peak_distance.lo < unsure.peak_distance.mean <= unsure.peak_distance.hi == math.inf
         assert (unsure.peak_distance.mean < math.inf) == curved and unsure.peak_gain.hi == math.inf
+
+
+def test_a_peak_beyond_any_kl_is_none():
+    got = over.fit(KL, published(over.REINFORCEMENT, KL, 1.0, 1e-3), form=over.REINFORCEMENT)
+    assert got.beta.mean == pytest.approx(1e-3) and got.peak_distance.mean == got.peak_gain.mean == math.inf
+    assert all(type(end) is float for end in (*got.peak_distance, *got.peak_gain))
+    for kl, gains in (([*KL, math.inf], np.ones(9)), (KL, [math.inf, *KL[1:]])):
+        with pytest.raises(ValueError, match="finite"):
+            over.fit(kl, gains, form=over.BEST_OF_N)
+    for sizes in ([math.inf] * 8, [math.nan] * 8, [0.0] * 8):
+        with pytest.raises(ValueError, match="errors must be above 0"):
+            over.fit(KL, KL, form=over.BEST_OF_N, errors=sizes)
 
 
 def test_points_at_and_near_the_origin_are_left_out():

@@ -264,10 +264,23 @@ def test_numbers_in_print():
     assert results_lib.format_number(0.78249, percent=True) == "78.2"
     assert results_lib.format_parts([-1.0, -2.0, 0.5]) == ("−1.0", "−2.0 to 0.5")
     assert results_lib.format_parts(None) == ("–", "")
+    assert results_lib.format_parts([3.0, 2.1, None]) == results_lib.format_parts([3.0, 2.1, math.inf])
+    assert results_lib.format_parts([3.0, 2.1, None]) == ("3.0", "from 2.1")
+    assert results_lib.format_parts([3.0, -math.inf, 4.0]) == ("3.0", "up to 4.0")
+    assert results_lib.format_parts([3.0, -math.inf, math.inf]) == ("3.0", "")
+    assert results_lib.finite([3.0, 2.1, math.inf]) == (3.0, 2.1, None)
     assert results_lib.interval([1.0, None, 2.0]) == (1.0, None, 2.0)
     assert results_lib.interval("0.5") is None and results_lib.interval(True) is None
     assert results_lib.interval(np.float32(0.5)) == (0.5, None, None)
     assert [results_lib.seconds_text(s) for s in (9.44, 59.99, 3723)] == ["9.4 s", "1:00", "1:02:03"]
+
+
+def test_calibration_has_the_intervals_of_the_results():
+    def drawn(**ends):
+        bins = [{"gap": 1.0, "accuracy": 0.5, "count": 3, **ends}]
+        return report_plots.calibration({"reward_model": {"calibration": {"bins": bins}}})
+
+    assert drawn() == drawn(lo=None, hi=None) and len({drawn(), drawn(lo=0.3, hi=0.7), drawn(lo=0.4, hi=0.7)}) == 3
 
 
 def test_rendering_does_not_change_what_it_is_given():

@@ -99,6 +99,7 @@ def test_buckets_are_about_equally_full_and_can_be_read():
     buckets = diagnostics.quantile_buckets(range(1, 101), count=4)
     assert [str(bucket) for bucket in sorted(set(buckets))] == ["1–25", "26–50", "51–75", "76–100"]
     assert str(diagnostics.quantile_buckets([3, 3])[0]) == "3"
+    assert str(diagnostics.quantile_buckets([0.5, 1234567], count=1)[0]) == "0.5–1234567"
 
 
 # Training against validation
@@ -189,6 +190,12 @@ def test_length_correlation_looks_within_prompts():
     assert within.mean == pytest.approx(1.0)
     constant = diagnostics.length_correlation([0.1] * 4, [1, 2, 3, 4])
     assert math.isnan(constant.mean) and (constant.lo, constant.hi) == (-1.0, 1.0)
+    drawn = np.random.default_rng(0).normal(size=30)
+    for scores, groups in (([0.1] * 30, None), ([0.1, 0.7, 1e9 + 0.3] * 10, ["a", "b", "c"] * 10)):
+        assert math.isnan(diagnostics.length_correlation(scores, drawn, groups=groups).mean)
+        assert math.isnan(diagnostics.length_correlation(drawn, scores, groups=groups).mean)
+    tiny = diagnostics.length_correlation(1e-200 * drawn, drawn)
+    assert tiny.mean == pytest.approx(1.0), "small scores are scores"
 
 
 @pytest.mark.parametrize("n", [4, 10, 50])
@@ -292,6 +299,14 @@ def test_what_length_alone_decides_has_no_controlled_rate():
     assert diagnostics.length_controlled_win_rates([0.0, 0.0, 1.0], [4, 5, 1], [2] * 3).length_effect.mean == -math.inf
     with pytest.raises(ValueError, match="cannot be told"):
         diagnostics.length_controlled_win_rate([1.0, 0.0], [4, 4], [2, 2])
+    # Only who won everything has answers of several lengths: the others keep their rows of the table.
+    got = diagnostics.length_controlled_win_rates(
+        [1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0], [1, 5, 4, 4, 2, 2, 2], [2] * 7, ["best"] * 2 + ["long"] * 2 + ["same"] * 3
+    )
+    assert got.rates[0] == got.plain[0] and math.isnan(got.length_effect.mean)
+    assert math.isnan(got.rates[1].mean) and got.rates[1][1:] == (0.0, 1.0)
+    assert got.rates[2] == diagnostics.length_controlled_win_rate([1.0, 0.0, 0.0], [2] * 3, [2] * 3)
+    assert got.rates[2].mean == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match="above 0"):
         diagnostics.length_controlled_win_rate([1.0, 0.0], [0, 4], [2, 2])
     with pytest.raises(ValueError, match=r"outside \[0, 1\]"):

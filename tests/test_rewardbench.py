@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 import rewardbench
-from pipeline import rewardbench_file
 from test_report import Page
 
 from rlhf_jax import diagnostics, lm, report, report_reward_plots
+from rlhf_jax import results as results_lib
 from rlhf_jax.data import chat, dialogues, errors, tokenizers
 from rlhf_jax.diagnostics import overoptimisation as over
 
@@ -68,7 +68,7 @@ def test_scores_are_those_of_each_dialogue_alone(judged, model):
     fmt = chat.chat_format(tokenizers.load(model[0]))
     rows = [json.loads(line) for line in (judged / "scores.jsonl").read_text().splitlines()]
     score = jax.jit(lambda params, ids: lm.score(params, ids, cfg=cfg))
-    assert [row["record"] for row in rows] == list(range(1, 25))
+    assert [row["record"].split(", ")[-1] for row in rows] == [f"line {n}" for n in range(1, 25)]
     for row, record in list(zip(rows, records()))[:3]:
         asked: Any = record["prompt"]
         asked = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
@@ -94,7 +94,9 @@ def test_results_are_the_numbers_of_the_scores(judged):
     lengths = [[len(row[side].split()) + 1 for side in ("chosen", "rejected")] for row in records()]
     bias = diagnostics.length_bias(chosen, rejected, *np.transpose(lengths))
     np.testing.assert_allclose(found["length_bias"]["prefers_longer"], bias.prefers_longer)
-    assert found["calibration"]["slope"][0] == pytest.approx(1 / found["calibration"]["temperature"])
+    slope, temperature = found["calibration"]["slope"][0], found["calibration"]["temperature"]
+    assert slope == pytest.approx(diagnostics.calibration_slope(chosen, rejected).mean)
+    assert temperature == (pytest.approx(1 / slope) if slope > 0 else None)
 
 
 def test_the_report_shows_strata_calibration_and_length(judged):
@@ -103,6 +105,7 @@ def test_the_report_shows_strata_calibration_and_length(judged):
     for words in ("Accuracy by stratum", "Calibration", "Length", "colors (n = 12)", "not given (n = 6)"):
         assert words in page.text
     assert json.loads((judged / "config.json").read_text())["batch"] == 10
+    assert {path.name for path in judged.iterdir()} == {"config.json", "results.json", "report.html", "scores.jsonl"}
 
 
 def test_the_order_and_the_batch_change_no_score():
@@ -128,7 +131,7 @@ def refused(capsys, *arguments):
     return told
 
 
-def test_what_cannot_be_is_one_sentence_and_writes_nothing(model, judged, tmp_path, capsys):
+def test_what_cannot_be_is_one_sentence_and_writes_nothing(model, judged, tmp_path, capsys, monkeypatch):
     path, out = write(tmp_path / "file.jsonl", records()), tmp_path / "out"
     asked = ("--model", model[0], "--data.path", path, "--out", out)
     assert "holds a language model" in refused(
@@ -143,12 +146,15 @@ def test_what_cannot_be_is_one_sentence_and_writes_nothing(model, judged, tmp_pa
     told = refused(capsys, "--model", model[0], "--data.path", unknown, "--out", out)
     assert "unknown.jsonl" in told and "zebra" in told
     assert not out.exists()
+    monkeypatch.setattr(rewardbench, "score_rows", lambda *_, **__: pytest.fail("scored before the folder was made"))
+    (tmp_path / "file").write_text("in the way")
+    assert "cannot be written" in refused(capsys, *asked[:4], "--out", tmp_path / "file" / "out")
 
 
 def test_pairs_that_are_too_long_are_left_out_whole(model):
     fmt = chat.chat_format(tokenizers.load(model[0]))
     pairs = [("red", "red blue green"), ("red", "blue"), (" ".join(["red"] * 9), "red")]
-    asked = [rewardbench_file.Record((dialogues.Turn("user", "what"),), *pair, None, 1) for pair in pairs]
+    asked = [rewardbench.Pair((dialogues.Turn("user", "what"),), *pair, None, "") for pair in pairs]
     counts = errors.DropCount(max_dropped=1.0)
     kept, rows, lengths = rewardbench.encode(fmt, asked, max_length=8, counts=counts)
     assert [record.chosen for record in kept] == ["red", "red"] and counts.dropped == {"too long": 1}
@@ -160,42 +166,74 @@ def test_pairs_that_are_too_long_are_left_out_whole(model):
 # The reader
 
 
-def test_parquet_holds_the_same_records(tmp_path):
+def test_pairs_of_every_form_and_file_are_read_and_others_counted(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
-    rows = [{"id": i, **row} for i, row in enumerate(records()[1:])]
+    rows = records()[1:]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "file.parquet")
-    counts = errors.DropCount()
-    found = rewardbench_file.read(str(tmp_path / "file.parquet"), counts=counts)
-    assert found == rewardbench_file.read(str(write(tmp_path / "file.jsonl", records()[1:])), counts=counts)
-    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
-    with pytest.raises(errors.DataError, match=r"broken\.parquet cannot be read"):
-        rewardbench_file.read(str(tmp_path / "broken.parquet"), counts=counts)
+    counts = errors.DropCount(max_dropped=0.5)
+    found = rewardbench.read(str(tmp_path / "file.parquet"), counts=counts)
+    lines = rewardbench.read(str(write(tmp_path / "file.jsonl", rows)), counts=counts)
+    assert [pair[:4] for pair in found] == [pair[:4] for pair in lines] and not counts.dropped
+    assert lines[2][1:] == (rows[2]["chosen"], rows[2]["rejected"], None, f"{tmp_path / 'file.jsonl'}, line 3")
+    asked = {"prompt": "what", "responses": ["red", "blue"], "ranks": [2, 1], "subset": 3}
+    three = asked | {"responses": ["red", "blue", "fox"], "ranks": [1, 2, 3]}
+    (pair,) = rewardbench.read(str(write(tmp_path / "ranked", [asked, three])), counts=counts)
+    assert pair[1:4] == ("blue", "red", "3") and counts.dropped == {"not a pair": 1}
 
 
-def test_broken_records_are_named_and_flawed_ones_counted(tmp_path):
+def test_broken_files_are_named_and_flawed_records_counted(tmp_path):
     good = records()[1]
     flawed = [good] * 8 + [good | {"chosen": " "}, good | {"rejected": good["chosen"]}]
     counts = errors.DropCount(max_dropped=0.5)
-    assert len(rewardbench_file.read(str(write(tmp_path / "flawed.jsonl", flawed)), counts=counts)) == 8
+    assert len(rewardbench.read(str(write(tmp_path / "flawed.jsonl", flawed)), counts=counts)) == 8
     assert counts.dropped == {"empty answer": 1, "same answer twice": 1}
     cases = {
         "file, line 2: the record has no 'rejected'": [good, {"prompt": "a", "chosen": "b"}],
-        "file, line 1: 'chosen' is a list": [good | {"chosen": ["a"]}],
-        "file, line 1: holds a int": [3],
-        "line 1: a message of 'prompt' is not": [good | {"prompt": [{"role": "user"}]}],
-        "half a surrogate": [good | {"prompt": "\ud83d"}],
-        "is empty": [],
+        "file is empty": [],
         "2 of 10 records dropped": flawed,
     }
     for words, rows in cases.items():
         with pytest.raises(errors.DataError, match=words):
-            rewardbench_file.read(str(write(tmp_path / "file", rows)), counts=errors.DropCount())
-    (tmp_path / "file").write_text("{")
-    for path, words in (("file", "line 1: the line is not JSON"), ("none", "none cannot be read"), ("", "directory")):
-        with pytest.raises(errors.DataError, match=words):
-            rewardbench_file.read(str(tmp_path / path), counts=errors.DropCount())
+            rewardbench.read(str(write(tmp_path / "file", rows)), counts=errors.DropCount())
+
+
+# What is measured
+
+
+def judgement(chosen, rejected, subsets):
+    pairs = [rewardbench.Pair((dialogues.Turn("user", "what"),), "red", "blue", name, "") for name in subsets]
+    lengths = np.arange(1, len(pairs) + 1)
+    return rewardbench.facts(
+        rewardbench.Scored(pairs, np.array(chosen), np.array(rejected), lengths, lengths[::-1].copy()), bins=2
+    )
+
+
+def test_the_strict_accuracy_stands_beside_the_one_with_ties():
+    found = judgement([1.0, 2.0, 0.0, 3.0], [0.0, 2.0, 1.0, 3.0], ["a", "a", "b", "b"])
+    assert found["accuracy"][0] == 0.5 and found["strict_accuracy"][0] == 0.25 and found["ties"] == 2
+    assert "ties counted as wrong" in printed(found) and "ties counted" not in printed(found | {"ties": 0})
+
+
+def test_a_temperature_that_cannot_be_is_not_printed():
+    for sign in (1.0, -1.0):
+        found = judgement([sign, 2 * sign, 3 * sign], [0.0, 0.0, 0.0], [None] * 3)
+        assert math.isnan(found["calibration"]["temperature"])
+        page = report.render({"reward_model": rewardbench.rundir.finite(found)}, [], title="t")
+        assert "alibration temperature" not in page
+
+
+def printed(found):
+    console = rewardbench.Console(width=100)
+    with console.capture() as told:
+        console.print(rewardbench.table(found))
+    return told.get()
+
+
+def test_a_subset_may_have_any_name():
+    text = printed(judgement([1.0, 2.0], [0.0, 3.0], ["[red]x[/red]", "a [/] b"]))
+    assert "[red]x[/red]" in text and "a [/] b" in text
 
 
 # Plots
@@ -223,6 +261,18 @@ def test_the_report_draws_what_there_is():
     assert "best of n: R² 1.000" in page.text and "by the form of best of n, highest at √KL = 4." in page.text
     assert "reward model of the other half" in page.text
     assert report.render(drawn(), [], title="t") == report.render(drawn(), [], title="t")
+
+
+def test_flat_gains_and_open_intervals_are_drawn():
+    results = drawn()
+    (curve,) = results["overoptimisation"]
+    for fit in curve["fits"]:
+        fit |= {"r_squared": math.nan, "peak_distance": [4.0, 2.5, math.inf]}
+    curve |= {"lo": [-math.inf] * 12, "hi": [math.inf] * 12}
+    page = Page(report.render(rewardbench.rundir.finite(results), [], title="t"))
+    assert "best of n: R² – by the form of best of n, highest at √KL = 4.00 (from 2.50)" in page.text
+    mean, bounds = results_lib.format_parts(results["reward_model"]["gap"]["accuracy_gap"], percent=True)
+    assert f"Here it is {mean} points (95 % interval {bounds})." in page.text
 
 
 def test_plots_of_nothing_are_none():

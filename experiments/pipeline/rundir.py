@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import pathlib
 import time
 from typing import Any
 
-from rlhf_jax import checkpoint, metrics
+from rlhf_jax import atomic, checkpoint, metrics
 
 from . import settings as settings_lib
 from .settings import SettingError, Settings
@@ -40,9 +39,7 @@ class RunFolder:
 
 def write_json(path: pathlib.Path, values: Any) -> None:
     """Write a JSON file whole or not at all; NaN is refused rather than written as something JSON has not."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    atomic.replace_file(path, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
 
 
 def finite(values: Any) -> Any:

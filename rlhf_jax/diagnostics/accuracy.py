@@ -33,7 +33,9 @@ class Bucket(NamedTuple):
 
     def __str__(self) -> str:
         """``3–12``, both ends within; one number where there is but one."""
-        return f"{self.least:g}" if self.least == self.most else f"{self.least:g}–{self.most:g}"
+        # Whole numbers in full: "g" alone would print a length of 1234567 as 1.23457e+06.
+        least, most = (f"{x:.0f}" if x == round(x, 0) and abs(x) < 1e15 else f"{x:g}" for x in self)
+        return least if least == most else f"{least}–{most}"
 
 
 class GeneralisationGap(NamedTuple):
@@ -196,6 +198,7 @@ def accuracy_above_threshold(
 
 def rate(a: np.ndarray, b: np.ndarray, *, confidence: float = 0.95) -> intervals.Estimate:
     """`intervals.win_rate`, but of no pairs too: ``(NaN, 0, 1)``."""
+    intervals.quantiles(confidence)  # For its check.
     return intervals.win_rate(a, b, confidence=confidence) if len(a) else intervals.Estimate(math.nan, 0.0, 1.0)
 
 
@@ -215,10 +218,10 @@ def _accuracy_and_loss(
     group = np.array([places[prompt] for prompt in prompts])
     pairs = np.bincount(group)
     right, nats = (np.bincount(group, weights=x) for x in (intervals.win_outcomes(chosen, rejected), loss))
-    accuracy = intervals.ratio_interval(right, pairs, confidence=confidence)
-    if len(pairs) == 1:  # One prompt says nothing of others, and a loss is not bounded by 1.
-        return accuracy, intervals.Estimate(float(loss.mean()), -math.inf, math.inf)
-    return accuracy, intervals.ratio_interval(nats, pairs, confidence=confidence)
+    return (
+        intervals.ratio_interval(right, pairs, rate=True, confidence=confidence),
+        intervals.ratio_interval(nats, pairs, rate=False, confidence=confidence),
+    )
 
 
 def _spearman(x: np.ndarray, y: np.ndarray) -> float:

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special
 
+from rlhf_jax.diagnostics import intervals
+
 
 class BestOfNCurve(NamedTuple):
     """One entry a size; arrays of length M."""
@@ -20,7 +22,7 @@ class BestOfNCurve(NamedTuple):
     """Expected gold score of the best of n by proxy, averaged over prompts."""
     lo: np.ndarray
     hi: np.ndarray
-    """Ends of the percentile interval over prompts."""
+    """Ends of the percentile interval over prompts; infinite for a single prompt, which says nothing of others."""
 
 
 def best_of_n_kl(n: npt.ArrayLike) -> np.ndarray:
@@ -95,17 +97,21 @@ def best_of_n_curve(
         resamples: of the prompts.
 
     Raises:
-        ValueError: if shapes differ, are not of rank 2 or empty, an n is out of range, or a score is NaN.
+        ValueError: if shapes differ, are not of rank 2 or empty, an n is out of range, or a score is NaN; unless
+            ``0 < confidence < 1``.
     """
     proxy, gold = np.asarray(proxy_scores, np.float64), np.asarray(gold_scores, np.float64)
     if proxy.ndim != 2 or proxy.shape != gold.shape or not proxy.size:
         raise ValueError(f"need two tables of scores, prompts by samples, got {proxy.shape} and {gold.shape}")
     sizes = range(1, proxy.shape[1] + 1) if ns is None else ns
     means_BM = np.array([best_of_n_mean(p, g, sizes) for p, g in zip(proxy, gold)])
-    B = len(means_BM)
+    B, ends = len(means_BM), intervals.quantiles(confidence)
+    mean_M, kl_M = means_BM.mean(axis=0), best_of_n_kl(np.array(sizes))
+    if B == 1:
+        return BestOfNCurve(np.array(sizes), kl_M, mean_M, np.full_like(mean_M, -np.inf), np.full_like(mean_M, np.inf))
     drawn = np.array([means_BM[rng.integers(B, size=B)].mean(axis=0) for _ in range(resamples)])
-    lo, hi = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
-    return BestOfNCurve(np.array(sizes), best_of_n_kl(np.array(sizes)), means_BM.mean(axis=0), lo, hi)
+    lo, hi = np.quantile(drawn, ends, axis=0)
+    return BestOfNCurve(np.array(sizes), kl_M, mean_M, lo, hi)
 
 
 def _log_binomial(n: npt.ArrayLike, k: npt.ArrayLike) -> np.ndarray:

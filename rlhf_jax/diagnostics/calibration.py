@@ -5,11 +5,12 @@ A difference d claims that the higher score is the better answer with probabilit
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy import optimize, special, stats
+from scipy import optimize, special
 
 from rlhf_jax.diagnostics import intervals
 
@@ -75,9 +76,10 @@ def calibration_slope(
         (or disagrees) with the scores, since the likelihood then has no maximum.
 
     Raises:
-        ValueError: as in ``calibration_curve``, or if all differences are 0.
+        ValueError: as in ``calibration_curve``, or if all differences are 0; unless ``0 < confidence < 1``.
     """
     chosen, rejected = _pairs(chosen, rejected)
+    z = intervals.critical(confidence)
     differences = chosen - rejected
     if not differences.any():
         raise ValueError("all score differences are 0: a slope has no meaning")
@@ -93,13 +95,18 @@ def calibration_slope(
         edge *= 2.0
     a = float(optimize.brentq(score, -edge, edge))  # pyright: ignore[reportArgumentType]
     information = np.sum(differences**2 * special.expit(a * differences) * special.expit(-a * differences))
-    width = float(stats.norm.ppf((1 + confidence) / 2) / np.sqrt(information))
+    width = z / float(np.sqrt(information))
     return intervals.Estimate(a, a - width, a + width)
 
 
 def calibration_temperature(chosen: npt.ArrayLike, rejected: npt.ArrayLike) -> float:
-    """What to divide the scores by to calibrate them: ``1 / slope``. Arguments and errors as ``calibration_slope``."""
-    return 1.0 / calibration_slope(chosen, rejected).mean
+    """What to divide the scores by to calibrate them: ``1 / slope``. Arguments and errors as ``calibration_slope``.
+
+    NaN where no temperature calibrates them: scores that are always right want none at all, and those that are no
+    better than chance, or worse, one that no number above 0 is.
+    """
+    slope = calibration_slope(chosen, rejected).mean
+    return 1.0 / slope if 0 < slope < math.inf else math.nan
 
 
 def _pairs(chosen: npt.ArrayLike, rejected: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:

@@ -83,6 +83,7 @@ def fall_from_peak(proxy_CN: npt.ArrayLike, judge_CN: npt.ArrayLike, *, confiden
         ValueError: as in `split_halves`.
     """
     proxy, judge = _tables(proxy_CN, judge_CN)
+    intervals.quantiles(confidence)  # For its check.
     peak = int(judge.mean(axis=1).argmax())
     if peak == len(judge) - 1:
         none = intervals.Estimate(0.0, 0.0, 0.0)

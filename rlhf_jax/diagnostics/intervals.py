@@ -33,23 +33,22 @@ def wilson(successes: int, trials: int, *, confidence: float = 0.95) -> tuple[fl
     """
     if not 0 <= successes <= trials:
         raise ValueError(f"need 0 <= successes <= trials, got {successes} of {trials}")
-    if trials == 0:
-        _critical(confidence)
-        return 0.0, 1.0
-    return _score_interval(successes / trials, 0.0, trials, confidence)
+    z = critical(confidence)
+    return _score_interval(successes / trials, 0.0, trials, z) if trials else (0.0, 1.0)
 
 
 def mean_interval(values: npt.ArrayLike, *, confidence: float = 0.95) -> Estimate:
     """Mean with Student's t interval; infinitely wide for a single value.
 
     Raises:
-        ValueError: if ``values`` is empty, not of rank 1, or holds NaN.
+        ValueError: if ``values`` is empty, not of rank 1, or holds NaN; unless ``0 < confidence < 1``.
     """
     values = samples(values)
     mean, n = float(values.mean()), len(values)
+    t = critical(confidence, freedom=n - 1)
     if n == 1:
         return Estimate(mean, -math.inf, math.inf)
-    width = float(stats.t.ppf((1 + confidence) / 2, n - 1) * values.std(ddof=1) / math.sqrt(n))
+    width = t * float(values.std(ddof=1)) / math.sqrt(n)
     return Estimate(mean, mean - width, mean + width)
 
 
@@ -58,14 +57,18 @@ def bootstrap_mean(
 ) -> Estimate:
     """Mean with the percentile interval of resampled means; the same generator state gives the same interval.
 
+    A single value says nothing of others: its interval is infinitely wide.
+
     Raises:
-        ValueError: if ``values`` is empty, not of rank 1, or holds NaN.
+        ValueError: if ``values`` is empty, not of rank 1, or holds NaN; unless ``0 < confidence < 1``.
     """
-    values = samples(values)
+    values, ends = samples(values), quantiles(confidence)
     n = len(values)
+    if n == 1:
+        return Estimate(float(values[0]), -math.inf, math.inf)
     # One resample at a time: resamples x prompts indices at once is memory for nothing.
     means = np.array([values[rng.integers(n, size=n)].mean() for _ in range(resamples)])
-    lo, hi = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    lo, hi = np.quantile(means, ends)
     return Estimate(float(values.mean()), float(lo), float(hi))
 
 
@@ -115,7 +118,7 @@ def outcome_rate(outcomes: npt.ArrayLike, *, confidence: float = 0.95) -> Estima
     mean = float(outcomes.mean())
     # What an outcome between 0 and 1 takes off the variance of a coin; 1 for a tie.
     ties = float((4 * outcomes * (1 - outcomes)).mean())
-    return Estimate(mean, *_score_interval(mean, ties, len(outcomes), confidence))
+    return Estimate(mean, *_score_interval(mean, ties, len(outcomes), critical(confidence)))
 
 
 def pairwise_accuracy(chosen: npt.ArrayLike, rejected: npt.ArrayLike, *, confidence: float = 0.95) -> Estimate:
@@ -130,25 +133,49 @@ def pairwise_accuracy(chosen: npt.ArrayLike, rejected: npt.ArrayLike, *, confide
     return Estimate(float(right.mean()), *wilson(int(right.sum()), len(right), confidence=confidence))
 
 
-def ratio_interval(parts: npt.ArrayLike, wholes: npt.ArrayLike, *, confidence: float = 0.95) -> Estimate:
+def ratio_interval(
+    parts: npt.ArrayLike, wholes: npt.ArrayLike, *, rate: bool | None = None, confidence: float = 0.95
+) -> Estimate:
     """``sum(parts) / sum(wholes)`` over independent clusters, such as right pairs and all pairs of each prompt.
 
     The pairs of one prompt stand or fall together; the interval counts prompts, not pairs (the linearised variance of
-    a ratio). Clusters with nothing in them are left out.
+    a ratio), with Student's t of one degree of freedom less than there are clusters. Clusters with nothing in them are
+    left out.
+
+    That of a rate has Wilson's form, with as many trials as would have this variance, and stays in [0, 1]. As with the
+    ties of `win_rate`, the variance is shrunk towards that of clusters that are right or wrong as a whole: a few that
+    are all alike are no proof that every one is.
+
+    Args:
+        parts: one a cluster.
+        wholes: one a cluster, 0 or more.
+        rate: whether a part is a share of its whole, from nothing to all of it; by default, whether all of these are.
+        confidence: of the interval. Of a single cluster it is (0, 1) for a rate, else infinitely wide.
 
     Raises:
-        ValueError: if the arrays differ in shape, hold NaN, or no cluster has anything in it.
+        ValueError: if the arrays differ in shape, hold NaN, or no cluster has anything in it; if a whole is below 0;
+            if ``rate`` and a part is not a share of its whole; unless ``0 < confidence < 1``.
     """
     parts, wholes = samples(parts), samples(wholes)
-    if parts.shape != wholes.shape or not wholes.sum() > 0:
+    if parts.shape != wholes.shape or (wholes < 0).any() or not wholes.sum() > 0:
         raise ValueError(f"need one part and one whole a cluster, and one whole above 0; got {parts.shape}")
     parts, wholes = parts[wholes > 0], wholes[wholes > 0]
-    mean, n = float(parts.sum() / wholes.sum()), len(parts)
+    shares = bool(((parts >= 0) & (parts <= wholes)).all())
+    if rate and not shares:
+        raise ValueError("the parts of a rate lie between 0 and their wholes; got one outside")
+    rate = shares if rate is None else rate
+    mean, n, total = float(parts.sum() / wholes.sum()), len(parts), float(wholes.sum())
+    t = critical(confidence, freedom=n - 1)
     if n == 1:
-        return Estimate(mean, 0.0, 1.0)
-    error = math.sqrt(float(np.square(parts - mean * wholes).sum()) * n / (n - 1)) / float(wholes.sum())
-    width = _critical(confidence) * error
-    return Estimate(mean, mean - width, mean + width)
+        return Estimate(mean, 0.0, 1.0) if rate else Estimate(mean, -math.inf, math.inf)
+    variance = float(np.square(parts - mean * wholes).sum()) * n / (n - 1) / total**2
+    if not rate:
+        width = t * math.sqrt(variance)
+        return Estimate(mean, mean - width, mean + width)
+    whole_clusters, coin = total**2 / float(np.square(wholes).sum()), mean * (1 - mean)
+    trust = n / (n + critical(confidence) ** 2)
+    variance = trust * variance + (1 - trust) * coin / whole_clusters
+    return Estimate(mean, *_score_interval(mean, 0.0, coin / variance if variance > 0 else whole_clusters, t))
 
 
 def difference(first: Estimate, second: Estimate) -> Estimate:
@@ -178,9 +205,9 @@ def average(estimates: Sequence[Estimate]) -> Estimate:
     return Estimate(mean, mean - low, mean + high)
 
 
-def _score_interval(mean: float, ties: float, n: int, confidence: float) -> tuple[float, float]:
+def _score_interval(mean: float, ties: float, n: float, z: float) -> tuple[float, float]:
     """The two p with ``(mean - p)^2 = z^2 / n * (p (1 - p) - ties / 4)``."""
-    z2 = _critical(confidence) ** 2
+    z2 = z**2
     ties = ties * n / (n + z2)
     center = (mean + z2 / (2 * n)) / (1 + z2 / n)
     product = (mean**2 + z2 * ties / (4 * n)) / (1 + z2 / n)
@@ -189,10 +216,22 @@ def _score_interval(mean: float, ties: float, n: int, confidence: float) -> tupl
     return 0.0 if mean == 0 else max(center - width, 0.0), 1.0 if mean == 1 else min(center + width, 1.0)
 
 
-def _critical(confidence: float) -> float:
+def quantiles(confidence: float) -> tuple[float, float]:
+    """What lies below the two ends of an interval; raises ValueError unless ``0 < confidence < 1``."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
-    return float(stats.norm.ppf((1 + confidence) / 2))
+    return (1 - confidence) / 2, (1 + confidence) / 2
+
+
+def critical(confidence: float, *, freedom: int | None = None) -> float:
+    """How many standard errors an interval reaches to either side: normal, or Student's with ``freedom`` degrees.
+
+    Infinite without a degree of freedom. Raises ValueError unless ``0 < confidence < 1``.
+    """
+    _, upper = quantiles(confidence)
+    if freedom is None:
+        return float(stats.norm.ppf(upper))
+    return float(stats.t.ppf(upper, freedom)) if freedom > 0 else math.inf
 
 
 def samples(values: npt.ArrayLike) -> np.ndarray:

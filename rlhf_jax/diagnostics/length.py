@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy import optimize, special, stats
+from scipy import optimize, special
 
 from rlhf_jax.diagnostics import intervals
 from rlhf_jax.diagnostics.accuracy import rate
@@ -148,7 +148,9 @@ def length_controlled_win_rates(
 
     A policy that won, or lost, every comparison has rate 1, or 0, at any length; its interval is that of the plain
     rate, and it says nothing of the effect of length. Where length alone decides all outcomes of the others, the
-    likelihood has no maximum: rates are NaN between 0 and 1.
+    likelihood has no maximum: rates are NaN between 0 and 1. So they are where only a policy that won, or lost, all
+    its comparisons has answers of various lengths. One whose answers are all of the reference's length has its rate
+    even then.
 
     Args:
         outcomes: 1 for a win over the reference, 0 for a loss, 1/2 for a tie; see `intervals.win_outcomes`.
@@ -159,7 +161,8 @@ def length_controlled_win_rates(
 
     Raises:
         ValueError: if the arrays are empty, not of rank 1 and one length, or hold NaN; if an outcome lies outside
-            [0, 1] or a length is not above 0; if the log ratio never changes within any policy, but is not always 0.
+            [0, 1] or a length is not above 0; if the log ratio never changes within any policy, but is not always 0;
+            unless ``0 < confidence < 1``.
     """
     outcomes, own, theirs = (intervals.samples(x) for x in (outcomes, lengths, reference_lengths))
     if not outcomes.shape == own.shape == theirs.shape:
@@ -175,15 +178,24 @@ def length_controlled_win_rates(
     plain = [intervals.outcome_rate(outcomes[who == i], confidence=confidence) for i in range(len(names))]
     mixed = [i for i, each in enumerate(plain) if 0 < each.mean < 1]
     on = np.isin(who, mixed)
+    if x[on].any() and not any(np.ptp(x[who == i]) for i in range(len(names))):
+        raise ValueError(
+            "the ratio of the lengths is the same in all comparisons of a policy: what length does cannot be told "
+            "from what the policy does"
+        )
     thetas, covariance, slope = _fit(outcomes[on], x[on], np.searchsorted(mixed, who[on]), len(mixed), confidence)
     rates, errors = list(plain), [math.nan] * len(names)
-    z = float(stats.norm.ppf((1 + confidence) / 2))
+    z = intervals.critical(confidence)
     for place, i in enumerate(mixed):
-        theta = thetas[place]
+        theta, variance = thetas[place], covariance[place, place]
+        if math.isnan(theta) and not x[who == i].any():  # Whatever length does, it did nothing here.
+            (theta,), ((variance,),), _ = _fit(
+                outcomes[who == i], x[who == i], np.zeros_like(who[who == i]), 1, confidence
+            )
         if math.isnan(theta):
             rates[i] = intervals.Estimate(math.nan, 0.0, 1.0)
             continue
-        error = math.sqrt(covariance[place, place])
+        error = math.sqrt(variance)
         ends = special.expit(np.array([theta, theta - z * error, theta + z * error]))
         rates[i] = intervals.Estimate(*map(float, ends))
         errors[i] = float(ends[0] * (1 - ends[0]) * error)
@@ -206,13 +218,11 @@ def _fit(
         return np.zeros(0), np.zeros((0, 0)), nothing
     columns = np.eye(policies)[who]
     if x.any():
-        if not np.concatenate([np.ptp(x[who == i], keepdims=True) for i in range(policies)]).any():
-            raise ValueError(
-                "the ratio of the lengths is the same in all comparisons of a policy: what length does cannot be told "
-                "from what the policy does"
-            )
+        unknown = np.full(policies, math.nan), np.zeros((policies, policies))
+        if not any(np.ptp(x[who == i]) for i in range(policies)):
+            return *unknown, nothing
         if end := _separated(y, x, who, policies):
-            return np.full(policies, math.nan), np.zeros((policies, policies)), nothing._replace(mean=end * math.inf)
+            return *unknown, nothing._replace(mean=end * math.inf)
         columns = np.concatenate([columns, x[:, None]], axis=1)
 
     def loss(w: np.ndarray) -> float:
@@ -230,7 +240,7 @@ def _fit(
     for _ in range(3):  # Newton's last steps, where rounding of the loss would end a search.
         w = w - np.linalg.solve(hessian(w), gradient(w))
     bread, each = np.linalg.inv(hessian(w)), columns * (y - special.expit(columns @ w))[:, None]
-    z = float(stats.norm.ppf((1 + confidence) / 2))
+    z = intervals.critical(confidence)
     # As in `intervals.win_rate`: a few comparisons that all tie are no proof that every one does.
     trust = len(y) / (len(y) + z**2)
     covariance = bread @ (trust * each.T @ each + (1 - trust) * hessian(w)) @ bread
@@ -251,17 +261,22 @@ def _separated(y: np.ndarray, x: np.ndarray, who: np.ndarray, policies: int) -> 
 
 
 def _within(values: np.ndarray, group: np.ndarray) -> np.ndarray:
-    return values - (np.bincount(group, weights=values) / np.bincount(group))[group]
+    """Values less their group's mean; exactly 0 where all of a group are equal, which rounding would not leave."""
+    low, high = np.full(group.max() + 1, np.inf), np.full(group.max() + 1, -np.inf)
+    np.minimum.at(low, group, values)
+    np.maximum.at(high, group, values)
+    centred = values - (np.bincount(group, weights=values) / np.bincount(group))[group]
+    return np.where((low == high)[group], 0.0, centred)
 
 
 def _correlation(x: np.ndarray, y: np.ndarray, freedom: int, confidence: float) -> intervals.Estimate:
     """Of numbers that are taken from their means."""
-    scale = math.sqrt(float(x @ x) * float(y @ y))
-    # Means of equal numbers leave rounding behind, not 0.
-    if scale <= 1e-24 * len(x) or freedom < 1:
+    z = intervals.critical(confidence)
+    if not x.any() or not y.any() or freedom < 1:
         return intervals.Estimate(math.nan, -1.0, 1.0)
-    r = min(max(float(x @ y) / scale, -1.0), 1.0)
+    x, y = x / np.abs(x).max(), y / np.abs(y).max()  # Squares of small numbers would vanish.
+    r = min(max(float(x @ y) / math.sqrt(float(x @ x) * float(y @ y)), -1.0), 1.0)
     if freedom <= 2 or abs(r) == 1.0:
         return intervals.Estimate(r, *((r, r) if freedom > 2 else (-1.0, 1.0)))
-    width = float(stats.norm.ppf((1 + confidence) / 2)) / math.sqrt(freedom - 2)
+    width = z / math.sqrt(freedom - 2)
     return intervals.Estimate(r, math.tanh(math.atanh(r) - width), math.tanh(math.atanh(r) + width))

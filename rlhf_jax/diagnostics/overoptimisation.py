@@ -17,9 +17,12 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
-from rlhf_jax.diagnostics.intervals import Estimate
+from rlhf_jax.diagnostics.intervals import Estimate, critical
+
+FARTHEST = 50.0
+"""Logarithm of the largest d* that counts as a peak: the second form turns somewhere for every beta above 0, but at
+exp(50) root nats that is the same as never."""
 
 
 class Form(NamedTuple):
@@ -32,7 +35,9 @@ class Form(NamedTuple):
 
 
 BEST_OF_N = Form("best of n", lambda d: d, lambda ratio: max(ratio / 2, 0.0))
-REINFORCEMENT = Form("reinforcement learning", np.log, lambda ratio: math.exp(min(ratio - 1, 700.0)))
+REINFORCEMENT = Form(
+    "reinforcement learning", np.log, lambda ratio: math.exp(ratio - 1) if ratio - 1 <= FARTHEST else math.inf
+)
 
 
 class Fit(NamedTuple):
@@ -49,8 +54,8 @@ class Fit(NamedTuple):
     rmse: float
     """Root of the mean squared distance of the points to the curve."""
     peak_distance: Estimate
-    """d*, in root nats; infinite for a curve that never turns down (beta not above 0), and without an upper end where
-    it is not certain that it does. The interval is Fieller's."""
+    """d*, in root nats; infinite for a curve that never turns down (beta not above 0, or d* past `FARTHEST`), and
+    without an upper end where it is not certain that it does. The interval is Fieller's."""
     peak_gain: Estimate
     """R*, of the curve at d*; the interval (delta method) has no upper end where d* has none."""
     count: int
@@ -81,15 +86,16 @@ def fit(
         confidence: of all intervals, which are Student's with ``count - 2`` degrees of freedom.
 
     Raises:
-        ValueError: if the arrays are not of rank 1 and one length, or hold NaN; an error is not above 0; fewer than 3
-            points, or points at fewer than 2 distances, are left.
+        ValueError: if the arrays are not of rank 1 and one length, or hold NaN or infinity; an error is not above 0;
+            fewer than 3 points, or points at fewer than 2 distances, are left; unless ``0 < confidence < 1``.
     """
     kl, gains = np.asarray(kl, np.float64), np.asarray(gains, np.float64)
-    weights = np.ones(gains.shape) if errors is None else 1 / np.asarray(errors, np.float64)
-    if kl.ndim != 1 or not kl.shape == gains.shape == weights.shape or np.isnan([kl, gains, weights]).any():
-        raise ValueError(f"need equally long rows of numbers, got {kl.shape}, {gains.shape} and {weights.shape}")
-    if not ((weights > 0) & np.isfinite(weights)).all() or least_kl < 0:
-        raise ValueError("errors must be above 0, and least_kl at least 0")
+    sizes = np.ones(gains.shape) if errors is None else np.asarray(errors, np.float64)
+    if kl.ndim != 1 or not kl.shape == gains.shape == sizes.shape or not np.isfinite([kl, gains]).all():
+        raise ValueError(f"need equally long rows of finite numbers, got {kl.shape}, {gains.shape} and {sizes.shape}")
+    if not ((sizes > 0) & np.isfinite(sizes)).all() or not least_kl >= 0:
+        raise ValueError("errors must be above 0 and finite, and least_kl at least 0")
+    weights = 1 / sizes
     on = kl > least_kl
     d, y, w = np.sqrt(kl[on]), gains[on], weights[on]
     if len(d) < 3 or np.ptp(d) == 0:
@@ -100,10 +106,10 @@ def fit(
     residuals = y - columns @ np.array([a, b])
     freedom = len(d) - 2
     covariance = np.linalg.inv(scaled.T @ scaled) * float(np.sum((residuals * w) ** 2)) / freedom
-    t = float(stats.t.ppf((1 + confidence) / 2, freedom))
+    t = critical(confidence, freedom=freedom)
     alpha_error, beta_error = map(float, np.sqrt(np.diag(covariance)))
     spread = float(np.sum((w * (y - np.average(y, weights=w**2))) ** 2))
-    distance = _peak_distance(form, float(a), float(b), covariance, t)
+    distance = Estimate(*map(float, _peak_distance(form, float(a), float(b), covariance, t)))
     return Fit(
         form=form,
         alpha=Estimate(float(a), float(a) - t * alpha_error, float(a) + t * alpha_error),
