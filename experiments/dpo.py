@@ -51,6 +51,10 @@ class DPO(direct.Direct, settings.Settings):
     """Keep the SFT model as the reference of every round (online DPO), in place of the latest policy."""
 
 
+READ = ("learning_rate", "iterations", "batch", "minibatches", "adam_eps", "adam_tf1")
+"""Of --ppo: the rate and Adam, how many prompts there are for rounds, and what must divide the batch."""
+
+
 def parse(arguments: list[str]) -> DPO:
     """Settings from the command line; raises SettingError for what cannot be."""
     asked = command.parse(DPO, arguments, prog="dpo.py", doc=__doc__)
@@ -60,6 +64,18 @@ def parse(arguments: list[str]) -> DPO:
             raise settings.SettingError(f"--{name} is {getattr(asked, name)}; it must be at least {least}")
     if asked.data.path is not None and asked.judge != "reward":
         raise settings.SettingError(f"--judge {asked.judge} needs the built-in world; leave it or --data.path out")
+    unread = ("samples", "judge", "hold_reference") if asked.rounds == 0 else ("pairs",)
+    plain = {field.name: field.default for field in dataclasses.fields(DPO)}
+    for name in unread:
+        if getattr(asked, name) != plain[name]:
+            flag = name.replace("_", "-")
+            raise settings.SettingError(f"--{flag} is not read with --rounds {asked.rounds}; leave it out")
+    if asked.published is not None:
+        raise settings.SettingError(
+            f"--published {asked.published} is about PPO, which dpo.py does not run; leave it out"
+        )
+    ppo = (f"ppo.{field.name}" for field in dataclasses.fields(settings.PPO) if field.name not in READ)
+    direct.refuse_unread(asked, (*ppo, "reward_model.heldout", "on_alarm"), program="dpo.py")
     if asked.hold_reference and not direct.KINDS[asked.loss].reference:
         raise settings.SettingError(f"--hold-reference is of no use to --loss {asked.loss}, which has no reference")
     return asked
@@ -103,7 +119,9 @@ def run(asked: DPO) -> dict[str, Any]:
         "preset": asked.preset,
         "loss": asked.loss,
         "dropped": job.task.dropped.dropped | job.task.dropped.truncated,
-        "programs": _programs(job, trainer),
+        # As often as each was traced, or by an earlier process; see `stages.Job.programs`.
+        "programs": {name: n for name, n in job.programs().items() if name != "ppo"}
+        | {"direct": max(trainer.train_step.traces, 1)},
         "reward_model": judged | facts,
         "implicit_accuracy": implicit,
         **learnt,
@@ -140,7 +158,8 @@ def _learnt(
     if asked.rounds == 0:
         width = job.task.prompt_width
         pairs = pairs_lib.from_rankings(ranked, prompt_width=width, per_prompt=asked.pairs, seed=asked.seed)
-        return trainer.train(sft, pairs, name=asked.loss, seed=asked.seed), {"pairs": len(pairs)}
+        learnt = {"pairs": len(pairs), "unseen": direct.plan(asked, len(pairs)).unseen}
+        return trainer.train(sft, pairs, name=asked.loss, seed=asked.seed), learnt
     judges: dict[str, Any] = {"reward": pairs_lib.judged_by_reward, "gold": pairs_lib.judged_by_gold}
     if asked.judge == "labelers":
         judges["labelers"] = pairs_lib.judged_by_labelers(job, facts["labeler_temperature"])
@@ -157,12 +176,6 @@ def _learnt(
         latest=not asked.hold_reference,
     )
     return policy, {"rounds": [dict(zip(each._fields, each)) for each in rounds]}
-
-
-def _programs(job: stages.Job, trainer: direct.Trainer) -> dict[str, int]:
-    """How often each of the large programs was traced, which is how often it was compiled."""
-    steps = {"supervised": job.supervised_step, "reward_model": job.reward_step, "direct": trainer.train_step}
-    return {name: step.traces for name, step in steps.items()} | {"sampling": job.sampler.traces}
 
 
 def main(arguments: list[str] | None = None) -> None:

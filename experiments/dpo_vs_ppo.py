@@ -8,8 +8,11 @@
 Three parts. ``world``: from one SFT model of the built-in world, DPO at several betas, DPO in rounds that a reward
 model labels, PPO at several KL coefficients, and both again where the comparisons are of the base model's answers,
 which the SFT model would hardly write (shifted pairs). ``bandit``: the same on a table of rewards, where KL and gold
-are exact and the optimum is known. ``exact``: the three answers of Xu's theorem 4.1. Seeds are keys of sampling and
-batches in the first, other labels in the second. All settings of instructgpt.py are settings here too.
+are exact and the optimum is known. ``exact``: the three answers of Xu's theorem 4.1. All settings of instructgpt.py are
+settings here too, but for those that nothing here reads.
+
+All seeds of the world share its prompts, its comparisons and its reward models: they are keys of sampling and batches,
+and intervals over them are of optimisation and sampling alone. Seeds of the bandit are other labels on one table.
 
 Hardware: two CPU cores, 2.2 GB. Time: about 17 minutes. To expect of the world: gold of 0.90 from PPO at a KL of 1 to
 1.6 nats, 0.035 ±0.020 above DPO at 1.5; DPO's seeds lie far apart. Shifted pairs cost DPO 0.05 ±0.07 and PPO 0.10
@@ -72,7 +75,8 @@ class Study(direct.Direct, settings.Settings):
     at: tuple[float, ...] = (0.5, 1.0, 1.5)
     """KLs, in nats, at which the methods' gold is compared, between the coefficients on either side."""
     rounds: int = 3
-    """Of iterated DPO, on as many pairs in all as the other has."""
+    """Of iterated DPO, on at most as many pairs in all as the other has, each with so many times the beta, which makes
+    the whole as strong as one pass. A prompt gives one pair, or none; study.json says how many there were."""
     bandit_seeds: int = 10
     """Draws of labels on the bandit."""
     bandit_coefs: tuple[float, ...] = (0.1, 0.2, 0.5, 1.0, 2.0)
@@ -85,9 +89,18 @@ def parse(arguments: list[str]) -> Study:
     """Settings from the command line; raises SettingError for what cannot be."""
     asked = command.parse(Study, arguments, prog="dpo_vs_ppo.py", doc=__doc__, adjust=_short)
     direct.check(asked)
+    if asked.loss != "dpo":
+        raise settings.SettingError(f"--loss is {asked.loss!r}; the study is of dpo, so leave it out")
+    direct.refuse_unread(
+        asked, ("ppo.kl_coef", "ppo.ptx_coef", "reward_model.heldout", "on_alarm"), program="dpo_vs_ppo.py"
+    )
     for name in ("seeds", "rounds", "bandit_seeds", "bandit_pairs"):
         if getattr(asked, name) < 1:
             raise settings.SettingError(f"--{name.replace('_', '-')} is {getattr(asked, name)}; it must be at least 1")
+    if asked.rounds > asked.bandit_pairs:
+        raise settings.SettingError(
+            f"--rounds is {asked.rounds}; --bandit-pairs {asked.bandit_pairs} are too few for it"
+        )
     for name in ("betas", "kl_coefs", "bandit_coefs", "at"):
         given = getattr(asked, name)
         if not given or min(given) <= 0 or len(set(given)) < len(given):
@@ -215,9 +228,8 @@ def _weights(asked: Study) -> list[tuple[str, float]]:
 def in_world(asked: Study, job: stages.Job, folder: rundir.RunFolder) -> dict[str, Any]:
     """The lines of the built-in world, and what shift and rounds do at the middle coefficients."""
     middle = {"DPO": _middle(asked.betas), "PPO": _middle(asked.kl_coefs)}
-    policies = _policies(job, asked, folder, _wanted(asked))
+    shared, policies, learnt = _policies(job, asked, folder, _wanted(asked))
     job.progress.start("evaluate", 1 + len(policies))
-    shared = policies.pop("shared")
     against = cells.answers(job, shared, job.task.eval_prompts, shared.sft, seed=0)
     runs: dict[str, dict[float, list[dict[str, float]]]] = {}
     for done, ((method, coef, seed), policy) in enumerate(policies.items()):
@@ -225,11 +237,14 @@ def in_world(asked: Study, job: stages.Job, folder: rundir.RunFolder) -> dict[st
         runs.setdefault(method, {}).setdefault(coef, []).append(numbers)
         job.progress.update("evaluate", 1 + done, 1 + len(policies))
     job.progress.finish("evaluate")
-    return {"lines": [_line(method, each) for method, each in runs.items()], "effects": effects(runs, middle, asked.at)}
+    lines = [_line(method, each) for method, each in runs.items()]
+    return {"lines": lines, "effects": effects(runs, middle, asked.at), "pairs": learnt}
 
 
-def _policies(job: stages.Job, asked: Study, folder: rundir.RunFolder, wanted: Any) -> dict[Any, Any]:
-    """Every policy, by (method, coefficient, seed); and what they share."""
+def _policies(
+    job: stages.Job, asked: Study, folder: rundir.RunFolder, wanted: Any
+) -> tuple[cells.Prepared, dict[tuple[str, float, int], Any], dict[str, Any]]:
+    """What all share, every policy by (method, coefficient, seed), and on how many pairs DPO was trained."""
     shared = cells.prepare(job)
     base = stages.pretrain(job)
     width, n = job.task.prompt_width, asked.pairs
@@ -242,16 +257,19 @@ def _policies(job: stages.Job, asked: Study, folder: rundir.RunFolder, wanted: A
         for name, rows in (("own", own), (SHIFTED, shifted))
     }
     trainer = direct.make_trainer(job, asked, folder.path)
-    # Each prompt of a round gives one pair.
-    prompts = job.task.rl_prompts.take(len(pairs["own"]))
-    made: dict[Any, Any] = {"shared": shared}
+    # Each prompt of a round gives one pair at most.
+    prompts = job.task.rl_prompts.take(min(len(pairs["own"]), len(job.task.rl_prompts)))
+    if len(prompts) < asked.rounds:
+        raise settings.SettingError(f"--rounds is {asked.rounds}; there are {len(prompts)} prompts for them")
+    learnt: dict[str, Any] = {name: len(each) for name, each in pairs.items()} | {"prompts of rounds": len(prompts)}
+    made: dict[tuple[str, float, int], Any] = {}
     for method, coefs in wanted:
         for coef in coefs:
             numbers = dataclasses.replace(asked, beta=coef)
             for seed in range(asked.seeds):
                 name = _stage(method, coef, seed)
                 if method == "iterated DPO":
-                    policy, _ = direct.iterate(
+                    policy, found = direct.iterate(
                         trainer,
                         shared.start,
                         shared.reward,
@@ -261,18 +279,20 @@ def _policies(job: stages.Job, asked: Study, folder: rundir.RunFolder, wanted: A
                         seed=seed,
                         rounds=asked.rounds,
                         samples=4,
-                        asked=numbers,
+                        asked=dataclasses.replace(numbers, beta=asked.rounds * coef),
                     )
+                    learnt[name] = sum(each.pairs for each in found)
                 elif "DPO" in method:
-                    chosen = pairs[SHIFTED if SHIFTED in method else "own"]
-                    policy = trainer.train(shared.start, chosen, name=name, seed=seed, asked=numbers)
+                    which = SHIFTED if SHIFTED in method else "own"
+                    kept = f"{which.replace(' ', '-')}-sft_mix"
+                    policy = trainer.train(shared.start, pairs[which], name=name, seed=seed, asked=numbers, kept=kept)
                 else:
                     cell = cells.Cell(name, dataclasses.replace(asked.ppo, kl_coef=coef), seed)
                     job.progress.start(name, asked.ppo.iterations)
                     policy = cells.train(job, others if SHIFTED in method else shared, cell, step=job.ppo_step)
                     job.progress.finish(name)
                 made[method, coef, seed] = policy
-    return made
+    return shared, made, learnt
 
 
 def _middle(coefs: tuple[float, ...]) -> float:

@@ -36,7 +36,7 @@ import time
 from typing import Any
 
 from pipeline import baselines, command, fold_results, folds, rundir, session, settings, single
-from pipeline.reward_settings import SMOKE_CV, CrossValidation, RewardRun, check
+from pipeline.reward_settings import SMOKE_CV, RewardRun, check
 from rich.console import Console
 
 from rlhf_jax import console
@@ -45,16 +45,19 @@ from rlhf_jax.data import dialogues, errors
 
 def parse(arguments: list[str]) -> RewardRun:
     """Settings from the command line; exits for --help, raises SettingError for what cannot be."""
-    asked = command.parse(RewardRun, arguments, prog="reward_model.py", doc=__doc__)
-    if asked.preset == "smoke" and asked.resume is None:
-        plain = {field.name: getattr(CrossValidation(), field.name) for field in dataclasses.fields(CrossValidation)}
-        untouched = {name: small for name, small in SMOKE_CV.items() if getattr(asked.cv, name) == plain[name]}
-        asked = dataclasses.replace(asked, cv=dataclasses.replace(asked.cv, **untouched))
+    asked = command.parse(RewardRun, arguments, prog="reward_model.py", doc=__doc__, adjust=_small)
     preset = settings.preset(
         asked.preset, dialogues=asked.data.path is not None, started=asked.model is not None, published=asked.published
     )
     check(asked, preset)
     return asked
+
+
+def _small(preset: RewardRun) -> RewardRun:
+    """The smoke preset's models of --folds."""
+    if preset.preset != "smoke":
+        return preset
+    return dataclasses.replace(preset, cv=dataclasses.replace(preset.cv, **SMOKE_CV))
 
 
 def run(asked: RewardRun) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from pipeline import bandit_study, cells, direct, sampling, settings, stages, ta
 from pipeline import pairs as pairs_lib  # noqa: E402
 
 from rlhf_jax import checkpoint, lm, metrics, types  # noqa: E402
+from rlhf_jax.train import loop  # noqa: E402
 
 P, T = 3, 4
 
@@ -97,9 +98,18 @@ def test_rounds_take_the_best_and_the_worst_and_leave_out_what_is_equal():
     numbers = [np.zeros(9) for _ in range(4)]
     found = sampling.Answers(tokens, mask, mask[:, 1:], *numbers, gold=None)  # pyright: ignore[reportArgumentType]
     scores = np.array([[0.1, 0.9, 0.5], [1.0, 2.0, 3.0], [0.5, 0.5, 0.5]])
-    got = pairs_lib.best_and_worst(found, scores, prompt_width=1)
+    got, left_out = pairs_lib.best_and_worst(found, scores, prompt_width=1)
     np.testing.assert_array_equal(got.rows.tokens_BKL, [[[7, 2, 1], [7, 1, 1]]])
     assert got.prompt_B.tolist() == [0], "the second prompt's best and worst are one text; the third's scores are equal"
+    assert left_out == {"equal scores": 1, "one text": 1}
+    # The lowest of the third reads as its best does; the next one up does not.
+    scores[2] = [0.5, 0.9, 0.1]
+    got, left_out = pairs_lib.best_and_worst(found, scores, prompt_width=1)
+    np.testing.assert_array_equal(got.rows.tokens_BKL[1], [[7, 6, 1], [7, 5, 1]])
+    assert got.prompt_B.tolist() == [0, 2] and left_out == {"equal scores": 0, "one text": 1}
+    scores[1, 2] = np.nan
+    with pytest.raises(loop.DivergedError, match=r"1 of 9 answers .* not finite, the first of prompt 1"):
+        pairs_lib.best_and_worst(found, scores, prompt_width=1)
 
 
 # ------------------------------------------------------------------------------------------------ on the built-in world
@@ -168,6 +178,8 @@ def test_every_loss_trains_by_its_name_and_goes_on_where_it_was(tmp_path, loss):
     jax.tree.map(np.testing.assert_array_equal, again, policy)
     assert not job.progress.texts
     if loss == "cdpo":
+        trainer.train(start, pairs, name="other", seed=1, kept="run")
+        assert not (tmp_path / "reference" / "other.npz").exists() and not job.progress.texts
         trainer.data(written(job, seed=1), start, name="run")
         assert len(job.progress.texts) == 1 and "other data" in job.progress.texts[0].replace("another", "other")
 
@@ -201,7 +213,8 @@ def test_rounds_sample_label_and_take_the_latest_policy_for_reference(tmp_path):
     first = trained[0][2]
     lengths = np.asarray(first.rows.answer_BKC).sum(axis=-1)
     assert (lengths[:, 0] >= lengths[:, 1]).all(), "the judge likes them long"
-    assert rounds[0].pairs == len(first) and rounds[0].pairs + rounds[0].ties == len(prompts) // 2
+    assert rounds[0].pairs == len(first)
+    assert rounds[0].pairs + sum(rounds[0].left_out.values()) == len(prompts) // 2
     with pytest.raises(settings.SettingError, match="told no two answers apart"):
         equal: Any = how | {"judge": lambda found, samples, key: np.zeros(len(found.lengths_B)), "name": "e"}
         direct.iterate(trainer, start, reward, prompts, **equal)
@@ -234,6 +247,14 @@ def test_judges_of_the_built_in_world(tmp_path):
         (["--loss", "simpo", "--rounds", "2", "--hold-reference"], "--hold-reference is of no use to --loss simpo"),
         (["--ppo.kl-coef", "-1"], "--ppo.kl-coef"),
         (["--resume", "nowhere"], "nowhere"),
+        (["--desirable-weight", "3"], "--desirable-weight is 3.0; it must be left out with --loss dpo"),
+        (["--samples", "8"], "--samples is not read with --rounds 0"),
+        (["--judge", "gold"], "--judge is not read with --rounds 0"),
+        (["--hold-reference"], "--hold-reference is not read with --rounds 0"),
+        (["--rounds", "2", "--pairs", "9"], "--pairs is not read with --rounds 2"),
+        (["--ppo.kl-coef", "9"], "--ppo.kl-coef is not read by dpo.py"),
+        (["--reward-model.heldout"], "--reward-model.heldout is not read by dpo.py"),
+        (["--published", "xu"], "--published xu is about PPO"),
     ],
 )
 def test_bad_settings_are_refused_by_name(arguments, message):
@@ -248,11 +269,47 @@ def test_bad_settings_are_refused_by_name(arguments, message):
         (["--kl-coefs", "0"], "--kl-coefs"),
         (["--seeds", "0"], "--seeds"),
         (["--beta", "0.1"], "give --betas"),
+        (["--loss", "simpo"], "--loss is 'simpo'; the study is of dpo"),
+        (["--reward-model.heldout"], "--reward-model.heldout is not read by dpo_vs_ppo.py"),
+        (["--ppo.kl-coef", "0.5"], "--ppo.kl-coef is not read by dpo_vs_ppo.py"),
+        (["--rounds", "3", "--bandit-pairs", "2"], "--bandit-pairs 2 are too few"),
     ],
 )
 def test_bad_settings_of_the_study_are_refused_by_name(arguments, message):
     with pytest.raises(settings.SettingError, match=message):
         dpo_vs_ppo.parse(arguments)
+
+
+def test_settings_that_are_read_are_taken():
+    ppo = ["--ppo.learning-rate", "1e-3", "--ppo.iterations", "3", "--ppo.batch", "64"]
+    assert experiment.parse(["--preset", "smoke", *ppo, "--rounds", "2", "--samples", "8"]).ppo.batch == 64
+    asked = dpo_vs_ppo.parse(["--published", "xu", "--ppo.clip", "0.1"])
+    assert (asked.ppo.clip, asked.ppo.iterations) == (0.1, 18)
+
+
+def test_a_batch_holds_no_more_rows_than_there_are_and_what_is_in_none_is_counted():
+    def planned(pairs, **changes):
+        return tuple(direct.plan(direct.Direct(**({"batch": 8} | changes)), pairs))
+
+    assert planned(20) == (8, 2, 4) and planned(20, epochs=2) == (8, 5, 0)
+    assert planned(5) == (5, 1, 0) and planned(5, micro_batches=2) == (4, 1, 1)
+    assert planned(5, loss="kto") == (10, 1, 0)
+    with pytest.raises(settings.SettingError, match="--micro-batches is 8; there are 5 rows"):
+        planned(5, micro_batches=8)
+
+
+def test_rounds_on_the_bandit_share_the_pairs_that_one_pass_has():
+    seen, drawn = [], bandit_study.drawn
+
+    def watched(*args, n):
+        seen.append(n)
+        return drawn(*args, n=n)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bandit_study, "drawn", watched)
+        world = bandit_study.member(0)
+        jax.eval_shape(lambda w: bandit_study.by_rounds(w, w.rewards_SA, 0.1, n=20, rounds=3), world)
+    assert seen == [6, 6, 6]
 
 
 @pytest.mark.parametrize("kind", [direct.Direct, experiment.DPO, dpo_vs_ppo.Study])
@@ -332,4 +389,5 @@ def test_the_command_runs_end_to_end_and_goes_on(more, tmp_path):
     again = subprocess.run([*command, "--resume", tmp_path], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr[-3000:]
     second = json.loads((tmp_path / "results.json").read_text())
-    assert second["policies"] == results["policies"] and second["implicit_accuracy"] == results["implicit_accuracy"]
+    same = ("policies", "implicit_accuracy", "programs")
+    assert {name: second[name] for name in same} == {name: results[name] for name in same}

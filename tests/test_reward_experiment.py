@@ -162,6 +162,9 @@ def refused(*arguments):
         (("--training.label-smoothing", "0.6"), "--training.label-smoothing is 0.6"),
         (("--training.loss", "best", "--training.margin", "1"), "left out with --training.loss best"),
         (("--training.heads", "0"), "--training.heads is 0"),
+        (("--training.limit", "0"), "--training.limit is 0"),
+        (("--training.trains", "^nothing"), "--training.trains: '^nothing' names none of the parameters"),
+        (("--training.trains", "("), "--training.trains: '(' is not a regular expression"),
         (("--cv.heads", "3"), "--cv.heads is 3"),
         (("--pmp.agreement", "0.4"), "--pmp.agreement is 0.4"),
     ],
@@ -186,6 +189,12 @@ def test_every_setting_survives_the_configuration_file(tmp_path):
     (run / "config.json").write_text(json.dumps(settings.as_dict(asked)))
     again = script.parse(["--resume", str(run)])
     assert (again.training, again.pmp, again.cv, again.folds) == (asked.training, asked.pmp, asked.cv, 0)
+
+
+def test_the_smoke_preset_leaves_what_is_given_even_where_it_is_the_default():
+    asked = script.parse(["--preset", "smoke", "--cv.width", "64", "--cv.epochs", "2"])
+    assert (asked.cv.width, asked.cv.epochs, asked.cv.mlp) == (64, 2, 16)
+    assert script.parse(["--training.trains", "^head/kernel_HD", "--training.heads", "2"]).cv.width == 64
 
 
 def test_every_setting_is_read_and_explained():

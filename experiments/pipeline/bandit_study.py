@@ -95,11 +95,12 @@ def by_dpo(start_SA: jax.Array, pairs: types.Preferences, beta: jax.Array) -> ja
 def by_rounds(world: Member, reward_SA: jax.Array, beta: jax.Array, *, n: int, rounds: int) -> jax.Array:
     """Iterated DPO: pairs of the latest policy, labelled by the reward model, that policy for a reference.
 
-    Each of the rounds has ``rounds`` times the coefficient, which makes the whole as strong as one pass with ``beta``.
+    The rounds share ``n`` pairs, the remainder left out. Each has ``rounds`` times the coefficient, which makes the
+    whole as strong as one pass with ``beta``.
     """
     policy_SA = world.reference_SA
     for r in range(rounds):
-        pairs = drawn(jax.random.fold_in(world.key, 10 + r), policy_SA, reward_SA, n=n)
+        pairs = drawn(jax.random.fold_in(world.key, 10 + r), policy_SA, reward_SA, n=n // rounds)
         policy_SA = by_dpo(policy_SA, pairs, rounds * beta)
     return policy_SA
 
@@ -119,12 +120,14 @@ def by_ppo(world: Member, reward_SA: jax.Array, kl_coef: jax.Array) -> jax.Array
     """Logits that PPO ends at, on a reward model."""
     step = ppo.make_train_step(_ppo_models(), epochs=2, minibatches=2)
     frozen = ppo.Frozen({"logits_SA": world.reference_SA}, reward_SA)
+    # Not the world's own: the step folds its count into the key, as `one_run` folds 0 and 1 for the labels.
+    key = jax.random.fold_in(world.key, 1000)
     prompts = ppo.Batch(jnp.arange(ANSWERS, dtype=jnp.int32)[:, None] % S, jnp.ones((ANSWERS, 1), bool))
 
     def one(state: Any, i: jax.Array) -> tuple[Any, None]:
         rate = RATE * schedules.linear(i, ITERATIONS)
         hyper = ppo.Hyper(learning_rate=rate, critic_learning_rate=rate, kl_coef=kl_coef, value_clip=10.0)
-        return step(state, frozen, hyper, prompts, world.key)[0], None
+        return step(state, frozen, hyper, prompts, key)[0], None
 
     state = ppo.create(frozen.reference, {"value_S": jnp.zeros(S)}, ADAM)
     state, _ = jax.lax.scan(one, state, jnp.arange(ITERATIONS))
@@ -145,7 +148,7 @@ METHODS = ("optimum", "PPO", "DPO", "iterated DPO", "PPO, shifted pairs", "DPO, 
 
 
 def one_run(world: Member, coef: jax.Array, *, pairs: int, rounds: int) -> dict[str, dict[str, jax.Array]]:
-    """KL and gold of every method at one coefficient, on one seed's world and labels."""
+    """KL and gold of every method at one coefficient, on one seed's labels of the world that all seeds share."""
     own = drawn(jax.random.fold_in(world.key, 0), world.reference_SA, world.rewards_SA, n=pairs)
     shifted = drawn(jax.random.fold_in(world.key, 1), world.other_SA, world.rewards_SA, n=pairs)
     learnt, learnt_shifted = reward_model(own), reward_model(shifted)

@@ -25,14 +25,15 @@ def parse(
     *,
     prog: str,
     doc: str | None,
-    adjust: Callable[[settings.Settings], settings.Settings] = lambda preset: preset,
+    adjust: Callable[[Any], Any] = lambda preset: preset,
 ) -> S:
     """Settings of ``kind`` from the command line, from the presets or from the run to go on with.
 
-    ``adjust`` is what an experiment changes in a preset. Exits for --help; raises SettingError for what cannot be.
+    ``adjust`` is what an experiment changes in its settings as the preset leaves them, its own among them. Exits for
+    --help; raises SettingError for what cannot be.
     """
     resume = settings.peek(arguments, "--resume")
-    begin = _saved(kind, resume) if resume else kind(**_fields(adjust(_preset(arguments))))
+    begin = _saved(kind, resume) if resume else adjust(kind(**_fields(_preset(arguments))))
     asked = tyro.cli(kind, args=arguments, default=begin, prog=prog, description=doc)
     if resume and dataclasses.replace(asked, resume=None) != dataclasses.replace(begin, resume=None):
         raise settings.SettingError(

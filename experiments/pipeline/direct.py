@@ -8,8 +8,9 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import math
+import operator
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -80,7 +81,8 @@ class Direct:
     micro_batches: int = 1
     """Parts of a batch that are held in memory one at a time; the gradient is the same."""
     learning_rate: float | None = None
-    """Peak, after a tenth of the steps, then cosine to a tenth of it; none: half of --ppo.learning-rate."""
+    """Of a cosine to a tenth of it, which the first tenth of the steps warms up to and so does not quite reach; none:
+    half of --ppo.learning-rate."""
     pairs: int = 4
     """Of each prompt with its ranked answers, drawn from all that differ in rank; 0: all of them."""
 
@@ -105,9 +107,28 @@ def check(asked: Direct) -> None:
         "odds_weight": asked.loss == "orpo",
         "margin": asked.loss == "simpo",
         "sft_coef": asked.loss == "dpo-sft",
+        "desirable_weight": asked.loss == "kto",
+        "undesirable_weight": asked.loss == "kto",
     }
+    plain = {field.name: field.default for field in dataclasses.fields(Direct)}
     for name, used in uses.items():
-        _require(getattr(asked, name) is None or used, asked, name, f"left out with --loss {asked.loss}")
+        _require(used or getattr(asked, name) == plain[name], asked, name, f"left out with --loss {asked.loss}")
+
+
+def refuse_unread(asked: settings.Settings, flags: Iterable[str], *, program: str) -> None:
+    """Raise SettingError, naming it, for the first of ``flags`` that is not as in the run's preset.
+
+    They are names of settings with a dot, of a program that reads none of them.
+    """
+    preset = settings.preset(
+        asked.preset, dialogues=asked.data.path is not None, started=asked.model is not None, published=asked.published
+    )
+    for flag in flags:
+        read = operator.attrgetter(flag)
+        if read(asked) != read(preset):
+            raise settings.SettingError(
+                f"--{flag.replace('_', '-').rstrip('-')} is not read by {program}; leave it out"
+            )
 
 
 def _require(ok: bool, asked: Direct, name: str, wanted: str) -> None:
@@ -118,6 +139,27 @@ def _require(ok: bool, asked: Direct, name: str, wanted: str) -> None:
 
 def _rows(asked: Direct) -> int:
     return asked.batch if KINDS[asked.loss].paired else 2 * asked.batch
+
+
+class Plan(NamedTuple):
+    """What training on some pairs comes to; a row is a pair or, of kto, an answer."""
+
+    rows: int
+    """Of a batch: no more than there are."""
+    steps: int
+    unseen: int
+    """Rows that are in no batch: what a single epoch has over whole batches."""
+
+
+def plan(asked: Direct, pairs: int) -> Plan:
+    """How many pairs are trained on; raises SettingError where they do not fill the parts of a batch."""
+    n = pairs if KINDS[asked.loss].paired else 2 * pairs
+    rows = min(_rows(asked), n)
+    rows -= rows % asked.micro_batches
+    if rows == 0:
+        raise settings.SettingError(f"--micro-batches is {asked.micro_batches}; there are {n} rows to learn from")
+    steps = asked.epochs * n // rows
+    return Plan(rows, steps, max(0, n - steps * rows))
 
 
 def numbers(asked: Direct, *, rate: float) -> dpo.Hyper:
@@ -191,15 +233,18 @@ class Trainer:
         seed: int,
         against: types.Params | None = None,
         asked: Direct | None = None,
+        kept: str | None = None,
     ) -> types.Params:
         """Train from ``start`` on pairs, against it or another reference; what is finished is restored.
 
-        ``asked`` may have other numbers than the trainer's own, not another loss or batch.
+        ``asked`` may have other numbers than the trainer's own, not another loss or batch. ``kept`` names the file of
+        the reference's log-probabilities, which runs on the same pairs against the same reference share; by default it
+        has the run's name.
         """
         job, asked = self.job, asked or self.asked
-        data = self.data(pairs, start if against is None else against, name=name)
-        n, rows = len(data.tokens_BKL), _rows(asked)
-        steps = max(1, asked.epochs * n // rows)
+        data = self.data(pairs, start if against is None else against, name=kept or name)
+        n = len(data.tokens_BKL)
+        rows, steps, _ = plan(asked, len(pairs))
         key = jax.random.fold_in(job.key("ppo"), 10_000 + seed)
         order = batching.epoch_batches(0, n=n, batch_size=rows, key=key, steps=steps)
         peak = asked.learning_rate or job.settings.ppo.learning_rate / 2
@@ -260,8 +305,10 @@ class Round(NamedTuple):
     kl: float
     gold: float | None
     pairs: int
-    ties: int
-    """Prompts whose answers the judge did not tell apart; they are left out."""
+    left_out: dict[str, int]
+    """Prompts that gave no pair, by reason."""
+    unseen: int
+    """See `Plan`."""
 
 
 Judge = Callable[[sampling.Answers, int, jax.Array], np.ndarray]
@@ -295,11 +342,16 @@ def iterate(
         asked_of = prompts.at(np.repeat(np.arange(r * n, (r + 1) * n), samples))
         found = job.sampler(policy, start, reward, asked_of, draw)
         scores_BS = judge(found, samples, label).reshape(n, samples)
-        pairs = pairs_lib.best_and_worst(found, scores_BS, prompt_width=job.task.prompt_width)
+        try:
+            pairs, left_out = pairs_lib.best_and_worst(found, scores_BS, prompt_width=job.task.prompt_width)
+        except loop.DivergedError as error:
+            raise loop.DivergedError(f"round {r} of {name}: {error}") from None
         if len(pairs) == 0:
             raise settings.SettingError(f"round {r} of {name}: the judge told no two answers apart; nothing is left")
+        unseen = plan(asked or trainer.asked, len(pairs)).unseen
         gold = None if found.gold is None else float(np.mean(found.gold.total))
-        told.append(Round(float(np.mean(found.scores_B)), float(np.mean(found.kl_B)), gold, len(pairs), n - len(pairs)))
+        means = float(np.mean(found.scores_B)), float(np.mean(found.kl_B))
+        told.append(Round(*means, gold, len(pairs), left_out, unseen))
         policy = trainer.train(
             policy,
             pairs,

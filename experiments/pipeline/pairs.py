@@ -12,7 +12,7 @@ import numpy as np
 
 from rlhf_jax import types
 from rlhf_jax.simulation import labelers
-from rlhf_jax.train import dpo
+from rlhf_jax.train import dpo, loop
 
 from . import sampling, settings, stages
 
@@ -47,16 +47,35 @@ def from_rankings(ranked: types.Comparisons, *, prompt_width: int, per_prompt: i
     return _pairs(*(np.stack(side, axis=1) for side in sides), prompt_B=b, prompt_width=prompt_width)
 
 
-def best_and_worst(found: sampling.Answers, scores_BS: np.ndarray, *, prompt_width: int) -> Pairs:
-    """The best and the worst of the answers to each prompt; a prompt with equal ones is left out."""
+EQUAL_SCORES, ONE_TEXT = "equal scores", "one text"
+
+
+def best_and_worst(
+    found: sampling.Answers, scores_BS: np.ndarray, *, prompt_width: int
+) -> tuple[Pairs, dict[str, int]]:
+    """The best answer to each prompt and the worst that is another text; and the prompts left out, by reason.
+
+    A prompt is left out whose answers all have one score, or whose lower ones all read as the best does. Raises
+    DivergedError, naming a prompt, for a score that is not finite.
+    """
     n, samples = scores_BS.shape
-    best, worst = scores_BS.argmax(axis=1), scores_BS.argmin(axis=1)
-    rows = np.arange(n)
-    first, second = rows * samples + best, rows * samples + worst
-    same = (found.tokens_BL[first] == found.tokens_BL[second]) | ~(found.mask_BL[first] | found.mask_BL[second])
-    apart = (scores_BS[rows, best] > scores_BS[rows, worst]) & ~same.all(axis=1)
-    at = np.stack([first[apart], second[apart]], axis=1)
-    return _pairs(found.tokens_BL[at], found.mask_BL[at], prompt_B=rows[apart], prompt_width=prompt_width)
+    if (bad_BS := ~np.isfinite(scores_BS)).any():
+        prompt = int(np.argmax(bad_BS.any(axis=1)))
+        raise loop.DivergedError(
+            f"{bad_BS.sum()} of {bad_BS.size} answers have a score that is not finite, the first of prompt {prompt}"
+        )
+    rows, best = np.arange(n), scores_BS.argmax(axis=1)
+    tokens_BSL, mask_BSL = (x.reshape(n, samples, -1) for x in (found.tokens_BL, found.mask_BL))
+    tokens_B1L, mask_B1L = (x[rows, best][:, None] for x in (tokens_BSL, mask_BSL))
+    other_BS = ((tokens_BSL != tokens_B1L) & (mask_BSL | mask_B1L)).any(axis=-1)
+    lower_BS = scores_BS < scores_BS[rows, best][:, None]
+    worst = np.where(other_BS & lower_BS, scores_BS, np.inf).argmin(axis=1)
+    apart = (other_BS & lower_BS).any(axis=1)
+    at = rows[apart, None] * samples + np.stack([best, worst], axis=1)[apart]
+    equal = int((~lower_BS.any(axis=1)).sum())
+    left_out = {EQUAL_SCORES: equal, ONE_TEXT: int((~apart).sum()) - equal}
+    pairs = _pairs(found.tokens_BL[at], found.mask_BL[at], prompt_B=rows[apart], prompt_width=prompt_width)
+    return pairs, left_out
 
 
 def _pairs(tokens_BKL: np.ndarray, mask_BKL: np.ndarray, *, prompt_B: np.ndarray, prompt_width: int) -> Pairs:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any, Literal
+
+import jax
+
+from rlhf_jax import lm
+from rlhf_jax.train import partition
 
 from . import settings
 from .settings import SettingError
@@ -120,6 +126,26 @@ def _require(ok: bool, flag: str, value: Any, wanted: str) -> None:
         raise SettingError(f"--{flag.replace('_', '-')} is {value!r}; it must be {wanted}")
 
 
+def _check_pattern(asked: RewardRun) -> None:
+    """Refuse a pattern that is none or names no parameter; names depend on the kind of model, not on its size."""
+    training, key = asked.training, jax.random.key(0)
+    try:
+        if asked.model is None:
+            cfg = lm.LMConfig(
+                vocab_size=8, n_layers=1, d_model=8, n_heads=2, d_mlp=8, max_length=8, tie_embeddings=True
+            )
+        else:
+            cfg = lm.load_config(asked.model)
+    except (OSError, ValueError):
+        return  # a model that cannot be read is refused where it is, with a reason
+    heads = None if training.heads == 1 else training.heads
+    params = jax.eval_shape(partial(lm.with_head, cfg=cfg, heads=heads), key, lm.abstract(cfg))
+    try:
+        partition.split(params, training.trains)
+    except ValueError as error:
+        raise SettingError(f"--training.trains: {error}") from error
+
+
 def check(asked: RewardRun, preset: settings.Settings) -> None:
     """Raise SettingError, naming the setting, for what cannot be, and for what would be asked in vain."""
     for name in ("ppo", "evaluation"):
@@ -140,8 +166,11 @@ def check(asked: RewardRun, preset: settings.Settings) -> None:
         for name in ("label_smoothing", "margin", "centering"):
             value = getattr(training, name)
             _require(value == 0, f"training.{name}", value, f"left out with --training.loss {training.loss}")
-    for name, value in (("epochs", training.epochs), ("heads", training.heads), ("limit", training.limit or 1)):
+    limit = 1 if training.limit is None else training.limit
+    for name, value in (("epochs", training.epochs), ("heads", training.heads), ("limit", limit)):
         _require(value >= 1, f"training.{name}", value, "at least 1")
+    if training.trains:
+        _check_pattern(asked)
     _require(pmp.prompts >= 0, "pmp.prompts", pmp.prompts, "at least 0")
     _require(not pmp.prompts or asked.data.path is None, "pmp.prompts", pmp.prompts, "left out beside --data.path")
     _require(not pmp.prompts or asked.model is None, "pmp.prompts", pmp.prompts, "left out beside --model")
