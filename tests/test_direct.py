@@ -8,6 +8,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -298,18 +299,23 @@ def test_a_batch_holds_no_more_rows_than_there_are_and_what_is_in_none_is_counte
         planned(5, micro_batches=8)
 
 
-def test_rounds_on_the_bandit_share_the_pairs_that_one_pass_has():
-    seen, drawn = [], bandit_study.drawn
-
-    def watched(*args, n):
-        seen.append(n)
-        return drawn(*args, n=n)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bandit_study, "drawn", watched)
-        world = bandit_study.member(0)
-        jax.eval_shape(lambda w: bandit_study.by_rounds(w, w.rewards_SA, 0.1, n=20, rounds=3), world)
-    assert seen == [6, 6, 6]
+def test_rounds_of_the_study_are_as_strong_as_one_pass_on_no_more_pairs(monkeypatch):
+    asked = dpo_vs_ppo.parse(["--rounds", "2", "--seeds", "2", "--betas", "0.1"])
+    trained, iterated = [], []
+    prompts = type("Prompts", (list,), {"take": lambda self, n: self[:n]})(range(90))
+    job: Any = SimpleNamespace(task=SimpleNamespace(prompt_width=P, rl_prompts=prompts))
+    trainer = SimpleNamespace(train=lambda *_, **how: trained.append(how))
+    monkeypatch.setattr(dpo_vs_ppo.cells, "prepare", lambda job: cells.Prepared(*"sdr"))
+    monkeypatch.setattr(dpo_vs_ppo.comparisons, "gather", lambda *_: ([ranked(B=6)], None, {}))
+    for name in ("pretrain", "train_reward_model", "normalised"):
+        monkeypatch.setattr(dpo_vs_ppo.stages, name, lambda *_, **__: None)
+    monkeypatch.setattr(direct, "make_trainer", lambda *_: trainer)
+    monkeypatch.setattr(direct, "iterate", lambda *given, **how: iterated.append((given[3], how)) or (None, []))
+    wanted, folder = [("DPO", (0.1,)), ("iterated DPO", (0.1,))], SimpleNamespace(path=None)
+    _, made, learnt = dpo_vs_ppo._policies(job, asked, folder, wanted)  # pyright: ignore
+    assert len(made) == 4 and learnt["own"] == len(iterated[0][0]) == learnt["prompts of rounds"] < 90
+    assert [how["asked"].beta for _, how in iterated] == [0.2, 0.2] and trained[0]["asked"].beta == 0.1
+    assert {how["kept"] for how in trained} == {"own-sft_mix"}, "seeds share the reference's file"
 
 
 @pytest.mark.parametrize("kind", [direct.Direct, experiment.DPO, dpo_vs_ppo.Study])

@@ -14,7 +14,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 
-from pipeline import three_actions  # noqa: E402
+from pipeline import bandit_study, three_actions  # noqa: E402
 
 from rlhf_jax import lm, parallel  # noqa: E402
 from rlhf_jax.simulation import bandit  # noqa: E402
@@ -127,3 +127,17 @@ def test_training_puts_it_there_with_dpo_and_not_with_ppo():
     policy = three_actions.by_ppo()
     assert policy[2] < 1e-3 and policy[0] > 0.9
     assert three_actions.loss(policy, beta=0.1) > loss, "nor is it DPO's loss that PPO lowers"
+
+
+def test_rounds_on_the_bandit_share_the_pairs_that_one_pass_has():
+    seen, drawn = [], bandit_study.drawn
+
+    def watched(*args, n):
+        seen.append(n)
+        return drawn(*args, n=n)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bandit_study, "drawn", watched)
+        world = bandit_study.member(0)
+        jax.eval_shape(lambda w: bandit_study.by_rounds(w, w.rewards_SA, 0.1, n=20, rounds=3), world)
+    assert seen == [6, 6, 6]
