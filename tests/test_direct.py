@@ -290,7 +290,8 @@ def test_settings_that_are_read_are_taken():
 
 def test_a_batch_holds_no_more_rows_than_there_are_and_what_is_in_none_is_counted():
     def planned(pairs, **changes):
-        return tuple(direct.plan(direct.Direct(**({"batch": 8} | changes)), pairs))
+        how: dict[str, Any] = {"batch": 8} | changes
+        return tuple(direct.plan(direct.Direct(**how), pairs))
 
     assert planned(20) == (8, 2, 4) and planned(20, epochs=2) == (8, 5, 0)
     assert planned(5) == (5, 1, 0) and planned(5, micro_batches=2) == (4, 1, 1)

@@ -139,5 +139,5 @@ def test_rounds_on_the_bandit_share_the_pairs_that_one_pass_has():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bandit_study, "drawn", watched)
         world = bandit_study.member(0)
-        jax.eval_shape(lambda w: bandit_study.by_rounds(w, w.rewards_SA, 0.1, n=20, rounds=3), world)
+        jax.eval_shape(lambda w: bandit_study.by_rounds(w, w.rewards_SA, jnp.float32(0.1), n=20, rounds=3), world)
     assert seen == [6, 6, 6]

@@ -22,9 +22,9 @@ NAMES = {"reward_model": "reward model", "tfidf": "TF-IDF regression", "shorter"
 TOGETHER = "reward model + TF-IDF"
 
 
-def over_groups(values_N: np.ndarray, group_N: np.ndarray) -> list[float]:
+def over_groups(values_N: np.ndarray, group_N: np.ndarray, *, rate: bool) -> list[float]:
     """Mean and 95 % interval of a number of each pair, pairs of one conversation standing or falling together."""
-    return list(diagnostics.ratio_interval(np.bincount(group_N, weights=values_N), np.bincount(group_N)))
+    return list(diagnostics.ratio_interval(np.bincount(group_N, weights=values_N), np.bincount(group_N), rate=rate))
 
 
 def facts(lead: np.ndarray, group_N: np.ndarray) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def facts(lead: np.ndarray, group_N: np.ndarray) -> dict[str, Any]:
     curve = diagnostics.calibration_curve(lead, zeros, bins=10)
     slope = diagnostics.calibration_slope(lead, zeros) if lead.any() else (float("nan"),) * 3
     return {
-        "accuracy": over_groups(diagnostics.win_outcomes(lead, zeros), group_N),
+        "accuracy": over_groups(diagnostics.win_outcomes(lead, zeros), group_N, rate=True),
         "log_loss": float(np.logaddexp(0.0, -lead).mean()),
         "calibration": {
             "bins": [dict(zip(curve._fields, map(float, each))) for each in zip(*curve)],
@@ -82,13 +82,15 @@ def summary(pairs: Sequence[dialogues.Comparison], found: Sequence[Mapping[str, 
         for test, fold in zip(where, found):
             leads[method][test] = fold[method]
     outcome = {m: diagnostics.win_outcomes(lead, np.zeros(len(lead))) for m, lead in leads.items()}
-    differences = {m: over_groups(outcome["reward_model"] - outcome[m], group_N) for m in ("tfidf", "shorter")}
+    differences = {
+        m: over_groups(outcome["reward_model"] - outcome[m], group_N, rate=False) for m in ("tfidf", "shorter")
+    }
     # Both claim log odds: their sum shows whether one knows what the other does not.
     together = leads["reward_model"] + leads["tfidf"]
     gain = diagnostics.win_outcomes(together, np.zeros(len(together))) - outcome["tfidf"]
     members = np.concatenate([np.asarray(fold["members"]) for fold in found], axis=1).ravel()
     methods: dict[str, Any] = {m: facts(leads[m], group_N) for m in ("reward_model", "tfidf")}
-    methods["shorter"] = {"accuracy": over_groups(outcome["shorter"], group_N)}
+    methods["shorter"] = {"accuracy": over_groups(outcome["shorter"], group_N, rate=True)}
     sizes = np.array([len(test) for test in where])
     return {
         "pairs": len(pairs),
@@ -99,7 +101,7 @@ def summary(pairs: Sequence[dialogues.Comparison], found: Sequence[Mapping[str, 
         ],
         "methods": methods,
         "difference": differences,
-        "together": facts(together, group_N) | {"over_tfidf": over_groups(gain, group_N)},
+        "together": facts(together, group_N) | {"over_tfidf": over_groups(gain, group_N, rate=False)},
         "single_member_accuracy": float(diagnostics.win_outcomes(members, np.zeros(len(members))).mean()),
         "train_accuracy": float(np.average([fold["train_accuracy"] for fold in found], weights=len(pairs) - sizes)),
         "agreement_with_tfidf": float(np.mean(outcome["reward_model"] == outcome["tfidf"])),
