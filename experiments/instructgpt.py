@@ -1,6 +1,6 @@
 """InstructGPT's recipe from nothing to PPO-ptx, with a table and a report (Ouyang et al. 2022).
 
-    python experiments/instructgpt.py                            about 5 minutes on two CPU cores, 2 GB
+    python experiments/instructgpt.py                            under 5 minutes on two CPU cores, 2 GB
     python experiments/instructgpt.py --preset smoke             all of it in about a minute, too short to learn much
     python experiments/instructgpt.py --data.path FILE.jsonl.gz  the same on human comparisons in Anthropic's format
     python experiments/instructgpt.py --model PATH               the same from a model you have, in Hugging Face form
@@ -11,7 +11,7 @@ reward model; PPO and PPO-ptx; evaluation on held-out prompts. Everything is wri
 report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/, policy/ and reward_model/ (Hugging Face form).
 
 To expect of the default preset: a reward model that ranks 67 to 70 % of held-out pairs as their labelers did; PPO and
-PPO-ptx that beat SFT on 70 to 78 % of held-out prompts at a KL of 2 to 3 nats, close to best-of-16 or above it; an
+PPO-ptx that beat SFT on 73 to 79 % of held-out prompts at a KL of 2 to 3 nats, close to best-of-16 or above it; an
 alignment tax on PPO and none on PPO-ptx.
 """
 
