@@ -214,7 +214,7 @@ def test_bfloat16_models_give_float32_results_in_parts_as_at_once(monkeypatch):
     "shape, tied",
     [
         ((1, 2048), True),
-        ((8, 256), False),
+        pytest.param((8, 256), False, marks=pytest.mark.slow),
         pytest.param((1, 2048), False, marks=pytest.mark.slow),
         pytest.param((8, 256), True, marks=pytest.mark.slow),
         pytest.param((512, 4), True, marks=pytest.mark.slow),

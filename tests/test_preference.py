@@ -109,7 +109,9 @@ WITHOUT_REFERENCE = ("orpo", "simpo", "soft-simpo")
 def compiled(name):
     def total(policy, reference, lengths, good, targets, baseline):
         theirs = None if name in WITHOUT_REFERENCE else reference
-        scored = objectives.Scored(policy, theirs, lengths, good, targets, baseline)
+        # Each gets the labels that it reads; others are refused.
+        marks, soft = (good if name == "kto" else None), (targets if name.startswith("soft") else None)
+        scored = objectives.Scored(policy, theirs, lengths, marks, soft, baseline)
         losses_B, _ = OBJECTIVES[name](scored, HYPER)
         return losses_B.sum(), losses_B
 
