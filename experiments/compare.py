@@ -90,9 +90,7 @@ def run(asked: Compare) -> dict[str, Any]:
         with ahead.compiling(job, {cell.name: jobs[cell.settings] for cell in every}):
             shared = cells.prepare(job)
             for cell in every:
-                job.progress.start(cell.name, cell.settings.iterations)
                 cells.train(job, shared, cell, step=jobs[cell.settings].ppo_step)
-                job.progress.finish(cell.name)
         if "expert-iteration" in asked.methods:
             curves["expert-iteration"] = _expert(job, shared, asked)
         if "best-of-n" in asked.methods:

@@ -288,9 +288,7 @@ def _policies(
                     policy = trainer.train(shared.start, pairs[which], name=name, seed=seed, asked=numbers, kept=kept)
                 else:
                     cell = cells.Cell(name, dataclasses.replace(asked.ppo, kl_coef=coef), seed)
-                    job.progress.start(name, asked.ppo.iterations)
                     policy = cells.train(job, others if SHIFTED in method else shared, cell, step=job.ppo_step)
-                    job.progress.finish(name)
                 made[method, coef, seed] = policy
     return shared, made, learnt
 

@@ -75,11 +75,7 @@ def run(asked: Sweep) -> dict[str, Any]:
         if together:
             policies = cells.train_together(job, shared, wanted)
         else:
-            policies = []
-            for cell in wanted:
-                job.progress.start(cell.name, cell.settings.iterations)
-                policies.append(cells.train(job, shared, cell, step=job.ppo_step))
-                job.progress.finish(cell.name)
+            policies = [cells.train(job, shared, cell, step=job.ppo_step) for cell in wanted]
         job.progress.start("evaluate", len(wanted))
         against = cells.answers(job, shared, job.task.eval_prompts, shared.sft, seed=0)
         found = []

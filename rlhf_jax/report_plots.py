@@ -234,14 +234,8 @@ def calibration(results: Mapping[str, Any]) -> str | None:
         top.legend(loc="lower right")
         known = [(g, c.mean) for g, c in zip(gap, counts) if c is not None]
         bottom.vlines([g for g, _ in known], 0, [c for _, c in known], color=color("rule"), linewidth=7)
-        for g, c in known:
-            bottom.annotate(
-                f"{c:.0f}", (g, c), (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=7
-            )
-        bottom.set_ylim(0, 1.35 * max([c for _, c in known], default=1.0))
-        bottom.set_yticks([])
-        bottom.spines["left"].set_visible(False)
-        bottom.set_ylabel("Count")
+        most = max([c for _, c in known], default=1.0)
+        bottom.set(ylim=(0, 1.1 * most), yticks=[0, most], ylabel="Pairs")
         bottom.set_xlabel("Gap between the two scores (reward-model units, log odds)")
         bottom.set_xlim(low - 0.02 * high, high)
     return out[0]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import diagnostics, parallel, types
-from rlhf_jax.train import loop, ppo
+from rlhf_jax.train import ppo
 
 from . import comparisons, methods, sampling, stages
 from .settings import PPO
@@ -61,19 +61,16 @@ def train(job: stages.Job, shared: Prepared, cell: Cell, *, step: parallel.JitSt
     """
     own = with_settings(job, cell.settings)
     batch_at, hyper_at = stages.ppo_inputs(own, "ppo", ptx_coef=cell.ptx_coef)
-    with job.checkpoints(cell.name) as checkpoints:
-        state = loop.fit(
-            step or own.ppo_step,
-            own.new_policy(shared.start, shared.reward),
-            steps=cell.settings.iterations,
-            batch_at=batch_at,
-            hyper_at=hyper_at,
-            rng=jax.random.fold_in(job.key("ppo"), cell.seed),
-            frozen=shared.frozen,
-            stage=cell.name,
-            log=job.log,
-            checkpoints=checkpoints,
-        )
+    state = job.fit(
+        cell.name,
+        step or own.ppo_step,
+        own.new_policy(shared.start, shared.reward),
+        cell.settings.iterations,
+        batch_at=batch_at,
+        hyper_at=hyper_at,
+        rng=jax.random.fold_in(job.key("ppo"), cell.seed),
+        frozen=shared.frozen,
+    )
     return state.ema
 
 

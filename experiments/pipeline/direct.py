@@ -253,22 +253,15 @@ class Trainer:
             warm = schedules.constant_with_warmup(i, steps, warmup=max(1, steps // 10))
             return peak * warm * schedules.cosine(i, steps)
 
-        job.progress.start(name, steps)
-        with job.checkpoints(name) as checkpoints:
-            state = loop.fit(
-                self.train_step,
-                state_lib.create(start, job.ppo_tx),
-                steps=steps,
-                batch_at=lambda i: jax.tree.map(lambda x: jnp.asarray(x[order[i]]), data),
-                hyper_at=lambda i: numbers(asked, rate=rate(i)),
-                rng=key,
-                stage=name,
-                log=job.log,
-                checkpoints=checkpoints,
-                save_every=max(1, -(-steps // job.settings.saves)),
-                progress=job.progress.update,
-            )
-        job.progress.finish(name)
+        state = job.fit(
+            name,
+            self.train_step,
+            state_lib.create(start, job.ppo_tx),
+            steps,
+            batch_at=lambda i: jax.tree.map(lambda x: jnp.asarray(x[order[i]]), data),
+            hyper_at=lambda i: numbers(asked, rate=rate(i)),
+            rng=key,
+        )
         return state.params
 
     def accuracy(self, policy: types.Params, against: types.Params, held: pairs_lib.Pairs) -> list[float]:

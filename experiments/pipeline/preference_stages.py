@@ -15,7 +15,7 @@ from rlhf_jax import lm, losses, parallel, types
 from rlhf_jax.data import batching, chat, tokenizers
 from rlhf_jax.data import comparisons as comparisons_lib
 from rlhf_jax.simulation import labelers
-from rlhf_jax.train import loop, partition, reward_model, schedules
+from rlhf_jax.train import partition, reward_model, schedules
 from rlhf_jax.train import state as state_lib
 from rlhf_jax.train import step as step_lib
 
@@ -99,23 +99,16 @@ def _fit(
             raise SettingError(f"--training.trains: {error}") from error
         join = partition.join
     step = parallel.jit_step(reward_model.make_train_step(partial(lm.score, cfg=cfg), loss=loss, join=join))
-    job.progress.start(stage, steps)
-    with job.checkpoints(stage) as checkpoints:
-        state = loop.fit(
-            step,
-            state_lib.create(own, job.supervised_tx),
-            steps=steps,
-            rng=key,
-            frozen=frozen,
-            stage=stage,
-            log=job.log,
-            checkpoints=checkpoints,
-            save_every=max(1, -(-steps // job.settings.saves)),
-            progress=job.progress.update,
-            batch_at=lambda i: jax.tree.map(lambda x: jnp.asarray(x[order[i]]), data),
-            hyper_at=lambda i: stages.hyper(learning_rate * schedules.cosine(i, steps)),
-        )
-    job.progress.finish(stage)
+    state = job.fit(
+        stage,
+        step,
+        state_lib.create(own, job.supervised_tx),
+        steps,
+        batch_at=lambda i: jax.tree.map(lambda x: jnp.asarray(x[order[i]]), data),
+        hyper_at=lambda i: stages.hyper(learning_rate * schedules.cosine(i, steps)),
+        rng=key,
+        frozen=frozen,
+    )
     return join(frozen, state.params)
 
 

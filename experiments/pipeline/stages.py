@@ -100,19 +100,19 @@ class Job:
         return {name: max(step.traces, 1) for name, step in steps.items()} | {"sampling": self.sampler.traces}
 
     def fit(self, stage: str, train_step: parallel.JitStep, state: Any, steps: int, **how: Any) -> Any:
-        """Run one stage's loop with the run's log (or another), progress and checkpoints."""
+        """Run one stage's loop with the run's log, the stage's key (or others), progress and checkpoints."""
+        how = {"log": self.log} | ({} if "rng" in how else {"rng": self.key(stage)}) | how
         self.progress.start(stage, steps)
         with self.checkpoints(stage) as checkpoints:
             state = loop.fit(
                 train_step,
                 state,
                 steps=steps,
-                rng=self.key(stage),
                 stage=stage,
                 checkpoints=checkpoints,
                 save_every=max(1, -(-steps // self.settings.saves)),
                 progress=self.progress.update,
-                **{"log": self.log, **how},
+                **how,
             )
         self.progress.finish(stage)
         return state
