@@ -1,13 +1,212 @@
-"""Where steps are compiled."""
+"""Devices: the mesh, what lies where on it, and where steps are compiled.
+
+A mesh has four axes. ``data`` and ``fsdp`` share the rows of a batch; over ``fsdp`` the parameters and the optimiser's
+state are spread too, and gathered a layer at a time; ``tensor`` spreads heads, MLP and vocabulary; ``sequence`` the
+columns of long rows. Nobody names a device: parameters and activations have *logical* axes (`lm.logical_axes`), and
+``RULES`` says on which axes of the mesh each of them lies::
+
+    mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
+    where = parallel.shardings(jax.eval_shape(make), mesh, lm.logical_axes(cfg))
+    state = jax.jit(make, out_shardings=where)()             # born spread out, never whole on one device
+    step = parallel.jit_step(sft.make_train_step(...), mesh=mesh)
+    state, metrics = step(state, None, hyper, batch, rng)    # batch: NumPy arrays, this host's rows
+"""
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor", "sequence")
+"""Of every mesh, the slowest first: devices that stand next to each other share ``tensor`` and ``sequence``."""
+
+ROWS = ("data", "fsdp")
+"""The axes over which the rows of a batch are spread."""
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+RULES: Rules = {
+    # of parameters
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head": None,
+    "mlp": "tensor",
+    "score": None,
+    "rank": None,
+    # of activations; a vocabulary, heads and an MLP's inside lie as in the parameters
+    "batch": ROWS,
+    "length": "sequence",
+}
+"""Logical axis -> axis or axes of the mesh, or None for one that is whole on every device."""
+
+
+class MeshError(ValueError):
+    """A mesh, a rule or a batch that do not go together; the message says which and why."""
+
+
+def make_mesh(
+    *, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh of ``devices`` (all there are by default) with the axes `AXES`.
+
+    Args:
+        data: Copies of the model, each with rows of its own; -1 for as many as the other axes leave devices for.
+        fsdp: Over how many devices parameters and optimiser state are spread; rows too.
+        tensor: Over how many heads, MLP and vocabulary are.
+        sequence: Over how many the columns of a row are.
+        devices: In the order in which they are next to each other; `jax.devices` of a topology that is not there, too.
+
+    Raises:
+        MeshError: The sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": sequence}
+    for name, size in sizes.items():
+        if size < 1 and not (name == "data" and size == -1):
+            raise MeshError(f"the mesh's axis {name} is {size}; it must be at least 1" + " (or -1)" * (name == "data"))
+    others = fsdp * tensor * sequence
+    if data == -1 and len(devices) % others == 0:
+        sizes["data"] = len(devices) // others
+    if math.prod(sizes.values()) != len(devices):
+        asked = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise MeshError(f"a mesh of {asked} does not fit {len(devices)} devices")
+    auto = (AxisType.Auto,) * len(AXES)
+    shape = tuple(sizes.values())
+    # Given devices may be those of a described topology, which only jax.make_mesh lays out by their wiring.
+    return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+
+
+def spec(
+    axes: Sequence[str | None], mesh: Mesh | Any, *, shape: Sequence[int] | None = None, rules: Rules = RULES
+) -> PartitionSpec:
+    """How an array with these logical axes lies on ``mesh``.
+
+    A dimension of ``shape`` that its axes of the mesh do not divide is whole on every device; of two dimensions that
+    would lie on the same axis, the first does.
+
+    Raises:
+        MeshError: An axis has no rule, or its rule names no axis of the mesh.
+    """
+    taken: set[str] = set()
+    entries: list[Any] = []
+    for i, name in enumerate(axes):
+        if name is None:
+            entries.append(None)
+            continue
+        if name not in rules:
+            raise MeshError(f"there is no sharding rule for the axis {name!r}; there are rules for {', '.join(rules)}")
+        rule = rules[name]
+        wanted = () if rule is None else (rule,) if isinstance(rule, str) else tuple(rule)
+        for axis in wanted:
+            if axis not in mesh.axis_names:
+                raise MeshError(
+                    f"the sharding rule {name} = {axis} names no axis of the mesh; it has {', '.join(mesh.axis_names)}"
+                )
+        free = tuple(axis for axis in wanted if axis not in taken and mesh.shape[axis] > 1)
+        parts = math.prod(mesh.shape[axis] for axis in free)
+        if shape is not None and shape[i] % parts:
+            free = ()
+        taken |= set(free)
+        entries.append(free if len(free) > 1 else free[0] if free else None)
+    return PartitionSpec(*entries)
+
+
+def shardings(tree: Any, mesh: Mesh, axes: Mapping[str, Any], *, rules: Rules = RULES) -> Any:
+    """The same tree with a sharding in the place of each array: parameters as `RULES` say, all else whole everywhere.
+
+    What belongs to a parameter is known by the end of its path: ``params/policy/layers/q/kernel``, its moments in the
+    optimiser's state and an average of it all lie as ``layers/q/kernel`` does.
+
+    Args:
+        tree: Arrays, or their shapes (`jax.eval_shape`); a ``TrainState``, parameters, or a dict of several models.
+        axes: What `lm.logical_axes` gives, or a nested dict like it.
+    """
+    named = {tuple(path): names for path, names in _paths(axes)}
+    longest = max(len(path) for path in named)
+
+    def of(path: Any, leaf: Any) -> NamedSharding:
+        keys = [_key(entry) for entry in path]
+        for length in range(min(longest, len(keys)), 0, -1):
+            names = named.get(tuple(keys[-length:]))
+            if names is not None and len(names) == len(leaf.shape):
+                return NamedSharding(mesh, spec(names, mesh, shape=leaf.shape, rules=rules))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def batch_shardings(batch: Any, mesh: Mesh) -> Any:
+    """The sharding of each ``[B, ...]`` array of a batch, rows over `ROWS`; scalars are whole everywhere."""
+    rows = NamedSharding(mesh, PartitionSpec(ROWS))
+    return jax.tree.map(lambda x: rows if np.ndim(x) else NamedSharding(mesh, PartitionSpec()), batch)
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """This host's rows of a batch as global arrays, spread over the mesh.
+
+    Raises:
+        MeshError: The rows do not divide over the devices.
+    """
+    parts = math.prod(mesh.shape[axis] for axis in ROWS)
+    local = max(1, parts // jax.process_count())
+
+    def put(path: Any, x: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return x
+        if np.ndim(x) and x.shape[0] % local:
+            name = jax.tree_util.keystr(path)
+            raise MeshError(
+                f"a batch of {x.shape[0]} rows{f' on this host ({name})' if name else ''} does not divide over "
+                f"{local} devices (data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']})"
+            )
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+    return jax.tree_util.tree_map_with_path(put, batch, batch_shardings(batch, mesh))
+
+
+def put(tree: Any, where: Any) -> Any:
+    """Arrays that every host holds whole, spread out as ``where`` says (`shardings`)."""
+    return jax.tree.map(jax.device_put, tree, where)
+
+
+def whole(tree: Any, mesh: Mesh) -> Any:
+    """Arrays that every host holds, whole on every device of the mesh."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """``x`` with its logical axes pinned to the mesh of the step that is being compiled; ``x`` where there is none.
+
+    Without it the compiler may spread activations as it spread the weights they meet, and move rows between devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes or not set(AXES) <= set(mesh.axis_names):
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, mesh, shape=x.shape))
+
+
+def _paths(axes: Any, before: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    if not isinstance(axes, Mapping):
+        return [(before, tuple(axes))]
+    return [found for name, node in axes.items() for found in _paths(node, (*before, str(name)))]
+
+
+def _key(entry: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
 
 
 class JitStep:
@@ -17,9 +216,12 @@ class JitStep:
     grows where a hyperparameter became static or a batch changed its width, and each time means compiling again.
     """
 
-    def __init__(self, train_step: Callable[..., Any], *, donate_argnums: tuple[int, ...] = (0,)) -> None:
+    def __init__(
+        self, train_step: Callable[..., Any], *, donate_argnums: tuple[int, ...] = (0,), mesh: Mesh | None = None
+    ) -> None:
         """Wrap; nothing is compiled yet."""
         self.traces = 0
+        self.mesh = mesh
         self._ahead: concurrent.futures.Future | None = None
 
         @functools.wraps(train_step)
@@ -27,7 +229,8 @@ class JitStep:
             self.traces += 1
             return train_step(*args)
 
-        self._step = jax.jit(counted, donate_argnums=donate_argnums)
+        self._jit = functools.partial(jax.jit, counted, donate_argnums=donate_argnums)
+        self._step = self._jit() if mesh is None else None
 
     def __call__(self, *args: Any) -> Any:
         """Run the step; the donated arguments are gone afterwards."""
@@ -36,7 +239,13 @@ class JitStep:
             if not self._ahead.cancel():
                 concurrent.futures.wait([self._ahead])
             self._ahead = None
-        return self._step(*args)
+        if self.mesh is None:
+            return self._compiled(args)(*args)
+        state, frozen, hyper, batch, rng = args
+        batch = put_batch(batch, self.mesh)
+        hyper, rng = whole(hyper, self.mesh), whole(rng, self.mesh)
+        with jax.set_mesh(self.mesh):
+            return self._compiled(args)(state, frozen, hyper, batch, rng)
 
     def compile_ahead(self, executor: concurrent.futures.Executor, *args: Any) -> None:
         """Compile in a thread of ``executor`` for arguments like these, arrays or their shapes; returns at once.
@@ -46,17 +255,28 @@ class JitStep:
         """
         shapes = jax.eval_shape(lambda *same: same, *args)  # with weak types, which a call is matched by too
         # What goes wrong here goes wrong again in the call, which raises it.
-        self._ahead = executor.submit(lambda: self._step.lower(*shapes).compile())
+        self._ahead = executor.submit(lambda: self.lower(*shapes).compile())
 
     def lower(self, *args: Any) -> jax.stages.Lowered:
         """As ``jax.jit(step).lower``: for cost and memory analysis, and for compiling ahead of time."""
-        return self._step.lower(*args)
+        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            return self._compiled(args).lower(*args)
+
+    def _compiled(self, args: tuple[Any, ...]) -> Any:
+        if self._step is None:
+            # The new state lies as the old one did, whatever the compiler would like better: what comes out is what
+            # goes in next time.
+            self._step = self._jit(out_shardings=(jax.tree.map(lambda x: x.sharding, args[0]), None))
+        return self._step
 
 
-def jit_step(train_step: Callable[..., Any]) -> JitStep:
+def jit_step(train_step: Callable[..., Any], *, mesh: Mesh | None = None) -> JitStep:
     """Compile ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)``, donating the state.
 
     A donated state's buffers are reused for the new one: the caller must not touch the old one again, and no two
     states may share arrays (`train.state.create` copies for this reason).
+
+    On a ``mesh``, state and frozen models lie where the caller put them (`shardings`), the batch is this host's rows,
+    and one program runs on all devices: sums over rows are sums over all of them, so every loss is right as it is.
     """
-    return JitStep(train_step)
+    return JitStep(train_step, mesh=mesh)

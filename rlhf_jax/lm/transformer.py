@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rlhf_jax import types
+from rlhf_jax import parallel, types
 from rlhf_jax.lm import attention, config, rotary
 from rlhf_jax.lm import cache as kv_cache
 
@@ -94,6 +94,7 @@ def logits(params: types.Params, hidden_BLD: jax.Array, *, cfg: config.LMConfig)
     else:
         kernel_DV = params["unembed"]["kernel"]
     scores = _matmul(hidden_BLD, kernel_DV.astype(cfg.compute_dtype), out=jnp.float32)
+    scores = parallel.constrain(scores, "batch", *["length"] * (scores.ndim - 2), "vocab")
     return attention.soft_cap(scores, cfg.final_softcap)
 
 
@@ -240,14 +241,15 @@ def _layer(
     attended_BLD, memory = _attention(weights, _norm(weights["attn_norm"], x_BLD, cfg), rotation, mix, cfg, pick)
     x_BLD = x_BLD if pick is None else pick(x_BLD, 1)
     if cfg.parallel_residual:
-        return x_BLD + attended_BLD + _mlp(weights, _norm(weights["mlp_norm"], x_BLD, cfg), cfg), memory
+        inner_BLD = _mlp(weights, _norm(weights["mlp_norm"], x_BLD, cfg), cfg)
+        return _row(x_BLD + attended_BLD + inner_BLD), memory
     if cfg.post_norms:
         attended_BLD = _norm(weights["attn_post_norm"], attended_BLD, cfg)
-    x_BLD = x_BLD + attended_BLD
+    x_BLD = _row(x_BLD + attended_BLD)
     inner_BLD = _mlp(weights, _norm(weights["mlp_norm"], x_BLD, cfg), cfg)
     if cfg.post_norms:
         inner_BLD = _norm(weights["mlp_post_norm"], inner_BLD, cfg)
-    return x_BLD + inner_BLD, memory
+    return _row(x_BLD + inner_BLD), memory
 
 
 def _attention(
@@ -265,6 +267,9 @@ def _attention(
     if rotation is not None:
         turned = rotation if pick is None else (pick(rotation[0], 2), pick(rotation[1], 2))
         queries, keys = rotary.turn(queries, turned), rotary.turn(keys, rotation)
+    queries = parallel.constrain(queries, "batch", "heads", "length", None)
+    # Whole rows of keys and values, since every query may look at all of them.
+    keys, values = (parallel.constrain(x, "batch", "kv_heads", None, None) for x in (keys, values))
     mixed_BHLC, memory = mix(queries, keys, values)
     D, H, C = x_BLD.shape[-1], cfg.n_heads, cfg.d_head
     mixed_BLO = jnp.swapaxes(mixed_BHLC, 1, 2).reshape(*asking_BLD.shape[:-1], H * C)
@@ -285,7 +290,12 @@ def _mlp(weights: Weights, x_BLD: jax.Array, cfg: config.LMConfig) -> jax.Array:
         inner_BLF = _gated(_dense(weights["gate"], x_BLD), _dense(weights["up"], x_BLD), cfg)
     else:
         inner_BLF = _activated(_dense(weights["up"], x_BLD), cfg)
-    return _dense(weights["down"], inner_BLF)
+    return _dense(weights["down"], parallel.constrain(inner_BLF, "batch", "length", "mlp"))
+
+
+def _row(x_BLD: jax.Array) -> jax.Array:
+    """The residual stream as it lies on the devices: rows and columns spread, features whole."""
+    return parallel.constrain(x_BLD, "batch", "length", None)
 
 
 def _dense(dense: Weights, x_BLI: jax.Array) -> jax.Array:
@@ -344,7 +354,8 @@ def _embed(
     params: types.Params, tokens_BL: jax.Array, mask_BL: jax.Array, positions_BL: jax.Array, cfg: config.LMConfig
 ) -> jax.Array:
     # Whatever id stands at padding, a valid one is looked up: an id outside the vocabulary would read NaN.
-    x_BLD = params["embed"]["tokens"][jnp.where(mask_BL, tokens_BL, 0)]
+    table_VD = parallel.constrain(params["embed"]["tokens"], "vocab", None)
+    x_BLD = _row(table_VD[jnp.where(mask_BL, tokens_BL, 0)])
     if cfg.positions == "learned":
         x_BLD = x_BLD + params["embed"]["positions"][positions_BL + cfg.position_offset]
     x_BLD = x_BLD.astype(cfg.compute_dtype)
