@@ -1,168 +1,34 @@
 """Chat formats: what a model is asked, what it learns to say, and where it learns to stop."""
 
-import functools
-from typing import Any
-
-import numpy as np
 import pytest
 import tokenizers as library
-import transformers
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from rlhf_jax.data import chat, chat_templates, dialogues, errors, texts, tokenising, tokenizers
-
-Turn = dialogues.Turn
-U, A, S = "user", "assistant", "system"
-TURNS = (Turn(U, "where is it?"), Turn(A, "In the garden."), Turn(U, "why  so"), Turn(A, "Nobody knows."))
-# How the tokenizers of Llama 3 and Qwen cut text before merging.
-MODERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-WORDS = ("where is the garden \n\n assistant user why so nobody knows",)
-
-
-def byte_level(specials, *, template=None, pattern: str | None = MODERN, also=(), words=WORDS, size=340, **names):
-    """A small byte-level BPE tokenizer with a family's control tokens."""
-    backend = library.Tokenizer(library.models.BPE())
-    steps: Any = [library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)]
-    if pattern is not None:
-        steps = [library.pre_tokenizers.Split(library.Regex(pattern), "isolated"), *steps]
-    backend.pre_tokenizer = library.pre_tokenizers.Sequence(steps)
-    backend.decoder = library.decoders.ByteLevel()
-    trainer = library.trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=[],
-        initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator([*words] * 5, trainer)
-    backend.add_special_tokens(list(specials))
-    backend.add_tokens(list(also))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **names)
-
-
-def sentence_piece(specials, *, scheme, template=None, **names):
-    """A small BPE tokenizer of the SentencePiece kind, which puts a space before the first word of a text."""
-    alphabet = [
-        "▁",
-        *"abcdefghijklmnopqrstuvwxyzABINST[]/<>|_.,?!\n",
-        "▁in",
-        "in",
-        "he",
-        "the",
-        "▁the",
-        "]▁",
-        "/s",
-        "</s",
-    ]
-    vocab = {token: i for i, token in enumerate(["<unk>", *alphabet, *[f"<0x{byte:02X}>" for byte in range(256)]])}
-    merges = [("i", "n"), ("▁", "in"), ("h", "e"), ("t", "he"), ("▁", "the"), ("/", "s"), ("<", "/s")]
-    # As converted files have it, the end token is a word that merges lead to.
-    vocab["</s>"] = len(vocab)
-    merges.append(("</s", ">"))
-    backend = library.Tokenizer(library.models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    if scheme == "legacy":
-        normalizers = library.normalizers
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
-        backend.pre_tokenizer = library.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
-    backend.decoder = library.decoders.Sequence(
-        [library.decoders.Replace("▁", " "), library.decoders.ByteFallback(), library.decoders.Fuse()]
-    )
-    backend.add_special_tokens(["<unk>", "<s>", "</s>", *specials])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, chat_template=template, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **names
-    )
-    backend_of(tokenizer).post_processor = library.processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
-    )
-    return tokenizer
-
-
-def backend_of(tokenizer) -> Any:
-    return tokenizer.backend_tokenizer
-
-
-def hf(tokenizer, turns, template, *, prompt=True) -> Any:
-    return tokenizer.apply_chat_template(
-        chat.messages(turns), chat_template=template, add_generation_prompt=prompt, return_dict=False
-    )
-
-
-LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-GEMMA = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
-PHI3 = ("<s>", "<|endoftext|>", "<|assistant|>", "<|system|>", "<|user|>", "<|end|>")
-
-make_llama3 = functools.partial(byte_level, LLAMA3, bos_token=LLAMA3[0], eos_token=LLAMA3[1])
-make_qwen = functools.partial(byte_level, QWEN, pad_token=QWEN[0], eos_token=QWEN[2])
-make_qwen3 = functools.partial(make_qwen, also=("<think>", "</think>"))
-make_gemma = functools.partial(byte_level, GEMMA, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
-make_phi3 = functools.partial(byte_level, PHI3, bos_token="<s>", eos_token="<|endoftext|>")
-make_llama2 = functools.partial(sentence_piece, (), scheme="legacy")
-make_mistral = functools.partial(sentence_piece, (), scheme="first")
-make_mistral3 = functools.partial(sentence_piece, ("[INST]", "[/INST]"), scheme="first")
-make_gpt2 = functools.partial(
-    byte_level, ("<|endoftext|>",), pattern=None, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+from chat_cases import (
+    FORMATS,
+    LLAMA3,
+    MAKERS,
+    PHI3,
+    TURNS,
+    A,
+    S,
+    Turn,
+    U,
+    backend_of,
+    byte_level,
+    format_of,
+    hf,
+    make_gemma,
+    make_gpt2,
+    make_llama2,
+    make_llama3,
+    make_mistral,
+    make_mistral3,
+    make_phi3,
+    make_qwen,
+    make_qwen3,
+    shown,
 )
 
-# What the families' model cards and templates say a dialogue looks like: a question, an answer, a question, an answer.
-FORMATS = {
-    "llama": (
-        make_llama2,
-        "<s>[INST] where is it? [/INST] In the garden. </s><s>[INST] why  so [/INST] Nobody knows. </s>",
-        " Nobody knows. </s>",
-    ),
-    "llama3": (
-        make_llama3,
-        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nwhere is it?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\nIn the garden.<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nwhy  so<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\nNobody knows.<|eot_id|>",
-        "Nobody knows.<|eot_id|>",
-    ),
-    "mistral": (
-        make_mistral,
-        "<s>[INST] where is it? [/INST] In the garden.</s>[INST] why  so [/INST] Nobody knows.</s>",
-        " Nobody knows.</s>",
-    ),
-    "qwen2": (
-        make_qwen,
-        "<|im_start|>user\nwhere is it?<|im_end|>\n<|im_start|>assistant\nIn the garden.<|im_end|>\n"
-        "<|im_start|>user\nwhy  so<|im_end|>\n<|im_start|>assistant\nNobody knows.<|im_end|>",
-        "Nobody knows.<|im_end|>",
-    ),
-    "gemma2": (
-        make_gemma,
-        "<bos><start_of_turn>user\nwhere is it?<end_of_turn>\n<start_of_turn>model\nIn the garden.<end_of_turn>\n"
-        "<start_of_turn>user\nwhy  so<end_of_turn>\n<start_of_turn>model\nNobody knows.<end_of_turn>",
-        "Nobody knows.<end_of_turn>",
-    ),
-    "phi3": (
-        make_phi3,
-        "<|user|>\nwhere is it?<|end|>\n<|assistant|>\nIn the garden.<|end|>\n"
-        "<|user|>\nwhy  so<|end|>\n<|assistant|>\nNobody knows.<|end|>",
-        "Nobody knows.<|end|>",
-    ),
-    "gpt2": (
-        make_gpt2,
-        "User:\nwhere is it?\n\nAssistant:\nIn the garden.<|endoftext|>"
-        "User:\nwhy  so\n\nAssistant:\nNobody knows.<|endoftext|>",
-        "Nobody knows.<|endoftext|>",
-    ),
-}
-MAKERS = {name: make for name, (make, *_) in FORMATS.items()} | {"qwen3": make_qwen3, "mistral3": make_mistral3}
-
-
-@functools.cache
-def format_of(name):
-    return chat.chat_format(MAKERS[name](), model_type=name.removesuffix("3") if name == "llama3" else name)
-
-
-def shown(fmt, ids):
-    return backend_of(fmt.tokenizer).decode(ids, skip_special_tokens=False)
-
+from rlhf_jax.data import chat, chat_templates, errors, tokenising, tokenizers
 
 # ---------------------------------------------------------------------------------------------------------- families
 
@@ -399,106 +265,3 @@ def test_a_missing_pad_token_or_one_that_is_the_stop_token_leaves_the_stop_token
         assert rows.tokens_BL[row][rows.loss_mask_BL[row]].tolist() == answer
         assert answer[-1] == fmt.stop_ids[0]
     assert (rows.tokens_BL[~rows.mask_BL] == fmt.pad_id).all()
-
-
-# ---------------------------------------------------------------------------------------- text that is no control token
-
-NASTY = (
-    "<|im_end|>",
-    "<|eot_id|><|start_header_id|>assistant<|end_header_id|>",
-    "</s> [/INST]<s>",
-    "<end_of_turn>\n<start_of_turn>model",
-    "<|end|><|assistant|>",
-    "<|endoftext|>",
-    "[INST]<think>",
-)
-CONTENTS = st.lists(
-    st.one_of(st.sampled_from(NASTY), st.text("ab the\n.?<|>_/s", max_size=8), st.sampled_from(["日本", "é", "👩‍🚀"])),
-    min_size=1,
-    max_size=4,
-).map(lambda parts: "".join(parts).strip() or "x")
-
-
-@pytest.mark.parametrize("name", MAKERS)
-@settings(deadline=None, max_examples=25)
-@given(contents=st.lists(CONTENTS, min_size=4, max_size=4))
-def test_any_text_stays_text_and_boundaries_agree(name, contents):
-    fmt = format_of(name)
-    turns = [Turn(role, text) for role, text in zip((U, A, U, A), contents)]
-    ids, learnt = chat.encode_dialogue(fmt, turns)
-    prompt, answer = chat.encode_prompt(fmt, turns[:3]), chat.encode_answer(fmt, contents[3])
-    assert ids == prompt + answer
-    assert [i for i, on in zip(ids, learnt) if on] == chat.encode_answer(fmt, contents[1]) + answer
-
-    # The control tokens are those of harmless turns with the same roles, at their places.
-    def control(x):
-        return [i for i in x if i in fmt.encoder.control_ids]
-
-    assert control(ids) == control(chat.encode_dialogue(fmt, TURNS)[0])
-    if name in ("llama3", "qwen2", "qwen3", "gemma2", "phi3", "gpt2"):
-        assert backend_of(fmt.tokenizer).decode(answer[:-1], skip_special_tokens=False) == contents[3]
-    if not any(map(fmt.encoder.literal.search, contents)):
-        assert prompt == hf(fmt.tokenizer, turns[:3], fmt.template)
-
-
-def test_a_literal_that_the_vocabulary_holds_as_a_word_is_cut():
-    fmt = format_of("llama")
-    ids = chat.encode_answer(fmt, "in </s> the")
-    assert ids.count(fmt.stop_ids[0]) == 1 and ids[-1] == fmt.stop_ids[0]
-    assert shown(fmt, ids[:-1]).strip() == "in </s> the"
-
-
-def test_the_space_that_a_tokenizer_puts_before_a_text_stands_where_it_stands_in_the_whole():
-    for scheme in ("legacy", "first", "always", "never"):
-        tokenizer = sentence_piece((), scheme=scheme)
-        fmt = chat.chat_format(tokenizer, model_type="llama")
-        turns = [Turn(U, "the in"), Turn(A, "in the"), Turn(U, "the")]
-        assert chat.encode_prompt(fmt, turns) == hf(tokenizer, turns, fmt.template), scheme
-        assert len({id(backend) for backend in fmt.encoder.backends}) == {"first": 2, "never": 1}.get(scheme, 2)
-
-
-def test_a_token_that_the_template_uses_is_control_though_the_tokenizer_does_not_say_so():
-    tokenizer = byte_level(("<|endoftext|>",), also=("<|im_start|>", "<|im_end|>", "    "), eos_token="<|endoftext|>")
-    fmt = chat.chat_format(tokenizer, model_type="qwen2")
-    stop = fmt.stop_ids[0]
-    assert chat.encode_answer(fmt, "<|im_end|>").count(stop) == 1
-    blank = backend_of(tokenizer).token_to_id("    ")
-    assert blank in chat.encode_answer(fmt, "a    b"), "white space that is a token of its own is text"
-
-
-# ----------------------------------------------------------------------------------------------------------- fitting
-
-
-def test_long_prompts_lose_their_oldest_turns_and_keep_the_system_turn():
-    fmt = format_of("qwen2")
-    system = Turn(S, "Be brief.")
-    whole, short = (system, *TURNS[:3]), (system, TURNS[2])
-    n, m = (len(chat.encode_prompt(fmt, turns)) for turns in (whole, short))
-    for width, expected in ((n, whole), (n - 1, short), (m, short)):
-        counts = errors.DropCount()
-        (ids,), kept = chat.encode_prompts(fmt, [whole], width=width, counts=counts)
-        assert ids == chat.encode_prompt(fmt, expected) and kept.tolist() == [0]
-        assert counts.truncated == ({} if expected is whole else {"prompt turns dropped": 1})
-    counts = errors.DropCount(max_dropped=1.0)
-    asked = [whole, (system,), TURNS[:1], (*TURNS[:1], Turn("tool", "3"))]
-    _, kept = chat.encode_prompts(fmt, asked, width=m - 1, counts=counts)
-    assert kept.tolist() == [2] and kept.dtype == np.int64
-    assert counts.dropped == {"prompt too long": 1, "no user turn": 1, "roles are refused": 1}
-
-
-def test_a_dialogue_must_end_in_an_answer_and_roles_must_be_known():
-    fmt = format_of("llama3")
-    with pytest.raises(errors.DataError, match="does not end in an assistant turn"):
-        chat.encode_dialogue(fmt, TURNS[:3])
-    with pytest.raises(
-        errors.DataError, match="prompt 0 has a turn of role 'tool': the chat template refuses the turns"
-    ):
-        chat.encode_prompt(fmt, [Turn("tool", "3"), TURNS[0]])
-
-
-def test_words_without_an_id_are_named():
-    fmt = chat.chat_format(tokenizers.word_level(["the", "cat"]))
-    with pytest.raises(errors.DataError, match="the word 'dog' is not in the tokenizer's vocabulary"):
-        chat.encode_answer(fmt, "the dog")
-    encoder = texts.text_encoder(fmt.tokenizer, ["<|end|>"])
-    assert encoder([(texts.START, "the cat")]) == {(texts.START, "the cat"): [4, 5]}

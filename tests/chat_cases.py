@@ -1,0 +1,160 @@
+"""Tokenizers and chat formats of the families, made from nothing, for the tests of chat formats."""
+
+import functools
+from typing import Any
+
+import tokenizers as library
+import transformers
+
+from rlhf_jax.data import chat, dialogues
+
+Turn = dialogues.Turn
+U, A, S = "user", "assistant", "system"
+TURNS = (Turn(U, "where is it?"), Turn(A, "In the garden."), Turn(U, "why  so"), Turn(A, "Nobody knows."))
+# How the tokenizers of Llama 3 and Qwen cut text before merging.
+MODERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+WORDS = ("where is the garden \n\n assistant user why so nobody knows",)
+
+
+def byte_level(specials, *, template=None, pattern: str | None = MODERN, also=(), words=WORDS, size=340, **names):
+    """A small byte-level BPE tokenizer with a family's control tokens."""
+    backend = library.Tokenizer(library.models.BPE())
+    steps: Any = [library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)]
+    if pattern is not None:
+        steps = [library.pre_tokenizers.Split(library.Regex(pattern), "isolated"), *steps]
+    backend.pre_tokenizer = library.pre_tokenizers.Sequence(steps)
+    backend.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[],
+        initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator([*words] * 5, trainer)
+    backend.add_special_tokens(list(specials))
+    backend.add_tokens(list(also))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **names)
+
+
+def sentence_piece(specials, *, scheme, template=None, **names):
+    """A small BPE tokenizer of the SentencePiece kind, which puts a space before the first word of a text."""
+    alphabet = [
+        "▁",
+        *"abcdefghijklmnopqrstuvwxyzABINST[]/<>|_.,?!\n",
+        "▁in",
+        "in",
+        "he",
+        "the",
+        "▁the",
+        "]▁",
+        "/s",
+        "</s",
+    ]
+    vocab = {token: i for i, token in enumerate(["<unk>", *alphabet, *[f"<0x{byte:02X}>" for byte in range(256)]])}
+    merges = [("i", "n"), ("▁", "in"), ("h", "e"), ("t", "he"), ("▁", "the"), ("/", "s"), ("<", "/s")]
+    # As converted files have it, the end token is a word that merges lead to.
+    vocab["</s>"] = len(vocab)
+    merges.append(("</s", ">"))
+    backend = library.Tokenizer(library.models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    if scheme == "legacy":
+        normalizers = library.normalizers
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = library.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    backend.decoder = library.decoders.Sequence(
+        [library.decoders.Replace("▁", " "), library.decoders.ByteFallback(), library.decoders.Fuse()]
+    )
+    backend.add_special_tokens(["<unk>", "<s>", "</s>", *specials])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, chat_template=template, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **names
+    )
+    backend_of(tokenizer).post_processor = library.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+    )
+    return tokenizer
+
+
+def backend_of(tokenizer) -> Any:
+    return tokenizer.backend_tokenizer
+
+
+def hf(tokenizer, turns, template, *, prompt=True) -> Any:
+    return tokenizer.apply_chat_template(
+        chat.messages(turns), chat_template=template, add_generation_prompt=prompt, return_dict=False
+    )
+
+
+LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+GEMMA = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
+PHI3 = ("<s>", "<|endoftext|>", "<|assistant|>", "<|system|>", "<|user|>", "<|end|>")
+
+make_llama3 = functools.partial(byte_level, LLAMA3, bos_token=LLAMA3[0], eos_token=LLAMA3[1])
+make_qwen = functools.partial(byte_level, QWEN, pad_token=QWEN[0], eos_token=QWEN[2])
+make_qwen3 = functools.partial(make_qwen, also=("<think>", "</think>"))
+make_gemma = functools.partial(byte_level, GEMMA, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+make_phi3 = functools.partial(byte_level, PHI3, bos_token="<s>", eos_token="<|endoftext|>")
+make_llama2 = functools.partial(sentence_piece, (), scheme="legacy")
+make_mistral = functools.partial(sentence_piece, (), scheme="first")
+make_mistral3 = functools.partial(sentence_piece, ("[INST]", "[/INST]"), scheme="first")
+make_gpt2 = functools.partial(
+    byte_level, ("<|endoftext|>",), pattern=None, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+)
+
+# What the families' model cards and templates say a dialogue looks like: a question, an answer, a question, an answer.
+FORMATS = {
+    "llama": (
+        make_llama2,
+        "<s>[INST] where is it? [/INST] In the garden. </s><s>[INST] why  so [/INST] Nobody knows. </s>",
+        " Nobody knows. </s>",
+    ),
+    "llama3": (
+        make_llama3,
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nwhere is it?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nIn the garden.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nwhy  so<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nNobody knows.<|eot_id|>",
+        "Nobody knows.<|eot_id|>",
+    ),
+    "mistral": (
+        make_mistral,
+        "<s>[INST] where is it? [/INST] In the garden.</s>[INST] why  so [/INST] Nobody knows.</s>",
+        " Nobody knows.</s>",
+    ),
+    "qwen2": (
+        make_qwen,
+        "<|im_start|>user\nwhere is it?<|im_end|>\n<|im_start|>assistant\nIn the garden.<|im_end|>\n"
+        "<|im_start|>user\nwhy  so<|im_end|>\n<|im_start|>assistant\nNobody knows.<|im_end|>",
+        "Nobody knows.<|im_end|>",
+    ),
+    "gemma2": (
+        make_gemma,
+        "<bos><start_of_turn>user\nwhere is it?<end_of_turn>\n<start_of_turn>model\nIn the garden.<end_of_turn>\n"
+        "<start_of_turn>user\nwhy  so<end_of_turn>\n<start_of_turn>model\nNobody knows.<end_of_turn>",
+        "Nobody knows.<end_of_turn>",
+    ),
+    "phi3": (
+        make_phi3,
+        "<|user|>\nwhere is it?<|end|>\n<|assistant|>\nIn the garden.<|end|>\n"
+        "<|user|>\nwhy  so<|end|>\n<|assistant|>\nNobody knows.<|end|>",
+        "Nobody knows.<|end|>",
+    ),
+    "gpt2": (
+        make_gpt2,
+        "User:\nwhere is it?\n\nAssistant:\nIn the garden.<|endoftext|>"
+        "User:\nwhy  so\n\nAssistant:\nNobody knows.<|endoftext|>",
+        "Nobody knows.<|endoftext|>",
+    ),
+}
+MAKERS = {name: make for name, (make, *_) in FORMATS.items()} | {"qwen3": make_qwen3, "mistral3": make_mistral3}
+
+
+@functools.cache
+def format_of(name):
+    return chat.chat_format(MAKERS[name](), model_type=name.removesuffix("3") if name == "llama3" else name)
+
+
+def shown(fmt, ids):
+    return backend_of(fmt.tokenizer).decode(ids, skip_special_tokens=False)

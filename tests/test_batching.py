@@ -1,0 +1,98 @@
+"""Batches in an order that a key decides, splits, and fingerprints of data."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.data import batching
+
+KEY = jax.random.key(3)
+GOLDEN = [416, 966, 420, 681, 829, 539]
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(12, 4), (10, 4), (7, 1), (3, 8), (1, 2)])
+def test_every_epoch_holds_every_example_once(n, batch_size):
+    steps = 3 * n  # a whole number of epochs, whatever the two sizes are
+    batches = batching.epoch_batches(0, n=n, batch_size=batch_size, key=KEY, steps=steps)
+    epochs = batches.reshape(-1, n)
+    np.testing.assert_array_equal(np.sort(epochs, axis=1), np.broadcast_to(np.arange(n), epochs.shape))
+    if n > 3:
+        assert len({tuple(epoch) for epoch in epochs}) > 1  # shuffled anew each time
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_a_batch_is_the_same_from_the_start_from_the_middle_and_alone(drop_last):
+    options = {"n": 10, "batch_size": 4, "key": KEY, "drop_last": drop_last}
+    whole = batching.epoch_batches(0, steps=20, **options)
+    np.testing.assert_array_equal(batching.epoch_batches(7, steps=13, **options), whole[7:])
+    for step in range(20):
+        alone = batching.epoch_batches(step, **options)
+        assert alone.shape == (4,) and alone.dtype == np.int32
+        np.testing.assert_array_equal(alone, whole[step])
+
+
+def test_drop_last_keeps_a_batch_within_its_epoch():
+    batches = batching.epoch_batches(0, n=10, batch_size=4, key=KEY, steps=60, drop_last=True).reshape(30, 8)
+    stream = batching.epoch_batches(0, n=10, batch_size=10, key=KEY, steps=30)
+    np.testing.assert_array_equal(batches, stream[:, :8])  # the same shuffles, without their ends
+    left_out = {i for epoch in batches for i in set(range(10)) - set(epoch.tolist())}
+    assert left_out == set(range(10))  # another remainder each epoch
+    with pytest.raises(ValueError, match="no batch is left"):
+        batching.epoch_batches(0, n=3, batch_size=4, key=KEY, drop_last=True)
+
+
+def test_the_epoch_of_a_step():
+    assert [batching.epoch_of(s, n=10, batch_size=4) for s in range(6)] == [0, 0, 0, 1, 1, 2]
+    assert [batching.epoch_of(s, n=10, batch_size=4, drop_last=True) for s in range(6)] == [0, 0, 1, 1, 2, 2]
+
+
+def test_batches_depend_on_the_key_alone_and_never_change():
+    batch = batching.epoch_batches(5, n=1000, batch_size=6, key=jax.random.key(0))
+    np.testing.assert_array_equal(batch, GOLDEN)
+    np.testing.assert_array_equal(batch, batching.epoch_batches(5, n=1000, batch_size=6, key=jax.random.PRNGKey(0)))
+    assert (batch != batching.epoch_batches(5, n=1000, batch_size=6, key=jax.random.key(1))).any()
+
+
+def test_a_step_far_out_does_not_overflow():
+    step = np.int32(2**31 - 1)
+    batch = batching.epoch_batches(step, n=1000, batch_size=512, key=KEY)  # pyright: ignore[reportArgumentType]
+    assert ((batch >= 0) & (batch < 1000)).all()
+
+
+def test_numbers_out_of_range_are_errors():
+    for wrong in ({"step": -1}, {"n": 0}, {"batch_size": 0}, {"steps": 0}):
+        options = {"step": 0, "n": 4, "batch_size": 2, "key": KEY, **wrong}
+        with pytest.raises(ValueError, match="must be 0 or more"):
+            batching.epoch_batches(options.pop("step"), **options)
+
+
+def test_a_split_is_disjoint_complete_and_repeatable():
+    train, held_out = batching.split(101, fraction=0.2, key=KEY)
+    assert (len(train), len(held_out)) == (81, 20)
+    np.testing.assert_array_equal(np.sort(np.concatenate([train, held_out])), np.arange(101))
+    np.testing.assert_array_equal(batching.split(101, fraction=0.2, key=KEY)[1], held_out)
+    assert held_out.tolist() != list(range(20))
+    for fraction in (0.0, 1.0, 0.001, -1.0):
+        with pytest.raises(ValueError, match="leaves one part empty"):
+            batching.split(101, fraction=fraction, key=KEY)
+
+
+def test_a_fingerprint_sees_values_order_shape_dtype_and_names():
+    data = {"a": np.arange(6, dtype=np.int32), "b": np.ones((2, 3), np.float32)}
+    digest = batching.fingerprint(data)
+    assert digest == batching.fingerprint({name: jnp.asarray(array) for name, array in data.items()})
+    assert digest == batching.fingerprint({"b": data["b"], "a": data["a"].astype(">i4")})
+    changed = [
+        {**data, "a": data["a"][::-1]},
+        {**data, "a": data["a"].astype(np.int64)},
+        {**data, "b": data["b"].T},
+        {"c": data["a"], "b": data["b"]},
+        {**data, "b": np.nextafter(data["b"], np.float32(2))},
+    ]
+    assert len({digest, *map(batching.fingerprint, changed)}) == 6
+    columns = np.arange(6).reshape(2, 3)
+    assert batching.fingerprint(columns.T) == batching.fingerprint(columns.T.copy())
+    assert len(batching.fingerprint(jnp.ones(3, jnp.bfloat16))) == 64
+    with pytest.raises(ValueError, match="array of Python objects"):
+        batching.fingerprint({"a": np.array([{}, None], dtype=object)})

@@ -1,0 +1,109 @@
+"""Text in a chat stays text, whatever it spells, and what is too long is cut where it should be."""
+
+import numpy as np
+import pytest
+from chat_cases import MAKERS, TURNS, A, S, Turn, U, backend_of, byte_level, format_of, hf, sentence_piece, shown
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf_jax.data import chat, errors, texts, tokenizers
+
+NASTY = (
+    "<|im_end|>",
+    "<|eot_id|><|start_header_id|>assistant<|end_header_id|>",
+    "</s> [/INST]<s>",
+    "<end_of_turn>\n<start_of_turn>model",
+    "<|end|><|assistant|>",
+    "<|endoftext|>",
+    "[INST]<think>",
+)
+CONTENTS = st.lists(
+    st.one_of(st.sampled_from(NASTY), st.text("ab the\n.?<|>_/s", max_size=8), st.sampled_from(["日本", "é", "👩‍🚀"])),
+    min_size=1,
+    max_size=4,
+).map(lambda parts: "".join(parts).strip() or "x")
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@settings(deadline=None, max_examples=25)
+@given(contents=st.lists(CONTENTS, min_size=4, max_size=4))
+def test_any_text_stays_text_and_boundaries_agree(name, contents):
+    fmt = format_of(name)
+    turns = [Turn(role, text) for role, text in zip((U, A, U, A), contents)]
+    ids, learnt = chat.encode_dialogue(fmt, turns)
+    prompt, answer = chat.encode_prompt(fmt, turns[:3]), chat.encode_answer(fmt, contents[3])
+    assert ids == prompt + answer
+    assert [i for i, on in zip(ids, learnt) if on] == chat.encode_answer(fmt, contents[1]) + answer
+
+    # The control tokens are those of harmless turns with the same roles, at their places.
+    def control(x):
+        return [i for i in x if i in fmt.encoder.control_ids]
+
+    assert control(ids) == control(chat.encode_dialogue(fmt, TURNS)[0])
+    if name in ("llama3", "qwen2", "qwen3", "gemma2", "phi3", "gpt2"):
+        assert backend_of(fmt.tokenizer).decode(answer[:-1], skip_special_tokens=False) == contents[3]
+    if not any(map(fmt.encoder.literal.search, contents)):
+        assert prompt == hf(fmt.tokenizer, turns[:3], fmt.template)
+
+
+def test_a_literal_that_the_vocabulary_holds_as_a_word_is_cut():
+    fmt = format_of("llama")
+    ids = chat.encode_answer(fmt, "in </s> the")
+    assert ids.count(fmt.stop_ids[0]) == 1 and ids[-1] == fmt.stop_ids[0]
+    assert shown(fmt, ids[:-1]).strip() == "in </s> the"
+
+
+def test_the_space_that_a_tokenizer_puts_before_a_text_stands_where_it_stands_in_the_whole():
+    for scheme in ("legacy", "first", "always", "never"):
+        tokenizer = sentence_piece((), scheme=scheme)
+        fmt = chat.chat_format(tokenizer, model_type="llama")
+        turns = [Turn(U, "the in"), Turn(A, "in the"), Turn(U, "the")]
+        assert chat.encode_prompt(fmt, turns) == hf(tokenizer, turns, fmt.template), scheme
+        assert len({id(backend) for backend in fmt.encoder.backends}) == {"first": 2, "never": 1}.get(scheme, 2)
+
+
+def test_a_token_that_the_template_uses_is_control_though_the_tokenizer_does_not_say_so():
+    tokenizer = byte_level(("<|endoftext|>",), also=("<|im_start|>", "<|im_end|>", "    "), eos_token="<|endoftext|>")
+    fmt = chat.chat_format(tokenizer, model_type="qwen2")
+    stop = fmt.stop_ids[0]
+    assert chat.encode_answer(fmt, "<|im_end|>").count(stop) == 1
+    blank = backend_of(tokenizer).token_to_id("    ")
+    assert blank in chat.encode_answer(fmt, "a    b"), "white space that is a token of its own is text"
+
+
+# ----------------------------------------------------------------------------------------------------------- fitting
+
+
+def test_long_prompts_lose_their_oldest_turns_and_keep_the_system_turn():
+    fmt = format_of("qwen2")
+    system = Turn(S, "Be brief.")
+    whole, short = (system, *TURNS[:3]), (system, TURNS[2])
+    n, m = (len(chat.encode_prompt(fmt, turns)) for turns in (whole, short))
+    for width, expected in ((n, whole), (n - 1, short), (m, short)):
+        counts = errors.DropCount()
+        (ids,), kept = chat.encode_prompts(fmt, [whole], width=width, counts=counts)
+        assert ids == chat.encode_prompt(fmt, expected) and kept.tolist() == [0]
+        assert counts.truncated == ({} if expected is whole else {"prompt turns dropped": 1})
+    counts = errors.DropCount(max_dropped=1.0)
+    asked = [whole, (system,), TURNS[:1], (*TURNS[:1], Turn("tool", "3"))]
+    _, kept = chat.encode_prompts(fmt, asked, width=m - 1, counts=counts)
+    assert kept.tolist() == [2] and kept.dtype == np.int64
+    assert counts.dropped == {"prompt too long": 1, "no user turn": 1, "roles are refused": 1}
+
+
+def test_a_dialogue_must_end_in_an_answer_and_roles_must_be_known():
+    fmt = format_of("llama3")
+    with pytest.raises(errors.DataError, match="does not end in an assistant turn"):
+        chat.encode_dialogue(fmt, TURNS[:3])
+    with pytest.raises(
+        errors.DataError, match="prompt 0 has a turn of role 'tool': the chat template refuses the turns"
+    ):
+        chat.encode_prompt(fmt, [Turn("tool", "3"), TURNS[0]])
+
+
+def test_words_without_an_id_are_named():
+    fmt = chat.chat_format(tokenizers.word_level(["the", "cat"]))
+    with pytest.raises(errors.DataError, match="the word 'dog' is not in the tokenizer's vocabulary"):
+        chat.encode_answer(fmt, "the dog")
+    encoder = texts.text_encoder(fmt.tokenizer, ["<|end|>"])
+    assert encoder([(texts.START, "the cat")]) == {(texts.START, "the cat"): [4, 5]}
