@@ -13,9 +13,12 @@ import tempfile
 import time
 
 import instructgpt
+import jax
 import numpy as np
 import pytest
 from pipeline import tasks
+
+from rlhf_jax.data import errors
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPT = str(ROOT / "experiments" / "instructgpt.py")
@@ -201,6 +204,70 @@ def test_human_comparisons_become_everything_that_a_run_learns_from(tmp_path):
     assert train.tokens_BKL.shape == (48, 2, task.row_width) and len(task.demonstrations.tokens_BL) == 48
     assert task.pretraining_BL.shape[1] == task.row_width and len(task.pretraining_held_out_BL) > 0
     assert len(task.rl_prompts) == 48 and len(task.eval_prompts) == 12 and not any(task.eval_prompts.categories)
+
+
+def task_of(path, *more):
+    widths = ("--data.max-dropped", 0.1, "--data.held-out", 0.2, "--data.vocab-size", 300)
+    asked = instructgpt.parse([str(each) for each in ("--preset", "smoke", "--data.path", path, *widths, *more)])
+    return tasks.make_task(asked)
+
+
+def plain(records):
+    """The same as prompt, chosen and rejected."""
+    for record in records:
+        (question, chosen), (_, rejected) = (
+            record[side].removeprefix("\n\nHuman: ").split("\n\nAssistant: ") for side in ("chosen", "rejected")
+        )
+        yield {"prompt": question, "chosen": chosen, "rejected": rejected}
+
+
+def test_every_form_of_comparisons_gives_the_same_task(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow_parquet = pytest.importorskip("pyarrow.parquet")
+    whole = [*comparisons(30), {"chosen": dialogue("Hi?", ""), "rejected": dialogue("Hi?", "Go.")}]
+    pairs = list(plain(whole))
+    user, told = ([{"role": role, "content": ""}] for role in ("user", "assistant"))
+    messages = [
+        {side: [user[0] | {"content": p["prompt"]}, told[0] | {"content": p[side]}] for side in ("chosen", "rejected")}
+        for p in pairs
+    ]
+    ranked = [{"prompt": p["prompt"], "responses": [p["rejected"], p["chosen"]], "ranks": [2, 1]} for p in pairs]
+    parquet = tmp_path / "pairs.parquet"
+    pyarrow_parquet.write_table(pyarrow.Table.from_pylist(pairs), parquet)
+    first, *others = (
+        write(tmp_path / "dialogues.jsonl", whole),
+        write(tmp_path / "pairs.jsonl.gz", pairs),
+        write(tmp_path / "messages.jsonl", messages),
+        write(tmp_path / "ranked.jsonl", ranked),
+        parquet,
+    )
+    want = task_of(first)
+    assert want.comparisons is not None and len(want.comparisons[0].ranks_BK) == 24
+    for path in others:
+        got = task_of(path)
+        for name in ("comparisons", "demonstrations", "pretraining_BL", "pretraining_held_out_BL"):
+            jax.tree.map(np.testing.assert_array_equal, getattr(got, name), getattr(want, name))
+        assert got.rl_prompts.texts == want.rl_prompts.texts and got.eval_prompts.texts == want.eval_prompts.texts
+        assert got.dropped.dropped == want.dropped.dropped == {"empty answer": 1}, path
+
+
+def test_rankings_of_a_file_keep_all_answers_and_refused_roles_are_said(tmp_path):
+    answers = [["One.", "Two.", "Three.", "Four."], ["Yes.", "No."]]
+    records = [
+        {"prompt": f"How many {i}?", "responses": answers[i % 2], "ranks": [[2, 1, 3, 1], [2, 1]][i % 2]}
+        for i in range(40)
+    ]
+    task = task_of(write(tmp_path / "ranked.jsonl", records))
+    assert task.comparisons is not None and [len(each.ranks_BK) for each in task.comparisons] == [32, 8]
+    wanted = {(1, 1, 2, 3), (1, 2, 0, 0)}
+    for part in task.comparisons:
+        assert {tuple(ranks) for ranks in np.asarray(part.ranks_BK).tolist()} == wanted
+    told = task.tokenizer.decode(task.demonstrations.tokens_BL[0], skip_special_tokens=True)
+    assert told.startswith("How many") and told.endswith(("?Two.", "?No.")), "the best answer is what is imitated"
+    for record in records:
+        record["prompt"] = [{"role": "system", "content": "Be short."}, {"role": "user", "content": record["prompt"]}]
+    with pytest.raises(errors.DataError, match=r"system\.jsonl: none of 32 comparisons can .*roles are refused"):
+        task_of(write(tmp_path / "system.jsonl", records))
 
 
 @pytest.mark.slow
