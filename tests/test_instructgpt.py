@@ -98,6 +98,14 @@ def test_results_keep_their_promise(finished):
     assert abs(results["policies"]["sft_mix"]["kl"]) < 1e-4, "the reference is at no distance from itself"
     assert results["programs"] == {"supervised": 1, "reward_model": 1, "ppo": 1, "sampling": 3}
     assert results["policies"]["sft"]["gold_win_rate_vs_sft"][0] == 0.5
+    for wins in ("ppo", "ppo_ptx", "best_of_n"):
+        gained = results["goodhart"][wins]
+        assert gained["reward_gained"][1] <= gained["reward_gained"][0] and isinstance(gained["gamed"], bool)
+        assert results["policies"][wins]["length_controlled_win_rate_vs_sft"] is not None
+    model = results["reward_model"]
+    assert sum(each["count"] for each in model["strata"]["category"]) == model["held_out_pairs"]
+    assert model["thresholds"]["count"][0] == model["held_out_pairs"] == model["length_bias"]["count"]
+    np.testing.assert_allclose(model["gap"]["validation_accuracy"], model["accuracy"], atol=1e-6)
     assert results["ptx_coef"]["per_token"] == 1.0 and 0 < results["ptx_coef"]["per_sequence"] < 1
 
 
@@ -132,6 +140,7 @@ def test_first_update_starts_from_equal_models(finished):
     for stage in ("ppo", "ppo_ptx"):
         first = next(row for row in rows if row["stage"] == stage)
         assert abs(first["kl"]) < 1e-6 and first["first_ratio_error"] < 1e-5
+    assert "validation_loss" in [row for row in rows if row["stage"] == "reward_model"][-1]
     steps = [row["step"] for row in rows if row["stage"] == "pretrain"]
     assert steps == list(range(1, len(steps) + 1))
 
