@@ -5,7 +5,7 @@
     python experiments/dpo.py --rounds 4                     iterated: sample, label, train, with a new reference each
     python experiments/dpo.py --rounds 4 --judge labelers    labelled by simulated people in place of the reward model
     python experiments/dpo.py --preset smoke                 all of it, too short to learn much
-    python experiments/dpo.py --data.path FILE.jsonl.gz      on human comparisons in Anthropic's format
+    python experiments/dpo.py --data.path FILE.jsonl.gz      on human comparisons (docs/data.md)
     python experiments/dpo.py --resume runs/NAME             go on with a run that was stopped or killed
 
 Stages: base model, supervised fine-tuning and comparisons as in instructgpt.py, all of whose settings are settings here
@@ -29,7 +29,19 @@ import dataclasses
 import time
 from typing import Any, Literal
 
-from pipeline import ahead, command, comparisons, direct, evaluation, rundir, session, settings, stages, tasks
+from pipeline import (
+    ahead,
+    command,
+    comparisons,
+    diagnosis,
+    direct,
+    evaluation,
+    rundir,
+    session,
+    settings,
+    stages,
+    tasks,
+)
 from pipeline import pairs as pairs_lib
 from rich.console import Console
 
@@ -104,8 +116,8 @@ def run(asked: DPO) -> dict[str, Any]:
             sft = stages.supervised(job, "sft", base, epochs=asked.sft.epochs, mix=0.0)
             sft_mix = stages.supervised(job, "sft_mix", base, epochs=asked.sft.mix_epochs, mix=asked.sft.mix)
             (ranked, *_), validation, facts = comparisons.gather(job, [sft, sft_mix])
-            (reward,) = stages.train_reward_models(job, sft_mix, [ranked])
-            judged = evaluation.reward_model_facts(job, reward, validation)
+            (reward,) = stages.train_reward_models(job, sft_mix, [ranked], validation=validation)
+            judged = diagnosis.reward_model_facts(job, reward, validation, ranked)
             policy, learnt = _learnt(job, trainer, asked, sft_mix, reward, ranked, facts)
             held = pairs_lib.from_rankings(
                 validation, prompt_width=job.task.prompt_width, per_prompt=0, seed=asked.seed

@@ -2,7 +2,7 @@
 
     python experiments/instructgpt.py                            under 5 minutes on two CPU cores, 2 GB
     python experiments/instructgpt.py --preset smoke             all of it in about a minute, too short to learn much
-    python experiments/instructgpt.py --data.path FILE.jsonl.gz  the same on human comparisons in Anthropic's format
+    python experiments/instructgpt.py --data.path FILE.jsonl.gz  the same on human comparisons (docs/data.md)
     python experiments/instructgpt.py --model PATH               the same from a model you have, in Hugging Face form
     python experiments/instructgpt.py --resume runs/NAME         go on with a run that was stopped or killed
 
@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 import time
 
-from pipeline import ahead, command, comparisons, evaluation, rundir, session, settings, stages, watching
+from pipeline import ahead, command, comparisons, diagnosis, evaluation, rundir, session, settings, stages, watching
 from rich.console import Console
 
 from rlhf_jax import console, lm, metrics, report
@@ -51,8 +51,8 @@ def run(asked: settings.Settings) -> dict:
         sft = stages.supervised(job, "sft", base, epochs=asked.sft.epochs, mix=0.0)
         sft_mix = stages.supervised(job, "sft_mix", base, epochs=asked.sft.mix_epochs, mix=asked.sft.mix)
         parts, validation, facts = comparisons.gather(job, [sft, sft_mix])
-        rewards = stages.train_reward_models(job, sft_mix, parts)
-        judged = [evaluation.reward_model_facts(job, each, validation) for each in rewards]
+        rewards = stages.train_reward_models(job, sft_mix, parts, validation=validation)
+        judged = [diagnosis.reward_model_facts(job, each, validation, part) for each, part in zip(rewards, parts)]
         ppo = stages.optimise(job, "ppo", sft_mix, rewards, ptx_coef=0.0)
         ppo_ptx = stages.optimise(job, "ppo_ptx", sft_mix, rewards, ptx_coef=asked.ppo.ptx_coef)
         policies = {"base": base, "sft": sft, "sft_mix": sft_mix, "ppo": ppo, "ppo_ptx": ppo_ptx}

@@ -35,12 +35,12 @@ import pathlib
 import time
 from typing import Any
 
-from pipeline import baselines, command, fold_results, folds, rundir, session, settings, single
+from pipeline import baselines, command, fold_results, folds, human, rundir, session, settings, single
 from pipeline.reward_settings import SMOKE_CV, RewardRun, check
 from rich.console import Console
 
 from rlhf_jax import console
-from rlhf_jax.data import dialogues, errors
+from rlhf_jax.data import errors
 
 
 def parse(arguments: list[str]) -> RewardRun:
@@ -87,9 +87,10 @@ def _cross_validated(asked: RewardRun, out: Console) -> tuple[pathlib.Path, dict
     if asked.resume:
         rundir.same_data(asked.resume, asked)
     path = pathlib.Path(asked.resume) if asked.resume else rundir.free_path(asked, kind="reward_model")
-    assert asked.data.path is not None
     counts = errors.DropCount(max_dropped=asked.data.max_dropped)
-    pairs, _ = dialogues.read_comparisons(asked.data.path, counts=counts)
+    found = human.read(asked.data, counts)
+    human.only_two_speak(found)
+    pairs = human.pairs(found)
     if len(pairs) < 10 * asked.folds:
         raise settings.SettingError(
             f"--folds {asked.folds} is too many for the {len(pairs)} pairs of {asked.data.path}"
@@ -97,11 +98,11 @@ def _cross_validated(asked: RewardRun, out: Console) -> tuple[pathlib.Path, dict
     folder = rundir.RunFolder(path) if asked.resume else rundir.create(path, asked)
     session.say(out, f"writing to {path}; {len(pairs)} pairs, {counts.report()}")
     with console.StageProgress([(f"fold-{n}", 1.0) for n in range(1, asked.folds + 1)]) as progress:
-        found = folds.cross_validate(
+        done = folds.cross_validate(
             pairs, asked.cv, folds=asked.folds, seed=asked.seed, folder=folder, progress=progress
         )
     folder.log.close()
-    return path, {"dropped": counts.dropped, **fold_results.summary(pairs, found, seed=asked.seed)}
+    return path, {"dropped": counts.dropped, **fold_results.summary(pairs, done, seed=asked.seed)}
 
 
 def _show(out: Console, results: dict[str, Any]) -> None:

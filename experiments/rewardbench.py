@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tyro
-from pipeline import command, rundir, settings, start
+from pipeline import command, diagnosis, rundir, settings, start
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -225,8 +225,8 @@ def facts(scored: Scored, *, bins: int = 10) -> dict[str, Any]:
         "pairs": len(chosen),
         "ties": int((chosen == rejected).sum()),
         "strata": {
-            "subset": [each._asdict() for each in subsets],
-            "tokens of the longer answer": [each._asdict() | {"name": str(each.name)} for each in buckets],
+            "subset": diagnosis.strata(subsets),
+            "tokens of the longer answer": diagnosis.strata(buckets),
         },
         "calibration": {
             "bins": [dict(zip(curve._fields, map(float, each))) for each in zip(*curve)],
@@ -234,15 +234,11 @@ def facts(scored: Scored, *, bins: int = 10) -> dict[str, Any]:
             "slope": list(diagnostics.calibration_slope(chosen, rejected)) if known else None,
             "temperature": diagnostics.calibration_temperature(chosen, rejected) if known else None,
         },
-        "thresholds": _lists(diagnostics.accuracy_above_threshold(chosen, rejected)),
+        "thresholds": diagnosis.lists(diagnostics.accuracy_above_threshold(chosen, rejected)),
         "length_bias": diagnostics.length_bias(
             chosen, rejected, scored.chosen_lengths_N, scored.rejected_lengths_N
         )._asdict(),
     }
-
-
-def _lists(found: Any) -> dict[str, Any]:
-    return {name: each.tolist() if isinstance(each, np.ndarray) else each for name, each in found._asdict().items()}
 
 
 def table(model: dict[str, Any]) -> Table:

@@ -75,7 +75,7 @@ def render(
         Section("Preference", _preference(results) + _categories(results)),
         Section("Reward model", _calibration(results) + _reward_model(results), reward_model_rows(results)),
         Section("Score against KL", _frontiers(results, metrics)),
-        Section("Over-optimisation", _overoptimisation(results)),
+        Section("Over-optimisation", _overoptimisation(results), goodhart_rows(results)),
         Section("Alignment tax", _tax(results)),
         Section("Truthfulness and harm", _conduct(results)),
         *(Section(f"Learning curves: {name}", figures) for name, figures in learning_curves(metrics)),
@@ -183,7 +183,7 @@ def _reward_model(results: Mapping[str, Any]) -> list[Figure]:
         (
             reward_plots.strata(model.get("strata"), model.get("accuracy")),
             "Accuracy by stratum",
-            "Points are accuracies, ties a half, lines their 95 % intervals; the dotted line is all pairs together.",
+            "Points are accuracies of n pairs, ties a half, lines their 95 % intervals; the dotted line is all pairs.",
         ),
         (
             reward_plots.generalisation(model.get("gap")),
@@ -198,6 +198,19 @@ def _reward_model(results: Mapping[str, Any]) -> list[Figure]:
             "shorter one is, goes by length; lines are 95 % intervals.",
         ),
     )
+
+
+def goodhart_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What each policy gained over its start on the same prompts, by the score that it is trained on and by gold."""
+    rows = []
+    for policy, found in (results.get("goodhart") or {}).items():
+        for key, name in (("reward_gained", "RM score"), ("gold_gained", "gold utility")):
+            mean, bounds = results_lib.format_parts(found.get(key), digits=3)
+            if mean != results_lib.MISSING:
+                fell = ", while the score rose" if key == "gold_gained" and found.get("gamed") else ""
+                told = f"{mean} ({bounds}){fell}" if bounds else mean + fell
+                rows.append((f"{results_lib.label(policy)} over SFT-mix, {name}", told))
+    return rows
 
 
 def _gap_words(gap: Mapping[str, Any] | None) -> str:

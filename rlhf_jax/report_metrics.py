@@ -28,6 +28,9 @@ class Metric(NamedTuple):
 
 METRICS = {
     "loss": Metric("Loss", "Nats", "Lower is better; the faint line is the batch, the strong one a running mean."),
+    "validation_loss": Metric(
+        "Validation loss", "Nats", "Of pairs that are not trained on; a rise while the loss falls is overfitting."
+    ),
     "accuracy": Metric(
         "Accuracy", "Share", "Share of targets that the model predicts or ranks right; higher is better."
     ),

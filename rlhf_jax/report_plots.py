@@ -352,10 +352,18 @@ def point(
     filled: bool = True,
     digits: int = 3,
 ) -> None:
-    """A dot with its interval, and both in figures at the right edge, where they cover nothing."""
+    """A dot with its interval, and both in figures at the right edge, where they cover nothing.
+
+    A side without an end is an arrow to the edge of the plot.
+    """
     c, mean = color(policy), scale * it.mean
-    if it.low is not None and it.high is not None:
-        ax.plot([scale * it.low, scale * it.high], [y, y], color=c, linewidth=1.3, solid_capstyle="butt")
+    if it.low is not None or it.high is not None:
+        ends = [mean if end is None else scale * end for end in (it.low, it.high)]
+        ax.plot(ends, [y, y], color=c, linewidth=1.3, solid_capstyle="butt")
+    if (it.low is None) != (it.high is None):
+        arrow = {"arrowstyle": "->", "color": c, "linewidth": 1.3, "shrinkA": 0, "shrinkB": 0}
+        edge = (0.0 if it.low is None else 1.0, y)
+        ax.annotate("", edge, (mean, y), xycoords=ax.get_yaxis_transform(), textcoords="data", arrowprops=arrow)
     face = c if filled else color("paper")
     ax.plot([mean], [y], MARKERS.get(policy, "o"), color=c, markerfacecolor=face, markersize=5, mew=1.1)
     percent = scale == 100

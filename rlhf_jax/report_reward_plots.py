@@ -184,13 +184,13 @@ def _rates(
         ax.axvline(50, color=plots.color("soft"), linewidth=1, linestyle=(0, (4, 3)))
         if line is not None:
             ax.axvline(100 * line.mean, color=plots.color("reward_model"), linewidth=0.9, linestyle=(0, (1, 2)))
-        for row, (_, it) in enumerate(rows):
+        for row, (name, it) in enumerate(rows):
             if it is not None:
                 plots.point(ax, it, row, "reward_model", scale=100)
+            else:  # within the axes, where a long one takes no room from them
+                ax.text(0, row, name, va="center", fontsize=8, fontweight="bold", backgroundcolor=plots.color("paper"))
         ax.set_xlim(-1.5, 101.5)
-        ax.set_yticks(range(len(rows)), [name for name, _ in rows], color=plots.color("ink"))
-        for label, (_, it) in zip(ax.get_yticklabels(), rows):
-            label.set_fontweight("normal" if it else "bold")
+        ax.set_yticks(range(len(rows)), [name if it else "" for name, it in rows], color=plots.color("ink"))
         ax.set_ylim(len(rows) - 0.4, -0.6)
         ax.tick_params(axis="y", length=0)
         ax.spines["left"].set_visible(False)

@@ -60,6 +60,7 @@ class Column(NamedTuple):
 
 COLUMNS = (
     Column("gold_win_rate_vs_sft", "Wins vs SFT, gold utility (%)", "wins vs SFT, %", percent=True),
+    Column("length_controlled_win_rate_vs_sft", "Wins vs SFT at SFT's length, gold (%)", "", percent=True),
     Column("labeler_win_rate_vs_sft", "Wins vs SFT, training labelers (%)", "", percent=True),
     Column("heldout_win_rate_vs_sft", "Wins vs SFT, held-out labelers (%)", "held-out, %", percent=True),
     Column("gold", "Gold utility", "gold", digits=3),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from objective_cases import OBJECTIVES, WITHOUT_REFERENCE
 
 from rlhf_jax import lm, losses, parallel, types
 from rlhf_jax.lm import lora
@@ -58,37 +59,24 @@ def marked(seed=0, K=1) -> Any:
     return made.replace(mismatched=dpo.mismatched(made, prompt_width=P))  # type: ignore[attr-defined]
 
 
-FAMILY: dict[str, Any] = {
-    "dpo": objectives.dpo,
-    "robust": objectives.robust_dpo,
-    "ipo": objectives.ipo,
-    "hinge": objectives.hinge,
-    "kto": objectives.kto,
-    "orpo": objectives.orpo,
-    "simpo": objectives.simpo,
-    "dpo-sft": objectives.with_sft(objectives.dpo),
-    "dpo-per-token": objectives.per_token(objectives.dpo),
-}
-
-
 def batch_of(name):
     return marked() if name == "kto" else pairs()
 
 
 def reference_of(name) -> Any:
-    return {"reference": None} if name in ("orpo", "simpo") else {}
+    return {"reference": None} if name in WITHOUT_REFERENCE else {}
 
 
 @functools.cache
 def made_step(name="dpo", logprobs: Any = response, micro_batches=1):
     return parallel.jit_step(
-        dpo.make_train_step(logprobs, FAMILY[name], micro_batches=micro_batches, **reference_of(name))
+        dpo.make_train_step(logprobs, OBJECTIVES[name], micro_batches=micro_batches, **reference_of(name))
     )
 
 
 def run(batch, name="dpo", *, frozen: Any = "other", logprobs: Any = response, micro_batches=1, **numbers):
     frozen = params(1) if isinstance(frozen, str) else frozen
-    frozen = None if name in ("orpo", "simpo") else frozen
+    frozen = None if name in WITHOUT_REFERENCE else frozen
     return made_step(name, logprobs, micro_batches)(fresh(), frozen, hyper(**numbers), batch, KEY)
 
 
@@ -135,7 +123,7 @@ def test_the_numbers_of_a_step_by_hand():
 
 
 SHORT = ("dpo", "kto", "simpo")
-LONG = [pytest.param(name, marks=pytest.mark.slow) for name in FAMILY if name not in SHORT]
+LONG = [pytest.param(name, marks=pytest.mark.slow) for name in OBJECTIVES if name not in (*SHORT, "soft-simpo")]
 
 
 @pytest.mark.parametrize("name", [*SHORT, *LONG])
@@ -189,7 +177,7 @@ def test_rows_without_any_padding_may_come_without_a_mask():
 
 
 def test_methods_without_a_reference_hold_none_and_others_say_what_they_lack():
-    for name in ("orpo", "simpo"):
+    for name in WITHOUT_REFERENCE:
         state, logs = run(pairs(), name)
         assert moved(state) > 1e-5 and np.isfinite(float(logs["loss"].value()))
     with pytest.raises(ValueError, match="reference"):
@@ -262,7 +250,7 @@ def test_labels_that_a_loss_would_not_read_are_refused():
 def test_a_batch_spread_over_a_named_axis_gives_the_same_update(name):
     batch = batch_of(name)
     expected, logs = run(batch, name)
-    step = dpo.make_train_step(response, FAMILY[name], axis_name="d")
+    step = dpo.make_train_step(response, OBJECTIVES[name], axis_name="d")
     halves = jax.tree.map(lambda x: x.reshape(2, B // 2, *x.shape[1:]), batch)
     states, got = jax.jit(jax.vmap(step, in_axes=(None, None, None, 0, None), axis_name="d"))(
         fresh(), params(1), hyper(), halves, KEY
@@ -273,7 +261,7 @@ def test_a_batch_spread_over_a_named_axis_gives_the_same_update(name):
 
 
 def test_a_sweep_is_one_program():
-    step = dpo.make_train_step(response, FAMILY["dpo"])
+    step = dpo.make_train_step(response, OBJECTIVES["dpo"])
     betas = np.array([0.1, 1.0], np.float32)
     hypers = jax.tree.map(lambda *x: np.stack(x), *[hyper(beta=b) for b in betas])
     states = jax.tree.map(lambda x: jnp.stack([x, x]), fresh())

@@ -13,9 +13,12 @@ import tempfile
 import time
 
 import instructgpt
+import jax
 import numpy as np
 import pytest
 from pipeline import tasks
+
+from rlhf_jax.data import errors
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPT = str(ROOT / "experiments" / "instructgpt.py")
@@ -95,6 +98,14 @@ def test_results_keep_their_promise(finished):
     assert abs(results["policies"]["sft_mix"]["kl"]) < 1e-4, "the reference is at no distance from itself"
     assert results["programs"] == {"supervised": 1, "reward_model": 1, "ppo": 1, "sampling": 3}
     assert results["policies"]["sft"]["gold_win_rate_vs_sft"][0] == 0.5
+    for wins in ("ppo", "ppo_ptx", "best_of_n"):
+        gained = results["goodhart"][wins]
+        assert gained["reward_gained"][1] <= gained["reward_gained"][0] and isinstance(gained["gamed"], bool)
+        assert results["policies"][wins]["length_controlled_win_rate_vs_sft"] is not None
+    model = results["reward_model"]
+    assert sum(each["count"] for each in model["strata"]["category"]) == model["held_out_pairs"]
+    assert model["thresholds"]["count"][0] == model["held_out_pairs"] == model["length_bias"]["count"]
+    np.testing.assert_allclose(model["gap"]["validation_accuracy"], model["accuracy"], atol=1e-6)
     assert results["ptx_coef"]["per_token"] == 1.0 and 0 < results["ptx_coef"]["per_sequence"] < 1
 
 
@@ -129,6 +140,7 @@ def test_first_update_starts_from_equal_models(finished):
     for stage in ("ppo", "ppo_ptx"):
         first = next(row for row in rows if row["stage"] == stage)
         assert abs(first["kl"]) < 1e-6 and first["first_ratio_error"] < 1e-5
+    assert "validation_loss" in [row for row in rows if row["stage"] == "reward_model"][-1]
     steps = [row["step"] for row in rows if row["stage"] == "pretrain"]
     assert steps == list(range(1, len(steps) + 1))
 
@@ -201,6 +213,70 @@ def test_human_comparisons_become_everything_that_a_run_learns_from(tmp_path):
     assert train.tokens_BKL.shape == (48, 2, task.row_width) and len(task.demonstrations.tokens_BL) == 48
     assert task.pretraining_BL.shape[1] == task.row_width and len(task.pretraining_held_out_BL) > 0
     assert len(task.rl_prompts) == 48 and len(task.eval_prompts) == 12 and not any(task.eval_prompts.categories)
+
+
+def task_of(path, *more):
+    widths = ("--data.max-dropped", 0.1, "--data.held-out", 0.2, "--data.vocab-size", 300)
+    asked = instructgpt.parse([str(each) for each in ("--preset", "smoke", "--data.path", path, *widths, *more)])
+    return tasks.make_task(asked)
+
+
+def plain(records):
+    """The same as prompt, chosen and rejected."""
+    for record in records:
+        (question, chosen), (_, rejected) = (
+            record[side].removeprefix("\n\nHuman: ").split("\n\nAssistant: ") for side in ("chosen", "rejected")
+        )
+        yield {"prompt": question, "chosen": chosen, "rejected": rejected}
+
+
+def test_every_form_of_comparisons_gives_the_same_task(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow_parquet = pytest.importorskip("pyarrow.parquet")
+    whole = [*comparisons(30), {"chosen": dialogue("Hi?", ""), "rejected": dialogue("Hi?", "Go.")}]
+    pairs = list(plain(whole))
+    user, told = ([{"role": role, "content": ""}] for role in ("user", "assistant"))
+    messages = [
+        {side: [user[0] | {"content": p["prompt"]}, told[0] | {"content": p[side]}] for side in ("chosen", "rejected")}
+        for p in pairs
+    ]
+    ranked = [{"prompt": p["prompt"], "responses": [p["rejected"], p["chosen"]], "ranks": [2, 1]} for p in pairs]
+    parquet = tmp_path / "pairs.parquet"
+    pyarrow_parquet.write_table(pyarrow.Table.from_pylist(pairs), parquet)
+    first, *others = (
+        write(tmp_path / "dialogues.jsonl", whole),
+        write(tmp_path / "pairs.jsonl.gz", pairs),
+        write(tmp_path / "messages.jsonl", messages),
+        write(tmp_path / "ranked.jsonl", ranked),
+        parquet,
+    )
+    want = task_of(first)
+    assert want.comparisons is not None and len(want.comparisons[0].ranks_BK) == 24
+    for path in others:
+        got = task_of(path)
+        for name in ("comparisons", "demonstrations", "pretraining_BL", "pretraining_held_out_BL"):
+            jax.tree.map(np.testing.assert_array_equal, getattr(got, name), getattr(want, name))
+        assert got.rl_prompts.texts == want.rl_prompts.texts and got.eval_prompts.texts == want.eval_prompts.texts
+        assert got.dropped.dropped == want.dropped.dropped == {"empty answer": 1}, path
+
+
+def test_rankings_of_a_file_keep_all_answers_and_refused_roles_are_said(tmp_path):
+    answers = [["One.", "Two.", "Three.", "Four."], ["Yes.", "No."]]
+    records = [
+        {"prompt": f"How many {i}?", "responses": answers[i % 2], "ranks": [[2, 1, 3, 1], [2, 1]][i % 2]}
+        for i in range(40)
+    ]
+    task = task_of(write(tmp_path / "ranked.jsonl", records))
+    assert task.comparisons is not None and [len(each.ranks_BK) for each in task.comparisons] == [32, 8]
+    wanted = {(1, 1, 2, 3), (1, 2, 0, 0)}
+    for part in task.comparisons:
+        assert {tuple(ranks) for ranks in np.asarray(part.ranks_BK).tolist()} == wanted
+    told = task.tokenizer.decode(task.demonstrations.tokens_BL[0], skip_special_tokens=True)
+    assert told.startswith("How many") and told.endswith(("?Two.", "?No.")), "the best answer is what is imitated"
+    for record in records:
+        record["prompt"] = [{"role": "system", "content": "Be short."}, {"role": "user", "content": record["prompt"]}]
+    with pytest.raises(errors.DataError, match=r"system\.jsonl: none of 32 comparisons can .*roles are refused"):
+        task_of(write(tmp_path / "system.jsonl", records))
 
 
 @pytest.mark.slow

@@ -231,6 +231,19 @@ def test_nothing_is_copied_to_the_host_but_the_metrics_of_the_step_before(monkey
     assert each[0] <= 2 and set(each[2:]) == {seen[0]}
 
 
+def test_what_a_callback_returns_is_logged_with_its_row(whole):
+    rows = {}
+
+    def measure(done, state, logs):
+        return {"doubled": 2 * done} if done % 3 == 0 else None
+
+    same(run(callbacks=[measure], log=lambda done, row: rows.update({done: row})), whole[0])
+    assert {done: row["doubled"] for done, row in rows.items() if "doubled" in row} == {
+        done: 2.0 * done for done in range(3, STEPS + 1, 3)
+    }
+    assert all("loss" in row for row in rows.values())
+
+
 def test_metrics_are_read_one_step_late():
     order = []
     run(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from objective_cases import OBJECTIVES, WITHOUT_REFERENCE
 
 from rlhf_jax import losses
 from rlhf_jax.train import dpo, objectives
@@ -89,21 +90,6 @@ def by_hand(name, s):
             + (1 - s["targets"]) * softplus(HYPER.margin + beta * (mean[:, 0] - mean[:, 1]))
         ),
     }[name]()
-
-
-OBJECTIVES = {
-    "dpo": objectives.dpo,
-    "robust": objectives.robust_dpo,
-    "ipo": objectives.ipo,
-    "hinge": objectives.hinge,
-    "kto": objectives.kto,
-    "orpo": objectives.orpo,
-    "simpo": objectives.simpo,
-    "dpo-sft": objectives.with_sft(objectives.dpo),
-    "dpo-per-token": objectives.per_token(objectives.dpo),
-    "soft-simpo": objectives.soft(objectives.simpo),
-}
-WITHOUT_REFERENCE = ("orpo", "simpo", "soft-simpo")
 
 
 def compiled(name):

@@ -74,6 +74,29 @@ def test_strata_are_plain_groups_and_add_up(rows):
     assert whole == pytest.approx(diagnostics.win_rate(chosen, rejected).mean)
 
 
+def test_pairs_of_one_prompt_stand_or_fall_together_in_every_interval():
+    rng = np.random.default_rng(0)
+    prompts = np.repeat(np.arange(40), 5)
+    chosen = np.repeat(rng.normal(0.4, 1.0, size=40), 5)
+    rejected, strata = np.zeros(200), ["odd" if p % 2 else "even" for p in prompts]
+    found = diagnostics.accuracy_by_stratum(chosen, rejected, strata, prompts=prompts.tolist())
+    plain = diagnostics.accuracy_by_stratum(chosen, rejected, strata)
+    for each, alone, odd in zip(found, plain, (0, 1)):
+        mine = prompts % 2 == odd
+        right = np.bincount(prompts[mine], weights=(chosen > 0)[mine])
+        assert each.accuracy == diagnostics.ratio_interval(right, np.bincount(prompts[mine]), rate=True)
+        assert each.accuracy.mean == alone.accuracy.mean
+        assert each.accuracy.hi - each.accuracy.lo > 1.8 * (alone.accuracy.hi - alone.accuracy.lo)
+    scan = diagnostics.accuracy_above_threshold(chosen, rejected, thresholds=[-9.0, 0.0], prompts=prompts.tolist())
+    whole = diagnostics.ratio_interval(np.bincount(prompts, weights=chosen > 0), np.bincount(prompts), rate=True)
+    np.testing.assert_allclose((scan.accuracy[0], scan.lo[0], scan.hi[0]), whole)
+    lengths = np.where(strata == np.array("odd"), 7, 3), np.full(200, 5)
+    bias = diagnostics.length_bias(chosen, rejected, *lengths, prompts=prompts.tolist())
+    assert bias.accuracy_where_longer == found[1].accuracy and bias.accuracy_where_shorter == found[0].accuracy
+    with pytest.raises(ValueError, match="3 prompts for 200 pairs"):
+        diagnostics.accuracy_by_stratum(chosen, rejected, strata, prompts=[1, 2, 3])
+
+
 def test_a_stratum_of_one_pair_has_its_wide_interval():
     (one, two) = diagnostics.accuracy_by_stratum([1.0, 2.0, 0.0], [0.0, 0.0, 3.0], np.array([2, 10, 10]))
     assert (one.name, two.name) == (2, 10), "numbers are in the order of numbers"

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 import pytest
 import reward_model as script
-from pipeline import fold_results, folds, preference_stages, reward_settings, settings
+from pipeline import fold_results, folds, human, preference_stages, reward_settings, settings
 
 from rlhf_jax import lm
-from rlhf_jax.data import dialogues
+from rlhf_jax.data import dialogues, errors
 
 WORDS = ("apple", "bridge", "candle", "desk", "eagle", "forest", "garden", "harbour", "island", "jungle")
 
@@ -39,7 +39,7 @@ def write(path, n=40):
 
 
 def pairs_of(path):
-    return dialogues.read_comparisons(path)[0]
+    return human.pairs(human.read(settings.Data(path=str(path)), errors.DropCount()))
 
 
 def test_folds_test_every_pair_once():
@@ -58,14 +58,14 @@ def test_tfidf_learns_words_and_favours_no_order(tmp_path):
     pairs = pairs_of(write(tmp_path / "pairs.jsonl", 60))
     model = baselines.TfidfChoice(pairs[:40], seed=0)
     assert (model(pairs[40:]) > 0).all() and model.strength in baselines.STRENGTHS
-    turned = [dialogues.Comparison(p.prompt, p.rejected, p.chosen, p.line) for p in pairs[40:]]
+    turned = [human.Pair(p.prompt, p.rejected, p.chosen) for p in pairs[40:]]
     np.testing.assert_allclose(model(turned), -model(pairs[40:]), atol=1e-12)
     lengths = baselines.shorter_wins(pairs)
     np.testing.assert_array_equal(lengths > 0, [len(p.chosen) < len(p.rejected) for p in pairs])
 
 
 def test_what_folds_found_is_put_together():
-    pairs = [dialogues.Comparison((dialogues.Turn("user", f"q{i}"),), "a" * (1 + i % 3), "bb", i) for i in range(20)]
+    pairs = [human.Pair((dialogues.Turn("user", f"q{i}"),), "a" * (1 + i % 3), "bb") for i in range(20)]
     truth = np.random.default_rng(0).normal(size=20)
     found = []
     for test in folds.parts(np.arange(20), 2, seed=0):
@@ -90,6 +90,19 @@ def test_what_folds_found_is_put_together():
     assert [row["group"] for row in results["by_turn"]] == ["turn 1"] and results["by_turn"][0]["pairs"] == 20
     # As many characters on both sides is neither shorter nor longer.
     assert [row["pairs"] for row in results["by_length"][-2:]] == [7, 6]
+
+
+def test_folds_take_every_pair_of_a_ranking_and_keep_its_conversation_together(tmp_path):
+    ask = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Why?"}]
+    record = {"prompt": ask, "responses": ["b", "a", "c", "d"], "ranks": [2, 1, 2, 3]}
+    path = tmp_path / "ranked.json"
+    path.write_text(json.dumps([record, record | {"prompt": [ask[0], {"role": "user", "content": "How?"}]}]))
+    found = human.read(settings.Data(path=str(path)), errors.DropCount())
+    made = human.pairs(found)
+    assert [(p.chosen, p.rejected) for p in made[:5]] == [("a", "b"), ("a", "c"), ("a", "d"), ("b", "d"), ("c", "d")]
+    assert human.conversations(made).tolist() == [0] * 5 + [1] * 5, "a system turn that all share parts nothing"
+    with pytest.raises(errors.DataError, match=r"ranked\.json, record 1: a turn has the role 'system'"):
+        human.only_two_speak(found)
 
 
 def test_widths_keep_the_end_of_prompts_and_the_end_marks(tmp_path):

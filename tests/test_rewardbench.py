@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import rewardbench
+from pipeline import diagnosis
 from test_report import Page
 
 from rlhf_jax import diagnostics, lm, report, report_reward_plots
@@ -250,7 +251,7 @@ def drawn():
     gap = diagnostics.generalisation_gap(rng.normal(2, 1, 90), np.zeros(90), rng.normal(1, 1, 90), np.zeros(90))
     return {
         "reward_model": {"accuracy": [0.7, 0.6, 0.8], "gap": gap._asdict()},
-        "split_halves": rewardbench._lists(halves) | {"steps": [0, 10, 20, 30, 40, 50]},
+        "split_halves": diagnosis.lists(halves) | {"steps": [0, 10, 20, 30, 40, 50]},
         "overoptimisation": [{"name": "best of n", "kl": kl.tolist(), "gains": gains.tolist(), "fits": fits}],
     }
 

@@ -7,16 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data import dialogues
-
-from . import tasks
+from . import human
 from .settings import SettingError
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Inverse strengths of the L2 penalty that the regression chooses from, on splits of its own training pairs."""
 
 
-def shorter_wins(pairs: Sequence[dialogues.Comparison]) -> np.ndarray:
+def shorter_wins(pairs: Sequence[human.Pair]) -> np.ndarray:
     """By how many characters the chosen answer is shorter: above 0 where the rule is right."""
     return np.array([len(pair.rejected) - len(pair.chosen) for pair in pairs], np.float64)
 
@@ -38,14 +36,14 @@ class TfidfChoice:
     orders and without an intercept, so that no order of the two is favoured.
     """
 
-    def __init__(self, pairs: Sequence[dialogues.Comparison], *, seed: int) -> None:
+    def __init__(self, pairs: Sequence[human.Pair], *, seed: int) -> None:
         """Fit vocabulary, weights and, by log loss on 4 inner splits of ``pairs``, the strength of the penalty."""
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         self._vectorizer: Any = TfidfVectorizer(sublinear_tf=True, min_df=2)
         self._vectorizer.fit([answer for pair in pairs for answer in (pair.chosen, pair.rejected)])
         difference = self._difference(pairs)
-        group_N = tasks.conversations(pairs)
+        group_N = human.conversations(pairs)
         part = (np.random.default_rng(seed).permutation(int(group_N.max()) + 1) % 4)[group_N]
         losses = [
             np.mean([_log_loss(difference[part == p] @ _fit(difference[part != p], C)) for p in range(4)])
@@ -54,11 +52,11 @@ class TfidfChoice:
         self.strength = STRENGTHS[int(np.argmin(losses))]
         self._weights = _fit(difference, self.strength)
 
-    def __call__(self, pairs: Sequence[dialogues.Comparison]) -> np.ndarray:
+    def __call__(self, pairs: Sequence[human.Pair]) -> np.ndarray:
         """By how much the chosen answer of each pair scores higher."""
         return np.asarray(self._difference(pairs) @ self._weights)
 
-    def _difference(self, pairs: Sequence[dialogues.Comparison]) -> Any:
+    def _difference(self, pairs: Sequence[human.Pair]) -> Any:
         chosen, rejected = (
             self._vectorizer.transform([getattr(p, side) for p in pairs]) for side in ("chosen", "rejected")
         )

@@ -35,16 +35,19 @@ def gather(
 
 
 def collect_comparisons(
-    job: stages.Job, policies: list[types.Params]
+    job: stages.Job, policies: list[types.Params], *, stage: str = "comparisons"
 ) -> tuple[types.Comparisons, types.Comparisons, dict[str, Any]]:
-    """Sample K answers a prompt from the policies in turn, ranked by labelers: (training, validation, facts)."""
+    """Sample K answers a prompt from the policies in turn, ranked by labelers: (training, validation, facts).
+
+    Progress is told of as ``stage``.
+    """
     world = job.task.world
     assert world is not None
     settings, prompt_set = job.settings.comparisons, world.compare_prompts
     n, K = len(prompt_set), settings.max_k
     key = job.key("comparisons")
     k_B = np.random.default_rng([job.settings.seed, 500]).integers(settings.min_k, K + 1, size=n)
-    job.progress.start("comparisons", n * K)
+    job.progress.start(stage, n * K)
     where_BK = np.arange(K)[None, :] < k_B[:, None]
     prompt_R, place_R = np.nonzero(where_BK)
     drawn: list[Any] = []
@@ -55,7 +58,7 @@ def collect_comparisons(
         answers = job.sampler(policy, None, None, asked, jax.random.fold_in(key, j))
         drawn.append((mine, answers))
         done += len(mine)
-        job.progress.update("comparisons", done, n * K)
+        job.progress.update(stage, done, n * K)
     L = job.task.row_width
     tokens_BKL = np.full((n, K, L), job.task.fmt.pad_id, np.int32)
     mask_BKL = np.zeros((n, K, L), bool)
@@ -76,7 +79,7 @@ def collect_comparisons(
     ranks_BK = np.where(where_BK, ranks_BK, 0)
     everything = types.Comparisons(tokens_BKL, mask_BKL, ranks_BK, where_BK)  # type: ignore[arg-type]
     train, validation = (jax.tree.map(lambda x, s=s: x[s], everything) for s in _halves(world.n_compare, n))
-    job.progress.finish("comparisons")
+    job.progress.finish(stage)
     facts = {"labeler_temperature": noise, "label_agreement": job.settings.world.agreement}
     return train, validation, facts
 

@@ -7,51 +7,18 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import diagnostics, lm, types
 from rlhf_jax.simulation import corpus, labelers
-from rlhf_jax.train import reward_model
 
+from . import diagnosis
 from .sampling import Answers
 from .stages import Job
 
 TIE = 1e-5
 """Gold utilities this close are a tie."""
 POLICIES = ("base", "sft", "sft_mix", "ppo", "ppo_ptx")
-
-
-def reward_model_facts(job: Job, reward: types.Params, validation: types.Comparisons) -> dict[str, Any]:
-    """Accuracy and calibration on held-out comparisons; the interval knows that a prompt's pairs belong together."""
-    B, K, L = validation.tokens_BKL.shape
-    flat_BKL = np.asarray(validation.tokens_BKL).reshape(B * K, L), np.asarray(validation.mask_BKL).reshape(B * K, L)
-    scores_BK = job.sampler.score(reward, *flat_BKL).reshape(B, K)
-    ranks_BK, where_BK = np.asarray(validation.ranks_BK), np.asarray(validation.where_BK)
-    pairs = jax.vmap(reward_model.count_pairs)(jnp.asarray(scores_BK), jnp.asarray(ranks_BK), jnp.asarray(where_BK))
-    accuracy = diagnostics.ratio_interval(np.asarray(pairs.right), np.asarray(pairs.total))
-    better_BKK = (ranks_BK[:, :, None] < ranks_BK[:, None, :]) & where_BK[:, :, None] & where_BK[:, None, :]
-    b, i, j = np.nonzero(better_BKK)
-    # The scale that RL wants (standard deviation 1) is undone: as trained, a gap in scores is a claim in log odds.
-    chosen, rejected = scores_BK[b, i] / float(reward["head"]["gain"]), scores_BK[b, j] / float(reward["head"]["gain"])
-    curve = diagnostics.calibration_curve(chosen, rejected, bins=10)
-    bins = [dict(zip(curve._fields, map(float, each))) for each in zip(*curve)]
-    return {
-        "accuracy": list(accuracy),
-        "held_out_pairs": len(chosen),
-        "held_out_prompts": B,
-        "calibration": {
-            "bins": bins,
-            "error": float(diagnostics.expected_calibration_error(chosen, rejected)),
-            "slope": _first(diagnostics.calibration_slope(chosen, rejected)),
-        },
-        "gain": float(reward["head"]["gain"]),
-        "bias": float(reward["head"]["bias"]),
-    }
-
-
-def _first(value: Any) -> float:
-    return float(value[0]) if isinstance(value, tuple) else float(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +60,11 @@ def evaluate(job: Job, policies: dict[str, types.Params], reward: types.Params) 
             numbers = results["policies"][name]
             floor = float(np.mean(_head(measured["sft"].answers, len(measured[name].answers.lengths_B)).gold.total))
             numbers["gap_closed"] = (numbers["gold"] - floor) / (1.0 - floor)
+        results["goodhart"] = {
+            name: diagnosis.goodhart(_head(measured["sft_mix"].answers, len(each.answers.lengths_B)), each.answers)
+            for name, each in measured.items()
+            if name not in ("base", "sft", "sft_mix")
+        }
     results["best_of_n_curve"] = curve
     results["best_of"] = settings.best_of
     job.progress.finish("evaluate")
@@ -147,17 +119,26 @@ def _wins(job: Job, answers: Answers, against: Answers) -> dict[str, Any]:
     world = job.task.world
     if world is None:
         return {}
-    gold = diagnostics.win_rate(answers.gold.total, against.gold.total, tie_tolerance=TIE)
+    outcomes = diagnostics.win_outcomes(answers.gold.total, against.gold.total, tie_tolerance=TIE)
     ours, theirs = (labelers.features(each.gold) for each in (answers, against))
 
     def by(pool: labelers.Pool) -> list[float]:
         return list(diagnostics.mean_interval(np.asarray(labelers.prefers(pool, ours, theirs), np.float64)))
 
     return {
-        "gold_win_rate_vs_sft": list(gold),
+        "gold_win_rate_vs_sft": list(diagnostics.outcome_rate(outcomes)),
+        "length_controlled_win_rate_vs_sft": _at_equal_length(outcomes, answers.lengths_B, against.lengths_B),
         "labeler_win_rate_vs_sft": by(world.pool),
         "heldout_win_rate_vs_sft": by(world.heldout_pool),
     }
+
+
+def _at_equal_length(outcomes: np.ndarray, lengths_B: np.ndarray, theirs_B: np.ndarray) -> list[float] | None:
+    """The win rate with answers of the other's length; None where every answer is longer by the same factor."""
+    try:
+        return list(diagnostics.length_controlled_win_rate(outcomes, np.maximum(lengths_B, 1), np.maximum(theirs_B, 1)))
+    except ValueError:
+        return None
 
 
 def _probes(job: Job) -> Any:

@@ -16,7 +16,7 @@ from rlhf_jax import report_plots as plots
 from rlhf_jax.data import dialogues
 
 from . import folds as folds_lib
-from . import sweep_plot, tasks
+from . import human, sweep_plot
 
 NAMES = {"reward_model": "reward model", "tfidf": "TF-IDF regression", "shorter": "shorter wins"}
 TOGETHER = "reward model + TF-IDF"
@@ -53,13 +53,13 @@ def by(groups: Mapping[str, np.ndarray], leads: Mapping[str, np.ndarray]) -> lis
     return rows
 
 
-def turn_groups(pairs: Sequence[dialogues.Comparison]) -> dict[str, np.ndarray]:
+def turn_groups(pairs: Sequence[human.Pair]) -> dict[str, np.ndarray]:
     """By which assistant turn of the dialogue is judged."""
     turn = np.array([1 + sum(t.role == dialogues.ASSISTANT for t in pair.prompt) for pair in pairs])
     return {f"turn {n}": turn == n for n in (1, 2, 3)} | {"turn 4 and on": turn >= 4}
 
 
-def length_groups(pairs: Sequence[dialogues.Comparison]) -> dict[str, np.ndarray]:
+def length_groups(pairs: Sequence[human.Pair]) -> dict[str, np.ndarray]:
     """By the length of the two answers together, in quarters, and by which of them is longer."""
     total = np.array([len(pair.chosen) + len(pair.rejected) for pair in pairs])
     shorter = np.array([len(pair.chosen) < len(pair.rejected) for pair in pairs])
@@ -72,9 +72,9 @@ def length_groups(pairs: Sequence[dialogues.Comparison]) -> dict[str, np.ndarray
     }
 
 
-def summary(pairs: Sequence[dialogues.Comparison], found: Sequence[Mapping[str, Any]], *, seed: int) -> dict[str, Any]:
+def summary(pairs: Sequence[human.Pair], found: Sequence[Mapping[str, Any]], *, seed: int) -> dict[str, Any]:
     """The folds together: every pair once, scored by the model that has not seen it."""
-    group_N = tasks.conversations(pairs)
+    group_N = human.conversations(pairs)
     where = folds_lib.parts(group_N, len(found), seed=seed)
     leads: dict[str, np.ndarray] = {}
     for method in folds_lib.METHODS:

@@ -23,7 +23,7 @@ from rlhf_jax.data import batching, chat, dialogues, errors, packing, tokenising
 from rlhf_jax.train import loop, reward_model, schedules, sft
 from rlhf_jax.train import state as state_lib
 
-from . import baselines, optimisers, rundir, tasks
+from . import baselines, human, optimisers, rundir, tasks
 from .reward_settings import CrossValidation
 
 METHODS = ("reward_model", "tfidf", "shorter")
@@ -50,7 +50,7 @@ def parts(group_N: np.ndarray, folds: int, *, seed: int) -> list[np.ndarray]:
     return [np.flatnonzero(fold_G[group_N] == fold) for fold in range(folds)]
 
 
-def encode(fmt: chat.ChatFormat, pairs: Sequence[dialogues.Comparison], how: CrossValidation) -> Encoded:
+def encode(fmt: chat.ChatFormat, pairs: Sequence[human.Pair], how: CrossValidation) -> Encoded:
     """The end of each prompt, and each answer; the middle of what is too long is left out, never its end mark."""
     counts = errors.DropCount(max_dropped=1.0)
     prompts, kept = chat.encode_prompts(fmt, [pair.prompt for pair in pairs], width=1 << 30, counts=counts)
@@ -128,7 +128,7 @@ class Fold:
     def __init__(
         self,
         number: int,
-        pairs: Sequence[dialogues.Comparison],
+        pairs: Sequence[human.Pair],
         test: np.ndarray,
         *,
         programs: Programs,
@@ -304,7 +304,7 @@ def _hyper(rate: Any) -> dict[str, Any]:
 
 
 def cross_validate(
-    pairs: Sequence[dialogues.Comparison],
+    pairs: Sequence[human.Pair],
     how: CrossValidation,
     *,
     folds: int,
@@ -315,7 +315,7 @@ def cross_validate(
     """What each fold found, restored where it is finished; the leads are in the order of ``parts(...)``."""
     programs = Programs(how)
     found = []
-    for number, test in enumerate(parts(tasks.conversations(pairs), folds, seed=seed), start=1):
+    for number, test in enumerate(parts(human.conversations(pairs), folds, seed=seed), start=1):
         path = folder.path / f"fold-{number}.json"
         if path.exists():
             progress.skip(f"fold-{number}")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import lm, losses, parallel, types
-from rlhf_jax.data import batching, chat, tokenizers
+from rlhf_jax.data import batching
 from rlhf_jax.data import comparisons as comparisons_lib
 from rlhf_jax.simulation import labelers
 from rlhf_jax.train import partition, reward_model, schedules
@@ -39,7 +39,14 @@ def loss_of(training: Training) -> Callable[..., jax.Array]:
     )
 
 
-def train(job: stages.Job, asked: RewardRun, begin: types.Params, data: types.Comparisons) -> types.Params:
+def train(
+    job: stages.Job,
+    asked: RewardRun,
+    begin: types.Params,
+    data: types.Comparisons,
+    *,
+    validation: types.Comparisons | None = None,
+) -> types.Params:
     """The reward model on the labelers' comparisons; several heads become one that gives their mean."""
     training, how = asked.training, asked.reward_model
     batch = how.batch
@@ -69,6 +76,7 @@ def train(job: stages.Job, asked: RewardRun, begin: types.Params, data: types.Co
         batch=batch,
         epochs=training.epochs,
         learning_rate=rate,
+        validation=validation,
     )
     return trained if heads is None else lm.combine(trained, jnp.full(heads, 1 / heads))
 
@@ -85,6 +93,7 @@ def _fit(
     batch: int,
     epochs: int,
     learning_rate: float,
+    validation: types.Comparisons | None = None,
 ) -> types.Params:
     n = len(np.asarray(data.ranks_BK))
     batch = min(batch, n)
@@ -99,6 +108,11 @@ def _fit(
             raise SettingError(f"--training.trains: {error}") from error
         join = partition.join
     step = parallel.jit_step(reward_model.make_train_step(partial(lm.score, cfg=cfg), loss=loss, join=join))
+    watch: dict[str, Any] = {}
+    if validation is not None:
+        watch = stages.validated(
+            job, stage, validation, steps=steps, loss=loss, params_of=lambda state: join(frozen, state.params)
+        )
     state = job.fit(
         stage,
         step,
@@ -108,6 +122,7 @@ def _fit(
         hyper_at=lambda i: stages.hyper(learning_rate * schedules.cosine(i, steps)),
         rng=key,
         frozen=frozen,
+        **watch,
     )
     return join(frozen, state.params)
 
@@ -183,27 +198,12 @@ def crowd_comparisons(job: stages.Job, asked: RewardRun, policy: types.Params) -
     )
     asked_prompts = tasks.more_prompts(asked, task, asked.pmp.prompts)
     source = dataclasses.replace(world, pool=crowd, compare_prompts=asked_prompts, n_compare=asked.pmp.prompts)
-    # Under the name of the labelers' stage, whose sampling and ranking these are; it has no progress of its own here.
     other = dataclasses.replace(
         job,
         task=dataclasses.replace(task, world=source),
         settings=dataclasses.replace(
             asked, seed=asked.seed + 1, world=dataclasses.replace(settings, agreement=asked.pmp.agreement)
         ),
-        progress=_Silent(),
     )
-    found, _, _ = comparisons.collect_comparisons(other, [policy])
+    found, _, _ = comparisons.collect_comparisons(other, [policy], stage="crowd")
     return found
-
-
-class _Silent:
-    """A progress bar that shows nothing."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args, **kwargs: None
-
-
-def user_token(fmt: chat.ChatFormat) -> int | None:
-    """The id that opens a user turn in this library's own chat format; None in another."""
-    found = fmt.tokenizer.get_vocab().get(tokenizers.USER)
-    return found if fmt.template == tokenizers.CHAT_TEMPLATE else None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import pathlib
 import time
 from typing import Any
 
 from rlhf_jax import atomic, checkpoint, metrics
+from rlhf_jax.data import errors, files
 
 from . import settings as settings_lib
 from .settings import SettingError, Settings
@@ -96,12 +96,18 @@ def same_data(resume: str, settings: Settings) -> None:
 
 
 def _digest(settings: Settings) -> str | None:
-    """Of the data file; None where there is none, or none that can be read, which its reader will say."""
-    try:
-        with open(settings.data.path or os.devnull, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() if settings.data.path else None
-    except OSError:
+    """Of the data files together; None where there are none, or none that can be read, which their reader will say."""
+    if settings.data.path is None:
         return None
+    digest = hashlib.sha256()
+    try:
+        for path in files.paths(settings.data.path):
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+    except (OSError, errors.DataError):
+        return None
+    return digest.hexdigest()
 
 
 def saved_values(resume: str) -> dict[str, Any]:

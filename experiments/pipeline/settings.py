@@ -17,7 +17,8 @@ class Data:
     """Real human comparisons instead of the built-in world."""
 
     path: str | None = None
-    """A JSONL file (.gz too) of {"chosen", "rejected"} dialogues in Anthropic's format; none: the built-in world."""
+    """A file of pairs or rankings, JSONL, JSON (.gz too) or Parquet: whole dialogues in Anthropic's format, prompt with
+    chosen and rejected, messages, or ranked responses (docs/data.md); * for several. None: the built-in world."""
     max_dropped: float = 0.01
     """Share of records that may be dropped before the run refuses the file."""
     vocab_size: int = 1024

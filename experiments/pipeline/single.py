@@ -20,10 +20,10 @@ from rlhf_jax.data import comparisons as comparisons_lib
 from rlhf_jax.data import errors
 from rlhf_jax.train import loop
 
-from . import comparisons, fold_results, preference_stages, sampling, session, stages, sweep_plot
+from . import comparisons, diagnosis, fold_results, preference_stages, sampling, session, stages, sweep_plot
 from .reward_settings import RewardRun
 
-WEIGHTS = {"pretrain": 60.0, "sft": 15.0, "comparisons": 11.0, "pmp": 10.0, "reward_model": 20.0}
+WEIGHTS = {"pretrain": 60.0, "sft": 15.0, "comparisons": 11.0, "crowd": 20.0, "pmp": 10.0, "reward_model": 20.0}
 """Seconds that the stages are expected to take, for the estimate of the time left."""
 NORMALISED_ON = {
     "demonstrations": "demonstrations",
@@ -35,7 +35,9 @@ NORMALISED_ON = {
 
 def run(asked: RewardRun, out: Console) -> tuple[pathlib.Path, dict[str, Any]]:
     """All stages; returns where, and the numbers, and leaves the model in ``reward_model/`` there."""
-    weights = [(stage, weight) for stage, weight in WEIGHTS.items() if stage != "pmp" or asked.pmp.prompts]
+    weights = [
+        (stage, weight) for stage, weight in WEIGHTS.items() if stage not in ("crowd", "pmp") or asked.pmp.prompts
+    ]
     with session.opened(asked, out, kind="reward_model", weights=weights, shared=()) as (folder, job):
         base = stages.pretrain(job)
         sft = stages.supervised(job, "sft", base, epochs=asked.sft.epochs, mix=0.0)
@@ -45,7 +47,7 @@ def run(asked: RewardRun, out: Console) -> tuple[pathlib.Path, dict[str, Any]]:
         if asked.training.limit is not None:
             train = jax.tree.map(lambda x: x[: asked.training.limit], train)
         begun = preference_stages.pretrained(job, asked, sft) if asked.pmp.prompts else sft
-        trained = lm.absorb_gain(preference_stages.train(job, asked, begun, train))
+        trained = lm.absorb_gain(preference_stages.train(job, asked, begun, train, validation=validation))
         judged = diagnose(job, trained, train, validation)
         reward, record = normalised(job, asked, trained, sft, validation)
     task = job.task
@@ -121,11 +123,8 @@ def diagnose(
 
 def _groups(job: stages.Job, batch: types.Comparisons, prompt: np.ndarray) -> dict[str, np.ndarray]:
     """Pairs by the turn of their prompt, as far as its user turns are within the width, and by the answers' length."""
-    tokens_BL, mask_BL = np.asarray(batch.tokens_BKL)[:, 0], np.asarray(batch.mask_BKL)
-    P = job.task.prompt_width
-    opening = preference_stages.user_token(job.task.fmt)
-    turn_B = ((tokens_BL[:, :P] == opening) & mask_BL[:, 0, :P]).sum(axis=1) if opening is not None else None
-    length_BK = mask_BL[:, :, P:].sum(axis=2)
+    turn_B = diagnosis.turns(job.task, batch)
+    length_BK = np.asarray(batch.mask_BKL)[:, :, job.task.prompt_width :].sum(axis=2)
     length_B = (length_BK * np.asarray(batch.where_BK)).sum(axis=1) / np.asarray(batch.where_BK).sum(axis=1)
     length = length_B[prompt]
     middle = np.median(length)

@@ -24,6 +24,7 @@ from rlhf_jax.train import state as state_lib
 
 from . import methods, optimisers, sampling, tasks, watching
 from . import start as start_lib
+from . import validation as validation_lib
 from .settings import Settings
 
 STAGES = ("pretrain", "sft", "sft_mix", "comparisons", "reward_model", "ppo", "ppo_ptx", "evaluate")
@@ -266,14 +267,21 @@ def supervised(job: Job, stage: str, base: Params, *, epochs: int, mix: float) -
     return state.params
 
 
-def train_reward_models(job: Job, start: Params, parts: list[types.Comparisons]) -> list[Params]:
+def train_reward_models(job: Job, start: Params, parts: list[types.Comparisons], **how: Any) -> list[Params]:
     """The reward model, and one that was held out where the comparisons are in two parts (Bai et al. 2022, 4.2)."""
     named = zip(("reward_model", "heldout_reward_model"), parts)
-    return [normalised(job, train_reward_model(job, start, part, stage=stage), start) for stage, part in named]
+    return [normalised(job, train_reward_model(job, start, part, stage=stage, **how), start) for stage, part in named]
 
 
-def train_reward_model(job: Job, start: Params, train: types.Comparisons, *, stage: str = "reward_model") -> Params:
-    """One epoch over the comparisons, all pairs of a prompt in one batch element."""
+def train_reward_model(
+    job: Job,
+    start: Params,
+    train: types.Comparisons,
+    *,
+    validation: types.Comparisons | None = None,
+    stage: str = "reward_model",
+) -> Params:
+    """One epoch over the comparisons, all pairs of a prompt in one batch element; see `validated` for the others."""
     settings, n = job.settings.reward_model, len(train.ranks_BK)
     batch = min(settings.batch, n)
     steps = n // batch
@@ -287,8 +295,17 @@ def train_reward_model(job: Job, start: Params, train: types.Comparisons, *, sta
         steps,
         batch_at=lambda i: jax.tree.map(lambda x: jnp.asarray(x[order[i]]), train),
         hyper_at=lambda i: hyper(settings.learning_rate * schedules.cosine(i, steps)),
+        **({} if validation is None else validated(job, stage, validation, steps=steps)),
     )
     return lm.absorb_gain(state.params)
+
+
+def validated(job: Job, stage: str, held_out: types.Comparisons, *, steps: int, **how: Any) -> dict[str, Any]:
+    """What `Job.fit` takes to log the loss on ``held_out`` comparisons, and to raise alarms on it."""
+    return {
+        "callbacks": [validation_lib.logged(job.sampler.score, held_out, steps=steps, **how)],
+        "log": watching.watched(job.log, stage, job.settings, partial(job.progress.tell, stage)),
+    }
 
 
 def normalised(job: Job, params: Params, policy: Params) -> Params:

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.data import batching, chat, dialogues, errors, tokenising, tokenizers
+from rlhf_jax.data import batching, chat, dialogues, encoding, errors, records, tokenising, tokenizers
 from rlhf_jax.simulation import corpus, demonstrators, gold, labelers, lexicon, prompts
 from rlhf_jax.simulation import world as world_lib
 from rlhf_jax.train import sft
 from rlhf_jax.types import Comparisons
 
+from . import human, words
 from . import start as start_lib
-from . import words
 from .settings import Settings
 
 _ANY = 1 << 30
@@ -267,47 +267,41 @@ def _skill_rows(settings: Settings, fmt: chat.ChatFormat, width: int) -> tokenis
 
 def _dialogue_task(settings: Settings, start: start_lib.Start | None) -> Task:
     data = settings.data
-    assert data.path is not None
     P, T = data.prompt_width, data.response_width
     if start is not None:
         start.make_room(P, T, where="--data.prompt-width and --data.response-width")
     dropped = errors.DropCount(max_dropped=data.max_dropped)
-    comparisons, _ = dialogues.read_comparisons(data.path, counts=dropped)
+    found = human.read(data, dropped)
     key = jax.random.key(settings.seed)
-    group_N = conversations(comparisons)
+    group_N = human.conversations(found)
     kept, _ = batching.split(int(group_N.max()) + 1, fraction=data.held_out, key=key)
-    train, held_out = np.flatnonzero(np.isin(group_N, kept)), np.flatnonzero(~np.isin(group_N, kept))
-    fmt = _trained_format([comparisons[i] for i in train], data.vocab_size) if start is None else start.fmt
-
-    def encoded(indices: np.ndarray) -> tuple[list[list[int]], list[dialogues.Comparison]]:
-        chosen = [comparisons[i] for i in indices]
-        ids, kept = chat.encode_prompts(fmt, [c.prompt for c in chosen], width=P, counts=widths)
-        return ids, [chosen[i] for i in kept]
-
+    mine_N = np.isin(group_N, kept)
+    train, held_out = ([found[i] for i in np.flatnonzero(on_N)] for on_N in (mine_N, ~mine_N))
+    fmt = human.trained_format(train, data.vocab_size) if start is None else start.fmt
     # What the widths cost is counted beside the file's flaws; only the flaws are held against the file.
     widths = errors.DropCount(max_dropped=1.0)
+    room: Any = {"prompt_width": P, "response_width": T, "answers": max(len(each.responses) for each in found)}
     sets = []
-    for indices in (train, held_out):
-        ids, records = encoded(np.asarray(indices))
-        chosen, rejected = (
-            chat.encode_answers(fmt, [getattr(record, side) for record in records]) for side in ("chosen", "rejected")
-        )
-        rows = tokenising.comparison_rows(
-            ids, chosen, rejected, prompt_width=P, response_width=T, pad_id=fmt.pad_id, counts=widths
-        )
-        sets.append((ids, records, chosen, rows))
-    (train_ids, train_records, train_chosen, train_rows), (held_ids, held_records, _, held_rows) = sets
+    for part in (train, held_out):
+        ids, places = chat.encode_prompts(fmt, [each.prompt for each in part], width=P, counts=widths)
+        asked = [part[i] for i in places]
+        rows, _ = encoding.ranking_rows(fmt, ids, asked, counts=widths, **room)
+        if part and not len(rows.ranks_BK):
+            raise errors.DataError(f"{data.path}: none of {len(part)} comparisons can be used ({widths.report()})")
+        sets.append((ids, asked, rows))
+    (train_ids, train_asked, train_rows), (held_ids, held_asked, held_rows) = sets
     demonstrations = tokenising.demonstration_rows(
         train_ids,
-        train_chosen,
+        chat.encode_answers(fmt, [each.responses[0] for each in train_asked]),
         prompt_width=P,
         response_width=T,
         pad_id=fmt.pad_id,
         counts=errors.DropCount(max_dropped=1.0),
     )
+    end = _document_end(fmt)
     packed_BL, held_BL = (
-        tokenising.pack_text(_whole_dialogues(fmt, records), width=P + T, eos_id=_document_end(fmt))[0]
-        for records in (train_records, held_records)
+        tokenising.pack_text(human.whole_dialogues(fmt, asked, end=end), width=P + T, eos_id=end)[0]
+        for asked in (train_asked, held_asked)
     )
     dropped.dropped |= widths.dropped
     dropped.truncated |= widths.truncated
@@ -317,46 +311,17 @@ def _dialogue_task(settings: Settings, start: start_lib.Start | None) -> Task:
         response_width=T,
         text=lambda: (packed_BL, held_BL[: settings.evaluation.pretraining_rows]),
         demonstrations=demonstrations,
-        rl_prompts=_dialogue_prompts(train_ids, train_records, P, fmt.pad_id),
-        eval_prompts=_dialogue_prompts(held_ids, held_records, P, fmt.pad_id).take(settings.evaluation.prompts),
+        rl_prompts=_dialogue_prompts(train_ids, train_asked, P, fmt.pad_id),
+        eval_prompts=_dialogue_prompts(held_ids, held_asked, P, fmt.pad_id).take(settings.evaluation.prompts),
         dropped=dropped,
         comparisons=(train_rows, held_rows),
     )
 
 
-def conversations(comparisons: Sequence[dialogues.Comparison]) -> np.ndarray:
-    """A number from 0 for each comparison, one for all that open with the same human turn.
-
-    Files hold several turns of one conversation as comparisons of their own, the earlier within the prompts of the
-    later: to be held out they have to go together.
-    """
-    numbers: dict[str, int] = {}
-    return np.array([numbers.setdefault(each.prompt[0].text, len(numbers)) for each in comparisons])
-
-
-def _trained_format(comparisons: list[dialogues.Comparison], vocab_size: int) -> chat.ChatFormat:
-    """A tokenizer made for the file, from its training dialogues."""
-    texts = [
-        dialogues.format_dialogue((*each.prompt, dialogues.Turn(dialogues.ASSISTANT, answer)))
-        for each in comparisons
-        for answer in (each.chosen, each.rejected)
-    ]
-    return chat.chat_format(tokenizers.train_bpe(texts, vocab_size=vocab_size))
-
-
-def _whole_dialogues(fmt: chat.ChatFormat, records: list[dialogues.Comparison]) -> list[list[int]]:
-    """Whole preferred dialogues; the token that ends a document is left to the packing."""
-    end, whole = _document_end(fmt), []
-    for record in records:
-        ids, _ = chat.encode_dialogue(fmt, (*record.prompt, dialogues.Turn(dialogues.ASSISTANT, record.chosen)))
-        whole.append(ids[:-1] if ids[-1] == end else ids)
-    return whole
-
-
-def _dialogue_prompts(ids: list[list[int]], records: list[dialogues.Comparison], width: int, pad_id: int) -> PromptSet:
+def _dialogue_prompts(ids: list[list[int]], asked: Sequence[records.Prompt], width: int, pad_id: int) -> PromptSet:
     tokens_BP, mask_BP = tokenising.pad_prompts(ids, width=width, pad_id=pad_id)
-    texts = ["\n".join(f"{turn.role}: {turn.text}" for turn in record.prompt) for record in records]
-    return PromptSet(tokens_BP, mask_BP, texts, [""] * len(records))
+    texts = ["\n".join(f"{turn.role}: {turn.text}" for turn in each.prompt) for each in asked]
+    return PromptSet(tokens_BP, mask_BP, texts, [""] * len(asked))
 
 
 def token_batch(rows: tokenising.Rows, indices: np.ndarray) -> sft.TokenBatch:

@@ -1,4 +1,4 @@
-"""Alarms of the stages of reinforcement learning: told when they are raised, and kept for the results."""
+"""Alarms of reward models and of reinforcement learning: told when they are raised, and kept for the results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf_jax.train import watch as watch_lib
 
 from .settings import Settings
 
-STAGES = ("ppo", "ppo_ptx")
+STAGES = ("reward_model", "heldout_reward_model", "ppo", "ppo_ptx")
 
 
 def watched(log: metrics.MetricLog, stage: str, settings: Settings, tell: Callable[[str], None]) -> watch_lib.Watch:

@@ -138,27 +138,50 @@ def rankings(
         if answers is not None and (n := len(found[i].responses)) > answers:
             where = found[i].where or f"record {i + 1}"
             raise errors.DataError(f"{where}: the record has {n} answers, more than the {answers} there is room for")
-    flat = iter(chat.encode_answers(fmt, [text for i in places for text in found[i].responses]))
-    told = [list(itertools.islice(flat, len(found[i].responses))) for i in places]
+    rows, kept = ranking_rows(
+        fmt,
+        ids,
+        [found[i] for i in places],
+        prompt_width=prompt_width,
+        response_width=response_width,
+        counts=counts,
+        answers=answers,
+    )
+    return rows, places[kept]
+
+
+def ranking_rows(
+    fmt: chat.ChatFormat,
+    ids: Sequence[Sequence[int]],
+    found: Sequence[records.Ranking],
+    *,
+    prompt_width: int,
+    response_width: int,
+    counts: errors.DropCount,
+    answers: int | None = None,
+) -> tuple[types.Comparisons, np.ndarray]:
+    """`rankings` of records whose prompts are encoded already, and fit: ``ids``, one list a record."""
+    flat = iter(chat.encode_answers(fmt, [text for record in found for text in record.responses]))
+    told = [list(itertools.islice(flat, len(record.responses))) for record in found]
     stage = counts.stage()
     kept = []
-    for place, i in enumerate(places):
-        if _contradicts(told[place], found[i].ranks, response_width):
+    for i, record in enumerate(found):
+        if _contradicts(told[i], record.ranks, response_width):
             stage.drop("same answer within the width")
         else:
-            kept.append(place)
-    counts.add(stage, records=len(places), source="comparisons")
+            kept.append(i)
+    counts.add(stage, records=len(found), source="comparisons")
     rows = tokenising.ranking_rows(
-        [ids[place] for place in kept],
-        [told[place] for place in kept],
-        [found[int(places[place])].ranks for place in kept],
+        [ids[i] for i in kept],
+        [told[i] for i in kept],
+        [found[i].ranks for i in kept],
         prompt_width=prompt_width,
         response_width=response_width,
         pad_id=fmt.pad_id,
         counts=counts,
         most=answers,
     )
-    return rows, places[kept]
+    return rows, np.asarray(kept, np.int64)
 
 
 def _prompt_ids(

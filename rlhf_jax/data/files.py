@@ -70,8 +70,8 @@ def source_name(source: Source) -> str:
         return f"{source.name}[{source.split}]"
     if isinstance(source, str | os.PathLike):
         return os.fspath(source)
-    paths = list(source)
-    return os.fspath(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "") if paths else "no file"
+    given = list(source)
+    return os.fspath(given[0]) + (f" and {len(given) - 1} more" if len(given) > 1 else "") if given else "no file"
 
 
 def raw_records(source: Source, *, fields: str = "named fields") -> Iterator[Raw]:
@@ -88,7 +88,7 @@ def raw_records(source: Source, *, fields: str = "named fields") -> Iterator[Raw
     if isinstance(source, Tfds):
         yield from _tfds_records(source)
         return
-    for path in _paths(source):
+    for path in paths(source):
         name = os.fspath(path)
         n = 0
         for n, raw in enumerate(_file_records(name, fields), start=1):  # noqa: B007
@@ -97,10 +97,11 @@ def raw_records(source: Source, *, fields: str = "named fields") -> Iterator[Raw
             raise errors.DataError(f"{name} is empty")
 
 
-def _paths(source: Path | Sequence[Path]) -> list[Path]:
-    paths = [source] if isinstance(source, str | os.PathLike) else list(source)
+def paths(source: Path | Sequence[Path]) -> list[Path]:
+    """The files that a source names, with ``*`` replaced by what fits; raises DataError where nothing does."""
+    given = [source] if isinstance(source, str | os.PathLike) else list(source)
     found: list[Path] = []
-    for path in paths:
+    for path in given:
         name = os.fspath(path)
         if "*" in name and not os.path.exists(name):
             fitting = sorted(glob.glob("*".join(map(glob.escape, name.split("*")))))

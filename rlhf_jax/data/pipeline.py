@@ -142,9 +142,13 @@ def from_arrays(
     sizes = {len(leaf) for leaf in jax.tree.leaves(arrays)}
     if len(sizes) > 1:
         raise errors.DataError(f"the arrays differ in their number of rows: {', '.join(map(str, sorted(sizes)))}")
-    return _batches(
-        lambda places: jax.tree.map(lambda leaf: leaf[places], arrays),
-        max(sizes, default=0),
+
+    def rows(places: list[int]) -> Any:
+        return jax.tree.map(lambda leaf: leaf[np.asarray(places)], arrays)
+
+    return from_source(
+        range(max(sizes, default=0)),
+        collate=rows,
         data=batching.fingerprint(arrays),
         batch_size=batch_size,
         seed=seed,
@@ -196,27 +200,49 @@ def from_source(
       TypeError: see `fingerprint`.
       ValueError: a number is out of its range.
     """
-    many = getattr(source, "__getitems__", None)
+    import grain
 
-    def fetch(places: np.ndarray) -> Any:
-        return collate(
-            list(many(places.tolist()) if many is not None else [source[place] for place in places.tolist()])
+    if batch_size < 1 or hosts < 1 or batch_size % hosts or (epochs is not None and epochs < 1) or prefetch < 0:
+        raise ValueError(
+            f"batch_size = {batch_size} must be a multiple of hosts = {hosts}, both 1 or more; epochs = {epochs} 1 or "
+            f"more, or None; prefetch = {prefetch} 0 or more"
         )
+    if not 0 <= host < hosts:
+        raise ValueError(f"host = {host} is not one of {hosts}, which count from 0")
+    n, many = len(source), getattr(source, "__getitems__", None)
+    if n < 1:
+        raise errors.DataError("there is no record to make batches of")
+    places = grain.MapDataset.range(n)
+    if shuffle:
+        # grain's epoch e with seed s is its epoch 0 with seed s + e: without this, runs of neighbouring seeds would see
+        # each other's epochs.
+        places = places.shuffle(int.from_bytes(hashlib.sha256(f"{int(seed)}".encode()).digest()[:4], "little"))
+    told = {
+        "data": fingerprint(source) if data is None else data,
+        "records": n,
+        "seed": int(seed),
+        "batch_size": batch_size,
+        "epochs": epochs,
+        "shuffle": shuffle,
+        "drop_last": drop_last,
+        "order": hashlib.sha256(repr([int(places[i] or 0) for i in range(min(n, _PROBE))]).encode()).hexdigest()[:16],
+        **({} if identity is None else {"identity": fingerprint([identity])}),
+    }
+    share = batch_size // hosts
 
-    return _batches(
-        fetch,
-        len(source),
-        data=fingerprint(source) if data is None else data,
-        more={} if identity is None else {"identity": fingerprint([identity])},
-        batch_size=batch_size,
-        seed=seed,
-        epochs=epochs,
-        shuffle=shuffle,
-        drop_last=drop_last,
-        host=host,
-        hosts=hosts,
-        prefetch=prefetch,
-    )
+    def collect(drawn: Sequence[int]) -> np.ndarray:
+        return np.asarray(drawn[host * share : (host + 1) * share], np.int64)
+
+    def fetch(drawn: np.ndarray) -> Any:
+        rows = drawn.tolist()
+        return collate(list(many(rows) if many is not None else [source[row] for row in rows]))
+
+    whole = places if drop_last else places.repeat(epochs)
+    whole = whole.batch(batch_size, drop_remainder=True, batch_fn=collect)
+    if len(whole) < 1:
+        raise errors.DataError(f"{n} records, {epochs or 1} times, do not fill one batch of {batch_size}")
+    whole = whole.repeat(epochs) if drop_last else whole
+    return Batches(whole.map(fetch), endless=epochs is None, fingerprint=told, prefetch=prefetch)
 
 
 def fingerprint(source: Sequence[Any]) -> str:
@@ -255,59 +281,3 @@ def _tagged(value: Any) -> Any:
         told = {f.name: _tagged(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
         return ["dataclass", type(value).__name__, told]
     raise TypeError(f"a {type(value).__name__} has no fixed bytes")
-
-
-def _batches(
-    fetch: Callable[[np.ndarray], Any],
-    n: int,
-    *,
-    data: str,
-    more: Mapping[str, str] | None = None,
-    batch_size: int,
-    seed: int,
-    epochs: int | None,
-    shuffle: bool,
-    drop_last: bool,
-    host: int,
-    hosts: int,
-    prefetch: int,
-) -> Batches:
-    """Batches of whatever ``fetch`` makes of the places of some records."""
-    import grain
-
-    if batch_size < 1 or hosts < 1 or batch_size % hosts or (epochs is not None and epochs < 1) or prefetch < 0:
-        raise ValueError(
-            f"batch_size = {batch_size} must be a multiple of hosts = {hosts}, both 1 or more; epochs = {epochs} 1 or "
-            f"more, or None; prefetch = {prefetch} 0 or more"
-        )
-    if not 0 <= host < hosts:
-        raise ValueError(f"host = {host} is not one of {hosts}, which count from 0")
-    if n < 1:
-        raise errors.DataError("there is no record to make batches of")
-    places = grain.MapDataset.range(n)
-    if shuffle:
-        # grain's epoch e with seed s is its epoch 0 with seed s + e: without this, runs of neighbouring seeds would see
-        # each other's epochs.
-        places = places.shuffle(int.from_bytes(hashlib.sha256(f"{int(seed)}".encode()).digest()[:4], "little"))
-    identity = {
-        "data": data,
-        "records": n,
-        "seed": int(seed),
-        "batch_size": batch_size,
-        "epochs": epochs,
-        "shuffle": shuffle,
-        "drop_last": drop_last,
-        "order": hashlib.sha256(repr([int(places[i] or 0) for i in range(min(n, _PROBE))]).encode()).hexdigest()[:16],
-        **(more or {}),
-    }
-    share = batch_size // hosts
-
-    def collect(drawn: Sequence[int]) -> np.ndarray:
-        return np.asarray(drawn[host * share : (host + 1) * share], np.int64)
-
-    whole = places if drop_last else places.repeat(epochs)
-    whole = whole.batch(batch_size, drop_remainder=True, batch_fn=collect)
-    if len(whole) < 1:
-        raise errors.DataError(f"{n} records, {epochs or 1} times, do not fill one batch of {batch_size}")
-    whole = whole.repeat(epochs) if drop_last else whole
-    return Batches(whole.map(fetch), endless=epochs is None, fingerprint=identity, prefetch=prefetch)

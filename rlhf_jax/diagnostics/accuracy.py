@@ -69,7 +69,12 @@ class ThresholdScan(NamedTuple):
 
 
 def accuracy_by_stratum(
-    chosen: npt.ArrayLike, rejected: npt.ArrayLike, strata: Iterable[Hashable], *, confidence: float = 0.95
+    chosen: npt.ArrayLike,
+    rejected: npt.ArrayLike,
+    strata: Iterable[Hashable],
+    *,
+    prompts: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
 ) -> list[Stratum]:
     """Accuracy of the pairs of each stratum: of an annotator, a confidence, a turn, a domain, a bucket of lengths.
 
@@ -77,16 +82,19 @@ def accuracy_by_stratum(
         chosen: scores of the preferred answers, one a pair.
         rejected: scores of the others, in the same order.
         strata: one label a pair, of any kind that can be told apart; None and NaN mean that there is none.
-        confidence: of the intervals, which are those of `intervals.win_rate`.
+        prompts: a label a pair: pairs of one prompt stand or fall together, and intervals then count prompts, as in
+            `intervals.ratio_interval`. Without it every pair counts as independent, as in `intervals.win_rate`.
+        confidence: of the intervals.
 
     Returns:
         The strata in the order of their labels, or as they come where labels cannot be ordered; None last. Their
         counts add up to the number of pairs.
 
     Raises:
-        ValueError: as in `intervals.win_outcomes`, or if there is not one label a pair.
+        ValueError: as in `intervals.win_outcomes`, or if there is not one label, or prompt, a pair.
     """
     chosen, rejected = _pairs(chosen, rejected)
+    group = groups(prompts, len(chosen))
     labels = strata.tolist() if isinstance(strata, np.ndarray) else list(strata)
     if len(labels) != len(chosen):
         raise ValueError(f"need one label a pair, got {len(labels)} labels for {len(chosen)} pairs")
@@ -94,7 +102,7 @@ def accuracy_by_stratum(
     for i, label in enumerate(labels):
         places.setdefault(None if label != label else label, []).append(i)
     return [
-        Stratum(name, intervals.win_rate(chosen[at], rejected[at], confidence=confidence), len(at))
+        Stratum(name, rate(chosen[at], rejected[at], group=_at(group, at), confidence=confidence), len(at))
         for name, at in ((name, places[name]) for name in _ordered(places))
     ]
 
@@ -161,6 +169,7 @@ def accuracy_above_threshold(
     rejected: npt.ArrayLike,
     *,
     thresholds: npt.ArrayLike | None = None,
+    prompts: Sequence[Hashable] | None = None,
     confidence: float = 0.95,
 ) -> ThresholdScan:
     """Accuracy on the pairs whose two scores both pass a threshold (Bai 2022, Fig 25).
@@ -173,17 +182,19 @@ def accuracy_above_threshold(
         rejected: scores of the others, in the same order.
         thresholds: least scores; by default the tenths of the lower scores of the pairs, which leave 100 %, 90 %, ...,
             10 % of the pairs.
+        prompts: as in `accuracy_by_stratum`.
         confidence: of the intervals.
 
     Raises:
-        ValueError: as in `intervals.win_outcomes`, or if a threshold is NaN.
+        ValueError: as in `intervals.win_outcomes`, if a threshold is NaN, or if there is not one prompt a pair.
     """
     chosen, rejected = _pairs(chosen, rejected)
+    group = groups(prompts, len(chosen))
     lower = np.minimum(chosen, rejected)
     tenths = np.sort(lower)[np.arange(10) * len(lower) // 10]
     scan = np.unique(intervals.samples(tenths if thresholds is None else thresholds))
     passing = [lower >= least for least in scan]
-    rates = [rate(chosen[on], rejected[on], confidence=confidence) for on in passing]
+    rates = [rate(chosen[on], rejected[on], group=_at(group, on), confidence=confidence) for on in passing]
     accuracy, count = np.array([r.mean for r in rates]), np.array([int(on.sum()) for on in passing])
     known = count > 0
     return ThresholdScan(
@@ -196,10 +207,34 @@ def accuracy_above_threshold(
     )
 
 
-def rate(a: np.ndarray, b: np.ndarray, *, confidence: float = 0.95) -> intervals.Estimate:
-    """`intervals.win_rate`, but of no pairs too: ``(NaN, 0, 1)``."""
+def rate(
+    a: np.ndarray, b: np.ndarray, *, group: np.ndarray | None = None, confidence: float = 0.95
+) -> intervals.Estimate:
+    """`intervals.win_rate`, but of no pairs too: ``(NaN, 0, 1)``.
+
+    With ``group``, a number from 0 a pair, an interval of groups: `intervals.ratio_interval`.
+    """
     intervals.quantiles(confidence)  # For its check.
-    return intervals.win_rate(a, b, confidence=confidence) if len(a) else intervals.Estimate(math.nan, 0.0, 1.0)
+    if not len(a):
+        return intervals.Estimate(math.nan, 0.0, 1.0)
+    if group is None:
+        return intervals.win_rate(a, b, confidence=confidence)
+    right = np.bincount(group, weights=intervals.win_outcomes(a, b))
+    return intervals.ratio_interval(right, np.bincount(group), rate=True, confidence=confidence)
+
+
+def groups(prompts: Sequence[Hashable] | None, pairs: int) -> np.ndarray | None:
+    """A number from 0 a pair, the same for pairs of one prompt."""
+    if prompts is None:
+        return None
+    if len(prompts) != pairs:
+        raise ValueError(f"need one prompt a pair, got {len(prompts)} prompts for {pairs} pairs")
+    places = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    return np.array([places[prompt] for prompt in prompts])
+
+
+def _at(group: np.ndarray | None, rows: Any) -> np.ndarray | None:
+    return None if group is None else group[rows]
 
 
 def _accuracy_and_loss(
@@ -207,21 +242,12 @@ def _accuracy_and_loss(
 ) -> tuple[intervals.Estimate, intervals.Estimate]:
     chosen, rejected = _pairs(chosen, rejected)
     loss = np.logaddexp(0.0, rejected - chosen)
-    if prompts is None:
-        return (
-            intervals.win_rate(chosen, rejected, confidence=confidence),
-            intervals.mean_interval(loss, confidence=confidence),
-        )
-    if len(prompts) != len(chosen):
-        raise ValueError(f"need one prompt a pair, got {len(prompts)} prompts for {len(chosen)} pairs")
-    places = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    group = np.array([places[prompt] for prompt in prompts])
-    pairs = np.bincount(group)
-    right, nats = (np.bincount(group, weights=x) for x in (intervals.win_outcomes(chosen, rejected), loss))
-    return (
-        intervals.ratio_interval(right, pairs, rate=True, confidence=confidence),
-        intervals.ratio_interval(nats, pairs, rate=False, confidence=confidence),
-    )
+    group = groups(prompts, len(chosen))
+    accuracy = rate(chosen, rejected, group=group, confidence=confidence)
+    if group is None:
+        return accuracy, intervals.mean_interval(loss, confidence=confidence)
+    nats = np.bincount(group, weights=loss)
+    return accuracy, intervals.ratio_interval(nats, np.bincount(group), rate=False, confidence=confidence)
 
 
 def _spearman(x: np.ndarray, y: np.ndarray) -> float:

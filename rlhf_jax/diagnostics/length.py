@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from scipy import optimize, special
 
 from rlhf_jax.diagnostics import intervals
-from rlhf_jax.diagnostics.accuracy import rate
+from rlhf_jax.diagnostics.accuracy import groups, rate
 
 
 class LengthBias(NamedTuple):
@@ -94,6 +94,7 @@ def length_bias(
     chosen_lengths: npt.ArrayLike,
     rejected_lengths: npt.ArrayLike,
     *,
+    prompts: Sequence[Hashable] | None = None,
     confidence: float = 0.95,
 ) -> LengthBias:
     """What a reward model, and the labels themselves, have to do with length.
@@ -103,28 +104,38 @@ def length_bias(
         rejected: scores of the others, in the same order.
         chosen_lengths: of the preferred answers, in any unit.
         rejected_lengths: of the others.
+        prompts: as in `accuracy.accuracy_by_stratum`, for the intervals of the rates. That of the correlation counts
+            pairs: where a prompt has several, take `length_correlation` of its answers instead.
         confidence: of all intervals.
 
     Raises:
-        ValueError: as in `intervals.win_outcomes`, for scores and for lengths.
+        ValueError: as in `intervals.win_outcomes`, for scores and for lengths; if there is not one prompt a pair.
     """
     wins = intervals.win_outcomes(chosen, rejected)
     longer = intervals.win_outcomes(chosen_lengths, rejected_lengths)
     if len(wins) != len(longer):
         raise ValueError(f"need one length an answer, got {len(longer)} pairs of lengths for {len(wins)} of scores")
-    chosen, rejected = np.asarray(chosen, np.float64), np.asarray(rejected, np.float64)
-    scores, lengths = chosen - rejected, np.subtract(chosen_lengths, rejected_lengths, dtype=np.float64)
+    group = groups(prompts, len(wins))
+    chosen, rejected, chosen_lengths, rejected_lengths = (
+        np.asarray(x, np.float64) for x in (chosen, rejected, chosen_lengths, rejected_lengths)
+    )
+
+    def of(a: np.ndarray, b: np.ndarray, on: np.ndarray | slice = slice(None)) -> intervals.Estimate:
+        mine = None if group is None else group[on]
+        return rate(a[on], b[on], group=mine, confidence=confidence)
+
+    scores, lengths = chosen - rejected, chosen_lengths - rejected_lengths
     up, down, apart = longer == 1.0, longer == 0.0, longer != 0.5
     # The score difference of the longer answer less the shorter one.
     toward = np.where(up, 1.0, -1.0) * scores
     # Within a pair, both sides lie half a difference from the pair's mean: what is correlated are the differences.
     correlation = _correlation(scores, lengths, len(scores), confidence)
     return LengthBias(
-        longer_wins=intervals.win_rate(chosen_lengths, rejected_lengths, confidence=confidence),
-        shorter_wins=intervals.win_rate(rejected_lengths, chosen_lengths, confidence=confidence),
-        prefers_longer=rate(toward[apart], np.zeros(apart.sum()), confidence=confidence),
-        accuracy_where_longer=rate(chosen[up], rejected[up], confidence=confidence),
-        accuracy_where_shorter=rate(chosen[down], rejected[down], confidence=confidence),
+        longer_wins=of(chosen_lengths, rejected_lengths),
+        shorter_wins=of(rejected_lengths, chosen_lengths),
+        prefers_longer=of(toward, np.zeros_like(toward), apart),
+        accuracy_where_longer=of(chosen, rejected, up),
+        accuracy_where_shorter=of(chosen, rejected, down),
         correlation=correlation,
         explained=correlation.mean**2,
         equal_lengths=int((~apart).sum()),

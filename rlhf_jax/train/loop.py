@@ -190,7 +190,7 @@ def fit(
     checkpoints: checkpoint.Checkpoints | None = None,
     save_every: int | None = None,
     progress: Callable[[str, int, int, dict[str, float]], None] | None = None,
-    callbacks: Sequence[Callable[[int, Any, Mapping[str, Any]], None]] = (),
+    callbacks: Sequence[Callable[[int, Any, Mapping[str, Any]], Mapping[str, Any] | None]] = (),
     max_skipped: int = 10,
     fingerprint: Any = None,
 ) -> Any:
@@ -218,7 +218,8 @@ def fit(
         save_every: Save each so many iterations; None: only at the end, or when asked to stop.
         progress: ``progress(stage, done, steps, floats)``, first with no floats at the start, then one iteration late.
         callbacks: ``callback(done, state, metrics)`` after each iteration, with arrays that are still being computed;
-            reading them waits for the device. The state is donated to the next step: copy what has to stay.
+            reading them waits for the device. The state is donated to the next step: copy what has to stay. What it
+            returns, if not None, is logged with the iteration's metrics.
         max_skipped: Stop after so many iterations in a row in which the metric ``skipped`` is above 0.
         fingerprint: What identifies data, seed and batch size, as JSON; a resumed run must have the same one.
 
@@ -265,7 +266,7 @@ def fit(
                 leave(i)
             state, metrics = train_step(state, frozen, hyper_at(i), batch_at(i), rng)
             for callback in callbacks:
-                callback(i + 1, state, metrics)
+                metrics = {**metrics, **(callback(i + 1, state, metrics) or {})}
             report.push(i + 1, metrics)
             if checkpoints is not None and save_every is not None and (i + 1) % save_every == 0:
                 saved = save(i + 1)

@@ -1,0 +1,19 @@
+"""Every objective of `train.objectives` by the name that tests know it by."""
+
+from typing import Any
+
+from rlhf_jax.train import objectives
+
+OBJECTIVES: dict[str, Any] = {
+    "dpo": objectives.dpo,
+    "robust": objectives.robust_dpo,
+    "ipo": objectives.ipo,
+    "hinge": objectives.hinge,
+    "kto": objectives.kto,
+    "orpo": objectives.orpo,
+    "simpo": objectives.simpo,
+    "dpo-sft": objectives.with_sft(objectives.dpo),
+    "dpo-per-token": objectives.per_token(objectives.dpo),
+    "soft-simpo": objectives.soft(objectives.simpo),
+}
+WITHOUT_REFERENCE = ("orpo", "simpo", "soft-simpo")
