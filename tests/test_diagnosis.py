@@ -71,7 +71,8 @@ def test_a_reward_model_that_learns_by_heart_is_an_alarm_of_the_run(tmp_path):
     assert len(told) == 1 and "by heart" in told[0]
     (found,) = watching.raised(log, asked)
     assert (found["stage"], found["name"], found["step"]) == ("reward_model", "overfitted", 2 * validation.TIMES)
-    assert 2 * alarms.CHECKS["overfitted"].__kwdefaults__["validation_window"] <= validation.TIMES
+    defaults = alarms.CHECKS["overfitted"].__kwdefaults__ or {}
+    assert 2 * defaults["validation_window"] <= validation.TIMES
     log.close()
 
 
