@@ -218,7 +218,7 @@ def test_a_side_without_an_end_is_an_arrow_to_the_edge(low, high, line, edge):
 
     ax = Figure().subplots()
     report_plots.point(ax, results_lib.Interval(0.5, low, high), 2.0, "ppo")
-    assert ax.lines[0].get_xdata() == line
+    assert list(ax.lines[0].get_xdata()) == line
     arrows = [text for text in ax.texts if hasattr(text, "arrow_patch")]
     assert [(each.xy, each.xyann) for each in arrows] == ([] if edge is None else [((edge, 2.0), (0.5, 2.0))])
 
