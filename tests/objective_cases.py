@@ -4,7 +4,7 @@ from typing import Any
 
 from rlhf_jax.train import objectives
 
-OBJECTIVES: dict[str, Any] = {
+FAMILY: dict[str, Any] = {
     "dpo": objectives.dpo,
     "robust": objectives.robust_dpo,
     "ipo": objectives.ipo,
@@ -14,6 +14,5 @@ OBJECTIVES: dict[str, Any] = {
     "simpo": objectives.simpo,
     "dpo-sft": objectives.with_sft(objectives.dpo),
     "dpo-per-token": objectives.per_token(objectives.dpo),
-    "soft-simpo": objectives.soft(objectives.simpo),
 }
-WITHOUT_REFERENCE = ("orpo", "simpo", "soft-simpo")
+WITHOUT_REFERENCE = ("orpo", "simpo")

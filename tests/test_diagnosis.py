@@ -71,7 +71,8 @@ def test_a_reward_model_that_learns_by_heart_is_an_alarm_of_the_run(tmp_path):
     assert len(told) == 1 and "by heart" in told[0]
     (found,) = watching.raised(log, asked)
     assert (found["stage"], found["name"], found["step"]) == ("reward_model", "overfitted", 2 * validation.TIMES)
-    assert 2 * alarms.CHECKS["overfitted"].__kwdefaults__["validation_window"] <= validation.TIMES
+    defaults = alarms.CHECKS["overfitted"].__kwdefaults__ or {}
+    assert 2 * defaults["validation_window"] <= validation.TIMES
     log.close()
 
 
@@ -118,7 +119,18 @@ def test_the_facts_of_a_reward_model_are_those_of_its_pairs():
     bias = found["length_bias"]
     longer = [(b, i, j) for b, i, j in pairs if batch.mask_BKL[b, i].sum() > batch.mask_BKL[b, j].sum()]
     assert bias["accuracy_where_longer"].mean == pytest.approx(plain(longer)) and bias["count"] == len(pairs)
+    mine = np.array([pair in longer for pair in pairs])
+    want = diagnostics.ratio_interval(np.bincount(b, weights=right * mine), np.bincount(b, weights=mine), rate=True)
+    np.testing.assert_allclose(bias["accuracy_where_longer"], want, rtol=1e-6)
     gap = found["gap"]
+    leads = [
+        float(train.tokens_BKL[c, i, 0]) - float(train.tokens_BKL[c, j, 0])
+        for c in range(30)
+        for i in range(K)
+        for j in range(K)
+        if train.where_BK[c, [i, j]].all() and train.ranks_BK[c, i] < train.ranks_BK[c, j]
+    ]
+    assert gap["train_loss"].mean == pytest.approx(np.mean(np.logaddexp(0.0, -np.array(leads))), rel=1e-6)
     np.testing.assert_allclose(gap["validation_accuracy"], found["accuracy"], rtol=1e-6)
     assert gap["accuracy_gap"].mean == pytest.approx(gap["train_accuracy"].mean - found["accuracy"][0])
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from objective_cases import OBJECTIVES, WITHOUT_REFERENCE
+from objective_cases import FAMILY, WITHOUT_REFERENCE
 
 from rlhf_jax import lm, losses, parallel, types
 from rlhf_jax.lm import lora
@@ -70,7 +70,7 @@ def reference_of(name) -> Any:
 @functools.cache
 def made_step(name="dpo", logprobs: Any = response, micro_batches=1):
     return parallel.jit_step(
-        dpo.make_train_step(logprobs, OBJECTIVES[name], micro_batches=micro_batches, **reference_of(name))
+        dpo.make_train_step(logprobs, FAMILY[name], micro_batches=micro_batches, **reference_of(name))
     )
 
 
@@ -123,7 +123,7 @@ def test_the_numbers_of_a_step_by_hand():
 
 
 SHORT = ("dpo", "kto", "simpo")
-LONG = [pytest.param(name, marks=pytest.mark.slow) for name in OBJECTIVES if name not in (*SHORT, "soft-simpo")]
+LONG = [pytest.param(name, marks=pytest.mark.slow) for name in FAMILY if name not in SHORT]
 
 
 @pytest.mark.parametrize("name", [*SHORT, *LONG])
@@ -250,7 +250,7 @@ def test_labels_that_a_loss_would_not_read_are_refused():
 def test_a_batch_spread_over_a_named_axis_gives_the_same_update(name):
     batch = batch_of(name)
     expected, logs = run(batch, name)
-    step = dpo.make_train_step(response, OBJECTIVES[name], axis_name="d")
+    step = dpo.make_train_step(response, FAMILY[name], axis_name="d")
     halves = jax.tree.map(lambda x: x.reshape(2, B // 2, *x.shape[1:]), batch)
     states, got = jax.jit(jax.vmap(step, in_axes=(None, None, None, 0, None), axis_name="d"))(
         fresh(), params(1), hyper(), halves, KEY
@@ -261,7 +261,7 @@ def test_a_batch_spread_over_a_named_axis_gives_the_same_update(name):
 
 
 def test_a_sweep_is_one_program():
-    step = dpo.make_train_step(response, OBJECTIVES["dpo"])
+    step = dpo.make_train_step(response, FAMILY["dpo"])
     betas = np.array([0.1, 1.0], np.float32)
     hypers = jax.tree.map(lambda *x: np.stack(x), *[hyper(beta=b) for b in betas])
     states = jax.tree.map(lambda x: jnp.stack([x, x]), fresh())

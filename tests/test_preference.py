@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from objective_cases import OBJECTIVES, WITHOUT_REFERENCE
+from objective_cases import FAMILY, WITHOUT_REFERENCE
 
 from rlhf_jax import losses
 from rlhf_jax.train import dpo, objectives
@@ -92,9 +92,12 @@ def by_hand(name, s):
     }[name]()
 
 
+OBJECTIVES = FAMILY | {"soft-simpo": objectives.soft(objectives.simpo)}
+
+
 def compiled(name):
     def total(policy, reference, lengths, good, targets, baseline):
-        theirs = None if name in WITHOUT_REFERENCE else reference
+        theirs = None if name.removeprefix("soft-") in WITHOUT_REFERENCE else reference
         # Each gets the labels that it reads; others are refused.
         marks, soft = (good if name == "kto" else None), (targets if name.startswith("soft") else None)
         scored = objectives.Scored(policy, theirs, lengths, marks, soft, baseline)

@@ -199,19 +199,28 @@ def test_transcripts_are_escaped_and_keep_their_lines(full_text):
     assert "(empty answer)" in page.text and "0.10" in page.text
 
 
-def test_what_was_gained_is_told_in_score_and_in_gold_and_one_sided_intervals_are_arrows():
+def test_what_was_gained_is_told_in_score_and_in_gold():
     gained = {"reward_gained": [1.25, 1.2, 1.3], "gold_gained": [-0.125, -0.15, -0.1], "gamed": True}
     page = Page(report.render(full_results() | {"goodhart": {"ppo": gained}}, [], title="t"))
     assert "Over-optimisation" in page.headings
     assert "PPO over SFT-mix, RM score" in page.text and "1.250 (1.200–1.300)" in page.text
     assert "−0.125 (−0.150 to −0.100), while the score rose" in page.text
-    drawn = {
-        name: report_plots.by_policy({"policies": {"ppo": {"x": each}, "sft": {"x": [0.4, 0.3, 0.5]}}}, "x", xlabel="x")
-        for name, each in {"both": [0.5, 0.4, 0.6], "low": [0.5, 0.4, None], "high": [0.5, None, 0.6]}.items()
-    }
-    assert "(from 0.400)" in (drawn["low"] or "") and "(up to 0.600)" in (drawn["high"] or "")
-    arrows = {name: (svg or "").count("stroke-linecap: round") for name, svg in drawn.items()}
-    assert arrows["low"] == arrows["high"] > arrows["both"]
+    drawn = report_plots.by_policy({"policies": {"ppo": {"x": [0.5, 0.4, None]}}}, "x", xlabel="x")
+    assert drawn is not None and "0.500 (from 0.400)" in drawn
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "line", "edge"),
+    [(0.4, 0.6, [0.4, 0.6], None), (0.4, None, [0.4, 0.5], 1), (None, 0.6, [0.5, 0.6], 0)],
+)
+def test_a_side_without_an_end_is_an_arrow_to_the_edge(low, high, line, edge):
+    from matplotlib.figure import Figure
+
+    ax = Figure().subplots()
+    report_plots.point(ax, results_lib.Interval(0.5, low, high), 2.0, "ppo")
+    assert list(ax.lines[0].get_xdata()) == line
+    arrows = [text for text in ax.texts if hasattr(text, "arrow_patch")]
+    assert [(each.xy, each.xyann) for each in arrows] == ([] if edge is None else [((edge, 2.0), (0.5, 2.0))])
 
 
 def test_alarms_are_listed_and_escaped_where_there_are_any(full_text):

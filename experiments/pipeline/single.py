@@ -23,8 +23,10 @@ from rlhf_jax.train import loop
 from . import comparisons, diagnosis, fold_results, preference_stages, sampling, session, stages, sweep_plot
 from .reward_settings import RewardRun
 
-WEIGHTS = {"pretrain": 60.0, "sft": 15.0, "comparisons": 11.0, "crowd": 20.0, "pmp": 10.0, "reward_model": 20.0}
+WEIGHTS = {"pretrain": 60.0, "sft": 15.0, "comparisons": 11.0, "reward_model": 20.0}
 """Seconds that the stages are expected to take, for the estimate of the time left."""
+PMP_WEIGHTS = {"crowd": 0.007, "pmp": 0.1}
+"""The same of preference-model pretraining, for each of its prompts."""
 NORMALISED_ON = {
     "demonstrations": "demonstrations",
     "references": "reference outputs",
@@ -35,9 +37,9 @@ NORMALISED_ON = {
 
 def run(asked: RewardRun, out: Console) -> tuple[pathlib.Path, dict[str, Any]]:
     """All stages; returns where, and the numbers, and leaves the model in ``reward_model/`` there."""
-    weights = [
-        (stage, weight) for stage, weight in WEIGHTS.items() if stage not in ("crowd", "pmp") or asked.pmp.prompts
-    ]
+    weights = list(WEIGHTS.items())
+    if asked.pmp.prompts:
+        weights[-1:-1] = [(stage, seconds * asked.pmp.prompts) for stage, seconds in PMP_WEIGHTS.items()]
     with session.opened(asked, out, kind="reward_model", weights=weights, shared=()) as (folder, job):
         base = stages.pretrain(job)
         sft = stages.supervised(job, "sft", base, epochs=asked.sft.epochs, mix=0.0)
