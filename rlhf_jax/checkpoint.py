@@ -7,8 +7,8 @@ handed back that does not match. On disk::
     directory/step_000000100/state/...     the leaves, by number
     directory/step_000000100/manifest/...  paths, shapes, dtypes, digests, the caller's metadata
 
-Several processes may share a directory on a common file system; arrays that span processes are gathered leaf by leaf
-for their digest.
+Several processes may share a directory on a common file system; all of them save and restore, onto as many processes
+and devices as there are then. Arrays that span processes are gathered leaf by leaf for their digest.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import os
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -76,6 +77,32 @@ def _meet(where: str) -> None:
     """Process 0 changes the folder; the others may look at it only afterwards."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"rlhf_jax.checkpoint.{where}")
+
+
+def _together(read: Callable[[], Any]) -> Any:
+    """What ``read()`` gives; where it finds damage in one process, all processes do, and go on to another step."""
+    value, damage = None, None
+    try:
+        value = read()
+    except _DamagedError as error:
+        damage = error
+    if jax.process_count() > 1:
+        whole = np.ravel(multihost_utils.process_allgather(np.asarray(damage is None)))
+        if damage is None and not whole.all():
+            damage = _DamagedError(f"it cannot be read by process {', '.join(map(str, np.flatnonzero(~whole)))}")
+    if damage is not None:
+        raise damage
+    return value
+
+
+def _as_first(steps: list[int]) -> list[int]:
+    """The steps that process 0 sees: a shared file system may show them to others a little later."""
+    if jax.process_count() == 1:
+        return steps
+    padded = np.full(256, -1, np.int32)
+    newest = steps[-len(padded) :]
+    padded[: len(newest)] = newest
+    return [int(step) for step in multihost_utils.broadcast_one_to_all(padded) if step >= 0]
 
 
 def _digest(array: jax.Array | np.ndarray) -> str:
@@ -188,9 +215,18 @@ def _finish_leaf(array: Any, entry: dict[str, Any], leaf: Any) -> Any:
     return jnp.array(array)  # a copy: the next step may donate it
 
 
+def _read_arrays(checkpointer: Any, path: epath.Path, restore_args: dict[str, Any]) -> dict[str, Any]:
+    item = dict.fromkeys(restore_args, 0)
+    args = ocp.args.Composite(state=ocp.args.PyTreeRestore(item=item, restore_args=restore_args))
+    try:
+        return checkpointer.restore(path, args=args)["state"]
+    except Exception as error:
+        raise _DamagedError(f"its arrays cannot be read ({_first_line(error)})") from error
+
+
 def _read(checkpointer: Any, path: epath.Path, like: Any) -> tuple[Any, dict[str, Any]]:
     """``(state, metadata)``; `_DamagedError` if the disk is at fault, `CheckpointError` if ``like`` does not fit."""
-    manifest = _read_manifest(checkpointer, path)
+    manifest = _together(lambda: _read_manifest(checkpointer, path))
     entries = manifest["leaves"]
     if like is None:
         skeleton = manifest["skeleton"]
@@ -202,14 +238,7 @@ def _read(checkpointer: Any, path: epath.Path, like: Any) -> tuple[Any, dict[str
         _check_like(manifest, paths, leaves, str(path))
     full = {_name(i): i for i, entry in enumerate(entries) if np.prod(entry["stored"]["shape"])}
     restore_args = {name: _restore_arg(leaves[i], entries[i]["stored"]) for name, i in full.items()}
-    arrays: dict[str, Any] = {}
-    if full:
-        item = dict.fromkeys(full, 0)
-        args = ocp.args.Composite(state=ocp.args.PyTreeRestore(item=item, restore_args=restore_args))
-        try:
-            arrays = checkpointer.restore(path, args=args)["state"]
-        except Exception as error:
-            raise _DamagedError(f"its arrays cannot be read ({_first_line(error)})") from error
+    arrays = _together(lambda: _read_arrays(checkpointer, path, restore_args)) if full else {}
     for i, entry in enumerate(entries):
         stored = entry["stored"]
         array = arrays.setdefault(_name(i), np.zeros(stored["shape"], jnp.dtype(stored["dtype"])))
@@ -269,8 +298,8 @@ class Checkpoints:
             raise CheckpointError(f"cannot list the checkpoints in {self.directory}: {_first_line(error)}") from error
 
     def latest(self) -> int | None:
-        """The newest finished step, or None where there is none."""
-        steps = self.steps()
+        """The newest finished step, or None where there is none; of several processes, all must ask."""
+        steps = _as_first(self.steps())
         return steps[-1] if steps else None
 
     def save(self, step: int, state: Any, metadata: dict[str, Any] | None = None) -> None:
@@ -319,7 +348,7 @@ class Checkpoints:
             CheckpointError: There is none, none is whole, or it holds another state than ``like``.
         """
         self.wait()
-        steps = self.steps()
+        steps = _as_first(self.steps())
         if step is not None and step not in steps:
             raise CheckpointError(f"there is no step {step} in {self.directory}; there are {steps}")
         reasons = []
