@@ -25,6 +25,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from rlhf_jax.pmap import PmapStep
+
 AXES = ("data", "fsdp", "tensor", "sequence")
 """Of every mesh, the slowest first: devices that stand next to each other share ``tensor`` and ``sequence``."""
 
@@ -146,20 +148,45 @@ def shardings(tree: Any, mesh: Mesh, axes: Mapping[str, Any], *, rules: Rules = 
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
+def undivided(tree: Any, mesh: Mesh, axes: Mapping[str, Any], *, rules: Rules = RULES) -> list[str]:
+    """What stays whole on every device though a rule spreads it, because the mesh does not divide it; in words.
+
+    Arguments as of `shardings`. A dimension whose axis of the mesh another one of the same array has is not meant.
+    """
+    told = []
+    known = dict(_paths(axes))
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        keys = tuple(_key(entry) for entry in path)
+        names = known.get(keys, ())
+        if len(names) != len(leaf.shape):
+            continue
+        for name, size in zip(names, leaf.shape):
+            rule = rules[name]
+            wanted = () if rule is None else (rule,) if isinstance(rule, str) else rule
+            parts = math.prod(mesh.shape[axis] for axis in wanted)
+            if size % parts:
+                told.append(f"{'/'.join(keys)}: its {name} {size} does not divide over {' x '.join(wanted)} {parts}")
+    return told
+
+
 def batch_shardings(batch: Any, mesh: Mesh) -> Any:
     """The sharding of each ``[B, ...]`` array of a batch, rows over `ROWS`; scalars are whole everywhere."""
     rows = NamedSharding(mesh, PartitionSpec(ROWS))
     return jax.tree.map(lambda x: rows if np.ndim(x) else NamedSharding(mesh, PartitionSpec()), batch)
 
 
+def row_parts(mesh: Mesh) -> int:
+    """In how many parts the rows of a batch lie on ``mesh``: what every batch divides by."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """This host's rows of a batch as global arrays, spread over the mesh.
+    """This host's rows of a batch as global arrays, spread over the mesh; arrays of random keys are rows like others.
 
     Raises:
         MeshError: The rows do not divide over the devices.
     """
-    parts = math.prod(mesh.shape[axis] for axis in ROWS)
-    local = max(1, parts // jax.process_count())
+    local = max(1, row_parts(mesh) // jax.process_count())
 
     def put(path: Any, x: Any, sharding: NamedSharding) -> jax.Array:
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
@@ -170,6 +197,11 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
                 f"a batch of {x.shape[0]} rows{f' on this host ({name})' if name else ''} does not divide over "
                 f"{local} devices (data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']})"
             )
+        if jax.process_count() == 1:
+            return jax.device_put(x, sharding)
+        if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            words = jax.make_array_from_process_local_data(sharding, np.asarray(jax.random.key_data(x)))
+            return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
         return jax.make_array_from_process_local_data(sharding, np.asarray(x))
 
     return jax.tree_util.tree_map_with_path(put, batch, batch_shardings(batch, mesh))
@@ -217,11 +249,22 @@ class JitStep:
     """
 
     def __init__(
-        self, train_step: Callable[..., Any], *, donate_argnums: tuple[int, ...] = (0,), mesh: Mesh | None = None
+        self,
+        train_step: Callable[..., Any],
+        *,
+        donate_argnums: tuple[int, ...] = (0,),
+        mesh: Mesh | None = None,
+        rows: tuple[int, ...] = (3,),
+        small: tuple[int, ...] = (2, 4),
     ) -> None:
-        """Wrap; nothing is compiled yet."""
+        """Wrap; nothing is compiled yet.
+
+        On a ``mesh`` the arguments at the places ``rows`` are batches, those at ``small`` are whole everywhere, and
+        all others lie where the caller put them. Where the first is donated, the first result lies as it did.
+        """
         self.traces = 0
         self.mesh = mesh
+        self._rows, self._small, self._keeps = rows, small, 0 in donate_argnums
         self._ahead: concurrent.futures.Future | None = None
 
         @functools.wraps(train_step)
@@ -230,7 +273,7 @@ class JitStep:
             return train_step(*args)
 
         self._jit = functools.partial(jax.jit, counted, donate_argnums=donate_argnums)
-        self._step = self._jit() if mesh is None else None
+        self._step = self._jit() if mesh is None or not self._keeps else None
 
     def __call__(self, *args: Any) -> Any:
         """Run the step; the donated arguments are gone afterwards."""
@@ -241,11 +284,9 @@ class JitStep:
             self._ahead = None
         if self.mesh is None:
             return self._compiled(args)(*args)
-        state, frozen, hyper, batch, rng = args
-        batch = put_batch(batch, self.mesh)
-        hyper, rng = whole(hyper, self.mesh), whole(rng, self.mesh)
+        args = tuple(self._placed(i, x, self.mesh) for i, x in enumerate(args))
         with jax.set_mesh(self.mesh):
-            return self._compiled(args)(state, frozen, hyper, batch, rng)
+            return self._compiled(args)(*args)
 
     def compile_ahead(self, executor: concurrent.futures.Executor, *args: Any) -> None:
         """Compile in a thread of ``executor`` for arguments like these, arrays or their shapes; returns at once.
@@ -262,11 +303,19 @@ class JitStep:
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             return self._compiled(args).lower(*args)
 
+    def _placed(self, i: int, x: Any, mesh: Mesh) -> Any:
+        return put_batch(x, mesh) if i in self._rows else whole(x, mesh) if i in self._small else x
+
     def _compiled(self, args: tuple[Any, ...]) -> Any:
         if self._step is None:
+            everywhere = NamedSharding(self.mesh, PartitionSpec())
+
+            def where(x: Any) -> Any:
+                return x.sharding if isinstance(x.sharding, NamedSharding) else everywhere
+
             # The new state lies as the old one did, whatever the compiler would like better: what comes out is what
             # goes in next time.
-            self._step = self._jit(out_shardings=(jax.tree.map(lambda x: x.sharding, args[0]), None))
+            self._step = self._jit(out_shardings=(jax.tree.map(where, args[0]), None))
         return self._step
 
 
@@ -280,3 +329,49 @@ def jit_step(train_step: Callable[..., Any], *, mesh: Mesh | None = None) -> Jit
     and one program runs on all devices: sums over rows are sums over all of them, so every loss is right as it is.
     """
     return JitStep(train_step, mesh=mesh)
+
+
+def shard_map_step(train_step: Callable[..., Any], mesh: Mesh) -> JitStep:
+    """Compile a step for one program that each device runs on its own rows, with sums over devices in the step itself.
+
+    The same steps as of `jit_step`, made with ``axis_name=parallel.ROWS``; the library's add up losses and counts over
+    the devices before they divide, and so do they here whatever each device's masks are. Parameters are whole on every
+    device (`whole`), and results are the same on all.
+
+    Raises:
+        MeshError: The mesh has a ``tensor`` or ``sequence`` axis, over which such a program would do everything twice.
+    """
+    for axis in ("tensor", "sequence"):
+        if mesh.shape[axis] > 1:
+            raise MeshError(
+                f"shard_map_step spreads rows alone, and the mesh's axis {axis} is {mesh.shape[axis]}; use jit_step"
+            )
+
+    @functools.wraps(train_step)
+    def spread(state: Any, frozen: Any, hyper: Any, batch: Any, rng: Any) -> Any:
+        everywhere = PartitionSpec()
+        rows = jax.tree.map(lambda x: PartitionSpec(ROWS) if np.ndim(x) else everywhere, batch)
+        # What is the same on all devices is not tracked: the steps say themselves what is summed over devices.
+        own = jax.shard_map(
+            train_step,
+            mesh=mesh,
+            in_specs=(everywhere, everywhere, everywhere, rows, everywhere),
+            out_specs=(everywhere, everywhere),
+            check_vma=False,
+        )
+        return own(state, frozen, hyper, batch, rng)
+
+    return JitStep(spread, mesh=mesh)
+
+
+def pmap_step(
+    train_step: Callable[..., Any], *, axis_name: str = "devices", devices: Sequence[Any] | None = None
+) -> PmapStep:
+    """Compile a step, made with this ``axis_name``, for `jax.pmap`, which JAX keeps but does not develop further.
+
+    As `shard_map_step`, for code that has its states stacked ``[devices, ...]`` already; `PmapStep.copies` stacks::
+
+        step = parallel.pmap_step(sft.make_train_step(..., axis_name="devices"))
+        state, metrics = step(step.copies(state), None, hyper, batch, rng)
+    """
+    return PmapStep(train_step, axis_name=axis_name, devices=jax.local_devices() if devices is None else devices)

@@ -155,6 +155,12 @@ def masked_whiten(
 whiten = masked_whiten
 
 
+def largest(x: jax.Array, *, axis_name: str | tuple[str, ...] | None = None) -> jax.Array:
+    """The largest element of ``x``, over the devices of ``axis_name`` too; for logs, no gradient flows."""
+    x = jnp.max(jax.lax.stop_gradient(x))
+    return x if axis_name is None else jax.lax.pmax(x, axis_name)
+
+
 def _prepare(x: jax.Array, where: jax.Array | bool) -> tuple[jax.Array, jax.Array]:
     x, where = as_float32(x), jnp.asarray(where).astype(bool)
     if where.ndim not in (0, x.ndim):

@@ -91,7 +91,7 @@ def make_train_step(
     reference: Callable[[Any], Params] | None = frozen_itself,
     join: Callable[[Any, Any], Any] = step.all_trained,
     micro_batches: int = 1,
-    axis_name: str | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """Build ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)`` on a `types.Preferences` batch.
 
@@ -185,7 +185,9 @@ def make_train_step(
     return train_step
 
 
-def _told(scored: objectives.Scored, rewards_BK: jax.Array, axis_name: str | None) -> dict[str, metrics.Metric]:
+def _told(
+    scored: objectives.Scored, rewards_BK: jax.Array, axis_name: str | tuple[str, ...] | None
+) -> dict[str, metrics.Metric]:
     """What is logged of a batch: chosen and rejected apart, since a margin grows while both fall."""
     rewards_BK = jax.lax.stop_gradient(rewards_BK)
     logs: dict[str, jax.Array] = {}

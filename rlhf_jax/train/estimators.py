@@ -9,6 +9,9 @@ is no critic. ``ppo.make_train_step`` takes it beside a reduction and a KL loss:
     GRPO          partial(grpo, samples=8)        sequence_mean     kl_loss=kl.k3
     Dr. GRPO      partial(dr_grpo, samples=8)     constant_mean
     REINFORCE++   reinforce_pp                    token_mean
+
+Where devices share a batch, `ppo` calls its estimator with ``axis_name`` too: statistics of the batch are those of all
+devices, and the answers to one prompt are on one of them.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import advantages, reduce, rewards
+from rlhf_jax.train.dealing import AxisName
 
 
 class Scored(NamedTuple):
@@ -39,12 +43,17 @@ class Scored(NamedTuple):
     """Mean return of all answers of the iterations before, KL penalty included; 0 in the first."""
 
 
-Estimator = Callable[[Scored, Any], tuple[jax.Array, jax.Array | None]]
-"""``(scored, hyper) -> (advantages_BT, returns_BT or None)``"""
+Estimator = Callable[..., tuple[jax.Array, jax.Array | None]]
+"""``(scored, hyper) -> (advantages_BT, returns_BT or None)``, and with ``axis_name=...`` where devices share a batch"""
 
 
 def gae(
-    scored: Scored, hyper: Any, *, whiten_rewards: bool = False, whiten: bool = True
+    scored: Scored,
+    hyper: Any,
+    *,
+    whiten_rewards: bool = False,
+    whiten: bool = True,
+    axis_name: AxisName = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Per-token rewards, GAE with the critic, advantages whitened over the batch after the returns are formed (PPO).
 
@@ -55,44 +64,44 @@ def gae(
         raise ValueError("gae needs a critic: Models.values is None")
     rewards_BT = token_rewards(scored)
     if whiten_rewards:
-        rewards_BT = advantages.whiten(rewards_BT, where=scored.mask_BT, shift_mean=False)
+        rewards_BT = advantages.whiten(rewards_BT, where=scored.mask_BT, shift_mean=False, axis_name=axis_name)
     of_row = partial(advantages.gae, discount=hyper.discount, lambda_=hyper.lambda_)
     advantages_BT, returns_BT = jax.vmap(of_row)(rewards_BT, scored.values_BT, scored.mask_BT)
     if whiten:
-        advantages_BT = advantages.whiten(advantages_BT, where=scored.mask_BT)
+        advantages_BT = advantages.whiten(advantages_BT, where=scored.mask_BT, axis_name=axis_name)
     return advantages_BT, returns_BT
 
 
-def reinforce(scored: Scored, hyper: Any) -> tuple[jax.Array, None]:
+def reinforce(scored: Scored, hyper: Any, *, axis_name: AxisName = None) -> tuple[jax.Array, None]:
     """Return less the mean of all returns before (REINFORCE with a running baseline; Ahmadian 2024, 2)."""
-    del hyper
+    del hyper, axis_name
     return _spread(sequence_rewards(scored) - scored.past_return, scored), None
 
 
-def rloo(scored: Scored, hyper: Any, *, samples: int) -> tuple[jax.Array, None]:
+def rloo(scored: Scored, hyper: Any, *, samples: int, axis_name: AxisName = None) -> tuple[jax.Array, None]:
     """Return, KL penalty included, less the mean of the prompt's other answers (Ahmadian 2024, 2.3)."""
-    del hyper
+    del hyper, axis_name
     return _spread(_by_prompt(advantages.rloo, sequence_rewards(scored), samples), scored), None
 
 
-def grpo(scored: Scored, hyper: Any, *, samples: int) -> tuple[jax.Array, None]:
+def grpo(scored: Scored, hyper: Any, *, samples: int, axis_name: AxisName = None) -> tuple[jax.Array, None]:
     """Score less the prompt's mean, over its deviation; the KL is not in it but a loss of its own (Shao 2024, 4.1)."""
-    del hyper
+    del hyper, axis_name
     return _spread(_by_prompt(advantages.group_normalize, scored.scores_B, samples), scored), None
 
 
-def dr_grpo(scored: Scored, hyper: Any, *, samples: int) -> tuple[jax.Array, None]:
+def dr_grpo(scored: Scored, hyper: Any, *, samples: int, axis_name: AxisName = None) -> tuple[jax.Array, None]:
     """Score less the prompt's mean, not divided by anything (Liu 2025)."""
-    del hyper
+    del hyper, axis_name
     return _spread(_by_prompt(advantages.group_center, scored.scores_B, samples), scored), None
 
 
-def reinforce_pp(scored: Scored, hyper: Any) -> tuple[jax.Array, None]:
+def reinforce_pp(scored: Scored, hyper: Any, *, axis_name: AxisName = None) -> tuple[jax.Array, None]:
     """Rewards to go of per-token rewards, whitened over the batch, without a critic (REINFORCE++, Hu 2025)."""
     to_go = partial(advantages.gae, discount=hyper.discount, lambda_=1.0)
     nothing_BT = jnp.zeros_like(scored.logprobs_BT)
     advantages_BT, _ = jax.vmap(to_go)(token_rewards(scored), nothing_BT, scored.mask_BT)
-    return advantages.whiten(advantages_BT, where=scored.mask_BT), None
+    return advantages.whiten(advantages_BT, where=scored.mask_BT, axis_name=axis_name), None
 
 
 def token_rewards(scored: Scored) -> jax.Array:

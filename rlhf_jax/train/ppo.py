@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from rlhf_jax import kl, metrics, reduce, reductions
 from rlhf_jax.losses import policy as policy_losses
 from rlhf_jax.losses import value as value_losses
-from rlhf_jax.train import estimators, ppo_state, step
+from rlhf_jax.train import dealing, estimators, ppo_state, step
 from rlhf_jax.train import ptx as ptx_lib
+from rlhf_jax.train.dealing import AxisName
 from rlhf_jax.train.ppo_state import (
     Batch,
     Frozen,
@@ -74,6 +75,7 @@ def collect(
     unfinished: Callable[..., jax.Array] = replaced,
     normalise_values: bool = False,
     correct_sampler: bool = False,
+    axis_name: AxisName = None,
 ) -> tuple[Experience, dict[str, Any]]:
     """Answer the prompts and turn scores into advantages and returns. ``rng`` is consumed; ``params`` as in the state.
 
@@ -83,7 +85,7 @@ def collect(
     """
     params = models.join(frozen, params)
     B = batch.prompts_BP.shape[0] * samples
-    rng_B = jax.random.split(rng, B)
+    rng_B = dealing.row_keys(rng, B, axis_name=axis_name)
     rollout = models.generate(params["policy"], rng_B, batch.prompts_BP, batch.mask_BP, hyper.temperature)
     tokens_BL, mask_BL, response_BT = rollout.tokens_BL, rollout.mask_BL, rollout.response_mask_BT
     scores_B = reduce.as_float32(models.score(frozen.reward, rollout))
@@ -104,7 +106,8 @@ def collect(
     kl_coef = hyper.kl_coef * kl_scale
     before = jnp.zeros(()) if past is None else jnp.where(past.returns.weight > 0, past.returns.value(), 0.0)
     scored = estimators.Scored(paid_B, logprobs_BT, reference_BT, values_BT, response_BT, kl_coef, before)
-    advantages_BT, returns_BT = estimate(scored, hyper)
+    shared: Any = {} if axis_name is None else {"axis_name": axis_name}
+    advantages_BT, returns_BT = estimate(scored, hyper, **shared)
     experience = Experience(
         tokens_BL=tokens_BL,
         mask_BL=mask_BL,
@@ -121,29 +124,32 @@ def collect(
     kl_B = reduce.masked_sum(kl.k1(logprobs_BT, reference_BT), where=response_BT, axis=-1)
     gap_BT = jnp.where(response_BT, rollout.logprobs_BT - logprobs_BT, 0.0)
     odds_BT = reduce.masked_fill(kl.ratio(logprobs_BT, rollout.logprobs_BT), where=response_BT)
+    total, mean = partial(reduce.masked_sum, axis_name=axis_name), partial(metrics.mean_metric, axis_name=axis_name)
+    tokens = total(response_BT, where=True)
     logs = {
-        "reward": metrics.mean_metric(scores_B),
-        "reward_std": jnp.std(scores_B),
-        "kl": metrics.mean_metric(kl_B),
+        "reward": mean(scores_B),
+        "reward_std": jnp.sqrt(reduce.masked_var(scores_B, where=True, axis_name=axis_name)),
+        "kl": mean(kl_B),
         "kl_coef": kl_coef,
-        "return": metrics.mean_metric(paid_B - kl_coef * kl_B),
-        "length": metrics.mean_metric(rollout.lengths_B),
-        "stopped": metrics.mean_metric(stopped_B),
-        "entropy": metrics.mean_metric(entropy_BT, response_BT),
-        "sampler_gap": jnp.max(jnp.abs(gap_BT)),
-        "sampler_gap_mean": metrics.mean_metric(jnp.abs(gap_BT), response_BT),
-        "sampler_ess": jnp.square(odds_BT.sum()) / jnp.maximum(jnp.square(odds_BT).sum() * response_BT.sum(), 1e-8),
+        "return": mean(paid_B - kl_coef * kl_B),
+        "length": mean(rollout.lengths_B),
+        "stopped": mean(stopped_B),
+        "entropy": mean(entropy_BT, response_BT),
+        "sampler_gap": reduce.largest(jnp.abs(gap_BT), axis_name=axis_name),
+        "sampler_gap_mean": mean(jnp.abs(gap_BT), response_BT),
+        "sampler_ess": jnp.square(total(odds_BT, where=True))
+        / jnp.maximum(total(jnp.square(odds_BT), where=True) * tokens, 1e-8),
     }
     if values_BT is not None and returns_BT is not None:
-        spread = reduce.masked_var(returns_BT, where=response_BT)
-        missed = reduce.masked_mean(jnp.square(values_BT - returns_BT), where=response_BT)
+        spread = reduce.masked_var(returns_BT, where=response_BT, axis_name=axis_name)
+        missed = reduce.masked_mean(jnp.square(values_BT - returns_BT), where=response_BT, axis_name=axis_name)
         logs["explained_variance"] = 1.0 - missed / jnp.maximum(spread, 1e-8)
-        logs |= {"target": metrics.mean_metric(returns_BT, response_BT)}
-        logs |= {"target_square": metrics.mean_metric(jnp.square(returns_BT), response_BT)}
+        logs |= {"target": mean(returns_BT, response_BT)}
+        logs |= {"target_square": mean(jnp.square(returns_BT), response_BT)}
     if frozen.heldout is not None:
-        logs["heldout_reward"] = metrics.mean_metric(reduce.as_float32(models.score(frozen.heldout, rollout)))
+        logs["heldout_reward"] = mean(reduce.as_float32(models.score(frozen.heldout, rollout)))
     if models.watch is not None:
-        logs |= {name: metrics.mean_metric(numbers_B) for name, numbers_B in models.watch(rollout).items()}
+        logs |= {name: mean(numbers_B) for name, numbers_B in models.watch(rollout).items()}
     return experience, logs
 
 
@@ -164,6 +170,7 @@ def loss(
     totals: Totals | None = None,
     kl_loss: Callable[..., jax.Array] | None = None,
     entropy_bonus: bool = False,
+    axis_name: AxisName = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Clipped policy loss plus clipped value loss of one minibatch (Schulman 2017; Ziegler 2019, code).
 
@@ -172,7 +179,7 @@ def loss(
     """
     where_BT = experience.response_mask_BT
     if weights_B is None or totals is None:
-        weights_B, count = reductions.token_mean(where_BT)
+        weights_B, count = reductions.token_mean(where_BT, axis_name=axis_name)
         totals = Totals(count, count)
     logprobs_BT, entropy_BT = models.logprobs(
         params["policy"], experience.tokens_BL, experience.mask_BL, hyper.temperature
@@ -187,9 +194,10 @@ def loss(
         policy_BT = policy_BT + hyper.kl_loss_coef * kl_loss(logprobs_BT, experience.reference_BT)
 
     def token_mean(x_BT: jax.Array) -> jax.Array:
-        return reduce.masked_sum(x_BT, where=where_BT) / totals.tokens
+        return reduce.masked_sum(x_BT, where=where_BT, axis_name=axis_name) / totals.tokens
 
-    objective = policy_loss = reductions.weighted_sum(policy_BT, weights_B, where=where_BT) / totals.policy
+    policy_sum = reductions.weighted_sum(policy_BT, weights_B, where=where_BT, axis_name=axis_name)
+    objective = policy_loss = policy_sum / totals.policy
     log_ratio_BT = jnp.where(where_BT, logprobs_BT - experience.logprobs_BT, 0.0)
     ratio_BT = jnp.exp(log_ratio_BT)
     logs = {
@@ -197,8 +205,8 @@ def loss(
         "approx_kl": token_mean(0.5 * jnp.square(log_ratio_BT)),
         "clip_fraction": token_mean(jnp.abs(ratio_BT - 1.0) > hyper.clip),
         "ratio_mean": token_mean(ratio_BT),
-        "ratio_max": jnp.max(ratio_BT),
-        "ratio_error": jnp.max(jnp.abs(ratio_BT - 1.0)),
+        "ratio_max": reduce.largest(ratio_BT, axis_name=axis_name),
+        "ratio_error": reduce.largest(jnp.abs(ratio_BT - 1.0), axis_name=axis_name),
     }
     if models.values is not None and experience.values_BT is not None and experience.returns_BT is not None:
         values_BT = models.values(params["critic"], experience.tokens_BL, experience.mask_BL)
@@ -227,6 +235,8 @@ def update(
     reduction: reductions.Reduction = reductions.token_mean,
     kl_loss: Callable[..., jax.Array] | None = None,
     entropy_bonus: bool = False,
+    shards: int = 1,
+    axis_name: AxisName = None,
 ) -> tuple[PPOState, dict[str, jax.Array]]:
     """Improve policy and critic on one batch of experience: ``epochs * minibatches`` optimiser steps in one scan.
 
@@ -236,41 +246,41 @@ def update(
     before the first step. The other arguments are those of `make_train_step`.
     """
     B = experience.tokens_BL.shape[0]
-    if B % minibatches:
-        raise ValueError(f"a batch of {B} answers does not divide into {minibatches} minibatches")
-    orders_EB = jnp.stack([jax.random.permutation(key, B) for key in jax.random.split(rng, epochs)])
-    rows_UM = orders_EB.reshape(epochs * minibatches, B // minibatches)
+    rows_USR = dealing.minibatches(rng, B, epochs=epochs, count=minibatches, shards=shards, axis_name=axis_name)
     joined = partial(models.join, frozen)
-    ptx_U = jax.tree.map(lambda x: x.reshape(rows_UM.shape[0], -1, *x.shape[1:]), ptx)
+    ptx_U = dealing.in_turn(ptx, rows_USR.shape[0], shards=rows_USR.shape[1])
 
     def loss_fn(params: Params, part: tuple[Experience, jax.Array], totals: Totals) -> tuple[jax.Array, Any]:
         rows, weights_B = part
         how: Any = {"weights_B": weights_B, "totals": totals, "kl_loss": kl_loss, "entropy_bonus": entropy_bonus}
-        return loss(models, joined(params), rows, hyper, **how)
+        return loss(models, joined(params), rows, hyper, **how, axis_name=axis_name)
 
     def one_step(state: PPOState, now: tuple[jax.Array, TokenBatch | None]) -> tuple[PPOState, dict[str, jax.Array]]:
-        rows_M, pretraining = now
-        minibatch = jax.tree.map(lambda x: x[rows_M], experience)
-        weights_M, total = reduction(minibatch.response_mask_BT)
-        totals = Totals(total, reductions.token_mean(minibatch.response_mask_BT)[1])
+        rows_SR, pretraining = now
+        minibatch = dealing.take(experience, rows_SR)
+        weights_M, total = reduction(minibatch.response_mask_BT, axis_name=axis_name)
+        totals = Totals(total, reductions.token_mean(minibatch.response_mask_BT, axis_name=axis_name)[1])
         (value, logs), grads = step.loss_and_grads(
             loss_fn, state.params, (minibatch, weights_M), totals, micro_batches=micro_batches, merge=_merged
         )
         if pretraining is not None:
             # The branch is taken at run time: plain PPO and PPO-ptx are one program, and PPO does not pay for ptx.
+            def of_text(policy: Params) -> jax.Array:
+                policy = joined({**state.params, "policy": policy})["policy"]
+                return ptx_loss(models, policy, pretraining, axis_name=axis_name)
+
             nll, ptx_grads = jax.lax.cond(
                 hyper.ptx_coef > 0,
-                jax.value_and_grad(
-                    lambda p: ptx_loss(models, joined({**state.params, "policy": p})["policy"], pretraining)
-                ),
+                jax.value_and_grad(of_text),
                 lambda p: (jnp.zeros(()), jax.tree.map(jnp.zeros_like, p)),
                 state.params["policy"],
             )
             grads["policy"] = jax.tree.map(lambda g, h: g + hyper.ptx_coef * h, grads["policy"], ptx_grads)
             logs["ptx_loss"] = nll
-            logs |= ptx_lib.coefficients(
-                hyper.ptx_coef, pretraining, minibatch.response_mask_BT, weights_B=weights_M, total=total
-            )
+            how: Any = {"weights_B": weights_M, "total": total, "axis_name": axis_name}
+            logs |= ptx_lib.coefficients(hyper.ptx_coef, pretraining, minibatch.response_mask_BT, **how)
+        if axis_name is not None:
+            grads = jax.lax.pmean(grads, axis_name)
         logs |= {f"grad_norm_{part}": step.global_norm(grads[part]) for part in grads}
         rates = {"policy": hyper.learning_rate, "critic": hyper.critic_learning_rate}
         state, update_logs = step.apply_gradients(
@@ -284,7 +294,7 @@ def update(
         decay = jnp.where(update_logs["skipped"] > 0, 1.0, hyper.ema_decay)
         return state.replace(ema=ppo_state.towards(state.ema, state.params["policy"], decay)), logs | update_logs
 
-    state, logs_U = jax.lax.scan(one_step, state, (rows_UM, ptx_U))
+    state, logs_U = jax.lax.scan(one_step, state, (rows_USR, ptx_U))
     logs = {name: jnp.mean(values_U) for name, values_U in logs_U.items()}
     first_ratio_error = logs_U["ratio_error"][0]
     logs |= {"ratio_max": jnp.max(logs_U["ratio_max"]), "first_ratio_error": first_ratio_error}
@@ -312,6 +322,8 @@ def make_train_step(
     unfinished: Callable[..., jax.Array] = replaced,
     normalise_values: bool = False,
     correct_sampler: bool = False,
+    shards: int = 1,
+    axis_name: AxisName = None,
 ) -> Callable[..., tuple[PPOState, dict[str, Any]]]:
     """Build ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)``: rollout to update in one program.
 
@@ -330,6 +342,10 @@ def make_train_step(
         normalise_values: Let the critic learn returns less their running mean over their deviation (Xu 2024).
         correct_sampler: Weigh each token's policy loss by how much likelier the policy makes it than the sampler did,
             up to ``Hyper.sampler_cap``, where the sampler drew from another distribution (top-p, a faster kernel).
+        shards: Blocks of neighbours that the answers, and the pretraining rows, are dealt in; each minibatch takes as
+            many of every block (`train.dealing`). A multiple of the number of devices keeps rows where they are.
+        axis_name: Of devices that share the batch, each with its own prompts and pretraining rows (`shard_map`,
+            `pmap`); they divide ``shards``. Samples and minibatches are those of one device with all of the rows.
     """
 
     def train_step(
@@ -351,6 +367,7 @@ def make_train_step(
             unfinished=unfinished,
             normalise_values=normalise_values,
             correct_sampler=correct_sampler,
+            axis_name=axis_name,
         )
         state, update_logs = update(
             models,
@@ -366,6 +383,8 @@ def make_train_step(
             reduction=reduction,
             kl_loss=kl_loss,
             entropy_bonus=entropy_bonus,
+            shards=shards,
+            axis_name=axis_name,
         )
         carried = ppo_state.carried(state, hyper, logs)
         # Held back with the weights: a KL that is not a number would stay in the controller for good.

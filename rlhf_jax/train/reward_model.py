@@ -55,7 +55,7 @@ def make_train_step(
     head_of_domain: bool = False,
     join: Callable[[Any, Any], Any] = step.all_trained,
     micro_batches: int = 1,
-    axis_name: str | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """Build ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)`` on a `types.Comparisons` batch.
 
@@ -121,7 +121,8 @@ def make_train_step(
             mine_GB = _by_domain(informative_B, batch, weights_G.shape[0])
             sums_G = jax.vmap(lambda mine_B: reduce.masked_sum(losses_B, where=mine_B, axis_name=axis_name))(mine_GB)
             # A domain without a weight would be left out without a word: the step is skipped as not finite instead.
-            all_there = jnp.all(jnp.any(mine_GB, axis=0) == informative_B)
+            lost_B = jnp.any(mine_GB, axis=0) != informative_B
+            all_there = reduce.masked_count(lost_B, where=lost_B, axis_name=axis_name) == 0
             value = jnp.where(all_there, jnp.sum(weights_G * sums_G / jnp.maximum(total, 1.0)), jnp.nan)
             logged = metrics.Metric(value, jnp.float32(1 / micro_batches))
         logs = {

@@ -43,7 +43,7 @@ def make_train_step(
     *,
     join: Callable[[Any, Any], Any] = step.all_trained,
     micro_batches: int = 1,
-    axis_name: str | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """Build ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)``.
 

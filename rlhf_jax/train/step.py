@@ -116,7 +116,7 @@ def apply_gradients(
     *,
     learning_rate: Any,
     max_grad_norm: Any = None,
-    axis_name: str | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     loss: Any = None,
 ) -> tuple[Any, dict[str, jax.Array]]:
     """One update; a step whose gradient (or loss) is not finite changes nothing but the step counter.
