@@ -19,7 +19,6 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,7 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
+
+from rlhf_jax import processes
 
 _STEP = re.compile(r"step_(\d+)")
 
@@ -67,46 +67,8 @@ def _as_array(leaf: Any, path: str) -> jax.Array | np.ndarray:
     return array
 
 
-def _host(array: jax.Array | np.ndarray) -> np.ndarray:
-    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)
-
-
-def _meet(where: str) -> None:
-    """Process 0 changes the folder; the others may look at it only afterwards."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"rlhf_jax.checkpoint.{where}")
-
-
-def _together(read: Callable[[], Any]) -> Any:
-    """What ``read()`` gives; where it finds damage in one process, all processes do, and go on to another step."""
-    value, damage = None, None
-    try:
-        value = read()
-    except _DamagedError as error:
-        damage = error
-    if jax.process_count() > 1:
-        whole = np.ravel(multihost_utils.process_allgather(np.asarray(damage is None)))
-        if damage is None and not whole.all():
-            damage = _DamagedError(f"it cannot be read by process {', '.join(map(str, np.flatnonzero(~whole)))}")
-    if damage is not None:
-        raise damage
-    return value
-
-
-def _as_first(steps: list[int]) -> list[int]:
-    """The steps that process 0 sees: a shared file system may show them to others a little later."""
-    if jax.process_count() == 1:
-        return steps
-    padded = np.full(256, -1, np.int32)
-    newest = steps[-len(padded) :]
-    padded[: len(newest)] = newest
-    return [int(step) for step in multihost_utils.broadcast_one_to_all(padded) if step >= 0]
-
-
 def _digest(array: jax.Array | np.ndarray) -> str:
-    host = np.ascontiguousarray(_host(array))
+    host = np.ascontiguousarray(processes.whole(array))
     digest = hashlib.sha256(f"{host.dtype}{host.shape}".encode())
     digest.update(host.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
@@ -224,9 +186,15 @@ def _read_arrays(checkpointer: Any, path: epath.Path, restore_args: dict[str, An
         raise _DamagedError(f"its arrays cannot be read ({_first_line(error)})") from error
 
 
+def _check_digests(found: list[str], entries: list[dict[str, Any]]) -> None:
+    for digest, entry in zip(found, entries):
+        if digest != entry["sha256"]:
+            raise _DamagedError(f"the digest of {entry['path']} does not match what was saved")
+
+
 def _read(checkpointer: Any, path: epath.Path, like: Any) -> tuple[Any, dict[str, Any]]:
     """``(state, metadata)``; `_DamagedError` if the disk is at fault, `CheckpointError` if ``like`` does not fit."""
-    manifest = _together(lambda: _read_manifest(checkpointer, path))
+    manifest = processes.together(lambda: _read_manifest(checkpointer, path), _DamagedError)
     entries = manifest["leaves"]
     if like is None:
         skeleton = manifest["skeleton"]
@@ -238,12 +206,14 @@ def _read(checkpointer: Any, path: epath.Path, like: Any) -> tuple[Any, dict[str
         _check_like(manifest, paths, leaves, str(path))
     full = {_name(i): i for i, entry in enumerate(entries) if np.prod(entry["stored"]["shape"])}
     restore_args = {name: _restore_arg(leaves[i], entries[i]["stored"]) for name, i in full.items()}
-    arrays = _together(lambda: _read_arrays(checkpointer, path, restore_args)) if full else {}
+    arrays: dict[str, Any] = {}
+    if full:
+        arrays = processes.together(lambda: _read_arrays(checkpointer, path, restore_args), _DamagedError)
     for i, entry in enumerate(entries):
         stored = entry["stored"]
-        array = arrays.setdefault(_name(i), np.zeros(stored["shape"], jnp.dtype(stored["dtype"])))
-        if _digest(array) != entry["sha256"]:
-            raise _DamagedError(f"the digest of {entry['path']} does not match what was saved")
+        arrays.setdefault(_name(i), np.zeros(stored["shape"], jnp.dtype(stored["dtype"])))
+    found = [_digest(arrays[_name(i)]) for i in range(len(entries))]
+    processes.together(lambda: _check_digests(found, entries), _DamagedError)
     state = [_finish_leaf(arrays[_name(i)], entry, leaves[i]) for i, entry in enumerate(entries)]
     return jax.tree.unflatten(treedef, state), manifest["metadata"]
 
@@ -299,7 +269,7 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The newest finished step, or None where there is none; of several processes, all must ask."""
-        steps = _as_first(self.steps())
+        steps = processes.as_first(self.steps())
         return steps[-1] if steps else None
 
     def save(self, step: int, state: Any, metadata: dict[str, Any] | None = None) -> None:
@@ -348,7 +318,7 @@ class Checkpoints:
             CheckpointError: There is none, none is whole, or it holds another state than ``like``.
         """
         self.wait()
-        steps = _as_first(self.steps())
+        steps = processes.as_first(self.steps())
         if step is not None and step not in steps:
             raise CheckpointError(f"there is no step {step} in {self.directory}; there are {steps}")
         reasons = []
@@ -410,7 +380,7 @@ class Checkpoints:
             raise CheckpointError(f"cannot save step {step} in {self.directory}: {_first_line(error)}") from error
 
         self._prepared = True
-        _meet("prepare")
+        processes.meet("checkpoint.prepare")
 
     def _remove(self, steps: list[int]) -> None:
         for step in steps if jax.process_index() == 0 else []:
@@ -418,7 +388,7 @@ class Checkpoints:
                 self._path(step).rmtree()
             except OSError as error:
                 raise CheckpointError(f"cannot remove the old {self._path(step)}: {_first_line(error)}") from error
-        _meet("remove")
+        processes.meet("checkpoint.remove")
 
 
 def save_params(path: str | os.PathLike[str], params: Any, metadata: dict[str, Any] | None = None) -> None:
