@@ -59,6 +59,7 @@ def parse(arguments: list[str]) -> DPO:
     """Settings from the command line; raises SettingError for what cannot be."""
     asked = command.parse(DPO, arguments, prog="dpo.py", doc=__doc__)
     direct.check(asked)
+    direct.check_mesh(asked, asked.mesh)
     for name, least in (("rounds", 0), ("samples", 2)):
         if getattr(asked, name) < least:
             raise settings.SettingError(f"--{name} is {getattr(asked, name)}; it must be at least {least}")
@@ -158,7 +159,7 @@ def _learnt(
     if asked.rounds == 0:
         width = job.task.prompt_width
         pairs = pairs_lib.from_rankings(ranked, prompt_width=width, per_prompt=asked.pairs, seed=asked.seed)
-        learnt = {"pairs": len(pairs), "unseen": direct.plan(asked, len(pairs)).unseen}
+        learnt = {"pairs": len(pairs), "unseen": direct.plan(asked, len(pairs), devices=trainer.devices).unseen}
         return trainer.train(sft, pairs, name=asked.loss, seed=asked.seed), learnt
     judges: dict[str, Any] = {"reward": pairs_lib.judged_by_reward, "gold": pairs_lib.judged_by_gold}
     if asked.judge == "labelers":

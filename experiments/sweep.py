@@ -25,7 +25,7 @@ import time
 from typing import Any, Literal
 
 import jax
-from pipeline import ahead, cells, command, rundir, session, settings, sweep_plot
+from pipeline import ahead, cells, command, meshes, rundir, session, settings, sweep_plot
 from rich.console import Console
 
 
@@ -48,6 +48,8 @@ def parse(arguments: list[str]) -> Sweep:
         raise settings.SettingError(f"--kl-coefs is {asked.kl_coefs}; each must be at least 0 and finite")
     if len(set(asked.kl_coefs)) < len(asked.kl_coefs):
         raise settings.SettingError(f"--kl-coefs is {asked.kl_coefs}; each may be there once")
+    if asked.together == "yes" and meshes.asked_for(asked):
+        raise settings.SettingError("--together yes is for one device; leave it or --mesh.* out")
     if asked.seeds < 1:
         raise settings.SettingError(f"--seeds is {asked.seeds}; it must be at least 1")
     return asked
@@ -65,7 +67,8 @@ def cells_of(asked: Sweep) -> list[cells.Cell]:
 def run(asked: Sweep) -> dict[str, Any]:
     """The whole sweep; returns what sweep.json holds."""
     out, wanted = Console(), cells_of(asked)
-    together = asked.together == "yes" or (asked.together == "auto" and jax.default_backend() != "cpu")
+    spread = meshes.asked_for(asked)
+    together = asked.together == "yes" or (asked.together == "auto" and not spread and jax.default_backend() != "cpu")
     weights = [(cell.name, 0.9 * asked.ppo.iterations) for cell in wanted] + [("evaluate", 3.0 * len(wanted))]
     with (
         session.opened(asked, out, kind="sweep", weights=weights) as (folder, job),

@@ -27,7 +27,11 @@ def compiling(job: stages.Job, learners: Mapping[str, stages.Job], *, instead: I
     ``learners`` are the stages of reinforcement learning to come and the jobs whose ``ppo_step`` they call;
     ``instead(executor, policy)`` compiles what comes in their place, for a policy of these shapes. What only stages
     that are finished would call is left out. Whatever ends the block, what has not begun to be compiled is dropped.
+    On a mesh nothing is compiled ahead: how states lie is known when they are there.
     """
+    if job.mesh is not None:
+        yield
+        return
     executor = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
     try:
         policy = _submit(job, learners, executor)

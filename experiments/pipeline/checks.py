@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from . import meshes
 from .settings import PPO, SettingError, Settings
 
 _POSITIVE = (
@@ -15,7 +16,7 @@ _POSITIVE = (
     *("evaluation.skills", "evaluation.pretraining_rows", "pretrain.learning_rate", "sft.learning_rate"),
     *("reward_model.learning_rate", "ppo.learning_rate", "ppo.critic_learning_rate", "ppo.clip", "ppo.value_clip"),
     *("ppo.temperature", "ppo.max_grad_norm", "ppo.ptx_ratio", "ppo.samples", "ppo.micro_batches", "ppo.adam_eps"),
-    *("ppo.kl_target", "ppo.reward_clip"),
+    *("ppo.kl_target", "ppo.reward_clip", "ppo.shards"),
 )
 _NOT_NEGATIVE = (
     *("seed", "world.slips", "world.spread", "world.tie_width", "pretrain.warmup", "ppo.warmup", "ppo.kl_coef"),
@@ -98,6 +99,10 @@ def check(settings: Settings) -> None:
     _check_method(settings)
     rows = settings.ppo.batch // settings.ppo.minibatches * settings.ppo.ptx_ratio
     _require(rows >= 1, settings, "ppo.ptx_ratio", "such that each minibatch gets a pretraining row")
+    for of, size in (("answers", settings.ppo.batch // settings.ppo.minibatches), ("pretraining rows", round(rows))):
+        wanted = f"a divisor of a minibatch's {size} {of}"
+        _require(size % settings.ppo.shards == 0, settings, "ppo.shards", wanted)
+    meshes.check(settings)
     if settings.data.path is None:
         most = settings.comparisons.prompts // (2 if settings.reward_model.heldout else 1)
         of = "half of " if settings.reward_model.heldout else ""

@@ -10,13 +10,22 @@ from typing import Any, TypeVar
 
 import tyro
 
-from rlhf_jax import checkpoint
+from rlhf_jax import checkpoint, parallel
 from rlhf_jax.data import errors
 from rlhf_jax.train import loop
 
 from . import checks, rundir, settings
 
 S = TypeVar("S", bound=settings.Settings)
+
+REFUSED = (
+    settings.SettingError,
+    errors.DataError,
+    checkpoint.CheckpointError,
+    loop.DivergedError,
+    parallel.MeshError,
+)
+"""What a user can do something about."""
 
 
 def parse(
@@ -35,9 +44,11 @@ def parse(
     resume = settings.peek(arguments, "--resume")
     begin = _saved(kind, resume) if resume else adjust(kind(**_fields(_preset(arguments))))
     asked = tyro.cli(kind, args=arguments, default=begin, prog=prog, description=doc)
-    if resume and dataclasses.replace(asked, resume=None) != dataclasses.replace(begin, resume=None):
+    # Checkpoints are restored onto any mesh.
+    if resume and dataclasses.replace(asked, resume=None, mesh=begin.mesh) != dataclasses.replace(begin, resume=None):
         raise settings.SettingError(
-            f"--resume {resume} goes on with the settings of its config.json; give no other setting beside it"
+            f"--resume {resume} goes on with the settings of its config.json; give no other setting but --mesh.* "
+            "beside it"
         )
     checks.check(asked)
     if asked.model is None:
@@ -52,7 +63,7 @@ def enter(run: Callable[[Any], Any], read: Callable[[list[str]], Any], arguments
     """Run, and turn what a user can do something about into one line on stderr and an exit status."""
     try:
         run(read(sys.argv[1:] if arguments is None else arguments))
-    except (settings.SettingError, errors.DataError, checkpoint.CheckpointError, loop.DivergedError) as error:
+    except REFUSED as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except loop.Alarmed as stopped:

@@ -23,8 +23,8 @@ from rlhf_jax.data import batching
 from rlhf_jax.train import dpo, loop, objectives, reference, schedules
 from rlhf_jax.train import state as state_lib
 
+from . import meshes, sampling, settings, stages, tasks
 from . import pairs as pairs_lib
-from . import sampling, settings, stages, tasks
 
 Loss = Literal["dpo", "cdpo", "robust", "ipo", "hinge", "kto", "orpo", "simpo", "dpo-sft", "dpo-norm"]
 
@@ -115,6 +115,14 @@ def check(asked: Direct) -> None:
         _require(used or getattr(asked, name) == plain[name], asked, name, f"left out with --loss {asked.loss}")
 
 
+def check_mesh(asked: Direct, mesh: settings.Mesh) -> None:
+    """Raise SettingError for batches that do not divide over the devices."""
+    name = f"--batch {asked.batch}"
+    if asked.micro_batches > 1:
+        name += f" by --micro-batches {asked.micro_batches}"
+    meshes.divides(mesh, name, _rows(asked) // asked.micro_batches)
+
+
 def refuse_unread(asked: settings.Settings, flags: Iterable[str], *, program: str) -> None:
     """Raise SettingError, naming it, for the first of ``flags`` that is not as in the run's preset.
 
@@ -151,13 +159,18 @@ class Plan(NamedTuple):
     """Rows that are in no batch: what a single epoch has over whole batches."""
 
 
-def plan(asked: Direct, pairs: int) -> Plan:
-    """How many pairs are trained on; raises SettingError where they do not fill the parts of a batch."""
+def plan(asked: Direct, pairs: int, *, devices: int = 1) -> Plan:
+    """How many pairs are trained on; raises SettingError where they do not fill the parts of a batch.
+
+    ``devices`` are those that the rows of a batch lie on.
+    """
     n = pairs if KINDS[asked.loss].paired else 2 * pairs
+    parts = asked.micro_batches * devices
     rows = min(_rows(asked), n)
-    rows -= rows % asked.micro_batches
+    rows -= rows % parts
     if rows == 0:
-        raise settings.SettingError(f"--micro-batches is {asked.micro_batches}; there are {n} rows to learn from")
+        over = f" over {devices} devices" if devices > 1 else ""
+        raise settings.SettingError(f"--micro-batches is {asked.micro_batches}{over}; there are {n} rows to learn from")
     steps = asked.epochs * n // rows
     return Plan(rows, steps, max(0, n - steps * rows))
 
@@ -186,6 +199,11 @@ class Trainer:
     def kind(self) -> Kind:
         """What the loss is."""
         return KINDS[self.asked.loss]
+
+    @property
+    def devices(self) -> int:
+        """Over how many the rows of a batch lie."""
+        return meshes.rows_up(1, self.job.mesh)
 
     def compile_ahead(self, executor: concurrent.futures.Executor, policy: Any) -> None:
         """Compile the step in a thread, for parameters of these shapes."""
@@ -220,7 +238,7 @@ class Trainer:
             made,
             path=self.folder / f"{name}.npz",
             settings={"model": repr(self.job.cfg), "temperature": 1.0},
-            rows=sampling.LONG_CHUNK,
+            rows=meshes.rows_up(sampling.LONG_CHUNK, self.job.mesh),
             tell=partial(self.job.progress.tell, name),
         )
 
@@ -244,7 +262,7 @@ class Trainer:
         job, asked = self.job, asked or self.asked
         data = self.data(pairs, start if against is None else against, name=kept or name)
         n = len(data.tokens_BKL)
-        rows, steps, _ = plan(asked, len(pairs))
+        rows, steps, _ = plan(asked, len(pairs), devices=self.devices)
         key = jax.random.fold_in(job.key("ppo"), 10_000 + seed)
         order = batching.epoch_batches(0, n=n, batch_size=rows, key=key, steps=steps)
         peak = asked.learning_rate or job.settings.ppo.learning_rate / 2
@@ -256,7 +274,7 @@ class Trainer:
         state = job.fit(
             name,
             self.train_step,
-            state_lib.create(start, job.ppo_tx),
+            job.begin(partial(state_lib.create, tx=job.ppo_tx), start),
             steps,
             batch_at=lambda i: jax.tree.map(lambda x: jnp.asarray(x[order[i]]), data),
             hyper_at=lambda i: numbers(asked, rate=rate(i)),
@@ -269,8 +287,8 @@ class Trainer:
 
         Of kto, whose reward is the log-ratio, and of every loss: equal rewards count a half.
         """
-        theirs = reference.over_rows(self.score, against, held.rows, rows=sampling.LONG_CHUNK)
-        ours = reference.over_rows(self.score, policy, held.rows, rows=sampling.LONG_CHUNK)
+        chunk = meshes.rows_up(sampling.LONG_CHUNK, self.job.mesh)
+        theirs, ours = (reference.over_rows(self.score, each, held.rows, rows=chunk) for each in (against, policy))
         lengths = np.maximum(np.asarray(held.rows.answer_BKC).sum(axis=-1), 1).astype(np.float32)
         scored = objectives.Scored(*(jnp.asarray(x) for x in (ours, theirs, lengths)))
         objective = self.kind.objective if self.kind.paired else objectives.dpo
@@ -287,8 +305,10 @@ def make_trainer(job: stages.Job, asked: Direct, folder: pathlib.Path) -> Traine
     kind = KINDS[asked.loss]
     how: dict[str, Any] = {} if kind.reference else {"reference": None}
     made = dpo.make_train_step(logprobs, kind.objective, micro_batches=asked.micro_batches, **how)
-    score = parallel.JitStep(partial(dpo.answer_logprobs, logprobs), donate_argnums=())
-    return Trainer(job, asked, parallel.jit_step(made), score, folder / "reference")
+    whole = partial(dpo.answer_logprobs, logprobs)
+    score = parallel.JitStep(whole, donate_argnums=(), mesh=job.mesh, rows=(1,), small=())
+    check_mesh(asked, job.settings.mesh)
+    return Trainer(job, asked, parallel.jit_step(made, mesh=job.mesh), score, folder / "reference")
 
 
 class Round(NamedTuple):
@@ -341,7 +361,7 @@ def iterate(
             raise loop.DivergedError(f"round {r} of {name}: {error}") from None
         if len(pairs) == 0:
             raise settings.SettingError(f"round {r} of {name}: the judge told no two answers apart; nothing is left")
-        unseen = plan(asked or trainer.asked, len(pairs)).unseen
+        unseen = plan(asked or trainer.asked, len(pairs), devices=trainer.devices).unseen
         gold = None if found.gold is None else float(np.mean(found.gold.total))
         means = float(np.mean(found.scores_B)), float(np.mean(found.kl_B))
         told.append(Round(*means, gold, len(pairs), left_out, unseen))

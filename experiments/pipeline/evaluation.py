@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import diagnostics, lm, types
+from rlhf_jax import diagnostics, lm, parallel, types
 from rlhf_jax.simulation import corpus, labelers
 from rlhf_jax.train import reward_model
 
+from . import meshes
 from .sampling import Answers
 from .stages import Job
 
@@ -164,22 +165,24 @@ def _probes(job: Job) -> Any:
     """What a policy keeps of pretraining: loss on held-out text, and exact answers to skill problems."""
     task, cfg = job.task, job.cfg
 
-    @jax.jit
     def nll(params: Any, tokens_BL: Any, mask_BL: Any) -> jax.Array:
         return -lm.token_logprobs(params, tokens_BL, cfg=cfg, mask_BL=mask_BL)[:, 1:].mean()
 
-    @jax.jit
     def solved(params: Any, tokens_BL: Any, mask_BL: Any, loss_mask_BL: Any) -> jax.Array:
         right_BL = lm.greedy_matches(params, tokens_BL, cfg=cfg, mask_BL=mask_BL)
         return (right_BL | ~loss_mask_BL).all(axis=1)
 
     held_BL = task.pretraining_held_out_BL
-    everywhere_BL = np.ones(held_BL.shape, bool)
+    text = meshes.spread(job.mesh, held_BL, np.ones(held_BL.shape, bool))
+    skill_rows = () if task.world is None else meshes.spread(job.mesh, *task.world.skill_rows)
+    loss, right = (
+        parallel.JitStep(each, donate_argnums=(), mesh=job.mesh, rows=(), small=()) for each in (nll, solved)
+    )
 
     def probe(params: types.Params) -> dict[str, Any]:
-        numbers: dict[str, Any] = {"pretraining_loss": float(nll(params, held_BL, everywhere_BL))}
+        numbers: dict[str, Any] = {"pretraining_loss": float(loss(params, *text))}
         if task.world is not None:
-            right_B = np.asarray(solved(params, *task.world.skill_rows))
+            right_B = np.asarray(right(params, *skill_rows))
             numbers["skill_accuracy"] = float(right_B.mean())
             numbers["skills"] = {s: float(right_B[i :: len(corpus.SKILLS)].mean()) for i, s in enumerate(corpus.SKILLS)}
         return numbers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from rlhf_jax.data import batching
 from rlhf_jax.train import loop, sft
 from rlhf_jax.train import state as state_lib
 
-from . import cells, sampling, stages, tasks
+from . import cells, meshes, sampling, stages, tasks
 
 
 class Round(NamedTuple):
@@ -74,7 +75,8 @@ def _imitate(
 ) -> types.Params:
     rows, batch = len(found.tokens_BL), job.settings.pretrain.batch
     steps = max(1, epochs * rows // batch)
-    order = batching.epoch_batches(0, n=rows, batch_size=min(batch, rows), key=key, steps=steps)
+    batch = meshes.rows_down(min(batch, rows), job.mesh, "--pretrain.batch")
+    order = batching.epoch_batches(0, n=rows, batch_size=batch, key=key, steps=steps)
     learnt_BL = np.zeros_like(found.mask_BL)
     learnt_BL[:, job.task.prompt_width :] = found.response_mask_BT
 
@@ -85,7 +87,7 @@ def _imitate(
     with job.checkpoints(name) as checkpoints:
         state = loop.fit(
             job.supervised_step,
-            state_lib.create(policy, job.supervised_tx),
+            job.begin(partial(state_lib.create, tx=job.supervised_tx), policy),
             steps=steps,
             batch_at=batch_at,
             hyper_at=lambda i: stages.hyper(learning_rate),

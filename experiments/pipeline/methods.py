@@ -33,6 +33,7 @@ def composed(settings: PPO) -> dict[str, Any]:
         "minibatches": settings.minibatches,
         "micro_batches": settings.micro_batches,
         "samples": samples,
+        "shards": settings.shards,
         "estimate": estimate,
         "reduction": reduction,
         "kl_loss": kl.k3 if settings.kl_loss_coef > 0 else None,

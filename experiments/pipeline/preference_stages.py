@@ -19,7 +19,7 @@ from rlhf_jax.train import partition, reward_model, schedules
 from rlhf_jax.train import state as state_lib
 from rlhf_jax.train import step as step_lib
 
-from . import comparisons, stages, tasks
+from . import comparisons, meshes, stages, tasks
 from .reward_settings import RewardRun, Training
 from .settings import SettingError
 
@@ -87,7 +87,7 @@ def _fit(
     learning_rate: float,
 ) -> types.Params:
     n = len(np.asarray(data.ranks_BK))
-    batch = min(batch, n)
+    batch = meshes.rows_down(min(batch, n), job.mesh, "--reward-model.batch")
     steps = max(1, epochs * n // batch)
     key = job.key("reward_model") if stage == "reward_model" else jax.random.fold_in(job.key("reward_model"), 1000)
     order = batching.epoch_batches(0, n=n, batch_size=batch, key=key, steps=steps)
@@ -98,18 +98,20 @@ def _fit(
         except ValueError as error:
             raise SettingError(f"--training.trains: {error}") from error
         join = partition.join
-    step = parallel.jit_step(reward_model.make_train_step(partial(lm.score, cfg=cfg), loss=loss, join=join))
+    step = parallel.jit_step(
+        reward_model.make_train_step(partial(lm.score, cfg=cfg), loss=loss, join=join), mesh=job.mesh
+    )
     state = job.fit(
         stage,
         step,
-        state_lib.create(own, job.supervised_tx),
+        job.begin(partial(state_lib.create, tx=job.supervised_tx), own),
         steps,
         batch_at=lambda i: jax.tree.map(lambda x: jnp.asarray(x[order[i]]), data),
         hyper_at=lambda i: stages.hyper(learning_rate * schedules.cosine(i, steps)),
         rng=key,
         frozen=frozen,
     )
-    return join(frozen, state.params)
+    return job.placed(join(frozen, state.params))
 
 
 # ------------------------------------------------------------------------------------- preference-model pretraining

@@ -15,7 +15,7 @@ from rlhf_jax import kl, parallel, types
 from rlhf_jax.simulation import gold
 from rlhf_jax.train import ppo
 
-from . import tasks, words
+from . import meshes, tasks, words
 
 CHUNK, LONG_CHUNK = 512, 128
 """Prompts a call, in the words of the built-in world and in longer rows: one shape, so one program."""
@@ -42,10 +42,10 @@ class Answers:
 class Sampler:
     """Samples, scores and judges in chunks of fixed shape."""
 
-    def __init__(self, models: ppo.Models, *, task: tasks.Task) -> None:
+    def __init__(self, models: ppo.Models, *, task: tasks.Task, mesh: jax.sharding.Mesh | None = None) -> None:
         """Build the programs; nothing is compiled yet."""
         self._task = task
-        self._chunk = CHUNK if task.speaks_world else LONG_CHUNK
+        self._chunk = meshes.rows_up(CHUNK if task.speaks_world else LONG_CHUNK, mesh)
 
         def run(policy: Any, reference: Any, reward: Any, prompts_BP: Any, mask_BP: Any, rng_B: Any) -> Any:
             rollout = models.generate(policy, rng_B, prompts_BP, mask_BP, 1.0)
@@ -60,9 +60,9 @@ class Sampler:
         def score(params: Any, tokens_BL: Any, mask_BL: Any) -> jax.Array:
             return models.score(params, types.Rollout(tokens_BL, mask_BL, mask_BL, tokens_BL, tokens_BL, tokens_BL))
 
-        self._run = parallel.JitStep(run, donate_argnums=())
-        self._measure = parallel.JitStep(run, donate_argnums=())
-        self._score = parallel.JitStep(score, donate_argnums=())
+        compiled = partial(parallel.JitStep, donate_argnums=(), mesh=mesh, small=())
+        self._run, self._measure = compiled(run, rows=(3, 4, 5)), compiled(run, rows=(3, 4, 5))
+        self._score = compiled(score, rows=(1, 2))
 
     def compile_ahead(self, executor: concurrent.futures.Executor, policy: Any, reward: Any) -> None:
         """Compile in a thread of ``executor`` for parameters of these shapes, in the order in which a run samples."""

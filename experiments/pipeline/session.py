@@ -10,7 +10,7 @@ from rich.console import Console
 
 from rlhf_jax import console
 
-from . import rundir, stages, start, tasks
+from . import meshes, rundir, stages, start, tasks
 from .settings import Settings
 
 SHARED = (("pretrain", 60.0), ("sft", 15.0), ("sft_mix", 16.0), ("comparisons", 11.0), ("reward_model", 19.0))
@@ -29,28 +29,42 @@ def opened(
 ) -> Iterator[tuple[rundir.RunFolder, stages.Job]]:
     """The folder of a run and its job, with a progress over the stages of ``shared`` and ``weights``.
 
-    A model or a file that cannot be used, a model that has changed since the run began, and a task that ``accept``
-    raises a SettingError for, are refused before anything is written.
+    A mesh that does not fit the devices, a model or a file that cannot be used, a model that has changed since the run
+    began, and a task that ``accept`` raises a SettingError for, are refused before anything is written.
     """
+    spread = meshes.resolved(asked)
+    mesh = meshes.make(spread)
     path = pathlib.Path(asked.resume) if asked.resume else rundir.free_path(asked, kind=kind)
     model_files = start.fingerprint(asked.model) if asked.model else None
     if asked.resume and model_files:
         rundir.same_model(asked.resume, asked, model_files)
     if asked.resume:
         rundir.same_data(asked.resume, asked)
-    begin = start.load(asked.model) if asked.model else None
+    begin = start.load(asked.model, mesh=mesh) if asked.model else None
     task = tasks.make_task(asked, begin)
+    if task.comparisons is not None:  # of a file, whose comparisons have just been counted
+        n = len(task.comparisons[0].ranks_BK) // (2 if asked.reward_model.heldout else 1)
+        meshes.divides(spread.mesh, "--reward-model.batch", min(asked.reward_model.batch, n))
     accept(task)
     folder = rundir.RunFolder(path) if asked.resume else rundir.create(path, asked, model_files=model_files)
     say(out, f"writing to {folder.path}; data: {task.dropped.report()}")
     if begin is not None:
         say(out, f"from {begin.path} ({begin.cfg.model_type}); chat template: {begin.fmt.origin}")
+    if mesh is not None:
+        for line in meshes.told(mesh, stages.model_of(asked, task, begin)):
+            say(out, line)
     second = [("heldout_reward_model", 10.0)] if asked.reward_model.heldout else []
     with contextlib.closing(folder.log), console.StageProgress([*shared, *second, *weights]) as progress:
         yield (
             folder,
             stages.make_job(
-                asked, task, start=begin, checkpoints=folder.checkpoints, log=folder.log, progress=progress
+                spread,
+                task,
+                start=begin,
+                checkpoints=folder.checkpoints,
+                log=folder.log,
+                progress=progress,
+                mesh=mesh,
             ),
         )
 

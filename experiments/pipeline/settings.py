@@ -51,6 +51,22 @@ class World:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Over how many devices a run is spread; a mesh of one is none."""
+
+    data: int = 1
+    """Copies of the model, each with rows of its own; -1: as many as the other axes leave devices for."""
+    fsdp: int = 1
+    """Devices that parameters and optimiser state are spread over; rows too."""
+    tensor: int = 1
+    """Devices that heads, MLP and vocabulary are spread over."""
+    sequence: int = 1
+    """Devices that the columns of a row are spread over."""
+    simulate: int | None = None
+    """Let the CPU look like so many devices, to try a mesh where there are none."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Net:
     """The model of a run that starts from nothing, a small Llama: rotary positions, RMS norms, gated mlp."""
 
@@ -137,6 +153,9 @@ class PPO:
     """Optimiser steps an epoch."""
     micro_batches: int = 1
     """Parts of a minibatch that are held in memory one at a time; the gradient is the same."""
+    shards: int = 1
+    """Blocks of a rollout, of which each minibatch takes as many rows; as many as --mesh.data x --mesh.fsdp, or a
+    multiple, keeps answers on the device that wrote them. What is learnt depends on it, and not on the devices."""
     epochs: int = 1
     """Passes over each rollout (1 in InstructGPT, 4 in Ziegler and Stiennon)."""
     learning_rate: float = 6e-4
@@ -244,6 +263,7 @@ class Settings:
     """On an alarm in PPO (KL below 0, gold falling, entropy collapsing, ...): tell and go on, or save and stop."""
     saves: int = 5
     """Checkpoints within a stage; a run that is killed loses no more than the time between two."""
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
     data: Data = dataclasses.field(default_factory=Data)
     world: World = dataclasses.field(default_factory=World)
     net: Net = dataclasses.field(default_factory=Net)

@@ -51,6 +51,8 @@ class Job:
     reward_step: parallel.JitStep
     supervised_tx: optax.GradientTransformation
     ppo_tx: optax.GradientTransformation
+    mesh: jax.sharding.Mesh | None = None
+    """Where the run is spread; None on one device."""
 
     def key(self, stage: str) -> jax.Array:
         """The random key of a stage; ``ppo-more`` has that of ``ppo``."""
@@ -59,7 +61,27 @@ class Job:
     @functools.cached_property
     def ppo_step(self) -> parallel.JitStep:
         """An iteration of reinforcement learning by the method of the settings."""
-        return parallel.jit_step(ppo.make_train_step(self.rollouts(), **methods.composed(self.settings.ppo)))
+        made = ppo.make_train_step(self.rollouts(), **methods.composed(self.settings.ppo))
+        return parallel.jit_step(made, mesh=self.mesh)
+
+    def begin(self, make: Callable[..., Any], *args: Any) -> Any:
+        """``make(*args)``: a state, or parameters; on a mesh born spread out, as `parallel.RULES` say."""
+        if self.mesh is None:
+            return make(*args)
+        where = parallel.shardings(jax.eval_shape(make, *args), self.mesh, self.axes)
+        with jax.set_mesh(self.mesh):
+            return jax.jit(make, out_shardings=where)(*args)
+
+    def placed(self, params: Params) -> Params:
+        """Parameters that are there already, spread out likewise."""
+        if self.mesh is None:
+            return params
+        return parallel.put(params, parallel.shardings(params, self.mesh, self.axes))
+
+    @property
+    def axes(self) -> Params:
+        """The logical axes of the model and of a head."""
+        return lm.logical_axes(self.cfg, head=True)
 
     def rollouts(self, *, axis_name: str | None = None) -> ppo.Models:
         """The models as reinforcement learning calls them."""
@@ -81,7 +103,12 @@ class Job:
         """What reinforcement learning begins with: the SFT model, and a critic where the method has one."""
         settings = self.settings.ppo
         critic = self._new_critic(start, reward) if methods.has_critic(settings) else None
-        return ppo.create(start, critic, self.ppo_tx, reference=None if settings.reference_ema is None else start)
+        reference = None if settings.reference_ema is None else start
+
+        def make(start: Params, critic: Params | None, reference: Params | None) -> ppo.PPOState:
+            return ppo.create(start, critic, self.ppo_tx, reference=reference)
+
+        return self.begin(make, start, critic, reference)
 
     def _new_critic(self, start: Params, reward: Params) -> Params:
         """The reward model (InstructGPT C.4), the SFT model with a new head, or a head of zeros alone (Ziegler)."""
@@ -119,16 +146,23 @@ class Job:
 
 
 def make_job(
-    settings: Settings, task: tasks.Task, *, start: start_lib.Start | None, checkpoints: Any, log: Any, progress: Any
+    settings: Settings,
+    task: tasks.Task,
+    *,
+    start: start_lib.Start | None,
+    checkpoints: Any,
+    log: Any,
+    progress: Any,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Job:
     """Configure the model and build every compiled step; nothing is compiled before it is first called."""
-    cfg = _new_model(settings, task) if start is None else start.cfg
+    cfg = model_of(settings, task, start)
     spec = generation.Sampling(max_new_tokens=task.response_width, stop_ids=task.fmt.stop_ids, pad_id=task.fmt.pad_id)
     models = ppo_models(cfg, spec, prompt_width=task.prompt_width)
     if not settings.ppo.correct_sampler:
         generation.check_on_policy(_drawn(spec, settings))
     token_logprobs = partial(lm.token_logprobs, cfg=cfg)
-    return Job(
+    job = Job(
         settings=settings,
         task=task,
         cfg=cfg,
@@ -137,19 +171,24 @@ def make_job(
         log=log,
         progress=progress,
         base=None if start is None else start.params,
-        sampler=sampling.Sampler(models, task=task),
-        supervised_step=parallel.jit_step(sft.make_train_step(token_logprobs)),
-        reward_step=parallel.jit_step(reward_model.make_train_step(partial(lm.score, cfg=cfg))),
+        sampler=sampling.Sampler(models, task=task, mesh=mesh),
+        supervised_step=parallel.jit_step(sft.make_train_step(token_logprobs), mesh=mesh),
+        reward_step=parallel.jit_step(reward_model.make_train_step(partial(lm.score, cfg=cfg)), mesh=mesh),
         supervised_tx=optimisers.muon(),
         ppo_tx=methods.optimiser(settings.ppo),
+        mesh=mesh,
     )
+    return job if job.base is None else dataclasses.replace(job, base=job.placed(job.base))
 
 
 def _drawn(spec: generation.Sampling, settings: Settings) -> generation.Sampling:
     return dataclasses.replace(spec, top_k=settings.ppo.top_k, top_p=settings.ppo.top_p)
 
 
-def _new_model(settings: Settings, task: tasks.Task) -> lm.LMConfig:
+def model_of(settings: Settings, task: tasks.Task, start: start_lib.Start | None) -> lm.LMConfig:
+    """The architecture: that of the model a run starts from, or a new one."""
+    if start is not None:
+        return start.cfg
     return lm.LMConfig(
         vocab_size=len(task.tokenizer),
         n_layers=settings.net.layers,
@@ -225,7 +264,7 @@ def pretrain(job: Job) -> Params:
     state = job.fit(
         "pretrain",
         job.supervised_step,
-        state_lib.create(jax.jit(partial(lm.init, cfg=job.cfg))(key), job.supervised_tx),
+        job.begin(lambda key: state_lib.create(jax.jit(partial(lm.init, cfg=job.cfg))(key), job.supervised_tx), key),
         settings.steps,
         batch_at=lambda i: tasks.text_batch(rows_BL[order[i]]),
         hyper_at=lambda i: hyper(rate(i)),
@@ -258,7 +297,7 @@ def supervised(job: Job, stage: str, base: Params, *, epochs: int, mix: float) -
     state = job.fit(
         stage,
         job.supervised_step,
-        state_lib.create(base, job.supervised_tx),
+        job.begin(partial(state_lib.create, tx=job.supervised_tx), base),
         steps,
         batch_at=batch_at,
         hyper_at=lambda i: hyper(settings.sft.learning_rate * schedules.cosine(i, steps)),
@@ -269,7 +308,8 @@ def supervised(job: Job, stage: str, base: Params, *, epochs: int, mix: float) -
 def train_reward_models(job: Job, start: Params, parts: list[types.Comparisons]) -> list[Params]:
     """The reward model, and one that was held out where the comparisons are in two parts (Bai et al. 2022, 4.2)."""
     named = zip(("reward_model", "heldout_reward_model"), parts)
-    return [normalised(job, train_reward_model(job, start, part, stage=stage), start) for stage, part in named]
+    made = (normalised(job, train_reward_model(job, start, part, stage=stage), start) for stage, part in named)
+    return [job.placed(params) for params in made]
 
 
 def train_reward_model(job: Job, start: Params, train: types.Comparisons, *, stage: str = "reward_model") -> Params:
@@ -283,7 +323,7 @@ def train_reward_model(job: Job, start: Params, train: types.Comparisons, *, sta
     state = job.fit(
         stage,
         job.reward_step,
-        state_lib.create(params, job.supervised_tx),
+        job.begin(partial(state_lib.create, tx=job.supervised_tx), params),
         steps,
         batch_at=lambda i: jax.tree.map(lambda x: jnp.asarray(x[order[i]]), train),
         hyper_at=lambda i: hyper(settings.learning_rate * schedules.cosine(i, steps)),

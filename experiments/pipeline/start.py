@@ -6,9 +6,12 @@ import dataclasses
 import hashlib
 import pathlib
 
+import jax
+
 from rlhf_jax import lm, types
 from rlhf_jax.data import chat, tokenizers
 
+from . import meshes
 from .settings import SettingError
 
 _FILES = ("*.json", "*.jinja", "*.safetensors", "tokenizer.model")
@@ -32,13 +35,13 @@ class Start:
             )
 
 
-def load(path: str) -> Start:
-    """Read a model directory; raises SettingError for one that cannot be used.
+def load(path: str, *, mesh: jax.sharding.Mesh | None = None) -> Start:
+    """Read a model directory, onto a mesh where there is one; raises SettingError for one that cannot be used.
 
     Vocabularies are often padded to a round number. Ids that no token has are taken off the model, so that none is ever
     drawn and no probability is anywhere lost to one.
     """
-    start = _read(path)
+    start = _read(path, mesh)
     if "head" in start.params:
         raise SettingError(f"--model {path} cannot be used: it holds a reward model, not a language model")
     return start
@@ -52,9 +55,10 @@ def load_reward_model(path: str) -> Start:
     return start
 
 
-def _read(path: str) -> Start:
+def _read(path: str, mesh: jax.sharding.Mesh | None = None) -> Start:
     try:
-        cfg, params = lm.load(path)
+        shard = None if mesh is None else meshes.shard_of(lm.load_config(path), mesh)
+        cfg, params = lm.load(path, shard=shard)
         tokenizer = tokenizers.load(path)
         fmt = chat.chat_format(tokenizer, model_type=cfg.model_type)
     except (OSError, ValueError) as error:
