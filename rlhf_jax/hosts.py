@@ -87,7 +87,7 @@ def started(
     index: int | None = None,
     timeout: float = 300.0,
     silence: float = 30.0,
-    facts: Mapping[str, Any] | None = None,
+    facts: Callable[[], Mapping[str, Any]] | Mapping[str, Any] | None = None,
     status: Callable[[BaseException], int] = lambda error: 1,
 ) -> Iterator[Hosts]:
     """Meet the other hosts, start jax on all of them, and leave together.
@@ -104,7 +104,8 @@ def started(
         index: Which of them this is, from 0.
         timeout: Seconds to wait for all hosts to come.
         silence: Seconds without any sign of a host after which it is given up. A closed connection is seen at once.
-        facts: What has to be the same on all hosts, by name: settings, digests of data and code; in JSON's types.
+        facts: What has to be the same on all hosts, by name: settings, digests of data and code; in JSON's types. Or a
+            function that gives it, called where there are other hosts.
         status: The exit status that an exception will end this process with, told to the other hosts.
 
     Raises:
@@ -116,7 +117,7 @@ def started(
         yield Hosts()
         return
     coordinator, count, index, devices = found
-    lines = meeting.meet(coordinator, count, index, timeout, dict(facts or {}))
+    lines = meeting.meet(coordinator, count, index, timeout, dict((facts() if callable(facts) else facts) or {}))
     group = _Group(index, count, lines, silence)
     _slow_abort(True)
     try:
@@ -253,6 +254,9 @@ class _Group(Hosts):
         selector = selectors.DefaultSelector()
         for number, line in self._lines.items():
             selector.register(line.sock, selectors.EVENT_READ, number)
+            with self._changed:
+                for message in line.early:
+                    self._hear(message)
         silent = dict.fromkeys(self._lines, 0.0)
         last = said = time.monotonic()
         while not self._closed:

@@ -20,8 +20,11 @@ class Line:
     def __init__(self, sock: socket.socket) -> None:
         """Wrap a connected socket."""
         self.sock, self._rest, self._lock = sock, b"", threading.Lock()
+        self.early: list[dict[str, Any]] = []
+        """Messages that came with one that was waited for."""
         sock.settimeout(10)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError):  # not every kind of socket has it
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, **message: Any) -> None:
         """Send, or let it be: a broken connection is seen by whoever reads."""
@@ -47,12 +50,14 @@ class Line:
 
     def wait(self, deadline: float) -> dict[str, Any] | None:
         """The next message; None where the connection is closed, or nothing has come by then."""
-        messages: list[dict[str, Any]] | None = []
         self.sock.settimeout(0.5)
-        while messages == [] and time.monotonic() < deadline:
+        while not self.early and time.monotonic() < deadline:
             messages = self.receive()
+            if messages is None:
+                break
+            self.early += messages
         self.sock.settimeout(10)
-        return messages[0] if messages else None
+        return self.early.pop(0) if self.early else None
 
     def closed(self) -> bool:
         """Whether the other end is gone; to be asked while it has nothing to say."""
@@ -137,6 +142,8 @@ def _gather(port: int, count: int, timeout: float, facts: dict[str, Any]) -> dic
     why = why or _differences({"--hosts.count": count, **facts}, theirs)
     for line in lines.values():
         line.send(**({"refused": why} if why else {"welcome": True}))
+        if why:
+            line.close()
     if why:
         raise HostsError(why)
     return lines
@@ -161,13 +168,14 @@ def _let_in(listener: socket.socket, count: int, deadline: float, lines: Any, th
             line.close()
             continue
         if number in lines and lines[number].closed():  # it was started again
-            lines.pop(number)
+            lines.pop(number).close()
         line.send(met=True)
         if number in lines or not 0 < number < count:
             why = f"a host came as number {number}, which " + (
                 "there is already" if number in lines else f"is none of {count}"
             )
             line.send(refused=why)
+            line.close()
             return why
         lines[number], theirs[number] = line, {"--hosts.count": hello.get("count"), **hello["facts"]}
     return ""

@@ -14,7 +14,7 @@ from rlhf_jax import diagnostics, lm, parallel, types
 from rlhf_jax.simulation import corpus, labelers
 from rlhf_jax.train import reward_model
 
-from . import meshes
+from . import joining, meshes
 from .sampling import Answers
 from .stages import Job
 
@@ -182,7 +182,7 @@ def _probes(job: Job) -> Any:
     def probe(params: types.Params) -> dict[str, Any]:
         numbers: dict[str, Any] = {"pretraining_loss": float(loss(params, *text))}
         if task.world is not None:
-            right_B = np.asarray(right(params, *skill_rows))
+            right_B = joining.on_host(right(params, *skill_rows))
             numbers["skill_accuracy"] = float(right_B.mean())
             numbers["skills"] = {s: float(right_B[i :: len(corpus.SKILLS)].mean()) for i, s in enumerate(corpus.SKILLS)}
         return numbers
