@@ -24,10 +24,22 @@ if __name__ == "__main__":
 
 import time
 
-from pipeline import ahead, command, comparisons, diagnosis, evaluation, rundir, session, settings, stages, watching
+from pipeline import (
+    ahead,
+    command,
+    comparisons,
+    diagnosis,
+    evaluation,
+    joining,
+    rundir,
+    session,
+    settings,
+    stages,
+    watching,
+)
 from rich.console import Console
 
-from rlhf_jax import console, lm, metrics, report
+from rlhf_jax import console, hosts, lm, metrics, report
 
 
 def parse(arguments: list[str]) -> settings.Settings:
@@ -39,6 +51,7 @@ def run(asked: settings.Settings) -> dict:
     """The whole job; returns what results.json holds."""
     out = Console()
     if asked.resume and (finished := rundir.finished_results(asked.resume)):
+        out.quiet = not hosts.current().first
         out.print(console.results_table(finished))
         session.say(out, f"{asked.resume} is finished; nothing was run")
         return finished
@@ -72,7 +85,10 @@ def run(asked: settings.Settings) -> dict:
         **found,
     }
     results = rundir.finite(results)
-    for name, params in (("policy", ppo_ptx), ("reward_model", rewards[0])):
+    saved = [("policy", joining.whole(ppo_ptx)), ("reward_model", joining.whole(rewards[0]))]
+    if not hosts.current().first:
+        return results
+    for name, params in saved:
         lm.save(folder.path / name, job.cfg, params, tokenizer=job.task.tokenizer, pad_id=job.task.fmt.pad_id)
     report.write_report(
         folder.path / "report.html",

@@ -17,6 +17,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -180,6 +181,33 @@ def row_parts(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
+def own_rows(batch: Any, mesh: Mesh) -> Any:
+    """Of a batch that every host has whole, the rows that this host's devices hold: what `put_batch` takes.
+
+    Hosts are in the order of their devices, so that the batch is the same for any number of them. All of it, for one.
+
+    Raises:
+        MeshError: The rows do not divide over the devices, or this host's are not next to each other.
+    """
+    if jax.process_count() == 1:
+        return batch
+
+    def part(x: Any) -> Any:
+        return x[_own(x.shape[0], mesh)] if np.ndim(x) else x
+
+    return jax.tree.map(part, batch)
+
+
+def _own(rows: int, mesh: Mesh) -> slice:
+    if rows % row_parts(mesh):
+        raise MeshError(f"a batch of {rows} rows does not divide over {row_parts(mesh)} devices")
+    held = NamedSharding(mesh, PartitionSpec(ROWS)).addressable_devices_indices_map((rows,)).values()
+    parts = sorted({part[0].indices(rows)[:2] for part in held if part is not None})
+    if any(stop != start for (_, stop), (start, _) in itertools.pairwise(parts)):
+        raise MeshError("the rows of this host's devices are not next to each other; give the mesh devices in order")
+    return slice(parts[0][0], parts[-1][1])
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
     """This host's rows of a batch as global arrays, spread over the mesh; arrays of random keys are rows like others.
 
@@ -209,12 +237,24 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 
 def put(tree: Any, where: Any) -> Any:
     """Arrays that every host holds whole, spread out as ``where`` says (`shardings`)."""
-    return jax.tree.map(jax.device_put, tree, where)
+    return jax.tree.map(_put, tree, where)
 
 
 def whole(tree: Any, mesh: Mesh) -> Any:
     """Arrays that every host holds, whole on every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: _put(x, everywhere), tree)
+
+
+def _put(x: Any, where: Any) -> jax.Array:
+    spread = isinstance(x, jax.Array) and not x.is_fully_addressable
+    if where.is_fully_addressable or spread:
+        return x if spread and x.sharding == where else jax.device_put(x, where)
+    # jax.device_put would compare the hosts' arrays first, with a collective each time.
+    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_put(jax.random.key_data(x), where), impl=jax.random.key_impl(x))
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -265,6 +305,7 @@ class JitStep:
         self.traces = 0
         self.mesh = mesh
         self._rows, self._small, self._keeps = rows, small, 0 in donate_argnums
+        self._placed_last: dict[int, tuple[Any, Any]] = {}
         self._ahead: concurrent.futures.Future | None = None
 
         @functools.wraps(train_step)
@@ -304,7 +345,15 @@ class JitStep:
             return self._compiled(args).lower(*args)
 
     def _placed(self, i: int, x: Any, mesh: Mesh) -> Any:
-        return put_batch(x, mesh) if i in self._rows else whole(x, mesh) if i in self._small else x
+        if i in self._rows:
+            return put_batch(x, mesh)
+        if i not in self._small:
+            return x
+        given, placed = self._placed_last.get(i, (None, None))
+        if not (isinstance(x, jax.Array) and x is given):  # the one key of a run is put there once
+            placed = whole(x, mesh)
+            self._placed_last[i] = (x, placed)
+        return placed
 
     def _compiled(self, args: tuple[Any, ...]) -> Any:
         if self._step is None:

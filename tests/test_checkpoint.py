@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax import checkpoint
+from rlhf_jax import checkpoint, manifest
 from rlhf_jax.train import state as state_lib
 
 # A read that fails half way leaves the file library's event loop to complain after it was closed.
@@ -39,7 +39,7 @@ def make_state(seed):
 
 def bits(tree):
     def leaf(x):
-        x = np.asarray(jax.random.key_data(x) if checkpoint._is_key(x) else x)
+        x = np.asarray(jax.random.key_data(x) if manifest.is_key(x) else x)
         return x.dtype, x.shape, x.tobytes()
 
     return [leaf(x) for x in jax.tree.leaves(tree)]

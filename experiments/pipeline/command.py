@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 
 import tyro
 
-from rlhf_jax import checkpoint, parallel
+from rlhf_jax import checkpoint, hosts, parallel
 from rlhf_jax.data import errors
 from rlhf_jax.train import loop
 
-from . import checks, rundir, settings
+from . import checks, joining, rundir, settings
 
 S = TypeVar("S", bound=settings.Settings)
 
@@ -24,6 +24,7 @@ REFUSED = (
     checkpoint.CheckpointError,
     loop.DivergedError,
     parallel.MeshError,
+    hosts.HostsError,
 )
 """What a user can do something about."""
 
@@ -44,11 +45,12 @@ def parse(
     resume = settings.peek(arguments, "--resume")
     begin = _saved(kind, resume) if resume else adjust(kind(**_fields(_preset(arguments))))
     asked = tyro.cli(kind, args=arguments, default=begin, prog=prog, description=doc)
-    # Checkpoints are restored onto any mesh.
-    if resume and dataclasses.replace(asked, resume=None, mesh=begin.mesh) != dataclasses.replace(begin, resume=None):
+    # Checkpoints are restored onto any mesh, and any number of hosts.
+    anywhere = {"resume": None, "mesh": begin.mesh, "hosts": begin.hosts}
+    if resume and dataclasses.replace(asked, **anywhere) != dataclasses.replace(begin, resume=None):
         raise settings.SettingError(
-            f"--resume {resume} goes on with the settings of its config.json; give no other setting but --mesh.* "
-            "beside it"
+            f"--resume {resume} goes on with the settings of its config.json; give no other setting but --mesh.* and "
+            "--hosts.* beside it"
         )
     checks.check(asked)
     if asked.model is None:
@@ -62,16 +64,24 @@ def parse(
 def enter(run: Callable[[Any], Any], read: Callable[[list[str]], Any], arguments: list[str] | None) -> None:
     """Run, and turn what a user can do something about into one line on stderr and an exit status."""
     try:
-        run(read(sys.argv[1:] if arguments is None else arguments))
+        asked = read(sys.argv[1:] if arguments is None else arguments)
+        with joining.joined(asked, status=_status):
+            run(asked)
     except REFUSED as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(_status(error)) from None
     except loop.Alarmed as stopped:
         print(f"{stopped}; go on all the same with --resume", file=sys.stderr)
-        raise SystemExit(3) from None
+        raise SystemExit(_status(stopped)) from None
     except loop.Preempted as stopped:
         print(f"{stopped}; go on with --resume", file=sys.stderr)
-        raise SystemExit(75) from None  # EX_TEMPFAIL: try again later
+        raise SystemExit(_status(stopped)) from None
+
+
+def _status(error: BaseException) -> int:
+    """The exit status that an exception ends the process with."""
+    known = {REFUSED: 2, (loop.Alarmed,): 3, (loop.Preempted,): 75}  # EX_TEMPFAIL: try again later
+    return next((status for kinds, status in known.items() if isinstance(error, kinds)), 1)
 
 
 def _preset(arguments: list[str]) -> settings.Settings:
@@ -93,6 +103,7 @@ def _saved(kind: type[S], resume: str) -> S:
         raise settings.SettingError(f"--resume {resume} holds another kind of run: its settings lack {missing[0]}")
     mine: dict[str, Any] = {name: _revived(values[name], field) for name, field in own.items()}
     mine |= _fields(settings.from_dict({name: values[name] for name in values if name in shared}))
+    mine["hosts"] = settings.Hosts()  # those that go on, not those that began
     return kind(**mine)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from rlhf_jax import diagnostics, lm, parallel, types
 from rlhf_jax.simulation import corpus, labelers
 
-from . import diagnosis, meshes
+from . import diagnosis, joining, meshes
 from .sampling import Answers
 from .stages import Job
 
@@ -162,7 +162,7 @@ def _probes(job: Job) -> Any:
     def probe(params: types.Params) -> dict[str, Any]:
         numbers: dict[str, Any] = {"pretraining_loss": float(loss(params, *text))}
         if task.world is not None:
-            right_B = np.asarray(right(params, *skill_rows))
+            right_B = joining.on_host(right(params, *skill_rows))
             numbers["skill_accuracy"] = float(right_B.mean())
             numbers["skills"] = {s: float(right_B[i :: len(corpus.SKILLS)].mean()) for i, s in enumerate(corpus.SKILLS)}
         return numbers

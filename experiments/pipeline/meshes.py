@@ -72,7 +72,9 @@ def resolved(settings: Settings) -> Settings:
     """
     mesh = settings.mesh
     if not asked_for(settings):
-        return settings
+        if jax.process_count() == 1:
+            return settings
+        mesh = dataclasses.replace(mesh, data=-1)  # of several hosts, none is left out
     if mesh.simulate is not None:
         with contextlib.suppress(RuntimeError):  # where JAX has begun, its devices are counted as they are
             jax.config.update("jax_num_cpu_devices", mesh.simulate)
@@ -145,5 +147,6 @@ def spread(mesh: jax.sharding.Mesh | None, *arrays: np.ndarray) -> tuple[Any, ..
     """Rows on the mesh, in parts where they divide and else whole; as they are where there is no mesh."""
     if mesh is None:
         return arrays
-    put = parallel.put_batch if len(arrays[0]) % parallel.row_parts(mesh) == 0 else parallel.whole
-    return tuple(put(x, mesh) for x in arrays)
+    if len(arrays[0]) % parallel.row_parts(mesh):
+        return tuple(parallel.whole(x, mesh) for x in arrays)
+    return tuple(parallel.put_batch(parallel.own_rows(x, mesh), mesh) for x in arrays)

@@ -24,10 +24,10 @@ DATA_FILE = "data_file"
 class RunFolder:
     """One run's files: config.json, metrics.jsonl, tensorboard/, checkpoints/, and at the end results and models."""
 
-    def __init__(self, path: pathlib.Path) -> None:
-        """Use an existing folder; `create` and `reopen` make one."""
+    def __init__(self, path: pathlib.Path, log: metrics.MetricLog | None = None) -> None:
+        """Use an existing folder; `create` makes one."""
         self.path = path
-        self.log = metrics.MetricLog(path)
+        self.log = metrics.MetricLog(path) if log is None else log
 
     def checkpoints(self, stage: str) -> checkpoint.Checkpoints:
         """Where a stage saves and goes on from."""
@@ -76,7 +76,7 @@ def create(path: pathlib.Path, settings: Settings, *, model_files: str | None = 
     try:
         path.mkdir(parents=True, exist_ok=True)
         write_json(
-            path / CONFIG, settings_lib.as_dict(settings) | {MODEL_FILES: model_files, DATA_FILE: _digest(settings)}
+            path / CONFIG, settings_lib.as_dict(settings) | {MODEL_FILES: model_files, DATA_FILE: data_digest(settings)}
         )
     except OSError as error:
         raise SettingError(f"--out {path} cannot be written: {error.strerror}") from error
@@ -91,11 +91,11 @@ def same_model(resume: str, settings: Settings, model_files: str) -> None:
 
 def same_data(resume: str, settings: Settings) -> None:
     """Raise SettingError if the file that a run learns from is not what it was."""
-    if saved_values(resume).get(DATA_FILE) != _digest(settings):
+    if saved_values(resume).get(DATA_FILE) != data_digest(settings):
         raise SettingError(f"--resume {resume} cannot go on: {settings.data.path} has changed since it began")
 
 
-def _digest(settings: Settings) -> str | None:
+def data_digest(settings: Settings) -> str | None:
     """Of the data files together; None where there are none, or none that can be read, which their reader will say."""
     if settings.data.path is None:
         return None

@@ -15,7 +15,7 @@ from rlhf_jax import kl, parallel, types
 from rlhf_jax.simulation import gold
 from rlhf_jax.train import ppo
 
-from . import meshes, tasks, words
+from . import joining, meshes, tasks, words
 
 CHUNK, LONG_CHUNK = 512, 128
 """Prompts a call, in the words of the built-in world and in longer rows: one shape, so one program."""
@@ -44,7 +44,7 @@ class Sampler:
 
     def __init__(self, models: ppo.Models, *, task: tasks.Task, mesh: jax.sharding.Mesh | None = None) -> None:
         """Build the programs; nothing is compiled yet."""
-        self._task = task
+        self._task, self._mesh = task, mesh
         self._chunk = meshes.rows_up(CHUNK if task.speaks_world else LONG_CHUNK, mesh)
 
         def run(policy: Any, reference: Any, reward: Any, prompts_BP: Any, mask_BP: Any, rng_B: Any) -> Any:
@@ -91,10 +91,10 @@ class Sampler:
         parts = []
         for start in range(0, n, chunk):
             rows = np.minimum(np.arange(start, start + chunk), n - 1)  # the last prompt fills the last chunk
-            asked = prompts.tokens_BP[rows], prompts.mask_BP[rows]
-            parts.append(run(policy, reference, reward, *asked, rng_B[start : start + chunk]))
+            asked = prompts.tokens_BP[rows], prompts.mask_BP[rows], rng_B[start : start + chunk]
+            parts.append(run(policy, reference, reward, *self._own(asked)))
         # Read when all are on their way: the device goes from one to the next without waiting for the host.
-        rollout, scores_B, kl_B = jax.tree.map(lambda *x: np.concatenate(x)[:n], *jax.device_get(parts))
+        rollout, scores_B, kl_B = jax.tree.map(lambda *x: np.concatenate(x)[:n], *joining.on_host(parts))
         judged, unknown_B = self._judged(prompts, rollout)
         return Answers(
             tokens_BL=rollout.tokens_BL,
@@ -107,6 +107,9 @@ class Sampler:
             gold=judged,
             unknown_B=unknown_B,
         )
+
+    def _own(self, rows: Any) -> Any:
+        return rows if self._mesh is None else parallel.own_rows(rows, self._mesh)
 
     def _judged(self, prompts: tasks.PromptSet, rollout: types.Rollout) -> tuple[Any, np.ndarray | None]:
         """Gold judgement where there is gold; the share of unknown words where answers are read as text for it."""
@@ -126,5 +129,5 @@ class Sampler:
         parts = []
         for start in range(0, n, chunk):
             rows = np.minimum(np.arange(start, start + chunk), n - 1)
-            parts.append(np.asarray(self._score(reward, tokens_BL[rows], mask_BL[rows])))
+            parts.append(joining.on_host(self._score(reward, *self._own((tokens_BL[rows], mask_BL[rows])))))
         return np.concatenate(parts)[:n]

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 
-from rlhf_jax import console
+from rlhf_jax import console, hosts
 
-from . import meshes, rundir, stages, start, tasks
+from . import joining, meshes, rundir, stages, start, tasks
 from .settings import Settings
 
 SHARED = (("pretrain", 60.0), ("sft", 15.0), ("sft_mix", 16.0), ("comparisons", 11.0), ("reward_model", 19.0))
@@ -32,9 +32,11 @@ def opened(
     A mesh that does not fit the devices, a model or a file that cannot be used, a model that has changed since the run
     began, and a task that ``accept`` raises a SettingError for, are refused before anything is written.
     """
+    group = hosts.current()
+    out.quiet = not group.first
     spread = meshes.resolved(asked)
     mesh = meshes.make(spread)
-    path = pathlib.Path(asked.resume) if asked.resume else rundir.free_path(asked, kind=kind)
+    path = pathlib.Path(asked.resume or group.from_first("path", lambda: str(rundir.free_path(asked, kind=kind))))
     model_files = start.fingerprint(asked.model) if asked.model else None
     if asked.resume and model_files:
         rundir.same_model(asked.resume, asked, model_files)
@@ -46,7 +48,7 @@ def opened(
         n = len(task.comparisons[0].ranks_BK) // (2 if asked.reward_model.heldout else 1)
         meshes.divides(spread.mesh, "--reward-model.batch", min(asked.reward_model.batch, n))
     accept(task)
-    folder = rundir.RunFolder(path) if asked.resume else rundir.create(path, asked, model_files=model_files)
+    folder = _folder(path, asked, model_files)
     say(out, f"writing to {folder.path}; data: {task.dropped.report()}")
     if begin is not None:
         say(out, f"from {begin.path} ({begin.cfg.model_type}); chat template: {begin.fmt.origin}")
@@ -54,7 +56,7 @@ def opened(
         for line in meshes.told(mesh, stages.model_of(asked, task, begin)):
             say(out, line)
     second = [("heldout_reward_model", 10.0)] if asked.reward_model.heldout else []
-    with contextlib.closing(folder.log), console.StageProgress([*shared, *second, *weights]) as progress:
+    with contextlib.closing(folder.log), _progress([*shared, *second, *weights]) as progress:
         yield (
             folder,
             stages.make_job(
@@ -67,6 +69,23 @@ def opened(
                 mesh=mesh,
             ),
         )
+
+
+def _folder(path: pathlib.Path, asked: Settings, model_files: str | None) -> rundir.RunFolder:
+    """The run's folder, which the first host makes, and in which it alone writes."""
+    if hosts.current().first:
+        made = rundir.RunFolder(path) if asked.resume else rundir.create(path, asked, model_files=model_files)
+        hosts.current().from_first("folder", lambda: str(path))
+        return made
+    hosts.current().from_first("folder", str)
+    joining.shared(path)
+    return rundir.RunFolder(path, joining.ReadLog(path))
+
+
+def _progress(weights: Sequence[tuple[str, float]]) -> console.StageProgress:
+    if hosts.current().first:
+        return console.StageProgress(weights)
+    return console.StageProgress(weights, console=Console(quiet=True), live=False)
 
 
 def say(out: Console, text: str) -> None:

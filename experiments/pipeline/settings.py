@@ -68,6 +68,23 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
+class Hosts:
+    """Processes that run this together, each with its own devices; see --mesh. A TPU slice, SLURM and Open MPI say by
+    themselves who they are."""
+
+    coordinator: str | None = None
+    """HOST:PORT of the first one, where it listens; the same on all."""
+    count: int | None = None
+    """How many there are."""
+    index: int | None = None
+    """Which one this is, from 0."""
+    timeout: float = 300.0
+    """Seconds to wait for the others to come."""
+    silence: float = 30.0
+    """Seconds without a sign of another one after which it is given up; a closed connection is seen at once."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Net:
     """The model of a run that starts from nothing, a small Llama: rotary positions, RMS norms, gated mlp."""
 
@@ -265,6 +282,7 @@ class Settings:
     saves: int = 5
     """Checkpoints within a stage; a run that is killed loses no more than the time between two."""
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    hosts: Hosts = dataclasses.field(default_factory=Hosts)
     data: Data = dataclasses.field(default_factory=Data)
     world: World = dataclasses.field(default_factory=World)
     net: Net = dataclasses.field(default_factory=Net)

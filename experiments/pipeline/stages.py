@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlhf_jax import checkpoint, generation, lm, parallel, types
+from rlhf_jax import checkpoint, generation, hosts, lm, parallel, types
 from rlhf_jax.data import batching
 from rlhf_jax.simulation import gold
 from rlhf_jax.train import loop, ppo, reward_model, schedules, sft
@@ -69,6 +69,7 @@ class Job:
         """``make(*args)``: a state, or parameters; on a mesh born spread out, as `parallel.RULES` say."""
         if self.mesh is None:
             return make(*args)
+        args = tuple(self.placed(each) for each in args)
         where = parallel.shardings(jax.eval_shape(make, *args), self.mesh, self.axes)
         with jax.set_mesh(self.mesh):
             return jax.jit(make, out_shardings=where)(*args)
@@ -78,6 +79,10 @@ class Job:
         if self.mesh is None:
             return params
         return parallel.put(params, parallel.shardings(params, self.mesh, self.axes))
+
+    def everywhere(self, x: np.ndarray) -> jax.Array:
+        """An array of the host, whole on every device."""
+        return jnp.asarray(x) if self.mesh is None else parallel.whole(x, self.mesh)
 
     @property
     def axes(self) -> Params:
@@ -127,8 +132,14 @@ class Job:
         steps = {"supervised": self.supervised_step, "reward_model": self.reward_step, "ppo": self.ppo_step}
         return {name: max(step.traces, 1) for name, step in steps.items()} | {"sampling": self.sampler.traces}
 
-    def fit(self, stage: str, train_step: parallel.JitStep, state: Any, steps: int, **how: Any) -> Any:
-        """Run one stage's loop with the run's log, the stage's key (or others), progress and checkpoints."""
+    def fit(
+        self, stage: str, train_step: parallel.JitStep, state: Any, steps: int, *, batch_at: Any, **how: Any
+    ) -> Any:
+        """Run one stage's loop with the run's log, the stage's key (or others), progress and checkpoints.
+
+        ``batch_at`` gives whole batches, of which each host takes its own rows.
+        """
+        mesh = self.mesh
         how = {"log": self.log} | ({} if "rng" in how else {"rng": self.key(stage)}) | how
         self.progress.start(stage, steps)
         with self.checkpoints(stage) as checkpoints:
@@ -140,6 +151,8 @@ class Job:
                 checkpoints=checkpoints,
                 save_every=max(1, -(-steps // self.settings.saves)),
                 progress=self.progress.update,
+                batch_at=batch_at if mesh is None else lambda i: parallel.own_rows(batch_at(i), mesh),
+                agreed=hosts.current().stage(),
                 **how,
             )
         self.progress.finish(stage)
@@ -357,11 +370,11 @@ def normalised(job: Job, params: Params, policy: Params) -> Params:
     prompt_set = job.task.rl_prompts.take(sampling.CHUNK)
     key = jax.random.fold_in(job.key("reward_model"), 2)
     samples = job.sampler(policy, policy, params, prompt_set, key)
-    params = lm.standardise(params, jnp.asarray(samples.scores_B))
+    params = lm.standardise(params, job.everywhere(samples.scores_B))
     rows = job.task.demonstrations
     n = min(1024, len(rows.tokens_BL))
     scores = job.sampler.score(params, rows.tokens_BL[:n], rows.mask_BL[:n])
-    return lm.centre(params, jnp.asarray(scores))
+    return lm.centre(params, job.everywhere(scores))
 
 
 def optimise(job: Job, stage: str, start: Params, rewards: list[Params], *, ptx_coef: float) -> Params:

@@ -193,6 +193,7 @@ def fit(
     callbacks: Sequence[Callable[[int, Any, Mapping[str, Any]], Mapping[str, Any] | None]] = (),
     max_skipped: int = 10,
     fingerprint: Any = None,
+    agreed: Callable[[int, bool], bool] = lambda done, wanted: wanted,
 ) -> Any:
     """Run ``steps`` iterations of a compiled step, or what is left of them, and return the final state.
 
@@ -222,6 +223,8 @@ def fit(
             returns, if not None, is logged with the iteration's metrics.
         max_skipped: Stop after so many iterations in a row in which the metric ``skipped`` is above 0.
         fingerprint: What identifies data, seed and batch size, as JSON; a resumed run must have the same one.
+        agreed: ``agreed(done, wanted)``, whether to stop after ``done`` iterations, given whether this process wants
+            to; for several hosts, `hosts.Hosts.stage`, so that all of them stop after the same one.
 
     Raises:
         Preempted: SIGTERM or Ctrl-C came (in the main thread); state saved, if there are checkpoints.
@@ -262,7 +265,7 @@ def fit(
 
     with _stop_signals() as stop, _settled(checkpoints):
         for i in range(start, steps):
-            if stop() or report.alarmed is not None:
+            if agreed(i, stop() or report.alarmed is not None):
                 leave(i)
             state, metrics = train_step(state, frozen, hyper_at(i), batch_at(i), rng)
             for callback in callbacks:
@@ -273,6 +276,6 @@ def fit(
         report.flush()
         if checkpoints is not None and saved != steps and steps > 0:
             saved = save(steps)
-        if stop() or report.alarmed is not None:  # all is done, but whoever comes next should not start
+        if agreed(steps, stop() or report.alarmed is not None):  # all is done, but whoever comes next should not start
             leave(steps)
     return state
