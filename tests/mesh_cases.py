@@ -3,10 +3,14 @@
 Prints a line of JSON for each case: how far parameters and metrics are from those of one device.
 """
 
+import dataclasses
 import functools
 import json
+import pathlib
 import sys
+import tempfile
 import time
+from typing import Any
 
 import jax
 
@@ -22,7 +26,10 @@ from rlhf_jax.train import dpo, objectives, ppo, reward_model, sft
 from rlhf_jax.train import state as state_lib
 
 P, T = 4, 8
-CFG = lm.LMConfig(vocab_size=32, n_layers=2, d_model=16, n_heads=4, n_kv_heads=2, d_mlp=32, max_length=P + T)
+LONG = sys.argv[1:] == ["long"]
+CFG = lm.LMConfig(
+    vocab_size=32, n_layers=2 if LONG else 1, d_model=16, n_heads=4, n_kv_heads=2, d_mlp=32, max_length=P + T
+)
 AXES = lm.logical_axes(CFG, head=True)
 SPEC = generation.Sampling(max_new_tokens=T, stop_ids=(1, 2), pad_id=0)
 ADAM = optax.chain(optax.scale_by_adam(b2=0.95, eps=1e-5), optax.scale(-1.0))
@@ -64,8 +71,8 @@ def text(seed, rows=16):
 
 
 class SFT:
-    frozen = None
-    hyper = {"learning_rate": np.float32(1e-4), "max_grad_norm": np.float32(1.0)}
+    frozen: Any = None
+    hyper: Any = {"learning_rate": np.float32(1e-4), "max_grad_norm": np.float32(1.0)}  # noqa: RUF012
 
     @staticmethod
     def make():
@@ -219,25 +226,22 @@ def farthest(a, b):
 
 def cases(long):
     """``(stage, form, micro_batches)``: all of them, or as few as show that each part works."""
-    every = {"jit 8", "jit 2x4", "jit 2x2x2", "shard_map 8", "shard_map 2x4", "pmap"}
-    short = {
-        "sft": {"jit 2x2x2", "jit sequence", "shard_map 2x4", "pmap"},
-        "reward": {"jit 2x2x2", "shard_map 2x4"},
-        "dpo": {"jit 2x2x2", "shard_map 2x4"},
-        "ppo": {"jit 2x2x2", "shard_map 2x4", "pmap"},
-    }
+    if not long:
+        yield from (("sft", "jit sequence", 2), ("sft", "pmap", 1), ("reward", "jit 2x4", 1))
+        yield from (("dpo", "shard_map 2x4", 1), ("ppo", "jit 2x2x2", 1), ("ppo", "shard_map 8", 2))
+        return
     for stage in STAGES:
-        forms = every | ({"jit sequence"} if stage == "sft" else set()) if long else short[stage]
-        for form in sorted(forms):
+        for form in ("jit 8", "jit 2x4", "jit 2x2x2", "shard_map 8", "shard_map 2x4", "pmap"):
             yield stage, form, 1
-        for form in ("jit 2x4", "shard_map 8", "pmap") if long else ("jit 2x4",) if stage in ("sft", "ppo") else ():
+        for form in ("jit 2x4", "shard_map 8", "pmap"):
             yield stage, form, 2
+    yield "sft", "jit sequence", 1
 
 
-def main(long):
+def main():
     one = {}
-    for stage, form, micro_batches in cases(long):
-        begun = time.time()
+    for stage, form, micro_batches in cases(LONG):
+        begun = time.process_time()
         if stage not in one:
             one[stage] = trained(stage, "one")
             start = jax.device_get(jax.jit(STAGES[stage].make)().params)
@@ -254,10 +258,110 @@ def main(long):
             "params": farthest(params, one[stage][0]),
             "metrics": {name: max(each[name] for each in apart) for name in apart[0]},
             "same_answers": all(each.get("words", 0.0) == 0 for each in apart),
-            "seconds": round(time.time() - begun, 1),
+            "seconds": round(time.process_time() - begun, 1),
         }
         print(json.dumps(found), flush=True)
 
 
+class Silent:
+    """A progress that shows nothing."""
+
+    def __getattr__(self, name):
+        return lambda *_, **__: None
+
+
+def small_job(folder, mesh):
+    """The main job, as small as it can be."""
+    from pipeline import sampling, settings, stages, tasks
+
+    from rlhf_jax import checkpoint, metrics
+
+    sampling.CHUNK = 16
+    asked = settings.preset("smoke")
+    parts = {
+        "net": dataclasses.replace(asked.net, layers=1, width=32, mlp=64, heads=4),
+        "pretrain": dataclasses.replace(asked.pretrain, documents=400, steps=3, batch=16),
+        "sft": dataclasses.replace(asked.sft, demonstrations=32, epochs=1, mix_epochs=1),
+        "ppo": dataclasses.replace(asked.ppo, iterations=1, batch=16, shards=4),
+        "evaluation": dataclasses.replace(asked.evaluation, prompts=8),
+    }
+    asked = dataclasses.replace(asked, **parts)
+    return stages.make_job(
+        asked,
+        tasks.make_task(asked),
+        start=None,
+        checkpoints=lambda stage: checkpoint.Checkpoints(folder / stage),
+        log=metrics.MetricLog(folder),
+        progress=Silent(),
+        mesh=mesh,
+    )
+
+
+def recipe(job):
+    """Base model, SFT, and in the long form reward model and PPO-ptx: the weights that each ends with."""
+    from pipeline import stages
+
+    rows, rng = job.task.demonstrations, np.random.default_rng(0)
+    pick = rng.integers(0, len(rows.tokens_BL), size=(16, 3))
+    ranks = np.stack([rng.permutation(3) + 1 for _ in range(16)]).astype(np.int32)
+    ranked: Any = types.Comparisons(rows.tokens_BL[pick], rows.mask_BL[pick], ranks, np.ones((16, 3), bool))
+    base = stages.pretrain(job)
+    start = stages.supervised(job, "sft_mix", base, epochs=1, mix=0.25)
+    if not LONG:
+        return {"base": base, "sft_mix": start}
+    rewards = stages.train_reward_models(job, start, [ranked])
+    learnt = stages.optimise(job, "ppo", start, rewards, ptx_coef=1.0)
+    return {"base": base, "sft_mix": start, "reward": rewards[0], "ppo": learnt}
+
+
+def whole_job():
+    """The recipe on a mesh, then taken up on another one and on a single device, beside that of one device."""
+    with tempfile.TemporaryDirectory() as folder:
+        begun = time.process_time()
+        mesh = parallel.make_mesh(**MESHES["2x2x2"])
+        job = small_job(pathlib.Path(folder), mesh)
+        made = recipe(job)
+        kernels = [node["layers"]["q"]["kernel"] for node in made.values()]
+        found = {
+            "job": "2x2x2",
+            "spread": [not x.is_fully_replicated for x in kernels],
+            "programs": job.programs(),
+            "seconds": round(time.process_time() - begun, 1),
+        }
+        made = jax.device_get(made)
+        for other in (parallel.make_mesh(**MESHES["2x4"]), None):
+            again = small_job(pathlib.Path(folder), other)
+            same = jax.device_get(recipe(again))
+            name = "one" if other is None else "2x4"
+            found[f"restored on {name}"] = farthest(same, made)
+            found[f"trained anew on {name}"] = again.supervised_step.traces
+        if not LONG:
+            print(json.dumps(found), flush=True)
+            return
+        alone = jax.device_get(recipe(small_job(pathlib.Path(folder) / "alone", None)))
+        found["apart"] = {name: farthest(made[name], alone[name]) for name in made}
+    print(json.dumps(found), flush=True)
+
+
+def refusals():
+    """What is refused, and how."""
+    mesh = parallel.make_mesh(**MESHES["2x2x2"])
+    step = parallel.jit_step(SFT.step(), mesh=mesh)
+    state = jax.jit(SFT.make)()
+    short = jax.tree.map(lambda x: x[:6], SFT.batch(0))
+    for fn in (
+        lambda: step(state, None, SFT.hyper, short, jax.random.key(0)),
+        lambda: parallel.pmap_step(SFT.step())(state, None, SFT.hyper, short, jax.random.key(0)),
+        lambda: parallel.shard_map_step(SFT.step(), mesh),
+        lambda: parallel.make_mesh(data=3),
+    ):
+        try:
+            fn()
+        except ValueError as error:
+            print(json.dumps({"refused": str(error)}), flush=True)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:] == ["long"])
+    refusals()
+    main()
+    whole_job()
