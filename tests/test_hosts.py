@@ -300,6 +300,52 @@ def test_what_the_first_makes_is_what_all_have():
     leave_all(group)
 
 
+@pytest.fixture
+def exits(monkeypatch):
+    """Exit statuses of hosts that end on another's account, in place of the end of this process."""
+    found = []
+    monkeypatch.setattr(hosts, "_exit", found.append)
+    return found
+
+
+def wait_for(condition):
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_a_silent_host_is_given_up_and_one_that_only_has_nothing_to_say_is_not(exits, capfd):
+    mine, theirs = socket.socketpair()
+    started = time.monotonic()
+    group = hosts._Group(1, 2, {0: meeting.Line(mine)}, 1.0)
+    line = meeting.Line(theirs)
+    while time.monotonic() - started < 3.0:  # three times as long as it may be silent
+        line.send(alive=True)
+        time.sleep(0.1)
+    assert exits == []
+    wait_for(lambda: exits)  # and now it says nothing
+    assert exits[0] == hosts.LOST
+    assert "host 1 stops: host 0 is gone (there was no sign of it for 1 s); all hosts can" in capfd.readouterr().err
+    group._closed = True
+    line.close()
+
+
+def test_a_host_that_leaves_with_an_error_ends_the_others_with_its_status_and_reason(exits, capfd, monkeypatch):
+    monkeypatch.setattr(hosts, "_GRACE", 0.5)
+    group = groups(3)
+    thread = threading.Thread(target=group[2].leave, args=(2, "CheckpointError: the disk is full"))
+    thread.start()
+    wait_for(lambda: len(exits) >= 2)
+    said = capfd.readouterr().err
+    for index in (0, 1):
+        assert f"host {index} stops: host 2 has left (CheckpointError: the disk is full); all hosts" in said
+    assert set(exits) == {2}
+    thread.join(60)
+    for each in group:
+        each._closed = True
+
+
 # --- two processes ----------------------------------------------------------------------------------------------------
 
 

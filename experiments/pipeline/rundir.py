@@ -99,7 +99,7 @@ def data_digest(settings: Settings) -> str | None:
     """SHA-256 of the data file; None where there is none, or none that can be read, which its reader will say."""
     try:
         with open(settings.data.path or os.devnull, "rb") as file:
-            return hashlib.filedata_digest(file, "sha256").hexdigest() if settings.data.path else None
+            return hashlib.file_digest(file, "sha256").hexdigest() if settings.data.path else None
     except OSError:
         return None
 
