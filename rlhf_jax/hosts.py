@@ -24,7 +24,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -116,22 +116,12 @@ def started(
     if found is None:
         yield Hosts()
         return
-    coordinator, count, index, devices = found
-    lines = meeting.meet(coordinator, count, index, timeout, dict((facts() if callable(facts) else facts) or {}))
-    group = _Group(index, count, lines, silence)
+    lines = meeting.meet(*found[:3], timeout, dict((facts() if callable(facts) else facts) or {}))
+    group = _Group(found[2], found[1], lines, silence)
     _slow_abort(True)
     try:
         jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
-        # jax's own watch is the slower one: it ends a process by an abort, and counts the time that all were suspended.
-        slow = {"heartbeat_timeout_seconds": 600, "shutdown_timeout_seconds": 30}
-        try:
-            jax.distributed.initialize(
-                coordinator, count, index, devices, initialization_timeout=max(1, int(timeout)), **slow
-            )
-        except RuntimeError as error:
-            raise HostsError(
-                f"host {index}: jax could not be started at {coordinator}: {meeting.first_line(error)}"
-            ) from error
+        _start_jax(*found, timeout)
         _current = group
         yield group
     except BaseException as error:
@@ -146,7 +136,27 @@ def started(
         _current = Hosts()
 
 
-def _detect(coordinator: str | None, count: int | None, index: int | None, timeout: float) -> Any:
+def _start_jax(coordinator: str, count: int, index: int, devices: Sequence[int] | None, timeout: float) -> None:
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            count,
+            index,
+            devices,
+            initialization_timeout=max(1, int(timeout)),
+            # jax's own watch is the slower one: it ends a process by an abort, and counts the time that all slept.
+            heartbeat_timeout_seconds=600,
+            shutdown_timeout_seconds=30,
+        )
+    except RuntimeError as error:
+        raise HostsError(
+            f"host {index}: jax could not be started at {coordinator}: {meeting.first_line(error)}"
+        ) from error
+
+
+def _detect(
+    coordinator: str | None, count: int | None, index: int | None, timeout: float
+) -> tuple[str, int, int, Sequence[int] | None] | None:
     """``(coordinator, count, index, local device ids)``, or None for a single process."""
     given = {"coordinator": coordinator, "count": count, "index": index}
     missing = [name for name, value in given.items() if value is None]

@@ -17,7 +17,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,13 +25,32 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from rlhf_jax.placing import AXES, ROWS, MeshError, batch_shardings, own_rows, put, put_batch, row_parts, whole
 from rlhf_jax.pmap import PmapStep
 
-AXES = ("data", "fsdp", "tensor", "sequence")
-"""Of every mesh, the slowest first: devices that stand next to each other share ``tensor`` and ``sequence``."""
-
-ROWS = ("data", "fsdp")
-"""The axes over which the rows of a batch are spread."""
+__all__ = [
+    "AXES",
+    "ROWS",
+    "RULES",
+    "JitStep",
+    "MeshError",
+    "PmapStep",
+    "Rules",
+    "batch_shardings",
+    "constrain",
+    "jit_step",
+    "make_mesh",
+    "own_rows",
+    "pmap_step",
+    "put",
+    "put_batch",
+    "row_parts",
+    "shard_map_step",
+    "shardings",
+    "spec",
+    "undivided",
+    "whole",
+]
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -52,10 +70,6 @@ RULES: Rules = {
     "length": "sequence",
 }
 """Logical axis -> axis or axes of the mesh, or None for one that is whole on every device."""
-
-
-class MeshError(ValueError):
-    """A mesh, a rule or a batch that do not go together; the message says which and why."""
 
 
 def make_mesh(
@@ -170,93 +184,6 @@ def undivided(tree: Any, mesh: Mesh, axes: Mapping[str, Any], *, rules: Rules = 
     return told
 
 
-def batch_shardings(batch: Any, mesh: Mesh) -> Any:
-    """The sharding of each ``[B, ...]`` array of a batch, rows over `ROWS`; scalars are whole everywhere."""
-    rows = NamedSharding(mesh, PartitionSpec(ROWS))
-    return jax.tree.map(lambda x: rows if np.ndim(x) else NamedSharding(mesh, PartitionSpec()), batch)
-
-
-def row_parts(mesh: Mesh) -> int:
-    """In how many parts the rows of a batch lie on ``mesh``: what every batch divides by."""
-    return math.prod(mesh.shape[axis] for axis in ROWS)
-
-
-def own_rows(batch: Any, mesh: Mesh) -> Any:
-    """Of a batch that every host has whole, the rows that this host's devices hold: what `put_batch` takes.
-
-    Hosts are in the order of their devices, so that the batch is the same for any number of them. All of it, for one.
-
-    Raises:
-        MeshError: The rows do not divide over the devices, or this host's are not next to each other.
-    """
-    if jax.process_count() == 1:
-        return batch
-
-    def part(x: Any) -> Any:
-        return x[_own(x.shape[0], mesh)] if np.ndim(x) else x
-
-    return jax.tree.map(part, batch)
-
-
-def _own(rows: int, mesh: Mesh) -> slice:
-    if rows % row_parts(mesh):
-        raise MeshError(f"a batch of {rows} rows does not divide over {row_parts(mesh)} devices")
-    held = NamedSharding(mesh, PartitionSpec(ROWS)).addressable_devices_indices_map((rows,)).values()
-    parts = sorted({part[0].indices(rows)[:2] for part in held if part is not None})
-    if any(stop != start for (_, stop), (start, _) in itertools.pairwise(parts)):
-        raise MeshError("the rows of this host's devices are not next to each other; give the mesh devices in order")
-    return slice(parts[0][0], parts[-1][1])
-
-
-def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """This host's rows of a batch as global arrays, spread over the mesh; arrays of random keys are rows like others.
-
-    Raises:
-        MeshError: The rows do not divide over the devices.
-    """
-    local = max(1, row_parts(mesh) // jax.process_count())
-
-    def put(path: Any, x: Any, sharding: NamedSharding) -> jax.Array:
-        if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            return x
-        if np.ndim(x) and x.shape[0] % local:
-            name = jax.tree_util.keystr(path)
-            raise MeshError(
-                f"a batch of {x.shape[0]} rows{f' on this host ({name})' if name else ''} does not divide over "
-                f"{local} devices (data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']})"
-            )
-        if jax.process_count() == 1:
-            return jax.device_put(x, sharding)
-        if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-            words = jax.make_array_from_process_local_data(sharding, np.asarray(jax.random.key_data(x)))
-            return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
-        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
-
-    return jax.tree_util.tree_map_with_path(put, batch, batch_shardings(batch, mesh))
-
-
-def put(tree: Any, where: Any) -> Any:
-    """Arrays that every host holds whole, spread out as ``where`` says (`shardings`)."""
-    return jax.tree.map(_put, tree, where)
-
-
-def whole(tree: Any, mesh: Mesh) -> Any:
-    """Arrays that every host holds, whole on every device of the mesh."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda x: _put(x, everywhere), tree)
-
-
-def _put(x: Any, where: Any) -> jax.Array:
-    spread = isinstance(x, jax.Array) and not x.is_fully_addressable
-    if where.is_fully_addressable or spread:
-        return x if spread and x.sharding == where else jax.device_put(x, where)
-    # jax.device_put would compare the hosts' arrays first, with a collective each time.
-    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(_put(jax.random.key_data(x), where), impl=jax.random.key_impl(x))
-    x = np.asarray(x)
-    return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
-
-
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """``x`` with its logical axes pinned to the mesh of the step that is being compiled; ``x`` where there is none.
 
@@ -357,6 +284,7 @@ class JitStep:
 
     def _compiled(self, args: tuple[Any, ...]) -> Any:
         if self._step is None:
+            assert self.mesh is not None
             everywhere = NamedSharding(self.mesh, PartitionSpec())
 
             def where(x: Any) -> Any:
@@ -364,7 +292,8 @@ class JitStep:
 
             # The new state lies as the old one did, whatever the compiler would like better: what comes out is what
             # goes in next time.
-            self._step = self._jit(out_shardings=(jax.tree.map(where, args[0]), None))
+            logged = None if jax.process_count() == 1 else everywhere  # each host reads its own copy
+            self._step = self._jit(out_shardings=(jax.tree.map(where, args[0]), logged))
         return self._step
 
 

@@ -300,6 +300,58 @@ def test_what_the_first_makes_is_what_all_have():
     leave_all(group)
 
 
+@pytest.fixture
+def exits(monkeypatch):
+    """Exit statuses of hosts that end on another's account, in place of the end of this process."""
+    found = []
+    monkeypatch.setattr(hosts, "_exit", found.append)
+    return found
+
+
+def end(group):
+    for each in group:
+        each._closed = True
+    for each in group:
+        each._thread.join(60)
+
+
+def wait_for(condition):
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_a_silent_host_is_given_up_and_one_that_only_has_nothing_to_say_is_not(exits, capfd):
+    mine, theirs = socket.socketpair()
+    started = time.monotonic()
+    group = hosts._Group(1, 2, {0: meeting.Line(mine)}, 1.0)
+    line = meeting.Line(theirs)
+    while time.monotonic() - started < 3.0:  # three times as long as it may be silent
+        line.send(alive=True)
+        time.sleep(0.1)
+    assert exits == []
+    wait_for(lambda: exits)  # and now it says nothing
+    assert exits[0] == hosts.LOST
+    assert "host 1 stops: host 0 is gone (there was no sign of it for 1 s); all hosts can" in capfd.readouterr().err
+    end([group])
+    line.close()
+
+
+def test_a_host_that_leaves_with_an_error_ends_the_others_with_its_status_and_reason(exits, capfd, monkeypatch):
+    monkeypatch.setattr(hosts, "_GRACE", 0.5)
+    group = groups(3)
+    thread = threading.Thread(target=group[2].leave, args=(2, "CheckpointError: the disk is full"))
+    thread.start()
+    wait_for(lambda: len(exits) >= 2)
+    said = capfd.readouterr().err
+    for index in (0, 1):
+        assert f"host {index} stops: host 2 has left (CheckpointError: the disk is full); all hosts" in said
+    assert set(exits) == {2}
+    thread.join(60)
+    end(group)
+
+
 # --- two processes ----------------------------------------------------------------------------------------------------
 
 
@@ -402,3 +454,38 @@ def test_data_that_differ_are_refused_by_both_before_jax_is_started(cache, tmp_p
     assert job.ended() == [2, 2]
     for host in (0, 1):
         assert job.said(host) == "HostsError: host 1 differs from host 0 in data (y, not x)\n"
+
+
+# --- long forms -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"data": -1}, {"fsdp": 4}, {"tensor": 4}, {"fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killed_anywhere_and_gone_on_with_is_bit_for_bit_the_run_that_was_not(cache, tmp_path, mesh, victim):
+    stages = {"sft": 6, "ppo": 4}
+    how = {"stages": stages, "save_every": 1, "mesh": mesh}
+    single = Job(tmp_path / "single", cache, count=1, devices=4, **how).finished()
+    whole = Job(tmp_path / "whole", cache, **how).finished()
+    close_to(whole, single, stages)
+    for place in ("sft 2", "sft 6", "ppo 2"):
+        job = Job(tmp_path / "killed", cache, pause=0.2, **how).when(victim, place)
+        job.processes[victim].send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        statuses = job.ended()
+        assert time.monotonic() - began < 60
+        assert statuses[victim] == -signal.SIGKILL and statuses[1 - victim] == hosts.LOST, job.said(1 - victim)[-3000:]
+        assert f"host {1 - victim} stops: host {victim} is gone" in job.said(1 - victim)
+    close_to(Job(tmp_path / "killed", cache, **how).finished(), whole, stages, atol=0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("numbers", [(0,), (1,), (0, 1)], ids=str)
+def test_stopped_by_signals_on_some_hosts_all_save_one_step_and_another_number_of_hosts_goes_on(
+    one, cache, tmp_path, numbers
+):
+    job = Job(tmp_path, cache, stages=STAGES, save_every=None, pause=0.3).when(numbers[0], "ppo 1")
+    for number in numbers:
+        job.processes[number].send_signal(signal.SIGTERM)
+    assert job.ended() == [75, 75]
+    close_to(Job(tmp_path, cache, count=4, devices=1, stages=STAGES).finished(), one)

@@ -32,9 +32,17 @@ def joined(asked: Any, status: Callable[[BaseException], int]) -> Iterator[None]
         yield
         return
     where = asked.hosts
-    who: dict[str, Any] = {"count": where.count, "index": where.index}
-    limits = {"timeout": where.timeout, "silence": where.silence}
-    with hosts.started(where.coordinator, **who, **limits, facts=functools.partial(facts, asked), status=status):
+    with hosts.started(
+        where.coordinator,
+        count=where.count,
+        index=where.index,
+        timeout=where.timeout,
+        silence=where.silence,
+        facts=functools.partial(facts, asked),
+        status=status,
+    ) as group:
+        if group.count > 1 and type(asked) is not Settings:
+            raise SettingError(f"--hosts.count is {group.count}; on several hosts there is instructgpt.py alone")
         yield
 
 

@@ -137,7 +137,8 @@ class Job:
     ) -> Any:
         """Run one stage's loop with the run's log, the stage's key (or others), progress and checkpoints.
 
-        ``batch_at`` gives whole batches, of which each host takes its own rows.
+        ``batch_at`` gives whole batches, of which each host takes its own rows: NumPy arrays, so that nothing has to
+        come back from a device that is busy.
         """
         mesh = self.mesh
         how = {"log": self.log} | ({} if "rng" in how else {"rng": self.key(stage)}) | how
@@ -306,7 +307,7 @@ def supervised(job: Job, stage: str, base: Params, *, epochs: int, mix: float) -
         if n_text == 0:
             return demos
         text = tasks.text_batch(text_BL[text_order[i]])
-        return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), demos, text)
+        return jax.tree.map(lambda a, b: np.concatenate([a, b]), demos, text)
 
     state = job.fit(
         stage,
@@ -346,7 +347,7 @@ def train_reward_model(
         job.reward_step,
         job.begin(partial(state_lib.create, tx=job.supervised_tx), params),
         steps,
-        batch_at=lambda i: jax.tree.map(lambda x: jnp.asarray(x[order[i]]), train),
+        batch_at=lambda i: jax.tree.map(lambda x: np.asarray(x)[order[i]], train),
         hyper_at=lambda i: hyper(settings.learning_rate * schedules.cosine(i, steps)),
         **({} if validation is None else validated(job, stage, validation, steps=steps)),
     )
@@ -414,8 +415,8 @@ def ppo_inputs(
     def batch_at(i: int) -> ppo.Batch:
         rows = order[i]
         return ppo.Batch(
-            jnp.asarray(prompts_.tokens_BP[rows]),
-            jnp.asarray(prompts_.mask_BP[rows]),
+            prompts_.tokens_BP[rows],  # type: ignore[arg-type]
+            prompts_.mask_BP[rows],  # type: ignore[arg-type]
             tasks.text_batch(task.pretraining_BL[text_order[i]]),
         )
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.data import batching, chat, dialogues, encoding, errors, records, tokenising, tokenizers
@@ -326,7 +325,7 @@ def _dialogue_prompts(ids: list[list[int]], asked: Sequence[records.Prompt], wid
 
 def token_batch(rows: tokenising.Rows, indices: np.ndarray) -> sft.TokenBatch:
     """Rows by their indices."""
-    return sft.TokenBatch(*(jnp.asarray(x[indices]) for x in rows))
+    return sft.TokenBatch(*(x[indices] for x in rows))  # type: ignore[arg-type]
 
 
 def text_batch(rows_BL: np.ndarray) -> sft.TokenBatch:
@@ -334,4 +333,4 @@ def text_batch(rows_BL: np.ndarray) -> sft.TokenBatch:
     everywhere = np.ones(rows_BL.shape, bool)
     learnt = everywhere.copy()
     learnt[:, 0] = False
-    return sft.TokenBatch(jnp.asarray(rows_BL), jnp.asarray(everywhere), jnp.asarray(learnt))
+    return sft.TokenBatch(rows_BL, everywhere, learnt)  # type: ignore[arg-type]
