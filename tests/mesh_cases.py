@@ -175,9 +175,9 @@ class PPO(SFT):
     @staticmethod
     def batch(i):
         rng = np.random.default_rng(i)
-        mask = real(rng, 16, P, least=1)[:, ::-1]
-        prompts: Any = rng.integers(3, 32, mask.shape).astype(np.int32), mask
-        return ppo.Batch(*prompts, text(100 + i, rows=32))
+        mask: Any = real(rng, 16, P, least=1)[:, ::-1]
+        prompts: Any = rng.integers(3, 32, mask.shape).astype(np.int32)
+        return ppo.Batch(prompts, mask, text(100 + i, rows=32))
 
 
 STAGES = {"sft": SFT, "reward": Reward, "dpo": DPO, "ppo": PPO}

@@ -4,6 +4,7 @@ import copy
 import html.parser
 import math
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -218,8 +219,8 @@ def test_a_side_without_an_end_is_an_arrow_to_the_edge(low, high, line, edge):
 
     ax = Figure().subplots()
     report_plots.point(ax, results_lib.Interval(0.5, low, high), 2.0, "ppo")
-    assert list(ax.lines[0].get_xdata()) == line
-    arrows = [text for text in ax.texts if hasattr(text, "arrow_patch")]
+    assert np.asarray(ax.lines[0].get_xdata()).tolist() == line
+    arrows: list[Any] = [text for text in ax.texts if hasattr(text, "arrow_patch")]
     assert [(each.xy, each.xyann) for each in arrows] == ([] if edge is None else [((edge, 2.0), (0.5, 2.0))])
 
 
