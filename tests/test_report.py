@@ -215,11 +215,12 @@ def test_what_was_gained_is_told_in_score_and_in_gold():
 )
 def test_a_side_without_an_end_is_an_arrow_to_the_edge(low, high, line, edge):
     from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
 
     ax = Figure().subplots()
     report_plots.point(ax, results_lib.Interval(0.5, low, high), 2.0, "ppo")
-    assert list(ax.lines[0].get_xdata()) == line
-    arrows = [text for text in ax.texts if hasattr(text, "arrow_patch")]
+    assert np.asarray(ax.lines[0].get_xdata()).tolist() == line
+    arrows = [text for text in ax.texts if isinstance(text, Annotation)]
     assert [(each.xy, each.xyann) for each in arrows] == ([] if edge is None else [((edge, 2.0), (0.5, 2.0))])
 
 
