@@ -17,6 +17,8 @@ model and an ensemble of reward models on its own training pairs. The baselines,
 wins, and a logistic regression on TF-IDF features, with the strength of its penalty chosen on inner splits. Differences
 are paired; intervals count conversations, which are never split over folds.
 
+To expect of the default preset: it ranks 69 % of held-out pairs as labelers did (66 to 72), 71 % of training pairs.
+
 Hardware: two CPU cores. Time of five folds of 2,000 pairs: 5 to 7 minutes. To expect of 1,992 harmlessness pairs: the
 reward model ranks 61.1 % as people did (59.0 to 63.3), the regression 62.0, the shorter answer 55.8; that is 5.3 points
 above the one (3.0 to 7.7) and 0.8 below the other (-3.3 to 1.6). With so few pairs, words are learnt better one by one
