@@ -176,7 +176,7 @@ class PPO(SFT):
     def batch(i):
         rng = np.random.default_rng(i)
         mask = real(rng, 16, P, least=1)[:, ::-1]
-        prompts: Any = rng.integers(3, 32, mask.shape).astype(np.int32), mask
+        prompts: tuple[Any, Any] = (rng.integers(3, 32, mask.shape).astype(np.int32), mask)
         return ppo.Batch(*prompts, text(100 + i, rows=32))
 
 
