@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from pipeline import ahead, cells, command, expert, rundir, session, settings, stages, sweep_plot
+from pipeline import ahead, cells, command, expert, meshes, rundir, session, settings, stages, sweep_plot
 from rich.console import Console
 
 from rlhf_jax import diagnostics, metrics
@@ -202,6 +202,9 @@ def parse(arguments: list[str]) -> Compare:
             raise settings.SettingError(f"--{name} is {getattr(asked, name)}; it must be at least {least}")
     if asked.ppo.batch % asked.group:
         raise settings.SettingError(f"--group is {asked.group}; it must divide --ppo.batch {asked.ppo.batch}")
+    meshes.divides(
+        asked.mesh, f"--ppo.batch {asked.ppo.batch} by --group {asked.group}", asked.ppo.batch // asked.group
+    )
     if not asked.methods or not asked.at or min(asked.at) < 0:
         raise settings.SettingError("--methods and --at must name something, and --at nothing below 0")
     return asked

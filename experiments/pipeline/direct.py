@@ -117,10 +117,9 @@ def check(asked: Direct) -> None:
 
 def check_mesh(asked: Direct, mesh: settings.Mesh) -> None:
     """Raise SettingError for batches that do not divide over the devices."""
-    name = f"--batch {asked.batch}"
-    if asked.micro_batches > 1:
-        name += f" by --micro-batches {asked.micro_batches}"
-    meshes.divides(mesh, name, _rows(asked) // asked.micro_batches)
+    rows = _rows(asked) // asked.micro_batches
+    parts = f" by --micro-batches {asked.micro_batches}" if asked.micro_batches > 1 else ""
+    meshes.divides(mesh, "--batch" if rows == asked.batch else f"the rows of --batch {asked.batch}{parts}", rows)
 
 
 def refuse_unread(asked: settings.Settings, flags: Iterable[str], *, program: str) -> None:
