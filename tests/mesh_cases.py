@@ -25,6 +25,8 @@ from rlhf_jax import generation, lm, parallel, types
 from rlhf_jax.train import dpo, objectives, ppo, reward_model, sft
 from rlhf_jax.train import state as state_lib
 
+given: Any = types
+"""The pytrees, of NumPy arrays here."""
 P, T = 4, 8
 LONG = sys.argv[1:] == ["long"]
 CFG = lm.LMConfig(
@@ -37,7 +39,7 @@ ADAM = optax.chain(optax.scale_by_adam(b2=0.95, eps=1e-5), optax.scale(-1.0))
 STEPS = 10
 SHARDS = 8
 
-MESHES = {
+MESHES: dict[str, dict[str, Any]] = {
     "8": {"data": 8},
     "2x4": {"data": 2, "fsdp": 4},
     "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
@@ -103,7 +105,7 @@ class Reward(SFT):
         mask = real(rng, B * K, P + T).reshape(B, K, P + T)
         ranks = np.stack([rng.permutation(K) + 1 for _ in range(B)]).astype(np.int32)
         where = np.arange(K)[None] < rng.integers(1, K + 1, size=(B, 1))
-        return types.Comparisons(rng.integers(3, 32, mask.shape).astype(np.int32), mask, ranks, where)
+        return given.Comparisons(rng.integers(3, 32, mask.shape).astype(np.int32), mask, ranks, where)
 
 
 class DPO(SFT):
@@ -121,12 +123,12 @@ class DPO(SFT):
         answers = real(rng, 32, T, least=1)[rng.permutation(32)].reshape(16, 2, T)
         prompts = np.ones((16, 2, P), bool)
         mask = np.concatenate([prompts, answers], axis=2)
-        return types.Preferences(rng.integers(3, 32, mask.shape).astype(np.int32), mask, answers)
+        return given.Preferences(rng.integers(3, 32, mask.shape).astype(np.int32), mask, answers)
 
 
 def rollouts():
     def generate(params, rng_B, prompts_BP, mask_BP, temperature):
-        how = SPEC.replace(temperature=temperature)
+        how = SPEC.replace(temperature=temperature)  # type: ignore[attr-defined]
         return generation.generate(params, rng_B, prompts_BP, mask_BP, cfg=CFG, sampling=how, n=2)
 
     def logprobs(params, tokens_BL, mask_BL, temperature):
@@ -174,7 +176,8 @@ class PPO(SFT):
     def batch(i):
         rng = np.random.default_rng(i)
         mask = real(rng, 16, P, least=1)[:, ::-1]
-        return ppo.Batch(rng.integers(3, 32, mask.shape).astype(np.int32), mask, text(100 + i, rows=32))
+        prompts: Any = rng.integers(3, 32, mask.shape).astype(np.int32), mask
+        return ppo.Batch(*prompts, text(100 + i, rows=32))
 
 
 STAGES = {"sft": SFT, "reward": Reward, "dpo": DPO, "ppo": PPO}
@@ -186,6 +189,7 @@ def trained(stage, form, *, micro_batches=1):
     axis_name = {"shard_map": parallel.ROWS, "pmap": "devices"}.get(form.partition(" ")[0])
     made = kind.step(micro_batches=micro_batches, axis_name=axis_name)
     state, frozen = jax.jit(kind.make)(), kind.frozen
+    step: Any
     if form == "one":
         step = parallel.jit_step(made)
     elif form == "pmap":
@@ -304,7 +308,7 @@ def recipe(job):
     rows, rng = job.task.demonstrations, np.random.default_rng(0)
     pick = rng.integers(0, len(rows.tokens_BL), size=(16, 3))
     ranks = np.stack([rng.permutation(3) + 1 for _ in range(16)]).astype(np.int32)
-    ranked: Any = types.Comparisons(rows.tokens_BL[pick], rows.mask_BL[pick], ranks, np.ones((16, 3), bool))
+    ranked = given.Comparisons(rows.tokens_BL[pick], rows.mask_BL[pick], ranks, np.ones((16, 3), bool))
     base = stages.pretrain(job)
     start = stages.supervised(job, "sft_mix", base, epochs=1, mix=0.25)
     if not LONG:

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import instructgpt
 import jax
@@ -19,7 +20,7 @@ from rlhf_jax.train import dealing
 
 ROOT = pathlib.Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "experiments", ROOT / "tests")))}
-MESH = AbstractMesh((2, 4, 2, 1), parallel.AXES)
+MESH: Any = AbstractMesh((2, 4, 2, 1), parallel.AXES)
 CLOSE = 1e-5
 
 
@@ -112,7 +113,8 @@ def test_axes_and_rules_that_name_nothing_are_refused():
         parallel.spec(("expert",), MESH)
     with pytest.raises(parallel.MeshError, match="rule mlp = model names no axis of the mesh; it has data, fsdp"):
         parallel.spec(("mlp",), MESH, rules={"mlp": "model"})
-    for sizes in ({"tensor": 0}, {"data": 0}, {"data": -2}):
+    wrong: tuple[dict[str, Any], ...] = ({"tensor": 0}, {"data": 0}, {"data": -2})
+    for sizes in wrong:
         with pytest.raises(parallel.MeshError, match="it must be at least 1"):
             parallel.make_mesh(**sizes)
 
