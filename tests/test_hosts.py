@@ -304,7 +304,13 @@ def test_what_the_first_makes_is_what_all_have():
 def exits(monkeypatch):
     """Exit statuses of hosts that end on another's account, in place of the end of this process."""
     found = []
-    monkeypatch.setattr(hosts, "_exit", found.append)
+
+    def leave(status):
+        found.append(status)
+        raise SystemExit  # of the thread
+
+    monkeypatch.setattr(hosts, "_exit", leave)
+    monkeypatch.setattr(hosts.atexit, "register", lambda *what: None)
     return found
 
 
@@ -322,6 +328,7 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_silent_host_is_given_up_and_one_that_only_has_nothing_to_say_is_not(exits, capfd):
     mine, theirs = socket.socketpair()
     started = time.monotonic()
@@ -338,6 +345,7 @@ def test_a_silent_host_is_given_up_and_one_that_only_has_nothing_to_say_is_not(e
     line.close()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_host_that_leaves_with_an_error_ends_the_others_with_its_status_and_reason(exits, capfd, monkeypatch):
     monkeypatch.setattr(hosts, "_GRACE", 0.5)
     group = groups(3)
@@ -489,3 +497,104 @@ def test_stopped_by_signals_on_some_hosts_all_save_one_step_and_another_number_o
         job.processes[number].send_signal(signal.SIGTERM)
     assert job.ended() == [75, 75]
     close_to(Job(tmp_path, cache, count=4, devices=1, stages=STAGES).finished(), one)
+
+
+SCRIPT = str(ROOT / "experiments" / "instructgpt.py")
+TINY = [
+    *("--preset", "smoke"),
+    *("--pretrain.documents", "600"),
+    *("--pretrain.steps", "8"),
+    *("--pretrain.batch", "16"),
+    *("--sft.demonstrations", "64"),
+    *("--sft.epochs", "1"),
+    *("--sft.mix-epochs", "1"),
+    *("--comparisons.prompts", "16"),
+    *("--comparisons.max-k", "4"),
+    *("--evaluation.prompts", "16"),
+    *("--evaluation.best-of-prompts", "4"),
+    *("--evaluation.best-of", "2"),
+    *("--evaluation.skills", "10"),
+    *("--evaluation.pretraining-rows", "8"),
+    *("--ppo.iterations", "3"),
+    *("--ppo.batch", "16"),
+    *("--saves", "3"),
+]
+
+
+def main_job(cache, log, *arguments, count=2):
+    """The processes of the main job, as its users start them."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache), "COLUMNS": "120"}
+    who = ["--hosts.coordinator", f"127.0.0.1:{free_port()}", "--hosts.count", count] if count > 1 else []
+    processes = []
+    for index in range(count):
+        words = [*arguments, *who, *(["--hosts.index", index] if who else [])]
+        with open(f"{log}{index}", "w") as file:
+            command = [sys.executable, SCRIPT, *map(str, words)]
+            processes.append(subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT, env=environment))
+    return processes
+
+
+def when_logged(processes, folder, stage, step):
+    until = time.monotonic() + 900
+    wanted, path = f'"stage": "{stage}", "step": {step},', folder / "metrics.jsonl"
+    while not path.exists() or wanted not in path.read_text():
+        assert time.monotonic() < until and all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+
+
+def results_of(folder):
+    results = json.loads((folder / "results.json").read_text())
+    return {name: value for name, value in results.items() if name not in ("seconds", "peak_rss_mb")}
+
+
+@pytest.mark.slow
+def test_the_main_job_on_two_hosts_killed_and_stopped_on_the_way_ends_in_the_results_of_one_process(cache, tmp_path):
+    single = [*TINY, "--mesh.data", 2, "--mesh.simulate", 2, "--out", tmp_path / "one"]
+    assert [process.wait() for process in main_job(cache, tmp_path / "log", *single, count=1)] == [0]
+    out, log = tmp_path / "two", tmp_path / "two.log"
+    both = main_job(cache, log, *TINY, "--mesh.data", 2, "--out", out)
+    when_logged(both, out, "sft", 1)
+    both[1].send_signal(signal.SIGTERM)
+    assert [process.wait(timeout=300) for process in both] == [75, 75]
+    said = [pathlib.Path(f"{log}{i}").read_text().splitlines()[-1] for i in (0, 1)]
+    assert said[0] == said[1] and said[0].endswith("a checkpoint of it is on disk; go on with --resume")
+    both = main_job(cache, log, "--resume", out)
+    when_logged(both, out, "ppo", 1)
+    both[0].send_signal(signal.SIGKILL)
+    assert [process.wait(timeout=60) for process in both] == [-signal.SIGKILL, hosts.LOST]
+    assert "host 1 stops: host 0 is gone" in pathlib.Path(f"{log}1").read_text()
+    both = main_job(cache, log, "--resume", out)
+    assert [process.wait() for process in both] == [0, 0], pathlib.Path(f"{log}0").read_text()[-3000:]
+    assert results_of(out) == results_of(tmp_path / "one")
+    assert metrics.read(out) == metrics.read(tmp_path / "one")
+    # The second host writes nothing, and says nothing but what Gloo does.
+    assert [line for line in pathlib.Path(f"{log}1").read_text().splitlines() if not line.startswith("[Gloo]")] == []
+
+
+@pytest.mark.slow
+def test_the_main_job_says_which_host_has_other_settings_or_data_or_is_not_there(cache, tmp_path):
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file, words in zip(files, ("yes", "no")):
+        file.write_text(json.dumps({"chosen": f"\n\nHuman: Hi\n\nAssistant: {words}", "rejected": "x"}) + "\n")
+    cases = [
+        ([["--seed", "0"], ["--seed", "1"]], "host 1 differs from host 0 in --seed (1, not 0)"),
+        ([["--data.path", "d.jsonl"]] * 2, "host 1 differs from host 0 in the contents of --data.path"),
+    ]
+    for number, (own, wanted) in enumerate(cases):
+        port, running = free_port(), []
+        for index in (0, 1):
+            folder = tmp_path / f"{number}{index}"
+            folder.mkdir()
+            (folder / "d.jsonl").write_bytes(files[index].read_bytes())
+            words = ["--hosts.coordinator", f"127.0.0.1:{port}", "--hosts.count", "2", "--hosts.index", str(index)]
+            command = [sys.executable, SCRIPT, *own[index], *words]
+            running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=folder))
+        for process in running:
+            assert wanted in process.communicate(timeout=300)[1] and process.returncode == 2
+        assert not any((tmp_path / f"{number}{index}" / "runs").exists() for index in (0, 1))
+    words = ["--hosts.coordinator", f"127.0.0.1:{free_port()}", "--hosts.count", "2", "--hosts.timeout", "3"]
+    for index, wanted in ((0, "after 3 s, of 2 hosts these had not come: 1"), (1, "did not answer within 3 s")):
+        command = [sys.executable, SCRIPT, *words, "--hosts.index", str(index)]
+        found = subprocess.run(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, timeout=300, check=False)
+        assert found.returncode == 2 and wanted in found.stderr and found.stderr.count("\n") == 1
