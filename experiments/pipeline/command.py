@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import tyro
 
-from rlhf_jax import checkpoint
+from rlhf_jax import checkpoint, metrics
 from rlhf_jax.data import errors
 from rlhf_jax.train import loop
 
@@ -49,18 +52,48 @@ def parse(
 
 
 def enter(run: Callable[[Any], Any], read: Callable[[list[str]], Any], arguments: list[str] | None) -> None:
-    """Run, and turn what a user can do something about into one line on stderr and an exit status."""
+    """Run, and turn what a user can do something about into one line on stderr and an exit status.
+
+    They are 2, something has to be changed first; 3, an alarm; 75, the run was asked to stop.
+    """
+    told = (settings.SettingError, errors.DataError, checkpoint.CheckpointError, loop.DivergedError, metrics.LogError)
     try:
-        run(read(sys.argv[1:] if arguments is None else arguments))
-    except (settings.SettingError, errors.DataError, checkpoint.CheckpointError, loop.DivergedError) as error:
+        with _leaving_on_sigterm():
+            run(read(sys.argv[1:] if arguments is None else arguments))
+    except told as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except loop.Alarmed as stopped:
         print(f"{stopped}; go on all the same with --resume", file=sys.stderr)
         raise SystemExit(3) from None
+    except _Stopped:
+        print("stopped between two stages; go on with --resume", file=sys.stderr)
+        raise SystemExit(75) from None
     except loop.Preempted as stopped:
         print(f"{stopped}; go on with --resume", file=sys.stderr)
         raise SystemExit(75) from None  # EX_TEMPFAIL: try again later
+
+
+class _Stopped(BaseException):
+    """SIGTERM came where no stage is trained; what is finished is on disk."""
+
+
+@contextlib.contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
+    """Outside of `loop.fit`, which finishes its step and saves, SIGTERM ends the run where it is."""
+
+    def leave(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is being closed is closed in peace
+        raise _Stopped
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _preset(arguments: list[str]) -> settings.Settings:

@@ -93,5 +93,6 @@ def _imitate(
             stage=name,
             log=job.log,
             checkpoints=checkpoints,
+            **job.guarded(name, steps, batch_at),
         )
     return state.params

@@ -46,11 +46,18 @@ def opened(
     if begin is not None:
         say(out, f"from {begin.path} ({begin.cfg.model_type}); chat template: {begin.fmt.origin}")
     second = [("heldout_reward_model", 10.0)] if asked.reward_model.heldout else []
-    with contextlib.closing(folder.log), console.StageProgress([*shared, *second, *weights]) as progress:
+    with folder.log, console.StageProgress([*shared, *second, *weights]) as progress:
+        folder.say = progress.tell
         yield (
             folder,
             stages.make_job(
-                asked, task, start=begin, checkpoints=folder.checkpoints, log=folder.log, progress=progress
+                asked,
+                task,
+                start=begin,
+                checkpoints=folder.checkpoints,
+                log=folder.log,
+                progress=progress,
+                note=folder.note,
             ),
         )
 

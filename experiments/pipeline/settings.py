@@ -244,6 +244,8 @@ class Settings:
     """On an alarm in PPO (KL below 0, gold falling, entropy collapsing, ...): tell and go on, or save and stop."""
     saves: int = 5
     """Checkpoints within a stage; a run that is killed loses no more than the time between two."""
+    max_skipped: int = 10
+    """Steps in a row whose loss or gradient is not finite, which are left out, before the run saves and stops."""
     data: Data = dataclasses.field(default_factory=Data)
     world: World = dataclasses.field(default_factory=World)
     net: Net = dataclasses.field(default_factory=Net)

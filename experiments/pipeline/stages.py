@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlhf_jax import checkpoint, generation, lm, parallel, types
+from rlhf_jax import checkpoint, generation, lm, manifest, parallel, types
 from rlhf_jax.data import batching
 from rlhf_jax.simulation import gold
 from rlhf_jax.train import loop, ppo, reward_model, schedules, sft
@@ -51,6 +52,8 @@ class Job:
     reward_step: parallel.JitStep
     supervised_tx: optax.GradientTransformation
     ppo_tx: optax.GradientTransformation
+    note: Callable[[str, str], None] = lambda stage, text: warnings.warn(f"{stage}: {text}", stacklevel=2)
+    """``note(stage, text)`` of what a user should know."""
 
     def key(self, stage: str) -> jax.Array:
         """The random key of a stage; ``ppo-more`` has that of ``ppo``."""
@@ -102,6 +105,7 @@ class Job:
     def fit(self, stage: str, train_step: parallel.JitStep, state: Any, steps: int, **how: Any) -> Any:
         """Run one stage's loop with the run's log, the stage's key (or others), progress and checkpoints."""
         how = {"log": self.log} | ({} if "rng" in how else {"rng": self.key(stage)}) | how
+        how |= self.guarded(stage, steps, how["batch_at"])
         self.progress.start(stage, steps)
         with self.checkpoints(stage) as checkpoints:
             state = loop.fit(
@@ -117,9 +121,27 @@ class Job:
         self.progress.finish(stage)
         return state
 
+    def guarded(self, stage: str, steps: int, batch_at: Callable[[int], Any]) -> dict[str, Any]:
+        """What `loop.fit` of a stage is to know of skipped steps, and of the data that the stage is trained on.
+
+        The data's fingerprint is its first and its last batch and the number of steps: other data, another order or
+        another batch size is refused where a run goes on. Hosts hold rows of their own, and have none.
+        """
+        data: Any = [steps]
+        if jax.process_count() == 1 and steps > 0:
+            data += [manifest.digest_tree(batch_at(i)) for i in (0, steps - 1)]
+        return {"max_skipped": self.settings.max_skipped, "tell": partial(self.note, stage), "fingerprint": data}
+
 
 def make_job(
-    settings: Settings, task: tasks.Task, *, start: start_lib.Start | None, checkpoints: Any, log: Any, progress: Any
+    settings: Settings,
+    task: tasks.Task,
+    *,
+    start: start_lib.Start | None,
+    checkpoints: Any,
+    log: Any,
+    progress: Any,
+    note: Callable[[str, str], None] | None = None,
 ) -> Job:
     """Configure the model and build every compiled step; nothing is compiled before it is first called."""
     cfg = _new_model(settings, task) if start is None else start.cfg
@@ -142,6 +164,7 @@ def make_job(
         reward_step=parallel.jit_step(reward_model.make_train_step(partial(lm.score, cfg=cfg))),
         supervised_tx=optimisers.muon(),
         ppo_tx=methods.optimiser(settings.ppo),
+        **({} if note is None else {"note": note}),
     )
 
 
