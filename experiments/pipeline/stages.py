@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -52,7 +52,7 @@ class Job:
     reward_step: parallel.JitStep
     supervised_tx: optax.GradientTransformation
     ppo_tx: optax.GradientTransformation
-    note: Callable[[str, str], None] = lambda stage, text: warnings.warn(f"{stage}: {text}", stacklevel=2)
+    note: Callable[[str, str], None] = lambda stage, text: print(f"{stage}: {text}", file=sys.stderr)
     """``note(stage, text)`` of what a user should know."""
 
     def key(self, stage: str) -> jax.Array:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -167,6 +167,10 @@ class _Reporter:
             )
 
 
+def _to_stderr(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
 def _identity(stage: str, rng: jax.Array, fingerprint: Any) -> dict[str, Any]:
     """What has to be the same for a resumed run to be the same run, in the form in which JSON gives it back."""
     words = jax.random.key_data(rng) if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) else rng
@@ -211,7 +215,7 @@ def fit(
     callbacks: Sequence[Callable[[int, Any, Mapping[str, Any]], None]] = (),
     max_skipped: int = 10,
     fingerprint: Any = None,
-    tell: Callable[[str], None] = warnings.warn,
+    tell: Callable[[str], None] = _to_stderr,
 ) -> Any:
     """Run ``steps`` iterations of a compiled step, or what is left of them, and return the final state.
 
@@ -243,7 +247,8 @@ def fit(
             being carried over a resume. The state of a skipped step is that before it, and is saved then: what stopped
             so can be started again, and goes on behind what it could not use.
         fingerprint: What identifies data, seed and batch size, as JSON; a resumed run must have the same one.
-        tell: Called once, with the first step that was skipped: which loss or gradient was not finite, and where.
+        tell: Called once, with the first step that was skipped: which loss or gradient was not finite, and where. By
+            default it becomes a line on stderr.
 
     Raises:
         Preempted: SIGTERM or Ctrl-C came (in the main thread); state saved, if there are checkpoints.
