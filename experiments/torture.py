@@ -1,8 +1,8 @@
 """Kills runs and damages checkpoints at random, and checks that nothing is lost: every bit is compared.
 
-    python experiments/torture.py                     100 kills, 12 stops, 140 damages: under 15 minutes on two CPU cores
-    python experiments/torture.py --kills 8 --flips 20    a short form
-    python experiments/torture.py --stages ppo --seed 3   one stage, other moments
+    python experiments/torture.py                           100 kills, 12 stops, 140 damages, on two CPU cores
+    python experiments/torture.py --kills 8 --flips 20      a short form
+    python experiments/torture.py --stages ppo --seed 3     one stage, other moments
 
 Four tiny runs (SFT, a reward model, DPO, PPO) use the library's own steps, loop, checkpoints and log. Each is run once
 in peace. Then it is killed (SIGKILL) while it compiles, in a step and during a save, and asked to stop (SIGTERM) there,
@@ -11,8 +11,8 @@ every line of metrics.jsonl have to be those of the run in peace. At last single
 flipped, and files cut off and deleted: each damage has to be seen, and the older checkpoint restored, or the newest one
 has to come back bit for bit.
 
-To expect: everything right. The exit status is 1 if anything is not; OUT/torture.json has what was wrong, and the folder
-of the run that was.
+To expect: everything right. The exit status is 1 if anything is not; OUT/torture.json says what, and the folder of that
+run stays.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ if __name__ == "__main__":
 
 import concurrent.futures
 import dataclasses
-import pathlib
 import sys
 import time
 from typing import Any

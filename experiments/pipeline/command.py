@@ -58,7 +58,7 @@ def enter(run: Callable[[Any], Any], read: Callable[[list[str]], Any], arguments
     """
     told = (settings.SettingError, errors.DataError, checkpoint.CheckpointError, loop.DivergedError, metrics.LogError)
     try:
-        with _leaving_on_sigterm():
+        with _leaving_on_sigterm(), _quiet_threads():
             run(read(sys.argv[1:] if arguments is None else arguments))
     except told as error:
         print(f"error: {error}", file=sys.stderr)
@@ -94,6 +94,22 @@ def _leaving_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """Reads and writes that failed half way call back a loop that is closed; that they failed has been said."""
+    before = sys.excepthook
+
+    def hook(kind: Any, error: Any, trace: Any) -> None:
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            before(kind, error, trace)
+
+    sys.excepthook = hook
+    try:
+        yield
+    finally:
+        sys.excepthook = before
 
 
 def _preset(arguments: list[str]) -> settings.Settings:
