@@ -252,7 +252,7 @@ class Checkpoints:
             raise CheckpointError(f"cannot save step {step} in {self.directory}: {reason}") from error
         steps = self.steps()
         if step not in steps:
-            raise CheckpointError(f"step {step} was saved in {self.directory}, and is gone")
+            raise CheckpointError(f"step {step} was saved in {self.directory}, and has vanished")
         superfluous = [self._path(old) for old in steps[: -self.keep]] + self._aside()
         # Of several processes each comes here, whatever it sees of the folder that the first one changes.
         self._remove(superfluous if superfluous and self._is_whole(step) else [])

@@ -1,4 +1,4 @@
-"""A run that was killed ends in the same bits: each part of the state that this takes, and the command that tries it."""
+"""A run that was killed ends in the same bits: each part of the state that it takes, and the command that tries it."""
 
 import functools
 import json

@@ -8,6 +8,7 @@ import pathlib
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -99,6 +100,7 @@ def _leaving_on_sigterm() -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet_threads() -> Iterator[None]:
     """Reads and writes that failed half way call back a loop that is closed; that they failed has been said."""
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     before = sys.excepthook
 
     def hook(kind: Any, error: Any, trace: Any) -> None:

@@ -190,9 +190,11 @@ class _Checkpoints(checkpoint.Checkpoints):
     """Marks when a save begins, and when it is on disk."""
 
     marks: _Marks
+    under_way: int | None = None
 
     def save(self, step: int, state: Any, metadata: dict[str, Any] | None = None) -> None:
         self.marks("save", step)
+        self.under_way = step
         threading.Thread(target=self._watch, args=(step,), daemon=True).start()
         super().save(step, state, metadata)
 
@@ -200,6 +202,13 @@ class _Checkpoints(checkpoint.Checkpoints):
         while not self._path(step).exists():
             time.sleep(0.001)
         self.marks("saved", step)
+        if self.under_way == step:
+            self.under_way = None
+
+    def settle(self) -> None:
+        """Wait for the save under way, as slow data would."""
+        while self.under_way is not None:
+            time.sleep(0.001)
 
 
 def live(stage: str, folder: str, steps: int, save_every: int, seed: int, connection: Any) -> None:
@@ -214,6 +223,8 @@ def live(stage: str, folder: str, steps: int, save_every: int, seed: int, connec
 
     def step(*arguments: Any) -> Any:
         called[0] += 1
+        if called[0] % save_every >= save_every // 2:  # else none would be without a save beside it
+            saves.settle()
         if called[0] > 1:
             marks("step", called[0])
             return run.step(*arguments)
