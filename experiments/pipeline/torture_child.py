@@ -236,26 +236,26 @@ def live(stage: str, folder: str, steps: int, save_every: int, seed: int, connec
     def digest(done: int, state: Any, logs: Any) -> None:
         marks("state", done, state_digest(state))
 
+    saves = _Checkpoints(path / "checkpoints", tell=partial(_trouble, marks))
+    saves.marks = marks
     marks("restore")
     try:
-        with _Checkpoints(path / "checkpoints", tell=partial(marks_of_trouble, marks)) as saves:
-            saves.marks = marks
-            with metrics.MetricLog(path) as log:
-                state = loop.fit(
-                    step,
-                    run.state,
-                    steps=steps,
-                    batch_at=run.batch_at,
-                    hyper_at=run.hyper_at,
-                    rng=jax.random.key(seed),
-                    frozen=run.frozen,
-                    stage=stage,
-                    log=log,
-                    checkpoints=saves,
-                    save_every=save_every,
-                    callbacks=[digest],
-                    fingerprint=run.fingerprint,
-                )
+        with saves, metrics.MetricLog(path) as log:
+            state = loop.fit(
+                step,
+                run.state,
+                steps=steps,
+                batch_at=run.batch_at,
+                hyper_at=run.hyper_at,
+                rng=jax.random.key(seed),
+                frozen=run.frozen,
+                stage=stage,
+                log=log,
+                checkpoints=saves,
+                save_every=save_every,
+                callbacks=[digest],
+                fingerprint=run.fingerprint,
+            )
     except loop.Preempted as stopped:
         marks("stopped", stopped.step, str(stopped.saved))
         os._exit(75)
@@ -264,7 +264,7 @@ def live(stage: str, folder: str, steps: int, save_every: int, seed: int, connec
     os._exit(0)
 
 
-def marks_of_trouble(marks: _Marks, text: str) -> None:
+def _trouble(marks: _Marks, text: str) -> None:
     """A kill must leave nothing damaged behind."""
     marks("trouble", 0, text.replace("\n", " "))
 
