@@ -128,6 +128,7 @@ def run(asked: DPO) -> dict[str, Any]:
             found = evaluation.evaluate(job, policies, reward)
     results = {
         "peak_rss_mb": process.peak_memory_mb(),
+        "incidents": folder.incidents(),
         "seed": asked.seed,
         "preset": asked.preset,
         "loss": asked.loss,

@@ -79,6 +79,7 @@ def run(asked: settings.Settings) -> dict:
         "dropped": job.task.dropped.dropped | job.task.dropped.truncated,
         "programs": job.programs(),
         "alarms": watching.raised(folder.log, asked),
+        "incidents": folder.incidents(),
         "ptx_coef": watching.ptx_coef(folder.log),
         "reward_model": judged[0] | facts,
         **({"heldout_reward_model": judged[1]} if len(rewards) > 1 else {}),
@@ -103,6 +104,8 @@ def run(asked: settings.Settings) -> dict:
     session.say(out, f"compiled programs: {', '.join(f'{n} {name}' for name, n in results['programs'].items())}")
     if alarms := ", ".join(f"{a['name']} ({a['stage']}, step {a['step']})" for a in results["alarms"]):
         session.say(out, f"alarms: {alarms}")
+    for incident in results["incidents"]:
+        session.say(out, f"{incident['stage']}: {incident['text']}")
     session.say(out, f"report: {folder.path / 'report.html'}   numbers: {folder.path / rundir.RESULTS}")
     return results
 

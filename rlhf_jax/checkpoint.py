@@ -14,6 +14,8 @@ and devices as there are then. Arrays that span processes are gathered leaf by l
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import re
 import warnings
@@ -36,8 +38,19 @@ _ASIDE = "set_aside_"
 CheckpointError = manifest_lib.CheckpointError
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
+# What goes wrong in Orbax's threads is raised where it is waited for, and told there in one sentence.
+logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
+def _reason(error: BaseException) -> str:
+    """What the operating system says, wherever it stands in the message; else its first line."""
+    text = str(error).strip()
+    for number in _OF_THE_DISK:
+        if os.strerror(number) in text:
+            return os.strerror(number)
+    lines = text.splitlines()
     text = lines[0] if lines else type(error).__name__
     return text if len(text) <= 240 else text[:237] + "..."
 
@@ -50,7 +63,7 @@ def _read_manifest(checkpointer: Any, path: epath.Path) -> dict[str, Any]:
     try:
         raw = checkpointer.restore(path, args=ocp.args.Composite(manifest=ocp.args.JsonRestore()))["manifest"]
     except Exception as error:
-        raise manifest_lib.DamagedError(f"its manifest cannot be read ({_first_line(error)})") from error
+        raise manifest_lib.DamagedError(f"its manifest cannot be read ({_reason(error)})") from error
     return manifest_lib.opened(raw)
 
 
@@ -73,7 +86,7 @@ def _read_arrays(checkpointer: Any, path: epath.Path, entries: list[Any], leaves
         try:
             arrays = checkpointer.restore(path, args=args)["state"]
         except Exception as error:
-            raise manifest_lib.DamagedError(f"its arrays cannot be read ({_first_line(error)})") from error
+            raise manifest_lib.DamagedError(f"its arrays cannot be read ({_reason(error)})") from error
     for name, entry in zip(names, entries):
         stored = entry["stored"]
         arrays.setdefault(name, np.zeros(stored["shape"], jnp.dtype(stored["dtype"])))
@@ -165,7 +178,7 @@ class Checkpoints:
             found = [(_STEP.fullmatch(child.name), child) for child in self.directory.iterdir() if child.is_dir()]
             return sorted(int(m[1]) for m, child in found if m and ocp.utils.is_checkpoint_finalized(child))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot list the checkpoints in {self.directory}: {_first_line(error)}") from error
+            raise CheckpointError(f"cannot list the checkpoints in {self.directory}: {_reason(error)}") from error
 
     def latest(self) -> int | None:
         """The newest finished step, or None where there is none; of several processes, all must ask."""
@@ -189,7 +202,7 @@ class Checkpoints:
         if not self._prepared:
             self._prepare(step)
         if not self.directory.exists():
-            raise CheckpointError(f"cannot save step {step}: the folder {self.directory} has vanished")
+            raise CheckpointError(f"cannot save step {step} in {self.directory}: the folder has vanished")
         if self._restored is not None:
             self._set_aside([old for old in self.steps() if old > self._restored])
         newest = self.latest()
@@ -200,7 +213,7 @@ class Checkpoints:
             self._orbax().save(self._path(step), args=args)
         except Exception as error:
             self._drop()
-            raise CheckpointError(f"cannot save step {step} in {self.directory}: {_first_line(error)}") from error
+            raise CheckpointError(f"cannot save step {step} in {self.directory}: {_reason(error)}") from error
         self._saving, self._restored = step, None
 
     def restore(self, like: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
@@ -245,10 +258,11 @@ class Checkpoints:
             self._checkpointer.wait_until_finished()
         except Exception as error:
             self._drop()
-            raise CheckpointError(f"the last save in {self.directory} failed: {_first_line(error)}") from error
+            reason = _reason(error) if self.directory.exists() else "the folder has vanished"
+            raise CheckpointError(f"cannot save step {step} in {self.directory}: {reason}") from error
         steps = self.steps()
         if step not in steps:
-            raise CheckpointError(f"step {step} was saved in {self.directory}, and is gone")
+            raise CheckpointError(f"step {step} was saved in {self.directory}, and has vanished")
         superfluous = [self._path(old) for old in steps[: -self.keep]] + self._aside()
         # Of several processes each comes here, whatever it sees of the folder that the first one changes.
         self._remove(superfluous if superfluous and self._is_whole(step) else [])
@@ -283,7 +297,7 @@ class Checkpoints:
                     if _STEP.match(child.name) and child.is_dir() and not ocp.utils.is_checkpoint_finalized(child):
                         child.rmtree()
         except OSError as error:
-            raise CheckpointError(f"cannot save step {step} in {self.directory}: {_first_line(error)}") from error
+            raise CheckpointError(f"cannot save step {step} in {self.directory}: {_reason(error)}") from error
 
         self._prepared = True
         processes.meet("checkpoint.prepare")
@@ -319,7 +333,7 @@ class Checkpoints:
                     to.rmtree()
                 path.rename(to)
             except OSError as error:
-                raise CheckpointError(f"cannot remove the old {path}: {_first_line(error)}") from error
+                raise CheckpointError(f"cannot remove the old {path}: {_reason(error)}") from error
         processes.meet("checkpoint.change")
 
 

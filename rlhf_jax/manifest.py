@@ -57,6 +57,13 @@ def digest(array: jax.Array | np.ndarray) -> str:
     return found.hexdigest()
 
 
+def digest_tree(tree: Any) -> str:
+    """SHA-256 of the paths and the digests of all leaves."""
+    paths, leaves, _ = flatten(tree)
+    told = [f"{path} {digest(_as_array(leaf, path))}" for path, leaf in zip(paths, leaves)]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()
+
+
 def name_of(index: int) -> str:
     """What a leaf is called beside the manifest."""
     return f"{index:06d}"

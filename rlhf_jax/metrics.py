@@ -6,6 +6,7 @@ over micro-batches, minibatches and devices, and become numbers on the host once
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -17,14 +18,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorboardX
 from flax import struct
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
 
 from rlhf_jax import atomic, reduce
 
 FILE_NAME = "metrics.jsonl"
 
 _FLUSH_SECONDS = 2
+
+
+class LogError(RuntimeError):
+    """What is to be logged cannot be written; the message says where and why."""
 
 
 @struct.dataclass
@@ -80,8 +86,11 @@ def read(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
 class MetricLog:
     """Appends numbers to ``directory/metrics.jsonl`` and to TensorBoard files under ``directory/tensorboard``.
 
-    The lines are the exact record: each is in the file when ``write`` returns. TensorBoard's files are written by a
-    thread of their own, so a killed process can lose the last seconds of a curve there.
+    The lines are the exact record: each is in the file when ``write`` returns. TensorBoard's files are written out
+    every few seconds, so a killed process can lose the last ones of a curve there.
+
+    Raises:
+        LogError: from every method, if the disk is full, read-only or gone.
 
     Each stage is a TensorBoard run of its own, because a restart purges a whole run from a step on and stages count
     their steps separately.
@@ -90,12 +99,13 @@ class MetricLog:
     def __init__(self, directory: str | os.PathLike[str]):
         """Opens the files, creating the directory; the half line that a killed process left behind is removed."""
         self._directory = pathlib.Path(directory)
-        self._directory.mkdir(parents=True, exist_ok=True)
         self._path = self._directory / FILE_NAME
-        _mend(self._path)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._boards: dict[str, tensorboardX.SummaryWriter] = {}
+        self._boards: dict[str, _Board] = {}
         self._purge_steps: dict[str, int] = {}
+        with self._writing():
+            self._directory.mkdir(parents=True, exist_ok=True)
+            _mend(self._path)
+            self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, stage: str, step: int, values: Mapping[str, Metric | jax.Array | float]) -> None:
         """Appends one line ``{"stage": ..., "step": ..., **values}`` and the scalars ``stage/name``.
@@ -109,12 +119,11 @@ class MetricLog:
             raise ValueError(f'"stage" and "step" cannot name values, got {sorted(values)}')
         numbers = to_floats(values)
         finite = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
-        self._file.write(json.dumps({"stage": stage, "step": int(step), **finite}, allow_nan=False) + "\n")
-        self._file.flush()
-        board = self._board(stage)
-        for name, number in finite.items():
-            if number is not None:
-                board.add_scalar(f"{stage}/{name}", number, int(step))
+        with self._writing():
+            self._file.write(json.dumps({"stage": stage, "step": int(step), **finite}, allow_nan=False) + "\n")
+            self._file.flush()
+            shown = {f"{stage}/{name}": number for name, number in finite.items() if number is not None}
+            self._board(stage).add(int(step), shown)
 
     def rewind(self, stage: str, step: int, *, drop_stages: Collection[str] = ()) -> None:
         """Forgets what was logged after a checkpoint, so that a resumed run leaves neither gaps nor double lines.
@@ -124,14 +133,15 @@ class MetricLog:
             step: the last step whose line is kept.
             drop_stages: stages that come later and will run again from their start; all their lines are dropped.
         """
-        self._file.close()
-        kept = [
-            line
-            for line, record in _records(self._path)
-            if record["stage"] not in drop_stages and not (record["stage"] == stage and record["step"] > step)
-        ]
-        atomic.replace_file(self._path, b"".join(kept))
-        self._file = self._path.open("a", encoding="utf-8")
+        with self._writing():
+            self._file.close()
+            kept = [
+                line
+                for line, record in _records(self._path)
+                if record["stage"] not in drop_stages and not (record["stage"] == stage and record["step"] > step)
+            ]
+            atomic.replace_file(self._path, b"".join(kept))
+            self._file = self._path.open("a", encoding="utf-8")
         for name, first in {**dict.fromkeys(drop_stages, 0), stage: step + 1}.items():
             self._purge_steps[name] = first
             if name in self._boards:
@@ -143,30 +153,65 @@ class MetricLog:
 
     def close(self) -> None:
         """Flushes and closes everything; the object cannot be written to afterwards."""
-        self._file.close()
-        for board in self._boards.values():
-            board.close()
-        self._boards = {}
+        boards, self._boards = self._boards, {}
+        with self._writing():
+            self._file.close()
+            for board in boards.values():
+                board.close()
 
     def __enter__(self) -> MetricLog:
         """The log itself; it is closed on leaving the ``with`` block."""
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        """Closes the log."""
-        self.close()
+    def __exit__(self, kind: object, *exception: object) -> None:
+        """Closes the log; a failure to do so does not hide an exception that is already on its way."""
+        with contextlib.suppress(*([] if kind is None else [LogError])):
+            self.close()
 
-    def _board(self, stage: str) -> tensorboardX.SummaryWriter:
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise LogError(f"cannot write to {self._directory}: {error.strerror or error}") from error
+
+    def _board(self, stage: str) -> _Board:
         if stage not in self._boards:
-            # Event files are read in the order of their names, which hold whole seconds; the suffix orders two
-            # starts within one second and keeps the second from overwriting the first.
-            self._boards[stage] = tensorboardX.SummaryWriter(
-                str(self._directory / "tensorboard" / stage),
-                purge_step=self._purge_steps.pop(stage, None),
-                filename_suffix=f".{time.time_ns()}",
-                flush_secs=_FLUSH_SECONDS,
-            )
+            folder = self._directory / "tensorboard" / stage
+            self._boards[stage] = _Board(folder, self._purge_steps.pop(stage, None))
         return self._boards[stage]
+
+
+class _Board:
+    """One file of TensorBoard's.
+
+    tensorboardX's own writer hands its numbers to a thread through a queue of ten: where the disk is full the thread
+    dies, and whoever writes next waits for it for ever.
+    """
+
+    def __init__(self, folder: pathlib.Path, purge_step: int | None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Event files are read in the order of their names, which hold whole seconds; the suffix orders two starts
+        # within one second and keeps the second from overwriting the first.
+        self._events = event_file_writer.EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        self._flushed = 0.0
+        if purge_step is not None:
+            log: Any = event_pb2
+            self._write(step=purge_step, session_log=log.SessionLog(status=log.SessionLog.START))
+
+    def add(self, step: int, numbers: Mapping[str, float]) -> None:
+        for name, number in numbers.items():
+            self._write(step=step, summary=summary.scalar(name, number))
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self._events.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._events.close()
+
+    def _write(self, **what: Any) -> None:
+        make: Any = event_pb2
+        self._events.write_event(make.Event(wall_time=time.time(), **what))
 
 
 def _number(value: Any) -> float:

@@ -1,6 +1,9 @@
+import os
 import pathlib
 import resource
 import shutil
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -239,6 +242,90 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
     assert checkpoints.latest() is None
 
 
+def spoil_before_it_is_looked_at(checkpoints, step):
+    """Let the save end, and damage what it wrote, before `wait` has a look at it."""
+    checkpoints._checkpointer.wait_until_finished()
+    flip(largest(checkpoints.directory / f"step_{step:09d}" / "state"))
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_nothing_is_removed_before_a_newer_one_was_found_whole(tmp_path, keep):
+    told = []
+    state = {"w": jnp.asarray(np.random.default_rng(0).normal(size=500), jnp.float32)}
+    with checkpoint.Checkpoints(tmp_path, keep=keep, tell=told.append) as checkpoints:
+        for step in range(1, keep + 1):
+            checkpoints.save(step, state)
+        checkpoints.save(8, state)
+        spoil_before_it_is_looked_at(checkpoints, 8)
+        checkpoints.wait()
+        assert checkpoints.steps() == [*range(1, keep + 1), 8] and len(told) == 1
+        assert "step 8" in told[0] and "those before it are kept" in told[0]
+        assert checkpoints.restore(state)[0] == keep and "passed over" in told[1]
+        checkpoints.save(9, state)
+        checkpoints.wait()
+        assert checkpoints.steps() == [*range(1, keep + 1), 9][-keep:]
+        assert checkpoints.restore(state)[0] == 9 and len(told) == 2
+    assert len(list(tmp_path.iterdir())) == keep
+
+
+def test_what_was_passed_over_stays_until_there_is_a_newer_one(two):
+    damage_flip(two.directory / "step_000000002")
+    with pytest.warns(UserWarning):
+        two.restore(make_state(9))
+    with pytest.raises(TypeError):
+        two.save(2, {"name": "x"})  # a save that fails
+    assert two.steps() == [1, 2]
+    two.save(2, make_state(2))
+    assert len(list(two.directory.glob("set_aside_*"))) == 1
+    two.close()
+    assert not list(two.directory.glob("set_aside_*")) and two.steps() == [1, 2]
+
+
+MESHES = """
+import sys, jax
+jax.config.update("jax_num_cpu_devices", 8)
+import jax.numpy as jnp, numpy as np, optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as S
+from rlhf_jax import checkpoint, manifest
+from rlhf_jax.train import state as state_lib
+tx = optax.chain(optax.scale_by_adam(), optax.scale(-1.0))
+def make():
+    key = jax.random.key(0)
+    params = {"w": jax.random.normal(key, (16, 8)), "b": jnp.arange(8.0)}
+    return {"train": state_lib.create(params, tx), "key": key, "keys": jax.random.split(key, 8)}
+def placed(shape, names, axes, devices):
+    mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+    where = lambda x: NamedSharding(mesh, S(*axes[:x.ndim]) if x.ndim == 2 or x.shape == (8,) else S())
+    shapes = jax.eval_shape(make)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(x)), shapes)
+eight = placed((8,), ("fsdp",), ("fsdp",), jax.devices())
+state = jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, eight))()
+with checkpoint.Checkpoints(sys.argv[1]) as checkpoints:
+    checkpoints.save(1, state)
+    checkpoints.wait()
+    meshes = [eight, placed((2, 4), ("data", "fsdp"), (("data", "fsdp"),), jax.devices()),
+              placed((2, 2, 2), ("data", "fsdp", "tensor"), ("fsdp", "tensor"), jax.devices()),
+              placed((1,), ("data",), (None,), jax.devices()[:1]), jax.eval_shape(make)]
+    for like in meshes:
+        found = checkpoints.restore(like)[1]
+        assert manifest.digest_tree(found) == manifest.digest_tree(state)
+        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(like)):
+            assert y.sharding is None or x.sharding.is_equivalent_to(y.sharding, x.ndim), (x.sharding, y.sharding)
+print("bit for bit", len(state["train"].params["w"].sharding.device_set))
+"""
+
+
+def test_what_eight_devices_saved_comes_back_on_other_meshes_bit_for_bit(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", MESHES, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert done.stdout == "bit for bit 8\n", done.stderr[-3000:]
+
+
 def test_restores_onto_a_mesh(tmp_path):
     sharding = jax.sharding.NamedSharding(
         jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), jax.sharding.PartitionSpec("data")
@@ -262,7 +349,9 @@ def test_a_full_disk_is_one_sentence(tmp_path):
     checkpoints.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
     try:
-        with pytest.raises(checkpoint.CheckpointError, match=str(tmp_path)) as failed:
+        with pytest.raises(
+            checkpoint.CheckpointError, match=f"cannot save step 2 in {tmp_path}: File too large"
+        ) as failed:
             checkpoints.save(2, big)
             checkpoints.wait()
     finally:

@@ -284,7 +284,9 @@ def test_bad_batches_are_skipped_and_too_many_stop_the_run(tmp_path):
     assert np.isfinite(final.params["w"]).all()
     json.dumps(rows, allow_nan=False)
     bad |= set(range(9, 20))
-    with pytest.raises(loop.DivergedError, match=r"toy met 3 steps in a row.*step 12 of 20"):
+    with pytest.raises(
+        loop.DivergedError, match=r"toy met 3 steps in a row.*step 12 of 20, with loss, the gradient not finite"
+    ):
         run(tmp_path / "b", batch_at=poison, max_skipped=3)
 
 

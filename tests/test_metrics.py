@@ -1,5 +1,6 @@
 import json
 import math
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -155,3 +156,21 @@ def test_a_log_that_does_not_exist_yet_is_empty(tmp_path):
     with metrics.MetricLog(tmp_path) as log:
         log.rewind("sft", 0)
     assert metrics.read(tmp_path) == []
+
+
+def test_a_full_disk_is_one_sentence_and_nobody_waits_for_ever(tmp_path):
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    log = metrics.MetricLog(tmp_path)
+    log.write("sft", 1, {"loss": 1.0})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, old[1]))
+    try:
+        with pytest.raises(metrics.LogError, match=rf"cannot write to {tmp_path}: File too large") as failed:
+            for step in range(2, 40):
+                log.write("sft", step, {f"loss_{i}": 1.0 for i in range(20)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert "\n" not in str(failed.value)
+    log = metrics.MetricLog(tmp_path / "other")
+    (tmp_path / "other" / "tensorboard").write_text("in the way")
+    with pytest.raises(metrics.LogError, match="other"):
+        log.write("sft", 1, {"loss": 1.0})

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import tyro
 
-from rlhf_jax import checkpoint, hosts, parallel
+from rlhf_jax import checkpoint, hosts, metrics, parallel
 from rlhf_jax.data import errors
 from rlhf_jax.train import loop
 
@@ -25,6 +29,7 @@ REFUSED = (
     loop.DivergedError,
     parallel.MeshError,
     hosts.HostsError,
+    metrics.LogError,
 )
 """What a user can do something about."""
 
@@ -62,16 +67,23 @@ def parse(
 
 
 def enter(run: Callable[[Any], Any], read: Callable[[list[str]], Any], arguments: list[str] | None) -> None:
-    """Run, and turn what a user can do something about into one line on stderr and an exit status."""
+    """Run, and turn what a user can do something about into one line on stderr and an exit status.
+
+    They are 2, something has to be changed first; 3, an alarm; 75, the run was asked to stop.
+    """
     try:
-        asked = read(sys.argv[1:] if arguments is None else arguments)
-        with joining.joined(asked, status=_status):
-            run(asked)
+        with _leaving_on_sigterm(), _quiet_threads():
+            asked = read(sys.argv[1:] if arguments is None else arguments)
+            with joining.joined(asked, status=_status):
+                run(asked)
     except REFUSED as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(_status(error)) from None
     except loop.Alarmed as stopped:
         print(f"{stopped}; go on all the same with --resume", file=sys.stderr)
+        raise SystemExit(_status(stopped)) from None
+    except _Stopped as stopped:
+        print("stopped between two stages; go on with --resume", file=sys.stderr)
         raise SystemExit(_status(stopped)) from None
     except loop.Preempted as stopped:
         print(f"{stopped}; go on with --resume", file=sys.stderr)
@@ -80,8 +92,47 @@ def enter(run: Callable[[Any], Any], read: Callable[[list[str]], Any], arguments
 
 def _status(error: BaseException) -> int:
     """The exit status that an exception ends the process with."""
-    known = {REFUSED: 2, (loop.Alarmed,): 3, (loop.Preempted,): 75}  # EX_TEMPFAIL: try again later
+    known = {REFUSED: 2, (loop.Alarmed,): 3, (loop.Preempted, _Stopped): 75}  # EX_TEMPFAIL: try again later
     return next((status for kinds, status in known.items() if isinstance(error, kinds)), 1)
+
+
+class _Stopped(BaseException):
+    """SIGTERM came where no stage is trained; what is finished is on disk."""
+
+
+@contextlib.contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
+    """Outside of `loop.fit`, which finishes its step and saves, SIGTERM ends the run where it is."""
+
+    def leave(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is being closed is closed in peace
+        raise _Stopped
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """Reads and writes that failed half way call back a loop that is closed; that they failed has been said."""
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    before = sys.excepthook
+
+    def hook(kind: Any, error: Any, trace: Any) -> None:
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            before(kind, error, trace)
+
+    sys.excepthook = hook
+    try:
+        yield
+    finally:
+        sys.excepthook = before
 
 
 def _preset(arguments: list[str]) -> settings.Settings:

@@ -95,5 +95,6 @@ def _imitate(
             stage=name,
             log=job.log,
             checkpoints=checkpoints,
+            **job.guarded(name, steps, batch_at),
         )
     return state.params

@@ -176,6 +176,7 @@ class Fold:
                 log=self.folder.log,
                 checkpoints=checkpoints,
                 progress=tell,
+                tell=partial(self.folder.note, f"{self.name}-{stage}"),
                 rng=self.key,
                 **how,
             )

@@ -6,7 +6,10 @@ import hashlib
 import json
 import math
 import pathlib
+import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from rlhf_jax import atomic, checkpoint, metrics
@@ -15,23 +18,44 @@ from rlhf_jax.data import errors, files
 from . import settings as settings_lib
 from .settings import SettingError, Settings
 
-CONFIG, RESULTS = "config.json", "results.json"
+CONFIG, RESULTS, INCIDENTS = "config.json", "results.json", "incidents.jsonl"
 MODEL_FILES = "model_files"
 DATA_FILE = "data_file"
 """Beside the settings in config.json."""
 
 
 class RunFolder:
-    """One run's files: config.json, metrics.jsonl, tensorboard/, checkpoints/, and at the end results and models."""
+    """One run's files: config.json, metrics.jsonl, tensorboard/, checkpoints/, and at the end results and models.
+
+    incidents.jsonl is there where something went wrong and was overcome.
+
+    Attributes:
+        say: ``say(stage, text)`` shows what `note` writes down; on stderr by default.
+    """
 
     def __init__(self, path: pathlib.Path, log: metrics.MetricLog | None = None) -> None:
         """Use an existing folder; `create` makes one."""
         self.path = path
         self.log = metrics.MetricLog(path) if log is None else log
+        self.say: Callable[[str, str], None] = lambda stage, text: print(f"{stage}: {text}", file=sys.stderr)
 
     def checkpoints(self, stage: str) -> checkpoint.Checkpoints:
-        """Where a stage saves and goes on from."""
-        return checkpoint.Checkpoints(self.path / "checkpoints" / stage)
+        """Where a stage saves and goes on from; what is wrong with what is there is noted."""
+        return checkpoint.Checkpoints(self.path / "checkpoints" / stage, tell=partial(self.note, stage))
+
+    def note(self, stage: str, text: str) -> None:
+        """Say it, and keep it for the results; what a resumed run comes upon again is kept once."""
+        self.say(stage, text)
+        incident = {"stage": stage, "text": text}
+        if incident not in self.incidents():
+            with (self.path / INCIDENTS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(incident) + "\n")
+
+    def incidents(self) -> list[dict[str, str]]:
+        """What was noted, in this process and in earlier ones; a line that a kill has torn is left out."""
+        path = self.path / INCIDENTS
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
 
     def write_json(self, name: str, values: Any) -> None:
         """Write a JSON file whole or not at all."""

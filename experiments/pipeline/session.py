@@ -56,7 +56,8 @@ def opened(
         for line in meshes.told(mesh, stages.model_of(asked, task, begin)):
             say(out, line)
     second = [("heldout_reward_model", 10.0)] if asked.reward_model.heldout else []
-    with contextlib.closing(folder.log), _progress([*shared, *second, *weights]) as progress:
+    with folder.log, _progress([*shared, *second, *weights]) as progress:
+        folder.say = progress.tell
         yield (
             folder,
             stages.make_job(
@@ -67,6 +68,7 @@ def opened(
                 log=folder.log,
                 progress=progress,
                 mesh=mesh,
+                note=folder.note,
             ),
         )
 

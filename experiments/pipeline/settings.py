@@ -281,6 +281,8 @@ class Settings:
     """On an alarm in PPO (KL below 0, gold falling, entropy collapsing, ...): tell and go on, or save and stop."""
     saves: int = 5
     """Checkpoints within a stage; a run that is killed loses no more than the time between two."""
+    max_skipped: int = 10
+    """Steps in a row whose loss or gradient is not finite, which are left out, before the run saves and stops."""
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     hosts: Hosts = dataclasses.field(default_factory=Hosts)
     data: Data = dataclasses.field(default_factory=Data)

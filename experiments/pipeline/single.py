@@ -64,7 +64,8 @@ def run(asked: RewardRun, out: Console) -> tuple[pathlib.Path, dict[str, Any]]:
     dropped = task.dropped.dropped | task.dropped.truncated | said.dropped | said.truncated
     facts |= {"training_prompts": len(train.ranks_BK), "training_answers": int(np.sum(train.where_BK))}
     kept = {} if record is None else {"normalisation": dataclasses.asdict(record)}
-    return folder.path, {"dropped": dropped, "reward_model": judged | facts | kept}
+    incidents = folder.incidents()
+    return folder.path, {"dropped": dropped, "incidents": incidents, "reward_model": judged | facts | kept}
 
 
 def leads(job: stages.Job, params: types.Params, batch: types.Comparisons) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlhf_jax import checkpoint, generation, hosts, lm, parallel, types
+from rlhf_jax import checkpoint, generation, hosts, lm, manifest, parallel, types
 from rlhf_jax.data import batching
 from rlhf_jax.simulation import gold
 from rlhf_jax.train import loop, ppo, reward_model, schedules, sft
@@ -54,6 +55,8 @@ class Job:
     ppo_tx: optax.GradientTransformation
     mesh: jax.sharding.Mesh | None = None
     """Where the run is spread; None on one device."""
+    note: Callable[[str, str], None] = lambda stage, text: print(f"{stage}: {text}", file=sys.stderr)
+    """``note(stage, text)`` of what a user should know."""
 
     def key(self, stage: str) -> jax.Array:
         """The random key of a stage; ``ppo-more`` has that of ``ppo``."""
@@ -142,6 +145,7 @@ class Job:
         """
         mesh = self.mesh
         how = {"log": self.log} | ({} if "rng" in how else {"rng": self.key(stage)}) | how
+        how |= self.guarded(stage, steps, how["batch_at"])
         self.progress.start(stage, steps)
         with self.checkpoints(stage) as checkpoints:
             state = loop.fit(
@@ -159,6 +163,17 @@ class Job:
         self.progress.finish(stage)
         return state
 
+    def guarded(self, stage: str, steps: int, batch_at: Callable[[int], Any]) -> dict[str, Any]:
+        """What `loop.fit` of a stage is to know of skipped steps, and of the data that the stage is trained on.
+
+        The data's fingerprint is its first and its last batch and the number of steps: other data, another order or
+        another batch size is refused where a run goes on. Hosts hold rows of their own, and have none.
+        """
+        data: Any = [steps]
+        if jax.process_count() == 1 and steps > 0:
+            data += [manifest.digest_tree(batch_at(i)) for i in (0, steps - 1)]
+        return {"max_skipped": self.settings.max_skipped, "tell": partial(self.note, stage), "fingerprint": data}
+
 
 def make_job(
     settings: Settings,
@@ -169,6 +184,7 @@ def make_job(
     log: Any,
     progress: Any,
     mesh: jax.sharding.Mesh | None = None,
+    note: Callable[[str, str], None] | None = None,
 ) -> Job:
     """Configure the model and build every compiled step; nothing is compiled before it is first called."""
     cfg = model_of(settings, task, start)
@@ -192,6 +208,7 @@ def make_job(
         supervised_tx=optimisers.muon(),
         ppo_tx=methods.optimiser(settings.ppo),
         mesh=mesh,
+        **({} if note is None else {"note": note}),
     )
     return job if job.base is None else dataclasses.replace(job, base=job.placed(job.base))
 

@@ -21,7 +21,7 @@ from flax import struct
 
 from rlhf_jax import metrics, reduce
 from rlhf_jax.losses import preference
-from rlhf_jax.train import objectives, step
+from rlhf_jax.train import guard, objectives, step
 from rlhf_jax.types import Params, Preferences
 
 
@@ -156,7 +156,7 @@ def make_train_step(
         losses_B, rewards_BK = objective(scored, hyper)
         reduce.check_rank(1, losses_B=losses_B)
         loss_sum = reduce.masked_sum(losses_B, where=True, axis_name=axis_name)
-        logs = {"loss": metrics.Metric(loss_sum, total / micro_batches)}
+        logs = {"loss": metrics.Metric(loss_sum, total / micro_batches), "bad": guard.of_losses(losses_B)}
         return loss_sum / total, logs | _told(scored, rewards_BK, axis_name)
 
     def train_step(state: Any, frozen: Any, hyper: Hyper, batch: Preferences, rng: Any) -> tuple[Any, dict[str, Any]]:
@@ -179,6 +179,7 @@ def make_train_step(
             axis_name=axis_name,
             loss=value,
         )
+        logs |= guard.numbers(logs.pop("bad"), axis_name=axis_name)
         logs = logs | ({} if shared is None else {"baseline": shared})
         return state, logs | update_logs | {"learning_rate": hyper.learning_rate}
 

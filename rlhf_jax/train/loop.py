@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ import numpy as np
 
 from rlhf_jax import checkpoint
 from rlhf_jax import metrics as metrics_lib
+from rlhf_jax.train import guard
 
 Log = Callable[[int, dict[str, float]], None]
 
@@ -57,7 +59,7 @@ def _kept(saved: bool) -> str:
 
 
 class DivergedError(RuntimeError):
-    """Too many steps in a row had no finite gradient."""
+    """Too many steps in a row were not finite; the weights are those of the last one that was."""
 
 
 class StageLog:
@@ -117,12 +119,13 @@ class _Reporter:
     """Turns the metrics of one iteration into floats while the device is busy with the next one."""
 
     def __init__(
-        self, stage: str, total: int, log: Log | None, log_every: int, progress: Any, max_skipped: int
+        self, stage: str, total: int, log: Log | None, log_every: int, progress: Any, max_skipped: int, tell: Any
     ) -> None:
         self.stage, self.total, self.log, self.log_every = stage, total, log, log_every
-        self.progress, self.max_skipped = progress, max_skipped
-        self.skipped = 0
+        self.progress, self.max_skipped, self.tell = progress, max_skipped, tell
+        self.skipped = self.skipped_in_all = 0
         self.alarmed: Alarmed | None = None
+        self.diverged = ""
         self.pending: tuple[int, Mapping[str, Any]] | None = None
 
     def push(self, done: int, metrics: Mapping[str, Any]) -> None:
@@ -134,6 +137,13 @@ class _Reporter:
             return
         (done, metrics), self.pending = self.pending, None
         floats = metrics_lib.to_floats(metrics)
+        skipped = floats.get("skipped", 0.0)
+        bad = skipped > 0 or math.isnan(skipped)
+        if bad:
+            self._skip(done, guard.explain(floats))
+        else:
+            self.skipped = 0
+            floats = {name: number for name, number in floats.items() if name not in guard.DETAILS}
         if self.log is not None and (done % self.log_every == 0 or done == self.total):
             try:
                 self.log(done, floats)
@@ -141,13 +151,24 @@ class _Reporter:
                 self.alarmed = self.alarmed or alarmed
         if self.progress is not None:
             self.progress(self.stage, done, self.total, floats)
-        skipped = floats.get("skipped", 0.0)
-        self.skipped = self.skipped + 1 if skipped > 0 or math.isnan(skipped) else 0
-        if self.skipped >= self.max_skipped:
-            raise DivergedError(
-                f"{self.stage or 'training'} met {self.skipped} steps in a row without a finite gradient, "
-                f"the last one at step {done} of {self.total}"
+
+    def must_stop(self) -> bool:
+        return self.alarmed is not None or bool(self.diverged)
+
+    def _skip(self, done: int, why: str) -> None:
+        self.skipped, self.skipped_in_all = self.skipped + 1, self.skipped_in_all + 1
+        stage = self.stage or "training"
+        if self.skipped_in_all == 1:
+            self.tell(f"{stage}: step {done} was skipped, with {why}; others are counted in the metric 'skipped'")
+        if self.skipped >= self.max_skipped and not self.diverged:
+            self.diverged = (
+                f"{stage} met {self.skipped} steps in a row that were skipped, the last one at step {done} of "
+                f"{self.total}, with {why}; the weights are the last good ones"
             )
+
+
+def _to_stderr(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def _identity(stage: str, rng: jax.Array, fingerprint: Any) -> dict[str, Any]:
@@ -158,9 +179,10 @@ def _identity(stage: str, rng: jax.Array, fingerprint: Any) -> dict[str, Any]:
 
 def _resume(
     checkpoints: checkpoint.Checkpoints | None, state: Any, steps: int, identity: dict[str, Any]
-) -> tuple[int, Any]:
+) -> tuple[int, Any, int]:
+    """Iterations done, the state after them, and how many of the last ones in a row were skipped."""
     if checkpoints is None or checkpoints.latest() is None:
-        return 0, state
+        return 0, state, 0
     start, state, metadata = checkpoints.restore(state)
     for name, mine in identity.items():
         if metadata.get(name) != mine:
@@ -172,7 +194,7 @@ def _resume(
         raise checkpoint.CheckpointError(
             f"cannot go on from {checkpoints.directory}: it stands at step {start}, and {steps} were asked for"
         )
-    return start, state
+    return start, state, metadata.get("skipped", 0)
 
 
 def fit(
@@ -194,6 +216,7 @@ def fit(
     max_skipped: int = 10,
     fingerprint: Any = None,
     agreed: Callable[[int, bool], bool] = lambda done, wanted: wanted,
+    tell: Callable[[str], None] = _to_stderr,
 ) -> Any:
     """Run ``steps`` iterations of a compiled step, or what is left of them, and return the final state.
 
@@ -204,7 +227,8 @@ def fit(
 
     Args:
         train_step: ``(state, frozen, hyper, batch, rng) -> (state, metrics)``, compiled, donating the state (see
-            `parallel.jit_step`). Metrics: a dict of scalars or of ``metrics.Metric``.
+            `parallel.jit_step`). Metrics: a dict of scalars or of ``metrics.Metric``; those in `guard.DETAILS` are
+            logged of skipped steps alone.
         state: The state to start from, or the example that a checkpoint is restored like. Donated: do not use it again.
         steps: Iterations in all, counted from the very first start.
         batch_at: Iteration (0-based) -> batch. A pure function.
@@ -221,21 +245,25 @@ def fit(
         callbacks: ``callback(done, state, metrics)`` after each iteration, with arrays that are still being computed;
             reading them waits for the device. The state is donated to the next step: copy what has to stay. What it
             returns, if not None, is logged with the iteration's metrics.
-        max_skipped: Stop after so many iterations in a row in which the metric ``skipped`` is above 0.
+        max_skipped: Stop after so many iterations in a row in which the metric ``skipped`` is above 0, their number
+            being carried over a resume. The state of a skipped step is that before it, and is saved then: what stopped
+            so can be started again, and goes on behind what it could not use.
         fingerprint: What identifies data, seed and batch size, as JSON; a resumed run must have the same one.
         agreed: ``agreed(done, wanted)``, whether to stop after ``done`` iterations, given whether this process wants
             to; for several hosts, `hosts.Hosts.stage`, so that all of them stop after the same one.
+        tell: Called once, with the first step that was skipped: which loss or gradient was not finite, and where. By
+            default it becomes a line on stderr.
 
     Raises:
         Preempted: SIGTERM or Ctrl-C came (in the main thread); state saved, if there are checkpoints.
         Alarmed: The log raised it; state saved, if there are checkpoints.
-        DivergedError: ``max_skipped`` was reached.
+        DivergedError: ``max_skipped`` was reached; state saved, if there are checkpoints.
         checkpoint.CheckpointError: A save failed, no checkpoint is whole, or it belongs to another run.
     """
     if log_every < 1 or (save_every is not None and save_every < 1):
         raise ValueError(f"save_every and log_every must be positive, not {save_every} and {log_every}")
     identity = _identity(stage, rng, fingerprint)
-    start, state = _resume(checkpoints, state, steps, identity)
+    start, state, skipped = _resume(checkpoints, state, steps, identity)
     if isinstance(log, metrics_lib.MetricLog):
         log = StageLog(log, stage)
     rewind = getattr(log, "rewind", None)
@@ -243,13 +271,14 @@ def fit(
         rewind(start)
     if progress is not None:
         progress(stage, start, steps, {})
-    report = _Reporter(stage, steps, log, log_every, progress, max_skipped)
+    report = _Reporter(stage, steps, log, log_every, progress, max_skipped, tell)
+    report.skipped = skipped
     saved = start if start else None
 
     def save(done: int) -> int:
         report.flush()
         assert checkpoints is not None
-        checkpoints.save(done, state, identity)
+        checkpoints.save(done, state, identity | {"skipped": 0 if report.diverged else report.skipped})
         return done
 
     def leave(done: int) -> NoReturn:
@@ -259,13 +288,15 @@ def fit(
                 save(done)
             checkpoints.wait()
         kept = checkpoints is not None and done > 0
+        if report.diverged:
+            raise DivergedError(f"{report.diverged}; {_kept(kept)}")
         if report.alarmed is not None:
             raise Alarmed(report.alarmed.reason, stage=stage, step=done, saved=kept) from report.alarmed
         raise Preempted(stage, done, saved=kept)
 
     with _stop_signals() as stop, _settled(checkpoints):
         for i in range(start, steps):
-            if agreed(i, stop() or report.alarmed is not None):
+            if agreed(i, stop() or report.must_stop()):
                 leave(i)
             state, metrics = train_step(state, frozen, hyper_at(i), batch_at(i), rng)
             for callback in callbacks:
@@ -276,6 +307,6 @@ def fit(
         report.flush()
         if checkpoints is not None and saved != steps and steps > 0:
             saved = save(steps)
-        if agreed(steps, stop() or report.alarmed is not None):  # all is done, but whoever comes next should not start
+        if agreed(steps, stop() or report.must_stop()):  # all is done, but whoever comes next should not start
             leave(steps)
     return state

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from rlhf_jax import kl, metrics, reduce, reductions
 from rlhf_jax.losses import policy as policy_losses
 from rlhf_jax.losses import value as value_losses
-from rlhf_jax.train import dealing, estimators, ppo_state, step
+from rlhf_jax.train import dealing, estimators, guard, ppo_state, step
 from rlhf_jax.train import ptx as ptx_lib
 from rlhf_jax.train.dealing import AxisName
 from rlhf_jax.train.ppo_state import (
@@ -140,6 +140,8 @@ def collect(
         "sampler_ess": jnp.square(total(odds_BT, where=True))
         / jnp.maximum(total(jnp.square(odds_BT), where=True) * tokens, 1e-8),
     }
+    bad = guard.of_tokens(logprobs_BT, reference_BT, values_BT, where_BT=response_BT)
+    logs |= guard.numbers(bad.either(guard.of_losses(scores_B)), axis_name=axis_name)
     if values_BT is not None and returns_BT is not None:
         spread = reduce.masked_var(returns_BT, where=response_BT, axis_name=axis_name)
         missed = reduce.masked_mean(jnp.square(values_BT - returns_BT), where=response_BT, axis_name=axis_name)
@@ -298,7 +300,9 @@ def update(
     logs = {name: jnp.mean(values_U) for name, values_U in logs_U.items()}
     first_ratio_error = logs_U["ratio_error"][0]
     logs |= {"ratio_max": jnp.max(logs_U["ratio_max"]), "first_ratio_error": first_ratio_error}
-    logs["skipped"] = jnp.sum(logs_U["skipped"])
+    skipped_U = logs_U["skipped"]
+    logs["skipped"] = jnp.sum(skipped_U)
+    logs["bad_update"] = jnp.where(jnp.any(skipped_U > 0), jnp.argmax(skipped_U), -1).astype(jnp.float32)
     return state, {name: value for name, value in logs.items() if name != "ratio_error"}
 
 

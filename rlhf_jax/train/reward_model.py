@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import metrics, reduce
 from rlhf_jax.losses import preference
-from rlhf_jax.train import step
+from rlhf_jax.train import guard, step
 from rlhf_jax.types import Comparisons, PackedComparisons
 
 
@@ -132,6 +132,7 @@ def make_train_step(
                 reduce.masked_sum(pairs.total, where=True, axis_name=axis_name),
             ),
             "score": metrics.mean_metric(scores_HBK, where_BK[None], axis_name=axis_name),
+            "bad": guard.of_losses(jnp.where(informative_B, losses_B, 0.0)),
         }
         return value, logs
 
@@ -157,6 +158,7 @@ def make_train_step(
             axis_name=axis_name,
             loss=value,
         )
+        logs |= guard.numbers(logs.pop("bad"), axis_name=axis_name)
         return state, logs | update_logs | {"learning_rate": hyper["learning_rate"]}
 
     return train_step

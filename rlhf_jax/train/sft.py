@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from rlhf_jax import metrics, reduce
-from rlhf_jax.train import step
+from rlhf_jax.train import guard, step
 
 
 @struct.dataclass
@@ -57,7 +57,8 @@ def make_train_step(
     def loss_fn(frozen: Any, params: Any, batch: TokenBatch, total: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         logprobs_BL = batch_logprobs(token_logprobs, join(frozen, params), batch)
         nll = -reduce.masked_sum(logprobs_BL, where=batch.loss_mask_BL, axis_name=axis_name)
-        return nll / jnp.maximum(total, 1), {"loss": metrics.Metric(nll, total / micro_batches)}
+        bad = guard.of_tokens(logprobs_BL, where_BT=batch.loss_mask_BL)
+        return nll / jnp.maximum(total, 1), {"loss": metrics.Metric(nll, total / micro_batches), "bad": bad}
 
     def train_step(state: Any, frozen: Any, hyper: Any, batch: TokenBatch, rng: Any) -> tuple[Any, dict[str, Any]]:
         del rng
@@ -74,6 +75,7 @@ def make_train_step(
             axis_name=axis_name,
             loss=loss,
         )
+        logs |= guard.numbers(logs.pop("bad"), axis_name=axis_name)
         return state, logs | update_logs | {"learning_rate": hyper["learning_rate"]}
 
     return train_step

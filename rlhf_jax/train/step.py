@@ -11,13 +11,13 @@ batch that its sums are divided by. Then micro-batches add up to what one large 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from rlhf_jax.train import guard
 from rlhf_jax.train import state as state_lib
 
 
@@ -62,7 +62,7 @@ def loss_and_grads(
     Args:
         loss_fn: ``(params, batch, total) -> (scalar, metrics)``. The scalar is the share of these rows in the loss of
             the whole batch, i.e. a sum divided by ``total`` (with a named axis: ``psum(sum) / total``). The metrics
-            add up over rows in the same way (``metrics.Metric`` does); a plain mean does not.
+            add up over rows in the same way (``metrics.Metric`` does), but for `guard.Rows`; a plain mean does not.
         params: What is differentiated.
         batch: A pytree of ``[B, ...]`` arrays. Randomness per row (dropout) travels in it as one key a row.
         total: The counts of the whole batch, over all devices; any pytree, passed through.
@@ -95,8 +95,7 @@ def loss_and_grads(
     shapes, _ = jax.eval_shape(one, part(0))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     (loss, grads), logs_M = jax.lax.scan(add, zeros, parts)
-    merge = merge or partial(jax.tree.map, partial(jnp.sum, axis=0))
-    return (loss, merge(logs_M)), grads
+    return (loss, (merge or guard.merge)(logs_M)), grads
 
 
 def global_norm(tree: Any) -> jax.Array:
@@ -119,7 +118,7 @@ def apply_gradients(
     axis_name: str | tuple[str, ...] | None = None,
     loss: Any = None,
 ) -> tuple[Any, dict[str, jax.Array]]:
-    """One update; a step whose gradient (or loss) is not finite changes nothing but the step counter.
+    """One update; a step whose gradient, loss or rate is not finite changes nothing but the step counter.
 
     The counter goes on so that ``fold_in(rng, state.step)`` draws anew instead of meeting the same bad numbers again.
 
@@ -142,8 +141,9 @@ def apply_gradients(
         loss = None if loss is None else jax.lax.pmean(loss, axis_name)
     norm = global_norm(grads)
     finite = jnp.isfinite(norm)
-    if loss is not None:
-        finite &= jnp.isfinite(loss)
+    for number in (loss, *jax.tree.leaves(learning_rate)):
+        if number is not None:
+            finite &= jnp.all(jnp.isfinite(number))
     if max_grad_norm is not None:
         grads = clip(grads, norm, max_grad_norm)
     updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
