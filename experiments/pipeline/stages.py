@@ -145,7 +145,7 @@ class Job:
         """
         mesh = self.mesh
         how = {"log": self.log} | ({} if "rng" in how else {"rng": self.key(stage)}) | how
-        how |= self.guarded(stage, steps, how["batch_at"])
+        how |= self.guarded(stage, steps, batch_at)
         self.progress.start(stage, steps)
         with self.checkpoints(stage) as checkpoints:
             state = loop.fit(
