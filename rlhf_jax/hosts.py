@@ -144,8 +144,8 @@ def _start_jax(coordinator: str, count: int, index: int, devices: Sequence[int] 
             index,
             devices,
             initialization_timeout=max(1, int(timeout)),
-            # jax's own watch is the slower one: it ends a process by an abort, and counts the time that all slept.
-            heartbeat_timeout_seconds=600,
+            # A day: jax's own watch ends processes by an abort, and where all of them were suspended for so long, all.
+            heartbeat_timeout_seconds=86_400,
             shutdown_timeout_seconds=30,
         )
     except RuntimeError as error:
