@@ -144,8 +144,8 @@ def _start_jax(coordinator: str, count: int, index: int, devices: Sequence[int] 
             index,
             devices,
             initialization_timeout=max(1, int(timeout)),
-            # jax's own watch is the slower one: it ends a process by an abort, and counts the time that all slept.
-            heartbeat_timeout_seconds=600,
+            # A day: jax's own watch ends processes by an abort, and where all of them were suspended for so long, all.
+            heartbeat_timeout_seconds=86_400,
             shutdown_timeout_seconds=30,
         )
     except RuntimeError as error:
@@ -158,18 +158,23 @@ def _detect(
     coordinator: str | None, count: int | None, index: int | None, timeout: float
 ) -> tuple[str, int, int, Sequence[int] | None] | None:
     """``(coordinator, count, index, local device ids)``, or None for a single process."""
-    given = {"coordinator": coordinator, "count": count, "index": index}
-    missing = [name for name, value in given.items() if value is None]
-    if 0 < len(missing) < 3:
-        raise HostsError(f"hosts need a coordinator, a count and an index; there is no {' and no '.join(missing)}")
     devices = None
-    if missing:
+    if None in (coordinator, count, index):
         from jax._src import clusters
 
         detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
-        coordinator, count, index, devices = detect(None, None, None, None, None, int(timeout))
-    if coordinator is None or count is None or index is None or count == 1:
+        coordinator, count, index, devices = detect(coordinator, count, index, None, None, int(timeout))
+        # Open MPI says who is who; only its versions before 5 say where the first one is, too.
+        count = int(os.environ.get("OMPI_COMM_WORLD_SIZE", 0)) or None if count is None else count
+        index = int(os.environ.get("OMPI_COMM_WORLD_RANK", -1)) if index is None else index
+        index = None if index == -1 else index
+    if count == 1 or (coordinator is None and count is None and index is None):
         return None
+    if coordinator is None or count is None or index is None:
+        known = {"coordinator": coordinator, "count": count, "index": index}
+        there = " and ".join(f"the {name} {value}" for name, value in known.items() if value is not None)
+        missing = " and ".join(f"no {name}" for name, value in known.items() if value is None)
+        raise HostsError(f"of several hosts there is {there}, and {missing}; give --hosts.coordinator, count and index")
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
         raise HostsError(f"the coordinator is {coordinator!r}; it must be HOST:PORT")

@@ -192,11 +192,20 @@ def test_alone_nothing_is_done_and_a_wish_to_stop_is_granted():
         assert group.from_first("name", lambda: "made") == "made"
 
 
+def test_open_mpi_5_which_does_not_say_where_the_first_is_wants_that_alone(monkeypatch):
+    monkeypatch.delenv("OMPI_MCA_orte_hnp_uri", raising=False)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
+    with pytest.raises(hosts.HostsError, match="the count 4 and the index 3, and no coordinator"):
+        hosts._detect(None, None, None, 1.0)
+    assert hosts._detect("first:1", None, None, 1.0) == ("first:1", 4, 3, None)
+
+
 @pytest.mark.parametrize(
     ("how", "match"),
     [
-        (dict(coordinator="here:1", count=2), "no index"),
-        (dict(count=2, index=0), "no coordinator"),
+        (dict(coordinator="here:1", count=2), "the coordinator here:1 and the count 2, and no index; give"),
+        (dict(count=2, index=0), "and no coordinator"),
         (dict(coordinator="here", count=2, index=0), "'here'; it must be HOST:PORT"),
         (dict(coordinator="here:1", count=2, index=2), "index is 2; with 2 hosts"),
     ],
