@@ -18,7 +18,7 @@ from rlhf_jax import checkpoint, metrics
 from rlhf_jax.data import errors
 from rlhf_jax.train import loop
 
-from . import checks, rundir, settings
+from . import checks, process, rundir, settings
 
 S = TypeVar("S", bound=settings.Settings)
 
@@ -63,16 +63,16 @@ def enter(run: Callable[[Any], Any], read: Callable[[list[str]], Any], arguments
             run(read(sys.argv[1:] if arguments is None else arguments))
     except told as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        process.leave(2)
     except loop.Alarmed as stopped:
         print(f"{stopped}; go on all the same with --resume", file=sys.stderr)
-        raise SystemExit(3) from None
+        process.leave(3)
     except _Stopped:
         print("stopped between two stages; go on with --resume", file=sys.stderr)
-        raise SystemExit(75) from None
+        process.leave(75)
     except loop.Preempted as stopped:
         print(f"{stopped}; go on with --resume", file=sys.stderr)
-        raise SystemExit(75) from None  # EX_TEMPFAIL: try again later
+        process.leave(75)  # EX_TEMPFAIL: try again later
 
 
 class _Stopped(BaseException):
