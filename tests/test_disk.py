@@ -124,7 +124,8 @@ def main(folder):
         disk.mkdir()
         mount("-t", "tmpfs", "-o", "size=3m", "none", str(disk))
         results[case] = trial(case, disk)
-    print(json.dumps(results))
+    print(json.dumps(results), flush=True)
+    os._exit(0)  # threads of the saves that failed may never end
 
 
 if __name__ == "__main__":

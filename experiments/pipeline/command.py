@@ -18,7 +18,7 @@ from rlhf_jax import checkpoint, hosts, metrics, parallel
 from rlhf_jax.data import errors
 from rlhf_jax.train import loop
 
-from . import checks, joining, rundir, settings
+from . import checks, joining, process, rundir, settings
 
 S = TypeVar("S", bound=settings.Settings)
 
@@ -78,16 +78,16 @@ def enter(run: Callable[[Any], Any], read: Callable[[list[str]], Any], arguments
                 run(asked)
     except REFUSED as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(_status(error)) from None
+        process.leave(_status(error))
     except loop.Alarmed as stopped:
         print(f"{stopped}; go on all the same with --resume", file=sys.stderr)
-        raise SystemExit(_status(stopped)) from None
+        process.leave(_status(stopped))
     except _Stopped as stopped:
         print("stopped between two stages; go on with --resume", file=sys.stderr)
-        raise SystemExit(_status(stopped)) from None
+        process.leave(_status(stopped))
     except loop.Preempted as stopped:
         print(f"{stopped}; go on with --resume", file=sys.stderr)
-        raise SystemExit(_status(stopped)) from None
+        process.leave(_status(stopped))
 
 
 def _status(error: BaseException) -> int:
