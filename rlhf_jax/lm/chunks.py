@@ -15,10 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rlhf_jax import types
+from rlhf_jax import parallel, types
 
 MAX_BYTES = 2**26
 """How large the float32 logits of one part may be where no ``chunk`` is given; what fits is made at once."""
+
+MESH_BYTES = 2**28
+"""The same on a mesh, for each device: every part gathers the output's weights and adds up their gradient."""
 
 
 def over_columns(fn: Callable[..., Any], *arrays: jax.Array, vocab: int, chunk: int | None = None) -> Any:
@@ -67,7 +70,8 @@ def part_shape(B: int, L: int, *, vocab: int, chunk: int | None = None) -> tuple
         if chunk < 1:
             raise ValueError(f"chunk is {chunk}; it must be at least 1 column, or None")
         return B, min(chunk, L)
-    fit = max(MAX_BYTES // (4 * vocab), 1)
+    spread = parallel.parts("batch", "length", "vocab")
+    fit = max((MAX_BYTES if spread == 1 else MESH_BYTES * spread) // (4 * vocab), 1)
     if fit >= B * L:
         return B, L
     return (B, _even(L, fit // B)) if fit >= B else (_even(B, fit), 1)

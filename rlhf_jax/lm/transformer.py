@@ -18,6 +18,7 @@ from jax import lax
 from rlhf_jax import parallel, types
 from rlhf_jax.lm import attention, config, rotary
 from rlhf_jax.lm import cache as kv_cache
+from rlhf_jax.lm import params as lm_params
 
 Weights = Any
 """One layer's part of the parameters: ``params["layers"]`` without the leading axis."""
@@ -87,12 +88,28 @@ def forward(
     return _continue(params, tokens_BL, mask_BL, positions_BL, cache, used_slots or cache.slots, cfg)
 
 
+def _gathered(weights: Weights, axes: Any, cfg: config.LMConfig) -> Weights:
+    """Weights as a layer uses them, whole over ``fsdp``; those that are cast to the compute dtype, cast before."""
+    if parallel.parts("embed") == 1:
+        return weights
+
+    def of(path: Any, x: jax.Array) -> jax.Array:
+        names = axes
+        for entry in path:
+            names = names.get(entry.key) if isinstance(names, dict) else None
+        if names is None:
+            return x
+        return parallel.gathered(x, *names, dtype=cfg.compute_dtype if path[-1].key != "scale" else None)
+
+    return jax.tree_util.tree_map_with_path(of, weights)
+
+
 def logits(params: types.Params, hidden_BLD: jax.Array, *, cfg: config.LMConfig) -> jax.Array:
     """Score the vocabulary: ``[..., D] -> [..., V]``, float32."""
     if cfg.tie_embeddings:
-        kernel_DV = params["embed"]["tokens"].T
+        kernel_DV = parallel.gathered(params["embed"]["tokens"], "vocab", "embed", dtype=cfg.compute_dtype).T
     else:
-        kernel_DV = params["unembed"]["kernel"]
+        kernel_DV = parallel.gathered(params["unembed"]["kernel"], "embed", "vocab", dtype=cfg.compute_dtype)
     scores = _matmul(hidden_BLD, kernel_DV.astype(cfg.compute_dtype), out=jnp.float32)
     scores = parallel.constrain(scores, "batch", *["length"] * (scores.ndim - 2), "vocab")
     return attention.soft_cap(scores, cfg.final_softcap)
@@ -111,12 +128,16 @@ def default_positions(mask_BL: jax.Array, segments_BL: jax.Array | None = None) 
 def unstack(params: types.Params, cfg: config.LMConfig) -> types.Params:
     """Return ``params`` with ``layers`` as a tuple of layers, which a cached :func:`forward` takes as well.
 
-    A decoding loop then finds each layer's weights as arrays of their own instead of slicing them at every token.
+    A decoding loop then finds each layer's weights as arrays of their own instead of slicing them at every token. On a
+    mesh it finds them gathered, too, and in the compute dtype: sending them at every token would take many times as
+    long as reading them. A chip then holds the whole model while it decodes, or its part of ``tensor``.
     """
     if isinstance(params["layers"], tuple):
         return params
-    layers = tuple(jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(cfg.n_layers))
-    return {**params, "layers": layers}
+    layers = (jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(cfg.n_layers))
+    unstacked = {**params, "layers": tuple(_gathered(layer, lm_params.layer_axes(cfg), cfg) for layer in layers)}
+    dense = {name: unstacked[name] for name in ("embed", "unembed") if name in unstacked}
+    return unstacked | _gathered(dense, lm_params.logical_axes(cfg), cfg)
 
 
 def _read(
@@ -133,6 +154,7 @@ def _read(
     if positions_BL is None:
         positions_BL = default_positions(mask_BL, segments_BL)
     far, near = _views(attention.causal(mask_BL, segments_BL), positions_BL, positions_BL, cfg)
+    axes = lm_params.layer_axes(cfg)
 
     @_recomputed
     def attend(queries, keys, values, seen_BLL):
@@ -140,6 +162,7 @@ def _read(
 
     def step(x_BLD, layer, pick=None):
         weights, is_local = layer
+        weights = _gathered(weights, axes, cfg)
         # Local and global layers are one scanned body: which of the two views it takes is data.
         view = near if is_local is None else jax.tree.map(lambda a, b: jnp.where(is_local, a, b), near, far)
         seen_BLS = view.seen_BLS if pick is None else pick(view.seen_BLS, 1)
@@ -154,12 +177,12 @@ def _read(
     layers = (params["layers"], jnp.array(cfg.local_layers) if cfg.mixed_layers else None)
     if columns is None or cfg.n_layers > _FEW_LAYERS:
         x_BLD, _ = lax.scan(_rematerialised(step, cfg), x_BLD, layers)
-        return _norm(params["final_norm"], x_BLD, cfg)
+        return _final_norm(params, x_BLD, cfg)
     pick, place = _part(columns, tokens_BL.shape[1])
     x_BLD, _ = lax.scan(_rematerialised(step, cfg), x_BLD, jax.tree.map(lambda x: x[:-1], layers))
     last = _rematerialised(functools.partial(step, pick=pick), cfg)
     x_BQD, _ = last(x_BLD, jax.tree.map(lambda x: x[-1], layers))
-    return place(_norm(params["final_norm"], x_BQD, cfg))
+    return place(_final_norm(params, x_BQD, cfg))
 
 
 def _part(columns: Columns, width: int) -> tuple[Pick, Callable[[jax.Array], jax.Array]]:
@@ -211,7 +234,7 @@ def _continue(
         remembered.append(memory)
     keys, values = zip(*remembered, strict=True)
     grown = dataclasses.replace(grown, keys=keys, values=values)
-    return types.LMOutput(_norm(params["final_norm"], x_BLD, cfg), grown)
+    return types.LMOutput(_final_norm(params, x_BLD, cfg), grown)
 
 
 def _views(
@@ -321,6 +344,11 @@ def _biased(x_BLO: jax.Array, dense: Weights) -> jax.Array:
     return x_BLO + dense["bias"].astype(x_BLO.dtype)[None, None, :] if "bias" in dense else x_BLO
 
 
+def _final_norm(params: types.Params, x_BLD: jax.Array, cfg: config.LMConfig) -> jax.Array:
+    weights = {name: parallel.gathered(x, "embed") for name, x in params["final_norm"].items()}
+    return _norm(weights, x_BLD, cfg)
+
+
 @functools.partial(_recomputed, static_argnums=2)
 def _norm(weights: Weights, x_BLD: jax.Array, cfg: config.LMConfig) -> jax.Array:
     if cfg.norm == "rmsnorm":
@@ -354,18 +382,23 @@ def _embed(
     params: types.Params, tokens_BL: jax.Array, mask_BL: jax.Array, positions_BL: jax.Array, cfg: config.LMConfig
 ) -> jax.Array:
     # Whatever id stands at padding, a valid one is looked up: an id outside the vocabulary would read NaN.
-    table_VD = parallel.constrain(params["embed"]["tokens"], "vocab", None)
+    # Not cast before: its gradient is a sum over all places where a token stands.
+    table_VD = parallel.gathered(params["embed"]["tokens"], "vocab", "embed")
     x_BLD = _row(table_VD[jnp.where(mask_BL, tokens_BL, 0)])
     if cfg.positions == "learned":
-        x_BLD = x_BLD + params["embed"]["positions"][positions_BL + cfg.position_offset]
+        x_BLD = x_BLD + parallel.gathered(params["embed"]["positions"], None, "embed")[positions_BL + cfg.position_offset]
     x_BLD = x_BLD.astype(cfg.compute_dtype)
     return x_BLD * jnp.asarray(cfg.d_model**0.5, x_BLD.dtype) if cfg.embed_scale else x_BLD
 
 
 def _rematerialised(step: Callable, cfg: config.LMConfig) -> Callable:
-    if cfg.remat == "none":
+    policies = jax.checkpoint_policies
+    if cfg.remat != "none":
+        policy = policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
+    elif parallel.parts("embed") > 1:
+        policy = policies.save_anything_except_these_names(parallel.GATHERED)
+    else:
         return step
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
     return jax.checkpoint(step, policy=policy, prevent_cse=False)
 
 
