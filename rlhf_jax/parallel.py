@@ -192,7 +192,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
     Without it the compiler may spread activations as it spread the weights they meet, and move rows between devices.
     """
-    mesh = _compiled_for()
+    mesh = compiled_for()
     return x if mesh is None else jax.lax.with_sharding_constraint(x, spec(axes, mesh, shape=x.shape))
 
 
@@ -202,7 +202,7 @@ def gathered(x: jax.Array, *axes: str | None, dtype: Any = None) -> jax.Array:
     What is sent is of ``dtype``, and the gradient, of ``dtype`` too, goes back to the devices that hold its parts as
     soon as it is made: no more than one layer is whole at a time, forward or backward.
     """
-    if _compiled_for() is None:
+    if compiled_for() is None:
         return x
     return _gathered(x, axes, jnp.dtype(x.dtype if dtype is None else dtype), jnp.dtype(x.dtype))
 
@@ -232,14 +232,14 @@ GATHERED = "gathered"
 
 def parts(*axes: str) -> int:
     """Over how many devices an array with these logical axes is spread, in the step that is being compiled."""
-    mesh = _compiled_for()
+    mesh = compiled_for()
     if mesh is None:
         return 1
     names = [rule if isinstance(rule, tuple) else (rule,) for rule in (RULES[axis] for axis in axes) if rule]
     return math.prod(mesh.shape[name] for name in {name for rule in names for name in rule})
 
 
-def _compiled_for() -> Any:
+def compiled_for() -> Any:
     """The mesh of the step that is being compiled, if it is one of `make_mesh` and not taken apart by hand."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.manual_axes or not set(AXES) <= set(mesh.axis_names) else mesh

@@ -31,7 +31,8 @@ class Plan:
     model: str = "llama-3-8b"
     """A preset (llama-3-8b, llama-3-70b, pythia-1b, gpt2, tiny), or a folder or file with a Hugging Face config.json."""
     topology: str | None = None
-    """Chips to plan for, such as v5e:16x16 or v5p:4x4x8; `cpu`, `gpu`, or none: the devices that are here."""
+    """Chips to plan for, such as v5e:16x16 or v5p:4x4x8; `cpu`, `cpu:8` for eight of them, `gpu`, or none: the
+    devices that are here."""
     mesh: MeshSizes = dataclasses.field(default_factory=MeshSizes)
     batch: int = 64
     """Rows a step, over all chips: sequences of sft, prompts of reward_model, pairs of dpo, answers of ppo."""
@@ -61,3 +62,9 @@ class Plan:
     """What the backward pass computes again; none given: as the model's configuration says."""
     attention: Literal["auto", "einsum", "xla", "cudnn"] | None = None
     """The kernel; none given: as the model's configuration says."""
+    memory: float | None = None
+    """GiB of a device to plan with; none given: what the chip has."""
+    tries: int = 3
+    """Nearby settings to compile where it does not fit, until one does; 0: none."""
+    json: str | None = None
+    """File for all numbers."""

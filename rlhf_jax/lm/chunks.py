@@ -74,7 +74,14 @@ def part_shape(B: int, L: int, *, vocab: int, chunk: int | None = None) -> tuple
     fit = max((MAX_BYTES if spread == 1 else MESH_BYTES * spread) // (4 * vocab), 1)
     if fit >= B * L:
         return B, L
-    return (B, _even(L, fit // B)) if fit >= B else (_even(B, fit), 1)
+    if fit < B:
+        return _even(B, fit), 1
+    columns = _even(L, fit // B)
+    if spread > 1:
+        # Parts that come out even need no filling up, which would move columns between devices.
+        few = math.ceil(L / columns)
+        columns = next((L // parts for parts in range(few, 2 * few) if L % parts == 0), columns)
+    return B, columns
 
 
 def vocab_of(apply: types.ApplyFn, params: types.Params, hidden_BLD: jax.Array) -> int:

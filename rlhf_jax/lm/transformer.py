@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rlhf_jax import parallel, types
-from rlhf_jax.lm import attention, config, rotary
+from rlhf_jax.lm import attention, config, kernels, rotary
 from rlhf_jax.lm import cache as kv_cache
 from rlhf_jax.lm import params as lm_params
 
@@ -157,18 +157,20 @@ def _read(
     axes = lm_params.layer_axes(cfg)
 
     @_recomputed
-    def attend(queries, keys, values, seen_BLL):
-        return attention.attend(queries, keys, values, seen_BLL, cfg=cfg)
+    def attend(queries, keys, values, seen_BQL):
+        return attention.attend(queries, keys, values, seen_BQL, cfg=cfg)
 
     def step(x_BLD, layer, pick=None):
         weights, is_local = layer
         weights = _gathered(weights, axes, cfg)
         # Local and global layers are one scanned body: which of the two views it takes is data.
         view = near if is_local is None else jax.tree.map(lambda a, b: jnp.where(is_local, a, b), near, far)
-        seen_BLS = view.seen_BLS if pick is None else pick(view.seen_BLS, 1)
 
         def mix(queries, keys, values):
-            return attend(queries, keys, values, seen_BLS), None
+            if pick is None:
+                rows = (view.seen_BLS, mask_BL, segments_BL)
+                return kernels.attend_rows(queries, keys, values, *rows, cfg=cfg), None
+            return attend(queries, keys, values, pick(view.seen_BLS, 1)), None
 
         x_BLD, _ = _layer(weights, x_BLD, view.rotation, mix, cfg, pick=pick)
         return x_BLD, None
@@ -382,8 +384,9 @@ def _embed(
     params: types.Params, tokens_BL: jax.Array, mask_BL: jax.Array, positions_BL: jax.Array, cfg: config.LMConfig
 ) -> jax.Array:
     # Whatever id stands at padding, a valid one is looked up: an id outside the vocabulary would read NaN.
-    # Not cast before: its gradient is a sum over all places where a token stands.
-    table_VD = parallel.gathered(params["embed"]["tokens"], "vocab", "embed")
+    # Not cast before: its gradient is a sum over all places where a token stands. Pinned, so that this sum is made of
+    # each device's own rows, which then stay where they are.
+    table_VD = parallel.constrain(parallel.gathered(params["embed"]["tokens"], "vocab", "embed"), "vocab", None)
     x_BLD = _row(table_VD[jnp.where(mask_BL, tokens_BL, 0)])
     if cfg.positions == "learned":
         x_BLD = x_BLD + parallel.gathered(params["embed"]["positions"], None, "embed")[positions_BL + cfg.position_offset]
