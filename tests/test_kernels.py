@@ -49,7 +49,9 @@ def test_splash_is_the_form_that_is_written_out(packed, softcap):
         functools.partial(attention.attend, seen_BLS=seen_BLL, cfg=cfg),
         lambda *heads: kernels.splash(*heads, ids_BL, cfg=cfg, interpret=True),
     )
-    found = [jax.value_and_grad(functools.partial(loss, form), argnums=(0, 1, 2), has_aux=True)(*heads) for form in forms]
+    found = [
+        jax.value_and_grad(functools.partial(loss, form), argnums=(0, 1, 2), has_aux=True)(*heads) for form in forms
+    ]
     ((_, expected), expected_grads), ((_, mixed), grads) = found
     np.testing.assert_allclose(jnp.where(real, mixed, 0), jnp.where(real, expected, 0), atol=2e-5)
     for made, wanted in zip(grads, expected_grads, strict=True):

@@ -197,7 +197,10 @@ def _flags(now: Plan, before: Plan) -> str:
     for field in dataclasses.fields(Plan):
         new, old = getattr(now, field.name), getattr(before, field.name)
         if field.name == "mesh":
-            sizes = [(f"mesh.{axis.name}", getattr(new, axis.name), getattr(old, axis.name)) for axis in dataclasses.fields(new)]
+            sizes = [
+                (f"mesh.{axis.name}", getattr(new, axis.name), getattr(old, axis.name))
+                for axis in dataclasses.fields(new)
+            ]
         else:
             sizes = [(field.name, new, old)]
         parts += [f"--{name.replace('_', '-')} {value}" for name, value, was in sizes if value != was]

@@ -19,11 +19,11 @@ _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c12
 _ARRAY = re.compile(r"(pred|bf16|f16|f32|f64|c64|c128|[su]\d+|f8\w+)\[([\d,]*)\](\{[^}]*\})?")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"^(\(.*?\)|\S+) ([a-z][a-z0-9\-]*)\((.*)$")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation|called_computations)=\{?%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"}
-_FREE |= {"after-all", "partition-id", "copy-done", "slice-done", "iota", "broadcast", "custom-call", "opt-barrier"}
+_FREE |= {"after-all", "partition-id", "copy-done", "slice-done", "iota", "broadcast", "opt-barrier"}
 _TINY = 2**20
 """Collectives of fewer bytes are not looked at one by one."""
 
@@ -35,6 +35,8 @@ class Array:
     dtype: str
     dims: tuple[int, ...]
     near: bool
+    more: int = 0
+    """How many other arrays go with it, in one."""
 
     @property
     def bytes(self) -> int:
@@ -45,7 +47,7 @@ class Array:
     @property
     def text(self) -> str:
         """As HLO writes it, without the layout."""
-        return f"{self.dtype}[{','.join(map(str, self.dims))}]"
+        return f"{self.dtype}[{','.join(map(str, self.dims))}]" + f" and {self.more} more" * bool(self.more)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +84,15 @@ class Collective:
     where: str
     """The operation in the source that it comes from."""
 
+    bytes: int
+    """Of that array, and of those that go with it."""
+
     @property
     def sent(self) -> float:
         """Bytes that a chip receives in all of them, by ring algorithms."""
         share = (self.group - 1) / self.group if self.group > 1 else 0.0
         factor = {"all-reduce": 2.0 * share, "collective-permute": 1.0}.get(self.kind, share)
-        return self.times * factor * self.array.bytes
+        return self.times * factor * self.bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,12 +119,10 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     computations: dict[str, list[Instruction]] = {}
     entry, now = "", None
     for line in text.splitlines():
-        if not line.startswith(" "):
-            header = _COMPUTATION.match(line)
-            now = computations.setdefault(header.group(2), []) if header else None
-            if header and header.group(1):
-                entry = header.group(2)
-        elif now is not None and (found := _instruction(line)):
+        if header := _COMPUTATION.match(line):
+            now = computations.setdefault(header.group(2), [])
+            entry = header.group(2) if header.group(1) else entry
+        elif now is not None and line.startswith(" ") and (found := _instruction(line)):  # else: a kernel's own text
             now.append(found)
     return computations, entry
 
@@ -234,12 +237,13 @@ def _collective(i: Instruction, inside: str, times: int, mesh: dict[str, int] | 
     axes = _axes(groups, mesh) if mesh and kind != "collective-permute" else ()
     # A start gives what goes in and what comes out; an all-reduce of several arrays, all of them.
     sizes = sorted(i.arrays, key=lambda a: a.bytes)
-    array = sizes[-1]
-    if kind == "all-reduce" and len(i.arrays) > 1 and not i.opcode.endswith("-start"):
-        array = Array("u8", (sum(a.bytes for a in i.arrays),), False)
-    if kind == "reduce-scatter" and i.opcode == "reduce-scatter":
-        array = dataclasses.replace(array, dims=(*array.dims, len(groups) or 1))
-    return Collective(kind, array, len(groups) or 2, axes, times, where)
+    array, together = sizes[-1], sizes[-1].bytes
+    if len(sizes) > 1 and i.opcode in KINDS:
+        array = dataclasses.replace(array, more=len(sizes) - 1)
+        together = sum(a.bytes for a in sizes)
+    if i.opcode == "reduce-scatter":
+        together *= len(groups) or 1  # what comes out is a part
+    return Collective(kind, array, len(groups) or 2, axes, times, where, together)
 
 
 def _first_group(rest: str) -> list[int]:
@@ -252,11 +256,17 @@ def _first_group(rest: str) -> list[int]:
         shape, dims, order = ([int(n) for n in part.split(",")] if part else None for part in spread.groups())
         ids = np.arange(math.prod(dims)).reshape(dims)
         return (ids if order is None else ids.transpose(order)).reshape(shape)[0].tolist()
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest)
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\)\s)?[^{]*\{([^}]*)\}", rest)
     if named:
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named.group(1))}
-        taken = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named.group(2))
-        return _named_group(sizes, taken)
+        taken = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named.group(3))
+        group = _named_group(sizes, taken)
+        order = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", named.group(2) or "")
+        if not order:
+            return group
+        dims, turned = ([int(n) for n in part.split(",")] if part else None for part in order.groups())
+        ids = np.arange(math.prod(dims)).reshape(dims)
+        return (ids if turned is None else ids.transpose(turned)).ravel()[group].tolist()
     return []
 
 
@@ -283,14 +293,14 @@ def _merged(found: list[Collective]) -> list[Collective]:
     """Those of one kind, shape and axes as one, the largest traffic first."""
     same: dict[tuple, list[Collective]] = {}
     for c in found:
-        same.setdefault((c.kind, c.array.text, c.group, c.axes), []).append(c)
+        same.setdefault((c.kind, c.array.text, c.bytes, c.group, c.axes), []).append(c)
     merged = [dataclasses.replace(of[0], times=sum(c.times for c in of)) for of in same.values()]
     return sorted(merged, key=lambda c: -c.sent)
 
 
 def _moved(i: Instruction, names: dict[str, Instruction], computations: dict[str, list[Instruction]]) -> float:
     """Bytes that one instruction reads from the main memory and writes to it."""
-    if i.opcode in _FREE or i.opcode.endswith("-done"):
+    if i.opcode in _FREE or i.opcode.endswith("-done") or (i.opcode == "custom-call" and "tpu_custom" not in i.rest):
         return 0.0
     if i.opcode == "fusion":
         return _fusion_moved(i, names, computations)

@@ -77,7 +77,7 @@ class Found:
             {
                 "kind": c.kind,
                 "array": c.array.text,
-                "bytes": c.array.bytes,
+                "bytes": c.bytes,
                 "chips": c.group,
                 "axes": list(c.axes),
                 "times": c.times,
@@ -89,7 +89,9 @@ class Found:
         return plain | {"step_seconds": self.step_seconds, "utilisation": self.utilisation}
 
 
-def roofline(chip: Chip | None, flops: float, moved: float | None, collectives: Sequence[Collective]) -> dict[str, float]:
+def roofline(
+    chip: Chip | None, flops: float, moved: float | None, collectives: Sequence[Collective]
+) -> dict[str, float]:
     """Seconds that a chip's peaks allow for each of what it does; nothing for a chip that is not known."""
     if chip is None:
         return {}
@@ -108,7 +110,7 @@ def unneeded(collectives: Sequence[Collective], cfg: lm.LMConfig, mesh: dict[str
     for c in collectives:
         said = f"{c.kind} of {c.array.text}, {c.times} a step, {size(c.sent)} received by a chip"
         dims = _shape(c.array.dims)
-        if c.array.bytes < SHOWN:
+        if c.bytes < SHOWN:
             continue
         if c.kind == "all-to-all":
             told.append(f"{said}: rows or features change places ({c.where})")
@@ -150,6 +152,14 @@ def size(n: float) -> str:
         if abs(n) >= scale:
             return f"{n / scale:.2f} {unit}" if n < 10 * scale else f"{n / scale:.1f} {unit}"
     return f"{n:.0f} B"
+
+
+def operations(n: float) -> str:
+    """A count of operations to read."""
+    unit, scale = next(
+        ((u, s) for u, s in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)) if n >= s), ("MFLOP", 1e6)
+    )
+    return f"{n / scale:.3g} {unit}"
 
 
 def seconds(t: float) -> str:
@@ -203,11 +213,11 @@ def _memory(found: Found) -> Table:
 def _time(found: Found) -> Table:
     table = _table("a step, of a chip", "what", "amount", "at its peak")
     at = {name: seconds(t) for name, t in found.seconds.items()}
-    table.add_row("products", f"{found.flops / 1e12:.2f} TFLOP", at.get("compute", ""))
+    table.add_row("products", operations(found.flops), at.get("compute", ""))
     table.add_row("  of them recomputed", f"{max(0.0, 1 - found.model_flops / found.flops):.0%}", "")
-    table.add_row("  6 x parameters x tokens", f"{found.six_nt / 1e12:.2f} TFLOP", "")
+    table.add_row("  6 x parameters x tokens", operations(found.six_nt), "")
     if found.compiler_flops is not None:
-        table.add_row("  compiler's count, loops once", f"{found.compiler_flops / 1e12:.2f} TFLOP", "")
+        table.add_row("  compiler's count, loops once", operations(found.compiler_flops), "")
     if found.bytes_moved is not None:
         table.add_row("memory read and written, about", size(found.bytes_moved), at.get("memory", ""))
     wire = sum(c.sent for c in found.collectives)

@@ -98,7 +98,9 @@ def _sft(plan: Plan, cfg: lm.LMConfig, mesh: Mesh) -> Program:
     batch = sft.TokenBatch(_ints(shape), _bools(shape), _bools(shape))
     step = sft.make_train_step(partial(lm.token_logprobs, cfg=cfg), micro_batches=plan.micro_batches)
     flops = 3 * forward_flops(cfg, plan.batch, plan.length)
-    return _program("sft", plan, step, (state, None, _rates(), batch), mesh, tokens=plan.batch * plan.length, flops=flops)
+    return _program(
+        "sft", plan, step, (state, None, _rates(), batch), mesh, tokens=plan.batch * plan.length, flops=flops
+    )
 
 
 def _reward_model(plan: Plan, cfg: lm.LMConfig, mesh: Mesh) -> Program:
@@ -128,7 +130,9 @@ def _ppo(plan: Plan, cfg: lm.LMConfig, mesh: Mesh, *, part: str) -> Program:
     models = stages.ppo_models(cfg, spec, prompt_width=plan.prompt)
     where = _where(cfg, mesh, head=True)
     policy, critic = lm.abstract(cfg), lm.abstract(cfg, head=True)
-    state = jax.eval_shape(partial(ppo.create, tx=optimiser(plan)), _cast(policy, plan.params), _cast(critic, plan.params))
+    state = jax.eval_shape(
+        partial(ppo.create, tx=optimiser(plan)), _cast(policy, plan.params), _cast(critic, plan.params)
+    )
     state = _placed(state, parallel.shardings(state, mesh, where))
     frozen = ppo.Frozen(_frozen(plan, cfg, mesh), _frozen(plan, cfg, mesh, head=True))
     B, P, T = plan.batch, plan.prompt, plan.response

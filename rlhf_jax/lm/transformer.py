@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from rlhf_jax import parallel, types
-from rlhf_jax.lm import attention, config, kernels, rotary
+from rlhf_jax.lm import attention, config, embedding, kernels, rotary
 from rlhf_jax.lm import cache as kv_cache
 from rlhf_jax.lm import params as lm_params
+from rlhf_jax.lm import weights as weights_lib
 
 Weights = Any
 """One layer's part of the parameters: ``params["layers"]`` without the leading axis."""
@@ -88,28 +89,10 @@ def forward(
     return _continue(params, tokens_BL, mask_BL, positions_BL, cache, used_slots or cache.slots, cfg)
 
 
-def _gathered(weights: Weights, axes: Any, cfg: config.LMConfig) -> Weights:
-    """Weights as a layer uses them, whole over ``fsdp``; those that are cast to the compute dtype, cast before."""
-    if parallel.parts("embed") == 1:
-        return weights
-
-    def of(path: Any, x: jax.Array) -> jax.Array:
-        names = axes
-        for entry in path:
-            names = names.get(entry.key) if isinstance(names, dict) else None
-        if names is None:
-            return x
-        return parallel.gathered(x, *names, dtype=cfg.compute_dtype if path[-1].key != "scale" else None)
-
-    return jax.tree_util.tree_map_with_path(of, weights)
-
-
 def logits(params: types.Params, hidden_BLD: jax.Array, *, cfg: config.LMConfig) -> jax.Array:
     """Score the vocabulary: ``[..., D] -> [..., V]``, float32."""
-    if cfg.tie_embeddings:
-        kernel_DV = parallel.gathered(params["embed"]["tokens"], "vocab", "embed", dtype=cfg.compute_dtype).T
-    else:
-        kernel_DV = parallel.gathered(params["unembed"]["kernel"], "embed", "vocab", dtype=cfg.compute_dtype)
+    here = weights_lib.whole(params, "embed" if cfg.tie_embeddings else "unembed", cfg=cfg)
+    kernel_DV = here["embed"]["tokens"].T if cfg.tie_embeddings else here["unembed"]["kernel"]
     scores = _matmul(hidden_BLD, kernel_DV.astype(cfg.compute_dtype), out=jnp.float32)
     scores = parallel.constrain(scores, "batch", *["length"] * (scores.ndim - 2), "vocab")
     return attention.soft_cap(scores, cfg.final_softcap)
@@ -123,21 +106,6 @@ def default_positions(mask_BL: jax.Array, segments_BL: jax.Array | None = None) 
         return before_BL
     starts_BL = jnp.pad(segments_BL[:, 1:] != segments_BL[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     return before_BL - lax.cummax(jnp.where(starts_BL, before_BL, 0), axis=1)
-
-
-def unstack(params: types.Params, cfg: config.LMConfig) -> types.Params:
-    """Return ``params`` with ``layers`` as a tuple of layers, which a cached :func:`forward` takes as well.
-
-    A decoding loop then finds each layer's weights as arrays of their own instead of slicing them at every token. On a
-    mesh it finds them gathered, too, and in the compute dtype: sending them at every token would take many times as
-    long as reading them. A chip then holds the whole model while it decodes, or its part of ``tensor``.
-    """
-    if isinstance(params["layers"], tuple):
-        return params
-    layers = (jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(cfg.n_layers))
-    unstacked = {**params, "layers": tuple(_gathered(layer, lm_params.layer_axes(cfg), cfg) for layer in layers)}
-    dense = {name: unstacked[name] for name in ("embed", "unembed") if name in unstacked}
-    return unstacked | _gathered(dense, lm_params.logical_axes(cfg), cfg)
 
 
 def _read(
@@ -162,7 +130,7 @@ def _read(
 
     def step(x_BLD, layer, pick=None):
         weights, is_local = layer
-        weights = _gathered(weights, axes, cfg)
+        weights = weights_lib.gathered(weights, axes, cfg)
         # Local and global layers are one scanned body: which of the two views it takes is data.
         view = near if is_local is None else jax.tree.map(lambda a, b: jnp.where(is_local, a, b), near, far)
 
@@ -175,7 +143,7 @@ def _read(
         x_BLD, _ = _layer(weights, x_BLD, view.rotation, mix, cfg, pick=pick)
         return x_BLD, None
 
-    x_BLD = _embed(params, tokens_BL, mask_BL, positions_BL, cfg)
+    x_BLD = _row(embedding.embed(params, tokens_BL, mask_BL, positions_BL, cfg))
     layers = (params["layers"], jnp.array(cfg.local_layers) if cfg.mixed_layers else None)
     if columns is None or cfg.n_layers > _FEW_LAYERS:
         x_BLD, _ = lax.scan(_rematerialised(step, cfg), x_BLD, layers)
@@ -220,10 +188,10 @@ def _continue(
     seen_BLS = attention.visible(columns_BL, jnp.arange(used), grown.mask_BS[:, :used])
     far, near = _views(seen_BLS, positions_BL, grown.positions_BS[:, :used], cfg)
 
-    x_BLD = _embed(params, tokens_BL, mask_BL, positions_BL, cfg)
+    x_BLD = _row(embedding.embed(params, tokens_BL, mask_BL, positions_BL, cfg))
     remembered = []
     # Layers are unrolled here: through a scan, every cache would be copied at every token.
-    for i, weights in enumerate(unstack(params, cfg)["layers"]):
+    for i, weights in enumerate(weights_lib.unstack(params, cfg)["layers"]):
         view = near if cfg.is_local(i) else far
 
         def mix(queries, keys, values, i=i, view=view):
@@ -347,8 +315,7 @@ def _biased(x_BLO: jax.Array, dense: Weights) -> jax.Array:
 
 
 def _final_norm(params: types.Params, x_BLD: jax.Array, cfg: config.LMConfig) -> jax.Array:
-    weights = {name: parallel.gathered(x, "embed") for name, x in params["final_norm"].items()}
-    return _norm(weights, x_BLD, cfg)
+    return _norm(weights_lib.whole(params, "final_norm", cfg=cfg)["final_norm"], x_BLD, cfg)
 
 
 @functools.partial(_recomputed, static_argnums=2)
@@ -378,20 +345,6 @@ def _activated(x_BLF: jax.Array, cfg: config.LMConfig) -> jax.Array:
 @functools.partial(_recomputed, static_argnums=2)
 def _gated(gate_BLF: jax.Array, up_BLF: jax.Array, cfg: config.LMConfig) -> jax.Array:
     return _ACTIVATIONS[cfg.activation](gate_BLF) * up_BLF
-
-
-def _embed(
-    params: types.Params, tokens_BL: jax.Array, mask_BL: jax.Array, positions_BL: jax.Array, cfg: config.LMConfig
-) -> jax.Array:
-    # Whatever id stands at padding, a valid one is looked up: an id outside the vocabulary would read NaN.
-    # Not cast before: its gradient is a sum over all places where a token stands. Pinned, so that this sum is made of
-    # each device's own rows, which then stay where they are.
-    table_VD = parallel.constrain(parallel.gathered(params["embed"]["tokens"], "vocab", "embed"), "vocab", None)
-    x_BLD = _row(table_VD[jnp.where(mask_BL, tokens_BL, 0)])
-    if cfg.positions == "learned":
-        x_BLD = x_BLD + parallel.gathered(params["embed"]["positions"], None, "embed")[positions_BL + cfg.position_offset]
-    x_BLD = x_BLD.astype(cfg.compute_dtype)
-    return x_BLD * jnp.asarray(cfg.d_model**0.5, x_BLD.dtype) if cfg.embed_scale else x_BLD
 
 
 def _rematerialised(step: Callable, cfg: config.LMConfig) -> Callable:
