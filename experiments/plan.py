@@ -13,7 +13,7 @@ chip's peaks allow. Where it does not fit, nearby settings are compiled until on
 Compute is bfloat16, parameters and optimiser are float32, gradients go between chips in bfloat16. A loop that goes on
 until every answer has ended is taken to go round for --response tokens.
 
-For TPUs: pip install 'rlhf_jax[plan]', on Linux; no TPU is needed. Exit status: 0 fits, 1 does not fit, 2 bad input.
+For TPUs: pip install 'rlhf_jax[tpu]', on Linux; no TPU is needed. Exit status: 0 fits, 1 does not fit, 2 bad input.
 
 Hardware: two CPU cores, 6 GB. Time: one to five minutes a program.
 To expect there: the table in experiments/README.md.
@@ -21,6 +21,7 @@ To expect there: the table in experiments/README.md.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pathlib
@@ -32,7 +33,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 def _before_jax(arguments: list[str]) -> None:
     """Plans for chips that are not here need no device but the CPU, as many of it as are asked for."""
     given = [a.split("=", 1)[1] for a in arguments if a.startswith("--topology=")]
-    given += [b for a, b in zip(arguments, arguments[1:]) if a == "--topology"]
+    given += [b for a, b in itertools.pairwise(arguments) if a == "--topology"]
     topology = given[-1] if given else ""
     if topology in ("", "None", "gpu"):
         return

@@ -41,7 +41,7 @@ CHIPS = {
 HERE = ("cpu", "gpu")
 """What may stand in the place of a topology."""
 
-INSTALL = "planning for TPUs needs their compiler, which needs no TPU: pip install 'rlhf_jax[plan]' (Linux, 0.2 GB)"
+INSTALL = "planning for TPUs needs their compiler, which needs no TPU: pip install 'rlhf_jax[tpu]' (Linux, 0.2 GB)"
 
 
 def prepare() -> None:

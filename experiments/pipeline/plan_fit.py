@@ -25,7 +25,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def model(plan: Plan) -> lm.LMConfig:
-    """The architecture that the plan names, with what the plan says of it; raises SettingError for one that cannot be."""
+    """The architecture that the plan names, with the plan's changes; raises SettingError for one that cannot be."""
     path = pathlib.Path(plan.model)
     try:
         if plan.model in lm.config.PRESETS:

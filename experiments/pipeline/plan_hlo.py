@@ -144,9 +144,9 @@ def read(text: str, *, open_loops: int = 1, mesh: dict[str, int] | None = None) 
         for outer in computations[name]:
             moved += times * _moved(outer, by_name[name], computations)
             for i, inside in _collectives(outer, computations):
-                # A collective that goes on beside others is written down in each of them, and in loops within.
-                channel = re.search(r"channel_id=(\d+)", i.rest)
-                mark = channel.group(1) if channel else i.name
+                # One that goes on beside fusions is written down in each of them, and in loops within, by its channel.
+                channel = re.search(r"channel_id=\d+", i.rest)
+                mark = channel.group(0) if channel and inside else i.name
                 if mark not in seen:
                     seen.add(mark)
                     found.append(_collective(i, inside or name, times, mesh))

@@ -100,9 +100,9 @@ class LMConfig:
     remat: Remat = "none"
     """What the backward pass recomputes: nothing, all but the matmuls without a batch dimension, or whole layers."""
     attention: Attention = "auto"
-    """Of whole rows: "auto" takes the kernel of the platform for 16-bit dtypes where it can do the mask (splash
-    attention on a TPU, cuDNN on a GPU) and else "einsum", which is written out here and is what float32 gets everywhere;
-    "xla" and "cudnn" are those of ``jax.nn.dot_product_attention``, with a cache too."""
+    """Of whole rows: "auto" takes the platform's kernel for 16-bit dtypes where it can do the mask (splash attention on
+    a TPU, cuDNN on a GPU), and else "einsum", which is written out here and is what float32 gets everywhere; "xla" and
+    "cudnn" are those of ``jax.nn.dot_product_attention``, with a cache too."""
     model_type: str = ""
     """The Hugging Face model type that this was read as and is written as; empty: the first one that can hold it."""
 

@@ -112,7 +112,7 @@ def _splash_on_mesh(ids_BL: jax.Array, *heads: jax.Array, cfg: config.LMConfig) 
 def _splash_can(cfg: config.LMConfig, queries_BHLC: jax.Array) -> bool:
     L, C = queries_BHLC.shape[2:]
     # The window counts real tokens, and a kernel's counts columns: they differ where padding stands between tokens.
-    windowed = cfg.windowed and L > cfg.sliding_window
+    windowed = cfg.windowed and cfg.sliding_window < L
     # Each device's query heads need their own key heads beside them.
     apart = parallel.parts("heads")
     together = cfg.n_heads % apart != 0 or cfg.n_kv_heads % apart == 0
