@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 """Of every mesh, the slowest first: devices that stand next to each other share ``tensor`` and ``sequence``."""
@@ -124,7 +124,7 @@ def spec(
     return PartitionSpec(*entries)
 
 
-def shardings(tree: Any, mesh: Mesh, axes: Mapping[str, Any], *, rules: Rules = RULES) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh, axes: Mapping[str, Any], *, rules: Rules = RULES) -> Any:
     """The same tree with a sharding in the place of each array: parameters as `RULES` say, all else whole everywhere.
 
     What belongs to a parameter is known by the end of its path: ``params/policy/layers/q/kernel``, its moments in the
@@ -148,7 +148,7 @@ def shardings(tree: Any, mesh: Mesh, axes: Mapping[str, Any], *, rules: Rules = 
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
-def batch_shardings(batch: Any, mesh: Mesh) -> Any:
+def batch_shardings(batch: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The sharding of each ``[B, ...]`` array of a batch, rows over `ROWS`; scalars are whole everywhere."""
     rows = NamedSharding(mesh, PartitionSpec(ROWS))
     return jax.tree.map(lambda x: rows if np.ndim(x) else NamedSharding(mesh, PartitionSpec()), batch)

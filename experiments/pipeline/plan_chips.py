@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -85,14 +86,14 @@ def devices(plan: Plan) -> list[Any]:
             return jax.devices(here)
         except (RuntimeError, ValueError) as error:
             raise SettingError(f"--topology {plan.topology}: there is no such device here ({error})") from None
+    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+        raise SettingError(INSTALL)
     from jax.experimental import topologies
 
     try:
         return list(topologies.get_topology_desc(plan.topology, platform="tpu").devices)
     except Exception as error:  # bare RuntimeErrors and errors of the plugin, by version
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if "libtpu" in str(error).lower() or "plugin" in str(error).lower() or isinstance(error, ImportError):
-            raise SettingError(INSTALL) from None
         raise SettingError(f"--topology {plan.topology} does not exist: {text}") from None
 
 

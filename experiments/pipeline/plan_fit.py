@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from rlhf_jax import lm
+from rlhf_jax.lm import config
 
 from . import plan_chips, plan_flops, plan_hlo, plan_report, plan_steps
 from .plan_settings import Plan
@@ -28,12 +29,12 @@ def model(plan: Plan) -> lm.LMConfig:
     """The architecture that the plan names, with the plan's changes; raises SettingError for one that cannot be."""
     path = pathlib.Path(plan.model)
     try:
-        if plan.model in lm.config.PRESETS:
+        if plan.model in config.PRESETS:
             cfg = lm.LMConfig.preset(plan.model)
         elif path.exists():
             cfg = lm.load_config(path.parent if path.is_file() else path)
         else:
-            known = ", ".join(lm.config.PRESETS)
+            known = ", ".join(config.PRESETS)
             raise SettingError(f"--model is {plan.model!r}; it must be one of {known}, or a folder with a config.json")
         changes = {name: getattr(plan, name) for name in ("remat", "attention") if getattr(plan, name) is not None}
         return dataclasses.replace(cfg, dtype=plan.dtype, **changes)
@@ -61,12 +62,15 @@ def check(plan: Plan, cfg: lm.LMConfig, mesh: Mesh) -> None:
         raise SettingError(f"--batch {plan.batch} does not divide over {among}")
 
 
-def find(plan: Plan, *, out: Console | None = None) -> plan_report.Found:
-    """Compile what the plan asks for and read what came of it; raises SettingError for what cannot be asked."""
+def find(plan: Plan, *, cfg: lm.LMConfig | None = None, out: Console | None = None) -> plan_report.Found:
+    """Compile what the plan asks for and read what came of it; raises SettingError for what cannot be asked.
+
+    ``cfg`` stands in the place of the model that the plan names.
+    """
     kind, chip = plan_chips.chip_of(plan)
     devices = plan_chips.devices(plan)
     mesh = plan_chips.make_mesh(plan, devices)
-    cfg = model(plan)
+    cfg = model(plan) if cfg is None else cfg
     check(plan, cfg, mesh)
     program = plan_steps.build(plan, cfg, mesh)
     capacity = plan_chips.memory(chip, devices) if plan.memory is None else plan.memory * 2**30
@@ -107,7 +111,7 @@ def _found(
     read = plan_hlo.read(compiled.as_text(), open_loops=program.loops, mesh=known["mesh"])
     cost = compiled.cost_analysis() or {}
     return plan_report.Found(
-        **known | {"kept": kept},
+        **{**known, "kept": kept},
         temporaries=temporaries,
         code=code,
         needed=needed,

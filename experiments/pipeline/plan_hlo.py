@@ -144,9 +144,9 @@ def read(text: str, *, open_loops: int = 1, mesh: dict[str, int] | None = None) 
         for outer in computations[name]:
             moved += times * _moved(outer, by_name[name], computations)
             for i, inside in _collectives(outer, computations):
-                # One that goes on beside fusions is written down in each of them, and in loops within, by its channel.
+                # One that goes on beside fusions is written down in each of them, and in loops within.
                 channel = re.search(r"channel_id=\d+", i.rest)
-                mark = channel.group(0) if channel and inside else i.name
+                mark = f"{channel.group(0)} {i.opcode} {i.arrays}" if channel and inside else i.name
                 if mark not in seen:
                     seen.add(mark)
                     found.append(_collective(i, inside or name, times, mesh))
@@ -253,9 +253,7 @@ def _first_group(rest: str) -> list[int]:
         return [int(n) for n in listed.group(1).split(",")]
     spread = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
     if spread:
-        shape, dims, order = ([int(n) for n in part.split(",")] if part else None for part in spread.groups())
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        return (ids if order is None else ids.transpose(order)).reshape(shape)[0].tolist()
+        return _turned(spread.group(2), spread.group(3)).reshape(_numbers(spread.group(1)))[0].tolist()
     named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\)\s)?[^{]*\{([^}]*)\}", rest)
     if named:
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named.group(1))}
@@ -264,10 +262,18 @@ def _first_group(rest: str) -> list[int]:
         order = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", named.group(2) or "")
         if not order:
             return group
-        dims, turned = ([int(n) for n in part.split(",")] if part else None for part in order.groups())
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        return (ids if turned is None else ids.transpose(turned)).ravel()[group].tolist()
+        return _turned(*order.groups()).ravel()[group].tolist()
     return []
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
+
+
+def _turned(dims: str, order: str | None) -> np.ndarray:
+    """Partitions counted through, in a box of these sizes whose axes are then put in another order."""
+    ids = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
+    return ids if order is None else ids.transpose(_numbers(order))
 
 
 def _named_group(sizes: dict[str, int], taken: list[tuple[str, str, str]]) -> list[int]:
@@ -326,8 +332,6 @@ def _fusion_moved(i: Instruction, names: dict[str, Instruction], computations: d
     by_name = {line.name: line for line in inner}
     total = 0.0
     for line in parameters:
-        number = re.match(r"\((\d+)\)", "(" + line.rest.lstrip("(")) if line.rest else None
-        del number
         if any(a.near for a in line.arrays):
             continue
         uses = users.get(line.name, [])

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_jax import lm
+from rlhf_jax.lm import params as lm_params
 
 from .plan_chips import Chip
 from .plan_hlo import Collective
@@ -128,7 +129,7 @@ def unneeded(collectives: Sequence[Collective], cfg: lm.LMConfig, mesh: dict[str
 def _weights(cfg: lm.LMConfig) -> tuple[set[tuple[int, ...]], set[tuple[int, ...]]]:
     """The shapes of kernels, of one layer and of all layers, whole."""
     layer, stacked = set(), set()
-    for name, row in lm.params.table(cfg).items():
+    for name, row in lm_params.table(cfg).items():
         if not name.endswith("kernel") or not name.startswith("layers/"):
             continue
         heads = [i for i, axis in enumerate(row.axes) if axis in ("heads", "kv_heads")]

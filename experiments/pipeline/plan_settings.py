@@ -29,9 +29,9 @@ class Plan:
     stage: Stage = "sft"
     """Whose step; `ppo` is a whole iteration in one program, the other two are its halves."""
     model: str = "llama-3-8b"
-    """A preset (llama-3-8b, llama-3-70b, pythia-1b, gpt2, tiny), or a folder or file with a Hugging Face config.json."""
+    """A preset (llama-3-8b, llama-3-70b, pythia-1b, gpt2, tiny), or a Hugging Face config.json or its folder."""
     topology: str | None = None
-    """Chips to plan for, such as v5e:16x16 or v5p:4x4x8; `cpu`, `cpu:8` for eight of them, `gpu`; none: what is here."""
+    """Chips to plan for, such as v5e:16x16 or v5p:4x4x8; `cpu`, `cpu:8` for eight of them, `gpu`; none: those here."""
     mesh: MeshSizes = dataclasses.field(default_factory=MeshSizes)
     batch: int = 64
     """Rows a step, over all chips: sequences of sft, prompts of reward_model, pairs of dpo, answers of ppo."""

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax import generation, lm, parallel, types
+from rlhf_jax.lm import params as lm_params
 from rlhf_jax.train import dpo, objectives, ppo, reward_model, sft
 from rlhf_jax.train import state as state_lib
 
@@ -46,7 +47,7 @@ class Program:
     """How often a loop of unknown length goes round: the tokens of an answer after the first."""
 
 
-def build(plan: Plan, cfg: lm.LMConfig, mesh: Mesh) -> Program:
+def build(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> Program:
     """The program of the plan's stage."""
     return {
         "sft": _sft,
@@ -68,7 +69,7 @@ def chip_bytes(tree: Any) -> int:
     return sum(of(x) for x in jax.tree.leaves(tree))
 
 
-def cache_bytes(plan: Plan, cfg: lm.LMConfig, mesh: Mesh) -> int:
+def cache_bytes(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> int:
     """Bytes on one chip of the keys and values that a rollout decodes with."""
     cache = jax.eval_shape(partial(lm.create_cache, cfg, batch=plan.batch, slots=plan.prompt + plan.response - 1))
     axes = ("batch", "kv_heads", None, None)
@@ -84,7 +85,7 @@ def forward_flops(cfg: lm.LMConfig, rows: int, length: int, *, logits: int | Non
     unembed = cfg.d_model * cfg.vocab_size
     layers = sum(
         int(np.prod(row.shape, dtype=np.int64))
-        for name, row in lm.params.table(cfg).items()
+        for name, row in lm_params.table(cfg).items()
         if name.startswith("layers/") and name.endswith("kernel")
     )
     columns = length if logits is None else logits
@@ -92,7 +93,7 @@ def forward_flops(cfg: lm.LMConfig, rows: int, length: int, *, logits: int | Non
     return rows * (length * (2 * layers + attention) + 2 * columns * unembed)
 
 
-def _sft(plan: Plan, cfg: lm.LMConfig, mesh: Mesh) -> Program:
+def _sft(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> Program:
     state = _state(plan, cfg, mesh)
     shape = (plan.batch, plan.length)
     batch = sft.TokenBatch(_ints(shape), _bools(shape), _bools(shape))
@@ -103,18 +104,16 @@ def _sft(plan: Plan, cfg: lm.LMConfig, mesh: Mesh) -> Program:
     )
 
 
-def _reward_model(plan: Plan, cfg: lm.LMConfig, mesh: Mesh) -> Program:
+def _reward_model(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> Program:
     state = _state(plan, cfg, mesh, head=True)
     B, K, L = plan.batch, plan.completions, plan.length
-    batch = types.Comparisons(
-        _ints((B, K, L)), _bools((B, K, L)), jax.ShapeDtypeStruct((B, K), jnp.float32), _bools((B, K))
-    )
+    batch = types.Comparisons(_ints((B, K, L)), _bools((B, K, L)), _floats((B, K)), _bools((B, K)))
     step = reward_model.make_train_step(partial(lm.score, cfg=cfg), micro_batches=plan.micro_batches)
     flops = 3 * forward_flops(cfg, B * K, L, logits=0)
     return _program("reward_model", plan, step, (state, None, _rates(), batch), mesh, tokens=B * K * L, flops=flops)
 
 
-def _dpo(plan: Plan, cfg: lm.LMConfig, mesh: Mesh) -> Program:
+def _dpo(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> Program:
     state, reference = _state(plan, cfg, mesh), _frozen(plan, cfg, mesh)
     B, L = plan.batch, plan.prompt + plan.response
     batch = types.Preferences(_ints((B, 2, L)), _bools((B, 2, L)), _bools((B, 2, plan.response)))
@@ -125,7 +124,7 @@ def _dpo(plan: Plan, cfg: lm.LMConfig, mesh: Mesh) -> Program:
     return _program("dpo", plan, step, args, mesh, tokens=2 * B * L, flops=flops, frozen=reference)
 
 
-def _ppo(plan: Plan, cfg: lm.LMConfig, mesh: Mesh, *, part: str) -> Program:
+def _ppo(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh, *, part: str) -> Program:
     spec = generation.Sampling(max_new_tokens=plan.response, stop_ids=(STOP_ID,))
     models = stages.ppo_models(cfg, spec, prompt_width=plan.prompt)
     where = _where(cfg, mesh, head=True)
@@ -142,11 +141,12 @@ def _ppo(plan: Plan, cfg: lm.LMConfig, mesh: Mesh, *, part: str) -> Program:
     read = forward_flops(cfg, B, P + T, logits=T) + forward_flops(cfg, B, P + T, logits=0)
     collect_flops = forward_flops(cfg, B, P + T, logits=T) + 2 * read
     update_flops = 3 * plan.epochs * read
+    of_tokens: dict[str, Any] = {name: _floats((B, T)) for name in _OF_TOKENS}
     experience = types.Experience(
         tokens_BL=_ints((B, P + T)),
         mask_BL=_bools((B, P + T)),
         response_mask_BT=_bools((B, T)),
-        **{name: jax.ShapeDtypeStruct((B, T), jnp.float32) for name in _OF_TOKENS},
+        **of_tokens,
     )
 
     def collect(params: Any, frozen: Any, hyper: Any, batch: ppo.Batch, rng: Any) -> Any:
@@ -180,7 +180,7 @@ def _program(
     plan: Plan,
     step: Callable[..., Any],
     args: tuple[Any, ...],
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     *,
     tokens: int,
     flops: float,
@@ -208,8 +208,8 @@ def _program(
 
     def lower() -> jax.stages.Lowered:
         if donate:
-            return parallel.jit_step(step, mesh=mesh).lower(*full)
-        with jax.set_mesh(mesh):
+            return parallel.jit_step(step, mesh=_real(mesh)).lower(*full)
+        with jax.set_mesh(_real(mesh)):
             return jax.jit(step).lower(*full)
 
     return Program(
@@ -223,18 +223,24 @@ def _program(
     )
 
 
-def _state(plan: Plan, cfg: lm.LMConfig, mesh: Mesh, *, head: bool = False) -> Any:
+def _real(mesh: Mesh | AbstractMesh) -> Mesh:
+    """To compile there must be devices, if only described ones."""
+    assert isinstance(mesh, Mesh)
+    return mesh
+
+
+def _state(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh, *, head: bool = False) -> Any:
     params = _cast(lm.abstract(cfg, head=head), plan.params)
     state = jax.eval_shape(partial(state_lib.create, tx=optimiser(plan)), params)
     return _placed(state, parallel.shardings(state, mesh, _where(cfg, mesh, head=head)))
 
 
-def _frozen(plan: Plan, cfg: lm.LMConfig, mesh: Mesh, *, head: bool = False) -> Any:
+def _frozen(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh, *, head: bool = False) -> Any:
     params = _cast(lm.abstract(cfg, head=head), plan.frozen)
     return _placed(params, parallel.shardings(params, mesh, _where(cfg, mesh, head=head)))
 
 
-def _where(cfg: lm.LMConfig, mesh: Mesh, *, head: bool) -> Any:
+def _where(cfg: lm.LMConfig, mesh: Mesh | AbstractMesh, *, head: bool) -> Any:
     del mesh
     return lm.logical_axes(cfg, head=head)
 
@@ -261,3 +267,7 @@ def _ints(shape: tuple[int, ...]) -> Any:
 
 def _bools(shape: tuple[int, ...]) -> Any:
     return jax.ShapeDtypeStruct(shape, jnp.bool_)
+
+
+def _floats(shape: tuple[int, ...]) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)

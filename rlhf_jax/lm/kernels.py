@@ -51,7 +51,7 @@ def attend_rows(
         ids_BL = segment_ids(mask_BL, segments_BL)
         kernels["tpu"] = functools.partial(_splash_on_mesh, ids_BL, cfg=cfg)
     if _cudnn_can(cfg):
-        kernels["cuda"] = lambda *heads: attention.attend_by("cudnn", *heads, seen_BLL, cfg=cfg)
+        kernels["cuda"] = lambda *heads: attention.attend_by("cudnn", *heads, seen_BLS=seen_BLL, cfg=cfg)
     return lax.platform_dependent(*heads, **kernels, default=written_out) if kernels else written_out(*heads)
 
 
@@ -92,20 +92,26 @@ def splash(
     attend = kernels.make_splash_mha_single_device(
         mask, block_sizes=sizes, attn_logits_soft_cap=cfg.attn_softcap or None, interpret=interpret
     )
-    scaled = queries_BHLC * jnp.asarray(cfg.attn_scale, queries_BHLC.dtype)
-    return jax.vmap(lambda q, k, v, ids: attend(q, k, v, kernels.SegmentIds(ids, ids)))(
-        scaled, keys_BGLC, values_BGLC, ids_BL
-    )
+    scaled: jax.Array = queries_BHLC * jnp.asarray(cfg.attn_scale, queries_BHLC.dtype)
+
+    def one_row(*row: Any) -> Any:
+        *heads, ids = row
+        return attend(*heads, kernels.SegmentIds(ids, ids))
+
+    return jax.vmap(one_row)(scaled, keys_BGLC, values_BGLC, ids_BL)
 
 
 def _splash_on_mesh(ids_BL: jax.Array, *heads: jax.Array, cfg: config.LMConfig) -> jax.Array:
     """Every device attends with its own rows and heads: a kernel is nothing that a compiler can take apart."""
     mesh = parallel.compiled_for()
     if mesh is None:
-        return splash(*heads, ids_BL, cfg=cfg)
+        return splash(*heads, ids_BL=ids_BL, cfg=cfg)
     names = [("batch", "heads", None, None), *[("batch", "kv_heads", None, None)] * 2, ("batch", None)]
     specs = tuple(parallel.spec(axes, mesh, shape=x.shape) for axes, x in zip(names, (*heads, ids_BL), strict=True))
-    attend = functools.partial(splash, cfg=cfg)
+
+    def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, ids: jax.Array) -> jax.Array:
+        return splash(queries, keys, values, ids, cfg=cfg)
+
     return jax.shard_map(attend, in_specs=specs, out_specs=specs[0], check_vma=False)(*heads, ids_BL)
 
 
