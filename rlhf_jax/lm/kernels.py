@@ -109,7 +109,8 @@ def _splash_on_mesh(ids_BL: jax.Array, *heads: jax.Array, cfg: config.LMConfig) 
     names = [("batch", "heads", None, None), *[("batch", "kv_heads", None, None)] * 2, ("batch", None)]
     specs = tuple(parallel.spec(axes, mesh, shape=x.shape) for axes, x in zip(names, (*heads, ids_BL), strict=True))
 
-    def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, ids: jax.Array) -> jax.Array:
+    def attend(*mine: Any) -> jax.Array:
+        queries, keys, values, ids = mine
         return splash(queries, keys, values, ids, cfg=cfg)
 
     return jax.shard_map(attend, in_specs=specs, out_specs=specs[0], check_vma=False)(*heads, ids_BL)
