@@ -22,8 +22,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.placing import AXES, ROWS, MeshError, batch_shardings, own_rows, put, put_batch, row_parts, whole
 from rlhf_jax.pmap import PmapStep
@@ -139,7 +141,7 @@ def spec(
     return PartitionSpec(*entries)
 
 
-def shardings(tree: Any, mesh: Mesh, axes: Mapping[str, Any], *, rules: Rules = RULES) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh, axes: Mapping[str, Any], *, rules: Rules = RULES) -> Any:
     """The same tree with a sharding in the place of each array: parameters as `RULES` say, all else whole everywhere.
 
     What belongs to a parameter is known by the end of its path: ``params/policy/layers/q/kernel``, its moments in the
@@ -189,10 +191,57 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
     Without it the compiler may spread activations as it spread the weights they meet, and move rows between devices.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.manual_axes or not set(AXES) <= set(mesh.axis_names):
+    mesh = compiled_for()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, spec(axes, mesh, shape=x.shape))
+
+
+def gathered(x: jax.Array, *axes: str | None, dtype: Any = None) -> jax.Array:
+    """A weight as a layer uses it: in ``dtype`` (its own by default), and whole over ``fsdp``; ``x`` without a mesh.
+
+    What is sent is of ``dtype``, and the gradient, of ``dtype`` too, goes back to the devices that hold its parts as
+    soon as it is made: no more than one layer is whole at a time, forward or backward.
+    """
+    if compiled_for() is None:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes, mesh, shape=x.shape))
+    return _gathered(x, axes, jnp.dtype(x.dtype if dtype is None else dtype), jnp.dtype(x.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gathered(x: jax.Array, axes: tuple[str | None, ...], dtype: Any, given: Any) -> jax.Array:
+    # Pinned before as well: else the cast, too, is made of the whole.
+    x = constrain(x.astype(dtype), *axes)
+    x = constrain(x, *(None if axis is not None and RULES.get(axis) == "fsdp" else axis for axis in axes))
+    return checkpoint_name(x, GATHERED)
+
+
+def _gathered_forward(x: jax.Array, axes: Any, dtype: Any, given: Any) -> tuple[jax.Array, None]:
+    return _gathered(x, axes, dtype, given), None
+
+
+def _gathered_backward(axes: Any, dtype: Any, given: Any, nothing: None, cotangent: jax.Array) -> tuple[jax.Array]:
+    del dtype, nothing
+    return (constrain(cotangent, *axes).astype(given),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
+
+GATHERED = "gathered"
+"""What `gathered` gives is named, for rematerialisation: it must not be kept for the backward pass."""
+
+
+def parts(*axes: str) -> int:
+    """Over how many devices an array with these logical axes is spread, in the step that is being compiled."""
+    mesh = compiled_for()
+    if mesh is None:
+        return 1
+    names = [rule if isinstance(rule, tuple) else (rule,) for rule in (RULES[axis] for axis in axes) if rule]
+    return math.prod(mesh.shape[name] for name in {name for rule in names for name in rule})
+
+
+def compiled_for() -> Any:
+    """The mesh of the step that is being compiled, if it is one of `make_mesh` and not taken apart by hand."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.manual_axes or not set(AXES) <= set(mesh.axis_names) else mesh
 
 
 def _paths(axes: Any, before: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax import processes
 
@@ -22,7 +22,7 @@ class MeshError(ValueError):
     """A mesh, a rule or a batch that do not go together; the message says which and why."""
 
 
-def batch_shardings(batch: Any, mesh: Mesh) -> Any:
+def batch_shardings(batch: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The sharding of each ``[B, ...]`` array of a batch, rows over `ROWS`; scalars are whole everywhere."""
     rows = NamedSharding(mesh, PartitionSpec(ROWS))
     return jax.tree.map(lambda x: rows if np.ndim(x) else NamedSharding(mesh, PartitionSpec()), batch)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import lm, types
-from rlhf_jax.lm import attention, transformer
+from rlhf_jax.lm import attention, weights
 from rlhf_jax.lm import params as lm_params
 
 SMALL: dict[str, Any] = dict(vocab_size=23, n_layers=2, d_model=16, n_heads=4, d_mlp=24, max_length=32)
@@ -283,9 +283,9 @@ def test_bfloat16_is_computed_in_and_logprobs_are_float32():
 
 def test_unstacked_params():
     cfg = CONFIGS["llama"]
-    unstacked = transformer.unstack(model(cfg), cfg)
+    unstacked = weights.unstack(model(cfg), cfg)
     np.testing.assert_array_equal(unstacked["layers"][1]["q"]["kernel"], model(cfg)["layers"]["q"]["kernel"][1])
-    assert transformer.unstack(unstacked, cfg) is unstacked
+    assert weights.unstack(unstacked, cfg) is unstacked
 
 
 @pytest.mark.parametrize(

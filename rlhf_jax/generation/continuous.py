@@ -25,7 +25,7 @@ from rlhf_jax.generation import decoding
 from rlhf_jax.generation import generate as static
 from rlhf_jax.generation import sampling as sampling_lib
 from rlhf_jax.lm import cache as kv_cache
-from rlhf_jax.lm import config, transformer
+from rlhf_jax.lm import config, transformer, weights
 
 
 class _Answers(NamedTuple):
@@ -91,7 +91,7 @@ def generate(
     R = min(refill or max(B // 8, 1), B)
     if slots < 1 or R < 1:
         raise ValueError(f"slots is {slots} and refill {refill}; both must be at least 1")
-    params = transformer.unstack(params, cfg)
+    params = weights.unstack(params, cfg)
     limit_N = jnp.full((N,), T, jnp.int32) if limits_N is None else jnp.minimum(limits_N, T)
 
     def write(answers: _Answers, drawn: decoding.Drawn, prompt: jax.Array, step: jax.Array, live: jax.Array):

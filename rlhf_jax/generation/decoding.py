@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import types
+from rlhf_jax import parallel, types
 from rlhf_jax.generation import sampling as sampling_lib
 from rlhf_jax.lm import config, heads, transformer
 
@@ -45,7 +45,8 @@ def draw(
     values: bool,
 ) -> Drawn:
     """Draw token ``step_B`` of each row from the hidden state of the token before, with ``fold_in(rng_B[i], step)``."""
-    logits_BV = transformer.logits(params, hidden_BD, cfg=cfg)
+    # On a mesh a row's whole distribution comes together on the devices that draw from it.
+    logits_BV = parallel.constrain(transformer.logits(params, hidden_BD, cfg=cfg), "batch", None)
     keys_B = jax.vmap(jax.random.fold_in)(rng_B, step_B)
     drawn_B, logprobs_B = sampling_lib.choose(keys_B, logits_BV, sampling, step=step_B)
     tokens_B = jnp.where(live_B, drawn_B, sampling.pad_id)

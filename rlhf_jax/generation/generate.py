@@ -13,7 +13,7 @@ from rlhf_jax import types
 from rlhf_jax.generation import decoding
 from rlhf_jax.generation import sampling as sampling_lib
 from rlhf_jax.lm import cache as kv_cache
-from rlhf_jax.lm import config, transformer
+from rlhf_jax.lm import config, transformer, weights
 
 
 class _State(NamedTuple):
@@ -64,7 +64,7 @@ def generate(
     check(rng_B, prompts_BP, mask_BP, cfg, sampling, n=n)
     P, T = prompts_BP.shape[1], sampling.max_new_tokens
     B = prompts_BP.shape[0] * n
-    params = transformer.unstack(params, cfg)
+    params = weights.unstack(params, cfg)
     limit_B = jnp.full((B,), T, jnp.int32) if limits_B is None else jnp.minimum(limits_B, T)
 
     def record(state: _State, hidden_BD: jax.Array) -> _State:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
@@ -19,8 +21,8 @@ def attend(
     H must be a multiple of G: consecutive query heads share a key head (Ainslie et al. 2023). Scores and softmax are
     float32. A query that sees nothing returns the mean of the values, with finite gradients.
     """
-    if cfg.attention != "einsum":
-        return _dot_product_attention(queries_BHLC, keys_BGSC, values_BGSC, seen_BLS, cfg)
+    if cfg.attention in ("xla", "cudnn"):
+        return attend_by(cfg.attention, queries_BHLC, keys_BGSC, values_BGSC, seen_BLS, cfg=cfg)
     B, H, L, C = queries_BHLC.shape
     G, S = keys_BGSC.shape[1:3]
     # Queries of one group stand below each other, so that a group is one matmul whatever H / G is.
@@ -59,11 +61,17 @@ def visible(query_columns_BL: jax.Array, key_columns_S: jax.Array, mask_BS: jax.
     return (before & mask_BS[:, None, :]) | itself
 
 
-def _dot_product_attention(
-    queries_BHLC: jax.Array, keys_BGSC: jax.Array, values_BGSC: jax.Array, seen_BLS: jax.Array, cfg: config.LMConfig
+def attend_by(
+    kernel: Literal["xla", "cudnn"],
+    queries_BHLC: jax.Array,
+    keys_BGSC: jax.Array,
+    values_BGSC: jax.Array,
+    seen_BLS: jax.Array,
+    *,
+    cfg: config.LMConfig,
 ) -> jax.Array:
+    """:func:`attend` by ``jax.nn.dot_product_attention``, which knows no soft cap."""
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (queries_BHLC, keys_BGSC, values_BGSC))
-    kernel = "cudnn" if cfg.attention == "cudnn" else "xla"
     out = jax.nn.dot_product_attention(
         query, key, value, mask=seen_BLS[:, None], scale=cfg.attn_scale, implementation=kernel
     )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from rlhf_jax import parallel
 from rlhf_jax.lm import config
 
 
@@ -44,9 +45,13 @@ def create(cfg: config.LMConfig, *, batch: int, slots: int) -> KVCache:
     """
     shape = (batch, cfg.n_kv_heads, slots, cfg.d_head)
     layers = range(cfg.n_layers)
+
+    def empty() -> jax.Array:
+        return parallel.constrain(jnp.zeros(shape, cfg.compute_dtype), "batch", "kv_heads", None, None)
+
     return KVCache(
-        keys=tuple(jnp.zeros(shape, cfg.compute_dtype) for _ in layers),
-        values=tuple(jnp.zeros(shape, cfg.compute_dtype) for _ in layers),
+        keys=tuple(empty() for _ in layers),
+        values=tuple(empty() for _ in layers),
         mask_BS=jnp.zeros((batch, slots), bool),
         positions_BS=jnp.zeros((batch, slots), jnp.int32),
         length=jnp.zeros((), jnp.int32),

@@ -15,10 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rlhf_jax import types
+from rlhf_jax import parallel, types
 
 MAX_BYTES = 2**26
 """How large the float32 logits of one part may be where no ``chunk`` is given; what fits is made at once."""
+
+MESH_BYTES = 2**28
+"""The same on a mesh, for each device: every part gathers the output's weights and adds up their gradient."""
 
 
 def over_columns(fn: Callable[..., Any], *arrays: jax.Array, vocab: int, chunk: int | None = None) -> Any:
@@ -67,10 +70,18 @@ def part_shape(B: int, L: int, *, vocab: int, chunk: int | None = None) -> tuple
         if chunk < 1:
             raise ValueError(f"chunk is {chunk}; it must be at least 1 column, or None")
         return B, min(chunk, L)
-    fit = max(MAX_BYTES // (4 * vocab), 1)
+    spread = parallel.parts("batch", "length", "vocab")
+    fit = max((MAX_BYTES if spread == 1 else MESH_BYTES * spread) // (4 * vocab), 1)
     if fit >= B * L:
         return B, L
-    return (B, _even(L, fit // B)) if fit >= B else (_even(B, fit), 1)
+    if fit < B:
+        return _even(B, fit), 1
+    columns = _even(L, fit // B)
+    if spread > 1:
+        # Parts that come out even need no filling up, which would move columns between devices.
+        few = math.ceil(L / columns)
+        columns = next((L // parts for parts in range(few, 2 * few) if L % parts == 0), columns)
+    return B, columns
 
 
 def vocab_of(apply: types.ApplyFn, params: types.Params, hidden_BLD: jax.Array) -> int:

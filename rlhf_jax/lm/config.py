@@ -11,7 +11,7 @@ Norm = Literal["layernorm", "rmsnorm"]
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
 Positions = Literal["learned", "rope"]
 Remat = Literal["none", "dots", "full"]
-Attention = Literal["einsum", "xla", "cudnn"]
+Attention = Literal["auto", "einsum", "xla", "cudnn"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "norm": ("layernorm", "rmsnorm"),
@@ -19,7 +19,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "positions": ("learned", "rope"),
     "dtype": ("float32", "bfloat16", "float16"),
     "remat": ("none", "dots", "full"),
-    "attention": ("einsum", "xla", "cudnn"),
+    "attention": ("auto", "einsum", "xla", "cudnn"),
 }
 
 
@@ -99,8 +99,10 @@ class LMConfig:
     """What layers compute in; parameters, norms' statistics and log-probabilities stay in float32."""
     remat: Remat = "none"
     """What the backward pass recomputes: nothing, all but the matmuls without a batch dimension, or whole layers."""
-    attention: Attention = "einsum"
-    """The kernel: written out here, or ``jax.nn.dot_product_attention`` on XLA or on cuDNN (16-bit dtypes on a GPU)."""
+    attention: Attention = "auto"
+    """Of whole rows: "auto" takes the platform's kernel for 16-bit dtypes where it can do the mask (splash attention on
+    a TPU, cuDNN on a GPU), and else "einsum", which is written out here and is what float32 gets everywhere; "xla" and
+    "cudnn" are those of ``jax.nn.dot_product_attention``, with a cache too."""
     model_type: str = ""
     """The Hugging Face model type that this was read as and is written as; empty: the first one that can hold it."""
 
@@ -146,8 +148,8 @@ class LMConfig:
             self.local_rope_theta,
             "0 without sliding_window",
         )
-        plain = self.attention == "einsum" or self.attn_softcap == 0
-        _require(plain, "attention", self.attention, "'einsum' where attn_softcap is not 0")
+        plain = self.attention in ("auto", "einsum") or self.attn_softcap == 0
+        _require(plain, "attention", self.attention, "'auto' or 'einsum' where attn_softcap is not 0")
         only_rms = self.norm == "rmsnorm" or not self.norm_plus_one
         _require(only_rms, "norm_plus_one", self.norm_plus_one, "False with layernorm")
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import types
+from rlhf_jax import parallel, types
 from rlhf_jax.lm import config
 from rlhf_jax.lm import params as lm_params
 
@@ -48,10 +48,12 @@ def scalar(params: types.Params, hidden_BLD: jax.Array) -> jax.Array:
     head = params["head"]
     hidden_BLD = hidden_BLD.astype(jnp.float32)
     if "kernel_HD" in head:
-        dot = jnp.einsum("...d,hd->...h", hidden_BLD, head["kernel_HD"].astype(jnp.float32))
+        dot = jnp.einsum(
+            "...d,hd->...h", hidden_BLD, parallel.gathered(head["kernel_HD"], None, "embed").astype(jnp.float32)
+        )
         shape = (1,) * (dot.ndim - 1) + head["gain"].shape
         return head["gain"].reshape(shape) * dot + head["bias"].reshape(shape)
-    dot = jnp.einsum("...d,d->...", hidden_BLD, head["kernel_D"].astype(jnp.float32))
+    dot = jnp.einsum("...d,d->...", hidden_BLD, parallel.gathered(head["kernel_D"], "embed").astype(jnp.float32))
     return head["gain"] * dot + head["bias"]
 
 

@@ -143,6 +143,11 @@ def logical_axes(cfg: config.LMConfig, *, head: bool = False) -> types.Params:
     return nest({name: row.axes for name, row in _rows(cfg, head).items()})
 
 
+def layer_axes(cfg: config.LMConfig) -> types.Params:
+    """The logical axes of one layer's parameters, less the axis over the layers."""
+    return jax.tree.map(lambda axes: axes[1:], logical_axes(cfg)["layers"], is_leaf=lambda x: isinstance(x, tuple))
+
+
 def count(cfg: config.LMConfig) -> int:
     """How many parameters ``cfg`` has."""
     return sum(math.prod(row.shape) for row in table(cfg).values())

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from rlhf_jax import parallel, types
-from rlhf_jax.lm import attention, config, rotary
+from rlhf_jax.lm import attention, config, embedding, kernels, rotary
 from rlhf_jax.lm import cache as kv_cache
+from rlhf_jax.lm import params as lm_params
+from rlhf_jax.lm import weights as weights_lib
 
 Weights = Any
 """One layer's part of the parameters: ``params["layers"]`` without the leading axis."""
@@ -89,10 +91,8 @@ def forward(
 
 def logits(params: types.Params, hidden_BLD: jax.Array, *, cfg: config.LMConfig) -> jax.Array:
     """Score the vocabulary: ``[..., D] -> [..., V]``, float32."""
-    if cfg.tie_embeddings:
-        kernel_DV = params["embed"]["tokens"].T
-    else:
-        kernel_DV = params["unembed"]["kernel"]
+    here = weights_lib.whole(params, "embed" if cfg.tie_embeddings else "unembed", cfg=cfg)
+    kernel_DV = here["embed"]["tokens"].T if cfg.tie_embeddings else here["unembed"]["kernel"]
     scores = _matmul(hidden_BLD, kernel_DV.astype(cfg.compute_dtype), out=jnp.float32)
     scores = parallel.constrain(scores, "batch", *["length"] * (scores.ndim - 2), "vocab")
     return attention.soft_cap(scores, cfg.final_softcap)
@@ -106,17 +106,6 @@ def default_positions(mask_BL: jax.Array, segments_BL: jax.Array | None = None) 
         return before_BL
     starts_BL = jnp.pad(segments_BL[:, 1:] != segments_BL[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     return before_BL - lax.cummax(jnp.where(starts_BL, before_BL, 0), axis=1)
-
-
-def unstack(params: types.Params, cfg: config.LMConfig) -> types.Params:
-    """Return ``params`` with ``layers`` as a tuple of layers, which a cached :func:`forward` takes as well.
-
-    A decoding loop then finds each layer's weights as arrays of their own instead of slicing them at every token.
-    """
-    if isinstance(params["layers"], tuple):
-        return params
-    layers = tuple(jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(cfg.n_layers))
-    return {**params, "layers": layers}
 
 
 def _read(
@@ -133,33 +122,37 @@ def _read(
     if positions_BL is None:
         positions_BL = default_positions(mask_BL, segments_BL)
     far, near = _views(attention.causal(mask_BL, segments_BL), positions_BL, positions_BL, cfg)
+    axes = lm_params.layer_axes(cfg)
 
     @_recomputed
-    def attend(queries, keys, values, seen_BLL):
-        return attention.attend(queries, keys, values, seen_BLL, cfg=cfg)
+    def attend(queries, keys, values, seen_BQL):
+        return attention.attend(queries, keys, values, seen_BQL, cfg=cfg)
 
     def step(x_BLD, layer, pick=None):
         weights, is_local = layer
+        weights = weights_lib.gathered(weights, axes, cfg)
         # Local and global layers are one scanned body: which of the two views it takes is data.
         view = near if is_local is None else jax.tree.map(lambda a, b: jnp.where(is_local, a, b), near, far)
-        seen_BLS = view.seen_BLS if pick is None else pick(view.seen_BLS, 1)
 
         def mix(queries, keys, values):
-            return attend(queries, keys, values, seen_BLS), None
+            if pick is None:
+                rows = (view.seen_BLS, mask_BL, segments_BL)
+                return kernels.attend_rows(queries, keys, values, *rows, cfg=cfg), None
+            return attend(queries, keys, values, pick(view.seen_BLS, 1)), None
 
         x_BLD, _ = _layer(weights, x_BLD, view.rotation, mix, cfg, pick=pick)
         return x_BLD, None
 
-    x_BLD = _embed(params, tokens_BL, mask_BL, positions_BL, cfg)
+    x_BLD = _row(embedding.embed(params, tokens_BL, mask_BL, positions_BL, cfg))
     layers = (params["layers"], jnp.array(cfg.local_layers) if cfg.mixed_layers else None)
     if columns is None or cfg.n_layers > _FEW_LAYERS:
         x_BLD, _ = lax.scan(_rematerialised(step, cfg), x_BLD, layers)
-        return _norm(params["final_norm"], x_BLD, cfg)
+        return _final_norm(params, x_BLD, cfg)
     pick, place = _part(columns, tokens_BL.shape[1])
     x_BLD, _ = lax.scan(_rematerialised(step, cfg), x_BLD, jax.tree.map(lambda x: x[:-1], layers))
     last = _rematerialised(functools.partial(step, pick=pick), cfg)
     x_BQD, _ = last(x_BLD, jax.tree.map(lambda x: x[-1], layers))
-    return place(_norm(params["final_norm"], x_BQD, cfg))
+    return place(_final_norm(params, x_BQD, cfg))
 
 
 def _part(columns: Columns, width: int) -> tuple[Pick, Callable[[jax.Array], jax.Array]]:
@@ -195,10 +188,10 @@ def _continue(
     seen_BLS = attention.visible(columns_BL, jnp.arange(used), grown.mask_BS[:, :used])
     far, near = _views(seen_BLS, positions_BL, grown.positions_BS[:, :used], cfg)
 
-    x_BLD = _embed(params, tokens_BL, mask_BL, positions_BL, cfg)
+    x_BLD = _row(embedding.embed(params, tokens_BL, mask_BL, positions_BL, cfg))
     remembered = []
     # Layers are unrolled here: through a scan, every cache would be copied at every token.
-    for i, weights in enumerate(unstack(params, cfg)["layers"]):
+    for i, weights in enumerate(weights_lib.unstack(params, cfg)["layers"]):
         view = near if cfg.is_local(i) else far
 
         def mix(queries, keys, values, i=i, view=view):
@@ -211,7 +204,7 @@ def _continue(
         remembered.append(memory)
     keys, values = zip(*remembered, strict=True)
     grown = dataclasses.replace(grown, keys=keys, values=values)
-    return types.LMOutput(_norm(params["final_norm"], x_BLD, cfg), grown)
+    return types.LMOutput(_final_norm(params, x_BLD, cfg), grown)
 
 
 def _views(
@@ -321,6 +314,10 @@ def _biased(x_BLO: jax.Array, dense: Weights) -> jax.Array:
     return x_BLO + dense["bias"].astype(x_BLO.dtype)[None, None, :] if "bias" in dense else x_BLO
 
 
+def _final_norm(params: types.Params, x_BLD: jax.Array, cfg: config.LMConfig) -> jax.Array:
+    return _norm(weights_lib.whole(params, "final_norm", cfg=cfg)["final_norm"], x_BLD, cfg)
+
+
 @functools.partial(_recomputed, static_argnums=2)
 def _norm(weights: Weights, x_BLD: jax.Array, cfg: config.LMConfig) -> jax.Array:
     if cfg.norm == "rmsnorm":
@@ -350,22 +347,14 @@ def _gated(gate_BLF: jax.Array, up_BLF: jax.Array, cfg: config.LMConfig) -> jax.
     return _ACTIVATIONS[cfg.activation](gate_BLF) * up_BLF
 
 
-def _embed(
-    params: types.Params, tokens_BL: jax.Array, mask_BL: jax.Array, positions_BL: jax.Array, cfg: config.LMConfig
-) -> jax.Array:
-    # Whatever id stands at padding, a valid one is looked up: an id outside the vocabulary would read NaN.
-    table_VD = parallel.constrain(params["embed"]["tokens"], "vocab", None)
-    x_BLD = _row(table_VD[jnp.where(mask_BL, tokens_BL, 0)])
-    if cfg.positions == "learned":
-        x_BLD = x_BLD + params["embed"]["positions"][positions_BL + cfg.position_offset]
-    x_BLD = x_BLD.astype(cfg.compute_dtype)
-    return x_BLD * jnp.asarray(cfg.d_model**0.5, x_BLD.dtype) if cfg.embed_scale else x_BLD
-
-
 def _rematerialised(step: Callable, cfg: config.LMConfig) -> Callable:
-    if cfg.remat == "none":
+    policies = jax.checkpoint_policies
+    if cfg.remat != "none":
+        policy = policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
+    elif parallel.parts("embed") > 1:
+        policy = policies.save_anything_except_these_names(parallel.GATHERED)
+    else:
         return step
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
     return jax.checkpoint(step, policy=policy, prevent_cse=False)
 
 

@@ -1,0 +1,79 @@
+"""Before paying for a machine: would the step fit, how fast could it be, and what do the chips say to each other?
+
+    python experiments/plan.py --stage ppo --model llama-3-8b --topology v5e:16x16 --mesh.fsdp 32 --mesh.tensor 8
+    python experiments/plan.py --stage dpo --model path/to/config.json --topology v5e:2x4 --mesh.fsdp 8
+    python experiments/plan.py --stage sft --model tiny --topology cpu --length 64 --batch 8
+
+Compiles the step that a run would take, with the compiler of the chips that are asked about and without a chip, and
+says: whether it fits; bytes a chip by kind, those of parameters, optimiser, frozen models and KV cache from shapes and
+shardings, exact, the rest from the compiler; operations, loops counted as often as they go round, beside 6 x parameters
+x tokens; collectives by kind and size, with a warning for each that the sharding should not need; and the time that the
+chip's peaks allow. Where it does not fit, nearby settings are compiled until one does, or --tries are used up.
+
+Compute is bfloat16, parameters and optimiser are float32, gradients go between chips in bfloat16. A loop that goes on
+until every answer has ended is taken to go round for --response tokens.
+
+For TPUs: pip install 'rlhf_jax[tpu]', on Linux; no TPU is needed. Exit status: 0 fits, 1 does not fit, 2 bad input.
+
+Hardware: two CPU cores, 6 GB. Time: one to five minutes a program.
+To expect there: the table in experiments/README.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+
+def _before_jax(arguments: list[str]) -> None:
+    """Plans for chips that are not here need no device but the CPU, as many of it as are asked for."""
+    given = [a.split("=", 1)[1] for a in arguments if a.startswith("--topology=")]
+    given += [b for a, b in itertools.pairwise(arguments) if a == "--topology"]
+    topology = given[-1] if given else ""
+    if topology in ("", "None", "gpu"):
+        return
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+
+if __name__ == "__main__":
+    _before_jax(sys.argv[1:])
+
+import tyro  # noqa: E402
+from pipeline import plan_chips, plan_fit, plan_report, plan_settings  # noqa: E402
+from pipeline.settings import SettingError  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+from rlhf_jax import atomic  # noqa: E402
+
+
+def run(plan: plan_settings.Plan, out: Console, progress: Console) -> int:
+    """Find, show and write; returns the exit status."""
+    plan_chips.prepare()
+    found = plan_fit.find(plan, out=progress)
+    if not found.fits and plan.tries:
+        found.suggestions.extend(plan_fit.suggest(plan, found, out=progress))
+    plan_report.show(found, plan, out)
+    if plan.json is not None:
+        atomic.replace_file(plan.json, (json.dumps(found.as_dict(), indent=1) + "\n").encode())
+    return 0 if found.fits else 1
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; exits with the status that the module names."""
+    plan = tyro.cli(plan_settings.Plan, args=arguments, prog="plan.py", description=__doc__)
+    try:
+        status = run(plan, Console(), Console(stderr=True))
+    except SettingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()

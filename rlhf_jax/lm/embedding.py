@@ -1,0 +1,60 @@
+"""What tokens become before the first layer, and looking them up in a table that is spread over devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from rlhf_jax import parallel, types
+from rlhf_jax.lm import config, weights
+
+
+def embed(
+    params: types.Params, tokens_BL: jax.Array, mask_BL: jax.Array, positions_BL: jax.Array, cfg: config.LMConfig
+) -> jax.Array:
+    """``[B,L,D]`` in the compute dtype."""
+    # Whatever id stands at padding, a valid one is looked up: an id outside the vocabulary would read NaN.
+    ids_BL, table_VD = jnp.where(mask_BL, tokens_BL, 0), params["embed"]["tokens"]
+    # Positions are added before anything is cast.
+    dtype = table_VD.dtype if cfg.positions == "learned" else cfg.compute_dtype
+    x_BLD = table_VD[ids_BL] if weights.ready(params) else look_up(table_VD, ids_BL, dtype)
+    if cfg.positions == "learned":
+        table_LD = params["embed"]["positions"]
+        table_LD = table_LD if weights.ready(params) else parallel.gathered(table_LD, None, "embed")
+        x_BLD = x_BLD + table_LD[positions_BL + cfg.position_offset]
+    x_BLD = x_BLD.astype(cfg.compute_dtype)
+    return x_BLD * jnp.asarray(cfg.d_model**0.5, x_BLD.dtype) if cfg.embed_scale else x_BLD
+
+
+def look_up(table_VD: jax.Array, tokens_BL: jax.Array, dtype: Any) -> jax.Array:
+    """``table_VD[tokens_BL]`` in ``dtype``, ``[B,L,D]``; every id is one of the table's.
+
+    On a mesh each device gathers the features of its part of the vocabulary and looks up its own rows there. Written
+    out, since the gradient is then added up on each device before it is sent, in the table's dtype, to where its parts
+    lie; left to itself a compiler sends the rows of all devices instead, or the sum to all of them.
+    """
+    mesh = parallel.compiled_for()
+    rows = None if mesh is None else parallel.spec(("batch", "length"), mesh, shape=tokens_BL.shape)
+    where = None if mesh is None else parallel.spec(("vocab", "embed"), mesh, shape=table_VD.shape)
+    if rows is None or where is None:
+        return table_VD[tokens_BL].astype(dtype)
+    over_vocab, over_features = where
+    if over_features is None or over_features not in (rows[0] or ()):
+        # Few rows: all devices that share the features look up the same ones.
+        return parallel.gathered(table_VD, "vocab", "embed")[tokens_BL].astype(dtype)
+
+    def mine(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        table = lax.all_gather(table, over_features, axis=1, tiled=True)
+        if over_vocab is None:
+            return table[tokens].astype(dtype)
+        places = tokens - lax.axis_index(over_vocab) * table.shape[0]
+        here = (places >= 0) & (places < table.shape[0])
+        found = table[jnp.where(here, places, 0)].astype(dtype)
+        # Of one device alone it is not zero, so that the sum is exact in any dtype.
+        return lax.psum(jnp.where(here[..., None], found, jnp.zeros((), dtype)), over_vocab)
+
+    return jax.shard_map(mine, in_specs=(where, rows), out_specs=PartitionSpec(*rows, None))(table_VD, tokens_BL)
