@@ -18,7 +18,7 @@ nats expert iteration and RLOO 0.89, PPO and PPO-ptx 0.89, GRPO 0.88.
 
 from __future__ import annotations
 
-from pipeline import process
+from pipeline import jobs, process
 
 if __name__ == "__main__":
     process.use_huge_pages()
@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from pipeline import ahead, cells, command, expert, meshes, rundir, session, settings, stages, sweep_plot
+from pipeline import ahead, cells, command, expert, meshes, rundir, session, settings, sweep_plot
 from rich.console import Console
 
 from rlhf_jax import diagnostics, metrics
@@ -113,7 +113,7 @@ def _curve(rows: list[dict[str, Any]], stage: str) -> tuple[np.ndarray, np.ndarr
     return tuple(np.array([row[name] for row in mine]) for name in ("kl", "gold"))  # type: ignore[return-value]
 
 
-def _expert(job: stages.Job, shared: cells.Prepared, asked: Compare) -> list[tuple[np.ndarray, np.ndarray]]:
+def _expert(job: jobs.Job, shared: cells.Prepared, asked: Compare) -> list[tuple[np.ndarray, np.ndarray]]:
     job.progress.start("expert-iteration", asked.seeds)
     found = []
     for seed in range(asked.seeds):
@@ -140,7 +140,7 @@ def _expert(job: stages.Job, shared: cells.Prepared, asked: Compare) -> list[tup
     return found
 
 
-def _best_of_n(job: stages.Job, shared: cells.Prepared, asked: Compare) -> list[tuple[np.ndarray, np.ndarray]]:
+def _best_of_n(job: jobs.Job, shared: cells.Prepared, asked: Compare) -> list[tuple[np.ndarray, np.ndarray]]:
     job.progress.start("best-of-n", asked.seeds)
     how, found = asked.evaluation, []
     N, sizes = min(how.best_of_prompts, len(job.task.eval_prompts)), [1, 2, 4, 8, 16]

@@ -20,7 +20,7 @@ a KL of 2.7 nats, and its implicit reward ranks 68 % of held-out pairs right, th
 
 from __future__ import annotations
 
-from pipeline import process
+from pipeline import jobs, process
 
 if __name__ == "__main__":
     process.use_huge_pages()
@@ -133,7 +133,7 @@ def run(asked: DPO) -> dict[str, Any]:
         "preset": asked.preset,
         "loss": asked.loss,
         "dropped": job.task.dropped.dropped | job.task.dropped.truncated,
-        # As often as each was traced, or by an earlier process; see `stages.Job.programs`.
+        # As often as each was traced, or by an earlier process; see `jobs.Job.programs`.
         "programs": {name: n for name, n in job.programs().items() if name != "ppo"}
         | {"direct": max(trainer.train_step.traces, 1)},
         "reward_model": judged | facts,
@@ -160,7 +160,7 @@ def run(asked: DPO) -> dict[str, Any]:
 
 
 def _learnt(
-    job: stages.Job,
+    job: jobs.Job,
     trainer: direct.Trainer,
     asked: DPO,
     sft: Any,

@@ -25,7 +25,7 @@ Writes below ``--out``: study.json, study.html with the figures, config.json, me
 
 from __future__ import annotations
 
-from pipeline import process
+from pipeline import jobs, process
 
 if __name__ == "__main__":
     process.use_huge_pages()
@@ -225,7 +225,7 @@ def _weights(asked: Study) -> list[tuple[str, float]]:
     return [*weights, ("evaluate", 60.0)]
 
 
-def in_world(asked: Study, job: stages.Job, folder: rundir.RunFolder) -> dict[str, Any]:
+def in_world(asked: Study, job: jobs.Job, folder: rundir.RunFolder) -> dict[str, Any]:
     """The lines of the built-in world, and what shift and rounds do at the middle coefficients."""
     middle = {"DPO": _middle(asked.betas), "PPO": _middle(asked.kl_coefs)}
     shared, policies, learnt = _policies(job, asked, folder, _wanted(asked))
@@ -242,7 +242,7 @@ def in_world(asked: Study, job: stages.Job, folder: rundir.RunFolder) -> dict[st
 
 
 def _policies(
-    job: stages.Job, asked: Study, folder: rundir.RunFolder, wanted: Any
+    job: jobs.Job, asked: Study, folder: rundir.RunFolder, wanted: Any
 ) -> tuple[cells.Prepared, dict[tuple[str, float, int], Any], dict[str, Any]]:
     """What all share, every policy by (method, coefficient, seed), and on how many pairs DPO was trained."""
     shared = cells.prepare(job)

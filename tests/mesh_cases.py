@@ -276,7 +276,7 @@ class Silent:
 
 def small_job(folder, mesh):
     """The main job, as small as it can be."""
-    from pipeline import sampling, settings, stages, tasks
+    from pipeline import jobs, sampling, settings, tasks
 
     from rlhf_jax import checkpoint, metrics
 
@@ -290,7 +290,7 @@ def small_job(folder, mesh):
         "evaluation": dataclasses.replace(asked.evaluation, prompts=8),
     }
     asked = dataclasses.replace(asked, **parts)
-    return stages.make_job(
+    return jobs.make_job(
         asked,
         tasks.make_task(asked),
         start=None,

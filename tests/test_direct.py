@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 import dpo as experiment  # noqa: E402
 import dpo_vs_ppo  # noqa: E402
-from pipeline import bandit_study, cells, direct, sampling, settings, stages, tasks  # noqa: E402
+from pipeline import bandit_study, cells, direct, jobs, sampling, settings, tasks  # noqa: E402
 from pipeline import pairs as pairs_lib  # noqa: E402
 
 from rlhf_jax import checkpoint, lm, metrics, types  # noqa: E402
@@ -132,7 +132,7 @@ def small(**changes):
 
 
 def job_in(folder, asked):
-    job = stages.make_job(
+    job = jobs.make_job(
         asked,
         tasks.make_task(asked),
         start=None,

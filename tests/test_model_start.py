@@ -278,7 +278,7 @@ def test_every_experiment_writes_down_which_model_it_began_with(checkpoint, tmp_
     def stop(*_, **__):
         raise Begun
 
-    monkeypatch.setattr(session.stages, "make_job", stop)
+    monkeypatch.setattr(session.jobs, "make_job", stop)
     out = tmp_path / "run"
     with pytest.raises(Begun):
         script.run(script.parse([*map(str, LITTLE), "--model", str(checkpoint), "--out", str(out)]))

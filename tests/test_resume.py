@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pipeline import rundir, stages, torture_child, torture_kills
+from pipeline import jobs, rundir, torture_child, torture_kills
 
 from rlhf_jax import checkpoint
 from rlhf_jax.train import loop
@@ -91,7 +91,7 @@ def test_a_stage_of_the_job_has_a_fingerprint_of_its_data(tmp_path):
 
     def of(order, steps=5, rows=2):
         batch_at = lambda i: {"tokens": data[order[i * rows : (i + 1) * rows]]}  # noqa: E731
-        return stages.Job.guarded(job, "sft", steps, batch_at)["fingerprint"]  # type: ignore[arg-type]
+        return jobs.Job.guarded(job, "sft", steps, batch_at)["fingerprint"]  # type: ignore[arg-type]
 
     same, turned = np.arange(10), np.arange(10)[::-1]
     assert of(same) == of(same) == json.loads(json.dumps(of(same)))

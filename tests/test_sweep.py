@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 import compare  # noqa: E402
 import sweep  # noqa: E402
-from pipeline import ahead, cells, checks, comparisons, settings, stages, sweep_plot, tasks  # noqa: E402
+from pipeline import ahead, cells, checks, comparisons, jobs, settings, sweep_plot, tasks  # noqa: E402
 
 from rlhf_jax import checkpoint, lm, metrics, parallel, types  # noqa: E402
 
@@ -42,7 +42,7 @@ def small(**ppo):
 
 
 def job_in(folder, asked):
-    return stages.make_job(
+    return jobs.make_job(
         asked,
         tasks.make_task(asked),
         start=None,

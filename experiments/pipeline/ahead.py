@@ -15,13 +15,13 @@ from rlhf_jax import lm, types
 from rlhf_jax.train import ppo, sft
 from rlhf_jax.train import state as state_lib
 
-from . import stages
+from . import jobs, stages
 
 Instead = Callable[[concurrent.futures.Executor, types.Params], None]
 
 
 @contextlib.contextmanager
-def compiling(job: stages.Job, learners: Mapping[str, stages.Job], *, instead: Instead | None = None) -> Iterator[None]:
+def compiling(job: jobs.Job, learners: Mapping[str, jobs.Job], *, instead: Instead | None = None) -> Iterator[None]:
     """Compile the steps of all stages in a thread, in the order in which they are needed.
 
     ``learners`` are the stages of reinforcement learning to come and the jobs whose ``ppo_step`` they call;
@@ -42,7 +42,7 @@ def compiling(job: stages.Job, learners: Mapping[str, stages.Job], *, instead: I
         executor.shutdown(wait=False, cancel_futures=True)
 
 
-def _submit(job: stages.Job, learners: Mapping[str, stages.Job], executor: concurrent.futures.Executor) -> Any:
+def _submit(job: jobs.Job, learners: Mapping[str, jobs.Job], executor: concurrent.futures.Executor) -> Any:
     """The shapes of the policy, when all but what comes in the place of reinforcement learning is on its way."""
     key = jax.random.key(0)
     policy = jax.eval_shape(partial(lm.init, cfg=job.cfg), key) if job.base is None else job.base
@@ -70,13 +70,13 @@ def _submit(job: stages.Job, learners: Mapping[str, stages.Job], executor: concu
     return policy
 
 
-def _saved(job: stages.Job, stage: str) -> int:
+def _saved(job: jobs.Job, stage: str) -> int:
     """The iterations that the newest checkpoint of a stage stands at; 0 where it has none."""
     with job.checkpoints(stage) as checkpoints:
         return checkpoints.latest() or 0
 
 
-def _comparisons(job: stages.Job) -> types.Comparisons:
+def _comparisons(job: jobs.Job) -> types.Comparisons:
     """The shapes of a reward-model batch."""
     if job.task.comparisons is not None:
         train = job.task.comparisons[0]

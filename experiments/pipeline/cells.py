@@ -13,7 +13,7 @@ import numpy as np
 from rlhf_jax import diagnostics, parallel, types
 from rlhf_jax.train import ppo
 
-from . import comparisons, methods, sampling, stages
+from . import comparisons, jobs, methods, sampling, stages
 from .settings import PPO
 
 AXIS = "member"
@@ -44,7 +44,7 @@ class Cell(NamedTuple):
     ptx_coef: float = 0.0
 
 
-def prepare(job: stages.Job) -> Prepared:
+def prepare(job: jobs.Job) -> Prepared:
     """The recipe up to the reward model; stages that are finished are restored."""
     settings = job.settings
     base = stages.pretrain(job)
@@ -54,7 +54,7 @@ def prepare(job: stages.Job) -> Prepared:
     return Prepared(sft, start, *stages.train_reward_models(job, start, parts))
 
 
-def train(job: stages.Job, shared: Prepared, cell: Cell, *, step: parallel.JitStep | None = None) -> types.Params:
+def train(job: jobs.Job, shared: Prepared, cell: Cell, *, step: parallel.JitStep | None = None) -> types.Params:
     """One run, from its last checkpoint where there is one; returns its policy.
 
     ``step`` is a compiled step that serves the cell's method; by default a new one.
@@ -74,7 +74,7 @@ def train(job: stages.Job, shared: Prepared, cell: Cell, *, step: parallel.JitSt
     return state.ema
 
 
-def train_together(job: stages.Job, shared: Prepared, cells: Sequence[Cell]) -> list[types.Params]:
+def train_together(job: jobs.Job, shared: Prepared, cells: Sequence[Cell]) -> list[types.Params]:
     """All runs as one program, ``jax.vmap`` of the step over keys and numbers; the cells differ in nothing else.
 
     One after the other is as fast on a CPU; an accelerator that one small run leaves idle does all in the time of one.
@@ -110,7 +110,7 @@ def train_together(job: stages.Job, shared: Prepared, cells: Sequence[Cell]) -> 
 
 
 def measure(
-    job: stages.Job, shared: Prepared, prompts: Any, against: Any, policy: types.Params, *, seed: int
+    job: jobs.Job, shared: Prepared, prompts: Any, against: Any, policy: types.Params, *, seed: int
 ) -> dict[str, float]:
     """Reward, KL, gold and win rate of a policy's answers to held-out prompts; ``against`` are those of `answers`."""
     found = answers(job, shared, prompts, policy, seed=seed)
@@ -122,7 +122,7 @@ def measure(
     return {name: float(np.mean(x)) for name, x in numbers.items()}
 
 
-def answers(job: stages.Job, shared: Prepared, prompts: Any, policy: types.Params, *, seed: int) -> sampling.Answers:
+def answers(job: jobs.Job, shared: Prepared, prompts: Any, policy: types.Params, *, seed: int) -> sampling.Answers:
     """A policy's answers to held-out prompts, with reward and KL to the start."""
     key = jax.random.fold_in(job.key("evaluate"), seed)
     return job.sampler(policy, shared.start, shared.reward, prompts, key)
@@ -134,7 +134,7 @@ def over_seeds(numbers: Sequence[dict[str, float]]) -> dict[str, list[float]]:
     return {name: list(diagnostics.mean_interval([each[name] for each in numbers])) for name in names()}
 
 
-def with_settings(job: stages.Job, settings: PPO) -> stages.Job:
+def with_settings(job: jobs.Job, settings: PPO) -> jobs.Job:
     """The same job with other settings of reinforcement learning, and a step of its own."""
     return dataclasses.replace(
         job, settings=dataclasses.replace(job.settings, ppo=settings), ppo_tx=methods.optimiser(settings)

@@ -11,11 +11,11 @@ import numpy as np
 from rlhf_jax import types
 from rlhf_jax.simulation import labelers
 
-from . import stages
+from . import jobs
 
 
 def gather(
-    job: stages.Job, policies: list[types.Params]
+    job: jobs.Job, policies: list[types.Params]
 ) -> tuple[list[types.Comparisons], types.Comparisons, dict[str, Any]]:
     """Training and held-out comparisons with facts about them: from the file, or new ones from simulated labelers.
 
@@ -35,7 +35,7 @@ def gather(
 
 
 def collect_comparisons(
-    job: stages.Job, policies: list[types.Params], *, stage: str = "comparisons"
+    job: jobs.Job, policies: list[types.Params], *, stage: str = "comparisons"
 ) -> tuple[types.Comparisons, types.Comparisons, dict[str, Any]]:
     """Sample K answers a prompt from the policies in turn, ranked by labelers: (training, validation, facts).
 

@@ -13,7 +13,7 @@ from rlhf_jax.data import tokenizers
 from rlhf_jax.train import reward_model
 
 from . import sampling, tasks
-from .stages import Job
+from .jobs import Job
 
 
 def reward_model_facts(

@@ -23,7 +23,7 @@ from rlhf_jax.data import batching
 from rlhf_jax.train import dpo, loop, objectives, reference, schedules
 from rlhf_jax.train import state as state_lib
 
-from . import meshes, sampling, settings, stages, tasks
+from . import jobs, meshes, sampling, settings, tasks
 from . import pairs as pairs_lib
 
 Loss = Literal["dpo", "cdpo", "robust", "ipo", "hinge", "kto", "orpo", "simpo", "dpo-sft", "dpo-norm"]
@@ -187,7 +187,7 @@ def numbers(asked: Direct, *, rate: float) -> dpo.Hyper:
 class Trainer:
     """One loss on one job: its compiled step, and the compiled log-probabilities of answers."""
 
-    job: stages.Job
+    job: jobs.Job
     asked: Direct
     train_step: parallel.JitStep
     score: parallel.JitStep
@@ -298,7 +298,7 @@ class Trainer:
         return list(diagnostics.ratio_interval(np.bincount(prompts, right_B), np.bincount(prompts).astype(float)))
 
 
-def make_trainer(job: stages.Job, asked: Direct, folder: pathlib.Path) -> Trainer:
+def make_trainer(job: jobs.Job, asked: Direct, folder: pathlib.Path) -> Trainer:
     """Build the programs; nothing is compiled yet."""
     logprobs = partial(lm.response_logprobs, cfg=job.cfg, prompt_width=job.task.prompt_width)
     kind = KINDS[asked.loss]

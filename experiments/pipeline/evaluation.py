@@ -13,8 +13,8 @@ from rlhf_jax import diagnostics, lm, parallel, types
 from rlhf_jax.simulation import corpus, labelers
 
 from . import diagnosis, joining, meshes
+from .jobs import Job
 from .sampling import Answers
-from .stages import Job
 
 TIE = 1e-5
 """Gold utilities this close are a tie."""

@@ -14,7 +14,7 @@ from rlhf_jax.data import batching
 from rlhf_jax.train import loop, sft
 from rlhf_jax.train import state as state_lib
 
-from . import cells, meshes, sampling, stages, tasks
+from . import cells, jobs, meshes, sampling, stages, tasks
 
 
 class Round(NamedTuple):
@@ -26,7 +26,7 @@ class Round(NamedTuple):
 
 
 def iterate(
-    job: stages.Job,
+    job: jobs.Job,
     shared: cells.Prepared,
     prompts: tasks.PromptSet,
     *,
@@ -64,7 +64,7 @@ def iterate(
 
 
 def _imitate(
-    job: stages.Job,
+    job: jobs.Job,
     policy: types.Params,
     found: sampling.Answers,
     *,

@@ -14,7 +14,7 @@ from rlhf_jax import types
 from rlhf_jax.simulation import labelers
 from rlhf_jax.train import dpo, loop
 
-from . import sampling, settings, stages
+from . import jobs, sampling, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ def judged_by_reward(found: sampling.Answers, samples: int, key: jax.Array) -> n
     return found.scores_B
 
 
-def judged_by_labelers(job: stages.Job, temperature: float) -> Callable[[sampling.Answers, int, jax.Array], np.ndarray]:
+def judged_by_labelers(job: jobs.Job, temperature: float) -> Callable[[sampling.Answers, int, jax.Array], np.ndarray]:
     """Simulated labelers, as they ranked the comparisons: one for each prompt, in turn."""
     world = job.task.world
     if world is None:

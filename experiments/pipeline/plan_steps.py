@@ -22,7 +22,7 @@ from rlhf_jax.lm import params as lm_params
 from rlhf_jax.train import dpo, objectives, ppo, reward_model, sft
 from rlhf_jax.train import state as state_lib
 
-from . import stages
+from . import jobs
 from .plan_settings import Plan
 
 STOP_ID = 2
@@ -126,7 +126,7 @@ def _dpo(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> Program:
 
 def _ppo(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh, *, part: str) -> Program:
     spec = generation.Sampling(max_new_tokens=plan.response, stop_ids=(STOP_ID,))
-    models = stages.ppo_models(cfg, spec, prompt_width=plan.prompt)
+    models = jobs.ppo_models(cfg, spec, prompt_width=plan.prompt)
     where = _where(cfg, mesh, head=True)
     policy, critic = lm.abstract(cfg), lm.abstract(cfg, head=True)
     state = jax.eval_shape(

@@ -19,7 +19,7 @@ from rlhf_jax.train import partition, reward_model, schedules
 from rlhf_jax.train import state as state_lib
 from rlhf_jax.train import step as step_lib
 
-from . import comparisons, meshes, stages, tasks
+from . import comparisons, jobs, meshes, stages, tasks
 from .reward_settings import RewardRun, Training
 from .settings import SettingError
 
@@ -40,7 +40,7 @@ def loss_of(training: Training) -> Callable[..., jax.Array]:
 
 
 def train(
-    job: stages.Job,
+    job: jobs.Job,
     asked: RewardRun,
     begin: types.Params,
     data: types.Comparisons,
@@ -82,7 +82,7 @@ def train(
 
 
 def _fit(
-    job: stages.Job,
+    job: jobs.Job,
     stage: str,
     data: types.Comparisons,
     params: types.Params,
@@ -132,7 +132,7 @@ def _fit(
 # ------------------------------------------------------------------------------------- preference-model pretraining
 
 
-def pretrained(job: stages.Job, asked: RewardRun, policy: types.Params) -> types.Params:
+def pretrained(job: jobs.Job, asked: RewardRun, policy: types.Params) -> types.Params:
     """A preference model of the crowd's rankings, from which the labelers' comparisons go on; with a head.
 
     The control tokens are two ids behind the vocabulary, and are taken off again: what goes on has the tokenizer's ids.
@@ -185,7 +185,7 @@ def narrowed(params: types.Params, cfg: lm.LMConfig) -> types.Params:
     return cut
 
 
-def crowd_comparisons(job: stages.Job, asked: RewardRun, policy: types.Params) -> types.Comparisons:
+def crowd_comparisons(job: jobs.Job, asked: RewardRun, policy: types.Params) -> types.Comparisons:
     """Samples on other prompts than the labelers', ranked by a crowd with another taste and more noise."""
     task, settings = job.task, asked.world
     world = task.world

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from rlhf_jax import console, hosts
 
-from . import joining, meshes, rundir, stages, start, tasks
+from . import jobs, joining, meshes, rundir, start, tasks
 from .settings import Settings
 
 SHARED = (("pretrain", 60.0), ("sft", 15.0), ("sft_mix", 16.0), ("comparisons", 11.0), ("reward_model", 19.0))
@@ -26,7 +26,7 @@ def opened(
     weights: Sequence[tuple[str, float]],
     shared: Sequence[tuple[str, float]] = SHARED,
     accept: Callable[[tasks.Task], None] = lambda task: None,
-) -> Iterator[tuple[rundir.RunFolder, stages.Job]]:
+) -> Iterator[tuple[rundir.RunFolder, jobs.Job]]:
     """The folder of a run and its job, with a progress over the stages of ``shared`` and ``weights``.
 
     A mesh that does not fit the devices, a model or a file that cannot be used, a model that has changed since the run
@@ -53,14 +53,14 @@ def opened(
     if begin is not None:
         say(out, f"from {begin.path} ({begin.cfg.model_type}); chat template: {begin.fmt.origin}")
     if mesh is not None:
-        for line in meshes.told(mesh, stages.model_of(asked, task, begin)):
+        for line in meshes.told(mesh, jobs.model_of(asked, task, begin)):
             say(out, line)
     second = [("heldout_reward_model", 10.0)] if asked.reward_model.heldout else []
     with folder.log, _progress([*shared, *second, *weights]) as progress:
         folder.say = progress.tell
         yield (
             folder,
-            stages.make_job(
+            jobs.make_job(
                 spread,
                 task,
                 start=begin,

@@ -20,7 +20,7 @@ from rlhf_jax.data import comparisons as comparisons_lib
 from rlhf_jax.data import errors
 from rlhf_jax.train import loop
 
-from . import comparisons, diagnosis, fold_results, preference_stages, sampling, session, stages, sweep_plot
+from . import comparisons, diagnosis, fold_results, jobs, preference_stages, sampling, session, stages, sweep_plot
 from .reward_settings import RewardRun
 
 WEIGHTS = {"pretrain": 60.0, "sft": 15.0, "comparisons": 11.0, "reward_model": 20.0}
@@ -68,7 +68,7 @@ def run(asked: RewardRun, out: Console) -> tuple[pathlib.Path, dict[str, Any]]:
     return folder.path, {"dropped": dropped, "incidents": incidents, "reward_model": judged | facts | kept}
 
 
-def leads(job: stages.Job, params: types.Params, batch: types.Comparisons) -> tuple[np.ndarray, np.ndarray]:
+def leads(job: jobs.Job, params: types.Params, batch: types.Comparisons) -> tuple[np.ndarray, np.ndarray]:
     """``(lead, prompt)``: by how much the better answer of each pair scores higher, and whose pair it is.
 
     Raises DivergedError where a score is not finite.
@@ -95,7 +95,7 @@ def _accuracy(lead: np.ndarray, prompt: np.ndarray) -> list[float]:
 
 
 def diagnose(
-    job: stages.Job, params: types.Params, train: types.Comparisons, validation: types.Comparisons
+    job: jobs.Job, params: types.Params, train: types.Comparisons, validation: types.Comparisons
 ) -> dict[str, Any]:
     """Accuracy, its gap to the training pairs, calibration, and accuracy by turn and by length, before normalising."""
     lead, prompt = leads(job, params, validation)
@@ -124,7 +124,7 @@ def diagnose(
     }
 
 
-def _groups(job: stages.Job, batch: types.Comparisons, prompt: np.ndarray) -> dict[str, np.ndarray]:
+def _groups(job: jobs.Job, batch: types.Comparisons, prompt: np.ndarray) -> dict[str, np.ndarray]:
     """Pairs by the turn of their prompt, as far as its user turns are within the width, and by the answers' length."""
     turn_B = diagnosis.turns(job.task, batch)
     length_BK = np.asarray(batch.mask_BKL)[:, :, job.task.prompt_width :].sum(axis=2)
@@ -139,7 +139,7 @@ def _groups(job: stages.Job, batch: types.Comparisons, prompt: np.ndarray) -> di
 
 
 def normalised(
-    job: stages.Job, asked: RewardRun, params: types.Params, policy: types.Params, validation: types.Comparisons
+    job: jobs.Job, asked: RewardRun, params: types.Params, policy: types.Params, validation: types.Comparisons
 ) -> tuple[types.Params, lm.Normalisation | None]:
     """Set gain and bias by one of the published rules, from gain 1 and bias 0; the record says which.
 
