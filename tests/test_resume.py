@@ -136,7 +136,7 @@ def check(done, results, *, kills, terms, damages):
     assert [sum(column) for column in zip(*struck)] == [kills, terms, kills + terms]
     assert all(each["runs"] >= 1 for each in results["stages"])
     found = results["damage"]["outcomes"].values()
-    assert sum(sum(each.values()) for each in found) == damages and sum(each["seen"] for each in found) > damages / 3
+    assert sum(sum(each.values()) for each in found) == damages and sum(each.get("seen", 0) for each in found) >= 3
     assert (
         f"{kills + terms} of {kills + terms} kills and stops resumed to the same bits; nothing was lost" in done.stdout
     )
