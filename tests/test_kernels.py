@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax import parallel
 from rlhf_jax.lm import attention, config, kernels
 
 CFG = config.LMConfig(vocab_size=8, n_layers=1, d_model=256, n_heads=4, n_kv_heads=2, d_head=64, dtype="bfloat16")
@@ -62,11 +63,42 @@ def _fields(cfg):
     return {name: getattr(cfg, name) for name in cfg.__dataclass_fields__}
 
 
-@pytest.mark.skipif(
+needs_tpu_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU's compiler is not installed: pip install '.[tpu]'"
 )
+
+
+@needs_tpu_compiler
+def test_a_tpu_gets_its_kernel_and_a_cpu_does_not():
+    from jax.experimental import topologies
+    from pipeline import plan_chips
+
+    plan_chips.prepare()
+    shape = jax.ShapeDtypeStruct((4, 4, LENGTH, 64), jnp.bfloat16)
+    mask = jax.ShapeDtypeStruct((4, LENGTH), jnp.bool_)
+
+    def loss(heads, mask_BL):
+        seen_BLL = attention.causal(mask_BL)
+        mixed = kernels.attend_rows(*heads, seen_BLL=seen_BLL, mask_BL=mask_BL, segments_BL=None, cfg=CFG)
+        return mixed.astype(jnp.float32).sum()
+
+    def text(devices):
+        mesh = parallel.make_mesh(data=1, fsdp=2, tensor=2, devices=devices)
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        with jax.set_mesh(mesh):
+            lowered = jax.jit(jax.grad(loss), in_shardings=whole).lower((shape, shape, shape), mask)
+        return lowered.compile().as_text() or ""
+
+    devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
+    made = text(devices)
+    assert "tpu_custom_call" in made and "bf16[2,2,256,64]" in made  # each has its rows and its heads
+    assert "custom-call" not in jax.jit(jax.grad(loss)).lower((shape, shape, shape), mask).as_text()
+
+
+@pytest.mark.slow
+@needs_tpu_compiler
 def test_long_rows_take_no_memory_of_their_square_on_a_tpu():
-    """Compiled for a TPU that is not there, on a mesh: the form that is written out holds a row's scores, 2 GB here."""
+    """Compiled for a TPU that is not there, on a mesh: the form that is written out holds a row's scores."""
     from pipeline import plan_chips, plan_fit, plan_settings
 
     plan_chips.prepare()

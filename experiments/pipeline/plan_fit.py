@@ -128,14 +128,18 @@ def _found(
 def _refused(text: str, known: dict[str, Any], took: float) -> plan_report.Found:
     """What a compiler that found too little memory says; raises SettingError for any other refusal."""
     first = next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
-    used = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", text)
+    used = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", text)
+    kept = 0
+    if not used:
+        used = re.search(r"temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \([\d.]+[KMGT]\)", text)
+        kept = sum(known["kept"].values())
     if "RESOURCE_EXHAUSTED" not in text:
         raise SettingError(f"the compiler refused this program: {first}")
     return plan_report.Found(
         **known,
         temporaries=None,
         code=None,
-        needed=float(used.group(1)) * _UNITS[used.group(2)] if used else None,
+        needed=kept + float(used.group(1)) * _UNITS[used.group(2)] if used else None,
         fits=False,
         compiler_flops=None,
         bytes_moved=None,
