@@ -7,13 +7,13 @@ import subprocess
 import time
 from typing import Any
 
+import chat_cases
 import compare
 import instructgpt
 import jax
 import numpy as np
 import pytest
 import sweep
-import test_chat
 import test_instructgpt as job
 from pipeline import rundir, session, settings, start, tasks, words
 
@@ -49,7 +49,7 @@ def save_gpt2(path, tokenizer, *, more=0, max_length=160, **fields):
 def byte_pairs():
     """A tokenizer that knows most of the world's words."""
     text = " ".join(lexicon.WORDS)
-    return test_chat.make_qwen(template=CHATML, words=[text, "user\n" + text, "assistant\n" + text], size=700)
+    return chat_cases.make_qwen(template=CHATML, words=[text, "user\n" + text, "assistant\n" + text], size=700)
 
 
 @pytest.fixture(scope="module")

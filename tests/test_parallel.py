@@ -57,7 +57,7 @@ def test_every_stage_on_eight_devices_is_what_it_is_on_one(found):
     done = check_cases(found)
     assert {stage for stage, _, _ in done} == {"sft", "reward", "dpo", "ppo"}
     assert {form.partition(" ")[0] for _, form, _ in done} == {"jit", "shard_map", "pmap"}
-    assert {("sft", "jit sequence", 2), ("ppo", "jit 2x2x2", 1), ("ppo", "shard_map 8", 2)} <= done
+    assert {("sft", "jit sequence", 2), ("reward", "jit 2x4", 1), ("ppo", "shard_map 8", 2)} <= done
 
 
 def test_a_job_trained_on_one_mesh_goes_on_on_another(found):

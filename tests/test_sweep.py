@@ -95,7 +95,10 @@ def test_one_program_gives_what_one_run_after_the_other_gives(tmp_path):
         pytest.param(dict(method="reinforce-pp", epochs=2), marks=pytest.mark.slow),
         pytest.param(dict(critic="policy", iterations=2), marks=pytest.mark.slow),
         dict(critic="zero-head", value_coef=0.1, epochs=2),
-        dict(reward_clip=1.0, normalise_values=True, entropy_coef=0.01, reference_ema=0.9, whiten_rewards=True),
+        pytest.param(
+            dict(reward_clip=1.0, normalise_values=True, entropy_coef=0.01, reference_ema=0.9, whiten_rewards=True),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             dict(adam_tf1=True, schedule="linear", kl_target=6.0, missing_stop="subtract"), marks=pytest.mark.slow
         ),

@@ -71,23 +71,24 @@ def enter(run: Callable[[Any], Any], read: Callable[[list[str]], Any], arguments
 
     They are 2, something has to be changed first; 3, an alarm; 75, the run was asked to stop.
     """
-    try:
-        with _leaving_on_sigterm(), _quiet_threads():
-            asked = read(sys.argv[1:] if arguments is None else arguments)
-            with joining.joined(asked, status=_status):
-                run(asked)
-    except REFUSED as error:
-        print(f"error: {error}", file=sys.stderr)
-        process.leave(_status(error))
-    except loop.Alarmed as stopped:
-        print(f"{stopped}; go on all the same with --resume", file=sys.stderr)
-        process.leave(_status(stopped))
-    except _Stopped as stopped:
-        print("stopped between two stages; go on with --resume", file=sys.stderr)
-        process.leave(_status(stopped))
-    except loop.Preempted as stopped:
-        print(f"{stopped}; go on with --resume", file=sys.stderr)
-        process.leave(_status(stopped))
+    with _quiet_threads():  # until the very end: what failed is still being closed while the line is printed
+        try:
+            with _leaving_on_sigterm():
+                asked = read(sys.argv[1:] if arguments is None else arguments)
+                with joining.joined(asked, status=_status):
+                    run(asked)
+        except REFUSED as error:
+            print(f"error: {error}", file=sys.stderr)
+            process.leave(_status(error))
+        except loop.Alarmed as stopped:
+            print(f"{stopped}; go on all the same with --resume", file=sys.stderr)
+            process.leave(_status(stopped))
+        except _Stopped as stopped:
+            print("stopped between two stages; go on with --resume", file=sys.stderr)
+            process.leave(_status(stopped))
+        except loop.Preempted as stopped:
+            print(f"{stopped}; go on with --resume", file=sys.stderr)
+            process.leave(_status(stopped))
 
 
 def _status(error: BaseException) -> int:
