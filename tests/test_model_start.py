@@ -249,7 +249,7 @@ def test_directories_that_cannot_be_used_are_refused_in_one_sentence(checkpoint,
     small = save_gpt2(tmp_path / "small", byte_pairs, more=-3)
     with pytest.raises(settings.SettingError, match="its tokenizer has 677 ids, more than its model's 674"):
         start.load(str(small))
-    unmarked = save_gpt2(tmp_path / "unmarked", test_chat.make_gpt2(template="{{ messages[0]['content'] }}"))
+    unmarked = save_gpt2(tmp_path / "unmarked", chat_cases.make_gpt2(template="{{ messages[0]['content'] }}"))
     with pytest.raises(settings.SettingError, match=r"no {% generation %} marks"):
         start.load(str(unmarked))
 
