@@ -215,6 +215,21 @@ def test_half_an_address_is_refused(how, match):
         pass
 
 
+@pytest.fixture(autouse=True)
+def exits(monkeypatch, request):
+    """Exit statuses of hosts that end on another's account, in place of the end of this process."""
+    found, meant = [], "exits" in request.function.__code__.co_varnames
+
+    def leave(status):
+        found.append(status)
+        raise SystemExit  # of the thread
+
+    monkeypatch.setattr(hosts, "_exit", leave)
+    monkeypatch.setattr(hosts.atexit, "register", lambda *what: None)
+    yield found
+    assert meant or found == [], "a host ended on another's account"
+
+
 # --- leaving together -------------------------------------------------------------------------------------------------
 
 
@@ -307,20 +322,6 @@ def test_what_the_first_makes_is_what_all_have():
         thread.join(60)
     assert found == [{"from": 0}] * 3
     leave_all(group)
-
-
-@pytest.fixture
-def exits(monkeypatch):
-    """Exit statuses of hosts that end on another's account, in place of the end of this process."""
-    found = []
-
-    def leave(status):
-        found.append(status)
-        raise SystemExit  # of the thread
-
-    monkeypatch.setattr(hosts, "_exit", leave)
-    monkeypatch.setattr(hosts.atexit, "register", lambda *what: None)
-    return found
 
 
 def end(group):
