@@ -15,7 +15,15 @@ hypothesis.settings.register_profile("default", deadline=None, max_examples=25)
 hypothesis.settings.load_profile("default")
 
 
-LONGEST = ("test_instructgpt.py", "test_model_start.py")
+LONGEST = (
+    "test_instructgpt.py",
+    "test_model_start.py",
+    "test_hosts.py",
+    "test_parallel.py",
+    "test_resume.py",
+    "test_ppo.py",
+    "test_direct.py",
+)
 """Files that take minutes: they are begun first, so that no worker is left alone with one at the end."""
 
 

@@ -196,6 +196,7 @@ for name, run in runs.items():
 """
 
 
+@pytest.mark.slow  # test_parallel.py samples on a mesh, too
 def test_on_a_mesh_the_same_tokens_and_a_share_of_the_cache():
     flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
     done = subprocess.run(

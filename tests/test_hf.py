@@ -329,6 +329,7 @@ def over_the_final_arrays(folder, layers):
     return int(run_apart(MEMORY, folder))
 
 
+@pytest.mark.slow  # measures memory in a process of its own
 def test_loading_holds_one_tensor_beyond_the_result(tmp_path):
     # 0.5 GB of parameters in tensors of 16 MB; to read everything first would take 0.5 GB more.
     assert over_the_final_arrays(tmp_path / "m", 8) < 350

@@ -457,6 +457,7 @@ def test_two_processes_of_which_one_is_killed_go_on_to_what_one_process_makes(on
         assert all(abs(row["loss"] - other["loss"]) < 1e-5 for row, other in zip(rows, theirs) if "loss" in row)
 
 
+@pytest.mark.slow  # its short form stops a group of hosts in one process
 def test_a_signal_to_one_process_stops_both_at_one_step_and_one_process_goes_on(one, cache, tmp_path):
     stages = {"sft": 4}
     job = Job(tmp_path, cache, stages=stages, save_every=None, pause=0.3).when(1, "sft 1")

@@ -75,6 +75,7 @@ def finished(checkpoint, tmp_path_factory):
     return folder, done
 
 
+@pytest.mark.slow  # a whole run; its short form makes the task and the models alone
 def test_the_job_goes_on_from_a_model_with_its_own_tokenizer(finished, checkpoint):
     folder, done = finished
     assert "pretrain: already done" in done.stderr
@@ -88,6 +89,7 @@ def test_the_job_goes_on_from_a_model_with_its_own_tokenizer(finished, checkpoin
     assert not any("gold" in row for row in rows), "ids are not the world's words, so gold cannot watch them"
 
 
+@pytest.mark.slow  # a whole run; its short form makes the task and the models alone
 def test_what_it_writes_is_a_model_of_the_same_kind(finished, checkpoint):
     folder, _ = finished
     began, ended = start.load(str(checkpoint)), start.load(str(folder / "policy"))

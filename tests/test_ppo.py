@@ -310,6 +310,7 @@ def on_the_trunk(head) -> Any:
     return ppo.create(trunk, {"head": head}, SGD)
 
 
+@pytest.mark.slow  # test_sweep.py trains one
 def test_a_head_of_zeros_on_a_shared_trunk_begins_with_ratio_one_and_values_nought():
     zero = lm.with_head(jax.random.key(0), weights(), CFG, zero=True)["head"]
     experience, _ = jax.jit(functools.partial(ppo.collect, SHARED))(

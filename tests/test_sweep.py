@@ -89,7 +89,7 @@ def test_one_program_gives_what_one_run_after_the_other_gives(tmp_path):
     "how",
     [
         pytest.param(dict(method="rloo", samples=2), marks=pytest.mark.slow),
-        dict(method="grpo", samples=4, kl_loss_coef=0.04, kl_coef=0.0),
+        pytest.param(dict(method="grpo", samples=4, kl_loss_coef=0.04, kl_coef=0.0), marks=pytest.mark.slow),
         pytest.param(dict(method="dr-grpo", samples=4), marks=pytest.mark.slow),
         pytest.param(dict(method="reinforce", micro_batches=2), marks=pytest.mark.slow),
         pytest.param(dict(method="reinforce-pp", epochs=2), marks=pytest.mark.slow),

@@ -206,6 +206,7 @@ def test_micro_batches_give_the_update_of_the_whole_batch(stage):
     assert len({int(learnt[i::4].sum()) for i in range(4)}) > 1
 
 
+@pytest.mark.slow  # test_parallel.py compares the stage's metrics
 def test_reward_model_metrics_are_those_of_all_devices():
     def score(params, tokens_BL, mask_BL):
         return params["w"] * jnp.sum(jnp.where(mask_BL, tokens_BL, 0), axis=1)
