@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from rlhf_jax import atomic, checkpoint, metrics
+from rlhf_jax import atomic, checkpoint, hosts, metrics
 from rlhf_jax.data import errors, files
 
 from . import settings as settings_lib
@@ -44,7 +44,9 @@ class RunFolder:
         return checkpoint.Checkpoints(self.path / "checkpoints" / stage, tell=partial(self.note, stage))
 
     def note(self, stage: str, text: str) -> None:
-        """Say it, and keep it for the results; what a resumed run comes upon again is kept once."""
+        """Say it, and keep it for the results; what a resumed run comes upon again is kept once, by the first host."""
+        if not hosts.current().first:
+            return
         self.say(stage, text)
         incident = {"stage": stage, "text": text}
         if incident not in self.incidents():
