@@ -18,10 +18,11 @@ nats expert iteration and RLOO 0.89, PPO and PPO-ptx 0.89, GRPO 0.88.
 
 from __future__ import annotations
 
-from pipeline import jobs, process
+from launch import process_setup
+from recipe import jobs
 
 if __name__ == "__main__":
-    process.use_huge_pages()
+    process_setup.use_huge_pages()
 
 import dataclasses
 import time
@@ -29,8 +30,10 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from pipeline import ahead, cells, command, expert, meshes, rundir, session, settings, sweep_plot
+from launch import command_line, mesh_settings, run_folder, settings
+from recipe import precompile, session
 from rich.console import Console
+from sweeps import expert_iteration, frontier_plot, run_grid
 
 from rlhf_jax import diagnostics, metrics
 
@@ -68,9 +71,9 @@ def run(asked: Compare) -> dict[str, Any]:
     """The whole comparison; returns what compare.json holds."""
     out = Console()
     learning: list[Method] = [m for m in asked.methods if m in ("ppo", "ppo-ptx", "rloo", "grpo")]
-    wanted: dict[Method, list[cells.Cell]] = {
+    wanted: dict[Method, list[run_grid.Cell]] = {
         method: [
-            cells.Cell(
+            run_grid.Cell(
                 f"{method}-seed{seed}",
                 settings_of(asked, method),
                 seed,
@@ -86,11 +89,11 @@ def run(asked: Compare) -> dict[str, Any]:
     curves: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     with session.opened(asked, out, kind="compare", weights=weights) as (folder, job):
         # PPO and PPO-ptx have the same settings, and so are one program.
-        jobs = {each: cells.with_settings(job, each) for each in dict.fromkeys(cell.settings for cell in every)}
-        with ahead.compiling(job, {cell.name: jobs[cell.settings] for cell in every}):
-            shared = cells.prepare(job)
+        jobs = {each: run_grid.with_settings(job, each) for each in dict.fromkeys(cell.settings for cell in every)}
+        with precompile.compiling(job, {cell.name: jobs[cell.settings] for cell in every}):
+            shared = run_grid.prepare(job)
             for cell in every:
-                cells.train(job, shared, cell, step=jobs[cell.settings].ppo_step)
+                run_grid.train(job, shared, cell, step=jobs[cell.settings].ppo_step)
         if "expert-iteration" in asked.methods:
             curves["expert-iteration"] = _expert(job, shared, asked)
         if "best-of-n" in asked.methods:
@@ -98,11 +101,11 @@ def run(asked: Compare) -> dict[str, Any]:
     rows = metrics.read(folder.path)
     for method, each in wanted.items():
         curves[method] = [_curve(rows, cell.name) for cell in each]
-    results = summary(asked, curves) | {"seconds": time.time() - process.BEGAN}
-    results = rundir.finite(results)
-    sweep_plot.write_methods(folder.path / "compare.html", results["methods"], title="Gold utility at equal KL")
+    results = summary(asked, curves) | {"seconds": time.time() - process_setup.BEGAN}
+    results = run_folder.finite(results)
+    frontier_plot.write_methods(folder.path / "compare.html", results["methods"], title="Gold utility at equal KL")
     folder.write_json("compare.json", results)
-    out.print(sweep_plot.methods_table(results["methods"], asked.at))
+    out.print(frontier_plot.methods_table(results["methods"], asked.at))
     session.say(out, f"figure: {folder.path / 'compare.html'}   numbers: {folder.path / 'compare.json'}")
     return results
 
@@ -113,11 +116,11 @@ def _curve(rows: list[dict[str, Any]], stage: str) -> tuple[np.ndarray, np.ndarr
     return tuple(np.array([row[name] for row in mine]) for name in ("kl", "gold"))  # type: ignore[return-value]
 
 
-def _expert(job: jobs.Job, shared: cells.Prepared, asked: Compare) -> list[tuple[np.ndarray, np.ndarray]]:
+def _expert(job: jobs.Job, shared: run_grid.Prepared, asked: Compare) -> list[tuple[np.ndarray, np.ndarray]]:
     job.progress.start("expert-iteration", asked.seeds)
     found = []
     for seed in range(asked.seeds):
-        policy, rounds = expert.iterate(
+        policy, rounds = expert_iteration.iterate(
             job,
             shared,
             job.task.rl_prompts.take(len(job.task.rl_prompts) // 2),
@@ -128,7 +131,7 @@ def _expert(job: jobs.Job, shared: cells.Prepared, asked: Compare) -> list[tuple
             epochs=2,
             learning_rate=asked.sft.learning_rate / 4,
         )
-        last = cells.answers(job, shared, job.task.eval_prompts, policy, seed=seed)
+        last = run_grid.answers(job, shared, job.task.eval_prompts, policy, seed=seed)
         found.append(
             (
                 np.array([r.kl for r in rounds] + [float(np.mean(last.kl_B))]),
@@ -140,7 +143,7 @@ def _expert(job: jobs.Job, shared: cells.Prepared, asked: Compare) -> list[tuple
     return found
 
 
-def _best_of_n(job: jobs.Job, shared: cells.Prepared, asked: Compare) -> list[tuple[np.ndarray, np.ndarray]]:
+def _best_of_n(job: jobs.Job, shared: run_grid.Prepared, asked: Compare) -> list[tuple[np.ndarray, np.ndarray]]:
     job.progress.start("best-of-n", asked.seeds)
     how, found = asked.evaluation, []
     N, sizes = min(how.best_of_prompts, len(job.task.eval_prompts)), [1, 2, 4, 8, 16]
@@ -194,7 +197,7 @@ def _short(preset: settings.Settings) -> settings.Settings:
 
 def parse(arguments: list[str]) -> Compare:
     """Settings from the command line; raises SettingError for what cannot be."""
-    asked = command.parse(Compare, arguments, prog="compare.py", doc=__doc__, adjust=_short)
+    asked = command_line.parse(Compare, arguments, prog="compare.py", doc=__doc__, adjust=_short)
     if asked.data.path is not None:
         raise settings.SettingError("--data.path has no gold utility to compare methods by; leave it out")
     for name, least in (("seeds", 1), ("group", 2), ("rounds", 1)):
@@ -202,7 +205,7 @@ def parse(arguments: list[str]) -> Compare:
             raise settings.SettingError(f"--{name} is {getattr(asked, name)}; it must be at least {least}")
     if asked.ppo.batch % asked.group:
         raise settings.SettingError(f"--group is {asked.group}; it must divide --ppo.batch {asked.ppo.batch}")
-    meshes.divides(
+    mesh_settings.divides(
         asked.mesh, f"--ppo.batch {asked.ppo.batch} by --group {asked.group}", asked.ppo.batch // asked.group
     )
     if not asked.methods or not asked.at or min(asked.at) < 0:
@@ -212,7 +215,7 @@ def parse(arguments: list[str]) -> Compare:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    command.enter(run, parse, arguments)
+    command_line.enter(run, parse, arguments)
 
 
 if __name__ == "__main__":

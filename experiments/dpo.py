@@ -20,37 +20,29 @@ a KL of 2.7 nats, and its implicit reward ranks 68 % of held-out pairs right, th
 
 from __future__ import annotations
 
-from pipeline import jobs, process
+from launch import process_setup
+from recipe import jobs
 
 if __name__ == "__main__":
-    process.use_huge_pages()
+    process_setup.use_huge_pages()
 
 import dataclasses
 import time
 from typing import Any, Literal
 
-from pipeline import (
-    ahead,
-    command,
-    comparisons,
-    diagnosis,
-    direct,
-    evaluation,
-    rundir,
-    session,
-    settings,
-    stages,
-    tasks,
-)
-from pipeline import pairs as pairs_lib
+from launch import command_line, run_folder, settings
+from preferences import direct_methods
+from preferences import pairs as pairs_lib
+from recipe import collection, evaluation, precompile, reward_diagnosis, session, stages, tasks
 from rich.console import Console
 
-from rlhf_jax import console, lm, metrics, report
-from rlhf_jax import results as results_lib
+from rlhf_jax import lm, metrics, report
+from rlhf_jax.report import console
+from rlhf_jax.report import results as results_lib
 
 
 @dataclasses.dataclass(frozen=True)
-class DPO(direct.Direct, settings.Settings):
+class DPO(direct_methods.Direct, settings.Settings):
     """DPO and its relatives, with every setting of the main job."""
 
     rounds: int = 0
@@ -69,9 +61,9 @@ READ = ("learning_rate", "iterations", "batch", "minibatches", "adam_eps", "adam
 
 def parse(arguments: list[str]) -> DPO:
     """Settings from the command line; raises SettingError for what cannot be."""
-    asked = command.parse(DPO, arguments, prog="dpo.py", doc=__doc__)
-    direct.check(asked)
-    direct.check_mesh(asked, asked.mesh)
+    asked = command_line.parse(DPO, arguments, prog="dpo.py", doc=__doc__)
+    direct_methods.check(asked)
+    direct_methods.check_mesh(asked, asked.mesh)
     for name, least in (("rounds", 0), ("samples", 2)):
         if getattr(asked, name) < least:
             raise settings.SettingError(f"--{name} is {getattr(asked, name)}; it must be at least {least}")
@@ -88,8 +80,8 @@ def parse(arguments: list[str]) -> DPO:
             f"--published {asked.published} is about PPO, which dpo.py does not run; leave it out"
         )
     ppo = (f"ppo.{field.name}" for field in dataclasses.fields(settings.PPO) if field.name not in READ)
-    direct.refuse_unread(asked, (*ppo, "reward_model.heldout", "on_alarm"), program="dpo.py")
-    if asked.hold_reference and not direct.KINDS[asked.loss].reference:
+    direct_methods.refuse_unread(asked, (*ppo, "reward_model.heldout", "on_alarm"), program="dpo.py")
+    if asked.hold_reference and not direct_methods.KINDS[asked.loss].reference:
         raise settings.SettingError(f"--hold-reference is of no use to --loss {asked.loss}, which has no reference")
     return asked
 
@@ -97,7 +89,7 @@ def parse(arguments: list[str]) -> DPO:
 def run(asked: DPO) -> dict[str, Any]:
     """The whole job; returns what results.json holds."""
     out = Console()
-    if asked.resume and (finished := rundir.finished_results(asked.resume)):
+    if asked.resume and (finished := run_folder.finished_results(asked.resume)):
         out.print(console.results_table(finished))
         session.say(out, f"{asked.resume} is finished; nothing was run")
         return finished
@@ -111,14 +103,14 @@ def run(asked: DPO) -> dict[str, Any]:
             )
 
     with session.opened(asked, out, kind=asked.loss, weights=weights, accept=accept) as (folder, job):
-        trainer = direct.make_trainer(job, asked, folder.path)
-        with ahead.compiling(job, {}, instead=trainer.compile_ahead):
+        trainer = direct_methods.make_trainer(job, asked, folder.path)
+        with precompile.compiling(job, {}, instead=trainer.compile_ahead):
             base = stages.pretrain(job)
             sft = stages.supervised(job, "sft", base, epochs=asked.sft.epochs, mix=0.0)
             sft_mix = stages.supervised(job, "sft_mix", base, epochs=asked.sft.mix_epochs, mix=asked.sft.mix)
-            (ranked, *_), validation, facts = comparisons.gather(job, [sft, sft_mix])
+            (ranked, *_), validation, facts = collection.gather(job, [sft, sft_mix])
             (reward,) = stages.train_reward_models(job, sft_mix, [ranked], validation=validation)
-            judged = diagnosis.reward_model_facts(job, reward, validation, ranked)
+            judged = reward_diagnosis.reward_model_facts(job, reward, validation, ranked)
             policy, learnt = _learnt(job, trainer, asked, sft_mix, reward, ranked, facts)
             held = pairs_lib.from_rankings(
                 validation, prompt_width=job.task.prompt_width, per_prompt=0, seed=asked.seed
@@ -127,7 +119,7 @@ def run(asked: DPO) -> dict[str, Any]:
             policies = {"base": base, "sft": sft, "sft_mix": sft_mix, asked.loss: policy}
             found = evaluation.evaluate(job, policies, reward)
     results = {
-        "peak_rss_mb": process.peak_memory_mb(),
+        "peak_rss_mb": process_setup.peak_memory_mb(),
         "incidents": folder.incidents(),
         "seed": asked.seed,
         "preset": asked.preset,
@@ -141,7 +133,7 @@ def run(asked: DPO) -> dict[str, Any]:
         **learnt,
         **found,
     }
-    results = rundir.finite(results) | {"seconds": time.time() - process.BEGAN}
+    results = run_folder.finite(results) | {"seconds": time.time() - process_setup.BEGAN}
     lm.save(folder.path / "policy", job.cfg, policy, tokenizer=job.task.tokenizer, pad_id=job.task.fmt.pad_id)
     title = f"{results_lib.label(asked.loss)} from an SFT model"
     report.write_report(
@@ -151,17 +143,17 @@ def run(asked: DPO) -> dict[str, Any]:
         title=title,
         settings=dataclasses.asdict(asked),
     )
-    folder.write_json(rundir.RESULTS, results)
+    folder.write_json(run_folder.RESULTS, results)
     out.print(console.results_table(results))
     mean, low, high = (100 * x for x in implicit)
     session.say(out, f"held-out pairs ranked right by the implicit reward: {mean:.1f} % ({low:.1f}–{high:.1f})")
-    session.say(out, f"report: {folder.path / 'report.html'}   numbers: {folder.path / rundir.RESULTS}")
+    session.say(out, f"report: {folder.path / 'report.html'}   numbers: {folder.path / run_folder.RESULTS}")
     return results
 
 
 def _learnt(
     job: jobs.Job,
-    trainer: direct.Trainer,
+    trainer: direct_methods.Trainer,
     asked: DPO,
     sft: Any,
     reward: Any,
@@ -172,12 +164,12 @@ def _learnt(
     if asked.rounds == 0:
         width = job.task.prompt_width
         pairs = pairs_lib.from_rankings(ranked, prompt_width=width, per_prompt=asked.pairs, seed=asked.seed)
-        learnt = {"pairs": len(pairs), "unseen": direct.plan(asked, len(pairs), devices=trainer.devices).unseen}
+        learnt = {"pairs": len(pairs), "unseen": direct_methods.plan(asked, len(pairs), devices=trainer.devices).unseen}
         return trainer.train(sft, pairs, name=asked.loss, seed=asked.seed), learnt
     judges: dict[str, Any] = {"reward": pairs_lib.judged_by_reward, "gold": pairs_lib.judged_by_gold}
     if asked.judge == "labelers":
         judges["labelers"] = pairs_lib.judged_by_labelers(job, facts["labeler_temperature"])
-    policy, rounds = direct.iterate(
+    policy, rounds = direct_methods.iterate(
         trainer,
         sft,
         reward,
@@ -194,7 +186,7 @@ def _learnt(
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    command.enter(run, parse, arguments)
+    command_line.enter(run, parse, arguments)
 
 
 if __name__ == "__main__":

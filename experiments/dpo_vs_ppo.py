@@ -25,10 +25,11 @@ Writes below ``--out``: study.json, study.html with the figures, config.json, me
 
 from __future__ import annotations
 
-from pipeline import jobs, process
+from launch import process_setup
+from recipe import jobs
 
 if __name__ == "__main__":
-    process.use_huge_pages()
+    process_setup.use_huge_pages()
 
 import dataclasses
 import pathlib
@@ -36,23 +37,14 @@ import time
 from typing import Any, Literal
 
 import numpy as np
-from pipeline import (
-    bandit_study,
-    cells,
-    command,
-    comparisons,
-    direct,
-    rundir,
-    session,
-    settings,
-    stages,
-    sweep_plot,
-    three_actions,
-)
-from pipeline import pairs as pairs_lib
+from launch import command_line, run_folder, settings
+from preferences import bandit_study, direct_methods, three_actions
+from preferences import pairs as pairs_lib
+from recipe import collection, session, stages
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from sweeps import frontier_plot, run_grid
 
 from rlhf_jax import diagnostics
 
@@ -61,7 +53,7 @@ SHIFTED = "shifted pairs"
 
 
 @dataclasses.dataclass(frozen=True)
-class Study(direct.Direct, settings.Settings):
+class Study(direct_methods.Direct, settings.Settings):
     """DPO against PPO, with every setting of the main job."""
 
     parts: tuple[Part, ...] = ("world", "bandit", "exact")
@@ -87,11 +79,11 @@ class Study(direct.Direct, settings.Settings):
 
 def parse(arguments: list[str]) -> Study:
     """Settings from the command line; raises SettingError for what cannot be."""
-    asked = command.parse(Study, arguments, prog="dpo_vs_ppo.py", doc=__doc__, adjust=_short)
-    direct.check(asked)
+    asked = command_line.parse(Study, arguments, prog="dpo_vs_ppo.py", doc=__doc__, adjust=_short)
+    direct_methods.check(asked)
     if asked.loss != "dpo":
         raise settings.SettingError(f"--loss is {asked.loss!r}; the study is of dpo, so leave it out")
-    direct.refuse_unread(
+    direct_methods.refuse_unread(
         asked, ("ppo.kl_coef", "ppo.ptx_coef", "reward_model.heldout", "on_alarm"), program="dpo_vs_ppo.py"
     )
     for name in ("seeds", "rounds", "bandit_seeds", "bandit_pairs"):
@@ -130,28 +122,28 @@ def run(asked: Study) -> dict[str, Any]:
         with session.opened(asked, out, kind=kind, weights=_weights(asked)) as (folder, job):
             results["world"] = in_world(asked, job, folder)
         label = "Built-in world: root of the KL to the SFT model, nats a sequence"
-        drawn.append(sweep_plot.frontier(results["world"]["lines"], xlabel=label, ylabel="Gold utility"))
+        drawn.append(frontier_plot.frontier(results["world"]["lines"], xlabel=label, ylabel="Gold utility"))
         _tell(out, results["world"], "built-in world: gold utility at the KL that each coefficient ends at")
     elif asked.resume:
-        folder = rundir.RunFolder(pathlib.Path(asked.resume))
+        folder = run_folder.RunFolder(pathlib.Path(asked.resume))
     else:
-        folder = rundir.create(rundir.free_path(asked, kind=kind), asked)
+        folder = run_folder.create(run_folder.free_path(asked, kind=kind), asked)
     if "exact" in asked.parts:
         results["exact"] = exact()
         out.print(exact_table(results["exact"]))
     if "bandit" in asked.parts:
         results["bandit"] = on_bandit(asked)
         label = "Bandit: root of the exact KL, nats"
-        drawn.append(sweep_plot.frontier(results["bandit"]["lines"], xlabel=label, ylabel="Expected reward, exact"))
+        drawn.append(frontier_plot.frontier(results["bandit"]["lines"], xlabel=label, ylabel="Expected reward, exact"))
         _tell(out, results["bandit"], "bandit: expected reward at the KL that each coefficient ends at")
     folder.log.close()
-    results = rundir.finite(results | {"seconds": time.time() - process.BEGAN})
+    results = run_folder.finite(results | {"seconds": time.time() - process_setup.BEGAN})
     note = (
         "Lines join the coefficients of a method, means over seeds with 95 % intervals; broken ones had shifted pairs."
     )
     if "exact" in results:
         note += " " + exact_words(results["exact"])
-    sweep_plot.write_page(folder.path / "study.html", "DPO against PPO", drawn, note)
+    frontier_plot.write_page(folder.path / "study.html", "DPO against PPO", drawn, note)
     folder.write_json("study.json", results)
     session.say(out, f"figures: {folder.path / 'study.html'}   numbers: {folder.path / 'study.json'}")
     return results
@@ -160,7 +152,7 @@ def run(asked: Study) -> dict[str, Any]:
 def _tell(out: Console, part: dict[str, Any], title: str) -> None:
     out.print(lines_table(part["lines"], title))
     for name, effect in part["effects"].items():
-        out.print(f"{name}: {sweep_plot.interval_text(effect)}", soft_wrap=True, highlight=False)
+        out.print(f"{name}: {frontier_plot.interval_text(effect)}", soft_wrap=True, highlight=False)
 
 
 def exact() -> dict[str, Any]:
@@ -225,15 +217,15 @@ def _weights(asked: Study) -> list[tuple[str, float]]:
     return [*weights, ("evaluate", 60.0)]
 
 
-def in_world(asked: Study, job: jobs.Job, folder: rundir.RunFolder) -> dict[str, Any]:
+def in_world(asked: Study, job: jobs.Job, folder: run_folder.RunFolder) -> dict[str, Any]:
     """The lines of the built-in world, and what shift and rounds do at the middle coefficients."""
     middle = {"DPO": _middle(asked.betas), "PPO": _middle(asked.kl_coefs)}
     shared, policies, learnt = _policies(job, asked, folder, _wanted(asked))
     job.progress.start("evaluate", 1 + len(policies))
-    against = cells.answers(job, shared, job.task.eval_prompts, shared.sft, seed=0)
+    against = run_grid.answers(job, shared, job.task.eval_prompts, shared.sft, seed=0)
     runs: dict[str, dict[float, list[dict[str, float]]]] = {}
     for done, ((method, coef, seed), policy) in enumerate(policies.items()):
-        numbers = cells.measure(job, shared, job.task.eval_prompts, against, policy, seed=1 + seed)
+        numbers = run_grid.measure(job, shared, job.task.eval_prompts, against, policy, seed=1 + seed)
         runs.setdefault(method, {}).setdefault(coef, []).append(numbers)
         job.progress.update("evaluate", 1 + done, 1 + len(policies))
     job.progress.finish("evaluate")
@@ -242,21 +234,21 @@ def in_world(asked: Study, job: jobs.Job, folder: rundir.RunFolder) -> dict[str,
 
 
 def _policies(
-    job: jobs.Job, asked: Study, folder: rundir.RunFolder, wanted: Any
-) -> tuple[cells.Prepared, dict[tuple[str, float, int], Any], dict[str, Any]]:
+    job: jobs.Job, asked: Study, folder: run_folder.RunFolder, wanted: Any
+) -> tuple[run_grid.Prepared, dict[tuple[str, float, int], Any], dict[str, Any]]:
     """What all share, every policy by (method, coefficient, seed), and on how many pairs DPO was trained."""
-    shared = cells.prepare(job)
+    shared = run_grid.prepare(job)
     base = stages.pretrain(job)
     width, n = job.task.prompt_width, asked.pairs
-    (own, *_), _, _ = comparisons.gather(job, [shared.sft, shared.start])
-    (shifted, *_), _, _ = comparisons.gather(job, [base])
+    (own, *_), _, _ = collection.gather(job, [shared.sft, shared.start])
+    (shifted, *_), _, _ = collection.gather(job, [base])
     reward = stages.train_reward_model(job, shared.start, shifted, stage="reward_model-shifted")
     others = shared._replace(reward=stages.normalised(job, reward, shared.start))
     pairs = {
         name: pairs_lib.from_rankings(rows, prompt_width=width, per_prompt=n, seed=asked.seed)
         for name, rows in (("own", own), (SHIFTED, shifted))
     }
-    trainer = direct.make_trainer(job, asked, folder.path)
+    trainer = direct_methods.make_trainer(job, asked, folder.path)
     # Each prompt of a round gives one pair at most.
     prompts = job.task.rl_prompts.take(min(len(pairs["own"]), len(job.task.rl_prompts)))
     if len(prompts) < asked.rounds:
@@ -269,7 +261,7 @@ def _policies(
             for seed in range(asked.seeds):
                 name = _stage(method, coef, seed)
                 if method == "iterated DPO":
-                    policy, found = direct.iterate(
+                    policy, found = direct_methods.iterate(
                         trainer,
                         shared.start,
                         shared.reward,
@@ -287,8 +279,8 @@ def _policies(
                     kept = f"{which.replace(' ', '-')}-sft_mix"
                     policy = trainer.train(shared.start, pairs[which], name=name, seed=seed, asked=numbers, kept=kept)
                 else:
-                    cell = cells.Cell(name, dataclasses.replace(asked.ppo, kl_coef=coef), seed)
-                    policy = cells.train(job, others if SHIFTED in method else shared, cell, step=job.ppo_step)
+                    cell = run_grid.Cell(name, dataclasses.replace(asked.ppo, kl_coef=coef), seed)
+                    policy = run_grid.train(job, others if SHIFTED in method else shared, cell, step=job.ppo_step)
                 made[method, coef, seed] = policy
     return shared, made, learnt
 
@@ -308,7 +300,7 @@ def _line(method: str, runs: dict[float, list[dict[str, float]]]) -> dict[str, A
         "method": method,
         "look": families.index(method.split(",")[0]),
         "paler": SHIFTED in method,
-        "points": [{"coef": coef} | cells.over_seeds(each) for coef, each in runs.items()],
+        "points": [{"coef": coef} | run_grid.over_seeds(each) for coef, each in runs.items()],
         "runs": {f"{coef:g}": each for coef, each in runs.items()},
     }
 
@@ -358,14 +350,14 @@ def lines_table(lines: list[dict[str, Any]], title: str) -> Table:
         made.add_column(column, justify="left" if column == "method" else "right")
     for line in lines:
         for i, point in enumerate(line["points"]):
-            numbers = (sweep_plot.interval_text(point[name]) for name in ("kl", "gold"))
+            numbers = (frontier_plot.interval_text(point[name]) for name in ("kl", "gold"))
             made.add_row("" if i else line["method"], f"{point['coef']:g}", *numbers)
     return made
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    command.enter(run, parse, arguments)
+    command_line.enter(run, parse, arguments)
 
 
 if __name__ == "__main__":

@@ -45,20 +45,20 @@ if __name__ == "__main__":
     _before_jax(sys.argv[1:])
 
 import tyro  # noqa: E402
-from pipeline import plan_chips, plan_fit, plan_report, plan_settings  # noqa: E402
-from pipeline.settings import SettingError  # noqa: E402
+from launch.settings import SettingError  # noqa: E402
+from planning import chips, fit, plan_settings, roofline  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from rlhf_jax import atomic  # noqa: E402
+from rlhf_jax.checkpoint import atomic  # noqa: E402
 
 
 def run(plan: plan_settings.Plan, out: Console, progress: Console) -> int:
     """Find, show and write; returns the exit status."""
-    plan_chips.prepare()
-    found = plan_fit.find(plan, out=progress)
+    chips.prepare()
+    found = fit.find(plan, out=progress)
     if not found.fits and plan.tries:
-        found.suggestions.extend(plan_fit.suggest(plan, found, out=progress))
-    plan_report.show(found, plan, out)
+        found.suggestions.extend(fit.suggest(plan, found, out=progress))
+    roofline.show(found, plan, out)
     if plan.json is not None:
         atomic.replace_file(plan.json, (json.dumps(found.as_dict(), indent=1) + "\n").encode())
     return 0 if found.fits else 1

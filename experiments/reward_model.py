@@ -27,27 +27,29 @@ than in order: the model leans on length, and is right on 79 % of pairs with the
 
 from __future__ import annotations
 
-from pipeline import process
+from launch import process_setup
 
 if __name__ == "__main__":
-    process.use_huge_pages()
+    process_setup.use_huge_pages()
 
 import dataclasses
 import pathlib
 import time
 from typing import Any
 
-from pipeline import baselines, command, fold_results, folds, human, rundir, session, settings, single
-from pipeline.reward_settings import SMOKE_CV, RewardRun, check
+from launch import command_line, run_folder, settings
+from preferences import baselines, cross_validation, cross_validation_results, reward_run
+from preferences.reward_settings import SMOKE_CV, RewardRun, check
+from recipe import human_comparisons, session
 from rich.console import Console
 
-from rlhf_jax import console
 from rlhf_jax.data import errors
+from rlhf_jax.report import console
 
 
 def parse(arguments: list[str]) -> RewardRun:
     """Settings from the command line; exits for --help, raises SettingError for what cannot be."""
-    asked = command.parse(RewardRun, arguments, prog="reward_model.py", doc=__doc__, adjust=_small)
+    asked = command_line.parse(RewardRun, arguments, prog="reward_model.py", doc=__doc__, adjust=_small)
     preset = settings.preset(
         asked.preset, dialogues=asked.data.path is not None, started=asked.model is not None, published=asked.published
     )
@@ -65,56 +67,58 @@ def _small(preset: RewardRun) -> RewardRun:
 def run(asked: RewardRun) -> dict[str, Any]:
     """The whole job; returns what results.json holds."""
     out = Console()
-    if asked.resume and (finished := rundir.finished_results(asked.resume)):
+    if asked.resume and (finished := run_folder.finished_results(asked.resume)):
         _show(out, finished)
         session.say(out, f"{asked.resume} is finished; nothing was run")
         return finished
-    path, results = _cross_validated(asked, out) if asked.folds else single.run(asked, out)
+    path, results = _cross_validated(asked, out) if asked.folds else reward_run.run(asked, out)
     results |= {"seed": asked.seed, "preset": asked.preset}
-    results["peak_rss_mb"] = process.peak_memory_mb()
-    results["seconds"] = time.time() - process.BEGAN
-    results = rundir.finite(results)
+    results["peak_rss_mb"] = process_setup.peak_memory_mb()
+    results["seconds"] = time.time() - process_setup.BEGAN
+    results = run_folder.finite(results)
     if asked.folds:
-        fold_results.write_page(path / "report.html", results)
+        cross_validation_results.write_page(path / "report.html", results)
     else:
-        single.write_page(path / "report.html", results)
-    rundir.write_json(path / rundir.RESULTS, results)
+        reward_run.write_page(path / "report.html", results)
+    run_folder.write_json(path / run_folder.RESULTS, results)
     _show(out, results)
-    session.say(out, f"report: {path / 'report.html'}   numbers: {path / rundir.RESULTS}   {results['seconds']:.0f} s")
+    session.say(
+        out, f"report: {path / 'report.html'}   numbers: {path / run_folder.RESULTS}   {results['seconds']:.0f} s"
+    )
     return results
 
 
 def _cross_validated(asked: RewardRun, out: Console) -> tuple[pathlib.Path, dict[str, Any]]:
     baselines.need_sklearn()
     if asked.resume:
-        rundir.same_data(asked.resume, asked)
-    path = pathlib.Path(asked.resume) if asked.resume else rundir.free_path(asked, kind="reward_model")
+        run_folder.same_data(asked.resume, asked)
+    path = pathlib.Path(asked.resume) if asked.resume else run_folder.free_path(asked, kind="reward_model")
     counts = errors.DropCount(max_dropped=asked.data.max_dropped)
-    found = human.read(asked.data, counts)
-    human.only_two_speak(found)
-    pairs = human.pairs(found)
+    found = human_comparisons.read(asked.data, counts)
+    human_comparisons.only_two_speak(found)
+    pairs = human_comparisons.pairs(found)
     if len(pairs) < 10 * asked.folds:
         raise settings.SettingError(
             f"--folds {asked.folds} is too many for the {len(pairs)} pairs of {asked.data.path}"
         )
-    folder = rundir.RunFolder(path) if asked.resume else rundir.create(path, asked)
+    folder = run_folder.RunFolder(path) if asked.resume else run_folder.create(path, asked)
     session.say(out, f"writing to {path}; {len(pairs)} pairs, {counts.report()}")
     with console.StageProgress([(f"fold-{n}", 1.0) for n in range(1, asked.folds + 1)]) as progress:
-        done = folds.cross_validate(
+        done = cross_validation.cross_validate(
             pairs, asked.cv, folds=asked.folds, seed=asked.seed, folder=folder, progress=progress
         )
     folder.log.close()
-    return path, {"dropped": counts.dropped, **fold_results.summary(pairs, done, seed=asked.seed)}
+    return path, {"dropped": counts.dropped, **cross_validation_results.summary(pairs, done, seed=asked.seed)}
 
 
 def _show(out: Console, results: dict[str, Any]) -> None:
-    for made in fold_results.tables(results) if "folds" in results else single.tables(results):
+    for made in cross_validation_results.tables(results) if "folds" in results else reward_run.tables(results):
         out.print(made)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    command.enter(run, parse, arguments)
+    command_line.enter(run, parse, arguments)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ Writes below ``--out``: results.json, report.html, scores.jsonl with the scores 
 
 from __future__ import annotations
 
-from pipeline import process
+from launch import process_setup
 
 if __name__ == "__main__":
-    process.use_huge_pages()
+    process_setup.use_huge_pages()
 
 import dataclasses
 import json
@@ -27,14 +27,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tyro
-from pipeline import command, diagnosis, rundir, settings, start
+from launch import command_line, initial_model, run_folder, settings
+from recipe import reward_diagnosis
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rlhf_jax import atomic, console, diagnostics, lm, parallel, report, results, types
+from rlhf_jax import diagnostics, lm, parallel, report, types
+from rlhf_jax.checkpoint import atomic
 from rlhf_jax.data import chat, dialogues, errors, reading
+from rlhf_jax.report import console, results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +93,8 @@ class Scored:
 def run(asked: RewardBench) -> dict[str, Any]:
     """Reads, scores, writes; returns what results.json holds."""
     out = Console()
-    path = rundir.free_folder(asked.out, kind="rewardbench")
-    model = start.load_reward_model(asked.model)
+    path = run_folder.free_folder(asked.out, kind="rewardbench")
+    model = initial_model.load_reward_model(asked.model)
     most = min(asked.max_length or model.cfg.max_length, model.cfg.max_length)
     counts = errors.DropCount(max_dropped=asked.data.max_dropped)
     records = read(asked.data.path, counts=counts)
@@ -122,14 +125,14 @@ def run(asked: RewardBench) -> dict[str, Any]:
     if not np.isfinite(scores).all():
         raise settings.SettingError(f"--model {asked.model} gives scores that are not finite")
     found = {
-        "seconds": time.time() - process.BEGAN,
+        "seconds": time.time() - process_setup.BEGAN,
         "dropped": counts.dropped | counts.truncated,
         "reward_model": facts(Scored(records, scores[:n], scores[n:], lengths[:n], lengths[n:]), bins=asked.bins),
     }
-    found = rundir.finite(found)
+    found = run_folder.finite(found)
     _write(path, asked, found, records, scores)
     out.print(table(found["reward_model"]))
-    for line in (f"data: {counts.report()}", f"report: {path / 'report.html'}   numbers: {path / rundir.RESULTS}"):
+    for line in (f"data: {counts.report()}", f"report: {path / 'report.html'}   numbers: {path / run_folder.RESULTS}"):
         out.print(line, soft_wrap=True, markup=False, highlight=False)
     return found
 
@@ -225,8 +228,8 @@ def facts(scored: Scored, *, bins: int = 10) -> dict[str, Any]:
         "pairs": len(chosen),
         "ties": int((chosen == rejected).sum()),
         "strata": {
-            "subset": diagnosis.strata(subsets),
-            "tokens of the longer answer": diagnosis.strata(buckets),
+            "subset": reward_diagnosis.strata(subsets),
+            "tokens of the longer answer": reward_diagnosis.strata(buckets),
         },
         "calibration": {
             "bins": [dict(zip(curve._fields, map(float, each))) for each in zip(*curve)],
@@ -234,7 +237,7 @@ def facts(scored: Scored, *, bins: int = 10) -> dict[str, Any]:
             "slope": list(diagnostics.calibration_slope(chosen, rejected)) if known else None,
             "temperature": diagnostics.calibration_temperature(chosen, rejected) if known else None,
         },
-        "thresholds": diagnosis.lists(diagnostics.accuracy_above_threshold(chosen, rejected)),
+        "thresholds": reward_diagnosis.lists(diagnostics.accuracy_above_threshold(chosen, rejected)),
         "length_bias": diagnostics.length_bias(
             chosen, rejected, scored.chosen_lengths_N, scored.rejected_lengths_N
         )._asdict(),
@@ -264,7 +267,7 @@ def table(model: dict[str, Any]) -> Table:
 def _begin(path: Any, asked: RewardBench) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        rundir.write_json(path / rundir.CONFIG, dataclasses.asdict(asked))
+        run_folder.write_json(path / run_folder.CONFIG, dataclasses.asdict(asked))
     except OSError as error:
         raise settings.SettingError(f"--out {path} cannot be written: {error.strerror}") from error
 
@@ -276,7 +279,7 @@ def _write(path: Any, asked: RewardBench, found: dict[str, Any], records: list[P
     report.write_report(
         path / "report.html", found, [], title="A reward model's judgement", settings=dataclasses.asdict(asked)
     )
-    rundir.write_json(path / rundir.RESULTS, found)
+    run_folder.write_json(path / run_folder.RESULTS, found)
 
 
 def parse(arguments: list[str]) -> RewardBench:
@@ -293,7 +296,7 @@ def parse(arguments: list[str]) -> RewardBench:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    command.enter(run, parse, arguments)
+    command_line.enter(run, parse, arguments)
 
 
 if __name__ == "__main__":

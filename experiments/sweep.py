@@ -14,10 +14,10 @@ metrics.jsonl, tensorboard/, checkpoints/.
 
 from __future__ import annotations
 
-from pipeline import process
+from launch import process_setup
 
 if __name__ == "__main__":
-    process.use_huge_pages()
+    process_setup.use_huge_pages()
 
 import dataclasses
 import math
@@ -25,8 +25,10 @@ import time
 from typing import Any, Literal
 
 import jax
-from pipeline import ahead, cells, command, meshes, rundir, session, settings, sweep_plot
+from launch import command_line, mesh_settings, run_folder, settings
+from recipe import precompile, session
 from rich.console import Console
+from sweeps import frontier_plot, run_grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,22 +45,22 @@ class Sweep(settings.Settings):
 
 def parse(arguments: list[str]) -> Sweep:
     """Settings from the command line; raises SettingError for what cannot be."""
-    asked = command.parse(Sweep, arguments, prog="sweep.py", doc=__doc__)
+    asked = command_line.parse(Sweep, arguments, prog="sweep.py", doc=__doc__)
     if not asked.kl_coefs or not all(0 <= coef < math.inf for coef in asked.kl_coefs):
         raise settings.SettingError(f"--kl-coefs is {asked.kl_coefs}; each must be at least 0 and finite")
     if len(set(asked.kl_coefs)) < len(asked.kl_coefs):
         raise settings.SettingError(f"--kl-coefs is {asked.kl_coefs}; each may be there once")
-    if asked.together == "yes" and meshes.asked_for(asked):
+    if asked.together == "yes" and mesh_settings.asked_for(asked):
         raise settings.SettingError("--together yes is for one device; leave it or --mesh.* out")
     if asked.seeds < 1:
         raise settings.SettingError(f"--seeds is {asked.seeds}; it must be at least 1")
     return asked
 
 
-def cells_of(asked: Sweep) -> list[cells.Cell]:
+def cells_of(asked: Sweep) -> list[run_grid.Cell]:
     """The runs of a sweep, coefficient by coefficient."""
     return [
-        cells.Cell(f"kl{coef:g}-seed{seed}", dataclasses.replace(asked.ppo, kl_coef=coef), seed)
+        run_grid.Cell(f"kl{coef:g}-seed{seed}", dataclasses.replace(asked.ppo, kl_coef=coef), seed)
         for coef in asked.kl_coefs
         for seed in range(asked.seeds)
     ]
@@ -67,40 +69,40 @@ def cells_of(asked: Sweep) -> list[cells.Cell]:
 def run(asked: Sweep) -> dict[str, Any]:
     """The whole sweep; returns what sweep.json holds."""
     out, wanted = Console(), cells_of(asked)
-    spread = meshes.asked_for(asked)
+    spread = mesh_settings.asked_for(asked)
     together = asked.together == "yes" or (asked.together == "auto" and not spread and jax.default_backend() != "cpu")
     weights = [(cell.name, 0.9 * asked.ppo.iterations) for cell in wanted] + [("evaluate", 3.0 * len(wanted))]
     with (
         session.opened(asked, out, kind="sweep", weights=weights) as (folder, job),
-        ahead.compiling(job, {} if together else {cell.name: job for cell in wanted}),
+        precompile.compiling(job, {} if together else {cell.name: job for cell in wanted}),
     ):
-        shared = cells.prepare(job)
+        shared = run_grid.prepare(job)
         if together:
-            policies = cells.train_together(job, shared, wanted)
+            policies = run_grid.train_together(job, shared, wanted)
         else:
-            policies = [cells.train(job, shared, cell, step=job.ppo_step) for cell in wanted]
+            policies = [run_grid.train(job, shared, cell, step=job.ppo_step) for cell in wanted]
         job.progress.start("evaluate", len(wanted))
-        against = cells.answers(job, shared, job.task.eval_prompts, shared.sft, seed=0)
+        against = run_grid.answers(job, shared, job.task.eval_prompts, shared.sft, seed=0)
         found = []
         for cell, policy in zip(wanted, policies, strict=True):
-            numbers = cells.measure(job, shared, job.task.eval_prompts, against, policy, seed=1 + cell.seed)
+            numbers = run_grid.measure(job, shared, job.task.eval_prompts, against, policy, seed=1 + cell.seed)
             found.append({"name": cell.name, "kl_coef": cell.settings.kl_coef, "seed": cell.seed} | numbers)
             job.progress.update("evaluate", len(found), len(wanted))
         job.progress.finish("evaluate")
     results = {
-        "seconds": time.time() - process.BEGAN,
+        "seconds": time.time() - process_setup.BEGAN,
         "together": together,
         "traces": 1 if together else job.ppo_step.traces,
         "points": [
-            {"kl_coef": coef} | cells.over_seeds([_numbers(f) for f in found if f["kl_coef"] == coef])
+            {"kl_coef": coef} | run_grid.over_seeds([_numbers(f) for f in found if f["kl_coef"] == coef])
             for coef in asked.kl_coefs
         ],
         "runs": found,
     }
-    results = rundir.finite(results)
-    sweep_plot.write(folder.path / "sweep.html", results["points"], results["runs"], title="Reward against KL")
+    results = run_folder.finite(results)
+    frontier_plot.write(folder.path / "sweep.html", results["points"], results["runs"], title="Reward against KL")
     folder.write_json("sweep.json", results)
-    out.print(sweep_plot.table(results["points"]))
+    out.print(frontier_plot.table(results["points"]))
     session.say(out, f"figure: {folder.path / 'sweep.html'}   numbers: {folder.path / 'sweep.json'}")
     return results
 
@@ -111,7 +113,7 @@ def _numbers(found: dict[str, Any]) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    command.enter(run, parse, arguments)
+    command_line.enter(run, parse, arguments)
 
 
 if __name__ == "__main__":

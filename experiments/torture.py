@@ -32,7 +32,8 @@ import time
 from typing import Any
 
 import tyro
-from pipeline import command, rundir, settings, torture_child, torture_damage, torture_kills
+from fault_injection import damage, interruptions, tiny_runs
+from launch import command_line, run_folder, settings
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -53,7 +54,7 @@ class Torture:
     """Files cut off at a random length."""
     deletions: int = 20
     """Files deleted."""
-    stages: tuple[str, ...] = torture_child.STAGES
+    stages: tuple[str, ...] = tiny_runs.STAGES
     """Which of them."""
     steps: int = 60
     """Iterations of a run."""
@@ -79,17 +80,17 @@ def check(asked: Torture) -> None:
         raise settings.SettingError(
             f"--steps is {asked.steps}; it must be twice --save-every, or there is no older one"
         )
-    unknown = [stage for stage in asked.stages if stage not in torture_child.STAGES]
+    unknown = [stage for stage in asked.stages if stage not in tiny_runs.STAGES]
     if unknown or not asked.stages:
-        raise settings.SettingError(f"--stages are {asked.stages}; they must be of {', '.join(torture_child.STAGES)}")
+        raise settings.SettingError(f"--stages are {asked.stages}; they must be of {', '.join(tiny_runs.STAGES)}")
 
 
 def run(asked: Torture) -> dict[str, Any]:
     """All of it; returns what torture.json holds."""
     began, out = time.monotonic(), Console()
-    folder = rundir.free_folder(asked.out, kind="torture")
+    folder = run_folder.free_folder(asked.out, kind="torture")
     folder.mkdir(parents=True, exist_ok=True)
-    size = torture_kills.Size(asked.steps, asked.save_every, asked.seed)
+    size = interruptions.Size(asked.steps, asked.save_every, asked.seed)
     shares = {"kills": _dealt(asked.kills, len(asked.stages)), "terms": _dealt(asked.terms, len(asked.stages))}
     damages = {"flip": asked.flips, "truncate": asked.truncations, "delete": asked.deletions}
     progress = Progress(
@@ -102,12 +103,12 @@ def run(asked: Torture) -> dict[str, Any]:
     )
     with progress, concurrent.futures.ThreadPoolExecutor(asked.jobs) as threads:
 
-        def one(i: int) -> tuple[torture_kills.Reference, torture_kills.Report]:
+        def one(i: int) -> tuple[interruptions.Reference, interruptions.Report]:
             stage, kills, terms = asked.stages[i], shares["kills"][i], shares["terms"][i]
-            whole = torture_kills.reference(stage, folder / stage / "peace", size)
+            whole = interruptions.reference(stage, folder / stage / "peace", size)
             how: Any = {"kills": kills, "terms": terms}
             how["tell"] = lambda done: progress.update(bars[i], completed=done)
-            return whole, torture_kills.torture(stage, folder / stage, size, whole, **how)
+            return whole, interruptions.torture(stage, folder / stage, size, whole, **how)
 
         bars = [
             progress.add_task(stage, total=kills + terms) for stage, kills, terms in zip(asked.stages, *shares.values())
@@ -115,7 +116,7 @@ def run(asked: Torture) -> dict[str, Any]:
         bar = progress.add_task("damage", total=sum(damages.values()))
         both = [each.result() for each in [threads.submit(one, i) for i in range(len(asked.stages))]]
         last, whole = asked.stages[-1], both[-1][0]
-        damaged = torture_damage.damage(
+        damaged = damage.damage(
             whole, folder / "damaged", last, size, damages, tell=lambda done: progress.update(bar, completed=done)
         )
     reports = [report for _, report in both]
@@ -126,7 +127,7 @@ def run(asked: Torture) -> dict[str, Any]:
         "damage": damaged.asdict(),
         "failures": [text for report in (*reports, damaged) for text in report.failures],
     }
-    rundir.write_json(folder / "torture.json", results)
+    run_folder.write_json(folder / "torture.json", results)
     out.print(_kills_table(reports))
     out.print(_damage_table(damaged))
     for text in results["failures"]:
@@ -147,9 +148,9 @@ def _dealt(count: int, among: int) -> list[int]:
     return [count // among + (i < count % among) for i in range(among)]
 
 
-def _kills_table(reports: list[torture_kills.Report]) -> Table:
+def _kills_table(reports: list[interruptions.Report]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title="killed (SIGKILL) + stopped (SIGTERM), by where it fell")
-    phases = ("start", *torture_kills.PHASES)
+    phases = ("start", *interruptions.PHASES)
     for name in ("stage", *phases, "same bits", "whole runs compared", "wrong", "s"):
         table.add_column(name, justify="left" if name == "stage" else "right")
     for r in reports:
@@ -160,7 +161,7 @@ def _kills_table(reports: list[torture_kills.Report]) -> Table:
     return table
 
 
-def _damage_table(report: torture_damage.Report) -> Table:
+def _damage_table(report: damage.Report) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=f"damage to the {report.files} files of a checkpoint")
     for name in ("damage", "seen, older one restored", "harmless, same bits", "wrong"):
         table.add_column(name, justify="left" if name == "damage" else "right")
@@ -179,7 +180,7 @@ def parse(arguments: list[str]) -> Torture:
 def main(arguments: list[str] | None = None) -> None:
     """The command line; exits 1 if anything was lost."""
     found: list[Any] = []
-    command.enter(lambda asked: found.append(run(asked)), parse, arguments)
+    command_line.enter(lambda asked: found.append(run(asked)), parse, arguments)
     if any(each["failures"] for each in found):
         sys.exit(1)
 

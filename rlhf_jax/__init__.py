@@ -1,5 +1,17 @@
 """Reinforcement learning from human feedback in JAX, as pure functions."""
 
-from rlhf_jax import advantages, generation, kl, lm, losses, metrics, reduce, rewards, train, types
+from rlhf_jax import advantages, aggregation, generation, kl, lm, losses, masking, metrics, rewards, train, types
 
-__all__ = ["advantages", "generation", "kl", "lm", "losses", "metrics", "reduce", "rewards", "train", "types"]
+__all__ = [
+    "advantages",
+    "aggregation",
+    "generation",
+    "kl",
+    "lm",
+    "losses",
+    "masking",
+    "metrics",
+    "rewards",
+    "train",
+    "types",
+]

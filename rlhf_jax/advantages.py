@@ -9,9 +9,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import reduce
+from rlhf_jax import masking
 
-whiten = reduce.masked_whiten
+whiten = masking.masked_whiten
 
 
 def gae(
@@ -41,18 +41,18 @@ def gae(
     Raises:
         ValueError: if an argument is not of rank 1, or lengths differ.
     """
-    reduce.check_rank(1, rewards_T=rewards_T, values_T=values_T, mask_T=mask_T)
-    reduce.check_same_shape(rewards_T=rewards_T, values_T=values_T, mask_T=mask_T)
-    values_T = jax.lax.stop_gradient(reduce.masked_fill(values_T, where=mask_T))
+    masking.check_rank(1, rewards_T=rewards_T, values_T=values_T, mask_T=mask_T)
+    masking.check_same_shape(rewards_T=rewards_T, values_T=values_T, mask_T=mask_T)
+    values_T = jax.lax.stop_gradient(masking.masked_fill(values_T, where=mask_T))
     next_values_T = jnp.append(values_T[1:], 0.0)
-    deltas_T = reduce.masked_fill(reduce.as_float32(rewards_T) + discount * next_values_T - values_T, where=mask_T)
+    deltas_T = masking.masked_fill(masking.as_float32(rewards_T) + discount * next_values_T - values_T, where=mask_T)
 
     def step(next_advantage: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
         advantage = delta + discount * lambda_ * next_advantage
         return advantage, advantage
 
     _, advantages_T = jax.lax.scan(step, jnp.zeros((), deltas_T.dtype), deltas_T, reverse=True)
-    advantages_T = reduce.masked_fill(advantages_T, where=mask_T)
+    advantages_T = masking.masked_fill(advantages_T, where=mask_T)
     return advantages_T, advantages_T + values_T
 
 
@@ -70,7 +70,7 @@ def rloo(scores_K: jax.Array) -> jax.Array:
     return centred_K * (k / (k - 1))
 
 
-def group_normalize(scores_K: jax.Array, *, epsilon: float = reduce.WHITEN_EPSILON) -> jax.Array:
+def group_normalize(scores_K: jax.Array, *, epsilon: float = masking.WHITEN_EPSILON) -> jax.Array:
     """``(s - mean) * rsqrt(var + epsilon)`` within one prompt (GRPO, Shao 2024), population variance.
 
     A prompt whose completions all score the same gets exact zeros.
@@ -88,10 +88,10 @@ def group_center(scores_K: jax.Array) -> jax.Array:
     Raises:
         ValueError: if the rank is not 1 or K is below 2, where a group has nothing to compare.
     """
-    reduce.check_rank(1, scores_K=scores_K)
+    masking.check_rank(1, scores_K=scores_K)
     if scores_K.shape[0] < 2:
         raise ValueError(f"a group needs at least 2 completions, got {scores_K.shape[0]}")
-    scores_K = reduce.as_float32(scores_K)
+    scores_K = masking.as_float32(scores_K)
     # Offsets from the first: equal scores then give exact zeros, and large common offsets cost no digits.
     offsets_K = scores_K - scores_K[0]
     return offsets_K - jnp.mean(offsets_K)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rlhf_jax import reduce
+from rlhf_jax import masking
 
 MAX_LOG_RATIO = 20.0
 
@@ -28,16 +28,16 @@ def ratio(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
         logprobs: any shape.
         reference_logprobs: the same shape.
     """
-    reduce.check_same_shape(logprobs=logprobs, reference_logprobs=reference_logprobs)
-    log_ratio = reduce.as_float32(logprobs) - reduce.as_float32(reference_logprobs)
+    masking.check_same_shape(logprobs=logprobs, reference_logprobs=reference_logprobs)
+    log_ratio = masking.as_float32(logprobs) - masking.as_float32(reference_logprobs)
     excess = jnp.maximum(log_ratio - MAX_LOG_RATIO, 0.0)
     return jnp.exp(jnp.minimum(log_ratio, MAX_LOG_RATIO)) * (1.0 + excess)
 
 
 def k1(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
     """``rho``: unbiased, of high variance, negative at times. Belongs into the reward. Any shape, unreduced."""
-    reduce.check_same_shape(logprobs=logprobs, reference_logprobs=reference_logprobs)
-    return reduce.as_float32(logprobs) - reduce.as_float32(reference_logprobs)
+    masking.check_same_shape(logprobs=logprobs, reference_logprobs=reference_logprobs)
+    return masking.as_float32(logprobs) - masking.as_float32(reference_logprobs)
 
 
 def k2(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
@@ -66,16 +66,16 @@ def full(logits: jax.Array, reference_logits: jax.Array) -> jax.Array:
     Returns:
         ``[...]``, unreduced, in nats; infinite where the policy can say what the reference cannot.
     """
-    reduce.check_same_shape(logits=logits, reference_logits=reference_logits)
+    masking.check_same_shape(logits=logits, reference_logits=reference_logits)
     return categorical(
-        jax.nn.log_softmax(reduce.as_float32(logits)), jax.nn.log_softmax(reduce.as_float32(reference_logits))
+        jax.nn.log_softmax(masking.as_float32(logits)), jax.nn.log_softmax(masking.as_float32(reference_logits))
     )
 
 
 def categorical(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
     """``sum_v p_v (log p_v - log q_v)`` over the last axis of two tables of log-probabilities ``[..., V]``."""
-    reduce.check_same_shape(logprobs=logprobs, reference_logprobs=reference_logprobs)
-    logprobs, reference_logprobs = reduce.as_float32(logprobs), reduce.as_float32(reference_logprobs)
+    masking.check_same_shape(logprobs=logprobs, reference_logprobs=reference_logprobs)
+    logprobs, reference_logprobs = masking.as_float32(logprobs), masking.as_float32(reference_logprobs)
     probs = jnp.exp(logprobs)
     # 0 log 0 is 0, and so is its gradient: impossible tokens leave before the subtraction, not after it.
     possible = probs > 0
@@ -137,11 +137,11 @@ def update_controller_by_doubling(
     state: ControllerState, observed_kl: jax.Array, *, target: float | jax.Array
 ) -> ControllerState:
     """PPO's own penalty rule (Schulman 2017, 4): double above 1.5 times the target, halve below target / 1.5."""
-    reduce.check_rank(0, observed_kl=observed_kl)
+    masking.check_rank(0, observed_kl=observed_kl)
     factor = jnp.where(observed_kl > 1.5 * target, 2.0, jnp.where(observed_kl < target / 1.5, 0.5, 1.0))
     return ControllerState(kl_coef=state.kl_coef * factor)
 
 
 def _error(observed_kl: jax.Array, target: float | jax.Array) -> jax.Array:
-    reduce.check_rank(0, observed_kl=observed_kl)
-    return jnp.clip((reduce.as_float32(observed_kl) - target) / target, -0.2, 0.2)
+    masking.check_rank(0, observed_kl=observed_kl)
+    return jnp.clip((masking.as_float32(observed_kl) - target) / target, -0.2, 0.2)

@@ -22,7 +22,8 @@ from flax import struct
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 
-from rlhf_jax import atomic, reduce
+from rlhf_jax import masking
+from rlhf_jax.checkpoint import atomic
 
 FILE_NAME = "metrics.jsonl"
 
@@ -60,8 +61,8 @@ def mean_metric(
     """The mean of ``x`` (any shape) over ``where`` (everything if None) as a ``Metric``."""
     mask = True if where is None else where
     return Metric(
-        sum=reduce.masked_sum(x, where=mask, axis_name=axis_name),
-        weight=reduce.masked_count(x, where=mask, axis_name=axis_name).astype(jnp.float32),
+        sum=masking.masked_sum(x, where=mask, axis_name=axis_name),
+        weight=masking.masked_count(x, where=mask, axis_name=axis_name).astype(jnp.float32),
     )
 
 

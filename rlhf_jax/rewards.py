@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import reduce, types
+from rlhf_jax import masking, types
 
 
 def token_rewards(
@@ -38,14 +38,14 @@ def token_rewards(
     Raises:
         ValueError: if ranks or shapes disagree.
     """
-    reduce.check_rank(1, scores_B=scores_B)
-    reduce.check_rank(2, logprobs_BT=logprobs_BT)
-    reduce.check_same_shape(logprobs_BT=logprobs_BT, reference_logprobs_BT=reference_logprobs_BT, mask_BT=mask_BT)
+    masking.check_rank(1, scores_B=scores_B)
+    masking.check_rank(2, logprobs_BT=logprobs_BT)
+    masking.check_same_shape(logprobs_BT=logprobs_BT, reference_logprobs_BT=reference_logprobs_BT, mask_BT=mask_BT)
     if scores_B.shape[0] != mask_BT.shape[0]:
         raise ValueError(f"one score a row is needed, got {scores_B.shape[0]} for {mask_BT.shape[0]} rows")
     mask_BT = mask_BT.astype(bool)
-    kl_BT = reduce.masked_fill(logprobs_BT, where=mask_BT) - reduce.masked_fill(reference_logprobs_BT, where=mask_BT)
-    score_BT = jnp.where(_is_last(mask_BT), reduce.as_float32(scores_B)[:, None], 0.0)
+    kl_BT = masking.masked_fill(logprobs_BT, where=mask_BT) - masking.masked_fill(reference_logprobs_BT, where=mask_BT)
+    score_BT = jnp.where(_is_last(mask_BT), masking.as_float32(scores_B)[:, None], 0.0)
     return score_BT - kl_coef * kl_BT
 
 
@@ -72,14 +72,14 @@ def missing_stop(scores_B: jax.Array, stopped_B: jax.Array, *, score: float | ja
         stopped_B: True where the response ended with its stop token.
         score: the score of an unfinished response; choose it below what a bad answer gets.
     """
-    reduce.check_same_shape(scores_B=scores_B, stopped_B=stopped_B)
-    return jnp.where(stopped_B.astype(bool), reduce.as_float32(scores_B), score)
+    masking.check_same_shape(scores_B=scores_B, stopped_B=stopped_B)
+    return jnp.where(stopped_B.astype(bool), masking.as_float32(scores_B), score)
 
 
 def subtract_for_missing_stop(scores_B: jax.Array, stopped_B: jax.Array, *, penalty: float | jax.Array) -> jax.Array:
     """Subtracts ``penalty`` from the score of a response that never stopped: a later variant, not the papers' rule."""
-    reduce.check_same_shape(scores_B=scores_B, stopped_B=stopped_B)
-    scores_B = reduce.as_float32(scores_B)
+    masking.check_same_shape(scores_B=scores_B, stopped_B=stopped_B)
+    scores_B = masking.as_float32(scores_B)
     return jnp.where(stopped_B.astype(bool), scores_B, scores_B - penalty)
 
 
@@ -94,7 +94,7 @@ def weighted(
         raise ValueError(f"scorers are {sorted(scorers)} and weights {sorted(weights)}; they must have the same names")
 
     def score(params: Mapping[str, Any], rollout: types.Rollout) -> jax.Array:
-        parts = [weights[name] * reduce.as_float32(scorers[name](params[name], rollout)) for name in scorers]
+        parts = [weights[name] * masking.as_float32(scorers[name](params[name], rollout)) for name in scorers]
         return sum(parts[1:], parts[0])
 
     return score

@@ -17,12 +17,12 @@ hypothesis.settings.load_profile("default")
 
 LONGEST = (
     "test_instructgpt.py",
-    "test_model_start.py",
+    "test_initial_model.py",
     "test_hosts.py",
     "test_parallel.py",
     "test_resume.py",
     "test_ppo.py",
-    "test_direct.py",
+    "test_direct_methods.py",
 )
 """Files that take minutes: they are begun first, so that no worker is left alone with one at the end."""
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from rlhf_jax import advantages, reduce
+from rlhf_jax import advantages, masking
 
 T = 7
 compiled = jax.jit(advantages.gae)
@@ -157,7 +157,7 @@ def test_groups_are_vmapped_over_prompts():
 
 def test_whiten_is_the_reduction():
     x, where = jnp.array([1.0, 3.0, 5.0]), jnp.array([True, True, False])
-    np.testing.assert_array_equal(advantages.whiten(x, where=where), reduce.masked_whiten(x, where=where))
+    np.testing.assert_array_equal(advantages.whiten(x, where=where), masking.masked_whiten(x, where=where))
 
 
 def test_rank_and_length_errors():

@@ -20,13 +20,7 @@ from rlhf_jax.diagnostics.calibration import (
     expected_calibration_error,
 )
 from rlhf_jax.diagnostics.diversity import distinct_n, self_overlap, token_entropy
-from rlhf_jax.diagnostics.goodhart import (
-    FallFromPeak,
-    SplitHalves,
-    fall_from_peak,
-    regressional_goodhart,
-    split_halves,
-)
+from rlhf_jax.diagnostics.goodhart import FallFromPeak, SplitHalves, fall_from_peak, regressional_goodhart, split_halves
 from rlhf_jax.diagnostics.intervals import (
     Estimate,
     average,

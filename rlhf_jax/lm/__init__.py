@@ -1,6 +1,6 @@
 """The language model: pure functions on a nested dict of arrays."""
 
-from rlhf_jax.lm import lora, peft
+from rlhf_jax.lm import lora
 from rlhf_jax.lm.alignment import response_map_with, token_map_with
 from rlhf_jax.lm.cache import KVCache
 from rlhf_jax.lm.cache import create as create_cache
@@ -32,7 +32,8 @@ from rlhf_jax.lm.heads import (
     with_head,
     without_head,
 )
-from rlhf_jax.lm.hf import load, load_config, load_normalisation, save
+from rlhf_jax.lm.hub import peft
+from rlhf_jax.lm.hub.directory import load, load_config, load_normalisation, save
 from rlhf_jax.lm.logprobs import (
     TokenStats,
     apply_fn,

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rlhf_jax import types
-from rlhf_jax.lm import chunks
+from rlhf_jax.lm import chunking
 
 
 def token_map_with(
@@ -55,7 +55,7 @@ def token_map_with(
         arrays_BL,
         mask_BL=mask_BL,
         segments_BL=segments_BL,
-        vocab=chunks.vocab_of(apply, params, hidden_BLD),
+        vocab=chunking.vocab_of(apply, params, hidden_BLD),
         chunk=chunk,
     )
 
@@ -78,11 +78,11 @@ def response_map_with(
     hidden_BTD = response_hidden(apply, params, tokens_BL, prompt_width=prompt_width, mask_BL=mask_BL)
     if mask_BL is not None:
         arrays_BT = tuple(_zero_unless(mask_BL[:, prompt_width:], x) for x in arrays_BT)
-    made = chunks.over_columns(
+    made = chunking.over_columns(
         lambda hidden, *arrays: fn(apply.logits(params, hidden), *arrays),
         hidden_BTD,
         *arrays_BT,
-        vocab=chunks.vocab_of(apply, params, hidden_BTD),
+        vocab=chunking.vocab_of(apply, params, hidden_BTD),
         chunk=chunk,
     )
     return made if mask_BL is None else jax.tree.map(lambda x: _zero_unless(mask_BL[:, prompt_width:], x), made)
@@ -116,7 +116,7 @@ def by_token(
     mask_BL = real(mask_BL, segments_BL)
     if mask_BL is None:
         hiddens = (x[:, :-1] for x in hiddens_BLD)
-        made = chunks.over_columns(fn, *hiddens, *(x[:, 1:] for x in arrays_BL), vocab=vocab, chunk=chunk)
+        made = chunking.over_columns(fn, *hiddens, *(x[:, 1:] for x in arrays_BL), vocab=vocab, chunk=chunk)
         return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2)), made)
     # Each column's own token is looked up and the results are moved after: moving hidden states costs D times more.
     L = mask_BL.shape[1]
@@ -124,7 +124,7 @@ def by_token(
     column_BL = jnp.minimum(next_BL, L - 1)
     has_next_BL = mask_BL & (next_BL < L) & same_segment(segments_BL, column_BL)
     arrays_BL = tuple(_zero_unless(has_next_BL, _take(x, column_BL)) for x in arrays_BL)
-    made = chunks.over_columns(fn, *hiddens_BLD, *arrays_BL, vocab=vocab, chunk=chunk)
+    made = chunking.over_columns(fn, *hiddens_BLD, *arrays_BL, vocab=vocab, chunk=chunk)
     return jax.tree.map(lambda x: from_previous_real(x, mask_BL, segments_BL), made)
 
 

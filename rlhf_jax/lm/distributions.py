@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import jax
 
-from rlhf_jax import kl, reduce, types
-from rlhf_jax.lm import alignment, chunks, config, logprobs
+from rlhf_jax import kl, masking, types
+from rlhf_jax.lm import alignment, chunking, config, logprobs
 from rlhf_jax.losses import supervised
 
 
@@ -271,7 +271,7 @@ def token_kl_with(
         logits, other_logits = apply.logits(params, hidden), other_apply.logits(other_params, other)
         return kl.full(_scaled(logits, temperature), _scaled(other_logits, temperature))
 
-    vocab = chunks.vocab_of(apply, params, hidden_BLD) + chunks.vocab_of(other_apply, other_params, other_BLD)
+    vocab = chunking.vocab_of(apply, params, hidden_BLD) + chunking.vocab_of(other_apply, other_params, other_BLD)
     return alignment.by_token(
         divergence,
         (hidden_BLD, other_BLD),
@@ -284,4 +284,4 @@ def token_kl_with(
 
 
 def _scaled(logits: jax.Array, temperature: jax.Array | float) -> jax.Array:
-    return reduce.as_float32(logits) / temperature
+    return masking.as_float32(logits) / temperature

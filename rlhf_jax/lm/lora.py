@@ -13,7 +13,7 @@ is never copied::
 ``sft.make_train_step(..., join=partial(lora.attach, scale=2.0))``. Since B starts at 0, a policy of fresh adapters
 equals its base, which serves as its reference as well (`train.ppo.Models.join`).
 
-:mod:`rlhf_jax.lm.peft` writes adapters for other libraries and reads theirs.
+:mod:`rlhf_jax.lm.hub.peft` writes adapters for other libraries and reads theirs.
 """
 
 from __future__ import annotations

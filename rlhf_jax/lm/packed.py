@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import reduce, types
+from rlhf_jax import masking, types
 from rlhf_jax.lm import alignment, config, heads, logprobs
 
 
@@ -57,7 +57,7 @@ def packed_sums(
     mine = (segments_BL[places.row] == places.segment[..., None]) & (places.segment[..., None] > 0)
     if where_BL is not None:
         mine &= where_BL[places.row]
-    return reduce.masked_sum(x_BL[places.row], where=mine, axis=-1)
+    return masking.masked_sum(x_BL[places.row], where=mine, axis=-1)
 
 
 def packed_means(

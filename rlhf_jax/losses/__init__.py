@@ -21,7 +21,7 @@ from rlhf_jax.losses.preference import (
 )
 from rlhf_jax.losses.supervised import distill, distill_cross_entropy, gather_logprobs, next_token, top_k_logprobs
 from rlhf_jax.losses.value import clipped_value, explained_variance, squared_value, value_is_clipped
-from rlhf_jax.reduce import masked_mean
+from rlhf_jax.masking import masked_mean
 
 __all__ = [
     "best_choice",

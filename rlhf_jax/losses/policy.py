@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import kl, reduce
+from rlhf_jax import kl, masking
 
 
 def clipped_policy(
@@ -40,8 +40,8 @@ def reinforce(logprobs: jax.Array, advantages: jax.Array) -> jax.Array:
 
     RLOO (Ahmadian 2024) uses it with log-probabilities summed over a response and ``advantages.rloo``.
     """
-    reduce.check_same_shape(logprobs=logprobs, advantages=advantages)
-    return -jax.lax.stop_gradient(reduce.as_float32(advantages)) * reduce.as_float32(logprobs)
+    masking.check_same_shape(logprobs=logprobs, advantages=advantages)
+    return -jax.lax.stop_gradient(masking.as_float32(advantages)) * masking.as_float32(logprobs)
 
 
 def importance_weights(
@@ -52,14 +52,14 @@ def importance_weights(
     Truncated importance sampling (Ionides 2008): cutting the weights off trades a little bias for a bounded variance.
     What q never draws, under top-p say, no weight brings back.
     """
-    reduce.check_same_shape(logprobs=logprobs, behaviour_logprobs=behaviour_logprobs)
+    masking.check_same_shape(logprobs=logprobs, behaviour_logprobs=behaviour_logprobs)
     return jax.lax.stop_gradient(jnp.minimum(kl.ratio(logprobs, behaviour_logprobs), cap))
 
 
 def _branches(
     logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, clip: float | jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    reduce.check_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
-    advantages = jax.lax.stop_gradient(reduce.as_float32(advantages))
+    masking.check_same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    advantages = jax.lax.stop_gradient(masking.as_float32(advantages))
     ratio = kl.ratio(logprobs, jax.lax.stop_gradient(old_logprobs))
     return -advantages * ratio, -advantages * jnp.clip(ratio, 1.0 - clip, 1.0 + clip)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import reduce
+from rlhf_jax import masking
 from rlhf_jax.losses import supervised
 
 Scalar = float | jax.Array
@@ -30,15 +30,15 @@ def pairwise(chosen: Scalar, rejected: Scalar, *, margin: Scalar = 0.0, target: 
         target: probability that ``chosen`` really is better; a scalar or one for each pair. Label smoothing e is
             ``1 - e``; an AI judge's soft label (Bai 2022, Constitutional AI 4.1) goes in as it is.
     """
-    reduce.check_same_shape(chosen=chosen, rejected=rejected, margin=margin, target=target)
-    difference = reduce.as_float32(chosen) - reduce.as_float32(rejected)
+    masking.check_same_shape(chosen=chosen, rejected=rejected, margin=margin, target=target)
+    difference = masking.as_float32(chosen) - masking.as_float32(rejected)
     return target * jax.nn.softplus(margin - difference) + (1.0 - target) * jax.nn.softplus(margin + difference)
 
 
 def reward_centering(chosen: Scalar, rejected: Scalar, *, coef: Scalar) -> jax.Array:
     """``coef * (chosen + rejected)^2``, added to ``pairwise`` to hold scores around 0 (Eisenstein 2023; coef 0.01)."""
-    reduce.check_same_shape(chosen=chosen, rejected=rejected)
-    return coef * jnp.square(reduce.as_float32(chosen) + reduce.as_float32(rejected))
+    masking.check_same_shape(chosen=chosen, rejected=rejected)
+    return coef * jnp.square(masking.as_float32(chosen) + masking.as_float32(rejected))
 
 
 def ranking(
@@ -69,9 +69,9 @@ def ranking(
         A scalar; 0 with zero gradient where no pair survives. Leave such prompts out of a batch mean:
         ``masked_mean(vmap(ranking)(scores, ranks), where=vmap(has_pairs)(ranks))``.
     """
-    reduce.check_rank(1, scores_K=scores_K)
+    masking.check_rank(1, scores_K=scores_K)
     better_KK = _better(ranks_K, where_K, like=scores_K)
-    scores_K = reduce.as_float32(scores_K)
+    scores_K = masking.as_float32(scores_K)
     # Masked before softplus, not only after: NaN times a zero cotangent would be NaN.
     lead_KK = jnp.where(better_KK, scores_K[:, None] - scores_K[None, :], 0.0)
     loss_KK = pairwise(lead_KK, jnp.zeros_like(lead_KK), margin=margin, target=target)
@@ -107,15 +107,15 @@ def plackett_luce(scores_K: jax.Array, ranks_K: jax.Array, *, where_K: jax.Array
     Returns:
         A scalar, a sum over the completions.
     """
-    reduce.check_rank(1, scores_K=scores_K, ranks_K=ranks_K)
+    masking.check_rank(1, scores_K=scores_K, ranks_K=ranks_K)
     where_K = _valid(where_K, like=scores_K)
-    reduce.check_same_shape(scores_K=scores_K, ranks_K=ranks_K)
-    scores_K = reduce.masked_fill(scores_K, where=where_K)
+    masking.check_same_shape(scores_K=scores_K, ranks_K=ranks_K)
+    scores_K = masking.masked_fill(scores_K, where=where_K)
     remaining_KK = (ranks_K[None, :] >= ranks_K[:, None]) & where_K[None, :]
     # A row of a missing completion holds itself alone, so that its logsumexp is finite.
     remaining_KK = remaining_KK | jnp.eye(scores_K.shape[0], dtype=bool)
     remaining_scores_KK = jnp.where(remaining_KK, scores_K[None, :], -jnp.inf)
-    return reduce.masked_sum(jax.nn.logsumexp(remaining_scores_KK, axis=-1) - scores_K, where=where_K)
+    return masking.masked_sum(jax.nn.logsumexp(remaining_scores_KK, axis=-1) - scores_K, where=where_K)
 
 
 def best_of_n_choice(scores_K: jax.Array, choice: jax.Array | int, *, where_K: jax.Array | None = None) -> jax.Array:
@@ -129,10 +129,10 @@ def best_of_n_choice(scores_K: jax.Array, choice: jax.Array | int, *, where_K: j
     Returns:
         A scalar; NaN if ``choice`` is out of range or names a completion that does not exist.
     """
-    reduce.check_rank(1, scores_K=scores_K)
-    reduce.check_rank(0, choice=choice)
+    masking.check_rank(1, scores_K=scores_K)
+    masking.check_rank(0, choice=choice)
     where_K = _valid(where_K, like=scores_K)
-    scores_K = reduce.as_float32(scores_K)
+    scores_K = masking.as_float32(scores_K)
     chosen_K = (jnp.arange(scores_K.shape[0]) == choice) & where_K
     chosen = jnp.sum(jnp.where(chosen_K, scores_K, 0.0))
     valid_scores_K = jnp.where(where_K | ~jnp.any(where_K), jnp.where(where_K, scores_K, 0.0), -jnp.inf)
@@ -152,12 +152,12 @@ def best_choice(scores_K: jax.Array, ranks_K: jax.Array, *, where_K: jax.Array |
     Returns:
         A scalar; 0 with zero gradient where all completions are equally good or none exists.
     """
-    reduce.check_rank(1, scores_K=scores_K, ranks_K=ranks_K)
+    masking.check_rank(1, scores_K=scores_K, ranks_K=ranks_K)
     where_K = _valid(where_K, like=scores_K)
-    reduce.check_same_shape(scores_K=scores_K, ranks_K=ranks_K)
+    masking.check_same_shape(scores_K=scores_K, ranks_K=ranks_K)
     best = jnp.min(jnp.where(where_K, ranks_K, jnp.iinfo(ranks_K.dtype).max))
     best_K = where_K & (ranks_K == best)
-    scores_K = reduce.masked_fill(scores_K, where=where_K)
+    scores_K = masking.masked_fill(scores_K, where=where_K)
     apart = jnp.any(where_K & ~best_K)
 
     def logsumexp(of_K: jax.Array) -> jax.Array:
@@ -261,8 +261,8 @@ def kto(
         desirable_weight: w_D.
         undesirable_weight: w_U.
     """
-    reduce.check_same_shape(policy=policy, reference=reference, desirable=desirable, baseline=baseline)
-    advantage = reduce.as_float32(policy) - reduce.as_float32(reference) - jax.lax.stop_gradient(baseline)
+    masking.check_same_shape(policy=policy, reference=reference, desirable=desirable, baseline=baseline)
+    advantage = masking.as_float32(policy) - masking.as_float32(reference) - jax.lax.stop_gradient(baseline)
     good = desirable_weight * jax.nn.sigmoid(-beta * advantage)
     bad = undesirable_weight * jax.nn.sigmoid(beta * advantage)
     return jnp.where(jnp.asarray(desirable).astype(bool), good, bad)
@@ -276,9 +276,9 @@ def kto_baseline(
     axis_name: str | tuple[str, ...] | None = None,
 ) -> jax.Array:
     """``max(0, mean(log policy - log reference))`` over *mismatched* prompts and responses; a scalar, no gradient."""
-    reduce.check_same_shape(policy=policy, reference=reference)
-    difference = reduce.as_float32(policy) - reduce.as_float32(reference)
-    return jax.lax.stop_gradient(jnp.maximum(reduce.masked_mean(difference, where=where, axis_name=axis_name), 0.0))
+    masking.check_same_shape(policy=policy, reference=reference)
+    difference = masking.as_float32(policy) - masking.as_float32(reference)
+    return jax.lax.stop_gradient(jnp.maximum(masking.masked_mean(difference, where=where, axis_name=axis_name), 0.0))
 
 
 def orpo(chosen: jax.Array, rejected: jax.Array, *, weight: Scalar) -> jax.Array:
@@ -301,39 +301,39 @@ def simpo(chosen: jax.Array, rejected: jax.Array, *, beta: Scalar, margin: Scala
         beta: scale of the implicit reward.
         margin: the paper's gamma.
     """
-    reduce.check_same_shape(chosen=chosen, rejected=rejected)
-    return pairwise(beta * reduce.as_float32(chosen), beta * reduce.as_float32(rejected), margin=margin)
+    masking.check_same_shape(chosen=chosen, rejected=rejected)
+    return pairwise(beta * masking.as_float32(chosen), beta * masking.as_float32(rejected), margin=margin)
 
 
 def log_ratio_margin(
     policy_chosen: jax.Array, policy_rejected: jax.Array, reference_chosen: jax.Array, reference_rejected: jax.Array
 ) -> jax.Array:
     """h: the chosen response's log(policy / reference) less the rejected one's. The implicit reward gap is beta h."""
-    reduce.check_same_shape(
+    masking.check_same_shape(
         policy_chosen=policy_chosen,
         policy_rejected=policy_rejected,
         reference_chosen=reference_chosen,
         reference_rejected=reference_rejected,
     )
-    chosen = reduce.as_float32(policy_chosen) - reduce.as_float32(reference_chosen)
-    return chosen - (reduce.as_float32(policy_rejected) - reduce.as_float32(reference_rejected))
+    chosen = masking.as_float32(policy_chosen) - masking.as_float32(reference_chosen)
+    return chosen - (masking.as_float32(policy_rejected) - masking.as_float32(reference_rejected))
 
 
 def _log_odds(logprob: jax.Array) -> jax.Array:
-    return reduce.as_float32(logprob) - supervised.log1mexp(logprob)
+    return masking.as_float32(logprob) - supervised.log1mexp(logprob)
 
 
 def _valid(where_K: jax.Array | None, *, like: jax.Array) -> jax.Array:
     if where_K is None:
         return jnp.ones(like.shape, bool)
-    reduce.check_rank(1, where_K=where_K)
-    reduce.check_same_shape(where_K=where_K, like=like)
+    masking.check_rank(1, where_K=where_K)
+    masking.check_same_shape(where_K=where_K, like=like)
     return where_K.astype(bool)
 
 
 def _better(ranks_K: jax.Array, where_K: jax.Array | None, *, like: jax.Array) -> jax.Array:
     """``[i, j]`` is True where completions i and j both exist and i is ranked better."""
-    reduce.check_rank(1, ranks_K=ranks_K)
-    reduce.check_same_shape(ranks_K=ranks_K, like=like)
+    masking.check_rank(1, ranks_K=ranks_K)
+    masking.check_same_shape(ranks_K=ranks_K, like=like)
     where_K = _valid(where_K, like=like)
     return (ranks_K[:, None] < ranks_K[None, :]) & where_K[:, None] & where_K[None, :]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import kl, reduce
+from rlhf_jax import kl, masking
 
 _LOG1MEXP_CEILING = -1e-6
 
@@ -16,17 +16,17 @@ def next_token(logprobs: jax.Array) -> jax.Array:
     The loss of supervised fine-tuning, and of the pretraining mix, which PPO-ptx adds with its own coefficient
     (InstructGPT Eq 2). Average it with ``masked_mean`` over response tokens, the stop token included.
     """
-    return -reduce.as_float32(logprobs)
+    return -masking.as_float32(logprobs)
 
 
 def top_k_logprobs(logits: jax.Array, *, k: int) -> tuple[jax.Array, jax.Array]:
     """What a teacher's file holds: ``(logprobs[..., K], ids[..., K])`` of its k likeliest tokens, from ``[..., V]``."""
-    return jax.lax.top_k(jax.nn.log_softmax(reduce.as_float32(logits)), k)
+    return jax.lax.top_k(jax.nn.log_softmax(masking.as_float32(logits)), k)
 
 
 def gather_logprobs(logits: jax.Array, ids: jax.Array) -> jax.Array:
     """Log-probabilities ``[..., K]`` that ``logits [..., V]`` give to the token ids ``[..., K]``."""
-    logits = reduce.as_float32(logits)
+    logits = masking.as_float32(logits)
     # The normaliser is subtracted after gathering: no second table of the size of the vocabulary.
     return jnp.take_along_axis(logits, ids, axis=-1) - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
@@ -44,14 +44,14 @@ def distill(logprobs: jax.Array, teacher_logprobs: jax.Array) -> jax.Array:
     Returns:
         ``[...]``, in nats, unreduced; 0 with zero gradient at a student equal to the teacher.
     """
-    reduce.check_same_shape(logprobs=logprobs, teacher_logprobs=teacher_logprobs)
+    masking.check_same_shape(logprobs=logprobs, teacher_logprobs=teacher_logprobs)
     teacher = jax.lax.stop_gradient(_with_rest(teacher_logprobs))
     return kl.categorical(teacher, _with_rest(logprobs))
 
 
 def distill_cross_entropy(logprobs: jax.Array, teacher_logprobs: jax.Array) -> jax.Array:
     """``-sum_k p_k log q_k`` over the K + 1 classes of ``distill``: ``distill`` plus the teacher's entropy."""
-    reduce.check_same_shape(logprobs=logprobs, teacher_logprobs=teacher_logprobs)
+    masking.check_same_shape(logprobs=logprobs, teacher_logprobs=teacher_logprobs)
     probs = jax.lax.stop_gradient(jnp.exp(_with_rest(teacher_logprobs)))
     return -jnp.sum(jnp.where(probs > 0, probs * _with_rest(logprobs), 0.0), axis=-1)
 
@@ -62,13 +62,13 @@ def log1mexp(x: jax.Array) -> jax.Array:
     Rounding can carry a log-probability up to 0 or past it, where the result would be -inf or NaN. Above -1e-6 the
     value and the slope are those at -1e-6, so gradients stay finite and keep their direction.
     """
-    x = reduce.as_float32(x)
+    x = masking.as_float32(x)
     x = x + jax.lax.stop_gradient(jnp.minimum(x, _LOG1MEXP_CEILING) - x)
     return jnp.log(-jnp.expm1(x))
 
 
 def _with_rest(logprobs: jax.Array) -> jax.Array:
     """Appends the log of the mass that the listed tokens leave."""
-    logprobs = reduce.as_float32(logprobs)
+    logprobs = masking.as_float32(logprobs)
     rest = log1mexp(jax.nn.logsumexp(logprobs, axis=-1, keepdims=True))
     return jnp.concatenate([logprobs, rest], axis=-1)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import reduce
+from rlhf_jax import masking
 
 
 def squared_value(values: jax.Array, returns: jax.Array) -> jax.Array:
     """``(V - R)^2 / 2``; no gradient flows through the returns."""
-    reduce.check_same_shape(values=values, returns=returns)
-    return 0.5 * jnp.square(reduce.as_float32(values) - jax.lax.stop_gradient(reduce.as_float32(returns)))
+    masking.check_same_shape(values=values, returns=returns)
+    return 0.5 * jnp.square(masking.as_float32(values) - jax.lax.stop_gradient(masking.as_float32(returns)))
 
 
 def clipped_value(
@@ -46,12 +46,12 @@ def explained_variance(
 
     Returns 0 where the returns do not vary.
     """
-    error = 2.0 * reduce.masked_mean(squared_value(values, returns), where=where, axis_name=axis_name)
-    variance = reduce.masked_var(returns, where=where, axis_name=axis_name)
+    error = 2.0 * masking.masked_mean(squared_value(values, returns), where=where, axis_name=axis_name)
+    variance = masking.masked_var(returns, where=where, axis_name=axis_name)
     return jnp.where(variance > 0, 1.0 - error / jnp.where(variance > 0, variance, 1.0), 0.0)
 
 
 def _clip(values: jax.Array, old_values: jax.Array, clip: float | jax.Array) -> jax.Array:
-    reduce.check_same_shape(values=values, old_values=old_values)
-    old_values = jax.lax.stop_gradient(reduce.as_float32(old_values))
-    return jnp.clip(reduce.as_float32(values), old_values - clip, old_values + clip)
+    masking.check_same_shape(values=values, old_values=old_values)
+    old_values = jax.lax.stop_gradient(masking.as_float32(old_values))
+    return jnp.clip(masking.as_float32(values), old_values - clip, old_values + clip)

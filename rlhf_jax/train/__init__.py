@@ -1,17 +1,5 @@
-"""Training: one file a stage, one step a stage, one loop for all; ``train.watch``, which imports scipy, by itself."""
+"""Training: one module per stage, each with `make_train_step`, and one loop, `loop.fit`."""
 
-from rlhf_jax.train import dpo, loop, objectives, optimisers, ppo, reference, reward_model, schedules, sft, state, step
+from rlhf_jax.train import dpo, loop, objectives, optim, ppo, reference, reward_model, sft, state
 
-__all__ = [
-    "dpo",
-    "loop",
-    "objectives",
-    "optimisers",
-    "ppo",
-    "reference",
-    "reward_model",
-    "schedules",
-    "sft",
-    "state",
-    "step",
-]
+__all__ = ["dpo", "loop", "objectives", "optim", "ppo", "reference", "reward_model", "sft", "state"]

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rlhf_jax import metrics, reduce
+from rlhf_jax import masking, metrics
 from rlhf_jax.losses import preference
-from rlhf_jax.train import guard, objectives, step
+from rlhf_jax.train import objectives
+from rlhf_jax.train.optim import nonfinite, update
 from rlhf_jax.types import Params, Preferences
 
 
@@ -56,7 +57,7 @@ def answer_logprobs(logprobs: Callable[..., jax.Array], params: Params, batch: P
             f"logprobs gave shape {rows.shape} for {B * K} answers, and answer_BKC has {batch.answer_BKC.shape[-1]} "
             "columns; they must be the same columns"
         )
-    return reduce.masked_sum(rows.reshape(batch.answer_BKC.shape), where=batch.answer_BKC, axis=-1)
+    return masking.masked_sum(rows.reshape(batch.answer_BKC.shape), where=batch.answer_BKC, axis=-1)
 
 
 def mismatched(batch: Preferences, *, prompt_width: int, shift: int = 1) -> Preferences:
@@ -89,7 +90,7 @@ def make_train_step(
     objective: objectives.Objective,
     *,
     reference: Callable[[Any], Params] | None = frozen_itself,
-    join: Callable[[Any, Any], Any] = step.all_trained,
+    join: Callable[[Any, Any], Any] = update.all_trained,
     micro_batches: int = 1,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
@@ -117,7 +118,7 @@ def make_train_step(
 
     def reference_logprobs(frozen: Any, batch: Preferences) -> jax.Array | None:
         if batch.reference_BK is not None:
-            return reduce.as_float32(batch.reference_BK)
+            return masking.as_float32(batch.reference_BK)
         if reference is None:
             return None
         if frozen is None:
@@ -137,7 +138,7 @@ def make_train_step(
         if reference is None and batch.mismatched.reference_BK is None:
             raise ValueError("mismatched answers need a reference, and there is none")
         whole = micro_batches == 1
-        parts = batch.mismatched if whole else step.split(batch.mismatched, micro_batches)
+        parts = batch.mismatched if whole else update.split(batch.mismatched, micro_batches)
         policy, theirs = one(parts) if whole else jax.lax.map(one, parts)
         return preference.kto_baseline(policy, theirs, axis_name=axis_name)
 
@@ -154,24 +155,24 @@ def make_train_step(
             baseline=shared,
         )
         losses_B, rewards_BK = objective(scored, hyper)
-        reduce.check_rank(1, losses_B=losses_B)
-        loss_sum = reduce.masked_sum(losses_B, where=True, axis_name=axis_name)
-        logs = {"loss": metrics.Metric(loss_sum, total / micro_batches), "bad": guard.of_losses(losses_B)}
+        masking.check_rank(1, losses_B=losses_B)
+        loss_sum = masking.masked_sum(losses_B, where=True, axis_name=axis_name)
+        logs = {"loss": metrics.Metric(loss_sum, total / micro_batches), "bad": nonfinite.of_losses(losses_B)}
         return loss_sum / total, logs | _told(scored, rewards_BK, axis_name)
 
     def train_step(state: Any, frozen: Any, hyper: Hyper, batch: Preferences, rng: Any) -> tuple[Any, dict[str, Any]]:
         del rng
         rows_B = batch.tokens_BKL[:, 0, 0]
-        total = reduce.masked_count(rows_B, where=True, axis_name=axis_name).astype(jnp.float32)
+        total = masking.masked_count(rows_B, where=True, axis_name=axis_name).astype(jnp.float32)
         shared = baseline(frozen, state.params, batch)
-        (value, logs), grads = step.loss_and_grads(
+        (value, logs), grads = update.loss_and_grads(
             partial(loss_fn, frozen, hyper),
             state.params,
             batch.replace(mismatched=None),  # type: ignore[attr-defined]
             (total, shared),
             micro_batches=micro_batches,
         )
-        state, update_logs = step.apply_gradients(
+        state, update_logs = update.apply_gradients(
             state,
             grads,
             learning_rate=hyper.learning_rate,
@@ -179,7 +180,7 @@ def make_train_step(
             axis_name=axis_name,
             loss=value,
         )
-        logs |= guard.numbers(logs.pop("bad"), axis_name=axis_name)
+        logs |= nonfinite.numbers(logs.pop("bad"), axis_name=axis_name)
         logs = logs | ({} if shared is None else {"baseline": shared})
         return state, logs | update_logs | {"learning_rate": hyper.learning_rate}
 
@@ -200,7 +201,7 @@ def _told(
         gap = jnp.where(good_BK, rewards_BK, -rewards_BK)
     logs["accuracy"] = jnp.where(gap == 0, 0.5, (gap > 0).astype(jnp.float32))
     if scored.targets_B is not None:
-        p_B = reduce.as_float32(scored.targets_B)
+        p_B = masking.as_float32(scored.targets_B)
         logs["accuracy"] = p_B * logs["accuracy"] + (1.0 - p_B) * (1.0 - logs["accuracy"])
     told = {name: metrics.mean_metric(x, axis_name=axis_name) for name, x in logs.items()}
     for side, where_BK in (("chosen", good_BK), ("rejected", ~good_BK)):

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import advantages, reduce, rewards
-from rlhf_jax.train.dealing import AxisName
+from rlhf_jax import advantages, masking, rewards
+from rlhf_jax.train.minibatches import AxisName
 
 
 class Scored(NamedTuple):
@@ -128,4 +128,4 @@ def _by_prompt(of_group: Callable[[jax.Array], jax.Array], numbers_B: jax.Array,
 
 def _spread(numbers_B: jax.Array, scored: Scored) -> jax.Array:
     """The same number at every real token of an answer."""
-    return reduce.masked_fill(jnp.broadcast_to(numbers_B[:, None], scored.mask_BT.shape), where=scored.mask_BT)
+    return masking.masked_fill(jnp.broadcast_to(numbers_B[:, None], scored.mask_BT.shape), where=scored.mask_BT)

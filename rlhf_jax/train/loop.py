@@ -21,7 +21,7 @@ import numpy as np
 
 from rlhf_jax import checkpoint
 from rlhf_jax import metrics as metrics_lib
-from rlhf_jax.train import guard
+from rlhf_jax.train.optim import nonfinite
 
 Log = Callable[[int, dict[str, float]], None]
 
@@ -140,10 +140,10 @@ class _Reporter:
         skipped = floats.get("skipped", 0.0)
         bad = skipped > 0 or math.isnan(skipped)
         if bad:
-            self._skip(done, guard.explain(floats))
+            self._skip(done, nonfinite.explain(floats))
         else:
             self.skipped = 0
-            floats = {name: number for name, number in floats.items() if name not in guard.DETAILS}
+            floats = {name: number for name, number in floats.items() if name not in nonfinite.DETAILS}
         if self.log is not None and (done % self.log_every == 0 or done == self.total):
             try:
                 self.log(done, floats)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import reduce
+from rlhf_jax import masking
 from rlhf_jax.losses import preference, supervised
 
 
@@ -151,7 +151,7 @@ def soft(objective: Objective) -> Objective:
     """Its expectation over labels that are right with probability ``targets_B`` (Bai 2022, Constitutional AI 4.1)."""
 
     def expected(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
-        p_B, hard = reduce.as_float32(_present(scored.targets_B, "targets_B")), scored._replace(targets_B=None)
+        p_B, hard = masking.as_float32(_present(scored.targets_B, "targets_B")), scored._replace(targets_B=None)
         right_B, rewards_BK = objective(hard, hyper)
         wrong_B, _ = objective(hard.swapped(), hyper)
         return p_B * right_B + (1.0 - p_B) * wrong_B, rewards_BK

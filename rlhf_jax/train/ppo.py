@@ -18,12 +18,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import kl, metrics, reduce, reductions
+from rlhf_jax import aggregation, kl, masking, metrics
 from rlhf_jax.losses import policy as policy_losses
 from rlhf_jax.losses import value as value_losses
-from rlhf_jax.train import dealing, estimators, guard, ppo_state, step
+from rlhf_jax.train import estimators, ppo_state
+from rlhf_jax.train import minibatches as dealing
 from rlhf_jax.train import ptx as ptx_lib
-from rlhf_jax.train.dealing import AxisName
+from rlhf_jax.train.minibatches import AxisName
+from rlhf_jax.train.optim import nonfinite
+from rlhf_jax.train.optim import update as step
 from rlhf_jax.train.ppo_state import (
     Batch,
     Frozen,
@@ -88,7 +91,7 @@ def collect(
     rng_B = dealing.row_keys(rng, B, axis_name=axis_name)
     rollout = models.generate(params["policy"], rng_B, batch.prompts_BP, batch.mask_BP, hyper.temperature)
     tokens_BL, mask_BL, response_BT = rollout.tokens_BL, rollout.mask_BL, rollout.response_mask_BT
-    scores_B = reduce.as_float32(models.score(frozen.reward, rollout))
+    scores_B = masking.as_float32(models.score(frozen.reward, rollout))
     if scores_B.shape != (B,) or response_BT.shape[0] != B:
         raise ValueError(
             f"Models.score gave shape {scores_B.shape} for {response_BT.shape[0]} answers, and {samples} to each of "
@@ -121,35 +124,35 @@ def collect(
         else None,
         reference_BT=reference_BT,
     )
-    kl_B = reduce.masked_sum(kl.k1(logprobs_BT, reference_BT), where=response_BT, axis=-1)
+    kl_B = masking.masked_sum(kl.k1(logprobs_BT, reference_BT), where=response_BT, axis=-1)
     gap_BT = jnp.where(response_BT, rollout.logprobs_BT - logprobs_BT, 0.0)
-    odds_BT = reduce.masked_fill(kl.ratio(logprobs_BT, rollout.logprobs_BT), where=response_BT)
-    total, mean = partial(reduce.masked_sum, axis_name=axis_name), partial(metrics.mean_metric, axis_name=axis_name)
+    odds_BT = masking.masked_fill(kl.ratio(logprobs_BT, rollout.logprobs_BT), where=response_BT)
+    total, mean = partial(masking.masked_sum, axis_name=axis_name), partial(metrics.mean_metric, axis_name=axis_name)
     tokens = total(response_BT, where=True)
     logs = {
         "reward": mean(scores_B),
-        "reward_std": jnp.sqrt(reduce.masked_var(scores_B, where=True, axis_name=axis_name)),
+        "reward_std": jnp.sqrt(masking.masked_var(scores_B, where=True, axis_name=axis_name)),
         "kl": mean(kl_B),
         "kl_coef": kl_coef,
         "return": mean(paid_B - kl_coef * kl_B),
         "length": mean(rollout.lengths_B),
         "stopped": mean(stopped_B),
         "entropy": mean(entropy_BT, response_BT),
-        "sampler_gap": reduce.largest(jnp.abs(gap_BT), axis_name=axis_name),
+        "sampler_gap": masking.largest(jnp.abs(gap_BT), axis_name=axis_name),
         "sampler_gap_mean": mean(jnp.abs(gap_BT), response_BT),
         "sampler_ess": jnp.square(total(odds_BT, where=True))
         / jnp.maximum(total(jnp.square(odds_BT), where=True) * tokens, 1e-8),
     }
-    bad = guard.of_tokens(logprobs_BT, reference_BT, values_BT, where_BT=response_BT)
-    logs |= guard.numbers(bad.either(guard.of_losses(scores_B)), axis_name=axis_name)
+    bad = nonfinite.of_tokens(logprobs_BT, reference_BT, values_BT, where_BT=response_BT)
+    logs |= nonfinite.numbers(bad.either(nonfinite.of_losses(scores_B)), axis_name=axis_name)
     if values_BT is not None and returns_BT is not None:
-        spread = reduce.masked_var(returns_BT, where=response_BT, axis_name=axis_name)
-        missed = reduce.masked_mean(jnp.square(values_BT - returns_BT), where=response_BT, axis_name=axis_name)
+        spread = masking.masked_var(returns_BT, where=response_BT, axis_name=axis_name)
+        missed = masking.masked_mean(jnp.square(values_BT - returns_BT), where=response_BT, axis_name=axis_name)
         logs["explained_variance"] = 1.0 - missed / jnp.maximum(spread, 1e-8)
         logs |= {"target": mean(returns_BT, response_BT)}
         logs |= {"target_square": mean(jnp.square(returns_BT), response_BT)}
     if frozen.heldout is not None:
-        logs["heldout_reward"] = mean(reduce.as_float32(models.score(frozen.heldout, rollout)))
+        logs["heldout_reward"] = mean(masking.as_float32(models.score(frozen.heldout, rollout)))
     if models.watch is not None:
         logs |= {name: mean(numbers_B) for name, numbers_B in models.watch(rollout).items()}
     return experience, logs
@@ -181,7 +184,7 @@ def loss(
     """
     where_BT = experience.response_mask_BT
     if weights_B is None or totals is None:
-        weights_B, count = reductions.token_mean(where_BT, axis_name=axis_name)
+        weights_B, count = aggregation.token_mean(where_BT, axis_name=axis_name)
         totals = Totals(count, count)
     logprobs_BT, entropy_BT = models.logprobs(
         params["policy"], experience.tokens_BL, experience.mask_BL, hyper.temperature
@@ -196,9 +199,9 @@ def loss(
         policy_BT = policy_BT + hyper.kl_loss_coef * kl_loss(logprobs_BT, experience.reference_BT)
 
     def token_mean(x_BT: jax.Array) -> jax.Array:
-        return reduce.masked_sum(x_BT, where=where_BT, axis_name=axis_name) / totals.tokens
+        return masking.masked_sum(x_BT, where=where_BT, axis_name=axis_name) / totals.tokens
 
-    policy_sum = reductions.weighted_sum(policy_BT, weights_B, where=where_BT, axis_name=axis_name)
+    policy_sum = aggregation.weighted_sum(policy_BT, weights_B, where=where_BT, axis_name=axis_name)
     objective = policy_loss = policy_sum / totals.policy
     log_ratio_BT = jnp.where(where_BT, logprobs_BT - experience.logprobs_BT, 0.0)
     ratio_BT = jnp.exp(log_ratio_BT)
@@ -207,8 +210,8 @@ def loss(
         "approx_kl": token_mean(0.5 * jnp.square(log_ratio_BT)),
         "clip_fraction": token_mean(jnp.abs(ratio_BT - 1.0) > hyper.clip),
         "ratio_mean": token_mean(ratio_BT),
-        "ratio_max": reduce.largest(ratio_BT, axis_name=axis_name),
-        "ratio_error": reduce.largest(jnp.abs(ratio_BT - 1.0), axis_name=axis_name),
+        "ratio_max": masking.largest(ratio_BT, axis_name=axis_name),
+        "ratio_error": masking.largest(jnp.abs(ratio_BT - 1.0), axis_name=axis_name),
     }
     if models.values is not None and experience.values_BT is not None and experience.returns_BT is not None:
         values_BT = models.values(params["critic"], experience.tokens_BL, experience.mask_BL)
@@ -234,7 +237,7 @@ def update(
     epochs: int = 1,
     minibatches: int = 8,
     micro_batches: int = 1,
-    reduction: reductions.Reduction = reductions.token_mean,
+    reduction: aggregation.Reduction = aggregation.token_mean,
     kl_loss: Callable[..., jax.Array] | None = None,
     entropy_bonus: bool = False,
     shards: int = 1,
@@ -261,7 +264,7 @@ def update(
         rows_SR, pretraining = now
         minibatch = dealing.take(experience, rows_SR)
         weights_M, total = reduction(minibatch.response_mask_BT, axis_name=axis_name)
-        totals = Totals(total, reductions.token_mean(minibatch.response_mask_BT, axis_name=axis_name)[1])
+        totals = Totals(total, aggregation.token_mean(minibatch.response_mask_BT, axis_name=axis_name)[1])
         (value, logs), grads = step.loss_and_grads(
             loss_fn, state.params, (minibatch, weights_M), totals, micro_batches=micro_batches, merge=_merged
         )
@@ -320,7 +323,7 @@ def make_train_step(
     micro_batches: int = 1,
     samples: int = 1,
     estimate: estimators.Estimator = estimators.gae,
-    reduction: reductions.Reduction = reductions.token_mean,
+    reduction: aggregation.Reduction = aggregation.token_mean,
     kl_loss: Callable[..., jax.Array] | None = None,
     entropy_bonus: bool = False,
     unfinished: Callable[..., jax.Array] = replaced,

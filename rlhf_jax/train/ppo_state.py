@@ -12,7 +12,7 @@ from flax import struct
 
 from rlhf_jax import kl, metrics, rewards
 from rlhf_jax.train import state as state_lib
-from rlhf_jax.train import step
+from rlhf_jax.train.optim import update
 from rlhf_jax.train.sft import TokenBatch
 from rlhf_jax.types import Params, Rollout
 
@@ -32,7 +32,7 @@ class Models(NamedTuple):
     """``(params, tokens_BL, mask_BL=...) -> [B, L]``, for the pretraining rows of PPO-ptx."""
     watch: Callable[[Rollout], dict[str, jax.Array]] | None = None
     """``rollout -> {name: [B]}``: numbers to log and not to train on, such as a gold score (over-optimisation)."""
-    join: Callable[[Any, Params], Params] = step.all_trained
+    join: Callable[[Any, Params], Params] = update.all_trained
     """``(frozen, params) -> {"policy", "critic"}`` as the functions above want them. A policy of adapters on its own
     reference, which is then there once: ``lambda frozen, params: {**params, "policy":
     lora.attach(frozen.reference, params["policy"], scale=...)}``. A critic on the policy's trunk: `shared_trunk`."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import reduce, reductions
+from rlhf_jax import aggregation, masking
 from rlhf_jax.train import sft
-from rlhf_jax.train.dealing import AxisName
+from rlhf_jax.train.minibatches import AxisName
 from rlhf_jax.train.ppo_state import Models
 from rlhf_jax.types import Params
 
@@ -17,7 +17,7 @@ def ptx_loss(models: Models, policy: Params, rows: sft.TokenBatch, *, axis_name:
     if models.token_logprobs is None:
         raise ValueError("Batch.ptx was given, but Models.token_logprobs was not")
     logprobs_BL = sft.batch_logprobs(models.token_logprobs, policy, rows)
-    return -reduce.masked_mean(logprobs_BL, where=rows.loss_mask_BL, axis_name=axis_name)
+    return -masking.masked_mean(logprobs_BL, where=rows.loss_mask_BL, axis_name=axis_name)
 
 
 def coefficients(
@@ -41,7 +41,7 @@ def coefficients(
     """
     ones_BT = jnp.ones(mask_BT.shape)
     # What the policy loss would be, were it 1 at every token; in a mean over tokens it is 1.
-    scale = reductions.weighted_sum(ones_BT, weights_B, where=mask_BT, axis_name=axis_name) / total
+    scale = aggregation.weighted_sum(ones_BT, weights_B, where=mask_BT, axis_name=axis_name) / total
     per_token = ptx_coef / jnp.maximum(scale, 1e-8)
     lengths = _mean_length(mask_BT, axis_name), _mean_length(rows.loss_mask_BL, axis_name)
     return {"ptx_coef_per_token": per_token, "ptx_coef_per_sequence": per_token * lengths[0] / lengths[1]}
@@ -49,5 +49,5 @@ def coefficients(
 
 def _mean_length(mask: jax.Array, axis_name: AxisName) -> jax.Array:
     """Of the rows that are not empty; at least 1."""
-    tokens, rows = (reduce.masked_count(x, where=x, axis_name=axis_name) for x in (mask, jnp.any(mask, axis=1)))
+    tokens, rows = (masking.masked_count(x, where=x, axis_name=axis_name) for x in (mask, jnp.any(mask, axis=1)))
     return jnp.maximum(tokens, 1) / jnp.maximum(rows, 1)

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import metrics, reduce
+from rlhf_jax import masking, metrics
 from rlhf_jax.losses import preference
-from rlhf_jax.train import guard, step
+from rlhf_jax.train.optim import nonfinite, update
 from rlhf_jax.types import Comparisons, PackedComparisons
 
 
@@ -53,7 +53,7 @@ def make_train_step(
     packed_scores: Callable[..., jax.Array] | None = None,
     loss: Callable[..., jax.Array] = preference.ranking,
     head_of_domain: bool = False,
-    join: Callable[[Any, Any], Any] = step.all_trained,
+    join: Callable[[Any, Any], Any] = update.all_trained,
     micro_batches: int = 1,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
@@ -115,24 +115,24 @@ def make_train_step(
         losses_B = jnp.mean(losses_HB, axis=0)
         informative_B = jax.vmap(preference.has_pairs)(ranks_BK, where_BK)
         if weights_G is None:
-            loss_sum = reduce.masked_sum(losses_B, where=informative_B, axis_name=axis_name)
+            loss_sum = masking.masked_sum(losses_B, where=informative_B, axis_name=axis_name)
             value, logged = loss_sum / jnp.maximum(total, 1.0), metrics.Metric(loss_sum, total / micro_batches)
         else:
             mine_GB = _by_domain(informative_B, batch, weights_G.shape[0])
-            sums_G = jax.vmap(lambda mine_B: reduce.masked_sum(losses_B, where=mine_B, axis_name=axis_name))(mine_GB)
+            sums_G = jax.vmap(lambda mine_B: masking.masked_sum(losses_B, where=mine_B, axis_name=axis_name))(mine_GB)
             # A domain without a weight would be left out without a word: the step is skipped as not finite instead.
             lost_B = jnp.any(mine_GB, axis=0) != informative_B
-            all_there = reduce.masked_count(lost_B, where=lost_B, axis_name=axis_name) == 0
+            all_there = masking.masked_count(lost_B, where=lost_B, axis_name=axis_name) == 0
             value = jnp.where(all_there, jnp.sum(weights_G * sums_G / jnp.maximum(total, 1.0)), jnp.nan)
             logged = metrics.Metric(value, jnp.float32(1 / micro_batches))
         logs = {
             "loss": logged,
             "accuracy": metrics.Metric(
-                reduce.masked_sum(pairs.right, where=True, axis_name=axis_name),
-                reduce.masked_sum(pairs.total, where=True, axis_name=axis_name),
+                masking.masked_sum(pairs.right, where=True, axis_name=axis_name),
+                masking.masked_sum(pairs.total, where=True, axis_name=axis_name),
             ),
             "score": metrics.mean_metric(scores_HBK, where_BK[None], axis_name=axis_name),
-            "bad": guard.of_losses(jnp.where(informative_B, losses_B, 0.0)),
+            "bad": nonfinite.of_losses(jnp.where(informative_B, losses_B, 0.0)),
         }
         return value, logs
 
@@ -144,13 +144,13 @@ def make_train_step(
         informative_B = jax.vmap(preference.has_pairs)(batch.ranks_BK, batch.where_BK)
         if weights_G is not None:
             informative_B = _by_domain(informative_B, batch, weights_G.shape[0])
-        total = reduce.masked_count(
+        total = masking.masked_count(
             informative_B, where=informative_B, axis=None if weights_G is None else 1, axis_name=axis_name
         ).astype(jnp.float32)
-        (value, logs), grads = step.loss_and_grads(
+        (value, logs), grads = update.loss_and_grads(
             partial(loss_fn, frozen, weights_G), state.params, batch, total, micro_batches=micro_batches
         )
-        state, update_logs = step.apply_gradients(
+        state, update_logs = update.apply_gradients(
             state,
             grads,
             learning_rate=hyper["learning_rate"],
@@ -158,7 +158,7 @@ def make_train_step(
             axis_name=axis_name,
             loss=value,
         )
-        logs |= guard.numbers(logs.pop("bad"), axis_name=axis_name)
+        logs |= nonfinite.numbers(logs.pop("bad"), axis_name=axis_name)
         return state, logs | update_logs | {"learning_rate": hyper["learning_rate"]}
 
     return train_step

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rlhf_jax import metrics, reduce
-from rlhf_jax.train import guard, step
+from rlhf_jax import masking, metrics
+from rlhf_jax.train.optim import nonfinite, update
 
 
 @struct.dataclass
@@ -41,7 +41,7 @@ def batch_logprobs(token_logprobs: Callable[..., jax.Array], params: Any, batch:
 def make_train_step(
     token_logprobs: Callable[..., jax.Array],
     *,
-    join: Callable[[Any, Any], Any] = step.all_trained,
+    join: Callable[[Any, Any], Any] = update.all_trained,
     micro_batches: int = 1,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
@@ -56,18 +56,18 @@ def make_train_step(
 
     def loss_fn(frozen: Any, params: Any, batch: TokenBatch, total: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         logprobs_BL = batch_logprobs(token_logprobs, join(frozen, params), batch)
-        nll = -reduce.masked_sum(logprobs_BL, where=batch.loss_mask_BL, axis_name=axis_name)
-        bad = guard.of_tokens(logprobs_BL, where_BT=batch.loss_mask_BL)
+        nll = -masking.masked_sum(logprobs_BL, where=batch.loss_mask_BL, axis_name=axis_name)
+        bad = nonfinite.of_tokens(logprobs_BL, where_BT=batch.loss_mask_BL)
         return nll / jnp.maximum(total, 1), {"loss": metrics.Metric(nll, total / micro_batches), "bad": bad}
 
     def train_step(state: Any, frozen: Any, hyper: Any, batch: TokenBatch, rng: Any) -> tuple[Any, dict[str, Any]]:
         del rng
-        total = reduce.masked_count(batch.loss_mask_BL, where=batch.loss_mask_BL, axis_name=axis_name)
+        total = masking.masked_count(batch.loss_mask_BL, where=batch.loss_mask_BL, axis_name=axis_name)
         total = total.astype(jnp.float32)
-        (loss, logs), grads = step.loss_and_grads(
+        (loss, logs), grads = update.loss_and_grads(
             partial(loss_fn, frozen), state.params, batch, total, micro_batches=micro_batches
         )
-        state, update_logs = step.apply_gradients(
+        state, update_logs = update.apply_gradients(
             state,
             grads,
             learning_rate=hyper["learning_rate"],
@@ -75,7 +75,7 @@ def make_train_step(
             axis_name=axis_name,
             loss=loss,
         )
-        logs |= guard.numbers(logs.pop("bad"), axis_name=axis_name)
+        logs |= nonfinite.numbers(logs.pop("bad"), axis_name=axis_name)
         return state, logs | update_logs | {"learning_rate": hyper["learning_rate"]}
 
     return train_step

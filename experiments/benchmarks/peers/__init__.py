@@ -1,1 +1,1 @@
-"""The same works in other libraries, each a command of its own: ``python -m peers.trl_sft sft-s``."""
+"""The same works in other libraries, each a command of its own: ``python -m benchmarks.peers.trl_sft sft-s``."""

@@ -6,16 +6,16 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from suite import child, sizes
 from transformers import GenerationConfig, GPT2LMHeadModel
 
-from peers import torch_models
+from benchmarks import sizes, timing
+from benchmarks.peers import torch_models
 
 
 def main() -> None:
     """Measure it."""
-    given = child.options(__doc__)
-    clock, shapes, size, B = child.Clock(given), given.work.shapes, given.work.size, given.work.batch
+    given = timing.options(__doc__)
+    clock, shapes, size, B = timing.Clock(given), given.work.shapes, given.work.size, given.work.batch
     torch.manual_seed(0)
     device, dtype = ("cuda", torch.bfloat16) if given.accelerator else ("cpu", torch.float32)
     model = GPT2LMHeadModel(torch_models.config(size)).eval().to(device, dtype)

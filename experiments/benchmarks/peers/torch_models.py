@@ -10,8 +10,9 @@ import tempfile
 from typing import Any
 
 import torch
-from suite import child, sizes
 from transformers import GPT2Config, TrainerCallback
+
+from benchmarks import sizes, timing
 
 PACKAGES = ("torch", "transformers")
 
@@ -64,7 +65,7 @@ def trainer_arguments(given: argparse.Namespace, steps: int, **more: Any) -> dic
 class Timer(TrainerCallback):
     """Times every step of a trainer, from the end of the one before, so that loading data counts."""
 
-    def __init__(self, clock: child.Clock) -> None:
+    def __init__(self, clock: timing.Clock) -> None:
         """Nothing is timed before training begins."""
         self._clock, self._left = clock, clock.total
 

@@ -6,28 +6,28 @@ from __future__ import annotations
 
 import numpy as np
 from datasets import Dataset
-from suite import child
 from transformers import GPT2LMHeadModel, set_seed
 from trl import DPOConfig, DPOTrainer
 
-from peers import torch_models, words
+from benchmarks import timing
+from benchmarks.peers import random_text, torch_models
 
 
 def main() -> None:
     """Measure it."""
-    given = child.options(__doc__, variants=("plain", "defaults"))
-    clock, shapes, size = child.Clock(given), given.work.shapes, given.work.size
+    given = timing.options(__doc__, variants=("plain", "defaults"))
+    clock, shapes, size = timing.Clock(given), given.work.shapes, given.work.size
     set_seed(0)
     rng = np.random.default_rng(0)
     pairs = range(shapes.rows * clock.total)
 
     def answer() -> str:
         # The trainer takes text alone, and leaves the space between prompt and answer to the caller.
-        return " " + words.text(rng, size, shapes.length - shapes.dpo_prompt - 1) + " <eos>"
+        return " " + random_text.text(rng, size, shapes.length - shapes.dpo_prompt - 1) + " <eos>"
 
     data = Dataset.from_dict(
         {
-            "prompt": [words.text(rng, size, shapes.dpo_prompt) for _ in pairs],
+            "prompt": [random_text.text(rng, size, shapes.dpo_prompt) for _ in pairs],
             "chosen": [answer() for _ in pairs],
             "rejected": [answer() for _ in pairs],
         }
@@ -42,7 +42,7 @@ def main() -> None:
         ref_model=reference,
         args=DPOConfig(**arguments),
         train_dataset=data,
-        processing_class=words.tokenizer(size),
+        processing_class=random_text.tokenizer(size),
         callbacks=[torch_models.Timer(clock)],
     )
     row = trainer.train_dataset[0]

@@ -6,21 +6,23 @@ from __future__ import annotations
 
 import numpy as np
 from datasets import Dataset
-from suite import child
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, set_seed
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-from peers import torch_models, words
+from benchmarks import timing
+from benchmarks.peers import random_text, torch_models
 
 
 def main() -> None:
     """Measure it."""
-    given = child.options(__doc__, variants=("plain", "defaults"))
-    clock, shapes, size = child.Clock(given), given.work.shapes, given.work.size
+    given = timing.options(__doc__, variants=("plain", "defaults"))
+    clock, shapes, size = timing.Clock(given), given.work.shapes, given.work.size
     set_seed(0)
     rng = np.random.default_rng(0)
     B = shapes.ppo_samples
-    data = Dataset.from_dict({"input_ids": [words.ids(rng, size, shapes.ppo_prompt) for _ in range(B * clock.total)]})
+    data = Dataset.from_dict(
+        {"input_ids": [random_text.ids(rng, size, shapes.ppo_prompt) for _ in range(B * clock.total)]}
+    )
     policy, reference = (GPT2LMHeadModel(torch_models.config(size)) for _ in range(2))
     reference.load_state_dict(policy.state_dict())
     reward, value = (GPT2ForSequenceClassification(torch_models.config(size, num_labels=1)) for _ in range(2))
@@ -42,7 +44,7 @@ def main() -> None:
     )
     trainer = PPOTrainer(
         args=PPOConfig(**arguments),
-        processing_class=words.tokenizer(size),
+        processing_class=random_text.tokenizer(size),
         model=policy,
         ref_model=reference,
         reward_model=reward,

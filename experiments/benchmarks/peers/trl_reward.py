@@ -6,22 +6,22 @@ from __future__ import annotations
 
 import numpy as np
 from datasets import Dataset
-from suite import child
 from transformers import GPT2ForSequenceClassification, set_seed
 from trl import RewardConfig, RewardTrainer
 
-from peers import torch_models, words
+from benchmarks import timing
+from benchmarks.peers import random_text, torch_models
 
 
 def main() -> None:
     """Measure it."""
-    given = child.options(__doc__, variants=("plain", "defaults"))
-    clock, shapes, size = child.Clock(given), given.work.shapes, given.work.size
+    given = timing.options(__doc__, variants=("plain", "defaults"))
+    clock, shapes, size = timing.Clock(given), given.work.shapes, given.work.size
     set_seed(0)
     rng = np.random.default_rng(0)
     pairs = range(shapes.rows * clock.total)
     data = Dataset.from_dict(
-        {name: [words.ids(rng, size, shapes.length) for _ in pairs] for name in ("chosen_ids", "rejected_ids")}
+        {name: [random_text.ids(rng, size, shapes.length) for _ in pairs] for name in ("chosen_ids", "rejected_ids")}
     )
     arguments = torch_models.trainer_arguments(
         given, clock.total, per_device_train_batch_size=shapes.rows, max_length=shapes.length
@@ -30,7 +30,7 @@ def main() -> None:
         model=GPT2ForSequenceClassification(torch_models.config(size, num_labels=1)),
         args=RewardConfig(**arguments),
         train_dataset=data,
-        processing_class=words.tokenizer(size),
+        processing_class=random_text.tokenizer(size),
         callbacks=[torch_models.Timer(clock)],
     )
     trainer.train()

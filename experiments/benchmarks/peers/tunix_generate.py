@@ -5,25 +5,25 @@
 from __future__ import annotations
 
 import numpy as np
-from suite import child, sizes
 from tunix.generate import sampler
 
-from peers import tunix_models, words
+from benchmarks import sizes, timing
+from benchmarks.peers import random_text, tunix_models
 
 
 def main() -> None:
     """Measure it."""
-    given = child.options(__doc__)
-    clock, shapes, size, B = child.Clock(given), given.work.shapes, given.work.size, given.work.batch
+    given = timing.options(__doc__)
+    clock, shapes, size, B = timing.Clock(given), given.work.shapes, given.work.size, given.work.batch
     P, T = shapes.prompt, shapes.answer
     cache = sampler.CacheConfig(
         cache_size=P + T, num_layers=size.layers, num_kv_heads=size.heads, head_dim=size.width // size.heads
     )
-    sample = sampler.Sampler(tunix_models.make(size, bfloat16=given.accelerator), words.tokenizer(size), cache)
+    sample = sampler.Sampler(tunix_models.make(size, bfloat16=given.accelerator), random_text.tokenizer(size), cache)
     rng, calls = np.random.default_rng(0), iter(range(10**9))
 
     def once() -> None:
-        prompts = [words.text(rng, size, P) for _ in range(B)]
+        prompts = [random_text.text(rng, size, P) for _ in range(B)]
         out = sample(
             prompts,
             max_generation_steps=T,

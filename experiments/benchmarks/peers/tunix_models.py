@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from suite import child, sizes
 from tunix.models.llama3 import model as llama3
+
+from benchmarks import sizes, timing
 
 PACKAGES = ("google-tunix", "jax", "flax")
 
@@ -60,7 +61,7 @@ def rows(rng: np.random.Generator, size: sizes.Size, *shape: int) -> np.ndarray:
     return rng.integers(sizes.FIRST_WORD, size.vocab, shape)
 
 
-def timed(clock: child.Clock, batch: Callable[[], Any], model: nnx.Module) -> Iterator[Any]:
+def timed(clock: timing.Clock, batch: Callable[[], Any], model: nnx.Module) -> Iterator[Any]:
     """Batches for a trainer; from one request to the next is a step, which is waited for."""
     for i in range(clock.total):
         if i:

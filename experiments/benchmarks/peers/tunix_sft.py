@@ -5,16 +5,16 @@
 from __future__ import annotations
 
 import numpy as np
-from suite import child
 from tunix.sft import peft_trainer, utils
 
-from peers import tunix_models
+from benchmarks import timing
+from benchmarks.peers import tunix_models
 
 
 def main() -> None:
     """Measure it."""
-    given = child.options(__doc__)
-    clock, shapes, size = child.Clock(given), given.work.shapes, given.work.size
+    given = timing.options(__doc__)
+    clock, shapes, size = timing.Clock(given), given.work.shapes, given.work.size
     model, rng = tunix_models.make(size, bfloat16=given.accelerator), np.random.default_rng(0)
     mask = np.ones((shapes.rows, shapes.length), bool)
 

@@ -1,0 +1,1 @@
+"""From a command line to a run folder: settings, checks, hosts, mesh and the initial model."""

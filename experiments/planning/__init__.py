@@ -1,0 +1,1 @@
+"""Compiling a train step for chips that are not here, and reading what it needs."""

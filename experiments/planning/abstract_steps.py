@@ -1,0 +1,272 @@
+"""The real train step of a stage on shapes alone: what it is given, how it lies on a mesh, and what its kinds are.
+
+Nothing here makes an array. The steps are the library's own and are lowered as a run lowers them, through
+`parallel.jit_step`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from recipe import jobs
+
+from planning.plan_settings import Plan
+from rlhf_jax import generation, lm, parallel, types
+from rlhf_jax.lm import params as lm_params
+from rlhf_jax.train import dpo, objectives, ppo, reward_model, sft
+from rlhf_jax.train import state as state_lib
+
+STOP_ID = 2
+"""Any id: what a stop token is does not change a program."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Something to compile, and what is known of it beforehand."""
+
+    name: str
+    lower: Callable[[], jax.stages.Lowered]
+    traced: Callable[[], Any]
+    """The program as a jaxpr, of all rows."""
+    kept: dict[str, int]
+    """Bytes a chip by kind of what the caller keeps there between calls, exact."""
+    tokens: int
+    """Trained on in one call, of all rows and models."""
+    model_flops: float
+    """What the mathematics needs: 2 a parameter and token forward, 6 with the gradient, and attention's products."""
+    loops: int
+    """How often a loop of unknown length goes round: the tokens of an answer after the first."""
+
+
+def build(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> Program:
+    """The program of the plan's stage."""
+    return {
+        "sft": _sft,
+        "reward_model": _reward_model,
+        "dpo": _dpo,
+        "ppo": partial(_ppo, part="ppo"),
+        "ppo-collect": partial(_ppo, part="collect"),
+        "ppo-update": partial(_ppo, part="update"),
+    }[plan.stage](plan, cfg, mesh)
+
+
+def chip_bytes(tree: Any) -> int:
+    """Bytes on one chip of arrays whose shapes have shardings."""
+
+    def of(x: Any) -> int:
+        shape = x.shape if getattr(x, "sharding", None) is None else x.sharding.shard_shape(x.shape)
+        return int(np.prod(shape, dtype=np.int64)) * x.dtype.itemsize
+
+    return sum(of(x) for x in jax.tree.leaves(tree))
+
+
+def cache_bytes(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> int:
+    """Bytes on one chip of the keys and values that a rollout decodes with."""
+    cache = jax.eval_shape(partial(lm.create_cache, cfg, batch=plan.batch, slots=plan.prompt + plan.response - 1))
+    axes = ("batch", "kv_heads", None, None)
+    sharding = NamedSharding(mesh, parallel.spec(axes, mesh, shape=cache.keys[0].shape))
+    return chip_bytes(_placed((cache.keys, cache.values), jax.tree.map(lambda _: sharding, (cache.keys, cache.values))))
+
+
+def forward_flops(cfg: lm.LMConfig, rows: int, length: int, *, logits: int | None = None) -> float:
+    """Multiplications and additions of reading ``rows`` of ``length`` tokens, ``logits`` columns of them to the end.
+
+    Half of attention's products, those with keys that a causal mask lets a query see.
+    """
+    unembed = cfg.d_model * cfg.vocab_size
+    layers = sum(
+        int(np.prod(row.shape, dtype=np.int64))
+        for name, row in lm_params.table(cfg).items()
+        if name.startswith("layers/") and name.endswith("kernel")
+    )
+    columns = length if logits is None else logits
+    attention = 2 * cfg.n_layers * cfg.n_heads * cfg.d_head * length
+    return rows * (length * (2 * layers + attention) + 2 * columns * unembed)
+
+
+def _sft(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> Program:
+    state = _state(plan, cfg, mesh)
+    shape = (plan.batch, plan.length)
+    batch = sft.TokenBatch(_ints(shape), _bools(shape), _bools(shape))
+    step = sft.make_train_step(partial(lm.token_logprobs, cfg=cfg), micro_batches=plan.micro_batches)
+    flops = 3 * forward_flops(cfg, plan.batch, plan.length)
+    return _program(
+        "sft", plan, step, (state, None, _rates(), batch), mesh, tokens=plan.batch * plan.length, flops=flops
+    )
+
+
+def _reward_model(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> Program:
+    state = _state(plan, cfg, mesh, head=True)
+    B, K, L = plan.batch, plan.completions, plan.length
+    batch = types.Comparisons(_ints((B, K, L)), _bools((B, K, L)), _floats((B, K)), _bools((B, K)))
+    step = reward_model.make_train_step(partial(lm.score, cfg=cfg), micro_batches=plan.micro_batches)
+    flops = 3 * forward_flops(cfg, B * K, L, logits=0)
+    return _program("reward_model", plan, step, (state, None, _rates(), batch), mesh, tokens=B * K * L, flops=flops)
+
+
+def _dpo(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> Program:
+    state, reference = _state(plan, cfg, mesh), _frozen(plan, cfg, mesh)
+    B, L = plan.batch, plan.prompt + plan.response
+    batch = types.Preferences(_ints((B, 2, L)), _bools((B, 2, L)), _bools((B, 2, plan.response)))
+    logprobs = partial(lm.response_logprobs, cfg=cfg, prompt_width=plan.prompt)
+    step = dpo.make_train_step(logprobs, objectives.dpo, micro_batches=plan.micro_batches)
+    flops = 4 * forward_flops(cfg, 2 * B, L, logits=plan.response)
+    args = (state, reference, _scalars(dpo.Hyper()), batch)
+    return _program("dpo", plan, step, args, mesh, tokens=2 * B * L, flops=flops, frozen=reference)
+
+
+def _ppo(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh, *, part: str) -> Program:
+    spec = generation.Sampling(max_new_tokens=plan.response, stop_ids=(STOP_ID,))
+    models = jobs.ppo_models(cfg, spec, prompt_width=plan.prompt)
+    where = _where(cfg, mesh, head=True)
+    policy, critic = lm.abstract(cfg), lm.abstract(cfg, head=True)
+    state = jax.eval_shape(
+        partial(ppo.create, tx=optimiser(plan)), _cast(policy, plan.params), _cast(critic, plan.params)
+    )
+    state = _placed(state, parallel.shardings(state, mesh, where))
+    frozen = ppo.Frozen(_frozen(plan, cfg, mesh), _frozen(plan, cfg, mesh, head=True))
+    B, P, T = plan.batch, plan.prompt, plan.response
+    batch, hyper = ppo.Batch(_ints((B, P)), _bools((B, P))), _scalars(ppo.Hyper())
+    how: dict[str, Any] = {"epochs": plan.epochs, "minibatches": plan.minibatches, "micro_batches": plan.micro_batches}
+
+    read = forward_flops(cfg, B, P + T, logits=T) + forward_flops(cfg, B, P + T, logits=0)
+    collect_flops = forward_flops(cfg, B, P + T, logits=T) + 2 * read
+    update_flops = 3 * plan.epochs * read
+    of_tokens: dict[str, Any] = {name: _floats((B, T)) for name in _OF_TOKENS}
+    experience = types.Experience(
+        tokens_BL=_ints((B, P + T)),
+        mask_BL=_bools((B, P + T)),
+        response_mask_BT=_bools((B, T)),
+        **of_tokens,
+    )
+
+    def collect(params: Any, frozen: Any, hyper: Any, batch: ppo.Batch, rng: Any) -> Any:
+        return ppo.collect(models, params, frozen, hyper, batch, rng)
+
+    def update(state: Any, frozen: Any, hyper: Any, batch: types.Experience, rng: Any) -> Any:
+        return ppo.update(models, state, batch, hyper, None, rng, frozen=frozen, **how)
+
+    known: dict[str, Any] = {"tokens": B * (P + T) * 2 * plan.epochs, "frozen": frozen, "state": state}
+    if part == "collect":
+        args = (state.params, frozen, hyper, batch)
+        return _program("ppo collect", plan, collect, args, mesh, flops=collect_flops, **known, cfg=cfg, donate=False)
+    if part == "update":
+        args = (state, None, hyper, experience)
+        return _program("ppo update", plan, update, args, mesh, flops=update_flops, **known)
+    args, flops = (state, frozen, hyper, batch), collect_flops + update_flops
+    return _program("ppo", plan, ppo.make_train_step(models, **how), args, mesh, flops=flops, **known, cfg=cfg)
+
+
+_OF_TOKENS = ("logprobs_BT", "values_BT", "advantages_BT", "returns_BT", "reference_BT")
+
+
+def optimiser(plan: Plan) -> optax.GradientTransformation:
+    """Adam with unit rate, its first moment in the dtype of the plan."""
+    adam = optax.scale_by_adam(b1=0.9, b2=0.95, mu_dtype=jnp.dtype(plan.moment))
+    return optax.chain(adam, optax.scale(-1.0))
+
+
+def _program(
+    name: str,
+    plan: Plan,
+    step: Callable[..., Any],
+    args: tuple[Any, ...],
+    mesh: Mesh | AbstractMesh,
+    *,
+    tokens: int,
+    flops: float,
+    frozen: Any = None,
+    state: Any = None,
+    cfg: lm.LMConfig | None = None,
+    donate: bool = True,
+) -> Program:
+    state = args[0] if state is None else state
+    kept = {"parameters": chip_bytes(state.params), "optimiser": chip_bytes(state.opt_state)}
+    averaged = getattr(state, "ema", None)
+    if averaged is not None:
+        kept["averaged policy"] = chip_bytes(averaged)
+    if frozen is not None:
+        kept["frozen models"] = chip_bytes(frozen)
+    if cfg is not None:
+        kept["KV cache"] = cache_bytes(plan, cfg, mesh)
+    whole = NamedSharding(mesh, PartitionSpec())
+    *given, batch = args
+    batch = _placed(batch, parallel.batch_shardings(batch, mesh))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    rng = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+    hyper = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), given[2])
+    full = (given[0], given[1], hyper, batch, rng)
+
+    def lower() -> jax.stages.Lowered:
+        if donate:
+            return parallel.jit_step(step, mesh=_real(mesh)).lower(*full)
+        with jax.set_mesh(_real(mesh)):
+            return jax.jit(step).lower(*full)
+
+    return Program(
+        name=name,
+        lower=lower,
+        traced=lambda: jax.make_jaxpr(step)(*full),
+        kept=kept,
+        tokens=tokens,
+        model_flops=flops,
+        loops=plan.response - 1 if cfg is not None else 1,
+    )
+
+
+def _real(mesh: Mesh | AbstractMesh) -> Mesh:
+    """To compile there must be devices, if only described ones."""
+    assert isinstance(mesh, Mesh)
+    return mesh
+
+
+def _state(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh, *, head: bool = False) -> Any:
+    params = _cast(lm.abstract(cfg, head=head), plan.params)
+    state = jax.eval_shape(partial(state_lib.create, tx=optimiser(plan)), params)
+    return _placed(state, parallel.shardings(state, mesh, _where(cfg, mesh, head=head)))
+
+
+def _frozen(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh, *, head: bool = False) -> Any:
+    params = _cast(lm.abstract(cfg, head=head), plan.frozen)
+    return _placed(params, parallel.shardings(params, mesh, _where(cfg, mesh, head=head)))
+
+
+def _where(cfg: lm.LMConfig, mesh: Mesh | AbstractMesh, *, head: bool) -> Any:
+    del mesh
+    return lm.logical_axes(cfg, head=head)
+
+
+def _cast(tree: Any, dtype: str) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), tree)
+
+
+def _placed(tree: Any, where: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where)
+
+
+def _rates() -> dict[str, jax.ShapeDtypeStruct]:
+    return _scalars({"learning_rate": 0.0, "max_grad_norm": 0.0})
+
+
+def _scalars(tree: Any) -> Any:
+    return jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), tree)
+
+
+def _ints(shape: tuple[int, ...]) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _bools(shape: tuple[int, ...]) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.bool_)
+
+
+def _floats(shape: tuple[int, ...]) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)

@@ -1,0 +1,221 @@
+"""What every policy is measured by, on held-out prompts; the numbers of results.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from launch import host_agreement, mesh_settings
+
+from recipe import reward_diagnosis
+from recipe.jobs import Job
+from recipe.policy_sampling import Answers
+from rlhf_jax import diagnostics, lm, parallel, types
+from rlhf_jax.simulation import corpus, labelers
+
+TIE = 1e-5
+"""Gold utilities this close are a tie."""
+POLICIES = ("base", "sft", "sft_mix", "ppo", "ppo_ptx")
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A policy's answers to the held-out prompts and its numbers so far."""
+
+    answers: Answers
+    numbers: dict[str, Any]
+
+
+def evaluate(job: Job, policies: dict[str, types.Params], reward: types.Params) -> dict[str, Any]:
+    """All policies on the same held-out prompts; returns the parts of results.json that concern them."""
+    settings, prompts = job.settings.evaluation, job.task.eval_prompts
+    job.progress.start("evaluate", len(policies) + 2)
+    probe = _probes(job)
+    reference = policies["sft_mix"]
+    key = job.key("evaluate")
+    measured: dict[str, Measured] = {}
+    for number, (name, policy) in enumerate(policies.items()):
+        answers = job.sampler(policy, reference, reward, prompts, jax.random.fold_in(key, number))
+        measured[name] = Measured(answers, _numbers(job, answers) | probe(policy))
+        job.progress.update("evaluate", number + 1, len(policies) + 2)
+    again = job.sampler(policies["sft"], reference, reward, prompts, jax.random.fold_in(key, 100))
+    best, curve = _best_of_n(job, policies["sft_mix"], reward, jax.random.fold_in(key, 101))
+    measured["best_of_n"] = best
+    job.progress.update("evaluate", len(policies) + 1, len(policies) + 2)
+
+    results: dict[str, Any] = {"policies": {}, "transcripts": _transcripts(job, measured)}
+    for name, each in measured.items():
+        n = len(each.answers.lengths_B)  # best-of-n answers fewer prompts
+        against = _head(measured["sft"].answers, n)
+        results["policies"][name] = _wins(job, each.answers, against) | each.numbers
+    if job.task.world is not None:
+        results["null_check"] = list(
+            diagnostics.win_rate(again.gold.total, measured["sft"].answers.gold.total, tie_tolerance=TIE)
+        )
+        results["best_possible_gold"] = 1.0
+        for name in measured:
+            numbers = results["policies"][name]
+            floor = float(np.mean(_head(measured["sft"].answers, len(measured[name].answers.lengths_B)).gold.total))
+            numbers["gap_closed"] = (numbers["gold"] - floor) / (1.0 - floor)
+        results["goodhart"] = {
+            name: reward_diagnosis.goodhart(
+                _head(measured["sft_mix"].answers, len(each.answers.lengths_B)), each.answers
+            )
+            for name, each in measured.items()
+            if name not in ("base", "sft", "sft_mix")
+        }
+    results["best_of_n_curve"] = curve
+    results["best_of"] = settings.best_of
+    job.progress.finish("evaluate")
+    return results
+
+
+def _head(answers: Answers, n: int) -> Answers:
+    return jax.tree.map(lambda x: x[:n], answers)
+
+
+def _numbers(job: Job, answers: Answers) -> dict[str, Any]:
+    """What one policy's answers show by themselves."""
+    P = job.task.prompt_width
+    said = [row[P:][mask].tolist() for row, mask in zip(answers.tokens_BL, answers.response_mask_BT)]
+    numbers: dict[str, Any] = {
+        "reward": float(np.mean(answers.scores_B)),
+        "kl": float(np.mean(answers.kl_B)),
+        "length": float(np.mean(answers.lengths_B)),
+        "stopped": float(np.mean(answers.stopped_B)),
+        "diversity": float(diagnostics.distinct_n(said, n=2)),
+    }
+    if answers.unknown_B is not None:
+        numbers["unknown_words"] = float(np.mean(answers.unknown_B))
+    judged = answers.gold
+    if judged is not None:
+        stated, harmful = judged.stated > 0, judged.harmful_request
+        categories = np.asarray(job.task.eval_prompts.categories[: len(said)])
+        by_category = {
+            str(name): list(diagnostics.mean_interval(judged.total[categories == name]))
+            for name in dict.fromkeys(categories)
+            if (categories == name).sum() > 1
+        }
+        numbers |= {
+            "gold": float(np.mean(judged.total)),
+            "gold_helpful": float(np.mean(judged.helpful)),
+            "gold_harmless": float(np.mean(judged.harmless)),
+            "gold_by_category": by_category,
+            "truthful_rate": _share((judged.false == 0) & stated, stated),
+            "harm_rate": _share(judged.harm, harmful),
+            "refusal_rate": _share(judged.refused & ~harmful, ~harmful),
+            "polite_words": float(np.mean(judged.polite_words)),
+        }
+    return numbers
+
+
+def _share(part: Any, whole: Any) -> float | None:
+    return float(part.sum() / whole.sum()) if whole.sum() else None
+
+
+def _wins(job: Job, answers: Answers, against: Answers) -> dict[str, Any]:
+    """Win rates on the same prompts, ties a half: by gold, by the labelers who trained the reward model, by others."""
+    world = job.task.world
+    if world is None:
+        return {}
+    outcomes = diagnostics.win_outcomes(answers.gold.total, against.gold.total, tie_tolerance=TIE)
+    ours, theirs = (labelers.features(each.gold) for each in (answers, against))
+
+    def by(pool: labelers.Pool) -> list[float]:
+        return list(diagnostics.mean_interval(np.asarray(labelers.prefers(pool, ours, theirs), np.float64)))
+
+    return {
+        "gold_win_rate_vs_sft": list(diagnostics.outcome_rate(outcomes)),
+        "length_controlled_win_rate_vs_sft": _at_equal_length(outcomes, answers.lengths_B, against.lengths_B),
+        "labeler_win_rate_vs_sft": by(world.pool),
+        "heldout_win_rate_vs_sft": by(world.heldout_pool),
+    }
+
+
+def _at_equal_length(outcomes: np.ndarray, lengths_B: np.ndarray, theirs_B: np.ndarray) -> list[float] | None:
+    """The win rate with answers of the other's length; None where every answer is longer by the same factor."""
+    try:
+        return list(diagnostics.length_controlled_win_rate(outcomes, np.maximum(lengths_B, 1), np.maximum(theirs_B, 1)))
+    except ValueError:
+        return None
+
+
+def _probes(job: Job) -> Any:
+    """What a policy keeps of pretraining: loss on held-out text, and exact answers to skill problems."""
+    task, cfg = job.task, job.cfg
+
+    def nll(params: Any, tokens_BL: Any, mask_BL: Any) -> jax.Array:
+        return -lm.token_logprobs(params, tokens_BL, cfg=cfg, mask_BL=mask_BL)[:, 1:].mean()
+
+    def solved(params: Any, tokens_BL: Any, mask_BL: Any, loss_mask_BL: Any) -> jax.Array:
+        right_BL = lm.greedy_matches(params, tokens_BL, cfg=cfg, mask_BL=mask_BL)
+        return (right_BL | ~loss_mask_BL).all(axis=1)
+
+    held_BL = task.pretraining_held_out_BL
+    text = mesh_settings.spread(job.mesh, held_BL, np.ones(held_BL.shape, bool))
+    skill_rows = () if task.world is None else mesh_settings.spread(job.mesh, *task.world.skill_rows)
+    loss, right = (
+        parallel.JitStep(each, donate_argnums=(), mesh=job.mesh, rows=(), small=()) for each in (nll, solved)
+    )
+
+    def probe(params: types.Params) -> dict[str, Any]:
+        numbers: dict[str, Any] = {"pretraining_loss": float(loss(params, *text))}
+        if task.world is not None:
+            right_B = host_agreement.on_host(right(params, *skill_rows))
+            numbers["skill_accuracy"] = float(right_B.mean())
+            numbers["skills"] = {s: float(right_B[i :: len(corpus.SKILLS)].mean()) for i, s in enumerate(corpus.SKILLS)}
+        return numbers
+
+    return probe
+
+
+def _best_of_n(job: Job, policy: types.Params, reward: types.Params, rng: jax.Array) -> tuple[Measured, list[dict]]:
+    """The best of n samples by the reward model: a reference line that trains nothing."""
+    settings = job.settings.evaluation
+    n, N = settings.best_of, min(settings.best_of_prompts, len(job.task.eval_prompts))
+    prompts = job.task.eval_prompts.take(N)
+    pool = job.sampler(policy, policy, reward, prompts.at(np.repeat(np.arange(N), n)), rng)
+    pick = np.arange(N) * n + pool.scores_B.reshape(N, n).argmax(axis=1)
+    best = jax.tree.map(lambda x: x[pick], pool)
+    numbers = _numbers(job, best) | {"kl": float(diagnostics.best_of_n_kl(n)), "n": n, "prompts": N}
+    sizes = [2**i for i in range(int(math.log2(n)) + 1)]
+
+    def mean(values: Any) -> np.ndarray:
+        pairs = zip(pool.scores_B.reshape(N, n), values.reshape(N, n))
+        return np.mean([diagnostics.best_of_n_mean(proxy, value, sizes) for proxy, value in pairs], axis=0)
+
+    columns = {"reward": mean(pool.scores_B)}
+    if pool.gold is not None:
+        columns["gold"] = mean(pool.gold.total)
+    curve = [
+        {"n": size, "kl": float(diagnostics.best_of_n_kl(size))} | {k: float(v[i]) for k, v in columns.items()}
+        for i, size in enumerate(sizes)
+    ]
+    return Measured(best, numbers), curve
+
+
+def _transcripts(job: Job, measured: dict[str, Measured]) -> list[dict[str, Any]]:
+    """Answers side by side to a dozen prompts, the categories in turn; chosen before any answer was seen."""
+    prompts = job.task.eval_prompts
+    seen: dict[str, int] = {}
+    turn = [seen.setdefault(c, 0) or 0 for c in prompts.categories]
+    for i, category in enumerate(prompts.categories):
+        turn[i], seen[category] = seen[category], seen[category] + 1
+    order = sorted(range(len(prompts)), key=lambda i: (turn[i], i))[: job.settings.evaluation.transcripts]
+    shown = [name for name in measured if name not in ("sft_mix", "best_of_n")]
+    rows = []
+    for i in order:
+        row: dict[str, Any] = {"prompt": prompts.texts[i], "answers": {}}
+        if prompts.categories[i]:
+            row["category"] = prompts.categories[i]
+        for name in shown:
+            answers = measured[name].answers
+            ids = answers.tokens_BL[i, job.task.prompt_width :][answers.response_mask_BT[i]]
+            row["answers"][name] = job.task.tokenizer.decode(ids, skip_special_tokens=True)
+        if measured["sft"].answers.gold is not None:
+            row["gold"] = {name: float(measured[name].answers.gold.total[i]) for name in shown}
+        rows.append(row)
+    return rows

@@ -1,0 +1,89 @@
+"""What the settings of reinforcement learning mean: which functions the step is made of, and its numbers."""
+
+from __future__ import annotations
+
+import functools
+import math
+from functools import partial
+from typing import Any
+
+import numpy as np
+import optax
+from launch.settings import PPO
+
+from rlhf_jax import aggregation, kl
+from rlhf_jax.train import estimators, ppo
+from rlhf_jax.train.optim import optimisers as optimisers_lib
+from rlhf_jax.train.optim import schedules
+
+
+def composed(settings: PPO) -> dict[str, Any]:
+    """The keyword arguments of ``ppo.make_train_step``."""
+    samples = settings.samples
+    estimate, reduction = {
+        "ppo": (partial(estimators.gae, whiten_rewards=settings.whiten_rewards), aggregation.token_mean),
+        "reinforce": (estimators.reinforce, aggregation.sequence_sum),
+        "rloo": (partial(estimators.rloo, samples=samples), aggregation.sequence_sum),
+        "grpo": (partial(estimators.grpo, samples=samples), aggregation.sequence_mean),
+        "dr-grpo": (partial(estimators.dr_grpo, samples=samples), aggregation.constant_mean),
+        "reinforce-pp": (estimators.reinforce_pp, aggregation.token_mean),
+    }[settings.method]
+    return {
+        "epochs": settings.epochs,
+        "minibatches": settings.minibatches,
+        "micro_batches": settings.micro_batches,
+        "samples": samples,
+        "shards": settings.shards,
+        "estimate": estimate,
+        "reduction": reduction,
+        "kl_loss": kl.k3 if settings.kl_loss_coef > 0 else None,
+        "entropy_bonus": settings.entropy_coef > 0,
+        "unfinished": ppo.replaced if settings.missing_stop == "replace" else ppo.lowered,
+        "normalise_values": settings.normalise_values,
+        "correct_sampler": settings.correct_sampler,
+    }
+
+
+def has_critic(settings: PPO) -> bool:
+    """Whether the method learns values."""
+    return settings.method == "ppo"
+
+
+def optimiser(settings: PPO) -> optax.GradientTransformation:
+    """Adam with unit rate and InstructGPT's betas, no weight decay."""
+    return _adam(settings.adam_eps, settings.adam_tf1)
+
+
+@functools.cache  # another transform of the same numbers would compile the step again
+def _adam(eps: float, tf1: bool) -> optax.GradientTransformation:
+    adam = optimisers_lib.scale_by_adam_tf1 if tf1 else optax.scale_by_adam
+    return optax.chain(adam(b1=0.9, b2=0.95, eps=eps), optax.scale(-1.0))
+
+
+def hyper(settings: PPO, i: int, *, ptx_coef: float) -> ppo.Hyper:
+    """The numbers of iteration ``i``."""
+    shape = {"constant": schedules.constant, "linear": schedules.linear, "cosine": schedules.cosine}[settings.schedule]
+    rate = schedules.constant_with_warmup(i, settings.iterations, warmup=settings.warmup)
+    rate = rate * shape(i, settings.iterations)
+    numbers = {
+        "learning_rate": settings.learning_rate * rate,
+        "critic_learning_rate": settings.critic_learning_rate * rate,
+        "kl_coef": settings.kl_coef,
+        "clip": settings.clip,
+        "value_clip": settings.value_clip,
+        "lambda_": settings.lambda_,
+        "temperature": settings.temperature,
+        "missing_stop_score": settings.missing_stop_score,
+        "reward_clip": math.inf if settings.reward_clip is None else settings.reward_clip,
+        "value_coef": settings.value_coef,
+        "entropy_coef": settings.entropy_coef,
+        "kl_loss_coef": settings.kl_loss_coef,
+        "ptx_coef": ptx_coef,
+        "max_grad_norm": settings.max_grad_norm,
+        "ema_decay": settings.ema,
+        "reference_decay": 1.0 if settings.reference_ema is None else settings.reference_ema,
+        "discount": settings.discount,
+        "kl_target": 6.0 if settings.kl_target is None else settings.kl_target,
+        "kl_gain": 0.0 if settings.kl_target is None else settings.kl_gain,
+    }
+    return ppo.Hyper(**{name: np.float32(number) for name, number in numbers.items()})  # type: ignore[arg-type]

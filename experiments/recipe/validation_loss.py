@@ -1,0 +1,59 @@
+"""The loss of a reward model on comparisons that it is not trained on, logged while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from recipe import policy_sampling
+from rlhf_jax import losses, types
+
+TIMES = 8
+"""How often in a stage: as many rows as the alarm on them needs."""
+
+
+def logged(
+    score: Callable[..., np.ndarray],
+    held_out: types.Comparisons,
+    *,
+    steps: int,
+    loss: Callable[..., jax.Array] = losses.ranking,
+    params_of: Callable[[Any], types.Params] = lambda state: state.params,
+) -> Callable[[int, Any, Any], dict[str, float] | None]:
+    """A callback of `loop.fit` that adds ``validation_loss`` to the rows of `TIMES` steps, the last among them.
+
+    It is the mean over the first prompts of ``held_out``, as many as have their answers in one call of the sampler's
+    scoring program, ``score``, always the same: differences between rows are the model's. Several heads count alike.
+    """
+    where_BK = np.asarray(held_out.where_BK)
+    n = max(1, int(np.sum(np.cumsum(where_BK.sum(axis=1)) <= policy_sampling.CHUNK)))
+    tokens_BKL, mask_BKL, ranks_BK, where_BK = (
+        np.asarray(x)[:n] for x in (held_out.tokens_BKL, held_out.mask_BKL, held_out.ranks_BK, where_BK)
+    )
+    b, k = np.nonzero(where_BK)
+    every = -(-steps // TIMES)
+
+    @jax.jit
+    def mean_loss(scores_BK: jax.Array) -> jax.Array:
+        ranks, where = jnp.asarray(ranks_BK), jnp.asarray(where_BK)
+        losses_B = jax.vmap(lambda s, r, w: loss(s, r, where_K=w))(scores_BK, ranks, where)
+        return losses.masked_mean(losses_B, where=jax.vmap(losses.has_pairs)(ranks, where))
+
+    def measure(done: int, state: Any, metrics: Any) -> dict[str, float] | None:
+        del metrics
+        if done % every and done != steps:
+            return None
+        scores_R = score(params_of(state), tokens_BKL[b, k], mask_BKL[b, k])
+        heads_HR = scores_R[None] if scores_R.ndim == 1 else scores_R.T
+        found = []
+        for scores in heads_HR:
+            scores_BK = np.zeros(where_BK.shape, np.float32)
+            scores_BK[b, k] = scores
+            found.append(float(mean_loss(jnp.asarray(scores_BK))))
+        return {"validation_loss": float(np.mean(found))}
+
+    return measure

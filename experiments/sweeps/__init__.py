@@ -1,0 +1,1 @@
+"""Many runs from the same SFT model and reward model, compared at equal KL."""

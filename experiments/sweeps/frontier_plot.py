@@ -1,0 +1,159 @@
+"""Reward against KL of many runs: a figure with intervals, and a table."""
+
+from __future__ import annotations
+
+import html
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from rlhf_jax.report import plots
+
+SHOWN = (("gold", "Gold utility", "ppo"), ("reward", "Score of the reward model", "reward_model"))
+
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def figure(points: Rows, runs: Rows, key: str, label: str, kind: str) -> str:
+    """One number against the root of the KL, as SVG: runs as dots, means with their intervals over seeds as crosses."""
+    drawn: list[str] = []
+    with plots.axes(drawn, height=2.6) as (ax,):
+        ax.plot([_root(r["kl"]) for r in runs], [r[key] for r in runs], ".", color=plots.color(kind), alpha=0.35)
+        ordered = sorted(points, key=lambda p: p["kl"][0])
+        ax.plot(
+            [_root(p["kl"][0]) for p in ordered], [p[key][0] for p in ordered], color=plots.color(kind), linewidth=0.8
+        )
+        for point in ordered:
+            x, y = [_root(v) for v in point["kl"]], point[key]
+            if y[1] is not None and y[2] is not None:
+                ax.plot([x[0], x[0]], y[1:], color=plots.color(kind))
+                ax.plot(x[1:], [y[0], y[0]], color=plots.color(kind))
+            ax.annotate(f"{point['kl_coef']:g}", (x[0], y[0]), xytext=(4, -9), textcoords="offset points", fontsize=7)
+        ax.set_xlabel("Root of the KL to the reference, nats a sequence (labels: KL coefficient)")
+        ax.set_ylabel(label)
+        ax.grid()
+    return drawn[0]
+
+
+def write(path: pathlib.Path, points: Rows, runs: Rows, *, title: str) -> None:
+    """One self-contained page with a figure for each number that the runs have."""
+    drawn = [figure(points, runs, key, label, kind) for key, label, kind in SHOWN if key in runs[0]]
+    write_page(path, title, drawn, "Dots are runs; crosses are means over seeds with their 95 % intervals.")
+
+
+_STYLES = (("ppo", "ppo", "^"), ("ppo-ptx", "ppo_ptx", "v"), ("rloo", "sft", "s"), ("grpo", "other", "D"))
+_STYLES += (("expert-iteration", "reward_model", "o"), ("best-of-n", "best_of_n", "P"))
+
+
+def write_methods(path: pathlib.Path, methods: Rows, *, title: str) -> None:
+    """One page with one figure: each method's gold against the root of the KL, with intervals over seeds."""
+    drawn: list[str] = []
+    look = {method: (color, marker) for method, color, marker in _STYLES}
+    with plots.axes(drawn, height=3.4) as (ax,):
+        for place, each in enumerate(methods):
+            color, marker = look[each["method"]]
+            for run in each["runs"]:
+                x = [_root(kl) for kl in run["kl"]]
+                ax.plot(x, run["gold"], ".", color=plots.color(color), alpha=0.12, markersize=3)
+            found = [(at, *point) for at, point in zip(each["at"], each["gold"]) if point[0] is not None]
+            # A little beside each other, or the intervals of methods that are alike would hide one another.
+            x = [_root(at) + 0.012 * (place - len(methods) / 2) for at, *_ in found]
+            ax.plot(
+                x,
+                [mean for _, mean, _, _ in found],
+                marker=marker,
+                markersize=4,
+                color=plots.color(color),
+                label=each["method"],
+            )
+            for xi, (_, _, low, high) in zip(x, found):
+                if low is not None and high is not None:
+                    ax.plot([xi, xi], [low, high], color=plots.color(color))
+        ax.set_xlabel("Root of the KL to the SFT model, nats a sequence")
+        ax.set_ylabel("Gold utility")
+        ax.grid()
+        ax.legend()
+    write_page(
+        path, title, drawn, "Dots are iterations of single runs; lines are means over seeds with 95 % intervals."
+    )
+
+
+_LINES = ("ppo", "sft", "ppo_ptx", "best_of_n", "reward_model", "base", "other")
+_MARKERS = "^os^oDv"
+
+
+def frontier(lines: Rows, *, xlabel: str, ylabel: str) -> str:
+    """Gold against the root of the KL as SVG: a line for each method, through its coefficients, with intervals.
+
+    Of a method that has ``paler`` True (shifted data) the line is broken and the markers are hollow.
+    """
+    drawn: list[str] = []
+    with plots.axes(drawn, height=3.6) as (ax,):
+        for place, line in enumerate(lines):
+            color = plots.color(_LINES[line["look"] % len(_LINES)])
+            points = sorted(line["points"], key=lambda p: p["kl"][0])
+            x, y = ([_root(p["kl"][0]) for p in points], [p["gold"][0] for p in points])
+            style, face = ("--", "none") if line["paler"] else ("-", color)
+            marker = _MARKERS[place % len(_MARKERS)]
+            ax.plot(x, y, style, marker=marker, color=color, mfc=face, markersize=4, label=line["method"])
+            for at, point in zip(x, points):
+                low, high = point["gold"][1:]
+                if low is not None and high is not None:
+                    ax.plot([at, at], [low, high], color=color, linewidth=0.8)
+        ax.set_xlabel(xlabel)
+        ax.set_ylabel(ylabel)
+        ax.grid()
+        ax.legend()
+    return drawn[0]
+
+
+def methods_table(methods: Rows, at: Sequence[float]) -> Table:
+    """Gold at each KL with its interval over seeds, a method a row."""
+    made = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False, title="gold utility at a KL of", title_justify="left"
+    )
+    made.add_column("")
+    for kl in at:
+        made.add_column(f"{kl:g}", justify="right")
+    for each in methods:
+        made.add_row(each["method"], *("–" if p[0] is None else interval_text(p) for p in each["gold"]))
+    return made
+
+
+def write_page(path: pathlib.Path, title: str, drawn: Sequence[str], note: str, *, tables: str = "") -> None:
+    """One self-contained page: figures as SVG, a note, and tables that are HTML already."""
+    colors = "color:var(--ink);background:var(--paper)"
+    style = f"body{{font:15px sans-serif;max-width:46em;margin:2em auto;padding:0 1em;{colors}}}"
+    style += "td,th{padding:.2em .6em;text-align:right}"
+    light, dark = (";".join(f"--{name}:{pair[i]}" for name, pair in plots.COLORS.items()) for i in (0, 1))
+    head = f"<style>:root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}{style}</style>"
+    body = f"<h1>{html.escape(title)}</h1>" + "".join(f"<figure>{svg}</figure>" for svg in drawn)
+    body += f"<p>{html.escape(note)}</p>{tables}"
+    path.write_text(f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>{head}{body}\n")
+
+
+def table(points: Sequence[Mapping[str, Any]]) -> Table:
+    """Means with their intervals over seeds, a coefficient a row."""
+    names = [name for name in points[0] if name != "kl_coef"]
+    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    made.add_column("KL coef", justify="right")
+    for name in names:
+        made.add_column(name.replace("_", " "), justify="right")
+    for point in points:
+        made.add_row(f"{point['kl_coef']:g}", *(interval_text(point[name]) for name in names))
+    return made
+
+
+def interval_text(estimate: Sequence[float | None]) -> str:
+    """A mean with half the width of its interval."""
+    mean, low, high = estimate
+    # Student's intervals are symmetric, and half the width is shorter to read.
+    return f"{mean:.3f}" if low is None or high is None else f"{mean:.3f} ±{(high - low) / 2:.3f}"
+
+
+def _root(kl: float | None) -> float:
+    return max(kl or 0.0, 0.0) ** 0.5

@@ -1,0 +1,1 @@
+"""Hugging Face model directories and PEFT adapter directories, read and written without torch."""

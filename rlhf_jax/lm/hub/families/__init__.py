@@ -1,0 +1,21 @@
+"""The families of Hugging Face models that can be read and written, by the ``model_type`` of their config.json."""
+
+from rlhf_jax.lm.hub.families import gemma, gpt2, gpt_neox, llama, opt, phi3
+from rlhf_jax.lm.hub.layouts import Family
+
+FAMILIES: dict[str, Family] = {
+    "llama": llama.LLAMA,
+    "gpt2": gpt2.GPT2,
+    "gpt_neox": gpt_neox.GPT_NEOX,
+    "mistral": llama.MISTRAL,
+    "qwen2": llama.QWEN2,
+    "qwen3": llama.QWEN3,
+    "gemma": gemma.GEMMA,
+    "gemma2": gemma.GEMMA2,
+    "gemma3_text": gemma.GEMMA3,
+    "opt": opt.OPT,
+    "phi3": phi3.PHI3,
+}
+"""A model that several could hold is written as the first of them."""
+
+__all__ = ["FAMILIES"]

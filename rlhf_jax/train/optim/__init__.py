@@ -1,0 +1,5 @@
+"""What the steps of all stages share: optimisers, schedules, the update from gradients, and partial training."""
+
+from rlhf_jax.train.optim import nonfinite, optimisers, partition, schedules, update
+
+__all__ = ["nonfinite", "optimisers", "partition", "schedules", "update"]

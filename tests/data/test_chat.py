@@ -1,0 +1,268 @@
+"""Chat formats: what a model is asked, what it learns to say, and where it learns to stop."""
+
+import pytest
+import tokenizers as library
+from chat_cases import (
+    FORMATS,
+    LLAMA3,
+    MAKERS,
+    PHI3,
+    TURNS,
+    A,
+    S,
+    Turn,
+    U,
+    backend_of,
+    byte_level,
+    format_of,
+    hf,
+    make_gemma,
+    make_gpt2,
+    make_llama2,
+    make_llama3,
+    make_mistral,
+    make_mistral3,
+    make_phi3,
+    make_qwen,
+    make_qwen3,
+    shown,
+)
+
+from rlhf_jax.data import chat, errors, tokenising, tokenizers
+from rlhf_jax.data.chat import templates
+
+# ---------------------------------------------------------------------------------------------------------- families
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_family_writes_what_is_documented_and_learns_the_answer_with_its_stop_token(name):
+    _, whole, answer = FORMATS[name]
+    fmt = format_of(name)
+    ids, learnt = chat.encode_dialogue(fmt, TURNS, train_on="last")
+    # Decoders of the SentencePiece kind write the space that is put before every text.
+    assert shown(fmt, ids).replace("<s> [", "<s>[").replace("</s> [", "</s>[") == whole
+    assert shown(fmt, [i for i, on in zip(ids, learnt) if on]) == answer
+    assert learnt[-1] and ids[-1] == fmt.stop_ids[0]
+    prompt = chat.encode_prompt(fmt, TURNS[:3])
+    assert not any(learnt[: len(prompt)]) and all(learnt[len(prompt) :])
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_boundaries_are_the_same_in_training_and_generation(name):
+    fmt = format_of(name)
+    for turns in (TURNS, TURNS[:2], (Turn(S, "Be brief."), *TURNS)):
+        prompt, answer = chat.encode_prompt(fmt, turns[:-1]), chat.encode_answer(fmt, turns[-1].text)
+        assert chat.encode_dialogue(fmt, turns)[0] == prompt + answer
+        assert prompt == hf(fmt.tokenizer, turns[:-1], fmt.template)
+        told = hf(fmt.tokenizer, turns, fmt.template, prompt=False)
+        assert told[: len(prompt + answer)] == prompt + answer
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_masks_over_every_answer_or_the_last_one(name):
+    fmt = format_of(name)
+    ids, every = chat.encode_dialogue(fmt, TURNS, train_on="all")
+    again, last = chat.encode_dialogue(fmt, TURNS, train_on="last")
+    answers = chat.encode_answers(fmt, [TURNS[1].text, TURNS[3].text])
+    assert ids == again and len(every) == len(last) == len(ids)
+    assert [i for i, on in zip(ids, every) if on] == answers[0] + answers[1]
+    assert [i for i, on in zip(ids, last) if on] == answers[1]
+    assert all(answer[-1] == fmt.stop_ids[0] and answer.count(fmt.stop_ids[0]) == 1 for answer in answers)
+
+
+def test_one_beginning_token_though_template_and_tokenizer_both_write_one():
+    for name, bos in (("llama", "<s>"), ("mistral", "<s>"), ("llama3", LLAMA3[0]), ("gemma2", "<bos>")):
+        fmt = format_of(name)
+        bos_id = backend_of(fmt.tokenizer).token_to_id(bos)
+        prompt = chat.encode_prompt(fmt, TURNS[:1])
+        assert prompt.count(bos_id) == 1 and prompt[0] == bos_id
+        assert bos_id not in chat.encode_answer(fmt, "so")
+    # OPT: no chat template, and a tokenizer that begins every text.
+    opt = byte_level(("</s>", "<pad>"), pattern=None, bos_token="</s>", eos_token="</s>", pad_token="<pad>")
+    opt.backend_tokenizer.post_processor = library.processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", backend_of(opt).token_to_id("</s>"))]
+    )
+    fmt = chat.chat_format(opt, model_type="opt")
+    ids, _ = chat.encode_dialogue(fmt, TURNS[:2])
+    end = backend_of(opt).token_to_id("</s>")
+    assert (ids[0], ids[-1], ids.count(end)) == (end, end, 2)
+
+
+def test_white_space_behind_a_control_token_that_takes_it_away():
+    take = {name: library.AddedToken(name, rstrip=True, special=True) for name in PHI3[2:]}
+    fmt = chat.chat_format(make_phi3(), model_type="phi3")
+    tokenizer = byte_level((*PHI3[:2], *take.values()), bos_token="<s>", eos_token="<|endoftext|>")
+    fmt = chat.chat_format(tokenizer, model_type="phi3")
+    assert shown(fmt, chat.encode_prompt(fmt, TURNS[:1])) == "<|user|>where is it?<|end|><|assistant|>"
+    turns = (Turn(U, "\n why"), Turn(A, " so"))
+    prompt, answer = chat.encode_prompt(fmt, turns[:1]), chat.encode_answer(fmt, " so")
+    assert prompt == hf(tokenizer, turns[:1], fmt.template)
+    assert hf(tokenizer, turns, fmt.template, prompt=False) == prompt + answer
+
+
+# ------------------------------------------------------------------------------------------------------------ choice
+
+
+def own_template(form):
+    """A published template: the same text, without marks."""
+    return form.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+
+@pytest.mark.parametrize(
+    ("make", "family", "form"),
+    [
+        (make, name, form)
+        for make, name in (
+            *((make_llama3, "Llama 3"), (make_qwen3, "Qwen"), (make_gemma, "Gemma"), (make_phi3, "Phi-3")),
+            *((make_llama2, "Llama 2"), (make_mistral, "Mistral"), (make_mistral3, "Mistral"), (make_llama2, "Zephyr")),
+        )
+        for family in templates.FAMILIES
+        if family.name == name
+        for form in range(len(family.forms))
+    ],
+)
+def test_a_template_without_marks_is_replaced_by_the_form_that_writes_the_same(make, family, form):
+    forms = next(each for each in templates.FAMILIES if each.name == family).forms
+    fmt = chat.chat_format(make(template=own_template(forms[form])))
+    assert fmt.origin == f"{family}'s, the same as the tokenizer's own with generation marks"
+    assert hf(fmt.tokenizer, TURNS[:3], fmt.template) == hf(fmt.tokenizer, TURNS[:3], own_template(forms[form]))
+
+
+def test_forms_of_a_family_are_all_different():
+    for family in templates.FAMILIES:
+        assert len(set(family.forms)) == len(family.forms)
+
+
+def test_a_template_of_its_own_with_marks_is_kept():
+    tokenizer = tokenizers.train_bpe(["the cat"], vocab_size=260)
+    fmt = chat.chat_format(tokenizer)
+    assert fmt.tokenizer is tokenizer and fmt.template == tokenizers.CHAT_TEMPLATE
+    assert fmt.stop_ids == (1,) and fmt.pad_id == 0
+    assert chat.encode_prompt(fmt, TURNS[:3]) == tokenising.encode_prompt(tokenizer, TURNS[:3])
+    assert chat.encode_answer(fmt, "the cat") == tokenising.encode_answer(tokenizer, "the cat")
+
+
+def test_the_date_and_the_thoughts_are_the_same_on_every_day():
+    dated = templates.FAMILIES[0].forms[1]
+    live = own_template(dated).replace(templates.DATE, "' + (date_string | default(strftime_now('%d %b %Y'))) + '")
+    fmt = chat.chat_format(make_llama3(template=live))
+    assert fmt.template == dated
+    fmt = format_of("qwen3")
+    assert fmt.template == templates.FAMILIES[1].forms[0], "no template of its own: nothing speaks of thoughts"
+    thinking = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+        "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+        "{% endif %}"
+    )
+    fmt = chat.chat_format(make_qwen3(template=thinking))
+    prompt = chat.encode_prompt(fmt, TURNS[:3])
+    assert shown(fmt, prompt).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert shown(fmt, prompt).count("<think>") == 1
+    assert chat.encode_dialogue(fmt, TURNS)[0] == prompt + chat.encode_answer(fmt, TURNS[3].text)
+
+
+def test_without_a_template_the_model_type_and_then_the_tokens_tell_the_family():
+    for name, origin in (
+        *(("llama", "Llama 2"), ("llama3", "Llama 3"), ("mistral", "Mistral"), ("gemma2", "Gemma")),
+        *(("phi3", "Phi-3"), ("qwen3", "Qwen"), ("gpt2", "plain names")),
+    ):
+        assert format_of(name).origin.startswith(origin), name
+    assert chat.chat_format(make_qwen()).origin.startswith("Qwen")
+    assert chat.chat_format(make_qwen(), model_type="llama").origin.startswith("Qwen")
+    assert chat.chat_format(make_gpt2(), model_type="llama").origin.startswith("plain names")
+    assert chat.chat_format(make_llama2()).origin.startswith("plain names"), "nothing says that it is Llama 2"
+
+
+def test_a_family_takes_the_place_of_an_unmarked_template_that_writes_otherwise_and_says_so():
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|eot_id|>' }}{% endfor %}"
+    fmt = chat.chat_format(make_llama3(template=template), model_type="llama")
+    assert fmt.origin.startswith("Llama 3's") and "writes otherwise" in fmt.origin
+    # The tokens of Llama 2 are those of many others, so that a template of another form may well be meant.
+    with pytest.raises(errors.DataError, match=r"no {% generation %} marks"):
+        chat.chat_format(make_llama2(template=template), model_type="llama")
+
+
+def test_the_tokenizer_given_is_not_changed_and_the_one_of_the_format_carries_the_template(tmp_path):
+    tokenizer = make_qwen(template=None)
+    fmt = chat.chat_format(tokenizer, model_type="qwen2")
+    assert tokenizer.chat_template is None and fmt.tokenizer.chat_template == fmt.template
+    fmt.tokenizer.save_pretrained(tmp_path)
+    again = chat.chat_format(tokenizers.load(tmp_path))
+    assert again.origin == "the tokenizer's own" and again.template == fmt.template
+    assert chat.encode_dialogue(again, TURNS) == chat.encode_dialogue(fmt, TURNS)
+
+
+# -------------------------------------------------------------------------------------------------------------- gate
+
+MESSAGE = "{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>' + m.content + '<|im_end|>' }}{% else %}"
+DONE = "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}"
+OPEN, CLOSE = "{% generation %}", "{% endgeneration %}"
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("{{ '<|im_start|>' + m.content + '<|im_end|>' }}", r"no {% generation %} marks.*put {% generation %} where"),
+        ("{{ '<|im_start|>' + m.content + '<|im_end|>' }}" + OPEN + CLOSE, "marks of the chat template hold no assist"),
+        (
+            "{{ '<|im_start|>' }}" + OPEN + "{{ m.content }}" + CLOSE + "{{ '<|im_end|>' }}",
+            r"the end of an answer unlearnt: write the token '<\|im_end\|>' behind the assistant's text, before {% ",
+        ),
+        ("{{ '<|im_start|>' }}" + OPEN + "{{ m.content }}" + CLOSE, "end of an answer unlearnt"),
+        (
+            OPEN + "{{ '<|im_start|>' + m.content + '<|im_end|>' }}" + CLOSE,
+            "elsewhere than where its generation prompt",
+        ),
+        ("{{ 'A' }}" + OPEN + "{{ m.content + '<|im_end|>' }}" + CLOSE, "elsewhere than where its generation prompt"),
+        (
+            "{{ '<|im_start|>' }}" + OPEN + "{{ m.content + m.content + '<|im_end|>' }}" + CLOSE,
+            "does not write the texts of user, assistant once each and in their order",
+        ),
+        (
+            "{{ '<|im_start|>' }}" + OPEN + "{{ m.content }}{% if loop.last %}{{ '<|im_end|>' }}{% else %}"
+            "{{ '<|endoftext|>' }}{% endif %}" + CLOSE,
+            "ends answers with different tokens",
+        ),
+        ("{{ raise_exception('not today') }}", "the chat template refuses the turns: not today|no {% generation %}"),
+    ],
+)
+def test_a_template_that_would_leave_something_unlearnt_is_refused(answer, message):
+    with pytest.raises(errors.DataError, match=message):
+        chat.chat_format(make_qwen(), template=MESSAGE + answer + DONE)
+
+
+def test_a_template_that_passes_the_gate():
+    answer = "{{ '<|im_start|>' }}" + OPEN + "{{ m.content + '<|im_end|>' }}" + CLOSE
+    fmt = chat.chat_format(make_qwen(), template=MESSAGE + answer + DONE)
+    assert fmt.origin == "given"
+    assert shown(fmt, chat.encode_dialogue(fmt, TURNS[:2])[0]) == (
+        "<|im_start|>where is it?<|im_end|><|im_start|>In the garden.<|im_end|>"
+    )
+
+
+def test_no_family_no_marks_and_no_end_are_refused():
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(errors.DataError, match=r"no {% generation %} marks"):
+        chat.chat_format(make_gpt2(template=template))
+    with pytest.raises(errors.DataError, match="neither a chat template nor an EOS token"):
+        chat.chat_format(byte_level(()))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2"])
+@pytest.mark.parametrize("pad", [None, "eos"])
+def test_a_missing_pad_token_or_one_that_is_the_stop_token_leaves_the_stop_token_learnt(name, pad):
+    tokenizer = MAKERS[name]()
+    tokenizer.pad_token = tokenizer.eos_token if pad == "eos" else None
+    fmt = chat.chat_format(tokenizer, model_type=name)
+    assert (fmt.pad_id in fmt.stop_ids) == (tokenizer.unk_token is None)
+    counts = errors.DropCount()
+    prompts, _ = chat.encode_prompts(fmt, [TURNS[:3], TURNS[:1]], width=80, counts=counts)
+    answers = chat.encode_answers(fmt, ["so", "nobody knows"])
+    rows = tokenising.demonstration_rows(
+        prompts, answers, prompt_width=80, response_width=30, pad_id=fmt.pad_id, counts=counts
+    )
+    for row, answer in enumerate(answers):
+        assert rows.tokens_BL[row][rows.loss_mask_BL[row]].tolist() == answer
+        assert answer[-1] == fmt.stop_ids[0]
+    assert (rows.tokens_BL[~rows.mask_BL] == fmt.pad_id).all()

@@ -1,0 +1,288 @@
+"""The main job from a model directory: its tokenizer, its chat format, the built-in world's judgement of its words."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import time
+from typing import Any
+
+import chat_cases
+import compare
+import instructgpt
+import jax
+import numpy as np
+import pytest
+import sweep
+import test_instructgpt as job
+from launch import initial_model, run_folder, settings
+from recipe import session, tasks, world_words
+
+from rlhf_jax import lm
+from rlhf_jax.data import chat, tokenizers
+from rlhf_jax.simulation import lexicon, prompts
+
+SMALL = settings.preset("smoke", started=True)
+GPT2: dict[str, Any] = dict(
+    norm="layernorm", activation="gelu_tanh", gated_mlp=False, positions="learned", tie_embeddings=True
+) | dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True)
+LITTLE = (
+    *("--preset", "smoke", "--saves", 2, "--pretrain.documents", 800, "--pretrain.batch", 16, "--sft.epochs", 1),
+    *("--sft.demonstrations", 64, "--sft.mix-epochs", 1, "--comparisons.prompts", 16, "--ppo.iterations", 2),
+    *("--ppo.batch", 16, "--evaluation.prompts", 24, "--evaluation.best-of", 2, "--evaluation.best-of-prompts", 4),
+    *("--evaluation.skills", 20, "--evaluation.pretraining-rows", 16),
+)
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def save_gpt2(path, tokenizer, *, more=0, max_length=160, **fields):
+    cfg = lm.LMConfig(
+        vocab_size=len(tokenizer) + more, n_layers=1, d_model=32, n_heads=2, max_length=max_length, **(GPT2 | fields)
+    )
+    lm.save(path, cfg, lm.init(jax.random.key(0), cfg=cfg), tokenizer=tokenizer)
+    return path
+
+
+@pytest.fixture(scope="module")
+def byte_pairs():
+    """A tokenizer that knows most of the world's words."""
+    text = " ".join(lexicon.WORDS)
+    return chat_cases.make_qwen(template=CHATML, words=[text, "user\n" + text, "assistant\n" + text], size=700)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(byte_pairs, tmp_path_factory):
+    return save_gpt2(tmp_path_factory.mktemp("model") / "gpt2", byte_pairs)
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, tmp_path_factory):
+    """A run that was killed at once, and went on."""
+    folder = tmp_path_factory.mktemp("from_model") / "run"
+    command = job.command(*LITTLE, "--model", checkpoint, "--out", folder)
+    began = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=job.ROOT, env=job.ENVIRONMENT
+    )
+    while not (folder / "config.json").exists():
+        assert began.poll() is None, began.communicate()[1]
+        time.sleep(0.05)
+    began.kill()
+    began.communicate()
+    done = job.run("--resume", folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done
+
+
+@pytest.mark.slow  # a whole run; its short form makes the task and the models alone
+def test_the_job_goes_on_from_a_model_with_its_own_tokenizer(finished, checkpoint):
+    folder, done = finished
+    assert "pretrain: already done" in done.stderr
+    assert f"from {checkpoint} (gpt2)" in done.stdout and "with generation marks" in done.stdout
+    assert json.loads((folder / "config.json").read_text())["model"] == str(checkpoint)
+    results = json.loads((folder / "results.json").read_text())
+    for policy in results["policies"].values():
+        assert 0 <= policy["gold"] <= 1 and 0 < policy["unknown_words"] <= 1
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {row["stage"] for row in rows} == {"sft", "sft_mix", "reward_model", "ppo", "ppo_ptx"}
+    assert not any("gold" in row for row in rows), "ids are not the world's words, so gold cannot watch them"
+
+
+@pytest.mark.slow  # a whole run; its short form makes the task and the models alone
+def test_what_it_writes_is_a_model_of_the_same_kind(finished, checkpoint):
+    folder, _ = finished
+    began, ended = initial_model.load(str(checkpoint)), initial_model.load(str(folder / "policy"))
+    assert ended.cfg == began.cfg and ended.cfg.model_type == "gpt2"
+    assert ended.fmt.origin == "the tokenizer's own" and ended.fmt.template == began.fmt.template
+    assert ended.fmt.tokenizer.get_vocab() == began.fmt.tokenizer.get_vocab()
+    with pytest.raises(settings.SettingError, match="holds a reward model, not a language model"):
+        initial_model.load(str(folder / "reward_model"))
+
+
+@pytest.mark.slow
+def test_the_job_on_a_file_from_what_another_run_wrote(finished, tmp_path):
+    folder, _ = finished
+    path = job.write(tmp_path / "pairs.jsonl", job.comparisons(80))
+    widths = ("--data.prompt-width", 96, "--data.response-width", 48, "--data.held-out", 0.2)
+    out = tmp_path / "run"
+    done = job.run(*LITTLE, "--model", folder / "policy", "--data.path", path, *widths, "--out", out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((out / "results.json").read_text())
+    assert results["reward_model"]["held_out_prompts"] == 16
+    assert all("gold" not in policy and "reward" in policy for policy in results["policies"].values())
+    assert initial_model.load(str(out / "policy")).cfg.model_type == "gpt2"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_ids_that_no_token_has_are_taken_off_the_model(byte_pairs, tmp_path, tied):
+    fields = (
+        {} if tied else {**dict.fromkeys(GPT2, False), "norm": "rmsnorm", "activation": "silu", "positions": "rope"}
+    )
+    folder = save_gpt2(tmp_path / "m", byte_pairs, more=11, **(fields | {"gated_mlp": not tied}))
+    (padded_cfg, padded), began = lm.load(folder), initial_model.load(str(folder))
+    n = len(byte_pairs)
+    assert (padded_cfg.vocab_size, began.cfg.vocab_size) == (n + 11, n)
+    tokens_BL = jax.numpy.arange(10)[None]
+
+    def logits(cfg, params):
+        return lm.logits(params, lm.forward(params, tokens_BL, cfg=cfg).hidden_BLD, cfg=cfg)
+
+    np.testing.assert_array_equal(logits(began.cfg, began.params), logits(padded_cfg, padded)[..., :n])
+
+
+# -------------------------------------------------------------------------------------------------------------- tasks
+
+
+def test_the_tokenizer_of_the_world_makes_the_task_of_a_run_from_nothing(tmp_path):
+    few = {"pretrain": {"documents": 600}, "sft": {"demonstrations": 40}, "evaluation": {"prompts": 10}}
+    asked = with_changes(SMALL, few)
+    folder = save_gpt2(tmp_path / "m", tokenizers.word_level(lexicon.WORDS), max_length=64)
+    ours, theirs = tasks.make_task(asked, initial_model.load(str(folder))), tasks.make_task(asked)
+    assert ours.speaks_world and theirs.speaks_world
+    for name in ("pretraining_BL", "pretraining_held_out_BL", "demonstrations"):
+        for x, y in zip(jax.tree.leaves(getattr(ours, name)), jax.tree.leaves(getattr(theirs, name)), strict=True):
+            np.testing.assert_array_equal(x, y)
+    assert ours.world and theirs.world
+    np.testing.assert_array_equal(ours.eval_prompts.words_BP, theirs.eval_prompts.tokens_BP)
+    np.testing.assert_array_equal(ours.world.skill_rows.loss_mask_BL, theirs.world.skill_rows.loss_mask_BL)
+    assert (ours.prompt_width, ours.response_width) == (prompts.PROMPT_WIDTH, prompts.RESPONSE_WIDTH)
+
+
+def test_widths_are_measured_in_the_tokens_of_the_model(checkpoint):
+    began = initial_model.load(str(checkpoint))
+    asked = with_changes(SMALL, {"pretrain": {"documents": 3000}})
+    task = tasks.make_task(asked, began)
+    assert not task.speaks_world and task.world is not None
+    every = (task.rl_prompts, task.eval_prompts, task.world.compare_prompts)
+    widest = max(each.mask_BP.sum(axis=1).max() for each in every)
+    assert prompts.PROMPT_WIDTH < widest <= task.prompt_width <= 160
+    assert all(each.words_BP.shape[1] == prompts.PROMPT_WIDTH for each in every if each.words_BP is not None)
+    stop = task.fmt.stop_ids[0]
+    ended = [
+        stop in row[learnt] for row, learnt in zip(task.demonstrations.tokens_BL, task.demonstrations.loss_mask_BL)
+    ]
+    assert np.mean(ended) > 0.9 and task.dropped.truncated["answer truncated"] == len(ended) - sum(ended)
+    assert (task.demonstrations.loss_mask_BL[:, : task.prompt_width] == 0).all()
+    # A skill's answer is what is learnt of its row.
+    rows = task.world.skill_rows
+    said = [task.tokenizer.decode(ids[learnt]) for ids, learnt in zip(rows.tokens_BL, rows.loss_mask_BL)]
+    assert all(text.startswith(" ") and text.strip() for text in said)
+
+
+def test_comparisons_from_a_file_in_the_tokens_of_the_model(checkpoint, tmp_path):
+    began = initial_model.load(str(checkpoint))
+    path = job.write(tmp_path / "pairs.jsonl", job.comparisons(40))
+    data = {"path": str(path), "prompt_width": 96, "response_width": 48, "held_out": 0.2}
+    task = tasks.make_task(with_changes(SMALL, {"data": data}), began)
+    assert task.world is None and task.comparisons is not None and task.fmt is began.fmt
+    train, held_out = task.comparisons
+    assert (len(train.ranks_BK), len(held_out.ranks_BK)) == (32, 8)
+    row = task.demonstrations.tokens_BL[0][task.demonstrations.mask_BL[0]]
+    text: Any = began.fmt.tokenizer.decode(row)
+    assert text.startswith("<|im_start|>user\nWhat do you think of the ")
+    assert " useful.<|im_end|>" in text and text.count("<|im_start|>assistant\n") == 1
+    # The widths that were asked for, and the answers, with their stop token, behind the same column in every row.
+    assert task.demonstrations.tokens_BL.shape == (32, 144)
+    assert (task.demonstrations.loss_mask_BL[:, 96] == 1).all() and not task.demonstrations.loss_mask_BL[:, :96].any()
+
+
+def with_changes(made, changes):
+    parts = {part: dataclasses.replace(getattr(made, part), **change) for part, change in changes.items()}
+    return dataclasses.replace(made, **parts)
+
+
+# -------------------------------------------------------------------------------------------------------------- words
+
+
+def test_answers_are_read_in_the_words_of_the_world(byte_pairs):
+    fmt = chat.chat_format(byte_pairs)
+    answers = ["the fox is red .", "Red? the fox", "", "the <|end|> fox", "the " * 50]
+    ids = chat.encode_answers(fmt, answers)
+    ids[1] = ids[1][:-1]  # cut off
+    width = max(map(len, ids))
+    tokens_BT = np.array([[*x, *[fmt.pad_id] * (width - len(x))] for x in ids])
+    mask_BT = np.arange(width) < np.array([[len(x)] for x in ids])
+    read = world_words.read(fmt, tokens_BT, mask_BT)
+    found = [row[mask].tolist() for row, mask in zip(read.words_BT, read.mask_BT)]
+    of = lexicon.IDS
+    assert found[0] == [of["the"], of["fox"], of["is"], of["red"], of["."], lexicon.END_ID]
+    assert found[1] == [lexicon.PAD_ID, of["?"], of["the"], of["fox"]]
+    assert found[2] == [lexicon.END_ID]
+    assert found[3] == [of["the"], lexicon.PAD_ID, of["fox"], lexicon.END_ID]
+    assert found[4] == [of["the"]] * world_words.WIDTH
+    np.testing.assert_allclose(read.unknown_B, [0, 1 / 4, 0, 1 / 3, 0])
+
+
+# ------------------------------------------------------------------------------------------------------------ refused
+
+
+def test_directories_that_cannot_be_used_are_refused_in_one_sentence(checkpoint, byte_pairs, tmp_path):
+    out = tmp_path / "run"
+    message = job.refused("--model", tmp_path / "none", "--out", out)
+    assert f"--model {tmp_path / 'none'}" in message and not out.exists()
+    with pytest.raises(settings.SettingError, match="--net sizes a model made from nothing"):
+        instructgpt.parse(["--model", str(checkpoint), "--net.layers", "2"])
+
+    def copy_of(name):
+        return shutil.copytree(checkpoint, tmp_path / name)
+
+    cases = {}
+    for name, file in (("config", "config.json"), ("tokenizer", "tokenizer.json"), ("weights", "model.safetensors")):
+        (copy_of(name) / file).unlink()
+        cases[name] = ("cannot be used", file if name != "weights" else "safetensors")
+    (copy_of("cut") / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:1000])
+    (copy_of("damaged") / "tokenizer.json").write_text("{}")
+    (copy_of("broken") / "config.json").write_text("{")
+    cases |= {"cut": ("cut", ""), "damaged": ("cannot be", ""), "broken": ("cannot be used", "")}
+    for name, (why, what) in cases.items():
+        with pytest.raises(settings.SettingError) as caught:
+            initial_model.load(str(tmp_path / name))
+        text = str(caught.value)
+        assert f"--model {tmp_path / name} " in text and why in text and what in text and "\n" not in text, name
+
+    short = save_gpt2(tmp_path / "short", byte_pairs, max_length=32)
+    with pytest.raises(settings.SettingError, match=r"the built-in world's prompts and answers: .* more than the 32"):
+        tasks.make_task(with_changes(SMALL, {"pretrain": {"documents": 600}}), initial_model.load(str(short)))
+    path = job.write(tmp_path / "pairs.jsonl", job.comparisons(20))
+    with pytest.raises(settings.SettingError, match=r"--data.prompt-width and --data.response-width: 48 \+ 24 tokens"):
+        tasks.make_task(with_changes(SMALL, {"data": {"path": str(path)}}), initial_model.load(str(short)))
+
+    small = save_gpt2(tmp_path / "small", byte_pairs, more=-3)
+    with pytest.raises(settings.SettingError, match="its tokenizer has 677 ids, more than its model's 674"):
+        initial_model.load(str(small))
+    unmarked = save_gpt2(tmp_path / "unmarked", chat_cases.make_gpt2(template="{{ messages[0]['content'] }}"))
+    with pytest.raises(settings.SettingError, match=r"no {% generation %} marks"):
+        initial_model.load(str(unmarked))
+
+
+@pytest.mark.parametrize("script", [instructgpt, sweep, compare], ids=lambda script: script.__name__)
+def test_a_run_does_not_go_on_from_a_model_that_has_changed(checkpoint, tmp_path, script):
+    model, run = shutil.copytree(checkpoint, tmp_path / "model"), tmp_path / "run"
+    made = script.parse(["--preset", "smoke", "--model", str(model)])
+    before = initial_model.fingerprint(str(model))
+    run_folder.create(run, made, model_files=before)
+    assert dataclasses.replace(script.parse(["--resume", str(run)]), resume=None) == made
+    run_folder.same_model(str(run), made, before)
+    (model / "README.md").write_text("not read")
+    assert initial_model.fingerprint(str(model)) == before
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-6}))
+    with pytest.raises(settings.SettingError, match=rf"--resume {run} cannot go on: the files in {model} have changed"):
+        script.run(script.parse(["--resume", str(run)]))
+
+
+@pytest.mark.parametrize("script", [sweep, compare], ids=lambda script: script.__name__)
+def test_every_experiment_writes_down_which_model_it_began_with(checkpoint, tmp_path, monkeypatch, script):
+    class Begun(Exception):
+        pass
+
+    def stop(*_, **__):
+        raise Begun
+
+    monkeypatch.setattr(session.jobs, "make_job", stop)
+    out = tmp_path / "run"
+    with pytest.raises(Begun):
+        script.run(script.parse([*map(str, LITTLE), "--model", str(checkpoint), "--out", str(out)]))
+    assert run_folder.saved_values(str(out))[run_folder.MODEL_FILES] == initial_model.fingerprint(str(checkpoint))

@@ -1,0 +1,153 @@
+"""What the experiments find out about a reward model while it trains and afterwards, beside plain loops."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from launch import settings
+from recipe import monitoring, policy_sampling, reward_diagnosis, validation_loss
+
+from rlhf_jax import diagnostics, metrics, types
+from rlhf_jax.diagnostics import alarms
+
+P, T, K = 2, 3, 4
+
+
+def comparisons(n, seed=0):
+    """Prompts of two to four answers whose tokens are all one number, their score."""
+    rng = np.random.default_rng(seed)
+    where = np.arange(K) < rng.integers(2, K + 1, size=(n, 1))
+    tokens = np.broadcast_to(rng.integers(0, 9, size=(n, K, 1)), (n, K, P + T)).astype(np.int32)
+    mask = np.concatenate([np.ones((n, K, P), bool), np.arange(T) < rng.integers(1, T + 1, size=(n, K, 1))], axis=-1)
+    ranks = np.where(where, rng.integers(1, 3, size=(n, K)), 0).astype(np.int32)
+    batch: Any = types.Comparisons(tokens, mask & where[..., None], ranks, where)  # type: ignore[arg-type]
+    return batch
+
+
+def score(params, tokens_BL, mask_BL):
+    assert mask_BL[:, P].all(), "answers that are not there are not scored"
+    return params * tokens_BL[:, 0].astype(np.float32)
+
+
+def test_the_validation_loss_is_that_of_the_first_prompts_at_some_steps():
+    batch = comparisons(400)
+    tell = validation_loss.logged(score, batch, steps=83)
+    rows = {done: tell(done, SimpleNamespace(params=0.3), {}) for done in range(1, 84)}
+    known = {done: row["validation_loss"] for done, row in rows.items() if row}
+    assert list(known) == [11, 22, 33, 44, 55, 66, 77, 83] and len(set(known.values())) == 1
+    told, answers = [], 0
+    for b in range(400):
+        answers += int(batch.where_BK[b].sum())
+        if answers > policy_sampling.CHUNK:
+            break
+        leads = [
+            0.3 * (float(batch.tokens_BKL[b, i, 0]) - float(batch.tokens_BKL[b, j, 0]))
+            for i in range(K)
+            for j in range(K)
+            if batch.where_BK[b, [i, j]].all() and batch.ranks_BK[b, i] < batch.ranks_BK[b, j]
+        ]
+        if leads:
+            there = int(batch.where_BK[b].sum())
+            told.append(sum(math.log1p(math.exp(-lead)) for lead in leads) / math.comb(there, 2))
+    assert known[11] == pytest.approx(np.mean(told), rel=1e-5)
+    # Of two heads it is the mean of both.
+    heads = validation_loss.logged(lambda *given: np.stack([score(*given), 2 * score(*given)], axis=1), batch, steps=1)
+    both = [validation_loss.logged(score, batch, steps=1)(1, SimpleNamespace(params=scale), {}) for scale in (0.3, 0.6)]
+    mean = np.mean([row["validation_loss"] for row in both if row])
+    found = heads(1, SimpleNamespace(params=0.3), {})
+    assert found is not None and found["validation_loss"] == pytest.approx(mean)
+
+
+def test_a_reward_model_that_learns_by_heart_is_an_alarm_of_the_run(tmp_path):
+    asked, log = settings.preset("smoke"), metrics.MetricLog(tmp_path)
+    rng, told = np.random.default_rng(0), []
+    watch = monitoring.watched(log, "reward_model", asked, told.append)
+    for step in range(1, 2 * validation_loss.TIMES + 1):
+        row = {"loss": 0.7 - 0.02 * step}
+        if step % 2 == 0:
+            row["validation_loss"] = 0.6 + 0.002 * rng.normal() + (0.1 if step > validation_loss.TIMES else 0.0)
+        watch(step, row)
+    assert len(told) == 1 and "by heart" in told[0]
+    (found,) = monitoring.raised(log, asked)
+    assert (found["stage"], found["name"], found["step"]) == ("reward_model", "overfitted", 2 * validation_loss.TIMES)
+    defaults = alarms.CHECKS["overfitted"].__kwdefaults__ or {}
+    assert 2 * defaults["validation_window"] <= validation_loss.TIMES
+    log.close()
+
+
+def job(batch, categories):
+    world = SimpleNamespace(compare_prompts=SimpleNamespace(categories=["training"] * 5 + categories), n_compare=5)
+    task = SimpleNamespace(prompt_width=P, world=world)
+    scorer = SimpleNamespace(score=lambda params, *rows: params["head"]["gain"] * rows[0][:, 0].astype(np.float32))
+    made: Any = SimpleNamespace(task=task, sampler=scorer)
+    return made
+
+
+def test_the_facts_of_a_reward_model_are_those_of_its_pairs():
+    batch, train = comparisons(60, seed=1), comparisons(30, seed=2)
+    categories = [("lists", "facts")[b % 2] for b in range(60)]
+    reward = {"head": {"gain": np.float32(0.5), "bias": np.float32(0.25)}}
+    found = reward_diagnosis.reward_model_facts(job(batch, categories), reward, batch, train)
+    pairs = [
+        (b, i, j)
+        for b in range(60)
+        for i in range(K)
+        for j in range(K)
+        if batch.where_BK[b, [i, j]].all() and batch.ranks_BK[b, i] < batch.ranks_BK[b, j]
+    ]
+    lead = {(b, i, j): float(batch.tokens_BKL[b, i, 0]) - float(batch.tokens_BKL[b, j, 0]) for b, i, j in pairs}
+
+    def plain(mine):
+        return np.mean([0.5 if lead[pair] == 0 else lead[pair] > 0 for pair in mine])
+
+    assert found["accuracy"][0] == pytest.approx(plain(pairs)) and found["held_out_pairs"] == len(pairs)
+    facts, lists = found["strata"]["category"]
+    assert (facts["name"], lists["name"]) == ("facts", "lists")
+    for each in (facts, lists):
+        mine = [pair for pair in pairs if categories[pair[0]] == each["name"]]
+        assert each["count"] == len(mine) and each["accuracy"].mean == pytest.approx(plain(mine))
+    # The interval is of prompts: wider than that of as many independent pairs would be, or as wide.
+    b = np.array([pair[0] for pair in pairs])
+    right = np.array([0.5 if lead[pair] == 0 else float(lead[pair] > 0) for pair in pairs])
+    want = diagnostics.ratio_interval(np.bincount(b, weights=right), np.bincount(b), rate=True)
+    np.testing.assert_allclose(found["accuracy"], want, rtol=1e-6)
+    assert sum(each["count"] for each in found["strata"]["tokens of the longer answer"]) == len(pairs)
+    scan = found["thresholds"]
+    assert scan["count"][0] == len(pairs) and scan["accuracy"][0] == pytest.approx(plain(pairs))
+    assert scan["threshold"][0] == 0.5 * min(min(float(batch.tokens_BKL[b, k, 0]) for k in (i, j)) for b, i, j in pairs)
+    bias = found["length_bias"]
+    longer = [(b, i, j) for b, i, j in pairs if batch.mask_BKL[b, i].sum() > batch.mask_BKL[b, j].sum()]
+    assert bias["accuracy_where_longer"].mean == pytest.approx(plain(longer)) and bias["count"] == len(pairs)
+    mine = np.array([pair in longer for pair in pairs])
+    want = diagnostics.ratio_interval(np.bincount(b, weights=right * mine), np.bincount(b, weights=mine), rate=True)
+    np.testing.assert_allclose(bias["accuracy_where_longer"], want, rtol=1e-6)
+    gap = found["gap"]
+    leads = [
+        float(train.tokens_BKL[c, i, 0]) - float(train.tokens_BKL[c, j, 0])
+        for c in range(30)
+        for i in range(K)
+        for j in range(K)
+        if train.where_BK[c, [i, j]].all() and train.ranks_BK[c, i] < train.ranks_BK[c, j]
+    ]
+    assert gap["train_loss"].mean == pytest.approx(np.mean(np.logaddexp(0.0, -np.array(leads))), rel=1e-6)
+    np.testing.assert_allclose(gap["validation_accuracy"], found["accuracy"], rtol=1e-6)
+    assert gap["accuracy_gap"].mean == pytest.approx(gap["train_accuracy"].mean - found["accuracy"][0])
+
+
+def test_a_policy_that_games_its_score_is_said_to():
+    rng = np.random.default_rng(0)
+    gold, scores = rng.normal(size=(2, 200))
+    noise = 0.1 * rng.normal(size=(4, 200))
+
+    def answers(score, judged):
+        made: Any = SimpleNamespace(scores_B=score, gold=SimpleNamespace(total=judged))
+        return made
+
+    start = answers(scores, gold)
+    gamed = reward_diagnosis.goodhart(start, answers(scores + 1 + noise[0], gold - 0.5 + noise[1]))
+    better = reward_diagnosis.goodhart(start, answers(scores + 1 + noise[2], gold + 0.5 + noise[3]))
+    assert gamed["gamed"] is True and better["gamed"] is False
+    np.testing.assert_allclose(gamed["reward_gained"], diagnostics.mean_interval(1 + noise[0]), rtol=1e-6)
+    np.testing.assert_allclose(gamed["gold_gained"], diagnostics.mean_interval(noise[1] - 0.5), rtol=1e-6)

@@ -1,0 +1,270 @@
+"""Many runs from one start: the same one by one and as one program; what is read off them; what is refused."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import compare
+import jax
+import numpy as np
+import pytest
+import sweep
+from launch import checks, settings
+from recipe import collection, jobs, precompile, tasks
+from sweeps import frontier_plot, run_grid
+
+from rlhf_jax import checkpoint, lm, metrics, parallel, types
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+class Silent:
+    """A progress that shows nothing."""
+
+    def __getattr__(self, name):
+        return lambda *_, **__: None
+
+
+def small(**ppo):
+    asked = settings.preset("smoke")
+    parts = {
+        "net": dataclasses.replace(asked.net, layers=1, width=32, mlp=64, heads=2),
+        "pretrain": dataclasses.replace(asked.pretrain, documents=400),
+        "sft": dataclasses.replace(asked.sft, demonstrations=16),
+        "ppo": dataclasses.replace(asked.ppo, **({"iterations": 2, "batch": 8} | ppo)),
+        "evaluation": dataclasses.replace(asked.evaluation, prompts=8),
+    }
+    return dataclasses.replace(asked, **parts)
+
+
+def job_in(folder, asked):
+    return jobs.make_job(
+        asked,
+        tasks.make_task(asked),
+        start=None,
+        checkpoints=lambda stage: checkpoint.Checkpoints(folder / "checkpoints" / stage),
+        log=metrics.MetricLog(folder),
+        progress=Silent(),
+    )
+
+
+def shared_by(job):
+    params = jax.jit(lambda key: lm.init(key, cfg=job.cfg))(jax.random.key(0))
+    return run_grid.Prepared(params, params, lm.with_head(jax.random.key(1), params, job.cfg))
+
+
+def rows_of(folder, stage):
+    found = [row for row in metrics.read(folder) if row["stage"] == stage]
+    return [{name: value for name, value in row.items() if name not in ("stage", "step")} for row in found]
+
+
+@pytest.mark.slow  # its short form is the sweep of test_ppo.py
+def test_one_program_gives_what_one_run_after_the_other_gives(tmp_path):
+    job, together = job_in(tmp_path / "a", small()), job_in(tmp_path / "b", small())
+    shared = shared_by(job)
+    wanted = [
+        run_grid.Cell(f"kl{coef}-seed{seed}", dataclasses.replace(job.settings.ppo, kl_coef=coef), seed)
+        for coef, seed in ((0.0, 0), (0.5, 0), (0.5, 1))
+    ]
+    alone = [run_grid.train(job, shared, cell, step=job.ppo_step) for cell in wanted]
+    assert job.ppo_step.traces == 1, "one compiled program serves every seed and coefficient"
+    for mine, other, cell in zip(run_grid.train_together(together, shared, wanted), alone, wanted, strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), mine, other)
+        for a, b in zip(rows_of(tmp_path / "a", cell.name), rows_of(tmp_path / "b", cell.name), strict=True):
+            assert a.keys() == b.keys()
+            for name in ("kl", "reward", "policy_loss", "value_loss", "kl_coef"):
+                assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), name
+    differ = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), alone[1], alone[2])
+    assert max(jax.tree.leaves(differ)) > 1e-5, "seeds are different runs"
+    # What is finished is restored and not trained again.
+    again = run_grid.train(job, shared, wanted[0], step=None)
+    jax.tree.map(np.testing.assert_array_equal, again, alone[0])
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(dict(method="rloo", samples=2), marks=pytest.mark.slow),
+        pytest.param(dict(method="grpo", samples=4, kl_loss_coef=0.04, kl_coef=0.0), marks=pytest.mark.slow),
+        pytest.param(dict(method="dr-grpo", samples=4), marks=pytest.mark.slow),
+        pytest.param(dict(method="reinforce", micro_batches=2), marks=pytest.mark.slow),
+        pytest.param(dict(method="reinforce-pp", epochs=2), marks=pytest.mark.slow),
+        pytest.param(dict(critic="policy", iterations=2), marks=pytest.mark.slow),
+        dict(critic="zero-head", value_coef=0.1, epochs=2),
+        pytest.param(
+            dict(reward_clip=1.0, normalise_values=True, entropy_coef=0.01, reference_ema=0.9, whiten_rewards=True),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            dict(adam_tf1=True, schedule="linear", kl_target=6.0, missing_stop="subtract"), marks=pytest.mark.slow
+        ),
+    ],
+    ids=lambda how: how.get("method", "ppo") + "-" + str(len(how)),
+)
+def test_every_method_and_switch_trains_on_the_built_in_world(tmp_path, how):
+    asked = small(**how)
+    checks.check(asked)
+    job = job_in(tmp_path, asked)
+    shared = shared_by(job)
+    shared = shared._replace(heldout=shared.reward if asked.ppo.critic == "zero-head" else None)
+    policy = run_grid.train(job, shared, run_grid.Cell("run", asked.ppo, 0, ptx_coef=0.5))
+    rows = rows_of(tmp_path, "run")
+    assert len(rows) == 2 and all(math.isfinite(value) for value in rows[-1].values())
+    assert [row.get("heldout_reward") for row in rows] == [row["reward"] if shared.heldout else None for row in rows]
+    assert ("value_loss" in rows[0]) == (asked.ppo.method == "ppo")
+    assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-6) and rows[0]["first_ratio_error"] < 1e-5
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), policy, shared.start)
+    assert max(jax.tree.leaves(moved)) > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("saved", "expected"),
+    [
+        ({}, {"supervised", "reward_model", "one", "other"}),
+        ({"sft_mix": 4}, {"supervised", "reward_model", "one", "other"}),
+        ({"reward_model": 3}, {"reward_model", "one", "other"}),
+        ({"a": 1}, {"one", "other"}),
+        ({"a": 2, "b": 1}, {"one", "other"}),
+        ({"a": 2, "b": 2}, {"other"}),
+        ({"a": 2, "b": 2, "c": 2}, set()),
+    ],
+)
+def test_a_resumed_run_compiles_ahead_only_what_its_unfinished_stages_call(tmp_path, monkeypatch, saved, expected):
+    """Stages a and b share a program, c has its own."""
+    job = job_in(tmp_path, small())
+    for stage, step in saved.items():
+        with job.checkpoints(stage) as checkpoints:
+            checkpoints.save(step, {"x": np.zeros(1)})
+    other = run_grid.with_settings(job, dataclasses.replace(job.settings.ppo, samples=2, method="rloo"))
+    steps = {job.supervised_step: "supervised", job.reward_step: "reward_model"}
+    steps |= {job.ppo_step: "one", other.ppo_step: "other"}
+    begun = []
+    monkeypatch.setattr(parallel.JitStep, "compile_ahead", lambda step, *_: begun.append(steps.get(step)))
+    with precompile.compiling(job, {"a": job, "b": job, "c": other}):
+        assert set(begun) - {None} == expected and len(begun) - begun.count(None) == len(expected)
+    assert begun.count(None) == 3, "every run samples, measures and scores"
+
+
+def test_where_the_critic_starts(tmp_path):
+    job = job_in(tmp_path, small())
+    shared = shared_by(job)
+
+    def critic(how) -> Any:
+        own = run_grid.with_settings(job, dataclasses.replace(job.settings.ppo, critic=how))
+        return own.new_policy(shared.start, shared.reward).params["critic"]
+
+    jax.tree.map(np.testing.assert_array_equal, critic("reward"), shared.reward)
+    mine = critic("policy")
+    jax.tree.map(np.testing.assert_array_equal, lm.without_head(mine), shared.start)
+    assert float(np.abs(mine["head"]["kernel_D"] - shared.reward["head"]["kernel_D"]).max()) > 0.01
+    zero = critic("zero-head")
+    assert set(zero) == {"head"} and not np.any(zero["head"]["kernel_D"]) and float(zero["head"]["gain"]) == 1
+
+
+def test_two_reward_models_learn_from_comparisons_that_the_other_has_not_seen(tmp_path, monkeypatch):
+    n, width = 9, 4
+    tokens_BKL = np.broadcast_to(np.arange(n)[:, None, None], (n, 3, width))
+    where_BK = np.arange(3) < np.array([2, 3, 2, 3, 2, 3, 2, 3, 2])[:, None]
+    every = types.Comparisons(tokens_BKL, tokens_BKL >= 0, np.where(where_BK, np.arange(3) + 1, 0), where_BK)  # type: ignore[arg-type]
+    monkeypatch.setattr(collection, "collect_comparisons", lambda job, policies: (every, every, {"fact": 1}))
+    asked = small()
+    (whole,), _, facts = collection.gather(job_in(tmp_path / "a", asked), [])
+    assert whole is every and facts == {"fact": 1, "training_prompts": 9, "training_answers": 22}
+    asked = dataclasses.replace(asked, reward_model=dataclasses.replace(asked.reward_model, heldout=True))
+    parts, held_out, facts = collection.gather(job_in(tmp_path / "b", asked), [])
+    assert held_out is every, "what accuracy is measured on stays whole"
+    seen = [set(part.tokens_BKL[:, 0, 0].tolist()) for part in parts]
+    assert [len(x) for x in seen] == [4, 4] and not seen[0] & seen[1]
+    assert facts["training_prompts"] == 4 and facts["training_answers"] == parts[0].where_BK.sum()
+
+
+def test_gold_at_a_kl_is_read_off_the_curve_and_not_beyond_it():
+    kl = np.linspace(0.0, 4.0, 30) ** 2 / 4
+    gold = 0.5 + 0.1 * np.sqrt(kl)
+    assert compare.gold_at(kl, gold, at=1.0) == pytest.approx(0.6)
+    assert compare.gold_at(kl, gold, at=2.25) == pytest.approx(0.65)
+    assert compare.gold_at(kl, gold, at=9.0) is None
+    noisy = gold + np.random.default_rng(0).normal(size=30) * 0.02
+    assert compare.gold_at(kl, noisy, at=1.0) == pytest.approx(0.6, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("parse", "arguments", "message"),
+    [
+        (sweep.parse, ["--kl-coefs", "0.1", "-1"], "kl-coefs"),
+        (sweep.parse, ["--kl-coefs", "0.1", "0.1"], "once"),
+        (sweep.parse, ["--seeds", "0"], "seeds"),
+        (sweep.parse, ["--ppo.method", "rloo"], "ppo.samples"),
+        (sweep.parse, ["--ppo.method", "grpo", "--ppo.samples", "4", "--ppo.lambda_", "0.9"], "no critic"),
+        (sweep.parse, ["--ppo.method", "rloo", "--ppo.samples", "4", "--ppo.critic", "zero-head"], "no critic"),
+        (sweep.parse, ["--reward-model.heldout", "--reward-model.batch", "1200"], "half of --comparisons.prompts"),
+        (sweep.parse, ["--ppo.samples", "3"], "ppo.samples"),
+        (sweep.parse, ["--ppo.micro-batches", "7"], "ppo.micro-batches"),
+        (sweep.parse, ["--ppo.kl-coef", "-0.1"], "ppo.kl-coef"),
+        (sweep.parse, ["--resume", "nowhere"], "nowhere"),
+        (compare.parse, ["--data.path", "pairs.jsonl"], "no gold utility"),
+        (compare.parse, ["--group", "1"], "group"),
+        (compare.parse, ["--group", "3"], "divide"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(parse, arguments, message):
+    with pytest.raises(settings.SettingError, match=message):
+        parse(arguments)
+
+
+@pytest.mark.parametrize("name", ["instructgpt", "stiennon", "ziegler", "n-plus", "hh", "xu", "tutorial"])
+def test_published_settings_are_in_range(name):
+    asked = sweep.parse(["--published", name])
+    assert asked.published == name and asked.ppo != settings.PPO()
+    given = settings.preset("default", published=name, started=True)
+    checks.check(given)
+
+
+def test_published_numbers():
+    ziegler, xu = (settings.preset("default", published=name).ppo for name in ("ziegler", "xu"))
+    assert (ziegler.kl_coef, ziegler.kl_target, ziegler.epochs, ziegler.whiten_rewards) == (0.15, 6.0, 4, True)
+    assert (xu.kl_coef, xu.lambda_, xu.reward_clip, xu.minibatches) == (0.1, 1.0, 20.0, 4)
+    assert (ziegler.critic, ziegler.value_coef) == ("zero-head", 0.1)
+    ouyang = settings.preset("default", published="instructgpt").ppo
+    assert (ouyang.kl_coef, ouyang.epochs, ouyang.minibatches, ouyang.ptx_coef, ouyang.ema) == (0.02, 1, 8, 27.8, 0.992)
+    with pytest.raises(settings.SettingError, match="--published"):
+        settings.preset("default", published="nobody")
+
+
+def test_figures_hold_every_method_and_coefficient(tmp_path):
+    run = {"kl": [0.0, 1.0, 2.0], "gold": [0.5, 0.6, 0.65]}
+    methods = [
+        {"method": name, "at": [1.0, 2.0], "gold": [[0.6, 0.55, 0.65], [None] * 3], "runs": [run]}
+        for name in compare.EVERY
+    ]
+    frontier_plot.write_methods(tmp_path / "c.html", methods, title="Methods")
+    text = (tmp_path / "c.html").read_text()
+    assert (
+        all(name in text for name in compare.EVERY) and "<svg" in text and "http" not in text.replace("www.w3.org", "")
+    )
+    points = [
+        {"kl_coef": c, "kl": [1.0, 0.9, 1.1], "gold": [0.6, 0.5, 0.7], "reward": [1.0, None, None]} for c in (0.1, 1)
+    ]
+    runs = [{"kl": 1.0, "gold": 0.6, "reward": 1.0}]
+    frontier_plot.write(tmp_path / "s.html", points, runs, title="Sweep")
+    assert (tmp_path / "s.html").read_text().count("<svg") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["sweep.py", "compare.py"])
+def test_the_command_runs_end_to_end_and_goes_on_with_a_finished_run(script, tmp_path):
+    more = ["--kl-coefs", "0.1", "0.5", "--seeds", "2"] if script == "sweep.py" else ["--seeds", "2", "--rounds", "2"]
+    command = [sys.executable, str(ROOT / "experiments" / script), "--preset", "smoke"]
+    done = subprocess.run([*command, "--out", tmp_path / "run", *more], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    name = script.replace("py", "json")
+    first = json.loads((tmp_path / "run" / name).read_text())
+    again = subprocess.run([*command[:2], "--resume", tmp_path / "run"], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr[-3000:]
+    second = json.loads((tmp_path / "run" / name).read_text())
+    drop = {"seconds", "traces"}
+    assert {k: v for k, v in first.items() if k not in drop} == {k: v for k, v in second.items() if k not in drop}

@@ -1,0 +1,115 @@
+"""Attention by kernels of a platform, beside the form that is written out."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import parallel
+from rlhf_jax.lm import attention, config, kernels
+
+CFG = config.LMConfig(vocab_size=8, n_layers=1, d_model=256, n_heads=4, n_kv_heads=2, d_head=64, dtype="bfloat16")
+ROWS, LENGTH = 2, 256
+
+
+def _heads():
+    keys = jax.random.split(jax.random.key(0), 4)
+    queries = jax.random.normal(keys[0], (ROWS, CFG.n_heads, LENGTH, CFG.d_head))
+    others = [jax.random.normal(key, (ROWS, CFG.n_kv_heads, LENGTH, CFG.d_head)) for key in keys[1:3]]
+    weights = jax.random.normal(keys[3], queries.shape)
+    return (queries, *others), weights
+
+
+def _masks():
+    """Padding at both ends and in the middle, and three segments of a packed row."""
+    columns = np.arange(LENGTH)
+    mask_BL = np.stack([columns >= 37, (columns < 240) & (columns % 50 != 3)])
+    segments_BL = np.stack([np.ones(LENGTH, int), 1 + (columns > 70) + (columns > 199)]) * mask_BL
+    return jnp.asarray(mask_BL), jnp.asarray(segments_BL)
+
+
+@pytest.mark.parametrize(("packed", "softcap"), [(False, 0.0), (True, 20.0)])
+def test_splash_is_the_form_that_is_written_out(packed, softcap):
+    cfg = config.LMConfig(**{**_fields(CFG), "attn_softcap": softcap, "attn_scale": 0.2})
+    heads, weights = _heads()
+    mask_BL, segments_BL = _masks()
+    segments_BL = segments_BL if packed else None
+    real = mask_BL[:, None, :, None]
+
+    def loss(attend, *heads):
+        mixed = attend(*heads)
+        return jnp.sum(jnp.where(real, mixed * weights, 0.0)), mixed
+
+    seen_BLL = attention.causal(mask_BL, segments_BL)
+    ids_BL = kernels.segment_ids(mask_BL, segments_BL)
+    forms = (
+        functools.partial(attention.attend, seen_BLS=seen_BLL, cfg=cfg),
+        lambda *heads: kernels.splash(*heads, ids_BL=ids_BL, cfg=cfg, interpret=True),
+    )
+    found = [
+        jax.value_and_grad(functools.partial(loss, form), argnums=(0, 1, 2), has_aux=True)(*heads) for form in forms
+    ]
+    ((_, expected), expected_grads), ((_, mixed), grads) = found
+    np.testing.assert_allclose(jnp.where(real, mixed, 0), jnp.where(real, expected, 0), atol=2e-5)
+    for made, wanted in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(made, wanted, atol=2e-4)
+    assert np.isfinite(mixed).all()
+
+
+def _fields(cfg):
+    return {name: getattr(cfg, name) for name in cfg.__dataclass_fields__}
+
+
+needs_tpu_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU's compiler is not installed: pip install '.[tpu]'"
+)
+
+
+@needs_tpu_compiler
+def test_a_tpu_gets_its_kernel_and_a_cpu_does_not():
+    from jax.experimental import topologies
+    from planning import chips
+
+    chips.prepare()
+    shape = jax.ShapeDtypeStruct((4, 4, LENGTH, 64), jnp.bfloat16)
+    mask = jax.ShapeDtypeStruct((4, LENGTH), jnp.bool_)
+
+    def loss(heads, mask_BL):
+        seen_BLL = attention.causal(mask_BL)
+        mixed = kernels.attend_rows(*heads, seen_BLL=seen_BLL, mask_BL=mask_BL, segments_BL=None, cfg=CFG)
+        return mixed.astype(jnp.float32).sum()
+
+    def text(devices):
+        mesh = parallel.make_mesh(data=1, fsdp=2, tensor=2, devices=devices)
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        with jax.set_mesh(mesh):
+            lowered = jax.jit(jax.grad(loss), in_shardings=whole).lower((shape, shape, shape), mask)
+        return lowered.compile().as_text() or ""
+
+    devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
+    made = text(devices)
+    assert "tpu_custom_call" in made and "bf16[2,2,256,64]" in made  # each has its rows and its heads
+    assert "custom-call" not in jax.jit(jax.grad(loss)).lower((shape, shape, shape), mask).as_text()
+
+
+@pytest.mark.slow
+@needs_tpu_compiler
+def test_long_rows_take_no_memory_of_their_square_on_a_tpu():
+    """Compiled for a TPU that is not there, on a mesh: the form that is written out holds a row's scores."""
+    from planning import chips, fit, plan_settings
+
+    chips.prepare()
+    plan = plan_settings.Plan(
+        model="gpt2", topology="v5e:2x2", mesh=plan_settings.MeshSizes(fsdp=2, tensor=2), length=8192, batch=2
+    )
+    cfg = config.LMConfig(
+        vocab_size=256, n_layers=2, d_model=512, n_heads=4, max_length=8192, dtype="bfloat16", remat="full"
+    )
+    needed = {}
+    for kind in ("auto", "einsum"):
+        found = fit.find(plan, cfg=config.LMConfig(**{**_fields(cfg), "attention": kind}))
+        needed[kind] = found.temporaries or 0
+    assert needed["auto"] < 2**29 < needed["einsum"]

@@ -1,0 +1,216 @@
+"""The terminal table and the progress of a job."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from rlhf_jax.report import console
+
+
+def policy(win, **more):
+    rate = win and [win, win - 0.02, win + 0.02]
+    fields = {"gold_win_rate_vs_sft": rate, "heldout_win_rate_vs_sft": rate, "gold": 0.75, "reward": -1.4, "kl": 12.94}
+    fields |= {"skill_accuracy": 0.9141, "pretraining_loss": 1.4321, "truthful_rate": 0.8, "harm_rate": 0.05}
+    return fields | {"length": 19.1, "diversity": 0.9} | more
+
+
+RESULTS = {
+    "seconds": 284.2,
+    "seed": 0,
+    "preset": "cpu",
+    "reward_model": {"accuracy": [0.723, 0.709, 0.737]},
+    "policies": {
+        "ppo_ptx": policy(0.782),
+        "base": policy(0.081, kl=None),
+        "sft": policy(None),
+        "best_of_n": policy(0.7, reward=float("nan")),
+    },
+}
+
+
+def shown(results, width):
+    file = io.StringIO()
+    Console(file=file, width=width).print(console.results_table(results))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("width", [120, 100])
+def test_table_in_one_line_a_policy(width):
+    lines = shown(RESULTS, width).splitlines()
+    rows = {line.split()[0]: line.split() for line in lines if line.split()}
+    assert rows["PPO-ptx"] == [
+        *("PPO-ptx", "78.2", "76.2–80.2", "78.2", "76.2–80.2", "0.750", "−1.40", "12.94"),
+        *("91.4", "1.432", "80.0", "5.0", "19.1"),
+    ]
+    assert rows["SFT"][1:3] == ["–", "–"]
+    assert rows["best-of-n"][6] == "nan"
+    assert list(console.results_table(RESULTS).columns[0].cells) == ["base", "SFT", "PPO-ptx", "best-of-n"]
+    assert "reward model accuracy 72.3 % (70.9–73.7)" in lines[-1] and "4:44" in lines[-1]
+
+
+def test_table_is_whole_at_80():
+    text = shown(RESULTS, 80)
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    for part in ("78.2", "76.2–80.2", "12.94", "1.432", "19.1", "best-of-n"):
+        assert part in text
+
+
+def test_columns_vanish_where_no_policy_has_a_number():
+    real = {"policies": {"sft": {"reward": 0.0, "kl": None, "gold": None}, "ppo": {"reward": 1.0, "kl": 3.0}}}
+    table = console.results_table(real)
+    assert [str(c.header).split()[0] for c in table.columns] == ["policy", "RM", "KL/seq"]
+    assert "diversity" not in shown(RESULTS, 120)
+    assert shown({}, 80)
+
+
+def test_remaining_before_anything_ran_is_what_was_expected():
+    assert console.remaining_seconds(finished=[], waiting=60) == 60
+    assert console.remaining_seconds(finished=[], waiting=60, current=20, elapsed=5) == 15 + 60
+    assert console.remaining_seconds(finished=[], waiting=0, current=20, elapsed=50) == 0
+
+
+def test_remaining_learns_the_machine_from_finished_stages():
+    assert console.remaining_seconds(finished=[(10, 30)], waiting=20) == 60
+    assert console.remaining_seconds(finished=[(10, 30), (30, 10)], waiting=20) == 20
+    assert console.remaining_seconds(finished=[(10, 30)], waiting=20, current=10, elapsed=6) == (30 - 6) + 60
+
+
+def test_remaining_goes_over_to_the_current_stage_as_it_proceeds():
+    # Half of it took 15 s: by its own pace 15 s are left, by the weights 5 s; half way they count alike. The first half
+    # of the stage to come is then priced by (15 + 10) s for a weight of 20.
+    got = console.remaining_seconds(finished=[], waiting=40, current=20, elapsed=15, fraction=0.5)
+    assert got == pytest.approx(10 + 25 / 20 * 40)
+    # Done, it is like a finished stage.
+    done = console.remaining_seconds(finished=[], waiting=40, current=20, elapsed=30, fraction=1.0)
+    assert done == pytest.approx(console.remaining_seconds(finished=[(20, 30)], waiting=40)) == pytest.approx(60)
+    # A long compilation before the first step does not multiply.
+    early = console.remaining_seconds(finished=[], waiting=0, current=30, elapsed=10, fraction=0.01)
+    assert early == pytest.approx(0.99 * 20 + 0.01 * 990)
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def plain(stages, **kwargs):
+    clock, file = Clock(), io.StringIO()
+    progress = console.StageProgress(stages, console=Console(file=file, width=60), clock=clock, **kwargs)
+    return progress, clock, file
+
+
+def test_plain_lines():
+    progress, clock, file = plain([("sft", 10), ("reward_model", 20), ("ppo_ptx", 30)])
+    with progress:
+        progress.start("sft", 4)
+        for step in range(4):
+            clock.now += 5
+            progress.update("sft", step + 1, 4, {"step": step, "loss": 0.25, "gold": None, "note": "x"})
+        progress.finish("sft")
+        progress.skip("reward_model")
+        progress.start("ppo_ptx", 100, done=50)
+        clock.now += 2
+        progress.finish("ppo_ptx")
+    assert file.getvalue().splitlines() == [
+        "stage 1/3 SFT: 4 steps",
+        "stage 1/3 SFT 2/4 · 0:10 elapsed, about 1:20 left · loss 0.25",
+        "stage 1/3 SFT 4/4 · 0:20 elapsed, about 1:40 left · loss 0.25",
+        "stage 1/3 SFT done: 4 steps in 20.0 s · 0:20 elapsed, about 1:40 left",
+        "stage 2/3 reward model: already done",
+        "stage 3/3 PPO-ptx: 100 steps, 50 done before",
+        "stage 3/3 PPO-ptx done: 50 steps in 2.0 s · 0:22 elapsed, about 0:00 left",
+        "3 of 3 stages done in 0:22",
+    ]
+
+
+def test_plain_lines_have_no_control_characters_and_stdout_stays_clean(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with console.StageProgress([("sft", 1)], every=0.0) as progress:
+        progress.update("sft", 1, 2)
+        progress.finish("sft")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "\x1b" not in err and "stage 1/1 SFT done" in err
+
+
+def test_a_resumed_stage_counts_for_what_it_ran():
+    progress, clock, _ = plain([("a", 10), ("b", 40)])
+    with progress:
+        progress.start("a", 100, done=80)
+        assert progress.remaining() == 2 + 40
+        clock.now += 4
+        progress.update("a", 100, 100)
+        progress.finish("a")
+        assert progress.remaining() == pytest.approx(80)  # 4 s for a weight of 2
+
+
+def test_a_failure_says_where():
+    progress, clock, file = plain([("sft", 10), ("ppo", 20)])
+    with pytest.raises(KeyError), progress:
+        progress.start("ppo", 9)
+        progress.update("ppo", 3, 9)
+        clock.now += 61
+        raise KeyError("x")
+    assert file.getvalue().splitlines()[-1] == "stopped in stage 2/2 PPO at step 3/9 after 1:01"
+
+
+def test_a_line_of_its_own_is_whole_and_above_the_display():
+    progress, _, file = plain([("sft", 10), ("ppo", 20)])
+    text = "alarm at step 3: [kl] " + "far too many words for one narrow line " * 3
+    with progress:
+        progress.start("ppo", 9)
+        progress.tell("ppo", text)
+    assert f"stage 2/2 PPO: {text}" in file.getvalue().splitlines()
+    with pytest.raises(ValueError, match="unknown stage"):
+        progress.tell("rm", text)
+    drawn = io.StringIO()
+    terminal = Console(file=drawn, width=60, force_terminal=True)
+    with console.StageProgress([("ppo", 20)], console=terminal, live=True) as progress:
+        progress.start("ppo", 9)
+        progress.tell("ppo", text)
+    assert f"stage 1/1 PPO: {text}" in drawn.getvalue()
+
+
+def test_unknown_and_double_stages_are_errors():
+    progress, _, _ = plain([("sft", 1)])
+    with pytest.raises(ValueError, match="unknown stage 'rm'"):
+        progress.start("rm", 3)
+    with pytest.raises(ValueError, match="same name"):
+        plain([("sft", 1), ("sft", 2)])
+    with pytest.raises(ValueError, match="negative"):
+        plain([("sft", -1)])
+
+
+def test_metrics_are_read_only_when_a_line_is_due():
+    class Loud(dict):
+        def items(self):
+            raise AssertionError("read")
+
+    progress, clock, _ = plain([("sft", 1)])
+    with progress:
+        progress.start("sft", 3)
+        clock.now += 9
+        progress.update("sft", 1, 3, Loud(loss=1.0))
+        clock.now += 2
+        with pytest.raises(AssertionError, match="read"):
+            progress.update("sft", 2, 3, Loud(loss=1.0))
+
+
+def test_live_display_shows_stage_steps_and_time():
+    clock, file = Clock(), io.StringIO()
+    terminal = Console(file=file, width=90, force_terminal=True)
+    with console.StageProgress([("sft", 10), ("ppo", 20)], console=terminal, live=True, clock=clock) as progress:
+        progress.start("ppo", 9)
+        clock.now += 4
+        progress.update("ppo", 3, 9, {"reward": 1.25})
+        drawn = io.StringIO()
+        Console(file=drawn, width=90).print(progress._render())
+        progress.finish("ppo")
+    assert re.search(r"stage 2/2 PPO .* 3/9 0:04 elapsed, about 0:\d\d left", drawn.getvalue())
+    assert "reward 1.25" in drawn.getvalue()
+    assert "stage 2/2 PPO done" in file.getvalue() and "1 of 2 stages done" in file.getvalue()

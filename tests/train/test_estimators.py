@@ -1,0 +1,398 @@
+"""Every method on the bandit whose answer is known, and the parts they are composed of."""
+
+import functools
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rlhf_jax import aggregation, kl, lm, masking, parallel, rewards, types
+from rlhf_jax.simulation import bandit
+from rlhf_jax.train import estimators, ppo
+from rlhf_jax.train.optim import schedules
+from rlhf_jax.types import ApplyFn
+
+S, A, B = 6, 7, 1536
+APPLY = ApplyFn(bandit.forward, bandit.logits)
+ADAM = optax.chain(optax.scale_by_adam(eps=1e-5), optax.scale(-1.0))
+rng = np.random.default_rng(0)
+REWARDS = jnp.asarray(rng.normal(size=(S, A)), jnp.float32)
+REFERENCE = jnp.asarray(rng.normal(size=(S, A)), jnp.float32)
+
+
+def models(samples):
+    def generate(params, rng_B, prompts_BP, mask_BP, temperature):
+        rows = [jnp.repeat(x, samples, axis=0) for x in (prompts_BP, mask_BP)]
+        return bandit.generate(params, rng_B, *rows)
+
+    return ppo.Models(
+        generate=generate,
+        logprobs=lambda params, tokens, mask, temperature: lm.response_stats_with(
+            APPLY, params, tokens, prompt_width=1, mask_BL=mask, temperature=temperature
+        ),
+        values=None,
+        score=lambda params, rollout: params["rewards_SA"][rollout.tokens_BL[:, 0], rollout.tokens_BL[:, 1]],
+    )
+
+
+def trained(*, samples: Any = 1, iterations: Any = 150, rate: Any = 0.1, state: Any = None, answers: Any = B, **how):
+    """The policy that a method ends at, as probabilities, and its last logs."""
+    hypers = {name: how.pop(name) for name in list(how) if name in vars(ppo.Hyper())}
+    step = parallel.jit_step(ppo.make_train_step(models(samples), minibatches=1, samples=samples, **how))
+    frozen = ppo.Frozen(reference={"logits_SA": REFERENCE}, reward={"rewards_SA": REWARDS})
+    state = state or ppo.create({"logits_SA": REFERENCE}, None, ADAM)
+    batch = ppo.Batch(
+        jnp.arange(answers // samples, dtype=jnp.int32)[:, None] % S, jnp.ones((answers // samples, 1), bool)
+    )
+    logs = {}
+    for i in range(iterations):
+        numbers = {"learning_rate": rate * schedules.linear(i, iterations)} | hypers
+        hyper: Any = ppo.Hyper(**{name: np.float32(value) for name, value in numbers.items()})
+        state, logs = step(state, frozen, hyper, batch, jax.random.key(0))
+    assert step.traces == 1
+    policy: Any = state.params["policy"]
+    return jax.nn.softmax(policy["logits_SA"]), logs
+
+
+def optimum(kl_coef):
+    return bandit.optimum(REFERENCE, REWARDS, kl_coef=kl_coef)
+
+
+def distance(policy_SA, other_SA):
+    return float(bandit.total_variation(policy_SA, other_SA))
+
+
+def forward_kl_point(coef, *, divide):
+    """Where the gradient of score advantages and that of ``coef * KL(reference || policy)`` cancel, in logits."""
+    reference = np.exp(np.asarray(REFERENCE, np.float64))
+    reference /= reference.sum(1, keepdims=True)
+    scores, logits = np.asarray(REWARDS, np.float64), np.log(reference)
+    for _ in range(20_000):
+        policy = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        centred = scores - (policy * scores).sum(1, keepdims=True)
+        deviation = np.sqrt((policy * centred**2).sum(1, keepdims=True)) if divide else 1.0
+        slope = policy * centred / deviation - coef * (policy - reference)
+        logits = logits + 0.5 * slope
+    assert np.abs(slope).max() < 1e-9
+    return jnp.asarray(policy, jnp.float32)
+
+
+# ------------------------------------------------------------------------------------------------------ fixed points
+
+KL_IN_THE_REWARD = {
+    "reinforce": dict(estimate=estimators.reinforce, reduction=aggregation.sequence_sum),
+    "rloo": dict(estimate=functools.partial(estimators.rloo, samples=4), reduction=aggregation.sequence_sum, samples=4),
+    "reinforce_pp": dict(estimate=estimators.reinforce_pp),
+}
+
+
+@pytest.mark.parametrize("name", KL_IN_THE_REWARD)
+def test_methods_with_the_kl_in_the_reward_reach_the_optimum_of_their_coefficient_and_of_no_other(name):
+    policy_SA, logs = trained(kl_coef=0.5, **KL_IN_THE_REWARD[name])
+    assert distance(policy_SA, optimum(0.5)) < 0.03
+    for wrong in (0.8 * 0.5, 1.25 * 0.5):
+        assert distance(policy_SA, optimum(wrong)) > 0.05
+    assert "value_loss" not in logs and "explained_variance" not in logs
+
+
+def test_k2_as_a_loss_has_the_optimum_of_the_reverse_kl():
+    how = dict(estimate=functools.partial(estimators.dr_grpo, samples=64), samples=64, kl_loss=kl.k2)
+    policy_SA, _ = trained(kl_loss_coef=0.5, kl_coef=0.0, answers=6 * 256, **how)
+    # A group's mean holds the answer itself: the advantage is (K - 1) / K of what it is beside all others.
+    assert distance(policy_SA, optimum(0.5 * 64 / 63)) < 0.03
+    assert distance(policy_SA, forward_kl_point(2.5, divide=False)) > 0.1
+
+
+@pytest.mark.parametrize("divide", [True, False])
+def test_k3_as_a_loss_has_the_fixed_point_of_the_forward_kl(divide):
+    """``pi (A - coef) + coef ref = 0`` for every answer: the published GRPO's, and Dr. GRPO's without the deviation."""
+    estimate = estimators.grpo if divide else estimators.dr_grpo
+    coef = 2.0 if divide else 1.5
+    how = dict(estimate=functools.partial(estimate, samples=64), samples=64, kl_loss=kl.k3)
+    policy_SA, _ = trained(kl_loss_coef=coef, kl_coef=0.0, answers=6 * 256, **how)
+    expected_SA = forward_kl_point(coef, divide=divide)
+    assert distance(jax.nn.softmax(REFERENCE), expected_SA) > 0.12, "there was a way to go"
+    assert distance(policy_SA, expected_SA) < 0.03
+
+
+def test_an_entropy_bonus_is_a_pull_to_even_odds():
+    even = jnp.zeros_like(REFERENCE)
+    how = dict(estimate=functools.partial(estimators.rloo, samples=4), samples=4, entropy_bonus=True)
+    policy_SA, _ = trained(kl_coef=0.0, entropy_coef=0.5, **how)
+    assert distance(policy_SA, bandit.optimum(even, REWARDS, kl_coef=0.5)) < 0.03
+
+
+def test_a_reference_that_follows_lets_the_policy_go_further():
+    how: dict[str, Any] = dict(KL_IN_THE_REWARD["rloo"], kl_coef=0.5)
+    start = ppo.create({"logits_SA": REFERENCE}, None, ADAM, reference={"logits_SA": REFERENCE})
+    held, _ = trained(state=start, reference_decay=1.0, iterations=60, **how)
+    follows, _ = trained(
+        state=ppo.create({"logits_SA": REFERENCE}, None, ADAM, reference={"logits_SA": REFERENCE}),
+        reference_decay=0.9,
+        iterations=60,
+        **how,
+    )
+    best = REWARDS.argmax(axis=1)
+    assert (follows[jnp.arange(S), best] > held[jnp.arange(S), best]).all()
+    plain, _ = trained(iterations=60, **how)
+    np.testing.assert_array_equal(held, plain)
+
+
+def test_the_split_form_gives_the_numbers_of_the_whole_step():
+    """For models too large to sample and train in one program: `collect` and `update`, compiled apart."""
+    how: dict[str, Any] = dict(samples=4, estimate=functools.partial(estimators.rloo, samples=4))
+    asked = models(4)
+    whole = jax.jit(ppo.make_train_step(asked, minibatches=2, reduction=aggregation.sequence_sum, **how))
+    collect = jax.jit(functools.partial(ppo.collect, asked, **how))
+    update = jax.jit(functools.partial(ppo.update, asked, minibatches=2, reduction=aggregation.sequence_sum))
+    frozen = ppo.Frozen(reference={"logits_SA": REFERENCE}, reward={"rewards_SA": REWARDS})
+    batch = ppo.Batch(jnp.arange(48, dtype=jnp.int32)[:, None] % S, jnp.ones((48, 1), bool))
+    hyper: Any = ppo.Hyper(learning_rate=np.float32(0.1), kl_coef=np.float32(0.5))
+    state, key = ppo.create({"logits_SA": REFERENCE}, None, ADAM), jax.random.key(5)
+    together, logs = whole(state, frozen, hyper, batch, key)
+    sample_key, order_key = jax.random.split(jax.random.fold_in(key, state.step))
+    experience, first = collect(
+        state.params, frozen, hyper, batch, sample_key, kl_scale=state.kl_scale.kl_coef, past=state.past
+    )
+    apart, second = update(state, experience, hyper, None, order_key)
+    np.testing.assert_allclose(apart.params["policy"]["logits_SA"], together.params["policy"]["logits_SA"], atol=1e-6)
+    np.testing.assert_allclose(first["reward"].value(), logs["reward"].value(), rtol=1e-6)
+    np.testing.assert_allclose(second["policy_loss"], logs["policy_loss"], rtol=1e-5, atol=1e-7)
+
+
+# --------------------------------------------------------------------------------------------------------- the parts
+
+
+def scored(seed, B=8, T=5, **changes):
+    rng = np.random.default_rng(seed)
+    mask = np.arange(T)[None, :] < rng.integers(0, T + 1, size=(B, 1))
+    numbers = {
+        "scores_B": rng.normal(size=B),
+        "logprobs_BT": rng.normal(size=(B, T)),
+        "reference_BT": rng.normal(size=(B, T)),
+        "values_BT": rng.normal(size=(B, T)),
+        "mask_BT": mask,
+        "kl_coef": 0.3,
+        "past_return": 0.7,
+    }
+    numbers |= changes
+    arrays: dict[str, Any] = {k: None if v is None else jnp.asarray(v) for k, v in numbers.items()}
+    return estimators.Scored(**arrays), numbers
+
+
+@hypothesis.settings(deadline=None, max_examples=25)
+@hypothesis.given(seed=st.integers(0, 10_000), samples=st.sampled_from([2, 4]))
+def test_estimators_agree_with_loops(seed, samples):
+    s, n = scored(seed)
+    hyper: Any = ppo.Hyper(discount=0.9)
+    rows, width = n["mask_BT"].shape
+    returns, to_go = np.zeros(rows), np.zeros((rows, width))
+    for i in range(rows):
+        length = int(n["mask_BT"][i].sum())
+        pay = [-0.3 * (n["logprobs_BT"][i, t] - n["reference_BT"][i, t]) for t in range(length)]
+        if length:
+            pay[-1] += n["scores_B"][i]
+        returns[i] = sum(pay)
+        for t in range(length):
+            to_go[i, t] = sum(0.9 ** (u - t) * pay[u] for u in range(t, length))
+    groups = [range(g, g + samples) for g in range(0, rows, samples)]
+    expected = {name: np.zeros(rows) for name in ("rloo", "grpo", "dr_grpo")}
+    for group in groups:
+        scores = n["scores_B"][list(group)]
+        for i in group:
+            expected["rloo"][i] = returns[i] - np.mean([returns[j] for j in group if j != i])
+            expected["dr_grpo"][i] = n["scores_B"][i] - scores.mean()
+            expected["grpo"][i] = expected["dr_grpo"][i] / np.sqrt(scores.var() + masking.WHITEN_EPSILON)
+    for name, numbers_B in expected.items():
+        got, learnt = getattr(estimators, name)(s, hyper, samples=samples)
+        np.testing.assert_allclose(got, numbers_B[:, None] * n["mask_BT"], atol=2e-5)
+        assert learnt is None
+    got, _ = estimators.reinforce(s, hyper)
+    np.testing.assert_allclose(got, (returns - 0.7)[:, None] * n["mask_BT"], atol=2e-5)
+    got, _ = estimators.reinforce_pp(s, hyper)
+    real = to_go[n["mask_BT"]]
+    if len(real) > 1:
+        white = (to_go - real.mean()) / np.sqrt(real.var() + masking.WHITEN_EPSILON) * n["mask_BT"]
+        np.testing.assert_allclose(got, white, atol=1e-4)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_groups_that_cannot_be_are_refused_by_name(samples):
+    s, _ = scored(0)
+    with pytest.raises(ValueError, match=f"samples is {samples}"):
+        estimators.rloo(s, ppo.Hyper(), samples=samples)
+    with pytest.raises(ValueError, match="critic"):
+        estimators.gae(scored(0, values_BT=None)[0], ppo.Hyper())
+
+
+def test_reductions_by_hand():
+    mask = jnp.array([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]], bool)
+    x = jnp.array([[1.0, 2.0, 3.0, 4.0], [10.0, 20.0, jnp.nan, 0.0], [jnp.nan] * 4])
+
+    def of(reduction):
+        weights_B, total = reduction(mask)
+        return float(aggregation.weighted_sum(x, weights_B, where=mask) / total)
+
+    assert of(aggregation.token_mean) == pytest.approx(40 / 6)
+    assert of(aggregation.sequence_mean) == pytest.approx((2.5 + 15) / 2)
+    assert of(aggregation.sequence_sum) == pytest.approx((10 + 30) / 2)
+    assert of(aggregation.constant_mean) == pytest.approx((10 + 30) / (2 * 4))
+
+
+# -------------------------------------------------------------------------------------------------- the update's parts
+
+ROWS, WIDTH, V = 16, 4, 9
+TABLE = ppo.Models(
+    generate=lambda *_: None,  # type: ignore[arg-type]
+    logprobs=lambda params, tokens, mask, temperature: lm.response_stats_with(
+        ApplyFn(lambda p, tokens_BL, mask_BL=None: types.LMOutput(p["table"][tokens_BL]), lambda p, hidden: hidden),
+        params,
+        tokens,
+        prompt_width=1,
+        mask_BL=mask,
+    ),
+    values=lambda params, tokens, mask: params["values"][tokens[:, :-1]],
+    score=lambda *_: jnp.zeros(()),
+)
+
+
+def experience(seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, V, size=(ROWS, 1 + WIDTH))
+    mask = np.arange(WIDTH)[None, :] < rng.integers(1, WIDTH + 1, size=(ROWS, 1))
+    numbers = [rng.normal(size=(ROWS, WIDTH)) for _ in range(4)]
+    logprobs = -np.abs(numbers[0]) - 1.5
+    whole = np.concatenate([np.ones((ROWS, 1), bool), mask], axis=1)
+    arrays = [tokens, whole, mask, logprobs, numbers[1], numbers[2], numbers[3]]
+    return types.Experience(*map(jnp.asarray, arrays), reference_BT=jnp.asarray(logprobs - 0.3))
+
+
+def table_state(tx=None):
+    table = jnp.asarray(np.random.default_rng(3).normal(size=(V, V)), jnp.float32)
+    return ppo.create({"table": table}, {"values": jnp.zeros(V)}, tx or optax.scale(-1.0))
+
+
+LONG = [pytest.param(x, marks=pytest.mark.slow) for x in (aggregation.token_mean, aggregation.constant_mean)]
+
+
+@pytest.mark.parametrize("reduction", [aggregation.sequence_mean, *LONG])
+def test_micro_batches_give_the_gradient_of_the_whole_minibatch(reduction):
+    how: Any = dict(epochs=1, minibatches=2, reduction=reduction, kl_loss=kl.k3, entropy_bonus=True)
+    hyper: Any = ppo.Hyper(learning_rate=1.0, critic_learning_rate=1.0, kl_loss_coef=0.1, entropy_coef=0.01)
+    outcomes = []
+    for micro in (1, 4):
+        update = jax.jit(functools.partial(ppo.update, TABLE, micro_batches=micro, **how))
+        outcomes.append(update(table_state(), experience(), hyper, None, jax.random.key(0)))
+    for state, logs in outcomes[1:]:
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), state.params, outcomes[0][0].params)
+        for name, value in outcomes[0][1].items():
+            np.testing.assert_allclose(logs[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_the_loss_by_a_loop():
+    e, hyper = experience(), ppo.Hyper(kl_loss_coef=0.2, entropy_coef=0.05, clip=0.2, value_clip=0.3, value_coef=0.5)
+    state = table_state()
+    weights_B, total = aggregation.sequence_mean(e.response_mask_BT)
+    totals = ppo.Totals(total, aggregation.token_mean(e.response_mask_BT)[1])
+    value, logs = ppo.loss(
+        TABLE, state.params, e, hyper, weights_B=weights_B, totals=totals, kl_loss=kl.k3, entropy_bonus=True
+    )
+    table = np.asarray(state.params["policy"]["table"], np.float64)
+    logp = table - np.log(np.exp(table).sum(1, keepdims=True))
+    policy, critic, entropy, tokens = 0.0, 0.0, 0.0, 0
+    for i in range(ROWS):
+        length, own = int(e.response_mask_BT[i].sum()), 0.0
+        for t in range(length):
+            before, word = int(e.tokens_BL[i, t]), int(e.tokens_BL[i, t + 1])
+            new, old, ref = logp[before, word], float(e.logprobs_BT[i, t]), float(e.reference_BT[i, t])
+            ratio, advantage = np.exp(new - old), float(e.advantages_BT[i, t])
+            own += max(-advantage * ratio, -advantage * np.clip(ratio, 0.8, 1.2))
+            own += 0.2 * (np.exp(ref - new) - 1 + new - ref)
+            old_value, target = float(e.values_BT[i, t]), float(e.returns_BT[i, t])
+            kept = np.clip(0.0, old_value - 0.3, old_value + 0.3)
+            critic += 0.5 * max((0.0 - target) ** 2, (kept - target) ** 2)
+            entropy -= (np.exp(logp[before]) * logp[before]).sum()
+            tokens += 1
+        policy += own / length / ROWS
+    np.testing.assert_allclose(logs["value_loss"], critic / tokens, rtol=1e-5)
+    np.testing.assert_allclose(value, policy + 0.5 * critic / tokens - 0.05 * entropy / tokens, rtol=1e-5)
+
+
+def collect(scores, *, stopped=(1, 1, 0, 1), past=None, **how):
+    """Experience and logs of four one-word answers with ``scores``."""
+    zeros = jnp.zeros((4, 1))
+    rollout = types.Rollout(
+        jnp.zeros((4, 2), jnp.int32),
+        jnp.ones((4, 2), bool),
+        jnp.ones((4, 1), bool),
+        zeros,
+        jnp.ones(4),
+        jnp.array(stopped),
+    )
+    hypers = {name: how.pop(name) for name in list(how) if name in vars(ppo.Hyper())}
+    scorer: Any = scores if callable(scores) else lambda params, rollout: jnp.asarray(scores)
+    four = ppo.Models(lambda *_: rollout, lambda *_: (zeros, zeros), lambda *_: zeros + 0.5, scorer)
+    batch = ppo.Batch(jnp.zeros((4, 1), jnp.int32), jnp.ones((4, 1), bool))
+    nothing: Any = {"policy": {}, "critic": {}}
+    return ppo.collect(
+        four, nothing, ppo.Frozen({}, {}), ppo.Hyper(**hypers), batch, jax.random.key(0), past=past, **how
+    )
+
+
+def test_scores_are_clipped_and_unfinished_answers_paid_by_either_rule():
+    plain = functools.partial(estimators.gae, whiten=False)
+    kept, logs = collect([5.0, -7.0, 1.0, 0.25], estimate=plain, reward_clip=2.0, missing_stop_score=-1.5)
+    np.testing.assert_allclose(kept.returns_BT[:, 0], [2.0, -2.0, -1.5, 0.25])
+    assert float(logs["reward"].value()) == pytest.approx(-0.1875), "what is logged is the score as it came"
+    lower, _ = collect([5, -7, 1, 0], estimate=plain, unfinished=ppo.lowered, missing_stop_score=-1.5)
+    np.testing.assert_allclose(lower.returns_BT[:, 0], [5.0, -7.0, -0.5, 0.0])
+
+
+def test_a_critic_of_normalised_returns_sees_the_same_rewards_in_its_own_units():
+    past = ppo.Past(*(ppo.metrics.Metric(jnp.float32(x * 10), jnp.float32(10)) for x in (0.0, 3.0, 13.0)))
+    estimate = functools.partial(estimators.gae, whiten=False)
+    own, _ = collect([5.0, -7.0, 1.0, 2.0], stopped=(1, 1, 1, 1), past=past, normalise_values=True, estimate=estimate)
+    # Mean 3, deviation 2: its 0.5 is a value of 4.
+    np.testing.assert_allclose(own.values_BT[:, 0], 0.5)
+    np.testing.assert_allclose(own.advantages_BT[:, 0], np.array([5.0, -7.0, 1.0, 2.0]) - 4.0)
+    np.testing.assert_allclose(own.returns_BT[:, 0], (np.array([5.0, -7.0, 1.0, 2.0]) - 3.0) / 2.0)
+
+
+def test_a_reward_function_of_the_wrong_shape_is_refused_before_anything_compiles():
+    with pytest.raises(ValueError, match=r"Models.score gave shape \(4, 1\)"):
+        collect(np.zeros((4, 1)))
+    with pytest.raises(ValueError, match=r"Models.score gave shape \(\)"):
+        collect(0.0)
+
+
+def test_a_python_function_is_a_reward_in_a_compiled_step():
+    seen = []
+
+    def length(tokens_BL, mask_BL, response_mask_BT):
+        seen.append(type(tokens_BL))
+        return response_mask_BT.sum(axis=1).astype(int)
+
+    both, three = jnp.ones((3, 2), bool), jnp.ones(3)
+    rollout = types.Rollout(both, both, both, both, three, three)
+    score = jax.jit(lambda r: rewards.from_python(length)(None, r))
+    np.testing.assert_array_equal(score(rollout), [2.0, 2.0, 2.0])
+    assert score(rollout).dtype == jnp.float32 and seen[0] is np.ndarray
+    for wrong, text in (
+        (lambda *_: np.zeros((3, 1)), "returned shape"),
+        (lambda *_: np.array([0.0, np.nan, 1.0]), "nan for answer 1 of 3"),
+    ):
+        with pytest.raises(Exception, match=text):
+            jax.block_until_ready(jax.jit(lambda r, fn=wrong: rewards.from_python(fn)(None, r))(rollout))
+
+
+def test_several_rewards_are_one_by_their_weights():
+    parts: dict[str, Any] = {"helpful": lambda p, r: p * r, "harmless": lambda p, r: jnp.array([1, 2])}
+    score = rewards.weighted(parts, {"helpful": 1.0, "harmless": 0.5})
+    np.testing.assert_allclose(score({"helpful": 3.0, "harmless": None}, jnp.ones(2)), [3.5, 4.0])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="same names"):
+        rewards.weighted(parts, {"helpful": 1.0})

@@ -1,0 +1,196 @@
+"""Steps that are not finite: left out, and named by loss, by gradient, by row."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fault_injection import tiny_runs
+
+from rlhf_jax import checkpoint, metrics, parallel
+from rlhf_jax.train import loop, ppo, sft
+from rlhf_jax.train.optim import nonfinite, update
+
+
+@functools.cache
+def stage(name):
+    return tiny_runs.build(name, 8)
+
+
+def told(run, *, hyper=None, frozen=None, state=None, compiled=None):
+    """What `loop.fit` says of an iteration, and its row."""
+    said, rows = [], []
+    loop.fit(
+        compiled or run.step,
+        jax.tree.map(jnp.array, state or run.state),
+        steps=1,
+        batch_at=run.batch_at,
+        hyper_at=lambda i: hyper or run.hyper_at(i),
+        rng=jax.random.key(0),
+        frozen=frozen or run.frozen,
+        stage="ppo",
+        log=lambda done, row: rows.append(row),
+        tell=said.append,
+    )
+    return said, rows[0]
+
+
+def ppo_hyper(**changes):
+    return dataclasses.replace(stage("ppo").hyper_at(0), **{k: np.float32(v) for k, v in changes.items()})
+
+
+def test_of_a_finite_step_nothing_is_said():
+    said, row = told(stage("ppo"))
+    assert said == [] and row["skipped"] == 0 and not set(nonfinite.DETAILS) & set(row)
+
+
+@pytest.mark.parametrize(
+    ("change", "named", "not_named"),
+    [
+        ({"value_clip": np.nan}, "value_loss, the gradient of critic not finite", "policy_loss"),
+        ({"clip": np.nan}, "policy_loss not finite", "value_loss"),
+        ({"ptx_coef": np.inf}, "the gradient of policy, ptx_coef", "_loss"),
+        ({"learning_rate": np.nan}, "learning_rate not finite", "loss"),
+    ],
+)
+def test_the_loss_or_the_gradient_that_was_not_finite_is_named(change, named, not_named):
+    said, row = told(stage("ppo"), hyper=ppo_hyper(**change))
+    assert len(said) == 1 and "step 1 was skipped" in said[0] and named in said[0] and not_named not in said[0]
+    assert "first in update 1" in said[0] and row["skipped"] == 4 and row["bad_rows"] == 0
+
+
+def test_the_pretraining_loss_is_named():
+    run = stage("ppo")
+    models = ppo.Models(
+        tiny_runs._generate,
+        tiny_runs._logprobs_and_entropy,
+        tiny_runs._values,
+        tiny_runs._score_rollout,
+        lambda params, tokens_BL, mask_BL: jnp.nan * tiny_runs._token_logprobs(params, tokens_BL),
+    )
+    compiled = parallel.jit_step(ppo.make_train_step(models, minibatches=1))
+    said, _ = told(run, compiled=compiled)
+    assert "ptx_loss, the gradient of policy not finite" in said[0] and "policy_loss" not in said[0]
+
+
+def test_the_row_whose_score_was_not_finite_is_named():
+    run = stage("ppo")
+    prompts_BP = run.batch_at(0).prompts_BP
+    word = next(w for w in range(4, 24) if (prompts_BP == w).any(axis=1).sum() == 1)
+    row = int((prompts_BP == word).any(axis=1).argmax())
+    # Every answer is the stop word alone, so that the prompt alone has the word; an unfinished one has no score.
+    words = run.frozen.reward["words"].at[word].set(jnp.nan)
+    table = run.state.params["policy"]["table"].at[:, 1].set(50.0)
+    params = {**run.state.params, "policy": {"table": table}}
+    frozen = ppo.Frozen({"table": table}, {**run.frozen.reward, "words": words})
+    said, logged = told(
+        run, frozen=frozen, state=run.state.replace(params=params, reference={"table": jnp.array(table)})
+    )
+    assert f"row {row} of the batch" in said[0] and "reward" in said[0]
+    assert (logged["bad_rows"], logged["bad_row"]) == (1, row)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+def test_rows_are_counted_in_the_order_of_the_batch_whatever_the_micro_batches(micro_batches):
+    run = stage("sft")
+    batch = run.batch_at(0)
+    seen_BL = np.where(batch.loss_mask_BL, np.roll(batch.tokens_BL, 1, axis=1), 0)
+    word = int(seen_BL[5][seen_BL[5] > 0][0])
+    rows = (seen_BL == word).any(axis=1)
+    state = run.state.replace(params={"table": run.state.params["table"].at[word].set(jnp.nan)})
+    train_step = sft.make_train_step(tiny_runs._token_logprobs, micro_batches=micro_batches)
+    new, logs = jax.jit(train_step)(state, None, run.hyper_at(0), batch, None)
+    assert float(logs["skipped"]) == 1
+    assert (float(logs["bad_rows"]), float(logs["bad_row"])) == (rows.sum(), rows.argmax())
+    np.testing.assert_array_equal(new.params["table"], state.params["table"])
+    assert "loss, the gradient not finite" in nonfinite.explain(metrics.to_floats(logs))
+
+
+def test_rows_of_several_devices_are_those_of_the_whole_batch():
+    bad_B = jnp.array([False, False, False, True, False, True, True, False])
+    alone = nonfinite.numbers(nonfinite.Rows(bad_B))
+    shared = jax.vmap(lambda bad: nonfinite.numbers(nonfinite.Rows(bad), axis_name="d"), axis_name="d")(
+        bad_B.reshape(4, 2)
+    )
+    for name, value in alone.items():
+        np.testing.assert_array_equal(shared[name], np.full(4, value))
+    nothing = nonfinite.numbers(nonfinite.Rows(jnp.zeros(3, bool)))
+    assert {name: float(value) for name, value in nothing.items()} == {"bad_rows": 0, "bad_row": -1}
+
+
+def test_dpo_and_reward_models_say_which_row():
+    run = stage("dpo")
+    batch = run.batch_at(0)
+    bad = batch.replace(reference_BK=jnp.zeros((8, 2)).at[6, 1].set(jnp.nan))
+    _, logs = run.step(jax.tree.map(jnp.array, run.state), run.frozen, run.hyper_at(0), bad, None)
+    assert (float(logs["bad_rows"]), float(logs["bad_row"])) == (1, 6)
+    run = stage("reward_model")
+    batch = run.batch_at(0)
+    at = next(b for b in range(8) if len(set(batch.ranks_BK[b])) == 3)
+    words = run.state.params["words"]
+    tokens = np.where(batch.tokens_BKL == 23, 22, batch.tokens_BKL)
+    tokens[at, 0, 0] = 23
+    state = run.state.replace(params={**run.state.params, "words": words.at[23].set(jnp.nan)})
+    _, logs = run.step(state, None, run.hyper_at(0), batch.replace(tokens_BKL=tokens), None)
+    assert (float(logs["bad_rows"]), float(logs["bad_row"])) == (1, at)
+
+
+# ---------------------------------------------------------------------------------------------------------- the loop
+
+
+def toy(state, frozen, hyper, batch, rng):
+    del frozen, rng
+    grads = {"w": batch}
+    return update.apply_gradients(state, grads, learning_rate=hyper, loss=jnp.sum(batch))
+
+
+def fit(folder, bad, *, steps=12, max_skipped=3, said=None, **options):
+    import optax
+
+    from rlhf_jax.train import state
+
+    with checkpoint.Checkpoints(folder / "saved") as checkpoints, metrics.MetricLog(folder) as log:
+        return loop.fit(
+            parallel.jit_step(toy),
+            state.create({"w": jnp.zeros(3)}, optax.scale(-1.0)),
+            steps=steps,
+            batch_at=lambda i: jnp.full(3, jnp.nan if i in bad else 1.0),
+            hyper_at=lambda i: np.float32(1),
+            rng=jax.random.key(0),
+            stage="toy",
+            log=log,
+            checkpoints=checkpoints,
+            max_skipped=max_skipped,
+            tell=(said if said is not None else []).append,
+            **options,
+        )
+
+
+def test_a_run_that_diverged_keeps_its_last_good_state_and_goes_on_behind_it(tmp_path):
+    said = []
+    with pytest.raises(loop.DivergedError, match=r"toy met 3 steps in a row.*step 7 of 12.*last good ones.*on disk"):
+        fit(tmp_path, {4, 5, 6}, said=said)
+    assert len(said) == 1 and "toy: step 5 was skipped, with the gradient not finite" in said[0]
+    saved = checkpoint.Checkpoints(tmp_path / "saved")
+    assert saved.latest() == 8  # the row of step 7 is read while step 8 is computed
+    final = fit(tmp_path, {4, 5, 6})
+    np.testing.assert_array_equal(final.params["w"], -9.0 * np.ones(3))
+    rows = metrics.read(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["step"] for row in rows if row["skipped"]] == [5, 6, 7]
+    assert all(("grad_norm" in row and row["grad_norm"] is None) == bool(row["skipped"]) for row in rows)
+
+
+def test_the_number_of_skipped_steps_in_a_row_survives_a_kill(tmp_path):
+    def kill(done, state, logs):
+        if done == 6:
+            raise KeyboardInterrupt
+
+    for resumed in (False, True):
+        with pytest.raises((loop.DivergedError, KeyboardInterrupt)) as ended:
+            callbacks = [] if resumed else [kill]
+            fit(tmp_path, set(range(4, 12)), max_skipped=3, save_every=1, callbacks=callbacks)
+    # Steps 5, 6 and 7: two of them, or one, before the kill.
+    assert "step 7 of 12" in str(ended.value)
