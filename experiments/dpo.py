@@ -30,10 +30,10 @@ import dataclasses
 import time
 from typing import Any, Literal
 
-from launch import command_line, run_folder, settings
+from launch import command_line, entry_point, run_folder, settings
 from preferences import direct_methods
 from preferences import pairs as pairs_lib
-from recipe import collection, evaluation, precompile, reward_diagnosis, session, stages, tasks
+from recipe import comparison_data, evaluation, precompile, reward_diagnosis, run_setup, stages, tasks
 from rich.console import Console
 
 from rlhf_jax import lm, metrics, report
@@ -91,7 +91,7 @@ def run(asked: DPO) -> dict[str, Any]:
     out = Console()
     if asked.resume and (finished := run_folder.finished_results(asked.resume)):
         out.print(console.results_table(finished))
-        session.say(out, f"{asked.resume} is finished; nothing was run")
+        run_setup.print_line(out, f"{asked.resume} is finished; nothing was run")
         return finished
     names = [f"{asked.loss}-round{r}" for r in range(asked.rounds)] or [asked.loss]
     weights = [*((name, 20.0) for name in names), ("evaluate", 20.0)]
@@ -102,15 +102,15 @@ def run(asked: DPO) -> dict[str, Any]:
                 f"--rounds is {asked.rounds}; there are {len(task.rl_prompts)} prompts for them"
             )
 
-    with session.opened(asked, out, kind=asked.loss, weights=weights, accept=accept) as (folder, job):
+    with run_setup.open_run(asked, out, kind=asked.loss, weights=weights, accept=accept) as (folder, job):
         trainer = direct_methods.make_trainer(job, asked, folder.path)
-        with precompile.compiling(job, {}, instead=trainer.compile_ahead):
+        with precompile.in_background(job, {}, instead=trainer.compile_ahead):
             base = stages.pretrain(job)
             sft = stages.supervised(job, "sft", base, epochs=asked.sft.epochs, mix=0.0)
             sft_mix = stages.supervised(job, "sft_mix", base, epochs=asked.sft.mix_epochs, mix=asked.sft.mix)
-            (ranked, *_), validation, facts = collection.gather(job, [sft, sft_mix])
+            (ranked, *_), validation, facts = comparison_data.load_or_collect(job, [sft, sft_mix])
             (reward,) = stages.train_reward_models(job, sft_mix, [ranked], validation=validation)
-            judged = reward_diagnosis.reward_model_facts(job, reward, validation, ranked)
+            judged = reward_diagnosis.measure(job, reward, validation, ranked)
             policy, learnt = _learnt(job, trainer, asked, sft_mix, reward, ranked, facts)
             held = pairs_lib.from_rankings(
                 validation, prompt_width=job.task.prompt_width, per_prompt=0, seed=asked.seed
@@ -133,7 +133,7 @@ def run(asked: DPO) -> dict[str, Any]:
         **learnt,
         **found,
     }
-    results = run_folder.finite(results) | {"seconds": time.time() - process_setup.BEGAN}
+    results = run_folder.finite(results) | {"seconds": time.time() - process_setup.START_TIME}
     lm.save(folder.path / "policy", job.cfg, policy, tokenizer=job.task.tokenizer, pad_id=job.task.fmt.pad_id)
     title = f"{results_lib.label(asked.loss)} from an SFT model"
     report.write_report(
@@ -146,8 +146,10 @@ def run(asked: DPO) -> dict[str, Any]:
     folder.write_json(run_folder.RESULTS, results)
     out.print(console.results_table(results))
     mean, low, high = (100 * x for x in implicit)
-    session.say(out, f"held-out pairs ranked right by the implicit reward: {mean:.1f} % ({low:.1f}–{high:.1f})")
-    session.say(out, f"report: {folder.path / 'report.html'}   numbers: {folder.path / run_folder.RESULTS}")
+    run_setup.print_line(
+        out, f"held-out pairs ranked right by the implicit reward: {mean:.1f} % ({low:.1f}–{high:.1f})"
+    )
+    run_setup.print_line(out, f"report: {folder.path / 'report.html'}   numbers: {folder.path / run_folder.RESULTS}")
     return results
 
 
@@ -186,7 +188,7 @@ def _learnt(
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    command_line.enter(run, parse, arguments)
+    entry_point.execute(run, parse, arguments)
 
 
 if __name__ == "__main__":

@@ -37,10 +37,10 @@ import time
 from typing import Any, Literal
 
 import numpy as np
-from launch import command_line, run_folder, settings
+from launch import command_line, entry_point, run_folder, settings
 from preferences import bandit_study, direct_methods, three_actions
 from preferences import pairs as pairs_lib
-from recipe import collection, session, stages
+from recipe import comparison_data, run_setup, stages
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -119,7 +119,7 @@ def run(asked: Study) -> dict[str, Any]:
     results: dict[str, Any] = {}
     drawn = []
     if "world" in asked.parts:
-        with session.opened(asked, out, kind=kind, weights=_weights(asked)) as (folder, job):
+        with run_setup.open_run(asked, out, kind=kind, weights=_weights(asked)) as (folder, job):
             results["world"] = in_world(asked, job, folder)
         label = "Built-in world: root of the KL to the SFT model, nats a sequence"
         drawn.append(frontier_plot.frontier(results["world"]["lines"], xlabel=label, ylabel="Gold utility"))
@@ -137,7 +137,7 @@ def run(asked: Study) -> dict[str, Any]:
         drawn.append(frontier_plot.frontier(results["bandit"]["lines"], xlabel=label, ylabel="Expected reward, exact"))
         _tell(out, results["bandit"], "bandit: expected reward at the KL that each coefficient ends at")
     folder.log.close()
-    results = run_folder.finite(results | {"seconds": time.time() - process_setup.BEGAN})
+    results = run_folder.finite(results | {"seconds": time.time() - process_setup.START_TIME})
     note = (
         "Lines join the coefficients of a method, means over seeds with 95 % intervals; broken ones had shifted pairs."
     )
@@ -145,7 +145,7 @@ def run(asked: Study) -> dict[str, Any]:
         note += " " + exact_words(results["exact"])
     frontier_plot.write_page(folder.path / "study.html", "DPO against PPO", drawn, note)
     folder.write_json("study.json", results)
-    session.say(out, f"figures: {folder.path / 'study.html'}   numbers: {folder.path / 'study.json'}")
+    run_setup.print_line(out, f"figures: {folder.path / 'study.html'}   numbers: {folder.path / 'study.json'}")
     return results
 
 
@@ -222,7 +222,7 @@ def in_world(asked: Study, job: jobs.Job, folder: run_folder.RunFolder) -> dict[
     middle = {"DPO": _middle(asked.betas), "PPO": _middle(asked.kl_coefs)}
     shared, policies, learnt = _policies(job, asked, folder, _wanted(asked))
     job.progress.start("evaluate", 1 + len(policies))
-    against = run_grid.answers(job, shared, job.task.eval_prompts, shared.sft, seed=0)
+    against = run_grid.sample_answers(job, shared, job.task.eval_prompts, shared.sft, seed=0)
     runs: dict[str, dict[float, list[dict[str, float]]]] = {}
     for done, ((method, coef, seed), policy) in enumerate(policies.items()):
         numbers = run_grid.measure(job, shared, job.task.eval_prompts, against, policy, seed=1 + seed)
@@ -235,15 +235,15 @@ def in_world(asked: Study, job: jobs.Job, folder: run_folder.RunFolder) -> dict[
 
 def _policies(
     job: jobs.Job, asked: Study, folder: run_folder.RunFolder, wanted: Any
-) -> tuple[run_grid.Prepared, dict[tuple[str, float, int], Any], dict[str, Any]]:
+) -> tuple[run_grid.StartModels, dict[tuple[str, float, int], Any], dict[str, Any]]:
     """What all share, every policy by (method, coefficient, seed), and on how many pairs DPO was trained."""
     shared = run_grid.prepare(job)
     base = stages.pretrain(job)
     width, n = job.task.prompt_width, asked.pairs
-    (own, *_), _, _ = collection.gather(job, [shared.sft, shared.start])
-    (shifted, *_), _, _ = collection.gather(job, [base])
+    (own, *_), _, _ = comparison_data.load_or_collect(job, [shared.sft, shared.start])
+    (shifted, *_), _, _ = comparison_data.load_or_collect(job, [base])
     reward = stages.train_reward_model(job, shared.start, shifted, stage="reward_model-shifted")
-    others = shared._replace(reward=stages.normalised(job, reward, shared.start))
+    others = shared._replace(reward=stages.normalise_scores(job, reward, shared.start))
     pairs = {
         name: pairs_lib.from_rankings(rows, prompt_width=width, per_prompt=n, seed=asked.seed)
         for name, rows in (("own", own), (SHIFTED, shifted))
@@ -300,7 +300,7 @@ def _line(method: str, runs: dict[float, list[dict[str, float]]]) -> dict[str, A
         "method": method,
         "look": families.index(method.split(",")[0]),
         "paler": SHIFTED in method,
-        "points": [{"coef": coef} | run_grid.over_seeds(each) for coef, each in runs.items()],
+        "points": [{"coef": coef} | run_grid.mean_over_seeds(each) for coef, each in runs.items()],
         "runs": {f"{coef:g}": each for coef, each in runs.items()},
     }
 
@@ -357,7 +357,7 @@ def lines_table(lines: list[dict[str, Any]], title: str) -> Table:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    command_line.enter(run, parse, arguments)
+    entry_point.execute(run, parse, arguments)
 
 
 if __name__ == "__main__":

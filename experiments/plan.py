@@ -44,12 +44,12 @@ def _before_jax(arguments: list[str]) -> None:
 if __name__ == "__main__":
     _before_jax(sys.argv[1:])
 
-import tyro  # noqa: E402
-from launch.settings import SettingError  # noqa: E402
-from planning import chips, fit, plan_settings, roofline  # noqa: E402
-from rich.console import Console  # noqa: E402
+import tyro
+from launch.settings import SettingError
+from planning import chips, fit, plan_settings, roofline
+from rich.console import Console
 
-from rlhf_jax.checkpoint import atomic  # noqa: E402
+from rlhf_jax.checkpoint import atomic
 
 
 def run(plan: plan_settings.Plan, out: Console, progress: Console) -> int:

@@ -37,10 +37,10 @@ import pathlib
 import time
 from typing import Any
 
-from launch import command_line, run_folder, settings
+from launch import command_line, entry_point, run_folder, settings
 from preferences import baselines, cross_validation, cross_validation_results, reward_run
 from preferences.reward_settings import SMOKE_CV, RewardRun, check
-from recipe import human_comparisons, session
+from recipe import human_comparisons, run_setup
 from rich.console import Console
 
 from rlhf_jax.data import errors
@@ -51,7 +51,10 @@ def parse(arguments: list[str]) -> RewardRun:
     """Settings from the command line; exits for --help, raises SettingError for what cannot be."""
     asked = command_line.parse(RewardRun, arguments, prog="reward_model.py", doc=__doc__, adjust=_small)
     preset = settings.preset(
-        asked.preset, dialogues=asked.data.path is not None, started=asked.model is not None, published=asked.published
+        asked.preset,
+        dialogues=asked.data.path is not None,
+        pretrained=asked.model is not None,
+        published=asked.published,
     )
     check(asked, preset)
     return asked
@@ -69,12 +72,12 @@ def run(asked: RewardRun) -> dict[str, Any]:
     out = Console()
     if asked.resume and (finished := run_folder.finished_results(asked.resume)):
         _show(out, finished)
-        session.say(out, f"{asked.resume} is finished; nothing was run")
+        run_setup.print_line(out, f"{asked.resume} is finished; nothing was run")
         return finished
     path, results = _cross_validated(asked, out) if asked.folds else reward_run.run(asked, out)
     results |= {"seed": asked.seed, "preset": asked.preset}
     results["peak_rss_mb"] = process_setup.peak_memory_mb()
-    results["seconds"] = time.time() - process_setup.BEGAN
+    results["seconds"] = time.time() - process_setup.START_TIME
     results = run_folder.finite(results)
     if asked.folds:
         cross_validation_results.write_page(path / "report.html", results)
@@ -82,7 +85,7 @@ def run(asked: RewardRun) -> dict[str, Any]:
         reward_run.write_page(path / "report.html", results)
     run_folder.write_json(path / run_folder.RESULTS, results)
     _show(out, results)
-    session.say(
+    run_setup.print_line(
         out, f"report: {path / 'report.html'}   numbers: {path / run_folder.RESULTS}   {results['seconds']:.0f} s"
     )
     return results
@@ -91,18 +94,18 @@ def run(asked: RewardRun) -> dict[str, Any]:
 def _cross_validated(asked: RewardRun, out: Console) -> tuple[pathlib.Path, dict[str, Any]]:
     baselines.need_sklearn()
     if asked.resume:
-        run_folder.same_data(asked.resume, asked)
+        run_folder.check_data_unchanged(asked.resume, asked)
     path = pathlib.Path(asked.resume) if asked.resume else run_folder.free_path(asked, kind="reward_model")
     counts = errors.DropCount(max_dropped=asked.data.max_dropped)
     found = human_comparisons.read(asked.data, counts)
-    human_comparisons.only_two_speak(found)
+    human_comparisons.check_roles(found)
     pairs = human_comparisons.pairs(found)
     if len(pairs) < 10 * asked.folds:
         raise settings.SettingError(
             f"--folds {asked.folds} is too many for the {len(pairs)} pairs of {asked.data.path}"
         )
     folder = run_folder.RunFolder(path) if asked.resume else run_folder.create(path, asked)
-    session.say(out, f"writing to {path}; {len(pairs)} pairs, {counts.report()}")
+    run_setup.print_line(out, f"writing to {path}; {len(pairs)} pairs, {counts.report()}")
     with console.StageProgress([(f"fold-{n}", 1.0) for n in range(1, asked.folds + 1)]) as progress:
         done = cross_validation.cross_validate(
             pairs, asked.cv, folds=asked.folds, seed=asked.seed, folder=folder, progress=progress
@@ -118,7 +121,7 @@ def _show(out: Console, results: dict[str, Any]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    command_line.enter(run, parse, arguments)
+    entry_point.execute(run, parse, arguments)
 
 
 if __name__ == "__main__":

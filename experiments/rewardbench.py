@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tyro
-from launch import command_line, initial_model, run_folder, settings
+from launch import config_file, entry_point, initial_model, run_folder, settings
 from recipe import reward_diagnosis
 from rich import box
 from rich.console import Console
@@ -125,7 +125,7 @@ def run(asked: RewardBench) -> dict[str, Any]:
     if not np.isfinite(scores).all():
         raise settings.SettingError(f"--model {asked.model} gives scores that are not finite")
     found = {
-        "seconds": time.time() - process_setup.BEGAN,
+        "seconds": time.time() - process_setup.START_TIME,
         "dropped": counts.dropped | counts.truncated,
         "reward_model": facts(Scored(records, scores[:n], scores[n:], lengths[:n], lengths[n:]), bins=asked.bins),
     }
@@ -228,8 +228,8 @@ def facts(scored: Scored, *, bins: int = 10) -> dict[str, Any]:
         "pairs": len(chosen),
         "ties": int((chosen == rejected).sum()),
         "strata": {
-            "subset": reward_diagnosis.strata(subsets),
-            "tokens of the longer answer": reward_diagnosis.strata(buckets),
+            "subset": reward_diagnosis.strata_as_json(subsets),
+            "tokens of the longer answer": reward_diagnosis.strata_as_json(buckets),
         },
         "calibration": {
             "bins": [dict(zip(curve._fields, map(float, each))) for each in zip(*curve)],
@@ -237,7 +237,7 @@ def facts(scored: Scored, *, bins: int = 10) -> dict[str, Any]:
             "slope": list(diagnostics.calibration_slope(chosen, rejected)) if known else None,
             "temperature": diagnostics.calibration_temperature(chosen, rejected) if known else None,
         },
-        "thresholds": reward_diagnosis.lists(diagnostics.accuracy_above_threshold(chosen, rejected)),
+        "thresholds": reward_diagnosis.arrays_as_json(diagnostics.accuracy_above_threshold(chosen, rejected)),
         "length_bias": diagnostics.length_bias(
             chosen, rejected, scored.chosen_lengths_N, scored.rejected_lengths_N
         )._asdict(),
@@ -267,7 +267,7 @@ def table(model: dict[str, Any]) -> Table:
 def _begin(path: Any, asked: RewardBench) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        run_folder.write_json(path / run_folder.CONFIG, dataclasses.asdict(asked))
+        run_folder.write_json(path / config_file.NAME, dataclasses.asdict(asked))
     except OSError as error:
         raise settings.SettingError(f"--out {path} cannot be written: {error.strerror}") from error
 
@@ -296,7 +296,7 @@ def parse(arguments: list[str]) -> RewardBench:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    command_line.enter(run, parse, arguments)
+    entry_point.execute(run, parse, arguments)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from typing import Any
 
 import tyro
 from fault_injection import damage, interruptions, tiny_runs
-from launch import command_line, run_folder, settings
+from launch import entry_point, run_folder, settings
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -180,7 +180,7 @@ def parse(arguments: list[str]) -> Torture:
 def main(arguments: list[str] | None = None) -> None:
     """The command line; exits 1 if anything was lost."""
     found: list[Any] = []
-    command_line.enter(lambda asked: found.append(run(asked)), parse, arguments)
+    entry_point.execute(lambda asked: found.append(run(asked)), parse, arguments)
     if any(each["failures"] for each in found):
         sys.exit(1)
 

@@ -42,7 +42,7 @@ class TfidfChoice:
         self._vectorizer: Any = TfidfVectorizer(sublinear_tf=True, min_df=2)
         self._vectorizer.fit([answer for pair in pairs for answer in (pair.chosen, pair.rejected)])
         difference = self._difference(pairs)
-        group_N = human_comparisons.conversations(pairs)
+        group_N = human_comparisons.conversation_ids(pairs)
         part = (np.random.default_rng(seed).permutation(int(group_N.max()) + 1) % 4)[group_N]
         losses = [
             np.mean([_log_loss(difference[part == p] @ _fit(difference[part != p], C)) for p in range(4)])

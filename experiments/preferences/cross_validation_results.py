@@ -76,7 +76,7 @@ def summary(
     pairs: Sequence[human_comparisons.Pair], found: Sequence[Mapping[str, Any]], *, seed: int
 ) -> dict[str, Any]:
     """The folds together: every pair once, scored by the model that has not seen it."""
-    group_N = human_comparisons.conversations(pairs)
+    group_N = human_comparisons.conversation_ids(pairs)
     where = folds_lib.parts(group_N, len(found), seed=seed)
     leads: dict[str, np.ndarray] = {}
     for method in folds_lib.METHODS:

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from launch import mesh_settings, settings
+from launch import device_mesh, mesh_settings, settings
 from recipe import jobs, policy_sampling, tasks
 
 from preferences import pairs as pairs_lib
@@ -120,7 +120,9 @@ def check_mesh(asked: Direct, mesh: settings.Mesh) -> None:
     """Raise SettingError for batches that do not divide over the devices."""
     rows = _rows(asked) // asked.micro_batches
     parts = f" by --micro-batches {asked.micro_batches}" if asked.micro_batches > 1 else ""
-    mesh_settings.divides(mesh, "--batch" if rows == asked.batch else f"the rows of --batch {asked.batch}{parts}", rows)
+    mesh_settings.check_divides(
+        mesh, "--batch" if rows == asked.batch else f"the rows of --batch {asked.batch}{parts}", rows
+    )
 
 
 def refuse_unread(asked: settings.Settings, flags: Iterable[str], *, program: str) -> None:
@@ -129,7 +131,10 @@ def refuse_unread(asked: settings.Settings, flags: Iterable[str], *, program: st
     They are names of settings with a dot, of a program that reads none of them.
     """
     preset = settings.preset(
-        asked.preset, dialogues=asked.data.path is not None, started=asked.model is not None, published=asked.published
+        asked.preset,
+        dialogues=asked.data.path is not None,
+        pretrained=asked.model is not None,
+        published=asked.published,
     )
     for flag in flags:
         read = operator.attrgetter(flag)
@@ -203,7 +208,7 @@ class Trainer:
     @property
     def devices(self) -> int:
         """Over how many the rows of a batch lie."""
-        return mesh_settings.rows_up(1, self.job.mesh)
+        return device_mesh.round_rows_up(1, self.job.mesh)
 
     def compile_ahead(self, executor: concurrent.futures.Executor, policy: Any) -> None:
         """Compile the step in a thread, for parameters of these shapes."""
@@ -238,7 +243,7 @@ class Trainer:
             made,
             path=self.folder / f"{name}.npz",
             settings={"model": repr(self.job.cfg), "temperature": 1.0},
-            rows=mesh_settings.rows_up(policy_sampling.LONG_CHUNK, self.job.mesh),
+            rows=device_mesh.round_rows_up(policy_sampling.LONG_CHUNK, self.job.mesh),
             tell=partial(self.job.progress.tell, name),
         )
 
@@ -274,7 +279,7 @@ class Trainer:
         state = job.fit(
             name,
             self.train_step,
-            job.begin(partial(state_lib.create, tx=job.ppo_tx), start),
+            job.create_on_mesh(partial(state_lib.create, tx=job.ppo_tx), start),
             steps,
             batch_at=lambda i: jax.tree.map(lambda x: jnp.asarray(x[order[i]]), data),
             hyper_at=lambda i: numbers(asked, rate=rate(i)),
@@ -287,7 +292,7 @@ class Trainer:
 
         Of kto, whose reward is the log-ratio, and of every loss: equal rewards count a half.
         """
-        chunk = mesh_settings.rows_up(policy_sampling.LONG_CHUNK, self.job.mesh)
+        chunk = device_mesh.round_rows_up(policy_sampling.LONG_CHUNK, self.job.mesh)
         theirs, ours = (reference.over_rows(self.score, each, held.rows, rows=chunk) for each in (against, policy))
         lengths = np.maximum(np.asarray(held.rows.answer_BKC).sum(axis=-1), 1).astype(np.float32)
         scored = objectives.Scored(*(jnp.asarray(x) for x in (ours, theirs, lengths)))

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from recipe import collection, jobs, policy_sampling, reward_diagnosis, session, stages
+from recipe import comparison_data, jobs, policy_sampling, reward_diagnosis, run_setup, stages
 from rich.console import Console
 from rich.table import Table
 from sweeps import frontier_plot
@@ -41,10 +41,10 @@ def run(asked: RewardRun, out: Console) -> tuple[pathlib.Path, dict[str, Any]]:
     weights = list(WEIGHTS.items())
     if asked.pmp.prompts:
         weights[-1:-1] = [(stage, seconds * asked.pmp.prompts) for stage, seconds in PMP_WEIGHTS.items()]
-    with session.opened(asked, out, kind="reward_model", weights=weights, shared=()) as (folder, job):
+    with run_setup.open_run(asked, out, kind="reward_model", weights=weights, first_stages=()) as (folder, job):
         base = stages.pretrain(job)
         sft = stages.supervised(job, "sft", base, epochs=asked.sft.epochs, mix=0.0)
-        (train, *_), validation, facts = collection.gather(job, [sft])
+        (train, *_), validation, facts = comparison_data.load_or_collect(job, [sft])
         said = errors.DropCount(max_dropped=1.0)  # labelers may find answers equal
         train, validation = (comparisons_lib.informative(each, said) for each in (train, validation))
         if asked.training.limit is not None:
@@ -127,7 +127,7 @@ def diagnose(
 
 def _groups(job: jobs.Job, batch: types.Comparisons, prompt: np.ndarray) -> dict[str, np.ndarray]:
     """Pairs by the turn of their prompt, as far as its user turns are within the width, and by the answers' length."""
-    turn_B = reward_diagnosis.turns(job.task, batch)
+    turn_B = reward_diagnosis.count_turns(job.task, batch)
     length_BK = np.asarray(batch.mask_BKL)[:, :, job.task.prompt_width :].sum(axis=2)
     length_B = (length_BK * np.asarray(batch.where_BK)).sum(axis=1) / np.asarray(batch.where_BK).sum(axis=1)
     length = length_B[prompt]

@@ -154,7 +154,7 @@ def check(asked: RewardRun, preset: settings.Settings) -> None:
     _require(not asked.reward_model.heldout, "reward_model.heldout", True, "left out: this trains one reward model")
     _require(asked.folds == 0 or asked.folds >= 2, "folds", asked.folds, "0 or at least 2")
     _require(not asked.folds or asked.data.path is not None, "folds", asked.folds, "left out without --data.path")
-    _require(not asked.folds or not mesh_settings.asked_for(asked), "folds", asked.folds, "left out beside --mesh.*")
+    _require(not asked.folds or not mesh_settings.is_sharded(asked), "folds", asked.folds, "left out beside --mesh.*")
     _require(not asked.folds or asked.model is None, "folds", asked.folds, "left out beside --model")
     plain = (training, pmp) == (Training(), Pretraining())
     _require(not asked.folds or plain, "folds", asked.folds, "left out beside --training.* and --pmp.*; it has --cv.*")

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from launch import mesh_settings
+from launch import device_mesh
 from launch.settings import SettingError
-from recipe import collection, jobs, stages, tasks
+from recipe import comparison_data, jobs, stages, tasks
 
 from preferences.reward_settings import RewardRun, Training
 from rlhf_jax import lm, losses, parallel, types
@@ -97,7 +97,7 @@ def _fit(
     validation: types.Comparisons | None = None,
 ) -> types.Params:
     n = len(np.asarray(data.ranks_BK))
-    batch = mesh_settings.rows_down(min(batch, n), job.mesh, "--reward-model.batch")
+    batch = device_mesh.round_rows_down(min(batch, n), job.mesh, "--reward-model.batch")
     steps = max(1, epochs * n // batch)
     key = job.key("reward_model") if stage == "reward_model" else jax.random.fold_in(job.key("reward_model"), 1000)
     order = batching.epoch_batches(0, n=n, batch_size=batch, key=key, steps=steps)
@@ -113,13 +113,13 @@ def _fit(
     )
     watch: dict[str, Any] = {}
     if validation is not None:
-        watch = stages.validated(
+        watch = stages.validation_options(
             job, stage, validation, steps=steps, loss=loss, params_of=lambda state: join(frozen, state.params)
         )
     state = job.fit(
         stage,
         step,
-        job.begin(partial(state_lib.create, tx=job.supervised_tx), own),
+        job.create_on_mesh(partial(state_lib.create, tx=job.supervised_tx), own),
         steps,
         batch_at=lambda i: jax.tree.map(lambda x: jnp.asarray(x[order[i]]), data),
         hyper_at=lambda i: stages.hyper(learning_rate * schedules.cosine(i, steps)),
@@ -127,7 +127,7 @@ def _fit(
         frozen=frozen,
         **watch,
     )
-    return job.placed(join(frozen, state.params))
+    return job.put_params(join(frozen, state.params))
 
 
 # ------------------------------------------------------------------------------------- preference-model pretraining
@@ -208,5 +208,5 @@ def crowd_comparisons(job: jobs.Job, asked: RewardRun, policy: types.Params) -> 
             asked, seed=asked.seed + 1, world=dataclasses.replace(settings, agreement=asked.pmp.agreement)
         ),
     )
-    found, _, _ = collection.collect_comparisons(other, [policy], stage="crowd")
+    found, _, _ = comparison_data.collect(other, [policy], stage="crowd")
     return found

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from launch import host_agreement, mesh_settings
+from launch import device_mesh, host_agreement
 
 from recipe import reward_diagnosis
 from recipe.jobs import Job
@@ -155,8 +155,8 @@ def _probes(job: Job) -> Any:
         return (right_BL | ~loss_mask_BL).all(axis=1)
 
     held_BL = task.pretraining_held_out_BL
-    text = mesh_settings.spread(job.mesh, held_BL, np.ones(held_BL.shape, bool))
-    skill_rows = () if task.world is None else mesh_settings.spread(job.mesh, *task.world.skill_rows)
+    text = device_mesh.put_rows(job.mesh, held_BL, np.ones(held_BL.shape, bool))
+    skill_rows = () if task.world is None else device_mesh.put_rows(job.mesh, *task.world.skill_rows)
     loss, right = (
         parallel.JitStep(each, donate_argnums=(), mesh=job.mesh, rows=(), small=()) for each in (nll, solved)
     )
@@ -164,7 +164,7 @@ def _probes(job: Job) -> Any:
     def probe(params: types.Params) -> dict[str, Any]:
         numbers: dict[str, Any] = {"pretraining_loss": float(loss(params, *text))}
         if task.world is not None:
-            right_B = host_agreement.on_host(right(params, *skill_rows))
+            right_B = host_agreement.to_numpy(right(params, *skill_rows))
             numbers["skill_accuracy"] = float(right_B.mean())
             numbers["skills"] = {s: float(right_B[i :: len(corpus.SKILLS)].mean()) for i, s in enumerate(corpus.SKILLS)}
         return numbers

@@ -45,7 +45,7 @@ def pairs(found: Iterable[records.Ranking]) -> list[Pair]:
     ]
 
 
-def only_two_speak(found: Sequence[records.Ranking]) -> None:
+def check_roles(found: Sequence[records.Ranking]) -> None:
     """Raise DataError for a turn that the chat format made for a file does not have, such as the system's."""
     for each in found:
         for turn in each.prompt:
@@ -56,7 +56,7 @@ def only_two_speak(found: Sequence[records.Ranking]) -> None:
                 )
 
 
-def conversations(found: Sequence[records.Ranking | Pair]) -> np.ndarray:
+def conversation_ids(found: Sequence[records.Ranking | Pair]) -> np.ndarray:
     """A number from 0 for each comparison, one for all that open with the same human turn.
 
     Files hold several turns of one conversation as comparisons of their own, the earlier within the prompts of the
@@ -70,7 +70,7 @@ def _opening(prompt: tuple[dialogues.Turn, ...]) -> str:
     return next((turn.text for turn in prompt if turn.role == dialogues.USER), prompt[0].text)
 
 
-def trained_format(found: Iterable[records.Ranking], vocab_size: int) -> chat.ChatFormat:
+def train_chat_format(found: Iterable[records.Ranking], vocab_size: int) -> chat.ChatFormat:
     """The chat format of a tokenizer made for the file, from its training dialogues.
 
     It has a user and an assistant; what others say in prompts is left out, as those prompts will be.
@@ -83,7 +83,7 @@ def trained_format(found: Iterable[records.Ranking], vocab_size: int) -> chat.Ch
     return chat.chat_format(tokenizers.train_bpe(texts, vocab_size=vocab_size))
 
 
-def whole_dialogues(fmt: chat.ChatFormat, found: Iterable[records.Ranking], *, end: int) -> list[list[int]]:
+def encode_dialogues(fmt: chat.ChatFormat, found: Iterable[records.Ranking], *, end: int) -> list[list[int]]:
     """Prompts with their best answers; ``end``, the token that ends a document, is left to the packing."""
     whole = []
     for each in found:

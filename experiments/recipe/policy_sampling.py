@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from launch import host_agreement, mesh_settings
+from launch import device_mesh, host_agreement
 
 from recipe import tasks, world_words
 from rlhf_jax import kl, parallel, types
@@ -45,7 +45,7 @@ class Sampler:
     def __init__(self, models: ppo.Models, *, task: tasks.Task, mesh: jax.sharding.Mesh | None = None) -> None:
         """Build the programs; nothing is compiled yet."""
         self._task, self._mesh = task, mesh
-        self._chunk = mesh_settings.rows_up(CHUNK if task.speaks_world else LONG_CHUNK, mesh)
+        self._chunk = device_mesh.round_rows_up(CHUNK if task.in_world_words else LONG_CHUNK, mesh)
 
         def run(policy: Any, reference: Any, reward: Any, prompts_BP: Any, mask_BP: Any, rng_B: Any) -> Any:
             rollout = models.generate(policy, rng_B, prompts_BP, mask_BP, 1.0)
@@ -94,7 +94,7 @@ class Sampler:
             asked = prompts.tokens_BP[rows], prompts.mask_BP[rows], rng_B[start : start + chunk]
             parts.append(run(policy, reference, reward, *self._own(asked)))
         # Read when all are on their way: the device goes from one to the next without waiting for the host.
-        rollout, scores_B, kl_B = jax.tree.map(lambda *x: np.concatenate(x)[:n], *host_agreement.on_host(parts))
+        rollout, scores_B, kl_B = jax.tree.map(lambda *x: np.concatenate(x)[:n], *host_agreement.to_numpy(parts))
         judged, unknown_B = self._judged(prompts, rollout)
         return Answers(
             tokens_BL=rollout.tokens_BL,
@@ -118,7 +118,7 @@ class Sampler:
             return None, None
         tokens_BT = np.asarray(rollout.tokens_BL)[:, task.prompt_width :]
         mask_BT = np.asarray(rollout.response_mask_BT)
-        if task.speaks_world:
+        if task.in_world_words:
             return world_words.judge(task.world.tables, prompts.words_BP, tokens_BT, mask_BT), None
         read = world_words.read(task.fmt, tokens_BT, mask_BT)
         return world_words.judge(task.world.tables, prompts.words_BP, read.words_BT, read.mask_BT), read.unknown_B
@@ -129,5 +129,5 @@ class Sampler:
         parts = []
         for start in range(0, n, chunk):
             rows = np.minimum(np.arange(start, start + chunk), n - 1)
-            parts.append(host_agreement.on_host(self._score(reward, *self._own((tokens_BL[rows], mask_BL[rows])))))
+            parts.append(host_agreement.to_numpy(self._score(reward, *self._own((tokens_BL[rows], mask_BL[rows])))))
         return np.concatenate(parts)[:n]

@@ -20,7 +20,7 @@ Instead = Callable[[concurrent.futures.Executor, types.Params], None]
 
 
 @contextlib.contextmanager
-def compiling(job: jobs.Job, learners: Mapping[str, jobs.Job], *, instead: Instead | None = None) -> Iterator[None]:
+def in_background(job: jobs.Job, learners: Mapping[str, jobs.Job], *, instead: Instead | None = None) -> Iterator[None]:
     """Compile the steps of all stages in a thread, in the order in which they are needed.
 
     ``learners`` are the stages of reinforcement learning to come and the jobs whose ``ppo_step`` they call;

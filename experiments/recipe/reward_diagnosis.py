@@ -15,9 +15,7 @@ from rlhf_jax.data import tokenizers
 from rlhf_jax.train import reward_model
 
 
-def reward_model_facts(
-    job: Job, reward: types.Params, validation: types.Comparisons, train: types.Comparisons
-) -> dict[str, Any]:
+def measure(job: Job, reward: types.Params, validation: types.Comparisons, train: types.Comparisons) -> dict[str, Any]:
     """Accuracy, calibration, strata, length and high scores on held-out comparisons, and the gap to training pairs.
 
     Every interval knows that a prompt's pairs belong together. Of the training pairs one call's worth is scored.
@@ -54,10 +52,10 @@ def reward_model_facts(
         "gain": gain,
         "bias": float(reward["head"]["bias"]),
         "strata": {
-            name: strata(diagnostics.accuracy_by_stratum(chosen, rejected, each, prompts=b.tolist()))
+            name: strata_as_json(diagnostics.accuracy_by_stratum(chosen, rejected, each, prompts=b.tolist()))
             for name, each in labels.items()
         },
-        "thresholds": lists(diagnostics.accuracy_above_threshold(better, worse, prompts=b.tolist())),
+        "thresholds": arrays_as_json(diagnostics.accuracy_above_threshold(better, worse, prompts=b.tolist())),
         "length_bias": bias._replace(correlation=of, explained=of.mean**2)._asdict(),
     }
     if len(seen_b):
@@ -92,11 +90,11 @@ def strata_of(task: tasks.Task, validation: types.Comparisons, prompt: np.ndarra
     if task.world is not None:
         categories = task.world.compare_prompts.categories[task.world.n_compare :]
         return {"category": [categories[b] for b in prompt]}
-    turn_B = turns(task, validation)
+    turn_B = count_turns(task, validation)
     return {} if turn_B is None else {"turn": [str(turn_B[b]) if turn_B[b] < 4 else "4 and on" for b in prompt]}
 
 
-def turns(task: tasks.Task, batch: types.Comparisons) -> np.ndarray | None:
+def count_turns(task: tasks.Task, batch: types.Comparisons) -> np.ndarray | None:
     """Which turn each prompt asks for, as far as its user turns are within the width; None in others' chat formats."""
     opening = task.tokenizer.get_vocab().get(tokenizers.USER)
     if opening is None or task.fmt.template != tokenizers.CHAT_TEMPLATE:
@@ -106,7 +104,7 @@ def turns(task: tasks.Task, batch: types.Comparisons) -> np.ndarray | None:
     return ((tokens_BL == opening) & mask_BL).sum(axis=1)
 
 
-def strata(found: list[diagnostics.Stratum]) -> list[dict[str, Any]]:
+def strata_as_json(found: list[diagnostics.Stratum]) -> list[dict[str, Any]]:
     """Strata as JSON holds them; a bucket by its name."""
     return [
         each._asdict() | {"name": str(each.name) if isinstance(each.name, diagnostics.Bucket) else each.name}
@@ -114,7 +112,7 @@ def strata(found: list[diagnostics.Stratum]) -> list[dict[str, Any]]:
     ]
 
 
-def lists(found: Any) -> dict[str, Any]:
+def arrays_as_json(found: Any) -> dict[str, Any]:
     """A named tuple of arrays as JSON holds it."""
     return {name: each.tolist() if isinstance(each, np.ndarray) else each for name, each in found._asdict().items()}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from launch import initial_model as start_lib
+from launch import initial_model
 from launch.settings import Settings
 
 from recipe import human_comparisons, world_words
@@ -81,7 +81,7 @@ class Task:
     world: GoldTask | None = None
     comparisons: tuple[Comparisons, Comparisons] | None = None
     """Training and held-out comparisons, where they come from a file."""
-    speaks_world: bool = False
+    in_world_words: bool = False
     """Whether the tokens are the built-in world's words."""
 
     @property
@@ -109,7 +109,7 @@ class Task:
         return self.prompt_width + self.response_width
 
 
-def make_task(settings: Settings, start: start_lib.Start | None = None) -> Task:
+def make_task(settings: Settings, start: initial_model.InitialModel | None = None) -> Task:
     """The task that the settings ask for, in the tokens of the model that a run starts from.
 
     Raises DataError for a file that cannot be used, SettingError where the rows are longer than the model reads.
@@ -119,7 +119,7 @@ def make_task(settings: Settings, start: start_lib.Start | None = None) -> Task:
 
 def more_prompts(settings: Settings, task: Task, n: int) -> PromptSet:
     """Training prompts of the built-in world, in its own words, that no other part of a task has drawn."""
-    assert task.speaks_world
+    assert task.in_world_words
     sets = prompts.split_prompts(world_lib.make_world(settings.seed), settings.seed)
     drawn = prompts.draw_prompts(sets.train, n, _stream(settings, MORE))
     return _prompt_sets(task.fmt, [drawn], task.dropped)[1][0]
@@ -139,7 +139,7 @@ def _prompt_sets(
     """The width that holds every prompt, and each list of prompts at this width."""
     asked = [[_turns(prompt) for prompt in each] for each in lists]
     encoded = [chat.encode_prompts(fmt, each, width=_ANY, counts=counts)[0] for each in asked]
-    speaks = world_words.spoken(fmt)
+    speaks = world_words.is_world_tokenizer(fmt)
     P = prompts.PROMPT_WIDTH if speaks else max(len(ids) for each in encoded for ids in each)
     made = []
     for task_prompts, turns, ids in zip(lists, asked, encoded):
@@ -162,10 +162,10 @@ def _answer_width(answers: list[str], ids: list[list[int]], *, speaks: bool) -> 
     return max(fitting, default=prompts.RESPONSE_WIDTH)
 
 
-def _world_task(settings: Settings, start: start_lib.Start | None) -> Task:
+def _world_task(settings: Settings, start: initial_model.InitialModel | None) -> Task:
     world = world_lib.make_world(settings.seed)
     fmt = chat.chat_format(tokenizers.word_level(lexicon.WORDS)) if start is None else start.fmt
-    speaks = world_words.spoken(fmt)
+    speaks = world_words.is_world_tokenizer(fmt)
     dropped = errors.DropCount(max_dropped=settings.data.max_dropped)
     sets = prompts.split_prompts(world, settings.seed)
 
@@ -183,7 +183,7 @@ def _world_task(settings: Settings, start: start_lib.Start | None) -> Task:
     T = _answer_width(answers, answer_ids, speaks=speaks)
     skill_rows = _skill_rows(settings, fmt, P + T)
     if start is not None:
-        start.make_room(P, skill_rows.tokens_BL.shape[1] - P, where="the built-in world's prompts and answers")
+        start.check_widths(P, skill_rows.tokens_BL.shape[1] - P, where="the built-in world's prompts and answers")
     demonstrations = _demonstration_rows(asked_set, answer_ids, T, fmt.pad_id, dropped)
 
     def text() -> tuple[np.ndarray, np.ndarray]:
@@ -222,7 +222,7 @@ def _world_task(settings: Settings, start: start_lib.Start | None) -> Task:
             n_compare=n_compare,
             skill_rows=skill_rows,
         ),
-        speaks_world=speaks,
+        in_world_words=speaks,
     )
 
 
@@ -263,19 +263,19 @@ def _skill_rows(settings: Settings, fmt: chat.ChatFormat, width: int) -> tokenis
     return tokenising.Rows(tokens_BL, mask_BL, loss_mask_BL)
 
 
-def _dialogue_task(settings: Settings, start: start_lib.Start | None) -> Task:
+def _dialogue_task(settings: Settings, start: initial_model.InitialModel | None) -> Task:
     data = settings.data
     P, T = data.prompt_width, data.response_width
     if start is not None:
-        start.make_room(P, T, where="--data.prompt-width and --data.response-width")
+        start.check_widths(P, T, where="--data.prompt-width and --data.response-width")
     dropped = errors.DropCount(max_dropped=data.max_dropped)
     found = human_comparisons.read(data, dropped)
     key = jax.random.key(settings.seed)
-    group_N = human_comparisons.conversations(found)
+    group_N = human_comparisons.conversation_ids(found)
     kept, _ = batching.split(int(group_N.max()) + 1, fraction=data.held_out, key=key)
     mine_N = np.isin(group_N, kept)
     train, held_out = ([found[i] for i in np.flatnonzero(on_N)] for on_N in (mine_N, ~mine_N))
-    fmt = human_comparisons.trained_format(train, data.vocab_size) if start is None else start.fmt
+    fmt = human_comparisons.train_chat_format(train, data.vocab_size) if start is None else start.fmt
     # What the widths cost is counted beside the file's flaws; only the flaws are held against the file.
     widths = errors.DropCount(max_dropped=1.0)
     room: Any = {"prompt_width": P, "response_width": T, "answers": max(len(each.responses) for each in found)}
@@ -298,7 +298,7 @@ def _dialogue_task(settings: Settings, start: start_lib.Start | None) -> Task:
     )
     end = _document_end(fmt)
     packed_BL, held_BL = (
-        tokenising.pack_text(human_comparisons.whole_dialogues(fmt, asked, end=end), width=P + T, eos_id=end)[0]
+        tokenising.pack_text(human_comparisons.encode_dialogues(fmt, asked, end=end), width=P + T, eos_id=end)[0]
         for asked in (train_asked, held_asked)
     )
     dropped.dropped |= widths.dropped

@@ -16,7 +16,7 @@ TIMES = 8
 """How often in a stage: as many rows as the alarm on them needs."""
 
 
-def logged(
+def make_callback(
     score: Callable[..., np.ndarray],
     held_out: types.Comparisons,
     *,

@@ -30,7 +30,7 @@ class Read(NamedTuple):
     """Share of an answer's words that the world does not know."""
 
 
-def spoken(fmt: chat.ChatFormat) -> bool:
+def is_world_tokenizer(fmt: chat.ChatFormat) -> bool:
     """Whether a tokenizer is the world's own, so that its ids are the world's words."""
     return fmt.template == tokenizers.CHAT_TEMPLATE and fmt.tokenizer.get_vocab() == lexicon.IDS
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from launch import mesh_settings
+from launch import device_mesh
 from recipe import jobs, policy_sampling, stages, tasks
 
 from rlhf_jax import types
@@ -26,9 +26,9 @@ class Round(NamedTuple):
     gold: float
 
 
-def iterate(
+def train(
     job: jobs.Job,
-    shared: run_grid.Prepared,
+    shared: run_grid.StartModels,
     prompts: tasks.PromptSet,
     *,
     name: str,
@@ -76,7 +76,7 @@ def _imitate(
 ) -> types.Params:
     rows, batch = len(found.tokens_BL), job.settings.pretrain.batch
     steps = max(1, epochs * rows // batch)
-    batch = mesh_settings.rows_down(min(batch, rows), job.mesh, "--pretrain.batch")
+    batch = device_mesh.round_rows_down(min(batch, rows), job.mesh, "--pretrain.batch")
     order = batching.epoch_batches(0, n=rows, batch_size=batch, key=key, steps=steps)
     learnt_BL = np.zeros_like(found.mask_BL)
     learnt_BL[:, job.task.prompt_width :] = found.response_mask_BT
@@ -88,7 +88,7 @@ def _imitate(
     with job.checkpoints(name) as checkpoints:
         state = loop.fit(
             job.supervised_step,
-            job.begin(partial(state_lib.create, tx=job.supervised_tx), policy),
+            job.create_on_mesh(partial(state_lib.create, tx=job.supervised_tx), policy),
             steps=steps,
             batch_at=batch_at,
             hyper_at=lambda i: stages.hyper(learning_rate),
@@ -96,6 +96,6 @@ def _imitate(
             stage=name,
             log=job.log,
             checkpoints=checkpoints,
-            **job.guarded(name, steps, batch_at),
+            **job.loop_checks(name, steps, batch_at),
         )
     return state.params

@@ -39,7 +39,7 @@ def figure(points: Rows, runs: Rows, key: str, label: str, kind: str) -> str:
     return drawn[0]
 
 
-def write(path: pathlib.Path, points: Rows, runs: Rows, *, title: str) -> None:
+def write_sweep(path: pathlib.Path, points: Rows, runs: Rows, *, title: str) -> None:
     """One self-contained page with a figure for each number that the runs have."""
     drawn = [figure(points, runs, key, label, kind) for key, label, kind in SHOWN if key in runs[0]]
     write_page(path, title, drawn, "Dots are runs; crosses are means over seeds with their 95 % intervals.")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from launch.settings import PPO
-from recipe import collection, jobs, policy_sampling, rl_methods, stages
+from recipe import comparison_data, jobs, optimiser_choice, policy_sampling, rl_methods, stages
 
 from rlhf_jax import diagnostics, parallel, types
 from rlhf_jax.train import ppo
@@ -18,7 +18,7 @@ from rlhf_jax.train import ppo
 AXIS = "member"
 
 
-class Prepared(NamedTuple):
+class StartModels(NamedTuple):
     """What all runs share."""
 
     sft: types.Params
@@ -43,17 +43,17 @@ class Cell(NamedTuple):
     ptx_coef: float = 0.0
 
 
-def prepare(job: jobs.Job) -> Prepared:
+def prepare(job: jobs.Job) -> StartModels:
     """The recipe up to the reward model; stages that are finished are restored."""
     settings = job.settings
     base = stages.pretrain(job)
     sft = stages.supervised(job, "sft", base, epochs=settings.sft.epochs, mix=0.0)
     start = stages.supervised(job, "sft_mix", base, epochs=settings.sft.mix_epochs, mix=settings.sft.mix)
-    parts, _, _ = collection.gather(job, [sft, start])
-    return Prepared(sft, start, *stages.train_reward_models(job, start, parts))
+    parts, _, _ = comparison_data.load_or_collect(job, [sft, start])
+    return StartModels(sft, start, *stages.train_reward_models(job, start, parts))
 
 
-def train(job: jobs.Job, shared: Prepared, cell: Cell, *, step: parallel.JitStep | None = None) -> types.Params:
+def train(job: jobs.Job, shared: StartModels, cell: Cell, *, step: parallel.JitStep | None = None) -> types.Params:
     """One run, from its last checkpoint where there is one; returns its policy.
 
     ``step`` is a compiled step that serves the cell's method; by default a new one.
@@ -73,13 +73,13 @@ def train(job: jobs.Job, shared: Prepared, cell: Cell, *, step: parallel.JitStep
     return state.ema
 
 
-def train_together(job: jobs.Job, shared: Prepared, cells: Sequence[Cell]) -> list[types.Params]:
+def train_together(job: jobs.Job, shared: StartModels, cells: Sequence[Cell]) -> list[types.Params]:
     """All runs as one program, ``jax.vmap`` of the step over keys and numbers; the cells differ in nothing else.
 
     One after the other is as fast on a CPU; an accelerator that one small run leaves idle does all in the time of one.
     """
     own, M = with_settings(job, cells[0].settings), len(cells)
-    single = ppo.make_train_step(own.rollouts(axis_name=AXIS), **rl_methods.composed(own.settings.ppo))
+    single = ppo.make_train_step(own.rl_models(axis_name=AXIS), **rl_methods.train_step_options(own.settings.ppo))
 
     def members(states: Any, frozen: Any, hypers: Any, batch: Any, keys: Any) -> tuple[Any, dict[str, Any]]:
         states, logs = jax.vmap(single, in_axes=(0, None, 0, None, 0), axis_name=AXIS)(
@@ -109,10 +109,10 @@ def train_together(job: jobs.Job, shared: Prepared, cells: Sequence[Cell]) -> li
 
 
 def measure(
-    job: jobs.Job, shared: Prepared, prompts: Any, against: Any, policy: types.Params, *, seed: int
+    job: jobs.Job, shared: StartModels, prompts: Any, against: Any, policy: types.Params, *, seed: int
 ) -> dict[str, float]:
-    """Reward, KL, gold and win rate of a policy's answers to held-out prompts; ``against`` are those of `answers`."""
-    found = answers(job, shared, prompts, policy, seed=seed)
+    """Reward, KL, gold and win rate of a policy's answers to held-out prompts; ``against`` are those of `sample_answers`."""
+    found = sample_answers(job, shared, prompts, policy, seed=seed)
     numbers: dict[str, Any] = {"reward": found.scores_B, "kl": found.kl_B, "length": found.lengths_B}
     if found.gold is not None:
         numbers["gold"] = found.gold.total
@@ -121,15 +121,15 @@ def measure(
     return {name: float(np.mean(x)) for name, x in numbers.items()}
 
 
-def answers(
-    job: jobs.Job, shared: Prepared, prompts: Any, policy: types.Params, *, seed: int
+def sample_answers(
+    job: jobs.Job, shared: StartModels, prompts: Any, policy: types.Params, *, seed: int
 ) -> policy_sampling.Answers:
     """A policy's answers to held-out prompts, with reward and KL to the start."""
     key = jax.random.fold_in(job.key("evaluate"), seed)
     return job.sampler(policy, shared.start, shared.reward, prompts, key)
 
 
-def over_seeds(numbers: Sequence[dict[str, float]]) -> dict[str, list[float]]:
+def mean_over_seeds(numbers: Sequence[dict[str, float]]) -> dict[str, list[float]]:
     """Mean and 95 % interval over seeds of each number."""
     names: Callable[[], Any] = numbers[0].keys
     return {name: list(diagnostics.mean_interval([each[name] for each in numbers])) for name in names()}
@@ -138,5 +138,5 @@ def over_seeds(numbers: Sequence[dict[str, float]]) -> dict[str, list[float]]:
 def with_settings(job: jobs.Job, settings: PPO) -> jobs.Job:
     """The same job with other settings of reinforcement learning, and a step of its own."""
     return dataclasses.replace(
-        job, settings=dataclasses.replace(job.settings, ppo=settings), ppo_tx=rl_methods.optimiser(settings)
+        job, settings=dataclasses.replace(job.settings, ppo=settings), ppo_tx=optimiser_choice.ppo(settings)
     )

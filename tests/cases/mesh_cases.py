@@ -294,7 +294,7 @@ def small_job(folder, mesh):
     return jobs.make_job(
         asked,
         tasks.make_task(asked),
-        start=None,
+        model=None,
         checkpoints=lambda stage: checkpoint.Checkpoints(folder / stage),
         log=metrics.MetricLog(folder),
         progress=Silent(),
@@ -315,7 +315,7 @@ def recipe(job):
     if not LONG:
         return {"base": base, "sft_mix": start}
     rewards = stages.train_reward_models(job, start, [ranked])
-    learnt = stages.optimise(job, "ppo", start, rewards, ptx_coef=1.0)
+    learnt = stages.train_ppo(job, "ppo", start, rewards, ptx_coef=1.0)
     return {"base": base, "sft_mix": start, "reward": rewards[0], "ppo": learnt}
 
 

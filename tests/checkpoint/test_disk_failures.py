@@ -25,7 +25,7 @@ def trial(case, disk):
     import jax.numpy as jnp
     import numpy as np
     import optax
-    from launch import command_line
+    from launch import entry_point
 
     from rlhf_jax import checkpoint, metrics, parallel
     from rlhf_jax.train import loop, state
@@ -71,7 +71,7 @@ def trial(case, disk):
     told, status = io.StringIO(), 0
     with contextlib.redirect_stderr(told):
         try:
-            command_line.enter(lambda asked: run(), lambda arguments: None, [])
+            entry_point.execute(lambda asked: run(), lambda arguments: None, [])
         except SystemExit as left:
             status = left.code
     if case == "read-only":

@@ -271,22 +271,22 @@ def of(**changes):
 def test_the_job_tells_alarms_and_keeps_them_or_stops(tmp_path):
     rows, told = changed(healthy(), 10, kl=always(-5.0)), []
     with metrics.MetricLog(tmp_path) as log:
-        feed(monitoring.watched(log, "ppo", of(), told.append), rows)
-        feed(monitoring.watched(log, "ppo_ptx", of(), told.append), healthy())
+        feed(monitoring.watch_stage(log, "ppo", of(), told.append), rows)
+        feed(monitoring.watch_stage(log, "ppo_ptx", of(), told.append), healthy())
         assert len(told) == 1
-        (found,) = monitoring.raised(log, of())
+        (found,) = monitoring.raised_alarms(log, of())
     assert (found["stage"], found["step"], found["name"]) == ("ppo", 11, "negative_kl") and found["message"] in told[0]
     json.dumps(found, allow_nan=False)
     with metrics.MetricLog(tmp_path / "other") as log, pytest.raises(loop.Alarmed):
-        feed(monitoring.watched(log, "ppo", of(on_alarm="stop"), told.append), rows)
+        feed(monitoring.watch_stage(log, "ppo", of(on_alarm="stop"), told.append), rows)
 
 
 def test_a_sampler_that_is_corrected_for_may_differ(tmp_path):
     rows, plain = changed(healthy(), 10, sampler_gap=always(3.0)), settings.preset("smoke").ppo
     corrected = of(on_alarm="stop", ppo=dataclasses.replace(plain, correct_sampler=True))
     with metrics.MetricLog(tmp_path) as log:
-        feed(monitoring.watched(log, "ppo", corrected, print), rows)
-        assert monitoring.raised(log, corrected) == [] and len(monitoring.raised(log, of())) == 1
+        feed(monitoring.watch_stage(log, "ppo", corrected, print), rows)
+        assert monitoring.raised_alarms(log, corrected) == [] and len(monitoring.raised_alarms(log, of())) == 1
 
 
 def test_an_alarm_that_stops_the_job_has_an_exit_status_of_its_own(monkeypatch, capsys):

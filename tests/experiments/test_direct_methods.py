@@ -136,7 +136,7 @@ def job_in(folder, asked):
     job = jobs.make_job(
         asked,
         tasks.make_task(asked),
-        start=None,
+        model=None,
         checkpoints=lambda stage: checkpoint.Checkpoints(folder / "checkpoints" / stage),
         log=metrics.MetricLog(folder),
         progress=Told(),
@@ -227,7 +227,7 @@ def test_judges_of_the_built_in_world(tmp_path):
     start = model(job)
     reward = lm.with_head(jax.random.key(1), start, job.cfg)
     prompts = job.task.rl_prompts.take(8)
-    found = run_grid.answers(job, run_grid.Prepared(start, start, reward), prompts, start, seed=0)
+    found = run_grid.sample_answers(job, run_grid.StartModels(start, start, reward), prompts, start, seed=0)
     key = jax.random.key(0)
     np.testing.assert_array_equal(pairs_lib.judged_by_reward(found, 4, key), found.scores_B)
     np.testing.assert_array_equal(pairs_lib.judged_by_gold(found, 4, key), found.gold.total)
@@ -307,8 +307,8 @@ def test_rounds_of_the_study_are_as_strong_as_one_pass_on_no_more_pairs(monkeypa
     prompts = type("Prompts", (list,), {"take": lambda self, n: self[:n]})(range(90))
     job: Any = SimpleNamespace(task=SimpleNamespace(prompt_width=P, rl_prompts=prompts))
     trainer = SimpleNamespace(train=lambda *_, **how: trained.append(how))
-    monkeypatch.setattr(dpo_vs_ppo.run_grid, "prepare", lambda job: run_grid.Prepared(*"sdr"))
-    monkeypatch.setattr(dpo_vs_ppo.collection, "gather", lambda *_: ([ranked(B=6)], None, {}))
+    monkeypatch.setattr(dpo_vs_ppo.run_grid, "prepare", lambda job: run_grid.StartModels(*"sdr"))
+    monkeypatch.setattr(dpo_vs_ppo.comparison_data, "load_or_collect", lambda *_: ([ranked(B=6)], None, {}))
     for name in ("pretrain", "train_reward_model", "normalised"):
         monkeypatch.setattr(dpo_vs_ppo.stages, name, lambda *_, **__: None)
     monkeypatch.setattr(direct_methods, "make_trainer", lambda *_: trainer)

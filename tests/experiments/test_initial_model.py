@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import sweep
 import test_instructgpt as job
-from launch import initial_model, run_folder, settings
-from recipe import session, tasks, world_words
+from launch import config_file, initial_model, run_folder, settings
+from recipe import run_setup, tasks, world_words
 
 from rlhf_jax import lm
 from rlhf_jax.data import chat, tokenizers
 from rlhf_jax.simulation import lexicon, prompts
 
-SMALL = settings.preset("smoke", started=True)
+SMALL = settings.preset("smoke", pretrained=True)
 GPT2: dict[str, Any] = dict(
     norm="layernorm", activation="gelu_tanh", gated_mlp=False, positions="learned", tie_embeddings=True
 ) | dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True)
@@ -140,7 +140,7 @@ def test_the_tokenizer_of_the_world_makes_the_task_of_a_run_from_nothing(tmp_pat
     asked = with_changes(SMALL, few)
     folder = save_gpt2(tmp_path / "m", tokenizers.word_level(lexicon.WORDS), max_length=64)
     ours, theirs = tasks.make_task(asked, initial_model.load(str(folder))), tasks.make_task(asked)
-    assert ours.speaks_world and theirs.speaks_world
+    assert ours.in_world_words and theirs.in_world_words
     for name in ("pretraining_BL", "pretraining_held_out_BL", "demonstrations"):
         for x, y in zip(jax.tree.leaves(getattr(ours, name)), jax.tree.leaves(getattr(theirs, name)), strict=True):
             np.testing.assert_array_equal(x, y)
@@ -154,7 +154,7 @@ def test_widths_are_measured_in_the_tokens_of_the_model(checkpoint):
     began = initial_model.load(str(checkpoint))
     asked = with_changes(SMALL, {"pretrain": {"documents": 3000}})
     task = tasks.make_task(asked, began)
-    assert not task.speaks_world and task.world is not None
+    assert not task.in_world_words and task.world is not None
     every = (task.rl_prompts, task.eval_prompts, task.world.compare_prompts)
     widest = max(each.mask_BP.sum(axis=1).max() for each in every)
     assert prompts.PROMPT_WIDTH < widest <= task.prompt_width <= 160
@@ -264,7 +264,7 @@ def test_a_run_does_not_go_on_from_a_model_that_has_changed(checkpoint, tmp_path
     before = initial_model.fingerprint(str(model))
     run_folder.create(run, made, model_files=before)
     assert dataclasses.replace(script.parse(["--resume", str(run)]), resume=None) == made
-    run_folder.same_model(str(run), made, before)
+    run_folder.check_model_unchanged(str(run), made, before)
     (model / "README.md").write_text("not read")
     assert initial_model.fingerprint(str(model)) == before
     config = json.loads((model / "config.json").read_text())
@@ -281,8 +281,8 @@ def test_every_experiment_writes_down_which_model_it_began_with(checkpoint, tmp_
     def stop(*_, **__):
         raise Begun
 
-    monkeypatch.setattr(session.jobs, "make_job", stop)
+    monkeypatch.setattr(run_setup.jobs, "make_job", stop)
     out = tmp_path / "run"
     with pytest.raises(Begun):
         script.run(script.parse([*map(str, LITTLE), "--model", str(checkpoint), "--out", str(out)]))
-    assert run_folder.saved_values(str(out))[run_folder.MODEL_FILES] == initial_model.fingerprint(str(checkpoint))
+    assert config_file.read(str(out))[run_folder.MODEL_FILES] == initial_model.fingerprint(str(checkpoint))

@@ -102,11 +102,11 @@ def test_folds_take_every_pair_of_a_ranking_and_keep_its_conversation_together(t
     found = human_comparisons.read(settings.Data(path=str(path)), errors.DropCount())
     made = human_comparisons.pairs(found)
     assert [(p.chosen, p.rejected) for p in made[:5]] == [("a", "b"), ("a", "c"), ("a", "d"), ("b", "d"), ("c", "d")]
-    assert human_comparisons.conversations(made).tolist() == [0] * 5 + [1] * 5, (
+    assert human_comparisons.conversation_ids(made).tolist() == [0] * 5 + [1] * 5, (
         "a system turn that all share parts nothing"
     )
     with pytest.raises(errors.DataError, match=r"ranked\.json, record 1: a turn has the role 'system'"):
-        human_comparisons.only_two_speak(found)
+        human_comparisons.check_roles(found)
 
 
 def test_widths_keep_the_end_of_prompts_and_the_end_marks(tmp_path):
@@ -205,7 +205,7 @@ def test_every_setting_survives_the_configuration_file(tmp_path):
     asked = script.parse(["--preset", "smoke", "--training.heads", "3", "--pmp.prompts", "7"])
     run = tmp_path / "run"
     run.mkdir()
-    (run / "config.json").write_text(json.dumps(settings.as_dict(asked)))
+    (run / "config.json").write_text(json.dumps(dataclasses.asdict(asked)))
     again = script.parse(["--resume", str(run)])
     assert (again.training, again.pmp, again.cv, again.folds) == (asked.training, asked.pmp, asked.cv, 0)
 

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 import pytest
-from launch import checks, settings
+from launch import config_file, setting_checks, settings
 
 EXPERIMENTS = pathlib.Path(settings.__file__).parents[1]
 SOURCE = "\n".join(
@@ -37,16 +37,16 @@ def test_every_field_is_read_and_explained(cls, name):
 @pytest.mark.parametrize("dialogues", [False, True])
 @pytest.mark.parametrize("started", [False, True])
 def test_presets_are_in_range_and_survive_the_configuration_file(name, dialogues, started):
-    made = settings.preset(name, dialogues=dialogues, started=started)
-    checks.check(made)
-    assert settings.from_dict(settings.as_dict(made)) == made
+    made = settings.preset(name, dialogues=dialogues, pretrained=started)
+    setting_checks.check(made)
+    assert config_file.from_dict(settings.Settings, dataclasses.asdict(made)) == made
 
 
 def test_a_configuration_of_another_version_is_refused():
-    values = settings.as_dict(settings.preset("default"))
+    values = dataclasses.asdict(settings.preset("default"))
     values["ppo"] = {**values["ppo"], "new_field": 1}
     with pytest.raises(settings.SettingError, match="ppo"):
-        settings.from_dict(values)
+        config_file.from_dict(settings.Settings, values)
 
 
 @pytest.mark.parametrize(("part", "name", "value"), [("ppo", "clip", 0.0), ("net", "heads", 5), ("sft", "mix", 1.0)])
@@ -54,7 +54,7 @@ def test_values_out_of_range_name_their_flag(part, name, value):
     made = settings.preset("default")
     broken = dataclasses.replace(made, **{part: dataclasses.replace(getattr(made, part), **{name: value})})
     with pytest.raises(settings.SettingError, match=f"--{part}.{name}"):
-        checks.check(broken)
+        setting_checks.check(broken)
 
 
 def test_truncated_rollouts_are_refused_with_the_reason_unless_they_are_corrected_for():
@@ -62,8 +62,8 @@ def test_truncated_rollouts_are_refused_with_the_reason_unless_they_are_correcte
     for change in (dict(top_k=10), dict(top_p=0.9)):
         cut = dataclasses.replace(made, ppo=dataclasses.replace(made.ppo, **change))
         with pytest.raises(settings.SettingError, match=r"--ppo.top-[kp] .*correct-sampler.*another distribution"):
-            checks.check(cut)
-        checks.check(dataclasses.replace(cut, ppo=dataclasses.replace(cut.ppo, correct_sampler=True)))
+            setting_checks.check(cut)
+        setting_checks.check(dataclasses.replace(cut, ppo=dataclasses.replace(cut.ppo, correct_sampler=True)))
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="elsewhere the kernel does not say")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
-from launch import checks, mesh_settings, settings
+from launch import device_mesh, setting_checks, settings
 
 from rlhf_jax import lm, parallel
 from rlhf_jax.train import minibatches
@@ -228,10 +228,10 @@ def test_meshes_that_cannot_be_end_in_one_line_and_status_2(flags, told, tmp_pat
 
 def test_one_device_is_no_mesh_and_data_takes_what_is_left():
     plain = settings.preset("smoke")
-    checks.check(plain)
-    assert mesh_settings.make(mesh_settings.resolved(plain)) is None
+    setting_checks.check(plain)
+    assert device_mesh.make(device_mesh.resolve(plain)) is None
     asked = instructgpt.parse(["--preset", "smoke", "--mesh.data", "-1"])
-    assert mesh_settings.resolved(asked).mesh.data == jax.device_count()
+    assert device_mesh.resolve(asked).mesh.data == jax.device_count()
     more = instructgpt.parse(["--preset", "smoke", "--mesh.data", "-1", "--mesh.fsdp", "4"])
     with pytest.raises(settings.SettingError, match=r"--mesh.simulate 4 makes the CPU look like as many"):
-        mesh_settings.resolved(more)
+        device_mesh.resolve(more)
