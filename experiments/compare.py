@@ -12,8 +12,8 @@ best-of-n is known: log n - (n - 1) / n. The command has all flags of instructgp
 It writes below ``--out``: compare.json, compare.html with the figure, config.json, metrics.jsonl and checkpoints/.
 
 Hardware: two CPU cores, 2 GB. Time: 14 minutes. Expected results at a KL of 1 nat, where SFT has a gold utility of
-0.78: best-of-n 0.90, expert iteration 0.88, RLOO, PPO and PPO-ptx 0.87, GRPO as published 0.86, each to within 0.007. At 2
-nats: expert iteration and RLOO 0.89, PPO and PPO-ptx 0.89, GRPO 0.88.
+0.78: best-of-n 0.90, expert iteration 0.88, RLOO, PPO and PPO-ptx 0.87, GRPO as published 0.86, each to within 0.007.
+At 2 nats: expert iteration and RLOO 0.89, PPO and PPO-ptx 0.89, GRPO 0.88.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import time
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from launch import command_line, entry_point, run_folder, settings
 from preferences import direct_methods
@@ -44,6 +44,8 @@ from rlhf_jax.report import results as results_lib
 @dataclasses.dataclass(frozen=True)
 class DPO(direct_methods.Direct, settings.Settings):
     """DPO and its relatives, with every setting of the main job."""
+
+    command: ClassVar[str] = "dpo"
 
     rounds: int = 0
     """Rounds of sampling, labelling and training with the latest policy as reference; 0: train on the comparisons."""
@@ -61,7 +63,7 @@ READ = ("learning_rate", "iterations", "batch", "minibatches", "adam_eps", "adam
 
 def parse(arguments: list[str]) -> DPO:
     """Settings from the command line; raises SettingError for what cannot be."""
-    asked = command_line.parse(DPO, arguments, prog="dpo.py", doc=__doc__)
+    asked = command_line.parse(DPO, arguments, doc=__doc__)
     direct_methods.check(asked)
     direct_methods.check_mesh(asked, asked.mesh)
     for name, least in (("rounds", 0), ("samples", 2)):
@@ -104,7 +106,7 @@ def run(asked: DPO) -> dict[str, Any]:
 
     with run_setup.open_run(asked, out, kind=asked.loss, weights=weights, accept=accept) as (folder, job):
         trainer = direct_methods.make_trainer(job, asked, folder.path)
-        with precompile.in_background(job, {}, instead=trainer.compile_ahead):
+        with precompile.in_background(job, {}, compile_rest=trainer.compile_ahead):
             base = stages.pretrain(job)
             sft = stages.supervised(job, "sft", base, epochs=asked.sft.epochs, mix=0.0)
             sft_mix = stages.supervised(job, "sft_mix", base, epochs=asked.sft.mix_epochs, mix=asked.sft.mix)

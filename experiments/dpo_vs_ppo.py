@@ -34,7 +34,7 @@ if __name__ == "__main__":
 import dataclasses
 import pathlib
 import time
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from launch import command_line, entry_point, run_folder, settings
@@ -55,6 +55,8 @@ SHIFTED = "shifted pairs"
 @dataclasses.dataclass(frozen=True)
 class Study(direct_methods.Direct, settings.Settings):
     """DPO against PPO, with every setting of the main job."""
+
+    command: ClassVar[str] = "dpo_vs_ppo"
 
     parts: tuple[Part, ...] = ("world", "bandit", "exact")
     """Which to run."""
@@ -79,7 +81,7 @@ class Study(direct_methods.Direct, settings.Settings):
 
 def parse(arguments: list[str]) -> Study:
     """Settings from the command line; raises SettingError for what cannot be."""
-    asked = command_line.parse(Study, arguments, prog="dpo_vs_ppo.py", doc=__doc__, adjust=_short)
+    asked = command_line.parse(Study, arguments, doc=__doc__, adjust=_short)
     direct_methods.check(asked)
     if asked.loss != "dpo":
         raise settings.SettingError(f"--loss is {asked.loss!r}; the study is of dpo, so leave it out")

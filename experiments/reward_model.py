@@ -49,7 +49,7 @@ from rlhf_jax.report import console
 
 def parse(arguments: list[str]) -> RewardRun:
     """Settings from the command line; exits for --help, raises SettingError for what cannot be."""
-    asked = command_line.parse(RewardRun, arguments, prog="reward_model.py", doc=__doc__, adjust=_small)
+    asked = command_line.parse(RewardRun, arguments, doc=__doc__, adjust=_small)
     preset = settings.preset(
         asked.preset,
         dialogues=asked.data.path is not None,
@@ -95,7 +95,7 @@ def _cross_validated(asked: RewardRun, out: Console) -> tuple[pathlib.Path, dict
     baselines.need_sklearn()
     if asked.resume:
         run_folder.check_data_unchanged(asked.resume, asked)
-    path = pathlib.Path(asked.resume) if asked.resume else run_folder.free_path(asked, kind="reward_model")
+    path = pathlib.Path(asked.resume) if asked.resume else run_folder.free_path(asked)
     counts = errors.DropCount(max_dropped=asked.data.max_dropped)
     found = human_comparisons.read(asked.data, counts)
     human_comparisons.check_roles(found)

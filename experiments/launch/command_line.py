@@ -29,7 +29,7 @@ def parse_as(kind: type[T], arguments: list[str], *, prog: str, doc: str | None,
     """Returns a settings dataclass parsed from the command line; ``doc`` and the fields' docstrings are its help."""
     import tyro  # imported here since use_huge_pages imports a command twice
 
-    options = {} if default is None else {"default": default}
+    options: dict[str, Any] = {} if default is None else {"default": default}
     return tyro.cli(kind, args=arguments, prog=prog, description=doc, **options)
 
 

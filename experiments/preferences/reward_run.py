@@ -41,7 +41,7 @@ def run(asked: RewardRun, out: Console) -> tuple[pathlib.Path, dict[str, Any]]:
     weights = list(WEIGHTS.items())
     if asked.pmp.prompts:
         weights[-1:-1] = [(stage, seconds * asked.pmp.prompts) for stage, seconds in PMP_WEIGHTS.items()]
-    with run_setup.open_run(asked, out, kind="reward_model", weights=weights, first_stages=()) as (folder, job):
+    with run_setup.open_run(asked, out, weights=weights, first_stages=()) as (folder, job):
         base = stages.pretrain(job)
         sft = stages.supervised(job, "sft", base, epochs=asked.sft.epochs, mix=0.0)
         (train, *_), validation, facts = comparison_data.load_or_collect(job, [sft])

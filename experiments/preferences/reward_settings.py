@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 from launch import mesh_settings, settings
@@ -107,6 +107,8 @@ class CrossValidation:
 @dataclasses.dataclass(frozen=True)
 class RewardRun(settings.Settings):
     """A reward model, trained and diagnosed; with every setting of the main job that comes before reinforcement."""
+
+    command: ClassVar[str] = "reward_model"
 
     folds: int = 0
     """Cross-validate on --data.path in so many parts instead, beside simple baselines."""

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 import reward_model as script
-from launch import settings
+from launch import run_folder, settings
 from preferences import cross_validation, cross_validation_results, reward_settings, reward_stages
 from recipe import human_comparisons
 
@@ -204,8 +204,7 @@ def test_too_many_folds_and_broken_files_are_refused(tmp_path):
 def test_every_setting_survives_the_configuration_file(tmp_path):
     asked = script.parse(["--preset", "smoke", "--training.heads", "3", "--pmp.prompts", "7"])
     run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.json").write_text(json.dumps(dataclasses.asdict(asked)))
+    run_folder.create(run, asked)
     again = script.parse(["--resume", str(run)])
     assert (again.training, again.pmp, again.cv, again.folds) == (asked.training, asked.pmp, asked.cv, 0)
 

@@ -233,5 +233,5 @@ def test_one_device_is_no_mesh_and_data_takes_what_is_left():
     asked = instructgpt.parse(["--preset", "smoke", "--mesh.data", "-1"])
     assert device_mesh.resolve(asked).mesh.data == jax.device_count()
     more = instructgpt.parse(["--preset", "smoke", "--mesh.data", "-1", "--mesh.fsdp", "4"])
-    with pytest.raises(settings.SettingError, match=r"--mesh.simulate 4 makes the CPU look like as many"):
+    with pytest.raises(settings.SettingError, match=r"--mesh.simulate 4 simulates as many on the CPU"):
         device_mesh.resolve(more)
