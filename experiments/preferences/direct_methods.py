@@ -301,7 +301,7 @@ class Trainer:
 
 def make_trainer(job: jobs.Job, asked: Direct, folder: pathlib.Path) -> Trainer:
     """Build the programs; nothing is compiled yet."""
-    logprobs = partial(lm.response_logprobs, cfg=job.cfg, prompt_width=job.task.prompt_width)
+    logprobs = partial(lm.token_logprobs, cfg=job.cfg, prompt_width=job.task.prompt_width)
     kind = KINDS[asked.loss]
     how: dict[str, Any] = {} if kind.reference else {"reference": None}
     made = dpo.make_train_step(logprobs, kind.objective, micro_batches=asked.micro_batches, **how)

@@ -50,7 +50,7 @@ def run(asked: RewardRun, out: Console) -> tuple[pathlib.Path, dict[str, Any]]:
         if asked.training.limit is not None:
             train = jax.tree.map(lambda x: x[: asked.training.limit], train)
         begun = reward_stages.pretrained(job, asked, sft) if asked.pmp.prompts else sft
-        trained = lm.absorb_gain(reward_stages.train(job, asked, begun, train, validation=validation))
+        trained = lm.heads.absorb_gain(reward_stages.train(job, asked, begun, train, validation=validation))
         judged = diagnose(job, trained, train, validation)
         reward, record = normalised(job, asked, trained, sft, validation)
     task = job.task
@@ -141,7 +141,7 @@ def _groups(job: jobs.Job, batch: types.Comparisons, prompt: np.ndarray) -> dict
 
 def normalised(
     job: jobs.Job, asked: RewardRun, params: types.Params, policy: types.Params, validation: types.Comparisons
-) -> tuple[types.Params, lm.Normalisation | None]:
+) -> tuple[types.Params, lm.heads.Normalisation | None]:
     """Set gain and bias by one of the published rules, from gain 1 and bias 0; the record says which.
 
     Ziegler et al. normalise on policy samples before training too; here a fresh head of standard deviation 1 stands for
@@ -150,24 +150,24 @@ def normalised(
     rule = asked.training.normalise
     if rule == "none":
         return params, None
-    params = lm.reset(params)
+    params = lm.heads.reset(params)
     if rule == "policy":
         prompts = job.task.rl_prompts.take(256)
         key = jax.random.fold_in(job.key("reward_model"), 2)
         samples = job.sampler(policy, policy, params, prompts, key)
-        params = lm.standardise(params, jnp.asarray(_finite(samples.scores_B)))
+        params = lm.heads.standardise(params, jnp.asarray(_finite(samples.scores_B)))
     elif rule == "held-out":
         B, K, L = np.shape(validation.tokens_BKL)
         flat = np.asarray(validation.tokens_BKL).reshape(B * K, L), np.asarray(validation.mask_BKL).reshape(B * K, L)
         scores = job.sampler.score(params, *flat)[np.asarray(validation.where_BK).reshape(-1)]
-        params = lm.centre(params, jnp.asarray(_finite(scores)))
+        params = lm.heads.centre(params, jnp.asarray(_finite(scores)))
     else:
         rows, n = job.task.demonstrations, len(job.task.demonstrations.tokens_BL)
         # Reference outputs are what people wrote for prompts that the policy is measured on: those of the second half.
         mine = slice(0, min(1024, n)) if rule == "demonstrations" else slice(max(n // 2, n - 1024), n)
         scores = job.sampler.score(params, rows.tokens_BL[mine], rows.mask_BL[mine])
-        params = lm.centre(params, jnp.asarray(_finite(scores)))
-    return params, lm.normalisation(params, NORMALISED_ON[rule])
+        params = lm.heads.centre(params, jnp.asarray(_finite(scores)))
+    return params, lm.heads.normalisation(params, NORMALISED_ON[rule])
 
 
 def _finite(scores: np.ndarray) -> np.ndarray:

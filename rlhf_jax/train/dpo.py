@@ -99,7 +99,7 @@ def make_train_step(
     ``rng`` is not used. The loss is the mean over the rows of the batch.
 
     Args:
-        logprobs: ``(params, tokens_BL, mask_BL=...) -> [B, C]``, such as `lm.response_logprobs` of one prompt width (C
+        logprobs: ``(params, tokens_BL, mask_BL=...) -> [B, C]``, such as `lm.token_logprobs` of one prompt width (C
             is T) or `lm.token_logprobs` (C is L, padding anywhere); without ``mask_BL`` where the batch has none.
         objective: One of `train.objectives`, or another function like them.
         reference: Gives the reference's parameters of ``frozen``, for a batch without ``reference_BK``. None for

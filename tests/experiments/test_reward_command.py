@@ -237,6 +237,6 @@ def test_one_model_is_trained_normalised_and_saved(tmp_path, rule):
     kept = lm.load_normalisation(out / "reward_model")
     assert kept is not None and kept.rule == results["normalisation"]["rule"]
     cfg, params = lm.load(out / "reward_model")
-    assert lm.count_heads(params) is None and cfg.vocab_size == params["embed"]["tokens"].shape[0]
+    assert lm.heads.count_heads(params) is None and cfg.vocab_size == params["embed"]["tokens"].shape[0]
     assert (kept.gain == 1.0) == (rule == "demonstrations")
     assert (out / "report.html").stat().st_size > 1000
