@@ -71,7 +71,7 @@ def assert_same(got, want):
     [(8, None), (1, 1), (100, 7), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((8, 3), (4, 4)))],
 )
 @pytest.mark.parametrize("name", ["rope"])
-def test_prompt_by_prompt_the_same_as_a_static_batch(name, slots, refill):
+def test_continuous_batching_matches_a_static_batch(name, slots, refill):
     cfg = CONFIGS[name]
     kept = dict(cfg=cfg, sampling=SAMPLING, values=True)
     want = static(model(cfg), *arguments(), **kept)
@@ -88,7 +88,7 @@ def test_other_architectures(name):
 
 @settings(max_examples=8)
 @given(stops=st.sets(st.integers(0, 22), max_size=12), temperature=st.floats(0.4, 2.0), longest=st.integers(1, T))
-def test_any_stops_and_lengths(stops, temperature, longest):
+def test_any_stop_ids_and_limits_match_a_static_batch(stops, temperature, longest):
     cfg = CONFIGS["rope"]
     limits = jnp.minimum(jnp.arange(N) % 7 + 1, longest)
     sampling = dataclasses.replace(SAMPLING, temperature=temperature, stop_ids=(), max_new_tokens=T)
@@ -104,7 +104,7 @@ def test_any_stops_and_lengths(stops, temperature, longest):
     np.testing.assert_allclose(np.asarray(got.logprobs_BT)[mask], np.asarray(free.logprobs_BT)[mask], atol=1e-5)
 
 
-def test_neighbours_change_nothing_bit_for_bit():
+def test_neighbours_do_not_change_a_single_bit():
     cfg = CONFIGS["rope"]
     rng, tokens, mask = arguments()
     run = functools.partial(continuous, model(cfg), cfg=cfg, sampling=SAMPLING, slots=8)
@@ -122,7 +122,7 @@ def test_neighbours_change_nothing_bit_for_bit():
     assert not np.array_equal(changed.tokens_BL, alone.tokens_BL)
 
 
-def test_a_shuffled_static_batch_gives_the_same_rows():
+def test_shuffled_static_batch_gives_the_same_rows():
     cfg = CONFIGS["rope"]
     rng, tokens, mask = arguments()
     order = np.random.default_rng(1).permutation(N)
@@ -132,7 +132,7 @@ def test_a_shuffled_static_batch_gives_the_same_rows():
         np.testing.assert_array_equal(getattr(got, name), np.asarray(getattr(want, name))[order], err_msg=name)
 
 
-def test_one_token_and_stops_at_once():
+def test_single_token_and_immediate_stop():
     cfg = CONFIGS["rope"]
     short = dataclasses.replace(SAMPLING, max_new_tokens=1)
     want = static(model(cfg), *arguments(), cfg=cfg, sampling=short)
@@ -142,7 +142,7 @@ def test_one_token_and_stops_at_once():
     assert np.all(got.lengths_B == 1) and np.all(got.finish_B == 1)
 
 
-def test_vmap_over_seeds_is_a_loop_over_seeds():
+def test_vmap_over_seeds_matches_a_loop():
     cfg = CONFIGS["rope"]
     params = jax.tree.map(lambda x: jnp.stack([x, 0.8 * x]), model(cfg))
     rng, tokens, mask = arguments()
@@ -160,7 +160,7 @@ def test_vmap_over_seeds_is_a_loop_over_seeds():
         assert_same(jax.tree.map(lambda x, i=i: x[i], mapped), alone)
 
 
-def test_impossible_arguments():
+def test_invalid_arguments_are_refused():
     for wrong, message in ((dict(slots=0), "slots is 0"), (dict(slots=4, refill=-1), "refill -1")):
         with pytest.raises(ValueError, match=message):
             continuous(model(CONFIGS["rope"]), *arguments(), cfg=CONFIGS["rope"], sampling=SAMPLING, **wrong)
@@ -197,7 +197,7 @@ for name, run in runs.items():
 
 
 @pytest.mark.slow  # test_parallel.py samples on a mesh, too
-def test_on_a_mesh_the_same_tokens_and_a_share_of_the_cache():
+def test_mesh_gives_the_same_tokens_with_a_sharded_cache():
     flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
     done = subprocess.run(
         [sys.executable, "-c", MESH, os.path.dirname(__file__)],
