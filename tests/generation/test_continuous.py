@@ -92,7 +92,7 @@ def test_any_stop_ids_and_limits_match_a_static_batch(stops, temperature, longes
     cfg = CONFIGS["rope"]
     limits = jnp.minimum(jnp.arange(N) % 7 + 1, longest)
     sampling = dataclasses.replace(SAMPLING, temperature=temperature, stop_ids=(), max_new_tokens=T)
-    # The stops as limits: how long a row may be is what a hypothesis can vary without compiling again.
+    # Stops are passed as length limits, which hypothesis can vary without recompiling.
     free = static(model(cfg), *arguments(), cfg=cfg, sampling=sampling)
     ends = np.isin(np.asarray(free.tokens_BL[:, P:]), list(stops))
     natural = np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, T)
@@ -109,12 +109,12 @@ def test_neighbours_do_not_change_a_single_bit():
     rng, tokens, mask = arguments()
     run = functools.partial(continuous, model(cfg), cfg=cfg, sampling=SAMPLING, slots=8)
     alone = run(rng, tokens, mask)
-    # The same prompts in another order: other slots, other neighbours, other turns.
+    # The same prompts in another order get other slots and neighbours, and start at other times.
     order = np.random.default_rng(0).permutation(N)
     shuffled = run(rng[order], tokens[order], mask[order])
     for name in FIELDS:
         np.testing.assert_array_equal(getattr(shuffled, name), np.asarray(getattr(alone, name))[order], err_msg=name)
-    # Half of them with other keys, and so other answers.
+    # Half of the prompts get other keys, and so other responses.
     others = jnp.where((jnp.arange(N) % 2 == 0)[:, None], jax.random.key_data(rng), jax.random.key_data(rng)[::-1])
     changed = run(jax.random.wrap_key_data(others), tokens, mask)
     for name in FIELDS:
@@ -161,7 +161,7 @@ def test_vmap_over_seeds_matches_a_loop():
 
 
 def test_invalid_arguments_are_refused():
-    for wrong, message in ((dict(slots=0), "slots is 0"), (dict(slots=4, refill=-1), "refill -1")):
+    for wrong, message in ((dict(slots=0), "slots is 0"), (dict(slots=4, refill=-1), "refill is -1")):
         with pytest.raises(ValueError, match=message):
             continuous(model(CONFIGS["rope"]), *arguments(), cfg=CONFIGS["rope"], sampling=SAMPLING, **wrong)
 
@@ -181,15 +181,15 @@ sharded = jax.tree.map(lambda x, a: jax.device_put(x, place(a)), params, lm.logi
 rng, tokens, mask = t.arguments(32)
 rows = NamedSharding(mesh, P("data"))
 spread = [jax.device_put(x, rows) for x in (rng, tokens, mask)]
-how = dict(cfg=cfg, sampling=t.SAMPLING)
+options = dict(cfg=cfg, sampling=t.SAMPLING)
 runs = {
-    "static": functools.partial(generation.generate, **how),
-    "continuous": functools.partial(generation.continuous.generate, slots=8, **how),
+    "static": functools.partial(generation.generate, **options),
+    "continuous": functools.partial(generation.continuous.generate, slots=8, **options),
 }
 for name, run in runs.items():
     want, got = jax.jit(run)(params, rng, tokens, mask), jax.jit(run)(sharded, *spread)
     t.assert_same(got, want)
-    # Which shapes the cache has on a device, recognisable by its length.
+    # The shapes of the cache on a device; its length identifies it.
     long = functools.partial(run, sampling=dataclasses.replace(t.SAMPLING, max_new_tokens=2000))
     text = jax.jit(long).lower(sharded, *spread).compile().as_text()
     print(name, *sorted(set(re.findall(r"f32\\[(\\d+,\\d+),2004,4\\]", text))))
@@ -208,5 +208,5 @@ def test_mesh_gives_the_same_tokens_with_a_sharded_cache():
     )
     assert done.returncode == 0, done.stderr[-3000:]
     shapes = {line.split()[0]: set(line.split()[1:]) for line in done.stdout.splitlines()}
-    # 32 rows of 2 heads over two axes of two; the 8 slots take prompts from anywhere, and are spread by heads alone.
+    # 32 rows of 2 heads are sharded over both axes; the 8 slots take prompts from any device, so only by heads.
     assert shapes == {"static": {"16,1"}, "continuous": {"8,1"}}

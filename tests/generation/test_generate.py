@@ -84,7 +84,7 @@ def test_shapes_and_layout_of_a_rollout():
 
 
 def test_stop_ids_only_truncate():
-    """With stop ids the same keys give the same tokens up to the stop: nothing is inserted, nothing is changed."""
+    """With stop ids, the same keys give the same tokens up to the stop."""
     free, cut = run(sampling=dataclasses.replace(SAMPLING, stop_ids=())), run()
     assert np.all(free.finish_B == 0) and np.all(free.lengths_B == T)
     kept = np.asarray(cut.response_mask_BT)
@@ -161,11 +161,11 @@ def test_vmap_over_seeds_matches_a_loop():
         np.testing.assert_allclose(mapped.logprobs_BT[i], alone.logprobs_BT, atol=1e-5)
 
 
-# --- when to stop, and what not to draw ----------------------------------------------------------------------------
+# --- stop conditions and forbidden tokens --------------------------------------------------------------------------
 
 
 def first_end(tokens_T, sequences):
-    """How many tokens there are up to the first end of any of the sequences; all of them where there is none."""
+    """The number of tokens up to the end of the first stop sequence, or all of them."""
     for t in range(1, len(tokens_T) + 1):
         if any(tuple(tokens_T[max(t - len(s), 0) : t]) == s for s in sequences):
             return t
@@ -190,7 +190,7 @@ def test_no_stop_before_min_new_tokens():
     assert early.lengths_B.min() < 4 and late.lengths_B.min() >= 4
     before = responses(late)[:, :3]
     assert not np.isin(before, STOPS).any()
-    # What is drawn there follows the distribution without the stop ids; the log-probability says so.
+    # The early log-probabilities are those of the distribution without the stop ids.
     logits = jnp.arange(23.0)
     kept = np.asarray(generation.log_distribution(logits, dataclasses.replace(SAMPLING, min_new_tokens=4), step=2))
     assert np.isneginf(kept[list(STOPS)]).all() and abs(np.exp(kept).sum() - 1) < 1e-5
@@ -203,7 +203,7 @@ def test_forbidden_tokens_are_never_drawn():
     forbidden = tuple(range(0, 23, 2))
     rollout = run(sampling=dataclasses.replace(SAMPLING, forbidden_ids=forbidden, stop_ids=(), pad_id=0))
     assert not np.isin(responses(rollout), forbidden).any()
-    with pytest.raises(ValueError, match="names the id 23; ids go to 22"):
+    with pytest.raises(ValueError, match=r"has token id 23; it must be in \[0, 22\]"):
         run(sampling=dataclasses.replace(SAMPLING, forbidden_ids=(4, 23)))
 
 
@@ -244,13 +244,13 @@ def test_limits_per_row():
 
 def test_truncated_sampling_is_refused_for_policy_gradients():
     generation.check_on_policy(SAMPLING)
-    with pytest.raises(ValueError, match=r"Sampling.top_k and Sampling.top_p draw from another distribution"):
+    with pytest.raises(ValueError, match=r"Sampling.top_k and Sampling.top_p, samples do not follow the policy"):
         generation.check_on_policy(dataclasses.replace(SAMPLING, top_k=5, top_p=0.9))
-    with pytest.raises(ValueError, match=r"Sampling.min_new_tokens draw"):
+    with pytest.raises(ValueError, match=r"Sampling.min_new_tokens, samples"):
         generation.check_on_policy(dataclasses.replace(SAMPLING, min_new_tokens=2))
 
 
-# --- the draw ----------------------------------------------------------------------------------------------------
+# --- sampling ----------------------------------------------------------------------------------------------------
 
 
 def exact(logits, sampling):
@@ -279,7 +279,7 @@ def test_draws_follow_the_distribution(sampling):
 
 
 def test_responses_follow_the_joint_distribution():
-    """Two tokens at T = 0.7 after one prompt, against the exact joint distribution from the scoring pass."""
+    """Two tokens at T = 0.7 after one prompt, compared with the exact joint distribution from the scoring pass."""
     small: dict[str, Any] = SMALL | {"vocab_size": 5}
     cfg = lm.LMConfig(**small)
     params, n = model(cfg), 8_000
@@ -299,7 +299,7 @@ def test_responses_follow_the_joint_distribution():
 
 @pytest.mark.parametrize("vocab", [1025, 5000])
 def test_draws_from_a_large_vocabulary_follow_the_distribution(vocab):
-    # Most of the mass on tokens at the edges of blocks, and none on whole stretches.
+    # Most of the mass is on tokens at the edges of blocks; long ranges have none.
     logits = np.full(vocab, -np.inf)
     likely = [0, 1, 127, 128, 129, 255, 700, 1023, 1024, vocab - 1]
     logits[likely] = np.linspace(0.0, 2.0, len(likely))

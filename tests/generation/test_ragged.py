@@ -67,5 +67,5 @@ def test_stop_strings():
     assert stops.trim("to be or not", ["or", "not"]) == ("to be ", "or")
     assert stops.trim("to be", ["or"]) == ("to be", None)
     assert stops.trim("one\n\nHuman: two", ["\n", "\n\nHuman:"]) == ("one", "\n\nHuman:")
-    with pytest.raises(ValueError, match="empty stop string"):
+    with pytest.raises(ValueError, match="a stop string is empty"):
         stops.sequences(encode, [""])
