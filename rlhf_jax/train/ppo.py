@@ -1,15 +1,16 @@
 """PPO and PPO-ptx for language models (InstructGPT 3.5 and C.4; Stiennon 2020; Ziegler 2019).
 
 The module follows the algorithm. `collect` samples and scores, `loss` is the objective of a minibatch, `update` takes
-the optimiser steps, and `make_train_step` makes one compiled program of them::
+the optimiser steps, and `make_train_step` combines them into one program::
 
-    collect  1. rollout               sample responses from the policy
-             2. score                 reward model; rule for responses without a stop token
-             3. KL-penalised reward   r_t = -beta (log pi - log pi_ref) + [t is last] s          InstructGPT Eq 2
-             4. GAE                   A_t = sum_k (gamma lambda)^k delta_{t+k}; R_t = A_t + V_t   Schulman 2016 Eq 16
-    loss     5. clipped losses        policy (Schulman 2017 Eq 7) and value (Ziegler 2019, code)
-    update   6. ptx                   gamma times the pretraining loss                           InstructGPT Eq 2
-             7. optimiser step, average of the weights                                           InstructGPT C.4
+    collect  1. rollout              responses sampled from the policy                    InstructGPT C.4
+             2. score                reward model; rule for responses without a stop      Ziegler 2019
+             3. KL-penalised reward  r_t = -beta (log pi - log pi_ref) + [t is last] s     InstructGPT Eq 2
+             4. GAE                  A_t = sum_k (gamma lambda)^k delta_{t+k}              Schulman 2016 Eq 16
+    loss     5. clipped losses       of the policy                                        Schulman 2017 Eq 7
+                                     and of the value                                     Ziegler 2019, code
+    update   6. ptx                  gamma times the pretraining loss                     InstructGPT Eq 2
+             7. optimiser step       and moving average of the policy weights             InstructGPT C.4
 
 Steps 3 and 4 are one estimator of `train.estimators`. With another estimator, and without a critic, the same functions
 are REINFORCE, RLOO, GRPO, Dr. GRPO and REINFORCE++.
@@ -87,9 +88,9 @@ def collect(
 ) -> tuple[Experience, dict[str, Any]]:
     """Samples responses, scores them and computes advantages and returns (InstructGPT 3.5).
 
-    The old log-probabilities come from the scoring function that the reference and the update use as well. So the first
-    ratio is exactly 1, and the KL between equal models exactly 0. The metric ``sampler_gap`` compares them with the
-    log-probabilities that the sampler reported.
+    The old log-probabilities come from `Models.logprobs`, as do those of the reference and of the update, so the first
+    ratio is 1 and the KL between equal models 0. The metric ``sampler_gap`` compares them with the log-probabilities
+    that the sampler reported.
 
     Args:
         models: The functions to call.
