@@ -233,8 +233,8 @@ def loss(
         "approx_kl": token_mean(0.5 * jnp.square(log_ratio_BT)),
         "clip_fraction": token_mean(jnp.abs(ratio_BT - 1.0) > hyper.clip),
         "ratio_mean": token_mean(ratio_BT),
-        "ratio_max": masking.largest(ratio_BT, axis_name=axis_name),
-        "ratio_error": masking.largest(jnp.abs(ratio_BT - 1.0), axis_name=axis_name),
+        "ratio_max": masking.global_max(ratio_BT, axis_name=axis_name),
+        "ratio_error": masking.global_max(jnp.abs(ratio_BT - 1.0), axis_name=axis_name),
     }
 
     # 5b. Clipped value loss (Ziegler 2019, code).

@@ -52,7 +52,7 @@ def rollout_metrics(
         "length": mean(rollout.lengths_B),
         "stopped": mean(rollout.finish_B == 1),
         "entropy": mean(entropy_BT, mask_BT),
-        "sampler_gap": masking.largest(jnp.abs(gap_BT), axis_name=axis_name),
+        "sampler_gap": masking.global_max(jnp.abs(gap_BT), axis_name=axis_name),
         "sampler_gap_mean": mean(jnp.abs(gap_BT), mask_BT),
         "sampler_ess": jnp.square(total(weights_BT, where=True))
         / jnp.maximum(total(jnp.square(weights_BT), where=True) * tokens, 1e-8),

@@ -111,7 +111,7 @@ class Hyper:
 
 def replace_score(scores_B: jax.Array, stopped_B: jax.Array, hyper: Hyper) -> jax.Array:
     """Replaces the score of each response without a stop token by ``missing_stop_score`` (Ziegler 2019)."""
-    return rewards.missing_stop(scores_B, stopped_B, score=hyper.missing_stop_score)
+    return rewards.replace_unfinished(scores_B, stopped_B, score=hyper.missing_stop_score)
 
 
 def subtract_penalty(scores_B: jax.Array, stopped_B: jax.Array, hyper: Hyper) -> jax.Array:
@@ -119,7 +119,7 @@ def subtract_penalty(scores_B: jax.Array, stopped_B: jax.Array, hyper: Hyper) ->
 
     Some later implementations do this; the papers replace the score (`replace_score`).
     """
-    return rewards.subtract_for_missing_stop(scores_B, stopped_B, penalty=-hyper.missing_stop_score)
+    return rewards.penalise_unfinished(scores_B, stopped_B, penalty=-hyper.missing_stop_score)
 
 
 @struct.dataclass
@@ -188,7 +188,7 @@ def create(policy: Params, critic: Params | None, tx: Any, *, reference: Params 
         params=base.params,
         tx=base.tx,
         opt_state=base.opt_state,
-        kl_scale=kl.controller(1.0),
+        kl_scale=kl.init_controller(1.0),
         ema=ema,
         past=RunningMeans(*empty),
         reference=reference,
