@@ -66,9 +66,8 @@ def loss_and_grads(
     Args:
         loss_fn: ``(params, batch, total) -> (loss, metrics)``. The loss is the contribution of these rows to the loss
             of the whole batch: a sum divided by ``total`` (with a named axis, ``psum(sum) / total``). The metrics must
-                add
-            up over rows in the same way, as `metrics.Metric` does and a plain mean does not; `nonfinite.BadRows` are
-            concatenated.
+            add up over rows in the same way, as `metrics.Metric` does and a plain mean does not; `nonfinite.BadRows`
+            are concatenated.
         params: The parameters to differentiate with respect to.
         batch: A pytree of ``[B, ...]`` arrays. Randomness per row (dropout) is passed as one key per row.
         total: Counts of the whole batch over all devices; any pytree, passed to ``loss_fn``.
