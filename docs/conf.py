@@ -31,7 +31,7 @@ default_role = "py:obj"
 myst_enable_extensions = ["colon_fence", "dollarmath", "amsmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "cache"
-nb_execution_raise_on_error = True
+nb_execution_cache_path = str(pathlib.Path(__file__).parent / "_build" / ".jupyter_cache")
 nb_execution_timeout = 300
 
 autodoc_member_order = "bysource"
