@@ -8,6 +8,7 @@ import pkgutil
 from typing import Any
 
 from docutils import nodes
+from sphinx.util import logging
 
 import rlhf_jax
 
@@ -122,6 +123,8 @@ def short_names(app: Any, env: Any, node: Any, content: nodes.Element) -> nodes.
             return domain.resolve_xref(
                 env, node["refdoc"], app.builder, node["reftype"], prefix + target, node, content
             )
+    if target.startswith("rlhf_jax."):
+        logging.getLogger(__name__).warning("%s does not exist", target, location=node)
     return None
 
 

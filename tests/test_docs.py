@@ -65,5 +65,13 @@ def test_commands_name_scripts_and_flags_that_exist(name, flags):
         assert given <= flags(script), f"{command}: unknown {sorted(given - flags(script))}"
 
 
+def test_flags_that_pages_mention_exist(flags):
+    scripts = [f"experiments/{path.name}" for path in sorted((ROOT / "experiments").glob("*.py"))]
+    known = set().union(*map(flags, scripts)) | {"--doctest-modules", "--keep-going"}
+    for name, page in NAMES.items():
+        mentioned = set(re.findall(r"`(--[a-z][\w.-]*\w)", page.read_text(encoding="utf-8")))
+        assert mentioned <= known, f"{name}: unknown {sorted(mentioned - known)}"
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1000
