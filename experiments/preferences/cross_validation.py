@@ -178,7 +178,7 @@ class Fold:
                 log=self.folder.log,
                 checkpoints=checkpoints,
                 progress=tell,
-                tell=partial(self.folder.note, f"{self.name}-{stage}"),
+                warn=partial(self.folder.note, f"{self.name}-{stage}"),
                 rng=self.key,
                 **how,
             )

@@ -232,14 +232,14 @@ class Trainer:
         )
         if not self.kind.reference:
             return made
-        return reference.attached(
+        return reference.attach_logprobs(
             self.score,
             against,
             made,
             path=self.folder / f"{name}.npz",
             settings={"model": repr(self.job.cfg), "temperature": 1.0},
             rows=mesh_settings.rows_up(policy_sampling.LONG_CHUNK, self.job.mesh),
-            tell=partial(self.job.progress.tell, name),
+            warn=partial(self.job.progress.tell, name),
         )
 
     def train(
@@ -288,7 +288,9 @@ class Trainer:
         Of kto, whose reward is the log-ratio, and of every loss: equal rewards count a half.
         """
         chunk = mesh_settings.rows_up(policy_sampling.LONG_CHUNK, self.job.mesh)
-        theirs, ours = (reference.over_rows(self.score, each, held.rows, rows=chunk) for each in (against, policy))
+        theirs, ours = (
+            reference.answer_logprobs(self.score, each, held.rows, rows=chunk) for each in (against, policy)
+        )
         lengths = np.maximum(np.asarray(held.rows.answer_BKC).sum(axis=-1), 1).astype(np.float32)
         scored = objectives.Scored(*(jnp.asarray(x) for x in (ours, theirs, lengths)))
         objective = self.kind.objective if self.kind.paired else objectives.dpo

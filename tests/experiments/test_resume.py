@@ -83,7 +83,7 @@ def test_the_key_and_the_order_of_the_data_decide_the_end_and_are_checked(half, 
         assert tiny_runs.state_digest(run(tmp_path / str(i), STEPS, **options)) != half[2]
     run(tmp_path / "begun", 3)
     for options in (other[0], other[2]):
-        with pytest.raises(checkpoint.CheckpointError, match="cannot go on from"):
+        with pytest.raises(checkpoint.CheckpointError, match="cannot resume from"):
             run(tmp_path / "begun", STEPS, **options)
 
 

@@ -182,7 +182,7 @@ def refused(*arguments):
         (("--training.loss", "best", "--training.margin", "1"), "left out with --training.loss best"),
         (("--training.heads", "0"), "--training.heads is 0"),
         (("--training.limit", "0"), "--training.limit is 0"),
-        (("--training.trains", "^nothing"), "--training.trains: '^nothing' names none of the parameters"),
+        (("--training.trains", "^nothing"), "--training.trains: '^nothing' matches none of the parameters"),
         (("--training.trains", "("), "--training.trains: '(' is not a regular expression"),
         (("--cv.heads", "3"), "--cv.heads is 3"),
         (("--pmp.agreement", "0.4"), "--pmp.agreement is 0.4"),
