@@ -186,7 +186,7 @@ class Fold:
                 log=self.folder.log,
                 checkpoints=checkpoints,
                 progress=update_progress,
-                tell=partial(self.folder.note, f"{self.name}-{stage}"),
+                warn=partial(self.folder.note, f"{self.name}-{stage}"),
                 rng=self.key,
                 **options,
             )

@@ -238,14 +238,14 @@ class Trainer:
             rows = pairs_lib.singles(pairs, prompt_width=self.job.task.prompt_width)
         if not self.loss.reference:
             return rows
-        return reference_lib.attached(
+        return reference_lib.attach_logprobs(
             self.score,
             reference,
             rows,
             path=self.folder / f"{name}.npz",
             settings={"model": repr(self.job.cfg), "temperature": 1.0},
             rows=mesh_settings.rows_up(policy_sampling.LONG_CHUNK, self.job.mesh),
-            tell=partial(self.job.progress.tell, name),
+            warn=partial(self.job.progress.tell, name),
         )
 
     def train(
@@ -301,7 +301,7 @@ class Trainer:
         """
         chunk = mesh_settings.rows_up(policy_sampling.LONG_CHUNK, self.job.mesh)
         policy_BK, reference_BK = (
-            reference_lib.over_rows(self.score, params, pairs.rows, rows=chunk) for params in (policy, reference)
+            reference_lib.answer_logprobs(self.score, params, pairs.rows, rows=chunk) for params in (policy, reference)
         )
         lengths_BK = np.maximum(np.asarray(pairs.rows.answer_BKC).sum(axis=-1), 1).astype(np.float32)
         scored = objectives.Scored(*(jnp.asarray(x) for x in (policy_BK, reference_BK, lengths_BK)))

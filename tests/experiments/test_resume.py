@@ -83,7 +83,7 @@ def test_the_key_and_the_order_of_the_data_change_the_result_and_are_checked(hal
         assert tiny_runs.state_digest(run(tmp_path / str(i), STEPS, **changes)) != half[2]
     run(tmp_path / "started", 3)
     for changes in (other[0], other[2]):
-        with pytest.raises(checkpoint.CheckpointError):
+        with pytest.raises(checkpoint.CheckpointError, match="cannot resume from"):
             run(tmp_path / "started", STEPS, **changes)
 
 
