@@ -162,7 +162,7 @@ class Job:
                 save_every=max(1, -(-steps // self.settings.saves)),
                 progress=self.progress.update,
                 batch_at=batch_at if mesh is None else lambda i: parallel.own_rows(batch_at(i), mesh),
-                agreed=hosts.current().stage(),
+                should_stop=hosts.current().stage(),
                 **options,
             )
         self.progress.finish(stage)
@@ -179,7 +179,7 @@ class Job:
             fingerprint += [manifest.digest_tree(batch_at(i)) for i in (0, steps - 1)]
         return {
             "max_skipped": self.settings.max_skipped,
-            "tell": partial(self.note, stage),
+            "warn": partial(self.note, stage),
             "fingerprint": fingerprint,
         }
 
@@ -274,12 +274,12 @@ def ppo_models(
         )
 
     def logprobs(params: Params, tokens_BL: Any, mask_BL: Any, temperature: Any) -> Any:
-        return lm.response_stats(
+        return lm.token_stats(
             params, tokens_BL, cfg=cfg, prompt_width=prompt_width, mask_BL=mask_BL, temperature=temperature
         )
 
     def values(params: Params, tokens_BL: Any, mask_BL: Any) -> jax.Array:
-        return lm.response_values(params, tokens_BL, cfg=cfg, prompt_width=prompt_width, mask_BL=mask_BL)
+        return lm.values(params, tokens_BL, cfg=cfg, prompt_width=prompt_width, mask_BL=mask_BL)
 
     def score(params: Params, rollout: types.Rollout) -> jax.Array:
         return lm.score(params, rollout.tokens_BL, cfg=cfg, mask_BL=rollout.mask_BL)

@@ -33,7 +33,7 @@ def watch_stage(
     thresholds = {"most_gap": math.inf} if settings.ppo.correct_sampler else {}
     return monitor.Watch(
         loop.StageLog(log, stage),
-        tell=print_alarm,
+        warn=print_alarm,
         stop=settings.on_alarm == "stop",
         rows=log.rows(stage),
         **thresholds,

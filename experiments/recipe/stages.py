@@ -144,7 +144,7 @@ def train_reward_model(
         hyper_at=lambda i: hyper(settings.learning_rate * schedules.cosine(i, steps)),
         **({} if validation is None else validation_options(job, stage, validation, steps=steps)),
     )
-    return lm.absorb_gain(state.params)
+    return lm.heads.absorb_gain(state.params)
 
 
 def validation_options(
@@ -166,11 +166,11 @@ def normalise_scores(job: Job, reward: Params, policy: Params) -> Params:
     prompts = job.task.rl_prompts.take(policy_sampling.CHUNK)
     key = jax.random.fold_in(job.key("reward_model"), 2)
     samples = job.sampler(policy, policy, reward, prompts, key)
-    reward = lm.standardise(reward, job.replicate(samples.scores_B))
+    reward = lm.heads.standardise(reward, job.replicate(samples.scores_B))
     rows = job.task.demonstrations
     n = min(1024, len(rows.tokens_BL))
     scores = job.sampler.score(reward, rows.tokens_BL[:n], rows.mask_BL[:n])
-    return lm.centre(reward, job.replicate(scores))
+    return lm.heads.centre(reward, job.replicate(scores))
 
 
 def train_ppo(job: Job, stage: str, start: Params, rewards: list[Params], *, ptx_coef: float) -> Params:
