@@ -57,6 +57,7 @@ from typing import Annotated, Any
 import tyro
 from benchmarks import interleaving, peer_environments, ratios, rows
 from benchmarks import tables as showing
+from launch import command_line
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -91,9 +92,14 @@ class Settings:
     """A further requirement for Tunix, such as the jax of this machine's GPU: "jax[cuda13]"."""
 
 
+def parse(arguments: list[str]) -> Settings:
+    """Returns the settings of a command line."""
+    return command_line.parse_as(Settings, arguments, prog="benchmark.py", doc=__doc__)
+
+
 def main(arguments: list[str]) -> int:
     """Measure, show and write; 1 where a work of ours failed."""
-    settings = tyro.cli(Settings, args=arguments, prog="benchmark.py", description=__doc__)
+    settings = parse(arguments)
     console = Console()
     if settings.install is not None:
         peer_environments.install(
@@ -211,4 +217,5 @@ def write(out: pathlib.Path, results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    command_line.answer_help(parse)
     sys.exit(main(sys.argv[1:]))

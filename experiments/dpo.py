@@ -21,31 +21,19 @@ of 2.7 nats. Its implicit reward ranks 68 % of held-out pairs as labelled, the r
 
 from __future__ import annotations
 
-from launch import process_setup
-from recipe import jobs
-
-if __name__ == "__main__":
-    process_setup.use_huge_pages()
-
 import dataclasses
-import time
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from launch import command_line, entry_point, run_folder
+from launch import command_line, process_setup
 from launch import settings as settings_lib
-from preferences import direct_alignment
-from preferences import pairs as pairs_lib
-from recipe import comparison_data, evaluation, precompile, reward_diagnosis, run_setup, stages, tasks
-from rich.console import Console
-
-from rlhf_jax import lm, metrics, report
-from rlhf_jax.report import console
-from rlhf_jax.report import results as results_lib
+from preferences import direct_settings
 
 
 @dataclasses.dataclass(frozen=True)
-class DPOSettings(direct_alignment.DirectSettings, settings_lib.Settings):
+class DPOSettings(direct_settings.DirectSettings, settings_lib.Settings):
     """Settings of dpo.py: those of the main job and its own."""
+
+    command: ClassVar[str] = "dpo"
 
     rounds: int = 0
     """Number of rounds of sampling, labelling and training; each uses the policy at its start as the reference. 0
@@ -67,8 +55,8 @@ minibatches, which must divide the batch."""
 def parse(arguments: list[str]) -> DPOSettings:
     """Parses the command line; raises SettingError for invalid settings."""
     settings = command_line.parse(DPOSettings, arguments, doc=__doc__)
-    direct_alignment.check(settings)
-    direct_alignment.check_mesh(settings, settings.mesh)
+    direct_settings.check(settings)
+    direct_settings.check_mesh(settings, settings.mesh)
     for name, least in (("rounds", 0), ("samples", 2)):
         if getattr(settings, name) < least:
             raise settings_lib.SettingError(f"--{name} is {getattr(settings, name)}; it must be at least {least}")
@@ -87,12 +75,29 @@ def parse(arguments: list[str]) -> DPOSettings:
             f"--published {settings.published} selects settings of PPO, which dpo.py does not run; leave it out"
         )
     ppo = (f"ppo.{field.name}" for field in dataclasses.fields(settings_lib.PPO) if field.name not in USED_PPO_SETTINGS)
-    direct_alignment.refuse_unread(settings, (*ppo, "reward_model.heldout", "on_alarm"), program="dpo.py")
-    if settings.hold_reference and not direct_alignment.LOSSES[settings.loss].reference:
+    direct_settings.refuse_unread(settings, (*ppo, "reward_model.heldout", "on_alarm"), program="dpo.py")
+    if settings.hold_reference and not settings.has_reference:
         raise settings_lib.SettingError(
             f"--hold-reference has no effect with --loss {settings.loss}, which has no reference; leave it out"
         )
     return settings
+
+
+if __name__ == "__main__":
+    command_line.answer_help(parse)
+    process_setup.use_huge_pages()
+
+import time
+
+from launch import entry_point, run_folder
+from preferences import direct_alignment
+from preferences import pairs as pairs_lib
+from recipe import comparison_data, evaluation, jobs, precompile, reward_diagnosis, run_setup, stages, tasks
+from rich.console import Console
+
+from rlhf_jax import lm, metrics, report
+from rlhf_jax.report import console
+from rlhf_jax.report import results as results_lib
 
 
 def run(settings: DPOSettings) -> dict[str, Any]:

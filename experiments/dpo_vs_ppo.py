@@ -28,37 +28,22 @@ three answers, DPO gives the unseen one a probability of 0.99 and PPO 0.0001.
 
 from __future__ import annotations
 
-from launch import process_setup
-from recipe import jobs
-
-if __name__ == "__main__":
-    process_setup.use_huge_pages()
-
 import dataclasses
-import pathlib
-import time
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-import numpy as np
-from launch import command_line, entry_point, run_folder
+from launch import command_line, process_setup
 from launch import settings as settings_lib
-from preferences import bandit_study, direct_alignment, three_actions
-from preferences import pairs as pairs_lib
-from recipe import comparison_data, run_setup, stages
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from sweeps import frontier_plot, run_grid
-
-from rlhf_jax import diagnostics
+from preferences import direct_settings
 
 Part = Literal["world", "bandit", "exact"]
 SHIFTED = "shifted pairs"
 
 
 @dataclasses.dataclass(frozen=True)
-class StudySettings(direct_alignment.DirectSettings, settings_lib.Settings):
+class StudySettings(direct_settings.DirectSettings, settings_lib.Settings):
     """Settings of dpo_vs_ppo.py: those of the main job and its own."""
+
+    command: ClassVar[str] = "dpo_vs_ppo"
 
     parts: tuple[Part, ...] = ("world", "bandit", "exact")
     """Parts of the study to run."""
@@ -84,10 +69,10 @@ class StudySettings(direct_alignment.DirectSettings, settings_lib.Settings):
 def parse(arguments: list[str]) -> StudySettings:
     """Parses the command line; raises SettingError for invalid settings."""
     settings = command_line.parse(StudySettings, arguments, doc=__doc__, adjust=_adjust_preset)
-    direct_alignment.check(settings)
+    direct_settings.check(settings)
     if settings.loss != "dpo":
         raise settings_lib.SettingError(f"--loss is {settings.loss!r}; this study only runs dpo, so leave it out")
-    direct_alignment.refuse_unread(
+    direct_settings.refuse_unread(
         settings, ("ppo.kl_coef", "ppo.ptx_coef", "reward_model.heldout", "on_alarm"), program="dpo_vs_ppo.py"
     )
     for name in ("seeds", "rounds", "bandit_seeds", "bandit_pairs"):
@@ -118,6 +103,26 @@ def _adjust_preset(preset: settings_lib.Settings) -> settings_lib.Settings:
     if preset.preset != "default":
         return preset
     return dataclasses.replace(preset, ppo=dataclasses.replace(preset.ppo, iterations=18))
+
+
+if __name__ == "__main__":
+    command_line.answer_help(parse)
+    process_setup.use_huge_pages()
+
+import pathlib
+import time
+
+import numpy as np
+from launch import entry_point, run_folder
+from preferences import bandit_study, direct_alignment, three_actions
+from preferences import pairs as pairs_lib
+from recipe import comparison_data, jobs, run_setup, stages
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from sweeps import frontier_plot, run_grid
+
+from rlhf_jax import diagnostics
 
 
 def run(settings: StudySettings) -> dict[str, Any]:

@@ -22,12 +22,16 @@ To expect there: the table in experiments/README.md.
 from __future__ import annotations
 
 import itertools
-import json
 import os
-import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from launch import command_line
+from planning import plan_settings
+
+
+def parse(arguments: list[str]) -> plan_settings.Plan:
+    """Returns the settings of a command line."""
+    return command_line.parse_as(plan_settings.Plan, arguments, prog="plan.py", doc=__doc__)
 
 
 def _before_jax(arguments: list[str]) -> None:
@@ -42,11 +46,13 @@ def _before_jax(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    command_line.answer_help(parse)
     _before_jax(sys.argv[1:])
 
-import tyro
+import json
+
 from launch.settings import SettingError
-from planning import chips, fit, plan_settings, roofline
+from planning import chips, fit, roofline
 from rich.console import Console
 
 from rlhf_jax.checkpoint import atomic
@@ -66,7 +72,7 @@ def run(plan: plan_settings.Plan, out: Console, progress: Console) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; exits with the status that the module names."""
-    plan = tyro.cli(plan_settings.Plan, args=arguments, prog="plan.py", description=__doc__)
+    plan = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         status = run(plan, Console(), Console(stderr=True))
     except SettingError as error:

@@ -28,26 +28,12 @@ chosen answer is the shorter one and on 38 % of the others.
 
 from __future__ import annotations
 
-from launch import process_setup
-
-if __name__ == "__main__":
-    process_setup.use_huge_pages()
-
 import dataclasses
-import pathlib
-import time
 from typing import Any
 
-from launch import command_line, entry_point, run_folder
+from launch import command_line, process_setup
 from launch import settings as settings_lib
-from preferences import cross_validation, cross_validation_results, reward_baselines, reward_run
 from preferences.reward_settings import SMOKE_CV, RewardSettings, check
-from recipe import human_comparisons, run_setup
-from rich.console import Console
-from rich.table import Table
-
-from rlhf_jax.data import errors
-from rlhf_jax.report import console
 
 
 def parse(arguments: list[str]) -> RewardSettings:
@@ -68,6 +54,23 @@ def _adjust_preset(preset: RewardSettings) -> RewardSettings:
     if preset.preset != "smoke":
         return preset
     return dataclasses.replace(preset, cv=dataclasses.replace(preset.cv, **SMOKE_CV))
+
+
+if __name__ == "__main__":
+    command_line.answer_help(parse)
+    process_setup.use_huge_pages()
+
+import pathlib
+import time
+
+from launch import entry_point, run_folder
+from preferences import cross_validation, cross_validation_results, reward_baselines, reward_run
+from recipe import human_comparisons, run_setup
+from rich.console import Console
+from rich.table import Table
+
+from rlhf_jax.data import errors
+from rlhf_jax.report import console
 
 
 def run(settings: RewardSettings) -> dict[str, Any]:
@@ -99,7 +102,7 @@ def _cross_validate(settings: RewardSettings, out: Console) -> tuple[pathlib.Pat
     reward_baselines.need_sklearn()
     if settings.resume:
         run_folder.check_data_unchanged(settings.resume, settings)
-    path = pathlib.Path(settings.resume) if settings.resume else run_folder.free_path(settings, kind="reward_model")
+    path = pathlib.Path(settings.resume) if settings.resume else run_folder.free_path(settings)
     counts = errors.DropCount(max_dropped=settings.data.max_dropped)
     rankings = human_comparisons.read(settings.data, counts)
     human_comparisons.check_roles(rankings)

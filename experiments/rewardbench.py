@@ -13,33 +13,11 @@ The output folder holds results.json, report.html, scores.jsonl with the scores 
 
 from __future__ import annotations
 
-from launch import process_setup
-
-if __name__ == "__main__":
-    process_setup.use_huge_pages()
-
 import dataclasses
-import json
-import time
-from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
-import tyro
-from launch import config_file, entry_point, initial_model, run_folder
+from launch import command_line, process_setup
 from launch.settings import SettingError
-from recipe import reward_diagnosis, run_setup
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from rlhf_jax import diagnostics, lm, parallel, report, types
-from rlhf_jax.checkpoint import atomic
-from rlhf_jax.data import chat, dialogues, errors, reading
-from rlhf_jax.report import console
-from rlhf_jax.report import results as results_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +46,42 @@ class RewardBenchSettings:
     """Most tokens of a prompt and an answer; longer records are dropped and counted. Default: the model's limit."""
     bins: int = 10
     """Most bins of the calibration curve; each has the same number of pairs."""
+
+
+def parse(arguments: list[str]) -> RewardBenchSettings:
+    """Parses the command line; raises SettingError for invalid settings."""
+    settings = command_line.parse_as(RewardBenchSettings, arguments, prog="rewardbench.py", doc=__doc__)
+    for name, least in (("batch", 1), ("max_length", 2), ("bins", 1)):
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise SettingError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+    if not 0 <= settings.data.max_dropped <= 1:
+        raise SettingError(f"--data.max-dropped is {settings.data.max_dropped}; it must be from 0 to 1")
+    return settings
+
+
+if __name__ == "__main__":
+    command_line.answer_help(parse)
+    process_setup.use_huge_pages()
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+from launch import config_file, entry_point, initial_model, run_folder
+from recipe import reward_diagnosis, run_setup
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rlhf_jax import diagnostics, lm, parallel, report, types
+from rlhf_jax.checkpoint import atomic
+from rlhf_jax.data import chat, dialogues, errors, reading
+from rlhf_jax.report import console
+from rlhf_jax.report import results as results_lib
 
 
 class Pair(NamedTuple):
@@ -296,18 +310,6 @@ def _write(path: Any, settings: RewardBenchSettings, results: dict[str, Any], sc
         path / "report.html", results, [], title="Reward model evaluation", settings=dataclasses.asdict(settings)
     )
     run_folder.write_json(path / run_folder.RESULTS, results)
-
-
-def parse(arguments: list[str]) -> RewardBenchSettings:
-    """Parses the command line; raises SettingError for invalid settings."""
-    settings = tyro.cli(RewardBenchSettings, args=arguments, prog="rewardbench.py", description=__doc__)
-    for name, least in (("batch", 1), ("max_length", 2), ("bins", 1)):
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise SettingError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
-    if not 0 <= settings.data.max_dropped <= 1:
-        raise SettingError(f"--data.max-dropped is {settings.data.max_dropped}; it must be from 0 to 1")
-    return settings
 
 
 def main(arguments: list[str] | None = None) -> None:

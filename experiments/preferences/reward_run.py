@@ -38,7 +38,7 @@ def run(settings: RewardSettings, out: Console) -> tuple[pathlib.Path, dict[str,
     weights = list(WEIGHTS.items())
     if settings.pmp.prompts:
         weights[-1:-1] = [(stage, seconds * settings.pmp.prompts) for stage, seconds in PMP_WEIGHTS.items()]
-    with run_setup.open_run(settings, out, kind="reward_model", weights=weights, first_stages=()) as (folder, job):
+    with run_setup.open_run(settings, out, weights=weights, first_stages=()) as (folder, job):
         base = stages.pretrain(job)
         sft = stages.supervised(job, "sft", base, epochs=settings.sft.epochs, mix=0.0)
         (train, *_), validation, facts = comparison_data.load_or_collect(job, [sft])
