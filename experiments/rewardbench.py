@@ -36,7 +36,7 @@ from rich.table import Table
 
 from rlhf_jax import diagnostics, lm, parallel, report, types
 from rlhf_jax.checkpoint import atomic
-from rlhf_jax.data import chat, dialogues, errors, reading
+from rlhf_jax.data import chat, dialogues, errors, readers
 from rlhf_jax.report import console, results
 
 
@@ -138,12 +138,12 @@ def run(asked: RewardBench) -> dict[str, Any]:
 
 
 def read(path: str, *, counts: errors.DropCount) -> list[Pair]:
-    """All pairs of a file; what `reading.read_rankings` drops is counted, and so is what is ``"not a pair"``.
+    """All pairs of a file; what `readers.read_rankings` drops is counted, and so is what is ``"not a pair"``.
 
     Raises:
-        DataError: as of `reading.read_rankings`.
+        DataError: as of `readers.read_rankings`.
     """
-    found, _ = reading.read_rankings(path, counts=counts)
+    found, _ = readers.read_rankings(path, counts=counts)
     stage, pairs = counts.stage(), []
     for each in found:
         if len(each.responses) != 2:
@@ -153,7 +153,7 @@ def read(path: str, *, counts: errors.DropCount) -> list[Pair]:
         subset = each.metadata.get("subset")
         # A name may hold half a character, which no terminal prints.
         named = None if subset is None else str(subset).encode("utf-8", "replace").decode()
-        pairs.append(Pair(each.prompt, chosen, rejected, named, each.where))
+        pairs.append(Pair(each.prompt, chosen, rejected, named, each.location))
     counts.add(stage, records=len(found), source=path)
     return pairs
 

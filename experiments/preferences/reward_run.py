@@ -19,8 +19,7 @@ from sweeps import frontier_plot
 from preferences import cross_validation_results, reward_stages
 from preferences.reward_settings import RewardRun
 from rlhf_jax import diagnostics, lm, types
-from rlhf_jax.data import comparisons as comparisons_lib
-from rlhf_jax.data import errors
+from rlhf_jax.data import comparison_transforms, errors
 from rlhf_jax.report import plots
 from rlhf_jax.train import loop
 
@@ -46,7 +45,7 @@ def run(asked: RewardRun, out: Console) -> tuple[pathlib.Path, dict[str, Any]]:
         sft = stages.supervised(job, "sft", base, epochs=asked.sft.epochs, mix=0.0)
         (train, *_), validation, facts = collection.gather(job, [sft])
         said = errors.DropCount(max_dropped=1.0)  # labelers may find answers equal
-        train, validation = (comparisons_lib.informative(each, said) for each in (train, validation))
+        train, validation = (comparison_transforms.drop_uninformative(each, said) for each in (train, validation))
         if asked.training.limit is not None:
             train = jax.tree.map(lambda x: x[: asked.training.limit], train)
         begun = reward_stages.pretrained(job, asked, sft) if asked.pmp.prompts else sft

@@ -16,8 +16,7 @@ from recipe import collection, jobs, stages, tasks
 
 from preferences.reward_settings import RewardRun, Training
 from rlhf_jax import lm, losses, parallel, types
-from rlhf_jax.data import batching
-from rlhf_jax.data import comparisons as comparisons_lib
+from rlhf_jax.data import batching, comparison_transforms
 from rlhf_jax.simulation import labelers
 from rlhf_jax.train import reward_model
 from rlhf_jax.train import state as state_lib
@@ -53,7 +52,7 @@ def train(
     batch = how.batch
     if training.loss == "pairs":
         prompts = len(np.asarray(data.ranks_BK))
-        data = comparisons_lib.pair_rows(data)
+        data = comparison_transforms.split_into_pairs(data)
         # As many pairs a step as grouped batches hold on average, and so as many steps.
         batch = max(1, round(batch * len(np.asarray(data.ranks_BK)) / prompts))
     key = job.key("reward_model")
@@ -142,7 +141,7 @@ def pretrained(job: jobs.Job, asked: RewardRun, policy: types.Params) -> types.P
     n = job.cfg.vocab_size
     cfg, params, key = job.cfg, policy, jax.random.fold_in(job.key("reward_model"), 1001)
     if asked.pmp.binary:
-        source = comparisons_lib.with_control(source, good_id=n, bad_id=n + 1, column=job.task.prompt_width)
+        source = comparison_transforms.add_control_tokens(source, good_id=n, bad_id=n + 1, column=job.task.prompt_width)
         cfg = dataclasses.replace(cfg, vocab_size=n + 2, max_length=cfg.max_length + 1)
         params = widened(params, key, cfg)
     params = _fit(
