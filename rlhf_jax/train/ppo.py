@@ -138,7 +138,7 @@ def collect(
         "length": mean(rollout.lengths_B),
         "stopped": mean(stopped_B),
         "entropy": mean(entropy_BT, response_BT),
-        "sampler_gap": masking.largest(jnp.abs(gap_BT), axis_name=axis_name),
+        "sampler_gap": masking.global_max(jnp.abs(gap_BT), axis_name=axis_name),
         "sampler_gap_mean": mean(jnp.abs(gap_BT), response_BT),
         "sampler_ess": jnp.square(total(odds_BT, where=True))
         / jnp.maximum(total(jnp.square(odds_BT), where=True) * tokens, 1e-8),
@@ -210,8 +210,8 @@ def loss(
         "approx_kl": token_mean(0.5 * jnp.square(log_ratio_BT)),
         "clip_fraction": token_mean(jnp.abs(ratio_BT - 1.0) > hyper.clip),
         "ratio_mean": token_mean(ratio_BT),
-        "ratio_max": masking.largest(ratio_BT, axis_name=axis_name),
-        "ratio_error": masking.largest(jnp.abs(ratio_BT - 1.0), axis_name=axis_name),
+        "ratio_max": masking.global_max(ratio_BT, axis_name=axis_name),
+        "ratio_error": masking.global_max(jnp.abs(ratio_BT - 1.0), axis_name=axis_name),
     }
     if models.values is not None and experience.values_BT is not None and experience.returns_BT is not None:
         values_BT = models.values(params["critic"], experience.tokens_BL, experience.mask_BL)

@@ -98,12 +98,12 @@ class Hyper:
 
 def replaced(scores_B: jax.Array, stopped_B: jax.Array, hyper: Hyper) -> jax.Array:
     """An answer that never stopped is paid ``missing_stop_score``, whatever it scored (Ziegler 2019)."""
-    return rewards.missing_stop(scores_B, stopped_B, score=hyper.missing_stop_score)
+    return rewards.replace_unfinished(scores_B, stopped_B, score=hyper.missing_stop_score)
 
 
 def lowered(scores_B: jax.Array, stopped_B: jax.Array, hyper: Hyper) -> jax.Array:
     """It is paid its score plus ``missing_stop_score``, which is negative: a later variant, not the papers' rule."""
-    return rewards.subtract_for_missing_stop(scores_B, stopped_B, penalty=-hyper.missing_stop_score)
+    return rewards.penalise_unfinished(scores_B, stopped_B, penalty=-hyper.missing_stop_score)
 
 
 @struct.dataclass
@@ -161,7 +161,7 @@ def create(policy: Params, critic: Params | None, tx: Any, *, reference: Params 
         params=base.params,
         tx=base.tx,
         opt_state=base.opt_state,
-        kl_scale=kl.controller(1.0),
+        kl_scale=kl.init_controller(1.0),
         ema=ema,
         past=Past(*nothing),
         reference=reference,

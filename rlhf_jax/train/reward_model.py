@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import masking, metrics
-from rlhf_jax.losses import preference
+from rlhf_jax.losses import comparison
 from rlhf_jax.train.optim import nonfinite, update
 from rlhf_jax.types import Comparisons, PackedComparisons
 
@@ -51,7 +51,7 @@ def make_train_step(
     score: Callable[..., jax.Array],
     *,
     packed_scores: Callable[..., jax.Array] | None = None,
-    loss: Callable[..., jax.Array] = preference.ranking,
+    loss: Callable[..., jax.Array] = comparison.ranking,
     head_of_domain: bool = False,
     join: Callable[[Any, Any], Any] = update.all_trained,
     micro_batches: int = 1,
@@ -113,7 +113,7 @@ def make_train_step(
 
         losses_HB, pairs = jax.vmap(of_head)(scores_HBK)
         losses_B = jnp.mean(losses_HB, axis=0)
-        informative_B = jax.vmap(preference.has_pairs)(ranks_BK, where_BK)
+        informative_B = jax.vmap(comparison.has_pairs)(ranks_BK, where_BK)
         if weights_G is None:
             loss_sum = masking.masked_sum(losses_B, where=informative_B, axis_name=axis_name)
             value, logged = loss_sum / jnp.maximum(total, 1.0), metrics.Metric(loss_sum, total / micro_batches)
@@ -141,7 +141,7 @@ def make_train_step(
     ) -> tuple[Any, dict[str, Any]]:
         del rng
         weights_G = hyper.get("domain_weights")
-        informative_B = jax.vmap(preference.has_pairs)(batch.ranks_BK, batch.where_BK)
+        informative_B = jax.vmap(comparison.has_pairs)(batch.ranks_BK, batch.where_BK)
         if weights_G is not None:
             informative_B = _by_domain(informative_B, batch, weights_G.shape[0])
         total = masking.masked_count(

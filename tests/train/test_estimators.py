@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax import aggregation, kl, lm, masking, parallel, rewards, types
+from rlhf_jax import advantages, aggregation, kl, lm, parallel, rewards, types
 from rlhf_jax.simulation import bandit
 from rlhf_jax.train import estimators, ppo
 from rlhf_jax.train.optim import schedules
@@ -207,7 +207,7 @@ def test_estimators_agree_with_loops(seed, samples):
         for i in group:
             expected["rloo"][i] = returns[i] - np.mean([returns[j] for j in group if j != i])
             expected["dr_grpo"][i] = n["scores_B"][i] - scores.mean()
-            expected["grpo"][i] = expected["dr_grpo"][i] / np.sqrt(scores.var() + masking.WHITEN_EPSILON)
+            expected["grpo"][i] = expected["dr_grpo"][i] / np.sqrt(scores.var() + advantages.WHITEN_EPSILON)
     for name, numbers_B in expected.items():
         got, learnt = getattr(estimators, name)(s, hyper, samples=samples)
         np.testing.assert_allclose(got, numbers_B[:, None] * n["mask_BT"], atol=2e-5)
@@ -217,7 +217,7 @@ def test_estimators_agree_with_loops(seed, samples):
     got, _ = estimators.reinforce_pp(s, hyper)
     real = to_go[n["mask_BT"]]
     if len(real) > 1:
-        white = (to_go - real.mean()) / np.sqrt(real.var() + masking.WHITEN_EPSILON) * n["mask_BT"]
+        white = (to_go - real.mean()) / np.sqrt(real.var() + advantages.WHITEN_EPSILON) * n["mask_BT"]
         np.testing.assert_allclose(got, white, atol=1e-4)
 
 
@@ -384,7 +384,7 @@ def test_a_python_function_is_a_reward_in_a_compiled_step():
     assert score(rollout).dtype == jnp.float32 and seen[0] is np.ndarray
     for wrong, text in (
         (lambda *_: np.zeros((3, 1)), "returned shape"),
-        (lambda *_: np.array([0.0, np.nan, 1.0]), "nan for answer 1 of 3"),
+        (lambda *_: np.array([0.0, np.nan, 1.0]), "nan for response 1 of 3"),
     ):
         with pytest.raises(Exception, match=text):
             jax.block_until_ready(jax.jit(lambda r, fn=wrong: rewards.from_python(fn)(None, r))(rollout))
