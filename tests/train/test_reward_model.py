@@ -217,7 +217,7 @@ def test_heads_are_combined_and_a_critic_needs_one():
         lm.heads.combine(params(H), weights[:2])
     with pytest.raises(ValueError, match="it must be 2 or more"):
         lm.with_head(jax.random.key(0), params(), CFG, heads=1)
-    with pytest.raises(ValueError, match=r"one head, and there are 3: lm\.heads\.combine"):
+    with pytest.raises(ValueError, match=r"params have 3: combine them with lm\.heads\.combine"):
         lm.values(params(H), jnp.zeros((1, 4), jnp.int32), cfg=CFG)
 
 
@@ -271,7 +271,7 @@ def test_saved_head_of_the_wrong_shape_is_refused(tmp_path):
     text = json.loads(file.read_text())
     for broken in ([0.0, 1.0], "much", [0.0, 1.0, None]):
         file.write_text(json.dumps(text | {"reward_bias": broken}))
-        with pytest.raises(ValueError, match="one finite number a head, and there are 3"):
+        with pytest.raises(ValueError, match="one finite number per head, for 3 heads"):
             lm.load(tmp_path / "m")
     file.write_text(json.dumps(text | {"reward_normalisation": {"rule": "held-out", "gain": 0.0, "bias": 1.0}}))
     with pytest.raises(ValueError, match="a gain of 0"):
