@@ -1,8 +1,9 @@
 """Scalar heads: the score of a reward model, the values of a critic, and their normalisation.
 
 ``params["head"]`` is ``{"kernel_D", "bias", "gain"}``, with a scalar bias and gain. Several heads on one trunk, such as
-an ensemble or one head per criterion, are ``{"kernel_HD", "bias", "gain"}`` with bias and gain of shape ``[H]``. Results
-are ``[...]`` for one head and ``[..., H]`` for several. A language model has no ``head``, and its trunk ignores one.
+an ensemble or one head per criterion, are ``{"kernel_HD", "bias", "gain"}`` with bias and gain of shape ``[H]``.
+Results are ``[...]`` for one head and ``[..., H]`` for several. A language model has no ``head``, and its trunk ignores
+one.
 """
 
 from __future__ import annotations
