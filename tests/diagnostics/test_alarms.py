@@ -206,32 +206,32 @@ def feed(log, rows):
 
 
 def test_watch_forwards_rows_and_reports_each_alarm_once():
-    rows, seen, told = replace(healthy(), 10, kl=constant(-5.0)), [], []
-    log = monitor.Watch(lambda step, values: seen.append({"step": step, **values}), tell=told.append)
+    rows, seen, warned = replace(healthy(), 10, kl=constant(-5.0)), [], []
+    log = monitor.Watch(lambda step, values: seen.append({"step": step, **values}), warn=warned.append)
     feed(log, rows)
-    assert seen == rows and len(told) == 1 and told[0].startswith("alarm at step 11 (negative_kl): the KL from")
+    assert seen == rows and len(warned) == 1 and warned[0].startswith("alarm at step 11 (negative_kl): the KL from")
     assert [(a.name, a.step) for a in log.alarms] == [("negative_kl", 11)]
     with pytest.raises(TypeError, match="no check"):
-        monitor.Watch(tell=told.append, least=1)
+        monitor.Watch(warn=warned.append, least=1)
 
 
 def test_stopping_watch_logs_the_row_and_reports_the_alarm():
-    rows, seen, told = replace(healthy(), 10, kl=constant(-5.0)), [], []
-    log = monitor.Watch(lambda step, values: seen.append(step), tell=told.append, stop=True)
+    rows, seen, warned = replace(healthy(), 10, kl=constant(-5.0)), [], []
+    log = monitor.Watch(lambda step, values: seen.append(step), warn=warned.append, stop=True)
     with pytest.raises(loop.Alarmed, match="negative_kl at step 11"):
         feed(log, rows)
-    assert seen[-1] == 11 and len(told) == 1
+    assert seen[-1] == 11 and len(warned) == 1
     feed(log, rows[11:])  # A run that continues is not stopped by the same alarm again.
-    assert len(told) == 1
+    assert len(warned) == 1
 
 
 def test_resumed_watch_remembers_reported_alarms(tmp_path):
-    rows, told = replace(healthy(), 10, kl=constant(-5.0), sampler_gap=constant(1.0)), []
+    rows, warned = replace(healthy(), 10, kl=constant(-5.0), sampler_gap=constant(1.0)), []
     rows = [row | {"sampler_gap": 0.0} if row["step"] < 21 else row for row in rows]
 
     def watched(log):
-        told.clear()
-        return monitor.Watch(loop.StageLog(log, "ppo"), tell=told.append, stop=True, rows=log.rows("ppo"))
+        warned.clear()
+        return monitor.Watch(loop.StageLog(log, "ppo"), warn=warned.append, stop=True, rows=log.rows("ppo"))
 
     whole = [("negative_kl", 11), ("sampler_gap", 21)]
     with metrics.MetricLog(tmp_path) as log:
@@ -243,7 +243,7 @@ def test_resumed_watch_remembers_reported_alarms(tmp_path):
     with metrics.MetricLog(tmp_path) as log:  # Stopped after step 11 and resumed there.
         second = watched(log)
         second.rewind(11)
-        assert [(a.name, a.step) for a in second.alarms] == whole[:1] and not told
+        assert [(a.name, a.step) for a in second.alarms] == whole[:1] and not warned
         with pytest.raises(loop.Alarmed, match=r": sampler_gap at step 21$"):
             feed(second, rows[11:])
     with metrics.MetricLog(tmp_path) as log:  # Killed and resumed before the first alarm.
@@ -258,12 +258,12 @@ def test_resumed_watch_remembers_reported_alarms(tmp_path):
 def test_nan_and_infinity_raise_the_same_alarms_when_read_from_the_log(tmp_path):
     rows = replace(healthy(20), -1, reward=constant(math.nan), ratio_max=constant(math.inf))
     with metrics.MetricLog(tmp_path) as log:
-        live = monitor.Watch(loop.StageLog(log, "ppo"), tell=lambda text: None)
+        live = monitor.Watch(loop.StageLog(log, "ppo"), warn=lambda text: None)
         feed(live, rows)
-        assert monitor.Watch(tell=print, rows=log.rows("ppo")).alarms == live.alarms != []
+        assert monitor.Watch(warn=print, rows=log.rows("ppo")).alarms == live.alarms != []
 
 
-# The main job
+# The experiment
 
 
 def of(**changes):
@@ -271,16 +271,18 @@ def of(**changes):
 
 
 def test_job_reports_and_records_alarms_or_stops(tmp_path):
-    rows, told = replace(healthy(), 10, kl=constant(-5.0)), []
+    rows, warned = replace(healthy(), 10, kl=constant(-5.0)), []
     with metrics.MetricLog(tmp_path) as log:
-        feed(monitoring.watched(log, "ppo", of(), told.append), rows)
-        feed(monitoring.watched(log, "ppo_ptx", of(), told.append), healthy())
-        assert len(told) == 1
+        feed(monitoring.watched(log, "ppo", of(), warned.append), rows)
+        feed(monitoring.watched(log, "ppo_ptx", of(), warned.append), healthy())
+        assert len(warned) == 1
         (found,) = monitoring.raised(log, of())
-    assert (found["stage"], found["step"], found["name"]) == ("ppo", 11, "negative_kl") and found["message"] in told[0]
+    assert (found["stage"], found["step"], found["name"]) == ("ppo", 11, "negative_kl") and found["message"] in warned[
+        0
+    ]
     json.dumps(found, allow_nan=False)
     with metrics.MetricLog(tmp_path / "other") as log, pytest.raises(loop.Alarmed):
-        feed(monitoring.watched(log, "ppo", of(on_alarm="stop"), told.append), rows)
+        feed(monitoring.watched(log, "ppo", of(on_alarm="stop"), warned.append), rows)
 
 
 def test_corrected_sampler_raises_no_sampler_gap_alarm(tmp_path):
@@ -299,9 +301,9 @@ def test_alarm_that_stops_the_job_has_its_own_exit_status(monkeypatch, capsys):
     monkeypatch.setattr(instructgpt, "run", run)
     with pytest.raises(SystemExit) as left:
         instructgpt.main(["--preset", "smoke", "--on-alarm", "stop"])
-    told = capsys.readouterr().err
-    assert left.value.code == 3 and "ppo was stopped after 12 iterations by an alarm" in told
-    assert "negative_kl at step 11" in told and "--resume" in told
+    warned = capsys.readouterr().err
+    assert left.value.code == 3 and "an alarm stopped ppo after 12 iterations" in warned
+    assert "negative_kl at step 11" in warned and "--resume" in warned
     with pytest.raises(SystemExit) as left:
         instructgpt.main(["--preset", "smoke", "--on-alarm", "panic"])
     assert left.value.code == 2
