@@ -266,44 +266,43 @@ def test_nan_and_infinity_raise_the_same_alarms_when_read_from_the_log(tmp_path)
 # The experiment
 
 
-def of(**changes):
+def smoke_settings(**changes):
     return dataclasses.replace(settings.preset("smoke"), **changes)
 
 
 def test_job_reports_and_records_alarms_or_stops(tmp_path):
     rows, warned = replace(healthy(), 10, kl=constant(-5.0)), []
     with metrics.MetricLog(tmp_path) as log:
-        feed(monitoring.watched(log, "ppo", of(), warned.append), rows)
-        feed(monitoring.watched(log, "ppo_ptx", of(), warned.append), healthy())
+        feed(monitoring.watched(log, "ppo", smoke_settings(), warned.append), rows)
+        feed(monitoring.watched(log, "ppo_ptx", smoke_settings(), warned.append), healthy())
         assert len(warned) == 1
-        (found,) = monitoring.raised(log, of())
-    assert (found["stage"], found["step"], found["name"]) == ("ppo", 11, "negative_kl") and found["message"] in warned[
-        0
-    ]
-    json.dumps(found, allow_nan=False)
+        (alarm,) = monitoring.raised(log, smoke_settings())
+    assert (alarm["stage"], alarm["step"], alarm["name"]) == ("ppo", 11, "negative_kl")
+    assert alarm["message"] in warned[0]
+    json.dumps(alarm, allow_nan=False)
     with metrics.MetricLog(tmp_path / "other") as log, pytest.raises(loop.Alarmed):
-        feed(monitoring.watched(log, "ppo", of(on_alarm="stop"), warned.append), rows)
+        feed(monitoring.watched(log, "ppo", smoke_settings(on_alarm="stop"), warned.append), rows)
 
 
 def test_corrected_sampler_raises_no_sampler_gap_alarm(tmp_path):
     rows, plain = replace(healthy(), 10, sampler_gap=constant(3.0)), settings.preset("smoke").ppo
-    corrected = of(on_alarm="stop", ppo=dataclasses.replace(plain, correct_sampler=True))
+    corrected = smoke_settings(on_alarm="stop", ppo=dataclasses.replace(plain, correct_sampler=True))
     with metrics.MetricLog(tmp_path) as log:
         feed(monitoring.watched(log, "ppo", corrected, print), rows)
-        assert monitoring.raised(log, corrected) == [] and len(monitoring.raised(log, of())) == 1
+        assert monitoring.raised(log, corrected) == [] and len(monitoring.raised(log, smoke_settings())) == 1
 
 
 def test_alarm_that_stops_the_job_has_its_own_exit_status(monkeypatch, capsys):
-    def run(asked):
-        assert asked.on_alarm == "stop"
+    def run(options):
+        assert options.on_alarm == "stop"
         raise loop.Alarmed("negative_kl at step 11", stage="ppo", step=12, saved=True)
 
     monkeypatch.setattr(instructgpt, "run", run)
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         instructgpt.main(["--preset", "smoke", "--on-alarm", "stop"])
-    warned = capsys.readouterr().err
-    assert left.value.code == 3 and "an alarm stopped ppo after 12 iterations" in warned
-    assert "negative_kl at step 11" in warned and "--resume" in warned
-    with pytest.raises(SystemExit) as left:
+    output = capsys.readouterr().err
+    assert exit_info.value.code == 3 and "an alarm stopped ppo after 12 iterations" in output
+    assert "negative_kl at step 11" in output and "--resume" in output
+    with pytest.raises(SystemExit) as exit_info:
         instructgpt.main(["--preset", "smoke", "--on-alarm", "panic"])
-    assert left.value.code == 2
+    assert exit_info.value.code == 2
