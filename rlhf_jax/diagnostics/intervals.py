@@ -125,7 +125,7 @@ def win_rate(
         >>> from rlhf_jax import diagnostics
         >>> estimate = diagnostics.win_rate([1.0, 2.0, 3.0, 4.0], [0.0, 2.5, 1.0, 4.0])
         >>> print([round(x, 3) for x in estimate])
-        [0.625, 0.248, 0.894]
+        [0.625, 0.243, 0.885]
     """
     return outcome_rate(win_outcomes(a_scores, b_scores, tie_tolerance=tie_tolerance), confidence=confidence)
 
