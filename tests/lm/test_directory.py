@@ -119,7 +119,7 @@ def test_only_an_older_model_is_overwritten(tmp_path):
     assert_same_bits(lm.load(tmp_path / "m")[1], second)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match="not replaced"):
+    with pytest.raises(FileExistsError, match="is not overwritten"):
         lm.save(tmp_path / "thesis", cfg, first)
     assert (tmp_path / "thesis" / "chapter.tex").exists()
 
@@ -178,13 +178,13 @@ def test_errors_of_save(tmp_path):
     with pytest.raises(ValueError, match=r"no known Hugging Face model type.*llama needs norm='rmsnorm'"):
         lm.save(tmp_path / "m", mixed, params)
     foreign = dataclasses.replace(cfg, model_type="phi3", qkv_bias=True)
-    with pytest.raises(ValueError, match=r"layout holds this LMConfig: phi3 needs qkv_bias=False$"):
+    with pytest.raises(ValueError, match=r"represent this LMConfig: phi3 needs qkv_bias=False$"):
         lm.save(tmp_path / "m", foreign, params)
     with pytest.raises(ValueError, match="lack embed/tokens"):
         lm.save(tmp_path / "m", cfg, {k: v for k, v in params.items() if k != "embed"})
     with pytest.raises(ValueError, match=r"final_norm/scale\] has shape"):
         lm.save(tmp_path / "m", cfg, params | {"final_norm": {"scale": jnp.ones(5)}})
-    with pytest.raises(ValueError, match="does not have: lora"):
+    with pytest.raises(ValueError, match="this LMConfig lacks: lora"):
         lm.save(tmp_path / "m", cfg, params | {"lora": jnp.ones(5)})
     assert not list(tmp_path.iterdir())
 
@@ -208,7 +208,7 @@ def test_truncated_file_is_an_error(saved):
     with pytest.raises(ValueError, match=r"model\.safetensors is truncated or not a safetensors file"):
         lm.load(saved)
     file.write_bytes(b"")
-    with pytest.raises(ValueError, match="is cut off"):
+    with pytest.raises(ValueError, match="is truncated"):
         lm.load(saved)
 
 
