@@ -79,9 +79,8 @@ def page(top: str, modules: list[str]) -> str:
         ]
         lines += [module, ("-" if len(modules) > 1 else "=") * len(module), "", f".. automodule:: {module}"]
         # Where a function has the name of its module, the package's attribute is the function.
-        shadowed = (
-            id(getattr(importlib.import_module(module.rpartition(".")[0]), module.rpartition(".")[2])) in exported
-        )
+        parent, _, short = module.rpartition(".")
+        shadowed = getattr(importlib.import_module(parent), short) is not loaded
         lines += ["   :members:", *([f"   :exclude-members: {', '.join(own)}"] if own else [])]
         lines += [*(["   :no-index:"] if shadowed else []), ""]
     return "\n".join(lines)
