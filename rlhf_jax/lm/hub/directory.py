@@ -31,7 +31,7 @@ from rlhf_jax.lm import params as lm_params
 from rlhf_jax.lm.hub import families, layouts, score_heads, tensor_files
 
 Shard = Callable[[tuple[str, ...]], jax.sharding.Sharding]
-"""The sharding of an array by the logical names of its axes (:attr:`rlhf_jax.lm.params.Spec.axes`)."""
+"""The sharding of an array by the logical names of its axes (``lm.params.Spec.axes``)."""
 
 _SCORE = "score.weight"
 _OURS = ("dtype", "remat", "attention")
