@@ -215,7 +215,7 @@ def test_no_answer_passes_one():
 
 NOT_HARMFUL = tuple(kind.name for kind in prompts.KINDS if kind.name != "harmful")
 LISTS = ("list_color", "list_place", "list_except")
-HAS_PARTS = tuple(kind for kind in NOT_HARMFUL if kind in demonstrators.HAS_PARTS)
+HAS_PARTS = tuple(kind for kind in NOT_HARMFUL if kind in demonstrators.KINDS_WITH_PARTS)
 SENTENCES = tuple(kind for kind in NOT_HARMFUL if kind != "one_word")
 PLAIN = tuple(kind for kind in SENTENCES if kind != "polite")
 # The slip, the kinds it shows in, the component that must fall, and those that may fall with it.
