@@ -126,7 +126,9 @@ def _win_rates(job: Job, answers: Answers, baseline: Answers) -> dict[str, Any]:
 
     def by(pool: labelers.Pool) -> list[float]:
         return list(
-            diagnostics.mean_interval(np.asarray(labelers.prefers(pool, features, baseline_features), np.float64))
+            diagnostics.mean_interval(
+                np.asarray(labelers.preference_share(pool, features, baseline_features), np.float64)
+            )
         )
 
     return {

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from launch.settings import Data
 
-from rlhf_jax.data import chat, dialogues, errors, reading, records, tokenizers
+from rlhf_jax.data import chat, dialogues, errors, readers, records, tokenizers
 
 _ROLES = (dialogues.USER, dialogues.ASSISTANT)
 
@@ -23,12 +23,12 @@ class Pair:
 
 
 def read(data: Data, counts: errors.DropCount) -> list[records.Ranking]:
-    """Returns the rankings and pairs of ``data.path``, in any form and file format that `reading` supports.
+    """Returns the rankings and pairs of ``data.path``, in any form and file format that `readers` supports.
 
     Raises DataError if the file cannot be read or has no usable record.
     """
     assert data.path is not None
-    rankings, _ = reading.read_rankings(data.path, counts=counts)
+    rankings, _ = readers.read_rankings(data.path, counts=counts)
     if not rankings:
         raise errors.DataError(f"{data.path} has no usable record ({counts.report()})")
     return rankings
@@ -51,7 +51,7 @@ def check_roles(rankings: Sequence[records.Ranking]) -> None:
         for turn in each.prompt:
             if turn.role not in _ROLES:
                 raise errors.DataError(
-                    f"{each.where}: a turn has the role {turn.role!r}, but the chat format of --folds has only "
+                    f"{each.location}: a turn has the role {turn.role!r}, but the chat format of --folds has only "
                     "user and assistant turns; remove such records"
                 )
 

@@ -30,7 +30,7 @@ def watch_stage(
         A ``log`` for `loop.fit`.
     """
     # With truncated rollouts the sampler differs from the policy on purpose.
-    thresholds = {"most_gap": math.inf} if settings.ppo.correct_sampler else {}
+    thresholds = {"max_gap": math.inf} if settings.ppo.correct_sampler else {}
     return monitor.Watch(
         loop.StageLog(log, stage),
         warn=print_alarm,

@@ -13,7 +13,7 @@ from launch import initial_model
 from launch.settings import Settings
 
 from recipe import human_comparisons, world_words
-from rlhf_jax.data import batching, chat, dialogues, encoding, errors, records, tokenising, tokenizers
+from rlhf_jax.data import batching, chat, dialogues, encoding, errors, packing, padding, plain_text, records, tokenizers
 from rlhf_jax.simulation import corpus, demonstrators, gold, labelers, lexicon, prompts
 from rlhf_jax.simulation import world as world_lib
 from rlhf_jax.train import sft
@@ -61,7 +61,7 @@ class GoldTask:
     compare_prompts: PromptSet
     """Prompts of the training comparisons, followed by a tenth as many for validation."""
     n_compare: int
-    skill_rows: tokenising.Rows
+    skill_rows: padding.Rows
     """One skill problem per row, with the loss on its answer."""
 
 
@@ -75,7 +75,7 @@ class Task:
     text: Callable[[], tuple[np.ndarray, np.ndarray]]
     """Makes the training and held-out rows of pretraining text. It takes seconds and is deferred until they are used,
     so that steps compile meanwhile."""
-    demonstrations: tokenising.Rows
+    demonstrations: padding.Rows
     rl_prompts: PromptSet
     eval_prompts: PromptSet
     dropped: errors.DropCount
@@ -145,12 +145,12 @@ def _prompt_sets(
     sets = []
     for task_prompts, turns, ids in zip(lists, dialogue_lists, encoded):
         assert len(ids) == len(turns)
-        tokens_BP, mask_BP = tokenising.pad_prompts(ids, width=P, pad_id=fmt.pad_id)
+        tokens_BP, mask_BP = padding.pad_prompts(ids, width=P, pad_id=fmt.pad_id)
         texts = ["\n".join(f"{turn.role}: {turn.text}" for turn in each) for each in turns]
         words_BP = tokens_BP
         if not in_world_words:
             word_ids = [prompts.prompt_tokens(prompt.turns) for prompt in task_prompts]
-            words_BP, _ = tokenising.pad_prompts(word_ids, width=prompts.PROMPT_WIDTH, pad_id=lexicon.PAD_ID)
+            words_BP, _ = padding.pad_prompts(word_ids, width=prompts.PROMPT_WIDTH, pad_id=lexicon.PAD_ID)
         sets.append(PromptSet(tokens_BP, mask_BP, texts, [p.category for p in task_prompts], words_BP))
     return P, sets
 
@@ -233,10 +233,10 @@ def _world_task(settings: Settings, model: initial_model.InitialModel | None) ->
 
 def _demonstration_rows(
     prompt_set: PromptSet, answers: list[list[int]], width: int, pad_id: int, counts: errors.DropCount
-) -> tokenising.Rows:
+) -> padding.Rows:
     """Returns rows of prompt and answer; answers beyond the width are truncated, have no stop token and are counted."""
-    tokens_BT, mask_BT = tokenising.pad_answers(answers, width=width, pad_id=pad_id, counts=counts)
-    return tokenising.Rows(
+    tokens_BT, mask_BT = padding.pad_answers(answers, width=width, pad_id=pad_id, counts=counts)
+    return padding.Rows(
         tokens_BL=np.concatenate([prompt_set.tokens_BP, tokens_BT], axis=1),
         mask_BL=np.concatenate([prompt_set.mask_BP, mask_BT], axis=1),
         loss_mask_BL=np.concatenate([np.zeros_like(prompt_set.mask_BP), mask_BT], axis=1),
@@ -249,15 +249,15 @@ def _document_end(fmt: chat.ChatFormat) -> int:
 
 
 def _packed(fmt: chat.ChatFormat, texts: list[str], *, width: int) -> np.ndarray:
-    ids = tokenising.encode_texts(fmt.tokenizer, texts)
-    return tokenising.pack_text(ids, width=width, eos_id=_document_end(fmt))[0]
+    ids = plain_text.encode_texts(fmt.tokenizer, texts)
+    return packing.pack_documents(ids, width=width, eos_id=_document_end(fmt))[0]
 
 
-def _skill_rows(settings: Settings, fmt: chat.ChatFormat, width: int) -> tokenising.Rows:
+def _skill_rows(settings: Settings, fmt: chat.ChatFormat, width: int) -> padding.Rows:
     """Returns skill problems with their answers, formatted as in the corpus; wider than ``width`` if one needs it."""
     problems = corpus.skill_problems(settings.evaluation.skills, _stream(settings, SKILLS))
-    questions = tokenising.encode_texts(fmt.tokenizer, [problem.text for problem in problems])
-    whole = tokenising.encode_texts(fmt.tokenizer, [f"{problem.text} {problem.answer}" for problem in problems])
+    questions = plain_text.encode_texts(fmt.tokenizer, [problem.text for problem in problems])
+    whole = plain_text.encode_texts(fmt.tokenizer, [f"{problem.text} {problem.answer}" for problem in problems])
     width = max(width, 1 + max(map(len, whole)))
     tokens_BL = np.full((len(problems), width), fmt.pad_id, np.int32)
     mask_BL, loss_mask_BL = np.zeros(tokens_BL.shape, bool), np.zeros(tokens_BL.shape, bool)
@@ -265,7 +265,7 @@ def _skill_rows(settings: Settings, fmt: chat.ChatFormat, width: int) -> tokenis
         ids = [_document_end(fmt), *ids]  # in packed text, a document follows the end token of another
         tokens_BL[row, : len(ids)], mask_BL[row, : len(ids)] = ids, True
         loss_mask_BL[row, 1 + len(question) : len(ids)] = True
-    return tokenising.Rows(tokens_BL, mask_BL, loss_mask_BL)
+    return padding.Rows(tokens_BL, mask_BL, loss_mask_BL)
 
 
 def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None) -> Task:
@@ -283,7 +283,7 @@ def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None)
     fmt = human_comparisons.train_chat_format(train, data.vocab_size) if model is None else model.fmt
     # Records that exceed the widths are counted separately: only the file's flaws count towards --data.max-dropped.
     width_counts = errors.DropCount(max_dropped=1.0)
-    widths: Any = {"prompt_width": P, "response_width": T, "answers": max(len(each.responses) for each in rankings)}
+    widths: Any = {"prompt_width": P, "response_width": T, "max_answers": max(len(each.responses) for each in rankings)}
     sets = []
     for part in (train, held_out):
         ids, indices = chat.encode_prompts(fmt, [each.prompt for each in part], width=P, counts=width_counts)
@@ -293,7 +293,7 @@ def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None)
             raise errors.DataError(f"{data.path}: none of {len(part)} comparisons are usable ({width_counts.report()})")
         sets.append((ids, fitting, rows))
     (train_ids, train, train_rows), (held_ids, held_out, held_rows) = sets
-    demonstrations = tokenising.demonstration_rows(
+    demonstrations = padding.demonstration_rows(
         train_ids,
         chat.encode_answers(fmt, [each.responses[0] for each in train]),
         prompt_width=P,
@@ -303,7 +303,7 @@ def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None)
     )
     end = _document_end(fmt)
     packed_BL, held_BL = (
-        tokenising.pack_text(human_comparisons.encode_dialogues(fmt, part, end=end), width=P + T, eos_id=end)[0]
+        packing.pack_documents(human_comparisons.encode_dialogues(fmt, part, end=end), width=P + T, eos_id=end)[0]
         for part in (train, held_out)
     )
     dropped.dropped |= width_counts.dropped
@@ -322,12 +322,12 @@ def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None)
 
 
 def _dialogue_prompts(ids: list[list[int]], prompts: Sequence[records.Prompt], width: int, pad_id: int) -> PromptSet:
-    tokens_BP, mask_BP = tokenising.pad_prompts(ids, width=width, pad_id=pad_id)
+    tokens_BP, mask_BP = padding.pad_prompts(ids, width=width, pad_id=pad_id)
     texts = ["\n".join(f"{turn.role}: {turn.text}" for turn in each.prompt) for each in prompts]
     return PromptSet(tokens_BP, mask_BP, texts, [""] * len(prompts))
 
 
-def token_batch(rows: tokenising.Rows, indices: np.ndarray) -> sft.TokenBatch:
+def token_batch(rows: padding.Rows, indices: np.ndarray) -> sft.TokenBatch:
     """Returns the batch of the rows at ``indices``."""
     return sft.TokenBatch(*(x[indices] for x in rows))  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""Records of every form, from every kind of file, into records, counts and token rows."""
+"""Records of every form: parsing, reading with counts of drops, and encoding into token rows."""
 
 import dataclasses
 import gzip
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf_jax.data import chat, dialogues, encoding, errors, files, reading, records, tokenising, tokenizers
+from rlhf_jax.data import chat, dialogues, encoding, errors, padding, readers, records, tokenizers
 
 USER, BOT = "user", "assistant"
 ASK = {"role": USER, "content": "why"}
@@ -34,7 +34,7 @@ def messages(*turns):
 # ------------------------------------------------------------------------------------------------------------- forms
 
 
-def test_both_forms_of_a_demonstration():
+def test_every_form_of_a_demonstration_is_parsed():
     system = {"role": "system", "content": "Be short."}
     cases = [
         ({"prompt": "why", "response": "so"}, WHY),
@@ -42,7 +42,7 @@ def test_both_forms_of_a_demonstration():
         ({"prompt": [ASK], "response": [SAY]}, WHY),
         ({"messages": [ASK, SAY]}, WHY),
         ({"messages": [system, ASK, SAY, ASK, SAY]}, None),
-        ({"messages": {"role": [USER, BOT], "content": ["why", "so"]}}, WHY),  # a Parquet file of Hugging Face
+        ({"messages": {"role": [USER, BOT], "content": ["why", "so"]}}, WHY),  # as in the Parquet files of Hugging Face
         ({"prompt": "\n\nHuman: why\n\nAssistant:", "response": "so"}, WHY),
         ({"prompt": "\n\nHuman: why", "response": "so"}, WHY),
         ({"prompt": "why", "response": "so", "messages": None}, WHY),
@@ -51,12 +51,12 @@ def test_both_forms_of_a_demonstration():
         record = records.parse_demonstration(fields)
         assert record.response.strip() == "so"
         assert prompt is None or record.prompt == prompt, fields
-    assert records.parse_demonstration(cases[1][0]).response == " so\n"  # texts stay as they were written
+    assert records.parse_demonstration(cases[1][0]).response == " so\n"  # texts are kept as written
     long = records.parse_demonstration(cases[4][0]).prompt
     assert [turn.role for turn in long] == ["system", USER, BOT, USER]
 
 
-def test_every_form_of_a_pair_is_one_ranking():
+def test_every_form_of_a_pair_gives_the_same_ranking():
     whole = "\n\nHuman: why\n\nAssistant: "
     cases = [
         {"prompt": "why", "chosen": "so", "rejected": "no"},
@@ -73,10 +73,10 @@ def test_every_form_of_a_pair_is_one_ranking():
         )
 
 
-def test_ranks_come_from_scores_and_margins_from_the_scores_of_a_pair():
+def test_scores_give_ranks_and_the_margin_of_a_pair():
     fields = {"prompt": "why", "responses": ["a", "b", "c", "d"], "scores": [0.5, 2, -1.0, 2]}
     ranking = records.parse_ranking(fields)
-    # The best first, ties as they stood, and the scores along with their answers.
+    # The best answer is first, ties keep their order, and each answer keeps its score.
     assert ranking.responses == ("b", "d", "a", "c")
     assert (ranking.ranks, ranking.scores, ranking.margin) == ((1, 1, 2, 3), (2.0, 2.0, 0.5, -1.0), None)
     pair = {"prompt": "why", "chosen": "a", "rejected": "b"}
@@ -89,14 +89,16 @@ def test_ranks_come_from_scores_and_margins_from_the_scores_of_a_pair():
     for said, margin in (({"ranks": [2, 1], "margin": 3}, 3.0), ({"scores": [0.5, 2]}, 1.5)):
         two = records.parse_ranking(turned | said)
         assert (two.responses, two.ranks, two.margin) == (("good", "bad"), (1, 2), margin)
-    assert records.parse_ranking(turned | {"scores": [1.0, 2.5], "margin": 1.51}).margin == 1.51  # rounded
+    assert (
+        records.parse_ranking(turned | {"scores": [1.0, 2.5], "margin": 1.51}).margin == 1.51
+    )  # within the tolerance for rounding
 
 
-def test_equal_answers_of_one_rank_are_no_contradiction():
+def test_equal_answers_may_share_a_rank():
     assert records.parse_ranking(k_way(responses=["a", "b", "b "])).responses == ("a", "b", "b ")
 
 
-def test_what_else_a_record_says_is_metadata():
+def test_other_fields_become_metadata():
     fields = {
         "prompt": "why",
         "response": "so",
@@ -113,23 +115,23 @@ def test_what_else_a_record_says_is_metadata():
     assert (judged.metadata, judged.good) == (metadata, True)
     assert records.parse_prompt(fields).metadata == metadata | {"label": True, "response": "so"}
     assert records.parse_judged(fields | {"label": 0}).good is False
-    # What is a form of another kind of record, or of another form, says no less here.
+    # Fields that belong to another kind of record or another form are metadata.
     asked = {"prompt": "why", "metadata": "v1", "margin": 0.5, "score_chosen": math.nan}
     assert records.parse_demonstration(asked | {"response": "so"}).metadata == {"metadata": "v1", "margin": 0.5}
     ranking = records.parse_ranking(k_way(response="so", score_chosen=3, metadata="v1"))
     assert ranking.metadata == {"metadata": "v1", "response": "so", "score_chosen": 3}
 
 
-def test_the_forms_of_a_record_may_repeat_each_other_only():
+def test_two_forms_in_one_record_must_agree():
     messages = {"messages": [ASK, SAY, ASK, SAY]}
     whole = records.parse_demonstration(messages)
     assert records.parse_demonstration(messages | {"prompt": "why \n", "response": "so"}) == whole
     for other, reason in (({"prompt": "what"}, "prompts differ"), ({"response": "no"}, "answers differ")):
-        with pytest.raises(errors.Flaw, match=reason):
+        with pytest.raises(errors.UnusableRecord, match=reason):
             records.parse_demonstration(messages | other)
 
 
-def test_texts_of_the_hh_form_with_other_white_space():
+def test_white_space_in_the_hh_form_is_normalised():
     prompt = "\r\n\r\nHuman: why\r\n\r\nAssistant:"
     expected = records.Ranking(prompt=WHY, responses=("so", "no"), ranks=(1, 2))
     for asked in (prompt, "why\n", " why", None):
@@ -148,7 +150,7 @@ def k_way(**changes):
 
 HH = "\n\nHuman: why\n\nAssistant: so"
 RANKING_FLAWS = {
-    "all tied": [k_way(ranks=[2, 2, 2]), k_way(ranks=None, scores=[1.5, 1.5, 1.5])],
+    "all answers tied": [k_way(ranks=[2, 2, 2]), k_way(ranks=None, scores=[1.5, 1.5, 1.5])],
     "fewer than two answers": [k_way(responses=["a"], ranks=[1]), k_way(responses=[], ranks=[])],
     "same answer twice": [
         k_way(responses=["a", "b", "a "]),
@@ -156,14 +158,14 @@ RANKING_FLAWS = {
         {"prompt": "why", "chosen": "a", "rejected": "a"},
         {"chosen": "\n\nHuman: x\n\nAssistant: a", "rejected": "\n\nHuman: x\n\nAssistant: a"},
     ],
-    "score is no finite number": [
+    "score is not a finite number": [
         *(k_way(ranks=None, scores=[1, 2, bad]) for bad in (math.nan, math.inf, "3", None, True, 10**400)),
         {"prompt": "why", "chosen": "a", "rejected": "b", "margin": math.nan},
         {"prompt": "why", "responses": ["a", "b"], "scores": [-1.7e308, 1.7e308]},
     ],
     "scores and answers differ in number": [k_way(scores=[1, 2])],
     "ranks and answers differ in number": [k_way(ranks=[1, 2]), k_way(ranks=[1, 2, 3, 4])],
-    "rank is no whole number": [k_way(ranks=[1, 2, bad]) for bad in ("3", 1.5, None, True, math.nan, [3], 10**400)],
+    "rank is not a whole number": [k_way(ranks=[1, 2, bad]) for bad in ("3", 1.5, None, True, math.nan, [3], 10**400)],
     "rank below 1": [k_way(ranks=[0, 1, 2]), k_way(ranks=[1, 2, -1])],
     "ranks and scores disagree": [
         k_way(scores=[1, 2, 3]),
@@ -207,18 +209,18 @@ RANKING_FLAWS = {
 
 
 @pytest.mark.parametrize("reason", RANKING_FLAWS)
-def test_a_ranking_of_no_use_is_dropped_and_counted(tmp_path, reason):
+def test_an_unusable_ranking_is_dropped_and_counted(tmp_path, reason):
     flawed = RANKING_FLAWS[reason]
     path = write(tmp_path / "rankings.jsonl", [k_way(), *flawed, k_way(prompt="when")])
-    found, counts = reading.read_rankings(path, counts=any_share())
+    found, counts = readers.read_rankings(path, counts=any_share())
     assert counts.dropped == {reason: len(flawed)}
     assert [record.prompt[0].text for record in found] == ["why", "when"]
-    assert found[-1].where == f"{path}, line {len(flawed) + 2}"
+    assert found[-1].location == f"{path}, line {len(flawed) + 2}"
     with pytest.raises(errors.DataError, match=f"{reason} {len(flawed)}.*more than max_dropped = 1.0%"):
-        reading.read_rankings(path)
+        readers.read_rankings(path)
 
 
-def test_other_records_of_no_use_are_dropped_and_counted(tmp_path):
+def test_other_unusable_records_are_dropped_and_counted(tmp_path):
     rows = [
         {"prompt": "why", "response": " "},
         {"prompt": "", "response": "so"},
@@ -229,7 +231,7 @@ def test_other_records_of_no_use_are_dropped_and_counted(tmp_path):
         {"messages": [ASK, {"role": BOT, "content": None}]},
         {"prompt": "why", "response": "so"},
     ]
-    found, counts = reading.read_demonstrations(write(tmp_path / "d.jsonl", rows), counts=any_share())
+    found, counts = readers.read_demonstrations(write(tmp_path / "d.jsonl", rows), counts=any_share())
     assert len(found) == 1
     assert counts.dropped == {
         "empty answer": 2,
@@ -238,20 +240,20 @@ def test_other_records_of_no_use_are_dropped_and_counted(tmp_path):
         "response is null": 1,
         "content is null": 1,
     }
-    found, counts = reading.read_prompts(
+    found, counts = readers.read_prompts(
         write(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": []}]), counts=any_share()
     )
     assert (len(found), counts.dropped) == (1, {"empty prompt": 1})
     rows = [{"prompt": "a", "response": "b", "label": None}, {"prompt": "a", "response": "b", "label": True}]
-    found, counts = reading.read_judged(write(tmp_path / "j.jsonl", rows), counts=any_share())
+    found, counts = readers.read_judged(write(tmp_path / "j.jsonl", rows), counts=any_share())
     assert (len(found), counts.dropped) == (1, {"label is null": 1})
 
 
 RANK, SHOW, JUDGE, ASKED = (
-    reading.read_rankings,
-    reading.read_demonstrations,
-    reading.read_judged,
-    reading.read_prompts,
+    readers.read_rankings,
+    readers.read_demonstrations,
+    readers.read_judged,
+    readers.read_prompts,
 )
 BROKEN = [
     (RANK, "{oops", "the line is not JSON"),
@@ -261,8 +263,8 @@ BROKEN = [
     (RANK, {"prompt": "a", "responses": ["a", "b"]}, "the record has no 'ranks', and no 'scores' either"),
     (RANK, {"responses": ["a", "b"], "ranks": [1, 2]}, "the record has no 'prompt'"),
     (RANK, {"chosen": "a", "rejected": "b"}, "the record has no 'prompt'"),
-    (RANK, k_way(chosen="a"), "the record is of two forms: it has 'responses' and 'chosen'"),
-    (SHOW, {"prompt": "a", "response": "b", "completion": "c"}, "two forms: it has 'response' and 'completion'"),
+    (RANK, k_way(chosen="a"), "the record mixes two forms: it has 'responses' and 'chosen'"),
+    (SHOW, {"prompt": "a", "response": "b", "completion": "c"}, "mixes two forms: it has 'response' and 'completion'"),
     (SHOW, {"messages": {"role": [USER, BOT], "content": ["a"]}}, "'messages' has 2 roles and 1 contents"),
     (SHOW, '{"prompt": "a", "response": "b", "who": "\\ud800"}', "'who' holds half a surrogate pair"),
     (SHOW, '{"prompt": "a", "response": "b", "\\ud800": 1}', "'the name of a field' holds half a surrogate pair"),
@@ -286,7 +288,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("read, row, message", BROKEN, ids=[f"{i}" for i in range(len(BROKEN))])
-def test_a_record_of_the_wrong_form_is_an_error_in_one_sentence_with_file_and_line(tmp_path, read, row, message):
+def test_a_record_in_the_wrong_form_is_an_error_of_one_sentence_with_file_and_line(tmp_path, read, row, message):
     good = k_way() | {"response": "a", "label": False}
     path = write(tmp_path / "data.jsonl", [good, row, good])
     with pytest.raises(errors.DataError) as error:
@@ -294,22 +296,6 @@ def test_a_record_of_the_wrong_form_is_an_error_in_one_sentence_with_file_and_li
     assert str(error.value).startswith(f"{path}, line 2: ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_the_reader_of_hh_rlhf_files_and_this_one_agree(tmp_path):
-    prompt = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: tell me"
-    rows = [
-        {"chosen": f"{prompt}\n\nAssistant:{a}", "rejected": f"{prompt}\n\nAssistant:{b}"}
-        for a, b in ((" good", " bad"), (" ", " bad"), (" same", " same"), (" yes\n\nHuman: so?", " no"), ("1", "2 "))
-    ]
-    path = write(tmp_path / "hh.jsonl.gz", rows)
-    theirs, their_counts = dialogues.read_comparisons(path, counts=any_share())
-    mine, my_counts = reading.read_rankings(path, counts=any_share())
-    assert my_counts.dropped == their_counts.dropped
-    assert [(r.prompt, r.responses, r.where) for r in mine] == [
-        (c.prompt, (c.chosen, c.rejected), f"{path}, line {c.line}") for c in theirs
-    ]
-    assert files.source_name(path) == str(path)
 
 
 # --------------------------------------------------------------------------------------------------------------- rows
@@ -320,51 +306,55 @@ def fmt():
     return chat.chat_format(tokenizers.word_level([f"w{i}" for i in range(10)]))
 
 
-def test_rows_of_every_kind_and_the_places_they_came_from(fmt):
+def test_records_are_encoded_with_the_indices_they_came_from(fmt):
     # Ids: pad 0, end 1, user 2, assistant 3, then w0 = 4 and so on.
     widths = {"prompt_width": 4, "response_width": 2}
     ask, long = (dialogues.Turn(USER, "w0"),), (dialogues.Turn(USER, "w0 w1 w2"),)
     counts = any_share()
     shown = [records.Judged(prompt=p, response="w5", good=g) for p, g in ((ask, False), (long, True), (ask, True))]
-    rows, kept = encoding.demonstrations(fmt, shown, counts=counts, **widths)
+    rows, kept = encoding.encode_demonstrations(fmt, shown, counts=counts, **widths)
     np.testing.assert_array_equal(kept, [0, 2])
     np.testing.assert_array_equal(rows.tokens_BL, [[2, 4, 1, 3, 9, 1]] * 2)
     np.testing.assert_array_equal(rows.loss_mask_BL, [[False] * 4 + [True] * 2] * 2)
     assert counts.dropped == {"prompt too long": 1}
-    marked, kept = encoding.judged(fmt, shown, counts=counts, **widths)
+    marked, kept = encoding.encode_judged(fmt, shown, counts=counts, **widths)
     np.testing.assert_array_equal(marked.good_B, [False, True])
     np.testing.assert_array_equal(marked.tokens_BL, rows.tokens_BL)
-    asked, kept = encoding.prompts(fmt, shown, prompt_width=6, counts=counts)
+    asked, kept = encoding.encode_prompts(fmt, shown, prompt_width=6, counts=counts)
     np.testing.assert_array_equal(kept, [0, 1, 2])
     np.testing.assert_array_equal(asked.tokens_BP[:2], [[0, 0, 2, 4, 1, 3], [2, 4, 5, 6, 1, 3]])
     np.testing.assert_array_equal(asked.mask_BP[:2], [[False] * 2 + [True] * 4, [True] * 6])
 
 
-def test_rows_of_rankings(fmt):
+def test_rankings_are_encoded(fmt):
     ask = (dialogues.Turn(USER, "w0"),)
     found = [
         records.Ranking(prompt=ask, responses=("w1", "w2", "w3"), ranks=(2, 1, 2)),
-        records.Ranking(prompt=ask, responses=("w1 w2 w3", "w1 w2 w4"), ranks=(1, 2)),  # the same within two tokens
-        records.Ranking(prompt=ask, responses=("w1 w2 w3", "w1 w2 w4", "w5"), ranks=(1, 1, 2)),  # but these are tied
+        records.Ranking(prompt=ask, responses=("w1 w2 w3", "w1 w2 w4"), ranks=(1, 2)),  # equal within two tokens
+        records.Ranking(
+            prompt=ask, responses=("w1 w2 w3", "w1 w2 w4", "w5"), ranks=(1, 1, 2)
+        ),  # equal within two tokens, but tied
         records.Ranking(prompt=ask, responses=("w6", "w7"), ranks=(1, 2)),
     ]
     counts = any_share()
-    rows, kept = encoding.rankings(fmt, found, prompt_width=4, response_width=2, counts=counts)
+    rows, kept = encoding.encode_rankings(fmt, found, prompt_width=4, response_width=2, counts=counts)
     np.testing.assert_array_equal(kept, [0, 2, 3])
     assert counts.dropped == {"same answer within the width": 1}
     assert counts.truncated == {"answer truncated": 2}
     np.testing.assert_array_equal(rows.ranks_BK, [[2, 1, 2], [1, 1, 2], [1, 2, 0]])
     np.testing.assert_array_equal(rows.where_BK, np.asarray(rows.ranks_BK) > 0)
     np.testing.assert_array_equal(rows.tokens_BKL[2, :2], [[2, 4, 1, 3, 10, 1], [2, 4, 1, 3, 11, 1]])
-    wider, _ = encoding.rankings(fmt, found, prompt_width=4, response_width=2, counts=any_share(), answers=5)
+    wider, _ = encoding.encode_rankings(fmt, found, prompt_width=4, response_width=2, counts=any_share(), max_answers=5)
     np.testing.assert_array_equal(wider.ranks_BK[:, 3:], np.zeros((3, 2)))
     np.testing.assert_array_equal(wider.tokens_BKL[:, :3], rows.tokens_BKL)
     for room, name in ((2, "record 1"), (0, "record 1")):
-        with pytest.raises(errors.DataError, match=f"^{name}: the record has 3 answers, more than the {room} there"):
-            encoding.rankings(fmt, found, prompt_width=4, response_width=2, counts=any_share(), answers=room)
-    named = dataclasses.replace(found[0], where="x.jsonl, line 7")
+        with pytest.raises(errors.DataError, match=f"^{name}: the record has 3 answers, more than .* = {room}"):
+            encoding.encode_rankings(fmt, found, prompt_width=4, response_width=2, counts=any_share(), max_answers=room)
+    named = dataclasses.replace(found[0], location="x.jsonl, line 7")
     with pytest.raises(errors.DataError, match=r"^x\.jsonl, line 7: the record has 3 answers"):
-        encoding.rankings(fmt, [found[3], named], prompt_width=4, response_width=2, counts=any_share(), answers=2)
+        encoding.encode_rankings(
+            fmt, [found[3], named], prompt_width=4, response_width=2, counts=any_share(), max_answers=2
+        )
     bare: Any = dict(prompt_width=2, response_width=2, pad_id=0, counts=any_share())
-    with pytest.raises(errors.DataError, match="more than the 0 there is room for"):
-        tokenising.ranking_rows([[3]], [[[5], [6]]], [[1, 2]], most=0, **bare)
+    with pytest.raises(errors.DataError, match="more than max_answers = 0"):
+        padding.ranking_rows([[3]], [[[5], [6]]], [[1, 2]], max_answers=0, **bare)
