@@ -238,7 +238,7 @@ def live(stage: str, folder: str, steps: int, save_every: int, seed: int, connec
     def digest(done: int, state: Any, logs: Any) -> None:
         marks("state", done, state_digest(state))
 
-    saves = _Checkpoints(path / "checkpoints", tell=partial(_trouble, marks))
+    saves = _Checkpoints(path / "checkpoints", warn=partial(_trouble, marks))
     saves.marks = marks
     marks("restore")
     try:
@@ -295,7 +295,7 @@ def endure(folder: str, stage: str, steps: int, seed: int, trials: list[tuple[st
             path.write_bytes(changed)
         told: list[str] = []
         try:
-            with checkpoint.Checkpoints(folder, tell=told.append) as saves:
+            with checkpoint.Checkpoints(folder, warn=told.append) as saves:
                 step, state, _ = saves.restore(like)
             connection.send((step, state_digest(state), "; ".join(told)))
         except BaseException as error:

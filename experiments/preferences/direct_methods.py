@@ -239,7 +239,7 @@ class Trainer:
             path=self.folder / f"{name}.npz",
             settings={"model": repr(self.job.cfg), "temperature": 1.0},
             rows=mesh_settings.rows_up(policy_sampling.LONG_CHUNK, self.job.mesh),
-            tell=partial(self.job.progress.tell, name),
+            tell=partial(self.job.progress.message, name),
         )
 
     def train(
@@ -306,7 +306,7 @@ def make_trainer(job: jobs.Job, asked: Direct, folder: pathlib.Path) -> Trainer:
     how: dict[str, Any] = {} if kind.reference else {"reference": None}
     made = dpo.make_train_step(logprobs, kind.objective, micro_batches=asked.micro_batches, **how)
     whole = partial(dpo.answer_logprobs, logprobs)
-    score = parallel.JitStep(whole, donate_argnums=(), mesh=job.mesh, rows=(1,), small=())
+    score = parallel.JitStep(whole, donate_argnums=(), mesh=job.mesh, batch_args=(1,), replicated_args=())
     check_mesh(asked, job.settings.mesh)
     return Trainer(job, asked, parallel.jit_step(made, mesh=job.mesh), score, folder / "reference")
 

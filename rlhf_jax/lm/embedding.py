@@ -24,7 +24,7 @@ def embed(
     x_BLD = table_VD[ids_BL] if weights.ready(params) else look_up(table_VD, ids_BL, dtype)
     if cfg.positions == "learned":
         table_LD = params["embed"]["positions"]
-        table_LD = table_LD if weights.ready(params) else parallel.gathered(table_LD, None, "embed")
+        table_LD = table_LD if weights.ready(params) else parallel.gather_weight(table_LD, None, "embed")
         x_BLD = x_BLD + table_LD[positions_BL + cfg.position_offset]
     x_BLD = x_BLD.astype(cfg.compute_dtype)
     return x_BLD * jnp.asarray(cfg.d_model**0.5, x_BLD.dtype) if cfg.embed_scale else x_BLD
@@ -37,7 +37,7 @@ def look_up(table_VD: jax.Array, tokens_BL: jax.Array, dtype: Any) -> jax.Array:
     out, since the gradient is then added up on each device before it is sent, in the table's dtype, to where its parts
     lie; left to itself a compiler sends the rows of all devices instead, or the sum to all of them.
     """
-    mesh = parallel.compiled_for()
+    mesh = parallel.active_mesh()
     rows = None if mesh is None else parallel.spec(("batch", "length"), mesh, shape=tokens_BL.shape)
     where = None if mesh is None else parallel.spec(("vocab", "embed"), mesh, shape=table_VD.shape)
     if rows is None or where is None:
@@ -45,7 +45,7 @@ def look_up(table_VD: jax.Array, tokens_BL: jax.Array, dtype: Any) -> jax.Array:
     over_vocab, over_features = where
     if over_features is None or over_features not in (rows[0] or ()):
         # Few rows: all devices that share the features look up the same ones.
-        return parallel.gathered(table_VD, "vocab", "embed")[tokens_BL].astype(dtype)
+        return parallel.gather_weight(table_VD, "vocab", "embed")[tokens_BL].astype(dtype)
 
     def mine(table: jax.Array, tokens: jax.Array) -> jax.Array:
         table = lax.all_gather(table, over_features, axis=1, tiled=True)

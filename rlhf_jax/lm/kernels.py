@@ -103,7 +103,7 @@ def splash(
 
 def _splash_on_mesh(ids_BL: jax.Array, *heads: jax.Array, cfg: config.LMConfig) -> jax.Array:
     """Every device attends with its own rows and heads: a kernel is nothing that a compiler can take apart."""
-    mesh = parallel.compiled_for()
+    mesh = parallel.active_mesh()
     if mesh is None:
         return splash(*heads, ids_BL=ids_BL, cfg=cfg)
     names = [("batch", "heads", None, None), *[("batch", "kv_heads", None, None)] * 2, ("batch", None)]
@@ -121,9 +121,9 @@ def _splash_can(cfg: config.LMConfig, queries_BHLC: jax.Array) -> bool:
     # The window counts real tokens, and a kernel's counts columns: they differ where padding stands between tokens.
     windowed = cfg.windowed and cfg.sliding_window < L
     # Each device's query heads need their own key heads beside them.
-    apart = parallel.parts("heads")
+    apart = parallel.num_shards("heads")
     together = cfg.n_heads % apart != 0 or cfg.n_kv_heads % apart == 0
-    return L % _LANES == 0 and C % 64 == 0 and not windowed and together and parallel.parts("length") == 1
+    return L % _LANES == 0 and C % 64 == 0 and not windowed and together and parallel.num_shards("length") == 1
 
 
 def _cudnn_can(cfg: config.LMConfig) -> bool:

@@ -250,7 +250,7 @@ def fit(
             so can be started again, and goes on behind what it could not use.
         fingerprint: What identifies data, seed and batch size, as JSON; a resumed run must have the same one.
         agreed: ``agreed(done, wanted)``, whether to stop after ``done`` iterations, given whether this process wants
-            to; for several hosts, `hosts.Hosts.stage`, so that all of them stop after the same one.
+            to; for several hosts, `hosts.Hosts.stop_agreement`, so that all of them stop after the same one.
         tell: Called once, with the first step that was skipped: which loss or gradient was not finite, and where. By
             default it becomes a line on stderr.
 

@@ -164,15 +164,15 @@ def test_a_line_of_its_own_is_whole_and_above_the_display():
     text = "alarm at step 3: [kl] " + "far too many words for one narrow line " * 3
     with progress:
         progress.start("ppo", 9)
-        progress.tell("ppo", text)
+        progress.message("ppo", text)
     assert f"stage 2/2 PPO: {text}" in file.getvalue().splitlines()
     with pytest.raises(ValueError, match="unknown stage"):
-        progress.tell("rm", text)
+        progress.message("rm", text)
     drawn = io.StringIO()
     terminal = Console(file=drawn, width=60, force_terminal=True)
     with console.StageProgress([("ppo", 20)], console=terminal, live=True) as progress:
         progress.start("ppo", 9)
-        progress.tell("ppo", text)
+        progress.message("ppo", text)
     assert f"stage 1/1 PPO: {text}" in drawn.getvalue()
 
 
