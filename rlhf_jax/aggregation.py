@@ -1,20 +1,23 @@
-"""How the token losses of a batch of answers become one number: which token weighs how much.
+"""Aggregation of the token losses of a batch into one number: the weight of each token.
 
-A reduction looks at the mask of a whole batch and says what each row's tokens are multiplied by and what the sum is
-divided by, so that micro-batches and devices add up to the same number however the rows are dealt out to them::
+A reduction maps the mask of the whole batch to one weight per row and one divisor, so that micro-batches and devices
+add up to the same number however the rows are distributed::
 
     weights_B, total = sequence_mean(mask_BT)
     loss = weighted_sum(losses_BT, weights_B, where=mask_BT) / total
 
-Three are published under three names: PPO averages over tokens, GRPO over answers of averages over tokens (Shao 2024),
-and the gradient of a whole answer's log-probability is a sum over its tokens (Ahmadian 2024; Liu 2025 divides that sum
-by a constant).
+With ``m`` the mask and ``l`` the token losses of n non-empty responses:
+
+* `token_mean` (PPO): ``sum(m l) / sum(m)``;
+* `sequence_mean` (GRPO, Shao 2024): the mean over responses of ``sum_t(m l) / sum_t(m)``;
+* `sequence_sum` (REINFORCE and RLOO, Ahmadian 2024): ``sum(m l) / n``, as the gradient of the log-probability of a
+  response is a sum over its tokens;
+* `constant_mean` (Dr. GRPO, Liu 2025): ``sum(m l) / (n T)``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,39 +25,51 @@ import jax.numpy as jnp
 from rlhf_jax import masking
 
 Reduction = Callable[..., tuple[jax.Array, jax.Array]]
-"""``(mask_BT, axis_name=None) -> (weights_B, total)``; with an ``axis_name`` the total is that of all devices."""
+"""``(mask_BT, axis_name=None) -> (weights_B, total)``; with ``axis_name`` the total counts the rows of all devices."""
 
 
-def token_mean(mask_BT: jax.Array, *, axis_name: Any = None) -> tuple[jax.Array, jax.Array]:
-    """Every token of the batch weighs the same: long answers weigh more than short ones."""
+def token_mean(mask_BT: jax.Array, *, axis_name: masking.AxisName = None) -> tuple[jax.Array, jax.Array]:
+    """Weights every token of the batch equally, so that long responses count more than short ones."""
     count = masking.masked_count(mask_BT, where=mask_BT, axis_name=axis_name)
     return jnp.ones(mask_BT.shape[0]), _at_least_one(count)
 
 
-def sequence_mean(mask_BT: jax.Array, *, axis_name: Any = None) -> tuple[jax.Array, jax.Array]:
-    """Every answer weighs the same, and so a token of a long one less (GRPO); empty rows do not count."""
+def sequence_mean(mask_BT: jax.Array, *, axis_name: masking.AxisName = None) -> tuple[jax.Array, jax.Array]:
+    """Weights every response equally, so that a token of a long response counts less; empty rows are ignored."""
     lengths_B = jnp.sum(mask_BT, axis=1)
-    return 1.0 / jnp.maximum(lengths_B, 1), _answers(mask_BT, axis_name)
+    return 1.0 / jnp.maximum(lengths_B, 1), _count_responses(mask_BT, axis_name)
 
 
-def sequence_sum(mask_BT: jax.Array, *, axis_name: Any = None) -> tuple[jax.Array, jax.Array]:
-    """The mean over answers of sums over tokens: the gradient of expected reward, unbiased (REINFORCE, RLOO)."""
-    return jnp.ones(mask_BT.shape[0]), _answers(mask_BT, axis_name)
+def sequence_sum(mask_BT: jax.Array, *, axis_name: masking.AxisName = None) -> tuple[jax.Array, jax.Array]:
+    """Averages over responses the sum over their tokens: the unbiased gradient of the expected reward."""
+    return jnp.ones(mask_BT.shape[0]), _count_responses(mask_BT, axis_name)
 
 
-def constant_mean(mask_BT: jax.Array, *, axis_name: Any = None) -> tuple[jax.Array, jax.Array]:
-    """Sums over tokens by batch size and width T, the same constant for all lengths (Dr. GRPO, Liu 2025)."""
-    return jnp.ones(mask_BT.shape[0]), _answers(mask_BT, axis_name) * mask_BT.shape[1]
+def constant_mean(mask_BT: jax.Array, *, axis_name: masking.AxisName = None) -> tuple[jax.Array, jax.Array]:
+    """Divides the sum over tokens by the number of responses times the width T, whatever their lengths."""
+    return jnp.ones(mask_BT.shape[0]), _count_responses(mask_BT, axis_name) * mask_BT.shape[1]
 
 
-def weighted_sum(losses_BT: jax.Array, weights_B: jax.Array, *, where: jax.Array, axis_name: Any = None) -> jax.Array:
-    """``sum_b weights_b sum_t losses_bt`` over the mask."""
+def weighted_sum(
+    losses_BT: jax.Array, weights_B: jax.Array, *, where: jax.Array, axis_name: masking.AxisName = None
+) -> jax.Array:
+    """Returns ``sum_b weights_b sum_t losses_bt`` over the mask.
+
+    Args:
+        losses_BT: Token losses, unreduced.
+        weights_B: Weight of each row, from a reduction.
+        where: ``[B, T]``, True at the tokens that count.
+        axis_name: Mesh, ``vmap`` or ``pmap`` axes whose devices add up their sums.
+
+    Returns:
+        A scalar, still to be divided by the total of the reduction.
+    """
     return masking.masked_sum(losses_BT * weights_B[:, None], where=where, axis_name=axis_name)
 
 
-def _answers(mask_BT: jax.Array, axis_name: Any) -> jax.Array:
-    some_B = jnp.any(mask_BT, axis=1)
-    return _at_least_one(masking.masked_count(some_B, where=some_B, axis_name=axis_name))
+def _count_responses(mask_BT: jax.Array, axis_name: masking.AxisName) -> jax.Array:
+    nonempty_B = jnp.any(mask_BT, axis=1)
+    return _at_least_one(masking.masked_count(nonempty_B, where=nonempty_B, axis_name=axis_name))
 
 
 def _at_least_one(count: jax.Array) -> jax.Array:

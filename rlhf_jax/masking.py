@@ -1,16 +1,16 @@
-"""Reductions over masked arrays, right on one device and across many.
+"""Reductions over masked arrays, correct on one device and under sharding.
 
-Losses elsewhere are unreduced; these functions turn them into scalars. Three rules hold for all of them:
+The losses of this library are unreduced; these functions turn them into scalars. Three rules hold for all of them:
 
-* what stands where ``where`` is False is never read, NaN and infinity included, and receives a gradient of exactly 0;
-* a NaN where ``where`` is True reaches the result;
+* elements where ``where`` is False are ignored, NaN and infinity included, and get a gradient of exactly 0;
+* a NaN where ``where`` is True propagates to the result;
 * an empty mask gives 0 with zero gradients.
 
-With ``axis_name`` the sums and the counts are added up across devices *before* the division. When masks differ between
-devices a mean of local means weights tokens wrongly, and no later average can repair that.
+With ``axis_name``, sums and counts are added across devices *before* the division. A mean of local means would weight
+tokens wrongly whenever the masks differ between devices.
 
-A reduction cannot repair a NaN *derivative* of the function that made ``x``: the chain rule multiplies it by 0, which
-is NaN again. Where off-mask inputs may be anything, pass them through ``masked_fill`` before that function.
+A reduction cannot repair a NaN *derivative* of the function that computed ``x``: the chain rule multiplies it by 0,
+which is NaN again. If the inputs of that function can be arbitrary off the mask, pass them through `masked_fill` first.
 """
 
 from __future__ import annotations
@@ -19,27 +19,26 @@ import jax
 import jax.numpy as jnp
 
 Axis = int | tuple[int, ...] | None
-
-WHITEN_EPSILON = 1e-8
+AxisName = str | tuple[str, ...] | None
 
 
 def as_float32(x: jax.Array | float) -> jax.Array:
-    """Promotes to at least float32: bfloat16, integers and booleans are widened, float64 stays."""
+    """Returns ``x`` in at least float32: bfloat16, integers and booleans are widened, float64 is kept."""
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def check_rank(rank: int, **arrays: jax.Array | float) -> None:
-    """Raises ValueError unless every array (passed under its own name) has ``rank`` dimensions."""
+    """Raises ValueError unless every array, passed by name, has ``rank`` dimensions."""
     for name, array in arrays.items():
         if jnp.ndim(array) != rank:
             raise ValueError(f"{name} must have rank {rank}, got shape {jnp.shape(array)}")
 
 
 def check_same_shape(**arrays: jax.Array | float) -> None:
-    """Raises ValueError unless all arrays have one shape; scalars go with any.
+    """Raises ValueError unless all arrays, passed by name, have the same shape; scalars are always accepted.
 
-    Broadcasting ``[B]`` against ``[B, 1]`` is never meant in a loss, and silently makes ``[B, B]``.
+    Broadcasting ``[B]`` against ``[B, 1]`` silently makes ``[B, B]``, which a loss never wants.
     """
     shapes = {name: jnp.shape(array) for name, array in arrays.items() if jnp.ndim(array) > 0}
     if len(set(shapes.values())) > 1:
@@ -47,116 +46,93 @@ def check_same_shape(**arrays: jax.Array | float) -> None:
 
 
 def masked_fill(x: jax.Array, *, where: jax.Array | bool, value: float = 0.0) -> jax.Array:
-    """``x`` in at least float32 with ``value`` where ``where`` is False; no gradient flows there.
+    """Returns ``x`` in at least float32, with ``value`` and no gradient where ``where`` is False.
 
-    Args:
-        x: any shape.
-        where: boolean (or 0/1), a scalar or of the rank of ``x`` and broadcastable to it.
-        value: what to put off the mask.
+    ``where`` is as in `masked_mean`.
     """
     x, where = _prepare(x, where)
     return jnp.where(where, x, value)
 
 
-def masked_sum(
-    x: jax.Array,
-    *,
-    where: jax.Array | bool,
-    axis: Axis = None,
-    axis_name: str | tuple[str, ...] | None = None,
-    keepdims: bool = False,
-) -> jax.Array:
-    """Sum of the elements of ``x`` at which ``where`` is True, over ``axis`` and over the devices of ``axis_name``."""
-    x, where = _prepare(x, where)
-    return _psum(jnp.sum(jnp.where(where, x, 0.0), axis=axis, keepdims=keepdims), axis_name)
-
-
-def masked_count(
-    x: jax.Array,
-    *,
-    where: jax.Array | bool,
-    axis: Axis = None,
-    axis_name: str | tuple[str, ...] | None = None,
-    keepdims: bool = False,
-) -> jax.Array:
-    """How many elements of ``x`` are on the mask, as int32, with the axes of ``masked_sum``."""
-    _, where = _prepare(x, where)
-    # Integers, because a float32 sum of ones stops growing at 2^24 tokens.
-    return _psum(jnp.sum(where, axis=axis, keepdims=keepdims, dtype=jnp.int32), axis_name)
-
-
-def masked_mean(
-    x: jax.Array,
-    *,
-    where: jax.Array | bool,
-    axis: Axis = None,
-    axis_name: str | tuple[str, ...] | None = None,
-    keepdims: bool = False,
-) -> jax.Array:
-    """Mean of the elements of ``x`` at which ``where`` is True; 0 where there are none.
+def masked_sum(x: jax.Array, *, where: jax.Array | bool, axis: Axis = None, axis_name: AxisName = None) -> jax.Array:
+    """Returns the sum of the elements of ``x`` at which ``where`` is True.
 
     Args:
-        x: any shape; computed in at least float32.
-        where: boolean (or 0/1), a scalar or of the rank of ``x`` and broadcastable to it.
-        axis: as in ``jnp.mean``.
-        axis_name: mesh, ``vmap`` or ``pmap`` axes over which sum and count are added before dividing.
-        keepdims: as in ``jnp.mean``.
+        x: Array of any shape; summed in at least float32.
+        where: Boolean (or 0/1) mask, a scalar or of the rank of ``x`` and broadcastable to it.
+        axis: Axes to sum over, as in ``jnp.sum``; all of them by default.
+        axis_name: Mesh, ``vmap`` or ``pmap`` axes whose devices add up their sums.
+
+    Returns:
+        The sum, 0 where the mask is empty.
 
     Raises:
-        ValueError: if the rank of ``where`` is neither 0 nor that of ``x``.
+        ValueError: If the rank of ``where`` is neither 0 nor that of ``x``.
     """
-    total = masked_sum(x, where=where, axis=axis, axis_name=axis_name, keepdims=keepdims)
-    count = masked_count(x, where=where, axis=axis, axis_name=axis_name, keepdims=keepdims)
+    x, where = _prepare(x, where)
+    return _psum(jnp.sum(jnp.where(where, x, 0.0), axis=axis), axis_name)
+
+
+def masked_count(x: jax.Array, *, where: jax.Array | bool, axis: Axis = None, axis_name: AxisName = None) -> jax.Array:
+    """Returns the number of elements of ``x`` at which ``where`` is True, as int32.
+
+    Args:
+        x: Array of any shape, of which only the shape matters.
+        where: Mask, as in `masked_sum`.
+        axis: Axes to count over, as in ``jnp.sum``; all of them by default.
+        axis_name: Mesh, ``vmap`` or ``pmap`` axes whose devices add up their counts.
+
+    Returns:
+        The count. It is an integer because a float32 sum of ones stops growing at 2^24 tokens.
+
+    Raises:
+        ValueError: If the rank of ``where`` is neither 0 nor that of ``x``.
+    """
+    _, where = _prepare(x, where)
+    return _psum(jnp.sum(where, axis=axis, dtype=jnp.int32), axis_name)
+
+
+def masked_mean(x: jax.Array, *, where: jax.Array | bool, axis: Axis = None, axis_name: AxisName = None) -> jax.Array:
+    """Returns the mean of the elements of ``x`` at which ``where`` is True: ``sum(x * where) / sum(where)``.
+
+    Args:
+        x: Array of any shape; averaged in at least float32.
+        where: Boolean (or 0/1) mask, a scalar or of the rank of ``x`` and broadcastable to it.
+        axis: Axes to average over, as in ``jnp.mean``; all of them by default.
+        axis_name: Mesh, ``vmap`` or ``pmap`` axes over which sums and counts are added before the division.
+
+    Returns:
+        The mean, 0 where the mask is empty.
+
+    Raises:
+        ValueError: If the rank of ``where`` is neither 0 nor that of ``x``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rlhf_jax import losses
+        >>> losses_BT = jnp.array([[1.0, 2.0, jnp.nan], [6.0, jnp.nan, jnp.nan]])
+        >>> mask_BT = jnp.array([[True, True, False], [True, False, False]])
+        >>> print(losses.masked_mean(losses_BT, where=mask_BT))
+        3.0
+    """
+    total = masked_sum(x, where=where, axis=axis, axis_name=axis_name)
+    count = masked_count(x, where=where, axis=axis, axis_name=axis_name)
     return total / jnp.maximum(count, 1).astype(total.dtype)
 
 
-def masked_var(
-    x: jax.Array,
-    *,
-    where: jax.Array | bool,
-    axis: Axis = None,
-    axis_name: str | tuple[str, ...] | None = None,
-    keepdims: bool = False,
-) -> jax.Array:
-    """Population variance (ddof 0) of the elements of ``x`` at which ``where`` is True; 0 where there are none."""
-    mean = masked_mean(x, where=where, axis=axis, axis_name=axis_name, keepdims=True)
+def masked_var(x: jax.Array, *, where: jax.Array | bool, axis_name: AxisName = None) -> jax.Array:
+    """Returns the population variance (ddof 0) of the elements of ``x`` at which ``where`` is True, a scalar.
+
+    The variance is 0 if the mask is empty. ``where`` and ``axis_name`` are as in `masked_mean`.
+    """
+    mean = masked_mean(x, where=where, axis_name=axis_name)
     # Filled before subtracting and squaring: the square of a NaN has a NaN derivative.
     square = jnp.square(masked_fill(x, where=where) - mean)
-    return masked_mean(square, where=where, axis=axis, axis_name=axis_name, keepdims=keepdims)
+    return masked_mean(square, where=where, axis_name=axis_name)
 
 
-def masked_whiten(
-    x: jax.Array,
-    *,
-    where: jax.Array | bool,
-    shift_mean: bool = True,
-    axis_name: str | tuple[str, ...] | None = None,
-) -> jax.Array:
-    """Scales ``x`` to unit variance over the mask: ``(x - mean) * rsqrt(var + 1e-8)``.
-
-    Population variance over all elements on the mask (Ziegler 2019). Rewards are whitened with ``shift_mean=False``
-    before GAE, advantages with ``shift_mean=True`` after the returns are formed.
-
-    Args:
-        x: any shape.
-        where: as in ``masked_mean``.
-        shift_mean: if False the mean is added back after scaling.
-        axis_name: axes over which mean and variance are taken jointly.
-
-    Returns:
-        Array shaped as ``x``, 0 off the mask.
-    """
-    filled = masked_fill(x, where=where)
-    mean = masked_mean(x, where=where, axis_name=axis_name)
-    whitened = (filled - mean) * jax.lax.rsqrt(masked_var(x, where=where, axis_name=axis_name) + WHITEN_EPSILON)
-    return masked_fill(whitened if shift_mean else whitened + mean, where=where)
-
-
-whiten = masked_whiten
-
-
-def largest(x: jax.Array, *, axis_name: str | tuple[str, ...] | None = None) -> jax.Array:
-    """The largest element of ``x``, over the devices of ``axis_name`` too; for logs, no gradient flows."""
+def global_max(x: jax.Array, *, axis_name: AxisName = None) -> jax.Array:
+    """Returns the largest element of ``x`` over all devices of ``axis_name``, without a gradient; used for logging."""
     x = jnp.max(jax.lax.stop_gradient(x))
     return x if axis_name is None else jax.lax.pmax(x, axis_name)
 
@@ -168,5 +144,5 @@ def _prepare(x: jax.Array, where: jax.Array | bool) -> tuple[jax.Array, jax.Arra
     return x, jnp.broadcast_to(where, x.shape)
 
 
-def _psum(x: jax.Array, axis_name: str | tuple[str, ...] | None) -> jax.Array:
+def _psum(x: jax.Array, axis_name: AxisName) -> jax.Array:
     return x if axis_name is None else jax.lax.psum(x, axis_name)

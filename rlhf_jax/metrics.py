@@ -1,7 +1,7 @@
-"""Metrics that can be averaged later, and the files they are written to.
+"""Metrics that can be averaged later, and the log files that record them.
 
-A mean alone cannot be merged with another mean; a sum and a weight can. Steps return ``Metric`` values, which add up
-over micro-batches, minibatches and devices, and become numbers on the host once, when they are logged.
+Two means cannot be merged without their weights; sums and weights can. Steps return `Metric` values, which add up over
+micro-batches, minibatches and devices and are converted to numbers once, on the host, when they are logged.
 """
 
 from __future__ import annotations
@@ -31,55 +31,65 @@ _FLUSH_SECONDS = 2
 
 
 class LogError(RuntimeError):
-    """What is to be logged cannot be written; the message says where and why."""
+    """The log cannot be written; the message names the directory and the reason."""
 
 
 @struct.dataclass
 class Metric:
-    """A weighted mean in two parts; a pytree, so ``jax.lax.psum(metric, axis_name)`` merges it across devices."""
+    """A weighted mean, stored as a sum and a weight. ``jax.lax.psum(metric, axis_name)`` merges it across devices.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rlhf_jax import metrics
+        >>> first = metrics.mean_metric(jnp.array([1.0, 2.0]))
+        >>> second = metrics.mean_metric(jnp.array([9.0]))
+        >>> print(first.merge(second).value())
+        4.0
+    """
 
     sum: jax.Array
     weight: jax.Array
 
     def value(self) -> jax.Array:
-        """``sum / weight``; NaN where nothing was observed, because 0 would read as a measurement."""
+        """Returns ``sum / weight``; NaN if the weight is 0, because 0 would look like a measurement."""
         empty = jnp.asarray(self.weight) == 0
         return jnp.where(empty, jnp.nan, self.sum / jnp.where(empty, 1.0, self.weight))
 
     def merge(self, other: Metric) -> Metric:
-        """The metric of both sets of observations together."""
+        """Returns the metric of the union of both sets of observations."""
         return Metric(sum=self.sum + other.sum, weight=self.weight + other.weight)
 
     def collapse(self) -> Metric:
-        """Merges a metric that ``scan`` or ``vmap`` has stacked into one with scalar parts."""
+        """Merges a metric stacked by ``scan`` or ``vmap`` into one with scalar parts."""
         return Metric(sum=jnp.sum(self.sum), weight=jnp.sum(self.weight))
 
 
-def mean_metric(
-    x: jax.Array, where: jax.Array | bool | None = None, *, axis_name: str | tuple[str, ...] | None = None
-) -> Metric:
-    """The mean of ``x`` (any shape) over ``where`` (everything if None) as a ``Metric``."""
-    mask = True if where is None else where
+def mean_metric(x: jax.Array, where: jax.Array | bool = True, *, axis_name: masking.AxisName = None) -> Metric:
+    """Returns the mean of ``x`` (any shape) over the mask ``where`` and the devices of ``axis_name`` as a `Metric`."""
     return Metric(
-        sum=masking.masked_sum(x, where=mask, axis_name=axis_name),
-        weight=masking.masked_count(x, where=mask, axis_name=axis_name).astype(jnp.float32),
+        sum=masking.masked_sum(x, where=where, axis_name=axis_name),
+        weight=masking.masked_count(x, where=where, axis_name=axis_name).astype(jnp.float32),
     )
 
 
 def to_floats(values: Mapping[str, Metric | jax.Array | float]) -> dict[str, float]:
-    """Numbers on the host, with one transfer; stacked metrics are merged.
+    """Converts metrics to numbers on the host, with one transfer; stacked metrics are merged.
 
-    Raises:
-        TypeError: if a value that is not a ``Metric`` is not a scalar.
+    Raises TypeError if a value is neither a `Metric` nor a scalar.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rlhf_jax import metrics
+        >>> metrics.to_floats({"loss": metrics.mean_metric(jnp.array([1.0, 2.0])), "step": 3})
+        {'loss': 1.5, 'step': 3.0}
     """
     return {name: _number(value) for name, value in jax.device_get(dict(values)).items()}
 
 
 def read(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of ``directory/metrics.jsonl`` in the order they were written; a torn last line is left out.
+    """Returns the lines of ``directory/metrics.jsonl`` in the order they were written, without an incomplete last line.
 
-    Raises:
-        ValueError: if any other line is broken.
+    Raises ValueError if any other line is broken.
     """
     return [record for _, record in _records(pathlib.Path(directory) / FILE_NAME)]
 
@@ -87,54 +97,48 @@ def read(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
 class MetricLog:
     """Appends numbers to ``directory/metrics.jsonl`` and to TensorBoard files under ``directory/tensorboard``.
 
-    The lines are the exact record: each is in the file when ``write`` returns. TensorBoard's files are written out
-    every few seconds, so a killed process can lose the last ones of a curve there.
+    The lines are the exact record: `write` returns after its line has reached the file. The TensorBoard files are
+    flushed every few seconds, so an interrupted process can lose the last points of a curve there. Each stage is a
+    TensorBoard run of its own, because a restart purges a whole run after a step and stages count steps separately.
 
-    Raises:
-        LogError: from every method, if the disk is full, read-only or gone.
-
-    Each stage is a TensorBoard run of its own, because a restart purges a whole run from a step on and stages count
-    their steps separately.
+    Every method raises `LogError` if the disk is full, read-only or gone.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
-        """Opens the files, creating the directory; the half line that a killed process left behind is removed."""
+        """Creates the directory and opens the files, removing an incomplete last line left by a killed process."""
         self._directory = pathlib.Path(directory)
         self._path = self._directory / FILE_NAME
         self._boards: dict[str, _Board] = {}
         self._purge_steps: dict[str, int] = {}
-        with self._writing():
+        with self._convert_errors():
             self._directory.mkdir(parents=True, exist_ok=True)
-            _mend(self._path)
+            _repair_last_line(self._path)
             self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, stage: str, step: int, values: Mapping[str, Metric | jax.Array | float]) -> None:
         """Appends one line ``{"stage": ..., "step": ..., **values}`` and the scalars ``stage/name``.
 
-        NaN and infinity, which JSON does not have, become null.
-
-        Raises:
-            ValueError: if a value is named "stage" or "step".
+        NaN and infinity, which JSON lacks, become null. Raises ValueError if a value is named "stage" or "step".
         """
         if {"stage", "step"} & values.keys():
-            raise ValueError(f'"stage" and "step" cannot name values, got {sorted(values)}')
+            raise ValueError(f'a metric cannot be named "stage" or "step", got {sorted(values)}')
         numbers = to_floats(values)
         finite = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
-        with self._writing():
+        with self._convert_errors():
             self._file.write(json.dumps({"stage": stage, "step": int(step), **finite}, allow_nan=False) + "\n")
             self._file.flush()
             shown = {f"{stage}/{name}": number for name, number in finite.items() if number is not None}
             self._board(stage).add(int(step), shown)
 
     def rewind(self, stage: str, step: int, *, drop_stages: Collection[str] = ()) -> None:
-        """Forgets what was logged after a checkpoint, so that a resumed run leaves neither gaps nor double lines.
+        """Removes the lines logged after a checkpoint, so that a resumed run has neither gaps nor duplicate lines.
 
         Args:
-            stage: the stage that resumes; its lines with a step above ``step`` are dropped.
-            step: the last step whose line is kept.
-            drop_stages: stages that come later and will run again from their start; all their lines are dropped.
+            stage: The stage that resumes; its lines with a step above ``step`` are dropped.
+            step: The last step whose line is kept.
+            drop_stages: Later stages, which will run again from their start; all their lines are dropped.
         """
-        with self._writing():
+        with self._convert_errors():
             self._file.close()
             kept = [
                 line
@@ -149,28 +153,28 @@ class MetricLog:
                 self._boards.pop(name).close()
 
     def rows(self, stage: str) -> list[dict[str, Any]]:
-        """The lines of one stage, as `read` gives them."""
+        """Returns the lines of one stage, in the order they were written."""
         return [record for record in read(self._directory) if record["stage"] == stage]
 
     def close(self) -> None:
-        """Flushes and closes everything; the object cannot be written to afterwards."""
+        """Flushes and closes all files; nothing can be logged afterwards."""
         boards, self._boards = self._boards, {}
-        with self._writing():
+        with self._convert_errors():
             self._file.close()
             for board in boards.values():
                 board.close()
 
     def __enter__(self) -> MetricLog:
-        """The log itself; it is closed on leaving the ``with`` block."""
+        """Returns the log itself, which is closed at the end of the ``with`` block."""
         return self
 
     def __exit__(self, kind: object, *exception: object) -> None:
-        """Closes the log; a failure to do so does not hide an exception that is already on its way."""
+        """Closes the log; an error while closing does not hide an exception raised in the block."""
         with contextlib.suppress(*([] if kind is None else [LogError])):
             self.close()
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _convert_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -184,21 +188,21 @@ class MetricLog:
 
 
 class _Board:
-    """One file of TensorBoard's.
+    """A TensorBoard event file.
 
-    tensorboardX's own writer hands its numbers to a thread through a queue of ten: where the disk is full the thread
-    dies, and whoever writes next waits for it for ever.
+    tensorboardX's own writer passes its numbers to a thread through a queue of ten. If the disk is full the thread
+    dies, and the next write waits for it forever.
     """
 
     def __init__(self, folder: pathlib.Path, purge_step: int | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        # Event files are read in the order of their names, which hold whole seconds; the suffix orders two starts
-        # within one second and keeps the second from overwriting the first.
+        # Event files are read in the order of their names, which contain the time in whole seconds. The suffix orders
+        # two starts within one second and keeps the second from overwriting the first.
         self._events = event_file_writer.EventsWriter(str(folder / "events"), f".{time.time_ns()}")
         self._flushed = 0.0
         if purge_step is not None:
-            log: Any = event_pb2
-            self._write(step=purge_step, session_log=log.SessionLog(status=log.SessionLog.START))
+            events: Any = event_pb2
+            self._write(step=purge_step, session_log=events.SessionLog(status=events.SessionLog.START))
 
     def add(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, number in numbers.items():
@@ -210,9 +214,9 @@ class _Board:
     def close(self) -> None:
         self._events.close()
 
-    def _write(self, **what: Any) -> None:
-        make: Any = event_pb2
-        self._events.write_event(make.Event(wall_time=time.time(), **what))
+    def _write(self, **fields: Any) -> None:
+        events: Any = event_pb2
+        self._events.write_event(events.Event(wall_time=time.time(), **fields))
 
 
 def _number(value: Any) -> float:
@@ -229,7 +233,7 @@ def _records(path: pathlib.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
         if record is not None:
             yield line if line.endswith(b"\n") else line + b"\n", record
         elif line.endswith(b"\n"):
-            raise ValueError(f"{path}, line {number}, is not a metrics line: {line[:80]!r}")
+            raise ValueError(f"{path}, line {number}: not a JSON object with a stage and a step: {line[:80]!r}")
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -240,9 +244,9 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and {"stage", "step"} <= record.keys() else None
 
 
-def _mend(path: pathlib.Path) -> None:
+def _repair_last_line(path: pathlib.Path) -> None:
     """Completes or removes a last line that has no newline."""
     content = path.read_bytes() if path.exists() else b""
     if content and not content.endswith(b"\n"):
-        whole, tail = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
-        atomic.replace_file(path, content + b"\n" if _parse(tail) is not None else whole)
+        end = content.rfind(b"\n") + 1
+        atomic.replace_file(path, content + b"\n" if _parse(content[end:]) is not None else content[:end])

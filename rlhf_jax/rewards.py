@@ -1,4 +1,4 @@
-"""From a score for a whole answer to a reward for each of its tokens."""
+"""Rewards of tokens, from the scores of whole responses and a KL penalty; combinations of score functions."""
 
 from __future__ import annotations
 
@@ -20,64 +20,56 @@ def token_rewards(
     *,
     kl_coef: float | jax.Array,
 ) -> jax.Array:
-    """``-kl_coef * (logprob - reference)`` at every real token, plus the score at the last one.
+    """Returns ``-kl_coef * (logprob - reference)`` for every real token, plus the score at the last real token.
 
-    Summed over a row this is ``score - kl_coef * log(policy / reference)``, the objective of InstructGPT Eq 2. The KL
-    part comes from the policy that sampled the tokens, is computed once a rollout, and stays fixed through the epochs.
+    The sum over a row is ``score - kl_coef * log(policy / reference)``, the objective of InstructGPT Eq 2 and the
+    sequence-level reward of RLOO (Ahmadian 2024). The KL term uses the policy that sampled the tokens; compute it once
+    per rollout and keep it fixed through the epochs.
 
     Args:
-        scores_B: one score a response, of any dtype; integers become float32, fractions stay fractions.
-        logprobs_BT: of the behaviour policy.
-        reference_logprobs_BT: of the frozen reference.
+        scores_B: One score per response, of any dtype; computed in at least float32.
+        logprobs_BT: Log-probabilities under the behaviour policy.
+        reference_logprobs_BT: Log-probabilities under the frozen reference.
         mask_BT: True at real response tokens, the stop token included.
-        kl_coef: the coefficient, in units of score per nat.
+        kl_coef: KL coefficient, in units of score per nat.
 
     Returns:
-        ``[B, T]``, at least float32, 0 off the mask. A row with no real token is all zeros, whatever its score.
+        ``[B, T]``, at least float32, 0 off the mask. A row without real tokens is all zeros, whatever its score.
 
     Raises:
-        ValueError: if ranks or shapes disagree.
+        ValueError: If ranks or shapes disagree.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rlhf_jax import rewards
+        >>> logprobs_BT = jnp.array([[-1.0, -2.0, 0.0]])
+        >>> reference_BT = jnp.array([[-1.5, -2.0, 0.0]])
+        >>> mask_BT = jnp.array([[True, True, False]])
+        >>> print(rewards.token_rewards(jnp.array([2.0]), logprobs_BT, reference_BT, mask_BT, kl_coef=0.1))
+        [[-0.05  2.    0.  ]]
     """
     masking.check_rank(1, scores_B=scores_B)
     masking.check_rank(2, logprobs_BT=logprobs_BT)
     masking.check_same_shape(logprobs_BT=logprobs_BT, reference_logprobs_BT=reference_logprobs_BT, mask_BT=mask_BT)
     if scores_B.shape[0] != mask_BT.shape[0]:
-        raise ValueError(f"one score a row is needed, got {scores_B.shape[0]} for {mask_BT.shape[0]} rows")
+        raise ValueError(f"need one score per row, got {scores_B.shape[0]} scores for {mask_BT.shape[0]} rows")
     mask_BT = mask_BT.astype(bool)
     kl_BT = masking.masked_fill(logprobs_BT, where=mask_BT) - masking.masked_fill(reference_logprobs_BT, where=mask_BT)
     score_BT = jnp.where(_is_last(mask_BT), masking.as_float32(scores_B)[:, None], 0.0)
     return score_BT - kl_coef * kl_BT
 
 
-def sequence_rewards(
-    scores_B: jax.Array,
-    logprobs_BT: jax.Array,
-    reference_logprobs_BT: jax.Array,
-    mask_BT: jax.Array,
-    *,
-    kl_coef: float | jax.Array,
-) -> jax.Array:
-    """``score - kl_coef * log(policy / reference)`` for whole responses, ``[B]``: what RLOO takes (Ahmadian 2024).
+def replace_unfinished(scores_B: jax.Array, stopped_B: jax.Array, *, score: float | jax.Array) -> jax.Array:
+    """Replaces the scores of responses without a stop token by ``score``: the papers' rule (-1 in Ziegler 2019).
 
-    Arguments as in ``token_rewards``, of which this is the sum over T.
-    """
-    return jnp.sum(token_rewards(scores_B, logprobs_BT, reference_logprobs_BT, mask_BT, kl_coef=kl_coef), axis=-1)
-
-
-def missing_stop(scores_B: jax.Array, stopped_B: jax.Array, *, score: float | jax.Array) -> jax.Array:
-    """Replaces the score of a response that never stopped by ``score`` (-1 in Ziegler 2019): the papers' rule.
-
-    Args:
-        scores_B: scores of the responses, any shape.
-        stopped_B: True where the response ended with its stop token.
-        score: the score of an unfinished response; choose it below what a bad answer gets.
+    ``stopped_B`` is True where a response ended with its stop token. ``score`` should be below that of a bad response.
     """
     masking.check_same_shape(scores_B=scores_B, stopped_B=stopped_B)
     return jnp.where(stopped_B.astype(bool), masking.as_float32(scores_B), score)
 
 
-def subtract_for_missing_stop(scores_B: jax.Array, stopped_B: jax.Array, *, penalty: float | jax.Array) -> jax.Array:
-    """Subtracts ``penalty`` from the score of a response that never stopped: a later variant, not the papers' rule."""
+def penalise_unfinished(scores_B: jax.Array, stopped_B: jax.Array, *, penalty: float | jax.Array) -> jax.Array:
+    """Subtracts ``penalty`` from the scores of responses without a stop token: a later variant of the papers' rule."""
     masking.check_same_shape(scores_B=scores_B, stopped_B=stopped_B)
     scores_B = masking.as_float32(scores_B)
     return jnp.where(stopped_B.astype(bool), scores_B, scores_B - penalty)
@@ -86,9 +78,9 @@ def subtract_for_missing_stop(scores_B: jax.Array, stopped_B: jax.Array, *, pena
 def weighted(
     scorers: Mapping[str, Callable[[Any, types.Rollout], jax.Array]], weights: Mapping[str, float]
 ) -> Callable[[Mapping[str, Any], types.Rollout], jax.Array]:
-    """One score function of several, such as helpful and harmless: the sum of weight times score, name by name.
+    """Returns a score function that is the weighted sum of several, such as a helpful and a harmless one.
 
-    Raises ValueError where the names of scorers and weights differ.
+    Its ``params`` are a mapping with the same names. Raises ValueError if the names of scorers and weights differ.
     """
     if set(scorers) != set(weights):
         raise ValueError(f"scorers are {sorted(scorers)} and weights {sorted(weights)}; they must have the same names")
@@ -103,20 +95,21 @@ def weighted(
 def from_python(
     fn: Callable[[np.ndarray, np.ndarray, np.ndarray], Any],
 ) -> Callable[[Any, types.Rollout], jax.Array]:
-    """A score function that calls ``fn(tokens_BL, mask_BL, response_mask_BT)`` on the host, in a compiled step too.
+    """Returns a score function that calls ``fn(tokens_BL, mask_BL, response_mask_BT)`` on the host.
 
-    ``fn`` gets NumPy arrays and returns one number an answer, of any type; the step raises where it returns another
-    shape or a number that is not finite. Device and host wait for each other, so a JAX function is faster.
+    It can be used inside a compiled step. ``fn`` receives NumPy arrays and returns one number per response, of any
+    numeric type; the step fails if it returns another shape or a number that is not finite. Device and host wait for
+    each other, so a JAX function is faster.
     """
 
     def on_host(tokens_BL: Any, mask_BL: Any, response_mask_BT: Any) -> np.ndarray:
         rows = np.asarray(tokens_BL), np.asarray(mask_BL), np.asarray(response_mask_BT)
         scores_B = np.asarray(fn(*rows), np.float32)
         if scores_B.shape != rows[0].shape[:1]:
-            raise ValueError(f"the reward function returned shape {scores_B.shape} for {len(rows[0])} answers")
+            raise ValueError(f"the reward function returned shape {scores_B.shape} for {len(rows[0])} responses")
         if not np.isfinite(scores_B).all():
             row = int(np.flatnonzero(~np.isfinite(scores_B))[0])
-            raise ValueError(f"the reward function returned {scores_B[row]} for answer {row} of {len(scores_B)}")
+            raise ValueError(f"the reward function returned {scores_B[row]} for response {row} of {len(scores_B)}")
         return scores_B
 
     def score(params: Any, rollout: types.Rollout) -> jax.Array:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from rlhf_jax import advantages, masking
+from rlhf_jax import advantages
 
 T = 7
 compiled = jax.jit(advantages.gae)
@@ -35,16 +35,16 @@ def gae_by_hand(rewards, values, length, discount, lambda_):
 
 
 @hypothesis.given(seed=seeds, length=lengths, discount=unit, lambda_=unit)
-def test_agrees_with_the_definition_whatever_stands_off_the_mask(seed, length, discount, lambda_):
+def test_gae_agrees_with_its_definition_and_ignores_elements_off_the_mask(seed, length, discount, lambda_):
     rewards, values, mask = episode(seed, length)
     expected = gae_by_hand(rewards, values, length, discount, lambda_)
-    rubbish = np.where(mask, rewards, np.nan), np.where(mask, values, np.inf)
-    got, returns = compiled(*rubbish, mask, discount=discount, lambda_=lambda_)
+    garbage = np.where(mask, rewards, np.nan), np.where(mask, values, np.inf)
+    got, returns = compiled(*garbage, mask, discount=discount, lambda_=lambda_)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(returns, np.where(mask, expected + values, 0.0), rtol=1e-4, atol=1e-5)
 
 
-def test_numbers_by_hand():
+def test_gae_matches_hand_computed_values():
     got, returns = advantages.gae(
         jnp.array([0.0, 1.0, 5.0]),
         jnp.array([0.5, 0.25, 9.0]),
@@ -58,7 +58,7 @@ def test_numbers_by_hand():
 
 
 @hypothesis.given(seed=seeds, length=lengths, discount=unit)
-def test_lambda_one_is_monte_carlo_and_lambda_zero_is_td(seed, length, discount):
+def test_lambda_one_is_monte_carlo_and_lambda_zero_is_temporal_difference(seed, length, discount):
     rewards, values, mask = episode(seed, length)
     _, returns = compiled(rewards, values, mask, discount=discount, lambda_=1.0)
     monte_carlo = [sum(discount ** (s - t) * rewards[s] for s in range(t, length)) for t in range(T)]
@@ -69,20 +69,20 @@ def test_lambda_one_is_monte_carlo_and_lambda_zero_is_td(seed, length, discount)
 
 
 @pytest.mark.parametrize("length", [1, 4])
-def test_masked_equals_truncated(length):
+def test_masked_gae_equals_truncated_gae(length):
     rewards, values, mask = episode(0, length)
     masked, masked_returns = advantages.gae(rewards, values, mask)
-    cut, cut_returns = advantages.gae(rewards[:length], values[:length], mask[:length])
-    np.testing.assert_allclose(masked[:length], cut, rtol=1e-6)
-    np.testing.assert_allclose(masked_returns[:length], cut_returns, rtol=1e-6)
+    truncated, truncated_returns = advantages.gae(rewards[:length], values[:length], mask[:length])
+    np.testing.assert_allclose(masked[:length], truncated, rtol=1e-6)
+    np.testing.assert_allclose(masked_returns[:length], truncated_returns, rtol=1e-6)
 
 
-def test_integer_rewards_keep_fractional_advantages():
+def test_integer_rewards_give_fractional_advantages():
     got, _ = advantages.gae(jnp.array([0, 1]), jnp.array([0.25, 0.5]), jnp.ones(2, bool), lambda_=0.0)
     np.testing.assert_allclose(got, [0.25, 0.5])
 
 
-def test_no_gradient_through_values_and_none_from_off_the_mask():
+def test_values_and_elements_off_the_mask_get_no_gradient():
     rewards, values, mask = episode(1, 4)
 
     def total(rewards, values):
@@ -96,14 +96,14 @@ def test_no_gradient_through_values_and_none_from_off_the_mask():
     assert jnp.all(jnp.isfinite(by_rewards)) and jnp.all(by_rewards[4:] == 0.0) and by_rewards[3] > 0.0
 
 
-def test_a_nan_on_the_mask_is_not_hidden():
+def test_nan_on_the_mask_propagates():
     rewards, values, mask = episode(2, 4)
     rewards[1] = np.nan
     got, _ = advantages.gae(rewards, values, mask)
     np.testing.assert_array_equal(np.isnan(got), [True, True, False, False, False, False, False])
 
 
-def test_vmapped_equals_looped_over_batch_and_over_hyperparameters():
+def test_vmap_over_batch_and_hyperparameters_equals_a_loop():
     rng = np.random.default_rng(5)
     rewards, values = rng.normal(size=(2, 3, T)).astype(np.float32)
     mask = np.arange(T)[None, :] < np.array([7, 3, 0])[:, None]
@@ -120,7 +120,7 @@ def test_vmapped_equals_looped_over_batch_and_over_hyperparameters():
 
 
 @hypothesis.given(scores=st.lists(st.floats(-10, 10, width=32), min_size=4, max_size=4))
-def test_rloo_leaves_one_out_and_is_a_scaled_mean_baseline(scores):
+def test_rloo_is_leave_one_out_and_a_scaled_mean_baseline(scores):
     scores = np.array(scores)
     got = advantages.rloo(scores)
     for i in range(4):
@@ -128,7 +128,7 @@ def test_rloo_leaves_one_out_and_is_a_scaled_mean_baseline(scores):
     np.testing.assert_allclose(scores - scores.mean(), 3 / 4 * np.asarray(got), rtol=1e-4, atol=1e-5)
 
 
-def test_group_normalize_uses_the_population_deviation():
+def test_group_normalize_uses_the_population_standard_deviation():
     np.testing.assert_allclose(advantages.group_normalize(jnp.array([1.0, 3.0])), [-1.0, 1.0], rtol=1e-6)
     np.testing.assert_allclose(advantages.group_center(jnp.array([1, 2, 6])), [-2.0, -1.0, 3.0], rtol=1e-6)
     scores = np.random.default_rng(6).normal(5.0, 3.0, 8)
@@ -137,30 +137,25 @@ def test_group_normalize_uses_the_population_deviation():
 
 
 @pytest.mark.parametrize("score", [0.1, 1000.1, -7.3])
-def test_groups_that_all_score_the_same_teach_nothing(score):
+def test_groups_of_equal_scores_have_zero_advantages(score):
     for function in (advantages.rloo, advantages.group_normalize, advantages.group_center):
         np.testing.assert_array_equal(function(jnp.full(7, score)), 0.0)
 
 
-def test_a_group_of_one_is_an_error():
+def test_group_of_one_raises():
     for function in (advantages.rloo, advantages.group_normalize):
         with pytest.raises(ValueError, match="at least 2"):
             function(jnp.ones(1))
 
 
-def test_groups_are_vmapped_over_prompts():
+def test_group_functions_require_rank_1_and_vmap_over_prompts():
     with pytest.raises(ValueError, match="rank 1"):
         advantages.rloo(jnp.ones((3, 4)))
     scores = jnp.array([[1.0, 2.0], [100.0, 104.0]])
     np.testing.assert_allclose(jax.vmap(advantages.rloo)(scores), [[-1.0, 1.0], [-4.0, 4.0]])
 
 
-def test_whiten_is_the_reduction():
-    x, where = jnp.array([1.0, 3.0, 5.0]), jnp.array([True, True, False])
-    np.testing.assert_array_equal(advantages.whiten(x, where=where), masking.masked_whiten(x, where=where))
-
-
-def test_rank_and_length_errors():
+def test_gae_rejects_wrong_ranks_and_lengths():
     with pytest.raises(ValueError, match="rank 1"):
         advantages.gae(jnp.ones((2, 3)), jnp.ones((2, 3)), jnp.ones((2, 3), bool))
     with pytest.raises(ValueError, match="shapes"):

@@ -15,7 +15,7 @@ def lines(directory):
 
 
 def scalars(directory, stage):
-    """What TensorBoard would show for a stage: later files purge what earlier ones logged from a step on."""
+    """Returns what TensorBoard shows for a stage: later files purge the steps of earlier ones from a step onwards."""
     from tensorboardX.proto import event_pb2
 
     shown = {}
@@ -37,16 +37,16 @@ def test_means_merge_by_weight():
     a = metrics.mean_metric(jnp.array([1.0, 2.0, jnp.nan]), where=jnp.array([True, True, False]))
     b = metrics.mean_metric(jnp.array([9.0]))
     assert a.value() == 1.5 and b.value() == 9.0
-    assert a.merge(b).value() == 4.0  # The mean of means would be 5.25.
+    assert a.merge(b).value() == 4.0  # The mean of the means is 5.25.
 
 
-def test_an_empty_metric_has_no_value_but_merges():
+def test_empty_metric_is_nan_but_can_be_merged():
     empty = metrics.mean_metric(jnp.ones(2), where=jnp.zeros(2, bool))
     assert math.isnan(empty.value())
     assert empty.merge(metrics.mean_metric(jnp.array([3.0]))).value() == 3.0
 
 
-def test_metrics_add_up_over_devices_and_over_scans():
+def test_metrics_add_up_over_devices_and_scans():
     x = jnp.array([[1.0, 2.0], [3.0, 50.0]])
     where = jnp.array([[True, True], [True, False]])
     shared = jax.vmap(lambda x, w: metrics.mean_metric(x, w, axis_name="d").value(), axis_name="d")(x, where)
@@ -62,7 +62,7 @@ def test_metrics_add_up_over_devices_and_over_scans():
     }
 
 
-def test_written_lines_can_be_read_while_the_run_goes_on(tmp_path):
+def test_lines_can_be_read_while_the_log_is_open(tmp_path):
     log = metrics.MetricLog(tmp_path / "run")
     log.write("sft", 1, {"loss": 2.5, "accuracy": metrics.mean_metric(jnp.array([1.0, 0.0]))})
     log.write("sft", jnp.int32(2), {"loss": jnp.float32(1.5)})
@@ -79,7 +79,7 @@ def test_written_lines_can_be_read_while_the_run_goes_on(tmp_path):
     }
 
 
-def test_nan_and_infinity_are_null_in_valid_json(tmp_path):
+def test_nan_and_infinity_are_written_as_null(tmp_path):
     with metrics.MetricLog(tmp_path) as log:
         log.write("ppo", 1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1.0})
     text = (tmp_path / metrics.FILE_NAME).read_text()
@@ -87,28 +87,28 @@ def test_nan_and_infinity_are_null_in_valid_json(tmp_path):
     assert strict == {"stage": "ppo", "step": 1, "a": None, "b": None, "c": None, "d": 1.0}
 
 
-def test_names_that_would_overwrite_the_key_are_refused(tmp_path):
+def test_reserved_names_raise(tmp_path):
     with metrics.MetricLog(tmp_path) as log, pytest.raises(ValueError, match="step"):
         log.write("ppo", 1, {"step": 2.0})
 
 
-def test_a_resumed_run_reads_as_one_that_was_never_killed(tmp_path):
-    def work(log, stage, steps, offset=0.0):
+def test_resumed_log_equals_that_of_an_uninterrupted_run(tmp_path):
+    def write_steps(log, stage, steps, offset=0.0):
         for step in steps:
             log.write(stage, step, {"loss": step + offset})
 
     log = metrics.MetricLog(tmp_path)
-    work(log, "sft", range(1, 9))
-    work(log, "rm", range(1, 6), offset=100.0)
-    work(log, "ppo", range(1, 3), offset=900.0)  # All this is past the checkpoint: rm, step 3.
+    write_steps(log, "sft", range(1, 9))
+    write_steps(log, "rm", range(1, 6), offset=100.0)
+    write_steps(log, "ppo", range(1, 3), offset=900.0)  # After the checkpoint, which is rm, step 3.
     log.close()
     with (tmp_path / metrics.FILE_NAME).open("a") as file:
         file.write('{"stage": "ppo", "step": 3, "lo')  # Killed while writing.
 
     resumed = metrics.MetricLog(tmp_path)
     resumed.rewind("rm", 3, drop_stages={"ppo"})
-    work(resumed, "rm", range(4, 6))
-    work(resumed, "ppo", range(1, 3))
+    write_steps(resumed, "rm", range(4, 6))
+    write_steps(resumed, "ppo", range(1, 3))
     resumed.close()
 
     got = [(record["stage"], record["step"], record["loss"]) for record in lines(tmp_path)]
@@ -120,7 +120,7 @@ def test_a_resumed_run_reads_as_one_that_was_never_killed(tmp_path):
     ]
     assert scalars(tmp_path, "rm") == {("rm/loss", s): s + (100.0 if s <= 3 else 0.0) for s in range(1, 6)}
     assert scalars(tmp_path, "ppo") == {("ppo/loss", s): float(s) for s in range(1, 3)}
-    assert len(scalars(tmp_path, "sft")) == 8  # Another stage's steps are not purged.
+    assert len(scalars(tmp_path, "sft")) == 8  # The steps of other stages are not purged.
 
 
 def test_rewind_in_the_middle_of_a_run(tmp_path):
@@ -135,7 +135,7 @@ def test_rewind_in_the_middle_of_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("kept", [0, 1, 20, 35, 36])
-def test_a_line_torn_anywhere_does_not_spoil_the_next_one(tmp_path, kept):
+def test_line_cut_off_anywhere_does_not_corrupt_the_next_one(tmp_path, kept):
     line = '{"stage": "sft", "step": 1, "a": 10}'
     (tmp_path / metrics.FILE_NAME).write_text('{"stage": "sft", "step": 0}\n' + line[:kept])
     assert len(metrics.read(tmp_path)) == (2 if kept == len(line) else 1)
@@ -145,20 +145,20 @@ def test_a_line_torn_anywhere_does_not_spoil_the_next_one(tmp_path, kept):
     assert steps == ([0, 1, 2] if kept == len(line) else [0, 2])
 
 
-def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
+def test_broken_line_in_the_middle_raises(tmp_path):
     (tmp_path / metrics.FILE_NAME).write_text('{"stage": "sft", "st\n{"stage": "sft", "step": 1}\n')
     with pytest.raises(ValueError, match="line 1"):
         metrics.read(tmp_path)
 
 
-def test_a_log_that_does_not_exist_yet_is_empty(tmp_path):
+def test_missing_log_is_empty(tmp_path):
     assert metrics.read(tmp_path) == []
     with metrics.MetricLog(tmp_path) as log:
         log.rewind("sft", 0)
     assert metrics.read(tmp_path) == []
 
 
-def test_a_full_disk_is_one_sentence_and_nobody_waits_for_ever(tmp_path):
+def test_full_disk_raises_a_one_line_error_without_hanging(tmp_path):
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     log = metrics.MetricLog(tmp_path)
     log.write("sft", 1, {"loss": 1.0})

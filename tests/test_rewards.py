@@ -18,7 +18,7 @@ compiled = jax.jit(rewards.token_rewards)
 @hypothesis.given(
     seed=st.integers(0, 2**32 - 1), lengths=st.lists(st.integers(0, T), min_size=B, max_size=B), kl_coef=st.floats(0, 2)
 )
-def test_agrees_with_a_loop(seed, lengths, kl_coef):
+def test_token_rewards_agree_with_a_loop(seed, lengths, kl_coef):
     rng = np.random.default_rng(seed)
     scores = rng.normal(size=B)
     logprobs, reference = -rng.exponential(size=(2, B, T))
@@ -27,12 +27,12 @@ def test_agrees_with_a_loop(seed, lengths, kl_coef):
     for b in range(B):
         for t in range(lengths[b]):
             expected[b, t] = -kl_coef * (logprobs[b, t] - reference[b, t]) + (t == lengths[b] - 1) * scores[b]
-    rubbish = np.where(mask, logprobs, np.nan)
-    got = compiled(scores, rubbish, np.where(mask, reference, -np.inf), mask, kl_coef=kl_coef)
+    garbage = np.where(mask, logprobs, np.nan)
+    got = compiled(scores, garbage, np.where(mask, reference, -np.inf), mask, kl_coef=kl_coef)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_numbers_by_hand():
+def test_token_rewards_match_hand_computed_values():
     got = rewards.token_rewards(
         jnp.array([2.0, -1.0]),
         jnp.array([[-1.0, -2.0, -3.0], [-1.0, 0.0, 0.0]]),
@@ -43,7 +43,7 @@ def test_numbers_by_hand():
     np.testing.assert_allclose(got, [[-0.05, 0.0, 2.2], [-1.2, 0.0, 0.0]], atol=1e-6)
 
 
-def test_a_row_without_tokens_gets_zeros_even_from_a_nan_score():
+def test_rows_without_tokens_get_zeros_even_for_a_nan_score():
     zeros = jnp.zeros((2, 3))
     mask = jnp.array([[False] * 3, [True, True, False]])
     got = rewards.token_rewards(jnp.array([jnp.nan, 1.0]), zeros, zeros, mask, kl_coef=0.1)
@@ -51,7 +51,7 @@ def test_a_row_without_tokens_gets_zeros_even_from_a_nan_score():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int32, jnp.bfloat16])
-def test_scores_become_float32_and_fractions_survive(dtype):
+def test_scores_of_any_dtype_become_float32(dtype):
     zeros = jnp.zeros((1, 2))
     got = rewards.token_rewards(jnp.array([3], dtype), zeros, zeros, jnp.ones((1, 2), bool), kl_coef=0.5)
     assert got.dtype == jnp.float32 and got[0, 1] == 3.0
@@ -59,22 +59,22 @@ def test_scores_become_float32_and_fractions_survive(dtype):
     assert got[0, 1] == jnp.float32(0.7)
 
 
-def test_row_sums_are_the_sequence_objective():
+def test_row_sums_are_the_sequence_level_objective():
     rng = np.random.default_rng(3)
     scores, (logprobs, reference) = rng.normal(size=B), rng.normal(size=(2, B, T))
     mask = np.arange(T)[None, :] < np.array([5, 2, 0, 1])[:, None]
-    got = rewards.sequence_rewards(scores, logprobs, reference, mask, kl_coef=0.3)
+    got = rewards.token_rewards(scores, logprobs, reference, mask, kl_coef=0.3).sum(axis=-1)
     expected = np.where(mask.any(1), scores, 0) - 0.3 * np.sum((logprobs - reference) * mask, axis=1)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_score_stays_at_the_last_real_token_when_the_mask_has_a_gap():
+def test_score_is_at_the_last_real_token_if_the_mask_has_a_gap():
     zeros = jnp.zeros((1, 4))
     got = rewards.token_rewards(jnp.ones(1), zeros, zeros, jnp.array([[True, False, True, False]]), kl_coef=0.1)
     np.testing.assert_array_equal(got, [[0.0, 0.0, 1.0, 0.0]])
 
 
-def test_a_sweep_over_the_coefficient_is_one_program():
+def test_vmap_over_the_coefficient_equals_a_loop():
     rng = np.random.default_rng(4)
     arguments = (rng.normal(size=B), *rng.normal(size=(2, B, T)), np.ones((B, T), bool))
     coefficients = jnp.array([0.0, 0.1, 1.0])
@@ -83,19 +83,19 @@ def test_a_sweep_over_the_coefficient_is_one_program():
     np.testing.assert_allclose(swept, looped, rtol=1e-6)
 
 
-def test_missing_stop_replaces_and_its_variant_subtracts():
+def test_unfinished_responses_get_the_fixed_score_or_the_penalty():
     scores, stopped = jnp.array([2, -3, 5]), jnp.array([True, False, False])
-    np.testing.assert_allclose(rewards.missing_stop(scores, stopped, score=-1.5), [2.0, -1.5, -1.5])
-    np.testing.assert_allclose(rewards.subtract_for_missing_stop(scores, stopped, penalty=1.5), [2.0, -4.5, 3.5])
-    per_sweep = jax.vmap(lambda s: rewards.missing_stop(scores, stopped, score=s))(jnp.array([-1.0, 0.0]))
+    np.testing.assert_allclose(rewards.replace_unfinished(scores, stopped, score=-1.5), [2.0, -1.5, -1.5])
+    np.testing.assert_allclose(rewards.penalise_unfinished(scores, stopped, penalty=1.5), [2.0, -4.5, 3.5])
+    per_sweep = jax.vmap(lambda s: rewards.replace_unfinished(scores, stopped, score=s))(jnp.array([-1.0, 0.0]))
     np.testing.assert_allclose(per_sweep[:, 1], [-1.0, 0.0])
 
 
-def test_disagreeing_shapes_are_errors():
+def test_mismatched_shapes_raise():
     square, call = jnp.zeros((2, 3)), partial(rewards.token_rewards, kl_coef=0.1)
     with pytest.raises(ValueError, match="rank"):
         call(jnp.zeros((2, 1)), square, square, square)
-    with pytest.raises(ValueError, match="score a row"):
+    with pytest.raises(ValueError, match="score per row"):
         call(jnp.zeros(3), square, square, square)
     with pytest.raises(ValueError, match="shapes"):
         call(jnp.zeros(2), square, jnp.zeros((2, 4)), square)

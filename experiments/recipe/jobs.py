@@ -152,7 +152,7 @@ class Job:
                 save_every=max(1, -(-steps // self.settings.saves)),
                 progress=self.progress.update,
                 batch_at=batch_at if mesh is None else lambda i: parallel.local_rows(batch_at(i), mesh),
-                agreed=hosts.current().stop_agreement(),
+                should_stop=hosts.current().stop_agreement(),
                 **how,
             )
         self.progress.finish(stage)
@@ -167,7 +167,7 @@ class Job:
         data: Any = [steps]
         if jax.process_count() == 1 and steps > 0:
             data += [manifest.digest_tree(batch_at(i)) for i in (0, steps - 1)]
-        return {"max_skipped": self.settings.max_skipped, "tell": partial(self.note, stage), "fingerprint": data}
+        return {"max_skipped": self.settings.max_skipped, "warn": partial(self.note, stage), "fingerprint": data}
 
 
 def make_job(

@@ -7,7 +7,7 @@ not use the devices, and a step in which no host wants to stop sends no message:
 
     with hosts.connect("10.0.0.1:8476", count=2, index=i, facts={"data": digest}) as group:
         mesh = parallel.make_mesh(fsdp=jax.device_count())
-        loop.fit(..., agreed=group.stop_agreement())
+        loop.fit(..., should_stop=group.stop_agreement())
         if group.first: print(...)
 """
 
@@ -64,10 +64,10 @@ class Hosts:
         return make()
 
     def stop_agreement(self) -> StopAgreement:
-        """Returns ``agreed(done, wanted)`` for `loop.fit`: whether all hosts stop after ``done`` iterations.
+        """Returns ``should_stop(done, wanted)`` for `loop.fit`: whether all hosts stop after ``done`` iterations.
 
-        Call this once for each training stage, in the same order on all hosts. ``agreed`` waits for the other hosts
-        only if a host wants to stop.
+        Call this once for each training stage, in the same order on all hosts. ``should_stop`` waits for the other
+        hosts only if a host wants to stop.
         """
         return lambda done, wanted: wanted
 
@@ -236,7 +236,7 @@ class _Group(Hosts):
     def stop_agreement(self) -> StopAgreement:
         stage = next(self._stages)
 
-        def agreed(done: int, wanted: bool) -> bool:
+        def should_stop(done: int, wanted: bool) -> bool:
             position = (stage, done)
             with self._changed:
                 self._position = position
@@ -248,7 +248,7 @@ class _Group(Hosts):
                 self._position = (stage, done + 1)
                 return False
 
-        return agreed
+        return should_stop
 
     def wait_for_lost_host(self) -> None:
         """Gives the thread half a second to detect that another host was lost and to end this process."""

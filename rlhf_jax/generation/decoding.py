@@ -1,4 +1,4 @@
-"""One step of decoding, the same for every way of running it."""
+"""One decoding step, shared by static and continuous batching."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from rlhf_jax.lm import config, heads, transformer
 
 
 class Drawn(NamedTuple):
-    """The next token of every row."""
+    """The next token of each row."""
 
     tokens_B: jax.Array
-    """int32; the pad id where the row is not live."""
+    """int32 ids; the pad id for rows that have ended."""
     logprobs_B: jax.Array
-    """float32, of the distribution drawn from; 0 where the row is not live."""
+    """float32 log-probabilities under the distribution drawn from; 0 for rows that have ended."""
     values_B: jax.Array | None
-    """float32, the scalar head's value before the token, where asked for."""
+    """float32 values of the scalar head before the token; None if not requested."""
     stopped_B: jax.Array
-    """bool: the token ends its response."""
+    """bool, True where the token ends its response."""
     tail_BK: jax.Array
-    """The last tokens, this one among them."""
+    """The last K tokens of each response, the new token included."""
 
 
 def no_tail(batch: int, sampling: sampling_lib.Sampling) -> jax.Array:
-    """The tail of responses that have no token yet."""
+    """Returns the ``tail_BK`` of responses without tokens."""
     return jnp.full((batch, sampling.longest_stop), sampling_lib.NOTHING, jnp.int32)
 
 
@@ -44,8 +44,23 @@ def draw(
     sampling: sampling_lib.Sampling,
     values: bool,
 ) -> Drawn:
-    """Draw token ``step_B`` of each row from the hidden state of the token before, with ``fold_in(rng_B[i], step)``."""
-    # On a mesh a row's whole distribution comes together on the devices that draw from it.
+    """Draws the next token of each row from the hidden state of the previous one.
+
+    Args:
+        params: Parameters of the model.
+        hidden_BD: Hidden states of the previous tokens.
+        rng_B: Key per row; token t is drawn with ``fold_in(rng_B[i], t)``.
+        step_B: int32, number of tokens that each response already has.
+        live_B: bool, True for rows that have not ended.
+        tail_BK: The last K tokens of each response.
+        cfg: Configuration of the model.
+        sampling: How to draw and when to stop.
+        values: Whether to compute the scalar head's values.
+
+    Returns:
+        A `Drawn`.
+    """
+    # On a mesh, the devices that draw from a row hold its whole distribution.
     logits_BV = parallel.constrain(transformer.logits(params, hidden_BD, cfg=cfg), "batch", None)
     keys_B = jax.vmap(jax.random.fold_in)(rng_B, step_B)
     drawn_B, logprobs_B = sampling_lib.choose(keys_B, logits_BV, sampling, step=step_B)

@@ -1,4 +1,4 @@
-"""Losses of the critic; any shape, unreduced, with the factor 1/2."""
+"""Losses of the critic; arrays of any one shape, unreduced, with the factor 1/2."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlhf_jax import masking
 
 
 def squared_value(values: jax.Array, returns: jax.Array) -> jax.Array:
-    """``(V - R)^2 / 2``; no gradient flows through the returns."""
+    """Returns ``(V - R)^2 / 2``; no gradient flows through the returns."""
     masking.check_same_shape(values=values, returns=returns)
     return 0.5 * jnp.square(masking.as_float32(values) - jax.lax.stop_gradient(masking.as_float32(returns)))
 
@@ -17,13 +17,26 @@ def squared_value(values: jax.Array, returns: jax.Array) -> jax.Array:
 def clipped_value(
     values: jax.Array, old_values: jax.Array, returns: jax.Array, *, clip: float | jax.Array = 0.2
 ) -> jax.Array:
-    """``max((V - R)^2, (clip(V, old - c, old + c) - R)^2) / 2``, as in the code of Ziegler 2019.
+    """Computes ``max((V - R)^2, (clip(V, old - c, old + c) - R)^2) / 2``, as the code of Ziegler 2019 does.
 
     Args:
-        values: of the critic being trained.
-        old_values: of the critic at rollout time; no gradient flows through them.
-        returns: the targets, fixed through the epochs; no gradient flows through them.
-        clip: c.
+        values: V, from the critic being trained, any shape.
+        old_values: Values from the critic at rollout time, the same shape; no gradient flows through them.
+        returns: R, the targets, fixed through the epochs; no gradient flows through them.
+        clip: Clip range c, above 0, in the units of the values.
+
+    Returns:
+        The loss, shaped as the inputs, unreduced.
+
+    Raises:
+        ValueError: If shapes differ.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rlhf_jax import losses
+        >>> values, old_values, returns = jnp.array([1.0, 1.0]), jnp.array([0.0, 1.5]), jnp.array([2.0, 2.0])
+        >>> print(losses.clipped_value(values, old_values, returns, clip=0.5))
+        [1.125 0.5  ]
     """
     return jnp.maximum(squared_value(values, returns), squared_value(_clip(values, old_values, clip), returns))
 
@@ -31,7 +44,20 @@ def clipped_value(
 def value_is_clipped(
     values: jax.Array, old_values: jax.Array, returns: jax.Array, *, clip: float | jax.Array = 0.2
 ) -> jax.Array:
-    """True where the clipped branch of ``clipped_value`` is the larger; its mean is the clip fraction."""
+    """Returns True where the clipped branch of `clipped_value` is the larger one; its mean is the clip fraction.
+
+    Args:
+        values: As in `clipped_value`.
+        old_values: As in `clipped_value`.
+        returns: As in `clipped_value`.
+        clip: As in `clipped_value`.
+
+    Returns:
+        Booleans, shaped as the inputs.
+
+    Raises:
+        ValueError: If shapes differ.
+    """
     return squared_value(_clip(values, old_values, clip), returns) > squared_value(values, returns)
 
 
@@ -40,11 +66,21 @@ def explained_variance(
     returns: jax.Array,
     *,
     where: jax.Array | bool = True,
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: masking.AxisName = None,
 ) -> jax.Array:
-    """``1 - mean((V - R)^2) / var(R)`` over the mask, a scalar: 1 is perfect, 0 no better than a constant.
+    """Returns ``1 - mean((V - R)^2) / var(R)`` over the mask: 1 is perfect, 0 no better than a constant.
 
-    Returns 0 where the returns do not vary.
+    Args:
+        values: V, any shape.
+        returns: R, the same shape.
+        where: Boolean mask, as in `masking.masked_mean`; everything by default.
+        axis_name: Mesh, ``vmap`` or ``pmap`` axes whose devices share the batch.
+
+    Returns:
+        A scalar; 0 if the returns do not vary.
+
+    Raises:
+        ValueError: If shapes differ.
     """
     error = 2.0 * masking.masked_mean(squared_value(values, returns), where=where, axis_name=axis_name)
     variance = masking.masked_var(returns, where=where, axis_name=axis_name)

@@ -53,7 +53,7 @@ def train(group, mesh, options):
                 checkpoints=checkpoints,
                 save_every=options["save_every"],
                 callbacks=[pause],
-                agreed=group.stop_agreement(),
+                should_stop=group.stop_agreement(),
             )
         leaves = [processes.gather(x) for x in jax.tree.leaves((state.params, state.opt_state))]
         if group.first:

@@ -441,7 +441,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step_and_one_process_
     job.processes[1].send_signal(signal.SIGTERM)
     assert job.statuses() == [75, 75], job.printed(0)[-3000:] + job.printed(1)[-3000:]
     messages = {line for host in (0, 1) for line in job.printed(host).splitlines() if line.startswith("Preempted")}
-    assert len(messages) == 1 and messages.pop().endswith("a checkpoint of it is on disk")
+    assert len(messages) == 1 and messages.pop().endswith("a checkpoint of this step is on disk")
     assert_close(Job(tmp_path, cache, count=1, devices=4, stages=stages).succeed(), single, stages)
 
 
@@ -546,7 +546,9 @@ def test_the_main_job_on_two_hosts_when_interrupted_has_the_results_of_a_single_
     both[1].send_signal(signal.SIGTERM)
     assert [process.wait(timeout=1800) for process in both] == [75, 75]
     messages = [pathlib.Path(f"{log}{i}").read_text().splitlines()[-1] for i in (0, 1)]
-    assert messages[0] == messages[1] and messages[0].endswith("a checkpoint of it is on disk; go on with --resume")
+    assert messages[0] == messages[1] and messages[0].endswith(
+        "a checkpoint of this step is on disk; go on with --resume"
+    )
     both = main_job(cache, log, "--resume", out)
     wait_for_log(both, out, "ppo", 1)
     both[0].send_signal(signal.SIGKILL)

@@ -1,4 +1,4 @@
-# NumPy arrays and Python scalars stand in for jax.Array here.
+# These tests pass NumPy arrays and Python scalars as jax.Array.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import hypothesis
@@ -29,17 +29,17 @@ def test_clipped_losses_agree_with_numpy(seed):
     np.testing.assert_allclose(losses.clipped_value(new, old, returns), squares, rtol=1e-4, atol=1e-6)
 
 
-def test_the_surrogate_by_hand():
+def test_clipped_policy_matches_hand_computed_values():
     new, old = jnp.log(jnp.array([1.5, 1.5, 0.5, 0.5])), jnp.zeros(4)
     advantages = jnp.array([1.0, -1.0, 1.0, -1.0])
     np.testing.assert_allclose(losses.clipped_policy(new, old, advantages), [-1.2, 1.5, -0.5, 0.8], rtol=1e-6)
     gradient = jax.grad(lambda x: jnp.sum(losses.clipped_policy(x, old, advantages)))(new)
-    np.testing.assert_allclose(gradient, [0.0, 1.5, -0.5, 0.0], rtol=1e-6)  # Clipped tokens stop learning.
+    np.testing.assert_allclose(gradient, [0.0, 1.5, -0.5, 0.0], rtol=1e-6)  # Clipped tokens get no gradient.
     clipped = losses.policy_is_clipped(new, old, advantages)
     np.testing.assert_array_equal(clipped, [True, False, False, True])
 
 
-def test_importance_weights_are_capped_and_carry_no_gradient():
+def test_importance_weights_are_capped_and_have_no_gradient():
     behaviour = jnp.log(jnp.array([0.5, 0.25, 0.1]))
     logprobs = jnp.log(jnp.array([0.25, 0.5, 0.9]))
     np.testing.assert_allclose(losses.importance_weights(logprobs, behaviour), [0.5, 2.0, 2.0], rtol=1e-6)
@@ -47,7 +47,7 @@ def test_importance_weights_are_capped_and_carry_no_gradient():
     assert not jax.grad(lambda x: losses.importance_weights(x, behaviour).sum())(logprobs).any()
 
 
-def test_at_ratio_one_the_surrogate_has_the_gradient_of_reinforce():
+def test_clipped_policy_has_the_gradient_of_reinforce_at_ratio_one():
     logprobs, advantages = jnp.array([-1.0, -2.0, -0.5]), jnp.array([0.7, -1.1, 0.0])
 
     def ppo(x):
@@ -60,7 +60,7 @@ def test_at_ratio_one_the_surrogate_has_the_gradient_of_reinforce():
     np.testing.assert_allclose(losses.reinforce(logprobs, advantages), -advantages * logprobs, rtol=1e-6)
 
 
-def test_what_is_fixed_through_the_epochs_gets_no_gradient():
+def test_arrays_fixed_through_the_epochs_get_no_gradient():
     x = jnp.array([0.3, -0.2])
     frozen = (
         jax.grad(lambda old, a: jnp.sum(losses.clipped_policy(x, old, a)), argnums=(0, 1))(0.9 * x, x),
@@ -71,9 +71,9 @@ def test_what_is_fixed_through_the_epochs_gets_no_gradient():
         np.testing.assert_array_equal(gradient, 0.0)
 
 
-def test_the_value_loss_has_its_half_and_its_clip():
+def test_value_loss_has_the_factor_one_half_and_is_clipped():
     values, old, returns = jnp.array([1.0, 1.0]), jnp.array([0.0, 0.9]), jnp.array([2.0, 2.0])
-    # The first has moved by 1.0: judged at 0.2, which is worse. The second moved by 0.1: unclipped.
+    # The first value moved by 1.0 and is clipped to 0.2, which is worse. The second moved by 0.1 and is not clipped.
     np.testing.assert_allclose(losses.clipped_value(values, old, returns), [0.5 * 1.8**2, 0.5], rtol=1e-6)
     np.testing.assert_array_equal(losses.value_is_clipped(values, old, returns), [True, False])
     np.testing.assert_allclose(losses.squared_value(values, returns), [0.5, 0.5])
@@ -99,7 +99,7 @@ def test_next_token_is_the_negative_logprob():
     assert mean == 2.0
 
 
-def test_distillation_sums_the_rest_into_one_class():
+def test_distillation_merges_the_rest_of_the_vocabulary_into_one_class():
     teacher, student = np.array([0.5, 0.2, 0.2, 0.05, 0.05]), np.array([0.1, 0.3, 0.2, 0.1, 0.3])
     logprobs, ids = losses.top_k_logprobs(jnp.log(teacher), k=2)
     np.testing.assert_allclose(logprobs, np.log([0.5, 0.2]), rtol=1e-5)
@@ -111,7 +111,7 @@ def test_distillation_sums_the_rest_into_one_class():
     np.testing.assert_allclose(losses.distill_cross_entropy(at_ids, logprobs), -np.sum(p * np.log(q)), rtol=1e-5)
 
 
-def test_distillation_gradient_is_the_difference_of_the_classes():
+def test_distillation_gradient_is_the_difference_of_class_probabilities():
     rng = np.random.default_rng(0)
     teacher, student = jnp.asarray(rng.normal(size=(2, 4, 6)), jnp.float32)
     logprobs, ids = losses.top_k_logprobs(teacher, k=3)
@@ -126,12 +126,12 @@ def test_distillation_gradient_is_the_difference_of_the_classes():
         top = list(np.asarray(ids[row]))
         rest = [v for v in range(6) if v not in top]
         expected[row, top] = q[row, top] - np.exp(logprobs[row])
-        left = 1 - np.sum(np.exp(logprobs[row]))
-        expected[row, rest] = q[row, rest] - left * q[row, rest] / q[row, rest].sum()
+        teacher_rest = 1 - np.sum(np.exp(logprobs[row]))
+        expected[row, rest] = q[row, rest] - teacher_rest * q[row, rest] / q[row, rest].sum()
     np.testing.assert_allclose(kl_gradient, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_perfect_student_has_no_loss_and_no_gradient():
+def test_perfect_student_has_zero_loss_and_gradient():
     teacher = jnp.asarray(np.random.default_rng(1).normal(size=(3, 8)), jnp.float32)
     logprobs, ids = losses.top_k_logprobs(teacher, k=4)
 
@@ -145,8 +145,8 @@ def test_a_perfect_student_has_no_loss_and_no_gradient():
     np.testing.assert_allclose(gradient, np.zeros((3, 8)), atol=1e-6)
 
 
-def test_a_student_that_leaves_no_rest_is_called_back():
-    """The student has put all its mass on the listed tokens, the teacher 40 % on the others."""
+def test_student_without_mass_on_the_rest_gets_a_finite_gradient():
+    """The student puts all its mass on the listed tokens, the teacher 40 % on the others."""
     teacher = jnp.log(jnp.array([0.3, 0.3]))
     student = jnp.array([20.0, 20.0, 0.0, 0.0])
     ids = jnp.array([0, 1])
@@ -158,4 +158,4 @@ def test_a_student_that_leaves_no_rest_is_called_back():
 
     value, gradient = loss(student)
     assert jnp.isfinite(value) and jnp.all(jnp.isfinite(gradient))
-    assert jnp.all(gradient[2:] < 0.0)  # A descent step raises what the student had given up.
+    assert jnp.all(gradient[2:] < 0.0)  # A descent step raises the probability of the other tokens.

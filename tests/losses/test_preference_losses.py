@@ -1,4 +1,4 @@
-"""Every loss of preferences and its gradient against NumPy in float64: DPO and its relatives, and those of scores."""
+"""Values and gradients of all preference and score losses, compared with NumPy in float64."""
 
 import itertools
 from typing import Any
@@ -28,17 +28,17 @@ def sigmoid(x):
 
 
 def slope(f, x, size=1e-5):
-    """Central differences of a scalar function, in float64."""
-    x, found = np.asarray(x, np.float64), np.zeros(np.shape(x))
+    """Returns central differences of a scalar function, in float64."""
+    x, slopes = np.asarray(x, np.float64), np.zeros(np.shape(x))
     for i in np.ndindex(x.shape):
         up, down = x.copy(), x.copy()
         up[i] += size
         down[i] -= size
-        found[i] = (f(up) - f(down)) / (2 * size)
-    return found
+        slopes[i] = (f(up) - f(down)) / (2 * size)
+    return slopes
 
 
-# ------------------------------------------------------------------------------------------------- the direct losses
+# ---- DPO and its relatives
 
 HYPER: Any = dpo.Hyper(
     beta=0.3,
@@ -51,8 +51,8 @@ HYPER: Any = dpo.Hyper(
 )
 
 
-def halves(s):
-    """h of sums and h of means, by hand."""
+def margins(s):
+    """Returns h of summed and h of averaged log-probabilities."""
     ratios = s["policy"] - s["reference"]
     means = ratios / s["lengths"]
     return ratios[:, 0] - ratios[:, 1], means[:, 0] - means[:, 1]
@@ -70,8 +70,8 @@ def kto_by_hand(s):
 
 
 def by_hand(name, s):
-    """The losses of a batch, from the papers' formulas."""
-    h, h_mean = halves(s)
+    """Returns the losses of a batch, from the papers' formulas."""
+    h, h_mean = margins(s)
     mean = s["policy"] / s["lengths"]
     beta, e = HYPER.beta, HYPER.label_smoothing
     smoothed = (1 - e) * softplus(-beta * h) + e * softplus(beta * h)
@@ -97,10 +97,10 @@ OBJECTIVES = FAMILY | {"soft-simpo": objectives.soft(objectives.simpo)}
 
 def compiled(name):
     def total(policy, reference, lengths, good, targets, baseline):
-        theirs = None if name.removeprefix("soft-") in WITHOUT_REFERENCE else reference
-        # Each gets the labels that it reads; others are refused.
+        reference = None if name.removeprefix("soft-") in WITHOUT_REFERENCE else reference
+        # An objective raises if it gets labels that it does not use.
         marks, soft = (good if name == "kto" else None), (targets if name.startswith("soft") else None)
-        scored = objectives.Scored(policy, theirs, lengths, marks, soft, baseline)
+        scored = objectives.Scored(policy, reference, lengths, marks, soft, baseline)
         losses_B, _ = OBJECTIVES[name](scored, HYPER)
         return losses_B.sum(), losses_B
 
@@ -113,7 +113,7 @@ COMPILED = {name: compiled(name) for name in OBJECTIVES}
 @pytest.mark.parametrize("name", OBJECTIVES)
 @few
 @given(seed=seeds)
-def test_every_objective_and_its_gradient(name, seed):
+def test_objectives_and_their_gradients_match_the_formulas(name, seed):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 9, size=(B, 2)).astype(np.float64)
     s = {
@@ -126,15 +126,15 @@ def test_every_objective_and_its_gradient(name, seed):
     }
     (_, got), gradient = COMPILED[name](*s.values())
     np.testing.assert_allclose(got, by_hand(name, s), rtol=2e-4, atol=2e-5)
-    if name == "hinge" and np.any(np.abs(1 - HYPER.beta * halves(s)[0]) < 1e-3):
-        return  # at the kink there is no slope
+    if name == "hinge" and np.any(np.abs(1 - HYPER.beta * margins(s)[0]) < 1e-3):
+        return  # The derivative does not exist at the kink.
     expected = slope(lambda policy: by_hand(name, s | {"policy": policy}).sum(), s["policy"])
     np.testing.assert_allclose(gradient, expected, rtol=2e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("margin", [1e4, -1e4])
-def test_at_huge_margins_values_and_gradients_are_finite_and_of_the_right_size(name, margin):
+def test_objectives_are_finite_and_accurate_at_huge_margins(name, margin):
     s = {
         "policy": np.array([[-1.0, -1.0 - margin], [-1.0 + margin, -1.0]]).clip(max=-1.0),
         "reference": np.full((2, 2), -1.0),
@@ -148,7 +148,7 @@ def test_at_huge_margins_values_and_gradients_are_finite_and_of_the_right_size(n
     np.testing.assert_allclose(got, by_hand(name, s), rtol=1e-4, atol=1e-5)
 
 
-def test_the_baseline_of_kto_is_the_mean_over_mismatched_answers_held_above_zero():
+def test_kto_baseline_is_the_mean_over_mismatched_responses_clipped_at_zero():
     rng = np.random.default_rng(0)
     policy, reference = rng.normal(size=(2, 6))
     expected = np.maximum(np.mean(policy - reference), 0.0)
@@ -156,7 +156,7 @@ def test_the_baseline_of_kto_is_the_mean_over_mismatched_answers_held_above_zero
     np.testing.assert_allclose(losses.kto_baseline(reference, policy), max(np.mean(reference - policy), 0), atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------- losses of raw scores
+# ---- Losses of scores
 
 PAIRWISE = jax.jit(
     jax.value_and_grad(lambda c, r, m, t: jnp.sum(losses.pairwise(c, r, margin=m, target=t)), argnums=(0, 1))
@@ -165,7 +165,7 @@ PAIRWISE = jax.jit(
 
 @few
 @given(seed=seeds, smoothing=st.sampled_from([0.0, 0.1, 0.5]))
-def test_pairs_with_margins_smoothing_and_soft_targets(seed, smoothing):
+def test_pairwise_with_margins_smoothing_and_soft_targets(seed, smoothing):
     rng = np.random.default_rng(seed)
     chosen, rejected = rng.normal(scale=4.0, size=(2, B))
     margin, target = rng.uniform(0, 2, size=B), rng.choice([1 - smoothing, rng.random()], size=B)
@@ -181,26 +181,26 @@ def test_pairs_with_margins_smoothing_and_soft_targets(seed, smoothing):
 
 
 def ranking_by_hand(scores, ranks, where, ties):
-    there = [i for i in range(K) if where[i]]
-    pairs = [(i, j) for i, j in itertools.permutations(there, 2) if ranks[i] < ranks[j]]
+    existing = [i for i in range(K) if where[i]]
+    pairs = [(i, j) for i, j in itertools.permutations(existing, 2) if ranks[i] < ranks[j]]
     total = sum(-np.log(sigmoid(scores[i] - scores[j])) for i, j in pairs)
-    return total / max(len(there) * (len(there) - 1) // 2 if ties else len(pairs), 1)
+    return total / max(len(existing) * (len(existing) - 1) // 2 if ties else len(pairs), 1)
 
 
 def plackett_luce_by_hand(scores, ranks, where):
-    """Each completion's odds of being picked from all that are ranked no better."""
-    there = [i for i in range(K) if where[i]]
+    """Returns the sum over completions of their negative log-probability among all completions ranked no better."""
+    existing = [i for i in range(K) if where[i]]
     total = 0.0
-    for i in there:
-        left = [j for j in there if ranks[j] >= ranks[i]]
-        total += np.log(sum(np.exp(scores[j]) for j in left)) - scores[i]
+    for i in existing:
+        remaining = [j for j in existing if ranks[j] >= ranks[i]]
+        total += np.log(sum(np.exp(scores[j]) for j in remaining)) - scores[i]
     return total
 
 
 def best_by_hand(scores, ranks, where):
-    there = [i for i in range(K) if where[i]]
-    best = min(there, key=lambda i: ranks[i])
-    return np.log(sum(np.exp(scores[i]) for i in there)) - scores[best]
+    existing = [i for i in range(K) if where[i]]
+    best = min(existing, key=lambda i: ranks[i])
+    return np.log(sum(np.exp(scores[i]) for i in existing)) - scores[best]
 
 
 def best_of_n(scores, ranks, where):
@@ -230,7 +230,7 @@ LISTWISE_COMPILED = {name: jax.jit(jax.value_and_grad(ours)) for name, (ours, _)
     ranks=st.lists(st.integers(1, 4), min_size=K, max_size=K),
     where=st.lists(st.booleans(), min_size=K, max_size=K).filter(any),
 )
-def test_losses_of_whole_rankings_with_ties_and_gaps(name, seed, ranks, where):
+def test_listwise_losses_with_ties_and_missing_completions_match_the_formulas(name, seed, ranks, where):
     scores, ranks, where = np.random.default_rng(seed).normal(scale=2.0, size=K), np.array(ranks), np.array(where)
     value, gradient = LISTWISE_COMPILED[name](np.where(where, scores, np.nan), ranks, where)
     naive = LISTWISE[name][1]
@@ -241,17 +241,17 @@ def test_losses_of_whole_rankings_with_ties_and_gaps(name, seed, ranks, where):
 
 @pytest.mark.parametrize("name", LISTWISE)
 @pytest.mark.parametrize("margin", [1e4, -1e4])
-def test_whole_rankings_at_huge_margins(name, margin):
+def test_listwise_losses_are_finite_at_huge_margins(name, margin):
     scores, ranks = np.array([margin, 0.0, -margin, 0.5, 2 * margin]), np.array([1, 2, 3, 3, 4])
     value, gradient = LISTWISE_COMPILED[name](scores, ranks, np.ones(K, bool))
     assert np.isfinite(value) and np.isfinite(gradient).all()
-    assert value > 1e3, "one order or the other is wrong by far in each of them"
+    assert value > 1e3, "each ranking contains a pair that is wrong by a wide margin"
 
 
-# --------------------------------------------------------------------------------------------------- what is refused
+# ---- Errors
 
 
-def test_what_an_objective_lacks_is_named():
+def test_missing_inputs_of_an_objective_are_named_in_the_error():
     rows = jnp.zeros((3, 2))
     bare = objectives.Scored(rows, None, rows + 1)
     for name, message in (("dpo", "reference"), ("ipo", "reference"), ("kto", "good_BK"), ("soft-simpo", "targets_B")):

@@ -1,4 +1,4 @@
-# NumPy arrays and Python scalars stand in for jax.Array here.
+# These tests pass NumPy arrays and Python scalars as jax.Array.
 # pyright: reportArgumentType=false, reportCallIssue=false
 import itertools
 from functools import partial
@@ -28,7 +28,7 @@ def sigmoid(x):
 # Pairs of scores
 
 
-def test_pairwise_unit_values():
+def test_pairwise_matches_hand_computed_values():
     chosen, rejected = jnp.array([0.0, 2.0, -1.0]), jnp.array([0.0, 1.0, 1.0])
     np.testing.assert_allclose(losses.pairwise(chosen, rejected), [LOG2, softplus(-1), softplus(2)], rtol=1e-6)
     with_margin = losses.pairwise(chosen, rejected, margin=0.5)
@@ -38,19 +38,19 @@ def test_pairwise_unit_values():
     np.testing.assert_allclose(soft, expected, rtol=1e-6)
 
 
-def test_a_soft_label_is_minimised_where_the_model_agrees_with_it():
+def test_soft_label_loss_is_minimal_where_the_model_agrees_with_the_label():
     p = 0.7
     gradient = jax.grad(lambda d: losses.pairwise(d, 0.0, target=p))
     assert abs(gradient(np.log(p / (1 - p)))) < 1e-6
     assert gradient(0.0) < 0.0 < gradient(2.0)
 
 
-def test_swapping_a_pair_and_its_label_changes_nothing():
+def test_swapping_a_pair_and_its_label_leaves_the_loss_unchanged():
     a, b = jnp.array([0.3, -2.0]), jnp.array([1.0, 5.0])
     np.testing.assert_allclose(losses.pairwise(a, b, target=0.2), losses.pairwise(b, a, target=0.8), rtol=1e-6)
 
 
-def test_reward_centering_pulls_the_pair_towards_zero():
+def test_reward_centering_matches_a_hand_computed_value():
     np.testing.assert_allclose(
         losses.reward_centering(jnp.array([1.0]), jnp.array([2.0]), coef=0.01), [0.09], rtol=1e-6
     )
@@ -81,24 +81,24 @@ compiled_has_pairs = jax.jit(losses.has_pairs)
 )
 def test_ranking_agrees_with_a_loop_over_pairs(seed, ranks, where):
     scores, ranks, where = np.random.default_rng(seed).normal(size=K), np.array(ranks), np.array(where)
-    rubbish = np.where(where, scores, np.nan)
+    garbage = np.where(where, scores, np.nan)
     for ties in (True, False):
         expected, any_pair = ranking_by_hand(scores, ranks, where, ties)
-        np.testing.assert_allclose(compiled_ranking[ties](rubbish, ranks, where), expected, rtol=1e-5)
+        np.testing.assert_allclose(compiled_ranking[ties](garbage, ranks, where), expected, rtol=1e-5)
     assert compiled_has_pairs(ranks, where) == any_pair
-    gradient = ranking_gradient(rubbish, ranks, where)
+    gradient = ranking_gradient(garbage, ranks, where)
     np.testing.assert_array_equal(gradient[~where], 0.0)
     assert np.all(np.isfinite(gradient)) and np.any(gradient != 0.0) == any_pair
 
 
-def test_ranking_divisors_by_hand():
+def test_ranking_divisor_counts_ties_only_if_asked():
     scores, ranks = jnp.array([1.0, 0.0, 0.0]), jnp.array([1, 2, 2])
     two_pairs = 2 * softplus(-1.0)
     np.testing.assert_allclose(losses.ranking(scores, ranks), two_pairs / 3, rtol=1e-6)
     np.testing.assert_allclose(losses.ranking(scores, ranks, ties_in_divisor=False), two_pairs / 2, rtol=1e-6)
 
 
-def test_ranking_two_is_pairwise():
+def test_ranking_of_two_is_pairwise():
     scores = jnp.array([0.3, 1.2])
     np.testing.assert_allclose(losses.ranking(scores, jnp.array([2, 1])), losses.pairwise(1.2, 0.3), rtol=1e-6)
 
@@ -126,15 +126,15 @@ def test_plackett_luce_is_the_likelihood_of_picking_in_order():
     best_first = [0.7, 0.2, -1.0]
     expected = sum(np.log(np.sum(np.exp(best_first[i:]))) - best_first[i] for i in range(3))
     np.testing.assert_allclose(losses.plackett_luce(scores, ranks, where_K=where), expected, rtol=1e-5)
-    rubbish = np.where(where, scores, np.nan)
-    gradient = jax.jit(jax.grad(lambda s: losses.plackett_luce(s, ranks, where_K=where)))(rubbish)
+    garbage = np.where(where, scores, np.nan)
+    gradient = jax.jit(jax.grad(lambda s: losses.plackett_luce(s, ranks, where_K=where)))(garbage)
     assert np.all(np.isfinite(gradient)) and gradient[3] == 0.0 and gradient[2] < 0.0
     two = losses.plackett_luce(jnp.array([0.3, 1.2]), jnp.array([2, 1]))
     np.testing.assert_allclose(two, losses.pairwise(1.2, 0.3), rtol=1e-6)
     assert losses.plackett_luce(scores, ranks, where_K=np.zeros(4, bool)) == 0.0
 
 
-def test_best_of_n_choice_is_a_softmax_over_the_completions_that_exist():
+def test_best_of_n_choice_is_a_softmax_over_existing_completions():
     scores = jnp.array([1.0, -0.5, 2.0, jnp.nan])
     where = jnp.array([True, True, True, False])
     three = np.array([1.0, -0.5, 2.0])
@@ -144,8 +144,8 @@ def test_best_of_n_choice_is_a_softmax_over_the_completions_that_exist():
     gradient = jax.grad(lambda s: losses.best_of_n_choice(s, 2, where_K=where))(scores)
     np.testing.assert_allclose(gradient[:3], np.exp(three) / np.sum(np.exp(three)) - [0, 0, 1], atol=1e-6)
     assert gradient[3] == 0.0
-    for broken in (3, 4, -1):
-        assert jnp.isnan(losses.best_of_n_choice(scores, broken, where_K=where))
+    for invalid in (3, 4, -1):
+        assert jnp.isnan(losses.best_of_n_choice(scores, invalid, where_K=where))
 
 
 # Direct preference losses
@@ -154,7 +154,7 @@ PAIR = tuple(jnp.array(x) for x in ([-10.0, -4.0], [-12.0, -3.0], [-11.0, -5.0],
 H = np.array([2.0, -2.0])  # (-10 + 11) - (-12 + 11), (-4 + 5) - (-3 + 6)
 
 
-def test_direct_losses_unit_values():
+def test_direct_losses_match_hand_computed_values():
     beta = 0.5
     np.testing.assert_allclose(losses.log_ratio_margin(*PAIR), H)
     np.testing.assert_allclose(losses.dpo(*PAIR, beta=beta), softplus(-beta * H), rtol=1e-6)
@@ -165,7 +165,7 @@ def test_direct_losses_unit_values():
     np.testing.assert_allclose(losses.hinge(*PAIR, beta=0.25), [0.5, 1.5], rtol=1e-6)
 
 
-def test_dpo_gradient_is_the_published_one():
+def test_dpo_gradient_matches_the_paper():
     beta = 0.3
     gradient = jax.grad(lambda w, r: jnp.sum(losses.dpo(w, r, *PAIR[2:], beta=beta)), argnums=(0, 1))(*PAIR[:2])
     weight = -beta * sigmoid(-beta * H)
@@ -197,7 +197,7 @@ def test_kto_values_and_signs():
     assert by_policy[0] < 0.0 < by_policy[1] and by_baseline == 0.0
 
 
-def test_kto_baseline_is_a_mean_held_above_zero():
+def test_kto_baseline_is_a_mean_clipped_at_zero():
     policy, reference = jnp.array([1.0, 2.0, 9.0]), jnp.array([0.0, 0.0, 0.0])
     where = jnp.array([True, True, False])
     assert losses.kto_baseline(policy, reference, where=where) == 1.5
@@ -205,7 +205,7 @@ def test_kto_baseline_is_a_mean_held_above_zero():
     np.testing.assert_array_equal(jax.grad(lambda p: losses.kto_baseline(p, reference))(policy), 0.0)
 
 
-def test_orpo_and_simpo_unit_values():
+def test_orpo_and_simpo_match_hand_computed_values():
     p_w, p_l = 0.6, 0.25
     odds_ratio = np.log(p_w / (1 - p_w)) - np.log(p_l / (1 - p_l))
     expected = -np.log(p_w) + 0.5 * softplus(-odds_ratio)
@@ -214,7 +214,7 @@ def test_orpo_and_simpo_unit_values():
     np.testing.assert_allclose(simpo, [softplus(0.5 - 2.0)], rtol=1e-6)
 
 
-def test_a_certain_response_does_not_break_orpo():
+def test_orpo_is_finite_for_responses_of_probability_one():
     certain = jax.jit(jax.value_and_grad(lambda w, r: losses.orpo(w, r, weight=1.0), argnums=(0, 1)))
     for pair in ((0.0, -1.0), (-1.0, 0.0), (0.0, 0.0), (-1e4, -1e-9)):
         value, gradient = certain(*pair)
@@ -244,21 +244,21 @@ POINTWISE = {
 
 
 @pytest.mark.parametrize("name", POINTWISE)
-def test_finite_at_huge_margins(name):
+def test_losses_are_finite_at_huge_margins(name):
     loss = jax.jit(jax.value_and_grad(POINTWISE[name]))
     for margin in (1e4, -1e4):
         value, gradient = loss(jnp.float32(margin))
         assert np.isfinite(value) and np.isfinite(gradient), margin
 
 
-def test_large_margins_keep_their_slope():
-    """A log of a sigmoid would have saturated long before."""
+def test_pairwise_keeps_its_slope_at_large_margins():
+    """A naive log of a sigmoid saturates long before."""
     np.testing.assert_allclose(losses.pairwise(-1e4, 0.0), 1e4, rtol=1e-6)
     np.testing.assert_allclose(jax.grad(lambda d: losses.pairwise(d, 0.0))(-1e4), -1.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 1, 3)])
-def test_pointwise_losses_take_any_shape_and_do_not_reduce(shape):
+def test_pointwise_losses_keep_the_shape_of_their_inputs(shape):
     x = jnp.full(shape, -0.5, jnp.bfloat16)
     for out in (
         losses.pairwise(x, x, margin=0.1),
@@ -272,7 +272,7 @@ def test_pointwise_losses_take_any_shape_and_do_not_reduce(shape):
         assert out.shape == shape and out.dtype == jnp.float32
 
 
-def test_different_shapes_are_errors_rather_than_outer_products():
+def test_different_shapes_raise_instead_of_broadcasting():
     row, column = jnp.zeros(3), jnp.zeros((3, 1))
     for call in (
         lambda: losses.pairwise(row, column),
@@ -286,7 +286,7 @@ def test_different_shapes_are_errors_rather_than_outer_products():
             call()
 
 
-def test_a_sweep_over_traced_hyperparameters_equals_a_loop():
+def test_vmap_over_hyperparameters_equals_a_loop():
     betas, clips = jnp.array([0.01, 0.1, 1.0]), jnp.array([0.05, 0.2, 0.5])
     x, y = jnp.array([0.3, -0.4]), jnp.array([1.0, -2.0])
 

@@ -1,0 +1,19 @@
+"""The examples in the library's docstrings."""
+
+import doctest
+import importlib
+import pkgutil
+
+import jax
+import pytest
+
+import rlhf_jax
+
+MODULES = ["rlhf_jax", *(m.name for m in pkgutil.walk_packages(rlhf_jax.__path__, "rlhf_jax."))]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_of_a_module_print_what_they_say(name):
+    with jax.numpy_rank_promotion("allow"):
+        failed, _ = doctest.testmod(importlib.import_module(name))
+    assert not failed

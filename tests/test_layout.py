@@ -1,0 +1,118 @@
+"""The layout of the project: names, sizes, docstrings, and the direction of imports."""
+
+import ast
+import pathlib
+from collections import Counter
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+LIBRARY = (
+    *(
+        "types",
+        "masking",
+        "aggregation",
+        "kl",
+        "rewards",
+        "advantages",
+        "losses",
+        "distributed",
+        "parallel",
+        "checkpoint",
+    ),
+    *("metrics", "lm", "generation", "diagnostics", "data", "train", "simulation", "report"),
+)
+EXPERIMENTS = (
+    ("launch",),
+    ("recipe",),
+    ("sweeps",),
+    ("preferences", "planning", "fault_injection", "benchmarks"),
+)
+COMMANDS_OF_A_STAGE = {"dpo", "ppo", "reward_model", "sft"}
+"""Commands that may share their name with the module of `rlhf_jax.train` that they run."""
+
+
+def modules(folder):
+    return sorted(path for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py")
+
+
+def packages(folder):
+    return sorted(path.parent for path in (ROOT / folder).rglob("__init__.py"))
+
+
+def imported(path):
+    """The dotted names that a module imports at run time, `from a import b` as ``a.b``."""
+    names = []
+
+    def visit(node):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            return
+        if isinstance(node, ast.Import):
+            names.extend(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.extend(f"{node.module}.{alias.name}" for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return names
+
+
+def test_module_names_are_unique():
+    commands = {path.stem for path in (ROOT / "experiments").glob("*.py")}
+    names = Counter(path.stem for path in [*modules("rlhf_jax"), *modules("experiments")])
+    shared = {name for name, count in names.items() if count > 1}
+    assert shared <= commands & COMMANDS_OF_A_STAGE
+
+
+@pytest.mark.parametrize("folder", ["rlhf_jax", "experiments", "tests"])
+def test_no_folder_has_more_than_16_modules(folder):
+    sizes = Counter(path.parent.relative_to(ROOT).as_posix() for path in modules(folder))
+    assert not {name: size for name, size in sizes.items() if size > 16}
+
+
+@pytest.mark.parametrize("folder", ["rlhf_jax", "experiments"])
+def test_every_package_has_a_docstring(folder):
+    for package in packages(folder):
+        assert ast.get_docstring(ast.parse((package / "__init__.py").read_text(encoding="utf-8"))), package
+
+
+def test_library_modules_have_under_420_lines():
+    lines = {
+        path.relative_to(ROOT).as_posix(): len(path.read_text("utf-8").splitlines()) for path in modules("rlhf_jax")
+    }
+    assert not {name: count for name, count in lines.items() if count >= 420}
+
+
+def test_the_folders_of_tests_mirror_the_packages():
+    known = {package.relative_to(ROOT / "rlhf_jax").as_posix() for package in packages("rlhf_jax")}
+    known |= {"experiments", "cases"}
+    folders = {path.parent.relative_to(ROOT / "tests").as_posix() for path in modules("tests")}
+    assert folders <= known
+
+
+def test_library_modules_import_only_from_earlier_packages():
+    wrong = []
+    for path in [*modules("rlhf_jax"), *(package / "__init__.py" for package in packages("rlhf_jax"))]:
+        parts = path.relative_to(ROOT / "rlhf_jax").with_suffix("").parts
+        if parts == ("__init__",):
+            continue
+        own = LIBRARY.index(parts[0])
+        for name in imported(path):
+            if name.startswith("rlhf_jax.") and LIBRARY.index(name.split(".")[1]) > own:
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong
+
+
+def test_experiments_import_only_from_earlier_packages():
+    level = {name: i for i, names in enumerate(EXPERIMENTS) for name in names}
+    commands = {path.stem for path in (ROOT / "experiments").glob("*.py")}
+    level |= {name: len(EXPERIMENTS) for name in commands}
+    wrong = []
+    for path in modules("experiments"):
+        own = path.relative_to(ROOT / "experiments").parts[0].removesuffix(".py")
+        for name in imported(path):
+            other = name.split(".")[0]
+            if other in level and other != own and level[other] >= level[own]:
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong
