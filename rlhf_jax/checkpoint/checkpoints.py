@@ -208,7 +208,8 @@ class Checkpoints:
         if not self.directory.exists():
             raise CheckpointError(f"cannot save step {step} in {self.directory}: the directory has vanished")
         if self._restored is not None:
-            self._set_aside([newer for newer in self.steps() if newer > self._restored])
+            newer = [saved for saved in self.steps() if saved > self._restored]
+            self._move([(self._path(saved), self.directory / f"{_ASIDE}{saved:09d}") for saved in newer])
         newest = self.latest()
         if newest is not None and step <= newest:
             raise CheckpointError(f"cannot save step {step} in {self.directory}: step {newest} already exists")
@@ -317,9 +318,6 @@ class Checkpoints:
             self._warn(f"step {step} in {self.directory} was written, but {damage}; older checkpoints are kept")
             return False
         return True
-
-    def _set_aside(self, steps: list[int]) -> None:
-        self._move([(self._path(step), self.directory / f"{_ASIDE}{step:09d}") for step in steps])
 
     def _move(self, moves: list[tuple[epath.Path, epath.Path | None]]) -> None:
         """Renames folders, or removes those whose new name is None."""

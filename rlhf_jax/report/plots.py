@@ -85,8 +85,8 @@ def color(name: str) -> str:
 
 
 @contextlib.contextmanager
-def axes(out: list[str], *, height: float, rows: Sequence[float] = (1,)) -> Iterator[list[Axes]]:
-    """Yields axes stacked with the given relative heights; on exit appends the figure's SVG to ``out``."""
+def axes(*, height: float, rows: Sequence[float] = (1,)) -> Iterator[tuple[list[str], list[Axes]]]:
+    """Yields a list, to which the SVG is appended on exit, and axes stacked with the given relative heights."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -95,8 +95,9 @@ def axes(out: list[str], *, height: float, rows: Sequence[float] = (1,)) -> Iter
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False, height_ratios=list(rows))[:, 0]
-        yield list(axes)
-        out.append(_svg(figure))
+        svg: list[str] = []
+        yield svg, list(axes)
+        svg.append(_svg(figure))
 
 
 def _svg(figure: Figure) -> str:
@@ -138,8 +139,7 @@ def win_rates(results: Mapping[str, Any]) -> str | None:
     rows = [p for p, pair in rates.items() if any(pair)]
     if not rows:
         return None
-    out: list[str] = []
-    with axes(out, height=0.9 + 0.42 * len(rows)) as (ax,):
+    with axes(height=0.9 + 0.42 * len(rows)) as (svg, (ax,)):
         ax.axvline(50, color=color("soft"), linewidth=1, linestyle=(0, (4, 3)))
         ax.set_xlim(0, 100)
         for row, policy in enumerate(rows):
@@ -151,7 +151,7 @@ def win_rates(results: Mapping[str, Any]) -> str | None:
         if any(gold for gold, _ in rates.values()) and any(heldout for _, heldout in rates.values()):
             handles = [_marker_handle(filled) for filled in (True, False)]
             legend(ax, handles=handles, labels=["gold utility", "held-out labelers"])
-    return out[0]
+    return svg[0]
 
 
 def by_policy(
@@ -173,8 +173,7 @@ def by_policy(
     rows = [(p, estimate) for p, estimate in values.items() if estimate is not None]
     if not rows:
         return None
-    out: list[str] = []
-    with axes(out, height=0.75 + 0.27 * len(rows)) as (ax,):
+    with axes(height=0.75 + 0.27 * len(rows)) as (svg, (ax,)):
         if (reference := values.get(against)) is not None:
             ax.axvline(scale * reference.mean, color=color(against), linewidth=0.9, linestyle=(0, (4, 3)))
         for row, (policy, estimate) in enumerate(rows):
@@ -182,7 +181,7 @@ def by_policy(
         ax.margins(x=0.08)
         label_rows(ax, [results_lib.label(policy) for policy, _ in rows])
         ax.set_xlabel(xlabel)
-    return out[0]
+    return svg[0]
 
 
 def categories(results: Mapping[str, Any]) -> str | None:
@@ -193,9 +192,8 @@ def categories(results: Mapping[str, Any]) -> str | None:
     names = list(dict.fromkeys(c for row in table.values() for c, estimate in row.items() if estimate))
     if not names:
         return None
-    out: list[str] = []
     bar = 0.8 / len(shown)
-    with axes(out, height=0.9 + (0.12 + 0.15 * len(shown)) * len(names)) as (ax,):
+    with axes(height=0.9 + (0.12 + 0.15 * len(shown)) * len(names)) as (svg, (ax,)):
         for i, policy in enumerate(shown):
             for row, name in enumerate(names):
                 estimate = table[policy].get(name)
@@ -212,7 +210,7 @@ def categories(results: Mapping[str, Any]) -> str | None:
         from matplotlib.patches import Patch
 
         legend(ax, handles=[Patch(color=color(p)) for p in shown], labels=[results_lib.label(p) for p in shown])
-    return out[0]
+    return svg[0]
 
 
 def calibration(results: Mapping[str, Any]) -> str | None:
@@ -223,8 +221,7 @@ def calibration(results: Mapping[str, Any]) -> str | None:
         return None
     gap, accuracy = (np.array([float(b[key]) for b in bins]) for key in ("gap", "accuracy"))
     counts = [results_lib.finite(b.get("count")) for b in bins]
-    out: list[str] = []
-    with axes(out, height=3.7, rows=(3, 1)) as (top, bottom):
+    with axes(height=3.7, rows=(3, 1)) as (svg, (top, bottom)):
         low, high = min(0.0, float(gap.min())), float(gap.max()) * 1.06
         x = np.linspace(low, high, 80)
         top.plot(x, 100 / (1 + np.exp(-x)), color=color("soft"), linestyle=(0, (4, 3)), label="perfectly calibrated")
@@ -243,7 +240,7 @@ def calibration(results: Mapping[str, Any]) -> str | None:
         bottom.set(ylim=(0, 1.1 * most), yticks=[0, most], ylabel="Pairs")
         bottom.set_xlabel("Difference of the two scores (log odds)")
         bottom.set_xlim(low - 0.02 * high, high)
-    return out[0]
+    return svg[0]
 
 
 def curve(records: Iterable[Mapping[str, Any]], stage: str, name: str) -> Curve | None:
@@ -257,8 +254,7 @@ def curve(records: Iterable[Mapping[str, Any]], stage: str, name: str) -> Curve 
 
 def learning_curve(curves: Sequence[Curve], *, ylabel: str) -> str:
     """Plots curves over training steps: the logged values faint, their running mean strong."""
-    out: list[str] = []
-    with axes(out, height=2.3) as (ax,):
+    with axes(height=2.3) as (svg, (ax,)):
         for c in curves:
             x, y = downsample(c.x), downsample(c.y)
             smooth = running_mean(y, width=max(1, len(y) // 20))
@@ -267,11 +263,11 @@ def learning_curve(curves: Sequence[Curve], *, ylabel: str) -> str:
             style = {"ls": LINES.get(c.stage, "-"), "marker": "o" if len(y) == 1 else None}
             ax.plot(x, smooth, color=color(c.stage), label=results_lib.label(c.stage), **style)
         ax.set(xlabel="Step", ylabel=ylabel)
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.locator_params(axis="x", integer=True)
         ax.grid(axis="y")
         if len(curves) > 1:
             legend(ax)
-    return out[0]
+    return svg[0]
 
 
 def frontier(results: Mapping[str, Any], curves: Sequence[tuple[Curve, Curve]], key: str, *, ylabel: str) -> str | None:
@@ -290,8 +286,7 @@ def frontier(results: Mapping[str, Any], curves: Sequence[tuple[Curve, Curve]], 
     points = [(math.sqrt(max(0.0, kl.mean)), y.mean, n) for kl, y, n in bon if kl is not None and y is not None]
     if not curves:
         return None
-    out: list[str] = []
-    with axes(out, height=3.1) as (ax,):
+    with axes(height=3.1) as (svg, (ax,)):
         for kl, score in curves:
             # An estimate of a KL near 0 can be negative.
             x, y = np.sqrt(np.maximum(downsample(kl.y), 0)), downsample(score.y)
@@ -308,7 +303,7 @@ def frontier(results: Mapping[str, Any], curves: Sequence[tuple[Curve, Curve]], 
         ax.set_xlim(left=0)
         ax.grid(axis="y")
         legend(ax)
-    return out[0]
+    return svg[0]
 
 
 def _best_of_n(results: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:

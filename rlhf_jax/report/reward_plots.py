@@ -62,9 +62,8 @@ def thresholds(scan: Numbers | None) -> str | None:
     if not rows:
         return None
     x, mean, low, high, count = np.array(rows, float).T
-    out: list[str] = []
     c = plots.color("reward_model")
-    with plots.axes(out, height=3.2, rows=(3, 1)) as (top, bottom):
+    with plots.axes(height=3.2, rows=(3, 1)) as (svg, (top, bottom)):
         top.axhline(50, color=plots.color("soft"), linewidth=0.9, linestyle=(0, (4, 3)))
         top.vlines(x, 100 * low, 100 * high, color=c, linewidth=1.2)
         top.plot(x, 100 * mean, "o-", color=c, markersize=4, linewidth=0.8)
@@ -72,7 +71,7 @@ def thresholds(scan: Numbers | None) -> str | None:
         top.grid(axis="y")
         bottom.plot(x, count, "o-", color=plots.color("soft"), markersize=3, linewidth=0.8)
         bottom.set(xlabel="Minimum score of both answers", ylabel="Pairs", ylim=(0, 1.1 * count.max()))
-    return out[0]
+    return svg[0]
 
 
 def split_halves(halves: Numbers | None, steps: Sequence[float] | None = None) -> str | None:
@@ -85,8 +84,7 @@ def split_halves(halves: Numbers | None, steps: Sequence[float] | None = None) -
         return None
     train, test, gap, low, high = (np.array(halves[name], float) for name in names)
     x, parted = np.arange(len(gap)) if steps is None else np.array(steps, float), halves.get("parted")
-    out: list[str] = []
-    with plots.axes(out, height=3.4, rows=(3, 2)) as (top, bottom):
+    with plots.axes(height=3.4, rows=(3, 2)) as (svg, (top, bottom)):
         top.plot(x, train, "o-", color=plots.color("ppo"), markersize=3, label="train reward model")
         top.plot(x, test, "s-", color=plots.color("sft"), markersize=3, label="test reward model")
         top.set_ylabel("Gain in score")
@@ -99,7 +97,7 @@ def split_halves(halves: Numbers | None, steps: Sequence[float] | None = None) -
             ax.grid(axis="y")
             if parted is not None:
                 ax.axvline(float(x[parted]), color=plots.color("ink"), linewidth=0.9, linestyle=(0, (1, 2)))
-    return out[0]
+    return svg[0]
 
 
 def overoptimisation(curves: Sequence[Numbers] | None) -> str | None:
@@ -116,8 +114,7 @@ def overoptimisation(curves: Sequence[Numbers] | None) -> str | None:
     forms = {form.name: form for form in (over.BEST_OF_N, over.REINFORCEMENT)}
     styles = {over.BEST_OF_N.name: (0, (5, 1.5)), over.REINFORCEMENT.name: (0, (1, 1.5))}
     colors = ("ppo", "best_of_n", "ppo_ptx", "sft", "other")
-    out: list[str] = []
-    with plots.axes(out, height=3.2) as (ax,):
+    with plots.axes(height=3.2) as (svg, (ax,)):
         for place, each in enumerate(drawn):
             c = plots.color(colors[place % len(colors)])
             x, y = np.sqrt(np.maximum(np.array(each["kl"], float), 0)), np.array(each["gains"], float)
@@ -144,7 +141,7 @@ def overoptimisation(curves: Sequence[Numbers] | None) -> str | None:
         ax.set_xlim(left=0)
         ax.grid(axis="y")
         plots.legend(ax)
-    return out[0]
+    return svg[0]
 
 
 def fit_summary(curves: Sequence[Numbers] | None) -> str:
@@ -180,8 +177,7 @@ def _rates(
     """Plots rates as points with intervals; a row without a rate is a heading."""
     if not any(rate for _, rate in rows):
         return None
-    out: list[str] = []
-    with plots.axes(out, height=0.75 + 0.2 * len(rows)) as (ax,):
+    with plots.axes(height=0.75 + 0.2 * len(rows)) as (svg, (ax,)):
         ax.axvline(50, color=plots.color("soft"), linewidth=1, linestyle=(0, (4, 3)))
         if line is not None:
             ax.axvline(100 * line.mean, color=plots.color("reward_model"), linewidth=0.9, linestyle=(0, (1, 2)))
@@ -193,7 +189,7 @@ def _rates(
         ax.set_xlim(-1.5, 101.5)
         plots.label_rows(ax, [name if rate else "" for name, rate in rows])
         ax.set_xlabel(xlabel)
-    return out[0]
+    return svg[0]
 
 
 def _name(stratum: Numbers) -> str:
