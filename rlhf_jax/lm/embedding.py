@@ -1,4 +1,4 @@
-"""Token and position embeddings, also from a table that is sharded over devices."""
+"""Token embeddings, also from a sharded table, learned positions and rotary positions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from jax.sharding import PartitionSpec
 
 from rlhf_jax import parallel, types
 from rlhf_jax.lm import config, weights
+
+Angles = tuple[jax.Array, jax.Array]
+"""Cosine and sine of rotary positions, ``[B,1,L,half]`` float32."""
 
 
 def embed(
@@ -71,3 +74,38 @@ def look_up(table_VD: jax.Array, tokens_BL: jax.Array, dtype: Any) -> jax.Array:
     return jax.shard_map(look_up_shard, in_specs=(where, rows), out_specs=PartitionSpec(*rows, None))(
         table_VD, tokens_BL
     )
+
+
+def rotary_angles(positions_BL: jax.Array, theta: float, scaling: Any, cfg: config.LMConfig) -> Angles | None:
+    """Returns cosine and sine of the rotation at each position; None if the model has no rotary positions.
+
+    Args:
+        positions_BL: int32 positions.
+        theta: Base of the frequencies.
+        scaling: `config.LinearScaling`, `config.Llama3Scaling` or None.
+        cfg: Architecture.
+
+    Returns:
+        Two ``[B,1,L,half]`` float32 arrays, or None.
+    """
+    if cfg.positions != "rope":
+        return None
+    half = cfg.rope_width // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if isinstance(scaling, config.LinearScaling):
+        frequencies = frequencies / scaling.factor
+    elif isinstance(scaling, config.Llama3Scaling):
+        turns = frequencies * (scaling.length / (2 * jnp.pi))
+        kept = jnp.clip((turns - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
+        frequencies = kept * frequencies + (1.0 - kept) * frequencies / scaling.factor
+    angles = positions_BL.astype(jnp.float32)[:, None, :, None] * frequencies[None, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BHLC: jax.Array, rotation: Angles) -> jax.Array:
+    """Returns heads with features i and i + half rotated by the angle of their position (Su et al. 2021)."""
+    cos, sin = rotation
+    half = cos.shape[-1]
+    first, second = x_BHLC[..., :half].astype(jnp.float32), x_BHLC[..., half : 2 * half].astype(jnp.float32)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BHLC.dtype)
+    return jnp.concatenate([rotated, x_BHLC[..., 2 * half :]], axis=-1)
