@@ -137,7 +137,7 @@ def rows():
 
 
 @foreign
-def test_every_function_of_tokens_takes_any_model(make):
+def test_token_functions_accept_any_model(make):
     """Padded rows give what each row gives alone, unpadded; parts of the columns what all at once give."""
     apply, params = make()
     params, batch = with_head(params), rows()
@@ -146,13 +146,11 @@ def test_every_function_of_tokens_takes_any_model(make):
     def read(params, tokens, mask, chunk=None):
         how: dict[str, Any] = dict(mask_BL=mask, temperature=0.7, chunk=chunk)
         return (
-            lm.token_logprobs_with(apply, params, tokens, **how),
-            lm.values_with(apply, params, tokens, mask_BL=mask),
-            lm.score_with(apply, params, tokens, mask_BL=mask),
-            lm.response_stats_with(apply, params, tokens, prompt_width=P, **how) if tokens.shape[1] == L else None,
-            lm.response_values_with(apply, params, tokens, prompt_width=P, mask_BL=mask)
-            if tokens.shape[1] == L
-            else None,
+            lm.token_logprobs(params, tokens, cfg=apply, **how),
+            lm.values(params, tokens, cfg=apply, mask_BL=mask),
+            lm.score(params, tokens, cfg=apply, mask_BL=mask),
+            lm.token_stats(params, tokens, cfg=apply, prompt_width=P, **how) if tokens.shape[1] == L else None,
+            lm.values(params, tokens, cfg=apply, prompt_width=P, mask_BL=mask) if tokens.shape[1] == L else None,
         )
 
     logprobs, values, score, stats, response_values = got = read(params, batch.tokens_BL, batch.mask_BL)
@@ -170,9 +168,9 @@ def test_every_function_of_tokens_takes_any_model(make):
 
 
 @foreign
-def test_a_supervised_step(make):
+def test_supervised_step(make):
     apply, params = make()
-    step = parallel.jit_step(sft.make_train_step(functools.partial(lm.token_logprobs_with, apply)))
+    step = parallel.jit_step(sft.make_train_step(functools.partial(lm.token_logprobs, cfg=apply)))
     hyper = {"learning_rate": np.float32(0.3), "max_grad_norm": np.float32(1.0)}
     state, found = state_lib.create(params, PLAIN), []
     for _ in range(12):
@@ -183,23 +181,21 @@ def test_a_supervised_step(make):
 
 
 @foreign
-def test_a_step_of_ppo(make):
+def test_ppo_step(make):
     apply, params = make()
 
     def generate(params, rng_B, prompts_BP, mask_BP, temperature):
         sampling = dataclasses.replace(SAMPLING, temperature=temperature)
-        return generation.generate_with(apply, params, rng_B, prompts_BP, mask_BP, sampling=sampling)
+        return generation.generate(params, rng_B, prompts_BP, mask_BP, cfg=apply, sampling=sampling)
 
     models = ppo.Models(
         generate=generate,
-        logprobs=lambda params, tokens, mask, temperature: lm.response_stats_with(
-            apply, params, tokens, prompt_width=P, mask_BL=mask, temperature=temperature
+        logprobs=lambda params, tokens, mask, temperature: lm.token_stats(
+            params, tokens, cfg=apply, prompt_width=P, mask_BL=mask, temperature=temperature
         ),
-        values=lambda params, tokens, mask: lm.response_values_with(
-            apply, params, tokens, prompt_width=P, mask_BL=mask
-        ),
-        score=lambda params, rollout: lm.score_with(apply, params, rollout.tokens_BL, mask_BL=rollout.mask_BL),
-        token_logprobs=functools.partial(lm.token_logprobs_with, apply),
+        values=lambda params, tokens, mask: lm.values(params, tokens, cfg=apply, prompt_width=P, mask_BL=mask),
+        score=lambda params, rollout: lm.score(params, rollout.tokens_BL, cfg=apply, mask_BL=rollout.mask_BL),
+        token_logprobs=functools.partial(lm.token_logprobs, cfg=apply),
     )
     step = parallel.jit_step(ppo.make_train_step(models, epochs=1, minibatches=2))
     state = ppo.create(params, with_head(params), PLAIN)
@@ -220,18 +216,18 @@ def test_a_step_of_ppo(make):
 @functools.cache
 def sampler(make):
     apply, _ = make()
-    return jax.jit(functools.partial(generation.generate_with, apply))
+    return jax.jit(functools.partial(generation.generate, cfg=apply))
 
 
 @each_model
-def test_what_is_drawn_is_scored_alike(make):
+def test_scoring_reproduces_the_sampled_logprobs(make):
     apply, params = make()
     params = louder(params)
     rollout = sampler(make)(params, keys(64), *prompts(64), sampling=dataclasses.replace(SAMPLING, temperature=1.3))
     np.testing.assert_array_equal(rollout.mask_BL, jnp.concatenate([prompts(64)[1], rollout.response_mask_BT], axis=1))
     np.testing.assert_array_equal(rollout.tokens_BL[:, :P], prompts(64)[0])
     np.testing.assert_array_equal(rollout.response_mask_BT, np.arange(T)[None, :] < rollout.lengths_B[:, None])
-    scored = jax.jit(functools.partial(lm.response_logprobs_with, apply, prompt_width=P))(
+    scored = jax.jit(functools.partial(lm.token_logprobs, cfg=apply, prompt_width=P))(
         params, rollout.tokens_BL, mask_BL=rollout.mask_BL, temperature=1.3
     )
     np.testing.assert_allclose(rollout.logprobs_BT, scored, atol=1e-5)
@@ -243,7 +239,7 @@ def test_what_is_drawn_is_scored_alike(make):
 
 
 @each_model
-def test_a_row_depends_on_its_own_prompt_and_key_only(make):
+def test_a_sample_depends_on_its_own_prompt_and_key_alone(make):
     params = louder(make()[1])
     tokens, mask = prompts()
     whole, order = sampler(make)(params, keys(), tokens, mask, sampling=SAMPLING), jnp.array([4, 2, 2, 0])
@@ -254,7 +250,7 @@ def test_a_row_depends_on_its_own_prompt_and_key_only(make):
 @pytest.mark.parametrize(
     "change", [{}, dict(greedy=True), dict(stop_ids=(), temperature=2.0), dict(stop_sequences=((4, 5), (7,)), top_k=6)]
 )
-def test_without_a_cache_as_with_one(change):
+def test_generation_without_a_cache_equals_generation_with_one(change):
     params, sampling = louder(own_model()[1]), dataclasses.replace(SAMPLING, **change)
     given = (keys(32), *prompts(32))
     want = jax.jit(functools.partial(generation.generate, cfg=CFG))(params, *given, sampling=sampling)
@@ -270,7 +266,7 @@ def test_vmap_over_seeds_and_wrong_arguments():
     rngs = jnp.stack([keys(), keys()[::-1]])
 
     def one(rng_B):
-        return generation.generate_with(apply, params, rng_B, tokens, mask, sampling=SAMPLING, axis_name="seeds")
+        return generation.generate(params, rng_B, tokens, mask, cfg=apply, sampling=SAMPLING, axis_name="seeds")
 
     mapped = jax.jit(jax.vmap(one, axis_name="seeds"))(rngs)
     for i in range(2):
@@ -282,4 +278,4 @@ def test_vmap_over_seeds_and_wrong_arguments():
         ((keys(3), tokens, mask), "a key a row"),
     ):
         with pytest.raises(ValueError, match=message):
-            generation.generate_with(apply, params, *given, sampling=SAMPLING)
+            generation.generate(params, *given, cfg=apply, sampling=SAMPLING)

@@ -14,8 +14,7 @@ import optax
 import pytest
 
 from rlhf_jax import lm, losses, parallel, types
-from rlhf_jax.data import comparisons as comparisons_lib
-from rlhf_jax.data import errors, packing
+from rlhf_jax.data import comparison_transforms, errors, packing
 from rlhf_jax.train import reward_model
 from rlhf_jax.train import state as state_lib
 from rlhf_jax.train.optim import partition
@@ -27,8 +26,8 @@ TABLE: Any = types.ApplyFn(  # the hidden states are the embeddings, so it compi
     forward=lambda params, tokens_BL, **_: types.LMOutput(jnp.tanh(params["embed"]["tokens"][tokens_BL])),
     logits=lambda params, hidden_BLD: hidden_BLD,
 )
-score = functools.partial(lm.score_with, TABLE)
-packed_scores = functools.partial(lm.packed_scores_with, TABLE)
+score = functools.partial(lm.score, cfg=TABLE)
+packed_scores = functools.partial(lm.packed_scores, cfg=TABLE)
 fast_score = jax.jit(score)
 lm_score = jax.jit(functools.partial(lm.score, cfg=CFG))
 
@@ -213,13 +212,13 @@ def test_head_of_a_domain_learns_from_its_prompts():
 def test_heads_are_combined_and_a_critic_needs_one():
     weights = jnp.array([0.5, 0.3, 0.2])
     batch = jax.tree.map(jnp.asarray, comparisons())
-    one = reward_model.score_all(fast_score, lm.combine(params(H), weights), batch)
+    one = reward_model.score_all(fast_score, lm.heads.combine(params(H), weights), batch)
     np.testing.assert_allclose(one, scores_of(H) @ np.asarray(weights), atol=1e-5)
     with pytest.raises(ValueError, match="3 heads"):
-        lm.combine(params(H), weights[:2])
+        lm.heads.combine(params(H), weights[:2])
     with pytest.raises(ValueError, match="it must be 2 or more"):
         lm.with_head(jax.random.key(0), params(), CFG, heads=1)
-    with pytest.raises(ValueError, match=r"one head, and there are 3: lm\.combine"):
+    with pytest.raises(ValueError, match=r"params have 3: combine them with lm\.heads\.combine"):
         lm.values(params(H), jnp.zeros((1, 4), jnp.int32), cfg=CFG)
 
 
@@ -251,7 +250,7 @@ def test_score_depends_only_on_the_completion(heads, tmp_path):
     assert len(result.tokens_BL) < 4
     np.testing.assert_allclose(got, alone, atol=1e-5)
 
-    kept = lm.normalisation(params(heads), "held-out")
+    kept = lm.heads.normalisation(params(heads), "held-out")
     lm.save(tmp_path / "m", CFG, params(heads), normalisation=kept)
     cfg, loaded = lm.load(tmp_path / "m")
     assert cfg == dataclasses.replace(CFG, model_type=cfg.model_type)
@@ -273,7 +272,7 @@ def test_saved_head_of_the_wrong_shape_is_refused(tmp_path):
     text = json.loads(file.read_text())
     for broken in ([0.0, 1.0], "much", [0.0, 1.0, None]):
         file.write_text(json.dumps(text | {"reward_bias": broken}))
-        with pytest.raises(ValueError, match="one finite number a head, and there are 3"):
+        with pytest.raises(ValueError, match="one finite number per head, for 3 heads"):
             lm.load(tmp_path / "m")
     file.write_text(json.dumps(text | {"reward_normalisation": {"rule": "held-out", "gain": 0.0, "bias": 1.0}}))
     with pytest.raises(ValueError, match="a gain of 0"):
@@ -291,21 +290,21 @@ def test_published_normalisation_rules(heads):
         return reward_model.score_all(fast_score, p, batch)
 
     where = batch.where_BK
-    plain = lm.reset(params(heads))
+    plain = lm.heads.reset(params(heads))
     axes = (0, 1)
     mask = where if heads is None else where[..., None]
-    centred = lm.centre(plain, scored(plain), where=where)
+    centred = lm.heads.centre(plain, scored(plain), where=where)
     np.testing.assert_allclose(jnp.mean(scored(centred), axis=axes, where=mask), 0, atol=1e-5)
-    standard = lm.standardise(plain, scored(plain), where=where)
+    standard = lm.heads.standardise(plain, scored(plain), where=where)
     np.testing.assert_allclose(jnp.mean(scored(standard), axis=axes, where=mask), 0, atol=1e-5)
     np.testing.assert_allclose(jnp.std(scored(standard), axis=axes, where=mask), 1, atol=1e-4)
     # The raw score can be recovered: raw = (score - bias) / gain.
-    kept = lm.normalisation(standard, "policy samples")
+    kept = lm.heads.normalisation(standard, "policy samples")
     raw = (np.asarray(scored(standard)) - np.asarray(kept.bias)) / np.asarray(kept.gain)
     there = np.asarray(where)
     np.testing.assert_allclose(raw[there], np.asarray(scored(plain))[there], atol=1e-4)
-    with pytest.raises(ValueError, match="policy samples holds inf"):
-        lm.Normalisation("policy samples", float("inf"), 0.0)
+    with pytest.raises(ValueError, match="policy samples has the value inf"):
+        lm.heads.Normalisation("policy samples", float("inf"), 0.0)
 
 
 # ------------------------------------------------------------------------------------------------- what is trained
@@ -342,7 +341,7 @@ def test_patterns_and_predicates():
 
 def test_shuffled_pairs_equal_grouped_pairs():
     batch = comparisons(domain_B=np.arange(B), loss_inputs={"margin": np.arange(B) / 10.0})
-    rows = comparisons_lib.pair_rows(batch)
+    rows = comparison_transforms.split_into_pairs(batch)
     want = [(b, i, j) for b in range(B) for i, j in pairs(b)]
     assert len(rows.ranks_BK) == len(want)
     for row, (b, i, j) in enumerate(want):
@@ -360,7 +359,7 @@ def test_control_tokens_turn_a_pair_into_two():
     mask = np.ones((2, 2, 5), bool)
     mask[0, 0, 0] = False
     batch: Any = types.Comparisons(tokens, mask, np.array([[2, 1], [1, 1]]), np.ones((2, 2), bool))  # type: ignore[arg-type]
-    result = comparisons_lib.with_control(batch, good_id=98, bad_id=99, column=2)
+    result = comparison_transforms.add_control_tokens(batch, good_id=98, bad_id=99, column=2)
     better, worse = tokens[0, 1], tokens[0, 0]
 
     def marked(answer: np.ndarray, mark: int) -> list[int]:
@@ -380,7 +379,7 @@ def test_uninformative_prompts_are_counted_and_dropped():
     tokens[2, 1], mask[2, 1] = tokens[2, 0], mask[2, 0]  # which leaves nothing of this prompt
     counts = errors.DropCount(max_dropped=0.6)
     batch = batch.replace(tokens_BKL=tokens, mask_BKL=mask)  # type: ignore[attr-defined]
-    filtered = comparisons_lib.informative(batch, counts)
+    filtered = comparison_transforms.drop_uninformative(batch, counts)
     assert counts.dropped == {"all answers tied": 1, "fewer than two answers": 2}
     assert counts.truncated == {"answer repeated": 2}
     np.testing.assert_array_equal(filtered.ranks_BK, [[1, 2, 3, 3], [4, 3, 0, 1], [1, 1, 2, 0]])
@@ -388,10 +387,10 @@ def test_uninformative_prompts_are_counted_and_dropped():
     with pytest.raises(
         errors.DataError, match=r"3 of 6 records dropped \(all answers tied 1, fewer than two answers 2\)"
     ):
-        comparisons_lib.informative(batch, errors.DropCount(max_dropped=0.4))
+        comparison_transforms.drop_uninformative(batch, errors.DropCount(max_dropped=0.4))
     tied = batch.replace(ranks_BK=np.ones((B, K), np.int32))
     with pytest.raises(errors.DataError, match="none of 6 comparisons says"):
-        comparisons_lib.informative(tied, errors.DropCount(max_dropped=1.0))
+        comparison_transforms.drop_uninformative(tied, errors.DropCount(max_dropped=1.0))
 
 
 def test_nan_score_skips_the_update():
