@@ -125,7 +125,7 @@ def _wins(job: Job, answers: Answers, against: Answers) -> dict[str, Any]:
     ours, theirs = (labelers.features(each.gold) for each in (answers, against))
 
     def by(pool: labelers.Pool) -> list[float]:
-        return list(diagnostics.mean_interval(np.asarray(labelers.prefers(pool, ours, theirs), np.float64)))
+        return list(diagnostics.mean_interval(np.asarray(labelers.preference_share(pool, ours, theirs), np.float64)))
 
     return {
         "gold_win_rate_vs_sft": list(diagnostics.outcome_rate(outcomes)),
