@@ -216,7 +216,7 @@ def train(stage, form, *, micro_batches=1):
         logs.append(jax.device_get(metrics))
     assert step.traces == 1, step.traces
     if form == "pmap":
-        state = step.first(state)
+        state = step.unreplicate(state)
     result = {"params": state.params} | ({"ema": state.ema, "kl_scale": state.kl_scale} if stage == "ppo" else {})
     return jax.device_get(result), logs
 
