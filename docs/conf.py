@@ -8,6 +8,7 @@ import pkgutil
 from typing import Any
 
 from docutils import nodes
+from sphinx.util import logging
 
 import rlhf_jax
 
@@ -30,7 +31,9 @@ default_role = "py:obj"
 
 myst_enable_extensions = ["colon_fence", "dollarmath", "amsmath"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(pathlib.Path(__file__).parent / "_build" / ".jupyter_cache")
+nb_execution_timeout = 300
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
@@ -120,6 +123,8 @@ def short_names(app: Any, env: Any, node: Any, content: nodes.Element) -> nodes.
             return domain.resolve_xref(
                 env, node["refdoc"], app.builder, node["reftype"], prefix + target, node, content
             )
+    if target.startswith("rlhf_jax."):
+        logging.getLogger(__name__).warning("%s does not exist", target, location=node)
     return None
 
 

@@ -1,21 +1,22 @@
-"""DPO and its relatives: from an SFT model and comparisons straight to a policy, with a table and a report.
+"""Trains a policy with DPO or a related loss from an SFT model and comparisons, and evaluates it.
 
     python experiments/dpo.py                                DPO on the built-in world
     python experiments/dpo.py --loss kto                     or cdpo, robust, ipo, hinge, orpo, simpo, dpo-sft, dpo-norm
-    python experiments/dpo.py --rounds 4                     iterated: sample, label, train, with a new reference each
-    python experiments/dpo.py --rounds 4 --judge labelers    labelled by simulated people in place of the reward model
-    python experiments/dpo.py --preset smoke                 all of it, too short to learn much
-    python experiments/dpo.py --data.path FILE.jsonl.gz      on human comparisons (docs/data.md)
-    python experiments/dpo.py --resume runs/NAME             go on with a run that was stopped or killed
+    python experiments/dpo.py --rounds 4                     iterated: sample, label and train, with a new reference
+                                                             in each round
+    python experiments/dpo.py --rounds 4 --judge labelers    labels from simulated labelers, not the reward model
+    python experiments/dpo.py --preset smoke                 all stages, too short to learn much
+    python experiments/dpo.py --data.path FILE.jsonl.gz      human comparisons (docs/data.md)
+    python experiments/dpo.py --resume runs/NAME             resume an interrupted run
 
-Stages: base model, supervised fine-tuning and comparisons as in instructgpt.py, all of whose settings are settings here
-too; then the log-probabilities of the SFT model, computed once and kept in reference/; training; evaluation. A reward
-model is trained on the same comparisons: it labels the rounds, and is what the table and the implicit reward are held
-against. Written below ``--out``: results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/,
-reference/, policy/ (Hugging Face form).
+Stages: base model, supervised fine-tuning and comparisons as in instructgpt.py, whose settings apply here too; the
+log-probabilities of the SFT model, computed once and saved in reference/; training; evaluation. A reward model is
+trained on the same comparisons. It labels the rounds, and the report compares it with the implicit reward of the
+policy. The run folder holds results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/,
+reference/ and policy/ (in Hugging Face form).
 
-Hardware: two CPU cores, 1.4 GB. Time: 3.5 minutes. To expect: DPO wins against SFT on 65 to 70 % of held-out prompts at
-a KL of 2.7 nats, and its implicit reward ranks 68 % of held-out pairs right, the reward model 69 %.
+On two CPU cores: 3.5 minutes, 1.4 GB. Expected results: DPO wins against SFT on 65 to 70 % of held-out prompts at a KL
+of 2.7 nats. Its implicit reward ranks 68 % of held-out pairs as labelled, the reward model 69 %.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ import dataclasses
 import time
 from typing import Any, Literal
 
-from launch import command_line, run_folder, settings
-from preferences import direct_methods
+from launch import command_line, run_folder
+from launch import settings as settings_lib
+from preferences import direct_alignment
 from preferences import pairs as pairs_lib
 from recipe import collection, evaluation, precompile, reward_diagnosis, session, stages, tasks
 from rich.console import Console
@@ -42,150 +44,160 @@ from rlhf_jax.report import results as results_lib
 
 
 @dataclasses.dataclass(frozen=True)
-class DPO(direct_methods.Direct, settings.Settings):
-    """DPO and its relatives, with every setting of the main job."""
+class DPOSettings(direct_alignment.DirectSettings, settings_lib.Settings):
+    """Settings of dpo.py: those of the main job and its own."""
 
     rounds: int = 0
-    """Rounds of sampling, labelling and training with the latest policy as reference; 0: train on the comparisons."""
+    """Number of rounds of sampling, labelling and training; each uses the policy at its start as the reference. 0
+    trains once on the comparisons."""
     samples: int = 4
-    """Answers to each prompt of a round; the best and the worst make a pair."""
+    """Answers sampled per prompt of a round; the best and the worst make a pair."""
     judge: Literal["reward", "labelers", "gold"] = "reward"
-    """Who labels the rounds: the reward model, or of the built-in world the labelers or the gold utility."""
+    """What labels the rounds: the reward model or, on the built-in world, the simulated labelers or the gold
+    utility."""
     hold_reference: bool = False
-    """Keep the SFT model as the reference of every round (online DPO), in place of the latest policy."""
+    """Use the SFT model as the reference in every round (online DPO)."""
 
 
-READ = ("learning_rate", "iterations", "batch", "minibatches", "adam_eps", "adam_tf1")
-"""Of --ppo: the rate and Adam, how many prompts there are for rounds, and what must divide the batch."""
+USED_PPO_SETTINGS = ("learning_rate", "iterations", "batch", "minibatches", "adam_eps", "adam_tf1")
+"""Fields of --ppo that may be changed: learning rate and Adam, iterations and batch (the number of prompts), and
+minibatches, which must divide the batch."""
 
 
-def parse(arguments: list[str]) -> DPO:
-    """Settings from the command line; raises SettingError for what cannot be."""
-    asked = command_line.parse(DPO, arguments, prog="dpo.py", doc=__doc__)
-    direct_methods.check(asked)
-    direct_methods.check_mesh(asked, asked.mesh)
+def parse(arguments: list[str]) -> DPOSettings:
+    """Parses the command line; raises SettingError for invalid settings."""
+    settings = command_line.parse(DPOSettings, arguments, prog="dpo.py", doc=__doc__)
+    direct_alignment.check(settings)
+    direct_alignment.check_mesh(settings, settings.mesh)
     for name, least in (("rounds", 0), ("samples", 2)):
-        if getattr(asked, name) < least:
-            raise settings.SettingError(f"--{name} is {getattr(asked, name)}; it must be at least {least}")
-    if asked.data.path is not None and asked.judge != "reward":
-        raise settings.SettingError(f"--judge {asked.judge} needs the built-in world; leave it or --data.path out")
-    unread = ("samples", "judge", "hold_reference") if asked.rounds == 0 else ("pairs",)
-    plain = {field.name: field.default for field in dataclasses.fields(DPO)}
-    for name in unread:
-        if getattr(asked, name) != plain[name]:
-            flag = name.replace("_", "-")
-            raise settings.SettingError(f"--{flag} is not read with --rounds {asked.rounds}; leave it out")
-    if asked.published is not None:
-        raise settings.SettingError(
-            f"--published {asked.published} is about PPO, which dpo.py does not run; leave it out"
+        if getattr(settings, name) < least:
+            raise settings_lib.SettingError(f"--{name} is {getattr(settings, name)}; it must be at least {least}")
+    if settings.data.path is not None and settings.judge != "reward":
+        raise settings_lib.SettingError(
+            f"--judge {settings.judge} needs the built-in world; leave out --judge or --data.path"
         )
-    ppo = (f"ppo.{field.name}" for field in dataclasses.fields(settings.PPO) if field.name not in READ)
-    direct_methods.refuse_unread(asked, (*ppo, "reward_model.heldout", "on_alarm"), program="dpo.py")
-    if asked.hold_reference and not direct_methods.KINDS[asked.loss].reference:
-        raise settings.SettingError(f"--hold-reference is of no use to --loss {asked.loss}, which has no reference")
-    return asked
+    unused = ("samples", "judge", "hold_reference") if settings.rounds == 0 else ("pairs",)
+    defaults = {field.name: field.default for field in dataclasses.fields(DPOSettings)}
+    for name in unused:
+        if getattr(settings, name) != defaults[name]:
+            flag = name.replace("_", "-")
+            raise settings_lib.SettingError(f"--{flag} has no effect with --rounds {settings.rounds}; leave it out")
+    if settings.published is not None:
+        raise settings_lib.SettingError(
+            f"--published {settings.published} selects settings of PPO, which dpo.py does not run; leave it out"
+        )
+    ppo = (f"ppo.{field.name}" for field in dataclasses.fields(settings_lib.PPO) if field.name not in USED_PPO_SETTINGS)
+    direct_alignment.refuse_unread(settings, (*ppo, "reward_model.heldout", "on_alarm"), program="dpo.py")
+    if settings.hold_reference and not direct_alignment.LOSSES[settings.loss].reference:
+        raise settings_lib.SettingError(
+            f"--hold-reference has no effect with --loss {settings.loss}, which has no reference; leave it out"
+        )
+    return settings
 
 
-def run(asked: DPO) -> dict[str, Any]:
-    """The whole job; returns what results.json holds."""
+def run(settings: DPOSettings) -> dict[str, Any]:
+    """Runs the job; returns the contents of results.json."""
     out = Console()
-    if asked.resume and (finished := run_folder.finished_results(asked.resume)):
+    if settings.resume and (finished := run_folder.finished_results(settings.resume)):
         out.print(console.results_table(finished))
-        session.say(out, f"{asked.resume} is finished; nothing was run")
+        session.say(out, f"{settings.resume} is already finished; nothing was run")
         return finished
-    names = [f"{asked.loss}-round{r}" for r in range(asked.rounds)] or [asked.loss]
+    names = [f"{settings.loss}-round{r}" for r in range(settings.rounds)] or [settings.loss]
     weights = [*((name, 20.0) for name in names), ("evaluate", 20.0)]
 
-    def accept(task: tasks.Task) -> None:
-        if 0 < len(task.rl_prompts) < asked.rounds:
-            raise settings.SettingError(
-                f"--rounds is {asked.rounds}; there are {len(task.rl_prompts)} prompts for them"
+    def check_prompts(task: tasks.Task) -> None:
+        if 0 < len(task.rl_prompts) < settings.rounds:
+            raise settings_lib.SettingError(
+                f"--rounds is {settings.rounds}; it must be at most {len(task.rl_prompts)}, the number of prompts"
             )
 
-    with session.opened(asked, out, kind=asked.loss, weights=weights, accept=accept) as (folder, job):
-        trainer = direct_methods.make_trainer(job, asked, folder.path)
+    with session.opened(settings, out, kind=settings.loss, weights=weights, accept=check_prompts) as (folder, job):
+        trainer = direct_alignment.make_trainer(job, settings, folder.path)
         with precompile.compiling(job, {}, instead=trainer.compile_ahead):
             base = stages.pretrain(job)
-            sft = stages.supervised(job, "sft", base, epochs=asked.sft.epochs, mix=0.0)
-            sft_mix = stages.supervised(job, "sft_mix", base, epochs=asked.sft.mix_epochs, mix=asked.sft.mix)
+            sft = stages.supervised(job, "sft", base, epochs=settings.sft.epochs, mix=0.0)
+            sft_mix = stages.supervised(job, "sft_mix", base, epochs=settings.sft.mix_epochs, mix=settings.sft.mix)
             (ranked, *_), validation, facts = collection.gather(job, [sft, sft_mix])
             (reward,) = stages.train_reward_models(job, sft_mix, [ranked], validation=validation)
-            judged = reward_diagnosis.reward_model_facts(job, reward, validation, ranked)
-            policy, learnt = _learnt(job, trainer, asked, sft_mix, reward, ranked, facts)
-            held = pairs_lib.from_rankings(
-                validation, prompt_width=job.task.prompt_width, per_prompt=0, seed=asked.seed
+            reward_facts = reward_diagnosis.reward_model_facts(job, reward, validation, ranked)
+            policy, training_facts = _train(job, trainer, settings, sft_mix, reward, ranked, facts)
+            held_out = pairs_lib.from_rankings(
+                validation, prompt_width=job.task.prompt_width, per_prompt=0, seed=settings.seed
             )
-            implicit = trainer.accuracy(policy, sft_mix, held)
-            policies = {"base": base, "sft": sft, "sft_mix": sft_mix, asked.loss: policy}
-            found = evaluation.evaluate(job, policies, reward)
+            implicit = trainer.accuracy(policy, sft_mix, held_out)
+            policies = {"base": base, "sft": sft, "sft_mix": sft_mix, settings.loss: policy}
+            evaluated = evaluation.evaluate(job, policies, reward)
     results = {
         "peak_rss_mb": process_setup.peak_memory_mb(),
         "incidents": folder.incidents(),
-        "seed": asked.seed,
-        "preset": asked.preset,
-        "loss": asked.loss,
+        "seed": settings.seed,
+        "preset": settings.preset,
+        "loss": settings.loss,
         "dropped": job.task.dropped.dropped | job.task.dropped.truncated,
-        # As often as each was traced, or by an earlier process; see `jobs.Job.programs`.
+        # A program that an earlier process of this run has traced counts once; see `jobs.Job.programs`.
         "programs": {name: n for name, n in job.programs().items() if name != "ppo"}
         | {"direct": max(trainer.train_step.traces, 1)},
-        "reward_model": judged | facts,
+        "reward_model": reward_facts | facts,
         "implicit_accuracy": implicit,
-        **learnt,
-        **found,
+        **training_facts,
+        **evaluated,
     }
     results = run_folder.finite(results) | {"seconds": time.time() - process_setup.BEGAN}
     lm.save(folder.path / "policy", job.cfg, policy, tokenizer=job.task.tokenizer, pad_id=job.task.fmt.pad_id)
-    title = f"{results_lib.label(asked.loss)} from an SFT model"
     report.write_report(
         folder.path / "report.html",
         results,
         metrics.read(folder.path),
-        title=title,
-        settings=dataclasses.asdict(asked),
+        title=f"{results_lib.label(settings.loss)} from an SFT model",
+        settings=dataclasses.asdict(settings),
     )
     folder.write_json(run_folder.RESULTS, results)
     out.print(console.results_table(results))
     mean, low, high = (100 * x for x in implicit)
-    session.say(out, f"held-out pairs ranked right by the implicit reward: {mean:.1f} % ({low:.1f}–{high:.1f})")
-    session.say(out, f"report: {folder.path / 'report.html'}   numbers: {folder.path / run_folder.RESULTS}")
+    session.say(
+        out, f"held-out pairs ranked as labelled by the implicit reward: {mean:.1f} % ({low:.1f} to {high:.1f})"
+    )
+    session.say(out, f"report: {folder.path / 'report.html'}   results: {folder.path / run_folder.RESULTS}")
     return results
 
 
-def _learnt(
+def _train(
     job: jobs.Job,
-    trainer: direct_methods.Trainer,
-    asked: DPO,
+    trainer: direct_alignment.Trainer,
+    settings: DPOSettings,
     sft: Any,
     reward: Any,
     ranked: Any,
     facts: dict[str, Any],
 ) -> tuple[Any, dict[str, Any]]:
-    """The policy, from the comparisons or in rounds, and what was learnt from."""
-    if asked.rounds == 0:
-        width = job.task.prompt_width
-        pairs = pairs_lib.from_rankings(ranked, prompt_width=width, per_prompt=asked.pairs, seed=asked.seed)
-        learnt = {"pairs": len(pairs), "unseen": direct_methods.plan(asked, len(pairs), devices=trainer.devices).unseen}
-        return trainer.train(sft, pairs, name=asked.loss, seed=asked.seed), learnt
-    judges: dict[str, Any] = {"reward": pairs_lib.judged_by_reward, "gold": pairs_lib.judged_by_gold}
-    if asked.judge == "labelers":
-        judges["labelers"] = pairs_lib.judged_by_labelers(job, facts["labeler_temperature"])
-    policy, rounds = direct_methods.iterate(
+    """Trains on the comparisons or in rounds; returns the policy and, for results.json, the numbers of pairs."""
+    if settings.rounds == 0:
+        pairs = pairs_lib.from_rankings(
+            ranked, prompt_width=job.task.prompt_width, per_prompt=settings.pairs, seed=settings.seed
+        )
+        unseen = direct_alignment.schedule(settings, len(pairs), devices=trainer.devices).unseen
+        policy = trainer.train(sft, pairs, name=settings.loss, seed=settings.seed)
+        return policy, {"pairs": len(pairs), "unseen": unseen}
+    judges: dict[str, Any] = {"reward": pairs_lib.reward_judge, "gold": pairs_lib.gold_judge}
+    if settings.judge == "labelers":
+        judges["labelers"] = pairs_lib.make_labeler_judge(job, facts["labeler_temperature"])
+    policy, rounds = direct_alignment.iterate(
         trainer,
         sft,
         reward,
         job.task.rl_prompts,
-        judge=judges[asked.judge],
-        name=asked.loss,
-        seed=asked.seed,
-        rounds=asked.rounds,
-        samples=asked.samples,
-        latest=not asked.hold_reference,
+        judge=judges[settings.judge],
+        name=settings.loss,
+        seed=settings.seed,
+        rounds=settings.rounds,
+        samples=settings.samples,
+        hold_reference=settings.hold_reference,
     )
-    return policy, {"rounds": [dict(zip(each._fields, each)) for each in rounds]}
+    return policy, {"rounds": [each._asdict() for each in rounds]}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
+    """Runs the command line."""
     command_line.enter(run, parse, arguments)
 
 

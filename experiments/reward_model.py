@@ -1,28 +1,29 @@
-"""A reward model, trained and diagnosed; and what it is worth beside simple rules, by cross-validation.
+"""Trains and diagnoses a reward model, or cross-validates it against simple baselines.
 
-    python experiments/reward_model.py                                the built-in world, about 2 minutes on two cores
-    python experiments/reward_model.py --data.path FILE.jsonl.gz      the same on human comparisons
-    python experiments/reward_model.py --data.path FILE --folds 5     cross-validated beside two baselines
-    python experiments/reward_model.py --training.trains ^head/       the scalar head alone, on a frozen trunk
+    python experiments/reward_model.py                                the built-in world
+    python experiments/reward_model.py --data.path FILE.jsonl.gz      human comparisons
+    python experiments/reward_model.py --data.path FILE --folds 5     cross-validation with two baselines
+    python experiments/reward_model.py --training.trains ^head/       only the scalar head, on a frozen trunk
     python experiments/reward_model.py --pmp.prompts 3000 --training.limit 125
                                                                       preference-model pretraining first (HH A.2)
-    python experiments/reward_model.py --resume runs/NAME             go on with a run that was stopped or killed
+    python experiments/reward_model.py --resume runs/NAME             resume an interrupted run
 
-The base model and the SFT model come first, as in instructgpt.py, whose settings are settings here too. Written below
-``--out``: results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/, reward_model/ (Hugging
-Face form, with what its scores were normalised on).
+The base model and the SFT model are trained first, as in instructgpt.py, whose settings apply here too. The run folder
+holds results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/ and reward_model/ (in Hugging
+Face form, with the normalisation of its scores).
 
-``--folds`` wants scikit-learn (``pip install "rlhf_jax[baselines]"``). Each fold trains its tokenizer, a small base
-model and an ensemble of reward models on its own training pairs. The baselines, on the same folds: the shorter answer
-wins, and a logistic regression on TF-IDF features, with the strength of its penalty chosen on inner splits. Differences
-are paired; intervals count conversations, which are never split over folds.
+--folds needs scikit-learn (pip install "rlhf_jax[baselines]"). Each fold trains its tokenizer, a small base model and
+an ensemble of reward models on its own training pairs. The baselines on the same folds are "the shorter answer wins"
+and a logistic regression on TF-IDF features, whose penalty is chosen on inner splits. Differences are paired.
+Conversations are never split over folds, and the intervals are clustered by conversation.
 
-To expect of the default preset: it ranks 69 % of held-out pairs as labelers did (66 to 72), 71 % of training pairs.
+On two CPU cores: about 2 minutes for the built-in world, 5 to 7 minutes for five folds of 2,000 pairs.
 
-Hardware: two CPU cores. Time of five folds of 2,000 pairs: 5 to 7 minutes. To expect of 1,992 harmlessness pairs: the
-reward model ranks 61.1 % as people did (59.0 to 63.3), the regression 62.0, the shorter answer 55.8; that is 5.3 points
-above the one (3.0 to 7.7) and 0.8 below the other (-3.3 to 1.6). With so few pairs, words are learnt better one by one
-than in order: the model leans on length, and is right on 79 % of pairs with the shorter answer chosen, 38 % of others.
+Expected results on the built-in world: the reward model ranks 69 % of held-out pairs as the labelers did (interval 66
+to 72) and 71 % of training pairs. Cross-validated on 1,992 harmlessness pairs: 61.1 % for the reward model (59.0 to
+63.3), 62.0 % for the regression and 55.8 % for the shorter answer, so that the reward model is 5.3 points above the
+latter (3.0 to 7.7) and 0.8 below the former (-3.3 to 1.6). It leans on length: it is right on 79 % of the pairs whose
+chosen answer is the shorter one and on 38 % of the others.
 """
 
 from __future__ import annotations
@@ -37,87 +38,98 @@ import pathlib
 import time
 from typing import Any
 
-from launch import command_line, run_folder, settings
-from preferences import baselines, cross_validation, cross_validation_results, reward_run
-from preferences.reward_settings import SMOKE_CV, RewardRun, check
+from launch import command_line, run_folder
+from launch import settings as settings_lib
+from preferences import cross_validation, cross_validation_results, reward_baselines, reward_run
+from preferences.reward_settings import SMOKE_CV, RewardSettings, check
 from recipe import human_comparisons, session
 from rich.console import Console
+from rich.table import Table
 
 from rlhf_jax.data import errors
 from rlhf_jax.report import console
 
 
-def parse(arguments: list[str]) -> RewardRun:
-    """Settings from the command line; exits for --help, raises SettingError for what cannot be."""
-    asked = command_line.parse(RewardRun, arguments, prog="reward_model.py", doc=__doc__, adjust=_small)
-    preset = settings.preset(
-        asked.preset, dialogues=asked.data.path is not None, started=asked.model is not None, published=asked.published
+def parse(arguments: list[str]) -> RewardSettings:
+    """Parses the command line; exits for --help, raises SettingError for invalid settings."""
+    settings = command_line.parse(RewardSettings, arguments, prog="reward_model.py", doc=__doc__, adjust=_adjust_preset)
+    preset = settings_lib.preset(
+        settings.preset,
+        dialogues=settings.data.path is not None,
+        started=settings.model is not None,
+        published=settings.published,
     )
-    check(asked, preset)
-    return asked
+    check(settings, preset)
+    return settings
 
 
-def _small(preset: RewardRun) -> RewardRun:
-    """The smoke preset's models of --folds."""
+def _adjust_preset(preset: RewardSettings) -> RewardSettings:
+    """Makes the models of --folds small in the smoke preset."""
     if preset.preset != "smoke":
         return preset
     return dataclasses.replace(preset, cv=dataclasses.replace(preset.cv, **SMOKE_CV))
 
 
-def run(asked: RewardRun) -> dict[str, Any]:
-    """The whole job; returns what results.json holds."""
+def run(settings: RewardSettings) -> dict[str, Any]:
+    """Runs the job; returns the contents of results.json."""
     out = Console()
-    if asked.resume and (finished := run_folder.finished_results(asked.resume)):
-        _show(out, finished)
-        session.say(out, f"{asked.resume} is finished; nothing was run")
-        return finished
-    path, results = _cross_validated(asked, out) if asked.folds else reward_run.run(asked, out)
-    results |= {"seed": asked.seed, "preset": asked.preset}
+    if settings.resume and (results := run_folder.finished_results(settings.resume)):
+        _show(out, results)
+        session.say(out, f"{settings.resume} is already finished; nothing was run")
+        return results
+    path, results = (_cross_validate if settings.folds else reward_run.run)(settings, out)
+    results |= {"seed": settings.seed, "preset": settings.preset}
     results["peak_rss_mb"] = process_setup.peak_memory_mb()
     results["seconds"] = time.time() - process_setup.BEGAN
     results = run_folder.finite(results)
-    if asked.folds:
-        cross_validation_results.write_page(path / "report.html", results)
-    else:
-        reward_run.write_page(path / "report.html", results)
+    title, plotted, note = "A reward model", results, "Intervals are 95 %."
+    if settings.folds:
+        title, plotted = "A reward model, cross-validated", results["methods"]
+        note = f"Each pair is scored by a model that has not seen it. {note}"
+    cross_validation_results.write_page(path / "report.html", title, plotted, _tables(results), note)
     run_folder.write_json(path / run_folder.RESULTS, results)
     _show(out, results)
     session.say(
-        out, f"report: {path / 'report.html'}   numbers: {path / run_folder.RESULTS}   {results['seconds']:.0f} s"
+        out, f"report: {path / 'report.html'}   results: {path / run_folder.RESULTS}   {results['seconds']:.0f} s"
     )
     return results
 
 
-def _cross_validated(asked: RewardRun, out: Console) -> tuple[pathlib.Path, dict[str, Any]]:
-    baselines.need_sklearn()
-    if asked.resume:
-        run_folder.same_data(asked.resume, asked)
-    path = pathlib.Path(asked.resume) if asked.resume else run_folder.free_path(asked, kind="reward_model")
-    counts = errors.DropCount(max_dropped=asked.data.max_dropped)
-    found = human_comparisons.read(asked.data, counts)
-    human_comparisons.only_two_speak(found)
-    pairs = human_comparisons.pairs(found)
-    if len(pairs) < 10 * asked.folds:
-        raise settings.SettingError(
-            f"--folds {asked.folds} is too many for the {len(pairs)} pairs of {asked.data.path}"
+def _cross_validate(settings: RewardSettings, out: Console) -> tuple[pathlib.Path, dict[str, Any]]:
+    reward_baselines.need_sklearn()
+    if settings.resume:
+        run_folder.same_data(settings.resume, settings)
+    path = pathlib.Path(settings.resume) if settings.resume else run_folder.free_path(settings, kind="reward_model")
+    counts = errors.DropCount(max_dropped=settings.data.max_dropped)
+    rankings = human_comparisons.read(settings.data, counts)
+    human_comparisons.only_two_speak(rankings)
+    pairs = human_comparisons.pairs(rankings)
+    if len(pairs) < 10 * settings.folds:
+        raise settings_lib.SettingError(
+            f"--folds {settings.folds} is too many for the {len(pairs)} pairs of {settings.data.path}; use at most one "
+            "fold for every 10 pairs"
         )
-    folder = run_folder.RunFolder(path) if asked.resume else run_folder.create(path, asked)
+    folder = run_folder.RunFolder(path) if settings.resume else run_folder.create(path, settings)
     session.say(out, f"writing to {path}; {len(pairs)} pairs, {counts.report()}")
-    with console.StageProgress([(f"fold-{n}", 1.0) for n in range(1, asked.folds + 1)]) as progress:
-        done = cross_validation.cross_validate(
-            pairs, asked.cv, folds=asked.folds, seed=asked.seed, folder=folder, progress=progress
+    with console.StageProgress([(f"fold-{n}", 1.0) for n in range(1, settings.folds + 1)]) as progress:
+        folds = cross_validation.cross_validate(
+            pairs, settings.cv, folds=settings.folds, seed=settings.seed, folder=folder, progress=progress
         )
     folder.log.close()
-    return path, {"dropped": counts.dropped, **cross_validation_results.summary(pairs, done, seed=asked.seed)}
+    return path, {"dropped": counts.dropped, **cross_validation_results.summary(pairs, folds, seed=settings.seed)}
+
+
+def _tables(results: dict[str, Any]) -> list[tuple[str, Table]]:
+    return (cross_validation_results if "folds" in results else reward_run).titled_tables(results)
 
 
 def _show(out: Console, results: dict[str, Any]) -> None:
-    for made in cross_validation_results.tables(results) if "folds" in results else reward_run.tables(results):
-        out.print(made)
+    for _, table in _tables(results):
+        out.print(table)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
+    """Runs the command line."""
     command_line.enter(run, parse, arguments)
 
 

@@ -1,18 +1,18 @@
-"""Kills runs and damages checkpoints at random, and checks that nothing is lost: every bit is compared.
+"""Interrupts runs and corrupts checkpoints at random, and checks that every resumed run is bit-identical.
 
-    python experiments/torture.py                           100 kills, 12 stops, 140 damages, on two CPU cores
+    python experiments/torture.py                           100 kills, 12 stops, 140 corruptions
     python experiments/torture.py --kills 8 --flips 20      a short form
     python experiments/torture.py --stages ppo --seed 3     one stage, other moments
 
-Four tiny runs (SFT, a reward model, DPO, PPO) use the library's own steps, loop, checkpoints and log. Each is run once
-in peace. Then it is killed (SIGKILL) while it compiles, in a step and during a save, and asked to stop (SIGTERM) there,
-in processes of its own, and started again each time. The state after every iteration, every leaf of the last one and
-every line of metrics.jsonl have to be those of the run in peace. At last single bits of a checkpoint's files are
-flipped, and files cut off and deleted: each damage has to be seen, and the older checkpoint restored, or the newest one
-has to come back bit for bit.
+Four tiny runs (SFT, reward model, DPO, PPO) use the library's own train steps, loop, checkpoints and log. Each is run
+once without interruption. Then it is killed (SIGKILL) and stopped (SIGTERM) while it compiles, during a step and during
+a save, each time in a new process, and resumed. The state after every iteration, every leaf of the final state and
+every line of metrics.jsonl must equal those of the uninterrupted run. After that, bits of a checkpoint's files are
+flipped and files are truncated and deleted: each corruption must be reported and the older checkpoint restored, or the
+newest one must be restored bit for bit.
 
-To expect: everything right. The exit status is 1 if anything is not; OUT/torture.json says what, and the folder of that
-run stays.
+Expected result: no failures. Otherwise the exit status is 1, torture.json in the output folder lists the failures, and
+the folders of the failed runs are kept.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import os
 
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Before the processes are forked that read it: they compile small programs, a hundred times, and without a cache.
+    # Set before the processes that read them are forked: they compile small programs a hundred times, without a cache.
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 
@@ -29,11 +29,13 @@ import concurrent.futures
 import dataclasses
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import tyro
-from fault_injection import damage, interruptions, tiny_runs
-from launch import command_line, run_folder, settings
+from fault_injection import corruption, interruptions, tiny_runs
+from launch import command_line, run_folder
+from launch.settings import SettingError
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -41,58 +43,59 @@ from rich.table import Table
 
 
 @dataclasses.dataclass(frozen=True)
-class Torture:
-    """What is done, and to what."""
+class TortureSettings:
+    """Settings of torture.py."""
 
     kills: int = 100
-    """SIGKILLs in all, dealt out to the stages."""
+    """Number of SIGKILLs, divided among the stages."""
     terms: int = 12
-    """SIGTERMs in all, after each of which the run has to save and leave with status 75."""
+    """Number of SIGTERMs, divided among the stages; after each, the run must save and exit with status 75."""
     flips: int = 100
-    """Flipped bits of a checkpoint's files, half at a place of all bytes, half in a file of all files."""
+    """Number of flipped bits: half in a byte chosen from all bytes of a checkpoint, half in a file chosen from all
+    files."""
     truncations: int = 20
-    """Files cut off at a random length."""
+    """Number of files truncated to a random length."""
     deletions: int = 20
-    """Files deleted."""
+    """Number of files deleted."""
     stages: tuple[str, ...] = tiny_runs.STAGES
-    """Which of them."""
+    """Stages to interrupt. The checkpoint of the last one is corrupted."""
     steps: int = 60
-    """Iterations of a run."""
+    """Iterations per run."""
     save_every: int = 4
-    """Iterations between two checkpoints."""
+    """Iterations between checkpoints."""
     jobs: int = 2
-    """Stages under torture at a time."""
+    """Number of stages that run at the same time."""
     seed: int = 0
-    """Of the runs and of the moments; what a moment falls on depends on the machine as well."""
+    """Seed of the runs and of the moments of interruption, which also depend on the speed of the machine."""
     out: str | None = None
-    """Folder for all files; by default runs/torture-TIME."""
+    """Output folder. Default: runs/torture-TIME."""
 
 
-def check(asked: Torture) -> None:
-    """Raise SettingError, naming it, for a setting that cannot be."""
-    for name in ("kills", "terms", "flips", "truncations", "deletions"):
-        if getattr(asked, name) < 0:
-            raise settings.SettingError(f"--{name} is {getattr(asked, name)}; it must be at least 0")
-    for name in ("steps", "save_every", "jobs"):
-        if getattr(asked, name) < 1:
-            raise settings.SettingError(f"--{name.replace('_', '-')} is {getattr(asked, name)}; it must be at least 1")
-    if asked.steps < 2 * asked.save_every:
-        raise settings.SettingError(
-            f"--steps is {asked.steps}; it must be twice --save-every, or there is no older one"
+def check(settings: TortureSettings) -> None:
+    """Raises SettingError, naming the flag, for an invalid setting."""
+    for names, least in ((("kills", "terms", "flips", "truncations", "deletions"), 0), (("save_every", "jobs"), 1)):
+        for name in names:
+            if (value := getattr(settings, name)) < least:
+                raise SettingError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+    if settings.steps < 2 * settings.save_every:
+        raise SettingError(
+            f"--steps is {settings.steps}; it must be at least twice --save-every, so that there are two checkpoints"
         )
-    unknown = [stage for stage in asked.stages if stage not in tiny_runs.STAGES]
-    if unknown or not asked.stages:
-        raise settings.SettingError(f"--stages are {asked.stages}; they must be of {', '.join(tiny_runs.STAGES)}")
+    if not settings.stages or not set(settings.stages) <= set(tiny_runs.STAGES):
+        raise SettingError(
+            f"--stages is {' '.join(settings.stages)!r}; it must name some of {', '.join(tiny_runs.STAGES)}"
+        )
 
 
-def run(asked: Torture) -> dict[str, Any]:
-    """All of it; returns what torture.json holds."""
+def run(settings: TortureSettings) -> dict[str, Any]:
+    """Runs everything; returns the contents of torture.json."""
     began, out = time.monotonic(), Console()
-    folder = run_folder.free_folder(asked.out, kind="torture")
+    folder = run_folder.free_folder(settings.out, kind="torture")
     folder.mkdir(parents=True, exist_ok=True)
-    size = interruptions.Size(asked.steps, asked.save_every, asked.seed)
-    shares = {"kills": _dealt(asked.kills, len(asked.stages)), "terms": _dealt(asked.terms, len(asked.stages))}
-    damages = {"flip": asked.flips, "truncate": asked.truncations, "delete": asked.deletions}
+    size = interruptions.RunSettings(settings.steps, settings.save_every, settings.seed)
+    stages = settings.stages
+    kills, terms = (_shares(count, len(stages)) for count in (settings.kills, settings.terms))
+    counts = {"flip": settings.flips, "truncate": settings.truncations, "delete": settings.deletions}
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -101,87 +104,92 @@ def run(asked: Torture) -> dict[str, Any]:
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
-    with progress, concurrent.futures.ThreadPoolExecutor(asked.jobs) as threads:
+    with progress, concurrent.futures.ThreadPoolExecutor(settings.jobs) as threads:
+        bars = [progress.add_task(stage, total=k + t) for stage, k, t in zip(stages, kills, terms)]
+        bar = progress.add_task("corruption", total=sum(counts.values()))
 
-        def one(i: int) -> tuple[interruptions.Reference, interruptions.Report]:
-            stage, kills, terms = asked.stages[i], shares["kills"][i], shares["terms"][i]
-            whole = interruptions.reference(stage, folder / stage / "peace", size)
-            how: Any = {"kills": kills, "terms": terms}
-            how["tell"] = lambda done: progress.update(bars[i], completed=done)
-            return whole, interruptions.torture(stage, folder / stage, size, whole, **how)
+        def interrupt(i: int) -> tuple[interruptions.Reference, interruptions.Report]:
+            stage = stages[i]
+            reference = interruptions.run_reference(stage, folder / stage / "reference", size)
+            report = interruptions.interrupt(
+                stage,
+                folder / stage,
+                size,
+                reference,
+                kills=kills[i],
+                terms=terms[i],
+                on_progress=lambda done: progress.update(bars[i], completed=done),
+            )
+            return reference, report
 
-        bars = [
-            progress.add_task(stage, total=kills + terms) for stage, kills, terms in zip(asked.stages, *shares.values())
-        ]
-        bar = progress.add_task("damage", total=sum(damages.values()))
-        both = [each.result() for each in [threads.submit(one, i) for i in range(len(asked.stages))]]
-        last, whole = asked.stages[-1], both[-1][0]
-        damaged = damage.damage(
-            whole, folder / "damaged", last, size, damages, tell=lambda done: progress.update(bar, completed=done)
+        references, reports = zip(*threads.map(interrupt, range(len(stages))), strict=True)
+        corrupted = corruption.corrupt(
+            references[-1],
+            folder / "corrupted",
+            stages[-1],
+            size,
+            counts,
+            on_progress=lambda done: progress.update(bar, completed=done),
         )
-    reports = [report for _, report in both]
+    failures = [text for report in (*reports, corrupted) for text in report.failures]
     results = {
         "seconds": time.monotonic() - began,
-        "settings": dataclasses.asdict(asked),
+        "settings": dataclasses.asdict(settings),
         "stages": [report.asdict() for report in reports],
-        "damage": damaged.asdict(),
-        "failures": [text for report in (*reports, damaged) for text in report.failures],
+        "damage": corrupted.asdict(),
+        "failures": failures,
     }
     run_folder.write_json(folder / "torture.json", results)
-    out.print(_kills_table(reports))
-    out.print(_damage_table(damaged))
-    for text in results["failures"]:
-        out.print(f"wrong: {text}", markup=False, soft_wrap=True)
-    struck = sum(sum(r.kills.values()) + sum(r.terms.values()) for r in reports)
-    good = sum(r.resumed for r in reports)
-    verdict = "nothing was lost" if not results["failures"] else f"{len(results['failures'])} failures"
+    out.print(_interruptions_table(reports))
+    out.print(_corruption_table(corrupted))
+    for text in failures:
+        out.print(f"failure: {text}", markup=False, soft_wrap=True)
     out.print(
-        f"{good} of {struck} kills and stops resumed to the same bits; {verdict}; "
-        f"{results['seconds']:.0f} s; {folder / 'torture.json'}",
+        f"{sum(r.resumed for r in reports)} of {sum(r.interruptions for r in reports)} interrupted runs resumed bit "
+        f"for bit; {len(failures) or 'no'} failures; {results['seconds']:.0f} s; results: {folder / 'torture.json'}",
         soft_wrap=True,
         highlight=False,
     )
     return results
 
 
-def _dealt(count: int, among: int) -> list[int]:
-    return [count // among + (i < count % among) for i in range(among)]
+def _shares(count: int, parts: int) -> list[int]:
+    return [count // parts + (i < count % parts) for i in range(parts)]
 
 
-def _kills_table(reports: list[interruptions.Report]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title="killed (SIGKILL) + stopped (SIGTERM), by where it fell")
+def _interruptions_table(reports: Sequence[interruptions.Report]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title="kills (SIGKILL) + stops (SIGTERM) by phase of the run")
     phases = ("start", *interruptions.PHASES)
-    for name in ("stage", *phases, "same bits", "whole runs compared", "wrong", "s"):
+    for name in ("stage", *phases, "resumed bit for bit", "runs compared", "failures", "seconds"):
         table.add_column(name, justify="left" if name == "stage" else "right")
     for r in reports:
-        struck = sum(r.kills.values()) + sum(r.terms.values())
-        fell = [f"{r.kills[phase]} + {r.terms[phase]}" for phase in phases]
-        same = f"{r.resumed} of {struck}"
-        table.add_row(r.stage, *fell, same, str(r.runs), str(len(r.failures)), f"{r.seconds:.0f}")
+        by_phase = [f"{r.kills[phase]} + {r.terms[phase]}" for phase in phases]
+        resumed = f"{r.resumed} of {r.interruptions}"
+        table.add_row(r.stage, *by_phase, resumed, str(r.runs), str(len(r.failures)), f"{r.seconds:.0f}")
     return table
 
 
-def _damage_table(report: damage.Report) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=f"damage to the {report.files} files of a checkpoint")
-    for name in ("damage", "seen, older one restored", "harmless, same bits", "wrong"):
-        table.add_column(name, justify="left" if name == "damage" else "right")
-    for kind, found in report.outcomes.items():
-        table.add_row(kind, *(str(found[name]) for name in ("seen", "harmless", "wrong")))
+def _corruption_table(report: corruption.Report) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=f"corruption of the {report.files} files of a checkpoint")
+    for name in ("corruption", "reported, older restored", "harmless, newest restored", "failures"):
+        table.add_column(name, justify="left" if name == "corruption" else "right")
+    for kind, outcomes in report.outcomes.items():
+        table.add_row(kind, *(str(outcomes[name]) for name in ("seen", "harmless", "wrong")))
     return table
 
 
-def parse(arguments: list[str]) -> Torture:
-    """From the command line."""
-    asked = tyro.cli(Torture, args=arguments, prog="torture.py", description=__doc__)
-    check(asked)
-    return asked
+def parse(arguments: list[str]) -> TortureSettings:
+    """Parses the command line; raises SettingError for invalid settings."""
+    settings = tyro.cli(TortureSettings, args=arguments, prog="torture.py", description=__doc__)
+    check(settings)
+    return settings
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line; exits 1 if anything was lost."""
-    found: list[Any] = []
-    command_line.enter(lambda asked: found.append(run(asked)), parse, arguments)
-    if any(each["failures"] for each in found):
+    """Runs the command line; exits with status 1 if there are failures."""
+    results: list[Any] = []
+    command_line.enter(lambda settings: results.append(run(settings)), parse, arguments)
+    if any(each["failures"] for each in results):
         sys.exit(1)
 
 

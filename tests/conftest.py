@@ -22,7 +22,7 @@ LONGEST = (
     "test_parallel.py",
     "test_resume.py",
     "test_ppo.py",
-    "test_direct_methods.py",
+    "test_direct_alignment.py",
 )
 """Files that take minutes: they are begun first, so that no worker is left alone with one at the end."""
 

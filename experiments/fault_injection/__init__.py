@@ -1,1 +1,1 @@
-"""Runs that are killed and checkpoints that are damaged, and what must come of them."""
+"""Fault injection for torture.py: killing tiny runs and corrupting their checkpoints, and checking what is restored."""

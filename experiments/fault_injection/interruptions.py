@@ -1,4 +1,4 @@
-"""Killing a run at random moments, and comparing what becomes of it with one that was left alone."""
+"""Kills or stops a run at random moments, resumes it, and compares it with an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -16,68 +16,75 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from fault_injection import tiny_runs as child
+from fault_injection import tiny_runs
 from rlhf_jax import metrics
 
 PHASES = ("compile", "step", "save")
-SILENT = 600.0
-"""Seconds without a word after which a run counts as hanging."""
+TIMEOUT = 600.0
+"""Seconds without an event after which a run counts as hanging."""
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["fault_injection.tiny_runs"])
-_TURN = threading.Lock()
-"""Starting a process asks after those of other threads, and would take their exit status from them."""
+_PROCESS_LOCK = threading.Lock()
+"""Held while a process is started or joined: starting one also polls, and so would reap, those of other threads."""
 
 
 @dataclasses.dataclass
-class Life:
-    """One process, from its first mark to its end."""
+class ProcessResult:
+    """The events of one process of a run."""
 
     exitcode: int
     phase: str
-    """Where it was when it ended: one of `PHASES`, or "start"."""
+    """Phase in which it was interrupted or ended: one of `PHASES`, or "start"."""
     states: dict[int, str]
-    """Digest of the state after each iteration that it did."""
+    """Digests of the state after each iteration."""
     finished: bool
     stopped: tuple[int, str] | None
-    """Where SIGTERM stopped it, and whether that was saved."""
-    trouble: list[str]
+    """Step at which SIGTERM stopped it, and whether that step was saved ("True" or "False")."""
+    problems: list[str]
     seconds: dict[str, float]
-    """What compiling, a step and a save took."""
-    killed: bool
+    """Median duration of compiling, a step and a save."""
+    interrupted: bool
 
 
 @dataclasses.dataclass
 class Reference:
-    """What a run comes to that nobody kills."""
+    """The uninterrupted run."""
 
     folder: pathlib.Path
-    life: Life
+    process: ProcessResult
     final: dict[str, str]
+    """Digest of each leaf of the final state."""
     rows: bytes
+    """Contents of metrics.jsonl."""
 
 
 @dataclasses.dataclass
 class Report:
-    """What was done to a stage, and what was wrong afterwards."""
+    """The interruptions of a stage, and what went wrong."""
 
     stage: str
     kills: Counter[str] = dataclasses.field(default_factory=Counter)
     terms: Counter[str] = dataclasses.field(default_factory=Counter)
     resumed: int = 0
-    """Kills and stops after which the next process's every state, to the end, was that of the reference."""
+    """Interruptions after which all states to the end of the run equal those of the reference."""
     runs: int = 0
-    """Runs that went to their end and were compared leaf by leaf and row by row."""
+    """Runs that finished and were compared with the reference."""
     failures: list[str] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
 
+    @property
+    def interruptions(self) -> int:
+        """The number of kills and stops so far."""
+        return self.kills.total() + self.terms.total()
+
     def asdict(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """Returns the report as JSON takes it."""
         return {**vars(self), "kills": dict(self.kills), "terms": dict(self.terms)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Size:
-    """Of a run."""
+class RunSettings:
+    """The length of a run and its seed."""
 
     steps: int
     save_every: int
@@ -85,17 +92,17 @@ class Size:
 
 
 @dataclasses.dataclass(frozen=True)
-class Blow:
-    """When to strike: so many seconds after the mark ``mark`` has come ``count`` times."""
+class Interruption:
+    """A signal that is sent ``after`` seconds after the event ``event`` has occurred ``count`` times."""
 
     signal: int
-    mark: str
+    event: str
     count: int
     after: float
 
 
-class _Marks:
-    """What a process has said so far."""
+class _Events:
+    """The events that a process has reported."""
 
     def __init__(self) -> None:
         self.text = b""
@@ -105,162 +112,158 @@ class _Marks:
         self.at: dict[str, float] = {}
         self.took: dict[str, list[float]] = {}
         self.stopped: tuple[int, str] | None = None
-        self.trouble: list[str] = []
+        self.problems: list[str] = []
 
     def feed(self, text: bytes) -> None:
         *lines, self.text = (self.text + text).split(b"\n")
         for line in lines:
-            mark, step, when, detail = line.decode().split(" ", 3)
-            self._take(mark, int(step), float(when), detail)
+            event, step, when, detail = line.decode().split(" ", 3)
+            self._add(event, int(step), float(when), detail)
 
-    def _take(self, mark: str, step: int, when: float, detail: str) -> None:
-        self.counts[mark] += 1
-        self.at[mark] = when
-        if mark == "compile":
+    def _add(self, event: str, step: int, when: float, detail: str) -> None:
+        self.counts[event] += 1
+        self.at[event] = when
+        if event == "compile":
             self.phase = "compile"
-        elif mark in ("compiled", "step"):
+        elif event in ("compiled", "step"):
             self.phase = "step"
-        elif mark == "save":
+        elif event == "save":
             self.saving.add(step)
             self.at[f"save {step}"] = when
-        elif mark == "saved":
+        elif event == "saved":
             self.saving.discard(step)
             self.took.setdefault("save", []).append(when - self.at[f"save {step}"])
-        elif mark == "state":
+        elif event == "state":
             self.states[step] = detail
             if self.counts["state"] > 1:
                 self.took.setdefault("step", []).append(when - self.at["step"])
-        elif mark == "stopped":
+        elif event == "stopped":
             self.stopped = step, detail
-        elif mark == "trouble":
-            self.trouble.append(detail)
-        if mark == "compiled":
+        elif event == "problem":
+            self.problems.append(detail)
+        if event == "compiled":
             self.took.setdefault("compile", []).append(when - self.at["compile"])
 
-    def where(self) -> str:
+    def current_phase(self) -> str:
         return "save" if self.saving and self.phase == "step" else self.phase
 
 
-def live(stage: str, folder: pathlib.Path, size: Size, blow: Blow | None = None) -> Life:
-    """Run a process to its end, or strike it down at a moment."""
-    ours, theirs = CONTEXT.Pipe(duplex=False)
-    arguments = (stage, str(folder), size.steps, size.save_every, size.seed, theirs)
-    process = CONTEXT.Process(target=child.live, args=arguments, daemon=True)
-    with _TURN:
+def run_process(
+    stage: str, folder: pathlib.Path, settings: RunSettings, interruption: Interruption | None = None
+) -> ProcessResult:
+    """Starts or resumes a run in a process of its own, until it ends or is interrupted."""
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    arguments = (stage, str(folder), settings.steps, settings.save_every, settings.seed, sender)
+    process = CONTEXT.Process(target=tiny_runs.run, args=arguments, daemon=True)
+    with _PROCESS_LOCK:
         process.start()
-    theirs.close()
-    marks, due, killed, phase = _Marks(), None, False, ""
+    sender.close()
+    events, due, interrupted, phase = _Events(), None, False, ""
     last = time.monotonic()
     while True:
-        ready = due is not None and not killed and time.monotonic() >= due
-        # A step may be computed while a save is under way: there, wait for one that is alone.
-        if ready and blow is not None and (blow.mark != "step" or marks.where() == "step"):
-            phase = marks.where()
-            process.kill() if blow.signal == signal.SIGKILL else process.terminate()
-            killed = True
-        wait = 0.5 if due is None or killed or ready else max(0.0, due - time.monotonic())
-        if ours.poll(wait):
-            text = _read(ours)
+        ready = due is not None and not interrupted and time.monotonic() >= due
+        # A step can run while a save is in progress; an interruption of a step waits for one without a save.
+        if ready and interruption is not None and (interruption.event != "step" or events.current_phase() == "step"):
+            phase = events.current_phase()
+            process.kill() if interruption.signal == signal.SIGKILL else process.terminate()
+            interrupted = True
+        wait = 0.5 if due is None or interrupted or ready else max(0.0, due - time.monotonic())
+        if receiver.poll(wait):
+            text = os.read(receiver.fileno(), 65536)
             if not text:
                 break
-            marks.feed(text)
+            events.feed(text)
             last = time.monotonic()
-            if blow is not None and due is None and marks.counts[blow.mark] >= blow.count:
-                due = time.monotonic() + blow.after
-        elif time.monotonic() - last > SILENT:
-            marks.trouble.append(f"it said nothing for {SILENT:.0f} seconds")
+            if interruption is not None and due is None and events.counts[interruption.event] >= interruption.count:
+                due = time.monotonic() + interruption.after
+        elif time.monotonic() - last > TIMEOUT:
+            events.problems.append(f"no event for {TIMEOUT:.0f} seconds")
             process.kill()
             last = time.monotonic()
-    with _TURN:
+    with _PROCESS_LOCK:
         process.join()
-    ours.close()
-    return Life(
+    receiver.close()
+    return ProcessResult(
         exitcode=process.exitcode if process.exitcode is not None else 0,
-        # What SIGKILL cut off is known afterwards; after SIGTERM the process goes on.
-        phase=phase if blow is not None and blow.signal == signal.SIGTERM else marks.where(),
-        states=marks.states,
-        finished=marks.counts["finished"] > 0,
-        stopped=marks.stopped,
-        trouble=marks.trouble,
-        seconds={name: sorted(each)[len(each) // 2] for name, each in marks.took.items()},
-        killed=killed,
+        # After SIGKILL the last event tells the phase; after SIGTERM the process continues to report events.
+        phase=phase if interruption is not None and interruption.signal == signal.SIGTERM else events.current_phase(),
+        states=events.states,
+        finished=events.counts["finished"] > 0,
+        stopped=events.stopped,
+        problems=events.problems,
+        seconds={name: sorted(each)[len(each) // 2] for name, each in events.took.items()},
+        interrupted=interrupted,
     )
 
 
-def _read(connection: Any) -> bytes:
-    return os.read(connection.fileno(), 65536)
-
-
-def reference(stage: str, folder: pathlib.Path, size: Size) -> Reference:
-    """The run that nobody kills; raises RuntimeError if it does not even reach its end."""
-    life = live(stage, folder, size)
-    if not life.finished:
+def run_reference(stage: str, folder: pathlib.Path, settings: RunSettings) -> Reference:
+    """Makes the uninterrupted run. Raises RuntimeError if it fails."""
+    process = run_process(stage, folder, settings)
+    if not process.finished:
         raise RuntimeError(f"the uninterrupted run of {stage} failed; see {folder / 'output.log'}")
-    return Reference(
-        folder,
-        life,
-        json.loads((folder / child.FINAL).read_text()),
-        (folder / metrics.FILE_NAME).read_bytes(),
-    )
+    final = json.loads((folder / tiny_runs.FINAL).read_text())
+    return Reference(folder, process, final, (folder / metrics.FILE_NAME).read_bytes())
 
 
-def draw(rng: random.Random, phase: str, number: int, seconds: dict[str, float], size: Size) -> Blow:
-    """A random moment within a phase of a process that has just been started."""
+def _draw(
+    rng: random.Random, phase: str, number: int, seconds: dict[str, float], settings: RunSettings
+) -> Interruption:
+    """Draws a random moment within a phase of a process."""
     if phase == "compile":
-        return Blow(number, "compile", 1, rng.uniform(0.0, seconds["compile"]))
+        return Interruption(number, "compile", 1, rng.uniform(0.0, seconds["compile"]))
     if phase == "save":
-        return Blow(number, "save", rng.choice((1, 1, 2)), rng.uniform(0.0, seconds["save"]))
-    return Blow(number, "step", rng.randint(1, 2 * size.save_every), rng.uniform(0.0, seconds["step"]))
+        return Interruption(number, "save", rng.choice((1, 1, 2)), rng.uniform(0.0, seconds["save"]))
+    return Interruption(number, "step", rng.randint(1, 2 * settings.save_every), rng.uniform(0.0, seconds["step"]))
 
 
-def torture(
+def interrupt(
     stage: str,
     folder: pathlib.Path,
-    size: Size,
-    whole: Reference,
+    settings: RunSettings,
+    reference: Reference,
     *,
     kills: int,
     terms: int,
-    tell: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> Report:
-    """Kill a run ``kills`` times and stop it ``terms`` times, resuming it each time; then let it finish and compare.
+    """Kills a run ``kills`` times and stops it ``terms`` times, resumes it each time, and compares it at its end.
 
-    A run that reaches its end before is compared, and another one is begun.
+    If a run finishes before all interruptions have been made, it is compared and a new run is started.
     """
-    rng, report, began = random.Random(f"{size.seed} {stage}"), Report(stage), time.monotonic()
+    rng, report, began = random.Random(f"{settings.seed} {stage}"), Report(stage), time.monotonic()
     numbers = [signal.SIGKILL] * kills + [signal.SIGTERM] * terms
     rng.shuffle(numbers)
-    seconds = dict(whole.life.seconds)
-    waiting = 0  # blows whose aftermath has not been seen to its end
+    seconds = dict(reference.process.seconds)
+    pending = 0  # interruptions of the current run, which has not yet been compared
     path = folder / "run-0"
     while numbers or path.exists():
-        blow = None
+        interruption, counts = None, report.kills
         if numbers:
-            struck = report.kills if numbers[-1] == signal.SIGKILL else report.terms
-            fewest = min(PHASES, key=lambda phase: struck[phase])
-            phase = fewest if rng.random() < 0.7 else rng.choice(PHASES)
-            blow = draw(rng, phase, numbers[-1], seconds, size)
-        life = live(stage, path, size, blow)
-        found = _wrong(life, whole)
-        if blow is not None and life.killed and not life.finished:
+            counts = report.kills if numbers[-1] == signal.SIGKILL else report.terms
+            rarest = min(PHASES, key=lambda phase: counts[phase])
+            phase = rarest if rng.random() < 0.7 else rng.choice(PHASES)
+            interruption = _draw(rng, phase, numbers[-1], seconds, settings)
+        process = run_process(stage, path, settings, interruption)
+        failures = _state_differences(process, reference)
+        if interruption is not None and process.interrupted and not process.finished:
             numbers.pop()
-            (report.kills if blow.signal == signal.SIGKILL else report.terms)[life.phase] += 1
-            found += _struck(life, blow)
-            waiting += 1
-            for name in PHASES:  # the machine may be busier than it was
-                seconds[name] = 0.5 * (seconds[name] + life.seconds.get(name, seconds[name]))
-            tell(sum(report.kills.values()) + sum(report.terms.values()))
-        elif not life.finished:
-            found.append(f"it ended with status {life.exitcode}; see {path / 'output.log'}")
-        if life.finished:
-            found += compare(path, whole) + _again(stage, path, size, whole)
-        report.failures += [f"{stage}, {path.name}: {text}" for text in found]
-        if found:  # what follows in this folder would only tell of it again
-            waiting = 0
-        if life.finished or (found and not life.killed):
-            report.resumed += waiting
-            waiting, report.runs = 0, report.runs + 1
-            if not found:
+            counts[process.phase] += 1
+            failures += _wrong_exit(process, interruption)
+            pending += 1
+            for name in PHASES:  # the load of the machine changes
+                seconds[name] = 0.5 * (seconds[name] + process.seconds.get(name, seconds[name]))
+            on_progress(report.interruptions)
+        elif not process.finished:
+            failures.append(f"the run ended with status {process.exitcode}; see {path / 'output.log'}")
+        if process.finished:
+            failures += compare(path, reference) + _restart_finished(stage, path, settings, reference)
+        report.failures += [f"{stage}, {path.name}: {text}" for text in failures]
+        if failures:  # later processes in this folder would only repeat the failure
+            pending = 0
+        if process.finished or (failures and not process.interrupted):
+            report.resumed += pending
+            pending, report.runs = 0, report.runs + 1
+            if not failures:
                 shutil.rmtree(path)
             path = folder / f"run-{report.runs}"
             if not numbers:
@@ -269,35 +272,39 @@ def torture(
     return report
 
 
-def _wrong(life: Life, whole: Reference) -> list[str]:
-    """States that are not those of the run that nobody killed, and damage that was met."""
-    other = [step for step, digest in life.states.items() if whole.life.states.get(step) != digest]
-    return ([f"another state after step {other[0]}"] if other else []) + life.trouble
+def _state_differences(process: ProcessResult, reference: Reference) -> list[str]:
+    """Returns the first state that differs from the reference's, and the problems that the process reported."""
+    steps = [step for step, digest in process.states.items() if reference.process.states.get(step) != digest]
+    return ([f"the state after step {steps[0]} differs"] if steps else []) + process.problems
 
 
-def _struck(life: Life, blow: Blow) -> list[str]:
-    """What is wrong with how a process ended that was struck."""
-    if blow.signal == signal.SIGKILL:
-        return [] if life.exitcode == -signal.SIGKILL else [f"killed, it ended with status {life.exitcode}"]
-    if life.exitcode != 75 or life.stopped is None or life.stopped[1] != "True":
-        return [f"stopped during {life.phase}, it ended with status {life.exitcode} and {life.stopped}"]
+def _wrong_exit(process: ProcessResult, interruption: Interruption) -> list[str]:
+    """Returns what is wrong with the exit of an interrupted process."""
+    if interruption.signal == signal.SIGKILL:
+        if process.exitcode != -signal.SIGKILL:
+            return [f"the process ended with status {process.exitcode} after SIGKILL"]
+    elif process.exitcode != 75 or process.stopped is None or process.stopped[1] != "True":
+        return [
+            f"the process ended with status {process.exitcode} and (step, saved) {process.stopped} after SIGTERM "
+            f"during {process.phase}; expected status 75 and a saved step"
+        ]
     return []
 
 
-def compare(path: pathlib.Path, whole: Reference) -> list[str]:
-    """Where a run that has ended differs from the one that nobody killed: leaf by leaf, and the metrics' bytes."""
-    final = json.loads((path / child.FINAL).read_text())
-    names = [name for name in {**final, **whole.final} if final.get(name) != whole.final.get(name)]
-    found = [f"the final {name} is another" for name in names]
-    if (path / metrics.FILE_NAME).read_bytes() != whole.rows:
-        found.append(f"{metrics.FILE_NAME} is another")
-    return found
+def compare(path: pathlib.Path, reference: Reference) -> list[str]:
+    """Returns the differences of a finished run from the reference, in each leaf and in the bytes of the metrics."""
+    final = json.loads((path / tiny_runs.FINAL).read_text())
+    names = [name for name in {**final, **reference.final} if final.get(name) != reference.final.get(name)]
+    differences = [f"the final {name} differs" for name in names]
+    if (path / metrics.FILE_NAME).read_bytes() != reference.rows:
+        differences.append(f"{metrics.FILE_NAME} differs")
+    return differences
 
 
-def _again(stage: str, path: pathlib.Path, size: Size, whole: Reference) -> list[str]:
-    """The end is on disk as well: whoever starts a finished run again is given it, and nothing is trained."""
-    (path / child.FINAL).unlink()
-    life = live(stage, path, size)
-    if not life.finished or life.states:
+def _restart_finished(stage: str, path: pathlib.Path, settings: RunSettings, reference: Reference) -> list[str]:
+    """Starts a finished run again, which must restore its final state without training; returns what is wrong."""
+    (path / tiny_runs.FINAL).unlink()
+    process = run_process(stage, path, settings)
+    if not process.finished or process.states:
         return ["a finished run was not restored"]
-    return compare(path, whole) + life.trouble
+    return compare(path, reference) + process.problems

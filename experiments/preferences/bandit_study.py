@@ -1,8 +1,8 @@
-"""DPO and PPO on a bandit whose rewards and KL are known exactly, from the same few labels.
+"""DPO and PPO trained on the same few labels of a bandit whose rewards and KL are known exactly.
 
-Prompts and answers are rows and columns of a table; so is everything that is learnt. Labels are Bradley-Terry's on
-pairs of answers of the reference or, shifted, of another policy. PPO learns a reward model from them first. All seeds
-and coefficients are one program.
+Prompts and answers are the rows and columns of a table, and so are rewards and policies. Labels follow the
+Bradley-Terry model, on pairs of answers sampled from the reference or, for shifted pairs, from another policy. PPO
+first fits a reward model to the labels. All seeds and coefficients run in one program.
 """
 
 from __future__ import annotations
@@ -28,26 +28,27 @@ STEPS, ITERATIONS, ANSWERS = 300, 120, 1024
 RATE = 0.1
 
 
-class Member(NamedTuple):
-    """The world, with the key of one run's labels and samples."""
+class Bandit(NamedTuple):
+    """The bandit, and the key of one run's labels and samples."""
 
     rewards_SA: jax.Array
     reference_SA: jax.Array
-    """Logits."""
+    """Logits of the reference policy."""
     other_SA: jax.Array
-    """Logits of the policy that shifted pairs are drawn from."""
+    """Logits of the policy that shifted pairs are sampled from."""
     key: jax.Array
 
 
-def member(seed: Any) -> Member:
-    """One and the same world, all of it normal, with the labels and samples of a seed."""
+def make_bandit(seed: Any) -> Bandit:
+    """Returns the bandit, whose tables are standard normal and the same for every seed, with the key of a seed."""
     world, labels = jax.random.split(jax.random.key(0))
     rewards_SA, reference_SA, other_SA = jax.random.normal(world, (3, S, A))
-    return Member(rewards_SA, reference_SA, other_SA, jax.random.fold_in(labels, seed))
+    return Bandit(rewards_SA, reference_SA, other_SA, jax.random.fold_in(labels, seed))
 
 
-def drawn(key: jax.Array, logits_SA: jax.Array, rewards_SA: jax.Array, *, n: int) -> types.Preferences:
-    """``n`` pairs of answers drawn from a policy, with one Bradley-Terry label each, the better answer first."""
+def sample_pairs(key: jax.Array, logits_SA: jax.Array, rewards_SA: jax.Array, *, n: int) -> types.Preferences:
+    """Samples ``n`` pairs of answers from a policy and one Bradley-Terry label for each; the preferred answer is
+    first."""
     prompts, first, second, label = jax.random.split(key, 4)
     prompts_B = jax.random.randint(prompts, (n,), 0, S)
     a_B, b_B = (jax.random.categorical(k, logits_SA[prompts_B]) for k in (first, second))
@@ -58,85 +59,85 @@ def drawn(key: jax.Array, logits_SA: jax.Array, rewards_SA: jax.Array, *, n: int
     return types.Preferences(tokens_B22, None, jnp.ones((n, 2, 1), bool))
 
 
-def reward_model(pairs: types.Preferences, *, ridge: float = 0.01) -> jax.Array:
-    """Rewards ``[S, A]`` by Bradley-Terry from pairs; a little ridge holds those of answers that nobody saw at 0."""
+def fit_rewards(pairs: types.Preferences, *, ridge: float = 0.01) -> jax.Array:
+    """Fits Bradley-Terry rewards ``[S, A]`` to pairs; the ridge penalty keeps the rewards of unseen answers at 0."""
     prompts_B, better_B, worse_B = (pairs.tokens_BKL[:, i, j] for i, j in ((0, 0), (0, 1), (1, 1)))
 
     def loss(table_SA: jax.Array) -> jax.Array:
         pair = losses.pairwise(table_SA[prompts_B, better_B], table_SA[prompts_B, worse_B])
         return jnp.mean(pair) + ridge * jnp.mean(jnp.square(table_SA))
 
-    def one(carry: Any, i: jax.Array) -> tuple[Any, None]:
+    def step(carry: Any, i: jax.Array) -> tuple[Any, None]:
         table_SA, state = carry
         updates: Any
         updates, state = ADAM.update(jax.grad(loss)(table_SA), state)
         return (table_SA + RATE * (1 - i / STEPS) * updates, state), None
 
     start = jnp.zeros((S, A))
-    (table_SA, _), _ = jax.lax.scan(one, (start, ADAM.init(start)), jnp.arange(STEPS))
+    (table_SA, _), _ = jax.lax.scan(step, (start, ADAM.init(start)), jnp.arange(STEPS))
     return table_SA - table_SA.mean(axis=1, keepdims=True)
 
 
-_logprobs = partial(lm.response_logprobs_with, APPLY, prompt_width=1)
+_logprobs = partial(lm.token_logprobs, cfg=APPLY, prompt_width=1)
 _dpo_step = dpo.make_train_step(_logprobs, objectives.dpo)
 
 
-def by_dpo(start_SA: jax.Array, pairs: types.Preferences, beta: jax.Array) -> jax.Array:
-    """Logits that DPO ends at, from and against ``start_SA``."""
+def train_dpo(start_SA: jax.Array, pairs: types.Preferences, beta: jax.Array) -> jax.Array:
+    """Returns the logits that DPO converges to; ``start_SA`` is both the initial policy and the reference."""
     params = {"logits_SA": start_SA}
 
-    def one(state: Any, i: jax.Array) -> tuple[Any, None]:
+    def step(state: Any, i: jax.Array) -> tuple[Any, None]:
         hyper = dpo.Hyper(learning_rate=RATE * schedules.linear(i, STEPS), beta=beta)
         return _dpo_step(state, params, hyper, pairs, None)[0], None
 
-    state, _ = jax.lax.scan(one, state_lib.create(params, ADAM), jnp.arange(STEPS))
+    state, _ = jax.lax.scan(step, state_lib.create(params, ADAM), jnp.arange(STEPS))
     return state.params["logits_SA"]
 
 
-def by_rounds(world: Member, reward_SA: jax.Array, beta: jax.Array, *, n: int, rounds: int) -> jax.Array:
-    """Iterated DPO: pairs of the latest policy, labelled by the reward model, that policy for a reference.
+def train_iterated_dpo(world: Bandit, reward_SA: jax.Array, beta: jax.Array, *, n: int, rounds: int) -> jax.Array:
+    """Returns the logits of iterated DPO, whose pairs and reference come from the latest policy.
 
-    The rounds share ``n`` pairs, the remainder left out. Each has ``rounds`` times the coefficient, which makes the
-    whole as strong as one pass with ``beta``.
+    The reward model labels the pairs. Each round trains on ``n // rounds`` of them with the coefficient
+    ``rounds * beta``, so that all rounds together move the policy as far as one pass with ``beta``.
     """
     policy_SA = world.reference_SA
     for r in range(rounds):
-        pairs = drawn(jax.random.fold_in(world.key, 10 + r), policy_SA, reward_SA, n=n // rounds)
-        policy_SA = by_dpo(policy_SA, pairs, rounds * beta)
+        pairs = sample_pairs(jax.random.fold_in(world.key, 10 + r), policy_SA, reward_SA, n=n // rounds)
+        policy_SA = train_dpo(policy_SA, pairs, rounds * beta)
     return policy_SA
 
 
 def _ppo_models() -> ppo.Models:
     return ppo.Models(
         generate=lambda params, rng_B, prompts, mask, temperature: bandit.generate(params, rng_B, prompts, mask),
-        logprobs=lambda params, tokens, mask, temperature: lm.response_stats_with(
-            APPLY, params, tokens, prompt_width=1, mask_BL=mask, temperature=temperature
+        logprobs=lambda params, tokens, mask, temperature: lm.token_stats(
+            params, tokens, cfg=APPLY, prompt_width=1, mask_BL=mask, temperature=temperature
         ),
         values=lambda params, tokens, mask: params["value_S"][tokens[:, :1]],
         score=lambda params, rollout: params[rollout.tokens_BL[:, 0], rollout.tokens_BL[:, 1]],
     )
 
 
-def by_ppo(world: Member, reward_SA: jax.Array, kl_coef: jax.Array) -> jax.Array:
-    """Logits that PPO ends at, on a reward model."""
+def train_ppo(world: Bandit, reward_SA: jax.Array, kl_coef: jax.Array) -> jax.Array:
+    """Returns the logits that PPO converges to on the rewards of a reward model."""
     step = ppo.make_train_step(_ppo_models(), epochs=2, minibatches=2)
     frozen = ppo.Frozen({"logits_SA": world.reference_SA}, reward_SA)
-    # Not the world's own: the step folds its count into the key, as `one_run` folds 0 and 1 for the labels.
+    # Not `world.key`: the step folds its counter into the key, and `_run_once` folds in 0 and 1 for the labels.
     key = jax.random.fold_in(world.key, 1000)
     prompts = ppo.Batch(jnp.arange(ANSWERS, dtype=jnp.int32)[:, None] % S, jnp.ones((ANSWERS, 1), bool))
 
-    def one(state: Any, i: jax.Array) -> tuple[Any, None]:
+    def iteration(state: Any, i: jax.Array) -> tuple[Any, None]:
         rate = RATE * schedules.linear(i, ITERATIONS)
         hyper = ppo.Hyper(learning_rate=rate, critic_learning_rate=rate, kl_coef=kl_coef, value_clip=10.0)
         return step(state, frozen, hyper, prompts, key)[0], None
 
     state = ppo.create(frozen.reference, {"value_S": jnp.zeros(S)}, ADAM)
-    state, _ = jax.lax.scan(one, state, jnp.arange(ITERATIONS))
+    state, _ = jax.lax.scan(iteration, state, jnp.arange(ITERATIONS))
     return state.params["policy"]["logits_SA"]
 
 
-def measured(world: Member, logits_SA: jax.Array) -> dict[str, jax.Array]:
-    """Exact KL to the reference and exact expected reward, means over the prompts."""
+def _measure(world: Bandit, logits_SA: jax.Array) -> dict[str, jax.Array]:
+    """Returns the exact KL to the reference and the exact expected reward, averaged over prompts."""
     logp_SA, reference_SA = jax.nn.log_softmax(logits_SA), jax.nn.log_softmax(world.reference_SA)
     probs_SA = jnp.exp(logp_SA)
     return {
@@ -148,32 +149,31 @@ def measured(world: Member, logits_SA: jax.Array) -> dict[str, jax.Array]:
 METHODS = ("optimum", "PPO", "DPO", "iterated DPO", "PPO, shifted pairs", "DPO, shifted pairs")
 
 
-def one_run(world: Member, coef: jax.Array, *, pairs: int, rounds: int) -> dict[str, dict[str, jax.Array]]:
-    """KL and gold of every method at one coefficient, on one seed's labels of the world that all seeds share."""
-    own = drawn(jax.random.fold_in(world.key, 0), world.reference_SA, world.rewards_SA, n=pairs)
-    shifted = drawn(jax.random.fold_in(world.key, 1), world.other_SA, world.rewards_SA, n=pairs)
-    learnt, learnt_shifted = reward_model(own), reward_model(shifted)
-    best = jnp.log(bandit.optimum(world.reference_SA, world.rewards_SA, kl_coef=coef) + 1e-30)
-    ends = (
-        best,
-        by_ppo(world, learnt, coef),
-        by_dpo(world.reference_SA, own, coef),
-        by_rounds(world, learnt, coef, n=pairs, rounds=rounds),
-        by_ppo(world, learnt_shifted, coef),
-        by_dpo(world.reference_SA, shifted, coef),
+def _run_once(world: Bandit, coef: jax.Array, *, pairs: int, rounds: int) -> dict[str, dict[str, jax.Array]]:
+    """Returns the KL and the expected reward of every method at one coefficient, for the labels of one seed."""
+    own = sample_pairs(jax.random.fold_in(world.key, 0), world.reference_SA, world.rewards_SA, n=pairs)
+    shifted = sample_pairs(jax.random.fold_in(world.key, 1), world.other_SA, world.rewards_SA, n=pairs)
+    rewards_SA, shifted_rewards_SA = fit_rewards(own), fit_rewards(shifted)
+    policies = (
+        jnp.log(bandit.optimum(world.reference_SA, world.rewards_SA, kl_coef=coef) + 1e-30),
+        train_ppo(world, rewards_SA, coef),
+        train_dpo(world.reference_SA, own, coef),
+        train_iterated_dpo(world, rewards_SA, coef, n=pairs, rounds=rounds),
+        train_ppo(world, shifted_rewards_SA, coef),
+        train_dpo(world.reference_SA, shifted, coef),
     )
-    return {name: measured(world, logits_SA) for name, logits_SA in zip(METHODS, ends)}
+    return {name: _measure(world, logits_SA) for name, logits_SA in zip(METHODS, policies)}
 
 
 def run(*, coefs: tuple[float, ...], seeds: int, pairs: int, rounds: int) -> dict[str, list[list[dict[str, float]]]]:
-    """``method -> [coefficient][seed] -> {kl, gold}``; the labels of a seed are those of every method."""
-    worlds = jax.vmap(member)(jnp.arange(seeds))
-    each = jax.vmap(partial(one_run, pairs=pairs, rounds=rounds), in_axes=(0, None))
-    found = jax.device_get(jax.jit(jax.vmap(each, in_axes=(None, 0)))(worlds, jnp.asarray(coefs)))
+    """Returns ``method -> [coefficient][seed] -> {kl, gold}``; all methods of a seed share its labels."""
+    worlds = jax.vmap(make_bandit)(jnp.arange(seeds))
+    over_seeds = jax.vmap(partial(_run_once, pairs=pairs, rounds=rounds), in_axes=(0, None))
+    results = jax.device_get(jax.jit(jax.vmap(over_seeds, in_axes=(None, 0)))(worlds, jnp.asarray(coefs)))
     return {
         name: [
             [{key: float(np.asarray(x)[c, s]) for key, x in numbers.items()} for s in range(seeds)]
             for c in range(len(coefs))
         ]
-        for name, numbers in ((name, found[name]) for name in METHODS)
+        for name, numbers in ((name, results[name]) for name in METHODS)
     }

@@ -1,4 +1,4 @@
-"""What the folds of a cross-validation say together: numbers, a table and a page."""
+"""Results of a cross-validation over all folds: numbers, tables and a report page."""
 
 from __future__ import annotations
 
@@ -13,160 +13,170 @@ from rich import box
 from rich.table import Table
 from sweeps import frontier_plot
 
-from preferences import cross_validation as folds_lib
+from preferences import cross_validation
 from rlhf_jax import diagnostics
 from rlhf_jax.data import dialogues
 from rlhf_jax.report import plots
 
-NAMES = {"reward_model": "reward model", "tfidf": "TF-IDF regression", "shorter": "shorter wins"}
-TOGETHER = "reward model + TF-IDF"
+METHOD_NAMES = {"reward_model": "reward model", "tfidf": "TF-IDF regression", "shorter": "shorter wins"}
 
 
 def over_groups(values_N: np.ndarray, group_N: np.ndarray, *, rate: bool) -> list[float]:
-    """Mean and 95 % interval of a number of each pair, pairs of one conversation standing or falling together."""
+    """Returns the mean of ``values_N`` over pairs and its 95 % interval, clustered by groups (conversations)."""
     return list(diagnostics.ratio_interval(np.bincount(group_N, weights=values_N), np.bincount(group_N), rate=rate))
 
 
-def facts(lead: np.ndarray, group_N: np.ndarray) -> dict[str, Any]:
-    """Accuracy (ties a half) and calibration of leads that claim log odds."""
-    zeros = np.zeros_like(lead)
-    curve = diagnostics.calibration_curve(lead, zeros, bins=10)
-    slope = diagnostics.calibration_slope(lead, zeros) if lead.any() else (float("nan"),) * 3
+def calibration(margin_N: np.ndarray) -> dict[str, Any]:
+    """Returns log loss and calibration of score margins read as log odds; the slope is None if every margin is 0."""
+    zeros = np.zeros_like(margin_N)
+    curve = diagnostics.calibration_curve(margin_N, zeros, bins=10)
     return {
-        "accuracy": over_groups(diagnostics.win_outcomes(lead, zeros), group_N, rate=True),
-        "log_loss": float(np.logaddexp(0.0, -lead).mean()),
+        "log_loss": float(np.logaddexp(0.0, -margin_N).mean()),
         "calibration": {
             "bins": [dict(zip(curve._fields, map(float, each))) for each in zip(*curve)],
-            "error": diagnostics.expected_calibration_error(lead, zeros),
-            "slope": list(slope),
+            "error": diagnostics.expected_calibration_error(margin_N, zeros),
+            "slope": list(diagnostics.calibration_slope(margin_N, zeros)) if margin_N.any() else None,
         },
     }
 
 
-def by(groups: Mapping[str, np.ndarray], leads: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Each method's accuracy on each group of pairs."""
-    rows = []
-    for name, mine in groups.items():
-        if mine.any():
-            rates = {m: list(diagnostics.win_rate(lead[mine], np.zeros(mine.sum()))) for m, lead in leads.items()}
-            rows.append({"group": name, "pairs": int(mine.sum()), **rates})
-    return rows
+def _facts(margin_N: np.ndarray, group_N: np.ndarray) -> dict[str, Any]:
+    """Returns accuracy (a tie counts a half), log loss and calibration of score margins."""
+    outcome_N = diagnostics.win_outcomes(margin_N, np.zeros_like(margin_N))
+    return {"accuracy": over_groups(outcome_N, group_N, rate=True)} | calibration(margin_N)
 
 
-def turn_groups(pairs: Sequence[human_comparisons.Pair]) -> dict[str, np.ndarray]:
-    """By which assistant turn of the dialogue is judged."""
-    turn = np.array([1 + sum(t.role == dialogues.ASSISTANT for t in pair.prompt) for pair in pairs])
-    return {f"turn {n}": turn == n for n in (1, 2, 3)} | {"turn 4 and on": turn >= 4}
+def accuracy_by_group(groups: Mapping[str, np.ndarray], margins: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Returns each method's accuracy on each group of pairs, given as boolean masks."""
+    return [
+        {"group": name, "pairs": int(members_N.sum())}
+        | {m: list(diagnostics.win_rate(x[members_N], np.zeros(members_N.sum()))) for m, x in margins.items()}
+        for name, members_N in groups.items()
+        if members_N.any()
+    ]
 
 
-def length_groups(pairs: Sequence[human_comparisons.Pair]) -> dict[str, np.ndarray]:
-    """By the length of the two answers together, in quarters, and by which of them is longer."""
-    total = np.array([len(pair.chosen) + len(pair.rejected) for pair in pairs])
-    shorter = np.array([len(pair.chosen) < len(pair.rejected) for pair in pairs])
-    ends = np.quantile(total, [0.25, 0.5, 0.75])
-    quarter = np.searchsorted(ends, total, side="left")
-    names = ["shortest quarter", "second quarter", "third quarter", "longest quarter"]
-    return {name: quarter == q for q, name in enumerate(names)} | {
-        "chosen is shorter": shorter,
-        "chosen is longer": np.array([len(pair.chosen) > len(pair.rejected) for pair in pairs]),
+def turn_groups(turn_N: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the masks of the pairs by the assistant turn (from 1) that they compare."""
+    return {f"turn {n}": turn_N == n for n in (1, 2, 3)} | {"turn 4 and on": turn_N >= 4}
+
+
+def _length_groups(pairs: Sequence[human_comparisons.Pair]) -> dict[str, np.ndarray]:
+    """Returns masks by quarters of the total length of both answers, and by which answer is longer."""
+    chosen_N, rejected_N = (np.array([len(getattr(p, side)) for p in pairs]) for side in ("chosen", "rejected"))
+    total_N = chosen_N + rejected_N
+    quarter_N = np.searchsorted(np.quantile(total_N, [0.25, 0.5, 0.75]), total_N, side="left")
+    names = ("shortest quarter", "second quarter", "third quarter", "longest quarter")
+    return {name: quarter_N == q for q, name in enumerate(names)} | {
+        "chosen is shorter": chosen_N < rejected_N,
+        "chosen is longer": chosen_N > rejected_N,
     }
 
 
 def summary(
-    pairs: Sequence[human_comparisons.Pair], found: Sequence[Mapping[str, Any]], *, seed: int
+    pairs: Sequence[human_comparisons.Pair], folds: Sequence[Mapping[str, Any]], *, seed: int
 ) -> dict[str, Any]:
-    """The folds together: every pair once, scored by the model that has not seen it."""
+    """Returns the results over all folds, in which each pair is scored once, by a model that has not seen it."""
     group_N = human_comparisons.conversations(pairs)
-    where = folds_lib.parts(group_N, len(found), seed=seed)
-    leads: dict[str, np.ndarray] = {}
-    for method in folds_lib.METHODS:
-        leads[method] = np.zeros(len(pairs))
-        for test, fold in zip(where, found):
-            leads[method][test] = fold[method]
-    outcome = {m: diagnostics.win_outcomes(lead, np.zeros(len(lead))) for m, lead in leads.items()}
+    tested = cross_validation.test_indices(group_N, len(folds), seed=seed)
+    margins: dict[str, np.ndarray] = {}
+    for method in cross_validation.METHODS:
+        margins[method] = np.zeros(len(pairs))
+        for test, fold in zip(tested, folds):
+            margins[method][test] = fold[method]
+    outcome = {m: diagnostics.win_outcomes(x, np.zeros(len(x))) for m, x in margins.items()}
     differences = {
         m: over_groups(outcome["reward_model"] - outcome[m], group_N, rate=False) for m in ("tfidf", "shorter")
     }
-    # Both claim log odds: their sum shows whether one knows what the other does not.
-    together = leads["reward_model"] + leads["tfidf"]
+    # Both are log odds: their sum beats the regression if the reward model has learnt something that it has not.
+    together = margins["reward_model"] + margins["tfidf"]
     gain = diagnostics.win_outcomes(together, np.zeros(len(together))) - outcome["tfidf"]
-    members = np.concatenate([np.asarray(fold["members"]) for fold in found], axis=1).ravel()
-    methods: dict[str, Any] = {m: facts(leads[m], group_N) for m in ("reward_model", "tfidf")}
+    members = np.concatenate([np.asarray(fold["members"]) for fold in folds], axis=1).ravel()
+    methods: dict[str, Any] = {m: _facts(margins[m], group_N) for m in ("reward_model", "tfidf")}
     methods["shorter"] = {"accuracy": over_groups(outcome["shorter"], group_N, rate=True)}
-    sizes = np.array([len(test) for test in where])
+    sizes = np.array([len(test) for test in tested])
+    turn_N = np.array([1 + sum(t.role == dialogues.ASSISTANT for t in pair.prompt) for pair in pairs])
     return {
         "pairs": len(pairs),
         "folds": [
-            {m: float(outcome[m][test].mean()) for m in folds_lib.METHODS}
+            {m: float(outcome[m][test].mean()) for m in cross_validation.METHODS}
             | {name: fold[name] for name in ("train_accuracy", "tfidf_train_accuracy", "tfidf_strength")}
-            for test, fold in zip(where, found)
+            for test, fold in zip(tested, folds)
         ],
         "methods": methods,
         "difference": differences,
-        "together": facts(together, group_N) | {"over_tfidf": over_groups(gain, group_N, rate=False)},
+        "together": _facts(together, group_N) | {"over_tfidf": over_groups(gain, group_N, rate=False)},
         "single_member_accuracy": float(diagnostics.win_outcomes(members, np.zeros(len(members))).mean()),
-        "train_accuracy": float(np.average([fold["train_accuracy"] for fold in found], weights=len(pairs) - sizes)),
+        "train_accuracy": float(np.average([fold["train_accuracy"] for fold in folds], weights=len(pairs) - sizes)),
         "agreement_with_tfidf": float(np.mean(outcome["reward_model"] == outcome["tfidf"])),
-        "by_turn": by(turn_groups(pairs), leads),
-        "by_length": by(length_groups(pairs), leads),
+        "by_turn": accuracy_by_group(turn_groups(turn_N), margins),
+        "by_length": accuracy_by_group(_length_groups(pairs), margins),
     }
 
 
-def percent(estimate: Sequence[float], *, signed: bool = False) -> str:
-    """A rate with its interval, in percent."""
+def _percent(estimate: Sequence[float], *, signed: bool = False) -> str:
+    """Formats a rate and its interval in percent."""
     mean, low, high = (100 * x for x in estimate)
     sign = "+" if signed else ""
     return f"{mean:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
 
 
-def table(results: Mapping[str, Any]) -> Table:
-    """Methods beside each other."""
-    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-    for title in ("method", "accuracy, %", "reward model leads by, points", "log loss", "calib. error", "slope"):
-        made.add_column(title, justify="left" if title == "method" else "right")
-    named = {NAMES[method]: each for method, each in results["methods"].items()} | {TOGETHER: results["together"]}
-    differences = {NAMES[method]: each for method, each in results["difference"].items()}
-    for name, each in named.items():
-        lead = percent(differences[name], signed=True) if name in differences else ""
-        rest = ("", "", "")
-        if "calibration" in each:
-            slope = each["calibration"]["slope"][0]
-            shown = "" if slope is None else f"{slope:.2f}"
-            rest = (f"{each['log_loss']:.4f}", f"{each['calibration']['error']:.3f}", shown)
-        made.add_row(name, percent(each["accuracy"]), lead, *rest)
-    return made
+def _new_table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    for i, title in enumerate(columns):
+        table.add_column(title, justify="right" if i else "left")
+    return table
 
 
-def groups_table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str] = NAMES) -> Table:
-    """Accuracy of every method on groups of pairs; ``names`` are the methods' headings."""
-    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-    for title in ("pairs", "n", *names.values()):
-        made.add_column(title, justify="left" if title == "pairs" else "right")
+def _methods_table(results: Mapping[str, Any]) -> Table:
+    """Returns a table with one row for each method."""
+    table = _new_table("method", "accuracy, %", "reward model ahead by, points", "log loss", "calib. error", "slope")
+    for key, numbers in (results["methods"] | {"together": results["together"]}).items():
+        difference = results["difference"].get(key)
+        calibrated = ("", "", "")
+        if "calibration" in numbers:
+            slope = (numbers["calibration"]["slope"] or [None])[0]
+            error = numbers["calibration"]["error"]
+            calibrated = (f"{numbers['log_loss']:.4f}", f"{error:.3f}", "" if slope is None else f"{slope:.2f}")
+        ahead = _percent(difference, signed=True) if difference else ""
+        table.add_row(
+            (METHOD_NAMES | {"together": "reward model + TF-IDF"})[key],
+            _percent(numbers["accuracy"]),
+            ahead,
+            *calibrated,
+        )
+    return table
+
+
+def groups_table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str] = METHOD_NAMES) -> Table:
+    """Returns a table of the accuracy of each method on groups of pairs; ``names`` has the column titles."""
+    table = _new_table("pairs", "n", *names.values())
     for row in rows:
-        made.add_row(row["group"], str(row["pairs"]), *(percent(row[m]) for m in names if m in row))
-    return made
+        table.add_row(row["group"], str(row["pairs"]), *(_percent(row[m]) for m in names if m in row))
+    return table
 
 
-def tables(results: Mapping[str, Any]) -> list[Table]:
-    """What the terminal shows."""
-    return [table(results), groups_table(results["by_turn"]), groups_table(results["by_length"])]
-
-
-def write_page(path: pathlib.Path, results: Mapping[str, Any]) -> None:
-    """One self-contained page: calibration as a figure, and the tables."""
-    drawn = [svg for svg in [plots.calibration({"reward_model": results["methods"]["reward_model"]})] if svg]
-    titled = [("Methods", table(results))] + [
-        (title, groups_table(results[key]))
-        for title, key in (("Accuracy by turn", "by_turn"), ("Accuracy by length", "by_length"))
+def titled_tables(results: Mapping[str, Any]) -> list[tuple[str, Table]]:
+    """Returns the tables that the terminal and the report show, with their headings."""
+    return [
+        ("Methods", _methods_table(results)),
+        ("Accuracy by turn", groups_table(results["by_turn"])),
+        ("Accuracy by length", groups_table(results["by_length"])),
     ]
-    tables = "".join(f"<h2>{html.escape(title)}</h2>{as_html(each)}" for title, each in titled)
-    note = "Each pair is scored by a model that has not seen it. Intervals are 95 %."
-    frontier_plot.write_page(path, "A reward model, cross-validated", drawn, note, tables=tables)
 
 
-def as_html(made: Table) -> str:
-    """A table of the terminal as one of a page."""
-    cells = list(zip(*(list(column.cells) for column in made.columns)))
-    head = "".join(f"<th>{html.escape(str(column.header))}</th>" for column in made.columns)
+def write_page(
+    path: pathlib.Path, title: str, results: Mapping[str, Any], tables: Sequence[tuple[str, Table]], note: str
+) -> None:
+    """Writes a self-contained report page with a calibration plot, a note and tables with headings."""
+    plot = plots.calibration(results)
+    body = "".join(f"<h2>{heading}</h2>{_as_html(table)}" for heading, table in tables)
+    frontier_plot.write_page(path, title, [plot] if plot else [], note, tables=body)
+
+
+def _as_html(table: Table) -> str:
+    """Converts a terminal table to an HTML table."""
+    cells = list(zip(*(list(column.cells) for column in table.columns)))
+    head = "".join(f"<th>{html.escape(str(column.header))}</th>" for column in table.columns)
     rows = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in cells)
     return f"<table><tr>{head}</tr>{rows}</table>"

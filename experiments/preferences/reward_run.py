@@ -1,9 +1,8 @@
-"""One reward model: trained, normalised, diagnosed, shown and saved."""
+"""Trains, diagnoses, normalises and saves one reward model, and renders its results."""
 
 from __future__ import annotations
 
 import dataclasses
-import html
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -14,20 +13,18 @@ import numpy as np
 from recipe import collection, jobs, policy_sampling, reward_diagnosis, session, stages
 from rich.console import Console
 from rich.table import Table
-from sweeps import frontier_plot
 
 from preferences import cross_validation_results, reward_stages
-from preferences.reward_settings import RewardRun
+from preferences.reward_settings import RewardSettings
 from rlhf_jax import diagnostics, lm, types
 from rlhf_jax.data import comparisons as comparisons_lib
 from rlhf_jax.data import errors
-from rlhf_jax.report import plots
 from rlhf_jax.train import loop
 
 WEIGHTS = {"pretrain": 60.0, "sft": 15.0, "comparisons": 11.0, "reward_model": 20.0}
-"""Seconds that the stages are expected to take, for the estimate of the time left."""
+"""Expected seconds of each stage, for the estimate of the remaining time."""
 PMP_WEIGHTS = {"crowd": 0.007, "pmp": 0.1}
-"""The same of preference-model pretraining, for each of its prompts."""
+"""Expected seconds per prompt of the stages of preference-model pretraining."""
 NORMALISED_ON = {
     "demonstrations": "demonstrations",
     "references": "reference outputs",
@@ -36,23 +33,23 @@ NORMALISED_ON = {
 }
 
 
-def run(asked: RewardRun, out: Console) -> tuple[pathlib.Path, dict[str, Any]]:
-    """All stages; returns where, and the numbers, and leaves the model in ``reward_model/`` there."""
+def run(settings: RewardSettings, out: Console) -> tuple[pathlib.Path, dict[str, Any]]:
+    """Runs all stages and saves the model in ``reward_model/``; returns the run's folder and its results."""
     weights = list(WEIGHTS.items())
-    if asked.pmp.prompts:
-        weights[-1:-1] = [(stage, seconds * asked.pmp.prompts) for stage, seconds in PMP_WEIGHTS.items()]
-    with session.opened(asked, out, kind="reward_model", weights=weights, shared=()) as (folder, job):
+    if settings.pmp.prompts:
+        weights[-1:-1] = [(stage, seconds * settings.pmp.prompts) for stage, seconds in PMP_WEIGHTS.items()]
+    with session.opened(settings, out, kind="reward_model", weights=weights, shared=()) as (folder, job):
         base = stages.pretrain(job)
-        sft = stages.supervised(job, "sft", base, epochs=asked.sft.epochs, mix=0.0)
+        sft = stages.supervised(job, "sft", base, epochs=settings.sft.epochs, mix=0.0)
         (train, *_), validation, facts = collection.gather(job, [sft])
-        said = errors.DropCount(max_dropped=1.0)  # labelers may find answers equal
-        train, validation = (comparisons_lib.informative(each, said) for each in (train, validation))
-        if asked.training.limit is not None:
-            train = jax.tree.map(lambda x: x[: asked.training.limit], train)
-        begun = reward_stages.pretrained(job, asked, sft) if asked.pmp.prompts else sft
-        trained = lm.absorb_gain(reward_stages.train(job, asked, begun, train, validation=validation))
-        judged = diagnose(job, trained, train, validation)
-        reward, record = normalised(job, asked, trained, sft, validation)
+        counts = errors.DropCount(max_dropped=1.0)  # labelers may rank all answers equal
+        train, validation = (comparisons_lib.informative(each, counts) for each in (train, validation))
+        if settings.training.limit is not None:
+            train = jax.tree.map(lambda x: x[: settings.training.limit], train)
+        start = reward_stages.pretrain_preference_model(job, settings, sft) if settings.pmp.prompts else sft
+        trained = lm.heads.absorb_gain(reward_stages.train(job, settings, start, train, validation=validation))
+        diagnosis = _diagnose(job, trained, train, validation)
+        reward, record = _normalise(job, settings, trained, sft, validation)
     task = job.task
     lm.save(
         folder.path / "reward_model",
@@ -62,152 +59,129 @@ def run(asked: RewardRun, out: Console) -> tuple[pathlib.Path, dict[str, Any]]:
         pad_id=task.fmt.pad_id,
         normalisation=record,
     )
-    dropped = task.dropped.dropped | task.dropped.truncated | said.dropped | said.truncated
+    dropped = task.dropped.dropped | task.dropped.truncated | counts.dropped | counts.truncated
     facts |= {"training_prompts": len(train.ranks_BK), "training_answers": int(np.sum(train.where_BK))}
-    kept = {} if record is None else {"normalisation": dataclasses.asdict(record)}
+    normalisation = {} if record is None else {"normalisation": dataclasses.asdict(record)}
     incidents = folder.incidents()
-    return folder.path, {"dropped": dropped, "incidents": incidents, "reward_model": judged | facts | kept}
+    return folder.path, {"dropped": dropped, "incidents": incidents, "reward_model": diagnosis | facts | normalisation}
 
 
-def leads(job: jobs.Job, params: types.Params, batch: types.Comparisons) -> tuple[np.ndarray, np.ndarray]:
-    """``(lead, prompt)``: by how much the better answer of each pair scores higher, and whose pair it is.
-
-    Raises DivergedError where a score is not finite.
-    """
+def _score(job: jobs.Job, params: types.Params, batch: types.Comparisons) -> np.ndarray:
+    """Returns the scores ``[B, K]`` of all answers. Raises DivergedError if a score is not finite."""
     B, K, L = np.shape(batch.tokens_BKL)
-    flat = np.asarray(batch.tokens_BKL).reshape(B * K, L), np.asarray(batch.mask_BKL).reshape(B * K, L)
-    scores_BK = job.sampler.score(params, *flat).reshape(B, K)
+    rows = (np.asarray(x).reshape(B * K, L) for x in (batch.tokens_BKL, batch.mask_BKL))
+    scores_BK = job.sampler.score(params, *rows).reshape(B, K)
+    _check_finite(scores_BK[np.asarray(batch.where_BK)])
+    return scores_BK
+
+
+def _score_margins(job: jobs.Job, params: types.Params, batch: types.Comparisons) -> tuple[np.ndarray, np.ndarray]:
+    """Returns, for each pair of answers that differ in rank, the better one's score minus the other's, and its
+    prompt."""
+    scores_BK = _score(job, params, batch)
     ranks_BK, where_BK = np.asarray(batch.ranks_BK), np.asarray(batch.where_BK)
-    if not np.isfinite(scores_BK[where_BK]).all():
-        n = int((~np.isfinite(scores_BK[where_BK])).sum())
-        raise loop.DivergedError(f"{n} of {where_BK.sum()} answers have a score that is not finite")
     both_BKK = where_BK[:, :, None] & where_BK[:, None, :]
     b, i, j = np.nonzero(both_BKK & (ranks_BK[:, :, None] < ranks_BK[:, None, :]))
     return (scores_BK[b, i] - scores_BK[b, j]).astype(np.float64), b
 
 
-def _accuracy(lead: np.ndarray, prompt: np.ndarray) -> list[float]:
-    """Share of pairs in order, and its interval: Wilson's, or where prompts have several pairs one that knows which."""
-    if len(np.unique(prompt)) == len(prompt):
-        return list(diagnostics.win_rate(lead, np.zeros_like(lead)))
-    right = diagnostics.win_outcomes(lead, np.zeros_like(lead))
-    n = int(prompt.max()) + 1
-    return list(diagnostics.ratio_interval(np.bincount(prompt, right, n), np.bincount(prompt, minlength=n)))
+def _accuracy(margin_N: np.ndarray, prompt_N: np.ndarray) -> list[float]:
+    """Returns the share of pairs ranked as labelled and its interval, clustered by prompt if they have several
+    pairs."""
+    if len(np.unique(prompt_N)) == len(prompt_N):
+        return list(diagnostics.win_rate(margin_N, np.zeros_like(margin_N)))
+    outcome_N = diagnostics.win_outcomes(margin_N, np.zeros_like(margin_N))
+    n = int(prompt_N.max()) + 1
+    return list(diagnostics.ratio_interval(np.bincount(prompt_N, outcome_N, n), np.bincount(prompt_N, minlength=n)))
 
 
-def diagnose(
+def _diagnose(
     job: jobs.Job, params: types.Params, train: types.Comparisons, validation: types.Comparisons
 ) -> dict[str, Any]:
-    """Accuracy, its gap to the training pairs, calibration, and accuracy by turn and by length, before normalising."""
-    lead, prompt = leads(job, params, validation)
+    """Returns the accuracy, also on training pairs, by turn and by length, and the calibration, before
+    normalisation."""
+    margin_N, prompt_N = _score_margins(job, params, validation)
     n = min(len(np.asarray(train.ranks_BK)), 4 * policy_sampling.CHUNK)
-    seen, seen_prompt = leads(job, params, jax.tree.map(lambda x: x[:n], train))
-    curve = diagnostics.calibration_curve(lead, np.zeros_like(lead), bins=10)
-    accuracy, seen_accuracy = _accuracy(lead, prompt), _accuracy(seen, seen_prompt)
-    groups = _groups(job, validation, prompt)
+    train_accuracy = _accuracy(*_score_margins(job, params, jax.tree.map(lambda x: x[:n], train)))
+    accuracy = _accuracy(margin_N, prompt_N)
     return {
         "accuracy": accuracy,
-        "train_accuracy": seen_accuracy,
-        "gap": seen_accuracy[0] - accuracy[0],
-        "held_out_pairs": len(lead),
+        "train_accuracy": train_accuracy,
+        "gap": train_accuracy[0] - accuracy[0],
+        "held_out_pairs": len(margin_N),
         "held_out_prompts": len(np.asarray(validation.ranks_BK)),
-        "log_loss": float(np.logaddexp(0.0, -lead).mean()),
-        "calibration": {
-            "bins": [dict(zip(curve._fields, map(float, each))) for each in zip(*curve)],
-            "error": diagnostics.expected_calibration_error(lead, np.zeros_like(lead)),
-            "slope": list(diagnostics.calibration_slope(lead, np.zeros_like(lead))) if lead.any() else None,
-        },
+        **cross_validation_results.calibration(margin_N),
         "groups": [
-            {"group": name, "pairs": int(mine.sum()), "reward_model": _accuracy(lead[mine], prompt[mine])}
-            for name, mine in groups.items()
-            if mine.sum() > 1
+            {"group": name, "pairs": int(mask_N.sum()), "reward_model": _accuracy(margin_N[mask_N], prompt_N[mask_N])}
+            for name, mask_N in _groups(job, validation, prompt_N).items()
+            if mask_N.sum() > 1
         ],
     }
 
 
-def _groups(job: jobs.Job, batch: types.Comparisons, prompt: np.ndarray) -> dict[str, np.ndarray]:
-    """Pairs by the turn of their prompt, as far as its user turns are within the width, and by the answers' length."""
+def _groups(job: jobs.Job, batch: types.Comparisons, prompt_N: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the masks of the pairs by the mean length of their prompt's answers and, if known, by turn."""
     turn_B = reward_diagnosis.turns(job.task, batch)
     length_BK = np.asarray(batch.mask_BKL)[:, :, job.task.prompt_width :].sum(axis=2)
     length_B = (length_BK * np.asarray(batch.where_BK)).sum(axis=1) / np.asarray(batch.where_BK).sum(axis=1)
-    length = length_B[prompt]
-    middle = np.median(length)
-    groups = {"shorter answers": length <= middle, "longer answers": length > middle}
-    if turn_B is not None:
-        turn = turn_B[prompt]
-        groups |= {f"turn {n}": turn == n for n in (1, 2, 3)} | {"turn 4 and on": turn >= 4}
-    return groups
+    length_N = length_B[prompt_N]
+    median = np.median(length_N)
+    groups = {"shorter answers": length_N <= median, "longer answers": length_N > median}
+    return groups if turn_B is None else groups | cross_validation_results.turn_groups(turn_B[prompt_N])
 
 
-def normalised(
-    job: jobs.Job, asked: RewardRun, params: types.Params, policy: types.Params, validation: types.Comparisons
-) -> tuple[types.Params, lm.Normalisation | None]:
-    """Set gain and bias by one of the published rules, from gain 1 and bias 0; the record says which.
+def _normalise(
+    job: jobs.Job, settings: RewardSettings, params: types.Params, policy: types.Params, validation: types.Comparisons
+) -> tuple[types.Params, lm.heads.Normalisation | None]:
+    """Sets gain and bias by one of the published rules; returns the model and the rule with its numbers.
 
-    Ziegler et al. normalise on policy samples before training too; here a fresh head of standard deviation 1 stands for
-    that.
+    Ziegler et al. normalise on policy samples before training as well; here the fresh head, whose scores have standard
+    deviation 1, takes the place of that.
     """
-    rule = asked.training.normalise
+    rule = settings.training.normalise
     if rule == "none":
         return params, None
-    params = lm.reset(params)
+    params = lm.heads.reset(params)
     if rule == "policy":
         prompts = job.task.rl_prompts.take(256)
         key = jax.random.fold_in(job.key("reward_model"), 2)
         samples = job.sampler(policy, policy, params, prompts, key)
-        params = lm.standardise(params, jnp.asarray(_finite(samples.scores_B)))
+        params = lm.heads.standardise(params, jnp.asarray(_check_finite(samples.scores_B)))
     elif rule == "held-out":
-        B, K, L = np.shape(validation.tokens_BKL)
-        flat = np.asarray(validation.tokens_BKL).reshape(B * K, L), np.asarray(validation.mask_BKL).reshape(B * K, L)
-        scores = job.sampler.score(params, *flat)[np.asarray(validation.where_BK).reshape(-1)]
-        params = lm.centre(params, jnp.asarray(_finite(scores)))
+        scores = _score(job, params, validation)[np.asarray(validation.where_BK)]
+        params = lm.heads.centre(params, jnp.asarray(scores))
     else:
         rows, n = job.task.demonstrations, len(job.task.demonstrations.tokens_BL)
-        # Reference outputs are what people wrote for prompts that the policy is measured on: those of the second half.
-        mine = slice(0, min(1024, n)) if rule == "demonstrations" else slice(max(n // 2, n - 1024), n)
-        scores = job.sampler.score(params, rows.tokens_BL[mine], rows.mask_BL[mine])
-        params = lm.centre(params, jnp.asarray(_finite(scores)))
-    return params, lm.normalisation(params, NORMALISED_ON[rule])
+        # Reference outputs are human answers to the prompts that the policy is evaluated on; here the second half.
+        part = slice(0, min(1024, n)) if rule == "demonstrations" else slice(max(n // 2, n - 1024), n)
+        scores = job.sampler.score(params, rows.tokens_BL[part], rows.mask_BL[part])
+        params = lm.heads.centre(params, jnp.asarray(_check_finite(scores)))
+    return params, lm.heads.normalisation(params, NORMALISED_ON[rule])
 
 
-def _finite(scores: np.ndarray) -> np.ndarray:
+def _check_finite(scores: np.ndarray) -> np.ndarray:
     if not np.isfinite(scores).all():
         raise loop.DivergedError(f"{(~np.isfinite(scores)).sum()} of {len(scores)} scores are not finite")
     return scores
 
 
-# ------------------------------------------------------------------------------------------------------ what is shown
-
-
-def tables(results: Mapping[str, Any]) -> list[Table]:
-    """What the terminal shows."""
-    found = results["reward_model"]
+def titled_tables(results: Mapping[str, Any]) -> list[tuple[str, Table]]:
+    """Returns the tables that the terminal and the report show, with their headings."""
+    facts = results["reward_model"]
     rows = [
-        {"group": "held-out", "pairs": found["held_out_pairs"], "reward_model": found["accuracy"]},
-        {"group": "training", "pairs": "", "reward_model": found["train_accuracy"]},
-        *found["groups"],
+        {"group": "held-out", "pairs": facts["held_out_pairs"], "reward_model": facts["accuracy"]},
+        {"group": "training", "pairs": "", "reward_model": facts["train_accuracy"]},
+        *facts["groups"],
     ]
-    calibration = found["calibration"]
-    numbers = Table(show_header=False, box=None)
-    slope = calibration["slope"]
+    slope = facts["calibration"]["slope"]
+    numbers = Table("", "", show_header=False, box=None)
     for name, text in (
-        ("log loss", f"{found['log_loss']:.4f}"),
-        ("calibration error", f"{calibration['error']:.3f}"),
+        ("log loss", f"{facts['log_loss']:.4f}"),
+        ("calibration error", f"{facts['calibration']['error']:.3f}"),
         ("calibration slope", "–" if not slope or slope[0] is None else f"{slope[0]:.2f}"),
-        ("training prompts", str(found["training_prompts"])),
-        ("scores 0 on average", (found.get("normalisation") or {}).get("rule", "nothing")),
+        ("training prompts", str(facts["training_prompts"])),
+        ("scores average 0 on", (facts.get("normalisation") or {}).get("rule", "nothing")),
     ):
         numbers.add_row(name, text)
-    return [cross_validation_results.groups_table(rows, {"reward_model": "accuracy, %"}), numbers]
-
-
-def write_page(path: pathlib.Path, results: Mapping[str, Any]) -> None:
-    """One self-contained page: calibration as a figure, and the tables."""
-    drawn = [svg for svg in [plots.calibration(results)] if svg]
-    shown, numbers = tables(results)
-    lines = "".join(
-        f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(text))}</td></tr>"
-        for name, text in zip(*(list(column.cells) for column in numbers.columns))
-    )
-    body = f"<h2>Accuracy</h2>{cross_validation_results.as_html(shown)}<table>{lines}</table>"
-    frontier_plot.write_page(path, "A reward model", drawn, "Intervals are 95 %.", tables=body)
+    accuracy = cross_validation_results.groups_table(rows, {"reward_model": "accuracy, %"})
+    return [("Accuracy", accuracy), ("Calibration and training", numbers)]

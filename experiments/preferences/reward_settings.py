@@ -1,4 +1,4 @@
-"""Settings of reward_model.py that are not the main job's. Each field's docstring is its ``--help``."""
+"""Settings that reward_model.py adds to those of the main job. Each field's docstring is its ``--help`` text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any, Literal
 
 import jax
-from launch import mesh_settings, settings
+from launch import mesh_settings
+from launch import settings as settings_lib
 from launch.settings import SettingError
 
 from rlhf_jax import lm
@@ -17,99 +18,104 @@ from rlhf_jax.train.optim import partition
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How the reward model is trained; --reward-model.batch and --reward-model.learning-rate are the main job's."""
+    """Training of the reward model. --reward-model.batch and --reward-model.learning-rate apply as well."""
 
     loss: Literal["ranking", "pairs", "plackett-luce", "best"] = "ranking"
-    """All pairs of a prompt together (InstructGPT), the same pairs shuffled as rows of their own, the likelihood of the
-    whole ranking, or of the best answer alone (Ziegler)."""
+    """Loss: all pairs of a prompt in one row (`ranking`, InstructGPT), the same pairs shuffled as separate rows
+    (`pairs`), the likelihood of the whole ranking (`plackett-luce`), or of the best answer only (`best`, Ziegler)."""
     ties_in_divisor: bool = True
-    """Divide a prompt's loss by all its pairs, as printed; off: by those without a tie (`ranking` alone)."""
+    """Divide the loss of a prompt by the number of all its pairs, as InstructGPT's formula does; off: by the number of
+    pairs that are not tied. Only for `ranking`."""
     label_smoothing: float = 0.0
-    """Assumed share of wrong labels (`ranking` and `pairs`)."""
+    """Assumed share of wrong labels. Only for `ranking` and `pairs`."""
     margin: float = 0.0
-    """By how much the better answer should lead (`ranking` and `pairs`)."""
+    """Margin by which the better answer should score higher. Only for `ranking` and `pairs`."""
     centering: float = 0.0
-    """Weight of the square of a pair's summed scores (`ranking` and `pairs`; 0.01 in Eisenstein 2023)."""
+    """Weight of the squared sum of the two scores of a pair (0.01 in Eisenstein 2023). Only for `ranking` and
+    `pairs`."""
     epochs: int = 1
-    """Passes over the comparisons; more overfit at once (InstructGPT C.2)."""
+    """Passes over the comparisons. InstructGPT (C.2) overfits after more than one."""
     heads: int = 1
-    """Heads on one trunk, an ensemble whose scores are averaged."""
+    """Number of heads on one trunk: an ensemble whose scores are averaged."""
     trains: str = ""
-    """Regular expression of the parameters that are trained, such as ^head/; the rest is frozen. Empty: all."""
+    """Regular expression that selects the parameters to train by name, such as ^head/; the others are frozen. Empty:
+    all are trained."""
     limit: int | None = None
-    """Use only so many training prompts."""
+    """Most training prompts to use. Default: all."""
     normalise: Literal["demonstrations", "references", "policy", "held-out", "none"] = "demonstrations"
-    """What scores 0 on average afterwards: demonstrations (InstructGPT); reference outputs, demonstrations
-    of other prompts here (Stiennon); samples of the policy, with variance 1 (Ziegler); held-out answers (HH)."""
+    """Texts whose scores are shifted to mean 0 after training: demonstrations (InstructGPT), reference outputs, here
+    demonstrations of other prompts (Stiennon), samples of the policy, also scaled to variance 1 (Ziegler), or held-out
+    answers (HH)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretraining:
-    """Preference-model pretraining (PMP) between language pretraining and the labelers' comparisons (HH A.2)."""
+    """Preference-model pretraining (PMP) on a crowd's comparisons, before those of the labelers (HH A.2)."""
 
     prompts: int = 0
-    """Prompts of the source, whose answers another crowd ranked; 0: none."""
+    """Prompts whose answers a simulated crowd ranks for PMP; 0 disables PMP."""
     agreement: float = 0.6
-    """How often two people of the crowd agree: it is noisier than the labelers."""
+    """How often two members of the crowd agree; lower than the labelers' agreement, so that the data is noisier."""
     polite_taste: float = 0.5
-    """What four polite words are worth to the crowd: it is related to the labelers, and not the same."""
+    """Utility of four polite words to the crowd, whose taste so differs from that of the labelers."""
     binary: bool = True
-    """Each pair as two with control tokens, GOOD:A > BAD:A and BAD:B > GOOD:B; off: the ranking itself."""
+    """Turn each pair into two with control tokens, GOOD:A > BAD:A and BAD:B > GOOD:B; off: train on the rankings."""
     rate: float = 0.1
-    """Of PMP, times --pretrain.learning-rate (0.1 as published)."""
+    """Learning rate of PMP as a multiple of --pretrain.learning-rate (0.1 in HH)."""
     tuning_rate: float | None = 0.01
-    """Of what follows, times --pretrain.learning-rate (0.01 as published); none: --reward-model.learning-rate."""
+    """Learning rate on the labelers' comparisons after PMP, as a multiple of --pretrain.learning-rate (0.01 in HH);
+    None uses --reward-model.learning-rate."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CrossValidation:
-    """The small models of --folds; their settings were chosen on inner splits of training pairs."""
+    """The small models of --folds. The defaults were chosen on inner splits of training pairs."""
 
     vocab_size: int = 2048
-    """Of the byte-level BPE tokenizer of each fold."""
+    """Vocabulary of the byte-level BPE tokenizer of each fold."""
     layers: int = 1
-    """Layers."""
+    """Number of layers."""
     width: int = 64
     """Model width."""
     heads: int = 4
-    """Attention heads; divides the width."""
+    """Number of attention heads; the width per head must be an even integer."""
     mlp: int = 128
-    """Width of the gated mlp."""
+    """Width of the gated MLP."""
     prompt_width: int = 32
-    """Tokens of a prompt that are read, its last ones."""
+    """Number of tokens of a prompt that the models read: its last ones."""
     response_width: int = 128
-    """Tokens of an answer that are read; of a longer one the first and its end mark."""
+    """Number of tokens of an answer that the models read: its first ones, and the token that ends it."""
     pretrain_steps: int = 150
-    """Steps of the base model on the training dialogues."""
+    """Training steps of the base model on the training dialogues."""
     pretrain_batch: int = 32
-    """Rows a step."""
+    """Rows per step of the base model."""
     pretrain_learning_rate: float = 6e-3
-    """Peak; cosine to a tenth."""
+    """Peak learning rate of the base model; cosine decay to a tenth."""
     members: int = 3
-    """Reward models from each base, whose scores are averaged."""
+    """Number of reward models trained from each base model; their scores are averaged."""
     epochs: int = 2
-    """Of each member over the training pairs."""
+    """Passes of each reward model over the training pairs."""
     batch: int = 32
-    """Pairs a step."""
+    """Pairs per step."""
     learning_rate: float = 1e-3
-    """Peak; linear to 0."""
+    """Peak learning rate of the reward models; linear decay to 0."""
     weight_decay: float = 0.1
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     word_dropout: float = 0.2
-    """Share of tokens left out at random in training, anew in each batch."""
+    """Share of tokens left out at random in each training batch."""
 
     @property
     def row_width(self) -> int:
-        """Tokens of a packed row."""
+        """Number of tokens of a packed row."""
         return self.prompt_width + self.response_width
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardRun(settings.Settings):
-    """A reward model, trained and diagnosed; with every setting of the main job that comes before reinforcement."""
+class RewardSettings(settings_lib.Settings):
+    """Settings of reward_model.py: those of the main job's stages up to the reward model, and its own."""
 
     folds: int = 0
-    """Cross-validate on --data.path in so many parts instead, beside simple baselines."""
+    """Number of folds of a cross-validation on --data.path, which also runs two baselines; 0 trains a single model."""
     training: Training = dataclasses.field(default_factory=Training)
     pmp: Pretraining = dataclasses.field(default_factory=Pretraining)
     cv: CrossValidation = dataclasses.field(default_factory=CrossValidation)
@@ -117,26 +123,29 @@ class RewardRun(settings.Settings):
 
 SMOKE_CV: dict[str, Any] = {"vocab_size": 300, "width": 16, "heads": 2, "mlp": 16, "pretrain_steps": 4}
 SMOKE_CV |= {"pretrain_batch": 4, "members": 2, "epochs": 1, "batch": 8, "response_width": 32}
-"""What the smoke preset changes of --folds."""
+"""Settings of --folds that the smoke preset changes."""
 
 
-def _require(ok: bool, flag: str, value: Any, wanted: str) -> None:
+def _require(ok: bool, flag: str, value: Any, condition: str) -> None:
     if not ok:
-        raise SettingError(f"--{flag.replace('_', '-')} is {value!r}; it must be {wanted}")
+        raise SettingError(f"--{flag.replace('_', '-')} is {value!r}; it must be {condition}")
 
 
-def _check_pattern(asked: RewardRun) -> None:
-    """Refuse a pattern that is none or names no parameter; names depend on the kind of model, not on its size."""
-    training, key = asked.training, jax.random.key(0)
+def _check_pattern(settings: RewardSettings) -> None:
+    """Raises SettingError if --training.trains is not a regular expression or matches no parameter.
+
+    The names of the parameters depend on the architecture, not on its size, so a tiny model is enough.
+    """
+    training, key = settings.training, jax.random.key(0)
     try:
-        if asked.model is None:
+        if settings.model is None:
             cfg = lm.LMConfig(
                 vocab_size=8, n_layers=1, d_model=8, n_heads=2, d_mlp=8, max_length=8, tie_embeddings=True
             )
         else:
-            cfg = lm.load_config(asked.model)
+            cfg = lm.load_config(settings.model)
     except (OSError, ValueError):
-        return  # a model that cannot be read is refused where it is, with a reason
+        return  # loading the model raises the error that says why it cannot be read
     heads = None if training.heads == 1 else training.heads
     params = jax.eval_shape(partial(lm.with_head, cfg=cfg, heads=heads), key, lm.abstract(cfg))
     try:
@@ -145,19 +154,21 @@ def _check_pattern(asked: RewardRun) -> None:
         raise SettingError(f"--training.trains: {error}") from error
 
 
-def check(asked: RewardRun, preset: settings.Settings) -> None:
-    """Raise SettingError, naming the setting, for what cannot be, and for what would be asked in vain."""
+def check(settings: RewardSettings, preset: settings_lib.Settings) -> None:
+    """Raises SettingError, naming the flag, for a setting that is out of range or has no effect on this run."""
     for name in ("ppo", "evaluation"):
-        if getattr(asked, name) != getattr(preset, name):
-            raise SettingError(f"--{name}.* is about policies, of which reward_model.py trains none; leave it out")
-    training, pmp, cv = asked.training, asked.pmp, asked.cv
-    _require(not asked.reward_model.heldout, "reward_model.heldout", True, "left out: this trains one reward model")
-    _require(asked.folds == 0 or asked.folds >= 2, "folds", asked.folds, "0 or at least 2")
-    _require(not asked.folds or asked.data.path is not None, "folds", asked.folds, "left out without --data.path")
-    _require(not asked.folds or not mesh_settings.asked_for(asked), "folds", asked.folds, "left out beside --mesh.*")
-    _require(not asked.folds or asked.model is None, "folds", asked.folds, "left out beside --model")
-    plain = (training, pmp) == (Training(), Pretraining())
-    _require(not asked.folds or plain, "folds", asked.folds, "left out beside --training.* and --pmp.*; it has --cv.*")
+        if getattr(settings, name) != getattr(preset, name):
+            raise SettingError(f"--{name}.* has no effect on reward_model.py, which trains no policy; leave it out")
+    training, pmp, cv, folds = settings.training, settings.pmp, settings.cv, settings.folds
+    _require(not settings.reward_model.heldout, "reward_model.heldout", True, "left out: this trains one reward model")
+    _require(folds == 0 or folds >= 2, "folds", folds, "0 or at least 2")
+    for allowed, condition in (
+        (settings.data.path is not None, "left out without --data.path"),
+        (not mesh_settings.asked_for(settings), "left out with --mesh.*"),
+        (settings.model is None, "left out with --model"),
+        ((training, pmp) == (Training(), Pretraining()), "left out with --training.* or --pmp.*; it uses --cv.*"),
+    ):
+        _require(not folds or allowed, "folds", folds, condition)
     _require(0 <= training.label_smoothing < 0.5, "training.label_smoothing", training.label_smoothing, "in [0, 0.5)")
     for name in ("margin", "centering"):
         value = getattr(training, name)
@@ -170,13 +181,13 @@ def check(asked: RewardRun, preset: settings.Settings) -> None:
     for name, value in (("epochs", training.epochs), ("heads", training.heads), ("limit", limit)):
         _require(value >= 1, f"training.{name}", value, "at least 1")
     if training.trains:
-        _check_pattern(asked)
+        _check_pattern(settings)
     _require(pmp.prompts >= 0, "pmp.prompts", pmp.prompts, "at least 0")
-    _require(not pmp.prompts or asked.data.path is None, "pmp.prompts", pmp.prompts, "left out beside --data.path")
-    _require(not pmp.prompts or asked.model is None, "pmp.prompts", pmp.prompts, "left out beside --model")
+    _require(not pmp.prompts or settings.data.path is None, "pmp.prompts", pmp.prompts, "left out with --data.path")
+    _require(not pmp.prompts or settings.model is None, "pmp.prompts", pmp.prompts, "left out with --model")
     _require(0.5 < pmp.agreement < 1, "pmp.agreement", pmp.agreement, "above 0.5 and below 1")
     for name, value in (("rate", pmp.rate), ("tuning_rate", pmp.tuning_rate)):
-        _require(value is None or 0 < value < math.inf, f"pmp.{name}", value, "positive and finite")
+        _require(value is None or 0 < value < math.inf, f"pmp.{name}", value, "above 0 and finite")
     for field in dataclasses.fields(cv):
         value = getattr(cv, field.name)
         if field.name == "word_dropout":
@@ -184,7 +195,7 @@ def check(asked: RewardRun, preset: settings.Settings) -> None:
         elif field.name == "weight_decay":
             _require(0 <= value < math.inf, "cv.weight_decay", value, "at least 0 and finite")
         else:
-            _require(0 < value < math.inf, f"cv.{field.name}", value, "positive and finite")
+            _require(0 < value < math.inf, f"cv.{field.name}", value, "above 0 and finite")
     _require(cv.vocab_size >= 260, "cv.vocab_size", cv.vocab_size, "at least 260 (256 bytes, 4 special tokens)")
     even = cv.width % cv.heads == 0 and (cv.width // cv.heads) % 2 == 0
-    _require(even, "cv.heads", cv.heads, f"such that each has an even share of --cv.width {cv.width}")
+    _require(even, "cv.heads", cv.heads, f"a divisor of --cv.width {cv.width} with an even quotient")

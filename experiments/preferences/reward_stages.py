@@ -1,4 +1,4 @@
-"""The stages of reward_model.py that the main job does not have: preference-model pretraining, and every loss."""
+"""Stages of reward_model.py that the main job lacks: training with any loss, and preference-model pretraining."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from launch import mesh_settings
 from launch.settings import SettingError
 from recipe import collection, jobs, stages, tasks
 
-from preferences.reward_settings import RewardRun, Training
+from preferences.reward_settings import RewardSettings, Training
 from rlhf_jax import lm, losses, parallel, types
 from rlhf_jax.data import batching
 from rlhf_jax.data import comparisons as comparisons_lib
@@ -25,8 +25,8 @@ from rlhf_jax.train.optim import partition, schedules
 from rlhf_jax.train.optim import update as step_lib
 
 
-def loss_of(training: Training) -> Callable[..., jax.Array]:
-    """The loss of one prompt that the settings ask for."""
+def _make_loss(training: Training) -> Callable[..., jax.Array]:
+    """Returns the loss of one prompt."""
     if training.loss == "plackett-luce":
         return losses.plackett_luce
     if training.loss == "best":
@@ -42,44 +42,40 @@ def loss_of(training: Training) -> Callable[..., jax.Array]:
 
 def train(
     job: jobs.Job,
-    asked: RewardRun,
-    begin: types.Params,
+    settings: RewardSettings,
+    start: types.Params,
     data: types.Comparisons,
     *,
     validation: types.Comparisons | None = None,
 ) -> types.Params:
-    """The reward model on the labelers' comparisons; several heads become one that gives their mean."""
-    training, how = asked.training, asked.reward_model
-    batch = how.batch
+    """Trains the reward model on the labelers' comparisons; several heads are merged into one that gives their mean."""
+    training, batch = settings.training, settings.reward_model.batch
     if training.loss == "pairs":
         prompts = len(np.asarray(data.ranks_BK))
         data = comparisons_lib.pair_rows(data)
-        # As many pairs a step as grouped batches hold on average, and so as many steps.
+        # As many pairs per step as a batch of prompts has on average, so that the number of steps is the same.
         batch = max(1, round(batch * len(np.asarray(data.ranks_BK)) / prompts))
-    key = job.key("reward_model")
     heads = None if training.heads == 1 else training.heads
-    params = (
-        begin
-        if "head" in begin and heads is None
-        else lm.with_head(jax.random.fold_in(key, 1), begin, job.cfg, heads=heads)
-    )
-    rate = how.learning_rate
-    if asked.pmp.prompts and asked.pmp.tuning_rate is not None:
-        rate = asked.pmp.tuning_rate * asked.pretrain.learning_rate
+    params = start
+    if "head" not in start or heads is not None:
+        params = lm.with_head(jax.random.fold_in(job.key("reward_model"), 1), start, job.cfg, heads=heads)
+    learning_rate = settings.reward_model.learning_rate
+    if settings.pmp.prompts and settings.pmp.tuning_rate is not None:
+        learning_rate = settings.pmp.tuning_rate * settings.pretrain.learning_rate
     trained = _fit(
         job,
         "reward_model",
         data,
         params,
         cfg=job.cfg,
-        loss=loss_of(training),
+        loss=_make_loss(training),
         trains=training.trains,
         batch=batch,
         epochs=training.epochs,
-        learning_rate=rate,
+        learning_rate=learning_rate,
         validation=validation,
     )
-    return trained if heads is None else lm.combine(trained, jnp.full(heads, 1 / heads))
+    return trained if heads is None else lm.heads.combine(trained, jnp.full(heads, 1 / heads))
 
 
 def _fit(
@@ -101,31 +97,31 @@ def _fit(
     steps = max(1, epochs * n // batch)
     key = job.key("reward_model") if stage == "reward_model" else jax.random.fold_in(job.key("reward_model"), 1000)
     order = batching.epoch_batches(0, n=n, batch_size=batch, key=key, steps=steps)
-    own, frozen, join = params, None, step_lib.all_trained
+    trained, frozen, join = params, None, step_lib.all_trained
     if trains:
         try:
-            own, frozen = partition.split(params, trains)
+            trained, frozen = partition.split(params, trains)
         except ValueError as error:
             raise SettingError(f"--training.trains: {error}") from error
         join = partition.join
     step = parallel.jit_step(
         reward_model.make_train_step(partial(lm.score, cfg=cfg), loss=loss, join=join), mesh=job.mesh
     )
-    watch: dict[str, Any] = {}
+    validate: dict[str, Any] = {}
     if validation is not None:
-        watch = stages.validated(
+        validate = stages.validated(
             job, stage, validation, steps=steps, loss=loss, params_of=lambda state: join(frozen, state.params)
         )
     state = job.fit(
         stage,
         step,
-        job.begin(partial(state_lib.create, tx=job.supervised_tx), own),
+        job.begin(partial(state_lib.create, tx=job.supervised_tx), trained),
         steps,
         batch_at=lambda i: jax.tree.map(lambda x: jnp.asarray(x[order[i]]), data),
         hyper_at=lambda i: stages.hyper(learning_rate * schedules.cosine(i, steps)),
         rng=key,
         frozen=frozen,
-        **watch,
+        **validate,
     )
     return job.placed(join(frozen, state.params))
 
@@ -133,80 +129,75 @@ def _fit(
 # ------------------------------------------------------------------------------------- preference-model pretraining
 
 
-def pretrained(job: jobs.Job, asked: RewardRun, policy: types.Params) -> types.Params:
-    """A preference model of the crowd's rankings, from which the labelers' comparisons go on; with a head.
+def pretrain_preference_model(job: jobs.Job, settings: RewardSettings, policy: types.Params) -> types.Params:
+    """Trains a preference model, with a head, on comparisons ranked by a crowd; the reward model starts from it.
 
-    The control tokens are two ids behind the vocabulary, and are taken off again: what goes on has the tokenizer's ids.
+    The two control tokens have the ids after the vocabulary during this stage and are removed at its end.
     """
-    source = crowd_comparisons(job, asked, policy)
+    data = _crowd_comparisons(job, settings, policy)
     n = job.cfg.vocab_size
     cfg, params, key = job.cfg, policy, jax.random.fold_in(job.key("reward_model"), 1001)
-    if asked.pmp.binary:
-        source = comparisons_lib.with_control(source, good_id=n, bad_id=n + 1, column=job.task.prompt_width)
+    if settings.pmp.binary:
+        data = comparisons_lib.with_control(data, good_id=n, bad_id=n + 1, column=job.task.prompt_width)
         cfg = dataclasses.replace(cfg, vocab_size=n + 2, max_length=cfg.max_length + 1)
-        params = widened(params, key, cfg)
+        params = extend_embeddings(params, key, cfg)
     params = _fit(
         job,
         "pmp",
-        source,
+        data,
         lm.with_head(jax.random.fold_in(key, 1), params, cfg),
         cfg=cfg,
         loss=losses.ranking,
         trains="",
-        # As many pairs a step as the labelers' comparisons have, whose prompts hold several.
-        batch=8 * asked.reward_model.batch if asked.pmp.binary else asked.reward_model.batch,
+        # A batch of rankings has several pairs per prompt; with pairs as rows, a step takes about as many pairs.
+        batch=8 * settings.reward_model.batch if settings.pmp.binary else settings.reward_model.batch,
         epochs=1,
-        learning_rate=asked.pmp.rate * asked.pretrain.learning_rate,
+        learning_rate=settings.pmp.rate * settings.pretrain.learning_rate,
     )
-    return narrowed(params, job.cfg)
+    return truncate_embeddings(params, job.cfg)
 
 
-def widened(params: types.Params, key: jax.Array, cfg: lm.LMConfig) -> types.Params:
-    """``params`` with fresh rows for the ids that ``cfg`` has more; of the same scale as an embedding that is drawn."""
-    more = lm.init(key, cfg)
-    grown = {**params, "embed": {**params["embed"]}}
+def extend_embeddings(params: types.Params, key: jax.Array, cfg: lm.LMConfig) -> types.Params:
+    """Adds freshly initialised rows for the token ids and positions that only ``cfg`` has."""
+    fresh = lm.init(key, cfg)
     n = params["embed"]["tokens"].shape[0]
-    grown["embed"]["tokens"] = jnp.concatenate([params["embed"]["tokens"], more["embed"]["tokens"][n:]])
-    if "positions" in params["embed"]:
-        held = params["embed"]["positions"].shape[0]
-        grown["embed"]["positions"] = jnp.concatenate([params["embed"]["positions"], more["embed"]["positions"][held:]])
+    embed = {name: jnp.concatenate([rows, fresh["embed"][name][len(rows) :]]) for name, rows in params["embed"].items()}
+    extended = {**params, "embed": embed}
     if "unembed" in params:
-        kernel = jnp.concatenate([params["unembed"]["kernel"], more["unembed"]["kernel"][:, n:]], axis=1)
-        grown["unembed"] = {"kernel": kernel}
-    return grown
+        kernel = jnp.concatenate([params["unembed"]["kernel"], fresh["unembed"]["kernel"][:, n:]], axis=1)
+        extended["unembed"] = {"kernel": kernel}
+    return extended
 
 
-def narrowed(params: types.Params, cfg: lm.LMConfig) -> types.Params:
-    """Undo `widened`."""
-    cut = {**params, "embed": {**params["embed"], "tokens": params["embed"]["tokens"][: cfg.vocab_size]}}
-    if "positions" in params["embed"]:
-        cut["embed"]["positions"] = params["embed"]["positions"][: cfg.position_offset + cfg.max_length]
+def truncate_embeddings(params: types.Params, cfg: lm.LMConfig) -> types.Params:
+    """Undoes `extend_embeddings`: drops the rows for token ids and positions that ``cfg`` does not have."""
+    rows = {"tokens": cfg.vocab_size, "positions": cfg.position_offset + cfg.max_length}
+    truncated = {**params, "embed": {name: x[: rows[name]] for name, x in params["embed"].items()}}
     if "unembed" in params:
-        cut["unembed"] = {"kernel": params["unembed"]["kernel"][:, : cfg.vocab_size]}
-    return cut
+        truncated["unembed"] = {"kernel": params["unembed"]["kernel"][:, : cfg.vocab_size]}
+    return truncated
 
 
-def crowd_comparisons(job: jobs.Job, asked: RewardRun, policy: types.Params) -> types.Comparisons:
-    """Samples on other prompts than the labelers', ranked by a crowd with another taste and more noise."""
-    task, settings = job.task, asked.world
-    world = task.world
-    assert world is not None
+def _crowd_comparisons(job: jobs.Job, settings: RewardSettings, policy: types.Params) -> types.Comparisons:
+    """Returns samples on other prompts than the labelers', ranked by a noisier crowd with another taste."""
+    world, pmp = settings.world, settings.pmp
+    assert job.task.world is not None
     crowd = labelers.make_pool(
         jax.random.fold_in(job.key("comparisons"), 2000),
-        settings.labelers,
-        spread=2 * settings.spread,
-        polite_taste=asked.pmp.polite_taste,
-        tie_width=settings.tie_width,
-        lapse=settings.lapse,
+        world.labelers,
+        spread=2 * world.spread,
+        polite_taste=pmp.polite_taste,
+        tie_width=world.tie_width,
+        lapse=world.lapse,
     )
-    asked_prompts = tasks.more_prompts(asked, task, asked.pmp.prompts)
-    source = dataclasses.replace(world, pool=crowd, compare_prompts=asked_prompts, n_compare=asked.pmp.prompts)
-    other = dataclasses.replace(
+    prompts = tasks.more_prompts(settings, job.task, pmp.prompts)
+    crowd_world = dataclasses.replace(job.task.world, pool=crowd, compare_prompts=prompts, n_compare=pmp.prompts)
+    crowd_job = dataclasses.replace(
         job,
-        task=dataclasses.replace(task, world=source),
+        task=dataclasses.replace(job.task, world=crowd_world),
         settings=dataclasses.replace(
-            asked, seed=asked.seed + 1, world=dataclasses.replace(settings, agreement=asked.pmp.agreement)
+            settings, seed=settings.seed + 1, world=dataclasses.replace(world, agreement=pmp.agreement)
         ),
     )
-    found, _, _ = collection.collect_comparisons(other, [policy], stage="crowd")
-    return found
+    comparisons, _, _ = collection.collect_comparisons(crowd_job, [policy], stage="crowd")
+    return comparisons

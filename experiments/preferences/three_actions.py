@@ -1,11 +1,12 @@
-"""Xu et al. 2024, theorem 4.1 and table 1: three answers, one pair, and a policy that may go where no answer was seen.
+"""The counterexample of Xu et al. 2024 (theorem 4.1, table 1): DPO can move probability to an answer it never saw.
 
-The reference gives two answers a half each and the third next to nothing; the one label says that the first is better
-than the second. Whatever gives the second answer nothing minimises the loss of DPO, wherever the rest stands: (1, 0, 0)
-and (0.1, 0, 0.9) alike. Reward less KL has one optimum, and the third answer has as good as nothing in it.
+There are three answers and one label, which prefers the first to the second. The reference gives the first two a
+probability of one half each and the third almost none. Every policy that gives the second answer no probability
+minimises the DPO loss, (1, 0, 0) and (0.1, 0, 0.9) alike. Reward minus KL has a single optimum, in which the third
+answer has almost no probability.
 
-A table of logits trained from the reference never moves the third one. Networks share weights between answers, and here
-so does a policy with one weight: ``logits = log reference + theta * (1, -1, 2)``.
+DPO on a table of independent logits would never change the third one. Networks share weights between answers, and so
+does the policy here, which has one weight: ``logits = log reference + theta * (1, -1, 2)``.
 """
 
 from __future__ import annotations
@@ -43,23 +44,21 @@ _START = {"theta": jnp.zeros(())}
 
 
 def probabilities(params: Any) -> np.ndarray:
-    """Those of the three answers."""
+    """Returns the probabilities of the three answers."""
     return np.asarray(jax.nn.softmax(_forward(params, jnp.zeros((1, 1), jnp.int32)).hidden_BLD[0, 0]))
 
 
 def loss(probabilities_A: Any, *, beta: float) -> float:
-    """DPO's loss of the pair; a probability of 0 is taken as e to the power of -10,000."""
+    """Returns the DPO loss of the pair; the log of a probability of 0 is taken as -10,000."""
     with np.errstate(divide="ignore"):
         logs = np.maximum(np.log(np.asarray(probabilities_A, np.float64)), -1e4)
     reference = np.log(REFERENCE)
     return float(losses.dpo(logs[0], logs[1], reference[0], reference[1], beta=beta))  # type: ignore[arg-type]
 
 
-def by_dpo(*, beta: float = 0.1, steps: int = 400) -> tuple[np.ndarray, float]:
-    """Probabilities that DPO's step ends at, and its last loss."""
-    step = parallel.jit_step(
-        dpo.make_train_step(partial(lm.response_logprobs_with, APPLY, prompt_width=1), objectives.dpo)
-    )
+def train_dpo(*, beta: float = 0.1, steps: int = 400) -> tuple[np.ndarray, float]:
+    """Returns the probabilities that DPO converges to, and its last loss."""
+    step = parallel.jit_step(dpo.make_train_step(partial(lm.token_logprobs, cfg=APPLY, prompt_width=1), objectives.dpo))
     state, logs = state_lib.create(_START, _ADAM), {}
     hyper = dpo.Hyper(learning_rate=np.float32(0.1), beta=np.float32(beta))
     for _ in range(steps):
@@ -67,8 +66,8 @@ def by_dpo(*, beta: float = 0.1, steps: int = 400) -> tuple[np.ndarray, float]:
     return probabilities(state.params), float(logs["loss"].value())
 
 
-def by_ppo(*, kl_coef: float = 0.1, unseen_reward: float = 0.5, iterations: int = 150) -> np.ndarray:
-    """Probabilities that PPO ends at, with rewards (1, 0, ``unseen_reward``): a reward model may think well of it."""
+def train_ppo(*, kl_coef: float = 0.1, unseen_reward: float = 0.5, iterations: int = 150) -> np.ndarray:
+    """Returns the probabilities that PPO converges to with rewards (1, 0, ``unseen_reward``)."""
     rewards_A = jnp.array([1.0, 0.0, unseen_reward])
 
     def generate(params: Any, rng_B: jax.Array, prompts_BP: Any, mask_BP: Any, temperature: Any) -> types.Rollout:
@@ -77,8 +76,8 @@ def by_ppo(*, kl_coef: float = 0.1, unseen_reward: float = 0.5, iterations: int 
 
     models = ppo.Models(
         generate=generate,
-        logprobs=lambda params, tokens, mask, temperature: lm.response_stats_with(
-            APPLY, params, tokens, prompt_width=1, mask_BL=mask, temperature=temperature
+        logprobs=lambda params, tokens, mask, temperature: lm.token_stats(
+            params, tokens, cfg=APPLY, prompt_width=1, mask_BL=mask, temperature=temperature
         ),
         values=lambda params, tokens, mask: jnp.broadcast_to(params["value"], (tokens.shape[0], 1)),
         score=lambda params, rollout: rewards_A[rollout.tokens_BL[:, 1]],
@@ -94,6 +93,6 @@ def by_ppo(*, kl_coef: float = 0.1, unseen_reward: float = 0.5, iterations: int 
 
 
 def optimum(*, kl_coef: float = 0.1, unseen_reward: float = 0.5) -> np.ndarray:
-    """What maximises reward less KL, over all policies."""
+    """Returns the policy that maximises reward minus ``kl_coef`` times the KL to the reference."""
     rewards_SA = jnp.array([[1.0, 0.0, unseen_reward]])
     return np.asarray(bandit.optimum(jnp.log(jnp.asarray(REFERENCE))[None], rewards_SA, kl_coef=kl_coef))[0]

@@ -152,7 +152,7 @@ class Job:
                 save_every=max(1, -(-steps // self.settings.saves)),
                 progress=self.progress.update,
                 batch_at=batch_at if mesh is None else lambda i: parallel.own_rows(batch_at(i), mesh),
-                agreed=hosts.current().stage(),
+                should_stop=hosts.current().stage(),
                 **how,
             )
         self.progress.finish(stage)
@@ -167,7 +167,7 @@ class Job:
         data: Any = [steps]
         if jax.process_count() == 1 and steps > 0:
             data += [manifest.digest_tree(batch_at(i)) for i in (0, steps - 1)]
-        return {"max_skipped": self.settings.max_skipped, "tell": partial(self.note, stage), "fingerprint": data}
+        return {"max_skipped": self.settings.max_skipped, "warn": partial(self.note, stage), "fingerprint": data}
 
 
 def make_job(
@@ -249,12 +249,12 @@ def ppo_models(
         )
 
     def logprobs(params: Params, tokens_BL: Any, mask_BL: Any, temperature: Any) -> Any:
-        return lm.response_stats(
+        return lm.token_stats(
             params, tokens_BL, cfg=cfg, prompt_width=prompt_width, mask_BL=mask_BL, temperature=temperature
         )
 
     def values(params: Params, tokens_BL: Any, mask_BL: Any) -> jax.Array:
-        return lm.response_values(params, tokens_BL, cfg=cfg, prompt_width=prompt_width, mask_BL=mask_BL)
+        return lm.values(params, tokens_BL, cfg=cfg, prompt_width=prompt_width, mask_BL=mask_BL)
 
     def score(params: Params, rollout: types.Rollout) -> jax.Array:
         return lm.score(params, rollout.tokens_BL, cfg=cfg, mask_BL=rollout.mask_BL)

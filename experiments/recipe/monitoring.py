@@ -22,7 +22,7 @@ def watched(log: metrics.MetricLog, stage: str, settings: Settings, tell: Callab
     thresholds = {"most_gap": math.inf} if settings.ppo.correct_sampler else {}
     return watch_lib.Watch(
         loop.StageLog(log, stage),
-        tell=tell,
+        warn=tell,
         stop=settings.on_alarm == "stop",
         rows=log.rows(stage),
         **thresholds,

@@ -38,7 +38,7 @@ def composed(settings: PPO) -> dict[str, Any]:
         "reduction": reduction,
         "kl_loss": kl.k3 if settings.kl_loss_coef > 0 else None,
         "entropy_bonus": settings.entropy_coef > 0,
-        "unfinished": ppo.replaced if settings.missing_stop == "replace" else ppo.lowered,
+        "unfinished": ppo.replace_score if settings.missing_stop == "replace" else ppo.subtract_penalty,
         "normalise_values": settings.normalise_values,
         "correct_sampler": settings.correct_sampler,
     }

@@ -7,7 +7,7 @@ of it touches a device, and nothing is said in a step in which nobody wants to s
 
     with hosts.started("10.0.0.1:8476", count=2, index=i, facts={"data": digest}) as group:
         mesh = parallel.make_mesh(fsdp=jax.device_count())
-        loop.fit(..., agreed=group.stage())
+        loop.fit(..., should_stop=group.stage())
         if group.first: print(...)
 """
 
@@ -64,7 +64,7 @@ class Hosts:
         return make()
 
     def stage(self) -> Agreed:
-        """For `loop.fit`: ``agreed(done, wanted)``, whether all hosts stop after ``done`` iterations.
+        """for `loop.fit`: ``should_stop(done, wanted)``, whether all hosts stop after ``done`` iterations.
 
         Call it once for each stage, in the same order on all hosts. Where nobody wants to stop, nothing is waited for.
         """

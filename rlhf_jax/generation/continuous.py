@@ -1,14 +1,14 @@
-"""More prompts than slots: a slot whose answer has ended takes the next prompt, inside the compiled loop.
+"""Continuous batching: a slot whose response has ended takes the next prompt, inside the compiled loop.
 
-In a batch that is decoded to the end, the longest answer holds all rows. Here B slots decode while N prompts wait::
+In a static batch, all rows wait for the longest response. Here B slots decode while N prompts are queued::
 
-    while anything is left:
+    while prompts are queued or slots are live:
         read the next R prompts into free slots      (prefill, [R, P])
-        decode, [B], until R slots are free again, or nothing waits and all have ended
+        decode, [B], until R slots are free, or the queue is empty and all slots have ended
 
-A slot's row of the cache is laid out as :func:`rlhf_jax.generation.generate` lays out its own, prompt in the first P
-columns, answer behind it, each row at its own place. At given B, R and P, what a prompt gets therefore does not depend,
-to the last bit, on what else is answered, on the slot, or on when its turn came.
+A slot's row of the cache has the layout of :func:`rlhf_jax.generation.generate`: the prompt in the first P columns,
+then the response, each row at its own position. For given B, R and P, a response therefore does not depend, to the last
+bit, on the other prompts, on its slot, or on when it was started.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from jax import lax
 
 from rlhf_jax import types
 from rlhf_jax.generation import decoding
-from rlhf_jax.generation import generate as static
 from rlhf_jax.generation import sampling as sampling_lib
 from rlhf_jax.lm import cache as kv_cache
 from rlhf_jax.lm import config, transformer, weights
 
 
 class _Answers(NamedTuple):
-    """What has been drawn, by prompt."""
+    """The tokens drawn so far, by prompt."""
 
     tokens_NT: jax.Array
     logprobs_NT: jax.Array
@@ -39,16 +38,18 @@ class _Answers(NamedTuple):
 
 
 class _State(NamedTuple):
-    waiting: jax.Array
-    """The next prompt to be read; N when none is left."""
+    next_prompt: jax.Array
+    """Index of the next prompt to read; N if none is left."""
     prompt_B: jax.Array
-    """Which prompt a slot answers."""
+    """Index of the prompt that each slot answers."""
     live_B: jax.Array
+    """bool, True for slots whose response has not ended."""
     step_B: jax.Array
-    """How many tokens a slot's answer has."""
+    """Number of tokens of each slot's response."""
     last_B: jax.Array
-    """The last of them, not yet read."""
+    """The last token of each response, which the model has not read yet."""
     tail_BK: jax.Array
+    """The last K tokens of each response."""
     cache: kv_cache.KVCache
     answers: _Answers
 
@@ -67,54 +68,61 @@ def generate(
     limits_N: jax.Array | None = None,
     axis_name: str | None = None,
 ) -> types.Rollout:
-    """As :func:`rlhf_jax.generation.generate`, for N prompts in ``slots`` rows at a time; rows in the prompts' order.
+    """Samples a response to each of N prompts, ``slots`` of them at a time.
 
-    The tokens are those that it gives, but where rounding tips a draw that stood on the edge between two tokens.
+    The tokens equal those of :func:`rlhf_jax.generation.generate`, unless rounding decides between two tokens.
 
     Args:
-        params: As there, like all that is not named here.
-        rng_N: A key a prompt; consumed.
-        prompts_NP: Left-padded.
-        mask_NP: True at real tokens; the last column must be real.
-        cfg: The architecture.
+        params: Parameters of the model.
+        rng_N: Key per prompt; consumed. Token t of response i is drawn with ``fold_in(rng_N[i], t)``.
+        prompts_NP: int32 prompts, left-padded.
+        mask_NP: bool, True at the tokens of the prompts; the last column must be True.
+        cfg: Configuration of the model.
         sampling: How to draw and when to stop.
-        slots: B, how many answers are decoded at once.
-        refill: R, how many prompts are read at once, and so how many slots must be free before any is; an eighth of
-            the slots by default.
-        values: Add the scalar head's values.
-        limits_N: Tighter limits of single answers.
-        axis_name: Of an enclosing vmap.
+        slots: B, the number of responses decoded at once; at least 1.
+        refill: R, the number of prompts read at once, which is also the number of free slots that starts a refill; by
+            default an eighth of the slots.
+        values: Whether to add the scalar head's values before each token.
+        limits_N: int32 in [1, T], smaller length limits of single responses.
+        axis_name: Axis of an enclosing ``jax.vmap``, whose members then all end together.
+
+    Returns:
+        A `types.Rollout` with rows in the order of the prompts.
+
+    Raises:
+        ValueError: If shapes disagree, if P + T exceeds ``cfg.max_length``, or if ``slots`` or ``refill`` is not
+            positive.
     """
-    static.check(rng_N, prompts_NP, mask_NP, cfg, sampling)
+    decoding.check(rng_N, prompts_NP, mask_NP, sampling, max_length=cfg.max_length)
     (N, P), T = prompts_NP.shape, sampling.max_new_tokens
     B = min(slots, N)
     R = min(refill or max(B // 8, 1), B)
     if slots < 1 or R < 1:
-        raise ValueError(f"slots is {slots} and refill {refill}; both must be at least 1")
+        raise ValueError(f"slots is {slots} and refill is {refill}; both must be at least 1")
     params = weights.unstack(params, cfg)
     limit_N = jnp.full((N,), T, jnp.int32) if limits_N is None else jnp.minimum(limits_N, T)
 
     def write(answers: _Answers, drawn: decoding.Drawn, prompt: jax.Array, step: jax.Array, live: jax.Array):
-        # Rows that are not live write to a row that does not exist, which is to say nowhere.
-        where = (jnp.where(live, prompt, N), step)
+        # Rows that have ended write to row N, which does not exist and is dropped.
+        index = (jnp.where(live, prompt, N), step)
         values_NT = answers.values_NT
         return _Answers(
-            tokens_NT=answers.tokens_NT.at[where].set(drawn.tokens_B, mode="drop"),
-            logprobs_NT=answers.logprobs_NT.at[where].set(drawn.logprobs_B, mode="drop"),
-            values_NT=None if values_NT is None else values_NT.at[where].set(drawn.values_B, mode="drop"),
-            lengths_N=answers.lengths_N.at[where[0]].set(step + 1, mode="drop"),
-            stopped_N=answers.stopped_N.at[where[0]].set(drawn.stopped_B, mode="drop"),
+            tokens_NT=answers.tokens_NT.at[index].set(drawn.tokens_B, mode="drop"),
+            logprobs_NT=answers.logprobs_NT.at[index].set(drawn.logprobs_B, mode="drop"),
+            values_NT=None if values_NT is None else values_NT.at[index].set(drawn.values_B, mode="drop"),
+            lengths_N=answers.lengths_N.at[index[0]].set(step + 1, mode="drop"),
+            stopped_N=answers.stopped_N.at[index[0]].set(drawn.stopped_B, mode="drop"),
         )
 
     def read(state: _State) -> _State:
-        """Put the next prompts into free slots, and draw the first token of each answer."""
+        """Reads the next prompts into free slots and draws the first token of each response."""
         slot_R = jnp.argsort(state.live_B, stable=True)[:R]
-        prompt_R = state.waiting + jnp.arange(R, dtype=jnp.int32)
+        prompt_R = state.next_prompt + jnp.arange(R, dtype=jnp.int32)
         live_R = (prompt_R < N) & ~state.live_B[slot_R]
         prompt_R = jnp.minimum(prompt_R, N - 1)
         mask_RP = mask_NP[prompt_R]
-        blank = kv_cache.create(cfg, batch=R, slots=P)
-        out = transformer.forward(params, prompts_NP[prompt_R], cfg=cfg, mask_BL=mask_RP, cache=blank)
+        empty = kv_cache.create(cfg, batch=R, slots=P)
+        out = transformer.forward(params, prompts_NP[prompt_R], cfg=cfg, mask_BL=mask_RP, cache=empty)
         zeros_R = jnp.zeros((R,), jnp.int32)
         drawn = decoding.draw(
             params,
@@ -135,16 +143,16 @@ def generate(
         def put_prompt(old_BGSC: jax.Array, new_RGPC: jax.Array) -> jax.Array:
             return old_BGSC.at[to_R, :, :P].set(new_RGPC, mode="drop")
 
-        behind_RT = jnp.zeros((R, T - 1), bool)
+        response_mask_RT = jnp.zeros((R, T - 1), bool)
         cache = kv_cache.KVCache(
             keys=tuple(map(put_prompt, state.cache.keys, out.cache.keys)),
             values=tuple(map(put_prompt, state.cache.values, out.cache.values)),
-            mask_BS=put(state.cache.mask_BS, jnp.concatenate([mask_RP, behind_RT], axis=1)),
+            mask_BS=put(state.cache.mask_BS, jnp.concatenate([mask_RP, response_mask_RT], axis=1)),
             positions_BS=state.cache.positions_BS.at[to_R, :P].set(out.cache.positions_BS, mode="drop"),
             length=put(state.cache.length, jnp.full((R,), P, jnp.int32)),
         )
         return _State(
-            waiting=jnp.minimum(state.waiting + jnp.sum(live_R, dtype=jnp.int32), N),
+            next_prompt=jnp.minimum(state.next_prompt + jnp.sum(live_R, dtype=jnp.int32), N),
             prompt_B=put(state.prompt_B, prompt_R),
             live_B=put(state.live_B, live_R & ~drawn.stopped_B & (limit_N[prompt_R] > 1)),
             step_B=put(state.step_B, zeros_R + 1),
@@ -155,8 +163,8 @@ def generate(
         )
 
     def decode(state: _State) -> _State:
-        """One more token for every live slot."""
-        # A slot that has ended stands still: what it writes goes to the same column again.
+        """Draws the next token of each live slot."""
+        # A slot that has ended keeps writing to the same column.
         length_B = P + jnp.where(state.live_B, state.step_B, 1) - 1
         cache = dataclasses.replace(state.cache, length=length_B)
         out = transformer.forward(params, state.last_B[:, None], cfg=cfg, mask_BL=state.live_B[:, None], cache=cache)
@@ -184,19 +192,19 @@ def generate(
 
     def keep_decoding(state: _State) -> jax.Array:
         n_live = jnp.sum(state.live_B)
-        room = (B - n_live >= R) & (state.waiting < N)
-        return static.anywhere((n_live > 0) & ~room, axis_name)
+        can_refill = (B - n_live >= R) & (state.next_prompt < N)
+        return decoding.anywhere((n_live > 0) & ~can_refill, axis_name)
 
-    def something_left(state: _State) -> jax.Array:
-        return static.anywhere((state.waiting < N) | jnp.any(state.live_B), axis_name)
+    def unfinished(state: _State) -> jax.Array:
+        return decoding.anywhere((state.next_prompt < N) | jnp.any(state.live_B), axis_name)
 
-    def turn(state: _State) -> _State:
+    def refill_and_decode(state: _State) -> _State:
         return lax.while_loop(keep_decoding, decode, read(state))
 
-    numbers_NT = jnp.zeros((N, T), jnp.float32)
+    zeros_NT = jnp.zeros((N, T), jnp.float32)
     cache = kv_cache.create(cfg, batch=B, slots=P + T - 1)
     state = _State(
-        waiting=jnp.zeros((), jnp.int32),
+        next_prompt=jnp.zeros((), jnp.int32),
         prompt_B=jnp.zeros((B,), jnp.int32),
         live_B=jnp.zeros((B,), bool),
         step_B=jnp.zeros((B,), jnp.int32),
@@ -205,13 +213,13 @@ def generate(
         cache=dataclasses.replace(cache, length=jnp.full((B,), P, jnp.int32)),
         answers=_Answers(
             tokens_NT=jnp.full((N, T), sampling.pad_id, jnp.int32),
-            logprobs_NT=numbers_NT,
-            values_NT=numbers_NT if values else None,
+            logprobs_NT=zeros_NT,
+            values_NT=zeros_NT if values else None,
             lengths_N=jnp.zeros((N,), jnp.int32),
             stopped_N=jnp.zeros((N,), bool),
         ),
     )
-    answers = lax.while_loop(something_left, turn, state).answers
+    answers = lax.while_loop(unfinished, refill_and_decode, state).answers
     mask_NT = jnp.arange(T)[None, :] < answers.lengths_N[:, None]
     return types.Rollout(
         tokens_BL=jnp.concatenate([prompts_NP.astype(jnp.int32), answers.tokens_NT], axis=1),

@@ -1,4 +1,4 @@
-"""Lists of prompts of any length, answered by a handful of compiled programs."""
+"""Sampling of responses to lists of prompts of any length, with a small number of compiled programs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from rlhf_jax.lm import config
 
 
 class Answer(NamedTuple):
-    """One answer, on the host."""
+    """A response on the host."""
 
     ids: list[int]
-    """Its tokens, the stop among them."""
+    """Token ids, stop token included."""
     logprobs: list[float]
+    """Log-probability of each token under the distribution drawn from."""
     stopped: bool
-    """Whether it stopped, rather than ran out of room."""
+    """Whether it ended at a stop id or sequence, and not at the length limit."""
 
 
 class RaggedSampler:
-    """Answers prompts of any length from a few shapes: each goes into the narrowest of ``widths`` that holds it.
+    """Answers prompts of any length with a few compiled shapes; each prompt is padded to the next of ``widths``.
 
     Example::
 
@@ -35,59 +36,72 @@ class RaggedSampler:
         answers = sampler(params, rng, [tokenizer.encode(text) for text in texts])
         print(sampler.programs, "programs compiled")
 
-    The number of prompts of a width is rounded up to a power of two times the slots, so a run compiles at most a few
-    programs a width, however many lists of prompts it answers. Prompt i is answered with ``fold_in(rng, i)``.
+    The number of prompts per width is rounded up to a power of two times the slots, so a run compiles only a few
+    programs per width, however many lists of prompts it answers. Prompt i is answered with ``fold_in(rng, i)``.
+
+    Args:
+        cfg: Configuration of the model.
+        sampling: How to draw and when to stop.
+        widths: Prompt widths to compile for, in tokens; prompts may be as long as the largest.
+        slots: Number of responses decoded at once.
+
+    Raises:
+        ValueError: If there is no width, or a width is not positive.
+
+    Attributes:
+        programs: Number of shapes compiled so far.
     """
 
     def __init__(
         self, cfg: config.LMConfig, sampling: sampling_lib.Sampling, *, widths: Sequence[int], slots: int = 32
     ) -> None:
-        """Nothing is compiled yet. Raises ``ValueError`` where no width is given or one is not positive."""
+        """Stores the settings; programs are compiled when they are first needed."""
         if not widths or min(widths) < 1:
-            raise ValueError(f"widths is {tuple(widths)}; it must hold one width or more, all positive")
+            raise ValueError(f"widths is {tuple(widths)}; it must contain at least one width, all positive")
         self.programs = 0
-        """How many shapes have been compiled."""
         self._widths = sorted(set(widths))
         self._slots = slots
         self._pad_id = sampling.pad_id
 
-        def run(params: types.Params, rng: jax.Array, prompts: jax.Array, mask: jax.Array, limits: jax.Array, how):
+        def run(params: types.Params, rng: jax.Array, prompts: jax.Array, mask: jax.Array, limits: jax.Array, sampling):
             self.programs += 1  # runs when a new shape is traced
-            return continuous.generate(params, rng, prompts, mask, cfg=cfg, sampling=how, slots=slots, limits_N=limits)
+            return continuous.generate(
+                params, rng, prompts, mask, cfg=cfg, sampling=sampling, slots=slots, limits_N=limits
+            )
 
-        self._run = functools.partial(jax.jit(run), how=sampling)
-        self._most = sampling.max_new_tokens
+        self._run = functools.partial(jax.jit(run), sampling=sampling)
+        self._max_new_tokens = sampling.max_new_tokens
 
     def __call__(self, params: types.Params, rng: jax.Array, prompts: Sequence[Sequence[int]]) -> list[Answer]:
-        """Answer each prompt; ``rng`` is consumed. Raises ``ValueError`` for one that is empty or too long."""
+        """Answers each prompt; ``rng`` is consumed. Raises ``ValueError`` for an empty or too long prompt."""
         longest = self._widths[-1]
         for i, ids in enumerate(prompts):
             if not 0 < len(ids) <= longest:
                 raise ValueError(f"prompt {i} has {len(ids)} tokens; it must have between 1 and {longest}")
-        places = np.searchsorted(self._widths, [len(ids) for ids in prompts])
+        buckets = np.searchsorted(self._widths, [len(ids) for ids in prompts])
         answers: dict[int, Answer] = {}
-        for place in sorted(set(places.tolist())):
-            chosen = np.flatnonzero(places == place).tolist()
-            rollout = self._answer(params, rng, [prompts[i] for i in chosen], chosen, self._widths[place])
-            lengths, width = np.asarray(rollout.lengths_B), self._widths[place]
+        for bucket in sorted(set(buckets.tolist())):
+            indices, width = np.flatnonzero(buckets == bucket).tolist(), self._widths[bucket]
+            rollout = self._answer(params, rng, [prompts[i] for i in indices], indices, width)
+            lengths = np.asarray(rollout.lengths_B)
             tokens, logprobs = np.asarray(rollout.tokens_BL)[:, width:], np.asarray(rollout.logprobs_BT)
-            for row, i in enumerate(chosen):
+            for row, i in enumerate(indices):
                 n = int(lengths[row])
                 stopped = bool(rollout.finish_B[row])
                 answers[i] = Answer(tokens[row, :n].tolist(), logprobs[row, :n].tolist(), stopped)
         return [answers[i] for i in range(len(prompts))]
 
     def _answer(
-        self, params: types.Params, rng: jax.Array, prompts: list[Sequence[int]], numbers: list[int], width: int
+        self, params: types.Params, rng: jax.Array, prompts: list[Sequence[int]], indices: list[int], width: int
     ) -> types.Rollout:
         blocks = -(-len(prompts) // self._slots)
         rows = self._slots * (1 << (blocks - 1).bit_length())
         tokens, mask = np.full((rows, width), self._pad_id, np.int32), np.zeros((rows, width), bool)
-        # Rows that are there to fill the shape ask for one token.
-        mask[:, -1], limits = True, np.where(np.arange(rows) < len(prompts), self._most, 1)
+        # Rows that only pad the shape generate one token.
+        mask[:, -1], limits = True, np.where(np.arange(rows) < len(prompts), self._max_new_tokens, 1)
         for row, ids in enumerate(prompts):
             tokens[row, width - len(ids) :], mask[row, width - len(ids) :] = ids, True
-        ids = np.zeros(rows, np.int32)
-        ids[: len(numbers)] = numbers
-        keys = jax.vmap(functools.partial(jax.random.fold_in, rng))(jnp.asarray(ids))
+        folds = np.zeros(rows, np.int32)
+        folds[: len(indices)] = indices
+        keys = jax.vmap(functools.partial(jax.random.fold_in, rng))(jnp.asarray(folds))
         return self._run(params, keys, jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(limits, jnp.int32))

@@ -1,4 +1,4 @@
-"""What to draw from and when to stop: one spec, and the transforms of logits that it names."""
+"""The sampling specification and the logit transforms that it selects."""
 
 from __future__ import annotations
 
@@ -9,45 +9,57 @@ from flax import struct
 from jax import lax
 
 _DIRECT, _BLOCK = 1024, 128
-"""Vocabularies up to the first are searched at once, larger ones in blocks of the second."""
+"""`draw` searches vocabularies up to the first number directly and larger ones in blocks of the second."""
 
 NOTHING = -1
-"""An id that no token has: what stands before the first token of a response."""
+"""An id that no token has; it fills the positions before the first token of a response."""
 
 
 @struct.dataclass
 class Sampling:
-    """How tokens are drawn. ``temperature`` is a pytree leaf, so a sweep over it is one program; the rest is static.
+    """How to draw tokens and when to stop.
 
-    The temperature divides the logits, and every scoring pass over what was drawn must use the same one. ``top_k``,
-    ``top_p`` and ``min_p`` truncate the distribution after that, in this order: what is then drawn no longer follows
-    the model's own probabilities. Raises ``ValueError`` for values out of range.
+    ``temperature`` is a pytree leaf, so a sweep over it is one program; the other fields are static. ``top_k``,
+    ``top_p`` and ``min_p`` truncate the distribution after the division by the temperature, in this order. Samples from
+    a truncated distribution do not follow the policy; see :func:`check_on_policy`. Raises ``ValueError`` for a value
+    out of range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rlhf_jax import generation
+        >>> sampling = generation.Sampling(temperature=0.7, top_k=2, max_new_tokens=16, stop_ids=(1,))
+        >>> logprobs_V = generation.log_distribution(jnp.array([0.0, 1.0, 2.0]), sampling)
+        >>> [round(float(x), 2) for x in logprobs_V]
+        [-inf, -1.64, -0.21]
+        >>> sampling.truncations
+        ('top_k',)
     """
 
     temperature: jax.Array | float = 1.0
+    """Divides the logits, greater than 0. Every scoring pass over the samples must use the same temperature."""
     top_k: int | None = struct.field(pytree_node=False, default=None)
-    """Keep the k most likely tokens (and any that tie with the k-th)."""
+    """Keep the k most likely tokens, and any that tie with the k-th; None to keep all."""
     top_p: float | None = struct.field(pytree_node=False, default=None)
-    """Keep the fewest most likely tokens whose mass reaches p."""
+    """Keep the smallest set of most likely tokens with total probability of at least p, in (0, 1]; None to keep all."""
     min_p: float | None = struct.field(pytree_node=False, default=None)
-    """Keep tokens at least this share as likely as the most likely one."""
+    """Keep tokens that are at least min_p times as likely as the most likely token, in (0, 1]; None to keep all."""
     greedy: bool = struct.field(pytree_node=False, default=False)
-    """Take the most likely token instead of drawing one."""
+    """Take the most likely token instead of sampling."""
     max_new_tokens: int = struct.field(pytree_node=False, default=128)
-    """T: how many tokens a response may have, the stop token among them."""
+    """T, the largest number of tokens of a response, stop token included."""
     stop_ids: tuple[int, ...] = struct.field(pytree_node=False, default=())
-    """Any of these ends a response and is its last token."""
+    """Each of these tokens ends a response, as its last token."""
     stop_sequences: tuple[tuple[int, ...], ...] = struct.field(pytree_node=False, default=())
-    """Any of these ends a response, which it is the end of; see `stops.sequences` for strings."""
+    """Each of these token sequences ends a response, as its last tokens; `stops.sequences` converts strings."""
     min_new_tokens: int = struct.field(pytree_node=False, default=0)
-    """Before so many tokens no stop id is drawn, and no stop sequence ends a response."""
+    """Until a response has this many tokens, no stop id is drawn and no stop sequence ends it."""
     forbidden_ids: tuple[int, ...] = struct.field(pytree_node=False, default=())
-    """Never drawn."""
+    """Token ids that are never drawn."""
     pad_id: int = struct.field(pytree_node=False, default=0)
-    """What stands behind the end of a response; told from a token by the mask, never by its id."""
+    """Id that fills the columns after a response. Only the mask distinguishes padding from tokens, never the id."""
 
     def __post_init__(self) -> None:
-        """Check what is static, and the temperature where it is a plain number."""
+        """Checks the static fields, and the temperature if it is a Python number."""
         if isinstance(self.temperature, int | float) and not self.temperature > 0:
             raise ValueError(
                 f"Sampling.temperature is {self.temperature}; it must be positive (greedy=True for argmax)"
@@ -68,44 +80,44 @@ class Sampling:
             object.__setattr__(self, name, tuple(int(token) for token in getattr(self, name)))
         sequences = tuple(tuple(int(token) for token in sequence) for sequence in self.stop_sequences)
         if () in sequences:
-            raise ValueError("Sampling.stop_sequences holds an empty sequence, which would stop everything")
+            raise ValueError("Sampling.stop_sequences contains an empty sequence, which would end every response")
         object.__setattr__(self, "stop_sequences", sequences)
 
     @property
     def truncated(self) -> bool:
-        """Whether what is drawn differs from the model's own distribution at this temperature."""
+        """Whether samples follow another distribution than the model's at this temperature."""
         return bool(self.truncations)
 
     @property
     def truncations(self) -> tuple[str, ...]:
-        """The fields that make it differ."""
-        given = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
-        return (*given, *(name for name in ("greedy", "min_new_tokens", "forbidden_ids") if getattr(self, name)))
+        """Names of the fields that change the distribution."""
+        cuts = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
+        return (*cuts, *(name for name in ("greedy", "min_new_tokens", "forbidden_ids") if getattr(self, name)))
 
     @property
     def longest_stop(self) -> int:
-        """How many last tokens decide whether a response ends."""
+        """Length of the longest stop id or sequence, in tokens."""
         return max(map(len, self.stop_sequences), default=1)
 
 
 def check_on_policy(sampling: Sampling) -> None:
-    """Raise ``ValueError`` where the samples would not follow the policy that a policy gradient takes them from.
+    """Raises ``ValueError`` if samples would not follow the policy's own distribution.
 
-    The gradient of REINFORCE and PPO is an expectation over the policy's own distribution; what top-k or top-p cut
-    off is drawn from another, and every ratio and every KL of it is off.
+    The policy gradients of REINFORCE and PPO are expectations over the policy. With samples from a truncated
+    distribution, log-ratios and KL are biased.
     """
     if sampling.truncated:
         raise ValueError(
-            f"Sampling.{' and Sampling.'.join(sampling.truncations)} draw from another distribution than the policy's "
-            "own, so that log-ratios and KL would be wrong; leave them out, or correct for it with importance weights"
+            f"with Sampling.{' and Sampling.'.join(sampling.truncations)}, samples do not follow the policy, and "
+            "log-ratios and KL would be wrong; remove it, or correct with importance weights (correct_sampler)"
         )
 
 
 def log_distribution(logits: jax.Array, sampling: Sampling, *, step: jax.Array | int | None = None) -> jax.Array:
-    """Log-probabilities of what ``sampling`` draws from: ``[..., V]`` float32, ``-inf`` where cut off.
+    """Returns the log-probabilities that ``sampling`` draws from, ``[..., V]`` float32, with ``-inf`` for cut tokens.
 
-    ``step``, ``[...]`` or a scalar, is how many tokens the response has already; without it ``min_new_tokens`` does
-    nothing.
+    ``step``, ``[...]`` or a scalar, is the number of tokens that the response already has; without it,
+    ``min_new_tokens`` has no effect.
     """
     scaled = logits.astype(jnp.float32) / sampling.temperature
     if sampling.forbidden_ids:
@@ -123,13 +135,13 @@ def log_distribution(logits: jax.Array, sampling: Sampling, *, step: jax.Array |
 
 
 def keep_top_k(logits: jax.Array, k: int) -> jax.Array:
-    """Set all but the k largest of ``[..., V]`` to -inf."""
+    """Sets all but the k largest logits of ``[..., V]`` to -inf; ties with the k-th are kept."""
     threshold = lax.top_k(logits, min(k, logits.shape[-1]))[0][..., -1:]
     return jnp.where(logits >= threshold, logits, -jnp.inf)
 
 
 def keep_top_p(logits: jax.Array, p: float) -> jax.Array:
-    """Set to -inf all but the fewest largest of ``[..., V]`` whose probability adds up to p (Holtzman et al. 2020)."""
+    """Keeps the fewest largest logits with total probability at least p; others become -inf (Holtzman 2020)."""
     descending = -jnp.sort(-logits, axis=-1)
     mass = jax.nn.softmax(descending)
     needed = jnp.cumsum(mass, axis=-1) - mass < p
@@ -138,21 +150,21 @@ def keep_top_p(logits: jax.Array, p: float) -> jax.Array:
 
 
 def keep_min_p(logits: jax.Array, share: float) -> jax.Array:
-    """Set to -inf what is less than ``share`` times as likely as the most likely of ``[..., V]``."""
+    """Sets the logits of tokens less than ``share`` times as likely as the most likely token to -inf."""
     return jnp.where(logits >= jnp.max(logits, axis=-1, keepdims=True) + jnp.log(share), logits, -jnp.inf)
 
 
 def draw(rng: jax.Array, logprobs_V: jax.Array) -> jax.Array:
-    """Draw one token id by inverting the cumulative distribution at one uniform number; ``rng`` is consumed.
+    """Draws a token id by inverting the cumulative distribution at a uniform number; ``rng`` is consumed.
 
-    A token of probability 0 is never drawn. Probabilities are resolved to about 1e-7.
+    A token of probability 0 is never drawn. The resolution of probabilities is about 1e-7.
     """
     probs_V = jnp.exp(logprobs_V)
     uniform = jax.random.uniform(rng)
     if probs_V.size <= _DIRECT:
         cumulative_V = jnp.cumsum(probs_V)
         return _search(cumulative_V, uniform * cumulative_V[-1])
-    # Two short searches instead of a cumulative sum over the vocabulary: for the block, then within it.
+    # Two short searches, for the block and within it, replace a cumulative sum over the vocabulary.
     blocks_NM = jnp.pad(probs_V, (0, -probs_V.size % _BLOCK)).reshape(-1, _BLOCK)
     cumulative_N = jnp.cumsum(jnp.sum(blocks_NM, axis=1))
     level = uniform * cumulative_N[-1]
@@ -162,9 +174,9 @@ def draw(rng: jax.Array, logprobs_V: jax.Array) -> jax.Array:
 
 
 def _search(cumulative: jax.Array, level: jax.Array) -> jax.Array:
-    """The first index whose running sum exceeds ``level``; never one that adds nothing."""
+    """Returns the first index whose cumulative sum exceeds ``level``, never one with probability 0."""
     total = cumulative[-1]
-    # Strictly below the total, else rounding could step past the last token that has any mass.
+    # The level stays strictly below the total; otherwise rounding could select an index after the last positive one.
     level = jnp.minimum(level, jnp.nextafter(total, jnp.zeros_like(total)))
     return jnp.sum(cumulative <= level, dtype=jnp.int32)
 
@@ -172,7 +184,17 @@ def _search(cumulative: jax.Array, level: jax.Array) -> jax.Array:
 def choose(
     rng_B: jax.Array, logits_BV: jax.Array, sampling: Sampling, *, step: jax.Array | int | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Choose a token a row, with its log-probability: ids ``[B]`` int32 and ``[B]`` float32."""
+    """Samples a token per row, or takes the most likely one if ``sampling.greedy``.
+
+    Args:
+        rng_B: Key per row; consumed.
+        logits_BV: Logits.
+        sampling: How to draw.
+        step: Number of tokens that each response already has, a scalar or ``[B]``, for ``min_new_tokens``.
+
+    Returns:
+        ``(tokens_B, logprobs_B)``: int32 ids and their float32 log-probabilities under :func:`log_distribution`.
+    """
     logprobs_BV = log_distribution(logits_BV, sampling, step=step)
     if sampling.greedy:
         tokens_B = jnp.argmax(logprobs_BV, axis=-1).astype(jnp.int32)
@@ -182,9 +204,9 @@ def choose(
 
 
 def ends(tail_BK: jax.Array, sampling: Sampling, *, length: jax.Array | int) -> jax.Array:
-    """``[B]`` bool: whether a response whose last K tokens are these ends here, K at least ``longest_stop``.
+    """Returns ``[B]`` bool, whether responses with these last K tokens have ended; K is at least ``longest_stop``.
 
-    ``length``, a scalar or ``[B]``, counts its tokens; `NOTHING` stands where it has fewer than K.
+    ``length``, a scalar or ``[B]``, is the number of tokens so far; `NOTHING` fills the columns before the first token.
     """
     stopped_B = jnp.zeros(tail_BK.shape[:1], bool)
     for sequence in (*((token,) for token in sampling.stop_ids), *sampling.stop_sequences):
@@ -193,10 +215,12 @@ def ends(tail_BK: jax.Array, sampling: Sampling, *, length: jax.Array | int) -> 
 
 
 def _among(ids: tuple[int, ...], scores: jax.Array) -> np.ndarray:
-    """``[..., V]`` bool of as many axes as ``scores``; raises ``ValueError`` for an id outside the vocabulary."""
+    """Returns a bool mask of ``ids`` that broadcasts to ``[..., V]``; raises ``ValueError`` for an invalid id."""
     vocab = scores.shape[-1]
     if min(ids) < 0 or max(ids) >= vocab:
-        raise ValueError(f"Sampling names the id {max(ids) if max(ids) >= vocab else min(ids)}; ids go to {vocab - 1}")
-    found = np.zeros(vocab, bool)
-    found[list(ids)] = True
-    return found.reshape((1,) * (scores.ndim - 1) + (vocab,))
+        raise ValueError(
+            f"Sampling has token id {max(ids) if max(ids) >= vocab else min(ids)}; it must be in [0, {vocab - 1}]"
+        )
+    mask = np.zeros(vocab, bool)
+    mask[list(ids)] = True
+    return mask.reshape((1,) * (scores.ndim - 1) + (vocab,))

@@ -1,11 +1,11 @@
-"""Stop strings. Tokens are watched inside the compiled loop, text is trimmed on the host.
+"""Stop strings: token sequences that end a response in the compiled loop, and trimming of text on the host.
 
-A string can be spelled in more than one way by tokens, and can begin or end inside one. The loop watches for the usual
-spellings, which saves the tokens behind them; what decides is the text::
+Different token sequences can spell the same string, and a string can begin or end inside a token. The compiled loop
+stops at the usual spellings, which saves the tokens after them; trimming the text gives the exact result::
 
     sampling = Sampling(stop_sequences=stops.sequences(encode, ["\\n\\nHuman:"]))
     ...
-    text, found = stops.trim(tokenizer.decode(ids), ["\\n\\nHuman:"])
+    text, stop = stops.trim(tokenizer.decode(ids), ["\\n\\nHuman:"])
 """
 
 from __future__ import annotations
@@ -14,25 +14,35 @@ from collections.abc import Callable, Sequence
 
 
 def sequences(encode: Callable[[str], Sequence[int]], strings: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """Token sequences for ``Sampling.stop_sequences``: each string as ``encode`` spells it, alone and after a space.
+    """Returns the ``Sampling.stop_sequences`` of stop strings: each string tokenized alone and after a space.
 
-    ``encode`` gives the ids of a text without special tokens. Raises ``ValueError`` for an empty string.
+    ``encode`` returns the ids of a text without special tokens. Raises ``ValueError`` for an empty string.
+
+    Example:
+        >>> from rlhf_jax.generation import stops
+        >>> stops.sequences(lambda text: [ord(c) for c in text], ["\\n\\n"])
+        ((10, 10), (32, 10, 10))
     """
-    found: dict[tuple[int, ...], None] = {}
+    unique: dict[tuple[int, ...], None] = {}
     for string in strings:
         if not string:
-            raise ValueError("an empty stop string would stop everything")
+            raise ValueError("a stop string is empty, which would end every response")
         for spelled in (string, " " + string):
             ids = tuple(int(token) for token in encode(spelled))
             if ids:
-                found[ids] = None
-    return tuple(found)
+                unique[ids] = None
+    return tuple(unique)
 
 
 def trim(text: str, strings: Sequence[str]) -> tuple[str, str | None]:
-    """The text before the first of ``strings`` in it, and which one that was; all of it and None where none is there.
+    """Returns the text before the first stop string and that string, or the whole text and None.
 
-    Of several that begin at the same place, the longest is named.
+    Of several stop strings that begin at the same position, the longest is returned.
+
+    Example:
+        >>> from rlhf_jax.generation import stops
+        >>> stops.trim("Paris.\\n\\nHuman: thanks", ["\\n\\nHuman:"])
+        ('Paris.', '\\n\\nHuman:')
     """
     places = [(text.find(string), -len(string), string) for string in strings if string and string in text]
     if not places:

@@ -1,12 +1,12 @@
-"""DPO and its relatives: one step for the whole family, which takes its loss as a function.
+"""DPO and related methods: one train step for the whole family, with the loss as an argument.
 
-No sampling, no reward model, no critic: log-probabilities of given answers under the policy and, where the method has
-one, under a frozen reference. What sets the methods apart is in `train.objectives`::
+These methods need no sampling, no reward model and no critic, only the log-probabilities of given answers under the
+policy and, for most of them, under a frozen reference. They differ in their objective (`train.objectives`)::
 
     train_step = parallel.jit_step(dpo.make_train_step(logprobs, objectives.dpo))
     state, logs = train_step(state, reference_params, dpo.Hyper(learning_rate=1e-6, beta=0.1), batch, rng)
 
-The reference's part costs a forward pass in each step. `train.reference` computes it once for all steps.
+The reference costs a forward pass in every step, unless `train.reference` has computed its log-probabilities before.
 """
 
 from __future__ import annotations
@@ -28,43 +28,62 @@ from rlhf_jax.types import Params, Preferences
 
 @struct.dataclass
 class Hyper:
-    """Everything a sweep would vary, as traced scalars: changing one compiles nothing."""
+    """Hyperparameters as traced scalars: changing one does not recompile the step, and `jax.vmap` sweeps over them."""
 
     learning_rate: Any = 1e-6
+    """Learning rate of the policy (DPO: 1e-6)."""
     max_grad_norm: Any = jnp.inf
+    """Gradients are scaled down to this global l2 norm; infinity disables clipping."""
     beta: Any = 0.1
-    """The KL coefficient of the objective that DPO solves; in SimPO the scale of its reward (2 to 2.5 there)."""
+    """KL coefficient beta of the objective that DPO optimises, in reward per nat (DPO: 0.1). In SimPO, the scale of the
+    reward (2 to 2.5)."""
     label_smoothing: Any = 0.0
-    """Assumed share of flipped labels, below 1/2: of cDPO and robust DPO."""
+    """Assumed share of flipped labels, in [0, 1/2), for cDPO and robust DPO (DPO: 0)."""
     desirable_weight: Any = 1.0
+    """Weight of good answers in KTO, the paper's lambda_D (1)."""
     undesirable_weight: Any = 1.0
-    """Of KTO, the paper's lambdas."""
+    """Weight of bad answers in KTO, the paper's lambda_U (1)."""
     odds_weight: Any = 0.1
-    """Of ORPO, the paper's lambda."""
+    """Weight of the odds-ratio term of ORPO, the paper's lambda (0.1)."""
     margin: Any = 0.5
-    """Of SimPO, the paper's gamma."""
+    """Target margin of SimPO, the paper's gamma."""
     sft_coef: Any = 1.0
-    """Of the SFT term, where there is one."""
+    """Weight of the SFT loss in `objectives.with_sft`."""
 
 
 def answer_logprobs(logprobs: Callable[..., jax.Array], params: Params, batch: Preferences) -> jax.Array:
-    """``[B, K]`` float32: log-probability of each answer, summed over its tokens; ``logprobs`` as in the step."""
+    """Returns the log-probability of each answer, ``[B, K]`` float32, summed over its tokens.
+
+    ``logprobs`` is that of :func:`make_train_step`. Raises ``ValueError`` if its columns are not those of
+    ``answer_BKC``.
+    """
     B, K, L = batch.tokens_BKL.shape
     masked = {} if batch.mask_BKL is None else {"mask_BL": batch.mask_BKL.reshape(B * K, L)}
     rows = logprobs(params, batch.tokens_BKL.reshape(B * K, L), **masked)
     if rows.shape != (B * K, batch.answer_BKC.shape[-1]):
         raise ValueError(
-            f"logprobs gave shape {rows.shape} for {B * K} answers, and answer_BKC has {batch.answer_BKC.shape[-1]} "
-            "columns; they must be the same columns"
+            f"logprobs returned shape {rows.shape} for {B * K} answers; answer_BKC has {batch.answer_BKC.shape[-1]} "
+            "columns, and logprobs must return the same columns"
         )
     return masking.masked_sum(rows.reshape(batch.answer_BKC.shape), where=batch.answer_BKC, axis=-1)
 
 
 def mismatched(batch: Preferences, *, prompt_width: int, shift: int = 1) -> Preferences:
-    """Every prompt with the answers of the one ``shift`` rows before, of which KTO takes its baseline.
+    """Returns the prompts with the answers of the row ``shift`` earlier, from which KTO computes its baseline.
 
-    ``tokens_BKL`` has prompts in columns up to P, left-padded, and answers behind them; C is T. Rows ``shift`` apart,
-    and the last ones and the first, must not be of the same prompt. Works on NumPy arrays and in a compiled function.
+    It works on NumPy arrays and inside compiled functions.
+
+    Args:
+        batch: ``tokens_BKL`` has left-padded prompts in the first P columns and answers after them; C is T. Rows that
+            are ``shift`` apart, cyclically, must have different prompts.
+        prompt_width: P.
+        shift: Number of rows, at least 1.
+
+    Returns:
+        A batch for ``Preferences.mismatched``.
+
+    Raises:
+        ValueError: If ``answer_BKC`` does not have the columns after the prompt.
     """
 
     def crossed(x_BKL: Any) -> Any:
@@ -72,7 +91,10 @@ def mismatched(batch: Preferences, *, prompt_width: int, shift: int = 1) -> Pref
         return jnp.concatenate([x_BKL[..., :prompt_width], answers], axis=-1)
 
     if batch.answer_BKC.shape[-1] + prompt_width != batch.tokens_BKL.shape[-1]:
-        raise ValueError(f"answer_BKC must have the columns behind the {prompt_width} of the prompt")
+        raise ValueError(
+            f"answer_BKC has {batch.answer_BKC.shape[-1]} columns; with prompt_width={prompt_width} it must have the "
+            f"{batch.tokens_BKL.shape[-1] - prompt_width} columns after the prompt"
+        )
     return Preferences(
         tokens_BKL=crossed(batch.tokens_BKL),
         mask_BKL=None if batch.mask_BKL is None else crossed(batch.mask_BKL),
@@ -80,8 +102,8 @@ def mismatched(batch: Preferences, *, prompt_width: int, shift: int = 1) -> Pref
     )
 
 
-def frozen_itself(frozen: Any) -> Params:
-    """What is frozen is the reference, and nothing else; with adapters it is their base."""
+def frozen_as_reference(frozen: Any) -> Params:
+    """Returns ``frozen``, for steps whose frozen parameters are those of the reference (the base, with adapters)."""
     return frozen
 
 
@@ -89,31 +111,45 @@ def make_train_step(
     logprobs: Callable[..., jax.Array],
     objective: objectives.Objective,
     *,
-    reference: Callable[[Any], Params] | None = frozen_itself,
+    reference: Callable[[Any], Params] | None = frozen_as_reference,
     join: Callable[[Any, Any], Any] = update.all_trained,
     micro_batches: int = 1,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    """Build ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)`` on a `types.Preferences` batch.
+    """Returns ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)`` on a `types.Preferences` batch.
 
-    ``rng`` is not used. The loss is the mean over the rows of the batch.
+    The loss is the mean of the objective over the rows of the batch.
 
     Args:
-        logprobs: ``(params, tokens_BL, mask_BL=...) -> [B, C]``, such as `lm.response_logprobs` of one prompt width (C
-            is T) or `lm.token_logprobs` (C is L, padding anywhere); without ``mask_BL`` where the batch has none.
-        objective: One of `train.objectives`, or another function like them.
-        reference: Gives the reference's parameters of ``frozen``, for a batch without ``reference_BK``. None for
-            methods without a reference: then none is held and none computed.
-        join: ``(frozen, params) -> `` what ``logprobs`` takes; with ``partial(lm.lora.attach, scale=...)`` the state
-            holds adapters, and ``frozen`` is their base and, by default, the reference.
+        logprobs: ``(params, tokens_BL, mask_BL=...) -> [B, C]``, such as `lm.token_logprobs` with one prompt width
+            (C is T) or `lm.token_logprobs` (C is L, padding anywhere). Called without ``mask_BL`` if the batch has
+            none.
+        objective: A function of `train.objectives`, or one with the same signature.
+        reference: Returns the reference's parameters from ``frozen``, for batches without ``reference_BK``. None for
+            methods without a reference, for which nothing is held or computed.
+        join: ``(frozen, params) -> params`` builds the parameters that ``logprobs`` receives. With
+            ``partial(lm.lora.attach, scale=...)``, the state holds adapters, and ``frozen`` is their base and, by
+            default, the reference. By default everything is trained.
         micro_batches: Parts of the batch that are held in memory one at a time; the update is the same.
-        axis_name: Of devices that share the batch.
+        axis_name: Axis of devices that share the batch.
 
     Returns:
-        A step that takes a `Hyper`. Its metrics: ``loss``; ``accuracy``, how often the better answer has the higher
-        implicit reward (equal ones count a half) or, of marked answers, how often its sign is right; ``margin`` of
-        the rewards in pairs; ``chosen_reward`` and ``rejected_reward``; ``chosen_logprob`` and ``rejected_logprob``,
-        summed over tokens, both of which usually fall; ``baseline`` of KTO; and those of `step.apply_gradients`.
+        A step. ``frozen`` is the argument of ``reference`` and ``join``, by default the parameters of the reference;
+        ``hyper`` is a `Hyper`; ``rng`` is not used. Metrics:
+
+        - ``loss``: the loss, in nats per row for DPO.
+        - ``accuracy``: share of the rows in which the better answer has the higher implicit reward, ties counting one
+          half; for marked answers, share of the answers whose reward has the right sign.
+        - ``margin``: mean reward of the better answer minus that of the worse; not for marked answers.
+        - ``chosen_reward``, ``rejected_reward``: mean implicit rewards, ``beta log(pi / pi_ref)`` for DPO.
+        - ``chosen_logprob``, ``rejected_logprob``: mean log-probabilities, in nats per answer. Both usually fall.
+        - ``baseline``: KTO's baseline, in nats per answer, if the batch has mismatched answers.
+        - ``grad_norm``: l2 norm of the gradient before clipping; ``learning_rate``.
+        - ``skipped``: 1 if the update was not finite and was skipped, else 0.
+        - ``bad_rows``, ``bad_row``: number of rows with a non-finite loss and index of the first, or -1.
+
+        It raises ``ValueError`` if the reference is needed and missing, if the objective does not read the labels of
+        the batch, or if ``logprobs`` returns other columns than ``answer_BKC`` has.
     """
 
     def reference_logprobs(frozen: Any, batch: Preferences) -> jax.Array | None:
@@ -122,75 +158,76 @@ def make_train_step(
         if reference is None:
             return None
         if frozen is None:
-            raise ValueError("there is no reference: give it as `frozen`, or its log-probabilities in the batch")
+            raise ValueError(
+                "the reference is missing: pass its parameters as `frozen` or set `reference_BK` in the batch"
+            )
         return answer_logprobs(logprobs, reference(frozen), batch)
 
     def baseline(frozen: Any, params: Any, batch: Preferences) -> jax.Array | None:
-        """Before the micro-batches, which share it; nothing is differentiated here."""
+        """Computes KTO's baseline of the whole batch, which the micro-batches share, without gradient."""
         if batch.mismatched is None:
             return None
 
-        def one(part: Preferences) -> tuple[jax.Array, jax.Array]:
-            theirs_BK = reference_logprobs(frozen, part)
-            assert theirs_BK is not None
-            return answer_logprobs(logprobs, join(frozen, params), part), theirs_BK
+        def both_logprobs(part: Preferences) -> tuple[jax.Array, jax.Array]:
+            reference_BK = reference_logprobs(frozen, part)
+            assert reference_BK is not None
+            return answer_logprobs(logprobs, join(frozen, params), part), reference_BK
 
         if reference is None and batch.mismatched.reference_BK is None:
-            raise ValueError("mismatched answers need a reference, and there is none")
+            raise ValueError(
+                "mismatched answers need a reference: pass one to make_train_step or set their reference_BK"
+            )
         whole = micro_batches == 1
         parts = batch.mismatched if whole else update.split(batch.mismatched, micro_batches)
-        policy, theirs = one(parts) if whole else jax.lax.map(one, parts)
-        return preference.kto_baseline(policy, theirs, axis_name=axis_name)
+        policy, frozen_policy = both_logprobs(parts) if whole else jax.lax.map(both_logprobs, parts)
+        return preference.kto_baseline(policy, frozen_policy, axis_name=axis_name)
 
     def loss_fn(
-        frozen: Any, hyper: Hyper, params: Any, batch: Preferences, totals: tuple[jax.Array, jax.Array | None]
+        frozen: Any,
+        hyper: Hyper,
+        params: Any,
+        batch: Preferences,
+        total_and_baseline: tuple[jax.Array, jax.Array | None],
     ) -> tuple[jax.Array, dict[str, Any]]:
-        total, shared = totals
+        total, kto_baseline = total_and_baseline
         scored = objectives.Scored(
             policy_BK=answer_logprobs(logprobs, join(frozen, params), batch),
             reference_BK=reference_logprobs(frozen, batch),
             lengths_BK=jnp.maximum(jnp.sum(batch.answer_BKC, axis=-1), 1).astype(jnp.float32),
             good_BK=batch.good_BK,
             targets_B=batch.targets_B,
-            baseline=shared,
+            baseline=kto_baseline,
         )
         losses_B, rewards_BK = objective(scored, hyper)
         masking.check_rank(1, losses_B=losses_B)
         loss_sum = masking.masked_sum(losses_B, where=True, axis_name=axis_name)
-        logs = {"loss": metrics.Metric(loss_sum, total / micro_batches), "bad": nonfinite.of_losses(losses_B)}
-        return loss_sum / total, logs | _told(scored, rewards_BK, axis_name)
+        logs = {"loss": metrics.Metric(loss_sum, total / micro_batches), "bad": nonfinite.bad_loss_rows(losses_B)}
+        return loss_sum / total, logs | _reward_metrics(scored, rewards_BK, axis_name)
 
     def train_step(state: Any, frozen: Any, hyper: Hyper, batch: Preferences, rng: Any) -> tuple[Any, dict[str, Any]]:
         del rng
         rows_B = batch.tokens_BKL[:, 0, 0]
         total = masking.masked_count(rows_B, where=True, axis_name=axis_name).astype(jnp.float32)
-        shared = baseline(frozen, state.params, batch)
-        (value, logs), grads = update.loss_and_grads(
-            partial(loss_fn, frozen, hyper),
-            state.params,
-            batch.replace(mismatched=None),  # type: ignore[attr-defined]
-            (total, shared),
-            micro_batches=micro_batches,
-        )
-        state, update_logs = update.apply_gradients(
+        kto_baseline = baseline(frozen, state.params, batch)
+        state, logs = update.gradient_step(
             state,
-            grads,
+            partial(loss_fn, frozen, hyper),
+            batch.replace(mismatched=None),  # type: ignore[attr-defined]
+            (total, kto_baseline),
             learning_rate=hyper.learning_rate,
             max_grad_norm=hyper.max_grad_norm,
+            micro_batches=micro_batches,
             axis_name=axis_name,
-            loss=value,
         )
-        logs |= nonfinite.numbers(logs.pop("bad"), axis_name=axis_name)
-        logs = logs | ({} if shared is None else {"baseline": shared})
-        return state, logs | update_logs | {"learning_rate": hyper.learning_rate}
+        return state, logs if kto_baseline is None else logs | {"baseline": kto_baseline}
 
     return train_step
 
 
-def _told(
+def _reward_metrics(
     scored: objectives.Scored, rewards_BK: jax.Array, axis_name: str | tuple[str, ...] | None
 ) -> dict[str, metrics.Metric]:
-    """What is logged of a batch: chosen and rejected apart, since a margin grows while both fall."""
+    """Returns accuracy, margin, rewards and log-probabilities, separately for chosen and rejected answers."""
     rewards_BK = jax.lax.stop_gradient(rewards_BK)
     logs: dict[str, jax.Array] = {}
     if scored.good_BK is None:
@@ -203,8 +240,8 @@ def _told(
     if scored.targets_B is not None:
         p_B = masking.as_float32(scored.targets_B)
         logs["accuracy"] = p_B * logs["accuracy"] + (1.0 - p_B) * (1.0 - logs["accuracy"])
-    told = {name: metrics.mean_metric(x, axis_name=axis_name) for name, x in logs.items()}
+    means = {name: metrics.mean_metric(x, axis_name=axis_name) for name, x in logs.items()}
     for side, where_BK in (("chosen", good_BK), ("rejected", ~good_BK)):
         for name, x_BK in (("reward", rewards_BK), ("logprob", jax.lax.stop_gradient(scored.policy_BK))):
-            told[f"{side}_{name}"] = metrics.mean_metric(x_BK, where_BK, axis_name=axis_name)
-    return told
+            means[f"{side}_{name}"] = metrics.mean_metric(x_BK, where_BK, axis_name=axis_name)
+    return means

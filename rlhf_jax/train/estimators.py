@@ -1,7 +1,7 @@
-"""What an answer's tokens are worth: the one part in which PPO, REINFORCE, RLOO, GRPO and REINFORCE++ differ.
+"""Advantage estimators: the part in which PPO, REINFORCE, RLOO, GRPO, Dr. GRPO and REINFORCE++ differ.
 
-An estimator maps a scored batch to ``(advantages_BT, returns_BT)``; returns are what a critic learns, None where there
-is no critic. ``ppo.make_train_step`` takes it beside a reduction and a KL loss::
+An estimator maps a scored batch to ``(advantages_BT, returns_BT)``. The returns are the critic's targets, None for
+methods without a critic. `ppo.make_train_step` takes an estimator, a reduction and a KL loss::
 
     PPO           gae                             token_mean
     REINFORCE     reinforce                       sequence_sum
@@ -10,8 +10,8 @@ is no critic. ``ppo.make_train_step`` takes it beside a reduction and a KL loss:
     Dr. GRPO      partial(dr_grpo, samples=8)     constant_mean
     REINFORCE++   reinforce_pp                    token_mean
 
-Where devices share a batch, `ppo` calls its estimator with ``axis_name`` too: statistics of the batch are those of all
-devices, and the answers to one prompt are on one of them.
+If devices share a batch, `ppo` also passes ``axis_name``. Statistics of the batch are then taken over all devices; the
+responses to a prompt are all on one device.
 """
 
 from __future__ import annotations
@@ -28,23 +28,26 @@ from rlhf_jax.train.minibatches import AxisName
 
 
 class Scored(NamedTuple):
-    """A batch of answers with their scores; the ``samples`` answers to one prompt stand next to each other."""
+    """A batch of scored responses; the ``samples`` responses to a prompt are adjacent."""
 
     scores_B: jax.Array
-    """What is paid for the whole answer: clipped, and replaced where it did not stop."""
+    """float32 scores after clipping and the rule for responses without a stop token."""
     logprobs_BT: jax.Array
-    """Of the policy that sampled."""
+    """Log-probabilities under the policy that sampled, in nats."""
     reference_BT: jax.Array
+    """Log-probabilities under the reference, in nats."""
     values_BT: jax.Array | None
-    """The critic's, in units of reward; None without a critic."""
+    """Values of the critic before each token, in units of reward; None without a critic."""
     mask_BT: jax.Array
+    """bool, True at response tokens, the stop token included."""
     kl_coef: jax.Array
+    """KL coefficient beta, in reward per nat."""
     past_return: jax.Array
-    """Mean return of all answers of the iterations before, KL penalty included; 0 in the first."""
+    """Mean score minus KL penalty of all responses of earlier iterations; 0 in the first iteration."""
 
 
 Estimator = Callable[..., tuple[jax.Array, jax.Array | None]]
-"""``(scored, hyper) -> (advantages_BT, returns_BT or None)``, and with ``axis_name=...`` where devices share a batch"""
+"""``(scored, hyper) -> (advantages_BT, returns_BT or None)``, with ``axis_name=...`` if devices share a batch."""
 
 
 def gae(
@@ -55,77 +58,154 @@ def gae(
     whiten: bool = True,
     axis_name: AxisName = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Per-token rewards, GAE with the critic, advantages whitened over the batch after the returns are formed (PPO).
+    """PPO: generalised advantage estimation on KL-penalised rewards (Schulman 2016 Eq 16; InstructGPT 3.5).
 
-    ``whiten_rewards`` scales the per-token rewards, KL part included, to variance 1 and keeps their mean (Ziegler
-    2019).
+    ``delta_t = r_t + gamma V_{t+1} - V_t``, ``A_t = delta_t + gamma lambda A_{t+1}`` and ``R_t = A_t + V_t``, with 0
+    after the last token and ``r_t`` from :func:`token_rewards`.
+
+    Args:
+        scored: A batch with ``values_BT``.
+        hyper: Its ``discount`` and ``lambda_`` are gamma and lambda.
+        whiten_rewards: Whether to scale the per-token rewards, KL penalty included, to variance 1 without changing
+            their mean (Ziegler 2019).
+        whiten: Whether to whiten the advantages over all tokens of the batch, after the returns are computed.
+        axis_name: Axis of devices that share the batch.
+
+    Returns:
+        ``(advantages_BT, returns_BT)``.
+
+    Raises:
+        ValueError: If ``values_BT`` is None.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rlhf_jax.train import estimators, ppo
+        >>> zeros = jnp.zeros((1, 2))
+        >>> scored = estimators.Scored(jnp.ones(1), zeros, zeros, zeros, jnp.ones((1, 2), bool), 0.02, 0.0)
+        >>> advantages_BT, returns_BT = estimators.gae(scored, ppo.Hyper(lambda_=0.5), whiten=False)
+        >>> advantages_BT.tolist()
+        [[0.5, 1.0]]
     """
     if scored.values_BT is None:
-        raise ValueError("gae needs a critic: Models.values is None")
+        raise ValueError("gae needs a critic, but Models.values is None")
     rewards_BT = token_rewards(scored)
     if whiten_rewards:
         rewards_BT = advantages.whiten(rewards_BT, where=scored.mask_BT, shift_mean=False, axis_name=axis_name)
-    of_row = partial(advantages.gae, discount=hyper.discount, lambda_=hyper.lambda_)
-    advantages_BT, returns_BT = jax.vmap(of_row)(rewards_BT, scored.values_BT, scored.mask_BT)
+    row_gae = partial(advantages.gae, discount=hyper.discount, lambda_=hyper.lambda_)
+    advantages_BT, returns_BT = jax.vmap(row_gae)(rewards_BT, scored.values_BT, scored.mask_BT)
     if whiten:
         advantages_BT = advantages.whiten(advantages_BT, where=scored.mask_BT, axis_name=axis_name)
     return advantages_BT, returns_BT
 
 
 def reinforce(scored: Scored, hyper: Any, *, axis_name: AxisName = None) -> tuple[jax.Array, None]:
-    """Return less the mean of all returns before (REINFORCE with a running baseline; Ahmadian 2024, 2)."""
+    """REINFORCE with a running baseline: the return minus the mean of all earlier returns (Ahmadian 2024, 2)."""
     del hyper, axis_name
-    return _spread(sequence_rewards(scored) - scored.past_return, scored), None
+    return _broadcast(sequence_rewards(scored) - scored.past_return, scored), None
 
 
 def rloo(scored: Scored, hyper: Any, *, samples: int, axis_name: AxisName = None) -> tuple[jax.Array, None]:
-    """Return, KL penalty included, less the mean of the prompt's other answers (Ahmadian 2024, 2.3)."""
+    """RLOO: the return minus the mean return of the prompt's other responses (Ahmadian 2024, 2.3).
+
+    ``A_i = R_i - 1 / (K - 1) sum_{j != i} R_j``, where R is the score minus the KL penalty.
+
+    Args:
+        scored: A batch of scored responses.
+        hyper: Not used.
+        samples: K, the number of responses to each prompt; at least 2.
+        axis_name: Not used; the responses to a prompt are on one device.
+
+    Returns:
+        ``(advantages_BT, None)``.
+
+    Raises:
+        ValueError: If ``samples`` is less than 2 or does not divide the batch.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rlhf_jax.train import estimators, ppo
+        >>> zeros, mask = jnp.zeros((2, 1)), jnp.ones((2, 1), bool)
+        >>> scored = estimators.Scored(jnp.array([3.0, 1.0]), zeros, zeros, None, mask, 0.02, 0.0)
+        >>> estimators.rloo(scored, ppo.Hyper(), samples=2)[0].tolist()
+        [[2.0], [-2.0]]
+    """
     del hyper, axis_name
-    return _spread(_by_prompt(advantages.rloo, sequence_rewards(scored), samples), scored), None
+    return _broadcast(_by_prompt(advantages.rloo, sequence_rewards(scored), samples), scored), None
 
 
 def grpo(scored: Scored, hyper: Any, *, samples: int, axis_name: AxisName = None) -> tuple[jax.Array, None]:
-    """Score less the prompt's mean, over its deviation; the KL is not in it but a loss of its own (Shao 2024, 4.1)."""
+    """GRPO: the score minus the prompt's mean, divided by the prompt's standard deviation (Shao 2024, 4.1).
+
+    The KL penalty is not part of it; pass ``kl_loss=kl.k3`` to `ppo.make_train_step`.
+
+    Args:
+        scored: A batch of scored responses.
+        hyper: Not used.
+        samples: Number of responses to each prompt; at least 2.
+        axis_name: Not used; the responses to a prompt are on one device.
+
+    Returns:
+        ``(advantages_BT, None)``.
+
+    Raises:
+        ValueError: If ``samples`` is less than 2 or does not divide the batch.
+    """
     del hyper, axis_name
-    return _spread(_by_prompt(advantages.group_normalize, scored.scores_B, samples), scored), None
+    return _broadcast(_by_prompt(advantages.group_normalize, scored.scores_B, samples), scored), None
 
 
 def dr_grpo(scored: Scored, hyper: Any, *, samples: int, axis_name: AxisName = None) -> tuple[jax.Array, None]:
-    """Score less the prompt's mean, not divided by anything (Liu 2025)."""
+    """Dr. GRPO: the score minus the prompt's mean, without division (Liu 2025).
+
+    Args:
+        scored: A batch of scored responses.
+        hyper: Not used.
+        samples: Number of responses to each prompt; at least 2.
+        axis_name: Not used; the responses to a prompt are on one device.
+
+    Returns:
+        ``(advantages_BT, None)``.
+
+    Raises:
+        ValueError: If ``samples`` is less than 2 or does not divide the batch.
+    """
     del hyper, axis_name
-    return _spread(_by_prompt(advantages.group_center, scored.scores_B, samples), scored), None
+    return _broadcast(_by_prompt(advantages.group_center, scored.scores_B, samples), scored), None
 
 
 def reinforce_pp(scored: Scored, hyper: Any, *, axis_name: AxisName = None) -> tuple[jax.Array, None]:
-    """Rewards to go of per-token rewards, whitened over the batch, without a critic (REINFORCE++, Hu 2025)."""
-    to_go = partial(advantages.gae, discount=hyper.discount, lambda_=1.0)
-    nothing_BT = jnp.zeros_like(scored.logprobs_BT)
-    advantages_BT, _ = jax.vmap(to_go)(token_rewards(scored), nothing_BT, scored.mask_BT)
+    """REINFORCE++: discounted sums of the following per-token rewards, whitened over the batch (Hu 2025)."""
+    rewards_to_go = partial(advantages.gae, discount=hyper.discount, lambda_=1.0)
+    zeros_BT = jnp.zeros_like(scored.logprobs_BT)
+    advantages_BT, _ = jax.vmap(rewards_to_go)(token_rewards(scored), zeros_BT, scored.mask_BT)
     return advantages.whiten(advantages_BT, where=scored.mask_BT, axis_name=axis_name), None
 
 
 def token_rewards(scored: Scored) -> jax.Array:
-    """``[B, T]``: the KL penalty at every token and the score at the last (`rewards.token_rewards`)."""
+    """Returns KL-penalised rewards, ``[B, T]``: ``r_t = -beta (log pi - log pi_ref) + [t is last] s``.
+
+    The sum over a response is the objective of InstructGPT Eq 2; see `rewards.token_rewards`.
+    """
     return rewards.token_rewards(
         scored.scores_B, scored.logprobs_BT, scored.reference_BT, scored.mask_BT, kl_coef=scored.kl_coef
     )
 
 
 def sequence_rewards(scored: Scored) -> jax.Array:
-    """``[B]``: the sum of the token rewards."""
+    """Returns the sum of :func:`token_rewards` over each response, ``[B]``."""
     return jnp.sum(token_rewards(scored), axis=1)
 
 
-def _by_prompt(of_group: Callable[[jax.Array], jax.Array], numbers_B: jax.Array, samples: int) -> jax.Array:
+def _by_prompt(group_fn: Callable[[jax.Array], jax.Array], numbers_B: jax.Array, samples: int) -> jax.Array:
     B = numbers_B.shape[0]
     if samples < 2 or B % samples:
         raise ValueError(
-            f"samples is {samples}; it must be at least 2, since a prompt's answers are compared with each other, "
-            f"and divide the {B} answers of a batch"
+            f"samples is {samples}; it must be at least 2, because the responses to a prompt are compared with each "
+            f"other, and divide the {B} responses of the batch"
         )
-    return jax.vmap(of_group)(numbers_B.reshape(-1, samples)).reshape(B)
+    return jax.vmap(group_fn)(numbers_B.reshape(-1, samples)).reshape(B)
 
 
-def _spread(numbers_B: jax.Array, scored: Scored) -> jax.Array:
-    """The same number at every real token of an answer."""
+def _broadcast(numbers_B: jax.Array, scored: Scored) -> jax.Array:
+    """Returns each response's number at all of its tokens, and 0 elsewhere."""
     return masking.masked_fill(jnp.broadcast_to(numbers_B[:, None], scored.mask_BT.shape), where=scored.mask_BT)

@@ -1,8 +1,8 @@
 """`fit`: the only training loop.
 
-What happens at iteration i depends on i, the state and the arguments alone: ``batch_at`` and ``hyper_at`` are pure
-functions of i, and steps fold ``state.step`` into an unchanging ``rng``. So the position in the data needs no
-bookkeeping, and a run that is killed anywhere and started again ends in the same bits.
+Iteration i depends only on i, the state and the arguments: ``batch_at`` and ``hyper_at`` are pure functions of i, and
+steps fold ``state.step`` into a constant ``rng``. The position in the data therefore needs no bookkeeping, and an
+interrupted run resumes exactly: it ends with the same bits as a run that was never interrupted.
 """
 
 from __future__ import annotations
@@ -27,62 +27,73 @@ Log = Callable[[int, dict[str, float]], None]
 
 
 class Preempted(Exception):
-    """The run was asked to stop (SIGTERM, SIGINT) and did so between two iterations; start it again to go on.
+    """SIGTERM or SIGINT stopped the run between two iterations; the same call of `fit` resumes it.
 
     Attributes:
-        stage: What was being trained.
-        step: Iterations done.
-        saved: Whether a checkpoint of exactly this step is on disk.
+        stage: Name of the stage.
+        step: Number of iterations done.
+        saved: Whether a checkpoint of this step is on disk.
     """
 
     def __init__(self, stage: str, step: int, *, saved: bool) -> None:
-        """Say where it stopped."""
-        super().__init__(f"{stage or 'training'} was stopped after {step} iterations; {_kept(saved)}")
+        """Builds the message from the attributes."""
+        super().__init__(f"{stage or 'training'} was stopped after {step} iterations; {_saved_text(saved)}")
         self.stage, self.step, self.saved = stage, step, saved
 
 
 class Alarmed(Exception):
-    """A ``log`` found something wrong: it raises ``Alarmed(reason)``, and `fit` saves, stops and says where.
+    """Raised by a ``log`` as ``Alarmed(reason)`` to stop the run; `fit` saves the state and raises it again.
 
-    Attributes: as of `Preempted`, and ``reason``.
+    Attributes:
+        reason: The reason that the log gave.
+        stage: Name of the stage.
+        step: Number of iterations done.
+        saved: Whether a checkpoint of this step is on disk.
     """
 
     def __init__(self, reason: str, *, stage: str = "", step: int = 0, saved: bool = False) -> None:
-        """Say why, and where it stopped; a log knows the first alone."""
-        where = f"{stage or 'training'} was stopped after {step} iterations by an alarm; {_kept(saved)}"
-        super().__init__(f"{where}: {reason}")
+        """Builds the message.
+
+        Args:
+            reason: The reason for stopping; the only argument that a log passes.
+            stage: Name of the stage.
+            step: Number of iterations done.
+            saved: Whether a checkpoint of this step is on disk.
+        """
+        stopped = f"an alarm stopped {stage or 'training'} after {step} iterations; {_saved_text(saved)}"
+        super().__init__(f"{stopped}: {reason}")
         self.reason, self.stage, self.step, self.saved = reason, stage, step, saved
 
 
-def _kept(saved: bool) -> str:
-    return "a checkpoint of it is on disk" if saved else "no checkpoint was saved"
+def _saved_text(saved: bool) -> str:
+    return "a checkpoint of this step is on disk" if saved else "no checkpoint was saved"
 
 
 class DivergedError(RuntimeError):
-    """Too many steps in a row were not finite; the weights are those of the last one that was."""
+    """Too many consecutive steps were not finite; the weights are those of the last finite step."""
 
 
 class StageLog:
-    """One stage's view of a `metrics.MetricLog`, as a ``log`` for `fit`."""
+    """A ``log`` for `fit` that writes the rows of one stage to a `metrics.MetricLog`."""
 
     def __init__(self, log: metrics_lib.MetricLog, stage: str) -> None:
-        """Bind the stage."""
+        """Stores the log and the name of the stage."""
         self._log, self._stage = log, stage
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
-        """Append a row."""
+        """Appends a row."""
         self._log.write(self._stage, step, values)
 
     def rewind(self, step: int) -> None:
-        """Drop this stage's rows after ``step``."""
+        """Drops the rows of this stage after ``step``."""
         self._log.rewind(self._stage, step)
 
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """``stop() -> bool``: whether SIGTERM or SIGINT came. A second SIGINT interrupts at once.
+    """Yields ``stop() -> bool``, whether SIGTERM or SIGINT was received. A second SIGINT interrupts immediately.
 
-    Python lets only the main thread install handlers; elsewhere nothing is installed and ``stop`` stays False.
+    Python allows only the main thread to install handlers. In other threads ``stop`` always returns False.
     """
     received: list[int] = []
 
@@ -102,8 +113,8 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
 
 
 @contextlib.contextmanager
-def _settled(checkpoints: checkpoint.Checkpoints | None) -> Iterator[None]:
-    """Whatever ends the loop, the save under way reaches the disk."""
+def _finish_saving(checkpoints: checkpoint.Checkpoints | None) -> Iterator[None]:
+    """Waits for an unfinished save when the loop ends, whether normally or by an exception."""
     try:
         yield
     except BaseException:
@@ -116,14 +127,14 @@ def _settled(checkpoints: checkpoint.Checkpoints | None) -> Iterator[None]:
 
 
 class _Reporter:
-    """Turns the metrics of one iteration into floats while the device is busy with the next one."""
+    """Converts and logs the metrics of an iteration while the device computes the next one."""
 
     def __init__(
-        self, stage: str, total: int, log: Log | None, log_every: int, progress: Any, max_skipped: int, tell: Any
+        self, stage: str, total: int, log: Log | None, log_every: int, progress: Any, max_skipped: int, warn: Any
     ) -> None:
         self.stage, self.total, self.log, self.log_every = stage, total, log, log_every
-        self.progress, self.max_skipped, self.tell = progress, max_skipped, tell
-        self.skipped = self.skipped_in_all = 0
+        self.progress, self.max_skipped, self.warn = progress, max_skipped, warn
+        self.skipped = self.skipped_total = 0
         self.alarmed: Alarmed | None = None
         self.diverged = ""
         self.pending: tuple[int, Mapping[str, Any]] | None = None
@@ -155,24 +166,24 @@ class _Reporter:
     def must_stop(self) -> bool:
         return self.alarmed is not None or bool(self.diverged)
 
-    def _skip(self, done: int, why: str) -> None:
-        self.skipped, self.skipped_in_all = self.skipped + 1, self.skipped_in_all + 1
+    def _skip(self, done: int, reason: str) -> None:
+        self.skipped, self.skipped_total = self.skipped + 1, self.skipped_total + 1
         stage = self.stage or "training"
-        if self.skipped_in_all == 1:
-            self.tell(f"{stage}: step {done} was skipped, with {why}; others are counted in the metric 'skipped'")
+        if self.skipped_total == 1:
+            self.warn(f"{stage}: skipped step {done}: {reason}; the metric 'skipped' counts further ones")
         if self.skipped >= self.max_skipped and not self.diverged:
             self.diverged = (
-                f"{stage} met {self.skipped} steps in a row that were skipped, the last one at step {done} of "
-                f"{self.total}, with {why}; the weights are the last good ones"
+                f"{stage} skipped {self.skipped} steps in a row, the last at step {done} of {self.total}: {reason}; "
+                "the weights are those of the last finite step"
             )
 
 
-def _to_stderr(text: str) -> None:
+def _warn_on_stderr(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
 def _identity(stage: str, rng: jax.Array, fingerprint: Any) -> dict[str, Any]:
-    """What has to be the same for a resumed run to be the same run, in the form in which JSON gives it back."""
+    """Returns what identifies the run that a checkpoint belongs to, in the form that JSON restores it."""
     words = jax.random.key_data(rng) if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) else rng
     return {"stage": stage, "rng": np.asarray(words).ravel().tolist(), "fingerprint": fingerprint}
 
@@ -180,19 +191,20 @@ def _identity(stage: str, rng: jax.Array, fingerprint: Any) -> dict[str, Any]:
 def _resume(
     checkpoints: checkpoint.Checkpoints | None, state: Any, steps: int, identity: dict[str, Any]
 ) -> tuple[int, Any, int]:
-    """Iterations done, the state after them, and how many of the last ones in a row were skipped."""
+    """Returns the iterations done, the state after them, and how many of the last ones in a row were skipped."""
     if checkpoints is None or checkpoints.latest() is None:
         return 0, state, 0
     start, state, metadata = checkpoints.restore(state)
-    for name, mine in identity.items():
-        if metadata.get(name) != mine:
+    for name, value in identity.items():
+        if metadata.get(name) != value:
             raise checkpoint.CheckpointError(
-                f"cannot go on from {checkpoints.directory}: it was written with {name} {metadata.get(name)!r}, "
-                f"and this run has {mine!r}"
+                f"cannot resume from {checkpoints.directory}: it was written with {name} {metadata.get(name)!r}, and "
+                f"this run has {value!r}; use another folder for another run"
             )
     if start > steps:
         raise checkpoint.CheckpointError(
-            f"cannot go on from {checkpoints.directory}: it stands at step {start}, and {steps} were asked for"
+            f"cannot resume from {checkpoints.directory}: its checkpoint is of step {start}, and the run has only "
+            f"{steps} steps"
         )
     return start, state, metadata.get("skipped", 0)
 
@@ -215,53 +227,80 @@ def fit(
     callbacks: Sequence[Callable[[int, Any, Mapping[str, Any]], Mapping[str, Any] | None]] = (),
     max_skipped: int = 10,
     fingerprint: Any = None,
-    agreed: Callable[[int, bool], bool] = lambda done, wanted: wanted,
-    tell: Callable[[str], None] = _to_stderr,
+    should_stop: Callable[[int, bool], bool] = lambda done, wanted: wanted,
+    warn: Callable[[str], None] = _warn_on_stderr,
 ) -> Any:
-    """Run ``steps`` iterations of a compiled step, or what is left of them, and return the final state.
+    """Runs ``steps`` iterations of a compiled step, or the remaining ones, and returns the final state.
 
-    Steps are counted in iterations *done*: the row logged as step 10 and the checkpoint of step 10 are both of the
-    state after ten iterations. Every row up to a checkpoint is logged before the checkpoint is written. On the start, a
-    ``log`` with a method ``rewind(step)`` is told to drop its rows after the step it goes on from (0 on a fresh start),
-    so that a resumed run leaves rows with neither gap nor double.
+    Steps count iterations *done*: the row logged as step 10 and the checkpoint of step 10 both describe the state after
+    ten iterations. All rows up to a checkpoint are logged before the checkpoint is written. If ``log`` has a method
+    ``rewind(step)``, it is called at the start to drop rows after the step from which the run resumes (0 for a new
+    run), so that the rows of a resumed run have neither gaps nor duplicates.
 
     Args:
-        train_step: ``(state, frozen, hyper, batch, rng) -> (state, metrics)``, compiled, donating the state (see
-            `parallel.jit_step`). Metrics: a dict of scalars or of ``metrics.Metric``; those in `guard.DETAILS` are
-            logged of skipped steps alone.
-        state: The state to start from, or the example that a checkpoint is restored like. Donated: do not use it again.
-        steps: Iterations in all, counted from the very first start.
-        batch_at: Iteration (0-based) -> batch. A pure function.
-        hyper_at: Iteration (0-based) -> hyperparameters, of the same structure and types each time. A pure function.
+        train_step: ``(state, frozen, hyper, batch, rng) -> (state, metrics)``, compiled so that it donates the state
+            (see `parallel.jit_step`). The metrics are a dict of scalars or `metrics.Metric`; those in
+            `nonfinite.DETAILS` are logged for skipped steps only.
+        state: The initial state, and the example for restoring a checkpoint. It is donated: do not use it afterwards.
+        steps: Iterations in all, those before a resume included.
+        batch_at: Pure function from the iteration (from 0) to the batch.
+        hyper_at: Pure function from the iteration (from 0) to the hyperparameters, with the same structure and types
+            each time.
         rng: One key for the whole run.
-        frozen: What the step reads and does not change, such as a reference model.
-        stage: A name for messages, progress and checkpoints.
-        log: A ``metrics.MetricLog``, written under ``stage``; or ``log(step, floats)``, one iteration late, which may
-            raise `Alarmed` to stop the run before its next iteration, or anything else to stop it at once, unsaved.
-        log_every: Log each so many iterations, and the last.
-        checkpoints: Where to go on from and to save to; None for neither.
-        save_every: Save each so many iterations; None: only at the end, or when asked to stop.
-        progress: ``progress(stage, done, steps, floats)``, first with no floats at the start, then one iteration late.
-        callbacks: ``callback(done, state, metrics)`` after each iteration, with arrays that are still being computed;
-            reading them waits for the device. The state is donated to the next step: copy what has to stay. What it
-            returns, if not None, is logged with the iteration's metrics.
-        max_skipped: Stop after so many iterations in a row in which the metric ``skipped`` is above 0, their number
-            being carried over a resume. The state of a skipped step is that before it, and is saved then: what stopped
-            so can be started again, and goes on behind what it could not use.
-        fingerprint: What identifies data, seed and batch size, as JSON; a resumed run must have the same one.
-        agreed: ``agreed(done, wanted)``, whether to stop after ``done`` iterations, given whether this process wants
-            to; for several hosts, `hosts.Hosts.stage`, so that all of them stop after the same one.
-        tell: Called once, with the first step that was skipped: which loss or gradient was not finite, and where. By
-            default it becomes a line on stderr.
+        frozen: What the step reads and does not change, such as the parameters of a reference model.
+        stage: Name for messages, progress and checkpoints.
+        log: A `metrics.MetricLog`, written under ``stage``; or ``log(step, floats)``, called one iteration late. It may
+            raise `Alarmed` to stop the run before the next iteration. Any other exception stops the run immediately,
+            without saving.
+        log_every: Interval of logging, in iterations. The last iteration is always logged.
+        checkpoints: Where to resume from and to save to; None for neither.
+        save_every: Interval of saving, in iterations; None to save only at the end or when the run is stopped.
+        progress: ``progress(stage, done, steps, floats)``, called without floats at the start, then one iteration late.
+        callbacks: Called as ``callback(done, state, metrics)`` after each iteration, with arrays that may still be
+            being computed; reading them waits for the device. The state is donated to the next step, so copy what you
+            keep. A dict that a callback returns is logged with the metrics of the iteration.
+        max_skipped: Stop after this many consecutive iterations with the metric ``skipped`` above 0, counted across
+            resumes. A skipped step keeps the previous state, which is then saved; starting such a run again resumes
+            after the bad iterations.
+        fingerprint: JSON that identifies data, seed and batch size; a resumed run must have the same.
+        should_stop: ``should_stop(done, wanted)`` decides whether to stop after ``done`` iterations if this process
+            wants to (``wanted``). With several hosts, pass the result of `distributed.hosts.Hosts.stage`, so that all
+            stop after the same iteration.
+        warn: Called once, for the first skipped step, with a sentence that names the non-finite loss or gradient. By
+            default the sentence is printed to stderr.
+
+    Returns:
+        The state after ``steps`` iterations.
 
     Raises:
-        Preempted: SIGTERM or Ctrl-C came (in the main thread); state saved, if there are checkpoints.
-        Alarmed: The log raised it; state saved, if there are checkpoints.
-        DivergedError: ``max_skipped`` was reached; state saved, if there are checkpoints.
-        checkpoint.CheckpointError: A save failed, no checkpoint is whole, or it belongs to another run.
+        Preempted: On SIGTERM or Ctrl-C, received in the main thread; the state is saved if there are checkpoints.
+        Alarmed: If the log raised it; the state is saved if there are checkpoints.
+        DivergedError: After ``max_skipped`` skipped iterations; the state is saved if there are checkpoints.
+        checkpoint.CheckpointError: If a save fails, no checkpoint is intact, or the checkpoint belongs to another run.
+        ValueError: If ``log_every`` or ``save_every`` is not positive.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from rlhf_jax.train import loop
+        >>> def train_step(state, frozen, hyper, batch, rng):
+        ...     return state + hyper * batch, {"batch": batch}
+        >>> float(loop.fit(
+        ...     jax.jit(train_step, donate_argnums=0),
+        ...     jnp.zeros(()),
+        ...     steps=4,
+        ...     batch_at=float,
+        ...     hyper_at=lambda i: 0.5,
+        ...     rng=jax.random.key(0),
+        ...     log=lambda step, floats: print(step, floats["batch"]),
+        ...     log_every=2,
+        ... ))
+        2 1.0
+        4 3.0
+        3.0
     """
     if log_every < 1 or (save_every is not None and save_every < 1):
-        raise ValueError(f"save_every and log_every must be positive, not {save_every} and {log_every}")
+        raise ValueError(f"save_every is {save_every} and log_every {log_every}; both must be positive")
     identity = _identity(stage, rng, fingerprint)
     start, state, skipped = _resume(checkpoints, state, steps, identity)
     if isinstance(log, metrics_lib.MetricLog):
@@ -271,7 +310,7 @@ def fit(
         rewind(start)
     if progress is not None:
         progress(stage, start, steps, {})
-    report = _Reporter(stage, steps, log, log_every, progress, max_skipped, tell)
+    report = _Reporter(stage, steps, log, log_every, progress, max_skipped, warn)
     report.skipped = skipped
     saved = start if start else None
 
@@ -287,16 +326,16 @@ def fit(
             if saved != done:
                 save(done)
             checkpoints.wait()
-        kept = checkpoints is not None and done > 0
+        is_saved = checkpoints is not None and done > 0
         if report.diverged:
-            raise DivergedError(f"{report.diverged}; {_kept(kept)}")
+            raise DivergedError(f"{report.diverged}; {_saved_text(is_saved)}")
         if report.alarmed is not None:
-            raise Alarmed(report.alarmed.reason, stage=stage, step=done, saved=kept) from report.alarmed
-        raise Preempted(stage, done, saved=kept)
+            raise Alarmed(report.alarmed.reason, stage=stage, step=done, saved=is_saved) from report.alarmed
+        raise Preempted(stage, done, saved=is_saved)
 
-    with _stop_signals() as stop, _settled(checkpoints):
+    with _stop_signals() as stop, _finish_saving(checkpoints):
         for i in range(start, steps):
-            if agreed(i, stop() or report.must_stop()):
+            if should_stop(i, stop() or report.must_stop()):
                 leave(i)
             state, metrics = train_step(state, frozen, hyper_at(i), batch_at(i), rng)
             for callback in callbacks:
@@ -307,6 +346,6 @@ def fit(
         report.flush()
         if checkpoints is not None and saved != steps and steps > 0:
             saved = save(steps)
-        if agreed(steps, stop() or report.must_stop()):  # all is done, but whoever comes next should not start
+        if should_stop(steps, stop() or report.must_stop()):  # this stage is complete, but the next must not start
             leave(steps)
     return state

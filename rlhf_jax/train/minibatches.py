@@ -1,8 +1,8 @@
-"""Who gets which rows and which keys, so that any number of devices makes the same minibatches and the same samples.
+"""Assignment of rows and random keys, such that any number of devices uses the same minibatches and samples.
 
-Rows are dealt in ``shards`` blocks of neighbours, and a minibatch takes as many rows of each: with as many devices as
-shards, or fewer, no row ever leaves its device. What is drawn depends on the number of shards, which is a setting, and
-never on that of devices: a device of an ``axis_name`` has whole blocks, and knows which.
+The rows of a batch form ``shards`` blocks of adjacent rows, and a minibatch takes equally many rows from each block.
+With at most as many devices as shards, no row leaves its device. The order depends on ``shards``, which is a setting,
+and never on the number of devices: a device of an ``axis_name`` holds whole blocks and computes which.
 """
 
 from __future__ import annotations
@@ -17,28 +17,50 @@ AxisName = str | tuple[str, ...] | None
 
 
 def row_keys(rng: jax.Array, rows: int, *, axis_name: AxisName = None) -> jax.Array:
-    """A key for each of this device's ``rows``: its part of those of the whole batch. ``rng`` is consumed."""
+    """Returns a key for each of this device's ``rows``, a slice of the keys of the whole batch; ``rng`` is consumed."""
     if axis_name is None:
         return jax.random.split(rng, rows)
-    every = jax.random.split(rng, rows * lax.psum(1, axis_name))
-    return lax.dynamic_slice_in_dim(every, lax.axis_index(axis_name) * rows, rows)
+    keys = jax.random.split(rng, rows * lax.psum(1, axis_name))
+    return lax.dynamic_slice_in_dim(keys, lax.axis_index(axis_name) * rows, rows)
 
 
 def minibatches(
     rng: jax.Array, rows: int, *, epochs: int, count: int, shards: int = 1, axis_name: AxisName = None
 ) -> jax.Array:
-    """``[U, S, R]`` int32: for each of the ``epochs * count`` updates, R rows of each block, counted within it.
+    """Draws the rows of each minibatch; every epoch permutes each block again.
 
-    Every epoch permutes each block anew. S are the blocks of this device, all of them without an ``axis_name``;
-    ``rows`` are this device's, too. ``rng`` is consumed.
+    Args:
+        rng: Key; consumed.
+        rows: Number of rows of this device; divisible by ``count`` times its number of blocks.
+        epochs: Number of passes over the rows.
+        count: Minibatches per epoch.
+        shards: Number of blocks over all devices; a multiple of the number of devices.
+        axis_name: Axis of devices that share the batch.
+
+    Returns:
+        ``[U, S, R]`` int32: for each of the U = epochs * count updates, R row indices within each of the S blocks of
+        this device.
+
+    Raises:
+        ValueError: If the rows or shards are not divisible as required.
+
+    Example:
+
+        >>> import jax
+        >>> from rlhf_jax.train import minibatches
+        >>> rows_USR = minibatches.minibatches(jax.random.key(0), 8, epochs=2, count=4)
+        >>> rows_USR.shape
+        (8, 1, 2)
+        >>> sorted(rows_USR[:4].ravel().tolist())
+        [0, 1, 2, 3, 4, 5, 6, 7]
     """
     devices = 1 if axis_name is None else lax.psum(1, axis_name)
     if shards < 1 or shards % devices:
         raise ValueError(f"shards is {shards}; it must be a multiple of the {devices} devices that share a batch")
     own = shards // devices
     if rows % (own * count):
-        of = "" if own == 1 else f" of {own} shards"
-        raise ValueError(f"a batch of {rows} answers does not divide into {count} minibatches{of}")
+        blocks = "" if own == 1 else f" of {own} shards"
+        raise ValueError(f"a batch of {rows} responses does not divide evenly into {count} minibatches{blocks}")
     keys_E = jax.random.split(rng, epochs)
     if shards == 1:
         keys_ES = keys_E[:, None]
@@ -52,7 +74,7 @@ def minibatches(
 
 
 def take(batch: Any, rows_SR: jax.Array) -> Any:
-    """The rows of each block of ``[B, ...]`` leaves, block after block: ``[S * R, ...]``."""
+    """Returns rows ``rows_SR[s]`` of each block s of ``[B, ...]`` leaves, block after block: ``[S * R, ...]``."""
 
     def leaf(x: jax.Array) -> jax.Array:
         blocks = x.reshape(rows_SR.shape[0], -1, *x.shape[1:])
@@ -61,13 +83,16 @@ def take(batch: Any, rows_SR: jax.Array) -> Any:
     return jax.tree.map(leaf, batch)
 
 
-def in_turn(batch: Any, updates: int, *, shards: int) -> Any:
-    """``[B, ...]`` leaves as ``[updates, B / updates, ...]``: each update has the next rows of each block."""
+def split_updates(batch: Any, updates: int, *, shards: int) -> Any:
+    """Splits ``[B, ...]`` leaves into ``[updates, B / updates, ...]``: each update gets the next rows of each block.
+
+    Raises ``ValueError`` if B is not divisible by ``updates * shards``.
+    """
 
     def leaf(x: jax.Array) -> jax.Array:
         if x.shape[0] % (updates * shards):
-            raise ValueError(f"{x.shape[0]} rows do not divide into {updates} updates of {shards} shards")
-        dealt = x.reshape(shards, updates, -1, *x.shape[1:])
-        return jnp.swapaxes(dealt, 0, 1).reshape(updates, -1, *x.shape[1:])
+            raise ValueError(f"{x.shape[0]} rows do not divide evenly into {updates} updates of {shards} shards")
+        blocks = x.reshape(shards, updates, -1, *x.shape[1:])
+        return jnp.swapaxes(blocks, 0, 1).reshape(updates, -1, *x.shape[1:])
 
     return jax.tree.map(leaf, batch)

@@ -1,8 +1,8 @@
-"""What a step of `train.dpo` minimises: DPO and its relatives, each a few lines over `losses`.
+"""Objectives of the `train.dpo` step: DPO and related methods, each a few lines on top of `losses`.
 
-An objective maps a scored batch and the step's numbers to ``(losses_B, rewards_BK)``. The rewards are what the method
-takes an answer to be worth, the implicit reward of its derivation; accuracy and margin are read off them, and nothing
-is trained on them. Some build on others::
+An objective maps a scored batch and the hyperparameters to ``(losses_B, rewards_BK)``. The rewards are the implicit
+rewards of the method's derivation. The metrics accuracy and margin are computed from them; nothing is trained on them.
+Objectives can be combined::
 
     DPO, and cDPO with label_smoothing > 0      dpo
     DPO on soft labels                          soft(dpo)
@@ -23,85 +23,99 @@ from rlhf_jax.losses import preference, supervised
 
 
 class Scored(NamedTuple):
-    """A batch of answers with their log-probabilities; in pairs K is 2 and the better one comes first."""
+    """A batch of answers with their log-probabilities. In pairs, K is 2 and the better answer comes first."""
 
     policy_BK: jax.Array
-    """float32, summed over the tokens of the answer, the stop token included."""
+    """float32 log-probabilities under the policy, summed over the tokens of the answer, the stop token included."""
     reference_BK: Any
-    """The same under the reference; None for methods without one."""
+    """The same under the reference; None for methods without a reference."""
     lengths_BK: jax.Array
-    """Tokens of each answer, at least 1."""
+    """float32, number of tokens of each answer, at least 1."""
     good_BK: Any = None
+    """bool, the answers marked as good, as in `types.Preferences`; None in pairs."""
     targets_B: Any = None
-    """As in `types.Preferences`."""
+    """float32, probability that the first answer is the better one, as in `types.Preferences`; None for 1."""
     baseline: Any = None
-    """KTO's, a scalar; None where the batch has no mismatched answers."""
+    """KTO's baseline, a scalar in nats; None if the batch has no mismatched answers."""
 
     def log_ratios(self) -> jax.Array:
-        """``[B, K]``: log(policy / reference). Raises ``ValueError`` where there is no reference."""
+        """Returns log(policy / reference), ``[B, K]``. Raises ``ValueError`` if there is no reference."""
         return self.policy_BK - _present(self.reference_BK, "reference log-probabilities")
 
-    def four(self) -> tuple[jax.Array, ...]:
-        """What the losses of pairs take: policy and reference, of the better and the worse answer each.
+    def pairs(self) -> tuple[jax.Array, ...]:
+        """Returns policy chosen, policy rejected, reference chosen and reference rejected, each ``[B]``.
 
-        Raises ``ValueError`` as :meth:`two` does, and where there is no reference.
+        Raises ``ValueError`` like :meth:`policy_pair`, and if there is no reference.
         """
-        return (*self.two(), *_columns(_present(self.reference_BK, "reference log-probabilities")))
+        return (*self.policy_pair(), *_columns(_present(self.reference_BK, "reference log-probabilities")))
 
-    def two(self) -> tuple[jax.Array, jax.Array]:
-        """The policy's log-probabilities of the better and the worse answer.
+    def policy_pair(self) -> tuple[jax.Array, jax.Array]:
+        """Returns the policy's log-probabilities of the better and of the worse answer, each ``[B]``.
 
-        Raises ``ValueError`` for labels that a loss of pairs would not read: marks, and soft labels outside of `soft`.
+        Raises ``ValueError`` if K is not 2, or for labels that a pairwise loss would ignore: marks, and soft labels
+        outside `soft`.
         """
         if self.good_BK is not None:
-            raise ValueError("the batch has good_BK, which only an objective for marked answers reads, such as kto")
+            raise ValueError("the batch has good_BK, which only objectives for marked answers read, such as kto")
         if self.targets_B is not None:
-            raise ValueError("the batch has targets_B, which the objective reads only within objectives.soft(...)")
+            raise ValueError("the batch has targets_B; wrap the objective in objectives.soft(...) to use them")
         return _columns(self.policy_BK)
 
     def means(self) -> Scored:
-        """The same with log-probabilities averaged over the tokens of each answer."""
+        """Returns the batch with log-probabilities averaged over the tokens of each answer."""
         reference_BK = None if self.reference_BK is None else self.reference_BK / self.lengths_BK
         return self._replace(policy_BK=self.policy_BK / self.lengths_BK, reference_BK=reference_BK)
 
     def swapped(self) -> Scored:
-        """The same pairs with the labels the other way round."""
+        """Returns the pairs with both answers exchanged."""
         flipped = {"policy_BK": self.policy_BK[:, ::-1], "lengths_BK": self.lengths_BK[:, ::-1]}
         reference_BK = None if self.reference_BK is None else self.reference_BK[:, ::-1]
         return self._replace(reference_BK=reference_BK, **flipped)
 
 
 Objective = Callable[[Scored, Any], tuple[jax.Array, jax.Array]]
-"""``(scored, hyper) -> (losses_B, rewards_BK)``"""
+"""``(scored, hyper) -> (losses_B, rewards_BK)``; ``hyper`` is a `train.dpo.Hyper`."""
 
 
 def dpo(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
-    """DPO (Rafailov 2023) on sums; ``hyper.label_smoothing`` above 0 makes it the conservative form."""
-    losses_B = preference.dpo(*scored.four(), beta=hyper.beta, label_smoothing=hyper.label_smoothing)
+    """DPO (Rafailov 2023 Eq 7): ``-log sigmoid(beta h)``, h being the log-ratio of the better minus that of the worse
+    answer.
+
+    With ``hyper.label_smoothing`` eps, it is cDPO: ``-(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h)``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rlhf_jax.train import dpo, objectives
+        >>> scored = objectives.Scored(jnp.array([[-4.0, -6.0]]), jnp.array([[-5.0, -5.0]]), jnp.ones((1, 2)))
+        >>> losses_B, rewards_BK = objectives.dpo(scored, dpo.Hyper(beta=0.5))
+        >>> print(round(float(losses_B[0]), 4), rewards_BK.tolist())
+        0.3133 [[0.5, -0.5]]
+    """
+    losses_B = preference.dpo(*scored.pairs(), beta=hyper.beta, label_smoothing=hyper.label_smoothing)
     return losses_B, hyper.beta * scored.log_ratios()
 
 
 def robust_dpo(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
-    """DPO made unbiased for labels of which a share ``hyper.label_smoothing`` is flipped (Chowdhury 2024)."""
-    losses_B = preference.robust_dpo(*scored.four(), beta=hyper.beta, label_smoothing=hyper.label_smoothing)
+    """Robust DPO (Chowdhury 2024): DPO, unbiased if a share ``hyper.label_smoothing`` of the labels is flipped."""
+    losses_B = preference.robust_dpo(*scored.pairs(), beta=hyper.beta, label_smoothing=hyper.label_smoothing)
     return losses_B, hyper.beta * scored.log_ratios()
 
 
 def ipo(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
-    """IPO (Azar 2023) on log-probabilities averaged over tokens, as its authors have it."""
+    """IPO (Azar 2023): ``(h - 1 / (2 beta))^2``, with log-probabilities averaged over tokens, as its authors do."""
     means = scored.means()
-    return preference.ipo(*means.four(), beta=hyper.beta), hyper.beta * means.log_ratios()
+    return preference.ipo(*means.pairs(), beta=hyper.beta), hyper.beta * means.log_ratios()
 
 
 def hinge(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
-    """The SLiC loss on DPO's margin."""
-    return preference.hinge(*scored.four(), beta=hyper.beta), hyper.beta * scored.log_ratios()
+    """Hinge loss on DPO's margin (SLiC, Zhao 2023): ``max(0, 1 - beta h)``."""
+    return preference.hinge(*scored.pairs(), beta=hyper.beta), hyper.beta * scored.log_ratios()
 
 
 def kto(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
-    """KTO (Ethayarajh 2024) of answers marked good or bad; rewards are those above the baseline.
+    """KTO (Ethayarajh 2024) on answers marked good or bad; rewards are relative to the baseline.
 
-    The mean over the K answers of a prompt. Needs ``good_BK`` and ``mismatched`` in the batch.
+    The loss is the mean over the K answers of a prompt. The batch needs ``good_BK`` and ``mismatched``.
     """
     good_BK, baseline = _present(scored.good_BK, "good_BK"), _present(scored.baseline, "mismatched answers")
     losses_BK = preference.kto(
@@ -117,29 +131,29 @@ def kto(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def orpo(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
-    """ORPO (Hong 2024) on means, without a reference; rewards are the means, with which the odds rise."""
+    """ORPO (Hong 2024) on mean log-probabilities, without a reference; the rewards are the means."""
     means = scored.means()
-    return preference.orpo(*means.two(), weight=hyper.odds_weight), means.policy_BK
+    return preference.orpo(*means.policy_pair(), weight=hyper.odds_weight), means.policy_BK
 
 
 def simpo(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
-    """SimPO (Meng 2024) on means, without a reference."""
+    """SimPO (Meng 2024) on mean log-probabilities, without a reference."""
     means = scored.means()
-    return preference.simpo(*means.two(), beta=hyper.beta, margin=hyper.margin), hyper.beta * means.policy_BK
+    return preference.simpo(*means.policy_pair(), beta=hyper.beta, margin=hyper.margin), hyper.beta * means.policy_BK
 
 
 def with_sft(objective: Objective) -> Objective:
-    """Adds ``hyper.sft_coef`` times the mean token loss of the better answer, which keeps it likely."""
+    """Adds ``hyper.sft_coef`` times the SFT loss of the better answer (nats per token), which keeps it likely."""
 
-    def both(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
+    def with_sft_loss(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
         losses_B, rewards_BK = objective(scored, hyper)
-        return losses_B + hyper.sft_coef * supervised.next_token(scored.means().two()[0]), rewards_BK
+        return losses_B + hyper.sft_coef * supervised.next_token(scored.means().policy_pair()[0]), rewards_BK
 
-    return both
+    return with_sft_loss
 
 
 def per_token(objective: Objective) -> Objective:
-    """The same with log-probabilities averaged over tokens in place of sums."""
+    """Evaluates an objective on log-probabilities averaged over tokens instead of summed."""
 
     def averaged(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
         return objective(scored.means(), hyper)
@@ -148,7 +162,7 @@ def per_token(objective: Objective) -> Objective:
 
 
 def soft(objective: Objective) -> Objective:
-    """Its expectation over labels that are right with probability ``targets_B`` (Bai 2022, Constitutional AI 4.1)."""
+    """Takes the expectation over labels that are right with probability ``targets_B`` (Constitutional AI 4.1)."""
 
     def expected(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
         p_B, hard = masking.as_float32(_present(scored.targets_B, "targets_B")), scored._replace(targets_B=None)
@@ -161,11 +175,11 @@ def soft(objective: Objective) -> Objective:
 
 def _present(x: Any, name: str) -> Any:
     if x is None:
-        raise ValueError(f"the objective needs {name}, and the batch has none")
+        raise ValueError(f"the objective needs {name}, which the batch does not have")
     return x
 
 
 def _columns(x_BK: jax.Array) -> tuple[jax.Array, jax.Array]:
     if x_BK.shape[1] != 2:
-        raise ValueError(f"pairs have two answers a prompt, and the batch has {x_BK.shape[1]}")
+        raise ValueError(f"a pairwise objective needs two answers per prompt; the batch has {x_BK.shape[1]}")
     return x_BK[:, 0], x_BK[:, 1]

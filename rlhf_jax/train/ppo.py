@@ -1,12 +1,19 @@
 """PPO and PPO-ptx for language models (InstructGPT 3.5 and C.4; Stiennon 2020; Ziegler 2019).
 
-Two pure functions, in the order of the paper::
+The module follows the algorithm. `collect` samples and scores, `loss` is the objective of a minibatch, `update` takes
+the optimiser steps, and `make_train_step` combines them into one program::
 
-    collect:  prompts -> answers -> scores -> per-token KL rewards -> GAE -> Experience
-    update:   Experience -> epochs x minibatches of (clipped losses [+ ptx] -> gradient -> apply) -> new state
+    collect  1. rollout              responses sampled from the policy                    InstructGPT C.4
+             2. score                reward model; rule for responses without a stop      Ziegler 2019
+             3. KL-penalised reward  r_t = -beta (log pi - log pi_ref) + [t is last] s     InstructGPT Eq 2
+             4. GAE                  A_t = sum_k (gamma lambda)^k delta_{t+k}              Schulman 2016 Eq 16
+    loss     5. clipped losses       of the policy                                        Schulman 2017 Eq 7
+                                     and of the value                                     Ziegler 2019, code
+    update   6. ptx                  gamma times the pretraining loss                     InstructGPT Eq 2
+             7. optimiser step       and moving average of the policy weights             InstructGPT C.4
 
-and `make_train_step`, which is one after the other in a single program. Without a critic, and with another estimator of
-advantages and another reduction, the same two are REINFORCE, RLOO, GRPO and their kin: see `train.estimators`.
+Steps 3 and 4 are one estimator of `train.estimators`. With another estimator, and without a critic, the same functions
+are REINFORCE, RLOO, GRPO, Dr. GRPO and REINFORCE++.
 """
 
 from __future__ import annotations
@@ -18,26 +25,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import aggregation, kl, masking, metrics
+from rlhf_jax import aggregation, masking, metrics
 from rlhf_jax.losses import policy as policy_losses
 from rlhf_jax.losses import value as value_losses
-from rlhf_jax.train import estimators, ppo_state
-from rlhf_jax.train import minibatches as dealing
+from rlhf_jax.train import estimators, ppo_metrics, ppo_state
+from rlhf_jax.train import minibatches as minibatch_lib
 from rlhf_jax.train import ptx as ptx_lib
 from rlhf_jax.train.minibatches import AxisName
-from rlhf_jax.train.optim import nonfinite
-from rlhf_jax.train.optim import update as step
+from rlhf_jax.train.optim import update as optim_update
 from rlhf_jax.train.ppo_state import (
     Batch,
     Frozen,
     Hyper,
     Models,
-    Past,
     PPOState,
+    RunningMeans,
     create,
-    lowered,
-    replaced,
+    replace_score,
     shared_trunk,
+    subtract_penalty,
 )
 from rlhf_jax.train.ptx import ptx_loss
 from rlhf_jax.train.sft import TokenBatch
@@ -45,20 +51,20 @@ from rlhf_jax.types import Experience, Params
 
 __all__ = [
     "Batch",
+    "Denominators",
     "Frozen",
     "Hyper",
     "Models",
     "PPOState",
-    "Past",
-    "Totals",
+    "RunningMeans",
     "collect",
     "create",
     "loss",
-    "lowered",
     "make_train_step",
     "ptx_loss",
-    "replaced",
+    "replace_score",
     "shared_trunk",
+    "subtract_penalty",
     "update",
 ]
 
@@ -72,51 +78,77 @@ def collect(
     rng: jax.Array,
     *,
     kl_scale: jax.Array | float = 1.0,
-    past: Past | None = None,
+    past: RunningMeans | None = None,
     samples: int = 1,
     estimate: estimators.Estimator = estimators.gae,
-    unfinished: Callable[..., jax.Array] = replaced,
+    unfinished: Callable[..., jax.Array] = replace_score,
     normalise_values: bool = False,
     correct_sampler: bool = False,
     axis_name: AxisName = None,
 ) -> tuple[Experience, dict[str, Any]]:
-    """Answer the prompts and turn scores into advantages and returns. ``rng`` is consumed; ``params`` as in the state.
+    """Samples responses, scores them and computes advantages and returns (InstructGPT 3.5).
 
-    The old log-probabilities come from the same scoring function as the reference's and the update's, so that the
-    first ratio is 1 and the KL of equal models 0; the sampler's own are compared with them in ``sampler_gap``. The
-    other arguments are those of `make_train_step`.
+    The old log-probabilities come from `Models.logprobs`, as do those of the reference and of the update, so the first
+    ratio is 1 and the KL between equal models 0. The metric ``sampler_gap`` compares them with the log-probabilities
+    that the sampler reported.
+
+    Args:
+        models: The functions to call.
+        params: Trained parameters, as in `PPOState`.
+        frozen: Parameters of the reference and of the reward model.
+        hyper: Hyperparameters.
+        batch: Prompts; ``ptx`` is not used.
+        rng: Key of the iteration; consumed.
+        kl_scale: Factor of `Hyper.kl_coef` from the adaptive controller.
+        past: Running means of earlier iterations, for REINFORCE's baseline and ``normalise_values``; None for none.
+        samples, estimate, unfinished, normalise_values, correct_sampler, axis_name: As in `make_train_step`.
+
+    Returns:
+        ``(experience, metrics)``. The metrics are described in `make_train_step`, which removes two that
+        `ppo_state.finish_iteration` reads: ``target`` and ``target_square``, the means of the critic's targets and of
+        their squares.
+
+    Raises:
+        ValueError: If `Models.score` does not return one score per response, or the estimator refuses its input.
     """
     params = models.join(frozen, params)
+
+    # 1. Rollout: responses from the policy (InstructGPT C.4).
     B = batch.prompts_BP.shape[0] * samples
-    rng_B = dealing.row_keys(rng, B, axis_name=axis_name)
+    rng_B = minibatch_lib.row_keys(rng, B, axis_name=axis_name)
     rollout = models.generate(params["policy"], rng_B, batch.prompts_BP, batch.mask_BP, hyper.temperature)
     tokens_BL, mask_BL, response_BT = rollout.tokens_BL, rollout.mask_BL, rollout.response_mask_BT
-    scores_B = masking.as_float32(models.score(frozen.reward, rollout))
-    if scores_B.shape != (B,) or response_BT.shape[0] != B:
-        raise ValueError(
-            f"Models.score gave shape {scores_B.shape} for {response_BT.shape[0]} answers, and {samples} to each of "
-            f"{batch.prompts_BP.shape[0]} prompts are {B}; it must give one score an answer"
-        )
-    stopped_B = rollout.finish_B == 1
-    paid_B = unfinished(jnp.clip(scores_B, -hyper.reward_clip, hyper.reward_clip), stopped_B, hyper)
 
+    # 2. Score: s(x, y), replaced where a response has no stop token (Ziegler 2019).
+    raw_scores_B = masking.as_float32(models.score(frozen.reward, rollout))
+    if raw_scores_B.shape != (B,) or response_BT.shape[0] != B:
+        raise ValueError(
+            f"Models.score returned shape {raw_scores_B.shape} for {response_BT.shape[0]} responses; "
+            f"{batch.prompts_BP.shape[0]} prompts with samples={samples} need one score per response, shape ({B},)"
+        )
+    clipped_B = jnp.clip(raw_scores_B, -hyper.reward_clip, hyper.reward_clip)
+    scores_B = unfinished(clipped_B, rollout.finish_B == 1, hyper)
+
+    # Log-probabilities of policy and reference, and values of the critic, V_t.
     logprobs_BT, entropy_BT = models.logprobs(params["policy"], tokens_BL, mask_BL, hyper.temperature)
     reference_BT, _ = models.logprobs(frozen.reference, tokens_BL, mask_BL, hyper.temperature)
-    own_BT = None if models.values is None else models.values(params["critic"], tokens_BL, mask_BL)
+    critic_BT = None if models.values is None else models.values(params["critic"], tokens_BL, mask_BL)
     scale = past.scale() if past is not None and normalise_values else None
-    values_BT = own_BT if scale is None or own_BT is None else own_BT * scale[1] + scale[0]
+    values_BT = critic_BT if scale is None or critic_BT is None else critic_BT * scale[1] + scale[0]
 
+    # 3. and 4. KL-penalised reward (InstructGPT Eq 2), GAE (Schulman 2016 Eq 16).
     kl_coef = hyper.kl_coef * kl_scale
-    before = jnp.zeros(()) if past is None else jnp.where(past.returns.weight > 0, past.returns.value(), 0.0)
-    scored = estimators.Scored(paid_B, logprobs_BT, reference_BT, values_BT, response_BT, kl_coef, before)
-    shared: Any = {} if axis_name is None else {"axis_name": axis_name}
-    advantages_BT, returns_BT = estimate(scored, hyper, **shared)
+    past_return = jnp.zeros(()) if past is None else jnp.where(past.returns.weight > 0, past.returns.value(), 0.0)
+    scored = estimators.Scored(scores_B, logprobs_BT, reference_BT, values_BT, response_BT, kl_coef, past_return)
+    axis: Any = {} if axis_name is None else {"axis_name": axis_name}
+    advantages_BT, returns_BT = estimate(scored, hyper, **axis)
+
     experience = Experience(
         tokens_BL=tokens_BL,
         mask_BL=mask_BL,
         response_mask_BT=response_BT,
         logprobs_BT=logprobs_BT,
-        values_BT=own_BT,
+        values_BT=critic_BT,
         advantages_BT=advantages_BT,
         returns_BT=returns_BT if scale is None or returns_BT is None else (returns_BT - scale[0]) / scale[1],
         weights_BT=policy_losses.importance_weights(logprobs_BT, rollout.logprobs_BT, cap=hyper.sampler_cap)
@@ -124,33 +156,8 @@ def collect(
         else None,
         reference_BT=reference_BT,
     )
-    kl_B = masking.masked_sum(kl.k1(logprobs_BT, reference_BT), where=response_BT, axis=-1)
-    gap_BT = jnp.where(response_BT, rollout.logprobs_BT - logprobs_BT, 0.0)
-    odds_BT = masking.masked_fill(kl.ratio(logprobs_BT, rollout.logprobs_BT), where=response_BT)
-    total, mean = partial(masking.masked_sum, axis_name=axis_name), partial(metrics.mean_metric, axis_name=axis_name)
-    tokens = total(response_BT, where=True)
-    logs = {
-        "reward": mean(scores_B),
-        "reward_std": jnp.sqrt(masking.masked_var(scores_B, where=True, axis_name=axis_name)),
-        "kl": mean(kl_B),
-        "kl_coef": kl_coef,
-        "return": mean(paid_B - kl_coef * kl_B),
-        "length": mean(rollout.lengths_B),
-        "stopped": mean(stopped_B),
-        "entropy": mean(entropy_BT, response_BT),
-        "sampler_gap": masking.global_max(jnp.abs(gap_BT), axis_name=axis_name),
-        "sampler_gap_mean": mean(jnp.abs(gap_BT), response_BT),
-        "sampler_ess": jnp.square(total(odds_BT, where=True))
-        / jnp.maximum(total(jnp.square(odds_BT), where=True) * tokens, 1e-8),
-    }
-    bad = nonfinite.of_tokens(logprobs_BT, reference_BT, values_BT, where_BT=response_BT)
-    logs |= nonfinite.numbers(bad.either(nonfinite.of_losses(scores_B)), axis_name=axis_name)
-    if values_BT is not None and returns_BT is not None:
-        spread = masking.masked_var(returns_BT, where=response_BT, axis_name=axis_name)
-        missed = masking.masked_mean(jnp.square(values_BT - returns_BT), where=response_BT, axis_name=axis_name)
-        logs["explained_variance"] = 1.0 - missed / jnp.maximum(spread, 1e-8)
-        logs |= {"target": mean(returns_BT, response_BT)}
-        logs |= {"target_square": mean(jnp.square(returns_BT), response_BT)}
+    logs = ppo_metrics.rollout_metrics(rollout, raw_scores_B, entropy_BT, scored, returns_BT, axis_name=axis_name)
+    mean = partial(metrics.mean_metric, axis_name=axis_name)
     if frozen.heldout is not None:
         logs["heldout_reward"] = mean(masking.as_float32(models.score(frozen.heldout, rollout)))
     if models.watch is not None:
@@ -158,11 +165,13 @@ def collect(
     return experience, logs
 
 
-class Totals(NamedTuple):
-    """What a minibatch's sums are divided by, which its micro-batches share."""
+class Denominators(NamedTuple):
+    """What the sums of a minibatch are divided by. Its micro-batches share them."""
 
     policy: jax.Array
+    """Denominator of the policy loss, from the `aggregation.Reduction`."""
     tokens: jax.Array
+    """Number of response tokens."""
 
 
 def loss(
@@ -172,20 +181,38 @@ def loss(
     hyper: Hyper,
     *,
     weights_B: jax.Array | None = None,
-    totals: Totals | None = None,
+    denominators: Denominators | None = None,
     kl_loss: Callable[..., jax.Array] | None = None,
     entropy_bonus: bool = False,
     axis_name: AxisName = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Clipped policy loss plus clipped value loss of one minibatch (Schulman 2017; Ziegler 2019, code).
+    """Computes the clipped policy loss plus the clipped value loss of a minibatch.
 
-    ``params`` are those that ``models.join`` gives. ``weights_B`` and ``totals`` say how tokens become a mean; by
-    default every token weighs the same.
+    With ``u_t = exp(log pi - log pi_old)``, the policy loss is the mean of ``max(-A u, -A clip(u, 1 - eps, 1 + eps))``
+    (Schulman 2017 Eq 7) and the value loss half the mean of ``max((V - R)^2, (clip(V, V_old +- eps_v) - R)^2)``
+    (Ziegler 2019, code).
+
+    Args:
+        models: The functions to call.
+        params: Parameters of policy and critic, as `Models.join` returns them.
+        experience: The minibatch.
+        hyper: Hyperparameters.
+        weights_B: Weight of the tokens of each response in the policy loss; by default a mean over tokens.
+        denominators: Denominators that belong to ``weights_B``; both are given, or neither.
+        kl_loss, entropy_bonus, axis_name: As in `make_train_step`.
+
+    Returns:
+        ``(loss, metrics)``, float32 scalars.
     """
     where_BT = experience.response_mask_BT
-    if weights_B is None or totals is None:
+    if weights_B is None or denominators is None:
         weights_B, count = aggregation.token_mean(where_BT, axis_name=axis_name)
-        totals = Totals(count, count)
+        denominators = Denominators(count, count)
+
+    def token_mean(x_BT: jax.Array) -> jax.Array:
+        return masking.masked_sum(x_BT, where=where_BT, axis_name=axis_name) / denominators.tokens
+
+    # 5a. Clipped policy loss (Schulman 2017 Eq 7).
     logprobs_BT, entropy_BT = models.logprobs(
         params["policy"], experience.tokens_BL, experience.mask_BL, hyper.temperature
     )
@@ -197,12 +224,8 @@ def loss(
     if kl_loss is not None:
         assert experience.reference_BT is not None
         policy_BT = policy_BT + hyper.kl_loss_coef * kl_loss(logprobs_BT, experience.reference_BT)
-
-    def token_mean(x_BT: jax.Array) -> jax.Array:
-        return masking.masked_sum(x_BT, where=where_BT, axis_name=axis_name) / totals.tokens
-
     policy_sum = aggregation.weighted_sum(policy_BT, weights_B, where=where_BT, axis_name=axis_name)
-    objective = policy_loss = policy_sum / totals.policy
+    objective = policy_loss = policy_sum / denominators.policy
     log_ratio_BT = jnp.where(where_BT, logprobs_BT - experience.logprobs_BT, 0.0)
     ratio_BT = jnp.exp(log_ratio_BT)
     logs = {
@@ -213,6 +236,8 @@ def loss(
         "ratio_max": masking.global_max(ratio_BT, axis_name=axis_name),
         "ratio_error": masking.global_max(jnp.abs(ratio_BT - 1.0), axis_name=axis_name),
     }
+
+    # 5b. Clipped value loss (Ziegler 2019, code).
     if models.values is not None and experience.values_BT is not None and experience.returns_BT is not None:
         values_BT = models.values(params["critic"], experience.tokens_BL, experience.mask_BL)
         value_loss = token_mean(
@@ -243,76 +268,109 @@ def update(
     shards: int = 1,
     axis_name: AxisName = None,
 ) -> tuple[PPOState, dict[str, jax.Array]]:
-    """Improve policy and critic on one batch of experience: ``epochs * minibatches`` optimiser steps in one scan.
+    """Trains policy and critic on a batch of experience: ``epochs * minibatches`` optimiser steps in one scan.
 
-    Minibatches are drawn anew every epoch. In PPO-ptx the gradients of the two parts are taken one after the other and
-    added before one optimiser step (InstructGPT C.4). ``rng`` is consumed; ``frozen`` is for ``models.join``. Logs are
-    means over the steps, but ``ratio_max`` (their maximum) and ``first_ratio_error``, how far any ratio was from 1
-    before the first step. The other arguments are those of `make_train_step`.
+    Each epoch draws new minibatches. In PPO-ptx, the gradients of the PPO loss and of the pretraining loss are computed
+    one after the other and added before one optimiser step (InstructGPT C.4).
+
+    Args:
+        models: The functions to call.
+        state: The state to train; donate it where this function is compiled by itself.
+        experience: Experience of B responses, from `collect`.
+        hyper: Hyperparameters.
+        ptx: Pretraining rows, as in `Batch`; None for plain PPO.
+        rng: Key of the order of the responses; consumed.
+        frozen: The first argument of `Models.join`.
+        epochs, minibatches, micro_batches, reduction, kl_loss, entropy_bonus, shards, axis_name: As in
+            `make_train_step`.
+
+    Returns:
+        ``(state, metrics)``. The metrics are described in `make_train_step`.
+
+    Raises:
+        ValueError: If B, or the number of pretraining rows, is not divisible as required, or if ``ptx`` is given and
+            `Models.token_logprobs` is None.
     """
     B = experience.tokens_BL.shape[0]
-    rows_USR = dealing.minibatches(rng, B, epochs=epochs, count=minibatches, shards=shards, axis_name=axis_name)
-    joined = partial(models.join, frozen)
-    ptx_U = dealing.in_turn(ptx, rows_USR.shape[0], shards=rows_USR.shape[1])
+    rows_USR = minibatch_lib.minibatches(rng, B, epochs=epochs, count=minibatches, shards=shards, axis_name=axis_name)
+    ptx_U = minibatch_lib.split_updates(ptx, rows_USR.shape[0], shards=rows_USR.shape[1])
+    join = partial(models.join, frozen)
 
-    def loss_fn(params: Params, part: tuple[Experience, jax.Array], totals: Totals) -> tuple[jax.Array, Any]:
-        rows, weights_B = part
-        how: Any = {"weights_B": weights_B, "totals": totals, "kl_loss": kl_loss, "entropy_bonus": entropy_bonus}
-        return loss(models, joined(params), rows, hyper, **how, axis_name=axis_name)
-
-    def one_step(state: PPOState, now: tuple[jax.Array, TokenBatch | None]) -> tuple[PPOState, dict[str, jax.Array]]:
-        rows_SR, pretraining = now
-        minibatch = dealing.take(experience, rows_SR)
-        weights_M, total = reduction(minibatch.response_mask_BT, axis_name=axis_name)
-        totals = Totals(total, aggregation.token_mean(minibatch.response_mask_BT, axis_name=axis_name)[1])
-        (value, logs), grads = step.loss_and_grads(
-            loss_fn, state.params, (minibatch, weights_M), totals, micro_batches=micro_batches, merge=_merged
+    def loss_fn(
+        params: Params, part: tuple[Experience, jax.Array], denominators: Denominators
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return loss(
+            models,
+            join(params),
+            part[0],
+            hyper,
+            weights_B=part[1],
+            denominators=denominators,
+            kl_loss=kl_loss,
+            entropy_bonus=entropy_bonus,
+            axis_name=axis_name,
         )
+
+    def one_update(
+        state: PPOState, inputs: tuple[jax.Array, TokenBatch | None]
+    ) -> tuple[PPOState, dict[str, jax.Array]]:
+        rows_SR, pretraining = inputs
+        minibatch = minibatch_lib.take(experience, rows_SR)
+        weights_M, total = reduction(minibatch.response_mask_BT, axis_name=axis_name)
+        tokens = aggregation.token_mean(minibatch.response_mask_BT, axis_name=axis_name)[1]
+        (value, logs), grads = optim_update.loss_and_grads(
+            loss_fn,
+            state.params,
+            (minibatch, weights_M),
+            Denominators(total, tokens),
+            micro_batches=micro_batches,
+            merge=ppo_metrics.merge_micro_batches,
+        )
+
+        # 6. PPO-ptx: add gamma times the gradient of the pretraining loss (InstructGPT Eq 2 and C.4). The branch is
+        # taken at run time, so that PPO and PPO-ptx are one program and PPO does not pay for ptx.
         if pretraining is not None:
-            # The branch is taken at run time: plain PPO and PPO-ptx are one program, and PPO does not pay for ptx.
-            def of_text(policy: Params) -> jax.Array:
-                policy = joined({**state.params, "policy": policy})["policy"]
+
+            def pretraining_loss(policy: Params) -> jax.Array:
+                policy = join({**state.params, "policy": policy})["policy"]
                 return ptx_loss(models, policy, pretraining, axis_name=axis_name)
 
             nll, ptx_grads = jax.lax.cond(
                 hyper.ptx_coef > 0,
-                jax.value_and_grad(of_text),
+                jax.value_and_grad(pretraining_loss),
                 lambda p: (jnp.zeros(()), jax.tree.map(jnp.zeros_like, p)),
                 state.params["policy"],
             )
             grads["policy"] = jax.tree.map(lambda g, h: g + hyper.ptx_coef * h, grads["policy"], ptx_grads)
             logs["ptx_loss"] = nll
-            how: Any = {"weights_B": weights_M, "total": total, "axis_name": axis_name}
-            logs |= ptx_lib.coefficients(hyper.ptx_coef, pretraining, minibatch.response_mask_BT, **how)
+            logs |= ptx_lib.coefficients(
+                hyper.ptx_coef,
+                pretraining,
+                minibatch.response_mask_BT,
+                weights_B=weights_M,
+                total=total,
+                axis_name=axis_name,
+            )
+
+        # 7. Optimiser step and average of the policy weights (InstructGPT C.4).
         if axis_name is not None:
             grads = jax.lax.pmean(grads, axis_name)
-        logs |= {f"grad_norm_{part}": step.global_norm(grads[part]) for part in grads}
+        logs |= {f"grad_norm_{part}": optim_update.global_norm(grads[part]) for part in grads}
         rates = {"policy": hyper.learning_rate, "critic": hyper.critic_learning_rate}
-        state, update_logs = step.apply_gradients(
+        state, update_logs = optim_update.apply_gradients(
             state,
             grads,
             learning_rate={part: rates[part] for part in grads},
             max_grad_norm=hyper.max_grad_norm,
             loss=value,
         )
-        # A skipped step leaves the average as it was, too.
+        # A skipped update does not change the average either.
         decay = jnp.where(update_logs["skipped"] > 0, 1.0, hyper.ema_decay)
-        return state.replace(ema=ppo_state.towards(state.ema, state.params["policy"], decay)), logs | update_logs
+        ema = ppo_state.moving_average(state.ema, state.params["policy"], decay)
+        return state.replace(ema=ema), logs | update_logs
 
-    state, logs_U = jax.lax.scan(one_step, state, (rows_USR, ptx_U))
-    logs = {name: jnp.mean(values_U) for name, values_U in logs_U.items()}
-    first_ratio_error = logs_U["ratio_error"][0]
-    logs |= {"ratio_max": jnp.max(logs_U["ratio_max"]), "first_ratio_error": first_ratio_error}
-    skipped_U = logs_U["skipped"]
-    logs["skipped"] = jnp.sum(skipped_U)
-    logs["bad_update"] = jnp.where(jnp.any(skipped_U > 0), jnp.argmax(skipped_U), -1).astype(jnp.float32)
-    return state, {name: value for name, value in logs.items() if name != "ratio_error"}
-
-
-def _merged(logs_M: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The logs of a minibatch from those of its micro-batches."""
-    largest = ("ratio_max", "ratio_error")
-    return {name: jnp.max(x_M) if name in largest else jnp.sum(x_M) for name, x_M in logs_M.items()}
+    state, logs_U = jax.lax.scan(one_update, state, (rows_USR, ptx_U))
+    return state, ppo_metrics.merge_updates(logs_U)
 
 
 def make_train_step(
@@ -326,44 +384,81 @@ def make_train_step(
     reduction: aggregation.Reduction = aggregation.token_mean,
     kl_loss: Callable[..., jax.Array] | None = None,
     entropy_bonus: bool = False,
-    unfinished: Callable[..., jax.Array] = replaced,
+    unfinished: Callable[..., jax.Array] = replace_score,
     normalise_values: bool = False,
     correct_sampler: bool = False,
     shards: int = 1,
     axis_name: AxisName = None,
 ) -> Callable[..., tuple[PPOState, dict[str, Any]]]:
-    """Build ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)``: rollout to update in one program.
+    """Returns ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)``, a whole iteration of PPO.
 
     Args:
-        models: What is called.
+        models: The functions to call.
         epochs: Passes over each rollout (1 in InstructGPT, 4 in Ziegler and Stiennon).
-        minibatches: Optimiser steps an epoch; divides the number of answers.
-        micro_batches: Parts of a minibatch that are held in memory one at a time and give the same gradient.
-        samples: Answers to each prompt; ``models.generate`` gets as many keys and gives as many rows, those of one
-            prompt next to each other.
-        estimate: Advantages and returns of a scored batch; see `train.estimators`.
-        reduction: How token losses become one number; see `reductions`. The value loss is always a mean over tokens.
-        kl_loss: ``kl.k2`` or ``kl.k3`` of policy and reference as a loss of its own, times ``Hyper.kl_loss_coef``.
-        entropy_bonus: Whether the policy loss has one, times ``Hyper.entropy_coef``.
-        unfinished: ``(scores_B, stopped_B, hyper) -> scores_B``: `replaced` or `lowered`.
-        normalise_values: Let the critic learn returns less their running mean over their deviation (Xu 2024).
-        correct_sampler: Weigh each token's policy loss by how much likelier the policy makes it than the sampler did,
-            up to ``Hyper.sampler_cap``, where the sampler drew from another distribution (top-p, a faster kernel).
-        shards: Blocks of neighbours that the answers, and the pretraining rows, are dealt in; each minibatch takes as
-            many of every block (`train.dealing`). A multiple of the number of devices keeps rows where they are.
-        axis_name: Of devices that share the batch, each with its own prompts and pretraining rows (`shard_map`,
-            `pmap`); they divide ``shards``. Samples and minibatches are those of one device with all of the rows.
+        minibatches: Optimiser steps per epoch (8 in InstructGPT); divides the number of responses.
+        micro_batches: Parts of a minibatch that are held in memory one at a time; the gradient is the same.
+        samples: Responses to each prompt. `Models.generate` receives ``samples`` keys per prompt and returns as many
+            rows, those of one prompt next to each other.
+        estimate: Computes advantages and returns of a scored batch; see `train.estimators`.
+        reduction: Reduces the token losses of the policy to a scalar; see `aggregation`. The value loss is always a
+            mean over tokens.
+        kl_loss: `kl.k2` or `kl.k3`, added to the policy loss with weight `Hyper.kl_loss_coef`; None for none.
+        entropy_bonus: Whether to subtract `Hyper.entropy_coef` times the entropy from the loss.
+        unfinished: ``(scores_B, stopped_B, hyper) -> scores_B``, the rule for responses without a stop token:
+            `replace_score` or `subtract_penalty`.
+        normalise_values: Whether the critic learns returns minus their running mean, divided by their running
+            standard deviation (Xu 2024).
+        correct_sampler: Whether to weigh the policy loss of each token by the probability ratio of policy and sampler,
+            up to `Hyper.sampler_cap`. Use it if the sampler draws from another distribution (top-p, another kernel).
+        shards: Number of blocks of adjacent rows into which responses and pretraining rows are divided; a minibatch
+            takes equally many rows from each block (`train.minibatches`). With a multiple of the number of devices, no
+            row leaves its device.
+        axis_name: Axis of devices that share the batch under `shard_map` or `pmap`, each with its own prompts and
+            pretraining rows. Their number divides ``shards``. The result is that of one device with all rows.
+
+    Returns:
+        A step that donates its ``state``, a `PPOState`, where it is compiled (`parallel.jit_step`). ``frozen`` is a
+        `Frozen`, ``hyper`` a `Hyper`, ``batch`` a `Batch`, and ``rng`` one key for the whole run, into which the step
+        folds ``state.step``. Metrics of the rollout:
+
+        - ``reward``, ``reward_std``: mean and standard deviation of the scores, before clipping.
+        - ``kl``: mean over the responses of the summed ``log pi - log pi_ref``, in nats per response.
+        - ``kl_coef``: the coefficient used, in reward per nat.
+        - ``return``: mean score after clipping and ``unfinished``, minus ``kl_coef`` times the KL.
+        - ``length``: mean length of a response, in tokens; ``stopped``: share of responses with a stop token.
+        - ``entropy``: mean entropy of the policy, in nats per token.
+        - ``sampler_gap``, ``sampler_gap_mean``: largest and mean absolute difference between the log-probabilities of
+          the sampler and those of the scoring pass, in nats.
+        - ``sampler_ess``: effective sample size of the importance weights, as a share of the tokens.
+        - ``explained_variance``: 1 - (mean squared error of the critic) / (variance of the returns).
+        - ``heldout_reward``: mean score of `Frozen.heldout`; and the mean of each number of `Models.watch`.
+        - ``bad_rows``, ``bad_row``: number of responses with a non-finite number and index of the first, or -1.
+
+        Metrics of the updates, averaged over them:
+
+        - ``policy_loss``, ``value_loss``: the clipped losses.
+        - ``ptx_loss``: pretraining loss in nats per token; ``ptx_coef_per_token``, ``ptx_coef_per_sequence``: its
+          weight in two normalisations (`ptx.coefficients`).
+        - ``approx_kl``: half the mean squared log-ratio of new and old policy, in nats per token.
+        - ``clip_fraction``: share of tokens with a ratio outside the clip range; ``ratio_mean``: mean ratio.
+        - ``ratio_max``: largest ratio in any update; ``first_ratio_error``: largest distance of a ratio from 1 in the
+          first update, before which policy and old policy are equal.
+        - ``grad_norm``, ``grad_norm_policy``, ``grad_norm_critic``: l2 norms of the gradients before clipping.
+        - ``skipped``: number of skipped updates; ``bad_update``: index of the first, or -1.
+        - ``learning_rate``: that of the policy.
+
+        The step raises ``ValueError`` for the reasons given in `collect` and `update`.
     """
 
     def train_step(
         state: PPOState, frozen: Frozen, hyper: Hyper, batch: Batch, rng: jax.Array
     ) -> tuple[PPOState, dict[str, Any]]:
         sample_rng, order_rng = jax.random.split(jax.random.fold_in(rng, state.step))
-        compared = frozen if state.reference is None else frozen._replace(reference=state.reference)
+        frozen = frozen if state.reference is None else frozen._replace(reference=state.reference)
         experience, logs = collect(
             models,
             state.params,
-            compared,
+            frozen,
             hyper,
             batch,
             sample_rng,
@@ -383,7 +478,7 @@ def make_train_step(
             hyper,
             batch.ptx,
             order_rng,
-            frozen=compared,
+            frozen=frozen,
             epochs=epochs,
             minibatches=minibatches,
             micro_batches=micro_batches,
@@ -393,14 +488,8 @@ def make_train_step(
             shards=shards,
             axis_name=axis_name,
         )
-        carried = ppo_state.carried(state, hyper, logs)
-        # Held back with the weights: a KL that is not a number would stay in the controller for good.
-        held = update_logs["skipped"] > 0
-        carried = {
-            name: jax.tree.map(lambda new, old: jnp.where(held, old, new), new, getattr(state, name))
-            for name, new in carried.items()
-        }
+        state = ppo_state.finish_iteration(state, hyper, logs, skipped=update_logs["skipped"] > 0)
         logs = {name: value for name, value in logs.items() if name not in ("target", "target_square")}
-        return state.replace(**carried), logs | update_logs | {"learning_rate": hyper.learning_rate}
+        return state, logs | update_logs | {"learning_rate": hyper.learning_rate}
 
     return train_step

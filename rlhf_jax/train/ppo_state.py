@@ -1,8 +1,7 @@
-"""What PPO is given and what it carries: the functions it calls, its numbers, its state and its input."""
+"""The inputs and the state of PPO: the functions it calls, its hyperparameters, its state and its batch."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,107 +17,124 @@ from rlhf_jax.types import Params, Rollout
 
 
 class Models(NamedTuple):
-    """What PPO calls. P is the prompt width; every ``params`` is the pytree that belongs to the function."""
+    """The functions that PPO calls. P is the prompt width; ``params`` is the pytree of the model in question."""
 
     generate: Callable[..., Rollout]
-    """``(params, rng_B, prompts_BP, mask_BP, temperature) -> Rollout``"""
+    """``(params, rng_B, prompts_BP, mask_BP, temperature) -> Rollout`` samples responses from the policy."""
     logprobs: Callable[..., Any]
-    """``(params, tokens_BL, mask_BL, temperature) -> (logprobs_BT, entropy_BT)`` of the response tokens."""
+    """``(params, tokens_BL, mask_BL, temperature) -> (logprobs_BT, entropy_BT)`` of the response tokens, in nats."""
     values: Callable[..., jax.Array] | None
-    """``(params, tokens_BL, mask_BL) -> values_BT`` before each response token; None where there is no critic."""
+    """``(params, tokens_BL, mask_BL) -> values_BT``, the critic's value before each response token; None without a
+    critic."""
     score: Callable[..., jax.Array]
-    """``(params, rollout) -> scores_B``; any function, a reward model or a program."""
+    """``(params, rollout) -> scores_B``: a reward model or any other function of the responses."""
     token_logprobs: Callable[..., jax.Array] | None = None
-    """``(params, tokens_BL, mask_BL=...) -> [B, L]``, for the pretraining rows of PPO-ptx."""
+    """``(params, tokens_BL, mask_BL=...) -> [B, L]``, used for the pretraining rows of PPO-ptx."""
     watch: Callable[[Rollout], dict[str, jax.Array]] | None = None
-    """``rollout -> {name: [B]}``: numbers to log and not to train on, such as a gold score (over-optimisation)."""
+    """``rollout -> {name: [B]}``: numbers that are logged and not trained on, such as a gold score."""
     join: Callable[[Any, Params], Params] = update.all_trained
-    """``(frozen, params) -> {"policy", "critic"}`` as the functions above want them. A policy of adapters on its own
-    reference, which is then there once: ``lambda frozen, params: {**params, "policy":
-    lora.attach(frozen.reference, params["policy"], scale=...)}``. A critic on the policy's trunk: `shared_trunk`."""
+    """``(frozen, params) -> {"policy", "critic"}`` builds the parameters that the functions above take. For a policy of
+    adapters on the reference, so that the base model is held in memory once: ``lambda frozen, params: {**params,
+    "policy": lora.attach(frozen.reference, params["policy"], scale=...)}``. For a critic on the policy's trunk:
+    `shared_trunk`."""
 
 
 def shared_trunk(frozen: Any, params: Params) -> Params:
-    """The ``join`` of a critic that is a head on the policy's trunk, which both then train (Ziegler 2019).
+    """Returns the parameters of a critic that is a head on the policy's trunk (Ziegler 2019); use as `Models.join`.
 
-    ``params["critic"]`` holds the head alone, ``{"head": ...}``; made by `lm.with_head` with ``zero``, its values
-    begin at 0. ``Hyper.value_coef`` weighs what the value loss may do to the trunk.
+    ``params["critic"]`` holds the head alone, ``{"head": ...}``. A head made by `lm.with_head` with ``zero`` starts
+    with values of 0. Both losses train the trunk; `Hyper.value_coef` weighs the value loss.
     """
     del frozen
     return {"policy": params["policy"], "critic": {**params["policy"], **params["critic"]}}
 
 
 class Frozen(NamedTuple):
-    """What the step reads and never changes."""
+    """Parameters that a step reads and never changes."""
 
     reference: Params
+    """Parameters of the reference policy, from which the KL penalty is measured (the SFT model in InstructGPT)."""
     reward: Params
+    """Parameters of the reward model; the first argument of `Models.score`."""
     heldout: Params | None = None
-    """Of a second reward model: its mean score is logged as ``heldout_reward``, and nothing is trained on it."""
+    """Parameters of a second reward model. Its mean score is logged as ``heldout_reward``; nothing is trained on it."""
 
 
 @struct.dataclass
 class Hyper:
-    """Everything a sweep would vary, as traced scalars: changing one compiles nothing."""
+    """Hyperparameters as traced scalars: changing one does not recompile the step, and `jax.vmap` sweeps over them."""
 
     learning_rate: Any = 1e-5
+    """Learning rate of the policy (InstructGPT swept 2.55e-6 to 2.55e-5 for 1.3B and 6B)."""
     critic_learning_rate: Any = 1e-5
+    """Learning rate of the critic (InstructGPT: 9e-6; 5e-6 for 175B)."""
     kl_coef: Any = 0.02
-    """Reward per nat. The start of the adaptive controller where ``kl_gain`` is not 0."""
+    """KL coefficient beta, in reward per nat (InstructGPT: 0.02; Stiennon: 0.05); initial value if ``kl_gain`` > 0."""
     kl_target: Any = 6.0
-    """Nats a sequence that the controller steers to."""
+    """Target KL of the adaptive controller, in nats per response (Ziegler 2019: 6 or 10)."""
     kl_gain: Any = 0.0
-    """Of the adaptive controller (0.1 in Ziegler 2019); 0 keeps the coefficient fixed."""
+    """Gain of the adaptive controller per iteration (Ziegler 2019: 0.1); 0 keeps ``kl_coef`` fixed (InstructGPT)."""
     clip: Any = 0.2
+    """Clip range epsilon of the probability ratio (0.2 in InstructGPT and in the code of Ziegler 2019)."""
     value_clip: Any = 0.2
+    """Clip range of the value around the old value, in units of reward (0.2 in the code of Ziegler 2019)."""
     discount: Any = 1.0
+    """Discount factor gamma per token (1 in InstructGPT, Stiennon and Ziegler)."""
     lambda_: Any = 0.95
+    """Lambda of GAE (Ziegler and Stiennon: 0.95; Xu: 1; InstructGPT does not report it)."""
     temperature: Any = 1.0
-    """Of sampling and of every scoring pass alike."""
+    """Temperature of the policy, used for sampling and for every log-probability (InstructGPT: 1)."""
     missing_stop_score: Any = -1.0
-    """Replaces the score of an answer that never stopped; or what ``unfinished`` makes of it."""
+    """Score of a response without a stop token (Ziegler 2019: -1), as the step's ``unfinished`` applies it."""
     reward_clip: Any = jnp.inf
-    """Scores are kept within this on both sides (20 in Xu 2024)."""
+    """Scores are clipped to [-reward_clip, reward_clip] (Xu 2024: 20); infinity disables clipping."""
     value_coef: Any = 1.0
-    """Of the value loss, where critic and policy share weights (0.1 in Ziegler 2019); else the critic has its rate."""
+    """Weight of the value loss. It matters where critic and policy share a trunk (Ziegler 2019: 0.1)."""
     entropy_coef: Any = 0.0
-    """Of the entropy bonus, with ``entropy_bonus``. No paper of the three has one."""
+    """Weight of the entropy bonus, used if the step has ``entropy_bonus`` (none in InstructGPT, Stiennon, Ziegler)."""
     kl_loss_coef: Any = 0.0
-    """Of the KL loss, with ``kl_loss`` (0.04 in GRPO); the KL in the reward is ``kl_coef``, and both count twice."""
+    """Weight of the KL loss, used if the step has a ``kl_loss`` (GRPO: 0.04). Set ``kl_coef`` to 0 with it, or the KL
+    is penalised twice."""
     ptx_coef: Any = 0.0
-    """Weight of the mean pretraining loss per token; 0 is plain PPO, and then costs nothing."""
+    """Weight gamma of the pretraining loss, which is a mean over tokens (InstructGPT: 27.8); 0 is plain PPO and skips
+    the computation."""
     sampler_cap: Any = 2.0
-    """Largest weight of a token where the sampler's distribution is corrected for."""
+    """Largest importance weight of a token, used if the step has ``correct_sampler``."""
     max_grad_norm: Any = jnp.inf
+    """Gradients are scaled down to this global l2 norm; infinity disables clipping (InstructGPT does not report it)."""
     ema_decay: Any = 0.0
-    """Of the averaged policy weights (0.992 per step in InstructGPT); 0 follows the policy."""
+    """Decay per update of the averaged policy weights (InstructGPT: 0.992); at 0 they equal the policy."""
     reference_decay: Any = 1.0
-    """Of a reference that follows the policy once an iteration (Xu 2024), in a state that has one; 1 holds it still."""
+    """Decay per iteration of a reference that follows the policy (Xu 2024); 1 keeps it fixed. Used if the state has a
+    reference."""
 
 
-def replaced(scores_B: jax.Array, stopped_B: jax.Array, hyper: Hyper) -> jax.Array:
-    """An answer that never stopped is paid ``missing_stop_score``, whatever it scored (Ziegler 2019)."""
+def replace_score(scores_B: jax.Array, stopped_B: jax.Array, hyper: Hyper) -> jax.Array:
+    """Replaces the score of each response without a stop token by ``missing_stop_score`` (Ziegler 2019)."""
     return rewards.replace_unfinished(scores_B, stopped_B, score=hyper.missing_stop_score)
 
 
-def lowered(scores_B: jax.Array, stopped_B: jax.Array, hyper: Hyper) -> jax.Array:
-    """It is paid its score plus ``missing_stop_score``, which is negative: a later variant, not the papers' rule."""
+def subtract_penalty(scores_B: jax.Array, stopped_B: jax.Array, hyper: Hyper) -> jax.Array:
+    """Adds ``missing_stop_score``, which is negative, to the score of each response without a stop token.
+
+    Some later implementations do this; the papers replace the score (`replace_score`).
+    """
     return rewards.penalise_unfinished(scores_B, stopped_B, penalty=-hyper.missing_stop_score)
 
 
 @struct.dataclass
-class Past:
-    """Running means over the answers of all iterations so far."""
+class RunningMeans:
+    """Running means over the responses of all iterations so far."""
 
     returns: metrics.Metric
-    """Of whole answers, KL penalty included: the baseline of REINFORCE."""
+    """Score of a response minus its KL penalty: the baseline of REINFORCE."""
     targets: metrics.Metric
-    """Of the critic's targets, token by token."""
+    """Targets of the critic, per token."""
     squares: metrics.Metric
-    """Of their squares."""
+    """Squares of the targets, per token."""
 
     def scale(self) -> tuple[jax.Array, jax.Array]:
-        """Mean and standard deviation of the critic's targets; 0 and 1 while there are none."""
+        """Returns mean and standard deviation of the critic's targets; 0 and 1 before the first iteration."""
         some = self.targets.weight > 0
         mean = jnp.where(some, self.targets.value(), 0.0)
         variance = jnp.where(some, self.squares.value(), 1.0) - jnp.square(mean)
@@ -126,35 +142,46 @@ class Past:
 
 
 class PPOState(state_lib.TrainState):
-    """``params = {"policy", "critic"}``, and beside the optimiser what else a resumed run needs."""
+    """A ``TrainState`` with ``params = {"policy", "critic"}`` and everything else that a resumed run needs."""
 
     kl_scale: kl.ControllerState
-    """What the adaptive controller has come to multiply ``Hyper.kl_coef`` by, 1 at the start."""
+    """The factor by which the adaptive controller multiplies `Hyper.kl_coef`; 1 at the start."""
     ema: Params
-    """Averaged policy weights."""
-    past: Past
+    """Exponential moving average of the policy weights (InstructGPT C.4)."""
+    past: RunningMeans
+    """Running means over all earlier iterations."""
     reference: Params | None = None
-    """One that follows the policy, in place of the frozen one."""
+    """A reference that follows the policy and replaces `Frozen.reference`; None for a frozen reference."""
 
 
 class Batch(NamedTuple):
-    """One iteration's input."""
+    """The input of one iteration."""
 
     prompts_BP: jax.Array
+    """int32 prompts, left-padded."""
     mask_BP: jax.Array
+    """bool, True at the tokens of the prompts; the last column must be True."""
     ptx: TokenBatch | None = None
-    """Pretraining rows ``[epochs * minibatches * rows, L]``, dealt out to the updates in turn."""
+    """Pretraining rows ``[epochs * minibatches * rows, L]``; each update takes ``rows`` of them."""
 
 
 def create(policy: Params, critic: Params | None, tx: Any, *, reference: Params | None = None) -> PPOState:
-    """A fresh state; parameters are copied, since a step donates its state. ``tx`` has unit learning rate.
+    """Returns a new state at step 0.
 
-    Without a ``critic`` the state holds a policy alone. A ``reference`` given here follows the policy by
-    ``Hyper.reference_decay`` and is used in place of ``Frozen.reference``.
+    Args:
+        policy: Parameters of the policy. They are copied, as are the other parameters, because a step donates its
+            state.
+        critic: Parameters of the critic; None for methods without one.
+        tx: An optax transformation with unit learning rate, see `optim.update.apply_gradients`.
+        reference: Initial parameters of a reference that follows the policy at `Hyper.reference_decay` and replaces
+            `Frozen.reference`; None for a frozen reference.
+
+    Returns:
+        A `PPOState`.
     """
     base = state_lib.create({"policy": policy} | ({} if critic is None else {"critic": critic}), tx)
     ema, reference = (jax.tree.map(lambda x: jnp.array(x, copy=True), tree) for tree in (policy, reference))
-    nothing = [metrics.Metric(jnp.zeros(()), jnp.zeros(())) for _ in range(3)]
+    empty = [metrics.Metric(jnp.zeros(()), jnp.zeros(())) for _ in range(3)]
     return PPOState(
         step=base.step,
         apply_fn=base.apply_fn,
@@ -163,28 +190,35 @@ def create(policy: Params, critic: Params | None, tx: Any, *, reference: Params 
         opt_state=base.opt_state,
         kl_scale=kl.init_controller(1.0),
         ema=ema,
-        past=Past(*nothing),
+        past=RunningMeans(*empty),
         reference=reference,
     )
 
 
-def towards(old: Params, new: Params, decay: Any) -> Params:
-    """``old`` and ``new`` weighed by ``decay`` and the rest."""
+def moving_average(old: Params, new: Params, decay: Any) -> Params:
+    """Returns ``decay * old + (1 - decay) * new``, leaf by leaf."""
     return jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p, old, new)
 
 
-def carried(state: PPOState, hyper: Hyper, logs: dict[str, Any]) -> dict[str, Any]:
-    """What the next iteration takes over from this one, beside the weights."""
-    observed = logs["kl"].value()
-    past = dataclasses.replace(state.past, returns=state.past.returns.merge(logs["return"]))
+def finish_iteration(state: PPOState, hyper: Hyper, logs: dict[str, Any], *, skipped: jax.Array) -> PPOState:
+    """Returns the state with its KL controller, running means and moving reference updated after an iteration.
+
+    Args:
+        state: The state after the updates of the iteration.
+        hyper: The hyperparameters of the iteration.
+        logs: The metrics of `ppo.collect`, ``target`` and ``target_square`` included.
+        skipped: Whether an update was skipped. Then nothing changes: a KL of NaN would stay in the controller forever.
+
+    Returns:
+        A `PPOState`.
+    """
+    past = state.past.replace(returns=state.past.returns.merge(logs["return"]))  # type: ignore[attr-defined]
     if "target" in logs:
-        past = dataclasses.replace(
-            past, targets=past.targets.merge(logs["target"]), squares=past.squares.merge(logs["target_square"])
-        )
-    carried = {
-        "kl_scale": kl.update_controller(state.kl_scale, observed, target=hyper.kl_target, gain=hyper.kl_gain),
-        "past": past,
-    }
+        targets, squares = past.targets.merge(logs["target"]), past.squares.merge(logs["target_square"])
+        past = past.replace(targets=targets, squares=squares)
+    kl_scale = kl.update_controller(state.kl_scale, logs["kl"].value(), target=hyper.kl_target, gain=hyper.kl_gain)
+    new = {"kl_scale": kl_scale, "past": past}
     if state.reference is not None:
-        carried["reference"] = towards(state.reference, state.params["policy"], hyper.reference_decay)
-    return carried
+        new["reference"] = moving_average(state.reference, state.params["policy"], hyper.reference_decay)
+    old = {name: getattr(state, name) for name in new}
+    return state.replace(**jax.tree.map(lambda a, b: jnp.where(skipped, a, b), old, new))

@@ -1,4 +1,4 @@
-"""The pretraining part of PPO-ptx (InstructGPT 3.5, Eq 2): its loss, and what its coefficient amounts to."""
+"""The pretraining term of PPO-ptx (InstructGPT 3.5, Eq 2): its loss, and its coefficient in two normalisations."""
 
 from __future__ import annotations
 
@@ -13,9 +13,22 @@ from rlhf_jax.types import Params
 
 
 def ptx_loss(models: Models, policy: Params, rows: sft.TokenBatch, *, axis_name: AxisName = None) -> jax.Array:
-    """Mean negative log-probability of the pretraining tokens (InstructGPT Eq 2, second part); per token."""
+    """Returns the mean negative log-probability of the pretraining tokens (InstructGPT Eq 2, second term).
+
+    Args:
+        models: Its ``token_logprobs`` is called.
+        policy: Parameters of the policy.
+        rows: Pretraining rows; ``loss_mask_BL`` selects the tokens.
+        axis_name: Axis of devices that share the rows.
+
+    Returns:
+        A float32 scalar, in nats per token.
+
+    Raises:
+        ValueError: If ``models.token_logprobs`` is None.
+    """
     if models.token_logprobs is None:
-        raise ValueError("Batch.ptx was given, but Models.token_logprobs was not")
+        raise ValueError("Batch.ptx needs Models.token_logprobs, which is None")
     logprobs_BL = sft.batch_logprobs(models.token_logprobs, policy, rows)
     return -masking.masked_mean(logprobs_BL, where=rows.loss_mask_BL, axis_name=axis_name)
 
@@ -29,18 +42,28 @@ def coefficients(
     total: jax.Array,
     axis_name: AxisName = None,
 ) -> dict[str, jax.Array]:
-    """``ptx_coef``, a factor of :func:`ptx_loss`, in the two normalisations that a published number may be meant in.
+    """Converts ``ptx_coef``, the weight of :func:`ptx_loss`, to the two normalisations that a paper can mean.
 
-    InstructGPT's 27.8 comes without one. The same gradient, up to a factor of the whole objective, is that of:
+    InstructGPT does not say in which normalisation its 27.8 is meant. Up to a factor of the whole objective, the same
+    gradient is obtained with:
 
-    - ``ptx_coef_per_token``: both parts as means over their tokens;
-    - ``ptx_coef_per_sequence``: both as means over their sequences of sums over tokens, as Eq 2 has it. It is the
-      other one times the mean length of an answer by the mean length of a pretraining row, in tokens that count.
+    - ``ptx_coef_per_token``, if both terms are means over their tokens;
+    - ``ptx_coef_per_sequence``, if both are means over sequences of sums over tokens, as Eq 2 is written. It equals the
+      former times the mean length of a response, divided by the mean length of a pretraining row.
 
-    ``weights_B`` and ``total`` are what a `reductions.Reduction` makes of the answers' ``mask_BT``.
+    Args:
+        ptx_coef: Weight gamma of the pretraining loss.
+        rows: Pretraining rows.
+        mask_BT: bool, the response tokens.
+        weights_B: Weight of the tokens of each response, from an `aggregation.Reduction` of ``mask_BT``.
+        total: Denominator, from the same reduction.
+        axis_name: Axis of devices that share the batch.
+
+    Returns:
+        A dict with both coefficients, float32 scalars.
     """
     ones_BT = jnp.ones(mask_BT.shape)
-    # What the policy loss would be, were it 1 at every token; in a mean over tokens it is 1.
+    # The policy loss if it were 1 at every token; exactly 1 if the reduction is a mean over tokens.
     scale = aggregation.weighted_sum(ones_BT, weights_B, where=mask_BT, axis_name=axis_name) / total
     per_token = ptx_coef / jnp.maximum(scale, 1e-8)
     lengths = _mean_length(mask_BT, axis_name), _mean_length(rows.loss_mask_BL, axis_name)
@@ -48,6 +71,6 @@ def coefficients(
 
 
 def _mean_length(mask: jax.Array, axis_name: AxisName) -> jax.Array:
-    """Of the rows that are not empty; at least 1."""
+    """Returns the mean number of selected tokens over the rows that have any; at least 1."""
     tokens, rows = (masking.masked_count(x, where=x, axis_name=axis_name) for x in (mask, jnp.any(mask, axis=1)))
     return jnp.maximum(tokens, 1) / jnp.maximum(rows, 1)

@@ -1,7 +1,7 @@
-"""The reference's log-probabilities of a whole data set, computed once and kept in a file.
+"""Log-probabilities of a data set under the reference, computed once and cached in a file.
 
-The reference does not change while a policy is trained against it, so one forward pass over the data serves every epoch
-and every run. The file says of which reference, data and settings it is; it is used for no other.
+The reference does not change while a policy is trained against it, so one forward pass over the data suffices for all
+epochs and runs. The file records the reference, data and settings that it belongs to, and is used only for those.
 """
 
 from __future__ import annotations
@@ -24,18 +24,28 @@ Score = Callable[[Params, Preferences], jax.Array]
 """``(params, batch) -> [B, K]``: a compiled ``partial(dpo.answer_logprobs, logprobs)``."""
 
 
-def over_rows(score: Score, params: Params, data: Preferences, *, rows: int = 64) -> np.ndarray:
-    """``[N, K]`` float32: ``score`` of all of ``data``, ``rows`` at a time and in one shape, on the host."""
-    bare = _bare(data)
+def answer_logprobs(score: Score, params: Params, data: Preferences, *, rows: int = 64) -> np.ndarray:
+    """Computes ``score`` on all rows of a data set, in batches of one shape.
+
+    Args:
+        score: See `Score`.
+        params: Parameters of the model.
+        data: N rows.
+        rows: Rows per call of ``score``.
+
+    Returns:
+        ``[N, K]`` float32 on the host.
+    """
+    bare = _inputs(data)
     n = len(bare.tokens_BKL)
     parts = []
     for start in range(0, n, rows):
-        at = np.minimum(np.arange(start, start + rows), n - 1)  # the last row fills the last part
+        at = np.minimum(np.arange(start, start + rows), n - 1)  # the last row pads the last batch
         parts.append(score(params, jax.tree.map(lambda x: np.asarray(x)[at], bare)))  # noqa: B023
     return np.concatenate(jax.device_get(parts))[:n].astype(np.float32)
 
 
-def attached(
+def attach_logprobs(
     score: Score,
     params: Params,
     data: Preferences,
@@ -43,67 +53,70 @@ def attached(
     path: str | os.PathLike[str] | None = None,
     settings: Any = None,
     rows: int = 64,
-    tell: Callable[[str], None] = warnings.warn,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> Preferences:
-    """``data`` with ``reference_BK`` of the reference ``params``, that of its mismatched answers included.
+    """Returns ``data`` with ``reference_BK`` set, and that of its mismatched answers.
 
     Args:
-        score: See `Score`; called with ``rows`` rows at a time.
-        params: The reference's.
-        data: All of the data, in the order in which batches index it.
-        path: File that the numbers are kept in, NumPy's .npz; None for none. One of this reference, data and settings
-            is read. Any other, and one that is damaged, is told of, computed anew and replaced.
-        settings: Whatever else the numbers depend on (model, temperature, precision), as JSON.
-        rows: Rows of data in one call of ``score``.
-        tell: Gets one sentence where a file there could not be used.
+        score: See `Score`.
+        params: Parameters of the reference.
+        data: The whole data set, in the order in which batches index it.
+        path: Cache file in NumPy's .npz format; None for no cache. It is read if it belongs to this reference, data and
+            settings. Otherwise, or if it is damaged, ``warn`` is called and the file is replaced.
+        settings: Anything else that the log-probabilities depend on (model, temperature, precision), as JSON.
+        rows: Rows per call of ``score``.
+        warn: Called with one sentence if an existing file cannot be used.
+
+    Returns:
+        The data with log-probabilities ``[N, K]`` in float32.
     """
     parts = [data] if data.mismatched is None else [data, data.mismatched]
     identity = {
         "reference": batching.fingerprint(params),
-        "data": batching.fingerprint([jax.tree.leaves(_bare(part)) for part in parts]),
+        "data": batching.fingerprint([jax.tree.leaves(_inputs(part)) for part in parts]),
         "settings": json.dumps(settings, sort_keys=True),
     }
-    found = None if path is None else _read(pathlib.Path(path), identity, tell)
-    if found is None:
-        found = [over_rows(score, params, part, rows=rows) for part in parts]
+    logprobs = None if path is None else _read(pathlib.Path(path), identity, warn)
+    if logprobs is None:
+        logprobs = [answer_logprobs(score, params, part, rows=rows) for part in parts]
         if path is not None:
-            _write(pathlib.Path(path), identity, found)
-    made = data.replace(reference_BK=found[0])  # type: ignore[attr-defined]
+            _write(pathlib.Path(path), identity, logprobs)
+    result = data.replace(reference_BK=logprobs[0])  # type: ignore[attr-defined]
     if data.mismatched is None:
-        return made
-    return made.replace(mismatched=data.mismatched.replace(reference_BK=found[1]))
+        return result
+    return result.replace(mismatched=data.mismatched.replace(reference_BK=logprobs[1]))
 
 
-def _bare(data: Preferences) -> Preferences:
+def _inputs(data: Preferences) -> Preferences:
     return Preferences(data.tokens_BKL, data.mask_BKL, data.answer_BKC)
 
 
-def _read(path: pathlib.Path, identity: dict[str, str], tell: Callable[[str], None]) -> list[np.ndarray] | None:
+def _read(path: pathlib.Path, identity: dict[str, str], warn: Callable[[str], None]) -> list[np.ndarray] | None:
     if not path.exists():
         return None
     try:
-        # Opened here: NumPy leaves a file open that turns out to be no archive.
+        # NumPy does not close a file that is not an archive, so it is opened here.
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             saved = json.loads(str(file["identity"]))
-            found = [file[name] for name in sorted(set(file.files) - {"identity"})]
+            logprobs = [file[name] for name in sorted(set(file.files) - {"identity"})]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        tell(f"the reference's log-probabilities in {path} cannot be read ({error}); they are computed anew")
+        warn(f"cannot read the reference's log-probabilities from {path} ({error}); recomputing them")
         return None
-    other = [name for name, mine in identity.items() if saved.get(name) != mine]
-    if other:
-        tell(
-            f"the reference's log-probabilities in {path} are of another {' and other '.join(other)}; "
-            "they are computed anew"
+    different = [name for name, value in identity.items() if saved.get(name) != value]
+    if different:
+        warn(
+            f"the reference's log-probabilities in {path} belong to a different {' and different '.join(different)}; "
+            "recomputing them"
         )
         return None
-    return found
+    return logprobs
 
 
-def _write(path: pathlib.Path, identity: dict[str, str], found: list[np.ndarray]) -> None:
+def _write(path: pathlib.Path, identity: dict[str, str], logprobs: list[np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
-        named = {f"logprobs_{i}": x for i, x in enumerate(found)}
+        named = {f"logprobs_{i}": x for i, x in enumerate(logprobs)}
         np.savez(file, identity=np.asarray(json.dumps(identity)), **named)  # pyright: ignore[reportArgumentType]
         file.flush()
         os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Reward models from ranked completions: all pairs of a prompt in one batch element (InstructGPT 3.5, Eq 1)."""
+"""Reward models trained on ranked completions, all pairs of a prompt in one batch element (InstructGPT Eq 1)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,25 @@ from rlhf_jax.types import Comparisons, PackedComparisons
 
 
 class PairCounts(NamedTuple):
-    """Over all pairs of answers to one prompt that a labeler told apart."""
+    """Counts over the pairs of completions of a prompt that have different ranks."""
 
     right: jax.Array
-    """Pairs in which the preferred answer has the higher score."""
+    """Pairs in which the preferred completion has the higher score; equal scores count one half."""
+
     total: jax.Array
+    """All pairs with different ranks."""
 
 
 def count_pairs(scores_K: jax.Array, ranks_K: jax.Array, where_K: jax.Array) -> PairCounts:
-    """Count the pairs of one prompt that ``scores_K`` orders as ``ranks_K`` does; equal scores count a half."""
+    """Counts the pairs of a prompt that ``scores_K`` orders like ``ranks_K``, where 1 is the best rank.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rlhf_jax.train import reward_model
+        >>> counts = reward_model.count_pairs(jnp.array([2.0, 1.0, 3.0]), jnp.array([1, 2, 3]), jnp.ones(3, bool))
+        >>> print(float(counts.right), float(counts.total))
+        1.0 3.0
+    """
     better_KK = (ranks_K[:, None] < ranks_K[None, :]) & where_K[:, None] & where_K[None, :]
     gap_KK = scores_K[:, None] - scores_K[None, :]
     right_KK = jnp.where(gap_KK > 0, 1.0, jnp.where(gap_KK == 0, 0.5, 0.0))
@@ -32,9 +42,9 @@ def count_pairs(scores_K: jax.Array, ranks_K: jax.Array, where_K: jax.Array) -> 
 
 
 def score_all(score: Callable[..., jax.Array], params: Any, batch: Comparisons) -> jax.Array:
-    """Score every completion once: ``[B, K]`` float32, or ``[B, K, H]`` from several heads.
+    """Returns the score of every completion, ``[B, K]`` float32, or ``[B, K, H]`` for a model of H heads.
 
-    What stands where no completion is means nothing.
+    Entries without a completion have arbitrary values.
     """
     B, K, L = batch.tokens_BKL.shape
     flat = (B * K, L)
@@ -43,7 +53,7 @@ def score_all(score: Callable[..., jax.Array], params: Any, batch: Comparisons) 
 
 
 def score_all_packed(packed_scores: Callable[..., jax.Array], params: Any, batch: PackedComparisons) -> jax.Array:
-    """:func:`score_all` of packed completions, with ``packed_scores`` as `lm.packed_scores`."""
+    """Returns what :func:`score_all` returns, for packed completions; ``packed_scores`` is like `lm.packed_scores`."""
     return packed_scores(params, batch.tokens_RL, batch.segments_RL, batch.places_BK).astype(jnp.float32)
 
 
@@ -57,73 +67,99 @@ def make_train_step(
     micro_batches: int = 1,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    """Build ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)`` on a `types.Comparisons` batch.
+    """Returns ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)`` on a `types.Comparisons` batch.
 
-    ``score(params, tokens_BL, mask_BL=...) -> [B]``. With ``packed_scores(params, tokens_RL, segments_RL, places_BK)
-    -> [B, K]`` the step takes `types.PackedComparisons` as well, packed in as many groups as there are micro-batches,
-    and does the same with less padding.
+    The loss is the mean over the prompts that have a pair to learn from; by default that of InstructGPT Eq 1, the mean
+    of ``-log sigmoid(r_w - r_l)`` over all pairs of a prompt. With ``hyper["domain_weights"]`` it is instead the
+    weighted sum of the means of the domains (Bai 2022, 5.1.2: helpful + lambda harmless), which ``batch.domain_B``
+    distinguishes.
 
-    ``loss(scores_K, ranks_K, where_K=...)`` is that of one prompt, such as `losses.ranking`, `plackett_luce` or
-    `best_choice`; it gets the prompt's ``batch.loss_inputs`` by keyword. The batch's loss is the mean over the prompts
-    that have a pair to learn from. With ``hyper["domain_weights"]``, a float32 array, it is instead the weighted sum of
-    each domain's own mean (Bai 2022, 5.1.2: helpful + lambda harmless), by ``batch.domain_B``.
+    Args:
+        score: ``(params, tokens_BL, mask_BL=...) -> [B]``, such as `lm.score`; or ``[B, H]`` for a model of H heads.
+            Each head then learns from every prompt independently, as an ensemble, and the loss is the mean over heads.
+        packed_scores: ``(params, tokens_RL, segments_RL, places_BK) -> [B, K]``, such as `lm.packed_scores`. The step
+            then also takes `types.PackedComparisons`, with as many groups as micro-batches, and computes the same with
+            less padding.
+        loss: ``(scores_K, ranks_K, where_K=...) -> loss`` of one prompt, such as `losses.ranking`, `plackett_luce` or
+            `best_choice`. It receives the prompt's ``batch.loss_inputs`` as keyword arguments.
+        head_of_domain: Whether head h learns from the prompts of domain h only.
+        join: ``(frozen, params) -> params`` builds the parameters that ``score`` and ``packed_scores`` receive. By
+            default everything is trained. `partition.join` trains the parameters that match a pattern. This trains
+            adapters together with a head::
 
-    A model of several heads scores ``[B, H]``. Each head learns from every prompt by itself (an ensemble; the loss is
-    the mean over heads), or with ``head_of_domain`` from the prompts of the domain that has its number.
+                lambda base, own: {**lora.attach(base, own["lora"], scale=...), "head": own["head"]}
 
-    ``score`` and ``packed_scores`` get ``join(frozen, state.params)``. Adapters are trained together with a head of
-    their own by ``join=lambda base, own: {**lora.attach(base, own["lora"], scale=...), "head": own["head"]}``, and what
-    a pattern names by `partition.join`; without a ``join``, ``frozen`` is not used. Nor is ``rng``. ``hyper``:
-    ``learning_rate``, ``max_grad_norm`` (infinite for none).
+        micro_batches: Parts of the batch that are held in memory one at a time; the update is the same.
+        axis_name: Axis of devices that share the batch.
+
+    Returns:
+        A step. ``frozen`` is the first argument of ``join``; ``hyper`` is a dict with ``learning_rate``,
+        ``max_grad_norm`` (infinity for no clipping) and optionally ``domain_weights``, a float32 array with a weight
+        per domain; ``rng`` is not used. Metrics:
+
+        - ``loss``: the loss, in nats per pair for the default loss.
+        - ``accuracy``: share of the pairs in which the preferred answer has the higher score; ties count one half.
+        - ``score``: mean score of the completions.
+        - ``grad_norm``: l2 norm of the gradient before clipping; ``learning_rate``.
+        - ``skipped``: 1 if the update was not finite and was skipped, else 0.
+        - ``bad_rows``, ``bad_row``: number of prompts with a non-finite loss and index of the first, or -1.
+
+        It raises ``ValueError`` for a packed batch without ``packed_scores`` or with another number of groups, and for
+        domain weights or heads if the batch has no ``domain_B``.
     """
 
     def scores(params: Any, batch: Comparisons | PackedComparisons) -> jax.Array:
         if isinstance(batch, Comparisons):
             return score_all(score, params, batch)
         if packed_scores is None:
-            raise ValueError("the batch is packed, but make_train_step was given no packed_scores")
+            raise ValueError("the batch is packed; pass packed_scores to make_train_step")
         if batch.groups != micro_batches:
-            raise ValueError(f"the batch was packed in {batch.groups} groups for {micro_batches} micro-batches")
+            raise ValueError(
+                f"the batch is packed in {batch.groups} groups, but the step has {micro_batches} micro-batches; pack "
+                "it in as many groups"
+            )
         return score_all_packed(packed_scores, params, batch)
 
-    def heads_of(scores: jax.Array, batch: Comparisons | PackedComparisons) -> jax.Array:
-        """``[H, B, K]``: what each head is to learn from; one where there is one, or one that is the prompt's own."""
+    def scores_of_heads(scores: jax.Array, batch: Comparisons | PackedComparisons) -> jax.Array:
+        """Returns ``[H, B, K]``, the scores each head learns from; H is 1 for one head or with ``head_of_domain``."""
         if scores.ndim == 2:
             return scores[None]
         if not head_of_domain:
             return jnp.moveaxis(scores, -1, 0)
         own_BH = jax.nn.one_hot(_domains(batch), scores.shape[-1], dtype=bool)
         own_BK = jnp.sum(jnp.where(own_BH[:, None, :], scores, 0.0), axis=-1)
-        # A domain without a head scores nothing, and the step is skipped as not finite.
+        # A domain without a head has NaN scores, so that the step is skipped as not finite.
         return jnp.where(jnp.any(own_BH, axis=-1)[:, None], own_BK, jnp.nan)[None]
 
     def loss_fn(
         frozen: Any, weights_G: Any, params: Any, batch: Comparisons | PackedComparisons, total: jax.Array
     ) -> tuple[jax.Array, dict[str, Any]]:
-        scores_HBK = heads_of(scores(join(frozen, params), batch), batch)
+        scores_HBK = scores_of_heads(scores(join(frozen, params), batch), batch)
         ranks_BK, where_BK = batch.ranks_BK, batch.where_BK
         inputs = batch.loss_inputs or {}
 
-        def of_prompt(scores_K: jax.Array, ranks_K: jax.Array, where_K: jax.Array, given: Any) -> jax.Array:
-            return loss(scores_K, ranks_K, where_K=where_K, **given)
+        def prompt_loss(scores_K: jax.Array, ranks_K: jax.Array, where_K: jax.Array, extra: Any) -> jax.Array:
+            return loss(scores_K, ranks_K, where_K=where_K, **extra)
 
-        def of_head(scores_BK: jax.Array) -> tuple[jax.Array, PairCounts]:
+        def head_losses(scores_BK: jax.Array) -> tuple[jax.Array, PairCounts]:
             counts = jax.vmap(count_pairs)(scores_BK, ranks_BK, where_BK)
-            return jax.vmap(of_prompt)(scores_BK, ranks_BK, where_BK, inputs), counts
+            return jax.vmap(prompt_loss)(scores_BK, ranks_BK, where_BK, inputs), counts
 
-        losses_HB, pairs = jax.vmap(of_head)(scores_HBK)
+        losses_HB, pairs = jax.vmap(head_losses)(scores_HBK)
         losses_B = jnp.mean(losses_HB, axis=0)
         informative_B = jax.vmap(comparison.has_pairs)(ranks_BK, where_BK)
         if weights_G is None:
             loss_sum = masking.masked_sum(losses_B, where=informative_B, axis_name=axis_name)
             value, logged = loss_sum / jnp.maximum(total, 1.0), metrics.Metric(loss_sum, total / micro_batches)
         else:
-            mine_GB = _by_domain(informative_B, batch, weights_G.shape[0])
-            sums_G = jax.vmap(lambda mine_B: masking.masked_sum(losses_B, where=mine_B, axis_name=axis_name))(mine_GB)
-            # A domain without a weight would be left out without a word: the step is skipped as not finite instead.
-            lost_B = jnp.any(mine_GB, axis=0) != informative_B
-            all_there = masking.masked_count(lost_B, where=lost_B, axis_name=axis_name) == 0
-            value = jnp.where(all_there, jnp.sum(weights_G * sums_G / jnp.maximum(total, 1.0)), jnp.nan)
+            where_GB = _by_domain(informative_B, batch, weights_G.shape[0])
+            sums_G = jax.vmap(lambda where_B: masking.masked_sum(losses_B, where=where_B, axis_name=axis_name))(
+                where_GB
+            )
+            # A domain without a weight makes the loss NaN, so that the step is skipped; ignoring it would be silent.
+            ignored_B = jnp.any(where_GB, axis=0) != informative_B
+            complete = masking.masked_count(ignored_B, where=ignored_B, axis_name=axis_name) == 0
+            value = jnp.where(complete, jnp.sum(weights_G * sums_G / jnp.maximum(total, 1.0)), jnp.nan)
             logged = metrics.Metric(value, jnp.float32(1 / micro_batches))
         logs = {
             "loss": logged,
@@ -132,7 +168,7 @@ def make_train_step(
                 masking.masked_sum(pairs.total, where=True, axis_name=axis_name),
             ),
             "score": metrics.mean_metric(scores_HBK, where_BK[None], axis_name=axis_name),
-            "bad": nonfinite.of_losses(jnp.where(informative_B, losses_B, 0.0)),
+            "bad": nonfinite.bad_loss_rows(jnp.where(informative_B, losses_B, 0.0)),
         }
         return value, logs
 
@@ -147,19 +183,16 @@ def make_train_step(
         total = masking.masked_count(
             informative_B, where=informative_B, axis=None if weights_G is None else 1, axis_name=axis_name
         ).astype(jnp.float32)
-        (value, logs), grads = update.loss_and_grads(
-            partial(loss_fn, frozen, weights_G), state.params, batch, total, micro_batches=micro_batches
-        )
-        state, update_logs = update.apply_gradients(
+        return update.gradient_step(
             state,
-            grads,
+            partial(loss_fn, frozen, weights_G),
+            batch,
+            total,
             learning_rate=hyper["learning_rate"],
             max_grad_norm=hyper["max_grad_norm"],
+            micro_batches=micro_batches,
             axis_name=axis_name,
-            loss=value,
         )
-        logs |= nonfinite.numbers(logs.pop("bad"), axis_name=axis_name)
-        return state, logs | update_logs | {"learning_rate": hyper["learning_rate"]}
 
     return train_step
 
@@ -167,11 +200,11 @@ def make_train_step(
 def _domains(batch: Comparisons | PackedComparisons) -> jax.Array:
     if batch.domain_B is None:
         raise ValueError(
-            "domains have weights or heads of their own, but the batch does not say which prompts are whose"
+            "domain weights and heads per domain need Comparisons.domain_B, the domain of each prompt, which is None"
         )
     return batch.domain_B
 
 
-def _by_domain(of_B: jax.Array, batch: Comparisons | PackedComparisons, domains: int) -> jax.Array:
-    """``[G, B]``: where ``of_B`` holds, each prompt in the row of its domain."""
-    return of_B[None, :] & (_domains(batch)[None, :] == jnp.arange(domains)[:, None])
+def _by_domain(where_B: jax.Array, batch: Comparisons | PackedComparisons, domains: int) -> jax.Array:
+    """Returns ``[G, B]`` bool: True where ``where_B`` is True, in the row of the prompt's domain."""
+    return where_B[None, :] & (_domains(batch)[None, :] == jnp.arange(domains)[:, None])

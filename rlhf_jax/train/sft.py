@@ -1,7 +1,7 @@
 """Supervised training: next-token loss on the tokens that a mask selects.
 
-One step serves pretraining (every token counts), supervised fine-tuning (only the answer and its end mark count) and
-the mix of both (rows of either kind in one batch): they differ in the mask alone.
+The same step serves pretraining (all tokens count), supervised fine-tuning (only the response and its end-of-sequence
+token count) and a mix of both: they differ in the loss mask alone.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from rlhf_jax.train.optim import nonfinite, update
 
 @struct.dataclass
 class TokenBatch:
-    """Rows of tokens. ``mask_BL``: real tokens; ``loss_mask_BL``: those whose log-probability is trained on.
-
-    ``segments_BL`` in packed rows alone: which sequence of the row each token belongs to (`data.packing`). The first
-    token of a sequence is predicted from nothing and has log-probability 0, whatever the loss mask says of it.
-    """
+    """Rows of tokens."""
 
     tokens_BL: jax.Array
+    """int32 token ids."""
     mask_BL: jax.Array
+    """bool, True at real tokens."""
     loss_mask_BL: jax.Array
+    """bool, True at the tokens whose log-probability is trained on."""
     segments_BL: jax.Array | None = None
+    """int32, in packed rows (`data.packing`): the sequence that each token belongs to. The first token of a sequence
+    has no context and log-probability 0, whatever the loss mask."""
 
 
 def batch_logprobs(token_logprobs: Callable[..., jax.Array], params: Any, batch: TokenBatch) -> jax.Array:
-    """``token_logprobs(params, tokens_BL, mask_BL=...)``, which gets ``segments_BL=...`` where the batch is packed."""
+    """Returns ``token_logprobs(params, tokens_BL, mask_BL=...)``, with ``segments_BL=...`` if the batch is packed."""
     packed = {} if batch.segments_BL is None else {"segments_BL": batch.segments_BL}
     return token_logprobs(params, batch.tokens_BL, mask_BL=batch.mask_BL, **packed)
 
@@ -45,37 +46,64 @@ def make_train_step(
     micro_batches: int = 1,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    """Build ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)``.
+    """Returns ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)`` on a `TokenBatch`.
 
-    ``token_logprobs(params, tokens_BL, mask_BL=...) -> [B, L]`` is aligned as `lm.token_logprobs`, and gets
-    ``segments_BL=...`` too where a batch is packed; its ``params`` are ``join(frozen, state.params)``. With
-    ``join=partial(lm.lora.attach, scale=...)``, ``frozen`` is the base model and the state holds adapters only;
-    without a ``join``, ``frozen`` is not used. Nor is ``rng``.
-    ``hyper``: ``learning_rate``, and ``max_grad_norm`` (infinite for none).
+    The loss is ``-sum_t m_t log pi(y_t | y_<t) / sum_t m_t`` with the loss mask ``m``, over all rows of the batch.
+
+    Args:
+        token_logprobs: ``(params, tokens_BL, mask_BL=...) -> [B, L]``, such as `lm.token_logprobs`. It also receives
+            ``segments_BL=...`` if the batch is packed.
+        join: ``(frozen, params) -> params`` builds the model's parameters. With ``partial(lm.lora.attach, scale=...)``,
+            ``frozen`` is the base model and the state holds adapters only. By default everything is trained.
+        micro_batches: Parts of the batch that are held in memory one at a time; the update is the same.
+        axis_name: Axis of devices that share the batch.
+
+    Returns:
+        A step. ``frozen`` is the first argument of ``join``; ``hyper`` is a dict with ``learning_rate`` and
+        ``max_grad_norm`` (infinity for no clipping); ``rng`` is not used. Metrics:
+
+        - ``loss``: mean negative log-probability, in nats per token.
+        - ``grad_norm``: l2 norm of the gradient before clipping; ``learning_rate``.
+        - ``skipped``: 1 if the update was not finite and was skipped, else 0.
+        - ``bad_rows``, ``bad_row``: number of rows with a non-finite log-probability and index of the first, or -1.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from rlhf_jax.train import sft, state
+        >>> def token_logprobs(params, tokens_BL, mask_BL):  # a unigram model; see lm.token_logprobs for a real one
+        ...     return jax.nn.log_softmax(params["logits_V"])[tokens_BL]
+        >>> step = jax.jit(sft.make_train_step(token_logprobs), donate_argnums=0)
+        >>> train_state = state.create({"logits_V": jnp.zeros(4)}, optax.scale(-1.0))
+        >>> tokens = jnp.array([[1, 2, 2, 0]])
+        >>> batch = sft.TokenBatch(tokens, tokens > 0, tokens > 1)
+        >>> hyper = {"learning_rate": 1.0, "max_grad_norm": jnp.inf}
+        >>> for _ in range(2):
+        ...     train_state, metrics = step(train_state, None, hyper, batch, jax.random.key(0))
+        ...     print(round(float(metrics["loss"].value()), 4))
+        1.3863
+        0.7437
     """
 
     def loss_fn(frozen: Any, params: Any, batch: TokenBatch, total: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         logprobs_BL = batch_logprobs(token_logprobs, join(frozen, params), batch)
         nll = -masking.masked_sum(logprobs_BL, where=batch.loss_mask_BL, axis_name=axis_name)
-        bad = nonfinite.of_tokens(logprobs_BL, where_BT=batch.loss_mask_BL)
+        bad = nonfinite.bad_token_rows(logprobs_BL, where_BT=batch.loss_mask_BL)
         return nll / jnp.maximum(total, 1), {"loss": metrics.Metric(nll, total / micro_batches), "bad": bad}
 
     def train_step(state: Any, frozen: Any, hyper: Any, batch: TokenBatch, rng: Any) -> tuple[Any, dict[str, Any]]:
         del rng
         total = masking.masked_count(batch.loss_mask_BL, where=batch.loss_mask_BL, axis_name=axis_name)
-        total = total.astype(jnp.float32)
-        (loss, logs), grads = update.loss_and_grads(
-            partial(loss_fn, frozen), state.params, batch, total, micro_batches=micro_batches
-        )
-        state, update_logs = update.apply_gradients(
+        return update.gradient_step(
             state,
-            grads,
+            partial(loss_fn, frozen),
+            batch,
+            total.astype(jnp.float32),
             learning_rate=hyper["learning_rate"],
             max_grad_norm=hyper["max_grad_norm"],
+            micro_batches=micro_batches,
             axis_name=axis_name,
-            loss=loss,
         )
-        logs |= nonfinite.numbers(logs.pop("bad"), axis_name=axis_name)
-        return state, logs | update_logs | {"learning_rate": hyper["learning_rate"]}
 
     return train_step

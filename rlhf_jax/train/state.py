@@ -1,4 +1,4 @@
-"""Building a TrainState."""
+"""Creation of a ``TrainState``."""
 
 from __future__ import annotations
 
@@ -14,19 +14,30 @@ TrainState = train_state.TrainState
 
 
 def create(params: Any, tx: optax.GradientTransformation, apply_fn: Callable[..., Any] | None = None) -> TrainState:
-    """A fresh ``TrainState`` at step 0.
+    """Returns a new ``TrainState`` at step 0.
 
-    The parameters are copied: steps donate their state, and a buffer that two states share (a policy and its
-    reference, a reward model and the SFT model it starts from) would be gone for the other one. The step is a strongly
-    typed int32 array, so that the first step compiles for the same types as every later one and as a restored state.
+    The parameters are copied. A step donates its state, so a buffer shared by two states (a policy and its reference, a
+    reward model and the SFT model it starts from) would be deleted for the other. The step is a strongly typed int32
+    array, so that the first step compiles for the same types as every later step and as a restored state. Under
+    ``jax.jit(create, static_argnums=(1, 2), out_shardings=...)`` the state is sharded from the start.
 
     Args:
         params: A nested dict of arrays. Other containers fail later, in flax's ``apply_gradients``.
-        tx: An optax transform with unit learning rate (`step.apply_gradients` multiplies its updates). Build it once
-            for a run: a new one is a new static argument and compiles the step again.
-        apply_fn: Kept in the state for code that looks for it there; the library itself does not.
+        tx: An optax transformation with unit learning rate; `optim.update.apply_gradients` multiplies its updates by
+            the learning rate. Create it once per run: a new object is a new static argument and recompiles the step.
+        apply_fn: Stored in the state for code that expects it there; this library does not use it.
 
-    Under ``jax.jit(create, static_argnums=(1, 2), out_shardings=...)`` it makes a state that is sharded from the start.
+    Returns:
+        The state.
+
+    Example:
+
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from rlhf_jax.train import state
+        >>> tx = optax.chain(optax.scale_by_adam(), optax.scale(-1.0))
+        >>> int(state.create({"w": jnp.ones(3)}, tx).step)
+        0
     """
     params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
     state = TrainState.create(apply_fn=apply_fn or _no_apply, params=params, tx=tx)
@@ -34,4 +45,4 @@ def create(params: Any, tx: optax.GradientTransformation, apply_fn: Callable[...
 
 
 def _no_apply(*args: Any, **kwargs: Any) -> Any:
-    raise TypeError("this TrainState was built without an apply_fn")
+    raise TypeError("this TrainState was created without an apply_fn")

@@ -54,7 +54,7 @@ def train(group, mesh, asked):
                 checkpoints=checkpoints,
                 save_every=asked["save_every"],
                 callbacks=[pause],
-                agreed=group.stage(),
+                should_stop=group.stage(),
             )
         leaves = [processes.whole(x) for x in jax.tree.leaves((state.params, state.opt_state))]
         if group.first:

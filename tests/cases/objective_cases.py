@@ -1,4 +1,4 @@
-"""Every objective of `train.objectives` by the name that tests know it by."""
+"""The objectives of `train.objectives`, by the names that tests use."""
 
 from typing import Any
 

@@ -462,7 +462,7 @@ def test_a_signal_to_one_process_stops_both_at_one_step_and_one_process_goes_on(
     job.processes[1].send_signal(signal.SIGTERM)
     assert job.ended() == [75, 75], job.said(0)[-3000:] + job.said(1)[-3000:]
     said = {line for host in (0, 1) for line in job.said(host).splitlines() if line.startswith("Preempted")}
-    assert len(said) == 1 and said.pop().endswith("a checkpoint of it is on disk")
+    assert len(said) == 1 and said.pop().endswith("a checkpoint of this step is on disk")
     close_to(Job(tmp_path, cache, count=1, devices=4, stages=stages).finished(), one, stages)
 
 
@@ -565,7 +565,7 @@ def test_the_main_job_on_two_hosts_killed_and_stopped_on_the_way_ends_in_the_res
     both[1].send_signal(signal.SIGTERM)
     assert [process.wait(timeout=1800) for process in both] == [75, 75]
     said = [pathlib.Path(f"{log}{i}").read_text().splitlines()[-1] for i in (0, 1)]
-    assert said[0] == said[1] and said[0].endswith("a checkpoint of it is on disk; go on with --resume")
+    assert said[0] == said[1] and said[0].endswith("a checkpoint of this step is on disk; go on with --resume")
     both = main_job(cache, log, "--resume", out)
     when_logged(both, out, "ppo", 1)
     both[0].send_signal(signal.SIGKILL)

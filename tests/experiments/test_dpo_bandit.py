@@ -1,4 +1,4 @@
-"""Where DPO and its relatives end, on a bandit whose answer is known; and where they may go that no answer was seen."""
+"""What DPO and related losses converge to on a bandit whose optimum is known, and to an answer they never saw."""
 
 import functools
 from typing import Any
@@ -24,24 +24,24 @@ rng = np.random.default_rng(0)
 REWARDS = jnp.asarray(rng.normal(size=(S, A)), jnp.float32)
 REFERENCE = jnp.asarray(rng.normal(size=(S, A)), jnp.float32)
 PAIRS: Any = bandit.all_pairs(REWARDS)
-logprobs = functools.partial(lm.response_logprobs_with, APPLY, prompt_width=1)
+logprobs = functools.partial(lm.token_logprobs, cfg=APPLY, prompt_width=1)
 
 
 @functools.cache
-def made_step(objective: Any, reference: Any):
-    how: dict[str, Any] = {} if reference else {"reference": None}
-    return parallel.jit_step(dpo.make_train_step(logprobs, objectives.soft(objective), **how))
+def make_step(objective: Any, reference: bool):
+    options: dict[str, Any] = {} if reference else {"reference": None}
+    return parallel.jit_step(dpo.make_train_step(logprobs, objectives.soft(objective), **options))
 
 
-def trained(objective: Any, *, pairs: Any = PAIRS, start: Any = REFERENCE, against: Any = "start", **numbers):
-    """Logits that an objective ends at, over all pairs at every step."""
-    step = made_step(objective, against is not None)
+def train(objective: Any, *, pairs: Any = PAIRS, start: Any = REFERENCE, reference: bool = True, **numbers):
+    """Returns the logits that an objective converges to, with all pairs in every step."""
+    step = make_step(objective, reference)
     state = state_lib.create({"logits_SA": start}, ADAM)
-    frozen = None if against is None else {"logits_SA": start}
+    frozen = {"logits_SA": start} if reference else None
     traces = step.traces
     for i in range(STEPS):
-        given = {"beta": BETA} | numbers | {"learning_rate": 0.1 * schedules.linear(i, STEPS)}
-        hyper: Any = dpo.Hyper(**{name: np.float32(value) for name, value in given.items()})
+        values = {"beta": BETA} | numbers | {"learning_rate": 0.1 * schedules.linear(i, STEPS)}
+        hyper: Any = dpo.Hyper(**{name: np.float32(value) for name, value in values.items()})
         state, _ = step(state, frozen, hyper, pairs, jax.random.key(0))
     assert step.traces - traces <= 1
     return state.params["logits_SA"]
@@ -55,7 +55,7 @@ def optimum(kl_coef, rewards=REWARDS, reference=REFERENCE):
     return bandit.optimum(reference, rewards, kl_coef=kl_coef)
 
 
-def test_the_pairs_are_all_there_with_the_odds_of_bradley_and_terry():
+def test_all_pairs_lists_every_pair_with_its_bradley_terry_probability():
     assert PAIRS.tokens_BKL.shape == (S * A * (A - 1) // 2, 2, 2)
     seen = {(int(s), int(a), int(b)) for s, a, b in zip(PAIRS.tokens_BKL[:, 0, 0], *PAIRS.tokens_BKL[:, :, 1].T)}
     assert seen == {(s, a, b) for s in range(S) for a in range(A) for b in range(a + 1, A)}
@@ -64,45 +64,45 @@ def test_the_pairs_are_all_there_with_the_odds_of_bradley_and_terry():
     np.testing.assert_allclose(PAIRS.targets_B[40], 1 / (1 + np.exp(REWARDS[s, b] - REWARDS[s, a])), rtol=1e-5)
 
 
-def test_dpo_reaches_the_optimum_of_its_coefficient_and_of_no_other():
-    found = trained(objectives.dpo)
-    assert distance(REFERENCE, optimum(BETA)) > 0.3, "there was a way to go"
-    assert distance(found, optimum(BETA)) < 0.002
+def test_dpo_reaches_the_optimum_of_its_own_coefficient_only():
+    logits_SA = train(objectives.dpo)
+    assert distance(REFERENCE, optimum(BETA)) > 0.3, "training starts far from the optimum"
+    assert distance(logits_SA, optimum(BETA)) < 0.002
     for wrong in (0.8 * BETA, 1.25 * BETA):
-        assert distance(found, optimum(wrong)) > 0.05
+        assert distance(logits_SA, optimum(wrong)) > 0.05
 
 
-def test_robust_dpo_reaches_it_from_flipped_labels_and_dpo_does_not():
+def test_robust_dpo_reaches_the_optimum_from_flipped_labels_and_dpo_does_not():
     flipped = PAIRS.replace(targets_B=0.8 * PAIRS.targets_B + 0.2 * (1 - PAIRS.targets_B))
-    assert distance(trained(objectives.robust_dpo, pairs=flipped, label_smoothing=0.2), optimum(BETA)) < 0.002
-    assert distance(trained(objectives.dpo, pairs=flipped), optimum(BETA)) > 0.05
+    assert distance(train(objectives.robust_dpo, pairs=flipped, label_smoothing=0.2), optimum(BETA)) < 0.002
+    assert distance(train(objectives.dpo, pairs=flipped), optimum(BETA)) > 0.05
 
 
-def test_ipo_reaches_the_optimum_of_win_rates_in_place_of_rewards():
-    """Azar 2023, theorem 1: what is maximised is the mean probability of winning, less KL."""
+def test_ipo_reaches_the_optimum_of_win_rates_instead_of_rewards():
+    """Azar 2023, theorem 1: IPO maximises the mean win probability minus KL."""
     gaps = np.asarray(REWARDS, np.float64)[:, :, None] - np.asarray(REWARDS, np.float64)[:, None, :]
     wins = jnp.asarray((1 / (1 + np.exp(-gaps))).mean(axis=2), jnp.float32)
-    found = trained(objectives.ipo, beta=0.1)
-    assert distance(found, optimum(0.1, wins)) < 0.002
-    assert distance(found, optimum(0.1)) > 0.05
+    logits_SA = train(objectives.ipo, beta=0.1)
+    assert distance(logits_SA, optimum(0.1, wins)) < 0.002
+    assert distance(logits_SA, optimum(0.1)) > 0.05
 
 
-def test_simpo_without_a_margin_has_even_odds_for_its_reference():
-    found = trained(objectives.simpo, against=None, margin=0.0)
-    assert distance(found, optimum(BETA, reference=jnp.zeros_like(REFERENCE))) < 0.002
-    assert distance(found, optimum(BETA)) > 0.05
+def test_simpo_without_a_margin_equals_dpo_with_a_uniform_reference():
+    logits_SA = train(objectives.simpo, reference=False, margin=0.0)
+    assert distance(logits_SA, optimum(BETA, reference=jnp.zeros_like(REFERENCE))) < 0.002
+    assert distance(logits_SA, optimum(BETA)) > 0.05
 
 
 def test_rounds_with_the_latest_policy_as_reference_divide_the_coefficient():
-    once = trained(objectives.dpo)
-    twice = trained(objectives.dpo, start=once)
+    once = train(objectives.dpo)
+    twice = train(objectives.dpo, start=once)
     assert distance(twice, optimum(BETA / 2)) < 0.005
 
 
-# ------------------------------------------------------------------------------------------ answers that nobody saw
+# -------------------------------------------------------------------------------------------------- unseen answers
 
 
-def test_dpo_is_as_content_with_mass_on_an_unseen_answer_and_the_optimum_has_none():
+def test_dpo_loss_allows_mass_on_an_unseen_answer_and_the_optimum_has_none():
     """Xu et al. 2024, theorem 4.1 and table 1."""
     for beta in (0.1, 1.0):
         for minimiser in ((1.0, 0.0, 0.0), (0.1, 0.0, 0.9), (0.0, 0.0, 1.0)):
@@ -116,23 +116,24 @@ def test_dpo_is_as_content_with_mass_on_an_unseen_answer_and_the_optimum_has_non
         assert best[2] <= 3 * three_actions.UNSEEN and best[0] > 0.99
 
 
-def test_training_puts_it_there_with_dpo_and_not_with_ppo():
-    found, loss = three_actions.by_dpo()
-    assert found[2] > 0.9 and found[1] < 1e-6 and loss < 0.05
-    policy = three_actions.by_ppo()
+def test_dpo_moves_mass_to_the_unseen_answer_and_ppo_does_not():
+    policy, loss = three_actions.train_dpo()
+    assert policy[2] > 0.9 and policy[1] < 1e-6 and loss < 0.05
+    policy = three_actions.train_ppo()
     assert policy[2] < 1e-3 and policy[0] > 0.9
-    assert three_actions.loss(policy, beta=0.1) > loss, "nor is it DPO's loss that PPO lowers"
+    assert three_actions.loss(policy, beta=0.1) > loss, "PPO does not minimise the DPO loss"
 
 
-def test_rounds_on_the_bandit_share_the_pairs_that_one_pass_has():
-    seen, drawn = [], bandit_study.drawn
+def test_rounds_on_the_bandit_share_the_pairs_of_one_pass():
+    seen, sample_pairs = [], bandit_study.sample_pairs
 
-    def watched(*args, n):
+    def recorded(*args, n):
         seen.append(n)
-        return drawn(*args, n=n)
+        return sample_pairs(*args, n=n)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bandit_study, "drawn", watched)
-        world = bandit_study.member(0)
-        jax.eval_shape(lambda w: bandit_study.by_rounds(w, w.rewards_SA, jnp.float32(0.1), n=20, rounds=3), world)
+        patch.setattr(bandit_study, "sample_pairs", recorded)
+        world = bandit_study.make_bandit(0)
+        train = bandit_study.train_iterated_dpo
+        jax.eval_shape(lambda w: train(w, w.rewards_SA, jnp.float32(0.1), n=20, rounds=3), world)
     assert seen == [6, 6, 6]

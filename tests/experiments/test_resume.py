@@ -1,4 +1,4 @@
-"""A run that was killed ends in the same bits: each part of the state that it takes, and the command that tries it."""
+"""Interrupted runs resume bit for bit: every field of the state is needed, and torture.py interrupts real processes."""
 
 import functools
 import json
@@ -28,25 +28,25 @@ def built():
     return tiny_runs.build("ppo", STEPS)
 
 
-def run(folder, steps, state=None, **options):
-    made = built()
-    how = {"batch_at": made.batch_at, "rng": jax.random.key(0), "fingerprint": made.fingerprint} | options
+def run(folder, steps, **changes):
+    stage = built()
+    options = {"batch_at": stage.batch_at, "rng": jax.random.key(0), "fingerprint": stage.fingerprint} | changes
     with checkpoint.Checkpoints(folder) as checkpoints:
         return loop.fit(
-            made.step,
-            jax.tree.map(jnp.array, made.state if state is None else state),
+            stage.step,
+            jax.tree.map(jnp.array, stage.state),
             steps=steps,
-            hyper_at=made.hyper_at,
-            frozen=made.frozen,
+            hyper_at=stage.hyper_at,
+            frozen=stage.frozen,
             stage="ppo",
             checkpoints=checkpoints,
-            **how,
+            **options,
         )
 
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory):
-    """A run's state after half of its steps, and what it ends in."""
+    """A run's state and metadata after half of its steps, and the digest of its final state."""
     folder = tmp_path_factory.mktemp("half")
     run(folder, 3)
     _, state, metadata = checkpoint.Checkpoints(folder).restore(built().state)
@@ -60,47 +60,49 @@ def resumed(folder, half, **changes):
     return tiny_runs.state_digest(run(folder, STEPS))
 
 
-def test_goes_on_to_the_same_bits(half, tmp_path):
+def test_a_resumed_run_ends_in_the_same_bits(half, tmp_path):
     assert resumed(tmp_path, half) == half[2]
 
 
-PARTS = ("step", "params", "opt_state", "kl_scale", "ema", "past", "reference")
+FIELDS = ("step", "params", "opt_state", "kl_scale", "ema", "past", "reference")
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_without_any_part_of_the_state_the_end_would_be_another(half, tmp_path, part):
-    assert resumed(tmp_path, half, **{part: getattr(built().state, part)}) != half[2]
+@pytest.mark.parametrize("field", FIELDS)
+def test_losing_any_field_of_the_state_changes_the_result(half, tmp_path, field):
+    assert resumed(tmp_path, half, **{field: getattr(built().state, field)}) != half[2]
 
 
-def test_the_parts_are_all_there_is(half):
-    parts = {str(path[0].name) for path, _ in jax.tree_util.tree_flatten_with_path(half[0])[0]}
-    assert parts == set(PARTS)
+def test_the_state_has_no_other_fields(half):
+    fields = {str(path[0].name) for path, _ in jax.tree_util.tree_flatten_with_path(half[0])[0]}
+    assert fields == set(FIELDS)
 
 
-def test_the_key_and_the_order_of_the_data_decide_the_end_and_are_checked(half, tmp_path):
+def test_the_key_and_the_order_of_the_data_change_the_result_and_are_checked(half, tmp_path):
     other = {"rng": jax.random.key(1)}, {"batch_at": lambda i: built().batch_at(i + 1)}, {"fingerprint": "others"}
-    for i, options in enumerate(other[:2]):
-        assert tiny_runs.state_digest(run(tmp_path / str(i), STEPS, **options)) != half[2]
-    run(tmp_path / "begun", 3)
-    for options in (other[0], other[2]):
-        with pytest.raises(checkpoint.CheckpointError, match="cannot go on from"):
-            run(tmp_path / "begun", STEPS, **options)
+    for i, changes in enumerate(other[:2]):
+        assert tiny_runs.state_digest(run(tmp_path / str(i), STEPS, **changes)) != half[2]
+    run(tmp_path / "started", 3)
+    for changes in (other[0], other[2]):
+        with pytest.raises(checkpoint.CheckpointError, match="cannot resume from"):
+            run(tmp_path / "started", STEPS, **changes)
 
 
 def test_a_stage_of_the_job_has_a_fingerprint_of_its_data(tmp_path):
     data = np.arange(40).reshape(10, 4)
     job = pytypes.SimpleNamespace(settings=pytypes.SimpleNamespace(max_skipped=7), note=print)
 
-    def of(order, steps=5, rows=2):
+    def fingerprint(order, steps=5, rows=2):
         batch_at = lambda i: {"tokens": data[order[i * rows : (i + 1) * rows]]}  # noqa: E731
         return jobs.Job.guarded(job, "sft", steps, batch_at)["fingerprint"]  # type: ignore[arg-type]
 
-    same, turned = np.arange(10), np.arange(10)[::-1]
-    assert of(same) == of(same) == json.loads(json.dumps(of(same)))
-    assert len({str(each) for each in (of(same), of(turned), of(same, steps=4), of(same, rows=1))}) == 4
+    order, reverse = np.arange(10), np.arange(10)[::-1]
+    first = fingerprint(order)
+    assert first == fingerprint(order) == json.loads(json.dumps(first))
+    others = (fingerprint(reverse), fingerprint(order, steps=4), fingerprint(order, rows=1))
+    assert len({str(each) for each in (first, *others)}) == 4
 
 
-def test_what_was_passed_over_is_said_and_kept_for_the_results(tmp_path):
+def test_skipped_checkpoints_are_printed_and_recorded_as_incidents(tmp_path):
     folder, said = run_folder.RunFolder(tmp_path), []
     folder.say = lambda stage, text: said.append((stage, text))
     with folder.checkpoints("sft") as saves:
@@ -121,7 +123,7 @@ def test_what_was_passed_over_is_said_and_kept_for_the_results(tmp_path):
 def torture(folder, *arguments):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "160"}
     script = str(ROOT / "experiments" / "torture.py")
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, script, "--out", str(folder), *map(str, arguments)],
         capture_output=True,
         text=True,
@@ -129,37 +131,38 @@ def torture(folder, *arguments):
         check=False,
     )
     path = folder / "torture.json"
-    return done, json.loads(path.read_text()) if path.exists() else {}
+    return process, json.loads(path.read_text()) if path.exists() else {}
 
 
-def check(done, results, *, kills, terms, damages):
-    assert done.returncode == 0 and results["failures"] == [], done.stdout[-3000:] + done.stderr[-3000:]
-    struck = [(sum(each["kills"].values()), sum(each["terms"].values()), each["resumed"]) for each in results["stages"]]
-    assert [sum(column) for column in zip(*struck)] == [kills, terms, kills + terms]
-    assert all(each["runs"] >= 1 for each in results["stages"])
-    found = results["damage"]["outcomes"].values()
-    assert sum(sum(each.values()) for each in found) == damages and sum(each.get("seen", 0) for each in found) >= 3
-    assert (
-        f"{kills + terms} of {kills + terms} kills and stops resumed to the same bits; nothing was lost" in done.stdout
-    )
+def check(process, results, *, kills, terms, corruptions):
+    assert process.returncode == 0 and results["failures"] == [], process.stdout[-3000:] + process.stderr[-3000:]
+    stages = results["stages"]
+    counts = [(sum(each["kills"].values()), sum(each["terms"].values()), each["resumed"]) for each in stages]
+    assert [sum(column) for column in zip(*counts)] == [kills, terms, kills + terms]
+    assert all(each["runs"] >= 1 for each in stages)
+    outcomes = results["damage"]["outcomes"].values()
+    assert sum(sum(each.values()) for each in outcomes) == corruptions
+    assert sum(each.get("seen", 0) for each in outcomes) >= 3
+    n = kills + terms
+    assert f"{n} of {n} interrupted runs resumed bit for bit; no failures" in process.stdout
 
 
-def test_killed_stopped_and_damaged_runs_lose_nothing(tmp_path):
+def test_interrupted_runs_and_corrupted_checkpoints_lose_nothing(tmp_path):
     few = ("--kills", 4, "--terms", 0, "--flips", 10, "--truncations", 2, "--deletions", 2, "--steps", 16)
-    check(*torture(tmp_path / "out", *few), kills=4, terms=0, damages=14)
+    check(*torture(tmp_path / "out", *few), kills=4, terms=0, corruptions=14)
 
 
 @pytest.mark.slow
 def test_a_hundred_kills_lose_nothing(tmp_path):
-    done, results = torture(tmp_path / "out")
-    check(done, results, kills=100, terms=12, damages=140)
+    process, results = torture(tmp_path / "out")
+    check(process, results, kills=100, terms=12, corruptions=140)
     for each in results["stages"]:
         assert all(each["kills"].get(phase, 0) >= 3 for phase in interruptions.PHASES)
 
 
-def test_a_difference_would_be_seen(tmp_path):
+def test_differences_from_the_reference_are_detected(tmp_path):
     for name, w, rows in (
-        ("peace", "1", b"a\n"),
+        ("reference", "1", b"a\n"),
         ("same", "1", b"a\n"),
         ("leaf", "2", b"a\n"),
         ("rows", "1", b"a\na\n"),
@@ -167,20 +170,20 @@ def test_a_difference_would_be_seen(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / tiny_runs.FINAL).write_text(json.dumps({".params['w']": w}))
         (tmp_path / name / "metrics.jsonl").write_bytes(rows)
-    life = interruptions.Life(0, "step", {1: "x", 2: "y"}, True, None, [], {}, False)
-    whole = interruptions.Reference(tmp_path / "peace", life, {".params['w']": "1"}, b"a\n")
-    assert interruptions.compare(tmp_path / "same", whole) == []
-    assert interruptions.compare(tmp_path / "leaf", whole) == ["the final .params['w'] is another"]
-    assert interruptions.compare(tmp_path / "rows", whole) == ["metrics.jsonl is another"]
+    process = interruptions.ProcessResult(0, "step", {1: "x", 2: "y"}, True, None, [], {}, False)
+    reference = interruptions.Reference(tmp_path / "reference", process, {".params['w']": "1"}, b"a\n")
+    assert interruptions.compare(tmp_path / "same", reference) == []
+    assert interruptions.compare(tmp_path / "leaf", reference) == ["the final .params['w'] differs"]
+    assert interruptions.compare(tmp_path / "rows", reference) == ["metrics.jsonl differs"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("arguments", "flag"),
     [(("--kills", -1), "--kills"), (("--save-every", 40), "--steps"), (("--stages", "sft", "rlhf"), "--stages")],
 )
-def test_settings_of_the_command_that_cannot_be_are_named(tmp_path, arguments, named, capsys):
+def test_invalid_settings_of_the_command_are_refused_by_flag(tmp_path, arguments, flag, capsys):
     import torture as command
 
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit:
         command.main(["--out", str(tmp_path / "out"), *map(str, arguments)])
-    assert left.value.code == 2 and f"error: {named} is" in capsys.readouterr().err.replace("stages are", "stages is")
+    assert exit.value.code == 2 and f"error: {flag} is" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""experiments/reward_model.py: cross-validation without leakage, baselines, refusals, resuming, one trained model."""
+"""experiments/reward_model.py: cross-validation without leakage, baselines, refused settings, resuming, a full run."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 import reward_model as script
-from launch import settings
+from launch import settings as settings_lib
 from preferences import cross_validation, cross_validation_results, reward_settings, reward_stages
 from recipe import human_comparisons
 
@@ -27,7 +27,7 @@ def dialogue(question, answer):
 
 
 def write(path, n=40):
-    """Good answers name things, bad ones refuse; every third bad one is the shorter."""
+    """Chosen answers name things, rejected ones refuse; every third rejected answer is the shorter one."""
     records = []
     for i in range(n):
         a, b = WORDS[i % 10], WORDS[(i // 10) % 10]
@@ -41,108 +41,110 @@ def write(path, n=40):
 
 
 def pairs_of(path):
-    return human_comparisons.pairs(human_comparisons.read(settings.Data(path=str(path)), errors.DropCount()))
+    return human_comparisons.pairs(human_comparisons.read(settings_lib.Data(path=str(path)), errors.DropCount()))
 
 
 def test_folds_test_every_pair_once():
-    made = cross_validation.parts(np.arange(23), 5, seed=3)
-    assert sorted(np.concatenate(made)) == list(range(23)) and {len(part) for part in made} == {4, 5}
-    assert any((a != b).any() for a, b in zip(made[:3], cross_validation.parts(np.arange(23), 5, seed=4)[:3]))
+    tested = cross_validation.test_indices(np.arange(23), 5, seed=3)
+    assert sorted(np.concatenate(tested)) == list(range(23)) and {len(indices) for indices in tested} == {4, 5}
+    other = cross_validation.test_indices(np.arange(23), 5, seed=4)
+    assert any((a != b).any() for a, b in zip(tested[:3], other[:3]))
     group = np.array([0, 0, 1, 2, 2, 2, 3, 4, 5, 5])
-    made = cross_validation.parts(group, 2, seed=0)
-    assert sorted(np.concatenate(made)) == list(range(10)) and not set(group[made[0]]) & set(group[made[1]])
+    tested = cross_validation.test_indices(group, 2, seed=0)
+    assert sorted(np.concatenate(tested)) == list(range(10)) and not set(group[tested[0]]) & set(group[tested[1]])
 
 
-def test_tfidf_learns_words_and_favours_no_order(tmp_path):
+def test_tfidf_learns_words_and_favours_neither_order(tmp_path):
     pytest.importorskip("sklearn")
-    from preferences import baselines
+    from preferences import reward_baselines
 
     pairs = pairs_of(write(tmp_path / "pairs.jsonl", 60))
-    model = baselines.TfidfChoice(pairs[:40], seed=0)
-    assert (model(pairs[40:]) > 0).all() and model.strength in baselines.STRENGTHS
-    turned = [human_comparisons.Pair(p.prompt, p.rejected, p.chosen) for p in pairs[40:]]
-    np.testing.assert_allclose(model(turned), -model(pairs[40:]), atol=1e-12)
-    lengths = baselines.shorter_wins(pairs)
+    model = reward_baselines.TfidfChoice(pairs[:40], seed=0)
+    assert (model(pairs[40:]) > 0).all() and model.strength in reward_baselines.STRENGTHS
+    swapped = [human_comparisons.Pair(p.prompt, p.rejected, p.chosen) for p in pairs[40:]]
+    np.testing.assert_allclose(model(swapped), -model(pairs[40:]), atol=1e-12)
+    lengths = reward_baselines.shorter_wins(pairs)
     np.testing.assert_array_equal(lengths > 0, [len(p.chosen) < len(p.rejected) for p in pairs])
 
 
-def test_what_folds_found_is_put_together():
+def test_the_summary_combines_all_folds():
     pairs = [human_comparisons.Pair((dialogues.Turn("user", f"q{i}"),), "a" * (1 + i % 3), "bb") for i in range(20)]
     truth = np.random.default_rng(0).normal(size=20)
-    found = []
-    for test in cross_validation.parts(np.arange(20), 2, seed=0):
-        lead = truth[test].tolist()
-        members = [lead, (-truth[test]).tolist()]
-        found.append(
-            {"reward_model": lead, "members": members, "tfidf": [1.0] * len(test), "shorter": [0.0] * len(test)}
+    folds = []
+    for test in cross_validation.test_indices(np.arange(20), 2, seed=0):
+        margins = truth[test].tolist()
+        members = [margins, (-truth[test]).tolist()]
+        folds.append(
+            {"reward_model": margins, "members": members, "tfidf": [1.0] * len(test), "shorter": [0.0] * len(test)}
             | {"train_accuracy": 0.75, "tfidf_train_accuracy": 1.0, "tfidf_strength": 0.1}
         )
-    results = cross_validation_results.summary(pairs, found, seed=0)
+    results = cross_validation_results.summary(pairs, folds, seed=0)
     accuracy = float((truth > 0).mean())
     assert results["methods"]["reward_model"]["accuracy"][0] == pytest.approx(accuracy)
     assert results["methods"]["tfidf"]["accuracy"][0] == 1 and results["methods"]["shorter"]["accuracy"][0] == 0.5
     mean, low, high = results["difference"]["tfidf"]
     assert mean == pytest.approx(accuracy - 1) and low <= mean <= high
     assert results["single_member_accuracy"] == pytest.approx(0.5) and results["train_accuracy"] == pytest.approx(0.75)
-    want = float(np.logaddexp(0, -truth).mean())
-    assert results["methods"]["reward_model"]["log_loss"] == pytest.approx(want)
-    both = results["together"]["accuracy"][0]
-    assert both == pytest.approx(float((truth + 1 > 0).mean()))
-    assert results["together"]["over_tfidf"][0] == pytest.approx(both - 1)
+    log_loss = float(np.logaddexp(0, -truth).mean())
+    assert results["methods"]["reward_model"]["log_loss"] == pytest.approx(log_loss)
+    together = results["together"]["accuracy"][0]
+    assert together == pytest.approx(float((truth + 1 > 0).mean()))
+    assert results["together"]["over_tfidf"][0] == pytest.approx(together - 1)
     assert [row["group"] for row in results["by_turn"]] == ["turn 1"] and results["by_turn"][0]["pairs"] == 20
-    # As many characters on both sides is neither shorter nor longer.
+    # Pairs of equal length are in neither group.
     assert [row["pairs"] for row in results["by_length"][-2:]] == [7, 6]
 
 
-def test_folds_take_every_pair_of_a_ranking_and_keep_its_conversation_together(tmp_path):
-    ask = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Why?"}]
-    record = {"prompt": ask, "responses": ["b", "a", "c", "d"], "ranks": [2, 1, 2, 3]}
+def test_rankings_give_all_their_pairs_and_conversations_stay_together(tmp_path):
+    prompt = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Why?"}]
+    record = {"prompt": prompt, "responses": ["b", "a", "c", "d"], "ranks": [2, 1, 2, 3]}
     path = tmp_path / "ranked.json"
-    path.write_text(json.dumps([record, record | {"prompt": [ask[0], {"role": "user", "content": "How?"}]}]))
-    found = human_comparisons.read(settings.Data(path=str(path)), errors.DropCount())
-    made = human_comparisons.pairs(found)
-    assert [(p.chosen, p.rejected) for p in made[:5]] == [("a", "b"), ("a", "c"), ("a", "d"), ("b", "d"), ("c", "d")]
-    assert human_comparisons.conversations(made).tolist() == [0] * 5 + [1] * 5, (
-        "a system turn that all share parts nothing"
+    path.write_text(json.dumps([record, record | {"prompt": [prompt[0], {"role": "user", "content": "How?"}]}]))
+    rankings = human_comparisons.read(settings_lib.Data(path=str(path)), errors.DropCount())
+    pairs = human_comparisons.pairs(rankings)
+    assert [(p.chosen, p.rejected) for p in pairs[:5]] == [("a", "b"), ("a", "c"), ("a", "d"), ("b", "d"), ("c", "d")]
+    assert human_comparisons.conversations(pairs).tolist() == [0] * 5 + [1] * 5, (
+        "a shared system turn does not merge conversations"
     )
     with pytest.raises(errors.DataError, match=r"ranked\.json, record 1: a turn has the role 'system'"):
-        human_comparisons.only_two_speak(found)
+        human_comparisons.only_two_speak(rankings)
 
 
-def test_widths_keep_the_end_of_prompts_and_the_end_marks(tmp_path):
+def test_truncation_keeps_the_end_of_prompts_and_the_end_of_turn_tokens(tmp_path):
     pairs = pairs_of(write(tmp_path / "pairs.jsonl", 12))
     from rlhf_jax.data import chat, tokenizers
 
     fmt = chat.chat_format(tokenizers.train_bpe([p.chosen + p.rejected for p in pairs], vocab_size=280))
-    how = reward_settings.CrossValidation(prompt_width=5, response_width=4, vocab_size=280)
-    made = cross_validation.encode(fmt, pairs, how)
-    assert {len(ids) for ids in made.prompts} == {5} and {len(ids) for side in made.answers for ids in side} == {4}
+    settings = reward_settings.CrossValidation(prompt_width=5, response_width=4, vocab_size=280)
+    encoded = cross_validation.encode(fmt, pairs, settings)
+    assert {len(ids) for ids in encoded.prompts} == {5}
+    assert {len(ids) for side in encoded.answers for ids in side} == {4}
     end = chat.encode_answers(fmt, ["x"])[0][-1]
-    assert all(ids[-1] == end for side in made.answers for ids in side)
-    batch = cross_validation.packed(
-        made, np.arange(6), width=9, pad_id=fmt.pad_id, dropped=0.5, rng=np.random.default_rng(0)
+    assert all(ids[-1] == end for side in encoded.answers for ids in side)
+    batch = cross_validation.pack_pairs(
+        encoded, np.arange(6), width=9, pad_id=fmt.pad_id, dropped=0.5, rng=np.random.default_rng(0)
     )
     ends = np.asarray(batch.tokens_RL)[np.asarray(batch.places_BK.row), np.asarray(batch.places_BK.end)]
-    assert (ends == end).all(), "an end mark is never left out"
+    assert (ends == end).all(), "word dropout keeps the last token"
     assert (np.asarray(batch.segments_RL) > 0).sum() < 6 * 2 * 9 * 0.75
 
 
-def test_cross_validation_is_whole_and_resumes(tmp_path):
+def test_cross_validation_runs_end_to_end_and_resumes(tmp_path):
     pytest.importorskip("sklearn")
     path, out = write(tmp_path / "pairs.jsonl"), tmp_path / "run"
-    told = io.StringIO()
+    printed = io.StringIO()
     arguments = ["--preset", "smoke", "--data.path", str(path), "--folds", "2", "--out", str(out)]
-    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         script.main(arguments)
     results = json.loads((out / "results.json").read_text())
-    assert results["pairs"] == 40 and len(results["folds"]) == 2 and "TF-IDF" in told.getvalue()
+    assert results["pairs"] == 40 and len(results["folds"]) == 2 and "TF-IDF" in printed.getvalue()
     mean, low, high = results["methods"]["reward_model"]["accuracy"]
     assert 0 <= low <= mean <= high <= 1
-    assert "<svg" in (out / "report.html").read_text() and "fold-2" in told.getvalue()
-    # Without its results it goes on from what is kept, and finds the same.
+    assert "<svg" in (out / "report.html").read_text() and "fold-2" in printed.getvalue()
+    # Without results.json the run resumes from its checkpoints and gets the same results.
     (out / "results.json").unlink()
     (out / "fold-2.json").unlink()
-    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         script.main(["--resume", str(out)])
     again = json.loads((out / "results.json").read_text())
     varying = ("seconds", "peak_rss_mb")
@@ -151,45 +153,46 @@ def test_cross_validation_is_whole_and_resumes(tmp_path):
     }
 
 
-def test_extra_ids_are_put_on_and_taken_off():
-    others: list[dict[str, Any]] = [dict(tie_embeddings=True), dict(tie_embeddings=False, positions="learned")]
-    for extra in others:
-        cfg = lm.LMConfig(vocab_size=10, n_layers=1, d_model=8, n_heads=2, d_mlp=8, max_length=6, **extra)
-        wide = lm.LMConfig(vocab_size=12, n_layers=1, d_model=8, n_heads=2, d_mlp=8, max_length=7, **extra)
+def test_embeddings_are_extended_and_truncated_again():
+    variants: list[dict[str, Any]] = [dict(tie_embeddings=True), dict(tie_embeddings=False, positions="learned")]
+    for variant in variants:
+        cfg = lm.LMConfig(vocab_size=10, n_layers=1, d_model=8, n_heads=2, d_mlp=8, max_length=6, **variant)
+        wide = lm.LMConfig(vocab_size=12, n_layers=1, d_model=8, n_heads=2, d_mlp=8, max_length=7, **variant)
         params = lm.init(jax.random.key(0), cfg)
-        grown = reward_stages.widened(params, jax.random.key(1), wide)
-        assert jax.tree.map(lambda x: x.shape, grown) == jax.tree.map(lambda x: x.shape, lm.abstract(wide))
-        back = reward_stages.narrowed(grown, cfg)
+        extended = reward_stages.extend_embeddings(params, jax.random.key(1), wide)
+        assert jax.tree.map(lambda x: x.shape, extended) == jax.tree.map(lambda x: x.shape, lm.abstract(wide))
+        back = reward_stages.truncate_embeddings(extended, cfg)
         jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
 def refused(*arguments):
-    told = io.StringIO()
-    with contextlib.redirect_stderr(told), pytest.raises(SystemExit) as left:
+    """The single line on stderr of a command that exits with status 2."""
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr), pytest.raises(SystemExit) as exit:
         script.main([str(argument) for argument in arguments])
-    assert left.value.code == 2
-    (line,) = [line for line in told.getvalue().splitlines() if line.strip()]
+    assert exit.value.code == 2
+    (line,) = [line for line in stderr.getvalue().splitlines() if line.strip()]
     return line
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("--folds", "1"), "--folds is 1"),
         (("--folds", "5"), "left out without --data.path"),
-        (("--ppo.clip", "0.1"), "--ppo.* is about policies"),
+        (("--ppo.clip", "0.1"), "--ppo.* has no effect on reward_model.py"),
         (("--training.label-smoothing", "0.6"), "--training.label-smoothing is 0.6"),
         (("--training.loss", "best", "--training.margin", "1"), "left out with --training.loss best"),
         (("--training.heads", "0"), "--training.heads is 0"),
         (("--training.limit", "0"), "--training.limit is 0"),
-        (("--training.trains", "^nothing"), "--training.trains: '^nothing' names none of the parameters"),
+        (("--training.trains", "^nothing"), "--training.trains: '^nothing' matches none of the parameters"),
         (("--training.trains", "("), "--training.trains: '(' is not a regular expression"),
         (("--cv.heads", "3"), "--cv.heads is 3"),
         (("--pmp.agreement", "0.4"), "--pmp.agreement is 0.4"),
     ],
 )
-def test_settings_that_cannot_be_are_named(tmp_path, arguments, said):
-    assert said in refused("--out", tmp_path / "run", *arguments)
+def test_invalid_settings_are_refused_by_flag(tmp_path, arguments, message):
+    assert message in refused("--out", tmp_path / "run", *arguments)
     assert not (tmp_path / "run").exists()
 
 
@@ -202,21 +205,21 @@ def test_too_many_folds_and_broken_files_are_refused(tmp_path):
 
 
 def test_every_setting_survives_the_configuration_file(tmp_path):
-    asked = script.parse(["--preset", "smoke", "--training.heads", "3", "--pmp.prompts", "7"])
+    settings = script.parse(["--preset", "smoke", "--training.heads", "3", "--pmp.prompts", "7"])
     run = tmp_path / "run"
     run.mkdir()
-    (run / "config.json").write_text(json.dumps(settings.as_dict(asked)))
+    (run / "config.json").write_text(json.dumps(settings_lib.as_dict(settings)))
     again = script.parse(["--resume", str(run)])
-    assert (again.training, again.pmp, again.cv, again.folds) == (asked.training, asked.pmp, asked.cv, 0)
+    assert (again.training, again.pmp, again.cv, again.folds) == (settings.training, settings.pmp, settings.cv, 0)
 
 
-def test_the_smoke_preset_leaves_what_is_given_even_where_it_is_the_default():
-    asked = script.parse(["--preset", "smoke", "--cv.width", "64", "--cv.epochs", "2"])
-    assert (asked.cv.width, asked.cv.epochs, asked.cv.mlp) == (64, 2, 16)
+def test_flags_override_the_smoke_preset_even_with_default_values():
+    settings = script.parse(["--preset", "smoke", "--cv.width", "64", "--cv.epochs", "2"])
+    assert (settings.cv.width, settings.cv.epochs, settings.cv.mlp) == (64, 2, 16)
     assert script.parse(["--training.trains", "^head/kernel_HD", "--training.heads", "2"]).cv.width == 64
 
 
-def test_every_setting_is_read_and_explained():
+def test_every_setting_has_an_effect_and_a_help_text():
     folder = pathlib.Path(reward_settings.__file__).parent
     source = "\n".join(p.read_text() for p in folder.glob("*.py") if p.stem != "reward_settings")
     own = (folder / "reward_settings.py").read_text()
@@ -228,15 +231,15 @@ def test_every_setting_is_read_and_explained():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["demonstrations", "policy"])
-def test_one_model_is_trained_normalised_and_saved(tmp_path, rule):
+def test_a_single_model_is_trained_normalised_and_saved(tmp_path, rule):
     out = tmp_path / "run"
     arguments = ["--preset", "smoke", "--out", out, "--pretrain.steps", 10, "--training.heads", 2, "--pmp.prompts", 30]
     script.main([str(a) for a in (*arguments, "--training.normalise", rule)])
     results = json.loads((out / "results.json").read_text())["reward_model"]
     assert results["gap"] == pytest.approx(results["train_accuracy"][0] - results["accuracy"][0])
-    kept = lm.load_normalisation(out / "reward_model")
-    assert kept is not None and kept.rule == results["normalisation"]["rule"]
+    record = lm.load_normalisation(out / "reward_model")
+    assert record is not None and record.rule == results["normalisation"]["rule"]
     cfg, params = lm.load(out / "reward_model")
-    assert lm.count_heads(params) is None and cfg.vocab_size == params["embed"]["tokens"].shape[0]
-    assert (kept.gain == 1.0) == (rule == "demonstrations")
+    assert lm.heads.count_heads(params) is None and cfg.vocab_size == params["embed"]["tokens"].shape[0]
+    assert (record.gain == 1.0) == (rule == "demonstrations")
     assert (out / "report.html").stat().st_size > 1000

@@ -1,4 +1,4 @@
-"""A reward model on a file of comparisons: the reader, the scores, the command line; and the plots of the report."""
+"""experiments/rewardbench.py: the reader, the scores and the command line; and the report's plots of a reward model."""
 
 import gzip
 import json
@@ -23,15 +23,15 @@ SUBSETS = ("colors", "stories", "colors", None)
 
 
 def records(n=24, seed=0):
-    """Prompts and answers of many lengths, of the words that the tokenizer knows."""
+    """Prompts and answers of many lengths, in words that the tokenizer knows."""
     rng = np.random.default_rng(seed)
 
     def text():
         return " ".join(rng.choice(WORDS, size=rng.integers(1, 30)))
 
-    found = [{"prompt": text(), "chosen": text(), "rejected": text(), "subset": SUBSETS[i % 4]} for i in range(n)]
-    found[0]["prompt"] = [{"role": role, "content": text()} for role in ("user", "assistant", "user")]
-    return found
+    rows = [{"prompt": text(), "chosen": text(), "rejected": text(), "subset": SUBSETS[i % 4]} for i in range(n)]
+    rows[0]["prompt"] = [{"role": role, "content": text()} for role in ("user", "assistant", "user")]
+    return rows
 
 
 def write(path, rows):
@@ -42,11 +42,11 @@ def write(path, rows):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A directory as the main job leaves it, of a reward model that was never trained."""
+    """A folder such as the main job writes, with an untrained reward model."""
     tokenizer = tokenizers.word_level(WORDS)
     cfg = lm.LMConfig(vocab_size=len(tokenizer), n_layers=1, d_model=32, n_heads=2, d_mlp=32, max_length=128)
     params = lm.with_head(jax.random.key(1), lm.init(jax.random.key(0), cfg=cfg), cfg)
-    params = lm.shift_bias(params, 0.25)
+    params = lm.heads.shift_bias(params, 0.25)
     path = tmp_path_factory.mktemp("model") / "reward_model"
     lm.save(path, cfg, params, tokenizer=tokenizer)
     lm.save(path.with_name("policy"), cfg, lm.without_head(params), tokenizer=tokenizer)
@@ -65,38 +65,38 @@ def judged(model, tmp_path_factory):
 # The command
 
 
-def test_scores_are_those_of_each_dialogue_alone(judged, model):
+def test_scores_equal_those_of_each_dialogue_alone(judged, model):
     _, cfg, params = model
     fmt = chat.chat_format(tokenizers.load(model[0]))
     rows = [json.loads(line) for line in (judged / "scores.jsonl").read_text().splitlines()]
     score = jax.jit(lambda params, ids: lm.score(params, ids, cfg=cfg))
     assert [row["record"].split(", ")[-1] for row in rows] == [f"line {n}" for n in range(1, 25)]
     for row, record in list(zip(rows, records()))[:3]:
-        asked: Any = record["prompt"]
-        asked = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
-        turns = [dialogues.Turn(message["role"], message["content"]) for message in asked]
+        prompt: Any = record["prompt"]
+        prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        turns = [dialogues.Turn(message["role"], message["content"]) for message in prompt]
         for side in ("chosen", "rejected"):
             ids, _ = chat.encode_dialogue(fmt, [*turns, dialogues.Turn("assistant", record[side])])
             assert row[side] == pytest.approx(float(score(params, np.array([ids]))[0]), abs=1e-5)
 
 
-def test_results_are_the_numbers_of_the_scores(judged):
+def test_results_follow_from_the_scores(judged):
     rows = [json.loads(line) for line in (judged / "scores.jsonl").read_text().splitlines()]
-    found = json.loads((judged / "results.json").read_text())["reward_model"]
+    results = json.loads((judged / "results.json").read_text())["reward_model"]
     chosen, rejected = (np.array([row[side] for row in rows]) for side in ("chosen", "rejected"))
-    assert found["pairs"] == 24
-    np.testing.assert_allclose(found["accuracy"], diagnostics.win_rate(chosen, rejected))
-    subsets = {each["name"]: each for each in found["strata"]["subset"]}
+    assert results["pairs"] == 24
+    np.testing.assert_allclose(results["accuracy"], diagnostics.win_rate(chosen, rejected))
+    subsets = {each["name"]: each for each in results["strata"]["subset"]}
     assert {name: each["count"] for name, each in subsets.items()} == {"colors": 12, "stories": 6, None: 6}
     for name, each in subsets.items():
-        mine = [row["chosen"] > row["rejected"] for row in rows if row["subset"] == name]
-        assert each["accuracy"][0] == pytest.approx(np.mean(mine))
-    assert found["mean_subset_accuracy"][0] == pytest.approx(np.mean([e["accuracy"][0] for e in subsets.values()]))
-    assert sum(each["count"] for each in found["strata"]["tokens of the longer answer"]) == 24
+        correct = [row["chosen"] > row["rejected"] for row in rows if row["subset"] == name]
+        assert each["accuracy"][0] == pytest.approx(np.mean(correct))
+    assert results["mean_subset_accuracy"][0] == pytest.approx(np.mean([e["accuracy"][0] for e in subsets.values()]))
+    assert sum(each["count"] for each in results["strata"]["tokens of the longer answer"]) == 24
     lengths = [[len(row[side].split()) + 1 for side in ("chosen", "rejected")] for row in records()]
     bias = diagnostics.length_bias(chosen, rejected, *np.transpose(lengths))
-    np.testing.assert_allclose(found["length_bias"]["prefers_longer"], bias.prefers_longer)
-    slope, temperature = found["calibration"]["slope"][0], found["calibration"]["temperature"]
+    np.testing.assert_allclose(results["length_bias"]["prefers_longer"], bias.prefers_longer)
+    slope, temperature = results["calibration"]["slope"][0], results["calibration"]["temperature"]
     assert slope == pytest.approx(diagnostics.calibration_slope(chosen, rejected).mean)
     assert temperature == (pytest.approx(1 / slope) if slope > 0 else None)
 
@@ -110,7 +110,7 @@ def test_the_report_shows_strata_calibration_and_length(judged):
     assert {path.name for path in judged.iterdir()} == {"config.json", "results.json", "report.html", "scores.jsonl"}
 
 
-def test_the_order_and_the_batch_change_no_score():
+def test_order_and_batch_size_change_no_score():
     rows = [[1] * n for n in (3, 40, 5, 90, 33, 1)]
     shapes = []
 
@@ -120,72 +120,73 @@ def test_the_order_and_the_batch_change_no_score():
 
     done = []
     for batch in (1, 4, 16):
-        found = rewardbench.score_rows(rows, score, batch=batch, most=90, pad_id=0, tell=done.append)
-        np.testing.assert_array_equal(found, [3.5, 40.5, 5.5, 90.5, 33.5, 1.5])
+        scores = rewardbench.score_rows(rows, score, batch=batch, max_length=90, pad_id=0, on_progress=done.append)
+        np.testing.assert_array_equal(scores, [3.5, 40.5, 5.5, 90.5, 33.5, 1.5])
     assert {width for _, width in shapes} == {32, 64, 90} and done[-1] == 6
 
 
 def refused(capsys, *arguments):
-    with pytest.raises(SystemExit) as left:
+    """The error of a command that exits with status 2."""
+    with pytest.raises(SystemExit) as exit:
         rewardbench.main([str(argument) for argument in arguments])
-    told = capsys.readouterr().err.strip().splitlines()[-1]
-    assert left.value.code == 2 and told.startswith("error: ")
-    return told
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit.value.code == 2 and error.startswith("error: ")
+    return error
 
 
-def test_what_cannot_be_is_one_sentence_and_writes_nothing(model, judged, tmp_path, capsys, monkeypatch):
+def test_invalid_input_is_one_error_line_and_writes_nothing(model, judged, tmp_path, capsys, monkeypatch):
     path, out = write(tmp_path / "file.jsonl", records()), tmp_path / "out"
-    asked = ("--model", model[0], "--data.path", path, "--out", out)
+    valid = ("--model", model[0], "--data.path", path, "--out", out)
     assert "holds a language model" in refused(
         capsys, "--model", model[0].with_name("policy"), "--data.path", path, "--out", out
     )
     assert "no model directory" in refused(capsys, "--model", tmp_path / "no", "--data.path", path, "--out", out)
-    assert "holds another run" in refused(capsys, *asked[:4], "--out", judged)
-    assert "--batch is 0" in refused(capsys, *asked, "--batch", 0)
-    assert "--data.max-dropped is 2.0" in refused(capsys, *asked, "--data.max-dropped", 2)
-    assert "prompt too long" in refused(capsys, *asked, "--max-length", 20)
+    assert "holds another run" in refused(capsys, *valid[:4], "--out", judged)
+    assert "--batch is 0" in refused(capsys, *valid, "--batch", 0)
+    assert "--data.max-dropped is 2.0" in refused(capsys, *valid, "--data.max-dropped", 2)
+    assert "prompt too long" in refused(capsys, *valid, "--max-length", 20)
     unknown = write(tmp_path / "unknown.jsonl", [records()[1] | {"prompt": "zebra"}])
-    told = refused(capsys, "--model", model[0], "--data.path", unknown, "--out", out)
-    assert "unknown.jsonl" in told and "zebra" in told
+    error = refused(capsys, "--model", model[0], "--data.path", unknown, "--out", out)
+    assert "unknown.jsonl" in error and "zebra" in error
     assert not out.exists()
     monkeypatch.setattr(rewardbench, "score_rows", lambda *_, **__: pytest.fail("scored before the folder was made"))
     (tmp_path / "file").write_text("in the way")
-    assert "cannot be written" in refused(capsys, *asked[:4], "--out", tmp_path / "file" / "out")
+    assert "cannot be written" in refused(capsys, *valid[:4], "--out", tmp_path / "file" / "out")
 
 
-def test_pairs_that_are_too_long_are_left_out_whole(model):
+def test_pairs_that_are_too_long_are_dropped(model):
     fmt = chat.chat_format(tokenizers.load(model[0]))
     pairs = [("red", "red blue green"), ("red", "blue"), (" ".join(["red"] * 9), "red")]
-    asked = [rewardbench.Pair((dialogues.Turn("user", "what"),), *pair, None, "") for pair in pairs]
+    records = [rewardbench.Pair((dialogues.Turn("user", "what"),), *pair, None, "") for pair in pairs]
     counts = errors.DropCount(max_dropped=1.0)
-    kept, rows, lengths = rewardbench.encode(fmt, asked, max_length=8, counts=counts)
+    kept, rows, lengths = rewardbench.encode(fmt, records, max_length=8, counts=counts)
     assert [record.chosen for record in kept] == ["red", "red"] and counts.dropped == {"too long": 1}
     assert lengths.tolist() == [2, 2, 4, 2] and [len(row) for row in rows] == [6, 6, 8, 6]
     with pytest.raises(errors.DataError, match="no record is left"):
-        rewardbench.encode(fmt, asked, max_length=5, counts=counts)
+        rewardbench.encode(fmt, records, max_length=5, counts=counts)
 
 
 # The reader
 
 
-def test_pairs_of_every_form_and_file_are_read_and_others_counted(tmp_path):
+def test_pairs_of_every_form_and_file_type_are_read_and_other_records_counted(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
     rows = records()[1:]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "file.parquet")
     counts = errors.DropCount(max_dropped=0.5)
-    found = rewardbench.read(str(tmp_path / "file.parquet"), counts=counts)
-    lines = rewardbench.read(str(write(tmp_path / "file.jsonl", rows)), counts=counts)
-    assert [pair[:4] for pair in found] == [pair[:4] for pair in lines] and not counts.dropped
-    assert lines[2][1:] == (rows[2]["chosen"], rows[2]["rejected"], None, f"{tmp_path / 'file.jsonl'}, line 3")
-    asked = {"prompt": "what", "responses": ["red", "blue"], "ranks": [2, 1], "subset": 3}
-    three = asked | {"responses": ["red", "blue", "fox"], "ranks": [1, 2, 3]}
-    (pair,) = rewardbench.read(str(write(tmp_path / "ranked", [asked, three])), counts=counts)
+    from_parquet = rewardbench.read(str(tmp_path / "file.parquet"), counts=counts)
+    from_lines = rewardbench.read(str(write(tmp_path / "file.jsonl", rows)), counts=counts)
+    assert [pair[:4] for pair in from_parquet] == [pair[:4] for pair in from_lines] and not counts.dropped
+    assert from_lines[2][1:] == (rows[2]["chosen"], rows[2]["rejected"], None, f"{tmp_path / 'file.jsonl'}, line 3")
+    two = {"prompt": "what", "responses": ["red", "blue"], "ranks": [2, 1], "subset": 3}
+    three = two | {"responses": ["red", "blue", "fox"], "ranks": [1, 2, 3]}
+    (pair,) = rewardbench.read(str(write(tmp_path / "ranked", [two, three])), counts=counts)
     assert pair[1:4] == ("blue", "red", "3") and counts.dropped == {"not a pair": 1}
 
 
-def test_broken_files_are_named_and_flawed_records_counted(tmp_path):
+def test_broken_files_are_named_and_unusable_records_counted(tmp_path):
     good = records()[1]
     flawed = [good] * 8 + [good | {"chosen": " "}, good | {"rejected": good["chosen"]}]
     counts = errors.DropCount(max_dropped=0.5)
@@ -201,48 +202,48 @@ def test_broken_files_are_named_and_flawed_records_counted(tmp_path):
             rewardbench.read(str(write(tmp_path / "file", rows)), counts=errors.DropCount())
 
 
-# What is measured
+# The measurements
 
 
-def judgement(chosen, rejected, subsets):
+def measure(chosen, rejected, subsets):
     pairs = [rewardbench.Pair((dialogues.Turn("user", "what"),), "red", "blue", name, "") for name in subsets]
     lengths = np.arange(1, len(pairs) + 1)
-    return rewardbench.facts(
+    return rewardbench.measure(
         rewardbench.Scored(pairs, np.array(chosen), np.array(rejected), lengths, lengths[::-1].copy()), bins=2
     )
 
 
-def test_the_strict_accuracy_stands_beside_the_one_with_ties():
-    found = judgement([1.0, 2.0, 0.0, 3.0], [0.0, 2.0, 1.0, 3.0], ["a", "a", "b", "b"])
-    assert found["accuracy"][0] == 0.5 and found["strict_accuracy"][0] == 0.25 and found["ties"] == 2
-    assert "ties counted as wrong" in printed(found) and "ties counted" not in printed(found | {"ties": 0})
+def test_the_table_has_the_strict_accuracy_if_there_are_ties():
+    results = measure([1.0, 2.0, 0.0, 3.0], [0.0, 2.0, 1.0, 3.0], ["a", "a", "b", "b"])
+    assert results["accuracy"][0] == 0.5 and results["strict_accuracy"][0] == 0.25 and results["ties"] == 2
+    assert "ties counted as wrong" in printed(results) and "ties counted" not in printed(results | {"ties": 0})
 
 
-def test_a_temperature_that_cannot_be_is_not_printed():
+def test_an_undefined_temperature_is_not_printed():
     for sign in (1.0, -1.0):
-        found = judgement([sign, 2 * sign, 3 * sign], [0.0, 0.0, 0.0], [None] * 3)
-        assert math.isnan(found["calibration"]["temperature"])
-        page = report.render({"reward_model": rewardbench.run_folder.finite(found)}, [], title="t")
+        results = measure([sign, 2 * sign, 3 * sign], [0.0, 0.0, 0.0], [None] * 3)
+        assert math.isnan(results["calibration"]["temperature"])
+        page = report.render({"reward_model": rewardbench.run_folder.finite(results)}, [], title="t")
         assert "alibration temperature" not in page
 
 
-def printed(found):
+def printed(results):
     console = rewardbench.Console(width=100)
-    with console.capture() as told:
-        console.print(rewardbench.table(found))
-    return told.get()
+    with console.capture() as output:
+        console.print(rewardbench.accuracy_table(results))
+    return output.get()
 
 
-def test_a_subset_may_have_any_name():
-    text = printed(judgement([1.0, 2.0], [0.0, 3.0], ["[red]x[/red]", "a [/] b"]))
+def test_subset_names_may_contain_markup():
+    text = printed(measure([1.0, 2.0], [0.0, 3.0], ["[red]x[/red]", "a [/] b"]))
     assert "[red]x[/red]" in text and "a [/] b" in text
 
 
 # Plots
 
 
-def drawn():
-    """Results that have every figure of this kind."""
+def results_with_all_figures():
+    """Results that have every figure of a reward model."""
     rng = np.random.default_rng(0)
     kl = np.linspace(0.5, 6.0, 12) ** 2
     gains = np.sqrt(kl) * (1 - 0.12 * np.sqrt(kl)) + 0.01 * rng.normal(size=12)
@@ -257,16 +258,18 @@ def drawn():
     }
 
 
-def test_the_report_draws_what_there_is():
-    page = Page(report.render(drawn(), [], title="t"))
+def test_the_report_draws_every_figure_and_is_deterministic():
+    page = Page(report.render(results_with_all_figures(), [], title="t"))
     assert "Over-optimisation" in page.headings and "Training and other pairs" in page.text
     assert "best of n: R² 1.000" in page.text and "by the form of best of n, highest at √KL = 4." in page.text
     assert "reward model of the other half" in page.text
-    assert report.render(drawn(), [], title="t") == report.render(drawn(), [], title="t")
+    assert report.render(results_with_all_figures(), [], title="t") == report.render(
+        results_with_all_figures(), [], title="t"
+    )
 
 
-def test_flat_gains_and_open_intervals_are_drawn():
-    results = drawn()
+def test_flat_gains_and_infinite_intervals_are_drawn():
+    results = results_with_all_figures()
     (curve,) = results["overoptimisation"]
     for fit in curve["fits"]:
         fit |= {"r_squared": math.nan, "peak_distance": [4.0, 2.5, math.inf]}
@@ -277,7 +280,7 @@ def test_flat_gains_and_open_intervals_are_drawn():
     assert f"Here it is {mean} points (95 % interval {bounds})." in page.text
 
 
-def test_plots_of_nothing_are_none():
+def test_plots_of_missing_results_are_none():
     plots = reward_plots
     for draw in (plots.strata, plots.length_bias, plots.generalisation, plots.thresholds, plots.split_halves):
         assert draw(None) is None and draw({}) is None
@@ -285,7 +288,7 @@ def test_plots_of_nothing_are_none():
     assert plots.strata({"turn": [{"name": 1, "accuracy": [math.nan, 0.0, 1.0], "count": 0}]}) is None
 
 
-def test_several_strata_have_headings_and_long_names_are_cut():
+def test_several_strata_have_headings_and_long_names_are_truncated():
     one = {"name": "x" * 40, "accuracy": [0.5, 0.2, 0.8], "count": 4}
     svg = reward_plots.strata({"turn": [one | {"name": 1}], "annotator": [one]}, 0.6)
     assert svg is not None and all(words in svg for words in (">turn<", ">annotator<", "x…", "n = 4", "20.0–80.0"))

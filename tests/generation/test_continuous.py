@@ -71,7 +71,7 @@ def assert_same(got, want):
     [(8, None), (1, 1), (100, 7), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((8, 3), (4, 4)))],
 )
 @pytest.mark.parametrize("name", ["rope"])
-def test_prompt_by_prompt_the_same_as_a_static_batch(name, slots, refill):
+def test_continuous_batching_matches_a_static_batch(name, slots, refill):
     cfg = CONFIGS[name]
     kept = dict(cfg=cfg, sampling=SAMPLING, values=True)
     want = static(model(cfg), *arguments(), **kept)
@@ -88,11 +88,11 @@ def test_other_architectures(name):
 
 @settings(max_examples=8)
 @given(stops=st.sets(st.integers(0, 22), max_size=12), temperature=st.floats(0.4, 2.0), longest=st.integers(1, T))
-def test_any_stops_and_lengths(stops, temperature, longest):
+def test_any_stop_ids_and_limits_match_a_static_batch(stops, temperature, longest):
     cfg = CONFIGS["rope"]
     limits = jnp.minimum(jnp.arange(N) % 7 + 1, longest)
     sampling = dataclasses.replace(SAMPLING, temperature=temperature, stop_ids=(), max_new_tokens=T)
-    # The stops as limits: how long a row may be is what a hypothesis can vary without compiling again.
+    # Stops are passed as length limits, which hypothesis can vary without recompiling.
     free = static(model(cfg), *arguments(), cfg=cfg, sampling=sampling)
     ends = np.isin(np.asarray(free.tokens_BL[:, P:]), list(stops))
     natural = np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, T)
@@ -104,17 +104,17 @@ def test_any_stops_and_lengths(stops, temperature, longest):
     np.testing.assert_allclose(np.asarray(got.logprobs_BT)[mask], np.asarray(free.logprobs_BT)[mask], atol=1e-5)
 
 
-def test_neighbours_change_nothing_bit_for_bit():
+def test_neighbours_do_not_change_a_single_bit():
     cfg = CONFIGS["rope"]
     rng, tokens, mask = arguments()
     run = functools.partial(continuous, model(cfg), cfg=cfg, sampling=SAMPLING, slots=8)
     alone = run(rng, tokens, mask)
-    # The same prompts in another order: other slots, other neighbours, other turns.
+    # The same prompts in another order get other slots and neighbours, and start at other times.
     order = np.random.default_rng(0).permutation(N)
     shuffled = run(rng[order], tokens[order], mask[order])
     for name in FIELDS:
         np.testing.assert_array_equal(getattr(shuffled, name), np.asarray(getattr(alone, name))[order], err_msg=name)
-    # Half of them with other keys, and so other answers.
+    # Half of the prompts get other keys, and so other responses.
     others = jnp.where((jnp.arange(N) % 2 == 0)[:, None], jax.random.key_data(rng), jax.random.key_data(rng)[::-1])
     changed = run(jax.random.wrap_key_data(others), tokens, mask)
     for name in FIELDS:
@@ -122,7 +122,7 @@ def test_neighbours_change_nothing_bit_for_bit():
     assert not np.array_equal(changed.tokens_BL, alone.tokens_BL)
 
 
-def test_a_shuffled_static_batch_gives_the_same_rows():
+def test_shuffled_static_batch_gives_the_same_rows():
     cfg = CONFIGS["rope"]
     rng, tokens, mask = arguments()
     order = np.random.default_rng(1).permutation(N)
@@ -132,7 +132,7 @@ def test_a_shuffled_static_batch_gives_the_same_rows():
         np.testing.assert_array_equal(getattr(got, name), np.asarray(getattr(want, name))[order], err_msg=name)
 
 
-def test_one_token_and_stops_at_once():
+def test_single_token_and_immediate_stop():
     cfg = CONFIGS["rope"]
     short = dataclasses.replace(SAMPLING, max_new_tokens=1)
     want = static(model(cfg), *arguments(), cfg=cfg, sampling=short)
@@ -142,7 +142,7 @@ def test_one_token_and_stops_at_once():
     assert np.all(got.lengths_B == 1) and np.all(got.finish_B == 1)
 
 
-def test_vmap_over_seeds_is_a_loop_over_seeds():
+def test_vmap_over_seeds_matches_a_loop():
     cfg = CONFIGS["rope"]
     params = jax.tree.map(lambda x: jnp.stack([x, 0.8 * x]), model(cfg))
     rng, tokens, mask = arguments()
@@ -160,8 +160,8 @@ def test_vmap_over_seeds_is_a_loop_over_seeds():
         assert_same(jax.tree.map(lambda x, i=i: x[i], mapped), alone)
 
 
-def test_impossible_arguments():
-    for wrong, message in ((dict(slots=0), "slots is 0"), (dict(slots=4, refill=-1), "refill -1")):
+def test_invalid_arguments_are_refused():
+    for wrong, message in ((dict(slots=0), "slots is 0"), (dict(slots=4, refill=-1), "refill is -1")):
         with pytest.raises(ValueError, match=message):
             continuous(model(CONFIGS["rope"]), *arguments(), cfg=CONFIGS["rope"], sampling=SAMPLING, **wrong)
 
@@ -181,15 +181,15 @@ sharded = jax.tree.map(lambda x, a: jax.device_put(x, place(a)), params, lm.logi
 rng, tokens, mask = t.arguments(32)
 rows = NamedSharding(mesh, P("data"))
 spread = [jax.device_put(x, rows) for x in (rng, tokens, mask)]
-how = dict(cfg=cfg, sampling=t.SAMPLING)
+options = dict(cfg=cfg, sampling=t.SAMPLING)
 runs = {
-    "static": functools.partial(generation.generate, **how),
-    "continuous": functools.partial(generation.continuous.generate, slots=8, **how),
+    "static": functools.partial(generation.generate, **options),
+    "continuous": functools.partial(generation.continuous.generate, slots=8, **options),
 }
 for name, run in runs.items():
     want, got = jax.jit(run)(params, rng, tokens, mask), jax.jit(run)(sharded, *spread)
     t.assert_same(got, want)
-    # Which shapes the cache has on a device, recognisable by its length.
+    # The shapes of the cache on a device; its length identifies it.
     long = functools.partial(run, sampling=dataclasses.replace(t.SAMPLING, max_new_tokens=2000))
     text = jax.jit(long).lower(sharded, *spread).compile().as_text()
     print(name, *sorted(set(re.findall(r"f32\\[(\\d+,\\d+),2004,4\\]", text))))
@@ -197,7 +197,7 @@ for name, run in runs.items():
 
 
 @pytest.mark.slow  # test_parallel.py samples on a mesh, too
-def test_on_a_mesh_the_same_tokens_and_a_share_of_the_cache():
+def test_mesh_gives_the_same_tokens_with_a_sharded_cache():
     flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
     done = subprocess.run(
         [sys.executable, "-c", MESH, os.path.dirname(__file__)],
@@ -208,5 +208,5 @@ def test_on_a_mesh_the_same_tokens_and_a_share_of_the_cache():
     )
     assert done.returncode == 0, done.stderr[-3000:]
     shapes = {line.split()[0]: set(line.split()[1:]) for line in done.stdout.splitlines()}
-    # 32 rows of 2 heads over two axes of two; the 8 slots take prompts from anywhere, and are spread by heads alone.
+    # 32 rows of 2 heads are sharded over both axes; the 8 slots take prompts from any device, so only by heads.
     assert shapes == {"static": {"16,1"}, "continuous": {"8,1"}}

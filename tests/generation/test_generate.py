@@ -51,7 +51,7 @@ def responses(rollout):
 
 @pytest.mark.parametrize("cfg", [ROPE, LEARNED], ids=["rope", "learned"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_sampled_logprobs_are_those_of_the_scoring_pass(cfg, temperature):
+def test_sampled_logprobs_match_the_scoring_pass(cfg, temperature):
     rollout = run(cfg, dataclasses.replace(SAMPLING, temperature=temperature))
 
     @jax.jit
@@ -59,7 +59,7 @@ def test_sampled_logprobs_are_those_of_the_scoring_pass(cfg, temperature):
         arguments: dict[str, Any] = dict(cfg=cfg, mask_BL=rollout.mask_BL, temperature=temperature)
         return (
             lm.token_logprobs(params, rollout.tokens_BL, **arguments)[:, P:],
-            lm.response_logprobs(params, rollout.tokens_BL, prompt_width=P, **arguments),
+            lm.token_logprobs(params, rollout.tokens_BL, prompt_width=P, **arguments),
         )
 
     for scored in score(model(cfg), rollout, temperature):
@@ -67,7 +67,7 @@ def test_sampled_logprobs_are_those_of_the_scoring_pass(cfg, temperature):
     assert rollout.logprobs_BT.dtype == jnp.float32
 
 
-def test_shapes_and_what_stands_where():
+def test_shapes_and_layout_of_a_rollout():
     rollout = run(seed=2)
     np.testing.assert_array_equal(rollout.tokens_BL[:, :P], prompts()[0])
     np.testing.assert_array_equal(rollout.mask_BL, jnp.concatenate([prompts()[1], rollout.response_mask_BT], axis=1))
@@ -83,8 +83,8 @@ def test_shapes_and_what_stands_where():
     np.testing.assert_array_equal(np.asarray(rollout.logprobs_BT)[~np.asarray(rollout.response_mask_BT)], 0)
 
 
-def test_stopping_only_cuts():
-    """With stop ids the same keys give the same tokens up to the stop: nothing is inserted, nothing is changed."""
+def test_stop_ids_only_truncate():
+    """With stop ids, the same keys give the same tokens up to the stop."""
     free, cut = run(sampling=dataclasses.replace(SAMPLING, stop_ids=())), run()
     assert np.all(free.finish_B == 0) and np.all(free.lengths_B == T)
     kept = np.asarray(cut.response_mask_BT)
@@ -94,12 +94,12 @@ def test_stopping_only_cuts():
         assert length == (stops[0] + 1 if len(stops) else T)
 
 
-def test_all_stop_at_once():
+def test_all_rows_stop_immediately():
     rollout = run(sampling=dataclasses.replace(SAMPLING, stop_ids=tuple(range(23))))
     assert np.all(rollout.lengths_B == 1) and np.all(rollout.finish_B == 1)
 
 
-def test_a_row_depends_on_its_own_prompt_and_key_only():
+def test_row_depends_only_on_its_prompt_and_key():
     tokens, mask = prompts()
     whole, order = run(), jnp.array([4, 2, 2, 0])
     part = compiled(ROPE)(model(ROPE), keys()[order], tokens[order], mask[order], sampling=SAMPLING)
@@ -108,7 +108,7 @@ def test_a_row_depends_on_its_own_prompt_and_key_only():
 
 
 @pytest.mark.parametrize("cfg", [ROPE, LEARNED], ids=["rope", "learned"])
-def test_neither_padding_of_the_prompt_nor_room_to_spare_matters(cfg):
+def test_prompt_padding_and_larger_limits_do_not_matter(cfg):
     tokens, mask = prompts()
     tokens = jnp.pad(tokens, ((0, 0), (3, 0)), constant_values=22)
     mask = jnp.pad(mask, ((0, 0), (3, 0)))
@@ -119,7 +119,7 @@ def test_neither_padding_of_the_prompt_nor_room_to_spare_matters(cfg):
     np.testing.assert_allclose(narrow.logprobs_BT, wide.logprobs_BT[:, :T], atol=1e-5)
 
 
-def test_greedy_takes_the_likeliest():
+def test_greedy_takes_the_most_likely_token():
     rollout = run(sampling=dataclasses.replace(SAMPLING, greedy=True, stop_ids=()))
     np.testing.assert_array_equal(
         rollout.tokens_BL, run(sampling=dataclasses.replace(SAMPLING, greedy=True, stop_ids=()), seed=9).tokens_BL
@@ -143,7 +143,7 @@ def test_one_program_for_every_temperature():
     assert len(traces) == 1 and len(means) == 3
 
 
-def test_vmap_over_seeds_is_a_loop_over_seeds():
+def test_vmap_over_seeds_matches_a_loop():
     params = jax.tree.map(lambda x: jnp.stack([x, 0.8 * x]), model(ROPE))
     rngs = jnp.stack([keys(seed=1), keys(seed=2)])
     temperatures = jnp.array([0.8, 1.3])
@@ -161,18 +161,18 @@ def test_vmap_over_seeds_is_a_loop_over_seeds():
         np.testing.assert_allclose(mapped.logprobs_BT[i], alone.logprobs_BT, atol=1e-5)
 
 
-# --- when to stop, and what not to draw ----------------------------------------------------------------------------
+# --- stop conditions and forbidden tokens --------------------------------------------------------------------------
 
 
 def first_end(tokens_T, sequences):
-    """How many tokens there are up to the first end of any of the sequences; all of them where there is none."""
+    """The number of tokens up to the end of the first stop sequence, or all of them."""
     for t in range(1, len(tokens_T) + 1):
         if any(tuple(tokens_T[max(t - len(s), 0) : t]) == s for s in sequences):
             return t
     return len(tokens_T)
 
 
-def test_a_stop_sequence_of_several_tokens_only_cuts():
+def test_stop_sequence_of_several_tokens_only_truncates():
     free = run(sampling=dataclasses.replace(SAMPLING, stop_ids=()))
     drawn = responses(free)
     sequences = (tuple(map(int, drawn[0, 2:5])), tuple(map(int, drawn[1, 0:2])), (7,))
@@ -185,12 +185,12 @@ def test_a_stop_sequence_of_several_tokens_only_cuts():
     assert cut.lengths_B[0] <= 5 and cut.lengths_B[1] == 2
 
 
-def test_no_stop_before_the_least_number_of_tokens():
+def test_no_stop_before_min_new_tokens():
     early, late = run(), run(sampling=dataclasses.replace(SAMPLING, min_new_tokens=4))
     assert early.lengths_B.min() < 4 and late.lengths_B.min() >= 4
     before = responses(late)[:, :3]
     assert not np.isin(before, STOPS).any()
-    # What is drawn there follows the distribution without the stop ids; the log-probability says so.
+    # The early log-probabilities are those of the distribution without the stop ids.
     logits = jnp.arange(23.0)
     kept = np.asarray(generation.log_distribution(logits, dataclasses.replace(SAMPLING, min_new_tokens=4), step=2))
     assert np.isneginf(kept[list(STOPS)]).all() and abs(np.exp(kept).sum() - 1) < 1e-5
@@ -203,11 +203,11 @@ def test_forbidden_tokens_are_never_drawn():
     forbidden = tuple(range(0, 23, 2))
     rollout = run(sampling=dataclasses.replace(SAMPLING, forbidden_ids=forbidden, stop_ids=(), pad_id=0))
     assert not np.isin(responses(rollout), forbidden).any()
-    with pytest.raises(ValueError, match="names the id 23; ids go to 22"):
+    with pytest.raises(ValueError, match=r"has token id 23; it must be in \[0, 22\]"):
         run(sampling=dataclasses.replace(SAMPLING, forbidden_ids=(4, 23)))
 
 
-def test_several_answers_to_a_prompt_that_is_read_once():
+def test_several_responses_share_one_prefill():
     tokens, mask = prompts(6)
     several = jax.jit(functools.partial(generation.generate, cfg=ROPE, n=4))
     got = several(model(ROPE), keys(24), tokens, mask, sampling=SAMPLING)
@@ -219,18 +219,18 @@ def test_several_answers_to_a_prompt_that_is_read_once():
     np.testing.assert_allclose(got.logprobs_BT, want.logprobs_BT, atol=1e-5)
 
 
-def test_values_from_the_same_pass():
+def test_values_match_the_scoring_pass():
     params = lm.with_head(jax.random.key(3), model(ROPE), ROPE)
     rollout = jax.jit(functools.partial(generation.generate, cfg=ROPE, values=True))(
         params, keys(), *prompts(), sampling=SAMPLING
     )
-    score = jax.jit(functools.partial(lm.response_values, cfg=ROPE, prompt_width=P))
+    score = jax.jit(functools.partial(lm.values, cfg=ROPE, prompt_width=P))
     want = score(params, rollout.tokens_BL, mask_BL=rollout.mask_BL)
     np.testing.assert_allclose(rollout.values_BT, want, atol=1e-5)
     assert np.ptp(rollout.values_BT) > 0.1 and run().values_BT is None
 
 
-def test_limits_of_single_rows():
+def test_limits_per_row():
     free = run(sampling=dataclasses.replace(SAMPLING, stop_ids=()))
     limits = jnp.arange(B) % T + 1
     sampling = dataclasses.replace(SAMPLING, stop_ids=())
@@ -242,15 +242,15 @@ def test_limits_of_single_rows():
     )
 
 
-def test_what_is_not_the_policys_own_distribution_is_refused_for_policy_gradients():
+def test_truncated_sampling_is_refused_for_policy_gradients():
     generation.check_on_policy(SAMPLING)
-    with pytest.raises(ValueError, match=r"Sampling.top_k and Sampling.top_p draw from another distribution"):
+    with pytest.raises(ValueError, match=r"Sampling.top_k and Sampling.top_p, samples do not follow the policy"):
         generation.check_on_policy(dataclasses.replace(SAMPLING, top_k=5, top_p=0.9))
-    with pytest.raises(ValueError, match=r"Sampling.min_new_tokens draw"):
+    with pytest.raises(ValueError, match=r"Sampling.min_new_tokens, samples"):
         generation.check_on_policy(dataclasses.replace(SAMPLING, min_new_tokens=2))
 
 
-# --- the draw ----------------------------------------------------------------------------------------------------
+# --- sampling ----------------------------------------------------------------------------------------------------
 
 
 def exact(logits, sampling):
@@ -278,8 +278,8 @@ def test_draws_follow_the_distribution(sampling):
     np.testing.assert_allclose(np.exp(logprobs), want[tokens], rtol=1e-5)
 
 
-def test_a_whole_response_follows_the_models_distribution():
-    """Two tokens at T = 0.7 after one prompt, against the exact joint distribution from the scoring pass."""
+def test_responses_follow_the_joint_distribution():
+    """Two tokens at T = 0.7 after one prompt, compared with the exact joint distribution from the scoring pass."""
     small: dict[str, Any] = SMALL | {"vocab_size": 5}
     cfg = lm.LMConfig(**small)
     params, n = model(cfg), 8_000
@@ -299,7 +299,7 @@ def test_a_whole_response_follows_the_models_distribution():
 
 @pytest.mark.parametrize("vocab", [1025, 5000])
 def test_draws_from_a_large_vocabulary_follow_the_distribution(vocab):
-    # Most of the mass on tokens at the edges of blocks, and none on whole stretches.
+    # Most of the mass is on tokens at the edges of blocks; long ranges have none.
     logits = np.full(vocab, -np.inf)
     likely = [0, 1, 127, 128, 129, 255, 700, 1023, 1024, vocab - 1]
     logits[likely] = np.linspace(0.0, 2.0, len(likely))
@@ -310,7 +310,7 @@ def test_draws_from_a_large_vocabulary_follow_the_distribution(vocab):
     assert stats.chisquare(counts[want > 0], n * want[want > 0] / want.sum()).pvalue > 1e-3
 
 
-def test_nothing_impossible_is_drawn():
+def test_tokens_of_probability_zero_are_never_drawn():
     logprobs = jnp.log(jnp.array([0.0, 0.5, 0.0, 0.5, 0.0, 0.0]))
     tokens = jax.vmap(generation.draw, in_axes=(0, None))(keys(5_000), logprobs)
     assert set(np.asarray(tokens)) == {1, 3}
@@ -318,7 +318,7 @@ def test_nothing_impossible_is_drawn():
     assert np.all(jax.vmap(generation.draw, in_axes=(0, None))(keys(500), certain) == 17)
 
 
-def test_truncations_keep_what_they_say():
+def test_truncations_keep_the_right_tokens():
     logits = jnp.log(jnp.array([[0.1, 0.4, 0.05, 0.3, 0.15], [0.2, 0.2, 0.2, 0.2, 0.2]]))
 
     def kept(x):
@@ -351,12 +351,12 @@ def test_truncations_keep_what_they_say():
         dict(min_new_tokens=5, max_new_tokens=4),
     ],
 )
-def test_sampling_out_of_range(arguments):
+def test_sampling_fields_out_of_range_are_refused(arguments):
     with pytest.raises(ValueError, match=f"Sampling.{next(iter(arguments))} is"):
         generation.Sampling(**arguments)
 
 
-def test_only_the_temperature_is_a_leaf():
+def test_temperature_is_the_only_leaf():
     sampling = generation.Sampling(temperature=0.5, top_k=3, stop_ids=(1, 2))
     assert jax.tree.leaves(sampling) == [0.5]
     assert jax.tree.structure(sampling) == jax.tree.structure(
@@ -374,7 +374,7 @@ def test_only_the_temperature_is_a_leaf():
         (dict(max_new_tokens=28), "longer than cfg.max_length = 32"),
     ],
 )
-def test_wrong_arguments_are_named(change, message):
+def test_errors_name_the_wrong_argument(change, message):
     tokens, mask = prompts()
     sampling = generation.Sampling(max_new_tokens=change.get("max_new_tokens", T))
     with pytest.raises(ValueError, match=message):

@@ -26,7 +26,7 @@ def some_prompts(n, longest, seed=0):
     return [rng.integers(1, 23, rng.integers(1, longest + 1)).tolist() for _ in range(n)]
 
 
-def test_each_prompt_gets_what_it_would_get_alone():
+def test_each_prompt_gets_the_same_answer_as_alone():
     rng = jax.random.key(5)
     prompts = some_prompts(11, 16)
     answers = SAMPLER(params(), rng, prompts)
@@ -41,7 +41,7 @@ def test_each_prompt_gets_what_it_would_get_alone():
         np.testing.assert_allclose(answer.logprobs, alone.logprobs_BT[0, :n], atol=1e-5)
 
 
-def test_a_handful_of_programs_however_many_lists():
+def test_number_of_compiled_programs_is_bounded():
     SAMPLER(params(), jax.random.key(0), some_prompts(20, 16))
     before = SAMPLER.programs
     for seed in range(5):
@@ -50,7 +50,7 @@ def test_a_handful_of_programs_however_many_lists():
     assert SAMPLER(params(), jax.random.key(0), []) == []
 
 
-def test_prompts_that_do_not_fit():
+def test_prompts_of_invalid_length_are_refused():
     with pytest.raises(ValueError, match="prompt 1 has 17 tokens; it must have between 1 and 16"):
         SAMPLER(params(), jax.random.key(0), [[1], [1] * 17])
     with pytest.raises(ValueError, match="prompt 0 has 0 tokens"):
@@ -67,5 +67,5 @@ def test_stop_strings():
     assert stops.trim("to be or not", ["or", "not"]) == ("to be ", "or")
     assert stops.trim("to be", ["or"]) == ("to be", None)
     assert stops.trim("one\n\nHuman: two", ["\n", "\n\nHuman:"]) == ("one", "\n\nHuman:")
-    with pytest.raises(ValueError, match="empty stop string"):
+    with pytest.raises(ValueError, match="a stop string is empty"):
         stops.sequences(encode, [""])

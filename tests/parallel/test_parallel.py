@@ -171,7 +171,7 @@ def test_one_shard_is_a_permutation_of_all_rows():
     made = minibatches.minibatches(jax.random.key(0), 12, epochs=2, count=3)
     plain = [jax.random.permutation(key, 12) for key in jax.random.split(jax.random.key(0), 2)]
     np.testing.assert_array_equal(made.reshape(2, 12), jnp.stack(plain))
-    with pytest.raises(ValueError, match="12 answers does not divide into 3 minibatches of 8 shards"):
+    with pytest.raises(ValueError, match="12 responses does not divide evenly into 3 minibatches of 8 shards"):
         minibatches.minibatches(jax.random.key(0), 12, epochs=1, count=3, shards=8)
 
 
@@ -180,13 +180,13 @@ def test_keys_and_pretraining_rows_are_each_devices_part_of_all():
     own = jax.vmap(lambda _: minibatches.row_keys(jax.random.key(1), 3, axis_name="d"), axis_name="d")(jnp.arange(4))
     np.testing.assert_array_equal(jax.random.key_data(own).reshape(12, -1), jax.random.key_data(keys))
     rows = jnp.arange(24)
-    whole = minibatches.in_turn(rows, 3, shards=4)
+    whole = minibatches.split_updates(rows, 3, shards=4)
     np.testing.assert_array_equal(whole[0], [0, 1, 6, 7, 12, 13, 18, 19])
-    apart = [minibatches.in_turn(part, 3, shards=2) for part in (rows[:12], rows[12:])]
+    apart = [minibatches.split_updates(part, 3, shards=2) for part in (rows[:12], rows[12:])]
     np.testing.assert_array_equal(jnp.concatenate(apart, axis=1), whole)
-    np.testing.assert_array_equal(minibatches.in_turn(rows, 3, shards=1), rows.reshape(3, 8))
-    with pytest.raises(ValueError, match="24 rows do not divide into 5 updates of 1 shards"):
-        minibatches.in_turn(rows, 5, shards=1)
+    np.testing.assert_array_equal(minibatches.split_updates(rows, 3, shards=1), rows.reshape(3, 8))
+    with pytest.raises(ValueError, match="24 rows do not divide evenly into 5 updates of 1 shards"):
+        minibatches.split_updates(rows, 5, shards=1)
 
 
 # ------------------------------------------------------------------------------------------------- flags

@@ -1,4 +1,4 @@
-"""The step of DPO and its relatives: what it computes, what must not matter to it, and how it is composed."""
+"""The train step of DPO and related methods: values, invariances and composition."""
 
 import dataclasses
 import functools
@@ -19,9 +19,9 @@ from rlhf_jax.train import state as state_lib
 CFG = lm.LMConfig(vocab_size=20, n_layers=1, d_model=16, n_heads=2, d_mlp=32, max_length=24)
 SGD = optax.scale(-1.0)
 B, P, T = 8, 4, 6
-response = functools.partial(lm.response_logprobs, cfg=CFG, prompt_width=P)
-anywhere = functools.partial(lm.token_logprobs, cfg=CFG)
-one_row = jax.jit(anywhere)
+response = functools.partial(lm.token_logprobs, cfg=CFG, prompt_width=P)
+row_logprobs = functools.partial(lm.token_logprobs, cfg=CFG)
+one_row = jax.jit(row_logprobs)
 KEY = jax.random.key(0)
 
 
@@ -41,7 +41,7 @@ def hyper(**numbers: Any) -> Any:
 
 
 def pairs(seed=0) -> Any:
-    """Left-padded prompts, answers of different lengths."""
+    """Pairs with left-padded prompts and answers of different lengths."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(1, 20, size=(B, 2, P + T))
     tokens[:, 1, :P] = tokens[:, 0, :P]
@@ -89,7 +89,7 @@ def moved(state):
 
 
 def sums(which, batch):
-    """Log-probabilities of the answers, one row at a time and with the padding behind everything."""
+    """Log-probabilities of the answers, computed one row at a time with padding at the end."""
     found = np.zeros(batch.tokens_BKL.shape[:2])
     for b, k in np.ndindex(found.shape):
         real = np.asarray(batch.mask_BKL[b, k])
@@ -101,7 +101,7 @@ def sums(which, batch):
     return found
 
 
-def test_the_numbers_of_a_step_by_hand():
+def test_step_matches_hand_computed_values():
     batch = pairs()
     policy, theirs = sums(params(), batch), sums(params(1), batch)
     state, logs = run(batch)
@@ -116,7 +116,7 @@ def test_the_numbers_of_a_step_by_hand():
         np.testing.assert_allclose(values[f"{side}_logprob"], policy[:, k].mean(), rtol=1e-4)
         np.testing.assert_allclose(values[f"{side}_reward"], 0.5 * ratios[:, k].mean(), rtol=1e-3, atol=1e-5)
     assert float(logs["skipped"]) == 0 and moved(state) > 1e-4
-    # At the start of training policy and reference are one.
+    # At the start of training, policy and reference are equal.
     _, logs = run(batch, frozen=params(), label_smoothing=0.0)
     np.testing.assert_allclose(logs["loss"].value(), np.log(2), rtol=1e-5)
     assert float(logs["margin"].value()) == 0 and float(logs["accuracy"].value()) == 0.5
@@ -127,7 +127,7 @@ LONG = [pytest.param(name, marks=pytest.mark.slow) for name in FAMILY if name no
 
 
 @pytest.mark.parametrize("name", [*SHORT, *LONG])
-def test_micro_batches_give_the_update_of_the_whole_batch(name):
+def test_micro_batches_match_the_whole_batch(name):
     whole, whole_logs = run(batch_of(name), name)
     parts, parts_logs = run(batch_of(name), name, micro_batches=4)
     assert moved(whole) > 1e-5
@@ -138,19 +138,19 @@ def test_micro_batches_give_the_update_of_the_whole_batch(name):
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])
-def test_cached_and_computed_references_give_one_step(name):
-    """And with the cache nothing is held or computed of the reference."""
+def test_cached_and_computed_references_give_the_same_step(name):
+    """With the cache, the step needs no parameters of the reference."""
     batch = batch_of(name)
     score = jax.jit(functools.partial(dpo.answer_logprobs, response))
-    cached = reference.attached(score, params(1), batch, rows=3)
+    cached = reference.attach_logprobs(score, params(1), batch, rows=3)
     in_step, logs = run(batch, name)
     from_cache, cached_logs = run(cached, name, frozen=None)
     close(from_cache.params, in_step.params, atol=1e-6)
     np.testing.assert_allclose(cached_logs["loss"].value(), logs["loss"].value(), rtol=1e-5)
 
 
-def test_where_padding_stands_and_what_it_holds_does_not_matter():
-    """One row of the same real tokens, padded on the left, on the right, and filled with anything."""
+def test_position_and_content_of_padding_do_not_matter():
+    """The same tokens, padded on the left or on the right with different ids."""
     batch, L = pairs(), P + T
     expected, logs = run(batch)
     for side in ("left", "right"):
@@ -163,12 +163,12 @@ def test_where_padding_stands_and_what_it_holds_does_not_matter():
             tokens[b, k] = rng.integers(1, 20, size=L)
             tokens[b, k, at], mask[b, k, at], answer[b, k, at[-n:]] = ids, True, True
         made = types.Preferences(*(jnp.asarray(x) for x in (tokens, mask, answer)))
-        state, got = run(made, logprobs=anywhere)
+        state, got = run(made, logprobs=row_logprobs)
         np.testing.assert_allclose(got["loss"].value(), logs["loss"].value(), rtol=1e-5)
         close(state.params, expected.params, atol=1e-6)
 
 
-def test_rows_without_any_padding_may_come_without_a_mask():
+def test_rows_without_padding_need_no_mask():
     batch = pairs()
     full = batch.replace(mask_BKL=jnp.ones_like(batch.mask_BKL), answer_BKC=jnp.ones_like(batch.answer_BKC))
     expected, _ = run(full)
@@ -176,17 +176,17 @@ def test_rows_without_any_padding_may_come_without_a_mask():
     close(state.params, expected.params, atol=1e-6)
 
 
-def test_methods_without_a_reference_hold_none_and_others_say_what_they_lack():
+def test_reference_free_methods_need_no_reference_and_others_raise():
     for name in WITHOUT_REFERENCE:
         state, logs = run(pairs(), name)
         assert moved(state) > 1e-5 and np.isfinite(float(logs["loss"].value()))
     with pytest.raises(ValueError, match="reference"):
         run(pairs(), "dpo", frozen=None)
     with pytest.raises(ValueError, match="columns"):
-        run(pairs(), "dpo", logprobs=anywhere)
+        run(pairs(), "dpo", logprobs=row_logprobs)
 
 
-def test_kto_takes_its_baseline_from_answers_to_other_prompts():
+def test_kto_baseline_comes_from_answers_to_other_prompts():
     batch = marked()
     crossed = batch.mismatched
     np.testing.assert_array_equal(crossed.tokens_BKL[..., :P], batch.tokens_BKL[..., :P])
@@ -207,7 +207,7 @@ def test_kto_takes_its_baseline_from_answers_to_other_prompts():
         run(batch.replace(mismatched=None), "kto")
 
 
-def test_training_tells_chosen_from_rejected_and_compiles_once():
+def test_training_separates_chosen_from_rejected_and_compiles_once():
     step, state, batch = made_step("dpo"), fresh(params(1)), pairs()
     traces, found = step.traces, []
     for i in range(30):
@@ -219,8 +219,8 @@ def test_training_tells_chosen_from_rejected_and_compiles_once():
     assert step.traces - traces <= 1
 
 
-def test_adapters_on_their_own_reference():
-    """Fresh adapters are their base, so the first loss is log 2; the state holds them alone and the base stays."""
+def test_adapters_share_the_base_with_their_reference():
+    """New adapters equal their base, so the first loss is log 2; the state holds them alone, the base is unchanged."""
     join = functools.partial(lora.attach, scale=2.0)
     adapters = jax.jit(lambda key: lora.init(key, CFG, rank=2, pattern="layers/.*"))(KEY)
     step = parallel.jit_step(dpo.make_train_step(response, objectives.dpo, join=join, micro_batches=2))
@@ -236,7 +236,7 @@ def test_adapters_on_their_own_reference():
     np.testing.assert_allclose(again["loss"].value(), np.logaddexp(0, -h).mean(), rtol=1e-4)
 
 
-def test_labels_that_a_loss_would_not_read_are_refused():
+def test_labels_that_the_objective_ignores_are_refused():
     scored = objectives.Scored(jnp.zeros((2, 2)), jnp.zeros((2, 2)), jnp.ones((2, 2)))
     with pytest.raises(ValueError, match="soft"):
         objectives.dpo(scored._replace(targets_B=jnp.ones(2)), hyper())
@@ -247,7 +247,7 @@ def test_labels_that_a_loss_would_not_read_are_refused():
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])
-def test_a_batch_spread_over_a_named_axis_gives_the_same_update(name):
+def test_batch_sharded_over_a_named_axis_gives_the_same_update(name):
     batch = batch_of(name)
     expected, logs = run(batch, name)
     step = dpo.make_train_step(response, FAMILY[name], axis_name="d")
@@ -260,7 +260,7 @@ def test_a_batch_spread_over_a_named_axis_gives_the_same_update(name):
         np.testing.assert_allclose(got[metric].value()[0], logs[metric].value(), rtol=1e-4, err_msg=metric)
 
 
-def test_a_sweep_is_one_program():
+def test_sweep_is_one_program():
     step = dpo.make_train_step(response, FAMILY["dpo"])
     betas = np.array([0.1, 1.0], np.float32)
     hypers = jax.tree.map(lambda *x: np.stack(x), *[hyper(beta=b) for b in betas])
@@ -271,11 +271,11 @@ def test_a_sweep_is_one_program():
         close(jax.tree.map(lambda x, i=i: x[i], swept.params), alone.params, atol=1e-6)
 
 
-# ----------------------------------------------------------------------------------- reference log-probabilities, kept
+# --------------------------------------------------------------------------------- cached reference log-probabilities
 
 
-def test_reference_log_probabilities_are_kept_and_used_only_for_what_they_are_of(tmp_path):
-    calls, told = [], []
+def test_cached_reference_logprobs_are_used_only_for_their_own_inputs(tmp_path):
+    calls, warnings = [], []
 
     compiled = jax.jit(functools.partial(dpo.answer_logprobs, response))
 
@@ -283,41 +283,48 @@ def test_reference_log_probabilities_are_kept_and_used_only_for_what_they_are_of
         calls.append(len(batch.tokens_BKL))
         return compiled(which, batch)
 
-    def attached(which=None, data: Any = None, settings: Any = "float32"):
-        return reference.attached(
+    def with_reference(which=None, data: Any = None, settings: Any = "float32"):
+        return reference.attach_logprobs(
             score,
             params(1) if which is None else which,
             pairs() if data is None else data,
             path=tmp_path / "deep" / "reference.npz",
             settings=settings,
             rows=3,
-            tell=told.append,
+            warn=warnings.append,
         )
 
-    first = attached()
-    assert calls == [3, 3, 3], "one shape, the last part filled up"
+    first = with_reference()
+    assert calls == [3, 3, 3], "one shape; the last batch is padded"
     np.testing.assert_allclose(first.reference_BK, sums(params(1), pairs()), rtol=1e-4)
-    np.testing.assert_array_equal(attached().reference_BK, first.reference_BK)
-    assert len(calls) == 3 and not told, "read, not computed"
+    np.testing.assert_array_equal(with_reference().reference_BK, first.reference_BK)
+    assert len(calls) == 3 and not warnings, "read, not computed"
     for change, word in (
         ({"which": params(2)}, "reference"),
         ({"data": pairs(1)}, "data"),
         ({"settings": "bfloat16"}, "settings"),
     ):
-        attached()  # what is there before is of the first again
+        with_reference()  # the cache holds the original inputs again
         calls.clear()
-        told.clear()
-        attached(**change)
-        assert len(calls) == 3 and len(told) == 1 and f"another {word}" in told[0] and "anew" in told[0], word
-        told.clear()
+        warnings.clear()
+        with_reference(**change)
+        assert (
+            len(calls) == 3
+            and len(warnings) == 1
+            and f"a different {word}" in warnings[0]
+            and "recomputing" in warnings[0]
+        ), word
+        warnings.clear()
         calls.clear()
-        attached(**change)
-        assert not calls and not told, "the new ones are kept"
+        with_reference(**change)
+        assert not calls and not warnings, "the new log-probabilities are cached"
     (tmp_path / "deep" / "reference.npz").write_bytes(b"PK\x03\x04 torn")
     calls.clear()
-    again = attached()
+    again = with_reference()
     np.testing.assert_array_equal(again.reference_BK, first.reference_BK)
-    assert calls and "cannot be read" in told[-1]
-    crossed = attached(data=marked())
-    np.testing.assert_array_equal(attached(data=marked()).mismatched.reference_BK, crossed.mismatched.reference_BK)
+    assert calls and "cannot read" in warnings[-1]
+    crossed = with_reference(data=marked())
+    np.testing.assert_array_equal(
+        with_reference(data=marked()).mismatched.reference_BK, crossed.mismatched.reference_BK
+    )
     np.testing.assert_allclose(crossed.mismatched.reference_BK, sums(params(1), marked().mismatched), rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Every method on the bandit whose answer is known, and the parts they are composed of."""
+"""Every method on a bandit with a known optimum, and the parts that the methods share."""
 
 import functools
 from typing import Any
@@ -32,8 +32,8 @@ def models(samples):
 
     return ppo.Models(
         generate=generate,
-        logprobs=lambda params, tokens, mask, temperature: lm.response_stats_with(
-            APPLY, params, tokens, prompt_width=1, mask_BL=mask, temperature=temperature
+        logprobs=lambda params, tokens, mask, temperature: lm.token_stats(
+            params, tokens, cfg=APPLY, prompt_width=1, mask_BL=mask, temperature=temperature
         ),
         values=None,
         score=lambda params, rollout: params["rewards_SA"][rollout.tokens_BL[:, 0], rollout.tokens_BL[:, 1]],
@@ -41,7 +41,7 @@ def models(samples):
 
 
 def trained(*, samples: Any = 1, iterations: Any = 150, rate: Any = 0.1, state: Any = None, answers: Any = B, **how):
-    """The policy that a method ends at, as probabilities, and its last logs."""
+    """Trains a method; returns the probabilities of the final policy and the last metrics."""
     hypers = {name: how.pop(name) for name in list(how) if name in vars(ppo.Hyper())}
     step = parallel.jit_step(ppo.make_train_step(models(samples), minibatches=1, samples=samples, **how))
     frozen = ppo.Frozen(reference={"logits_SA": REFERENCE}, reward={"rewards_SA": REWARDS})
@@ -68,7 +68,7 @@ def distance(policy_SA, other_SA):
 
 
 def forward_kl_point(coef, *, divide):
-    """Where the gradient of score advantages and that of ``coef * KL(reference || policy)`` cancel, in logits."""
+    """The policy at which the gradients of score advantages and of ``coef * KL(reference || policy)`` cancel."""
     reference = np.exp(np.asarray(REFERENCE, np.float64))
     reference /= reference.sum(1, keepdims=True)
     scores, logits = np.asarray(REWARDS, np.float64), np.log(reference)
@@ -92,7 +92,7 @@ KL_IN_THE_REWARD = {
 
 
 @pytest.mark.parametrize("name", KL_IN_THE_REWARD)
-def test_methods_with_the_kl_in_the_reward_reach_the_optimum_of_their_coefficient_and_of_no_other(name):
+def test_methods_with_kl_in_the_reward_reach_the_optimum_of_their_coefficient(name):
     policy_SA, logs = trained(kl_coef=0.5, **KL_IN_THE_REWARD[name])
     assert distance(policy_SA, optimum(0.5)) < 0.03
     for wrong in (0.8 * 0.5, 1.25 * 0.5):
@@ -100,17 +100,17 @@ def test_methods_with_the_kl_in_the_reward_reach_the_optimum_of_their_coefficien
     assert "value_loss" not in logs and "explained_variance" not in logs
 
 
-def test_k2_as_a_loss_has_the_optimum_of_the_reverse_kl():
+def test_k2_loss_reaches_the_optimum_of_the_reverse_kl():
     how = dict(estimate=functools.partial(estimators.dr_grpo, samples=64), samples=64, kl_loss=kl.k2)
     policy_SA, _ = trained(kl_loss_coef=0.5, kl_coef=0.0, answers=6 * 256, **how)
-    # A group's mean holds the answer itself: the advantage is (K - 1) / K of what it is beside all others.
+    # The mean of a group includes the response itself, so the advantage is (K - 1) / K of the leave-one-out one.
     assert distance(policy_SA, optimum(0.5 * 64 / 63)) < 0.03
     assert distance(policy_SA, forward_kl_point(2.5, divide=False)) > 0.1
 
 
 @pytest.mark.parametrize("divide", [True, False])
-def test_k3_as_a_loss_has_the_fixed_point_of_the_forward_kl(divide):
-    """``pi (A - coef) + coef ref = 0`` for every answer: the published GRPO's, and Dr. GRPO's without the deviation."""
+def test_k3_loss_reaches_the_fixed_point_of_the_forward_kl(divide):
+    """``pi (A - coef) + coef ref = 0`` for every response, for GRPO and, without the deviation, for Dr. GRPO."""
     estimate = estimators.grpo if divide else estimators.dr_grpo
     coef = 2.0 if divide else 1.5
     how = dict(estimate=functools.partial(estimate, samples=64), samples=64, kl_loss=kl.k3)
@@ -120,14 +120,14 @@ def test_k3_as_a_loss_has_the_fixed_point_of_the_forward_kl(divide):
     assert distance(policy_SA, expected_SA) < 0.03
 
 
-def test_an_entropy_bonus_is_a_pull_to_even_odds():
+def test_entropy_bonus_pulls_towards_the_uniform_policy():
     even = jnp.zeros_like(REFERENCE)
     how = dict(estimate=functools.partial(estimators.rloo, samples=4), samples=4, entropy_bonus=True)
     policy_SA, _ = trained(kl_coef=0.0, entropy_coef=0.5, **how)
     assert distance(policy_SA, bandit.optimum(even, REWARDS, kl_coef=0.5)) < 0.03
 
 
-def test_a_reference_that_follows_lets_the_policy_go_further():
+def test_moving_reference_lets_the_policy_move_further():
     how: dict[str, Any] = dict(KL_IN_THE_REWARD["rloo"], kl_coef=0.5)
     start = ppo.create({"logits_SA": REFERENCE}, None, ADAM, reference={"logits_SA": REFERENCE})
     held, _ = trained(state=start, reference_decay=1.0, iterations=60, **how)
@@ -143,8 +143,8 @@ def test_a_reference_that_follows_lets_the_policy_go_further():
     np.testing.assert_array_equal(held, plain)
 
 
-def test_the_split_form_gives_the_numbers_of_the_whole_step():
-    """For models too large to sample and train in one program: `collect` and `update`, compiled apart."""
+def test_collect_and_update_match_the_whole_step():
+    """`collect` and `update` compiled separately, for models too large to sample and train in one program."""
     how: dict[str, Any] = dict(samples=4, estimate=functools.partial(estimators.rloo, samples=4))
     asked = models(4)
     whole = jax.jit(ppo.make_train_step(asked, minibatches=2, reduction=aggregation.sequence_sum, **how))
@@ -187,7 +187,7 @@ def scored(seed, B=8, T=5, **changes):
 
 @hypothesis.settings(deadline=None, max_examples=25)
 @hypothesis.given(seed=st.integers(0, 10_000), samples=st.sampled_from([2, 4]))
-def test_estimators_agree_with_loops(seed, samples):
+def test_estimators_match_python_loops(seed, samples):
     s, n = scored(seed)
     hyper: Any = ppo.Hyper(discount=0.9)
     rows, width = n["mask_BT"].shape
@@ -222,7 +222,7 @@ def test_estimators_agree_with_loops(seed, samples):
 
 
 @pytest.mark.parametrize("samples", [1, 3])
-def test_groups_that_cannot_be_are_refused_by_name(samples):
+def test_invalid_group_sizes_are_refused(samples):
     s, _ = scored(0)
     with pytest.raises(ValueError, match=f"samples is {samples}"):
         estimators.rloo(s, ppo.Hyper(), samples=samples)
@@ -230,7 +230,7 @@ def test_groups_that_cannot_be_are_refused_by_name(samples):
         estimators.gae(scored(0, values_BT=None)[0], ppo.Hyper())
 
 
-def test_reductions_by_hand():
+def test_reductions_match_hand_computed_values():
     mask = jnp.array([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]], bool)
     x = jnp.array([[1.0, 2.0, 3.0, 4.0], [10.0, 20.0, jnp.nan, 0.0], [jnp.nan] * 4])
 
@@ -249,10 +249,10 @@ def test_reductions_by_hand():
 ROWS, WIDTH, V = 16, 4, 9
 TABLE = ppo.Models(
     generate=lambda *_: None,  # type: ignore[arg-type]
-    logprobs=lambda params, tokens, mask, temperature: lm.response_stats_with(
-        ApplyFn(lambda p, tokens_BL, mask_BL=None: types.LMOutput(p["table"][tokens_BL]), lambda p, hidden: hidden),
+    logprobs=lambda params, tokens, mask, temperature: lm.token_stats(
         params,
         tokens,
+        cfg=ApplyFn(lambda p, tokens_BL, mask_BL=None: types.LMOutput(p["table"][tokens_BL]), lambda p, hidden: hidden),
         prompt_width=1,
         mask_BL=mask,
     ),
@@ -281,7 +281,7 @@ LONG = [pytest.param(x, marks=pytest.mark.slow) for x in (aggregation.token_mean
 
 
 @pytest.mark.parametrize("reduction", [aggregation.sequence_mean, *LONG])
-def test_micro_batches_give_the_gradient_of_the_whole_minibatch(reduction):
+def test_micro_batches_match_the_whole_minibatch(reduction):
     how: Any = dict(epochs=1, minibatches=2, reduction=reduction, kl_loss=kl.k3, entropy_bonus=True)
     hyper: Any = ppo.Hyper(learning_rate=1.0, critic_learning_rate=1.0, kl_loss_coef=0.1, entropy_coef=0.01)
     outcomes = []
@@ -294,13 +294,13 @@ def test_micro_batches_give_the_gradient_of_the_whole_minibatch(reduction):
             np.testing.assert_allclose(logs[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def test_the_loss_by_a_loop():
+def test_loss_matches_a_python_loop():
     e, hyper = experience(), ppo.Hyper(kl_loss_coef=0.2, entropy_coef=0.05, clip=0.2, value_clip=0.3, value_coef=0.5)
     state = table_state()
     weights_B, total = aggregation.sequence_mean(e.response_mask_BT)
-    totals = ppo.Totals(total, aggregation.token_mean(e.response_mask_BT)[1])
+    denominators = ppo.Denominators(total, aggregation.token_mean(e.response_mask_BT)[1])
     value, logs = ppo.loss(
-        TABLE, state.params, e, hyper, weights_B=weights_B, totals=totals, kl_loss=kl.k3, entropy_bonus=True
+        TABLE, state.params, e, hyper, weights_B=weights_B, denominators=denominators, kl_loss=kl.k3, entropy_bonus=True
     )
     table = np.asarray(state.params["policy"]["table"], np.float64)
     logp = table - np.log(np.exp(table).sum(1, keepdims=True))
@@ -324,7 +324,7 @@ def test_the_loss_by_a_loop():
 
 
 def collect(scores, *, stopped=(1, 1, 0, 1), past=None, **how):
-    """Experience and logs of four one-word answers with ``scores``."""
+    """Experience and metrics of four one-token responses with ``scores``."""
     zeros = jnp.zeros((4, 1))
     rollout = types.Rollout(
         jnp.zeros((4, 2), jnp.int32),
@@ -344,33 +344,33 @@ def collect(scores, *, stopped=(1, 1, 0, 1), past=None, **how):
     )
 
 
-def test_scores_are_clipped_and_unfinished_answers_paid_by_either_rule():
+def test_scores_are_clipped_and_both_missing_stop_rules_apply():
     plain = functools.partial(estimators.gae, whiten=False)
     kept, logs = collect([5.0, -7.0, 1.0, 0.25], estimate=plain, reward_clip=2.0, missing_stop_score=-1.5)
     np.testing.assert_allclose(kept.returns_BT[:, 0], [2.0, -2.0, -1.5, 0.25])
-    assert float(logs["reward"].value()) == pytest.approx(-0.1875), "what is logged is the score as it came"
-    lower, _ = collect([5, -7, 1, 0], estimate=plain, unfinished=ppo.lowered, missing_stop_score=-1.5)
+    assert float(logs["reward"].value()) == pytest.approx(-0.1875), "the logged reward is the score before clipping"
+    lower, _ = collect([5, -7, 1, 0], estimate=plain, unfinished=ppo.subtract_penalty, missing_stop_score=-1.5)
     np.testing.assert_allclose(lower.returns_BT[:, 0], [5.0, -7.0, -0.5, 0.0])
 
 
-def test_a_critic_of_normalised_returns_sees_the_same_rewards_in_its_own_units():
-    past = ppo.Past(*(ppo.metrics.Metric(jnp.float32(x * 10), jnp.float32(10)) for x in (0.0, 3.0, 13.0)))
+def test_normalised_critic_is_rescaled_to_units_of_reward():
+    past = ppo.RunningMeans(*(ppo.metrics.Metric(jnp.float32(x * 10), jnp.float32(10)) for x in (0.0, 3.0, 13.0)))
     estimate = functools.partial(estimators.gae, whiten=False)
     own, _ = collect([5.0, -7.0, 1.0, 2.0], stopped=(1, 1, 1, 1), past=past, normalise_values=True, estimate=estimate)
-    # Mean 3, deviation 2: its 0.5 is a value of 4.
+    # With mean 3 and deviation 2, an output of 0.5 is a value of 4.
     np.testing.assert_allclose(own.values_BT[:, 0], 0.5)
     np.testing.assert_allclose(own.advantages_BT[:, 0], np.array([5.0, -7.0, 1.0, 2.0]) - 4.0)
     np.testing.assert_allclose(own.returns_BT[:, 0], (np.array([5.0, -7.0, 1.0, 2.0]) - 3.0) / 2.0)
 
 
-def test_a_reward_function_of_the_wrong_shape_is_refused_before_anything_compiles():
-    with pytest.raises(ValueError, match=r"Models.score gave shape \(4, 1\)"):
+def test_scores_of_the_wrong_shape_are_refused():
+    with pytest.raises(ValueError, match=r"Models.score returned shape \(4, 1\)"):
         collect(np.zeros((4, 1)))
-    with pytest.raises(ValueError, match=r"Models.score gave shape \(\)"):
+    with pytest.raises(ValueError, match=r"Models.score returned shape \(\)"):
         collect(0.0)
 
 
-def test_a_python_function_is_a_reward_in_a_compiled_step():
+def test_python_function_as_reward_in_a_compiled_step():
     seen = []
 
     def length(tokens_BL, mask_BL, response_mask_BT):
@@ -390,7 +390,7 @@ def test_a_python_function_is_a_reward_in_a_compiled_step():
             jax.block_until_ready(jax.jit(lambda r, fn=wrong: rewards.from_python(fn)(None, r))(rollout))
 
 
-def test_several_rewards_are_one_by_their_weights():
+def test_weighted_sum_of_several_rewards():
     parts: dict[str, Any] = {"helpful": lambda p, r: p * r, "harmless": lambda p, r: jnp.array([1, 2])}
     score = rewards.weighted(parts, {"helpful": 1.0, "harmless": 0.5})
     np.testing.assert_allclose(score({"helpful": 3.0, "harmless": None}, jnp.ones(2)), [3.5, 4.0])  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ DATA = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
 
 
 def train_step(state, frozen, hyper, batch, rng):
-    """A noisy regression: data order, noise, schedule and step counter all leave their trace in the bits."""
+    """A noisy regression whose result depends on data order, noise, schedule and step counter."""
     noise = jax.random.normal(jax.random.fold_in(rng, state.step), (batch.shape[0],))
 
     def loss_fn(params, batch, total):
@@ -64,7 +64,7 @@ def same(a, b):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An uninterrupted run: its final state and its rows."""
+    """The final state and the rows of an uninterrupted run."""
     directory = tmp_path_factory.mktemp("whole")
     return run(directory), metrics.read(directory)
 
@@ -77,7 +77,7 @@ def test_trains_and_logs_every_step(whole):
 
 
 @pytest.mark.parametrize("fail_at", [3, 6, 8, 13])
-def test_a_run_that_raised_goes_on_to_the_same_bits_and_rows(whole, tmp_path, fail_at):
+def test_run_resumes_exactly_after_an_exception(whole, tmp_path, fail_at):
     def failing(i):
         if i == fail_at:
             raise OSError("no more data")
@@ -90,7 +90,7 @@ def test_a_run_that_raised_goes_on_to_the_same_bits_and_rows(whole, tmp_path, fa
     assert metrics.read(tmp_path) == whole[1]
 
 
-def test_a_finished_run_is_restored_and_not_trained_again(whole, tmp_path):
+def test_finished_run_is_restored_without_training(whole, tmp_path):
     run(tmp_path, save_every=None)
     assert checkpoint.Checkpoints(tmp_path / "ckpt").steps() == [STEPS]
     compiled = parallel.jit_step(train_step)
@@ -98,7 +98,7 @@ def test_a_finished_run_is_restored_and_not_trained_again(whole, tmp_path):
     assert compiled.traces == 0 and metrics.read(tmp_path) == whole[1]
 
 
-def test_goes_on_from_the_previous_checkpoint_where_the_newest_is_damaged(whole, tmp_path):
+def test_resumes_from_the_previous_checkpoint_if_the_newest_is_damaged(whole, tmp_path):
     run(tmp_path, steps=14)
     newest = tmp_path / "ckpt" / "step_000000014"
     for path in newest.rglob("*"):
@@ -115,17 +115,17 @@ def test_goes_on_from_the_previous_checkpoint_where_the_newest_is_damaged(whole,
         ({"rng": jax.random.key(4)}, "rng"),
         ({"stage": "other"}, "stage"),
         ({"fingerprint": "other data"}, "fingerprint"),
-        ({"steps": 5}, "stands at step 8, and 5"),
+        ({"steps": 5}, "is of step 8, and the run has only 5"),
     ],
 )
-def test_another_run_does_not_go_on_from_these_checkpoints(tmp_path, options, match):
+def test_checkpoints_of_another_run_are_refused(tmp_path, options, match):
     run(tmp_path, steps=8)
     with pytest.raises(checkpoint.CheckpointError, match=match):
         run(tmp_path, **options)
 
 
 def script(directory, pause):
-    """The same run as a process of its own."""
+    """The same run in a separate process."""
     code = f"""
 import pathlib, sys, time
 sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
@@ -151,7 +151,7 @@ def wait_for_rows(process, directory, count):
         time.sleep(0.01)
 
 
-def test_a_killed_process_goes_on_to_the_same_bits_and_rows(whole, tmp_path):
+def test_killed_process_resumes_exactly(whole, tmp_path):
     process = script(tmp_path, 0.1)
     wait_for_rows(process, tmp_path, 5)
     process.send_signal(signal.SIGKILL)
@@ -162,7 +162,7 @@ def test_a_killed_process_goes_on_to_the_same_bits_and_rows(whole, tmp_path):
     assert metrics.read(tmp_path) == whole[1]
 
 
-def test_a_terminated_process_saves_first(whole, tmp_path):
+def test_terminated_process_saves_and_resumes_exactly(whole, tmp_path):
     process = script(tmp_path, 0.1)
     wait_for_rows(process, tmp_path, 3)
     process.send_signal(signal.SIGTERM)
@@ -174,7 +174,7 @@ def test_a_terminated_process_saves_first(whole, tmp_path):
     assert metrics.read(tmp_path) == whole[1]
 
 
-def test_an_interrupt_stops_at_the_boundary_and_handlers_are_put_back(whole, tmp_path):
+def test_interrupt_stops_between_iterations_and_restores_handlers(whole, tmp_path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
 
     def interrupt(done, state, metrics):
@@ -184,7 +184,9 @@ def test_an_interrupt_stops_at_the_boundary_and_handlers_are_put_back(whole, tmp
     with pytest.raises(loop.Preempted) as stopped:
         run(tmp_path, callbacks=[interrupt])
     assert (stopped.value.step, stopped.value.saved, stopped.value.stage) == (5, True, "toy")
-    with pytest.raises(loop.Preempted) as stopped:  # in the last iteration: finished, but the next stage must not start
+    with pytest.raises(
+        loop.Preempted
+    ) as stopped:  # after the last iteration: complete, but the next stage must not start
         run(tmp_path, callbacks=[interrupt])
     assert (stopped.value.step, stopped.value.saved) == (STEPS, True)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
@@ -201,7 +203,7 @@ def test_runs_in_a_thread(whole):
     same(result[0], whole[0])
 
 
-def test_one_compilation_and_reports_in_order():
+def test_compiles_once_and_reports_in_order():
     compiled, seen, progress = parallel.jit_step(train_step), [], []
     run(
         compiled=compiled,
@@ -215,7 +217,7 @@ def test_one_compilation_and_reports_in_order():
     assert progress == [("toy", done, 7) for done in range(8)]
 
 
-def test_nothing_is_copied_to_the_host_but_the_metrics_of_the_step_before(monkeypatch):
+def test_only_the_metrics_of_the_previous_step_are_copied_to_the_host(monkeypatch):
     kind: Any = type(jnp.zeros(1))
     copies, seen = [], []
     read = kind._value.fget
@@ -228,12 +230,12 @@ def test_nothing_is_copied_to_the_host_but_the_metrics_of_the_step_before(monkey
 
     run(callbacks=[callback], steps=6, log=lambda step, floats: None)
     each = np.diff(seen_before)
-    assert len(set(seen)) == 1 and set(copies) == {()}, "scalars alone are read"
-    # Before the callback of step i, the metrics of step i - 1 have been read, and nothing else; of the first, nothing.
+    assert len(set(seen)) == 1 and set(copies) == {()}, "only scalars are read"
+    # Between two callbacks, only the metrics of the previous step are read; before the first, nothing.
     assert each[0] <= 2 and set(each[2:]) == {seen[0]}
 
 
-def test_what_a_callback_returns_is_logged_with_its_row(whole):
+def test_values_returned_by_a_callback_are_logged(whole):
     rows = {}
 
     def measure(done, state, logs):
@@ -257,7 +259,7 @@ def test_metrics_are_read_one_step_late():
 
 
 @pytest.mark.parametrize(("at", "stopped_at"), [(4, 5), (6, 6), (STEPS, STEPS)])
-def test_a_log_that_alarms_stops_the_run_with_its_state_saved(whole, tmp_path, at, stopped_at):
+def test_alarm_of_the_log_saves_and_stops_the_run(whole, tmp_path, at, stopped_at):
     def stop(log):
         def alarmed(done, row):
             log.write("toy", done, row)
@@ -268,16 +270,16 @@ def test_a_log_that_alarms_stops_the_run_with_its_state_saved(whole, tmp_path, a
 
     with metrics.MetricLog(tmp_path) as log, pytest.raises(loop.Alarmed) as stopped:
         run(tmp_path, log=stop(log))
-    found = stopped.value
-    assert (found.step, found.saved, found.stage, found.reason) == (stopped_at, True, "toy", f"row {at} looks bad")
-    assert f"toy was stopped after {stopped_at} iterations by an alarm; a checkpoint" in str(found)
+    alarm = stopped.value
+    assert (alarm.step, alarm.saved, alarm.stage, alarm.reason) == (stopped_at, True, "toy", f"row {at} looks bad")
+    assert f"an alarm stopped toy after {stopped_at} iterations; a checkpoint" in str(alarm)
     assert checkpoint.Checkpoints(tmp_path / "ckpt").latest() == stopped_at
     assert [row["step"] for row in metrics.read(tmp_path)] == list(range(1, stopped_at + 1))
     same(run(tmp_path), whole[0])
     assert metrics.read(tmp_path) == whole[1]
 
 
-def test_bad_batches_are_skipped_and_too_many_stop_the_run(tmp_path):
+def test_bad_batches_are_skipped_until_too_many_stop_the_run(tmp_path):
     bad = {4, 5, 9}
     poison = lambda i: batch_at(i) * (np.nan if i in bad else 1)  # noqa: E731
     final = run(tmp_path / "a", batch_at=poison, max_skipped=3)
@@ -287,18 +289,18 @@ def test_bad_batches_are_skipped_and_too_many_stop_the_run(tmp_path):
     json.dumps(rows, allow_nan=False)
     bad |= set(range(9, 20))
     with pytest.raises(
-        loop.DivergedError, match=r"toy met 3 steps in a row.*step 12 of 20, with loss, the gradient not finite"
+        loop.DivergedError, match=r"toy skipped 3 steps in a row.*step 12 of 20: loss, the gradient not finite"
     ):
         run(tmp_path / "b", batch_at=poison, max_skipped=3)
 
 
-def test_a_failed_save_ends_the_run_with_one_sentence(tmp_path):
+def test_failed_save_raises_checkpoint_error(tmp_path):
     (tmp_path / "ckpt").write_text("in the way")
     with pytest.raises(checkpoint.CheckpointError, match="ckpt"):
         run(tmp_path)
 
 
-def test_zero_steps_and_bad_intervals(tmp_path):
+def test_zero_steps_and_invalid_intervals(tmp_path):
     assert int(run(tmp_path, steps=0).step) == 0
     with pytest.raises(ValueError, match="save_every"):
         run(save_every=0)

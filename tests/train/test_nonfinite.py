@@ -1,4 +1,4 @@
-"""Steps that are not finite: left out, and named by loss, by gradient, by row."""
+"""Non-finite steps are skipped, and the warning names the loss, the gradient and the row."""
 
 import dataclasses
 import functools
@@ -19,9 +19,9 @@ def stage(name):
     return tiny_runs.build(name, 8)
 
 
-def told(run, *, hyper=None, frozen=None, state=None, compiled=None):
-    """What `loop.fit` says of an iteration, and its row."""
-    said, rows = [], []
+def run_once(run, *, hyper=None, frozen=None, state=None, compiled=None):
+    """Runs one iteration of `loop.fit`; returns its warnings and its row."""
+    warnings, rows = [], []
     loop.fit(
         compiled or run.step,
         jax.tree.map(jnp.array, state or run.state),
@@ -32,18 +32,18 @@ def told(run, *, hyper=None, frozen=None, state=None, compiled=None):
         frozen=frozen or run.frozen,
         stage="ppo",
         log=lambda done, row: rows.append(row),
-        tell=said.append,
+        warn=warnings.append,
     )
-    return said, rows[0]
+    return warnings, rows[0]
 
 
 def ppo_hyper(**changes):
     return dataclasses.replace(stage("ppo").hyper_at(0), **{k: np.float32(v) for k, v in changes.items()})
 
 
-def test_of_a_finite_step_nothing_is_said():
-    said, row = told(stage("ppo"))
-    assert said == [] and row["skipped"] == 0 and not set(nonfinite.DETAILS) & set(row)
+def test_finite_step_gives_no_warning():
+    warnings, row = run_once(stage("ppo"))
+    assert warnings == [] and row["skipped"] == 0 and not set(nonfinite.DETAILS) & set(row)
 
 
 @pytest.mark.parametrize(
@@ -55,13 +55,15 @@ def test_of_a_finite_step_nothing_is_said():
         ({"learning_rate": np.nan}, "learning_rate not finite", "loss"),
     ],
 )
-def test_the_loss_or_the_gradient_that_was_not_finite_is_named(change, named, not_named):
-    said, row = told(stage("ppo"), hyper=ppo_hyper(**change))
-    assert len(said) == 1 and "step 1 was skipped" in said[0] and named in said[0] and not_named not in said[0]
-    assert "first in update 1" in said[0] and row["skipped"] == 4 and row["bad_rows"] == 0
+def test_warning_names_the_non_finite_loss_or_gradient(change, named, not_named):
+    warnings, row = run_once(stage("ppo"), hyper=ppo_hyper(**change))
+    assert (
+        len(warnings) == 1 and "skipped step 1" in warnings[0] and named in warnings[0] and not_named not in warnings[0]
+    )
+    assert "first in update 1" in warnings[0] and row["skipped"] == 4 and row["bad_rows"] == 0
 
 
-def test_the_pretraining_loss_is_named():
+def test_warning_names_the_pretraining_loss():
     run = stage("ppo")
     models = ppo.Models(
         tiny_runs._generate,
@@ -71,29 +73,29 @@ def test_the_pretraining_loss_is_named():
         lambda params, tokens_BL, mask_BL: jnp.nan * tiny_runs._token_logprobs(params, tokens_BL),
     )
     compiled = parallel.jit_step(ppo.make_train_step(models, minibatches=1))
-    said, _ = told(run, compiled=compiled)
-    assert "ptx_loss, the gradient of policy not finite" in said[0] and "policy_loss" not in said[0]
+    warnings, _ = run_once(run, compiled=compiled)
+    assert "ptx_loss, the gradient of policy not finite" in warnings[0] and "policy_loss" not in warnings[0]
 
 
-def test_the_row_whose_score_was_not_finite_is_named():
+def test_warning_names_the_row_with_a_non_finite_score():
     run = stage("ppo")
     prompts_BP = run.batch_at(0).prompts_BP
     word = next(w for w in range(4, 24) if (prompts_BP == w).any(axis=1).sum() == 1)
     row = int((prompts_BP == word).any(axis=1).argmax())
-    # Every answer is the stop word alone, so that the prompt alone has the word; an unfinished one has no score.
+    # Every response is the stop token alone, so only the prompt contains the word.
     words = run.frozen.reward["words"].at[word].set(jnp.nan)
     table = run.state.params["policy"]["table"].at[:, 1].set(50.0)
     params = {**run.state.params, "policy": {"table": table}}
     frozen = ppo.Frozen({"table": table}, {**run.frozen.reward, "words": words})
-    said, logged = told(
+    warnings, logged = run_once(
         run, frozen=frozen, state=run.state.replace(params=params, reference={"table": jnp.array(table)})
     )
-    assert f"row {row} of the batch" in said[0] and "reward" in said[0]
+    assert f"row {row} of the batch" in warnings[0] and "reward" in warnings[0]
     assert (logged["bad_rows"], logged["bad_row"]) == (1, row)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
-def test_rows_are_counted_in_the_order_of_the_batch_whatever_the_micro_batches(micro_batches):
+def test_bad_rows_are_numbered_in_batch_order_for_any_micro_batches(micro_batches):
     run = stage("sft")
     batch = run.batch_at(0)
     seen_BL = np.where(batch.loss_mask_BL, np.roll(batch.tokens_BL, 1, axis=1), 0)
@@ -108,19 +110,19 @@ def test_rows_are_counted_in_the_order_of_the_batch_whatever_the_micro_batches(m
     assert "loss, the gradient not finite" in nonfinite.explain(metrics.to_floats(logs))
 
 
-def test_rows_of_several_devices_are_those_of_the_whole_batch():
+def test_bad_rows_over_several_devices_match_the_whole_batch():
     bad_B = jnp.array([False, False, False, True, False, True, True, False])
-    alone = nonfinite.numbers(nonfinite.Rows(bad_B))
-    shared = jax.vmap(lambda bad: nonfinite.numbers(nonfinite.Rows(bad), axis_name="d"), axis_name="d")(
+    alone = nonfinite.row_metrics(nonfinite.BadRows(bad_B))
+    shared = jax.vmap(lambda bad: nonfinite.row_metrics(nonfinite.BadRows(bad), axis_name="d"), axis_name="d")(
         bad_B.reshape(4, 2)
     )
     for name, value in alone.items():
         np.testing.assert_array_equal(shared[name], np.full(4, value))
-    nothing = nonfinite.numbers(nonfinite.Rows(jnp.zeros(3, bool)))
+    nothing = nonfinite.row_metrics(nonfinite.BadRows(jnp.zeros(3, bool)))
     assert {name: float(value) for name, value in nothing.items()} == {"bad_rows": 0, "bad_row": -1}
 
 
-def test_dpo_and_reward_models_say_which_row():
+def test_dpo_and_reward_models_report_the_bad_row():
     run = stage("dpo")
     batch = run.batch_at(0)
     bad = batch.replace(reference_BK=jnp.zeros((8, 2)).at[6, 1].set(jnp.nan))
@@ -146,7 +148,7 @@ def toy(state, frozen, hyper, batch, rng):
     return update.apply_gradients(state, grads, learning_rate=hyper, loss=jnp.sum(batch))
 
 
-def fit(folder, bad, *, steps=12, max_skipped=3, said=None, **options):
+def fit(folder, bad, *, steps=12, max_skipped=3, warnings=None, **options):
     import optax
 
     from rlhf_jax.train import state
@@ -163,16 +165,18 @@ def fit(folder, bad, *, steps=12, max_skipped=3, said=None, **options):
             log=log,
             checkpoints=checkpoints,
             max_skipped=max_skipped,
-            tell=(said if said is not None else []).append,
+            warn=(warnings if warnings is not None else []).append,
             **options,
         )
 
 
-def test_a_run_that_diverged_keeps_its_last_good_state_and_goes_on_behind_it(tmp_path):
-    said = []
-    with pytest.raises(loop.DivergedError, match=r"toy met 3 steps in a row.*step 7 of 12.*last good ones.*on disk"):
-        fit(tmp_path, {4, 5, 6}, said=said)
-    assert len(said) == 1 and "toy: step 5 was skipped, with the gradient not finite" in said[0]
+def test_diverged_run_keeps_the_last_finite_state_and_can_resume(tmp_path):
+    warnings = []
+    with pytest.raises(
+        loop.DivergedError, match=r"toy skipped 3 steps in a row.*step 7 of 12.*last finite step.*on disk"
+    ):
+        fit(tmp_path, {4, 5, 6}, warnings=warnings)
+    assert len(warnings) == 1 and "toy: skipped step 5: the gradient not finite" in warnings[0]
     saved = checkpoint.Checkpoints(tmp_path / "saved")
     assert saved.latest() == 8  # the row of step 7 is read while step 8 is computed
     final = fit(tmp_path, {4, 5, 6})
@@ -183,7 +187,7 @@ def test_a_run_that_diverged_keeps_its_last_good_state_and_goes_on_behind_it(tmp
     assert all(("grad_norm" in row and row["grad_norm"] is None) == bool(row["skipped"]) for row in rows)
 
 
-def test_the_number_of_skipped_steps_in_a_row_survives_a_kill(tmp_path):
+def test_consecutive_skipped_steps_are_counted_across_a_resume(tmp_path):
     def kill(done, state, logs):
         if done == 6:
             raise KeyboardInterrupt
@@ -192,5 +196,5 @@ def test_the_number_of_skipped_steps_in_a_row_survives_a_kill(tmp_path):
         with pytest.raises((loop.DivergedError, KeyboardInterrupt)) as ended:
             callbacks = [] if resumed else [kill]
             fit(tmp_path, set(range(4, 12)), max_skipped=3, save_every=1, callbacks=callbacks)
-    # Steps 5, 6 and 7: two of them, or one, before the kill.
+    # Of steps 5, 6 and 7, one or two were skipped before the kill.
     assert "step 7 of 12" in str(ended.value)

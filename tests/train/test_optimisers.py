@@ -1,4 +1,4 @@
-"""Adam as TensorFlow 1 has it, against a loop in float64 and against optax."""
+"""TensorFlow 1's Adam, compared with a float64 loop and with optax."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from rlhf_jax.train.optim import update as step
 
 
 def loop(grads, *, b1, b2, eps):
-    """Updates of every step, in float64, from the formula."""
+    """The updates of all steps from the formula, in float64."""
     m, v, found = 0.0, 0.0, []
     for t, g in enumerate(np.asarray(grads, np.float64), start=1):
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
@@ -41,7 +41,7 @@ def updates(tx, grads, params):
     eps=st.sampled_from([0.0, 1e-8, 1e-5, 1e-2]),
     size=st.sampled_from([1e-6, 1e-3, 1.0, 100.0]),
 )
-def test_every_step_is_the_formula(seed, steps, b1, b2, eps, size):
+def test_updates_match_the_formula(seed, steps, b1, b2, eps, size):
     rng = np.random.default_rng(seed)
     grads = (size * rng.normal(size=(steps, 3))).astype(np.float32)
     found, _ = updates(optimisers.scale_by_adam_tf1(b1=b1, b2=b2, eps=eps), grads, jnp.zeros(3))
@@ -49,7 +49,7 @@ def test_every_step_is_the_formula(seed, steps, b1, b2, eps, size):
 
 
 @given(seed=st.integers(0, 2**32 - 1))
-def test_without_eps_it_is_optaxs(seed):
+def test_tiny_eps_matches_optax(seed):
     grads = np.random.default_rng(seed).normal(size=(5, 4)).astype(np.float32)
     ours, _ = updates(optimisers.scale_by_adam_tf1(b2=0.95, eps=1e-12), grads, jnp.zeros(4))
     theirs, _ = updates(optax.scale_by_adam(b2=0.95, eps=1e-12), grads, jnp.zeros(4))
@@ -66,7 +66,7 @@ def test_first_steps_on_tiny_gradients_are_smaller():
     assert all(0 < a < 0.2 * b for a, b in zip(np.ravel(ours), np.ravel(theirs)))
 
 
-def test_its_state_stays_what_it_is_and_one_step_is_compiled():
+def test_state_keeps_its_types_and_compiles_once():
     params = {"half": jnp.ones(3, jnp.bfloat16), "whole": jnp.ones((2, 2))}
     tx = optax.chain(optimisers.scale_by_adam_tf1(), optax.scale(-1.0))
     now, traces = state.create(params, tx), []
@@ -91,7 +91,7 @@ def test_its_state_stays_what_it_is_and_one_step_is_compiled():
     np.testing.assert_array_less(jax.tree.leaves(now.params)[1], 0.8)
 
 
-def test_float64_moments_where_the_parameters_are():
+def test_moments_are_float64_for_float64_parameters():
     with jax.enable_x64(True):
         grads = np.random.default_rng(0).normal(size=(4, 3)) * 1e-4
         found, kept = updates(optimisers.scale_by_adam_tf1(), grads, jnp.zeros(3, jnp.float64))
@@ -100,6 +100,6 @@ def test_float64_moments_where_the_parameters_are():
 
 
 @pytest.mark.parametrize("bad", [dict(b1=1.0), dict(b2=-0.1), dict(eps=-1.0)])
-def test_numbers_out_of_range_are_refused(bad):
-    with pytest.raises(ValueError, match="need 0 <= b1"):
+def test_arguments_out_of_range_are_refused(bad):
+    with pytest.raises(ValueError, match="needs 0 <= b1"):
         optimisers.scale_by_adam_tf1(**bad)

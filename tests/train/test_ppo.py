@@ -20,34 +20,34 @@ SGD = optax.scale(-1.0)
 
 
 def score(reward, rollout):
-    """A constant, and a reward for words above nine."""
+    """A constant plus a reward per token above nine."""
     high_BT = (rollout.tokens_BL[:, P:] > 9) & rollout.response_mask_BT
     return reward["constant"] + reward["high"] * high_BT.sum(axis=1)
 
 
 def lm_models(axis_name=None):
     def generate(params, rng_B, prompts_BP, mask_BP, temperature):
-        how = SPEC.replace(temperature=temperature)  # type: ignore[attr-defined]
-        return generation.generate(params, rng_B, prompts_BP, mask_BP, cfg=CFG, sampling=how, axis_name=axis_name)
+        sampling = SPEC.replace(temperature=temperature)  # type: ignore[attr-defined]
+        return generation.generate(params, rng_B, prompts_BP, mask_BP, cfg=CFG, sampling=sampling, axis_name=axis_name)
 
     def logprobs(params, tokens_BL, mask_BL, temperature):
-        return lm.response_stats(params, tokens_BL, cfg=CFG, prompt_width=P, mask_BL=mask_BL, temperature=temperature)
+        return lm.token_stats(params, tokens_BL, cfg=CFG, prompt_width=P, mask_BL=mask_BL, temperature=temperature)
 
     def values(params, tokens_BL, mask_BL):
-        return lm.response_values(params, tokens_BL, cfg=CFG, prompt_width=P, mask_BL=mask_BL)
+        return lm.values(params, tokens_BL, cfg=CFG, prompt_width=P, mask_BL=mask_BL)
 
     return ppo.Models(generate, logprobs, values, score, functools.partial(lm.token_logprobs, cfg=CFG))
 
 
 MODELS = lm_models()
 STEP = parallel.jit_step(ppo.make_train_step(MODELS, epochs=EPOCHS, minibatches=MINIBATCHES))
-"""The one compiled step of most tests; `test_one_program_serves_everything` counts how often it was traced."""
+"""The one compiled step of most tests; `test_one_program_serves_all_hyperparameters` counts how often it was traced."""
 COLLECT = jax.jit(functools.partial(ppo.collect, MODELS))
 
 
 @functools.cache
 def weights(seed=0):
-    """Weights that make some words much likelier than others, with a critic's head."""
+    """Weights with a scalar head that make some tokens much more likely than others."""
     shapes = jax.eval_shape(lambda key: lm.with_head(key, lm.init(key, CFG), CFG), jax.random.key(0))
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: jnp.asarray(0.6 * rng.normal(size=x.shape), x.dtype), shapes)
@@ -101,7 +101,7 @@ def farthest(a, b):
 
 
 def scripted(scores, *, lengths=(3, 1, 2, 3), stopped=(1, 1, 0, 1)):
-    """Models with given answers of up to three words, a uniform policy, and ``scores``."""
+    """Models with fixed responses of up to three tokens, a uniform policy and ``scores``."""
     n, width = len(lengths), 3
     mask = jnp.arange(width)[None, :] < jnp.array(lengths)[:, None]
 
@@ -126,43 +126,43 @@ def scripted(scores, *, lengths=(3, 1, 2, 3), stopped=(1, 1, 0, 1)):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_at_the_first_update_the_ratio_is_one_and_the_kl_nought(temperature):
+def test_first_update_has_ratio_one_and_zero_kl(temperature):
     _, logs = step(temperature=temperature, kl_coef=0.1)
     assert float(logs["first_ratio_error"]) < 1e-5
     assert abs(float(logs["kl"].value())) < 1e-6
     assert float(logs["sampler_gap"]) < 1e-5
-    # The numbers can be large: the ratio is off 1 after the first update, the KL off 0 for another reference.
+    # Both can be large: the ratio after the first update, and the KL to another reference.
     assert float(logs["ratio_max"]) > 1.01 and float(logs["approx_kl"]) > 1e-5
     _, logs = step(frozen_=frozen(reference=2), temperature=temperature)
     assert float(logs["kl"].value()) > 0.1 and float(logs["first_ratio_error"]) < 1e-5
     assert 0 < float(logs["stopped"].value()) < 1 and 1 < float(logs["length"].value()) < T
 
 
-def test_a_lower_temperature_draws_from_a_narrower_distribution():
+def test_lower_temperature_lowers_the_entropy():
     entropy = [float(step(temperature=temperature)[1]["entropy"].value()) for temperature in (0.7, 1.0, 2.0)]
     assert entropy[0] + 0.05 < entropy[1] < entropy[2] - 0.05
 
 
-def test_what_a_truncated_sampler_drew_is_weighed_by_what_the_policy_thinks_of_it():
+def test_truncated_sampling_is_corrected_by_importance_weights():
     def generate(params, rng_B, prompts_BP, mask_BP, temperature):
-        how = dataclasses.replace(SPEC, top_p=0.8, temperature=temperature)
-        return generation.generate(params, rng_B, prompts_BP, mask_BP, cfg=CFG, sampling=how)
+        sampling = dataclasses.replace(SPEC, top_p=0.8, temperature=temperature)
+        return generation.generate(params, rng_B, prompts_BP, mask_BP, cfg=CFG, sampling=sampling)
 
     models = MODELS._replace(generate=generate)
     collect = jax.jit(functools.partial(ppo.collect, models, correct_sampler=True))
     experience, _ = collect(fresh().params, frozen(), hyper(), batch(), jax.random.key(1))
     real = np.asarray(experience.response_mask_BT)
-    # A token that was kept is as much likelier in the truncated distribution as that has lost mass.
+    # Truncation makes a kept token more likely by the factor 1 / (kept mass).
     weights_N = np.asarray(experience.weights_BT)[real]
     assert np.all(weights_N <= 1 + 1e-5) and np.all(weights_N >= 0.8 - 1e-5) and weights_N.min() < 0.95
-    # At the first update every ratio is 1, so that the loss is the weighed mean of the negative advantages.
+    # At the first update every ratio is 1, so the loss is the weighted mean of the negative advantages.
     _, logs = jax.jit(functools.partial(ppo.loss, models))(fresh().params, experience, hyper())
     want = -(weights_N * np.asarray(experience.advantages_BT)[real]).mean()
     np.testing.assert_allclose(logs["policy_loss"], want, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_correcting_a_sampler_that_needs_none_changes_nothing():
+def test_correction_of_an_exact_sampler_changes_nothing():
     plain = COLLECT(fresh().params, frozen(), hyper(), batch(), jax.random.key(1))[0]
     corrected = jax.jit(functools.partial(ppo.collect, MODELS, correct_sampler=True))(
         fresh().params, frozen(), hyper(), batch(), jax.random.key(1)
@@ -172,7 +172,7 @@ def test_correcting_a_sampler_that_needs_none_changes_nothing():
     assert plain.weights_BT is None
 
 
-def test_a_fractional_reward_arrives_as_it_is_and_a_missing_stop_replaces_it():
+def test_fractional_scores_are_kept_and_replaced_without_a_stop():
     how = hyper(lambda_=1.0, kl_coef=0.0, missing_stop_score=-1.5)
     params = {"policy": weights(), "critic": zero_critic()}
     experience, logs = COLLECT(params, frozen(0.7, 0.0), how, batch(), jax.random.key(0))
@@ -182,7 +182,7 @@ def test_a_fractional_reward_arrives_as_it_is_and_a_missing_stop_replaces_it():
     expected = np.where(mask, np.where(stopped, 0.7, -1.5)[:, None], 0.0)
     np.testing.assert_allclose(experience.returns_BT, expected, atol=1e-6)
     assert experience.returns_BT.dtype == jnp.float32
-    # What is reported is the score that was given.
+    # The logged reward is the score before the missing-stop rule.
     np.testing.assert_allclose(logs["reward"].value(), 0.7, rtol=1e-6)
     np.testing.assert_allclose(logs["stopped"].value(), stopped.mean())
 
@@ -192,15 +192,15 @@ def test_a_fractional_reward_arrives_as_it_is_and_a_missing_stop_replaces_it():
 )
 def test_scores_of_any_type_become_returns(scores):
     experience, _ = scripted(scores)(lambda_=1.0, kl_coef=0.0, missing_stop_score=-9.0)
-    paid = np.where([True, True, False, True], scores.astype(jnp.float32), -9.0)
+    final_scores = np.where([True, True, False, True], scores.astype(jnp.float32), -9.0)
     np.testing.assert_allclose(
-        experience.returns_BT, np.where(experience.response_mask_BT, paid[:, None], 0), atol=1e-6
+        experience.returns_BT, np.where(experience.response_mask_BT, final_scores[:, None], 0), atol=1e-6
     )
     valid = np.asarray(experience.advantages_BT)[np.asarray(experience.response_mask_BT)]
     np.testing.assert_allclose([valid.mean(), valid.std()], [0, 1], atol=1e-3)
 
 
-def test_returns_hold_the_penalty_for_leaving_the_reference():
+def test_returns_contain_the_kl_penalty():
     how = hyper(lambda_=1.0, kl_coef=0.5, missing_stop_score=-1.0)
     params = {"policy": weights(), "critic": zero_critic()}
     experience, logs = COLLECT(params, frozen(0.7, 0.0, reference=2), how, batch(), jax.random.key(0))
@@ -218,7 +218,7 @@ def test_returns_hold_the_penalty_for_leaving_the_reference():
     np.testing.assert_allclose(logs["kl"].value(), ((old - reference) * mask).sum(1).mean(), atol=1e-4)
 
 
-def test_a_heldout_reward_model_is_heard_and_changes_nothing():
+def test_heldout_reward_model_is_logged_and_changes_nothing():
     params = {"policy": weights(), "critic": zero_critic()}
     plain, logs = COLLECT(params, frozen(0.7), hyper(), batch(), jax.random.key(0))
     assert "heldout_reward" not in logs
@@ -232,7 +232,7 @@ def test_a_heldout_reward_model_is_heard_and_changes_nothing():
 # -------------------------------------------------------------------------------------------------------- update
 
 
-def test_one_program_serves_everything():
+def test_one_program_serves_all_hyperparameters():
     state, _ = step(ptx_coef=0.0)
     state, plain = STEP(state, frozen(), hyper(ptx_coef=0.0, clip=0.1), batch(), jax.random.key(1))
     _, ptx = STEP(state, frozen(0.3), hyper(ptx_coef=27.8, kl_coef=0.5), batch(), jax.random.key(2))
@@ -243,19 +243,19 @@ def test_one_program_serves_everything():
     np.testing.assert_allclose(ptx["ptx_coef_per_token"], 27.8, rtol=1e-6)
 
 
-def test_without_weight_pretraining_rows_change_nothing():
+def test_pretraining_rows_with_zero_weight_change_nothing():
     plain = parallel.jit_step(ppo.make_train_step(MODELS, epochs=EPOCHS, minibatches=MINIBATCHES))
     alone, logs = plain(fresh(), frozen(), hyper(), batch(ptx=False), jax.random.key(0))
-    beside, _ = step()
+    unweighted, _ = step()
     mixed, _ = step(ptx_coef=1.0)
     assert "ptx_loss" not in logs
-    close(alone.params, beside.params, atol=1e-6)
-    assert farthest(mixed.params["policy"], beside.params["policy"]) > 1e-3
+    close(alone.params, unweighted.params, atol=1e-6)
+    assert farthest(mixed.params["policy"], unweighted.params["policy"]) > 1e-3
     with pytest.raises(ValueError, match="token_logprobs"):
         ppo.ptx_loss(MODELS._replace(token_logprobs=None), weights(), sft.TokenBatch(*[jnp.zeros((1, 2))] * 3))
 
 
-def test_ptx_adds_its_own_gradient_times_its_coefficient():
+def test_ptx_adds_its_gradient_times_the_coefficient():
     params = {"policy": weights(), "critic": zero_critic()}
     experience, _ = COLLECT(params, frozen(), hyper(), batch(), jax.random.key(0))
     rows = batch().ptx
@@ -290,14 +290,14 @@ def test_ptx_adds_its_own_gradient_times_its_coefficient():
         (aggregation.constant_mean, 27.8 * 8 / 6, 27.8 * 8 / 6 * 3 / 15),
     ],
 )
-def test_the_ptx_coefficient_in_both_normalisations_by_hand(reduction, per_token, per_sequence):
-    answers_BT = jnp.array([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]], bool)  # 3 tokens an answer
-    learnt_BL = jnp.arange(24)[None, :] < jnp.array([[10], [20]])  # 15 tokens a row
+def test_ptx_coefficients_match_hand_computed_values(reduction, per_token, per_sequence):
+    answers_BT = jnp.array([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]], bool)  # 3 tokens per response
+    learnt_BL = jnp.arange(24)[None, :] < jnp.array([[10], [20]])  # 15 tokens per row
     rows = sft.TokenBatch(jnp.zeros((2, 24), jnp.int32), jnp.ones((2, 24), bool), learnt_BL)
     weights_B, total = reduction(answers_BT)
-    found = ptx.coefficients(27.8, rows, answers_BT, weights_B=weights_B, total=total)
-    np.testing.assert_allclose(found["ptx_coef_per_token"], per_token, rtol=1e-5)
-    np.testing.assert_allclose(found["ptx_coef_per_sequence"], per_sequence, rtol=1e-5)
+    coefficients = ptx.coefficients(27.8, rows, answers_BT, weights_B=weights_B, total=total)
+    np.testing.assert_allclose(coefficients["ptx_coef_per_token"], per_token, rtol=1e-5)
+    np.testing.assert_allclose(coefficients["ptx_coef_per_sequence"], per_sequence, rtol=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------- a shared trunk
@@ -305,16 +305,16 @@ def test_the_ptx_coefficient_in_both_normalisations_by_hand(reduction, per_token
 SHARED = MODELS._replace(join=ppo.shared_trunk)
 
 
-def on_the_trunk(head) -> Any:
+def shared_state(head) -> Any:
     trunk = {name: node for name, node in weights().items() if name != "head"}
     return ppo.create(trunk, {"head": head}, SGD)
 
 
 @pytest.mark.slow  # test_sweep.py trains one
-def test_a_head_of_zeros_on_a_shared_trunk_begins_with_ratio_one_and_values_nought():
+def test_zero_head_on_a_shared_trunk():
     zero = lm.with_head(jax.random.key(0), weights(), CFG, zero=True)["head"]
     experience, _ = jax.jit(functools.partial(ppo.collect, SHARED))(
-        on_the_trunk(zero).params, frozen(), hyper(), batch(), jax.random.key(0)
+        shared_state(zero).params, frozen(), hyper(), batch(), jax.random.key(0)
     )
     np.testing.assert_array_equal(experience.values_BT, 0.0)
     real = experience.response_mask_BT
@@ -322,22 +322,22 @@ def test_a_head_of_zeros_on_a_shared_trunk_begins_with_ratio_one_and_values_noug
 
     def updated(head, coef):
         how = hyper(value_coef=coef, learning_rate=0.1, critic_learning_rate=0.1, value_clip=100.0)
-        state, logs = update(on_the_trunk(head), experience, how, None, jax.random.key(0))
+        state, logs = update(shared_state(head), experience, how, None, jax.random.key(0))
         assert float(logs["first_ratio_error"]) < 1e-5
         return state.params
 
-    # Nothing comes through a head of zeros: at first the trunk learns from the policy's loss alone, the head from its.
+    # No gradient passes through a head of zeros: at first the value loss trains the head only, not the trunk.
     alone, both = updated(zero, 0.0), updated(zero, 0.1)
-    assert farthest(alone["policy"], on_the_trunk(zero).params["policy"]) > 1e-3
+    assert farthest(alone["policy"], shared_state(zero).params["policy"]) > 1e-3
     close(both["policy"], alone["policy"], atol=1e-7)
     assert farthest(both["critic"], {"head": zero}) > 1e-3 and farthest(alone["critic"], {"head": zero}) == 0
 
-    # Through any other head, the value loss times its coefficient moves the trunk.
+    # With any other head, the value loss times its coefficient trains the trunk.
     def value_loss(trunk):
         values_BT = MODELS.values({**trunk, "head": weights()["head"]}, experience.tokens_BL, experience.mask_BL)  # type: ignore[misc]
         return jnp.sum(jnp.where(real, 0.5 * (values_BT - experience.returns_BT) ** 2, 0.0)) / real.sum()
 
-    gradient = jax.jit(jax.grad(value_loss))(on_the_trunk(zero).params["policy"])
+    gradient = jax.jit(jax.grad(value_loss))(shared_state(zero).params["policy"])
     alone, both = updated(weights()["head"], 0.0), updated(weights()["head"], 0.5)
     moved = jax.tree.map(lambda a, b: a - b, both["policy"], alone["policy"])
     assert farthest(moved, optax.tree.zeros_like(moved)) > 1e-3
@@ -345,7 +345,7 @@ def test_a_head_of_zeros_on_a_shared_trunk_begins_with_ratio_one_and_values_noug
 
 
 def table_experience(returns_B):
-    """Answers of one word, prompt i's value in a table of its own."""
+    """One-token responses; prompt i has its own value in a table."""
     zeros = jnp.zeros((len(returns_B), 1))
     tokens = jnp.pad(jnp.arange(len(returns_B))[:, None], ((0, 0), (0, 1)))
     return types.Experience(tokens, tokens >= 0, zeros == 0, zeros, zeros, zeros, returns_B[:, None])
@@ -369,16 +369,16 @@ def table_update(minibatches, epochs=1):
 
 
 def table_state(learnt):
-    """Of the table and of what all prompts share, one learns and the other stays."""
+    """A state that trains either the table or the parameter that all prompts share."""
     critic = {"value_B": jnp.zeros(16), "shared": jnp.zeros(())}
     held = optax.masked(optax.set_to_zero(), {"policy": True, "critic": {name: name != learnt for name in critic}})
     return ppo.create({"w": jnp.ones(())}, critic, optax.chain(SGD, held))
 
 
-def test_every_answer_is_used_once_an_epoch():
+def test_every_response_is_used_once_per_epoch():
     state, how = table_state("value_B"), hyper(critic_learning_rate=0.4, value_clip=100.0)
     for seed in range(3):
-        # Each is one of four in its minibatch: a quarter of its error times the rate is taken off.
+        # A minibatch has four responses, so each error shrinks by a quarter of the learning rate.
         new, _ = table_update(4)(state, jnp.ones(16), how, jax.random.key(seed))
         np.testing.assert_allclose(new.params["critic"]["value_B"], np.full(16, 0.4 / 4), rtol=1e-6)
         again, _ = table_update(4, epochs=2)(state, jnp.ones(16), how, jax.random.key(seed))
@@ -386,27 +386,27 @@ def test_every_answer_is_used_once_an_epoch():
         assert int(new.step) == 4 and int(again.step) == 8
 
 
-def test_minibatches_are_dealt_out_by_the_key_anew_in_every_epoch():
+def test_minibatches_depend_on_the_key_and_change_every_epoch():
     state, how = table_state("shared"), hyper(critic_learning_rate=0.5, value_clip=100.0)
 
     def learnt(seed, epochs):
         new, _ = table_update(4, epochs)(state, jnp.arange(16.0), how, jax.random.key(seed))
         return float(new.params["critic"]["shared"])
 
-    # Half of the way to the mean of each minibatch in turn: the last ones weigh most, so the order shows.
+    # Each minibatch moves the value half the way to its mean, so later minibatches weigh more and the order matters.
     ends = [learnt(seed, epochs) for epochs in (1, 2) for seed in (0, 1, 2)]
     assert len(set(ends)) == 6 and ends == [learnt(seed, epochs) for epochs in (1, 2) for seed in (0, 1, 2)]
-    # Were both epochs dealt alike, the second would add a sixteenth of what the first did.
+    # If both epochs had the same order, the second would add a sixteenth of the first.
     one_key = np.array([learnt(seed, 1) for seed in (0, 1, 2)])
     assert (np.abs(np.array(ends[3:]) - one_key * (1 + 1 / 16)) > 1e-3).all()
 
 
 def test_minibatches_must_divide_the_batch():
-    with pytest.raises(ValueError, match=r"16 answers.*3 minibatches"):
+    with pytest.raises(ValueError, match=r"16 responses.*3 minibatches"):
         table_update(3)(table_state("shared"), jnp.ones(16), hyper(), jax.random.key(0))
 
 
-def test_policy_and_critic_have_rates_of_their_own():
+def test_policy_and_critic_have_separate_learning_rates():
     start = fresh()
     state, _ = step(learning_rate=0.0)
     same(state.params["policy"], start.params["policy"])
@@ -416,7 +416,7 @@ def test_policy_and_critic_have_rates_of_their_own():
     assert farthest(state.params["policy"], start.params["policy"]) > 1e-3
 
 
-def test_the_average_follows_the_policy_at_its_decay():
+def test_averaged_weights_follow_the_policy():
     state, _ = step(ema_decay=0.0)
     close(state.ema, state.params["policy"], atol=1e-7)
     state, _ = step(ema_decay=1.0)
@@ -424,16 +424,16 @@ def test_the_average_follows_the_policy_at_its_decay():
     assert farthest(state.params["policy"], weights()) > 1e-3
 
 
-def test_the_controller_scales_the_coefficient_of_the_next_batch():
+def test_controller_scales_the_coefficient_of_the_next_batch():
     how: Any = {"kl_coef": 0.2, "kl_gain": 0.1, "kl_target": 1e-3}
     state, first = step(frozen_=frozen(reference=2), **how)
     _, second = step(state, frozen(reference=2), **how)
     np.testing.assert_allclose(first["kl_coef"], 0.2, rtol=1e-6)
-    np.testing.assert_allclose(second["kl_coef"], 0.2 * 1.02, rtol=1e-5)  # the error is cut off at 0.2
+    np.testing.assert_allclose(second["kl_coef"], 0.2 * 1.02, rtol=1e-5)  # the error is clipped at 0.2
 
 
 @pytest.mark.parametrize("broken", ["score", "reference"])
-def test_a_step_that_is_not_finite_changes_the_counter_alone(broken):
+def test_non_finite_step_changes_only_the_counter(broken):
     state, _ = step(ema_decay=0.5)
     kept = jax.tree.map(np.asarray, (state.params, state.opt_state, state.ema, state.kl_scale))
     bad = frozen(constant=np.nan) if broken == "score" else frozen()
@@ -447,15 +447,15 @@ def test_a_step_that_is_not_finite_changes_the_counter_alone(broken):
     assert float(logs["skipped"]) == 0 and farthest(good.params, kept[0]) > 1e-3
 
 
-def test_a_step_is_a_function_of_its_key_and_the_counter():
+def test_step_depends_on_key_and_counter_only():
     one, two, other = step()[0], step()[0], step(seed=1)[0]
     same(one.params, two.params)
     assert farthest(one.params["policy"], other.params["policy"]) > 1e-4
     later = [step(fresh().replace(step=jnp.int32(i)))[1] for i in (0, 4, 8)]
-    assert len({float(logs["reward"].sum) for logs in later}) > 1, "later steps with the same key draw other answers"
+    assert len({float(logs["reward"].sum) for logs in later}) > 1, "later steps with the same key draw other responses"
 
 
-def test_a_sweep_over_seeds_and_coefficients_is_the_loop():
+def test_vmap_over_seeds_and_coefficients_matches_a_loop():
     single = ppo.make_train_step(lm_models("member"), epochs=EPOCHS, minibatches=MINIBATCHES)
     swept = jax.jit(jax.vmap(single, in_axes=(0, None, 0, None, 0), axis_name="member"))
     members = [dict(kl_coef=0.0, ptx_coef=0.0), dict(kl_coef=1.0, ptx_coef=2.0)]
@@ -475,10 +475,10 @@ def test_a_sweep_over_seeds_and_coefficients_is_the_loop():
     assert farthest(*(jax.tree.map(lambda x: x[i], together.params) for i in (0, 1))) > 1e-3  # noqa: B023
 
 
-def test_ppo_finds_the_words_that_are_paid_for():
+def test_ppo_increases_the_reward():
     state = fresh()
-    how, found = hyper(kl_coef=0.01, learning_rate=0.03, critic_learning_rate=0.03), []
+    numbers, rewards = hyper(kl_coef=0.01, learning_rate=0.03, critic_learning_rate=0.03), []
     for i in range(40):
-        state, logs = STEP(state, frozen(), how, batch(), jax.random.key(i))
-        found.append(float(logs["reward"].value()))
-    assert np.mean(found[-10:]) > np.mean(found[:10]) + 1.0
+        state, logs = STEP(state, frozen(), numbers, batch(), jax.random.key(i))
+        rewards.append(float(logs["reward"].value()))
+    assert np.mean(rewards[-10:]) > np.mean(rewards[:10]) + 1.0

@@ -23,12 +23,12 @@ from rlhf_jax.train.optim import partition
 CFG = lm.LMConfig(vocab_size=20, n_layers=1, d_model=16, n_heads=2, d_mlp=32, max_length=24)
 SGD = optax.scale(-1.0)
 B, K, L, H = 6, 4, 10, 3
-TABLE: Any = types.ApplyFn(  # its states are its embeddings, so that it compiles at once
+TABLE: Any = types.ApplyFn(  # the hidden states are the embeddings, so it compiles fast
     forward=lambda params, tokens_BL, **_: types.LMOutput(jnp.tanh(params["embed"]["tokens"][tokens_BL])),
     logits=lambda params, hidden_BLD: hidden_BLD,
 )
-score = functools.partial(lm.score_with, TABLE)
-packed_scores = functools.partial(lm.packed_scores_with, TABLE)
+score = functools.partial(lm.score, cfg=TABLE)
+packed_scores = functools.partial(lm.packed_scores, cfg=TABLE)
 fast_score = jax.jit(score)
 lm_score = jax.jit(functools.partial(lm.score, cfg=CFG))
 
@@ -45,7 +45,7 @@ def params(heads: int | None = None) -> Any:
 
 
 def comparisons(**extra: Any) -> Any:
-    """Prompt 1 is all ties, prompt 4 has one answer alone."""
+    """Prompt 1 has ties only, prompt 4 a single completion."""
     rng = np.random.default_rng(1)
     where = np.arange(K)[None, :] < np.array([4, 3, 2, 4, 1, 3])[:, None]
     ranks = np.array([[1, 2, 3, 3], [2, 2, 2, 0], [2, 1, 0, 0], [4, 3, 2, 1], [1, 0, 0, 0], [1, 1, 2, 0]])
@@ -113,7 +113,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("name", list(LOSSES))
-def test_the_step_takes_every_loss(name):
+def test_step_accepts_every_loss(name):
     state, logs = run(comparisons(), loss=LOSSES[name])
     want = np.mean([by_hand(name, scores_of()[b].astype(np.float64), b) for b in INFORMATIVE])
     np.testing.assert_allclose(logs["loss"].value(), want, rtol=1e-5)
@@ -121,7 +121,7 @@ def test_the_step_takes_every_loss(name):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
 
 
-def test_margins_and_targets_of_the_data_reach_their_prompts():
+def test_margins_and_targets_reach_the_loss_of_their_prompts():
     margin, target = np.linspace(0, 1, B).astype(np.float32), np.linspace(0.5, 1, B).astype(np.float32)
     batch = comparisons(loss_inputs={"margin": margin, "target": target})
     want = []
@@ -142,7 +142,7 @@ def test_margins_and_targets_of_the_data_reach_their_prompts():
 
 @hypothesis.given(st.integers(0, 10_000))
 @hypothesis.settings(max_examples=15)
-def test_the_best_choice_is_a_choice_by_softmax(seed):
+def test_best_choice_is_softmax_cross_entropy(seed):
     rng = np.random.default_rng(seed)
     s, ranks, where = jnp.asarray(rng.normal(size=K), jnp.float32), rng.integers(1, 4, K), rng.random(K) < 0.8
     s = jnp.where(where, s, jnp.nan)
@@ -156,7 +156,7 @@ def test_the_best_choice_is_a_choice_by_softmax(seed):
         np.testing.assert_allclose(value, want, rtol=1e-5, atol=1e-6)
 
 
-def test_domains_have_their_own_means_and_weights():
+def test_domains_are_averaged_separately_and_weighted():
     domain = np.array([0, 0, 1, 1, 1, 0], np.int32)
     each = np.array([by_hand("surviving", scores_of()[b].astype(np.float64), b) if pairs(b) else 0.0 for b in range(B)])
     want = np.mean(each[[0, 5]]) + 3 * np.mean(each[[2, 3]])
@@ -166,18 +166,18 @@ def test_domains_have_their_own_means_and_weights():
     parts, part_logs = run(comparisons(domain_B=domain), micro=3, **how)
     np.testing.assert_allclose(part_logs["loss"].value(), want, rtol=1e-5)
     close(parts.params, whole.params, atol=1e-6)
-    # A domain that has nothing to teach adds nothing, and is no division by zero.
+    # A domain without informative prompts adds 0, without dividing by zero.
     alone, logs = run(comparisons(domain_B=np.zeros(B, np.int32)), **how)
     np.testing.assert_allclose(logs["loss"].value(), each[INFORMATIVE].mean(), rtol=1e-5)
     assert np.isfinite(alone.params["head"]["kernel_D"]).all()
-    with pytest.raises(ValueError, match="which prompts are whose"):
+    with pytest.raises(ValueError, match=r"need Comparisons\.domain_B"):
         run(comparisons(), **how)
 
 
 # ----------------------------------------------------------------------------------------------------- several heads
 
 
-def test_each_head_of_an_ensemble_learns_as_if_alone():
+def test_each_head_of_an_ensemble_learns_independently():
     assert scores_of(H).shape == (B, K, H)
     state, logs = run(comparisons(), heads=H, loss=LOSSES["surviving"])
     each = [[by_hand("surviving", scores_of(H)[b, :, h].astype(np.float64), b) for b in INFORMATIVE] for h in range(H)]
@@ -195,7 +195,7 @@ def test_each_head_of_an_ensemble_learns_as_if_alone():
         np.testing.assert_allclose(moved, 0.1 * gradient / H, atol=1e-6)
 
 
-def test_a_head_of_each_domain_learns_from_its_own_prompts():
+def test_head_of_a_domain_learns_from_its_prompts():
     domain = np.array([0, 0, 1, 1, 1, 0], np.int32)
     state, logs = run(comparisons(domain_B=domain), heads=2, head_of_domain=True)
     assert float(logs["accuracy"].weight) == sum(len(pairs(b)) for b in INFORMATIVE)
@@ -208,22 +208,22 @@ def test_a_head_of_each_domain_learns_from_its_own_prompts():
     assert float(unknown["skipped"]) == 1, "there is no third head to learn from these"
 
 
-def test_heads_become_one_and_a_critic_has_one():
+def test_heads_are_combined_and_a_critic_needs_one():
     weights = jnp.array([0.5, 0.3, 0.2])
     batch = jax.tree.map(jnp.asarray, comparisons())
-    one = reward_model.score_all(fast_score, lm.combine(params(H), weights), batch)
+    one = reward_model.score_all(fast_score, lm.heads.combine(params(H), weights), batch)
     np.testing.assert_allclose(one, scores_of(H) @ np.asarray(weights), atol=1e-5)
     with pytest.raises(ValueError, match="3 heads"):
-        lm.combine(params(H), weights[:2])
+        lm.heads.combine(params(H), weights[:2])
     with pytest.raises(ValueError, match="it must be 2 or more"):
         lm.with_head(jax.random.key(0), params(), CFG, heads=1)
-    with pytest.raises(ValueError, match=r"one head, and there are 3: lm\.combine"):
+    with pytest.raises(ValueError, match=r"one head, and there are 3: lm\.heads\.combine"):
         lm.values(params(H), jnp.zeros((1, 4), jnp.int32), cfg=CFG)
 
 
 @pytest.mark.parametrize("heads", [None, H])
-def test_a_score_depends_on_the_answer_alone(heads, tmp_path):
-    """Not on batch, width, padding side, neighbours in a row, or on being saved and loaded; on its last token."""
+def test_score_depends_only_on_the_completion(heads, tmp_path):
+    """It depends on the last token, not on batch, width, padding side, packing, or saving and loading."""
     rng = np.random.default_rng(5)
     answers = [rng.integers(1, 20, size=n).astype(np.int32) for n in (3, 7, 10, 5)]
     alone = np.stack(
@@ -249,7 +249,7 @@ def test_a_score_depends_on_the_answer_alone(heads, tmp_path):
     assert len(made.tokens_BL) < 4
     np.testing.assert_allclose(got, alone, atol=1e-5)
 
-    kept = lm.normalisation(params(heads), "held-out")
+    kept = lm.heads.normalisation(params(heads), "held-out")
     lm.save(tmp_path / "m", CFG, params(heads), normalisation=kept)
     cfg, loaded = lm.load(tmp_path / "m")
     assert cfg == dataclasses.replace(CFG, model_type=cfg.model_type)
@@ -264,7 +264,7 @@ def test_a_score_depends_on_the_answer_alone(heads, tmp_path):
     assert np.abs(np.asarray(moved) - alone[1]).max() > 1e-3
 
 
-def test_a_saved_head_that_does_not_fit_is_refused(tmp_path):
+def test_saved_head_of_the_wrong_shape_is_refused(tmp_path):
     lm.save(tmp_path / "m", CFG, params(H))
     assert lm.load_normalisation(tmp_path / "m") is None
     file = tmp_path / "m" / "config.json"
@@ -282,34 +282,34 @@ def test_a_saved_head_that_does_not_fit_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("heads", [None, H])
-def test_the_published_rules(heads):
+def test_published_normalisation_rules(heads):
     batch = jax.tree.map(jnp.asarray, comparisons())
 
     def scored(p: Any) -> Any:
         return reward_model.score_all(fast_score, p, batch)
 
     where = batch.where_BK
-    plain = lm.reset(params(heads))
+    plain = lm.heads.reset(params(heads))
     axes = (0, 1)
     mask = where if heads is None else where[..., None]
-    centred = lm.centre(plain, scored(plain), where=where)
+    centred = lm.heads.centre(plain, scored(plain), where=where)
     np.testing.assert_allclose(jnp.mean(scored(centred), axis=axes, where=mask), 0, atol=1e-5)
-    standard = lm.standardise(plain, scored(plain), where=where)
+    standard = lm.heads.standardise(plain, scored(plain), where=where)
     np.testing.assert_allclose(jnp.mean(scored(standard), axis=axes, where=mask), 0, atol=1e-5)
     np.testing.assert_allclose(jnp.std(scored(standard), axis=axes, where=mask), 1, atol=1e-4)
-    # What it was normalised from can be found again: raw = (score - bias) / gain.
-    kept = lm.normalisation(standard, "policy samples")
+    # The raw score can be recovered: raw = (score - bias) / gain.
+    kept = lm.heads.normalisation(standard, "policy samples")
     raw = (np.asarray(scored(standard)) - np.asarray(kept.bias)) / np.asarray(kept.gain)
     there = np.asarray(where)
     np.testing.assert_allclose(raw[there], np.asarray(scored(plain))[there], atol=1e-4)
     with pytest.raises(ValueError, match="policy samples holds inf"):
-        lm.Normalisation("policy samples", float("inf"), 0.0)
+        lm.heads.Normalisation("policy samples", float("inf"), 0.0)
 
 
 # ------------------------------------------------------------------------------------------------- what is trained
 
 
-def test_the_head_alone_is_trained_where_the_pattern_says_so():
+def test_pattern_trains_only_the_head():
     trained, frozen = partition.split(params(), "^head/")
     assert set(trained) == {"head"} and "head" not in frozen
     close(partition.join(frozen, trained), params(), atol=0)
@@ -329,7 +329,7 @@ def test_patterns_and_predicates():
     by_predicate, _ = partition.split(params(), lambda path: path in ("layers/q/kernel", "head/gain"))
     assert jax.tree.structure(by_pattern) == jax.tree.structure(by_predicate)
     assert partition.split(params(), ".")[1] == {}
-    with pytest.raises(ValueError, match="'tail' names none of the parameters, which are embed/tokens"):
+    with pytest.raises(ValueError, match="'tail' matches none of the parameters, which are embed/tokens"):
         partition.split(params(), "tail")
     with pytest.raises(ValueError, match="is not a regular expression"):
         partition.split(params(), "(")
@@ -338,7 +338,7 @@ def test_patterns_and_predicates():
 # ------------------------------------------------------------------------------------------------------- the batches
 
 
-def test_shuffled_pairs_are_the_grouped_ones_row_by_row():
+def test_shuffled_pairs_equal_grouped_pairs():
     batch = comparisons(domain_B=np.arange(B), loss_inputs={"margin": np.arange(B) / 10.0})
     rows = comparisons_lib.pair_rows(batch)
     want = [(b, i, j) for b in range(B) for i, j in pairs(b)]
@@ -353,7 +353,7 @@ def test_shuffled_pairs_are_the_grouped_ones_row_by_row():
     np.testing.assert_allclose(logs["loss"].value(), softplus(-leads).mean(), rtol=1e-5)
 
 
-def test_control_tokens_make_two_pairs_of_one_answer_each():
+def test_control_tokens_turn_a_pair_into_two():
     tokens = np.arange(2 * 2 * 5, dtype=np.int32).reshape(2, 2, 5)
     mask = np.ones((2, 2, 5), bool)
     mask[0, 0, 0] = False
@@ -371,11 +371,11 @@ def test_control_tokens_make_two_pairs_of_one_answer_each():
     assert not made.mask_BKL[1, :, 0].any() and made.mask_BKL[:, :, 1:].all()
 
 
-def test_prompts_that_teach_nothing_are_counted_and_left_out():
+def test_uninformative_prompts_are_counted_and_dropped():
     batch = comparisons()
     tokens, mask = batch.tokens_BKL.copy(), batch.mask_BKL.copy()
-    tokens[3, 2], mask[3, 2] = tokens[3, 0], mask[3, 0]  # ranks 4 and 2 for the same words
-    tokens[2, 1], mask[2, 1] = tokens[2, 0], mask[2, 0]  # and nothing is left of this prompt
+    tokens[3, 2], mask[3, 2] = tokens[3, 0], mask[3, 0]  # ranks 4 and 2 for the same tokens
+    tokens[2, 1], mask[2, 1] = tokens[2, 0], mask[2, 0]  # which leaves nothing of this prompt
     counts = errors.DropCount(max_dropped=0.6)
     batch = batch.replace(tokens_BKL=tokens, mask_BKL=mask)  # type: ignore[attr-defined]
     found = comparisons_lib.informative(batch, counts)
@@ -392,7 +392,7 @@ def test_prompts_that_teach_nothing_are_counted_and_left_out():
         comparisons_lib.informative(tied, errors.DropCount(max_dropped=1.0))
 
 
-def test_a_score_that_is_not_a_number_stops_the_update_and_is_seen():
+def test_nan_score_skips_the_update():
     broken = {**params(), "head": {**params()["head"], "bias": jnp.float32(np.nan)}}
     step = parallel.jit_step(reward_model.make_train_step(score))
     hyper = dict.fromkeys(("learning_rate", "max_grad_norm"), np.float32(0.1))

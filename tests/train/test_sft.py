@@ -36,7 +36,7 @@ def close(a, b, **tolerance):
 
 
 def token_rows():
-    """Left-padded prompts, answers of different lengths with loss up to column 7; rows 6 and 7 have none to learn."""
+    """Left-padded prompts and responses of different lengths, with loss up to column 7; rows 6 and 7 have no loss."""
     rng = np.random.default_rng(0)
     columns = np.arange(L)[None, :]
     first, last = np.arange(B)[:, None] % 3, 6 + np.arange(B)[:, None] % 4
@@ -55,14 +55,14 @@ def sft_run(batch, micro_batches=1, **how):
     return sft_step(micro_batches)(fresh(), None, hyper(**how), batch, jax.random.key(0))
 
 
-def test_the_loss_is_the_mean_over_the_tokens_of_the_answers():
+def test_loss_is_the_mean_over_response_tokens():
     batch = token_rows()
     _, logs = sft_run(batch)
     logprobs = np.asarray(token_logprobs(params(), batch.tokens_BL, mask_BL=batch.mask_BL), np.float64)
     learnt = np.asarray(batch.loss_mask_BL)
     expected = -sum(logprobs[b, t] for b in range(B) for t in range(L) if learnt[b, t]) / learnt.sum()
     np.testing.assert_allclose(logs["loss"].value(), expected, rtol=1e-5)
-    # The mean of the rows' means is another number.
+    # The mean of the means of the rows differs.
     means = [-logprobs[b, learnt[b]].mean() for b in range(B) if learnt[b].any()]
     assert abs(np.mean(means) - expected) > 1e-3
 
@@ -77,24 +77,24 @@ def test_training_lowers_the_loss():
     assert step.traces == 1 and int(state.step) == 15
 
 
-def test_only_what_an_answer_is_predicted_from_matters():
+def test_loss_depends_only_on_the_context_of_response_tokens():
     batch = token_rows()
     same, logs = sft_run(batch)
     tokens, mask, learnt = (np.array(x) for x in (batch.tokens_BL, batch.mask_BL, batch.loss_mask_BL))
     last = np.where(learnt, np.arange(L), -1).max(axis=1)
     reached = mask & (np.arange(L)[None, :] <= last[:, None])
-    other = np.where(reached, tokens, (tokens + 5) % 20)  # padding, what comes later, rows without loss
+    other = np.where(reached, tokens, (tokens + 5) % 20)  # padding, later tokens, rows without loss
     assert (~reached & mask).any() and (~reached & ~mask).any()
     moved, moved_logs = sft_run(sft.TokenBatch(jnp.asarray(other), batch.mask_BL, batch.loss_mask_BL))
     assert float(moved_logs["loss"].value()) == float(logs["loss"].value())
     close(moved.params, same.params, atol=1e-7)
-    for where in (learnt, reached & ~learnt):  # an answer, a prompt
+    for where in (learnt, reached & ~learnt):  # a response, a prompt
         changed = np.where(where, (tokens + 5) % 20, tokens)
         _, changed_logs = sft_run(sft.TokenBatch(jnp.asarray(changed), batch.mask_BL, batch.loss_mask_BL))
         assert abs(float(changed_logs["loss"].value() - logs["loss"].value())) > 1e-4
 
 
-def test_a_batch_with_nothing_to_learn_changes_nothing():
+def test_batch_without_loss_tokens_changes_nothing():
     batch = token_rows()
     state, logs = sft_run(batch.replace(loss_mask_BL=jnp.zeros((B, L), bool)))  # type: ignore[attr-defined]
     close(state.params, params(), atol=0)
@@ -105,14 +105,14 @@ def test_a_batch_with_nothing_to_learn_changes_nothing():
 
 
 def comparisons():
-    """Prompts of different numbers of answers and ranks; prompt 2 is all ties, prompt 5 has one answer alone."""
+    """Prompts with different numbers of completions and ranks; prompt 2 has ties only, prompt 5 one completion."""
     rng = np.random.default_rng(1)
     tokens = rng.integers(1, 20, size=(B, K, L))
     mask = np.arange(L)[None, None, :] < rng.integers(4, L + 1, size=(B, K, 1))
     ranks = rng.integers(1, 4, size=(B, K))
     where = np.arange(K)[None, :] < np.array([4, 2, 4, 3, 4, 1, 3, 4])[:, None]
     ranks[2] = 2
-    ranks[:, 0], ranks[[0, 1, 3, 4, 6, 7], 1] = 2, 1  # a pair to learn from in the others
+    ranks[:, 0], ranks[[0, 1, 3, 4, 6, 7], 1] = 2, 1  # the others have a pair to learn from
     ranks = np.where(where, ranks, 0)
     return types.Comparisons(*(jnp.asarray(x) for x in (tokens.astype(np.int32), mask, ranks, where)))
 
@@ -129,7 +129,7 @@ def reward_run(batch, micro_batches=1, **how):
     return reward_step(micro_batches)(fresh(), None, hyper(**how), batch, jax.random.key(0))
 
 
-def test_the_loss_is_the_mean_over_prompts_that_have_a_pair():
+def test_reward_model_loss_is_the_mean_over_prompts_with_a_pair():
     batch = comparisons()
     _, logs = reward_run(batch)
     scores = np.asarray(reward_model.score_all(score, params(), batch))
@@ -141,7 +141,7 @@ def test_the_loss_is_the_mean_over_prompts_that_have_a_pair():
     rows = [losses.ranking(jnp.asarray(scores[b]), batch.ranks_BK[b], where_K=batch.where_BK[b]) for b in range(B)]
     np.testing.assert_allclose(logs["loss"].value(), np.asarray(rows)[INFORMATIVE].mean(), rtol=1e-5)
     assert rows[2] == rows[5] == 0
-    # And from nothing but the definition.
+    # Again, directly from the definition.
     by_hand = []
     for b in INFORMATIVE:
         n = where[b].sum()
@@ -151,10 +151,10 @@ def test_the_loss_is_the_mean_over_prompts_that_have_a_pair():
     np.testing.assert_allclose(logs["score"].value(), scores[where].mean(), atol=1e-5)
 
 
-def test_pairs_are_counted_exactly():
+def test_pairs_are_counted_with_ties_as_one_half():
     scores, ranks = jnp.array([3.0, 1.0, 1.0, 2.0, np.nan]), jnp.array([1, 2, 3, 3, 0])
     where = jnp.array([True, True, True, True, False])
-    # 0>1, 0>2, 0>3 right; 1>2 equal scores, a half; 1>3 wrong; 2 and 3 are a tie; 4 is not there.
+    # Right: 0>1, 0>2, 0>3. Equal scores: 1>2. Wrong: 1>3. Tied ranks: 2 and 3. Missing: 4.
     right, total = reward_model.count_pairs(scores, ranks, where)
     assert (float(right), float(total)) == (3.5, 5.0)
     right, total = reward_model.count_pairs(scores, jnp.full(5, 1), where)
@@ -168,7 +168,7 @@ def test_pairs_are_counted_exactly():
     np.testing.assert_allclose(logs["accuracy"].value(), counts.right.sum() / counts.total.sum(), rtol=1e-6)
 
 
-def test_prompts_without_a_pair_and_missing_answers_do_not_matter():
+def test_prompts_without_a_pair_and_missing_completions_do_not_matter():
     batch = comparisons()
     same, _ = reward_run(batch)
     tokens = np.array(batch.tokens_BKL)
@@ -178,7 +178,7 @@ def test_prompts_without_a_pair_and_missing_answers_do_not_matter():
     close(other.params, same.params, atol=1e-7)
 
 
-def test_a_reward_model_learns_the_order_it_is_shown():
+def test_reward_model_learns_the_given_order():
     step, state, batch = reward_step(), fresh(), comparisons()
     accuracy = []
     for i in range(40):
@@ -189,7 +189,7 @@ def test_a_reward_model_learns_the_order_it_is_shown():
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward model"])
-def test_micro_batches_give_the_update_of_the_whole_batch(stage):
+def test_micro_batches_match_the_whole_batch(stage):
     run: Any
     batch: Any
     run, batch = (sft_run, token_rows()) if stage == "sft" else (reward_run, comparisons())
@@ -201,13 +201,13 @@ def test_micro_batches_give_the_update_of_the_whole_batch(stage):
         if hasattr(whole_logs[name], "value"):
             np.testing.assert_allclose(parts_logs[name].value(), whole_logs[name].value(), rtol=1e-5)
     np.testing.assert_allclose(parts_logs["grad_norm"], whole_logs["grad_norm"], rtol=1e-4)
-    # The parts differ in how much there is to learn from.
+    # The parts have different counts.
     learnt = np.asarray(batch.loss_mask_BL).sum(1) if stage == "sft" else np.isin(np.arange(B), INFORMATIVE)
     assert len({int(learnt[i::4].sum()) for i in range(4)}) > 1
 
 
 @pytest.mark.slow  # test_parallel.py compares the stage's metrics
-def test_reward_model_metrics_are_those_of_all_devices():
+def test_reward_model_metrics_cover_all_devices():
     def score(params, tokens_BL, mask_BL):
         return params["w"] * jnp.sum(jnp.where(mask_BL, tokens_BL, 0), axis=1)
 
@@ -231,13 +231,13 @@ def test_reward_model_metrics_are_those_of_all_devices():
         np.testing.assert_allclose(got[name].sum / got[name].weight, [want[name].value()] * 2, rtol=1e-5)
 
 
-def test_the_gain_goes_into_the_kernel():
+def test_gain_is_folded_into_the_kernel():
     cfg = lm.LMConfig(vocab_size=11, n_layers=1, d_model=8, n_heads=2, d_mlp=16, max_length=8)
     for heads in (None, 2):
         params = lm.with_head(jax.random.key(1), lm.init(jax.random.key(0), cfg), cfg, heads=heads)
         head = params["head"]
         params["head"] = {**head, "gain": head["gain"] * 1.7, "bias": head["bias"] + 0.3}
-        made = lm.absorb_gain(params)
+        made = lm.heads.absorb_gain(params)
         hidden = jax.random.normal(jax.random.key(2), (3, 8))
-        np.testing.assert_allclose(lm.scalar(made, hidden), lm.scalar(params, hidden), rtol=1e-5)
+        np.testing.assert_allclose(lm.heads.scalar(made, hidden), lm.heads.scalar(params, hidden), rtol=1e-5)
         np.testing.assert_array_equal(made["head"]["gain"], np.ones_like(head["gain"]))

@@ -53,7 +53,7 @@ def test_micro_batches_add_up_to_the_whole_batch():
     assert len(set(counts.tolist())) > 1
     assert int(parts[0][1]["tokens"]) == int(total)
     close(parts, whole)
-    # The mean of per-part means is something else.
+    # The mean of per-part means differs.
     means = [loss_fn(params, jax.tree.map(lambda x: x[i], step.split(batch, 4)), counts[i])[0] for i in range(4)]  # noqa: B023
     assert abs(float(np.mean(means)) - float(whole[0][0])) > 1e-3
 
@@ -73,7 +73,7 @@ def test_bfloat16_gradients_are_accumulated_in_float32():
     assert all(p.dtype == jnp.bfloat16 for p in jax.tree.leaves(new.params))
 
 
-def test_devices_with_different_masks_take_the_step_of_the_whole_batch():
+def test_devices_with_different_masks_match_the_whole_batch():
     params, batch = problem()
     total = batch["mask"].sum()
 
@@ -93,7 +93,7 @@ def test_devices_with_different_masks_take_the_step_of_the_whole_batch():
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 3.0, 1e9])
-def test_update_is_optax_with_the_rate_outside(max_norm):
+def test_update_matches_optax(max_norm):
     params, _ = problem()
     rate = 0.05
     tx = optax.chain(optax.clip_by_global_norm(max_norm), optax.adam(rate))
@@ -117,7 +117,7 @@ def test_learning_rate_may_be_a_prefix_of_the_parameters():
 
 
 @pytest.mark.parametrize("bad", ["nan", "inf", "loss"])
-def test_a_step_that_is_not_finite_changes_the_counter_alone(bad):
+def test_non_finite_step_changes_only_the_counter(bad):
     params, _ = problem()
     start = state.create(params, ADAM)
     start, _ = step.apply_gradients(start, params, learning_rate=0.1)
@@ -134,7 +134,7 @@ def test_a_step_that_is_not_finite_changes_the_counter_alone(bad):
     same(new.opt_state, start.opt_state)
 
 
-def test_a_step_that_is_compiled_ahead_is_the_same_step_and_compiled_once():
+def test_step_compiled_ahead_is_the_same_and_compiles_once():
     params, batch = problem()
 
     def train_step(state, frozen, hyper, batch, rng):
@@ -150,7 +150,7 @@ def test_a_step_that_is_compiled_ahead_is_the_same_step_and_compiled_once():
         shapes = jax.eval_shape(lambda *same: same, *args[:1])
         ahead.compile_ahead(executor, *shapes, *args[1:])
         done, _ = ahead(*jax.tree.map(jnp.copy, args[:1]), *args[1:])
-        # One whose turn has not come is compiled by the call.
+        # A program that is still queued is compiled by the call.
         hold = threading.Event()
         executor.submit(hold.wait)
         dropped.compile_ahead(executor, *args)
@@ -161,14 +161,14 @@ def test_a_step_that_is_compiled_ahead_is_the_same_step_and_compiled_once():
     assert (plain.traces, ahead.traces, dropped.traces) == (1, 1, 1)
 
 
-def test_a_call_waits_for_the_program_that_is_being_compiled_ahead():
-    under_way, go_on, compiled_by = threading.Event(), threading.Event(), []
+def test_call_waits_for_compilation_ahead():
+    under_way, release, compiled_by = threading.Event(), threading.Event(), []
 
     class Slow(concurrent.futures.ThreadPoolExecutor):
-        """A thread that is at it until ``go_on``."""
+        """A thread that waits for ``release`` before it compiles."""
 
         def submit(self, fn, /, *args, **kwargs):
-            return super().submit(lambda: (under_way.set(), go_on.wait(60), fn(*args, **kwargs)))
+            return super().submit(lambda: (under_way.set(), release.wait(60), fn(*args, **kwargs)))
 
     def note(event, duration_secs, **kwargs):
         if event.endswith("backend_compile_duration"):
@@ -181,7 +181,7 @@ def test_a_call_waits_for_the_program_that_is_being_compiled_ahead():
         with Slow(1, thread_name_prefix="ahead") as executor:
             once.compile_ahead(executor, state, *args)
             assert under_way.wait(60)
-            threading.Timer(0.5, go_on.set).start()  # a call that did not wait would compile in the meantime
+            threading.Timer(0.5, release.set).start()  # a call that did not wait would compile in the meantime
             state, logs = once(state, *args)
             state, _ = once(state, *args)
     finally:
@@ -202,7 +202,7 @@ def cannot_be_compiled(state, frozen, hyper, batch, rng):
 @pytest.mark.parametrize(
     ("train_step", "message"), [(cannot_be_traced, "no such thing"), (cannot_be_compiled, "no_such_thing")]
 )
-def test_what_goes_wrong_ahead_is_raised_by_the_call(train_step, message):
+def test_error_of_compilation_ahead_is_raised_by_the_call(train_step, message):
     broken = parallel.jit_step(train_step)
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
         broken.compile_ahead(executor, jnp.ones(3), None, None, None, None)
@@ -242,7 +242,7 @@ def test_one_compilation_serves_every_rate_and_clip():
         close(jax.tree.map(lambda x: x[i], swept.params), alone.params)  # noqa: B023
 
 
-def test_states_made_from_the_same_arrays_do_not_share_them():
+def test_states_do_not_share_parameter_buffers():
     params, _ = problem()
     one, two = state.create(params, ADAM), state.create(params, ADAM)
     bump = parallel.jit_step(lambda s, *_: (s.replace(params=jax.tree.map(lambda x: x + 1, s.params)), {}))

@@ -1,4 +1,4 @@
-"""What the steps of all stages share: optimisers, schedules, the update from gradients, and partial training."""
+"""The parts that all stages share: optimisers, schedules, the update from gradients, and partial training."""
 
 from rlhf_jax.train.optim import nonfinite, optimisers, partition, schedules, update
 

@@ -1,7 +1,7 @@
-"""Steps that were not finite: which rows of the batch were at fault, and what a user is told.
+"""Diagnosis of steps with non-finite numbers: which rows of the batch caused them, and a message for the user.
 
-`step.apply_gradients` leaves such a step out. What stands here says why: inside the step as numbers beside its other
-metrics (`numbers`), and on the host in words (`explain`).
+`update.apply_gradients` skips such a step. Inside the step, `row_metrics` locates the rows; on the host, `explain`
+turns the metrics into a sentence.
 """
 
 from __future__ import annotations
@@ -16,43 +16,44 @@ import jax.numpy as jnp
 from flax import struct
 
 DETAILS = ("bad_rows", "bad_row", "bad_update")
-"""Metrics that mean something in a step that was skipped, and are logged there alone."""
+"""Metrics that are logged for skipped steps only."""
 
 
 @struct.dataclass
-class Rows:
-    """Which rows of a batch had a number that was not finite, ``[B]``; merged over micro-batches by `merge`."""
+class BadRows:
+    """The rows of a batch that have a non-finite number. `merge` combines those of micro-batches."""
 
     bad_B: jax.Array
+    """bool, True at those rows."""
 
-    def either(self, other: Rows) -> Rows:
-        """Rows that are among these or the others."""
-        return Rows(self.bad_B | other.bad_B)
-
-
-def of_losses(losses_B: jax.Array) -> Rows:
-    """Rows whose own loss is not finite."""
-    return Rows(jax.lax.stop_gradient(~jnp.isfinite(losses_B)))
+    def union(self, other: BadRows) -> BadRows:
+        """Returns the rows that are in either set."""
+        return BadRows(self.bad_B | other.bad_B)
 
 
-def of_tokens(*numbers_BT: jax.Array | None, where_BT: jax.Array) -> Rows:
-    """Rows that have such a number at a token that counts, in any of the arrays that are there."""
-    fine_BT = [jnp.isfinite(jax.lax.stop_gradient(x)) for x in numbers_BT if x is not None]
-    return Rows(jnp.any(where_BT & ~functools.reduce(jnp.logical_and, fine_BT), axis=-1))
+def bad_loss_rows(losses_B: jax.Array) -> BadRows:
+    """Returns the rows whose loss is not finite."""
+    return BadRows(jax.lax.stop_gradient(~jnp.isfinite(losses_B)))
+
+
+def bad_token_rows(*arrays_BT: jax.Array | None, where_BT: jax.Array) -> BadRows:
+    """Returns the rows with a non-finite number at a token selected by ``where_BT``, ignoring arrays that are None."""
+    finite_BT = [jnp.isfinite(jax.lax.stop_gradient(x)) for x in arrays_BT if x is not None]
+    return BadRows(jnp.any(where_BT & ~functools.reduce(jnp.logical_and, finite_BT), axis=-1))
 
 
 def merge(logs_M: Any) -> Any:
-    """The metrics of a batch from those of its micro-batches, stacked on a first axis: rows in their order, sums."""
+    """Merges the metrics of micro-batches, stacked on axis 0: numbers are added, `BadRows` put in batch order."""
 
-    def one(x: Any) -> Any:
-        # `step.split` deals rows out in turn.
-        return Rows(jnp.swapaxes(x.bad_B, 0, 1).reshape(-1)) if isinstance(x, Rows) else jnp.sum(x, axis=0)
+    def leaf(x: Any) -> Any:
+        # `update.split` assigns rows to micro-batches with a stride.
+        return BadRows(jnp.swapaxes(x.bad_B, 0, 1).reshape(-1)) if isinstance(x, BadRows) else jnp.sum(x, axis=0)
 
-    return jax.tree.map(one, logs_M, is_leaf=lambda x: isinstance(x, Rows))
+    return jax.tree.map(leaf, logs_M, is_leaf=lambda x: isinstance(x, BadRows))
 
 
-def numbers(rows: Rows, *, axis_name: str | tuple[str, ...] | None = None) -> dict[str, jax.Array]:
-    """``bad_rows``, how many there are, and ``bad_row``, the place of the first in the whole batch (-1: none)."""
+def row_metrics(rows: BadRows, *, axis_name: str | tuple[str, ...] | None = None) -> dict[str, jax.Array]:
+    """Returns ``bad_rows``, the number of bad rows, and ``bad_row``, the batch index of the first, or -1."""
     B = rows.bad_B.shape[0]
     first, count = jnp.argmax(rows.bad_B), jnp.sum(rows.bad_B)
     if axis_name is not None:
@@ -64,18 +65,24 @@ def numbers(rows: Rows, *, axis_name: str | tuple[str, ...] | None = None) -> di
 
 
 def explain(floats: Mapping[str, float]) -> str:
-    """What was not finite in a skipped step, and in which rows, from its metrics: losses first, then gradients."""
+    """Returns a phrase that names what was not finite in a skipped step, and in which rows, from the step's metrics.
+
+    Example:
+        >>> from rlhf_jax.train.optim import nonfinite
+        >>> nonfinite.explain({"loss": float("nan"), "grad_norm": 1.0, "bad_rows": 1.0, "bad_row": 3.0})
+        'loss not finite (row 3 of the batch)'
+    """
     bad = [name for name, number in floats.items() if not math.isfinite(number)]
     parts = [name.removeprefix("grad_norm_") for name in bad if name.startswith("grad_norm_")]
     losses = [name for name in bad if "loss" in name]
     rest = [name for name in bad if name not in losses and not name.startswith("grad_norm")]
     gradient = ["the gradient of " + " and ".join(parts)] if parts else ["the gradient"] * ("grad_norm" in bad)
-    told = ", ".join([*losses, *gradient, *rest[:6]]) or "a number of the update"
-    told += f" and {len(rest) - 6} more" if len(rest) > 6 else ""
-    where = []
+    names = ", ".join([*losses, *gradient, *rest[:6]]) or "a number of the update"
+    names += f" and {len(rest) - 6} more" if len(rest) > 6 else ""
+    places = []
     if floats.get("bad_rows", 0) > 0:
         count, first = int(floats["bad_rows"]), int(floats["bad_row"])
-        where.append(f"row {first} of the batch" if count == 1 else f"{count} rows of the batch from row {first} on")
+        places.append(f"row {first} of the batch" if count == 1 else f"{count} rows of the batch from row {first} on")
     if floats.get("bad_update", -1) >= 0:
-        where.append(f"first in update {int(floats['bad_update']) + 1}")
-    return f"{told} not finite" + (f" ({', '.join(where)})" if where else "")
+        places.append(f"first in update {int(floats['bad_update']) + 1}")
+    return f"{names} not finite" + (f" ({', '.join(places)})" if places else "")

@@ -1,4 +1,4 @@
-"""Optimisers that optax does not have, with unit rate: a step multiplies by a traced learning rate."""
+"""Optimisers that optax lacks. They have unit learning rate; a step multiplies by a traced one."""
 
 from __future__ import annotations
 
@@ -11,28 +11,38 @@ import optax
 
 
 def scale_by_adam_tf1(*, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-5) -> optax.GradientTransformation:
-    """Adam as TensorFlow 1 has it, with which Ziegler 2019 and Stiennon 2020 trained.
+    """Returns Adam as TensorFlow 1 implements it, which Ziegler 2019 and Stiennon 2020 used.
 
-    The update is ``sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)``, with the moments ``m`` and ``v`` as they are.
-    ``optax.scale_by_adam`` corrects them before it adds eps, which is an eps of ``eps * sqrt(1 - b2^t)`` here: 3 % of
-    it in the first step. So its early steps on small gradients are larger. With eps 0 the two are one.
+    The update is ``sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)``, with uncorrected moments ``m`` and ``v``.
+    ``optax.scale_by_adam`` corrects the moments before it adds eps, which corresponds to an eps of
+    ``eps * sqrt(1 - b2^t)`` here: 3 % of eps in the first step. Its early updates on small gradients are therefore
+    larger. With eps = 0 both are equal.
 
-    Like ``optax.scale_by_adam`` this gives the ascent direction with unit rate; chain it with ``optax.scale(-1.0)``.
+    Like ``optax.scale_by_adam``, it returns the ascent direction; chain it with ``optax.scale(-1.0)``.
 
     Args:
-        b1: Decay of the mean of the gradients, in [0, 1).
-        b2: Decay of the mean of their squares, in [0, 1).
-        eps: Added to the root of the uncorrected second moment, at least 0; 1e-5 in Ziegler's code.
+        b1: Decay rate of the mean of the gradients, in [0, 1).
+        b2: Decay rate of the mean of the squared gradients, in [0, 1).
+        eps: Added to the square root of the uncorrected second moment; at least 0 (1e-5 in Ziegler's code).
 
     Returns:
-        A transformation whose state is an ``optax.ScaleByAdamState``. Moments and updates are in the dtype of the
-        parameters, float32 at least.
+        A transformation whose state is an ``optax.ScaleByAdamState``. Moments and updates have the dtype of the
+        parameters, but at least float32.
 
     Raises:
-        ValueError: for a number out of its range.
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from rlhf_jax.train.optim import optimisers
+        >>> tx = optax.chain(optimisers.scale_by_adam_tf1(eps=1e-3), optax.scale(-1.0))
+        >>> updates, _ = tx.update(jnp.array(0.1), tx.init(jnp.array(0.0)))
+        >>> print(round(float(updates), 4))
+        -0.7597
     """
     if not (0 <= b1 < 1 and 0 <= b2 < 1 and eps >= 0):
-        raise ValueError(f"need 0 <= b1 < 1, 0 <= b2 < 1 and eps >= 0; got {b1}, {b2} and {eps}")
+        raise ValueError(f"scale_by_adam_tf1 needs 0 <= b1 < 1, 0 <= b2 < 1 and eps >= 0; got {b1}, {b2} and {eps}")
 
     def init(params: Any) -> optax.ScaleByAdamState:
         def zeros() -> Any:
@@ -53,6 +63,6 @@ def scale_by_adam_tf1(*, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-5) 
 
 
 def _one_minus_power(decay: float, count: Any) -> jax.Array:
-    """``1 - decay^count`` without the cancellation, which costs three digits of ``1 - 0.999`` in float32."""
+    """Returns ``1 - decay^count`` without cancellation, which would cost three digits of ``1 - 0.999`` in float32."""
     log = math.log(decay) if decay > 0 else -math.inf
     return -jnp.expm1(count * log)

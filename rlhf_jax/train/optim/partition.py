@@ -1,8 +1,9 @@
-"""Training a part of a model: what a pattern names is trained, all else is frozen and has no optimiser state.
+"""Partial training: parameters whose path matches a pattern are trained; the others are frozen.
 
-A path is the keys with slashes between, such as ``layers/q/kernel`` or ``head/kernel_D``::
+Frozen parameters have no optimiser state. A path is the keys joined by slashes, such as ``layers/q/kernel`` or
+``head/kernel_D``::
 
-    trained, frozen = partition.split(params, r"^head/")        # the scalar head alone
+    trained, frozen = partition.split(params, r"^head/")        # only the scalar head
     step = reward_model.make_train_step(score, join=partition.join)
     state, logs = step(state.create(trained, tx), frozen, hyper, batch, rng)
     whole = partition.join(frozen, state.params)
@@ -20,30 +21,41 @@ Pattern = str | Callable[[str], bool]
 
 
 def split(params: Mapping[str, Any], trains: Pattern) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``(trained, frozen)``: two nested dicts with every leaf in one of them, nothing copied.
+    """Splits parameters into ``(trained, frozen)``, two nested dicts that share the leaves of ``params``.
 
     Args:
         params: A nested dict of arrays.
         trains: A regular expression that is searched for in each path, or a predicate of the path.
 
+    Returns:
+        ``(trained, frozen)``; each leaf is in exactly one of them.
+
     Raises:
-        ValueError: for an expression that is none, or one that names no parameter.
+        ValueError: If the expression is invalid or matches no parameter.
+
+    Example:
+        >>> from rlhf_jax.train.optim import partition
+        >>> trained, frozen = partition.split({"embed": {"tokens": 1}, "head": {"kernel": 2, "bias": 3}}, "^head/")
+        >>> trained
+        {'head': {'kernel': 2, 'bias': 3}}
+        >>> partition.join(frozen, trained)
+        {'embed': {'tokens': 1}, 'head': {'kernel': 2, 'bias': 3}}
     """
     if isinstance(trains, str):
         try:
-            wanted: Callable[[str], Any] = re.compile(trains).search
+            matches: Callable[[str], Any] = re.compile(trains).search
         except re.error as error:
             raise ValueError(f"{trains!r} is not a regular expression: {error}") from None
     else:
-        wanted = trains
+        matches = trains
     flat = lm_params.flatten(params)
-    mine = {path for path in flat if wanted(path)}
-    if not mine:
-        raise ValueError(f"{trains!r} names none of the parameters, which are {', '.join(flat)}")
-    trained, frozen = ({path: x for path, x in flat.items() if (path in mine) == side} for side in (True, False))
+    paths = {path for path in flat if matches(path)}
+    if not paths:
+        raise ValueError(f"{trains!r} matches none of the parameters, which are {', '.join(flat)}")
+    trained, frozen = ({path: x for path, x in flat.items() if (path in paths) == chosen} for chosen in (True, False))
     return lm_params.nest(trained), lm_params.nest(frozen)
 
 
 def join(frozen: Mapping[str, Any] | None, trained: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo :func:`split`: the ``join`` of a train step."""
+    """Merges the two dicts of :func:`split` again; the ``join`` of a train step."""
     return lm_params.nest(lm_params.flatten(frozen or {}) | lm_params.flatten(trained))

@@ -1,8 +1,8 @@
 """Learning-rate shapes: ``(step, total) -> multiplier`` in [0, 1].
 
-``step`` counts updates from 0 to ``total - 1`` and may be a Python int, a NumPy number or a traced array; the answer is
-float32, so that a hyperparameter built from it never changes the type of a compiled step. The peak rate multiplies it
-outside, as in ``hyper["learning_rate"] = peak * cosine(i, total)``.
+``step`` counts updates from 0 to ``total - 1`` and may be a Python int, a NumPy number or a traced array. The result is
+float32, so that a hyperparameter computed from it never changes the type of a compiled step's arguments. Multiply by
+the peak rate outside, as in ``hyper["learning_rate"] = peak * cosine(i, total)``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 
 def _library(*values: Any) -> types.ModuleType:
-    """NumPy on the host, where a schedule should not cost a device program; jax.numpy under a trace."""
+    """Returns jax.numpy for JAX arrays and NumPy otherwise, so that a schedule on the host runs no device program."""
     return jnp if any(isinstance(value, jax.Array) for value in values) else np
 
 
@@ -26,25 +26,48 @@ def _progress(step: Any, total: Any) -> Any:
 
 
 def constant(step: Any, total: Any) -> Any:
-    """1 throughout."""
+    """Returns 1 at every step."""
     xp = _library(step, total)
     return xp.ones_like(_progress(step, total))
 
 
 def constant_with_warmup(step: Any, total: Any, *, warmup: Any = 10, initial: Any = 0.1) -> Any:
-    """A straight line from ``initial`` at step 0 to 1 at step ``warmup``, then 1 (InstructGPT's PPO: 10 iterations)."""
+    """Returns a linear warmup from ``initial`` to 1, then 1 (InstructGPT's PPO).
+
+    Args:
+        step: Updates done.
+        total: Updates in all; not used.
+        warmup: Updates until the multiplier is 1 (InstructGPT: 10 iterations); 0 for no warmup.
+        initial: Multiplier at step 0 (InstructGPT: 0.1).
+
+    Returns:
+        A float32 multiplier.
+
+    Example:
+        >>> from rlhf_jax.train.optim import schedules
+        >>> [round(float(schedules.constant_with_warmup(i, 100)), 2) for i in (0, 5, 10, 99)]
+        [0.1, 0.55, 1.0, 1.0]
+    """
     xp = _library(step, total, warmup, initial)
     done = xp.where(xp.asarray(warmup) > 0, _progress(step, warmup), xp.float32(1))
     return xp.float32(initial + (1 - initial) * done)
 
 
 def cosine(step: Any, total: Any, *, final: Any = 0.1) -> Any:
-    """Half a cosine from 1 to ``final`` at ``total``: final + (1 - final) (1 + cos(pi step / total)) / 2."""
+    """Returns a cosine decay from 1 to ``final``: ``final + (1 - final) (1 + cos(pi step / total)) / 2``.
+
+    InstructGPT's SFT and reward models decay to 0.1.
+
+    Example:
+        >>> from rlhf_jax.train.optim import schedules
+        >>> [round(float(schedules.cosine(i, 100)), 2) for i in (0, 50, 100)]
+        [1.0, 0.55, 0.1]
+    """
     xp = _library(step, total, final)
     return xp.float32(final + (1 - final) * 0.5 * (1 + xp.cos(xp.pi * _progress(step, total))))
 
 
 def linear(step: Any, total: Any, *, final: Any = 0.0) -> Any:
-    """A straight line from 1 to ``final`` at ``total``: the u-th of U updates has 1 - (u - 1) / U for final = 0."""
+    """Returns a linear decay from 1 to ``final``, ``1 - (1 - final) step / total`` (Stiennon's PPO: to 0)."""
     xp = _library(step, total, final)
     return xp.float32(1 - (1 - final) * _progress(step, total))

@@ -1,11 +1,13 @@
-"""Gradient -> mean over devices -> clip -> apply -> metrics: what every stage does at the end of its step.
+"""Loss -> gradient -> mean over devices -> clip -> apply -> metrics: the second half of every train step.
 
 A stage writes ``loss_fn(params, batch, total) -> (loss, metrics)``, where ``total`` holds the counts of the *whole*
-batch that its sums are divided by. Then micro-batches add up to what one large batch gives::
+batch by which its sums are divided. Then micro-batches add up to the result of one large batch::
 
-    total = mask_BL.sum()                                      # of all rows, and psum over devices
+    total = mask_BL.sum()                                      # over all rows, and psum over devices
     (loss, metrics), grads = loss_and_grads(loss_fn, state.params, batch, total, micro_batches=4)
     state, update_metrics = apply_gradients(state, grads, learning_rate=hyper["learning_rate"], loss=loss)
+
+`gradient_step` is both lines in one, for stages with one learning rate.
 """
 
 from __future__ import annotations
@@ -22,25 +24,27 @@ from rlhf_jax.train.optim import nonfinite
 
 
 def all_trained(frozen: Any, params: Any) -> Any:
-    """The ``join`` of a trainer in which nothing is frozen: ``params``, as they are.
+    """Returns ``params``: the ``join`` of a step in which all parameters of the model are trained.
 
-    A ``join(frozen, params)`` makes the model's parameters of what a step must not change and of what it trains,
-    inside the loss, so that the gradient is that of ``params`` alone. `lm.lora.attach` is one.
+    A ``join(frozen, params)`` builds the parameters of a model from frozen and trained ones. The step calls it inside
+    the loss, so that gradients are taken with respect to ``params`` alone. `lm.lora.attach` and `partition.join` are
+    others.
     """
     del frozen
     return params
 
 
 def split(batch: Any, micro_batches: int) -> Any:
-    """``[B, ...]`` leaves as ``[micro_batches, B / micro_batches, ...]``; micro-batch i has rows i, i + m, i + 2m, ...
+    """Reshapes ``[B, ...]`` leaves to ``[M, B / M, ...]``, M = ``micro_batches``; part i has rows i, i + M, i + 2M, ...
 
-    Strided, so that a batch that is spread over devices row by row stays spread over them in every micro-batch.
+    The stride keeps a batch that is sharded by rows sharded in the same way in every micro-batch. Raises ``ValueError``
+    if B is not a multiple of M.
     """
 
     def leaf(x: jax.Array) -> jax.Array:
         rows = x.shape[0]
         if rows % micro_batches:
-            raise ValueError(f"a batch of {rows} rows does not divide into {micro_batches} micro-batches")
+            raise ValueError(f"a batch of {rows} rows does not divide evenly into {micro_batches} micro-batches")
         return x.reshape(rows // micro_batches, micro_batches, *x.shape[1:]).swapaxes(0, 1)
 
     return jax.tree.map(leaf, batch)
@@ -55,56 +59,57 @@ def loss_and_grads(
     micro_batches: int = 1,
     merge: Callable[[Any], Any] | None = None,
 ) -> tuple[tuple[jax.Array, Any], Any]:
-    """Loss, metrics and gradients of a batch, in ``micro_batches`` parts that are held in memory one at a time.
+    """Computes loss, metrics and gradients of a batch in ``micro_batches`` parts, one in memory at a time.
 
-    The parts are added, not averaged: the mean of per-part means is wrong where the parts have different token counts.
+    The parts are added, not averaged: a mean of per-part means is wrong if the parts have different token counts.
 
     Args:
-        loss_fn: ``(params, batch, total) -> (scalar, metrics)``. The scalar is the share of these rows in the loss of
-            the whole batch, i.e. a sum divided by ``total`` (with a named axis: ``psum(sum) / total``). The metrics
-            add up over rows in the same way (``metrics.Metric`` does), but for `guard.Rows`; a plain mean does not.
-        params: What is differentiated.
-        batch: A pytree of ``[B, ...]`` arrays. Randomness per row (dropout) travels in it as one key a row.
-        total: The counts of the whole batch, over all devices; any pytree, passed through.
-        micro_batches: How many parts; divides B.
-        merge: Makes one metrics of those of all parts, stacked on a new first axis, where they do not simply add up.
+        loss_fn: ``(params, batch, total) -> (loss, metrics)``. The loss is the contribution of these rows to the loss
+            of the whole batch: a sum divided by ``total`` (with a named axis, ``psum(sum) / total``). The metrics must
+            add up over rows in the same way, as `metrics.Metric` does and a plain mean does not; `nonfinite.BadRows`
+            are concatenated.
+        params: The parameters to differentiate with respect to.
+        batch: A pytree of ``[B, ...]`` arrays. Randomness per row (dropout) is passed as one key per row.
+        total: Counts of the whole batch over all devices; any pytree, passed to ``loss_fn``.
+        micro_batches: Number of parts; divides B.
+        merge: Merges the metrics of the parts, stacked on a new first axis; by default `nonfinite.merge`, which adds.
 
     Returns:
-        ``((loss, metrics), grads)``, gradients in the dtype of the parameters where there is one part, accumulated in
-        float32 at least where there are more.
+        ``((loss, metrics), grads)``. The gradients have the dtype of the parameters if there is one part; otherwise
+        they are accumulated in float32 or wider.
+
+    Raises:
+        ValueError: If B is not a multiple of ``micro_batches``.
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if micro_batches == 1:
         return grad_fn(params, batch, total)
     parts = split(batch, micro_batches)
 
-    def part(index: int) -> Any:
-        return jax.tree.map(lambda x: x[index], parts)
-
     def wide(x: jax.Array) -> jax.Array:
         return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
-    def one(micro: Any) -> tuple[Any, Any]:
+    def wide_grads(micro: Any) -> tuple[Any, Any]:
         (loss, logs), grads = grad_fn(params, micro, total)
         return jax.tree.map(wide, (loss, grads)), jax.tree.map(wide, logs)
 
     def add(carry: Any, micro: Any) -> tuple[Any, Any]:
-        new, logs = one(micro)
+        new, logs = wide_grads(micro)
         return jax.tree.map(jnp.add, carry, new), logs
 
-    shapes, _ = jax.eval_shape(one, part(0))
+    shapes, _ = jax.eval_shape(wide_grads, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     (loss, grads), logs_M = jax.lax.scan(add, zeros, parts)
     return (loss, (merge or nonfinite.merge)(logs_M)), grads
 
 
 def global_norm(tree: Any) -> jax.Array:
-    """The l2 norm of all leaves together, summed in float32 whatever their dtype."""
+    """Returns the l2 norm of all leaves together, summed in float32 or wider."""
     return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree))
 
 
 def clip(grads: Any, norm: jax.Array, max_norm: Any) -> Any:
-    """``grads`` scaled down to ``max_norm`` where their ``norm`` is larger."""
+    """Returns ``grads``, scaled to the norm ``max_norm`` if their ``norm`` is larger."""
     scale = jnp.where(norm > max_norm, max_norm / norm, 1.0)
     return jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
 
@@ -118,23 +123,23 @@ def apply_gradients(
     axis_name: str | tuple[str, ...] | None = None,
     loss: Any = None,
 ) -> tuple[Any, dict[str, jax.Array]]:
-    """One update; a step whose gradient, loss or rate is not finite changes nothing but the step counter.
+    """Applies one update; if the gradient, the loss or a rate is not finite, changes nothing but the step counter.
 
-    The counter goes on so that ``fold_in(rng, state.step)`` draws anew instead of meeting the same bad numbers again.
+    The counter always advances, so that ``fold_in(rng, state.step)`` gives the next step other random numbers.
 
     Args:
-        state: A ``TrainState`` whose ``tx`` has unit rate, such as ``optax.chain(optax.scale_by_adam(),
-            optax.scale(-1.0))``: then one compiled step serves every schedule and every member of a sweep.
-        grads: As ``state.params``.
+        state: A ``TrainState`` whose ``tx`` has unit learning rate, such as ``optax.chain(optax.scale_by_adam(),
+            optax.scale(-1.0))``. Then one compiled step serves every schedule and every member of a sweep.
+        grads: Gradients, a pytree like ``state.params``.
         learning_rate: A scalar, or a prefix of the parameter tree with scalars, such as ``{"policy": a, "critic": b}``.
-        max_grad_norm: Gradients are scaled down to this global norm; traced, or None for no clipping.
-        axis_name: Average gradients and loss over this axis first (pmap, shard_map, vmap).
-        loss: Looked at for being finite, where given.
+        max_grad_norm: Largest global norm of the gradients, which are scaled down to it; traced. None for no clipping.
+        axis_name: Axis (pmap, shard_map, vmap) over which gradients and loss are averaged first.
+        loss: Loss to check for non-finite values; None for no check.
 
     Returns:
-        ``(state, metrics)``, float32 scalars: ``grad_norm``, before clipping and as it is, finite or not; ``skipped``,
-        1.0 for a step that was, else 0.0. Code that keeps an average or a controller beside the state holds it back
-        too where ``skipped`` is 1.
+        ``(state, metrics)``, float32 scalars: ``grad_norm``, the global norm before clipping, finite or not; and
+        ``skipped``, 1.0 if the update was skipped, else 0.0. Code that updates an average or a controller after the
+        step must skip that as well if ``skipped`` is 1.
     """
     if axis_name is not None:
         grads = jax.lax.pmean(grads, axis_name)
@@ -147,7 +152,7 @@ def apply_gradients(
     if max_grad_norm is not None:
         grads = clip(grads, norm, max_grad_norm)
     updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
-    # A prefix tree first: each of its scalars meets the whole subtree below it.
+    # `learning_rate` may be a prefix tree: each of its scalars multiplies a whole subtree.
     updates = jax.tree.map(lambda rate, tree: jax.tree.map(lambda u: u * rate, tree), learning_rate, updates)
     params = optax.apply_updates(state.params, updates)
 
@@ -160,3 +165,38 @@ def apply_gradients(
         opt_state=keep_old(opt_state, state.opt_state),
     )
     return state, {"grad_norm": norm, "skipped": 1.0 - finite.astype(jnp.float32)}
+
+
+def gradient_step(
+    state: state_lib.TrainState,
+    loss_fn: Callable[[Any, Any, Any], tuple[jax.Array, dict[str, Any]]],
+    batch: Any,
+    total: Any,
+    *,
+    learning_rate: Any,
+    max_grad_norm: Any = None,
+    micro_batches: int = 1,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> tuple[Any, dict[str, Any]]:
+    """Computes gradients and applies them: :func:`loss_and_grads` followed by :func:`apply_gradients`.
+
+    Args:
+        state: As in :func:`apply_gradients`.
+        loss_fn: As in :func:`loss_and_grads`. Its metrics have an entry ``"bad"``, a `nonfinite.BadRows`.
+        batch: As in :func:`loss_and_grads`.
+        total: As in :func:`loss_and_grads`.
+        learning_rate: A scalar.
+        max_grad_norm: As in :func:`apply_gradients`.
+        micro_batches: As in :func:`loss_and_grads`.
+        axis_name: Axis of devices that share the batch.
+
+    Returns:
+        ``(state, metrics)``: the metrics of ``loss_fn``, with ``"bad"`` replaced by ``bad_rows`` and ``bad_row``; those
+        of :func:`apply_gradients`; and ``learning_rate``.
+    """
+    (loss, logs), grads = loss_and_grads(loss_fn, state.params, batch, total, micro_batches=micro_batches)
+    state, update_logs = apply_gradients(
+        state, grads, learning_rate=learning_rate, max_grad_norm=max_grad_norm, axis_name=axis_name, loss=loss
+    )
+    logs |= nonfinite.row_metrics(logs.pop("bad"), axis_name=axis_name)
+    return state, logs | update_logs | {"learning_rate": learning_rate}

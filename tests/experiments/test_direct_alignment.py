@@ -1,4 +1,4 @@
-"""DPO and its relatives on the pipeline: pairs from rankings and from rounds, every loss by its name, and refusals."""
+"""DPO and related losses in the job: pairs from rankings and from rounds, every loss by its name, refused settings."""
 
 import dataclasses
 import itertools
@@ -16,8 +16,8 @@ import dpo_vs_ppo
 import jax
 import numpy as np
 import pytest
-from launch import settings
-from preferences import bandit_study, direct_methods
+from launch import settings as settings_lib
+from preferences import bandit_study, direct_alignment
 from preferences import pairs as pairs_lib
 from recipe import jobs, policy_sampling, tasks
 from sweeps import run_grid
@@ -30,8 +30,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 P, T = 3, 4
 
 
-class Told:
-    """A progress that keeps what it is told and shows nothing."""
+class RecordedProgress:
+    """A progress display that only records the messages."""
 
     def __init__(self):
         self.texts = []
@@ -56,7 +56,7 @@ def ranked(seed=0, B=6, K=4):
     return types.Comparisons(tokens, mask, ranks, where)  # pyright: ignore[reportArgumentType]
 
 
-def test_pairs_are_all_that_differ_in_rank_the_better_one_first():
+def test_rankings_give_all_pairs_that_differ_in_rank_the_better_answer_first():
     rows = ranked()
     got = pairs_lib.from_rankings(rows, prompt_width=P, per_prompt=0, seed=0)
     expected = []
@@ -65,19 +65,19 @@ def test_pairs_are_all_that_differ_in_rank_the_better_one_first():
             if rows.where_BK[b, i] and rows.where_BK[b, j] and rows.ranks_BK[b, i] < rows.ranks_BK[b, j]:
                 expected.append((b, tuple(rows.tokens_BKL[b, i].tolist()), tuple(rows.tokens_BKL[b, j].tolist())))
     tokens = got.rows.tokens_BKL
-    found = [(b, tuple(x.tolist()), tuple(y.tolist())) for b, (x, y) in zip(got.prompt_B.tolist(), tokens)]
-    assert found == expected and sum(b == 0 for b, *_ in found) == 5  # six pairs of four answers, one of them a tie
+    pairs = [(b, tuple(x.tolist()), tuple(y.tolist())) for b, (x, y) in zip(got.prompt_B.tolist(), tokens)]
+    assert pairs == expected and sum(b == 0 for b, *_ in pairs) == 5  # six pairs of four answers, one of them a tie
     np.testing.assert_array_equal(got.rows.answer_BKC, got.rows.mask_BKL[..., P:])
     few = pairs_lib.from_rankings(rows, prompt_width=P, per_prompt=2, seed=0)
     assert all(np.sum(few.prompt_B == b) == min(2, np.sum(got.prompt_B == b)) for b in range(6))
     kept = {(b, tuple(x.tolist()), tuple(y.tolist())) for b, (x, y) in zip(few.prompt_B.tolist(), few.rows.tokens_BKL)}
     assert kept <= set(expected) and len(kept) == len(few)
     tied = rows.replace(ranks_BK=np.ones_like(rows.ranks_BK))  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(settings.SettingError, match="no pairs"):
+    with pytest.raises(settings_lib.SettingError, match="no pairs"):
         pairs_lib.from_rankings(tied, prompt_width=P, per_prompt=2, seed=0)
 
 
-def test_marked_answers_are_those_of_the_pairs_with_answers_to_other_prompts_beside_them():
+def test_single_answers_come_with_mismatched_answers_to_other_prompts():
     pairs = pairs_lib.from_rankings(ranked(B=20), prompt_width=P, per_prompt=3, seed=0)
     got = pairs_lib.singles(pairs, prompt_width=P)
     n = len(pairs)
@@ -86,70 +86,70 @@ def test_marked_answers_are_those_of_the_pairs_with_answers_to_other_prompts_bes
     np.testing.assert_array_equal(got.good_BK[:, 0], np.arange(2 * n) < n)
     crossed = got.mismatched
     np.testing.assert_array_equal(crossed.tokens_BKL[..., :P], got.tokens_BKL[..., :P])
-    # In these rows every prompt says which one it is; its answers are looked up by their tokens.
+    # All tokens of a prompt are its index here; the prompt of an answer is looked up by the tokens of the answer.
     home = {tuple(row[0, P:].tolist()): int(row[0, 0]) for row in got.tokens_BKL}
     assert all(home[tuple(row[0, P:].tolist())] != int(row[0, 0]) for row in crossed.tokens_BKL)
     alone = pairs_lib.from_rankings(ranked(B=1), prompt_width=P, per_prompt=0, seed=0)
-    with pytest.raises(settings.SettingError, match="one prompt"):
+    with pytest.raises(settings_lib.SettingError, match="one prompt"):
         pairs_lib.singles(alone, prompt_width=P)
 
 
-def test_rounds_take_the_best_and_the_worst_and_leave_out_what_is_equal():
+def test_rounds_pair_the_best_with_the_worst_answer_and_skip_ties():
     tokens = np.array([[7, i, 1] for i in (1, 2, 3, 4, 4, 4, 5, 6, 6)], np.int32)
     mask = np.ones((9, 3), bool)
     numbers = [np.zeros(9) for _ in range(4)]
-    found = policy_sampling.Answers(tokens, mask, mask[:, 1:], *numbers, gold=None)  # pyright: ignore[reportArgumentType]
+    answers = policy_sampling.Answers(tokens, mask, mask[:, 1:], *numbers, gold=None)  # pyright: ignore[reportArgumentType]
     scores = np.array([[0.1, 0.9, 0.5], [1.0, 2.0, 3.0], [0.5, 0.5, 0.5]])
-    got, left_out = pairs_lib.best_and_worst(found, scores, prompt_width=1)
+    got, left_out = pairs_lib.best_and_worst(answers, scores, prompt_width=1)
     np.testing.assert_array_equal(got.rows.tokens_BKL, [[[7, 2, 1], [7, 1, 1]]])
     assert got.prompt_B.tolist() == [0], "the second prompt's best and worst are one text; the third's scores are equal"
     assert left_out == {"equal scores": 1, "one text": 1}
-    # The lowest of the third reads as its best does; the next one up does not.
+    # The lowest answer of the third prompt has the same text as its best; the second lowest differs.
     scores[2] = [0.5, 0.9, 0.1]
-    got, left_out = pairs_lib.best_and_worst(found, scores, prompt_width=1)
+    got, left_out = pairs_lib.best_and_worst(answers, scores, prompt_width=1)
     np.testing.assert_array_equal(got.rows.tokens_BKL[1], [[7, 6, 1], [7, 5, 1]])
     assert got.prompt_B.tolist() == [0, 2] and left_out == {"equal scores": 0, "one text": 1}
     scores[1, 2] = np.nan
     with pytest.raises(loop.DivergedError, match=r"1 of 9 answers .* not finite, the first of prompt 1"):
-        pairs_lib.best_and_worst(found, scores, prompt_width=1)
+        pairs_lib.best_and_worst(answers, scores, prompt_width=1)
 
 
 # ------------------------------------------------------------------------------------------------ on the built-in world
 
 
 def small(**changes):
-    asked = settings.preset("smoke")
+    preset = settings_lib.preset("smoke")
     parts = {
-        "net": dataclasses.replace(asked.net, layers=1, width=32, mlp=64, heads=2),
-        "pretrain": dataclasses.replace(asked.pretrain, documents=400, steps=2),
-        "sft": dataclasses.replace(asked.sft, demonstrations=16),
-        "comparisons": dataclasses.replace(asked.comparisons, prompts=8, max_k=4),
-        "ppo": dataclasses.replace(asked.ppo, iterations=2, batch=8),
-        "evaluation": dataclasses.replace(asked.evaluation, prompts=8),
+        "net": dataclasses.replace(preset.net, layers=1, width=32, mlp=64, heads=2),
+        "pretrain": dataclasses.replace(preset.pretrain, documents=400, steps=2),
+        "sft": dataclasses.replace(preset.sft, demonstrations=16),
+        "comparisons": dataclasses.replace(preset.comparisons, prompts=8, max_k=4),
+        "ppo": dataclasses.replace(preset.ppo, iterations=2, batch=8),
+        "evaluation": dataclasses.replace(preset.evaluation, prompts=8),
     }
-    plain = dataclasses.replace(asked, **parts)
-    fields: Any = {f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)}
-    return experiment.DPO(**(fields | {"batch": 8} | changes))
+    tiny = dataclasses.replace(preset, **parts)
+    fields: Any = {f.name: getattr(tiny, f.name) for f in dataclasses.fields(tiny)}
+    return experiment.DPOSettings(**(fields | {"batch": 8} | changes))
 
 
-def job_in(folder, asked):
+def job_in(folder, settings):
     job = jobs.make_job(
-        asked,
-        tasks.make_task(asked),
+        settings,
+        tasks.make_task(settings),
         start=None,
         checkpoints=lambda stage: checkpoint.Checkpoints(folder / "checkpoints" / stage),
         log=metrics.MetricLog(folder),
-        progress=Told(),
+        progress=RecordedProgress(),
     )
-    return job, direct_methods.make_trainer(job, asked, folder)
+    return job, direct_alignment.make_trainer(job, settings, folder)
 
 
 def model(job, seed=0):
     return jax.jit(lambda key: lm.init(key, cfg=job.cfg))(jax.random.key(seed))
 
 
-def written(job, seed=0, n=12):
-    """Pairs of anything, in the widths of the world."""
+def random_pairs(job, seed=0, n=12):
+    """Random pairs in the widths of the world."""
     task, rng = job.task, np.random.default_rng(seed)
     tokens = rng.integers(1, 60, size=(n, 2, task.row_width)).astype(np.int32)
     tokens[:, 1, : task.prompt_width] = tokens[:, 0, : task.prompt_width]
@@ -162,11 +162,11 @@ SHORT = ("cdpo", "kto", "simpo")
 
 
 @pytest.mark.parametrize(
-    "loss", [*SHORT, *(pytest.param(x, marks=pytest.mark.slow) for x in direct_methods.KINDS if x not in SHORT)]
+    "loss", [*SHORT, *(pytest.param(x, marks=pytest.mark.slow) for x in direct_alignment.LOSSES if x not in SHORT)]
 )
-def test_every_loss_trains_by_its_name_and_goes_on_where_it_was(tmp_path, loss):
+def test_every_loss_trains_by_its_name_and_restores_a_finished_run(tmp_path, loss):
     job, trainer = job_in(tmp_path, small(loss=loss, epochs=4))
-    start, pairs = model(job), written(job)
+    start, pairs = model(job), random_pairs(job)
     policy = trainer.train(start, pairs, name="run", seed=0)
     rows = [row for row in metrics.read(tmp_path) if row["stage"] == "run"]
     assert len(rows) == 6 and all(math.isfinite(value) for name, value in rows[-1].items() if name != "stage")
@@ -175,51 +175,51 @@ def test_every_loss_trains_by_its_name_and_goes_on_where_it_was(tmp_path, loss):
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), policy, start)
     assert max(jax.tree.leaves(moved)) > 1e-6
     cached = tmp_path / "reference" / "run.npz"
-    assert cached.exists() == direct_methods.KINDS[loss].reference
+    assert cached.exists() == direct_alignment.LOSSES[loss].reference
     again = trainer.train(start, pairs, name="run", seed=0)
     jax.tree.map(np.testing.assert_array_equal, again, policy)
     assert not job.progress.texts
     if loss == "cdpo":
-        trainer.train(start, pairs, name="other", seed=1, kept="run")
+        trainer.train(start, pairs, name="other", seed=1, reference_file="run")
         assert not (tmp_path / "reference" / "other.npz").exists() and not job.progress.texts
-        trainer.data(written(job, seed=1), start, name="run")
+        trainer.data(random_pairs(job, seed=1), start, name="run")
         assert len(job.progress.texts) == 1 and "other data" in job.progress.texts[0].replace("another", "other")
 
 
-def test_rounds_sample_label_and_take_the_latest_policy_for_reference(tmp_path):
+def test_rounds_sample_and_label_with_the_latest_policy_as_reference(tmp_path):
     job, trainer = job_in(tmp_path, small(learning_rate=0.01))
     start = model(job)
     reward = lm.with_head(jax.random.key(1), start, job.cfg)
     seen = []
 
-    def judge(found, samples, key):
-        seen.append((found.kl_B.copy(), samples))
-        return found.lengths_B + np.linspace(0, 0.5, len(found.lengths_B))
+    def judge(answers, samples, key):
+        seen.append((answers.kl_B.copy(), samples))
+        return answers.lengths_B + np.linspace(0, 0.5, len(answers.lengths_B))
 
-    trained, train = [], direct_methods.Trainer.train
+    trained, train = [], direct_alignment.Trainer.train
 
-    def watched(self, begin, pairs, **how):
-        trained.append((begin, how["against"], pairs))
-        return train(self, begin, pairs, **how)
+    def recorded(self, start, pairs, **options):
+        trained.append((start, options["reference"], pairs))
+        return train(self, start, pairs, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(direct_methods.Trainer, "train", watched)
+        patch.setattr(direct_alignment.Trainer, "train", recorded)
         prompts = job.task.rl_prompts
-        how: Any = {"judge": judge, "name": "r", "seed": 0, "rounds": 2, "samples": 3}
-        _, rounds = direct_methods.iterate(trainer, start, reward, prompts, **how)
+        options: Any = {"judge": judge, "name": "r", "seed": 0, "rounds": 2, "samples": 3}
+        _, rounds = direct_alignment.iterate(trainer, start, reward, prompts, **options)
         assert trained[0][1] is start and trained[1][1] is trained[1][0] is not start
-        direct_methods.iterate(trainer, start, reward, prompts, **(how | {"name": "h"}), latest=False)
+        direct_alignment.iterate(trainer, start, reward, prompts, **(options | {"name": "h"}), hold_reference=True)
         assert trained[3][1] is start is not trained[3][0]
     assert [s for _, s in seen] == [3] * 4 and len(seen[0][0]) == 3 * (len(prompts) // 2)
-    assert abs(seen[0][0]).max() < 1e-3 < abs(seen[1][0]).max(), "the second round samples from what the first became"
+    assert abs(seen[0][0]).max() < 1e-3 < abs(seen[1][0]).max(), "the second round samples from the first's policy"
     first = trained[0][2]
     lengths = np.asarray(first.rows.answer_BKC).sum(axis=-1)
-    assert (lengths[:, 0] >= lengths[:, 1]).all(), "the judge likes them long"
+    assert (lengths[:, 0] >= lengths[:, 1]).all(), "the judge prefers longer answers"
     assert rounds[0].pairs == len(first)
     assert rounds[0].pairs + sum(rounds[0].left_out.values()) == len(prompts) // 2
-    with pytest.raises(settings.SettingError, match="told no two answers apart"):
-        equal: Any = how | {"judge": lambda found, samples, key: np.zeros(len(found.lengths_B)), "name": "e"}
-        direct_methods.iterate(trainer, start, reward, prompts, **equal)
+    with pytest.raises(settings_lib.SettingError, match="prefers no answer to another"):
+        equal: Any = options | {"judge": lambda answers, samples, key: np.zeros(len(answers.lengths_B)), "name": "e"}
+        direct_alignment.iterate(trainer, start, reward, prompts, **equal)
 
 
 def test_judges_of_the_built_in_world(tmp_path):
@@ -227,12 +227,13 @@ def test_judges_of_the_built_in_world(tmp_path):
     start = model(job)
     reward = lm.with_head(jax.random.key(1), start, job.cfg)
     prompts = job.task.rl_prompts.take(8)
-    found = run_grid.answers(job, run_grid.Prepared(start, start, reward), prompts, start, seed=0)
+    answers = run_grid.answers(job, run_grid.Prepared(start, start, reward), prompts, start, seed=0)
     key = jax.random.key(0)
-    np.testing.assert_array_equal(pairs_lib.judged_by_reward(found, 4, key), found.scores_B)
-    np.testing.assert_array_equal(pairs_lib.judged_by_gold(found, 4, key), found.gold.total)
-    sure = pairs_lib.judged_by_labelers(job, 1e-4)(found, 4, key).reshape(2, 4)
-    assert set(np.unique(sure)) <= {-1.0, -2.0, -3.0, -4.0} and (sure.max(axis=1) == -1).all()
+    np.testing.assert_array_equal(pairs_lib.reward_judge(answers, 4, key), answers.scores_B)
+    np.testing.assert_array_equal(pairs_lib.gold_judge(answers, 4, key), answers.gold.total)
+    ranked_by_labelers = pairs_lib.make_labeler_judge(job, 1e-4)(answers, 4, key).reshape(2, 4)
+    assert set(np.unique(ranked_by_labelers)) <= {-1.0, -2.0, -3.0, -4.0}
+    assert (ranked_by_labelers.max(axis=1) == -1).all()
 
 
 @pytest.mark.parametrize(
@@ -243,24 +244,24 @@ def test_judges_of_the_built_in_world(tmp_path):
         (["--loss", "robust", "--label-smoothing", "0.5"], "--label-smoothing is 0.5; it must be .* below 0.5"),
         (["--beta", "0"], "--beta is 0.0; it must be above 0"),
         (["--learning-rate", "-1"], "--learning-rate"),
-        (["--micro-batches", "7"], "--micro-batches is 7; it must be a divisor of a batch's 64 rows"),
+        (["--micro-batches", "7"], "--micro-batches is 7; it must be a divisor of the 64 rows of a batch"),
         (["--samples", "1"], "--samples is 1; it must be at least 2"),
         (["--data.path", "x.jsonl", "--judge", "gold"], "--judge gold needs the built-in world"),
-        (["--loss", "simpo", "--rounds", "2", "--hold-reference"], "--hold-reference is of no use to --loss simpo"),
+        (["--loss", "simpo", "--rounds", "2", "--hold-reference"], "--hold-reference has no effect with --loss simpo"),
         (["--ppo.kl-coef", "-1"], "--ppo.kl-coef"),
         (["--resume", "nowhere"], "nowhere"),
         (["--desirable-weight", "3"], "--desirable-weight is 3.0; it must be left out with --loss dpo"),
-        (["--samples", "8"], "--samples is not read with --rounds 0"),
-        (["--judge", "gold"], "--judge is not read with --rounds 0"),
-        (["--hold-reference"], "--hold-reference is not read with --rounds 0"),
-        (["--rounds", "2", "--pairs", "9"], "--pairs is not read with --rounds 2"),
-        (["--ppo.kl-coef", "9"], "--ppo.kl-coef is not read by dpo.py"),
-        (["--reward-model.heldout"], "--reward-model.heldout is not read by dpo.py"),
-        (["--published", "xu"], "--published xu is about PPO"),
+        (["--samples", "8"], "--samples has no effect with --rounds 0"),
+        (["--judge", "gold"], "--judge has no effect with --rounds 0"),
+        (["--hold-reference"], "--hold-reference has no effect with --rounds 0"),
+        (["--rounds", "2", "--pairs", "9"], "--pairs has no effect with --rounds 2"),
+        (["--ppo.kl-coef", "9"], "--ppo.kl-coef has no effect on dpo.py"),
+        (["--reward-model.heldout"], "--reward-model.heldout has no effect on dpo.py"),
+        (["--published", "xu"], "--published xu selects settings of PPO"),
     ],
 )
-def test_bad_settings_are_refused_by_name(arguments, message):
-    with pytest.raises(settings.SettingError, match=message):
+def test_invalid_settings_are_refused_by_flag(arguments, message):
+    with pytest.raises(settings_lib.SettingError, match=message):
         experiment.parse(arguments)
 
 
@@ -270,84 +271,86 @@ def test_bad_settings_are_refused_by_name(arguments, message):
         (["--betas", "0.1", "0.1"], "--betas"),
         (["--kl-coefs", "0"], "--kl-coefs"),
         (["--seeds", "0"], "--seeds"),
-        (["--beta", "0.1"], "give --betas"),
-        (["--loss", "simpo"], "--loss is 'simpo'; the study is of dpo"),
-        (["--reward-model.heldout"], "--reward-model.heldout is not read by dpo_vs_ppo.py"),
-        (["--ppo.kl-coef", "0.5"], "--ppo.kl-coef is not read by dpo_vs_ppo.py"),
-        (["--rounds", "3", "--bandit-pairs", "2"], "--bandit-pairs 2 are too few"),
+        (["--beta", "0.1"], "use --betas"),
+        (["--loss", "simpo"], "--loss is 'simpo'; this study only runs dpo"),
+        (["--reward-model.heldout"], "--reward-model.heldout has no effect on dpo_vs_ppo.py"),
+        (["--ppo.kl-coef", "0.5"], "--ppo.kl-coef has no effect on dpo_vs_ppo.py"),
+        (["--rounds", "3", "--bandit-pairs", "2"], "at most --bandit-pairs 2"),
     ],
 )
-def test_bad_settings_of_the_study_are_refused_by_name(arguments, message):
-    with pytest.raises(settings.SettingError, match=message):
+def test_invalid_settings_of_the_study_are_refused_by_flag(arguments, message):
+    with pytest.raises(settings_lib.SettingError, match=message):
         dpo_vs_ppo.parse(arguments)
 
 
-def test_settings_that_are_read_are_taken():
+def test_used_ppo_settings_are_accepted():
     ppo = ["--ppo.learning-rate", "1e-3", "--ppo.iterations", "3", "--ppo.batch", "64"]
     assert experiment.parse(["--preset", "smoke", *ppo, "--rounds", "2", "--samples", "8"]).ppo.batch == 64
-    asked = dpo_vs_ppo.parse(["--published", "xu", "--ppo.clip", "0.1"])
-    assert (asked.ppo.clip, asked.ppo.iterations) == (0.1, 18)
+    settings = dpo_vs_ppo.parse(["--published", "xu", "--ppo.clip", "0.1"])
+    assert (settings.ppo.clip, settings.ppo.iterations) == (0.1, 18)
 
 
-def test_a_batch_holds_no_more_rows_than_there_are_and_what_is_in_none_is_counted():
-    def planned(pairs, **changes):
-        how: dict[str, Any] = {"batch": 8} | changes
-        return tuple(direct_methods.plan(direct_methods.Direct(**how), pairs))
+def test_a_batch_has_at_most_as_many_rows_as_the_data_and_unseen_rows_are_counted():
+    def schedule(pairs, **changes):
+        options: dict[str, Any] = {"batch": 8} | changes
+        return tuple(direct_alignment.schedule(direct_alignment.DirectSettings(**options), pairs))
 
-    assert planned(20) == (8, 2, 4) and planned(20, epochs=2) == (8, 5, 0)
-    assert planned(5) == (5, 1, 0) and planned(5, micro_batches=2) == (4, 1, 1)
-    assert planned(5, loss="kto") == (10, 1, 0)
-    with pytest.raises(settings.SettingError, match="--micro-batches is 8; there are 5 rows"):
-        planned(5, micro_batches=8)
+    assert schedule(20) == (8, 2, 4) and schedule(20, epochs=2) == (8, 5, 0)
+    assert schedule(5) == (5, 1, 0) and schedule(5, micro_batches=2) == (4, 1, 1)
+    assert schedule(5, loss="kto") == (10, 1, 0)
+    with pytest.raises(settings_lib.SettingError, match="--micro-batches is 8, but there are only 5 rows"):
+        schedule(5, micro_batches=8)
 
 
-def test_rounds_of_the_study_are_as_strong_as_one_pass_on_no_more_pairs(monkeypatch):
-    asked = dpo_vs_ppo.parse(["--rounds", "2", "--seeds", "2", "--betas", "0.1"])
+def test_rounds_of_the_study_multiply_beta_and_use_no_more_pairs_than_one_pass(monkeypatch):
+    settings = dpo_vs_ppo.parse(["--rounds", "2", "--seeds", "2", "--betas", "0.1"])
     trained, iterated = [], []
     prompts = type("Prompts", (list,), {"take": lambda self, n: self[:n]})(range(90))
     job: Any = SimpleNamespace(task=SimpleNamespace(prompt_width=P, rl_prompts=prompts))
-    trainer = SimpleNamespace(train=lambda *_, **how: trained.append(how))
+    trainer = SimpleNamespace(train=lambda *_, **options: trained.append(options))
     monkeypatch.setattr(dpo_vs_ppo.run_grid, "prepare", lambda job: run_grid.Prepared(*"sdr"))
     monkeypatch.setattr(dpo_vs_ppo.collection, "gather", lambda *_: ([ranked(B=6)], None, {}))
     for name in ("pretrain", "train_reward_model", "normalised"):
         monkeypatch.setattr(dpo_vs_ppo.stages, name, lambda *_, **__: None)
-    monkeypatch.setattr(direct_methods, "make_trainer", lambda *_: trainer)
-    monkeypatch.setattr(direct_methods, "iterate", lambda *given, **how: iterated.append((given[3], how)) or (None, []))
-    wanted, folder = [("DPO", (0.1,)), ("iterated DPO", (0.1,))], SimpleNamespace(path=None)
-    _, made, learnt = dpo_vs_ppo._policies(job, asked, folder, wanted)  # pyright: ignore
-    assert len(made) == 4 and learnt["own"] == len(iterated[0][0]) == learnt["prompts of rounds"] < 90
-    assert [how["asked"].beta for _, how in iterated] == [0.2, 0.2] and trained[0]["asked"].beta == 0.1
-    assert {how["kept"] for how in trained} == {"own-sft_mix"}, "seeds share the reference's file"
+    monkeypatch.setattr(direct_alignment, "make_trainer", lambda *_: trainer)
+    iterate = lambda *args, **options: iterated.append((args[3], options)) or (None, [])  # noqa: E731
+    monkeypatch.setattr(direct_alignment, "iterate", iterate)
+    methods, folder = [("DPO", (0.1,)), ("iterated DPO", (0.1,))], SimpleNamespace(path=None)
+    _, policies, counts = dpo_vs_ppo._train_policies(job, settings, folder, methods)  # pyright: ignore
+    assert len(policies) == 4 and counts["own"] == len(iterated[0][0]) == counts["prompts of rounds"] < 90
+    assert [options["settings"].beta for _, options in iterated] == [0.2, 0.2] and trained[0]["settings"].beta == 0.1
+    assert {options["reference_file"] for options in trained} == {"own-sft_mix"}, "seeds share the reference's file"
 
 
-@pytest.mark.parametrize("kind", [direct_methods.Direct, experiment.DPO, dpo_vs_ppo.Study])
-def test_every_setting_is_read_and_explained(kind):
-    files = [pathlib.Path(module.__file__ or "") for module in (direct_methods, experiment, dpo_vs_ppo)]
+@pytest.mark.parametrize("kind", [direct_alignment.DirectSettings, experiment.DPOSettings, dpo_vs_ppo.StudySettings])
+def test_every_setting_has_an_effect_and_a_help_text(kind):
+    files = [pathlib.Path(module.__file__ or "") for module in (direct_alignment, experiment, dpo_vs_ppo)]
     source = "".join(file.read_text() for file in files)
-    shared = {field.name for field in dataclasses.fields(settings.Settings)}
+    shared = {field.name for field in dataclasses.fields(settings_lib.Settings)}
     for field in dataclasses.fields(kind):
         if field.name not in shared:
-            assert re.search(rf'(asked|settings)\.{field.name}\b|"{field.name}"', source), f"nothing reads {field.name}"
+            assert re.search(rf'settings\.{field.name}\b|"{field.name}"', source), f"nothing reads {field.name}"
             assert re.search(rf'^    {field.name}: [^\n]*\n    """.+', source, re.MULTILINE), (
                 f"{field.name} has no help"
             )
 
 
 def test_every_setting_of_a_loss_reaches_its_step():
-    given = experiment.parse(["--loss", "simpo", "--beta", "3", "--margin", "0.25"])
-    made = direct_methods.numbers(given, rate=0.5)
-    assert (made.beta, made.margin, made.learning_rate, made.max_grad_norm) == (3.0, 0.25, 0.5, 1.0)
-    assert direct_methods.numbers(experiment.parse(["--loss", "cdpo"]), rate=0.0).label_smoothing == np.float32(0.1)
-    assert direct_methods.numbers(experiment.parse([]), rate=0.0).label_smoothing == 0.0
-    weighed = direct_methods.numbers(experiment.parse(["--loss", "kto", "--desirable-weight", "1.5"]), rate=0.0)
-    assert (weighed.desirable_weight, weighed.undesirable_weight) == (1.5, 1.0)
+    def hyper(*arguments):
+        return direct_alignment.hyperparameters(experiment.parse([*arguments]), learning_rate=0.5)
+
+    simpo = hyper("--loss", "simpo", "--beta", "3", "--margin", "0.25")
+    assert (simpo.beta, simpo.margin, simpo.learning_rate, simpo.max_grad_norm) == (3.0, 0.25, 0.5, 1.0)
+    assert hyper("--loss", "cdpo").label_smoothing == np.float32(0.1) and hyper().label_smoothing == 0.0
+    kto = hyper("--loss", "kto", "--desirable-weight", "1.5")
+    assert (kto.desirable_weight, kto.undesirable_weight) == (1.5, 1.0)
 
 
-def test_the_study_tells_what_shift_does_at_one_coefficient_and_methods_at_equal_kl():
+def test_the_study_compares_shifted_pairs_at_one_coefficient_and_methods_at_equal_kl():
     def runs(*pairs):
         return [{"kl": kl, "gold": gold} for kl, gold in pairs]
 
-    found = dpo_vs_ppo.effects(
+    effects = dpo_vs_ppo.effects(
         {
             "DPO": {0.1: runs((4.0, 0.9), (4.0, 1.0)), 0.2: runs((0.25, 0.6), (0.25, 0.7))},
             "DPO, shifted pairs": {0.2: runs((0.1, 0.5), (0.1, 0.5))},
@@ -358,34 +361,34 @@ def test_the_study_tells_what_shift_does_at_one_coefficient_and_methods_at_equal
         {"DPO": 0.2, "PPO": 0.3},
         (1.0, 9.0),
     )
-    means = {name: each[0] for name, each in found.items()}
+    means = {name: each[0] for name, each in effects.items()}
     assert means == pytest.approx(
         {
             "gold that shifted pairs cost DPO": 0.15,
             "gold that shifted pairs cost PPO": 0.05,
             "what they cost DPO more than PPO": 0.1,
-            "gold of PPO above DPO at a KL of 1": 0.15,  # DPO has 0.7 and 0.8 there, a third of the way in the root
+            "gold of PPO above DPO at a KL of 1": 0.15,  # DPO has 0.7 and 0.8 there, a third of the way in √KL
         }
     )
-    low, high = found["gold that shifted pairs cost DPO"][1:]
+    low, high = effects["gold that shifted pairs cost DPO"][1:]
     assert low < 0.15 < high
 
 
 @pytest.mark.slow
-def test_the_bandit_of_the_study_comes_near_its_optimum_with_many_labels():
-    found = bandit_study.run(coefs=(0.5, 1.0), seeds=2, pairs=20_000, rounds=2)
-    assert list(found) == list(bandit_study.METHODS)
+def test_all_methods_come_near_the_optimum_of_the_bandit_with_many_labels():
+    results = bandit_study.run(coefs=(0.5, 1.0), seeds=2, pairs=20_000, rounds=2)
+    assert list(results) == list(bandit_study.METHODS)
     for c in range(2):
-        best = found["optimum"][c][0]
+        best = results["optimum"][c][0]
         for method in ("PPO", "DPO", "iterated DPO"):
-            for each in found[method][c]:
+            for each in results[method][c]:
                 assert each["gold"] == pytest.approx(best["gold"], abs=0.12), method
                 assert each["kl"] == pytest.approx(best["kl"], abs=0.25), method
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--loss", "kto", "--rounds", "2", "--judge", "labelers"]])
-def test_the_command_runs_end_to_end_and_goes_on(more, tmp_path):
+def test_the_command_runs_end_to_end_and_resumes(more, tmp_path):
     command = [sys.executable, str(ROOT / "experiments" / "dpo.py")]
     done = subprocess.run([*command, "--preset", "smoke", "--out", tmp_path, *more], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""What a reward model has to beat: the shorter answer, and a logistic regression on TF-IDF features."""
+"""Baselines for a reward model: preferring the shorter answer, and a logistic regression on TF-IDF features."""
 
 from __future__ import annotations
 
@@ -10,49 +10,50 @@ from launch.settings import SettingError
 from recipe import human_comparisons
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-"""Inverse strengths of the L2 penalty that the regression chooses from, on splits of its own training pairs."""
+"""Candidate inverse strengths of the L2 penalty; the regression selects one by cross-validation on its training
+pairs."""
 
 
 def shorter_wins(pairs: Sequence[human_comparisons.Pair]) -> np.ndarray:
-    """By how many characters the chosen answer is shorter: above 0 where the rule is right."""
+    """Returns by how many characters each chosen answer is shorter: positive where preferring the shorter is right."""
     return np.array([len(pair.rejected) - len(pair.chosen) for pair in pairs], np.float64)
 
 
 def need_sklearn() -> None:
-    """Raise SettingError where scikit-learn is missing."""
+    """Raises SettingError if scikit-learn is not installed."""
     try:
         import sklearn  # noqa: F401
     except ImportError:
         raise SettingError(
-            '--folds compares with scikit-learn, which is missing: pip install "rlhf_jax[baselines]"'
+            '--folds needs scikit-learn for its baselines; install it with: pip install "rlhf_jax[baselines]"'
         ) from None
 
 
 class TfidfChoice:
-    """Bradley-Terry with a score that is linear in the TF-IDF features of an answer's words.
+    """A Bradley-Terry model whose score is linear in the TF-IDF features of an answer.
 
-    The logistic regression of "the first is better" on the difference of two answers' features, each pair in both
-    orders and without an intercept, so that no order of the two is favoured.
+    It is fitted as a logistic regression of "the first answer is better" on the difference of the two answers'
+    features. Each pair enters in both orders and there is no intercept, so that neither order is favoured.
     """
 
     def __init__(self, pairs: Sequence[human_comparisons.Pair], *, seed: int) -> None:
-        """Fit vocabulary, weights and, by log loss on 4 inner splits of ``pairs``, the strength of the penalty."""
+        """Fits the vocabulary and the weights; selects the penalty by log loss on 4 inner splits of ``pairs``."""
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         self._vectorizer: Any = TfidfVectorizer(sublinear_tf=True, min_df=2)
         self._vectorizer.fit([answer for pair in pairs for answer in (pair.chosen, pair.rejected)])
         difference = self._difference(pairs)
         group_N = human_comparisons.conversations(pairs)
-        part = (np.random.default_rng(seed).permutation(int(group_N.max()) + 1) % 4)[group_N]
+        split_N = (np.random.default_rng(seed).permutation(int(group_N.max()) + 1) % 4)[group_N]
         losses = [
-            np.mean([_log_loss(difference[part == p] @ _fit(difference[part != p], C)) for p in range(4)])
+            np.mean([_log_loss(difference[split_N == s] @ _fit(difference[split_N != s], C)) for s in range(4)])
             for C in STRENGTHS
         ]
         self.strength = STRENGTHS[int(np.argmin(losses))]
         self._weights = _fit(difference, self.strength)
 
     def __call__(self, pairs: Sequence[human_comparisons.Pair]) -> np.ndarray:
-        """By how much the chosen answer of each pair scores higher."""
+        """Returns the score of each chosen answer minus that of the rejected one."""
         return np.asarray(self._difference(pairs) @ self._weights)
 
     def _difference(self, pairs: Sequence[human_comparisons.Pair]) -> Any:
@@ -72,5 +73,5 @@ def _fit(difference: Any, strength: float) -> np.ndarray:
     return model.coef_[0]
 
 
-def _log_loss(lead: np.ndarray) -> float:
-    return float(np.logaddexp(0.0, -lead).mean())
+def _log_loss(margin_N: np.ndarray) -> float:
+    return float(np.logaddexp(0.0, -margin_N).mean())

@@ -1,0 +1,77 @@
+"""The documentation: its Python blocks run, and its commands name scripts and flags that exist."""
+
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+PAGES = [page for page in PAGES if not {"_build", "tutorials", "jupyter_execute"} & set(page.parts)]
+NAMES = {str(page.relative_to(ROOT)): page for page in PAGES}
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page, language):
+    """The fenced blocks of a language, each behind as many empty lines as precede it in the page."""
+    text = page.read_text(encoding="utf-8")
+    return ["\n" * text[: m.start(2)].count("\n") + m[2] for m in FENCE.finditer(text) if m[1] == language]
+
+
+def commands(page):
+    """The command lines that run a script of experiments/, in console blocks and in the text."""
+    text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
+    for line in re.findall(r"python (experiments/\w+\.py[^`'\n]*)", text):
+        yield line.split("#")[0].split("&&")[0].strip()
+
+
+@pytest.mark.parametrize("name", [name for name, page in NAMES.items() if blocks(page, "python")])
+def test_the_python_blocks_of_a_page_run_one_after_the_other(name, tmp_path):
+    # A process of its own: some pages choose the number of devices before JAX starts.
+    script = tmp_path / "page.py"
+    program = "import jax\njax.config.update('jax_platforms', 'cpu')\n"
+    for block in blocks(NAMES[name], "python"):
+        program += f"exec(compile({block!r}, {name!r}, 'exec'), globals())\n"
+    script.write_text(program, encoding="utf-8")
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def flags():
+    """The flags that each script accepts, read from its --help."""
+    known = {}
+
+    def of(script):
+        if script not in known:
+            path = ROOT / script
+            assert path.is_file(), f"{script} does not exist"
+            shown = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, timeout=120)
+            assert shown.returncode == 0, shown.stderr[-2000:]
+            known[script] = set(re.findall(r"--[\w.-]+", shown.stdout)) | {"--help"}
+        return known[script]
+
+    return of
+
+
+@pytest.mark.parametrize("name", [name for name, page in NAMES.items() if list(commands(page))])
+def test_commands_name_scripts_and_flags_that_exist(name, flags):
+    for command in commands(NAMES[name]):
+        script, *arguments = shlex.split(command)
+        given = {argument.split("=")[0] for argument in arguments if argument.startswith("--")}
+        assert given <= flags(script), f"{command}: unknown {sorted(given - flags(script))}"
+
+
+def test_flags_that_pages_mention_exist(flags):
+    scripts = [f"experiments/{path.name}" for path in sorted((ROOT / "experiments").glob("*.py"))]
+    known = set().union(*map(flags, scripts)) | {"--doctest-modules", "--keep-going"}
+    for name, page in NAMES.items():
+        mentioned = set(re.findall(r"`(--[a-z][\w.-]*\w)", page.read_text(encoding="utf-8")))
+        assert mentioned <= known, f"{name}: unknown {sorted(mentioned - known)}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1000
