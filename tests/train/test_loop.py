@@ -104,7 +104,7 @@ def test_resumes_from_the_previous_checkpoint_if_the_newest_is_damaged(whole, tm
     for path in newest.rglob("*"):
         if path.is_file() and path.stat().st_size > 200:
             path.write_bytes(path.read_bytes()[:-50])
-    with pytest.warns(UserWarning, match="passed over"):
+    with pytest.warns(UserWarning, match="skipped a damaged checkpoint"):
         same(run(tmp_path), whole[0])
     assert metrics.read(tmp_path) == whole[1]
 
