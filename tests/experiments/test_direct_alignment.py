@@ -90,7 +90,7 @@ def test_single_answers_come_with_mismatched_answers_to_other_prompts():
     home = {tuple(row[0, P:].tolist()): int(row[0, 0]) for row in got.tokens_BKL}
     assert all(home[tuple(row[0, P:].tolist())] != int(row[0, 0]) for row in crossed.tokens_BKL)
     alone = pairs_lib.from_rankings(ranked(B=1), prompt_width=P, per_prompt=0, seed=0)
-    with pytest.raises(settings_lib.SettingError, match="one prompt"):
+    with pytest.raises(settings_lib.SettingError, match="same prompt"):
         pairs_lib.singles(alone, prompt_width=P)
 
 
