@@ -74,7 +74,7 @@ def dpo(work: sizes.Work) -> Ready:
     """DPO on pairs of answers to one prompt, the reference's pass included."""
     shapes, cfg = work.shapes, measured_models.config(work.size)
     P, L = shapes.dpo_prompt, shapes.length
-    logprobs = partial(lm.response_logprobs, cfg=cfg, prompt_width=P)
+    logprobs = partial(lm.token_logprobs, cfg=cfg, prompt_width=P)
     train_step = parallel.jit_step(dpo_lib.make_train_step(logprobs, objectives.dpo, micro_batches=parts(work)))
     answer_B2T = np.ones((shapes.rows, 2, L - P), bool)
 
@@ -122,12 +122,12 @@ def ppo_models(cfg: lm.LMConfig, *, prompt_width: int, max_new_tokens: int) -> p
         return generation.generate(params, rng_B, prompts_BP, mask_BP, cfg=cfg, sampling=sampling)
 
     def logprobs(params: types.Params, tokens_BL: Any, mask_BL: Any, temperature: Any) -> Any:
-        return lm.response_stats(
+        return lm.token_stats(
             params, tokens_BL, cfg=cfg, prompt_width=prompt_width, mask_BL=mask_BL, temperature=temperature
         )
 
     def values(params: types.Params, tokens_BL: Any, mask_BL: Any) -> jax.Array:
-        return lm.response_values(params, tokens_BL, cfg=cfg, prompt_width=prompt_width, mask_BL=mask_BL)
+        return lm.values(params, tokens_BL, cfg=cfg, prompt_width=prompt_width, mask_BL=mask_BL)
 
     def score(params: types.Params, rollout: types.Rollout) -> jax.Array:
         return lm.score(params, rollout.tokens_BL, cfg=cfg, mask_BL=rollout.mask_BL)

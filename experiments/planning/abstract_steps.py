@@ -118,7 +118,7 @@ def _dpo(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> Program:
     state, reference = _state(plan, cfg, mesh), _frozen(plan, cfg, mesh)
     B, L = plan.batch, plan.prompt + plan.response
     batch = types.Preferences(_ints((B, 2, L)), _bools((B, 2, L)), _bools((B, 2, plan.response)))
-    logprobs = partial(lm.response_logprobs, cfg=cfg, prompt_width=plan.prompt)
+    logprobs = partial(lm.token_logprobs, cfg=cfg, prompt_width=plan.prompt)
     step = dpo.make_train_step(logprobs, objectives.dpo, micro_batches=plan.micro_batches)
     flops = 4 * forward_flops(cfg, 2 * B, L, logits=plan.response)
     args = (state, reference, _scalars(dpo.Hyper()), batch)

@@ -78,7 +78,7 @@ def fit_rewards(pairs: types.Preferences, *, ridge: float = 0.01) -> jax.Array:
     return table_SA - table_SA.mean(axis=1, keepdims=True)
 
 
-_logprobs = partial(lm.response_logprobs_with, APPLY, prompt_width=1)
+_logprobs = partial(lm.token_logprobs, cfg=APPLY, prompt_width=1)
 _dpo_step = dpo.make_train_step(_logprobs, objectives.dpo)
 
 
@@ -110,8 +110,8 @@ def train_iterated_dpo(world: Bandit, reward_SA: jax.Array, beta: jax.Array, *, 
 def _ppo_models() -> ppo.Models:
     return ppo.Models(
         generate=lambda params, rng_B, prompts, mask, temperature: bandit.generate(params, rng_B, prompts, mask),
-        logprobs=lambda params, tokens, mask, temperature: lm.response_stats_with(
-            APPLY, params, tokens, prompt_width=1, mask_BL=mask, temperature=temperature
+        logprobs=lambda params, tokens, mask, temperature: lm.token_stats(
+            params, tokens, cfg=APPLY, prompt_width=1, mask_BL=mask, temperature=temperature
         ),
         values=lambda params, tokens, mask: params["value_S"][tokens[:, :1]],
         score=lambda params, rollout: params[rollout.tokens_BL[:, 0], rollout.tokens_BL[:, 1]],

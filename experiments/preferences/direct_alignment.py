@@ -315,7 +315,7 @@ class Trainer:
 def make_trainer(job: jobs.Job, settings: DirectSettings, folder: pathlib.Path) -> Trainer:
     """Builds a trainer; each function is compiled at its first call. Raises SettingError if batches do not divide."""
     check_mesh(settings, job.settings.mesh)
-    logprobs = partial(lm.response_logprobs, cfg=job.cfg, prompt_width=job.task.prompt_width)
+    logprobs = partial(lm.token_logprobs, cfg=job.cfg, prompt_width=job.task.prompt_width)
     loss = LOSSES[settings.loss]
     options: dict[str, Any] = {} if loss.reference else {"reference": None}
     train_step = dpo.make_train_step(logprobs, loss.objective, micro_batches=settings.micro_batches, **options)

@@ -47,7 +47,7 @@ def run(settings: RewardSettings, out: Console) -> tuple[pathlib.Path, dict[str,
         if settings.training.limit is not None:
             train = jax.tree.map(lambda x: x[: settings.training.limit], train)
         start = reward_stages.pretrain_preference_model(job, settings, sft) if settings.pmp.prompts else sft
-        trained = lm.absorb_gain(reward_stages.train(job, settings, start, train, validation=validation))
+        trained = lm.heads.absorb_gain(reward_stages.train(job, settings, start, train, validation=validation))
         diagnosis = _diagnose(job, trained, train, validation)
         reward, record = _normalise(job, settings, trained, sft, validation)
     task = job.task
@@ -132,7 +132,7 @@ def _groups(job: jobs.Job, batch: types.Comparisons, prompt_N: np.ndarray) -> di
 
 def _normalise(
     job: jobs.Job, settings: RewardSettings, params: types.Params, policy: types.Params, validation: types.Comparisons
-) -> tuple[types.Params, lm.Normalisation | None]:
+) -> tuple[types.Params, lm.heads.Normalisation | None]:
     """Sets gain and bias by one of the published rules; returns the model and the rule with its numbers.
 
     Ziegler et al. normalise on policy samples before training as well; here the fresh head, whose scores have standard
@@ -141,22 +141,22 @@ def _normalise(
     rule = settings.training.normalise
     if rule == "none":
         return params, None
-    params = lm.reset(params)
+    params = lm.heads.reset(params)
     if rule == "policy":
         prompts = job.task.rl_prompts.take(256)
         key = jax.random.fold_in(job.key("reward_model"), 2)
         samples = job.sampler(policy, policy, params, prompts, key)
-        params = lm.standardise(params, jnp.asarray(_check_finite(samples.scores_B)))
+        params = lm.heads.standardise(params, jnp.asarray(_check_finite(samples.scores_B)))
     elif rule == "held-out":
         scores = _score(job, params, validation)[np.asarray(validation.where_BK)]
-        params = lm.centre(params, jnp.asarray(scores))
+        params = lm.heads.centre(params, jnp.asarray(scores))
     else:
         rows, n = job.task.demonstrations, len(job.task.demonstrations.tokens_BL)
         # Reference outputs are human answers to the prompts that the policy is evaluated on; here the second half.
         part = slice(0, min(1024, n)) if rule == "demonstrations" else slice(max(n // 2, n - 1024), n)
         scores = job.sampler.score(params, rows.tokens_BL[part], rows.mask_BL[part])
-        params = lm.centre(params, jnp.asarray(_check_finite(scores)))
-    return params, lm.normalisation(params, NORMALISED_ON[rule])
+        params = lm.heads.centre(params, jnp.asarray(_check_finite(scores)))
+    return params, lm.heads.normalisation(params, NORMALISED_ON[rule])
 
 
 def _check_finite(scores: np.ndarray) -> np.ndarray:

@@ -75,7 +75,7 @@ def train(
         learning_rate=learning_rate,
         validation=validation,
     )
-    return trained if heads is None else lm.combine(trained, jnp.full(heads, 1 / heads))
+    return trained if heads is None else lm.heads.combine(trained, jnp.full(heads, 1 / heads))
 
 
 def _fit(

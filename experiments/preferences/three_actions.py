@@ -58,9 +58,7 @@ def loss(probabilities_A: Any, *, beta: float) -> float:
 
 def train_dpo(*, beta: float = 0.1, steps: int = 400) -> tuple[np.ndarray, float]:
     """Returns the probabilities that DPO converges to, and its last loss."""
-    step = parallel.jit_step(
-        dpo.make_train_step(partial(lm.response_logprobs_with, APPLY, prompt_width=1), objectives.dpo)
-    )
+    step = parallel.jit_step(dpo.make_train_step(partial(lm.token_logprobs, cfg=APPLY, prompt_width=1), objectives.dpo))
     state, logs = state_lib.create(_START, _ADAM), {}
     hyper = dpo.Hyper(learning_rate=np.float32(0.1), beta=np.float32(beta))
     for _ in range(steps):
@@ -78,8 +76,8 @@ def train_ppo(*, kl_coef: float = 0.1, unseen_reward: float = 0.5, iterations: i
 
     models = ppo.Models(
         generate=generate,
-        logprobs=lambda params, tokens, mask, temperature: lm.response_stats_with(
-            APPLY, params, tokens, prompt_width=1, mask_BL=mask, temperature=temperature
+        logprobs=lambda params, tokens, mask, temperature: lm.token_stats(
+            params, tokens, cfg=APPLY, prompt_width=1, mask_BL=mask, temperature=temperature
         ),
         values=lambda params, tokens, mask: jnp.broadcast_to(params["value"], (tokens.shape[0], 1)),
         score=lambda params, rollout: rewards_A[rollout.tokens_BL[:, 1]],

@@ -249,12 +249,12 @@ def ppo_models(
         )
 
     def logprobs(params: Params, tokens_BL: Any, mask_BL: Any, temperature: Any) -> Any:
-        return lm.response_stats(
+        return lm.token_stats(
             params, tokens_BL, cfg=cfg, prompt_width=prompt_width, mask_BL=mask_BL, temperature=temperature
         )
 
     def values(params: Params, tokens_BL: Any, mask_BL: Any) -> jax.Array:
-        return lm.response_values(params, tokens_BL, cfg=cfg, prompt_width=prompt_width, mask_BL=mask_BL)
+        return lm.values(params, tokens_BL, cfg=cfg, prompt_width=prompt_width, mask_BL=mask_BL)
 
     def score(params: Params, rollout: types.Rollout) -> jax.Array:
         return lm.score(params, rollout.tokens_BL, cfg=cfg, mask_BL=rollout.mask_BL)

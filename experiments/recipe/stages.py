@@ -117,7 +117,7 @@ def train_reward_model(
         hyper_at=lambda i: hyper(settings.learning_rate * schedules.cosine(i, steps)),
         **({} if validation is None else validated(job, stage, validation, steps=steps)),
     )
-    return lm.absorb_gain(state.params)
+    return lm.heads.absorb_gain(state.params)
 
 
 def validated(job: Job, stage: str, held_out: types.Comparisons, *, steps: int, **how: Any) -> dict[str, Any]:
@@ -137,11 +137,11 @@ def normalised(job: Job, params: Params, policy: Params) -> Params:
     prompt_set = job.task.rl_prompts.take(policy_sampling.CHUNK)
     key = jax.random.fold_in(job.key("reward_model"), 2)
     samples = job.sampler(policy, policy, params, prompt_set, key)
-    params = lm.standardise(params, job.everywhere(samples.scores_B))
+    params = lm.heads.standardise(params, job.everywhere(samples.scores_B))
     rows = job.task.demonstrations
     n = min(1024, len(rows.tokens_BL))
     scores = job.sampler.score(params, rows.tokens_BL[:n], rows.mask_BL[:n])
-    return lm.centre(params, job.everywhere(scores))
+    return lm.heads.centre(params, job.everywhere(scores))
 
 
 def optimise(job: Job, stage: str, start: Params, rewards: list[Params], *, ptx_coef: float) -> Params:

@@ -1,7 +1,6 @@
 """Drawing responses from a language model."""
 
 from rlhf_jax.generation import continuous, stops
-from rlhf_jax.generation.any_model import generate_with
 from rlhf_jax.generation.generate import generate
 from rlhf_jax.generation.ragged import Answer, RaggedSampler
 from rlhf_jax.generation.sampling import (
@@ -24,7 +23,6 @@ __all__ = [
     "continuous",
     "draw",
     "generate",
-    "generate_with",
     "keep_min_p",
     "keep_top_k",
     "keep_top_p",

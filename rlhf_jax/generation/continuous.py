@@ -22,7 +22,6 @@ from jax import lax
 
 from rlhf_jax import types
 from rlhf_jax.generation import decoding
-from rlhf_jax.generation import generate as static
 from rlhf_jax.generation import sampling as sampling_lib
 from rlhf_jax.lm import cache as kv_cache
 from rlhf_jax.lm import config, transformer, weights
@@ -94,7 +93,7 @@ def generate(
         ValueError: If shapes disagree, if P + T exceeds ``cfg.max_length``, or if ``slots`` or ``refill`` is not
             positive.
     """
-    static.check(rng_N, prompts_NP, mask_NP, cfg, sampling)
+    decoding.check(rng_N, prompts_NP, mask_NP, sampling, max_length=cfg.max_length)
     (N, P), T = prompts_NP.shape, sampling.max_new_tokens
     B = min(slots, N)
     R = min(refill or max(B // 8, 1), B)
@@ -194,10 +193,10 @@ def generate(
     def keep_decoding(state: _State) -> jax.Array:
         n_live = jnp.sum(state.live_B)
         can_refill = (B - n_live >= R) & (state.next_prompt < N)
-        return static.anywhere((n_live > 0) & ~can_refill, axis_name)
+        return decoding.anywhere((n_live > 0) & ~can_refill, axis_name)
 
     def unfinished(state: _State) -> jax.Array:
-        return static.anywhere((state.next_prompt < N) | jnp.any(state.live_B), axis_name)
+        return decoding.anywhere((state.next_prompt < N) | jnp.any(state.live_B), axis_name)
 
     def refill_and_decode(state: _State) -> _State:
         return lax.while_loop(keep_decoding, decode, read(state))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from rlhf_jax import parallel, types
 from rlhf_jax.generation import sampling as sampling_lib
@@ -40,7 +41,7 @@ def draw(
     step_B: jax.Array,
     live_B: jax.Array,
     tail_BK: jax.Array,
-    cfg: config.LMConfig,
+    cfg: config.LMConfig | types.ApplyFn,
     sampling: sampling_lib.Sampling,
     values: bool,
 ) -> Drawn:
@@ -60,8 +61,10 @@ def draw(
     Returns:
         A `Drawn`.
     """
-    # On a mesh, the devices that draw from a row hold its whole distribution.
-    logits_BV = parallel.constrain(transformer.logits(params, hidden_BD, cfg=cfg), "batch", None)
+    if isinstance(cfg, types.ApplyFn):
+        logits_BV = cfg.logits(params, hidden_BD[:, None])[:, 0]
+    else:  # on a mesh, the devices that draw from a row hold its whole distribution
+        logits_BV = parallel.constrain(transformer.logits(params, hidden_BD, cfg=cfg), "batch", None)
     keys_B = jax.vmap(jax.random.fold_in)(rng_B, step_B)
     drawn_B, logprobs_B = sampling_lib.choose(keys_B, logits_BV, sampling, step=step_B)
     tokens_B = jnp.where(live_B, drawn_B, sampling.pad_id)
@@ -69,3 +72,32 @@ def draw(
     values_B = jnp.where(live_B, heads.scalar(params, hidden_BD), 0.0) if values else None
     stopped_B = live_B & sampling_lib.ends(tail_BK, sampling, length=step_B + 1)
     return Drawn(tokens_B, jnp.where(live_B, logprobs_B, 0.0), values_B, stopped_B, tail_BK)
+
+
+def anywhere(live: jax.Array, axis_name: str | None) -> jax.Array:
+    """Returns the predicate of a loop, combined over all members of a surrounding ``jax.vmap``."""
+    return live if axis_name is None else lax.pmax(live.astype(jnp.int32), axis_name) > 0
+
+
+def check(
+    rng_B: jax.Array,
+    prompts_BP: jax.Array,
+    mask_BP: jax.Array,
+    sampling: sampling_lib.Sampling,
+    *,
+    n: int = 1,
+    max_length: int | None = None,
+) -> None:
+    """Raises ValueError for arguments of `generate` that disagree, or exceed ``max_length`` tokens per row."""
+    if prompts_BP.ndim != 2 or mask_BP.shape != prompts_BP.shape:
+        raise ValueError(f"prompts_BP {prompts_BP.shape} and mask_BP {mask_BP.shape} must be one shape of rank 2")
+    if mask_BP.dtype != jnp.bool_:
+        raise ValueError(f"mask_BP must be bool, got {mask_BP.dtype}")
+    if n < 1:
+        raise ValueError(f"n is {n}; it must be at least 1")
+    keys_shape = rng_B.shape if jnp.issubdtype(rng_B.dtype, jax.dtypes.prng_key) else rng_B.shape[:-1]
+    if keys_shape != (prompts_BP.shape[0] * n,):
+        raise ValueError(f"rng_B must hold a key a row, {prompts_BP.shape[0] * n} of them, got shape {rng_B.shape}")
+    width = prompts_BP.shape[1] + sampling.max_new_tokens
+    if max_length is not None and width > max_length:
+        raise ValueError(f"prompts and responses of {width} tokens are longer than cfg.max_length = {max_length}")

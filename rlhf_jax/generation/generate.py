@@ -1,4 +1,4 @@
-"""Prompts in, rollout out: prefill and decoding in one program."""
+"""Sampling responses to prompts: prefill and decoding in one program."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from rlhf_jax.lm import config, transformer, weights
 
 class _State(NamedTuple):
     step: jax.Array
-    """How many tokens have been drawn."""
-    cache: kv_cache.KVCache
+    """Number of tokens drawn."""
+    cache: kv_cache.KVCache | None
     live_B: jax.Array
-    """bool, True while a row goes on."""
+    """bool, True until a row ends."""
     stopped_B: jax.Array
     tail_BK: jax.Array
     tokens_BT: jax.Array
@@ -36,36 +36,48 @@ def generate(
     prompts_BP: jax.Array,
     mask_BP: jax.Array,
     *,
-    cfg: config.LMConfig,
+    cfg: config.LMConfig | types.ApplyFn,
     sampling: sampling_lib.Sampling,
     n: int = 1,
     values: bool = False,
     limits_B: jax.Array | None = None,
     axis_name: str | None = None,
 ) -> types.Rollout:
-    """Answer every prompt with up to ``sampling.max_new_tokens`` tokens; returns a :class:`rlhf_jax.types.Rollout`.
+    """Answers every prompt with up to ``sampling.max_new_tokens`` sampled tokens.
 
-    Prompts are left-padded: the last column of ``mask_BP`` must be real. ``rng_B`` holds a key a row and is consumed:
-    token t of row i is drawn with ``fold_in(rng_B[i], t)``, so that a row's sample depends on its own prompt and key
-    and on nothing else in the batch. A response ends with the first of ``sampling.stop_ids``, which counts into its
-    length and mask, or with a stop sequence, or for lack of room; nothing is ever put into a response that was not
-    drawn. ``logprobs_BT`` are those of the distribution drawn from: of ``logits / temperature``, truncated where that
-    is asked for. ``values`` adds the scalar head's value before each token, from the same pass. ``limits_B``, int32 in
-    [1, T], are tighter limits of single rows.
+    A response ends after the first of ``sampling.stop_ids``, which is part of it, after a stop sequence, or at its
+    limit. Nothing is added to a response that was not sampled. Token t of row i is drawn with
+    ``fold_in(rng_B[i], t)``, so that a response depends on its own prompt and key alone. Decoding ends when every row
+    has stopped. An `ApplyFn` has no cache: each token costs a forward pass over P + T columns.
 
-    With ``n`` above 1 each prompt is read once and answered n times: row ``b * n + k`` of the result, and of
-    ``rng_B``, which then holds ``B * n`` keys, is answer k to prompt b.
+    Args:
+        params: Parameters of the model.
+        rng_B: Random keys, one for each response; consumed.
+        prompts_BP: int32, left-padded prompts.
+        mask_BP: bool, True at prompt tokens; the last column must be True in every row.
+        cfg: The model: an `LMConfig`, or an `ApplyFn` for any other model.
+        sampling: Distribution to sample from, and when to stop.
+        n: Number of responses to each prompt, which is read once. Row ``b * n + k`` of the result, and of ``rng_B``,
+            is response k to prompt b.
+        values: Also returns the value of the scalar head before each token, from the same pass.
+        limits_B: int32 in [1, T], the largest length of each response.
+        axis_name: The axis name of a surrounding ``jax.vmap``, whose members then end together. Otherwise a predicate
+            of each member's own would turn every cache write into a scatter, which is 15 times slower.
 
-    Decoding ends when every row has stopped. Under ``jax.vmap`` give both the same ``axis_name``: all members then
-    end together, where a predicate of each member's own would turn every cache write into a scatter.
+    Returns:
+        A `rlhf_jax.types.Rollout`. ``logprobs_BT`` are those of the distribution sampled from: of
+        ``logits / temperature``, truncated by top-k, top-p and min-p.
 
-    Raises ``ValueError`` for shapes that disagree, or where P + T exceeds ``cfg.max_length``.
+    Raises:
+        ValueError: Shapes disagree, or P + T exceeds ``cfg.max_length``.
     """
-    check(rng_B, prompts_BP, mask_BP, cfg, sampling, n=n)
+    max_length = None if isinstance(cfg, types.ApplyFn) else cfg.max_length
+    decoding.check(rng_B, prompts_BP, mask_BP, sampling, n=n, max_length=max_length)
     P, T = prompts_BP.shape[1], sampling.max_new_tokens
     B = prompts_BP.shape[0] * n
-    params = weights.unstack(params, cfg)
+    params = params if isinstance(cfg, types.ApplyFn) else weights.unstack(params, cfg)
     limit_B = jnp.full((B,), T, jnp.int32) if limits_B is None else jnp.minimum(limits_B, T)
+    repeated_BP, repeated_mask_BP = (jnp.repeat(x, n, axis=0) for x in (prompts_BP.astype(jnp.int32), mask_BP))
 
     def record(state: _State, hidden_BD: jax.Array) -> _State:
         drawn = decoding.draw(
@@ -90,21 +102,23 @@ def generate(
             mask_BT=_put(state.mask_BT, state.live_B, state.step),
         )
 
-    def go_on(state: _State) -> jax.Array:
-        return anywhere(jnp.any(state.live_B), axis_name)
+    def unfinished(state: _State) -> jax.Array:
+        return decoding.anywhere(jnp.any(state.live_B), axis_name)
 
     def decode(state: _State) -> _State:
+        if isinstance(cfg, types.ApplyFn):  # no cache: all columns are read again
+            tokens_BL = jnp.concatenate([repeated_BP, state.tokens_BT], axis=1)
+            mask_BL = jnp.concatenate([repeated_mask_BP, state.mask_BT], axis=1)
+            hidden_BLD = cfg.forward(params, tokens_BL, mask_BL=mask_BL).hidden_BLD
+            return record(state, lax.dynamic_index_in_dim(hidden_BLD, P - 1 + state.step, axis=1, keepdims=False))
         tokens_B1 = lax.dynamic_slice_in_dim(state.tokens_BT, state.step - 1, 1, axis=1)
         mask_B1 = lax.dynamic_slice_in_dim(state.mask_BT, state.step - 1, 1, axis=1)
         out = transformer.forward(params, tokens_B1, cfg=cfg, mask_BL=mask_B1, cache=state.cache)
         return record(state._replace(cache=out.cache), out.hidden_BLD[:, 0])
 
-    # The last token drawn is never read, so its slot is not needed.
-    empty = kv_cache.create(cfg, batch=B // n, slots=P + T - 1)
-    prefill = transformer.forward(params, prompts_BP, cfg=cfg, mask_BL=mask_BP, cache=empty, used_slots=P)
     state = _State(
         step=jnp.zeros((), jnp.int32),
-        cache=_repeated(prefill.cache, n),
+        cache=None,
         live_B=jnp.ones((B,), bool),
         stopped_B=jnp.zeros((B,), bool),
         tail_BK=decoding.no_tail(B, sampling),
@@ -113,45 +127,24 @@ def generate(
         values_BT=jnp.zeros((B, T), jnp.float32) if values else None,
         mask_BT=jnp.zeros((B, T), bool),
     )
-    state = lax.while_loop(go_on, decode, record(state, jnp.repeat(prefill.hidden_BLD[:, -1], n, axis=0)))
+    if isinstance(cfg, types.ApplyFn):
+        state = decode(state)
+    else:
+        # The last token drawn is never read, so its slot is not needed.
+        empty = kv_cache.create(cfg, batch=B // n, slots=P + T - 1)
+        prefill = transformer.forward(params, prompts_BP, cfg=cfg, mask_BL=mask_BP, cache=empty, used_slots=P)
+        state = state._replace(cache=_repeated(prefill.cache, n))
+        state = record(state, jnp.repeat(prefill.hidden_BLD[:, -1], n, axis=0))
+    state = lax.while_loop(unfinished, decode, state)
     return types.Rollout(
-        tokens_BL=jnp.concatenate([jnp.repeat(prompts_BP.astype(jnp.int32), n, axis=0), state.tokens_BT], axis=1),
-        mask_BL=jnp.concatenate([jnp.repeat(mask_BP, n, axis=0), state.mask_BT], axis=1),
+        tokens_BL=jnp.concatenate([repeated_BP, state.tokens_BT], axis=1),
+        mask_BL=jnp.concatenate([repeated_mask_BP, state.mask_BT], axis=1),
         response_mask_BT=state.mask_BT,
         logprobs_BT=state.logprobs_BT,
         lengths_B=state.mask_BT.sum(axis=1, dtype=jnp.int32),
         finish_B=state.stopped_B.astype(jnp.int32),
         values_BT=state.values_BT,
     )
-
-
-def anywhere(live: jax.Array, axis_name: str | None) -> jax.Array:
-    """A loop's predicate, made one for all members of a vmap."""
-    return live if axis_name is None else lax.pmax(live.astype(jnp.int32), axis_name) > 0
-
-
-def check(
-    rng_B: jax.Array,
-    prompts_BP: jax.Array,
-    mask_BP: jax.Array,
-    cfg: config.LMConfig,
-    sampling: sampling_lib.Sampling,
-    *,
-    n: int = 1,
-) -> None:
-    """Raise ``ValueError`` for arguments that do not belong together."""
-    if prompts_BP.ndim != 2 or mask_BP.shape != prompts_BP.shape:
-        raise ValueError(f"prompts_BP {prompts_BP.shape} and mask_BP {mask_BP.shape} must be one shape of rank 2")
-    if mask_BP.dtype != jnp.bool_:
-        raise ValueError(f"mask_BP must be bool, got {mask_BP.dtype}")
-    if n < 1:
-        raise ValueError(f"n is {n}; it must be at least 1")
-    keys_shape = rng_B.shape if jnp.issubdtype(rng_B.dtype, jax.dtypes.prng_key) else rng_B.shape[:-1]
-    if keys_shape != (prompts_BP.shape[0] * n,):
-        raise ValueError(f"rng_B must hold a key a row, {prompts_BP.shape[0] * n} of them, got shape {rng_B.shape}")
-    width = prompts_BP.shape[1] + sampling.max_new_tokens
-    if width > cfg.max_length:
-        raise ValueError(f"prompts and responses of {width} tokens are longer than cfg.max_length = {cfg.max_length}")
 
 
 def _repeated(cache: kv_cache.KVCache, n: int) -> kv_cache.KVCache:

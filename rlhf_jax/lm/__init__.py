@@ -1,81 +1,44 @@
-"""The language model: pure functions on a nested dict of arrays."""
+"""The language model: pure functions on a nested dict of arrays.
 
-from rlhf_jax.lm import lora
-from rlhf_jax.lm.alignment import response_map_with, token_map_with
+Functions that need a model take ``cfg=``: an `LMConfig`, or a `rlhf_jax.types.ApplyFn` for any other model.
+"""
+
+from rlhf_jax.lm import heads, lora
+from rlhf_jax.lm.alignment import apply_fn, token_map
 from rlhf_jax.lm.cache import KVCache
 from rlhf_jax.lm.cache import create as create_cache
 from rlhf_jax.lm.config import LMConfig
-from rlhf_jax.lm.distributions import (
-    TopK,
-    response_listed_logprobs,
-    response_listed_logprobs_with,
-    response_top_k,
-    response_top_k_with,
-    token_kl,
-    token_kl_with,
-    token_listed_logprobs,
-    token_listed_logprobs_with,
-    token_top_k,
-    token_top_k_with,
-)
-from rlhf_jax.lm.heads import (
-    Normalisation,
-    absorb_gain,
-    centre,
-    combine,
-    count_heads,
-    normalisation,
-    reset,
-    scalar,
-    shift_bias,
-    standardise,
-    with_head,
-    without_head,
-)
+from rlhf_jax.lm.distributions import TopK, token_kl, token_listed_logprobs, token_top_k
+from rlhf_jax.lm.heads import with_head, without_head
 from rlhf_jax.lm.hub import peft
 from rlhf_jax.lm.hub.directory import load, load_config, load_normalisation, save
 from rlhf_jax.lm.logprobs import (
     TokenStats,
-    apply_fn,
     entropy,
     greedy_matches,
-    greedy_matches_with,
-    response_logprobs,
-    response_logprobs_with,
-    response_stats,
-    response_stats_with,
-    response_values,
-    response_values_with,
     score,
-    score_with,
     selected_logprobs,
     token_logprobs,
-    token_logprobs_with,
+    token_stats,
     values,
-    values_with,
 )
-from rlhf_jax.lm.packed import packed_means, packed_scores, packed_scores_with, packed_sums
+from rlhf_jax.lm.packed import packed_means, packed_scores, packed_sums
 from rlhf_jax.lm.params import abstract, count, init, logical_axes
 from rlhf_jax.lm.transformer import forward, logits
 
 __all__ = [
     "KVCache",
     "LMConfig",
-    "Normalisation",
     "TokenStats",
     "TopK",
-    "absorb_gain",
     "abstract",
     "apply_fn",
-    "centre",
-    "combine",
     "count",
-    "count_heads",
     "create_cache",
     "entropy",
     "forward",
     "greedy_matches",
-    "greedy_matches_with",
+    "heads",
     "init",
     "load",
     "load_config",
@@ -83,42 +46,20 @@ __all__ = [
     "logical_axes",
     "logits",
     "lora",
-    "normalisation",
     "packed_means",
     "packed_scores",
-    "packed_scores_with",
     "packed_sums",
     "peft",
-    "reset",
-    "response_listed_logprobs",
-    "response_listed_logprobs_with",
-    "response_logprobs",
-    "response_logprobs_with",
-    "response_map_with",
-    "response_stats",
-    "response_stats_with",
-    "response_top_k",
-    "response_top_k_with",
-    "response_values",
-    "response_values_with",
     "save",
-    "scalar",
     "score",
-    "score_with",
     "selected_logprobs",
-    "shift_bias",
-    "standardise",
     "token_kl",
-    "token_kl_with",
     "token_listed_logprobs",
-    "token_listed_logprobs_with",
     "token_logprobs",
-    "token_logprobs_with",
-    "token_map_with",
+    "token_map",
+    "token_stats",
     "token_top_k",
-    "token_top_k_with",
     "values",
-    "values_with",
     "with_head",
     "without_head",
 ]

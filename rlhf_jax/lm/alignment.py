@@ -1,16 +1,17 @@
-"""Which column predicts which token. The only place where anything is shifted by one.
+"""Which column predicts which token: the only module that shifts anything by one.
 
-A model's output in column j is about what comes AFTER the token there. Everything that :mod:`rlhf_jax.lm` returns is
-aligned with the token it is about: entry i of a log-probability is that of token i, entry i of a value is the value
-before token i, and both come from the column of the real token before i: in the same segment, where rows are packed.
+The output of a model in column j is about the token after it. Everything that :mod:`rlhf_jax.lm` returns is aligned
+with the token it is about: entry i of a log-probability belongs to token i, entry i of a value is the value before
+token i. Both are read in the column of the last real token before i, within the same segment for packed rows.
 
-``token_map_with`` and ``response_map_with`` turn any function of logits into one of tokens, aligned like that and
-without ever holding the logits of all columns. Every function of :mod:`rlhf_jax.lm.logprobs` and
-:mod:`rlhf_jax.lm.distributions` that reads logits is one of the two.
+`token_map` turns any function of logits into a function of tokens with this alignment, without holding the logits of
+all columns in memory. All functions of :mod:`rlhf_jax.lm.logprobs` and :mod:`rlhf_jax.lm.distributions` that read
+logits are built on it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,153 +20,175 @@ import jax.numpy as jnp
 from jax import lax
 
 from rlhf_jax import types
-from rlhf_jax.lm import chunking
+from rlhf_jax.lm import chunking, config, transformer
 
 
-def token_map_with(
-    apply: types.ApplyFn,
-    params: types.Params,
+@functools.cache
+def _own_apply_fn(cfg: config.LMConfig, columns: tuple[int, int] | None) -> types.ApplyFn:
+    forward = functools.partial(transformer.forward, cfg=cfg, columns=columns)
+    return types.ApplyFn(forward=forward, logits=functools.partial(transformer.logits, cfg=cfg))
+
+
+def apply_fn(cfg: config.LMConfig | types.ApplyFn, columns: tuple[int, int] | None = None) -> types.ApplyFn:
+    """Returns a model as the pair (forward, logits); an `ApplyFn` is returned as it is.
+
+    ``columns`` is passed to `lm.forward`. The same configuration and columns return the same object.
+    """
+    return cfg if isinstance(cfg, types.ApplyFn) else _own_apply_fn(cfg, columns)
+
+
+def token_map(
     fn: Callable[..., Any],
+    params: types.Params,
     tokens_BL: jax.Array,
-    *arrays_BL: jax.Array,
+    *arrays: jax.Array,
+    cfg: config.LMConfig | types.ApplyFn,
     mask_BL: jax.Array | None = None,
     segments_BL: jax.Array | None = None,
+    prompt_width: int | None = None,
     chunk: int | None = None,
 ) -> Any:
-    """``fn(logits, *arrays)`` for every token, of the logits that the token was predicted from.
+    """Returns ``fn(logits, *arrays)`` for every token, with the logits that predict the token.
 
     Args:
-        apply: any model.
-        params: its parameters.
-        fn: maps ``logits [b, c, V]`` and the arrays' ``[b, c, ...]`` to a pytree of ``[b, c, ...]``, each column by
-            itself. Of a part of the columns at a time, see ``chunk``.
-        tokens_BL: what the model reads.
-        *arrays_BL: ``[B, L, ...]``, entry i about token i: the tokens themselves, or a teacher's candidates for each.
-        mask_BL: true at real tokens; None means ``segments_BL > 0``, or all.
-        segments_BL: int32, which sequence of a packed row a token belongs to, 0 at padding; see `data.packing`.
-        chunk: columns of logits made at a time. None: as many as take little memory, all where all do.
+        fn: Maps ``logits [b, c, V]`` and the arrays' ``[b, c, ...]`` to a pytree of ``[b, c, ...]``. It is called on
+            some columns at a time and must treat each column independently.
+        params: Parameters of the model.
+        tokens_BL: int32 tokens that the model reads.
+        *arrays: ``[B, L, ...]``, or ``[B, T, ...]`` with ``prompt_width``; entry i is about token i.
+        cfg: The model: an `LMConfig`, or an `ApplyFn` for any other model.
+        mask_BL: bool, True at real tokens. By default ``segments_BL > 0``, or all True.
+        segments_BL: int32, the sequence of a packed row that each token belongs to; 0 at padding.
+        prompt_width: P, for rows that hold a prompt in columns ``[0, P)`` and a response after it. The result then
+            covers the response alone and computes only its T columns of logits. Column P - 1 must be real.
+        chunk: Number of columns of logits computed at a time. By default as many as fit in 64 MB.
 
     Returns:
-        A pytree of ``[B, L, ...]``, zero at the first real token of each row (each segment) and at padding.
+        A pytree of ``[B, L, ...]``, or ``[B, T, ...]`` with ``prompt_width``. It is 0 at padding and at tokens without
+        a real token before them in their row or segment.
+
+    Raises:
+        ValueError: ``prompt_width`` leaves no prompt or no response, or is combined with ``segments_BL``.
     """
-    hidden_BLD = apply.forward(params, tokens_BL, **reading(mask_BL, segments_BL)).hidden_BLD
-    return by_token(
+    hidden, apply = hidden_states(params, tokens_BL, cfg, mask_BL, segments_BL, prompt_width)
+    return map_hidden(
         lambda hidden, *arrays: fn(apply.logits(params, hidden), *arrays),
-        (hidden_BLD,),
-        arrays_BL,
+        (hidden,),
+        arrays,
         mask_BL=mask_BL,
         segments_BL=segments_BL,
-        vocab=chunking.vocab_of(apply, params, hidden_BLD),
+        prompt_width=prompt_width,
+        vocab=chunking.vocab_of(apply, params, hidden),
         chunk=chunk,
     )
 
 
-def response_map_with(
-    apply: types.ApplyFn,
+def hidden_states(
     params: types.Params,
-    fn: Callable[..., Any],
     tokens_BL: jax.Array,
-    *arrays_BT: jax.Array,
-    prompt_width: int,
-    mask_BL: jax.Array | None = None,
-    chunk: int | None = None,
-) -> Any:
-    """``token_map_with(...)[:, P:]`` at the price of T columns of logits; arrays and result are ``[B, T, ...]``.
+    cfg: config.LMConfig | types.ApplyFn,
+    mask_BL: jax.Array | None,
+    segments_BL: jax.Array | None,
+    prompt_width: int | None,
+) -> tuple[jax.Array, types.ApplyFn]:
+    """Returns the hidden states ``[B,L,D]``, or ``[B,T,D]`` before each response token, and the model as an `ApplyFn`.
 
-    For rollouts: column P - 1 is real in every row, and a contiguous response stands behind it. Zero off the mask.
-    Raises ``ValueError`` for a ``prompt_width`` that leaves no prompt or no response.
+    Args: see `token_map`.
     """
-    hidden_BTD = response_hidden(apply, params, tokens_BL, prompt_width=prompt_width, mask_BL=mask_BL)
-    if mask_BL is not None:
-        arrays_BT = tuple(_zero_unless(mask_BL[:, prompt_width:], x) for x in arrays_BT)
-    made = chunking.over_columns(
-        lambda hidden, *arrays: fn(apply.logits(params, hidden), *arrays),
-        hidden_BTD,
-        *arrays_BT,
-        vocab=chunking.vocab_of(apply, params, hidden_BTD),
-        chunk=chunk,
-    )
-    return made if mask_BL is None else jax.tree.map(lambda x: _zero_unless(mask_BL[:, prompt_width:], x), made)
+    if prompt_width is None:
+        apply = apply_fn(cfg)
+        return apply.forward(params, tokens_BL, **forward_masks(mask_BL, segments_BL)).hidden_BLD, apply
+    L = tokens_BL.shape[1]
+    if not 1 <= prompt_width < L:
+        raise ValueError(f"prompt_width is {prompt_width}; it must be in [1, {L - 1}]")
+    if segments_BL is not None:
+        raise ValueError("prompt_width and segments_BL exclude each other: a packed row has no single prompt width")
+    apply = apply_fn(cfg, (prompt_width - 1, L - 1))
+    return apply.forward(params, tokens_BL, mask_BL=mask_BL).hidden_BLD[:, prompt_width - 1 : -1], apply
 
 
-def response_hidden(
-    apply: types.ApplyFn,
-    params: types.Params,
-    tokens_BL: jax.Array,
-    *,
-    prompt_width: int,
-    mask_BL: jax.Array | None = None,
-) -> jax.Array:
-    """Hidden states ``[B,T,D]`` before each token of a response that begins in column ``prompt_width``."""
-    if not 1 <= prompt_width < tokens_BL.shape[1]:
-        raise ValueError(f"prompt_width is {prompt_width}; it must be in [1, {tokens_BL.shape[1] - 1}]")
-    return apply.forward(params, tokens_BL, mask_BL=mask_BL).hidden_BLD[:, prompt_width - 1 : -1]
-
-
-def by_token(
+def map_hidden(
     fn: Callable[..., Any],
-    hiddens_BLD: tuple[jax.Array, ...],
-    arrays_BL: tuple[jax.Array, ...],
+    hiddens: tuple[jax.Array, ...],
+    arrays: tuple[jax.Array, ...],
     *,
     mask_BL: jax.Array | None,
     segments_BL: jax.Array | None,
+    prompt_width: int | None,
     vocab: int,
     chunk: int | None,
 ) -> Any:
-    """``fn(*hiddens, *arrays)`` with each token's array entries beside the hidden states it is predicted from."""
+    """Returns ``fn(*hiddens, *arrays)`` with each token's entries next to the hidden states that predict it.
+
+    Args:
+        fn: Maps hidden states ``[b, c, D]`` and arrays ``[b, c, ...]`` to a pytree of ``[b, c, ...]``.
+        hiddens: Results of `hidden_states`, one for each model.
+        arrays: As in `token_map`.
+        mask_BL: As in `token_map`.
+        segments_BL: As in `token_map`.
+        prompt_width: As in `token_map`.
+        vocab: Number of floats that ``fn`` computes for each column.
+        chunk: As in `token_map`.
+
+    Returns:
+        As `token_map`.
+    """
     mask_BL = real(mask_BL, segments_BL)
+    if prompt_width is not None:
+        mask_BT = None if mask_BL is None else mask_BL[:, prompt_width:]
+        arrays = tuple(zero_unless(mask_BT, x) for x in arrays)
+        mapped = chunking.over_columns(fn, *hiddens, *arrays, vocab=vocab, chunk=chunk)
+        return jax.tree.map(lambda x: zero_unless(mask_BT, x), mapped)
     if mask_BL is None:
-        hiddens = (x[:, :-1] for x in hiddens_BLD)
-        made = chunking.over_columns(fn, *hiddens, *(x[:, 1:] for x in arrays_BL), vocab=vocab, chunk=chunk)
-        return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2)), made)
-    # Each column's own token is looked up and the results are moved after: moving hidden states costs D times more.
+        shifted = (x[:, :-1] for x in hiddens)
+        mapped = chunking.over_columns(fn, *shifted, *(x[:, 1:] for x in arrays), vocab=vocab, chunk=chunk)
+        return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2)), mapped)
+    # Arrays and results are shifted rather than hidden states, which are D times larger.
     L = mask_BL.shape[1]
     next_BL = next_real(mask_BL)
     column_BL = jnp.minimum(next_BL, L - 1)
     has_next_BL = mask_BL & (next_BL < L) & same_segment(segments_BL, column_BL)
-    arrays_BL = tuple(_zero_unless(has_next_BL, _take(x, column_BL)) for x in arrays_BL)
-    made = chunking.over_columns(fn, *hiddens_BLD, *arrays_BL, vocab=vocab, chunk=chunk)
-    return jax.tree.map(lambda x: from_previous_real(x, mask_BL, segments_BL), made)
+    arrays = tuple(zero_unless(has_next_BL, _take(x, column_BL)) for x in arrays)
+    mapped = chunking.over_columns(fn, *hiddens, *arrays, vocab=vocab, chunk=chunk)
+    return jax.tree.map(lambda x: from_previous_real(x, mask_BL, segments_BL), mapped)
 
 
-def from_previous_real(
-    made_BL: jax.Array, mask_BL: jax.Array | None, segments_BL: jax.Array | None = None
-) -> jax.Array:
-    """What was made in the column of the real token before each real token, ``[B,L,...]``; 0 where there is none."""
+def from_previous_real(x_BL: jax.Array, mask_BL: jax.Array | None, segments_BL: jax.Array | None = None) -> jax.Array:
+    """Returns the entry in the column of the last real token before each real token, ``[B,L,...]``; 0 without one."""
     mask_BL = real(mask_BL, segments_BL)
     if mask_BL is None:
-        return jnp.pad(made_BL[:, :-1], [(0, 0), (1, 0)] + [(0, 0)] * (made_BL.ndim - 2))
+        return jnp.pad(x_BL[:, :-1], [(0, 0), (1, 0)] + [(0, 0)] * (x_BL.ndim - 2))
     previous_BL = previous_real(mask_BL)
     column_BL = jnp.maximum(previous_BL, 0)
     has_previous_BL = mask_BL & (previous_BL >= 0) & same_segment(segments_BL, column_BL)
-    return _zero_unless(has_previous_BL, _take(made_BL, column_BL))
+    return zero_unless(has_previous_BL, _take(x_BL, column_BL))
 
 
 def real(mask_BL: jax.Array | None, segments_BL: jax.Array | None) -> jax.Array | None:
-    """The mask: as given, else where there is a segment; None where neither is given and every token is real."""
+    """Returns the mask as given, by default ``segments_BL > 0``; None if neither is given, when every token is real."""
     return segments_BL > 0 if mask_BL is None and segments_BL is not None else mask_BL
 
 
-def reading(mask_BL: jax.Array | None, segments_BL: jax.Array | None) -> dict[str, Any]:
-    """Keyword arguments of a forward pass. Only packed rows name segments: other models need not know the word."""
+def forward_masks(mask_BL: jax.Array | None, segments_BL: jax.Array | None) -> dict[str, Any]:
+    """Returns the keyword arguments of a forward pass; ``segments_BL`` is passed for packed rows alone."""
     masked = {"mask_BL": real(mask_BL, segments_BL)}
     return masked if segments_BL is None else masked | {"segments_BL": segments_BL}
 
 
 def same_segment(segments_BL: jax.Array | None, column_BL: jax.Array) -> jax.Array | bool:
-    """Whether each token and the one in the given column belong to one sequence."""
+    """Returns whether each token and the token in the given column belong to the same segment."""
     return True if segments_BL is None else jnp.take_along_axis(segments_BL, column_BL, axis=1) == segments_BL
 
 
 def next_real(mask_BL: jax.Array) -> jax.Array:
-    """Column of the first real token after each column; L where there is none."""
+    """Returns the column of the first real token after each column, or L."""
     L = mask_BL.shape[1]
     at_or_after = lax.cummin(jnp.where(mask_BL, jnp.arange(L)[None, :], L), axis=1, reverse=True)
     return jnp.pad(at_or_after[:, 1:], ((0, 0), (0, 1)), constant_values=L)
 
 
 def previous_real(mask_BL: jax.Array) -> jax.Array:
-    """Column of the last real token before each column; -1 where there is none."""
+    """Returns the column of the last real token before each column, or -1."""
     L = mask_BL.shape[1]
     at_or_before = lax.cummax(jnp.where(mask_BL, jnp.arange(L)[None, :], -1), axis=1)
     return jnp.pad(at_or_before[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
@@ -175,5 +198,8 @@ def _take(x_BL: jax.Array, column_BL: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x_BL, column_BL.reshape(*column_BL.shape, *[1] * (x_BL.ndim - 2)), axis=1)
 
 
-def _zero_unless(where_BL: jax.Array, x_BL: jax.Array) -> jax.Array:
+def zero_unless(where_BL: jax.Array | None, x_BL: jax.Array) -> jax.Array:
+    """Returns ``x_BL``, ``[B,L,...]``, with zeros where ``where_BL`` is False; None means True everywhere."""
+    if where_BL is None:
+        return x_BL
     return jnp.where(where_BL.reshape(*where_BL.shape, *[1] * (x_BL.ndim - 2)), x_BL, jnp.zeros((), x_BL.dtype))

@@ -1,4 +1,4 @@
-"""The one entry to attention, and the masks that go into it."""
+"""Softmax attention and its masks."""
 
 from __future__ import annotations
 
@@ -10,22 +10,31 @@ import jax.numpy as jnp
 from rlhf_jax.lm import config
 
 _HIDDEN = -1e30
-"""Score of what must not be seen; finite, so that no row can become NaN."""
+"""Score of a masked key; finite, so that a fully masked row does not become NaN."""
 
 
 def attend(
     queries_BHLC: jax.Array, keys_BGSC: jax.Array, values_BGSC: jax.Array, seen_BLS: jax.Array, *, cfg: config.LMConfig
 ) -> jax.Array:
-    """Softmax attention in which query l sees key s where ``seen_BLS`` is true; returns ``[B,H,L,C]``.
+    """Returns softmax attention, ``[B,H,L,C]``.
 
-    H must be a multiple of G: consecutive query heads share a key head (Ainslie et al. 2023). Scores and softmax are
-    float32. A query that sees nothing returns the mean of the values, with finite gradients.
+    Scores and softmax are float32. A query that sees no key returns the mean of the values, with finite gradients.
+
+    Args:
+        queries_BHLC: Queries.
+        keys_BGSC: Keys; H is a multiple of G, and consecutive query heads share a key head (Ainslie et al. 2023).
+        values_BGSC: Values.
+        seen_BLS: bool, True where query l attends to key s.
+        cfg: Scale, soft cap and implementation.
+
+    Returns:
+        Attended values in the dtype of ``values_BGSC``.
     """
     if cfg.attention in ("xla", "cudnn"):
         return attend_by(cfg.attention, queries_BHLC, keys_BGSC, values_BGSC, seen_BLS, cfg=cfg)
     B, H, L, C = queries_BHLC.shape
     G, S = keys_BGSC.shape[1:3]
-    # Queries of one group stand below each other, so that a group is one matmul whatever H / G is.
+    # The queries of a group are stacked, so that a group is one matmul for any H / G.
     grouped = (queries_BHLC * cfg.attn_scale).reshape(B, G, (H // G) * L, C)
     scores = jnp.einsum("bgmc,bgsc->bgms", grouped, keys_BGSC, preferred_element_type=jnp.float32)
     scores = soft_cap(scores, cfg.attn_softcap)
@@ -35,14 +44,14 @@ def attend(
 
 
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:
-    """``cap * tanh(x / cap)``, which keeps x within the cap (Gemma 2); x itself where the cap is 0."""
+    """Returns ``cap * tanh(x / cap)``, which bounds x by the cap (Gemma 2); x itself if the cap is 0."""
     return cap * jnp.tanh(x / cap) if cap > 0 else x
 
 
 def causal(mask_BL: jax.Array, segments_BL: jax.Array | None = None) -> jax.Array:
-    """``[B,L,L]``: a query sees itself and the real keys in earlier columns, of its own segment.
+    """Returns the causal mask ``[B,L,L]``: a query sees itself and the real keys before it in its segment.
 
-    Padding sees itself too, so that no row of attention is empty; no real token sees padding.
+    Padding also sees itself, so that no row of attention is empty; real tokens never see padding.
     """
     columns = jnp.arange(mask_BL.shape[1])
     seen_BLL = visible(columns[None, :], columns, mask_BL)
@@ -52,9 +61,9 @@ def causal(mask_BL: jax.Array, segments_BL: jax.Array | None = None) -> jax.Arra
 
 
 def visible(query_columns_BL: jax.Array, key_columns_S: jax.Array, mask_BS: jax.Array) -> jax.Array:
-    """``[B,L,S]``: the query in a column sees itself and the real keys in columns before it.
+    """Returns ``[B,L,S]``: a query sees itself and the real keys in columns before its own.
 
-    ``query_columns_BL`` may have one row for all.
+    ``query_columns_BL`` may be ``[1,L]``, the same for all rows.
     """
     before = key_columns_S[None, None, :] < query_columns_BL[:, :, None]
     itself = key_columns_S[None, None, :] == query_columns_BL[:, :, None]
@@ -70,7 +79,19 @@ def attend_by(
     *,
     cfg: config.LMConfig,
 ) -> jax.Array:
-    """:func:`attend` by ``jax.nn.dot_product_attention``, which knows no soft cap."""
+    """Returns `attend` computed by ``jax.nn.dot_product_attention``, which has no soft cap.
+
+    Args:
+        kernel: Implementation to call.
+        queries_BHLC: As in `attend`, like all arguments below.
+        keys_BGSC: Keys.
+        values_BGSC: Values.
+        seen_BLS: bool, True where query l attends to key s.
+        cfg: Scale.
+
+    Returns:
+        ``[B,H,L,C]``.
+    """
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (queries_BHLC, keys_BGSC, values_BGSC))
     out = jax.nn.dot_product_attention(
         query, key, value, mask=seen_BLS[:, None], scale=cfg.attn_scale, implementation=kernel

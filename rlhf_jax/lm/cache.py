@@ -1,4 +1,4 @@
-"""Keys and values of the tokens read so far."""
+"""The key-value cache of decoding."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from rlhf_jax.lm import config
 
 @struct.dataclass
 class KVCache:
-    """A value like any other: a forward pass returns a longer one, and the old one still holds.
+    """Keys and values of the tokens read so far. Immutable: a forward pass returns a new cache.
 
-    One array a layer rather than one for all: carried through a decoding loop, each is then updated in place.
+    Each layer has its own arrays, which a decoding loop updates in place.
     """
 
     keys: tuple[jax.Array, ...]
-    """A layer each: ``[B,G,S,C]``."""
+    """One ``[B,G,S,C]`` array per layer."""
     values: tuple[jax.Array, ...]
     mask_BS: jax.Array
     """bool, True where a slot holds a real token."""
     positions_BS: jax.Array
-    """int32, the position of each token, which a sliding window is measured in."""
+    """int32, the position of each token, in which a sliding window is measured."""
     length: jax.Array
-    """int32: slots filled so far, padding included; the next token goes to this slot. A scalar, or ``[B]`` where rows
-    are at different places (:mod:`rlhf_jax.generation.continuous`)."""
+    """int32, number of slots filled, padding included; the next token goes to this slot. A scalar, or ``[B]`` for rows
+    of different lengths (:mod:`rlhf_jax.generation.continuous`)."""
 
     @property
     def slots(self) -> int:
-        """How many tokens there is room for."""
+        """Number of tokens that the cache can hold."""
         return self.mask_BS.shape[1]
 
 
 def create(cfg: config.LMConfig, *, batch: int, slots: int) -> KVCache:
-    """Return an empty cache with room for ``slots`` tokens in each of ``batch`` rows.
+    """Returns an empty cache of ``slots`` tokens for each of ``batch`` rows.
 
-    The caller keeps within the room: where the length is traced, a write past the end cannot be noticed.
+    A traced length is not checked: the caller must not write past the last slot.
     """
     shape = (batch, cfg.n_kv_heads, slots, cfg.d_head)
     layers = range(cfg.n_layers)
@@ -59,7 +59,7 @@ def create(cfg: config.LMConfig, *, batch: int, slots: int) -> KVCache:
 
 
 def append_tokens(cache: KVCache, mask_BL: jax.Array, positions_BL: jax.Array) -> KVCache:
-    """Return the cache with L more slots, real or not, and where they stand; :func:`append_layer` has the keys."""
+    """Returns the cache with the mask and positions of L more tokens; `append_layer` adds their keys and values."""
 
     def put(slots_BS: jax.Array, new_BL: jax.Array) -> jax.Array:
         return _put(slots_BS, new_BL.astype(slots_BS.dtype), cache.length, axis=1)
@@ -73,7 +73,7 @@ def append_tokens(cache: KVCache, mask_BL: jax.Array, positions_BL: jax.Array) -
 
 
 def append_layer(slots_BGSC: jax.Array, new_BGLC: jax.Array, length: jax.Array) -> jax.Array:
-    """Write L new keys (or values) of one layer behind the ``length`` that are there."""
+    """Returns one layer's keys or values with L new ones written from slot ``length`` on."""
     return _put(slots_BGSC, new_BGLC.astype(slots_BGSC.dtype), length, axis=2)
 
 

@@ -1,4 +1,4 @@
-"""The architecture of a decoder-only language model, as one frozen value."""
+"""The architecture of a decoder-only language model as a frozen dataclass."""
 
 from __future__ import annotations
 
@@ -30,10 +30,9 @@ class LinearScaling(NamedTuple):
 
 
 class Llama3Scaling(NamedTuple):
-    """Llama 3.1's rule: low frequencies are divided by ``factor``, high ones kept, a linear blend in between.
+    """Llama 3.1's rule: low frequencies are divided by ``factor``, high ones kept, those between interpolated.
 
-    A frequency is low where less than ``low`` of its turns fit into ``length`` tokens, high where more than ``high``
-    do.
+    A frequency is low if it completes fewer than ``low`` turns in ``length`` tokens, high if more than ``high``.
     """
 
     factor: float
@@ -44,10 +43,14 @@ class Llama3Scaling(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LMConfig:
-    """One field per architectural choice. Hashable, so it can be a static argument of a compiled function.
+    """Architecture of a language model, one field per choice; hashable, so it can be a static argument.
 
-    ``n_kv_heads``, ``d_head`` and ``d_mlp`` may be left at 0: they then become ``n_heads``, ``d_model / n_heads`` and
-    ``4 d_model``. Raises ``ValueError`` naming the field where a value is impossible.
+    If ``n_kv_heads``, ``d_head`` or ``d_mlp`` is 0, it becomes ``n_heads``, ``d_model / n_heads`` or ``4 d_model``. An
+    impossible value raises a ValueError that names the field.
+
+    >>> from rlhf_jax import lm
+    >>> lm.LMConfig(vocab_size=100, n_layers=2, d_model=32, n_heads=4).d_head
+    8
     """
 
     vocab_size: int
@@ -68,46 +71,46 @@ class LMConfig:
     """Share of a head's width that is rotated (a quarter in GPT-NeoX, all of it in Llama)."""
     rope_scaling: LinearScaling | Llama3Scaling | None = None
     position_offset: int = 0
-    """Row of the learned positions' table that the first token reads (2 in OPT)."""
+    """Row of the learned position table that the first token reads (2 in OPT)."""
     sliding_window: int = 0
-    """A token sees itself and the real tokens less than this many before it; 0: all of them."""
+    """Number of real tokens that a token sees, itself included; 0 for all."""
     local_layers: tuple[bool, ...] = ()
-    """Which layers the window holds for, one entry a layer; empty: all of them (Gemma 2 and 3 alternate)."""
+    """Whether each layer uses the window (Gemma 2 and 3 alternate); empty for all layers."""
     local_rope_theta: float = 0.0
-    """Of the layers with a window, whose frequencies are then not scaled (Gemma 3); 0: the same as everywhere."""
+    """Rotary base of the layers with a window, without scaling (Gemma 3); 0 for ``rope_theta``."""
     parallel_residual: bool = False
-    """Attention and mlp read the same residual stream and are added together (GPT-J, GPT-NeoX)."""
+    """Attention and MLP read the same residual stream (GPT-J, GPT-NeoX)."""
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    """RMS norms of every query and key head before they are rotated (Qwen3, Gemma 3)."""
+    """RMS norm of each query and key head before rotation (Qwen3, Gemma 3)."""
     post_norms: bool = False
-    """Norms of what attention and mlp give, before it is added to the stream (Gemma 2 and 3)."""
+    """Norms of the outputs of attention and MLP before the residual addition (Gemma 2 and 3)."""
     norm_plus_one: bool = False
     """RMS norms multiply by 1 + scale (Gemma)."""
     embed_scale: bool = False
     """Embeddings are multiplied by sqrt(d_model) (Gemma)."""
     attn_scale: float = 0.0
-    """What attention scores are multiplied by; 0 becomes ``1 / sqrt(d_head)``."""
+    """Factor of the attention scores; 0 for ``1 / sqrt(d_head)``."""
     attn_softcap: float = 0.0
-    """Attention scores s become ``cap * tanh(s / cap)`` (Gemma 2); 0: they are left alone."""
+    """Soft cap of the attention scores, ``cap * tanh(s / cap)`` (Gemma 2); 0 for none."""
     final_softcap: float = 0.0
-    """Likewise for the logits."""
+    """Soft cap of the logits; 0 for none."""
     tie_embeddings: bool = False
     dtype: str = "float32"
-    """What layers compute in; parameters, norms' statistics and log-probabilities stay in float32."""
+    """Compute dtype of the layers; parameters, norm statistics and log-probabilities stay float32."""
     remat: Remat = "none"
-    """What the backward pass recomputes: nothing, all but the matmuls without a batch dimension, or whole layers."""
+    """What the backward pass recomputes: nothing, all but matmuls without a batch dimension, or whole layers."""
     attention: Attention = "auto"
-    """Of whole rows: "auto" takes the platform's kernel for 16-bit dtypes where it can do the mask (splash attention on
-    a TPU, cuDNN on a GPU), and else "einsum", which is written out here and is what float32 gets everywhere; "xla" and
-    "cudnn" are those of ``jax.nn.dot_product_attention``, with a cache too."""
+    """Implementation of attention over whole rows. "auto" uses a kernel for 16-bit dtypes if it supports the mask
+    (splash attention on a TPU, cuDNN on a GPU) and "einsum" otherwise, which is written out in
+    :mod:`rlhf_jax.lm.attention`. "xla" and "cudnn" call ``jax.nn.dot_product_attention``, in decoding too."""
     model_type: str = ""
-    """The Hugging Face model type that this was read as and is written as; empty: the first one that can hold it."""
+    """Hugging Face model type to read and write; empty for the first that can represent the architecture."""
 
     def __post_init__(self) -> None:
-        """Fill in what was left at 0, then check every field."""
+        """Fills in fields that are 0 and checks all of them."""
         for name in ("vocab_size", "n_layers", "d_model", "n_heads", "max_length"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("n_kv_heads", "d_head", "d_mlp"):
@@ -135,7 +138,12 @@ class LMConfig:
         self._check_combinations()
         if self.positions == "rope":
             even = self.rope_width >= 2 and self.rope_width % 2 == 0
-            _require(even, "rope_fraction", self.rope_fraction, f"such that an even part of d_head {self.d_head} turns")
+            _require(
+                even,
+                "rope_fraction",
+                self.rope_fraction,
+                f"such that an even number of d_head = {self.d_head} features is rotated",
+            )
 
     def _check_combinations(self) -> None:
         n_local = len(self.local_layers)
@@ -155,31 +163,39 @@ class LMConfig:
 
     @property
     def mixed_layers(self) -> bool:
-        """Whether some layers have the window and others do not."""
+        """Whether only some layers use the sliding window."""
         return len(set(self.local_layers)) > 1
 
     @property
     def windowed(self) -> bool:
-        """Whether any layer has the window."""
+        """Whether any layer uses the sliding window."""
         return self.sliding_window > 0 and (not self.local_layers or any(self.local_layers))
 
     def is_local(self, layer: int) -> bool:
-        """Whether the window holds for this layer, from 0."""
+        """Returns whether a layer, counted from 0, uses the sliding window."""
         return self.sliding_window > 0 and (not self.local_layers or self.local_layers[layer])
 
     @property
     def rope_width(self) -> int:
-        """How many of a head's ``d_head`` features are rotated."""
+        """Number of rotated features of each head."""
         return int(self.d_head * self.rope_fraction)
 
     @property
     def compute_dtype(self) -> jnp.dtype:
-        """``dtype`` as an array type."""
+        """``dtype`` as a `jax.numpy.dtype`."""
         return jnp.dtype(self.dtype)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> LMConfig:
-        """Return a known architecture, any field overridden: ``LMConfig.preset("tiny", vocab_size=300)``."""
+        """Returns a named architecture, with fields overridden by keyword.
+
+        >>> from rlhf_jax import lm
+        >>> lm.LMConfig.preset("gpt2", n_layers=2).vocab_size
+        50257
+
+        Raises:
+            ValueError: The name is unknown.
+        """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; known: {', '.join(sorted(PRESETS))}")
         return cls(**(PRESETS[name] | overrides))

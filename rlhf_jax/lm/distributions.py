@@ -1,12 +1,10 @@
-"""Whole distributions over the vocabulary, compared token by token: distillation, and the exact KL of two models.
+"""Distributions over the whole vocabulary, token by token: distillation and the exact KL of two models.
 
-What a teacher thinks is kept as its k likeliest tokens and their log-probabilities (``token_top_k``); what the student
-thinks of the same ones (``token_listed_logprobs``) goes with them into ``losses.distill``, whose last class is all the
-rest of the vocabulary. ``token_kl`` compares all of it. As everywhere in :mod:`rlhf_jax.lm`, entry i is about token i,
-and only a part of the logits exists at a time, forward and backward.
-
-The two ends of context distillation (Bai et al. 2022, A.1) meet in the ``response_`` forms: teacher and student read
-different prompts, of different widths, before the same response.
+A teacher's distribution is stored as its k most likely tokens and their log-probabilities (`token_top_k`). The
+student's log-probabilities of the same tokens (`token_listed_logprobs`) go with them into `losses.distill`, whose last
+class is the rest of the vocabulary. For context distillation (Bai et al. 2022, A.1), teacher and student read
+different prompts before the same response, each with its own ``prompt_width``. `token_kl` compares whole
+distributions.
 """
 
 from __future__ import annotations
@@ -16,12 +14,12 @@ from typing import NamedTuple
 import jax
 
 from rlhf_jax import kl, masking, types
-from rlhf_jax.lm import alignment, chunking, config, logprobs
+from rlhf_jax.lm import alignment, chunking, config
 from rlhf_jax.losses import supervised
 
 
 class TopK(NamedTuple):
-    """The k likeliest tokens in the place of each token, ``[B,L,K]``, the likeliest first."""
+    """The k most likely tokens in the place of each token, ``[B,L,K]``, most likely first."""
 
     logprobs: jax.Array
     """float32, normalised over the whole vocabulary."""
@@ -33,24 +31,33 @@ def token_top_k(
     params: types.Params,
     tokens_BL: jax.Array,
     *,
-    cfg: config.LMConfig,
+    cfg: config.LMConfig | types.ApplyFn,
     k: int,
     mask_BL: jax.Array | None = None,
     segments_BL: jax.Array | None = None,
+    prompt_width: int | None = None,
     temperature: jax.Array | float = 1.0,
     chunk: int | None = None,
 ) -> TopK:
-    """The k likeliest tokens after the real tokens before each token; zero where there are none, and at padding."""
-    return token_top_k_with(
-        logprobs.apply_fn(cfg),
-        params,
-        tokens_BL,
-        k=k,
-        mask_BL=mask_BL,
-        segments_BL=segments_BL,
-        temperature=temperature,
-        chunk=chunk,
-    )
+    """Returns the k most likely tokens after the real tokens before each token.
+
+    Args:
+        params: Parameters of the model.
+        tokens_BL: int32 tokens.
+        cfg: The model: an `LMConfig`, or an `ApplyFn` for any other model.
+        k: Number of tokens to keep, at most V.
+        mask_BL: bool, True at real tokens; padding may be anywhere.
+        segments_BL: int32, the sequence of a packed row that each token belongs to; 0 at padding.
+        prompt_width: P; the result then is ``[B,T,K]``, for the response that begins in column P.
+        temperature: Divides the logits; above 0.
+        chunk: Number of columns of logits computed at a time.
+
+    Returns:
+        `TopK` of ``[B,L,K]``, or ``[B,T,K]`` with ``prompt_width``; 0 where `token_logprobs` is 0 by definition.
+    """
+    fn = lambda logits: TopK(*supervised.top_k_logprobs(_scaled(logits, temperature), k=k))  # noqa: E731
+    masks = {"mask_BL": mask_BL, "segments_BL": segments_BL, "prompt_width": prompt_width}
+    return alignment.token_map(fn, params, tokens_BL, cfg=cfg, chunk=chunk, **masks)
 
 
 def token_listed_logprobs(
@@ -58,71 +65,32 @@ def token_listed_logprobs(
     tokens_BL: jax.Array,
     ids_BLK: jax.Array,
     *,
-    cfg: config.LMConfig,
+    cfg: config.LMConfig | types.ApplyFn,
     mask_BL: jax.Array | None = None,
     segments_BL: jax.Array | None = None,
+    prompt_width: int | None = None,
     temperature: jax.Array | float = 1.0,
     chunk: int | None = None,
 ) -> jax.Array:
-    """``[B,L,K]`` float32: log p(ids_i | real tokens before token i), each normalised over the whole vocabulary."""
-    return token_listed_logprobs_with(
-        logprobs.apply_fn(cfg),
-        params,
-        tokens_BL,
-        ids_BLK,
-        mask_BL=mask_BL,
-        segments_BL=segments_BL,
-        temperature=temperature,
-        chunk=chunk,
-    )
+    """Returns log p(ids_i | real tokens before token i), each normalised over the whole vocabulary.
 
+    Args:
+        params: Parameters of the model.
+        tokens_BL: int32 tokens.
+        ids_BLK: int32, K candidates in the place of each token; ``[B,T,K]`` with ``prompt_width``.
+        cfg: As in `token_top_k`, like all arguments below.
+        mask_BL: bool, True at real tokens.
+        segments_BL: int32, the sequence of a packed row that each token belongs to.
+        prompt_width: P; the result then is ``[B,T,K]``.
+        temperature: Divides the logits; above 0.
+        chunk: Number of columns of logits computed at a time.
 
-def response_top_k(
-    params: types.Params,
-    tokens_BL: jax.Array,
-    *,
-    cfg: config.LMConfig,
-    k: int,
-    prompt_width: int,
-    mask_BL: jax.Array | None = None,
-    temperature: jax.Array | float = 1.0,
-    chunk: int | None = None,
-) -> TopK:
-    """:func:`token_top_k` of the response alone, ``[B,T,K]``."""
-    return response_top_k_with(
-        logprobs.answering(cfg, tokens_BL, prompt_width),
-        params,
-        tokens_BL,
-        k=k,
-        prompt_width=prompt_width,
-        mask_BL=mask_BL,
-        temperature=temperature,
-        chunk=chunk,
-    )
-
-
-def response_listed_logprobs(
-    params: types.Params,
-    tokens_BL: jax.Array,
-    ids_BTK: jax.Array,
-    *,
-    cfg: config.LMConfig,
-    prompt_width: int,
-    mask_BL: jax.Array | None = None,
-    temperature: jax.Array | float = 1.0,
-    chunk: int | None = None,
-) -> jax.Array:
-    """:func:`token_listed_logprobs` of the response alone, ``[B,T,K]``."""
-    return response_listed_logprobs_with(
-        logprobs.answering(cfg, tokens_BL, prompt_width),
-        params,
-        tokens_BL,
-        ids_BTK,
-        prompt_width=prompt_width,
-        mask_BL=mask_BL,
-        temperature=temperature,
-        chunk=chunk,
-    )
+    Returns:
+        ``[B,L,K]`` float32, or ``[B,T,K]`` with ``prompt_width``; 0 where `token_logprobs` is 0 by definition.
+    """
+    fn = lambda logits, ids: supervised.gather_logprobs(_scaled(logits, temperature), ids)  # noqa: E731
+    masks = {"mask_BL": mask_BL, "segments_BL": segments_BL, "prompt_width": prompt_width}
+    return alignment.token_map(fn, params, tokens_BL, ids_BLK, cfg=cfg, chunk=chunk, **masks)
 
 
 def token_kl(
@@ -130,155 +98,60 @@ def token_kl(
     other_params: types.Params,
     tokens_BL: jax.Array,
     *,
-    cfg: config.LMConfig,
-    other_cfg: config.LMConfig | None = None,
+    cfg: config.LMConfig | types.ApplyFn,
+    other_cfg: config.LMConfig | types.ApplyFn | None = None,
     mask_BL: jax.Array | None = None,
     segments_BL: jax.Array | None = None,
+    prompt_width: int | None = None,
     temperature: jax.Array | float = 1.0,
     chunk: int | None = None,
 ) -> jax.Array:
-    """``[B,L]`` float32: the exact KL(first model || other model) in nats where each token was drawn.
+    """Returns the exact KL(model || other model) in nats of the distributions that each token was drawn from.
 
-    Policy and reference for the KL of a rollout; teacher and student, in this order, for distillation. Gradients go
-    to whichever is differentiated. 0 at the first real token of a row (of a segment) and at padding. ``other_cfg``
-    is ``cfg`` where it is not given; the vocabularies must agree.
+    The two models are policy and reference for the KL of a rollout, teacher and student for distillation. Gradients
+    flow to both sets of parameters.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from rlhf_jax import lm
+    >>> cfg = lm.LMConfig.preset("tiny")
+    >>> params = lm.init(jax.random.key(0), cfg)
+    >>> print(float(lm.token_kl(params, params, jnp.array([[5, 6, 7]]), cfg=cfg).sum()))
+    0.0
+
+    Args:
+        params: Parameters of the first model.
+        other_params: Parameters of the other model.
+        tokens_BL: int32 tokens.
+        cfg: The first model.
+        other_cfg: The other model, ``cfg`` by default; the vocabularies must have the same size.
+        mask_BL: As in `token_top_k`, like all arguments below.
+        segments_BL: int32, the sequence of a packed row that each token belongs to.
+        prompt_width: P; the result then is ``[B,T]``.
+        temperature: Divides the logits of both models; above 0.
+        chunk: Number of columns of logits computed at a time.
+
+    Returns:
+        ``[B,L]`` float32, or ``[B,T]`` with ``prompt_width``; 0 where `token_logprobs` is 0 by definition.
+
+    Raises:
+        ValueError: The vocabularies differ in size.
     """
-    return token_kl_with(
-        logprobs.apply_fn(cfg),
-        params,
-        logprobs.apply_fn(other_cfg or cfg),
-        other_params,
-        tokens_BL,
-        mask_BL=mask_BL,
-        segments_BL=segments_BL,
-        temperature=temperature,
-        chunk=chunk,
-    )
+    masks = (mask_BL, segments_BL, prompt_width)
+    hidden, apply = alignment.hidden_states(params, tokens_BL, cfg, *masks)
+    other_hidden, other_apply = alignment.hidden_states(other_params, tokens_BL, other_cfg or cfg, *masks)
 
-
-def token_top_k_with(
-    apply: types.ApplyFn,
-    params: types.Params,
-    tokens_BL: jax.Array,
-    *,
-    k: int,
-    mask_BL: jax.Array | None = None,
-    segments_BL: jax.Array | None = None,
-    temperature: jax.Array | float = 1.0,
-    chunk: int | None = None,
-) -> TopK:
-    """:func:`token_top_k` of any model."""
-    return alignment.token_map_with(
-        apply,
-        params,
-        lambda logits: TopK(*supervised.top_k_logprobs(_scaled(logits, temperature), k=k)),
-        tokens_BL,
-        mask_BL=mask_BL,
-        segments_BL=segments_BL,
-        chunk=chunk,
-    )
-
-
-def token_listed_logprobs_with(
-    apply: types.ApplyFn,
-    params: types.Params,
-    tokens_BL: jax.Array,
-    ids_BLK: jax.Array,
-    *,
-    mask_BL: jax.Array | None = None,
-    segments_BL: jax.Array | None = None,
-    temperature: jax.Array | float = 1.0,
-    chunk: int | None = None,
-) -> jax.Array:
-    """:func:`token_listed_logprobs` of any model."""
-    return alignment.token_map_with(
-        apply,
-        params,
-        lambda logits, ids: supervised.gather_logprobs(_scaled(logits, temperature), ids),
-        tokens_BL,
-        ids_BLK,
-        mask_BL=mask_BL,
-        segments_BL=segments_BL,
-        chunk=chunk,
-    )
-
-
-def response_top_k_with(
-    apply: types.ApplyFn,
-    params: types.Params,
-    tokens_BL: jax.Array,
-    *,
-    k: int,
-    prompt_width: int,
-    mask_BL: jax.Array | None = None,
-    temperature: jax.Array | float = 1.0,
-    chunk: int | None = None,
-) -> TopK:
-    """:func:`response_top_k` of any model."""
-    return alignment.response_map_with(
-        apply,
-        params,
-        lambda logits: TopK(*supervised.top_k_logprobs(_scaled(logits, temperature), k=k)),
-        tokens_BL,
-        prompt_width=prompt_width,
-        mask_BL=mask_BL,
-        chunk=chunk,
-    )
-
-
-def response_listed_logprobs_with(
-    apply: types.ApplyFn,
-    params: types.Params,
-    tokens_BL: jax.Array,
-    ids_BTK: jax.Array,
-    *,
-    prompt_width: int,
-    mask_BL: jax.Array | None = None,
-    temperature: jax.Array | float = 1.0,
-    chunk: int | None = None,
-) -> jax.Array:
-    """:func:`response_listed_logprobs` of any model."""
-    return alignment.response_map_with(
-        apply,
-        params,
-        lambda logits, ids: supervised.gather_logprobs(_scaled(logits, temperature), ids),
-        tokens_BL,
-        ids_BTK,
-        prompt_width=prompt_width,
-        mask_BL=mask_BL,
-        chunk=chunk,
-    )
-
-
-def token_kl_with(
-    apply: types.ApplyFn,
-    params: types.Params,
-    other_apply: types.ApplyFn,
-    other_params: types.Params,
-    tokens_BL: jax.Array,
-    *,
-    mask_BL: jax.Array | None = None,
-    segments_BL: jax.Array | None = None,
-    temperature: jax.Array | float = 1.0,
-    chunk: int | None = None,
-) -> jax.Array:
-    """:func:`token_kl` of any two models. Raises ``ValueError`` where their vocabularies differ in size."""
-    reading = alignment.reading(mask_BL, segments_BL)
-    hidden_BLD = apply.forward(params, tokens_BL, **reading).hidden_BLD
-    other_BLD = other_apply.forward(other_params, tokens_BL, **reading).hidden_BLD
-
-    def divergence(hidden: jax.Array, other: jax.Array) -> jax.Array:
-        logits, other_logits = apply.logits(params, hidden), other_apply.logits(other_params, other)
+    def divergence(hidden: jax.Array, other_hidden: jax.Array) -> jax.Array:
+        logits, other_logits = apply.logits(params, hidden), other_apply.logits(other_params, other_hidden)
         return kl.full(_scaled(logits, temperature), _scaled(other_logits, temperature))
 
-    vocab = chunking.vocab_of(apply, params, hidden_BLD) + chunking.vocab_of(other_apply, other_params, other_BLD)
-    return alignment.by_token(
+    return alignment.map_hidden(
         divergence,
-        (hidden_BLD, other_BLD),
+        (hidden, other_hidden),
         (),
         mask_BL=mask_BL,
         segments_BL=segments_BL,
-        vocab=vocab,
+        prompt_width=prompt_width,
+        vocab=chunking.vocab_of(apply, params, hidden) + chunking.vocab_of(other_apply, other_params, other_hidden),
         chunk=chunk,
     )
 

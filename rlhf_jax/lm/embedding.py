@@ -1,4 +1,4 @@
-"""What tokens become before the first layer, and looking them up in a table that is spread over devices."""
+"""Token and position embeddings, also from a table that is sharded over devices."""
 
 from __future__ import annotations
 
@@ -16,26 +16,37 @@ from rlhf_jax.lm import config, weights
 def embed(
     params: types.Params, tokens_BL: jax.Array, mask_BL: jax.Array, positions_BL: jax.Array, cfg: config.LMConfig
 ) -> jax.Array:
-    """``[B,L,D]`` in the compute dtype."""
-    # Whatever id stands at padding, a valid one is looked up: an id outside the vocabulary would read NaN.
+    """Returns the input of the first layer, ``[B,L,D]`` in the compute dtype.
+
+    Args:
+        params: Parameters of the model.
+        tokens_BL: int32 tokens.
+        mask_BL: bool, True at real tokens; the ids of padding are not read.
+        positions_BL: int32 positions.
+        cfg: Architecture.
+
+    Returns:
+        Embeddings.
+    """
+    # Padding may hold any id: a valid one is looked up instead, since an id outside the vocabulary would read NaN.
     ids_BL, table_VD = jnp.where(mask_BL, tokens_BL, 0), params["embed"]["tokens"]
-    # Positions are added before anything is cast.
+    # Positions are added before the sum is cast.
     dtype = table_VD.dtype if cfg.positions == "learned" else cfg.compute_dtype
-    x_BLD = table_VD[ids_BL] if weights.ready(params) else look_up(table_VD, ids_BL, dtype)
+    x_BLD = table_VD[ids_BL] if weights.is_unstacked(params) else look_up(table_VD, ids_BL, dtype)
     if cfg.positions == "learned":
         table_LD = params["embed"]["positions"]
-        table_LD = table_LD if weights.ready(params) else parallel.gathered(table_LD, None, "embed")
+        table_LD = table_LD if weights.is_unstacked(params) else parallel.gathered(table_LD, None, "embed")
         x_BLD = x_BLD + table_LD[positions_BL + cfg.position_offset]
     x_BLD = x_BLD.astype(cfg.compute_dtype)
     return x_BLD * jnp.asarray(cfg.d_model**0.5, x_BLD.dtype) if cfg.embed_scale else x_BLD
 
 
 def look_up(table_VD: jax.Array, tokens_BL: jax.Array, dtype: Any) -> jax.Array:
-    """``table_VD[tokens_BL]`` in ``dtype``, ``[B,L,D]``; every id is one of the table's.
+    """Returns ``table_VD[tokens_BL]`` in ``dtype``, ``[B,L,D]``; ids must be below V.
 
-    On a mesh each device gathers the features of its part of the vocabulary and looks up its own rows there. Written
-    out, since the gradient is then added up on each device before it is sent, in the table's dtype, to where its parts
-    lie; left to itself a compiler sends the rows of all devices instead, or the sum to all of them.
+    On a mesh, each device gathers the features of its part of the vocabulary and looks up its own rows there. The
+    gradient is then summed on each device before it is reduced to its shards, in the table's dtype. Compiled from plain
+    indexing, the program would exchange the rows of all devices, or reduce the sum to all of them.
     """
     mesh = parallel.compiled_for()
     rows = None if mesh is None else parallel.spec(("batch", "length"), mesh, shape=tokens_BL.shape)
@@ -44,17 +55,19 @@ def look_up(table_VD: jax.Array, tokens_BL: jax.Array, dtype: Any) -> jax.Array:
         return table_VD[tokens_BL].astype(dtype)
     over_vocab, over_features = where
     if over_features is None or over_features not in (rows[0] or ()):
-        # Few rows: all devices that share the features look up the same ones.
+        # Devices that share the features look up the same rows.
         return parallel.gathered(table_VD, "vocab", "embed")[tokens_BL].astype(dtype)
 
-    def mine(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    def look_up_shard(table: jax.Array, tokens: jax.Array) -> jax.Array:
         table = lax.all_gather(table, over_features, axis=1, tiled=True)
         if over_vocab is None:
             return table[tokens].astype(dtype)
         places = tokens - lax.axis_index(over_vocab) * table.shape[0]
         here = (places >= 0) & (places < table.shape[0])
         found = table[jnp.where(here, places, 0)].astype(dtype)
-        # Of one device alone it is not zero, so that the sum is exact in any dtype.
+        # Only one device has a non-zero term, so the sum is exact in any dtype.
         return lax.psum(jnp.where(here[..., None], found, jnp.zeros((), dtype)), over_vocab)
 
-    return jax.shard_map(mine, in_specs=(where, rows), out_specs=PartitionSpec(*rows, None))(table_VD, tokens_BL)
+    return jax.shard_map(look_up_shard, in_specs=(where, rows), out_specs=PartitionSpec(*rows, None))(
+        table_VD, tokens_BL
+    )

@@ -61,7 +61,7 @@ def value(params: types.Params, hidden_BLD: jax.Array) -> jax.Array:
     """:func:`scalar` of a critic, which has one head; raises ValueError where there are several."""
     if "head" in params and count_heads(params) is not None:
         raise ValueError(
-            f"a value comes from one head, and there are {count_heads(params)}: lm.combine makes one of them"
+            f"a value comes from one head, and there are {count_heads(params)}: lm.heads.combine makes one of them"
         )
     return scalar(params, hidden_BLD)
 

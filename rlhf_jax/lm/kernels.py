@@ -1,7 +1,7 @@
-"""Attention over whole rows by a kernel of the platform, which never holds the scores of all keys.
+"""Attention over whole rows by a kernel of the platform, which never stores the scores of all keys.
 
-On a TPU that is splash attention, from Pallas; on a GPU cuDNN's. Both compute what `attention.attend` writes out, in
-another order. Which one it is is decided where a program is lowered, so that it is right for a described topology too.
+A TPU uses splash attention from Pallas, a GPU that of cuDNN. Both compute `attention.attend` in another order. The
+kernel is chosen when a program is lowered, so a program compiled for a topology description gets the right one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rlhf_jax import parallel
 from rlhf_jax.lm import attention, config
 
 _LANES = 128
-"""Rows of a splash block come in multiples of it."""
+"""The number of rows of a splash block is a multiple of this."""
 _BLOCKS = (512, 256, 128)
 
 
@@ -32,31 +32,42 @@ def attend_rows(
     *,
     cfg: config.LMConfig,
 ) -> jax.Array:
-    """`attention.attend` of whole rows, ``seen_BLL`` being what `attention.causal` makes of mask and segments.
+    """Returns `attention.attend` over whole rows, by a kernel of the platform if ``cfg.attention`` is "auto".
 
-    With ``cfg.attention`` "auto", 16-bit heads go through the kernel of the platform where it can do the mask, and
-    through the products that are written out everywhere else. What padding gets is finite and may differ.
+    Kernels are used for 16-bit heads if they support the mask. Results at padding are finite and may differ.
+
+    Args:
+        queries_BHLC: Queries.
+        keys_BGLC: Keys.
+        values_BGLC: Values.
+        seen_BLL: The result of `attention.causal` for ``mask_BL`` and ``segments_BL``.
+        mask_BL: bool, True at real tokens.
+        segments_BL: int32 segments of packed rows, or None.
+        cfg: Architecture.
+
+    Returns:
+        ``[B,H,L,C]``.
     """
 
-    # Its scores are made again for the backward pass.
+    # The backward pass recomputes the scores.
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def written_out(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+    def einsum(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
         return attention.attend(queries, keys, values, seen_BLL, cfg=cfg)
 
     heads = (queries_BHLC, keys_BGLC, values_BGLC)
     if cfg.attention != "auto" or queries_BHLC.dtype.itemsize != 2:
-        return written_out(*heads)
+        return einsum(*heads)
     kernels: dict[str, Any] = {}
-    if _splash_can(cfg, queries_BHLC):
+    if _splash_supports(cfg, queries_BHLC):
         ids_BL = segment_ids(mask_BL, segments_BL)
         kernels["tpu"] = functools.partial(_splash_on_mesh, ids_BL, cfg=cfg)
-    if _cudnn_can(cfg):
+    if _cudnn_supports(cfg):
         kernels["cuda"] = lambda *heads: attention.attend_by("cudnn", *heads, seen_BLS=seen_BLL, cfg=cfg)
-    return lax.platform_dependent(*heads, **kernels, default=written_out) if kernels else written_out(*heads)
+    return lax.platform_dependent(*heads, **kernels, default=einsum) if kernels else einsum(*heads)
 
 
 def segment_ids(mask_BL: jax.Array, segments_BL: jax.Array | None) -> jax.Array:
-    """Mask and segments as one: 0 at padding, which sees nothing but padding, and a number of its own for the rest."""
+    """Returns mask and segments as one int32 array ``[B,L]``: 0 at padding, from 1 on for each segment."""
     ids_BL = jnp.ones(mask_BL.shape, jnp.int32) if segments_BL is None else segments_BL.astype(jnp.int32) + 1
     return jnp.where(mask_BL, ids_BL, 0)
 
@@ -70,11 +81,20 @@ def splash(
     cfg: config.LMConfig,
     interpret: bool = False,
 ) -> jax.Array:
-    """Causal attention within segments on one TPU, forward and backward; ``interpret`` runs it anywhere, slowly.
+    """Returns causal attention within segments on one TPU, with a backward pass.
 
-    L is a multiple of 128.
+    Args:
+        queries_BHLC: Queries; L must be a multiple of 128.
+        keys_BGLC: Keys.
+        values_BGLC: Values.
+        ids_BL: Segment ids, from `segment_ids`.
+        cfg: Scale and soft cap.
+        interpret: Runs the kernel on any platform, slowly.
+
+    Returns:
+        ``[B,H,L,C]``.
     """
-    # Not everybody who imports this library has a use for Pallas, which takes a while to import.
+    # Pallas is slow to import and needed on a TPU alone.
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
     H, L = queries_BHLC.shape[1:3]
@@ -102,31 +122,31 @@ def splash(
 
 
 def _splash_on_mesh(ids_BL: jax.Array, *heads: jax.Array, cfg: config.LMConfig) -> jax.Array:
-    """Every device attends with its own rows and heads: a kernel is nothing that a compiler can take apart."""
+    """Runs `splash` on each device with its own rows and heads: a compiler cannot partition a kernel."""
     mesh = parallel.compiled_for()
     if mesh is None:
         return splash(*heads, ids_BL=ids_BL, cfg=cfg)
     names = [("batch", "heads", None, None), *[("batch", "kv_heads", None, None)] * 2, ("batch", None)]
     specs = tuple(parallel.spec(axes, mesh, shape=x.shape) for axes, x in zip(names, (*heads, ids_BL), strict=True))
 
-    def attend(*mine: Any) -> jax.Array:
-        queries, keys, values, ids = mine
+    def attend(*shards: Any) -> jax.Array:
+        queries, keys, values, ids = shards
         return splash(queries, keys, values, ids, cfg=cfg)
 
     return jax.shard_map(attend, in_specs=specs, out_specs=specs[0], check_vma=False)(*heads, ids_BL)
 
 
-def _splash_can(cfg: config.LMConfig, queries_BHLC: jax.Array) -> bool:
+def _splash_supports(cfg: config.LMConfig, queries_BHLC: jax.Array) -> bool:
     L, C = queries_BHLC.shape[2:]
-    # The window counts real tokens, and a kernel's counts columns: they differ where padding stands between tokens.
+    # The window counts real tokens, that of a kernel columns: they differ if there is padding between tokens.
     windowed = cfg.windowed and cfg.sliding_window < L
-    # Each device's query heads need their own key heads beside them.
+    # The key heads of each device must be those of its query heads.
     apart = parallel.parts("heads")
     together = cfg.n_heads % apart != 0 or cfg.n_kv_heads % apart == 0
     return L % _LANES == 0 and C % 64 == 0 and not windowed and together and parallel.parts("length") == 1
 
 
-def _cudnn_can(cfg: config.LMConfig) -> bool:
-    """Whether there is a GPU to compile for; without one its kernel cannot even be traced."""
+def _cudnn_supports(cfg: config.LMConfig) -> bool:
+    """Returns whether cuDNN supports the heads and there is a GPU, without which its kernel cannot be traced."""
     fits = cfg.d_head % 8 == 0 and cfg.d_head <= 128 and cfg.attn_softcap == 0
     return fits and jax.default_backend() == "gpu" and "cuda" in jax.extend.backend.get_backend().platform_version

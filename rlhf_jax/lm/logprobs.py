@@ -1,19 +1,18 @@
-"""Log-probabilities, values and scores of tokens, each aligned with the token it is about (see :mod:`.alignment`).
+"""Log-probabilities, entropies, values and scores of tokens.
 
-Each function has two forms. ``x(params, ..., cfg=cfg)`` is for this library's own model; ``x_with(apply, params, ...)``
-takes any model as a :class:`rlhf_jax.types.ApplyFn`, the scalar ones reading ``params["head"]`` beside it.
+Each function takes the model as ``cfg``: an `LMConfig` for the model of this library, or a `rlhf_jax.types.ApplyFn`
+for any other. Scalar heads are read from ``params["head"]``.
 
-The ``response_`` forms are for rollouts: a static prompt width P whose last column is real in every row, and a
-contiguous response behind it, so that only columns ``[P-1:-1]`` are turned into logits.
+Entry i of a result is about token i (see :mod:`rlhf_jax.lm.alignment`). With ``prompt_width=P`` the result covers the
+columns from P on, the response of a rollout, and only their logits are computed.
 
-Logits of long rows over a large vocabulary need not fit in memory: only a part of them exists at a time, forward and
-backward. ``chunk`` says how many columns; by default as many as take 64 MB, which is all of them for a small model.
+Logits are computed for ``chunk`` columns at a time, in the forward and the backward pass, so that ``[B,L,V]`` never
+exists in float32. By default a chunk takes 64 MB, which is all columns of a small model.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -25,307 +24,223 @@ from rlhf_jax.lm import alignment, config, heads, transformer
 
 
 class TokenStats(NamedTuple):
-    """What a policy thinks of given tokens: log-probability of each, and the entropy of what it was drawn from."""
+    """Log-probability of each token, and entropy in nats of the distribution that it was drawn from; float32."""
 
     logprobs: jax.Array
     entropy: jax.Array
-
-
-@functools.cache
-def apply_fn(cfg: config.LMConfig, columns: tuple[int, int] | None = None) -> types.ApplyFn:
-    """Return this library's model as the pair (forward, logits). The same arguments give the same object.
-
-    ``columns`` as in `lm.forward`, where the caller looks at those alone.
-    """
-    forward = functools.partial(transformer.forward, cfg=cfg, columns=columns)
-    return types.ApplyFn(forward=forward, logits=functools.partial(transformer.logits, cfg=cfg))
-
-
-def answering(cfg: config.LMConfig, tokens_BL: jax.Array, prompt_width: int) -> types.ApplyFn:
-    """The model for one who looks at the columns that a response is predicted from, and at no other."""
-    return apply_fn(cfg, (max(prompt_width - 1, 0), tokens_BL.shape[1] - 1))
 
 
 def token_logprobs(
     params: types.Params,
     tokens_BL: jax.Array,
     *,
-    cfg: config.LMConfig,
+    cfg: config.LMConfig | types.ApplyFn,
     mask_BL: jax.Array | None = None,
     segments_BL: jax.Array | None = None,
+    prompt_width: int | None = None,
     temperature: jax.Array | float = 1.0,
     chunk: int | None = None,
 ) -> jax.Array:
-    """``[B,L]`` float32: log p(token_i | real tokens before it), of ``softmax(logits / temperature)``.
+    """Returns log p(token_i | real tokens before it), under ``softmax(logits / temperature)``.
 
-    0 at the first real token of a row and at padding, which may stand anywhere. In packed rows, ``segments_BL`` names
-    the sequence that each token belongs to (0 at padding): then 0 at the first real token of each segment, and
-    the tokens before are those of its segment.
+    >>> import jax, jax.numpy as jnp
+    >>> from rlhf_jax import lm
+    >>> cfg = lm.LMConfig.preset("tiny")
+    >>> params = lm.init(jax.random.key(0), cfg)
+    >>> tokens_BL = jnp.array([[5, 6, 7, 8]])
+    >>> lm.token_logprobs(params, tokens_BL, cfg=cfg).shape
+    (1, 4)
+    >>> lm.token_logprobs(params, tokens_BL, cfg=cfg, prompt_width=3).shape
+    (1, 1)
+
+    Args:
+        params: Parameters of the model.
+        tokens_BL: int32 tokens.
+        cfg: The model: an `LMConfig`, or an `ApplyFn` for any other model.
+        mask_BL: bool, True at real tokens; padding may be anywhere. By default ``segments_BL > 0``, or all True.
+        segments_BL: int32, the sequence of a packed row that each token belongs to; 0 at padding.
+        prompt_width: P; the result then is ``[B,T]``, for the response that begins in column P.
+        temperature: Divides the logits; above 0.
+        chunk: Number of columns of logits computed at a time.
+
+    Returns:
+        ``[B,L]`` float32, or ``[B,T]`` with ``prompt_width``. 0 at padding and at the first real token of each row
+        and segment.
+
+    Raises:
+        ValueError: ``prompt_width`` leaves no prompt or no response, or is combined with ``segments_BL``.
     """
-    return token_logprobs_with(
-        apply_fn(cfg),
-        params,
-        tokens_BL,
-        mask_BL=mask_BL,
-        segments_BL=segments_BL,
-        temperature=temperature,
-        chunk=chunk,
-    )
+    fn = functools.partial(selected_logprobs, temperature=temperature)
+    masks = {"mask_BL": mask_BL, "segments_BL": segments_BL, "prompt_width": prompt_width}
+    return alignment.token_map(fn, params, tokens_BL, tokens_BL[:, prompt_width:], cfg=cfg, chunk=chunk, **masks)
 
 
-def values(
+def token_stats(
     params: types.Params,
     tokens_BL: jax.Array,
     *,
-    cfg: config.LMConfig,
+    cfg: config.LMConfig | types.ApplyFn,
     mask_BL: jax.Array | None = None,
     segments_BL: jax.Array | None = None,
-) -> jax.Array:
-    """``[B,L]`` float32: the value BEFORE token i, read off the scalar head at the real token before it.
-
-    0 at the first real token of a row (of a segment) and at padding. With a response in columns P and on, ``[:, P:]``
-    is V_t.
-    """
-    return values_with(apply_fn(cfg), params, tokens_BL, mask_BL=mask_BL, segments_BL=segments_BL)
-
-
-def score(
-    params: types.Params, tokens_BL: jax.Array, *, cfg: config.LMConfig, mask_BL: jax.Array | None = None
-) -> jax.Array:
-    """``[B]`` float32: the scalar head at the last real token, gain and bias applied; a row of padding gets 0.
-
-    ``[B, H]`` where the model has several heads.
-    """
-    last_B = _last_real(tokens_BL, mask_BL)
-    reading = transformer.forward(params, tokens_BL, cfg=cfg, mask_BL=mask_BL, columns=last_B)
-    return _at(heads.scalar(params, reading.hidden_BLD), last_B)
-
-
-def response_logprobs(
-    params: types.Params,
-    tokens_BL: jax.Array,
-    *,
-    cfg: config.LMConfig,
-    prompt_width: int,
-    mask_BL: jax.Array | None = None,
-    temperature: jax.Array | float = 1.0,
-    chunk: int | None = None,
-) -> jax.Array:
-    """``[B,T]`` float32: ``token_logprobs(...)[:, P:]`` at the price of T columns of logits. 0 off the mask."""
-    return response_logprobs_with(
-        answering(cfg, tokens_BL, prompt_width),
-        params,
-        tokens_BL,
-        prompt_width=prompt_width,
-        mask_BL=mask_BL,
-        temperature=temperature,
-        chunk=chunk,
-    )
-
-
-def response_stats(
-    params: types.Params,
-    tokens_BL: jax.Array,
-    *,
-    cfg: config.LMConfig,
-    prompt_width: int,
-    mask_BL: jax.Array | None = None,
+    prompt_width: int | None = None,
     temperature: jax.Array | float = 1.0,
     chunk: int | None = None,
 ) -> TokenStats:
-    """Return :func:`response_logprobs` and the entropy of each token's distribution (nats), both ``[B,T]``."""
-    return response_stats_with(
-        answering(cfg, tokens_BL, prompt_width),
-        params,
-        tokens_BL,
-        prompt_width=prompt_width,
-        mask_BL=mask_BL,
-        temperature=temperature,
-        chunk=chunk,
-    )
+    """Returns `token_logprobs` and the entropy of each token's distribution in nats, from one pass.
 
+    Args:
+        params: Parameters of the model.
+        tokens_BL: int32 tokens.
+        cfg: As in `token_logprobs`, like all arguments below.
+        mask_BL: bool, True at real tokens.
+        segments_BL: int32, the sequence of a packed row that each token belongs to.
+        prompt_width: P; the results then are ``[B,T]``.
+        temperature: Divides the logits; above 0.
+        chunk: Number of columns of logits computed at a time.
 
-def response_values(
-    params: types.Params,
-    tokens_BL: jax.Array,
-    *,
-    cfg: config.LMConfig,
-    prompt_width: int,
-    mask_BL: jax.Array | None = None,
-) -> jax.Array:
-    """``[B,T]`` float32: the value before each response token; 0 off the mask."""
-    apply = answering(cfg, tokens_BL, prompt_width)
-    return response_values_with(apply, params, tokens_BL, prompt_width=prompt_width, mask_BL=mask_BL)
+    Returns:
+        `TokenStats` of two ``[B,L]`` arrays, or ``[B,T]`` with ``prompt_width``.
+    """
+
+    def stats(logits: jax.Array, targets: jax.Array) -> TokenStats:
+        logprobs = selected_logprobs(logits, targets, temperature=temperature)
+        return TokenStats(logprobs, entropy(logits, temperature=temperature))
+
+    masks = {"mask_BL": mask_BL, "segments_BL": segments_BL, "prompt_width": prompt_width}
+    return alignment.token_map(stats, params, tokens_BL, tokens_BL[:, prompt_width:], cfg=cfg, chunk=chunk, **masks)
 
 
 def greedy_matches(
     params: types.Params,
     tokens_BL: jax.Array,
     *,
-    cfg: config.LMConfig,
+    cfg: config.LMConfig | types.ApplyFn,
     mask_BL: jax.Array | None = None,
     segments_BL: jax.Array | None = None,
+    prompt_width: int | None = None,
     chunk: int | None = None,
 ) -> jax.Array:
-    """``[B,L]`` bool: token i is the one that greedy decoding would give after the real tokens before it.
+    """Returns whether each token is the one that greedy decoding chooses after the real tokens before it.
 
-    A whole answer whose every token matches is what greedy decoding gives, so exact answers are scored in one pass.
-    False at the first real token of a row (of a segment) and at padding.
+    If every token of an answer matches, greedy decoding gives that answer: exact answers are scored in one pass.
+
+    Args:
+        params: Parameters of the model.
+        tokens_BL: int32 tokens.
+        cfg: As in `token_logprobs`, like all arguments below.
+        mask_BL: bool, True at real tokens.
+        segments_BL: int32, the sequence of a packed row that each token belongs to.
+        prompt_width: P; the result then is ``[B,T]``.
+        chunk: Number of columns of logits computed at a time.
+
+    Returns:
+        bool ``[B,L]``, or ``[B,T]`` with ``prompt_width``; False where `token_logprobs` is 0 by definition.
     """
-    return greedy_matches_with(apply_fn(cfg), params, tokens_BL, mask_BL=mask_BL, segments_BL=segments_BL, chunk=chunk)
+    masks = {"mask_BL": mask_BL, "segments_BL": segments_BL, "prompt_width": prompt_width}
+    fn = lambda logits, targets: jnp.argmax(logits, axis=-1) == targets  # noqa: E731
+    return alignment.token_map(fn, params, tokens_BL, tokens_BL[:, prompt_width:], cfg=cfg, chunk=chunk, **masks)
 
 
-def token_logprobs_with(
-    apply: types.ApplyFn,
+def values(
     params: types.Params,
     tokens_BL: jax.Array,
     *,
+    cfg: config.LMConfig | types.ApplyFn,
     mask_BL: jax.Array | None = None,
     segments_BL: jax.Array | None = None,
-    temperature: jax.Array | float = 1.0,
-    chunk: int | None = None,
+    prompt_width: int | None = None,
 ) -> jax.Array:
-    """:func:`token_logprobs` of any model; only a model that packed rows are given to has to know ``segments_BL``."""
-    return alignment.token_map_with(
-        apply,
-        params,
-        _logprobs_at(temperature),
-        tokens_BL,
-        tokens_BL,
-        mask_BL=mask_BL,
-        segments_BL=segments_BL,
-        chunk=chunk,
-    )
+    """Returns the value BEFORE each token: the scalar head at the last real token before it.
+
+    Args:
+        params: Parameters of the critic, with one head.
+        tokens_BL: int32 tokens.
+        cfg: As in `token_logprobs`, like all arguments below.
+        mask_BL: bool, True at real tokens.
+        segments_BL: int32, the sequence of a packed row that each token belongs to.
+        prompt_width: P; the result then is V_t of the response, ``[B,T]``.
+
+    Returns:
+        ``[B,L]`` float32, or ``[B,T]`` with ``prompt_width``; 0 where `token_logprobs` is 0 by definition.
+
+    Raises:
+        ValueError: ``params`` have no head or several.
+    """
+    hidden, _ = alignment.hidden_states(params, tokens_BL, cfg, mask_BL, segments_BL, prompt_width)
+    values = heads.value(params, hidden)
+    if prompt_width is None:
+        return alignment.from_previous_real(values, mask_BL, segments_BL)
+    return alignment.zero_unless(None if mask_BL is None else mask_BL[:, prompt_width:], values)
 
 
-def values_with(
-    apply: types.ApplyFn,
+def score(
     params: types.Params,
     tokens_BL: jax.Array,
     *,
-    mask_BL: jax.Array | None = None,
-    segments_BL: jax.Array | None = None,
-) -> jax.Array:
-    """:func:`values` of any model."""
-    out = apply.forward(params, tokens_BL, **alignment.reading(mask_BL, segments_BL))
-    return alignment.from_previous_real(heads.value(params, out.hidden_BLD), mask_BL, segments_BL)
-
-
-def score_with(
-    apply: types.ApplyFn, params: types.Params, tokens_BL: jax.Array, *, mask_BL: jax.Array | None = None
-) -> jax.Array:
-    """:func:`score` of any model."""
-    made_BL = heads.scalar(params, apply.forward(params, tokens_BL, mask_BL=mask_BL).hidden_BLD)
-    return _at(made_BL, _last_real(tokens_BL, mask_BL))
-
-
-def response_logprobs_with(
-    apply: types.ApplyFn,
-    params: types.Params,
-    tokens_BL: jax.Array,
-    *,
-    prompt_width: int,
-    mask_BL: jax.Array | None = None,
-    temperature: jax.Array | float = 1.0,
-    chunk: int | None = None,
-) -> jax.Array:
-    """:func:`response_logprobs` of any model."""
-    return alignment.response_map_with(
-        apply,
-        params,
-        _logprobs_at(temperature),
-        tokens_BL,
-        tokens_BL[:, prompt_width:],
-        prompt_width=prompt_width,
-        mask_BL=mask_BL,
-        chunk=chunk,
-    )
-
-
-def response_stats_with(
-    apply: types.ApplyFn,
-    params: types.Params,
-    tokens_BL: jax.Array,
-    *,
-    prompt_width: int,
-    mask_BL: jax.Array | None = None,
-    temperature: jax.Array | float = 1.0,
-    chunk: int | None = None,
-) -> TokenStats:
-    """:func:`response_stats` of any model."""
-
-    def stats(logits_BTV: jax.Array, targets_BT: jax.Array) -> TokenStats:
-        return TokenStats(
-            logprobs=selected_logprobs(logits_BTV, targets_BT, temperature=temperature),
-            entropy=entropy(logits_BTV, temperature=temperature),
-        )
-
-    return alignment.response_map_with(
-        apply,
-        params,
-        stats,
-        tokens_BL,
-        tokens_BL[:, prompt_width:],
-        prompt_width=prompt_width,
-        mask_BL=mask_BL,
-        chunk=chunk,
-    )
-
-
-def response_values_with(
-    apply: types.ApplyFn,
-    params: types.Params,
-    tokens_BL: jax.Array,
-    *,
-    prompt_width: int,
+    cfg: config.LMConfig | types.ApplyFn,
     mask_BL: jax.Array | None = None,
 ) -> jax.Array:
-    """:func:`response_values` of any model."""
-    hidden_BTD = alignment.response_hidden(apply, params, tokens_BL, prompt_width=prompt_width, mask_BL=mask_BL)
-    values_BT = heads.value(params, hidden_BTD)
-    return values_BT if mask_BL is None else jnp.where(mask_BL[:, prompt_width:], values_BT, 0.0)
+    """Returns the reward of each row: the scalar head at its last real token, gain and bias applied.
 
+    >>> import jax, jax.numpy as jnp
+    >>> from rlhf_jax import lm
+    >>> cfg = lm.LMConfig.preset("tiny")
+    >>> params = lm.with_head(jax.random.key(1), lm.init(jax.random.key(0), cfg), cfg)
+    >>> padded_BL, mask_BL = jnp.array([[5, 6, 0]]), jnp.array([[True, True, False]])
+    >>> scores_B = lm.score(params, padded_BL, cfg=cfg, mask_BL=mask_BL)
+    >>> bool(jnp.allclose(scores_B, lm.score(params, padded_BL[:, :2], cfg=cfg), atol=1e-5))
+    True
 
-def greedy_matches_with(
-    apply: types.ApplyFn,
-    params: types.Params,
-    tokens_BL: jax.Array,
-    *,
-    mask_BL: jax.Array | None = None,
-    segments_BL: jax.Array | None = None,
-    chunk: int | None = None,
-) -> jax.Array:
-    """:func:`greedy_matches` of any model."""
-    return alignment.token_map_with(
-        apply,
-        params,
-        lambda logits_BLV, targets_BL: jnp.argmax(logits_BLV, axis=-1) == targets_BL,
-        tokens_BL,
-        tokens_BL,
-        mask_BL=mask_BL,
-        segments_BL=segments_BL,
-        chunk=chunk,
-    )
+    Args:
+        params: Parameters of the reward model, with one head or several.
+        tokens_BL: int32 tokens.
+        cfg: The model: an `LMConfig`, or an `ApplyFn` for any other model.
+        mask_BL: bool, True at real tokens; by default all.
+
+    Returns:
+        ``[B]`` float32, or ``[B,H]`` with several heads; 0 for a row of padding.
+    """
+    last_B = _last_real(tokens_BL, mask_BL)
+    if isinstance(cfg, types.ApplyFn):
+        out = cfg.forward(params, tokens_BL, mask_BL=mask_BL)
+    else:
+        out = transformer.forward(params, tokens_BL, cfg=cfg, mask_BL=mask_BL, columns=last_B)
+    return _at(heads.scalar(params, out.hidden_BLD), last_B)
 
 
 def selected_logprobs(logits: jax.Array, targets: jax.Array, *, temperature: jax.Array | float = 1.0) -> jax.Array:
-    """``log_softmax(logits / temperature)`` at one target each: ``[..., V]``, ``[...] -> [...]``, float32."""
+    """Returns ``log_softmax(logits / temperature)`` at one target each: ``[..., V]``, ``[...] -> [...]``, float32.
+
+    >>> import jax.numpy as jnp
+    >>> from rlhf_jax import lm
+    >>> print(round(float(lm.selected_logprobs(jnp.zeros(4), jnp.array(2))), 4))
+    -1.3863
+
+    Raises:
+        ValueError: The shapes disagree.
+    """
     if logits.shape[:-1] != targets.shape:
         raise ValueError(f"logits {logits.shape} and targets {targets.shape} must agree but for the vocabulary")
     scaled = logits.astype(jnp.float32) / temperature
-    # One-hot and sum, fused by the compiler into one pass; the gradient of a gather would be a scatter.
+    # One-hot and sum fuse into one pass; the gradient of a gather would be a scatter.
     hot = lax.broadcasted_iota(targets.dtype, scaled.shape, scaled.ndim - 1) == targets[..., None]
     return jnp.sum(jnp.where(hot, scaled, 0.0), axis=-1) - jax.nn.logsumexp(scaled, axis=-1)
 
 
 def entropy(logits: jax.Array, *, temperature: jax.Array | float = 1.0) -> jax.Array:
-    """Entropy in nats of ``softmax(logits / temperature)``: ``[..., V] -> [...]``, float32."""
+    """Returns the entropy in nats of ``softmax(logits / temperature)``: ``[..., V] -> [...]``, float32.
+
+    >>> import jax.numpy as jnp
+    >>> from rlhf_jax import lm
+    >>> print(round(float(lm.entropy(jnp.zeros(4))), 4))
+    1.3863
+    """
     logp = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
     return -jnp.sum(jnp.exp(logp) * logp, axis=-1)
 
 
 def _last_real(tokens_BL: jax.Array, mask_BL: jax.Array | None) -> jax.Array:
-    """Column of the last real token of each row, ``[B]``; -1 where there is none."""
+    """Returns the column of the last real token of each row, ``[B]``; -1 for a row of padding."""
     B, L = tokens_BL.shape
     if mask_BL is None:
         return jnp.full(B, L - 1)
@@ -333,11 +248,7 @@ def _last_real(tokens_BL: jax.Array, mask_BL: jax.Array | None) -> jax.Array:
 
 
 def _at(x_BL: jax.Array, column_B: jax.Array) -> jax.Array:
-    """One entry of each row, ``[B, L, ...] -> [B, ...]``; 0 for column -1."""
-    # A sum over one chosen column: its gradient is a product, where a gather's would be a scatter.
+    """Returns one entry of each row, ``[B, L, ...] -> [B, ...]``; 0 for column -1."""
+    # A sum over one selected column: its gradient is a product, that of a gather a scatter.
     here_BL = jnp.arange(x_BL.shape[1])[None, :] == column_B[:, None]
     return jnp.sum(jnp.where(here_BL if x_BL.ndim == 2 else here_BL[..., None], x_BL, 0.0), axis=1)
-
-
-def _logprobs_at(temperature: jax.Array | float) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    return functools.partial(selected_logprobs, temperature=temperature)

@@ -1,19 +1,19 @@
 """Low-rank adapters (LoRA, Hu et al. 2021): W + scale A B, of which only A and B are trained.
 
-Adapters are a pytree of their own, ``{"layers": {"q": {"lora_a", "lora_b"}}}``, with the layers' leading axis and the
-kernel's other axes made into one input and one output axis: ``lora_a [N, in, r]`` and ``lora_b [N, r, out]``. The model
-is never copied::
+Adapters are a separate pytree, ``{"layers": {"q": {"lora_a", "lora_b"}}}``. They keep the leading axis of the layers.
+The other axes of a kernel are flattened to one input and one output axis: ``lora_a`` is ``[N, in, r]`` and ``lora_b``
+``[N, r, out]``. The model is not copied::
 
     adapters = lora.init(rng, cfg, rank=8, pattern="layers/(q|v)/kernel")
-    params = lora.attach(base, adapters, scale=2.0)      # the arrays of base, and the adapters beside them
-    lm.token_logprobs(params, tokens_BL, cfg=cfg)        # or anything else that takes params
-    whole = lora.merge(base, adapters, scale=2.0)        # new arrays where W changed: an ordinary model
+    params = lora.attach(base, adapters, scale=2.0)      # the arrays of base, plus the adapters
+    lm.token_logprobs(params, tokens_BL, cfg=cfg)        # or any other function of params
+    whole = lora.merge(base, adapters, scale=2.0)        # an ordinary model
 
-``scale`` is the paper's alpha / r. A trainer's state holds the adapters alone, and the base is its ``frozen`` argument:
-``sft.make_train_step(..., join=partial(lora.attach, scale=2.0))``. Since B starts at 0, a policy of fresh adapters
-equals its base, which serves as its reference as well (`train.ppo.Models.join`).
+``scale`` is the paper's alpha / r. The train state holds the adapters, and ``frozen`` is the base:
+``sft.make_train_step(..., join=partial(lora.attach, scale=2.0))``. Since B is initialised to 0, a policy with fresh
+adapters equals its base, which can therefore be its reference model (`train.ppo.Models.join`).
 
-:mod:`rlhf_jax.lm.hub.peft` writes adapters for other libraries and reads theirs.
+:mod:`rlhf_jax.lm.hub.peft` reads and writes adapters in the format of PEFT.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from rlhf_jax.lm import params as lm_params
 
 
 class Pair(NamedTuple):
-    """One adapter and where it belongs."""
+    """One adapter and the kernel that it belongs to."""
 
     node: str
-    """Such as ``layers/q``."""
+    """Path of the layer, such as ``layers/q``."""
     kernel: Any
-    """``[N, ...]``, of the model."""
+    """``[N, ...]``, the kernel of the model."""
     a: jax.Array
     """``[N, in, r]``."""
     b: jax.Array
@@ -46,23 +46,38 @@ class Pair(NamedTuple):
 
 
 def init(rng: jax.Array, cfg: config.LMConfig, *, rank: int, pattern: str | Sequence[str]) -> types.Params:
-    """Draw adapters: A uniform within 1 / sqrt(in) as PEFT does, B zero; float32. ``pattern`` as in :func:`table`.
+    """Returns fresh float32 adapters: A uniform within 1 / sqrt(in), as in PEFT, and B zero.
 
-    Each leaf has a key of its own made from its name. ``rng`` is consumed. Adapters of several ranks are drawn apart
-    and their dicts joined.
+    >>> import jax
+    >>> from rlhf_jax import lm
+    >>> cfg = lm.LMConfig.preset("tiny")
+    >>> adapters = lm.lora.init(jax.random.key(0), cfg, rank=4, pattern="layers/(q|v)/kernel")
+    >>> adapters["layers"]["q"]["lora_a"].shape
+    (2, 64, 4)
 
-    Raises ``ValueError`` for a rank below 1 and for a pattern that matches nothing, naming it.
+    Args:
+        rng: Random key, consumed. The key of each leaf is derived from its name.
+        cfg: Architecture of the base model.
+        rank: r, at least 1. For several ranks, draw the adapters separately and merge the dicts.
+        pattern: The kernels to adapt, as in `table`.
+
+    Returns:
+        Adapters.
+
+    Raises:
+        ValueError: The rank is below 1, or a pattern matches no kernel.
     """
     return lm_params.draw(rng, table(cfg, rank=rank, pattern=pattern))
 
 
 def table(cfg: config.LMConfig, *, rank: int, pattern: str | Sequence[str]) -> dict[str, lm_params.Spec]:
-    """Return shape, logical axes and initialiser of every adapter by its path, as `lm.params.table` does.
+    """Returns shape, logical axes and initialiser of every adapter by its path, as `lm.params.table` does.
 
-    ``pattern`` is a regular expression, or several, for whole paths of kernels in the layers, such as
-    ``"layers/(q|k|v|out)/kernel"`` or ``"layers/.*"``. The rank's axis has the logical name ``rank``.
+    ``pattern`` is one or several regular expressions that match whole paths of kernels, such as
+    ``"layers/(q|k|v|out)/kernel"`` or ``"layers/.*"``. The rank has the logical axis ``rank``.
 
-    Raises as :func:`init`.
+    Raises:
+        ValueError: As `init`.
     """
     if rank < 1:
         raise ValueError(f"rank is {rank!r}; it must be at least 1")
@@ -70,7 +85,7 @@ def table(cfg: config.LMConfig, *, rank: int, pattern: str | Sequence[str]) -> d
     patterns = [pattern] if isinstance(pattern, str) else pattern
     chosen = set().union(*(_matching(one, list(kernels)) for one in patterns))
     if not chosen:
-        raise ValueError("no pattern was given, so there is nothing to adapt")
+        raise ValueError("no pattern was given: name the kernels to adapt, such as 'layers/(q|v)/kernel'")
     rows = {}
     for name, kernel in kernels.items():
         if name in chosen:
@@ -79,12 +94,13 @@ def table(cfg: config.LMConfig, *, rank: int, pattern: str | Sequence[str]) -> d
 
 
 def attach(params: types.Params, adapters: types.Params, *, scale: Any) -> types.Params:
-    """Return a model with ``adapters`` beside its kernels, for every function that takes parameters.
+    """Returns parameters that contain ``adapters``; every function of parameters accepts them.
 
-    The arrays of ``params`` are in it as they are; its layers compute W x + scale B (A x), and no merged kernel is
-    made. Differentiable in everything, ``scale`` included.
+    Layers then compute W x + scale B (A x) without a merged kernel. The arrays of ``params`` are shared. The result is
+    differentiable in all arguments.
 
-    Raises ``ValueError`` for an adapter whose kernel ``params`` lack, that does not fit it, or is there already.
+    Raises:
+        ValueError: ``params`` have no kernel for an adapter, a kernel of another shape, or an adapter already.
     """
     attached = lm_params.flatten(params)
     for node, _, a, b in pairs(params, adapters):
@@ -93,20 +109,23 @@ def attach(params: types.Params, adapters: types.Params, *, scale: Any) -> types
 
 
 def merge(params: types.Params, adapters: types.Params, *, scale: Any) -> types.Params:
-    """Return an ordinary model with W + scale A B in the place of every adapted W, in W's dtype.
+    """Returns ordinary parameters with W + scale A B in the place of every adapted W, in the dtype of W.
 
-    ``params`` stay as they were; what is not adapted is shared with them. Raises as :func:`attach`.
+    Arrays that are not adapted are shared with ``params``.
+
+    Raises:
+        ValueError: As `attach`.
     """
     merged = lm_params.flatten(params)
     for node, kernel, a, b in pairs(params, adapters):
-        # In full precision, which accelerators do not multiply in by themselves: this is done once.
+        # Accelerators do not multiply in full float32 precision by default.
         change = scale * jnp.matmul(a, b, precision="highest", preferred_element_type=jnp.float32)
         merged[f"{node}/kernel"] = (kernel + change.reshape(kernel.shape)).astype(kernel.dtype)
     return lm_params.nest(merged)
 
 
 def pairs(params: types.Params, adapters: types.Params) -> Iterator[Pair]:
-    """Go through ``adapters`` with the kernels of ``params`` (arrays, or their shapes); raises as :func:`attach`."""
+    """Yields each adapter with its kernel in ``params`` (arrays or shapes); raises as `attach`."""
     kernels, leaves = lm_params.flatten(params), lm_params.flatten(adapters)
     for node in dict.fromkeys(name.rpartition("/")[0] for name in leaves):
         names = f"{node}/kernel", f"{node}/lora_a", f"{node}/lora_b"
@@ -115,18 +134,18 @@ def pairs(params: types.Params, adapters: types.Params) -> Iterator[Pair]:
             if part is None:
                 raise ValueError(f"the adapter at {node} has no {name}")
         if names[1] in kernels:
-            raise ValueError(f"params have an adapter at {node} already: merge it, or attach both to their base")
+            raise ValueError(f"params already have an adapter at {node}: merge it first, or attach both to the base")
         if not _fits(pair):
             raise ValueError(
                 f"the adapter at {node} has shapes {pair.a.shape} and {pair.b.shape}, its kernel {pair.kernel.shape}"
             )
         yield pair
     if leaves:
-        raise ValueError(f"adapters hold what is neither lora_a nor lora_b: {', '.join(sorted(leaves))}")
+        raise ValueError(f"adapters may hold lora_a and lora_b alone, but have {', '.join(sorted(leaves))}")
 
 
 def sides(kernel: lm_params.Spec) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of a kernel's input and output in one layer: ``(D,), (H, C)`` for queries."""
+    """Returns the input and output shapes of a kernel in one layer: ``(D,), (H, C)`` for queries."""
     split = 2 if kernel.axes[1] == "embed" else len(kernel.axes) - 1
     return kernel.shape[1:split], kernel.shape[split:]
 
@@ -134,7 +153,7 @@ def sides(kernel: lm_params.Spec) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def _rows(node: str, kernel: lm_params.Spec, rank: int) -> dict[str, lm_params.Spec]:
     inputs, outputs = sides(kernel)
     wide, N = math.prod(inputs), kernel.shape[0]
-    # Axes that are made one go by the first one's name: whole heads are what can be put on different devices.
+    # A flattened axis is named after its first axis: whole heads can be sharded.
     ends = kernel.axes[1], kernel.axes[1 + len(inputs)]
     bound = 1 / math.sqrt(wide)
 
@@ -153,7 +172,7 @@ def _matching(pattern: str, names: Sequence[str]) -> set[str]:
     try:
         matched = {name for name in names if re.fullmatch(pattern, name)}
     except re.error as error:
-        raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from error
+        raise ValueError(f"the pattern {pattern!r} is not a valid regular expression: {error}") from error
     if not matched:
         raise ValueError(f"the pattern {pattern!r} matches none of the kernels: {', '.join(names)}")
     return matched

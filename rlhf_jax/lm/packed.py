@@ -1,8 +1,7 @@
-"""One number a sequence from packed rows, where :mod:`rlhf_jax.data.packing` has put several side by side.
+"""One number per sequence from packed rows, which hold several sequences each (see :mod:`rlhf_jax.data.packing`).
 
-Token-wise functions take packed rows with ``segments_BL``. These turn what is one number a row elsewhere, a score or a
-sum over a response, into one a sequence; they are what reward models, DPO and its relatives need. A sequence that is in
-no row (segment 0) gets 0.
+Token-wise functions take packed rows with ``segments_BL``. The functions here return a score, a sum or a mean for each
+sequence, as reward models and DPO need them. A sequence that is in no row (segment 0) gets 0.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import masking, types
-from rlhf_jax.lm import alignment, config, heads, logprobs
+from rlhf_jax.lm import alignment, config, heads
 
 
 def packed_scores(
@@ -20,40 +19,43 @@ def packed_scores(
     segments_BL: jax.Array,
     places: types.Places,
     *,
-    cfg: config.LMConfig,
+    cfg: config.LMConfig | types.ApplyFn,
 ) -> jax.Array:
-    """The scalar head at the last token of each sequence, float32, in the shape of ``places``; `lm.score` unpacked.
+    """Returns the scalar head at the last token of each sequence: `lm.score` for packed rows.
 
-    With H as one more axis at the end where the model has several heads.
+    Args:
+        params: Parameters of the reward model.
+        tokens_BL: int32 packed rows.
+        segments_BL: int32, the sequence that each token belongs to, from 1; 0 at padding.
+        places: Row, segment and last column of each sequence.
+        cfg: The model; the forward pass of an `ApplyFn` must accept ``segments_BL``.
+
+    Returns:
+        float32 in the shape of ``places``, with a last axis H for several heads; 0 for a sequence that is in no row.
     """
-    return packed_scores_with(logprobs.apply_fn(cfg), params, tokens_BL, segments_BL, places)
-
-
-def packed_scores_with(
-    apply: types.ApplyFn,
-    params: types.Params,
-    tokens_BL: jax.Array,
-    segments_BL: jax.Array,
-    places: types.Places,
-) -> jax.Array:
-    """:func:`packed_scores` of any model whose forward pass knows ``segments_BL``."""
-    hidden_BLD = apply.forward(params, tokens_BL, **alignment.reading(None, segments_BL)).hidden_BLD
-    made_BL = heads.scalar(params, hidden_BLD)
-    made = made_BL[places.row, places.end]
-    there = places.segment > 0
-    return jnp.where(there if made.ndim == there.ndim else there[..., None], made, 0.0)
+    forward_pass = alignment.apply_fn(cfg).forward(params, tokens_BL, **alignment.forward_masks(None, segments_BL))
+    scores = heads.scalar(params, forward_pass.hidden_BLD)[places.row, places.end]
+    exists = places.segment > 0
+    return jnp.where(exists if scores.ndim == exists.ndim else exists[..., None], scores, 0.0)
 
 
 def packed_sums(
     x_BL: jax.Array, segments_BL: jax.Array, places: types.Places, *, where_BL: jax.Array | None = None
 ) -> jax.Array:
-    """Sum of ``x_BL`` over each sequence, float32, in the shape of ``places``.
+    """Returns the sum of ``x_BL`` over each sequence.
 
-    Of log-probabilities over the tokens of responses (``where_BL`` is then the loss mask) this is what the policy
-    and reference arguments of `losses.dpo` are. What stands where ``where_BL`` is False is never read.
+    Summed log-probabilities of responses are the arguments of `losses.dpo`.
+
+    Args:
+        x_BL: One number per token.
+        segments_BL: int32, the sequence that each token belongs to, from 1; 0 at padding.
+        places: Row, segment and last column of each sequence.
+        where_BL: bool, the tokens to sum over, such as those of responses; by default all.
+
+    Returns:
+        float32 in the shape of ``places``.
     """
-    # Each sequence looks through its whole row. Adding every token to its sequence's sum instead would be a scatter,
-    # and on a GPU the order in which that adds, and so the last bits, change from run to run.
+    # Each sequence sums over its whole row. A scatter-add by sequence would be non-deterministic on a GPU.
     mine = (segments_BL[places.row] == places.segment[..., None]) & (places.segment[..., None] > 0)
     if where_BL is not None:
         mine &= where_BL[places.row]
@@ -63,7 +65,17 @@ def packed_sums(
 def packed_means(
     x_BL: jax.Array, segments_BL: jax.Array, places: types.Places, *, where_BL: jax.Array | None = None
 ) -> jax.Array:
-    """Mean of ``x_BL`` over each sequence: :func:`packed_sums` by the number of tokens, as IPO, ORPO and SimPO want."""
+    """Returns the mean of ``x_BL`` over each sequence, as IPO, ORPO and SimPO need it.
+
+    Args:
+        x_BL: As in `packed_sums`, like all arguments below.
+        segments_BL: int32, the sequence that each token belongs to.
+        places: Row, segment and last column of each sequence.
+        where_BL: bool, the tokens to average over.
+
+    Returns:
+        float32 in the shape of ``places``.
+    """
     ones_BL = jnp.ones(x_BL.shape, jnp.float32)
     counts = packed_sums(ones_BL, segments_BL, places, where_BL=where_BL)
     return packed_sums(x_BL, segments_BL, places, where_BL=where_BL) / jnp.maximum(counts, 1.0)

@@ -1,8 +1,8 @@
-"""One table of parameters: name -> shape, logical axes, initialiser. Everything about their layout is read from it.
+"""The table of parameters: shape, logical axes and initialiser of each, by name.
 
-A name such as ``layers/q/kernel`` is a path into the nested dict. Whatever stands under ``layers`` has a leading axis
-over the layers, which :mod:`rlhf_jax.lm.transformer` scans. The optional scalar head (``params["head"]``, see
-:mod:`rlhf_jax.lm.heads`) has rows of its own.
+A name such as ``layers/q/kernel`` is a path into the nested dict. Parameters under ``layers`` have a leading axis over
+the layers, which :mod:`rlhf_jax.lm.transformer` scans. The table of the scalar head (``params["head"]``, see
+:mod:`rlhf_jax.lm.heads`) is separate.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ class Spec(NamedTuple):
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
-    """Logical names, one a dimension: layers, vocab, length, embed, heads, kv_heads, head, mlp, score."""
+    """Logical name of each dimension: layers, vocab, length, embed, heads, kv_heads, head, mlp, score."""
     init: Initialiser
 
 
 def normal(std: float) -> Initialiser:
-    """Gaussian entries of standard deviation ``std``."""
+    """Returns an initialiser that draws from a Gaussian of standard deviation ``std``."""
     return lambda rng, shape: std * jax.random.normal(rng, shape, jnp.float32)
 
 
 def constant(value: float) -> Initialiser:
-    """Every entry is ``value``."""
+    """Returns an initialiser that fills with ``value``."""
     return lambda rng, shape: jnp.full(shape, value, jnp.float32)
 
 
 def table(cfg: config.LMConfig) -> dict[str, Spec]:
-    """Return every parameter of ``cfg`` by its path.
+    """Returns the `Spec` of every parameter of ``cfg`` by its path.
 
-    Kernels start from a Gaussian of variance 2 / (5 D), those that write into the residual stream divided by
-    sqrt(2 layers) besides, so that the stream's variance does not grow with depth.
+    Kernels are initialised from a Gaussian of variance 2 / (5 D). Those that write into the residual stream are also
+    divided by sqrt(2 layers), so that its variance does not grow with depth.
     """
     D, F, C = cfg.d_model, cfg.d_mlp, cfg.d_head
     H, G = cfg.n_heads, cfg.n_kv_heads
@@ -101,9 +101,9 @@ def table(cfg: config.LMConfig) -> dict[str, Spec]:
 
 
 def head_table(cfg: config.LMConfig, *, zero: bool = False, heads: int | None = None) -> dict[str, Spec]:
-    """Return the rows of the scalar head, or of several (2 or more).
+    """Returns the table of the scalar head, or of ``heads`` heads (2 or more).
 
-    ``zero`` starts the kernel at 0 instead of std 1 / sqrt(D + 1).
+    The kernel has std 1 / sqrt(D + 1), or is 0 with ``zero``.
     """
     kernel = constant(0.0) if zero else normal(1 / math.sqrt(cfg.d_model + 1))
     if heads is None:
@@ -120,41 +120,52 @@ def head_table(cfg: config.LMConfig, *, zero: bool = False, heads: int | None = 
 
 
 def init(rng: jax.Array, cfg: config.LMConfig) -> types.Params:
-    """Draw fresh parameters: a nested dict of float32 arrays.
+    """Returns fresh parameters: a nested dict of float32 arrays.
 
-    Each leaf has a key of its own made from its name, so that adding or removing a parameter leaves the rest as they
-    were. ``rng`` is consumed. Wrap in ``jax.jit(..., out_shardings=...)`` to have them born sharded.
+    The key of each leaf is derived from its name, so that adding or removing a parameter does not change the others.
+    ``rng`` is consumed. Under ``jax.jit(..., out_shardings=...)`` the parameters are created sharded.
+
+    >>> import jax
+    >>> from rlhf_jax import lm
+    >>> params = lm.init(jax.random.key(0), lm.LMConfig.preset("tiny"))
+    >>> sorted(params), params["embed"]["tokens"].shape
+    (['embed', 'final_norm', 'layers', 'unembed'], (256, 64))
     """
     return draw(rng, table(cfg))
 
 
 def draw(rng: jax.Array, rows: Mapping[str, Spec]) -> types.Params:
-    """Draw the parameters of any table."""
+    """Returns the parameters of a table."""
     return nest({name: row.init(jax.random.fold_in(rng, _stable_hash(name)), row.shape) for name, row in rows.items()})
 
 
 def abstract(cfg: config.LMConfig, *, head: bool = False) -> types.Params:
-    """Shapes and dtypes of :func:`init`'s result, without any memory; with the scalar head where ``head``."""
+    """Returns shapes and dtypes of the result of `init`, plus the scalar head if ``head``."""
     return nest({name: jax.ShapeDtypeStruct(row.shape, jnp.float32) for name, row in _rows(cfg, head).items()})
 
 
 def logical_axes(cfg: config.LMConfig, *, head: bool = False) -> types.Params:
-    """Return the same tree with a tuple of logical axis names in the place of each array."""
+    """Returns the tree of `abstract` with a tuple of logical axis names in the place of each array."""
     return nest({name: row.axes for name, row in _rows(cfg, head).items()})
 
 
 def layer_axes(cfg: config.LMConfig) -> types.Params:
-    """The logical axes of one layer's parameters, less the axis over the layers."""
+    """Returns the logical axes of one layer's parameters, without the axis over the layers."""
     return jax.tree.map(lambda axes: axes[1:], logical_axes(cfg)["layers"], is_leaf=lambda x: isinstance(x, tuple))
 
 
 def count(cfg: config.LMConfig) -> int:
-    """How many parameters ``cfg`` has."""
+    """Returns the number of parameters of ``cfg``, without a head.
+
+    >>> from rlhf_jax import lm
+    >>> lm.count(lm.LMConfig.preset("gpt2"))
+    124439808
+    """
     return sum(math.prod(row.shape) for row in table(cfg).values())
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn ``{"a/b": x}`` into ``{"a": {"b": x}}``."""
+    """Returns ``{"a": {"b": x}}`` for ``{"a/b": x}``."""
     tree: dict[str, Any] = {}
     for name, leaf in flat.items():
         *path, last = name.split("/")
@@ -163,7 +174,7 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Undo :func:`nest`."""
+    """Returns ``{"a/b": x}`` for ``{"a": {"b": x}}``, the inverse of `nest`."""
     flat: dict[str, Any] = {}
     for key, node in tree.items():
         flat.update(flatten(node, f"{prefix}{key}/") if isinstance(node, Mapping) else {prefix + key: node})

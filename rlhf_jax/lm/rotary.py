@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021)."""
+"""Rotary position embeddings (Su et al. 2021)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,17 @@ Angles = tuple[jax.Array, jax.Array]
 
 
 def angles(positions_BL: jax.Array, theta: float, scaling: Any, cfg: config.LMConfig) -> Angles | None:
-    """The angles of these positions, each frequency scaled as in Llama 3 or linearly; None without rotary positions."""
+    """Returns cosine and sine of the rotation at each position; None if the model has no rotary positions.
+
+    Args:
+        positions_BL: int32 positions.
+        theta: Base of the frequencies.
+        scaling: `config.LinearScaling`, `config.Llama3Scaling` or None.
+        cfg: Architecture.
+
+    Returns:
+        Two ``[B,1,L,half]`` float32 arrays, or None.
+    """
     if cfg.positions != "rope":
         return None
     half = cfg.rope_width // 2
@@ -29,10 +39,10 @@ def angles(positions_BL: jax.Array, theta: float, scaling: Any, cfg: config.LMCo
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def turn(x_BHLC: jax.Array, rotation: Angles) -> jax.Array:
-    """Turn features i and i + half of each head by the position's angle (Su et al. 2021, in Llama's pairing)."""
+def rotate(x_BHLC: jax.Array, rotation: Angles) -> jax.Array:
+    """Returns heads whose features i and i + half are rotated by the angle of the position (Llama's pairing)."""
     cos, sin = rotation
     half = cos.shape[-1]
     first, second = x_BHLC[..., :half].astype(jnp.float32), x_BHLC[..., half : 2 * half].astype(jnp.float32)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BHLC.dtype)
-    return jnp.concatenate([turned, x_BHLC[..., 2 * half :]], axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BHLC.dtype)
+    return jnp.concatenate([rotated, x_BHLC[..., 2 * half :]], axis=-1)

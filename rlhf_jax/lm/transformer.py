@@ -1,7 +1,7 @@
 """A pre-norm decoder-only transformer as a pure function of a nested dict.
 
-``forward`` gives hidden states, ``logits`` the vocabulary's scores of them; :mod:`rlhf_jax.lm.logprobs` is where the
-two meet token ids, so that logits are made only for the columns that are wanted.
+`forward` returns hidden states, `logits` maps them to scores of the vocabulary. :mod:`rlhf_jax.lm.logprobs` combines
+both with token ids, and computes logits only for the columns that are needed.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from rlhf_jax.lm import params as lm_params
 from rlhf_jax.lm import weights as weights_lib
 
 Weights = Any
-"""One layer's part of the parameters: ``params["layers"]`` without the leading axis."""
+"""Parameters of one layer: ``params["layers"]`` without the leading axis."""
 
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-"""Attention as a layer sees it: queries, keys and values of the new tokens -> mixed values, and what to remember."""
+"""Attention of a layer: queries, keys and values of the new tokens to attended values and the new cache entry."""
 
 Pick = Callable[[jax.Array, int], jax.Array]
-"""Takes some columns out of an array, along an axis."""
+"""Selects some columns of an array along an axis."""
 
 
 class _View(NamedTuple):
-    """What a layer sees: keys by query, and by what angle each is turned."""
+    """Attention mask and rotary angles of a layer."""
 
     seen_BLS: jax.Array
     rotation: rotary.Angles | None
 
 
 Columns = tuple[int, int] | jax.Array
-"""The columns that somebody looks at: from and to, or int32 ``[B]``, one of each row."""
+"""The columns that are needed: a range (start, stop), or int32 ``[B]``, one column of each row."""
 
 _FEW_LAYERS = 8
-"""Up to here it is worth taking the last layer out of the scan, which copies the parameters of the others."""
+"""Largest number of layers for which the last one is taken out of the scan, which copies the others' parameters."""
 
-# The backward pass makes these again from their inputs: they are cheap, and writing down what they would otherwise
-# leave for it takes longer than the matmuls of a small model.
+# The backward pass recomputes these functions. They are cheap, and storing their residuals takes longer than the
+# matmuls of a small model.
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -68,20 +68,36 @@ def forward(
     cache: kv_cache.KVCache | None = None,
     used_slots: int | None = None,
 ) -> types.LMOutput:
-    """Read tokens, return final hidden states ``[B,L,D]`` (normed, in the compute dtype) and the grown cache.
+    """Returns final hidden states and the updated cache.
 
-    ``mask_BL`` is true at real tokens. Padding may stand anywhere and hold any id: real tokens neither see it nor
-    count it, since ``positions_BL`` defaults to the number of real tokens before each column. Hidden states at
-    padding are finite and mean nothing. With a ``cache``, the new tokens continue what is in it; where the caller knows
-    that no more than ``used_slots`` of it hold anything afterwards, the rest is not looked at.
+    >>> import jax, jax.numpy as jnp
+    >>> from rlhf_jax import lm
+    >>> cfg = lm.LMConfig.preset("tiny")
+    >>> params = lm.init(jax.random.key(0), cfg)
+    >>> out = lm.forward(params, jnp.array([[5, 6, 7]]), cfg=cfg)
+    >>> lm.logits(params, out.hidden_BLD, cfg=cfg).shape
+    (1, 3, 256)
 
-    Rows may be packed: ``segments_BL``, int, gives the sequence each token belongs to. Equal ids stand next to each
-    other; tokens see their own sequence alone, and positions restart in each.
+    Args:
+        params: Parameters of the model.
+        tokens_BL: int32 tokens.
+        cfg: Architecture.
+        mask_BL: bool, True at real tokens; by default all. Padding may be anywhere and hold any id. Real tokens do not
+            attend to it.
+        positions_BL: int32 positions, by default the number of real tokens before each column.
+        segments_BL: int32, the sequence of a packed row that each token belongs to. Sequences are contiguous, tokens
+            attend to their own sequence, and positions restart in each.
+        columns: The columns that the caller reads. The last layer of a small model computes no others, whose hidden
+            states are then undefined. Ignored with a cache.
+        cache: Keys and values of the tokens before these.
+        used_slots: Upper bound on the slots of the cache that are filled after this call; the others are not read.
 
-    Where the caller looks at a few ``columns`` alone, such as the last one, the last layer of a small model works on
-    nothing else, and other columns mean nothing. With a cache all columns are made.
+    Returns:
+        `LMOutput` of hidden states ``[B,L,D]``, after the final norm and in the compute dtype, and the cache if one
+        was given. Hidden states at padding are finite and meaningless.
 
-    Raises ``ValueError`` for a wrong rank or shape, a row longer than ``cfg.max_length``, or segments with a cache.
+    Raises:
+        ValueError: A wrong rank or shape, a row longer than ``cfg.max_length``, or segments with a cache.
     """
     _check(tokens_BL, mask_BL, positions_BL, segments_BL, cache, cfg)
     if cache is None:
@@ -90,7 +106,7 @@ def forward(
 
 
 def logits(params: types.Params, hidden_BLD: jax.Array, *, cfg: config.LMConfig) -> jax.Array:
-    """Score the vocabulary: ``[..., D] -> [..., V]``, float32."""
+    """Returns the scores of the vocabulary, ``[..., D] -> [..., V]``, float32."""
     here = weights_lib.whole(params, "embed" if cfg.tie_embeddings else "unembed", cfg=cfg)
     kernel_DV = here["embed"]["tokens"].T if cfg.tie_embeddings else here["unembed"]["kernel"]
     scores = _matmul(hidden_BLD, kernel_DV.astype(cfg.compute_dtype), out=jnp.float32)
@@ -99,7 +115,7 @@ def logits(params: types.Params, hidden_BLD: jax.Array, *, cfg: config.LMConfig)
 
 
 def default_positions(mask_BL: jax.Array, segments_BL: jax.Array | None = None) -> jax.Array:
-    """Count the real tokens before each column, or those of its own segment."""
+    """Returns the number of real tokens before each column, within its segment if there are segments."""
     real_BL = mask_BL.astype(jnp.int32)
     before_BL = jnp.cumsum(real_BL, axis=1) - real_BL
     if segments_BL is None:
@@ -131,7 +147,7 @@ def _read(
     def step(x_BLD, layer, pick=None):
         weights, is_local = layer
         weights = weights_lib.gathered(weights, axes, cfg)
-        # Local and global layers are one scanned body: which of the two views it takes is data.
+        # Local and global layers share the scanned body, which selects one of the two views.
         view = near if is_local is None else jax.tree.map(lambda a, b: jnp.where(is_local, a, b), near, far)
 
         def mix(queries, keys, values):
@@ -148,15 +164,15 @@ def _read(
     if columns is None or cfg.n_layers > _FEW_LAYERS:
         x_BLD, _ = lax.scan(_rematerialised(step, cfg), x_BLD, layers)
         return _final_norm(params, x_BLD, cfg)
-    pick, place = _part(columns, tokens_BL.shape[1])
+    pick, place = _selection(columns, tokens_BL.shape[1])
     x_BLD, _ = lax.scan(_rematerialised(step, cfg), x_BLD, jax.tree.map(lambda x: x[:-1], layers))
     last = _rematerialised(functools.partial(step, pick=pick), cfg)
     x_BQD, _ = last(x_BLD, jax.tree.map(lambda x: x[-1], layers))
     return place(_final_norm(params, x_BQD, cfg))
 
 
-def _part(columns: Columns, width: int) -> tuple[Pick, Callable[[jax.Array], jax.Array]]:
-    """How the wanted columns are taken out of an axis, and how what was made of them is put back among zeros."""
+def _selection(columns: Columns, width: int) -> tuple[Pick, Callable[[jax.Array], jax.Array]]:
+    """Returns functions that select ``columns`` along an axis and that put them back among zeros."""
     if isinstance(columns, tuple):
         start, stop = columns
         around = ((0, 0), (start, width - stop), (0, 0))
@@ -189,8 +205,8 @@ def _continue(
     far, near = _views(seen_BLS, positions_BL, grown.positions_BS[:, :used], cfg)
 
     x_BLD = _row(embedding.embed(params, tokens_BL, mask_BL, positions_BL, cfg))
-    remembered = []
-    # Layers are unrolled here: through a scan, every cache would be copied at every token.
+    cached = []
+    # Layers are unrolled: a scan would copy every cache at every token.
     for i, weights in enumerate(weights_lib.unstack(params, cfg)["layers"]):
         view = near if cfg.is_local(i) else far
 
@@ -200,9 +216,9 @@ def _continue(
             seen_keys, seen_values = keys[:, :, :used], values[:, :, :used]
             return attention.attend(queries, seen_keys, seen_values, view.seen_BLS, cfg=cfg), (keys, values)
 
-        x_BLD, memory = _layer(weights, x_BLD, view.rotation, mix, cfg)
-        remembered.append(memory)
-    keys, values = zip(*remembered, strict=True)
+        x_BLD, entry = _layer(weights, x_BLD, view.rotation, mix, cfg)
+        cached.append(entry)
+    keys, values = zip(*cached, strict=True)
     grown = dataclasses.replace(grown, keys=keys, values=values)
     return types.LMOutput(_final_norm(params, x_BLD, cfg), grown)
 
@@ -210,11 +226,11 @@ def _continue(
 def _views(
     seen_BLS: jax.Array, positions_BL: jax.Array, key_positions_BS: jax.Array, cfg: config.LMConfig
 ) -> tuple[_View, _View]:
-    """The view of the layers without the window, and that of those with it; the same twice where there is none."""
+    """Returns the views of the layers without and with a sliding window."""
     far = _View(seen_BLS, rotary.angles(positions_BL, cfg.rope_theta, cfg.rope_scaling, cfg))
     if not cfg.windowed:
         return far, far
-    # The window counts real tokens, as positions do: padding that stands between two of them takes no room.
+    # The window counts real tokens, as positions do, so padding between them does not use it up.
     within_BLS = positions_BL[:, :, None] - key_positions_BS[:, None, :] < cfg.sliding_window
     rotation = far.rotation
     if cfg.local_rope_theta > 0:
@@ -230,19 +246,19 @@ def _layer(
     cfg: config.LMConfig,
     pick: Pick | None = None,
 ) -> tuple[jax.Array, Any]:
-    """One layer; with ``pick`` all columns are seen, but only those that it takes go on."""
-    attended_BLD, memory = _attention(weights, _norm(weights["attn_norm"], x_BLD, cfg), rotation, mix, cfg, pick)
+    """Returns the output of one layer and its new cache entry; with ``pick``, the output of the selected columns."""
+    attended_BLD, entry = _attention(weights, _norm(weights["attn_norm"], x_BLD, cfg), rotation, mix, cfg, pick)
     x_BLD = x_BLD if pick is None else pick(x_BLD, 1)
     if cfg.parallel_residual:
         inner_BLD = _mlp(weights, _norm(weights["mlp_norm"], x_BLD, cfg), cfg)
-        return _row(x_BLD + attended_BLD + inner_BLD), memory
+        return _row(x_BLD + attended_BLD + inner_BLD), entry
     if cfg.post_norms:
         attended_BLD = _norm(weights["attn_post_norm"], attended_BLD, cfg)
     x_BLD = _row(x_BLD + attended_BLD)
     inner_BLD = _mlp(weights, _norm(weights["mlp_norm"], x_BLD, cfg), cfg)
     if cfg.post_norms:
         inner_BLD = _norm(weights["mlp_post_norm"], inner_BLD, cfg)
-    return _row(x_BLD + inner_BLD), memory
+    return _row(x_BLD + inner_BLD), entry
 
 
 def _attention(
@@ -253,21 +269,25 @@ def _attention(
     cfg: config.LMConfig,
     pick: Pick | None,
 ) -> tuple[jax.Array, Any]:
-    asking_BLD = x_BLD if pick is None else pick(x_BLD, 1)
-    queries, keys, values = _heads(weights["q"], asking_BLD), _heads(weights["k"], x_BLD), _heads(weights["v"], x_BLD)
+    query_input_BLD = x_BLD if pick is None else pick(x_BLD, 1)
+    queries, keys, values = (
+        _heads(weights["q"], query_input_BLD),
+        _heads(weights["k"], x_BLD),
+        _heads(weights["v"], x_BLD),
+    )
     if cfg.qk_norm:
         queries, keys = _rms_norm(weights["q_norm"], queries, cfg), _rms_norm(weights["k_norm"], keys, cfg)
     if rotation is not None:
-        turned = rotation if pick is None else (pick(rotation[0], 2), pick(rotation[1], 2))
-        queries, keys = rotary.turn(queries, turned), rotary.turn(keys, rotation)
+        query_rotation = rotation if pick is None else (pick(rotation[0], 2), pick(rotation[1], 2))
+        queries, keys = rotary.rotate(queries, query_rotation), rotary.rotate(keys, rotation)
     queries = parallel.constrain(queries, "batch", "heads", "length", None)
-    # Whole rows of keys and values, since every query may look at all of them.
+    # Keys and values are gathered over columns, since a query may attend to all of them.
     keys, values = (parallel.constrain(x, "batch", "kv_heads", None, None) for x in (keys, values))
-    mixed_BHLC, memory = mix(queries, keys, values)
+    mixed_BHLC, entry = mix(queries, keys, values)
     D, H, C = x_BLD.shape[-1], cfg.n_heads, cfg.d_head
-    mixed_BLO = jnp.swapaxes(mixed_BHLC, 1, 2).reshape(*asking_BLD.shape[:-1], H * C)
+    mixed_BLO = jnp.swapaxes(mixed_BHLC, 1, 2).reshape(*query_input_BLD.shape[:-1], H * C)
     out = weights["out"]
-    return _biased(_linear(out, mixed_BLO, out["kernel"].reshape(H * C, D)), out), memory
+    return _biased(_linear(out, mixed_BLO, out["kernel"].reshape(H * C, D)), out), entry
 
 
 def _heads(dense: Weights, x_BLD: jax.Array) -> jax.Array:
@@ -287,7 +307,7 @@ def _mlp(weights: Weights, x_BLD: jax.Array, cfg: config.LMConfig) -> jax.Array:
 
 
 def _row(x_BLD: jax.Array) -> jax.Array:
-    """The residual stream as it lies on the devices: rows and columns spread, features whole."""
+    """Constrains the sharding of the residual stream: rows and columns are sharded, features are not."""
     return parallel.constrain(x_BLD, "batch", "length", None)
 
 
@@ -298,13 +318,13 @@ def _dense(dense: Weights, x_BLI: jax.Array) -> jax.Array:
 def _linear(dense: Weights, x_BLI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
     made_BLO = _matmul(x_BLI, kernel_IO)
     if "lora_a" in dense:
-        # A low-rank addition to the kernel (Hu et al. 2021), which is never added up: see `lm.lora`.
+        # Low-rank adapters (Hu et al. 2021): see `lm.lora`.
         made_BLO = made_BLO + _matmul(_matmul(x_BLI, dense["lora_a"]), dense["lora_b"])
     return made_BLO
 
 
 def _matmul(x: jax.Array, kernel_IO: jax.Array, out: jnp.dtype | type | None = None) -> jax.Array:
-    # Leading axes are made one here: on a CPU the gradient of a rank-3 product begins with a slow transposition.
+    # Leading axes are flattened: on a CPU the gradient of a rank-3 product begins with a slow transposition.
     rows = x.reshape(-1, x.shape[-1])
     made = jnp.matmul(rows, kernel_IO.astype(x.dtype), preferred_element_type=out)
     return made.reshape(*x.shape[:-1], kernel_IO.shape[1])
@@ -374,7 +394,7 @@ def _check(
     if mask_BL is not None and mask_BL.dtype != jnp.bool_:
         raise ValueError(f"mask_BL must be bool, got {mask_BL.dtype}")
     if segments_BL is not None and cache is not None:
-        raise ValueError("segments_BL is for whole rows; with a cache, give each sequence a row of its own")
+        raise ValueError("segments_BL cannot be combined with a cache: give each sequence its own row")
     width = tokens_BL.shape[1] if cache is None else cache.slots
     if width > cfg.max_length:
         raise ValueError(f"rows of {width} tokens are longer than cfg.max_length = {cfg.max_length}")

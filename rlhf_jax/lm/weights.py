@@ -1,4 +1,4 @@
-"""Parameters as a forward pass uses them: gathered on a mesh, a layer each for decoding."""
+"""Parameters in the form that a forward pass uses: gathered on a mesh, and layer by layer for decoding."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rlhf_jax.lm import params as lm_params
 
 
 def gathered(weights: Any, axes: Any, cfg: config.LMConfig) -> Any:
-    """Weights whole over ``fsdp``, and in the compute dtype those that are cast to it before they are used.
+    """Returns weights gathered over ``fsdp``, in the compute dtype unless they are used in float32.
 
-    ``axes`` is as `params.logical_axes` gives it; what it does not name, such as adapters, stays as it is.
+    ``axes`` has the form of `params.logical_axes`; leaves that it does not name, such as adapters, are unchanged.
     """
     if parallel.parts("embed") == 1:
         return weights
@@ -25,7 +25,7 @@ def gathered(weights: Any, axes: Any, cfg: config.LMConfig) -> Any:
             names = names.get(entry.key) if isinstance(names, dict) else None
         if names is None:
             return x
-        # Norms work in float32, and positions are added to embeddings before the sum is cast.
+        # Norms compute in float32, and positions are added to embeddings before the sum is cast.
         kept = path[-1].key == "scale" or (path[0].key == "embed" and cfg.positions == "learned")
         return parallel.gathered(x, *names, dtype=None if kept else cfg.compute_dtype)
 
@@ -33,19 +33,19 @@ def gathered(weights: Any, axes: Any, cfg: config.LMConfig) -> Any:
 
 
 def whole(params: types.Params, *names: str, cfg: config.LMConfig) -> types.Params:
-    """Those of the parameters outside of the layers, :func:`gathered`; as they are where :func:`unstack` did that."""
+    """Returns the named parameters outside of the layers, gathered unless `unstack` has gathered them."""
     named = {name: params[name] for name in names if name in params}
-    return named if ready(params) else gathered(named, lm_params.logical_axes(cfg), cfg)
+    return named if is_unstacked(params) else gathered(named, lm_params.logical_axes(cfg), cfg)
 
 
 def unstack(params: types.Params, cfg: config.LMConfig) -> types.Params:
-    """Return ``params`` with ``layers`` as a tuple of layers, which a cached `transformer.forward` takes as well.
+    """Returns ``params`` with ``layers`` as a tuple of layers, which `transformer.forward` accepts with a cache.
 
-    A decoding loop then finds each layer's weights as arrays of their own instead of slicing them at every token. On a
-    mesh it finds them gathered, too, and in the compute dtype: sending them at every token would take many times as
-    long as reading them. A chip then holds the whole model while it decodes, or its part of ``tensor``.
+    A decoding loop then reads each layer's weights without slicing them at every token. On a mesh they are gathered as
+    well, in the compute dtype: sending them at every token would take far longer than reading them. While it decodes, a
+    device then holds the whole model, or its part of the ``tensor`` axis.
     """
-    if ready(params):
+    if is_unstacked(params):
         return params
     axes = lm_params.layer_axes(cfg)
     layers = (jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(cfg.n_layers))
@@ -53,6 +53,6 @@ def unstack(params: types.Params, cfg: config.LMConfig) -> types.Params:
     return {**params, **dense, "layers": tuple(gathered(layer, axes, cfg) for layer in layers)}
 
 
-def ready(params: types.Params) -> bool:
-    """Whether they come from :func:`unstack`."""
+def is_unstacked(params: types.Params) -> bool:
+    """Returns whether ``params`` come from `unstack`."""
     return isinstance(params["layers"], tuple)

@@ -121,7 +121,7 @@ def make_train_step(
     The loss is the mean of the objective over the rows of the batch.
 
     Args:
-        logprobs: ``(params, tokens_BL, mask_BL=...) -> [B, C]``, such as `lm.response_logprobs` with one prompt width
+        logprobs: ``(params, tokens_BL, mask_BL=...) -> [B, C]``, such as `lm.token_logprobs` with one prompt width
             (C is T) or `lm.token_logprobs` (C is L, padding anywhere). Called without ``mask_BL`` if the batch has
             none.
         objective: A function of `train.objectives`, or one with the same signature.

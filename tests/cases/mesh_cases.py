@@ -114,7 +114,7 @@ class DPO(SFT):
 
     @staticmethod
     def step(**how):
-        logprobs = functools.partial(lm.response_logprobs, cfg=CFG, prompt_width=P)
+        logprobs = functools.partial(lm.token_logprobs, cfg=CFG, prompt_width=P)
         return dpo.make_train_step(logprobs, objectives.dpo, **how)
 
     @staticmethod
@@ -132,10 +132,10 @@ def rollouts():
         return generation.generate(params, rng_B, prompts_BP, mask_BP, cfg=CFG, sampling=how, n=2)
 
     def logprobs(params, tokens_BL, mask_BL, temperature):
-        return lm.response_stats(params, tokens_BL, cfg=CFG, prompt_width=P, mask_BL=mask_BL, temperature=temperature)
+        return lm.token_stats(params, tokens_BL, cfg=CFG, prompt_width=P, mask_BL=mask_BL, temperature=temperature)
 
     def values(params, tokens_BL, mask_BL):
-        return lm.response_values(params, tokens_BL, cfg=CFG, prompt_width=P, mask_BL=mask_BL)
+        return lm.values(params, tokens_BL, cfg=CFG, prompt_width=P, mask_BL=mask_BL)
 
     def score(params, rollout):
         return lm.score(params, rollout.tokens_BL, cfg=CFG, mask_BL=rollout.mask_BL)

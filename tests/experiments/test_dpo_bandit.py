@@ -24,7 +24,7 @@ rng = np.random.default_rng(0)
 REWARDS = jnp.asarray(rng.normal(size=(S, A)), jnp.float32)
 REFERENCE = jnp.asarray(rng.normal(size=(S, A)), jnp.float32)
 PAIRS: Any = bandit.all_pairs(REWARDS)
-logprobs = functools.partial(lm.response_logprobs_with, APPLY, prompt_width=1)
+logprobs = functools.partial(lm.token_logprobs, cfg=APPLY, prompt_width=1)
 
 
 @functools.cache

@@ -240,6 +240,6 @@ def test_a_single_model_is_trained_normalised_and_saved(tmp_path, rule):
     record = lm.load_normalisation(out / "reward_model")
     assert record is not None and record.rule == results["normalisation"]["rule"]
     cfg, params = lm.load(out / "reward_model")
-    assert lm.count_heads(params) is None and cfg.vocab_size == params["embed"]["tokens"].shape[0]
+    assert lm.heads.count_heads(params) is None and cfg.vocab_size == params["embed"]["tokens"].shape[0]
     assert (record.gain == 1.0) == (rule == "demonstrations")
     assert (out / "report.html").stat().st_size > 1000

@@ -46,7 +46,7 @@ def model(tmp_path_factory):
     tokenizer = tokenizers.word_level(WORDS)
     cfg = lm.LMConfig(vocab_size=len(tokenizer), n_layers=1, d_model=32, n_heads=2, d_mlp=32, max_length=128)
     params = lm.with_head(jax.random.key(1), lm.init(jax.random.key(0), cfg=cfg), cfg)
-    params = lm.shift_bias(params, 0.25)
+    params = lm.heads.shift_bias(params, 0.25)
     path = tmp_path_factory.mktemp("model") / "reward_model"
     lm.save(path, cfg, params, tokenizer=tokenizer)
     lm.save(path.with_name("policy"), cfg, lm.without_head(params), tokenizer=tokenizer)

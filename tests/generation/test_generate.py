@@ -59,7 +59,7 @@ def test_sampled_logprobs_match_the_scoring_pass(cfg, temperature):
         arguments: dict[str, Any] = dict(cfg=cfg, mask_BL=rollout.mask_BL, temperature=temperature)
         return (
             lm.token_logprobs(params, rollout.tokens_BL, **arguments)[:, P:],
-            lm.response_logprobs(params, rollout.tokens_BL, prompt_width=P, **arguments),
+            lm.token_logprobs(params, rollout.tokens_BL, prompt_width=P, **arguments),
         )
 
     for scored in score(model(cfg), rollout, temperature):
@@ -224,7 +224,7 @@ def test_values_match_the_scoring_pass():
     rollout = jax.jit(functools.partial(generation.generate, cfg=ROPE, values=True))(
         params, keys(), *prompts(), sampling=SAMPLING
     )
-    score = jax.jit(functools.partial(lm.response_values, cfg=ROPE, prompt_width=P))
+    score = jax.jit(functools.partial(lm.values, cfg=ROPE, prompt_width=P))
     want = score(params, rollout.tokens_BL, mask_BL=rollout.mask_BL)
     np.testing.assert_allclose(rollout.values_BT, want, atol=1e-5)
     assert np.ptp(rollout.values_BT) > 0.1 and run().values_BT is None

@@ -146,13 +146,11 @@ def test_every_function_of_tokens_takes_any_model(make):
     def read(params, tokens, mask, chunk=None):
         how: dict[str, Any] = dict(mask_BL=mask, temperature=0.7, chunk=chunk)
         return (
-            lm.token_logprobs_with(apply, params, tokens, **how),
-            lm.values_with(apply, params, tokens, mask_BL=mask),
-            lm.score_with(apply, params, tokens, mask_BL=mask),
-            lm.response_stats_with(apply, params, tokens, prompt_width=P, **how) if tokens.shape[1] == L else None,
-            lm.response_values_with(apply, params, tokens, prompt_width=P, mask_BL=mask)
-            if tokens.shape[1] == L
-            else None,
+            lm.token_logprobs(params, tokens, cfg=apply, **how),
+            lm.values(params, tokens, cfg=apply, mask_BL=mask),
+            lm.score(params, tokens, cfg=apply, mask_BL=mask),
+            lm.token_stats(params, tokens, cfg=apply, prompt_width=P, **how) if tokens.shape[1] == L else None,
+            lm.values(params, tokens, cfg=apply, prompt_width=P, mask_BL=mask) if tokens.shape[1] == L else None,
         )
 
     logprobs, values, score, stats, response_values = got = read(params, batch.tokens_BL, batch.mask_BL)
@@ -172,7 +170,7 @@ def test_every_function_of_tokens_takes_any_model(make):
 @foreign
 def test_a_supervised_step(make):
     apply, params = make()
-    step = parallel.jit_step(sft.make_train_step(functools.partial(lm.token_logprobs_with, apply)))
+    step = parallel.jit_step(sft.make_train_step(functools.partial(lm.token_logprobs, cfg=apply)))
     hyper = {"learning_rate": np.float32(0.3), "max_grad_norm": np.float32(1.0)}
     state, found = state_lib.create(params, PLAIN), []
     for _ in range(12):
@@ -188,18 +186,16 @@ def test_a_step_of_ppo(make):
 
     def generate(params, rng_B, prompts_BP, mask_BP, temperature):
         sampling = dataclasses.replace(SAMPLING, temperature=temperature)
-        return generation.generate_with(apply, params, rng_B, prompts_BP, mask_BP, sampling=sampling)
+        return generation.generate(params, rng_B, prompts_BP, mask_BP, cfg=apply, sampling=sampling)
 
     models = ppo.Models(
         generate=generate,
-        logprobs=lambda params, tokens, mask, temperature: lm.response_stats_with(
-            apply, params, tokens, prompt_width=P, mask_BL=mask, temperature=temperature
+        logprobs=lambda params, tokens, mask, temperature: lm.token_stats(
+            params, tokens, cfg=apply, prompt_width=P, mask_BL=mask, temperature=temperature
         ),
-        values=lambda params, tokens, mask: lm.response_values_with(
-            apply, params, tokens, prompt_width=P, mask_BL=mask
-        ),
-        score=lambda params, rollout: lm.score_with(apply, params, rollout.tokens_BL, mask_BL=rollout.mask_BL),
-        token_logprobs=functools.partial(lm.token_logprobs_with, apply),
+        values=lambda params, tokens, mask: lm.values(params, tokens, cfg=apply, prompt_width=P, mask_BL=mask),
+        score=lambda params, rollout: lm.score(params, rollout.tokens_BL, cfg=apply, mask_BL=rollout.mask_BL),
+        token_logprobs=functools.partial(lm.token_logprobs, cfg=apply),
     )
     step = parallel.jit_step(ppo.make_train_step(models, epochs=1, minibatches=2))
     state = ppo.create(params, with_head(params), PLAIN)
@@ -220,7 +216,7 @@ def test_a_step_of_ppo(make):
 @functools.cache
 def sampler(make):
     apply, _ = make()
-    return jax.jit(functools.partial(generation.generate_with, apply))
+    return jax.jit(functools.partial(generation.generate, cfg=apply))
 
 
 @each_model
@@ -231,7 +227,7 @@ def test_what_is_drawn_is_scored_alike(make):
     np.testing.assert_array_equal(rollout.mask_BL, jnp.concatenate([prompts(64)[1], rollout.response_mask_BT], axis=1))
     np.testing.assert_array_equal(rollout.tokens_BL[:, :P], prompts(64)[0])
     np.testing.assert_array_equal(rollout.response_mask_BT, np.arange(T)[None, :] < rollout.lengths_B[:, None])
-    scored = jax.jit(functools.partial(lm.response_logprobs_with, apply, prompt_width=P))(
+    scored = jax.jit(functools.partial(lm.token_logprobs, cfg=apply, prompt_width=P))(
         params, rollout.tokens_BL, mask_BL=rollout.mask_BL, temperature=1.3
     )
     np.testing.assert_allclose(rollout.logprobs_BT, scored, atol=1e-5)
@@ -270,7 +266,7 @@ def test_vmap_over_seeds_and_wrong_arguments():
     rngs = jnp.stack([keys(), keys()[::-1]])
 
     def one(rng_B):
-        return generation.generate_with(apply, params, rng_B, tokens, mask, sampling=SAMPLING, axis_name="seeds")
+        return generation.generate(params, rng_B, tokens, mask, cfg=apply, sampling=SAMPLING, axis_name="seeds")
 
     mapped = jax.jit(jax.vmap(one, axis_name="seeds"))(rngs)
     for i in range(2):
@@ -282,4 +278,4 @@ def test_vmap_over_seeds_and_wrong_arguments():
         ((keys(3), tokens, mask), "a key a row"),
     ):
         with pytest.raises(ValueError, match=message):
-            generation.generate_with(apply, params, *given, sampling=SAMPLING)
+            generation.generate(params, *given, cfg=apply, sampling=SAMPLING)

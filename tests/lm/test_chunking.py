@@ -38,19 +38,19 @@ def everything(params, other, *, chunk=None, cfg=CFG, apply=None):
     apply = apply or lm.apply_fn(cfg)
     how: dict[str, Any] = dict(chunk=chunk, temperature=0.7)
     made = (
-        lm.token_logprobs_with(apply, params, tokens, mask_BL=mask, **how),
-        lm.response_logprobs_with(apply, params, tokens, prompt_width=P, mask_BL=mask, **how),
-        lm.response_stats_with(apply, params, tokens, prompt_width=P, mask_BL=mask, **how),
-        lm.token_listed_logprobs_with(apply, params, tokens, ids, mask_BL=mask, **how),
-        lm.response_listed_logprobs_with(apply, params, tokens, ids[:, P:], prompt_width=P, mask_BL=mask, **how),
-        lm.token_top_k_with(apply, params, tokens, k=K, mask_BL=mask, **how).logprobs,
-        lm.response_top_k_with(apply, params, tokens, k=K, prompt_width=P, mask_BL=mask, **how).logprobs,
-        lm.token_kl_with(apply, params, apply, other, tokens, mask_BL=mask, **how),
-        lm.token_kl_with(apply, other, apply, params, tokens, mask_BL=mask, **how),
-        lm.token_logprobs_with(apply, params, jnp.where(mask, tokens, 0), **how),
+        lm.token_logprobs(params, tokens, cfg=apply, mask_BL=mask, **how),
+        lm.token_logprobs(params, tokens, cfg=apply, prompt_width=P, mask_BL=mask, **how),
+        lm.token_stats(params, tokens, cfg=apply, prompt_width=P, mask_BL=mask, **how),
+        lm.token_listed_logprobs(params, tokens, ids, cfg=apply, mask_BL=mask, **how),
+        lm.token_listed_logprobs(params, tokens, ids[:, P:], cfg=apply, prompt_width=P, mask_BL=mask, **how),
+        lm.token_top_k(params, tokens, cfg=apply, k=K, mask_BL=mask, **how).logprobs,
+        lm.token_top_k(params, tokens, cfg=apply, k=K, prompt_width=P, mask_BL=mask, **how).logprobs,
+        lm.token_kl(params, other, tokens, cfg=apply, other_cfg=apply, mask_BL=mask, **how),
+        lm.token_kl(other, params, tokens, cfg=apply, other_cfg=apply, mask_BL=mask, **how),
+        lm.token_logprobs(params, jnp.where(mask, tokens, 0), cfg=apply, **how),
     )
-    bools = lm.greedy_matches_with(apply, params, tokens, mask_BL=mask, chunk=chunk)
-    ids_made = lm.token_top_k_with(apply, params, tokens, k=K, mask_BL=mask, chunk=chunk).ids
+    bools = lm.greedy_matches(params, tokens, cfg=apply, mask_BL=mask, chunk=chunk)
+    ids_made = lm.token_top_k(params, tokens, cfg=apply, k=K, mask_BL=mask, chunk=chunk).ids
     return made, (bools, ids_made)
 
 
@@ -236,7 +236,7 @@ def test_a_gradient_over_a_large_vocabulary_stays_small(shape, tied):
         return losses.distill(lm.token_listed_logprobs(p, t, i, cfg=cfg), teacher).sum()
 
     def entropy(p, t, m):
-        return lm.response_stats(p, t, cfg=cfg, prompt_width=1, mask_BL=m).entropy.sum()
+        return lm.token_stats(p, t, cfg=cfg, prompt_width=1, mask_BL=m).entropy.sum()
 
     cases: dict[str, tuple[Any, tuple]] = {
         "logprobs": (lambda p, t, m: lm.token_logprobs(p, t, cfg=cfg, mask_BL=m).sum(), (params, tokens, mask)),

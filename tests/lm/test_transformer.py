@@ -373,9 +373,9 @@ def test_response_forms_are_slices_of_the_general_ones(cfg):
     def responses(params):
         arguments: dict[str, Any] = dict(cfg=cfg, mask_BL=mask, prompt_width=P)
         return (
-            lm.response_logprobs(params, tokens, temperature=0.7, **arguments),
-            lm.response_values(params, tokens, **arguments),
-            lm.response_stats(params, tokens, temperature=0.7, **arguments),
+            lm.token_logprobs(params, tokens, temperature=0.7, **arguments),
+            lm.values(params, tokens, **arguments),
+            lm.token_stats(params, tokens, temperature=0.7, **arguments),
         )
 
     got_logprobs, got_values, stats = responses(params)
@@ -385,7 +385,7 @@ def test_response_forms_are_slices_of_the_general_ones(cfg):
     assert np.all((stats.entropy > 0) == mask[:, P:]) and float(stats.entropy.max()) <= math.log(cfg.vocab_size) + 1e-5
     for width in (0, L):
         with pytest.raises(ValueError, match="prompt_width"):
-            lm.response_logprobs(params, tokens, cfg=cfg, prompt_width=width)
+            lm.token_logprobs(params, tokens, cfg=cfg, prompt_width=width)
 
 
 @pytest.mark.parametrize("change", [{}, dict(remat="full"), dict(n_layers=1)])
@@ -398,13 +398,13 @@ def test_looking_at_few_columns_changes_no_gradient(change):
 
     def few(params):
         how: dict[str, Any] = dict(cfg=cfg, mask_BL=mask)
-        return jnp.sum(jnp.sin(lm.response_logprobs(params, tokens, prompt_width=P, **how))), jnp.sum(
+        return jnp.sum(jnp.sin(lm.token_logprobs(params, tokens, prompt_width=P, **how))), jnp.sum(
             jnp.sin(lm.score(params, tokens, **how))
         )
 
     def all_of_them(params):
         hidden = lm.forward(params, tokens, cfg=cfg, mask_BL=mask).hidden_BLD
-        scores = lm.scalar(params, hidden)[jnp.arange(3), last]
+        scores = lm.heads.scalar(params, hidden)[jnp.arange(3), last]
         logprobs = lm.token_logprobs(params, tokens, cfg=cfg, mask_BL=mask)[:, P:]
         return jnp.sum(jnp.sin(logprobs)), jnp.sum(jnp.sin(scores))
 
@@ -424,7 +424,7 @@ def test_chunks_of_columns_change_nothing():
             made = (
                 lm.token_logprobs(params, tokens, mask_BL=mask, **arguments),
                 lm.token_logprobs(params, tokens, **arguments),
-                *lm.response_stats(params, tokens, mask_BL=mask, prompt_width=5, **arguments),
+                *lm.token_stats(params, tokens, mask_BL=mask, prompt_width=5, **arguments),
             )
             return sum(x.mean() for x in made), made
 
@@ -464,10 +464,10 @@ def test_any_model_fits_through_the_protocol():
     tokens = jnp.array([[2, 4, 1, 5]])
     logp = jax.nn.log_softmax(table)
     want = [0, logp[2, 4], logp[4, 1], logp[1, 5]]
-    np.testing.assert_allclose(lm.token_logprobs_with(apply, params, tokens)[0], jnp.array(want), rtol=1e-6)
-    np.testing.assert_allclose(lm.values_with(apply, params, tokens)[0], [0, 2, 4, 1])
-    np.testing.assert_allclose(lm.score_with(apply, params, tokens), [5])
-    gapped = lm.token_logprobs_with(apply, params, tokens, mask_BL=jnp.array([[True, False, True, True]]))
+    np.testing.assert_allclose(lm.token_logprobs(params, tokens, cfg=apply)[0], jnp.array(want), rtol=1e-6)
+    np.testing.assert_allclose(lm.values(params, tokens, cfg=apply)[0], [0, 2, 4, 1])
+    np.testing.assert_allclose(lm.score(params, tokens, cfg=apply), [5])
+    gapped = lm.token_logprobs(params, tokens, cfg=apply, mask_BL=jnp.array([[True, False, True, True]]))
     np.testing.assert_allclose(gapped[0], jnp.array([0, 0, logp[2, 1], logp[1, 5]]), rtol=1e-6)
 
 
@@ -493,7 +493,7 @@ def test_a_fresh_head():
     np.testing.assert_array_equal(zero["head"]["kernel_D"], 0)
     assert lm.without_head(zero) == trunk
     with pytest.raises(ValueError, match='no "head"'):
-        lm.scalar(trunk, jnp.zeros((1, 1, 512)))
+        lm.heads.scalar(trunk, jnp.zeros((1, 1, 512)))
 
 
 def test_normalising_scores():
@@ -504,11 +504,11 @@ def test_normalising_scores():
         return read(params, tokens, cfg=cfg)[3]
 
     scores = score(params)
-    np.testing.assert_allclose(score(lm.shift_bias(params, 2.5)), scores + 2.5, atol=1e-4)
-    centred = score(lm.centre(params, scores, where=where))
+    np.testing.assert_allclose(score(lm.heads.shift_bias(params, 2.5)), scores + 2.5, atol=1e-4)
+    centred = score(lm.heads.centre(params, scores, where=where))
     assert abs(float(centred[:10].mean())) < 1e-4
     np.testing.assert_allclose(centred - centred[0], scores - scores[0], atol=1e-4)
-    standard = score(lm.standardise(params, scores, where=where))
+    standard = score(lm.heads.standardise(params, scores, where=where))
     assert abs(float(standard[:10].mean())) < 1e-4 and abs(float(standard[:10].std()) - 1) < 1e-4
-    constant = lm.standardise(params, jnp.full(4, 3.0))
+    constant = lm.heads.standardise(params, jnp.full(4, 3.0))
     assert float(constant["head"]["gain"]) == float(params["head"]["gain"])

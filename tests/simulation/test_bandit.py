@@ -29,8 +29,8 @@ def values(params, tokens_BL, mask_BL):
 
 MODELS = ppo.Models(
     generate=lambda params, rng_B, prompts, mask, temperature: bandit.generate(params, rng_B, prompts, mask),
-    logprobs=lambda params, tokens, mask, temperature: lm.response_stats_with(
-        APPLY, params, tokens, prompt_width=1, mask_BL=mask, temperature=temperature
+    logprobs=lambda params, tokens, mask, temperature: lm.token_stats(
+        params, tokens, cfg=APPLY, prompt_width=1, mask_BL=mask, temperature=temperature
     ),
     values=values,
     score=lambda params, rollout: params["rewards_SA"][rollout.tokens_BL[:, 0], rollout.tokens_BL[:, 1]],
@@ -94,7 +94,7 @@ def test_total_variation_by_hand():
 
 def test_the_hidden_state_is_the_row_of_the_prompt():
     tokens = jnp.array([[2, 6], [0, 1]])  # an answer may have a number that no prompt has
-    stats = lm.response_stats_with(APPLY, {"logits_SA": REFERENCE}, tokens, prompt_width=1)
+    stats = lm.token_stats({"logits_SA": REFERENCE}, tokens, cfg=APPLY, prompt_width=1)
     expected = jax.nn.log_softmax(REFERENCE)
     np.testing.assert_allclose(stats.logprobs[:, 0], [expected[2, 6], expected[0, 1]], rtol=1e-6)
 

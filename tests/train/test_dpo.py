@@ -19,7 +19,7 @@ from rlhf_jax.train import state as state_lib
 CFG = lm.LMConfig(vocab_size=20, n_layers=1, d_model=16, n_heads=2, d_mlp=32, max_length=24)
 SGD = optax.scale(-1.0)
 B, P, T = 8, 4, 6
-response = functools.partial(lm.response_logprobs, cfg=CFG, prompt_width=P)
+response = functools.partial(lm.token_logprobs, cfg=CFG, prompt_width=P)
 row_logprobs = functools.partial(lm.token_logprobs, cfg=CFG)
 one_row = jax.jit(row_logprobs)
 KEY = jax.random.key(0)

@@ -32,8 +32,8 @@ def models(samples):
 
     return ppo.Models(
         generate=generate,
-        logprobs=lambda params, tokens, mask, temperature: lm.response_stats_with(
-            APPLY, params, tokens, prompt_width=1, mask_BL=mask, temperature=temperature
+        logprobs=lambda params, tokens, mask, temperature: lm.token_stats(
+            params, tokens, cfg=APPLY, prompt_width=1, mask_BL=mask, temperature=temperature
         ),
         values=None,
         score=lambda params, rollout: params["rewards_SA"][rollout.tokens_BL[:, 0], rollout.tokens_BL[:, 1]],
@@ -249,10 +249,10 @@ def test_reductions_match_hand_computed_values():
 ROWS, WIDTH, V = 16, 4, 9
 TABLE = ppo.Models(
     generate=lambda *_: None,  # type: ignore[arg-type]
-    logprobs=lambda params, tokens, mask, temperature: lm.response_stats_with(
-        ApplyFn(lambda p, tokens_BL, mask_BL=None: types.LMOutput(p["table"][tokens_BL]), lambda p, hidden: hidden),
+    logprobs=lambda params, tokens, mask, temperature: lm.token_stats(
         params,
         tokens,
+        cfg=ApplyFn(lambda p, tokens_BL, mask_BL=None: types.LMOutput(p["table"][tokens_BL]), lambda p, hidden: hidden),
         prompt_width=1,
         mask_BL=mask,
     ),

@@ -31,10 +31,10 @@ def lm_models(axis_name=None):
         return generation.generate(params, rng_B, prompts_BP, mask_BP, cfg=CFG, sampling=sampling, axis_name=axis_name)
 
     def logprobs(params, tokens_BL, mask_BL, temperature):
-        return lm.response_stats(params, tokens_BL, cfg=CFG, prompt_width=P, mask_BL=mask_BL, temperature=temperature)
+        return lm.token_stats(params, tokens_BL, cfg=CFG, prompt_width=P, mask_BL=mask_BL, temperature=temperature)
 
     def values(params, tokens_BL, mask_BL):
-        return lm.response_values(params, tokens_BL, cfg=CFG, prompt_width=P, mask_BL=mask_BL)
+        return lm.values(params, tokens_BL, cfg=CFG, prompt_width=P, mask_BL=mask_BL)
 
     return ppo.Models(generate, logprobs, values, score, functools.partial(lm.token_logprobs, cfg=CFG))
 

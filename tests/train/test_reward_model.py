@@ -27,8 +27,8 @@ TABLE: Any = types.ApplyFn(  # the hidden states are the embeddings, so it compi
     forward=lambda params, tokens_BL, **_: types.LMOutput(jnp.tanh(params["embed"]["tokens"][tokens_BL])),
     logits=lambda params, hidden_BLD: hidden_BLD,
 )
-score = functools.partial(lm.score_with, TABLE)
-packed_scores = functools.partial(lm.packed_scores_with, TABLE)
+score = functools.partial(lm.score, cfg=TABLE)
+packed_scores = functools.partial(lm.packed_scores, cfg=TABLE)
 fast_score = jax.jit(score)
 lm_score = jax.jit(functools.partial(lm.score, cfg=CFG))
 
@@ -211,13 +211,13 @@ def test_head_of_a_domain_learns_from_its_prompts():
 def test_heads_are_combined_and_a_critic_needs_one():
     weights = jnp.array([0.5, 0.3, 0.2])
     batch = jax.tree.map(jnp.asarray, comparisons())
-    one = reward_model.score_all(fast_score, lm.combine(params(H), weights), batch)
+    one = reward_model.score_all(fast_score, lm.heads.combine(params(H), weights), batch)
     np.testing.assert_allclose(one, scores_of(H) @ np.asarray(weights), atol=1e-5)
     with pytest.raises(ValueError, match="3 heads"):
-        lm.combine(params(H), weights[:2])
+        lm.heads.combine(params(H), weights[:2])
     with pytest.raises(ValueError, match="it must be 2 or more"):
         lm.with_head(jax.random.key(0), params(), CFG, heads=1)
-    with pytest.raises(ValueError, match=r"one head, and there are 3: lm\.combine"):
+    with pytest.raises(ValueError, match=r"one head, and there are 3: lm\.heads\.combine"):
         lm.values(params(H), jnp.zeros((1, 4), jnp.int32), cfg=CFG)
 
 
@@ -249,7 +249,7 @@ def test_score_depends_only_on_the_completion(heads, tmp_path):
     assert len(made.tokens_BL) < 4
     np.testing.assert_allclose(got, alone, atol=1e-5)
 
-    kept = lm.normalisation(params(heads), "held-out")
+    kept = lm.heads.normalisation(params(heads), "held-out")
     lm.save(tmp_path / "m", CFG, params(heads), normalisation=kept)
     cfg, loaded = lm.load(tmp_path / "m")
     assert cfg == dataclasses.replace(CFG, model_type=cfg.model_type)
@@ -289,21 +289,21 @@ def test_published_normalisation_rules(heads):
         return reward_model.score_all(fast_score, p, batch)
 
     where = batch.where_BK
-    plain = lm.reset(params(heads))
+    plain = lm.heads.reset(params(heads))
     axes = (0, 1)
     mask = where if heads is None else where[..., None]
-    centred = lm.centre(plain, scored(plain), where=where)
+    centred = lm.heads.centre(plain, scored(plain), where=where)
     np.testing.assert_allclose(jnp.mean(scored(centred), axis=axes, where=mask), 0, atol=1e-5)
-    standard = lm.standardise(plain, scored(plain), where=where)
+    standard = lm.heads.standardise(plain, scored(plain), where=where)
     np.testing.assert_allclose(jnp.mean(scored(standard), axis=axes, where=mask), 0, atol=1e-5)
     np.testing.assert_allclose(jnp.std(scored(standard), axis=axes, where=mask), 1, atol=1e-4)
     # The raw score can be recovered: raw = (score - bias) / gain.
-    kept = lm.normalisation(standard, "policy samples")
+    kept = lm.heads.normalisation(standard, "policy samples")
     raw = (np.asarray(scored(standard)) - np.asarray(kept.bias)) / np.asarray(kept.gain)
     there = np.asarray(where)
     np.testing.assert_allclose(raw[there], np.asarray(scored(plain))[there], atol=1e-4)
     with pytest.raises(ValueError, match="policy samples holds inf"):
-        lm.Normalisation("policy samples", float("inf"), 0.0)
+        lm.heads.Normalisation("policy samples", float("inf"), 0.0)
 
 
 # ------------------------------------------------------------------------------------------------- what is trained

@@ -237,7 +237,7 @@ def test_gain_is_folded_into_the_kernel():
         params = lm.with_head(jax.random.key(1), lm.init(jax.random.key(0), cfg), cfg, heads=heads)
         head = params["head"]
         params["head"] = {**head, "gain": head["gain"] * 1.7, "bias": head["bias"] + 0.3}
-        made = lm.absorb_gain(params)
+        made = lm.heads.absorb_gain(params)
         hidden = jax.random.normal(jax.random.key(2), (3, 8))
-        np.testing.assert_allclose(lm.scalar(made, hidden), lm.scalar(params, hidden), rtol=1e-5)
+        np.testing.assert_allclose(lm.heads.scalar(made, hidden), lm.heads.scalar(params, hidden), rtol=1e-5)
         np.testing.assert_array_equal(made["head"]["gain"], np.ones_like(head["gain"]))
