@@ -216,8 +216,8 @@ def _collectives(
     if i.opcode in ("fusion", "async-start", "custom-call"):
         for called in i.called:
             for inner in computations.get(called, []):
-                for found, inside in _collectives(inner, computations):
-                    yield found, inside or called
+                for collective, inside in _collectives(inner, computations):
+                    yield collective, inside or called
 
 
 def _collective(i: Instruction, inside: str, times: int, mesh: dict[str, int] | None) -> Collective:
