@@ -37,7 +37,7 @@ from rich.table import Table
 
 from rlhf_jax import diagnostics, lm, parallel, report, types
 from rlhf_jax.checkpoint import atomic
-from rlhf_jax.data import chat, dialogues, errors, reading
+from rlhf_jax.data import chat, dialogues, errors, readers
 from rlhf_jax.report import console
 from rlhf_jax.report import results as results_lib
 
@@ -147,7 +147,7 @@ def read(path: str, *, counts: errors.DropCount) -> list[Pair]:
     Raises:
         DataError: The file cannot be read, or too large a share of its records is dropped.
     """
-    rankings, _ = reading.read_rankings(path, counts=counts)
+    rankings, _ = readers.read_rankings(path, counts=counts)
     stage, pairs = counts.stage(), []
     for ranking in rankings:
         if len(ranking.responses) != 2:
@@ -157,7 +157,7 @@ def read(path: str, *, counts: errors.DropCount) -> list[Pair]:
         subset = ranking.metadata.get("subset")
         # A name may contain an unpaired surrogate, which cannot be printed.
         name = None if subset is None else str(subset).encode("utf-8", "replace").decode()
-        pairs.append(Pair(ranking.prompt, chosen, rejected, name, ranking.where))
+        pairs.append(Pair(ranking.prompt, chosen, rejected, name, ranking.location))
     counts.add(stage, records=len(rankings), source=path)
     return pairs
 

@@ -16,7 +16,7 @@ from launch import settings as settings_lib
 from launch.settings import SettingError, Settings
 from rlhf_jax import checkpoint, metrics
 from rlhf_jax.checkpoint import atomic
-from rlhf_jax.data import errors, files
+from rlhf_jax.data import errors, sources
 from rlhf_jax.distributed import hosts
 
 CONFIG, RESULTS, INCIDENTS = "config.json", "results.json", "incidents.jsonl"
@@ -128,7 +128,7 @@ def data_digest(settings: Settings) -> str | None:
         return None
     digest = hashlib.sha256()
     try:
-        for path in files.paths(settings.data.path):
+        for path in sources.expand_paths(settings.data.path):
             with open(path, "rb") as file:
                 while block := file.read(1 << 20):
                     digest.update(block)

@@ -23,7 +23,7 @@ from recipe import human_comparisons, muon, tasks
 from preferences import reward_baselines
 from preferences.reward_settings import CrossValidation
 from rlhf_jax import lm, parallel, types
-from rlhf_jax.data import batching, chat, dialogues, errors, packing, tokenising, tokenizers
+from rlhf_jax.data import batching, chat, dialogues, errors, packing, tokenizers
 from rlhf_jax.train import loop, reward_model, sft
 from rlhf_jax.train import state as state_lib
 from rlhf_jax.train.optim import schedules
@@ -201,7 +201,7 @@ class Fold:
             for turns, answer in ((pair.prompt, pair.chosen), (pair.prompt[-1:], pair.rejected)):
                 ids, _ = chat.encode_dialogue(self.fmt, (*turns, dialogues.Turn(dialogues.ASSISTANT, answer)))
                 documents.append(ids[:-1] if ids[-1] == end else ids)
-        rows_BL, _ = tokenising.pack_text(documents, width=settings.row_width, eos_id=end)
+        rows_BL, _ = packing.pack_documents(documents, width=settings.row_width, eos_id=end)
         order = batching.epoch_batches(
             0, n=len(rows_BL), batch_size=settings.pretrain_batch, key=self.key, steps=settings.pretrain_steps
         )

@@ -17,8 +17,7 @@ from rich.table import Table
 from preferences import cross_validation_results, reward_stages
 from preferences.reward_settings import RewardSettings
 from rlhf_jax import diagnostics, lm, types
-from rlhf_jax.data import comparisons as comparisons_lib
-from rlhf_jax.data import errors
+from rlhf_jax.data import comparison_transforms, errors
 from rlhf_jax.train import loop
 
 WEIGHTS = {"pretrain": 60.0, "sft": 15.0, "comparisons": 11.0, "reward_model": 20.0}
@@ -43,7 +42,7 @@ def run(settings: RewardSettings, out: Console) -> tuple[pathlib.Path, dict[str,
         sft = stages.supervised(job, "sft", base, epochs=settings.sft.epochs, mix=0.0)
         (train, *_), validation, facts = collection.gather(job, [sft])
         counts = errors.DropCount(max_dropped=1.0)  # labelers may rank all answers equal
-        train, validation = (comparisons_lib.informative(each, counts) for each in (train, validation))
+        train, validation = (comparison_transforms.drop_uninformative(each, counts) for each in (train, validation))
         if settings.training.limit is not None:
             train = jax.tree.map(lambda x: x[: settings.training.limit], train)
         start = reward_stages.pretrain_preference_model(job, settings, sft) if settings.pmp.prompts else sft

@@ -16,8 +16,7 @@ from recipe import collection, jobs, stages, tasks
 
 from preferences.reward_settings import RewardSettings, Training
 from rlhf_jax import lm, losses, parallel, types
-from rlhf_jax.data import batching
-from rlhf_jax.data import comparisons as comparisons_lib
+from rlhf_jax.data import batching, comparison_transforms
 from rlhf_jax.simulation import labelers
 from rlhf_jax.train import reward_model
 from rlhf_jax.train import state as state_lib
@@ -52,7 +51,7 @@ def train(
     training, batch = settings.training, settings.reward_model.batch
     if training.loss == "pairs":
         prompts = len(np.asarray(data.ranks_BK))
-        data = comparisons_lib.pair_rows(data)
+        data = comparison_transforms.split_into_pairs(data)
         # As many pairs per step as a batch of prompts has on average, so that the number of steps is the same.
         batch = max(1, round(batch * len(np.asarray(data.ranks_BK)) / prompts))
     heads = None if training.heads == 1 else training.heads
@@ -138,7 +137,7 @@ def pretrain_preference_model(job: jobs.Job, settings: RewardSettings, policy: t
     n = job.cfg.vocab_size
     cfg, params, key = job.cfg, policy, jax.random.fold_in(job.key("reward_model"), 1001)
     if settings.pmp.binary:
-        data = comparisons_lib.with_control(data, good_id=n, bad_id=n + 1, column=job.task.prompt_width)
+        data = comparison_transforms.add_control_tokens(data, good_id=n, bad_id=n + 1, column=job.task.prompt_width)
         cfg = dataclasses.replace(cfg, vocab_size=n + 2, max_length=cfg.max_length + 1)
         params = extend_embeddings(params, key, cfg)
     params = _fit(

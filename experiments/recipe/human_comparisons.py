@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from launch.settings import Data
 
-from rlhf_jax.data import chat, dialogues, errors, reading, records, tokenizers
+from rlhf_jax.data import chat, dialogues, errors, readers, records, tokenizers
 
 _SPEAKERS = (dialogues.USER, dialogues.ASSISTANT)
 
@@ -23,12 +23,12 @@ class Pair:
 
 
 def read(data: Data, counts: errors.DropCount) -> list[records.Ranking]:
-    """The rankings and pairs of ``data.path``, in any form and from any kind of file that `reading` knows.
+    """The rankings and pairs of ``data.path``, in any form and from any kind of file that `readers` knows.
 
     Raises DataError for a file that cannot be used, one without a record that can be included.
     """
     assert data.path is not None
-    found, _ = reading.read_rankings(data.path, counts=counts)
+    found, _ = readers.read_rankings(data.path, counts=counts)
     if not found:
         raise errors.DataError(f"{data.path}: no record is left to learn from ({counts.report()})")
     return found
@@ -51,7 +51,7 @@ def only_two_speak(found: Sequence[records.Ranking]) -> None:
         for turn in each.prompt:
             if turn.role not in _SPEAKERS:
                 raise errors.DataError(
-                    f"{each.where}: a turn has the role {turn.role!r}; --folds trains a tokenizer of its own, whose "
+                    f"{each.location}: a turn has the role {turn.role!r}; --folds trains a tokenizer of its own, whose "
                     "chat format has a user and an assistant"
                 )
 

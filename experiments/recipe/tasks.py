@@ -13,7 +13,7 @@ from launch import initial_model as start_lib
 from launch.settings import Settings
 
 from recipe import human_comparisons, world_words
-from rlhf_jax.data import batching, chat, dialogues, encoding, errors, records, tokenising, tokenizers
+from rlhf_jax.data import batching, chat, dialogues, encoding, errors, packing, padding, plain_text, records, tokenizers
 from rlhf_jax.simulation import corpus, demonstrators, gold, labelers, lexicon, prompts
 from rlhf_jax.simulation import world as world_lib
 from rlhf_jax.train import sft
@@ -61,7 +61,7 @@ class GoldTask:
     compare_prompts: PromptSet
     """For training comparisons; then as many as a tenth for validation."""
     n_compare: int
-    skill_rows: tokenising.Rows
+    skill_rows: padding.Rows
     """A skill problem a row, loss on its answer."""
 
 
@@ -74,7 +74,7 @@ class Task:
     response_width: int
     text: Callable[[], tuple[np.ndarray, np.ndarray]]
     """Writes the rows of pretraining text and the held-out ones: seconds in which steps can be compiled."""
-    demonstrations: tokenising.Rows
+    demonstrations: padding.Rows
     rl_prompts: PromptSet
     eval_prompts: PromptSet
     dropped: errors.DropCount
@@ -144,12 +144,12 @@ def _prompt_sets(
     made = []
     for task_prompts, turns, ids in zip(lists, asked, encoded):
         assert len(ids) == len(turns)
-        tokens_BP, mask_BP = tokenising.pad_prompts(ids, width=P, pad_id=fmt.pad_id)
+        tokens_BP, mask_BP = padding.pad_prompts(ids, width=P, pad_id=fmt.pad_id)
         texts = ["\n".join(f"{turn.role}: {turn.text}" for turn in each) for each in turns]
         words_BP = tokens_BP
         if not speaks:
             told = [prompts.prompt_tokens(prompt.turns) for prompt in task_prompts]
-            words_BP, _ = tokenising.pad_prompts(told, width=prompts.PROMPT_WIDTH, pad_id=lexicon.PAD_ID)
+            words_BP, _ = padding.pad_prompts(told, width=prompts.PROMPT_WIDTH, pad_id=lexicon.PAD_ID)
         made.append(PromptSet(tokens_BP, mask_BP, texts, [p.category for p in task_prompts], words_BP))
     return P, made
 
@@ -228,10 +228,10 @@ def _world_task(settings: Settings, start: start_lib.Start | None) -> Task:
 
 def _demonstration_rows(
     asked: PromptSet, answers: list[list[int]], width: int, pad_id: int, counts: errors.DropCount
-) -> tokenising.Rows:
+) -> padding.Rows:
     """Rows of prompt and answer; demonstrators who ramble past the width break off without an end, and are counted."""
-    tokens_BT, mask_BT = tokenising.pad_answers(answers, width=width, pad_id=pad_id, counts=counts)
-    return tokenising.Rows(
+    tokens_BT, mask_BT = padding.pad_answers(answers, width=width, pad_id=pad_id, counts=counts)
+    return padding.Rows(
         tokens_BL=np.concatenate([asked.tokens_BP, tokens_BT], axis=1),
         mask_BL=np.concatenate([asked.mask_BP, mask_BT], axis=1),
         loss_mask_BL=np.concatenate([np.zeros_like(asked.mask_BP), mask_BT], axis=1),
@@ -244,15 +244,15 @@ def _document_end(fmt: chat.ChatFormat) -> int:
 
 
 def _packed(fmt: chat.ChatFormat, texts: list[str], *, width: int) -> np.ndarray:
-    ids = tokenising.encode_texts(fmt.tokenizer, texts)
-    return tokenising.pack_text(ids, width=width, eos_id=_document_end(fmt))[0]
+    ids = plain_text.encode_texts(fmt.tokenizer, texts)
+    return packing.pack_documents(ids, width=width, eos_id=_document_end(fmt))[0]
 
 
-def _skill_rows(settings: Settings, fmt: chat.ChatFormat, width: int) -> tokenising.Rows:
+def _skill_rows(settings: Settings, fmt: chat.ChatFormat, width: int) -> padding.Rows:
     """Problems with their answers, as they stand in the corpus; wider than ``width`` where one needs it."""
     problems = corpus.skill_problems(settings.evaluation.skills, _stream(settings, SKILLS))
-    asked = tokenising.encode_texts(fmt.tokenizer, [problem.text for problem in problems])
-    whole = tokenising.encode_texts(fmt.tokenizer, [f"{problem.text} {problem.answer}" for problem in problems])
+    asked = plain_text.encode_texts(fmt.tokenizer, [problem.text for problem in problems])
+    whole = plain_text.encode_texts(fmt.tokenizer, [f"{problem.text} {problem.answer}" for problem in problems])
     width = max(width, 1 + max(map(len, whole)))
     tokens_BL = np.full((len(problems), width), fmt.pad_id, np.int32)
     mask_BL, loss_mask_BL = np.zeros(tokens_BL.shape, bool), np.zeros(tokens_BL.shape, bool)
@@ -260,7 +260,7 @@ def _skill_rows(settings: Settings, fmt: chat.ChatFormat, width: int) -> tokenis
         ids = [_document_end(fmt), *ids]  # a document follows the end of another
         tokens_BL[row, : len(ids)], mask_BL[row, : len(ids)] = ids, True
         loss_mask_BL[row, 1 + len(text) : len(ids)] = True
-    return tokenising.Rows(tokens_BL, mask_BL, loss_mask_BL)
+    return padding.Rows(tokens_BL, mask_BL, loss_mask_BL)
 
 
 def _dialogue_task(settings: Settings, start: start_lib.Start | None) -> Task:
@@ -278,7 +278,7 @@ def _dialogue_task(settings: Settings, start: start_lib.Start | None) -> Task:
     fmt = human_comparisons.trained_format(train, data.vocab_size) if start is None else start.fmt
     # What the widths cost is counted beside the file's flaws; only the flaws are held against the file.
     widths = errors.DropCount(max_dropped=1.0)
-    room: Any = {"prompt_width": P, "response_width": T, "answers": max(len(each.responses) for each in found)}
+    room: Any = {"prompt_width": P, "response_width": T, "max_answers": max(len(each.responses) for each in found)}
     sets = []
     for part in (train, held_out):
         ids, places = chat.encode_prompts(fmt, [each.prompt for each in part], width=P, counts=widths)
@@ -288,7 +288,7 @@ def _dialogue_task(settings: Settings, start: start_lib.Start | None) -> Task:
             raise errors.DataError(f"{data.path}: none of {len(part)} comparisons can be used ({widths.report()})")
         sets.append((ids, asked, rows))
     (train_ids, train_asked, train_rows), (held_ids, held_asked, held_rows) = sets
-    demonstrations = tokenising.demonstration_rows(
+    demonstrations = padding.demonstration_rows(
         train_ids,
         chat.encode_answers(fmt, [each.responses[0] for each in train_asked]),
         prompt_width=P,
@@ -298,7 +298,7 @@ def _dialogue_task(settings: Settings, start: start_lib.Start | None) -> Task:
     )
     end = _document_end(fmt)
     packed_BL, held_BL = (
-        tokenising.pack_text(human_comparisons.whole_dialogues(fmt, asked, end=end), width=P + T, eos_id=end)[0]
+        packing.pack_documents(human_comparisons.whole_dialogues(fmt, asked, end=end), width=P + T, eos_id=end)[0]
         for asked in (train_asked, held_asked)
     )
     dropped.dropped |= widths.dropped
@@ -317,12 +317,12 @@ def _dialogue_task(settings: Settings, start: start_lib.Start | None) -> Task:
 
 
 def _dialogue_prompts(ids: list[list[int]], asked: Sequence[records.Prompt], width: int, pad_id: int) -> PromptSet:
-    tokens_BP, mask_BP = tokenising.pad_prompts(ids, width=width, pad_id=pad_id)
+    tokens_BP, mask_BP = padding.pad_prompts(ids, width=width, pad_id=pad_id)
     texts = ["\n".join(f"{turn.role}: {turn.text}" for turn in each.prompt) for each in asked]
     return PromptSet(tokens_BP, mask_BP, texts, [""] * len(asked))
 
 
-def token_batch(rows: tokenising.Rows, indices: np.ndarray) -> sft.TokenBatch:
+def token_batch(rows: padding.Rows, indices: np.ndarray) -> sft.TokenBatch:
     """Rows by their indices."""
     return sft.TokenBatch(*(x[indices] for x in rows))  # type: ignore[arg-type]
 

@@ -1,11 +1,11 @@
-"""Records of `records` into the token rows that the stages train on, in the chat format of any tokenizer.
+"""Encoding of records into the token rows that the stages train on, in the chat format of any tokenizer.
 
-Each function gives the rows and the places of the records they came from, since prompts that do not fit are dropped and
-counted: see `chat.encode_prompts`. Through the places all else that records say comes along::
+Each function returns the rows and the indices of their records, because prompts that do not fit are dropped and counted
+(see `chat.encode_prompts`). The indices give access to the other fields of the records::
 
-    rows, kept = encoding.rankings(fmt, found, prompt_width=256, response_width=128, counts=counts)
-    margins_B = np.asarray([found[i].margin or 0.0 for i in kept], np.float32)
-    subsets = [found[i].metadata.get("subset") for i in kept]
+    rows, kept = encoding.encode_rankings(fmt, rankings, prompt_width=256, response_width=128, counts=counts)
+    margins_B = np.asarray([rankings[i].margin or 0.0 for i in kept], np.float32)
+    subsets = [rankings[i].metadata.get("subset") for i in kept]
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import NamedTuple
 import numpy as np
 
 from rlhf_jax import types
-from rlhf_jax.data import chat, errors, records, tokenising
+from rlhf_jax.data import chat, errors, padding, records
 
 
 class PromptRows(NamedTuple):
-    """Prompts, padded on the left."""
+    """Left-padded prompts."""
 
     tokens_BP: np.ndarray
     mask_BP: np.ndarray
@@ -29,167 +29,200 @@ class PromptRows(NamedTuple):
 
 
 class JudgedRows(NamedTuple):
-    """Rows of single answers that were marked good or bad."""
+    """Rows of single answers that were labelled good or bad."""
 
     tokens_BL: np.ndarray
     mask_BL: np.ndarray
     loss_mask_BL: np.ndarray
-    """True at the answer with its end token."""
+    """True at the answer with its stop token."""
     good_B: np.ndarray
-    """bool, True for a thumb up."""
+    """bool; True is a thumb up."""
 
 
-def prompts(
-    fmt: chat.ChatFormat, found: Sequence[records.Prompt], *, prompt_width: int, counts: errors.DropCount
+def encode_prompts(
+    fmt: chat.ChatFormat, prompts: Sequence[records.Prompt], *, prompt_width: int, counts: errors.DropCount
 ) -> tuple[PromptRows, np.ndarray]:
-    """Prompts of any records.
+    """Encodes the prompts of records of any kind.
 
     Args:
-      fmt: from `chat.chat_format`.
-      found: B' records, of any kind.
+      fmt: Chat format from `chat.chat_format`.
+      prompts: B' records.
       prompt_width: P; longer prompts lose their oldest turns.
-      counts: see `chat.encode_prompts`.
+      counts: Where dropped and truncated prompts are counted; see `chat.encode_prompts`.
 
     Returns:
-      ``(rows, kept)``: B rows, and their places in ``found``, int64 ``[B]``, rising.
+      ``(rows, kept)``: B rows, and the indices of their records, int64 ``[B]`` in ascending order.
 
     Raises:
-      DataError: too large a share is dropped.
+      DataError: If too large a share is dropped.
     """
-    ids, kept = _prompt_ids(fmt, found, prompt_width, counts)
-    return PromptRows(*tokenising.pad_prompts(ids, width=prompt_width, pad_id=fmt.pad_id)), kept
+    ids, kept = _prompt_ids(fmt, prompts, prompt_width, counts)
+    return PromptRows(*padding.pad_prompts(ids, width=prompt_width, pad_id=fmt.pad_id)), kept
 
 
-def demonstrations(
+def encode_demonstrations(
     fmt: chat.ChatFormat,
-    found: Sequence[records.Demonstration],
+    demonstrations: Sequence[records.Demonstration],
     *,
     prompt_width: int,
     response_width: int,
     counts: errors.DropCount,
-) -> tuple[tokenising.Rows, np.ndarray]:
-    """Rows for supervised fine-tuning, loss on the answer with its end token.
+) -> tuple[padding.Rows, np.ndarray]:
+    """Encodes demonstrations for supervised fine-tuning, with the loss on the answer and its stop token.
 
     Args:
-      fmt: from `chat.chat_format`.
-      found: B' records.
-      prompt_width: P.
-      response_width: T; a longer answer is cut, is left without its end token, and counts as truncated.
-      counts: see `chat.encode_prompts` and `tokenising.pad_answers`.
+      fmt: Chat format from `chat.chat_format`.
+      demonstrations: B' records.
+      prompt_width: P; longer prompts lose their oldest turns.
+      response_width: T; longer answers are truncated and lose their stop token.
+      counts: Where drops and truncations are counted; see `chat.encode_prompts` and `padding.pad_answers`.
 
     Returns:
-      ``(rows, kept)``: rows of L = P + T, and their places in ``found``.
+      ``(rows, kept)``: B rows of L = P + T columns, and the indices of their records, int64 ``[B]`` in ascending order.
 
     Raises:
-      DataError: too large a share is dropped, or cut.
+      DataError: If too large a share is dropped or truncated.
     """
-    ids, kept = _prompt_ids(fmt, found, prompt_width, counts)
-    answers = chat.encode_answers(fmt, [found[i].response for i in kept])
-    rows = tokenising.demonstration_rows(
+    ids, kept = _prompt_ids(fmt, demonstrations, prompt_width, counts)
+    answers = chat.encode_answers(fmt, [demonstrations[i].response for i in kept])
+    rows = padding.demonstration_rows(
         ids, answers, prompt_width=prompt_width, response_width=response_width, pad_id=fmt.pad_id, counts=counts
     )
     return rows, kept
 
 
-def judged(
+def encode_judged(
     fmt: chat.ChatFormat,
-    found: Sequence[records.Judged],
+    judged: Sequence[records.Judged],
     *,
     prompt_width: int,
     response_width: int,
     counts: errors.DropCount,
 ) -> tuple[JudgedRows, np.ndarray]:
-    """Rows of answers with a thumb up or down, as KTO takes them; all as of `demonstrations`."""
-    rows, kept = demonstrations(fmt, found, prompt_width=prompt_width, response_width=response_width, counts=counts)
-    return JudgedRows(*rows, good_B=np.asarray([found[i].good for i in kept], np.bool_)), kept
+    """Encodes answers labelled thumb up or down, as KTO takes them.
+
+    Args:
+      fmt: Chat format from `chat.chat_format`.
+      judged: B' records.
+      prompt_width: P; longer prompts lose their oldest turns.
+      response_width: T; longer answers are truncated and lose their stop token.
+      counts: Where drops and truncations are counted; see `chat.encode_prompts` and `padding.pad_answers`.
+
+    Returns:
+      ``(rows, kept)`` as for `encode_demonstrations`, with the labels.
+
+    Raises:
+      DataError: If too large a share is dropped or truncated.
+    """
+    rows, kept = encode_demonstrations(
+        fmt, judged, prompt_width=prompt_width, response_width=response_width, counts=counts
+    )
+    return JudgedRows(*rows, good_B=np.asarray([judged[i].good for i in kept], np.bool_)), kept
 
 
-def rankings(
+def encode_rankings(
     fmt: chat.ChatFormat,
-    found: Sequence[records.Ranking],
+    rankings: Sequence[records.Ranking],
     *,
     prompt_width: int,
     response_width: int,
     counts: errors.DropCount,
-    answers: int | None = None,
+    max_answers: int | None = None,
 ) -> tuple[types.Comparisons, np.ndarray]:
-    """Compared answers, all those of a prompt in one batch element, in the order of their record.
+    """Encodes compared answers, with all answers to a prompt in one batch element, in the order of their record.
 
-    The parsers of `records` put the best first, so that pairs are K = 2 with the chosen answer first. A record with two
-    answers that are the same within T tokens and yet of different rank is dropped,
-    ``"same answer within the width"``.
+    The parsers of `records` put the best answer first, so a pair is K = 2 with the chosen answer first. A record with
+    two answers of different rank that agree in their first T tokens is dropped: ``"same answer within the width"``.
 
     Args:
-      fmt: from `chat.chat_format`.
-      found: B' records.
-      prompt_width: P.
-      response_width: T; longer answers are cut and count as truncated, once each.
-      counts: see `chat.encode_prompts` and `tokenising.ranking_rows`.
-      answers: K; by default the largest number of answers that a record has.
+      fmt: Chat format from `chat.chat_format`.
+      rankings: B' records.
+      prompt_width: P; longer prompts lose their oldest turns.
+      response_width: T; longer answers are truncated, and each counts as one.
+      counts: Where drops and truncations are counted; see `chat.encode_prompts` and `padding.ranking_rows`.
+      max_answers: K; None means the largest number of answers in a record.
 
     Returns:
-      ``(comparisons, kept)``: NumPy arrays, ``tokens_BKL`` with L = P + T, and their places in ``found``.
+      ``(comparisons, kept)``: NumPy arrays, ``tokens_BKL`` with L = P + T, and the indices of their records, int64
+      ``[B]`` in ascending order.
 
     Raises:
-      DataError: too large a share is dropped, or cut; a record has more than K answers.
+      DataError: If too large a share is dropped or truncated, or a record has more than K answers.
     """
-    ids, places = _prompt_ids(fmt, found, prompt_width, counts)
-    for i in places:
-        if answers is not None and (n := len(found[i].responses)) > answers:
-            where = found[i].where or f"record {i + 1}"
-            raise errors.DataError(f"{where}: the record has {n} answers, more than the {answers} there is room for")
+    prompt_ids, fitting = _prompt_ids(fmt, rankings, prompt_width, counts)
+    for i in fitting:
+        if max_answers is not None and (n := len(rankings[i].responses)) > max_answers:
+            location = rankings[i].location or f"record {i + 1}"
+            raise errors.DataError(f"{location}: the record has {n} answers, more than max_answers = {max_answers}")
     rows, kept = ranking_rows(
         fmt,
-        ids,
-        [found[i] for i in places],
+        prompt_ids,
+        [rankings[i] for i in fitting],
         prompt_width=prompt_width,
         response_width=response_width,
         counts=counts,
-        answers=answers,
+        max_answers=max_answers,
     )
-    return rows, places[kept]
+    return rows, fitting[kept]
 
 
 def ranking_rows(
     fmt: chat.ChatFormat,
-    ids: Sequence[Sequence[int]],
-    found: Sequence[records.Ranking],
+    prompt_ids: Sequence[Sequence[int]],
+    rankings: Sequence[records.Ranking],
     *,
     prompt_width: int,
     response_width: int,
     counts: errors.DropCount,
-    answers: int | None = None,
+    max_answers: int | None = None,
 ) -> tuple[types.Comparisons, np.ndarray]:
-    """`rankings` of records whose prompts are encoded already, and fit: ``ids``, one list a record."""
-    flat = iter(chat.encode_answers(fmt, [text for record in found for text in record.responses]))
-    told = [list(itertools.islice(flat, len(record.responses))) for record in found]
+    """Does what `encode_rankings` does, for records whose prompts are encoded already.
+
+    Args:
+      fmt: Chat format from `chat.chat_format`.
+      prompt_ids: Token ids of the prompt of each record, at most P of them.
+      rankings: B' records.
+      prompt_width: P.
+      response_width: T; longer answers are truncated, and each counts as one.
+      counts: Where drops and truncations are counted.
+      max_answers: K; None means the largest number of answers in a record.
+
+    Returns:
+      ``(comparisons, kept)`` as for `encode_rankings`.
+
+    Raises:
+      DataError: If too large a share is dropped or truncated, or a record has more than K answers.
+    """
+    encoded = iter(chat.encode_answers(fmt, [text for record in rankings for text in record.responses]))
+    answers = [list(itertools.islice(encoded, len(record.responses))) for record in rankings]
     stage = counts.stage()
     kept = []
-    for i, record in enumerate(found):
-        if _contradicts(told[i], record.ranks, response_width):
+    for i, record in enumerate(rankings):
+        if _contradict(answers[i], record.ranks, response_width):
             stage.drop("same answer within the width")
         else:
             kept.append(i)
-    counts.add(stage, records=len(found), source="comparisons")
-    rows = tokenising.ranking_rows(
-        [ids[i] for i in kept],
-        [told[i] for i in kept],
-        [found[i].ranks for i in kept],
+    counts.add(stage, records=len(rankings), source="comparisons")
+    rows = padding.ranking_rows(
+        [prompt_ids[i] for i in kept],
+        [answers[i] for i in kept],
+        [rankings[i].ranks for i in kept],
         prompt_width=prompt_width,
         response_width=response_width,
         pad_id=fmt.pad_id,
         counts=counts,
-        most=answers,
+        max_answers=max_answers,
     )
     return rows, np.asarray(kept, np.int64)
 
 
 def _prompt_ids(
-    fmt: chat.ChatFormat, found: Sequence[records.Prompt], width: int, counts: errors.DropCount
+    fmt: chat.ChatFormat, prompts: Sequence[records.Prompt], width: int, counts: errors.DropCount
 ) -> tuple[list[list[int]], np.ndarray]:
-    return chat.encode_prompts(fmt, [record.prompt for record in found], width=width, counts=counts)
+    return chat.encode_prompts(fmt, [record.prompt for record in prompts], width=width, counts=counts)
 
 
-def _contradicts(answers: Sequence[Sequence[int]], ranks: Sequence[int], width: int) -> bool:
+def _contradict(answers: Sequence[Sequence[int]], ranks: Sequence[int], width: int) -> bool:
+    """Returns whether two answers agree in their first ``width`` tokens and differ in rank."""
     rank_of: dict[tuple[int, ...], int] = {}
     return any(rank_of.setdefault(tuple(ids[:width]), rank) != rank for ids, rank in zip(answers, ranks))

@@ -1,7 +1,7 @@
-"""What goes wrong with data: one sentence for a broken file, and a count by reason for broken records.
+"""Exceptions for data that cannot be used, and counts of the records that are dropped or truncated.
 
-A broken file is an error. A broken record is left out, counted under its reason, reported, and an error once too many
-records of a set are broken.
+A file that cannot be read is an error. A record that cannot be used is dropped and counted by reason; once too large a
+share of the records is dropped, that is an error too.
 """
 
 from __future__ import annotations
@@ -11,38 +11,47 @@ import os
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message is one sentence and names the file and the line where there are any."""
+    """Data that cannot be used. The message is one sentence, which names the file and line where there are any."""
 
 
-class Flaw(Exception):
-    """Why a record is dropped, in the words it is counted under."""
+class UnusableRecord(Exception):
+    """A well-formed record that is dropped; the message is the reason it is counted under."""
 
 
-class MissingError(DataError):
-    """A record has none of some fields."""
+class MissingFieldError(DataError):
+    """A record lacks a field."""
 
     def __init__(self, *names: str) -> None:
-        """The first of ``names`` is the one to be missed most."""
+        """``names``: the missing field, then other fields that could have replaced it."""
         others = " or ".join(map(repr, names[1:]))
         super().__init__(f"the record has no {names[0]!r}" + (f", and no {others} either" if others else ""))
         self.names = names
 
 
-def at(path: str | os.PathLike[str], line: int) -> str:
-    """Where in a file, ``path, line N``, as every message of the readers names it."""
+def location(path: str | os.PathLike[str], line: int) -> str:
+    """Returns ``"PATH, line N"``, the form in which every message names a line of a file."""
     return f"{os.fspath(path)}, line {line}"
 
 
 @dataclasses.dataclass
 class DropCount:
-    """Records that were left out or shortened, counted by reason.
+    """Numbers of dropped and truncated records, by reason.
 
-    ``dropped`` holds records that are missing from the result: their share of all records is limited by
-    ``max_dropped``. ``truncated`` holds records that are there but shortened, which long dialogues make common: it is
-    reported, and limited only where ``max_truncated`` is given. Both limits are shares from 0 to 1.
+    ``dropped`` counts records that are missing from the result; their share is limited by ``max_dropped``.
+    ``truncated`` counts records that were kept but shortened, which is common for long dialogues: their share is
+    limited only if ``max_truncated`` is given. Both limits are shares from 0 to 1.
 
-    One object may go through a whole pipeline. Each stage counts in its own `stage`, whose share is checked against the
-    records that this stage saw, and is then added here: no stage thins out the share of another.
+    One object can collect the counts of a whole pipeline. Each stage of it counts in an object of its own (`stage`),
+    whose share is checked against the records that this stage received before `add` merges it: a lossy stage cannot
+    hide behind the records of another.
+
+    >>> from rlhf_jax.data import errors
+    >>> counts = errors.DropCount(max_dropped=0.5)
+    >>> stage = counts.stage()
+    >>> stage.drop("empty answer")
+    >>> counts.add(stage, records=4, source="pairs.jsonl")
+    >>> counts.report()
+    'dropped 1 (empty answer 1), truncated 0'
     """
 
     max_dropped: float = 0.01
@@ -51,32 +60,32 @@ class DropCount:
     truncated: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a limit that is not a share."""
+        """Raises ValueError if a limit is not between 0 and 1."""
         for name, share in (("max_dropped", self.max_dropped), ("max_truncated", self.max_truncated)):
             if share is not None and not 0.0 <= share <= 1.0:
-                raise ValueError(f"{name} is a share from 0 to 1, got {share}")
+                raise ValueError(f"{name} must be a share from 0 to 1, got {share}")
 
     def drop(self, reason: str) -> None:
-        """Count one record that is left out."""
+        """Counts one dropped record."""
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
 
     def truncate(self, reason: str) -> None:
-        """Count one record that is kept, but shortened."""
+        """Counts one truncated record."""
         self.truncated[reason] = self.truncated.get(reason, 0) + 1
 
     def stage(self) -> DropCount:
-        """An empty count with the same limits."""
+        """Returns an empty count with the same limits."""
         return DropCount(max_dropped=self.max_dropped, max_truncated=self.max_truncated)
 
     def add(self, stage: DropCount, *, records: int, source: str) -> None:
-        """Add the counts of a stage that saw ``records`` records, then check its share; see `check`."""
-        for mine, theirs in ((self.dropped, stage.dropped), (self.truncated, stage.truncated)):
-            for reason, n in theirs.items():
-                mine[reason] = mine.get(reason, 0) + n
+        """Adds the counts of a stage that received ``records`` records, then checks its share as `check` does."""
+        for totals, added in ((self.dropped, stage.dropped), (self.truncated, stage.truncated)):
+            for reason, n in added.items():
+                totals[reason] = totals.get(reason, 0) + n
         stage.check(records, source=source)
 
     def check(self, records: int, *, source: str) -> None:
-        """Raise DataError, naming the counts and ``source``, when their share of ``records`` is past its limit."""
+        """Raises DataError, naming ``source`` and the counts, if their share of ``records`` exceeds a limit."""
         limits = (
             ("dropped", self.dropped, self.max_dropped, "max_dropped"),
             ("truncated", self.truncated, self.max_truncated, "max_truncated"),
@@ -91,7 +100,7 @@ class DropCount:
                 )
 
     def report(self) -> str:
-        """One line with every count, such as ``dropped 8 (empty answer 4, prompts differ 4), truncated 0``."""
+        """Returns all counts in one line, such as ``dropped 8 (empty answer 4, prompts differ 4), truncated 0``."""
         parts = []
         for verb, counts in (("dropped", self.dropped), ("truncated", self.truncated)):
             reasons = f" ({_by_reason(counts)})" if counts else ""

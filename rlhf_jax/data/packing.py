@@ -1,9 +1,8 @@
-"""Sequences of different lengths side by side in rows of one width, so that little of a batch is padding.
+"""Packing: several sequences in one row, so that little of a batch is padding.
 
-A packed row holds whole sequences, one after the other from its first column on, and padding at its end. Segment ids
-tell them apart: a model that honours them (``lm.forward(..., segments_BL=...)``) reads each as if it were alone.
-
-Everything is a pure function of its arguments: the same sequences give the same rows in every run.
+A packed row holds whole sequences, one after the other from its first column, and padding at its end. Segment ids
+distinguish them: a model that honours the ids (``lm.forward(..., segments_BL=...)``) processes each sequence as if it
+were alone. The same sequences always give the same rows.
 """
 
 from __future__ import annotations
@@ -15,30 +14,30 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf_jax import types
-from rlhf_jax.data import errors, tokenising
+from rlhf_jax.data import errors, padding
 
 
 class Packed(NamedTuple):
-    """Packed rows, and where each sequence went."""
+    """Packed rows, and the place of each sequence."""
 
     tokens_BL: np.ndarray
     mask_BL: np.ndarray
     """True at real tokens."""
     loss_mask_BL: np.ndarray
-    """True at the tokens to be learnt."""
+    """True at the tokens to learn."""
     segments_BL: np.ndarray
     """int32: 1 at the first sequence of a row, 2 at the second, ...; 0 at padding."""
     places: types.Places
-    """``[N]`` of NumPy arrays, in the order of the sequences; segment 0 where one was left out."""
+    """NumPy arrays ``[N]`` in the order of the sequences; segment 0 means that the sequence was dropped."""
 
     @property
     def fill(self) -> float:
-        """Share of the rows that is real tokens; the rest is what packing could not avoid."""
+        """Share of real tokens in the rows."""
         return float(self.mask_BL.mean()) if self.mask_BL.size else 1.0
 
 
 def pack(
-    sequences: Sequence[tokenising.Ids],
+    sequences: Sequence[padding.Ids],
     loss_masks: Sequence[Sequence[bool]] | None = None,
     *,
     width: int,
@@ -47,22 +46,30 @@ def pack(
     truncate: bool = False,
     rows: int | None = None,
 ) -> Packed:
-    """Pack whole sequences by best fit, the longest first: each goes where the least room is left behind it.
+    """Packs whole sequences by best fit, the longest first; see `best_fit`.
+
+    >>> from rlhf_jax.data import errors, packing
+    >>> packed = packing.pack([[5, 6], [7, 8, 9], [3]], width=4, pad_id=0, counts=errors.DropCount())
+    >>> packed.tokens_BL.tolist(), packed.segments_BL.tolist()
+    ([[7, 8, 9, 3], [5, 6, 0, 0]], [[1, 1, 1, 2], [1, 1, 0, 0]])
 
     Args:
-      sequences: token ids; an empty one is in no row.
-      loss_masks: for each sequence which of its tokens are learnt; None: all.
-      width: L.
-      pad_id: the id at padding, which no mask is derived from.
-      counts: counts sequences longer than ``width``: dropped, ``"longer than a row"``, or truncated, ``"cut at the
-        width of a row"``.
-      truncate: cut a long sequence at its end instead of leaving it out.
-      rows: how many rows to make, the last of them empty if need be, so that batches have one shape; None: as many as
-        it takes.
+      sequences: Token ids of N sequences; an empty sequence takes no place.
+      loss_masks: For each sequence, which of its tokens to learn; None means all.
+      width: L, the width of a row.
+      pad_id: Token id at padding. Masks do not depend on it.
+      counts: Counts sequences longer than ``width``: dropped as ``"longer than a row"``, or truncated as
+        ``"truncated to the row width"``.
+      truncate: Whether to truncate long sequences instead of dropping them.
+      rows: Number of rows, the last of them empty if necessary, which gives all batches one shape; None means as many
+        as needed.
+
+    Returns:
+      The packed rows, ``[rows, L]``.
 
     Raises:
-      DataError: unequal numbers or lengths of sequences and loss masks; more rows are needed than ``rows``; more
-        sequences are long than ``counts`` allows.
+      DataError: If sequences and loss masks differ in number or length, more than ``rows`` rows are needed, or too
+        large a share of the sequences is too long.
     """
     learnt: Sequence[Any] = [np.ones(len(ids), bool) for ids in sequences] if loss_masks is None else loss_masks
     if list(map(len, learnt)) != list(map(len, sequences)):
@@ -71,21 +78,21 @@ def pack(
     lengths = []
     for ids in sequences:
         if len(ids) > width:
-            stage.truncate("cut at the width of a row") if truncate else stage.drop("longer than a row")
+            stage.truncate("truncated to the row width") if truncate else stage.drop("longer than a row")
         lengths.append(len(ids) if len(ids) <= width else width * truncate)
     counts.add(stage, records=len(sequences), source="packed sequences")
 
-    placed = best_fit(lengths, width=width)
-    needed = max((row + 1 for (row, _), n in zip(placed, lengths) if n), default=0)
+    positions = best_fit(lengths, width=width)
+    needed = max((row + 1 for (row, _), n in zip(positions, lengths) if n), default=0)
     if rows is not None and needed > rows:
         raise errors.DataError(f"{len(sequences)} sequences fill {needed} rows of {width}, more than rows = {rows}")
     shape = (needed if rows is None else rows, width)
     tokens_BL, segments_BL = np.full(shape, pad_id, np.int32), np.zeros(shape, np.int32)
     loss_mask_BL = np.zeros(shape, np.bool_)
     row_N, segment_N, end_N = np.zeros((3, len(sequences)), np.int32)
-    # From left to right, so that a row's segments are numbered as they stand.
-    for i in sorted((i for i, n in enumerate(lengths) if n), key=lambda i: placed[i]):
-        (row, start), n = placed[i], lengths[i]
+    # From left to right, because the segments of a row are numbered in that order.
+    for i in sorted((i for i, n in enumerate(lengths) if n), key=lambda i: positions[i]):
+        (row, start), n = positions[i], lengths[i]
         columns = slice(start, start + n)
         row_N[i], end_N[i] = row, start + n - 1
         segment_N[i] = 1 if start == 0 else segments_BL[row, start - 1] + 1
@@ -96,9 +103,23 @@ def pack(
 
 
 def pack_rows(
-    rows: tokenising.Rows, *, width: int, pad_id: int, counts: errors.DropCount, truncate: bool = False
+    rows: padding.Rows, *, width: int, pad_id: int, counts: errors.DropCount, truncate: bool = False
 ) -> Packed:
-    """`pack` the real tokens of padded rows, such as `tokenising.demonstration_rows` makes."""
+    """Packs the real tokens of padded rows.
+
+    Args:
+      rows: Padded rows, such as those of `padding.demonstration_rows`; each becomes one sequence.
+      width: L, the width of a packed row.
+      pad_id: Token id at padding.
+      counts: Where sequences longer than ``width`` are counted; see `pack`.
+      truncate: Whether to truncate long sequences instead of dropping them.
+
+    Returns:
+      The packed rows.
+
+    Raises:
+      DataError: If too large a share of the sequences is too long.
+    """
     sequences = [tokens[mask] for tokens, mask in zip(rows.tokens_BL, rows.mask_BL)]
     loss_masks = [learnt[mask] for learnt, mask in zip(rows.loss_mask_BL, rows.mask_BL)]
     return pack(sequences, loss_masks, width=width, pad_id=pad_id, counts=counts, truncate=truncate)
@@ -107,47 +128,50 @@ def pack_rows(
 def pack_comparisons(
     batch: types.Comparisons, *, width: int, pad_id: int, rows: int | None = None, groups: int = 1
 ) -> types.PackedComparisons:
-    """Pack the completions of a batch, in which ones that are missing and padding then cost nothing.
+    """Packs the completions of a batch, so that missing completions and padding cost nothing.
 
     Args:
-      batch: such as `tokenising.ranking_rows` makes.
-      width: of the packed rows, at least that of the longest completion.
-      pad_id: the id at padding.
-      rows: how many rows to make, of all groups together, so that batches have one shape; None: as many as it takes.
-      groups: into how many micro-batches a step will divide this batch; each is packed by itself.
+      batch: Comparisons, such as those of `padding.ranking_rows`.
+      width: L, the width of a packed row; at least the length of the longest completion.
+      pad_id: Token id at padding.
+      rows: Number of rows, over all groups, which gives all batches one shape; None means as many as needed.
+      groups: Number of micro-batches into which a step will divide this batch; each is packed separately.
+
+    Returns:
+      The packed completions, with the ranks and loss inputs of ``batch``.
 
     Raises:
-      DataError: a completion is longer than ``width``, or more rows are needed than ``rows``.
-      ValueError: ``groups`` does not divide the prompts or ``rows``.
+      DataError: If a completion is longer than ``width``, or more than ``rows`` rows are needed.
+      ValueError: If ``groups`` does not divide the number of prompts or ``rows``.
     """
     B, K = batch.where_BK.shape
     if B % groups or (rows or 0) % groups:
-        raise ValueError(f"{groups} groups do not divide {B} prompts and {rows} rows")
+        raise ValueError(f"groups = {groups} must divide the number of prompts, {B}, and rows = {rows}")
     tokens_BKL, mask_BKL = np.asarray(batch.tokens_BKL), np.asarray(batch.mask_BKL)
     mask_BKL = mask_BKL & np.asarray(batch.where_BK)[:, :, None]
 
-    def packed(group: int, rows: int | None) -> Packed:
-        mine = [(b, k) for b in range(group, B, groups) for k in range(K)]
-        sequences = [tokens_BKL[at][mask_BKL[at]] for at in mine]
+    def pack_group(group: int, rows: int | None) -> Packed:
+        indices = [(b, k) for b in range(group, B, groups) for k in range(K)]
+        sequences = [tokens_BKL[at][mask_BKL[at]] for at in indices]
         return pack(sequences, width=width, pad_id=pad_id, counts=errors.DropCount(max_dropped=0.0), rows=rows)
 
     per_group = None if rows is None else rows // groups
-    parts = [packed(group, per_group) for group in range(groups)]
+    parts = [pack_group(group, per_group) for group in range(groups)]
     if rows is None and groups > 1:
         per_group = max(len(part.tokens_BL) for part in parts)
-        parts = [packed(group, per_group) for group in range(groups)]
+        parts = [pack_group(group, per_group) for group in range(groups)]
 
-    # Dealt out in turn, as `train.step.split` divides a batch.
-    def dealt(arrays: list[np.ndarray]) -> np.ndarray:
+    # Round-robin, as a train step divides a batch into micro-batches.
+    def interleave(arrays: list[np.ndarray]) -> np.ndarray:
         return np.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
 
-    def placed(name: str) -> np.ndarray:
-        return dealt([getattr(part.places, name).reshape(B // groups, K) for part in parts])
+    def interleaved_places(name: str) -> np.ndarray:
+        return interleave([getattr(part.places, name).reshape(B // groups, K) for part in parts])
 
     return types.PackedComparisons(
-        tokens_RL=dealt([part.tokens_BL for part in parts]),  # pyright: ignore[reportArgumentType]
-        segments_RL=dealt([part.segments_BL for part in parts]),  # pyright: ignore[reportArgumentType]
-        places_BK=types.Places(**{name: placed(name) for name in ("row", "segment", "end")}),  # pyright: ignore
+        tokens_RL=interleave([part.tokens_BL for part in parts]),  # pyright: ignore[reportArgumentType]
+        segments_RL=interleave([part.segments_BL for part in parts]),  # pyright: ignore[reportArgumentType]
+        places_BK=types.Places(**{name: interleaved_places(name) for name in ("row", "segment", "end")}),  # pyright: ignore
         ranks_BK=batch.ranks_BK,
         where_BK=batch.where_BK,
         domain_B=batch.domain_B,
@@ -156,21 +180,54 @@ def pack_comparisons(
     )
 
 
-def best_fit(lengths: Sequence[int], *, width: int) -> list[tuple[int, int]]:
-    """Place pieces of these lengths in rows of ``width``: ``(row, first column)`` of each.
+def pack_documents(documents: Sequence[padding.Ids], *, width: int, eos_id: int) -> tuple[np.ndarray, int]:
+    """Concatenates documents, each followed by ``eos_id``, and cuts the stream into full rows for pretraining.
 
-    The longest first, equal ones in their order; each in the row with the least room that holds it, of equal ones the
-    first. Pieces of length 0 take no room. Raises ValueError for a piece longer than ``width``.
+    >>> from rlhf_jax.data import packing
+    >>> rows, remainder = packing.pack_documents([[5, 6], [7, 8]], width=3, eos_id=1)
+    >>> rows.tolist(), remainder
+    ([[5, 6, 1], [7, 8, 1]], 0)
+
+    Returns:
+      ``(tokens_BL, remainder)``: int32 rows of ``width`` real tokens, and the number of tokens dropped at the end
+      because they do not fill a row.
+
+    Raises:
+      DataError: If a document already ends with ``eos_id``, or all documents together do not fill one row.
+    """
+    pieces = []
+    for i, ids in enumerate(documents):
+        if len(ids) and ids[-1] == eos_id:
+            raise errors.DataError(f"document {i} already ends with the id {eos_id}, which would be added again")
+        pieces.append(np.asarray([*ids, eos_id], np.int32))
+    stream = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
+    rows, remainder = divmod(len(stream), width)
+    if rows == 0:
+        raise errors.DataError(f"{len(stream)} tokens do not fill one row of {width}")
+    return stream[: rows * width].reshape(rows, width), remainder
+
+
+def best_fit(lengths: Sequence[int], *, width: int) -> list[tuple[int, int]]:
+    """Assigns sequences of these lengths to rows of ``width`` by best fit, the longest first, equal ones in order.
+
+    Each sequence goes into the fullest row that still has room for it, the first of equally full ones. Sequences of
+    length 0 take no place.
+
+    Returns:
+      ``(row, first column)`` of each sequence.
+
+    Raises:
+      ValueError: If a sequence is longer than ``width``.
     """
     if max(lengths, default=0) > width:
-        raise ValueError(f"a piece of {max(lengths)} does not fit in rows of {width}")
+        raise ValueError(f"a sequence of {max(lengths)} tokens does not fit in rows of {width}")
     room: list[tuple[int, int]] = []  # (columns left, row), sorted
-    placed = [(0, 0)] * len(lengths)
+    positions = [(0, 0)] * len(lengths)
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if lengths[i] == 0:
             break
         at = bisect.bisect_left(room, (lengths[i], 0))
         left, row = room.pop(at) if at < len(room) else (width, len(room))
-        placed[i] = (row, width - left)
+        positions[i] = (row, width - left)
         bisect.insort(room, (left - lengths[i], row))
-    return placed
+    return positions

@@ -1,14 +1,14 @@
-"""Builders that turn any source of `files` into a set of tensorflow-datasets, in array_record files.
+"""Builders that turn any source of `sources` into a tensorflow-datasets set of array_record files.
 
-Why: a prepared set is read lazily, at any place and by many processes, and every tool that knows TFDS knows it. No
-TensorFlow is needed, to write or to read::
+A prepared set can be read lazily, in any order and by many processes, and works with every tool that supports TFDS.
+Neither writing nor reading needs TensorFlow::
 
     counts = tfds_builder.prepare(tfds_builder.RlhfRankings, "mine", {"train": "pairs.jsonl.gz"}, data_dir="sets")
-    rankings, _ = reading.read_rankings(files.Tfds("rlhf_rankings/mine", split="train", data_dir="sets"))
+    rankings, _ = readers.read_rankings(sources.Tfds("rlhf_rankings/mine", split="train", data_dir="sets"))
     rows = tfds.data_source("rlhf_rankings/mine", split="train", data_dir="sets")
 
-The records of a set stand in the order of their files, with these features, and ``fields_json``, a text that holds all
-else that a record said, as one JSON object (numbers too: TFDS keeps 32 bits of a float):
+A set keeps the records in the order of their source. It has the following features, and ``fields_json``, a text with
+all other fields of a record as one JSON object (including numbers, because TFDS keeps only 32 bits of a float):
 
 =======================  =========================================================================
 ``rlhf_demonstrations``  ``prompt`` (a sequence of ``role`` and ``content``), ``response``
@@ -17,8 +17,8 @@ else that a record said, as one JSON object (numbers too: TFDS keeps 32 bits of 
 ``rlhf_prompts``         ``prompt``
 =======================  =========================================================================
 
-TFDS finds builders by importing them, which is why this is a module of the package. It imports tensorflow-datasets, and
-nothing else in the package imports it.
+TFDS registers a builder when its module is imported. This module imports tensorflow-datasets, so no other module of the
+package imports it.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from rlhf_jax.data import errors, files, reading, records
+from rlhf_jax.data import errors, readers, records, sources
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Files(tfds.core.BuilderConfig):
-    """A set of a user's own: its name, and where each split comes from."""
+    """Configuration of a builder: its name is that of the set, and ``splits`` has the source of each split."""
 
-    sources: Mapping[str, files.Source] = dataclasses.field(default_factory=dict)
+    splits: Mapping[str, sources.Source] = dataclasses.field(default_factory=dict)
     counts: errors.DropCount = dataclasses.field(default_factory=errors.DropCount)
-    """Where broken records are counted, and how many may be."""
+    """Where dropped records are counted and limited."""
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder, abc.ABC, skip_registration=True):
-    """What the builders share."""
+    """Common parts of the builders."""
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIG_CLASS = Files
@@ -56,105 +56,106 @@ class _Builder(tfds.core.GeneratorBasedBuilder, abc.ABC, skip_registration=True)
 
     def _info(self) -> tfds.core.DatasetInfo:
         turns = tfds.features.Sequence({"role": tfds.features.Text(), "content": tfds.features.Text()})
-        features = {"prompt": turns, **self.features, files.JSON_FIELD: tfds.features.Text()}
-        # Without its shuffle TFDS keeps the order of the files, and needs whole numbers as keys.
+        features = {"prompt": turns, **self.features, sources.JSON_FIELD: tfds.features.Text()}
+        # Without shuffling, TFDS keeps the order of the files and needs integer keys.
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         config = self.builder_config
-        if not isinstance(config, Files) or not config.sources:
-            raise errors.DataError(f"{self.name} needs a config that names its files: see tfds_builder.prepare")
-        return {split: self._generate_examples(source) for split, source in config.sources.items()}
+        if not isinstance(config, Files) or not config.splits:
+            raise errors.DataError(f"{self.name} needs a config that names its files; use tfds_builder.prepare")
+        return {split: self._generate_examples(source) for split, source in config.splits.items()}
 
-    def _generate_examples(self, source: files.Source) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(self, source: sources.Source) -> Iterator[tuple[int, dict[str, Any]]]:
         config = self.builder_config
         assert isinstance(config, Files)
-        found, _ = type(self).read(source, counts=config.counts)
-        for n, record in enumerate(found):
+        read_records, _ = type(self).read(source, counts=config.counts)
+        for n, record in enumerate(read_records):
             yield n, example(record)
 
 
 class RlhfDemonstrations(_Builder):
-    """``rlhf_demonstrations``: answers to imitate."""
+    """``rlhf_demonstrations``: prompts with an answer to imitate."""
 
     features = {"response": tfds.features.Text()}  # noqa: RUF012
-    read = staticmethod(reading.read_demonstrations)
+    read = staticmethod(readers.read_demonstrations)
 
 
 class RlhfRankings(_Builder):
-    """``rlhf_rankings``: compared answers, pairs and rankings alike."""
+    """``rlhf_rankings``: compared answers, both pairs and rankings."""
 
     features = {  # noqa: RUF012
         "responses": tfds.features.Sequence(tfds.features.Text()),
         "ranks": tfds.features.Sequence(np.int32),
     }
-    read = staticmethod(reading.read_rankings)
+    read = staticmethod(readers.read_rankings)
 
 
 class RlhfJudged(_Builder):
-    """``rlhf_judged``: answers with a thumb up or down."""
+    """``rlhf_judged``: answers labelled thumb up or down."""
 
     features = {"response": tfds.features.Text(), "label": np.bool_}  # noqa: RUF012
-    read = staticmethod(reading.read_judged)
+    read = staticmethod(readers.read_judged)
 
 
 class RlhfPrompts(_Builder):
-    """``rlhf_prompts``: what is asked."""
+    """``rlhf_prompts``: prompts alone."""
 
     features = {}  # noqa: RUF012
-    read = staticmethod(reading.read_prompts)
+    read = staticmethod(readers.read_prompts)
 
 
 def prepare(
     builder: type[_Builder],
     name: str,
-    sources: Mapping[str, files.Source],
+    splits: Mapping[str, sources.Source],
     *,
     data_dir: str | os.PathLike[str],
     counts: errors.DropCount | None = None,
 ) -> errors.DropCount:
-    """Write a TFDS set, ``<builder>/<name>:1.0.0``, from files.
+    """Writes a TFDS set, ``<builder>/<name>:1.0.0``, from files.
 
     Args:
       builder: `RlhfDemonstrations`, `RlhfRankings`, `RlhfJudged` or `RlhfPrompts`.
-      name: of the set; letters, digits, ``_``, ``-`` and ``.``, a letter or digit at the end.
-      sources: for each split, such as ``"train"``, where its records come from; letters, digits and ``_``.
-      data_dir: where TFDS keeps its sets.
-      counts: of records that are dropped; see `reading.read_demonstrations`.
+      name: Name of the set: letters, digits, ``_``, ``-`` and ``.``, with a letter or digit at the end.
+      splits: Source of the records of each split, such as ``"train"``. The name of a split has letters, digits and
+        ``_``.
+      data_dir: Directory of the prepared sets.
+      counts: Where dropped records are counted and limited; see `readers.read_demonstrations`.
 
     Returns:
-      ``counts``.
+      ``counts``, or the new count if it is None.
 
     Raises:
-      DataError: a source cannot be read, or has too many broken records; the name is taken, or is none,
-        or that of a split; array_record is missing.
+      DataError: If a source cannot be read or too many of its records are dropped; the name of the set is invalid or
+        taken; the name of a split is invalid; or array_record is not installed.
     """
     if not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9]", name):
-        raise errors.DataError(f"{name!r} is no name for a set: it may hold letters, digits, '_', '-' and '.'")
-    for split in sources:
+        raise errors.DataError(f"{name!r} is not a valid name for a set: use letters, digits, '_', '-' and '.'")
+    for split in splits:
         if split == "all" or not re.fullmatch(r"[A-Za-z0-9_]+", split):
             raise errors.DataError(
-                f"{split!r} is no name for a split: it may hold letters, digits and '_', and 'all' is taken"
+                f"{split!r} is not a valid name for a split: use letters, digits and '_', and not 'all'"
             )
     counts = errors.DropCount() if counts is None else counts
-    config = Files(name=name, sources=dict(sources), counts=counts)
-    made = builder(data_dir=os.fspath(data_dir), config=config, file_format="array_record")
-    if os.path.exists(made.data_path):
-        raise errors.DataError(f"{made.data_path} is there already; delete it, or choose another name than {name!r}")
+    config = Files(name=name, splits=dict(splits), counts=counts)
+    dataset = builder(data_dir=os.fspath(data_dir), config=config, file_format="array_record")
+    if os.path.exists(dataset.data_path):
+        raise errors.DataError(f"{dataset.data_path} already exists; delete it, or choose a name other than {name!r}")
     try:
-        made.download_and_prepare()
+        dataset.download_and_prepare()
     except ImportError as error:
         raise errors.DataError(
-            f"writing {made.data_path} needs array_record, which has packages for Linux and macOS: "
+            f"writing {dataset.data_path} needs array_record, which has packages for Linux and macOS: "
             f"pip install array_record ({error})"
         ) from None
     return counts
 
 
 def example(record: records.Prompt) -> dict[str, Any]:
-    """A record as an example of its builder; `files.plain_fields` and the parsers of `records` undo it."""
+    """Returns a record as an example of its builder; `sources.plain_fields` and the parsers of `records` invert it."""
     fields: dict[str, Any] = {"prompt": [{"role": turn.role, "content": turn.text} for turn in record.prompt]}
     others: dict[str, Any] = {"metadata": dict(record.metadata)}
     if isinstance(record, records.Demonstration):
@@ -164,4 +165,4 @@ def example(record: records.Prompt) -> dict[str, Any]:
     if isinstance(record, records.Ranking):
         fields |= {"responses": list(record.responses), "ranks": list(record.ranks)}
         others |= {"scores": record.scores, "margin": record.margin}
-    return fields | {files.JSON_FIELD: json.dumps(others, ensure_ascii=False, allow_nan=False)}
+    return fields | {sources.JSON_FIELD: json.dumps(others, ensure_ascii=False, allow_nan=False)}

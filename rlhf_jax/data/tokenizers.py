@@ -1,14 +1,14 @@
-"""Tokenizers built from text or from a list of words, in Hugging Face form, with one chat format.
+"""Tokenizers trained on text or built from a list of words, in Hugging Face form, with one chat format.
 
-Every tokenizer made here has the same four special tokens at the same ids, pad 0, end 1, user 2, assistant 3, no
-beginning token, and one chat template::
+Every tokenizer made here has the same four special tokens with the same ids (pad 0, end 1, user 2, assistant 3), no
+beginning-of-sequence token, and one chat template::
 
     <|user|>text<|end|><|assistant|>text<|end|> ...
 
-``<|end|>`` ends every turn and is the EOS; pad is a token of its own, or a model never learns to stop.
+``<|end|>`` ends every turn and is the EOS token. Padding has a token of its own; otherwise a model would not learn to
+stop.
 
-The Hugging Face imports stand inside the functions: they take most of a second, and only who makes or loads a
-tokenizer should wait for them.
+The Hugging Face packages are imported inside the functions, because importing them takes most of a second.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ USER = "<|user|>"
 ASSISTANT = "<|assistant|>"
 UNKNOWN = "<|unk|>"
 SPECIAL_TOKENS = (PAD, END, USER, ASSISTANT)
-"""In the order of their ids, from 0."""
+"""Special tokens in the order of their ids, from 0."""
 
-# What an assistant says, with the token that ends it, stands between the generation marks: it is what carries loss.
+# The generation marks enclose the text of an assistant turn and its end token: the tokens with a loss.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'user' -%}"
@@ -50,29 +50,32 @@ _BYTES = 256
 def train_bpe(
     texts: Iterable[str], *, vocab_size: int, special_tokens: Sequence[str] = (), min_frequency: int = 2
 ) -> transformers.PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer; any text can be encoded, and decoding gives it back exactly.
+    """Trains a byte-level BPE tokenizer, which encodes any text and restores it exactly on decoding.
 
     Args:
-      texts: the training text; the same texts give the same vocabulary.
-      vocab_size: ids wanted, at least the special tokens + 256 bytes. Little text yields fewer: read ``len`` of the
-        result.
-      special_tokens: further special tokens, with the ids after the four standard ones.
-      min_frequency: a pair of tokens seen less often is not merged.
+      texts: The training texts; the same texts give the same vocabulary.
+      vocab_size: Number of ids, at least the special tokens and 256 bytes. Short texts yield fewer; ``len`` of the
+        result is the actual number.
+      special_tokens: Additional special tokens, whose ids follow the four standard ones.
+      min_frequency: Pairs of tokens that occur less often are not merged.
+
+    Returns:
+      The tokenizer, with the chat template of this module.
 
     Raises:
-      DataError: ``vocab_size`` is too small, or a special token is there twice.
+      DataError: If ``vocab_size`` is too small, or a special token is given twice.
     """
     import tokenizers
 
     specials = _unique([*SPECIAL_TOKENS, *special_tokens], "special token")
     if vocab_size < len(specials) + _BYTES:
         raise errors.DataError(
-            f"vocab_size = {vocab_size} is less than {len(specials)} special tokens + {_BYTES} bytes = "
+            f"vocab_size = {vocab_size} is less than {len(specials)} special tokens and {_BYTES} bytes, which are "
             f"{len(specials) + _BYTES}"
         )
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    # No space is put in front: the first word of a text and its decoding stay as written. No post-processor either: it
-    # would trim the spans that the assistant mask of a chat template is computed from.
+    # Without a prefix space, the first word of a text decodes as written. There is no post-processor, because it would
+    # trim the spans from which the assistant mask of a chat template is computed.
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
@@ -89,18 +92,27 @@ def train_bpe(
 def word_level(
     words: Iterable[str], *, special_tokens: Sequence[str] = (), unknown: bool = False
 ) -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer with one id a word, split at white space: nothing is trained, and ids are contiguous.
+    """Builds a tokenizer with one id for each word, which splits texts at white space. Nothing is trained.
 
-    Ids: the four special tokens from 0, ``<|unk|>`` if asked for, further special tokens, then the words as they come.
+    The ids are contiguous: the four special tokens from 0, ``<|unk|>`` if ``unknown`` is set, the additional special
+    tokens, then the words in their order.
+
+    >>> from rlhf_jax.data import plain_text, tokenizers
+    >>> tokenizer = tokenizers.word_level(["the", "cat", "sat"])
+    >>> plain_text.encode_texts(tokenizer, ["the cat", "cat sat"])
+    [[4, 5], [5, 6]]
 
     Args:
-      words: distinct words without white space, and without ``<|`` or ``|>``, which are kept for special tokens.
-      special_tokens: further special tokens.
-      unknown: encode a word that is not in the list as ``<|unk|>``. Otherwise it is an error, and
-        `tokenising.encode_text` names the word.
+      words: Distinct words without white space and without ``<|`` or ``|>``, which are reserved for special tokens.
+      special_tokens: Additional special tokens.
+      unknown: Whether to encode a word that is not in the list as ``<|unk|>``. Otherwise such a word is an error, which
+        `plain_text.encode_texts` raises.
+
+    Returns:
+      The tokenizer, with the chat template of this module.
 
     Raises:
-      DataError: there is no word, or one is empty, doubled, or holds white space, ``<|`` or ``|>``.
+      DataError: If there are no words, or a word is empty, is given twice, or contains white space, ``<|`` or ``|>``.
     """
     import tokenizers
 
@@ -111,33 +123,33 @@ def word_level(
         raise errors.DataError("a word-level tokenizer needs at least one word")
     for word in words:
         if word.split() != [word] or "<|" in word or "|>" in word:
-            raise errors.DataError(f"{word!r} is no word: it is empty or holds white space, '<|' or '|>'")
+            raise errors.DataError(f"{word!r} is not a word: it is empty or contains white space, '<|' or '|>'")
     vocab = {token: i for i, token in enumerate([*specials, *words])}
-    # An unknown token that is not in the vocabulary makes an unknown word an error instead of a silent loss.
+    # If the unknown token is not in the vocabulary, an unknown word is an error instead of being dropped silently.
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token=UNKNOWN))
-    # The special tokens are words of this vocabulary too. Cutting at the brackets keeps a user's literal "<|end|>" from
-    # being looked up as one.
+    # The vocabulary contains the special tokens as words. Splitting at the brackets keeps a literal "<|end|>" in a text
+    # from being looked up as one of them.
     brackets = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"<\||\|>"), behavior="isolated")
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([tokenizers.pre_tokenizers.WhitespaceSplit(), brackets])
     return _in_chat_form(backend, extra=extra)
 
 
 def load(path: str | os.PathLike[str]) -> transformers.PreTrainedTokenizerFast:
-    """Load a tokenizer that was saved with ``save_pretrained`` into a local directory; nothing is downloaded.
+    """Loads a tokenizer that ``save_pretrained`` saved in a local directory; nothing is downloaded.
 
     Raises:
-      DataError: the directory holds no ``tokenizer.json``.
+      DataError: If the directory has no ``tokenizer.json``.
     """
     import transformers
 
     name = os.fspath(path)
     if not os.path.isfile(os.path.join(name, "tokenizer.json")):
-        raise errors.DataError(f"{name} holds no tokenizer.json")
+        raise errors.DataError(f"{name} has no tokenizer.json")
     return transformers.PreTrainedTokenizerFast.from_pretrained(name, local_files_only=True)
 
 
 def _in_chat_form(backend: Any, *, extra: Sequence[str]) -> transformers.PreTrainedTokenizerFast:
-    """Wrap a tokenizer of the ``tokenizers`` library, with the special tokens and the chat template."""
+    """Wraps a tokenizer of the ``tokenizers`` package, adding the special tokens and the chat template."""
     import transformers
 
     backend.add_special_tokens([*SPECIAL_TOKENS, *extra])
@@ -153,11 +165,11 @@ def _in_chat_form(backend: Any, *, extra: Sequence[str]) -> transformers.PreTrai
     )
 
 
-def _unique(items: Iterable[str], what: str) -> list[str]:
+def _unique(items: Iterable[str], kind: str) -> list[str]:
     items = list(items)
     seen: set[str] = set()
     for item in items:
         if item in seen:
-            raise errors.DataError(f"the {what} {item!r} is given twice")
+            raise errors.DataError(f"the {kind} {item!r} is given twice")
         seen.add(item)
     return items

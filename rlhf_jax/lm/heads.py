@@ -1,9 +1,9 @@
-"""A scalar head on the trunk, or several: a reward model's score, a critic's values.
+"""Scalar heads: the score of a reward model, the values of a critic, and their normalisation.
 
-``params["head"] = {"kernel_D", "bias", "gain"}``: three ordinary parameters, bias and gain scalars. Several heads on
-one trunk, an ensemble or one for each thing that is judged, are ``{"kernel_HD", "bias", "gain"}`` with bias and gain
-of shape ``[H]``; whatever one head gives as ``[...]`` they give as ``[..., H]``. A language model without a head lacks
-the key, and the trunk ignores it where it is there.
+``params["head"]`` is ``{"kernel_D", "bias", "gain"}``, with a scalar bias and gain. Several heads on one trunk, such as
+an ensemble or one head per criterion, are ``{"kernel_HD", "bias", "gain"}`` with bias and gain of shape ``[H]``.
+Results are ``[...]`` for one head and ``[..., H]`` for several. A language model has no ``head``, and its trunk ignores
+one.
 """
 
 from __future__ import annotations
@@ -23,28 +23,41 @@ from rlhf_jax.lm import params as lm_params
 def with_head(
     rng: jax.Array, params: types.Params, cfg: config.LMConfig, *, zero: bool = False, heads: int | None = None
 ) -> types.Params:
-    """Return ``params`` with a fresh head; an old one is replaced, and the trunk's arrays are shared, not copied.
+    """Returns ``params`` with a fresh head, bias 0 and gain 1 (Ziegler et al. 2019, code).
 
-    The kernel is drawn with std 1 / sqrt(D + 1), or is 0 with ``zero`` (a critic on a shared trunk); bias 0, gain 1
-    (Ziegler et al. 2019, code). ``heads``: that many, each drawn for itself; None for the one of ``kernel_D``.
+    The arrays of the trunk are shared, and an old head is replaced.
+
+    Args:
+        rng: Random key, consumed.
+        params: Parameters of the model.
+        cfg: Architecture.
+        zero: Initialises the kernel to 0, for a critic on the policy's trunk, instead of std 1 / sqrt(D + 1).
+        heads: Number of heads, 2 or more; None for one.
+
+    Returns:
+        Parameters with ``"head"``.
     """
     return {**params, **lm_params.draw(rng, lm_params.head_table(cfg, zero=zero, heads=heads))}
 
 
 def without_head(params: types.Params) -> types.Params:
-    """Return ``params`` less the head."""
+    """Returns ``params`` without the head."""
     return {name: node for name, node in params.items() if name != "head"}
 
 
 def count_heads(params: types.Params) -> int | None:
-    """H where there are several heads, None where there is one."""
+    """Returns H if there are several heads, None if there is one."""
     return params["head"]["kernel_HD"].shape[0] if "kernel_HD" in params["head"] else None
 
 
 def scalar(params: types.Params, hidden_BLD: jax.Array) -> jax.Array:
-    """``gain * (hidden . kernel) + bias`` over the last axis, float32: ``[..., D] -> [...]``, or ``[..., H]``."""
+    """Returns ``gain * (hidden . kernel) + bias``, float32: ``[..., D] -> [...]``, or ``[..., H]``.
+
+    Raises:
+        ValueError: ``params`` have no head.
+    """
     if "head" not in params:
-        raise ValueError('params have no "head": make one with lm.with_head(rng, params, cfg)')
+        raise ValueError('params have no "head": add one with lm.with_head(rng, params, cfg)')
     head = params["head"]
     hidden_BLD = hidden_BLD.astype(jnp.float32)
     if "kernel_HD" in head:
@@ -58,18 +71,21 @@ def scalar(params: types.Params, hidden_BLD: jax.Array) -> jax.Array:
 
 
 def value(params: types.Params, hidden_BLD: jax.Array) -> jax.Array:
-    """:func:`scalar` of a critic, which has one head; raises ValueError where there are several."""
+    """Returns `scalar` for a critic, which must have one head; raises ValueError if there are several."""
     if "head" in params and count_heads(params) is not None:
         raise ValueError(
-            f"a value comes from one head, and there are {count_heads(params)}: lm.heads.combine makes one of them"
+            f"a critic has one head, but params have {count_heads(params)}: combine them with lm.heads.combine"
         )
     return scalar(params, hidden_BLD)
 
 
 def combine(params: types.Params, weights_H: jax.Array) -> types.Params:
-    """One head whose score is the weighted sum of several: all equal to 1 / H for an ensemble, one-hot for one of them.
+    """Returns parameters with one head, whose score is the weighted sum of several heads.
 
-    Raises ValueError where there are not as many heads as weights.
+    Weights of 1 / H average an ensemble; a one-hot vector selects a head.
+
+    Raises:
+        ValueError: The number of weights is not the number of heads.
     """
     heads = count_heads(params)
     if heads is None or weights_H.shape != (heads,):
@@ -85,9 +101,9 @@ def combine(params: types.Params, weights_H: jax.Array) -> types.Params:
 
 
 def absorb_gain(params: types.Params) -> types.Params:
-    """The same scores with gain 1: what training made of the gain goes into the kernel.
+    """Returns parameters with the same scores and gain 1: the trained gain is multiplied into the kernel.
 
-    After it the gain holds what a normalisation makes of it and nothing else.
+    Afterwards the gain is that of a normalisation alone.
     """
     head, name = params["head"], "kernel_HD" if "kernel_HD" in params["head"] else "kernel_D"
     gain = head["gain"][:, None] if head["gain"].ndim else head["gain"]
@@ -95,31 +111,47 @@ def absorb_gain(params: types.Params) -> types.Params:
 
 
 def reset(params: types.Params) -> types.Params:
-    """Gain 1 and bias 0, which Ziegler et al. 2019 (code) do before each normalisation, before and after training."""
+    """Returns parameters with gain 1 and bias 0, as before each normalisation in Ziegler et al. 2019 (code)."""
     head = params["head"]
     return {**params, "head": {**head, "gain": jnp.ones_like(head["gain"]), "bias": jnp.zeros_like(head["bias"])}}
 
 
 def shift_bias(params: types.Params, amount: jax.Array | float) -> types.Params:
-    """Add ``amount`` to every score the model gives; of several heads, a scalar or ``[H]``."""
+    """Returns parameters whose scores are larger by ``amount``, a scalar or ``[H]``."""
     head = params["head"]
     return {**params, "head": {**head, "bias": head["bias"] + amount}}
 
 
 def centre(params: types.Params, scores: jax.Array, *, where: jax.Array | None = None) -> types.Params:
-    """Shift the bias so that what scored ``scores`` with these ``params`` scores 0 on average, with each head.
+    """Returns parameters with the bias shifted so that the responses that scored ``scores`` score 0 on average.
 
-    Which answers those are is the rule: demonstrations in InstructGPT 3.5, reference summaries in Stiennon et al.
-    2020, a held-out set in Bai et al. 2022, B.2. ``scores`` have any shape, and H as their last axis where there are
-    several heads; ``where`` is like them, less that axis.
+    The responses are demonstrations in InstructGPT 3.5, reference summaries in Stiennon et al. 2020, and a held-out set
+    in Bai et al. 2022, B.2.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from rlhf_jax import lm
+    >>> cfg = lm.LMConfig.preset("tiny")
+    >>> params = lm.with_head(jax.random.key(1), lm.init(jax.random.key(0), cfg), cfg)
+    >>> centred = lm.heads.centre(params, jnp.array([1.0, 3.0]))
+    >>> print(float(centred["head"]["bias"]))
+    -2.0
+
+    Args:
+        params: Parameters of the reward model.
+        scores: Scores by ``params``, of any shape; the last axis is H if there are several heads.
+        where: bool, the scores to use; without the axis of the heads.
+
+    Returns:
+        Parameters with another bias.
     """
     return shift_bias(params, -_moments(params, scores, where)[0])
 
 
 def standardise(params: types.Params, scores: jax.Array, *, where: jax.Array | None = None) -> types.Params:
-    """Set gain and bias so that what scored ``scores`` with these ``params`` has mean 0 and variance 1.
+    """Returns parameters with gain and bias such that the responses that scored ``scores`` have mean 0, variance 1.
 
-    Ziegler et al. 2019, on 256 samples of the reference policy. Scores that do not vary are only centred.
+    Ziegler et al. 2019 use 256 samples of the reference policy. Scores that do not vary are only centred. The arguments
+    are those of `centre`.
     """
     mean, std = _moments(params, scores, where)
     scale = jnp.where(std > 0, 1 / jnp.where(std > 0, std, 1.0), 1.0)
@@ -128,7 +160,7 @@ def standardise(params: types.Params, scores: jax.Array, *, where: jax.Array | N
 
 
 def _moments(params: types.Params, scores: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Mean and standard deviation, of each head by itself."""
+    """Returns mean and standard deviation of the scores of each head."""
     several = params["head"]["gain"].ndim
     axes = tuple(range(scores.ndim - several))
     if where is not None and several:
@@ -138,29 +170,29 @@ def _moments(params: types.Params, scores: jax.Array, where: jax.Array | None) -
 
 @dataclasses.dataclass(frozen=True)
 class Normalisation:
-    """What a model's scores were normalised on, kept beside the model by `lm.save`; the head's numbers apply it.
+    """What the scores of a model were normalised on; saved with the model by `lm.save`.
 
-    ``raw score = (score - bias) / gain``: differences of raw scores are the log odds that the model was trained for,
-    where what training made of the gain was absorbed (:func:`absorb_gain`) before the scores were normalised.
+    ``raw score = (score - bias) / gain``. Differences of raw scores are log odds if the trained gain was absorbed
+    (`absorb_gain`) before the scores were normalised.
     """
 
     rule: str
-    """In words: demonstrations, reference outputs, policy samples, held-out."""
+    """The responses: demonstrations, reference outputs, policy samples, held-out."""
     gain: float | tuple[float, ...]
-    """Of the head, or of each head."""
+    """Gain of the head, or of each head."""
     bias: float | tuple[float, ...]
 
     def __post_init__(self) -> None:
-        """Raises ValueError for numbers that no score can be undone with."""
+        """Raises ValueError for a gain of 0 and for values that are not finite."""
         for number in (*np.ravel(self.gain).tolist(), *np.ravel(self.bias).tolist()):
             if not math.isfinite(number):
-                raise ValueError(f"a normalisation on {self.rule} holds {number}")
+                raise ValueError(f"the normalisation on {self.rule} has the value {number}")
         if 0.0 in np.ravel(self.gain):
-            raise ValueError(f"a normalisation on {self.rule} holds a gain of 0")
+            raise ValueError(f"the normalisation on {self.rule} has a gain of 0")
 
 
 def normalisation(params: types.Params, rule: str) -> Normalisation:
-    """The record of what the head's gain and bias stand at."""
+    """Returns the record of the current gain and bias of the head."""
     gain, bias = (np.asarray(params["head"][name], np.float64) for name in ("gain", "bias"))
     if gain.ndim:
         return Normalisation(rule, tuple(gain.tolist()), tuple(bias.tolist()))

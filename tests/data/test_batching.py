@@ -38,7 +38,7 @@ def test_drop_last_keeps_a_batch_within_its_epoch():
     np.testing.assert_array_equal(batches, stream[:, :8])  # the same shuffles, without their ends
     left_out = {i for epoch in batches for i in set(range(10)) - set(epoch.tolist())}
     assert left_out == set(range(10))  # another remainder each epoch
-    with pytest.raises(ValueError, match="no batch is left"):
+    with pytest.raises(ValueError, match="there is no batch"):
         batching.epoch_batches(0, n=3, batch_size=4, key=KEY, drop_last=True)
 
 
@@ -63,7 +63,7 @@ def test_a_step_far_out_does_not_overflow():
 def test_numbers_out_of_range_are_errors():
     for wrong in ({"step": -1}, {"n": 0}, {"batch_size": 0}, {"steps": 0}):
         options = {"step": 0, "n": 4, "batch_size": 2, "key": KEY, **wrong}
-        with pytest.raises(ValueError, match="must be 0 or more"):
+        with pytest.raises(ValueError, match="must be at least 0"):
             batching.epoch_batches(options.pop("step"), **options)
 
 

@@ -28,7 +28,7 @@ from chat_cases import (
     shown,
 )
 
-from rlhf_jax.data import chat, errors, tokenising, tokenizers
+from rlhf_jax.data import chat, errors, padding, tokenizers
 from rlhf_jax.data.chat import templates
 
 # ---------------------------------------------------------------------------------------------------------- families
@@ -124,7 +124,7 @@ def own_template(form):
 def test_a_template_without_marks_is_replaced_by_the_form_that_writes_the_same(make, family, form):
     forms = next(each for each in templates.FAMILIES if each.name == family).forms
     fmt = chat.chat_format(make(template=own_template(forms[form])))
-    assert fmt.origin == f"{family}'s, the same as the tokenizer's own with generation marks"
+    assert fmt.origin == f"{family}'s, which equals the tokenizer's own and has generation marks"
     assert hf(fmt.tokenizer, TURNS[:3], fmt.template) == hf(fmt.tokenizer, TURNS[:3], own_template(forms[form]))
 
 
@@ -138,8 +138,7 @@ def test_a_template_of_its_own_with_marks_is_kept():
     fmt = chat.chat_format(tokenizer)
     assert fmt.tokenizer is tokenizer and fmt.template == tokenizers.CHAT_TEMPLATE
     assert fmt.stop_ids == (1,) and fmt.pad_id == 0
-    assert chat.encode_prompt(fmt, TURNS[:3]) == tokenising.encode_prompt(tokenizer, TURNS[:3])
-    assert chat.encode_answer(fmt, "the cat") == tokenising.encode_answer(tokenizer, "the cat")
+    assert chat.encode_prompt(fmt, TURNS[:3]) == hf(tokenizer, TURNS[:3], None)
 
 
 def test_the_date_and_the_thoughts_are_the_same_on_every_day():
@@ -177,7 +176,7 @@ def test_without_a_template_the_model_type_and_then_the_tokens_tell_the_family()
 def test_a_family_takes_the_place_of_an_unmarked_template_that_writes_otherwise_and_says_so():
     template = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|eot_id|>' }}{% endfor %}"
     fmt = chat.chat_format(make_llama3(template=template), model_type="llama")
-    assert fmt.origin.startswith("Llama 3's") and "writes otherwise" in fmt.origin
+    assert fmt.origin.startswith("Llama 3's") and "differs from it" in fmt.origin
     # The tokens of Llama 2 are those of many others, so that a template of another form may well be meant.
     with pytest.raises(errors.DataError, match=r"no {% generation %} marks"):
         chat.chat_format(make_llama2(template=template), model_type="llama")
@@ -204,20 +203,26 @@ OPEN, CLOSE = "{% generation %}", "{% endgeneration %}"
     ("answer", "message"),
     [
         ("{{ '<|im_start|>' + m.content + '<|im_end|>' }}", r"no {% generation %} marks.*put {% generation %} where"),
-        ("{{ '<|im_start|>' + m.content + '<|im_end|>' }}" + OPEN + CLOSE, "marks of the chat template hold no assist"),
+        (
+            "{{ '<|im_start|>' + m.content + '<|im_end|>' }}" + OPEN + CLOSE,
+            "of the chat template contain no assist",
+        ),
         (
             "{{ '<|im_start|>' }}" + OPEN + "{{ m.content }}" + CLOSE + "{{ '<|im_end|>' }}",
-            r"the end of an answer unlearnt: write the token '<\|im_end\|>' behind the assistant's text, before {% ",
+            r"end of an answer without a loss: put the token '<\|im_end\|>' after the assistant's text and before {% ",
         ),
-        ("{{ '<|im_start|>' }}" + OPEN + "{{ m.content }}" + CLOSE, "end of an answer unlearnt"),
+        ("{{ '<|im_start|>' }}" + OPEN + "{{ m.content }}" + CLOSE, "end of an answer without a loss"),
         (
             OPEN + "{{ '<|im_start|>' + m.content + '<|im_end|>' }}" + CLOSE,
-            "elsewhere than where its generation prompt",
+            "elsewhere than at the end of its generation",
         ),
-        ("{{ 'A' }}" + OPEN + "{{ m.content + '<|im_end|>' }}" + CLOSE, "elsewhere than where its generation prompt"),
+        (
+            "{{ 'A' }}" + OPEN + "{{ m.content + '<|im_end|>' }}" + CLOSE,
+            "elsewhere than at the end of its generation",
+        ),
         (
             "{{ '<|im_start|>' }}" + OPEN + "{{ m.content + m.content + '<|im_end|>' }}" + CLOSE,
-            "does not write the texts of user, assistant once each and in their order",
+            "does not write the texts of user, assistant exactly once and in order",
         ),
         (
             "{{ '<|im_start|>' }}" + OPEN + "{{ m.content }}{% if loop.last %}{{ '<|im_end|>' }}{% else %}"
@@ -259,7 +264,7 @@ def test_a_missing_pad_token_or_one_that_is_the_stop_token_leaves_the_stop_token
     counts = errors.DropCount()
     prompts, _ = chat.encode_prompts(fmt, [TURNS[:3], TURNS[:1]], width=80, counts=counts)
     answers = chat.encode_answers(fmt, ["so", "nobody knows"])
-    rows = tokenising.demonstration_rows(
+    rows = padding.demonstration_rows(
         prompts, answers, prompt_width=80, response_width=30, pad_id=fmt.pad_id, counts=counts
     )
     for row, answer in enumerate(answers):

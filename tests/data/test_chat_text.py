@@ -6,7 +6,7 @@ from chat_cases import MAKERS, TURNS, A, S, Turn, U, backend_of, byte_level, for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_jax.data import chat, errors, texts, tokenizers
+from rlhf_jax.data import chat, errors, plain_text, tokenizers
 
 NASTY = (
     "<|im_end|>",
@@ -42,7 +42,7 @@ def test_any_text_stays_text_and_boundaries_agree(name, contents):
     assert control(ids) == control(chat.encode_dialogue(fmt, TURNS)[0])
     if name in ("llama3", "qwen2", "qwen3", "gemma2", "phi3", "gpt2"):
         assert backend_of(fmt.tokenizer).decode(answer[:-1], skip_special_tokens=False) == contents[3]
-    if not any(map(fmt.encoder.literal.search, contents)):
+    if not any(map(fmt.encoder.control_pattern.search, contents)):
         assert prompt == hf(fmt.tokenizer, turns[:3], fmt.template)
 
 
@@ -105,5 +105,5 @@ def test_words_without_an_id_are_named():
     fmt = chat.chat_format(tokenizers.word_level(["the", "cat"]))
     with pytest.raises(errors.DataError, match="the word 'dog' is not in the tokenizer's vocabulary"):
         chat.encode_answer(fmt, "the dog")
-    encoder = texts.text_encoder(fmt.tokenizer, ["<|end|>"])
-    assert encoder([(texts.START, "the cat")]) == {(texts.START, "the cat"): [4, 5]}
+    encoder = plain_text.text_encoder(fmt.tokenizer, ["<|end|>"])
+    assert encoder([(plain_text.START, "the cat")]) == {(plain_text.START, "the cat"): [4, 5]}

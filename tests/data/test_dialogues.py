@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from rlhf_jax.data import dialogues, errors, tokenising
+from rlhf_jax.data import dialogues, errors, packing, padding, readers, records
 
 PROMPT = "\n\nHuman: hi there\n\nAssistant: hello\n\nHuman: tell me"
 
@@ -84,15 +84,16 @@ def test_split_answer_needs_an_assistant_turn_at_the_end():
 @pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz"])
 def test_reading_plain_and_compressed_files(tmp_path, name):
     path = write(tmp_path / name, [record(), record(" yes \n", " no")])
-    comparisons, counts = dialogues.read_comparisons(path)
+    comparisons, counts = readers.read_rankings(path)
     prompt = dialogues.parse_dialogue(PROMPT + "\n\nAssistant: x")[:-1]
     assert comparisons == [
-        dialogues.Comparison(prompt, "good", "bad", 1),
-        dialogues.Comparison(prompt, "yes", "no", 2),
+        records.Ranking(prompt=prompt, responses=("good", "bad"), ranks=(1, 2)),
+        records.Ranking(prompt=prompt, responses=("yes", "no"), ranks=(1, 2)),
     ]
+    assert [comparison.location for comparison in comparisons] == [f"{path}, line 1", f"{path}, line 2"]
     assert counts.dropped == {}
     with pytest.raises(AttributeError):
-        comparisons[0].line = 3  # pyright: ignore[reportAttributeAccessIssue]
+        comparisons[0].location = "line 3"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_flawed_records_are_counted_by_reason_and_the_rest_keep_their_lines(tmp_path):
@@ -110,8 +111,8 @@ def test_flawed_records_are_counted_by_reason_and_the_rest_keep_their_lines(tmp_
             record(),
         ],
     )
-    comparisons, counts = dialogues.read_comparisons(path, counts=any_share())
-    assert [comparison.line for comparison in comparisons] == [2, 8]
+    comparisons, counts = readers.read_rankings(path, counts=any_share())
+    assert [comparison.location for comparison in comparisons] == [f"{path}, line {n}" for n in (2, 8)]
     assert counts.dropped == {
         "empty answer": 2,
         "prompts differ": 2,
@@ -126,12 +127,12 @@ def test_flawed_records_are_counted_by_reason_and_the_rest_keep_their_lines(tmp_
 def test_too_large_a_share_of_flawed_records_is_an_error_that_names_the_counts(tmp_path):
     path = write(tmp_path / "pairs.jsonl", [record(" ", " bad")] + [record()] * 98)
     with pytest.raises(errors.DataError) as error:
-        dialogues.read_comparisons(path)
+        readers.read_rankings(path)
     assert str(error.value) == (
         f"{path}: 1 of 99 records dropped (empty answer 1), which is 1.0%, more than max_dropped = 1.0%"
     )
     write(path, [record(" ", " bad")] + [record()] * 99)
-    assert len(dialogues.read_comparisons(path)[0]) == 99
+    assert len(readers.read_rankings(path)[0]) == 99
 
 
 GOOD = json.dumps(record())
@@ -142,24 +143,24 @@ BROKEN_LINES = {
     "a list": ("[1, 2]", "the line holds a list, not an object with chosen and rejected"),
     "no rejected": (json.dumps({"chosen": record()["chosen"]}), "the record has no 'rejected'"),
     "no chosen": ('{"rejected": "a"}', "the record has no 'chosen'"),
-    "a number": ('{"chosen": 3, "rejected": "a"}', "'chosen' is a int, not a string"),
-    "half a pair": ('{"chosen": "\\ud800", "rejected": "a"}', "'chosen' holds half a surrogate pair"),
+    "a number": ('{"prompt": "a", "chosen": 3, "rejected": "a"}', "'chosen' is a int, not a string"),
+    "half a pair": (
+        json.dumps({"chosen": PROMPT + "\n\nAssistant: \ud800", "rejected": PROMPT + "\n\nAssistant: a"}),
+        "'chosen' holds half a surrogate pair",
+    ),
     "no answer": (
         json.dumps({"chosen": PROMPT + "\n\nAssistant: a", "rejected": "\n\nHuman: hi"}),
         "in 'rejected', the dialogue has no assistant turn",
     ),
     "assistant first": (
         json.dumps({"chosen": "\n\nAssistant: hi", "rejected": ""}),
-        "in 'chosen', the dialogue does not start with a human turn",
+        "the record has no 'prompt'",
     ),
     "text first": (
         json.dumps({"chosen": "Note" + PROMPT + "\n\nAssistant: a", "rejected": ""}),
-        "in 'chosen', the dialogue does not start with a human turn",
+        "the record has no 'prompt'",
     ),
-    "no dialogue": (
-        json.dumps({"chosen": "just text", "rejected": ""}),
-        "in 'chosen', the dialogue does not start with a human turn",
-    ),
+    "no dialogue": (json.dumps({"chosen": "just text", "rejected": ""}), "the record has no 'prompt'"),
 }
 
 
@@ -168,7 +169,7 @@ def test_a_broken_line_is_an_error_in_one_sentence_that_names_file_and_line(tmp_
     line, message = BROKEN_LINES[case]
     path = write(tmp_path / "pairs.jsonl", [GOOD, GOOD, line, GOOD])
     with pytest.raises(errors.DataError, match=message) as error:
-        dialogues.read_comparisons(path, counts=any_share())
+        readers.read_rankings(path, counts=any_share())
     assert str(error.value).startswith(f"{path}, line 3: ")
     assert "\n" not in str(error.value)
     assert error.value.__cause__ is None
@@ -178,20 +179,20 @@ def test_a_line_that_is_not_utf8(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(GOOD.encode() + b"\n" + b'{"chosen": "\xff"}\n')
     with pytest.raises(errors.DataError, match=r"line 2: the line is not UTF-8 \(invalid start byte at byte 12\)"):
-        dialogues.read_comparisons(path)
+        readers.read_rankings(path)
 
 
 def test_a_missing_file_a_directory_and_an_empty_file(tmp_path):
     with pytest.raises(errors.DataError, match=r"nowhere\.jsonl does not exist"):
-        dialogues.read_comparisons(tmp_path / "nowhere.jsonl")
+        readers.read_rankings(tmp_path / "nowhere.jsonl")
     with pytest.raises(errors.DataError, match="is a directory"):
-        dialogues.read_comparisons(tmp_path)
+        readers.read_rankings(tmp_path)
     (tmp_path / "empty.jsonl").write_bytes(b"")
     with pytest.raises(errors.DataError, match=r"empty\.jsonl is empty"):
-        dialogues.read_comparisons(str(tmp_path / "empty.jsonl"))
+        readers.read_rankings(str(tmp_path / "empty.jsonl"))
     (tmp_path / "empty.jsonl.gz").write_bytes(gzip.compress(b""))
     with pytest.raises(errors.DataError, match=r"empty\.jsonl\.gz is empty"):
-        dialogues.read_comparisons(tmp_path / "empty.jsonl.gz")
+        readers.read_rankings(tmp_path / "empty.jsonl.gz")
 
 
 def test_gzip_files_that_are_cut_off_damaged_or_no_gzip_at_all(tmp_path):
@@ -201,22 +202,22 @@ def test_gzip_files_that_are_cut_off_damaged_or_no_gzip_at_all(tmp_path):
     path = tmp_path / "pairs.jsonl.gz"
 
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(errors.DataError, match=r"pairs\.jsonl\.gz, line \d+: the gzip file is cut off here") as error:
-        dialogues.read_comparisons(path)
+    with pytest.raises(errors.DataError, match=r"pairs\.jsonl\.gz, line \d+: the gzip file is truncated here") as error:
+        readers.read_rankings(path)
     assert 100 < int(str(error.value).split("line ")[1].split(":")[0]) < 300
 
     path.write_bytes(whole[:-4])
-    with pytest.raises(errors.DataError, match=r"line 401: the gzip file is cut off here"):
-        dialogues.read_comparisons(path)
+    with pytest.raises(errors.DataError, match=r"line 401: the gzip file is truncated here"):
+        readers.read_rankings(path)
 
     # Behind the 18 bytes of the header, the first block of the stream is destroyed.
     path.write_bytes(whole[:18] + b"\xff" * 200 + whole[218:])
     with pytest.raises(errors.DataError, match=r"line \d+: the gzip file is damaged"):
-        dialogues.read_comparisons(path)
+        readers.read_rankings(path)
 
     path.write_text(GOOD)
     with pytest.raises(errors.DataError, match=r"line 1: the gzip file is damaged \(Not a gzipped file"):
-        dialogues.read_comparisons(path)
+        readers.read_rankings(path)
 
 
 # ------------------------------------------------------------------------------------------------------- counts
@@ -245,7 +246,7 @@ def test_truncated_records_have_their_own_limit_and_none_by_default():
     strict.truncate("cut")
     with pytest.raises(errors.DataError, match=r"1 of 10 records truncated .*more than max_truncated = 0"):
         strict.check(10, source="here")
-    with pytest.raises(ValueError, match="max_dropped is a share from 0 to 1, got 2"):
+    with pytest.raises(ValueError, match="max_dropped must be a share from 0 to 1, got 2"):
         errors.DropCount(max_dropped=2)
 
 
@@ -254,7 +255,7 @@ def test_truncated_records_have_their_own_limit_and_none_by_default():
 
 def test_demonstration_rows_layout_in_exact_numbers():
     counts = errors.DropCount()
-    rows = tokenising.demonstration_rows(
+    rows = padding.demonstration_rows(
         [[2, 7, 3], [3]], [[8, 9, 1], [5, 6, 7, 8, 1]], prompt_width=4, response_width=4, pad_id=0, counts=counts
     )
     np.testing.assert_array_equal(rows.tokens_BL, [[0, 2, 7, 3, 8, 9, 1, 0], [0, 0, 0, 3, 5, 6, 7, 8]])
@@ -267,33 +268,26 @@ def test_demonstration_rows_layout_in_exact_numbers():
 
 
 def test_masks_do_not_come_from_the_pad_id():
-    rows = tokenising.demonstration_rows(
+    rows = padding.demonstration_rows(
         [[0, 3]], [[0, 1]], prompt_width=3, response_width=3, pad_id=0, counts=errors.DropCount()
     )
     np.testing.assert_array_equal(rows.mask_BL, [[0, 1, 1, 1, 1, 0]])
 
 
-def test_comparison_rows_layout_in_exact_numbers():
+def test_pair_rows_have_the_documented_layout():
     counts = any_share()
-    rows = tokenising.comparison_rows(
-        [[2, 3], [4, 3]],
-        [[5, 1], [6, 7, 8, 1]],
-        [[9, 9, 9, 1], [6, 7, 8, 9, 1]],
-        prompt_width=3,
-        response_width=3,
-        pad_id=0,
-        counts=counts,
+    rows = padding.ranking_rows(
+        [[2, 3]], [[[5, 1], [9, 9, 9, 1]]], [[1, 2]], prompt_width=3, response_width=3, pad_id=0, counts=counts
     )
     np.testing.assert_array_equal(rows.tokens_BKL, [[[0, 2, 3, 5, 1, 0], [0, 2, 3, 9, 9, 9]]])
     np.testing.assert_array_equal(rows.mask_BKL, [[[0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1]]])
     np.testing.assert_array_equal(rows.ranks_BK, [[1, 2]])
     np.testing.assert_array_equal(rows.where_BK, [[True, True]])
-    assert counts.dropped == {"same answer within the width": 1}
     assert counts.truncated == {"answer truncated": 1}
 
 
 def test_ranking_rows_keep_all_answers_of_a_prompt_together():
-    rows = tokenising.ranking_rows(
+    rows = padding.ranking_rows(
         [[3], [2, 3]],
         [[[5, 1], [6, 1], [7, 1]], [[8, 1], [9, 1]]],
         [[2, 1, 2], [1, 2]],
@@ -312,37 +306,37 @@ def test_ranking_rows_keep_all_answers_of_a_prompt_together():
 def test_rows_that_do_not_match_are_errors():
     widths = {"prompt_width": 2, "response_width": 2, "pad_id": 0, "counts": any_share()}
     with pytest.raises(errors.DataError, match="unequal numbers: 2 prompts, 1 answers"):
-        tokenising.demonstration_rows([[3], [3]], [[1]], **widths)
+        padding.demonstration_rows([[3], [3]], [[1]], **widths)
     with pytest.raises(errors.DataError, match="prompt 1 has 3 tokens, which is not between 1 and 2"):
-        tokenising.demonstration_rows([[3], [4, 4, 3]], [[1], [1]], **widths)
+        padding.demonstration_rows([[3], [4, 4, 3]], [[1], [1]], **widths)
     with pytest.raises(errors.DataError, match="prompt 0 has 0 tokens"):
-        tokenising.pad_prompts([[]], width=2, pad_id=0)
-    with pytest.raises(errors.DataError, match="answer 0 has no token"):
-        tokenising.demonstration_rows([[3]], [[]], **widths)
+        padding.pad_prompts([[]], width=2, pad_id=0)
+    with pytest.raises(errors.DataError, match="answer 0 has no tokens"):
+        padding.demonstration_rows([[3]], [[]], **widths)
     with pytest.raises(errors.DataError, match="prompt 0 has 1 answers"):
-        tokenising.ranking_rows([[3]], [[[1]]], [[1]], **widths)
+        padding.ranking_rows([[3]], [[[1]]], [[1]], **widths)
     with pytest.raises(errors.DataError, match=r"prompt 0 has 2 answers with ranks \[0, 1\]"):
-        tokenising.ranking_rows([[3]], [[[1], [5, 1]]], [[0, 1]], **widths)
+        padding.ranking_rows([[3]], [[[1], [5, 1]]], [[0, 1]], **widths)
 
 
 def test_no_rows_are_rows_too():
     widths = {"prompt_width": 2, "response_width": 3, "pad_id": 0, "counts": errors.DropCount()}
-    assert tokenising.demonstration_rows([], [], **widths).tokens_BL.shape == (0, 5)
-    assert tokenising.comparison_rows([], [], [], **widths).tokens_BKL.shape == (0, 2, 5)
+    assert padding.demonstration_rows([], [], **widths).tokens_BL.shape == (0, 5)
+    assert padding.ranking_rows([], [], [], **widths).tokens_BKL.shape == (0, 2, 5)
 
 
 def test_packing_closes_documents_and_counts_the_remainder():
-    rows, remainder = tokenising.pack_text([[5, 6], [], [7, 8, 9, 5]], width=3, eos_id=1)
+    rows, remainder = packing.pack_documents([[5, 6], [], [7, 8, 9, 5]], width=3, eos_id=1)
     np.testing.assert_array_equal(rows, [[5, 6, 1], [1, 7, 8], [9, 5, 1]])
     assert remainder == 0
-    rows, remainder = tokenising.pack_text([[5, 6], [], [7, 8, 9, 5]], width=4, eos_id=1)
+    rows, remainder = packing.pack_documents([[5, 6], [], [7, 8, 9, 5]], width=4, eos_id=1)
     np.testing.assert_array_equal(rows, [[5, 6, 1, 1], [7, 8, 9, 5]])
     assert remainder == 1
     assert rows.dtype == np.int32
     with pytest.raises(errors.DataError, match="3 tokens do not fill one row of 4"):
-        tokenising.pack_text([[5, 6]], width=4, eos_id=1)
-    with pytest.raises(errors.DataError, match="document 1 ends with the id 1 already"):
-        tokenising.pack_text([[5], [6, 1]], width=2, eos_id=1)
+        packing.pack_documents([[5, 6]], width=4, eos_id=1)
+    with pytest.raises(errors.DataError, match="document 1 already ends with the id 1"):
+        packing.pack_documents([[5], [6, 1]], width=2, eos_id=1)
 
 
 # ------------------------------------------------------------------------------------------------------- imports
@@ -350,7 +344,7 @@ def test_packing_closes_documents_and_counts_the_remainder():
 
 def test_the_data_modules_do_not_import_transformers():
     code = (
-        "import sys; from rlhf_jax.data import batching, dialogues, errors, tokenizers, tokenising; "
+        "import sys; from rlhf_jax.data import batching, dialogues, errors, tokenizers, padding; "
         "assert 'transformers' not in sys.modules, 'transformers was imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rlhf_jax.data import dialogues, errors, files, reading, records
+from rlhf_jax.data import dialogues, errors, readers, records, sources
 
 ASK = {"role": "user", "content": "why"}
 SAY = {"role": "assistant", "content": "so"}
@@ -24,7 +24,7 @@ ROWS = [{"prompt": f"q{i}", "response": f"a{i}", "domain": "x"} for i in range(5
 
 
 def same(path):
-    found, _ = reading.read_demonstrations(path)
+    found, _ = readers.read_demonstrations(path)
     assert [(r.prompt[0].text, r.response, r.metadata) for r in found] == [
         (f"q{i}", f"a{i}", {"domain": "x"}) for i in range(5)
     ]
@@ -33,13 +33,13 @@ def same(path):
 
 def test_one_set_in_every_kind_of_file(tmp_path):
     for name in ("d.jsonl", "d.jsonl.gz", "d.json", "d.json.gz", "d.txt"):
-        assert same(write(tmp_path / name, ROWS))[-1].where.endswith(f"{name}, line 5")
+        assert same(write(tmp_path / name, ROWS))[-1].location.endswith(f"{name}, line 5")
     array = json.dumps(ROWS, indent=1)
     (tmp_path / "a.json").write_text(array)
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(array.encode()))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "d.parquet", row_group_size=2)
     for name, unit in (("a.json", "record"), ("a.json.gz", "record"), ("d.parquet", "row")):
-        assert same(tmp_path / name)[-1].where.endswith(f"{name}, {unit} 5")
+        assert same(tmp_path / name)[-1].location.endswith(f"{name}, {unit} 5")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS[:2]), tmp_path / "part-0.parquet")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS[2:]), tmp_path / "part-1.parquet")
     same(tmp_path / "part-*.parquet")
@@ -52,21 +52,21 @@ def test_parquet_with_messages_and_null_columns(tmp_path):
         {"messages": None, "prompt": "why", "response": "so"},
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
-    found, _ = reading.read_demonstrations(tmp_path / "d.parquet")
+    found, _ = readers.read_demonstrations(tmp_path / "d.parquet")
     assert found == [records.Demonstration(prompt=(dialogues.Turn("user", "why"),), response="so")] * 2
 
 
 def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     def refused(path, message):
         with pytest.raises(errors.DataError, match=message) as error:
-            reading.read_demonstrations(path)
+            readers.read_demonstrations(path)
         assert "\n" not in str(error.value)
 
     for name in ("d.jsonl", "d.json", "d.parquet"):
         refused(tmp_path / f"nowhere-{name}", f"nowhere-{name} does not exist")
         (tmp_path / name).mkdir()
         refused(tmp_path / name, f"{name} is a directory")
-    refused(tmp_path / "no*.jsonl", r"no file fits .*no\*\.jsonl")
+    refused(tmp_path / "no*.jsonl", r"no file matches .*no\*\.jsonl")
     refused([], "no file was given")
     for name, content in (("e.jsonl", b""), ("e.json", b"[]"), ("e.jsonl.gz", gzip.compress(b""))):
         (tmp_path / name).write_bytes(content)
@@ -76,17 +76,17 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     (tmp_path / "cut.json").write_text(whole[: len(whole) // 2])
     refused(tmp_path / "cut.json", r"cut\.json: the file is not JSON \(.* in line \d+\)")
     (tmp_path / "mixed.json").write_text('[{"prompt": "a", "response": "b"}, 3]')
-    refused(tmp_path / "mixed.json", r"mixed\.json, record 2: it is a int, not an object")
+    refused(tmp_path / "mixed.json", r"mixed\.json, record 2: the record is a int, not an object")
     packed = gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode())
     (tmp_path / "cut.jsonl.gz").write_bytes(packed[:-9])
-    refused(tmp_path / "cut.jsonl.gz", r"cut\.jsonl\.gz, line \d: the gzip file is cut off here")
+    refused(tmp_path / "cut.jsonl.gz", r"cut\.jsonl\.gz, line \d: the gzip file is truncated here")
 
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "ok.parquet")
     content = (tmp_path / "ok.parquet").read_bytes()
     (tmp_path / "cut.parquet").write_bytes(content[: len(content) // 2])
     refused(tmp_path / "cut.parquet", r"cut\.parquet, row 1: the Parquet file cannot be read")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    refused(tmp_path / "ok.parquet", r"needs pyarrow, which pip install 'rlhf_jax\[parquet\]' installs")
+    refused(tmp_path / "ok.parquet", r"needs pyarrow; install it with pip install 'rlhf_jax\[parquet\]'")
 
 
 def test_byte_order_marks_and_blank_lines_at_the_end(tmp_path):
@@ -99,26 +99,26 @@ def test_byte_order_marks_and_blank_lines_at_the_end(tmp_path):
     same(tmp_path / "a.json")
     (tmp_path / "gap.jsonl").write_text(text + "\n" + text)
     with pytest.raises(errors.DataError, match=r"gap\.jsonl, line 6: the line is not JSON"):
-        reading.read_demonstrations(tmp_path / "gap.jsonl")
+        readers.read_demonstrations(tmp_path / "gap.jsonl")
     (tmp_path / "blank.jsonl").write_text("\n\n")
     with pytest.raises(errors.DataError, match=r"blank\.jsonl is empty"):
-        reading.read_demonstrations(tmp_path / "blank.jsonl")
+        readers.read_demonstrations(tmp_path / "blank.jsonl")
 
 
 def test_a_field_that_stands_twice_is_refused(tmp_path):
     twice = '{"prompt": "a", "response": "b", "prompt": "c"}'
     for name, content, where in (("d.jsonl", twice, "d.jsonl, line 1"), ("a.json", f"[{twice}]", "a.json")):
         (tmp_path / name).write_text(content)
-        with pytest.raises(errors.DataError, match=f"{where}: the field 'prompt' stands twice in one object"):
-            reading.read_demonstrations(tmp_path / name)
+        with pytest.raises(errors.DataError, match=f"{where}: the field 'prompt' occurs twice in one object"):
+            readers.read_demonstrations(tmp_path / name)
 
 
 def test_only_a_star_is_special_in_a_name(tmp_path):
     for name in ("data[1]-a.jsonl", "data1-a.jsonl", "data?-a.jsonl"):
         write(tmp_path / name, ROWS)
     for name in ("data[1]", "data?"):
-        where = [raw.where for raw in files.raw_records(tmp_path / f"{name}-*.jsonl")]
-        assert where == [f"{tmp_path / name}-a.jsonl, line {n}" for n in range(1, 6)]
+        locations = [raw.location for raw in sources.raw_records(tmp_path / f"{name}-*.jsonl")]
+        assert locations == [f"{tmp_path / name}-a.jsonl, line {n}" for n in range(1, 6)]
 
 
 def test_a_parquet_text_that_is_not_utf8_names_its_row(tmp_path):
@@ -126,4 +126,4 @@ def test_a_parquet_text_that_is_not_utf8_names_its_row(tmp_path):
     broken = pyarrow.StringArray.from_buffers(4, *texts.buffers()[1:])
     pyarrow.parquet.write_table(pyarrow.table({"prompt": broken}), tmp_path / "d.parquet")
     with pytest.raises(errors.DataError, match=r"d\.parquet, row 3: the Parquet file cannot be read \(.*utf-8"):
-        reading.read_prompts(tmp_path / "d.parquet")
+        readers.read_prompts(tmp_path / "d.parquet")

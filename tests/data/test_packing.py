@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from rlhf_jax import lm, losses, parallel, types
-from rlhf_jax.data import errors, packing, tokenising
+from rlhf_jax.data import errors, packing, padding
 from rlhf_jax.train import reward_model, sft
 from rlhf_jax.train import state as state_lib
 
@@ -75,14 +75,14 @@ def test_what_is_too_long_is_counted():
     assert packed.places.segment[9] == 0
     counts = errors.DropCount()
     assert pack(sequences, width=4, counts=counts, truncate=True).mask_BL.sum() == 31
-    assert counts.truncated == {"cut at the width of a row": 1} and not counts.dropped
+    assert counts.truncated == {"truncated to the row width": 1} and not counts.dropped
     with pytest.raises(errors.DataError, match=r"packed sequences: 1 of 10 records dropped \(longer than a row 1\)"):
         pack(sequences, width=4)
     with pytest.raises(errors.DataError, match="2 sequences fill 2 rows of 4, more than rows = 1"):
         pack([[1] * 3] * 2, width=4, rows=1)
     with pytest.raises(errors.DataError, match="loss masks differ"):
         pack([[1, 2]], loss_masks=[[True]], width=4)
-    with pytest.raises(ValueError, match="a piece of 5"):
+    with pytest.raises(ValueError, match="a sequence of 5 tokens"):
         packing.best_fit([5], width=4)
 
 
@@ -113,7 +113,7 @@ def demonstrations(n=10) -> Any:
     prompts = [rng.integers(1, 20, size=rng.integers(1, P + 1)).tolist() for _ in range(n)]
     answers = [rng.integers(1, 20, size=rng.integers(1, T + 1)).tolist() for _ in range(n)]
     counts = errors.DropCount()
-    return tokenising.demonstration_rows(prompts, answers, prompt_width=P, response_width=T, pad_id=PAD, counts=counts)
+    return padding.demonstration_rows(prompts, answers, prompt_width=P, response_width=T, pad_id=PAD, counts=counts)
 
 
 def comparisons(B=6, K=4) -> Any:
@@ -123,7 +123,7 @@ def comparisons(B=6, K=4) -> Any:
     ranks = [rng.integers(1, 4, size=n).tolist() for n in n_B]
     prompts = [rng.integers(1, 20, size=rng.integers(1, P + 1)).tolist() for _ in range(B)]
     counts = errors.DropCount()
-    return tokenising.ranking_rows(prompts, answers, ranks, prompt_width=P, response_width=T, pad_id=PAD, counts=counts)
+    return padding.ranking_rows(prompts, answers, ranks, prompt_width=P, response_width=T, pad_id=PAD, counts=counts)
 
 
 def on_device(tree):
@@ -230,7 +230,7 @@ def test_packed_reward_model_training_in_micro_batches():
     with pytest.raises(ValueError, match="no packed_scores"):
         step = reward_model.make_train_step(functools.partial(lm.score, cfg=ROPE))
         step(state_lib.create(model(ROPE), optax.scale(-1.0)), None, {}, on_device(packed), None)
-    with pytest.raises(ValueError, match="4 groups do not divide 6 prompts"):
+    with pytest.raises(ValueError, match="groups = 4 must divide the number of prompts, 6"):
         packing.pack_comparisons(batch, width=WIDTH, pad_id=PAD, groups=4)
     with pytest.raises(errors.DataError, match="longer than a row"):
         packing.pack_comparisons(batch, width=3, pad_id=PAD)

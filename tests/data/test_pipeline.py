@@ -129,13 +129,13 @@ OTHERS = {
 def test_going_on_with_anything_else_is_refused(name):
     state = make().get_state()
     named = "data" if name == "records" else name  # other data have another fingerprint first of all
-    with pytest.raises(errors.DataError, match=f"cannot go on with these batches: the state was saved with {named} = "):
+    with pytest.raises(errors.DataError, match=f"cannot resume these batches: the state was saved with {named} = "):
         make(**OTHERS[name]).set_state(state)
     for broken in ({}, {"fingerprint": {}}, {"grain": {"next_index": 3}}):
-        with pytest.raises(errors.DataError, match="this is no state of batches"):
+        with pytest.raises(errors.DataError, match="not a state of batches"):
             make().set_state(broken)
     for place in ({}, {"next_index": "x"}, {"next_index": -1}, {"next_index": 1.5}, {"next_index": 10**9}):
-        with pytest.raises(errors.DataError, match="this is no state of batches"):
+        with pytest.raises(errors.DataError, match="not a state of batches"):
             make(epochs=2).set_state(make(epochs=2).get_state() | {"grain": place})
 
 
@@ -162,18 +162,18 @@ def test_numbers_out_of_their_range():
     for options in ({"batch_size": 0}, {"hosts": 3}, {"hosts": 0}, {"epochs": 0}, {"prefetch": -1}):
         with pytest.raises(ValueError, match="must be a multiple of hosts"):
             make(**options)
-    with pytest.raises(ValueError, match="host = 2 is not one of 2"):
+    with pytest.raises(ValueError, match="host = 2 must be at least 0 and less than hosts = 2"):
         make(host=2, hosts=2)
-    with pytest.raises(errors.DataError, match="there is no record"):
+    with pytest.raises(errors.DataError, match="there are no records"):
         make({"x": np.zeros(0)})
     with pytest.raises(errors.DataError, match="differ in their number of rows: 2, 3"):
         make({"x": np.zeros(2), "y": np.zeros(3)})
 
 
 def test_batches_of_records():
-    def record(i, where=""):
+    def record(i, location=""):
         turn = dialogues.Turn("user", f"q{i}")
-        return records.Demonstration(prompt=(turn,), response=f"a{i}", metadata={"n": i}, where=where)
+        return records.Demonstration(prompt=(turn,), response=f"a{i}", metadata={"n": i}, location=location)
 
     found = [record(i) for i in range(5)]
     options: dict[str, Any] = dict(batch_size=2, seed=0, prefetch=0)
@@ -214,5 +214,5 @@ def test_records_of_other_types_have_other_fingerprints():
     alike += [{"array": [0, 1], "dtype": "int32", "shape": [2]}, np.asarray([b"a"], object), None, "None"]
     assert len({pipeline.fingerprint([some]) for some in alike}) == len(alike)
     assert pipeline.fingerprint([pair]) == pipeline.fingerprint([pair.astype(">i4")])
-    with pytest.raises(TypeError, match="the key 1, which is no string"):
+    with pytest.raises(TypeError, match="the key 1, which is not a string"):
         pipeline.fingerprint([{1: "a"}])

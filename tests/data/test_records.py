@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf_jax.data import chat, dialogues, encoding, errors, files, reading, records, tokenising, tokenizers
+from rlhf_jax.data import chat, dialogues, encoding, errors, padding, readers, records, tokenizers
 
 USER, BOT = "user", "assistant"
 ASK = {"role": USER, "content": "why"}
@@ -125,7 +125,7 @@ def test_the_forms_of_a_record_may_repeat_each_other_only():
     whole = records.parse_demonstration(messages)
     assert records.parse_demonstration(messages | {"prompt": "why \n", "response": "so"}) == whole
     for other, reason in (({"prompt": "what"}, "prompts differ"), ({"response": "no"}, "answers differ")):
-        with pytest.raises(errors.Flaw, match=reason):
+        with pytest.raises(errors.UnusableRecord, match=reason):
             records.parse_demonstration(messages | other)
 
 
@@ -148,7 +148,7 @@ def k_way(**changes):
 
 HH = "\n\nHuman: why\n\nAssistant: so"
 RANKING_FLAWS = {
-    "all tied": [k_way(ranks=[2, 2, 2]), k_way(ranks=None, scores=[1.5, 1.5, 1.5])],
+    "all answers tied": [k_way(ranks=[2, 2, 2]), k_way(ranks=None, scores=[1.5, 1.5, 1.5])],
     "fewer than two answers": [k_way(responses=["a"], ranks=[1]), k_way(responses=[], ranks=[])],
     "same answer twice": [
         k_way(responses=["a", "b", "a "]),
@@ -156,14 +156,14 @@ RANKING_FLAWS = {
         {"prompt": "why", "chosen": "a", "rejected": "a"},
         {"chosen": "\n\nHuman: x\n\nAssistant: a", "rejected": "\n\nHuman: x\n\nAssistant: a"},
     ],
-    "score is no finite number": [
+    "score is not a finite number": [
         *(k_way(ranks=None, scores=[1, 2, bad]) for bad in (math.nan, math.inf, "3", None, True, 10**400)),
         {"prompt": "why", "chosen": "a", "rejected": "b", "margin": math.nan},
         {"prompt": "why", "responses": ["a", "b"], "scores": [-1.7e308, 1.7e308]},
     ],
     "scores and answers differ in number": [k_way(scores=[1, 2])],
     "ranks and answers differ in number": [k_way(ranks=[1, 2]), k_way(ranks=[1, 2, 3, 4])],
-    "rank is no whole number": [k_way(ranks=[1, 2, bad]) for bad in ("3", 1.5, None, True, math.nan, [3], 10**400)],
+    "rank is not a whole number": [k_way(ranks=[1, 2, bad]) for bad in ("3", 1.5, None, True, math.nan, [3], 10**400)],
     "rank below 1": [k_way(ranks=[0, 1, 2]), k_way(ranks=[1, 2, -1])],
     "ranks and scores disagree": [
         k_way(scores=[1, 2, 3]),
@@ -210,12 +210,12 @@ RANKING_FLAWS = {
 def test_a_ranking_of_no_use_is_dropped_and_counted(tmp_path, reason):
     flawed = RANKING_FLAWS[reason]
     path = write(tmp_path / "rankings.jsonl", [k_way(), *flawed, k_way(prompt="when")])
-    found, counts = reading.read_rankings(path, counts=any_share())
+    found, counts = readers.read_rankings(path, counts=any_share())
     assert counts.dropped == {reason: len(flawed)}
     assert [record.prompt[0].text for record in found] == ["why", "when"]
-    assert found[-1].where == f"{path}, line {len(flawed) + 2}"
+    assert found[-1].location == f"{path}, line {len(flawed) + 2}"
     with pytest.raises(errors.DataError, match=f"{reason} {len(flawed)}.*more than max_dropped = 1.0%"):
-        reading.read_rankings(path)
+        readers.read_rankings(path)
 
 
 def test_other_records_of_no_use_are_dropped_and_counted(tmp_path):
@@ -229,7 +229,7 @@ def test_other_records_of_no_use_are_dropped_and_counted(tmp_path):
         {"messages": [ASK, {"role": BOT, "content": None}]},
         {"prompt": "why", "response": "so"},
     ]
-    found, counts = reading.read_demonstrations(write(tmp_path / "d.jsonl", rows), counts=any_share())
+    found, counts = readers.read_demonstrations(write(tmp_path / "d.jsonl", rows), counts=any_share())
     assert len(found) == 1
     assert counts.dropped == {
         "empty answer": 2,
@@ -238,20 +238,20 @@ def test_other_records_of_no_use_are_dropped_and_counted(tmp_path):
         "response is null": 1,
         "content is null": 1,
     }
-    found, counts = reading.read_prompts(
+    found, counts = readers.read_prompts(
         write(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": []}]), counts=any_share()
     )
     assert (len(found), counts.dropped) == (1, {"empty prompt": 1})
     rows = [{"prompt": "a", "response": "b", "label": None}, {"prompt": "a", "response": "b", "label": True}]
-    found, counts = reading.read_judged(write(tmp_path / "j.jsonl", rows), counts=any_share())
+    found, counts = readers.read_judged(write(tmp_path / "j.jsonl", rows), counts=any_share())
     assert (len(found), counts.dropped) == (1, {"label is null": 1})
 
 
 RANK, SHOW, JUDGE, ASKED = (
-    reading.read_rankings,
-    reading.read_demonstrations,
-    reading.read_judged,
-    reading.read_prompts,
+    readers.read_rankings,
+    readers.read_demonstrations,
+    readers.read_judged,
+    readers.read_prompts,
 )
 BROKEN = [
     (RANK, "{oops", "the line is not JSON"),
@@ -261,8 +261,8 @@ BROKEN = [
     (RANK, {"prompt": "a", "responses": ["a", "b"]}, "the record has no 'ranks', and no 'scores' either"),
     (RANK, {"responses": ["a", "b"], "ranks": [1, 2]}, "the record has no 'prompt'"),
     (RANK, {"chosen": "a", "rejected": "b"}, "the record has no 'prompt'"),
-    (RANK, k_way(chosen="a"), "the record is of two forms: it has 'responses' and 'chosen'"),
-    (SHOW, {"prompt": "a", "response": "b", "completion": "c"}, "two forms: it has 'response' and 'completion'"),
+    (RANK, k_way(chosen="a"), "the record mixes two forms: it has 'responses' and 'chosen'"),
+    (SHOW, {"prompt": "a", "response": "b", "completion": "c"}, "mixes two forms: it has 'response' and 'completion'"),
     (SHOW, {"messages": {"role": [USER, BOT], "content": ["a"]}}, "'messages' has 2 roles and 1 contents"),
     (SHOW, '{"prompt": "a", "response": "b", "who": "\\ud800"}', "'who' holds half a surrogate pair"),
     (SHOW, '{"prompt": "a", "response": "b", "\\ud800": 1}', "'the name of a field' holds half a surrogate pair"),
@@ -296,22 +296,6 @@ def test_a_record_of_the_wrong_form_is_an_error_in_one_sentence_with_file_and_li
     assert "\n" not in str(error.value)
 
 
-def test_the_reader_of_hh_rlhf_files_and_this_one_agree(tmp_path):
-    prompt = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: tell me"
-    rows = [
-        {"chosen": f"{prompt}\n\nAssistant:{a}", "rejected": f"{prompt}\n\nAssistant:{b}"}
-        for a, b in ((" good", " bad"), (" ", " bad"), (" same", " same"), (" yes\n\nHuman: so?", " no"), ("1", "2 "))
-    ]
-    path = write(tmp_path / "hh.jsonl.gz", rows)
-    theirs, their_counts = dialogues.read_comparisons(path, counts=any_share())
-    mine, my_counts = reading.read_rankings(path, counts=any_share())
-    assert my_counts.dropped == their_counts.dropped
-    assert [(r.prompt, r.responses, r.where) for r in mine] == [
-        (c.prompt, (c.chosen, c.rejected), f"{path}, line {c.line}") for c in theirs
-    ]
-    assert files.source_name(path) == str(path)
-
-
 # --------------------------------------------------------------------------------------------------------------- rows
 
 
@@ -326,15 +310,15 @@ def test_rows_of_every_kind_and_the_places_they_came_from(fmt):
     ask, long = (dialogues.Turn(USER, "w0"),), (dialogues.Turn(USER, "w0 w1 w2"),)
     counts = any_share()
     shown = [records.Judged(prompt=p, response="w5", good=g) for p, g in ((ask, False), (long, True), (ask, True))]
-    rows, kept = encoding.demonstrations(fmt, shown, counts=counts, **widths)
+    rows, kept = encoding.encode_demonstrations(fmt, shown, counts=counts, **widths)
     np.testing.assert_array_equal(kept, [0, 2])
     np.testing.assert_array_equal(rows.tokens_BL, [[2, 4, 1, 3, 9, 1]] * 2)
     np.testing.assert_array_equal(rows.loss_mask_BL, [[False] * 4 + [True] * 2] * 2)
     assert counts.dropped == {"prompt too long": 1}
-    marked, kept = encoding.judged(fmt, shown, counts=counts, **widths)
+    marked, kept = encoding.encode_judged(fmt, shown, counts=counts, **widths)
     np.testing.assert_array_equal(marked.good_B, [False, True])
     np.testing.assert_array_equal(marked.tokens_BL, rows.tokens_BL)
-    asked, kept = encoding.prompts(fmt, shown, prompt_width=6, counts=counts)
+    asked, kept = encoding.encode_prompts(fmt, shown, prompt_width=6, counts=counts)
     np.testing.assert_array_equal(kept, [0, 1, 2])
     np.testing.assert_array_equal(asked.tokens_BP[:2], [[0, 0, 2, 4, 1, 3], [2, 4, 5, 6, 1, 3]])
     np.testing.assert_array_equal(asked.mask_BP[:2], [[False] * 2 + [True] * 4, [True] * 6])
@@ -349,22 +333,24 @@ def test_rows_of_rankings(fmt):
         records.Ranking(prompt=ask, responses=("w6", "w7"), ranks=(1, 2)),
     ]
     counts = any_share()
-    rows, kept = encoding.rankings(fmt, found, prompt_width=4, response_width=2, counts=counts)
+    rows, kept = encoding.encode_rankings(fmt, found, prompt_width=4, response_width=2, counts=counts)
     np.testing.assert_array_equal(kept, [0, 2, 3])
     assert counts.dropped == {"same answer within the width": 1}
     assert counts.truncated == {"answer truncated": 2}
     np.testing.assert_array_equal(rows.ranks_BK, [[2, 1, 2], [1, 1, 2], [1, 2, 0]])
     np.testing.assert_array_equal(rows.where_BK, np.asarray(rows.ranks_BK) > 0)
     np.testing.assert_array_equal(rows.tokens_BKL[2, :2], [[2, 4, 1, 3, 10, 1], [2, 4, 1, 3, 11, 1]])
-    wider, _ = encoding.rankings(fmt, found, prompt_width=4, response_width=2, counts=any_share(), answers=5)
+    wider, _ = encoding.encode_rankings(fmt, found, prompt_width=4, response_width=2, counts=any_share(), max_answers=5)
     np.testing.assert_array_equal(wider.ranks_BK[:, 3:], np.zeros((3, 2)))
     np.testing.assert_array_equal(wider.tokens_BKL[:, :3], rows.tokens_BKL)
     for room, name in ((2, "record 1"), (0, "record 1")):
-        with pytest.raises(errors.DataError, match=f"^{name}: the record has 3 answers, more than the {room} there"):
-            encoding.rankings(fmt, found, prompt_width=4, response_width=2, counts=any_share(), answers=room)
-    named = dataclasses.replace(found[0], where="x.jsonl, line 7")
+        with pytest.raises(errors.DataError, match=f"^{name}: the record has 3 answers, more than .* = {room}"):
+            encoding.encode_rankings(fmt, found, prompt_width=4, response_width=2, counts=any_share(), max_answers=room)
+    named = dataclasses.replace(found[0], location="x.jsonl, line 7")
     with pytest.raises(errors.DataError, match=r"^x\.jsonl, line 7: the record has 3 answers"):
-        encoding.rankings(fmt, [found[3], named], prompt_width=4, response_width=2, counts=any_share(), answers=2)
+        encoding.encode_rankings(
+            fmt, [found[3], named], prompt_width=4, response_width=2, counts=any_share(), max_answers=2
+        )
     bare: Any = dict(prompt_width=2, response_width=2, pad_id=0, counts=any_share())
-    with pytest.raises(errors.DataError, match="more than the 0 there is room for"):
-        tokenising.ranking_rows([[3]], [[[5], [6]]], [[1, 2]], most=0, **bare)
+    with pytest.raises(errors.DataError, match="more than max_answers = 0"):
+        padding.ranking_rows([[3]], [[[5], [6]]], [[1, 2]], max_answers=0, **bare)

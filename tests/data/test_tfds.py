@@ -12,13 +12,13 @@ import pytest
 tfds = pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("array_record")
 
-from rlhf_jax.data import chat, encoding, errors, files, pipeline, reading, records, tfds_builder, tokenizers  # noqa: E402
+from rlhf_jax.data import chat, encoding, errors, pipeline, readers, records, sources, tfds_builder, tokenizers  # noqa: E402
 
 TURNS = [{"role": "user", "content": "wärum"}, {"role": "assistant", "content": "só"}, {"role": "user", "content": "?"}]
 KINDS = {
     "demonstrations": (
         tfds_builder.RlhfDemonstrations,
-        reading.read_demonstrations,
+        readers.read_demonstrations,
         [
             {"prompt": "a", "response": "b"},
             {"messages": [*TURNS, {"role": "assistant", "content": " c\n"}], "domain": "x"},
@@ -26,7 +26,7 @@ KINDS = {
     ),
     "rankings": (
         tfds_builder.RlhfRankings,
-        reading.read_rankings,
+        readers.read_rankings,
         [
             {"prompt": TURNS, "responses": ["a", "b", "c"], "ranks": [2, 1, 2], "annotator": "a7", "sure": 0.1},
             {"prompt": "a", "responses": ["a", "b"], "scores": [0.1, 1 / 3]},
@@ -36,12 +36,12 @@ KINDS = {
     ),
     "judged": (
         tfds_builder.RlhfJudged,
-        reading.read_judged,
+        readers.read_judged,
         [{"prompt": "a", "response": "b", "label": i % 2 == 0, "expert": True} for i in range(3)],
     ),
     "prompts": (
         tfds_builder.RlhfPrompts,
-        reading.read_prompts,
+        readers.read_prompts,
         [{"prompt": f"q{i}", "n": i, "metadata": {"prompt": "x"}} for i in range(12)],
     ),
 }
@@ -68,12 +68,12 @@ def test_a_set_gives_the_records_of_its_file_in_their_order(data_dir, kind):
     _, read, _ = KINDS[kind]
     from_file, _ = read(data_dir / f"{kind}.jsonl")
     name = f"rlhf_{kind}/mine"
-    from_set, counts = read(files.Tfds(name, data_dir=data_dir))
+    from_set, counts = read(sources.Tfds(name, data_dir=data_dir))
     assert from_set == from_file
     assert counts.dropped == {}
-    assert from_set[-1].where == f"{name}[train], record {len(from_file)}"
-    assert read(files.Tfds(f"{name}:1.0.0", "test", data_dir))[0] == from_file[:1]
-    assert read(files.Tfds(name, "train[1:2]", data_dir))[0] == from_file[1:2]
+    assert from_set[-1].location == f"{name}[train], record {len(from_file)}"
+    assert read(sources.Tfds(f"{name}:1.0.0", "test", data_dir))[0] == from_file[:1]
+    assert read(sources.Tfds(name, "train[1:2]", data_dir))[0] == from_file[1:2]
     assert pipeline.fingerprint(from_set) == pipeline.fingerprint(from_file)
 
 
@@ -91,9 +91,9 @@ def test_a_fresh_process_without_tensorflow_reads_a_set_that_it_has_no_builder_o
         pytest.skip("TensorFlow is installed here")
     program = """
 import sys
-from rlhf_jax.data import files, reading
+from rlhf_jax.data import sources, readers
 
-found, _ = reading.read_prompts(files.Tfds("rlhf_prompts/mine", data_dir=sys.argv[1]))
+found, _ = readers.read_prompts(sources.Tfds("rlhf_prompts/mine", data_dir=sys.argv[1]))
 print([record.prompt[0].text for record in found], "rlhf_jax.data.tfds_builder" in sys.modules)
 """
     out = subprocess.run([sys.executable, "-c", program, str(data_dir)], capture_output=True, text=True, check=True)
@@ -101,17 +101,17 @@ print([record.prompt[0].text for record in found], "rlhf_jax.data.tfds_builder" 
 
 
 def test_batches_read_lazily_from_a_set(data_dir):
-    source = files.tfds_source(files.Tfds("rlhf_prompts/mine", data_dir=data_dir))
+    source = sources.tfds_source(sources.Tfds("rlhf_prompts/mine", data_dir=data_dir))
 
     def numbers(examples):
-        return np.asarray([files.plain_fields(example)["metadata"]["n"] for example in examples])
+        return np.asarray([sources.plain_fields(example)["metadata"]["n"] for example in examples])
 
     batches = pipeline.from_source(source, collate=numbers, batch_size=4, seed=0, epochs=1, prefetch=0)
     seen = list(batches)
     assert sorted(np.concatenate(seen)) == list(range(12))
     from_arrays = pipeline.from_arrays(np.arange(12), batch_size=4, seed=0, epochs=1, prefetch=0)
     jax.tree.map(np.testing.assert_array_equal, seen, list(from_arrays))
-    again = files.tfds_source(files.Tfds("rlhf_prompts/mine", data_dir=data_dir))
+    again = sources.tfds_source(sources.Tfds("rlhf_prompts/mine", data_dir=data_dir))
     assert pipeline.fingerprint(again) == batches.fingerprint["data"]
 
 
@@ -120,17 +120,17 @@ def test_batches_of_tokenised_records_read_lazily_from_a_set(tmp_path):
     path = write(tmp_path / "pairs.jsonl", rows)
     tfds_builder.prepare(tfds_builder.RlhfRankings, "mine", {"train": path}, data_dir=tmp_path)
     fmt = chat.chat_format(tokenizers.word_level([f"w{i}" for i in range(10)]))
-    widths = {"prompt_width": 4, "response_width": 2, "answers": 2}
+    widths = {"prompt_width": 4, "response_width": 2, "max_answers": 2}
 
     def collate(part):
-        found = [records.parse_ranking(files.plain_fields(row)) for row in part]
-        return encoding.rankings(fmt, found, counts=errors.DropCount(max_dropped=0.0), **widths)[0]
+        found = [records.parse_ranking(sources.plain_fields(row)) for row in part]
+        return encoding.encode_rankings(fmt, found, counts=errors.DropCount(max_dropped=0.0), **widths)[0]
 
-    source = files.tfds_source(files.Tfds("rlhf_rankings/mine", "train", tmp_path))
+    source = sources.tfds_source(sources.Tfds("rlhf_rankings/mine", "train", tmp_path))
     batches = pipeline.from_source(
         source, collate=collate, identity=widths, batch_size=4, seed=0, shuffle=False, prefetch=0
     )
-    all_at_once, _ = encoding.rankings(fmt, reading.read_rankings(path)[0], counts=errors.DropCount(), **widths)
+    all_at_once, _ = encoding.encode_rankings(fmt, readers.read_rankings(path)[0], counts=errors.DropCount(), **widths)
     jax.tree.map(np.testing.assert_array_equal, batches.batch_at(1), jax.tree.map(lambda x: x[4:], all_at_once))
 
 
@@ -138,21 +138,21 @@ def test_metadata_is_json_in_a_set(tmp_path):
     path = write(tmp_path / "p.jsonl", [{"prompt": "a", "sure": float("nan"), "far": float("inf"), "n": 0.5}])
     tfds_builder.prepare(tfds_builder.RlhfPrompts, "mine", {"train": path}, data_dir=tmp_path)
     (row,) = tfds.data_source("rlhf_prompts/mine", split="train", data_dir=str(tmp_path))
-    assert json.loads(row[files.JSON_FIELD], parse_constant=pytest.fail) == {"metadata": {"n": 0.5}}
+    assert json.loads(row[sources.JSON_FIELD], parse_constant=pytest.fail) == {"metadata": {"n": 0.5}}
 
 
 def test_sets_that_are_not_there_are_refused_in_one_sentence(data_dir):
     cases = [
-        (files.Tfds("rlhf_prompts/other", data_dir=data_dir), "TFDS has no such prepared set"),
-        (files.Tfds("rlhf_prompts/mine:2.0.0", data_dir=data_dir), "TFDS has no such prepared set"),
-        (files.Tfds("rlhf_prompts/mine", "validation", data_dir), "Unknown split 'validation'"),
-        (files.Tfds("rlhf_prompts/mine", "train[:0]", data_dir), r"^rlhf_prompts/mine\[train\[:0\]\] is empty$"),
-        (files.Tfds("no_such_set", data_dir=data_dir), "TFDS has no such prepared set"),
-        (files.Tfds("huggingface:imdb", data_dir=data_dir), "come over the network and are not read"),
+        (sources.Tfds("rlhf_prompts/other", data_dir=data_dir), "TFDS has no such prepared set"),
+        (sources.Tfds("rlhf_prompts/mine:2.0.0", data_dir=data_dir), "TFDS has no such prepared set"),
+        (sources.Tfds("rlhf_prompts/mine", "validation", data_dir), "Unknown split 'validation'"),
+        (sources.Tfds("rlhf_prompts/mine", "train[:0]", data_dir), r"^rlhf_prompts/mine\[train\[:0\]\] is empty$"),
+        (sources.Tfds("no_such_set", data_dir=data_dir), "TFDS has no such prepared set"),
+        (sources.Tfds("huggingface:imdb", data_dir=data_dir), "would be downloaded, which this reader does not"),
     ]
     for source, message in cases:
         with pytest.raises(errors.DataError, match=message) as error:
-            reading.read_prompts(source)
+            readers.read_prompts(source)
         assert "\n" not in str(error.value)
 
 
@@ -160,27 +160,27 @@ def test_a_set_with_damaged_files_is_refused(data_dir, tmp_path):
     path = write(tmp_path / "p.jsonl", [{"prompt": "a"}] * 3)
     tfds_builder.prepare(tfds_builder.RlhfPrompts, "mine", {"train": path}, data_dir=tmp_path)
     (shard,) = (tmp_path / "rlhf_prompts/mine/1.0.0").glob("*array_record*")
-    source = files.Tfds("rlhf_prompts/mine", data_dir=tmp_path)
+    source = sources.Tfds("rlhf_prompts/mine", data_dir=tmp_path)
     content = shard.read_bytes()
     for broken in (content[: len(content) // 2], content[:-100], b""):
         shard.write_bytes(broken)
-        with pytest.raises(errors.DataError, match="record 1: the set cannot be read, its files may be damaged"):
-            reading.read_prompts(source)
+        with pytest.raises(errors.DataError, match="record 1: the set cannot be read; its files may be damaged"):
+            readers.read_prompts(source)
     shard.unlink()
     with pytest.raises(errors.DataError, match="No such file"):
-        reading.read_prompts(source)
+        readers.read_prompts(source)
 
 
 def test_what_cannot_be_prepared(data_dir, tmp_path):
     good, broken = write(tmp_path / "a.jsonl", [{"prompt": "a"}] * 3), write(tmp_path / "b.jsonl", ["a"])
-    with pytest.raises(errors.DataError, match=r"mine/1\.0\.0 is there already"):
+    with pytest.raises(errors.DataError, match=r"mine/1\.0\.0 already exists"):
         tfds_builder.prepare(tfds_builder.RlhfPrompts, "mine", {"train": good}, data_dir=data_dir)
     with pytest.raises(errors.DataError, match=r"b\.jsonl, line 1: the line holds a str"):
         tfds_builder.prepare(tfds_builder.RlhfPrompts, "b", {"train": broken}, data_dir=tmp_path)
-    with pytest.raises(errors.DataError, match="is no name for a set"):
+    with pytest.raises(errors.DataError, match="is not a valid name for a set"):
         tfds_builder.prepare(tfds_builder.RlhfPrompts, "a/b", {"train": good}, data_dir=tmp_path)
     for split in ("tr ain", "train[:10]", "all", "a-b", ""):
-        with pytest.raises(errors.DataError, match="is no name for a split"):
+        with pytest.raises(errors.DataError, match="is not a valid name for a split"):
             tfds_builder.prepare(tfds_builder.RlhfPrompts, "d", {split: good}, data_dir=tmp_path)
     flawed = write(tmp_path / "c.jsonl", [{"prompt": "a"}, {"prompt": ""}])
     with pytest.raises(errors.DataError, match=r"1 of 2 records dropped \(empty prompt 1\)"):
@@ -189,11 +189,11 @@ def test_what_cannot_be_prepared(data_dir, tmp_path):
     assert tfds_builder.prepare(
         tfds_builder.RlhfPrompts, "c", {"train": flawed}, data_dir=tmp_path, counts=counts
     ).dropped == {"empty prompt": 1}
-    assert len(reading.read_prompts(files.Tfds("rlhf_prompts/c", data_dir=tmp_path))[0]) == 1
+    assert len(readers.read_prompts(sources.Tfds("rlhf_prompts/c", data_dir=tmp_path))[0]) == 1
 
 
 def test_packages_that_are_missing_are_named(data_dir, monkeypatch):
-    source = files.Tfds("rlhf_prompts/mine", data_dir=data_dir)
+    source = sources.Tfds("rlhf_prompts/mine", data_dir=data_dir)
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(errors.DataError, match="reading it needs tensorflow-datasets"):
-        reading.read_prompts(source)
+        readers.read_prompts(source)

@@ -1,10 +1,11 @@
+import functools
 import json
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rlhf_jax.data import dialogues, errors, tokenising, tokenizers
+from rlhf_jax.data import chat, dialogues, errors, padding, plain_text, tokenizers
 
 WORDS = ["where", "is", "the", "cat", "dog", "sat.", "here", "end"]
 TEXTS = [
@@ -43,6 +44,15 @@ def any_share():
     return errors.DropCount(max_dropped=1.0)
 
 
+@functools.cache
+def format_of(tokenizer):
+    return chat.chat_format(tokenizer)
+
+
+def encode_text(tokenizer, text):
+    return plain_text.encode_texts(tokenizer, [text])[0]
+
+
 def test_special_tokens_come_first_and_are_distinct(tokenizer):
     assert tokenizer.convert_tokens_to_ids(["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]) == [0, 1, 2, 3]
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
@@ -64,14 +74,14 @@ def test_the_same_texts_give_the_same_bpe(bpe):
     "text", ["the cat", " two  spaces ", "a\n\n\tb\r\n", "日本 👩‍🚀 \x00", NASTY, "don 't , .", ""]
 )
 def test_bpe_gives_any_text_back_exactly(bpe, text):
-    ids = tokenising.encode_text(bpe, text)
+    ids = encode_text(bpe, text)
     assert bpe.decode(ids) == text
     assert all(i >= 4 for i in ids)
 
 
 def test_bpe_size(bpe):
     assert len(bpe) <= 320
-    assert len(tokenising.encode_text(bpe, "where is the cat")) < len("where is the cat")
+    assert len(encode_text(bpe, "where is the cat")) < len("where is the cat")
     assert len(tokenizers.train_bpe(["ab"], vocab_size=10_000)) == 4 + 256
     with pytest.raises(errors.DataError, match="vocab_size = 259 is less than 4 special tokens"):
         tokenizers.train_bpe(TEXTS, vocab_size=259)
@@ -80,7 +90,7 @@ def test_bpe_size(bpe):
 def test_further_special_tokens_follow_the_standard_ones():
     bpe = tokenizers.train_bpe(TEXTS, vocab_size=300, special_tokens=["<|good|>"])
     assert bpe.convert_tokens_to_ids("<|good|>") == 4
-    assert 4 not in tokenising.encode_text(bpe, "<|good|>")
+    assert 4 not in encode_text(bpe, "<|good|>")
     words = tokenizers.word_level(WORDS, special_tokens=["<|good|>"], unknown=True)
     assert words.convert_tokens_to_ids(["<|unk|>", "<|good|>", "where"]) == [4, 5, 6]
     with pytest.raises(errors.DataError, match=r"the special token '<\|end\|>' is given twice"):
@@ -92,28 +102,28 @@ def test_further_special_tokens_follow_the_standard_ones():
 
 def test_word_level_ids_are_the_words_in_order(words):
     assert len(words) == 4 + len(WORDS)
-    assert tokenising.encode_text(words, " ".join(WORDS)) == list(range(4, 12))
-    assert tokenising.encode_text(words, "  cat\n dog ") == [7, 8]
+    assert encode_text(words, " ".join(WORDS)) == list(range(4, 12))
+    assert encode_text(words, "  cat\n dog ") == [7, 8]
     assert words.decode([6, 7, 9, 1], skip_special_tokens=True) == "the cat sat."
 
 
 def test_an_unknown_word_is_an_error_that_names_it(words):
     with pytest.raises(errors.DataError, match="the word 'sat' is not in the tokenizer's vocabulary"):
-        tokenising.encode_texts(words, ["the cat", "the cat sat"])
+        plain_text.encode_texts(words, ["the cat", "the cat sat"])
     with pytest.raises(errors.DataError, match="the word 'mouse' is not"):
-        tokenising.encode_prompt(words, [dialogues.Turn(USER, "where is the mouse")])
+        chat.encode_prompt(format_of(words), [dialogues.Turn(USER, "where is the mouse")])
     with pytest.raises(errors.DataError, match=r"the word '<\|end\|>' is not"):
-        tokenising.encode_answer(words, "the <|end|>")
+        chat.encode_answer(format_of(words), "the <|end|>")
 
 
 def test_an_unknown_word_may_have_a_token():
     words = tokenizers.word_level(WORDS, unknown=True)
     assert words.unk_token_id == 4
     assert len(words) == 5 + len(WORDS)
-    assert tokenising.encode_text(words, "the mouse") == [7, 4]
-    assert not {0, 1, 2, 3} & set(tokenising.encode_text(words, NASTY))
+    assert encode_text(words, "the mouse") == [7, 4]
+    assert not {0, 1, 2, 3} & set(encode_text(words, NASTY))
     # A word of the vocabulary inside the brackets of a special token is no such word either way.
-    assert tokenising.encode_text(words, "<|unk|> the") == [4, 4, 4, 7]
+    assert encode_text(words, "<|unk|> the") == [4, 4, 4, 7]
 
 
 @pytest.mark.parametrize(
@@ -121,9 +131,9 @@ def test_an_unknown_word_may_have_a_token():
     [
         ([], "at least one word"),
         (["cat", "dog", "cat"], "the word 'cat' is given twice"),
-        (["cat", ""], "'' is no word"),
-        (["a cat"], "'a cat' is no word"),
-        (["<|end|>"], "is no word"),
+        (["cat", ""], "'' is not a word"),
+        (["a cat"], "'a cat' is not a word"),
+        (["<|end|>"], "is not a word"),
     ],
 )
 def test_bad_word_lists(bad, message):
@@ -135,59 +145,55 @@ def test_bad_word_lists(bad, message):
 
 
 def test_prompt_and_answer_encoded_apart_are_the_chat_template(tokenizer):
-    prompt = tokenising.encode_prompt(tokenizer, TURNS)
-    answer = tokenising.encode_answer(tokenizer, ANSWER)
+    prompt = chat.encode_prompt(format_of(tokenizer), TURNS)
+    answer = chat.encode_answer(format_of(tokenizer), ANSWER)
     assert prompt[0] == 2 and prompt[-1] == 3 and answer[-1] == 1
     assert answer.count(1) == 1 and prompt.count(1) == 3
-    asked = tokenizer.apply_chat_template(tokenising.messages(TURNS), add_generation_prompt=True, return_dict=True)
+    asked = tokenizer.apply_chat_template(chat.messages(TURNS), add_generation_prompt=True, return_dict=True)
     assert asked["input_ids"] == prompt
-    told = tokenizer.apply_chat_template(
-        tokenising.messages([*TURNS, dialogues.Turn(ASSISTANT, ANSWER)]), return_dict=True
-    )
+    told = tokenizer.apply_chat_template(chat.messages([*TURNS, dialogues.Turn(ASSISTANT, ANSWER)]), return_dict=True)
     assert told["input_ids"] == prompt + answer
 
 
 def test_the_generation_marks_give_every_answer_with_its_end_token(tokenizer):
     turns = [*TURNS, dialogues.Turn(ASSISTANT, ANSWER)]
-    told = tokenizer.apply_chat_template(
-        tokenising.messages(turns), return_dict=True, return_assistant_tokens_mask=True
-    )
+    told = tokenizer.apply_chat_template(chat.messages(turns), return_dict=True, return_assistant_tokens_mask=True)
     expected = []
     for turn in turns:
-        n = len(tokenising.encode_text(tokenizer, turn.text))
+        n = len(encode_text(tokenizer, turn.text))
         expected += [0, *([1] * (n + 1))] if turn.role == ASSISTANT else [0] * (n + 2)
     assert told["assistant_masks"] == expected
     spoken = [i for i, said in zip(told["input_ids"], told["assistant_masks"]) if said]
-    both = [tokenising.encode_answer(tokenizer, text) for text in (TURNS[1].text, ANSWER)]
+    both = [chat.encode_answer(format_of(tokenizer), text) for text in (TURNS[1].text, ANSWER)]
     assert spoken == both[0] + both[1]
 
 
 def test_word_level_prompt_in_exact_numbers(words):
-    assert tokenising.encode_prompt(words, TURNS) == [2, 4, 5, 6, 7, 1, 3, 6, 7, 5, 10, 1, 2, 6, 8, 1, 3]
-    assert tokenising.encode_answer(words, ANSWER) == [10, 9, 1]
-    assert tokenising.encode_answer(words, "") == [1]
+    assert chat.encode_prompt(format_of(words), TURNS) == [2, 4, 5, 6, 7, 1, 3, 6, 7, 5, 10, 1, 2, 6, 8, 1, 3]
+    assert chat.encode_answer(format_of(words), ANSWER) == [10, 9, 1]
+    assert chat.encode_answer(format_of(words), "") == [1]
 
 
 def test_special_tokens_that_somebody_typed_stay_text(bpe):
-    prompt = tokenising.encode_prompt(bpe, [dialogues.Turn(USER, NASTY)])
+    prompt = chat.encode_prompt(format_of(bpe), [dialogues.Turn(USER, NASTY)])
     assert [i for i in prompt if i < 4] == [2, 1, 3]
     assert bpe.decode(prompt) == f"<|user|>{NASTY}<|end|><|assistant|>"
-    assert [i for i in tokenising.encode_answer(bpe, NASTY) if i < 4] == [1]
+    assert [i for i in chat.encode_answer(format_of(bpe), NASTY) if i < 4] == [1]
     # The switch that keeps text text is not left behind on the tokenizer.
     assert bpe("<|end|>", add_special_tokens=False)["input_ids"] == [1]
 
 
 def test_another_role_and_a_tokenizer_without_roles_are_errors(words):
     with pytest.raises(errors.DataError, match="prompt 0 has a turn of role 'system'"):
-        tokenising.encode_prompt(words, [dialogues.Turn("system", "the cat")])
+        chat.encode_prompt(format_of(words), [dialogues.Turn("system", "the cat")])
     with pytest.raises(Exception, match="the role is user or assistant, not system"):
         words.apply_chat_template([{"role": "system", "content": "the cat"}])
     import tokenizers as library
     import transformers
 
     bare = library.Tokenizer(library.models.WordLevel({"a": 0}, unk_token="a"))
-    with pytest.raises(errors.DataError, match=r"the tokenizer has no '<\|user\|>'"):
-        tokenising.encode_prompt(transformers.PreTrainedTokenizerFast(tokenizer_object=bare), TURNS)
+    with pytest.raises(errors.DataError, match="neither a chat template nor an EOS token"):
+        chat.chat_format(transformers.PreTrainedTokenizerFast(tokenizer_object=bare))
 
 
 def test_saved_and_loaded_is_the_same_tokenizer(tokenizer, tmp_path):
@@ -200,19 +206,19 @@ def test_saved_and_loaded_is_the_same_tokenizer(tokenizer, tmp_path):
         assert loaded.get_vocab() == tokenizer.get_vocab()
         assert (loaded.pad_token_id, loaded.eos_token_id, loaded.bos_token) == (0, 1, None)
         assert loaded.chat_template == tokenizers.CHAT_TEMPLATE
-        assert tokenising.encode_prompt(loaded, TURNS) == tokenising.encode_prompt(tokenizer, TURNS)
+        assert chat.encode_prompt(format_of(loaded), TURNS) == chat.encode_prompt(format_of(tokenizer), TURNS)
         told: Any = loaded.apply_chat_template(
-            tokenising.messages([*TURNS, dialogues.Turn(ASSISTANT, ANSWER)]),
+            chat.messages([*TURNS, dialogues.Turn(ASSISTANT, ANSWER)]),
             return_dict=True,
             return_assistant_tokens_mask=True,
         )
         assert sum(told["assistant_masks"]) > 3
-        ids = tokenising.encode_answer(loaded, ANSWER)
+        ids = chat.encode_answer(format_of(loaded), ANSWER)
         assert loaded.decode(ids, skip_special_tokens=True) == ANSWER
 
 
 def test_loading_from_nowhere_is_an_error(tmp_path):
-    with pytest.raises(errors.DataError, match=r"holds no tokenizer\.json"):
+    with pytest.raises(errors.DataError, match=r"has no tokenizer\.json"):
         tokenizers.load(tmp_path)
 
 
@@ -223,8 +229,8 @@ def test_a_long_prompt_loses_its_oldest_turns_and_still_starts_with_a_user_turn(
     # The turns take 6, 6 and 4 tokens, the last role token 1.
     counts = any_share()
     for width, expected in ((17, TURNS), (16, TURNS[2:]), (11, TURNS[2:]), (5, TURNS[2:])):
-        (ids,), kept = tokenising.encode_prompts(words, [TURNS], width=width, counts=counts)
-        assert ids == tokenising.encode_prompt(words, expected)
+        (ids,), kept = chat.encode_prompts(format_of(words), [TURNS], width=width, counts=counts)
+        assert ids == chat.encode_prompt(format_of(words), expected)
         assert len(ids) <= width
         assert kept.tolist() == [0]
     assert counts.truncated == {"prompt turns dropped": 3}
@@ -235,28 +241,28 @@ def test_a_prompt_whose_last_turn_is_too_long_is_dropped_and_counted(words):
     counts = any_share()
     short = (dialogues.Turn(USER, "cat"),)
     silent = (dialogues.Turn(ASSISTANT, "cat"),)
-    ids, kept = tokenising.encode_prompts(words, [TURNS, short, silent, (), short], width=4, counts=counts)
+    ids, kept = chat.encode_prompts(format_of(words), [TURNS, short, silent, (), short], width=4, counts=counts)
     assert ids == [[2, 7, 1, 3]] * 2
     assert kept.tolist() == [1, 4]
     assert kept.dtype == np.int64
     assert counts.dropped == {"prompt too long": 1, "no user turn": 2}
     with pytest.raises(errors.DataError, match=r"prompts: 1 of 2 records dropped \(prompt too long 1\)"):
-        tokenising.encode_prompts(words, [TURNS, short], width=4, counts=errors.DropCount())
+        chat.encode_prompts(format_of(words), [TURNS, short], width=4, counts=errors.DropCount())
 
 
 def test_two_assistant_turns_in_a_row_are_encoded_as_they_are(words):
     turns = [dialogues.Turn(USER, "cat"), dialogues.Turn(ASSISTANT, "the"), dialogues.Turn(ASSISTANT, "dog")]
-    prompt = tokenising.encode_prompt(words, turns)
+    prompt = chat.encode_prompt(format_of(words), turns)
     assert prompt == [2, 7, 1, 3, 6, 1, 3, 8, 1, 3]
-    asked = words.apply_chat_template(tokenising.messages(turns), add_generation_prompt=True, return_dict=True)
+    asked = words.apply_chat_template(chat.messages(turns), add_generation_prompt=True, return_dict=True)
     assert asked["input_ids"] == prompt
 
 
 def test_from_text_to_rows(tokenizer):
     counts = any_share()
-    prompts, kept = tokenising.encode_prompts(tokenizer, [TURNS, TURNS[2:]], width=60, counts=counts)
-    answers = tokenising.encode_answers(tokenizer, [ANSWER, "the end"])
-    rows = tokenising.demonstration_rows(
+    prompts, kept = chat.encode_prompts(format_of(tokenizer), [TURNS, TURNS[2:]], width=60, counts=counts)
+    answers = chat.encode_answers(format_of(tokenizer), [ANSWER, "the end"])
+    rows = padding.demonstration_rows(
         prompts, [answers[i] for i in kept], prompt_width=60, response_width=20, pad_id=0, counts=counts
     )
     for row in range(2):

@@ -175,7 +175,7 @@ def test_missing_files(saved, tmp_path):
 def test_errors_of_save(tmp_path):
     cfg, params = CONFIGS["llama"], random_params(CONFIGS["llama"])
     mixed = lm.LMConfig(**SMALL, norm="layernorm", gated_mlp=False)
-    with pytest.raises(ValueError, match=r"no known Hugging Face layout.*llama needs norm='rmsnorm'"):
+    with pytest.raises(ValueError, match=r"no known Hugging Face model type.*llama needs norm='rmsnorm'"):
         lm.save(tmp_path / "m", mixed, params)
     foreign = dataclasses.replace(cfg, model_type="phi3", qkv_bias=True)
     with pytest.raises(ValueError, match=r"layout holds this LMConfig: phi3 needs qkv_bias=False$"):
@@ -205,7 +205,7 @@ def test_tokenizer_is_saved_beside_the_model(tmp_path):
 def test_a_cut_off_file(saved):
     file = saved / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"model\.safetensors is cut off or is no safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is truncated or not a safetensors file"):
         lm.load(saved)
     file.write_bytes(b"")
     with pytest.raises(ValueError, match="is cut off"):

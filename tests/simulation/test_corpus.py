@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.data import tokenising, tokenizers
+from rlhf_jax.data import padding, plain_text, tokenizers
 from rlhf_jax.simulation import corpus, gold, lexicon, prompts, world
 from rlhf_jax.simulation.world import COLOR, PLACE, SIZE
 
@@ -41,7 +41,7 @@ def test_documents_are_made_of_words_of_the_vocabulary_and_are_a_function_of_the
     assert {word for text in DOCUMENTS for word in text.split()} <= set(lexicon.WORDS)
     assert all(text.endswith(" .") for text in DOCUMENTS)
     tokenizer = tokenizers.word_level(lexicon.WORDS)
-    ids = tokenising.encode_texts(tokenizer, DOCUMENTS[:100])
+    ids = plain_text.encode_texts(tokenizer, DOCUMENTS[:100])
     assert ids == [[lexicon.IDS[word] for word in text.split()] for text in DOCUMENTS[:100]]
     assert corpus.documents(WORLD, ASKED, 50, np.random.default_rng(1)) != DOCUMENTS[:50]
     again = corpus.documents(WORLD, ASKED, len(DOCUMENTS), np.random.default_rng(0))
@@ -107,7 +107,7 @@ def test_verdicts_on_reviewed_answers_are_those_of_gold():
         answers.append(prompts.answer_tokens(answer))
         verdicts.append(verdict == "good")
     width = max(map(len, answers))
-    prompt_BP, _ = tokenising.pad_prompts(asked, width=prompts.PROMPT_WIDTH, pad_id=lexicon.PAD_ID)
+    prompt_BP, _ = padding.pad_prompts(asked, width=prompts.PROMPT_WIDTH, pad_id=lexicon.PAD_ID)
     answer_BT = np.array([ids + [lexicon.PAD_ID] * (width - len(ids)) for ids in answers])
     mask_BT = np.arange(width)[None, :] < np.array([[len(ids)] for ids in answers])
     judged = jax.jit(jax.vmap(gold.utility, in_axes=(None, 0, 0, 0)))(

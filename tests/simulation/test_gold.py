@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.data import dialogues, tokenising, tokenizers
+from rlhf_jax.data import chat, dialogues, tokenizers
 from rlhf_jax.simulation import demonstrators, gold, lexicon, prompts, world
 from rlhf_jax.simulation.world import COLOR, PLACE, SIZE, USE
 
@@ -99,6 +99,7 @@ def test_a_world_is_its_seed():
 
 def test_ids_are_those_of_the_word_level_tokenizer_and_its_chat_template():
     tokenizer = tokenizers.word_level(lexicon.WORDS)
+    fmt = chat.chat_format(tokenizer)
     assert tokenizer.get_vocab() == lexicon.IDS
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (lexicon.PAD_ID, lexicon.END_ID)
     template: Any = functools.partial(tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=True)
@@ -107,9 +108,9 @@ def test_ids_are_those_of_the_word_level_tokenizer_and_its_chat_template():
         ids = template(messages)["input_ids"]
         assert prompts.prompt_tokens(prompt.turns) == ids
         turns = [dialogues.Turn(role, text) for role, text in prompt.turns]
-        assert tokenising.encode_prompt(tokenizer, turns) == ids
+        assert chat.encode_prompt(fmt, turns) == ids
     answer = "the fox is red ."
-    assert tokenising.encode_answer(tokenizer, answer) == prompts.answer_tokens(answer)
+    assert chat.encode_answer(fmt, answer) == prompts.answer_tokens(answer)
     assert prompts.answer_tokens(answer, ended=False) == prompts.answer_tokens(answer)[:-1]
 
 

@@ -14,8 +14,7 @@ import optax
 import pytest
 
 from rlhf_jax import lm, losses, parallel, types
-from rlhf_jax.data import comparisons as comparisons_lib
-from rlhf_jax.data import errors, packing
+from rlhf_jax.data import comparison_transforms, errors, packing
 from rlhf_jax.train import reward_model
 from rlhf_jax.train import state as state_lib
 from rlhf_jax.train.optim import partition
@@ -217,7 +216,7 @@ def test_heads_are_combined_and_a_critic_needs_one():
         lm.heads.combine(params(H), weights[:2])
     with pytest.raises(ValueError, match="it must be 2 or more"):
         lm.with_head(jax.random.key(0), params(), CFG, heads=1)
-    with pytest.raises(ValueError, match=r"one head, and there are 3: lm\.heads\.combine"):
+    with pytest.raises(ValueError, match=r"params have 3: combine them with lm\.heads\.combine"):
         lm.values(params(H), jnp.zeros((1, 4), jnp.int32), cfg=CFG)
 
 
@@ -271,7 +270,7 @@ def test_saved_head_of_the_wrong_shape_is_refused(tmp_path):
     text = json.loads(file.read_text())
     for broken in ([0.0, 1.0], "much", [0.0, 1.0, None]):
         file.write_text(json.dumps(text | {"reward_bias": broken}))
-        with pytest.raises(ValueError, match="one finite number a head, and there are 3"):
+        with pytest.raises(ValueError, match="one finite number per head, for 3 heads"):
             lm.load(tmp_path / "m")
     file.write_text(json.dumps(text | {"reward_normalisation": {"rule": "held-out", "gain": 0.0, "bias": 1.0}}))
     with pytest.raises(ValueError, match="a gain of 0"):
@@ -340,7 +339,7 @@ def test_patterns_and_predicates():
 
 def test_shuffled_pairs_equal_grouped_pairs():
     batch = comparisons(domain_B=np.arange(B), loss_inputs={"margin": np.arange(B) / 10.0})
-    rows = comparisons_lib.pair_rows(batch)
+    rows = comparison_transforms.split_into_pairs(batch)
     want = [(b, i, j) for b in range(B) for i, j in pairs(b)]
     assert len(rows.ranks_BK) == len(want)
     for row, (b, i, j) in enumerate(want):
@@ -358,7 +357,7 @@ def test_control_tokens_turn_a_pair_into_two():
     mask = np.ones((2, 2, 5), bool)
     mask[0, 0, 0] = False
     batch: Any = types.Comparisons(tokens, mask, np.array([[2, 1], [1, 1]]), np.ones((2, 2), bool))  # type: ignore[arg-type]
-    made = comparisons_lib.with_control(batch, good_id=98, bad_id=99, column=2)
+    made = comparison_transforms.add_control_tokens(batch, good_id=98, bad_id=99, column=2)
     better, worse = tokens[0, 1], tokens[0, 0]
 
     def marked(answer: np.ndarray, mark: int) -> list[int]:
@@ -378,7 +377,7 @@ def test_uninformative_prompts_are_counted_and_dropped():
     tokens[2, 1], mask[2, 1] = tokens[2, 0], mask[2, 0]  # which leaves nothing of this prompt
     counts = errors.DropCount(max_dropped=0.6)
     batch = batch.replace(tokens_BKL=tokens, mask_BKL=mask)  # type: ignore[attr-defined]
-    found = comparisons_lib.informative(batch, counts)
+    found = comparison_transforms.drop_uninformative(batch, counts)
     assert counts.dropped == {"all answers tied": 1, "fewer than two answers": 2}
     assert counts.truncated == {"answer repeated": 2}
     np.testing.assert_array_equal(found.ranks_BK, [[1, 2, 3, 3], [4, 3, 0, 1], [1, 1, 2, 0]])
@@ -386,10 +385,10 @@ def test_uninformative_prompts_are_counted_and_dropped():
     with pytest.raises(
         errors.DataError, match=r"3 of 6 records dropped \(all answers tied 1, fewer than two answers 2\)"
     ):
-        comparisons_lib.informative(batch, errors.DropCount(max_dropped=0.4))
+        comparison_transforms.drop_uninformative(batch, errors.DropCount(max_dropped=0.4))
     tied = batch.replace(ranks_BK=np.ones((B, K), np.int32))
     with pytest.raises(errors.DataError, match="none of 6 comparisons says"):
-        comparisons_lib.informative(tied, errors.DropCount(max_dropped=1.0))
+        comparison_transforms.drop_uninformative(tied, errors.DropCount(max_dropped=1.0))
 
 
 def test_nan_score_skips_the_update():

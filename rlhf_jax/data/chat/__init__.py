@@ -1,4 +1,4 @@
-"""Conversations in the chat format of any tokenizer, as token ids."""
+"""Encoding of conversations into token ids, in the chat format of any tokenizer."""
 
 from rlhf_jax.data.chat.formats import (
     ChatFormat,

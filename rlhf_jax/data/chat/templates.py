@@ -1,12 +1,12 @@
-"""Chat templates that a model can be trained with, for the families that people start from.
+"""Chat templates with generation marks, for the model families that people fine-tune.
 
-Published templates rarely say which tokens the assistant speaks, so nothing can be learnt from them alone. The ones
-here write what their family's published ones write and put ``{% generation %}`` marks around every answer, the token
-that ends the turn inside them. Two things are fixed that published ones leave open, so that training and generation see
-the same prompt: the date in Llama 3.1's system turn, and Qwen3's thoughts, which are empty.
+Published templates rarely mark which tokens the assistant speaks, so they cannot be trained with. The templates here
+write what their family's published ones write and put ``{% generation %}`` marks around every answer and the token that
+ends it. They fix two things that published templates leave open, so that training and generation see the same prompt:
+the date in Llama 3.1's system turn, and Qwen3's thoughts, which are empty.
 
-A family has several forms (with or without a system turn of its own, with or without spaces around marks). Which one
-a tokenizer means shows in what its own template writes.
+A family has several forms (with or without a default system turn, with or without spaces around marks). The form of a
+tokenizer is found by comparing what its own template writes.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 DATE = "26 Jul 2024"
-"""What Llama's own templates fall back to where they cannot ask for the date."""
+"""Default of Llama's own templates if the date is not available."""
 
 OPTIONS: Mapping[str, Any] = {"date_string": DATE, "enable_thinking": False}
-"""What every template is rendered with, the tokenizer's own too."""
+"""Variables with which every template is rendered, including a tokenizer's own."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A family of models with one way to write a chat, in its forms; the first form is the usual one."""
+    """A family of models, with the forms of its chat template; the first is the most common."""
 
     name: str
     model_types: tuple[str, ...]
     tokens: tuple[str, ...]
-    """Control tokens that it cannot do without."""
+    """Control tokens that the templates need."""
     forms: tuple[str, ...]
-    telling: bool = True
-    """Whether the tokens alone tell the family; where they do not, another template may be meant."""
+    unambiguous: bool = True
+    """Whether the control tokens alone identify the family; if not, a tokenizer may mean another template."""
 
 
 def _turns(*, before: str = "", user: str, assistant: str, system: str, prompt: str = "") -> str:
-    """A template that writes one turn after the other; each argument is what stands between its tags."""
+    """Returns a template that writes turn after turn; the arguments are the bodies for each role."""
     return (
         f"{before}{{%- for message in messages -%}}"
         "{%- set content = message['content'] -%}"
@@ -57,9 +57,9 @@ def _answer(*parts: str) -> str:
 
 
 def _headed(opening: str, ending: str, *, bos: bool, answers: str = "assistant", trim: bool = False) -> str:
-    """Turns that all begin with their role: ``opening`` with ``ROLE`` in it, the text, and ``ending``.
+    """Returns a template of turns that begin with their role: ``opening``, which contains ``ROLE``, text, ``ending``.
 
-    What follows the first token of ``ending`` is written by the template, not by the model.
+    The part of ``ending`` after ``|rest|`` is written by the template, not by the model.
     """
     stop, rest = ending.split("|rest|") if "|rest|" in ending else (ending, "")
     content = "(content | trim)" if trim else "content"
@@ -67,18 +67,18 @@ def _headed(opening: str, ending: str, *, bos: bool, answers: str = "assistant",
     def turn(role: str) -> str:
         return _say(repr(opening.replace("ROLE", role)), content, repr(stop + rest))
 
-    asked = repr(opening.replace("ROLE", answers))
+    answer_opening = repr(opening.replace("ROLE", answers))
     return _turns(
         before="{{- bos_token -}}" if bos else "",
         user=turn("user"),
-        assistant=_say(asked) + _answer(content, repr(stop)) + (_say(repr(rest)) if rest else ""),
+        assistant=_say(answer_opening) + _answer(content, repr(stop)) + (_say(repr(rest)) if rest else ""),
         system=turn("system"),
-        prompt=_say(asked),
+        prompt=_say(answer_opening),
     )
 
 
 def _with_system(template: str, text: str) -> str:
-    """The template with a system turn of its own where the messages bring none."""
+    """Adds a default system turn, for messages that start without one."""
     own = f"{{'role': 'system', 'content': {text!r}}}"
     return (
         "{%- if messages[0]['role'] != 'system' -%}"
@@ -90,7 +90,7 @@ def _with_system(template: str, text: str) -> str:
 def _chatml() -> Iterator[str]:
     plain = _headed("<|im_start|>ROLE\n", "<|im_end|>|rest|\n", bos=False)
     yield plain
-    # Qwen3 with its thoughts switched off: the empty thought stands before the last answer and in no other.
+    # Qwen3 without thinking: an empty thought precedes the last answer only.
     empty = "<think>\n\n</think>\n\n"
     opening = "<|im_start|>assistant\n"
     last = f"{{{{ {opening!r} }}}}{{%- if loop.last -%}}{{{{ {empty!r} }}}}{{%- endif -%}}"
@@ -108,7 +108,7 @@ def _llama3() -> Iterator[str]:
     plain = _headed("<|start_header_id|>ROLE<|end_header_id|>\n\n", "<|eot_id|>", bos=True, trim=True)
     yield plain
     dated = f"Cutting Knowledge Date: December 2023\nToday Date: {DATE}\n\n"
-    # The dates stand before the system turn's text, in a turn of their own where there is none.
+    # The dates precede the text of the system turn, or are a system turn by themselves.
     content = f"({dated!r} + (content | trim))"
     head, tail = plain.split("message['role'] == 'system'")
     with_dates = head + "message['role'] == 'system'" + tail.replace("(content | trim)", content, 1)
@@ -116,16 +116,16 @@ def _llama3() -> Iterator[str]:
 
 
 def _gemma() -> Iterator[str]:
-    """Gemma has no system turn: Gemma 3 writes its text before the first question."""
+    """Yields a template without system turns: as in Gemma 3, the system text precedes the first question."""
     opening = "{{- bos_token -}}{%- set system = namespace(text='') -%}"
-    asked = _say(repr("<start_of_turn>user\n"), "system.text", "(content | trim)", repr("<end_of_turn>\n"))
-    told = _say(repr("<start_of_turn>model\n"))
+    question = _say(repr("<start_of_turn>user\n"), "system.text", "(content | trim)", repr("<end_of_turn>\n"))
+    answer_opening = _say(repr("<start_of_turn>model\n"))
     yield _turns(
         before=opening,
-        user=asked + "{%- set system.text = '' -%}",
-        assistant=told + _answer("(content | trim)", repr("<end_of_turn>")) + _say(repr("\n")),
+        user=question + "{%- set system.text = '' -%}",
+        assistant=answer_opening + _answer("(content | trim)", repr("<end_of_turn>")) + _say(repr("\n")),
         system="{%- set system.text = content + " + repr("\n\n") + " -%}",
-        prompt=told,
+        prompt=answer_opening,
     )
 
 
@@ -137,18 +137,18 @@ def _phi3() -> Iterator[str]:
 def _bracketed(
     *, question: tuple[str, str], answer: tuple[str, str, str], system: tuple[str, str], each: bool, trim: bool
 ) -> str:
-    """Questions between brackets, nothing before an answer; the system text in front of the first question.
+    """Returns a template with questions between brackets, and the system text before the first question.
 
-    The pairs stand around the text, the third of ``answer`` behind the end token; ``each``: the first token stands
-    before every question, not only the first.
+    ``question``, ``answer`` and ``system`` hold the strings before and after a text; the third of ``answer`` follows
+    the end token. ``each`` writes the beginning-of-sequence token before every question, not only before the first.
     """
-    asked = "((system.text + content) | trim)" if trim else "(system.text + content)"
-    said = "(content | trim)" if trim else "content"
+    question_text = "((system.text + content) | trim)" if trim else "(system.text + content)"
+    answer_text = "(content | trim)" if trim else "content"
     return _turns(
         before="{%- set system = namespace(text='') -%}" + ("" if each else "{{- bos_token -}}"),
-        user=_say(*(["bos_token"] if each else []), repr(question[0]), asked, repr(question[1]))
+        user=_say(*(["bos_token"] if each else []), repr(question[0]), question_text, repr(question[1]))
         + "{%- set system.text = '' -%}",
-        assistant=_answer(repr(answer[0]), said, repr(answer[1]), "eos_token") + _say(repr(answer[2])),
+        assistant=_answer(repr(answer[0]), answer_text, repr(answer[1]), "eos_token") + _say(repr(answer[2])),
         system="{%- set system.text = " + f"{system[0]!r} + content + {system[1]!r}" + " -%}",
     )
 
@@ -179,9 +179,10 @@ def _mistral() -> Iterator[str]:
 
 
 def plain(*, bos: bool) -> str:
-    """For base models that know no chat: names at the start of a paragraph, the end token behind an answer.
+    """Returns a template for base models without a chat format: ``User:`` and ``Assistant:`` start paragraphs.
 
-    The names are ordinary text, so here a user can write what reads like the next turn.
+    The names are ordinary text, so a user can write text that looks like the next turn. ``bos`` adds the
+    beginning-of-sequence token at the start.
     """
     return _turns(
         before="{{- bos_token -}}" if bos else "",
@@ -208,20 +209,20 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("Phi-3", ("phi3",), ("<|user|>", "<|assistant|>", "<|end|>"), tuple(_phi3())),
     Family("Mistral", ("mistral", "mixtral"), ("[INST]", "[/INST]"), tuple(_mistral())),
-    Family("Mistral", ("mistral", "mixtral"), ("<s>", "</s>"), tuple(_mistral()), telling=False),
-    Family("Llama 2", ("llama",), ("<s>", "</s>"), tuple(_llama2()), telling=False),
-    Family("Zephyr", (), ("</s>",), (_headed("<|ROLE|>\n", "</s>|rest|\n", bos=False),), telling=False),
+    Family("Mistral", ("mistral", "mixtral"), ("<s>", "</s>"), tuple(_mistral()), unambiguous=False),
+    Family("Llama 2", ("llama",), ("<s>", "</s>"), tuple(_llama2()), unambiguous=False),
+    Family("Zephyr", (), ("</s>",), (_headed("<|ROLE|>\n", "</s>|rest|\n", bos=False),), unambiguous=False),
 )
-"""Those that a tokenizer's tokens tell apart come first."""
+"""Families that a tokenizer's tokens identify come first."""
 
 
 def candidates(has_token: Callable[[str], bool]) -> list[Family]:
-    """The families whose control tokens are all there."""
+    """Returns the families whose control tokens the tokenizer has."""
     return [family for family in FAMILIES if all(map(has_token, family.tokens))]
 
 
 def likely(has_token: Callable[[str], bool], model_type: str | None) -> Family | None:
-    """The family by ``model_type`` if its tokens are there, else by the tokens alone; None if they tell nothing."""
-    there = candidates(has_token)
-    by_type = [family for family in there if model_type in family.model_types]
-    return next(iter([*by_type, *(family for family in there if family.telling)]), None)
+    """Returns the family of ``model_type`` if its tokens are present, else the one its tokens identify, else None."""
+    present = candidates(has_token)
+    by_type = [family for family in present if model_type in family.model_types]
+    return next(iter([*by_type, *(family for family in present if family.unambiguous)]), None)

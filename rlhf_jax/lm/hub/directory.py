@@ -1,13 +1,13 @@
-"""A Hugging Face model directory to ``(cfg, params)`` and back, without torch.
+"""Reading and writing Hugging Face model directories, without torch.
 
-The families are in :mod:`rlhf_jax.lm.hub.families`. A model with a scalar head is written as the family's
-``...ForSequenceClassification`` with one label, or with H for several heads: ``score.weight`` holds the head's kernel
-times its gain. Those classes have no bias, so the head's bias (a number, or a list of H) stands in ``config.json`` as
-``reward_bias``: :func:`load` applies it again, and whoever reads the directory with another library adds it to the
-scores. Such a model has no output over the vocabulary there, so an ``unembed`` beside a head is left out. What scores
-were normalised on stands beside it as ``reward_normalisation``; see :func:`load_normalisation`.
+A model with a scalar head is written as the ``...ForSequenceClassification`` class of its family (see
+:mod:`rlhf_jax.lm.hub.families`), with one label per head. ``score.weight`` holds the kernel of the head times its gain.
+Those classes have no bias, so the bias is written to ``config.json`` as ``reward_bias``, a number or a list: `load`
+applies it, and other libraries have to add it to the scores. Those classes have no output over the vocabulary either,
+so the ``unembed`` parameters of a model with a head are not written. `load_normalisation` reads the field
+``reward_normalisation``, which says what scores were normalised on.
 
-What ``config.json`` has no field for (compute dtype, remat, attention kernel) is kept under its key ``rlhf_jax``.
+Settings that ``config.json`` has no field for (compute dtype, remat, attention kernel) are written under ``rlhf_jax``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import os
 import pathlib
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -31,32 +30,44 @@ from rlhf_jax.lm import params as lm_params
 from rlhf_jax.lm.hub import families, layouts, score_heads, tensor_files
 
 Shard = Callable[[tuple[str, ...]], jax.sharding.Sharding]
-"""The sharding of an array by the logical names of its axes (:attr:`rlhf_jax.lm.params.Spec.axes`)."""
+"""Maps the logical axes of an array (`rlhf_jax.lm.params.Spec.axes`) to its sharding."""
 
 _SCORE = "score.weight"
 _OURS = ("dtype", "remat", "attention")
 _NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 _BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
-"""Ends of names that older files hold beside the weights; models make these from the config."""
+"""Suffixes of tensors in older files that are computed from the config, not read."""
 
 
 def load_config(path: str | os.PathLike[str]) -> config.LMConfig:
-    """Read the architecture of a model directory from its ``config.json`` alone; see :func:`load`."""
+    """Returns the architecture in the ``config.json`` of a model directory.
+
+    Raises:
+        FileNotFoundError: The directory or the file is missing.
+        ValueError: The model type or a field of it is not supported.
+    """
     return _config(*_read_config(_folder(path)))
 
 
 def load(
     path: str | os.PathLike[str], *, dtype: Any = jnp.float32, shard: Shard | None = None
 ) -> tuple[config.LMConfig, types.Params]:
-    """Read a model directory: ``config.json`` and safetensors, in one file or sharded.
+    """Returns the architecture and the parameters of a model directory: ``config.json`` and safetensors files.
 
-    One tensor at a time goes from the file into the arrays, which are made in place: beyond the result, the host holds
-    one tensor. Parameters are ``dtype`` whatever the file's is, and live where ``shard`` says, on the default device
-    without it.
+    Tensors are read one at a time, so that the host holds at most one besides the result.
 
-    Raises ``FileNotFoundError`` for a missing directory or file, and ``ValueError`` for a model type, activation or
-    rope type that is not supported, for a file that is cut off, for a value that is not finite, and, listing them, for
-    tensors that are missing, unexpected or of another shape than ``config.json`` says.
+    Args:
+        path: A local directory.
+        dtype: Dtype of the parameters, whatever that of the files.
+        shard: Maps logical axes to a sharding; by default parameters are placed on the default device.
+
+    Returns:
+        ``(cfg, params)``; ``params`` have a head if the directory is that of a reward model.
+
+    Raises:
+        FileNotFoundError: The directory or a file is missing.
+        ValueError: A model type, activation or rope type that is not supported, a truncated file, a value that is not
+            finite, or tensors that are missing, unexpected or of another shape than ``config.json`` says.
     """
     folder = _folder(path)
     hf, source = _read_config(folder)
@@ -101,20 +112,25 @@ def save(
     normalisation: lm_heads.Normalisation | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write a directory that ``transformers`` reads with ``AutoModelForCausalLM``, values rounded to ``dtype``.
+    """Writes a directory for ``AutoModelForCausalLM``, or ``AutoModelForSequenceClassification`` if there is a head.
 
-    With a scalar head it is for ``AutoModelForSequenceClassification`` (see above); those classes find the last real
-    token by ``pad_token_id``: the tokenizer's where one is given, ``pad_id`` where not. ``normalisation`` is written
-    down with it. ``tokenizer`` is anything with ``save_pretrained``. The model type is ``cfg.model_type``, or the first
-    that can hold ``cfg``. One tensor at a time is brought to the host. Everything is written beside ``path`` first and
-    then renamed, so that no half of a model is ever found there; an older model is replaced.
+    The directory is written under a temporary name and then renamed, so that it is never incomplete; an older model is
+    replaced. One tensor at a time is copied to the host.
 
-    Raises ``ValueError`` where no layout holds ``cfg``, where a parameter is missing, has the wrong shape or is not
-    finite, and ``FileExistsError`` where ``path`` is there and is not a model directory.
+    Args:
+        path: Directory to write.
+        cfg: Architecture. The model type is ``cfg.model_type``, or the first that can represent ``cfg``.
+        params: Parameters of the model.
+        tokenizer: Any object with ``save_pretrained``, written along.
+        dtype: Dtype of the files, to which values are rounded.
+        pad_id: ``pad_token_id`` of a reward model without a tokenizer, by which ``transformers`` finds the last token.
+        normalisation: What the scores of a reward model were normalised on, written along.
+        max_shard_bytes: Largest size of one file.
+
+    Raises:
+        ValueError: No model type can represent ``cfg``, or a parameter is missing, misshapen or not finite.
+        FileExistsError: ``path`` exists and is not a model directory.
     """
-    folder = pathlib.Path(path)
-    if folder.exists() and not (folder.is_dir() and ((folder / "config.json").exists() or not any(folder.iterdir()))):
-        raise FileExistsError(f"{folder} is there and holds no config.json; it is not replaced by a model")
     model_type = model_type_of(cfg)
     family = families.FAMILIES[model_type]
     flat = lm_params.flatten(params)
@@ -125,10 +141,7 @@ def save(
         hf["reward_normalisation"] = dataclasses.asdict(normalisation)
     plan = list(_plan(cfg, family, head=has_head, unembed=not has_head))
 
-    temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with tensor_files.atomic_folder(pathlib.Path(path), marker="config.json") as temporary:
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         tensor_files.write_json(temporary / "config.json", hf)
@@ -139,39 +152,40 @@ def save(
             dtype=jnp.dtype(dtype),
             max_shard_bytes=max_shard_bytes,
         )
-        _replace(folder, temporary)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_normalisation(path: str | os.PathLike[str]) -> lm_heads.Normalisation | None:
-    """What the scores of a saved reward model were normalised on; None where :func:`save` was not told.
+    """Returns what the scores of a saved reward model were normalised on; None if `save` was not given it.
 
-    :func:`load` gives scores as they were normalised, the gain inside the kernel; this undoes it.
+    The scores of a loaded model are normalised, with the gain in the kernel; this record lets them be undone.
     """
     hf, source = _read_config(_folder(path))
     return score_heads.read_normalisation(hf, source)
 
 
 def model_type_of(cfg: config.LMConfig) -> str:
-    """The model type that can hold ``cfg``: its own, or the first of all; ``ValueError`` says what each one lacks."""
+    """Returns ``cfg.model_type``, or the first model type that can represent ``cfg``.
+
+    Raises:
+        ValueError: None can; the message lists what each would need.
+    """
     reasons = []
     for name in [cfg.model_type] if cfg.model_type else families.FAMILIES:
         wrong = _lost(cfg, name)
         if not wrong:
             return name
         reasons.append(f"{name} needs " + ", ".join(f"{field}={want!r}" for field, want in wrong.items()))
-    raise ValueError("no known Hugging Face layout holds this LMConfig: " + "; ".join(reasons))
+    raise ValueError("no known Hugging Face model type can represent this LMConfig: " + "; ".join(reasons))
 
 
 def _lost(cfg: config.LMConfig, model_type: str) -> dict[str, Any]:
-    """Fields that would be others after being written and read as ``model_type``, and what they would be."""
+    """Returns the fields that change when ``cfg`` is written and read as ``model_type``, with their new values."""
     if model_type not in families.FAMILIES:
         return {"model_type": f"one of {', '.join(families.FAMILIES)}"}
     family = families.FAMILIES[model_type]
     try:
         written = {"model_type": model_type, **_NO_TOKENS, **layouts.write_fields(cfg, family)}
-        back = config.LMConfig(**layouts.read_fields(_understood(written), family))
+        back = config.LMConfig(**layouts.read_fields(_normalised_config(written), family))
     except ValueError as error:
         return {"other fields": str(error)}
     same = {"model_type", *_OURS}
@@ -200,25 +214,27 @@ def _read_config(folder: pathlib.Path) -> tuple[dict[str, Any], pathlib.Path]:
 
 def _config(hf: Mapping[str, Any], source: pathlib.Path) -> config.LMConfig:
     family = families.FAMILIES[hf["model_type"]]
-    # What the files are kept in is a good guess at what to compute in; "torch_dtype" is the older spelling.
+    # The dtype of the files is the default compute dtype; "torch_dtype" is the older spelling.
     ours: dict[str, Any] = hf.get("rlhf_jax") or {"dtype": hf.get("dtype") or hf.get("torch_dtype") or "float32"}
     ours = {field: ours[field] for field in _OURS if field in ours}
     try:
-        return config.LMConfig(**layouts.read_fields(_understood(hf), family), **ours, model_type=hf["model_type"])
+        return config.LMConfig(
+            **layouts.read_fields(_normalised_config(hf), family), **ours, model_type=hf["model_type"]
+        )
     except KeyError as error:
         raise ValueError(f"{source} lacks the field {error}") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
 
 
-def _understood(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """A ``config.json`` as ``transformers`` reads it: defaults filled in, older spellings replaced."""
-    # Imported here: it takes most of a second, and torch, which it looks for, is not needed.
+def _normalised_config(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns ``config.json`` as ``transformers`` reads it: with defaults, older spellings replaced."""
+    # transformers takes most of a second to import.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
 
     kind = transformers.CONFIG_MAPPING[hf["model_type"]]
-    # Without the dtype, which would be turned into one of torch's where torch is there.
+    # The dtype is left out: where torch is installed it would become a torch dtype.
     given = {name: value for name, value in hf.items() if name not in ("dtype", "torch_dtype")}
     try:
         return vars(kind.from_dict(given))
@@ -229,7 +245,7 @@ def _understood(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_trunk(stored: dict[str, tensor_files.Stored], family: layouts.Family) -> dict[str, tensor_files.Stored]:
-    """Names with the prefix that files of the bare model lack, as GPT-2's first one does."""
+    """Returns the tensors with the prefix of the trunk, which files of the bare model lack, such as those of GPT-2."""
     if any(name.startswith(family.base) for name in stored):
         return stored
     return {name if name in (_SCORE, family.unembed) else family.base + name: x for name, x in stored.items()}
@@ -238,7 +254,7 @@ def _with_trunk(stored: dict[str, tensor_files.Stored], family: layouts.Family) 
 def _plan(
     cfg: config.LMConfig, family: layouts.Family, *, head: bool, unembed: bool
 ) -> Iterator[tuple[layouts.Tensor, int | None]]:
-    """Every tensor of a checkpoint with the layer it belongs to, the score's left out."""
+    """Yields every tensor of a checkpoint but ``score.weight``, with its layer."""
     for tensor in family.tensors(cfg):
         layers = range(cfg.n_layers) if "{i}" in tensor.name else [None]
         for layer in layers:
@@ -250,7 +266,7 @@ def _plan(
 def _shapes(
     cfg: config.LMConfig, plan: Iterable[tuple[layouts.Tensor, int | None]], heads: int
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors as they stand in files; ``heads`` is 0 for a language model."""
+    """Returns the shapes of the tensors in the files; ``heads`` is 0 for a language model."""
     rows = lm_params.table(cfg)
     shapes = {}
     for tensor, layer in plan:
@@ -267,7 +283,7 @@ def _check_tensors(
     plan: Iterable[tuple[layouts.Tensor, int | None]],
     stored: Mapping[str, tensor_files.Stored],
 ) -> None:
-    """Compare names and shapes before anything is read, and name whatever does not fit."""
+    """Raises ValueError if names or shapes of the stored tensors do not match the config, before any is read."""
     wanted = _shapes(cfg, plan, (score_heads.stored_heads(stored.get(_SCORE)) or 1) if _SCORE in stored else 0)
     ignored = (*_BUFFERS, family.unembed) if cfg.tie_embeddings else _BUFFERS
     missing = [name for name in wanted if name not in stored]
@@ -277,10 +293,10 @@ def _check_tensors(
         for name, shape in wanted.items()
         if name in stored and stored[name].shape != shape
     ]
-    found = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
-    told = [f"{what}: {_listed(names)}" for what, names in found.items() if names]
-    if told:
-        raise ValueError(f"{folder} holds other tensors than its config.json says; {'; '.join(told)}")
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    if any(problems.values()):
+        listed = [f"{problem}: {_listed(names)}" for problem, names in problems.items() if names]
+        raise ValueError(f"the tensors of {folder} do not match its config.json; {'; '.join(listed)}")
 
 
 def _listed(names: list[str], most: int = 8) -> str:
@@ -298,7 +314,7 @@ def _finite(tensor: tensor_files.Stored) -> np.ndarray:
 def _place(piece: np.ndarray, axes: tuple[str, ...], dtype: Any, shard: Shard | None) -> jax.Array:
     piece = piece.astype(jnp.dtype(dtype))
     if shard is None:
-        # Copied: a view of the tensor in memory would keep all of it.
+        # A view would keep the whole tensor in memory.
         return jnp.array(piece, copy=True)
     return jax.make_array_from_callback(piece.shape, shard(axes), lambda index: piece[index])
 
@@ -311,7 +327,7 @@ def _zeros(row: lm_params.Spec, dtype: Any, shard: Shard | None) -> jax.Array:
 
 @functools.cache
 def _filler(sharding: jax.sharding.Sharding | None) -> Callable[..., jax.Array]:
-    """Write one layer into a stacked array, in place: the array is donated, so no second one ever exists."""
+    """Returns a function that writes one layer into a stacked array, which is donated and updated in place."""
 
     def fill(leaf: jax.Array, piece: jax.Array, layer: Any) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(leaf, piece, layer, axis=0)
@@ -343,7 +359,7 @@ def _check_leaves(flat: Mapping[str, Any], cfg: config.LMConfig) -> None:
             raise ValueError(f"params[{name}] has shape {flat[name].shape}; this LMConfig says {row.shape}")
     unknown = sorted(flat.keys() - rows.keys())
     if unknown:
-        raise ValueError(f"params hold what this LMConfig does not have: {', '.join(unknown[:5])}")
+        raise ValueError(f"params have parameters that this LMConfig lacks: {', '.join(unknown[:5])}")
 
 
 def _config_json(
@@ -361,7 +377,7 @@ def _config_json(
     hf = {
         "architectures": [family.class_name + "ForSequenceClassification" if has_head else lm_class],
         "model_type": model_type,
-        # The files' dtype: what is computed in stands under "rlhf_jax".
+        # The dtype of the files; the compute dtype is under "rlhf_jax".
         "dtype": dtype,
         **layouts.write_fields(cfg, family),
         **special,
@@ -372,13 +388,3 @@ def _config_json(
     if hf["pad_token_id"] is None:
         hf["pad_token_id"] = pad_id
     return hf | score_heads.fields(flat)
-
-
-def _replace(folder: pathlib.Path, temporary: pathlib.Path) -> None:
-    if not folder.exists():
-        temporary.rename(folder)
-        return
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old)

@@ -1,10 +1,9 @@
-"""What the families of Hugging Face models have in common: how a config.json and a tensor are written and read.
+"""What all families of Hugging Face models share: the layouts of ``config.json`` and of tensors.
 
-A family (see :mod:`~rlhf_jax.lm.hub.families`) is a table of ``config.json`` fields, a list of tensors, and what is
-particular to it as two small functions. :mod:`~rlhf_jax.lm.hub.directory` does the reading and writing.
+A `Family` (see :mod:`rlhf_jax.lm.hub.families`) is a table of ``config.json`` fields, a list of tensors, and two small
+functions for the rest. :mod:`rlhf_jax.lm.hub.directory` reads and writes the files.
 
-Every ``config.json`` is seen as ``transformers`` understands it: with its defaults filled in and its older spellings
-replaced, so that a family knows one spelling alone.
+Families see ``config.json`` as ``transformers`` reads it, with defaults filled in and older spellings replaced.
 """
 
 from __future__ import annotations
@@ -32,39 +31,39 @@ class Tensor(NamedTuple):
     """One tensor of a checkpoint."""
 
     name: str
-    """As in the file, ``{i}`` standing for the layer."""
+    """Name in the file, with ``{i}`` for the layer."""
     parts: tuple[str, ...]
-    """The parameters in it; those under ``layers`` are taken at layer i."""
+    """The parameters that it holds; those under ``layers`` at layer i."""
     kind: str = "as_is"
     """``as_is``; ``rows_out`` (a torch Linear, ``[out, in]``); ``rows_in`` (a Conv1D, ``[in, out]``);
-    ``interleaved`` (a Linear whose output goes head by head, q then k then v)."""
+    ``interleaved`` (a Linear with the q, k and v of each head next to each other)."""
 
 
 class Family(NamedTuple):
-    """What is particular to one model type."""
+    """Layout of one model type."""
 
     trunk: str
     """Prefix of all tensors but the output layers."""
     class_name: str
     tensors: Callable[[config.LMConfig], list[Tensor]]
-    """Those of the trunk, without the prefix."""
+    """Tensors of the trunk, without the prefix."""
     fields: Mapping[str, str]
-    """Fields of ``config.json`` and what they are called in `LMConfig`."""
+    """Fields of ``config.json`` and their names in `LMConfig`."""
     fixed: Mapping[str, Any]
-    """Fields of `LMConfig` that are the same in every model of the family."""
+    """Fields of `LMConfig` with the same value in every model of the family."""
     read: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda hf: {}
-    """Fields of `LMConfig` from ``config.json`` that are no mere renaming."""
+    """Fields of `LMConfig` that have to be computed from ``config.json``."""
     write: Callable[[config.LMConfig], dict[str, Any]] = lambda cfg: {}
-    """Undoes ``read``."""
+    """Inverse of ``read``."""
     only: Mapping[str, Any] = {}
-    """Fields of ``config.json`` that change the computation, and the one value that is supported."""
+    """Fields of ``config.json`` that change the computation, with the only supported value."""
     unembed: str = "lm_head.weight"
     lm_class: str = ""
-    """Of the language model, where it is not ``class_name`` and ``ForCausalLM``."""
+    """Class of the language model, if it is not ``class_name + "ForCausalLM"``."""
 
     @property
     def base(self) -> str:
-        """The prefix that files of the bare model lack."""
+        """Prefix that files of the bare model lack."""
         return self.trunk.split(".")[0] + "."
 
 
@@ -72,7 +71,7 @@ class Family(NamedTuple):
 
 
 def read_fields(hf: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """Fields of `LMConfig`; raises ``ValueError`` naming what is not supported."""
+    """Returns the fields of `LMConfig`; raises ValueError for a value that is not supported."""
     for field, want in family.only.items():
         if hf.get(field, want) not in (want, None):
             raise ValueError(f"{field} = {hf[field]!r} is not supported (only {want!r})")
@@ -85,7 +84,7 @@ def read_fields(hf: Mapping[str, Any], family: Family) -> dict[str, Any]:
 
 
 def write_fields(cfg: config.LMConfig, family: Family) -> dict[str, Any]:
-    """Fields of ``config.json``, each that the computation depends on; what is 0 with us is null there."""
+    """Returns all fields of ``config.json`` that affect the computation; 0 in `LMConfig` becomes null."""
     found: dict[str, Any] = {}
     for theirs, ours in family.fields.items():
         value = getattr(cfg, ours)
@@ -96,7 +95,7 @@ def write_fields(cfg: config.LMConfig, family: Family) -> dict[str, Any]:
 
 
 def read_rope(rope: Mapping[str, Any], *, partial: bool = False) -> dict[str, Any]:
-    """Fields of `LMConfig` from ``rope_parameters``; ``partial``: the family can rotate part of a head."""
+    """Returns the fields of `LMConfig` for ``rope_parameters``; ``partial``: the family can rotate part of a head."""
     kind = rope.get("rope_type", "default")
     found = {"rope_theta": float(rope["rope_theta"]), "rope_fraction": float(rope.get("partial_rotary_factor", 1.0))}
     if found["rope_fraction"] != 1 and not partial:
@@ -113,7 +112,7 @@ def read_rope(rope: Mapping[str, Any], *, partial: bool = False) -> dict[str, An
 
 
 def write_rope(cfg: config.LMConfig) -> dict[str, Any]:
-    """Undo `read_rope`."""
+    """Returns ``rope_parameters``, the inverse of `read_rope`."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": cfg.rope_theta}
     if cfg.rope_fraction != 1:
         rope["partial_rotary_factor"] = cfg.rope_fraction
@@ -127,7 +126,7 @@ def write_rope(cfg: config.LMConfig) -> dict[str, Any]:
 
 
 def read_window(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `LMConfig` from ``sliding_window``, and from ``layer_types`` where only some layers have it."""
+    """Returns the fields of `LMConfig` for ``sliding_window`` and ``layer_types``."""
     kinds = hf.get("layer_types") or ["sliding_attention"] * hf["num_hidden_layers"]
     for kind in kinds:
         if kind not in ("sliding_attention", "full_attention"):
@@ -139,7 +138,7 @@ def read_window(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_window(cfg: config.LMConfig) -> dict[str, Any]:
-    """Undo `read_window`."""
+    """Returns the inverse of `read_window`."""
     names = ["sliding_attention" if cfg.is_local(i) else "full_attention" for i in range(cfg.n_layers)]
     return {"sliding_window": cfg.sliding_window or None, "layer_types": names}
 
@@ -148,7 +147,17 @@ def write_window(cfg: config.LMConfig) -> dict[str, Any]:
 
 
 def linear(ours: str, theirs: str, *, bias: bool, kind: str = "rows_out") -> list[Tensor]:
-    """A dense layer, or several in one tensor: ``ours`` names them with spaces between."""
+    """Returns the tensors of a dense layer, or of several that share a tensor.
+
+    Args:
+        ours: Names of the layers here, separated by spaces.
+        theirs: Name of the layer in the file.
+        bias: Whether it has a bias.
+        kind: As in `Tensor`.
+
+    Returns:
+        Kernel and, if there is one, bias.
+    """
     names = ours.split()
     kernels = Tensor(f"{theirs}.weight", tuple(f"layers/{name}/kernel" for name in names), kind)
     biases = Tensor(f"{theirs}.bias", tuple(f"layers/{name}/bias" for name in names), kind)
@@ -156,20 +165,20 @@ def linear(ours: str, theirs: str, *, bias: bool, kind: str = "rows_out") -> lis
 
 
 def norm(ours: str, theirs: str, *, bias: bool = False) -> list[Tensor]:
-    """A norm's scale, and its bias."""
+    """Returns the tensors of a norm: its scale and, if there is one, its bias."""
     scale, shift = Tensor(f"{theirs}.weight", (f"{ours}/scale",)), Tensor(f"{theirs}.bias", (f"{ours}/bias",))
     return [scale, shift] if bias else [scale]
 
 
 def input_axes(part: str) -> int:
-    """How many leading axes of a parameter (of one layer) are summed over where it is used."""
+    """Returns how many leading axes of a parameter of one layer are inputs, which its product sums over."""
     if not part.endswith("/kernel"):
         return 0
     return 2 if part == "layers/out/kernel" else 1
 
 
 def pack(parts: list[np.ndarray], kind: str, inputs: int) -> np.ndarray:
-    """Lay parameters out as a checkpoint tensor; ``inputs`` is how many leading axes of a kernel are summed over."""
+    """Returns the checkpoint tensor that holds ``parts``; ``inputs`` is the number of input axes of a kernel."""
     if kind == "as_is":
         (part,) = parts
         return part
@@ -182,7 +191,17 @@ def pack(parts: list[np.ndarray], kind: str, inputs: int) -> np.ndarray:
 
 
 def unpack(tensor: np.ndarray, kind: str, inputs: int, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
-    """Undo :func:`pack`, given the parameters' shapes."""
+    """Returns the parameters in a checkpoint tensor, the inverse of `pack`.
+
+    Args:
+        tensor: The checkpoint tensor.
+        kind: As in `Tensor`.
+        inputs: Number of input axes of a kernel.
+        shapes: Shapes of the parameters.
+
+    Returns:
+        One array per shape.
+    """
     if kind == "as_is":
         return [tensor]
     flat = tensor.T if inputs and kind != "rows_in" else tensor
@@ -196,7 +215,7 @@ def unpack(tensor: np.ndarray, kind: str, inputs: int, shapes: list[tuple[int, .
 
 
 def packed_shape(shapes: list[tuple[int, ...]], kind: str, inputs: int) -> tuple[int, ...]:
-    """Shape of :func:`pack`'s result."""
+    """Returns the shape of the result of `pack`."""
     if kind == "as_is":
         return shapes[0]
     out = sum(int(np.prod(shape[inputs:])) for shape in shapes)

@@ -1,14 +1,13 @@
-"""Low-rank adapters as the directories that PEFT writes and reads, without it and without torch.
+"""Reading and writing adapter directories of PEFT, without PEFT and without torch.
 
-A directory has ``adapter_config.json`` and ``adapter_model.safetensors``. Where the family's checkpoint fuses several
-of our kernels into one tensor (queries, keys and values of GPT-2), PEFT has one A and one B for all of them where we
-have one each. Both ways are exact. Written: where all the A are the same bits, that A once, and the B side by side;
-else the A one after the other, and the B as blocks on a diagonal, of a rank that is the sum. Read: each of ours gets
-that A and its own columns of B.
+A directory has ``adapter_config.json`` and ``adapter_model.safetensors``. If the checkpoint of a family fuses several
+kernels into one tensor, such as the queries, keys and values of GPT-2, PEFT has one A and one B for all of them, while
+`lora` has one pair per kernel. Both conversions are exact. `save` writes an A that all kernels share once, with their B
+next to each other; otherwise it concatenates the A and writes the B as a block diagonal, whose rank is the sum. `load`
+gives each kernel that A and its own columns of B.
 
-One ``r`` holds for a whole directory, so adapters of a lower rank are filled up with zeros, ``lora_alpha`` being such
-that ``lora_alpha / r`` is our scale. Which ranks are whose stands in the safetensors header: :func:`load` gives back
-what :func:`save` was given, bit for bit.
+A directory has one rank ``r``, so adapters of a lower rank are padded with zeros, and ``lora_alpha / r`` is the scale.
+The ranks of each kernel are recorded in the safetensors header: `load` returns what `save` was given, bit for bit.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import json
 import math
 import os
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -39,33 +37,33 @@ _WITHOUT_EFFECT = (
     *("auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "inference_mode", "lora_dropout"),
     *("megatron_core", "peft_version", "qalora_group_size", "revision", "target_modules", "task_type"),
 )
-"""Fields that say nothing about what given A and B do; the tensors' names say where they belong."""
+"""Fields that do not affect the computation; the names of the tensors say which layers they belong to."""
 _BASE_KEPT = (True, False, "gaussian", "eva", "orthogonal")
-"""Values of ``init_lora_weights`` with which training started from the base model's own weights."""
+"""Values of ``init_lora_weights`` that leave the weights of the base model unchanged."""
 
 Spans = Mapping[str, tuple[int, int]]
-"""From where to where in a module's rank the adapter of each of our kernels is."""
+"""The range of ranks, (start, stop), of the adapter of each kernel."""
 
 
 class _Module(NamedTuple):
-    """One linear layer of the family's model, ``{i}`` standing for the layer in its name."""
+    """A linear layer of the family's model, with ``{i}`` for the layer in its name."""
 
     name: str
     nodes: tuple[str, ...]
-    """Of ours, in their order there."""
+    """Paths of its kernels here, in the order of the tensor."""
     kind: str
     inputs: int
     outputs: tuple[tuple[int, ...], ...]
-    """The shape that each of ours puts out."""
+    """Output shape of each kernel."""
 
     def pack(self, parts: Sequence[np.ndarray], rank: int) -> np.ndarray:
-        """Our B of one layer, each ``[rank, out]``, as one ``[out, rank]``."""
+        """Returns the B of each kernel in one layer, ``[rank, out]``, as one ``[out, rank]``."""
         shaped = [part.reshape(rank, *shape) for part, shape in zip(parts, self.outputs, strict=True)]
         packed = layouts.pack(shaped, self.kind, 1)
         return packed.T if self.kind == "rows_in" else packed
 
     def unpack(self, array: np.ndarray, rank: int) -> list[np.ndarray]:
-        """Undo :meth:`pack`."""
+        """Returns the B of each kernel, the inverse of `pack`."""
         packed = array.T if self.kind == "rows_in" else array
         pieces = layouts.unpack(packed, self.kind, 1, [(rank, *shape) for shape in self.outputs])
         return [piece.reshape(rank, -1) for piece in pieces]
@@ -79,16 +77,21 @@ def save(
     scale: float,
     base_model_name: str | None = None,
 ) -> None:
-    """Write adapters for ``PeftModel.from_pretrained``, in float32.
+    """Writes adapters for ``PeftModel.from_pretrained``, in float32.
 
-    Everything is written beside ``path`` first and then renamed; an older adapter directory there is replaced.
+    The directory is written under a temporary name and then renamed; an older adapter directory is replaced.
 
-    Raises ``ValueError`` where no layout holds ``cfg`` and for adapters that do not fit it, and ``FileExistsError``
-    where ``path`` is there and is not an adapter directory.
+    Args:
+        path: Directory to write.
+        cfg: Architecture of the base model.
+        adapters: Adapters, as from `lora.init`.
+        scale: alpha / r, as in `lora.attach`.
+        base_model_name: ``base_model_name_or_path`` of the configuration.
+
+    Raises:
+        ValueError: No model type can represent ``cfg``, or the adapters do not fit it.
+        FileExistsError: ``path`` exists and is not an adapter directory.
     """
-    folder = pathlib.Path(path)
-    if folder.exists() and not (folder.is_dir() and ((folder / _CONFIG).exists() or not any(folder.iterdir()))):
-        raise FileExistsError(f"{folder} is there and holds no {_CONFIG}; it is not replaced by adapters")
     ours = {
         pair.node: (np.asarray(pair.a, np.float32), np.asarray(pair.b, np.float32))
         for pair in lora.pairs(lm_params.abstract(cfg), adapters)
@@ -98,14 +101,14 @@ def save(
     spans = {module: _spans(module, ours) for module in modules}
     rank = max((stop for of_module in spans.values() for _, stop in of_module.values()), default=0)
     if rank == 0:
-        raise ValueError("there are no adapters to write")
+        raise ValueError("adapters is empty: there is nothing to write")
 
     tensors = {}
     for module in modules:
         for i in range(cfg.n_layers):
             name = module.name.format(i=i)
             a_RI, b_OR = _pack_layer(module, spans[module], ours, i, rank)
-            # safetensors writes the memory as it lies: of a transposed view, the wrong numbers.
+            # safetensors writes the memory of a transposed view in the wrong order.
             tensors[_A.format(name)] = np.ascontiguousarray(a_RI)
             tensors[_B.format(name)] = np.ascontiguousarray(b_OR)
     record = {node: span for of_module in spans.values() for node, span in of_module.items()}
@@ -122,30 +125,21 @@ def save(
         "bias": "none",
     }
 
-    temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    try:
+    with tensor_files.atomic_folder(pathlib.Path(path), marker=_CONFIG) as temporary:
         tensor_files.write_json(temporary / _CONFIG, fields)
         header = {"format": "pt", "rlhf_jax": json.dumps(record)}
         safetensors.numpy.save_file(tensors, temporary / _TENSORS, metadata=header)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def load(path: str | os.PathLike[str], cfg: config.LMConfig) -> tuple[types.Params, float]:
-    """Read adapters for a model of ``cfg``: ``(adapters, scale)``, in float32.
+    """Returns ``(adapters, scale)`` for a model of ``cfg``, in float32.
 
-    The base model is not looked for. Dropout, which PEFT applies in training only, is left out.
+    The base model is not read. Dropout, which PEFT applies in training only, is ignored.
 
-    Raises ``FileNotFoundError`` for a missing file, and ``ValueError`` for a field of ``adapter_config.json`` that says
-    something else than W + scale A B (DoRA, patterns of ranks, trained biases, modules saved whole, ...) and for a
-    tensor that is missing, unexpected or of the wrong shape; each by its name.
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A field of ``adapter_config.json`` asks for more than W + scale A B (DoRA, rank patterns, trained
+            biases, fully saved modules), or a tensor is missing, unexpected or of the wrong shape.
     """
     folder = pathlib.Path(path)
     fields, modules = tensor_files.read_json(folder / _CONFIG), _modules(cfg)
@@ -165,9 +159,11 @@ def load(path: str | os.PathLike[str], cfg: config.LMConfig) -> tuple[types.Para
             leaves[f"{node}/lora_a"] = np.stack([layer[node][0] for layer in layers])
             leaves[f"{node}/lora_b"] = np.stack([layer[node][1] for layer in layers])
     if tensors:
-        raise ValueError(f"{folder} holds tensors that there is no place for: {', '.join(sorted(tensors)[:5])}")
+        raise ValueError(
+            f"{folder} has tensors that this LMConfig has no kernels for: {', '.join(sorted(tensors)[:5])}"
+        )
     if not leaves:
-        raise ValueError(f"{folder} holds no adapters")
+        raise ValueError(f"{folder} has no adapters")
     return lm_params.nest({name: jnp.asarray(leaf) for name, leaf in leaves.items()}), scale
 
 
@@ -202,8 +198,8 @@ def _pack_layer(
     parts = [np.zeros((rank, math.prod(shape)), np.float32) for shape in module.outputs]
     for part, node in zip(parts, module.nodes, strict=True):
         if node in spans:
-            mine = slice(*spans[node])
-            a_RI[mine], part[mine] = ours[node][0][layer].T, ours[node][1][layer]
+            span = slice(*spans[node])
+            a_RI[span], part[span] = ours[node][0][layer].T, ours[node][1][layer]
     return a_RI, module.pack(parts, rank)
 
 
@@ -213,14 +209,16 @@ def _unpack_layer(
     out = sum(math.prod(shape) for shape in module.outputs)
     a_RI = _take(tensors, _A.format(name), (rank, module.inputs))
     b_OR = _take(tensors, _B.format(name), (out, rank))
-    mine = {}
+    adapters = {}
     for node, part in zip(module.nodes, module.unpack(b_OR, rank), strict=True):
         start, stop = spans.get(node, (0, 0))
         if part[:start].any() or part[stop:].any():
-            raise ValueError(f"{_B.format(name)} is not what the file's header says: {node} in ranks {start} to {stop}")
+            raise ValueError(
+                f"{_B.format(name)} contradicts the header of its file: {node} should have ranks {start} to {stop}"
+            )
         if node in spans:
-            mine[node] = a_RI[start:stop].T, part[start:stop]
-    return mine
+            adapters[node] = a_RI[start:stop].T, part[start:stop]
+    return adapters
 
 
 def _read_tensors(file: pathlib.Path) -> tuple[dict[str, np.ndarray], Spans | None]:
@@ -231,7 +229,7 @@ def _read_tensors(file: pathlib.Path) -> tuple[dict[str, np.ndarray], Spans | No
             record = json.loads((opened.metadata() or {}).get("rlhf_jax", "null"))
             return {name: opened.get_tensor(name).astype(np.float32) for name in opened.keys()}, record  # noqa: SIM118
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is cut off or is no safetensors file: {error}") from error
+        raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from error
 
 
 def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -254,7 +252,7 @@ def _refuse(fields: Mapping[str, Any], *, fan_in_fan_out: bool) -> None:
         if field in known:
             refused = value not in known[field]
         else:
-            # What is unknown, of a newer PEFT, can be trusted to change nothing only where it is switched off.
+            # An unknown field of a newer PEFT is harmless only if it is switched off.
             refused = field not in _READ + _WITHOUT_EFFECT and value not in (None, False, 0, "", "none", [], {})
         if refused:
             raise ValueError(f"{_CONFIG} has {field} = {value!r}, which is not supported for this model")
@@ -265,13 +263,13 @@ def _fan_in_fan_out(modules: Sequence[_Module]) -> bool:
 
 
 def _alpha(scale: float, rank: int) -> float:
-    # A whole number where that divides back to the same scale, as PEFT expects it.
+    # PEFT expects an integer; a float is written if no integer divides back to the same scale.
     alpha = float(scale) * rank
     return round(alpha) if round(alpha) / rank == float(scale) else alpha
 
 
 def _targets(modules: Sequence[_Module], every: Sequence[_Module]) -> list[str]:
-    """The shortest ends of module names that mean these and no others."""
+    """Returns the shortest suffixes of module names that match these modules and no others."""
     targets = []
     for module in modules:
         last = module.name.rpartition(".")[2]

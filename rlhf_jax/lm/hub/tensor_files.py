@@ -1,14 +1,17 @@
-"""Safetensors in a model directory: read one tensor at a time, written one tensor at a time.
+"""Files of a model directory: safetensors, JSON, and the directory as a whole.
 
-Neither direction holds more than one tensor in memory. The format (a length, a JSON header, the bytes) is written here
-because the library's own writer takes a whole file's tensors at once.
+Tensors are read and written one at a time. The safetensors format (a length, a JSON header, the bytes) is written here,
+because the writer of that library takes all tensors of a file at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -21,16 +24,16 @@ INDEX = "model.safetensors.index.json"
 
 
 class Stored(NamedTuple):
-    """A tensor in a file, not yet read."""
+    """A tensor in a file that has not been read."""
 
     file: pathlib.Path
     name: str
     shape: tuple[int, ...]
     dtype: str
-    """As safetensors names it."""
+    """Name of the dtype in safetensors."""
 
     def read(self) -> np.ndarray:
-        """The tensor, in its own dtype. The file is opened anew: what a mapped file leaves in memory goes with it."""
+        """Returns the tensor in its own dtype. The file is opened for it alone, so that its mapped pages are freed."""
         if self.dtype not in _DTYPES:
             raise ValueError(f"{self.file}: the tensor {self.name} is {self.dtype}; only {', '.join(_DTYPES)} are read")
         with safetensors.safe_open(self.file, framework="np") as opened:
@@ -38,10 +41,11 @@ class Stored(NamedTuple):
 
 
 def stored(folder: pathlib.Path) -> dict[str, Stored]:
-    """Every tensor of a model directory, in one file or sharded.
+    """Returns every tensor of a model directory by name, from one file or several.
 
-    Raises ``FileNotFoundError`` for a missing file and ``ValueError`` for one that is cut off or no safetensors file,
-    and where the index and the files contradict each other.
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file is truncated or not a safetensors file, or the index contradicts the files.
     """
     index = folder / INDEX
     places: dict[str, str] = read_json(index).get("weight_map", {}) if index.exists() else {}
@@ -65,10 +69,17 @@ def write(
     dtype: Any,
     max_shard_bytes: int,
 ) -> None:
-    """Write tensors as ``model.safetensors``, or as numbered files and an index where they exceed ``max_shard_bytes``.
+    """Writes tensors as ``model.safetensors``, or as numbered files with an index if one file would be too large.
 
-    ``shapes`` and ``arrays`` name the same tensors in the same order; an array is made when its turn has come. Values
-    are rounded to ``dtype``. Raises ``ValueError`` for a value that is not finite.
+    Args:
+        folder: Directory to write to.
+        shapes: Shape of each tensor.
+        arrays: Name of each tensor and a function that returns it, in the order of ``shapes``.
+        dtype: Dtype of the files, to which values are rounded.
+        max_shard_bytes: Largest size of one file.
+
+    Raises:
+        ValueError: A value is not finite, or ``shapes`` and ``arrays`` disagree.
     """
     dtype = np.dtype(dtype)
     sizes = {name: int(np.prod(shape)) * dtype.itemsize for name, shape in shapes.items()}
@@ -94,7 +105,7 @@ def write(
                     raise ValueError(f"{given} {array.shape} was given for {name} {shapes[name]}")
                 if not np.isfinite(array).all():
                     raise ValueError(f"{name} holds a value that is not finite")
-                # The memory is written as it lies: of a transposed view, that would be the wrong numbers.
+                # The memory of a transposed view is in another order.
                 out.write(np.ascontiguousarray(array.astype(dtype, copy=False)).reshape(-1).view(np.uint8).data)
     if total > 1:
         places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
@@ -102,7 +113,7 @@ def write(
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object; raises ``FileNotFoundError`` or ``ValueError`` naming the file."""
+    """Returns the JSON object in a file; raises FileNotFoundError or ValueError naming the file."""
     if not path.exists():
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
     try:
@@ -110,13 +121,35 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise ValueError(f"{path} does not hold a JSON object")
     return content
 
 
 def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-    """Indented, with a newline at the end."""
+    """Writes a JSON object, indented."""
     path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: pathlib.Path, *, marker: str) -> Iterator[pathlib.Path]:
+    """Yields a temporary directory that replaces ``folder`` once the block has ended without an error.
+
+    Raises:
+        FileExistsError: ``folder`` exists, is not empty and does not contain the file ``marker``.
+    """
+    if folder.exists() and not (folder.is_dir() and ((folder / marker).exists() or not any(folder.iterdir()))):
+        raise FileExistsError(f"{folder} exists and has no {marker}, so it is not overwritten; choose another path")
+    temporary, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("writing", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _tensors_in(file: pathlib.Path) -> list[Stored]:
@@ -129,7 +162,7 @@ def _tensors_in(file: pathlib.Path) -> list[Stored]:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return [Stored(file, name, tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()]
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is cut off or is no safetensors file: {error}") from error
+        raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from error
 
 
 def _header(names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int], dtype: str) -> bytes:

@@ -20,7 +20,7 @@ _ONLY = {"use_bidirectional_attention": False}
 
 
 def _tensors_2(cfg: config.LMConfig) -> list[Tensor]:
-    # Where the others have one norm before the mlp, these have one after attention, of the same name, and two more.
+    # The name of the norm before the MLP in other families is that of the norm after attention here.
     before = "layers.{i}.post_attention_layernorm.weight"
     return [
         *(tensor for tensor in llama.tensors(cfg) if tensor.name != before),

@@ -1,4 +1,4 @@
-"""GPT-NeoX, as in Pythia: attention and mlp side by side, a quarter of each head rotated."""
+"""GPT-NeoX, as in Pythia: attention and MLP in parallel, a quarter of each head rotated."""
 
 from __future__ import annotations
 

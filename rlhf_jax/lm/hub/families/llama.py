@@ -1,4 +1,4 @@
-"""Llama (2, 3 and 3.1 on), and what differs from it by little: Mistral, Qwen2 and 2.5, Qwen3."""
+"""Llama 2 to 3.3 and the families close to it: Mistral, Qwen2 and 2.5, Qwen3."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIELDS = {
 
 
 def tensors(cfg: config.LMConfig) -> list[Tensor]:
-    """Of all four families."""
+    """Returns the tensors of all four families."""
     attention, mlp = "layers.{i}.self_attn.", "layers.{i}.mlp."
     listed = [
         Tensor("embed_tokens.weight", ("embed/tokens",)),
@@ -45,7 +45,7 @@ def tensors(cfg: config.LMConfig) -> list[Tensor]:
 
 
 def read_biases(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """One flag for the four projections of attention."""
+    """Returns the fields for ``attention_bias``, one flag for all four projections."""
     return {"qkv_bias": bool(hf.get("attention_bias")), "out_bias": bool(hf.get("attention_bias"))}
 
 

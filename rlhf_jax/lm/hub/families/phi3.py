@@ -1,4 +1,4 @@
-"""Phi-3: a Llama whose projections stand in two tensors, with part of each head rotated in some."""
+"""Phi-3: a Llama with fused projections, and partial rotation in some models."""
 
 from __future__ import annotations
 

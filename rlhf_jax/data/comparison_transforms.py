@@ -1,4 +1,4 @@
-"""Comparisons in other shapes: cleaned, as independent pairs, with control tokens. NumPy in, NumPy out."""
+"""Transforms of comparison batches: removal of useless answers, independent pairs, control tokens. NumPy arrays."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from rlhf_jax import types
 from rlhf_jax.data import errors
 
 
-def informative(batch: types.Comparisons, counts: errors.DropCount) -> types.Comparisons:
-    """The prompts that teach an order, without answers that stand there twice.
+def drop_uninformative(batch: types.Comparisons, counts: errors.DropCount) -> types.Comparisons:
+    """Drops repeated answers, and prompts whose remaining answers are not ordered.
 
-    An answer that is the same, token by token, as an earlier one of its prompt is taken out (its rank says the same
-    again, or contradicts); counted as truncated, ``"answer repeated"``. Then a prompt is dropped, and counted:
-    ``"fewer than two answers"`` or ``"all answers tied"``.
+    An answer is repeated if it has the same tokens as an earlier answer to its prompt; it is removed, and counted as
+    truncated: ``"answer repeated"``. Prompts are then dropped for ``"fewer than two answers"`` or ``"all answers
+    tied"``.
 
     Raises:
-      DataError: more prompts are dropped than ``counts`` allows, or none is left.
+      DataError: If more prompts are dropped than ``counts`` allows, or none is left.
     """
     batch = jax.tree.map(np.asarray, batch)
     tokens_BKL, mask_BKL, ranks_BK = (np.asarray(x) for x in (batch.tokens_BKL, batch.mask_BKL, batch.ranks_BK))
@@ -28,11 +28,11 @@ def informative(batch: types.Comparisons, counts: errors.DropCount) -> types.Com
     for b in range(len(where_BK)):
         seen: set[bytes] = set()
         for k in np.flatnonzero(where_BK[b]):
-            said = tokens_BKL[b, k][mask_BKL[b, k]].tobytes()
-            if said in seen:
+            answer = tokens_BKL[b, k][mask_BKL[b, k]].tobytes()
+            if answer in seen:
                 where_BK[b, k] = False
                 stage.truncate("answer repeated")
-            seen.add(said)
+            seen.add(answer)
         ranks = ranks_BK[b][where_BK[b]]
         if len(ranks) < 2:
             stage.drop("fewer than two answers")
@@ -47,12 +47,20 @@ def informative(batch: types.Comparisons, counts: errors.DropCount) -> types.Com
     return jax.tree.map(lambda x: x[kept], cleaned)
 
 
-def pair_rows(batch: types.Comparisons) -> types.Comparisons:
-    """Each pair of a prompt as a row of its own, K = 2, the better answer first: the baseline of InstructGPT 3.5.
+def split_into_pairs(batch: types.Comparisons) -> types.Comparisons:
+    """Returns each pair of answers as a row of its own, K = 2, with the better answer first.
 
-    Shuffled into batches, the answers of a prompt then come back in one row after another, each of them K - 1 times in
-    an epoch, which is what the paper found to overfit. Ties and missing answers are in no row. Domains and loss inputs
-    go with their prompt. Rows are in the order of prompts, then of the better answer, then of the worse.
+    This is the baseline of InstructGPT, section 3.5: shuffled into batches, each answer recurs in K - 1 rows of an
+    epoch, and the paper found that the model then overfits. Ties and missing answers give no rows. Each row keeps the
+    domain and the loss inputs of its prompt. Rows are ordered by prompt, then better answer, then worse answer.
+
+    >>> import numpy as np
+    >>> from rlhf_jax import types
+    >>> from rlhf_jax.data import comparison_transforms
+    >>> tokens = np.array([[[7], [8], [9]]])
+    >>> batch = types.Comparisons(tokens, tokens > 0, np.array([[1, 3, 2]]), np.ones((1, 3), bool))
+    >>> comparison_transforms.split_into_pairs(batch).tokens_BKL[:, :, 0].tolist()
+    [[7, 8], [7, 9], [9, 8]]
     """
     ranks_BK, where_BK = np.asarray(batch.ranks_BK), np.asarray(batch.where_BK)
     both_BKK = where_BK[:, :, None] & where_BK[:, None, :]
@@ -60,44 +68,48 @@ def pair_rows(batch: types.Comparisons) -> types.Comparisons:
     places = np.stack([better, worse], axis=1)
     of_prompt = jax.tree.map(lambda x: np.asarray(x)[b], (batch.domain_B, batch.loss_inputs))
     shape = (len(b), 2)
-    made: Any = types.Comparisons(
+    pairs: Any = types.Comparisons(
         np.asarray(batch.tokens_BKL)[b[:, None], places],  # type: ignore[arg-type]
         np.asarray(batch.mask_BKL)[b[:, None], places],  # type: ignore[arg-type]
         np.broadcast_to(np.array([1, 2], np.int32), shape).copy(),  # type: ignore[arg-type]
         np.ones(shape, bool),  # type: ignore[arg-type]
         *of_prompt,
     )
-    return made
+    return pairs
 
 
-def with_control(batch: types.Comparisons, *, good_id: int, bad_id: int, column: int) -> types.Comparisons:
-    """The binarised form of preference-model pretraining (Askell 2021): each pair becomes two of one answer each.
+def add_control_tokens(batch: types.Comparisons, *, good_id: int, bad_id: int, column: int) -> types.Comparisons:
+    """Turns each pair into two pairs of one answer each, marked GOOD and BAD: the binarised form of preference-model
+    pretraining (Askell et al. 2021).
 
-    ``A > B`` says that A marked GOOD is better than A marked BAD, and that B marked BAD is better than B marked GOOD.
-    The mark is a control token put in at ``column``, where the answer begins, so that rows are one token wider. Of a
-    prompt with more than two answers every pair becomes two.
+    ``A > B`` becomes "A marked GOOD is better than A marked BAD" and "B marked BAD is better than B marked GOOD". The
+    mark is a control token inserted at ``column``, where the answer begins, so rows become one token wider.
 
     Args:
-      batch: rows of prompts, left-padded, and answers.
-      good_id: id of the control token GOOD.
-      bad_id: id of BAD.
+      batch: Comparisons with left-padded prompts. Every pair of a prompt with more than two answers is used.
+      good_id: Id of the control token GOOD.
+      bad_id: Id of the control token BAD.
       column: P, the width of the prompts.
+
+    Returns:
+      Comparisons with K = 2 and L + 1 columns, the better first: two for each pair, in the order of
+      `split_into_pairs`.
     """
-    pairs = pair_rows(batch)
+    pairs = split_into_pairs(batch)
     tokens_BKL, mask_BKL = (np.repeat(x, 2, axis=1) for x in (pairs.tokens_BKL, pairs.mask_BKL))  # A A B B
     marks = np.broadcast_to(
         np.array([good_id, bad_id, bad_id, good_id], np.int32)[None, :, None], (*tokens_BKL.shape[:2], 1)
     )
     tokens_BKL = np.concatenate([tokens_BKL[:, :, :column], marks, tokens_BKL[:, :, column:]], axis=2)
-    there = np.ones_like(marks, bool)
-    mask_BKL = np.concatenate([mask_BKL[:, :, :column], there, mask_BKL[:, :, column:]], axis=2)
+    mark_mask = np.ones_like(marks, bool)
+    mask_BKL = np.concatenate([mask_BKL[:, :, :column], mark_mask, mask_BKL[:, :, column:]], axis=2)
     n, _, L = tokens_BKL.shape
     of_prompt = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), (pairs.domain_B, pairs.loss_inputs))
-    made: Any = types.Comparisons(
+    marked: Any = types.Comparisons(
         tokens_BKL.reshape(2 * n, 2, L),  # type: ignore[arg-type]
         mask_BKL.reshape(2 * n, 2, L),  # type: ignore[arg-type]
         np.repeat(np.asarray(pairs.ranks_BK), 2, axis=0),  # type: ignore[arg-type]
         np.ones((2 * n, 2), bool),  # type: ignore[arg-type]
         *of_prompt,
     )
-    return made
+    return marked
