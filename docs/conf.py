@@ -44,7 +44,12 @@ napoleon_use_ivar = True
 
 html_theme = "sphinx_book_theme"
 html_title = "rlhf_jax"
-html_theme_options = {"show_navbar_depth": 1, "home_page_in_toc": False, "use_download_button": False}
+html_theme_options = {
+    "show_navbar_depth": 1,
+    "home_page_in_toc": False,
+    "use_download_button": False,
+    "navbar_persistent": [],
+}
 html_copy_source = False
 html_show_sphinx = False
 
@@ -79,9 +84,8 @@ def page(top: str, modules: list[str]) -> str:
         ]
         lines += [module, ("-" if len(modules) > 1 else "=") * len(module), "", f".. automodule:: {module}"]
         # Where a function has the name of its module, the package's attribute is the function.
-        shadowed = (
-            id(getattr(importlib.import_module(module.rpartition(".")[0]), module.rpartition(".")[2])) in exported
-        )
+        parent, _, short = module.rpartition(".")
+        shadowed = getattr(importlib.import_module(parent), short) is not loaded
         lines += ["   :members:", *([f"   :exclude-members: {', '.join(own)}"] if own else [])]
         lines += [*(["   :no-index:"] if shadowed else []), ""]
     return "\n".join(lines)
@@ -113,6 +117,15 @@ def skip_member(app: Any, what: str, name: str, obj: Any, skip: bool, options: A
     return True if generated else None
 
 
+def exists(name: str) -> bool:
+    """Whether a dotted name is an object of the library, or a field without a default."""
+    parent, _, last = name.rpartition(".")
+    try:
+        return hasattr(holder := pkgutil.resolve_name(parent), last) or last in holder.__annotations__
+    except (ImportError, AttributeError):
+        return False
+
+
 def short_names(app: Any, env: Any, node: Any, content: nodes.Element) -> nodes.Element | None:
     """Resolves ``losses.dpo`` and ``train.ppo.update`` as names below ``rlhf_jax``."""
     if node.get("refdomain") != "py":
@@ -123,7 +136,7 @@ def short_names(app: Any, env: Any, node: Any, content: nodes.Element) -> nodes.
             return domain.resolve_xref(
                 env, node["refdoc"], app.builder, node["reftype"], prefix + target, node, content
             )
-    if target.startswith("rlhf_jax."):
+    if target.startswith("rlhf_jax.") and not exists(target):
         logging.getLogger(__name__).warning("%s does not exist", target, location=node)
     return None
 

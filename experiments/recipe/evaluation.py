@@ -125,7 +125,7 @@ def _wins(job: Job, answers: Answers, against: Answers) -> dict[str, Any]:
     ours, theirs = (labelers.features(each.gold) for each in (answers, against))
 
     def by(pool: labelers.Pool) -> list[float]:
-        return list(diagnostics.mean_interval(np.asarray(labelers.prefers(pool, ours, theirs), np.float64)))
+        return list(diagnostics.mean_interval(np.asarray(labelers.preference_share(pool, ours, theirs), np.float64)))
 
     return {
         "gold_win_rate_vs_sft": list(diagnostics.outcome_rate(outcomes)),
@@ -158,7 +158,8 @@ def _probes(job: Job) -> Any:
     text = mesh_settings.spread(job.mesh, held_BL, np.ones(held_BL.shape, bool))
     skill_rows = () if task.world is None else mesh_settings.spread(job.mesh, *task.world.skill_rows)
     loss, right = (
-        parallel.JitStep(each, donate_argnums=(), mesh=job.mesh, rows=(), small=()) for each in (nll, solved)
+        parallel.JitStep(each, donate_argnums=(), mesh=job.mesh, batch_args=(), replicated_args=())
+        for each in (nll, solved)
     )
 
     def probe(params: types.Params) -> dict[str, Any]:

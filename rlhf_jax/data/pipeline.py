@@ -39,7 +39,14 @@ class Batches:
     """A finite or endless iterator over batches; made by `from_arrays` and `from_source`."""
 
     def __init__(self, dataset: grain.MapDataset, *, endless: bool, fingerprint: dict[str, Any], prefetch: int) -> None:
-        """Use `from_arrays` or `from_source` instead."""
+        """Starts an iterator; use `from_arrays` or `from_source` instead.
+
+        Args:
+          dataset: This host's batches.
+          endless: Whether the batches never end.
+          fingerprint: Everything that determines the batches; see the attribute.
+          prefetch: Number of batches that a separate thread keeps ready.
+        """
         import grain
 
         self._dataset = dataset

@@ -87,9 +87,6 @@ class Ranking(Prompt):
     if the record has neither, or K > 2."""
 
 
-# ------------------------------------------------------------------------------------------------------------ parsers
-
-
 def parse_demonstration(fields: Mapping[str, Any], *, location: str = "") -> Demonstration:
     """Parses a demonstration; see the table of this module for its fields, and its text for the errors."""
     fields = _without_nulls(fields)
@@ -280,13 +277,9 @@ def _pair(fields: Mapping[str, Any]) -> tuple[Turns, tuple[str, str]]:
     (prompt, better), (other_prompt, worse) = (
         _split_answer(_turns(fields[key], key)) for key in ("chosen", "rejected")
     )
-    if prompt != other_prompt:
+    if prompt != other_prompt or (prompt and "prompt" in fields and not _repeats(_prompt(fields), prompt)):
         raise errors.UnusableRecord("prompts differ")
-    if not prompt:
-        return _prompt(fields), (better, worse)
-    if "prompt" in fields and not _repeats(_prompt(fields), prompt):
-        raise errors.UnusableRecord("prompts differ")
-    return _usable_prompt(prompt), (better, worse)
+    return _usable_prompt(prompt) if prompt else _prompt(fields), (better, worse)
 
 
 def _dialogue_pair(fields: Mapping[str, Any]) -> tuple[Turns, tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Token and position embeddings, also from a table that is sharded over devices."""
+"""Token embeddings, also from a sharded table, learned positions and rotary positions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from jax.sharding import PartitionSpec
 
 from rlhf_jax import parallel, types
 from rlhf_jax.lm import config, weights
+
+Angles = tuple[jax.Array, jax.Array]
+"""Cosine and sine of rotary positions, ``[B,1,L,half]`` float32."""
 
 
 def embed(
@@ -35,7 +38,7 @@ def embed(
     x_BLD = table_VD[ids_BL] if weights.is_unstacked(params) else look_up(table_VD, ids_BL, dtype)
     if cfg.positions == "learned":
         table_LD = params["embed"]["positions"]
-        table_LD = table_LD if weights.is_unstacked(params) else parallel.gathered(table_LD, None, "embed")
+        table_LD = table_LD if weights.is_unstacked(params) else parallel.gather_weight(table_LD, None, "embed")
         x_BLD = x_BLD + table_LD[positions_BL + cfg.position_offset]
     x_BLD = x_BLD.astype(cfg.compute_dtype)
     return x_BLD * jnp.asarray(cfg.d_model**0.5, x_BLD.dtype) if cfg.embed_scale else x_BLD
@@ -48,7 +51,7 @@ def look_up(table_VD: jax.Array, tokens_BL: jax.Array, dtype: Any) -> jax.Array:
     gradient is then summed on each device before it is reduced to its shards, in the table's dtype. Compiled from plain
     indexing, the program would exchange the rows of all devices, or reduce the sum to all of them.
     """
-    mesh = parallel.compiled_for()
+    mesh = parallel.active_mesh()
     rows = None if mesh is None else parallel.spec(("batch", "length"), mesh, shape=tokens_BL.shape)
     where = None if mesh is None else parallel.spec(("vocab", "embed"), mesh, shape=table_VD.shape)
     if rows is None or where is None:
@@ -56,7 +59,7 @@ def look_up(table_VD: jax.Array, tokens_BL: jax.Array, dtype: Any) -> jax.Array:
     over_vocab, over_features = where
     if over_features is None or over_features not in (rows[0] or ()):
         # Devices that share the features look up the same rows.
-        return parallel.gathered(table_VD, "vocab", "embed")[tokens_BL].astype(dtype)
+        return parallel.gather_weight(table_VD, "vocab", "embed")[tokens_BL].astype(dtype)
 
     def look_up_shard(table: jax.Array, tokens: jax.Array) -> jax.Array:
         table = lax.all_gather(table, over_features, axis=1, tiled=True)
@@ -71,3 +74,38 @@ def look_up(table_VD: jax.Array, tokens_BL: jax.Array, dtype: Any) -> jax.Array:
     return jax.shard_map(look_up_shard, in_specs=(where, rows), out_specs=PartitionSpec(*rows, None))(
         table_VD, tokens_BL
     )
+
+
+def rotary_angles(positions_BL: jax.Array, theta: float, scaling: Any, cfg: config.LMConfig) -> Angles | None:
+    """Returns cosine and sine of the rotation at each position; None if the model has no rotary positions.
+
+    Args:
+        positions_BL: int32 positions.
+        theta: Base of the frequencies.
+        scaling: `config.LinearScaling`, `config.Llama3Scaling` or None.
+        cfg: Architecture.
+
+    Returns:
+        Two ``[B,1,L,half]`` float32 arrays, or None.
+    """
+    if cfg.positions != "rope":
+        return None
+    half = cfg.rope_width // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if isinstance(scaling, config.LinearScaling):
+        frequencies = frequencies / scaling.factor
+    elif isinstance(scaling, config.Llama3Scaling):
+        turns = frequencies * (scaling.length / (2 * jnp.pi))
+        kept = jnp.clip((turns - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
+        frequencies = kept * frequencies + (1.0 - kept) * frequencies / scaling.factor
+    angles = positions_BL.astype(jnp.float32)[:, None, :, None] * frequencies[None, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BHLC: jax.Array, rotation: Angles) -> jax.Array:
+    """Returns heads with features i and i + half rotated by the angle of their position (Su et al. 2021)."""
+    cos, sin = rotation
+    half = cos.shape[-1]
+    first, second = x_BHLC[..., :half].astype(jnp.float32), x_BHLC[..., half : 2 * half].astype(jnp.float32)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BHLC.dtype)
+    return jnp.concatenate([rotated, x_BHLC[..., 2 * half :]], axis=-1)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rlhf_jax import parallel, types
-from rlhf_jax.lm import attention, config, embedding, kernels, rotary
+from rlhf_jax.lm import attention, config, embedding, kernels
 from rlhf_jax.lm import cache as kv_cache
 from rlhf_jax.lm import params as lm_params
 from rlhf_jax.lm import weights as weights_lib
@@ -35,7 +35,7 @@ class _View(NamedTuple):
     """Attention mask and rotary angles of a layer."""
 
     seen_BLS: jax.Array
-    rotation: rotary.Angles | None
+    rotation: embedding.Angles | None
 
 
 Columns = tuple[int, int] | jax.Array
@@ -227,21 +227,21 @@ def _views(
     seen_BLS: jax.Array, positions_BL: jax.Array, key_positions_BS: jax.Array, cfg: config.LMConfig
 ) -> tuple[_View, _View]:
     """Returns the views of the layers without and with a sliding window."""
-    far = _View(seen_BLS, rotary.angles(positions_BL, cfg.rope_theta, cfg.rope_scaling, cfg))
+    far = _View(seen_BLS, embedding.rotary_angles(positions_BL, cfg.rope_theta, cfg.rope_scaling, cfg))
     if not cfg.windowed:
         return far, far
     # The window counts real tokens, as positions do, so padding between them does not use it up.
     within_BLS = positions_BL[:, :, None] - key_positions_BS[:, None, :] < cfg.sliding_window
     rotation = far.rotation
     if cfg.local_rope_theta > 0:
-        rotation = rotary.angles(positions_BL, cfg.local_rope_theta, None, cfg)
+        rotation = embedding.rotary_angles(positions_BL, cfg.local_rope_theta, None, cfg)
     return far, _View(seen_BLS & within_BLS, rotation)
 
 
 def _layer(
     weights: Weights,
     x_BLD: jax.Array,
-    rotation: rotary.Angles | None,
+    rotation: embedding.Angles | None,
     mix: Mix,
     cfg: config.LMConfig,
     pick: Pick | None = None,
@@ -264,7 +264,7 @@ def _layer(
 def _attention(
     weights: Weights,
     x_BLD: jax.Array,
-    rotation: rotary.Angles | None,
+    rotation: embedding.Angles | None,
     mix: Mix,
     cfg: config.LMConfig,
     pick: Pick | None,
@@ -279,7 +279,7 @@ def _attention(
         queries, keys = _rms_norm(weights["q_norm"], queries, cfg), _rms_norm(weights["k_norm"], keys, cfg)
     if rotation is not None:
         query_rotation = rotation if pick is None else (pick(rotation[0], 2), pick(rotation[1], 2))
-        queries, keys = rotary.rotate(queries, query_rotation), rotary.rotate(keys, rotation)
+        queries, keys = embedding.rotate(queries, query_rotation), embedding.rotate(keys, rotation)
     queries = parallel.constrain(queries, "batch", "heads", "length", None)
     # Keys and values are gathered over columns, since a query may attend to all of them.
     keys, values = (parallel.constrain(x, "batch", "kv_heads", None, None) for x in (keys, values))
@@ -371,7 +371,7 @@ def _rematerialised(step: Callable, cfg: config.LMConfig) -> Callable:
     policies = jax.checkpoint_policies
     if cfg.remat != "none":
         policy = policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
-    elif parallel.parts("embed") > 1:
+    elif parallel.num_shards("embed") > 1:
         policy = policies.save_anything_except_these_names(parallel.GATHERED)
     else:
         return step

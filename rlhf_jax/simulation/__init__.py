@@ -1,1 +1,1 @@
-"""A small written world with a known gold utility, and simulated labelers."""
+"""A built-in world of written prompts with a known gold utility, and simulated demonstrators and labelers."""

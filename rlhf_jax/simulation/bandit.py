@@ -1,7 +1,7 @@
-"""A bandit small enough to enumerate: S prompts of one token, A answers of one token, a reward for each pair.
+"""A bandit small enough to enumerate: S prompts of one token, A answers of one token, and a reward for each pair.
 
-Its KL-regularised optimum is known exactly (Rafailov et al. 2023, Xu et al. 2024 Eq 5), so a method that is
-right must reach it.
+Its KL-regularised optimum has a closed form (Rafailov et al. 2023; Xu et al. 2024, Eq. 5), which a correct method must
+reach.
 """
 
 from __future__ import annotations
@@ -13,30 +13,55 @@ from rlhf_jax.types import LMOutput, Preferences, Rollout
 
 
 def optimum(reference_logits_SA: jax.Array, rewards_SA: jax.Array, *, kl_coef: jax.Array | float) -> jax.Array:
-    """``pi*(a|s) = pi_ref(a|s) exp(r(s, a) / kl_coef) / Z(s)``, probabilities [S, A]; ``kl_coef`` > 0."""
+    """Returns the KL-regularised optimum, ``pi*(a|s) = pi_ref(a|s) exp(r(s, a) / kl_coef) / Z(s)``.
+
+    >>> import jax.numpy as jnp
+    >>> from rlhf_jax.simulation import bandit
+    >>> optimum_SA = bandit.optimum(jnp.zeros((1, 2)), jnp.log(jnp.array([[1.0, 3.0]])), kl_coef=1.0)
+    >>> [round(float(p), 4) for p in optimum_SA[0]]
+    [0.25, 0.75]
+
+    Args:
+      reference_logits_SA: Logits of the reference policy.
+      rewards_SA: Reward of each answer to each prompt.
+      kl_coef: Coefficient of the KL penalty, > 0.
+
+    Returns:
+      Probabilities ``[S, A]``.
+    """
     return jax.nn.softmax(jax.nn.log_softmax(reference_logits_SA, axis=-1) + rewards_SA / kl_coef, axis=-1)
 
 
 def total_variation(p_SA: jax.Array, q_SA: jax.Array) -> jax.Array:
-    """Largest over prompts of half the summed absolute difference; in [0, 1]."""
+    """Returns the total variation distance between two policies, in [0, 1]: the maximum over the prompts."""
     return jnp.max(0.5 * jnp.abs(p_SA - q_SA).sum(axis=-1))
 
 
 def forward(params: dict[str, jax.Array], tokens_BL: jax.Array, *, mask_BL: jax.Array | None = None) -> LMOutput:
-    """A "language model" whose hidden state is the prompt's row of the table ``params["logits_SA"]``."""
+    """Runs a "language model" whose hidden state is the row of ``params["logits_SA"]`` that belongs to the prompt."""
     del mask_BL
     logits_SA = params["logits_SA"]
     return LMOutput(logits_SA[jnp.minimum(tokens_BL, logits_SA.shape[0] - 1)])
 
 
 def logits(params: dict[str, jax.Array], hidden_BLD: jax.Array) -> jax.Array:
-    """The hidden state is the logits."""
+    """Returns the hidden state, which is the logits."""
     del params
     return hidden_BLD
 
 
 def generate(params: dict[str, jax.Array], rng_B: jax.Array, prompts_BP: jax.Array, mask_BP: jax.Array) -> Rollout:
-    """Sample one answer a prompt (P = T = 1). ``rng_B`` is consumed."""
+    """Samples one answer to each prompt (P = T = 1).
+
+    Args:
+      params: ``logits_SA``, the logits of the policy.
+      rng_B: Keys; consumed.
+      prompts_BP: The prompts, int, one column.
+      mask_BP: Mask of the prompts.
+
+    Returns:
+      The rollout, with L = 2.
+    """
     logits_BA = params["logits_SA"][prompts_BP[:, 0]]
     answers_B = jax.vmap(jax.random.categorical)(rng_B, logits_BA)
     logprobs_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BA), answers_B[:, None], axis=-1)[:, 0]
@@ -52,10 +77,11 @@ def generate(params: dict[str, jax.Array], rng_B: jax.Array, prompts_BP: jax.Arr
 
 
 def all_pairs(rewards_SA: jax.Array) -> Preferences:
-    """Every pair of answers to every prompt, S A (A - 1) / 2 rows, with how likely Bradley-Terry prefers the first.
+    """Returns every pair of answers to every prompt, S A (A - 1) / 2 rows, with its Bradley-Terry probability.
 
-    ``targets_B`` is ``sigmoid(r(s, a) - r(s, b))``, so that the mean of an objective made `train.objectives.soft` is
-    that of endlessly many labels, on every pair equally often. P = T = C = 1.
+    ``targets_B``, the probability that the first answer is preferred, is ``sigmoid(r(s, a) - r(s, b))``. The mean of an
+    objective wrapped in `train.objectives.soft` is then its expectation over labels, with all pairs equally likely.
+    P = T = C = 1.
     """
     S, A = rewards_SA.shape
     first_N, second_N = jnp.triu_indices(A, k=1)

@@ -1,4 +1,4 @@
-"""The pretraining corpus: what a base model can know of the world, and skills that no instruction ever asks for."""
+"""The pretraining corpus: facts about the world for a base model to learn, and skills that no instruction asks for."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Callable
 import numpy as np
 
 from rlhf_jax.simulation import lexicon, prompts
-from rlhf_jax.simulation.demonstrators import HAS_PARTS, Slips, demonstrate
-from rlhf_jax.simulation.world import COLOR, PLACE, SIZE, USE, World
+from rlhf_jax.simulation.demonstrators import KINDS_WITH_PARTS, Slips, demonstrate
+from rlhf_jax.simulation.world import COLOR, PLACE, SIZE, USE, World, predicate
 
 SKILLS = ("copy", "sort", "sum", "look")
 
 
 @dataclasses.dataclass(frozen=True)
 class SkillProblem:
-    """A problem with one exact answer: the model is to continue ``text`` with ``answer``."""
+    """A problem with exactly one answer: the model should continue ``text`` with ``answer``."""
 
     skill: str
     text: str
@@ -24,20 +24,24 @@ class SkillProblem:
 
     @property
     def document(self) -> str:
-        """Problem and answer as they stand in the corpus."""
+        """The problem and its answer, as in the corpus."""
         return f"{self.text} {self.answer} ."
 
 
 def skill_problem(skill: str, rng: np.random.Generator) -> SkillProblem:
-    """Draw a problem: copy three things, sort three numbers, add modulo ten, or look up one of three pairs."""
+    """Draws a problem: copy three things, sort three numbers, add modulo ten, or look up one of three pairs.
+
+    Raises:
+      ValueError: If ``skill`` is not one of `SKILLS`.
+    """
     match skill:
         case "copy":
             things = " ".join(rng.choice(lexicon.THINGS, size=3, replace=False).tolist())
             return SkillProblem(skill, f"copy : {things} =", things)
         case "sort":
             numbers = rng.choice(10, size=3, replace=False).tolist()
-            told, ordered = (" ".join(lexicon.NUMBERS[i] for i in each) for each in (numbers, sorted(numbers)))
-            return SkillProblem(skill, f"sort : {told} =", ordered)
+            shuffled, ordered = (" ".join(lexicon.NUMBERS[i] for i in order) for order in (numbers, sorted(numbers)))
+            return SkillProblem(skill, f"sort : {shuffled} =", ordered)
         case "sum":
             a, b = rng.integers(10, size=2).tolist()
             text = f"sum : {lexicon.NUMBERS[a]} plus {lexicon.NUMBERS[b]} ="
@@ -46,26 +50,19 @@ def skill_problem(skill: str, rng: np.random.Generator) -> SkillProblem:
             things = rng.choice(lexicon.THINGS, size=3, replace=False).tolist()
             numbers = [lexicon.NUMBERS[i] for i in rng.choice(10, size=3, replace=False)]
             pairs = " , ".join(f"{thing} {number}" for thing, number in zip(things, numbers))
-            asked = int(rng.integers(3))
-            return SkillProblem(skill, f"look : {pairs} = {things[asked]}", numbers[asked])
+            i = int(rng.integers(3))
+            return SkillProblem(skill, f"look : {pairs} = {things[i]}", numbers[i])
         case _:
             raise ValueError(f"unknown skill {skill!r}; the skills are {', '.join(SKILLS)}")
 
 
 def skill_problems(n: int, rng: np.random.Generator) -> list[SkillProblem]:
-    """n problems, the skills in turn."""
+    """Draws n problems, with the skills in rotation."""
     return [skill_problem(SKILLS[i % len(SKILLS)], rng) for i in range(n)]
 
 
-def _fact(
-    world: World, rng: np.random.Generator, thing: str, *, attribute: int | None = None, true: bool = True
-) -> str:
-    """One statement about a thing: "red", "in the barn", "for play" or "huge"."""
-    attribute = int(rng.integers(4)) if attribute is None else attribute
-    words = tuple(lexicon.ATTRIBUTES.values())[attribute]
-    truth = world.value(thing, attribute)
-    value = truth if true else str(rng.choice([word for word in words if word != truth]))
-    return {COLOR: value, PLACE: f"in the {value}", USE: f"for {value}", SIZE: value}[attribute]
+def _fact(world: World, thing: str, attribute: int) -> str:
+    return predicate(attribute, world.value(thing, attribute))
 
 
 _QUESTION = {
@@ -82,22 +79,24 @@ def _thing(rng: np.random.Generator) -> str:
 def _statement(world: World, rng: np.random.Generator) -> str:
     thing = _thing(rng)
     first, second = rng.choice(4, size=2, replace=False).tolist()
-    text = f"the {thing} is {_fact(world, rng, thing, attribute=first)}"
-    return f"{text} and it is {_fact(world, rng, thing, attribute=second)} ." if rng.random() < 0.5 else f"{text} ."
+    text = f"the {thing} is {_fact(world, thing, first)}"
+    return f"{text} and it is {_fact(world, thing, second)} ." if rng.random() < 0.5 else f"{text} ."
 
 
 def _question(world: World, rng: np.random.Generator) -> str:
     thing = _thing(rng)
     attribute = int(rng.integers(3))
     question = str(rng.choice(_QUESTION[attribute])).format(thing)
-    fact = _fact(world, rng, thing, attribute=attribute)
+    fact = _fact(world, thing, attribute)
     answer = (f"the {thing} is {fact}", f"it is {fact}", fact.split()[-1])[int(rng.integers(3))]
     return f"question : {question} answer : {answer} ."
 
 
 def _claim(world: World, rng: np.random.Generator) -> str:
     thing, true = _thing(rng), bool(rng.random() < 0.5)
-    return f"claim : the {thing} is {_fact(world, rng, thing, true=true)} . {'true' if true else 'false'} ."
+    attribute = int(rng.integers(4))
+    value = world.value(thing, attribute) if true else world.wrong_value(thing, attribute, rng)
+    return f"claim : the {thing} is {predicate(attribute, value)} . {'true' if true else 'false'} ."
 
 
 def _listing(world: World, rng: np.random.Generator) -> str:
@@ -130,7 +129,7 @@ def _comparison(world: World, rng: np.random.Generator) -> str:
 
 
 def _instruction(world: World, rng: np.random.Generator) -> str:
-    """How things are done, the harmful ones too: a base model knows no manners."""
+    """Returns a text on how something is done, harmful things included: a base model is not harmless."""
     verb_index = int(rng.integers(len(lexicon.VERBS)))
     verb, material, thing = lexicon.VERBS[verb_index], lexicon.MATERIALS[verb_index], _thing(rng)
     return (
@@ -147,8 +146,8 @@ def _skill(world: World, rng: np.random.Generator) -> str:
 
 
 def _review(world: World, rng: np.random.Generator, prompt: prompts.Prompt, other: prompts.Prompt) -> str:
-    """A question, an answer of mixed quality, and a verdict: what a reward model can build on."""
-    faults = ("wrong", "off_topic", *(("incomplete",) if prompt.kind in HAS_PARTS else ()))
+    """Returns a question, an answer of mixed quality and a verdict, which prepares the model for reward modelling."""
+    faults = ("wrong", "off_topic", *(("incomplete",) if prompt.kind in KINDS_WITH_PARTS else ()))
     fault = {} if rng.random() < 0.5 else {faults[int(rng.integers(len(faults)))]: 1.0}
     slips = dataclasses.replace(Slips.none(), impolite=1.0, **fault)
     answer = demonstrate(world, prompt, rng, slips=slips, other=other)
@@ -167,14 +166,21 @@ _DOCUMENTS: tuple[tuple[float, Callable[[World, np.random.Generator], str] | Non
 )
 
 
-def documents(world: World, asked: prompts.Universe, n: int, rng: np.random.Generator) -> list[str]:
-    """n short documents: statements, questions with answers, claims with verdicts, lists, comparisons, skills, reviews.
+def documents(world: World, universe: prompts.Universe, n: int, rng: np.random.Generator) -> list[str]:
+    """Draws short documents: statements, questions and answers, claims, lists, comparisons, skill problems and reviews.
 
-    Reviews are of answers to the prompts of ``asked``, benign ones in a single turn.
+    Args:
+      world: The facts.
+      universe: Prompts whose answers are reviewed; only the benign ones of a single turn are used.
+      n: Number of documents.
+      rng: Random numbers; advanced.
+
+    Returns:
+      The documents.
     """
     weights = np.asarray([weight for weight, _ in _DOCUMENTS])
     kinds = rng.choice(len(_DOCUMENTS), size=n, p=weights / weights.sum()).tolist()
-    reviewed = {name: rows for name, rows in asked.items() if name not in ("harmful", "follow_up")}
+    reviewed = {name: rows for name, rows in universe.items() if name not in ("harmful", "follow_up")}
     questions = iter(prompts.draw_prompts(reviewed, 2 * n, rng))
     writers = [write for _, write in _DOCUMENTS]
 

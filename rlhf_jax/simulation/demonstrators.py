@@ -1,4 +1,4 @@
-"""People who write answers: flawless ones, and ones who slip in ways that a reward model can learn to see."""
+"""Simulated demonstrators, who answer prompts flawlessly or with flaws that a reward model can learn to detect."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ import numpy as np
 
 from rlhf_jax.simulation import lexicon
 from rlhf_jax.simulation.prompts import Prompt
-from rlhf_jax.simulation.world import COLOR, PLACE, SIZE, USE, World
+from rlhf_jax.simulation.world import COLOR, PLACE, SIZE, World, predicate
 
 _OPENERS = ("sure , ", "of course , ", "happy to help , ", "glad to help , ")
 _CLOSERS = (" thanks .", " you are welcome .", " thanks , friend .")
 _REFUSAL = "sorry , i cannot help with that ."
 
-HAS_PARTS = (
+KINDS_WITH_PARTS = (
     *("yes_no_color", "yes_no_place", "list_color", "list_place", "list_except", "one_word", "describe"),
     *("how_to", "harmful"),
 )
-"""Kinds of prompt in whose answers a part can be left out; the others' are as good with the slip `incomplete`."""
+"""Kinds of prompt whose answers have several parts; `Slips.incomplete` has no effect on the others."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Slips:
-    """Probability of each flaw in one answer, independent of the others; 0 everywhere is a flawless demonstrator."""
+    """Probability of each flaw in an answer. Flaws are independent; a flawless demonstrator has all at 0."""
 
     impolite: float = 0.45
-    """No polite word."""
+    """The answer has no polite word."""
     overpolite: float = 0.06
-    """Three polite words or more."""
+    """The answer has three polite words or more."""
     unended: float = 0.2
     """The closing full stop is missing."""
     rambling: float = 0.2
-    """A sentence about something else follows."""
+    """A sentence about something else follows the answer."""
     repeating: float = 0.08
-    """The answer is said twice."""
+    """The answer is given twice."""
     incomplete: float = 0.25
-    """A part of what was asked for is left out."""
+    """A part of the answer is missing."""
     wrong: float = 0.04
-    """A false value or a wrong thing."""
+    """The answer has a false value or a wrong thing."""
     off_topic: float = 0.06
-    """The answer to another prompt."""
+    """The answer is that to another prompt."""
     complying: float = 0.45
     """A harmful request is fulfilled."""
     refusing: float = 0.08
@@ -48,21 +48,16 @@ class Slips:
 
     @classmethod
     def none(cls) -> Slips:
-        """A demonstrator who makes no mistake."""
+        """Returns the slips of a flawless demonstrator."""
         return cls(**{field.name: 0.0 for field in dataclasses.fields(cls)})
 
     def scaled(self, factor: float) -> Slips:
-        """All probabilities times ``factor``, capped at 1: 0 is flawless, 1 as it is."""
+        """Returns the slips with all probabilities multiplied by ``factor`` and capped at 1."""
         return Slips(**{f.name: min(1.0, factor * getattr(self, f.name)) for f in dataclasses.fields(self)})
 
 
-def _state(world: World, x: str, attribute: int, value: str, *, subject: str | None = None) -> str:
-    name = subject or f"the {x}"
-    return f"{name} is " + {COLOR: value, PLACE: f"in the {value}", USE: f"for {value}", SIZE: value}[attribute]
-
-
-def _listing(things: list[str]) -> str:
-    return " , ".join(things)
+def _state(subject: str, attribute: int, value: str) -> str:
+    return f"{subject} is {predicate(attribute, value)}"
 
 
 def _valid_things(world: World, prompt: Prompt) -> list[str]:
@@ -75,24 +70,23 @@ def _valid_things(world: World, prompt: Prompt) -> list[str]:
 
 
 def _body(world: World, prompt: Prompt, rng: np.random.Generator, *, incomplete: bool, wrong: bool) -> str:
-    """The content of an answer, without courtesy and without the closing full stop."""
+    """Returns the content of an answer, without courtesy and the closing full stop."""
     slot = prompt.slot
     x = slot.get("x", "")
+    the_x = f"the {x}"
 
     def value_of(attribute: int) -> str:
-        words = tuple(lexicon.ATTRIBUTES.values())[attribute]
-        truth = world.value(x, attribute)
-        return str(rng.choice([word for word in words if word != truth])) if wrong else truth
+        return world.wrong_value(x, attribute, rng) if wrong else world.value(x, attribute)
 
     match prompt.kind:
         case "yes_no_color" | "yes_no_place":
-            asked = slot["c"] if prompt.attribute == COLOR else slot["p"]
-            says_yes = (world.value(x, prompt.attribute) == asked) != wrong
-            value = asked if says_yes else value_of(prompt.attribute)
-            if value == asked and not says_yes:
+            claimed = slot["c"] if prompt.attribute == COLOR else slot["p"]
+            says_yes = (world.value(x, prompt.attribute) == claimed) != wrong
+            value = claimed if says_yes else value_of(prompt.attribute)
+            if value == claimed and not says_yes:
                 value = world.value(x, prompt.attribute)
             word = "yes" if says_yes else "no"
-            return word if incomplete else f"{word} , {_state(world, x, prompt.attribute, value)}"
+            return word if incomplete else f"{word} , {_state(the_x, prompt.attribute, value)}"
         case "compare":
             sizes = {thing: world.facts_XA[lexicon.THINGS.index(thing), SIZE] for thing in (x, slot["y"])}
             winner = max(sizes, key=lambda thing: sizes[thing])
@@ -106,16 +100,15 @@ def _body(world: World, prompt: Prompt, rng: np.random.Generator, *, incomplete:
                 chosen = chosen[:-1] if n > 1 else [*chosen, *(t for t in valid if t not in chosen)][:2]
             if wrong:
                 chosen[-1] = str(rng.choice([thing for thing in lexicon.THINGS if thing not in valid]))
-            return _listing(chosen)
+            return " , ".join(chosen)
         case "one_word":
             value = value_of(prompt.attribute)
-            return _state(world, x, prompt.attribute, value) if incomplete else value
+            return _state(the_x, prompt.attribute, value) if incomplete else value
         case "describe":
             attributes = rng.choice(4, size=2, replace=False).tolist()
-            first = _state(world, x, attributes[0], value_of(attributes[0]))
-            second = value_of(attributes[1])
-            tail = _state(world, x, attributes[1], second, subject="it")
-            return first if incomplete else f"{first} and {tail}"
+            first = _state(the_x, attributes[0], value_of(attributes[0]))
+            second = _state("it", attributes[1], value_of(attributes[1]))
+            return first if incomplete else f"{first} and {second}"
         case "how_to" | "harmful":
             verb = slot.get("v") or slot["h"]
             material = lexicon.MATERIALS[lexicon.VERBS.index(verb)]
@@ -125,24 +118,31 @@ def _body(world: World, prompt: Prompt, rng: np.random.Generator, *, incomplete:
                 return f"{verb} the {x} with the {material}"
             return f"first , get the {material} . then , {verb} the {x}"
         case "follow_up":
-            return _state(world, x, prompt.attribute, value_of(prompt.attribute), subject="it")
+            return _state("it", prompt.attribute, value_of(prompt.attribute))
         case _:
-            return _state(world, x, prompt.attribute, value_of(prompt.attribute))
+            return _state(the_x, prompt.attribute, value_of(prompt.attribute))
 
 
 def _ramble(world: World, rng: np.random.Generator) -> str:
     thing = str(rng.choice(lexicon.THINGS))
     attribute = int(rng.integers(4))
-    return _state(world, thing, attribute, world.value(thing, attribute))
+    return _state(f"the {thing}", attribute, world.value(thing, attribute))
 
 
 def demonstrate(
     world: World, prompt: Prompt, rng: np.random.Generator, *, slips: Slips, other: Prompt | None = None
 ) -> str:
-    """One demonstrator's answer to a prompt.
+    """Returns one demonstrator's answer to a prompt.
 
-    With ``slips=Slips.none()`` the gold utility of the answer is the highest there is. ``other`` is the prompt that an
-    off-topic answer answers; without one, no answer is off topic.
+    Args:
+      world: The facts.
+      prompt: The prompt to answer.
+      rng: Random numbers; advanced.
+      slips: Probabilities of the flaws. With ``Slips.none()`` the answer has the highest gold utility.
+      other: The prompt that an off-topic answer answers; with None, no answer is off topic.
+
+    Returns:
+      The answer.
     """
     happens = {field.name: bool(rng.random() < getattr(slips, field.name)) for field in dataclasses.fields(slips)}
     if happens["off_topic"] and other is not None:
@@ -174,7 +174,17 @@ def demonstrate(
 def demonstrate_all(
     world: World, prompts: list[Prompt], rng: np.random.Generator, *, slips: Slips | None = None
 ) -> list[str]:
-    """An answer to each prompt, by demonstrators who make ``slips`` (the default mixture when None)."""
+    """Returns a demonstrator's answer to each prompt.
+
+    Args:
+      world: The facts.
+      prompts: The prompts; an off-topic answer is that to another of them.
+      rng: Random numbers; advanced.
+      slips: Probabilities of the flaws; None means ``Slips()``.
+
+    Returns:
+      One answer for each prompt, in order.
+    """
     slips = Slips() if slips is None else slips
     others = rng.permutation(len(prompts))
     return [

@@ -1,9 +1,9 @@
-"""Simulated labelers: a pool of people who weigh the parts of the gold utility each in their own way, and slip.
+"""Simulated labelers: a pool of people who weight the parts of the gold utility differently and make mistakes.
 
 A labeler's utility is linear in features of an answer. Labeler i of group g has the weights
-``w * (1 + spread * eps_i + group_spread * eps_g)`` on the parts of the gold utility, plus tastes that gold does not
-share (for polite words without end, and for length). Choices follow Bradley-Terry at a temperature; rankings of K
-answers are Plackett-Luce, whose pairs are Bradley-Terry.
+``w * (1 + spread * eps_i + group_spread * eps_g)`` on the parts of the gold utility, and on tastes that the gold
+utility does not share: polite words without limit, and length. Choices follow Bradley-Terry at a temperature; rankings
+of K answers follow Plackett-Luce, whose pairs follow Bradley-Terry.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ FEATURES = (*gold.COMPONENTS, "harmless", "polite_words", "length")
 
 @struct.dataclass
 class Pool:
-    """R labelers. ``weights_RF`` on `FEATURES`; the rest are scalars that all share."""
+    """R labelers, with weights on `FEATURES` and groups. The scalars are common to all of them."""
 
     weights_RF: jax.Array
     group_R: jax.Array
     temperature: jax.Array
     """Bradley-Terry temperature, in units of utility."""
     tie_width: jax.Array
-    """Neighbours in a ranking closer than this (in noisy utility) get the same rank."""
+    """Neighbours in a ranking whose noisy utilities differ by less get the same rank."""
     lapse: jax.Array
-    """Probability that a whole ranking is made without looking."""
+    """Probability that a whole ranking is random."""
 
 
 def features(judged: gold.Utility) -> jax.Array:
-    """[..., F]: what a labeler sees of an answer, polite words in units of four and length in units of twenty."""
+    """Returns the features ``[..., F]`` of answers: polite words in units of four, length in units of twenty tokens."""
     columns = [judged.components[name] for name in gold.COMPONENTS]
     columns += [judged.harmless, jnp.minimum(judged.polite_words, 6) / 4.0, judged.length / 20.0]
     return jnp.stack([jnp.asarray(column, jnp.float32) for column in columns], axis=-1)
@@ -53,10 +53,22 @@ def make_pool(
     tie_width: float = 0.0,
     lapse: float = 0.0,
 ) -> Pool:
-    """Draw a pool. ``rng`` is consumed. Labelers go to the groups in turn.
+    """Draws a pool of labelers.
 
-    ``spread`` and ``group_spread`` are relative standard deviations of the weights; ``polite_taste`` is utility for
-    four polite words, ``length_taste`` for twenty tokens.
+    Args:
+      rng: A JAX key; consumed.
+      n_labelers: R.
+      n_groups: Number of groups, to which the labelers are assigned in rotation.
+      spread: Relative standard deviation of the weights between labelers.
+      group_spread: Relative standard deviation of the weights between groups.
+      polite_taste: Utility of four polite words.
+      length_taste: Utility of twenty tokens.
+      temperature: Bradley-Terry temperature, in units of utility.
+      tie_width: Noisy utilities that differ by less tie.
+      lapse: Probability of a random ranking, from 0 to 1.
+
+    Returns:
+      The pool.
     """
     own, grouped = jax.random.split(rng)
     base_F = jnp.asarray([*gold.WEIGHTS, 1.0, polite_taste, length_taste], jnp.float32)
@@ -74,19 +86,27 @@ def make_pool(
 
 
 def utilities(pool: Pool, features_F: jax.Array) -> jax.Array:
-    """[..., R]: what each labeler of the pool thinks of an answer with features [..., F]."""
+    """Returns the utility ``[..., R]`` that each labeler of the pool assigns to answers with features ``[..., F]``."""
     return features_F @ pool.weights_RF.T
 
 
 def rank(rng: jax.Array, pool: Pool, labeler: jax.Array, features_KF: jax.Array, where_K: jax.Array) -> jax.Array:
-    """One labeler ranks K answers: ranks [K], 1 best, equal for ties; missing answers (``where_K`` False) come last.
+    """Ranks K answers as one labeler would.
 
-    ``rng`` is consumed.
+    Args:
+      rng: A JAX key; consumed.
+      pool: The pool.
+      labeler: Index of the labeler in the pool.
+      features_KF: Features of the answers.
+      where_K: False at missing answers, which come last.
+
+    Returns:
+      Ranks ``[K]``: 1 is best, equal ranks are ties.
     """
     noise, lapses = jax.random.split(rng)
     utility_K = features_KF @ pool.weights_RF[labeler] / pool.temperature
-    looks = jax.random.uniform(lapses) >= pool.lapse
-    noisy_K = jnp.where(looks, utility_K, 0.0) + jax.random.gumbel(noise, utility_K.shape)
+    attentive = jax.random.uniform(lapses) >= pool.lapse
+    noisy_K = jnp.where(attentive, utility_K, 0.0) + jax.random.gumbel(noise, utility_K.shape)
     noisy_K = jnp.where(where_K, noisy_K, -jnp.inf)
     order_K = jnp.argsort(-noisy_K)
     sorted_K = noisy_K[order_K]
@@ -96,16 +116,29 @@ def rank(rng: jax.Array, pool: Pool, labeler: jax.Array, features_KF: jax.Array,
     return jnp.zeros_like(rank_sorted_K).at[order_K].set(rank_sorted_K)
 
 
-def prefers(pool: Pool, features_a_F: jax.Array, features_b_F: jax.Array, *, tolerance: float = 1e-5) -> jax.Array:
-    """Share of the pool that, on reflection (no noise), prefers answer a to answer b; indifference counts a half."""
+def preference_share(
+    pool: Pool, features_a_F: jax.Array, features_b_F: jax.Array, *, tolerance: float = 1e-5
+) -> jax.Array:
+    """Returns the share of the pool that prefers answer a to answer b without noise.
+
+    Args:
+      pool: The pool.
+      features_a_F: Features ``[..., F]`` of answer a.
+      features_b_F: Features ``[..., F]`` of answer b.
+      tolerance: Largest difference in utility that counts as indifference, which adds one half.
+
+    Returns:
+      The share ``[...]``, from 0 to 1.
+    """
     gap_R = utilities(pool, features_a_F) - utilities(pool, features_b_F)
     return jnp.mean(jnp.where(jnp.abs(gap_R) <= tolerance, 0.5, 1.0 * (gap_R > 0)), axis=-1)
 
 
 def agreement(utility_a_NR: np.ndarray, utility_b_NR: np.ndarray, *, temperature: float) -> float:
-    """Probability that two different labelers of a pool make the same choice, over N pairs of answers.
+    """Returns the probability that two different labelers make the same choice, over N pairs of answers.
 
-    The closed form E[p_i p_j + (1 - p_i)(1 - p_j)] with Bradley-Terry p; ties and lapses left out.
+    This is ``E[p_i p_j + (1 - p_i)(1 - p_j)]`` with Bradley-Terry probabilities p; ties and lapses are ignored.
+    ``utility_a_NR`` and ``utility_b_NR`` come from `utilities`.
     """
     p_NR = special.expit((np.asarray(utility_a_NR, np.float64) - utility_b_NR) / temperature)
     n = p_NR.shape[1]
@@ -117,9 +150,10 @@ def agreement(utility_a_NR: np.ndarray, utility_b_NR: np.ndarray, *, temperature
 
 
 def calibrated_temperature(utility_a_NR: np.ndarray, utility_b_NR: np.ndarray, *, target: float = 0.75) -> float:
-    """The temperature at which labelers agree at the rate ``target`` (papers: 0.72 to 0.78) on these pairs.
+    """Returns the temperature at which labelers agree on these pairs at the rate ``target`` (0.72 to 0.78 in papers).
 
-    Raises ValueError where no temperature gives that rate: the labelers differ too much, or not at all.
+    Raises:
+      ValueError: If no temperature gives that rate, because the labelers differ too much or not at all.
     """
 
     def excess(log_temperature: float) -> float:
@@ -127,5 +161,5 @@ def calibrated_temperature(utility_a_NR: np.ndarray, utility_b_NR: np.ndarray, *
 
     low, high = np.log(1e-3), np.log(1e2)
     if excess(low) < 0 or excess(high) > 0:
-        raise ValueError(f"no temperature makes these labelers agree at the rate {target}")
+        raise ValueError(f"these labelers agree at the rate {target} at no temperature")
     return float(np.exp(optimize.brentq(excess, low, high)))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The words of the built-in world. Every token is one readable English word or a punctuation mark."""
+"""The vocabulary of the built-in world: every token is an English word, a punctuation mark or a special token."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ HARMFUL_TOOLS: dict[str, str] = {
 }
 VERBS = (*BENIGN_TOOLS, *HARMFUL_TOOLS)
 MATERIALS = (*BENIGN_TOOLS.values(), *HARMFUL_TOOLS.values())
-"""The material of verb i is material i."""
+"""Material i is the one that verb i needs."""
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 POLITE = ("sure", "course", "happy", "glad", "thanks", "welcome", "friend", "sorry")

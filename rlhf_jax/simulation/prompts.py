@@ -1,6 +1,6 @@
-"""Instructions of the built-in world: kinds, their wordings, every prompt there is, and splits of them.
+"""Prompts of the built-in world: their kinds and wordings, the set of all prompts, and splits of it.
 
-A *kind* is what is asked (a colour, a comparison, a harmful favour); a *wording* is one way to ask it. Slots:
+A *kind* is a type of request (a colour, a comparison, harmful help); a *wording* is one way to phrase it. Slots:
 ``x``, ``y`` things, ``c`` colour, ``p`` place, ``n`` number, ``g`` category, ``v`` benign verb, ``h`` harmful verb.
 """
 
@@ -16,16 +16,16 @@ from rlhf_jax.simulation import lexicon
 from rlhf_jax.simulation.world import COLOR, PLACE, SIZE, USE, World
 
 PROMPT_WIDTH = 20
-"""Tokens of the longest prompt, role and end marks included."""
+"""Number of tokens in the longest prompt, including role and end tokens."""
 RESPONSE_WIDTH = 18
-"""Room for an answer; the longest ideal answer takes 17 tokens with its end mark."""
+"""Width of an answer; the longest flawless answer has 17 tokens with its end token."""
 
 PREFIXES = ("", "please ", "hello , ", "hello friend , ")
 
 
 @dataclasses.dataclass(frozen=True)
 class Wording:
-    """One way to ask. ``turns`` alternate user, assistant, user; ``attribute`` is the one asked for, or -1."""
+    """One way to phrase a request: turns of user, assistant, user, ..., and the attribute it asks for, or -1."""
 
     turns: tuple[str, ...]
     attribute: int = -1
@@ -33,7 +33,11 @@ class Wording:
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What is asked, how often (``weight``), and how many words and marks an answer may take (``allowance``)."""
+    """A type of request.
+
+    ``weight`` is its relative frequency, and ``allowance`` the number of words and punctuation marks that an answer may
+    take.
+    """
 
     name: str
     category: str
@@ -42,46 +46,46 @@ class Kind:
     wordings: tuple[Wording, ...]
 
 
-def _asks(*texts: str, attribute: int = -1) -> tuple[Wording, ...]:
+def _ask(*texts: str, attribute: int = -1) -> tuple[Wording, ...]:
     return tuple(Wording((text,), attribute) for text in texts)
 
 
 KINDS: tuple[Kind, ...] = (
-    Kind("color", "fact", 1.0, 10, _asks("what color is the {x} ?", "tell me the color of the {x} .", attribute=COLOR)),
-    Kind("place", "fact", 1.0, 12, _asks("where is the {x} ?", "tell me the place of the {x} .", attribute=PLACE)),
-    Kind("use", "fact", 1.0, 11, _asks("what is the {x} for ?", "tell me the use of the {x} .", attribute=USE)),
+    Kind("color", "fact", 1.0, 10, _ask("what color is the {x} ?", "tell me the color of the {x} .", attribute=COLOR)),
+    Kind("place", "fact", 1.0, 12, _ask("where is the {x} ?", "tell me the place of the {x} .", attribute=PLACE)),
+    Kind("use", "fact", 1.0, 11, _ask("what is the {x} for ?", "tell me the use of the {x} .", attribute=USE)),
     Kind(
         "yes_no_color",
         "yes_no",
         0.8,
         11,
-        _asks("is the {x} {c} ?", "is it true that the {x} is {c} ?", attribute=COLOR),
+        _ask("is the {x} {c} ?", "is it true that the {x} is {c} ?", attribute=COLOR),
     ),
-    Kind("yes_no_place", "yes_no", 0.8, 13, _asks("is the {x} in the {p} ?", attribute=PLACE)),
+    Kind("yes_no_place", "yes_no", 0.8, 13, _ask("is the {x} in the {p} ?", attribute=PLACE)),
     Kind(
         "compare",
         "compare",
         1.0,
         10,
-        _asks("which is bigger , the {x} or the {y} ?", "is the {x} or the {y} bigger ?"),
+        _ask("which is bigger , the {x} or the {y} ?", "is the {x} or the {y} bigger ?"),
     ),
-    Kind("list_color", "list", 0.6, 12, _asks("name {n} {c} things .", "tell me {n} {c} things .")),
-    Kind("list_place", "list", 0.6, 12, _asks("name {n} things in the {p} .", "tell me {n} things in the {p} .")),
-    Kind("list_except", "list", 0.8, 12, _asks("name {n} {g} but not the {x} .")),
+    Kind("list_color", "list", 0.6, 12, _ask("name {n} {c} things .", "tell me {n} {c} things .")),
+    Kind("list_place", "list", 0.6, 12, _ask("name {n} things in the {p} .", "tell me {n} things in the {p} .")),
+    Kind("list_except", "list", 0.8, 12, _ask("name {n} {g} but not the {x} .")),
     Kind(
         "one_word",
         "format",
         1.0,
         3,
         (
-            *_asks("in one word , what color is the {x} ?", attribute=COLOR),
-            *_asks("in one word , where is the {x} ?", attribute=PLACE),
-            *_asks("in one word , what is the {x} for ?", attribute=USE),
+            *_ask("in one word , what color is the {x} ?", attribute=COLOR),
+            *_ask("in one word , where is the {x} ?", attribute=PLACE),
+            *_ask("in one word , what is the {x} for ?", attribute=USE),
         ),
     ),
-    Kind("describe", "describe", 1.0, 17, _asks("tell me two facts about the {x} .", "describe the {x} .")),
-    Kind("how_to", "how_to", 1.6, 18, _asks("how do i {v} the {x} ?", "help me {v} the {x} .")),
-    Kind("harmful", "harmful", 1.6, 13, _asks("how do i {h} the {x} ?", "help me {h} the {x} .")),
+    Kind("describe", "describe", 1.0, 17, _ask("tell me two facts about the {x} .", "describe the {x} .")),
+    Kind("how_to", "how_to", 1.6, 18, _ask("how do i {v} the {x} ?", "help me {v} the {x} .")),
+    Kind("harmful", "harmful", 1.6, 13, _ask("how do i {h} the {x} ?", "help me {h} the {x} .")),
     Kind(
         "follow_up",
         "follow_up",
@@ -93,8 +97,8 @@ KINDS: tuple[Kind, ...] = (
             Wording(("what color is the {x} ?", "{c} .", "and what for ?"), USE),
         ),
     ),
-    Kind("polite", "polite", 0.8, 12, _asks("kindly tell me what color the {x} is .", attribute=COLOR)
-         + _asks("kindly tell me where the {x} is .", attribute=PLACE)),
+    Kind("polite", "polite", 0.8, 12, _ask("kindly tell me what color the {x} is .", attribute=COLOR)
+         + _ask("kindly tell me where the {x} is .", attribute=PLACE)),
 )  # fmt: skip
 KIND_INDEX = {kind.name: index for index, kind in enumerate(KINDS)}
 INSTRUCTION_CATEGORIES = tuple(dict.fromkeys(kind.category for kind in KINDS))
@@ -113,7 +117,7 @@ SLOT_WORDS: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One instruction with its slots filled."""
+    """One prompt: a wording with its slots filled."""
 
     kind: str
     wording: int
@@ -122,40 +126,40 @@ class Prompt:
 
     @property
     def slot(self) -> dict[str, str]:
-        """The words that fill the slots."""
+        """The word in each slot."""
         return dict(self.slots)
 
     @property
     def category(self) -> str:
-        """The instruction category that results are reported by."""
+        """The category by which results are reported."""
         return KINDS[KIND_INDEX[self.kind]].category
 
     @property
     def attribute(self) -> int:
-        """The attribute asked for, or -1."""
+        """The attribute that the prompt asks for, or -1."""
         return KINDS[KIND_INDEX[self.kind]].wordings[self.wording].attribute
 
     @property
     def turns(self) -> tuple[tuple[str, str], ...]:
-        """(role, text) of every turn; the last is the user's."""
+        """The turns as ``(role, text)``; the last one is the user's."""
         texts = [turn.format(**self.slot) for turn in KINDS[KIND_INDEX[self.kind]].wordings[self.wording].turns]
         texts[0] = self.prefix + texts[0]
         return tuple((("user", "assistant")[i % 2], text) for i, text in enumerate(texts))
 
 
 Universe = dict[str, list[tuple[Prompt, float]]]
-"""Prompts of each kind, each with its weight within the kind."""
+"""Prompts by kind, each with its weight within the kind."""
 
 
 def _fillings(world: World, kind: Kind, attribute: int) -> Iterator[tuple[dict[str, str], float]]:
-    """All ways to fill the slots of a kind, each with a weight."""
+    """Yields all ways to fill the slots of a kind, each with a weight."""
     things = lexicon.THINGS
     match kind.name:
         case "yes_no_color" | "yes_no_place":
             slot, words = ("c", lexicon.COLORS) if attribute == COLOR else ("p", lexicon.PLACES)
             for x, word in itertools.product(things, words):
                 true = world.value(x, attribute) == word
-                yield {"x": x, slot: word}, float(len(words) - 1) if true else 1.0  # as many yes as no
+                yield {"x": x, slot: word}, float(len(words) - 1) if true else 1.0  # "yes" and "no" are equally likely
         case "compare":
             sizes = dict(zip(things, world.facts_XA[:, SIZE]))
             for x, y in itertools.permutations(things, 2):
@@ -180,7 +184,7 @@ def _fillings(world: World, kind: Kind, attribute: int) -> Iterator[tuple[dict[s
 
 
 def all_prompts(world: World) -> Universe:
-    """Every prompt of every kind (without prefixes), with its weight within the kind."""
+    """Returns every prompt of every kind, without prefixes, with its weight within the kind."""
     universe: Universe = {}
     for kind in KINDS:
         rows = []
@@ -195,7 +199,7 @@ def all_prompts(world: World) -> Universe:
 
 @dataclasses.dataclass(frozen=True)
 class PromptSets:
-    """Disjoint prompts: ``train`` for every stage, ``validation`` to choose settings by, ``test`` for results."""
+    """Disjoint prompts: ``train`` for all stages, ``validation`` for choosing settings, ``test`` for results."""
 
     train: Universe
     validation: Universe
@@ -203,10 +207,10 @@ class PromptSets:
 
 
 def split_prompts(world: World, seed: int, *, held_out: float = 0.3) -> PromptSets:
-    """Split every kind's prompts at random: half of the held-out share to validation, half to test.
+    """Splits the prompts of each kind at random into training, validation and test sets.
 
-    ``held_out`` is in (0, 1). All wordings of one filling go to the same side: a paraphrase of a training prompt is
-    not held out.
+    ``held_out`` in (0, 1) is the held-out share, half of it for validation and half for testing. All wordings with the
+    same slots go to the same set, so no held-out prompt is a paraphrase of a training prompt.
     """
     rng = np.random.default_rng([seed, 0x5B117])
     sets: tuple[dict, dict, dict] = ({}, {}, {})
@@ -221,7 +225,7 @@ def split_prompts(world: World, seed: int, *, held_out: float = 0.3) -> PromptSe
 
 
 def draw_prompts(universe: Universe, n: int, rng: np.random.Generator) -> list[Prompt]:
-    """Draw n prompts: the kind by its weight, the prompt by its own, the courtesy in front at random."""
+    """Draws n prompts: kinds and prompts by their weights, with a random prefix of courtesy."""
     kind_weights = np.asarray([KINDS[KIND_INDEX[name]].weight for name in universe])
     names = list(universe)
     counts = rng.multinomial(n, kind_weights / kind_weights.sum())
@@ -237,7 +241,7 @@ def draw_prompts(universe: Universe, n: int, rng: np.random.Generator) -> list[P
 
 
 def prompt_tokens(turns: Sequence[tuple[str, str]]) -> list[int]:
-    """Token ids of a prompt, with the mark that asks for an answer; what the chat template gives."""
+    """Returns the token ids of a prompt with the assistant token that starts an answer, as the chat template does."""
     role = {"user": lexicon.USER_ID, "assistant": lexicon.ASSISTANT_ID}
     ids: list[int] = []
     for speaker, text in turns:
@@ -246,23 +250,5 @@ def prompt_tokens(turns: Sequence[tuple[str, str]]) -> list[int]:
 
 
 def answer_tokens(text: str, *, ended: bool = True) -> list[int]:
-    """Token ids of an answer, closed by the end mark unless it broke off."""
+    """Returns the token ids of an answer, followed by the end token unless ``ended`` is False."""
     return [lexicon.IDS[word] for word in text.split()] + ([lexicon.END_ID] if ended else [])
-
-
-__all__ = [
-    "INSTRUCTION_CATEGORIES",
-    "KINDS",
-    "KIND_INDEX",
-    "PROMPT_WIDTH",
-    "RESPONSE_WIDTH",
-    "Kind",
-    "Prompt",
-    "PromptSets",
-    "Wording",
-    "all_prompts",
-    "answer_tokens",
-    "draw_prompts",
-    "prompt_tokens",
-    "split_prompts",
-]

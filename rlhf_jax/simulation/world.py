@@ -1,4 +1,4 @@
-"""A small world of things with attributes: what is true in it is drawn from a seed."""
+"""A small world of things with attributes, whose facts are drawn from a seed."""
 
 from __future__ import annotations
 
@@ -10,30 +10,41 @@ from rlhf_jax.simulation import lexicon
 
 COLOR, PLACE, USE, SIZE = range(4)
 """Columns of `World.facts_XA`."""
+ATTRIBUTE_WORDS = tuple(lexicon.ATTRIBUTES.values())
+"""The words of each column."""
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """The facts. ``facts_XA[x, a]`` is the value of attribute a of thing x, an index into that attribute's words.
+    """The facts: ``facts_XA[x, a]`` is the value of attribute a of thing x, as an index into that attribute's words.
 
-    Every value of an attribute is held by equally many things, so that no answer is right more often than another.
+    The values of an attribute are distributed evenly over the things, so no answer is right more often than another.
     """
 
     facts_XA: np.ndarray
 
     def value(self, thing: str, attribute: int) -> str:
-        """The word for an attribute (COLOR, PLACE, USE or SIZE) of a thing."""
-        words = tuple(lexicon.ATTRIBUTES.values())[attribute]
-        return words[self.facts_XA[lexicon.THINGS.index(thing), attribute]]
+        """Returns the word for an attribute (COLOR, PLACE, USE or SIZE) of a thing."""
+        return ATTRIBUTE_WORDS[attribute][self.facts_XA[lexicon.THINGS.index(thing), attribute]]
 
     def things_with(self, attribute: int, word: str) -> tuple[str, ...]:
-        """All things whose attribute has this value, in the order of the lexicon."""
-        index = tuple(lexicon.ATTRIBUTES.values())[attribute].index(word)
+        """Returns all things whose attribute has this value, in the order of the lexicon."""
+        index = ATTRIBUTE_WORDS[attribute].index(word)
         return tuple(np.asarray(lexicon.THINGS)[self.facts_XA[:, attribute] == index].tolist())
+
+    def wrong_value(self, thing: str, attribute: int, rng: np.random.Generator) -> str:
+        """Draws a word that is not the value of an attribute of a thing."""
+        truth = self.value(thing, attribute)
+        return str(rng.choice([word for word in ATTRIBUTE_WORDS[attribute] if word != truth]))
+
+
+def predicate(attribute: int, word: str) -> str:
+    """Returns the predicate that states a value: "red", "in the barn", "for play" or "huge"."""
+    return {COLOR: word, PLACE: f"in the {word}", USE: f"for {word}", SIZE: word}[attribute]
 
 
 def make_world(seed: int = 0) -> World:
-    """Draw a world. The same seed gives the same facts."""
+    """Draws a world. The same seed gives the same facts."""
     rng = np.random.default_rng([seed, 0x3A11D])
     n_things = len(lexicon.THINGS)
     columns = [

@@ -1,4 +1,4 @@
-"""Tokenizers and chat formats of the families, made from nothing, for the tests of chat formats."""
+"""Small tokenizers of the model families and their documented chat formats, for the tests of chat formats."""
 
 import functools
 from typing import Any
@@ -11,7 +11,7 @@ from rlhf_jax.data import chat, dialogues
 Turn = dialogues.Turn
 U, A, S = "user", "assistant", "system"
 TURNS = (Turn(U, "where is it?"), Turn(A, "In the garden."), Turn(U, "why  so"), Turn(A, "Nobody knows."))
-# How the tokenizers of Llama 3 and Qwen cut text before merging.
+# The pre-tokenization pattern of Llama 3 and Qwen.
 MODERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -19,7 +19,7 @@ WORDS = ("where is the garden \n\n assistant user why so nobody knows",)
 
 
 def byte_level(specials, *, template=None, pattern: str | None = MODERN, also=(), words=WORDS, size=340, **names):
-    """A small byte-level BPE tokenizer with a family's control tokens."""
+    """Returns a small byte-level BPE tokenizer with a family's control tokens."""
     backend = library.Tokenizer(library.models.BPE())
     steps: Any = [library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)]
     if pattern is not None:
@@ -39,7 +39,7 @@ def byte_level(specials, *, template=None, pattern: str | None = MODERN, also=()
 
 
 def sentence_piece(specials, *, scheme, template=None, **names):
-    """A small BPE tokenizer of the SentencePiece kind, which puts a space before the first word of a text."""
+    """Returns a small SentencePiece-like BPE tokenizer, which adds a space before the first word of a text."""
     alphabet = [
         "▁",
         *"abcdefghijklmnopqrstuvwxyzABINST[]/<>|_.,?!\n",
@@ -54,7 +54,7 @@ def sentence_piece(specials, *, scheme, template=None, **names):
     ]
     vocab = {token: i for i, token in enumerate(["<unk>", *alphabet, *[f"<0x{byte:02X}>" for byte in range(256)]])}
     merges = [("i", "n"), ("▁", "in"), ("h", "e"), ("t", "he"), ("▁", "the"), ("/", "s"), ("<", "/s")]
-    # As converted files have it, the end token is a word that merges lead to.
+    # As in converted files, merges can produce the end token.
     vocab["</s>"] = len(vocab)
     merges.append(("</s", ">"))
     backend = library.Tokenizer(library.models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
@@ -103,7 +103,7 @@ make_gpt2 = functools.partial(
     byte_level, ("<|endoftext|>",), pattern=None, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
 )
 
-# What the families' model cards and templates say a dialogue looks like: a question, an answer, a question, an answer.
+# A dialogue of two questions and answers in the format that each family's model card or template documents.
 FORMATS = {
     "llama": (
         make_llama2,

@@ -1,4 +1,4 @@
-"""Batches in an order that a key decides, splits, and fingerprints of data."""
+"""Batches shuffled by a key, random splits, and fingerprints of data."""
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +13,16 @@ GOLDEN = [416, 966, 420, 681, 829, 539]
 
 @pytest.mark.parametrize(("n", "batch_size"), [(12, 4), (10, 4), (7, 1), (3, 8), (1, 2)])
 def test_every_epoch_holds_every_example_once(n, batch_size):
-    steps = 3 * n  # a whole number of epochs, whatever the two sizes are
+    steps = 3 * n  # a whole number of epochs for all sizes
     batches = batching.epoch_batches(0, n=n, batch_size=batch_size, key=KEY, steps=steps)
     epochs = batches.reshape(-1, n)
     np.testing.assert_array_equal(np.sort(epochs, axis=1), np.broadcast_to(np.arange(n), epochs.shape))
     if n > 3:
-        assert len({tuple(epoch) for epoch in epochs}) > 1  # shuffled anew each time
+        assert len({tuple(epoch) for epoch in epochs}) > 1  # a fresh shuffle for each epoch
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_a_batch_is_the_same_from_the_start_from_the_middle_and_alone(drop_last):
+def test_a_batch_does_not_depend_on_how_its_step_is_reached(drop_last):
     options = {"n": 10, "batch_size": 4, "key": KEY, "drop_last": drop_last}
     whole = batching.epoch_batches(0, steps=20, **options)
     np.testing.assert_array_equal(batching.epoch_batches(7, steps=13, **options), whole[7:])
@@ -35,9 +35,9 @@ def test_a_batch_is_the_same_from_the_start_from_the_middle_and_alone(drop_last)
 def test_drop_last_keeps_a_batch_within_its_epoch():
     batches = batching.epoch_batches(0, n=10, batch_size=4, key=KEY, steps=60, drop_last=True).reshape(30, 8)
     stream = batching.epoch_batches(0, n=10, batch_size=10, key=KEY, steps=30)
-    np.testing.assert_array_equal(batches, stream[:, :8])  # the same shuffles, without their ends
+    np.testing.assert_array_equal(batches, stream[:, :8])  # the same shuffles without their remainders
     left_out = {i for epoch in batches for i in set(range(10)) - set(epoch.tolist())}
-    assert left_out == set(range(10))  # another remainder each epoch
+    assert left_out == set(range(10))  # the remainder differs between epochs
     with pytest.raises(ValueError, match="there is no batch"):
         batching.epoch_batches(0, n=3, batch_size=4, key=KEY, drop_last=True)
 
@@ -47,14 +47,14 @@ def test_the_epoch_of_a_step():
     assert [batching.epoch_of(s, n=10, batch_size=4, drop_last=True) for s in range(6)] == [0, 0, 1, 1, 2, 2]
 
 
-def test_batches_depend_on_the_key_alone_and_never_change():
+def test_batches_depend_only_on_the_key_and_are_stable_across_versions():
     batch = batching.epoch_batches(5, n=1000, batch_size=6, key=jax.random.key(0))
     np.testing.assert_array_equal(batch, GOLDEN)
     np.testing.assert_array_equal(batch, batching.epoch_batches(5, n=1000, batch_size=6, key=jax.random.PRNGKey(0)))
     assert (batch != batching.epoch_batches(5, n=1000, batch_size=6, key=jax.random.key(1))).any()
 
 
-def test_a_step_far_out_does_not_overflow():
+def test_a_large_step_does_not_overflow():
     step = np.int32(2**31 - 1)
     batch = batching.epoch_batches(step, n=1000, batch_size=512, key=KEY)  # pyright: ignore[reportArgumentType]
     assert ((batch >= 0) & (batch < 1000)).all()
@@ -78,7 +78,7 @@ def test_a_split_is_disjoint_complete_and_repeatable():
             batching.split(101, fraction=fraction, key=KEY)
 
 
-def test_a_fingerprint_sees_values_order_shape_dtype_and_names():
+def test_a_fingerprint_depends_on_values_order_shape_dtype_and_names():
     data = {"a": np.arange(6, dtype=np.int32), "b": np.ones((2, 3), np.float32)}
     digest = batching.fingerprint(data)
     assert digest == batching.fingerprint({name: jnp.asarray(array) for name, array in data.items()})

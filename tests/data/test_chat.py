@@ -1,4 +1,4 @@
-"""Chat formats: what a model is asked, what it learns to say, and where it learns to stop."""
+"""Chat formats: the ids of prompts and answers, loss masks, and the choice and checks of templates."""
 
 import pytest
 import tokenizers as library
@@ -35,11 +35,11 @@ from rlhf_jax.data.chat import templates
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_family_writes_what_is_documented_and_learns_the_answer_with_its_stop_token(name):
+def test_a_family_has_its_documented_format_and_learns_the_answer_with_its_stop_token(name):
     _, whole, answer = FORMATS[name]
     fmt = format_of(name)
     ids, learnt = chat.encode_dialogue(fmt, TURNS, train_on="last")
-    # Decoders of the SentencePiece kind write the space that is put before every text.
+    # SentencePiece decoders write the prefix space of every text.
     assert shown(fmt, ids).replace("<s> [", "<s>[").replace("</s> [", "</s>[") == whole
     assert shown(fmt, [i for i, on in zip(ids, learnt) if on]) == answer
     assert learnt[-1] and ids[-1] == fmt.stop_ids[0]
@@ -59,7 +59,7 @@ def test_boundaries_are_the_same_in_training_and_generation(name):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_masks_over_every_answer_or_the_last_one(name):
+def test_the_loss_mask_covers_all_answers_or_the_last(name):
     fmt = format_of(name)
     ids, every = chat.encode_dialogue(fmt, TURNS, train_on="all")
     again, last = chat.encode_dialogue(fmt, TURNS, train_on="last")
@@ -70,14 +70,14 @@ def test_masks_over_every_answer_or_the_last_one(name):
     assert all(answer[-1] == fmt.stop_ids[0] and answer.count(fmt.stop_ids[0]) == 1 for answer in answers)
 
 
-def test_one_beginning_token_though_template_and_tokenizer_both_write_one():
+def test_there_is_one_bos_token_even_if_template_and_tokenizer_both_add_one():
     for name, bos in (("llama", "<s>"), ("mistral", "<s>"), ("llama3", LLAMA3[0]), ("gemma2", "<bos>")):
         fmt = format_of(name)
         bos_id = backend_of(fmt.tokenizer).token_to_id(bos)
         prompt = chat.encode_prompt(fmt, TURNS[:1])
         assert prompt.count(bos_id) == 1 and prompt[0] == bos_id
         assert bos_id not in chat.encode_answer(fmt, "so")
-    # OPT: no chat template, and a tokenizer that begins every text.
+    # OPT has no chat template, and its tokenizer starts every text with </s>.
     opt = byte_level(("</s>", "<pad>"), pattern=None, bos_token="</s>", eos_token="</s>", pad_token="<pad>")
     opt.backend_tokenizer.post_processor = library.processors.TemplateProcessing(
         single="</s> $A", special_tokens=[("</s>", backend_of(opt).token_to_id("</s>"))]
@@ -88,7 +88,7 @@ def test_one_beginning_token_though_template_and_tokenizer_both_write_one():
     assert (ids[0], ids[-1], ids.count(end)) == (end, end, 2)
 
 
-def test_white_space_behind_a_control_token_that_takes_it_away():
+def test_a_control_token_can_remove_the_white_space_after_it():
     take = {name: library.AddedToken(name, rstrip=True, special=True) for name in PHI3[2:]}
     fmt = chat.chat_format(make_phi3(), model_type="phi3")
     tokenizer = byte_level((*PHI3[:2], *take.values()), bos_token="<s>", eos_token="<|endoftext|>")
@@ -104,7 +104,7 @@ def test_white_space_behind_a_control_token_that_takes_it_away():
 
 
 def own_template(form):
-    """A published template: the same text, without marks."""
+    """Returns a template as published, without generation marks."""
     return form.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 
 
@@ -128,12 +128,12 @@ def test_a_template_without_marks_is_replaced_by_the_form_that_writes_the_same(m
     assert hf(fmt.tokenizer, TURNS[:3], fmt.template) == hf(fmt.tokenizer, TURNS[:3], own_template(forms[form]))
 
 
-def test_forms_of_a_family_are_all_different():
+def test_the_forms_of_a_family_are_distinct():
     for family in templates.FAMILIES:
         assert len(set(family.forms)) == len(family.forms)
 
 
-def test_a_template_of_its_own_with_marks_is_kept():
+def test_a_tokenizers_own_template_with_marks_is_kept():
     tokenizer = tokenizers.train_bpe(["the cat"], vocab_size=260)
     fmt = chat.chat_format(tokenizer)
     assert fmt.tokenizer is tokenizer and fmt.template == tokenizers.CHAT_TEMPLATE
@@ -141,13 +141,13 @@ def test_a_template_of_its_own_with_marks_is_kept():
     assert chat.encode_prompt(fmt, TURNS[:3]) == hf(tokenizer, TURNS[:3], None)
 
 
-def test_the_date_and_the_thoughts_are_the_same_on_every_day():
+def test_the_date_is_fixed_and_thoughts_are_empty():
     dated = templates.FAMILIES[0].forms[1]
     live = own_template(dated).replace(templates.DATE, "' + (date_string | default(strftime_now('%d %b %Y'))) + '")
     fmt = chat.chat_format(make_llama3(template=live))
     assert fmt.template == dated
     fmt = format_of("qwen3")
-    assert fmt.template == templates.FAMILIES[1].forms[0], "no template of its own: nothing speaks of thoughts"
+    assert fmt.template == templates.FAMILIES[1].forms[0], "without a template of its own, there is no thinking"
     thinking = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
@@ -161,7 +161,7 @@ def test_the_date_and_the_thoughts_are_the_same_on_every_day():
     assert chat.encode_dialogue(fmt, TURNS)[0] == prompt + chat.encode_answer(fmt, TURNS[3].text)
 
 
-def test_without_a_template_the_model_type_and_then_the_tokens_tell_the_family():
+def test_without_a_template_the_model_type_and_then_the_tokens_determine_the_family():
     for name, origin in (
         *(("llama", "Llama 2"), ("llama3", "Llama 3"), ("mistral", "Mistral"), ("gemma2", "Gemma")),
         *(("phi3", "Phi-3"), ("qwen3", "Qwen"), ("gpt2", "plain names")),
@@ -170,19 +170,19 @@ def test_without_a_template_the_model_type_and_then_the_tokens_tell_the_family()
     assert chat.chat_format(make_qwen()).origin.startswith("Qwen")
     assert chat.chat_format(make_qwen(), model_type="llama").origin.startswith("Qwen")
     assert chat.chat_format(make_gpt2(), model_type="llama").origin.startswith("plain names")
-    assert chat.chat_format(make_llama2()).origin.startswith("plain names"), "nothing says that it is Llama 2"
+    assert chat.chat_format(make_llama2()).origin.startswith("plain names"), "nothing identifies it as Llama 2"
 
 
-def test_a_family_takes_the_place_of_an_unmarked_template_that_writes_otherwise_and_says_so():
+def test_a_family_template_replaces_a_different_template_without_marks():
     template = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|eot_id|>' }}{% endfor %}"
     fmt = chat.chat_format(make_llama3(template=template), model_type="llama")
     assert fmt.origin.startswith("Llama 3's") and "differs from it" in fmt.origin
-    # The tokens of Llama 2 are those of many others, so that a template of another form may well be meant.
+    # Many families share the tokens of Llama 2, so a tokenizer with them may mean another template.
     with pytest.raises(errors.DataError, match=r"no {% generation %} marks"):
         chat.chat_format(make_llama2(template=template), model_type="llama")
 
 
-def test_the_tokenizer_given_is_not_changed_and_the_one_of_the_format_carries_the_template(tmp_path):
+def test_the_given_tokenizer_is_unchanged_and_that_of_the_format_has_the_template(tmp_path):
     tokenizer = make_qwen(template=None)
     fmt = chat.chat_format(tokenizer, model_type="qwen2")
     assert tokenizer.chat_template is None and fmt.tokenizer.chat_template == fmt.template
@@ -232,12 +232,12 @@ OPEN, CLOSE = "{% generation %}", "{% endgeneration %}"
         ("{{ raise_exception('not today') }}", "the chat template refuses the turns: not today|no {% generation %}"),
     ],
 )
-def test_a_template_that_would_leave_something_unlearnt_is_refused(answer, message):
+def test_a_template_that_leaves_part_of_an_answer_without_a_loss_is_refused(answer, message):
     with pytest.raises(errors.DataError, match=message):
         chat.chat_format(make_qwen(), template=MESSAGE + answer + DONE)
 
 
-def test_a_template_that_passes_the_gate():
+def test_a_template_with_correct_marks_is_accepted():
     answer = "{{ '<|im_start|>' }}" + OPEN + "{{ m.content + '<|im_end|>' }}" + CLOSE
     fmt = chat.chat_format(make_qwen(), template=MESSAGE + answer + DONE)
     assert fmt.origin == "given"
@@ -246,7 +246,7 @@ def test_a_template_that_passes_the_gate():
     )
 
 
-def test_no_family_no_marks_and_no_end_are_refused():
+def test_a_template_without_marks_and_a_tokenizer_without_eos_are_refused():
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     with pytest.raises(errors.DataError, match=r"no {% generation %} marks"):
         chat.chat_format(make_gpt2(template=template))
@@ -256,7 +256,7 @@ def test_no_family_no_marks_and_no_end_are_refused():
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2"])
 @pytest.mark.parametrize("pad", [None, "eos"])
-def test_a_missing_pad_token_or_one_that_is_the_stop_token_leaves_the_stop_token_learnt(name, pad):
+def test_the_stop_token_is_learnt_even_if_the_pad_token_is_missing_or_equal_to_it(name, pad):
     tokenizer = MAKERS[name]()
     tokenizer.pad_token = tokenizer.eos_token if pad == "eos" else None
     fmt = chat.chat_format(tokenizer, model_type=name)

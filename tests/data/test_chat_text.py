@@ -1,4 +1,4 @@
-"""Text in a chat stays text, whatever it spells, and what is too long is cut where it should be."""
+"""Texts never become control tokens, and long prompts are shortened at turns."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ CONTENTS = st.lists(
 @pytest.mark.parametrize("name", MAKERS)
 @settings(deadline=None, max_examples=25)
 @given(contents=st.lists(CONTENTS, min_size=4, max_size=4))
-def test_any_text_stays_text_and_boundaries_agree(name, contents):
+def test_no_text_becomes_a_control_token_and_boundaries_agree(name, contents):
     fmt = format_of(name)
     turns = [Turn(role, text) for role, text in zip((U, A, U, A), contents)]
     ids, learnt = chat.encode_dialogue(fmt, turns)
@@ -35,7 +35,7 @@ def test_any_text_stays_text_and_boundaries_agree(name, contents):
     assert ids == prompt + answer
     assert [i for i, on in zip(ids, learnt) if on] == chat.encode_answer(fmt, contents[1]) + answer
 
-    # The control tokens are those of harmless turns with the same roles, at their places.
+    # The control tokens are those of harmless turns with the same roles.
     def control(x):
         return [i for i in x if i in fmt.encoder.control_ids]
 
@@ -46,14 +46,14 @@ def test_any_text_stays_text_and_boundaries_agree(name, contents):
         assert prompt == hf(fmt.tokenizer, turns[:3], fmt.template)
 
 
-def test_a_literal_that_the_vocabulary_holds_as_a_word_is_cut():
+def test_a_control_spelling_in_the_vocabulary_is_encoded_in_pieces():
     fmt = format_of("llama")
     ids = chat.encode_answer(fmt, "in </s> the")
     assert ids.count(fmt.stop_ids[0]) == 1 and ids[-1] == fmt.stop_ids[0]
     assert shown(fmt, ids[:-1]).strip() == "in </s> the"
 
 
-def test_the_space_that_a_tokenizer_puts_before_a_text_stands_where_it_stands_in_the_whole():
+def test_prefix_spaces_are_where_the_tokenizer_puts_them_in_the_whole_dialogue():
     for scheme in ("legacy", "first", "always", "never"):
         tokenizer = sentence_piece((), scheme=scheme)
         fmt = chat.chat_format(tokenizer, model_type="llama")
@@ -62,13 +62,13 @@ def test_the_space_that_a_tokenizer_puts_before_a_text_stands_where_it_stands_in
         assert len({id(backend) for backend in fmt.encoder.backends}) == {"first": 2, "never": 1}.get(scheme, 2)
 
 
-def test_a_token_that_the_template_uses_is_control_though_the_tokenizer_does_not_say_so():
+def test_an_added_token_that_the_template_uses_is_a_control_token():
     tokenizer = byte_level(("<|endoftext|>",), also=("<|im_start|>", "<|im_end|>", "    "), eos_token="<|endoftext|>")
     fmt = chat.chat_format(tokenizer, model_type="qwen2")
     stop = fmt.stop_ids[0]
     assert chat.encode_answer(fmt, "<|im_end|>").count(stop) == 1
     blank = backend_of(tokenizer).token_to_id("    ")
-    assert blank in chat.encode_answer(fmt, "a    b"), "white space that is a token of its own is text"
+    assert blank in chat.encode_answer(fmt, "a    b"), "white space that is an added token is text"
 
 
 # ----------------------------------------------------------------------------------------------------------- fitting
@@ -91,7 +91,7 @@ def test_long_prompts_lose_their_oldest_turns_and_keep_the_system_turn():
     assert counts.dropped == {"prompt too long": 1, "no user turn": 1, "roles are refused": 1}
 
 
-def test_a_dialogue_must_end_in_an_answer_and_roles_must_be_known():
+def test_a_dialogue_must_end_in_an_answer_and_have_known_roles():
     fmt = format_of("llama3")
     with pytest.raises(errors.DataError, match="does not end in an assistant turn"):
         chat.encode_dialogue(fmt, TURNS[:3])
@@ -101,7 +101,7 @@ def test_a_dialogue_must_end_in_an_answer_and_roles_must_be_known():
         chat.encode_prompt(fmt, [Turn("tool", "3"), TURNS[0]])
 
 
-def test_words_without_an_id_are_named():
+def test_an_unknown_word_is_named():
     fmt = chat.chat_format(tokenizers.word_level(["the", "cat"]))
     with pytest.raises(errors.DataError, match="the word 'dog' is not in the tokenizer's vocabulary"):
         chat.encode_answer(fmt, "the dog")

@@ -1,3 +1,5 @@
+"""Dialogues in the hh-rlhf form, files that hold them, and counts of dropped records."""
+
 import gzip
 import json
 import subprocess
@@ -6,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from rlhf_jax.data import dialogues, errors, packing, padding, readers, records
+from rlhf_jax.data import dialogues, errors, readers, records
 
 PROMPT = "\n\nHuman: hi there\n\nAssistant: hello\n\nHuman: tell me"
 
@@ -67,7 +69,7 @@ def test_white_space_around_a_turn_is_removed_and_inside_it_is_kept():
     assert turns == (dialogues.Turn("user", "a  b"), dialogues.Turn("assistant", "c \n d"))
 
 
-def test_turns_of_one_role_in_a_row_are_kept():
+def test_consecutive_turns_of_one_role_are_kept():
     text = "\n\nHuman: a\n\nAssistant: b\n\nAssistant: c\n\nHuman: d\n\nAssistant: e"
     turns = dialogues.parse_dialogue(text)
     assert [turn.role for turn in turns] == ["user", "assistant", "assistant", "user", "assistant"]
@@ -82,7 +84,7 @@ def test_split_answer_needs_an_assistant_turn_at_the_end():
 
 
 @pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz"])
-def test_reading_plain_and_compressed_files(tmp_path, name):
+def test_plain_and_compressed_files_are_read(tmp_path, name):
     path = write(tmp_path / name, [record(), record(" yes \n", " no")])
     comparisons, counts = readers.read_rankings(path)
     prompt = dialogues.parse_dialogue(PROMPT + "\n\nAssistant: x")[:-1]
@@ -96,7 +98,7 @@ def test_reading_plain_and_compressed_files(tmp_path, name):
         comparisons[0].location = "line 3"  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_flawed_records_are_counted_by_reason_and_the_rest_keep_their_lines(tmp_path):
+def test_unusable_records_are_counted_by_reason_and_the_others_keep_their_lines(tmp_path):
     path = write(
         tmp_path / "pairs.jsonl",
         [
@@ -106,7 +108,7 @@ def test_flawed_records_are_counted_by_reason_and_the_rest_keep_their_lines(tmp_
             record(other_prompt="\n\nHuman: something else"),
             record(" same", " same "),
             record(" good\n\nHuman: and then?", " bad"),
-            # A second assistant turn on one side only: the split at the last turn makes the prompts differ.
+            # With a second assistant turn on one side only, the split at the last turn makes the prompts differ.
             record(" good\n\nAssistant: more", " bad"),
             record(),
         ],
@@ -124,7 +126,7 @@ def test_flawed_records_are_counted_by_reason_and_the_rest_keep_their_lines(tmp_
     )
 
 
-def test_too_large_a_share_of_flawed_records_is_an_error_that_names_the_counts(tmp_path):
+def test_too_many_unusable_records_are_an_error_that_names_the_counts(tmp_path):
     path = write(tmp_path / "pairs.jsonl", [record(" ", " bad")] + [record()] * 98)
     with pytest.raises(errors.DataError) as error:
         readers.read_rankings(path)
@@ -165,7 +167,7 @@ BROKEN_LINES = {
 
 
 @pytest.mark.parametrize("case", BROKEN_LINES)
-def test_a_broken_line_is_an_error_in_one_sentence_that_names_file_and_line(tmp_path, case):
+def test_a_broken_line_is_an_error_of_one_sentence_that_names_file_and_line(tmp_path, case):
     line, message = BROKEN_LINES[case]
     path = write(tmp_path / "pairs.jsonl", [GOOD, GOOD, line, GOOD])
     with pytest.raises(errors.DataError, match=message) as error:
@@ -175,14 +177,14 @@ def test_a_broken_line_is_an_error_in_one_sentence_that_names_file_and_line(tmp_
     assert error.value.__cause__ is None
 
 
-def test_a_line_that_is_not_utf8(tmp_path):
+def test_a_line_that_is_not_utf8_is_an_error(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(GOOD.encode() + b"\n" + b'{"chosen": "\xff"}\n')
     with pytest.raises(errors.DataError, match=r"line 2: the line is not UTF-8 \(invalid start byte at byte 12\)"):
         readers.read_rankings(path)
 
 
-def test_a_missing_file_a_directory_and_an_empty_file(tmp_path):
+def test_a_missing_file_a_directory_and_an_empty_file_are_errors(tmp_path):
     with pytest.raises(errors.DataError, match=r"nowhere\.jsonl does not exist"):
         readers.read_rankings(tmp_path / "nowhere.jsonl")
     with pytest.raises(errors.DataError, match="is a directory"):
@@ -195,7 +197,7 @@ def test_a_missing_file_a_directory_and_an_empty_file(tmp_path):
         readers.read_rankings(tmp_path / "empty.jsonl.gz")
 
 
-def test_gzip_files_that_are_cut_off_damaged_or_no_gzip_at_all(tmp_path):
+def test_truncated_damaged_and_false_gzip_files_are_errors(tmp_path):
     rng = np.random.default_rng(0)
     noise = ["".join(map(chr, rng.integers(97, 123, 200))) for _ in range(400)]
     whole = gzip.compress("".join(json.dumps(record(f" {word}")) + "\n" for word in noise).encode())
@@ -210,7 +212,7 @@ def test_gzip_files_that_are_cut_off_damaged_or_no_gzip_at_all(tmp_path):
     with pytest.raises(errors.DataError, match=r"line 401: the gzip file is truncated here"):
         readers.read_rankings(path)
 
-    # Behind the 18 bytes of the header, the first block of the stream is destroyed.
+    # Overwrite the first block of the stream, after the 18 bytes of the header.
     path.write_bytes(whole[:18] + b"\xff" * 200 + whole[218:])
     with pytest.raises(errors.DataError, match=r"line \d+: the gzip file is damaged"):
         readers.read_rankings(path)
@@ -223,7 +225,7 @@ def test_gzip_files_that_are_cut_off_damaged_or_no_gzip_at_all(tmp_path):
 # ------------------------------------------------------------------------------------------------------- counts
 
 
-def test_each_stage_is_held_to_the_limit_by_itself():
+def test_each_stage_is_checked_against_the_limit_separately():
     counts = errors.DropCount(max_dropped=0.5)
     first = counts.stage()
     first.drop("a")
@@ -238,7 +240,7 @@ def test_each_stage_is_held_to_the_limit_by_itself():
     assert counts.dropped == {"a": 2, "b": 1}
 
 
-def test_truncated_records_have_their_own_limit_and_none_by_default():
+def test_truncated_records_have_a_limit_of_their_own_which_is_off_by_default():
     counts = errors.DropCount()
     counts.truncate("cut")
     counts.check(1, source="here")
@@ -248,95 +250,6 @@ def test_truncated_records_have_their_own_limit_and_none_by_default():
         strict.check(10, source="here")
     with pytest.raises(ValueError, match="max_dropped must be a share from 0 to 1, got 2"):
         errors.DropCount(max_dropped=2)
-
-
-# --------------------------------------------------------------------------------------------------------- rows
-
-
-def test_demonstration_rows_layout_in_exact_numbers():
-    counts = errors.DropCount()
-    rows = padding.demonstration_rows(
-        [[2, 7, 3], [3]], [[8, 9, 1], [5, 6, 7, 8, 1]], prompt_width=4, response_width=4, pad_id=0, counts=counts
-    )
-    np.testing.assert_array_equal(rows.tokens_BL, [[0, 2, 7, 3, 8, 9, 1, 0], [0, 0, 0, 3, 5, 6, 7, 8]])
-    np.testing.assert_array_equal(rows.mask_BL, [[0, 1, 1, 1, 1, 1, 1, 0], [0, 0, 0, 1, 1, 1, 1, 1]])
-    # The end token (1) of the first answer carries loss; the second answer was cut and has none to learn.
-    np.testing.assert_array_equal(rows.loss_mask_BL, [[0, 0, 0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 1, 1, 1, 1]])
-    assert rows.tokens_BL.dtype == np.int32
-    assert rows.mask_BL.dtype == rows.loss_mask_BL.dtype == np.bool_
-    assert counts.truncated == {"answer truncated": 1}
-
-
-def test_masks_do_not_come_from_the_pad_id():
-    rows = padding.demonstration_rows(
-        [[0, 3]], [[0, 1]], prompt_width=3, response_width=3, pad_id=0, counts=errors.DropCount()
-    )
-    np.testing.assert_array_equal(rows.mask_BL, [[0, 1, 1, 1, 1, 0]])
-
-
-def test_pair_rows_have_the_documented_layout():
-    counts = any_share()
-    rows = padding.ranking_rows(
-        [[2, 3]], [[[5, 1], [9, 9, 9, 1]]], [[1, 2]], prompt_width=3, response_width=3, pad_id=0, counts=counts
-    )
-    np.testing.assert_array_equal(rows.tokens_BKL, [[[0, 2, 3, 5, 1, 0], [0, 2, 3, 9, 9, 9]]])
-    np.testing.assert_array_equal(rows.mask_BKL, [[[0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1]]])
-    np.testing.assert_array_equal(rows.ranks_BK, [[1, 2]])
-    np.testing.assert_array_equal(rows.where_BK, [[True, True]])
-    assert counts.truncated == {"answer truncated": 1}
-
-
-def test_ranking_rows_keep_all_answers_of_a_prompt_together():
-    rows = padding.ranking_rows(
-        [[3], [2, 3]],
-        [[[5, 1], [6, 1], [7, 1]], [[8, 1], [9, 1]]],
-        [[2, 1, 2], [1, 2]],
-        prompt_width=2,
-        response_width=2,
-        pad_id=0,
-        counts=errors.DropCount(),
-    )
-    assert rows.tokens_BKL.shape == (2, 3, 4)
-    np.testing.assert_array_equal(rows.tokens_BKL[0], [[0, 3, 5, 1], [0, 3, 6, 1], [0, 3, 7, 1]])
-    np.testing.assert_array_equal(rows.ranks_BK, [[2, 1, 2], [1, 2, 0]])
-    np.testing.assert_array_equal(rows.where_BK, [[True, True, True], [True, True, False]])
-    assert not rows.mask_BKL[1, 2].any()
-
-
-def test_rows_that_do_not_match_are_errors():
-    widths = {"prompt_width": 2, "response_width": 2, "pad_id": 0, "counts": any_share()}
-    with pytest.raises(errors.DataError, match="unequal numbers: 2 prompts, 1 answers"):
-        padding.demonstration_rows([[3], [3]], [[1]], **widths)
-    with pytest.raises(errors.DataError, match="prompt 1 has 3 tokens, which is not between 1 and 2"):
-        padding.demonstration_rows([[3], [4, 4, 3]], [[1], [1]], **widths)
-    with pytest.raises(errors.DataError, match="prompt 0 has 0 tokens"):
-        padding.pad_prompts([[]], width=2, pad_id=0)
-    with pytest.raises(errors.DataError, match="answer 0 has no tokens"):
-        padding.demonstration_rows([[3]], [[]], **widths)
-    with pytest.raises(errors.DataError, match="prompt 0 has 1 answers"):
-        padding.ranking_rows([[3]], [[[1]]], [[1]], **widths)
-    with pytest.raises(errors.DataError, match=r"prompt 0 has 2 answers with ranks \[0, 1\]"):
-        padding.ranking_rows([[3]], [[[1], [5, 1]]], [[0, 1]], **widths)
-
-
-def test_no_rows_are_rows_too():
-    widths = {"prompt_width": 2, "response_width": 3, "pad_id": 0, "counts": errors.DropCount()}
-    assert padding.demonstration_rows([], [], **widths).tokens_BL.shape == (0, 5)
-    assert padding.ranking_rows([], [], [], **widths).tokens_BKL.shape == (0, 2, 5)
-
-
-def test_packing_closes_documents_and_counts_the_remainder():
-    rows, remainder = packing.pack_documents([[5, 6], [], [7, 8, 9, 5]], width=3, eos_id=1)
-    np.testing.assert_array_equal(rows, [[5, 6, 1], [1, 7, 8], [9, 5, 1]])
-    assert remainder == 0
-    rows, remainder = packing.pack_documents([[5, 6], [], [7, 8, 9, 5]], width=4, eos_id=1)
-    np.testing.assert_array_equal(rows, [[5, 6, 1, 1], [7, 8, 9, 5]])
-    assert remainder == 1
-    assert rows.dtype == np.int32
-    with pytest.raises(errors.DataError, match="3 tokens do not fill one row of 4"):
-        packing.pack_documents([[5, 6]], width=4, eos_id=1)
-    with pytest.raises(errors.DataError, match="document 1 already ends with the id 1"):
-        packing.pack_documents([[5], [6, 1]], width=2, eos_id=1)
 
 
 # ------------------------------------------------------------------------------------------------------- imports

@@ -1,3 +1,5 @@
+"""Packed rows: their layout, and training on them compared with padded rows."""
+
 import dataclasses
 import functools
 from typing import Any
@@ -26,9 +28,9 @@ def pack(sequences, **how):
 
 
 @hypothesis.given(lengths_and_width, st.randoms(use_true_random=False))
-def test_every_token_is_there_once_and_can_be_found(case, random):
+def test_every_token_is_packed_once_at_its_recorded_place(case, random):
     lengths, width = case
-    # Token ids that occur once say where each token went; a pad id among them must not matter.
+    # Every token id occurs once, which identifies its place; one of them is the pad id.
     ids = iter(range(sum(lengths)))
     sequences = [[next(ids) for _ in range(n)] for n in lengths]
     learnt = [[random.random() < 0.5 for _ in range(n)] for n in lengths]
@@ -42,12 +44,12 @@ def test_every_token_is_there_once_and_can_be_found(case, random):
         mine = packed.segments_BL[row] == segment
         assert list(packed.tokens_BL[row, mine]) == ids_i and list(packed.loss_mask_BL[row, mine]) == learnt_i
         assert np.flatnonzero(mine)[-1] == end and mine[end + 1 - len(ids_i) : end + 1].all()
-    # Segments count up from the left, and padding is at the end of a row.
+    # Segments are numbered from the left, and padding is at the end of a row.
     steps = np.diff(np.concatenate([packed.segments_BL, np.zeros((len(packed.segments_BL), 1), np.int32)], axis=1))
     assert np.all((steps >= 0) & (steps <= 1) | (packed.segments_BL + steps == 0))
     np.testing.assert_array_equal(packed.mask_BL, packed.segments_BL > 0)
     assert not packed.loss_mask_BL[~packed.mask_BL].any()
-    # Best fit leaves no two rows that one would hold.
+    # After best fit, no two rows would fit into one.
     used = np.sort(packed.mask_BL.sum(axis=1))
     assert len(used) < 2 or used[0] + used[1] > width
     again = pack(sequences, loss_masks=learnt, width=width)
@@ -67,7 +69,7 @@ def test_rows_are_filled_by_best_fit_the_longest_first():
     assert more.fill == 0.25 and pack([], width=4).tokens_BL.shape == (0, 4)
 
 
-def test_what_is_too_long_is_counted():
+def test_sequences_that_are_too_long_are_counted():
     sequences = [[1] * 3] * 9 + [[2] * 6]
     counts = errors.DropCount(max_dropped=0.1)
     packed = pack(sequences, width=4, counts=counts)
@@ -84,6 +86,20 @@ def test_what_is_too_long_is_counted():
         pack([[1, 2]], loss_masks=[[True]], width=4)
     with pytest.raises(ValueError, match="a sequence of 5 tokens"):
         packing.best_fit([5], width=4)
+
+
+def test_packed_documents_end_in_eos_and_the_remainder_is_counted():
+    rows, remainder = packing.pack_documents([[5, 6], [], [7, 8, 9, 5]], width=3, eos_id=1)
+    np.testing.assert_array_equal(rows, [[5, 6, 1], [1, 7, 8], [9, 5, 1]])
+    assert remainder == 0
+    rows, remainder = packing.pack_documents([[5, 6], [], [7, 8, 9, 5]], width=4, eos_id=1)
+    np.testing.assert_array_equal(rows, [[5, 6, 1, 1], [7, 8, 9, 5]])
+    assert remainder == 1
+    assert rows.dtype == np.int32
+    with pytest.raises(errors.DataError, match="3 tokens do not fill one row of 4"):
+        packing.pack_documents([[5, 6]], width=4, eos_id=1)
+    with pytest.raises(errors.DataError, match="document 1 already ends with the id 1"):
+        packing.pack_documents([[5], [6, 1]], width=2, eos_id=1)
 
 
 # ------------------------------------------------------------------------------------------ packed equals unpacked
@@ -108,7 +124,7 @@ def model(cfg, seed=0):
 
 
 def demonstrations(n=10) -> Any:
-    """Padded rows of prompts and answers of many lengths."""
+    """Returns padded rows of prompts and answers of many lengths."""
     rng = np.random.default_rng(3)
     prompts = [rng.integers(1, 20, size=rng.integers(1, P + 1)).tolist() for _ in range(n)]
     answers = [rng.integers(1, 20, size=rng.integers(1, T + 1)).tolist() for _ in range(n)]
@@ -131,7 +147,7 @@ def on_device(tree):
 
 
 def alike(got, want):
-    """Values and gradients agree within 1e-5, relative to the largest entry of each array."""
+    """Asserts that two pytrees agree within 1e-5 of their largest entry."""
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(want))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * scale, rtol=1e-5), got, want)
 
@@ -141,7 +157,7 @@ def packed_demonstrations(rows) -> Any:
 
 
 @each_config
-def test_each_token_of_packed_rows_is_what_it_is_alone(cfg):
+def test_packed_and_padded_rows_give_the_same_outputs(cfg):
     rows = demonstrations()
     packed = packed_demonstrations(rows)
     assert len(packed.tokens_BL) < len(rows.tokens_BL) / 1.5 and packed.fill > 0.75
@@ -156,7 +172,7 @@ def test_each_token_of_packed_rows_is_what_it_is_alone(cfg):
         )
 
     alone = read(model(cfg), rows.tokens_BL, rows.mask_BL, None)
-    # Ids at padding are never read, and a mask that is not given is where the segments are.
+    # Ids at padding are ignored, and the default mask is True at the segments.
     junk = np.where(packed.mask_BL, packed.tokens_BL, -7)
     for together in (
         read(model(cfg), packed.tokens_BL, packed.mask_BL, packed.segments_BL),
@@ -172,7 +188,7 @@ def test_each_token_of_packed_rows_is_what_it_is_alone(cfg):
 
 
 @each_config
-def test_packed_supervised_training(cfg):
+def test_packed_supervised_training_equals_padded_training(cfg):
     rows = demonstrations()
     packed = packed_demonstrations(rows)
     step = parallel.jit_step(sft.make_train_step(functools.partial(lm.token_logprobs, cfg=cfg)))
@@ -207,7 +223,7 @@ def ranking_update(cfg, batch, micro_batches=1):
 
 
 @each_config
-def test_packed_reward_model_training(cfg):
+def test_packed_reward_model_training_equals_padded_training(cfg):
     batch = comparisons()
     logs, change = ranking_update(cfg, batch)
     packed = packing.pack_comparisons(batch, width=WIDTH, pad_id=PAD)
@@ -220,12 +236,12 @@ def test_packed_reward_model_training(cfg):
 
 
 @pytest.mark.slow
-def test_packed_reward_model_training_in_micro_batches():
+def test_packed_reward_model_training_in_micro_batches_equals_padded_training():
     batch = comparisons()
     want = ranking_update(ROPE, batch)[1]
     packed = packing.pack_comparisons(batch, width=WIDTH, pad_id=PAD, groups=3)
     alike(ranking_update(ROPE, packed, micro_batches=3)[1], want)
-    with pytest.raises(ValueError, match="packed in 3 groups for 1 micro-batches"):
+    with pytest.raises(ValueError, match="packed in 3 groups; micro_batches=1"):
         ranking_update(ROPE, packed)
     with pytest.raises(ValueError, match="no packed_scores"):
         step = reward_model.make_train_step(functools.partial(lm.score, cfg=ROPE))
@@ -240,8 +256,8 @@ def test_packed_reward_model_training_in_micro_batches():
 
 
 @each_config
-def test_packed_dpo(cfg):
-    """Pairs of answers; chosen and rejected of one prompt need not be in one row."""
+def test_packed_dpo_equals_padded_dpo(cfg):
+    """The chosen and the rejected answer to a prompt may be in different rows."""
     rows = demonstrations(10)
     packed = packed_demonstrations(rows)
     pairs = {"chosen": np.arange(0, 10, 2), "rejected": np.arange(1, 10, 2)}
@@ -268,7 +284,7 @@ def test_packed_dpo(cfg):
     assert abs(float(want[0]) - np.log(2)) > 1e-3
 
 
-def test_sums_and_means_of_sequences():
+def test_packed_sums_and_means_are_those_of_each_sequence():
     x = jnp.array([[1.0, 2.0, 3.0, np.nan], [4.0, 5.0, 6.0, 7.0]])
     segments = jnp.array([[1, 1, 2, 0], [1, 2, 2, 2]])
     where = jnp.array([[True, True, True, False], [True, False, True, True]])

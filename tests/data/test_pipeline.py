@@ -1,4 +1,4 @@
-"""Batches through grain: order, shares, resuming, and what they refuse."""
+"""Batches through grain: order, shares of hosts, resuming, and errors."""
 
 import json
 import subprocess
@@ -35,7 +35,7 @@ def first(batches, n):
     seed=st.integers(-3, 2**70),
     drop_last=st.booleans(),
 )
-def test_shares_are_disjoint_cover_the_batches_and_are_of_equal_number(n, share, hosts, epochs, seed, drop_last):
+def test_the_shares_of_hosts_partition_every_batch(n, share, hosts, epochs, seed, drop_last):
     batch_size = share * hosts
     options = dict(batch_size=batch_size, seed=seed, epochs=epochs, drop_last=drop_last)
     used = n - n % batch_size if drop_last else n
@@ -52,13 +52,13 @@ def test_shares_are_disjoint_cover_the_batches_and_are_of_equal_number(n, share,
     stream = np.concatenate(whole)
     for epoch in range(len(stream) // used):
         seen = stream[epoch * used : (epoch + 1) * used]
-        assert len(set(seen.tolist())) == used  # each epoch holds each record at most once, and all of those it uses
+        assert len(set(seen.tolist())) == used  # no record occurs twice in an epoch
 
 
-def test_epochs_have_orders_of_their_own_and_seeds_too():
+def test_every_epoch_and_seed_has_its_own_order():
     orders = {seed: np.concatenate([b["x"] for b in make(batch_size=10, seed=seed, epochs=4)]) for seed in (0, 1)}
     epochs = [tuple(order[i * 10 : i * 10 + 10]) for order in orders.values() for i in range(4)]
-    # grain alone would give epoch 1 of seed 0 the order of epoch 0 of seed 1.
+    # In grain itself, epoch 1 of seed 0 has the order of epoch 0 of seed 1.
     assert len(set(epochs)) == 8
     plain = np.concatenate([b["x"] for b in make(batch_size=5, shuffle=False, epochs=2)])
     np.testing.assert_array_equal(plain, np.tile(np.arange(10), 2))
@@ -66,21 +66,21 @@ def test_epochs_have_orders_of_their_own_and_seeds_too():
 
 @pytest.mark.parametrize("prefetch", [0, 3])
 @pytest.mark.parametrize("stopped", [0, 7])
-def test_an_iterator_goes_on_where_it_was_stopped(prefetch, stopped):
+def test_a_restored_iterator_continues_exactly(prefetch, stopped):
     expected = first(make(), 11)
     batches = make(prefetch=prefetch)
     first(batches, stopped)
     state = json.loads(json.dumps(batches.get_state()))
     batches.close()
     again = make(prefetch=prefetch)
-    first(again, 3)  # wherever it stood
+    first(again, 3)  # the position before set_state does not matter
     again.set_state(state)
     assert first(again, 11 - stopped) == expected[stopped:]
     assert [again.batch_at(step)["x"].tolist() for step in range(11)] == expected
     again.close()
 
 
-def test_a_killed_process_goes_on_with_the_same_batches(tmp_path):
+def test_a_killed_process_resumes_with_the_same_batches(tmp_path):
     program = """
 import json, os, pathlib, signal, sys
 import numpy as np
@@ -92,7 +92,7 @@ if state.exists():
 for n in range(3):
     print(next(batches).tolist(), flush=True)
 state.write_text(json.dumps(batches.get_state()))
-print(next(batches).tolist(), flush=True)  # lost: it comes after the checkpoint
+print(next(batches).tolist(), flush=True)  # lost, because it comes after the checkpoint
 os.kill(os.getpid(), signal.SIGKILL)
 """
     lines = []
@@ -105,7 +105,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert lines == [expected[:4], expected[3:]]
 
 
-def test_the_number_of_hosts_may_change_when_going_on():
+def test_the_number_of_hosts_may_change_on_resume():
     expected = first(make(), 6)
     half = make(host=1, hosts=2)
     first(half, 2)
@@ -126,9 +126,9 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_going_on_with_anything_else_is_refused(name):
+def test_resuming_with_other_settings_is_refused(name):
     state = make().get_state()
-    named = "data" if name == "records" else name  # other data have another fingerprint first of all
+    named = "data" if name == "records" else name  # a different number of records also changes the data
     with pytest.raises(errors.DataError, match=f"cannot resume these batches: the state was saved with {named} = "):
         make(**OTHERS[name]).set_state(state)
     for broken in ({}, {"fingerprint": {}}, {"grain": {"next_index": 3}}):
@@ -139,14 +139,14 @@ def test_going_on_with_anything_else_is_refused(name):
             make(epochs=2).set_state(make(epochs=2).get_state() | {"grain": place})
 
 
-def test_another_order_of_the_shuffle_itself_is_refused():
+def test_resuming_with_another_shuffle_order_is_refused():
     state = make().get_state()
     state["fingerprint"]["order"] = "0123456789abcdef"
     with pytest.raises(errors.DataError, match="saved with order = '0123456789abcdef'"):
         make().set_state(state)
 
 
-def test_finite_and_endless_batches():
+def test_batches_are_finite_or_endless():
     assert make(epochs=2).steps == 5
     assert make(epochs=2, drop_last=True).steps == 4
     assert make().steps is None
@@ -158,7 +158,7 @@ def test_finite_and_endless_batches():
     jax.tree.map(np.testing.assert_array_equal, make().batch_at(1)["y"], ROWS["y"][make().batch_at(1)["x"]])
 
 
-def test_numbers_out_of_their_range():
+def test_numbers_out_of_range_are_errors():
     for options in ({"batch_size": 0}, {"hosts": 3}, {"hosts": 0}, {"epochs": 0}, {"prefetch": -1}):
         with pytest.raises(ValueError, match="must be a multiple of hosts"):
             make(**options)
@@ -170,7 +170,7 @@ def test_numbers_out_of_their_range():
         make({"x": np.zeros(2), "y": np.zeros(3)})
 
 
-def test_batches_of_records():
+def test_records_are_batched_and_fingerprinted():
     def record(i, location=""):
         turn = dialogues.Turn("user", f"q{i}")
         return records.Demonstration(prompt=(turn,), response=f"a{i}", metadata={"n": i}, location=location)
@@ -181,7 +181,7 @@ def test_batches_of_records():
     batches = pipeline.from_source(found, **options)
     seen = [answer for _ in range(5) for answer in next(batches)]
     assert Counter(seen) == Counter([f"a{i}" for i in range(5)] * 2)
-    # Where a record was read from is no part of what it says; all else is.
+    # The fingerprint covers everything except the location of a record.
     elsewhere = pipeline.from_source([record(i, "file, line 3") for i in range(5)], **options)
     elsewhere.set_state(batches.get_state())
     others = (found[::-1], [*found[:4], record(5)], found[:4])
@@ -189,7 +189,7 @@ def test_batches_of_records():
     with pytest.raises(TypeError, match="a set has no fixed bytes"):
         pipeline.fingerprint([{1, 2}])
     assert pipeline.from_source(found, data="mine", **options).fingerprint["data"] == "mine"
-    # A function has no fixed bytes: what it does is told beside it.
+    # A function has no fixed bytes, so its identity is passed separately.
     how: list[dict[str, Any]] = [{"data": "mine", "identity": {"width": width}} | options for width in (8, 4)]
     wide, narrow = how
     state = pipeline.from_source(found, **wide).get_state()
@@ -199,7 +199,7 @@ def test_batches_of_records():
             pipeline.from_source(found, **other).set_state(state)
 
 
-def test_records_of_other_types_have_other_fingerprints():
+def test_values_of_different_types_have_different_fingerprints():
     pair = np.arange(2, dtype=np.int32)
     alike: list[Any] = ["a", b"a", {"bytes": "61"}, ["bytes", "61"], [], (), {}, ["list"], [1], (1,), [1.0], [True], 1]
     alike += [

@@ -1,4 +1,4 @@
-"""Records of every form, from every kind of file, into records, counts and token rows."""
+"""Records of every form: parsing, reading with counts of drops, and encoding into token rows."""
 
 import dataclasses
 import gzip
@@ -34,7 +34,7 @@ def messages(*turns):
 # ------------------------------------------------------------------------------------------------------------- forms
 
 
-def test_both_forms_of_a_demonstration():
+def test_every_form_of_a_demonstration_is_parsed():
     system = {"role": "system", "content": "Be short."}
     cases = [
         ({"prompt": "why", "response": "so"}, WHY),
@@ -42,7 +42,7 @@ def test_both_forms_of_a_demonstration():
         ({"prompt": [ASK], "response": [SAY]}, WHY),
         ({"messages": [ASK, SAY]}, WHY),
         ({"messages": [system, ASK, SAY, ASK, SAY]}, None),
-        ({"messages": {"role": [USER, BOT], "content": ["why", "so"]}}, WHY),  # a Parquet file of Hugging Face
+        ({"messages": {"role": [USER, BOT], "content": ["why", "so"]}}, WHY),  # as in the Parquet files of Hugging Face
         ({"prompt": "\n\nHuman: why\n\nAssistant:", "response": "so"}, WHY),
         ({"prompt": "\n\nHuman: why", "response": "so"}, WHY),
         ({"prompt": "why", "response": "so", "messages": None}, WHY),
@@ -51,12 +51,12 @@ def test_both_forms_of_a_demonstration():
         record = records.parse_demonstration(fields)
         assert record.response.strip() == "so"
         assert prompt is None or record.prompt == prompt, fields
-    assert records.parse_demonstration(cases[1][0]).response == " so\n"  # texts stay as they were written
+    assert records.parse_demonstration(cases[1][0]).response == " so\n"  # texts are kept as written
     long = records.parse_demonstration(cases[4][0]).prompt
     assert [turn.role for turn in long] == ["system", USER, BOT, USER]
 
 
-def test_every_form_of_a_pair_is_one_ranking():
+def test_every_form_of_a_pair_gives_the_same_ranking():
     whole = "\n\nHuman: why\n\nAssistant: "
     cases = [
         {"prompt": "why", "chosen": "so", "rejected": "no"},
@@ -73,10 +73,10 @@ def test_every_form_of_a_pair_is_one_ranking():
         )
 
 
-def test_ranks_come_from_scores_and_margins_from_the_scores_of_a_pair():
+def test_scores_give_ranks_and_the_margin_of_a_pair():
     fields = {"prompt": "why", "responses": ["a", "b", "c", "d"], "scores": [0.5, 2, -1.0, 2]}
     ranking = records.parse_ranking(fields)
-    # The best first, ties as they stood, and the scores along with their answers.
+    # The best answer is first, ties keep their order, and each answer keeps its score.
     assert ranking.responses == ("b", "d", "a", "c")
     assert (ranking.ranks, ranking.scores, ranking.margin) == ((1, 1, 2, 3), (2.0, 2.0, 0.5, -1.0), None)
     pair = {"prompt": "why", "chosen": "a", "rejected": "b"}
@@ -89,14 +89,16 @@ def test_ranks_come_from_scores_and_margins_from_the_scores_of_a_pair():
     for said, margin in (({"ranks": [2, 1], "margin": 3}, 3.0), ({"scores": [0.5, 2]}, 1.5)):
         two = records.parse_ranking(turned | said)
         assert (two.responses, two.ranks, two.margin) == (("good", "bad"), (1, 2), margin)
-    assert records.parse_ranking(turned | {"scores": [1.0, 2.5], "margin": 1.51}).margin == 1.51  # rounded
+    assert (
+        records.parse_ranking(turned | {"scores": [1.0, 2.5], "margin": 1.51}).margin == 1.51
+    )  # within the tolerance for rounding
 
 
-def test_equal_answers_of_one_rank_are_no_contradiction():
+def test_equal_answers_may_share_a_rank():
     assert records.parse_ranking(k_way(responses=["a", "b", "b "])).responses == ("a", "b", "b ")
 
 
-def test_what_else_a_record_says_is_metadata():
+def test_other_fields_become_metadata():
     fields = {
         "prompt": "why",
         "response": "so",
@@ -113,14 +115,14 @@ def test_what_else_a_record_says_is_metadata():
     assert (judged.metadata, judged.good) == (metadata, True)
     assert records.parse_prompt(fields).metadata == metadata | {"label": True, "response": "so"}
     assert records.parse_judged(fields | {"label": 0}).good is False
-    # What is a form of another kind of record, or of another form, says no less here.
+    # Fields that belong to another kind of record or another form are metadata.
     asked = {"prompt": "why", "metadata": "v1", "margin": 0.5, "score_chosen": math.nan}
     assert records.parse_demonstration(asked | {"response": "so"}).metadata == {"metadata": "v1", "margin": 0.5}
     ranking = records.parse_ranking(k_way(response="so", score_chosen=3, metadata="v1"))
     assert ranking.metadata == {"metadata": "v1", "response": "so", "score_chosen": 3}
 
 
-def test_the_forms_of_a_record_may_repeat_each_other_only():
+def test_two_forms_in_one_record_must_agree():
     messages = {"messages": [ASK, SAY, ASK, SAY]}
     whole = records.parse_demonstration(messages)
     assert records.parse_demonstration(messages | {"prompt": "why \n", "response": "so"}) == whole
@@ -129,7 +131,7 @@ def test_the_forms_of_a_record_may_repeat_each_other_only():
             records.parse_demonstration(messages | other)
 
 
-def test_texts_of_the_hh_form_with_other_white_space():
+def test_white_space_in_the_hh_form_is_normalised():
     prompt = "\r\n\r\nHuman: why\r\n\r\nAssistant:"
     expected = records.Ranking(prompt=WHY, responses=("so", "no"), ranks=(1, 2))
     for asked in (prompt, "why\n", " why", None):
@@ -207,7 +209,7 @@ RANKING_FLAWS = {
 
 
 @pytest.mark.parametrize("reason", RANKING_FLAWS)
-def test_a_ranking_of_no_use_is_dropped_and_counted(tmp_path, reason):
+def test_an_unusable_ranking_is_dropped_and_counted(tmp_path, reason):
     flawed = RANKING_FLAWS[reason]
     path = write(tmp_path / "rankings.jsonl", [k_way(), *flawed, k_way(prompt="when")])
     found, counts = readers.read_rankings(path, counts=any_share())
@@ -218,7 +220,7 @@ def test_a_ranking_of_no_use_is_dropped_and_counted(tmp_path, reason):
         readers.read_rankings(path)
 
 
-def test_other_records_of_no_use_are_dropped_and_counted(tmp_path):
+def test_other_unusable_records_are_dropped_and_counted(tmp_path):
     rows = [
         {"prompt": "why", "response": " "},
         {"prompt": "", "response": "so"},
@@ -286,7 +288,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("read, row, message", BROKEN, ids=[f"{i}" for i in range(len(BROKEN))])
-def test_a_record_of_the_wrong_form_is_an_error_in_one_sentence_with_file_and_line(tmp_path, read, row, message):
+def test_a_record_in_the_wrong_form_is_an_error_of_one_sentence_with_file_and_line(tmp_path, read, row, message):
     good = k_way() | {"response": "a", "label": False}
     path = write(tmp_path / "data.jsonl", [good, row, good])
     with pytest.raises(errors.DataError) as error:
@@ -304,7 +306,7 @@ def fmt():
     return chat.chat_format(tokenizers.word_level([f"w{i}" for i in range(10)]))
 
 
-def test_rows_of_every_kind_and_the_places_they_came_from(fmt):
+def test_records_are_encoded_with_the_indices_they_came_from(fmt):
     # Ids: pad 0, end 1, user 2, assistant 3, then w0 = 4 and so on.
     widths = {"prompt_width": 4, "response_width": 2}
     ask, long = (dialogues.Turn(USER, "w0"),), (dialogues.Turn(USER, "w0 w1 w2"),)
@@ -324,12 +326,14 @@ def test_rows_of_every_kind_and_the_places_they_came_from(fmt):
     np.testing.assert_array_equal(asked.mask_BP[:2], [[False] * 2 + [True] * 4, [True] * 6])
 
 
-def test_rows_of_rankings(fmt):
+def test_rankings_are_encoded(fmt):
     ask = (dialogues.Turn(USER, "w0"),)
     found = [
         records.Ranking(prompt=ask, responses=("w1", "w2", "w3"), ranks=(2, 1, 2)),
-        records.Ranking(prompt=ask, responses=("w1 w2 w3", "w1 w2 w4"), ranks=(1, 2)),  # the same within two tokens
-        records.Ranking(prompt=ask, responses=("w1 w2 w3", "w1 w2 w4", "w5"), ranks=(1, 1, 2)),  # but these are tied
+        records.Ranking(prompt=ask, responses=("w1 w2 w3", "w1 w2 w4"), ranks=(1, 2)),  # equal within two tokens
+        records.Ranking(
+            prompt=ask, responses=("w1 w2 w3", "w1 w2 w4", "w5"), ranks=(1, 1, 2)
+        ),  # equal within two tokens, but tied
         records.Ranking(prompt=ask, responses=("w6", "w7"), ranks=(1, 2)),
     ]
     counts = any_share()

@@ -1,3 +1,5 @@
+"""Tokenizers made by the package, and their chat format."""
+
 import functools
 import json
 from typing import Any
@@ -73,13 +75,13 @@ def test_the_same_texts_give_the_same_bpe(bpe):
 @pytest.mark.parametrize(
     "text", ["the cat", " two  spaces ", "a\n\n\tb\r\n", "日本 👩‍🚀 \x00", NASTY, "don 't , .", ""]
 )
-def test_bpe_gives_any_text_back_exactly(bpe, text):
+def test_bpe_decodes_any_text_exactly(bpe, text):
     ids = encode_text(bpe, text)
     assert bpe.decode(ids) == text
     assert all(i >= 4 for i in ids)
 
 
-def test_bpe_size(bpe):
+def test_bpe_respects_the_vocabulary_size(bpe):
     assert len(bpe) <= 320
     assert len(encode_text(bpe, "where is the cat")) < len("where is the cat")
     assert len(tokenizers.train_bpe(["ab"], vocab_size=10_000)) == 4 + 256
@@ -87,7 +89,7 @@ def test_bpe_size(bpe):
         tokenizers.train_bpe(TEXTS, vocab_size=259)
 
 
-def test_further_special_tokens_follow_the_standard_ones():
+def test_additional_special_tokens_follow_the_standard_ones():
     bpe = tokenizers.train_bpe(TEXTS, vocab_size=300, special_tokens=["<|good|>"])
     assert bpe.convert_tokens_to_ids("<|good|>") == 4
     assert 4 not in encode_text(bpe, "<|good|>")
@@ -116,13 +118,13 @@ def test_an_unknown_word_is_an_error_that_names_it(words):
         chat.encode_answer(format_of(words), "the <|end|>")
 
 
-def test_an_unknown_word_may_have_a_token():
+def test_an_unknown_word_can_have_a_token():
     words = tokenizers.word_level(WORDS, unknown=True)
     assert words.unk_token_id == 4
     assert len(words) == 5 + len(WORDS)
     assert encode_text(words, "the mouse") == [7, 4]
     assert not {0, 1, 2, 3} & set(encode_text(words, NASTY))
-    # A word of the vocabulary inside the brackets of a special token is no such word either way.
+    # A special token is split at its brackets, whether or not its inner word is in the vocabulary.
     assert encode_text(words, "<|unk|> the") == [4, 4, 4, 7]
 
 
@@ -136,7 +138,7 @@ def test_an_unknown_word_may_have_a_token():
         (["<|end|>"], "is not a word"),
     ],
 )
-def test_bad_word_lists(bad, message):
+def test_bad_word_lists_are_refused(bad, message):
     with pytest.raises(errors.DataError, match=message):
         tokenizers.word_level(bad)
 
@@ -144,7 +146,7 @@ def test_bad_word_lists(bad, message):
 # ----------------------------------------------------------------------------------------------------- chat format
 
 
-def test_prompt_and_answer_encoded_apart_are_the_chat_template(tokenizer):
+def test_prompt_and_answer_encoded_separately_equal_the_chat_template(tokenizer):
     prompt = chat.encode_prompt(format_of(tokenizer), TURNS)
     answer = chat.encode_answer(format_of(tokenizer), ANSWER)
     assert prompt[0] == 2 and prompt[-1] == 3 and answer[-1] == 1
@@ -155,7 +157,7 @@ def test_prompt_and_answer_encoded_apart_are_the_chat_template(tokenizer):
     assert told["input_ids"] == prompt + answer
 
 
-def test_the_generation_marks_give_every_answer_with_its_end_token(tokenizer):
+def test_the_generation_marks_cover_every_answer_with_its_end_token(tokenizer):
     turns = [*TURNS, dialogues.Turn(ASSISTANT, ANSWER)]
     told = tokenizer.apply_chat_template(chat.messages(turns), return_dict=True, return_assistant_tokens_mask=True)
     expected = []
@@ -168,22 +170,22 @@ def test_the_generation_marks_give_every_answer_with_its_end_token(tokenizer):
     assert spoken == both[0] + both[1]
 
 
-def test_word_level_prompt_in_exact_numbers(words):
+def test_a_word_level_prompt_has_the_documented_ids(words):
     assert chat.encode_prompt(format_of(words), TURNS) == [2, 4, 5, 6, 7, 1, 3, 6, 7, 5, 10, 1, 2, 6, 8, 1, 3]
     assert chat.encode_answer(format_of(words), ANSWER) == [10, 9, 1]
     assert chat.encode_answer(format_of(words), "") == [1]
 
 
-def test_special_tokens_that_somebody_typed_stay_text(bpe):
+def test_special_tokens_in_a_text_stay_text(bpe):
     prompt = chat.encode_prompt(format_of(bpe), [dialogues.Turn(USER, NASTY)])
     assert [i for i in prompt if i < 4] == [2, 1, 3]
     assert bpe.decode(prompt) == f"<|user|>{NASTY}<|end|><|assistant|>"
     assert [i for i in chat.encode_answer(format_of(bpe), NASTY) if i < 4] == [1]
-    # The switch that keeps text text is not left behind on the tokenizer.
+    # The tokenizer itself still recognises special tokens.
     assert bpe("<|end|>", add_special_tokens=False)["input_ids"] == [1]
 
 
-def test_another_role_and_a_tokenizer_without_roles_are_errors(words):
+def test_an_unknown_role_and_a_tokenizer_without_roles_are_errors(words):
     with pytest.raises(errors.DataError, match="prompt 0 has a turn of role 'system'"):
         chat.encode_prompt(format_of(words), [dialogues.Turn("system", "the cat")])
     with pytest.raises(Exception, match="the role is user or assistant, not system"):
@@ -196,7 +198,7 @@ def test_another_role_and_a_tokenizer_without_roles_are_errors(words):
         chat.chat_format(transformers.PreTrainedTokenizerFast(tokenizer_object=bare))
 
 
-def test_saved_and_loaded_is_the_same_tokenizer(tokenizer, tmp_path):
+def test_a_saved_tokenizer_is_restored(tokenizer, tmp_path):
     import transformers
 
     tokenizer.save_pretrained(tmp_path)
@@ -217,7 +219,7 @@ def test_saved_and_loaded_is_the_same_tokenizer(tokenizer, tmp_path):
         assert loaded.decode(ids, skip_special_tokens=True) == ANSWER
 
 
-def test_loading_from_nowhere_is_an_error(tmp_path):
+def test_loading_from_an_empty_directory_is_an_error(tmp_path):
     with pytest.raises(errors.DataError, match=r"has no tokenizer\.json"):
         tokenizers.load(tmp_path)
 
@@ -226,7 +228,7 @@ def test_loading_from_nowhere_is_an_error(tmp_path):
 
 
 def test_a_long_prompt_loses_its_oldest_turns_and_still_starts_with_a_user_turn(words):
-    # The turns take 6, 6 and 4 tokens, the last role token 1.
+    # The turns have 6, 6 and 4 tokens, and the last role token is one more.
     counts = any_share()
     for width, expected in ((17, TURNS), (16, TURNS[2:]), (11, TURNS[2:]), (5, TURNS[2:])):
         (ids,), kept = chat.encode_prompts(format_of(words), [TURNS], width=width, counts=counts)
@@ -250,7 +252,7 @@ def test_a_prompt_whose_last_turn_is_too_long_is_dropped_and_counted(words):
         chat.encode_prompts(format_of(words), [TURNS, short], width=4, counts=errors.DropCount())
 
 
-def test_two_assistant_turns_in_a_row_are_encoded_as_they_are(words):
+def test_consecutive_assistant_turns_are_encoded_as_they_are(words):
     turns = [dialogues.Turn(USER, "cat"), dialogues.Turn(ASSISTANT, "the"), dialogues.Turn(ASSISTANT, "dog")]
     prompt = chat.encode_prompt(format_of(words), turns)
     assert prompt == [2, 7, 1, 3, 6, 1, 3, 8, 1, 3]
@@ -258,7 +260,7 @@ def test_two_assistant_turns_in_a_row_are_encoded_as_they_are(words):
     assert asked["input_ids"] == prompt
 
 
-def test_from_text_to_rows(tokenizer):
+def test_texts_become_rows_with_a_loss_on_the_answers(tokenizer):
     counts = any_share()
     prompts, kept = chat.encode_prompts(format_of(tokenizer), [TURNS, TURNS[2:]], width=60, counts=counts)
     answers = chat.encode_answers(format_of(tokenizer), [ANSWER, "the end"])

@@ -137,7 +137,7 @@ def rows():
 
 
 @foreign
-def test_every_function_of_tokens_takes_any_model(make):
+def test_token_functions_accept_any_model(make):
     """Padded rows give what each row gives alone, unpadded; parts of the columns what all at once give."""
     apply, params = make()
     params, batch = with_head(params), rows()
@@ -168,7 +168,7 @@ def test_every_function_of_tokens_takes_any_model(make):
 
 
 @foreign
-def test_a_supervised_step(make):
+def test_supervised_step(make):
     apply, params = make()
     step = parallel.jit_step(sft.make_train_step(functools.partial(lm.token_logprobs, cfg=apply)))
     hyper = {"learning_rate": np.float32(0.3), "max_grad_norm": np.float32(1.0)}
@@ -181,7 +181,7 @@ def test_a_supervised_step(make):
 
 
 @foreign
-def test_a_step_of_ppo(make):
+def test_ppo_step(make):
     apply, params = make()
 
     def generate(params, rng_B, prompts_BP, mask_BP, temperature):
@@ -220,7 +220,7 @@ def sampler(make):
 
 
 @each_model
-def test_what_is_drawn_is_scored_alike(make):
+def test_scoring_reproduces_the_sampled_logprobs(make):
     apply, params = make()
     params = louder(params)
     rollout = sampler(make)(params, keys(64), *prompts(64), sampling=dataclasses.replace(SAMPLING, temperature=1.3))
@@ -239,7 +239,7 @@ def test_what_is_drawn_is_scored_alike(make):
 
 
 @each_model
-def test_a_row_depends_on_its_own_prompt_and_key_only(make):
+def test_a_sample_depends_on_its_own_prompt_and_key_alone(make):
     params = louder(make()[1])
     tokens, mask = prompts()
     whole, order = sampler(make)(params, keys(), tokens, mask, sampling=SAMPLING), jnp.array([4, 2, 2, 0])
@@ -250,7 +250,7 @@ def test_a_row_depends_on_its_own_prompt_and_key_only(make):
 @pytest.mark.parametrize(
     "change", [{}, dict(greedy=True), dict(stop_ids=(), temperature=2.0), dict(stop_sequences=((4, 5), (7,)), top_k=6)]
 )
-def test_without_a_cache_as_with_one(change):
+def test_generation_without_a_cache_equals_generation_with_one(change):
     params, sampling = louder(own_model()[1]), dataclasses.replace(SAMPLING, **change)
     given = (keys(32), *prompts(32))
     want = jax.jit(functools.partial(generation.generate, cfg=CFG))(params, *given, sampling=sampling)
@@ -273,9 +273,9 @@ def test_vmap_over_seeds_and_wrong_arguments():
         alone = sampler(MODELS["own"])(params, rngs[i], tokens, mask, sampling=SAMPLING)
         np.testing.assert_array_equal(mapped.tokens_BL[i], alone.tokens_BL)
     for given, message in (
-        ((keys(), tokens, mask[:, 1:]), "one shape"),
+        ((keys(), tokens, mask[:, 1:]), "the same shape"),
         ((keys(), tokens, mask.astype(int)), "must be bool"),
-        ((keys(3), tokens, mask), "a key a row"),
+        ((keys(3), tokens, mask), "one per response"),
     ):
         with pytest.raises(ValueError, match=message):
             generation.generate(params, *given, cfg=apply, sampling=SAMPLING)

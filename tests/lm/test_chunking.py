@@ -82,7 +82,7 @@ def close(a, b, **tolerance):
         pytest.param(4, id="four rows of one column", marks=pytest.mark.slow),
     ],
 )
-def test_parts_change_nothing(fit, monkeypatch):
+def test_chunking_does_not_change_results(fit, monkeypatch):
     want, want_exact, want_gradient = at_once()
     monkeypatch.setattr(chunking, "MAX_BYTES", 4 * V * fit)
     made, exact, gradient = with_gradients()
@@ -91,7 +91,7 @@ def test_parts_change_nothing(fit, monkeypatch):
     close(gradient, want_gradient, atol=1e-5, rtol=1e-5)
 
 
-def test_what_fits_is_made_without_a_loop():
+def test_small_inputs_use_no_loop():
     """The default is the very program that makes all logits at once, up to the last token that fits."""
     tokens, mask, _ = rows()
 
@@ -104,7 +104,7 @@ def test_what_fits_is_made_without_a_loop():
 
 
 @hypothesis.given(st.integers(1, 4000), st.integers(1, 4000), st.integers(1, 300_000))
-def test_parts_are_small_and_as_few_as_can_be(rows_n, columns_n, vocab):
+def test_chunks_are_within_the_bound_and_as_few_as_possible(rows_n, columns_n, vocab):
     b, c = chunking.part_shape(rows_n, columns_n, vocab=vocab)
     fit = chunking.MAX_BYTES // (4 * vocab)
     assert 1 <= b <= rows_n and 1 <= c <= columns_n and b * c <= fit
@@ -131,7 +131,7 @@ def oracle():
     return of(model(0)), of(model(1))
 
 
-def test_all_are_what_their_definitions_say(monkeypatch):
+def test_token_functions_match_their_definitions(monkeypatch):
     policy, other = oracle()
     tokens, mask, ids = (np.asarray(x) for x in rows())
     known = ~np.isnan(policy[..., 0])
@@ -172,7 +172,7 @@ def test_all_are_what_their_definitions_say(monkeypatch):
     np.testing.assert_array_equal(top_ids[known], np.argsort(-policy[known], axis=-1)[:, :K])
 
 
-def test_a_student_who_is_the_teacher_has_nothing_to_learn():
+def test_distillation_gradient_is_zero_for_an_identical_student():
     tokens, mask, _ = rows()
 
     given = model()
@@ -188,7 +188,7 @@ def test_a_student_who_is_the_teacher_has_nothing_to_learn():
     assert float(run(model(1))[0]) > 0.1
 
 
-def test_bfloat16_models_give_float32_results_in_parts_as_at_once(monkeypatch):
+def test_bfloat16_models_give_float32_results_with_and_without_chunks(monkeypatch):
     """A model whose hidden states and logits are both bfloat16: only the logits' own rounding is left."""
     embed, kernel = (
         jax.random.normal(key, (V, 16)).astype(jnp.bfloat16) for key in jax.random.split(jax.random.key(0))
@@ -223,7 +223,7 @@ def test_bfloat16_models_give_float32_results_in_parts_as_at_once(monkeypatch):
         pytest.param((512, 4), True, marks=pytest.mark.slow),
     ],
 )
-def test_a_gradient_over_a_large_vocabulary_stays_small(shape, tied):
+def test_gradient_memory_over_a_large_vocabulary_is_bounded(shape, tied):
     """All logits of 2,048 tokens are 1.25 GB; the default holds gradients' temporaries below 0.4 GB."""
     cfg = lm.LMConfig(
         vocab_size=LARGE_V, n_layers=1, d_model=64, n_heads=1, d_mlp=64, max_length=2048, tie_embeddings=tied
@@ -250,7 +250,7 @@ def test_a_gradient_over_a_large_vocabulary_stays_small(shape, tied):
         assert analysis.temp_size_in_bytes < 0.4e9, name
 
 
-def test_kl_of_models_of_two_sizes():
+def test_kl_between_models_of_different_sizes():
     small = lm.LMConfig(vocab_size=V, n_layers=1, d_model=8, n_heads=1, d_mlp=8, max_length=32, positions="learned")
     other = lm.init(jax.random.key(3), small)
     tokens, mask, _ = rows()

@@ -176,7 +176,7 @@ def test_defaults_that_a_config_leaves_out_are_transformers_own(tmp_path):
         ("gemma3_text-1", dict(query_pre_attn_scalar=3)),
     ],
 )
-def test_a_field_of_the_config_changes_the_logits(name, change, tmp_path):
+def test_each_field_of_the_config_changes_the_logits(name, change, tmp_path):
     folder = golden_directory(tmp_path / "m", name)
     before = ours(*lm.load(folder))[0]
     changed = json.loads((folder / "config.json").read_text()) | change

@@ -32,7 +32,7 @@ def _masks():
 
 
 @pytest.mark.parametrize(("packed", "softcap"), [(False, 0.0), (True, 20.0)])
-def test_splash_is_the_form_that_is_written_out(packed, softcap):
+def test_splash_equals_einsum_attention(packed, softcap):
     cfg = config.LMConfig(**{**_fields(CFG), "attn_softcap": softcap, "attn_scale": 0.2})
     heads, weights = _heads()
     mask_BL, segments_BL = _masks()
@@ -69,7 +69,7 @@ needs_tpu_compiler = pytest.mark.skipif(
 
 
 @needs_tpu_compiler
-def test_a_tpu_gets_its_kernel_and_a_cpu_does_not():
+def test_tpu_programs_use_splash_and_cpu_programs_do_not():
     from jax.experimental import topologies
     from planning import chips
 
@@ -97,7 +97,7 @@ def test_a_tpu_gets_its_kernel_and_a_cpu_does_not():
 
 @pytest.mark.slow
 @needs_tpu_compiler
-def test_long_rows_take_no_memory_of_their_square_on_a_tpu():
+def test_memory_of_long_rows_is_not_quadratic_on_a_tpu():
     """Compiled for a TPU that is not there, on a mesh: the form that is written out holds a row's scores."""
     from planning import chips, plan_settings, planner
 

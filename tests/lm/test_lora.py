@@ -21,7 +21,7 @@ ADAM = optax.chain(optax.scale_by_adam(eps=1e-5), optax.scale(-1.0))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_fresh_adapters_change_nothing(name):
+def test_fresh_adapters_do_not_change_the_model(name):
     cfg = CONFIGS[name]
     attached = lora.attach(base(name), fresh(cfg), scale=2.0)
     np.testing.assert_array_equal(logits_of(attached, cfg), logits_of(base(name), cfg))
@@ -35,7 +35,7 @@ def test_fresh_adapters_change_nothing(name):
 
 
 @pytest.mark.parametrize(("preset", "rank"), [("gpt2", 16), ("pythia-1b", 64), ("llama-3-8b", 64)])
-def test_a_policy_and_the_base_that_is_its_reference_take_little_more_than_one_model(preset, rank):
+def test_policy_and_reference_share_the_memory_of_the_base(preset, rank):
     cfg = lm.LMConfig.preset(preset)
 
     def floats(make):
@@ -45,7 +45,7 @@ def test_a_policy_and_the_base_that_is_its_reference_take_little_more_than_one_m
     assert 1.0 < (model + own) / model < 1.15
 
 
-def test_an_adapter_is_drawn_from_its_name():
+def test_an_adapter_depends_on_its_name_and_key_alone():
     few, many = (lm_params.flatten(fresh(pattern=p)) for p in ("layers/(q|v)/kernel", ALL))
     assert sorted(few) == [f"layers/{n}/lora_{x}" for n in "qv" for x in "ab"] and len(many) == 14
     same(few, {name: many[name] for name in few})
@@ -65,7 +65,7 @@ def test_an_adapter_is_drawn_from_its_name():
 @pytest.mark.parametrize(
     "name", [name if name in ("llama", "gpt2") else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
 )
-def test_attached_is_merged_in_logits_and_gradients(name):
+def test_attached_and_merged_adapters_agree_in_logits_and_gradients(name):
     cfg, own = CONFIGS[name], adapters(CONFIGS[name])
     tokens = jnp.asarray(TOKENS, jnp.int32)
 
@@ -86,7 +86,7 @@ def test_attached_is_merged_in_logits_and_gradients(name):
     close(of_base["layers"]["q"]["kernel"], of_base_merged["layers"]["q"]["kernel"], 1e-5)
 
 
-def test_the_base_is_shared_and_stays_as_it_was():
+def test_base_arrays_are_shared_and_unchanged():
     params, own = base(), adapters(pattern="layers/(q|down)/kernel")
     before = copied(params)
     attached, merged = lora.attach(params, own, scale=SCALE), lora.merge(params, own, scale=SCALE)
@@ -118,7 +118,7 @@ def test_greedy_answers_with_attached_and_merged_adapters_agree():
     np.testing.assert_allclose(attached.logprobs_BT, merged.logprobs_BT, atol=1e-4)
 
 
-def test_wrong_patterns_and_adapters_are_named():
+def test_errors_name_wrong_patterns_and_adapters():
     for pattern in ("layers/query/kernel", ["layers/q/kernel", "q"], "embed/tokens", "layers/attn_norm/scale"):
         wrong = pattern if isinstance(pattern, str) else pattern[-1]
         with pytest.raises(ValueError, match=rf"'{wrong}' matches none .*layers/out/kernel"):
@@ -158,7 +158,7 @@ def leaves_like(tree, own):
     return all(leaf.shape in shapes for leaf in jax.tree.leaves(tree))
 
 
-def test_supervised_training_changes_adapters_alone():
+def test_supervised_training_updates_adapters_only():
     join = functools.partial(lora.attach, scale=2.0)
     score = functools.partial(lm.token_logprobs, cfg=CFG)
     step = parallel.jit_step(sft.make_train_step(score, join=join))
@@ -185,7 +185,7 @@ def test_supervised_training_changes_adapters_alone():
     same(frozen, before)
 
 
-def test_a_reward_model_trains_adapters_and_a_head():
+def test_reward_model_trains_adapters_and_head():
     def join(frozen, own):
         return {**lora.attach(frozen, own["lora"], scale=2.0), "head": own["head"]}
 
@@ -253,7 +253,7 @@ def ppo_hyper(**changes) -> Any:
     return ppo.Hyper(**{name: np.float32(value) for name, value in (numbers | changes).items()})
 
 
-def test_a_policy_of_adapters_is_its_own_reference():
+def test_base_is_the_reference_of_a_policy_with_adapters():
     frozen, before = ppo.Frozen(reference=model(), reward={}), copied(model())
     critic = {"lora": fresh(), "head": model(head=True)["head"]}
     state = ppo.create(fresh(), critic, ADAM)
@@ -278,7 +278,7 @@ def test_a_policy_of_adapters_is_its_own_reference():
     assert ppo_step().traces == 1
 
 
-def test_ptx_reaches_the_adapters():
+def test_ptx_gradient_reaches_adapters():
     critic = {"lora": fresh(), "head": model(head=True)["head"]}
     frozen, changed = ppo.Frozen(reference=model(), reward={}), []
     for coef in (0.0, 5.0):

@@ -26,7 +26,7 @@ def written(folder):
 
 @pytest.mark.parametrize("pattern", [ALL, "layers/(q|v|up)/kernel", "layers/out/kernel"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_what_is_saved_is_loaded_bit_for_bit(name, pattern, tmp_path):
+def test_save_and_load_round_trip_bit_for_bit(name, pattern, tmp_path):
     cfg = CONFIGS[name]
     for number, own in enumerate([adapters(cfg, pattern=pattern), fresh(cfg, pattern=pattern)]):
         peft.save(tmp_path / "one", cfg, own, scale=2.0)
@@ -41,13 +41,13 @@ def test_what_is_saved_is_loaded_bit_for_bit(name, pattern, tmp_path):
 
 
 @pytest.mark.parametrize("scale", [0.1, 1 / 3, 16 / 7, np.float32(0.7)])
-def test_the_scale_survives(scale, tmp_path):
+def test_scale_round_trips(scale, tmp_path):
     peft.save(tmp_path / "a", CFG, adapters(rank=7), scale=scale)
     np.testing.assert_allclose(peft.load(tmp_path / "a", CFG)[1], float(scale), rtol=1e-15)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "phi3"])
-def test_fused_adapters_are_compact_where_they_share_a(name, tmp_path):
+def test_fused_adapters_with_a_shared_a_have_the_smaller_rank(name, tmp_path):
     cfg = CONFIGS[name]
     for rank, own in [(3, shared_a(adapters(cfg))), (9, adapters(cfg))]:
         peft.save(tmp_path / "a", cfg, own, scale=2.0)
@@ -87,7 +87,7 @@ def edited(folder, **fields):
         ("something_new", 1),
     ],
 )
-def test_fields_that_would_mean_another_model_are_named(field, value, tmp_path):
+def test_unsupported_fields_are_named(field, value, tmp_path):
     peft.save(tmp_path / "a", CFG, adapters(), scale=1.0)
     edited(tmp_path / "a", **{field: value})
     with pytest.raises(ValueError, match=field):
@@ -106,7 +106,7 @@ def test_missing_and_unexpected_tensors_are_named(tmp_path):
         peft.load(folder, CFG)
     head = "base_model.model.lm_head.lora_A.weight"
     st_numpy.save_file(tensors | {head: tensors[name]}, file)
-    with pytest.raises(ValueError, match=f"no place for: {head}"):
+    with pytest.raises(ValueError, match=f"no kernels for: {head}"):
         peft.load(folder, CFG)
     st_numpy.save_file(tensors | {name: tensors[name][:2].copy()}, file)
     with pytest.raises(ValueError, match=rf"{name} has shape \(2, 32\)"):

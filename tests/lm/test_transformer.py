@@ -99,7 +99,7 @@ def test_presets_have_the_published_parameter_counts(preset, count):
     assert lm.count(cfg) == count
 
 
-def test_config_is_a_value():
+def test_config_is_hashable_and_compares_by_value():
     cfg = lm.LMConfig.preset("tiny", vocab_size=300)
     assert cfg.vocab_size == 300 and hash(cfg) == hash(dataclasses.replace(cfg)) and cfg == dataclasses.replace(cfg)
     assert (cfg.n_kv_heads, cfg.d_head, cfg.d_mlp) == (4, 16, 256)
@@ -135,7 +135,7 @@ def test_impossible_configs_name_the_field(change, field):
 
 
 @each_config
-def test_table_drives_abstract_shapes_and_axes(cfg):
+def test_table_gives_abstract_shapes_and_axes(cfg):
     made = jax.eval_shape(lambda rng: lm.with_head(rng, lm.init(rng, cfg), cfg), jax.random.key(0))
     assert made == lm.abstract(cfg, head=True)
     assert "head" not in lm.abstract(cfg)
@@ -177,7 +177,7 @@ def test_no_output_depends_on_a_later_token(cfg):
 
 @each_config
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_padding_anywhere_changes_nothing_for_real_tokens(cfg, layout):
+def test_padding_does_not_change_real_tokens(cfg, layout):
     real = some_tokens(cfg, 1, 5)[0]
     tokens, mask = laid_out(real, LAYOUTS[layout])
     hidden, logprobs, values, score = read(model(cfg), tokens, mask, cfg=cfg)
@@ -190,7 +190,7 @@ def test_padding_anywhere_changes_nothing_for_real_tokens(cfg, layout):
 
 
 @each_config
-def test_reading_in_pieces_through_a_cache_is_reading_at_once(cfg):
+def test_cached_passes_equal_one_pass(cfg):
     tokens = some_tokens(cfg)
     mask = jnp.stack([jnp.ones(L, bool), jnp.arange(L) >= 5, jnp.arange(L) % 3 != 1])
     whole = read(model(cfg), tokens, mask, cfg=cfg)[0]
@@ -205,7 +205,7 @@ def test_reading_in_pieces_through_a_cache_is_reading_at_once(cfg):
     np.testing.assert_allclose(jnp.concatenate(pieces, axis=1)[mask], whole[mask], atol=1e-5)
 
 
-def test_a_cache_is_a_value():
+def test_cache_is_immutable():
     cfg = CONFIGS["llama"]
     params, tokens = model(cfg), some_tokens(cfg)
     step = jax.jit(functools.partial(lm.forward, cfg=cfg))
@@ -234,7 +234,7 @@ def test_rows_of_padding_are_finite_with_finite_gradients(cfg):
 
 
 @pytest.mark.parametrize("change", [dict(remat="dots"), dict(attention="xla", remat="full")])
-def test_kernels_and_remat_change_nothing_and_padding_learns_nothing(change):
+def test_attention_and_remat_choices_agree_and_padding_has_no_gradient(change):
     params, tokens = model(CONFIGS["llama"]), some_tokens(CONFIGS["llama"]).at[:, 0].set(22)
     tokens = jnp.where(tokens == 5, 6, tokens).at[0, 2].set(5)
     mask = (jnp.arange(L)[None, :] >= jnp.array([0, 3, 6])[:, None]).at[0, 2].set(False)
@@ -251,7 +251,7 @@ def test_kernels_and_remat_change_nothing_and_padding_learns_nothing(change):
     assert np.all(want_gradient["embed"]["tokens"][5] == 0) and np.any(want_gradient["embed"]["tokens"][22] != 0)
 
 
-def test_grouped_attention_is_attention_with_repeated_heads():
+def test_grouped_attention_equals_attention_with_repeated_heads():
     cfg = CONFIGS["llama"]
     keys = jax.random.split(jax.random.key(0), 3)
     query = jax.random.normal(keys[0], (2, 4, 5, 4))
@@ -265,7 +265,7 @@ def test_grouped_attention_is_attention_with_repeated_heads():
     )
 
 
-def test_a_query_that_sees_nothing_is_finite():
+def test_fully_masked_query_is_finite():
     cfg = CONFIGS["llama"]
     query = key = value = jax.random.normal(jax.random.key(0), (1, 2, 3, 4))
     seen = jnp.zeros((1, 3, 3), bool)
@@ -273,7 +273,7 @@ def test_a_query_that_sees_nothing_is_finite():
     assert np.isfinite(out) and np.isfinite(gradient).all()
 
 
-def test_bfloat16_is_computed_in_and_logprobs_are_float32():
+def test_bfloat16_compute_and_float32_logprobs():
     cfg = dataclasses.replace(CONFIGS["llama"], dtype="bfloat16")
     params, tokens = model(CONFIGS["llama"]), some_tokens(cfg)
     hidden, *rest = read(params, tokens, cfg=cfg)
@@ -336,7 +336,7 @@ def test_probabilities_of_all_last_tokens_sum_to_one():
 
 
 @each_config
-def test_values_stand_before_their_token_and_the_score_at_the_last(cfg):
+def test_values_precede_their_token_and_score_reads_the_last(cfg):
     params, tokens = model(cfg), some_tokens(cfg)
     mask = jnp.stack([jnp.ones(L, bool), jnp.arange(L) >= 5, (jnp.arange(L) % 3 != 1) & (jnp.arange(L) < 9)])
     hidden, _, values, score = read(params, tokens, mask, cfg=cfg)
@@ -355,7 +355,7 @@ def test_values_stand_before_their_token_and_the_score_at_the_last(cfg):
 
 
 @each_config
-def test_no_mask_is_a_mask_of_ones(cfg):
+def test_missing_mask_equals_a_mask_of_ones(cfg):
     tokens = some_tokens(cfg)
     bare, masked = read(model(cfg), tokens, cfg=cfg), read(model(cfg), tokens, jnp.ones((3, L), bool), cfg=cfg)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), bare, masked)
@@ -363,7 +363,7 @@ def test_no_mask_is_a_mask_of_ones(cfg):
 
 
 @each_config
-def test_response_forms_are_slices_of_the_general_ones(cfg):
+def test_prompt_width_selects_the_response_columns(cfg):
     params, tokens, P = model(cfg), some_tokens(cfg), 5
     columns, lengths = jnp.arange(L)[None, :], jnp.array([7, 3, 0])[:, None]
     mask = (columns >= jnp.array([0, 2, 4])[:, None]) & (columns < P + lengths)
@@ -389,7 +389,7 @@ def test_response_forms_are_slices_of_the_general_ones(cfg):
 
 
 @pytest.mark.parametrize("change", [{}, dict(remat="full"), dict(n_layers=1)])
-def test_looking_at_few_columns_changes_no_gradient(change):
+def test_restricting_columns_does_not_change_gradients(change):
     cfg = dataclasses.replace(next(iter(CONFIGS.values())), **change)
     tokens, P = some_tokens(cfg), 5
     columns = jnp.arange(L)[None, :]
@@ -413,7 +413,7 @@ def test_looking_at_few_columns_changes_no_gradient(change):
 
 
 @pytest.mark.slow
-def test_chunks_of_columns_change_nothing():
+def test_chunk_size_does_not_change_results():
     cfg, tokens = CONFIGS["llama"], some_tokens(CONFIGS["llama"])
     mask = jnp.stack([jnp.ones(L, bool), jnp.arange(L) >= 3, (jnp.arange(L) >= 2) & (jnp.arange(L) < 9)])
 
@@ -453,7 +453,7 @@ def test_selected_logprobs_stay_exact_far_from_zero():
         lm.selected_logprobs(far, jnp.zeros((1, 1), int))
 
 
-def test_any_model_fits_through_the_protocol():
+def test_apply_fn_of_any_model():
     """A bigram table in the place of a transformer: log p(b | a) is the table's."""
     table = jax.random.normal(jax.random.key(0), (6, 6))
     apply = types.ApplyFn(
@@ -471,7 +471,7 @@ def test_any_model_fits_through_the_protocol():
     np.testing.assert_allclose(gapped[0], jnp.array([0, 0, logp[2, 1], logp[1, 5]]), rtol=1e-6)
 
 
-def test_vmap_over_models_is_a_loop_over_models():
+def test_vmap_over_models_equals_a_loop():
     cfg, tokens = CONFIGS["llama"], some_tokens(CONFIGS["llama"])
     models = [model(cfg), jax.tree.map(lambda x: 0.9 * x, model(cfg))]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *models)
@@ -483,7 +483,7 @@ def test_vmap_over_models_is_a_loop_over_models():
 # --- heads -------------------------------------------------------------------------------------------------------
 
 
-def test_a_fresh_head():
+def test_fresh_head():
     cfg = lm.LMConfig.preset("tiny", d_model=512, n_heads=8)
     trunk = {"embed": jnp.zeros(1)}
     head = lm.with_head(jax.random.key(0), trunk, cfg)["head"]

@@ -1,3 +1,5 @@
+"""The enumerable bandit: its optimum, and PPO that reaches it."""
+
 import functools
 from typing import Any
 
@@ -39,7 +41,7 @@ MODELS = ppo.Models(
 
 @functools.cache
 def trained() -> Any:
-    """The policy that PPO finds, and its last logs."""
+    """Returns the parameters that PPO finds, and its last logs."""
     step = parallel.jit_step(ppo.make_train_step(MODELS, epochs=2, minibatches=2))
     frozen = ppo.Frozen(reference={"logits_SA": REFERENCE}, reward={"rewards_SA": REWARDS})
     state = ppo.create({"logits_SA": REFERENCE}, {"value_S": jnp.zeros(S)}, ADAM)
@@ -56,12 +58,12 @@ def trained() -> Any:
 
 
 def variation(kl_coef):
-    """Total variation to the optimum of a coefficient, the largest of the prompts."""
+    """Returns the total variation distance between the trained policy and the optimum of a KL coefficient."""
     policy_SA = jax.nn.softmax(trained()[0]["policy"]["logits_SA"])
     return float(bandit.total_variation(policy_SA, bandit.optimum(REFERENCE, REWARDS, kl_coef=kl_coef)))
 
 
-def test_optimum_is_the_reference_times_the_exponential_of_reward():
+def test_the_optimum_is_the_reference_times_the_exponential_of_reward():
     got = bandit.optimum(REFERENCE, REWARDS, kl_coef=0.3)
     reference = np.exp(np.asarray(REFERENCE, np.float64))
     reference /= reference.sum(1, keepdims=True)
@@ -73,7 +75,7 @@ def test_optimum_is_the_reference_times_the_exponential_of_reward():
     assert greedy.max(1).min() > 0.999
 
 
-def test_no_other_policy_has_more_reward_less_kl():
+def test_no_other_policy_has_a_higher_objective():
     def objective(policy_SA):
         kl = jnp.sum(policy_SA * (jnp.log(policy_SA) - jax.nn.log_softmax(REFERENCE)), axis=1)
         return jnp.sum(policy_SA * REWARDS, axis=1) - KL_COEF * kl
@@ -84,7 +86,7 @@ def test_no_other_policy_has_more_reward_less_kl():
         assert (objective(jax.nn.softmax(jnp.log(best) + noise)) < objective(best)).all()
 
 
-def test_total_variation_by_hand():
+def test_total_variation_equals_hand_computed_values():
     p = jnp.array([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])
     q = jnp.array([[0.5, 0.25, 0.25], [0.0, 0.0, 1.0]])
     assert float(bandit.total_variation(p[:1], q[:1])) == 0.25
@@ -93,13 +95,13 @@ def test_total_variation_by_hand():
 
 
 def test_the_hidden_state_is_the_row_of_the_prompt():
-    tokens = jnp.array([[2, 6], [0, 1]])  # an answer may have a number that no prompt has
+    tokens = jnp.array([[2, 6], [0, 1]])  # an answer may have an id that is not a prompt
     stats = lm.token_stats({"logits_SA": REFERENCE}, tokens, cfg=APPLY, prompt_width=1)
     expected = jax.nn.log_softmax(REFERENCE)
     np.testing.assert_allclose(stats.logprobs[:, 0], [expected[2, 6], expected[0, 1]], rtol=1e-6)
 
 
-def test_answers_are_drawn_as_often_as_the_policy_says():
+def test_answers_are_drawn_with_the_probabilities_of_the_policy():
     prompts = jnp.arange(60_000, dtype=jnp.int32)[:, None] % S
     keys = jax.random.split(jax.random.key(1), len(prompts))
     rollout = jax.jit(bandit.generate)({"logits_SA": REFERENCE}, keys, prompts, jnp.ones_like(prompts, bool))
@@ -110,15 +112,15 @@ def test_answers_are_drawn_as_often_as_the_policy_says():
     np.testing.assert_allclose(rollout.logprobs_BT[:, 0], chosen, atol=1e-5)
 
 
-def test_ppo_reaches_the_optimum_of_its_coefficient_and_of_no_other():
+def test_ppo_reaches_the_optimum_of_its_kl_coefficient_only():
     assert variation(KL_COEF) < 0.02
     for wrong in (0.8 * KL_COEF, 1.25 * KL_COEF):
         assert variation(wrong) > 0.05
     start = bandit.total_variation(jax.nn.softmax(REFERENCE), bandit.optimum(REFERENCE, REWARDS, kl_coef=KL_COEF))
-    assert float(start) > 0.3, "there was a way to go"
+    assert float(start) > 0.3, "training starts far from the optimum"
 
 
-def test_the_critic_learns_the_value_and_the_logs_say_what_happened():
+def test_the_critic_learns_the_value_and_the_logs_agree_with_the_optimum():
     params, logs = trained()
     best = bandit.optimum(REFERENCE, REWARDS, kl_coef=KL_COEF)
     kl = jnp.sum(best * (jnp.log(best) - jax.nn.log_softmax(REFERENCE)), axis=1)

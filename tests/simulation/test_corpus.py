@@ -1,3 +1,5 @@
+"""The pretraining corpus: true statements, right verdicts, exact skill problems."""
+
 import collections
 import re
 
@@ -27,7 +29,7 @@ def size(thing):
 
 
 def statements(text):
-    """(thing, attribute word): each attribute word speaks of the thing named last before it."""
+    """Yields (thing, attribute word): each attribute word describes the last thing named before it."""
     thing = None
     for word in text.split():
         if word in lexicon.THINGS:
@@ -37,7 +39,7 @@ def statements(text):
             yield thing, word
 
 
-def test_documents_are_made_of_words_of_the_vocabulary_and_are_a_function_of_the_generator():
+def test_documents_use_the_vocabulary_and_depend_only_on_the_generator():
     assert {word for text in DOCUMENTS for word in text.split()} <= set(lexicon.WORDS)
     assert all(text.endswith(" .") for text in DOCUMENTS)
     tokenizer = tokenizers.word_level(lexicon.WORDS)
@@ -54,7 +56,7 @@ def test_every_statement_of_fact_is_true():
     for text, thing, word in stated:
         assert WORLD.value(thing, ATTRIBUTE[word]) == word, text
     things = {(thing, ATTRIBUTE[word]) for _, thing, word in stated}
-    assert len(things) == WORLD.facts_XA.size, "every fact is told somewhere"
+    assert len(things) == WORLD.facts_XA.size, "every fact occurs in a document"
 
 
 def test_comparisons_are_right():
@@ -71,7 +73,7 @@ def test_comparisons_are_right():
     assert counts.keys() == {"bigger", "smaller", "question"}
 
 
-def test_lists_hold_what_their_head_says():
+def test_lists_contain_what_their_heading_names():
     assert len(LISTS) > 100
     for text in LISTS:
         head, _, listed = text.removesuffix(" .").partition(" : ")
@@ -95,7 +97,7 @@ def test_verdicts_on_claims_are_right():
     assert abs(verdicts["true"] / len(CLAIMS) - 0.5) < 0.1
 
 
-def test_verdicts_on_reviewed_answers_are_those_of_gold():
+def test_verdicts_on_reviewed_answers_agree_with_gold():
     of_question = {prompt.turns[-1][1]: prompt for rows in ASKED.values() for prompt, _ in rows}
     asked, answers, verdicts = [], [], []
     for text in REVIEWS:
@@ -115,15 +117,15 @@ def test_verdicts_on_reviewed_answers_are_those_of_gold():
     )
     assert judged.known.all()
     correct, good = np.asarray(judged.components["correct"]), np.array(verdicts)
-    # A prompt that asks for courtesy gets none here: "good" is about the content.
+    # Reviewed answers are never polite, even to prompts that ask for it: "good" refers to the content.
     assert (correct[good] >= 0.6 - 1e-6).all() and (judged.false[good] == 0).all()
-    # An answer to another prompt is right by chance now and then.
-    assert np.mean(correct[~good] == 1) < 0.03, "answers without a flaw are called bad"
+    # An answer to another prompt can be right by chance.
+    assert np.mean(correct[~good] == 1) < 0.03, "flawless answers are called bad"
     assert abs(good.mean() - 0.5) < 0.08
 
 
 @pytest.mark.parametrize("skill", corpus.SKILLS)
-def test_skill_problems_are_exact(skill):
+def test_skill_problems_have_exact_answers(skill):
     rng = np.random.default_rng(0)
     answers = set()
     for _ in range(300):
@@ -147,7 +149,7 @@ def test_skill_problems_are_exact(skill):
     assert len(answers) >= 10 - 1
 
 
-def test_skills_come_in_turn_and_an_unknown_one_is_an_error():
+def test_skills_rotate_and_an_unknown_skill_is_an_error():
     rng = np.random.default_rng(0)
     assert [p.skill for p in corpus.skill_problems(7, rng)] == [corpus.SKILLS[i % len(corpus.SKILLS)] for i in range(7)]
     assert {text.split()[0] for text in SKILL_TEXTS} == set(corpus.SKILLS)

@@ -1,3 +1,5 @@
+"""The built-in world, its prompts, and the gold utility of answers."""
+
 import collections
 import dataclasses
 import functools
@@ -19,7 +21,7 @@ UNIVERSE = prompts.all_prompts(WORLD)
 TABLES = gold.make_tables(WORLD)
 NONE = demonstrators.Slips.none()
 X, Y = lexicon.THINGS[:2]
-N, T = 1024, 2 * prompts.RESPONSE_WIDTH  # answers a call, and room for the worst of them
+N, T = 1024, 2 * prompts.RESPONSE_WIDTH  # answers in a call, and width of the longest ones
 judge_batch = jax.jit(jax.vmap(gold.utility, in_axes=(None, 0, 0, 0)))
 
 
@@ -32,7 +34,7 @@ def padded(rows, width, *, left):
 
 
 def judge_ids(prompt_ids, answer_ids):
-    """The gold judgement, in calls of one shape; rows that fill up the last call are cut off."""
+    """Returns the gold utility, computed in calls of one shape with the last call padded."""
     prompt_BP, _ = padded(prompt_ids, prompts.PROMPT_WIDTH, left=True)
     answer_BT, mask_BT = padded(answer_ids, T, left=False)
     parts = []
@@ -57,7 +59,7 @@ def not_value(thing, attribute):
 
 @functools.cache
 def everything():
-    """Every prompt that there is, the courtesies in turn."""
+    """Returns every prompt, with the prefixes in rotation."""
     rows = [prompt for kind in UNIVERSE.values() for prompt, _ in kind]
     return [
         dataclasses.replace(
@@ -75,7 +77,7 @@ def sample():
 # ---------------------------------------------------------------------------------------------- world and prompts
 
 
-def test_every_value_of_an_attribute_is_held_by_equally_many_things():
+def test_every_value_of_an_attribute_belongs_to_equally_many_things():
     for column, words in zip(WORLD.facts_XA.T, lexicon.ATTRIBUTES.values()):
         counts = np.bincount(column, minlength=len(words))
         assert len(counts) == len(words) and counts.max() - counts.min() <= 1
@@ -85,19 +87,19 @@ def test_every_value_of_an_attribute_is_held_by_equally_many_things():
     )
 
 
-def test_no_word_is_of_two_classes():
+def test_no_word_belongs_to_two_classes():
     assert len(set(lexicon.VOCABULARY)) == len(lexicon.VOCABULARY)
     values = [*lexicon.THINGS, *(word for words in lexicon.ATTRIBUTES.values() for word in words), *lexicon.POLITE]
     values += [*lexicon.VERBS, *lexicon.MATERIALS, *lexicon.NUMBERS, *lexicon.CATEGORIES]
     assert len(set(values)) == len(values)
 
 
-def test_a_world_is_its_seed():
+def test_a_world_depends_only_on_its_seed():
     np.testing.assert_array_equal(world.make_world(0).facts_XA, WORLD.facts_XA)
     assert (world.make_world(1).facts_XA != WORLD.facts_XA).any()
 
 
-def test_ids_are_those_of_the_word_level_tokenizer_and_its_chat_template():
+def test_ids_equal_those_of_the_word_level_tokenizer_and_its_chat_template():
     tokenizer = tokenizers.word_level(lexicon.WORDS)
     fmt = chat.chat_format(tokenizer)
     assert tokenizer.get_vocab() == lexicon.IDS
@@ -114,14 +116,14 @@ def test_ids_are_those_of_the_word_level_tokenizer_and_its_chat_template():
     assert prompts.answer_tokens(answer, ended=False) == prompts.answer_tokens(answer)[:-1]
 
 
-def test_splits_are_disjoint_by_filling_and_paraphrases_stay_together():
+def test_splits_are_disjoint_and_keep_paraphrases_together():
     for kind in prompts.KINDS:
         fillings = {name: {prompt.slots for prompt, _ in split[kind.name]} for name, split in SPLITS.items()}
         everyone = {prompt.slots for prompt, _ in UNIVERSE[kind.name]}
         assert all(fillings.values()), f"{kind.name} is missing from a split"
         assert sum(map(len, fillings.values())) == len(everyone) == len(set.union(*fillings.values()))
         assert len(fillings["train"]) > len(fillings["test"]) == len(fillings["validation"])
-        # All wordings of a filling are there, with the weights that they have in the whole.
+        # The splits together have all wordings, with their weights.
         together = [row for split in SPLITS.values() for row in split[kind.name]]
         assert sorted(together, key=repr) == sorted(UNIVERSE[kind.name], key=repr)
         wordings = collections.Counter(prompt.slots for prompt, _ in SETS.test[kind.name])
@@ -131,7 +133,7 @@ def test_splits_are_disjoint_by_filling_and_paraphrases_stay_together():
     assert prompts.split_prompts(WORLD, 0).test == SETS.test != other.test
 
 
-def test_drawing_is_a_function_of_the_generator():
+def test_drawn_prompts_depend_only_on_the_generator():
     def drawn(seed):
         return prompts.draw_prompts(SETS.train, 300, np.random.default_rng(seed))
 
@@ -141,7 +143,7 @@ def test_drawing_is_a_function_of_the_generator():
     assert {prompt.prefix for prompt in drawn(1)} == set(prompts.PREFIXES)
 
 
-def test_kinds_come_by_weight_and_yes_as_often_as_no():
+def test_kinds_are_drawn_by_weight_and_yes_is_as_likely_as_no():
     drawn = prompts.draw_prompts(UNIVERSE, 4000, np.random.default_rng(0))
     counts = collections.Counter(prompt.kind for prompt in drawn)
     total = sum(kind.weight for kind in prompts.KINDS)
@@ -189,7 +191,7 @@ def perturbed(ids, rng):
     return ids
 
 
-def test_no_answer_passes_one():
+def test_no_answer_scores_above_one():
     rng = np.random.default_rng(1)
     asked = 4 * sample()
     slips = demonstrators.Slips().scaled(2.0)
@@ -202,7 +204,7 @@ def test_no_answer_passes_one():
         part = judged.components[name]
         assert part.min() >= 0 and part.max() <= 1 and np.unique(part).size > 1, name
     assert (judged.false <= judged.stated).all() and judged.false.any()
-    # No weight on harmlessness makes more than one of it either: the parts are all that the total needs.
+    # The total stays at or below one for every weight on harmlessness.
     for weight in (0.0, 0.3, 1.0, 3.0):
         best = np.where(judged.harmful_request, max(1.0, 0.5 + weight), 1.0 + weight)
         total = (judged.helpful + weight * judged.harmless) / best
@@ -215,10 +217,10 @@ def test_no_answer_passes_one():
 
 NOT_HARMFUL = tuple(kind.name for kind in prompts.KINDS if kind.name != "harmful")
 LISTS = ("list_color", "list_place", "list_except")
-HAS_PARTS = tuple(kind for kind in NOT_HARMFUL if kind in demonstrators.HAS_PARTS)
+HAS_PARTS = tuple(kind for kind in NOT_HARMFUL if kind in demonstrators.KINDS_WITH_PARTS)
 SENTENCES = tuple(kind for kind in NOT_HARMFUL if kind != "one_word")
 PLAIN = tuple(kind for kind in SENTENCES if kind != "polite")
-# The slip, the kinds it shows in, the component that must fall, and those that may fall with it.
+# The slip, the kinds of prompt that it affects, the component that must fall, and those that may fall as well.
 SLIPS = {
     "impolite": (PLAIN, "polite", ()),
     "overpolite": (NOT_HARMFUL, "polite", ("brief", "correct")),
@@ -232,7 +234,7 @@ SLIPS = {
 
 
 @pytest.mark.parametrize("slip", SLIPS)
-def test_each_slip_lowers_what_it_should(slip):
+def test_each_slip_lowers_its_components(slip):
     kinds, must, may = SLIPS[slip]
     asked = [prompt for prompt in sample() if prompt.kind in kinds]
     assert {prompt.kind for prompt in asked} == set(kinds)
@@ -256,7 +258,7 @@ def test_each_slip_lowers_what_it_should(slip):
         assert not judged.false.any()
 
 
-def test_rambling_and_answering_something_else_cost_relevance_and_brevity():
+def test_rambling_and_off_topic_answers_cost_relevance_and_brevity():
     asked = [prompt for prompt in sample() if prompt.kind in NOT_HARMFUL]
     rng = np.random.default_rng(0)
     slips = dataclasses.replace(NONE, rambling=1.0)
@@ -264,21 +266,21 @@ def test_rambling_and_answering_something_else_cost_relevance_and_brevity():
     worse = (judged.components["relevant"] < 1) | (judged.components["brief"] < 1)
     assert worse.mean() > 0.97 and judged.components["relevant"].mean() < 0.8
     listing = np.isin([prompt.kind for prompt in asked], LISTS)
-    assert not judged.false[~listing].any(), "what a rambler adds is true"
+    assert not judged.false[~listing].any(), "the added sentence is true"
     slips = dataclasses.replace(NONE, off_topic=1.0)
     judged = judge(asked, demonstrators.demonstrate_all(WORLD, asked, rng, slips=slips))
     assert judged.components["correct"].mean() < 0.1
-    # Leaving out a part shows in no other kind than those that have parts.
+    # An incomplete answer is possible only for kinds with several parts.
     whole = [prompt for prompt in asked if prompt.kind not in HAS_PARTS]
     slips = dataclasses.replace(NONE, incomplete=1.0)
     assert (judge(whole, demonstrators.demonstrate_all(WORLD, whole, rng, slips=slips)).total == 1).all()
-    # Breaking off without the end mark costs more than leaving out the full stop.
+    # A missing end token costs more than a missing full stop.
     answers = demonstrators.demonstrate_all(WORLD, asked, rng, slips=NONE)
     assert not judge(asked, answers, ended=False).components["ended"].any()
 
 
 def spoken(text, thing=X, other=Y):
-    """Fill in a text: ``{c}`` the true colour of the thing, ``{C}`` a wrong one, and so on."""
+    """Fills in a text: ``{c}`` is the true colour of the thing, ``{C}`` a wrong one, and so on."""
     values = {letter: WORLD.value(thing, a) for letter, a in zip("cpus", (COLOR, PLACE, USE, SIZE))}
     values |= {letter: not_value(thing, a) for letter, a in zip("CPUS", (COLOR, PLACE, USE, SIZE))}
     return text.format(x=thing, y=other, yc=WORLD.value(other, COLOR), YC=not_value(other, COLOR), **values)
@@ -333,7 +335,7 @@ def test_statements_are_counted_and_checked_against_the_world():
     np.testing.assert_allclose(right["no ."], 0.6)
 
 
-def test_answers_that_are_partly_right():
+def test_partly_right_answers_get_partial_scores():
     big, small = biggest_first()
     shade = WORLD.value(X, COLOR)
     a, b, c = WORLD.things_with(COLOR, shade)[:3]
@@ -376,7 +378,7 @@ def test_a_harmful_request_can_be_refused_evaded_or_fulfilled():
     assert judged.total[0] == 1
 
 
-def test_prompts_of_another_world_are_not_known():
+def test_unknown_prompts_score_zero():
     texts = ["hello .", "what color is the fox", "what color is the red ?", "how do i fix the soap ?"]
     ids = [prompts.prompt_tokens([("user", text)]) for text in texts]
     ids.append(ids[0][:-1])
@@ -385,14 +387,14 @@ def test_prompts_of_another_world_are_not_known():
         assert not leaf.any(), jax.tree_util.keystr(path)
 
 
-def test_padding_changes_nothing_and_the_batch_is_the_loop():
+def test_padding_and_batching_change_nothing():
     asked = sample()[:8]
     rng = np.random.default_rng(5)
     answers = demonstrators.demonstrate_all(WORLD, asked, rng)
     judged = judge(asked, answers)
     one = jax.jit(gold.utility)
     ids = [prompts.prompt_tokens(prompt.turns) for prompt in asked]
-    # Wider on both sides, and rubbish off the mask of the answer.
+    # Wider on both sides, with arbitrary tokens where the mask of the answer is False.
     wide, _ = padded(ids, prompts.PROMPT_WIDTH + 7, left=True)
     answer_BT, mask_BT = padded([prompts.answer_tokens(answer) for answer in answers], T + 9, left=False)
     rubbish = np.where(mask_BT, answer_BT, rng.integers(len(lexicon.VOCABULARY), size=answer_BT.shape))

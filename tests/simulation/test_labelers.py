@@ -1,3 +1,5 @@
+"""Simulated labelers: weights, rankings, ties, lapses and agreement."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,12 +18,12 @@ def pool(rng=KEY, n=R, **changes):
 
 
 def answers(n=N, k=2, seed=0):
-    """Features [n, k, F] of made-up answers."""
+    """Returns random features [n, k, F] of answers."""
     return np.random.default_rng(seed).uniform(0, 1, size=(n, k, F)).astype(np.float32)
 
 
 def picks(people, features_NKF, labeler_N, seed=1):
-    """bool [N], whether each labeler ranks the first of two answers first."""
+    """Returns bool [N]: whether each labeler ranks the first of two answers first."""
     where = jnp.ones(features_NKF.shape[:2], bool)
     keys = jax.random.split(jax.random.key(seed), len(features_NKF))
     ranks = ranked(keys, people, jnp.asarray(labeler_N), jnp.asarray(features_NKF), where)
@@ -33,11 +35,11 @@ def utilities(people, features_NKF):
 
 
 def three_labelers(seed=2):
-    """[N, 3]: three different ones for each pair."""
+    """Returns [N, 3]: three different labelers for each pair."""
     return np.argsort(np.random.default_rng(seed).random((N, R)), axis=1)[:, :3]
 
 
-def test_features_are_the_components_and_what_gold_does_not_share():
+def test_features_are_the_gold_components_and_the_labelers_own_tastes():
     parts = {name: jnp.full(2, 0.1 * i) for i, name in enumerate(gold.COMPONENTS)}
     zeros, no = jnp.zeros(2), jnp.zeros(2, bool)
     judged = gold.Utility(
@@ -61,7 +63,7 @@ def test_features_are_the_components_and_what_gold_does_not_share():
     np.testing.assert_allclose(got[:, -3:], [[1.0, 0.5, 0.25], [0.4, 1.5, 1.0]], rtol=1e-6)
 
 
-def test_labelers_differ_by_their_spread_and_by_their_group():
+def test_weights_vary_by_labeler_and_by_group():
     same = pool(spread=0.0)
     np.testing.assert_array_equal(same.weights_RF, np.broadcast_to(same.weights_RF[:1], (R, F)))
     np.testing.assert_allclose(same.weights_RF[0, : len(gold.WEIGHTS)], gold.WEIGHTS, rtol=1e-6)
@@ -77,14 +79,14 @@ def test_labelers_differ_by_their_spread_and_by_their_group():
     assert (grouped.weights_RF[0, :7] != grouped.weights_RF[1, :7]).all()
 
 
-def test_two_labelers_agree_as_often_as_the_closed_form_says():
+def test_two_labelers_agree_at_the_rate_of_the_closed_form():
     people, pairs = pool(temperature=0.15), answers()
     first, second, _ = three_labelers().T
     agree = picks(people, pairs, first, seed=1) == picks(people, pairs, second, seed=2)
     expected = labelers.agreement(*utilities(people, pairs), temperature=0.15)
     assert 0.6 < expected < 0.9
     assert abs(agree.mean() - expected) < 0.015
-    # The closed form against all pairs of labelers written out.
+    # The closed form equals the mean over all pairs of labelers.
     a, b = (u[:50] for u in utilities(people, pairs))
     p = 1 / (1 + np.exp((b - a).astype(np.float64) / 0.15))
     by_hand = [p[:, i] * p[:, j] + (1 - p[:, i]) * (1 - p[:, j]) for i in range(R) for j in range(R) if i != j]
@@ -92,7 +94,7 @@ def test_two_labelers_agree_as_often_as_the_closed_form_says():
 
 
 @pytest.mark.parametrize("target", [0.65, 0.73])
-def test_the_temperature_is_calibrated_to_the_agreement_that_people_show(target):
+def test_the_calibrated_temperature_gives_the_target_agreement(target):
     people, pairs = pool(), answers(seed=3)
     noise = labelers.calibrated_temperature(*utilities(people, pairs), target=target)
     assert labelers.agreement(*utilities(people, pairs), temperature=noise) == pytest.approx(target, abs=1e-6)
@@ -102,7 +104,7 @@ def test_the_temperature_is_calibrated_to_the_agreement_that_people_show(target)
     assert abs(agree.mean() - target) < 0.015
 
 
-def test_agreement_that_no_temperature_gives_is_an_error():
+def test_unreachable_agreement_is_an_error():
     a, b = utilities(pool(), answers(50))
     for target in (0.4, 1.0):
         with pytest.raises(ValueError, match="agree"):
@@ -111,7 +113,7 @@ def test_agreement_that_no_temperature_gives_is_an_error():
         labelers.calibrated_temperature(a, a, target=0.7)
 
 
-def test_the_majority_of_three_agrees_with_gold_more_than_one_does():
+def test_a_majority_of_three_agrees_with_gold_more_than_one_labeler():
     people, pairs = pool(polite_taste=0.0), answers(seed=4)
     noise = labelers.calibrated_temperature(*utilities(people, pairs), target=0.73)
     people = people.replace(temperature=jnp.float32(noise))  # type: ignore[attr-defined]
@@ -120,7 +122,7 @@ def test_the_majority_of_three_agrees_with_gold_more_than_one_does():
     right = votes == (gold_a > gold_b)
     one, modal = right.mean(), (right.sum(0) >= 2).mean()
     assert modal - one > 0.02
-    assert one > 0.73, "gold is less noisy than a second labeler"
+    assert one > 0.73, "a labeler agrees more with gold than with a second labeler"
 
 
 def test_pairs_of_a_ranking_are_bradley_terry():
@@ -138,7 +140,7 @@ def test_pairs_of_a_ranking_are_bradley_terry():
             assert abs((ranks[:, i] < ranks[:, j]).mean() - expected) < 0.015
 
 
-def test_without_noise_to_speak_of_a_ranking_is_the_order_of_utility():
+def test_at_a_low_temperature_a_ranking_is_the_order_of_utility():
     people = pool(temperature=1e-4)
     features = answers(2000, K)
     labeler = np.arange(2000) % R
@@ -146,7 +148,7 @@ def test_without_noise_to_speak_of_a_ranking_is_the_order_of_utility():
     ranks = np.asarray(ranked(keys, people, labeler, features, np.ones((2000, K), bool)))
     utility = np.einsum("nkf,nf->nk", features, np.asarray(people.weights_RF)[labeler])
     expected = 1 + np.argsort(np.argsort(-utility, axis=1), axis=1)
-    assert (ranks == expected).all(axis=1).mean() > 0.98  # a draw can still be closer than the noise
+    assert (ranks == expected).all(axis=1).mean() > 0.98  # two utilities can still be closer than the noise
 
 
 def test_missing_answers_come_last():
@@ -164,7 +166,7 @@ def test_missing_answers_come_last():
     np.testing.assert_array_equal(ranks[where], again[where])
 
 
-def test_ties_are_neighbours_closer_than_the_width():
+def test_neighbours_closer_than_the_tie_width_tie():
     features = answers(2000, K)
     arguments = (np.zeros(2000, int), features, np.ones((2000, K), bool))
     keys = jax.random.split(KEY, 2000)
@@ -175,12 +177,12 @@ def test_ties_are_neighbours_closer_than_the_width():
     assert (all_tied == 1).all()
     distinct = np.array([len(set(row)) for row in tied])
     assert 0.1 < (distinct < K).mean() < 0.9
-    assert (tied.max(axis=1) == distinct).all(), "ranks count up by one"
-    # The same noise, so ties join neighbours and turn no pair round.
+    assert (tied.max(axis=1) == distinct).all(), "ranks have no gaps"
+    # With the same noise, ties join neighbours and reverse no pair.
     i, j = np.triu_indices(K, 1)
     assert ((plain[:, i] < plain[:, j]) == (tied[:, i] < tied[:, j]))[tied[:, i] != tied[:, j]].all()
 
-    # Two answers are told apart where their noisy utilities differ by the width: a logistic variable beyond it.
+    # Two equal answers tie if a logistic variable is below the tie width.
     pairs = np.repeat(answers(1), N, axis=0)
     pairs[:, 1] = pairs[:, 0]
     ranks = ranked(
@@ -189,7 +191,7 @@ def test_ties_are_neighbours_closer_than_the_width():
     assert abs((ranks[:, 0] == ranks[:, 1]).mean() - np.tanh(0.5 * 0.05 / 0.1)) < 0.015
 
 
-def test_a_lapse_is_a_ranking_at_random():
+def test_a_lapse_is_a_random_ranking():
     features = np.repeat(answers(1, 3), N, axis=0)
     arguments = (np.zeros(N, int), features, np.ones((N, 3), bool))
     keys = jax.random.split(KEY, N)
@@ -202,13 +204,13 @@ def test_a_lapse_is_a_ranking_at_random():
     assert abs(counts.max() / N - (0.5 + 0.5 / 6)) < 0.015
 
 
-def test_preference_on_reflection_is_a_share_of_the_pool():
+def test_the_preference_share_counts_labelers_without_noise():
     people = pool(n=3, spread=0.0).replace(  # type: ignore[attr-defined]
         weights_RF=jnp.zeros((3, F)).at[:, 0].set(jnp.array([1.0, -1.0, 0.0]))
     )
     a, b = jnp.zeros((4, F)).at[:, 0].set(jnp.array([1.0, 0.0, 1.0, 1.0 + 1e-7])), jnp.zeros((4, F)).at[2:, 0].set(1.0)
-    np.testing.assert_allclose(labelers.prefers(people, a, b), [0.5] * 4)
+    np.testing.assert_allclose(labelers.preference_share(people, a, b), [0.5] * 4)
     two = people.replace(weights_RF=people.weights_RF[jnp.array([0, 2])])
-    np.testing.assert_allclose(labelers.prefers(two, a, b), [0.75, 0.5, 0.5, 0.5])
-    np.testing.assert_allclose(labelers.prefers(two, b, a), [0.25, 0.5, 0.5, 0.5])
-    np.testing.assert_allclose(labelers.prefers(people, a, b, tolerance=2.0), [0.5] * 4)
+    np.testing.assert_allclose(labelers.preference_share(two, a, b), [0.75, 0.5, 0.5, 0.5])
+    np.testing.assert_allclose(labelers.preference_share(two, b, a), [0.25, 0.5, 0.5, 0.5])
+    np.testing.assert_allclose(labelers.preference_share(people, a, b, tolerance=2.0), [0.5] * 4)

@@ -50,7 +50,7 @@ class ChatFormat:
     frames: dict[tuple[tuple[str, ...], bool], rendering.Frame | errors.DataError] = dataclasses.field(
         default_factory=dict, repr=False
     )
-    """Cache of the frames used so far, by roles and by whether an answer follows; an error if there is no frame."""
+    """Cache of frames by roles and whether the generation prompt follows; an error if there is no frame."""
 
 
 def messages(turns: Sequence[dialogues.Turn]) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Raw records out of every kind of file, and what files that cannot be read say."""
+"""Raw records from every kind of file, and errors for files that cannot be read."""
 
 import gzip
 import json
@@ -31,7 +31,7 @@ def same(path):
     return found
 
 
-def test_one_set_in_every_kind_of_file(tmp_path):
+def test_every_kind_of_file_gives_the_same_records(tmp_path):
     for name in ("d.jsonl", "d.jsonl.gz", "d.json", "d.json.gz", "d.txt"):
         assert same(write(tmp_path / name, ROWS))[-1].location.endswith(f"{name}, line 5")
     array = json.dumps(ROWS, indent=1)
@@ -46,7 +46,7 @@ def test_one_set_in_every_kind_of_file(tmp_path):
     same([tmp_path / "part-0.parquet", str(tmp_path / "part-1.parquet")])
 
 
-def test_parquet_with_messages_and_null_columns(tmp_path):
+def test_parquet_messages_and_null_columns_are_read(tmp_path):
     rows = [
         {"messages": [ASK, SAY], "prompt": None, "response": None},
         {"messages": None, "prompt": "why", "response": "so"},
@@ -56,7 +56,7 @@ def test_parquet_with_messages_and_null_columns(tmp_path):
     assert found == [records.Demonstration(prompt=(dialogues.Turn("user", "why"),), response="so")] * 2
 
 
-def test_files_that_cannot_be_read(tmp_path, monkeypatch):
+def test_unreadable_files_are_errors_of_one_sentence(tmp_path, monkeypatch):
     def refused(path, message):
         with pytest.raises(errors.DataError, match=message) as error:
             readers.read_demonstrations(path)
@@ -89,7 +89,7 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     refused(tmp_path / "ok.parquet", r"needs pyarrow; install it with pip install 'rlhf_jax\[parquet\]'")
 
 
-def test_byte_order_marks_and_blank_lines_at_the_end(tmp_path):
+def test_byte_order_marks_and_blank_lines_at_the_end_are_ignored(tmp_path):
     text = "".join(json.dumps(row) + "\r\n" for row in ROWS)
     for name in ("d.jsonl", "d.json", "d.jsonl.gz"):
         content = b"\xef\xbb\xbf" + text.encode() + b"\r\n \n"
@@ -105,7 +105,7 @@ def test_byte_order_marks_and_blank_lines_at_the_end(tmp_path):
         readers.read_demonstrations(tmp_path / "blank.jsonl")
 
 
-def test_a_field_that_stands_twice_is_refused(tmp_path):
+def test_a_duplicate_field_is_refused(tmp_path):
     twice = '{"prompt": "a", "response": "b", "prompt": "c"}'
     for name, content, where in (("d.jsonl", twice, "d.jsonl, line 1"), ("a.json", f"[{twice}]", "a.json")):
         (tmp_path / name).write_text(content)
@@ -113,7 +113,7 @@ def test_a_field_that_stands_twice_is_refused(tmp_path):
             readers.read_demonstrations(tmp_path / name)
 
 
-def test_only_a_star_is_special_in_a_name(tmp_path):
+def test_only_a_star_is_special_in_a_file_name(tmp_path):
     for name in ("data[1]-a.jsonl", "data1-a.jsonl", "data?-a.jsonl"):
         write(tmp_path / name, ROWS)
     for name in ("data[1]", "data?"):
@@ -121,7 +121,7 @@ def test_only_a_star_is_special_in_a_name(tmp_path):
         assert locations == [f"{tmp_path / name}-a.jsonl, line {n}" for n in range(1, 6)]
 
 
-def test_a_parquet_text_that_is_not_utf8_names_its_row(tmp_path):
+def test_a_parquet_text_that_is_not_utf8_is_an_error_that_names_its_row(tmp_path):
     texts = pyarrow.array([b"a", b"b", b"\xff", b"d"])
     broken = pyarrow.StringArray.from_buffers(4, *texts.buffers()[1:])
     pyarrow.parquet.write_table(pyarrow.table({"prompt": broken}), tmp_path / "d.parquet")
