@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from launch import mesh_settings
 from launch import settings as settings_lib
+from launch.settings import SettingError
 from recipe import jobs, policy_sampling, tasks
 
 from preferences import pairs as pairs_lib
@@ -142,13 +143,13 @@ def refuse_unread(settings: settings_lib.Settings, names: Iterable[str], *, prog
         read = operator.attrgetter(name)
         if read(settings) != read(preset):
             flag = name.replace("_", "-").rstrip("-")
-            raise settings_lib.SettingError(f"--{flag} has no effect on {program}; leave it out")
+            raise SettingError(f"--{flag} has no effect on {program}; leave it out")
 
 
 def _require(ok: bool, settings: DirectSettings, name: str, condition: str) -> None:
     if not ok:
         flag = name.replace("_", "-")
-        raise settings_lib.SettingError(f"--{flag} is {getattr(settings, name)!r}; it must be {condition}")
+        raise SettingError(f"--{flag} is {getattr(settings, name)!r}; it must be {condition}")
 
 
 def _batch_rows(settings: DirectSettings) -> int:
@@ -176,7 +177,7 @@ def schedule(settings: DirectSettings, pairs: int, *, devices: int = 1) -> Sched
     rows -= rows % parts
     if rows == 0:
         over = f" over {devices} devices" if devices > 1 else ""
-        raise settings_lib.SettingError(
+        raise SettingError(
             f"--micro-batches is {settings.micro_batches}{over}, but there are only {n} rows to train on; lower it"
         )
     steps = settings.epochs * n // rows
@@ -380,7 +381,7 @@ def iterate(
         except loop.DivergedError as error:
             raise loop.DivergedError(f"round {r} of {name}: {error}") from None
         if len(pairs) == 0:
-            raise settings_lib.SettingError(
+            raise SettingError(
                 f"round {r} of {name} has no pairs to train on: the judge prefers no answer to another; use fewer "
                 "--rounds, more --samples or another judge"
             )
