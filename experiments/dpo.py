@@ -33,7 +33,6 @@ from typing import Any, Literal
 
 from launch import command_line, run_folder
 from launch import settings as settings_lib
-from launch.settings import SettingError
 from preferences import direct_alignment
 from preferences import pairs as pairs_lib
 from recipe import collection, evaluation, precompile, reward_diagnosis, session, stages, tasks
@@ -72,23 +71,25 @@ def parse(arguments: list[str]) -> DPOSettings:
     direct_alignment.check_mesh(settings, settings.mesh)
     for name, least in (("rounds", 0), ("samples", 2)):
         if getattr(settings, name) < least:
-            raise SettingError(f"--{name} is {getattr(settings, name)}; it must be at least {least}")
+            raise settings_lib.SettingError(f"--{name} is {getattr(settings, name)}; it must be at least {least}")
     if settings.data.path is not None and settings.judge != "reward":
-        raise SettingError(f"--judge {settings.judge} needs the built-in world; leave out --judge or --data.path")
+        raise settings_lib.SettingError(
+            f"--judge {settings.judge} needs the built-in world; leave out --judge or --data.path"
+        )
     unused = ("samples", "judge", "hold_reference") if settings.rounds == 0 else ("pairs",)
     defaults = {field.name: field.default for field in dataclasses.fields(DPOSettings)}
     for name in unused:
         if getattr(settings, name) != defaults[name]:
             flag = name.replace("_", "-")
-            raise SettingError(f"--{flag} has no effect with --rounds {settings.rounds}; leave it out")
+            raise settings_lib.SettingError(f"--{flag} has no effect with --rounds {settings.rounds}; leave it out")
     if settings.published is not None:
-        raise SettingError(
+        raise settings_lib.SettingError(
             f"--published {settings.published} selects settings of PPO, which dpo.py does not run; leave it out"
         )
     ppo = (f"ppo.{field.name}" for field in dataclasses.fields(settings_lib.PPO) if field.name not in USED_PPO_SETTINGS)
     direct_alignment.refuse_unread(settings, (*ppo, "reward_model.heldout", "on_alarm"), program="dpo.py")
     if settings.hold_reference and not direct_alignment.LOSSES[settings.loss].reference:
-        raise SettingError(
+        raise settings_lib.SettingError(
             f"--hold-reference has no effect with --loss {settings.loss}, which has no reference; leave it out"
         )
     return settings
@@ -106,7 +107,7 @@ def run(settings: DPOSettings) -> dict[str, Any]:
 
     def check_prompts(task: tasks.Task) -> None:
         if 0 < len(task.rl_prompts) < settings.rounds:
-            raise SettingError(
+            raise settings_lib.SettingError(
                 f"--rounds is {settings.rounds}; it must be at most {len(task.rl_prompts)}, the number of prompts"
             )
 

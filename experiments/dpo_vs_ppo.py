@@ -42,7 +42,6 @@ from typing import Any, Literal
 import numpy as np
 from launch import command_line, run_folder
 from launch import settings as settings_lib
-from launch.settings import SettingError
 from preferences import bandit_study, direct_alignment, three_actions
 from preferences import pairs as pairs_lib
 from recipe import collection, session, stages
@@ -87,28 +86,30 @@ def parse(arguments: list[str]) -> StudySettings:
     settings = command_line.parse(StudySettings, arguments, prog="dpo_vs_ppo.py", doc=__doc__, adjust=_adjust_preset)
     direct_alignment.check(settings)
     if settings.loss != "dpo":
-        raise SettingError(f"--loss is {settings.loss!r}; this study only runs dpo, so leave it out")
+        raise settings_lib.SettingError(f"--loss is {settings.loss!r}; this study only runs dpo, so leave it out")
     direct_alignment.refuse_unread(
         settings, ("ppo.kl_coef", "ppo.ptx_coef", "reward_model.heldout", "on_alarm"), program="dpo_vs_ppo.py"
     )
     for name in ("seeds", "rounds", "bandit_seeds", "bandit_pairs"):
         if (value := getattr(settings, name)) < 1:
-            raise SettingError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+            raise settings_lib.SettingError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     if settings.rounds > settings.bandit_pairs:
-        raise SettingError(f"--rounds is {settings.rounds}; it must be at most --bandit-pairs {settings.bandit_pairs}")
+        raise settings_lib.SettingError(
+            f"--rounds is {settings.rounds}; it must be at most --bandit-pairs {settings.bandit_pairs}"
+        )
     for name in ("betas", "kl_coefs", "bandit_coefs", "at"):
         values = getattr(settings, name)
         if not values or min(values) <= 0 or len(set(values)) < len(values):
             flag = name.replace("_", "-")
-            raise SettingError(f"--{flag} is {values}; the values must be above 0 and all different")
+            raise settings_lib.SettingError(f"--{flag} is {values}; the values must be above 0 and all different")
     if not settings.parts:
-        raise SettingError("--parts is empty; name at least one of world, bandit and exact")
+        raise settings_lib.SettingError("--parts is empty; name at least one of world, bandit and exact")
     if "world" in settings.parts and settings.data.path is not None:
-        raise SettingError(
+        raise settings_lib.SettingError(
             "--data.path cannot be used with the part `world`, which needs a gold utility; leave out one of the two"
         )
     if settings.beta is not None:
-        raise SettingError(f"--beta is {settings.beta}; use --betas in this study")
+        raise settings_lib.SettingError(f"--beta is {settings.beta}; use --betas in this study")
     return settings
 
 
@@ -269,7 +270,9 @@ def _train_policies(
     # Each prompt of a round gives at most one pair.
     prompts = job.task.rl_prompts.take(min(len(pairs["own"]), len(job.task.rl_prompts)))
     if len(prompts) < settings.rounds:
-        raise SettingError(f"--rounds is {settings.rounds}; it must be at most {len(prompts)}, the number of prompts")
+        raise settings_lib.SettingError(
+            f"--rounds is {settings.rounds}; it must be at most {len(prompts)}, the number of prompts"
+        )
     counts: dict[str, Any] = {name: len(each) for name, each in pairs.items()} | {"prompts of rounds": len(prompts)}
     policies: dict[tuple[str, float, int], Any] = {}
     for method, coef, seed in ((m, c, s) for m, coefs in methods for c in coefs for s in range(settings.seeds)):

@@ -12,7 +12,7 @@ Compiles the step of a run with the compiler of the chips, for which no chip is 
     collectives   by kind and size, with a warning for each that the sharding should not need
     times         the least that the peaks of the chip allow
 
-If the step does not fit, similar settings are compiled until one fits, at most --tries of them. The computation is in
+If the step does not fit, similar settings are compiled until one fits, but at most --tries. The computation is in
 bfloat16, parameters and optimiser are in float32, and gradients are exchanged in bfloat16. A loop that runs until every
 answer has ended counts --response iterations.
 

@@ -40,7 +40,6 @@ from typing import Any
 
 from launch import command_line, run_folder
 from launch import settings as settings_lib
-from launch.settings import SettingError
 from preferences import cross_validation, cross_validation_results, reward_baselines, reward_run
 from preferences.reward_settings import SMOKE_CV, RewardSettings, check
 from recipe import human_comparisons, session
@@ -106,7 +105,7 @@ def _cross_validate(settings: RewardSettings, out: Console) -> tuple[pathlib.Pat
     human_comparisons.only_two_speak(rankings)
     pairs = human_comparisons.pairs(rankings)
     if len(pairs) < 10 * settings.folds:
-        raise SettingError(
+        raise settings_lib.SettingError(
             f"--folds {settings.folds} is too many for the {len(pairs)} pairs of {settings.data.path}; use at most one "
             "fold for every 10 pairs"
         )

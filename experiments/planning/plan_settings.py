@@ -66,6 +66,6 @@ class Plan:
     memory: float | None = None
     """Memory of a device in GiB. Default: the memory of the chip."""
     tries: int = 3
-    """Most similar settings to compile in search of one that fits, if the plan does not; 0 compiles none."""
+    """Maximum number of similar settings to compile, in search of one that fits, if the plan does not fit."""
     json: str | None = None
     """Output file for all numbers."""

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from launch import mesh_settings
 from launch import settings as settings_lib
-from launch.settings import SettingError
 from recipe import jobs, policy_sampling, tasks
 
 from preferences import pairs as pairs_lib
@@ -143,13 +142,13 @@ def refuse_unread(settings: settings_lib.Settings, names: Iterable[str], *, prog
         read = operator.attrgetter(name)
         if read(settings) != read(preset):
             flag = name.replace("_", "-").rstrip("-")
-            raise SettingError(f"--{flag} has no effect on {program}; leave it out")
+            raise settings_lib.SettingError(f"--{flag} has no effect on {program}; leave it out")
 
 
 def _require(ok: bool, settings: DirectSettings, name: str, condition: str) -> None:
     if not ok:
         flag = name.replace("_", "-")
-        raise SettingError(f"--{flag} is {getattr(settings, name)!r}; it must be {condition}")
+        raise settings_lib.SettingError(f"--{flag} is {getattr(settings, name)!r}; it must be {condition}")
 
 
 def _batch_rows(settings: DirectSettings) -> int:
@@ -177,7 +176,7 @@ def schedule(settings: DirectSettings, pairs: int, *, devices: int = 1) -> Sched
     rows -= rows % parts
     if rows == 0:
         over = f" over {devices} devices" if devices > 1 else ""
-        raise SettingError(
+        raise settings_lib.SettingError(
             f"--micro-batches is {settings.micro_batches}{over}, but there are only {n} rows to train on; lower it"
         )
     steps = settings.epochs * n // rows
@@ -381,7 +380,7 @@ def iterate(
         except loop.DivergedError as error:
             raise loop.DivergedError(f"round {r} of {name}: {error}") from None
         if len(pairs) == 0:
-            raise SettingError(
+            raise settings_lib.SettingError(
                 f"round {r} of {name} has no pairs to train on: the judge prefers no answer to another; use fewer "
                 "--rounds, more --samples or another judge"
             )
