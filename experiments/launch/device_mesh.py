@@ -53,7 +53,7 @@ def describe(mesh: jax.sharding.Mesh, cfg: lm.LMConfig) -> list[str]:
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     kind = mesh.devices.flat[0].device_kind
     lines = [f"mesh: {sizes}, on {mesh.size} devices ({kind})"]
-    if whole := parallel.undivided(lm.abstract(cfg, head=True), mesh, lm.logical_axes(cfg, head=True)):
+    if whole := parallel.indivisible(lm.abstract(cfg, head=True), mesh, lm.logical_axes(cfg, head=True)):
         lines.append(f"replicated on every device: {'; '.join(whole)}")
     return lines
 
@@ -82,7 +82,7 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def round_rows_up(rows: int, mesh: jax.sharding.Mesh | None) -> int:
     """Returns the smallest number of at least ``rows`` that divides over the mesh."""
-    parts = 1 if mesh is None else parallel.row_parts(mesh)
+    parts = 1 if mesh is None else parallel.num_batch_shards(mesh)
     return -(-rows // parts) * parts
 
 
@@ -90,9 +90,9 @@ def round_rows_down(rows: int, mesh: jax.sharding.Mesh | None, name: str) -> int
     """Returns the largest number of at most ``rows`` that divides over the mesh; raises SettingError if it is 0."""
     if mesh is None:
         return rows
-    rounded = rows - rows % parallel.row_parts(mesh)
+    rounded = rows - rows % parallel.num_batch_shards(mesh)
     if rounded == 0:
-        raise SettingError(f"{name} makes a batch of {rows}, too few for {parallel.row_parts(mesh)} devices")
+        raise SettingError(f"{name} makes a batch of {rows}, too few for {parallel.num_batch_shards(mesh)} devices")
     return rounded
 
 
@@ -100,6 +100,6 @@ def put_rows(mesh: jax.sharding.Mesh | None, *arrays: np.ndarray) -> tuple[Any, 
     """Returns the arrays on the mesh, sharded by rows if the rows divide, else replicated; unchanged without a mesh."""
     if mesh is None:
         return arrays
-    if len(arrays[0]) % parallel.row_parts(mesh):
-        return tuple(parallel.whole(x, mesh) for x in arrays)
-    return tuple(parallel.put_batch(parallel.own_rows(x, mesh), mesh) for x in arrays)
+    if len(arrays[0]) % parallel.num_batch_shards(mesh):
+        return tuple(parallel.replicate(x, mesh) for x in arrays)
+    return tuple(parallel.shard_batch(parallel.local_rows(x, mesh), mesh) for x in arrays)

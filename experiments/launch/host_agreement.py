@@ -32,14 +32,14 @@ def join_hosts(settings: Any, status: Callable[[BaseException], int]) -> Iterato
         yield
         return
     options = settings.hosts
-    with hosts.started(
+    with hosts.connect(
         options.coordinator,
         count=options.count,
         index=options.index,
         timeout=options.timeout,
-        silence=options.silence,
+        heartbeat_timeout=options.silence,
         facts=functools.partial(host_facts, settings),
-        status=status,
+        exit_status=status,
     ) as group:
         if group.count > 1 and type(settings) is not Settings:
             raise SettingError(f"--hosts.count is {group.count}; only instructgpt.py runs on several hosts")
@@ -101,11 +101,11 @@ class ReadOnlyLog(metrics.MetricLog):
 
 def gather(tree: Any) -> Any:
     """Returns the arrays gathered from all hosts, which must all call this; unchanged on a single host."""
-    return tree if jax.process_count() == 1 else jax.tree.map(processes.whole, tree)
+    return tree if jax.process_count() == 1 else jax.tree.map(processes.gather, tree)
 
 
 def to_numpy(tree: Any) -> Any:
     """Returns the arrays as NumPy arrays, gathered from all hosts if there are several."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
-    return jax.tree.map(lambda x: np.asarray(processes.whole(x)), tree)
+    return jax.tree.map(lambda x: np.asarray(processes.gather(x)), tree)

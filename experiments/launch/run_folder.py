@@ -42,7 +42,7 @@ class RunFolder:
 
     def checkpoints(self, stage: str) -> checkpoint.Checkpoints:
         """Returns the checkpoints of a stage; damaged ones are noted."""
-        return checkpoint.Checkpoints(self.path / "checkpoints" / stage, tell=partial(self.note, stage))
+        return checkpoint.Checkpoints(self.path / "checkpoints" / stage, warn=partial(self.note, stage))
 
     def note(self, stage: str, text: str) -> None:
         """Prints an incident and saves it for the results. The first host does so, once for equal incidents."""

@@ -78,11 +78,11 @@ class Job:
         """Returns existing parameters sharded over the mesh."""
         if self.mesh is None:
             return params
-        return parallel.put(params, parallel.shardings(params, self.mesh, self.axes))
+        return parallel.shard(params, parallel.shardings(params, self.mesh, self.axes))
 
     def replicate(self, x: np.ndarray) -> jax.Array:
         """Returns a host array replicated on every device."""
-        return jnp.asarray(x) if self.mesh is None else parallel.whole(x, self.mesh)
+        return jnp.asarray(x) if self.mesh is None else parallel.replicate(x, self.mesh)
 
     @property
     def axes(self) -> Params:
@@ -161,8 +161,8 @@ class Job:
                 checkpoints=checkpoints,
                 save_every=max(1, -(-steps // self.settings.saves)),
                 progress=self.progress.update,
-                batch_at=batch_at if mesh is None else lambda i: parallel.own_rows(batch_at(i), mesh),
-                should_stop=hosts.current().stage(),
+                batch_at=batch_at if mesh is None else lambda i: parallel.local_rows(batch_at(i), mesh),
+                should_stop=hosts.current().stop_agreement(),
                 **options,
             )
         self.progress.finish(stage)

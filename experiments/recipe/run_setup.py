@@ -53,7 +53,7 @@ def open_run(
     resolved = device_mesh.resolve(settings)
     mesh = device_mesh.make(resolved)
     path = pathlib.Path(
-        settings.resume or group.from_first("path", lambda: str(run_folder.free_path(settings, kind=kind)))
+        settings.resume or group.broadcast_from_first("path", lambda: str(run_folder.free_path(settings, kind=kind)))
     )
     model_files = initial_model.fingerprint(settings.model) if settings.model else None
     if settings.resume and model_files:
@@ -75,7 +75,7 @@ def open_run(
             print_line(out, line)
     second = [("heldout_reward_model", 10.0)] if settings.reward_model.heldout else []
     with folder.log, _make_progress([*first_stages, *second, *weights]) as progress:
-        folder.print_note = progress.tell
+        folder.print_note = progress.message
         yield (
             folder,
             jobs.make_job(
@@ -98,9 +98,9 @@ def _open_folder(path: pathlib.Path, settings: Settings, model_files: str | None
             folder = run_folder.RunFolder(path)
         else:
             folder = run_folder.create(path, settings, model_files=model_files)
-        hosts.current().from_first("folder", lambda: str(path))
+        hosts.current().broadcast_from_first("folder", lambda: str(path))
         return folder
-    hosts.current().from_first("folder", str)
+    hosts.current().broadcast_from_first("folder", str)
     host_agreement.check_shared(path)
     return run_folder.RunFolder(path, host_agreement.ReadOnlyLog(path))
 

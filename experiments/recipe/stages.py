@@ -153,7 +153,7 @@ def validation_options(
     """Returns the arguments of `Job.fit` that log the loss on ``held_out`` comparisons and raise alarms on it."""
     return {
         "callbacks": [validation_lib.make_callback(job.sampler.score, held_out, steps=steps, **options)],
-        "log": monitoring.watch_stage(job.log, stage, job.settings, partial(job.progress.tell, stage)),
+        "log": monitoring.watch_stage(job.log, stage, job.settings, partial(job.progress.message, stage)),
     }
 
 
@@ -195,7 +195,7 @@ def train_ppo(job: Job, stage: str, start: Params, rewards: list[Params], *, ptx
         batch_at=batch_at,
         hyper_at=hyper_at,
         frozen=ppo.Frozen(start, *rewards),
-        log=monitoring.watch_stage(job.log, stage, job.settings, partial(job.progress.tell, stage)),
+        log=monitoring.watch_stage(job.log, stage, job.settings, partial(job.progress.message, stage)),
     )
     return state.ema
 

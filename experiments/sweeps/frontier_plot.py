@@ -18,8 +18,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 def _figure(points: Rows, runs: Rows, key: str, label: str, kind: str) -> str:
     """Returns an SVG of a number against the root of the KL: runs as dots, means with intervals as crosses."""
-    svgs: list[str] = []
-    with plots.axes(svgs, height=2.6) as (ax,):
+    with plots.axes(height=2.6) as (svg, (ax,)):
         ax.plot([_root(r["kl"]) for r in runs], [r[key] for r in runs], ".", color=plots.color(kind), alpha=0.35)
         ordered = sorted(points, key=lambda p: p["kl"][0])
         ax.plot(
@@ -34,7 +33,7 @@ def _figure(points: Rows, runs: Rows, key: str, label: str, kind: str) -> str:
         ax.set_xlabel("Root of the KL to the reference, nats a sequence (labels: KL coefficient)")
         ax.set_ylabel(label)
         ax.grid()
-    return svgs[0]
+    return svg[0]
 
 
 def write_sweep(path: pathlib.Path, points: Rows, runs: Rows, *, title: str) -> None:
@@ -49,9 +48,8 @@ _STYLES += (("expert-iteration", "reward_model", "o"), ("best-of-n", "best_of_n"
 
 def write_methods(path: pathlib.Path, methods: Rows, *, title: str) -> None:
     """Writes a page with one figure: each method's gold against the root of the KL, with intervals over seeds."""
-    svgs: list[str] = []
     styles = {method: (color, marker) for method, color, marker in _STYLES}
-    with plots.axes(svgs, height=3.4) as (ax,):
+    with plots.axes(height=3.4) as (svg, (ax,)):
         for place, each in enumerate(methods):
             color, marker = styles[each["method"]]
             for run in each["runs"]:
@@ -75,7 +73,7 @@ def write_methods(path: pathlib.Path, methods: Rows, *, title: str) -> None:
         ax.set_ylabel("Gold utility")
         ax.grid()
         ax.legend()
-    write_page(path, title, svgs, "Dots are iterations of single runs; lines are means over seeds with 95 % intervals.")
+    write_page(path, title, svg, "Dots are iterations of single runs; lines are means over seeds with 95 % intervals.")
 
 
 _LINES = ("ppo", "sft", "ppo_ptx", "best_of_n", "reward_model", "base", "other")
@@ -87,8 +85,7 @@ def frontier(lines: Rows, *, xlabel: str, ylabel: str) -> str:
 
     Methods with ``paler`` True (shifted data) have dashed lines and hollow markers.
     """
-    svgs: list[str] = []
-    with plots.axes(svgs, height=3.6) as (ax,):
+    with plots.axes(height=3.6) as (svg, (ax,)):
         for place, line in enumerate(lines):
             color = plots.color(_LINES[line["look"] % len(_LINES)])
             points = sorted(line["points"], key=lambda p: p["kl"][0])
@@ -104,7 +101,7 @@ def frontier(lines: Rows, *, xlabel: str, ylabel: str) -> str:
         ax.set_ylabel(ylabel)
         ax.grid()
         ax.legend()
-    return svgs[0]
+    return svg[0]
 
 
 def methods_table(methods: Rows, at: Sequence[float]) -> Table:
