@@ -124,7 +124,7 @@ def own_template(form):
 def test_a_template_without_marks_is_replaced_by_the_form_that_writes_the_same(make, family, form):
     forms = next(each for each in templates.FAMILIES if each.name == family).forms
     fmt = chat.chat_format(make(template=own_template(forms[form])))
-    assert fmt.origin == f"{family}'s, which equals the tokenizer's own and has generation marks"
+    assert fmt.origin == f"{family}'s, equal to the tokenizer's own but with generation marks"
     assert hf(fmt.tokenizer, TURNS[:3], fmt.template) == hf(fmt.tokenizer, TURNS[:3], own_template(forms[form]))
 
 
