@@ -227,7 +227,7 @@ def _frame(fmt: ChatFormat, turns: Sequence[dialogues.Turn], *, prompt: bool, na
     frame = fmt.frames[roles, prompt]
     if isinstance(frame, errors.DataError):
         other = [role for role in roles if role not in (_USER, _ASSISTANT)]
-        problem = f"a turn of role {other[0]!r}" if other else f"turns of the roles {', '.join(roles) or 'of nobody'}"
+        problem = f"a turn of role {other[0]!r}" if other else f"the roles {', '.join(roles)}" if roles else "no turns"
         raise errors.DataError(f"{name} has {problem}: {frame}")
     return frame
 
