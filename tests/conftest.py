@@ -1,9 +1,9 @@
-"""Every test runs on the CPU, with implicit broadcasting across ranks forbidden."""
+"""Configuration of all tests: CPU only, and no implicit broadcasting across ranks."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile many small programs once: time goes into compiling, not into running.
+# Tests compile many small programs and run each once, so compile time dominates.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import hypothesis
@@ -24,9 +24,9 @@ LONGEST = (
     "test_ppo.py",
     "test_direct_alignment.py",
 )
-"""Files that take minutes: they are begun first, so that no worker is left alone with one at the end."""
+"""Files that take minutes. They run first, so that no worker is left with a long file at the end."""
 
 
 def pytest_collection_modifyitems(items):
-    """Order the files; tests within a file stay in theirs."""
+    """Moves the longest files to the front and keeps the order of tests within a file."""
     items.sort(key=lambda item: item.path.name not in LONGEST)

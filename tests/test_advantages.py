@@ -1,4 +1,4 @@
-# NumPy arrays and Python scalars stand in for jax.Array here.
+# These tests pass NumPy arrays and Python scalars as jax.Array.
 # pyright: reportArgumentType=false, reportCallIssue=false
 from functools import partial
 

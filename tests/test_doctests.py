@@ -1,4 +1,4 @@
-"""The examples in the library's docstrings."""
+"""Runs the examples in the docstrings of the library."""
 
 import doctest
 import importlib
@@ -13,7 +13,7 @@ MODULES = ["rlhf_jax", *(m.name for m in pkgutil.walk_packages(rlhf_jax.__path__
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_the_examples_of_a_module_print_what_they_say(name):
+def test_docstring_examples_print_the_expected_output(name):
     with jax.numpy_rank_promotion("allow"):
         failed, _ = doctest.testmod(importlib.import_module(name))
     assert not failed

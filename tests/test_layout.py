@@ -1,4 +1,4 @@
-"""The layout of the project: names, sizes, docstrings, and the direction of imports."""
+"""Tests of the project layout: names, sizes, docstrings, and the direction of imports."""
 
 import ast
 import pathlib
@@ -41,7 +41,7 @@ def packages(folder):
 
 
 def imported(path):
-    """The dotted names that a module imports at run time, `from a import b` as ``a.b``."""
+    """Returns the dotted names that a module imports at run time, `from a import b` as ``a.b``."""
     names = []
 
     def visit(node):
@@ -84,7 +84,7 @@ def test_library_modules_have_under_420_lines():
     assert not {name: count for name, count in lines.items() if count >= 420}
 
 
-def test_the_folders_of_tests_mirror_the_packages():
+def test_test_folders_mirror_the_packages():
     known = {package.relative_to(ROOT / "rlhf_jax").as_posix() for package in packages("rlhf_jax")}
     known |= {"experiments", "cases"}
     folders = {path.parent.relative_to(ROOT / "tests").as_posix() for path in modules("tests")}

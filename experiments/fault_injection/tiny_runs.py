@@ -236,7 +236,7 @@ def run(stage: str, folder: str, steps: int, save_every: int, seed: int, connect
         report("problem", 0, text.replace("\n", " "))
 
     # Every message of the checkpoints is a problem: an interruption must leave no damaged checkpoint behind.
-    checkpoints = _Checkpoints(path / "checkpoints", tell=report_problem)
+    checkpoints = _Checkpoints(path / "checkpoints", warn=report_problem)
     checkpoints.report = report
     report("restore")
     try:
@@ -287,7 +287,7 @@ def restore_corrupted(
             path.write_bytes(flipped)
         messages: list[str] = []
         try:
-            with checkpoint.Checkpoints(folder, tell=messages.append) as checkpoints:
+            with checkpoint.Checkpoints(folder, warn=messages.append) as checkpoints:
                 step, state, _ = checkpoints.restore(like)
             connection.send((step, state_digest(state), "; ".join(messages)))
         except BaseException as error:

@@ -32,14 +32,14 @@ def joined(asked: Any, status: Callable[[BaseException], int]) -> Iterator[None]
         yield
         return
     where = asked.hosts
-    with hosts.started(
+    with hosts.connect(
         where.coordinator,
         count=where.count,
         index=where.index,
         timeout=where.timeout,
-        silence=where.silence,
+        heartbeat_timeout=where.silence,
         facts=functools.partial(facts, asked),
-        status=status,
+        exit_status=status,
     ) as group:
         if group.count > 1 and type(asked) is not Settings:
             raise SettingError(f"--hosts.count is {group.count}; on several hosts there is instructgpt.py alone")
@@ -100,7 +100,7 @@ class ReadLog(metrics.MetricLog):
 
 def whole(tree: Any) -> Any:
     """Arrays on this host, gathered where hosts share them; to be called on all of them. As they are, on one."""
-    return tree if jax.process_count() == 1 else jax.tree.map(processes.whole, tree)
+    return tree if jax.process_count() == 1 else jax.tree.map(processes.gather, tree)
 
 
 def on_host(tree: Any) -> Any:
@@ -108,5 +108,5 @@ def on_host(tree: Any) -> Any:
     return (
         jax.device_get(tree)
         if jax.process_count() == 1
-        else jax.tree.map(lambda x: np.asarray(processes.whole(x)), tree)
+        else jax.tree.map(lambda x: np.asarray(processes.gather(x)), tree)
     )

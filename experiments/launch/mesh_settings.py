@@ -101,7 +101,7 @@ def told(mesh: jax.sharding.Mesh, cfg: lm.LMConfig) -> list[str]:
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     kind = mesh.devices.flat[0].device_kind
     lines = [f"mesh: {sizes}, on {mesh.size} devices ({kind})"]
-    whole = parallel.undivided(lm.abstract(cfg, head=True), mesh, lm.logical_axes(cfg, head=True))
+    whole = parallel.indivisible(lm.abstract(cfg, head=True), mesh, lm.logical_axes(cfg, head=True))
     if whole:
         lines.append(f"whole on every device: {'; '.join(whole)}")
     return lines
@@ -128,7 +128,7 @@ def _flat(tree: Any, before: str = "") -> dict[str, Any]:
 
 def rows_up(rows: int, mesh: jax.sharding.Mesh | None) -> int:
     """The next number of rows that divides over the mesh."""
-    parts = 1 if mesh is None else parallel.row_parts(mesh)
+    parts = 1 if mesh is None else parallel.num_batch_shards(mesh)
     return -(-rows // parts) * parts
 
 
@@ -136,9 +136,9 @@ def rows_down(rows: int, mesh: jax.sharding.Mesh | None, name: str) -> int:
     """The last number of rows that divides over the mesh; raises SettingError where there are not so many."""
     if mesh is None:
         return rows
-    whole = rows - rows % parallel.row_parts(mesh)
+    whole = rows - rows % parallel.num_batch_shards(mesh)
     if whole == 0:
-        raise SettingError(f"{name} makes a batch of {rows}, too few for {parallel.row_parts(mesh)} devices")
+        raise SettingError(f"{name} makes a batch of {rows}, too few for {parallel.num_batch_shards(mesh)} devices")
     return whole
 
 
@@ -146,6 +146,6 @@ def spread(mesh: jax.sharding.Mesh | None, *arrays: np.ndarray) -> tuple[Any, ..
     """Rows on the mesh, in parts where they divide and else whole; as they are where there is no mesh."""
     if mesh is None:
         return arrays
-    if len(arrays[0]) % parallel.row_parts(mesh):
-        return tuple(parallel.whole(x, mesh) for x in arrays)
-    return tuple(parallel.put_batch(parallel.own_rows(x, mesh), mesh) for x in arrays)
+    if len(arrays[0]) % parallel.num_batch_shards(mesh):
+        return tuple(parallel.replicate(x, mesh) for x in arrays)
+    return tuple(parallel.shard_batch(parallel.local_rows(x, mesh), mesh) for x in arrays)

@@ -42,7 +42,7 @@ class RunFolder:
 
     def checkpoints(self, stage: str) -> checkpoint.Checkpoints:
         """Where a stage saves and goes on from; what is wrong with what is there is noted."""
-        return checkpoint.Checkpoints(self.path / "checkpoints" / stage, tell=partial(self.note, stage))
+        return checkpoint.Checkpoints(self.path / "checkpoints" / stage, warn=partial(self.note, stage))
 
     def note(self, stage: str, text: str) -> None:
         """Say it, and keep it for the results; what a resumed run comes upon again is kept once, by the first host."""

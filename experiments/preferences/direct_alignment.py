@@ -245,7 +245,7 @@ class Trainer:
             path=self.folder / f"{name}.npz",
             settings={"model": repr(self.job.cfg), "temperature": 1.0},
             rows=mesh_settings.rows_up(policy_sampling.LONG_CHUNK, self.job.mesh),
-            warn=partial(self.job.progress.tell, name),
+            warn=partial(self.job.progress.message, name),
         )
 
     def train(
@@ -320,7 +320,7 @@ def make_trainer(job: jobs.Job, settings: DirectSettings, folder: pathlib.Path) 
     options: dict[str, Any] = {} if loss.reference else {"reference": None}
     train_step = dpo.make_train_step(logprobs, loss.objective, micro_batches=settings.micro_batches, **options)
     answer_logprobs = partial(dpo.answer_logprobs, logprobs)
-    score = parallel.JitStep(answer_logprobs, donate_argnums=(), mesh=job.mesh, rows=(1,), small=())
+    score = parallel.JitStep(answer_logprobs, donate_argnums=(), mesh=job.mesh, batch_args=(1,), replicated_args=())
     return Trainer(job, settings, parallel.jit_step(train_step, mesh=job.mesh), score, folder / "reference")
 
 

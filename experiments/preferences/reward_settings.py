@@ -41,7 +41,7 @@ class Training:
     """Regular expression that selects the parameters to train by name, such as ^head/; the others are frozen. Empty:
     all are trained."""
     limit: int | None = None
-    """Most training prompts to use. Default: all."""
+    """Maximum number of training prompts. Default: all."""
     normalise: Literal["demonstrations", "references", "policy", "held-out", "none"] = "demonstrations"
     """Texts whose scores are shifted to mean 0 after training: demonstrations (InstructGPT), reference outputs, here
     demonstrations of other prompts (Stiennon), samples of the policy, also scaled to variance 1 (Ziegler), or held-out

@@ -158,7 +158,8 @@ def _probes(job: Job) -> Any:
     text = mesh_settings.spread(job.mesh, held_BL, np.ones(held_BL.shape, bool))
     skill_rows = () if task.world is None else mesh_settings.spread(job.mesh, *task.world.skill_rows)
     loss, right = (
-        parallel.JitStep(each, donate_argnums=(), mesh=job.mesh, rows=(), small=()) for each in (nll, solved)
+        parallel.JitStep(each, donate_argnums=(), mesh=job.mesh, batch_args=(), replicated_args=())
+        for each in (nll, solved)
     )
 
     def probe(params: types.Params) -> dict[str, Any]:

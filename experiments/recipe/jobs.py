@@ -76,11 +76,11 @@ class Job:
         """Parameters that are there already, spread out likewise."""
         if self.mesh is None:
             return params
-        return parallel.put(params, parallel.shardings(params, self.mesh, self.axes))
+        return parallel.shard(params, parallel.shardings(params, self.mesh, self.axes))
 
     def everywhere(self, x: np.ndarray) -> jax.Array:
         """An array of the host, whole on every device."""
-        return jnp.asarray(x) if self.mesh is None else parallel.whole(x, self.mesh)
+        return jnp.asarray(x) if self.mesh is None else parallel.replicate(x, self.mesh)
 
     @property
     def axes(self) -> Params:
@@ -151,8 +151,8 @@ class Job:
                 checkpoints=checkpoints,
                 save_every=max(1, -(-steps // self.settings.saves)),
                 progress=self.progress.update,
-                batch_at=batch_at if mesh is None else lambda i: parallel.own_rows(batch_at(i), mesh),
-                should_stop=hosts.current().stage(),
+                batch_at=batch_at if mesh is None else lambda i: parallel.local_rows(batch_at(i), mesh),
+                should_stop=hosts.current().stop_agreement(),
                 **how,
             )
         self.progress.finish(stage)

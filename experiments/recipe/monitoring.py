@@ -19,7 +19,7 @@ STAGES = ("reward_model", "heldout_reward_model", "ppo", "ppo_ptx")
 def watched(log: metrics.MetricLog, stage: str, settings: Settings, tell: Callable[[str], None]) -> watch_lib.Watch:
     """The run's log of a stage, with alarms that are told, and that stop the run where that was asked for."""
     # Where rollouts are cut off on purpose, the sampler is meant to differ from the policy.
-    thresholds = {"most_gap": math.inf} if settings.ppo.correct_sampler else {}
+    thresholds = {"max_gap": math.inf} if settings.ppo.correct_sampler else {}
     return watch_lib.Watch(
         loop.StageLog(log, stage),
         warn=tell,

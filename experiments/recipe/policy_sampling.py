@@ -60,9 +60,9 @@ class Sampler:
         def score(params: Any, tokens_BL: Any, mask_BL: Any) -> jax.Array:
             return models.score(params, types.Rollout(tokens_BL, mask_BL, mask_BL, tokens_BL, tokens_BL, tokens_BL))
 
-        compiled = partial(parallel.JitStep, donate_argnums=(), mesh=mesh, small=())
-        self._run, self._measure = compiled(run, rows=(3, 4, 5)), compiled(run, rows=(3, 4, 5))
-        self._score = compiled(score, rows=(1, 2))
+        compiled = partial(parallel.JitStep, donate_argnums=(), mesh=mesh, replicated_args=())
+        self._run, self._measure = compiled(run, batch_args=(3, 4, 5)), compiled(run, batch_args=(3, 4, 5))
+        self._score = compiled(score, batch_args=(1, 2))
 
     def compile_ahead(self, executor: concurrent.futures.Executor, policy: Any, reward: Any) -> None:
         """Compile in a thread of ``executor`` for parameters of these shapes, in the order in which a run samples."""
@@ -109,7 +109,7 @@ class Sampler:
         )
 
     def _own(self, rows: Any) -> Any:
-        return rows if self._mesh is None else parallel.own_rows(rows, self._mesh)
+        return rows if self._mesh is None else parallel.local_rows(rows, self._mesh)
 
     def _judged(self, prompts: tasks.PromptSet, rollout: types.Rollout) -> tuple[Any, np.ndarray | None]:
         """Gold judgement where there is gold; the share of unknown words where answers are read as text for it."""

@@ -37,7 +37,9 @@ def opened(
     out.quiet = not group.first
     spread = mesh_settings.resolved(asked)
     mesh = mesh_settings.make(spread)
-    path = pathlib.Path(asked.resume or group.from_first("path", lambda: str(run_folder.free_path(asked, kind=kind))))
+    path = pathlib.Path(
+        asked.resume or group.broadcast_from_first("path", lambda: str(run_folder.free_path(asked, kind=kind)))
+    )
     model_files = initial_model.fingerprint(asked.model) if asked.model else None
     if asked.resume and model_files:
         run_folder.same_model(asked.resume, asked, model_files)
@@ -58,7 +60,7 @@ def opened(
             say(out, line)
     second = [("heldout_reward_model", 10.0)] if asked.reward_model.heldout else []
     with folder.log, _progress([*shared, *second, *weights]) as progress:
-        folder.say = progress.tell
+        folder.say = progress.message
         yield (
             folder,
             jobs.make_job(
@@ -78,9 +80,9 @@ def _folder(path: pathlib.Path, asked: Settings, model_files: str | None) -> run
     """The run's folder, which the first host makes, and in which it alone writes."""
     if hosts.current().first:
         made = run_folder.RunFolder(path) if asked.resume else run_folder.create(path, asked, model_files=model_files)
-        hosts.current().from_first("folder", lambda: str(path))
+        hosts.current().broadcast_from_first("folder", lambda: str(path))
         return made
-    hosts.current().from_first("folder", str)
+    hosts.current().broadcast_from_first("folder", str)
     host_agreement.shared(path)
     return run_folder.RunFolder(path, host_agreement.ReadLog(path))
 

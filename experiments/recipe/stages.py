@@ -124,7 +124,7 @@ def validated(job: Job, stage: str, held_out: types.Comparisons, *, steps: int, 
     """What `Job.fit` takes to log the loss on ``held_out`` comparisons, and to raise alarms on it."""
     return {
         "callbacks": [validation_lib.logged(job.sampler.score, held_out, steps=steps, **how)],
-        "log": monitoring.watched(job.log, stage, job.settings, partial(job.progress.tell, stage)),
+        "log": monitoring.watched(job.log, stage, job.settings, partial(job.progress.message, stage)),
     }
 
 
@@ -155,7 +155,7 @@ def optimise(job: Job, stage: str, start: Params, rewards: list[Params], *, ptx_
         batch_at=batch_at,
         hyper_at=hyper_at,
         frozen=ppo.Frozen(start, *rewards),
-        log=monitoring.watched(job.log, stage, job.settings, partial(job.progress.tell, stage)),
+        log=monitoring.watched(job.log, stage, job.settings, partial(job.progress.message, stage)),
     )
     return state.ema
 

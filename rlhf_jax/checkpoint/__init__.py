@@ -1,4 +1,4 @@
-"""Checkpoints that are written atomically, hashed leaf by leaf, and verified when they are restored."""
+"""Checkpoints that are written atomically, hashed leaf by leaf, and verified on restore."""
 
 from rlhf_jax.checkpoint.checkpoints import Checkpoints, load_params, save_params
 from rlhf_jax.checkpoint.manifest import CheckpointError, DamagedError

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pathlib
 
 
 def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
-    """Puts a file in place of another such that a reader, or a kill, finds the old one or the new one."""
+    """Writes a file atomically: a reader, or a killed process, sees the old content or the new content."""
     path = pathlib.Path(path)
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:

@@ -1,14 +1,14 @@
-"""Checkpoints: atomic, digested leaf by leaf, and restored from the newest one that is whole.
+"""Checkpoints: atomic, hashed leaf by leaf, and restored from the newest undamaged one.
 
-Orbax writes the arrays, in the background, into a temporary folder that is renamed once complete. It keeps no checksum
-of array data, so a manifest stands beside the arrays with a SHA-256 for every leaf (and one for itself), and nothing is
-handed back that does not match. On disk::
+Orbax writes the arrays in the background, into a temporary folder that is renamed when complete. It keeps no checksum
+of array data, so a manifest next to the arrays holds a SHA-256 of every leaf and of itself, and `Checkpoints.restore`
+returns nothing that does not match. On disk::
 
     directory/step_000000100/state/...     the leaves, by number
     directory/step_000000100/manifest/...  paths, shapes, dtypes, digests, the caller's metadata
 
-Several processes may share a directory on a common file system; all of them save and restore, onto as many processes
-and devices as there are then. Arrays that span processes are gathered leaf by leaf for their digest.
+Several processes may share a directory on a common file system. All of them save and restore, and the number of
+processes and devices may change in between. An array that spans processes is gathered to compute its digest.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ _ASIDE = "set_aside_"
 CheckpointError = manifest_lib.CheckpointError
 
 
-# What goes wrong in Orbax's threads is raised where it is waited for, and told there in one sentence.
+# Errors in Orbax's threads are raised by `Checkpoints.wait`, so they need not be logged as well.
 logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
 
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 def _reason(error: BaseException) -> str:
-    """What the operating system says, wherever it stands in the message; else its first line."""
+    """Returns the operating system's message if the error contains one, otherwise the first line of the error."""
     text = str(error).strip()
-    for number in _OF_THE_DISK:
+    for number in _DISK_ERRORS:
         if os.strerror(number) in text:
             return os.strerror(number)
     lines = text.splitlines()
@@ -55,8 +55,8 @@ def _reason(error: BaseException) -> str:
     return text if len(text) <= 240 else text[:237] + "..."
 
 
-_together = partial(processes.together, error=manifest_lib.DamagedError)
-"""What is damaged for one process is for all: they go on from the same step."""
+_on_all = partial(processes.call_on_all, error=manifest_lib.DamagedError)
+"""Damage that one process detects is an error in all, so that they resume from the same step."""
 
 
 def _read_manifest(checkpointer: Any, path: epath.Path) -> dict[str, Any]:
@@ -64,24 +64,24 @@ def _read_manifest(checkpointer: Any, path: epath.Path) -> dict[str, Any]:
         raw = checkpointer.restore(path, args=ocp.args.Composite(manifest=ocp.args.JsonRestore()))["manifest"]
     except Exception as error:
         raise manifest_lib.DamagedError(f"its manifest cannot be read ({_reason(error)})") from error
-    return manifest_lib.opened(raw)
+    return manifest_lib.parse_manifest(raw)
 
 
 def _restore_arg(leaf: Any, stored: dict[str, Any]) -> Any:
-    sharding = manifest_lib.placement(leaf)
-    if sharding is None or manifest_lib.is_key(leaf):  # a key's sharding has no axis for the key's words
+    sharding = manifest_lib.requested_sharding(leaf)
+    if sharding is None or manifest_lib.is_prng_key(leaf):  # a key's sharding lacks the axis of the key data
         return ocp.RestoreArgs(restore_type=np.ndarray)
     return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=tuple(stored["shape"]))
 
 
 def _read_arrays(checkpointer: Any, path: epath.Path, entries: list[Any], leaves: list[Any]) -> list[Any]:
-    """The stored arrays, placed as their leaves are."""
-    names = [manifest_lib.name_of(i) for i in range(len(entries))]
-    full = [i for i, entry in enumerate(entries) if np.prod(entry["stored"]["shape"])]
+    """Returns the stored arrays with the shardings of ``leaves``."""
+    names = [manifest_lib.leaf_name(i) for i in range(len(entries))]
+    nonempty = [i for i, entry in enumerate(entries) if np.prod(entry["stored"]["shape"])]
     arrays: dict[str, Any] = {}
-    if full:
-        item = {names[i]: 0 for i in full}
-        restore_args = {names[i]: _restore_arg(leaves[i], entries[i]["stored"]) for i in full}
+    if nonempty:
+        item = {names[i]: 0 for i in nonempty}
+        restore_args = {names[i]: _restore_arg(leaves[i], entries[i]["stored"]) for i in nonempty}
         args = ocp.args.Composite(state=ocp.args.PyTreeRestore(item=item, restore_args=restore_args))
         try:
             arrays = checkpointer.restore(path, args=args)["state"]
@@ -93,147 +93,153 @@ def _read_arrays(checkpointer: Any, path: epath.Path, entries: list[Any], leaves
     return [arrays[name] for name in names]
 
 
-def _check_digests(found: list[str], entries: list[Any]) -> None:
-    for digest, entry in zip(found, entries):
+def _check_digests(digests: list[str], entries: list[Any]) -> None:
+    for digest, entry in zip(digests, entries):
         if digest != entry["sha256"]:
-            raise manifest_lib.DamagedError(f"the digest of {entry['path']} does not match what was saved")
+            raise manifest_lib.DamagedError(f"the digest of {entry['path']} does not match its manifest")
 
 
-def _read_whole(checkpointer: Any, path: epath.Path, entries: list[Any], leaves: list[Any]) -> list[Any]:
-    """The stored arrays, each checked against its digest, and placed as its leaf is; in all processes or in none."""
-    arrays = _together(lambda: _read_arrays(checkpointer, path, entries, leaves))
-    found = [manifest_lib.digest(array) for array in arrays]
-    _together(lambda: _check_digests(found, entries))
+def _read_verified(checkpointer: Any, path: epath.Path, entries: list[Any], leaves: list[Any]) -> list[Any]:
+    """Returns the stored arrays, after checking their digests in all processes, with the shardings of ``leaves``."""
+    arrays = _on_all(lambda: _read_arrays(checkpointer, path, entries, leaves))
+    digests = [manifest_lib.digest(array) for array in arrays]
+    _on_all(lambda: _check_digests(digests, entries))
     return arrays
 
 
 def _read(checkpointer: Any, path: epath.Path, like: Any) -> tuple[Any, dict[str, Any]]:
-    """``(state, metadata)``; DamagedError if the disk is at fault, CheckpointError if ``like`` does not fit."""
-    manifest = _together(lambda: _read_manifest(checkpointer, path))
+    """Returns ``(state, metadata)``; raises DamagedError for damage and CheckpointError if ``like`` does not fit."""
+    manifest = _on_all(lambda: _read_manifest(checkpointer, path))
     entries = manifest["leaves"]
     if like is None:
-        skeleton = manifest["skeleton"]
-        if skeleton is None:
-            raise CheckpointError(f"{path} holds more than dicts and lists of arrays: pass `like` to restore it")
-        treedef, leaves = jax.tree.structure(skeleton), [None] * len(entries)
+        structure = manifest["skeleton"]
+        if structure is None:
+            raise CheckpointError(f"{path} does not consist of dicts and lists of arrays; pass `like` to restore it")
+        treedef, leaves = jax.tree.structure(structure), [None] * len(entries)
     else:
         paths, leaves, treedef = manifest_lib.flatten(like)
-        manifest_lib.check_like(manifest, paths, leaves, str(path))
-    arrays = _read_whole(checkpointer, path, entries, leaves)
-    state = [manifest_lib.finish_leaf(*of) for of in zip(arrays, entries, leaves)]
+        manifest_lib.check_structure(manifest, paths, leaves, str(path))
+    arrays = _read_verified(checkpointer, path, entries, leaves)
+    state = [manifest_lib.restore_leaf(*each) for each in zip(arrays, entries, leaves)]
     return jax.tree.unflatten(treedef, state), manifest["metadata"]
 
 
 class Checkpoints:
-    """The checkpoints of one run in one directory, newest first in line to be restored.
+    """The checkpoints of one run in one directory.
 
-    Use it as a context manager, or call `close`: a save that is still being written when the process leaves is lost
-    (the one before it is not). Nothing is removed before what has been saved since was read back and found whole
-    (arrays that span processes are not read back), so that there is always one to go on from. After `restore`, steps
-    newer than the restored one belong to a future that is given up, or are the damaged ones that `restore` passed over:
-    the first `save` sets them aside under another name, and they go when it is whole.
+    Use it as a context manager or call `close`: a process that exits during a save loses that save, but not the one
+    before. An old checkpoint is removed only after a newer one was read back and verified (except for arrays that span
+    processes, which are not read back). After `restore`, the first `save` renames the steps that are newer than the
+    restored one, damaged or not, and removes them once it has been verified.
 
     Attributes:
-        passed_over: Of each damaged one that `restore` met, its step and what is wrong with it.
+        skipped: Step and damage of each checkpoint that `restore` skipped.
 
     Args:
-        directory: Made at the first save; local, or whatever Orbax can write to (``gs://...``).
-        keep: How many finished steps stay on disk; with 1 there is nothing to fall back to.
-        tell: Called with what a user should know, in words; by default it becomes a Python warning.
+        directory: Directory of the checkpoints, created by the first save; local, or any that Orbax can write to
+            (``gs://...``).
+        keep: Number of checkpoints to keep, at least 1; with 1 there is no older checkpoint to fall back to.
+        warn: Called with each warning; by default `warnings.warn`.
+
+    Raises:
+        ValueError: ``keep`` is below 1.
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], *, keep: int = 2, tell: Callable[[str], None] | None = None
+        self, directory: str | os.PathLike[str], *, keep: int = 2, warn: Callable[[str], None] | None = None
     ) -> None:
-        """Touch nothing on disk yet."""
+        """Does not access the disk yet."""
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
         self.directory = epath.Path(directory).expanduser().resolve()
         self.keep = keep
-        self.passed_over: list[str] = []
-        self._tell = tell or partial(warnings.warn, stacklevel=3)
+        self.skipped: list[str] = []
+        self._warn = warn or partial(warnings.warn, stacklevel=3)
         self._checkpointer: Any = None
         self._restored: int | None = None
-        self._prepared = False  # the folder is there and clean: if it is gone later, someone took it away
+        self._prepared = False  # whether the directory was created and cleaned
         self._saving: int | None = None
 
     def __enter__(self) -> Checkpoints:
-        """Return self."""
+        """Returns self."""
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        """Finish the save under way; its failure does not hide an exception that is already on its way."""
+        """Finishes a pending save; if the block raised an exception, a failed save is only a warning."""
         try:
             self.close()
         except CheckpointError as failed:
             if kind is None:
                 raise
-            self._tell(str(failed))
+            self._warn(str(failed))
 
     def steps(self) -> list[int]:
-        """Every finished step on disk, ascending; whether they are whole is seen when one is restored."""
+        """Returns the completed steps on disk in ascending order; `restore` checks whether they are undamaged."""
         try:
             if not self.directory.exists():
                 return []
-            found = [(_STEP.fullmatch(child.name), child) for child in self.directory.iterdir() if child.is_dir()]
-            return sorted(int(m[1]) for m, child in found if m and ocp.utils.is_checkpoint_finalized(child))
+            folders = [(_STEP.fullmatch(child.name), child) for child in self.directory.iterdir() if child.is_dir()]
+            return sorted(int(m[1]) for m, child in folders if m and ocp.utils.is_checkpoint_finalized(child))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot list the checkpoints in {self.directory}: {_reason(error)}") from error
 
     def latest(self) -> int | None:
-        """The newest finished step, or None where there is none; of several processes, all must ask."""
-        steps = processes.as_first(self.steps())
+        """Returns the newest completed step, or None; all processes must call it together."""
+        steps = processes.broadcast_from_first(self.steps())
         return steps[-1] if steps else None
 
     def save(self, step: int, state: Any, metadata: dict[str, Any] | None = None) -> None:
-        """Start writing ``state`` as ``step``; return once the arrays may be donated or changed.
+        """Starts to write ``state`` and returns as soon as its arrays may be donated or changed.
 
         Args:
-            step: Greater than every step on disk (see the class for the exception after `restore`).
+            step: Number of the checkpoint, greater than every step on disk (after `restore`: than the restored step).
             state: Any pytree of arrays, numbers and typed PRNG keys, such as a ``TrainState``.
-            metadata: What JSON can carry; comes back from `restore` as it is.
+            metadata: JSON values, returned by `restore`.
 
         Raises:
-            CheckpointError: The disk is full, read-only or gone, here or in the save before; or the step is not new.
-            TypeError: A leaf is no array, or the metadata is no JSON.
+            CheckpointError: This save or the previous one failed (the disk is full, read-only or gone), or ``step``
+                is not greater than the newest one.
+            TypeError: A leaf is not an array or a number, or JSON cannot represent the metadata.
         """
-        arrays, manifest = manifest_lib.describe(state, dict(metadata or {}))
+        arrays, manifest = manifest_lib.make_manifest(state, dict(metadata or {}))
         self.wait()
         if not self._prepared:
             self._prepare(step)
         if not self.directory.exists():
-            raise CheckpointError(f"cannot save step {step} in {self.directory}: the folder has vanished")
+            raise CheckpointError(f"cannot save step {step} in {self.directory}: the directory has vanished")
         if self._restored is not None:
-            self._set_aside([old for old in self.steps() if old > self._restored])
+            newer = [saved for saved in self.steps() if saved > self._restored]
+            self._move([(self._path(saved), self.directory / f"{_ASIDE}{saved:09d}") for saved in newer])
         newest = self.latest()
         if newest is not None and step <= newest:
-            raise CheckpointError(f"cannot save step {step} in {self.directory}: step {newest} is already there")
+            raise CheckpointError(f"cannot save step {step} in {self.directory}: step {newest} already exists")
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), manifest=ocp.args.JsonSave(manifest))
         try:
             self._orbax().save(self._path(step), args=args)
         except Exception as error:
-            self._drop()
+            self._close_writer()
             raise CheckpointError(f"cannot save step {step} in {self.directory}: {_reason(error)}") from error
         self._saving, self._restored = step, None
 
     def restore(self, like: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
-        """The newest step that is whole; each one passed over is told.
+        """Restores the newest undamaged checkpoint, with a warning for each damaged one that it skips.
 
         Args:
-            like: A pytree of arrays or ``jax.ShapeDtypeStruct`` that gives structure, dtypes and shardings; what is no
-                leaf (a ``TrainState``'s functions) is taken from it. None: dicts and lists as they were saved.
-            step: This one and no other.
+            like: A pytree of arrays or ``jax.ShapeDtypeStruct`` that gives the structure, dtypes and shardings, and
+                everything that is not a leaf (the functions of a ``TrainState``). None restores dicts and lists of
+                arrays without it.
+            step: Restores this step only.
 
         Returns:
-            ``(step, state, metadata)``; the arrays are the saved ones bit for bit.
+            ``(step, state, metadata)``; the arrays equal the saved ones bit for bit.
 
         Raises:
-            CheckpointError: There is none, none is whole, or it holds another state than ``like``.
+            CheckpointError: There is no undamaged checkpoint, or its structure differs from ``like``.
         """
         self.wait()
-        steps = processes.as_first(self.steps())
+        steps = processes.broadcast_from_first(self.steps())
         if step is not None and step not in steps:
-            raise CheckpointError(f"there is no step {step} in {self.directory}; there are {steps}")
+            raise CheckpointError(f"there is no step {step} in {self.directory}; the steps are {steps}")
         reasons = []
         for candidate in reversed(steps) if step is None else [step]:
             try:
@@ -242,37 +248,38 @@ class Checkpoints:
                 reasons.append(f"step {candidate}: {damage}")
                 continue
             for reason in reasons:
-                self._tell(f"passed over a damaged checkpoint in {self.directory}, {reason}")
-            self.passed_over += reasons
+                self._warn(f"skipped a damaged checkpoint in {self.directory}, {reason}")
+            self.skipped += reasons
             self._restored = candidate
             return candidate, state, metadata
-        why = "; ".join(reasons) or "it is empty or not there"
+        why = "; ".join(reasons) or "the directory is missing or empty"
         raise CheckpointError(f"there is no checkpoint to restore in {self.directory}: {why}")
 
     def wait(self) -> None:
-        """Return when the save under way is on disk; what it makes superfluous is removed then."""
+        """Waits until a pending save is on disk, verifies it, and removes the checkpoints that it makes obsolete."""
         if self._saving is None:
             return
         step, self._saving = self._saving, None
         try:
             self._checkpointer.wait_until_finished()
         except Exception as error:
-            self._drop()
-            reason = _reason(error) if self.directory.exists() else "the folder has vanished"
+            self._close_writer()
+            reason = _reason(error) if self.directory.exists() else "the directory has vanished"
             raise CheckpointError(f"cannot save step {step} in {self.directory}: {reason}") from error
         steps = self.steps()
         if step not in steps:
-            raise CheckpointError(f"step {step} was saved in {self.directory}, and has vanished")
-        superfluous = [self._path(old) for old in steps[: -self.keep]] + self._aside()
-        # Of several processes each comes here, whatever it sees of the folder that the first one changes.
-        self._remove(superfluous if superfluous and self._is_whole(step) else [])
+            raise CheckpointError(f"step {step} was saved in {self.directory} but has vanished")
+        obsolete = [self._path(old) for old in steps[: -self.keep]]
+        obsolete += [child for child in self.directory.iterdir() if child.name.startswith(_ASIDE)]
+        # Every process calls _move, which has a barrier; what they see of the directory may differ.
+        self._move([(path, None) for path in (obsolete if obsolete and self._is_undamaged(step) else [])])
 
     def close(self) -> None:
-        """Wait, and stop the writer; the object can be used again afterwards."""
+        """Waits for a pending save and stops the writer; the object can be used again afterwards."""
         try:
             self.wait()
         finally:
-            self._drop()
+            self._close_writer()
 
     def _path(self, step: int) -> epath.Path:
         return self.directory / f"step_{step:09d}"
@@ -282,14 +289,14 @@ class Checkpoints:
             self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         return self._checkpointer
 
-    def _drop(self) -> None:
+    def _close_writer(self) -> None:
         checkpointer, self._checkpointer = self._checkpointer, None
         if checkpointer is not None:
-            with contextlib.suppress(Exception):  # `wait` has told what was wrong
+            with contextlib.suppress(Exception):  # `wait` has raised it already
                 checkpointer.close()
 
     def _prepare(self, step: int) -> None:
-        """Make the directory, and clear away what a killed process left half written."""
+        """Creates the directory and removes incomplete checkpoints of a killed process."""
         try:
             if jax.process_index() == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -298,32 +305,22 @@ class Checkpoints:
                         child.rmtree()
         except OSError as error:
             raise CheckpointError(f"cannot save step {step} in {self.directory}: {_reason(error)}") from error
-
         self._prepared = True
-        processes.meet("checkpoint.prepare")
+        processes.barrier("checkpoint.prepare")
 
-    def _is_whole(self, step: int) -> bool:
+    def _is_undamaged(self, step: int) -> bool:
         if jax.process_count() > 1:
             return True
         try:
             entries = _read_manifest(self._orbax(), self._path(step))["leaves"]
-            _read_whole(self._orbax(), self._path(step), entries, [None] * len(entries))
+            _read_verified(self._orbax(), self._path(step), entries, [None] * len(entries))
         except manifest_lib.DamagedError as damage:
-            self._tell(f"step {step} in {self.directory} was written, but {damage}; those before it are kept")
+            self._warn(f"step {step} in {self.directory} was written, but {damage}; older checkpoints are kept")
             return False
         return True
 
-    def _aside(self) -> list[epath.Path]:
-        return [child for child in self.directory.iterdir() if child.name.startswith(_ASIDE)]
-
-    def _set_aside(self, steps: list[int]) -> None:
-        self._change([(self._path(step), self.directory / f"{_ASIDE}{step:09d}") for step in steps])
-
-    def _remove(self, paths: list[epath.Path]) -> None:
-        self._change([(path, None) for path in paths])
-
-    def _change(self, moves: list[tuple[epath.Path, epath.Path | None]]) -> None:
-        """Rename folders, or remove them."""
+    def _move(self, moves: list[tuple[epath.Path, epath.Path | None]]) -> None:
+        """Renames folders, or removes those whose new name is None."""
         for path, to in moves if jax.process_index() == 0 else []:
             try:
                 if to is None:
@@ -333,20 +330,32 @@ class Checkpoints:
                     to.rmtree()
                 path.rename(to)
             except OSError as error:
-                raise CheckpointError(f"cannot remove the old {path}: {_reason(error)}") from error
-        processes.meet("checkpoint.change")
+                raise CheckpointError(f"cannot remove the old checkpoint {path}: {_reason(error)}") from error
+        processes.barrier("checkpoint.change")
 
 
 def save_params(path: str | os.PathLike[str], params: Any, metadata: dict[str, Any] | None = None) -> None:
-    """Write the parameters of a finished stage, digests beside them; what stood at ``path`` is replaced atomically.
+    """Writes parameters with their digests, and replaces earlier parameters at ``path`` atomically.
+
+    >>> import tempfile
+    >>> import jax.numpy as jnp
+    >>> from rlhf_jax import checkpoint
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     checkpoint.save_params(folder, {"w": jnp.arange(3.0)})
+    ...     print(checkpoint.load_params(folder)["w"])
+    [0. 1. 2.]
 
     Args:
         path: A folder.
-        params: Nested dicts (or lists) of arrays, so that `load_params` needs no example of them.
-        metadata: As in `Checkpoints.save`.
+        params: Nested dicts or lists of arrays.
+        metadata: JSON values, as in `Checkpoints.save`.
+
+    Raises:
+        TypeError: ``params`` contains other containers than dicts with string keys and lists.
+        CheckpointError: The files cannot be written.
     """
     _, leaves, treedef = manifest_lib.flatten(params)
-    if manifest_lib.skeleton_of(treedef, len(leaves)) is None:
+    if manifest_lib.json_structure(treedef, len(leaves)) is None:
         raise TypeError("save_params takes nested dicts with string keys, or lists, of arrays")
     with Checkpoints(path, keep=1) as checkpoints:
         newest = checkpoints.latest()
@@ -354,6 +363,10 @@ def save_params(path: str | os.PathLike[str], params: Any, metadata: dict[str, A
 
 
 def load_params(path: str | os.PathLike[str], like: Any = None) -> Any:
-    """The parameters that `save_params` wrote, checked; ``like`` gives shardings where they should be spread out."""
+    """Returns the parameters that `save_params` wrote, after checking their digests.
+
+    ``like``, a tree of arrays or ``jax.ShapeDtypeStruct``, gives the shardings; without it, arrays are not sharded.
+    Raises `CheckpointError` if the parameters are missing or damaged.
+    """
     with Checkpoints(path, keep=1) as checkpoints:
         return checkpoints.restore(like)[1]

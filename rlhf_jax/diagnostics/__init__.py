@@ -1,4 +1,4 @@
-"""Measurements of models and of reward models, on the host with NumPy and SciPy."""
+"""Diagnostics of policies and reward models, on the host with NumPy and SciPy."""
 
 from rlhf_jax.diagnostics import alarms, overoptimisation
 from rlhf_jax.diagnostics.accuracy import (

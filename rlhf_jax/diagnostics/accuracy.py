@@ -1,6 +1,6 @@
-"""Where a reward model is right: by stratum, on what it has not seen, and among answers that it scores high.
+"""Accuracy of reward models: by stratum, on training and validation pairs, and among responses with high scores.
 
-Everywhere a tie of the two scores counts a half, and a small sample is shown with the wide interval that it has.
+Tied scores count as a half everywhere. Small samples are not dropped; they have wide intervals.
 """
 
 from __future__ import annotations
@@ -17,55 +17,55 @@ from rlhf_jax.diagnostics import intervals
 
 
 class Stratum(NamedTuple):
-    """The pairs that share a label."""
+    """Accuracy on the pairs that share a label."""
 
     name: Any
-    """The label; None for pairs without one."""
+    """The label; None for pairs without a label."""
     accuracy: intervals.Estimate
     count: int
 
 
 class Bucket(NamedTuple):
-    """Values that are near each other, as a label that sorts and prints."""
+    """A range of neighbouring values, used as a label that can be sorted and printed."""
 
-    least: float
-    most: float
+    low: float
+    high: float
 
     def __str__(self) -> str:
-        """``3–12``, both ends within; one number where there is but one."""
-        # Whole numbers in full: "g" alone would print a length of 1234567 as 1.23457e+06.
-        least, most = (f"{x:.0f}" if x == round(x, 0) and abs(x) < 1e15 else f"{x:g}" for x in self)
-        return least if least == most else f"{least}–{most}"
+        """Returns ``3–12``, with both ends included, or one number if the ends are equal."""
+        # Whole numbers are printed in full: "g" alone would print a length of 1234567 as 1.23457e+06.
+        low, high = (f"{x:.0f}" if x == round(x, 0) and abs(x) < 1e15 else f"{x:g}" for x in self)
+        return low if low == high else f"{low}–{high}"
 
 
 class GeneralisationGap(NamedTuple):
-    """What is known of the training pairs against what is known of others; both gaps are above 0 where it overfits."""
+    """Accuracy and loss on training pairs compared with validation pairs; overfitting makes both gaps positive."""
 
     train_accuracy: intervals.Estimate
     validation_accuracy: intervals.Estimate
     accuracy_gap: intervals.Estimate
-    """Training less validation."""
+    """Training minus validation."""
     train_loss: intervals.Estimate
-    """Mean of ``-log sigmoid(chosen - rejected)``, in nats a pair."""
+    """Mean of ``-log sigmoid(chosen - rejected)``, in nats per pair."""
     validation_loss: intervals.Estimate
     loss_gap: intervals.Estimate
-    """Validation less training."""
+    """Validation minus training."""
 
 
 class ThresholdScan(NamedTuple):
-    """One entry a threshold, rising; arrays of length N. What passes one threshold passes all before it."""
+    """Accuracy for each of N increasing thresholds; arrays of length N. The subsets of pairs are nested."""
 
     threshold: np.ndarray
     accuracy: np.ndarray
-    """Of the pairs whose two scores are both at least the threshold; NaN where there are none."""
+    """Accuracy on the pairs whose two scores are both at least the threshold; NaN if there are none."""
     lo: np.ndarray
     hi: np.ndarray
-    """Ends of the interval of the accuracy; 0 and 1 where there are no pairs."""
+    """Ends of the interval of the accuracy; 0 and 1 if there are no pairs."""
     count: np.ndarray
-    """Pairs that pass."""
+    """Number of pairs that pass the threshold."""
     spearman: float
-    """Rank correlation of threshold and accuracy, over the thresholds that some pair passes; NaN for fewer than 3 or
-    where the accuracy never changes. The points share pairs, so it has no p-value."""
+    """Rank correlation of threshold and accuracy over the thresholds that at least one pair passes; NaN for fewer than
+    3 of them or constant accuracy. The points share pairs, so there is no p-value."""
 
 
 def accuracy_by_stratum(
@@ -76,44 +76,48 @@ def accuracy_by_stratum(
     prompts: Sequence[Hashable] | None = None,
     confidence: float = 0.95,
 ) -> list[Stratum]:
-    """Accuracy of the pairs of each stratum: of an annotator, a confidence, a turn, a domain, a bucket of lengths.
+    """Computes the accuracy on each stratum of the pairs, such as an annotator, a turn, a domain or a range of lengths.
 
     Args:
-        chosen: scores of the preferred answers, one a pair.
-        rejected: scores of the others, in the same order.
-        strata: one label a pair, of any kind that can be told apart; None and NaN mean that there is none.
-        prompts: a label a pair: pairs of one prompt stand or fall together, and intervals then count prompts, as in
-            `intervals.ratio_interval`. Without it every pair counts as independent, as in `intervals.win_rate`.
-        confidence: of the intervals.
+        chosen: Scores of the preferred responses, one per pair.
+        rejected: Scores of the other responses, in the same order.
+        strata: One hashable label per pair; None and NaN mean that the pair has no label.
+        prompts: One prompt label per pair. The pairs of a prompt are correlated, so intervals then count prompts, as in
+            `intervals.ratio_interval`. Without it all pairs count as independent, as in `intervals.win_rate`.
+        confidence: Coverage of the intervals.
 
     Returns:
-        The strata in the order of their labels, or as they come where labels cannot be ordered; None last. Their
-        counts add up to the number of pairs.
+        The strata sorted by label, or in order of appearance if labels cannot be sorted; None comes last. The counts
+        add up to the number of pairs.
 
     Raises:
-        ValueError: as in `intervals.win_outcomes`, or if there is not one label, or prompt, a pair.
+        ValueError: As in `intervals.win_outcomes`, or if there is not one label, or prompt, per pair.
+
+    Example:
+        >>> from rlhf_jax import diagnostics
+        >>> chosen, rejected, turns = [2.0, 1.0, 0.0], [1.0, 0.0, 3.0], [1, 2, 2]
+        >>> for stratum in diagnostics.accuracy_by_stratum(chosen, rejected, turns):
+        ...     print(stratum.name, stratum.accuracy.mean, stratum.count)
+        1 1.0 1
+        2 0.5 2
     """
-    chosen, rejected = _pairs(chosen, rejected)
-    group = groups(prompts, len(chosen))
-    labels = strata.tolist() if isinstance(strata, np.ndarray) else list(strata)
-    if len(labels) != len(chosen):
-        raise ValueError(f"need one label a pair, got {len(labels)} labels for {len(chosen)} pairs")
-    places: dict[Any, list[int]] = {}
-    for i, label in enumerate(labels):
-        places.setdefault(None if label != label else label, []).append(i)
+    chosen, rejected = intervals.score_pairs(chosen, rejected)
+    groups = prompt_groups(prompts, len(chosen))
+    labels = strata.tolist() if isinstance(strata, np.ndarray) else strata
+    labels = [None if label != label else label for label in labels]
+    names, index = intervals.label_indices(labels, len(chosen), "labels")
+    rows = {name: np.flatnonzero(index == i) for i, name in enumerate(names)}
     return [
-        Stratum(name, rate(chosen[at], rejected[at], group=_at(group, at), confidence=confidence), len(at))
-        for name, at in ((name, places[name]) for name in _ordered(places))
+        Stratum(name, rate(chosen, rejected, rows=rows[name], groups=groups, confidence=confidence), len(rows[name]))
+        for name in _ordered(names)
     ]
 
 
 def quantile_buckets(values: npt.ArrayLike, *, count: int = 4) -> list[Bucket]:
-    """A label for each value: the bucket that it falls in, of at most ``count`` with about equally many values.
+    """Returns the bucket of each value, for at most ``count`` buckets with about equally many values.
 
-    Equal values share a bucket, so many ties make fewer of them.
-
-    Raises:
-        ValueError: if ``values`` is empty, not of rank 1 or holds NaN, or ``count`` is below 1.
+    Equal values share a bucket, so ties can reduce the number of buckets. Raises ValueError if ``values`` is empty, not
+    of rank 1 or contains NaN, or if ``count`` is below 1.
     """
     values = intervals.samples(values)
     if count < 1:
@@ -134,23 +138,26 @@ def generalisation_gap(
     validation_prompts: Sequence[Hashable] | None = None,
     confidence: float = 0.95,
 ) -> GeneralisationGap:
-    """The test for overfitting: accuracy and loss on trained pairs against others, with intervals of the differences.
+    """Tests for overfitting: accuracy and loss on training and on validation pairs, with intervals of the differences.
 
-    A gap whose interval lies above 0 is overfitting; InstructGPT (3.5, footnote 5) saw it after one epoch over shuffled
-    pairs. The intervals of the differences are made as in `intervals.difference`.
+    A gap whose interval is above 0 indicates overfitting, which InstructGPT (3.5, footnote 5) saw after one epoch over
+    shuffled pairs. The intervals of the gaps are those of `intervals.difference`.
 
     Args:
-        train_chosen: scores of the preferred answers of pairs that were trained on.
-        train_rejected: of the others.
-        validation_chosen: the same of pairs that were not.
-        validation_rejected: of the others.
-        train_prompts: a label a pair: pairs of one prompt, as K-way rankings have them, stand or fall together, and
-            intervals then count prompts. Without it every pair counts as independent.
-        validation_prompts: the same of the other pairs.
-        confidence: of all intervals.
+        train_chosen: Scores of the preferred responses of the training pairs.
+        train_rejected: Scores of the other responses of the training pairs.
+        validation_chosen: Scores of the preferred responses of the validation pairs.
+        validation_rejected: Scores of the other responses of the validation pairs.
+        train_prompts: One prompt label per training pair. The pairs of a prompt, as from K-way rankings, are
+            correlated, so intervals then count prompts. Without it all pairs count as independent.
+        validation_prompts: The same for the validation pairs.
+        confidence: Coverage of all intervals.
+
+    Returns:
+        Accuracies, losses and their gaps.
 
     Raises:
-        ValueError: as in `intervals.win_outcomes`, or if there is not one prompt a pair.
+        ValueError: As in `intervals.win_outcomes`, or if there is not one prompt per pair.
     """
     train = _accuracy_and_loss(train_chosen, train_rejected, train_prompts, confidence)
     validation = _accuracy_and_loss(validation_chosen, validation_rejected, validation_prompts, confidence)
@@ -172,82 +179,93 @@ def accuracy_above_threshold(
     prompts: Sequence[Hashable] | None = None,
     confidence: float = 0.95,
 ) -> ThresholdScan:
-    """Accuracy on the pairs whose two scores both pass a threshold (Bai 2022, Fig 25).
+    """Computes the accuracy on the pairs whose two scores both pass a threshold (Bai 2022, Fig 25).
 
-    RL pushes all answers to where scores are high: a model that tells good answers from bad ones but not good ones from
-    better ones is of little use there.
+    RL drives all responses to high scores, so a reward model has to discriminate between good and better responses, not
+    only between good and bad ones.
 
     Args:
-        chosen: scores of the preferred answers, one a pair.
-        rejected: scores of the others, in the same order.
-        thresholds: least scores; by default the tenths of the lower scores of the pairs, which leave 100 %, 90 %, ...,
-            10 % of the pairs.
-        prompts: as in `accuracy_by_stratum`.
-        confidence: of the intervals.
+        chosen: Scores of the preferred responses, one per pair.
+        rejected: Scores of the other responses, in the same order.
+        thresholds: Minimum scores. The default is the deciles of the lower score of each pair, which keep 100 %, 90 %,
+            ..., 10 % of the pairs.
+        prompts: One prompt label per pair, as in `accuracy_by_stratum`.
+        confidence: Coverage of the intervals.
+
+    Returns:
+        Accuracy, interval and count for each distinct threshold, and their rank correlation.
 
     Raises:
-        ValueError: as in `intervals.win_outcomes`, if a threshold is NaN, or if there is not one prompt a pair.
+        ValueError: As in `intervals.win_outcomes`, if a threshold is NaN, or if there is not one prompt per pair.
     """
-    chosen, rejected = _pairs(chosen, rejected)
-    group = groups(prompts, len(chosen))
+    chosen, rejected = intervals.score_pairs(chosen, rejected)
+    groups = prompt_groups(prompts, len(chosen))
     lower = np.minimum(chosen, rejected)
-    tenths = np.sort(lower)[np.arange(10) * len(lower) // 10]
-    scan = np.unique(intervals.samples(tenths if thresholds is None else thresholds))
-    passing = [lower >= least for least in scan]
-    rates = [rate(chosen[on], rejected[on], group=_at(group, on), confidence=confidence) for on in passing]
-    accuracy, count = np.array([r.mean for r in rates]), np.array([int(on.sum()) for on in passing])
-    known = count > 0
+    deciles = np.sort(lower)[np.arange(10) * len(lower) // 10]
+    levels = np.unique(intervals.samples(deciles if thresholds is None else thresholds))
+    passing = [lower >= level for level in levels]
+    rates = [rate(chosen, rejected, rows=rows, groups=groups, confidence=confidence) for rows in passing]
+    accuracy, count = np.array([r.mean for r in rates]), np.array([int(rows.sum()) for rows in passing])
+    nonempty = count > 0
     return ThresholdScan(
-        threshold=scan,
+        threshold=levels,
         accuracy=accuracy,
         lo=np.array([r.lo for r in rates]),
         hi=np.array([r.hi for r in rates]),
         count=count,
-        spearman=_spearman(scan[known], accuracy[known]),
+        spearman=_spearman(levels[nonempty], accuracy[nonempty]),
     )
 
 
 def rate(
-    a: np.ndarray, b: np.ndarray, *, group: np.ndarray | None = None, confidence: float = 0.95
+    a: np.ndarray,
+    b: np.ndarray,
+    *,
+    rows: Any = slice(None),
+    groups: np.ndarray | None = None,
+    confidence: float = 0.95,
 ) -> intervals.Estimate:
-    """`intervals.win_rate`, but of no pairs too: ``(NaN, 0, 1)``.
+    """Returns `intervals.win_rate` of a subset of the pairs, which may be empty.
 
-    With ``group``, a number from 0 a pair, an interval of groups: `intervals.ratio_interval`.
+    Args:
+        a: Scores, one per pair.
+        b: The scores to beat, in the same order.
+        rows: Mask or indices of the subset; all pairs by default.
+        groups: Index of the prompt of each pair (`prompt_groups`), for an interval that counts prompts.
+        confidence: Coverage of the interval.
+
+    Returns:
+        The win rate of a; ``(NaN, 0, 1)`` for an empty subset.
+
+    Raises:
+        ValueError: As in `intervals.win_rate`.
     """
-    intervals.quantiles(confidence)  # For its check.
+    intervals.quantiles(confidence)  # Called for its check.
+    a, b = a[rows], b[rows]
     if not len(a):
         return intervals.Estimate(math.nan, 0.0, 1.0)
-    if group is None:
+    if groups is None:
         return intervals.win_rate(a, b, confidence=confidence)
-    right = np.bincount(group, weights=intervals.win_outcomes(a, b))
-    return intervals.ratio_interval(right, np.bincount(group), rate=True, confidence=confidence)
+    correct = np.bincount(groups[rows], weights=intervals.win_outcomes(a, b))
+    return intervals.ratio_interval(correct, np.bincount(groups[rows]), rate=True, confidence=confidence)
 
 
-def groups(prompts: Sequence[Hashable] | None, pairs: int) -> np.ndarray | None:
-    """A number from 0 a pair, the same for pairs of one prompt."""
-    if prompts is None:
-        return None
-    if len(prompts) != pairs:
-        raise ValueError(f"need one prompt a pair, got {len(prompts)} prompts for {pairs} pairs")
-    places = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    return np.array([places[prompt] for prompt in prompts])
-
-
-def _at(group: np.ndarray | None, rows: Any) -> np.ndarray | None:
-    return None if group is None else group[rows]
+def prompt_groups(prompts: Sequence[Hashable] | None, pairs: int) -> np.ndarray | None:
+    """Returns the index of each pair's prompt, or None without prompts; raises ValueError if the lengths differ."""
+    return None if prompts is None else intervals.label_indices(prompts, pairs, "prompts")[1]
 
 
 def _accuracy_and_loss(
     chosen: npt.ArrayLike, rejected: npt.ArrayLike, prompts: Sequence[Hashable] | None, confidence: float
 ) -> tuple[intervals.Estimate, intervals.Estimate]:
-    chosen, rejected = _pairs(chosen, rejected)
-    loss = np.logaddexp(0.0, rejected - chosen)
-    group = groups(prompts, len(chosen))
-    accuracy = rate(chosen, rejected, group=group, confidence=confidence)
-    if group is None:
-        return accuracy, intervals.mean_interval(loss, confidence=confidence)
-    nats = np.bincount(group, weights=loss)
-    return accuracy, intervals.ratio_interval(nats, np.bincount(group), rate=False, confidence=confidence)
+    chosen, rejected = intervals.score_pairs(chosen, rejected)
+    losses = np.logaddexp(0.0, rejected - chosen)
+    groups = prompt_groups(prompts, len(chosen))
+    accuracy = rate(chosen, rejected, groups=groups, confidence=confidence)
+    if groups is None:
+        return accuracy, intervals.mean_interval(losses, confidence=confidence)
+    sums = np.bincount(groups, weights=losses)
+    return accuracy, intervals.ratio_interval(sums, np.bincount(groups), rate=False, confidence=confidence)
 
 
 def _spearman(x: np.ndarray, y: np.ndarray) -> float:
@@ -256,14 +274,10 @@ def _spearman(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.corrcoef(stats.rankdata(x), stats.rankdata(y))[0, 1])
 
 
-def _ordered(names: Iterable[Any]) -> list[Any]:
-    known, rest = [name for name in names if name is not None], [name for name in names if name is None]
+def _ordered(names: list[Any]) -> list[Any]:
+    """Sorts the names where they can be compared, with None last."""
+    labelled, unlabelled = [name for name in names if name is not None], [name for name in names if name is None]
     try:
-        return [*sorted(known), *rest]
+        return [*sorted(labelled), *unlabelled]
     except TypeError:
-        return [*known, *rest]
-
-
-def _pairs(chosen: npt.ArrayLike, rejected: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    intervals.win_outcomes(chosen, rejected)  # For its checks.
-    return np.asarray(chosen, np.float64), np.asarray(rejected, np.float64)
+        return [*labelled, *unlabelled]

@@ -1,13 +1,13 @@
-"""Alarms: what the logged rows of a training stage say is going wrong, in words.
+"""Alarms: checks of the logged metrics of a training stage that report in words what is going wrong.
 
-Ziegler 2019 woke up to a policy trained to be as bad as it could be: one sign was flipped in the reward and in the KL
-at once, and nobody was told. Each check here reads the rows of one stage and returns a message, or None. The rows are
-what `metrics.MetricLog` holds: mappings from names to numbers, newest last, None or NaN for what is not a number. A
-metric that is absent is not checked. A check speaks of the newest row, so call it after each; it is pure, so a resumed
-run that reads its old rows finds the alarms that were raised on them.
+Ziegler 2019 describes a run that trained the worst possible policy overnight, because a sign was flipped in both the
+reward and the KL. Each check here takes the rows of a stage, as `metrics.MetricLog` records them (mappings from names
+to numbers, newest last, None or NaN for a missing number), and returns a message or None. Metrics that were not logged
+are not checked. A check judges the newest row, so call it after every row. Checks are pure functions: a resumed run
+that passes its old rows again raises the same alarms.
 
-Levels are compared over windows of rows, and a difference counts where it is beyond the noise: ``z`` standard errors,
-from the scatter between neighbouring rows, which a trend hardly moves.
+Levels are compared between windows of rows. A difference counts if it exceeds ``z`` standard errors, which are
+estimated from the differences of neighbouring rows and are therefore hardly affected by a trend.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 class Alarm(NamedTuple):
-    """What is wrong, since when it is known, and where to look."""
+    """A problem, the step at which it was detected, and where to look first."""
 
     name: str
     message: str
@@ -30,121 +30,142 @@ class Alarm(NamedTuple):
 
 
 def not_finite(rows: Rows, *, names: Sequence[str] = ("reward", "kl", "entropy", "ratio_max")) -> str | None:
-    """One of ``names`` is not a number in the newest row."""
+    """Checks that none of the metrics ``names`` is NaN or infinite in the newest row."""
     broken = [name for name in names if rows and name in rows[-1] and not math.isfinite(_number(rows[-1][name]))]
     if not broken:
         return None
     return (
         f"not a finite number: {', '.join(broken)}. Look first at the reward function (an empty answer, a division "
-        "by 0), then at the gradient norm of the rows before and at the learning rate."
+        "by 0), then at the learning rate and at the gradient norm in the rows before."
     )
 
 
-def negative_kl(rows: Rows, *, least_kl: float = -1.0) -> str | None:
-    """The mean KL from the reference is below ``least_kl`` nats: a KL is at least 0, an estimate of it nearly so."""
-    (kl,) = _last(rows, "kl", 1) or (0.0,)
-    if kl >= least_kl:
+def negative_kl(rows: Rows, *, min_kl: float = -1.0) -> str | None:
+    """Checks that the mean KL from the reference is at least ``min_kl`` nats; a true KL cannot be negative."""
+    kl = min(_newest(rows, "kl", 1), default=0.0)
+    if kl >= min_kl:
         return None
     return (
-        f"the KL from the reference is {kl:.3g} nats, and a KL cannot be below 0. The answers are not samples of the "
-        "policy that is scored, or policy and reference are swapped. Look first at the sign of the KL, then at the "
-        "temperature and the masks of sampling and scoring."
+        f"the KL from the reference is {kl:.3g} nats, but a KL cannot be below 0. The answers are not samples of the "
+        "scored policy, or policy and reference are swapped. Look first at the sign of the KL, then at the temperature "
+        "and the masks of sampling and scoring."
     )
 
 
-def first_ratio(rows: Rows, *, most_ratio_error: float = 1e-3) -> str | None:
-    """Probability ratios are not 1 before the first update on a batch (metric ``first_ratio_error``)."""
-    (error,) = _last(rows, "first_ratio_error", 1) or (0.0,)
-    if error <= most_ratio_error:
+def first_ratio(rows: Rows, *, max_ratio_error: float = 1e-3) -> str | None:
+    """Checks that probability ratios are 1 before the first update on a batch (metric ``first_ratio_error``)."""
+    error = max(_newest(rows, "first_ratio_error", 1), default=0.0)
+    if error <= max_ratio_error:
         return None
     return (
-        f"before the first update on a batch a probability ratio is off 1 by {error:.3g} (at most "
-        f"{most_ratio_error:.3g} is rounding). Old and new log-probabilities are not of the same function: look first "
-        "for dropout, then at temperature, masks and number formats."
+        f"before the first update on a batch, a probability ratio differs from 1 by {error:.3g} (rounding explains at "
+        f"most {max_ratio_error:.3g}). Old and new log-probabilities come from different functions. Look first for "
+        "dropout, then at temperature, masks and number formats."
     )
 
 
-def large_ratios(rows: Rows, *, most_ratio: float = 10.0, lasting: int = 3) -> str | None:
-    """In ``lasting`` rows running an update made some token more than ``most_ratio`` times as likely.
+def large_ratios(rows: Rows, *, max_ratio: float = 10.0, patience: int = 3) -> str | None:
+    """Checks that the largest probability ratio is at most ``max_ratio`` in one of the last ``patience`` rows.
 
-    One spike is no alarm: a rare token that proves right makes one in a healthy run.
+    A single spike is no alarm: in a healthy run, a rare token that turns out to be good causes one.
     """
-    ratios = _last(rows, "ratio_max", lasting)
-    if not ratios or min(ratios) <= most_ratio:
+    ratios = _newest(rows, "ratio_max", patience)
+    if not ratios or min(ratios) <= max_ratio:
         return None
     return (
-        f"for {lasting} rows a token became more than {min(ratios):.3g} times as likely within one batch (bound "
-        f"{most_ratio:.3g}), which clipping is there to prevent. The steps are too large: look first at the learning "
-        "rate and the number of epochs, then at the scale of the advantages."
+        f"in each of the last {patience} rows some token became more than {min(ratios):.3g} times as likely within one "
+        f"batch (limit {max_ratio:.3g}), which clipping should prevent. The steps are too large. Look first at the "
+        "learning rate and the number of epochs, then at the scale of the advantages."
     )
 
 
-def sampler_gap(rows: Rows, *, most_gap: float = 1e-2) -> str | None:
-    """Sampler and trainer disagree about a token's log-probability.
+def sampler_gap(rows: Rows, *, max_gap: float = 1e-2) -> str | None:
+    """Checks that sampler and trainer agree on the log-probabilities of tokens to within ``max_gap`` nats.
 
-    Where samples are drawn from another distribution on purpose, and corrected for, give ``most_gap=math.inf``.
+    If samples are drawn from another distribution on purpose, with a correction, pass ``max_gap=math.inf``.
     """
-    (gap,) = _last(rows, "sampler_gap", 1) or (0.0,)
-    if gap <= most_gap:
+    gap = max(_newest(rows, "sampler_gap", 1), default=0.0)
+    if gap <= max_gap:
         return None
     return (
-        f"sampler and trainer differ by {gap:.3g} nats about the probability of a token (at most {most_gap:.3g} is "
-        "rounding). The policy learns from samples that are not its own: look first at temperature, top-k and top-p, "
-        "then at padding, positions and the cache."
+        f"sampler and trainer differ by {gap:.3g} nats on the log-probability of a token (rounding explains at most "
+        f"{max_gap:.3g}). The policy learns from samples of another distribution. Look first at temperature, top-k "
+        "and top-p, then at padding, positions and the cache."
     )
 
 
 def entropy_collapse(
-    rows: Rows, *, entropy_share: float = 0.1, least_entropy: float = 0.05, lasting: int = 3
+    rows: Rows, *, entropy_share: float = 0.1, min_entropy: float = 0.05, patience: int = 3
 ) -> str | None:
-    """Entropy is below ``entropy_share`` of its first value and below ``least_entropy`` nats, ``lasting`` rows long."""
-    entropies, began = _last(rows, "entropy", lasting), _first(rows, "entropy")
-    if not entropies or max(entropies) >= min(entropy_share * began, least_entropy):
+    """Checks that the entropy has not collapsed, in absolute terms and relative to its first value.
+
+    Args:
+        rows: Rows of one stage, newest last.
+        entropy_share: The alarm requires an entropy below this share of the first one.
+        min_entropy: The alarm requires an entropy below this many nats per token.
+        patience: Number of consecutive rows in which both must hold.
+
+    Returns:
+        A message, or None.
+    """
+    entropies, first = _newest(rows, "entropy", patience), _first(rows, "entropy")
+    if not entropies or max(entropies) >= min(entropy_share * first, min_entropy):
         return None
     return (
-        f"the entropy fell from {began:.3g} to {entropies[-1]:.3g} nats a token: the policy writes nearly the same "
-        "answer every time and explores no more. Look first at the answers, then raise the KL coefficient or lower the "
-        "learning rate."
+        f"the entropy fell from {first:.3g} to {entropies[-1]:.3g} nats a token: the policy writes nearly the same "
+        "answer every time and no longer explores. Look first at the answers, then raise the KL coefficient or lower "
+        "the learning rate."
     )
 
 
-def equal_rewards(rows: Rows, *, least_std: float = 1e-6, lasting: int = 3) -> str | None:
-    """All answers get the same reward (metric ``reward_std``), ``lasting`` rows long."""
-    stds = _last(rows, "reward_std", lasting)
-    if not stds or max(stds) >= least_std:
+def equal_rewards(rows: Rows, *, min_std: float = 1e-6, patience: int = 3) -> str | None:
+    """Checks that rewards vary (metric ``reward_std``) in at least one of the last ``patience`` rows."""
+    stds = _newest(rows, "reward_std", patience)
+    if not stds or max(stds) >= min_std:
         return None
     return (
-        f"for {lasting} rows all answers of a batch got the same reward (standard deviation {stds[-1]:.3g}): nothing "
-        "can be learnt from it. Look first at whether the reward function sees the answer, then at the answers: one "
-        "policy for all prompts, a format that never fits, a task that is too hard or too easy."
+        f"in each of the last {patience} rows all answers of a batch got the same reward (standard deviation "
+        f"{stds[-1]:.3g}), so there is nothing to learn. Look first at whether the reward function sees the answer, "
+        "then at the answers: the same answer to all prompts, a format that never matches, a task that is too hard or "
+        "too easy."
     )
 
 
 def unfinished_answers(
-    rows: Rows, *, most_unfinished: float = 0.3, unfinished_rise: float = 0.2, lasting: int = 3
+    rows: Rows, *, max_unfinished: float = 0.3, unfinished_rise: float = 0.2, patience: int = 3
 ) -> str | None:
-    """``1 - stopped`` is above ``most_unfinished`` and above its first value by ``unfinished_rise``."""
-    stopped, began = _last(rows, "stopped", lasting), _first(rows, "stopped")
-    if not stopped or 1 - max(stopped) <= max(most_unfinished, 1 - began + unfinished_rise):
+    """Checks the share of responses without a stop token, which is 1 minus the metric ``stopped``.
+
+    Args:
+        rows: Rows of one stage, newest last.
+        max_unfinished: The alarm requires a share above this one.
+        unfinished_rise: The alarm requires a share that exceeds the first one by this much.
+        patience: Number of consecutive rows in which both must hold.
+
+    Returns:
+        A message, or None.
+    """
+    stopped, first = _newest(rows, "stopped", patience), _first(rows, "stopped")
+    if not stopped or 1 - max(stopped) <= max(max_unfinished, 1 - first + unfinished_rise):
         return None
     return (
-        f"{1 - stopped[-1]:.0%} of the answers do not stop, against {1 - began:.0%} at the start. Length is paid, or "
-        "the end mark is lost: look first at the answers, then at the score for a missing stop, the end mark in the "
-        "loss masks, and the reward of long answers."
+        f"{1 - stopped[-1]:.0%} of the answers do not stop, compared with {1 - first:.0%} at the start. The reward "
+        "favours length, or the stop token is lost. Look first at the answers, then at the score for a missing stop "
+        "token, the stop token in the loss masks, and the reward of long answers."
     )
 
 
 def reward_below_start(rows: Rows, *, window: int = 5, z: float = 5.0) -> str | None:
-    """The reward that training raises is below where it started, beyond the noise: a sign may be flipped."""
+    """Checks that the reward, which training raises, is not below its first values beyond the noise."""
     rewards = _series(rows, "reward")
     if len(rewards) < 2 * window:
         return None
-    began, now = rewards[:window].mean(), rewards[-window:].mean()
-    if began - now <= z * _standard_error(rewards, window):
+    first, last = rewards[:window].mean(), rewards[-window:].mean()
+    if first - last <= z * _standard_error(rewards, window):
         return None
     return (
-        f"the reward fell from {began:.3g} (first {window} rows) to {now:.3g} (last {window}), while training is there "
-        "to raise it. Look first at signs: of the reward, of the advantages, of the policy loss, of the KL penalty; "
+        f"the reward fell from {first:.3g} (first {window} rows) to {last:.3g} (last {window}), although training is "
+        "meant to raise it. Look first at the signs of the reward, the advantages, the policy loss and the KL penalty, "
         "then at the KL coefficient, and at a learning rate that is too high."
     )
 
@@ -157,15 +178,23 @@ def overoptimised(
     lost_share: float = 1 / 3,
     judge_z: float = 4.0,
 ) -> str | None:
-    """The reward rises while a judge that is not trained on falls (over-optimisation).
+    """Checks for over-optimisation: the reward rises while a judge that is not trained on falls.
 
-    The last window of rows is compared with the best window before it. Both changes have to be beyond the noise, and
-    the judge has to have lost more than ``lost_share`` of what it had gained since the start: a little of that is the
-    price of every long run.
+    The last window of rows is compared with the best window before it. Both changes must exceed the noise, and the
+    judge must have lost more than ``lost_share`` of its gain since the start, because every long run loses a little.
+
+    Args:
+        rows: Rows of one stage, newest last.
+        judges: Metrics to compare with ``reward``; the first that raises the alarm is reported.
+        judge_window: Number of rows in a window.
+        lost_share: Share of the judge's gain that may be lost.
+        judge_z: Standard errors that both changes must exceed.
+
+    Returns:
+        A message, or None.
     """
     for judge in judges:
-        both = [(_number(row.get("reward")), _number(row.get(judge))) for row in rows]
-        rewards, scores = np.array([pair for pair in both if np.isfinite(pair).all()]).reshape(-1, 2).T
+        rewards, scores = _paired(rows, "reward", judge)
         if len(scores) < 2 * judge_window:
             continue
         means, reward_means = (_window_means(values, judge_window) for values in (scores, rewards))
@@ -177,31 +206,30 @@ def overoptimised(
             return (
                 f"the reward rose from {reward_means[best]:.3g} to {reward_means[-1]:.3g} while {judge}, which is not "
                 f"trained on, fell from {means[best]:.3g} to {means[-1]:.3g} (means of {judge_window} rows). The "
-                "policy games the reward model: look first at the answers with the highest reward, then stop earlier "
-                "or raise the KL coefficient, and train the reward model on new samples."
+                "policy exploits the reward model. Look first at the answers with the highest reward, then stop "
+                "earlier or raise the KL coefficient, and train the reward model on new samples."
             )
     return None
 
 
 def overfitted(rows: Rows, *, validation_window: int = 4, validation_z: float = 4.0) -> str | None:
-    """The loss falls while ``validation_loss``, of pairs or texts that are not trained on, rises beyond the noise.
+    """Checks for overfitting: the loss falls while ``validation_loss`` rises beyond the noise.
 
-    Rows that have both are compared in windows, the last with the best before it. For a test of a trained reward model
-    see `accuracy.generalisation_gap`.
+    Rows that have both metrics are compared in windows, the last with the best before it. `generalisation_gap` is the
+    test for a trained reward model.
     """
-    both = [(_number(row.get("loss")), _number(row.get("validation_loss"))) for row in rows]
-    losses, held_out = np.array([pair for pair in both if np.isfinite(pair).all()]).reshape(-1, 2).T
-    if len(held_out) < 2 * validation_window:
+    losses, validation_losses = _paired(rows, "loss", "validation_loss")
+    if len(validation_losses) < 2 * validation_window:
         return None
-    means, loss_means = (_window_means(values, validation_window) for values in (held_out, losses))
+    means, loss_means = (_window_means(values, validation_window) for values in (validation_losses, losses))
     best = int(np.argmin(means[:-1]))
-    noise = validation_z * _standard_error(held_out, validation_window)
+    noise = validation_z * _standard_error(validation_losses, validation_window)
     if means[-1] - means[best] <= noise or loss_means[-1] >= loss_means[best]:
         return None
     return (
         f"the loss fell from {loss_means[best]:.3g} to {loss_means[-1]:.3g} while the validation loss rose from "
-        f"{means[best]:.3g} to {means[-1]:.3g} (means of {validation_window} rows): the model learns its training set "
-        "by heart. Look first at the number of epochs and at whether one prompt's pairs are spread over batches, then "
+        f"{means[best]:.3g} to {means[-1]:.3g} (means of {validation_window} rows): the model overfits its training "
+        "set. Look first at the number of epochs and at whether the pairs of a prompt are spread over batches, then "
         "lower the learning rate or stop earlier."
     )
 
@@ -213,29 +241,32 @@ CHECKS: dict[str, Callable[..., str | None]] = {
         *(unfinished_answers, reward_below_start, overoptimised, overfitted),
     )
 }
-"""Every check, by the name of its alarm."""
+"""All checks, by the name of their alarm."""
 
 
 def check_all(rows: Rows, **thresholds: Any) -> list[Alarm]:
-    """All alarms that the rows of one stage raise at the newest of them.
+    """Returns the alarms of all checks for the newest of the rows of one stage.
 
-    Args:
-        rows: Mappings of one stage, newest last; ``"step"`` numbers them, else they count from 1.
-        thresholds: Keywords of the checks; one that several have, such as ``lasting``, goes to all of them.
+    ``rows`` are numbered by their ``"step"`` or else from 1. ``thresholds`` are keyword arguments of the checks; one
+    that several checks share, such as ``patience``, applies to all of them. Raises TypeError for a threshold that no
+    check has.
 
-    Raises:
-        TypeError: for a threshold that no check has.
+    Example:
+        >>> from rlhf_jax.diagnostics import alarms
+        >>> rows = [{"step": 1, "kl": 0.0}, {"step": 2, "kl": -3.0}]
+        >>> [(alarm.name, alarm.step) for alarm in alarms.check_all(rows)]
+        [('negative_kl', 2)]
     """
     known = {name: set(check.__kwdefaults__ or {}) for name, check in CHECKS.items()}
     if unknown := set(thresholds).difference(*known.values()):
         raise TypeError(f"no check has a threshold {', '.join(sorted(unknown))}")
     step = int(rows[-1].get("step", len(rows))) if rows else 0
-    found = []
+    alarms = []
     for name, check in CHECKS.items():
         message = check(rows, **{key: value for key, value in thresholds.items() if key in known[name]})
         if message is not None:
-            found.append(Alarm(name, message, step))
-    return found
+            alarms.append(Alarm(name, message, step))
+    return alarms
 
 
 def _number(value: Any) -> float:
@@ -243,28 +274,34 @@ def _number(value: Any) -> float:
 
 
 def _series(rows: Rows, name: str) -> np.ndarray:
-    """The finite values of a metric, in order."""
+    """Returns the finite values of a metric, in order."""
     values = np.array([_number(row[name]) for row in rows if name in row], np.float64)
     return values[np.isfinite(values)]
 
 
+def _paired(rows: Rows, first: str, second: str) -> np.ndarray:
+    """Returns two metrics, ``[2, N]``, in the N rows where both are finite."""
+    pairs = [(_number(row.get(first)), _number(row.get(second))) for row in rows]
+    return np.array([pair for pair in pairs if np.isfinite(pair).all()]).reshape(-1, 2).T
+
+
 def _first(rows: Rows, name: str) -> float:
-    """The first finite value of a metric; NaN if there is none."""
+    """Returns the first finite value of a metric; NaN if there is none."""
     return next((value for row in rows if math.isfinite(value := _number(row.get(name)))), math.nan)
 
 
-def _last(rows: Rows, name: str, count: int) -> list[float]:
-    """The metric in the newest ``count`` rows; nothing where there are fewer rows or one of them lacks it."""
+def _newest(rows: Rows, name: str, count: int) -> list[float]:
+    """Returns the metric in the newest ``count`` rows; empty if there are fewer rows or one of them lacks it."""
     values = [_number(row.get(name)) for row in rows[-count:]]
     return values if len(values) == count and np.isfinite(values).all() else []
 
 
 def _window_means(values: np.ndarray, window: int) -> np.ndarray:
-    """Means of neighbours; windows end at the newest row, so that the last one is whole."""
+    """Returns the means of consecutive windows, aligned so that the last window ends at the newest row."""
     return values[len(values) % window :].reshape(-1, window).mean(axis=1)
 
 
 def _standard_error(values: np.ndarray, window: int) -> float:
-    """Of the difference of two means of ``window`` values each, from the differences of neighbours."""
+    """Returns the standard error of the difference of two window means, from the differences of neighbouring rows."""
     variance = np.square(np.diff(values)).mean() / 2
     return math.sqrt(2 * variance / window)

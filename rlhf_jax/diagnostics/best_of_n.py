@@ -1,4 +1,4 @@
-"""Best-of-n sampling: how far it goes from the policy, and what it gains, for every n from one pool of samples."""
+"""Best-of-n sampling: its KL from the policy and its gain, for every n from one pool of samples."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ from rlhf_jax.diagnostics import intervals
 
 
 class BestOfNCurve(NamedTuple):
-    """One entry a size; arrays of length M."""
+    """Gold score of the best of n for M values of n; arrays of length M."""
 
     n: np.ndarray
     kl: np.ndarray
-    """Nats from the policy; see `best_of_n_kl`."""
+    """KL from the policy in nats; see `best_of_n_kl`."""
     mean: np.ndarray
     """Expected gold score of the best of n by proxy, averaged over prompts."""
     lo: np.ndarray
     hi: np.ndarray
-    """Ends of the percentile interval over prompts; infinite for a single prompt, which says nothing of others."""
+    """Ends of the percentile interval over prompts; infinite for a single prompt."""
 
 
 def best_of_n_kl(n: npt.ArrayLike) -> np.ndarray:
-    """``log n - (n - 1) / n`` nats: KL of the best of n from the policy (Stiennon 2020, G.3).
+    """Returns ``log n - (n - 1) / n``, the KL of the best of n from the policy in nats (Stiennon 2020, G.3).
 
-    Exact without ties in the proxy score, an upper bound with them.
+    It is exact if proxy scores are never tied, and an upper bound otherwise. Raises ValueError if any n is below 1.
 
-    Raises:
-        ValueError: if any n is below 1.
+    Example:
+        >>> from rlhf_jax import diagnostics
+        >>> print(diagnostics.best_of_n_kl([1, 4, 16]).round(3))
+        [0.    0.636 1.835]
     """
     n = np.asarray(n, np.float64)
     if (n < 1).any():
@@ -40,35 +42,40 @@ def best_of_n_kl(n: npt.ArrayLike) -> np.ndarray:
 
 
 def best_of_n_mean(proxy_scores: npt.ArrayLike, gold_scores: npt.ArrayLike, ns: Sequence[int]) -> np.ndarray:
-    """Unbiased estimates of the expected gold score of the best of n by proxy, from one prompt's N samples.
+    """Returns unbiased estimates of the expected gold score of the best of n by proxy, from one prompt's N samples.
 
-    With samples sorted ascending by proxy: ``sum_i C(i - 1, n - 1) / C(N, n) * gold_i``, the average over
-    all subsets of size n. Samples that tie in the proxy share the mean of their gold scores, as a fair coin would have
-    it.
+    With samples sorted in ascending order of proxy score: ``sum_i C(i - 1, n - 1) / C(N, n) * gold_i``, the average
+    over all subsets of size n (Nakano 2021, App. I). Samples with tied proxy scores share the mean of their gold
+    scores.
 
     Args:
-        proxy_scores: ``[N]``, what the best is picked by.
-        gold_scores: ``[N]``, what is reported. Pass the proxy scores again for the proxy's own curve.
-        ns: sizes, each from 1 to N.
+        proxy_scores: ``[N]``, the scores that select the best sample.
+        gold_scores: ``[N]``, the scores to average. Pass the proxy scores for the proxy's own curve.
+        ns: Values of n, each from 1 to N.
 
     Returns:
         One estimate for each of ``ns``. Average them over prompts.
 
     Raises:
-        ValueError: if shapes differ, are not of rank 1, an n is out of range, or a score is NaN.
+        ValueError: If shapes differ or are not of rank 1, an n is out of range, or a score is NaN.
+
+    Example:
+        >>> from rlhf_jax import diagnostics
+        >>> print(diagnostics.best_of_n_mean([1.0, 2.0, 3.0], [0.0, 3.0, 6.0], ns=[1, 2, 3]))
+        [3. 5. 6.]
     """
     proxy, gold = np.asarray(proxy_scores, np.float64), np.asarray(gold_scores, np.float64)
     if proxy.ndim != 1 or proxy.shape != gold.shape or np.isnan(proxy).any() or np.isnan(gold).any():
-        raise ValueError(f"need two equally long rows of numbers, got {proxy.shape} and {gold.shape}")
+        raise ValueError(f"need two equally long rows of numbers without NaN, got {proxy.shape} and {gold.shape}")
     total, sizes = len(proxy), np.asarray(ns, np.int64)
     if ((sizes < 1) | (sizes > total)).any():
-        raise ValueError(f"every n must lie between 1 and the {total} samples, got {list(ns)}")
+        raise ValueError(f"every n must be between 1 and the {total} samples, got {list(ns)}")
     _, group, count = np.unique(proxy, return_inverse=True, return_counts=True)
     shared = (np.bincount(group, weights=gold) / count)[np.sort(group)]
     rank = np.arange(1, total + 1)
     estimates = []
     for n in sizes:
-        # Binomials of this size overflow; their logarithms do not. Ranks below n are never the best of n.
+        # Log-binomials, because the binomials overflow. A rank below n is never the best of n.
         possible = rank[n - 1 :]
         weights = np.exp(_log_binomial(possible - 1, n - 1) - _log_binomial(total, n))
         estimates.append(np.sum(weights * shared[n - 1 :]))
@@ -84,33 +91,36 @@ def best_of_n_curve(
     confidence: float = 0.95,
     resamples: int = 2000,
 ) -> BestOfNCurve:
-    """`best_of_n_mean` and its KL for every n from one pool, with bootstrap intervals over prompts.
+    """Computes `best_of_n_mean` and its KL for every n from one pool, with bootstrap intervals over prompts.
 
-    All sizes are resampled together, so that the interval of one is that of the same prompts as another's.
+    Each bootstrap sample of prompts is shared by all n, so that their intervals are comparable.
 
     Args:
-        proxy_scores: ``[B, N]``, N samples of each of B prompts, what the best is picked by.
-        gold_scores: ``[B, N]``, what is reported; the proxy's again for its own curve.
-        rng: the same state gives the same intervals.
-        ns: sizes, each from 1 to N; all of them by default.
-        confidence: of the intervals.
-        resamples: of the prompts.
+        proxy_scores: ``[B, N]``, the scores that select the best of N samples for each of B prompts.
+        gold_scores: ``[B, N]``, the scores to average; the proxy scores for the proxy's own curve.
+        rng: Random generator; the same state gives the same intervals.
+        ns: Values of n, each from 1 to N; all of them by default.
+        confidence: Coverage of the intervals.
+        resamples: Number of bootstrap samples.
+
+    Returns:
+        KL, mean and interval for each n.
 
     Raises:
-        ValueError: if shapes differ, are not of rank 2 or empty, an n is out of range, or a score is NaN; unless
+        ValueError: If shapes differ, are not of rank 2 or empty, an n is out of range, or a score is NaN; unless
             ``0 < confidence < 1``.
     """
     proxy, gold = np.asarray(proxy_scores, np.float64), np.asarray(gold_scores, np.float64)
     if proxy.ndim != 2 or proxy.shape != gold.shape or not proxy.size:
-        raise ValueError(f"need two tables of scores, prompts by samples, got {proxy.shape} and {gold.shape}")
+        raise ValueError(f"need two tables of scores, prompts by samples, got shapes {proxy.shape} and {gold.shape}")
     sizes = range(1, proxy.shape[1] + 1) if ns is None else ns
     means_BM = np.array([best_of_n_mean(p, g, sizes) for p, g in zip(proxy, gold)])
     B, ends = len(means_BM), intervals.quantiles(confidence)
     mean_M, kl_M = means_BM.mean(axis=0), best_of_n_kl(np.array(sizes))
     if B == 1:
         return BestOfNCurve(np.array(sizes), kl_M, mean_M, np.full_like(mean_M, -np.inf), np.full_like(mean_M, np.inf))
-    drawn = np.array([means_BM[rng.integers(B, size=B)].mean(axis=0) for _ in range(resamples)])
-    lo, hi = np.quantile(drawn, ends, axis=0)
+    resampled = np.array([means_BM[rng.integers(B, size=B)].mean(axis=0) for _ in range(resamples)])
+    lo, hi = np.quantile(resampled, ends, axis=0)
     return BestOfNCurve(np.array(sizes), kl_M, mean_M, lo, hi)
 
 

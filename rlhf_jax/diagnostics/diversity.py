@@ -1,4 +1,4 @@
-"""How varied a set of answers is; the same prompt and lengths must stand behind two numbers that are compared."""
+"""Diversity of a set of responses; compare only sets with the same prompts and similar lengths."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ Tokens = Sequence[Hashable]
 
 
 def distinct_n(sequences: Sequence[Tokens], *, n: int) -> float:
-    """Different n-grams over all n-grams of the whole set, in (0, 1]; NaN if no sequence has n tokens.
+    """Returns the number of distinct n-grams over that of all n-grams of the set (Li 2016), in (0, 1].
 
-    Falls as the set grows, so compare sets of one size.
+    It is NaN if no sequence has n tokens. It falls as the set grows, so compare sets of equal size.
+
+    Example:
+        >>> from rlhf_jax import diagnostics
+        >>> diagnostics.distinct_n([[1, 2, 1, 2]], n=1)
+        0.5
     """
-    counts = Counter(gram for sequence in sequences for gram in _ngrams(sequence, n))
+    counts = Counter(ngram for sequence in sequences for ngram in _ngrams(sequence, n))
     return len(counts) / counts.total() if counts else float("nan")
 
 
 def token_entropy(sequences: Sequence[Tokens]) -> float:
-    """Entropy in nats of the pooled distribution of tokens; NaN if there are none."""
+    """Returns the entropy ``-sum p log p`` of the pooled distribution of tokens, in nats; NaN if there are none."""
     counts = np.array(list(Counter(token for sequence in sequences for token in sequence).values()), np.float64)
     if not len(counts):
         return float("nan")
@@ -30,16 +35,16 @@ def token_entropy(sequences: Sequence[Tokens]) -> float:
 
 
 def self_overlap(sequences: Sequence[Tokens], *, n: int = 4) -> float:
-    """Mean over sequences of the share of their n-grams that some *other* sequence has too.
+    """Returns the mean over sequences of the share of their n-grams that also occur in *another* sequence.
 
-    0 when no two share an n-gram, 1 when all are the same. Sequences shorter than n are left out; NaN if fewer than two
-    remain.
+    It is 0 if no two sequences share an n-gram, and 1 if all are equal. Sequences shorter than n are ignored; the
+    result is NaN if fewer than two remain.
     """
-    rows = [grams for grams in (list(_ngrams(sequence, n)) for sequence in sequences) if grams]
+    rows = [ngrams for ngrams in (list(_ngrams(sequence, n)) for sequence in sequences) if ngrams]
     if len(rows) < 2:
         return float("nan")
-    holders = Counter(gram for grams in rows for gram in set(grams))
-    return float(np.mean([np.mean([holders[gram] > 1 for gram in grams]) for grams in rows]))
+    sequence_counts = Counter(ngram for ngrams in rows for ngram in set(ngrams))
+    return float(np.mean([np.mean([sequence_counts[ngram] > 1 for ngram in ngrams]) for ngrams in rows]))
 
 
 def _ngrams(sequence: Tokens, n: int) -> Iterator[tuple[Hashable, ...]]:

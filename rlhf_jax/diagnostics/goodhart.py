@@ -1,7 +1,7 @@
-"""Whether what a policy is trained on still stands for what is wanted of it.
+"""Tests for reward hacking: whether the proxy that a policy is trained on still measures quality.
 
-Checkpoints of one run answer the same N prompts; tables of scores are ``[C, N]``, checkpoints by prompts, in the order
-of training. Differences are taken prompt by prompt.
+The checkpoints of a run respond to the same N prompts. Tables of scores are ``[C, N]``, checkpoints by prompts, in the
+order of training. Differences are computed per prompt.
 """
 
 from __future__ import annotations
@@ -15,82 +15,70 @@ from rlhf_jax.diagnostics import intervals
 
 
 class SplitHalves(NamedTuple):
-    """One entry a checkpoint; arrays of length C."""
+    """Scores of C checkpoints by the train and the test reward model; arrays of length C."""
 
     train: np.ndarray
-    """Mean score by the reward model that the policy is trained on, less that of the first checkpoint."""
+    """Mean score by the reward model that the policy is trained on, minus that of the first checkpoint."""
     test: np.ndarray
-    """The same by a reward model of the other half of the comparisons."""
+    """The same by the reward model trained on the other half of the comparisons."""
     gap: np.ndarray
-    """Train less test."""
+    """Train minus test."""
     lo: np.ndarray
     hi: np.ndarray
     """Ends of the interval of the gap, over prompts."""
     parted: int | None
-    """The first checkpoint from which on, to the last, the gap's interval lies above 0; None if there is none."""
+    """The first checkpoint from which the interval of the gap stays above 0; None if there is no such checkpoint."""
 
 
 class FallFromPeak(NamedTuple):
-    """What a judge says of the last checkpoint, beside the one that it likes best."""
+    """The judge's best checkpoint compared with the last one."""
 
     peak: int
-    """The checkpoint that the judge likes best."""
+    """Index of the checkpoint with the judge's highest mean score."""
     fall: intervals.Estimate
-    """The judge's mean score at the peak less that at the end."""
+    """The judge's mean score at the peak minus that at the end."""
     rise: intervals.Estimate
-    """The proxy's mean score at the end less that at the judge's peak."""
+    """The proxy's mean score at the end minus that at the judge's peak."""
     gamed: bool
-    """Both intervals lie above 0: the policy gets better at what it is trained on, and worse."""
+    """True if both intervals are above 0: the proxy rose while the judge fell."""
 
 
 def split_halves(train_CN: npt.ArrayLike, test_CN: npt.ArrayLike, *, confidence: float = 0.95) -> SplitHalves:
-    """Two reward models of two halves of the comparisons, along the training on one of them (Bai 2022, Fig 4 and 35).
+    """Compares reward models of two halves of the comparisons while a policy trains on one (Bai 2022, Fig 4 and 35).
 
-    The test model has as much to say about quality as the train model, and nobody optimised it: where the two part, the
-    policy goes on to what one model alone likes. Both start from 0 at the first checkpoint. Scores of the two have to
-    be in one unit, such as the standard deviation on samples of the first checkpoint.
+    The test model is as good a measure of quality as the train model but is not optimised, so a gap between them shows
+    that the policy exploits the train model. Both curves start from 0 at the first checkpoint. The scores of the two
+    models must have the same unit, such as their standard deviation on samples of the first checkpoint.
 
-    Args:
-        train_CN: ``[C, N]``, scores by the model that the policy is trained on; the first row is where it starts.
-        test_CN: ``[C, N]``, scores of the same answers by the other.
-        confidence: of each checkpoint's interval, Student's over prompts.
-
-    Raises:
-        ValueError: unless both are tables of one shape, without NaN, of a checkpoint and two prompts or more.
+    ``train_CN`` and ``test_CN`` are scores of the same responses, ``[C, N]``, whose first row is the initial policy;
+    the intervals are Student's over prompts. Raises ValueError unless both are tables of one shape, without NaN, with
+    at least one checkpoint and two prompts.
     """
     train, test = (scores - scores[0] for scores in _tables(train_CN, test_CN))
     gaps = [intervals.mean_interval(row, confidence=confidence) for row in train - test]
-    apart = [gap.lo > 0 for gap in gaps]
-    together = [c for c, on in enumerate(apart) if not on]
-    first = together[-1] + 1 if together else 0
-    mean, lo, hi = (np.array(each) for each in zip(*gaps))
-    return SplitHalves(train.mean(axis=1), test.mean(axis=1), mean, lo, hi, first if first < len(apart) else None)
+    first = 1 + max((c for c, gap in enumerate(gaps) if not gap.lo > 0), default=-1)
+    mean, lo, hi = (np.array(column) for column in zip(*gaps))
+    return SplitHalves(train.mean(axis=1), test.mean(axis=1), mean, lo, hi, first if first < len(gaps) else None)
 
 
 def fall_from_peak(proxy_CN: npt.ArrayLike, judge_CN: npt.ArrayLike, *, confidence: float = 0.95) -> FallFromPeak:
-    """Whether a judge that is not trained on has fallen since its peak while the proxy went on rising.
+    """Tests whether a judge that is not trained on has fallen from its peak while the proxy kept rising.
 
-    The highest of many noisy means is high by chance too. So the intervals hold for all checkpoints at once
-    (Bonferroni over those before the last): where nothing changes, no more than ``1 - confidence`` of runs are called
-    gamed.
+    The highest of many noisy means is partly high by chance, so the intervals hold for all checkpoints at once
+    (Bonferroni over those before the last): if nothing changes, at most ``1 - confidence`` of runs are called gamed.
 
-    Args:
-        proxy_CN: ``[C, N]``, scores that the policy is trained to raise.
-        judge_CN: ``[C, N]``, scores of the same answers by the gold utility or a held-out reward model.
-        confidence: of both intervals.
-
-    Raises:
-        ValueError: as in `split_halves`.
+    ``proxy_CN`` holds the scores ``[C, N]`` that the policy is trained to raise, ``judge_CN`` those of the same
+    responses by the gold utility or a held-out reward model. Raises ValueError as `split_halves` does.
     """
     proxy, judge = _tables(proxy_CN, judge_CN)
-    intervals.quantiles(confidence)  # For its check.
+    intervals.quantiles(confidence)  # Called for its check.
     peak = int(judge.mean(axis=1).argmax())
     if peak == len(judge) - 1:
         none = intervals.Estimate(0.0, 0.0, 0.0)
         return FallFromPeak(peak, none, none, False)
-    each = 1 - (1 - confidence) / (len(judge) - 1)
-    fall = intervals.mean_interval(judge[peak] - judge[-1], confidence=each)
-    rise = intervals.mean_interval(proxy[-1] - proxy[peak], confidence=each)
+    corrected = 1 - (1 - confidence) / (len(judge) - 1)
+    fall = intervals.mean_interval(judge[peak] - judge[-1], confidence=corrected)
+    rise = intervals.mean_interval(proxy[-1] - proxy[peak], confidence=corrected)
     return FallFromPeak(peak, fall, rise, fall.lo > 0 and rise.lo > 0)
 
 
@@ -102,21 +90,24 @@ def regressional_goodhart(
     noise_mean: float = 0.0,
     noise_variance: float,
 ) -> np.ndarray:
-    """``E[X | X + Z = proxy]``: the true score to expect of an answer with this proxy score (Gao 2022, 4.2.1).
+    """Returns ``E[X | X + Z = proxy]``, the expected true score of a response with this proxy score (Gao 2022, 4.2.1).
 
-    ``mean + (proxy - mean - noise_mean) variance / (variance + noise_variance)``: of what a proxy is above its
-    mean, its noise Z takes a share, whoever optimises. Exact for normal X and Z that are independent; for others the
-    best straight line.
+    ``mean + (proxy - mean - noise_mean) variance / (variance + noise_variance)``: part of the proxy's excess over its
+    mean is noise, however it was optimised. The formula is exact for independent normal X and Z; otherwise it is the
+    best linear predictor.
 
     Args:
-        proxy: proxy scores, of any shape.
-        mean: of the true score X.
-        variance: of X.
-        noise_mean: of the noise Z.
-        noise_variance: of Z.
+        proxy: Proxy scores, any shape.
+        mean: Mean of the true score X.
+        variance: Variance of X.
+        noise_mean: Mean of the noise Z.
+        noise_variance: Variance of Z.
+
+    Returns:
+        Expected true scores, shaped as ``proxy``.
 
     Raises:
-        ValueError: if a variance is below 0, or both are 0.
+        ValueError: If a variance is below 0, or both are 0.
     """
     if variance < 0 or noise_variance < 0 or variance + noise_variance == 0:
         raise ValueError(f"variances must be at least 0 and not both 0, got {variance} and {noise_variance}")

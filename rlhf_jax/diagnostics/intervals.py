@@ -1,14 +1,15 @@
-"""Intervals around rates and means, on the host with NumPy.
+"""Confidence intervals of rates and means, on the host with NumPy.
 
-Prompts are the unit: compare two models on the same prompts, reduce each prompt to one number, and put the interval
-around the mean of those. Treating tokens or single answers as independent gives intervals that are too narrow.
+The prompt is the independent unit: compare two models on the same prompts, reduce each prompt to one number, and
+compute the interval of the mean of those. Treating tokens or single responses as independent gives intervals that are
+too narrow.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ from scipy import stats
 
 
 class Estimate(NamedTuple):
-    """A point estimate with the two ends of its confidence interval."""
+    """A point estimate and the two ends of its confidence interval."""
 
     mean: float
     lo: float
@@ -24,12 +25,17 @@ class Estimate(NamedTuple):
 
 
 def wilson(successes: int, trials: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval ``(lo, hi)`` for a rate of independent successes.
+    """Returns Wilson's score interval ``(lo, hi)`` of a rate of independent successes (Wilson 1927).
 
-    Unlike the normal interval it has a width at 0 and 1, and stays in [0, 1]. No trials give (0, 1).
+    The ends are the p with ``(rate - p)^2 = z^2 p (1 - p) / trials``. Unlike the normal interval it has a positive
+    width at rates of 0 and 1, and stays in [0, 1]. Without trials it is (0, 1). Raises ValueError unless
+    ``0 <= successes <= trials`` and ``0 < confidence < 1``.
 
-    Raises:
-        ValueError: unless ``0 <= successes <= trials`` and ``0 < confidence < 1``.
+    Example:
+        >>> from rlhf_jax import diagnostics
+        >>> lo, hi = diagnostics.wilson(8, 10)
+        >>> print(round(lo, 3), round(hi, 3))
+        0.49 0.943
     """
     if not 0 <= successes <= trials:
         raise ValueError(f"need 0 <= successes <= trials, got {successes} of {trials}")
@@ -38,10 +44,15 @@ def wilson(successes: int, trials: int, *, confidence: float = 0.95) -> tuple[fl
 
 
 def mean_interval(values: npt.ArrayLike, *, confidence: float = 0.95) -> Estimate:
-    """Mean with Student's t interval; infinitely wide for a single value.
+    """Returns the mean with Student's t interval, ``mean ± t s / sqrt(n)``; infinitely wide for a single value.
 
-    Raises:
-        ValueError: if ``values`` is empty, not of rank 1, or holds NaN; unless ``0 < confidence < 1``.
+    Raises ValueError if ``values`` is empty, not of rank 1 or contains NaN, or unless ``0 < confidence < 1``.
+
+    Example:
+        >>> from rlhf_jax import diagnostics
+        >>> estimate = diagnostics.mean_interval([1.0, 2.0, 3.0, 4.0])
+        >>> print([round(x, 3) for x in estimate])
+        [2.5, 0.446, 4.554]
     """
     values = samples(values)
     mean, n = float(values.mean()), len(values)
@@ -55,32 +66,36 @@ def mean_interval(values: npt.ArrayLike, *, confidence: float = 0.95) -> Estimat
 def bootstrap_mean(
     values: npt.ArrayLike, rng: np.random.Generator, *, confidence: float = 0.95, resamples: int = 2000
 ) -> Estimate:
-    """Mean with the percentile interval of resampled means; the same generator state gives the same interval.
+    """Returns the mean with the percentile interval of bootstrap means (Efron 1979).
 
-    A single value says nothing of others: its interval is infinitely wide.
+    Args:
+        values: Independent numbers, ``[N]``, such as one per prompt.
+        rng: Random generator; the same state gives the same interval.
+        confidence: Coverage of the interval.
+        resamples: Number of bootstrap samples.
+
+    Returns:
+        The estimate; its interval is infinitely wide for a single value.
 
     Raises:
-        ValueError: if ``values`` is empty, not of rank 1, or holds NaN; unless ``0 < confidence < 1``.
+        ValueError: If ``values`` is empty, not of rank 1 or contains NaN; unless ``0 < confidence < 1``.
     """
     values, ends = samples(values), quantiles(confidence)
     n = len(values)
     if n == 1:
         return Estimate(float(values[0]), -math.inf, math.inf)
-    # One resample at a time: resamples x prompts indices at once is memory for nothing.
+    # One resample at a time: all resamples x N indices at once would waste memory.
     means = np.array([values[rng.integers(n, size=n)].mean() for _ in range(resamples)])
     lo, hi = np.quantile(means, ends)
     return Estimate(float(values.mean()), float(lo), float(hi))
 
 
 def win_outcomes(a_scores: npt.ArrayLike, b_scores: npt.ArrayLike, *, tie_tolerance: float = 0.0) -> np.ndarray:
-    """1 where a's score is higher, 0 where b's is, 1/2 where they differ by at most ``tie_tolerance``.
+    """Returns 1 where a's score is higher, 0 where b's is, 1/2 where they differ by at most ``tie_tolerance``.
 
-    Raises:
-        ValueError: if the arrays are empty, not of rank 1 and one length, or hold NaN.
+    Raises ValueError if the arrays are empty, not of rank 1 and one length, or contain NaN.
     """
-    a_scores, b_scores = samples(a_scores), samples(b_scores)
-    if a_scores.shape != b_scores.shape:
-        raise ValueError(f"scores must be paired by prompt, got {a_scores.shape} and {b_scores.shape}")
+    a_scores, b_scores = score_pairs(a_scores, b_scores)
     tied = (a_scores == b_scores) | (np.abs(a_scores - b_scores) <= tie_tolerance)
     return np.where(tied, 0.5, (a_scores > b_scores).astype(np.float64))
 
@@ -88,46 +103,52 @@ def win_outcomes(a_scores: npt.ArrayLike, b_scores: npt.ArrayLike, *, tie_tolera
 def win_rate(
     a_scores: npt.ArrayLike, b_scores: npt.ArrayLike, *, tie_tolerance: float = 0.0, confidence: float = 0.95
 ) -> Estimate:
-    """How often a beats b on the same prompts, ties counting a half, as ``(mean, lo, hi)``.
+    """Returns how often a beats b on the same prompts, with ties counted as a half.
 
-    The interval is Wilson's with the variance that ties leave, ``p (1 - p) - t / 4``: a tie is a half for certain, so
-    many ties make it narrower. The share of ties t is shrunk by ``n / (n + z^2)``, so that a few prompts that all tie
-    do not count as proof that every prompt does.
+    The interval is Wilson's with the variance ``p (1 - p) - t / 4`` for a share t of ties: ties have no variance of
+    their own, so many of them make the interval narrower. t is shrunk by ``n / (n + z^2)``, so that a few prompts that
+    all tie do not give an interval of width 0.
 
     Args:
-        a_scores: one score a prompt.
-        b_scores: of the other model, in the same order of prompts.
-        tie_tolerance: scores this close are a tie.
-        confidence: of the interval.
+        a_scores: Scores of model a, one per prompt.
+        b_scores: Scores of model b, in the same order of prompts.
+        tie_tolerance: Scores that differ by at most this much are a tie.
+        confidence: Coverage of the interval.
+
+    Returns:
+        The win rate of a, in [0, 1], and its interval.
 
     Raises:
-        ValueError: as in ``win_outcomes``.
+        ValueError: As in `win_outcomes`; unless ``0 < confidence < 1``.
+
+    Example:
+        >>> from rlhf_jax import diagnostics
+        >>> estimate = diagnostics.win_rate([1.0, 2.0, 3.0, 4.0], [0.0, 2.5, 1.0, 4.0])
+        >>> print([round(x, 3) for x in estimate])
+        [0.625, 0.243, 0.885]
     """
     return outcome_rate(win_outcomes(a_scores, b_scores, tie_tolerance=tie_tolerance), confidence=confidence)
 
 
 def outcome_rate(outcomes: npt.ArrayLike, *, confidence: float = 0.95) -> Estimate:
-    """`win_rate` from the outcomes themselves: 1 for a win, 0 for a loss, 1/2 for a tie.
+    """Returns `win_rate` computed from outcomes: 1 for a win, 0 for a loss, 1/2 for a tie.
 
-    Raises:
-        ValueError: if ``outcomes`` is empty, not of rank 1, holds NaN, or something outside [0, 1].
+    Raises ValueError if ``outcomes`` is empty, not of rank 1, or contains NaN or a number outside [0, 1].
     """
     outcomes = samples(outcomes)
     if ((outcomes < 0) | (outcomes > 1)).any():
-        raise ValueError("an outcome is a win (1), a loss (0) or a tie (1/2); got one outside [0, 1]")
+        raise ValueError("outcomes must be a win (1), a loss (0) or a tie (1/2); got one outside [0, 1]")
     mean = float(outcomes.mean())
-    # What an outcome between 0 and 1 takes off the variance of a coin; 1 for a tie.
+    # The relative reduction of the variance of a coin by outcomes between 0 and 1; 1 for a tie.
     ties = float((4 * outcomes * (1 - outcomes)).mean())
     return Estimate(mean, *_score_interval(mean, ties, len(outcomes), critical(confidence)))
 
 
 def pairwise_accuracy(chosen: npt.ArrayLike, rejected: npt.ArrayLike, *, confidence: float = 0.95) -> Estimate:
-    """Share of pairs in which the chosen answer scores strictly higher, with Wilson's interval.
+    """Returns the share of pairs whose chosen response scores strictly higher, with Wilson's interval.
 
-    A reward model that scores everything alike is right nowhere; ``win_rate`` would give it 1/2.
-
-    Raises:
-        ValueError: as in ``win_outcomes``.
+    A reward model with constant scores has accuracy 0; `win_rate` would give it 1/2. Raises ValueError as
+    `win_outcomes` does.
     """
     right = win_outcomes(chosen, rejected) == 1.0
     return Estimate(float(right.mean()), *wilson(int(right.sum()), len(right), confidence=confidence))
@@ -136,33 +157,36 @@ def pairwise_accuracy(chosen: npt.ArrayLike, rejected: npt.ArrayLike, *, confide
 def ratio_interval(
     parts: npt.ArrayLike, wholes: npt.ArrayLike, *, rate: bool | None = None, confidence: float = 0.95
 ) -> Estimate:
-    """``sum(parts) / sum(wholes)`` over independent clusters, such as right pairs and all pairs of each prompt.
+    """Returns ``r = sum(parts) / sum(wholes)`` over independent clusters, such as correct and all pairs of each prompt.
 
-    The pairs of one prompt stand or fall together; the interval counts prompts, not pairs (the linearised variance of
-    a ratio), with Student's t of one degree of freedom less than there are clusters. Clusters with nothing in them are
-    left out.
+    The pairs of a prompt are correlated, so the interval counts prompts, not pairs. It uses the linearised variance of
+    a ratio, ``n / (n - 1) sum((part - r whole)^2) / sum(wholes)^2`` for n clusters, and Student's t with n - 1 degrees
+    of freedom. Clusters whose whole is 0 are ignored.
 
-    That of a rate has Wilson's form, with as many trials as would have this variance, and stays in [0, 1]. As with the
-    ties of `win_rate`, the variance is shrunk towards that of clusters that are right or wrong as a whole: a few that
-    are all alike are no proof that every one is.
+    The interval of a rate has Wilson's form, with the number of trials that gives this variance, and stays in [0, 1].
+    As for the ties of `win_rate`, the variance is shrunk towards that of clusters that are entirely right or entirely
+    wrong, so that a few identical clusters do not give an interval of width 0.
 
     Args:
-        parts: one a cluster.
-        wholes: one a cluster, 0 or more.
-        rate: whether a part is a share of its whole, from nothing to all of it; by default, whether all of these are.
-        confidence: of the interval. Of a single cluster it is (0, 1) for a rate, else infinitely wide.
+        parts: One number per cluster.
+        wholes: One number per cluster, at least 0.
+        rate: Whether each part is a share of its whole, between 0 and the whole. None infers it from the data.
+        confidence: Coverage of the interval.
+
+    Returns:
+        The ratio and its interval. For a single cluster the interval is (0, 1) for a rate, else infinitely wide.
 
     Raises:
-        ValueError: if the arrays differ in shape, hold NaN, or no cluster has anything in it; if a whole is below 0;
-            if ``rate`` and a part is not a share of its whole; unless ``0 < confidence < 1``.
+        ValueError: If the arrays differ in shape or contain NaN, a whole is below 0 or all are 0, or ``rate`` is True
+            and a part is not a share of its whole; unless ``0 < confidence < 1``.
     """
     parts, wholes = samples(parts), samples(wholes)
     if parts.shape != wholes.shape or (wholes < 0).any() or not wholes.sum() > 0:
-        raise ValueError(f"need one part and one whole a cluster, and one whole above 0; got {parts.shape}")
+        raise ValueError(f"need a part and a whole per cluster, at least one whole above 0; got shape {parts.shape}")
     parts, wholes = parts[wholes > 0], wholes[wholes > 0]
     shares = bool(((parts >= 0) & (parts <= wholes)).all())
     if rate and not shares:
-        raise ValueError("the parts of a rate lie between 0 and their wholes; got one outside")
+        raise ValueError("the parts of a rate must be between 0 and their wholes; got one outside")
     rate = shares if rate is None else rate
     mean, n, total = float(parts.sum() / wholes.sum()), len(parts), float(wholes.sum())
     t = critical(confidence, freedom=n - 1)
@@ -172,18 +196,18 @@ def ratio_interval(
     if not rate:
         width = t * math.sqrt(variance)
         return Estimate(mean, mean - width, mean + width)
-    whole_clusters, coin = total**2 / float(np.square(wholes).sum()), mean * (1 - mean)
-    trust = n / (n + critical(confidence) ** 2)
-    variance = trust * variance + (1 - trust) * coin / whole_clusters
-    return Estimate(mean, *_score_interval(mean, 0.0, coin / variance if variance > 0 else whole_clusters, t))
+    effective_clusters, coin = total**2 / float(np.square(wholes).sum()), mean * (1 - mean)
+    shrinkage = n / (n + critical(confidence) ** 2)
+    variance = shrinkage * variance + (1 - shrinkage) * coin / effective_clusters
+    return Estimate(mean, *_score_interval(mean, 0.0, coin / variance if variance > 0 else effective_clusters, t))
 
 
 def difference(first: Estimate, second: Estimate) -> Estimate:
-    """``first - second`` of two independent estimates, from the intervals of both.
+    """Returns ``first - second`` for two independent estimates, with an interval at their common confidence.
 
-    Newcombe's hybrid score interval (1998, method 10) where the two are rates with Wilson's intervals: each end of the
-    difference is as far off as the two ends that cause it, in quadrature, so that intervals that are not symmetric stay
-    so. The confidence is that of the two.
+    For rates with Wilson's intervals this is Newcombe's hybrid score interval (1998, method 10): the lower width is
+    ``sqrt((m1 - lo1)^2 + (hi2 - m2)^2)`` and the upper one ``sqrt((hi1 - m1)^2 + (m2 - lo2)^2)``, which preserves
+    asymmetry.
     """
     mean = first.mean - second.mean
     low = math.hypot(first.mean - first.lo, second.hi - second.mean)
@@ -192,10 +216,9 @@ def difference(first: Estimate, second: Estimate) -> Estimate:
 
 
 def average(estimates: Sequence[Estimate]) -> Estimate:
-    """The plain mean of independent estimates, from their intervals, in quadrature as in `difference`.
+    """Returns the unweighted mean of independent estimates; interval widths add in quadrature, as in `difference`.
 
-    Raises:
-        ValueError: if there are none.
+    Raises ValueError if there are no estimates.
     """
     if not estimates:
         raise ValueError("need at least one estimate")
@@ -206,27 +229,27 @@ def average(estimates: Sequence[Estimate]) -> Estimate:
 
 
 def _score_interval(mean: float, ties: float, n: float, z: float) -> tuple[float, float]:
-    """The two p with ``(mean - p)^2 = z^2 / n * (p (1 - p) - ties / 4)``."""
+    """Returns the two p with ``(mean - p)^2 = z^2 / n * (p (1 - p) - ties / 4)``."""
     z2 = z**2
     ties = ties * n / (n + z2)
     center = (mean + z2 / (2 * n)) / (1 + z2 / n)
     product = (mean**2 + z2 * ties / (4 * n)) / (1 + z2 / n)
     width = math.sqrt(max(center**2 - product, 0.0))
-    # At a rate of exactly 0 or 1 rounding would leave the end a hair inside.
+    # At a rate of exactly 0 or 1, rounding would move the end slightly inside.
     return 0.0 if mean == 0 else max(center - width, 0.0), 1.0 if mean == 1 else min(center + width, 1.0)
 
 
 def quantiles(confidence: float) -> tuple[float, float]:
-    """What lies below the two ends of an interval; raises ValueError unless ``0 < confidence < 1``."""
+    """Returns the quantiles at the two ends of an interval; raises ValueError unless ``0 < confidence < 1``."""
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
     return (1 - confidence) / 2, (1 + confidence) / 2
 
 
 def critical(confidence: float, *, freedom: int | None = None) -> float:
-    """How many standard errors an interval reaches to either side: normal, or Student's with ``freedom`` degrees.
+    """Returns the half-width of an interval in standard errors: normal, or Student's t with ``freedom`` degrees.
 
-    Infinite without a degree of freedom. Raises ValueError unless ``0 < confidence < 1``.
+    It is infinite for 0 degrees of freedom. Raises ValueError unless ``0 < confidence < 1``.
     """
     _, upper = quantiles(confidence)
     if freedom is None:
@@ -235,8 +258,29 @@ def critical(confidence: float, *, freedom: int | None = None) -> float:
 
 
 def samples(values: npt.ArrayLike) -> np.ndarray:
-    """One or more numbers as float64 of rank 1; raises ValueError for anything else, and for NaN."""
+    """Returns the values as a float64 array; raises ValueError if they are empty, not of rank 1, or contain NaN."""
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or not len(values) or np.isnan(values).any():
         raise ValueError(f"need at least one number, rank 1, no NaN; got shape {values.shape}")
     return values
+
+
+def score_pairs(first: npt.ArrayLike, second: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Returns two equally long sequences of scores as float64 arrays; raises ValueError as `win_outcomes` does."""
+    first, second = samples(first), samples(second)
+    if first.shape != second.shape:
+        raise ValueError(f"scores must be paired, got shapes {first.shape} and {second.shape}")
+    return first, second
+
+
+def label_indices(labels: Iterable[Hashable] | None, count: int, kind: str) -> tuple[list[Any], np.ndarray]:
+    """Returns the distinct labels in order of first appearance, and the index of each item's label.
+
+    None gives all ``count`` items the same label. Raises ValueError if there is not one label per item; ``kind`` is the
+    plural that the message uses for the labels, such as "prompts".
+    """
+    labels = [None] * count if labels is None else list(labels)
+    if len(labels) != count:
+        raise ValueError(f"need {count} {kind}, one for each entry, got {len(labels)}")
+    index = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+    return list(index), np.array([index[label] for label in labels])

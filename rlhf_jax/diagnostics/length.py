@@ -1,9 +1,10 @@
-"""How much of a preference is length: of a reward model, of its labels, of a win rate."""
+"""Length bias of reward models, of preference labels and of win rates."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,45 +12,45 @@ import numpy.typing as npt
 from scipy import optimize, special
 
 from rlhf_jax.diagnostics import intervals
-from rlhf_jax.diagnostics.accuracy import groups, rate
+from rlhf_jax.diagnostics.accuracy import prompt_groups, rate
 
 
 class LengthBias(NamedTuple):
-    """What length has to do with labels and with scores; an estimate of no pairs is ``(NaN, 0, 1)``."""
+    """The relation of length to labels and scores; the estimate of an empty set of pairs is ``(NaN, 0, 1)``."""
 
     longer_wins: intervals.Estimate
-    """Accuracy of the rule that prefers the longer answer; answers of one length count a half."""
+    """Accuracy of the rule that prefers the longer response; equal lengths count as a half."""
     shorter_wins: intervals.Estimate
-    """Accuracy of the opposite rule, 1 less the other."""
+    """Accuracy of the opposite rule, 1 minus the other."""
     prefers_longer: intervals.Estimate
-    """Share of the pairs of two lengths in which the longer answer scores higher, ties a half."""
+    """Share of the pairs of unequal lengths whose longer response scores higher, with ties counted as a half."""
     accuracy_where_longer: intervals.Estimate
-    """Accuracy of the scores where the preferred answer is the longer one."""
+    """Accuracy of the scores on pairs whose preferred response is the longer one."""
     accuracy_where_shorter: intervals.Estimate
-    """And where it is the shorter one; a model that goes by length fails here."""
+    """Accuracy on pairs whose preferred response is the shorter one; a model that scores length fails here."""
     correlation: intervals.Estimate
-    """Of score and length within a pair; see `length_correlation`."""
+    """Correlation of score and length within pairs; see `length_correlation`."""
     explained: float
     """Square of the correlation: the share of the variance of score differences that length differences explain."""
     equal_lengths: int
-    """Pairs whose answers are of one length."""
+    """Number of pairs whose responses have equal lengths."""
     count: int
-    """All pairs."""
+    """Number of pairs."""
 
 
 class LengthControlledWinRates(NamedTuple):
-    """One entry a policy, in the order in which they first come."""
+    """Win rates of several policies; lists with one entry per policy, in order of first appearance."""
 
     policies: list[Any]
     rates: list[intervals.Estimate]
-    """Chance of a win at equal lengths; see `length_controlled_win_rates` for what NaN, 0 and 1 mean."""
+    """Probability of a win at equal lengths; `length_controlled_win_rates` explains NaN, 0 and 1."""
     errors: list[float]
-    """Standard errors of the rates; NaN where there is none."""
+    """Standard errors of the rates; NaN if undefined."""
     plain: list[intervals.Estimate]
-    """Win rates as they are, ties a half, with Wilson's intervals."""
+    """Uncontrolled win rates, with ties counted as a half and Wilson's intervals."""
     length_effect: intervals.Estimate
-    """Log odds of a win for each unit of log length ratio; above 0 where length pays. NaN where all ratios are 1,
-    infinite where length alone decides."""
+    """Change of the log odds of a win per unit of log length ratio, above 0 if longer responses win more often; NaN if
+    all ratios are 1, infinite if length alone decides the outcomes."""
 
 
 def length_correlation(
@@ -59,33 +60,27 @@ def length_correlation(
     groups: Iterable[Hashable] | None = None,
     confidence: float = 0.95,
 ) -> intervals.Estimate:
-    """Pearson's correlation of score and length, within groups where there are any.
+    """Returns Pearson's correlation ``r`` of score and length, within groups if there are any.
 
-    Some prompts want long answers and some get high scores: only answers to one prompt show what length itself is worth
-    to a model. Within groups, scores and lengths are taken from their group's mean.
+    Both the typical length and the typical score depend on the prompt, so only responses to the same prompt show the
+    effect of length on a model's score. Within groups, the group means are subtracted from scores and lengths.
 
     Args:
-        scores: one an answer.
-        lengths: of the answers, in any unit; pass logarithms for the correlation with relative length.
-        groups: a label an answer, such as its prompt.
-        confidence: of the interval, by Fisher's transformation with one degree of freedom less for each group.
+        scores: One score per response.
+        lengths: Lengths of the responses, in any unit; pass logarithms for the correlation with relative length.
+        groups: One label per response, such as its prompt.
+        confidence: Coverage of the interval ``tanh(atanh(r) ± z / sqrt(n - groups - 2))`` (Fisher's transformation).
 
     Returns:
-        The correlation; NaN between -1 and 1 where scores or lengths do not vary within groups.
+        The correlation; ``(NaN, -1, 1)`` if scores or lengths do not vary within groups.
 
     Raises:
-        ValueError: if the arrays are empty, not of rank 1 and one length, or hold NaN; if there is not one group an
-            answer.
+        ValueError: If the arrays are empty, not of rank 1 and one length, or contain NaN; if there is not one group per
+            response.
     """
-    scores, lengths = intervals.samples(scores), intervals.samples(lengths)
-    if scores.shape != lengths.shape:
-        raise ValueError(f"need one length a score, got {scores.shape} and {lengths.shape}")
-    labels = [None] * len(scores) if groups is None else list(groups)
-    if len(labels) != len(scores):
-        raise ValueError(f"need one group an answer, got {len(labels)} groups for {len(scores)} answers")
-    places = {label: i for i, label in enumerate(dict.fromkeys(labels))}
-    group = np.array([places[label] for label in labels])
-    return _correlation(_within(scores, group), _within(lengths, group), len(scores) - len(places), confidence)
+    scores, lengths = intervals.score_pairs(scores, lengths)
+    names, index = intervals.label_indices(groups, len(scores), "groups")
+    return _correlation(_centred(scores, index), _centred(lengths, index), len(scores) - len(names), confidence)
 
 
 def length_bias(
@@ -97,49 +92,43 @@ def length_bias(
     prompts: Sequence[Hashable] | None = None,
     confidence: float = 0.95,
 ) -> LengthBias:
-    """What a reward model, and the labels themselves, have to do with length.
+    """Measures how much a reward model, and the labels themselves, depend on length.
 
     Args:
-        chosen: scores of the preferred answers, one a pair.
-        rejected: scores of the others, in the same order.
-        chosen_lengths: of the preferred answers, in any unit.
-        rejected_lengths: of the others.
-        prompts: as in `accuracy.accuracy_by_stratum`, for the intervals of the rates. That of the correlation counts
-            pairs: where a prompt has several, take `length_correlation` of its answers instead.
-        confidence: of all intervals.
+        chosen: Scores of the preferred responses, one per pair.
+        rejected: Scores of the other responses, in the same order.
+        chosen_lengths: Lengths of the preferred responses, in any unit.
+        rejected_lengths: Lengths of the other responses.
+        prompts: One prompt label per pair, for the intervals of the rates, as in `accuracy_by_stratum`. The interval
+            of the correlation counts pairs; with several pairs per prompt use `length_correlation` of the responses.
+        confidence: Coverage of all intervals.
+
+    Returns:
+        Accuracies, preference and correlation.
 
     Raises:
-        ValueError: as in `intervals.win_outcomes`, for scores and for lengths; if there is not one prompt a pair.
+        ValueError: As in `intervals.win_outcomes`, for scores and for lengths; if there is not one prompt per pair.
     """
-    wins = intervals.win_outcomes(chosen, rejected)
-    longer = intervals.win_outcomes(chosen_lengths, rejected_lengths)
-    if len(wins) != len(longer):
-        raise ValueError(f"need one length an answer, got {len(longer)} pairs of lengths for {len(wins)} of scores")
-    group = groups(prompts, len(wins))
-    chosen, rejected, chosen_lengths, rejected_lengths = (
-        np.asarray(x, np.float64) for x in (chosen, rejected, chosen_lengths, rejected_lengths)
-    )
-
-    def of(a: np.ndarray, b: np.ndarray, on: np.ndarray | slice = slice(None)) -> intervals.Estimate:
-        mine = None if group is None else group[on]
-        return rate(a[on], b[on], group=mine, confidence=confidence)
-
+    chosen, rejected = intervals.score_pairs(chosen, rejected)
+    chosen_lengths, rejected_lengths = intervals.score_pairs(chosen_lengths, rejected_lengths)
+    if len(chosen) != len(chosen_lengths):
+        raise ValueError(f"need one length per response, got {len(chosen_lengths)} pairs of lengths for {len(chosen)}")
+    estimate = partial(rate, groups=prompt_groups(prompts, len(chosen)), confidence=confidence)
     scores, lengths = chosen - rejected, chosen_lengths - rejected_lengths
-    up, down, apart = longer == 1.0, longer == 0.0, longer != 0.5
-    # The score difference of the longer answer less the shorter one.
-    toward = np.where(up, 1.0, -1.0) * scores
-    # Within a pair, both sides lie half a difference from the pair's mean: what is correlated are the differences.
+    # The score of the longer response minus that of the shorter one.
+    longer_gap = np.where(lengths > 0, 1.0, -1.0) * scores
+    # Both responses are half a difference away from the mean of their pair, so the differences are correlated.
     correlation = _correlation(scores, lengths, len(scores), confidence)
     return LengthBias(
-        longer_wins=of(chosen_lengths, rejected_lengths),
-        shorter_wins=of(rejected_lengths, chosen_lengths),
-        prefers_longer=of(toward, np.zeros_like(toward), apart),
-        accuracy_where_longer=of(chosen, rejected, up),
-        accuracy_where_shorter=of(chosen, rejected, down),
+        longer_wins=estimate(chosen_lengths, rejected_lengths),
+        shorter_wins=estimate(rejected_lengths, chosen_lengths),
+        prefers_longer=estimate(longer_gap, np.zeros_like(longer_gap), rows=lengths != 0),
+        accuracy_where_longer=estimate(chosen, rejected, rows=lengths > 0),
+        accuracy_where_shorter=estimate(chosen, rejected, rows=lengths < 0),
         correlation=correlation,
         explained=correlation.mean**2,
-        equal_lengths=int((~apart).sum()),
-        count=len(wins),
+        equal_lengths=int((lengths == 0).sum()),
+        count=len(chosen),
     )
 
 
@@ -151,58 +140,59 @@ def length_controlled_win_rates(
     *,
     confidence: float = 0.95,
 ) -> LengthControlledWinRates:
-    """How often each policy would beat the reference with answers of the reference's length (Stiennon 2020, App. F).
+    """Estimates how often each policy would beat the reference with responses of equal length (Stiennon 2020, App. F).
 
-    Logistic regression of the outcome on who the policy is and on the log length ratio, one slope for all policies,
-    evaluated at ratio 1 (a log ratio of 0): ``logit P(win) = policy + effect * log(length / reference length)``. Ties
-    are outcomes of a half; errors are robust (sandwich), so that ties narrow the intervals as in `intervals.win_rate`.
+    A logistic regression of the outcome on the policy and on the log length ratio, with one slope for all policies,
+    ``logit P(win) = policy + effect * log(length / reference length)``, is evaluated at a log ratio of 0. Ties are
+    outcomes of 1/2. Standard errors are robust (sandwich), so that ties narrow the intervals as in
+    `intervals.win_rate`.
 
-    A policy that won, or lost, every comparison has rate 1, or 0, at any length; its interval is that of the plain
-    rate, and it says nothing of the effect of length. Where length alone decides all outcomes of the others, the
-    likelihood has no maximum: rates are NaN between 0 and 1. So they are where only a policy that won, or lost, all
-    its comparisons has answers of various lengths. One whose answers are all of the reference's length has its rate
-    even then.
+    A policy that won (or lost) every comparison has rate 1 (or 0) at any length, with the interval of its plain win
+    rate, and does not inform the effect of length. If length alone separates the wins of the other policies from their
+    losses, the likelihood has no maximum and their rates are ``(NaN, 0, 1)``. The same holds if only policies that won
+    or lost every comparison have varying length ratios. A policy whose length ratios are all 1 always has a rate.
 
     Args:
         outcomes: 1 for a win over the reference, 0 for a loss, 1/2 for a tie; see `intervals.win_outcomes`.
-        lengths: of the policies' answers, above 0 (count the stop token).
-        reference_lengths: of the reference's answers to the same prompts.
-        policies: who answered, one label a comparison; by default one policy, None.
-        confidence: of all intervals.
+        lengths: Lengths of the policies' responses, above 0 (count the stop token).
+        reference_lengths: Lengths of the reference's responses to the same prompts, above 0.
+        policies: One policy label per comparison; by default a single policy labelled None.
+        confidence: Coverage of all intervals.
+
+    Returns:
+        Controlled and plain win rates of each policy, and the effect of length.
 
     Raises:
-        ValueError: if the arrays are empty, not of rank 1 and one length, or hold NaN; if an outcome lies outside
-            [0, 1] or a length is not above 0; if the log ratio never changes within any policy, but is not always 0;
-            unless ``0 < confidence < 1``.
+        ValueError: If the arrays are empty, not of rank 1 and one length, or contain NaN; if an outcome is outside
+            [0, 1] or a length not above 0; if length ratios other than 1 are constant within every policy, so that the
+            effect of length is not identifiable; unless ``0 < confidence < 1``.
     """
-    outcomes, own, theirs = (intervals.samples(x) for x in (outcomes, lengths, reference_lengths))
-    if not outcomes.shape == own.shape == theirs.shape:
-        raise ValueError(f"need two lengths an outcome, got {outcomes.shape}, {own.shape} and {theirs.shape}")
-    if ((own <= 0) | (theirs <= 0)).any():
-        raise ValueError("lengths must be above 0, for their ratio is what counts: count the stop token too")
-    labels = [None] * len(outcomes) if policies is None else list(policies)
-    if len(labels) != len(outcomes):
-        raise ValueError(f"need one policy an outcome, got {len(labels)} policies for {len(outcomes)} outcomes")
-    names = list(dict.fromkeys(labels))
-    places = {name: i for i, name in enumerate(names)}
-    who, x = np.array([places[label] for label in labels]), np.log(own / theirs)
-    plain = [intervals.outcome_rate(outcomes[who == i], confidence=confidence) for i in range(len(names))]
-    mixed = [i for i, each in enumerate(plain) if 0 < each.mean < 1]
-    on = np.isin(who, mixed)
-    if x[on].any() and not any(np.ptp(x[who == i]) for i in range(len(names))):
+    outcomes, own_lengths, reference_lengths = map(intervals.samples, (outcomes, lengths, reference_lengths))
+    if not outcomes.shape == own_lengths.shape == reference_lengths.shape:
+        shapes = f"{outcomes.shape}, {own_lengths.shape} and {reference_lengths.shape}"
+        raise ValueError(f"need two lengths per outcome, got shapes {shapes}")
+    if ((own_lengths <= 0) | (reference_lengths <= 0)).any():
+        raise ValueError("lengths must be above 0, because their ratio is used: count the stop token too")
+    names, policy = intervals.label_indices(policies, len(outcomes), "policies")
+    x = np.log(own_lengths / reference_lengths)
+    plain = [intervals.outcome_rate(outcomes[policy == i], confidence=confidence) for i in range(len(names))]
+    mixed = [i for i, estimate in enumerate(plain) if 0 < estimate.mean < 1]
+    used = np.isin(policy, mixed)
+    if x[used].any() and not any(np.ptp(x[policy == i]) for i in range(len(names))):
         raise ValueError(
-            "the ratio of the lengths is the same in all comparisons of a policy: what length does cannot be told "
-            "from what the policy does"
+            "the length ratio is the same in all comparisons of each policy, so the effect of length cannot be "
+            "separated from that of the policy"
         )
-    thetas, covariance, slope = _fit(outcomes[on], x[on], np.searchsorted(mixed, who[on]), len(mixed), confidence)
+    thetas, covariance, slope = _fit(
+        outcomes[used], x[used], np.searchsorted(mixed, policy[used]), len(mixed), confidence
+    )
     rates, errors = list(plain), [math.nan] * len(names)
     z = intervals.critical(confidence)
-    for place, i in enumerate(mixed):
-        theta, variance = thetas[place], covariance[place, place]
-        if math.isnan(theta) and not x[who == i].any():  # Whatever length does, it did nothing here.
-            (theta,), ((variance,),), _ = _fit(
-                outcomes[who == i], x[who == i], np.zeros_like(who[who == i]), 1, confidence
-            )
+    for row, i in enumerate(mixed):
+        theta, variance = thetas[row], covariance[row, row]
+        own = policy == i
+        if math.isnan(theta) and not x[own].any():  # All length ratios are 1, so the effect of length is irrelevant.
+            (theta,), ((variance,),), _ = _fit(outcomes[own], x[own], np.zeros_like(policy[own]), 1, confidence)
         if math.isnan(theta):
             rates[i] = intervals.Estimate(math.nan, 0.0, 1.0)
             continue
@@ -216,24 +206,37 @@ def length_controlled_win_rates(
 def length_controlled_win_rate(
     outcomes: npt.ArrayLike, lengths: npt.ArrayLike, reference_lengths: npt.ArrayLike, *, confidence: float = 0.95
 ) -> intervals.Estimate:
-    """The one rate of `length_controlled_win_rates` of a single policy; arguments and errors as there."""
+    """Returns the rate of `length_controlled_win_rates` for a single policy.
+
+    Args:
+        outcomes: As in `length_controlled_win_rates`.
+        lengths: Lengths of the policy's responses, above 0.
+        reference_lengths: Lengths of the reference's responses to the same prompts, above 0.
+        confidence: Coverage of the interval.
+
+    Returns:
+        The win rate at equal lengths and its interval.
+
+    Raises:
+        ValueError: As in `length_controlled_win_rates`.
+    """
     return length_controlled_win_rates(outcomes, lengths, reference_lengths, confidence=confidence).rates[0]
 
 
 def _fit(
-    y: np.ndarray, x: np.ndarray, who: np.ndarray, policies: int, confidence: float
+    y: np.ndarray, x: np.ndarray, policy: np.ndarray, policies: int, confidence: float
 ) -> tuple[np.ndarray, np.ndarray, intervals.Estimate]:
-    """Log odds of the policies at x = 0 with their covariance, and the slope in x."""
-    nothing = intervals.Estimate(math.nan, -math.inf, math.inf)
+    """Returns the log odds of the policies at x = 0, their covariance, and the slope in x."""
+    unknown_slope = intervals.Estimate(math.nan, -math.inf, math.inf)
     if not policies:
-        return np.zeros(0), np.zeros((0, 0)), nothing
-    columns = np.eye(policies)[who]
+        return np.zeros(0), np.zeros((0, 0)), unknown_slope
+    columns = np.eye(policies)[policy]
     if x.any():
         unknown = np.full(policies, math.nan), np.zeros((policies, policies))
-        if not any(np.ptp(x[who == i]) for i in range(policies)):
-            return *unknown, nothing
-        if end := _separated(y, x, who, policies):
-            return *unknown, nothing._replace(mean=end * math.inf)
+        if not any(np.ptp(x[policy == i]) for i in range(policies)):
+            return *unknown, unknown_slope
+        if sign := _separated(y, x, policy, policies):
+            return *unknown, unknown_slope._replace(mean=sign * math.inf)
         columns = np.concatenate([columns, x[:, None]], axis=1)
 
     def loss(w: np.ndarray) -> float:
@@ -248,31 +251,32 @@ def _fit(
 
     start = np.zeros(columns.shape[1])
     w = optimize.minimize(loss, start, method="trust-exact", jac=gradient, hess=hessian, options={"gtol": 1e-6}).x
-    for _ in range(3):  # Newton's last steps, where rounding of the loss would end a search.
+    for _ in range(3):  # Newton steps refine w beyond the precision of the loss.
         w = w - np.linalg.solve(hessian(w), gradient(w))
-    bread, each = np.linalg.inv(hessian(w)), columns * (y - special.expit(columns @ w))[:, None]
+    inverse, scores = np.linalg.inv(hessian(w)), columns * (y - special.expit(columns @ w))[:, None]
     z = intervals.critical(confidence)
-    # As in `intervals.win_rate`: a few comparisons that all tie are no proof that every one does.
-    trust = len(y) / (len(y) + z**2)
-    covariance = bread @ (trust * each.T @ each + (1 - trust) * hessian(w)) @ bread
+    # Shrunk as in `intervals.win_rate`, so that a few comparisons that all tie do not give an interval of width 0.
+    shrinkage = len(y) / (len(y) + z**2)
+    covariance = inverse @ (shrinkage * scores.T @ scores + (1 - shrinkage) * hessian(w)) @ inverse
     if not x.any():
-        return w, covariance, nothing
+        return w, covariance, unknown_slope
     width = z * math.sqrt(covariance[-1, -1])
     return w[:-1], covariance, intervals.Estimate(float(w[-1]), float(w[-1]) - width, float(w[-1]) + width)
 
 
-def _separated(y: np.ndarray, x: np.ndarray, who: np.ndarray, policies: int) -> int:
-    """1 where within every policy no win (or tie) has a smaller x than a loss (or tie), -1 for larger, else 0."""
+def _separated(y: np.ndarray, x: np.ndarray, policy: np.ndarray, policies: int) -> int:
+    """Returns 1 if in every policy no win (or tie) has a smaller x than a loss (or tie), -1 if none larger, else 0."""
     for sign in (1, -1):
         if all(
-            (sign * x[(who == i) & (y < 1)]).max() <= (sign * x[(who == i) & (y > 0)]).min() for i in range(policies)
+            (sign * x[(policy == i) & (y < 1)]).max() <= (sign * x[(policy == i) & (y > 0)]).min()
+            for i in range(policies)
         ):
             return sign
     return 0
 
 
-def _within(values: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Values less their group's mean; exactly 0 where all of a group are equal, which rounding would not leave."""
+def _centred(values: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Subtracts the group means; the result is exactly 0, despite rounding, if all values of a group are equal."""
     low, high = np.full(group.max() + 1, np.inf), np.full(group.max() + 1, -np.inf)
     np.minimum.at(low, group, values)
     np.maximum.at(high, group, values)
@@ -281,11 +285,11 @@ def _within(values: np.ndarray, group: np.ndarray) -> np.ndarray:
 
 
 def _correlation(x: np.ndarray, y: np.ndarray, freedom: int, confidence: float) -> intervals.Estimate:
-    """Of numbers that are taken from their means."""
+    """Returns the correlation of centred values, with its interval."""
     z = intervals.critical(confidence)
     if not x.any() or not y.any() or freedom < 1:
         return intervals.Estimate(math.nan, -1.0, 1.0)
-    x, y = x / np.abs(x).max(), y / np.abs(y).max()  # Squares of small numbers would vanish.
+    x, y = x / np.abs(x).max(), y / np.abs(y).max()  # The squares of small numbers would underflow.
     r = min(max(float(x @ y) / math.sqrt(float(x @ x) * float(y @ y)), -1.0), 1.0)
     if freedom <= 2 or abs(r) == 1.0:
         return intervals.Estimate(r, *((r, r) if freedom > 2 else (-1.0, 1.0)))

@@ -1,12 +1,12 @@
-"""The published curves of gold score against KL, fitted (Gao, Schulman and Hilton 2022).
+"""Fits of the published curves of gold score as a function of KL (Gao, Schulman and Hilton 2022).
 
-With ``d = sqrt(KL(policy || start))`` and gains over the start, so that R(0) = 0::
+With ``d = sqrt(KL(policy || initial policy))`` and gains over the initial policy, so that R(0) = 0::
 
     best of n:               R = d (alpha - beta d),      highest at d* = alpha / (2 beta),   R* = alpha^2 / (4 beta)
     reinforcement learning:  R = d (alpha - beta log d),  highest at d* = exp(alpha/beta - 1),  R* = beta d*
 
-Both are linear in alpha and beta. The second rises infinitely steeply from the origin: points near it are better left
-out of a fit.
+Both are linear in alpha and beta. The second curve has infinite slope at the origin, so exclude points near it from a
+fit.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import numpy.typing as npt
 
 from rlhf_jax.diagnostics.intervals import Estimate, critical
 
-FARTHEST = 50.0
-"""Logarithm of the largest d* that counts as a peak: the second form turns somewhere for every beta above 0, but at
-exp(50) root nats that is the same as never."""
+MAX_LOG_PEAK = 50.0
+"""Logarithm of the largest d* that counts as a peak. The second form has a maximum for every beta above 0, but one
+beyond exp(50) root nats can never be reached."""
 
 
 class Form(NamedTuple):
@@ -31,17 +31,17 @@ class Form(NamedTuple):
     name: str
     bend: Callable[[np.ndarray], np.ndarray]
     peak: Callable[[float], float]
-    """d* from ``alpha / beta``, which it rises with."""
+    """d* as an increasing function of ``alpha / beta``."""
 
 
 BEST_OF_N = Form("best of n", lambda d: d, lambda ratio: max(ratio / 2, 0.0))
 REINFORCEMENT = Form(
-    "reinforcement learning", np.log, lambda ratio: math.exp(ratio - 1) if ratio - 1 <= FARTHEST else math.inf
+    "reinforcement learning", np.log, lambda ratio: math.exp(ratio - 1) if ratio - 1 <= MAX_LOG_PEAK else math.inf
 )
 
 
 class Fit(NamedTuple):
-    """A fitted curve; every Estimate has its interval."""
+    """A fitted curve; every estimate has an interval."""
 
     form: Form
     alpha: Estimate
@@ -50,16 +50,16 @@ class Fit(NamedTuple):
     """Standard error."""
     beta_error: float
     r_squared: float
-    """Share of the variance of the gains around their mean that the curve explains; NaN where they do not vary."""
+    """Share of the variance of the gains that the curve explains; NaN if the gains do not vary."""
     rmse: float
-    """Root of the mean squared distance of the points to the curve."""
+    """Root mean squared residual."""
     peak_distance: Estimate
-    """d*, in root nats; infinite for a curve that never turns down (beta not above 0, or d* past `FARTHEST`), and
-    without an upper end where it is not certain that it does. The interval is Fieller's."""
+    """d*, in root nats, with Fieller's interval. It is infinite for a curve without a maximum (beta not above 0, or d*
+    beyond `MAX_LOG_PEAK`); its upper end is infinite if the data do not establish a maximum."""
     peak_gain: Estimate
-    """R*, of the curve at d*; the interval (delta method) has no upper end where d* has none."""
+    """R*, the gain at d*, with an interval by the delta method; its upper end is infinite if that of d* is."""
     count: int
-    """Points that were fitted."""
+    """Number of fitted points."""
 
 
 def fit(
@@ -68,38 +68,49 @@ def fit(
     *,
     form: Form,
     errors: npt.ArrayLike | None = None,
-    least_kl: float = 0.0,
+    min_kl: float = 0.0,
     confidence: float = 0.95,
 ) -> Fit:
-    """Fit one of the two forms by least squares.
+    """Fits ``R = d (alpha - beta bend(d))``, one of the two forms, by weighted least squares.
 
-    Points of one run are not independent; intervals that take them as such are too narrow. Fit each seed of a run and
-    put the interval around the peaks where it must be right.
+    The points of a run are not independent, so these intervals are too narrow for a single run. For valid intervals fit
+    each seed separately and use `mean_interval` of the peaks.
 
     Args:
-        kl: KL of each point from the start, in nats. Points whose KL is not above ``least_kl`` are left out; estimates
-            of a KL can be below 0.
-        gains: gold score of each point, less that of the start.
+        kl: ``[N]``, KL of each point from the initial policy, in nats. Estimates may be negative; points whose KL is
+            not above ``min_kl`` are excluded.
+        gains: ``[N]``, gold score of each point minus that of the initial policy.
         form: `BEST_OF_N` or `REINFORCEMENT`.
-        errors: standard errors of the gains, up to a factor, where some are known better than others.
-        least_kl: nats, at least 0.
-        confidence: of all intervals, which are Student's with ``count - 2`` degrees of freedom.
+        errors: ``[N]``, standard errors of the gains, up to a common factor; equal by default.
+        min_kl: Exclusion threshold in nats, at least 0.
+        confidence: Coverage of all intervals, which are Student's with ``count - 2`` degrees of freedom.
+
+    Returns:
+        The fitted curve.
 
     Raises:
-        ValueError: if the arrays are not of rank 1 and one length, or hold NaN or infinity; an error is not above 0;
-            fewer than 3 points, or points at fewer than 2 distances, are left; unless ``0 < confidence < 1``.
+        ValueError: If the arrays are not of rank 1 and one length, or contain NaN or infinity; if an error is not above
+            0; if fewer than 3 points, or points at fewer than 2 distances, are left; unless ``0 < confidence < 1``.
+
+    Example:
+        >>> import numpy as np
+        >>> from rlhf_jax.diagnostics import overoptimisation
+        >>> kl = np.array([1.0, 4.0, 9.0, 16.0])
+        >>> curve = overoptimisation.fit(kl, np.sqrt(kl) - kl / 4, form=overoptimisation.BEST_OF_N)
+        >>> print(round(curve.peak_distance.mean, 3), round(curve.peak_gain.mean, 3))
+        2.0 1.0
     """
     kl, gains = np.asarray(kl, np.float64), np.asarray(gains, np.float64)
     sizes = np.ones(gains.shape) if errors is None else np.asarray(errors, np.float64)
     if kl.ndim != 1 or not kl.shape == gains.shape == sizes.shape or not np.isfinite([kl, gains]).all():
         raise ValueError(f"need equally long rows of finite numbers, got {kl.shape}, {gains.shape} and {sizes.shape}")
-    if not ((sizes > 0) & np.isfinite(sizes)).all() or not least_kl >= 0:
-        raise ValueError("errors must be above 0 and finite, and least_kl at least 0")
+    if not ((sizes > 0) & np.isfinite(sizes)).all() or not min_kl >= 0:
+        raise ValueError("errors must be above 0 and finite, and min_kl at least 0")
     weights = 1 / sizes
-    on = kl > least_kl
-    d, y, w = np.sqrt(kl[on]), gains[on], weights[on]
+    used = kl > min_kl
+    d, y, w = np.sqrt(kl[used]), gains[used], weights[used]
     if len(d) < 3 or np.ptp(d) == 0:
-        raise ValueError(f"need 3 points at 2 distances or more to fit a curve; {len(d)} have a KL above {least_kl:g}")
+        raise ValueError(f"a fit needs 3 points, at 2 distances or more; only {len(d)} have a KL above {min_kl:g}")
     columns = np.stack([d, -d * form.bend(d)], axis=1)
     scaled = columns * w[:, None]
     (a, b), *_ = np.linalg.lstsq(scaled, y * w, rcond=None)
@@ -129,25 +140,37 @@ def fit_both(
     gains: npt.ArrayLike,
     *,
     errors: npt.ArrayLike | None = None,
-    least_kl: float = 0.0,
+    min_kl: float = 0.0,
     confidence: float = 0.95,
 ) -> tuple[Fit, Fit]:
-    """Both forms fitted to the same points, the one that fits better first; arguments and errors as in `fit`.
+    """Fits both forms to the same points and returns the better fit first.
 
-    They have equally many parameters, so the better one is that of the higher R^2. Which form a curve has shows best
-    beyond the points that were fitted: see `predict`.
+    Both have two parameters, so the better one is that with the higher R^2. Predictions beyond the fitted points
+    (`predict`) discriminate best between the forms.
+
+    Args:
+        kl: ``[N]``, as in `fit`.
+        gains: ``[N]``, as in `fit`.
+        errors: ``[N]``, as in `fit`.
+        min_kl: Exclusion threshold in nats, as in `fit`.
+        confidence: Coverage of all intervals.
+
+    Returns:
+        ``(better, worse)``.
+
+    Raises:
+        ValueError: As in `fit`.
     """
     forms = (BEST_OF_N, REINFORCEMENT)
-    found = [fit(kl, gains, form=f, errors=errors, least_kl=least_kl, confidence=confidence) for f in forms]
-    better, worse = sorted(found, key=lambda each: -each.r_squared)
+    fits = [fit(kl, gains, form=f, errors=errors, min_kl=min_kl, confidence=confidence) for f in forms]
+    better, worse = sorted(fits, key=lambda curve: -curve.r_squared)
     return better, worse
 
 
 def predict(curve: Fit, kl: npt.ArrayLike) -> np.ndarray:
-    """Gains that a fitted curve has at these KLs, of any shape, 0 where the KL is 0.
+    """Returns the gains of a fitted curve at KLs of any shape; 0 where the KL is 0.
 
-    Raises:
-        ValueError: if a KL is below 0.
+    Raises ValueError if a KL is below 0.
     """
     kl = np.asarray(kl, np.float64)
     if (kl < 0).any():
@@ -158,19 +181,21 @@ def predict(curve: Fit, kl: npt.ArrayLike) -> np.ndarray:
 
 
 def _peak_distance(form: Form, a: float, b: float, covariance: np.ndarray, t: float) -> Estimate:
-    """Fieller's interval of ``a / b``, taken through the rising function that gives the peak."""
+    """Returns Fieller's interval of ``a / b``, mapped by the increasing function that gives the peak."""
     ratio = a / b if b > 0 else math.inf
     mean = form.peak(ratio) if b > 0 else math.inf
-    # The ratios r with (a - r b)^2 <= t^2 Var(a - r b).
-    two = b**2 - t**2 * covariance[1, 1]
-    one = a * b - t**2 * covariance[0, 1]
-    none = a**2 - t**2 * covariance[0, 0]
-    root = math.sqrt(max(one**2 - two * none, 0.0))
-    if two > 0:  # The sign of b is certain.
-        ends = ((one - root) / two, (one + root) / two) if b > 0 else (math.inf, math.inf)
+    # The interval contains the ratios r with (a - r b)^2 <= t^2 Var(a - r b), a quadratic inequality in r.
+    quadratic = b**2 - t**2 * covariance[1, 1]
+    half_linear = a * b - t**2 * covariance[0, 1]
+    constant = a**2 - t**2 * covariance[0, 0]
+    root = math.sqrt(max(half_linear**2 - quadratic * constant, 0.0))
+    if quadratic > 0:  # The sign of b is established.
+        ends = ((half_linear - root) / quadratic, (half_linear + root) / quadratic) if b > 0 else (math.inf, math.inf)
         return Estimate(mean, *(form.peak(end) if end < math.inf else math.inf for end in ends))
-    # Else ratios above the larger root, up to those of a curve that never turns; all of them where there is no root.
-    end = (one - root) / two if two < 0 and one**2 >= two * none else -math.inf
+    # Otherwise it contains all ratios above the larger root, including curves without a maximum, or all ratios if there
+    # is no root.
+    has_root = quadratic < 0 and half_linear**2 >= quadratic * constant
+    end = (half_linear - root) / quadratic if has_root else -math.inf
     return Estimate(mean, form.peak(end if end <= ratio else -math.inf), math.inf)
 
 
@@ -180,7 +205,7 @@ def _peak_gain(form: Form, a: float, b: float, covariance: np.ndarray, t: float,
         return Estimate(math.inf, -math.inf, math.inf)
     if d == 0:
         return Estimate(0.0, 0.0, 0.0 if math.isfinite(distance.hi) else math.inf)
-    # At the peak the curve is flat: d* may move, and R* changes by what alpha and beta do to it there alone.
+    # The curve is flat at its peak, so to first order R* depends on alpha and beta at fixed d* alone.
     slope = np.array([d, -d * float(form.bend(np.array(d)))])
     gain = float(slope @ np.array([a, b]))
     width = t * math.sqrt(max(float(slope @ covariance @ slope), 0.0))

@@ -1,1 +1,1 @@
-"""Runs on several hosts: how processes find each other, notice a lost one, and agree."""
+"""Multi-host runs: rendezvous, heartbeats, and agreement on when to stop."""

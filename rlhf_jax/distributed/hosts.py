@@ -1,13 +1,13 @@
-"""Several hosts: how they meet, check that they are doing the same, and leave together.
+"""Multi-host runs: connect the hosts, detect lost ones, and stop all of them after the same step.
 
-Every process runs the same program. Before jax is started they meet at the coordinator, over plain sockets: whoever
-does not come, comes twice or was given other settings or other data is named in one sentence, on all hosts, within a
-set time. The sockets stay open. Over them a host that dies is noticed, and hosts agree after which step to stop; none
-of it touches a device, and nothing is said in a step in which nobody wants to stop::
+Every process runs the same program. Before JAX starts, the hosts connect to the coordinator over plain sockets. A host
+that is missing, that connects twice, or whose settings or data differ raises an error on all hosts within the timeout.
+The sockets stay open: over them a lost host is detected and the hosts agree on the step after which to stop. They do
+not use the devices, and a step in which no host wants to stop sends no message::
 
-    with hosts.started("10.0.0.1:8476", count=2, index=i, facts={"data": digest}) as group:
+    with hosts.connect("10.0.0.1:8476", count=2, index=i, facts={"data": digest}) as group:
         mesh = parallel.make_mesh(fsdp=jax.device_count())
-        loop.fit(..., should_stop=group.stage())
+        loop.fit(..., should_stop=group.stop_agreement())
         if group.first: print(...)
 """
 
@@ -32,41 +32,42 @@ import jax
 from rlhf_jax.distributed import rendezvous
 from rlhf_jax.distributed.rendezvous import HostsError
 
-__all__ = ["LOST", "Agreed", "Hosts", "HostsError", "current", "started"]
+__all__ = ["HOST_LOST", "Hosts", "HostsError", "StopAgreement", "connect", "current"]
 
-LOST = 76
-"""Exit status of a host that stopped because another one is gone (EX_PROTOCOL)."""
+HOST_LOST = 76
+"""Exit status of a host that stopped because another host was lost (EX_PROTOCOL)."""
 
 _GRACE = 15.0
-"""Seconds in which a host may come to the same end as one that has left, before it is made to."""
+"""Seconds that a host gets to exit by itself after another host has exited with an error."""
 
-Agreed = Callable[[int, bool], bool]
+StopAgreement = Callable[[int, bool], bool]
 
 
 class Hosts:
-    """This process among those of a job; alone it is the first and the only one, and everything is as it says.
+    """The hosts of a job as seen from this process. This class represents a job of one host.
 
     Attributes:
-        index: From 0; ``jax.process_index()``.
-        count: ``jax.process_count()``.
+        index: Number of this host, ``jax.process_index()``.
+        count: Number of hosts, ``jax.process_count()``.
     """
 
     index, count = 0, 1
 
     @property
     def first(self) -> bool:
-        """Whether this is the host that prints, logs and writes."""
+        """Whether this is the host that prints, logs and writes results."""
         return self.index == 0
 
-    def from_first(self, name: str, make: Callable[[], Any]) -> Any:
-        """What ``make()`` gives on the first host, in JSON's types; each name once in a job."""
+    def broadcast_from_first(self, name: str, make: Callable[[], Any]) -> Any:
+        """Returns the first host's ``make()``, a JSON value, on all hosts; use each ``name`` once per job."""
         del name
         return make()
 
-    def stage(self) -> Agreed:
-        """for `loop.fit`: ``should_stop(done, wanted)``, whether all hosts stop after ``done`` iterations.
+    def stop_agreement(self) -> StopAgreement:
+        """Returns ``should_stop(done, wanted)`` for `loop.fit`: whether all hosts stop after ``done`` iterations.
 
-        Call it once for each stage, in the same order on all hosts. Where nobody wants to stop, nothing is waited for.
+        Call this once for each training stage, in the same order on all hosts. ``should_stop`` waits for the other
+        hosts only if a host wants to stop.
         """
         return lambda done, wanted: wanted
 
@@ -75,64 +76,68 @@ _current = Hosts()
 
 
 def current() -> Hosts:
-    """The hosts of this process: those of the `started` block that it is in, else itself alone."""
+    """Returns the hosts of the enclosing `connect` block, or a single host outside of one."""
     return _current
 
 
 @contextlib.contextmanager
-def started(
+def connect(
     coordinator: str | None = None,
     *,
     count: int | None = None,
     index: int | None = None,
     timeout: float = 300.0,
-    silence: float = 30.0,
+    heartbeat_timeout: float = 30.0,
     facts: Callable[[], Mapping[str, Any]] | Mapping[str, Any] | None = None,
-    status: Callable[[BaseException], int] = lambda error: 1,
+    exit_status: Callable[[BaseException], int] = lambda error: 1,
 ) -> Iterator[Hosts]:
-    """Meet the other hosts, start jax on all of them, and leave together.
+    """Connects the hosts of a job and starts JAX on all of them; use it as a context manager.
 
-    Without a coordinator, what a TPU VM, SLURM, Open MPI or Kubernetes says of the job is taken, as jax finds it; where
-    there is nothing, or a single process, nothing is done at all. To be entered before jax touches a device.
+    Enter it before JAX initialises its devices. Without arguments JAX detects the job from the environment of a TPU
+    VM, SLURM, Open MPI or Kubernetes; for a single process the block runs unchanged.
 
-    A host that dies in the block, or is silent, ends this process too: one sentence on stderr, exit status `LOST`. One
-    that leaves with an exception ends it with that one's status, unless it comes to an end of its own soon.
+    If another host is lost, this process prints one sentence to stderr and exits with `HOST_LOST`. If another host
+    exits with an exception, this process exits with the same status after a grace period.
 
     Args:
-        coordinator: ``HOST:PORT`` of the first host, where it listens.
-        count: How many hosts there are.
-        index: Which of them this is, from 0.
-        timeout: Seconds to wait for all hosts to come.
-        silence: Seconds without any sign of a host after which it is given up. A closed connection is seen at once.
-        facts: What has to be the same on all hosts, by name: settings, digests of data and code; in JSON's types. Or a
-            function that gives it, called where there are other hosts.
-        status: The exit status that an exception will end this process with, told to the other hosts.
+        coordinator: ``HOST:PORT`` where the first host listens.
+        count: Number of hosts.
+        index: Number of this host, from 0.
+        timeout: Seconds to wait for all hosts to connect.
+        heartbeat_timeout: Seconds without a message after which a host counts as lost. A closed connection is detected
+            at once.
+        facts: JSON values, by name, that must be equal on all hosts, such as settings and digests of data and code; or
+            a function that returns them, called only if there are other hosts.
+        exit_status: Maps an exception in the block to the status with which this process, and then the others, exit.
+
+    Yields:
+        The `Hosts` of the job.
 
     Raises:
-        HostsError: A host did not come, or differs; on all hosts that came.
+        HostsError: A host is missing, or its facts differ; every connected host raises it.
     """
     global _current
-    found = _detect(coordinator, count, index, timeout)
-    if found is None:
+    job = _detect(coordinator, count, index, timeout)
+    if job is None:
         yield Hosts()
         return
-    lines = rendezvous.meet(*found[:3], timeout, dict((facts() if callable(facts) else facts) or {}))
-    group = _Group(found[2], found[1], lines, silence)
-    _slow_abort(True)
+    connections = rendezvous.connect(*job[:3], timeout, dict((facts() if callable(facts) else facts) or {}))
+    group = _Group(job[2], job[1], connections, heartbeat_timeout)
+    _delay_abort(True)
     try:
-        jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
-        _start_jax(*found, timeout)
+        jax.config.update("jax_enable_preemption_service", False)  # it would intercept SIGTERM
+        _start_jax(*job, timeout)
         _current = group
         yield group
     except BaseException as error:
-        # What another host's death made go wrong here is that host's news; the thread has it, or will in a moment.
-        group.heed()
-        group.leave(status(error), f"{type(error).__name__}: {rendezvous.first_line(error)}")
+        # If a lost host caused this error, the thread reports that host and ends this process.
+        group.wait_for_lost_host()
+        group.leave(exit_status(error), f"{type(error).__name__}: {rendezvous.error_summary(error)}")
         raise
     else:
         group.leave(0, "")
     finally:
-        _slow_abort(False)
+        _delay_abort(False)
         _current = Hosts()
 
 
@@ -144,27 +149,27 @@ def _start_jax(coordinator: str, count: int, index: int, devices: Sequence[int] 
             index,
             devices,
             initialization_timeout=max(1, int(timeout)),
-            # A day: jax's own watch ends processes by an abort, and where all of them were suspended for so long, all.
+            # One day: jax's own heartbeat aborts the processes, even if all of them were only suspended.
             heartbeat_timeout_seconds=86_400,
             shutdown_timeout_seconds=30,
         )
     except RuntimeError as error:
         raise HostsError(
-            f"host {index}: jax could not be started at {coordinator}: {rendezvous.first_line(error)}"
+            f"host {index}: jax could not connect to {coordinator}: {rendezvous.error_summary(error)}"
         ) from error
 
 
 def _detect(
     coordinator: str | None, count: int | None, index: int | None, timeout: float
 ) -> tuple[str, int, int, Sequence[int] | None] | None:
-    """``(coordinator, count, index, local device ids)``, or None for a single process."""
+    """Returns ``(coordinator, count, index, local device ids)``, or None for a single process."""
     devices = None
     if None in (coordinator, count, index):
         from jax._src import clusters
 
         detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
         coordinator, count, index, devices = detect(coordinator, count, index, None, None, int(timeout))
-        # Open MPI says who is who; only its versions before 5 say where the first one is, too.
+        # Open MPI gives count and index in all versions, the coordinator only before version 5.
         count = int(os.environ.get("OMPI_COMM_WORLD_SIZE", 0)) or None if count is None else count
         index = int(os.environ.get("OMPI_COMM_WORLD_RANK", -1)) if index is None else index
         index = None if index == -1 else index
@@ -172,212 +177,219 @@ def _detect(
         return None
     if coordinator is None or count is None or index is None:
         known = {"coordinator": coordinator, "count": count, "index": index}
-        there = " and ".join(f"the {name} {value}" for name, value in known.items() if value is not None)
-        missing = " and ".join(f"no {name}" for name, value in known.items() if value is None)
-        raise HostsError(f"of several hosts there is {there}, and {missing}; give --hosts.coordinator, count and index")
+        present = " and ".join(f"{name} {value}" for name, value in known.items() if value is not None)
+        missing = " and ".join(name for name, value in known.items() if value is None)
+        raise HostsError(
+            f"a multi-host run needs --hosts.coordinator, --hosts.count and --hosts.index; it has {present} but no "
+            + missing
+        )
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
-        raise HostsError(f"the coordinator is {coordinator!r}; it must be HOST:PORT")
+        raise HostsError(f"--hosts.coordinator is {coordinator!r}; it must be HOST:PORT")
     if not 0 <= index < count:
-        raise HostsError(f"the host's index is {index}; with {count} hosts it must be from 0 to {count - 1}")
+        raise HostsError(f"--hosts.index is {index}; with {count} hosts it must be from 0 to {count - 1}")
     return coordinator, count, index, devices
 
 
-# --- staying together -------------------------------------------------------------------------------------------------
+# --- heartbeats and agreement -----------------------------------------------------------------------------------------
 
 
 class _Group(Hosts):
-    """Hosts in a star around the first; a thread of each listens.
+    """Several hosts, connected in a star around the first; a thread on each host receives the messages.
 
-    Where someone wants to stop, every host's *thread* says at once to which place its loop will come next whatever
-    happens, and from then on the loop waits there. The furthest of these places is where all leave. A loop that waits
-    for a collective of a host that waits for the answer would wait forever if the loops answered themselves.
+    A position is ``(stage, iteration)``. To agree on where to stop, the *thread* of every host replies with the
+    position that its loop reaches next, and the loop then waits at that position. All hosts stop at the largest of
+    these positions. The loops cannot reply themselves: a loop may be blocked in a collective operation with a host
+    that is already waiting for the agreement.
     """
 
-    def __init__(self, index: int, count: int, lines: dict[int, rendezvous.Line], silence: float) -> None:
+    def __init__(
+        self, index: int, count: int, connections: dict[int, rendezvous.Connection], heartbeat_timeout: float
+    ) -> None:
         self.index, self.count = index, count
-        self._lines, self._silence, self._tick = lines, silence, min(1.0, silence / 5)
+        self._connections, self._heartbeat_timeout = connections, heartbeat_timeout
+        self._tick = min(1.0, heartbeat_timeout / 5)
         self._changed = threading.Condition()
         self._stages = itertools.count()
-        self._place: tuple[int, int] = (0, 0)
-        self._asked = False
-        self._held: dict[int, tuple[int, int]] = {}
-        self._leave_at: tuple[int, int] | None = None
+        self._position: tuple[int, int] = (0, 0)
+        self._stopping = False
+        self._paused_at: dict[int, tuple[int, int]] = {}
+        self._stop_at: tuple[int, int] | None = None
         self._values: dict[str, Any] = {}
-        self._left: dict[int, tuple[int, str, bool]] = {}
-        self._out_at: float | None = None  # when this host is made to leave
+        self._left: dict[int, tuple[int, str, bool]] = {}  # status, reason, whether the process was forced to exit
+        self._exit_at: float | None = None  # time at which this host is forced to exit
         self._closed = False
         self._thread = threading.Thread(target=self._watch, name="hosts", daemon=True)
         self._thread.start()
 
-    # what the loop calls
+    # called by the training loop
 
-    def from_first(self, name: str, make: Callable[[], Any]) -> Any:
+    def broadcast_from_first(self, name: str, make: Callable[[], Any]) -> Any:
         if self.first:
             value = json.loads(json.dumps(make()))
-            self._tell(value=[name, value])
+            self._send(value=[name, value])
             return value
         with self._changed:
             self._changed.wait_for(lambda: name in self._values)
             return self._values[name]
 
-    def stage(self) -> Agreed:
-        number = next(self._stages)
+    def stop_agreement(self) -> StopAgreement:
+        stage = next(self._stages)
 
-        def agreed(done: int, wanted: bool) -> bool:
-            here = (number, done)
+        def should_stop(done: int, wanted: bool) -> bool:
+            position = (stage, done)
             with self._changed:
-                self._place = here
-                if wanted and not self._asked:
-                    self._ask()
-                self._changed.wait_for(lambda: not self._asked or self._leave_at is not None)
-                if self._leave_at is not None:
-                    return here >= self._leave_at
-                self._place = (number, done + 1)
+                self._position = position
+                if wanted and not self._stopping:
+                    self._request_stop()
+                self._changed.wait_for(lambda: not self._stopping or self._stop_at is not None)
+                if self._stop_at is not None:
+                    return position >= self._stop_at
+                self._position = (stage, done + 1)
                 return False
 
-        return agreed
+        return should_stop
 
-    def heed(self) -> None:
-        """Give the thread a moment to find that the trouble is another host's; it ends the process then."""
+    def wait_for_lost_host(self) -> None:
+        """Gives the thread half a second to detect that another host was lost and to end this process."""
         with self._changed:
-            self._changed.wait_for(lambda: self._out_at is not None, timeout=0.5)
+            self._changed.wait_for(lambda: self._exit_at is not None, timeout=0.5)
 
-    def leave(self, status: int, why: str) -> None:
-        """Say so, wait for the others, and take jax down in order where all came to their ends by themselves."""
+    def leave(self, status: int, reason: str) -> None:
+        """Announces the exit, waits for the other hosts, and shuts JAX down if all of them exit by themselves."""
         with self._changed:
-            self._left[self.index] = (status, why, False)
-            self._tell(left=[self.index, status, why, False])
-            limit = None if status == 0 else _GRACE + 2 * self._tick
-            self._changed.wait_for(lambda: self._all_left(status), timeout=limit)
+            self._left[self.index] = (status, reason, False)
+            self._send(left=[self.index, status, reason, False])
+            timeout = None if status == 0 else _GRACE + 2 * self._tick
+            self._changed.wait_for(lambda: self._all_left(status), timeout=timeout)
             orderly = self._all_left(status) and not any(forced for _, _, forced in self._left.values())
             self._closed = True
         if orderly:
             jax.distributed.shutdown()
         else:
-            atexit.register(_exit, status)  # jax's own farewell would wait for hosts that do not come
-        for line in self._lines.values():
-            line.close()
+            atexit.register(_exit, status)  # jax's own shutdown would wait for the missing hosts
+        for connection in self._connections.values():
+            connection.close()
 
     def _all_left(self, status: int) -> bool:
-        """Whether nobody is waited for. One who is through is ended by the thread where others are not."""
-        return len(self._left) == self.count and (status != 0 or not any(each[0] for each in self._left.values()))
+        """Whether all hosts have left. A host that finished without an error also waits for failed hosts to end it."""
+        return len(self._left) == self.count and (status != 0 or not any(host[0] for host in self._left.values()))
 
-    # what the thread does
+    # called by the thread
 
     def _watch(self) -> None:
         selector = selectors.DefaultSelector()
-        for number, line in self._lines.items():
-            selector.register(line.sock, selectors.EVENT_READ, number)
+        for number, connection in self._connections.items():
+            selector.register(connection.sock, selectors.EVENT_READ, number)
             with self._changed:
-                for message in line.early:
-                    self._hear(message)
-        silent = dict.fromkeys(self._lines, 0.0)
-        last = said = time.monotonic()
+                for message in connection.pending:
+                    self._handle(message)
+        silence = dict.fromkeys(self._connections, 0.0)
+        last = last_heartbeat = time.monotonic()
         while not self._closed:
             for key, _ in selector.select(self._tick / 2):
-                messages = self._lines[key.data].receive()
-                silent[key.data] = 0.0
+                messages = self._connections[key.data].receive()
+                silence[key.data] = 0.0
                 with self._changed:
                     for message in messages or []:
-                        self._hear(message)
+                        self._handle(message)
                 if messages is None:
                     selector.unregister(key.fileobj)
-                    silent.pop(key.data)
-                    self._missing(key.data, "its connection was closed")
+                    silence.pop(key.data)
+                    self._mark_lost(key.data, "its connection was closed")
             now = time.monotonic()
-            for number in silent:
-                # A process that was suspended itself must not take its own sleep for another's silence.
-                silent[number] += min(now - last, self._tick)
-                if silent[number] > self._silence:
-                    self._missing(number, f"there was no sign of it for {self._silence:g} s")
-            if now - said > self._tick:
-                self._tell(alive=True)
-                said = now
+            for number in silence:
+                # Capped at a tick: after this process was suspended, the other hosts must not count as silent.
+                silence[number] += min(now - last, self._tick)
+                if silence[number] > self._heartbeat_timeout:
+                    self._mark_lost(number, f"it sent nothing for {self._heartbeat_timeout:g} s")
+            if now - last_heartbeat > self._tick:
+                self._send(heartbeat=True)
+                last_heartbeat = now
             last = now
-            if self._out_at is not None and now > self._out_at and self._left.get(self.index, (0,))[0] == 0:
-                self._out()
+            if self._exit_at is not None and now > self._exit_at and self._left.get(self.index, (0,))[0] == 0:
+                self._force_exit()
 
-    def _hear(self, message: dict[str, Any]) -> None:
+    def _handle(self, message: dict[str, Any]) -> None:
         if "value" in message:
             self._values[message["value"][0]] = message["value"][1]
-        elif "want" in message:
-            if not self._asked:
-                self._ask()
-        elif "hold" in message:
-            self._asked = True
-            self._tell(held=[self.index, *self._place])
-        elif "held" in message:
-            self._hold(message["held"][0], tuple(message["held"][1:]))
-        elif "leave_at" in message:
-            self._leave_at = tuple(message["leave_at"])
+        elif "stop_request" in message:
+            if not self._stopping:
+                self._request_stop()
+        elif "pause" in message:
+            self._stopping = True
+            self._send(paused_at=[self.index, *self._position])
+        elif "paused_at" in message:
+            self._add_position(message["paused_at"][0], tuple(message["paused_at"][1:]))
+        elif "stop_at" in message:
+            self._stop_at = tuple(message["stop_at"])
         elif "left" in message:
-            self._gone(*message["left"])
+            self._mark_left(*message["left"])
         self._changed.notify_all()
 
-    def _ask(self) -> None:
-        """Begin to agree on where to stop: everyone holds."""
-        self._asked = self._asked or self.first
+    def _request_stop(self) -> None:
+        """Starts the agreement: the first host asks all hosts to pause and to report their positions."""
+        self._stopping = self._stopping or self.first
         if self.first:
-            self._tell(hold=True)
-            self._hold(0, self._place)
+            self._send(pause=True)
+            self._add_position(0, self._position)
         else:
-            self._tell(want=True)
+            self._send(stop_request=True)
 
-    def _hold(self, number: int, place: Any) -> None:
-        self._held[number] = place
-        if len(self._held) == self.count:
-            self._leave_at = max(self._held.values())
-            self._tell(leave_at=self._leave_at)
+    def _add_position(self, number: int, position: Any) -> None:
+        self._paused_at[number] = position
+        if len(self._paused_at) == self.count:
+            self._stop_at = max(self._paused_at.values())
+            self._send(stop_at=self._stop_at)
             self._changed.notify_all()
 
-    def _missing(self, number: int, why: str) -> None:
+    def _mark_lost(self, number: int, reason: str) -> None:
         with self._changed:
             if number not in self._left and not self._closed:
-                self._gone(number, LOST, f"host {number} is gone ({why})", True)
+                self._mark_left(number, HOST_LOST, f"host {number} was lost ({reason})", True)
 
-    def _gone(self, number: int, status: int, why: str, forced: bool) -> None:
-        """A host has left, by itself or not; the first one passes it on."""
+    def _mark_left(self, number: int, status: int, reason: str, forced: bool) -> None:
+        """Records that a host has left; the first host forwards it to the others."""
         if number in self._left:
             return
-        self._left[number] = (status, why, forced)
+        self._left[number] = (status, reason, forced)
         if self.first:
-            self._tell(left=[number, status, why, forced])
-        if status != 0 and self._out_at is None:
-            self._out_at = 0.0 if status == LOST else time.monotonic() + _GRACE
+            self._send(left=[number, status, reason, forced])
+        if status != 0 and self._exit_at is None:
+            self._exit_at = 0.0 if status == HOST_LOST else time.monotonic() + _GRACE
         self._changed.notify_all()
 
-    def _out(self) -> NoReturn:
-        """End this process on account of another one."""
-        number, (status, why, _) = next((n, each) for n, each in self._left.items() if each[0] != 0)
-        if status != LOST:
-            why = f"host {number} has left ({why})"
+    def _force_exit(self) -> NoReturn:
+        """Ends this process because another host failed."""
+        number, (status, reason, _) = next((n, host) for n, host in self._left.items() if host[0] != 0)
+        if status != HOST_LOST:
+            reason = f"host {number} failed ({reason})"
         sys.stdout.flush()
-        print(f"host {self.index} stops: {why}; all hosts can go on from the last checkpoint", file=sys.stderr)
-        self._tell(left=[self.index, status, why, True])
-        if self.first:  # whose end takes jax down on all hosts: last
-            for line in self._lines.values():
-                line.sock.settimeout(2)
-                while line.receive():
+        print(f"host {self.index} exits: {reason}; resume all hosts from the last checkpoint", file=sys.stderr)
+        self._send(left=[self.index, status, reason, True])
+        if self.first:  # its exit aborts jax on all hosts, so it waits until the others have closed
+            for connection in self._connections.values():
+                connection.sock.settimeout(2)
+                while connection.receive():
                     pass
         _exit(status)
 
-    def _tell(self, **message: Any) -> None:
-        for line in self._lines.values():
-            line.send(**message)
+    def _send(self, **message: Any) -> None:
+        for connection in self._connections.values():
+            connection.send(**message)
 
 
-def _slow_abort(on: bool) -> None:
-    """Let an abort of this process wait some seconds.
+def _delay_abort(enable: bool) -> None:
+    """Delays an abort of this process by some seconds.
 
-    jax aborts, with no way to be asked first, as soon as the first host's process is gone; the thread that says so in a
-    sentence and leaves with a status of its own may see it some milliseconds later. The C library's ``sleep`` as the
-    signal's handler, called with the signal's number, 6, gives it the time, and needs no Python to run.
+    jax aborts the process, without a hook, as soon as the first host's process is gone. Our thread may notice this some
+    milliseconds later, and needs that time to print the reason and to exit with its own status. The signal handler is
+    the C library's ``sleep``, called with the signal's number, 6, because it runs without Python.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         libc = ctypes.CDLL(None)
         libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
-        libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p) if on else None)
+        libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p) if enable else None)
 
 
 def _exit(status: int) -> NoReturn:

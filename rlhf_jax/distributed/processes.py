@@ -1,4 +1,7 @@
-"""Arrays that the processes of one job share, and what all of them have to see alike; to be called by all of them."""
+"""Collective operations between the processes of a job: gather, barrier, broadcast, and global arrays.
+
+All processes must call these functions in the same order.
+"""
 
 from __future__ import annotations
 
@@ -11,80 +14,91 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 
-def whole(array: jax.Array | np.ndarray) -> np.ndarray:
-    """An array on the host, gathered where it is spread over processes."""
+def gather(array: jax.Array | np.ndarray) -> np.ndarray:
+    """Returns an array as NumPy, gathered from all processes if it is sharded over them."""
     if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)
 
 
-def meet(where: str) -> None:
-    """Wait until all processes are here."""
+def barrier(name: str) -> None:
+    """Waits until all processes have called it with the same ``name``."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"rlhf_jax.{where}")
+        multihost_utils.sync_global_devices(f"rlhf_jax.{name}")
 
 
-def together(read: Callable[[], Any], error: type[Exception]) -> Any:
-    """What ``read()`` gives; an ``error`` that it raises in one process is raised in all."""
+def call_on_all(fn: Callable[[], Any], error: type[Exception]) -> Any:
+    """Returns ``fn()``; if it raises ``error`` in one process, all processes raise it."""
     value, raised = None, None
     try:
-        value = read()
-    except error as mine:
-        raised = mine
+        value = fn()
+    except error as own:
+        raised = own
     if jax.process_count() > 1:
-        right = np.ravel(multihost_utils.process_allgather(np.asarray(raised is None)))
-        if raised is None and not right.all():
-            raised = error(f"process {', '.join(map(str, np.flatnonzero(~right)))} cannot read it")
+        succeeded = np.ravel(multihost_utils.process_allgather(np.asarray(raised is None)))
+        if raised is None and not succeeded.all():
+            raised = error(f"process {', '.join(map(str, np.flatnonzero(~succeeded)))} cannot read it")
     if raised is not None:
         raise raised
     return value
 
 
-def as_first(numbers: list[int], *, most: int = 256) -> list[int]:
-    """Process 0's list of numbers of 0 or more, the last ``most`` of it."""
+def broadcast_from_first(numbers: list[int], *, max_length: int = 256) -> list[int]:
+    """Returns the last ``max_length`` of process 0's non-negative numbers on all processes."""
     if jax.process_count() == 1:
         return numbers
-    padded = np.full(most, -1, np.int32)
-    last = numbers[-most:]
+    padded = np.full(max_length, -1, np.int32)
+    last = numbers[-max_length:]
     padded[: len(last)] = last
     return [int(number) for number in multihost_utils.broadcast_one_to_all(padded) if number >= 0]
 
 
-def put(x: Any, where: jax.sharding.Sharding) -> jax.Array:
-    """An array that every process has whole, spread out as ``where`` says."""
-    shared = isinstance(x, jax.Array) and not x.is_fully_addressable
-    if where.is_fully_addressable or shared:
-        return x if shared and x.sharding == where else jax.device_put(x, where)
-    # jax.device_put would first compare what the processes have, with a collective each time.
-    return _words(x, lambda x: jax.make_array_from_callback(x.shape, where, lambda index: x[index]))
+def shard(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Places an array that every process holds in full according to ``sharding``."""
+    is_global = isinstance(x, jax.Array) and not x.is_fully_addressable
+    if sharding.is_fully_addressable or is_global:
+        return x if is_global and x.sharding == sharding else jax.device_put(x, sharding)
+    # jax.device_put would run a collective for each array to compare its value between the processes.
+    return _with_key_data(x, lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]))
 
 
-def parts_held(rows: jax.sharding.Sharding, parts: int) -> list[int]:
-    """Of an array whose first axis is in so many parts, those that devices of this process hold, in order."""
-    found = rows.addressable_devices_indices_map((parts,)).values()
-    return sorted({index[0].indices(parts)[0] for index in found if index is not None})
+def local_shards(rows: jax.sharding.Sharding, shards: int) -> list[int]:
+    """Returns the numbers of the row shards, out of ``shards``, that devices of this process hold, in order."""
+    indices = rows.addressable_devices_indices_map((shards,)).values()
+    return sorted({index[0].indices(shards)[0] for index in indices if index is not None})
 
 
-def put_parts(x: Any, rows: jax.sharding.Sharding, parts: int, held: list[int]) -> jax.Array:
-    """This process's parts of an array, one after the other, as what all processes have together."""
+def assemble(x: Any, rows: jax.sharding.Sharding, shards: int, local: list[int]) -> jax.Array:
+    """Returns the global array whose row shards are spread over the processes.
+
+    Args:
+        x: The row shards of this process, concatenated.
+        rows: Sharding of the rows of the global array.
+        shards: Number of row shards of the global array.
+        local: Numbers of this process's shards (`local_shards`).
+
+    Returns:
+        An array of ``len(x) / len(local) * shards`` rows.
+    """
     if jax.process_count() == 1:
         return jax.device_put(x, rows)
-    size = x.shape[0] // len(held)
-    shape = (size * parts, *x.shape[1:])
+    size = x.shape[0] // len(local)
 
-    def part(x: np.ndarray, index: Any) -> np.ndarray:
-        start, stop, _ = index[0].indices(shape[0])
-        at = held.index(start // size) * size
-        return x[at : at + stop - start]
+    def from_local(x: np.ndarray) -> jax.Array:
+        shape = (size * shards, *x.shape[1:])
 
-    def together(x: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback((shape[0], *x.shape[1:]), rows, lambda index: part(x, index))
+        def read(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(shape[0])
+            at = local.index(start // size) * size
+            return x[at : at + stop - start]
 
-    return _words(x, together)
+        return jax.make_array_from_callback(shape, rows, read)
+
+    return _with_key_data(x, from_local)
 
 
-def _words(x: Any, make: Callable[[np.ndarray], jax.Array]) -> jax.Array:
-    """``make`` of an array on the host; of the words of random keys, where it holds them."""
+def _with_key_data(x: Any, make: Callable[[np.ndarray], jax.Array]) -> jax.Array:
+    """Applies ``make`` to an array as NumPy; for typed PRNG keys, to their key data."""
     if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(make(np.asarray(jax.random.key_data(x))), impl=jax.random.key_impl(x))
     return make(np.asarray(x))

@@ -1,4 +1,4 @@
-"""Drawing responses from a language model."""
+"""Sampling of responses from a language model, in static and in continuous batches."""
 
 from rlhf_jax.generation import continuous, stops
 from rlhf_jax.generation.generate import generate

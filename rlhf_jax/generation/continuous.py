@@ -130,7 +130,7 @@ def generate(
             rng_N[prompt_R],
             step_B=zeros_R,
             live_B=live_R,
-            tail_BK=decoding.no_tail(R, sampling),
+            tail_BK=decoding.empty_tail(R, sampling),
             cfg=cfg,
             sampling=sampling,
             values=values,
@@ -193,10 +193,10 @@ def generate(
     def keep_decoding(state: _State) -> jax.Array:
         n_live = jnp.sum(state.live_B)
         can_refill = (B - n_live >= R) & (state.next_prompt < N)
-        return decoding.anywhere((n_live > 0) & ~can_refill, axis_name)
+        return decoding.any_member((n_live > 0) & ~can_refill, axis_name)
 
     def unfinished(state: _State) -> jax.Array:
-        return decoding.anywhere((state.next_prompt < N) | jnp.any(state.live_B), axis_name)
+        return decoding.any_member((state.next_prompt < N) | jnp.any(state.live_B), axis_name)
 
     def refill_and_decode(state: _State) -> _State:
         return lax.while_loop(keep_decoding, decode, read(state))
@@ -209,7 +209,7 @@ def generate(
         live_B=jnp.zeros((B,), bool),
         step_B=jnp.zeros((B,), jnp.int32),
         last_B=jnp.full((B,), sampling.pad_id, jnp.int32),
-        tail_BK=decoding.no_tail(B, sampling),
+        tail_BK=decoding.empty_tail(B, sampling),
         cache=dataclasses.replace(cache, length=jnp.full((B,), P, jnp.int32)),
         answers=_Answers(
             tokens_NT=jnp.full((N, T), sampling.pad_id, jnp.int32),

@@ -28,9 +28,9 @@ class Drawn(NamedTuple):
     """The last K tokens of each response, the new token included."""
 
 
-def no_tail(batch: int, sampling: sampling_lib.Sampling) -> jax.Array:
+def empty_tail(batch: int, sampling: sampling_lib.Sampling) -> jax.Array:
     """Returns the ``tail_BK`` of responses without tokens."""
-    return jnp.full((batch, sampling.longest_stop), sampling_lib.NOTHING, jnp.int32)
+    return jnp.full((batch, sampling.longest_stop), sampling_lib.NO_TOKEN, jnp.int32)
 
 
 def draw(
@@ -74,7 +74,7 @@ def draw(
     return Drawn(tokens_B, jnp.where(live_B, logprobs_B, 0.0), values_B, stopped_B, tail_BK)
 
 
-def anywhere(live: jax.Array, axis_name: str | None) -> jax.Array:
+def any_member(live: jax.Array, axis_name: str | None) -> jax.Array:
     """Returns the predicate of a loop, combined over all members of a surrounding ``jax.vmap``."""
     return live if axis_name is None else lax.pmax(live.astype(jnp.int32), axis_name) > 0
 
@@ -88,16 +88,32 @@ def check(
     n: int = 1,
     max_length: int | None = None,
 ) -> None:
-    """Raises ValueError for arguments of `generate` that disagree, or exceed ``max_length`` tokens per row."""
+    """Checks the arguments of `generate`.
+
+    Args:
+        rng_B: Random keys, ``n`` per prompt.
+        prompts_BP: Prompts.
+        mask_BP: Mask of the prompts.
+        sampling: How to draw and when to stop.
+        n: Number of responses to each prompt.
+        max_length: Largest number of tokens of a prompt with its response; None for any.
+
+    Raises:
+        ValueError: If shapes or dtypes disagree, or rows would exceed ``max_length``.
+    """
     if prompts_BP.ndim != 2 or mask_BP.shape != prompts_BP.shape:
-        raise ValueError(f"prompts_BP {prompts_BP.shape} and mask_BP {mask_BP.shape} must be one shape of rank 2")
+        raise ValueError(
+            f"prompts_BP {prompts_BP.shape} and mask_BP {mask_BP.shape} must have the same shape, of rank 2"
+        )
     if mask_BP.dtype != jnp.bool_:
-        raise ValueError(f"mask_BP must be bool, got {mask_BP.dtype}")
+        raise ValueError(f"mask_BP has dtype {mask_BP.dtype}; it must be bool")
     if n < 1:
         raise ValueError(f"n is {n}; it must be at least 1")
     keys_shape = rng_B.shape if jnp.issubdtype(rng_B.dtype, jax.dtypes.prng_key) else rng_B.shape[:-1]
     if keys_shape != (prompts_BP.shape[0] * n,):
-        raise ValueError(f"rng_B must hold a key a row, {prompts_BP.shape[0] * n} of them, got shape {rng_B.shape}")
+        raise ValueError(
+            f"rng_B has shape {rng_B.shape}; it must have {prompts_BP.shape[0] * n} keys, one per response"
+        )
     width = prompts_BP.shape[1] + sampling.max_new_tokens
     if max_length is not None and width > max_length:
-        raise ValueError(f"prompts and responses of {width} tokens are longer than cfg.max_length = {max_length}")
+        raise ValueError(f"prompts and responses have up to {width} tokens, more than cfg.max_length = {max_length}")

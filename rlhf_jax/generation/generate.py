@@ -20,10 +20,13 @@ class _State(NamedTuple):
     step: jax.Array
     """Number of tokens drawn."""
     cache: kv_cache.KVCache | None
+    """None for an `ApplyFn`."""
     live_B: jax.Array
     """bool, True until a row ends."""
     stopped_B: jax.Array
+    """bool, True for rows that ended at a stop id or sequence."""
     tail_BK: jax.Array
+    """The last K tokens of each response."""
     tokens_BT: jax.Array
     logprobs_BT: jax.Array
     values_BT: jax.Array | None
@@ -59,17 +62,31 @@ def generate(
         sampling: Distribution to sample from, and when to stop.
         n: Number of responses to each prompt, which is read once. Row ``b * n + k`` of the result, and of ``rng_B``,
             is response k to prompt b.
-        values: Also returns the value of the scalar head before each token, from the same pass.
+        values: Whether to add the scalar head's value before each token, from the same pass.
         limits_B: int32 in [1, T], the largest length of each response.
-        axis_name: The axis name of a surrounding ``jax.vmap``, whose members then end together. Otherwise a predicate
-            of each member's own would turn every cache write into a scatter, which is 15 times slower.
+        axis_name: Axis of a surrounding ``jax.vmap``, whose members then all end together. Without it, a predicate per
+            member turns every cache write into a scatter, which is 15 times slower.
 
     Returns:
         A `rlhf_jax.types.Rollout`. ``logprobs_BT`` are those of the distribution sampled from: of
         ``logits / temperature``, truncated by top-k, top-p and min-p.
 
     Raises:
-        ValueError: Shapes disagree, or P + T exceeds ``cfg.max_length``.
+        ValueError: If shapes disagree, or P + T exceeds ``cfg.max_length``.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from rlhf_jax import generation, types
+        >>> def forward(params, tokens_BL, *, mask_BL=None):  # a bigram model; see lm.LMConfig for a transformer
+        ...     return types.LMOutput(params[tokens_BL])
+        >>> model = types.ApplyFn(forward, lambda params, hidden_BLD: hidden_BLD)
+        >>> params = 9.0 * jnp.roll(jnp.eye(5), 1, axis=1)  # token i is followed by i + 1
+        >>> keys = jax.random.split(jax.random.key(0), 1)
+        >>> sampling = generation.Sampling(greedy=True, max_new_tokens=6, stop_ids=(4,))
+        >>> prompts = jnp.array([[0, 1]])
+        >>> generation.generate(params, keys, prompts, prompts >= 0, cfg=model, sampling=sampling).tokens_BL.tolist()
+        [[0, 1, 2, 3, 4, 0, 0, 0]]
     """
     max_length = None if isinstance(cfg, types.ApplyFn) else cfg.max_length
     decoding.check(rng_B, prompts_BP, mask_BP, sampling, n=n, max_length=max_length)
@@ -103,7 +120,7 @@ def generate(
         )
 
     def unfinished(state: _State) -> jax.Array:
-        return decoding.anywhere(jnp.any(state.live_B), axis_name)
+        return decoding.any_member(jnp.any(state.live_B), axis_name)
 
     def decode(state: _State) -> _State:
         if isinstance(cfg, types.ApplyFn):  # no cache: all columns are read again
@@ -121,7 +138,7 @@ def generate(
         cache=None,
         live_B=jnp.ones((B,), bool),
         stopped_B=jnp.zeros((B,), bool),
-        tail_BK=decoding.no_tail(B, sampling),
+        tail_BK=decoding.empty_tail(B, sampling),
         tokens_BT=jnp.full((B, T), sampling.pad_id, jnp.int32),
         logprobs_BT=jnp.zeros((B, T), jnp.float32),
         values_BT=jnp.zeros((B, T), jnp.float32) if values else None,
@@ -130,7 +147,7 @@ def generate(
     if isinstance(cfg, types.ApplyFn):
         state = decode(state)
     else:
-        # The last token drawn is never read, so its slot is not needed.
+        # The model never reads the last token, so the cache has no slot for it.
         empty = kv_cache.create(cfg, batch=B // n, slots=P + T - 1)
         prefill = transformer.forward(params, prompts_BP, cfg=cfg, mask_BL=mask_BP, cache=empty, used_slots=P)
         state = state._replace(cache=_repeated(prefill.cache, n))

@@ -11,7 +11,7 @@ from jax import lax
 _DIRECT, _BLOCK = 1024, 128
 """`draw` searches vocabularies up to the first number directly and larger ones in blocks of the second."""
 
-NOTHING = -1
+NO_TOKEN = -1
 """An id that no token has; it fills the positions before the first token of a response."""
 
 
@@ -206,7 +206,7 @@ def choose(
 def ends(tail_BK: jax.Array, sampling: Sampling, *, length: jax.Array | int) -> jax.Array:
     """Returns ``[B]`` bool, whether responses with these last K tokens have ended; K is at least ``longest_stop``.
 
-    ``length``, a scalar or ``[B]``, is the number of tokens so far; `NOTHING` fills the columns before the first token.
+    ``length``, a scalar or ``[B]``, is the number of tokens so far; `NO_TOKEN` fills columns before the first token.
     """
     stopped_B = jnp.zeros(tail_BK.shape[:1], bool)
     for sequence in (*((token,) for token in sampling.stop_ids), *sampling.stop_sequences):

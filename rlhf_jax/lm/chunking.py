@@ -70,7 +70,7 @@ def part_shape(B: int, L: int, *, vocab: int, chunk: int | None = None) -> tuple
         if chunk < 1:
             raise ValueError(f"chunk is {chunk}; it must be at least 1 column, or None")
         return B, min(chunk, L)
-    spread = parallel.parts("batch", "length", "vocab")
+    spread = parallel.num_shards("batch", "length", "vocab")
     fit = max((MAX_BYTES if spread == 1 else MESH_BYTES * spread) // (4 * vocab), 1)
     if fit >= B * L:
         return B, L

@@ -38,7 +38,7 @@ def embed(
     x_BLD = table_VD[ids_BL] if weights.is_unstacked(params) else look_up(table_VD, ids_BL, dtype)
     if cfg.positions == "learned":
         table_LD = params["embed"]["positions"]
-        table_LD = table_LD if weights.is_unstacked(params) else parallel.gathered(table_LD, None, "embed")
+        table_LD = table_LD if weights.is_unstacked(params) else parallel.gather_weight(table_LD, None, "embed")
         x_BLD = x_BLD + table_LD[positions_BL + cfg.position_offset]
     x_BLD = x_BLD.astype(cfg.compute_dtype)
     return x_BLD * jnp.asarray(cfg.d_model**0.5, x_BLD.dtype) if cfg.embed_scale else x_BLD
@@ -51,7 +51,7 @@ def look_up(table_VD: jax.Array, tokens_BL: jax.Array, dtype: Any) -> jax.Array:
     gradient is then summed on each device before it is reduced to its shards, in the table's dtype. Compiled from plain
     indexing, the program would exchange the rows of all devices, or reduce the sum to all of them.
     """
-    mesh = parallel.compiled_for()
+    mesh = parallel.active_mesh()
     rows = None if mesh is None else parallel.spec(("batch", "length"), mesh, shape=tokens_BL.shape)
     where = None if mesh is None else parallel.spec(("vocab", "embed"), mesh, shape=table_VD.shape)
     if rows is None or where is None:
@@ -59,7 +59,7 @@ def look_up(table_VD: jax.Array, tokens_BL: jax.Array, dtype: Any) -> jax.Array:
     over_vocab, over_features = where
     if over_features is None or over_features not in (rows[0] or ()):
         # Devices that share the features look up the same rows.
-        return parallel.gathered(table_VD, "vocab", "embed")[tokens_BL].astype(dtype)
+        return parallel.gather_weight(table_VD, "vocab", "embed")[tokens_BL].astype(dtype)
 
     def look_up_shard(table: jax.Array, tokens: jax.Array) -> jax.Array:
         table = lax.all_gather(table, over_features, axis=1, tiled=True)

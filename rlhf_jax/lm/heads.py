@@ -62,11 +62,11 @@ def scalar(params: types.Params, hidden_BLD: jax.Array) -> jax.Array:
     hidden_BLD = hidden_BLD.astype(jnp.float32)
     if "kernel_HD" in head:
         dot = jnp.einsum(
-            "...d,hd->...h", hidden_BLD, parallel.gathered(head["kernel_HD"], None, "embed").astype(jnp.float32)
+            "...d,hd->...h", hidden_BLD, parallel.gather_weight(head["kernel_HD"], None, "embed").astype(jnp.float32)
         )
         shape = (1,) * (dot.ndim - 1) + head["gain"].shape
         return head["gain"].reshape(shape) * dot + head["bias"].reshape(shape)
-    dot = jnp.einsum("...d,d->...", hidden_BLD, parallel.gathered(head["kernel_D"], "embed").astype(jnp.float32))
+    dot = jnp.einsum("...d,d->...", hidden_BLD, parallel.gather_weight(head["kernel_D"], "embed").astype(jnp.float32))
     return head["gain"] * dot + head["bias"]
 
 

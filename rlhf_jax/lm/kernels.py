@@ -123,7 +123,7 @@ def splash(
 
 def _splash_on_mesh(ids_BL: jax.Array, *heads: jax.Array, cfg: config.LMConfig) -> jax.Array:
     """Runs `splash` on each device with its own rows and heads: a compiler cannot partition a kernel."""
-    mesh = parallel.compiled_for()
+    mesh = parallel.active_mesh()
     if mesh is None:
         return splash(*heads, ids_BL=ids_BL, cfg=cfg)
     names = [("batch", "heads", None, None), *[("batch", "kv_heads", None, None)] * 2, ("batch", None)]
@@ -141,9 +141,9 @@ def _splash_supports(cfg: config.LMConfig, queries_BHLC: jax.Array) -> bool:
     # The window counts real tokens, that of a kernel columns: they differ if there is padding between tokens.
     windowed = cfg.windowed and cfg.sliding_window < L
     # The key heads of each device must be those of its query heads.
-    apart = parallel.parts("heads")
+    apart = parallel.num_shards("heads")
     together = cfg.n_heads % apart != 0 or cfg.n_kv_heads % apart == 0
-    return L % _LANES == 0 and C % 64 == 0 and not windowed and together and parallel.parts("length") == 1
+    return L % _LANES == 0 and C % 64 == 0 and not windowed and together and parallel.num_shards("length") == 1
 
 
 def _cudnn_supports(cfg: config.LMConfig) -> bool:

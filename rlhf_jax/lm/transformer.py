@@ -371,7 +371,7 @@ def _rematerialised(step: Callable, cfg: config.LMConfig) -> Callable:
     policies = jax.checkpoint_policies
     if cfg.remat != "none":
         policy = policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
-    elif parallel.parts("embed") > 1:
+    elif parallel.num_shards("embed") > 1:
         policy = policies.save_anything_except_these_names(parallel.GATHERED)
     else:
         return step

@@ -16,7 +16,7 @@ def gathered(weights: Any, axes: Any, cfg: config.LMConfig) -> Any:
 
     ``axes`` has the form of `params.logical_axes`; leaves that it does not name, such as adapters, are unchanged.
     """
-    if parallel.parts("embed") == 1:
+    if parallel.num_shards("embed") == 1:
         return weights
 
     def of(path: Any, x: jax.Array) -> jax.Array:
@@ -27,7 +27,7 @@ def gathered(weights: Any, axes: Any, cfg: config.LMConfig) -> Any:
             return x
         # Norms compute in float32, and positions are added to embeddings before the sum is cast.
         kept = path[-1].key == "scale" or (path[0].key == "embed" and cfg.positions == "learned")
-        return parallel.gathered(x, *names, dtype=None if kept else cfg.compute_dtype)
+        return parallel.gather_weight(x, *names, dtype=None if kept else cfg.compute_dtype)
 
     return jax.tree_util.tree_map_with_path(of, weights)
 

@@ -1,67 +1,67 @@
-"""Devices: the mesh, what lies where on it, and where steps are compiled.
+"""Device meshes, sharding rules and compiled train steps.
 
-A mesh has four axes. ``data`` and ``fsdp`` share the rows of a batch; over ``fsdp`` the parameters and the optimiser's
-state are spread too, and gathered a layer at a time; ``tensor`` spreads heads, MLP and vocabulary; ``sequence`` the
-columns of long rows. Nobody names a device: parameters and activations have *logical* axes (`lm.logical_axes`), and
-``RULES`` says on which axes of the mesh each of them lies::
+A mesh has four axes. ``data`` and ``fsdp`` shard the rows of a batch; ``fsdp`` also shards the parameters and the
+optimiser state, which are gathered one layer at a time; ``tensor`` shards attention heads, the MLP and the vocabulary;
+``sequence`` shards the columns of long rows. Parameters and activations have *logical* axes (`lm.logical_axes`), and
+``RULES`` maps each logical axis to axes of the mesh, so no code names a device::
 
     mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
-    where = parallel.shardings(jax.eval_shape(make), mesh, lm.logical_axes(cfg))
-    state = jax.jit(make, out_shardings=where)()             # born spread out, never whole on one device
+    shardings = parallel.shardings(jax.eval_shape(make), mesh, lm.logical_axes(cfg))
+    state = jax.jit(make, out_shardings=shardings)()         # created sharded, never whole on one device
     step = parallel.jit_step(sft.make_train_step(...), mesh=mesh)
-    state, metrics = step(state, None, hyper, batch, rng)    # batch: NumPy arrays, this host's rows
+    state, metrics = step(state, None, hyper, batch, rng)    # batch: NumPy arrays, the rows of this host
 """
 
 from rlhf_jax.parallel.placement import (
     AXES,
-    ROWS,
+    BATCH_AXES,
     MeshError,
     batch_shardings,
-    own_rows,
-    put,
-    put_batch,
-    row_parts,
-    whole,
+    local_rows,
+    num_batch_shards,
+    replicate,
+    shard,
+    shard_batch,
 )
 from rlhf_jax.parallel.pmap import PmapStep
 from rlhf_jax.parallel.sharding import (
     GATHERED,
     RULES,
     Rules,
-    compiled_for,
+    active_mesh,
     constrain,
-    gathered,
-    parts,
+    gather_weight,
+    indivisible,
+    num_shards,
     shardings,
     spec,
-    undivided,
 )
 from rlhf_jax.parallel.steps import JitStep, jit_step, make_mesh, pmap_step, shard_map_step
 
 __all__ = [
     "AXES",
+    "BATCH_AXES",
     "GATHERED",
-    "ROWS",
     "RULES",
     "JitStep",
     "MeshError",
     "PmapStep",
     "Rules",
+    "active_mesh",
     "batch_shardings",
-    "compiled_for",
     "constrain",
-    "gathered",
+    "gather_weight",
+    "indivisible",
     "jit_step",
+    "local_rows",
     "make_mesh",
-    "own_rows",
-    "parts",
+    "num_batch_shards",
+    "num_shards",
     "pmap_step",
-    "put",
-    "put_batch",
-    "row_parts",
+    "replicate",
+    "shard",
+    "shard_batch",
     "shard_map_step",
     "shardings",
     "spec",
-    "undivided",
-    "whole",
 ]

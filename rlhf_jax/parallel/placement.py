@@ -1,4 +1,4 @@
-"""Arrays and rows of batches put on a mesh, by one host or by several."""
+"""Placement of arrays and batches on a mesh, from one host or from several."""
 
 from __future__ import annotations
 
@@ -12,85 +12,88 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from rlhf_jax.distributed import processes
 
 AXES = ("data", "fsdp", "tensor", "sequence")
-"""Of every mesh, the slowest first: devices that stand next to each other share ``tensor`` and ``sequence``."""
+"""The axes of every mesh, slowest first: neighbouring devices share ``tensor`` and ``sequence``."""
 
-ROWS = ("data", "fsdp")
-"""The axes over which the rows of a batch are spread."""
+BATCH_AXES = ("data", "fsdp")
+"""The mesh axes that shard the rows of a batch."""
 
 
 class MeshError(ValueError):
-    """A mesh, a rule or a batch that do not go together; the message says which and why."""
+    """A mesh, a sharding rule or a batch that do not fit together."""
 
 
 def batch_shardings(batch: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """The sharding of each ``[B, ...]`` array of a batch, rows over `ROWS`; scalars are whole everywhere."""
-    rows = NamedSharding(mesh, PartitionSpec(ROWS))
-    return jax.tree.map(lambda x: rows if np.ndim(x) else NamedSharding(mesh, PartitionSpec()), batch)
+    """Returns a sharding for each array of a batch: ``[B, ...]`` over `BATCH_AXES`, scalars replicated."""
+    rows, replicated = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((BATCH_AXES,), ()))
+    return jax.tree.map(lambda x: rows if np.ndim(x) else replicated, batch)
 
 
-def row_parts(mesh: Mesh) -> int:
-    """In how many parts the rows of a batch lie on ``mesh``: what every batch divides by."""
-    return math.prod(mesh.shape[axis] for axis in ROWS)
+def num_batch_shards(mesh: Mesh) -> int:
+    """Returns the number of shards of a batch on ``mesh``; it must divide the number of rows of every batch."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def own_rows(batch: Any, mesh: Mesh) -> Any:
-    """Of a batch that every host has whole, the rows that this host's devices hold: what `put_batch` takes.
+def local_rows(batch: Any, mesh: Mesh) -> Any:
+    """Returns the rows of a global batch that belong on this host's devices, as `shard_batch` expects them.
 
-    However many hosts there are, and in whatever order the mesh has their devices, the batch is the same. All of it,
-    for one host.
+    Every host passes the same global batch, so training does not depend on the number of hosts or on the order of
+    their devices in the mesh. A single host gets the batch back unchanged.
 
     Raises:
-        MeshError: The rows do not divide over the devices.
+        MeshError: The number of rows is not divisible by `num_batch_shards`.
     """
     if jax.process_count() == 1:
         return batch
-    parts, held = row_parts(mesh), processes.parts_held(_rows_over(mesh), row_parts(mesh))
+    shards = num_batch_shards(mesh)
+    local = processes.local_shards(_row_sharding(mesh), shards)
 
-    def own(x: Any) -> Any:
+    def select(x: Any) -> Any:
         if not np.ndim(x):
             return x
-        if x.shape[0] % parts:
-            raise MeshError(f"a batch of {x.shape[0]} rows does not divide over {parts} devices")
-        return x[np.arange(x.shape[0]).reshape(parts, -1)[held].ravel()]
+        if x.shape[0] % shards:
+            raise MeshError(f"a batch of {x.shape[0]} rows is not divisible by {shards} devices")
+        return x[np.arange(x.shape[0]).reshape(shards, -1)[local].ravel()]
 
-    return jax.tree.map(own, batch)
+    return jax.tree.map(select, batch)
 
 
-def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """This host's rows of a batch as global arrays, spread over the mesh; arrays of random keys are rows like others.
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Returns the rows of all hosts as global arrays sharded over the mesh.
+
+    ``batch`` holds the rows of this host (`local_rows`). Arrays of typed PRNG keys are sharded like any other.
 
     Raises:
-        MeshError: The rows do not divide over the devices.
+        MeshError: The number of rows is not divisible by the number of this host's batch shards.
     """
-    parts, rows = row_parts(mesh), _rows_over(mesh)
-    held = processes.parts_held(rows, parts)
+    shards, rows = num_batch_shards(mesh), _row_sharding(mesh)
+    local = processes.local_shards(rows, shards)
 
-    def put(path: Any, x: Any) -> jax.Array:
+    def place(path: Any, x: Any) -> jax.Array:
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
             return x
         if not np.ndim(x):
-            return processes.put(x, NamedSharding(mesh, PartitionSpec()))
-        if x.shape[0] % len(held):
+            return processes.shard(x, NamedSharding(mesh, PartitionSpec()))
+        if x.shape[0] % len(local):
             name = jax.tree_util.keystr(path)
             raise MeshError(
-                f"a batch of {x.shape[0]} rows{f' on this host ({name})' if name else ''} does not divide over "
-                f"{len(held)} devices (data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']})"
+                f"a batch of {x.shape[0]} rows{f' on this host ({name})' if name else ''} is not divisible by "
+                f"{len(local)} devices (data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']})"
             )
-        return processes.put_parts(x, rows, parts, held)
+        return processes.assemble(x, rows, shards, local)
 
-    return jax.tree_util.tree_map_with_path(put, batch)
-
-
-def _rows_over(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec(ROWS))
+    return jax.tree_util.tree_map_with_path(place, batch)
 
 
-def put(tree: Any, where: Any) -> Any:
-    """Arrays that every host holds whole, spread out as ``where`` says (`shardings`)."""
-    return jax.tree.map(processes.put, tree, where)
+def _row_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def whole(tree: Any, mesh: Mesh) -> Any:
-    """Arrays that every host holds, whole on every device of the mesh."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda x: processes.put(x, everywhere), tree)
+def shard(tree: Any, shardings: Any) -> Any:
+    """Places arrays that every host holds in full according to a matching tree of `shardings`."""
+    return jax.tree.map(processes.shard, tree, shardings)
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Copies arrays that every host holds to every device of the mesh."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: processes.shard(x, replicated), tree)

@@ -1,4 +1,4 @@
-"""A train step under `jax.pmap`: every array with one axis more, over the devices."""
+"""A train step compiled with `jax.pmap`: every array has a leading device axis."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 class PmapStep:
-    """A train step under `jax.pmap`; see `parallel.pmap_step`."""
+    """A train step compiled with `jax.pmap`; see `parallel.pmap_step`."""
 
     def __init__(self, train_step: Callable[..., Any], *, axis_name: str, devices: Sequence[Any]) -> None:
-        """Wrap; nothing is compiled yet."""
+        """Wraps ``train_step``; the first call compiles it."""
         self.traces = 0
         self._devices = list(devices)
 
@@ -30,30 +30,44 @@ class PmapStep:
         )
 
     def __call__(self, state: Any, frozen: Any, hyper: Any, batch: Any, rng: Any) -> Any:
-        """Run the step on all rows of a batch; the state is gone afterwards."""
+        """Runs the step on a ``[B, ...]`` batch and donates the state.
+
+        Args:
+            state: Train state with a leading device axis (`replicate`).
+            frozen: Frozen models with a leading device axis, or None.
+            hyper: Hyperparameters, the same on all devices.
+            batch: Pytree of ``[B, ...]`` arrays; B must be divisible by the number of devices.
+            rng: PRNG key, the same on all devices.
+
+        Returns:
+            ``(state, metrics)``: the new state with its device axis, and the metrics of the first device.
+
+        Raises:
+            ValueError: An array of the batch is not divisible by the number of devices.
+        """
         n = len(self._devices)
 
-        def deal(path: Any, x: Any) -> Any:
+        def split(path: Any, x: Any) -> Any:
             if not np.ndim(x) or x.shape[0] % n:
                 name = jax.tree_util.keystr(path)
                 raise ValueError(
-                    f"a batch of shape {np.shape(x)}{name and f' ({name})'} does not divide over {n} devices"
+                    f"a batch of shape {np.shape(x)}{name and f' ({name})'} is not divisible by {n} devices"
                 )
             return x.reshape(n, x.shape[0] // n, *x.shape[1:])
 
-        state, metrics = self._step(state, frozen, hyper, jax.tree_util.tree_map_with_path(deal, batch), rng)
-        return state, self.first(metrics)
+        state, metrics = self._step(state, frozen, hyper, jax.tree_util.tree_map_with_path(split, batch), rng)
+        return state, self.unreplicate(metrics)
 
-    def copies(self, tree: Any) -> Any:
-        """A state, or frozen models, as the step takes them: ``[devices, ...]``, one on each device."""
+    def replicate(self, tree: Any) -> Any:
+        """Returns a state or frozen models with a leading device axis, one copy on each device."""
         mesh = Mesh(np.array(self._devices), ("devices",))
-        where = NamedSharding(mesh, PartitionSpec("devices"))
+        sharding = NamedSharding(mesh, PartitionSpec("devices"))
 
-        def leaf(x: Any) -> jax.Array:
-            return jax.device_put(jnp.broadcast_to(x, (len(self._devices), *np.shape(x))), where)
+        def copy(x: Any) -> jax.Array:
+            return jax.device_put(jnp.broadcast_to(x, (len(self._devices), *np.shape(x))), sharding)
 
-        return jax.tree.map(leaf, tree)
+        return jax.tree.map(copy, tree)
 
-    def first(self, tree: Any) -> Any:
-        """Undo `copies`: the first device's."""
+    def unreplicate(self, tree: Any) -> Any:
+        """Returns the first device's copy; the inverse of `replicate`."""
         return jax.tree.map(lambda x: x[0], tree)

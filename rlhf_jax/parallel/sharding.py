@@ -1,4 +1,4 @@
-"""What lies where: logical axes of parameters and activations, and the rules that put them on a mesh."""
+"""Sharding rules, which map the logical axes of parameters and activations to the axes of a mesh."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from rlhf_jax.parallel.placement import AXES, ROWS, MeshError
+from rlhf_jax.parallel.placement import AXES, BATCH_AXES, MeshError
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
 RULES: Rules = {
-    # of parameters
+    # parameters
     "layers": None,
     "vocab": "tensor",
     "embed": "fsdp",
@@ -27,155 +27,190 @@ RULES: Rules = {
     "mlp": "tensor",
     "score": None,
     "rank": None,
-    # of activations; a vocabulary, heads and an MLP's inside lie as in the parameters
-    "batch": ROWS,
+    # activations; their vocabulary, heads and MLP axes follow the parameters
+    "batch": BATCH_AXES,
     "length": "sequence",
 }
-"""Logical axis -> axis or axes of the mesh, or None for one that is whole on every device."""
+"""Maps each logical axis to one or several axes of the mesh, or to None for an axis that is not sharded."""
 
 
 def spec(
     axes: Sequence[str | None], mesh: Mesh | Any, *, shape: Sequence[int] | None = None, rules: Rules = RULES
 ) -> PartitionSpec:
-    """How an array with these logical axes lies on ``mesh``.
+    """Returns the `PartitionSpec` of an array with the given logical axes.
 
-    A dimension of ``shape`` that its axes of the mesh do not divide is whole on every device; of two dimensions that
-    would lie on the same axis, the first does.
+    >>> import jax
+    >>> from rlhf_jax import parallel
+    >>> mesh = jax.sharding.AbstractMesh((2, 4, 2, 1), parallel.AXES)
+    >>> parallel.spec(("embed", "heads", None), mesh)
+    P('fsdp', 'tensor', None)
+    >>> parallel.spec(("embed", "heads", None), mesh, shape=(6, 8, 64))  # 4 devices do not divide 6
+    P(None, 'tensor', None)
+
+    Args:
+        axes: Logical axis of each dimension; None for a dimension that is not sharded.
+        mesh: A mesh with the axes `AXES`.
+        shape: Shape of the array. A dimension that its mesh axes do not divide is not sharded. By default every
+            dimension is taken to be divisible.
+        rules: Mesh axes of each logical axis. Where two dimensions have the same mesh axis, the first one gets it.
+
+    Returns:
+        The partition spec, with one entry for each dimension.
 
     Raises:
-        MeshError: An axis has no rule, or its rule names no axis of the mesh.
+        MeshError: A logical axis has no rule, or its rule names an axis that the mesh does not have.
     """
-    taken: set[str] = set()
+    used: set[str] = set()
     entries: list[Any] = []
     for i, name in enumerate(axes):
         if name is None:
             entries.append(None)
             continue
         if name not in rules:
-            raise MeshError(f"there is no sharding rule for the axis {name!r}; there are rules for {', '.join(rules)}")
-        rule = rules[name]
-        wanted = () if rule is None else (rule,) if isinstance(rule, str) else tuple(rule)
-        for axis in wanted:
+            raise MeshError(f"no sharding rule for the logical axis {name!r}; the rules cover {', '.join(rules)}")
+        mesh_axes = _mesh_axes(rules[name])
+        for axis in mesh_axes:
             if axis not in mesh.axis_names:
                 raise MeshError(
-                    f"the sharding rule {name} = {axis} names no axis of the mesh; it has {', '.join(mesh.axis_names)}"
+                    f"the sharding rule {name} = {axis} names an unknown mesh axis; the mesh has "
+                    + ", ".join(mesh.axis_names)
                 )
-        free = tuple(axis for axis in wanted if axis not in taken and mesh.shape[axis] > 1)
-        parts = math.prod(mesh.shape[axis] for axis in free)
-        if shape is not None and shape[i] % parts:
+        free = tuple(axis for axis in mesh_axes if axis not in used and mesh.shape[axis] > 1)
+        if shape is not None and shape[i] % math.prod(mesh.shape[axis] for axis in free):
             free = ()
-        taken |= set(free)
+        used |= set(free)
         entries.append(free if len(free) > 1 else free[0] if free else None)
     return PartitionSpec(*entries)
 
 
 def shardings(tree: Any, mesh: Mesh | AbstractMesh, axes: Mapping[str, Any], *, rules: Rules = RULES) -> Any:
-    """The same tree with a sharding in the place of each array: parameters as `RULES` say, all else whole everywhere.
+    """Returns a sharding for each array of ``tree``: parameters follow ``rules``, everything else is replicated.
 
-    What belongs to a parameter is known by the end of its path: ``params/policy/layers/q/kernel``, its moments in the
-    optimiser's state and an average of it all lie as ``layers/q/kernel`` does.
+    An array belongs to a parameter if its path ends in the parameter's path: ``params/policy/layers/q/kernel``, its
+    moments in the optimiser state and a running average of it are all sharded as ``layers/q/kernel``.
 
     Args:
-        tree: Arrays, or their shapes (`jax.eval_shape`); a ``TrainState``, parameters, or a dict of several models.
-        axes: What `lm.logical_axes` gives, or a nested dict like it.
-    """
-    named = {tuple(path): names for path, names in _paths(axes)}
-    longest = max(len(path) for path in named)
+        tree: Arrays or their shapes (`jax.eval_shape`): a ``TrainState``, parameters, or a dict of several models.
+        mesh: A mesh with the axes `AXES`.
+        axes: Logical axes of the parameters, from `lm.logical_axes` or a nested dict like it.
+        rules: Mesh axes of each logical axis.
 
-    def of(path: Any, leaf: Any) -> NamedSharding:
+    Returns:
+        A tree of the same structure with a `NamedSharding` for each array.
+
+    Raises:
+        MeshError: A logical axis has no rule, or its rule names an axis that the mesh does not have.
+    """
+    logical = {tuple(path): names for path, names in _paths(axes)}
+    longest = max(len(path) for path in logical)
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
         keys = [_key(entry) for entry in path]
         for length in range(min(longest, len(keys)), 0, -1):
-            names = named.get(tuple(keys[-length:]))
+            names = logical.get(tuple(keys[-length:]))
             if names is not None and len(names) == len(leaf.shape):
                 return NamedSharding(mesh, spec(names, mesh, shape=leaf.shape, rules=rules))
         return NamedSharding(mesh, PartitionSpec())
 
-    return jax.tree_util.tree_map_with_path(of, tree)
+    return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def undivided(tree: Any, mesh: Mesh, axes: Mapping[str, Any], *, rules: Rules = RULES) -> list[str]:
-    """What stays whole on every device though a rule spreads it, because the mesh does not divide it; in words.
+def indivisible(tree: Any, mesh: Mesh, axes: Mapping[str, Any], *, rules: Rules = RULES) -> list[str]:
+    """Describes the dimensions that have a sharding rule but are replicated because the mesh does not divide them.
 
-    Arguments as of `shardings`. A dimension whose axis of the mesh another one of the same array has is not meant.
+    Args:
+        tree: Arrays or their shapes, with the paths of ``axes``.
+        mesh: A mesh with the axes `AXES`.
+        axes: Logical axes of the parameters, as in `shardings`.
+        rules: Mesh axes of each logical axis.
+
+    Returns:
+        A sentence for each such dimension. Dimensions that are replicated because an earlier dimension of the same
+        array uses their mesh axis are not listed.
     """
-    told = []
-    known = dict(_paths(axes))
+    messages = []
+    logical = dict(_paths(axes))
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         keys = tuple(_key(entry) for entry in path)
-        names = known.get(keys, ())
+        names = logical.get(keys, ())
         if len(names) != len(leaf.shape):
             continue
         for name, size in zip(names, leaf.shape):
-            rule = rules[name]
-            wanted = () if rule is None else (rule,) if isinstance(rule, str) else rule
-            parts = math.prod(mesh.shape[axis] for axis in wanted)
-            if size % parts:
-                told.append(f"{'/'.join(keys)}: its {name} {size} does not divide over {' x '.join(wanted)} {parts}")
-    return told
+            mesh_axes = _mesh_axes(rules[name])
+            shards = math.prod(mesh.shape[axis] for axis in mesh_axes)
+            if size % shards:
+                messages.append(
+                    f"{'/'.join(keys)}: its {name} size {size} is not divisible by {' x '.join(mesh_axes)} = {shards}"
+                )
+    return messages
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """``x`` with its logical axes pinned to the mesh of the step that is being compiled; ``x`` where there is none.
+    """Constrains the sharding of ``x`` on the mesh of the step being traced; without a mesh, returns ``x``.
 
-    Without it the compiler may spread activations as it spread the weights they meet, and move rows between devices.
+    Without this constraint the compiler may shard activations like the weights they are multiplied by, and move rows
+    between devices.
     """
-    mesh = compiled_for()
+    mesh = active_mesh()
     return x if mesh is None else jax.lax.with_sharding_constraint(x, spec(axes, mesh, shape=x.shape))
 
 
-def gathered(x: jax.Array, *axes: str | None, dtype: Any = None) -> jax.Array:
-    """A weight as a layer uses it: in ``dtype`` (its own by default), and whole over ``fsdp``; ``x`` without a mesh.
+def gather_weight(x: jax.Array, *axes: str | None, dtype: Any = None) -> jax.Array:
+    """Returns a weight cast to ``dtype`` (by default its own) and gathered over ``fsdp``; without a mesh, ``x``.
 
-    What is sent is of ``dtype``, and the gradient, of ``dtype`` too, goes back to the devices that hold its parts as
-    soon as it is made: no more than one layer is whole at a time, forward or backward.
+    The weight is sent in ``dtype``. Its gradient, also in ``dtype``, is scattered to the shards as soon as it is
+    computed, so that at most one layer is gathered at a time, in the forward and in the backward pass.
     """
-    if compiled_for() is None:
+    if active_mesh() is None:
         return x
-    return _gathered(x, axes, jnp.dtype(x.dtype if dtype is None else dtype), jnp.dtype(x.dtype))
+    return _gather(x, axes, jnp.dtype(x.dtype if dtype is None else dtype), jnp.dtype(x.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gathered(x: jax.Array, axes: tuple[str | None, ...], dtype: Any, given: Any) -> jax.Array:
-    # Pinned before as well: else the cast, too, is made of the whole.
+def _gather(x: jax.Array, axes: tuple[str | None, ...], dtype: Any, own_dtype: Any) -> jax.Array:
+    # Constrained before the gather as well, so that the cast runs on shards.
     x = constrain(x.astype(dtype), *axes)
     x = constrain(x, *(None if axis is not None and RULES.get(axis) == "fsdp" else axis for axis in axes))
     return checkpoint_name(x, GATHERED)
 
 
-def _gathered_forward(x: jax.Array, axes: Any, dtype: Any, given: Any) -> tuple[jax.Array, None]:
-    return _gathered(x, axes, dtype, given), None
+def _gather_forward(x: jax.Array, axes: Any, dtype: Any, own_dtype: Any) -> tuple[jax.Array, None]:
+    return _gather(x, axes, dtype, own_dtype), None
 
 
-def _gathered_backward(axes: Any, dtype: Any, given: Any, nothing: None, cotangent: jax.Array) -> tuple[jax.Array]:
-    del dtype, nothing
-    return (constrain(cotangent, *axes).astype(given),)
+def _gather_backward(axes: Any, dtype: Any, own_dtype: Any, residuals: None, cotangent: jax.Array) -> tuple[jax.Array]:
+    del dtype, residuals
+    return (constrain(cotangent, *axes).astype(own_dtype),)
 
 
-_gathered.defvjp(_gathered_forward, _gathered_backward)
+_gather.defvjp(_gather_forward, _gather_backward)
 
 GATHERED = "gathered"
-"""What `gathered` gives is named, for rematerialisation: it must not be kept for the backward pass."""
+"""`jax.ad_checkpoint.checkpoint_name` of gathered weights, which rematerialisation must not save."""
 
 
-def parts(*axes: str) -> int:
-    """Over how many devices an array with these logical axes is spread, in the step that is being compiled."""
-    mesh = compiled_for()
+def num_shards(*axes: str) -> int:
+    """Returns the number of shards of an array with these logical axes in the step being traced; 1 without a mesh."""
+    mesh = active_mesh()
     if mesh is None:
         return 1
-    names = [rule if isinstance(rule, tuple) else (rule,) for rule in (RULES[axis] for axis in axes) if rule]
-    return math.prod(mesh.shape[name] for name in {name for rule in names for name in rule})
+    return math.prod(mesh.shape[name] for name in {name for axis in axes for name in _mesh_axes(RULES[axis])})
 
 
-def compiled_for() -> Any:
-    """The mesh of the step that is being compiled, if it is one of `make_mesh` and not taken apart by hand."""
+def active_mesh() -> Any:
+    """Returns the mesh of the step being traced, or None where it lacks an axis of `AXES` or has manual axes."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.manual_axes or not set(AXES) <= set(mesh.axis_names) else mesh
+
+
+def _mesh_axes(rule: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if rule is None else (rule,) if isinstance(rule, str) else tuple(rule)
 
 
 def _paths(axes: Any, before: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
     if not isinstance(axes, Mapping):
         return [(before, tuple(axes))]
-    return [found for name, node in axes.items() for found in _paths(node, (*before, str(name)))]
+    return [entry for name, node in axes.items() for entry in _paths(node, (*before, str(name)))]
 
 
 def _key(entry: Any) -> str:

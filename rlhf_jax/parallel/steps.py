@@ -1,4 +1,4 @@
-"""Compiling a train step: `jax.jit` on a mesh, `jax.shard_map` or `jax.pmap`."""
+"""Compilation of train steps with `jax.jit` on a mesh, `jax.shard_map` or `jax.pmap`."""
 
 from __future__ import annotations
 
@@ -13,53 +13,56 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rlhf_jax.parallel.placement import (
-    AXES,
-    ROWS,
-    MeshError,
-    put_batch,
-    whole,
-)
+from rlhf_jax.parallel.placement import AXES, BATCH_AXES, MeshError, replicate, shard_batch
 from rlhf_jax.parallel.pmap import PmapStep
 
 
 def make_mesh(
     *, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """A mesh of ``devices`` (all there are by default) with the axes `AXES`.
+    """Returns a mesh with the axes `AXES`.
+
+    >>> import jax
+    >>> from rlhf_jax import parallel
+    >>> mesh = parallel.make_mesh(devices=jax.devices()[:1])
+    >>> dict(mesh.shape)
+    {'data': 1, 'fsdp': 1, 'tensor': 1, 'sequence': 1}
 
     Args:
-        data: Copies of the model, each with rows of its own; -1 for as many as the other axes leave devices for.
-        fsdp: Over how many devices parameters and optimiser state are spread; rows too.
-        tensor: Over how many heads, MLP and vocabulary are.
-        sequence: Over how many the columns of a row are.
-        devices: In the order in which they are next to each other; `jax.devices` of a topology that is not there, too.
+        data: Number of model replicas, each with its own rows; -1 for as many as the devices allow.
+        fsdp: Number of shards of the parameters and the optimiser state; the rows of a batch are sharded as well.
+        tensor: Number of shards of attention heads, MLP and vocabulary.
+        sequence: Number of shards of the columns of a row.
+        devices: Devices of the mesh, by default all of `jax.devices`. Devices of a described topology work too.
+
+    Returns:
+        A mesh whose axes all have the type ``Auto``.
 
     Raises:
-        MeshError: The sizes do not multiply to the number of devices.
+        MeshError: A size is below 1, or the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": sequence}
     for name, size in sizes.items():
         if size < 1 and not (name == "data" and size == -1):
-            raise MeshError(f"the mesh's axis {name} is {size}; it must be at least 1" + " (or -1)" * (name == "data"))
+            raise MeshError(f"the mesh axis {name} is {size}; it must be at least 1" + " (or -1)" * (name == "data"))
     others = fsdp * tensor * sequence
     if data == -1 and len(devices) % others == 0:
         sizes["data"] = len(devices) // others
     if math.prod(sizes.values()) != len(devices):
-        asked = " x ".join(f"{name} {size}" for name, size in sizes.items())
-        raise MeshError(f"a mesh of {asked} does not fit {len(devices)} devices")
+        requested = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise MeshError(f"a mesh of {requested} does not fit {len(devices)} devices")
     auto = (AxisType.Auto,) * len(AXES)
     shape = tuple(sizes.values())
-    # Given devices may be those of a described topology, which only jax.make_mesh lays out by their wiring.
+    # jax.make_mesh orders devices by their interconnect, those of a described topology included.
     return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
 
 
 class JitStep:
-    """A compiled train step that counts how often it was traced.
+    """A compiled train step that counts how often it is traced.
 
-    Call it as the step it wraps. ``traces`` stays 1 while the arguments keep their shapes, dtypes and structure; it
-    grows where a hyperparameter became static or a batch changed its width, and each time means compiling again.
+    It has the signature of the wrapped step. ``traces`` stays 1 while the arguments keep their shapes, dtypes and
+    structure. Each further trace means another compilation, for example because a batch has a new width.
     """
 
     def __init__(
@@ -68,19 +71,25 @@ class JitStep:
         *,
         donate_argnums: tuple[int, ...] = (0,),
         mesh: Mesh | None = None,
-        rows: tuple[int, ...] = (3,),
-        small: tuple[int, ...] = (2, 4),
+        batch_args: tuple[int, ...] = (3,),
+        replicated_args: tuple[int, ...] = (2, 4),
     ) -> None:
-        """Wrap; nothing is compiled yet.
+        """Wraps ``train_step``; the first call compiles it.
 
-        On a ``mesh`` the arguments at the places ``rows`` are batches, those at ``small`` are whole everywhere, and
-        all others lie where the caller put them. Where the first is donated, the first result lies as it did.
+        Args:
+            train_step: Function to compile.
+            donate_argnums: Positions of the donated arguments. If the first argument is donated, the first result
+                keeps its shardings.
+            mesh: Mesh to run on; None for a single device. Arguments that the next two do not name keep the sharding
+                that the caller gave them.
+            batch_args: Positions of batches, which are sharded over the mesh (`shard_batch`).
+            replicated_args: Positions of arguments that are copied to every device.
         """
         self.traces = 0
         self.mesh = mesh
-        self._rows, self._small, self._keeps = rows, small, 0 in donate_argnums
-        self._placed_last: dict[int, tuple[Any, Any]] = {}
-        self._ahead: concurrent.futures.Future | None = None
+        self._batch_args, self._replicated_args = batch_args, replicated_args
+        self._last_replicated: dict[int, tuple[Any, Any]] = {}
+        self._compilation: concurrent.futures.Future | None = None
 
         @functools.wraps(train_step)
         def counted(*args: Any) -> Any:
@@ -88,115 +97,116 @@ class JitStep:
             return train_step(*args)
 
         self._jit = functools.partial(jax.jit, counted, donate_argnums=donate_argnums)
-        self._step = self._jit() if mesh is None or not self._keeps else None
+        self._step = self._jit() if mesh is None or 0 not in donate_argnums else None
 
     def __call__(self, *args: Any) -> Any:
-        """Run the step; the donated arguments are gone afterwards."""
-        if self._ahead is not None:
-            # Still waiting for its turn, it is compiled here instead; under way, it is waited for.
-            if not self._ahead.cancel():
-                concurrent.futures.wait([self._ahead])
-            self._ahead = None
+        """Runs the step; the donated arguments must not be used afterwards."""
+        if self._compilation is not None:
+            # A compilation that is still queued is cancelled, and runs here instead.
+            if not self._compilation.cancel():
+                concurrent.futures.wait([self._compilation])
+            self._compilation = None
         if self.mesh is None:
             return self._compiled(args)(*args)
-        args = tuple(self._placed(i, x, self.mesh) for i, x in enumerate(args))
+        args = tuple(self._place(i, x, self.mesh) for i, x in enumerate(args))
         with jax.set_mesh(self.mesh):
             return self._compiled(args)(*args)
 
     def compile_ahead(self, executor: concurrent.futures.Executor, *args: Any) -> None:
-        """Compile in a thread of ``executor`` for arguments like these, arrays or their shapes; returns at once.
+        """Compiles in a thread of ``executor`` for the given arrays or shapes, and returns at once.
 
-        The next call waits for it and then finds the program there. Threads compile beside whatever the device does,
-        which is worth most for a large program that is needed late.
+        The next call waits for the compilation and uses its result. Compilation overlaps with work on the device,
+        which helps most for a large program that is needed late.
         """
-        shapes = jax.eval_shape(lambda *same: same, *args)  # with weak types, which a call is matched by too
-        # What goes wrong here goes wrong again in the call, which raises it.
-        self._ahead = executor.submit(lambda: self.lower(*shapes).compile())
+        shapes = jax.eval_shape(lambda *same: same, *args)  # keeps weak types, which a call is matched by too
+        # An error in the thread is dropped here: the next call raises it again.
+        self._compilation = executor.submit(lambda: self.lower(*shapes).compile())
 
     def lower(self, *args: Any) -> jax.stages.Lowered:
-        """As ``jax.jit(step).lower``: for cost and memory analysis, and for compiling ahead of time."""
+        """Lowers the step as ``jax.jit(step).lower`` does, for cost and memory analysis."""
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             return self._compiled(args).lower(*args)
 
-    def _placed(self, i: int, x: Any, mesh: Mesh) -> Any:
-        if i in self._rows:
-            return put_batch(x, mesh)
-        if i not in self._small:
+    def _place(self, i: int, x: Any, mesh: Mesh) -> Any:
+        if i in self._batch_args:
+            return shard_batch(x, mesh)
+        if i not in self._replicated_args:
             return x
-        given, placed = self._placed_last.get(i, (None, None))
-        if not (isinstance(x, jax.Array) and x is given):  # the one key of a run is put there once
-            placed = whole(x, mesh)
-            self._placed_last[i] = (x, placed)
-        return placed
+        last, copies = self._last_replicated.get(i, (None, None))
+        if not (isinstance(x, jax.Array) and x is last):  # a run passes the same key each time
+            copies = replicate(x, mesh)
+            self._last_replicated[i] = (x, copies)
+        return copies
 
     def _compiled(self, args: tuple[Any, ...]) -> Any:
         if self._step is None:
             assert self.mesh is not None
-            everywhere = NamedSharding(self.mesh, PartitionSpec())
+            replicated = NamedSharding(self.mesh, PartitionSpec())
 
-            def where(x: Any) -> Any:
-                return x.sharding if isinstance(x.sharding, NamedSharding) else everywhere
+            def sharding(x: Any) -> Any:
+                return x.sharding if isinstance(x.sharding, NamedSharding) else replicated
 
-            # The new state lies as the old one did, whatever the compiler would like better: what comes out is what
-            # goes in next time.
-            logged = None if jax.process_count() == 1 else everywhere  # each host reads its own copy
-            self._step = self._jit(out_shardings=(jax.tree.map(where, args[0]), logged))
+            # The new state keeps the shardings of the old one, because it is the next call's argument.
+            metrics = None if jax.process_count() == 1 else replicated  # each host reads its own copy
+            self._step = self._jit(out_shardings=(jax.tree.map(sharding, args[0]), metrics))
         return self._step
 
 
 def jit_step(train_step: Callable[..., Any], *, mesh: Mesh | None = None) -> JitStep:
-    """Compile ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)``, donating the state.
+    """Compiles ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)`` and donates the state.
 
-    A donated state's buffers are reused for the new one: the caller must not touch the old one again, and no two
-    states may share arrays (`train.state.create` copies for this reason).
+    The new state reuses the buffers of the donated one: the caller must not use the old state again, and no two states
+    may share arrays (`train.state.create` copies them for this reason).
 
-    On a ``mesh``, state and frozen models lie where the caller put them (`shardings`), the batch is this host's rows,
-    and one program runs on all devices: sums over rows are sums over all of them, so every loss is right as it is.
+    On a ``mesh``, state and frozen models keep the shardings that the caller gave them (`shardings`), the batch holds
+    the rows of this host, and one program runs on all devices. Sums over rows are global, so every loss is correct
+    without further changes.
     """
     return JitStep(train_step, mesh=mesh)
 
 
 def shard_map_step(train_step: Callable[..., Any], mesh: Mesh) -> JitStep:
-    """Compile a step for one program that each device runs on its own rows, with sums over devices in the step itself.
+    """Compiles a step that each device runs on its own rows, with explicit sums over devices inside the step.
 
-    The same steps as of `jit_step`, made with ``axis_name=parallel.ROWS``; the library's add up losses and counts over
-    the devices before they divide, and so do they here whatever each device's masks are. Parameters are whole on every
-    device (`whole`), and results are the same on all.
+    ``train_step`` has the signature of `jit_step` and is made with ``axis_name=parallel.BATCH_AXES``. The library's
+    steps sum losses and counts over the devices before they divide, so masks may differ between devices. Parameters
+    are replicated (`replicate`), and the results are the same on all devices.
 
     Raises:
-        MeshError: The mesh has a ``tensor`` or ``sequence`` axis, over which such a program would do everything twice.
+        MeshError: The ``tensor`` or ``sequence`` axis of the mesh is larger than 1; the devices along it would all
+            repeat the same work.
     """
     for axis in ("tensor", "sequence"):
         if mesh.shape[axis] > 1:
             raise MeshError(
-                f"shard_map_step spreads rows alone, and the mesh's axis {axis} is {mesh.shape[axis]}; use jit_step"
+                f"shard_map_step shards rows only, but the mesh axis {axis} is {mesh.shape[axis]}; use jit_step"
             )
 
     @functools.wraps(train_step)
-    def spread(state: Any, frozen: Any, hyper: Any, batch: Any, rng: Any) -> Any:
-        everywhere = PartitionSpec()
-        rows = jax.tree.map(lambda x: PartitionSpec(ROWS) if np.ndim(x) else everywhere, batch)
-        # What is the same on all devices is not tracked: the steps say themselves what is summed over devices.
-        own = jax.shard_map(
+    def mapped(state: Any, frozen: Any, hyper: Any, batch: Any, rng: Any) -> Any:
+        replicated = PartitionSpec()
+        rows = jax.tree.map(lambda x: PartitionSpec(BATCH_AXES) if np.ndim(x) else replicated, batch)
+        local_step = jax.shard_map(
             train_step,
             mesh=mesh,
-            in_specs=(everywhere, everywhere, everywhere, rows, everywhere),
-            out_specs=(everywhere, everywhere),
-            check_vma=False,
+            in_specs=(replicated, replicated, replicated, rows, replicated),
+            out_specs=(replicated, replicated),
+            check_vma=False,  # the step itself sums over devices
         )
-        return own(state, frozen, hyper, batch, rng)
+        return local_step(state, frozen, hyper, batch, rng)
 
-    return JitStep(spread, mesh=mesh)
+    return JitStep(mapped, mesh=mesh)
 
 
 def pmap_step(
     train_step: Callable[..., Any], *, axis_name: str = "devices", devices: Sequence[Any] | None = None
 ) -> PmapStep:
-    """Compile a step, made with this ``axis_name``, for `jax.pmap`, which JAX keeps but does not develop further.
+    """Compiles a step that is made with this ``axis_name`` with `jax.pmap`.
 
-    As `shard_map_step`, for code that has its states stacked ``[devices, ...]`` already; `PmapStep.copies` stacks::
+    Like `shard_map_step`, for code whose states already have a leading device axis (`PmapStep.replicate` adds it). JAX
+    supports pmap but no longer develops it::
 
         step = parallel.pmap_step(sft.make_train_step(..., axis_name="devices"))
-        state, metrics = step(step.copies(state), None, hyper, batch, rng)
+        state, metrics = step(step.replicate(state), None, hyper, batch, rng)
     """
     return PmapStep(train_step, axis_name=axis_name, devices=jax.local_devices() if devices is None else devices)

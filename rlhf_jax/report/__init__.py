@@ -1,4 +1,4 @@
-"""What a run shows: progress and tables in the terminal, and a self-contained HTML page with plots."""
+"""Reports of a run: progress and tables in the terminal, and a self-contained HTML page with plots."""
 
 from rlhf_jax.report.page import render, write_report
 

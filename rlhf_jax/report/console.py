@@ -1,4 +1,4 @@
-"""What a run shows in a terminal: the table of results, and the progress of a job of several stages."""
+"""Terminal output of a run: the table of results, and the progress of a job with several stages."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from rlhf_jax.report import results as results_lib
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
-    """The policies as rows; a column that no policy has a number for is not there.
+    """Returns a table with one row per policy and one column per metric that at least one policy has.
 
-    Win rates come with their 95 % interval, which moves below the number where the terminal is narrow; the table needs
-    80 characters.
+    Win rates have a 95 % interval, which wraps below the number in a narrow terminal. The table needs 80 characters.
     """
     columns = [c for c in results_lib.columns(results) if c.short]
     table = Table(
@@ -38,7 +37,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
     table.add_column("policy", no_wrap=True)
     bounds = {c: max(len(_parts(results, p, c)[1]) for p in results_lib.policies(results)) for c in columns}
     for c in columns:
-        # Columns with intervals may fold, and do so between the number and its interval; the others must not.
+        # Only columns with intervals may wrap; they do so between the number and its interval.
         table.add_column(c.short, justify="right", no_wrap=not bounds[c])
     for policy in results_lib.policies(results):
         table.add_row(results_lib.label(policy), *(_cell(*_parts(results, policy, c), bounds[c]) for c in columns))
@@ -46,12 +45,12 @@ def results_table(results: Mapping[str, Any]) -> Table:
 
 
 def _parts(results: Mapping[str, Any], policy: str, column: results_lib.Column) -> tuple[str, str]:
-    found = results_lib.value(results, policy, column.key)
-    return results_lib.format_parts(found, percent=column.percent, digits=column.digits)
+    value = results_lib.value(results, policy, column.key)
+    return results_lib.format_parts(value, percent=column.percent, digits=column.digits)
 
 
 def _cell(mean: str, bounds: str, width: int) -> Text:
-    """A number and its interval, the interval padded so that the numbers stand below each other."""
+    """A number and its interval, padded so that the numbers of a column align."""
     return Text.assemble(mean, (f" {bounds:>{width}}", "dim")) if bounds else Text(mean)
 
 
@@ -70,18 +69,25 @@ def remaining_seconds(
     elapsed: float = 0.0,
     fraction: float = 0.0,
 ) -> float:
-    """Seconds left of a job, from what its stages were expected to take and what they took.
+    """Estimates the seconds left of a job from the expected and the measured durations of its stages.
 
-    Stage weights are the seconds expected on some machine; this machine's pace is learned from the finished stages and,
-    as far as it has come, from the current one. The rest of the current stage goes by the pace of the stages before it
-    at first, while compilation blurs its own, and more and more by its own.
+    A stage's weight is its expected duration in seconds on some machine; the pace of this machine is the ratio of
+    measured to expected seconds. The estimate for the current stage moves from the pace of the finished stages to its
+    own pace as it proceeds, so that compilation at its start has little influence.
+
+    >>> from rlhf_jax.report import console
+    >>> console.remaining_seconds(finished=[(10, 30)], waiting=20)  # three times slower than expected
+    60.0
 
     Args:
-        finished: (weight, seconds taken) of each finished stage.
-        waiting: summed weight of the stages to come.
-        current: weight of the stage at work, 0 between stages.
-        elapsed: seconds since the current stage began.
-        fraction: share of the current stage that is done, in [0, 1].
+        finished: ``(weight, seconds)`` of each finished stage.
+        waiting: Total weight of the stages that have not started.
+        current: Weight of the current stage, 0 between stages.
+        elapsed: Seconds since the current stage started.
+        fraction: Completed fraction of the current stage, in [0, 1].
+
+    Returns:
+        The estimated number of seconds.
     """
     finished = list(finished)
     weight, seconds = sum(w for w, _ in finished), sum(s for _, s in finished)
@@ -97,40 +103,41 @@ def remaining_seconds(
 
 
 def clock_text(seconds: float) -> str:
-    """A duration in whole seconds: 0:07, 4:05, 1:02:03."""
+    """Formats a duration in whole seconds: 0:07, 4:05, 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-class _At(NamedTuple):
-    """Where the job is. Replaced as a whole, for the thread that draws may read it at any moment."""
+class _Stage(NamedTuple):
+    """The current stage; immutable, because the thread that draws the display reads it at any moment."""
 
-    stage: str
-    first: int
-    """Steps that an earlier run did."""
+    name: str
+    resumed_at: int
+    """Steps that an earlier run completed."""
     done: int
     total: int
-    began: float
+    started: float
 
     @property
-    def share(self) -> float:
-        """Of the whole stage."""
+    def fraction(self) -> float:
+        """Completed fraction of the stage."""
         return self.done / self.total if self.total > 0 else 0.0
 
     @property
-    def share_here(self) -> float:
-        """Of what this run has to do of the stage."""
-        return (self.done - self.first) / (self.total - self.first) if self.total > self.first else 0.0
+    def own_fraction(self) -> float:
+        """Completed fraction of the steps that this run has to do."""
+        own_steps = self.total - self.resumed_at
+        return (self.done - self.resumed_at) / own_steps if own_steps > 0 else 0.0
 
     @property
-    def part_here(self) -> float:
-        """What this run has to do, as a share of the stage."""
-        return 1.0 - self.first / self.total if self.total > 0 else 1.0
+    def own_share(self) -> float:
+        """Fraction of the stage that this run has to do."""
+        return 1.0 - self.resumed_at / self.total if self.total > 0 else 1.0
 
 
 class StageProgress:
-    """The progress of a job of several stages, on stderr: a live display in a terminal, plain lines elsewhere.
+    """Shows the progress of a job with several stages on stderr: a live display in a terminal, otherwise plain lines.
 
     Example::
 
@@ -143,11 +150,14 @@ class StageProgress:
             progress.skip("reward_model")  # restored, not trained
 
     Args:
-        stages: (name, expected seconds) in order; only the ratios matter once a stage has finished.
-        console: where to write; stderr by default.
-        live: whether to draw; by default where the console's file is a terminal.
-        every: seconds between two plain lines of one stage.
-        clock: seconds, growing.
+        stages: ``(name, expected seconds)`` in order; only the ratios matter once a stage has finished.
+        console: Console to write to; stderr by default.
+        live: Whether to draw a live display; by default if the console's file is a terminal.
+        line_interval: Seconds between two plain lines of a stage.
+        clock: Returns the time in seconds.
+
+    Raises:
+        ValueError: Two stages have the same name, or a stage has a negative weight.
     """
 
     def __init__(
@@ -156,109 +166,122 @@ class StageProgress:
         *,
         console: Console | None = None,
         live: bool | None = None,
-        every: float = 10.0,
+        line_interval: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Nothing is shown before the ``with`` block begins."""
+        """Prints nothing before the ``with`` block starts."""
         self._weights = dict(stages)
         if len(self._weights) != len(stages):
             raise ValueError("two stages have the same name")
         if any(weight < 0 for weight in self._weights.values()):
             raise ValueError("a stage has a negative weight")
         self._console = console or Console(stderr=True)
-        self._every, self._clock = every, clock
-        self._began = self._last_line = clock()
-        self._at: _At | None = None
-        self._over: frozenset[str] = frozenset()
-        self._took: tuple[tuple[float, float], ...] = ()  # (weight, seconds) of what ran here
+        self._line_interval, self._clock = line_interval, clock
+        self._started = self._last_line = clock()
+        self._stage: _Stage | None = None
+        self._finished: frozenset[str] = frozenset()
+        self._durations: tuple[tuple[float, float], ...] = ()  # (weight, seconds) of the stages that ran here
         self._metrics = ""
-        drawn = _is_terminal(self._console) if live is None else live
-        self._live = _live(self._console, self._render) if drawn else None
+        live = _is_terminal(self._console) if live is None else live
+        self._live = _live(self._console, self._render) if live else None
 
     def __enter__(self) -> StageProgress:
         """Starts the clock and the display."""
-        self._began = self._clock()
+        self._started = self._clock()
         if self._live:
             self._live.start(refresh=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Takes the display away and says how long the job took, or where it stopped."""
+        """Removes the display and prints how long the job took, or where it stopped."""
         if self._live:
             self._live.stop()
-        spent, at = clock_text(self._clock() - self._began), self._at
+        seconds, stage = clock_text(self._clock() - self._started), self._stage
         if kind is not None:
-            where = f" in {self._heading(at.stage)} at step {at.done}/{at.total}" if at else ""
-            self._print(f"stopped{where} after {spent}")
+            place = f" in {self._heading(stage.name)} at step {stage.done}/{stage.total}" if stage else ""
+            self._print(f"stopped{place} after {seconds}")
         else:
-            self._print(f"{len(self._over)} of {len(self._weights)} stages done in {spent}")
+            self._print(f"{len(self._finished)} of {len(self._weights)} stages done in {seconds}")
 
     def start(self, stage: str, total: int, *, done: int = 0) -> None:
-        """Begins a stage of ``total`` steps, ``done`` of them by an earlier run."""
+        """Starts a stage of ``total`` steps, of which an earlier run completed ``done``."""
         self._check(stage)
         now = self._clock()
-        self._last_line, self._metrics, self._over = now, "", self._over - {stage}
-        self._at = _At(stage, done, done, total, now)
+        self._last_line, self._metrics, self._finished = now, "", self._finished - {stage}
+        self._stage = _Stage(stage, done, done, total, now)
         if not self._live:
-            self._print(f"{self._heading(stage)}: {total} steps" + (f", {done} done before" if done else ""))
+            self._print(f"{self._heading(stage)}: {total} steps" + (f", resumed after {done}" if done else ""))
 
     def update(self, stage: str, done: int, total: int, metrics: Mapping[str, Any] | None = None) -> None:
-        """Says how far the stage is; cheap enough for every step. Metrics are numbers, the first few are shown."""
+        """Records the progress of a stage; cheap enough to call after every step.
+
+        Args:
+            stage: Name of the stage.
+            done: Completed steps, including those of an earlier run.
+            total: Steps of the whole stage.
+            metrics: Numbers by name, of which the first four are shown.
+
+        Raises:
+            ValueError: The stage is unknown.
+        """
         self._check(stage)
-        if self._at is None or stage != self._at.stage:
+        if self._stage is None or stage != self._stage.name:
             self.start(stage, total)
-        assert self._at is not None
-        self._at = self._at._replace(done=done, total=total)
+        assert self._stage is not None
+        self._stage = self._stage._replace(done=done, total=total)
         now = self._clock()
-        # To read a number off an accelerator is to wait for it: only for a line that will be seen.
-        if now - self._last_line < (0.5 if self._live else self._every):
+        # Reading a number from an accelerator waits for it, so metrics are read only when they are shown.
+        if now - self._last_line < (0.5 if self._live else self._line_interval):
             return
         self._last_line = now
         if metrics:
             self._metrics = metrics_text(metrics)
         if not self._live:
-            told = f" · {self._metrics}" if self._metrics else ""
-            self._print(f"{self._heading(stage)} {done}/{total} · {self._times()}{told}")
+            shown = f" · {self._metrics}" if self._metrics else ""
+            self._print(f"{self._heading(stage)} {done}/{total} · {self._times()}{shown}")
 
     def finish(self, stage: str) -> None:
-        """Ends a stage; the time that it took teaches the estimate."""
+        """Ends a stage; its duration improves the estimate of the remaining time."""
         self._check(stage)
-        at = self._at
-        if at is None or stage != at.stage:
+        current = self._stage
+        if current is None or stage != current.name:
             self.skip(stage)
             return
-        took = self._clock() - at.began
-        # A stage that never said how far it was has done all of it; one that stopped early has not.
-        part = at.part_here * (at.share_here if at.done > at.first else 1.0)
-        steps = (at.done if at.done > at.first else at.total) - at.first
-        self._at, self._over = None, self._over | {stage}
-        self._took += ((part * self._weights[stage], took),)
-        self._print(f"{self._heading(stage)} done: {steps} steps in {results_lib.seconds_text(took)} · {self._times()}")
+        seconds = self._clock() - current.started
+        # Without an `update` the stage counts as complete; after one, up to its last update.
+        updated = current.done > current.resumed_at
+        share = current.own_share * (current.own_fraction if updated else 1.0)
+        steps = (current.done if updated else current.total) - current.resumed_at
+        self._stage, self._finished = None, self._finished | {stage}
+        self._durations += ((share * self._weights[stage], seconds),)
+        duration = results_lib.seconds_text(seconds)
+        self._print(f"{self._heading(stage)} done: {steps} steps in {duration} · {self._times()}")
 
     def skip(self, stage: str) -> None:
-        """Marks a stage as done without running it, as when it was restored; the estimate learns nothing from it."""
+        """Marks a stage as done that does not run, for example because it was restored."""
         self._check(stage)
-        self._over |= {stage}
+        self._finished |= {stage}
         self._print(f"{self._heading(stage)}: already done")
 
-    def tell(self, stage: str, text: str) -> None:
-        """Prints a line of its own about a stage, whole, above the live display where there is one."""
+    def message(self, stage: str, text: str) -> None:
+        """Prints a message about a stage on a separate line, above the live display if there is one."""
         self._check(stage)
         self._print(f"{self._heading(stage)}: {text}")
 
     def remaining(self) -> float:
-        """Seconds left of the whole job, as `remaining_seconds` estimates them."""
-        at, over = self._at, self._over
-        waiting = sum(w for name, w in self._weights.items() if name not in over and (at is None or name != at.stage))
-        if at is None:
-            return remaining_seconds(finished=self._took, waiting=waiting)
-        return remaining_seconds(
-            finished=self._took,
-            waiting=waiting,
-            current=at.part_here * self._weights[at.stage],
-            elapsed=self._clock() - at.began,
-            fraction=at.share_here,
-        )
+        """Returns the estimated seconds left of the whole job (`remaining_seconds`)."""
+        stage, started = self._stage, self._finished
+        if stage is None:
+            current = {}
+        else:
+            started = started | {stage.name}
+            current = {
+                "current": stage.own_share * self._weights[stage.name],
+                "elapsed": self._clock() - stage.started,
+                "fraction": stage.own_fraction,
+            }
+        waiting = sum(weight for name, weight in self._weights.items() if name not in started)
+        return remaining_seconds(finished=self._durations, waiting=waiting, **current)
 
     def _check(self, stage: str) -> None:
         if stage not in self._weights:
@@ -269,46 +292,46 @@ class StageProgress:
         return f"stage {place}/{len(self._weights)} {results_lib.label(stage)}"
 
     def _times(self) -> str:
-        return f"{clock_text(self._clock() - self._began)} elapsed, about {clock_text(self.remaining())} left"
+        return f"{clock_text(self._clock() - self._started)} elapsed, about {clock_text(self.remaining())} left"
 
     def _print(self, text: str) -> None:
         self._console.print(Text(text), soft_wrap=True)
 
     def _render(self) -> Group:
-        """Two lines: where the job is, and the metrics of the stage."""
-        at, whole = self._at, sum(self._weights.values())
-        over = sum(self._weights[name] for name in self._over) + (at.share * self._weights[at.stage] if at else 0.0)
+        """Returns two lines: the progress of the job, and the metrics of the stage."""
+        stage, total = self._stage, sum(self._weights.values())
+        completed = sum(self._weights[name] for name in self._finished)
+        completed += stage.fraction * self._weights[stage.name] if stage else 0.0
         line = Table.grid(padding=(0, 1), expand=True)
         for ratio in (None, 1, None, None):
             line.add_column(ratio=ratio, no_wrap=True)
         line.add_row(
-            Text(self._heading(at.stage) if at else "between stages", style="bold"),
-            ProgressBar(total=whole or 1.0, completed=over),
-            Text(f"{at.done}/{at.total}" if at else ""),
+            Text(self._heading(stage.name) if stage else "between stages", style="bold"),
+            ProgressBar(total=total or 1.0, completed=completed),
+            Text(f"{stage.done}/{stage.total}" if stage else ""),
             Text(self._times(), style="dim"),
         )
         return Group(line, Text(self._metrics, style="dim", no_wrap=True, overflow="ellipsis"))
 
 
 def metrics_text(metrics: Mapping[str, Any], *, most: int = 4) -> str:
-    """The first few numbers of a metrics record in one line."""
-    told = []
+    """Formats the first ``most`` numbers of a metrics record in one line."""
+    parts = []
     for name, metric in metrics.items():
-        found = results_lib.interval(metric)
-        if found is not None and name not in ("stage", "step"):
-            told.append(f"{name.replace('_', ' ')} {found.mean:.4g}")
-    return " · ".join(told[:most])
+        interval = results_lib.interval(metric)
+        if interval is not None and name not in ("stage", "step"):
+            parts.append(f"{name.replace('_', ' ')} {interval.mean:.4g}")
+    return " · ".join(parts[:most])
 
 
 def _is_terminal(console: Console) -> bool:
-    # Not rich's own answer, which environment variables can override: control characters do not belong in a log file.
+    # Environment variables can override rich's own check, and a log file must not contain control characters.
     isatty = getattr(console.file, "isatty", None)
     return bool(isatty and isatty()) and not console.is_dumb_terminal
 
 
 def _live(console: Console, render: Callable[[], Group]) -> Live:
-    # What the job prints to stdout goes around the display only where both share the terminal; a piped stdout is left
-    # alone.
+    # A stdout that is piped elsewhere is not redirected.
     return Live(
         get_renderable=render,
         console=console,

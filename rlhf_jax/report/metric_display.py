@@ -1,4 +1,4 @@
-"""How the report draws the numbers that a training stage logs: what they are called, their axes, how to read them."""
+"""Names, axis labels and captions of the logged training metrics in the report."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ STAGES = {
     "reward_model": "Reward model",
     "ppo": "Reinforcement learning",
     "ppo_ptx": "Reinforcement learning",
-} | dict.fromkeys(results_lib.DIRECT, "Learning from pairs")
-"""Stages in the order in which they are shown; those of one name share their plots."""
+} | dict.fromkeys(results_lib.DIRECT_METHODS, "Direct preference optimisation")
+"""Title of each stage, in display order; stages with the same title share their plots."""
 
 
 class Metric(NamedTuple):
-    """How a logged metric is drawn: name, axis with its unit, how to read it; minor ones lie in a closed part."""
+    """Display of a logged metric: name, y-axis label and caption; minor metrics are in a collapsed section."""
 
     name: str
     ylabel: str
@@ -27,74 +27,108 @@ class Metric(NamedTuple):
 
 
 METRICS = {
-    "loss": Metric("Loss", "Nats", "Lower is better; the faint line is the batch, the strong one a running mean."),
+    "loss": Metric(
+        "Loss", "Loss (nats)", "Lower is better. The faint line shows each batch, the strong line a running mean."
+    ),
     "validation_loss": Metric(
-        "Validation loss", "Nats", "Of pairs that are not trained on; a rise while the loss falls is overfitting."
+        "Validation loss",
+        "Loss (nats)",
+        "Loss on held-out pairs. If it rises while the training loss falls, the model overfits.",
     ),
     "accuracy": Metric(
-        "Accuracy", "Share", "Share of targets that the model predicts or ranks right; higher is better."
+        "Accuracy", "Fraction", "Fraction of tokens predicted, or of pairs ranked, correctly. Higher is better."
     ),
     "margin": Metric(
-        "Margin", "Implicit reward", "By how much the better answer of a pair leads; it grows as the policy moves."
+        "Margin",
+        "Implicit reward",
+        "Mean difference in implicit reward between the chosen and the rejected answer. It grows with training.",
     ),
     "chosen_logprob": Metric(
-        "Better answers", "Nats per answer", "Their log-probability; that it falls too is common, and no error."
+        "Chosen answers",
+        "Log-probability (nats per answer)",
+        "Log-probability of the chosen answers. It often falls in DPO training; this is not an error.",
     ),
     "rejected_logprob": Metric(
-        "Worse answers", "Nats per answer", "Their log-probability; it falls faster than that of the better ones."
+        "Rejected answers",
+        "Log-probability (nats per answer)",
+        "Log-probability of the rejected answers. It should fall faster than that of the chosen answers.",
     ),
-    "reward": Metric("Reward", "Reward-model score", "What PPO is trained to raise; it climbs and then levels off."),
+    "reward": Metric("Reward", "Reward-model score", "Score that PPO maximises. It usually rises and then levels off."),
     "gold": Metric(
-        "Gold",
         "Gold utility",
-        "What the score stands for; where it falls while the score climbs, the policy games the reward model.",
+        "Gold utility",
+        "True quality, which the reward model approximates. If it falls while the reward rises, the policy exploits "
+        "errors of the reward model.",
     ),
     "heldout_reward": Metric(
         "Held-out reward",
         "Score of a second reward model",
-        "Of a reward model that nothing is trained on; a fall while the score climbs is over-optimisation.",
+        "Score of a reward model that the policy is not trained on. If it falls while the reward rises, the policy is "
+        "over-optimised.",
     ),
     "kl": Metric(
         "KL from the reference",
-        "Nats per answer",
-        "How far the policy has moved from where it started; growth without a bound means too weak a penalty.",
+        "KL (nats per answer)",
+        "Divergence of the policy from its reference model. If it keeps growing, the KL penalty is too weak.",
     ),
     "pretraining_loss": Metric(
         "Pretraining loss",
-        "Nats per token",
-        "A rise is what the policy forgets of its pretraining text; PPO-ptx is there to hold it.",
+        "Loss (nats per token)",
+        "A rise means that the policy predicts pretraining text worse; the ptx term of PPO-ptx counteracts this.",
     ),
-    "length": Metric("Answer length", "Tokens", "A steady climb beside the score hints at reward for length alone."),
-    "entropy": Metric("Entropy", "Nats per token", "How open the policy's choice is; a fall to 0 is a collapse."),
+    "length": Metric(
+        "Answer length",
+        "Tokens per answer",
+        "If it rises steadily together with the reward, the reward model may favour long answers.",
+    ),
+    "entropy": Metric(
+        "Entropy", "Entropy (nats per token)", "Randomness of the policy. A fall to 0 means that it has collapsed."
+    ),
     "explained_variance": Metric(
-        "Explained variance", "Share", "1 is a perfect critic, 0 one no better than a constant.", minor=True
+        "Explained variance",
+        "Fraction",
+        "1 for a perfect critic, 0 for one that is no better than a constant.",
+        minor=True,
     ),
     "value_loss": Metric(
-        "Value loss", "Squared score", "The critic's error; it falls early and then stays low.", minor=True
+        "Value loss", "Loss (squared score)", "Error of the critic. It falls early and then stays low.", minor=True
     ),
-    "policy_loss": Metric("Policy loss", "Clipped surrogate", "It hovers around 0 or a little below.", minor=True),
+    "policy_loss": Metric("Policy loss", "Clipped surrogate loss", "Usually close to 0 or slightly below.", minor=True),
     "clip_fraction": Metric(
-        "Clipped tokens", "Share", "Above about 0.3 the steps are too large for the clip.", minor=True
+        "Clipped tokens",
+        "Fraction of tokens",
+        "Values above about 0.3 mean that the updates are too large for the clip range.",
+        minor=True,
     ),
-    "approx_kl": Metric("KL of an update", "Nats per token", "How far one update moves the policy.", minor=True),
+    "approx_kl": Metric(
+        "KL of an update", "KL (nats per token)", "Change of the policy in a single update.", minor=True
+    ),
     "ratio_max": Metric(
         "Largest probability ratio",
         "New over old probability",
-        "Spikes mean too large a step, or samples that the policy being trained did not write.",
+        "Spikes mean that an update is too large, or that the samples do not come from the current policy.",
         minor=True,
     ),
     "stopped": Metric(
-        "Finished answers", "Share", "Answers that end by themselves instead of being cut off.", minor=True
+        "Finished answers",
+        "Fraction of answers",
+        "Answers that end with a stop token instead of being truncated.",
+        minor=True,
     ),
     "sampler_gap": Metric(
-        "Sampler against trainer",
-        "Largest gap (nats)",
-        "Between the two log-probabilities of one token; anything but rounding is a bug.",
+        "Difference between sampler and trainer",
+        "Largest difference (nats)",
+        "Largest difference between the log-probabilities that the sampler and the trainer compute for the same token. "
+        "Anything above rounding error is a bug.",
         minor=True,
     ),
     "kl_coef": Metric(
-        "KL coefficient", "Score per nat", "The strength of the penalty; flat if not adapted.", minor=True
+        "KL coefficient",
+        "Score per nat",
+        "Strength of the KL penalty; constant unless it is adaptive.",
+        minor=True,
     ),
-    "grad_norm": Metric("Gradient norm", "Norm", "Before clipping; spikes come before divergence.", minor=True),
-    "learning_rate": Metric("Learning rate", "Rate", "The schedule as it was run.", minor=True),
+    "grad_norm": Metric("Gradient norm", "Norm", "Norm before clipping. Spikes often precede divergence.", minor=True),
+    "learning_rate": Metric("Learning rate", "Learning rate", "The learning rate of each step.", minor=True),
 }
+"""Metrics in display order; other logged metrics have no plot."""

@@ -1,8 +1,8 @@
 """One self-contained HTML page about a run: results, plots, transcripts, settings.
 
-The page loads nothing: plots are inline SVG, styles are in its head, there is no script. All text is escaped by the
-template; only the SVG drawn here goes in as it is. Sections whose numbers are absent are left out, so the same call
-serves the simulated world, where a gold utility is known, and real human data, where it is not.
+The page loads nothing: plots are inline SVG, styles are in its head, and there is no script. The template escapes all
+text except the SVG. Sections without numbers are omitted, so the same function serves the simulated world, where the
+gold utility is known, and human data, where it is not.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from rlhf_jax.report import plots, reward_plots
 from rlhf_jax.report import results as results_lib
 from rlhf_jax.report.metric_display import METRICS, STAGES
 
-MOST_TRANSCRIPTS = 12
+MAX_TRANSCRIPTS = 12
 
 
 class Figure(NamedTuple):
-    """A drawing, its name, and the sentence that says how to read it."""
+    """A plot with its name and caption; minor figures are in a collapsed section."""
 
     svg: str
     name: str
@@ -30,7 +30,7 @@ class Figure(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A heading, numbers in a list, and figures; without either it is not shown."""
+    """A section of the page with figures and numbers; omitted if it has neither."""
 
     title: str
     figures: list[Figure]
@@ -45,17 +45,17 @@ def write_report(
     title: str,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes the report of one run, whole or not at all.
+    """Writes the report of a run atomically.
 
     Args:
-        path: the HTML file to write.
-        results: what results.json holds; any field may be absent or null.
-        metrics: the records of metrics.jsonl: ``stage``, ``step``, and numbers or null.
-        title: of the page, as text.
-        settings: the run's configuration, nested as it likes; shown flat, with dotted names.
+        path: HTML file to write.
+        results: Content of results.json; any field may be missing or None.
+        metrics: Records of metrics.jsonl: ``stage``, ``step``, and numbers or None.
+        title: Title of the page.
+        settings: Configuration of the run, which may be nested; shown with dotted names.
     """
     page = render(results, list(metrics), title=title, settings=settings)
-    # A tokenizer can decode half a character; such text is shown with a replacement sign rather than lost.
+    # Text decoded from half a character may contain lone surrogates, which UTF-8 cannot encode.
     atomic.replace_file(path, page.encode("utf-8", "xmlcharrefreplace"))
 
 
@@ -66,22 +66,32 @@ def render(
     title: str,
     settings: Mapping[str, Any] | None = None,
 ) -> str:
-    """The page as text; arguments as in `write_report`."""
+    """Returns the HTML page of a run.
+
+    Args:
+        results: Content of results.json; any field may be missing or None.
+        metrics: Records of metrics.jsonl: ``stage``, ``step``, and numbers or None.
+        title: Title of the page.
+        settings: Configuration of the run, which may be nested; shown with dotted names.
+
+    Returns:
+        The page as text.
+    """
     import jinja2
     import markupsafe
 
     sections = [
         Section("Preference", _preference(results) + _categories(results)),
         Section("Reward model", _calibration(results) + _reward_model(results), reward_model_rows(results)),
-        Section("Score against KL", _frontiers(results, metrics)),
+        Section("Reward and KL", _frontiers(results, metrics)),
         Section("Over-optimisation", _overoptimisation(results), goodhart_rows(results)),
-        Section("Alignment tax", _tax(results)),
-        Section("Truthfulness and harm", _conduct(results)),
+        Section("Alignment tax", _alignment_tax(results)),
+        Section("Truthfulness and harm", _truthfulness_and_harm(results)),
         *(Section(f"Learning curves: {name}", figures) for name, figures in learning_curves(metrics)),
     ]
     sections = [s._replace(figures=[f._replace(svg=markupsafe.Markup(f.svg)) for f in s.figures]) for s in sections]
     dropped = results.get("dropped")
-    chosen = transcripts(results)
+    shown = transcripts(results)
     text = importlib.resources.files("rlhf_jax.report").joinpath("page.html").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return template.from_string(text).render(
@@ -96,15 +106,15 @@ def render(
         alarms=[(results_lib.label(a["stage"]), a["step"], a["message"]) for a in results.get("alarms") or []],
         sections=sections,
         dropped=None if dropped is None else [(reason, n) for reason, n in dropped.items() if n],
-        transcripts=chosen,
-        transcripts_left=len(results.get("transcripts") or []) - len(chosen),
-        scored=any(a["gold"] for t in chosen for a in t["answers"]),
+        transcripts=shown,
+        transcripts_left=len(results.get("transcripts") or []) - len(shown),
+        scored=any(a["gold"] for t in shown for a in t["answers"]),
         settings=list(flatten(settings or {})),
     )
 
 
 def table(results: Mapping[str, Any], columns: Sequence[results_lib.Column]) -> dict[str, Any]:
-    """Headings and rows of a table of policies, in text."""
+    """Returns the headings and the formatted rows of a table of policies."""
     rows = [
         {
             "name": results_lib.label(p),
@@ -120,11 +130,11 @@ def table(results: Mapping[str, Any], columns: Sequence[results_lib.Column]) -> 
 
 
 def _table_note(results: Mapping[str, Any]) -> str:
-    note = "Where a second line stands below a number, it is the 95 % interval. KL is from the policy RL started from."
+    note = "The second line of a cell is the 95 % interval. KL is measured from the model that RL training starts from."
     best = results_lib.finite(results.get("best_possible_gold"))
     if best is not None:
-        note += f" The best possible gold utility is {results_lib.format_number(best.mean, digits=3)}"
-        note += "; gap closed is the share of the way to it." if results.get("gap_closed") else "."
+        note += f" The best possible gold utility is {results_lib.format_number(best.mean, digits=3)}."
+        note += " “Gap closed” is the share of the distance from SFT to this maximum."
     return note
 
 
@@ -133,42 +143,43 @@ def _css(policy: str) -> str:
 
 
 def reward_model_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Every number about the reward model as (name, text); rates as percentages."""
+    """Returns all numbers about the reward model as (name, text), rates as percentages."""
     model = dict(results.get("reward_model") or {})
     fit = model.get("calibration") or {}
     model |= {f"calibration {key}": fit.get(key) for key in ("error", "slope", "temperature")}
     model |= {"length correlation": (model.get("length_bias") or {}).get("correlation")}
     model |= {key.replace("_", " "): (model.get("gap") or {}).get(key) for key in ("accuracy_gap", "loss_gap")}
     rows = []
-    for name, found in model.items():
-        if results_lib.interval(found) is None:
+    for name, value in model.items():
+        if results_lib.interval(value) is None:
             continue
         percent = name.endswith(("accuracy", "agreement"))
-        mean, bounds = results_lib.format_parts(found, percent=percent, digits=0 if isinstance(found, int) else 3)
+        mean, bounds = results_lib.format_parts(value, percent=percent, digits=0 if isinstance(value, int) else 3)
         unit = " %" if percent else ""
         rows.append((name.replace("_", " ").capitalize(), mean + unit + (f" ({bounds})" if bounds else "")))
     return rows
 
 
-def _figures(*drawn: tuple[str | None, str, str]) -> list[Figure]:
-    return [Figure(svg, name, caption) for svg, name, caption in drawn if svg is not None]
+def _figures(*figures: tuple[str | None, str, str]) -> list[Figure]:
+    return [Figure(svg, name, caption) for svg, name, caption in figures if svg is not None]
 
 
 def _preference(results: Mapping[str, Any]) -> list[Figure]:
     caption = (
-        "Right of the dashed 50 % line a policy is preferred to SFT; lines are 95 % intervals, filled marks "
-        "are judged by the gold utility, open marks by labelers whom the reward model never saw"
+        "Policies to the right of the dashed 50 % line are preferred to SFT. Filled markers are judged by the gold "
+        "utility, open markers by held-out labelers, whose comparisons the reward model was not trained on. Lines are "
+        "95 % intervals."
     )
     mean, bounds = results_lib.format_parts(results.get("null_check"), percent=True)
     if mean != results_lib.MISSING:
-        caption += f"; a policy that equals SFT measured {mean} %" + (f" ({bounds})" if bounds else "")
-    return _figures((plots.win_rates(results), "Win rates against SFT", caption + "."))
+        caption += f" As a check, SFT against itself wins on {mean} %" + (f" ({bounds})." if bounds else ".")
+    return _figures((plots.win_rates(results), "Win rates against SFT", caption))
 
 
 def _calibration(results: Mapping[str, Any]) -> list[Figure]:
     caption = (
-        "Points below the dashed curve are pairs on which the model is surer than it is right, points above it pairs "
-        "on which it is too unsure; lines are 95 % intervals, and the strip counts the comparisons of each gap."
+        "Accuracy by the difference of the two scores. Below the dashed curve the reward model is overconfident, above "
+        "it underconfident. Lines are 95 % intervals; the lower panel shows the number of pairs."
     )
     return _figures((plots.calibration(results), "Calibration", caption))
 
@@ -176,125 +187,127 @@ def _calibration(results: Mapping[str, Any]) -> list[Figure]:
 def _reward_model(results: Mapping[str, Any]) -> list[Figure]:
     model = results.get("reward_model") or {}
     rho = results_lib.finite((model.get("thresholds") or {}).get("spearman"))
-    falls = "Where it falls, the model tells good answers worse apart than bad ones"
-    falls += "" if rho is None else f"; rank correlation {results_lib.format_number(rho.mean, digits=2)}"
+    thresholds = "A fall means that the reward model ranks good answers less reliably than bad ones."
+    if rho is not None:
+        thresholds += f" The rank correlation is {results_lib.format_number(rho.mean, digits=2)}."
     return _figures(
         (
             reward_plots.strata(model.get("strata"), model.get("accuracy")),
-            "Accuracy by stratum",
-            "Points are accuracies of n pairs, ties a half, lines their 95 % intervals; the dotted line is all pairs.",
+            "Accuracy by group",
+            "Accuracy on the n pairs of each group, with 95 % intervals; ties count as one half. The dotted line is "
+            "the accuracy on all pairs.",
         ),
         (
             reward_plots.generalisation(model.get("gap")),
-            "Training and other pairs",
-            _gap_words(model.get("gap")),
+            "Training and held-out pairs",
+            _gap_caption(model.get("gap")),
         ),
-        (reward_plots.thresholds(model.get("thresholds")), "Accuracy among high scores", falls + "."),
+        (reward_plots.thresholds(model.get("thresholds")), "Accuracy among high scores", thresholds),
         (
             reward_plots.length_bias(model.get("length_bias")),
-            "Length",
-            "A model that prefers the longer answer more often than the labels do, and is right less often where the "
-            "shorter one is, goes by length; lines are 95 % intervals.",
+            "Length bias",
+            "A reward model is biased towards length if it prefers the longer answer more often than the labelers do "
+            "and is less accurate where the shorter answer is better. Lines are 95 % intervals.",
         ),
     )
 
 
 def goodhart_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What each policy gained over its start on the same prompts, by the score that it is trained on and by gold."""
+    """Returns each policy's gain over its start, on the same prompts, in reward-model score and in gold utility."""
     rows = []
-    for policy, found in (results.get("goodhart") or {}).items():
+    for policy, gains in (results.get("goodhart") or {}).items():
         for key, name in (("reward_gained", "RM score"), ("gold_gained", "gold utility")):
-            mean, bounds = results_lib.format_parts(found.get(key), digits=3)
+            mean, bounds = results_lib.format_parts(gains.get(key), digits=3)
             if mean != results_lib.MISSING:
-                fell = ", while the score rose" if key == "gold_gained" and found.get("gamed") else ""
-                told = f"{mean} ({bounds}){fell}" if bounds else mean + fell
-                rows.append((f"{results_lib.label(policy)} over SFT-mix, {name}", told))
+                text = f"{mean} ({bounds})" if bounds else mean
+                text += ", while the score rose" if key == "gold_gained" and gains.get("gamed") else ""
+                rows.append((f"{results_lib.label(policy)}: gain in {name} over SFT-mix", text))
     return rows
 
 
-def _gap_words(gap: Mapping[str, Any] | None) -> str:
-    words = (
-        "The model has learnt its training pairs by heart where the difference of the two, training less other pairs, "
-        "has an interval above 0; the two intervals may overlap all the same"
+def _gap_caption(gap: Mapping[str, Any] | None) -> str:
+    caption = (
+        "The reward model has overfitted if the 95 % interval of the difference (training minus held-out accuracy) is "
+        "above 0, even if the two intervals overlap."
     )
     mean, bounds = results_lib.format_parts((gap or {}).get("accuracy_gap"), percent=True)
     if mean == results_lib.MISSING:
-        return words + "."
-    return words + f". Here it is {mean} points" + (f" (95 % interval {bounds})." if bounds else ".")
+        return caption
+    return caption + f" Here it is {mean} percentage points" + (f" ({bounds})." if bounds else ".")
 
 
 def _overoptimisation(results: Mapping[str, Any]) -> list[Figure]:
     halves, curves = results.get("split_halves"), results.get("overoptimisation")
-    told = reward_plots.overoptimisation_words(curves)
+    fits = reward_plots.fit_summary(curves)
     return _figures(
         (
             reward_plots.split_halves(halves, (halves or {}).get("steps")),
-            "Two reward models",
-            "Trained on halves of the comparisons; from the dotted line on, the policy gains what one alone likes.",
+            "Train and test reward model",
+            "The reward models are trained on two halves of the comparisons. From the dotted line on, the policy gains "
+            "score from only one of them.",
         ),
         (
             reward_plots.overoptimisation(curves),
-            "Gold against KL, fitted",
-            "Solid: the form that fits better, with its peak; broken: the other" + (f" ({told})." if told else "."),
+            "Gold utility against KL",
+            "Solid: the functional form with the better fit, and its peak. Dashed: the other form."
+            + (f" {fits}." if fits else ""),
         ),
     )
 
 
 def _frontiers(results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    names = {"reward": ("Reward-model score", "Reward for KL"), "gold": ("Gold utility", "Gold for KL")}
     stages = [s for s in _stages(metrics) if s.startswith("ppo")]
-    found = []
-    for key, (ylabel, name) in names.items():
-        curves = [pair for s in stages if (pair := plots.paired(metrics, s, key))]
-        svg = plots.frontier(results, curves, key, ylabel=ylabel)
-        higher = "Higher at the same KL is better; where a curve turns down, the reward model is over-optimised"
-        straight = "A straight line is reward that grows as the square root of the KL" + _straightness(curves)
-        found.append((svg, name, (straight if key == "reward" else higher) + "."))
-    return _figures(*found)
-
-
-def _straightness(curves: Sequence[tuple[plots.Curve, plots.Curve]]) -> str:
-    """How straight the curves are in √KL and in KL, in words."""
-    told = []
-    for kl, score in curves:
-        positive = kl.y.clip(min=0)
-        root, plain = plots.line_fit(positive**0.5, score.y), plots.line_fit(positive, score.y)
-        if root is not None and plain is not None:
-            told.append(f"{results_lib.label(kl.stage)}: R² {root:.2f} in √KL, {plain:.2f} in KL")
-    return f" ({'; '.join(told)})" if told else ""
-
-
-def _categories(results: Mapping[str, Any]) -> list[Figure]:
-    caption = "Longer is better; thin lines are 95 % intervals, and overlapping ones leave the order of two bars open."
-    return _figures((plots.categories(results), "Gold utility by category", caption))
-
-
-def _tax(results: Mapping[str, Any]) -> list[Figure]:
-    skill = plots.by_policy(results, "skill_accuracy", xlabel="Skill accuracy (%)", scale=100, against="sft_mix")
-    loss = plots.by_policy(results, "pretraining_loss", xlabel="Pretraining loss (nats per token)", against="sft_mix")
+    reward, gold = ([pair for s in stages if (pair := plots.paired(metrics, s, key))] for key in ("reward", "gold"))
+    linear = f"On a straight line, the reward is proportional to the square root of the KL{_linearity(reward)}."
+    falling = "Higher at the same KL is better. Where a curve falls, the policy is over-optimised."
     return _figures(
-        (skill, "Skills", "Left of the dashed line (SFT-mix, where PPO starts) skills are lost: the alignment tax."),
-        (loss, "Pretraining text", "Right of the dashed line (SFT-mix) a policy predicts its pretraining text worse."),
+        (plots.frontier(results, reward, "reward", ylabel="Reward-model score"), "Reward against KL", linear),
+        (plots.frontier(results, gold, "gold", ylabel="Gold utility"), "Gold utility against KL", falling),
     )
 
 
-def _conduct(results: Mapping[str, Any]) -> list[Figure]:
+def _linearity(curves: Sequence[tuple[plots.Curve, plots.Curve]]) -> str:
+    """Returns the R² of each curve as a linear function of √KL and of KL, in parentheses."""
+    texts = []
+    for kl, score in curves:
+        positive = kl.y.clip(min=0)
+        root, linear = plots.line_fit(positive**0.5, score.y), plots.line_fit(positive, score.y)
+        if root is not None and linear is not None:
+            texts.append(f"{results_lib.label(kl.stage)}: R² {root:.2f} in √KL, {linear:.2f} in KL")
+    return f" ({'; '.join(texts)})" if texts else ""
+
+
+def _categories(results: Mapping[str, Any]) -> list[Figure]:
+    caption = "Mean gold utility of the answers to each category of prompts; thin lines are 95 % intervals."
+    return _figures((plots.categories(results), "Gold utility by category", caption))
+
+
+def _alignment_tax(results: Mapping[str, Any]) -> list[Figure]:
+    skill = plots.by_policy(results, "skill_accuracy", xlabel="Skill accuracy (%)", scale=100, against="sft_mix")
+    loss = plots.by_policy(results, "pretraining_loss", xlabel="Pretraining loss (nats per token)", against="sft_mix")
+    return _figures(
+        (skill, "Skills", "Policies left of the dashed line (SFT-mix, the start of PPO) have lost skills."),
+        (loss, "Pretraining text", "Policies right of the dashed line (SFT-mix) predict pretraining text worse."),
+    )
+
+
+def _truthfulness_and_harm(results: Mapping[str, Any]) -> list[Figure]:
     truthful = plots.by_policy(results, "truthful_rate", xlabel="Truthful answers (%)", scale=100)
     harm = plots.by_policy(results, "harm_rate", xlabel="Harmful answers (%)", scale=100)
     return _figures(
-        (truthful, "Truthfulness", "Further right is better; the dashed line is SFT."),
-        (harm, "Harm", "Further left is better; the dashed line is SFT."),
+        (truthful, "Truthfulness", "Higher is better. The dashed line is SFT."),
+        (harm, "Harm", "Lower is better. The dashed line is SFT."),
     )
 
 
 def _stages(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The stages in the metrics: known ones in their order, then the others as they come."""
-    found = dict.fromkeys(r["stage"] for r in metrics if r.get("stage") is not None)
-    return [s for s in STAGES if s in found] + [s for s in found if s not in STAGES]
+    """Returns the stages of the metrics: known ones in display order, then the others in their own order."""
+    stages = dict.fromkeys(r["stage"] for r in metrics if r.get("stage") is not None)
+    return [s for s in STAGES if s in stages] + [s for s in stages if s not in STAGES]
 
 
 def learning_curves(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Figure]]]:
-    """Figures of every group of stages, one a metric, the stages of the group in it together."""
+    """Returns (title, figures) for each group of stages, with one figure per metric for all stages of the group."""
     groups: dict[str, list[str]] = {}
     for stage in _stages(metrics):
         groups.setdefault(STAGES.get(stage, stage.replace("_", " ")), []).append(stage)
@@ -303,21 +316,21 @@ def learning_curves(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, lis
 
 def _group_curves(metrics: Sequence[Mapping[str, Any]], stages: Sequence[str]) -> list[Figure]:
     records = {s: [r for r in metrics if r.get("stage") == s] for s in stages}
-    found = []
+    figures = []
     for name, m in METRICS.items():
         curves = [c for s in stages if (c := plots.curve(records[s], s, name))]
         if curves:
             svg = plots.learning_curve(curves, ylabel=m.ylabel)
-            found.append(Figure(svg, m.name, m.caption, m.minor))
-    return found
+            figures.append(Figure(svg, m.name, m.caption, m.minor))
+    return figures
 
 
 def transcripts(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The first dozen transcripts, ready for the page: answers in the order of the policies, gold as text."""
-    found = []
-    for t in (results.get("transcripts") or [])[:MOST_TRANSCRIPTS]:
+    """Returns the first `MAX_TRANSCRIPTS` transcripts with formatted gold utilities, policies in display order."""
+    shown = []
+    for t in (results.get("transcripts") or [])[:MAX_TRANSCRIPTS]:
         answers, gold = t.get("answers") or {}, t.get("gold") or {}
-        found.append(
+        shown.append(
             {
                 "prompt": t.get("prompt") or "",
                 "category": t.get("category"),
@@ -332,11 +345,11 @@ def transcripts(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 ],
             }
         )
-    return found
+    return shown
 
 
 def flatten(settings: Mapping[str, Any], *, prefix: str = "") -> Iterable[tuple[str, str]]:
-    """Nested settings as (dotted name, text)."""
+    """Yields nested settings as (dotted name, text)."""
     for name, setting in settings.items():
         if isinstance(setting, Mapping) and setting:
             yield from flatten(setting, prefix=f"{prefix}{name}.")

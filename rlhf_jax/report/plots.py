@@ -1,7 +1,7 @@
-"""The report's plots: each function takes results or metrics and gives inline SVG, or None where there is no data.
+"""The report's plots: each function takes results or metrics and returns inline SVG, or None without data.
 
-Text stays text in the SVG, and every colour in it is replaced by a CSS variable of the page, so that one drawing serves
-light and dark mode, scales with the screen and weighs little. One colour and one marker belong to one policy.
+Text stays text in the SVG, and CSS variables of the page replace its colours, so that one plot works in light and dark
+mode, scales with the screen and is small. Each policy has its own colour and marker.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Name of the CSS variable -> (light, dark). Policies: Okabe and Ito's colour-blind-safe set, darkened or lightened
-# until each stands out from its paper. No two light colours may be equal: they are how a colour is found in the SVG.
+# Name of the CSS variable -> (light, dark). Policies have Okabe and Ito's colour-blind-safe colours, adjusted for
+# contrast with the background. All light colours must differ, because the SVG's colours are replaced by value.
 COLORS = {
     "paper": ("#fffefb", "#16181b"),
     "ink": ("#202124", "#e8e6e1"),
@@ -38,13 +38,13 @@ COLORS = {
     "reward_model": ("#a88400", "#e0b934"),
     "other": ("#5d52a3", "#a79df0"),
 }
-LINES = {"sft_mix": (0, (5, 1.5))}  # its blue is SFT's, lighter
+LINES = {"sft_mix": (0, (5, 1.5))}  # its colour is a lighter shade of SFT's
 MARKERS = {"base": "o", "sft": "s", "sft_mix": "D", "ppo": "^", "ppo_ptx": "v", "best_of_n": "P"}
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "rlhf_jax",  # the same numbers give the same bytes
-    "text.parse_math": False,  # a dollar sign in a category's name is a dollar sign
+    "text.parse_math": False,  # dollar signs in category names are literal
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
     "axes.labelsize": 8.5,
@@ -67,8 +67,8 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 8,
 }
-WIDTH = 4.5  # inches; a panel is read at 1.0 to 1.4 times this, so text is 9 to 12 pixels on a phone and on a desk
-MAX_POINTS = 240  # of one curve
+WIDTH = 4.5  # inches; the page scales plots by 1.0 to 1.4, so that text has 9 to 12 pixels
+MAX_POINTS = 240  # per curve
 
 
 class Curve(NamedTuple):
@@ -80,13 +80,13 @@ class Curve(NamedTuple):
 
 
 def color(name: str) -> str:
-    """The light colour of a policy, a stage or a part of the page."""
+    """Returns the light colour of a policy, a stage or an element of the page."""
     return COLORS.get({"pretrain": "base"}.get(name, name), COLORS["other"])[0]
 
 
 @contextlib.contextmanager
-def axes(out: list[str], *, height: float, rows: Sequence[float] = (1,)) -> Iterator[list[Axes]]:
-    """Axes to draw on, stacked with the given relative heights; at the end the figure's SVG is put into ``out``."""
+def axes(*, height: float, rows: Sequence[float] = (1,)) -> Iterator[tuple[list[str], list[Axes]]]:
+    """Yields a list, to which the SVG is appended on exit, and axes stacked with the given relative heights."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -95,19 +95,20 @@ def axes(out: list[str], *, height: float, rows: Sequence[float] = (1,)) -> Iter
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False, height_ratios=list(rows))[:, 0]
-        yield list(axes)
-        out.append(_svg(figure))
+        svg: list[str] = []
+        yield svg, list(axes)
+        svg.append(_svg(figure))
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as an ``<svg>`` element for inclusion in a page: no header, no metadata, no fixed size or colours."""
+    """Converts a figure to an ``<svg>`` element without header, metadata, fixed size and fixed colours."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
-    # Two figures may hold the same marker or clip path under one id; in a page the ids must differ, for one of the two
-    # figures might lie in a closed section.
+    # Two figures may use the same id for a marker or a clip path, but ids must be unique in a page: a reference to an
+    # id in a collapsed section draws nothing.
     prefix = f"f{zlib.crc32(text.encode()):08x}"
     text = re.sub(r"<[^>]*>", lambda tag: _tag(tag.group(), prefix=prefix), text)
     size = re.search(r'<svg [^>]*?viewBox="0 0 ([\d.]+) ([\d.]+)"[^>]*>', text)
@@ -118,112 +119,113 @@ def _svg(figure: Figure) -> str:
 
 
 def _tag(tag: str, *, prefix: str) -> str:
-    """One tag of an SVG, made ready for a page. What stands between tags is text, and stays as it is."""
+    """Adapts one SVG tag to the page: unique ids, fewer digits, CSS variables for colours."""
     if tag.startswith("<g id="):
-        return "" if tag.endswith("/>") else "<g>"  # nobody points at a group
+        return "" if tag.endswith("/>") else "<g>"  # ids of groups are unused
     tag = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", tag).replace("xlink:href", "href")
     tag = re.sub(r' xmlns(:\w+)?="[^"]*"| font-family: [^;"]*;?', "", tag)
     tag = re.sub(r"(\d+\.\d\d)\d+", r"\1", tag)
     names = {light: f"var(--{name})" for name, (light, _) in COLORS.items()}
-    return re.sub(r"#[0-9a-f]{6}\b", lambda found: names.get(found.group(), found.group()), tag)
+    return re.sub(r"#[0-9a-f]{6}\b", lambda match: names.get(match.group(), match.group()), tag)
 
 
 def win_rates(results: Mapping[str, Any]) -> str | None:
-    """Win rate against SFT of every policy, by gold filled, by held-out labelers open, with the 50 % line."""
+    """Plots the win rate of every policy against SFT: by gold utility (filled) and by held-out labelers (open)."""
     keys = ("gold_win_rate_vs_sft", "heldout_win_rate_vs_sft")
     rates = {
         p: [results_lib.finite(results_lib.value(results, p, key)) for key in keys]
         for p in results_lib.policies(results)
     }
-    rows = [p for p, found in rates.items() if any(found)]
+    rows = [p for p, pair in rates.items() if any(pair)]
     if not rows:
         return None
-    out: list[str] = []
-    with axes(out, height=0.9 + 0.42 * len(rows)) as (ax,):
+    with axes(height=0.9 + 0.42 * len(rows)) as (svg, (ax,)):
         ax.axvline(50, color=color("soft"), linewidth=1, linestyle=(0, (4, 3)))
         ax.set_xlim(0, 100)
         for row, policy in enumerate(rows):
             for offset, filled, rate in zip((-0.17, 0.17), (True, False), rates[policy]):
                 if rate is not None:
                     point(ax, rate, row + offset, policy, scale=100, filled=filled)
-        _policy_rows(ax, rows)
-        ax.set_xlabel("Wins against SFT (% of held-out prompts)")
-        if any(found[0] for found in rates.values()) and any(found[1] for found in rates.values()):
+        label_rows(ax, [results_lib.label(p) for p in rows])
+        ax.set_xlabel("Win rate against SFT (% of held-out prompts)")
+        if any(gold for gold, _ in rates.values()) and any(heldout for _, heldout in rates.values()):
             handles = [_marker_handle(filled) for filled in (True, False)]
             legend(ax, handles=handles, labels=["gold utility", "held-out labelers"])
-    return out[0]
+    return svg[0]
 
 
 def by_policy(
     results: Mapping[str, Any], key: str, *, xlabel: str, scale: float = 1.0, against: str = "sft"
 ) -> str | None:
-    """One number of every policy as dots, with the value of the policy ``against`` as a line to compare with."""
-    found = {p: results_lib.finite(results_lib.value(results, p, key)) for p in results_lib.policies(results)}
-    rows = [p for p, it in found.items() if it is not None]
+    """Plots one number of every policy as dots.
+
+    Args:
+        results: Content of results.json.
+        key: Name of the number in the results of a policy.
+        xlabel: Label of the x axis, with the unit.
+        scale: Factor on the number; 100 for percentages.
+        against: Policy whose value is shown as a vertical line.
+
+    Returns:
+        Inline SVG, or None if no policy has the number.
+    """
+    values = {p: results_lib.finite(results_lib.value(results, p, key)) for p in results_lib.policies(results)}
+    rows = [(p, estimate) for p, estimate in values.items() if estimate is not None]
     if not rows:
         return None
-    out: list[str] = []
-    with axes(out, height=0.75 + 0.27 * len(rows)) as (ax,):
-        start = found.get(against)
-        if start is not None:
-            ax.axvline(scale * start.mean, color=color(against), linewidth=0.9, linestyle=(0, (4, 3)))
-        for row, policy in enumerate(rows):
-            it = found[policy]
-            if it is not None:
-                point(ax, it, row, policy, scale=scale)
+    with axes(height=0.75 + 0.27 * len(rows)) as (svg, (ax,)):
+        if (reference := values.get(against)) is not None:
+            ax.axvline(scale * reference.mean, color=color(against), linewidth=0.9, linestyle=(0, (4, 3)))
+        for row, (policy, estimate) in enumerate(rows):
+            point(ax, estimate, row, policy, scale=scale)
         ax.margins(x=0.08)
-        _policy_rows(ax, rows)
+        label_rows(ax, [results_lib.label(policy) for policy, _ in rows])
         ax.set_xlabel(xlabel)
-    return out[0]
+    return svg[0]
 
 
 def categories(results: Mapping[str, Any]) -> str | None:
-    """Gold utility by category of prompt: grouped bars, SFT against PPO and PPO-ptx."""
+    """Plots the gold utility of SFT, PPO and PPO-ptx by category of prompt, as grouped bars."""
     key = "gold_by_category"
     shown = [p for p in ("sft", "ppo", "ppo_ptx") if results_lib.value(results, p, key)]
     table = {p: {c: results_lib.finite(v) for c, v in results_lib.value(results, p, key).items()} for p in shown}
-    names = list(dict.fromkeys(c for row in table.values() for c, it in row.items() if it))
+    names = list(dict.fromkeys(c for row in table.values() for c, estimate in row.items() if estimate))
     if not names:
         return None
-    out: list[str] = []
     bar = 0.8 / len(shown)
-    with axes(out, height=0.9 + (0.12 + 0.15 * len(shown)) * len(names)) as (ax,):
+    with axes(height=0.9 + (0.12 + 0.15 * len(shown)) * len(names)) as (svg, (ax,)):
         for i, policy in enumerate(shown):
             for row, name in enumerate(names):
-                it = table[policy].get(name)
-                if it is None:
+                estimate = table[policy].get(name)
+                if estimate is None:
                     continue
                 y = row - 0.4 + bar * (i + 0.5)
-                ax.barh(y, it.mean, height=0.86 * bar, color=color(policy))
-                if it.low is not None and it.high is not None:
-                    ax.plot([it.low, it.high], [y, y], color=color("ink"), linewidth=0.9, solid_capstyle="butt")
-        ax.set_yticks(range(len(names)), names, color=color("ink"))
-        ax.set_ylim(len(names) - 0.45, -0.55)
-        ax.tick_params(axis="y", length=0)
-        ax.spines["left"].set_visible(False)
+                ax.barh(y, estimate.mean, height=0.86 * bar, color=color(policy))
+                if estimate.low is not None and estimate.high is not None:
+                    ends = [estimate.low, estimate.high]
+                    ax.plot(ends, [y, y], color=color("ink"), linewidth=0.9, solid_capstyle="butt")
+        label_rows(ax, names)
         ax.axvline(0, color=color("soft"), linewidth=0.8)
-        ax.grid(axis="x")
-        ax.set_xlabel("Gold utility (mean)")
+        ax.set_xlabel("Mean gold utility")
         from matplotlib.patches import Patch
 
         legend(ax, handles=[Patch(color=color(p)) for p in shown], labels=[results_lib.label(p) for p in shown])
-    return out[0]
+    return svg[0]
 
 
 def calibration(results: Mapping[str, Any]) -> str | None:
-    """Accuracy of the reward model by score gap against the logistic curve, and how many comparisons each gap has."""
+    """Plots the reward model's accuracy by score difference with the logistic curve, and the number of pairs."""
     bins = ((results.get("reward_model") or {}).get("calibration") or {}).get("bins") or []
-    found = [b for b in bins if results_lib.finite(b.get("gap")) and results_lib.finite(b.get("accuracy"))]
-    if not found:
+    bins = [b for b in bins if results_lib.finite(b.get("gap")) and results_lib.finite(b.get("accuracy"))]
+    if not bins:
         return None
-    gap, accuracy = (np.array([float(b[key]) for b in found]) for key in ("gap", "accuracy"))
-    counts = [results_lib.finite(b.get("count")) for b in found]
-    out: list[str] = []
-    with axes(out, height=3.7, rows=(3, 1)) as (top, bottom):
+    gap, accuracy = (np.array([float(b[key]) for b in bins]) for key in ("gap", "accuracy"))
+    counts = [results_lib.finite(b.get("count")) for b in bins]
+    with axes(height=3.7, rows=(3, 1)) as (svg, (top, bottom)):
         low, high = min(0.0, float(gap.min())), float(gap.max()) * 1.06
         x = np.linspace(low, high, 80)
         top.plot(x, 100 / (1 + np.exp(-x)), color=color("soft"), linestyle=(0, (4, 3)), label="perfectly calibrated")
-        for g, b in zip(gap, found):
+        for g, b in zip(gap, bins):
             low_end, high_end = (results_lib.finite(b.get(end)) for end in ("lo", "hi"))
             if low_end and high_end:
                 ends = [100 * low_end.mean, 100 * high_end.mean]
@@ -236,59 +238,60 @@ def calibration(results: Mapping[str, Any]) -> str | None:
         bottom.vlines([g for g, _ in known], 0, [c for _, c in known], color=color("rule"), linewidth=7)
         most = max([c for _, c in known], default=1.0)
         bottom.set(ylim=(0, 1.1 * most), yticks=[0, most], ylabel="Pairs")
-        bottom.set_xlabel("Gap between the two scores (reward-model units, log odds)")
+        bottom.set_xlabel("Difference of the two scores (log odds)")
         bottom.set_xlim(low - 0.02 * high, high)
-    return out[0]
+    return svg[0]
 
 
 def curve(records: Iterable[Mapping[str, Any]], stage: str, name: str) -> Curve | None:
-    """The finite values of one metric of one stage, or None where there are none."""
-    found = [
+    """Returns the finite values of a metric in a stage, or None if there are none."""
+    pairs = [
         (results_lib.finite(r.get("step")), results_lib.finite(r.get(name))) for r in records if r.get("stage") == stage
     ]
-    points = np.array([(step.mean, y.mean) for step, y in found if step and y], dtype=float)
+    points = np.array([(step.mean, y.mean) for step, y in pairs if step and y], dtype=float)
     return Curve(stage, points[:, 0], points[:, 1]) if len(points) else None
 
 
 def learning_curve(curves: Sequence[Curve], *, ylabel: str) -> str:
-    """Curves over training steps: the logged values faint, their running mean strong."""
-    out: list[str] = []
-    with axes(out, height=2.3) as (ax,):
+    """Plots curves over training steps: the logged values faint, their running mean strong."""
+    with axes(height=2.3) as (svg, (ax,)):
         for c in curves:
-            x, y = thin(c.x), thin(c.y)
+            x, y = downsample(c.x), downsample(c.y)
             smooth = running_mean(y, width=max(1, len(y) // 20))
             if len(y) >= 20:
                 ax.plot(x, y, color=color(c.stage), alpha=0.3, linewidth=0.8)
-            marker = "o" if len(y) == 1 else None
-            style = LINES.get(c.stage, "-")
-            ax.plot(x, smooth, color=color(c.stage), ls=style, marker=marker, label=results_lib.label(c.stage))
+            style = {"ls": LINES.get(c.stage, "-"), "marker": "o" if len(y) == 1 else None}
+            ax.plot(x, smooth, color=color(c.stage), label=results_lib.label(c.stage), **style)
         ax.set(xlabel="Step", ylabel=ylabel)
+        ax.locator_params(axis="x", integer=True)
         ax.grid(axis="y")
         if len(curves) > 1:
             legend(ax)
-    return out[0]
+    return svg[0]
 
 
 def frontier(results: Mapping[str, Any], curves: Sequence[tuple[Curve, Curve]], key: str, *, ylabel: str) -> str | None:
-    """A score against the square root of the KL spent for it, along each RL run, with best-of-n to compare with.
+    """Plots a score against the square root of the KL along each RL run, with best-of-n for comparison.
 
     Args:
-        results: for the best-of-n line.
-        curves: (KL, score) of each run.
+        results: Content of results.json, for the best-of-n line.
+        curves: ``(KL, score)`` of each run.
         key: "reward" or "gold".
-        ylabel: name of the score, with its unit.
+        ylabel: Name of the score.
+
+    Returns:
+        Inline SVG, or None without curves.
     """
     bon = [(results_lib.finite(b.get("kl")), results_lib.finite(b.get(key)), b.get("n")) for b in _best_of_n(results)]
     points = [(math.sqrt(max(0.0, kl.mean)), y.mean, n) for kl, y, n in bon if kl is not None and y is not None]
     if not curves:
         return None
-    out: list[str] = []
-    with axes(out, height=3.1) as (ax,):
+    with axes(height=3.1) as (svg, (ax,)):
         for kl, score in curves:
-            # An estimate of a KL near 0 can be negative; it is drawn at 0.
-            x, y = np.sqrt(np.maximum(thin(kl.y), 0)), thin(score.y)
+            # An estimate of a KL near 0 can be negative.
+            x, y = np.sqrt(np.maximum(downsample(kl.y), 0)), downsample(score.y)
             ax.plot(x, y, MARKERS.get(kl.stage, "o"), color=color(kl.stage), alpha=0.3, markersize=2.6, mew=0)
-            x, y = (thin(z, most=16) for z in (x, y))
+            x, y = (downsample(z, most=16) for z in (x, y))
             ax.plot(x, y, color=color(kl.stage), label=results_lib.label(kl.stage))
         if points:
             c = color("best_of_n")
@@ -296,44 +299,44 @@ def frontier(results: Mapping[str, Any], curves: Sequence[tuple[Curve, Curve]], 
             x, y, n = points[-1]
             if n is not None:
                 ax.annotate(f"n = {n}", (x, y), (-4, 4), textcoords="offset points", ha="right", fontsize=7.5, color=c)
-        ax.set(xlabel="√KL from the reference (√nats, per answer)", ylabel=ylabel)
+        ax.set(xlabel="√KL from the reference (√nats per answer)", ylabel=ylabel)
         ax.set_xlim(left=0)
         ax.grid(axis="y")
         legend(ax)
-    return out[0]
+    return svg[0]
 
 
 def _best_of_n(results: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    alone = (results.get("policies") or {}).get("best_of_n")
-    return results.get("best_of_n_curve") or ([alone] if alone else [])
+    policy = (results.get("policies") or {}).get("best_of_n")
+    return results.get("best_of_n_curve") or ([policy] if policy else [])
 
 
 def paired(records: Sequence[Mapping[str, Any]], stage: str, key: str) -> tuple[Curve, Curve] | None:
-    """KL and a score at the steps that have both."""
+    """Returns the KL and a score at the steps that have both."""
     both = [r for r in records if results_lib.finite(r.get("kl")) and results_lib.finite(r.get(key))]
     kl, score = curve(both, stage, "kl"), curve(both, stage, key)
     return None if kl is None or score is None else (kl, score)
 
 
 def line_fit(x: np.ndarray, y: np.ndarray) -> float | None:
-    """R² of a straight line through (x, y); None for fewer than 3 points or where one of the two is constant."""
+    """Returns the R² of a linear fit; None for fewer than 3 points or a constant x or y."""
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
     return float(np.corrcoef(x, y)[0, 1] ** 2)
 
 
-def thin(y: np.ndarray, *, most: int = MAX_POINTS) -> np.ndarray:
-    """At most ``most`` points: means of equal runs of neighbours."""
+def downsample(y: np.ndarray, *, most: int = MAX_POINTS) -> np.ndarray:
+    """Reduces a curve to at most ``most`` points, the means of neighbouring values."""
     if len(y) <= most:
         return y
     return np.array([part.mean() for part in np.array_split(y, most)])
 
 
 def running_mean(y: np.ndarray, *, width: int) -> np.ndarray:
-    """Mean over up to ``width`` neighbours on either side.
+    """Returns the mean over up to ``width`` neighbours on either side.
 
-    At the start as many after a point as before it, so that a steep start stays steep; at the end only those before,
-    so that the last value does not stand alone.
+    The window is symmetric at the start, so that a steep start stays steep; at the end it extends only backwards, so
+    that the last value is averaged too.
     """
     total = np.concatenate([[0.0], np.cumsum(y)])
     i = np.arange(len(y))
@@ -343,38 +346,37 @@ def running_mean(y: np.ndarray, *, width: int) -> np.ndarray:
 
 
 def point(
-    ax: Axes,
-    it: results_lib.Interval,
-    y: float,
-    policy: str,
-    *,
-    scale: float = 1.0,
-    filled: bool = True,
-    digits: int = 3,
+    ax: Axes, value: results_lib.Interval, y: float, policy: str, *, scale: float = 1.0, filled: bool = True
 ) -> None:
-    """A dot with its interval, and both in figures at the right edge, where they cover nothing.
+    """Draws a value with its interval, and both as text at the right edge.
 
-    A side without an end is an arrow to the edge of the plot.
+    Args:
+        ax: Axes to draw on.
+        value: The value; an arrow marks a side of its interval without an end.
+        y: Vertical position.
+        policy: Policy or model that determines colour and marker.
+        scale: Factor on the value; 100 for percentages.
+        filled: Whether the marker is filled.
     """
-    c, mean = color(policy), scale * it.mean
-    if it.low is not None or it.high is not None:
-        ends = [mean if end is None else scale * end for end in (it.low, it.high)]
+    c, mean = color(policy), scale * value.mean
+    if value.low is not None or value.high is not None:
+        ends = [mean if end is None else scale * end for end in (value.low, value.high)]
         ax.plot(ends, [y, y], color=c, linewidth=1.3, solid_capstyle="butt")
-    if (it.low is None) != (it.high is None):
+    if (value.low is None) != (value.high is None):
         arrow = {"arrowstyle": "->", "color": c, "linewidth": 1.3, "shrinkA": 0, "shrinkB": 0}
-        edge = (0.0 if it.low is None else 1.0, y)
+        edge = (0.0 if value.low is None else 1.0, y)
         ax.annotate("", edge, (mean, y), xycoords=ax.get_yaxis_transform(), textcoords="data", arrowprops=arrow)
     face = c if filled else color("paper")
     ax.plot([mean], [y], MARKERS.get(policy, "o"), color=c, markerfacecolor=face, markersize=5, mew=1.1)
-    percent = scale == 100
-    text, bounds = results_lib.format_parts(it, percent=percent, digits=digits)
+    text, bounds = results_lib.format_parts(value, percent=scale == 100, digits=3)
     text += f" ({bounds})" if bounds else ""
     ax.text(1.02, y, text, transform=ax.get_yaxis_transform(), va="center", fontsize=7.5, color=color("soft"))
 
 
-def _policy_rows(ax: Axes, rows: Sequence[str]) -> None:
-    ax.set_yticks(range(len(rows)), [results_lib.label(p) for p in rows], color=color("ink"))
-    ax.set_ylim(len(rows) - 0.4, -0.6)
+def label_rows(ax: Axes, labels: Sequence[str]) -> None:
+    """Labels the rows of a horizontal plot, the first one at the top."""
+    ax.set_yticks(range(len(labels)), labels, color=color("ink"))
+    ax.set_ylim(len(labels) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
     ax.grid(axis="x")
@@ -388,13 +390,6 @@ def _marker_handle(filled: bool) -> Any:
 
 
 def legend(ax: Axes, **kwargs: Any) -> None:
-    """A legend in one row above the axes, where it can cover nothing."""
-    ax.legend(
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=4,
-        borderaxespad=0.2,
-        handlelength=1.6,
-        columnspacing=1.4,
-        **kwargs,
-    )
+    """Draws a legend in a row above the axes, where it covers no data."""
+    style = {"borderaxespad": 0.2, "handlelength": 1.6, "columnspacing": 1.4}
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, **style, **kwargs)

@@ -1,13 +1,13 @@
-"""How results.json is read: policies in order, columns, intervals, numbers as text, and the headline in words.
+"""Reads results.json for display: ordered policies, columns, intervals, formatted numbers and the headline.
 
-The terminal table and the report both read results through this module, so that they agree on what is shown and on
-what is left out. A field that is absent or null in every row has no column; nothing here needs a plotting library.
+The terminal table and the HTML report both use this module, so that they show the same numbers. A field that is
+missing or null for every policy has no column. This module does not import a plotting library.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 POLICIES = {
@@ -18,9 +18,9 @@ POLICIES = {
     "ppo_ptx": "PPO-ptx",
     "best_of_n": "best-of-n",
 }
-"""Known policies in the order in which they are shown, and their names in print."""
+"""Known policies in display order, with their display names."""
 
-DIRECT = {
+DIRECT_METHODS = {
     "dpo": "DPO",
     "cdpo": "cDPO",
     "robust": "robust DPO",
@@ -32,16 +32,16 @@ DIRECT = {
     "dpo-sft": "DPO with SFT",
     "dpo-norm": "length-normalised DPO",
 }
-"""Methods without reinforcement learning, which stand where PPO stands."""
+"""Methods without reinforcement learning, which are shown in the place of PPO, with their display names."""
 
-LEARNT = ("ppo_ptx", "ppo", *DIRECT, "best_of_n")
-"""What a run is about: the first of them that is there."""
+MAIN_POLICIES = ("ppo_ptx", "ppo", *DIRECT_METHODS, "best_of_n")
+"""The headline is about the first of these policies that the results contain."""
 
 MISSING = "–"
 
 
 class Interval(NamedTuple):
-    """A number and, where it is known, its 95 % interval; an end that is None has no bound."""
+    """A number and its 95 % interval; None for an end that is unknown or unbounded."""
 
     mean: float
     low: float | None = None
@@ -49,7 +49,7 @@ class Interval(NamedTuple):
 
 
 class Column(NamedTuple):
-    """One column of the results table; ``short`` is its heading in a terminal, empty to leave it out there."""
+    """A column of the results table; ``short`` is its heading in a terminal, or "" for a column of the report only."""
 
     key: str
     title: str
@@ -77,7 +77,7 @@ COLUMNS = (
 
 
 def interval(value: Any) -> Interval | None:
-    """``None``, a number or ``[mean, low, high]`` as an Interval; anything else is not a number and gives None."""
+    """Converts a number or ``[mean, low, high]`` to an `Interval`; anything else gives None."""
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 3:
         mean, low, high = (_number(part) for part in value)
         return None if mean is None else Interval(mean, low, high)
@@ -95,42 +95,41 @@ def _number(value: Any) -> float | None:
 
 
 def finite(value: Any) -> Interval | None:
-    """As `interval`, but None also for NaN and infinity, which a table must show and a plot cannot.
+    """Like `interval`, but gives None for NaN and infinity, which a table shows but a plot cannot.
 
-    An end that is not finite is None, the other one stays: an interval may have one side.
+    An end that is not finite becomes None; the other end is kept.
     """
-    found = interval(value)
-    if found is None or not math.isfinite(found.mean):
+    parsed = interval(value)
+    if parsed is None or not math.isfinite(parsed.mean):
         return None
-    return Interval(found.mean, *(x if x is not None and math.isfinite(x) else None for x in (found.low, found.high)))
+    ends = (x if x is not None and math.isfinite(x) else None for x in (parsed.low, parsed.high))
+    return Interval(parsed.mean, *ends)
 
 
 def label(policy: str) -> str:
-    """The name of a policy in print."""
-    return (POLICIES | DIRECT).get(policy, policy.replace("_", " "))
+    """Returns the display name of a policy or a stage."""
+    return (POLICIES | DIRECT_METHODS).get(policy, policy.replace("_", " "))
 
 
 def policies(results: Mapping[str, Any]) -> list[str]:
-    """The policies that results hold: the known ones in their order, then the others as they come."""
-    found = results.get("policies") or {}
-    order = [*(n for n in POLICIES if n != "best_of_n"), *DIRECT, "best_of_n"]
-    return [name for name in order if name in found] + [name for name in found if name not in order]
+    """Returns the policies of the results: known ones in display order, then the others in their own order."""
+    names = results.get("policies") or {}
+    order = [*(n for n in POLICIES if n != "best_of_n"), *DIRECT_METHODS, "best_of_n"]
+    return [name for name in order if name in names] + [name for name in names if name not in order]
 
 
 def value(results: Mapping[str, Any], policy: str, key: str) -> Any:
-    """One field of one policy, or None; ``gap_closed`` stands beside the policies, not inside them."""
-    if key == "gap_closed":
-        return (results.get("gap_closed") or {}).get(policy)
+    """Returns a field of a policy, or None."""
     return ((results.get("policies") or {}).get(policy) or {}).get(key)
 
 
 def columns(results: Mapping[str, Any]) -> list[Column]:
-    """The columns that at least one policy has a number for."""
+    """Returns the columns of `COLUMNS` for which at least one policy has a number."""
     return [c for c in COLUMNS if any(interval(value(results, p, c.key)) for p in policies(results))]
 
 
 def other_columns(results: Mapping[str, Any]) -> list[Column]:
-    """Numbers of the policies that `COLUMNS` does not name, so that nothing measured goes unseen."""
+    """Returns columns for all numbers of the policies that `COLUMNS` does not contain."""
     known = {c.key for c in COLUMNS}
     rows = [(results.get("policies") or {}).get(p) or {} for p in policies(results)]
     names = dict.fromkeys(key for row in rows for key, v in row.items() if key not in known and interval(v))
@@ -138,7 +137,14 @@ def other_columns(results: Mapping[str, Any]) -> list[Column]:
 
 
 def format_number(x: float, *, percent: bool = False, digits: int = 1) -> str:
-    """A number in print: percentages with one decimal, a true minus sign, no minus zero."""
+    """Formats a number with a Unicode minus sign and without a negative zero; percentages have one decimal.
+
+    >>> from rlhf_jax.report import results
+    >>> results.format_number(-1.236, digits=2)
+    '−1.24'
+    >>> results.format_number(0.7825, percent=True)
+    '78.2'
+    """
     if not math.isfinite(x):
         return str(x)
     text = f"{100 * x:.1f}" if percent else f"{x:.{digits}f}"
@@ -147,24 +153,31 @@ def format_number(x: float, *, percent: bool = False, digits: int = 1) -> str:
     return text.replace("-", "−")
 
 
-def format_parts(found: Any, *, percent: bool = False, digits: int = 1) -> tuple[str, str]:
-    """A value in print, and its interval: ``"1.0–2.0"``, ``"from 1.0"``, ``"up to 2.0"``, or ``""`` for none."""
-    it = interval(found)
-    if it is None:
+def format_parts(value: Any, *, percent: bool = False, digits: int = 1) -> tuple[str, str]:
+    """Formats a value and its interval; without an interval the second text is empty.
+
+    >>> from rlhf_jax.report import results
+    >>> results.format_parts([0.78, 0.76, 0.8], percent=True)
+    ('78.0', '76.0–80.0')
+    >>> results.format_parts([3.0, 2.1, None])
+    ('3.0', 'from 2.1')
+    """
+    parsed = interval(value)
+    if parsed is None:
         return MISSING, ""
-    mean = format_number(it.mean, percent=percent, digits=digits)
+    mean = format_number(parsed.mean, percent=percent, digits=digits)
     low, high = (
         format_number(x, percent=percent, digits=digits) if x is not None and math.isfinite(x) else ""
-        for x in (it.low, it.high)
+        for x in (parsed.low, parsed.high)
     )
     if not (low and high):
         return mean, f"from {low}" if low else f"up to {high}" if high else ""
-    # "−3.0 to −1.0": between negative numbers a dash would read as a minus.
+    # "−3.0 to −1.0", because a dash between negative numbers looks like a minus sign.
     return mean, f"{low} to {high}" if "−" in low + high else f"{low}–{high}"
 
 
 def seconds_text(seconds: float) -> str:
-    """A duration in print: 9.4 s, 4:07, 1:02:03."""
+    """Formats a duration: 9.4 s, 4:07, 1:02:03."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -173,34 +186,37 @@ def seconds_text(seconds: float) -> str:
 
 
 def run_facts(results: Mapping[str, Any]) -> list[str]:
-    """What the run was, in a few words each: preset, seed, time, memory."""
+    """Returns short texts about the run: preset, seed, duration, peak memory."""
     facts = [f"{name} {results[name]}" for name in ("preset", "seed") if results.get(name) is not None]
     if (seconds := _number(results.get("seconds"))) is not None:
-        facts.append(seconds_text(seconds))
+        facts.append(f"duration {seconds_text(seconds)}")
     if (megabytes := _number(results.get("peak_rss_mb"))) is not None:
         facts.append(f"peak memory {megabytes / 1024:.1f} GiB")
     return facts
 
 
 def headline(results: Mapping[str, Any]) -> str:
-    """The result in one sentence, weaker where the interval says so, and about scores where nobody judged."""
-    found = policies(results)
-    for name in LEARNT:
-        rate = finite(value(results, name, "gold_win_rate_vs_sft")) if name in found else None
+    """Returns the main result in one sentence, whose strength depends on the interval of the win rate.
+
+    Without a win rate the sentence is about reward-model scores.
+    """
+    names = policies(results)
+    for name in MAIN_POLICIES:
+        rate = finite(value(results, name, "gold_win_rate_vs_sft")) if name in names else None
         if rate is not None:
-            return f"{label(name)} {_verdict(rate)} of held-out prompts{_interval_words(rate)}."
-    for name in LEARNT:
+            return f"{label(name)} {_verdict(rate)} of held-out prompts{_interval_text(rate)}."
+    for name in MAIN_POLICIES:
         score, start = finite(value(results, name, "reward")), finite(value(results, "sft", "reward"))
         if score is not None and start is not None:
             kl = finite(value(results, name, "kl"))
-            spent = f", at a KL of {format_number(kl.mean)} nats per answer" if kl else ""
+            spent = f" at a KL of {format_number(kl.mean)} nats per answer" if kl else ""
             return (
-                f"{label(name)} moves the mean reward-model score from {format_number(start.mean, digits=2)} (SFT) "
+                f"{label(name)} changes the mean reward-model score from {format_number(start.mean, digits=2)} (SFT) "
                 f"to {format_number(score.mean, digits=2)}{spent}."
             )
-    if not found and (told := _reward_model(results)):
-        return told
-    return f"Results of {len(found)} {'policy' if len(found) == 1 else 'policies'}."
+    if not names and (sentence := _reward_model(results)):
+        return sentence
+    return f"Results of {len(names)} {'policy' if len(names) == 1 else 'policies'}."
 
 
 def _verdict(rate: Interval) -> str:
@@ -210,37 +226,28 @@ def _verdict(rate: Interval) -> str:
         return f"beats SFT on {percent}"
     if high < 0.5:
         return f"loses to SFT: it wins on {percent}"
-    return f"cannot be told from SFT: it wins on {percent}"
+    return f"does not differ significantly from SFT: it wins on {percent}"
 
 
-def _interval_words(rate: Interval) -> str:
+def _interval_text(rate: Interval) -> str:
     _, bounds = format_parts(rate, percent=True)
     return f" (95 % interval {bounds})" if bounds else ""
 
 
 def summary(results: Mapping[str, Any]) -> list[str]:
-    """Further sentences in words, each only where its numbers are there."""
-    judged = _reward_model(results) if policies(results) else ""  # else it is the headline
-    return [s for s in (_heldout(results), judged, _tax(results), _ptx(results)) if s]
-
-
-def _first(results: Mapping[str, Any], names: Iterable[str], key: str) -> tuple[str, Interval] | None:
-    for name in names:
-        if (found := finite(value(results, name, key))) is not None:
-            return name, found
-    return None
+    """Returns further sentences about the results, each only if its numbers are available."""
+    reward_model = _reward_model(results) if policies(results) else ""  # otherwise it is the headline
+    return [s for s in (_heldout(results), reward_model, _alignment_tax(results), _ptx(results)) if s]
 
 
 def _heldout(results: Mapping[str, Any]) -> str:
-    found = _first(results, LEARNT, "heldout_win_rate_vs_sft")
-    if found is None:
-        return ""
-    name, rate = found
-    share = format_number(rate.mean, percent=True)
-    return (
-        f"Judged by labelers whose comparisons the reward model never saw, {label(name)} wins on {share} %"
-        f"{_interval_words(rate)}."
-    )
+    for name in MAIN_POLICIES:
+        if (rate := finite(value(results, name, "heldout_win_rate_vs_sft"))) is not None:
+            return (
+                f"According to held-out labelers, whose comparisons the reward model was not trained on, {label(name)} "
+                f"wins on {format_number(rate.mean, percent=True)} %{_interval_text(rate)}."
+            )
+    return ""
 
 
 def _reward_model(results: Mapping[str, Any]) -> str:
@@ -248,34 +255,30 @@ def _reward_model(results: Mapping[str, Any]) -> str:
     accuracy = finite(model.get("accuracy"))
     if accuracy is None:
         return ""
-    text = f"The reward model ranks {format_number(accuracy.mean, percent=True)} % of held-out comparisons as labeled"
-    text += _interval_words(accuracy)
+    text = f"The reward model agrees with {format_number(accuracy.mean, percent=True)} % of held-out comparisons"
+    text += _interval_text(accuracy)
     if (agreement := finite(model.get("label_agreement"))) is not None:
         text += f"; two labelers agree on {format_number(agreement.mean, percent=True)} %"
     return text + "."
 
 
-def _known(results: Mapping[str, Any], names: Iterable[str]) -> bool:
-    return any(name in (results.get("policies") or {}) for name in names)
-
-
-def _tax(results: Mapping[str, Any]) -> str:
+def _alignment_tax(results: Mapping[str, Any]) -> str:
     start = finite(value(results, "sft_mix", "skill_accuracy"))
-    ends = [(p, finite(value(results, p, "skill_accuracy"))) for p in ("ppo", "ppo_ptx", *DIRECT)]
-    told = [f"{label(p)} at {format_number(end.mean, percent=True)} %" for p, end in ends if end]
-    if start is None or not told:
+    ends = [(p, finite(value(results, p, "skill_accuracy"))) for p in ("ppo", "ppo_ptx", *DIRECT_METHODS)]
+    texts = [f"{label(p)} {format_number(end.mean, percent=True)} %" for p, end in ends if end]
+    if start is None or not texts:
         return ""
-    method = "PPO" if _known(results, ("ppo", "ppo_ptx")) else "training"
-    before = f"{label('sft_mix')}, where {method} starts, at {format_number(start.mean, percent=True)} %"
-    return f"Skill accuracy: {', '.join([before, *told])}."
+    method = "PPO" if {"ppo", "ppo_ptx"} & set(results.get("policies") or {}) else "training"
+    before = f"{label('sft_mix')} (the start of {method}) {format_number(start.mean, percent=True)} %"
+    return f"Skill accuracy: {', '.join([before, *texts])}."
 
 
 def _ptx(results: Mapping[str, Any]) -> str:
-    found = [finite((results.get("ptx_coef") or {}).get(name)) for name in ("per_token", "per_sequence")]
-    if found[0] is None or found[1] is None:
+    coefs = [finite((results.get("ptx_coef") or {}).get(name)) for name in ("per_token", "per_sequence")]
+    if coefs[0] is None or coefs[1] is None:
         return ""
-    token, sequence = (format_number(each.mean, digits=3) for each in found if each)
+    token, sequence = (format_number(coef.mean, digits=3) for coef in coefs if coef)
     return (
-        f"PPO-ptx weighs the pretraining loss by {token} where both losses are means over tokens, which is {sequence} "
-        "where both are sums over a sequence."
+        f"The coefficient of the pretraining loss in PPO-ptx is {token} if both losses are means over tokens, "
+        f"equivalent to {sequence} if both are sums over a sequence."
     )

@@ -1,7 +1,7 @@
-"""Plots of what `diagnostics` says of reward models and of policies that are trained on them; see `report_plots`.
+"""Plots of `diagnostics` of reward models and of policies that are trained on them; see `plots`.
 
-Each function takes what results.json holds, named tuples as dictionaries and estimates as ``[mean, low, high]``, and
-gives inline SVG, or None where there is nothing to draw.
+Each function takes the form of results.json, named tuples as dictionaries and estimates as ``[mean, low, high]``, and
+returns inline SVG, or None without data.
 """
 
 from __future__ import annotations
@@ -21,97 +21,92 @@ if TYPE_CHECKING:
 Numbers = Mapping[str, Any]
 
 LENGTH_ROWS = {
-    "longer_wins": "rule “longer wins”",
-    "shorter_wins": "rule “shorter wins”",
-    "prefers_longer": "model prefers the longer",
-    "accuracy_where_longer": "model, longer is right",
-    "accuracy_where_shorter": "model, shorter is right",
+    "longer_wins": "labelers prefer longer",
+    "shorter_wins": "labelers prefer shorter",
+    "prefers_longer": "model prefers longer",
+    "accuracy_where_longer": "accuracy, longer is better",
+    "accuracy_where_shorter": "accuracy, shorter is better",
 }
-GAP_ROWS = {"train_accuracy": "training pairs", "validation_accuracy": "other pairs"}
+GAP_ROWS = {"train_accuracy": "training pairs", "validation_accuracy": "held-out pairs"}
 
 
 def strata(groups: Mapping[str, Sequence[Numbers]] | None, overall: Any = None) -> str | None:
-    """Accuracy of every stratum with its interval and number of pairs, group by group.
+    """Plots the accuracy of every stratum with its interval and number of pairs.
 
-    Args:
-        groups: what the strata are by, such as "annotator" -> `Stratum` of each, as dictionaries.
-        overall: accuracy of all pairs, a line to compare with.
+    ``groups`` maps a criterion such as "annotator" to the `Stratum` of each value; ``overall``, the accuracy on all
+    pairs, is a vertical line.
     """
     rows: list[tuple[str, results_lib.Interval | None]] = []
     for name, members in (groups or {}).items():
-        drawn = [(each, results_lib.finite(each.get("accuracy"))) for each in members]
-        found = [(f"{_name(each)} (n = {each['count']})", it) for each, it in drawn if it]
-        # One group needs no heading: the figure's name is enough.
-        rows += [(name, None), *found] if found and len(groups or {}) > 1 else found
+        accuracies = [(each, results_lib.finite(each.get("accuracy"))) for each in members]
+        group = [(f"{_name(each)} (n = {each['count']})", accuracy) for each, accuracy in accuracies if accuracy]
+        # A single group needs no heading.
+        rows += [(name, None), *group] if group and len(groups or {}) > 1 else group
     return _rates(rows, xlabel="Accuracy (%)", line=results_lib.finite(overall))
 
 
 def length_bias(bias: Numbers | None) -> str | None:
-    """The rates of a `LengthBias`: how good length alone would be, and how the model goes by it."""
-    found = [(name, results_lib.finite((bias or {}).get(key))) for key, name in LENGTH_ROWS.items()]
-    return _rates([(name, it) for name, it in found if it], xlabel="Share of pairs (%)")
+    """Plots the rates of a `LengthBias`: the accuracy of length alone, and the model's preference for long answers."""
+    return _rates(_named_rates(bias, LENGTH_ROWS), xlabel="Pairs (%)")
 
 
 def generalisation(gap: Numbers | None) -> str | None:
-    """Accuracy on training pairs and on others, of a `GeneralisationGap`."""
-    found = [(name, results_lib.finite((gap or {}).get(key))) for key, name in GAP_ROWS.items()]
-    return _rates([(name, it) for name, it in found if it], xlabel="Accuracy (%)")
+    """Plots the accuracy on training pairs and on held-out pairs of a `GeneralisationGap`."""
+    return _rates(_named_rates(gap, GAP_ROWS), xlabel="Accuracy (%)")
 
 
 def thresholds(scan: Numbers | None) -> str | None:
-    """Accuracy of the pairs whose two scores pass a threshold, and how many they are, of a `ThresholdScan`."""
+    """Plots the accuracy on pairs whose two scores exceed a threshold, and their number, of a `ThresholdScan`."""
     columns = zip(*((scan or {}).get(key) or () for key in ("threshold", "accuracy", "lo", "hi", "count")))
-    found = [row for row in columns if results_lib.finite(row[1])]
-    if not found:
+    rows = [row for row in columns if results_lib.finite(row[1])]
+    if not rows:
         return None
-    x, mean, low, high, count = np.array(found, float).T
-    out: list[str] = []
+    x, mean, low, high, count = np.array(rows, float).T
     c = plots.color("reward_model")
-    with plots.axes(out, height=3.2, rows=(3, 1)) as (top, bottom):
+    with plots.axes(height=3.2, rows=(3, 1)) as (svg, (top, bottom)):
         top.axhline(50, color=plots.color("soft"), linewidth=0.9, linestyle=(0, (4, 3)))
         top.vlines(x, 100 * low, 100 * high, color=c, linewidth=1.2)
         top.plot(x, 100 * mean, "o-", color=c, markersize=4, linewidth=0.8)
         top.set_ylabel("Accuracy (%)")
         top.grid(axis="y")
         bottom.plot(x, count, "o-", color=plots.color("soft"), markersize=3, linewidth=0.8)
-        bottom.set(xlabel="Least score of both answers", ylabel="Pairs", ylim=(0, 1.1 * count.max()))
-    return out[0]
+        bottom.set(xlabel="Minimum score of both answers", ylabel="Pairs", ylim=(0, 1.1 * count.max()))
+    return svg[0]
 
 
 def split_halves(halves: Numbers | None, steps: Sequence[float] | None = None) -> str | None:
-    """Train and test reward model along a run, and their gap with its interval, of a `SplitHalves`.
+    """Plots the scores of the train and the test reward model along a run, and their difference, of a `SplitHalves`.
 
-    ``steps`` are those of the checkpoints, which are counted without it.
+    ``steps`` are the training steps of the checkpoints; by default the checkpoints are numbered.
     """
     names = ("train", "test", "gap", "lo", "hi")
     if not halves or not halves.get("gap") or any(len(halves[name]) != len(halves["gap"]) for name in names):
         return None
     train, test, gap, low, high = (np.array(halves[name], float) for name in names)
     x, parted = np.arange(len(gap)) if steps is None else np.array(steps, float), halves.get("parted")
-    out: list[str] = []
-    with plots.axes(out, height=3.4, rows=(3, 2)) as (top, bottom):
-        top.plot(x, train, "o-", color=plots.color("ppo"), markersize=3, label="reward model trained on")
-        top.plot(x, test, "s-", color=plots.color("sft"), markersize=3, label="reward model of the other half")
-        top.set_ylabel("Score gained")
+    with plots.axes(height=3.4, rows=(3, 2)) as (svg, (top, bottom)):
+        top.plot(x, train, "o-", color=plots.color("ppo"), markersize=3, label="train reward model")
+        top.plot(x, test, "s-", color=plots.color("sft"), markersize=3, label="test reward model")
+        top.set_ylabel("Gain in score")
         plots.legend(top)
         bottom.axhline(0, color=plots.color("soft"), linewidth=0.9, linestyle=(0, (4, 3)))
         bottom.plot(x, gap, "o-", color=plots.color("other"), markersize=3)
         bottom.vlines(x, low, high, color=plots.color("other"), linewidth=1.2)
-        bottom.set(xlabel="Checkpoint" if steps is None else "Step", ylabel="Gap")
+        bottom.set(xlabel="Checkpoint" if steps is None else "Step", ylabel="Difference")
         for ax in (top, bottom):
             ax.grid(axis="y")
             if parted is not None:
                 ax.axvline(float(x[parted]), color=plots.color("ink"), linewidth=0.9, linestyle=(0, (1, 2)))
-    return out[0]
+    return svg[0]
 
 
 def overoptimisation(curves: Sequence[Numbers] | None) -> str | None:
-    """Gains against the root of the KL with both fitted forms, the better one solid and its peak marked.
+    """Plots gains against the square root of the KL with both fitted forms; the better one is solid with its peak.
 
-    Each curve has ``name``, ``kl`` and ``gains`` (lists, and ``lo`` and ``hi`` where there are intervals), and
-    ``fits``: `overoptimisation.Fit` as dictionaries, the better one first, ``form`` being the name of the form.
+    Each curve has a ``name``, the lists ``kl`` and ``gains``, optionally ``lo`` and ``hi``, and ``fits``: dictionaries
+    of `overoptimisation.Fit`, the better one first, with the name of the functional form as ``form``.
     """
-    from rlhf_jax.diagnostics import overoptimisation as over  # here, for it imports scipy
+    from rlhf_jax.diagnostics import overoptimisation as over  # imports scipy
 
     drawn = [each for each in curves or () if each.get("kl")]
     if not drawn:
@@ -119,8 +114,7 @@ def overoptimisation(curves: Sequence[Numbers] | None) -> str | None:
     forms = {form.name: form for form in (over.BEST_OF_N, over.REINFORCEMENT)}
     styles = {over.BEST_OF_N.name: (0, (5, 1.5)), over.REINFORCEMENT.name: (0, (1, 1.5))}
     colors = ("ppo", "best_of_n", "ppo_ptx", "sft", "other")
-    out: list[str] = []
-    with plots.axes(out, height=3.2) as (ax,):
+    with plots.axes(height=3.2) as (svg, (ax,)):
         for place, each in enumerate(drawn):
             c = plots.color(colors[place % len(colors)])
             x, y = np.sqrt(np.maximum(np.array(each["kl"], float), 0)), np.array(each["gains"], float)
@@ -143,28 +137,27 @@ def overoptimisation(curves: Sequence[Numbers] | None) -> str | None:
                 )
                 if rank == 0:
                     _mark_peak(ax, fit, most=float(x.max()), color=c)
-        ax.set(xlabel="√KL from the start (√nats)", ylabel="Gold gained over the start")
+        ax.set(xlabel="√KL from the start (√nats)", ylabel="Gain in gold utility")
         ax.set_xlim(left=0)
         ax.grid(axis="y")
         plots.legend(ax)
-    return out[0]
+    return svg[0]
 
 
-def overoptimisation_words(curves: Sequence[Numbers] | None) -> str:
-    """What was fitted, in words: the better form of each curve, its R² and where it peaks."""
-    told = []
+def fit_summary(curves: Sequence[Numbers] | None) -> str:
+    """Describes the fits of each curve: R² of both functional forms, and the peak of the better one."""
+    texts = []
     for each in curves or ():
         for rank, fit in enumerate(each.get("fits") or ()):
-            share = results_lib.finite(fit["r_squared"])  # None where the gains do not vary.
-            text = f"R² {results_lib.MISSING if share is None else f'{share.mean:.3f}'} by the form of {fit['form']}"
-            if rank == 0:
+            share = results_lib.finite(fit["r_squared"])  # None if the gains do not vary
+            text = f"R² {results_lib.MISSING if share is None else f'{share.mean:.3f}'} with the {fit['form']} form"
+            if rank == 0 and results_lib.finite(fit["peak_distance"]):
                 mean, bounds = results_lib.format_parts(fit["peak_distance"], digits=2)
-                known = results_lib.finite(fit["peak_distance"])
-                text += (
-                    f", highest at √KL = {mean}" + (f" ({bounds})" if bounds else "") if known else ", never falling"
-                )
-            told.append((f"{each['name']}: " if rank == 0 else "") + text)
-    return "; ".join(told)
+                text += f", peak at √KL = {mean}" + (f" ({bounds})" if bounds else "")
+            elif rank == 0:
+                text += ", no peak"
+            texts.append((f"{each['name']}: " if rank == 0 else "") + text)
+    return "; ".join(texts)
 
 
 def _mark_peak(ax: Axes, fit: Numbers, *, most: float, color: str) -> None:
@@ -173,35 +166,35 @@ def _mark_peak(ax: Axes, fit: Numbers, *, most: float, color: str) -> None:
         ax.plot([distance.mean], [gain.mean], "*", color=color, markersize=9, markeredgecolor=plots.color("paper"))
 
 
+def _named_rates(values: Numbers | None, names: Mapping[str, str]) -> list[tuple[str, results_lib.Interval]]:
+    rates = [(name, results_lib.finite((values or {}).get(key))) for key, name in names.items()]
+    return [(name, rate) for name, rate in rates if rate]
+
+
 def _rates(
     rows: Sequence[tuple[str, results_lib.Interval | None]], *, xlabel: str, line: results_lib.Interval | None = None
 ) -> str | None:
-    """Rates as points with intervals, 50 % marked; a row without a rate is a heading."""
-    if not any(it for _, it in rows):
+    """Plots rates as points with intervals; a row without a rate is a heading."""
+    if not any(rate for _, rate in rows):
         return None
-    out: list[str] = []
-    with plots.axes(out, height=0.75 + 0.2 * len(rows)) as (ax,):
+    with plots.axes(height=0.75 + 0.2 * len(rows)) as (svg, (ax,)):
         ax.axvline(50, color=plots.color("soft"), linewidth=1, linestyle=(0, (4, 3)))
         if line is not None:
             ax.axvline(100 * line.mean, color=plots.color("reward_model"), linewidth=0.9, linestyle=(0, (1, 2)))
-        for row, (name, it) in enumerate(rows):
-            if it is not None:
-                plots.point(ax, it, row, "reward_model", scale=100)
-            else:  # within the axes, where a long one takes no room from them
+        for row, (name, rate) in enumerate(rows):
+            if rate is not None:
+                plots.point(ax, rate, row, "reward_model", scale=100)
+            else:  # inside the axes, so that a long heading does not shrink them
                 ax.text(0, row, name, va="center", fontsize=8, fontweight="bold", backgroundcolor=plots.color("paper"))
         ax.set_xlim(-1.5, 101.5)
-        ax.set_yticks(range(len(rows)), [name if it else "" for name, it in rows], color=plots.color("ink"))
-        ax.set_ylim(len(rows) - 0.4, -0.6)
-        ax.tick_params(axis="y", length=0)
-        ax.spines["left"].set_visible(False)
-        ax.grid(axis="x")
+        plots.label_rows(ax, [name if rate else "" for name, rate in rows])
         ax.set_xlabel(xlabel)
-    return out[0]
+    return svg[0]
 
 
 def _name(stratum: Numbers) -> str:
     name = stratum.get("name")
     if name is None or (isinstance(name, float) and math.isnan(name)):
-        return "not given"
+        return "unknown"
     text = str(name)
     return text if len(text) <= 24 else text[:23] + "…"

@@ -158,9 +158,7 @@ def make_train_step(
         if reference is None:
             return None
         if frozen is None:
-            raise ValueError(
-                "the reference is missing: pass its parameters as `frozen` or set `reference_BK` in the batch"
-            )
+            raise ValueError("the reference is missing: pass its parameters as frozen, or set batch.reference_BK")
         return answer_logprobs(logprobs, reference(frozen), batch)
 
     def baseline(frozen: Any, params: Any, batch: Preferences) -> jax.Array | None:
@@ -174,22 +172,16 @@ def make_train_step(
             return answer_logprobs(logprobs, join(frozen, params), part), reference_BK
 
         if reference is None and batch.mismatched.reference_BK is None:
-            raise ValueError(
-                "mismatched answers need a reference: pass one to make_train_step or set their reference_BK"
-            )
+            raise ValueError("mismatched answers need a reference: pass `reference`, or set their reference_BK")
         whole = micro_batches == 1
         parts = batch.mismatched if whole else update.split(batch.mismatched, micro_batches)
         policy, frozen_policy = both_logprobs(parts) if whole else jax.lax.map(both_logprobs, parts)
         return preference.kto_baseline(policy, frozen_policy, axis_name=axis_name)
 
     def loss_fn(
-        frozen: Any,
-        hyper: Hyper,
-        params: Any,
-        batch: Preferences,
-        total_and_baseline: tuple[jax.Array, jax.Array | None],
+        frozen: Any, hyper: Hyper, params: Any, batch: Preferences, total: tuple[jax.Array, jax.Array | None]
     ) -> tuple[jax.Array, dict[str, Any]]:
-        total, kto_baseline = total_and_baseline
+        rows, kto_baseline = total
         scored = objectives.Scored(
             policy_BK=answer_logprobs(logprobs, join(frozen, params), batch),
             reference_BK=reference_logprobs(frozen, batch),
@@ -201,8 +193,8 @@ def make_train_step(
         losses_B, rewards_BK = objective(scored, hyper)
         masking.check_rank(1, losses_B=losses_B)
         loss_sum = masking.masked_sum(losses_B, where=True, axis_name=axis_name)
-        logs = {"loss": metrics.Metric(loss_sum, total / micro_batches), "bad": nonfinite.bad_loss_rows(losses_B)}
-        return loss_sum / total, logs | _reward_metrics(scored, rewards_BK, axis_name)
+        logs = {"loss": metrics.Metric(loss_sum, rows / micro_batches), "bad": nonfinite.bad_loss_rows(losses_B)}
+        return loss_sum / rows, logs | _reward_metrics(scored, rewards_BK, axis_name)
 
     def train_step(state: Any, frozen: Any, hyper: Hyper, batch: Preferences, rng: Any) -> tuple[Any, dict[str, Any]]:
         del rng

@@ -264,8 +264,8 @@ def fit(
             after the bad iterations.
         fingerprint: JSON that identifies data, seed and batch size; a resumed run must have the same.
         should_stop: ``should_stop(done, wanted)`` decides whether to stop after ``done`` iterations if this process
-            wants to (``wanted``). With several hosts, pass the result of `distributed.hosts.Hosts.stage`, so that all
-            stop after the same iteration.
+            wants to (``wanted``). With several hosts, pass the result of `distributed.hosts.Hosts.stop_agreement`, so
+            that all stop after the same iteration.
         warn: Called once, for the first skipped step, with a sentence that names the non-finite loss or gradient. By
             default the sentence is printed to stderr.
 

@@ -213,12 +213,9 @@ def loss(
         return masking.masked_sum(x_BT, where=where_BT, axis_name=axis_name) / denominators.tokens
 
     # 5a. Clipped policy loss (Schulman 2017 Eq 7).
-    logprobs_BT, entropy_BT = models.logprobs(
-        params["policy"], experience.tokens_BL, experience.mask_BL, hyper.temperature
-    )
-    policy_BT = policy_losses.clipped_policy(
-        logprobs_BT, experience.logprobs_BT, experience.advantages_BT, clip=hyper.clip
-    )
+    tokens_BL, mask_BL, old_BT = experience.tokens_BL, experience.mask_BL, experience.logprobs_BT
+    logprobs_BT, entropy_BT = models.logprobs(params["policy"], tokens_BL, mask_BL, hyper.temperature)
+    policy_BT = policy_losses.clipped_policy(logprobs_BT, old_BT, experience.advantages_BT, clip=hyper.clip)
     if experience.weights_BT is not None:
         policy_BT = experience.weights_BT * policy_BT
     if kl_loss is not None:
@@ -226,7 +223,7 @@ def loss(
         policy_BT = policy_BT + hyper.kl_loss_coef * kl_loss(logprobs_BT, experience.reference_BT)
     policy_sum = aggregation.weighted_sum(policy_BT, weights_B, where=where_BT, axis_name=axis_name)
     objective = policy_loss = policy_sum / denominators.policy
-    log_ratio_BT = jnp.where(where_BT, logprobs_BT - experience.logprobs_BT, 0.0)
+    log_ratio_BT = jnp.where(where_BT, logprobs_BT - old_BT, 0.0)
     ratio_BT = jnp.exp(log_ratio_BT)
     logs = {
         "policy_loss": policy_loss,
@@ -239,7 +236,7 @@ def loss(
 
     # 5b. Clipped value loss (Ziegler 2019, code).
     if models.values is not None and experience.values_BT is not None and experience.returns_BT is not None:
-        values_BT = models.values(params["critic"], experience.tokens_BL, experience.mask_BL)
+        values_BT = models.values(params["critic"], tokens_BL, mask_BL)
         value_loss = token_mean(
             value_losses.clipped_value(values_BT, experience.values_BT, experience.returns_BT, clip=hyper.value_clip)
         )
@@ -295,36 +292,22 @@ def update(
     rows_USR = minibatch_lib.minibatches(rng, B, epochs=epochs, count=minibatches, shards=shards, axis_name=axis_name)
     ptx_U = minibatch_lib.split_updates(ptx, rows_USR.shape[0], shards=rows_USR.shape[1])
     join = partial(models.join, frozen)
+    options: Any = {"kl_loss": kl_loss, "entropy_bonus": entropy_bonus, "axis_name": axis_name}
 
     def loss_fn(
         params: Params, part: tuple[Experience, jax.Array], denominators: Denominators
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return loss(
-            models,
-            join(params),
-            part[0],
-            hyper,
-            weights_B=part[1],
-            denominators=denominators,
-            kl_loss=kl_loss,
-            entropy_bonus=entropy_bonus,
-            axis_name=axis_name,
-        )
+    ) -> tuple[jax.Array, Any]:
+        rows, weights_B = part
+        return loss(models, join(params), rows, hyper, weights_B=weights_B, denominators=denominators, **options)
 
-    def one_update(
-        state: PPOState, inputs: tuple[jax.Array, TokenBatch | None]
-    ) -> tuple[PPOState, dict[str, jax.Array]]:
+    def one_update(state: PPOState, inputs: tuple[jax.Array, TokenBatch | None]) -> tuple[PPOState, dict[str, Any]]:
         rows_SR, pretraining = inputs
         minibatch = minibatch_lib.take(experience, rows_SR)
-        weights_M, total = reduction(minibatch.response_mask_BT, axis_name=axis_name)
-        tokens = aggregation.token_mean(minibatch.response_mask_BT, axis_name=axis_name)[1]
+        mask_MT, merge = minibatch.response_mask_BT, ppo_metrics.merge_micro_batches
+        weights_M, total = reduction(mask_MT, axis_name=axis_name)
+        denominators = Denominators(total, aggregation.token_mean(mask_MT, axis_name=axis_name)[1])
         (value, logs), grads = optim_update.loss_and_grads(
-            loss_fn,
-            state.params,
-            (minibatch, weights_M),
-            Denominators(total, tokens),
-            micro_batches=micro_batches,
-            merge=ppo_metrics.merge_micro_batches,
+            loss_fn, state.params, (minibatch, weights_M), denominators, micro_batches=micro_batches, merge=merge
         )
 
         # 6. PPO-ptx: add gamma times the gradient of the pretraining loss (InstructGPT Eq 2 and C.4). The branch is
@@ -344,12 +327,7 @@ def update(
             grads["policy"] = jax.tree.map(lambda g, h: g + hyper.ptx_coef * h, grads["policy"], ptx_grads)
             logs["ptx_loss"] = nll
             logs |= ptx_lib.coefficients(
-                hyper.ptx_coef,
-                pretraining,
-                minibatch.response_mask_BT,
-                weights_B=weights_M,
-                total=total,
-                axis_name=axis_name,
+                hyper.ptx_coef, pretraining, mask_MT, weights_B=weights_M, total=total, axis_name=axis_name
             )
 
         # 7. Optimiser step and average of the policy weights (InstructGPT C.4).
@@ -357,12 +335,9 @@ def update(
             grads = jax.lax.pmean(grads, axis_name)
         logs |= {f"grad_norm_{part}": optim_update.global_norm(grads[part]) for part in grads}
         rates = {"policy": hyper.learning_rate, "critic": hyper.critic_learning_rate}
+        rates = {part: rates[part] for part in grads}
         state, update_logs = optim_update.apply_gradients(
-            state,
-            grads,
-            learning_rate={part: rates[part] for part in grads},
-            max_grad_norm=hyper.max_grad_norm,
-            loss=value,
+            state, grads, learning_rate=rates, max_grad_norm=hyper.max_grad_norm, loss=value
         )
         # A skipped update does not change the average either.
         decay = jnp.where(update_logs["skipped"] > 0, 1.0, hyper.ema_decay)
@@ -417,7 +392,7 @@ def make_train_step(
             pretraining rows. Their number divides ``shards``. The result is that of one device with all rows.
 
     Returns:
-        A step that donates its ``state``, a `PPOState`, where it is compiled (`parallel.jit_step`). ``frozen`` is a
+        A step; `parallel.jit_step` compiles it such that it donates ``state``. ``state`` is a `PPOState`, ``frozen`` a
         `Frozen`, ``hyper`` a `Hyper`, ``batch`` a `Batch`, and ``rng`` one key for the whole run, into which the step
         folds ``state.step``. Metrics of the rollout:
 
@@ -436,7 +411,8 @@ def make_train_step(
 
         Metrics of the updates, averaged over them:
 
-        - ``policy_loss``, ``value_loss``: the clipped losses.
+        - ``policy_loss``, ``value_loss``: the clipped losses, the value loss with its factor 1/2 and before
+          `Hyper.value_coef`.
         - ``ptx_loss``: pretraining loss in nats per token; ``ptx_coef_per_token``, ``ptx_coef_per_sequence``: its
           weight in two normalisations (`ptx.coefficients`).
         - ``approx_kl``: half the mean squared log-ratio of new and old policy, in nats per token.
@@ -449,45 +425,38 @@ def make_train_step(
 
         The step raises ``ValueError`` for the reasons given in `collect` and `update`.
     """
+    rollout = partial(
+        collect,
+        models,
+        samples=samples,
+        estimate=estimate,
+        unfinished=unfinished,
+        normalise_values=normalise_values,
+        correct_sampler=correct_sampler,
+        axis_name=axis_name,
+    )
+    train = partial(
+        update,
+        models,
+        epochs=epochs,
+        minibatches=minibatches,
+        micro_batches=micro_batches,
+        reduction=reduction,
+        kl_loss=kl_loss,
+        entropy_bonus=entropy_bonus,
+        shards=shards,
+        axis_name=axis_name,
+    )
 
     def train_step(
         state: PPOState, frozen: Frozen, hyper: Hyper, batch: Batch, rng: jax.Array
     ) -> tuple[PPOState, dict[str, Any]]:
         sample_rng, order_rng = jax.random.split(jax.random.fold_in(rng, state.step))
         frozen = frozen if state.reference is None else frozen._replace(reference=state.reference)
-        experience, logs = collect(
-            models,
-            state.params,
-            frozen,
-            hyper,
-            batch,
-            sample_rng,
-            kl_scale=state.kl_scale.kl_coef,
-            past=state.past,
-            samples=samples,
-            estimate=estimate,
-            unfinished=unfinished,
-            normalise_values=normalise_values,
-            correct_sampler=correct_sampler,
-            axis_name=axis_name,
+        experience, logs = rollout(
+            state.params, frozen, hyper, batch, sample_rng, kl_scale=state.kl_scale.kl_coef, past=state.past
         )
-        state, update_logs = update(
-            models,
-            state,
-            experience,
-            hyper,
-            batch.ptx,
-            order_rng,
-            frozen=frozen,
-            epochs=epochs,
-            minibatches=minibatches,
-            micro_batches=micro_batches,
-            reduction=reduction,
-            kl_loss=kl_loss,
-            entropy_bonus=entropy_bonus,
-            shards=shards,
-            axis_name=axis_name,
-        )
+        state, update_logs = train(state, experience, hyper, batch.ptx, order_rng, frozen=frozen)
         state = ppo_state.finish_iteration(state, hyper, logs, skipped=update_logs["skipped"] > 0)
         logs = {name: value for name, value in logs.items() if name not in ("target", "target_square")}
         return state, logs | update_logs | {"learning_rate": hyper.learning_rate}

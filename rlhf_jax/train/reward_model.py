@@ -115,8 +115,7 @@ def make_train_step(
             raise ValueError("the batch is packed; pass packed_scores to make_train_step")
         if batch.groups != micro_batches:
             raise ValueError(
-                f"the batch is packed in {batch.groups} groups, but the step has {micro_batches} micro-batches; pack "
-                "it in as many groups"
+                f"the batch is packed in {batch.groups} groups; micro_batches={micro_batches} needs as many"
             )
         return score_all_packed(packed_scores, params, batch)
 
@@ -153,9 +152,8 @@ def make_train_step(
             value, logged = loss_sum / jnp.maximum(total, 1.0), metrics.Metric(loss_sum, total / micro_batches)
         else:
             where_GB = _by_domain(informative_B, batch, weights_G.shape[0])
-            sums_G = jax.vmap(lambda where_B: masking.masked_sum(losses_B, where=where_B, axis_name=axis_name))(
-                where_GB
-            )
+            masked = partial(masking.masked_sum, losses_B, axis_name=axis_name)
+            sums_G = jax.vmap(lambda where_B: masked(where=where_B))(where_GB)
             # A domain without a weight makes the loss NaN, so that the step is skipped; ignoring it would be silent.
             ignored_B = jnp.any(where_GB, axis=0) != informative_B
             complete = masking.masked_count(ignored_B, where=ignored_B, axis_name=axis_name) == 0

@@ -1,4 +1,4 @@
-"""An HTML page as tests read it."""
+"""A parsed HTML page for tests."""
 
 import html.parser
 
@@ -6,11 +6,11 @@ VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 
 class Page(html.parser.HTMLParser):
-    """Collects what a page says and what it would load; unbalanced tags are an error."""
+    """Collects the text, headings, tags and attributes of a page; fails on unbalanced tags."""
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.attributes, self.headings, self.words = [], [], [], [], []
+        self.open, self.tags, self.attributes, self.headings, self.texts = [], [], [], [], []
         self.feed(text)
         self.close()
         assert self.open == []
@@ -30,10 +30,10 @@ class Page(html.parser.HTMLParser):
 
     def handle_data(self, data):
         if "style" not in self.open:
-            self.words.append(data)
+            self.texts.append(data)
             if self.open and self.open[-1] == "h2":
                 self.headings.append(data)
 
     @property
     def text(self):
-        return " ".join(" ".join(self.words).split())
+        return " ".join(" ".join(self.texts).split())

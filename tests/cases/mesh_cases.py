@@ -1,6 +1,7 @@
-"""Every stage on eight simulated devices beside one: a program, since a process has its devices from the start.
+"""Compares every training stage on eight simulated devices with one device.
 
-Prints a line of JSON for each case: how far parameters and metrics are from those of one device.
+A script, because the number of devices of a process is fixed when JAX starts. It prints a line of JSON for each case,
+with the largest difference of parameters and metrics.
 """
 
 import dataclasses
@@ -25,8 +26,8 @@ from rlhf_jax import generation, lm, parallel, types
 from rlhf_jax.train import dpo, objectives, ppo, reward_model, sft
 from rlhf_jax.train import state as state_lib
 
-given: Any = types
-"""The pytrees, of NumPy arrays here."""
+numpy_types: Any = types
+"""The library's pytrees, filled with NumPy arrays."""
 P, T = 4, 8
 LONG = sys.argv[1:] == ["long"]
 CFG = lm.LMConfig(
@@ -35,7 +36,7 @@ CFG = lm.LMConfig(
 AXES = lm.logical_axes(CFG, head=True)
 SPEC = generation.Sampling(max_new_tokens=T, stop_ids=(1, 2), pad_id=0)
 ADAM = optax.chain(optax.scale_by_adam(b2=0.95, eps=1e-5), optax.scale(-1.0))
-"""The settings of PPO here, and of all stages: with an epsilon of 1e-8 a gradient of 0 is a step of any sign."""
+"""Of all stages: with an epsilon of 1e-8, rounding errors in zero gradients would become full steps."""
 STEPS = 10
 SHARDS = 8
 
@@ -49,7 +50,7 @@ MESHES: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def weights():
-    """Small, and apart enough for a rollout to have likely words."""
+    """Weights that are large enough for a rollout with likely tokens."""
     shapes = jax.eval_shape(lambda key: lm.with_head(key, lm.init(key, CFG), CFG), jax.random.key(0))
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: np.asarray(0.4 * rng.normal(size=x.shape), x.dtype), shapes)
@@ -60,7 +61,7 @@ def policy():
 
 
 def real(rng, rows, width, least=3):
-    """Rows of very different length, so that every device has another share of the tokens."""
+    """A mask with rows of very different lengths, so that the devices have different numbers of tokens."""
     lengths = np.linspace(least, width, rows).astype(int) if rng is None else rng.integers(least, width + 1, rows)
     return np.arange(width)[None] < np.sort(lengths)[:, None]
 
@@ -68,8 +69,8 @@ def real(rng, rows, width, least=3):
 def text(seed, rows=16):
     rng = np.random.default_rng(seed)
     mask = real(rng, rows, P + T)
-    learnt = mask & (rng.random(mask.shape) < 0.7)
-    return sft.TokenBatch(rng.integers(3, 32, mask.shape).astype(np.int32), mask, learnt)
+    loss_mask = mask & (rng.random(mask.shape) < 0.7)
+    return sft.TokenBatch(rng.integers(3, 32, mask.shape).astype(np.int32), mask, loss_mask)
 
 
 class SFT:
@@ -81,8 +82,8 @@ class SFT:
         return state_lib.create(policy(), ADAM)
 
     @staticmethod
-    def step(**how):
-        return sft.make_train_step(functools.partial(lm.token_logprobs, cfg=CFG), **how)
+    def step(**options):
+        return sft.make_train_step(functools.partial(lm.token_logprobs, cfg=CFG), **options)
 
     @staticmethod
     def batch(i):
@@ -95,8 +96,8 @@ class Reward(SFT):
         return state_lib.create(weights(), ADAM)
 
     @staticmethod
-    def step(**how):
-        return reward_model.make_train_step(functools.partial(lm.score, cfg=CFG), **how)
+    def step(**options):
+        return reward_model.make_train_step(functools.partial(lm.score, cfg=CFG), **options)
 
     @staticmethod
     def batch(i):
@@ -105,7 +106,7 @@ class Reward(SFT):
         mask = real(rng, B * K, P + T).reshape(B, K, P + T)
         ranks = np.stack([rng.permutation(K) + 1 for _ in range(B)]).astype(np.int32)
         where = np.arange(K)[None] < rng.integers(1, K + 1, size=(B, 1))
-        return given.Comparisons(rng.integers(3, 32, mask.shape).astype(np.int32), mask, ranks, where)
+        return numpy_types.Comparisons(rng.integers(3, 32, mask.shape).astype(np.int32), mask, ranks, where)
 
 
 class DPO(SFT):
@@ -113,9 +114,9 @@ class DPO(SFT):
     frozen = policy()
 
     @staticmethod
-    def step(**how):
+    def step(**options):
         logprobs = functools.partial(lm.token_logprobs, cfg=CFG, prompt_width=P)
-        return dpo.make_train_step(logprobs, objectives.dpo, **how)
+        return dpo.make_train_step(logprobs, objectives.dpo, **options)
 
     @staticmethod
     def batch(i):
@@ -123,13 +124,13 @@ class DPO(SFT):
         answers = real(rng, 32, T, least=1)[rng.permutation(32)].reshape(16, 2, T)
         prompts = np.ones((16, 2, P), bool)
         mask = np.concatenate([prompts, answers], axis=2)
-        return given.Preferences(rng.integers(3, 32, mask.shape).astype(np.int32), mask, answers)
+        return numpy_types.Preferences(rng.integers(3, 32, mask.shape).astype(np.int32), mask, answers)
 
 
 def rollouts():
     def generate(params, rng_B, prompts_BP, mask_BP, temperature):
-        how = SPEC.replace(temperature=temperature)  # type: ignore[attr-defined]
-        return generation.generate(params, rng_B, prompts_BP, mask_BP, cfg=CFG, sampling=how, n=2)
+        sampling = SPEC.replace(temperature=temperature)  # type: ignore[attr-defined]
+        return generation.generate(params, rng_B, prompts_BP, mask_BP, cfg=CFG, sampling=sampling, n=2)
 
     def logprobs(params, tokens_BL, mask_BL, temperature):
         return lm.token_stats(params, tokens_BL, cfg=CFG, prompt_width=P, mask_BL=mask_BL, temperature=temperature)
@@ -140,12 +141,12 @@ def rollouts():
     def score(params, rollout):
         return lm.score(params, rollout.tokens_BL, cfg=CFG, mask_BL=rollout.mask_BL)
 
-    def words(rollout):
-        """A number that tells one batch of answers from another; small whole numbers add up exactly."""
-        place = 1 + jnp.arange(P + T)[None, :]
-        return {"words": jnp.sum(jnp.where(rollout.mask_BL, rollout.tokens_BL * place, 0), axis=1) % 4096}
+    def checksum(rollout):
+        """A checksum of each answer; sums of small integers are exact in float32."""
+        position = 1 + jnp.arange(P + T)[None, :]
+        return {"checksum": jnp.sum(jnp.where(rollout.mask_BL, rollout.tokens_BL * position, 0), axis=1) % 4096}
 
-    return ppo.Models(generate, logprobs, values, score, functools.partial(lm.token_logprobs, cfg=CFG), words)
+    return ppo.Models(generate, logprobs, values, score, functools.partial(lm.token_logprobs, cfg=CFG), checksum)
 
 
 class PPO(SFT):
@@ -169,8 +170,8 @@ class PPO(SFT):
         return ppo.create(policy(), weights(), ADAM)
 
     @staticmethod
-    def step(**how):
-        return ppo.make_train_step(rollouts(), epochs=1, minibatches=2, samples=2, shards=SHARDS, **how)
+    def step(**options):
+        return ppo.make_train_step(rollouts(), epochs=1, minibatches=2, samples=2, shards=SHARDS, **options)
 
     @staticmethod
     def batch(i):
@@ -183,53 +184,53 @@ class PPO(SFT):
 STAGES = {"sft": SFT, "reward": Reward, "dpo": DPO, "ppo": PPO}
 
 
-def trained(stage, form, *, micro_batches=1):
-    """Parameters after ten steps and the metrics of each, in one of the forms of a step."""
-    kind = STAGES[stage]
-    axis_name = {"shard_map": parallel.ROWS, "pmap": "devices"}.get(form.partition(" ")[0])
-    made = kind.step(micro_batches=micro_batches, axis_name=axis_name)
-    state, frozen = jax.jit(kind.make)(), kind.frozen
+def train(stage, form, *, micro_batches=1):
+    """Returns the parameters after ten steps and the metrics of each step; ``form`` names how the step is compiled."""
+    spec = STAGES[stage]
+    axis_name = {"shard_map": parallel.BATCH_AXES, "pmap": "devices"}.get(form.partition(" ")[0])
+    train_step = spec.step(micro_batches=micro_batches, axis_name=axis_name)
+    state, frozen = jax.jit(spec.make)(), spec.frozen
     step: Any
     if form == "one":
-        step = parallel.jit_step(made)
+        step = parallel.jit_step(train_step)
     elif form == "pmap":
-        step = parallel.pmap_step(made)
-        state, frozen = step.copies(state), step.copies(frozen)
+        step = parallel.pmap_step(train_step)
+        state, frozen = step.replicate(state), step.replicate(frozen)
     else:
         name = form.partition(" ")[2]
         mesh = parallel.make_mesh(**MESHES[name])
         if form.startswith("shard_map"):
-            step = parallel.shard_map_step(made, mesh)
-            state, frozen = parallel.whole(state, mesh), parallel.whole(frozen, mesh)
+            step = parallel.shard_map_step(train_step, mesh)
+            state, frozen = parallel.replicate(state, mesh), parallel.replicate(frozen, mesh)
         else:
-            step = parallel.jit_step(made, mesh=mesh)
-            state = jax.jit(kind.make, out_shardings=parallel.shardings(state, mesh, AXES))()
-            frozen = parallel.put(frozen, parallel.shardings(frozen, mesh, AXES))
-            spread = state.params if stage != "ppo" else state.ema
-            assert name == "8" or not spread["layers"]["q"]["kernel"].is_fully_replicated
+            step = parallel.jit_step(train_step, mesh=mesh)
+            state = jax.jit(spec.make, out_shardings=parallel.shardings(state, mesh, AXES))()
+            frozen = parallel.shard(frozen, parallel.shardings(frozen, mesh, AXES))
+            params = state.params if stage != "ppo" else state.ema
+            assert name == "8" or not params["layers"]["q"]["kernel"].is_fully_replicated
     logs = []
     for i in range(STEPS):
         before = state
-        state, metrics = step(state, frozen, kind.hyper, kind.batch(i), jax.random.key(1))
+        state, metrics = step(state, frozen, spec.hyper, spec.batch(i), jax.random.key(1))
         assert all(x.is_deleted() for x in jax.tree.leaves(before.params)), "the state was not donated"
         logs.append(jax.device_get(metrics))
     assert step.traces == 1, step.traces
     if form == "pmap":
-        state = step.first(state)
-    kept = {"params": state.params} | ({"ema": state.ema, "kl_scale": state.kl_scale} if stage == "ppo" else {})
-    return jax.device_get(kept), logs
+        state = step.unreplicate(state)
+    result = {"params": state.params} | ({"ema": state.ema, "kl_scale": state.kl_scale} if stage == "ppo" else {})
+    return jax.device_get(result), logs
 
 
 def number(metric):
     return float(metric.value()) if hasattr(metric, "value") else float(metric)
 
 
-def farthest(a, b):
+def max_difference(a, b):
     return max(float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 def cases(long):
-    """``(stage, form, micro_batches)``: all of them, or as few as show that each part works."""
+    """Yields ``(stage, form, micro_batches)``: all combinations, or a few that cover every part."""
     if not long:
         yield from (("sft", "jit sequence", 2), ("sft", "pmap", 1), ("reward", "jit 2x4", 1))
         yield from (("dpo", "shard_map 2x4", 1), ("ppo", "shard_map 8", 2))
@@ -243,57 +244,57 @@ def cases(long):
 
 
 def main():
-    one = {}
+    single = {}
     for stage, form, micro_batches in cases(LONG):
-        begun = time.process_time()
-        if stage not in one:
-            one[stage] = trained(stage, "one")
+        started = time.process_time()
+        if stage not in single:
+            single[stage] = train(stage, "one")
             start = jax.device_get(jax.jit(STAGES[stage].make)().params)
-            print(json.dumps({"stage": stage, "moved": farthest(start, one[stage][0]["params"])}), flush=True)
-        params, logs = trained(stage, form, micro_batches=micro_batches)
-        apart = [
-            {name: abs(number(mine[name]) - number(theirs[name])) for name in theirs}
-            for mine, theirs in zip(logs, one[stage][1], strict=True)
+            print(json.dumps({"stage": stage, "moved": max_difference(start, single[stage][0]["params"])}), flush=True)
+        params, logs = train(stage, form, micro_batches=micro_batches)
+        differences = [
+            {name: abs(number(log[name]) - number(expected[name])) for name in expected}
+            for log, expected in zip(logs, single[stage][1], strict=True)
         ]
-        found = {
+        result = {
             "stage": stage,
             "form": form,
             "micro_batches": micro_batches,
-            "params": farthest(params, one[stage][0]),
-            "metrics": {name: max(each[name] for each in apart) for name in apart[0]},
-            "same_answers": all(each.get("words", 0.0) == 0 for each in apart),
-            "seconds": round(time.process_time() - begun, 1),
+            "params": max_difference(params, single[stage][0]),
+            "metrics": {name: max(each[name] for each in differences) for name in differences[0]},
+            "same_answers": all(each.get("checksum", 0.0) == 0 for each in differences),
+            "seconds": round(time.process_time() - started, 1),
         }
-        print(json.dumps(found), flush=True)
+        print(json.dumps(result), flush=True)
 
 
 class Silent:
-    """A progress that shows nothing."""
+    """A progress display that prints nothing."""
 
     def __getattr__(self, name):
         return lambda *_, **__: None
 
 
 def small_job(folder, mesh):
-    """The main job, as small as it can be."""
+    """A very small InstructGPT job."""
     from launch import settings
     from recipe import jobs, policy_sampling, tasks
 
     from rlhf_jax import checkpoint, metrics
 
     policy_sampling.CHUNK = 16
-    asked = settings.preset("smoke")
+    options = settings.preset("smoke")
     parts = {
-        "net": dataclasses.replace(asked.net, layers=1, width=32, mlp=64, heads=4),
-        "pretrain": dataclasses.replace(asked.pretrain, documents=400, steps=3, batch=16),
-        "sft": dataclasses.replace(asked.sft, demonstrations=32, epochs=1, mix_epochs=1),
-        "ppo": dataclasses.replace(asked.ppo, iterations=1, batch=16, shards=4),
-        "evaluation": dataclasses.replace(asked.evaluation, prompts=8),
+        "net": dataclasses.replace(options.net, layers=1, width=32, mlp=64, heads=4),
+        "pretrain": dataclasses.replace(options.pretrain, documents=400, steps=3, batch=16),
+        "sft": dataclasses.replace(options.sft, demonstrations=32, epochs=1, mix_epochs=1),
+        "ppo": dataclasses.replace(options.ppo, iterations=1, batch=16, shards=4),
+        "evaluation": dataclasses.replace(options.evaluation, prompts=8),
     }
-    asked = dataclasses.replace(asked, **parts)
+    options = dataclasses.replace(options, **parts)
     return jobs.make_job(
-        asked,
-        tasks.make_task(asked),
+        options,
+        tasks.make_task(options),
         start=None,
         checkpoints=lambda stage: checkpoint.Checkpoints(folder / stage),
         log=metrics.MetricLog(folder),
@@ -303,70 +304,70 @@ def small_job(folder, mesh):
 
 
 def recipe(job):
-    """Base model, SFT, and in the long form reward model and PPO-ptx: the weights that each ends with."""
+    """Returns the weights of base model and SFT and, in the long form, of reward model and PPO-ptx."""
     from recipe import stages
 
     rows, rng = job.task.demonstrations, np.random.default_rng(0)
     pick = rng.integers(0, len(rows.tokens_BL), size=(16, 3))
     ranks = np.stack([rng.permutation(3) + 1 for _ in range(16)]).astype(np.int32)
-    ranked = given.Comparisons(rows.tokens_BL[pick], rows.mask_BL[pick], ranks, np.ones((16, 3), bool))
+    ranked = numpy_types.Comparisons(rows.tokens_BL[pick], rows.mask_BL[pick], ranks, np.ones((16, 3), bool))
     base = stages.pretrain(job)
     start = stages.supervised(job, "sft_mix", base, epochs=1, mix=0.25)
     if not LONG:
         return {"base": base, "sft_mix": start}
     rewards = stages.train_reward_models(job, start, [ranked])
-    learnt = stages.optimise(job, "ppo", start, rewards, ptx_coef=1.0)
-    return {"base": base, "sft_mix": start, "reward": rewards[0], "ppo": learnt}
+    ppo_ptx = stages.optimise(job, "ppo", start, rewards, ptx_coef=1.0)
+    return {"base": base, "sft_mix": start, "reward": rewards[0], "ppo": ppo_ptx}
 
 
 def whole_job():
-    """The recipe on a mesh, then taken up on another one and on a single device, beside that of one device."""
+    """Runs the recipe on a mesh, restores it on another mesh and on one device, and compares it with one device."""
     with tempfile.TemporaryDirectory() as folder:
-        begun = time.process_time()
+        started = time.process_time()
         mesh = parallel.make_mesh(**MESHES["2x2x2"])
         job = small_job(pathlib.Path(folder), mesh)
-        made = recipe(job)
-        kernels = [node["layers"]["q"]["kernel"] for node in made.values()]
-        found = {
+        weights = recipe(job)
+        kernels = [node["layers"]["q"]["kernel"] for node in weights.values()]
+        result = {
             "job": "2x2x2",
-            "spread": [not x.is_fully_replicated for x in kernels],
+            "sharded": [not x.is_fully_replicated for x in kernels],
             "programs": job.programs(),
-            "seconds": round(time.process_time() - begun, 1),
+            "seconds": round(time.process_time() - started, 1),
         }
-        made = jax.device_get(made)
+        weights = jax.device_get(weights)
         for other in (parallel.make_mesh(**MESHES["2x4"]), None):
             again = small_job(pathlib.Path(folder), other)
-            same = jax.device_get(recipe(again))
+            restored = jax.device_get(recipe(again))
             name = "one" if other is None else "2x4"
-            found[f"restored on {name}"] = farthest(same, made)
-            found[f"trained anew on {name}"] = again.supervised_step.traces
+            result[f"restored on {name}"] = max_difference(restored, weights)
+            result[f"retrained on {name}"] = again.supervised_step.traces
         if not LONG:
-            print(json.dumps(found), flush=True)
+            print(json.dumps(result), flush=True)
             return
-        alone = jax.device_get(recipe(small_job(pathlib.Path(folder) / "alone", None)))
-        found["apart"] = {name: farthest(made[name], alone[name]) for name in made}
-    print(json.dumps(found), flush=True)
+        single = jax.device_get(recipe(small_job(pathlib.Path(folder) / "single", None)))
+        result["difference"] = {name: max_difference(weights[name], single[name]) for name in weights}
+    print(json.dumps(result), flush=True)
 
 
-def refusals():
-    """What is refused, and how."""
+def print_errors():
+    """Prints the errors for indivisible batches and impossible meshes."""
     mesh = parallel.make_mesh(**MESHES["2x2x2"])
     step = parallel.jit_step(SFT.step(), mesh=mesh)
     state = jax.jit(SFT.make)()
-    short = jax.tree.map(lambda x: x[:6], SFT.batch(0))
+    indivisible = jax.tree.map(lambda x: x[:6], SFT.batch(0))
     for fn in (
-        lambda: step(state, None, SFT.hyper, short, jax.random.key(0)),
-        lambda: parallel.pmap_step(SFT.step())(state, None, SFT.hyper, short, jax.random.key(0)),
+        lambda: step(state, None, SFT.hyper, indivisible, jax.random.key(0)),
+        lambda: parallel.pmap_step(SFT.step())(state, None, SFT.hyper, indivisible, jax.random.key(0)),
         lambda: parallel.shard_map_step(SFT.step(), mesh),
         lambda: parallel.make_mesh(data=3),
     ):
         try:
             fn()
         except ValueError as error:
-            print(json.dumps({"refused": str(error)}), flush=True)
+            print(json.dumps({"error": str(error)}), flush=True)
 
 
 if __name__ == "__main__":
-    refusals()
+    print_errors()
     main()
     whole_job()

@@ -16,7 +16,7 @@ from rlhf_jax import checkpoint
 from rlhf_jax.checkpoint import manifest
 from rlhf_jax.train import state as state_lib
 
-# A read that fails half way leaves the file library's event loop to complain after it was closed.
+# After a failed read, the file library's event loop warns when it is collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 ADAM = optax.chain(optax.scale_by_adam(), optax.scale(-1.0))
@@ -43,7 +43,7 @@ def make_state(seed):
 
 def bits(tree):
     def leaf(x):
-        x = np.asarray(jax.random.key_data(x) if manifest.is_key(x) else x)
+        x = np.asarray(jax.random.key_data(x) if manifest.is_prng_key(x) else x)
         return x.dtype, x.shape, x.tobytes()
 
     return [leaf(x) for x in jax.tree.leaves(tree)]
@@ -58,7 +58,7 @@ def two(tmp_path):
     return checkpoints
 
 
-def test_comes_back_bit_for_bit(two):
+def test_a_restored_state_equals_the_saved_one_bit_for_bit(two):
     like = make_state(9)
     step, state, metadata = two.restore(like)
     assert step == 2 and metadata == {"step": 2, "nested": {"a": [1.5, None]}}
@@ -85,7 +85,7 @@ def test_a_restored_state_compiles_nothing_new_and_may_be_donated(two):
     assert len(traces) == 1
 
 
-def test_a_save_may_be_followed_by_donation_at_once(tmp_path):
+def test_arrays_may_be_donated_right_after_a_save(tmp_path):
     step = jax.jit(lambda x: x * 2 + 1, donate_argnums=0)
     x = step(jnp.arange(2_000_000, dtype=jnp.float32))
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
@@ -99,11 +99,11 @@ def test_a_save_may_be_followed_by_donation_at_once(tmp_path):
 def test_keeps_the_newest_and_refuses_an_old_step(tmp_path):
     with checkpoint.Checkpoints(tmp_path / "a" / "b", keep=2) as checkpoints:
         assert checkpoints.latest() is None
-        with pytest.raises(checkpoint.CheckpointError, match="not there"):
+        with pytest.raises(checkpoint.CheckpointError, match="the directory is missing or empty"):
             checkpoints.restore({"x": 0})
         for step in (1, 5, 9):
             checkpoints.save(step, {"x": jnp.full(3, step)})
-        with pytest.raises(checkpoint.CheckpointError, match="step 9 is already there"):
+        with pytest.raises(checkpoint.CheckpointError, match="step 9 already exists"):
             checkpoints.save(9, {"x": jnp.zeros(3)})
     assert checkpoints.steps() == [5, 9] and checkpoints.latest() == 9
     with pytest.raises(checkpoint.CheckpointError, match="no step 1"):
@@ -153,38 +153,38 @@ def damage_empty(folder):
 
 
 @pytest.mark.parametrize("damage", [v for k, v in sorted(globals().items()) if k.startswith("damage_")])
-def test_damage_is_seen_and_the_previous_one_taken(two, damage):
+def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(two, damage):
     damage(two.directory / "step_000000002")
-    with pytest.warns(UserWarning, match="passed over.*step 2: ") as seen:
+    with pytest.warns(UserWarning, match="skipped a damaged checkpoint.*step 2: ") as caught:
         step, state, _ = two.restore(make_state(9))
-    assert len(seen) == 1 and step == 1 and bits(state) == bits(make_state(1))
+    assert len(caught) == 1 and step == 1 and bits(state) == bits(make_state(1))
     with pytest.raises(checkpoint.CheckpointError, match="step 2: "):
         two.restore(make_state(9), step=2)
     with pytest.warns(UserWarning):
         two.restore(make_state(9))
     with two:
-        two.save(2, make_state(2))  # takes the place of the damaged one
+        two.save(2, make_state(2))  # replaces the damaged one
     assert bits(two.restore(make_state(9))[1]) == bits(make_state(2)) and two.steps() == [1, 2]
 
 
-def test_every_flipped_bit_of_the_arrays_is_seen_or_harmless(tmp_path):
+def test_flipped_bits_in_the_arrays_are_detected_or_harmless(tmp_path):
     with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
         good = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(30, 30)), jnp.float32)}
         checkpoints.save(1, good)
     path = largest(tmp_path / "step_000000001" / "state")
-    original, seen = path.read_bytes(), 0
+    original, detected = path.read_bytes(), 0
     for position in np.linspace(0.02, 0.98, 12):
         flip(path, position)
         try:
             assert bits(checkpoints.restore(good)[1]) == bits(good)
         except checkpoint.CheckpointError as error:
             assert "digest" in str(error) or "cannot be read" in str(error)
-            seen += 1
+            detected += 1
         path.write_bytes(original)
-    assert seen >= 9
+    assert detected >= 9
 
 
-def test_all_damaged_says_so_of_each(two):
+def test_the_error_names_the_damage_of_every_checkpoint(two):
     for step in (1, 2):
         damage_flip(two.directory / f"step_{step:09d}")
     with pytest.raises(checkpoint.CheckpointError, match=r"step 2: .*step 1: "):
@@ -193,7 +193,7 @@ def test_all_damaged_says_so_of_each(two):
     assert two.steps() == [1, 2]
 
 
-def test_restoring_an_older_step_gives_up_the_newer_one_at_the_next_save(two):
+def test_the_first_save_after_restoring_an_older_step_replaces_the_newer_one(two):
     two.restore(make_state(9), step=1)
     assert two.steps() == [1, 2]
     with two:
@@ -206,19 +206,19 @@ def test_restoring_an_older_step_gives_up_the_newer_one_at_the_next_save(two):
     [
         (lambda s: {k: v for k, v in s.items() if k != "odd"}, "only in the checkpoint.*odd"),
         (lambda s: s | {"more": jnp.zeros(2)}, "more"),
-        (lambda s: s | {"odd": jnp.zeros(5)}, r"\['odd'\] as float32\[4\], but float32\[5\]"),
+        (lambda s: s | {"odd": jnp.zeros(5)}, r"\['odd'\] as float32\[4\], but float32\[5\] was requested"),
         (lambda s: s | {"odd": jnp.zeros(4, jnp.int32)}, "int32"),
         (lambda s: s | {"key": jax.random.key(0, impl="rbg")}, "key"),
     ],
 )
-def test_another_state_is_an_error_and_not_damage(two, change, match):
+def test_a_different_structure_is_an_error_and_not_damage(two, change, match):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(checkpoint.CheckpointError, match=match):
             two.restore(change(make_state(9)))
 
 
-def test_a_python_counter_and_an_array_are_the_same_counter(tmp_path):
+def test_a_python_counter_and_an_array_are_interchangeable(tmp_path):
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, {"step": jnp.int32(7)})
         step = checkpoints.restore({"step": 0})[1]["step"]
@@ -228,7 +228,7 @@ def test_a_python_counter_and_an_array_are_the_same_counter(tmp_path):
         assert step.dtype == jnp.int32 and int(step) == 8
 
 
-def test_what_cannot_be_saved_is_refused(tmp_path):
+def test_states_that_cannot_be_saved_are_errors(tmp_path):
     checkpoints = checkpoint.Checkpoints(tmp_path)
     with pytest.raises(TypeError, match=r"name.*is a str"):
         checkpoints.save(1, {"name": "x"})
@@ -243,38 +243,38 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
     assert checkpoints.latest() is None
 
 
-def spoil_before_it_is_looked_at(checkpoints, step):
-    """Let the save end, and damage what it wrote, before `wait` has a look at it."""
+def damage_before_it_is_verified(checkpoints, step):
+    """Damages a completed save before `wait` verifies it."""
     checkpoints._checkpointer.wait_until_finished()
     flip(largest(checkpoints.directory / f"step_{step:09d}" / "state"))
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_nothing_is_removed_before_a_newer_one_was_found_whole(tmp_path, keep):
-    told = []
+def test_old_checkpoints_are_removed_only_after_a_newer_one_is_verified(tmp_path, keep):
+    warned = []
     state = {"w": jnp.asarray(np.random.default_rng(0).normal(size=500), jnp.float32)}
-    with checkpoint.Checkpoints(tmp_path, keep=keep, tell=told.append) as checkpoints:
+    with checkpoint.Checkpoints(tmp_path, keep=keep, warn=warned.append) as checkpoints:
         for step in range(1, keep + 1):
             checkpoints.save(step, state)
         checkpoints.save(8, state)
-        spoil_before_it_is_looked_at(checkpoints, 8)
+        damage_before_it_is_verified(checkpoints, 8)
         checkpoints.wait()
-        assert checkpoints.steps() == [*range(1, keep + 1), 8] and len(told) == 1
-        assert "step 8" in told[0] and "those before it are kept" in told[0]
-        assert checkpoints.restore(state)[0] == keep and "passed over" in told[1]
+        assert checkpoints.steps() == [*range(1, keep + 1), 8] and len(warned) == 1
+        assert "step 8" in warned[0] and "older checkpoints are kept" in warned[0]
+        assert checkpoints.restore(state)[0] == keep and "skipped" in warned[1]
         checkpoints.save(9, state)
         checkpoints.wait()
         assert checkpoints.steps() == [*range(1, keep + 1), 9][-keep:]
-        assert checkpoints.restore(state)[0] == 9 and len(told) == 2
+        assert checkpoints.restore(state)[0] == 9 and len(warned) == 2
     assert len(list(tmp_path.iterdir())) == keep
 
 
-def test_what_was_passed_over_stays_until_there_is_a_newer_one(two):
+def test_a_skipped_checkpoint_is_kept_until_a_newer_one_is_verified(two):
     damage_flip(two.directory / "step_000000002")
     with pytest.warns(UserWarning):
         two.restore(make_state(9))
     with pytest.raises(TypeError):
-        two.save(2, {"name": "x"})  # a save that fails
+        two.save(2, {"name": "x"})  # a failed save
     assert two.steps() == [1, 2]
     two.save(2, make_state(2))
     assert len(list(two.directory.glob("set_aside_*"))) == 1
@@ -287,7 +287,8 @@ import sys, jax
 jax.config.update("jax_num_cpu_devices", 8)
 import jax.numpy as jnp, numpy as np, optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as S
-from rlhf_jax import checkpoint, manifest
+from rlhf_jax import checkpoint
+from rlhf_jax.checkpoint import manifest
 from rlhf_jax.train import state as state_lib
 tx = optax.chain(optax.scale_by_adam(), optax.scale(-1.0))
 def make():
@@ -296,9 +297,9 @@ def make():
     return {"train": state_lib.create(params, tx), "key": key, "keys": jax.random.split(key, 8)}
 def placed(shape, names, axes, devices):
     mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
-    where = lambda x: NamedSharding(mesh, S(*axes[:x.ndim]) if x.ndim == 2 or x.shape == (8,) else S())
+    sharding = lambda x: NamedSharding(mesh, S(*axes[:x.ndim]) if x.ndim == 2 or x.shape == (8,) else S())
     shapes = jax.eval_shape(make)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(x)), shapes)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(x)), shapes)
 eight = placed((8,), ("fsdp",), ("fsdp",), jax.devices())
 state = jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, eight))()
 with checkpoint.Checkpoints(sys.argv[1]) as checkpoints:
@@ -308,15 +309,15 @@ with checkpoint.Checkpoints(sys.argv[1]) as checkpoints:
               placed((2, 2, 2), ("data", "fsdp", "tensor"), ("fsdp", "tensor"), jax.devices()),
               placed((1,), ("data",), (None,), jax.devices()[:1]), jax.eval_shape(make)]
     for like in meshes:
-        found = checkpoints.restore(like)[1]
-        assert manifest.digest_tree(found) == manifest.digest_tree(state)
-        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(like)):
+        restored = checkpoints.restore(like)[1]
+        assert manifest.digest_tree(restored) == manifest.digest_tree(state)
+        for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(like)):
             assert y.sharding is None or x.sharding.is_equivalent_to(y.sharding, x.ndim), (x.sharding, y.sharding)
 print("bit for bit", len(state["train"].params["w"].sharding.device_set))
 """
 
 
-def test_what_eight_devices_saved_comes_back_on_other_meshes_bit_for_bit(tmp_path):
+def test_a_state_saved_on_eight_devices_is_restored_on_other_meshes_bit_for_bit(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", MESHES, str(tmp_path)],
         capture_output=True,
@@ -327,7 +328,7 @@ def test_what_eight_devices_saved_comes_back_on_other_meshes_bit_for_bit(tmp_pat
     assert done.stdout == "bit for bit 8\n", done.stderr[-3000:]
 
 
-def test_restores_onto_a_mesh(tmp_path):
+def test_a_state_is_restored_onto_a_mesh(tmp_path):
     sharding = jax.sharding.NamedSharding(
         jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), jax.sharding.PartitionSpec("data")
     )
@@ -342,7 +343,7 @@ def test_restores_onto_a_mesh(tmp_path):
     np.testing.assert_array_equal(state["x"], np.arange(8.0))
 
 
-def test_a_full_disk_is_one_sentence(tmp_path):
+def test_a_full_disk_is_a_one_line_error(tmp_path):
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     checkpoints = checkpoint.Checkpoints(tmp_path)
     big = {"x": jnp.asarray(np.random.default_rng(0).normal(size=300_000), jnp.float32)}
@@ -360,11 +361,11 @@ def test_a_full_disk_is_one_sentence(tmp_path):
     assert "\n" not in str(failed.value)
     assert checkpoints.steps() == [1]
     with checkpoints:
-        checkpoints.save(2, big)  # once there is room again
+        checkpoints.save(2, big)  # works once there is space again
     assert bits(checkpoints.restore(big)[1]) == bits(big)
 
 
-def test_a_folder_that_is_a_file_or_vanished_is_one_sentence(tmp_path):
+def test_a_folder_that_is_a_file_or_has_vanished_is_an_error(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(checkpoint.CheckpointError, match="file"):
         checkpoint.Checkpoints(tmp_path / "file" / "run").save(1, {"x": 1})
@@ -378,7 +379,7 @@ def test_a_folder_that_is_a_file_or_vanished_is_one_sentence(tmp_path):
         checkpoints.save(2, {"x": 1})
 
 
-def test_params_of_a_finished_stage(tmp_path):
+def test_parameters_are_saved_replaced_and_verified(tmp_path):
     params = {"a": {"w": jnp.arange(6.0).reshape(2, 3)}, "layers": [jnp.ones(2, jnp.bfloat16), {}]}
     checkpoint.save_params(tmp_path / "sft", params)
     loaded = checkpoint.load_params(tmp_path / "sft")

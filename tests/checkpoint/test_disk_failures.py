@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or gone: one sentence, exit status 2, and the last good checkpoint left alone."""
+"""A disk that is full, read-only or gone: a one-line error, exit status 2, and the last checkpoint is kept."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ def mount(*arguments):
 
 
 def trial(case, disk):
-    """Run in the middle of which something happens to the disk; what a user sees of it."""
+    """Trains while the disk fails; returns the exit status, the messages and the surviving checkpoints."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -32,15 +32,15 @@ def trial(case, disk):
     from rlhf_jax.train.optim import update
 
     size, saved = 60_000, disk / "run" / "saved"
-    if case == "read-only":  # the log's files are open, and a file system with such files stays writable
+    if case == "read-only":  # a file system with open files, such as the log, cannot be remounted read-only
         saved.mkdir(parents=True)
         mount("-t", "tmpfs", "none", str(saved))
 
     def train_step(state, frozen, hyper, batch, rng):
-        noise = jax.random.normal(jax.random.fold_in(rng, state.step), (size,))  # which no disk compresses
+        noise = jax.random.normal(jax.random.fold_in(rng, state.step), (size,))  # incompressible
         return update.apply_gradients(state, {"w": noise}, learning_rate=hyper)
 
-    def happens(done, state, logs):
+    def fail_after_step_5(done, state, logs):
         while done == 5 and not (saved / "step_000000004").exists():
             time.sleep(0.01)
         if done == 5 and case == "full":
@@ -50,7 +50,7 @@ def trial(case, disk):
         if done == 5 and case == "vanished":
             shutil.rmtree(saved)
 
-    def run(happens=happens):
+    def run(callback=fail_after_step_5):
         start = state.create({"w": jnp.zeros(size)}, optax.scale(-1.0))
         log = metrics.MetricLog(disk / "run")
         with checkpoint.Checkpoints(saved) as checkpoints, log:
@@ -65,15 +65,15 @@ def trial(case, disk):
                 log=log,
                 checkpoints=checkpoints,
                 save_every=2,
-                callbacks=[happens],
+                callbacks=[callback],
             )
 
-    told, status = io.StringIO(), 0
-    with contextlib.redirect_stderr(told):
+    errors, status = io.StringIO(), 0
+    with contextlib.redirect_stderr(errors):
         try:
-            command_line.enter(lambda asked: run(), lambda arguments: None, [])
-        except SystemExit as left:
-            status = left.code
+            command_line.enter(lambda options: run(), lambda arguments: None, [])
+        except SystemExit as exit:
+            status = exit.code
     if case == "read-only":
         mount("-o", "remount,rw", str(saved))
     (disk / "ballast").unlink(missing_ok=True)
@@ -81,17 +81,17 @@ def trial(case, disk):
     final = run(lambda *_: None)
     rows = [row["step"] for row in metrics.read(disk / "run")]
     end = float(jnp.sum(final.params["w"]))
-    return {"status": status, "told": told.getvalue(), "saved": steps, "end": end, "rows": rows}
+    return {"status": status, "errors": errors.getvalue(), "saved": steps, "end": end, "rows": rows}
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """Of every case, in a process that has a small disk of its own for each."""
+def results(tmp_path_factory):
+    """The results of all cases, from a process that mounts a small disk for each."""
     if (
         shutil.which("unshare") is None
         or subprocess.run([*NAMESPACE, "true"], check=False, capture_output=True).returncode
     ):
-        pytest.skip("no disk of its own can be mounted here")
+        pytest.skip("cannot mount a disk here")
     folder = tmp_path_factory.mktemp("disks")
     done = subprocess.run(
         [*NAMESPACE, sys.executable, __file__, str(folder)], capture_output=True, text=True, timeout=600, check=False
@@ -101,32 +101,32 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_sentence_and_the_last_good_checkpoint_stays(found, case):
-    seen, whole = found[case], found["nothing"]
-    assert whole["status"] == 0 and whole["told"] == "" and whole["saved"] == [6, 8]
-    assert seen["status"] == 2
-    lines = seen["told"].splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), seen["told"]
+def test_a_disk_failure_is_a_one_line_error_and_the_last_checkpoint_is_kept(results, case):
+    failed, normal = results[case], results["no failure"]
+    assert normal["status"] == 0 and normal["errors"] == "" and normal["saved"] == [6, 8]
+    assert failed["status"] == 2
+    lines = failed["errors"].splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), failed["errors"]
     reason = {"full": "No space left", "read-only": "Read-only file system", "vanished": "vanished"}[case]
     assert reason in lines[0] and f"/{CASES.index(case)}/run" in lines[0]
-    assert seen["saved"] == ([] if case == "vanished" else [2, 4])
-    assert seen["end"] == whole["end"] and seen["rows"] == list(range(1, 9)), "it goes on once there is room again"
+    assert failed["saved"] == ([] if case == "vanished" else [2, 4])
+    assert failed["end"] == normal["end"] and failed["rows"] == list(range(1, 9)), "it resumes on a working disk"
 
 
 def main(folder):
-    """All cases, as JSON on stdout."""
+    """Runs all cases and prints their results as JSON."""
     import os
 
     os.environ["JAX_PLATFORMS"] = "cpu"
     sys.path[:0] = [str(pathlib.Path(__file__).parents[2] / "experiments")]
     results = {}
-    for i, case in enumerate((*CASES, "nothing")):
+    for i, case in enumerate((*CASES, "no failure")):
         disk = pathlib.Path(folder) / str(i)
         disk.mkdir()
         mount("-t", "tmpfs", "-o", "size=3m", "none", str(disk))
         results[case] = trial(case, disk)
     print(json.dumps(results), flush=True)
-    os._exit(0)  # threads of the saves that failed may never end
+    os._exit(0)  # threads of failed saves may never end
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Alarms: each is raised by what it is there for, not by what comes close, and none by a healthy run."""
+"""Tests that each alarm is raised by its failure, not by a near miss, and that a healthy run raises none."""
 
 import dataclasses
 import json
@@ -18,121 +18,121 @@ from rlhf_jax.train import loop, monitor
 
 
 def healthy(steps=60, seed=0):
-    """Rows like those of a run that goes well: gold peaks and gives a little back, ratios have spikes."""
+    """Returns the rows of a healthy run, in which gold falls a little after its peak and ratios have spikes."""
     rng = np.random.default_rng(seed)
     rows = []
     for i in range(steps):
-        come = 1 - math.exp(-i / 6)
+        progress = 1 - math.exp(-i / 6)
         rows.append(
             {
                 "step": i + 1,
-                "reward": 0.8 * come + 0.04 * rng.normal(),
-                "gold": 0.77 + 0.15 * come - 0.02 * i / steps + 0.01 * rng.normal(),
-                "kl": 2.5 * come + 0.1 * rng.normal() * (i > 0),
+                "reward": 0.8 * progress + 0.04 * rng.normal(),
+                "gold": 0.77 + 0.15 * progress - 0.02 * i / steps + 0.01 * rng.normal(),
+                "kl": 2.5 * progress + 0.1 * rng.normal() * (i > 0),
                 "ratio_max": 16.0 if i % 20 == 7 else 1.2 + rng.exponential(1.0),
                 "first_ratio_error": 5e-6,
                 "sampler_gap": 1e-5 * rng.random(),
-                "entropy": 0.63 - 0.35 * come + 0.01 * rng.normal(),
-                "stopped": min(1.0, 0.93 + 0.08 * come + 0.01 * rng.normal()),
+                "entropy": 0.63 - 0.35 * progress + 0.01 * rng.normal(),
+                "stopped": min(1.0, 0.93 + 0.08 * progress + 0.01 * rng.normal()),
                 "reward_std": 1.0,
             }
         )
     return rows
 
 
-def ever(rows, **thresholds):
-    """The alarms of all prefixes: what a run would have been told."""
-    told = {}
+def alarms_of(rows, **thresholds):
+    """Returns the first alarm of each name over all prefixes of the rows, as a run raises them."""
+    raised = {}
     for n in range(1, len(rows) + 1):
         for alarm in alarms.check_all(rows[:n], **thresholds):
-            told.setdefault(alarm.name, alarm)
-    return told
+            raised.setdefault(alarm.name, alarm)
+    return raised
 
 
-def changed(rows, start, **series):
-    """The same rows with metrics replaced from row ``start`` on (negative: from the end); functions see the row."""
+def replace(rows, start, **series):
+    """Replaces metrics by functions of the row, from row ``start`` onwards; a negative one counts from the end."""
     first = start % len(rows)
     return [row | ({k: f(row) for k, f in series.items()} if i >= first else {}) for i, row in enumerate(rows)]
 
 
-def always(value):
+def constant(value):
     return lambda row: value
 
 
 @given(seed=st.integers(0, 10_000), steps=st.sampled_from([4, 38, 60]))
-def test_a_healthy_run_raises_none(seed, steps):
-    assert ever(healthy(steps, seed)) == {}
+def test_healthy_run_raises_no_alarm(seed, steps):
+    assert alarms_of(healthy(steps, seed)) == {}
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_run_that_learns_nothing_raises_none(seed):
+def test_run_without_progress_raises_no_alarm(seed):
     rng = np.random.default_rng(seed)
     rows = [{"reward": rng.normal(), "gold": rng.normal(), "heldout_reward": rng.normal()} for _ in range(150)]
-    assert ever(rows) == {}
+    assert alarms_of(rows) == {}
 
 
 def down(by):
-    """A metric that falls by ``by`` a row after the fortieth."""
+    """Returns a function that makes a metric fall by ``by`` per row after row 40."""
     return lambda name: lambda row: row[name] - by * (row["step"] - 40)
 
 
 def validated(row, *, rise):
-    """Losses of a row: the validation loss falls up to the thirtieth, and then rises by ``rise`` a row."""
+    """Returns the losses of a row: the validation loss falls until row 30 and then rises by ``rise`` per row."""
     step, noise = row["step"], 0.02 * (-1) ** row["step"]
     held_out = 0.7 - 0.002 * min(step, 30) + rise * max(step - 30, 0)
     return {"loss": 0.7 - 0.01 * step, "validation_loss": held_out + noise}
 
 
 CASES = {
-    # name: (what raises it, what does not quite, words of the message)
+    # name: (rows that raise it, a near miss, part of the message)
     "not_finite": (
-        lambda rows: changed(rows, -1, reward=always(math.nan)),
-        lambda rows: changed(rows, -1, explained_variance=always(math.nan), gold=always(None)),
+        lambda rows: replace(rows, -1, reward=constant(math.nan)),
+        lambda rows: replace(rows, -1, explained_variance=constant(math.nan), gold=constant(None)),
         "not a finite number: reward.",
     ),
     "negative_kl": (
-        lambda rows: changed(rows, -1, kl=always(-1.2)),
-        lambda rows: changed(rows, -1, kl=always(-0.9)),
+        lambda rows: replace(rows, -1, kl=constant(-1.2)),
+        lambda rows: replace(rows, -1, kl=constant(-0.9)),
         "KL from the reference is -1.2 nats",
     ),
     "first_ratio": (
-        lambda rows: changed(rows, -1, first_ratio_error=always(0.02)),
-        lambda rows: changed(rows, -1, first_ratio_error=always(9e-4)),
-        "off 1 by 0.02",
+        lambda rows: replace(rows, -1, first_ratio_error=constant(0.02)),
+        lambda rows: replace(rows, -1, first_ratio_error=constant(9e-4)),
+        "differs from 1 by 0.02",
     ),
     "large_ratios": (
-        lambda rows: changed(rows, -3, ratio_max=always(11.0)),
-        lambda rows: changed(rows, -2, ratio_max=always(1e4)),
+        lambda rows: replace(rows, -3, ratio_max=constant(11.0)),
+        lambda rows: replace(rows, -2, ratio_max=constant(1e4)),
         "more than 11 times",
     ),
     "sampler_gap": (
-        lambda rows: changed(rows, -1, sampler_gap=always(0.3)),
-        lambda rows: changed(rows, -1, sampler_gap=always(9e-3)),
+        lambda rows: replace(rows, -1, sampler_gap=constant(0.3)),
+        lambda rows: replace(rows, -1, sampler_gap=constant(9e-3)),
         "differ by 0.3 nats",
     ),
     "entropy_collapse": (
-        lambda rows: changed(rows, -3, entropy=always(0.01)),
-        lambda rows: changed(rows, -3, entropy=always(0.06)),
+        lambda rows: replace(rows, -3, entropy=constant(0.01)),
+        lambda rows: replace(rows, -3, entropy=constant(0.06)),
         "to 0.01 nats a token",
     ),
     "equal_rewards": (
-        lambda rows: changed(rows, -3, reward_std=always(0.0)),
-        lambda rows: changed(rows, -2, reward_std=always(0.0)),
+        lambda rows: replace(rows, -3, reward_std=constant(0.0)),
+        lambda rows: replace(rows, -2, reward_std=constant(0.0)),
         "the same reward",
     ),
     "unfinished_answers": (
-        lambda rows: changed(rows, -3, stopped=always(0.6)),
-        lambda rows: changed(rows, -3, stopped=always(0.75)),
-        "40% of the answers do not stop, against",
+        lambda rows: replace(rows, -3, stopped=constant(0.6)),
+        lambda rows: replace(rows, -3, stopped=constant(0.75)),
+        "40% of the answers do not stop, compared with",
     ),
     "reward_below_start": (
         lambda rows: [row | {"reward": -0.02 * row["step"]} for row in rows],
-        lambda rows: changed(rows, 40, reward=lambda row: max(0.45, down(0.05)("reward")(row))),
+        lambda rows: replace(rows, 40, reward=lambda row: max(0.45, down(0.05)("reward")(row))),
         "the reward fell from",
     ),
     "overoptimised": (
-        lambda rows: changed(rows, 40, gold=down(0.01)("gold"), reward=lambda r: r["reward"] + 0.01 * (r["step"] - 40)),
-        lambda rows: changed(rows, 40, gold=down(0.01)("gold"), reward=lambda r: r["reward"] - 0.01 * (r["step"] - 40)),
+        lambda rows: replace(rows, 40, gold=down(0.01)("gold"), reward=lambda r: r["reward"] + 0.01 * (r["step"] - 40)),
+        lambda rows: replace(rows, 40, gold=down(0.01)("gold"), reward=lambda r: r["reward"] - 0.01 * (r["step"] - 40)),
         "while gold, which is not trained on, fell from",
     ),
     "overfitted": (
@@ -149,48 +149,50 @@ def test_every_check_has_a_case():
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_what_raises_an_alarm_and_what_does_not_quite(name, seed):
-    wrong, close, words = CASES[name]
-    told = ever(wrong(healthy(seed=seed)))
-    assert set(told) == {name} and words in told[name].message and "ook first " in told[name].message
-    assert ever(close(healthy(seed=seed))) == {}
+def test_failure_raises_its_alarm_and_a_near_miss_does_not(name, seed):
+    failing, near_miss, words = CASES[name]
+    raised = alarms_of(failing(healthy(seed=seed)))
+    assert set(raised) == {name} and words in raised[name].message and "Look first " in raised[name].message
+    assert alarms_of(near_miss(healthy(seed=seed))) == {}
 
 
-def test_gold_that_gives_back_less_than_a_third_of_its_gain_is_no_alarm():
+def test_gold_may_lose_a_third_of_its_gain_without_an_alarm():
     rng = np.random.default_rng(0)
 
     def rows(lost):
         scores = np.concatenate([np.linspace(0, 1, 10), np.ones(10), 1 - lost * np.linspace(0, 1, 10), [1 - lost] * 10])
         return [{"gold": g + 0.01 * rng.normal(), "reward": 0.1 * i} for i, g in enumerate(scores)]
 
-    assert ever(rows(0.25)) == {} and set(ever(rows(0.5))) == {"overoptimised"}
-    assert set(ever(rows(0.25), lost_share=0.1)) == {"overoptimised"}
+    assert alarms_of(rows(0.25)) == {} and set(alarms_of(rows(0.5))) == {"overoptimised"}
+    assert set(alarms_of(rows(0.25), lost_share=0.1)) == {"overoptimised"}
 
 
-def test_any_judge_counts_and_is_named():
+def test_any_judge_raises_the_alarm_and_is_named():
     rows = [{"reward": 0.1 * i, "gold": 0.0, "heldout_reward": -0.1 * i} for i in range(20)]
-    assert "heldout_reward, which is not" in ever(rows)["overoptimised"].message
-    assert ever(rows, judges=("gold",)) == {}
+    assert "heldout_reward, which is not" in alarms_of(rows)["overoptimised"].message
+    assert alarms_of(rows, judges=("gold",)) == {}
 
 
-def test_few_rows_and_few_metrics_are_no_alarm():
+def test_few_rows_or_metrics_raise_no_alarm():
     assert alarms.check_all([]) == []
-    assert ever([{"loss": 1.0}, {"loss": math.nan}]) == {}
-    assert ever([{"step": 1, "reward": 0.0, "kl": None}])["not_finite"].message.startswith("not a finite number: kl.")
-    # A long answer is the start's own doing, and an entropy that began small has not collapsed.
-    assert ever([{"stopped": 0.3, "entropy": 0.02}] * 20) == {}
+    assert alarms_of([{"loss": 1.0}, {"loss": math.nan}]) == {}
+    assert alarms_of([{"step": 1, "reward": 0.0, "kl": None}])["not_finite"].message.startswith(
+        "not a finite number: kl."
+    )
+    # Long answers from the start and a small initial entropy are no alarm.
+    assert alarms_of([{"stopped": 0.3, "entropy": 0.02}] * 20) == {}
 
 
-def test_thresholds_reach_their_checks_and_others_are_refused():
+def test_thresholds_reach_their_checks_and_unknown_ones_raise():
     rows = healthy()
-    assert set(ever(rows, most_ratio=1.0, lasting=2)) == {"large_ratios"}
-    assert ever(changed(rows, -1, sampler_gap=always(0.3)), most_gap=math.inf) == {}
-    with pytest.raises(TypeError, match="most_gaps"):
-        alarms.check_all(rows, most_gaps=1.0)
+    assert set(alarms_of(rows, max_ratio=1.0, patience=2)) == {"large_ratios"}
+    assert alarms_of(replace(rows, -1, sampler_gap=constant(0.3)), max_gap=math.inf) == {}
+    with pytest.raises(TypeError, match="max_gaps"):
+        alarms.check_all(rows, max_gaps=1.0)
 
 
-def test_steps_are_those_of_the_rows():
-    rows = changed(healthy(), -1, kl=always(-5.0))
+def test_alarms_have_the_steps_of_their_rows():
+    rows = replace(healthy(), -1, kl=constant(-5.0))
     assert [(a.name, a.step) for a in alarms.check_all(rows)] == [("negative_kl", 60)]
     assert alarms.check_all([{"kl": -5.0}] * 3)[0].step == 3
 
@@ -203,33 +205,33 @@ def feed(log, rows):
         log(row["step"], {name: value for name, value in row.items() if name != "step"})
 
 
-def test_a_watch_passes_rows_on_and_tells_each_alarm_once():
-    rows, seen, told = changed(healthy(), 10, kl=always(-5.0)), [], []
-    log = monitor.Watch(lambda step, values: seen.append({"step": step, **values}), warn=told.append)
+def test_watch_forwards_rows_and_reports_each_alarm_once():
+    rows, seen, warned = replace(healthy(), 10, kl=constant(-5.0)), [], []
+    log = monitor.Watch(lambda step, values: seen.append({"step": step, **values}), warn=warned.append)
     feed(log, rows)
-    assert seen == rows and len(told) == 1 and told[0].startswith("alarm at step 11 (negative_kl): the KL from")
+    assert seen == rows and len(warned) == 1 and warned[0].startswith("alarm at step 11 (negative_kl): the KL from")
     assert [(a.name, a.step) for a in log.alarms] == [("negative_kl", 11)]
     with pytest.raises(TypeError, match="no check"):
-        monitor.Watch(warn=told.append, least=1)
+        monitor.Watch(warn=warned.append, least=1)
 
 
-def test_a_watch_that_stops_has_written_the_row_and_told_why():
-    rows, seen, told = changed(healthy(), 10, kl=always(-5.0)), [], []
-    log = monitor.Watch(lambda step, values: seen.append(step), warn=told.append, stop=True)
+def test_stopping_watch_logs_the_row_and_reports_the_alarm():
+    rows, seen, warned = replace(healthy(), 10, kl=constant(-5.0)), [], []
+    log = monitor.Watch(lambda step, values: seen.append(step), warn=warned.append, stop=True)
     with pytest.raises(loop.Alarmed, match="negative_kl at step 11"):
         feed(log, rows)
-    assert seen[-1] == 11 and len(told) == 1
-    feed(log, rows[11:])  # who goes on all the same is not stopped by it again
-    assert len(told) == 1
+    assert seen[-1] == 11 and len(warned) == 1
+    feed(log, rows[11:])  # A run that continues is not stopped by the same alarm again.
+    assert len(warned) == 1
 
 
-def test_a_resumed_watch_knows_what_was_told(tmp_path):
-    rows, told = changed(healthy(), 10, kl=always(-5.0), sampler_gap=always(1.0)), []
+def test_resumed_watch_remembers_reported_alarms(tmp_path):
+    rows, warned = replace(healthy(), 10, kl=constant(-5.0), sampler_gap=constant(1.0)), []
     rows = [row | {"sampler_gap": 0.0} if row["step"] < 21 else row for row in rows]
 
     def watched(log):
-        told.clear()
-        return monitor.Watch(loop.StageLog(log, "ppo"), warn=told.append, stop=True, rows=log.rows("ppo"))
+        warned.clear()
+        return monitor.Watch(loop.StageLog(log, "ppo"), warn=warned.append, stop=True, rows=log.rows("ppo"))
 
     whole = [("negative_kl", 11), ("sampler_gap", 21)]
     with metrics.MetricLog(tmp_path) as log:
@@ -238,13 +240,13 @@ def test_a_resumed_watch_knows_what_was_told(tmp_path):
         first.rewind(0)
         with pytest.raises(loop.Alarmed):
             feed(first, rows)
-    with metrics.MetricLog(tmp_path) as log:  # stopped after step 11, goes on from there
+    with metrics.MetricLog(tmp_path) as log:  # Stopped after step 11 and resumed there.
         second = watched(log)
         second.rewind(11)
-        assert [(a.name, a.step) for a in second.alarms] == whole[:1] and not told
+        assert [(a.name, a.step) for a in second.alarms] == whole[:1] and not warned
         with pytest.raises(loop.Alarmed, match=r": sampler_gap at step 21$"):
             feed(second, rows[11:])
-    with metrics.MetricLog(tmp_path) as log:  # killed, goes on from before the first alarm
+    with metrics.MetricLog(tmp_path) as log:  # Killed and resumed before the first alarm.
         third = watched(log)
         assert [(a.name, a.step) for a in third.alarms] == whole
         third.rewind(5)
@@ -253,53 +255,54 @@ def test_a_resumed_watch_knows_what_was_told(tmp_path):
             feed(third, rows[5:])
 
 
-def test_numbers_that_json_does_not_have_raise_the_same_alarms_when_read_again(tmp_path):
-    rows = changed(healthy(20), -1, reward=always(math.nan), ratio_max=always(math.inf))
+def test_nan_and_infinity_raise_the_same_alarms_when_read_from_the_log(tmp_path):
+    rows = replace(healthy(20), -1, reward=constant(math.nan), ratio_max=constant(math.inf))
     with metrics.MetricLog(tmp_path) as log:
         live = monitor.Watch(loop.StageLog(log, "ppo"), warn=lambda text: None)
         feed(live, rows)
         assert monitor.Watch(warn=print, rows=log.rows("ppo")).alarms == live.alarms != []
 
 
-# The main job
+# The experiment
 
 
-def of(**changes):
+def smoke_settings(**changes):
     return dataclasses.replace(settings.preset("smoke"), **changes)
 
 
-def test_the_job_tells_alarms_and_keeps_them_or_stops(tmp_path):
-    rows, told = changed(healthy(), 10, kl=always(-5.0)), []
+def test_job_reports_and_records_alarms_or_stops(tmp_path):
+    rows, warned = replace(healthy(), 10, kl=constant(-5.0)), []
     with metrics.MetricLog(tmp_path) as log:
-        feed(monitoring.watched(log, "ppo", of(), told.append), rows)
-        feed(monitoring.watched(log, "ppo_ptx", of(), told.append), healthy())
-        assert len(told) == 1
-        (found,) = monitoring.raised(log, of())
-    assert (found["stage"], found["step"], found["name"]) == ("ppo", 11, "negative_kl") and found["message"] in told[0]
-    json.dumps(found, allow_nan=False)
+        feed(monitoring.watched(log, "ppo", smoke_settings(), warned.append), rows)
+        feed(monitoring.watched(log, "ppo_ptx", smoke_settings(), warned.append), healthy())
+        assert len(warned) == 1
+        (alarm,) = monitoring.raised(log, smoke_settings())
+    assert (alarm["stage"], alarm["step"], alarm["name"]) == ("ppo", 11, "negative_kl")
+    assert alarm["message"] in warned[0]
+    json.dumps(alarm, allow_nan=False)
     with metrics.MetricLog(tmp_path / "other") as log, pytest.raises(loop.Alarmed):
-        feed(monitoring.watched(log, "ppo", of(on_alarm="stop"), told.append), rows)
+        feed(monitoring.watched(log, "ppo", smoke_settings(on_alarm="stop"), warned.append), rows)
 
 
-def test_a_sampler_that_is_corrected_for_may_differ(tmp_path):
-    rows, plain = changed(healthy(), 10, sampler_gap=always(3.0)), settings.preset("smoke").ppo
-    corrected = of(on_alarm="stop", ppo=dataclasses.replace(plain, correct_sampler=True))
+def test_corrected_sampler_raises_no_sampler_gap_alarm(tmp_path):
+    rows, plain = replace(healthy(), 10, sampler_gap=constant(3.0)), settings.preset("smoke").ppo
+    corrected = smoke_settings(on_alarm="stop", ppo=dataclasses.replace(plain, correct_sampler=True))
     with metrics.MetricLog(tmp_path) as log:
         feed(monitoring.watched(log, "ppo", corrected, print), rows)
-        assert monitoring.raised(log, corrected) == [] and len(monitoring.raised(log, of())) == 1
+        assert monitoring.raised(log, corrected) == [] and len(monitoring.raised(log, smoke_settings())) == 1
 
 
-def test_an_alarm_that_stops_the_job_has_an_exit_status_of_its_own(monkeypatch, capsys):
-    def run(asked):
-        assert asked.on_alarm == "stop"
+def test_alarm_that_stops_the_job_has_its_own_exit_status(monkeypatch, capsys):
+    def run(options):
+        assert options.on_alarm == "stop"
         raise loop.Alarmed("negative_kl at step 11", stage="ppo", step=12, saved=True)
 
     monkeypatch.setattr(instructgpt, "run", run)
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         instructgpt.main(["--preset", "smoke", "--on-alarm", "stop"])
-    told = capsys.readouterr().err
-    assert left.value.code == 3 and "an alarm stopped ppo after 12 iterations" in told
-    assert "negative_kl at step 11" in told and "--resume" in told
-    with pytest.raises(SystemExit) as left:
+    output = capsys.readouterr().err
+    assert exit_info.value.code == 3 and "an alarm stopped ppo after 12 iterations" in output
+    assert "negative_kl at step 11" in output and "--resume" in output
+    with pytest.raises(SystemExit) as exit_info:
         instructgpt.main(["--preset", "smoke", "--on-alarm", "panic"])
-    assert left.value.code == 2
+    assert exit_info.value.code == 2

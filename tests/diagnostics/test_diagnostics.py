@@ -19,13 +19,13 @@ def test_wilson_agrees_with_scipy(k, n):
         np.testing.assert_allclose(diagnostics.wilson(k, n, confidence=confidence), tuple(expected), atol=1e-12)
 
 
-def test_wilson_of_nothing_knows_nothing():
+def test_wilson_without_trials_is_the_unit_interval():
     assert diagnostics.wilson(0, 0) == (0.0, 1.0)
     with pytest.raises(ValueError, match="successes"):
         diagnostics.wilson(4, 3)
 
 
-def test_mean_interval_is_students():
+def test_mean_interval_agrees_with_scipy():
     values = np.random.default_rng(0).normal(size=12)
     expected = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
     got = diagnostics.mean_interval(values)
@@ -33,7 +33,7 @@ def test_mean_interval_is_students():
     assert diagnostics.mean_interval([2.0]) == (2.0, -math.inf, math.inf)
 
 
-def test_bootstrap_agrees_with_theory_and_with_itself():
+def test_bootstrap_agrees_with_theory_and_is_reproducible():
     values = np.random.default_rng(1).exponential(size=400)
     mean, lo, hi = diagnostics.bootstrap_mean(values, np.random.default_rng(7))
     width = 1.96 * values.std() / 20
@@ -44,7 +44,7 @@ def test_bootstrap_agrees_with_theory_and_with_itself():
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=8))
 @settings(max_examples=30, deadline=None)
-def test_a_rate_over_clusters_stays_a_rate_and_always_has_a_width(rows):
+def test_rate_over_clusters_stays_in_the_unit_interval_with_positive_width(rows):
     parts, wholes = np.array([(min(r), max(r)) for r in [*rows, (1, 2)]], float).T
     for right in (parts, 0 * wholes, wholes):
         mean, lo, hi = diagnostics.ratio_interval(right, wholes)
@@ -53,8 +53,8 @@ def test_a_rate_over_clusters_stays_a_rate_and_always_has_a_width(rows):
         np.testing.assert_allclose(mirrored, (1 - mean, 1 - hi, 1 - lo), atol=1e-12)
 
 
-def test_intervals_over_few_clusters_cover_the_truth():
-    """Five prompts of one to six pairs, whose pairs depend on each other."""
+def test_intervals_over_few_clusters_have_their_coverage():
+    """Uses five prompts of one to six correlated pairs."""
     rng, hits = np.random.default_rng(4), []
     for _ in range(200):
         pairs = rng.integers(1, 7, size=5)
@@ -63,7 +63,7 @@ def test_intervals_over_few_clusters_cover_the_truth():
     assert np.mean(hits) >= 0.94
 
 
-def test_a_ratio_over_clusters_is_students():
+def test_ratio_over_clusters_agrees_with_mean_interval_and_wilson():
     values = np.random.default_rng(5).normal(3.0, 1.0, size=9)
     got = diagnostics.ratio_interval(2 * values, np.full(9, 2.0), rate=False)
     np.testing.assert_allclose(got, diagnostics.mean_interval(values))
@@ -72,12 +72,12 @@ def test_a_ratio_over_clusters_is_students():
     assert diagnostics.ratio_interval([1.0, 0.0], [1.0, 0.0]) == (1.0, 0.0, 1.0)
     with pytest.raises(ValueError, match="parts of a rate"):
         diagnostics.ratio_interval([3.0, 1.0], [2.0, 2.0], rate=True)
-    # Clusters of one are independent trials: Wilson's, but for Student's t.
+    # Clusters of one are independent trials: Wilson's interval, except for Student's t.
     many = diagnostics.ratio_interval((np.arange(4000) < 1000).astype(float), np.ones(4000))
     np.testing.assert_allclose(many[1:], diagnostics.wilson(1000, 4000), atol=2e-5)
 
 
-def test_one_value_says_nothing_of_others_and_a_confidence_is_a_share():
+def test_single_values_have_infinite_intervals_and_confidence_is_validated():
     rng = np.random.default_rng(0)
     assert diagnostics.bootstrap_mean([2.0], rng) == (2.0, -math.inf, math.inf)
     curve = diagnostics.best_of_n_curve([[1.0, 2.0]], [[1.0, 2.0]], rng)
@@ -97,7 +97,7 @@ def test_one_value_says_nothing_of_others_and_a_confidence_is_a_share():
         ),
     ):
         for confidence in (1.5, 0.0, -5.0):
-            with pytest.raises(ValueError, match="confidence must lie between 0 and 1"):
+            with pytest.raises(ValueError, match="confidence must be between 0 and 1"):
                 call(confidence)
 
 
@@ -109,7 +109,7 @@ def test_win_rate_counts_ties_as_a_half():
     assert diagnostics.win_rate(a, b, tie_tolerance=0.1).mean == 0.5
 
 
-def test_win_rate_without_ties_is_wilsons_and_swaps_sides():
+def test_win_rate_without_ties_is_wilsons_and_antisymmetric():
     rng = np.random.default_rng(2)
     a, b = rng.normal(size=(2, 30))
     mean, lo, hi = diagnostics.win_rate(a, b)
@@ -120,8 +120,8 @@ def test_win_rate_without_ties_is_wilsons_and_swaps_sides():
 
 @pytest.mark.parametrize("probs", [(0.5, 0.5, 0.0), (0.3, 0.3, 0.4), (0.05, 0.15, 0.8), (0.9, 0.05, 0.05)])
 @pytest.mark.parametrize("n", [40, 400])
-def test_win_rate_interval_covers_the_truth(probs, n):
-    """Wins, losses and ties drawn with known probabilities: 95 % means 95 %."""
+def test_win_rate_interval_has_its_coverage(probs, n):
+    """Draws wins, losses and ties with known probabilities."""
     rng = np.random.default_rng(3)
     truth = probs[0] + probs[2] / 2
     hits = []
@@ -141,13 +141,13 @@ def test_ties_narrow_the_interval_but_never_to_a_point():
     assert width(no_ties) > width(half_ties) > width(all_ties) > 0.05
 
 
-def test_accuracy_does_not_reward_a_constant_model():
+def test_pairwise_accuracy_of_a_constant_model_is_zero():
     assert diagnostics.pairwise_accuracy(np.ones(10), np.ones(10)).mean == 0.0
     accuracy = diagnostics.pairwise_accuracy([1.0, 2.0, 0.0, 5.0], [0.0, 0.0, 1.0, 0.0])
     np.testing.assert_allclose(accuracy, (0.75, *diagnostics.wilson(3, 4)))
 
 
-def test_broken_scores_are_errors():
+def test_invalid_scores_raise():
     for a, b in (([1.0], [1.0, 2.0]), ([], []), ([np.nan], [0.0]), ([[1.0]], [[0.0]])):
         with pytest.raises(ValueError, match=r"number|paired"):
             diagnostics.win_rate(a, b)
@@ -157,14 +157,14 @@ def test_broken_scores_are_errors():
 
 
 def labelled_pairs(n, slope, seed=0):
-    """Differences whose labels follow sigmoid(slope * difference)."""
+    """Returns pairs whose labels have probability sigmoid(slope * difference)."""
     rng = np.random.default_rng(seed)
     difference = rng.normal(scale=2.0, size=n)
     right = rng.random(n) < special.expit(slope * difference)
     return np.where(right, difference, -difference), np.zeros(n)
 
 
-def test_a_calibrated_model_lies_on_the_curve():
+def test_calibrated_model_has_a_diagonal_curve():
     chosen, rejected = labelled_pairs(20_000, slope=1.0)
     curve = diagnostics.calibration_curve(chosen, rejected, bins=8)
     assert curve.count.sum() == 20_000 and np.ptp(curve.count) <= 1
@@ -175,7 +175,7 @@ def test_a_calibrated_model_lies_on_the_curve():
 
 
 @pytest.mark.parametrize("slope", [0.5, 1.0, 2.0])
-def test_the_slope_is_recovered_and_its_inverse_calibrates(slope):
+def test_slope_is_recovered_and_its_inverse_calibrates(slope):
     chosen, rejected = labelled_pairs(20_000, slope=slope, seed=4)
     estimate = diagnostics.calibration_slope(chosen, rejected)
     assert estimate.lo < slope < estimate.hi and estimate.hi - estimate.lo < 0.2 * slope
@@ -185,14 +185,14 @@ def test_the_slope_is_recovered_and_its_inverse_calibrates(slope):
         assert diagnostics.expected_calibration_error(chosen, rejected) > 0.05
 
 
-def test_calibration_error_by_hand():
+def test_calibration_error_matches_a_hand_computed_value():
     chosen, rejected = np.array([1.0, 1.0, 1.0, 0.0]), np.array([0.0, 0.0, 0.0, 1.0])
     error = diagnostics.expected_calibration_error(chosen, rejected, bins=1)
     assert error == pytest.approx(abs(0.75 - 1 / (1 + math.exp(-1))))
     assert diagnostics.calibration_slope(chosen, rejected).mean == pytest.approx(math.log(3))
 
 
-def test_the_slope_interval_covers_the_truth():
+def test_slope_interval_has_its_coverage():
     hits = []
     for seed in range(200):
         estimate = diagnostics.calibration_slope(*labelled_pairs(200, slope=0.8, seed=seed))
@@ -200,12 +200,12 @@ def test_the_slope_interval_covers_the_truth():
     assert 0.9 <= np.mean(hits) <= 0.99
 
 
-def test_a_slope_without_a_maximum_is_infinite():
+def test_slope_is_infinite_if_the_likelihood_has_no_maximum():
     assert diagnostics.calibration_slope([1.0, 2.0], [0.0, 0.0]).mean == math.inf
     assert diagnostics.calibration_slope([0.0, 0.0], [1.0, 2.0]).mean == -math.inf
     with pytest.raises(ValueError, match="all score differences"):
         diagnostics.calibration_slope([1.0], [1.0])
-    # Nothing above 0 to divide by calibrates scores that are always right, or more often wrong than right.
+    # No positive temperature calibrates scores that are always right, or more often wrong than right.
     for chosen, rejected in (([1.0, 2.0], [0.0, 0.0]), ([0.0, 0.0, 2.0], [1.0, 2.0, 1.0])):
         assert math.isnan(diagnostics.calibration_temperature(chosen, rejected))
 
@@ -213,7 +213,7 @@ def test_a_slope_without_a_maximum_is_infinite():
 # Best of n
 
 
-def test_kl_of_best_of_n_reproduces_the_published_numbers():
+def test_best_of_n_kl_matches_the_published_values():
     ns = [1, 4, 8, 16, 64, 128, 512, 1000, 60_000]
     expected = [0.0, 0.636, 1.204, 1.835, 3.175, 3.860, 5.240, 5.909, 10.002]
     np.testing.assert_allclose(diagnostics.best_of_n_kl(ns), expected, atol=5e-4)
@@ -222,7 +222,7 @@ def test_kl_of_best_of_n_reproduces_the_published_numbers():
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_best_of_n_is_the_mean_over_all_subsets(ties):
+def test_best_of_n_mean_is_the_mean_over_all_subsets(ties):
     rng = np.random.default_rng(5)
     proxy, gold = rng.normal(size=(2, 7))
     if ties:
@@ -237,15 +237,15 @@ def test_best_of_n_is_the_mean_over_all_subsets(ties):
     np.testing.assert_allclose(diagnostics.best_of_n_mean(proxy, gold, range(1, 8)), expected, rtol=1e-9)
 
 
-def test_best_of_n_with_large_pools_neither_overflows_nor_falls():
+def test_best_of_n_mean_of_large_pools_does_not_overflow():
     proxy = np.random.default_rng(6).permutation(100_000) / 100_000
     got = diagnostics.best_of_n_mean(proxy, proxy, [1, 10, 1000, 60_000])
     assert np.all(np.diff(got) > 0)
-    # The best of n uniform numbers is n / (n + 1) on average.
+    # The expected maximum of n uniform numbers is n / (n + 1).
     np.testing.assert_allclose(got, [0.5, 10 / 11, 1000 / 1001, 1.0], atol=2e-5)
 
 
-def test_best_of_n_bounds():
+def test_best_of_n_mean_validates_its_inputs():
     for ns in ([0], [4]):
         with pytest.raises(ValueError, match="between 1 and"):
             diagnostics.best_of_n_mean(np.ones(3), np.ones(3), ns)
@@ -256,22 +256,24 @@ def test_best_of_n_bounds():
 # Diversity
 
 
-def test_distinct_n_by_hand():
+def test_distinct_n_matches_hand_computed_values():
     assert diagnostics.distinct_n([[1, 2, 1, 2]], n=1) == 0.5
     assert diagnostics.distinct_n([[1, 2, 1, 2]], n=2) == pytest.approx(2 / 3)
-    assert diagnostics.distinct_n([[1, 2], [1, 2], [2, 1]], n=2) == pytest.approx(2 / 3)  # Never across sequences.
+    # N-grams do not span sequences.
+    assert diagnostics.distinct_n([[1, 2], [1, 2], [2, 1]], n=2) == pytest.approx(2 / 3)
     assert math.isnan(diagnostics.distinct_n([[1]], n=2))
 
 
-def test_token_entropy_by_hand():
+def test_token_entropy_matches_hand_computed_values():
     assert diagnostics.token_entropy([[1, 2], [3, 4]]) == pytest.approx(math.log(4))
     assert diagnostics.token_entropy([["a", "a"], ["a"]]) == 0.0
     assert math.isnan(diagnostics.token_entropy([[]]))
 
 
-def test_self_overlap_by_hand():
+def test_self_overlap_matches_hand_computed_values():
     assert diagnostics.self_overlap([[1, 2, 3], [1, 2, 3]], n=2) == 1.0
-    assert diagnostics.self_overlap([[1, 2, 1, 2], [3, 4, 5]], n=2) == 0.0  # Repeating oneself is no overlap.
+    # Repetition within a sequence is no overlap.
+    assert diagnostics.self_overlap([[1, 2, 1, 2], [3, 4, 5]], n=2) == 0.0
     assert diagnostics.self_overlap([[1, 2, 3], [1, 2, 4]], n=2) == 0.5
     assert math.isnan(diagnostics.self_overlap([[1, 2, 3]], n=2))
     with pytest.raises(ValueError, match="at least 1"):

@@ -1,4 +1,4 @@
-"""Curves of gold against KL, best-of-n for every n, split halves, falls from a peak."""
+"""Tests of over-optimisation curves, best-of-n curves, split halves, falls from a peak and Goodhart's formula."""
 
 import math
 
@@ -15,7 +15,7 @@ KL = np.array([0.25, 1.0, 2.25, 4.0, 9.0, 16.0, 36.0, 81.0])
 
 
 def published(form, kl, alpha, beta):
-    """Both curves as they are printed."""
+    """Returns the gains of a curve, from the formula in the paper."""
     d = np.sqrt(kl)
     return d * (alpha - beta * d) if form is over.BEST_OF_N else d * (alpha - beta * np.log(d))
 
@@ -24,7 +24,7 @@ def published(form, kl, alpha, beta):
 
 
 @given(st.sampled_from([over.BEST_OF_N, over.REINFORCEMENT]), st.floats(0.1, 3.0), st.floats(0.1, 1.0))
-def test_noise_free_curves_are_recovered_exactly(form, alpha, beta):
+def test_fits_recover_noise_free_curves_exactly(form, alpha, beta):
     gains = published(form, KL, alpha, beta)
     better, worse = over.fit_both(KL, gains)
     assert better.form is form and worse.form is not form and better.rmse < 1e-9 < worse.rmse
@@ -37,7 +37,7 @@ def test_noise_free_curves_are_recovered_exactly(form, alpha, beta):
     assert over.predict(better, 0.0) == 0.0
 
 
-def test_the_forms_are_those_of_the_paper_and_not_swapped():
+def test_forms_are_those_of_the_paper():
     # alpha = 1, beta = 0.25: best of n peaks at d = 2 with 1; RL at d = e^3 with e^3 / 4.
     bon = over.fit(KL, np.sqrt(KL) - KL / 4, form=over.BEST_OF_N)
     rl = over.fit(KL, np.sqrt(KL) - np.sqrt(KL) * np.log(np.sqrt(KL)) / 4, form=over.REINFORCEMENT)
@@ -52,35 +52,35 @@ def noisy(form, seed, *, alpha=1.0, beta=0.25, noise=0.05, n=20):
 
 
 @pytest.mark.parametrize("form", [over.BEST_OF_N, over.REINFORCEMENT], ids=["best-of-n", "rl"])
-def test_intervals_cover_the_truth(form):
+def test_intervals_of_fits_have_their_coverage(form):
     beta = 0.25 if form is over.BEST_OF_N else 0.5
     d, top = (2.0, 1.0) if form is over.BEST_OF_N else (math.e, math.e / 2)
     hits = {"alpha": [], "beta": [], "d": [], "gain": []}
     for seed in range(200):
         got = over.fit(*noisy(form, seed, beta=beta), form=form)
         truths = ((got.alpha, 1.0), (got.beta, beta), (got.peak_distance, d), (got.peak_gain, top))
-        for name, (found, truth) in zip(hits, truths):
-            hits[name].append(found.lo <= truth <= found.hi)
+        for name, (estimate, truth) in zip(hits, truths):
+            hits[name].append(estimate.lo <= truth <= estimate.hi)
     for name, each in hits.items():
         assert 0.9 <= np.mean(each) <= 0.99, name
 
 
-def test_errors_are_those_of_least_squares():
+def test_standard_errors_agree_with_scipy_curve_fit():
     kl, gains = noisy(over.BEST_OF_N, 0)
     got = over.fit(kl, gains, form=over.BEST_OF_N)
-    found, covariance = optimize.curve_fit(lambda k, a, b: published(over.BEST_OF_N, k, a, b), kl, gains, p0=[1, 1])
-    np.testing.assert_allclose((got.alpha.mean, got.beta.mean), found, rtol=1e-5)
+    expected, covariance = optimize.curve_fit(lambda k, a, b: published(over.BEST_OF_N, k, a, b), kl, gains, p0=[1, 1])
+    np.testing.assert_allclose((got.alpha.mean, got.beta.mean), expected, rtol=1e-5)
     np.testing.assert_allclose((got.alpha_error, got.beta_error), np.sqrt(np.diag(covariance)), rtol=1e-4)
     sizes = np.linspace(0.01, 0.2, len(kl))
     weighted = over.fit(kl, gains, form=over.BEST_OF_N, errors=sizes)
-    found, covariance = optimize.curve_fit(
+    expected, covariance = optimize.curve_fit(
         lambda k, a, b: published(over.BEST_OF_N, k, a, b), kl, gains, p0=[1, 1], sigma=sizes
     )
-    np.testing.assert_allclose((weighted.alpha.mean, weighted.beta.mean), found, rtol=1e-5)
+    np.testing.assert_allclose((weighted.alpha.mean, weighted.beta.mean), expected, rtol=1e-5)
     np.testing.assert_allclose(weighted.beta_error, math.sqrt(covariance[1, 1]), rtol=1e-4)
 
 
-def test_the_form_that_made_the_points_is_the_better_one_beyond_them():
+def test_true_form_extrapolates_better():
     for form in (over.BEST_OF_N, over.REINFORCEMENT):
         kl, gains = noisy(form, 1, noise=0.01)
         near = kl < 9
@@ -89,10 +89,10 @@ def test_the_form_that_made_the_points_is_the_better_one_beyond_them():
         assert better.form is form and beyond[0] < beyond[1]
 
 
-def test_a_curve_that_does_not_turn_has_no_peak():
+def test_curve_without_a_maximum_has_an_infinite_peak():
     straight = over.fit(KL, np.sqrt(KL) + 0.02 * KL, form=over.BEST_OF_N)
     assert straight.beta.mean < 0 and straight.peak_distance == (math.inf,) * 3 and straight.peak_gain.mean == math.inf
-    # Where the bend may be chance, the peak has no upper end.
+    # If the bend may be due to chance, the interval of the peak has no upper end.
     wave = 0.3 * (-1.0) ** np.arange(8)
     for bend, curved in ((0.02, True), (-0.02, False)):
         unsure = over.fit(KL, np.sqrt(KL) - bend * KL + wave, form=over.BEST_OF_N)
@@ -101,7 +101,7 @@ def test_a_curve_that_does_not_turn_has_no_peak():
         assert (unsure.peak_distance.mean < math.inf) == curved and unsure.peak_gain.hi == math.inf
 
 
-def test_a_peak_beyond_any_kl_is_none():
+def test_peak_beyond_any_reachable_kl_is_infinite():
     got = over.fit(KL, published(over.REINFORCEMENT, KL, 1.0, 1e-3), form=over.REINFORCEMENT)
     assert got.beta.mean == pytest.approx(1e-3) and got.peak_distance.mean == got.peak_gain.mean == math.inf
     assert all(type(end) is float for end in (*got.peak_distance, *got.peak_gain))
@@ -113,13 +113,13 @@ def test_a_peak_beyond_any_kl_is_none():
             over.fit(KL, KL, form=over.BEST_OF_N, errors=sizes)
 
 
-def test_points_at_and_near_the_origin_are_left_out():
+def test_points_at_and_near_the_origin_are_excluded():
     kl, gains = np.array([-0.1, 0.0, *KL]), np.array([5.0, 5.0, *published(over.REINFORCEMENT, KL, 1.0, 0.25)])
     got = over.fit(kl, gains, form=over.REINFORCEMENT)
     assert got.count == 8 and got.alpha.mean == pytest.approx(1.0)
-    assert over.fit(kl, gains, form=over.REINFORCEMENT, least_kl=1.0).count == 6
-    with pytest.raises(ValueError, match="2 have a KL above 30"):
-        over.fit(kl, gains, form=over.BEST_OF_N, least_kl=30)
+    assert over.fit(kl, gains, form=over.REINFORCEMENT, min_kl=1.0).count == 6
+    with pytest.raises(ValueError, match="only 2 have a KL above 30"):
+        over.fit(kl, gains, form=over.BEST_OF_N, min_kl=30)
     with pytest.raises(ValueError, match="equally long"):
         over.fit(kl, gains[1:], form=over.BEST_OF_N)
     with pytest.raises(ValueError, match="errors must be above 0"):
@@ -131,7 +131,7 @@ def test_points_at_and_near_the_origin_are_left_out():
 # Best of n
 
 
-def test_the_curve_of_every_n_is_the_mean_over_prompts_and_its_interval_covers():
+def test_best_of_n_curve_is_the_mean_over_prompts_with_bootstrap_intervals():
     rng = np.random.default_rng(3)
     proxy, gold = rng.normal(size=(2, 40, 6))
     curve = diagnostics.best_of_n_curve(proxy, gold, np.random.default_rng(0), resamples=300)
@@ -141,11 +141,11 @@ def test_the_curve_of_every_n_is_the_mean_over_prompts_and_its_interval_covers()
     np.testing.assert_allclose(curve.kl, [math.log(n) - (n - 1) / n for n in range(1, 7)], atol=1e-12)
     again = diagnostics.best_of_n_curve(proxy, gold, np.random.default_rng(0), resamples=300)
     np.testing.assert_array_equal(curve.lo, again.lo)
-    # n = 1 is the mean of all samples of a prompt, and its interval the bootstrap's of those.
+    # n = 1 gives the mean of all samples of a prompt, with its bootstrap interval.
     rows = gold.mean(axis=1)
     alone = diagnostics.bootstrap_mean(rows, np.random.default_rng(0), resamples=300)
     np.testing.assert_allclose((curve.mean[0], curve.lo[0], curve.hi[0]), alone)
-    # The best of N by proxy is one known sample.
+    # The best of all N samples is known.
     np.testing.assert_allclose(curve.mean[-1], gold[np.arange(40), proxy.argmax(axis=1)].mean())
     few = diagnostics.best_of_n_curve(proxy, gold, np.random.default_rng(0), ns=[2, 6], resamples=300)
     np.testing.assert_array_equal(few.hi, curve.hi[[1, 5]])
@@ -157,7 +157,7 @@ def test_the_curve_of_every_n_is_the_mean_over_prompts_and_its_interval_covers()
 
 
 def run(seed, *, gold, checkpoints=8, prompts=60):
-    """Scores of checkpoints whose proxy rises by 0.3 each; the judge's mean follows ``gold``."""
+    """Returns proxy scores that rise by 0.3 per checkpoint, and judge scores whose mean is ``gold``."""
     rng = np.random.default_rng(seed)
     difficulty = rng.normal(size=prompts)
     proxy = 0.3 * np.arange(checkpoints)[:, None] + difficulty + 0.5 * rng.normal(size=(checkpoints, prompts))
@@ -165,10 +165,10 @@ def run(seed, *, gold, checkpoints=8, prompts=60):
     return proxy, judge + 0.5 * rng.normal(size=(checkpoints, prompts))
 
 
-def test_halves_agree_and_then_part():
+def test_split_halves_agree_and_then_diverge():
     train, test = run(0, gold=lambda c: 0.3 * min(c, 4) + 7.0)
     halves = diagnostics.split_halves(train, test)
-    assert halves.gap[0] == halves.lo[0] == halves.hi[0] == 0.0, "both start from 0, whatever their zero"
+    assert halves.gap[0] == halves.lo[0] == halves.hi[0] == 0.0, "both start from 0, whatever their offset"
     np.testing.assert_allclose(halves.gap, halves.train - halves.test)
     np.testing.assert_allclose(halves.train, (train - train[0]).mean(axis=1))
     assert halves.parted is not None and halves.parted >= 5 and np.all(halves.lo[halves.parted :] > 0)
@@ -176,7 +176,7 @@ def test_halves_agree_and_then_part():
     np.testing.assert_allclose((halves.gap[6], halves.lo[6], halves.hi[6]), each)
 
 
-def test_halves_that_meet_again_have_not_parted():
+def test_temporary_gap_between_halves_is_not_a_divergence():
     train, test = run(1, gold=lambda c: 0.3 * c - (1.5 if c == 3 else 0.0))
     halves = diagnostics.split_halves(train, test)
     assert halves.lo[3] > 0 and halves.parted is None
@@ -186,24 +186,24 @@ def test_halves_that_meet_again_have_not_parted():
         diagnostics.split_halves(train, np.where(test > 0, test, np.nan))
 
 
-def test_a_fall_from_the_peak_is_told():
+def test_fall_from_the_peak_is_detected():
     fallen = diagnostics.fall_from_peak(*run(2, gold=lambda c: 0.3 * c if c < 4 else 0.9 - 0.3 * (c - 3)))
     assert fallen.gamed and fallen.peak in (2, 3, 4) and fallen.fall.lo > 0 and fallen.rise.lo > 0
     assert not diagnostics.fall_from_peak(*run(3, gold=lambda c: 0.3 * c)).gamed
     proxy, judge = run(4, gold=lambda c: -0.3 * c)
-    assert not diagnostics.fall_from_peak(-proxy, judge).gamed, "a proxy that falls as well is not gamed"
+    assert not diagnostics.fall_from_peak(-proxy, judge).gamed, "it is not gaming if the proxy falls as well"
 
 
-def test_noise_alone_is_seldom_called_gaming():
-    found = [diagnostics.fall_from_peak(*run(seed, gold=lambda c: 0.0)) for seed in range(300)]
-    assert np.mean([each.gamed for each in found]) <= 0.05
-    assert {each.peak for each in found} == set(range(8)), "any checkpoint may be the highest by chance"
+def test_noise_is_rarely_called_gaming():
+    falls = [diagnostics.fall_from_peak(*run(seed, gold=lambda c: 0.0)) for seed in range(300)]
+    assert np.mean([fall.gamed for fall in falls]) <= 0.05
+    assert {fall.peak for fall in falls} == set(range(8)), "any checkpoint can be the highest by chance"
 
 
 # Goodhart
 
 
-def test_regressional_goodhart_is_what_a_simulation_finds():
+def test_regressional_goodhart_agrees_with_a_simulation():
     rng = np.random.default_rng(5)
     true, noise = rng.normal(1.0, 2.0, size=400_000), rng.normal(0.5, 1.0, size=400_000)
     proxy = true + noise

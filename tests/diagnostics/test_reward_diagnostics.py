@@ -1,4 +1,4 @@
-"""What is measured of reward models: exact numbers, plain loops, identities."""
+"""Tests of reward-model diagnostics against hand-computed values, plain loops and identities."""
 
 import itertools
 import math
@@ -28,7 +28,7 @@ def plain_rate(pairs):
 
 
 @given(PAIRS, st.integers(1, 6))
-def test_the_calibration_curve_is_that_of_a_plain_loop(pairs, bins):
+def test_calibration_curve_agrees_with_a_loop(pairs, bins):
     chosen, rejected = columns(pairs)
     curve = diagnostics.calibration_curve(chosen, rejected, bins=bins)
     order = sorted(range(len(pairs)), key=lambda i: (abs(pairs[i][0] - pairs[i][1]), i))
@@ -48,7 +48,7 @@ def test_the_calibration_curve_is_that_of_a_plain_loop(pairs, bins):
     )
 
 
-def test_the_temperature_is_where_the_likelihood_is_highest():
+def test_calibration_temperature_maximises_the_likelihood():
     rng = np.random.default_rng(0)
     difference = rng.normal(1.0, 3.0, size=60)
     temperature = diagnostics.calibration_temperature(difference, np.zeros(60))
@@ -61,7 +61,7 @@ def test_the_temperature_is_where_the_likelihood_is_highest():
 
 
 @given(st.lists(st.tuples(SCORES, SCORES, st.sampled_from(["b", "a", None])), min_size=1, max_size=25))
-def test_strata_are_plain_groups_and_add_up(rows):
+def test_strata_agree_with_a_loop_and_add_up(rows):
     chosen, rejected, _ = columns([(a, b, 0) for a, b, _ in rows])
     found = diagnostics.accuracy_by_stratum(chosen, rejected, [label for *_, label in rows])
     assert [s.name for s in found] == sorted({r[2] for r in rows if r[2]}) + [None] * any(r[2] is None for r in rows)
@@ -74,7 +74,7 @@ def test_strata_are_plain_groups_and_add_up(rows):
     assert whole == pytest.approx(diagnostics.win_rate(chosen, rejected).mean)
 
 
-def test_pairs_of_one_prompt_stand_or_fall_together_in_every_interval():
+def test_intervals_count_prompts_instead_of_pairs():
     rng = np.random.default_rng(0)
     prompts = np.repeat(np.arange(40), 5)
     chosen = np.repeat(rng.normal(0.4, 1.0, size=40), 5)
@@ -93,32 +93,32 @@ def test_pairs_of_one_prompt_stand_or_fall_together_in_every_interval():
     lengths = np.where(strata == np.array("odd"), 7, 3), np.full(200, 5)
     bias = diagnostics.length_bias(chosen, rejected, *lengths, prompts=prompts.tolist())
     assert bias.accuracy_where_longer == found[1].accuracy and bias.accuracy_where_shorter == found[0].accuracy
-    with pytest.raises(ValueError, match="3 prompts for 200 pairs"):
+    with pytest.raises(ValueError, match="need 200 prompts, one for each entry, got 3"):
         diagnostics.accuracy_by_stratum(chosen, rejected, strata, prompts=[1, 2, 3])
 
 
-def test_a_stratum_of_one_pair_has_its_wide_interval():
+def test_stratum_of_one_pair_has_a_wide_interval():
     (one, two) = diagnostics.accuracy_by_stratum([1.0, 2.0, 0.0], [0.0, 0.0, 3.0], np.array([2, 10, 10]))
-    assert (one.name, two.name) == (2, 10), "numbers are in the order of numbers"
+    assert (one.name, two.name) == (2, 10), "numbers are sorted as numbers"
     np.testing.assert_allclose(one.accuracy, (1.0, *diagnostics.wilson(1, 1)))
     assert one.accuracy.lo < 0.21 and two.accuracy.mean == 0.5
     unnamed = diagnostics.accuracy_by_stratum([1.0, 1.0], [0.0, 0.0], [math.nan, None])
     assert [(s.name, s.count) for s in unnamed] == [(None, 2)]
     assert [s.name for s in diagnostics.accuracy_by_stratum([1.0, 1.0], [0.0, 0.0], ["x", 3])] == ["x", 3]
-    with pytest.raises(ValueError, match="1 labels for 2 pairs"):
+    with pytest.raises(ValueError, match="need 2 labels, one for each entry, got 1"):
         diagnostics.accuracy_by_stratum([1.0, 1.0], [0.0, 0.0], ["x"])
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(1, 5))
-def test_buckets_hold_their_values_and_equal_values_share_one(values, count):
+def test_buckets_contain_their_values_and_equal_values_share_one(values, count):
     buckets = diagnostics.quantile_buckets(values, count=count)
-    assert all(bucket.least <= value <= bucket.most for value, bucket in zip(values, buckets))
+    assert all(bucket.low <= value <= bucket.high for value, bucket in zip(values, buckets))
     ordered = sorted(set(buckets))
     assert len(ordered) <= count
-    assert all(low.most < high.least for low, high in itertools.pairwise(ordered))
+    assert all(first.high < second.low for first, second in itertools.pairwise(ordered))
 
 
-def test_buckets_are_about_equally_full_and_can_be_read():
+def test_buckets_are_about_equally_full_and_print_as_ranges():
     buckets = diagnostics.quantile_buckets(range(1, 101), count=4)
     assert [str(bucket) for bucket in sorted(set(buckets))] == ["1–25", "26–50", "51–75", "76–100"]
     assert str(diagnostics.quantile_buckets([3, 3])[0]) == "3"
@@ -128,7 +128,7 @@ def test_buckets_are_about_equally_full_and_can_be_read():
 # Training against validation
 
 
-def test_a_difference_of_rates_is_newcombes():
+def test_difference_of_rates_matches_the_published_example():
     # Newcombe 1998, Table II: 56/70 against 48/80 by method 10.
     first, second = (diagnostics.Estimate(k / n, *diagnostics.wilson(k, n)) for k, n in ((56, 70), (48, 80)))
     np.testing.assert_allclose(diagnostics.difference(first, second), (0.2, 0.0524, 0.3339), atol=5e-5)
@@ -136,7 +136,7 @@ def test_a_difference_of_rates_is_newcombes():
     np.testing.assert_allclose((mean, lo, hi), (-0.2, -0.3339, -0.0524), atol=5e-5)
 
 
-def test_the_gap_tells_a_model_that_learnt_by_heart_from_one_that_did_not():
+def test_generalisation_gap_detects_overfitting():
     rng = np.random.default_rng(1)
     sure, unsure = rng.normal(3.0, 1.0, size=400), rng.normal(0.5, 1.0, size=300)
     gap = diagnostics.generalisation_gap(sure, np.zeros(400), unsure, np.zeros(300))
@@ -148,14 +148,14 @@ def test_the_gap_tells_a_model_that_learnt_by_heart_from_one_that_did_not():
     assert gap.loss_gap.mean == pytest.approx(loss[1] - loss[0])
 
 
-def test_where_nothing_was_learnt_by_heart_the_gap_holds_0_as_often_as_it_says():
+def test_generalisation_gap_without_overfitting_covers_zero():
     zeros, drawn = np.zeros(80), np.random.default_rng(9).normal(0.5, 1.0, size=(200, 2, 80))
     gaps = [diagnostics.generalisation_gap(train, zeros, other, zeros) for train, other in drawn]
-    for found in ([gap.accuracy_gap for gap in gaps], [gap.loss_gap for gap in gaps]):
-        assert 0.9 <= np.mean([each.lo <= 0 <= each.hi for each in found]) <= 0.99
+    for estimates in ([gap.accuracy_gap for gap in gaps], [gap.loss_gap for gap in gaps]):
+        assert 0.9 <= np.mean([each.lo <= 0 <= each.hi for each in estimates]) <= 0.99
 
 
-def test_pairs_of_one_prompt_are_one_observation():
+def test_copies_of_a_pair_within_a_prompt_do_not_narrow_the_interval():
     rng = np.random.default_rng(2)
     one = rng.normal(0.3, 1.0, size=40)
     prompts = np.repeat(np.arange(40), 6).tolist()
@@ -164,10 +164,10 @@ def test_pairs_of_one_prompt_are_one_observation():
     )
     by_prompt = gap.train_loss.hi - gap.train_loss.lo
     assert gap.train_loss.mean == pytest.approx(gap.validation_loss.mean)
-    assert by_prompt > 2.2 * (gap.validation_loss.hi - gap.validation_loss.lo), "six copies are no evidence"
+    assert by_prompt > 2.2 * (gap.validation_loss.hi - gap.validation_loss.lo), "copies of a pair add no information"
     alone = diagnostics.generalisation_gap(one[:3], np.zeros(3), one, np.zeros(40), train_prompts=["x"] * 3)
     assert (alone.train_loss.lo, alone.train_loss.hi) == (-math.inf, math.inf)
-    with pytest.raises(ValueError, match="one prompt a pair"):
+    with pytest.raises(ValueError, match="need 40 prompts"):
         diagnostics.generalisation_gap(one, np.zeros(40), one, np.zeros(40), train_prompts=["x"])
 
 
@@ -175,11 +175,11 @@ def test_pairs_of_one_prompt_are_one_observation():
 
 
 @given(PAIRS, st.lists(st.integers(-4, 4), min_size=1, max_size=5))
-def test_the_threshold_scan_is_that_of_a_plain_loop(pairs, thresholds):
+def test_threshold_scan_agrees_with_a_loop(pairs, thresholds):
     scan = diagnostics.accuracy_above_threshold(*columns(pairs), thresholds=thresholds)
     assert scan.threshold.tolist() == sorted(set(thresholds))
-    for k, least in enumerate(scan.threshold):
-        mine = [(a, b) for a, b in pairs if a >= least and b >= least]
+    for k, level in enumerate(scan.threshold):
+        mine = [(a, b) for a, b in pairs if a >= level and b >= level]
         assert scan.count[k] == len(mine)
         if mine:
             assert scan.accuracy[k] == pytest.approx(plain_rate(mine)) and scan.lo[k] <= scan.accuracy[k] <= scan.hi[k]
@@ -187,11 +187,11 @@ def test_the_threshold_scan_is_that_of_a_plain_loop(pairs, thresholds):
             assert math.isnan(scan.accuracy[k]) and (scan.lo[k], scan.hi[k]) == (0.0, 1.0)
 
 
-def test_accuracy_that_falls_among_high_scores_has_a_rank_correlation_below_0():
+def test_accuracy_that_falls_among_high_scores_has_a_negative_rank_correlation():
     rng = np.random.default_rng(3)
     n = 4000
     level, sign = rng.uniform(0.0, 4.0, size=n), np.where(rng.random(n) < 0.5, 1.0, -1.0)
-    right = rng.random(n) < 0.95 - 0.1 * level  # the better the answers, the worse it tells them apart
+    right = rng.random(n) < 0.95 - 0.1 * level  # Accuracy falls as scores rise.
     gap = np.where(right, 0.1, -0.1)
     scan = diagnostics.accuracy_above_threshold(level + gap / 2, level - gap / 2)
     assert scan.count.tolist() == [n * k // 10 for k in range(10, 0, -1)]
@@ -205,8 +205,8 @@ def test_accuracy_that_falls_among_high_scores_has_a_rank_correlation_below_0():
 # Length
 
 
-def test_length_correlation_looks_within_prompts():
-    # Long prompts have low scores; within each prompt the longer answer has the higher one.
+def test_length_correlation_is_computed_within_prompts():
+    # Prompts with long responses have low scores; within a prompt the longer response has the higher score.
     scores, lengths = [1.0, 2.0, 3.0, -9.0, -8.0, -7.0], [1, 2, 3, 11, 12, 13]
     assert diagnostics.length_correlation(scores, lengths).mean < -0.9
     within = diagnostics.length_correlation(scores, lengths, groups=["a"] * 3 + ["b"] * 3)
@@ -218,18 +218,18 @@ def test_length_correlation_looks_within_prompts():
         assert math.isnan(diagnostics.length_correlation(scores, drawn, groups=groups).mean)
         assert math.isnan(diagnostics.length_correlation(drawn, scores, groups=groups).mean)
     tiny = diagnostics.length_correlation(1e-200 * drawn, drawn)
-    assert tiny.mean == pytest.approx(1.0), "small scores are scores"
+    assert tiny.mean == pytest.approx(1.0), "small scores do not underflow"
 
 
 @pytest.mark.parametrize("n", [4, 10, 50])
-def test_the_correlation_and_its_interval_are_pearsons(n):
+def test_length_correlation_agrees_with_scipy(n):
     x, y = np.random.default_rng(n).normal(size=(2, n))
     expected: Any = stats.pearsonr(x, y)
     got = diagnostics.length_correlation(x, y)
     np.testing.assert_allclose(got, (expected.statistic, *expected.confidence_interval(0.95)), rtol=1e-9)
 
 
-def test_length_bias_by_hand():
+def test_length_bias_matches_hand_computed_values():
     # lengths (chosen, rejected): longer, longer, shorter, shorter, equal; scores right, wrong, right, wrong, tie
     chosen, rejected = [2.0, 0.0, 2.0, 0.0, 1.0], [0.0, 1.0, 1.0, 3.0, 1.0]
     bias = diagnostics.length_bias(chosen, rejected, [5, 4, 1, 2, 3], [1, 3, 2, 4, 3])
@@ -241,7 +241,7 @@ def test_length_bias_by_hand():
     assert bias.explained == pytest.approx(bias.correlation.mean**2)
 
 
-def test_a_model_that_scores_length_is_told():
+def test_length_bias_detects_a_model_that_scores_length():
     rng = np.random.default_rng(4)
     a, b = rng.integers(5, 60, size=(2, 300))
     lengths = np.where(rng.random(300) < 0.6, np.maximum(a, b), np.minimum(a, b)), None
@@ -258,30 +258,30 @@ def test_a_model_that_scores_length_is_told():
 
 
 @given(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=2, max_size=30), st.integers(1, 50))
-def test_at_equal_lengths_the_controlled_rate_is_the_plain_one(outcomes, length):
+def test_controlled_rate_at_equal_lengths_is_the_plain_rate(outcomes, length):
     lengths = [length] * len(outcomes)
     got = diagnostics.length_controlled_win_rates(outcomes, lengths, lengths)
     assert got.rates[0].mean == pytest.approx(np.mean(outcomes), abs=1e-9)
     assert got.rates[0].lo <= got.rates[0].mean <= got.rates[0].hi and math.isnan(got.length_effect.mean)
     p, n = np.mean(outcomes), len(outcomes)
-    if 0.5 not in outcomes and 0 < p < 1:  # the classical error of a rate, by the delta method
+    if 0.5 not in outcomes and 0 < p < 1:  # The standard error of a rate.
         assert got.errors[0] == pytest.approx(math.sqrt(p * (1 - p) / n))
 
 
 def compared(n, *, win, effect, longer, seed):
-    """Outcomes whose log odds are ``win + effect * log ratio``, of answers ``longer`` times as long on average."""
+    """Returns outcomes with log odds ``win + effect * log ratio`` for responses ``longer`` times as long on average."""
     rng = np.random.default_rng(seed)
     theirs = rng.uniform(20, 60, size=n)
     own = theirs * np.exp(rng.normal(math.log(longer), 0.4, size=n))
     return (rng.random(n) < special.expit(win + effect * np.log(own / theirs))).astype(float), own, theirs
 
 
-def test_length_is_taken_out_of_a_win_rate():
+def test_length_controlled_win_rate_removes_the_effect_of_length():
     outcomes, own, theirs = compared(20_000, win=0.4, effect=2.0, longer=1.5, seed=5)
     got = diagnostics.length_controlled_win_rates(outcomes, own, theirs)
     assert got.plain[0].mean > 0.7 and got.rates[0].mean == pytest.approx(special.expit(0.4), abs=0.012)
     assert got.length_effect.lo < 2.0 < got.length_effect.hi
-    # In any unit of length, and from the other side.
+    # The result does not depend on the unit of length, and is antisymmetric.
     np.testing.assert_allclose(
         diagnostics.length_controlled_win_rate(outcomes, 3 * own, 3 * theirs), got.rates[0], rtol=1e-9
     )
@@ -289,7 +289,7 @@ def test_length_is_taken_out_of_a_win_rate():
     np.testing.assert_allclose([1 - x for x in mirrored], np.array(got.rates[0])[[0, 2, 1]], rtol=1e-7)
 
 
-def test_policies_share_the_effect_of_length():
+def test_policies_share_one_effect_of_length():
     one, two = (
         compared(3000, win=0.4, effect=1.0, longer=1.5, seed=6),
         compared(3000, win=-0.4, effect=1.0, longer=0.7, seed=7),
@@ -300,7 +300,7 @@ def test_policies_share_the_effect_of_length():
     assert got.policies == ["long", "short"]
     for k, win in enumerate((0.4, -0.4)):
         assert got.rates[k].lo < special.expit(win) < got.rates[k].hi
-    # One that always wins has no say about length, and changes nothing for the others.
+    # A policy that always wins does not affect the others.
     more = diagnostics.length_controlled_win_rates(
         [*outcomes, 1.0, 1.0], [*own, 9.0, 1.0], [*theirs, 2.0, 5.0], [*who, "best", "best"]
     )
@@ -308,7 +308,7 @@ def test_policies_share_the_effect_of_length():
     np.testing.assert_allclose(more.rates[0].mean, got.rates[0].mean, rtol=1e-9)
 
 
-def test_the_controlled_interval_covers_the_truth():
+def test_length_controlled_interval_has_its_coverage():
     hits = []
     for seed in range(200):
         rate = diagnostics.length_controlled_win_rate(*compared(150, win=0.3, effect=1.0, longer=1.3, seed=seed))
@@ -316,13 +316,13 @@ def test_the_controlled_interval_covers_the_truth():
     assert 0.9 <= np.mean(hits) <= 0.99
 
 
-def test_what_length_alone_decides_has_no_controlled_rate():
+def test_outcomes_decided_by_length_alone_have_no_controlled_rate():
     got = diagnostics.length_controlled_win_rates([1.0, 1.0, 0.0], [4, 5, 1], [2, 2, 2])
     assert math.isnan(got.rates[0].mean) and got.rates[0][1:] == (0.0, 1.0) and got.length_effect.mean == math.inf
     assert diagnostics.length_controlled_win_rates([0.0, 0.0, 1.0], [4, 5, 1], [2] * 3).length_effect.mean == -math.inf
-    with pytest.raises(ValueError, match="cannot be told"):
+    with pytest.raises(ValueError, match="cannot be separated"):
         diagnostics.length_controlled_win_rate([1.0, 0.0], [4, 4], [2, 2])
-    # Only who won everything has answers of several lengths: the others keep their rows of the table.
+    # Only a policy that always won has varying length ratios; the others keep their entries.
     got = diagnostics.length_controlled_win_rates(
         [1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0], [1, 5, 4, 4, 2, 2, 2], [2] * 7, ["best"] * 2 + ["long"] * 2 + ["same"] * 3
     )

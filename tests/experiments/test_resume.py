@@ -112,8 +112,13 @@ def test_skipped_checkpoints_are_printed_and_recorded_as_incidents(tmp_path):
     for _ in range(2):
         with folder.checkpoints("sft") as saves:
             assert saves.restore({"w": jnp.zeros(4)})[0] == 1
-            assert len(saves.passed_over) == 1 and "step 2: its manifest" in saves.passed_over[0]
-    assert len(said) == 2 and said[0][0] == "sft" and "passed over" in said[0][1] and "step 2" in said[0][1]
+            assert len(saves.skipped) == 1 and "step 2: its manifest" in saves.skipped[0]
+    assert (
+        len(said) == 2
+        and said[0][0] == "sft"
+        and "skipped a damaged checkpoint" in said[0][1]
+        and "step 2" in said[0][1]
+    )
     assert run_folder.RunFolder(tmp_path).incidents() == [{"stage": "sft", "text": said[0][1]}]
 
 

@@ -69,7 +69,7 @@ def test_a_reward_model_that_learns_by_heart_is_an_alarm_of_the_run(tmp_path):
         if step % 2 == 0:
             row["validation_loss"] = 0.6 + 0.002 * rng.normal() + (0.1 if step > validation_loss.TIMES else 0.0)
         watch(step, row)
-    assert len(told) == 1 and "by heart" in told[0]
+    assert len(told) == 1 and "overfits" in told[0]
     (found,) = monitoring.raised(log, asked)
     assert (found["stage"], found["name"], found["step"]) == ("reward_model", "overfitted", 2 * validation_loss.TIMES)
     defaults = alarms.CHECKS["overfitted"].__kwdefaults__ or {}

@@ -260,9 +260,9 @@ def results_with_all_figures():
 
 def test_the_report_draws_every_figure_and_is_deterministic():
     page = Page(report.render(results_with_all_figures(), [], title="t"))
-    assert "Over-optimisation" in page.headings and "Training and other pairs" in page.text
-    assert "best of n: R² 1.000" in page.text and "by the form of best of n, highest at √KL = 4." in page.text
-    assert "reward model of the other half" in page.text
+    assert "Over-optimisation" in page.headings and "Training and held-out pairs" in page.text
+    assert "best of n: R² 1.000" in page.text and "with the best of n form, peak at √KL = 4." in page.text
+    assert "test reward model" in page.text
     assert report.render(results_with_all_figures(), [], title="t") == report.render(
         results_with_all_figures(), [], title="t"
     )
@@ -275,16 +275,16 @@ def test_flat_gains_and_infinite_intervals_are_drawn():
         fit |= {"r_squared": math.nan, "peak_distance": [4.0, 2.5, math.inf]}
     curve |= {"lo": [-math.inf] * 12, "hi": [math.inf] * 12}
     page = Page(report.render(rewardbench.run_folder.finite(results), [], title="t"))
-    assert "best of n: R² – by the form of best of n, highest at √KL = 4.00 (from 2.50)" in page.text
+    assert "best of n: R² – with the best of n form, peak at √KL = 4.00 (from 2.50)" in page.text
     mean, bounds = results_lib.format_parts(results["reward_model"]["gap"]["accuracy_gap"], percent=True)
-    assert f"Here it is {mean} points (95 % interval {bounds})." in page.text
+    assert f"Here it is {mean} percentage points ({bounds})." in page.text
 
 
 def test_plots_of_missing_results_are_none():
     plots = reward_plots
     for draw in (plots.strata, plots.length_bias, plots.generalisation, plots.thresholds, plots.split_halves):
         assert draw(None) is None and draw({}) is None
-    assert plots.overoptimisation([]) is None and plots.overoptimisation_words(None) == ""
+    assert plots.overoptimisation([]) is None and plots.fit_summary(None) == ""
     assert plots.strata({"turn": [{"name": 1, "accuracy": [math.nan, 0.0, 1.0], "count": 0}]}) is None
 
 

@@ -367,11 +367,11 @@ def test_temperature_is_the_only_leaf():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(mask=jnp.ones((B, P + 1), bool)), "must be one shape"),
-        (dict(mask=jnp.ones((B, P), int)), "must be bool"),
-        (dict(rng=jax.random.key(0)), "a key a row"),
-        (dict(rng=jax.random.split(jax.random.key(0), B - 1)), "a key a row"),
-        (dict(max_new_tokens=28), "longer than cfg.max_length = 32"),
+        (dict(mask=jnp.ones((B, P + 1), bool)), "must have the same shape"),
+        (dict(mask=jnp.ones((B, P), int)), "it must be bool"),
+        (dict(rng=jax.random.key(0)), "one per response"),
+        (dict(rng=jax.random.split(jax.random.key(0), B - 1)), "one per response"),
+        (dict(max_new_tokens=28), "more than cfg.max_length = 32"),
     ],
 )
 def test_errors_name_the_wrong_argument(change, message):

@@ -273,9 +273,9 @@ def test_vmap_over_seeds_and_wrong_arguments():
         alone = sampler(MODELS["own"])(params, rngs[i], tokens, mask, sampling=SAMPLING)
         np.testing.assert_array_equal(mapped.tokens_BL[i], alone.tokens_BL)
     for given, message in (
-        ((keys(), tokens, mask[:, 1:]), "one shape"),
+        ((keys(), tokens, mask[:, 1:]), "the same shape"),
         ((keys(), tokens, mask.astype(int)), "must be bool"),
-        ((keys(3), tokens, mask), "a key a row"),
+        ((keys(3), tokens, mask), "one per response"),
     ):
         with pytest.raises(ValueError, match=message):
             generation.generate(params, *given, cfg=apply, sampling=SAMPLING)

@@ -1,4 +1,4 @@
-"""The terminal table and the progress of a job."""
+"""The results table and the progress display in the terminal."""
 
 import io
 import re
@@ -30,15 +30,15 @@ RESULTS = {
 }
 
 
-def shown(results, width):
+def printed_table(results, width):
     file = io.StringIO()
     Console(file=file, width=width).print(console.results_table(results))
     return file.getvalue()
 
 
 @pytest.mark.parametrize("width", [120, 100])
-def test_table_in_one_line_a_policy(width):
-    lines = shown(RESULTS, width).splitlines()
+def test_a_wide_table_has_one_line_per_policy(width):
+    lines = printed_table(RESULTS, width).splitlines()
     rows = {line.split()[0]: line.split() for line in lines if line.split()}
     assert rows["PPO-ptx"] == [
         *("PPO-ptx", "78.2", "76.2–80.2", "78.2", "76.2–80.2", "0.750", "−1.40", "12.94"),
@@ -50,42 +50,42 @@ def test_table_in_one_line_a_policy(width):
     assert "reward model accuracy 72.3 % (70.9–73.7)" in lines[-1] and "4:44" in lines[-1]
 
 
-def test_table_is_whole_at_80():
-    text = shown(RESULTS, 80)
+def test_the_table_fits_into_80_characters():
+    text = printed_table(RESULTS, 80)
     assert "…" not in text and max(map(len, text.splitlines())) <= 80
     for part in ("78.2", "76.2–80.2", "12.94", "1.432", "19.1", "best-of-n"):
         assert part in text
 
 
-def test_columns_vanish_where_no_policy_has_a_number():
-    real = {"policies": {"sft": {"reward": 0.0, "kl": None, "gold": None}, "ppo": {"reward": 1.0, "kl": 3.0}}}
-    table = console.results_table(real)
+def test_a_column_without_numbers_is_omitted():
+    human_data = {"policies": {"sft": {"reward": 0.0, "kl": None, "gold": None}, "ppo": {"reward": 1.0, "kl": 3.0}}}
+    table = console.results_table(human_data)
     assert [str(c.header).split()[0] for c in table.columns] == ["policy", "RM", "KL/seq"]
-    assert "diversity" not in shown(RESULTS, 120)
-    assert shown({}, 80)
+    assert "diversity" not in printed_table(RESULTS, 120)
+    assert printed_table({}, 80)
 
 
-def test_remaining_before_anything_ran_is_what_was_expected():
+def test_the_first_estimate_is_the_expected_duration():
     assert console.remaining_seconds(finished=[], waiting=60) == 60
     assert console.remaining_seconds(finished=[], waiting=60, current=20, elapsed=5) == 15 + 60
     assert console.remaining_seconds(finished=[], waiting=0, current=20, elapsed=50) == 0
 
 
-def test_remaining_learns_the_machine_from_finished_stages():
+def test_the_estimate_follows_the_pace_of_finished_stages():
     assert console.remaining_seconds(finished=[(10, 30)], waiting=20) == 60
     assert console.remaining_seconds(finished=[(10, 30), (30, 10)], waiting=20) == 20
     assert console.remaining_seconds(finished=[(10, 30)], waiting=20, current=10, elapsed=6) == (30 - 6) + 60
 
 
-def test_remaining_goes_over_to_the_current_stage_as_it_proceeds():
-    # Half of it took 15 s: by its own pace 15 s are left, by the weights 5 s; half way they count alike. The first half
-    # of the stage to come is then priced by (15 + 10) s for a weight of 20.
-    got = console.remaining_seconds(finished=[], waiting=40, current=20, elapsed=15, fraction=0.5)
-    assert got == pytest.approx(10 + 25 / 20 * 40)
-    # Done, it is like a finished stage.
+def test_the_estimate_moves_to_the_pace_of_the_current_stage():
+    # Half of the stage took 15 s: 15 s are left at its own pace, 5 s at the expected pace, and half-way both count the
+    # same. The next stage is then estimated at a pace of (15 + 10) s for a weight of 20.
+    estimate = console.remaining_seconds(finished=[], waiting=40, current=20, elapsed=15, fraction=0.5)
+    assert estimate == pytest.approx(10 + 25 / 20 * 40)
+    # A complete stage counts like a finished one.
     done = console.remaining_seconds(finished=[], waiting=40, current=20, elapsed=30, fraction=1.0)
     assert done == pytest.approx(console.remaining_seconds(finished=[(20, 30)], waiting=40)) == pytest.approx(60)
-    # A long compilation before the first step does not multiply.
+    # A long compilation before the first step is not extrapolated.
     early = console.remaining_seconds(finished=[], waiting=0, current=30, elapsed=10, fraction=0.01)
     assert early == pytest.approx(0.99 * 20 + 0.01 * 990)
 
@@ -98,14 +98,14 @@ class Clock:
         return self.now
 
 
-def plain(stages, **kwargs):
+def plain_progress(stages, **kwargs):
     clock, file = Clock(), io.StringIO()
     progress = console.StageProgress(stages, console=Console(file=file, width=60), clock=clock, **kwargs)
     return progress, clock, file
 
 
-def test_plain_lines():
-    progress, clock, file = plain([("sft", 10), ("reward_model", 20), ("ppo_ptx", 30)])
+def test_progress_in_plain_lines():
+    progress, clock, file = plain_progress([("sft", 10), ("reward_model", 20), ("ppo_ptx", 30)])
     with progress:
         progress.start("sft", 4)
         for step in range(4):
@@ -122,15 +122,15 @@ def test_plain_lines():
         "stage 1/3 SFT 4/4 · 0:20 elapsed, about 1:40 left · loss 0.25",
         "stage 1/3 SFT done: 4 steps in 20.0 s · 0:20 elapsed, about 1:40 left",
         "stage 2/3 reward model: already done",
-        "stage 3/3 PPO-ptx: 100 steps, 50 done before",
+        "stage 3/3 PPO-ptx: 100 steps, resumed after 50",
         "stage 3/3 PPO-ptx done: 50 steps in 2.0 s · 0:22 elapsed, about 0:00 left",
         "3 of 3 stages done in 0:22",
     ]
 
 
-def test_plain_lines_have_no_control_characters_and_stdout_stays_clean(capsys, monkeypatch):
+def test_plain_lines_have_no_control_characters_and_go_to_stderr(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with console.StageProgress([("sft", 1)], every=0.0) as progress:
+    with console.StageProgress([("sft", 1)], line_interval=0.0) as progress:
         progress.update("sft", 1, 2)
         progress.finish("sft")
     out, err = capsys.readouterr()
@@ -138,8 +138,8 @@ def test_plain_lines_have_no_control_characters_and_stdout_stays_clean(capsys, m
     assert "\x1b" not in err and "stage 1/1 SFT done" in err
 
 
-def test_a_resumed_stage_counts_for_what_it_ran():
-    progress, clock, _ = plain([("a", 10), ("b", 40)])
+def test_a_resumed_stage_counts_its_own_steps_only():
+    progress, clock, _ = plain_progress([("a", 10), ("b", 40)])
     with progress:
         progress.start("a", 100, done=80)
         assert progress.remaining() == 2 + 40
@@ -149,8 +149,8 @@ def test_a_resumed_stage_counts_for_what_it_ran():
         assert progress.remaining() == pytest.approx(80)  # 4 s for a weight of 2
 
 
-def test_a_failure_says_where():
-    progress, clock, file = plain([("sft", 10), ("ppo", 20)])
+def test_a_failure_prints_its_stage_and_step():
+    progress, clock, file = plain_progress([("sft", 10), ("ppo", 20)])
     with pytest.raises(KeyError), progress:
         progress.start("ppo", 9)
         progress.update("ppo", 3, 9)
@@ -159,49 +159,49 @@ def test_a_failure_says_where():
     assert file.getvalue().splitlines()[-1] == "stopped in stage 2/2 PPO at step 3/9 after 1:01"
 
 
-def test_a_line_of_its_own_is_whole_and_above_the_display():
-    progress, _, file = plain([("sft", 10), ("ppo", 20)])
-    text = "alarm at step 3: [kl] " + "far too many words for one narrow line " * 3
+def test_a_message_is_not_wrapped_and_appears_above_the_display():
+    progress, _, file = plain_progress([("sft", 10), ("ppo", 20)])
+    text = "alarm at step 3: [kl] " + "a message that is too long for a narrow line " * 3
     with progress:
         progress.start("ppo", 9)
-        progress.tell("ppo", text)
+        progress.message("ppo", text)
     assert f"stage 2/2 PPO: {text}" in file.getvalue().splitlines()
     with pytest.raises(ValueError, match="unknown stage"):
-        progress.tell("rm", text)
-    drawn = io.StringIO()
-    terminal = Console(file=drawn, width=60, force_terminal=True)
+        progress.message("rm", text)
+    screen = io.StringIO()
+    terminal = Console(file=screen, width=60, force_terminal=True)
     with console.StageProgress([("ppo", 20)], console=terminal, live=True) as progress:
         progress.start("ppo", 9)
-        progress.tell("ppo", text)
-    assert f"stage 1/1 PPO: {text}" in drawn.getvalue()
+        progress.message("ppo", text)
+    assert f"stage 1/1 PPO: {text}" in screen.getvalue()
 
 
-def test_unknown_and_double_stages_are_errors():
-    progress, _, _ = plain([("sft", 1)])
+def test_unknown_and_duplicate_stages_are_errors():
+    progress, _, _ = plain_progress([("sft", 1)])
     with pytest.raises(ValueError, match="unknown stage 'rm'"):
         progress.start("rm", 3)
     with pytest.raises(ValueError, match="same name"):
-        plain([("sft", 1), ("sft", 2)])
+        plain_progress([("sft", 1), ("sft", 2)])
     with pytest.raises(ValueError, match="negative"):
-        plain([("sft", -1)])
+        plain_progress([("sft", -1)])
 
 
-def test_metrics_are_read_only_when_a_line_is_due():
-    class Loud(dict):
+def test_metrics_are_read_only_when_they_are_shown():
+    class Unreadable(dict):
         def items(self):
             raise AssertionError("read")
 
-    progress, clock, _ = plain([("sft", 1)])
+    progress, clock, _ = plain_progress([("sft", 1)])
     with progress:
         progress.start("sft", 3)
         clock.now += 9
-        progress.update("sft", 1, 3, Loud(loss=1.0))
+        progress.update("sft", 1, 3, Unreadable(loss=1.0))
         clock.now += 2
         with pytest.raises(AssertionError, match="read"):
-            progress.update("sft", 2, 3, Loud(loss=1.0))
+            progress.update("sft", 2, 3, Unreadable(loss=1.0))
 
 
-def test_live_display_shows_stage_steps_and_time():
+def test_the_live_display_shows_stage_steps_and_time():
     clock, file = Clock(), io.StringIO()
     terminal = Console(file=file, width=90, force_terminal=True)
     with console.StageProgress([("sft", 10), ("ppo", 20)], console=terminal, live=True, clock=clock) as progress:

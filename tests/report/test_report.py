@@ -1,4 +1,4 @@
-"""The report: what it says, what it leaves out, that it loads nothing and runs nothing."""
+"""The HTML report: its content, its omissions, and that it loads and runs nothing."""
 
 import copy
 import math
@@ -30,6 +30,7 @@ def policy(win, gold, reward, kl, skill):
         "harm_rate": 1 - gold,
         "length": 17.25,
         "diversity": 0.8,
+        "gap_closed": (gold - 0.55) / 0.45,
     }
 
 
@@ -76,19 +77,18 @@ def full_results():
         ],
         "null_check": [0.501, 0.49, 0.512],
         "best_possible_gold": 1.0,
-        "gap_closed": {"ppo": 0.47, "ppo_ptx": 0.444},
     }
 
 
-def real_results():
-    """What human data give: nobody knows the gold utility."""
+def human_results():
+    """Results on human data, without a gold utility."""
     results = full_results()
-    for name in ("null_check", "best_possible_gold", "gap_closed"):
+    for name in ("null_check", "best_possible_gold"):
         del results[name]
     for fields in results["policies"].values():
         for name in GOLD_FIELDS:
             fields[name] = None
-        del fields["harm_rate"], fields["skill_accuracy"]
+        del fields["harm_rate"], fields["skill_accuracy"], fields["gap_closed"]
     for point in results["best_of_n_curve"]:
         point["gold"] = None
     for transcript in results["transcripts"]:
@@ -101,10 +101,10 @@ def full_metrics(gold=True):
     records += [{"stage": "reward_model", "step": i, "loss": 0.6, "accuracy": 0.7} for i in range(3)]
     for stage in ("ppo", "ppo_ptx"):
         for i in range(40):
-            # A KL estimate can be below 0; a gold value can be null or NaN for a step.
-            known = None if i % 7 == 0 else float("nan") if i % 11 == 0 else 0.5 + 0.01 * i
+            # KL estimates can be negative, and gold values None or NaN.
+            value = None if i % 7 == 0 else float("nan") if i % 11 == 0 else 0.5 + 0.01 * i
             record = {"stage": stage, "step": i, "reward": math.sqrt(i), "kl": i - 0.01, "clip_fraction": 0.1}
-            records.append(record | ({"gold": known} if gold else {}))
+            records.append(record | ({"gold": value} if gold else {}))
     return records
 
 
@@ -116,20 +116,20 @@ def full_text(tmp_path_factory):
     return path.read_text(encoding="utf-8")
 
 
-def test_page_names_policies_and_numbers(full_text):
+def test_the_page_contains_policies_and_numbers(full_text):
     page = Page(full_text)
     for name in results_lib.POLICIES.values():
         assert name in page.text
     assert "PPO-ptx beats SFT on 78.2 % of held-out prompts (95 % interval 76.2–80.2)." in page.text
     assert "PPO-ptx wins on 76.9 % (95 % interval 74.2–79.7)" in page.text
     assert "78.2 76.2–80.2 76.9 74.2–79.7 0.750 44.4 2.12 12.90 91.4 1.586 75.0 25.0" in page.text
-    assert "preset cpu · seed 3 · 4:44 · peak memory 2.0 GiB" in page.text
-    assert "a policy that equals SFT measured 50.1 % (49.0–51.2)" in page.text
+    assert "preset cpu · seed 3 · duration 4:44 · peak memory 2.0 GiB" in page.text
+    assert "SFT against itself wins on 50.1 % (49.0–51.2)." in page.text
     assert "kl_coef" in page.text and "too <long> 17" in page.text and "empty answer 0" not in page.text
-    assert "Score against KL" in page.headings and "Learning curves: Reinforcement learning" in page.headings
+    assert "Reward and KL" in page.headings and "Learning curves: Reinforcement learning" in page.headings
 
 
-def test_page_loads_and_runs_nothing(full_text):
+def test_the_page_loads_and_runs_nothing(full_text):
     page = Page(full_text)
     assert not {"script", "link", "iframe", "img", "object", "embed", "base"} & set(page.tags)
     for name, value in page.attributes:
@@ -142,7 +142,7 @@ def test_page_loads_and_runs_nothing(full_text):
     assert len(full_text) < 2_000_000
 
 
-def test_every_used_id_is_there_once(full_text):
+def test_ids_are_unique_and_references_resolve(full_text):
     attributes = Page(full_text).attributes
     ids = [value for name, value in attributes if name == "id"]
     assert len(ids) == len(set(ids))
@@ -150,15 +150,15 @@ def test_every_used_id_is_there_once(full_text):
     assert used and used <= set(ids)
 
 
-def test_colors_follow_the_page_mode(full_text):
+def test_colours_are_css_variables(full_text):
     body = full_text[full_text.index("<body>") :]
-    drawn = re.findall(r"<svg.*?</svg>", body, flags=re.DOTALL)
-    assert len(drawn) > 15
+    svgs = re.findall(r"<svg.*?</svg>", body, flags=re.DOTALL)
+    assert len(svgs) > 15
     assert not re.search(r"(fill|stroke): #[0-9a-f]{6}", body)
     assert "var(--ppo_ptx)" in body and "prefers-color-scheme: dark" in full_text
 
 
-def test_transcripts_are_escaped_and_keep_their_lines(full_text):
+def test_transcripts_are_escaped_and_keep_line_breaks(full_text):
     assert "<script>" not in full_text and "&lt;script&gt;" in full_text
     assert "<img src=x>" not in full_text and "a\nb" in full_text
     page = Page(full_text)
@@ -166,21 +166,21 @@ def test_transcripts_are_escaped_and_keep_their_lines(full_text):
     assert "(empty answer)" in page.text and "0.10" in page.text
 
 
-def test_what_was_gained_is_told_in_score_and_in_gold():
-    gained = {"reward_gained": [1.25, 1.2, 1.3], "gold_gained": [-0.125, -0.15, -0.1], "gamed": True}
-    page = Page(report.render(full_results() | {"goodhart": {"ppo": gained}}, [], title="t"))
+def test_gains_are_shown_in_reward_model_score_and_in_gold_utility():
+    gains = {"reward_gained": [1.25, 1.2, 1.3], "gold_gained": [-0.125, -0.15, -0.1], "gamed": True}
+    page = Page(report.render(full_results() | {"goodhart": {"ppo": gains}}, [], title="t"))
     assert "Over-optimisation" in page.headings
-    assert "PPO over SFT-mix, RM score" in page.text and "1.250 (1.200–1.300)" in page.text
+    assert "PPO: gain in RM score over SFT-mix" in page.text and "1.250 (1.200–1.300)" in page.text
     assert "−0.125 (−0.150 to −0.100), while the score rose" in page.text
-    drawn = plots.by_policy({"policies": {"ppo": {"x": [0.5, 0.4, None]}}}, "x", xlabel="x")
-    assert drawn is not None and "0.500 (from 0.400)" in drawn
+    svg = plots.by_policy({"policies": {"ppo": {"x": [0.5, 0.4, None]}}}, "x", xlabel="x")
+    assert svg is not None and "0.500 (from 0.400)" in svg
 
 
 @pytest.mark.parametrize(
     ("low", "high", "line", "edge"),
     [(0.4, 0.6, [0.4, 0.6], None), (0.4, None, [0.4, 0.5], 1), (None, 0.6, [0.5, 0.6], 0)],
 )
-def test_a_side_without_an_end_is_an_arrow_to_the_edge(low, high, line, edge):
+def test_an_open_interval_is_an_arrow_to_the_edge(low, high, line, edge):
     from matplotlib.figure import Figure
 
     ax = Figure().subplots()
@@ -190,7 +190,7 @@ def test_a_side_without_an_end_is_an_arrow_to_the_edge(low, high, line, edge):
     assert [(each.xy, each.xyann) for each in arrows] == ([] if edge is None else [((edge, 2.0), (0.5, 2.0))])
 
 
-def test_alarms_are_listed_and_escaped_where_there_are_any(full_text):
+def test_alarms_are_listed_and_escaped(full_text):
     assert "Alarms" not in Page(full_text).headings
     alarm = {"stage": "ppo_ptx", "step": 12, "name": "negative_kl", "message": "the KL is <b>below</b> 0."}
     text = report.render(full_results() | {"alarms": [alarm]}, [], title="t")
@@ -200,24 +200,24 @@ def test_alarms_are_listed_and_escaped_where_there_are_any(full_text):
     assert "Alarms" not in Page(report.render(full_results() | {"alarms": []}, [], title="t")).headings
 
 
-def test_without_gold_its_plots_and_columns_are_gone(tmp_path):
+def test_without_gold_utility_its_plots_and_columns_are_omitted(tmp_path):
     path = tmp_path / "report.html"
-    report.write_report(path, real_results(), full_metrics(gold=False), title="Real data")
+    report.write_report(path, human_results(), full_metrics(gold=False), title="Human data")
     page = Page(path.read_text(encoding="utf-8"))
-    assert "PPO-ptx moves the mean reward-model score from 0.00 (SFT) to 2.12, at a KL of 12.9 nats" in page.text
+    assert "PPO-ptx changes the mean reward-model score from 0.00 (SFT) to 2.12 at a KL of 12.9 nats" in page.text
     for word in ("Gold", "gold", "Truthful", "Harm", "Skill", "labelers", "best possible"):
         assert word not in page.text.replace("two labelers agree", "")
     assert "Preference" not in page.headings and "Truthfulness and harm" not in page.headings
-    assert {"Reward model", "Score against KL", "Alignment tax", "Transcripts"} <= set(page.headings)
+    assert {"Reward model", "Reward and KL", "Alignment tax", "Transcripts"} <= set(page.headings)
     assert "Settings" not in page.headings
 
 
-def test_nearly_nothing_is_still_a_page():
+def test_results_without_numbers_give_a_page():
     assert Page(report.render({}, [], title="Empty")).headings == []
     nulls = {"policies": {"sft": None, "ppo": {"reward": None}}, "reward_model": None, "transcripts": None}
-    nulls |= {"dropped": {}, "best_of_n_curve": None, "gap_closed": None, "seconds": None}
+    nulls |= {"dropped": {}, "best_of_n_curve": None, "seconds": None}
     page = Page(report.render(nulls, [{"stage": "ppo", "step": 1, "reward": None}], title="Nulls"))
-    assert page.headings == ["What was dropped"]
+    assert page.headings == ["Dropped and truncated records"]
 
 
 def test_unknown_policies_stages_and_fields_are_shown():
@@ -228,28 +228,28 @@ def test_unknown_policies_stages_and_fields_are_shown():
     assert "Learning curves: rehearsal" in page.headings
 
 
-def test_same_input_same_page(full_text):
+def test_rendering_is_deterministic(full_text):
     settings = {"seed": 3, "ppo": {"kl_coef": 0.02, "note": "<b>"}}
     again = report.render(full_results(), full_metrics(), title="A title & more", settings=settings)
     assert again.encode("utf-8", errors="xmlcharrefreplace").decode() == full_text
 
 
-def test_headline_is_only_as_strong_as_its_interval():
+def test_the_headline_depends_on_the_interval():
     results = {"policies": {"sft": {}, "ppo": {"gold_win_rate_vs_sft": [0.51, 0.48, 0.54]}}}
-    assert results_lib.headline(results).startswith("PPO cannot be told from SFT: it wins on 51.0 %")
+    assert results_lib.headline(results).startswith("PPO does not differ significantly from SFT: it wins on 51.0 %")
     results["policies"]["ppo"]["gold_win_rate_vs_sft"] = [0.4, 0.38, 0.42]
     assert results_lib.headline(results).startswith("PPO loses to SFT: it wins on 40.0 %")
     results["policies"]["ppo_ptx"] = {"gold_win_rate_vs_sft": 0.6}
     assert results_lib.headline(results) == "PPO-ptx beats SFT on 60.0 % of held-out prompts."
 
 
-def test_the_weight_of_the_pretraining_loss_is_said_in_both_normalisations():
-    (said,) = results_lib.summary({"ptx_coef": {"per_token": 27.8, "per_sequence": 5.56}})
-    assert "by 27.800 where both losses are means over tokens, which is 5.560 where both are sums" in said
+def test_the_ptx_coefficient_is_shown_in_both_normalisations():
+    (sentence,) = results_lib.summary({"ptx_coef": {"per_token": 27.8, "per_sequence": 5.56}})
+    assert "is 27.800 if both losses are means over tokens, equivalent to 5.560 if both are sums" in sentence
     assert results_lib.summary({"ptx_coef": {"per_token": 27.8, "per_sequence": None}}) == []
 
 
-def test_numbers_in_print():
+def test_number_formatting():
     assert results_lib.format_number(-0.0004, digits=2) == "0.00"
     assert results_lib.format_number(-1.25, digits=1) == "−1.2"
     assert results_lib.format_number(0.78249, percent=True) == "78.2"
@@ -266,15 +266,15 @@ def test_numbers_in_print():
     assert [results_lib.seconds_text(s) for s in (9.44, 59.99, 3723)] == ["9.4 s", "1:00", "1:02:03"]
 
 
-def test_calibration_has_the_intervals_of_the_results():
-    def drawn(**ends):
+def test_the_calibration_plot_shows_intervals():
+    def plot(**ends):
         bins = [{"gap": 1.0, "accuracy": 0.5, "count": 3, **ends}]
         return plots.calibration({"reward_model": {"calibration": {"bins": bins}}})
 
-    assert drawn() == drawn(lo=None, hi=None) and len({drawn(), drawn(lo=0.3, hi=0.7), drawn(lo=0.4, hi=0.7)}) == 3
+    assert plot() == plot(lo=None, hi=None) and len({plot(), plot(lo=0.3, hi=0.7), plot(lo=0.4, hi=0.7)}) == 3
 
 
-def test_rendering_does_not_change_what_it_is_given():
+def test_rendering_does_not_modify_its_arguments():
     results, metrics = full_results(), full_metrics()[-3:]
     before = copy.deepcopy((results, metrics[-1]))
     report.render(results, metrics, title="x")
@@ -289,12 +289,12 @@ def test_running_mean_keeps_a_steep_start():
     np.testing.assert_allclose(plots.running_mean(y, width=0), y)
 
 
-def test_thin_gives_means_of_neighbours():
-    np.testing.assert_allclose(plots.thin(np.arange(6.0), most=3), [0.5, 2.5, 4.5])
-    np.testing.assert_allclose(plots.thin(np.arange(3.0), most=3), [0, 1, 2])
+def test_downsample_averages_neighbours():
+    np.testing.assert_allclose(plots.downsample(np.arange(6.0), most=3), [0.5, 2.5, 4.5])
+    np.testing.assert_allclose(plots.downsample(np.arange(3.0), most=3), [0, 1, 2])
 
 
-def test_line_fit():
+def test_line_fit_needs_three_points_and_variation():
     x = np.arange(9.0)
     assert plots.line_fit(x, 2 * x + 1) == pytest.approx(1.0)
     assert plots.line_fit(x, np.ones(9)) is None and plots.line_fit(x[:2], x[:2]) is None

@@ -30,14 +30,14 @@ def params(seed=0):
     return jax.jit(lambda key: lm.init(key, CFG))(jax.random.key(seed))
 
 
-def fresh(given=None):
-    return state_lib.create(params() if given is None else given, SGD)
+def fresh(overrides=None):
+    return state_lib.create(params() if overrides is None else overrides, SGD)
 
 
 def hyper(**numbers: Any) -> Any:
-    given = {"learning_rate": 0.1, "beta": 0.5, "label_smoothing": 0.1, **numbers}
-    made = dpo.Hyper(**given)
-    return dpo.Hyper(**{f.name: np.float32(getattr(made, f.name)) for f in dataclasses.fields(made)})
+    overrides = {"learning_rate": 0.1, "beta": 0.5, "label_smoothing": 0.1, **numbers}
+    result = dpo.Hyper(**overrides)
+    return dpo.Hyper(**{f.name: np.float32(getattr(result, f.name)) for f in dataclasses.fields(result)})
 
 
 def pairs(seed=0) -> Any:
@@ -55,8 +55,8 @@ def marked(seed=0, K=1) -> Any:
     rows = pairs(seed)
     cut = [x[:, :K] for x in (rows.tokens_BKL, rows.mask_BKL, rows.answer_BKC)]
     good = jnp.asarray(np.random.default_rng(seed).random((B, K)) < 0.5).at[0, 0].set(True).at[1, 0].set(False)
-    made = types.Preferences(*cut, good_BK=good)
-    return made.replace(mismatched=dpo.mismatched(made, prompt_width=P))  # type: ignore[attr-defined]
+    result = types.Preferences(*cut, good_BK=good)
+    return result.replace(mismatched=dpo.mismatched(result, prompt_width=P))  # type: ignore[attr-defined]
 
 
 def batch_of(name):
@@ -88,25 +88,25 @@ def moved(state):
     return max(jax.tree.leaves(jax.tree.map(lambda a, b: float(np.abs(a - b).max()), state.params, params())))
 
 
-def sums(which, batch):
+def sums(weights, batch):
     """Log-probabilities of the answers, computed one row at a time with padding at the end."""
-    found = np.zeros(batch.tokens_BKL.shape[:2])
-    for b, k in np.ndindex(found.shape):
+    totals = np.zeros(batch.tokens_BKL.shape[:2])
+    for b, k in np.ndindex(totals.shape):
         real = np.asarray(batch.mask_BKL[b, k])
         tokens, end = np.zeros((1, P + T), np.int32), int(real.sum())
         tokens[0, :end] = np.asarray(batch.tokens_BKL[b, k])[real]
         first = end - int(np.asarray(batch.answer_BKC[b, k]).sum())
-        logprobs = np.asarray(one_row(which, tokens, mask_BL=np.arange(P + T)[None] < end))
-        found[b, k] = logprobs[0, first:end].sum(dtype=np.float64)
-    return found
+        logprobs = np.asarray(one_row(weights, tokens, mask_BL=np.arange(P + T)[None] < end))
+        totals[b, k] = logprobs[0, first:end].sum(dtype=np.float64)
+    return totals
 
 
 def test_step_matches_hand_computed_values():
     batch = pairs()
-    policy, theirs = sums(params(), batch), sums(params(1), batch)
+    policy, frozen_sums = sums(params(), batch), sums(params(1), batch)
     state, logs = run(batch)
     values = {name: float(m.value()) for name, m in logs.items() if hasattr(m, "value")}
-    ratios = policy - theirs
+    ratios = policy - frozen_sums
     h = 0.5 * (ratios[:, 0] - ratios[:, 1])
     expected = 0.9 * np.logaddexp(0, -h) + 0.1 * np.logaddexp(0, h)
     np.testing.assert_allclose(values["loss"], expected.mean(), rtol=1e-4)
@@ -162,8 +162,8 @@ def test_position_and_content_of_padding_do_not_matter():
             at = np.arange(L - len(ids), L) if side == "left" else np.arange(len(ids))
             tokens[b, k] = rng.integers(1, 20, size=L)
             tokens[b, k, at], mask[b, k, at], answer[b, k, at[-n:]] = ids, True, True
-        made = types.Preferences(*(jnp.asarray(x) for x in (tokens, mask, answer)))
-        state, got = run(made, logprobs=row_logprobs)
+        result = types.Preferences(*(jnp.asarray(x) for x in (tokens, mask, answer)))
+        state, got = run(result, logprobs=row_logprobs)
         np.testing.assert_allclose(got["loss"].value(), logs["loss"].value(), rtol=1e-5)
         close(state.params, expected.params, atol=1e-6)
 
@@ -192,14 +192,14 @@ def test_kto_baseline_comes_from_answers_to_other_prompts():
     np.testing.assert_array_equal(crossed.tokens_BKL[..., :P], batch.tokens_BKL[..., :P])
     np.testing.assert_array_equal(crossed.tokens_BKL[1:, :, P:], batch.tokens_BKL[:-1, :, P:])
     np.testing.assert_array_equal(crossed.answer_BKC[0], batch.answer_BKC[-1])
-    policy, theirs = sums(params(), batch), sums(params(1), batch)
+    policy, frozen_sums = sums(params(), batch), sums(params(1), batch)
     baseline = max(float(np.mean(sums(params(), crossed) - sums(params(1), crossed))), 0.0)
     _, logs = run(batch, "kto")
     np.testing.assert_allclose(logs["baseline"], baseline, rtol=1e-3, atol=1e-5)
-    by_hand = losses.kto(jnp.asarray(policy), jnp.asarray(theirs), batch.good_BK, baseline, beta=0.5)
+    by_hand = losses.kto(jnp.asarray(policy), jnp.asarray(frozen_sums), batch.good_BK, baseline, beta=0.5)
     np.testing.assert_allclose(logs["loss"].value(), by_hand.mean(), rtol=1e-4)
     good = np.asarray(batch.good_BK)
-    right = (policy - theirs - baseline > 0) == good
+    right = (policy - frozen_sums - baseline > 0) == good
     np.testing.assert_allclose(logs["accuracy"].value(), right.mean())
     np.testing.assert_allclose(logs["chosen_logprob"].value(), policy[good].mean(), rtol=1e-4)
     np.testing.assert_allclose(logs["rejected_logprob"].value(), policy[~good].mean(), rtol=1e-4)
@@ -209,13 +209,13 @@ def test_kto_baseline_comes_from_answers_to_other_prompts():
 
 def test_training_separates_chosen_from_rejected_and_compiles_once():
     step, state, batch = made_step("dpo"), fresh(params(1)), pairs()
-    traces, found = step.traces, []
+    traces, history = step.traces, []
     for i in range(30):
         numbers = hyper(learning_rate=0.5 / (1 + 0.1 * i), beta=0.5 + 0.01 * i, label_smoothing=0.0, max_grad_norm=1.0)
         state, logs = step(state, params(1), numbers, batch, KEY)
-        found.append({name: float(m.value()) for name, m in logs.items() if hasattr(m, "value")})
-    assert found[-1]["accuracy"] > 0.9 and found[-1]["loss"] < 0.6 * found[0]["loss"]
-    assert found[-1]["margin"] > 0 == found[0]["margin"]
+        history.append({name: float(m.value()) for name, m in logs.items() if hasattr(m, "value")})
+    assert history[-1]["accuracy"] > 0.9 and history[-1]["loss"] < 0.6 * history[0]["loss"]
+    assert history[-1]["margin"] > 0 == history[0]["margin"]
     assert step.traces - traces <= 1
 
 
@@ -231,8 +231,8 @@ def test_adapters_share_the_base_with_their_reference():
     assert float(logs["loss"].value()) < np.log(2)
     merged = lora.merge(params(), state.params, scale=2.0)
     _, again = step(state, params(), hyper(label_smoothing=0.0), pairs(), KEY)
-    whole, theirs = sums(merged, pairs()), sums(params(), pairs())
-    h = 0.5 * ((whole - theirs)[:, 0] - (whole - theirs)[:, 1])
+    whole, frozen_sums = sums(merged, pairs()), sums(params(), pairs())
+    h = 0.5 * ((whole - frozen_sums)[:, 0] - (whole - frozen_sums)[:, 1])
     np.testing.assert_allclose(again["loss"].value(), np.logaddexp(0, -h).mean(), rtol=1e-4)
 
 
@@ -279,14 +279,14 @@ def test_cached_reference_logprobs_are_used_only_for_their_own_inputs(tmp_path):
 
     compiled = jax.jit(functools.partial(dpo.answer_logprobs, response))
 
-    def score(which, batch):
+    def score(weights, batch):
         calls.append(len(batch.tokens_BKL))
-        return compiled(which, batch)
+        return compiled(weights, batch)
 
-    def with_reference(which=None, data: Any = None, settings: Any = "float32"):
+    def with_reference(weights=None, data: Any = None, settings: Any = "float32"):
         return reference.attach_logprobs(
             score,
-            params(1) if which is None else which,
+            params(1) if weights is None else weights,
             pairs() if data is None else data,
             path=tmp_path / "deep" / "reference.npz",
             settings=settings,
@@ -300,7 +300,7 @@ def test_cached_reference_logprobs_are_used_only_for_their_own_inputs(tmp_path):
     np.testing.assert_array_equal(with_reference().reference_BK, first.reference_BK)
     assert len(calls) == 3 and not warnings, "read, not computed"
     for change, word in (
-        ({"which": params(2)}, "reference"),
+        ({"weights": params(2)}, "reference"),
         ({"data": pairs(1)}, "data"),
         ({"settings": "bfloat16"}, "settings"),
     ):

@@ -40,10 +40,12 @@ def models(samples):
     )
 
 
-def trained(*, samples: Any = 1, iterations: Any = 150, rate: Any = 0.1, state: Any = None, answers: Any = B, **how):
+def trained(
+    *, samples: Any = 1, iterations: Any = 150, rate: Any = 0.1, state: Any = None, answers: Any = B, **options
+):
     """Trains a method; returns the probabilities of the final policy and the last metrics."""
-    hypers = {name: how.pop(name) for name in list(how) if name in vars(ppo.Hyper())}
-    step = parallel.jit_step(ppo.make_train_step(models(samples), minibatches=1, samples=samples, **how))
+    hypers = {name: options.pop(name) for name in list(options) if name in vars(ppo.Hyper())}
+    step = parallel.jit_step(ppo.make_train_step(models(samples), minibatches=1, samples=samples, **options))
     frozen = ppo.Frozen(reference={"logits_SA": REFERENCE}, reward={"rewards_SA": REWARDS})
     state = state or ppo.create({"logits_SA": REFERENCE}, None, ADAM)
     batch = ppo.Batch(
@@ -101,8 +103,8 @@ def test_methods_with_kl_in_the_reward_reach_the_optimum_of_their_coefficient(na
 
 
 def test_k2_loss_reaches_the_optimum_of_the_reverse_kl():
-    how = dict(estimate=functools.partial(estimators.dr_grpo, samples=64), samples=64, kl_loss=kl.k2)
-    policy_SA, _ = trained(kl_loss_coef=0.5, kl_coef=0.0, answers=6 * 256, **how)
+    options = dict(estimate=functools.partial(estimators.dr_grpo, samples=64), samples=64, kl_loss=kl.k2)
+    policy_SA, _ = trained(kl_loss_coef=0.5, kl_coef=0.0, answers=6 * 256, **options)
     # The mean of a group includes the response itself, so the advantage is (K - 1) / K of the leave-one-out one.
     assert distance(policy_SA, optimum(0.5 * 64 / 63)) < 0.03
     assert distance(policy_SA, forward_kl_point(2.5, divide=False)) > 0.1
@@ -113,8 +115,8 @@ def test_k3_loss_reaches_the_fixed_point_of_the_forward_kl(divide):
     """``pi (A - coef) + coef ref = 0`` for every response, for GRPO and, without the deviation, for Dr. GRPO."""
     estimate = estimators.grpo if divide else estimators.dr_grpo
     coef = 2.0 if divide else 1.5
-    how = dict(estimate=functools.partial(estimate, samples=64), samples=64, kl_loss=kl.k3)
-    policy_SA, _ = trained(kl_loss_coef=coef, kl_coef=0.0, answers=6 * 256, **how)
+    options = dict(estimate=functools.partial(estimate, samples=64), samples=64, kl_loss=kl.k3)
+    policy_SA, _ = trained(kl_loss_coef=coef, kl_coef=0.0, answers=6 * 256, **options)
     expected_SA = forward_kl_point(coef, divide=divide)
     assert distance(jax.nn.softmax(REFERENCE), expected_SA) > 0.12, "there was a way to go"
     assert distance(policy_SA, expected_SA) < 0.03
@@ -122,34 +124,34 @@ def test_k3_loss_reaches_the_fixed_point_of_the_forward_kl(divide):
 
 def test_entropy_bonus_pulls_towards_the_uniform_policy():
     even = jnp.zeros_like(REFERENCE)
-    how = dict(estimate=functools.partial(estimators.rloo, samples=4), samples=4, entropy_bonus=True)
-    policy_SA, _ = trained(kl_coef=0.0, entropy_coef=0.5, **how)
+    options = dict(estimate=functools.partial(estimators.rloo, samples=4), samples=4, entropy_bonus=True)
+    policy_SA, _ = trained(kl_coef=0.0, entropy_coef=0.5, **options)
     assert distance(policy_SA, bandit.optimum(even, REWARDS, kl_coef=0.5)) < 0.03
 
 
 def test_moving_reference_lets_the_policy_move_further():
-    how: dict[str, Any] = dict(KL_IN_THE_REWARD["rloo"], kl_coef=0.5)
+    options: dict[str, Any] = dict(KL_IN_THE_REWARD["rloo"], kl_coef=0.5)
     start = ppo.create({"logits_SA": REFERENCE}, None, ADAM, reference={"logits_SA": REFERENCE})
-    held, _ = trained(state=start, reference_decay=1.0, iterations=60, **how)
+    held, _ = trained(state=start, reference_decay=1.0, iterations=60, **options)
     follows, _ = trained(
         state=ppo.create({"logits_SA": REFERENCE}, None, ADAM, reference={"logits_SA": REFERENCE}),
         reference_decay=0.9,
         iterations=60,
-        **how,
+        **options,
     )
     best = REWARDS.argmax(axis=1)
     assert (follows[jnp.arange(S), best] > held[jnp.arange(S), best]).all()
-    plain, _ = trained(iterations=60, **how)
+    plain, _ = trained(iterations=60, **options)
     np.testing.assert_array_equal(held, plain)
 
 
 def test_collect_and_update_match_the_whole_step():
     """`collect` and `update` compiled separately, for models too large to sample and train in one program."""
-    how: dict[str, Any] = dict(samples=4, estimate=functools.partial(estimators.rloo, samples=4))
-    asked = models(4)
-    whole = jax.jit(ppo.make_train_step(asked, minibatches=2, reduction=aggregation.sequence_sum, **how))
-    collect = jax.jit(functools.partial(ppo.collect, asked, **how))
-    update = jax.jit(functools.partial(ppo.update, asked, minibatches=2, reduction=aggregation.sequence_sum))
+    options: dict[str, Any] = dict(samples=4, estimate=functools.partial(estimators.rloo, samples=4))
+    bandit_models = models(4)
+    whole = jax.jit(ppo.make_train_step(bandit_models, minibatches=2, reduction=aggregation.sequence_sum, **options))
+    collect = jax.jit(functools.partial(ppo.collect, bandit_models, **options))
+    update = jax.jit(functools.partial(ppo.update, bandit_models, minibatches=2, reduction=aggregation.sequence_sum))
     frozen = ppo.Frozen(reference={"logits_SA": REFERENCE}, reward={"rewards_SA": REWARDS})
     batch = ppo.Batch(jnp.arange(48, dtype=jnp.int32)[:, None] % S, jnp.ones((48, 1), bool))
     hyper: Any = ppo.Hyper(learning_rate=np.float32(0.1), kl_coef=np.float32(0.5))
@@ -282,11 +284,11 @@ LONG = [pytest.param(x, marks=pytest.mark.slow) for x in (aggregation.token_mean
 
 @pytest.mark.parametrize("reduction", [aggregation.sequence_mean, *LONG])
 def test_micro_batches_match_the_whole_minibatch(reduction):
-    how: Any = dict(epochs=1, minibatches=2, reduction=reduction, kl_loss=kl.k3, entropy_bonus=True)
+    options: Any = dict(epochs=1, minibatches=2, reduction=reduction, kl_loss=kl.k3, entropy_bonus=True)
     hyper: Any = ppo.Hyper(learning_rate=1.0, critic_learning_rate=1.0, kl_loss_coef=0.1, entropy_coef=0.01)
     outcomes = []
     for micro in (1, 4):
-        update = jax.jit(functools.partial(ppo.update, TABLE, micro_batches=micro, **how))
+        update = jax.jit(functools.partial(ppo.update, TABLE, micro_batches=micro, **options))
         outcomes.append(update(table_state(), experience(), hyper, None, jax.random.key(0)))
     for state, logs in outcomes[1:]:
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), state.params, outcomes[0][0].params)
@@ -306,24 +308,24 @@ def test_loss_matches_a_python_loop():
     logp = table - np.log(np.exp(table).sum(1, keepdims=True))
     policy, critic, entropy, tokens = 0.0, 0.0, 0.0, 0
     for i in range(ROWS):
-        length, own = int(e.response_mask_BT[i].sum()), 0.0
+        length, response_loss = int(e.response_mask_BT[i].sum()), 0.0
         for t in range(length):
             before, word = int(e.tokens_BL[i, t]), int(e.tokens_BL[i, t + 1])
             new, old, ref = logp[before, word], float(e.logprobs_BT[i, t]), float(e.reference_BT[i, t])
             ratio, advantage = np.exp(new - old), float(e.advantages_BT[i, t])
-            own += max(-advantage * ratio, -advantage * np.clip(ratio, 0.8, 1.2))
-            own += 0.2 * (np.exp(ref - new) - 1 + new - ref)
+            response_loss += max(-advantage * ratio, -advantage * np.clip(ratio, 0.8, 1.2))
+            response_loss += 0.2 * (np.exp(ref - new) - 1 + new - ref)
             old_value, target = float(e.values_BT[i, t]), float(e.returns_BT[i, t])
             kept = np.clip(0.0, old_value - 0.3, old_value + 0.3)
             critic += 0.5 * max((0.0 - target) ** 2, (kept - target) ** 2)
             entropy -= (np.exp(logp[before]) * logp[before]).sum()
             tokens += 1
-        policy += own / length / ROWS
+        policy += response_loss / length / ROWS
     np.testing.assert_allclose(logs["value_loss"], critic / tokens, rtol=1e-5)
     np.testing.assert_allclose(value, policy + 0.5 * critic / tokens - 0.05 * entropy / tokens, rtol=1e-5)
 
 
-def collect(scores, *, stopped=(1, 1, 0, 1), past=None, **how):
+def collect(scores, *, stopped=(1, 1, 0, 1), past=None, **options):
     """Experience and metrics of four one-token responses with ``scores``."""
     zeros = jnp.zeros((4, 1))
     rollout = types.Rollout(
@@ -334,13 +336,13 @@ def collect(scores, *, stopped=(1, 1, 0, 1), past=None, **how):
         jnp.ones(4),
         jnp.array(stopped),
     )
-    hypers = {name: how.pop(name) for name in list(how) if name in vars(ppo.Hyper())}
+    hypers = {name: options.pop(name) for name in list(options) if name in vars(ppo.Hyper())}
     scorer: Any = scores if callable(scores) else lambda params, rollout: jnp.asarray(scores)
     four = ppo.Models(lambda *_: rollout, lambda *_: (zeros, zeros), lambda *_: zeros + 0.5, scorer)
     batch = ppo.Batch(jnp.zeros((4, 1), jnp.int32), jnp.ones((4, 1), bool))
     nothing: Any = {"policy": {}, "critic": {}}
     return ppo.collect(
-        four, nothing, ppo.Frozen({}, {}), ppo.Hyper(**hypers), batch, jax.random.key(0), past=past, **how
+        four, nothing, ppo.Frozen({}, {}), ppo.Hyper(**hypers), batch, jax.random.key(0), past=past, **options
     )
 
 
@@ -356,11 +358,13 @@ def test_scores_are_clipped_and_both_missing_stop_rules_apply():
 def test_normalised_critic_is_rescaled_to_units_of_reward():
     past = ppo.RunningMeans(*(ppo.metrics.Metric(jnp.float32(x * 10), jnp.float32(10)) for x in (0.0, 3.0, 13.0)))
     estimate = functools.partial(estimators.gae, whiten=False)
-    own, _ = collect([5.0, -7.0, 1.0, 2.0], stopped=(1, 1, 1, 1), past=past, normalise_values=True, estimate=estimate)
+    normalised, _ = collect(
+        [5.0, -7.0, 1.0, 2.0], stopped=(1, 1, 1, 1), past=past, normalise_values=True, estimate=estimate
+    )
     # With mean 3 and deviation 2, an output of 0.5 is a value of 4.
-    np.testing.assert_allclose(own.values_BT[:, 0], 0.5)
-    np.testing.assert_allclose(own.advantages_BT[:, 0], np.array([5.0, -7.0, 1.0, 2.0]) - 4.0)
-    np.testing.assert_allclose(own.returns_BT[:, 0], (np.array([5.0, -7.0, 1.0, 2.0]) - 3.0) / 2.0)
+    np.testing.assert_allclose(normalised.values_BT[:, 0], 0.5)
+    np.testing.assert_allclose(normalised.advantages_BT[:, 0], np.array([5.0, -7.0, 1.0, 2.0]) - 4.0)
+    np.testing.assert_allclose(normalised.returns_BT[:, 0], (np.array([5.0, -7.0, 1.0, 2.0]) - 3.0) / 2.0)
 
 
 def test_scores_of_the_wrong_shape_are_refused():

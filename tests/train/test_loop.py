@@ -32,9 +32,9 @@ def train_step(state, frozen, hyper, batch, rng):
         error = batch @ params["w"] - batch @ frozen - 0.1 * noise
         return jnp.sum(error**2) / total, {"loss": metrics.mean_metric(error**2)}
 
-    (loss, seen), grads = step.loss_and_grads(loss_fn, state.params, batch, batch.shape[0])
+    (loss, logged), grads = step.loss_and_grads(loss_fn, state.params, batch, batch.shape[0])
     state, update = step.apply_gradients(state, grads, loss=loss, **hyper)
-    return state, seen | update
+    return state, logged | update
 
 
 def batch_at(i):
@@ -104,7 +104,7 @@ def test_resumes_from_the_previous_checkpoint_if_the_newest_is_damaged(whole, tm
     for path in newest.rglob("*"):
         if path.is_file() and path.stat().st_size > 200:
             path.write_bytes(path.read_bytes()[:-50])
-    with pytest.warns(UserWarning, match="passed over"):
+    with pytest.warns(UserWarning, match="skipped a damaged checkpoint"):
         same(run(tmp_path), whole[0])
     assert metrics.read(tmp_path) == whole[1]
 
@@ -204,35 +204,35 @@ def test_runs_in_a_thread(whole):
 
 
 def test_compiles_once_and_reports_in_order():
-    compiled, seen, progress = parallel.jit_step(train_step), [], []
+    compiled, logged, progress = parallel.jit_step(train_step), [], []
     run(
         compiled=compiled,
         steps=7,
-        log=lambda done, row: seen.append((done, sorted(row))),
+        log=lambda done, row: logged.append((done, sorted(row))),
         log_every=3,
         progress=lambda *call: progress.append(call[:3]),
     )
     assert compiled.traces == 1
-    assert seen == [(done, ["grad_norm", "loss", "skipped"]) for done in (3, 6, 7)]
+    assert logged == [(done, ["grad_norm", "loss", "skipped"]) for done in (3, 6, 7)]
     assert progress == [("toy", done, 7) for done in range(8)]
 
 
 def test_only_the_metrics_of_the_previous_step_are_copied_to_the_host(monkeypatch):
     kind: Any = type(jnp.zeros(1))
-    copies, seen = [], []
+    copies, logged = [], []
     read = kind._value.fget
     monkeypatch.setattr(kind, "_value", property(lambda self: copies.append(self.shape) or read(self)))
     seen_before = [len(copies)]
 
     def callback(done, state, logs):
-        seen.append(len(jax.tree.leaves(logs)))
+        logged.append(len(jax.tree.leaves(logs)))
         seen_before.append(len(copies))
 
     run(callbacks=[callback], steps=6, log=lambda step, floats: None)
     each = np.diff(seen_before)
-    assert len(set(seen)) == 1 and set(copies) == {()}, "only scalars are read"
+    assert len(set(logged)) == 1 and set(copies) == {()}, "only scalars are read"
     # Between two callbacks, only the metrics of the previous step are read; before the first, nothing.
-    assert each[0] <= 2 and set(each[2:]) == {seen[0]}
+    assert each[0] <= 2 and set(each[2:]) == {logged[0]}
 
 
 def test_values_returned_by_a_callback_are_logged(whole):

@@ -17,20 +17,20 @@ from rlhf_jax.train.optim import update as step
 
 def loop(grads, *, b1, b2, eps):
     """The updates of all steps from the formula, in float64."""
-    m, v, found = 0.0, 0.0, []
+    m, v, results = 0.0, 0.0, []
     for t, g in enumerate(np.asarray(grads, np.float64), start=1):
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
-        found.append(np.sqrt(1 - b2**t) / (1 - b1**t) * m / (np.sqrt(v) + eps))
-    return np.stack(found)
+        results.append(np.sqrt(1 - b2**t) / (1 - b1**t) * m / (np.sqrt(v) + eps))
+    return np.stack(results)
 
 
 def updates(tx, grads, params):
     opt_state: Any = tx.init(params)
-    found, apply = [], jax.jit(tx.update)
+    results, apply = [], jax.jit(tx.update)
     for g in grads:
         update, opt_state = apply(g, opt_state)
-        found.append(update)
-    return found, opt_state
+        results.append(update)
+    return results, opt_state
 
 
 @given(
@@ -44,26 +44,26 @@ def updates(tx, grads, params):
 def test_updates_match_the_formula(seed, steps, b1, b2, eps, size):
     rng = np.random.default_rng(seed)
     grads = (size * rng.normal(size=(steps, 3))).astype(np.float32)
-    found, _ = updates(optimisers.scale_by_adam_tf1(b1=b1, b2=b2, eps=eps), grads, jnp.zeros(3))
-    np.testing.assert_allclose(np.stack(found), loop(grads, b1=b1, b2=b2, eps=eps), rtol=2e-5, atol=1e-7)
+    results, _ = updates(optimisers.scale_by_adam_tf1(b1=b1, b2=b2, eps=eps), grads, jnp.zeros(3))
+    np.testing.assert_allclose(np.stack(results), loop(grads, b1=b1, b2=b2, eps=eps), rtol=2e-5, atol=1e-7)
 
 
 @given(seed=st.integers(0, 2**32 - 1))
 def test_tiny_eps_matches_optax(seed):
     grads = np.random.default_rng(seed).normal(size=(5, 4)).astype(np.float32)
-    ours, _ = updates(optimisers.scale_by_adam_tf1(b2=0.95, eps=1e-12), grads, jnp.zeros(4))
-    theirs, _ = updates(optax.scale_by_adam(b2=0.95, eps=1e-12), grads, jnp.zeros(4))
-    np.testing.assert_allclose(np.stack(ours), np.stack(theirs), rtol=1e-4)
+    tf1_updates, _ = updates(optimisers.scale_by_adam_tf1(b2=0.95, eps=1e-12), grads, jnp.zeros(4))
+    optax_updates, _ = updates(optax.scale_by_adam(b2=0.95, eps=1e-12), grads, jnp.zeros(4))
+    np.testing.assert_allclose(np.stack(tf1_updates), np.stack(optax_updates), rtol=1e-4)
 
 
 def test_first_steps_on_tiny_gradients_are_smaller():
     grads = np.full((3, 1), 1e-5, np.float32)
-    ours, _ = updates(optimisers.scale_by_adam_tf1(), grads, jnp.zeros(1))
-    theirs, _ = updates(optax.scale_by_adam(eps=1e-5), grads, jnp.zeros(1))
+    tf1_updates, _ = updates(optimisers.scale_by_adam_tf1(), grads, jnp.zeros(1))
+    optax_updates, _ = updates(optax.scale_by_adam(eps=1e-5), grads, jnp.zeros(1))
     # g = eps: optax divides by g + eps, TF1 by g + eps / sqrt(1 - b2).
-    np.testing.assert_allclose(theirs[0], 0.5, rtol=1e-3)
-    np.testing.assert_allclose(ours[0], 1 / (1 + 1000**0.5), rtol=1e-3)
-    assert all(0 < a < 0.2 * b for a, b in zip(np.ravel(ours), np.ravel(theirs)))
+    np.testing.assert_allclose(optax_updates[0], 0.5, rtol=1e-3)
+    np.testing.assert_allclose(tf1_updates[0], 1 / (1 + 1000**0.5), rtol=1e-3)
+    assert all(0 < a < 0.2 * b for a, b in zip(np.ravel(tf1_updates), np.ravel(optax_updates)))
 
 
 def test_state_keeps_its_types_and_compiles_once():
@@ -94,9 +94,9 @@ def test_state_keeps_its_types_and_compiles_once():
 def test_moments_are_float64_for_float64_parameters():
     with jax.enable_x64(True):
         grads = np.random.default_rng(0).normal(size=(4, 3)) * 1e-4
-        found, kept = updates(optimisers.scale_by_adam_tf1(), grads, jnp.zeros(3, jnp.float64))
-        assert kept.mu.dtype == kept.nu.dtype == found[0].dtype == jnp.float64
-        np.testing.assert_allclose(np.stack(found), loop(grads, b1=0.9, b2=0.999, eps=1e-5), rtol=1e-12)
+        results, kept = updates(optimisers.scale_by_adam_tf1(), grads, jnp.zeros(3, jnp.float64))
+        assert kept.mu.dtype == kept.nu.dtype == results[0].dtype == jnp.float64
+        np.testing.assert_allclose(np.stack(results), loop(grads, b1=0.9, b2=0.999, eps=1e-5), rtol=1e-12)
 
 
 @pytest.mark.parametrize("bad", [dict(b1=1.0), dict(b2=-0.1), dict(eps=-1.0)])

@@ -173,9 +173,9 @@ def test_correction_of_an_exact_sampler_changes_nothing():
 
 
 def test_fractional_scores_are_kept_and_replaced_without_a_stop():
-    how = hyper(lambda_=1.0, kl_coef=0.0, missing_stop_score=-1.5)
+    numbers = hyper(lambda_=1.0, kl_coef=0.0, missing_stop_score=-1.5)
     params = {"policy": weights(), "critic": zero_critic()}
-    experience, logs = COLLECT(params, frozen(0.7, 0.0), how, batch(), jax.random.key(0))
+    experience, logs = COLLECT(params, frozen(0.7, 0.0), numbers, batch(), jax.random.key(0))
     mask: Any = np.asarray(experience.response_mask_BT)
     stopped = np.isin(np.where(mask, experience.tokens_BL[:, P:], 0), SPEC.stop_ids).any(axis=1)
     assert stopped.any() and not stopped.all()
@@ -201,9 +201,9 @@ def test_scores_of_any_type_become_returns(scores):
 
 
 def test_returns_contain_the_kl_penalty():
-    how = hyper(lambda_=1.0, kl_coef=0.5, missing_stop_score=-1.0)
+    numbers = hyper(lambda_=1.0, kl_coef=0.5, missing_stop_score=-1.0)
     params = {"policy": weights(), "critic": zero_critic()}
-    experience, logs = COLLECT(params, frozen(0.7, 0.0, reference=2), how, batch(), jax.random.key(0))
+    experience, logs = COLLECT(params, frozen(0.7, 0.0, reference=2), numbers, batch(), jax.random.key(0))
     mask: Any = np.asarray(experience.response_mask_BT)
     scored = jax.jit(functools.partial(lm.token_logprobs, cfg=CFG))
     old, reference = (
@@ -321,8 +321,8 @@ def test_zero_head_on_a_shared_trunk():
     update = jax.jit(functools.partial(ppo.update, SHARED, epochs=1, minibatches=1))
 
     def updated(head, coef):
-        how = hyper(value_coef=coef, learning_rate=0.1, critic_learning_rate=0.1, value_clip=100.0)
-        state, logs = update(shared_state(head), experience, how, None, jax.random.key(0))
+        numbers = hyper(value_coef=coef, learning_rate=0.1, critic_learning_rate=0.1, value_clip=100.0)
+        state, logs = update(shared_state(head), experience, numbers, None, jax.random.key(0))
         assert float(logs["first_ratio_error"]) < 1e-5
         return state.params
 
@@ -361,9 +361,9 @@ TABLE = ppo.Models(
 
 @functools.cache
 def table_update(minibatches, epochs=1):
-    def update(state, returns_B, how, rng):
+    def update(state, returns_B, numbers, rng):
         experience = table_experience(returns_B)
-        return ppo.update(TABLE, state, experience, how, None, rng, epochs=epochs, minibatches=minibatches)
+        return ppo.update(TABLE, state, experience, numbers, None, rng, epochs=epochs, minibatches=minibatches)
 
     return jax.jit(update)
 
@@ -376,21 +376,21 @@ def table_state(learnt):
 
 
 def test_every_response_is_used_once_per_epoch():
-    state, how = table_state("value_B"), hyper(critic_learning_rate=0.4, value_clip=100.0)
+    state, numbers = table_state("value_B"), hyper(critic_learning_rate=0.4, value_clip=100.0)
     for seed in range(3):
         # A minibatch has four responses, so each error shrinks by a quarter of the learning rate.
-        new, _ = table_update(4)(state, jnp.ones(16), how, jax.random.key(seed))
+        new, _ = table_update(4)(state, jnp.ones(16), numbers, jax.random.key(seed))
         np.testing.assert_allclose(new.params["critic"]["value_B"], np.full(16, 0.4 / 4), rtol=1e-6)
-        again, _ = table_update(4, epochs=2)(state, jnp.ones(16), how, jax.random.key(seed))
+        again, _ = table_update(4, epochs=2)(state, jnp.ones(16), numbers, jax.random.key(seed))
         np.testing.assert_allclose(again.params["critic"]["value_B"], np.full(16, 0.1 + 0.9 * 0.1), rtol=1e-5)
         assert int(new.step) == 4 and int(again.step) == 8
 
 
 def test_minibatches_depend_on_the_key_and_change_every_epoch():
-    state, how = table_state("shared"), hyper(critic_learning_rate=0.5, value_clip=100.0)
+    state, numbers = table_state("shared"), hyper(critic_learning_rate=0.5, value_clip=100.0)
 
     def learnt(seed, epochs):
-        new, _ = table_update(4, epochs)(state, jnp.arange(16.0), how, jax.random.key(seed))
+        new, _ = table_update(4, epochs)(state, jnp.arange(16.0), numbers, jax.random.key(seed))
         return float(new.params["critic"]["shared"])
 
     # Each minibatch moves the value half the way to its mean, so later minibatches weigh more and the order matters.
@@ -425,9 +425,9 @@ def test_averaged_weights_follow_the_policy():
 
 
 def test_controller_scales_the_coefficient_of_the_next_batch():
-    how: Any = {"kl_coef": 0.2, "kl_gain": 0.1, "kl_target": 1e-3}
-    state, first = step(frozen_=frozen(reference=2), **how)
-    _, second = step(state, frozen(reference=2), **how)
+    numbers: Any = {"kl_coef": 0.2, "kl_gain": 0.1, "kl_target": 1e-3}
+    state, first = step(frozen_=frozen(reference=2), **numbers)
+    _, second = step(state, frozen(reference=2), **numbers)
     np.testing.assert_allclose(first["kl_coef"], 0.2, rtol=1e-6)
     np.testing.assert_allclose(second["kl_coef"], 0.2 * 1.02, rtol=1e-5)  # the error is clipped at 0.2
 
@@ -470,15 +470,15 @@ def test_vmap_over_seeds_and_coefficients_matches_a_loop():
     for i, member in enumerate(members):
         alone, alone_logs = STEP(fresh(), frozen(reference=2), hyper(**member), batch(), keys[i])
         mine = jax.tree.map(lambda x: x[i], (together.params, together.ema, together.step))  # noqa: B023
-        close(mine, (alone.params, alone.ema, alone.step), atol=1e-5)
+        close(mine, (alone.params, alone.ema, alone.step), atol=1e-5, rtol=1e-5)
         np.testing.assert_allclose(logs["kl"].value()[i], alone_logs["kl"].value(), atol=1e-5)
     assert farthest(*(jax.tree.map(lambda x: x[i], together.params) for i in (0, 1))) > 1e-3  # noqa: B023
 
 
 def test_ppo_increases_the_reward():
     state = fresh()
-    numbers, rewards = hyper(kl_coef=0.01, learning_rate=0.03, critic_learning_rate=0.03), []
-    for i in range(40):
+    numbers, rewards = hyper(kl_coef=0.01, learning_rate=0.01, critic_learning_rate=0.01), []
+    for i in range(80):
         state, logs = STEP(state, frozen(), numbers, batch(), jax.random.key(i))
         rewards.append(float(logs["reward"].value()))
     assert np.mean(rewards[-10:]) > np.mean(rewards[:10]) + 1.0

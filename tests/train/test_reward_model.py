@@ -56,13 +56,13 @@ def comparisons(**extra: Any) -> Any:
 INFORMATIVE = [0, 2, 3, 5]
 
 
-def run(batch: Any, *, heads: int | None = None, weights: Any = None, micro: int = 1, **how: Any) -> Any:
+def run(batch: Any, *, heads: int | None = None, weights: Any = None, micro: int = 1, **options: Any) -> Any:
     hyper: dict[str, Any] = {"learning_rate": np.float32(0.1), "max_grad_norm": np.float32(np.inf)}
     if weights is not None:
         hyper["domain_weights"] = np.asarray(weights, np.float32)
-    made = reward_model.make_train_step(score, packed_scores=packed_scores, micro_batches=micro, **how)
+    result = reward_model.make_train_step(score, packed_scores=packed_scores, micro_batches=micro, **options)
     state = state_lib.create(params(heads), SGD)
-    return parallel.jit_step(made)(state, None, hyper, jax.tree.map(jnp.asarray, batch), jax.random.key(0))
+    return parallel.jit_step(result)(state, None, hyper, jax.tree.map(jnp.asarray, batch), jax.random.key(0))
 
 
 @functools.cache
@@ -133,8 +133,8 @@ def test_margins_and_targets_reach_the_loss_of_their_prompts():
     np.testing.assert_allclose(logs["loss"].value(), np.mean(want), rtol=1e-5)
     packed = packing.pack_comparisons(batch, width=24, pad_id=0)
     others: list[dict[str, Any]] = [dict(batch=batch, micro=2), dict(batch=packed)]
-    for how in others:
-        other, other_logs = run(**how)
+    for options in others:
+        other, other_logs = run(**options)
         np.testing.assert_allclose(other_logs["loss"].value(), np.mean(want), rtol=1e-5)
         close(other.params, whole.params, atol=1e-5)
 
@@ -159,18 +159,18 @@ def test_domains_are_averaged_separately_and_weighted():
     domain = np.array([0, 0, 1, 1, 1, 0], np.int32)
     each = np.array([by_hand("surviving", scores_of()[b].astype(np.float64), b) if pairs(b) else 0.0 for b in range(B)])
     want = np.mean(each[[0, 5]]) + 3 * np.mean(each[[2, 3]])
-    how: Any = dict(weights=[1.0, 3.0], loss=LOSSES["surviving"])
-    whole, logs = run(comparisons(domain_B=domain), **how)
+    options: Any = dict(weights=[1.0, 3.0], loss=LOSSES["surviving"])
+    whole, logs = run(comparisons(domain_B=domain), **options)
     np.testing.assert_allclose(logs["loss"].value(), want, rtol=1e-5)
-    parts, part_logs = run(comparisons(domain_B=domain), micro=3, **how)
+    parts, part_logs = run(comparisons(domain_B=domain), micro=3, **options)
     np.testing.assert_allclose(part_logs["loss"].value(), want, rtol=1e-5)
     close(parts.params, whole.params, atol=1e-6)
     # A domain without informative prompts adds 0, without dividing by zero.
-    alone, logs = run(comparisons(domain_B=np.zeros(B, np.int32)), **how)
+    alone, logs = run(comparisons(domain_B=np.zeros(B, np.int32)), **options)
     np.testing.assert_allclose(logs["loss"].value(), each[INFORMATIVE].mean(), rtol=1e-5)
     assert np.isfinite(alone.params["head"]["kernel_D"]).all()
     with pytest.raises(ValueError, match=r"need Comparisons\.domain_B"):
-        run(comparisons(), **how)
+        run(comparisons(), **options)
 
 
 # ----------------------------------------------------------------------------------------------------- several heads
@@ -184,8 +184,10 @@ def test_each_head_of_an_ensemble_learns_independently():
 
     def alone(head: Any, h: int) -> jax.Array:
         batch = jax.tree.map(jnp.asarray, comparisons())
-        made = reward_model.score_all(score, {**params(H), "head": head}, batch)[:, :, h]
-        losses_B = jax.vmap(lambda s, r, w: LOSSES["surviving"](s, r, where_K=w))(made, batch.ranks_BK, batch.where_BK)
+        result = reward_model.score_all(score, {**params(H), "head": head}, batch)[:, :, h]
+        losses_B = jax.vmap(lambda s, r, w: LOSSES["surviving"](s, r, where_K=w))(
+            result, batch.ranks_BK, batch.where_BK
+        )
         return losses_B[jnp.array(INFORMATIVE)].mean()
 
     for h in range(H):
@@ -243,9 +245,9 @@ def test_score_depends_only_on_the_completion(heads, tmp_path):
             np.testing.assert_allclose(lm_score(params(heads), tokens, mask_BL=mask), alone, atol=1e-5)
             turned = lm_score(params(heads), tokens[::-1], mask_BL=mask[::-1])
             np.testing.assert_allclose(turned, alone[::-1], atol=1e-5)
-    made = packing.pack(answers, width=14, pad_id=0, counts=errors.DropCount())  # type: ignore[arg-type]
-    got = lm.packed_scores(params(heads), made.tokens_BL, made.segments_BL, made.places, cfg=CFG)  # type: ignore[arg-type]
-    assert len(made.tokens_BL) < 4
+    result = packing.pack(answers, width=14, pad_id=0, counts=errors.DropCount())  # type: ignore[arg-type]
+    got = lm.packed_scores(params(heads), result.tokens_BL, result.segments_BL, result.places, cfg=CFG)  # type: ignore[arg-type]
+    assert len(result.tokens_BL) < 4
     np.testing.assert_allclose(got, alone, atol=1e-5)
 
     kept = lm.heads.normalisation(params(heads), "held-out")
@@ -357,17 +359,17 @@ def test_control_tokens_turn_a_pair_into_two():
     mask = np.ones((2, 2, 5), bool)
     mask[0, 0, 0] = False
     batch: Any = types.Comparisons(tokens, mask, np.array([[2, 1], [1, 1]]), np.ones((2, 2), bool))  # type: ignore[arg-type]
-    made = comparison_transforms.add_control_tokens(batch, good_id=98, bad_id=99, column=2)
+    result = comparison_transforms.add_control_tokens(batch, good_id=98, bad_id=99, column=2)
     better, worse = tokens[0, 1], tokens[0, 0]
 
     def marked(answer: np.ndarray, mark: int) -> list[int]:
         return [*answer[:2], mark, *answer[2:]]
 
-    np.testing.assert_array_equal(made.tokens_BKL[0], [marked(better, 98), marked(better, 99)])
-    np.testing.assert_array_equal(made.tokens_BKL[1], [marked(worse, 99), marked(worse, 98)])
-    assert len(made.ranks_BK) == 2, "a tie says nothing"
-    np.testing.assert_array_equal(made.ranks_BK, [[1, 2]] * 2)
-    assert not made.mask_BKL[1, :, 0].any() and made.mask_BKL[:, :, 1:].all()
+    np.testing.assert_array_equal(result.tokens_BKL[0], [marked(better, 98), marked(better, 99)])
+    np.testing.assert_array_equal(result.tokens_BKL[1], [marked(worse, 99), marked(worse, 98)])
+    assert len(result.ranks_BK) == 2, "a tie says nothing"
+    np.testing.assert_array_equal(result.ranks_BK, [[1, 2]] * 2)
+    assert not result.mask_BKL[1, :, 0].any() and result.mask_BKL[:, :, 1:].all()
 
 
 def test_uninformative_prompts_are_counted_and_dropped():
@@ -377,11 +379,11 @@ def test_uninformative_prompts_are_counted_and_dropped():
     tokens[2, 1], mask[2, 1] = tokens[2, 0], mask[2, 0]  # which leaves nothing of this prompt
     counts = errors.DropCount(max_dropped=0.6)
     batch = batch.replace(tokens_BKL=tokens, mask_BKL=mask)  # type: ignore[attr-defined]
-    found = comparison_transforms.drop_uninformative(batch, counts)
+    filtered = comparison_transforms.drop_uninformative(batch, counts)
     assert counts.dropped == {"all answers tied": 1, "fewer than two answers": 2}
     assert counts.truncated == {"answer repeated": 2}
-    np.testing.assert_array_equal(found.ranks_BK, [[1, 2, 3, 3], [4, 3, 0, 1], [1, 1, 2, 0]])
-    np.testing.assert_array_equal(found.where_BK[1], [True, True, False, True])
+    np.testing.assert_array_equal(filtered.ranks_BK, [[1, 2, 3, 3], [4, 3, 0, 1], [1, 1, 2, 0]])
+    np.testing.assert_array_equal(filtered.where_BK[1], [True, True, False, True])
     with pytest.raises(
         errors.DataError, match=r"3 of 6 records dropped \(all answers tied 1, fewer than two answers 2\)"
     ):

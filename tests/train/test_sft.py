@@ -51,8 +51,8 @@ def sft_step(micro_batches=1):
     return parallel.jit_step(sft.make_train_step(token_logprobs, micro_batches=micro_batches))
 
 
-def sft_run(batch, micro_batches=1, **how):
-    return sft_step(micro_batches)(fresh(), None, hyper(**how), batch, jax.random.key(0))
+def sft_run(batch, micro_batches=1, **options):
+    return sft_step(micro_batches)(fresh(), None, hyper(**options), batch, jax.random.key(0))
 
 
 def test_loss_is_the_mean_over_response_tokens():
@@ -69,11 +69,11 @@ def test_loss_is_the_mean_over_response_tokens():
 
 def test_training_lowers_the_loss():
     step, state, batch = sft_step(), fresh(), token_rows()
-    found = []
+    history = []
     for i in range(15):
         state, logs = step(state, None, hyper(0.2 / (1 + 0.1 * i), max_grad_norm=1.0 + i), batch, jax.random.key(0))
-        found.append(float(logs["loss"].value()))
-    assert found[-1] < 0.7 * found[0] and found == sorted(found, reverse=True)
+        history.append(float(logs["loss"].value()))
+    assert history[-1] < 0.7 * history[0] and history == sorted(history, reverse=True)
     assert step.traces == 1 and int(state.step) == 15
 
 
@@ -125,8 +125,8 @@ def reward_step(micro_batches=1):
     return parallel.jit_step(reward_model.make_train_step(score, micro_batches=micro_batches))
 
 
-def reward_run(batch, micro_batches=1, **how):
-    return reward_step(micro_batches)(fresh(), None, hyper(**how), batch, jax.random.key(0))
+def reward_run(batch, micro_batches=1, **options):
+    return reward_step(micro_batches)(fresh(), None, hyper(**options), batch, jax.random.key(0))
 
 
 def test_reward_model_loss_is_the_mean_over_prompts_with_a_pair():
@@ -237,7 +237,7 @@ def test_gain_is_folded_into_the_kernel():
         params = lm.with_head(jax.random.key(1), lm.init(jax.random.key(0), cfg), cfg, heads=heads)
         head = params["head"]
         params["head"] = {**head, "gain": head["gain"] * 1.7, "bias": head["bias"] + 0.3}
-        made = lm.heads.absorb_gain(params)
+        absorbed = lm.heads.absorb_gain(params)
         hidden = jax.random.normal(jax.random.key(2), (3, 8))
-        np.testing.assert_allclose(lm.heads.scalar(made, hidden), lm.heads.scalar(params, hidden), rtol=1e-5)
-        np.testing.assert_array_equal(made["head"]["gain"], np.ones_like(head["gain"]))
+        np.testing.assert_allclose(lm.heads.scalar(absorbed, hidden), lm.heads.scalar(params, hidden), rtol=1e-5)
+        np.testing.assert_array_equal(absorbed["head"]["gain"], np.ones_like(head["gain"]))

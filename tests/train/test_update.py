@@ -97,11 +97,11 @@ def test_update_matches_optax(max_norm):
     params, _ = problem()
     rate = 0.05
     tx = optax.chain(optax.clip_by_global_norm(max_norm), optax.adam(rate))
-    mine, theirs = state.create(params, ADAM), tx.init(params)
+    mine, opt_state = state.create(params, ADAM), tx.init(params)
     update = jax.jit(lambda s, g: step.apply_gradients(s, g, learning_rate=rate, max_grad_norm=max_norm))
     for i in range(3):
         grads = jax.tree.map(lambda p: p * (i + 1) + 0.3, mine.params)  # noqa: B023
-        updates, theirs = tx.update(grads, theirs)
+        updates, opt_state = tx.update(grads, opt_state)
         params = optax.apply_updates(params, updates)
         mine, metrics = update(mine, grads)
         close(mine.params, params)
