@@ -30,7 +30,7 @@ def blocks(page, language):
 def commands(page):
     """The command lines that run a script of experiments/, in console blocks and in the text."""
     text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
-    for line in re.findall(r"python (experiments/\w+\.py[^`'\n]*)", text):
+    for line in re.findall(r"python (experiments/(?!NAME)\w+\.py[^`'\n]*)", text):
         yield line.split("#")[0].split("&&")[0].strip()
 
 
