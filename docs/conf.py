@@ -68,7 +68,7 @@ def page(top: str, modules: list[str]) -> str:
 
     A package documents the names that it re-exports, and its modules only the rest.
     """
-    lines = [top, "=" * len(top), "", ".. contents::", "   :local:", "   :depth: 2", ""] if len(modules) > 1 else []
+    lines = []
     exported = {
         id(vars(package)[name])
         for package in (importlib.import_module(module) for module in modules)
@@ -82,7 +82,7 @@ def page(top: str, modules: list[str]) -> str:
             for name, value in vars(loaded).items()
             if getattr(value, "__module__", None) == module and not name.startswith("_") and id(value) in exported
         ]
-        lines += [module, ("-" if len(modules) > 1 else "=") * len(module), "", f".. automodule:: {module}"]
+        lines += [module, ("=" if module == top else "-") * len(module), "", f".. automodule:: {module}"]
         # Where a function has the name of its module, the package's attribute is the function.
         parent, _, short = module.rpartition(".")
         shadowed = getattr(importlib.import_module(parent), short) is not loaded
