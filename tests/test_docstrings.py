@@ -36,7 +36,7 @@ def sections(docstring):
         elif line and name:
             # Entries have the indentation of the first one; deeper lines continue an entry.
             indent = len(line) - len(line.lstrip()) if indent is None else indent
-            entry = re.match(r" {%d}((?:\*{0,2}\w+)(?:, \*{0,2}\w+)*)(?: \([^)]*\))?:" % indent, line)
+            entry = re.match(r"((?:\*{0,2}\w+)(?:, \*{0,2}\w+)*)(?: \([^)]*\))?:", line[indent:])
             found[name] += [part.strip(" *") for part in entry[1].split(",")] if entry else []
     return found
 
