@@ -1,40 +1,46 @@
-"""Before paying for a machine: would the step fit, how fast could it be, and what do the chips say to each other?
+"""Plans a train step without the hardware: whether it fits the chips, how fast it can be, and what the chips exchange.
 
     python experiments/plan.py --stage ppo --model llama-3-8b --topology v5e:16x16 --mesh.fsdp 32 --mesh.tensor 8
     python experiments/plan.py --stage dpo --model path/to/config.json --topology v5e:2x4 --mesh.fsdp 8
     python experiments/plan.py --stage sft --model tiny --topology cpu --length 64 --batch 8
 
-Compiles the step that a run would take, with the compiler of the chips that are asked about and without a chip, and
-says: whether it fits; bytes a chip by kind, those of parameters, optimiser, frozen models and KV cache from shapes and
-shardings, exact, the rest from the compiler; operations, loops counted as often as they go round, beside 6 x parameters
-x tokens; collectives by kind and size, with a warning for each that the sharding should not need; and the time that the
-chip's peaks allow. Where it does not fit, nearby settings are compiled until one does, or --tries are used up.
+Compiles the step of a run with the compiler of the chips, for which no chip is needed, and prints:
 
-Compute is bfloat16, parameters and optimiser are float32, gradients go between chips in bfloat16. A loop that goes on
-until every answer has ended is taken to go round for --response tokens.
+    memory        bytes per chip by kind: parameters, optimiser, frozen models and KV cache exactly, from shapes and
+                  shardings, the rest from the compiler
+    FLOPs         of the matrix products, with loops counted per iteration, next to 6 x parameters x tokens
+    collectives   by kind and size, with a warning for each that the sharding should not need
+    times         the least that the peaks of the chip allow
 
-For TPUs: pip install 'rlhf_jax[tpu]', on Linux; no TPU is needed. Exit status: 0 fits, 1 does not fit, 2 bad input.
+If the step does not fit, similar settings are compiled until one fits, but at most --tries. The computation is in
+bfloat16, parameters and optimiser are in float32, and gradients are exchanged in bfloat16. A loop that runs until every
+answer has ended counts --response iterations.
 
-Hardware: two CPU cores, 6 GB. Time: one to five minutes a program.
-To expect there: the table in experiments/README.md.
+TPUs need pip install 'rlhf_jax[tpu]', on Linux. Exit status: 0 if the step fits, 1 if it does not, 2 for invalid input.
+
+On two CPU cores: one to five minutes per program, 6 GB. Expected results: the table in experiments/README.md.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import os
-import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from launch import command_line
+from planning import plan_settings
+
+
+def parse(arguments: list[str]) -> plan_settings.Plan:
+    """Returns the settings of a command line."""
+    return command_line.parse_as(plan_settings.Plan, arguments, prog="plan.py", doc=__doc__)
 
 
 def _before_jax(arguments: list[str]) -> None:
-    """Plans for chips that are not here need no device but the CPU, as many of it as are asked for."""
-    given = [a.split("=", 1)[1] for a in arguments if a.startswith("--topology=")]
-    given += [b for a, b in itertools.pairwise(arguments) if a == "--topology"]
-    topology = given[-1] if given else ""
+    """Restricts JAX to the CPU, unless the plan is for devices of this machine that it must find."""
+    values = [a.split("=", 1)[1] for a in arguments if a.startswith("--topology=")]
+    values += [b for a, b in itertools.pairwise(arguments) if a == "--topology"]
+    topology = values[-1] if values else ""
     if topology in ("", "None", "gpu"):
         return
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -42,31 +48,33 @@ def _before_jax(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    command_line.answer_help(parse)
     _before_jax(sys.argv[1:])
 
-import tyro  # noqa: E402
-from launch.settings import SettingError  # noqa: E402
-from planning import chips, fit, plan_settings, roofline  # noqa: E402
-from rich.console import Console  # noqa: E402
+import json
 
-from rlhf_jax.checkpoint import atomic  # noqa: E402
+from launch.settings import SettingError
+from planning import chips, planner, roofline
+from rich.console import Console
+
+from rlhf_jax.checkpoint import atomic
 
 
 def run(plan: plan_settings.Plan, out: Console, progress: Console) -> int:
-    """Find, show and write; returns the exit status."""
+    """Measures the plan, prints and writes the results; returns the exit status."""
     chips.prepare()
-    found = fit.find(plan, out=progress)
-    if not found.fits and plan.tries:
-        found.suggestions.extend(fit.suggest(plan, found, out=progress))
-    roofline.show(found, plan, out)
+    estimate = planner.measure(plan, out=progress)
+    if not estimate.fits and plan.tries:
+        estimate.suggestions.extend(planner.suggest(plan, estimate, out=progress))
+    roofline.show(estimate, out)
     if plan.json is not None:
-        atomic.replace_file(plan.json, (json.dumps(found.as_dict(), indent=1) + "\n").encode())
-    return 0 if found.fits else 1
+        atomic.replace_file(plan.json, (json.dumps(estimate.as_dict(), indent=1) + "\n").encode())
+    return 0 if estimate.fits else 1
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line; exits with the status that the module names."""
-    plan = tyro.cli(plan_settings.Plan, args=arguments, prog="plan.py", description=__doc__)
+    """Runs the command line; exits with status 0 if the step fits, 1 if it does not, 2 for invalid input."""
+    plan = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         status = run(plan, Console(), Console(stderr=True))
     except SettingError as error:

@@ -115,9 +115,8 @@ def test_sharded_reductions_equal_those_on_one_device_when_masks_differ():
         local = jax.vmap(lambda x, w, f=function: f(x, where=w, axis_name="d"), axis_name="d")(x, where)
         np.testing.assert_allclose(local, jnp.broadcast_to(whole, local.shape), rtol=1e-5, atol=1e-6)
     mean_of_means = np.mean(jax.vmap(lambda x, w: masking.masked_mean(x, where=w))(x, where))
-    assert (
-        abs(mean_of_means - masking.masked_mean(x, where=where)) > 0.1
-    )  # A mean of local means is clearly wrong here.
+    # A mean of local means is clearly wrong here.
+    assert abs(mean_of_means - masking.masked_mean(x, where=where)) > 0.1
 
 
 def test_mean_of_device_gradients_is_the_gradient_of_the_global_mean():

@@ -1,1 +1,2 @@
-"""The measured workloads, ours and those of peers; what is imported by peers' interpreters is plain Python."""
+"""Benchmarks for benchmark.py: this library's workloads, the same in peer libraries, and the tables that compare
+them."""

@@ -1,4 +1,4 @@
-"""What the machine can do, measured with nothing around it: matmuls, reading memory, and a decoding step's products."""
+"""Limits of the machine: the rates of matrix products and of memory, and the least time of a decoding step."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import measured_models, sizes
-from benchmarks.train_workloads import Ready
+from benchmarks import benchmark_models, workload_sizes
+from benchmarks.train_workloads import PreparedWorkload
 
 _CORES = os.cpu_count() or 1
 
@@ -23,48 +23,51 @@ Weights = tuple[tuple[jax.Array, ...], ...]
 
 
 def dtype() -> Any:
-    """What the works compute in."""
-    return jnp.bfloat16 if measured_models.on_accelerator() else jnp.float32
+    """Returns the dtype that the workloads compute in."""
+    return jnp.bfloat16 if benchmark_models.on_accelerator() else jnp.float32
 
 
-def matmul(work: sizes.Work) -> Ready:
-    """The product of two square matrices, several times in a row: the machine's matmul rate."""
-    n, times = work.shapes.matmul, 4
+def matmul(workload: workload_sizes.Workload) -> PreparedWorkload:
+    """Four products of two square matrices, for the matmul rate of the machine."""
+    n, times = workload.shapes.matmul, 4
     product = jax.jit(lambda a, b: jnp.matmul(a, b))
     a, b = (jax.random.normal(jax.random.key(i), (n, n), dtype()) for i in range(2))
 
-    def once() -> None:
+    def repetition() -> None:
         for _ in range(times):
             jax.block_until_ready(product(a, b))
 
-    return once, {"operations": times * 2.0 * n**3}
+    return repetition, {"operations": times * 2.0 * n**3}
 
 
-def decode_limit(work: sizes.Work) -> tuple[Callable[[], float], dict[str, float], dict[str, list[float]]]:
-    """A function that measures the least seconds of one decoded token of every row, its cost, and the parts it saw.
+def decode_limit(
+    workload: workload_sizes.Workload,
+) -> tuple[Callable[[], float], dict[str, float], dict[str, list[float]]]:
+    """Returns a function that measures the least seconds of a decoding step, its cost, and lists of its measured parts.
 
-    The larger of two: what must be read, over the bandwidth; and the operations, over the rate of the step's own
-    products. Both come from loops of the same sizes, in memory or cache as they are in decoding.
+    The least time is the larger of two: the bytes that must be read, divided by the bandwidth, and the FLOPs, divided
+    by the rate of the step's own products. Both are measured in loops of the same sizes, so that memory and caches are
+    used as in decoding.
     """
-    shapes, size, B = work.shapes, work.size, work.batch
-    cost = sizes.decode_cost(
+    shapes, size, B = workload.shapes, workload.size, workload.batch
+    cost = workload_sizes.decode_cost(
         size, batch=B, prompt=shapes.prompt, answer=shapes.answer, bytes_each=jnp.dtype(dtype()).itemsize
     )
-    operations = 2.0 * B * size.matmul_params
+    product_flops = 2.0 * B * size.matmul_params
     products = _products(size, B, steps=16)
     reading = _reading(int(cost.bytes))
     parts: dict[str, list[float]] = {"reading_s": [], "products_s": []}
 
-    def once() -> float:
+    def least_seconds() -> float:
         parts["reading_s"].append(reading())
-        parts["products_s"].append(products() * cost.operations / operations)
+        parts["products_s"].append(products() * cost.flops / product_flops)
         return max(parts["reading_s"][-1], parts["products_s"][-1])
 
-    return once, {"tokens": B, "operations": cost.operations, "bytes": cost.bytes}, parts
+    return least_seconds, {"tokens": B, "operations": cost.flops, "bytes": cost.bytes}, parts
 
 
-def _products(size: sizes.Size, batch: int, *, steps: int) -> Callable[[], float]:
-    """Seconds of all products of one decoding step, the median of several loops of ``steps`` such steps."""
+def _products(size: workload_sizes.Size, batch: int, *, steps: int) -> Callable[[], float]:
+    """Returns a function that measures the seconds of all products of a decoding step, in loops of ``steps`` steps."""
     D = size.width
     shapes = [(D, D)] * 4 + [(D, 4 * D), (4 * D, D)]
     key = iter(range(10**9))
@@ -81,7 +84,7 @@ def _products(size: sizes.Size, batch: int, *, steps: int) -> Callable[[], float
                 mixed_BD = jnp.maximum(jnp.maximum(x_BD @ q, x_BD @ k), x_BD @ v)
                 x_BD = mixed_BD @ out
                 x_BD = jnp.maximum(x_BD @ up, 0) @ down
-            # A maximum, which no simplification can move to before the product.
+            # A maximum, because the compiler cannot move it before the product.
             return x_BD + jnp.max(x_BD @ head_DV, axis=1, keepdims=True)
 
         return jax.lax.fori_loop(0, steps, step, x_BD)
@@ -91,32 +94,32 @@ def _products(size: sizes.Size, batch: int, *, steps: int) -> Callable[[], float
 
 
 def _reading(size: int) -> Callable[[], float]:
-    """Seconds to read so many bytes again and again, by the fastest of several ways."""
-    if measured_models.on_accelerator():
+    """Returns a function that measures the seconds of reading ``size`` bytes repeatedly, by the fastest method."""
+    if benchmark_models.on_accelerator():
         return _scaling(size)
-    ways = [_scaling(size), _copying(size), _maximum(size)]
-    return lambda: min(way() for way in ways)
+    methods = [_scaling(size), _copying(size), _maximum(size)]
+    return lambda: min(seconds() for seconds in methods)
 
 
 def _scaling(size: int) -> Callable[[], float]:
-    """An array changed in place by a compiled loop; reading and writing count alike."""
+    """Scales an array of half the size in place, in a compiled loop; reads and writes count alike."""
     steps = 16
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def change(x: jax.Array) -> jax.Array:
+    def scale(x: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, steps, lambda _, x: x * 1.0001, x)
 
     x = jnp.ones(max(size // 8, 1), jnp.float32)
 
-    def once() -> None:
+    def repetition() -> None:
         nonlocal x
-        x = jax.block_until_ready(change(x))
+        x = jax.block_until_ready(scale(x))
 
-    return lambda: _seconds(once) / steps
+    return lambda: _seconds(repetition) / steps
 
 
 def _copying(size: int) -> Callable[[], float]:
-    """Half copied onto the other half, a part on each core."""
+    """Copies one half of the bytes to the other, divided among the cores."""
     length = max(size // 8 // _CORES, 1)
     pairs = [(np.ones(length, np.float32), np.ones(length, np.float32)) for _ in range(_CORES)]
     pool = concurrent.futures.ThreadPoolExecutor(_CORES)
@@ -124,17 +127,17 @@ def _copying(size: int) -> Callable[[], float]:
 
 
 def _maximum(size: int) -> Callable[[], float]:
-    """All of it read and nothing written, a part on each core."""
+    """Reads all bytes and writes none, divided among the cores."""
     parts = [np.ones(max(size // 4 // _CORES, 1), np.float32) for _ in range(_CORES)]
     pool = concurrent.futures.ThreadPoolExecutor(_CORES)
     return lambda: _seconds(lambda: list(pool.map(np.max, parts)))
 
 
-def _seconds(once: Callable[[], Any], *, repeats: int = 7) -> float:
-    once()
-    taken = []
+def _seconds(repetition: Callable[[], Any], *, repeats: int = 7) -> float:
+    repetition()
+    times = []
     for _ in range(repeats):
         began = time.perf_counter()
-        once()
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
+        repetition()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)

@@ -1,10 +1,10 @@
-"""One of this library's works, measured in a process of its own: ``python -m benchmarks.workload sft-s``.
+"""Measures one of this library's workloads in a process of its own: ``python -m benchmarks.workload sft-s``.
 
-Names: sft-s, sft-m, reward-s, dpo-s, ppo-s; generate-s, generate-m; decode-s-1 and so on, the number being the rows;
-stream-s, and static-s, the same batch after batch; matmul-s and limit-s-1, what the machine can do. All work in
-float32 on a CPU, and on a GPU or a TPU in bfloat16.
+Names: sft-s, sft-m, reward-s, dpo-s, ppo-s; generate-s, generate-m; decode-s-1 and so on, where the number is that of
+the rows; stream-s, and static-s, the same one batch after another; matmul-s and limit-s-1, which measure limits of the
+machine. Workloads compute in float32 on a CPU and in bfloat16 on a GPU or TPU.
 
-Run it under GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as benchmark.py does.
+Run it with GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as benchmark.py does.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from functools import partial
 
 import jax
 
-from benchmarks import decode_workloads, machine_limits, sizes, timing, train_workloads
+from benchmarks import decode_workloads, machine_limits, measured_process, train_workloads, workload_sizes
 
-WORKS: dict[str, Callable[[sizes.Work], train_workloads.Ready]] = {
+WORKLOADS: dict[str, Callable[[workload_sizes.Workload], train_workloads.PreparedWorkload]] = {
     "sft": train_workloads.supervised,
     "reward": train_workloads.reward,
     "dpo": train_workloads.dpo,
@@ -28,38 +28,38 @@ WORKS: dict[str, Callable[[sizes.Work], train_workloads.Ready]] = {
     "static": partial(decode_workloads.stream, refilled=False),
     "matmul": machine_limits.matmul,
 }
-"""Works whose repetitions are timed from outside."""
+"""Workloads whose repetitions are timed as a whole."""
 
 SELF_TIMED = ("decode", "limit")
-"""Works that measure a part of what they run."""
+"""Workloads that time a part of each repetition themselves."""
 
 
 def main() -> None:
-    """Measure the work that the command line names."""
-    given = timing.options(__doc__)
-    work: sizes.Work = given.work
-    if work.kind not in (*WORKS, *SELF_TIMED):
-        sys.exit(f"unknown work {given.name!r}: see --help")
-    clock, found = timing.Clock(given), {}
-    if work.kind in WORKS:
-        once, facts = WORKS[work.kind](work)
-        clock.measure(once)
+    """Measures the workload that the command line names."""
+    options = measured_process.parse_options(__doc__)
+    workload: workload_sizes.Workload = options.workload
+    if workload.kind not in (*WORKLOADS, *SELF_TIMED):
+        sys.exit(f"unknown workload {options.name!r}; see --help")
+    clock, extra = measured_process.Clock(options), {}
+    if workload.kind in WORKLOADS:
+        repetition, facts = WORKLOADS[workload.kind](workload)
+        clock.measure(repetition)
     else:
         parts: dict[str, list[float]] = {}
-        if work.kind == "decode":
-            one_token, facts = decode_workloads.token_seconds(work)
+        if workload.kind == "decode":
+            token_seconds, facts = decode_workloads.token_seconds(workload)
         else:
-            one_token, facts, parts = machine_limits.decode_limit(work)
+            token_seconds, facts, parts = machine_limits.decode_limit(workload)
         seconds: list[float] = []
-        clock.measure(lambda: seconds.append(one_token()))
-        found = {"seconds": seconds[-given.repeats :]}
-        facts = facts | {name: statistics.median(values[-given.repeats :]) for name, values in parts.items()}
+        clock.measure(lambda: seconds.append(token_seconds()))
+        extra = {"seconds": seconds[-options.repeats :]}
+        facts = facts | {name: statistics.median(values[-options.repeats :]) for name, values in parts.items()}
     device = jax.devices()[0]
     memory = (device.memory_stats() or {}).get("peak_bytes_in_use")
     if memory:
-        found["device_mb"] = round(memory / 2**20)
+        extra["device_mb"] = round(memory / 2**20)
     clock.report(
-        packages=("jax", "jaxlib", "flax"), device=device.device_kind, backend=device.platform, **facts, **found
+        packages=("jax", "jaxlib", "flax"), device=device.device_kind, backend=device.platform, **facts, **extra
     )
 
 

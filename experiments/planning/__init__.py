@@ -1,1 +1,2 @@
-"""Compiling a train step for chips that are not here, and reading what it needs."""
+"""Planning for plan.py: compiles a train step for chips that are not here and reads its memory, FLOPs and
+collectives."""

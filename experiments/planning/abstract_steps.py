@@ -1,7 +1,6 @@
-"""The real train step of a stage on shapes alone: what it is given, how it lies on a mesh, and what its kinds are.
+"""Train steps on abstract arrays: the arguments of each stage's step as shapes with shardings on a mesh.
 
-Nothing here makes an array. The steps are the library's own and are lowered as a run lowers them, through
-`parallel.jit_step`.
+Nothing here creates an array. The steps are the library's own and are lowered through `parallel.jit_step`, as in a run.
 """
 
 from __future__ import annotations
@@ -25,29 +24,29 @@ from rlhf_jax.train import dpo, objectives, ppo, reward_model, sft
 from rlhf_jax.train import state as state_lib
 
 STOP_ID = 2
-"""Any id: what a stop token is does not change a program."""
+"""An arbitrary id; the program does not depend on it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Something to compile, and what is known of it beforehand."""
+    """A program to compile, and what is known about it before."""
 
     name: str
     lower: Callable[[], jax.stages.Lowered]
     traced: Callable[[], Any]
-    """The program as a jaxpr, of all rows."""
+    """Returns the jaxpr of the program, which covers the rows of all chips."""
     kept: dict[str, int]
-    """Bytes a chip by kind of what the caller keeps there between calls, exact."""
+    """Exact bytes per chip of what is kept between calls, by kind."""
     tokens: int
-    """Trained on in one call, of all rows and models."""
+    """Tokens trained on in one call, over all rows and trained models."""
     model_flops: float
-    """What the mathematics needs: 2 a parameter and token forward, 6 with the gradient, and attention's products."""
+    """FLOPs of the model: 2 per parameter and token in a forward pass, 6 with the gradient, and those of attention."""
     loops: int
-    """How often a loop of unknown length goes round: the tokens of an answer after the first."""
+    """Iterations of a loop of unknown length: the tokens of an answer after the first."""
 
 
 def build(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> Program:
-    """The program of the plan's stage."""
+    """Returns the program of the plan's stage."""
     return {
         "sft": _sft,
         "reward_model": _reward_model,
@@ -59,27 +58,30 @@ def build(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> Program:
 
 
 def chip_bytes(tree: Any) -> int:
-    """Bytes on one chip of arrays whose shapes have shardings."""
+    """Returns the bytes on one chip of abstract arrays, which may have shardings."""
 
-    def of(x: Any) -> int:
+    def shard_bytes(x: Any) -> int:
         shape = x.shape if getattr(x, "sharding", None) is None else x.sharding.shard_shape(x.shape)
         return int(np.prod(shape, dtype=np.int64)) * x.dtype.itemsize
 
-    return sum(of(x) for x in jax.tree.leaves(tree))
+    return sum(shard_bytes(x) for x in jax.tree.leaves(tree))
 
 
 def cache_bytes(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> int:
-    """Bytes on one chip of the keys and values that a rollout decodes with."""
+    """Returns the bytes on one chip of the KV cache of a rollout."""
     cache = jax.eval_shape(partial(lm.create_cache, cfg, batch=plan.batch, slots=plan.prompt + plan.response - 1))
     axes = ("batch", "kv_heads", None, None)
     sharding = NamedSharding(mesh, parallel.spec(axes, mesh, shape=cache.keys[0].shape))
-    return chip_bytes(_placed((cache.keys, cache.values), jax.tree.map(lambda _: sharding, (cache.keys, cache.values))))
+    return chip_bytes(
+        _with_shardings((cache.keys, cache.values), jax.tree.map(lambda _: sharding, (cache.keys, cache.values)))
+    )
 
 
 def forward_flops(cfg: lm.LMConfig, rows: int, length: int, *, logits: int | None = None) -> float:
-    """Multiplications and additions of reading ``rows`` of ``length`` tokens, ``logits`` columns of them to the end.
+    """Returns the FLOPs of a forward pass on ``rows`` rows of ``length`` tokens.
 
-    Half of attention's products, those with keys that a causal mask lets a query see.
+    Logits are computed for the last ``logits`` columns (all by default). Attention counts half of its products, those
+    that the causal mask leaves.
     """
     unembed = cfg.d_model * cfg.vocab_size
     layers = sum(
@@ -126,33 +128,39 @@ def _dpo(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> Program:
 def _ppo(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh, *, part: str) -> Program:
     spec = generation.Sampling(max_new_tokens=plan.response, stop_ids=(STOP_ID,))
     models = jobs.ppo_models(cfg, spec, prompt_width=plan.prompt)
-    where = _where(cfg, mesh, head=True)
     policy, critic = lm.abstract(cfg), lm.abstract(cfg, head=True)
     state = jax.eval_shape(
-        partial(ppo.create, tx=optimiser(plan)), _cast(policy, plan.params), _cast(critic, plan.params)
+        partial(ppo.create, tx=_optimiser(plan)), _cast(policy, plan.params), _cast(critic, plan.params)
     )
-    state = _placed(state, parallel.shardings(state, mesh, where))
+    state = _with_shardings(state, parallel.shardings(state, mesh, lm.logical_axes(cfg, head=True)))
     frozen = ppo.Frozen(_frozen(plan, cfg, mesh), _frozen(plan, cfg, mesh, head=True))
     B, P, T = plan.batch, plan.prompt, plan.response
     batch, hyper = ppo.Batch(_ints((B, P)), _bools((B, P))), _scalars(ppo.Hyper())
-    how: dict[str, Any] = {"epochs": plan.epochs, "minibatches": plan.minibatches, "micro_batches": plan.micro_batches}
+    options: dict[str, Any] = {
+        "epochs": plan.epochs,
+        "minibatches": plan.minibatches,
+        "micro_batches": plan.micro_batches,
+    }
 
-    read = forward_flops(cfg, B, P + T, logits=T) + forward_flops(cfg, B, P + T, logits=0)
-    collect_flops = forward_flops(cfg, B, P + T, logits=T) + 2 * read
-    update_flops = 3 * plan.epochs * read
-    of_tokens: dict[str, Any] = {name: _floats((B, T)) for name in _OF_TOKENS}
+    # One pass of a language model and one of a scalar model. Collecting decodes, and reads with both frozen models, the
+    # policy and the critic; an update trains policy and critic.
+    pair_flops = forward_flops(cfg, B, P + T, logits=T) + forward_flops(cfg, B, P + T, logits=0)
+    collect_flops = forward_flops(cfg, B, P + T, logits=T) + 2 * pair_flops
+    update_flops = 3 * plan.epochs * pair_flops
+    names = ("logprobs_BT", "values_BT", "advantages_BT", "returns_BT", "reference_BT")
+    per_token: dict[str, Any] = {name: _floats((B, T)) for name in names}
     experience = types.Experience(
         tokens_BL=_ints((B, P + T)),
         mask_BL=_bools((B, P + T)),
         response_mask_BT=_bools((B, T)),
-        **of_tokens,
+        **per_token,
     )
 
     def collect(params: Any, frozen: Any, hyper: Any, batch: ppo.Batch, rng: Any) -> Any:
         return ppo.collect(models, params, frozen, hyper, batch, rng)
 
     def update(state: Any, frozen: Any, hyper: Any, batch: types.Experience, rng: Any) -> Any:
-        return ppo.update(models, state, batch, hyper, None, rng, frozen=frozen, **how)
+        return ppo.update(models, state, batch, hyper, None, rng, frozen=frozen, **options)
 
     known: dict[str, Any] = {"tokens": B * (P + T) * 2 * plan.epochs, "frozen": frozen, "state": state}
     if part == "collect":
@@ -162,14 +170,11 @@ def _ppo(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh, *, part: str) 
         args = (state, None, hyper, experience)
         return _program("ppo update", plan, update, args, mesh, flops=update_flops, **known)
     args, flops = (state, frozen, hyper, batch), collect_flops + update_flops
-    return _program("ppo", plan, ppo.make_train_step(models, **how), args, mesh, flops=flops, **known, cfg=cfg)
+    return _program("ppo", plan, ppo.make_train_step(models, **options), args, mesh, flops=flops, **known, cfg=cfg)
 
 
-_OF_TOKENS = ("logprobs_BT", "values_BT", "advantages_BT", "returns_BT", "reference_BT")
-
-
-def optimiser(plan: Plan) -> optax.GradientTransformation:
-    """Adam with unit rate, its first moment in the dtype of the plan."""
+def _optimiser(plan: Plan) -> optax.GradientTransformation:
+    """Returns Adam with learning rate 1 and its first moment in the plan's dtype."""
     adam = optax.scale_by_adam(b1=0.9, b2=0.95, mu_dtype=jnp.dtype(plan.moment))
     return optax.chain(adam, optax.scale(-1.0))
 
@@ -197,24 +202,25 @@ def _program(
         kept["frozen models"] = chip_bytes(frozen)
     if cfg is not None:
         kept["KV cache"] = cache_bytes(plan, cfg, mesh)
-    whole = NamedSharding(mesh, PartitionSpec())
-    *given, batch = args
-    batch = _placed(batch, parallel.batch_shardings(batch, mesh))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    trained, frozen_models, hyper, batch = args
+    batch = _with_shardings(batch, parallel.batch_shardings(batch, mesh))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    rng = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
-    hyper = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), given[2])
-    full = (given[0], given[1], hyper, batch, rng)
+    rng = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated)
+    hyper = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), hyper)
+    step_args = (trained, frozen_models, hyper, batch, rng)
 
     def lower() -> jax.stages.Lowered:
+        assert isinstance(mesh, Mesh), "an abstract mesh has no devices to compile for"
         if donate:
-            return parallel.jit_step(step, mesh=_real(mesh)).lower(*full)
-        with jax.set_mesh(_real(mesh)):
-            return jax.jit(step).lower(*full)
+            return parallel.jit_step(step, mesh=mesh).lower(*step_args)
+        with jax.set_mesh(mesh):
+            return jax.jit(step).lower(*step_args)
 
     return Program(
         name=name,
         lower=lower,
-        traced=lambda: jax.make_jaxpr(step)(*full),
+        traced=lambda: jax.make_jaxpr(step)(*step_args),
         kept=kept,
         tokens=tokens,
         model_flops=flops,
@@ -222,34 +228,23 @@ def _program(
     )
 
 
-def _real(mesh: Mesh | AbstractMesh) -> Mesh:
-    """To compile there must be devices, if only described ones."""
-    assert isinstance(mesh, Mesh)
-    return mesh
-
-
 def _state(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh, *, head: bool = False) -> Any:
     params = _cast(lm.abstract(cfg, head=head), plan.params)
-    state = jax.eval_shape(partial(state_lib.create, tx=optimiser(plan)), params)
-    return _placed(state, parallel.shardings(state, mesh, _where(cfg, mesh, head=head)))
+    state = jax.eval_shape(partial(state_lib.create, tx=_optimiser(plan)), params)
+    return _with_shardings(state, parallel.shardings(state, mesh, lm.logical_axes(cfg, head=head)))
 
 
 def _frozen(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh, *, head: bool = False) -> Any:
     params = _cast(lm.abstract(cfg, head=head), plan.frozen)
-    return _placed(params, parallel.shardings(params, mesh, _where(cfg, mesh, head=head)))
-
-
-def _where(cfg: lm.LMConfig, mesh: Mesh | AbstractMesh, *, head: bool) -> Any:
-    del mesh
-    return lm.logical_axes(cfg, head=head)
+    return _with_shardings(params, parallel.shardings(params, mesh, lm.logical_axes(cfg, head=head)))
 
 
 def _cast(tree: Any, dtype: str) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), tree)
 
 
-def _placed(tree: Any, where: Any) -> Any:
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where)
+def _with_shardings(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def _rates() -> dict[str, jax.ShapeDtypeStruct]:

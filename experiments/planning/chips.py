@@ -1,7 +1,8 @@
-"""Chips: what is publicly said of them, and the devices of a topology or of this machine."""
+"""Published peak numbers of TPU chips, and the devices of a topology or of this machine."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 from collections.abc import Mapping
@@ -16,16 +17,16 @@ from rlhf_jax import parallel
 
 
 class Chip(NamedTuple):
-    """Peaks of one device as jax counts them: a chip, or on tpu7x one of a chip's two."""
+    """Peak numbers of one JAX device: a chip or, for tpu7x, one of a chip's two cores."""
 
     flops: float
-    """bfloat16 products a second."""
+    """bfloat16 FLOPs per second."""
     hbm: float
     """Bytes of memory."""
     bandwidth: float
-    """Of that memory, bytes a second."""
+    """Memory bandwidth, bytes per second."""
     link: float
-    """Bytes a second and direction to one neighbour; a ring along an axis of a torus uses two links."""
+    """Bytes per second in one direction to one neighbour; a ring along an axis of a torus uses two links."""
 
 
 CHIPS = {
@@ -35,89 +36,86 @@ CHIPS = {
     "v6e": Chip(918e12, 32 * 2**30, 1638e9, 100e9),
     "tpu7x": Chip(2307e12 / 2, 96 * 2**30, 7380e9 / 2, 100e9),
 }
-"""Peak numbers of Google Cloud's pages on each (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x; read in
-2026). A link is the interconnect of a chip divided by its links and their two directions."""
+"""From Google Cloud's page on each chip (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x; read in 2026). A
+link's bandwidth is the interconnect bandwidth of the chip divided by its number of links and by two directions."""
 
-HERE = ("cpu", "gpu")
-"""What may stand in the place of a topology."""
-
-INSTALL = "planning for TPUs needs their compiler, which needs no TPU: pip install 'rlhf_jax[tpu]' (Linux, 0.2 GB)"
+LOCAL = ("cpu", "gpu")
+"""Values of --topology that mean devices of this machine."""
 
 
 def prepare() -> None:
-    """What the TPU's compiler wants to be told where there is no TPU, before jax looks for one."""
+    """Sets the environment variables that let the TPU compiler run without a TPU; call it before JAX is used."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")  # no matter which: it is not used, and asked for
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")  # required, but any value works
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it locks what is not there
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no lock on a TPU that does not exist
 
 
 def chip_of(plan: Plan) -> tuple[str, Chip | None]:
-    """The kind of chip that the plan is for, and its peaks where they are known.
+    """Returns the name of the plan's chip and, if they are known, its peak numbers.
 
     Raises:
-        SettingError: The topology is of no known kind.
+        SettingError: The topology is of an unknown kind.
     """
-    if plan.topology is None or plan.topology.partition(":")[0] in HERE:
+    if plan.topology is None or plan.topology.partition(":")[0] in LOCAL:
         return devices(plan)[0].device_kind, None
     kind = plan.topology.partition(":")[0]
     if kind not in CHIPS or ":" not in plan.topology:
         raise SettingError(
             f"--topology is {plan.topology!r}; it must be one of {', '.join(f'{name}:AxB' for name in CHIPS)} "
-            "(v4, v5p and tpu7x have three sizes), cpu, cpu:N for N of them, or gpu"
+            "(AxBxC for v4, v5p and tpu7x), cpu, cpu:N for N CPU devices, or gpu"
         )
     return kind, CHIPS[kind]
 
 
 def devices(plan: Plan) -> list[Any]:
-    """The devices of the plan's topology, which need not be there.
+    """Returns the devices of the plan's topology; for a TPU, descriptions of devices that need not exist here.
 
     Raises:
-        SettingError: There is no such topology, or no compiler for it.
+        SettingError: The topology does not exist, or its compiler is not installed.
     """
     if plan.topology is None:
         return jax.devices()
-    here, _, number = plan.topology.partition(":")
-    if here in HERE:
+    platform, _, number = plan.topology.partition(":")
+    if platform in LOCAL:
         try:
-            if here == "cpu" and number:
+            if platform == "cpu" and number:
                 jax.config.update("jax_num_cpu_devices", int(number))
-            return jax.devices(here)
+            return jax.devices(platform)
         except (RuntimeError, ValueError) as error:
-            raise SettingError(f"--topology {plan.topology}: there is no such device here ({error})") from None
+            raise SettingError(f"--topology {plan.topology} is not available on this machine: {error}") from None
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
-        raise SettingError(INSTALL)
+        raise SettingError(
+            f"--topology {plan.topology} needs the TPU compiler, which runs without a TPU; install it with: "
+            "pip install 'rlhf_jax[tpu]' (Linux, 0.2 GB)"
+        )
     from jax.experimental import topologies
 
     try:
         return list(topologies.get_topology_desc(plan.topology, platform="tpu").devices)
-    except Exception as error:  # bare RuntimeErrors and errors of the plugin, by version
+    except Exception as error:  # the type depends on the version of the plugin
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SettingError(f"--topology {plan.topology} does not exist: {text}") from None
 
 
-def make_mesh(plan: Plan, found: list[Any]) -> Mesh:
-    """The plan's mesh on these devices.
+def make_mesh(plan: Plan, devices: list[Any]) -> Mesh:
+    """Returns the plan's mesh on these devices.
 
     Raises:
-        SettingError: It does not fit them.
+        SettingError: The mesh does not fit the devices.
     """
-    sizes = plan.mesh
     try:
-        return parallel.make_mesh(
-            data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor, sequence=sizes.sequence, devices=found
-        )
+        return parallel.make_mesh(**dataclasses.asdict(plan.mesh), devices=devices)
     except parallel.MeshError as error:
-        name = plan.topology or "this machine"
-        raise SettingError(f"--mesh: {error} of {name}") from None
+        raise SettingError(f"--mesh on {plan.topology or 'this machine'}: {error}") from None
 
 
-def memory(chip: Chip | None, found: list[Any]) -> float | None:
-    """Bytes of memory of one device; None where that is not known."""
+def memory(chip: Chip | None, devices: list[Any]) -> float | None:
+    """Returns the bytes of memory of one device, or None if they are unknown."""
     if chip is not None:
         return chip.hbm
     try:
-        stats: Mapping[str, Any] = found[0].memory_stats() or {}
-    except Exception:  # devices that keep no statistics raise, each in its way
+        stats: Mapping[str, Any] = devices[0].memory_stats() or {}
+    except Exception:  # devices without statistics raise errors of various types
         return None
     return stats.get("bytes_limit")

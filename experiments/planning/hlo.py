@@ -1,6 +1,6 @@
-"""What a compiled program does, read from its HLO text: collectives and bytes, each as often as its loop goes round.
+"""Collectives and memory traffic of a compiled program, read from its HLO text, with loops counted per iteration.
 
-A compiler's own cost analysis counts the body of a loop once, and the layers of a model are a loop.
+The compiler's own cost analysis counts the body of a loop once, and the layers of a model are a loop.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -24,35 +24,35 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"}
 _FREE |= {"after-all", "partition-id", "copy-done", "slice-done", "iota", "broadcast", "opt-barrier"}
-_TINY = 2**20
-"""Collectives of fewer bytes are not looked at one by one."""
+_SLICES = ("dynamic-slice", "slice", "gather")
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of a shape; its place is outside of the main memory where its layout says so."""
+    """An array of an HLO shape."""
 
     dtype: str
     dims: tuple[int, ...]
-    near: bool
+    on_chip: bool
+    """Whether its layout places it outside of the main memory."""
     more: int = 0
-    """How many other arrays go with it, in one."""
+    """Number of further arrays in the same collective."""
 
     @property
     def bytes(self) -> int:
-        """How large it is."""
+        """The size of the array."""
         bits = _BITS.get(self.dtype) or int(re.sub(r"\D", " ", self.dtype).split()[0])
         return math.prod(self.dims) * bits // 8
 
     @property
     def text(self) -> str:
-        """As HLO writes it, without the layout."""
+        """The array in HLO notation, without its layout."""
         return f"{self.dtype}[{','.join(map(str, self.dims))}]" + f" and {self.more} more" * bool(self.more)
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation."""
+    """An instruction of a computation."""
 
     name: str
     opcode: str
@@ -63,7 +63,7 @@ class Instruction:
 
     @property
     def called(self) -> list[str]:
-        """Names of the computations that it runs."""
+        """Names of the computations that the instruction calls."""
         branches = _BRANCHES.search(self.rest)
         listed = re.findall(r"[\w.\-]+", branches.group(1)) if branches else []
         return _CALLED.findall(self.rest) + listed
@@ -71,25 +71,24 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One that chips do together, with how often in a call of the program."""
+    """A collective operation, and how often it runs in one call of the program."""
 
     kind: str
     array: Array
-    """The larger of what goes in and what comes out, of one chip."""
+    """The larger of input and output on one chip."""
     group: int
-    """Chips that take part in one."""
+    """Number of chips in a group."""
     axes: tuple[str, ...]
-    """Of the mesh, over which they are; empty where that cannot be told."""
+    """Mesh axes that a group extends over; empty if they are unknown."""
     times: int
-    where: str
-    """The operation in the source that it comes from."""
-
+    source: str
+    """The operation in the source code that it belongs to."""
     bytes: int
-    """Of that array, and of those that go with it."""
+    """Size of the array and of the further arrays in the same collective."""
 
     @property
-    def sent(self) -> float:
-        """Bytes that a chip receives in all of them, by ring algorithms."""
+    def received(self) -> float:
+        """Bytes that a chip receives in all runs together, with ring algorithms."""
         share = (self.group - 1) / self.group if self.group > 1 else 0.0
         factor = {"all-reduce": 2.0 * share, "collective-permute": 1.0}.get(self.kind, share)
         return self.times * factor * self.bytes
@@ -97,67 +96,68 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What `read` finds."""
+    """Collectives and memory traffic of a compiled program."""
 
     collectives: list[Collective]
     bytes_moved: float
-    """To and from the main memory of a chip, about: what every operation reads and writes."""
+    """Approximate traffic of a chip's main memory: the sum of what each operation reads and writes."""
     open_loops: int
-    """Loops whose length the program does not know; each was taken to go round as often as `read` was told."""
+    """Number of loops whose length is not in the program."""
 
 
-def arrays_in(shape: str) -> tuple[Array, ...]:
-    """The arrays of a shape, of a tuple's one after the other."""
+def _arrays_in(shape: str) -> tuple[Array, ...]:
+    """Returns the arrays of a shape, which may be a tuple."""
     return tuple(
         Array(dtype, tuple(int(n) for n in dims.split(",") if n), "S(" in (layout or ""))
         for dtype, dims, layout in _ARRAY.findall(shape)
     )
 
 
-def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """The computations of a module by name, and the name of the first to run."""
+def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """Returns the computations of a module by name, and the name of the entry computation."""
     computations: dict[str, list[Instruction]] = {}
-    entry, now = "", None
+    entry, instructions = "", None
     for line in text.splitlines():
         if header := _COMPUTATION.match(line):
-            now = computations.setdefault(header.group(2), [])
+            instructions = computations.setdefault(header.group(2), [])
             entry = header.group(2) if header.group(1) else entry
-        elif now is not None and line.startswith(" ") and (found := _instruction(line)):  # else: a kernel's own text
-            now.append(found)
+        # Other lines are the text of a kernel.
+        elif instructions is not None and line.startswith(" ") and (instruction := _instruction(line)):
+            instructions.append(instruction)
     return computations, entry
 
 
 def read(text: str, *, open_loops: int = 1, mesh: dict[str, int] | None = None) -> Program:
-    """Collectives and bytes of a compiled module's text.
+    """Returns the collectives and the memory traffic of a compiled module.
 
     Args:
-        text: As ``compiled.as_text()`` gives it.
-        open_loops: How often a loop goes round that goes on until something in the data says stop.
-        mesh: The sizes of the mesh's axes, in its order, to say over which of them a collective is.
+        text: The result of ``compiled.as_text()``.
+        open_loops: Assumed number of iterations of loops whose length is not in the program.
+        mesh: Sizes of the mesh axes, in order, to find the axes of each collective.
     """
-    computations, entry = parse(text)
+    computations, entry = _parse(text)
     by_name = {name: {i.name: i for i in lines} for name, lines in computations.items()}
-    found: list[Collective] = []
+    collectives: list[Collective] = []
     moved, unknown = 0.0, 0
     for name, times, seen in _visits(computations, entry, open_loops):
         unknown += sum(_trips(i, computations) is None for i in computations[name] if i.opcode == "while")
         for outer in computations[name]:
-            moved += times * _moved(outer, by_name[name], computations)
+            moved += times * _bytes_moved(outer, by_name[name], computations)
             for i, inside in _collectives(outer, computations):
-                # One that goes on beside fusions is written down in each of them, and in loops within.
+                # A collective that overlaps with fusions is listed in each of them, and in loops inside of them.
                 channel = re.search(r"channel_id=\d+", i.rest)
-                mark = f"{channel.group(0)} {i.opcode} {i.arrays}" if channel and inside else i.name
-                if mark not in seen:
-                    seen.add(mark)
-                    found.append(_collective(i, inside or name, times, mesh))
-    return Program(_merged(found), moved, unknown)
+                key = f"{channel.group(0)} {i.opcode} {i.arrays}" if channel and inside else i.name
+                if key not in seen:
+                    seen.add(key)
+                    collectives.append(_collective(i, inside or name, times, mesh))
+    return Program(_merged(collectives), moved, unknown)
 
 
 def _instruction(line: str) -> Instruction | None:
     match = _INSTRUCTION.match(line)
     if not match:
         return None
-    body = _OPCODE.match(_without_index_comments(match.group(3)))
+    body = _OPCODE.match(re.sub(r"/\*index=\d+\*/", "", match.group(3)))
     if not body:
         return None
     shape, opcode, rest = body.groups()
@@ -167,22 +167,18 @@ def _instruction(line: str) -> Instruction | None:
         if depth == 0:
             end = at
             break
-    operands = tuple(re.findall(r"%([\w.\-]+)", rest[:end]))
+    operands, rest = tuple(re.findall(r"%([\w.\-]+)", rest[:end])), rest[end:]
     if opcode == "constant":
-        return Instruction(match.group(2), opcode, arrays_in(shape), (), rest[:end], bool(match.group(1)))
-    return Instruction(match.group(2), opcode, arrays_in(shape), operands, rest[end:], bool(match.group(1)))
-
-
-def _without_index_comments(text: str) -> str:
-    return re.sub(r"/\*index=\d+\*/", "", text)
+        operands, rest = (), body.group(3)[:end]
+    return Instruction(match.group(2), opcode, _arrays_in(shape), operands, rest, bool(match.group(1)))
 
 
 def _visits(
     computations: dict[str, list[Instruction]], entry: str, open_loops: int
 ) -> Iterator[tuple[str, int, set[str]]]:
-    """Every computation that runs by itself, as often as it does, not those inside of a fusion.
+    """Yields each computation outside of fusions with the number of its runs, and a set of the collectives seen so far.
 
-    With a set that starts as its caller's, which it may add to.
+    The set starts with the elements of the caller's set, and the consumer adds to it.
     """
     waiting: list[tuple[str, int, set[str]]] = [(entry, 1, set())]
     while waiting:
@@ -200,7 +196,7 @@ def _visits(
 
 
 def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
-    """How often a loop goes round; None where that is not a number in the program."""
+    """Returns the number of iterations of a loop, or None if it is not in the program."""
     known = re.search(r'known_trip_count["\\:={ ]+n["\\: =]+(\d+)', loop.rest)
     if known:
         return int(known.group(1))
@@ -214,72 +210,73 @@ def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int
 def _collectives(
     i: Instruction, computations: dict[str, list[Instruction]]
 ) -> Iterator[tuple[Instruction, str | None]]:
-    """The collectives of an instruction, those inside of its fusion with the name of that."""
+    """Yields the collectives of an instruction; those inside of a fusion with the name of the fused computation."""
     if i.opcode.removesuffix("-start") in KINDS:
         yield i, None
     if i.opcode in ("fusion", "async-start", "custom-call"):
         for called in i.called:
             for inner in computations.get(called, []):
-                for found, inside in _collectives(inner, computations):
-                    yield found, inside or called
+                for collective, inside in _collectives(inner, computations):
+                    yield collective, inside or called
 
 
 def _collective(i: Instruction, inside: str, times: int, mesh: dict[str, int] | None) -> Collective:
     kind = i.opcode.removesuffix("-start")
     ring = re.search(r"windowed_dot_general_body_(ag|rs)", inside)
     if kind == "all-reduce" and "all-reduce-scatter" in inside:
-        kind = "reduce-scatter"  # how a TPU's compiler writes one that it has fused
+        kind = "reduce-scatter"  # the TPU compiler's notation of a fused reduce-scatter
     groups = _first_group(i.rest)
-    source = re.search(r'op_name="([^"]*)"', i.rest)
-    where = source.group(1) if source else ""
+    op_name = re.search(r'op_name="([^"]*)"', i.rest)
+    source = op_name.group(1) if op_name else ""
     if ring:
-        where = f"{'gather' if ring.group(1) == 'ag' else 'scatter'} in steps beside a product; {where}"
+        source = f"{'gather' if ring.group(1) == 'ag' else 'scatter'} in steps that overlap with a product; {source}"
     axes = _axes(groups, mesh) if mesh and kind != "collective-permute" else ()
-    # A start gives what goes in and what comes out; an all-reduce of several arrays, all of them.
-    sizes = sorted(i.arrays, key=lambda a: a.bytes)
-    array, together = sizes[-1], sizes[-1].bytes
-    if len(sizes) > 1 and i.opcode in KINDS:
-        array = dataclasses.replace(array, more=len(sizes) - 1)
-        together = sum(a.bytes for a in sizes)
+    # The shape of a start has input and output; that of an all-reduce of several arrays has all of them.
+    arrays = sorted(i.arrays, key=lambda a: a.bytes)
+    array, total = arrays[-1], arrays[-1].bytes
+    if len(arrays) > 1 and i.opcode in KINDS:
+        array = dataclasses.replace(array, more=len(arrays) - 1)
+        total = sum(a.bytes for a in arrays)
     if i.opcode == "reduce-scatter":
-        together *= len(groups) or 1  # what comes out is a part
-    return Collective(kind, array, len(groups) or 2, axes, times, where, together)
+        total *= len(groups) or 1  # the output is a shard
+    return Collective(kind, array, len(groups) or 2, axes, times, source, total)
 
 
 def _first_group(rest: str) -> list[int]:
-    """The partitions that are in one group with the first."""
+    """Returns the partitions of the first replica group."""
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
     if listed:
-        return [int(n) for n in listed.group(1).split(",")]
-    spread = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
-    if spread:
-        return _turned(spread.group(2), spread.group(3)).reshape(_numbers(spread.group(1)))[0].tolist()
+        return _integers(listed.group(1))
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
+    if iota:
+        return _iota(iota.group(2), iota.group(3)).reshape(_integers(iota.group(1)))[0].tolist()
     named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\)\s)?[^{]*\{([^}]*)\}", rest)
-    if named:
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named.group(1))}
-        taken = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named.group(3))
-        group = _named_group(sizes, taken)
-        order = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", named.group(2) or "")
-        if not order:
-            return group
-        return _turned(*order.groups()).ravel()[group].tolist()
-    return []
+    if not named:
+        return []
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named.group(1))}
+    group = _named_group(sizes, re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named.group(3)))
+    order = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", named.group(2) or "")
+    return _iota(*order.groups()).ravel()[group].tolist() if order else group
 
 
-def _numbers(text: str) -> list[int]:
+def _integers(text: str) -> list[int]:
     return [int(n) for n in text.split(",")]
 
 
-def _turned(dims: str, order: str | None) -> np.ndarray:
-    """Partitions counted through, in a box of these sizes whose axes are then put in another order."""
-    ids = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
-    return ids if order is None else ids.transpose(_numbers(order))
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    """Returns the partition ids in an array of shape ``dims``, transposed by ``order``."""
+    ids = np.arange(math.prod(_integers(dims))).reshape(_integers(dims))
+    return ids if order is None else ids.transpose(_integers(order))
 
 
-def _named_group(sizes: dict[str, int], taken: list[tuple[str, str, str]]) -> list[int]:
-    """Partitions that differ from 0 in the named axes alone, or in a part of one: its size, after those before."""
+def _named_group(sizes: dict[str, int], axes: list[tuple[str, str, str]]) -> list[int]:
+    """Returns the partitions of the group of partition 0 over named axes.
+
+    Each axis is ``(name, "", "")``, or ``(name, before, size)`` for the part of an axis with ``size`` elements after
+    parts with ``before`` elements in all.
+    """
     steps: list[list[int]] = []
-    for name, before, size in taken:
+    for name, before, size in axes:
         stride = math.prod(list(sizes.values())[list(sizes).index(name) + 1 :])
         count = int(size) if size else sizes[name]
         if size:
@@ -295,60 +292,57 @@ def _axes(group: list[int], mesh: dict[str, int]) -> tuple[str, ...]:
     return tuple(name for name, row in zip(mesh, places, strict=True) if len(set(row.tolist())) > 1)
 
 
-def _merged(found: list[Collective]) -> list[Collective]:
-    """Those of one kind, shape and axes as one, the largest traffic first."""
-    same: dict[tuple, list[Collective]] = {}
-    for c in found:
-        same.setdefault((c.kind, c.array.text, c.bytes, c.group, c.axes), []).append(c)
-    merged = [dataclasses.replace(of[0], times=sum(c.times for c in of)) for of in same.values()]
-    return sorted(merged, key=lambda c: -c.sent)
+def _merged(collectives: list[Collective]) -> list[Collective]:
+    """Merges collectives of the same kind, shape and axes; returns them with the largest traffic first."""
+    groups: dict[tuple, list[Collective]] = {}
+    for c in collectives:
+        groups.setdefault((c.kind, c.array.text, c.bytes, c.group, c.axes), []).append(c)
+    merged = [dataclasses.replace(group[0], times=sum(c.times for c in group)) for group in groups.values()]
+    return sorted(merged, key=lambda c: -c.received)
 
 
-def _moved(i: Instruction, names: dict[str, Instruction], computations: dict[str, list[Instruction]]) -> float:
-    """Bytes that one instruction reads from the main memory and writes to it."""
+def _in_memory(arrays: Iterable[Array]) -> int:
+    """Returns the bytes of the arrays that are in the main memory."""
+    return sum(a.bytes for a in arrays if not a.on_chip)
+
+
+def _bytes_moved(i: Instruction, names: dict[str, Instruction], computations: dict[str, list[Instruction]]) -> float:
+    """Returns the bytes that an instruction reads from the main memory and writes to it."""
     if i.opcode in _FREE or i.opcode.endswith("-done") or (i.opcode == "custom-call" and "tpu_custom" not in i.rest):
         return 0.0
     if i.opcode == "fusion":
-        return _fusion_moved(i, names, computations)
-    far = [sum(a.bytes for a in names[o].arrays if not a.near) for o in i.operands if o in names]
-    made = sum(a.bytes for a in i.arrays if not a.near)
-    if i.opcode in ("dynamic-slice", "slice", "gather"):
-        return 2.0 * made
+        return _fusion_bytes_moved(i, computations)
+    read = [_in_memory(names[o].arrays) for o in i.operands if o in names]
+    written = _in_memory(i.arrays)
+    if i.opcode in _SLICES:
+        return 2.0 * written
     if i.opcode == "dynamic-update-slice":
-        return 2.0 * (far[1] if len(far) > 1 else 0)
+        return 2.0 * (read[1] if len(read) > 1 else 0)
     if i.opcode.endswith("-start"):
-        return float(made)
-    return float(sum(far) + made)
+        return float(written)
+    return float(sum(read) + written)
 
 
-def _fusion_moved(i: Instruction, names: dict[str, Instruction], computations: dict[str, list[Instruction]]) -> float:
-    """A fusion reads what it slices out of an array, not the array, and writes the part that it updates."""
-    inner = next((computations[called] for called in i.called if called in computations), [])
-    users: dict[str, list[Instruction]] = {}
-    for line in inner:
-        for operand in line.operands:
-            users.setdefault(operand, []).append(line)
-    parameters = [line for line in inner if line.opcode == "parameter"]
-    by_name = {line.name: line for line in inner}
+def _fusion_bytes_moved(i: Instruction, computations: dict[str, list[Instruction]]) -> float:
+    """Returns the bytes moved by a fusion, which reads only the slices that it uses and writes only what it updates."""
+    lines = next((computations[called] for called in i.called if called in computations), [])
+    by_name = {line.name: line for line in lines}
     total = 0.0
-    for line in parameters:
-        if any(a.near for a in line.arrays):
+    for parameter in lines:
+        if parameter.opcode != "parameter" or any(a.on_chip for a in parameter.arrays):
             continue
-        uses = users.get(line.name, [])
-        if uses and all(u.opcode in ("dynamic-slice", "slice", "gather") for u in uses):
-            total += sum(a.bytes for u in uses for a in u.arrays)
-        elif uses and all(u.opcode == "dynamic-update-slice" and u.operands[0] == line.name for u in uses):
-            continue
-        else:
-            total += sum(a.bytes for a in line.arrays)
-    root = next((line for line in inner if line.root), None)
-    ends = [root] if root is not None else []
-    if root is not None and root.opcode == "tuple":
-        ends = [by_name[o] for o in root.operands if o in by_name]
-    for end in ends:
-        if end.opcode == "dynamic-update-slice":
-            update = by_name.get(end.operands[1]) if len(end.operands) > 1 else None
+        users = [line for line in lines if parameter.name in line.operands]
+        if users and all(u.opcode in _SLICES for u in users):
+            total += sum(a.bytes for u in users for a in u.arrays)
+        elif not users or any(u.opcode != "dynamic-update-slice" or u.operands[0] != parameter.name for u in users):
+            total += sum(a.bytes for a in parameter.arrays)
+    outputs = [line for line in lines if line.root]
+    if outputs and outputs[0].opcode == "tuple":
+        outputs = [by_name[o] for o in outputs[0].operands if o in by_name]
+    for output in outputs:
+        if output.opcode == "dynamic-update-slice":
+            update = by_name.get(output.operands[1]) if len(output.operands) > 1 else None
             total += sum(a.bytes for a in update.arrays) if update else 0
-        elif end.opcode != "parameter":
-            total += sum(a.bytes for a in end.arrays if not a.near)
+        elif output.opcode != "parameter":
+            total += _in_memory(output.arrays)
     return total

@@ -1,4 +1,4 @@
-"""Every setting of a plan. Each field's docstring is its ``--help``."""
+"""Settings of plan.py. Each field's docstring is its ``--help`` text."""
 
 from __future__ import annotations
 
@@ -10,60 +10,62 @@ Stage = Literal["sft", "reward_model", "dpo", "ppo", "ppo-collect", "ppo-update"
 
 @dataclasses.dataclass(frozen=True)
 class MeshSizes:
-    """The sizes of the mesh's axes."""
+    """Sizes of the mesh axes."""
 
     data: int = -1
-    """Copies of the model, each with rows of its own; -1: as many as the other axes leave chips for."""
+    """Copies of the model, each with its own rows. -1: as many as the other axes leave chips for."""
     fsdp: int = 1
-    """Over how many chips parameters and optimiser state are spread; rows too."""
+    """Chips that parameters, optimiser state and rows are sharded over."""
     tensor: int = 1
-    """Over how many chips heads, MLP and vocabulary are spread."""
+    """Chips that heads, MLP and vocabulary are sharded over."""
     sequence: int = 1
-    """Over how many chips the columns of a row are spread."""
+    """Chips that the columns of a row are sharded over."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to ask about."""
+    """Settings of plan.py."""
 
     stage: Stage = "sft"
-    """Whose step; `ppo` is a whole iteration in one program, the other two are its halves."""
+    """Stage whose step is planned. `ppo` is a whole iteration in one program, `ppo-collect` and `ppo-update` are its
+    two halves."""
     model: str = "llama-3-8b"
-    """A preset (llama-3-8b, llama-3-70b, pythia-1b, gpt2, tiny), or a Hugging Face config.json or its folder."""
+    """Preset (llama-3-8b, llama-3-70b, pythia-1b, gpt2, tiny), or a Hugging Face config.json or the folder with it."""
     topology: str | None = None
-    """Chips to plan for, such as v5e:16x16 or v5p:4x4x8; `cpu`, `cpu:8` for eight of them, `gpu`; none: those here."""
+    """Chips to plan for, such as v5e:16x16 or v5p:4x4x8, or `cpu`, `cpu:8` (eight CPU devices) or `gpu`. Default: the
+    devices of this machine."""
     mesh: MeshSizes = dataclasses.field(default_factory=MeshSizes)
     batch: int = 64
-    """Rows a step, over all chips: sequences of sft, prompts of reward_model, pairs of dpo, answers of ppo."""
+    """Rows per step over all chips: sequences for sft, prompts for reward_model, pairs for dpo, answers for ppo."""
     length: int = 2048
-    """Tokens of a row of sft and reward_model."""
+    """Tokens per row, for sft and reward_model."""
     completions: int = 4
-    """Answers to each prompt of reward_model."""
+    """Answers per prompt, for reward_model."""
     prompt: int = 512
-    """Tokens of a prompt of dpo and ppo."""
+    """Tokens per prompt, for dpo and ppo."""
     response: int = 512
-    """Tokens of an answer of dpo and ppo."""
+    """Tokens per answer, for dpo and ppo."""
     minibatches: int = 4
-    """Optimiser steps an epoch of ppo."""
+    """Optimiser steps per epoch, for ppo."""
     epochs: int = 1
-    """Passes over a rollout of ppo."""
+    """Passes over a rollout, for ppo."""
     micro_batches: int = 1
-    """Parts of a batch (of a minibatch of ppo) that are held in memory one at a time."""
+    """Number of parts that each batch (for ppo, each minibatch) is split into to save memory."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """What layers compute in."""
+    """Dtype of the computation in the layers."""
     params: Literal["bfloat16", "float32"] = "float32"
-    """Of the parameters that are trained."""
+    """Dtype of the trained parameters."""
     moment: Literal["bfloat16", "float32"] = "float32"
-    """Of Adam's first moment; the second is as the parameters are."""
+    """Dtype of Adam's first moment; the second moment has the dtype of the parameters."""
     frozen: Literal["bfloat16", "float32"] = "float32"
-    """Of reference and reward model, which nothing is added to."""
+    """Dtype of the frozen models: the reference and the reward model."""
     remat: Literal["none", "dots", "full"] | None = None
-    """What the backward pass computes again; none given: as the model's configuration says."""
+    """Rematerialisation in the backward pass. Default: that of the model's configuration."""
     attention: Literal["auto", "einsum", "xla", "cudnn"] | None = None
-    """The kernel; none given: as the model's configuration says."""
+    """Attention kernel. Default: that of the model's configuration."""
     memory: float | None = None
-    """GiB of a device to plan with; none given: what the chip has."""
+    """Memory of a device in GiB. Default: the memory of the chip."""
     tries: int = 3
-    """Nearby settings to compile where it does not fit, until one does; 0: none."""
+    """Maximum number of similar settings to compile, in search of one that fits, if the plan does not fit."""
     json: str | None = None
-    """File for all numbers."""
+    """Output file for all numbers."""

@@ -1,9 +1,8 @@
-"""What a plan found: the numbers, the time that they allow at best, and how they are shown."""
+"""The estimate of a plan: memory, FLOPs, collectives and the least time that a chip's peaks allow; and its tables."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,17 +12,16 @@ from rich.table import Table
 
 from planning.chips import Chip
 from planning.hlo import Collective
-from planning.plan_settings import Plan
 from rlhf_jax import lm
 from rlhf_jax.lm import params as lm_params
 
-SHOWN = 2**20
-"""Collectives that move fewer bytes a step are told of together."""
+MIN_BYTES = 2**20
+"""Collectives that transfer fewer bytes are summarised in one row of the table and raise no warning."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """Everything that was found out, in bytes, operations and seconds, of one chip and one call of the step."""
+class Estimate:
+    """Everything known about a plan: bytes, FLOPs and seconds of one chip in one call of the step."""
 
     program: str
     model: str
@@ -32,48 +30,49 @@ class Found:
     chips: int
     mesh: dict[str, int]
     capacity: float | None
-    """Memory of a chip."""
+    """Memory of a chip; None if unknown."""
     kept: dict[str, int]
-    """By kind, exact."""
+    """Exact size of what is kept between calls, by kind."""
     temporaries: int | None
-    """All else that is there at the worst moment, less the KV cache; None where the compiler gave up."""
+    """Peak of all other memory but the KV cache; None if the compiler ran out of memory."""
     code: int | None
     needed: float | None
-    """The sum; what the compiler asked for where it gave up."""
+    """Sum of the above; if the compiler ran out of memory, the size that it reports, or None."""
     fits: bool
     flops: float
-    """Of the products, a chip's share."""
+    """FLOPs of the matrix products."""
     model_flops: float
-    """What the mathematics needs, without what is computed again."""
+    """FLOPs of the model without rematerialisation."""
     six_nt: float
-    """6 x parameters x tokens trained on, a chip's share."""
+    """6 x parameters x trained tokens, divided by the number of chips."""
     compiler_flops: float | None
-    """As the compiler counts, a loop's body once."""
+    """The compiler's count, in which the body of a loop counts once."""
     bytes_moved: float | None
+    """Bytes read from and written to memory, approximate."""
     collectives: list[Collective]
     warnings: list[str]
     seconds: dict[str, float]
-    """At the chip's peaks: compute, memory, interconnect."""
+    """Seconds of compute, memory and interconnect at the chip's peaks; empty for an unknown chip."""
     compile_seconds: float
     suggestions: list[str] = dataclasses.field(default_factory=list)
     error: str = ""
 
     @property
     def step_seconds(self) -> float | None:
-        """The least that a step can take if all three overlap."""
+        """The least seconds of a step, if compute, memory and interconnect overlap."""
         return max(self.seconds.values()) if self.seconds else None
 
     @property
     def utilisation(self) -> float | None:
-        """Model operations a second of that, as a share of the peak."""
+        """Model FLOPs utilisation of a step that takes `step_seconds`."""
         if not self.seconds or not self.seconds["compute"]:
             return None
         return self.seconds["compute"] * (self.model_flops / self.flops) / max(self.seconds.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers for a JSON file."""
-        plain = dataclasses.asdict(self)
-        plain["collectives"] = [
+        """Returns all numbers as JSON takes them."""
+        values = dataclasses.asdict(self)
+        values["collectives"] = [
             {
                 "kind": c.kind,
                 "array": c.array.text,
@@ -81,52 +80,58 @@ class Found:
                 "chips": c.group,
                 "axes": list(c.axes),
                 "times": c.times,
-                "received": c.sent,
-                "from": c.where,
+                "received": c.received,
+                "from": c.source,
             }
             for c in self.collectives
         ]
-        return plain | {"step_seconds": self.step_seconds, "utilisation": self.utilisation}
+        return values | {"step_seconds": self.step_seconds, "utilisation": self.utilisation}
 
 
 def roofline(
     chip: Chip | None, flops: float, moved: float | None, collectives: Sequence[Collective]
 ) -> dict[str, float]:
-    """Seconds that a chip's peaks allow for each of what it does; nothing for a chip that is not known."""
+    """Returns the seconds of compute, memory and interconnect at a chip's peaks; nothing for an unknown chip."""
     if chip is None:
         return {}
-    wire = sum(c.sent for c in collectives)
     return {
         "compute": flops / chip.flops,
         "memory": (moved or 0.0) / chip.bandwidth,
-        "interconnect": wire / (2 * chip.link),
+        "interconnect": _received(collectives) / (2 * chip.link),
     }
 
 
+def _received(collectives: Sequence[Collective]) -> float:
+    return sum(c.received for c in collectives)
+
+
 def unneeded(collectives: Sequence[Collective], cfg: lm.LMConfig, mesh: dict[str, int]) -> list[str]:
-    """One sentence for each collective that the sharding should not need."""
-    layer, stacked = _weights(cfg)
-    told = []
+    """Returns a sentence for each collective that the sharding should not need."""
+    layer, stacked = _kernel_shapes(cfg)
+    warnings = []
     for c in collectives:
-        said = f"{c.kind} of {c.array.text}, {c.times} a step, {size(c.sent)} received by a chip"
         dims = _shape(c.array.dims)
-        if c.bytes < SHOWN:
+        if c.bytes < MIN_BYTES:
             continue
         if c.kind == "all-to-all":
-            told.append(f"{said}: rows or features change places ({c.where})")
+            reason = f"it moves rows or features between chips ({c.source})"
         elif c.kind == "all-gather" and dims in stacked:
-            told.append(f"{said}: a weight of all layers at once")
+            reason = "it gathers a weight of all layers at once"
         elif c.kind == "all-gather" and dims in layer and mesh["tensor"] > 1 and "tensor" in c.axes:
-            told.append(f"{said}: a weight over the axis tensor, which each chip has its part of")
+            reason = "it gathers a weight over the axis tensor, of which each chip should only use its own shard"
         elif c.kind == "all-reduce" and dims in layer and mesh["fsdp"] > 1 and "fsdp" in c.axes:
-            piece = cfg.d_model // mesh["fsdp"]
-            why = f"; fsdp cuts d_model into pieces of {piece}, no multiple of 128" if piece % 128 else ""
-            told.append(f"{said}: a weight is added up where its parts should be gathered or scattered{why}")
-    return told
+            reason = "it sums whole weights instead of gathering or scattering their shards"
+            if (shard := cfg.d_model // mesh["fsdp"]) % 128:
+                reason += f"; fsdp splits d_model into shards of {shard}, which is no multiple of 128"
+        else:
+            continue
+        received = size(c.received)
+        warnings.append(f"{c.kind} of {c.array.text}, {c.times} per step, {received} received per chip: {reason}")
+    return warnings
 
 
-def _weights(cfg: lm.LMConfig) -> tuple[set[tuple[int, ...]], set[tuple[int, ...]]]:
-    """The shapes of kernels, of one layer and of all layers, whole."""
+def _kernel_shapes(cfg: lm.LMConfig) -> tuple[set[tuple[int, ...]], set[tuple[int, ...]]]:
+    """Returns the shapes of the unsharded kernels of one layer, and of all layers stacked."""
     layer, stacked = set(), set()
     for name, row in lm_params.table(cfg).items():
         if not name.endswith("kernel") or not name.startswith("layers/"):
@@ -147,7 +152,7 @@ def _shape(dims: Sequence[int]) -> tuple[int, ...]:
 
 
 def size(n: float) -> str:
-    """Bytes to read."""
+    """Formats a number of bytes."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if abs(n) >= scale:
             return f"{n / scale:.2f} {unit}" if n < 10 * scale else f"{n / scale:.1f} {unit}"
@@ -155,7 +160,7 @@ def size(n: float) -> str:
 
 
 def operations(n: float) -> str:
-    """A count of operations to read."""
+    """Formats a number of FLOPs."""
     unit, scale = next(
         ((u, s) for u, s in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)) if n >= s), ("MFLOP", 1e6)
     )
@@ -163,83 +168,76 @@ def operations(n: float) -> str:
 
 
 def seconds(t: float) -> str:
-    """A time to read."""
+    """Formats a time."""
     return f"{t:.2f} s" if t >= 1 else f"{1e3 * t:.1f} ms" if t >= 1e-3 else f"{1e6 * t:.0f} µs"
 
 
-def show(found: Found, plan: Plan, out: Console) -> None:
-    """All of it, as tables."""
-    axes = " x ".join(f"{name} {n}" for name, n in found.mesh.items() if n > 1) or "one device"
-    out.print(f"[bold]{found.program}[/bold] of {found.model} ({found.parameters:,} parameters)", highlight=False)
-    out.print(f"{found.chips} x {found.chip}: {axes}; compiled in {found.compile_seconds:.0f} s", highlight=False)
-    out.print(_memory(found))
-    verdict = "[bold green]fits[/bold green]" if found.fits else "[bold red]does not fit[/bold red]"
-    beside = f" of {size(found.capacity)}" if found.capacity else ""
-    needed = "" if found.needed is None else f": {size(found.needed)}{beside} a chip"
+def show(estimate: Estimate, out: Console) -> None:
+    """Prints an estimate."""
+    axes = " x ".join(f"{name} {n}" for name, n in estimate.mesh.items() if n > 1) or "one device"
+    model = f"{estimate.model} ({estimate.parameters:,} parameters)"
+    out.print(f"[bold]{estimate.program}[/bold] of {model}", highlight=False)
+    machine = f"{estimate.chips} x {estimate.chip}: {axes}"
+    out.print(f"{machine}; compiled in {estimate.compile_seconds:.0f} s", highlight=False)
+    out.print(_memory_table(estimate))
+    verdict = "[bold green]fits[/bold green]" if estimate.fits else "[bold red]does not fit[/bold red]"
+    capacity = f" of {size(estimate.capacity)}" if estimate.capacity else ""
+    needed = "" if estimate.needed is None else f": {size(estimate.needed)}{capacity} per chip"
     out.print(verdict + needed, highlight=False)
-    for text in found.suggestions:
+    for text in estimate.suggestions:
         out.print(f"  try {text}", highlight=False, markup=False)
-    if found.error:
-        out.print(f"  the compiler: {found.error}", highlight=False, markup=False, soft_wrap=True)
+    if estimate.error:
+        out.print(f"  compiler error: {estimate.error}", highlight=False, markup=False, soft_wrap=True)
         return
-    out.print(_time(found))
-    if found.collectives:
-        out.print(_collectives(found.collectives))
-    for text in found.warnings:
-        out.print("[yellow]unneeded:[/yellow] ", end="")
+    out.print(_time_table(estimate))
+    if estimate.collectives:
+        out.print(_collectives_table(estimate.collectives))
+    for text in estimate.warnings:
+        out.print("[yellow]unneeded collective:[/yellow] ", end="")
         out.print(text, highlight=False, markup=False, soft_wrap=True)
-    if not found.warnings:
-        out.print("no collective that the sharding should not need", highlight=False)
+    if not estimate.warnings:
+        out.print("no unneeded collectives", highlight=False)
 
 
-def _table(title: str, *columns: str) -> Table:
+def _new_table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
     for i, name in enumerate(columns):
         table.add_column(name, justify="left" if i == 0 else "right")
     return table
 
 
-def _memory(found: Found) -> Table:
-    table = _table("bytes a chip", "kind", "size", "")
-    for kind, n in found.kept.items():
+def _memory_table(estimate: Estimate) -> Table:
+    table = _new_table("memory per chip", "kind", "size", "source")
+    for kind, n in estimate.kept.items():
         table.add_row(kind, size(n), "exact")
-    if found.temporaries is not None:
-        table.add_row("activations, other temporaries", size(found.temporaries), "compiler")
-    if found.code is not None:
-        table.add_row("code", size(found.code), "compiler")
+    if estimate.temporaries is not None:
+        table.add_row("activations, other temporaries", size(estimate.temporaries), "compiler")
+    if estimate.code is not None:
+        table.add_row("code", size(estimate.code), "compiler")
     return table
 
 
-def _time(found: Found) -> Table:
-    table = _table("a step, of a chip", "what", "amount", "at its peak")
-    at = {name: seconds(t) for name, t in found.seconds.items()}
-    table.add_row("products", operations(found.flops), at.get("compute", ""))
-    table.add_row("  of them recomputed", f"{max(0.0, 1 - found.model_flops / found.flops):.0%}", "")
-    table.add_row("  6 x parameters x tokens", operations(found.six_nt), "")
-    if found.compiler_flops is not None:
-        table.add_row("  compiler's count, loops once", operations(found.compiler_flops), "")
-    if found.bytes_moved is not None:
-        table.add_row("memory read and written, about", size(found.bytes_moved), at.get("memory", ""))
-    wire = sum(c.sent for c in found.collectives)
-    table.add_row("received from other chips", size(wire), at.get("interconnect", ""))
-    if found.step_seconds is not None and found.utilisation is not None:
-        table.add_row("at best", f"{found.utilisation:.0%} of peak", seconds(found.step_seconds))
+def _time_table(estimate: Estimate) -> Table:
+    table = _new_table("one step, per chip", "quantity", "amount", "time at peak")
+    at = {name: seconds(t) for name, t in estimate.seconds.items()}
+    table.add_row("matrix products", operations(estimate.flops), at.get("compute", ""))
+    table.add_row("  rematerialised", f"{max(0.0, 1 - estimate.model_flops / estimate.flops):.0%}", "")
+    table.add_row("  6 x parameters x tokens", operations(estimate.six_nt), "")
+    if estimate.compiler_flops is not None:
+        table.add_row("  compiler's count, each loop once", operations(estimate.compiler_flops), "")
+    if estimate.bytes_moved is not None:
+        table.add_row("memory read and written, about", size(estimate.bytes_moved), at.get("memory", ""))
+    table.add_row("received from other chips", size(_received(estimate.collectives)), at.get("interconnect", ""))
+    if estimate.step_seconds is not None and estimate.utilisation is not None:
+        table.add_row("upper bound", f"{estimate.utilisation:.0%} of peak", seconds(estimate.step_seconds))
     return table
 
 
-def _collectives(collectives: Sequence[Collective]) -> Table:
-    table = _table("collectives", "kind", "array", "over", "times", "received")
-    large = [c for c in collectives if c.sent >= SHOWN]
-    for c in large:
+def _collectives_table(collectives: Sequence[Collective]) -> Table:
+    table = _new_table("collectives", "kind", "array", "over", "times", "received")
+    for c in (c for c in collectives if c.received >= MIN_BYTES):
         over = " ".join(c.axes) or f"{c.group} chips" if c.kind != "collective-permute" else "neighbour"
-        table.add_row(c.kind, c.array.text, over, f"{c.times}", size(c.sent))
-    rest = [c for c in collectives if c.sent < SHOWN]
-    if rest:
-        total = sum(c.sent for c in rest)
-        table.add_row("smaller ones", "", "", f"{sum(c.times for c in rest)}", size(total) if total else "0 B")
+        table.add_row(c.kind, c.array.text, over, f"{c.times}", size(c.received))
+    if small := [c for c in collectives if c.received < MIN_BYTES]:
+        table.add_row("smaller collectives", "", "", f"{sum(c.times for c in small)}", size(_received(small)))
     return table
-
-
-def rounded_up(n: float, step: float = 2**30) -> float:
-    """To whole steps."""
-    return math.ceil(n / step) * step

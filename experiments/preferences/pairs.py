@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from launch import settings
+from launch.settings import SettingError
 from recipe import jobs, policy_sampling
 
 from rlhf_jax import types
@@ -44,7 +44,7 @@ def from_rankings(ranked: types.Comparisons, *, prompt_width: int, per_prompt: i
         kept = np.sort(order[np.arange(len(b)) - first < per_prompt])
         b, i, j = b[kept], i[kept], j[kept]
     if len(b) == 0:
-        raise settings.SettingError(
+        raise SettingError(
             "there are no pairs to learn from: no two answers to a prompt differ in rank; use other comparisons"
         )
     tokens_BKL, mask_BKL = np.asarray(ranked.tokens_BKL), np.asarray(ranked.mask_BKL)
@@ -108,7 +108,7 @@ def singles(pairs: Pairs, *, prompt_width: int) -> types.Preferences:
         if not np.any(prompt_N == np.roll(prompt_N, shift)):
             mismatched = jax.device_get(dpo.mismatched(answers, prompt_width=prompt_width, shift=shift))
             return answers.replace(mismatched=mismatched)
-    raise settings.SettingError(
+    raise SettingError(
         "--loss kto needs answers to at least two prompts for its baseline; all pairs have the same prompt"
     )
 

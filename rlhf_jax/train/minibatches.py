@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-AxisName = str | tuple[str, ...] | None
+from rlhf_jax.masking import AxisName
 
 
 def row_keys(rng: jax.Array, rows: int, *, axis_name: AxisName = None) -> jax.Array:

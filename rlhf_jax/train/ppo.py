@@ -392,7 +392,7 @@ def make_train_step(
             pretraining rows. Their number divides ``shards``. The result is that of one device with all rows.
 
     Returns:
-        A step that donates its ``state``, a `PPOState`, where it is compiled (`parallel.jit_step`). ``frozen`` is a
+        A step; `parallel.jit_step` compiles it such that it donates ``state``. ``state`` is a `PPOState`, ``frozen`` a
         `Frozen`, ``hyper`` a `Hyper`, ``batch`` a `Batch`, and ``rng`` one key for the whole run, into which the step
         folds ``state.step``. Metrics of the rollout:
 
@@ -411,7 +411,8 @@ def make_train_step(
 
         Metrics of the updates, averaged over them:
 
-        - ``policy_loss``, ``value_loss``: the clipped losses.
+        - ``policy_loss``, ``value_loss``: the clipped losses, the value loss with its factor 1/2 and before
+          `Hyper.value_coef`.
         - ``ptx_loss``: pretraining loss in nats per token; ``ptx_coef_per_token``, ``ptx_coef_per_sequence``: its
           weight in two normalisations (`ptx.coefficients`).
         - ``approx_kl``: half the mean squared log-ratio of new and old policy, in nats per token.

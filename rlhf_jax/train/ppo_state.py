@@ -40,7 +40,7 @@ class Models(NamedTuple):
 
 
 def shared_trunk(frozen: Any, params: Params) -> Params:
-    """Returns the parameters of a critic that is a head on the policy's trunk (Ziegler 2019); use as `Models.join`.
+    """Returns policy and critic where the critic is a head on the policy's trunk (Ziegler 2019); a `Models.join`.
 
     ``params["critic"]`` holds the head alone, ``{"head": ...}``. A head made by `lm.with_head` with ``zero`` starts
     with values of 0. Both losses train the trunk; `Hyper.value_coef` weighs the value loss.

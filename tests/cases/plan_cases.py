@@ -1,4 +1,4 @@
-"""What test_plan.py reads, made in a process with eight devices."""
+"""Writes the results that test_plan.py checks, in a process with eight devices."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ from rlhf_jax import parallel  # noqa: E402
 
 
 def collectives():
-    """A loop of five that gathers, one of three that sums, and an exchange."""
+    """A loop of five all-gathers, a loop of three all-reduces, and an all-to-all."""
     mesh = parallel.make_mesh(data=1, fsdp=4, tensor=2)
 
     def body(x):
@@ -42,30 +42,30 @@ def collectives():
     return hlo.read(text or "", mesh=dict(mesh.shape))
 
 
-def planned(folder, *more):
-    """The status, what was printed and the numbers of a plan for a tiny model."""
+def run_plan(folder, *more):
+    """The exit status, the printed text and the numbers of a plan for a tiny model."""
     flags = ["--model", "tiny", "--topology", "cpu:8", "--mesh.fsdp", "4", "--mesh.tensor", "2"]
     flags += ["--length", "32", "--batch", "8", "--dtype", "float32", "--json", str(folder / "plan.json"), *more]
     printed, status = io.StringIO(), None
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         try:
             plan.main(flags)
-        except SystemExit as left:
-            status = left.code
+        except SystemExit as exit:
+            status = exit.code
     return {"status": status, "printed": printed.getvalue(), "numbers": json.loads((folder / "plan.json").read_text())}
 
 
 def main(out):
-    """Write all of it."""
-    read = collectives()
-    fits = planned(out.parent)
-    found = [
-        {"kind": c.kind, "axes": c.axes, "bytes": c.bytes, "times": c.times, "received": c.sent}
-        for c in read.collectives
+    """Writes all results to ``out``."""
+    program = collectives()
+    fits = run_plan(out.parent)
+    rows = [
+        {"kind": c.kind, "axes": c.axes, "bytes": c.bytes, "times": c.times, "received": c.received}
+        for c in program.collectives
     ]
-    refused = planned(out.parent, "--memory", "0.0001", "--tries", "1")
-    made = {"collectives": found, "open_loops": read.open_loops, "fits": fits, "refused": refused}
-    out.write_text(json.dumps(made))
+    too_large = run_plan(out.parent, "--memory", "0.0001", "--tries", "1")
+    results = {"collectives": rows, "open_loops": program.open_loops, "fits": fits, "too_large": too_large}
+    out.write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

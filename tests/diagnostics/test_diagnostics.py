@@ -259,9 +259,8 @@ def test_best_of_n_mean_validates_its_inputs():
 def test_distinct_n_matches_hand_computed_values():
     assert diagnostics.distinct_n([[1, 2, 1, 2]], n=1) == 0.5
     assert diagnostics.distinct_n([[1, 2, 1, 2]], n=2) == pytest.approx(2 / 3)
-    assert diagnostics.distinct_n([[1, 2], [1, 2], [2, 1]], n=2) == pytest.approx(
-        2 / 3
-    )  # N-grams do not span sequences.
+    # N-grams do not span sequences.
+    assert diagnostics.distinct_n([[1, 2], [1, 2], [2, 1]], n=2) == pytest.approx(2 / 3)
     assert math.isnan(diagnostics.distinct_n([[1]], n=2))
 
 
@@ -273,9 +272,8 @@ def test_token_entropy_matches_hand_computed_values():
 
 def test_self_overlap_matches_hand_computed_values():
     assert diagnostics.self_overlap([[1, 2, 3], [1, 2, 3]], n=2) == 1.0
-    assert (
-        diagnostics.self_overlap([[1, 2, 1, 2], [3, 4, 5]], n=2) == 0.0
-    )  # Repetition within a sequence is no overlap.
+    # Repetition within a sequence is no overlap.
+    assert diagnostics.self_overlap([[1, 2, 1, 2], [3, 4, 5]], n=2) == 0.0
     assert diagnostics.self_overlap([[1, 2, 3], [1, 2, 4]], n=2) == 0.5
     assert math.isnan(diagnostics.self_overlap([[1, 2, 3]], n=2))
     with pytest.raises(ValueError, match="at least 1"):

@@ -1,4 +1,4 @@
-"""The benchmarks run, without peers: numbers of tiny shapes mean nothing, but all that is promised is there."""
+"""The benchmarks run without peers: the numbers of tiny shapes mean nothing, but all results are present."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from benchmarks import ratios, rows
+from benchmarks import speed_ratios, suite
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
 
@@ -30,23 +30,23 @@ def test_a_table_without_peers(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "not installed" in done.stdout and "DPO step S" in done.stdout
     results = json.loads((tmp_path / "results.json").read_text())
-    assert {found["against"] for found in results["comparisons"]} == {"TRL", "Tunix"}
-    for found in results["comparisons"]:
-        assert found["ratio"] is None and found["met"] is None and found["ours"] > 0
+    assert {each["against"] for each in results["comparisons"]} == {"TRL f32", "TRL bf16", "Tunix"}
+    for each in results["comparisons"]:
+        assert each["ratio"] is None and each["met"] is None and each["ours"] > 0
     (program,) = results["programs"]
     assert program["program"] == "ours.dpo-s" and program["peak_mb"] > 0 and program["compile_s"] > 0
     assert results["machine"]["cores"] == os.cpu_count()
     assert "| DPO step S |" in (tmp_path / "results.md").read_text()
 
 
-def test_a_work_alone_prints_one_line():
+def test_a_single_workload_prints_one_line():
     done = run("-m", "benchmarks.workload", "decode-s-2", "--quick", "--repeats", 2, "--json")
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     assert record["name"] == "decode-s-2" and len(record["seconds"]) == 2 and record["tokens"] == 2
 
 
-def test_an_unknown_row_is_named():
+def test_an_unknown_row_is_refused():
     done = run("benchmark.py", "--only", "sft-x")
     assert done.returncode == 2 and "sft-x" in done.stderr and "decode-m-64" in done.stderr
 
@@ -55,8 +55,8 @@ def record(seconds, **facts):
     return {"seconds": seconds, "first_s": 9.0, "peak_mb": 1, **facts}
 
 
-def test_the_fastest_of_a_peers_settings_counts():
-    (row,) = rows.choose("dpo-s")
+def test_the_fastest_setting_of_a_peer_counts():
+    (row,) = suite.select("dpo-s")
     huge, small = row.against[0].programs
     records = {program.key: {"missing": "not installed"} for program in row.programs}
     records |= {
@@ -65,25 +65,25 @@ def test_the_fastest_of_a_peers_settings_counts():
         small.key: record([6.0], tokens=100),
         row.against[1].programs[0].key: record([1.0], tokens=100),
     }
-    alike, defaults, tunix = ratios.compare(row, records)
-    assert (alike["ratio"], alike["met"], alike["theirs_program"]) == (3.0, True, small.key)
-    assert (defaults["ratio"], defaults["met"]) == (0.5, None), "shown, and not asked for"
+    float32, defaults, tunix = speed_ratios.compare(row, records)
+    assert (float32["ratio"], float32["met"], float32["theirs_program"]) == (3.0, True, small.key)
+    assert (defaults["ratio"], defaults["met"]) == (0.5, None), "shown but not required"
     assert (tunix["theirs"], tunix["ratio"], tunix["met"]) == ("not installed", None, None)
 
 
-def test_operations_are_compared_with_the_machines_rate():
-    (row,) = rows.choose("sft-m")
+def test_flops_are_compared_with_the_rate_of_the_machine():
+    (row,) = suite.select("sft-m")
     records = {program.key: {"missing": "not installed"} for program in row.programs}
     records |= {
         row.ours.key: record([2.0], tokens=100, operations=60.0),
         row.against[-1].programs[0].key: record([1.0], operations=40.0),
     }
-    rate = ratios.compare(row, records)[-1]
+    rate = speed_ratios.compare(row, records)[-1]
     assert (rate["ratio"], rate["met"]) == (0.75, True)
 
 
-def test_a_token_is_to_be_near_the_least_time():
-    (row,) = rows.choose("decode-m-4")
+def test_the_time_per_token_must_be_near_the_least_time():
+    (row,) = suite.select("decode-m-4")
     records = {row.ours.key: record([0.3], tokens=4), row.against[0].programs[0].key: record([0.1], tokens=4)}
-    (found,) = ratios.compare(row, records)
-    assert found["ratio"] == pytest.approx(3.0) and found["met"] is False
+    (comparison,) = speed_ratios.compare(row, records)
+    assert comparison["ratio"] == pytest.approx(3.0) and comparison["met"] is False

@@ -253,7 +253,7 @@ def results_with_all_figures():
     gap = diagnostics.generalisation_gap(rng.normal(2, 1, 90), np.zeros(90), rng.normal(1, 1, 90), np.zeros(90))
     return {
         "reward_model": {"accuracy": [0.7, 0.6, 0.8], "gap": gap._asdict()},
-        "split_halves": reward_diagnosis.lists(halves) | {"steps": [0, 10, 20, 30, 40, 50]},
+        "split_halves": reward_diagnosis.arrays_as_json(halves) | {"steps": [0, 10, 20, 30, 40, 50]},
         "overoptimisation": [{"name": "best of n", "kl": kl.tolist(), "gains": gains.tolist(), "fits": fits}],
     }
 

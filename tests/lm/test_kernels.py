@@ -99,7 +99,7 @@ def test_tpu_programs_use_splash_and_cpu_programs_do_not():
 @needs_tpu_compiler
 def test_memory_of_long_rows_is_not_quadratic_on_a_tpu():
     """Compiled for a TPU that is not there, on a mesh: the form that is written out holds a row's scores."""
-    from planning import chips, fit, plan_settings
+    from planning import chips, plan_settings, planner
 
     chips.prepare()
     plan = plan_settings.Plan(
@@ -110,6 +110,6 @@ def test_memory_of_long_rows_is_not_quadratic_on_a_tpu():
     )
     needed = {}
     for kind in ("auto", "einsum"):
-        found = fit.find(plan, cfg=config.LMConfig(**{**_fields(cfg), "attention": kind}))
+        found = planner.measure(plan, cfg=config.LMConfig(**{**_fields(cfg), "attention": kind}))
         needed[kind] = found.temporaries or 0
     assert needed["auto"] < 2**29 < needed["einsum"]

@@ -470,15 +470,15 @@ def test_vmap_over_seeds_and_coefficients_matches_a_loop():
     for i, member in enumerate(members):
         alone, alone_logs = STEP(fresh(), frozen(reference=2), hyper(**member), batch(), keys[i])
         mine = jax.tree.map(lambda x: x[i], (together.params, together.ema, together.step))  # noqa: B023
-        close(mine, (alone.params, alone.ema, alone.step), atol=1e-5)
+        close(mine, (alone.params, alone.ema, alone.step), atol=1e-5, rtol=1e-5)
         np.testing.assert_allclose(logs["kl"].value()[i], alone_logs["kl"].value(), atol=1e-5)
     assert farthest(*(jax.tree.map(lambda x: x[i], together.params) for i in (0, 1))) > 1e-3  # noqa: B023
 
 
 def test_ppo_increases_the_reward():
     state = fresh()
-    numbers, rewards = hyper(kl_coef=0.01, learning_rate=0.03, critic_learning_rate=0.03), []
-    for i in range(40):
+    numbers, rewards = hyper(kl_coef=0.01, learning_rate=0.01, critic_learning_rate=0.01), []
+    for i in range(80):
         state, logs = STEP(state, frozen(), numbers, batch(), jax.random.key(i))
         rewards.append(float(logs["reward"].value()))
     assert np.mean(rewards[-10:]) > np.mean(rewards[:10]) + 1.0

@@ -1,1 +1,2 @@
-"""The same works in other libraries, each a command of its own: ``python -m benchmarks.peers.trl_sft sft-s``."""
+"""Peer libraries' versions of the workloads; each module is a command: ``python -m benchmarks.peers.trl_trainers
+sft-s``."""

@@ -1,4 +1,4 @@
-"""Random rows as ids and as text, and a tokenizer whose word i is "wi"."""
+"""Random rows as token ids and as text, and a tokenizer for them."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
 
@@ -8,17 +8,17 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks import sizes
+from benchmarks import workload_sizes
 
 
-def tokenizer(size: sizes.Size) -> PreTrainedTokenizerFast:
-    """One token a word."""
-    words = {"<pad>": sizes.PAD, "<eos>": sizes.EOS, "<unk>": 2}
-    words |= {f"w{i}": i for i in range(sizes.FIRST_WORD, size.vocab)}
-    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+def tokenizer(size: workload_sizes.Size) -> PreTrainedTokenizerFast:
+    """Returns a tokenizer whose token i is the word "wi"."""
+    words = {"<pad>": workload_sizes.PAD, "<eos>": workload_sizes.EOS, "<unk>": 2}
+    words |= {f"w{i}": i for i in range(workload_sizes.FIRST_WORD, size.vocab)}
+    tokenizer_object = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer_object.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=made,
+        tokenizer_object=tokenizer_object,
         pad_token="<pad>",
         eos_token="<eos>",
         unk_token="<unk>",
@@ -26,11 +26,11 @@ def tokenizer(size: sizes.Size) -> PreTrainedTokenizerFast:
     )
 
 
-def ids(rng: np.random.Generator, size: sizes.Size, length: int) -> list[int]:
-    """A row of random words as ids."""
-    return rng.integers(sizes.FIRST_WORD, size.vocab, length).tolist()
+def ids(rng: np.random.Generator, size: workload_sizes.Size, length: int) -> list[int]:
+    """Returns a row of random words as ids."""
+    return rng.integers(workload_sizes.FIRST_WORD, size.vocab, length).tolist()
 
 
-def text(rng: np.random.Generator, size: sizes.Size, length: int) -> str:
-    """A row of random words as text."""
+def text(rng: np.random.Generator, size: workload_sizes.Size, length: int) -> str:
+    """Returns a row of random words as text."""
     return " ".join(f"w{i}" for i in ids(rng, size, length))

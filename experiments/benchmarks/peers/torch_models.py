@@ -1,4 +1,4 @@
-"""The measured models in transformers, and what TRL's trainers have in common."""
+"""The models of the benchmarks in transformers, and common parts of TRL's trainers."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
 
@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from transformers import GPT2Config, TrainerCallback
 
-from benchmarks import sizes, timing
+from benchmarks import measured_process, workload_sizes
 
 PACKAGES = ("torch", "transformers")
 
 torch.set_num_threads(os.cpu_count() or 1)
 
 
-def config(size: sizes.Size, **more: Any) -> GPT2Config:
-    """GPT-2 of a size, without dropout."""
+def config(size: workload_sizes.Size, **extra: Any) -> GPT2Config:
+    """Returns the configuration of a GPT-2 without dropout."""
     return GPT2Config(
         n_layer=size.layers,
         n_embd=size.width,
@@ -30,22 +30,22 @@ def config(size: sizes.Size, **more: Any) -> GPT2Config:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        bos_token_id=sizes.EOS,
-        eos_token_id=sizes.EOS,
-        pad_token_id=sizes.PAD,
-        **more,
+        bos_token_id=workload_sizes.EOS,
+        eos_token_id=workload_sizes.EOS,
+        pad_token_id=workload_sizes.PAD,
+        **extra,
     )
 
 
-def trainer_arguments(given: argparse.Namespace, steps: int, **more: Any) -> dict[str, Any]:
-    """What all of TRL's trainers are given: nothing is saved, logged or evaluated.
+def trainer_arguments(options: argparse.Namespace, steps: int, **overrides: Any) -> dict[str, Any]:
+    """Returns arguments for TRL's trainers that disable saving, logging and evaluation.
 
-    TRL's own defaults, bfloat16 autocast and gradient checkpointing, are faster than float32 on some CPUs and slower
-    on others, so both are measured.
+    The variant "plain" uses float32 without gradient checkpointing, "defaults" TRL's bfloat16 autocast and gradient
+    checkpointing; which is faster depends on the CPU.
     """
     arguments = {
         "output_dir": tempfile.mkdtemp(),
-        "use_cpu": not given.accelerator,
+        "use_cpu": not options.accelerator,
         "max_steps": steps,
         "report_to": "none",
         "save_strategy": "no",
@@ -57,24 +57,24 @@ def trainer_arguments(given: argparse.Namespace, steps: int, **more: Any) -> dic
         "dataloader_pin_memory": False,
         "seed": 0,
     }
-    if given.variant == "plain":
-        arguments |= {"bf16": given.accelerator, "fp16": False, "gradient_checkpointing": False}
-    return arguments | more
+    if options.variant == "plain":
+        arguments |= {"bf16": options.accelerator, "fp16": False, "gradient_checkpointing": False}
+    return arguments | overrides
 
 
 class Timer(TrainerCallback):
-    """Times every step of a trainer, from the end of the one before, so that loading data counts."""
+    """Times every step of a trainer from the end of the previous step, so that data loading counts."""
 
-    def __init__(self, clock: timing.Clock) -> None:
-        """Nothing is timed before training begins."""
+    def __init__(self, clock: measured_process.Clock) -> None:
+        """Starts no repetition yet; training does."""
         self._clock, self._left = clock, clock.total
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Start the first repetition."""
+        """Starts the first repetition."""
         self._clock.start()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """End a repetition and start the next."""
+        """Ends a repetition and starts the next."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._clock.stop()

@@ -1,4 +1,4 @@
-"""An iteration of TRL's PPOTrainer, which TRL had up to 1.12."""
+"""One iteration of TRL's PPOTrainer, whose last version is TRL 1.12."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
 
@@ -9,14 +9,14 @@ from datasets import Dataset
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, set_seed
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-from benchmarks import timing
+from benchmarks import measured_process
 from benchmarks.peers import random_text, torch_models
 
 
 def main() -> None:
-    """Measure it."""
-    given = timing.options(__doc__, variants=("plain", "defaults"))
-    clock, shapes, size = timing.Clock(given), given.work.shapes, given.work.size
+    """Measures the workload that the command line names."""
+    options = measured_process.parse_options(__doc__, variants=("plain", "defaults"))
+    clock, shapes, size = measured_process.Clock(options), options.workload.shapes, options.workload.size
     set_seed(0)
     rng = np.random.default_rng(0)
     B = shapes.ppo_samples
@@ -27,9 +27,9 @@ def main() -> None:
     reference.load_state_dict(policy.state_dict())
     reward, value = (GPT2ForSequenceClassification(torch_models.config(size, num_labels=1)) for _ in range(2))
     arguments = torch_models.trainer_arguments(
-        given,
+        options,
         -1,
-        # All samples as one device batch: with accumulation instead, most of its optimizer steps would not be made.
+        # All samples in one device batch: with gradient accumulation, the trainer would skip most optimiser steps.
         per_device_train_batch_size=B,
         gradient_accumulation_steps=1,
         num_mini_batches=shapes.ppo_minibatches,
@@ -54,9 +54,9 @@ def main() -> None:
         callbacks=[torch_models.Timer(clock)],
     )
     trainer.train()
-    made = int(next(iter(trainer.optimizer.optimizer.state.values()))["step"])
-    wanted = clock.total * shapes.ppo_epochs * shapes.ppo_minibatches
-    assert made == wanted, f"{made} optimizer steps were made, and {wanted} were meant"
+    steps = int(next(iter(trainer.optimizer.optimizer.state.values()))["step"])
+    expected = clock.total * shapes.ppo_epochs * shapes.ppo_minibatches
+    assert steps == expected, f"the trainer took {steps} optimiser steps instead of {expected}"
     clock.report(packages=(*torch_models.PACKAGES, "trl"), tokens=B * shapes.ppo_answer)
 
 

@@ -1,4 +1,4 @@
-"""A step of Tunix's DPOTrainer with a frozen reference."""
+"""One training step of Tunix's DPOTrainer with a frozen reference."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
 
@@ -7,19 +7,16 @@ from __future__ import annotations
 import numpy as np
 from tunix.sft.dpo import dpo_trainer
 
-from benchmarks import timing
+from benchmarks import measured_process
 from benchmarks.peers import tunix_models
 
 
 def main() -> None:
-    """Measure it."""
-    given = timing.options(__doc__)
-    clock, shapes, size = timing.Clock(given), given.work.shapes, given.work.size
-    model, reference, rng = (
-        tunix_models.make(size, bfloat16=given.accelerator),
-        tunix_models.make(size, bfloat16=given.accelerator),
-        np.random.default_rng(0),
-    )
+    """Measures the workload that the command line names."""
+    options = measured_process.parse_options(__doc__)
+    clock, shapes, size = measured_process.Clock(options), options.workload.shapes, options.workload.size
+    model, reference = (tunix_models.make(size, bfloat16=options.accelerator) for _ in range(2))
+    rng = np.random.default_rng(0)
     B, P, T = shapes.rows, shapes.dpo_prompt, shapes.length - shapes.dpo_prompt
 
     def batch() -> dpo_trainer.TrainingInput:

@@ -1,4 +1,4 @@
-"""The model of Tunix that is nearest to the measured one, and the timing of its trainers."""
+"""The Tunix model that is closest to the measured GPT-2, and the timing of Tunix's trainers."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
 
@@ -15,15 +15,15 @@ import optax
 from flax import nnx
 from tunix.models.llama3 import model as llama3
 
-from benchmarks import sizes, timing
+from benchmarks import measured_process, workload_sizes
 
 PACKAGES = ("google-tunix", "jax", "flax")
 
 
-def make(size: sizes.Size, *, bfloat16: bool, seed: int = 0) -> llama3.Llama3:
-    """Tunix has no GPT-2: a Llama of the same width, depth, heads and vocabulary, and as many matmul parameters.
+def make(size: workload_sizes.Size, *, bfloat16: bool, seed: int = 0) -> llama3.Llama3:
+    """Returns a Llama with the width, depth, heads, vocabulary and matmul parameters of the GPT-2, which Tunix lacks.
 
-    Its mlp kernels are zero when it is made, and would stay so; all kernels are drawn anew.
+    All kernels are drawn again, because Tunix initialises those of the MLP to zero.
     """
     cfg = llama3.ModelConfig(
         num_layers=size.layers,
@@ -44,25 +44,25 @@ def make(size: sizes.Size, *, bfloat16: bool, seed: int = 0) -> llama3.Llama3:
         dtype = jnp.bfloat16 if bfloat16 else leaf.dtype
         if leaf.ndim == 1:
             return leaf.astype(dtype)
-        own = jax.random.fold_in(key, zlib.crc32(str(path).encode()))
-        return 0.02 * jax.random.normal(own, leaf.shape, dtype)
+        leaf_key = jax.random.fold_in(key, zlib.crc32(str(path).encode()))
+        return 0.02 * jax.random.normal(leaf_key, leaf.shape, dtype)
 
     nnx.update(model, jax.tree_util.tree_map_with_path(draw, nnx.state(model, nnx.Param)))
     return model
 
 
 def optimizer() -> optax.GradientTransformation:
-    """Adam, gradients clipped to norm 1."""
+    """Returns Adam with gradients clipped to norm 1."""
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-4))
 
 
-def rows(rng: np.random.Generator, size: sizes.Size, *shape: int) -> np.ndarray:
-    """Random words."""
-    return rng.integers(sizes.FIRST_WORD, size.vocab, shape)
+def rows(rng: np.random.Generator, size: workload_sizes.Size, *shape: int) -> np.ndarray:
+    """Returns rows of random words."""
+    return rng.integers(workload_sizes.FIRST_WORD, size.vocab, shape)
 
 
-def timed(clock: timing.Clock, batch: Callable[[], Any], model: nnx.Module) -> Iterator[Any]:
-    """Batches for a trainer; from one request to the next is a step, which is waited for."""
+def timed(clock: measured_process.Clock, batch: Callable[[], Any], model: nnx.Module) -> Iterator[Any]:
+    """Yields batches to a trainer and times the steps, each from one request to the next."""
     for i in range(clock.total):
         if i:
             jax.block_until_ready(nnx.state(model, nnx.Param))

@@ -1,4 +1,4 @@
-"""A step of Tunix's PeftTrainer, all parameters trained."""
+"""One training step of Tunix's PeftTrainer, all parameters trained."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
 
@@ -7,15 +7,15 @@ from __future__ import annotations
 import numpy as np
 from tunix.sft import peft_trainer, utils
 
-from benchmarks import timing
+from benchmarks import measured_process
 from benchmarks.peers import tunix_models
 
 
 def main() -> None:
-    """Measure it."""
-    given = timing.options(__doc__)
-    clock, shapes, size = timing.Clock(given), given.work.shapes, given.work.size
-    model, rng = tunix_models.make(size, bfloat16=given.accelerator), np.random.default_rng(0)
+    """Measures the workload that the command line names."""
+    options = measured_process.parse_options(__doc__)
+    clock, shapes, size = measured_process.Clock(options), options.workload.shapes, options.workload.size
+    model, rng = tunix_models.make(size, bfloat16=options.accelerator), np.random.default_rng(0)
     mask = np.ones((shapes.rows, shapes.length), bool)
 
     def batch() -> peft_trainer.TrainingInput:

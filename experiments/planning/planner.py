@@ -1,4 +1,4 @@
-"""A plan from its settings: checked, compiled, read; and what to change where it does not fit."""
+"""Compiles a plan and measures it, and suggests settings that fit if it does not."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from rlhf_jax.lm import config
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def model(plan: Plan) -> lm.LMConfig:
-    """The architecture that the plan names, with the plan's changes; raises SettingError for one that cannot be."""
+def load_config(plan: Plan) -> lm.LMConfig:
+    """Returns the configuration of the plan's model. Raises SettingError if there is no such model."""
     path = pathlib.Path(plan.model)
     try:
         if plan.model in config.PRESETS:
@@ -44,32 +44,40 @@ def model(plan: Plan) -> lm.LMConfig:
 
 
 def check(plan: Plan, cfg: lm.LMConfig, mesh: Mesh) -> None:
-    """Raise SettingError for sizes that are impossible or do not divide."""
+    """Raises SettingError for sizes below 1, rows that are too long, and batches that do not divide."""
     for name in ("batch", "length", "completions", "prompt", "response", "minibatches", "epochs", "micro_batches"):
         if getattr(plan, name) < 1:
             raise SettingError(f"--{name.replace('_', '-')} is {getattr(plan, name)}; it must be at least 1")
     answers = plan.stage == "dpo" or plan.stage.startswith("ppo")
-    width, said = (plan.prompt + plan.response, "--prompt + --response") if answers else (plan.length, "--length")
+    width, flags = (plan.prompt + plan.response, "--prompt + --response") if answers else (plan.length, "--length")
     if width > cfg.max_length:
-        raise SettingError(f"{said} is {width} tokens, more than the {cfg.max_length} that --model {plan.model} reads")
+        raise SettingError(
+            f"{flags} is {width} tokens; it must be at most {cfg.max_length}, the limit of --model {plan.model}"
+        )
     minibatches = plan.minibatches if plan.stage in ("ppo", "ppo-update") else 1
     micro = 1 if plan.stage == "ppo-collect" else plan.micro_batches
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     if plan.batch % (minibatches * micro * rows):
         parts = [(minibatches, "minibatches"), (micro, "micro-batches"), (rows, "chips (data x fsdp)")]
-        among = " x ".join(f"{n} {name}" for n, name in parts if n > 1)
-        raise SettingError(f"--batch {plan.batch} does not divide over {among}")
+        product = " x ".join(f"{n} {name}" for n, name in parts if n > 1)
+        raise SettingError(f"--batch {plan.batch} does not divide over {product}; use a multiple of their product")
 
 
-def find(plan: Plan, *, cfg: lm.LMConfig | None = None, out: Console | None = None) -> roofline.Found:
-    """Compile what the plan asks for and read what came of it; raises SettingError for what cannot be asked.
+def measure(plan: Plan, *, cfg: lm.LMConfig | None = None, out: Console | None = None) -> roofline.Estimate:
+    """Compiles the plan's program and returns its memory, FLOPs, collectives and times.
 
-    ``cfg`` stands in the place of the model that the plan names.
+    Args:
+        plan: The plan.
+        cfg: The model's configuration; that of the model which the plan names by default.
+        out: A console that shows what is being compiled.
+
+    Raises:
+        SettingError: The plan is invalid, or the compiler rejects the program for another reason than its memory.
     """
     kind, chip = chips.chip_of(plan)
     devices = chips.devices(plan)
     mesh = chips.make_mesh(plan, devices)
-    cfg = model(plan) if cfg is None else cfg
+    cfg = load_config(plan) if cfg is None else cfg
     check(plan, cfg, mesh)
     program = abstract_steps.build(plan, cfg, mesh)
     capacity = chips.memory(chip, devices) if plan.memory is None else plan.memory * 2**30
@@ -89,17 +97,17 @@ def find(plan: Plan, *, cfg: lm.LMConfig | None = None, out: Console | None = No
         "six_nt": 6.0 * lm.count(cfg) * program.tokens / len(devices),
     }
     began = time.perf_counter()
-    with _telling(f"compiling {program.name} of {plan.model} for {len(devices)} x {kind}", out):
+    with _progress(f"compiling {program.name} of {plan.model} for {len(devices)} x {kind}", out):
         try:
             compiled = program.lower().compile()
         except jax.errors.JaxRuntimeError as error:
-            return _refused(str(error), known, time.perf_counter() - began)
-    return _found(compiled, known, program, cfg, chip, time.perf_counter() - began)
+            return _out_of_memory(str(error), known, time.perf_counter() - began)
+    return _estimate(compiled, known, program, cfg, chip, time.perf_counter() - began)
 
 
-def _found(
-    compiled: Any, known: dict[str, Any], program: abstract_steps.Program, cfg: lm.LMConfig, chip: Any, took: float
-) -> roofline.Found:
+def _estimate(
+    compiled: Any, known: dict[str, Any], program: abstract_steps.Program, cfg: lm.LMConfig, chip: Any, seconds: float
+) -> roofline.Estimate:
     memory = compiled.memory_analysis()
     arguments = sum(n for kind, n in program.kept.items() if kind != "KV cache")
     other = memory.argument_size_in_bytes - arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -109,7 +117,7 @@ def _found(
     needed = float(sum(kept.values()) + temporaries + code)
     read = hlo.read(compiled.as_text(), open_loops=program.loops, mesh=known["mesh"])
     cost = compiled.cost_analysis() or {}
-    return roofline.Found(
+    return roofline.Estimate(
         **{**known, "kept": kept},
         temporaries=temporaries,
         code=code,
@@ -120,12 +128,13 @@ def _found(
         collectives=read.collectives,
         warnings=roofline.unneeded(read.collectives, cfg, known["mesh"]),
         seconds=roofline.roofline(chip, known["flops"], read.bytes_moved, read.collectives),
-        compile_seconds=took,
+        compile_seconds=seconds,
     )
 
 
-def _refused(text: str, known: dict[str, Any], took: float) -> roofline.Found:
-    """What a compiler that found too little memory says; raises SettingError for any other refusal."""
+def _out_of_memory(text: str, known: dict[str, Any], seconds: float) -> roofline.Estimate:
+    """Returns the estimate of a program that ran out of memory in the compiler; raises SettingError for other
+    errors."""
     first = next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
     used = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", text)
     kept = 0
@@ -133,8 +142,8 @@ def _refused(text: str, known: dict[str, Any], took: float) -> roofline.Found:
         used = re.search(r"temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \([\d.]+[KMGT]\)", text)
         kept = sum(known["kept"].values())
     if "RESOURCE_EXHAUSTED" not in text:
-        raise SettingError(f"the compiler refused this program: {first}")
-    return roofline.Found(
+        raise SettingError(f"the compiler rejected the program: {first}")
+    return roofline.Estimate(
         **known,
         temporaries=None,
         code=None,
@@ -145,78 +154,68 @@ def _refused(text: str, known: dict[str, Any], took: float) -> roofline.Found:
         collectives=[],
         warnings=[],
         seconds={},
-        compile_seconds=took,
+        compile_seconds=seconds,
         error=used.group(0) if used else first[:300],
     )
 
 
-def changes(plan: Plan, found: roofline.Found) -> Iterator[tuple[str, Plan]]:
-    """What to try where a plan does not fit, the cheapest first: in flags, and as a plan."""
+def _changes(plan: Plan, estimate: roofline.Estimate) -> Iterator[Plan]:
+    """Yields plans that need less memory, with more and more changes, the cheapest change first."""
     trains = plan.stage != "ppo-collect"
-    rows = found.mesh["data"] * found.mesh["fsdp"]
+    rows = estimate.mesh["data"] * estimate.mesh["fsdp"]
     minibatches = plan.minibatches if plan.stage in ("ppo", "ppo-update") else 1
-    now = plan
     if trains and plan.remat != "full":
-        now = dataclasses.replace(now, remat="full")
-        yield _flags(now, plan), now
-    if found.mesh["data"] > 1:
-        wide = dataclasses.replace(now.mesh, data=1, fsdp=found.mesh["data"] * found.mesh["fsdp"])
-        now = dataclasses.replace(now, mesh=wide)
-        yield _flags(now, plan), now
+        yield (plan := dataclasses.replace(plan, remat="full"))
+    if estimate.mesh["data"] > 1:
+        yield (plan := dataclasses.replace(plan, mesh=dataclasses.replace(plan.mesh, data=1, fsdp=rows)))
     most = plan.batch // (minibatches * rows)
     for micro in (2, 4, 8, 16, 32):
         if trains and micro > plan.micro_batches and most % micro == 0:
-            now = dataclasses.replace(now, micro_batches=micro)
-            yield _flags(now, plan), now
-    if now.mesh.fsdp > 1 and now.mesh.fsdp % 2 == 0:
-        half = dataclasses.replace(now.mesh, fsdp=now.mesh.fsdp // 2, tensor=now.mesh.tensor * 2)
-        now = dataclasses.replace(now, mesh=half)
-        yield _flags(now, plan), now
+            yield (plan := dataclasses.replace(plan, micro_batches=micro))
+    if plan.mesh.fsdp > 1 and plan.mesh.fsdp % 2 == 0:
+        half = dataclasses.replace(plan.mesh, fsdp=plan.mesh.fsdp // 2, tensor=plan.mesh.tensor * 2)
+        yield (plan := dataclasses.replace(plan, mesh=half))
     if plan.frozen == "float32" and (plan.stage == "dpo" or plan.stage.startswith("ppo")):
-        now = dataclasses.replace(now, frozen="bfloat16")
-        yield _flags(now, plan), now
+        yield (plan := dataclasses.replace(plan, frozen="bfloat16"))
     if trains and plan.moment == "float32":
-        now = dataclasses.replace(now, moment="bfloat16")
-        yield _flags(now, plan), now
+        yield dataclasses.replace(plan, moment="bfloat16")
 
 
-def suggest(plan: Plan, found: roofline.Found, *, out: Console | None = None) -> list[str]:
-    """The nearest change that fits, compiled to see that it does; what was tried, where none of them did."""
+def suggest(plan: Plan, estimate: roofline.Estimate, *, out: Console | None = None) -> list[str]:
+    """Compiles similar plans until one fits; returns its changes, or those of all plans that were tried."""
     tried = []
-    for flags, changed in changes(plan, found):
+    for changed in _changes(plan, estimate):
+        flags = _flags(changed, plan)
         if len(tried) >= plan.tries:
-            tried.append(f"{flags} (not tried)")
+            tried.append(f"{flags} (not compiled)")
             break
         try:
-            made = find(changed, out=out)
+            attempt = measure(changed, out=out)
         except SettingError:
             continue
-        if made.fits:
-            needed = "" if made.needed is None else f": {roofline.size(made.needed)} a chip"
+        needed = "" if attempt.needed is None else f": {roofline.size(attempt.needed)} per chip"
+        if attempt.fits:
             return [f"{flags}, which fits{needed}"]
-        tried.append(f"{flags}, which is not enough" + (f" ({roofline.size(made.needed)})" if made.needed else ""))
-    return [*tried, "more chips, or a shorter row"]
+        tried.append(f"{flags}, which does not fit either{needed}")
+    return [*tried, "more chips, or shorter rows"]
 
 
-def _flags(now: Plan, before: Plan) -> str:
-    """The flags in which one plan differs from another."""
-    parts = []
-    for field in dataclasses.fields(Plan):
-        new, old = getattr(now, field.name), getattr(before, field.name)
-        if field.name == "mesh":
-            sizes = [
-                (f"mesh.{axis.name}", getattr(new, axis.name), getattr(old, axis.name))
-                for axis in dataclasses.fields(new)
-            ]
-        else:
-            sizes = [(field.name, new, old)]
-        parts += [f"--{name.replace('_', '-')} {value}" for name, value, was in sizes if value != was]
-    return " ".join(parts)
+def _flags(changed: Plan, plan: Plan) -> str:
+    """Returns the flags that turn ``plan`` into ``changed``."""
+
+    def flags(settings: Plan) -> dict[str, Any]:
+        values = dataclasses.asdict(settings)
+        return values | {f"mesh.{axis}": size for axis, size in values.pop("mesh").items()}
+
+    before = flags(plan)
+    return " ".join(
+        f"--{name.replace('_', '-')} {value}" for name, value in flags(changed).items() if value != before[name]
+    )
 
 
 @contextlib.contextmanager
-def _telling(text: str, out: Console | None) -> Iterator[None]:
-    """A line while something takes minutes, with the time that it has taken."""
+def _progress(text: str, out: Console | None) -> Iterator[None]:
+    """Shows a line with the elapsed time."""
     if out is None or not out.is_terminal:
         if out is not None:
             out.print(f"{text} ...", highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The measured models as this library has them."""
+"""The models of the benchmarks in this library."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import functools
 import jax
 import numpy as np
 
-from benchmarks import sizes
+from benchmarks import workload_sizes
 from rlhf_jax import lm, types
 
 
 def on_accelerator() -> bool:
-    """Whether there is a GPU or a TPU."""
+    """Returns whether JAX runs on a GPU or TPU."""
     return jax.default_backend() != "cpu"
 
 
-def config(size: sizes.Size) -> lm.LMConfig:
-    """GPT-2 of a size, computing in bfloat16 where that is what the hardware is for."""
+def config(size: workload_sizes.Size) -> lm.LMConfig:
+    """Returns a GPT-2 that computes in bfloat16 on an accelerator and in float32 on a CPU."""
     return lm.LMConfig.preset(
         "gpt2",
         vocab_size=size.vocab,
@@ -30,10 +30,10 @@ def config(size: sizes.Size) -> lm.LMConfig:
 
 
 def init(cfg: lm.LMConfig, seed: int = 0) -> types.Params:
-    """Random parameters, float32."""
+    """Returns random float32 parameters."""
     return jax.jit(functools.partial(lm.init, cfg=cfg))(jax.random.key(seed))
 
 
-def random_rows(rng: np.random.Generator, size: sizes.Size, *shape: int) -> np.ndarray:
-    """Random words; neither padding nor an end is among them."""
-    return rng.integers(sizes.FIRST_WORD, size.vocab, shape, dtype=np.int32)
+def random_rows(rng: np.random.Generator, size: workload_sizes.Size, *shape: int) -> np.ndarray:
+    """Returns rows of random words, without padding and end tokens."""
+    return rng.integers(workload_sizes.FIRST_WORD, size.vocab, shape, dtype=np.int32)

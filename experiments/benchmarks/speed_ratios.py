@@ -1,4 +1,4 @@
-"""From records to ratios: what a row says, met or not."""
+"""Computes ratios from the records of programs, and whether they meet the requirements."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.interleaving import Record
-from benchmarks.rows import Against, Kind, Row
+from benchmarks.interleaved_runs import Record
+from benchmarks.suite import Against, Kind, Row
 
 
 def compare(row: Row, records: Mapping[str, Record]) -> list[dict[str, Any]]:
-    """One comparison for each thing that a row is compared with; ``ratio`` is None where one of the two is missing."""
+    """Returns the comparisons of a row; ``ratio`` is None if ours or the other program is missing."""
     ours = records[row.ours.key]
     return [_comparison(row, against, ours, records) for against in row.against]
 
 
 def _comparison(row: Row, against: Against, ours: Record, records: Mapping[str, Record]) -> dict[str, Any]:
-    found = [{**records[program.key], "key": program.key} for program in against.programs]
-    there = [record for record in found if "missing" not in record]
-    theirs = min(there, key=_seconds) if there else found[0]
-    made: dict[str, Any] = {
+    others = [{**records[program.key], "key": program.key} for program in against.programs]
+    measured = [record for record in others if "missing" not in record]
+    theirs = min(measured, key=_seconds) if measured else others[0]
+    comparison: dict[str, Any] = {
         "row": row.key,
         "title": row.title,
         "against": against.label,
@@ -30,17 +30,16 @@ def _comparison(row: Row, against: Against, ours: Record, records: Mapping[str, 
         "theirs": _amount(theirs, against.kind),
         "theirs_program": theirs["key"],
     }
-    if isinstance(made["ours"], str) or isinstance(made["theirs"], str):
-        return made | {"ratio": None, "met": None}
-    ratio = made["ours"] / made["theirs"]
-    if against.required is None:
-        return made | {"ratio": ratio, "met": None}
-    met = ratio <= against.required if against.kind == "times" else ratio >= against.required
-    return made | {"ratio": ratio, "met": met}
+    if isinstance(comparison["ours"], str) or isinstance(comparison["theirs"], str):
+        return comparison | {"ratio": None, "met": None}
+    ratio, met = comparison["ours"] / comparison["theirs"], None
+    if against.required is not None:
+        met = ratio <= against.required if against.kind == "times" else ratio >= against.required
+    return comparison | {"ratio": ratio, "met": met}
 
 
 def _amount(record: Record, kind: Kind) -> float | str:
-    """Tokens a second, operations a second or seconds, by what is compared; or why there is no number."""
+    """Returns tokens per second, FLOPs per second or seconds, by kind; or why there is no number."""
     if "missing" in record:
         return record["missing"]
     if kind == "times":
@@ -53,7 +52,7 @@ def _seconds(record: Record) -> float:
 
 
 def programs(records: Mapping[str, Record]) -> list[dict[str, Any]]:
-    """What each measured program took, the first repetition and its surplus (compiling, mostly) among it."""
+    """Returns the times and the memory of each measured program."""
     table = []
     for key, record in records.items():
         if "missing" in record:
@@ -66,7 +65,7 @@ def programs(records: Mapping[str, Record]) -> list[dict[str, Any]]:
                 "min_s": min(record["seconds"]),
                 "max_s": max(record["seconds"]),
                 "tokens_per_s": record["tokens"] / median if record.get("tokens") else None,
-                "compile_s": max(record["first_s"] - median, 0.0) if _whole(record) else record["first_s"],
+                "compile_s": max(record["first_s"] - (median if _times_repetitions(record) else 0.0), 0.0),
                 "peak_mb": record["peak_mb"],
                 "device_mb": record.get("device_mb"),
             }
@@ -74,6 +73,6 @@ def programs(records: Mapping[str, Record]) -> list[dict[str, Any]]:
     return table
 
 
-def _whole(record: Record) -> bool:
-    """Whether ``seconds`` are those of whole repetitions, as ``first_s`` is."""
+def _times_repetitions(record: Record) -> bool:
+    """Returns whether ``seconds`` has the times of whole repetitions, as ``first_s`` does."""
     return not record["name"].startswith(("decode", "limit"))

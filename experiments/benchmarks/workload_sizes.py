@@ -1,0 +1,146 @@
+"""The models and workloads of the benchmarks, and their FLOPs. Plain Python, because peers' interpreters import it
+too."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+PAD, EOS, FIRST_WORD = 0, 1, 3
+"""Ids of padding and end of text, and the first id of a word in a random row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A GPT-2 with tied embeddings."""
+
+    layers: int
+    width: int
+    heads: int
+    vocab: int
+    positions: int
+    gated_mlp: int
+    """Width of a gated MLP with about as many parameters as the GPT-2's, for peers without a plain MLP."""
+
+    @property
+    def trunk_params(self) -> int:
+        """The parameters of the layers' kernels."""
+        return 12 * self.layers * self.width**2
+
+    @property
+    def matmul_params(self) -> int:
+        """The parameters that multiply each token: the layers' kernels and the unembedding."""
+        return self.trunk_params + self.vocab * self.width
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """The shapes of all workloads."""
+
+    rows: int = 8
+    """Rows of a supervised step, pairs of a preference step."""
+    length: int = 256
+    dpo_prompt: int = 64
+    prompt: int = 64
+    answer: int = 64
+    batch_s: int = 64
+    """Prompts of a generation workload with the model S."""
+    batch_m: int = 8
+    ppo_samples: int = 64
+    ppo_prompt: int = 32
+    ppo_answer: int = 32
+    ppo_epochs: int = 4
+    ppo_minibatches: int = 4
+    stream_prompts: int = 512
+    stream_slots: int = 64
+    short: int = 32
+    """Tokens of seven answers in eight; every eighth answer has eight times as many."""
+    matmul: int = 2048
+
+    @property
+    def long(self) -> int:
+        """Tokens of every eighth answer."""
+        return 8 * self.short
+
+
+SIZES = {
+    "s": Size(layers=4, width=256, heads=4, vocab=4096, positions=512, gated_mlp=688),
+    "m": Size(layers=12, width=768, heads=12, vocab=8192, positions=1024, gated_mlp=2048),
+}
+SHAPES = Shapes()
+
+QUICK_SIZES = {
+    "s": Size(layers=2, width=32, heads=2, vocab=64, positions=128, gated_mlp=96),
+    "m": Size(layers=2, width=64, heads=2, vocab=64, positions=128, gated_mlp=160),
+}
+QUICK_SHAPES = Shapes(
+    rows=2,
+    length=16,
+    dpo_prompt=4,
+    prompt=8,
+    answer=8,
+    batch_s=4,
+    batch_m=2,
+    ppo_samples=8,
+    ppo_prompt=8,
+    ppo_answer=8,
+    ppo_epochs=2,
+    ppo_minibatches=2,
+    stream_prompts=16,
+    stream_slots=4,
+    short=2,
+    matmul=64,
+)
+
+
+class Workload(NamedTuple):
+    """A workload, named such as ``sft-s`` or ``decode-m-16``."""
+
+    name: str
+    kind: str
+    size_name: str
+    size: Size
+    shapes: Shapes
+    batch: int
+    """Rows that are decoded together: the number in the name, or the batch of the size."""
+
+
+def parse(name: str, *, quick: bool = False) -> Workload:
+    """Returns the workload of a name; raises ``ValueError`` for an unknown size or batch."""
+    kind, size_name, batch = (*name.split("-"), "")[:3]
+    sizes, shapes = (QUICK_SIZES, QUICK_SHAPES) if quick else (SIZES, SHAPES)
+    if size_name not in sizes or (batch and not batch.isdigit()):
+        raise ValueError(f"{name!r} is not a workload; examples of names are sft-s and decode-m-16")
+    default_batch = shapes.batch_s if size_name == "s" else shapes.batch_m
+    return Workload(name, kind, size_name, sizes[size_name], shapes, int(batch) if batch else default_batch)
+
+
+def training_flops(size: Size, *, rows: int, length: int, params: int | None = None) -> float:
+    """Returns the FLOPs of a forward and a backward pass, without rematerialisation.
+
+    6 for each matmul parameter and token, and ``12 * layers * width * length`` per token for attention that reads all
+    columns (PaLM, appendix B).
+    """
+    per_token = 6 * (size.matmul_params if params is None else params) + 12 * size.layers * size.width * length
+    return float(rows * length * per_token)
+
+
+class DecodeCost(NamedTuple):
+    """The least memory traffic and FLOPs of a decoding step."""
+
+    bytes: float
+    flops: float
+
+
+def decode_cost(size: Size, *, batch: int, prompt: int, answer: int, bytes_each: int) -> DecodeCost:
+    """Returns the parameters and cache that must be read, and the FLOPs, for one token of each row.
+
+    The cache is as full as on average over the answer.
+    """
+    columns = prompt + answer / 2
+    cached = 2 * size.layers * batch * columns * size.width
+    attention = 4 * size.layers * size.width * columns
+    return DecodeCost(
+        bytes=bytes_each * (size.matmul_params + cached),
+        flops=batch * (2 * size.matmul_params + attention),
+    )
