@@ -18,16 +18,14 @@ affects all of them. Ratios are of medians. Nothing else should run on the machi
 A repetition, and what is measured:
 
     sft, reward, dpo    one step on 8 rows of 256 tokens, or on 8 pairs of them; DPO has prompts of 64 tokens and
-    includes
-                        the reference's forward pass. Tokens per second
+                        includes the reference's forward pass. Tokens per second
     ppo                 64 answers of 32 tokens to prompts of 32 tokens, scored by a reward model, then 4 epochs of 4
                         updates of policy and critic. Tokens per second
     generate            64 prompts (S) or 8 (M) of 64 tokens, 64 sampled tokens each. Tokens per second
     stream              512 prompts in 64 slots, where one answer in eight has 256 tokens and the others 32: refilled
                         slots, compared with one batch of 64 after another. Tokens per second
     decode              the time of a token for each of 1 to 64 rows, compared with the least possible time: the larger
-    of
-                        (parameters and cache) / bandwidth and FLOPs / rate of the step's own products
+                        of (parameters and cache) / bandwidth and FLOPs / rate of the step's own products
     "matmul rate"       FLOPs per second, compared with those of products of two 2048 x 2048 matrices
 
 Peers: TRL's SFTTrainer, RewardTrainer, DPOTrainer and, in version 1.12, PPOTrainer; the generate of transformers;
@@ -57,6 +55,7 @@ from typing import Annotated, Any
 
 import tyro
 from benchmarks import benchmark_tables, interleaved_runs, peer_environments, speed_ratios, suite
+from launch import command_line
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -92,9 +91,14 @@ class Settings:
     """Additional requirement for Tunix, such as "jax[cuda13]" for a GPU."""
 
 
+def parse(arguments: list[str]) -> Settings:
+    """Returns the settings of a command line."""
+    return command_line.parse_as(Settings, arguments, prog="benchmark.py", doc=__doc__)
+
+
 def main(arguments: list[str]) -> int:
     """Runs the command line; returns 1 if one of our own workloads failed, 2 for invalid input."""
-    settings = tyro.cli(Settings, args=arguments, prog="benchmark.py", description=__doc__)
+    settings = parse(arguments)
     console = Console()
     if settings.install is not None:
         peer_environments.install(
@@ -218,4 +222,5 @@ def _write(out: pathlib.Path, results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    command_line.answer_help(parse)
     sys.exit(main(sys.argv[1:]))

@@ -1,221 +1,231 @@
-"""Methods beside each other at equal KL: PPO, PPO-ptx, RLOO, GRPO, expert iteration and best-of-n, over seeds.
+"""RL methods compared at equal KL over several seeds: PPO, PPO-ptx, RLOO, GRPO, expert iteration and best-of-n.
 
     python experiments/compare.py                                 six methods with five seeds each
     python experiments/compare.py --methods ppo rloo --seeds 3
-    python experiments/compare.py --preset smoke                  all of it in two minutes, too short to learn much
-    python experiments/compare.py --resume runs/NAME              go on with a comparison that was stopped or killed
+    python experiments/compare.py --preset smoke                  all runs within two minutes, too short to learn much
+    python experiments/compare.py --resume runs/NAME              continue an interrupted comparison
 
-All begin with one SFT model and one reward model. The answers that a method trains on show, at every iteration, how far
-it has gone from the SFT model (KL) and what the gold utility says of it; each seed's curve of gold against KL is read
-at the same KLs. Best-of-n's KL is known: log n - (n - 1) / n. All settings of instructgpt.py are settings here too.
+All methods start from the same SFT model and reward model. The answers that a method trains on give its KL to the SFT
+model and their gold utility at every iteration; each seed's curve of gold against KL is read at the same KLs. The KL of
+best-of-n is known: log n - (n - 1) / n. The command has all flags of instructgpt.py.
 
-Writes below ``--out``: compare.json, compare.html with the figure, config.json, metrics.jsonl, checkpoints/.
+It writes below ``--out``: compare.json, compare.html with the figure, config.json, metrics.jsonl and checkpoints/.
 
-Hardware: two CPU cores, 2 GB. Time: 14 minutes. To expect at a KL of 1 nat, where SFT has a gold utility of 0.78:
-best-of-n 0.90, expert iteration 0.88, RLOO, PPO and PPO-ptx 0.87, GRPO as published 0.86, each to within 0.007; at 2
-nats expert iteration and RLOO 0.89, PPO and PPO-ptx 0.89, GRPO 0.88.
+Hardware: two CPU cores, 2 GB. Time: 14 minutes. Expected results at a KL of 1 nat, where SFT has a gold utility of
+0.78: best-of-n 0.90, expert iteration 0.88, RLOO, PPO and PPO-ptx 0.87, GRPO as published 0.86, each to within 0.007.
+At 2 nats: expert iteration and RLOO 0.89, PPO and PPO-ptx 0.89, GRPO 0.88.
 """
 
 from __future__ import annotations
 
-from launch import process_setup
-from recipe import jobs
-
-if __name__ == "__main__":
-    process_setup.use_huge_pages()
-
 import dataclasses
-import time
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-import jax
-import numpy as np
-from launch import command_line, mesh_settings, run_folder, settings
-from recipe import precompile, session
-from rich.console import Console
-from sweeps import expert_iteration, frontier_plot, run_grid
-
-from rlhf_jax import diagnostics, metrics
+from launch import command_line, mesh_settings, process_setup
+from launch.settings import PPO, SettingError, Settings
 
 Method = Literal["ppo", "ppo-ptx", "rloo", "grpo", "expert-iteration", "best-of-n"]
-EVERY: tuple[Method, ...] = ("ppo", "ppo-ptx", "rloo", "grpo", "expert-iteration", "best-of-n")
+METHODS: tuple[Method, ...] = ("ppo", "ppo-ptx", "rloo", "grpo", "expert-iteration", "best-of-n")
 
 
 @dataclasses.dataclass(frozen=True)
-class Compare(settings.Settings):
-    """Methods by seeds, with every setting of the main job."""
+class Compare(Settings):
+    """Methods and seeds, in addition to the settings of instructgpt.py."""
 
-    methods: tuple[Method, ...] = EVERY
-    """Which to run."""
+    command: ClassVar[str] = "compare"
+
+    methods: tuple[Method, ...] = METHODS
+    """Methods to compare."""
     seeds: int = 5
-    """Runs of each method: keys of sampling and of minibatches; data and models are the same."""
+    """Runs of each method, which differ in the keys of sampling and minibatches and share data and start models."""
     at: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
-    """KL to the SFT model, in nats a sequence, at which gold is read."""
+    """KLs to the SFT model, in nats per answer, at which the gold utility is compared."""
     group: int = 4
-    """Answers to each prompt in rloo and grpo, and of which expert iteration keeps one."""
+    """Answers to each prompt in rloo, grpo and expert iteration, which keeps the best of them."""
     rounds: int = 4
-    """Of expert iteration, on half of the prompts that the other methods get."""
+    """Rounds of expert iteration, which uses half of the other methods' prompts."""
 
 
-def settings_of(asked: Compare, method: Method) -> settings.PPO:
-    """What a method changes: estimator, reduction and where the KL stands; batch, rates and iterations are the same."""
-    plain = dataclasses.replace(asked.ppo, method="ppo", samples=1)
-    if method == "rloo":
-        return dataclasses.replace(plain, method="rloo", samples=asked.group)
-    if method == "grpo":
-        return dataclasses.replace(plain, method="grpo", samples=asked.group, kl_coef=0.0, kl_loss_coef=0.04)
-    return plain
+def parse(arguments: list[str]) -> Compare:
+    """Returns the settings of a command line; raises SettingError for invalid ones."""
+    settings = command_line.parse(Compare, arguments, doc=__doc__, adjust=_shorten)
+    if settings.data.path is not None:
+        raise SettingError("--data.path has no gold utility by which to compare methods; leave it out")
+    for name, least in (("seeds", 1), ("group", 2), ("rounds", 1)):
+        if getattr(settings, name) < least:
+            raise SettingError(f"--{name} is {getattr(settings, name)}; it must be at least {least}")
+    ppo = settings.ppo
+    if ppo.batch % settings.group:
+        raise SettingError(f"--group is {settings.group}; it must divide --ppo.batch {ppo.batch}")
+    prompts = f"--ppo.batch {ppo.batch} by --group {settings.group}"
+    mesh_settings.check_divides(settings.mesh, prompts, ppo.batch // settings.group)
+    if not settings.methods:
+        raise SettingError("--methods is empty; give at least one method")
+    if not settings.at or min(settings.at) < 0:
+        raise SettingError(f"--at is {settings.at}; give KLs of at least 0")
+    return settings
 
 
-def run(asked: Compare) -> dict[str, Any]:
-    """The whole comparison; returns what compare.json holds."""
-    out = Console()
-    learning: list[Method] = [m for m in asked.methods if m in ("ppo", "ppo-ptx", "rloo", "grpo")]
-    wanted: dict[Method, list[run_grid.Cell]] = {
-        method: [
-            run_grid.Cell(
-                f"{method}-seed{seed}",
-                settings_of(asked, method),
-                seed,
-                asked.ppo.ptx_coef if method == "ppo-ptx" else 0.0,
-            )
-            for seed in range(asked.seeds)
-        ]
-        for method in learning
-    }
-    every = [cell for each in wanted.values() for cell in each]
-    weights = [(cell.name, 0.9 * asked.ppo.iterations) for cell in every]
-    weights += [("expert-iteration", 20.0 * asked.seeds), ("best-of-n", 5.0 * asked.seeds)]
-    curves: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-    with session.opened(asked, out, kind="compare", weights=weights) as (folder, job):
-        # PPO and PPO-ptx have the same settings, and so are one program.
-        jobs = {each: run_grid.with_settings(job, each) for each in dict.fromkeys(cell.settings for cell in every)}
-        with precompile.compiling(job, {cell.name: jobs[cell.settings] for cell in every}):
-            shared = run_grid.prepare(job)
-            for cell in every:
-                run_grid.train(job, shared, cell, step=jobs[cell.settings].ppo_step)
-        if "expert-iteration" in asked.methods:
-            curves["expert-iteration"] = _expert(job, shared, asked)
-        if "best-of-n" in asked.methods:
-            curves["best-of-n"] = _best_of_n(job, shared, asked)
-    rows = metrics.read(folder.path)
-    for method, each in wanted.items():
-        curves[method] = [_curve(rows, cell.name) for cell in each]
-    results = summary(asked, curves) | {"seconds": time.time() - process_setup.BEGAN}
-    results = run_folder.finite(results)
-    frontier_plot.write_methods(folder.path / "compare.html", results["methods"], title="Gold utility at equal KL")
-    folder.write_json("compare.json", results)
-    out.print(frontier_plot.methods_table(results["methods"], asked.at))
-    session.say(out, f"figure: {folder.path / 'compare.html'}   numbers: {folder.path / 'compare.json'}")
-    return results
-
-
-def _curve(rows: list[dict[str, Any]], stage: str) -> tuple[np.ndarray, np.ndarray]:
-    """KL and gold at every iteration of a run."""
-    mine = [row for row in rows if row["stage"] == stage]
-    return tuple(np.array([row[name] for row in mine]) for name in ("kl", "gold"))  # type: ignore[return-value]
-
-
-def _expert(job: jobs.Job, shared: run_grid.Prepared, asked: Compare) -> list[tuple[np.ndarray, np.ndarray]]:
-    job.progress.start("expert-iteration", asked.seeds)
-    found = []
-    for seed in range(asked.seeds):
-        policy, rounds = expert_iteration.iterate(
-            job,
-            shared,
-            job.task.rl_prompts.take(len(job.task.rl_prompts) // 2),
-            name=f"expert-seed{seed}",
-            seed=seed,
-            rounds=asked.rounds,
-            samples=asked.group,
-            epochs=2,
-            learning_rate=asked.sft.learning_rate / 4,
-        )
-        last = run_grid.answers(job, shared, job.task.eval_prompts, policy, seed=seed)
-        found.append(
-            (
-                np.array([r.kl for r in rounds] + [float(np.mean(last.kl_B))]),
-                np.array([r.gold for r in rounds] + [float(np.mean(last.gold.total))]),
-            )
-        )
-        job.progress.update("expert-iteration", seed + 1, asked.seeds)
-    job.progress.finish("expert-iteration")
-    return found
-
-
-def _best_of_n(job: jobs.Job, shared: run_grid.Prepared, asked: Compare) -> list[tuple[np.ndarray, np.ndarray]]:
-    job.progress.start("best-of-n", asked.seeds)
-    how, found = asked.evaluation, []
-    N, sizes = min(how.best_of_prompts, len(job.task.eval_prompts)), [1, 2, 4, 8, 16]
-    prompts = job.task.eval_prompts.take(N).at(np.repeat(np.arange(N), sizes[-1]))
-    for seed in range(asked.seeds):
-        key = jax.random.fold_in(job.key("evaluate"), 1000 + seed)
-        pool = job.sampler(shared.start, shared.start, shared.reward, prompts, key)
-        pairs = zip(pool.scores_B.reshape(N, -1), np.asarray(pool.gold.total).reshape(N, -1))
-        gold_n = np.mean([diagnostics.best_of_n_mean(proxy, gold, sizes) for proxy, gold in pairs], axis=0)
-        found.append((np.array([diagnostics.best_of_n_kl(n) for n in sizes]), gold_n))
-        job.progress.update("best-of-n", seed + 1, asked.seeds)
-    job.progress.finish("best-of-n")
-    return found
-
-
-def summary(asked: Compare, curves: dict[str, list[tuple[np.ndarray, np.ndarray]]]) -> dict[str, Any]:
-    """Gold at the asked KLs: mean and 95 % interval over seeds, null where a seed's curve does not get so far."""
-    methods = []
-    for method in asked.methods:
-        read = [[gold_at(*curve, at=kl) for kl in asked.at] for curve in curves[method]]
-        points: list[list[float | None]] = []
-        for numbers in zip(*read):
-            all_there = all(number is not None for number in numbers)
-            points.append(list(diagnostics.mean_interval(list(numbers))) if all_there else [None, None, None])
-        seeds = [{"kl": kl.tolist(), "gold": gold.tolist()} for kl, gold in curves[method]]
-        methods.append({"method": method, "at": list(asked.at), "gold": points, "runs": seeds})
-    return {"methods": methods}
-
-
-def gold_at(kl: np.ndarray, gold: np.ndarray, *, at: float, width: float = 0.35) -> float | None:
-    """A run's gold utility where its KL is ``at``: a local line through the points near it, in the root of the KL.
-
-    Nearness is weighed by a bell of ``width`` root nats. None where the run has not been as far.
-    """
-    x, goal = np.sqrt(np.maximum(kl, 0.0)), at**0.5
-    if len(x) < 2 or x.max() < goal or x.min() > goal:
-        return None
-    weight = np.exp(-0.5 * ((x - goal) / width) ** 2)
-    slope = np.cov(x, gold, aweights=weight)
-    mean_x, mean_y = np.average(x, weights=weight), np.average(gold, weights=weight)
-    tilt = slope[0, 1] / slope[0, 0] if slope[0, 0] > 1e-12 else 0.0
-    return float(mean_y + tilt * (goal - mean_x))
-
-
-def _short(preset: settings.Settings) -> settings.Settings:
-    """Twenty runs are made shorter, with less to hold them back, so that they still go some way from the SFT model."""
+def _shorten(preset: Settings) -> Settings:
+    """Returns the default preset with shorter runs, and a smaller KL coefficient so that they reach the same KLs."""
     if preset.preset != "default":
         return preset
     return dataclasses.replace(preset, ppo=dataclasses.replace(preset.ppo, iterations=18, kl_coef=0.03))
 
 
-def parse(arguments: list[str]) -> Compare:
-    """Settings from the command line; raises SettingError for what cannot be."""
-    asked = command_line.parse(Compare, arguments, prog="compare.py", doc=__doc__, adjust=_short)
-    if asked.data.path is not None:
-        raise settings.SettingError("--data.path has no gold utility to compare methods by; leave it out")
-    for name, least in (("seeds", 1), ("group", 2), ("rounds", 1)):
-        if getattr(asked, name) < least:
-            raise settings.SettingError(f"--{name} is {getattr(asked, name)}; it must be at least {least}")
-    if asked.ppo.batch % asked.group:
-        raise settings.SettingError(f"--group is {asked.group}; it must divide --ppo.batch {asked.ppo.batch}")
-    mesh_settings.divides(
-        asked.mesh, f"--ppo.batch {asked.ppo.batch} by --group {asked.group}", asked.ppo.batch // asked.group
-    )
-    if not asked.methods or not asked.at or min(asked.at) < 0:
-        raise settings.SettingError("--methods and --at must name something, and --at nothing below 0")
-    return asked
+if __name__ == "__main__":
+    command_line.answer_help(parse)
+    process_setup.use_huge_pages()
+
+import time
+
+import jax
+import numpy as np
+from launch import entry_point, run_folder
+from recipe import jobs, precompile, run_setup
+from rich.console import Console
+from sweeps import expert_iteration, frontier_plot, run_grid
+
+from rlhf_jax import diagnostics, metrics
+
+Curve = tuple[np.ndarray, np.ndarray]
+"""KL and gold utility at each iteration of a run."""
+
+
+def ppo_settings(settings: Compare, method: Method) -> PPO:
+    """Returns a method's PPO settings; batch, learning rates and iterations are the same for all methods."""
+    ppo = dataclasses.replace(settings.ppo, method="ppo", samples=1)
+    if method == "rloo":
+        return dataclasses.replace(ppo, method="rloo", samples=settings.group)
+    if method == "grpo":
+        return dataclasses.replace(ppo, method="grpo", samples=settings.group, kl_coef=0.0, kl_loss_coef=0.04)
+    return ppo
+
+
+def run(settings: Compare) -> dict[str, Any]:
+    """Runs the comparison and returns the contents of compare.json."""
+    out = Console()
+    rl_methods: list[Method] = [m for m in settings.methods if m in ("ppo", "ppo-ptx", "rloo", "grpo")]
+    cells_by_method: dict[Method, list[run_grid.Cell]] = {
+        method: [
+            run_grid.Cell(
+                f"{method}-seed{seed}",
+                ppo_settings(settings, method),
+                seed,
+                settings.ppo.ptx_coef if method == "ppo-ptx" else 0.0,
+            )
+            for seed in range(settings.seeds)
+        ]
+        for method in rl_methods
+    }
+    cells = [cell for method_cells in cells_by_method.values() for cell in method_cells]
+    weights = [(cell.name, 0.9 * settings.ppo.iterations) for cell in cells]
+    weights += [("expert-iteration", 20.0 * settings.seeds), ("best-of-n", 5.0 * settings.seeds)]
+    curves: dict[str, list[Curve]] = {}
+    with run_setup.open_run(settings, out, weights=weights) as (folder, job):
+        # PPO and PPO-ptx have equal settings, and so share one compiled program.
+        jobs_by_settings = {ppo: run_grid.with_settings(job, ppo) for ppo in dict.fromkeys(c.settings for c in cells)}
+        with precompile.in_background(job, {cell.name: jobs_by_settings[cell.settings] for cell in cells}):
+            models = run_grid.prepare(job)
+            for cell in cells:
+                run_grid.train(job, models, cell, step=jobs_by_settings[cell.settings].ppo_step)
+        if "expert-iteration" in settings.methods:
+            curves["expert-iteration"] = _expert_iteration(job, models, settings)
+        if "best-of-n" in settings.methods:
+            curves["best-of-n"] = _best_of_n(job, models, settings)
+    rows = metrics.read(folder.path)
+    for method, method_cells in cells_by_method.items():
+        curves[method] = [_logged_curve(rows, cell.name) for cell in method_cells]
+    results = summarise(settings, curves) | {"seconds": time.time() - process_setup.START_TIME}
+    results = run_folder.finite(results)
+    frontier_plot.write_methods(folder.path / "compare.html", results["methods"], title="Gold utility at equal KL")
+    folder.write_json("compare.json", results)
+    out.print(frontier_plot.methods_table(results["methods"], settings.at))
+    run_setup.print_line(out, f"figure: {folder.path / 'compare.html'}   results: {folder.path / 'compare.json'}")
+    return results
+
+
+def _logged_curve(rows: list[dict[str, Any]], stage: str) -> Curve:
+    own = [row for row in rows if row["stage"] == stage]
+    return tuple(np.array([row[name] for row in own]) for name in ("kl", "gold"))  # type: ignore[return-value]
+
+
+def _expert_iteration(job: jobs.Job, models: run_grid.StartModels, settings: Compare) -> list[Curve]:
+    job.progress.start("expert-iteration", settings.seeds)
+    curves = []
+    for seed in range(settings.seeds):
+        policy, rounds = expert_iteration.train(
+            job,
+            models,
+            job.task.rl_prompts.take(len(job.task.rl_prompts) // 2),
+            name=f"expert-seed{seed}",
+            seed=seed,
+            rounds=settings.rounds,
+            samples=settings.group,
+            epochs=2,
+            learning_rate=settings.sft.learning_rate / 4,
+        )
+        last = run_grid.sample_answers(job, models, job.task.eval_prompts, policy, seed=seed)
+        kl = np.array([r.kl for r in rounds] + [float(np.mean(last.kl_B))])
+        gold = np.array([r.gold for r in rounds] + [float(np.mean(last.gold.total))])
+        curves.append((kl, gold))
+        job.progress.update("expert-iteration", seed + 1, settings.seeds)
+    job.progress.finish("expert-iteration")
+    return curves
+
+
+def _best_of_n(job: jobs.Job, models: run_grid.StartModels, settings: Compare) -> list[Curve]:
+    job.progress.start("best-of-n", settings.seeds)
+    N, sizes = min(settings.evaluation.best_of_prompts, len(job.task.eval_prompts)), [1, 2, 4, 8, 16]
+    prompts = job.task.eval_prompts.take(N).at(np.repeat(np.arange(N), sizes[-1]))
+    kl, curves = np.array([diagnostics.best_of_n_kl(n) for n in sizes]), []
+    for seed in range(settings.seeds):
+        key = jax.random.fold_in(job.key("evaluate"), 1000 + seed)
+        pool = job.sampler(models.start, models.start, models.reward, prompts, key)
+        pairs = zip(pool.scores_B.reshape(N, -1), np.asarray(pool.gold.total).reshape(N, -1), strict=True)
+        gold = np.mean([diagnostics.best_of_n_mean(scores, utility, sizes) for scores, utility in pairs], axis=0)
+        curves.append((kl, gold))
+        job.progress.update("best-of-n", seed + 1, settings.seeds)
+    job.progress.finish("best-of-n")
+    return curves
+
+
+def summarise(settings: Compare, curves: dict[str, list[Curve]]) -> dict[str, Any]:
+    """Returns each method's gold at the KLs of ``--at``: mean and 95 % interval over seeds.
+
+    A point is null if the curve of any seed does not reach its KL.
+    """
+    methods = []
+    for method in settings.methods:
+        gold_by_seed = [[gold_at(*curve, at=kl) for kl in settings.at] for curve in curves[method]]
+        points: list[list[float | None]] = []
+        for gold in zip(*gold_by_seed, strict=True):
+            reached = all(value is not None for value in gold)
+            points.append(list(diagnostics.mean_interval(list(gold))) if reached else [None, None, None])
+        runs = [{"kl": kl.tolist(), "gold": gold.tolist()} for kl, gold in curves[method]]
+        methods.append({"method": method, "at": list(settings.at), "gold": points, "runs": runs})
+    return {"methods": methods}
+
+
+def gold_at(kl: np.ndarray, gold: np.ndarray, *, at: float, width: float = 0.35) -> float | None:
+    """Returns a run's gold utility at the KL ``at``, by local linear regression in the root of the KL.
+
+    Points have Gaussian weights with a standard deviation of ``width`` root nats. Returns None if the run does not
+    reach the KL.
+    """
+    x, target = np.sqrt(np.maximum(kl, 0.0)), at**0.5
+    if len(x) < 2 or x.max() < target or x.min() > target:
+        return None
+    weight = np.exp(-0.5 * ((x - target) / width) ** 2)
+    covariance = np.cov(x, gold, aweights=weight)
+    mean_x, mean_gold = np.average(x, weights=weight), np.average(gold, weights=weight)
+    slope = covariance[0, 1] / covariance[0, 0] if covariance[0, 0] > 1e-12 else 0.0
+    return float(mean_gold + slope * (target - mean_x))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    command_line.enter(run, parse, arguments)
+    """Runs the command line."""
+    entry_point.execute(run, parse, arguments)
 
 
 if __name__ == "__main__":

@@ -21,31 +21,19 @@ of 2.7 nats. Its implicit reward ranks 68 % of held-out pairs as labelled, the r
 
 from __future__ import annotations
 
-from launch import process_setup
-from recipe import jobs
-
-if __name__ == "__main__":
-    process_setup.use_huge_pages()
-
 import dataclasses
-import time
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from launch import command_line, run_folder
+from launch import command_line, process_setup
 from launch import settings as settings_lib
-from preferences import direct_alignment
-from preferences import pairs as pairs_lib
-from recipe import collection, evaluation, precompile, reward_diagnosis, session, stages, tasks
-from rich.console import Console
-
-from rlhf_jax import lm, metrics, report
-from rlhf_jax.report import console
-from rlhf_jax.report import results as results_lib
+from preferences import direct_settings
 
 
 @dataclasses.dataclass(frozen=True)
-class DPOSettings(direct_alignment.DirectSettings, settings_lib.Settings):
+class DPOSettings(direct_settings.DirectSettings, settings_lib.Settings):
     """Settings of dpo.py: those of the main job and its own."""
+
+    command: ClassVar[str] = "dpo"
 
     rounds: int = 0
     """Number of rounds of sampling, labelling and training; each uses the policy at its start as the reference. 0
@@ -66,9 +54,9 @@ minibatches, which must divide the batch."""
 
 def parse(arguments: list[str]) -> DPOSettings:
     """Parses the command line; raises SettingError for invalid settings."""
-    settings = command_line.parse(DPOSettings, arguments, prog="dpo.py", doc=__doc__)
-    direct_alignment.check(settings)
-    direct_alignment.check_mesh(settings, settings.mesh)
+    settings = command_line.parse(DPOSettings, arguments, doc=__doc__)
+    direct_settings.check(settings)
+    direct_settings.check_mesh(settings, settings.mesh)
     for name, least in (("rounds", 0), ("samples", 2)):
         if getattr(settings, name) < least:
             raise settings_lib.SettingError(f"--{name} is {getattr(settings, name)}; it must be at least {least}")
@@ -87,12 +75,29 @@ def parse(arguments: list[str]) -> DPOSettings:
             f"--published {settings.published} selects settings of PPO, which dpo.py does not run; leave it out"
         )
     ppo = (f"ppo.{field.name}" for field in dataclasses.fields(settings_lib.PPO) if field.name not in USED_PPO_SETTINGS)
-    direct_alignment.refuse_unread(settings, (*ppo, "reward_model.heldout", "on_alarm"), program="dpo.py")
-    if settings.hold_reference and not direct_alignment.LOSSES[settings.loss].reference:
+    direct_settings.refuse_unread(settings, (*ppo, "reward_model.heldout", "on_alarm"), program="dpo.py")
+    if settings.hold_reference and not settings.has_reference:
         raise settings_lib.SettingError(
             f"--hold-reference has no effect with --loss {settings.loss}, which has no reference; leave it out"
         )
     return settings
+
+
+if __name__ == "__main__":
+    command_line.answer_help(parse)
+    process_setup.use_huge_pages()
+
+import time
+
+from launch import entry_point, run_folder
+from preferences import direct_alignment
+from preferences import pairs as pairs_lib
+from recipe import comparison_data, evaluation, jobs, precompile, reward_diagnosis, run_setup, stages, tasks
+from rich.console import Console
+
+from rlhf_jax import lm, metrics, report
+from rlhf_jax.report import console
+from rlhf_jax.report import results as results_lib
 
 
 def run(settings: DPOSettings) -> dict[str, Any]:
@@ -100,7 +105,7 @@ def run(settings: DPOSettings) -> dict[str, Any]:
     out = Console()
     if settings.resume and (finished := run_folder.finished_results(settings.resume)):
         out.print(console.results_table(finished))
-        session.say(out, f"{settings.resume} is already finished; nothing was run")
+        run_setup.print_line(out, f"{settings.resume} is already finished; nothing was run")
         return finished
     names = [f"{settings.loss}-round{r}" for r in range(settings.rounds)] or [settings.loss]
     weights = [*((name, 20.0) for name in names), ("evaluate", 20.0)]
@@ -111,15 +116,15 @@ def run(settings: DPOSettings) -> dict[str, Any]:
                 f"--rounds is {settings.rounds}; it must be at most {len(task.rl_prompts)}, the number of prompts"
             )
 
-    with session.opened(settings, out, kind=settings.loss, weights=weights, accept=check_prompts) as (folder, job):
+    with run_setup.open_run(settings, out, kind=settings.loss, weights=weights, accept=check_prompts) as (folder, job):
         trainer = direct_alignment.make_trainer(job, settings, folder.path)
-        with precompile.compiling(job, {}, instead=trainer.compile_ahead):
+        with precompile.in_background(job, {}, compile_rest=trainer.compile_ahead):
             base = stages.pretrain(job)
             sft = stages.supervised(job, "sft", base, epochs=settings.sft.epochs, mix=0.0)
             sft_mix = stages.supervised(job, "sft_mix", base, epochs=settings.sft.mix_epochs, mix=settings.sft.mix)
-            (ranked, *_), validation, facts = collection.gather(job, [sft, sft_mix])
+            (ranked, *_), validation, facts = comparison_data.load_or_collect(job, [sft, sft_mix])
             (reward,) = stages.train_reward_models(job, sft_mix, [ranked], validation=validation)
-            reward_facts = reward_diagnosis.reward_model_facts(job, reward, validation, ranked)
+            reward_facts = reward_diagnosis.measure(job, reward, validation, ranked)
             policy, training_facts = _train(job, trainer, settings, sft_mix, reward, ranked, facts)
             held_out = pairs_lib.from_rankings(
                 validation, prompt_width=job.task.prompt_width, per_prompt=0, seed=settings.seed
@@ -142,7 +147,7 @@ def run(settings: DPOSettings) -> dict[str, Any]:
         **training_facts,
         **evaluated,
     }
-    results = run_folder.finite(results) | {"seconds": time.time() - process_setup.BEGAN}
+    results = run_folder.finite(results) | {"seconds": time.time() - process_setup.START_TIME}
     lm.save(folder.path / "policy", job.cfg, policy, tokenizer=job.task.tokenizer, pad_id=job.task.fmt.pad_id)
     report.write_report(
         folder.path / "report.html",
@@ -154,10 +159,10 @@ def run(settings: DPOSettings) -> dict[str, Any]:
     folder.write_json(run_folder.RESULTS, results)
     out.print(console.results_table(results))
     mean, low, high = (100 * x for x in implicit)
-    session.say(
+    run_setup.print_line(
         out, f"held-out pairs ranked as labelled by the implicit reward: {mean:.1f} % ({low:.1f} to {high:.1f})"
     )
-    session.say(out, f"report: {folder.path / 'report.html'}   results: {folder.path / run_folder.RESULTS}")
+    run_setup.print_line(out, f"report: {folder.path / 'report.html'}   results: {folder.path / run_folder.RESULTS}")
     return results
 
 
@@ -198,7 +203,7 @@ def _train(
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line."""
-    command_line.enter(run, parse, arguments)
+    entry_point.execute(run, parse, arguments)
 
 
 if __name__ == "__main__":

@@ -28,37 +28,22 @@ three answers, DPO gives the unseen one a probability of 0.99 and PPO 0.0001.
 
 from __future__ import annotations
 
-from launch import process_setup
-from recipe import jobs
-
-if __name__ == "__main__":
-    process_setup.use_huge_pages()
-
 import dataclasses
-import pathlib
-import time
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-import numpy as np
-from launch import command_line, run_folder
+from launch import command_line, process_setup
 from launch import settings as settings_lib
-from preferences import bandit_study, direct_alignment, three_actions
-from preferences import pairs as pairs_lib
-from recipe import collection, session, stages
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from sweeps import frontier_plot, run_grid
-
-from rlhf_jax import diagnostics
+from preferences import direct_settings
 
 Part = Literal["world", "bandit", "exact"]
 SHIFTED = "shifted pairs"
 
 
 @dataclasses.dataclass(frozen=True)
-class StudySettings(direct_alignment.DirectSettings, settings_lib.Settings):
+class StudySettings(direct_settings.DirectSettings, settings_lib.Settings):
     """Settings of dpo_vs_ppo.py: those of the main job and its own."""
+
+    command: ClassVar[str] = "dpo_vs_ppo"
 
     parts: tuple[Part, ...] = ("world", "bandit", "exact")
     """Parts of the study to run."""
@@ -83,11 +68,11 @@ class StudySettings(direct_alignment.DirectSettings, settings_lib.Settings):
 
 def parse(arguments: list[str]) -> StudySettings:
     """Parses the command line; raises SettingError for invalid settings."""
-    settings = command_line.parse(StudySettings, arguments, prog="dpo_vs_ppo.py", doc=__doc__, adjust=_adjust_preset)
-    direct_alignment.check(settings)
+    settings = command_line.parse(StudySettings, arguments, doc=__doc__, adjust=_adjust_preset)
+    direct_settings.check(settings)
     if settings.loss != "dpo":
         raise settings_lib.SettingError(f"--loss is {settings.loss!r}; this study only runs dpo, so leave it out")
-    direct_alignment.refuse_unread(
+    direct_settings.refuse_unread(
         settings, ("ppo.kl_coef", "ppo.ptx_coef", "reward_model.heldout", "on_alarm"), program="dpo_vs_ppo.py"
     )
     for name in ("seeds", "rounds", "bandit_seeds", "bandit_pairs"):
@@ -120,6 +105,26 @@ def _adjust_preset(preset: settings_lib.Settings) -> settings_lib.Settings:
     return dataclasses.replace(preset, ppo=dataclasses.replace(preset.ppo, iterations=18))
 
 
+if __name__ == "__main__":
+    command_line.answer_help(parse)
+    process_setup.use_huge_pages()
+
+import pathlib
+import time
+
+import numpy as np
+from launch import entry_point, run_folder
+from preferences import bandit_study, direct_alignment, three_actions
+from preferences import pairs as pairs_lib
+from recipe import comparison_data, jobs, run_setup, stages
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from sweeps import frontier_plot, run_grid
+
+from rlhf_jax import diagnostics
+
+
 def run(settings: StudySettings) -> dict[str, Any]:
     """Runs the study; returns the contents of study.json."""
     out, kind = Console(), "dpo-vs-ppo"
@@ -133,7 +138,7 @@ def run(settings: StudySettings) -> dict[str, Any]:
             out.print(f"{name}: {frontier_plot.interval_text(effect)}", soft_wrap=True, highlight=False)
 
     if "world" in settings.parts:
-        with session.opened(settings, out, kind=kind, weights=_weights(settings)) as (folder, job):
+        with run_setup.open_run(settings, out, kind=kind, weights=_weights(settings)) as (folder, job):
             results["world"] = _run_world(settings, job, folder)
         xlabel = "Built-in world: √KL to the SFT model, nats per sequence"
         show("world", "built-in world: gold utility and KL of each coefficient", xlabel=xlabel, ylabel="Gold utility")
@@ -149,7 +154,7 @@ def run(settings: StudySettings) -> dict[str, Any]:
         title = "bandit: expected reward and KL of each coefficient"
         show("bandit", title, xlabel="Bandit: √KL (exact), nats", ylabel="Expected reward (exact)")
     folder.log.close()
-    results = run_folder.finite(results | {"seconds": time.time() - process_setup.BEGAN})
+    results = run_folder.finite(results | {"seconds": time.time() - process_setup.START_TIME})
     note = (
         "Each line joins the coefficients of a method: means over seeds with 95 % intervals. Dashed lines use shifted "
         "pairs."
@@ -158,7 +163,7 @@ def run(settings: StudySettings) -> dict[str, Any]:
         note += " " + _exact_sentence(results["exact"])
     frontier_plot.write_page(folder.path / "study.html", "DPO and PPO", figures, note)
     folder.write_json("study.json", results)
-    session.say(out, f"figures: {folder.path / 'study.html'}   results: {folder.path / 'study.json'}")
+    run_setup.print_line(out, f"figures: {folder.path / 'study.html'}   results: {folder.path / 'study.json'}")
     return results
 
 
@@ -239,7 +244,7 @@ def _run_world(settings: StudySettings, job: jobs.Job, folder: run_folder.RunFol
     middle = {"DPO": _middle(settings.betas), "PPO": _middle(settings.kl_coefs)}
     shared, policies, pairs = _train_policies(job, settings, folder, _world_methods(settings))
     job.progress.start("evaluate", 1 + len(policies))
-    against = run_grid.answers(job, shared, job.task.eval_prompts, shared.sft, seed=0)
+    against = run_grid.sample_answers(job, shared, job.task.eval_prompts, shared.sft, seed=0)
     runs: dict[str, dict[float, list[dict[str, float]]]] = {}
     for done, ((method, coef, seed), policy) in enumerate(policies.items()):
         numbers = run_grid.measure(job, shared, job.task.eval_prompts, against, policy, seed=1 + seed)
@@ -252,14 +257,14 @@ def _run_world(settings: StudySettings, job: jobs.Job, folder: run_folder.RunFol
 
 def _train_policies(
     job: jobs.Job, settings: StudySettings, folder: run_folder.RunFolder, methods: Any
-) -> tuple[run_grid.Prepared, dict[tuple[str, float, int], Any], dict[str, Any]]:
+) -> tuple[run_grid.StartModels, dict[tuple[str, float, int], Any], dict[str, Any]]:
     """Returns the shared models, the policies by (method, coefficient, seed), and the numbers of pairs of DPO."""
     shared = run_grid.prepare(job)
     base = stages.pretrain(job)
-    (own, *_), _, _ = collection.gather(job, [shared.sft, shared.start])
-    (shifted, *_), _, _ = collection.gather(job, [base])
+    (own, *_), _, _ = comparison_data.load_or_collect(job, [shared.sft, shared.start])
+    (shifted, *_), _, _ = comparison_data.load_or_collect(job, [base])
     reward = stages.train_reward_model(job, shared.start, shifted, stage="reward_model-shifted")
-    shared_shifted = shared._replace(reward=stages.normalised(job, reward, shared.start))
+    shared_shifted = shared._replace(reward=stages.normalise_scores(job, reward, shared.start))
     pairs = {
         name: pairs_lib.from_rankings(
             rows, prompt_width=job.task.prompt_width, per_prompt=settings.pairs, seed=settings.seed
@@ -322,7 +327,7 @@ def _line(method: str, runs: dict[float, list[dict[str, float]]]) -> dict[str, A
         "method": method,
         "look": families.index(method.split(",")[0]),
         "paler": SHIFTED in method,
-        "points": [{"coef": coef} | run_grid.over_seeds(each) for coef, each in runs.items()],
+        "points": [{"coef": coef} | run_grid.mean_over_seeds(each) for coef, each in runs.items()],
         "runs": {f"{coef:g}": each for coef, each in runs.items()},
     }
 
@@ -380,7 +385,7 @@ def _lines_table(lines: list[dict[str, Any]], title: str) -> Table:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line."""
-    command_line.enter(run, parse, arguments)
+    entry_point.execute(run, parse, arguments)
 
 
 if __name__ == "__main__":

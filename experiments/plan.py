@@ -24,12 +24,16 @@ On two CPU cores: one to five minutes per program, 6 GB. Expected results: the t
 from __future__ import annotations
 
 import itertools
-import json
 import os
-import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from launch import command_line
+from planning import plan_settings
+
+
+def parse(arguments: list[str]) -> plan_settings.Plan:
+    """Returns the settings of a command line."""
+    return command_line.parse_as(plan_settings.Plan, arguments, prog="plan.py", doc=__doc__)
 
 
 def _before_jax(arguments: list[str]) -> None:
@@ -44,14 +48,16 @@ def _before_jax(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    command_line.answer_help(parse)
     _before_jax(sys.argv[1:])
 
-import tyro  # noqa: E402
-from launch.settings import SettingError  # noqa: E402
-from planning import chips, plan_settings, planner, roofline  # noqa: E402
-from rich.console import Console  # noqa: E402
+import json
 
-from rlhf_jax.checkpoint import atomic  # noqa: E402
+from launch.settings import SettingError
+from planning import chips, planner, roofline
+from rich.console import Console
+
+from rlhf_jax.checkpoint import atomic
 
 
 def run(plan: plan_settings.Plan, out: Console, progress: Console) -> int:
@@ -68,7 +74,7 @@ def run(plan: plan_settings.Plan, out: Console, progress: Console) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; exits with status 0 if the step fits, 1 if it does not, 2 for invalid input."""
-    plan = tyro.cli(plan_settings.Plan, args=arguments, prog="plan.py", description=__doc__)
+    plan = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         status = run(plan, Console(), Console(stderr=True))
     except SettingError as error:

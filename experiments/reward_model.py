@@ -28,35 +28,21 @@ chosen answer is the shorter one and on 38 % of the others.
 
 from __future__ import annotations
 
-from launch import process_setup
-
-if __name__ == "__main__":
-    process_setup.use_huge_pages()
-
 import dataclasses
-import pathlib
-import time
 from typing import Any
 
-from launch import command_line, run_folder
+from launch import command_line, process_setup
 from launch import settings as settings_lib
-from preferences import cross_validation, cross_validation_results, reward_baselines, reward_run
 from preferences.reward_settings import SMOKE_CV, RewardSettings, check
-from recipe import human_comparisons, session
-from rich.console import Console
-from rich.table import Table
-
-from rlhf_jax.data import errors
-from rlhf_jax.report import console
 
 
 def parse(arguments: list[str]) -> RewardSettings:
     """Parses the command line; exits for --help, raises SettingError for invalid settings."""
-    settings = command_line.parse(RewardSettings, arguments, prog="reward_model.py", doc=__doc__, adjust=_adjust_preset)
+    settings = command_line.parse(RewardSettings, arguments, doc=__doc__, adjust=_adjust_preset)
     preset = settings_lib.preset(
         settings.preset,
         dialogues=settings.data.path is not None,
-        started=settings.model is not None,
+        pretrained=settings.model is not None,
         published=settings.published,
     )
     check(settings, preset)
@@ -70,17 +56,34 @@ def _adjust_preset(preset: RewardSettings) -> RewardSettings:
     return dataclasses.replace(preset, cv=dataclasses.replace(preset.cv, **SMOKE_CV))
 
 
+if __name__ == "__main__":
+    command_line.answer_help(parse)
+    process_setup.use_huge_pages()
+
+import pathlib
+import time
+
+from launch import entry_point, run_folder
+from preferences import cross_validation, cross_validation_results, reward_baselines, reward_run
+from recipe import human_comparisons, run_setup
+from rich.console import Console
+from rich.table import Table
+
+from rlhf_jax.data import errors
+from rlhf_jax.report import console
+
+
 def run(settings: RewardSettings) -> dict[str, Any]:
     """Runs the job; returns the contents of results.json."""
     out = Console()
     if settings.resume and (results := run_folder.finished_results(settings.resume)):
         _show(out, results)
-        session.say(out, f"{settings.resume} is already finished; nothing was run")
+        run_setup.print_line(out, f"{settings.resume} is already finished; nothing was run")
         return results
     path, results = (_cross_validate if settings.folds else reward_run.run)(settings, out)
     results |= {"seed": settings.seed, "preset": settings.preset}
     results["peak_rss_mb"] = process_setup.peak_memory_mb()
-    results["seconds"] = time.time() - process_setup.BEGAN
+    results["seconds"] = time.time() - process_setup.START_TIME
     results = run_folder.finite(results)
     title, plotted, note = "A reward model", results, "Intervals are 95 %."
     if settings.folds:
@@ -89,7 +92,7 @@ def run(settings: RewardSettings) -> dict[str, Any]:
     cross_validation_results.write_page(path / "report.html", title, plotted, _tables(results), note)
     run_folder.write_json(path / run_folder.RESULTS, results)
     _show(out, results)
-    session.say(
+    run_setup.print_line(
         out, f"report: {path / 'report.html'}   results: {path / run_folder.RESULTS}   {results['seconds']:.0f} s"
     )
     return results
@@ -98,11 +101,11 @@ def run(settings: RewardSettings) -> dict[str, Any]:
 def _cross_validate(settings: RewardSettings, out: Console) -> tuple[pathlib.Path, dict[str, Any]]:
     reward_baselines.need_sklearn()
     if settings.resume:
-        run_folder.same_data(settings.resume, settings)
-    path = pathlib.Path(settings.resume) if settings.resume else run_folder.free_path(settings, kind="reward_model")
+        run_folder.check_data_unchanged(settings.resume, settings)
+    path = pathlib.Path(settings.resume) if settings.resume else run_folder.free_path(settings)
     counts = errors.DropCount(max_dropped=settings.data.max_dropped)
     rankings = human_comparisons.read(settings.data, counts)
-    human_comparisons.only_two_speak(rankings)
+    human_comparisons.check_roles(rankings)
     pairs = human_comparisons.pairs(rankings)
     if len(pairs) < 10 * settings.folds:
         raise settings_lib.SettingError(
@@ -110,7 +113,7 @@ def _cross_validate(settings: RewardSettings, out: Console) -> tuple[pathlib.Pat
             "fold for every 10 pairs"
         )
     folder = run_folder.RunFolder(path) if settings.resume else run_folder.create(path, settings)
-    session.say(out, f"writing to {path}; {len(pairs)} pairs, {counts.report()}")
+    run_setup.print_line(out, f"writing to {path}; {len(pairs)} pairs, {counts.report()}")
     with console.StageProgress([(f"fold-{n}", 1.0) for n in range(1, settings.folds + 1)]) as progress:
         folds = cross_validation.cross_validate(
             pairs, settings.cv, folds=settings.folds, seed=settings.seed, folder=folder, progress=progress
@@ -130,7 +133,7 @@ def _show(out: Console, results: dict[str, Any]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line."""
-    command_line.enter(run, parse, arguments)
+    entry_point.execute(run, parse, arguments)
 
 
 if __name__ == "__main__":

@@ -13,33 +13,11 @@ The output folder holds results.json, report.html, scores.jsonl with the scores 
 
 from __future__ import annotations
 
-from launch import process_setup
-
-if __name__ == "__main__":
-    process_setup.use_huge_pages()
-
 import dataclasses
-import json
-import time
-from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
-import tyro
-from launch import command_line, initial_model, run_folder
+from launch import command_line, process_setup
 from launch.settings import SettingError
-from recipe import reward_diagnosis, session
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from rlhf_jax import diagnostics, lm, parallel, report, types
-from rlhf_jax.checkpoint import atomic
-from rlhf_jax.data import chat, dialogues, errors, readers
-from rlhf_jax.report import console
-from rlhf_jax.report import results as results_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +46,42 @@ class RewardBenchSettings:
     """Most tokens of a prompt and an answer; longer records are dropped and counted. Default: the model's limit."""
     bins: int = 10
     """Most bins of the calibration curve; each has the same number of pairs."""
+
+
+def parse(arguments: list[str]) -> RewardBenchSettings:
+    """Parses the command line; raises SettingError for invalid settings."""
+    settings = command_line.parse_as(RewardBenchSettings, arguments, prog="rewardbench.py", doc=__doc__)
+    for name, least in (("batch", 1), ("max_length", 2), ("bins", 1)):
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise SettingError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+    if not 0 <= settings.data.max_dropped <= 1:
+        raise SettingError(f"--data.max-dropped is {settings.data.max_dropped}; it must be from 0 to 1")
+    return settings
+
+
+if __name__ == "__main__":
+    command_line.answer_help(parse)
+    process_setup.use_huge_pages()
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+from launch import config_file, entry_point, initial_model, run_folder
+from recipe import reward_diagnosis, run_setup
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rlhf_jax import diagnostics, lm, parallel, report, types
+from rlhf_jax.checkpoint import atomic
+from rlhf_jax.data import chat, dialogues, errors, readers
+from rlhf_jax.report import console
+from rlhf_jax.report import results as results_lib
 
 
 class Pair(NamedTuple):
@@ -125,15 +139,15 @@ def run(settings: RewardBenchSettings) -> dict[str, Any]:
         raise SettingError(f"--model {settings.model} gives scores that are not finite; use another model")
     scored = Scored(records, scores[:n], scores[n:], lengths[:n], lengths[n:])
     results = {
-        "seconds": time.time() - process_setup.BEGAN,
+        "seconds": time.time() - process_setup.START_TIME,
         "dropped": counts.dropped | counts.truncated,
         "reward_model": measure(scored, bins=settings.bins),
     }
     results = run_folder.finite(results)
     _write(path, settings, results, scored)
     out.print(accuracy_table(results["reward_model"]))
-    session.say(out, f"data: {counts.report()}")
-    session.say(out, f"report: {path / 'report.html'}   results: {path / run_folder.RESULTS}")
+    run_setup.print_line(out, f"data: {counts.report()}")
+    run_setup.print_line(out, f"report: {path / 'report.html'}   results: {path / run_folder.RESULTS}")
     return results
 
 
@@ -244,8 +258,8 @@ def measure(scored: Scored, *, bins: int = 10) -> dict[str, Any]:
         "pairs": len(chosen),
         "ties": int((chosen == rejected).sum()),
         "strata": {
-            "subset": reward_diagnosis.strata(subsets),
-            "tokens of the longer answer": reward_diagnosis.strata(buckets),
+            "subset": reward_diagnosis.strata_as_json(subsets),
+            "tokens of the longer answer": reward_diagnosis.strata_as_json(buckets),
         },
         "calibration": {
             "bins": [dict(zip(curve._fields, map(float, each))) for each in zip(*curve)],
@@ -253,7 +267,7 @@ def measure(scored: Scored, *, bins: int = 10) -> dict[str, Any]:
             "slope": list(diagnostics.calibration_slope(chosen, rejected)) if differ else None,
             "temperature": diagnostics.calibration_temperature(chosen, rejected) if differ else None,
         },
-        "thresholds": reward_diagnosis.lists(diagnostics.accuracy_above_threshold(chosen, rejected)),
+        "thresholds": reward_diagnosis.arrays_as_json(diagnostics.accuracy_above_threshold(chosen, rejected)),
         "length_bias": diagnostics.length_bias(
             chosen, rejected, scored.chosen_lengths_N, scored.rejected_lengths_N
         )._asdict(),
@@ -283,7 +297,7 @@ def accuracy_table(model: dict[str, Any]) -> Table:
 def _create_folder(path: Any, settings: RewardBenchSettings) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        run_folder.write_json(path / run_folder.CONFIG, dataclasses.asdict(settings))
+        run_folder.write_json(path / config_file.NAME, dataclasses.asdict(settings))
     except OSError as error:
         raise SettingError(f"--out {path} cannot be written: {error.strerror}") from error
 
@@ -298,21 +312,9 @@ def _write(path: Any, settings: RewardBenchSettings, results: dict[str, Any], sc
     run_folder.write_json(path / run_folder.RESULTS, results)
 
 
-def parse(arguments: list[str]) -> RewardBenchSettings:
-    """Parses the command line; raises SettingError for invalid settings."""
-    settings = tyro.cli(RewardBenchSettings, args=arguments, prog="rewardbench.py", description=__doc__)
-    for name, least in (("batch", 1), ("max_length", 2), ("bins", 1)):
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise SettingError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
-    if not 0 <= settings.data.max_dropped <= 1:
-        raise SettingError(f"--data.max-dropped is {settings.data.max_dropped}; it must be from 0 to 1")
-    return settings
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line."""
-    command_line.enter(run, parse, arguments)
+    entry_point.execute(run, parse, arguments)
 
 
 if __name__ == "__main__":

@@ -1,119 +1,128 @@
-"""Reward against KL: PPO at several KL coefficients and seeds, from one SFT model and one reward model.
+"""Reward against KL: PPO with several KL coefficients and seeds, from one SFT model and one reward model.
 
-    python experiments/sweep.py                                   the recipe up to the reward model, then 4 x 3 runs
+    python experiments/sweep.py                                    4 coefficients x 3 seeds on the built-in world
     python experiments/sweep.py --kl-coefs 0.02 0.2 --seeds 5
-    python experiments/sweep.py --ppo.method rloo --ppo.samples 4  the same of another method
-    python experiments/sweep.py --preset smoke                    all of it in about a minute, too short to learn much
-    python experiments/sweep.py --resume runs/NAME                go on with a sweep that was stopped or killed
+    python experiments/sweep.py --ppo.method rloo --ppo.samples 4  another RL method
+    python experiments/sweep.py --preset smoke                     all runs in about a minute, too short to learn much
+    python experiments/sweep.py --resume runs/NAME                 continue an interrupted sweep
 
-One compiled program serves every coefficient and every seed. On a GPU or TPU all runs are one program (``jax.vmap``
-over keys and coefficients); on a CPU, where that is no faster, they come one after the other. All settings of
-instructgpt.py are settings here too. Writes below ``--out``: sweep.json, sweep.html with the figure, config.json,
-metrics.jsonl, tensorboard/, checkpoints/.
+All coefficients and seeds share one compiled program. On a GPU or TPU all runs train at once (``jax.vmap`` over keys
+and coefficients); on a CPU, where that is no faster, they train one after the other. The command has all flags of
+instructgpt.py. It writes below ``--out``: sweep.json, sweep.html with the figure, config.json, metrics.jsonl,
+tensorboard/ and checkpoints/.
 """
 
 from __future__ import annotations
 
-from launch import process_setup
-
-if __name__ == "__main__":
-    process_setup.use_huge_pages()
-
 import dataclasses
 import math
+from typing import Any, ClassVar, Literal
+
+from launch import command_line, mesh_settings, process_setup
+from launch.settings import SettingError, Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep(Settings):
+    """KL coefficients and seeds, in addition to the settings of instructgpt.py."""
+
+    command: ClassVar[str] = "sweep"
+
+    kl_coefs: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
+    """KL coefficients, in reward per nat; each is run with every seed. They replace --ppo.kl-coef."""
+    seeds: int = 3
+    """Runs of each coefficient, which differ in the keys of sampling and minibatches and share data and start
+    models."""
+    together: Literal["auto", "yes", "no"] = "auto"
+    """Whether to train all runs in one program; `auto` does so on a GPU or TPU. Such a sweep has no checkpoints of its
+    PPO runs, so resuming repeats them."""
+
+
+def parse(arguments: list[str]) -> Sweep:
+    """Returns the settings of a command line; raises SettingError for invalid ones."""
+    settings = command_line.parse(Sweep, arguments, doc=__doc__)
+    if not settings.kl_coefs or not all(0 <= coef < math.inf for coef in settings.kl_coefs):
+        raise SettingError(f"--kl-coefs is {settings.kl_coefs}; give coefficients of at least 0 that are finite")
+    if len(set(settings.kl_coefs)) < len(settings.kl_coefs):
+        raise SettingError(f"--kl-coefs is {settings.kl_coefs}; give each coefficient once")
+    if settings.together == "yes" and mesh_settings.is_sharded(settings):
+        raise SettingError("--together yes runs on one device; leave out --together or --mesh.*")
+    if settings.seeds < 1:
+        raise SettingError(f"--seeds is {settings.seeds}; it must be at least 1")
+    return settings
+
+
+if __name__ == "__main__":
+    command_line.answer_help(parse)
+    process_setup.use_huge_pages()
+
 import time
-from typing import Any, Literal
 
 import jax
-from launch import command_line, mesh_settings, run_folder, settings
-from recipe import precompile, session
+from launch import entry_point, run_folder
+from recipe import precompile, run_setup
 from rich.console import Console
 from sweeps import frontier_plot, run_grid
 
 
-@dataclasses.dataclass(frozen=True)
-class Sweep(settings.Settings):
-    """KL coefficients by seeds, with every setting of the main job."""
-
-    kl_coefs: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
-    """Reward per nat; each is run with every seed."""
-    seeds: int = 3
-    """Runs of each coefficient: keys of sampling and of minibatches; data and models are the same."""
-    together: Literal["auto", "yes", "no"] = "auto"
-    """All runs as one program; `auto`: where there is an accelerator. Such a sweep goes on from its stages alone."""
-
-
-def parse(arguments: list[str]) -> Sweep:
-    """Settings from the command line; raises SettingError for what cannot be."""
-    asked = command_line.parse(Sweep, arguments, prog="sweep.py", doc=__doc__)
-    if not asked.kl_coefs or not all(0 <= coef < math.inf for coef in asked.kl_coefs):
-        raise settings.SettingError(f"--kl-coefs is {asked.kl_coefs}; each must be at least 0 and finite")
-    if len(set(asked.kl_coefs)) < len(asked.kl_coefs):
-        raise settings.SettingError(f"--kl-coefs is {asked.kl_coefs}; each may be there once")
-    if asked.together == "yes" and mesh_settings.asked_for(asked):
-        raise settings.SettingError("--together yes is for one device; leave it or --mesh.* out")
-    if asked.seeds < 1:
-        raise settings.SettingError(f"--seeds is {asked.seeds}; it must be at least 1")
-    return asked
-
-
-def cells_of(asked: Sweep) -> list[run_grid.Cell]:
-    """The runs of a sweep, coefficient by coefficient."""
+def cells_of(settings: Sweep) -> list[run_grid.Cell]:
+    """Returns the runs of a sweep, coefficient by coefficient."""
     return [
-        run_grid.Cell(f"kl{coef:g}-seed{seed}", dataclasses.replace(asked.ppo, kl_coef=coef), seed)
-        for coef in asked.kl_coefs
-        for seed in range(asked.seeds)
+        run_grid.Cell(f"kl{coef:g}-seed{seed}", dataclasses.replace(settings.ppo, kl_coef=coef), seed)
+        for coef in settings.kl_coefs
+        for seed in range(settings.seeds)
     ]
 
 
-def run(asked: Sweep) -> dict[str, Any]:
-    """The whole sweep; returns what sweep.json holds."""
-    out, wanted = Console(), cells_of(asked)
-    spread = mesh_settings.asked_for(asked)
-    together = asked.together == "yes" or (asked.together == "auto" and not spread and jax.default_backend() != "cpu")
-    weights = [(cell.name, 0.9 * asked.ppo.iterations) for cell in wanted] + [("evaluate", 3.0 * len(wanted))]
+def run(settings: Sweep) -> dict[str, Any]:
+    """Runs the sweep and returns the contents of sweep.json."""
+    out, cells = Console(), cells_of(settings)
+    one_device = not mesh_settings.is_sharded(settings)
+    has_accelerator = jax.default_backend() != "cpu"
+    together = settings.together == "yes" or (settings.together == "auto" and one_device and has_accelerator)
+    weights = [(cell.name, 0.9 * settings.ppo.iterations) for cell in cells] + [("evaluate", 3.0 * len(cells))]
     with (
-        session.opened(asked, out, kind="sweep", weights=weights) as (folder, job),
-        precompile.compiling(job, {} if together else {cell.name: job for cell in wanted}),
+        run_setup.open_run(settings, out, weights=weights) as (folder, job),
+        precompile.in_background(job, {} if together else {cell.name: job for cell in cells}),
     ):
-        shared = run_grid.prepare(job)
+        models = run_grid.prepare(job)
         if together:
-            policies = run_grid.train_together(job, shared, wanted)
+            policies = run_grid.train_together(job, models, cells)
         else:
-            policies = [run_grid.train(job, shared, cell, step=job.ppo_step) for cell in wanted]
-        job.progress.start("evaluate", len(wanted))
-        against = run_grid.answers(job, shared, job.task.eval_prompts, shared.sft, seed=0)
-        found = []
-        for cell, policy in zip(wanted, policies, strict=True):
-            numbers = run_grid.measure(job, shared, job.task.eval_prompts, against, policy, seed=1 + cell.seed)
-            found.append({"name": cell.name, "kl_coef": cell.settings.kl_coef, "seed": cell.seed} | numbers)
-            job.progress.update("evaluate", len(found), len(wanted))
+            policies = [run_grid.train(job, models, cell, step=job.ppo_step) for cell in cells]
+        job.progress.start("evaluate", len(cells))
+        baseline = run_grid.sample_answers(job, models, job.task.eval_prompts, models.sft, seed=0)
+        measured = []
+        for cell, policy in zip(cells, policies, strict=True):
+            numbers = run_grid.measure(job, models, job.task.eval_prompts, baseline, policy, seed=1 + cell.seed)
+            measured.append((cell, numbers))
+            job.progress.update("evaluate", len(measured), len(cells))
         job.progress.finish("evaluate")
     results = {
-        "seconds": time.time() - process_setup.BEGAN,
+        "seconds": time.time() - process_setup.START_TIME,
         "together": together,
         "traces": 1 if together else job.ppo_step.traces,
         "points": [
-            {"kl_coef": coef} | run_grid.over_seeds([_numbers(f) for f in found if f["kl_coef"] == coef])
-            for coef in asked.kl_coefs
+            {"kl_coef": coef}
+            | run_grid.mean_over_seeds([numbers for cell, numbers in measured if cell.settings.kl_coef == coef])
+            for coef in settings.kl_coefs
         ],
-        "runs": found,
+        "runs": [
+            {"name": cell.name, "kl_coef": cell.settings.kl_coef, "seed": cell.seed} | numbers
+            for cell, numbers in measured
+        ],
     }
     results = run_folder.finite(results)
-    frontier_plot.write(folder.path / "sweep.html", results["points"], results["runs"], title="Reward against KL")
+    frontier_plot.write_sweep(folder.path / "sweep.html", results["points"], results["runs"], title="Reward against KL")
     folder.write_json("sweep.json", results)
     out.print(frontier_plot.table(results["points"]))
-    session.say(out, f"figure: {folder.path / 'sweep.html'}   numbers: {folder.path / 'sweep.json'}")
+    run_setup.print_line(out, f"figure: {folder.path / 'sweep.html'}   results: {folder.path / 'sweep.json'}")
     return results
 
 
-def _numbers(found: dict[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in found.items() if name not in ("name", "kl_coef", "seed")}
-
-
 def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    command_line.enter(run, parse, arguments)
+    """Runs the command line."""
+    entry_point.execute(run, parse, arguments)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,21 @@ the folders of the failed runs are kept.
 from __future__ import annotations
 
 import os
+from typing import Any
+
+from fault_injection.torture_settings import TortureSettings, check
+from launch import command_line
+
+
+def parse(arguments: list[str]) -> TortureSettings:
+    """Parses the command line; raises SettingError for invalid settings."""
+    settings = command_line.parse_as(TortureSettings, arguments, prog="torture.py", doc=__doc__)
+    check(settings)
+    return settings
+
 
 if __name__ == "__main__":
+    command_line.answer_help(parse)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Set before the processes that read them are forked: they compile small programs a hundred times, without a cache.
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
@@ -30,61 +43,13 @@ import dataclasses
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
-import tyro
-from fault_injection import corruption, interruptions, tiny_runs
-from launch import command_line, run_folder
-from launch.settings import SettingError
+from fault_injection import corruption, interruptions
+from launch import entry_point, run_folder
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-
-
-@dataclasses.dataclass(frozen=True)
-class TortureSettings:
-    """Settings of torture.py."""
-
-    kills: int = 100
-    """Number of SIGKILLs, divided among the stages."""
-    terms: int = 12
-    """Number of SIGTERMs, divided among the stages; after each, the run must save and exit with status 75."""
-    flips: int = 100
-    """Number of flipped bits: half in a byte chosen from all bytes of a checkpoint, half in a file chosen from all
-    files."""
-    truncations: int = 20
-    """Number of files truncated to a random length."""
-    deletions: int = 20
-    """Number of files deleted."""
-    stages: tuple[str, ...] = tiny_runs.STAGES
-    """Stages to interrupt. The checkpoint of the last one is corrupted."""
-    steps: int = 60
-    """Iterations per run."""
-    save_every: int = 4
-    """Iterations between checkpoints."""
-    jobs: int = 2
-    """Number of stages that run at the same time."""
-    seed: int = 0
-    """Seed of the runs and of the moments of interruption, which also depend on the speed of the machine."""
-    out: str | None = None
-    """Output folder. Default: runs/torture-TIME."""
-
-
-def check(settings: TortureSettings) -> None:
-    """Raises SettingError, naming the flag, for an invalid setting."""
-    for names, least in ((("kills", "terms", "flips", "truncations", "deletions"), 0), (("save_every", "jobs"), 1)):
-        for name in names:
-            if (value := getattr(settings, name)) < least:
-                raise SettingError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
-    if settings.steps < 2 * settings.save_every:
-        raise SettingError(
-            f"--steps is {settings.steps}; it must be at least twice --save-every, so that there are two checkpoints"
-        )
-    if not settings.stages or not set(settings.stages) <= set(tiny_runs.STAGES):
-        raise SettingError(
-            f"--stages is {' '.join(settings.stages)!r}; it must name some of {', '.join(tiny_runs.STAGES)}"
-        )
 
 
 def run(settings: TortureSettings) -> dict[str, Any]:
@@ -178,17 +143,10 @@ def _corruption_table(report: corruption.Report) -> Table:
     return table
 
 
-def parse(arguments: list[str]) -> TortureSettings:
-    """Parses the command line; raises SettingError for invalid settings."""
-    settings = tyro.cli(TortureSettings, args=arguments, prog="torture.py", description=__doc__)
-    check(settings)
-    return settings
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; exits with status 1 if there are failures."""
     results: list[Any] = []
-    command_line.enter(lambda settings: results.append(run(settings)), parse, arguments)
+    entry_point.execute(lambda settings: results.append(run(settings)), parse, arguments)
     if any(each["failures"] for each in results):
         sys.exit(1)
 

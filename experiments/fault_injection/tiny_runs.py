@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fault_injection.torture_settings import STAGES
 from rlhf_jax import checkpoint, metrics, parallel, types
 from rlhf_jax.checkpoint import manifest
 from rlhf_jax.train import dpo, loop, objectives, ppo, reward_model, sft
 from rlhf_jax.train import state as state_lib
 from rlhf_jax.train.optim import schedules
 
-STAGES = ("sft", "reward_model", "dpo", "ppo")
 P, T, V, B, ROWS = 4, 6, 24, 8, 64
 FINAL = "final.json"
 

@@ -1,1 +1,1 @@
-"""From a command line to a run folder: settings, checks, hosts, mesh and the initial model."""
+"""What a command does before its work: parse and check settings, join hosts, make the mesh and the run folder."""

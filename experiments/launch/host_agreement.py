@@ -1,8 +1,9 @@
-"""What the hosts of a run have to have in common, and what each of them does alone."""
+"""Joins the hosts of a run, checks that they agree on settings, data and code, and gathers arrays from them."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -15,53 +16,53 @@ import jax
 import numpy as np
 
 import rlhf_jax
-from launch import initial_model, run_folder
-from launch import settings as settings_lib
+from launch import config_file, initial_model, run_folder
 from launch.settings import SettingError, Settings
 from rlhf_jax import metrics
 from rlhf_jax.distributed import hosts, processes
 
-_SEEN_WITHIN = 60.0
-"""Seconds in which a file that the first host has written must be seen by the others."""
+_VISIBLE_WITHIN = 60.0
+"""Seconds within which the other hosts must see a file that the first host has written."""
 
 
 @contextlib.contextmanager
-def joined(asked: Any, status: Callable[[BaseException], int]) -> Iterator[None]:
-    """Meet the other hosts, if there are any, and refuse settings, data or code that differ between them."""
-    if not isinstance(asked, Settings):
+def join_hosts(settings: Any, status: Callable[[BaseException], int]) -> Iterator[None]:
+    """Joins the other hosts of the run, if any; raises an error if their settings, data or code differ."""
+    if not isinstance(settings, Settings):
         yield
         return
-    where = asked.hosts
+    options = settings.hosts
     with hosts.connect(
-        where.coordinator,
-        count=where.count,
-        index=where.index,
-        timeout=where.timeout,
-        heartbeat_timeout=where.silence,
-        facts=functools.partial(facts, asked),
+        options.coordinator,
+        count=options.count,
+        index=options.index,
+        timeout=options.timeout,
+        heartbeat_timeout=options.silence,
+        facts=functools.partial(host_facts, settings),
         exit_status=status,
     ) as group:
-        if group.count > 1 and type(asked) is not Settings:
-            raise SettingError(f"--hosts.count is {group.count}; on several hosts there is instructgpt.py alone")
+        if group.count > 1 and type(settings) is not Settings:
+            raise SettingError(f"--hosts.count is {group.count}; only instructgpt.py runs on several hosts")
         yield
 
 
-def facts(asked: Settings) -> dict[str, Any]:
-    """By name, what has to be the same on all hosts: every setting, the data, the model, and the code."""
-    found = {}
-    for name, value in settings_lib.as_dict(asked).items():
-        if name != "hosts":
-            inner = {f"--{name}.{part}": each for part, each in value.items()} if isinstance(value, dict) else None
-            found |= inner if inner is not None else {f"--{name}": value}
-    if asked.data.path is not None:
-        found["the contents of --data.path"] = run_folder.data_digest(asked)
-    if asked.model is not None:
-        found["the files of --model"] = initial_model.fingerprint(asked.model)
-    found["the code"] = _code()
-    return found | {f"the version of {name}": importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
+def host_facts(settings: Settings) -> dict[str, Any]:
+    """Returns what must be equal on all hosts, by name: settings, data, model, code and versions."""
+    facts: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(settings).items():
+        if isinstance(value, dict) and name != "hosts":
+            facts |= {f"--{name}.{part}": each for part, each in value.items()}
+        elif name != "hosts":
+            facts[f"--{name}"] = value
+    if settings.data.path is not None:
+        facts["the contents of --data.path"] = run_folder.data_digest(settings)
+    if settings.model is not None:
+        facts["the files of --model"] = initial_model.fingerprint(settings.model)
+    facts["the code"] = _code_digest()
+    return facts | {f"the version of {name}": importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
 
 
-def _code() -> str:
+def _code_digest() -> str:
     digest = hashlib.sha256()
     for folder in (pathlib.Path(rlhf_jax.__file__).parent, pathlib.Path(__file__).parents[1]):
         for path in sorted(folder.rglob("*.py")):
@@ -69,44 +70,42 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-def shared(path: pathlib.Path) -> None:
-    """Raise SettingError where this host does not see the folder that the first one has made."""
-    until = time.monotonic() + _SEEN_WITHIN
-    while not (path / run_folder.CONFIG).exists():
-        if time.monotonic() > until:
+def check_shared(path: pathlib.Path) -> None:
+    """Raises SettingError if this host does not see the folder that the first host has created."""
+    deadline = time.monotonic() + _VISIBLE_WITHIN
+    while not (path / config_file.NAME).exists():
+        if time.monotonic() > deadline:
             raise SettingError(
-                f"host {hosts.current().index} does not see {path}, where the first host writes; --out must be in a "
+                f"host {hosts.current().index} does not see {path}, to which the first host writes; --out must be a "
                 "folder that all hosts share"
             )
         time.sleep(0.5)
 
 
-class ReadLog(metrics.MetricLog):
-    """The log of a host that is not the first: it reads what the first one has written, and writes nothing."""
+class ReadOnlyLog(metrics.MetricLog):
+    """The log of every host but the first: it reads what the first host has written, and writes nothing."""
 
     def __init__(self, directory: pathlib.Path) -> None:
-        """Open nothing."""
+        """Opens no files."""
         self._directory = directory
 
     def write(self, stage: str, step: int, values: Any) -> None:
-        """Write nothing."""
+        """Does nothing."""
 
-    def rewind(self, stage: str, step: int, **how: Any) -> None:
-        """Change nothing."""
+    def rewind(self, stage: str, step: int, **options: Any) -> None:
+        """Does nothing."""
 
     def close(self) -> None:
-        """Close nothing."""
+        """Does nothing."""
 
 
-def whole(tree: Any) -> Any:
-    """Arrays on this host, gathered where hosts share them; to be called on all of them. As they are, on one."""
+def gather(tree: Any) -> Any:
+    """Returns the arrays gathered from all hosts, which must all call this; unchanged on a single host."""
     return tree if jax.process_count() == 1 else jax.tree.map(processes.gather, tree)
 
 
-def on_host(tree: Any) -> Any:
-    """The same as NumPy arrays on any number of hosts."""
-    return (
-        jax.device_get(tree)
-        if jax.process_count() == 1
-        else jax.tree.map(lambda x: np.asarray(processes.gather(x)), tree)
-    )
+def to_numpy(tree: Any) -> Any:
+    """Returns the arrays as NumPy arrays, gathered from all hosts if there are several."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(lambda x: np.asarray(processes.gather(x)), tree)

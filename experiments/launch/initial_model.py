@@ -1,4 +1,4 @@
-"""The model that a run starts from: a directory of Hugging Face form, with its tokenizer and its chat format."""
+"""Loads the model given by --model: a folder in Hugging Face form, with its tokenizer and its chat format."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pathlib
 
 import jax
 
-from launch import mesh_settings
+from launch import device_mesh
 from launch.settings import SettingError
 from rlhf_jax import lm, types
 from rlhf_jax.data import chat, tokenizers
@@ -17,62 +17,62 @@ _FILES = ("*.json", "*.jinja", "*.safetensors", "tokenizer.model")
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
-    """A model to go on from, with as many ids as its tokenizer has."""
+class InitialModel:
+    """A loaded model, whose vocabulary is that of its tokenizer."""
 
     path: str
     cfg: lm.LMConfig
     params: types.Params
     fmt: chat.ChatFormat
 
-    def make_room(self, prompt_width: int, response_width: int, *, where: str) -> None:
-        """Raise SettingError if prompts and answers of these widths are longer than the model reads."""
+    def check_widths(self, prompt_width: int, response_width: int, *, source: str) -> None:
+        """Raises SettingError if prompts and answers of these widths exceed the model's maximum length."""
         if prompt_width + response_width > self.cfg.max_length:
             raise SettingError(
-                f"{where}: {prompt_width} + {response_width} tokens are more than the {self.cfg.max_length} that "
-                f"--model {self.path} reads"
+                f"{source}: {prompt_width} + {response_width} tokens exceed the {self.cfg.max_length} that "
+                f"--model {self.path} can read"
             )
 
 
-def load(path: str, *, mesh: jax.sharding.Mesh | None = None) -> Start:
-    """Read a model directory, onto a mesh where there is one; raises SettingError for one that cannot be used.
+def load(path: str, *, mesh: jax.sharding.Mesh | None = None) -> InitialModel:
+    """Loads a language model from a folder, onto ``mesh`` if given; raises SettingError if that fails.
 
-    Vocabularies are often padded to a round number. Ids that no token has are taken off the model, so that none is ever
-    drawn and no probability is anywhere lost to one.
+    Vocabularies are often padded to a round number. Ids without a token are cut off the model, so that they are never
+    sampled and get no probability.
     """
-    start = _read(path, mesh)
-    if "head" in start.params:
-        raise SettingError(f"--model {path} cannot be used: it holds a reward model, not a language model")
-    return start
+    model = _load(path, mesh)
+    if "head" in model.params:
+        raise SettingError(f"cannot use --model {path}: it is a reward model, not a language model")
+    return model
 
 
-def load_reward_model(path: str) -> Start:
-    """Read the directory of a reward model, as the main job writes one; raises SettingError as `load` does."""
-    start = _read(path)
-    if "head" not in start.params:
-        raise SettingError(f"--model {path} cannot be used: it holds a language model, not a reward model")
-    return start
+def load_reward_model(path: str) -> InitialModel:
+    """Loads a reward model from a folder, such as instructgpt.py writes; raises SettingError as `load` does."""
+    model = _load(path)
+    if "head" not in model.params:
+        raise SettingError(f"cannot use --model {path}: it is a language model, not a reward model")
+    return model
 
 
-def _read(path: str, mesh: jax.sharding.Mesh | None = None) -> Start:
+def _load(path: str, mesh: jax.sharding.Mesh | None = None) -> InitialModel:
     try:
-        shard = None if mesh is None else mesh_settings.shard_of(lm.load_config(path), mesh)
+        shard = None if mesh is None else device_mesh.make_sharder(lm.load_config(path), mesh)
         cfg, params = lm.load(path, shard=shard)
         tokenizer = tokenizers.load(path)
         fmt = chat.chat_format(tokenizer, model_type=cfg.model_type)
     except (OSError, ValueError) as error:
-        raise SettingError(f"--model {path} cannot be used: {error}") from error
-    except Exception as error:  # the safetensors and tokenizers libraries raise bare exceptions for damaged files
-        raise SettingError(f"--model {path} cannot be read: {error}") from error
+        raise SettingError(f"cannot use --model {path}: {error}") from error
+    except Exception as error:  # safetensors and tokenizers raise bare exceptions for damaged files
+        raise SettingError(f"cannot read --model {path}: {error}") from error
     n = 1 + max(tokenizer.get_vocab().values())
     if n > cfg.vocab_size:
         raise SettingError(
-            f"--model {path} cannot be used: its tokenizer has {n} ids, more than its model's {cfg.vocab_size}"
+            f"cannot use --model {path}: its tokenizer has {n} ids, more than the {cfg.vocab_size} of the model"
         )
-    return Start(path, *_cut(cfg, params, n), fmt)
+    return InitialModel(path, *_cut_vocabulary(cfg, params, n), fmt)
 
 
-def _cut(cfg: lm.LMConfig, params: types.Params, n: int) -> tuple[lm.LMConfig, types.Params]:
+def _cut_vocabulary(cfg: lm.LMConfig, params: types.Params, n: int) -> tuple[lm.LMConfig, types.Params]:
     if n == cfg.vocab_size:
         return cfg, params
     cut = {**params, "embed": {**params["embed"], "tokens": params["embed"]["tokens"][:n]}}
@@ -82,7 +82,7 @@ def _cut(cfg: lm.LMConfig, params: types.Params, n: int) -> tuple[lm.LMConfig, t
 
 
 def fingerprint(path: str) -> str:
-    """SHA-256 of what a model directory holds: names and contents of the files that are read from it."""
+    """Returns the SHA-256 of the names and contents of the files that are read from a model folder."""
     digest = hashlib.sha256()
     for file in sorted({file for pattern in _FILES for file in pathlib.Path(path).glob(pattern)}):
         with open(file, "rb") as stream:

@@ -1,4 +1,4 @@
-"""What a process sets before jax is imported: nothing here imports more than the standard library."""
+"""Process-wide setup that must precede the import of jax; imports the standard library only."""
 
 from __future__ import annotations
 
@@ -8,33 +8,34 @@ import sys
 import time
 from typing import NoReturn
 
-_WHEN = "RLHF_JAX_BEGAN"
-BEGAN = float(os.environ.pop(_WHEN, None) or time.time())
-"""When the command was given, in seconds since 1970."""
+_START_TIME_VARIABLE = "RLHF_JAX_START_TIME"
+START_TIME = float(os.environ.pop(_START_TIME_VARIABLE, None) or time.time())
+"""When the command was started, in seconds since 1970."""
 
-_own = [False]
+_owns_process = False
 
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is not needed, and not missed
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # transformers warns that torch is not installed
 
 
 def use_huge_pages() -> None:
-    """Start over with glibc's huge pages where that is not decided yet: steps run about a third faster on a CPU.
+    """Restarts the process with glibc's huge pages unless GLIBC_TUNABLES is set: CPU steps are about a third faster.
 
-    Only a command calls this, at its very start, and so says that the process is its own.
+    Only a command calls this, before its slow imports. It marks the process as the command's own; see `exit_process`.
     """
-    _own[0] = True
-    if sys.platform == "linux" and os.environ.get("GLIBC_TUNABLES") is None:  # read once, when a process starts
-        environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", _WHEN: repr(BEGAN)}
+    global _owns_process
+    _owns_process = True
+    if sys.platform == "linux" and os.environ.get("GLIBC_TUNABLES") is None:  # glibc reads it at process start only
+        environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", _START_TIME_VARIABLE: repr(START_TIME)}
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
 
 
-def leave(status: int) -> NoReturn:
-    """End the process with a status; in a process that is not the command's own, raise SystemExit.
+def exit_process(status: int) -> NoReturn:
+    """Ends the process with ``status``; raises SystemExit where the process is not the command's own.
 
-    When all is closed, nothing is waited for any more: a program that a thread still compiles, or a thread of a save
-    that failed, which at times never ends.
+    The command's own process exits at once. It does not wait for a thread that still compiles a program, nor for the
+    thread of a failed save, which sometimes never ends.
     """
-    if _own[0]:
+    if _owns_process:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -42,11 +43,11 @@ def leave(status: int) -> NoReturn:
 
 
 def peak_memory_mb() -> float:
-    """The most memory that this process has held, MiB."""
+    """Returns the peak resident memory of this process in MiB."""
     try:
         with open("/proc/self/status", encoding="ascii") as file:
             return next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
-        # Elsewhere than on Linux; there, this would count whatever process started this one, too.
+        # The fallback for systems other than Linux. On Linux, ru_maxrss includes the peak of the parent process.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / 2**20 if sys.platform == "darwin" else peak / 1024

@@ -1,8 +1,7 @@
-"""Settings of PPO as papers report them; what a paper does not report stays as it is in `settings.PPO`.
+"""PPO settings that papers report; what a paper does not report keeps its value in `settings.PPO`.
 
-Coefficients are in units of each paper's own reward, so the same number is another strength elsewhere: compare the KL
-that is reached. Learning rates belong to models of a hundred million parameters and more, and are taken only where a
-model is given.
+Coefficients are in units of each paper's own reward, so the same number has another strength elsewhere: compare the KL
+that is reached. Learning rates are for models of a hundred million parameters and more, and are used only with --model.
 """
 
 from __future__ import annotations
@@ -11,15 +10,15 @@ from typing import Any
 
 _SHARED: dict[str, Any] = {"clip": 0.2, "discount": 1.0, "lambda_": 0.95}
 
-PUBLISHED: dict[str, dict[str, Any]] = {
+PPO_SETTINGS: dict[str, dict[str, Any]] = {
     # Ouyang et al. 2022, appendix C. Lambda, value clip and Adam's epsilon are not reported.
     "instructgpt": _SHARED
     | {"kl_coef": 0.02, "batch": 512, "minibatches": 8, "epochs": 1, "warmup": 10, "schedule": "constant"}
     | {"ema": 0.992, "ptx_coef": 27.8, "ptx_ratio": 8.0, "temperature": 1.0},
     # Stiennon et al. 2020, appendix B.1.
     "stiennon": _SHARED | {"kl_coef": 0.05, "batch": 512, "epochs": 4, "schedule": "linear", "warmup": 0, "ema": 0.0},
-    # Ziegler et al. 2019, released code (style tasks): adaptive coefficient, whitened rewards, TensorFlow's Adam,
-    # values from a head of zeros on the policy's trunk.
+    # Ziegler et al. 2019, released code (style tasks): adaptive KL coefficient, whitened rewards, TensorFlow's Adam,
+    # values from a zero head on the policy's trunk.
     "ziegler": _SHARED
     | {"kl_coef": 0.15, "kl_target": 6.0, "kl_gain": 0.0512, "batch": 512, "minibatches": 1, "epochs": 4}
     | {"value_clip": 0.2, "whiten_rewards": True, "temperature": 0.7, "missing_stop_score": -1.0, "ema": 0.0}
@@ -32,14 +31,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     | {"value_coef": 0.1},
     # Bai et al. 2022, appendix B.1.
     "hh": _SHARED | {"kl_coef": 0.001, "epochs": 1, "entropy_coef": 0.0, "ema": 0.0},
-    # Xu et al. 2024, appendix A; its top-k of 200 is left out, since it needs --ppo.correct-sampler.
+    # Xu et al. 2024, appendix A; its top-k of 200 is omitted, since it needs --ppo.correct-sampler.
     "xu": {"kl_coef": 0.1, "batch": 512, "minibatches": 4, "clip": 0.2, "discount": 1.0, "lambda_": 1.0, "ema": 0.0}
     | {"reward_clip": 20.0, "normalise_values": True, "temperature": 1.0},
-    # A tutorial that many have started from; none of the papers has its entropy bonus or its gradient clipping.
+    # A widely copied tutorial; none of the papers has its entropy bonus or its gradient clipping.
     "tutorial": _SHARED | {"kl_coef": 0.2, "entropy_coef": 0.01, "temperature": 0.7, "epochs": 4, "max_grad_norm": 1.0},
 }
 
-RATES: dict[str, dict[str, Any]] = {
+LEARNING_RATES: dict[str, dict[str, Any]] = {
     "instructgpt": {"learning_rate": 9.65e-6, "critic_learning_rate": 9e-6},
     "stiennon": {"learning_rate": 1.5e-5, "critic_learning_rate": 1.5e-5},
     "ziegler": {"learning_rate": 1e-5, "critic_learning_rate": 1e-5},

@@ -1,7 +1,8 @@
-"""The folder of a run: what was asked for, what has been logged, and where it goes on after a kill."""
+"""The folder of a run: its files, the incidents during the run, and the checks when it is resumed."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -12,66 +13,65 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from launch import settings as settings_lib
+from launch import config_file
 from launch.settings import SettingError, Settings
 from rlhf_jax import checkpoint, metrics
 from rlhf_jax.checkpoint import atomic
 from rlhf_jax.data import errors, sources
 from rlhf_jax.distributed import hosts
 
-CONFIG, RESULTS, INCIDENTS = "config.json", "results.json", "incidents.jsonl"
-MODEL_FILES = "model_files"
-DATA_FILE = "data_file"
-"""Beside the settings in config.json."""
+RESULTS, INCIDENTS = "results.json", "incidents.jsonl"
+MODEL_FILES, DATA_FILE = "model_files", "data_file"
+"""Keys of the fingerprints in config.json, next to the settings."""
 
 
 class RunFolder:
     """One run's files: config.json, metrics.jsonl, tensorboard/, checkpoints/, and at the end results and models.
 
-    incidents.jsonl is there where something went wrong and was overcome.
+    incidents.jsonl exists if something went wrong and the run recovered from it.
 
     Attributes:
-        say: ``say(stage, text)`` shows what `note` writes down; on stderr by default.
+        print_note: ``print_note(stage, text)`` prints what `note` saves; on stderr by default.
     """
 
     def __init__(self, path: pathlib.Path, log: metrics.MetricLog | None = None) -> None:
-        """Use an existing folder; `create` makes one."""
+        """Opens an existing folder; `create` makes one."""
         self.path = path
         self.log = metrics.MetricLog(path) if log is None else log
-        self.say: Callable[[str, str], None] = lambda stage, text: print(f"{stage}: {text}", file=sys.stderr)
+        self.print_note: Callable[[str, str], None] = lambda stage, text: print(f"{stage}: {text}", file=sys.stderr)
 
     def checkpoints(self, stage: str) -> checkpoint.Checkpoints:
-        """Where a stage saves and goes on from; what is wrong with what is there is noted."""
+        """Returns the checkpoints of a stage; damaged ones are noted."""
         return checkpoint.Checkpoints(self.path / "checkpoints" / stage, warn=partial(self.note, stage))
 
     def note(self, stage: str, text: str) -> None:
-        """Say it, and keep it for the results; what a resumed run comes upon again is kept once, by the first host."""
+        """Prints an incident and saves it for the results. The first host does so, once for equal incidents."""
         if not hosts.current().first:
             return
-        self.say(stage, text)
+        self.print_note(stage, text)
         incident = {"stage": stage, "text": text}
         if incident not in self.incidents():
             with (self.path / INCIDENTS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(incident) + "\n")
 
     def incidents(self) -> list[dict[str, str]]:
-        """What was noted, in this process and in earlier ones; a line that a kill has torn is left out."""
+        """Returns the incidents of this process and of earlier ones, without a line cut short by a kill."""
         path = self.path / INCIDENTS
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("}")]
 
     def write_json(self, name: str, values: Any) -> None:
-        """Write a JSON file whole or not at all."""
+        """Writes a JSON file atomically."""
         write_json(self.path / name, values)
 
 
 def write_json(path: pathlib.Path, values: Any) -> None:
-    """Write a JSON file whole or not at all; NaN is refused rather than written as something JSON has not."""
+    """Writes a JSON file atomically; raises ValueError for NaN and infinity, which JSON does not have."""
     atomic.replace_file(path, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
 
 
 def finite(values: Any) -> Any:
-    """The same with null for NaN and infinity, which JSON does not have (the slope of perfectly separated pairs)."""
+    """Returns the values with null for NaN and infinity, such as the slope of perfectly separated pairs."""
     if isinstance(values, dict):
         return {name: finite(value) for name, value in values.items()}
     if isinstance(values, list | tuple):
@@ -79,51 +79,54 @@ def finite(values: Any) -> Any:
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
-def free_path(settings: Settings, *, kind: str = "instructgpt") -> pathlib.Path:
-    """Where a new run goes; raises SettingError if something is there. Nothing is made."""
-    return free_folder(settings.out, kind=f"{kind}-{settings.preset}-seed-{settings.seed}")
+def free_path(settings: Settings, *, kind: str | None = None) -> pathlib.Path:
+    """Returns the folder of a new run without creating it; raises SettingError if it is in use.
+
+    ``kind`` begins the name of a folder that --out does not give; by default it is the command's name.
+    """
+    return free_folder(settings.out, kind=f"{kind or settings.command}-{settings.preset}-seed-{settings.seed}")
 
 
 def free_folder(out: str | None, *, kind: str) -> pathlib.Path:
-    """``out``, or a new name below runs/ that begins with ``kind``; see `free_path`."""
+    """Returns ``out``, or a new name under runs/ that begins with ``kind``; raises SettingError if it is in use."""
     path = pathlib.Path(out or f"runs/{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
     if path.exists() and not path.is_dir():
-        raise SettingError(f"--out {path} is a file; it must be a folder")
+        raise SettingError(f"--out {path} is a file; give a new or empty folder")
     if path.is_dir() and any(path.iterdir()):
-        holds = "another run (--resume goes on with it)" if (path / CONFIG).exists() else "other files"
-        raise SettingError(f"--out {path} holds {holds}; give a new or empty folder")
+        content = "a run (continue it with --resume)" if (path / config_file.NAME).exists() else "other files"
+        raise SettingError(f"--out {path} already has {content}; give a new or empty folder")
     return path
 
 
 def create(path: pathlib.Path, settings: Settings, *, model_files: str | None = None) -> RunFolder:
-    """Make the folder of a new run; raises SettingError if it cannot be made.
+    """Creates the folder of a new run; raises SettingError if that fails.
 
-    ``model_files``: the fingerprint of the model that the run starts from.
+    ``model_files`` is the fingerprint of the model that the run starts from.
     """
+    extra = {"version": config_file.VERSION, "command": settings.command}
+    extra |= {MODEL_FILES: model_files, DATA_FILE: data_digest(settings)}
     try:
         path.mkdir(parents=True, exist_ok=True)
-        write_json(
-            path / CONFIG, settings_lib.as_dict(settings) | {MODEL_FILES: model_files, DATA_FILE: data_digest(settings)}
-        )
+        write_json(path / config_file.NAME, dataclasses.asdict(settings) | extra)
     except OSError as error:
-        raise SettingError(f"--out {path} cannot be written: {error.strerror}") from error
+        raise SettingError(f"cannot write to --out {path}: {error.strerror}") from error
     return RunFolder(path)
 
 
-def same_model(resume: str, settings: Settings, model_files: str) -> None:
-    """Raise SettingError if the model that a run started from is not what it was."""
-    if saved_values(resume).get(MODEL_FILES) != model_files:
-        raise SettingError(f"--resume {resume} cannot go on: the files in {settings.model} have changed since it began")
+def check_model_unchanged(resume: str, settings: Settings, model_files: str) -> None:
+    """Raises SettingError if the files of --model have changed since the run began."""
+    if config_file.read(resume)[MODEL_FILES] != model_files:
+        raise SettingError(f"cannot continue --resume {resume}: the files in {settings.model} changed since it began")
 
 
-def same_data(resume: str, settings: Settings) -> None:
-    """Raise SettingError if the file that a run learns from is not what it was."""
-    if saved_values(resume).get(DATA_FILE) != data_digest(settings):
-        raise SettingError(f"--resume {resume} cannot go on: {settings.data.path} has changed since it began")
+def check_data_unchanged(resume: str, settings: Settings) -> None:
+    """Raises SettingError if the files of --data.path have changed since the run began."""
+    if config_file.read(resume)[DATA_FILE] != data_digest(settings):
+        raise SettingError(f"cannot continue --resume {resume}: {settings.data.path} changed since it began")
 
 
 def data_digest(settings: Settings) -> str | None:
-    """Of the data files together; None where there are none, or none that can be read, which their reader will say."""
+    """Returns the SHA-256 of the data files; None without a file, or if one is unreadable, which its reader reports."""
     if settings.data.path is None:
         return None
     digest = hashlib.sha256()
@@ -137,18 +140,7 @@ def data_digest(settings: Settings) -> str | None:
     return digest.hexdigest()
 
 
-def saved_values(resume: str) -> dict[str, Any]:
-    """What config.json of a run holds; raises SettingError if there is none."""
-    path = pathlib.Path(resume) / CONFIG
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SettingError(f"--resume {resume} holds no run: there is no {path}") from None
-    except (OSError, ValueError) as error:
-        raise SettingError(f"--resume {resume}: {path} cannot be read ({error})") from error
-
-
 def finished_results(resume: str) -> dict[str, Any] | None:
-    """What a finished run wrote, or None if it is not finished; results.json is the last file that a run writes."""
+    """Returns results.json, the last file that a run writes; None if the run is not finished."""
     path = pathlib.Path(resume) / RESULTS
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -1,288 +1,298 @@
-"""Every setting of the main job. Each field's docstring is its ``--help``; each field is read somewhere."""
+"""Settings of instructgpt.py, which the other commands extend; each field's docstring is its ``--help``."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from launch import published_settings as papers
+from launch import published_settings
 
 
 class SettingError(ValueError):
-    """A setting that cannot be; the message names it."""
+    """An invalid setting; the message names the flag and says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Real human comparisons instead of the built-in world."""
+    """Human comparisons in place of the built-in world."""
 
     path: str | None = None
-    """A file of pairs or rankings, JSONL, JSON (.gz too) or Parquet: whole dialogues in Anthropic's format, prompt with
-    chosen and rejected, messages, or ranked responses (docs/data.md); * for several. None: the built-in world."""
+    """File of pairs or rankings in JSONL, JSON (.gz too) or Parquet: whole dialogues in Anthropic's format, prompts
+    with chosen and rejected answers, messages, or ranked responses (docs/data.md). * matches several files. Without a
+    file, the built-in world is used."""
     max_dropped: float = 0.01
-    """Share of records that may be dropped before the run refuses the file."""
+    """Largest share of unusable records; a file with more is refused."""
     vocab_size: int = 1024
-    """Of the byte-level BPE tokenizer trained on the file's training dialogues; --model brings its own tokenizer."""
+    """Vocabulary of the byte-level BPE tokenizer trained on the file's training dialogues. Unused with --model."""
     prompt_width: int = 128
-    """Tokens of a prompt; older turns of a longer one are dropped, and counted."""
+    """Maximum tokens of a prompt; longer prompts lose their oldest turns and are counted."""
     response_width: int = 64
-    """Tokens of an answer; a longer one is cut off without its end mark, and counted."""
+    """Maximum tokens of an answer; longer answers are truncated, lose their stop token and are counted."""
     held_out: float = 0.1
-    """Share of the comparisons kept for the reward model's accuracy and for the evaluation's prompts."""
+    """Share of the comparisons held out for the reward model's accuracy and the prompts of the evaluation."""
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """The built-in world: how demonstrators slip and how labelers differ."""
+    """The built-in world: flaws of its demonstrations and differences between its labelers."""
 
     slips: float = 1.0
-    """Scales the probability of every flaw in a demonstration; 0 is flawless."""
+    """Factor on the probability of every flaw in a demonstration; 0 makes demonstrations flawless."""
     labelers: int = 20
-    """Labelers in the training pool, and as many in the held-out pool."""
+    """Labelers in the training pool; the held-out pool has as many."""
     spread: float = 0.25
-    """Relative standard deviation of how a labeler weighs the parts of the gold utility."""
+    """Relative standard deviation of the labelers' weights on the parts of the gold utility."""
     polite_taste: float = 0.12
-    """What four polite words are worth to a labeler, beyond gold: the way a reward model can be fooled."""
+    """Utility of four polite words to a labeler. Gold does not value them, so the reward model can be gamed by them."""
     agreement: float = 0.75
     """How often two training labelers agree on a pair of SFT samples; sets the noise of their choices."""
     tie_width: float = 0.01
-    """Answers closer than this in a labeler's noisy utility are ranked equal."""
+    """Largest difference in a labeler's noisy utility at which two answers are ranked equal."""
     lapse: float = 0.02
-    """Share of rankings made without looking."""
+    """Share of rankings made at random."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Over how many devices a run is spread; a mesh of one is none."""
+    """Sizes of the device mesh that a run is sharded over; all 1 for a single device."""
 
     data: int = 1
-    """Copies of the model, each with rows of its own; -1: as many as the other axes leave devices for."""
+    """Copies of the model, each with its own rows of a batch; -1 uses all devices that the other axes leave."""
     fsdp: int = 1
-    """Devices that parameters and optimiser state are spread over; rows too."""
+    """Devices that shard the rows, the parameters and the optimiser state."""
     tensor: int = 1
-    """Devices that heads, MLP and vocabulary are spread over."""
+    """Devices that shard heads, MLP and vocabulary."""
     sequence: int = 1
-    """Devices that the columns of a row are spread over."""
+    """Devices that shard the columns of a row."""
     simulate: int | None = None
-    """Let the CPU look like so many devices, to try a mesh where there are none."""
+    """Number of devices that the CPU simulates, to try a mesh without them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
-    """Processes that run this together, each with its own devices; see --mesh. A TPU slice, SLURM and Open MPI say by
-    themselves who they are."""
+    """Processes that run together, each with its own devices; see --mesh. On a TPU slice, under SLURM and under Open
+    MPI they are found without these flags."""
 
     coordinator: str | None = None
-    """HOST:PORT of the first one, where it listens; the same on all."""
+    """HOST:PORT on which the first process listens; the same for all processes."""
     count: int | None = None
-    """How many there are."""
+    """Number of processes."""
     index: int | None = None
-    """Which one this is, from 0."""
+    """Index of this process, from 0."""
     timeout: float = 300.0
-    """Seconds to wait for the others to come."""
+    """Seconds to wait for the other processes at the start."""
     silence: float = 30.0
-    """Seconds without a sign of another one after which it is given up; a closed connection is seen at once."""
+    """Seconds without a heartbeat after which a process counts as lost; a closed connection is noticed at once."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Net:
-    """The model of a run that starts from nothing, a small Llama: rotary positions, RMS norms, gated mlp."""
+    """A new model without --model, a small Llama: rotary positions, RMS norm, gated MLP."""
 
     layers: int = 3
-    """Layers."""
+    """Number of layers."""
     width: int = 96
     """Model width."""
     heads: int = 4
-    """Attention heads; divides the width."""
+    """Attention heads; the width must be a multiple of twice their number."""
     mlp: int = 256
-    """Width of the gated mlp."""
+    """Width of the gated MLP."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrain:
-    """The base model, from nothing, on the corpus."""
+    """Pretraining of the base model on the corpus; skipped with --model."""
 
     documents: int = 80_000
     """Documents of the built-in world's corpus."""
     steps: int = 640
     """Optimiser steps."""
     batch: int = 64
-    """Rows a step; supervised fine-tuning uses the same."""
+    """Rows per step, in supervised fine-tuning too."""
     learning_rate: float = 6e-3
-    """Peak; cosine to a tenth."""
+    """Peak learning rate; it follows a cosine down to a tenth."""
     warmup: int = 20
-    """Steps from a tenth of the peak to the peak."""
+    """Steps of the linear warmup, which starts at a tenth of the rate."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SFT:
-    """Supervised fine-tuning, InstructGPT's two recipes."""
+    """Supervised fine-tuning of two models, InstructGPT's `sft` and `sft_mix`."""
 
     demonstrations: int = 6000
     """Demonstrations of the built-in world."""
     epochs: int = 2
     """Epochs of the baseline `sft` over the demonstrations."""
     mix_epochs: int = 2
-    """Epochs of `sft_mix`, where PPO starts (InstructGPT C.3)."""
+    """Epochs of `sft_mix`, from which PPO starts (InstructGPT C.3)."""
     mix: float = 0.1
     """Share of pretraining rows in the batches of `sft_mix`."""
     learning_rate: float = 3e-3
-    """Peak of both; cosine to a tenth."""
+    """Peak learning rate of both models; it follows a cosine down to a tenth."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparisons:
-    """Samples of the SFT model, ranked by labelers."""
+    """Samples of the SFT models, ranked by simulated labelers."""
 
     prompts: int = 1600
-    """Prompts whose samples are ranked for training; a tenth as many again for validation."""
+    """Training prompts whose samples are ranked; a tenth as many more are for validation."""
     min_k: int = 4
-    """Fewest answers a prompt."""
+    """Fewest answers to a prompt."""
     max_k: int = 9
-    """Most answers a prompt."""
+    """Most answers to a prompt."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
-    """The reward model, from the SFT model, one epoch."""
+    """The reward model, trained from `sft_mix` for one epoch."""
 
     batch: int = 8
-    """Prompts a step, each with all its answers."""
+    """Prompts per step, each with all its answers."""
     learning_rate: float = 1.5e-3
-    """Peak; cosine to a tenth."""
+    """Peak learning rate; it follows a cosine down to a tenth."""
     heldout: bool = False
-    """Train on a half of the comparisons, and a second model on the other, whose mean score PPO logs as heldout_reward:
-    an alarm tells where that falls while the reward rises."""
+    """Train on one half of the comparisons and train a second model on the other half. PPO logs the second model's mean
+    score as heldout_reward; an alarm is raised if it falls while the reward rises."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PPO:
-    """PPO, and PPO-ptx, which adds the pretraining loss and is the same in all else; or a method without a critic."""
+    """PPO and PPO-ptx, which adds the pretraining loss and is otherwise equal; or an RL method without a critic."""
 
     method: Literal["ppo", "reinforce", "rloo", "grpo", "dr-grpo", "reinforce-pp"] = "ppo"
-    """How advantages and their mean are made; every setting below that a method has no use for is refused."""
+    """RL method: how advantages are estimated and averaged. Settings that the method does not use are refused."""
     samples: int = 1
     """Answers to each prompt; rloo, grpo and dr-grpo compare them and need two or more."""
     iterations: int = 38
-    """Rollouts, each followed by the updates on it."""
+    """Rollouts, each followed by its updates."""
     batch: int = 256
-    """Answers a rollout."""
+    """Answers per rollout."""
     minibatches: int = 4
-    """Optimiser steps an epoch."""
+    """Minibatches per epoch, each of which is one optimiser step."""
     micro_batches: int = 1
-    """Parts of a minibatch that are held in memory one at a time; the gradient is the same."""
+    """Parts of a minibatch that are processed one after the other to save memory; the gradient is the same."""
     shards: int = 1
-    """Blocks of a rollout, of which each minibatch takes as many rows; as many as --mesh.data x --mesh.fsdp, or a
-    multiple, keeps answers on the device that wrote them. What is learnt depends on it, and not on the devices."""
+    """Blocks of a rollout; each minibatch takes equally many rows from every block. With as many blocks as --mesh.data
+    x --mesh.fsdp, or a multiple, answers stay on the device that sampled them. Results depend on this number and not on
+    the number of devices."""
     epochs: int = 1
     """Passes over each rollout (1 in InstructGPT, 4 in Ziegler and Stiennon)."""
     learning_rate: float = 6e-4
-    """Of the policy, after the warmup."""
+    """Learning rate of the policy after the warmup."""
     critic_learning_rate: float = 1e-3
-    """Of the critic."""
+    """Learning rate of the critic after the warmup."""
     critic: Literal["reward", "policy", "zero-head"] = "reward"
-    """What it starts from: the reward model (InstructGPT, Stiennon); the SFT model with a new head (Xu); or, one with
-    the policy, a head of zeros on the trunk that both train (Ziegler)."""
+    """What the critic starts from: the reward model (InstructGPT, Stiennon), the SFT model with a new head (Xu), or a
+    zero head on the policy's trunk, which both losses train (Ziegler)."""
     value_coef: float = 1.0
-    """Weight of the value loss (0.1 in Ziegler); a critic on its own has its rate instead."""
+    """Weight of the value loss (0.1 in Ziegler). It matters where policy and critic share a trunk; a separate critic is
+    tuned by its learning rate."""
     warmup: int = 5
-    """Iterations from a tenth of the rates to the rates."""
+    """Iterations of the linear warmup of both learning rates, which starts at a tenth."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Of the rates: constant (InstructGPT), linear to 0 (Ziegler, Stiennon), cosine to a tenth."""
+    """Schedule of both learning rates: constant (InstructGPT), linear to 0 (Ziegler, Stiennon) or cosine to a tenth."""
     adam_eps: float = 1e-5
-    """Of Adam."""
+    """Epsilon of Adam."""
     adam_tf1: bool = False
-    """Adam as TensorFlow 1 has it: epsilon is added before the bias correction, and first steps are smaller."""
+    """Use TensorFlow 1's Adam, which adds epsilon before the bias correction, so that the first steps are smaller."""
     kl_coef: float = 0.055
-    """Reward per nat; the reward has standard deviation 1 on SFT samples."""
+    """Weight of the KL in the reward, per nat; the reward has standard deviation 1 on SFT samples."""
     kl_target: float | None = None
-    """Nats a sequence that an adaptive coefficient steers to (6 in Ziegler); none: the coefficient is fixed."""
+    """KL per answer, in nats, that an adaptive coefficient aims for (6 in Ziegler); None keeps the coefficient
+    fixed."""
     kl_gain: float = 0.1
-    """Of the adaptive coefficient."""
+    """Gain of the adaptive coefficient."""
     kl_loss_coef: float = 0.0
-    """Weight of the KL as a loss, k3 (0.04 in GRPO); --ppo.kl-coef is the KL in the reward."""
+    """Weight of the k3 estimate of the KL in the loss (0.04 in GRPO); --ppo.kl-coef is the KL in the reward."""
     entropy_coef: float = 0.0
-    """Weight of an entropy bonus; InstructGPT, Stiennon and Ziegler have none."""
+    """Weight of an entropy bonus; InstructGPT, Stiennon and Ziegler use none."""
     reward_clip: float | None = None
-    """Scores are kept within this on both sides (20 in Xu)."""
+    """Bound on the absolute value of scores (20 in Xu)."""
     whiten_rewards: bool = False
-    """Scale the per-token rewards of a rollout to variance 1, and keep their mean (Ziegler)."""
+    """Scale the per-token rewards of a rollout to variance 1 and keep their mean (Ziegler)."""
     normalise_values: bool = False
-    """Let the critic learn returns less their running mean over their deviation (Xu)."""
+    """Train the critic on returns normalised by their running mean and deviation (Xu)."""
     reference_ema: float | None = None
-    """Decay of a reference that follows the policy, once an iteration (Xu); none: the reference stays."""
+    """Decay per iteration of a reference that follows the policy (Xu); None keeps the reference fixed."""
     discount: float = 1.0
-    """Of GAE and of rewards to go."""
+    """Discount of rewards, in GAE and in the sums of later rewards of the methods without a critic."""
     clip: float = 0.2
-    """Of the probability ratio."""
+    """Clip range of the probability ratio."""
     value_clip: float = 0.5
-    """How far a value may move in the clipped value loss."""
+    """Clip range of a value's change in the value loss."""
     lambda_: float = 0.95
-    """Of GAE; the discount is 1."""
+    """Lambda of GAE."""
     temperature: float = 1.0
-    """Of the rollouts and of every scoring pass."""
+    """Temperature of the rollouts and of every log-probability in PPO."""
     top_k: int | None = None
-    """Draw rollouts from the k likeliest tokens alone; needs --ppo.correct-sampler."""
+    """Sample rollouts from the k most likely tokens only; needs --ppo.correct-sampler."""
     top_p: float | None = None
-    """Draw rollouts from the likeliest tokens that have this probability together; needs --ppo.correct-sampler."""
+    """Sample rollouts from the most likely tokens with this total probability; needs --ppo.correct-sampler."""
     correct_sampler: bool = False
-    """Weigh each token by how much likelier the policy makes it than the sampler did, at most twofold."""
+    """Weight each token by the ratio of its probability under the policy to that under the sampler, at most 2."""
     missing_stop_score: float = -3.0
-    """Score of an answer that did not stop, in standard deviations of the reward."""
+    """Score of an answer without a stop token, in standard deviations of the reward."""
     missing_stop: Literal["replace", "subtract"] = "replace"
-    """Whether that score replaces the answer's own (the papers' rule) or is added to it."""
+    """Whether that score replaces the answer's own score (as in the papers) or is added to it."""
     ema: float = 0.95
-    """Decay of the averaged policy, the result (0.992 in InstructGPT, over far more updates); 0: the last weights."""
+    """Decay of the averaged policy, which is the result (0.992 in InstructGPT, over far more updates); 0 returns the
+    last weights."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradient norm above which gradients are scaled down."""
     ptx_coef: float = 1.0
-    """Weight of the mean pretraining loss per token in PPO-ptx (27.8 in InstructGPT, other normalisation)."""
+    """Weight of the mean pretraining loss per token in PPO-ptx (27.8 in InstructGPT, which normalises differently)."""
     ptx_ratio: float = 1.0
-    """Pretraining rows for each answer and epoch in PPO-ptx (8 in InstructGPT)."""
+    """Pretraining rows per answer and epoch in PPO-ptx (8 in InstructGPT)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Held-out prompts, and what is measured on them."""
+    """The evaluation on held-out prompts."""
 
     prompts: int = 1280
-    """Held-out prompts; one answer of each policy to each, two of `sft`."""
+    """Held-out prompts; each policy answers each once, `sft` twice."""
     split: str = "test"
-    """`test` for results, `validation` to choose settings by."""
+    """Split of the built-in world's prompts: `test` for results, `validation` to choose settings."""
     best_of: int = 16
-    """Samples a prompt of the best-of-n reference."""
+    """Samples per prompt of the best-of-n baseline."""
     best_of_prompts: int = 400
-    """Held-out prompts of the best-of-n reference."""
+    """Held-out prompts of the best-of-n baseline."""
     skills: int = 800
-    """Skill problems, as many of each skill."""
+    """Skill problems, equally many of each skill."""
     pretraining_rows: int = 512
     """Held-out rows of pretraining text for the pretraining loss."""
     transcripts: int = 12
-    """Prompts whose answers are shown side by side."""
+    """Prompts whose answers the report shows side by side."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """From a base model to PPO-ptx: pretraining, SFT, reward model, PPO, PPO-ptx, evaluation, report."""
+    """From a base model to PPO-ptx: pretraining, SFT, reward model, PPO, PPO-ptx, evaluation and report."""
+
+    command: ClassVar[str] = "instructgpt"
+    """Name of the command, which config.json records."""
 
     model: str | None = None
-    """Start from the model and the tokenizer in this folder of Hugging Face form; none: from nothing, with --net."""
+    """Folder of a model and its tokenizer in Hugging Face form to start from; by default a new model of size --net."""
     preset: str = "default"
-    """`default`: about 5 minutes on two CPU cores; `smoke`: all of it in about a minute, too short to learn much."""
+    """`default`: about 5 minutes on two CPU cores; `smoke`: every stage within about a minute, too short to learn
+    much."""
     published: Literal["instructgpt", "stiennon", "ziegler", "n-plus", "hh", "xu", "tutorial"] | None = None
-    """Begin with the settings of PPO that a paper reports; its learning rates only beside --model."""
+    """Paper whose PPO settings replace the preset's; its learning rates are used only with --model."""
     seed: int = 0
-    """Of everything: world, data, initial weights, samples."""
+    """Seed of the world, the data, the initial weights and all samples."""
     out: str | None = None
-    """Folder for all files; by default runs/instructgpt-PRESET-seed-SEED-TIME."""
+    """Folder of all output; by default runs/COMMAND-PRESET-seed-SEED-TIME."""
     resume: str | None = None
-    """Go on with the run in this folder, with the settings it was started with."""
+    """Folder of a run to continue, with the settings it was started with."""
     on_alarm: Literal["report", "stop"] = "report"
-    """On an alarm in PPO (KL below 0, gold falling, entropy collapsing, ...): tell and go on, or save and stop."""
+    """What an alarm in PPO does (KL below 0, gold falling, entropy collapsing, ...): `report` it and continue, or save
+    and `stop`."""
     saves: int = 5
-    """Checkpoints within a stage; a run that is killed loses no more than the time between two."""
+    """Checkpoints per stage; a killed run loses at most the time between two."""
     max_skipped: int = 10
-    """Steps in a row whose loss or gradient is not finite, which are left out, before the run saves and stops."""
+    """Consecutive steps with a loss or gradient that is not finite before the run stops; such steps change nothing."""
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     hosts: Hosts = dataclasses.field(default_factory=Hosts)
     data: Data = dataclasses.field(default_factory=Data)
@@ -313,71 +323,60 @@ SMOKE: dict[str, dict[str, Any]] = {
     },
     "data": {"vocab_size": 512, "prompt_width": 48, "response_width": 24},
 }
-"""What the smoke preset changes."""
+"""Changes of the smoke preset."""
 
 DIALOGUES: dict[str, dict[str, Any]] = {
     "pretrain": {"steps": 400, "batch": 16},
     "ppo": {"iterations": 24, "batch": 64, "minibatches": 2},
     "evaluation": {"prompts": 512, "best_of_prompts": 64, "pretraining_rows": 128},
 }
-"""What both presets change for a file of dialogues, whose rows are five times as long."""
+"""Changes of both presets for a file of dialogues, whose rows are five times as long."""
 
-
-STARTED: dict[str, dict[str, Any]] = {
+PRETRAINED: dict[str, dict[str, Any]] = {
     "sft": {"learning_rate": 1e-4},
     "reward_model": {"learning_rate": 5e-5},
     "ppo": {"learning_rate": 2e-5, "critic_learning_rate": 5e-5},
 }
-"""What both presets change for a given model: rates for some 100 million parameters, which larger ones want lower."""
+"""Changes of both presets for --model: learning rates for about 100 million parameters; larger models need lower
+ones."""
 
 
-def preset(name: str, *, dialogues: bool = False, started: bool = False, published: str | None = None) -> Settings:
-    """The settings that a preset starts from: for the built-in world or a file, from nothing or from a given model.
+def preset(name: str, *, dialogues: bool = False, pretrained: bool = False, published: str | None = None) -> Settings:
+    """Returns the settings of a preset.
 
-    ``published`` names a paper whose settings of PPO replace the preset's. Raises SettingError for unknown names.
+    Args:
+        name: ``default`` or ``smoke``.
+        dialogues: Whether the run reads a file instead of the built-in world.
+        pretrained: Whether the run starts from a given model.
+        published: A paper whose PPO settings replace the preset's.
+
+    Returns:
+        The settings, before the flags of a command line.
+
+    Raises:
+        SettingError: The preset or the paper is unknown.
     """
     if name not in ("default", "smoke"):
         raise SettingError(f"--preset is {name!r}; it must be default or smoke")
     settings = Settings(preset=name)
-    asked = ((SMOKE, name == "smoke"), (STARTED, started))
-    for changes in ([DIALOGUES] if dialogues else []) + [changes for changes, on in asked if on]:
+    groups = ((DIALOGUES, dialogues), (SMOKE, name == "smoke"), (PRETRAINED, pretrained))
+    for changes in (changes for changes, applies in groups if applies):
         parts = {part: dataclasses.replace(getattr(settings, part), **change) for part, change in changes.items()}
         settings = dataclasses.replace(settings, **parts)
     if published is not None:
-        if published not in papers.PUBLISHED:
-            raise SettingError(f"--published is {published!r}; it must be one of {', '.join(papers.PUBLISHED)}")
-        changes = papers.PUBLISHED[published] | (papers.RATES.get(published, {}) if started else {})
+        papers = published_settings.PPO_SETTINGS
+        if published not in papers:
+            raise SettingError(f"--published is {published!r}; it must be one of {', '.join(papers)}")
+        changes = papers[published] | (published_settings.LEARNING_RATES.get(published, {}) if pretrained else {})
         settings = dataclasses.replace(settings, published=published, ppo=dataclasses.replace(settings.ppo, **changes))
     return settings
 
 
 def peek(arguments: list[str], flag: str) -> str | None:
-    """The value of a flag that decides what the other flags start from."""
+    """Returns the value of a flag that changes the defaults of other flags; None if it is absent."""
     for i, argument in enumerate(arguments):
         if argument == flag and i + 1 < len(arguments):
             return arguments[i + 1]
         if argument.startswith(flag + "="):
             return argument.split("=", 1)[1]
     return None
-
-
-def as_dict(settings: Settings) -> dict[str, Any]:
-    """Nested dictionaries, as config.json holds them."""
-    return dataclasses.asdict(settings)
-
-
-def from_dict(values: dict[str, Any]) -> Settings:
-    """Undo `as_dict`; raises SettingError for a field that does not exist."""
-    parts: dict[str, Any] = {}
-    for field in dataclasses.fields(Settings):
-        if field.name not in values:
-            raise SettingError(f"the saved configuration lacks {field.name}")
-        value = values[field.name]
-        if isinstance(value, dict):
-            maker: Any = field.default_factory
-            known = {f.name for f in dataclasses.fields(maker)}
-            if set(value) != known:
-                raise SettingError(f"the saved configuration has other fields under {field.name} than this version")
-            value = maker(**value)
-        parts[field.name] = value
-    return Settings(**parts)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from launch import run_folder
-from recipe import human_comparisons, muon, tasks
+from recipe import human_comparisons, optimiser_choice, tasks
 
 from preferences import reward_baselines
 from preferences.reward_settings import CrossValidation
@@ -121,7 +121,7 @@ class Programs:
             tie_embeddings=True,
         )
         self.pretrain = parallel.jit_step(sft.make_train_step(partial(lm.token_logprobs, cfg=self.cfg)))
-        self.pretrain_tx = muon.muon()
+        self.pretrain_tx = optimiser_choice.supervised()
         scores = partial(lm.packed_scores, cfg=self.cfg)
         step = reward_model.make_train_step(partial(lm.score, cfg=self.cfg), packed_scores=scores)
         self.reward = parallel.jit_step(step)
@@ -326,7 +326,7 @@ def cross_validate(
     """Returns the results of each fold; margins are in the order of `test_indices`, and finished folds are restored."""
     programs = Programs(settings)
     results = []
-    for number, test in enumerate(test_indices(human_comparisons.conversations(pairs), folds, seed=seed), start=1):
+    for number, test in enumerate(test_indices(human_comparisons.conversation_ids(pairs), folds, seed=seed), start=1):
         path = folder.path / f"fold-{number}.json"
         if path.exists():
             progress.skip(f"fold-{number}")

@@ -77,7 +77,7 @@ def summary(
     pairs: Sequence[human_comparisons.Pair], folds: Sequence[Mapping[str, Any]], *, seed: int
 ) -> dict[str, Any]:
     """Returns the results over all folds, in which each pair is scored once, by a model that has not seen it."""
-    group_N = human_comparisons.conversations(pairs)
+    group_N = human_comparisons.conversation_ids(pairs)
     tested = cross_validation.test_indices(group_N, len(folds), seed=seed)
     margins: dict[str, np.ndarray] = {}
     for method in cross_validation.METHODS:

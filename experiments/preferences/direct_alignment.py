@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import math
-import operator
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from launch import mesh_settings
+from launch import device_mesh
 from launch import settings as settings_lib
 from recipe import jobs, policy_sampling, tasks
 
+from preferences import direct_settings
 from preferences import pairs as pairs_lib
+from preferences.direct_settings import DirectSettings
 from rlhf_jax import diagnostics, lm, parallel, types
 from rlhf_jax.data import batching
 from rlhf_jax.train import dpo, loop, objectives
 from rlhf_jax.train import reference as reference_lib
 from rlhf_jax.train import state as state_lib
 from rlhf_jax.train.optim import schedules
-
-Loss = Literal["dpo", "cdpo", "robust", "ipo", "hinge", "kto", "orpo", "simpo", "dpo-sft", "dpo-norm"]
 
 
 class LossSpec(NamedTuple):
@@ -35,10 +33,6 @@ class LossSpec(NamedTuple):
     objective: objectives.Objective
     defaults: dict[str, float]
     """Hyperparameters that differ from those of `dpo.Hyper` unless a setting overrides them."""
-    reference: bool = True
-    """Whether the loss needs a reference model."""
-    paired: bool = True
-    """Whether a row of a batch is a pair of answers; otherwise it is one labelled answer."""
 
 
 LOSSES: dict[str, LossSpec] = {
@@ -47,112 +41,12 @@ LOSSES: dict[str, LossSpec] = {
     "robust": LossSpec(objectives.robust_dpo, {"beta": 0.1, "label_smoothing": 0.1}),
     "ipo": LossSpec(objectives.ipo, {"beta": 0.5}),
     "hinge": LossSpec(objectives.hinge, {"beta": 0.1}),
-    "kto": LossSpec(objectives.kto, {"beta": 0.1}, paired=False),
-    "orpo": LossSpec(objectives.orpo, {"odds_weight": 1.0}, reference=False),
-    "simpo": LossSpec(objectives.simpo, {"beta": 2.0, "margin": 0.5}, reference=False),
+    "kto": LossSpec(objectives.kto, {"beta": 0.1}),
+    "orpo": LossSpec(objectives.orpo, {"odds_weight": 1.0}),
+    "simpo": LossSpec(objectives.simpo, {"beta": 2.0, "margin": 0.5}),
     "dpo-sft": LossSpec(objectives.with_sft(objectives.dpo), {"beta": 0.1, "sft_coef": 0.5}),
     "dpo-norm": LossSpec(objectives.per_token(objectives.dpo), {"beta": 1.0}),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class DirectSettings:
-    """Settings of DPO and related losses."""
-
-    loss: Loss = "dpo"
-    """Preference loss. ipo, orpo, simpo and dpo-norm average log-probabilities over tokens; orpo and simpo need no
-    reference model."""
-    beta: float | None = None
-    """Strength of the KL penalty to the reference (of simpo: scale of the rewards). Default: 0.1; ipo 0.5, dpo-norm 1,
-    simpo 2."""
-    label_smoothing: float | None = None
-    """Assumed share of flipped labels, for cdpo and robust. Default: 0.1."""
-    desirable_weight: float = 1.0
-    """Weight of the good answers in kto."""
-    undesirable_weight: float = 1.0
-    """Weight of the bad answers in kto."""
-    odds_weight: float | None = None
-    """Weight of the odds-ratio term in orpo, relative to the likelihood. Default: 1."""
-    margin: float | None = None
-    """Target difference of the two rewards in simpo. Default: 0.5."""
-    sft_coef: float | None = None
-    """Weight of the SFT loss that dpo-sft adds to DPO. Default: 0.5."""
-    epochs: int = 1
-    """Passes over the pairs."""
-    batch: int = 64
-    """Pairs per step; kto takes the same number of answers, which is twice as many rows."""
-    micro_batches: int = 1
-    """Number of parts that each batch is split into to save memory; the gradient is the same."""
-    learning_rate: float | None = None
-    """Peak learning rate, with warmup over the first tenth of the steps and cosine decay to a tenth. Default: half of
-    --ppo.learning-rate."""
-    pairs: int = 4
-    """Most pairs per prompt, sampled from all its pairs of answers that differ in rank; 0 uses all of them."""
-
-
-def check(settings: DirectSettings) -> None:
-    """Raises SettingError, naming the flag, for a setting that is out of range or that the loss does not use."""
-    for name, least in (("epochs", 1), ("batch", 1), ("micro_batches", 1), ("pairs", 0)):
-        _require(getattr(settings, name) >= least, settings, name, f"at least {least}")
-    for name in ("beta", "odds_weight", "margin", "sft_coef", "desirable_weight", "undesirable_weight"):
-        value = getattr(settings, name)
-        _require(value is None or 0 <= value < math.inf, settings, name, "at least 0 and finite")
-    _require(settings.beta is None or settings.beta > 0, settings, "beta", "above 0")
-    value = settings.learning_rate
-    _require(value is None or 0 < value < math.inf, settings, "learning_rate", "above 0 and finite")
-    value = settings.label_smoothing
-    _require(value is None or 0 <= value < 0.5, settings, "label_smoothing", "at least 0 and below 0.5")
-    divides = _batch_rows(settings) % settings.micro_batches == 0
-    _require(divides, settings, "micro_batches", f"a divisor of the {_batch_rows(settings)} rows of a batch")
-    uses = {
-        "beta": settings.loss != "orpo",
-        "label_smoothing": settings.loss in ("cdpo", "robust"),
-        "odds_weight": settings.loss == "orpo",
-        "margin": settings.loss == "simpo",
-        "sft_coef": settings.loss == "dpo-sft",
-        "desirable_weight": settings.loss == "kto",
-        "undesirable_weight": settings.loss == "kto",
-    }
-    defaults = {field.name: field.default for field in dataclasses.fields(DirectSettings)}
-    for name, used in uses.items():
-        default = getattr(settings, name) == defaults[name]
-        _require(used or default, settings, name, f"left out with --loss {settings.loss}, which does not use it")
-
-
-def check_mesh(settings: DirectSettings, mesh: settings_lib.Mesh) -> None:
-    """Raises SettingError if the rows of a micro-batch do not divide over the devices."""
-    rows = _batch_rows(settings) // settings.micro_batches
-    parts = f" by --micro-batches {settings.micro_batches}" if settings.micro_batches > 1 else ""
-    name = "--batch" if rows == settings.batch else f"the rows of --batch {settings.batch}{parts}"
-    mesh_settings.divides(mesh, name, rows)
-
-
-def refuse_unread(settings: settings_lib.Settings, names: Iterable[str], *, program: str) -> None:
-    """Raises SettingError, naming the flag, if one of the settings ``names`` (dotted) differs from the run's preset.
-
-    ``program`` is the command that reads none of them.
-    """
-    preset = settings_lib.preset(
-        settings.preset,
-        dialogues=settings.data.path is not None,
-        started=settings.model is not None,
-        published=settings.published,
-    )
-    for name in names:
-        read = operator.attrgetter(name)
-        if read(settings) != read(preset):
-            flag = name.replace("_", "-").rstrip("-")
-            raise settings_lib.SettingError(f"--{flag} has no effect on {program}; leave it out")
-
-
-def _require(ok: bool, settings: DirectSettings, name: str, condition: str) -> None:
-    if not ok:
-        flag = name.replace("_", "-")
-        raise settings_lib.SettingError(f"--{flag} is {getattr(settings, name)!r}; it must be {condition}")
-
-
-def _batch_rows(settings: DirectSettings) -> int:
-    return settings.batch if LOSSES[settings.loss].paired else 2 * settings.batch
 
 
 class Schedule(NamedTuple):
@@ -170,9 +64,9 @@ def schedule(settings: DirectSettings, pairs: int, *, devices: int = 1) -> Sched
 
     Raises SettingError if there are too few rows for one batch.
     """
-    n = pairs if LOSSES[settings.loss].paired else 2 * pairs
+    n = pairs if settings.paired else 2 * pairs
     parts = settings.micro_batches * devices
-    rows = min(_batch_rows(settings), n)
+    rows = min(settings.batch_rows, n)
     rows -= rows % parts
     if rows == 0:
         over = f" over {devices} devices" if devices > 1 else ""
@@ -210,23 +104,23 @@ class Trainer:
     @property
     def devices(self) -> int:
         """The number of devices that the rows of a batch are divided over."""
-        return mesh_settings.rows_up(1, self.job.mesh)
+        return device_mesh.round_rows_up(1, self.job.mesh)
 
     def compile_ahead(self, executor: concurrent.futures.Executor, policy: Any) -> None:
         """Compiles the train step in a thread, for parameters with the shapes of ``policy``."""
-        task, rows = self.job.task, _batch_rows(self.settings)
-        K = 2 if self.loss.paired else 1
+        task, rows = self.job.task, self.settings.batch_rows
+        K = 2 if self.settings.paired else 1
 
         def shaped(*shape: int, dtype: Any = jnp.bool_) -> Any:
             return jax.ShapeDtypeStruct(shape, dtype)
 
         def batch(**more: Any) -> Any:
             L, T = task.row_width, task.response_width
-            reference_BK = shaped(rows, K, dtype=jnp.float32) if self.loss.reference else None
+            reference_BK = shaped(rows, K, dtype=jnp.float32) if self.settings.has_reference else None
             tokens = shaped(rows, K, L, dtype=jnp.int32)
             return types.Preferences(tokens, shaped(rows, K, L), shaped(rows, K, T), reference_BK=reference_BK, **more)
 
-        whole = batch() if self.loss.paired else batch(good_BK=shaped(rows, K), mismatched=batch())
+        whole = batch() if self.settings.paired else batch(good_BK=shaped(rows, K), mismatched=batch())
         state = jax.eval_shape(partial(state_lib.create, tx=self.job.ppo_tx), policy)
         hyper = hyperparameters(self.settings, learning_rate=0.0)
         self.train_step.compile_ahead(executor, state, None, hyper, whole, jax.eval_shape(lambda: jax.random.key(0)))
@@ -234,9 +128,9 @@ class Trainer:
     def data(self, pairs: pairs_lib.Pairs, reference: types.Params, *, name: str) -> types.Preferences:
         """Returns the rows that the loss takes, with the log-probabilities of the reference if the loss needs them."""
         rows: Any = pairs.rows
-        if not self.loss.paired:
+        if not self.settings.paired:
             rows = pairs_lib.singles(pairs, prompt_width=self.job.task.prompt_width)
-        if not self.loss.reference:
+        if not self.settings.has_reference:
             return rows
         return reference_lib.attach_logprobs(
             self.score,
@@ -244,7 +138,7 @@ class Trainer:
             rows,
             path=self.folder / f"{name}.npz",
             settings={"model": repr(self.job.cfg), "temperature": 1.0},
-            rows=mesh_settings.rows_up(policy_sampling.LONG_CHUNK, self.job.mesh),
+            rows=device_mesh.round_rows_up(policy_sampling.LONG_CHUNK, self.job.mesh),
             warn=partial(self.job.progress.message, name),
         )
 
@@ -286,7 +180,7 @@ class Trainer:
         state = job.fit(
             name,
             self.train_step,
-            job.begin(partial(state_lib.create, tx=job.ppo_tx), start),
+            job.create_on_mesh(partial(state_lib.create, tx=job.ppo_tx), start),
             steps,
             batch_at=lambda i: jax.tree.map(lambda x: jnp.asarray(x[order[i]]), data),
             hyper_at=lambda i: hyperparameters(settings, learning_rate=learning_rate(i)),
@@ -299,13 +193,13 @@ class Trainer:
 
         Equal rewards count a half; the interval is clustered by prompt. The implicit reward of kto is that of DPO.
         """
-        chunk = mesh_settings.rows_up(policy_sampling.LONG_CHUNK, self.job.mesh)
+        chunk = device_mesh.round_rows_up(policy_sampling.LONG_CHUNK, self.job.mesh)
         policy_BK, reference_BK = (
             reference_lib.answer_logprobs(self.score, params, pairs.rows, rows=chunk) for params in (policy, reference)
         )
         lengths_BK = np.maximum(np.asarray(pairs.rows.answer_BKC).sum(axis=-1), 1).astype(np.float32)
         scored = objectives.Scored(*(jnp.asarray(x) for x in (policy_BK, reference_BK, lengths_BK)))
-        objective = self.loss.objective if self.loss.paired else objectives.dpo
+        objective = self.loss.objective if self.settings.paired else objectives.dpo
         _, rewards_BK = objective(scored, hyperparameters(self.settings, learning_rate=0.0))
         outcome_B = diagnostics.win_outcomes(np.asarray(rewards_BK[:, 0]), np.asarray(rewards_BK[:, 1]))
         prompts = np.unique(pairs.prompt_B, return_inverse=True)[1]
@@ -314,10 +208,10 @@ class Trainer:
 
 def make_trainer(job: jobs.Job, settings: DirectSettings, folder: pathlib.Path) -> Trainer:
     """Builds a trainer; each function is compiled at its first call. Raises SettingError if batches do not divide."""
-    check_mesh(settings, job.settings.mesh)
+    direct_settings.check_mesh(settings, job.settings.mesh)
     logprobs = partial(lm.token_logprobs, cfg=job.cfg, prompt_width=job.task.prompt_width)
     loss = LOSSES[settings.loss]
-    options: dict[str, Any] = {} if loss.reference else {"reference": None}
+    options: dict[str, Any] = {} if settings.has_reference else {"reference": None}
     train_step = dpo.make_train_step(logprobs, loss.objective, micro_batches=settings.micro_batches, **options)
     answer_logprobs = partial(dpo.answer_logprobs, logprobs)
     score = parallel.JitStep(answer_logprobs, donate_argnums=(), mesh=job.mesh, batch_args=(1,), replicated_args=())

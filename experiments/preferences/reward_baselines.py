@@ -43,7 +43,7 @@ class TfidfChoice:
         self._vectorizer: Any = TfidfVectorizer(sublinear_tf=True, min_df=2)
         self._vectorizer.fit([answer for pair in pairs for answer in (pair.chosen, pair.rejected)])
         difference = self._difference(pairs)
-        group_N = human_comparisons.conversations(pairs)
+        group_N = human_comparisons.conversation_ids(pairs)
         split_N = (np.random.default_rng(seed).permutation(int(group_N.max()) + 1) % 4)[group_N]
         losses = [
             np.mean([_log_loss(difference[split_N == s] @ _fit(difference[split_N != s], C)) for s in range(4)])

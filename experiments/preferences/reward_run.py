@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from recipe import collection, jobs, policy_sampling, reward_diagnosis, session, stages
+from recipe import comparison_data, jobs, policy_sampling, reward_diagnosis, run_setup, stages
 from rich.console import Console
 from rich.table import Table
 
@@ -37,10 +37,10 @@ def run(settings: RewardSettings, out: Console) -> tuple[pathlib.Path, dict[str,
     weights = list(WEIGHTS.items())
     if settings.pmp.prompts:
         weights[-1:-1] = [(stage, seconds * settings.pmp.prompts) for stage, seconds in PMP_WEIGHTS.items()]
-    with session.opened(settings, out, kind="reward_model", weights=weights, shared=()) as (folder, job):
+    with run_setup.open_run(settings, out, weights=weights, first_stages=()) as (folder, job):
         base = stages.pretrain(job)
         sft = stages.supervised(job, "sft", base, epochs=settings.sft.epochs, mix=0.0)
-        (train, *_), validation, facts = collection.gather(job, [sft])
+        (train, *_), validation, facts = comparison_data.load_or_collect(job, [sft])
         counts = errors.DropCount(max_dropped=1.0)  # labelers may rank all answers equal
         train, validation = (comparison_transforms.drop_uninformative(each, counts) for each in (train, validation))
         if settings.training.limit is not None:
@@ -120,7 +120,7 @@ def _diagnose(
 
 def _groups(job: jobs.Job, batch: types.Comparisons, prompt_N: np.ndarray) -> dict[str, np.ndarray]:
     """Returns the masks of the pairs by the mean length of their prompt's answers and, if known, by turn."""
-    turn_B = reward_diagnosis.turns(job.task, batch)
+    turn_B = reward_diagnosis.count_turns(job.task, batch)
     length_BK = np.asarray(batch.mask_BKL)[:, :, job.task.prompt_width :].sum(axis=2)
     length_B = (length_BK * np.asarray(batch.where_BK)).sum(axis=1) / np.asarray(batch.where_BK).sum(axis=1)
     length_N = length_B[prompt_N]

@@ -5,15 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-import jax
 from launch import mesh_settings
 from launch import settings as settings_lib
 from launch.settings import SettingError
-
-from rlhf_jax import lm
-from rlhf_jax.train.optim import partition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +110,8 @@ class CrossValidation:
 class RewardSettings(settings_lib.Settings):
     """Settings of reward_model.py: those of the main job's stages up to the reward model, and its own."""
 
+    command: ClassVar[str] = "reward_model"
+
     folds: int = 0
     """Number of folds of a cross-validation on --data.path, which also runs two baselines; 0 trains a single model."""
     training: Training = dataclasses.field(default_factory=Training)
@@ -136,6 +134,11 @@ def _check_pattern(settings: RewardSettings) -> None:
 
     The names of the parameters depend on the architecture, not on its size, so a tiny model is enough.
     """
+    import jax  # these imports are slow, and --help does not need them
+
+    from rlhf_jax import lm
+    from rlhf_jax.train.optim import partition
+
     training, key = settings.training, jax.random.key(0)
     try:
         if settings.model is None:
@@ -164,7 +167,7 @@ def check(settings: RewardSettings, preset: settings_lib.Settings) -> None:
     _require(folds == 0 or folds >= 2, "folds", folds, "0 or at least 2")
     for allowed, condition in (
         (settings.data.path is not None, "left out without --data.path"),
-        (not mesh_settings.asked_for(settings), "left out with --mesh.*"),
+        (not mesh_settings.is_sharded(settings), "left out with --mesh.*"),
         (settings.model is None, "left out with --model"),
         ((training, pmp) == (Training(), Pretraining()), "left out with --training.* or --pmp.*; it uses --cv.*"),
     ):

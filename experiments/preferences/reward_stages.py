@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from launch import mesh_settings
+from launch import device_mesh
 from launch.settings import SettingError
-from recipe import collection, jobs, stages, tasks
+from recipe import comparison_data, jobs, stages, tasks
 
 from preferences.reward_settings import RewardSettings, Training
 from rlhf_jax import lm, losses, parallel, types
@@ -92,7 +92,7 @@ def _fit(
     validation: types.Comparisons | None = None,
 ) -> types.Params:
     n = len(np.asarray(data.ranks_BK))
-    batch = mesh_settings.rows_down(min(batch, n), job.mesh, "--reward-model.batch")
+    batch = device_mesh.round_rows_down(min(batch, n), job.mesh, "--reward-model.batch")
     steps = max(1, epochs * n // batch)
     key = job.key("reward_model") if stage == "reward_model" else jax.random.fold_in(job.key("reward_model"), 1000)
     order = batching.epoch_batches(0, n=n, batch_size=batch, key=key, steps=steps)
@@ -108,13 +108,13 @@ def _fit(
     )
     validate: dict[str, Any] = {}
     if validation is not None:
-        validate = stages.validated(
+        validate = stages.validation_options(
             job, stage, validation, steps=steps, loss=loss, params_of=lambda state: join(frozen, state.params)
         )
     state = job.fit(
         stage,
         step,
-        job.begin(partial(state_lib.create, tx=job.supervised_tx), trained),
+        job.create_on_mesh(partial(state_lib.create, tx=job.supervised_tx), trained),
         steps,
         batch_at=lambda i: jax.tree.map(lambda x: jnp.asarray(x[order[i]]), data),
         hyper_at=lambda i: stages.hyper(learning_rate * schedules.cosine(i, steps)),
@@ -122,7 +122,7 @@ def _fit(
         frozen=frozen,
         **validate,
     )
-    return job.placed(join(frozen, state.params))
+    return job.put_params(join(frozen, state.params))
 
 
 # ------------------------------------------------------------------------------------- preference-model pretraining
@@ -198,5 +198,5 @@ def _crowd_comparisons(job: jobs.Job, settings: RewardSettings, policy: types.Pa
             settings, seed=settings.seed + 1, world=dataclasses.replace(world, agreement=pmp.agreement)
         ),
     )
-    comparisons, _, _ = collection.collect_comparisons(crowd_job, [policy], stage="crowd")
+    comparisons, _, _ = comparison_data.collect(crowd_job, [policy], stage="crowd")
     return comparisons

@@ -1,1 +1,1 @@
-"""The stages that all experiments share: data, supervised training, reward models, PPO and evaluation."""
+"""InstructGPT's recipe, which most commands share: data, stages, optimisers, sampling and evaluation of one run."""

@@ -1,4 +1,4 @@
-"""What every policy is measured by, on held-out prompts; the numbers of results.json."""
+"""Evaluates policies on held-out prompts; returns the numbers of results.json."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from launch import host_agreement, mesh_settings
+from launch import device_mesh, host_agreement
 
 from recipe import reward_diagnosis
 from recipe.jobs import Job
@@ -17,23 +17,23 @@ from rlhf_jax import diagnostics, lm, parallel, types
 from rlhf_jax.simulation import corpus, labelers
 
 TIE = 1e-5
-"""Gold utilities this close are a tie."""
+"""Largest difference of gold utilities that counts as a tie."""
 POLICIES = ("base", "sft", "sft_mix", "ppo", "ppo_ptx")
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A policy's answers to the held-out prompts and its numbers so far."""
+    """A policy's answers to the held-out prompts and the numbers measured on them."""
 
     answers: Answers
     numbers: dict[str, Any]
 
 
 def evaluate(job: Job, policies: dict[str, types.Params], reward: types.Params) -> dict[str, Any]:
-    """All policies on the same held-out prompts; returns the parts of results.json that concern them."""
+    """Evaluates all policies on the same held-out prompts; returns their entries of results.json."""
     settings, prompts = job.settings.evaluation, job.task.eval_prompts
     job.progress.start("evaluate", len(policies) + 2)
-    probe = _probes(job)
+    probe = _make_probe(job)
     reference = policies["sft_mix"]
     key = job.key("evaluate")
     measured: dict[str, Measured] = {}
@@ -49,8 +49,8 @@ def evaluate(job: Job, policies: dict[str, types.Params], reward: types.Params) 
     results: dict[str, Any] = {"policies": {}, "transcripts": _transcripts(job, measured)}
     for name, each in measured.items():
         n = len(each.answers.lengths_B)  # best-of-n answers fewer prompts
-        against = _head(measured["sft"].answers, n)
-        results["policies"][name] = _wins(job, each.answers, against) | each.numbers
+        baseline = _first(measured["sft"].answers, n)
+        results["policies"][name] = _win_rates(job, each.answers, baseline) | each.numbers
     if job.task.world is not None:
         results["null_check"] = list(
             diagnostics.win_rate(again.gold.total, measured["sft"].answers.gold.total, tie_tolerance=TIE)
@@ -58,11 +58,11 @@ def evaluate(job: Job, policies: dict[str, types.Params], reward: types.Params) 
         results["best_possible_gold"] = 1.0
         for name in measured:
             numbers = results["policies"][name]
-            floor = float(np.mean(_head(measured["sft"].answers, len(measured[name].answers.lengths_B)).gold.total))
+            floor = float(np.mean(_first(measured["sft"].answers, len(measured[name].answers.lengths_B)).gold.total))
             numbers["gap_closed"] = (numbers["gold"] - floor) / (1.0 - floor)
         results["goodhart"] = {
             name: reward_diagnosis.goodhart(
-                _head(measured["sft_mix"].answers, len(each.answers.lengths_B)), each.answers
+                _first(measured["sft_mix"].answers, len(each.answers.lengths_B)), each.answers
             )
             for name, each in measured.items()
             if name not in ("base", "sft", "sft_mix")
@@ -73,41 +73,41 @@ def evaluate(job: Job, policies: dict[str, types.Params], reward: types.Params) 
     return results
 
 
-def _head(answers: Answers, n: int) -> Answers:
+def _first(answers: Answers, n: int) -> Answers:
     return jax.tree.map(lambda x: x[:n], answers)
 
 
 def _numbers(job: Job, answers: Answers) -> dict[str, Any]:
-    """What one policy's answers show by themselves."""
+    """Returns the numbers of one policy's answers that need no baseline."""
     P = job.task.prompt_width
-    said = [row[P:][mask].tolist() for row, mask in zip(answers.tokens_BL, answers.response_mask_BT)]
+    responses = [row[P:][mask].tolist() for row, mask in zip(answers.tokens_BL, answers.response_mask_BT)]
     numbers: dict[str, Any] = {
         "reward": float(np.mean(answers.scores_B)),
         "kl": float(np.mean(answers.kl_B)),
         "length": float(np.mean(answers.lengths_B)),
         "stopped": float(np.mean(answers.stopped_B)),
-        "diversity": float(diagnostics.distinct_n(said, n=2)),
+        "diversity": float(diagnostics.distinct_n(responses, n=2)),
     }
     if answers.unknown_B is not None:
         numbers["unknown_words"] = float(np.mean(answers.unknown_B))
-    judged = answers.gold
-    if judged is not None:
-        stated, harmful = judged.stated > 0, judged.harmful_request
-        categories = np.asarray(job.task.eval_prompts.categories[: len(said)])
+    utility = answers.gold
+    if utility is not None:
+        stated, harmful = utility.stated > 0, utility.harmful_request
+        categories = np.asarray(job.task.eval_prompts.categories[: len(responses)])
         by_category = {
-            str(name): list(diagnostics.mean_interval(judged.total[categories == name]))
+            str(name): list(diagnostics.mean_interval(utility.total[categories == name]))
             for name in dict.fromkeys(categories)
             if (categories == name).sum() > 1
         }
         numbers |= {
-            "gold": float(np.mean(judged.total)),
-            "gold_helpful": float(np.mean(judged.helpful)),
-            "gold_harmless": float(np.mean(judged.harmless)),
+            "gold": float(np.mean(utility.total)),
+            "gold_helpful": float(np.mean(utility.helpful)),
+            "gold_harmless": float(np.mean(utility.harmless)),
             "gold_by_category": by_category,
-            "truthful_rate": _share((judged.false == 0) & stated, stated),
-            "harm_rate": _share(judged.harm, harmful),
-            "refusal_rate": _share(judged.refused & ~harmful, ~harmful),
-            "polite_words": float(np.mean(judged.polite_words)),
+            "truthful_rate": _share((utility.false == 0) & stated, stated),
+            "harm_rate": _share(utility.harm, harmful),
+            "refusal_rate": _share(utility.refused & ~harmful, ~harmful),
+            "polite_words": float(np.mean(utility.polite_words)),
         }
     return numbers
 
@@ -116,35 +116,41 @@ def _share(part: Any, whole: Any) -> float | None:
     return float(part.sum() / whole.sum()) if whole.sum() else None
 
 
-def _wins(job: Job, answers: Answers, against: Answers) -> dict[str, Any]:
-    """Win rates on the same prompts, ties a half: by gold, by the labelers who trained the reward model, by others."""
+def _win_rates(job: Job, answers: Answers, baseline: Answers) -> dict[str, Any]:
+    """Returns win rates on the same prompts, with ties as a half: by gold, by training and by held-out labelers."""
     world = job.task.world
     if world is None:
         return {}
-    outcomes = diagnostics.win_outcomes(answers.gold.total, against.gold.total, tie_tolerance=TIE)
-    ours, theirs = (labelers.features(each.gold) for each in (answers, against))
+    outcomes = diagnostics.win_outcomes(answers.gold.total, baseline.gold.total, tie_tolerance=TIE)
+    features, baseline_features = (labelers.features(each.gold) for each in (answers, baseline))
 
     def by(pool: labelers.Pool) -> list[float]:
-        return list(diagnostics.mean_interval(np.asarray(labelers.preference_share(pool, ours, theirs), np.float64)))
+        return list(
+            diagnostics.mean_interval(
+                np.asarray(labelers.preference_share(pool, features, baseline_features), np.float64)
+            )
+        )
 
     return {
         "gold_win_rate_vs_sft": list(diagnostics.outcome_rate(outcomes)),
-        "length_controlled_win_rate_vs_sft": _at_equal_length(outcomes, answers.lengths_B, against.lengths_B),
+        "length_controlled_win_rate_vs_sft": _length_controlled(outcomes, answers.lengths_B, baseline.lengths_B),
         "labeler_win_rate_vs_sft": by(world.pool),
         "heldout_win_rate_vs_sft": by(world.heldout_pool),
     }
 
 
-def _at_equal_length(outcomes: np.ndarray, lengths_B: np.ndarray, theirs_B: np.ndarray) -> list[float] | None:
-    """The win rate with answers of the other's length; None where every answer is longer by the same factor."""
+def _length_controlled(outcomes: np.ndarray, lengths_B: np.ndarray, baseline_B: np.ndarray) -> list[float] | None:
+    """Returns the length-controlled win rate; None if all answers are longer than the baseline's by the same factor."""
     try:
-        return list(diagnostics.length_controlled_win_rate(outcomes, np.maximum(lengths_B, 1), np.maximum(theirs_B, 1)))
+        return list(
+            diagnostics.length_controlled_win_rate(outcomes, np.maximum(lengths_B, 1), np.maximum(baseline_B, 1))
+        )
     except ValueError:
         return None
 
 
-def _probes(job: Job) -> Any:
-    """What a policy keeps of pretraining: loss on held-out text, and exact answers to skill problems."""
+def _make_probe(job: Job) -> Any:
+    """Returns the function that measures what a policy keeps of pretraining: loss on text, and skill accuracy."""
     task, cfg = job.task, job.cfg
 
     def nll(params: Any, tokens_BL: Any, mask_BL: Any) -> jax.Array:
@@ -155,8 +161,8 @@ def _probes(job: Job) -> Any:
         return (right_BL | ~loss_mask_BL).all(axis=1)
 
     held_BL = task.pretraining_held_out_BL
-    text = mesh_settings.spread(job.mesh, held_BL, np.ones(held_BL.shape, bool))
-    skill_rows = () if task.world is None else mesh_settings.spread(job.mesh, *task.world.skill_rows)
+    text = device_mesh.put_rows(job.mesh, held_BL, np.ones(held_BL.shape, bool))
+    skill_rows = () if task.world is None else device_mesh.put_rows(job.mesh, *task.world.skill_rows)
     loss, right = (
         parallel.JitStep(each, donate_argnums=(), mesh=job.mesh, batch_args=(), replicated_args=())
         for each in (nll, solved)
@@ -165,7 +171,7 @@ def _probes(job: Job) -> Any:
     def probe(params: types.Params) -> dict[str, Any]:
         numbers: dict[str, Any] = {"pretraining_loss": float(loss(params, *text))}
         if task.world is not None:
-            right_B = host_agreement.on_host(right(params, *skill_rows))
+            right_B = host_agreement.to_numpy(right(params, *skill_rows))
             numbers["skill_accuracy"] = float(right_B.mean())
             numbers["skills"] = {s: float(right_B[i :: len(corpus.SKILLS)].mean()) for i, s in enumerate(corpus.SKILLS)}
         return numbers
@@ -174,7 +180,7 @@ def _probes(job: Job) -> Any:
 
 
 def _best_of_n(job: Job, policy: types.Params, reward: types.Params, rng: jax.Array) -> tuple[Measured, list[dict]]:
-    """The best of n samples by the reward model: a reference line that trains nothing."""
+    """Returns best-of-n by the reward model, a baseline without training, and its curve over n."""
     settings = job.settings.evaluation
     n, N = settings.best_of, min(settings.best_of_prompts, len(job.task.eval_prompts))
     prompts = job.task.eval_prompts.take(N)
@@ -199,7 +205,7 @@ def _best_of_n(job: Job, policy: types.Params, reward: types.Params, rng: jax.Ar
 
 
 def _transcripts(job: Job, measured: dict[str, Measured]) -> list[dict[str, Any]]:
-    """Answers side by side to a dozen prompts, the categories in turn; chosen before any answer was seen."""
+    """Returns the policies' answers to a few prompts, taken from the categories in turn without regard to answers."""
     prompts = job.task.eval_prompts
     seen: dict[str, int] = {}
     turn = [seen.setdefault(c, 0) or 0 for c in prompts.categories]

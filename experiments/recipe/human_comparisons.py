@@ -1,4 +1,4 @@
-"""A file of human comparisons: reading it, what in it belongs together, and the tokenizer that is made for it."""
+"""Reads a file of human comparisons, groups it by conversation and trains a tokenizer on it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from launch.settings import Data
 
 from rlhf_jax.data import chat, dialogues, errors, readers, records, tokenizers
 
-_SPEAKERS = (dialogues.USER, dialogues.ASSISTANT)
+_ROLES = (dialogues.USER, dialogues.ASSISTANT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,73 +23,74 @@ class Pair:
 
 
 def read(data: Data, counts: errors.DropCount) -> list[records.Ranking]:
-    """The rankings and pairs of ``data.path``, in any form and from any kind of file that `readers` knows.
+    """Returns the rankings and pairs of ``data.path``, in any form and file format that `readers` supports.
 
-    Raises DataError for a file that cannot be used, one without a record that can be included.
+    Raises DataError if the file cannot be read or has no usable record.
     """
     assert data.path is not None
-    found, _ = readers.read_rankings(data.path, counts=counts)
-    if not found:
-        raise errors.DataError(f"{data.path}: no record is left to learn from ({counts.report()})")
-    return found
+    rankings, _ = readers.read_rankings(data.path, counts=counts)
+    if not rankings:
+        raise errors.DataError(f"{data.path} has no usable record ({counts.report()})")
+    return rankings
 
 
-def pairs(found: Iterable[records.Ranking]) -> list[Pair]:
-    """Every two answers of a prompt that differ in rank, the better first, in the order of the records."""
+def pairs(rankings: Iterable[records.Ranking]) -> list[Pair]:
+    """Returns all pairs of answers to a prompt that differ in rank, the better answer first."""
     return [
         Pair(each.prompt, better, worse)
-        for each in found
+        for each in rankings
         for i, better in enumerate(each.responses)
         for j, worse in enumerate(each.responses)
         if each.ranks[i] < each.ranks[j]
     ]
 
 
-def only_two_speak(found: Sequence[records.Ranking]) -> None:
-    """Raise DataError for a turn that the chat format made for a file does not have, such as the system's."""
-    for each in found:
+def check_roles(rankings: Sequence[records.Ranking]) -> None:
+    """Raises DataError for a turn, such as a system turn, that is neither the user's nor the assistant's."""
+    for each in rankings:
         for turn in each.prompt:
-            if turn.role not in _SPEAKERS:
+            if turn.role not in _ROLES:
                 raise errors.DataError(
-                    f"{each.location}: a turn has the role {turn.role!r}; --folds trains a tokenizer of its own, whose "
-                    "chat format has a user and an assistant"
+                    f"{each.location}: a turn has the role {turn.role!r}, but the chat format of --folds has only "
+                    "user and assistant turns; remove such records"
                 )
 
 
-def conversations(found: Sequence[records.Ranking | Pair]) -> np.ndarray:
-    """A number from 0 for each comparison, one for all that open with the same human turn.
+def conversation_ids(comparisons: Sequence[records.Ranking | Pair]) -> np.ndarray:
+    """Returns a conversation id, from 0, for each comparison: equal for those with the same first user turn.
 
-    Files hold several turns of one conversation as comparisons of their own, the earlier within the prompts of the
-    later: to be held out they have to go together. System turns, which many conversations share, do not count.
+    Files contain several turns of a conversation as separate comparisons, the earlier ones within the prompts of the
+    later ones, so they must be held out together. System turns do not count, since many conversations share them.
     """
-    numbers: dict[str, int] = {}
-    return np.array([numbers.setdefault(_opening(each.prompt), len(numbers)) for each in found])
+    ids: dict[str, int] = {}
+    return np.array([ids.setdefault(_first_user_turn(each.prompt), len(ids)) for each in comparisons])
 
 
-def _opening(prompt: tuple[dialogues.Turn, ...]) -> str:
+def _first_user_turn(prompt: tuple[dialogues.Turn, ...]) -> str:
     return next((turn.text for turn in prompt if turn.role == dialogues.USER), prompt[0].text)
 
 
-def trained_format(found: Iterable[records.Ranking], vocab_size: int) -> chat.ChatFormat:
-    """The chat format of a tokenizer made for the file, from its training dialogues.
+def train_chat_format(rankings: Iterable[records.Ranking], vocab_size: int) -> chat.ChatFormat:
+    """Trains a tokenizer on the training dialogues of a file and returns its chat format.
 
-    It has a user and an assistant; what others say in prompts is left out, as those prompts will be.
+    The format has a user and an assistant. Turns of other roles are left out; prompts with such turns are dropped
+    later.
     """
     texts = [
-        dialogues.format_dialogue((*(turn for turn in each.prompt if turn.role in _SPEAKERS), _answer(text)))
-        for each in found
+        dialogues.format_dialogue((*(turn for turn in each.prompt if turn.role in _ROLES), _answer(text)))
+        for each in rankings
         for text in each.responses
     ]
     return chat.chat_format(tokenizers.train_bpe(texts, vocab_size=vocab_size))
 
 
-def whole_dialogues(fmt: chat.ChatFormat, found: Iterable[records.Ranking], *, end: int) -> list[list[int]]:
-    """Prompts with their best answers; ``end``, the token that ends a document, is left to the packing."""
-    whole = []
-    for each in found:
+def encode_dialogues(fmt: chat.ChatFormat, rankings: Iterable[records.Ranking], *, end: int) -> list[list[int]]:
+    """Returns token ids of prompts with their best answers, without a final ``end`` token, which packing adds."""
+    encoded = []
+    for each in rankings:
         ids, _ = chat.encode_dialogue(fmt, (*each.prompt, _answer(each.responses[0])))
-        whole.append(ids[:-1] if ids[-1] == end else ids)
-    return whole
+        encoded.append(ids[:-1] if ids[-1] == end else ids)
+    return encoded
 
 
 def _answer(text: str) -> dialogues.Turn:

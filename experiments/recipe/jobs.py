@@ -1,4 +1,4 @@
-"""What every stage of a run needs, and the models as reinforcement learning calls them."""
+"""The job of a run: settings, data, model, compiled steps and checkpoints, which every stage takes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from launch import initial_model as start_lib
+from launch import initial_model
 from launch.settings import Settings
 
-from recipe import muon, policy_sampling, rl_methods, tasks
+from recipe import optimiser_choice, policy_sampling, rl_methods, tasks
 from rlhf_jax import checkpoint, generation, lm, parallel, types
 from rlhf_jax.checkpoint import manifest
 from rlhf_jax.distributed import hosts
@@ -24,22 +24,22 @@ from rlhf_jax.simulation import gold
 from rlhf_jax.train import loop, ppo, reward_model, sft
 
 STAGES = ("pretrain", "sft", "sft_mix", "comparisons", "reward_model", "ppo", "ppo_ptx", "evaluate")
-STAGES += ("heldout_reward_model",)  # last: the place is the random key
+STAGES += ("heldout_reward_model",)  # the index of a stage sets its random key, so new stages go last
 
 Params = types.Params
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What every stage needs: built once, so that each step compiles once."""
+    """What every stage needs; it is built once, so that each step compiles once."""
 
     settings: Settings
     task: tasks.Task
     cfg: lm.LMConfig
     spec: generation.Sampling
-    """Of an answer that is not cut off in any way."""
+    """Sampling without truncation."""
     base: Params | None
-    """The model that the run was given, if it was."""
+    """Parameters of --model; None without it."""
     checkpoints: Callable[[str], checkpoint.Checkpoints]
     log: Any
     progress: Any
@@ -47,39 +47,41 @@ class Job:
     supervised_step: parallel.JitStep
     reward_step: parallel.JitStep
     supervised_tx: optax.GradientTransformation
+    """Optimiser of pretraining, SFT and reward models."""
     ppo_tx: optax.GradientTransformation
+    """Optimiser of RL."""
     mesh: jax.sharding.Mesh | None = None
-    """Where the run is spread; None on one device."""
+    """The mesh of the run; None on one device."""
     note: Callable[[str, str], None] = lambda stage, text: print(f"{stage}: {text}", file=sys.stderr)
-    """``note(stage, text)`` of what a user should know."""
+    """``note(stage, text)`` prints and saves an incident."""
 
     def key(self, stage: str) -> jax.Array:
-        """The random key of a stage; ``ppo-more`` has that of ``ppo``."""
+        """Returns the random key of a stage; ``ppo-more`` has that of ``ppo``."""
         return jax.random.fold_in(jax.random.key(self.settings.seed), 100 + STAGES.index(stage.partition("-")[0]))
 
     @functools.cached_property
     def ppo_step(self) -> parallel.JitStep:
-        """An iteration of reinforcement learning by the method of the settings."""
-        made = ppo.make_train_step(self.rollouts(), **rl_methods.composed(self.settings.ppo))
-        return parallel.jit_step(made, mesh=self.mesh)
+        """One iteration of RL by the method of the settings."""
+        train_step = ppo.make_train_step(self.rl_models(), **rl_methods.train_step_options(self.settings.ppo))
+        return parallel.jit_step(train_step, mesh=self.mesh)
 
-    def begin(self, make: Callable[..., Any], *args: Any) -> Any:
-        """``make(*args)``: a state, or parameters; on a mesh born spread out, as `parallel.RULES` say."""
+    def create_on_mesh(self, make: Callable[..., Any], *args: Any) -> Any:
+        """Returns the train state or parameters ``make(*args)``, created sharded by `parallel.RULES` on a mesh."""
         if self.mesh is None:
             return make(*args)
-        args = tuple(self.placed(each) for each in args)
-        where = parallel.shardings(jax.eval_shape(make, *args), self.mesh, self.axes)
+        args = tuple(self.put_params(each) for each in args)
+        sharding = parallel.shardings(jax.eval_shape(make, *args), self.mesh, self.axes)
         with jax.set_mesh(self.mesh):
-            return jax.jit(make, out_shardings=where)(*args)
+            return jax.jit(make, out_shardings=sharding)(*args)
 
-    def placed(self, params: Params) -> Params:
-        """Parameters that are there already, spread out likewise."""
+    def put_params(self, params: Params) -> Params:
+        """Returns existing parameters sharded over the mesh."""
         if self.mesh is None:
             return params
         return parallel.shard(params, parallel.shardings(params, self.mesh, self.axes))
 
-    def everywhere(self, x: np.ndarray) -> jax.Array:
-        """An array of the host, whole on every device."""
+    def replicate(self, x: np.ndarray) -> jax.Array:
+        """Returns a host array replicated on every device."""
         return jnp.asarray(x) if self.mesh is None else parallel.replicate(x, self.mesh)
 
     @property
@@ -87,16 +89,15 @@ class Job:
         """The logical axes of the model and of a head."""
         return lm.logical_axes(self.cfg, head=True)
 
-    def rollouts(self, *, axis_name: str | None = None) -> ppo.Models:
-        """The models as reinforcement learning calls them."""
+    def rl_models(self, *, axis_name: str | None = None) -> ppo.Models:
+        """Returns the functions of policy, critic and reward model that RL calls."""
         settings, task = self.settings.ppo, self.task
-        # What PPO writes while it runs is what its compiled step can see: ids, which gold reads only where they are
-        # words.
+        # The compiled step can compute the gold utility only if token ids are the built-in world's words.
         models = ppo_models(
             self.cfg,
-            _drawn(self.spec, self.settings),
+            _rollout_sampling(self.spec, self.settings),
             prompt_width=task.prompt_width,
-            tables=task.world.tables if task.world and task.speaks_world else None,
+            tables=task.world.tables if task.world and task.in_world_words else None,
             samples=settings.samples,
             critic=rl_methods.has_critic(settings),
             axis_name=axis_name,
@@ -104,7 +105,7 @@ class Job:
         return models._replace(join=ppo.shared_trunk) if settings.critic == "zero-head" else models
 
     def new_policy(self, start: Params, reward: Params) -> ppo.PPOState:
-        """What reinforcement learning begins with: the SFT model, and a critic where the method has one."""
+        """Returns the initial state of RL: the SFT model ``start``, and a critic if the method has one."""
         settings = self.settings.ppo
         critic = self._new_critic(start, reward) if rl_methods.has_critic(settings) else None
         reference = None if settings.reference_ema is None else start
@@ -112,35 +113,44 @@ class Job:
         def make(start: Params, critic: Params | None, reference: Params | None) -> ppo.PPOState:
             return ppo.create(start, critic, self.ppo_tx, reference=reference)
 
-        return self.begin(make, start, critic, reference)
+        return self.create_on_mesh(make, start, critic, reference)
 
     def _new_critic(self, start: Params, reward: Params) -> Params:
-        """The reward model (InstructGPT C.4), the SFT model with a new head, or a head of zeros alone (Ziegler)."""
-        how, key = self.settings.ppo.critic, jax.random.fold_in(self.key("reward_model"), 3)
-        if how == "reward":
+        """Returns the reward model (InstructGPT C.4), the SFT model with a new head, or a zero head (Ziegler)."""
+        source, key = self.settings.ppo.critic, jax.random.fold_in(self.key("reward_model"), 3)
+        if source == "reward":
             return reward
-        made = lm.with_head(key, start, self.cfg, zero=how == "zero-head")
-        return {"head": made["head"]} if how == "zero-head" else made
+        critic = lm.with_head(key, start, self.cfg, zero=source == "zero-head")
+        return {"head": critic["head"]} if source == "zero-head" else critic
 
     def programs(self) -> dict[str, int]:
-        """How often each of the large programs was traced, which is how often it was compiled.
+        """Returns how often each large program was traced, and so compiled.
 
-        A program that only stages of an earlier process called counts once, so that a resumed run has the same facts.
+        A program counts at least once even if only an earlier process called it, so that a resumed run has the same
+        results.
         """
         steps = {"supervised": self.supervised_step, "reward_model": self.reward_step, "ppo": self.ppo_step}
         return {name: max(step.traces, 1) for name, step in steps.items()} | {"sampling": self.sampler.traces}
 
     def fit(
-        self, stage: str, train_step: parallel.JitStep, state: Any, steps: int, *, batch_at: Any, **how: Any
+        self, stage: str, train_step: parallel.JitStep, state: Any, steps: int, *, batch_at: Any, **options: Any
     ) -> Any:
-        """Run one stage's loop with the run's log, the stage's key (or others), progress and checkpoints.
+        """Trains one stage with progress and checkpoints and returns its final state.
 
-        ``batch_at`` gives whole batches, of which each host takes its own rows: NumPy arrays, so that nothing has to
-        come back from a device that is busy.
+        Args:
+            stage: The stage's name in logs, checkpoints and progress.
+            train_step: The compiled step.
+            state: The initial train state; the last checkpoint replaces it.
+            steps: Number of steps.
+            batch_at: Returns the batch of a step, as NumPy arrays, for all hosts; each host takes its own rows.
+            **options: Further arguments of `loop.fit`. ``log`` defaults to the run's log, ``rng`` to the stage's key.
+
+        Returns:
+            The train state after the last step.
         """
         mesh = self.mesh
-        how = {"log": self.log} | ({} if "rng" in how else {"rng": self.key(stage)}) | how
-        how |= self.guarded(stage, steps, batch_at)
+        options = {"log": self.log} | ({} if "rng" in options else {"rng": self.key(stage)}) | options
+        options |= self.loop_checks(stage, steps, batch_at)
         self.progress.start(stage, steps)
         with self.checkpoints(stage) as checkpoints:
             state = loop.fit(
@@ -153,40 +163,44 @@ class Job:
                 progress=self.progress.update,
                 batch_at=batch_at if mesh is None else lambda i: parallel.local_rows(batch_at(i), mesh),
                 should_stop=hosts.current().stop_agreement(),
-                **how,
+                **options,
             )
         self.progress.finish(stage)
         return state
 
-    def guarded(self, stage: str, steps: int, batch_at: Callable[[int], Any]) -> dict[str, Any]:
-        """What `loop.fit` of a stage is to know of skipped steps, and of the data that the stage is trained on.
+    def loop_checks(self, stage: str, steps: int, batch_at: Callable[[int], Any]) -> dict[str, Any]:
+        """Returns the arguments of `loop.fit` for skipped steps and for the fingerprint of the stage's data.
 
-        The data's fingerprint is its first and its last batch and the number of steps: other data, another order or
-        another batch size is refused where a run goes on. Hosts hold rows of their own, and have none.
+        The fingerprint is the number of steps and the first and last batch: a resumed run with other data, another
+        order or another batch size is refused. Several hosts have no fingerprint, since each holds its own rows.
         """
-        data: Any = [steps]
+        fingerprint: Any = [steps]
         if jax.process_count() == 1 and steps > 0:
-            data += [manifest.digest_tree(batch_at(i)) for i in (0, steps - 1)]
-        return {"max_skipped": self.settings.max_skipped, "warn": partial(self.note, stage), "fingerprint": data}
+            fingerprint += [manifest.digest_tree(batch_at(i)) for i in (0, steps - 1)]
+        return {
+            "max_skipped": self.settings.max_skipped,
+            "warn": partial(self.note, stage),
+            "fingerprint": fingerprint,
+        }
 
 
 def make_job(
     settings: Settings,
     task: tasks.Task,
     *,
-    start: start_lib.Start | None,
+    model: initial_model.InitialModel | None,
     checkpoints: Any,
     log: Any,
     progress: Any,
     mesh: jax.sharding.Mesh | None = None,
     note: Callable[[str, str], None] | None = None,
 ) -> Job:
-    """Configure the model and build every compiled step; nothing is compiled before it is first called."""
-    cfg = model_of(settings, task, start)
+    """Returns the job of a run: configures the model and builds every step. Each compiles when it is first called."""
+    cfg = model_config(settings, task, model)
     spec = generation.Sampling(max_new_tokens=task.response_width, stop_ids=task.fmt.stop_ids, pad_id=task.fmt.pad_id)
     models = ppo_models(cfg, spec, prompt_width=task.prompt_width)
     if not settings.ppo.correct_sampler:
-        generation.check_on_policy(_drawn(spec, settings))
+        generation.check_on_policy(_rollout_sampling(spec, settings))
     token_logprobs = partial(lm.token_logprobs, cfg=cfg)
     job = Job(
         settings=settings,
@@ -196,26 +210,27 @@ def make_job(
         checkpoints=checkpoints,
         log=log,
         progress=progress,
-        base=None if start is None else start.params,
+        base=None if model is None else model.params,
         sampler=policy_sampling.Sampler(models, task=task, mesh=mesh),
         supervised_step=parallel.jit_step(sft.make_train_step(token_logprobs), mesh=mesh),
         reward_step=parallel.jit_step(reward_model.make_train_step(partial(lm.score, cfg=cfg)), mesh=mesh),
-        supervised_tx=muon.muon(),
-        ppo_tx=rl_methods.optimiser(settings.ppo),
+        # To change an optimiser, edit recipe/optimiser_choice.py.
+        supervised_tx=optimiser_choice.supervised(),
+        ppo_tx=optimiser_choice.ppo(settings.ppo),
         mesh=mesh,
         **({} if note is None else {"note": note}),
     )
-    return job if job.base is None else dataclasses.replace(job, base=job.placed(job.base))
+    return job if job.base is None else dataclasses.replace(job, base=job.put_params(job.base))
 
 
-def _drawn(spec: generation.Sampling, settings: Settings) -> generation.Sampling:
+def _rollout_sampling(spec: generation.Sampling, settings: Settings) -> generation.Sampling:
     return dataclasses.replace(spec, top_k=settings.ppo.top_k, top_p=settings.ppo.top_p)
 
 
-def model_of(settings: Settings, task: tasks.Task, start: start_lib.Start | None) -> lm.LMConfig:
-    """The architecture: that of the model a run starts from, or a new one."""
-    if start is not None:
-        return start.cfg
+def model_config(settings: Settings, task: tasks.Task, model: initial_model.InitialModel | None) -> lm.LMConfig:
+    """Returns the architecture of --model, or that of a new model of size --net."""
+    if model is not None:
+        return model.cfg
     return lm.LMConfig(
         vocab_size=len(task.tokenizer),
         n_layers=settings.net.layers,
@@ -237,15 +252,25 @@ def ppo_models(
     critic: bool = True,
     axis_name: str | None = None,
 ) -> ppo.Models:
-    """This library's language model as the functions that PPO calls; gold is watched where there is any.
+    """Returns the functions that PPO calls, for this library's language model.
 
-    ``samples`` are the answers to each prompt; ``axis_name`` is that of a ``jax.vmap`` over the whole step.
+    Args:
+        cfg: The architecture of all models.
+        spec: How answers are sampled.
+        prompt_width: Tokens of a prompt.
+        tables: Tables of the gold utility, which is logged if they are given.
+        samples: Answers to each prompt.
+        critic: Whether the method has a critic.
+        axis_name: Name of the axis of a ``jax.vmap`` over the whole step.
+
+    Returns:
+        The functions.
     """
 
     def generate(params: Params, rng_B: jax.Array, prompts_BP: Any, mask_BP: Any, temperature: Any) -> types.Rollout:
-        how = spec.replace(temperature=temperature)  # type: ignore[attr-defined]
+        sampling = spec.replace(temperature=temperature)  # type: ignore[attr-defined]
         return generation.generate(
-            params, rng_B, prompts_BP, mask_BP, cfg=cfg, sampling=how, n=samples, axis_name=axis_name
+            params, rng_B, prompts_BP, mask_BP, cfg=cfg, sampling=sampling, n=samples, axis_name=axis_name
         )
 
     def logprobs(params: Params, tokens_BL: Any, mask_BL: Any, temperature: Any) -> Any:
@@ -259,12 +284,12 @@ def ppo_models(
     def score(params: Params, rollout: types.Rollout) -> jax.Array:
         return lm.score(params, rollout.tokens_BL, cfg=cfg, mask_BL=rollout.mask_BL)
 
-    watch = None if tables is None else partial(_watch_gold, tables, prompt_width=prompt_width)
+    watch = None if tables is None else partial(_gold_utility, tables, prompt_width=prompt_width)
     token_logprobs = partial(lm.token_logprobs, cfg=cfg)
     return ppo.Models(generate, logprobs, values if critic else None, score, token_logprobs, watch)
 
 
-def _watch_gold(tables: gold.Tables, rollout: types.Rollout, *, prompt_width: int) -> dict[str, jax.Array]:
-    judge = jax.vmap(gold.utility, in_axes=(None, 0, 0, 0))
+def _gold_utility(tables: gold.Tables, rollout: types.Rollout, *, prompt_width: int) -> dict[str, jax.Array]:
+    utility = jax.vmap(gold.utility, in_axes=(None, 0, 0, 0))
     prompts_BP, answers_BT = rollout.tokens_BL[:, :prompt_width], rollout.tokens_BL[:, prompt_width:]
-    return {"gold": judge(tables, prompts_BP, answers_BT, rollout.response_mask_BT).total}
+    return {"gold": utility(tables, prompts_BP, answers_BT, rollout.response_mask_BT).total}

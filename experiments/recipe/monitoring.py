@@ -1,4 +1,4 @@
-"""Alarms of reward models and of reinforcement learning: told when they are raised, and kept for the results."""
+"""Alarms of reward models and RL: printed when they are raised, and read back from the log for the results."""
 
 from __future__ import annotations
 
@@ -10,35 +10,46 @@ from typing import Any
 from launch.settings import Settings
 
 from rlhf_jax import metrics
-from rlhf_jax.train import loop
-from rlhf_jax.train import monitor as watch_lib
+from rlhf_jax.train import loop, monitor
 
 STAGES = ("reward_model", "heldout_reward_model", "ppo", "ppo_ptx")
 
 
-def watched(log: metrics.MetricLog, stage: str, settings: Settings, tell: Callable[[str], None]) -> watch_lib.Watch:
-    """The run's log of a stage, with alarms that are told, and that stop the run where that was asked for."""
-    # Where rollouts are cut off on purpose, the sampler is meant to differ from the policy.
+def watch_stage(
+    log: metrics.MetricLog, stage: str, settings: Settings, print_alarm: Callable[[str], None]
+) -> monitor.Watch:
+    """Returns the log of a stage with alarms, which stop the run with --on-alarm stop.
+
+    Args:
+        log: The run's log, whose rows of the stage so far count too.
+        stage: The stage's name.
+        settings: The settings of the run.
+        print_alarm: Called with the text of every new alarm.
+
+    Returns:
+        A ``log`` for `loop.fit`.
+    """
+    # With truncated rollouts the sampler differs from the policy on purpose.
     thresholds = {"max_gap": math.inf} if settings.ppo.correct_sampler else {}
-    return watch_lib.Watch(
+    return monitor.Watch(
         loop.StageLog(log, stage),
-        warn=tell,
+        warn=print_alarm,
         stop=settings.on_alarm == "stop",
         rows=log.rows(stage),
         **thresholds,
     )
 
 
-def raised(log: metrics.MetricLog, settings: Settings) -> list[dict[str, Any]]:
-    """Every alarm of the run as results.json holds it; read from the rows, so that a resumed run has them all."""
+def raised_alarms(log: metrics.MetricLog, settings: Settings) -> list[dict[str, Any]]:
+    """Returns every alarm of the run, in the form of results.json; a resumed run includes those before it stopped."""
     return [
         {"stage": stage, "step": alarm.step, "name": alarm.name, "message": alarm.message}
         for stage in STAGES
-        for alarm in watched(log, stage, settings, lambda text: None).alarms
+        for alarm in watch_stage(log, stage, settings, lambda text: None).alarms
     ]
 
 
 def ptx_coef(log: metrics.MetricLog) -> dict[str, float]:
-    """PPO-ptx's coefficient in both normalisations (`train.ptx.coefficients`), as means over the run."""
+    """Returns PPO-ptx's coefficient in both normalisations (`train.ptx.coefficients`), averaged over the run."""
     rows = log.rows("ppo_ptx")
     return {name: statistics.fmean(row[f"ptx_coef_{name}"] for row in rows) for name in ("per_token", "per_sequence")}

@@ -1,4 +1,4 @@
-"""Answers of a policy with everything that is known about them, from one compiled program for all policies and uses."""
+"""Samples answers of a policy and scores them, with one compiled program for all policies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from launch import host_agreement, mesh_settings
+from launch import device_mesh, host_agreement
 
 from recipe import tasks, world_words
 from rlhf_jax import kl, parallel, types
@@ -18,12 +18,12 @@ from rlhf_jax.simulation import gold
 from rlhf_jax.train import ppo
 
 CHUNK, LONG_CHUNK = 512, 128
-"""Prompts a call, in the words of the built-in world and in longer rows: one shape, so one program."""
+"""Prompts per call, in the built-in world's words and in longer rows; one shape needs one compiled program."""
 
 
 @struct.dataclass
 class Answers:
-    """What was answered, on the host; N answers."""
+    """Sampled answers as NumPy arrays on the host."""
 
     tokens_BL: np.ndarray
     mask_BL: np.ndarray
@@ -32,27 +32,27 @@ class Answers:
     stopped_B: np.ndarray
     scores_B: np.ndarray
     kl_B: np.ndarray
-    """Log-ratio of policy and reference, summed over the answer, in nats; 0 where there was no reference."""
+    """Log-ratio of policy and reference, summed over the answer, in nats; 0 without a reference."""
     gold: gold.Utility
-    """Judgement by the gold utility; None where there is no gold."""
+    """Gold utility; None without the built-in world."""
     unknown_B: np.ndarray | None = None
-    """Share of words that the built-in world does not know, where answers had to be read as text."""
+    """Share of words outside the built-in world's vocabulary; None if token ids are the world's words."""
 
 
 class Sampler:
-    """Samples, scores and judges in chunks of fixed shape."""
+    """Samples, scores and evaluates answers in chunks of fixed shape."""
 
     def __init__(self, models: ppo.Models, *, task: tasks.Task, mesh: jax.sharding.Mesh | None = None) -> None:
-        """Build the programs; nothing is compiled yet."""
+        """Builds the programs; each compiles when it is first called."""
         self._task, self._mesh = task, mesh
-        self._chunk = mesh_settings.rows_up(CHUNK if task.speaks_world else LONG_CHUNK, mesh)
+        self._chunk = device_mesh.round_rows_up(CHUNK if task.in_world_words else LONG_CHUNK, mesh)
 
         def run(policy: Any, reference: Any, reward: Any, prompts_BP: Any, mask_BP: Any, rng_B: Any) -> Any:
             rollout = models.generate(policy, rng_B, prompts_BP, mask_BP, 1.0)
             kl_B = scores_B = jnp.zeros(prompts_BP.shape[0])
             if reference is not None:
-                theirs_BT, _ = models.logprobs(reference, rollout.tokens_BL, rollout.mask_BL, 1.0)
-                kl_B = jnp.where(rollout.response_mask_BT, kl.k1(rollout.logprobs_BT, theirs_BT), 0.0).sum(axis=1)
+                reference_BT, _ = models.logprobs(reference, rollout.tokens_BL, rollout.mask_BL, 1.0)
+                kl_B = jnp.where(rollout.response_mask_BT, kl.k1(rollout.logprobs_BT, reference_BT), 0.0).sum(axis=1)
             if reward is not None:
                 scores_B = models.score(reward, rollout)
             return rollout, scores_B, kl_B
@@ -65,25 +65,33 @@ class Sampler:
         self._score = compiled(score, batch_args=(1, 2))
 
     def compile_ahead(self, executor: concurrent.futures.Executor, policy: Any, reward: Any) -> None:
-        """Compile in a thread of ``executor`` for parameters of these shapes, in the order in which a run samples."""
+        """Compiles in a thread of ``executor`` for parameters of these shapes, in the order in which a run samples."""
         task, chunk = self._task, self._chunk
         ints, bools = (partial(jax.ShapeDtypeStruct, dtype=dtype) for dtype in (jnp.int32, jnp.bool_))
-        asked = ints((chunk, task.prompt_width)), bools((chunk, task.prompt_width))
+        prompts = ints((chunk, task.prompt_width)), bools((chunk, task.prompt_width))
         rng_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), chunk))
         if task.comparisons is None:
-            self._run.compile_ahead(executor, policy, None, None, *asked, rng_B)
-        self._measure.compile_ahead(executor, policy, policy, reward, *asked, rng_B)
+            self._run.compile_ahead(executor, policy, None, None, *prompts, rng_B)
+        self._measure.compile_ahead(executor, policy, policy, reward, *prompts, rng_B)
         self._score.compile_ahead(executor, reward, ints((chunk, task.row_width)), bools((chunk, task.row_width)))
 
     @property
     def traces(self) -> int:
-        """How many programs were traced for sampling and scoring."""
+        """Returns how many programs were traced for sampling and scoring."""
         return self._run.traces + self._measure.traces + self._score.traces
 
     def __call__(self, policy: Any, reference: Any, reward: Any, prompts: tasks.PromptSet, rng: jax.Array) -> Answers:
-        """One answer to each prompt; ``rng`` is consumed. Row i's sample depends on its own prompt and i alone.
+        """Returns one answer to each prompt. Row i's sample depends only on its own prompt, on ``rng`` and on i.
 
-        Without a ``reference`` or a ``reward`` (None), there is no KL and no score, and neither costs anything.
+        Args:
+            policy: Parameters of the policy.
+            reference: Parameters of the KL reference; None skips the KL.
+            reward: Parameters of the reward model; None skips the scores.
+            prompts: The prompts.
+            rng: A random key, which is consumed.
+
+        Returns:
+            The answers, with KL, scores and gold utility.
         """
         n, chunk = len(prompts), self._chunk
         rng_B = jax.random.split(rng, -(-n // chunk) * chunk)
@@ -91,11 +99,11 @@ class Sampler:
         parts = []
         for start in range(0, n, chunk):
             rows = np.minimum(np.arange(start, start + chunk), n - 1)  # the last prompt fills the last chunk
-            asked = prompts.tokens_BP[rows], prompts.mask_BP[rows], rng_B[start : start + chunk]
-            parts.append(run(policy, reference, reward, *self._own(asked)))
-        # Read when all are on their way: the device goes from one to the next without waiting for the host.
-        rollout, scores_B, kl_B = jax.tree.map(lambda *x: np.concatenate(x)[:n], *host_agreement.on_host(parts))
-        judged, unknown_B = self._judged(prompts, rollout)
+            inputs = prompts.tokens_BP[rows], prompts.mask_BP[rows], rng_B[start : start + chunk]
+            parts.append(run(policy, reference, reward, *self._own_rows(inputs)))
+        # The results are fetched after all calls are dispatched, so that the device does not wait for the host.
+        rollout, scores_B, kl_B = jax.tree.map(lambda *x: np.concatenate(x)[:n], *host_agreement.to_numpy(parts))
+        utility, unknown_B = self._evaluate(prompts, rollout)
         return Answers(
             tokens_BL=rollout.tokens_BL,
             mask_BL=rollout.mask_BL,
@@ -104,30 +112,34 @@ class Sampler:
             stopped_B=rollout.finish_B == 1,
             scores_B=scores_B,
             kl_B=kl_B,
-            gold=judged,
+            gold=utility,
             unknown_B=unknown_B,
         )
 
-    def _own(self, rows: Any) -> Any:
+    def _own_rows(self, rows: Any) -> Any:
         return rows if self._mesh is None else parallel.local_rows(rows, self._mesh)
 
-    def _judged(self, prompts: tasks.PromptSet, rollout: types.Rollout) -> tuple[Any, np.ndarray | None]:
-        """Gold judgement where there is gold; the share of unknown words where answers are read as text for it."""
+    def _evaluate(self, prompts: tasks.PromptSet, rollout: types.Rollout) -> tuple[Any, np.ndarray | None]:
+        """Returns the gold utility, and the share of unknown words if answers are decoded to compute it."""
         task = self._task
         if task.world is None or prompts.words_BP is None:
             return None, None
         tokens_BT = np.asarray(rollout.tokens_BL)[:, task.prompt_width :]
         mask_BT = np.asarray(rollout.response_mask_BT)
-        if task.speaks_world:
-            return world_words.judge(task.world.tables, prompts.words_BP, tokens_BT, mask_BT), None
+        if task.in_world_words:
+            return world_words.gold_utility(task.world.tables, prompts.words_BP, tokens_BT, mask_BT), None
         read = world_words.read(task.fmt, tokens_BT, mask_BT)
-        return world_words.judge(task.world.tables, prompts.words_BP, read.words_BT, read.mask_BT), read.unknown_B
+        return world_words.gold_utility(
+            task.world.tables, prompts.words_BP, read.words_BT, read.mask_BT
+        ), read.unknown_B
 
     def score(self, reward: Any, tokens_BL: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
-        """Reward-model scores of given rows."""
+        """Returns the reward model's scores of rows of tokens."""
         n, chunk = len(tokens_BL), self._chunk
         parts = []
         for start in range(0, n, chunk):
             rows = np.minimum(np.arange(start, start + chunk), n - 1)
-            parts.append(host_agreement.on_host(self._score(reward, *self._own((tokens_BL[rows], mask_BL[rows])))))
+            parts.append(
+                host_agreement.to_numpy(self._score(reward, *self._own_rows((tokens_BL[rows], mask_BL[rows]))))
+            )
         return np.concatenate(parts)[:n]

@@ -1,4 +1,4 @@
-"""Compiling what a run needs late while it trains what comes first."""
+"""Compiles the programs of later stages in a background thread while the first stages train."""
 
 from __future__ import annotations
 
@@ -16,51 +16,57 @@ from rlhf_jax import lm, types
 from rlhf_jax.train import ppo, sft
 from rlhf_jax.train import state as state_lib
 
-Instead = Callable[[concurrent.futures.Executor, types.Params], None]
+CompileRest = Callable[[concurrent.futures.Executor, types.Params], None]
 
 
 @contextlib.contextmanager
-def compiling(job: jobs.Job, learners: Mapping[str, jobs.Job], *, instead: Instead | None = None) -> Iterator[None]:
-    """Compile the steps of all stages in a thread, in the order in which they are needed.
+def in_background(
+    job: jobs.Job, rl_stages: Mapping[str, jobs.Job], *, compile_rest: CompileRest | None = None
+) -> Iterator[None]:
+    """Compiles the steps of all unfinished stages in a thread, in the order in which they are needed.
 
-    ``learners`` are the stages of reinforcement learning to come and the jobs whose ``ppo_step`` they call;
-    ``instead(executor, policy)`` compiles what comes in their place, for a policy of these shapes. What only stages
-    that are finished would call is left out. Whatever ends the block, what has not begun to be compiled is dropped.
-    On a mesh nothing is compiled ahead: how states lie is known when they are there.
+    At the end of the block, queued compilations are cancelled. On a mesh nothing is compiled ahead, since the shardings
+    of a state are known only when it exists.
+
+    Args:
+        job: The job of the run.
+        rl_stages: The RL stages by name, with the jobs whose ``ppo_step`` they call.
+        compile_rest: ``compile_rest(executor, policy)`` compiles the command's other steps, for a policy of these
+            shapes.
     """
     if job.mesh is not None:
         yield
         return
     executor = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
     try:
-        policy = _submit(job, learners, executor)
-        if instead is not None:
-            instead(executor, policy)
+        policy = _submit(job, rl_stages, executor)
+        if compile_rest is not None:
+            compile_rest(executor, policy)
         yield
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
 
 
-def _submit(job: jobs.Job, learners: Mapping[str, jobs.Job], executor: concurrent.futures.Executor) -> Any:
-    """The shapes of the policy, when all but what comes in the place of reinforcement learning is on its way."""
+def _submit(job: jobs.Job, rl_stages: Mapping[str, jobs.Job], executor: concurrent.futures.Executor) -> Any:
+    """Submits the compilations of supervised, reward-model, sampling and RL steps; returns the policy's shapes."""
     key = jax.random.key(0)
     policy = jax.eval_shape(partial(lm.init, cfg=job.cfg), key) if job.base is None else job.base
     reward = jax.eval_shape(partial(lm.with_head, cfg=job.cfg), key, policy)
-    steps = {stage: _saved(job, stage) for stage in ("reward_model", *learners)}
+    steps = {stage: _saved_steps(job, stage) for stage in ("reward_model", *rl_stages)}
 
     def training(params: types.Params) -> state_lib.TrainState:
         return jax.eval_shape(partial(state_lib.create, tx=job.supervised_tx), params)
 
-    if not any(steps.values()):  # nothing was saved of the stages that follow on supervised training
+    if not any(steps.values()):  # the stages after supervised training have no checkpoints
         B, L = job.settings.pretrain.batch, job.task.row_width
         text = sft.TokenBatch(_ints(B, L), _flags(B, L), _flags(B, L))
         job.supervised_step.compile_ahead(executor, training(policy), None, stages.hyper(0.0), text, key)
     job.sampler.compile_ahead(executor, policy, reward)
-    if not any(steps[stage] for stage in learners):
+    if not any(steps[stage] for stage in rl_stages):
         job.reward_step.compile_ahead(executor, training(reward), None, stages.hyper(0.0), _comparisons(job), key)
-    unfinished = [own for stage, own in learners.items() if steps[stage] < own.settings.ppo.iterations]
+    unfinished = [own for stage, own in rl_stages.items() if steps[stage] < own.settings.ppo.iterations]
     for own in {id(own.ppo_step): own for own in unfinished}.values():
-        # From here on the text is there: its rows are in the batches of PPO.
+        # This makes the pretraining text, whose rows are in PPO's batches.
         batch_at, hyper_at = stages.ppo_inputs(own, "ppo", ptx_coef=0.0)
         optimising = jax.eval_shape(own.new_policy, policy, reward)
         heldout = reward if own.settings.reward_model.heldout else None
@@ -69,14 +75,14 @@ def _submit(job: jobs.Job, learners: Mapping[str, jobs.Job], executor: concurren
     return policy
 
 
-def _saved(job: jobs.Job, stage: str) -> int:
-    """The iterations that the newest checkpoint of a stage stands at; 0 where it has none."""
+def _saved_steps(job: jobs.Job, stage: str) -> int:
+    """Returns the step of a stage's newest checkpoint; 0 without one."""
     with job.checkpoints(stage) as checkpoints:
         return checkpoints.latest() or 0
 
 
 def _comparisons(job: jobs.Job) -> types.Comparisons:
-    """The shapes of a reward-model batch."""
+    """Returns the shapes of a reward-model batch."""
     if job.task.comparisons is not None:
         train = job.task.comparisons[0]
         n, K, L = train.tokens_BKL.shape

@@ -1,4 +1,4 @@
-"""What a reward model is worth on held-out comparisons, in the form that results.json and the report have."""
+"""Measures reward models on held-out comparisons, in the form of results.json."""
 
 from __future__ import annotations
 
@@ -15,12 +15,19 @@ from rlhf_jax.data import tokenizers
 from rlhf_jax.train import reward_model
 
 
-def reward_model_facts(
-    job: Job, reward: types.Params, validation: types.Comparisons, train: types.Comparisons
-) -> dict[str, Any]:
-    """Accuracy, calibration, strata, length and high scores on held-out comparisons, and the gap to training pairs.
+def measure(job: Job, reward: types.Params, validation: types.Comparisons, train: types.Comparisons) -> dict[str, Any]:
+    """Returns accuracy, calibration, accuracy by stratum and score, length bias and generalisation gap.
 
-    Every interval knows that a prompt's pairs belong together. Of the training pairs one call's worth is scored.
+    Intervals are clustered by prompt.
+
+    Args:
+        job: The job of the run.
+        reward: Parameters of the reward model.
+        validation: Held-out comparisons.
+        train: Training comparisons, of which the first are scored, as many as one call takes.
+
+    Returns:
+        The ``reward_model`` entry of results.json.
     """
     scores_BK = _scores(job, reward, validation)
     ranks_BK, where_BK = np.asarray(validation.ranks_BK), np.asarray(validation.where_BK)
@@ -28,7 +35,7 @@ def reward_model_facts(
     accuracy = diagnostics.ratio_interval(np.asarray(pairs.right), np.asarray(pairs.total))
     b, i, j = _pairs(validation)
     better, worse = scores_BK[b, i], scores_BK[b, j]
-    # The scale that RL wants (standard deviation 1) is undone: as trained, a gap in scores is a claim in log odds.
+    # Scores are divided by the gain that scales them for RL: as trained, a difference of scores is a log odds.
     gain = float(reward["head"]["gain"])
     chosen, rejected = better / gain, worse / gain
     curve = diagnostics.calibration_curve(chosen, rejected, bins=10)
@@ -37,8 +44,10 @@ def reward_model_facts(
         "tokens of the longer answer": diagnostics.quantile_buckets(np.maximum(length_BK[b, i], length_BK[b, j]))
     }
     bias = diagnostics.length_bias(chosen, rejected, length_BK[b, i], length_BK[b, j], prompts=b.tolist())
-    # A prompt's answers come back in many pairs: the correlation is that of the answers.
-    of = diagnostics.length_correlation(scores_BK[where_BK], length_BK[where_BK], groups=np.nonzero(where_BK)[0])
+    # The correlation is over answers, since an answer is in many pairs.
+    correlation = diagnostics.length_correlation(
+        scores_BK[where_BK], length_BK[where_BK], groups=np.nonzero(where_BK)[0]
+    )
     n = max(1, min(len(np.asarray(train.ranks_BK)), policy_sampling.CHUNK // np.shape(train.ranks_BK)[1]))
     seen = jax.tree.map(lambda x: np.asarray(x)[:n], train)
     seen_BK, (seen_b, seen_i, seen_j) = _scores(job, reward, seen) / gain, _pairs(seen)
@@ -54,11 +63,11 @@ def reward_model_facts(
         "gain": gain,
         "bias": float(reward["head"]["bias"]),
         "strata": {
-            name: strata(diagnostics.accuracy_by_stratum(chosen, rejected, each, prompts=b.tolist()))
+            name: strata_as_json(diagnostics.accuracy_by_stratum(chosen, rejected, each, prompts=b.tolist()))
             for name, each in labels.items()
         },
-        "thresholds": lists(diagnostics.accuracy_above_threshold(better, worse, prompts=b.tolist())),
-        "length_bias": bias._replace(correlation=of, explained=of.mean**2)._asdict(),
+        "thresholds": arrays_as_json(diagnostics.accuracy_above_threshold(better, worse, prompts=b.tolist())),
+        "length_bias": bias._replace(correlation=correlation, explained=correlation.mean**2)._asdict(),
     }
     if len(seen_b):
         gap = diagnostics.generalisation_gap(
@@ -80,7 +89,7 @@ def _scores(job: Job, reward: types.Params, batch: types.Comparisons) -> np.ndar
 
 
 def _pairs(batch: types.Comparisons) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Prompt, better and worse answer of every pair that was told apart."""
+    """Returns the indices of prompt, better and worse answer of every pair without a tie."""
     ranks_BK, where_BK = np.asarray(batch.ranks_BK), np.asarray(batch.where_BK)
     better_BKK = (ranks_BK[:, :, None] < ranks_BK[:, None, :]) & where_BK[:, :, None] & where_BK[:, None, :]
     b, i, j = np.nonzero(better_BKK)
@@ -88,16 +97,16 @@ def _pairs(batch: types.Comparisons) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def strata_of(task: tasks.Task, validation: types.Comparisons, prompt: np.ndarray) -> dict[str, list[str]]:
-    """Labels of the pairs whose prompts are ``prompt``: their category in the built-in world, their turn in a file."""
+    """Returns labels of the pairs with prompt indices ``prompt``: category in the built-in world, turn in a file."""
     if task.world is not None:
         categories = task.world.compare_prompts.categories[task.world.n_compare :]
         return {"category": [categories[b] for b in prompt]}
-    turn_B = turns(task, validation)
+    turn_B = count_turns(task, validation)
     return {} if turn_B is None else {"turn": [str(turn_B[b]) if turn_B[b] < 4 else "4 and on" for b in prompt]}
 
 
-def turns(task: tasks.Task, batch: types.Comparisons) -> np.ndarray | None:
-    """Which turn each prompt asks for, as far as its user turns are within the width; None in others' chat formats."""
+def count_turns(task: tasks.Task, batch: types.Comparisons) -> np.ndarray | None:
+    """Returns the number of user turns within each prompt's width; None for a chat format that is not the library's."""
     opening = task.tokenizer.get_vocab().get(tokenizers.USER)
     if opening is None or task.fmt.template != tokenizers.CHAT_TEMPLATE:
         return None
@@ -106,27 +115,27 @@ def turns(task: tasks.Task, batch: types.Comparisons) -> np.ndarray | None:
     return ((tokens_BL == opening) & mask_BL).sum(axis=1)
 
 
-def strata(found: list[diagnostics.Stratum]) -> list[dict[str, Any]]:
-    """Strata as JSON holds them; a bucket by its name."""
+def strata_as_json(strata: list[diagnostics.Stratum]) -> list[dict[str, Any]]:
+    """Returns strata as dictionaries, with buckets replaced by their names."""
     return [
         each._asdict() | {"name": str(each.name) if isinstance(each.name, diagnostics.Bucket) else each.name}
-        for each in found
+        for each in strata
     ]
 
 
-def lists(found: Any) -> dict[str, Any]:
-    """A named tuple of arrays as JSON holds it."""
-    return {name: each.tolist() if isinstance(each, np.ndarray) else each for name, each in found._asdict().items()}
+def arrays_as_json(values: Any) -> dict[str, Any]:
+    """Returns a named tuple of arrays as a dictionary of lists."""
+    return {name: each.tolist() if isinstance(each, np.ndarray) else each for name, each in values._asdict().items()}
 
 
 def goodhart(start: policy_sampling.Answers, end: policy_sampling.Answers) -> dict[str, Any]:
-    """What a policy gained over its start on the same prompts: in the score, in gold, and whether it gamed the score.
+    """Returns a policy's gains in score and gold over its start on the same prompts, and whether it gamed the score.
 
-    ``gamed`` says that the one rose and the other fell, both beyond chance (`diagnostics.fall_from_peak`).
+    ``gamed`` is whether the score rose and gold fell, both significantly (`diagnostics.fall_from_peak`).
     """
-    scores, judged = (np.stack(each) for each in zip(*((x.scores_B, np.asarray(x.gold.total)) for x in (start, end))))
+    scores, gold = (np.stack(each) for each in zip(*((x.scores_B, np.asarray(x.gold.total)) for x in (start, end))))
     return {
         "reward_gained": list(diagnostics.mean_interval(scores[1] - scores[0])),
-        "gold_gained": list(diagnostics.mean_interval(judged[1] - judged[0])),
-        "gamed": diagnostics.fall_from_peak(scores, judged).gamed,
+        "gold_gained": list(diagnostics.mean_interval(gold[1] - gold[0])),
+        "gamed": diagnostics.fall_from_peak(scores, gold).gamed,
     }

@@ -1,24 +1,21 @@
-"""What the settings of reinforcement learning mean: which functions the step is made of, and its numbers."""
+"""Translates the --ppo settings into the functions and the hyperparameters of the PPO train step."""
 
 from __future__ import annotations
 
-import functools
 import math
 from functools import partial
 from typing import Any
 
 import numpy as np
-import optax
 from launch.settings import PPO
 
 from rlhf_jax import aggregation, kl
 from rlhf_jax.train import estimators, ppo
-from rlhf_jax.train.optim import optimisers as optimisers_lib
 from rlhf_jax.train.optim import schedules
 
 
-def composed(settings: PPO) -> dict[str, Any]:
-    """The keyword arguments of ``ppo.make_train_step``."""
+def train_step_options(settings: PPO) -> dict[str, Any]:
+    """Returns the keyword arguments of `ppo.make_train_step` for an RL method."""
     samples = settings.samples
     estimate, reduction = {
         "ppo": (partial(estimators.gae, whiten_rewards=settings.whiten_rewards), aggregation.token_mean),
@@ -45,23 +42,12 @@ def composed(settings: PPO) -> dict[str, Any]:
 
 
 def has_critic(settings: PPO) -> bool:
-    """Whether the method learns values."""
+    """Returns whether the method trains a critic."""
     return settings.method == "ppo"
 
 
-def optimiser(settings: PPO) -> optax.GradientTransformation:
-    """Adam with unit rate and InstructGPT's betas, no weight decay."""
-    return _adam(settings.adam_eps, settings.adam_tf1)
-
-
-@functools.cache  # another transform of the same numbers would compile the step again
-def _adam(eps: float, tf1: bool) -> optax.GradientTransformation:
-    adam = optimisers_lib.scale_by_adam_tf1 if tf1 else optax.scale_by_adam
-    return optax.chain(adam(b1=0.9, b2=0.95, eps=eps), optax.scale(-1.0))
-
-
 def hyper(settings: PPO, i: int, *, ptx_coef: float) -> ppo.Hyper:
-    """The numbers of iteration ``i``."""
+    """Returns the hyperparameters of iteration ``i``."""
     shape = {"constant": schedules.constant, "linear": schedules.linear, "cosine": schedules.cosine}[settings.schedule]
     rate = schedules.constant_with_warmup(i, settings.iterations, warmup=settings.warmup)
     rate = rate * shape(i, settings.iterations)

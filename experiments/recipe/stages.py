@@ -1,6 +1,6 @@
-"""The stages of InstructGPT's recipe, in order. Each is a pure function of the task, the settings and what came before.
+"""The stages of InstructGPT's recipe, in order; each returns the parameters that it has trained.
 
-A stage that was finished is restored instead of trained; one that was under way goes on from its last checkpoint.
+A finished stage is restored instead of trained. An interrupted stage resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Params = types.Params
 
 
 def hyper(rate: Any) -> dict[str, np.float32]:
-    """What the supervised and the reward-model step take, with gradients clipped to norm 1."""
+    """Returns the hyperparameters of a supervised or reward-model step; gradients are clipped to norm 1."""
     return {"learning_rate": np.float32(rate), "max_grad_norm": np.float32(1.0)}
 
 
 def pretrain(job: Job) -> Params:
-    """A base model from nothing, on the corpus; or the one that the run was given, as it is."""
+    """Trains the base model on the corpus from random weights; with --model, returns that model unchanged."""
     if job.base is not None:
         job.progress.skip("pretrain")
         return job.base
@@ -38,14 +38,17 @@ def pretrain(job: Job) -> Params:
     key = job.key("pretrain")
     order = batching.epoch_batches(0, n=len(rows_BL), batch_size=settings.batch, key=key, steps=settings.steps)
 
+    def initial_state(key: jax.Array) -> state_lib.TrainState:
+        return state_lib.create(jax.jit(partial(lm.init, cfg=job.cfg))(key), job.supervised_tx)
+
     def rate(i: int) -> Any:
-        warm = schedules.constant_with_warmup(i, settings.steps, warmup=settings.warmup)
-        return settings.learning_rate * warm * schedules.cosine(i, settings.steps)
+        warmup = schedules.constant_with_warmup(i, settings.steps, warmup=settings.warmup)
+        return settings.learning_rate * warmup * schedules.cosine(i, settings.steps)
 
     state = job.fit(
         "pretrain",
         job.supervised_step,
-        job.begin(lambda key: state_lib.create(jax.jit(partial(lm.init, cfg=job.cfg))(key), job.supervised_tx), key),
+        job.create_on_mesh(initial_state, key),
         settings.steps,
         batch_at=lambda i: tasks.text_batch(rows_BL[order[i]]),
         hyper_at=lambda i: hyper(rate(i)),
@@ -54,7 +57,18 @@ def pretrain(job: Job) -> Params:
 
 
 def supervised(job: Job, stage: str, base: Params, *, epochs: int, mix: float) -> Params:
-    """Fine-tune on demonstrations, a share ``mix`` of each batch being pretraining rows."""
+    """Fine-tunes ``base`` on demonstrations.
+
+    Args:
+        job: The job of the run.
+        stage: The stage's name.
+        base: Parameters to start from.
+        epochs: Passes over the demonstrations.
+        mix: Share of pretraining rows in each batch.
+
+    Returns:
+        The parameters of the SFT model.
+    """
     settings, batch = job.settings, job.settings.pretrain.batch
     demonstrations, text_BL = job.task.demonstrations, job.task.pretraining_BL
     n_text = round(batch * mix)
@@ -78,7 +92,7 @@ def supervised(job: Job, stage: str, base: Params, *, epochs: int, mix: float) -
     state = job.fit(
         stage,
         job.supervised_step,
-        job.begin(partial(state_lib.create, tx=job.supervised_tx), base),
+        job.create_on_mesh(partial(state_lib.create, tx=job.supervised_tx), base),
         steps,
         batch_at=batch_at,
         hyper_at=lambda i: hyper(settings.sft.learning_rate * schedules.cosine(i, steps)),
@@ -86,11 +100,13 @@ def supervised(job: Job, stage: str, base: Params, *, epochs: int, mix: float) -
     return state.params
 
 
-def train_reward_models(job: Job, start: Params, parts: list[types.Comparisons], **how: Any) -> list[Params]:
-    """The reward model, and one that was held out where the comparisons are in two parts (Bai et al. 2022, 4.2)."""
-    named = zip(("reward_model", "heldout_reward_model"), parts)
-    made = (normalised(job, train_reward_model(job, start, part, stage=stage, **how), start) for stage, part in named)
-    return [job.placed(params) for params in made]
+def train_reward_models(job: Job, start: Params, parts: list[types.Comparisons], **options: Any) -> list[Params]:
+    """Trains and normalises one reward model per part: the second is the held-out one (Bai et al. 2022, 4.2)."""
+    rewards = []
+    for stage, part in zip(("reward_model", "heldout_reward_model"), parts):
+        reward = train_reward_model(job, start, part, stage=stage, **options)
+        rewards.append(job.put_params(normalise_scores(job, reward, start)))
+    return rewards
 
 
 def train_reward_model(
@@ -101,7 +117,18 @@ def train_reward_model(
     validation: types.Comparisons | None = None,
     stage: str = "reward_model",
 ) -> Params:
-    """One epoch over the comparisons, all pairs of a prompt in one batch element; see `validated` for the others."""
+    """Trains a reward model for one epoch; all pairs of a prompt are in the same batch.
+
+    Args:
+        job: The job of the run.
+        start: Parameters of the SFT model to start from.
+        train: Training comparisons.
+        validation: Held-out comparisons whose loss is logged, if given.
+        stage: The stage's name.
+
+    Returns:
+        The parameters with a scalar head.
+    """
     settings, n = job.settings.reward_model, len(train.ranks_BK)
     batch = min(settings.batch, n)
     steps = n // batch
@@ -111,41 +138,54 @@ def train_reward_model(
     state = job.fit(
         stage,
         job.reward_step,
-        job.begin(partial(state_lib.create, tx=job.supervised_tx), params),
+        job.create_on_mesh(partial(state_lib.create, tx=job.supervised_tx), params),
         steps,
         batch_at=lambda i: jax.tree.map(lambda x: np.asarray(x)[order[i]], train),
         hyper_at=lambda i: hyper(settings.learning_rate * schedules.cosine(i, steps)),
-        **({} if validation is None else validated(job, stage, validation, steps=steps)),
+        **({} if validation is None else validation_options(job, stage, validation, steps=steps)),
     )
     return lm.heads.absorb_gain(state.params)
 
 
-def validated(job: Job, stage: str, held_out: types.Comparisons, *, steps: int, **how: Any) -> dict[str, Any]:
-    """What `Job.fit` takes to log the loss on ``held_out`` comparisons, and to raise alarms on it."""
+def validation_options(
+    job: Job, stage: str, held_out: types.Comparisons, *, steps: int, **options: Any
+) -> dict[str, Any]:
+    """Returns the arguments of `Job.fit` that log the loss on ``held_out`` comparisons and raise alarms on it."""
     return {
-        "callbacks": [validation_lib.logged(job.sampler.score, held_out, steps=steps, **how)],
-        "log": monitoring.watched(job.log, stage, job.settings, partial(job.progress.message, stage)),
+        "callbacks": [validation_lib.make_callback(job.sampler.score, held_out, steps=steps, **options)],
+        "log": monitoring.watch_stage(job.log, stage, job.settings, partial(job.progress.message, stage)),
     }
 
 
-def normalised(job: Job, params: Params, policy: Params) -> Params:
-    """Scale scores to standard deviation 1 on samples of ``policy``; shift them so that demonstrations have mean 0.
+def normalise_scores(job: Job, reward: Params, policy: Params) -> Params:
+    """Scales scores to standard deviation 1 on samples of ``policy``, and shifts them to mean 0 on demonstrations.
 
-    InstructGPT 3.5 centres on demonstrations; the scale makes the KL coefficient mean the same from run to run. Both
-    are kept in the head, so they are saved with the model.
+    InstructGPT 3.5 shifts the mean on demonstrations; the scale makes a KL coefficient mean the same in every run. The
+    head holds both numbers, so they are saved with the model.
     """
-    prompt_set = job.task.rl_prompts.take(policy_sampling.CHUNK)
+    prompts = job.task.rl_prompts.take(policy_sampling.CHUNK)
     key = jax.random.fold_in(job.key("reward_model"), 2)
-    samples = job.sampler(policy, policy, params, prompt_set, key)
-    params = lm.heads.standardise(params, job.everywhere(samples.scores_B))
+    samples = job.sampler(policy, policy, reward, prompts, key)
+    reward = lm.heads.standardise(reward, job.replicate(samples.scores_B))
     rows = job.task.demonstrations
     n = min(1024, len(rows.tokens_BL))
-    scores = job.sampler.score(params, rows.tokens_BL[:n], rows.mask_BL[:n])
-    return lm.heads.centre(params, job.everywhere(scores))
+    scores = job.sampler.score(reward, rows.tokens_BL[:n], rows.mask_BL[:n])
+    return lm.heads.centre(reward, job.replicate(scores))
 
 
-def optimise(job: Job, stage: str, start: Params, rewards: list[Params], *, ptx_coef: float) -> Params:
-    """PPO from ``start``, with ``start`` as the KL reference; the second of two reward models only looks on."""
+def train_ppo(job: Job, stage: str, start: Params, rewards: list[Params], *, ptx_coef: float) -> Params:
+    """Trains a policy by the RL method of the settings.
+
+    Args:
+        job: The job of the run.
+        stage: The stage's name.
+        start: Parameters of the SFT model, which is the KL reference too.
+        rewards: The reward model, and optionally a held-out one, whose scores are only logged.
+        ptx_coef: Weight of the pretraining loss; 0 for plain PPO.
+
+    Returns:
+        The averaged parameters of the policy.
+    """
     batch_at, hyper_at = ppo_inputs(job, stage, ptx_coef=ptx_coef)
     state = job.fit(
         stage,
@@ -155,7 +195,7 @@ def optimise(job: Job, stage: str, start: Params, rewards: list[Params], *, ptx_
         batch_at=batch_at,
         hyper_at=hyper_at,
         frozen=ppo.Frozen(start, *rewards),
-        log=monitoring.watched(job.log, stage, job.settings, partial(job.progress.message, stage)),
+        log=monitoring.watch_stage(job.log, stage, job.settings, partial(job.progress.message, stage)),
     )
     return state.ema
 
@@ -163,12 +203,13 @@ def optimise(job: Job, stage: str, start: Params, rewards: list[Params], *, ptx_
 def ppo_inputs(
     job: Job, stage: str, *, ptx_coef: float
 ) -> tuple[Callable[[int], ppo.Batch], Callable[[int], ppo.Hyper]]:
-    """Batch and hyperparameters of each iteration of PPO."""
+    """Returns the functions that give the batch and the hyperparameters of each RL iteration."""
     settings, task = job.settings.ppo, job.task
     key = job.key(stage)
-    prompts_, updates = task.rl_prompts, settings.epochs * settings.minibatches
-    asked = settings.batch // settings.samples
-    order = batching.epoch_batches(0, n=len(prompts_), batch_size=asked, key=key, steps=settings.iterations)
+    prompts, updates = task.rl_prompts, settings.epochs * settings.minibatches
+    order = batching.epoch_batches(
+        0, n=len(prompts), batch_size=settings.batch // settings.samples, key=key, steps=settings.iterations
+    )
     n_text = updates * round(settings.batch // settings.minibatches * settings.ptx_ratio)
     text_order = batching.epoch_batches(
         0,
@@ -181,8 +222,8 @@ def ppo_inputs(
     def batch_at(i: int) -> ppo.Batch:
         rows = order[i]
         return ppo.Batch(
-            prompts_.tokens_BP[rows],  # type: ignore[arg-type]
-            prompts_.mask_BP[rows],  # type: ignore[arg-type]
+            prompts.tokens_BP[rows],  # type: ignore[arg-type]
+            prompts.mask_BP[rows],  # type: ignore[arg-type]
             tasks.text_batch(task.pretraining_BL[text_order[i]]),
         )
 

@@ -1,4 +1,4 @@
-"""What a run learns from: the built-in world, or a file of real human comparisons, brought into one form."""
+"""The data of a run in one form, from the built-in world or from a file of human comparisons."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from launch import initial_model as start_lib
+from launch import initial_model
 from launch.settings import Settings
 
 from recipe import human_comparisons, world_words
@@ -19,33 +19,33 @@ from rlhf_jax.simulation import world as world_lib
 from rlhf_jax.train import sft
 from rlhf_jax.types import Comparisons
 
-_ANY = 1 << 30
-"""A width that every prompt fits in."""
+_UNBOUNDED = 1 << 30
+"""A width that no prompt exceeds."""
 DEMONSTRATIONS, CORPUS, COMPARE, RL, EVALUATE, SKILLS, POOL, HELDOUT_POOL, MORE = range(9)
-"""Streams of random numbers, so that changing the size of one leaves the others as they were."""
+"""Random streams; a change in the size of one leaves the others unchanged."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptSet:
-    """Prompts, tokenised and left-padded, with what is shown and reported of them."""
+    """Tokenised, left-padded prompts with their texts and categories."""
 
     tokens_BP: np.ndarray
     mask_BP: np.ndarray
     texts: list[str]
     categories: list[str]
     words_BP: np.ndarray | None = None
-    """The same in the words of the built-in world, as gold reads them."""
+    """The prompts in the built-in world's words, for the gold utility."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Returns the number of prompts."""
         return len(self.texts)
 
     def take(self, n: int) -> PromptSet:
-        """The first n."""
+        """Returns the first n prompts."""
         return self.at(np.arange(min(n, len(self))))
 
     def at(self, rows: np.ndarray) -> PromptSet:
-        """Those at the places ``rows``, which may repeat."""
+        """Returns the prompts at the indices ``rows``, which may repeat."""
         texts, categories = ([each[i] for i in rows] for each in (self.texts, self.categories))
         words_BP = None if self.words_BP is None else self.words_BP[rows]
         return PromptSet(self.tokens_BP[rows], self.mask_BP[rows], texts, categories, words_BP)
@@ -53,40 +53,41 @@ class PromptSet:
 
 @dataclasses.dataclass(frozen=True)
 class GoldTask:
-    """What only the built-in world has: the truth, labelers to ask, and skills to probe."""
+    """What only the built-in world has: a gold utility, simulated labelers and skill problems."""
 
     tables: gold.Tables
     pool: labelers.Pool
     heldout_pool: labelers.Pool
     compare_prompts: PromptSet
-    """For training comparisons; then as many as a tenth for validation."""
+    """Prompts of the training comparisons, followed by a tenth as many for validation."""
     n_compare: int
     skill_rows: padding.Rows
-    """A skill problem a row, loss on its answer."""
+    """One skill problem per row, with the loss on its answer."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Everything a run learns from and is measured on."""
+    """All data of a run for training and evaluation."""
 
     fmt: chat.ChatFormat
     prompt_width: int
     response_width: int
     text: Callable[[], tuple[np.ndarray, np.ndarray]]
-    """Writes the rows of pretraining text and the held-out ones: seconds in which steps can be compiled."""
+    """Makes the training and held-out rows of pretraining text. It takes seconds and is deferred until they are used,
+    so that steps compile meanwhile."""
     demonstrations: padding.Rows
     rl_prompts: PromptSet
     eval_prompts: PromptSet
     dropped: errors.DropCount
     world: GoldTask | None = None
     comparisons: tuple[Comparisons, Comparisons] | None = None
-    """Training and held-out comparisons, where they come from a file."""
-    speaks_world: bool = False
-    """Whether the tokens are the built-in world's words."""
+    """Training and held-out comparisons of a file."""
+    in_world_words: bool = False
+    """Whether token ids are the built-in world's words."""
 
     @property
     def tokenizer(self) -> Any:
-        """With the chat template that is trained with."""
+        """The tokenizer, with the chat template of training."""
         return self.fmt.tokenizer
 
     @functools.cached_property
@@ -95,31 +96,31 @@ class Task:
 
     @property
     def pretraining_BL(self) -> np.ndarray:
-        """Rows of running text to pretrain on, and to mix in later."""
+        """Rows of pretraining text, which SFT and PPO-ptx mix in too."""
         return self._text[0]
 
     @property
     def pretraining_held_out_BL(self) -> np.ndarray:
-        """Rows for the pretraining loss."""
+        """Held-out rows for the pretraining loss."""
         return self._text[1]
 
     @property
     def row_width(self) -> int:
-        """Tokens of a row."""
+        """Tokens of a prompt with its answer."""
         return self.prompt_width + self.response_width
 
 
-def make_task(settings: Settings, start: start_lib.Start | None = None) -> Task:
-    """The task that the settings ask for, in the tokens of the model that a run starts from.
+def make_task(settings: Settings, model: initial_model.InitialModel | None = None) -> Task:
+    """Returns the data of a run, in the tokens of ``model`` if it starts from one.
 
-    Raises DataError for a file that cannot be used, SettingError where the rows are longer than the model reads.
+    Raises DataError for an unusable file, and SettingError for rows that are longer than the model can read.
     """
-    return _world_task(settings, start) if settings.data.path is None else _dialogue_task(settings, start)
+    return _world_task(settings, model) if settings.data.path is None else _dialogue_task(settings, model)
 
 
 def more_prompts(settings: Settings, task: Task, n: int) -> PromptSet:
-    """Training prompts of the built-in world, in its own words, that no other part of a task has drawn."""
-    assert task.speaks_world
+    """Returns n training prompts of the built-in world from a random stream of their own."""
+    assert task.in_world_words
     sets = prompts.split_prompts(world_lib.make_world(settings.seed), settings.seed)
     drawn = prompts.draw_prompts(sets.train, n, _stream(settings, MORE))
     return _prompt_sets(task.fmt, [drawn], task.dropped)[1][0]
@@ -136,55 +137,59 @@ def _turns(prompt: prompts.Prompt) -> tuple[dialogues.Turn, ...]:
 def _prompt_sets(
     fmt: chat.ChatFormat, lists: list[list[prompts.Prompt]], counts: errors.DropCount
 ) -> tuple[int, list[PromptSet]]:
-    """The width that holds every prompt, and each list of prompts at this width."""
-    asked = [[_turns(prompt) for prompt in each] for each in lists]
-    encoded = [chat.encode_prompts(fmt, each, width=_ANY, counts=counts)[0] for each in asked]
-    speaks = world_words.spoken(fmt)
-    P = prompts.PROMPT_WIDTH if speaks else max(len(ids) for each in encoded for ids in each)
-    made = []
-    for task_prompts, turns, ids in zip(lists, asked, encoded):
+    """Returns the width of the longest prompt, and each list of prompts padded to it."""
+    dialogue_lists = [[_turns(prompt) for prompt in each] for each in lists]
+    encoded = [chat.encode_prompts(fmt, each, width=_UNBOUNDED, counts=counts)[0] for each in dialogue_lists]
+    in_world_words = world_words.is_world_tokenizer(fmt)
+    P = prompts.PROMPT_WIDTH if in_world_words else max(len(ids) for each in encoded for ids in each)
+    sets = []
+    for task_prompts, turns, ids in zip(lists, dialogue_lists, encoded):
         assert len(ids) == len(turns)
         tokens_BP, mask_BP = padding.pad_prompts(ids, width=P, pad_id=fmt.pad_id)
         texts = ["\n".join(f"{turn.role}: {turn.text}" for turn in each) for each in turns]
         words_BP = tokens_BP
-        if not speaks:
-            told = [prompts.prompt_tokens(prompt.turns) for prompt in task_prompts]
-            words_BP, _ = padding.pad_prompts(told, width=prompts.PROMPT_WIDTH, pad_id=lexicon.PAD_ID)
-        made.append(PromptSet(tokens_BP, mask_BP, texts, [p.category for p in task_prompts], words_BP))
-    return P, made
+        if not in_world_words:
+            word_ids = [prompts.prompt_tokens(prompt.turns) for prompt in task_prompts]
+            words_BP, _ = padding.pad_prompts(word_ids, width=prompts.PROMPT_WIDTH, pad_id=lexicon.PAD_ID)
+        sets.append(PromptSet(tokens_BP, mask_BP, texts, [p.category for p in task_prompts], words_BP))
+    return P, sets
 
 
-def _answer_width(answers: list[str], ids: list[list[int]], *, speaks: bool) -> int:
-    """Tokens that hold what the world gives an answer room for; who rambles past that breaks off, in any tokens."""
-    if speaks:
+def _answer_width(answers: list[str], ids: list[list[int]], *, in_world_words: bool) -> int:
+    """Returns the tokens of the longest answer that is within the world's width in words; longer ones are truncated."""
+    if in_world_words:
         return prompts.RESPONSE_WIDTH
     fitting = [len(x) for x, text in zip(ids, answers) if len(text.split()) < prompts.RESPONSE_WIDTH]
     return max(fitting, default=prompts.RESPONSE_WIDTH)
 
 
-def _world_task(settings: Settings, start: start_lib.Start | None) -> Task:
+def _world_task(settings: Settings, model: initial_model.InitialModel | None) -> Task:
     world = world_lib.make_world(settings.seed)
-    fmt = chat.chat_format(tokenizers.word_level(lexicon.WORDS)) if start is None else start.fmt
-    speaks = world_words.spoken(fmt)
+    fmt = chat.chat_format(tokenizers.word_level(lexicon.WORDS)) if model is None else model.fmt
+    in_world_words = world_words.is_world_tokenizer(fmt)
     dropped = errors.DropCount(max_dropped=settings.data.max_dropped)
     sets = prompts.split_prompts(world, settings.seed)
 
     rng = _stream(settings, DEMONSTRATIONS)
-    asked = prompts.draw_prompts(sets.train, settings.sft.demonstrations, rng)
-    answers = demonstrators.demonstrate_all(world, asked, rng, slips=demonstrators.Slips().scaled(settings.world.slips))
+    demonstrated = prompts.draw_prompts(sets.train, settings.sft.demonstrations, rng)
+    answers = demonstrators.demonstrate_all(
+        world, demonstrated, rng, slips=demonstrators.Slips().scaled(settings.world.slips)
+    )
     n_compare = settings.comparisons.prompts
     compare = prompts.draw_prompts(sets.train, n_compare + max(n_compare // 10, 1), _stream(settings, COMPARE))
     rl = prompts.draw_prompts(sets.train, settings.ppo.iterations * settings.ppo.batch, _stream(settings, RL))
     split = sets.test if settings.evaluation.split == "test" else sets.validation
     evaluated = prompts.draw_prompts(split, settings.evaluation.prompts, _stream(settings, EVALUATE))
 
-    P, (asked_set, rl_set, eval_set, compare_set) = _prompt_sets(fmt, [asked, rl, evaluated, compare], dropped)
+    P, (demonstrated_set, rl_set, eval_set, compare_set) = _prompt_sets(
+        fmt, [demonstrated, rl, evaluated, compare], dropped
+    )
     answer_ids = chat.encode_answers(fmt, answers)
-    T = _answer_width(answers, answer_ids, speaks=speaks)
+    T = _answer_width(answers, answer_ids, in_world_words=in_world_words)
     skill_rows = _skill_rows(settings, fmt, P + T)
-    if start is not None:
-        start.make_room(P, skill_rows.tokens_BL.shape[1] - P, where="the built-in world's prompts and answers")
-    demonstrations = _demonstration_rows(asked_set, answer_ids, T, fmt.pad_id, dropped)
+    if model is not None:
+        model.check_widths(P, skill_rows.tokens_BL.shape[1] - P, source="the built-in world's prompts and answers")
+    demonstrations = _demonstration_rows(demonstrated_set, answer_ids, T, fmt.pad_id, dropped)
 
     def text() -> tuple[np.ndarray, np.ndarray]:
         rng = _stream(settings, CORPUS)
@@ -222,24 +227,24 @@ def _world_task(settings: Settings, start: start_lib.Start | None) -> Task:
             n_compare=n_compare,
             skill_rows=skill_rows,
         ),
-        speaks_world=speaks,
+        in_world_words=in_world_words,
     )
 
 
 def _demonstration_rows(
-    asked: PromptSet, answers: list[list[int]], width: int, pad_id: int, counts: errors.DropCount
+    prompt_set: PromptSet, answers: list[list[int]], width: int, pad_id: int, counts: errors.DropCount
 ) -> padding.Rows:
-    """Rows of prompt and answer; demonstrators who ramble past the width break off without an end, and are counted."""
+    """Returns rows of prompt and answer; answers beyond the width are truncated, have no stop token and are counted."""
     tokens_BT, mask_BT = padding.pad_answers(answers, width=width, pad_id=pad_id, counts=counts)
     return padding.Rows(
-        tokens_BL=np.concatenate([asked.tokens_BP, tokens_BT], axis=1),
-        mask_BL=np.concatenate([asked.mask_BP, mask_BT], axis=1),
-        loss_mask_BL=np.concatenate([np.zeros_like(asked.mask_BP), mask_BT], axis=1),
+        tokens_BL=np.concatenate([prompt_set.tokens_BP, tokens_BT], axis=1),
+        mask_BL=np.concatenate([prompt_set.mask_BP, mask_BT], axis=1),
+        loss_mask_BL=np.concatenate([np.zeros_like(prompt_set.mask_BP), mask_BT], axis=1),
     )
 
 
 def _document_end(fmt: chat.ChatFormat) -> int:
-    """What stands between documents: the EOS, which is the last of the stop tokens."""
+    """Returns the token between documents: the EOS, which is the last of the stop tokens."""
     return fmt.stop_ids[-1]
 
 
@@ -249,48 +254,48 @@ def _packed(fmt: chat.ChatFormat, texts: list[str], *, width: int) -> np.ndarray
 
 
 def _skill_rows(settings: Settings, fmt: chat.ChatFormat, width: int) -> padding.Rows:
-    """Problems with their answers, as they stand in the corpus; wider than ``width`` where one needs it."""
+    """Returns skill problems with their answers, formatted as in the corpus; wider than ``width`` if one needs it."""
     problems = corpus.skill_problems(settings.evaluation.skills, _stream(settings, SKILLS))
-    asked = plain_text.encode_texts(fmt.tokenizer, [problem.text for problem in problems])
+    questions = plain_text.encode_texts(fmt.tokenizer, [problem.text for problem in problems])
     whole = plain_text.encode_texts(fmt.tokenizer, [f"{problem.text} {problem.answer}" for problem in problems])
     width = max(width, 1 + max(map(len, whole)))
     tokens_BL = np.full((len(problems), width), fmt.pad_id, np.int32)
     mask_BL, loss_mask_BL = np.zeros(tokens_BL.shape, bool), np.zeros(tokens_BL.shape, bool)
-    for row, (text, ids) in enumerate(zip(asked, whole)):
-        ids = [_document_end(fmt), *ids]  # a document follows the end of another
+    for row, (question, ids) in enumerate(zip(questions, whole)):
+        ids = [_document_end(fmt), *ids]  # in packed text, a document follows the end token of another
         tokens_BL[row, : len(ids)], mask_BL[row, : len(ids)] = ids, True
-        loss_mask_BL[row, 1 + len(text) : len(ids)] = True
+        loss_mask_BL[row, 1 + len(question) : len(ids)] = True
     return padding.Rows(tokens_BL, mask_BL, loss_mask_BL)
 
 
-def _dialogue_task(settings: Settings, start: start_lib.Start | None) -> Task:
+def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None) -> Task:
     data = settings.data
     P, T = data.prompt_width, data.response_width
-    if start is not None:
-        start.make_room(P, T, where="--data.prompt-width and --data.response-width")
+    if model is not None:
+        model.check_widths(P, T, source="--data.prompt-width and --data.response-width")
     dropped = errors.DropCount(max_dropped=data.max_dropped)
-    found = human_comparisons.read(data, dropped)
+    rankings = human_comparisons.read(data, dropped)
     key = jax.random.key(settings.seed)
-    group_N = human_comparisons.conversations(found)
+    group_N = human_comparisons.conversation_ids(rankings)
     kept, _ = batching.split(int(group_N.max()) + 1, fraction=data.held_out, key=key)
-    mine_N = np.isin(group_N, kept)
-    train, held_out = ([found[i] for i in np.flatnonzero(on_N)] for on_N in (mine_N, ~mine_N))
-    fmt = human_comparisons.trained_format(train, data.vocab_size) if start is None else start.fmt
-    # What the widths cost is counted beside the file's flaws; only the flaws are held against the file.
-    widths = errors.DropCount(max_dropped=1.0)
-    room: Any = {"prompt_width": P, "response_width": T, "max_answers": max(len(each.responses) for each in found)}
+    train_N = np.isin(group_N, kept)
+    train, held_out = ([rankings[i] for i in np.flatnonzero(mask_N)] for mask_N in (train_N, ~train_N))
+    fmt = human_comparisons.train_chat_format(train, data.vocab_size) if model is None else model.fmt
+    # Records that exceed the widths are counted separately: only the file's flaws count towards --data.max-dropped.
+    width_counts = errors.DropCount(max_dropped=1.0)
+    widths: Any = {"prompt_width": P, "response_width": T, "max_answers": max(len(each.responses) for each in rankings)}
     sets = []
     for part in (train, held_out):
-        ids, places = chat.encode_prompts(fmt, [each.prompt for each in part], width=P, counts=widths)
-        asked = [part[i] for i in places]
-        rows, _ = encoding.ranking_rows(fmt, ids, asked, counts=widths, **room)
+        ids, indices = chat.encode_prompts(fmt, [each.prompt for each in part], width=P, counts=width_counts)
+        fitting = [part[i] for i in indices]
+        rows, _ = encoding.ranking_rows(fmt, ids, fitting, counts=width_counts, **widths)
         if part and not len(rows.ranks_BK):
-            raise errors.DataError(f"{data.path}: none of {len(part)} comparisons can be used ({widths.report()})")
-        sets.append((ids, asked, rows))
-    (train_ids, train_asked, train_rows), (held_ids, held_asked, held_rows) = sets
+            raise errors.DataError(f"{data.path}: none of {len(part)} comparisons are usable ({width_counts.report()})")
+        sets.append((ids, fitting, rows))
+    (train_ids, train, train_rows), (held_ids, held_out, held_rows) = sets
     demonstrations = padding.demonstration_rows(
         train_ids,
-        chat.encode_answers(fmt, [each.responses[0] for each in train_asked]),
+        chat.encode_answers(fmt, [each.responses[0] for each in train]),
         prompt_width=P,
         response_width=T,
         pad_id=fmt.pad_id,
@@ -298,38 +303,38 @@ def _dialogue_task(settings: Settings, start: start_lib.Start | None) -> Task:
     )
     end = _document_end(fmt)
     packed_BL, held_BL = (
-        packing.pack_documents(human_comparisons.whole_dialogues(fmt, asked, end=end), width=P + T, eos_id=end)[0]
-        for asked in (train_asked, held_asked)
+        packing.pack_documents(human_comparisons.encode_dialogues(fmt, part, end=end), width=P + T, eos_id=end)[0]
+        for part in (train, held_out)
     )
-    dropped.dropped |= widths.dropped
-    dropped.truncated |= widths.truncated
+    dropped.dropped |= width_counts.dropped
+    dropped.truncated |= width_counts.truncated
     return Task(
         fmt=fmt,
         prompt_width=P,
         response_width=T,
         text=lambda: (packed_BL, held_BL[: settings.evaluation.pretraining_rows]),
         demonstrations=demonstrations,
-        rl_prompts=_dialogue_prompts(train_ids, train_asked, P, fmt.pad_id),
-        eval_prompts=_dialogue_prompts(held_ids, held_asked, P, fmt.pad_id).take(settings.evaluation.prompts),
+        rl_prompts=_dialogue_prompts(train_ids, train, P, fmt.pad_id),
+        eval_prompts=_dialogue_prompts(held_ids, held_out, P, fmt.pad_id).take(settings.evaluation.prompts),
         dropped=dropped,
         comparisons=(train_rows, held_rows),
     )
 
 
-def _dialogue_prompts(ids: list[list[int]], asked: Sequence[records.Prompt], width: int, pad_id: int) -> PromptSet:
+def _dialogue_prompts(ids: list[list[int]], prompts: Sequence[records.Prompt], width: int, pad_id: int) -> PromptSet:
     tokens_BP, mask_BP = padding.pad_prompts(ids, width=width, pad_id=pad_id)
-    texts = ["\n".join(f"{turn.role}: {turn.text}" for turn in each.prompt) for each in asked]
-    return PromptSet(tokens_BP, mask_BP, texts, [""] * len(asked))
+    texts = ["\n".join(f"{turn.role}: {turn.text}" for turn in each.prompt) for each in prompts]
+    return PromptSet(tokens_BP, mask_BP, texts, [""] * len(prompts))
 
 
 def token_batch(rows: padding.Rows, indices: np.ndarray) -> sft.TokenBatch:
-    """Rows by their indices."""
+    """Returns the batch of the rows at ``indices``."""
     return sft.TokenBatch(*(x[indices] for x in rows))  # type: ignore[arg-type]
 
 
 def text_batch(rows_BL: np.ndarray) -> sft.TokenBatch:
-    """Rows of running text: every token is real, and every one but the first is trained on."""
-    everywhere = np.ones(rows_BL.shape, bool)
-    learnt = everywhere.copy()
-    learnt[:, 0] = False
-    return sft.TokenBatch(rows_BL, everywhere, learnt)  # type: ignore[arg-type]
+    """Returns a batch of packed text, without padding; the loss is on every token but the first of a row."""
+    mask_BL = np.ones(rows_BL.shape, bool)
+    loss_mask_BL = mask_BL.copy()
+    loss_mask_BL[:, 0] = False
+    return sft.TokenBatch(rows_BL, mask_BL, loss_mask_BL)  # type: ignore[arg-type]

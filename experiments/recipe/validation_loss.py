@@ -1,4 +1,4 @@
-"""The loss of a reward model on comparisons that it is not trained on, logged while it trains."""
+"""Logs the loss of a reward model on held-out comparisons while it trains."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from recipe import policy_sampling
 from rlhf_jax import losses, types
 
 TIMES = 8
-"""How often in a stage: as many rows as the alarm on them needs."""
+"""Measurements per stage, the number that the alarm on them needs."""
 
 
-def logged(
+def make_callback(
     score: Callable[..., np.ndarray],
     held_out: types.Comparisons,
     *,
@@ -24,10 +24,17 @@ def logged(
     loss: Callable[..., jax.Array] = losses.ranking,
     params_of: Callable[[Any], types.Params] = lambda state: state.params,
 ) -> Callable[[int, Any, Any], dict[str, float] | None]:
-    """A callback of `loop.fit` that adds ``validation_loss`` to the rows of `TIMES` steps, the last among them.
+    """Returns a callback of `loop.fit` that logs ``validation_loss`` at `TIMES` steps, including the last.
 
-    It is the mean over the first prompts of ``held_out``, as many as have their answers in one call of the sampler's
-    scoring program, ``score``, always the same: differences between rows are the model's. Several heads count alike.
+    Args:
+        score: ``score(params, tokens_BL, mask_BL)``, the sampler's scoring program.
+        held_out: Held-out comparisons. The same first prompts are used each time, as many as one call scores.
+        steps: Steps of the stage.
+        loss: The loss of one prompt, as a function of scores, ranks and mask.
+        params_of: Returns the reward model's parameters from the train state.
+
+    Returns:
+        The callback. The losses of several heads are averaged.
     """
     where_BK = np.asarray(held_out.where_BK)
     n = max(1, int(np.sum(np.cumsum(where_BK.sum(axis=1)) <= policy_sampling.CHUNK)))
@@ -49,11 +56,11 @@ def logged(
             return None
         scores_R = score(params_of(state), tokens_BKL[b, k], mask_BKL[b, k])
         heads_HR = scores_R[None] if scores_R.ndim == 1 else scores_R.T
-        found = []
+        head_losses = []
         for scores in heads_HR:
             scores_BK = np.zeros(where_BK.shape, np.float32)
             scores_BK[b, k] = scores
-            found.append(float(mean_loss(jnp.asarray(scores_BK))))
-        return {"validation_loss": float(np.mean(found))}
+            head_losses.append(float(mean_loss(jnp.asarray(scores_BK))))
+        return {"validation_loss": float(np.mean(head_losses))}
 
     return measure

@@ -1,4 +1,4 @@
-"""Answers in the words of the built-in world, whatever the tokens of the model that gave them."""
+"""Reads answers in the vocabulary of the built-in world, whatever the tokenizer of the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf_jax.data import chat, tokenizers
 from rlhf_jax.simulation import gold, lexicon, prompts
 
 WIDTH = 2 * prompts.RESPONSE_WIDTH
-"""Words of an answer that are read; the gold utility gives nothing for brevity long before."""
+"""Words of an answer that are read; the brevity term of the gold utility is 0 for much shorter answers."""
 _CHUNK = 512
 _IDS = {word: lexicon.IDS[word] for word in lexicon.WORDS}
 _MARKS = re.escape("".join(lexicon.PUNCTUATION))
@@ -21,42 +21,44 @@ _WORD = re.compile(rf"[{_MARKS}]|[^\s{_MARKS}]+")
 
 
 class Read(NamedTuple):
-    """Answers as the gold utility reads them."""
+    """Answers in the form that the gold utility takes."""
 
     words_BT: np.ndarray
-    """Ids of the world's words; an unknown word has the id of padding, which means nothing, and is masked in."""
+    """Ids of the world's words. Unknown words have the padding id, which means nothing, and are in the mask."""
     mask_BT: np.ndarray
     unknown_B: np.ndarray
-    """Share of an answer's words that the world does not know."""
+    """Share of an answer's words that are not in the world's vocabulary."""
 
 
-def spoken(fmt: chat.ChatFormat) -> bool:
-    """Whether a tokenizer is the world's own, so that its ids are the world's words."""
+def is_world_tokenizer(fmt: chat.ChatFormat) -> bool:
+    """Returns whether the tokenizer is the built-in world's own, so that its ids are the world's words."""
     return fmt.template == tokenizers.CHAT_TEMPLATE and fmt.tokenizer.get_vocab() == lexicon.IDS
 
 
 def read(fmt: chat.ChatFormat, tokens_BT: np.ndarray, mask_BT: np.ndarray) -> Read:
-    """Decode answers and look their words up. An answer with a stop token ends with the world's end mark."""
-    said = [row[mask].tolist() for row, mask in zip(tokens_BT, mask_BT)]
-    words_BT, read_BT = np.full((len(said), WIDTH), lexicon.PAD_ID, np.int32), np.zeros((len(said), WIDTH), bool)
-    unknown_B = np.zeros(len(said))
-    for b, text in enumerate(fmt.tokenizer.backend_tokenizer.decode_batch(said, skip_special_tokens=True)):
-        found = [_IDS.get(word) for word in _WORD.findall(text)]
-        unknown_B[b] = found.count(None) / max(len(found), 1)
-        ids = [lexicon.PAD_ID if i is None else i for i in found]
-        ids = (ids + [lexicon.END_ID] * (not set(fmt.stop_ids).isdisjoint(said[b])))[:WIDTH]
+    """Decodes answers and looks up their words. An answer with a stop token ends with the world's end token."""
+    answers = [row[mask].tolist() for row, mask in zip(tokens_BT, mask_BT)]
+    words_BT, read_BT = np.full((len(answers), WIDTH), lexicon.PAD_ID, np.int32), np.zeros((len(answers), WIDTH), bool)
+    unknown_B = np.zeros(len(answers))
+    for b, text in enumerate(fmt.tokenizer.backend_tokenizer.decode_batch(answers, skip_special_tokens=True)):
+        words = [_IDS.get(word) for word in _WORD.findall(text)]
+        unknown_B[b] = words.count(None) / max(len(words), 1)
+        ids = [lexicon.PAD_ID if i is None else i for i in words]
+        ids = (ids + [lexicon.END_ID] * (not set(fmt.stop_ids).isdisjoint(answers[b])))[:WIDTH]
         words_BT[b, : len(ids)], read_BT[b, : len(ids)] = ids, True
     return Read(words_BT, read_BT, unknown_B)
 
 
-_judge = jax.jit(jax.vmap(gold.utility, in_axes=(None, 0, 0, 0)))
+_utility = jax.jit(jax.vmap(gold.utility, in_axes=(None, 0, 0, 0)))
 
 
-def judge(tables: gold.Tables, prompts_BP: np.ndarray, words_BT: np.ndarray, mask_BT: np.ndarray) -> gold.Utility:
-    """Gold judgement of N answers, on the host, in chunks of one shape."""
+def gold_utility(
+    tables: gold.Tables, prompts_BP: np.ndarray, words_BT: np.ndarray, mask_BT: np.ndarray
+) -> gold.Utility:
+    """Returns the gold utility of N answers as NumPy arrays, computed in chunks of one shape."""
     n, parts = len(prompts_BP), []
     for start in range(0, n, _CHUNK):
         rows = np.minimum(np.arange(start, start + _CHUNK), n - 1)
-        judged = _judge(tables, *(jnp.asarray(x[rows]) for x in (prompts_BP, words_BT, mask_BT)))
-        parts.append(jax.device_get(judged))
+        utility = _utility(tables, *(jnp.asarray(x[rows]) for x in (prompts_BP, words_BT, mask_BT)))
+        parts.append(jax.device_get(utility))
     return jax.tree.map(lambda *x: np.concatenate(x)[:n], *parts)

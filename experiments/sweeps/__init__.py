@@ -1,1 +1,1 @@
-"""Many runs from the same SFT model and reward model, compared at equal KL."""
+"""Many RL runs from the same SFT model and reward model, and their comparison at equal KL."""

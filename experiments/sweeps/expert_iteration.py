@@ -1,4 +1,4 @@
-"""Expert iteration, or rejection-sampling fine-tuning: answer, keep what scores best, imitate it, and again."""
+"""Expert iteration, or rejection-sampling fine-tuning: sample answers, keep the best by score, fine-tune on them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from launch import mesh_settings
+from launch import device_mesh
 from recipe import jobs, policy_sampling, stages, tasks
 
 from rlhf_jax import types
@@ -19,16 +19,16 @@ from sweeps import run_grid
 
 
 class Round(NamedTuple):
-    """What a round began with: its policy's answers, of which one to each prompt is kept."""
+    """Means over the answers that a round samples, before fine-tuning."""
 
     reward: float
     kl: float
     gold: float
 
 
-def iterate(
+def train(
     job: jobs.Job,
-    shared: run_grid.Prepared,
+    models: run_grid.StartModels,
     prompts: tasks.PromptSet,
     *,
     name: str,
@@ -38,57 +38,71 @@ def iterate(
     epochs: int,
     learning_rate: float,
 ) -> tuple[types.Params, list[Round]]:
-    """``rounds`` times: ``samples`` answers to each of a share of the prompts, the best by the reward model, imitated.
+    """Trains a policy by expert iteration (Anthony et al. 2017).
 
-    Each round has prompts of its own and goes on from the policy of the last (Anthony et al. 2017; the rejection
-    sampling of Touvron et al. 2023 is one of them). The KL to the start is measured and not held down.
+    Each round uses its own share of the prompts and continues from the policy of the previous round. One round is the
+    rejection sampling of Touvron et al. 2023. The KL to the start is measured and not penalised.
+
+    Args:
+        job: The job of the run.
+        models: The SFT model to start from and the reward model that selects answers.
+        prompts: Prompts of all rounds.
+        name: Prefix of the stages' names.
+        seed: Seed of the run.
+        rounds: Number of rounds.
+        samples: Answers to each prompt, of which the best is kept.
+        epochs: Passes over the kept answers of a round.
+        learning_rate: Learning rate of the fine-tuning.
+
+    Returns:
+        The policy of the last round and the measurements of each round.
     """
-    policy, key = shared.start, jax.random.fold_in(job.key("ppo"), seed)
+    policy, key = models.start, jax.random.fold_in(job.key("ppo"), seed)
     n = len(prompts) // rounds
-    kept: list[Round] = []
+    measured: list[Round] = []
     for r in range(rounds):
-        asked = prompts.at(np.repeat(np.arange(r * n, (r + 1) * n), samples))
-        found = job.sampler(policy, shared.start, shared.reward, asked, jax.random.fold_in(key, 2 * r))
-        gold = np.nan if found.gold is None else float(np.mean(found.gold.total))
-        kept.append(Round(float(np.mean(found.scores_B)), float(np.mean(found.kl_B)), gold))
-        best = np.arange(n) * samples + found.scores_B.reshape(n, samples).argmax(axis=1)
-        policy = _imitate(
+        round_prompts = prompts.at(np.repeat(np.arange(r * n, (r + 1) * n), samples))
+        answers = job.sampler(policy, models.start, models.reward, round_prompts, jax.random.fold_in(key, 2 * r))
+        gold = np.nan if answers.gold is None else float(np.mean(answers.gold.total))
+        measured.append(Round(float(np.mean(answers.scores_B)), float(np.mean(answers.kl_B)), gold))
+        best = np.arange(n) * samples + answers.scores_B.reshape(n, samples).argmax(axis=1)
+        policy = _fine_tune(
             job,
             policy,
-            jax.tree.map(lambda x: x[best], found),  # noqa: B023
+            jax.tree.map(lambda x: x[best], answers),  # noqa: B023
             name=f"{name}-round{r}",
             key=jax.random.fold_in(key, 2 * r + 1),
             epochs=epochs,
             learning_rate=learning_rate,
         )
-    return policy, kept
+    return policy, measured
 
 
-def _imitate(
+def _fine_tune(
     job: jobs.Job,
     policy: types.Params,
-    found: policy_sampling.Answers,
+    answers: policy_sampling.Answers,
     *,
     name: str,
     key: jax.Array,
     epochs: int,
     learning_rate: float,
 ) -> types.Params:
-    rows, batch = len(found.tokens_BL), job.settings.pretrain.batch
+    rows, batch = len(answers.tokens_BL), job.settings.pretrain.batch
     steps = max(1, epochs * rows // batch)
-    batch = mesh_settings.rows_down(min(batch, rows), job.mesh, "--pretrain.batch")
+    batch = device_mesh.round_rows_down(min(batch, rows), job.mesh, "--pretrain.batch")
     order = batching.epoch_batches(0, n=rows, batch_size=batch, key=key, steps=steps)
-    learnt_BL = np.zeros_like(found.mask_BL)
-    learnt_BL[:, job.task.prompt_width :] = found.response_mask_BT
+    loss_mask_BL = np.zeros_like(answers.mask_BL)
+    loss_mask_BL[:, job.task.prompt_width :] = answers.response_mask_BT
 
     def batch_at(i: int) -> Any:
-        parts = (found.tokens_BL, found.mask_BL, learnt_BL)
+        parts = (answers.tokens_BL, answers.mask_BL, loss_mask_BL)
         return sft.TokenBatch(*(jnp.asarray(x[order[i]]) for x in parts))
 
     with job.checkpoints(name) as checkpoints:
         state = loop.fit(
             job.supervised_step,
-            job.begin(partial(state_lib.create, tx=job.supervised_tx), policy),
+            job.create_on_mesh(partial(state_lib.create, tx=job.supervised_tx), policy),
             steps=steps,
             batch_at=batch_at,
             hyper_at=lambda i: stages.hyper(learning_rate),
@@ -96,6 +110,6 @@ def _imitate(
             stage=name,
             log=job.log,
             checkpoints=checkpoints,
-            **job.guarded(name, steps, batch_at),
+            **job.loop_checks(name, steps, batch_at),
         )
     return state.params

@@ -1,4 +1,4 @@
-"""Reward against KL of many runs: a figure with intervals, and a table."""
+"""Figures and tables of reward against KL over many runs, with intervals."""
 
 from __future__ import annotations
 
@@ -12,16 +12,13 @@ from rich.table import Table
 
 from rlhf_jax.report import plots
 
-SHOWN = (("gold", "Gold utility", "ppo"), ("reward", "Score of the reward model", "reward_model"))
-
-
+_SWEEP_FIGURES = (("gold", "Gold utility", "ppo"), ("reward", "Score of the reward model", "reward_model"))
 Rows = Sequence[Mapping[str, Any]]
 
 
-def figure(points: Rows, runs: Rows, key: str, label: str, kind: str) -> str:
-    """One number against the root of the KL, as SVG: runs as dots, means with their intervals over seeds as crosses."""
-    drawn: list[str] = []
-    with plots.axes(drawn, height=2.6) as (ax,):
+def _figure(points: Rows, runs: Rows, key: str, label: str, kind: str) -> str:
+    """Returns an SVG of a number against the root of the KL: runs as dots, means with intervals as crosses."""
+    with plots.axes(height=2.6) as (svg, (ax,)):
         ax.plot([_root(r["kl"]) for r in runs], [r[key] for r in runs], ".", color=plots.color(kind), alpha=0.35)
         ordered = sorted(points, key=lambda p: p["kl"][0])
         ax.plot(
@@ -36,13 +33,13 @@ def figure(points: Rows, runs: Rows, key: str, label: str, kind: str) -> str:
         ax.set_xlabel("Root of the KL to the reference, nats a sequence (labels: KL coefficient)")
         ax.set_ylabel(label)
         ax.grid()
-    return drawn[0]
+    return svg[0]
 
 
-def write(path: pathlib.Path, points: Rows, runs: Rows, *, title: str) -> None:
-    """One self-contained page with a figure for each number that the runs have."""
-    drawn = [figure(points, runs, key, label, kind) for key, label, kind in SHOWN if key in runs[0]]
-    write_page(path, title, drawn, "Dots are runs; crosses are means over seeds with their 95 % intervals.")
+def write_sweep(path: pathlib.Path, points: Rows, runs: Rows, *, title: str) -> None:
+    """Writes a self-contained page of a sweep, with one figure per measured number."""
+    figures = [_figure(points, runs, key, label, kind) for key, label, kind in _SWEEP_FIGURES if key in runs[0]]
+    write_page(path, title, figures, "Dots are runs; crosses are means over seeds with their 95 % intervals.")
 
 
 _STYLES = (("ppo", "ppo", "^"), ("ppo-ptx", "ppo_ptx", "v"), ("rloo", "sft", "s"), ("grpo", "other", "D"))
@@ -50,36 +47,33 @@ _STYLES += (("expert-iteration", "reward_model", "o"), ("best-of-n", "best_of_n"
 
 
 def write_methods(path: pathlib.Path, methods: Rows, *, title: str) -> None:
-    """One page with one figure: each method's gold against the root of the KL, with intervals over seeds."""
-    drawn: list[str] = []
-    look = {method: (color, marker) for method, color, marker in _STYLES}
-    with plots.axes(drawn, height=3.4) as (ax,):
+    """Writes a page with one figure: each method's gold against the root of the KL, with intervals over seeds."""
+    styles = {method: (color, marker) for method, color, marker in _STYLES}
+    with plots.axes(height=3.4) as (svg, (ax,)):
         for place, each in enumerate(methods):
-            color, marker = look[each["method"]]
+            color, marker = styles[each["method"]]
             for run in each["runs"]:
                 x = [_root(kl) for kl in run["kl"]]
                 ax.plot(x, run["gold"], ".", color=plots.color(color), alpha=0.12, markersize=3)
-            found = [(at, *point) for at, point in zip(each["at"], each["gold"]) if point[0] is not None]
-            # A little beside each other, or the intervals of methods that are alike would hide one another.
-            x = [_root(at) + 0.012 * (place - len(methods) / 2) for at, *_ in found]
+            points = [(at, *point) for at, point in zip(each["at"], each["gold"]) if point[0] is not None]
+            # Methods are shifted slightly, so that their intervals do not cover each other.
+            x = [_root(at) + 0.012 * (place - len(methods) / 2) for at, *_ in points]
             ax.plot(
                 x,
-                [mean for _, mean, _, _ in found],
+                [mean for _, mean, _, _ in points],
                 marker=marker,
                 markersize=4,
                 color=plots.color(color),
                 label=each["method"],
             )
-            for xi, (_, _, low, high) in zip(x, found):
+            for xi, (_, _, low, high) in zip(x, points):
                 if low is not None and high is not None:
                     ax.plot([xi, xi], [low, high], color=plots.color(color))
         ax.set_xlabel("Root of the KL to the SFT model, nats a sequence")
         ax.set_ylabel("Gold utility")
         ax.grid()
         ax.legend()
-    write_page(
-        path, title, drawn, "Dots are iterations of single runs; lines are means over seeds with 95 % intervals."
-    )
+    write_page(path, title, svg, "Dots are iterations of single runs; lines are means over seeds with 95 % intervals.")
 
 
 _LINES = ("ppo", "sft", "ppo_ptx", "best_of_n", "reward_model", "base", "other")
@@ -87,12 +81,11 @@ _MARKERS = "^os^oDv"
 
 
 def frontier(lines: Rows, *, xlabel: str, ylabel: str) -> str:
-    """Gold against the root of the KL as SVG: a line for each method, through its coefficients, with intervals.
+    """Returns an SVG of gold against the root of the KL, with one line per method through its coefficients.
 
-    Of a method that has ``paler`` True (shifted data) the line is broken and the markers are hollow.
+    Methods with ``paler`` True (shifted data) have dashed lines and hollow markers.
     """
-    drawn: list[str] = []
-    with plots.axes(drawn, height=3.6) as (ax,):
+    with plots.axes(height=3.6) as (svg, (ax,)):
         for place, line in enumerate(lines):
             color = plots.color(_LINES[line["look"] % len(_LINES)])
             points = sorted(line["points"], key=lambda p: p["kl"][0])
@@ -108,50 +101,50 @@ def frontier(lines: Rows, *, xlabel: str, ylabel: str) -> str:
         ax.set_ylabel(ylabel)
         ax.grid()
         ax.legend()
-    return drawn[0]
+    return svg[0]
 
 
 def methods_table(methods: Rows, at: Sequence[float]) -> Table:
-    """Gold at each KL with its interval over seeds, a method a row."""
-    made = Table(
+    """Returns the table of gold at each KL with its interval over seeds, one row per method."""
+    grid = Table(
         box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False, title="gold utility at a KL of", title_justify="left"
     )
-    made.add_column("")
+    grid.add_column("")
     for kl in at:
-        made.add_column(f"{kl:g}", justify="right")
+        grid.add_column(f"{kl:g}", justify="right")
     for each in methods:
-        made.add_row(each["method"], *("–" if p[0] is None else interval_text(p) for p in each["gold"]))
-    return made
+        grid.add_row(each["method"], *("–" if p[0] is None else interval_text(p) for p in each["gold"]))
+    return grid
 
 
-def write_page(path: pathlib.Path, title: str, drawn: Sequence[str], note: str, *, tables: str = "") -> None:
-    """One self-contained page: figures as SVG, a note, and tables that are HTML already."""
+def write_page(path: pathlib.Path, title: str, figures: Sequence[str], note: str, *, tables: str = "") -> None:
+    """Writes a self-contained page of SVG figures, a note and optional HTML tables."""
     colors = "color:var(--ink);background:var(--paper)"
     style = f"body{{font:15px sans-serif;max-width:46em;margin:2em auto;padding:0 1em;{colors}}}"
     style += "td,th{padding:.2em .6em;text-align:right}"
     light, dark = (";".join(f"--{name}:{pair[i]}" for name, pair in plots.COLORS.items()) for i in (0, 1))
     head = f"<style>:root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}{style}</style>"
-    body = f"<h1>{html.escape(title)}</h1>" + "".join(f"<figure>{svg}</figure>" for svg in drawn)
+    body = f"<h1>{html.escape(title)}</h1>" + "".join(f"<figure>{svg}</figure>" for svg in figures)
     body += f"<p>{html.escape(note)}</p>{tables}"
     path.write_text(f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>{head}{body}\n")
 
 
 def table(points: Sequence[Mapping[str, Any]]) -> Table:
-    """Means with their intervals over seeds, a coefficient a row."""
+    """Returns the table of means with their intervals over seeds, one row per coefficient."""
     names = [name for name in points[0] if name != "kl_coef"]
-    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-    made.add_column("KL coef", justify="right")
+    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    grid.add_column("KL coef", justify="right")
     for name in names:
-        made.add_column(name.replace("_", " "), justify="right")
+        grid.add_column(name.replace("_", " "), justify="right")
     for point in points:
-        made.add_row(f"{point['kl_coef']:g}", *(interval_text(point[name]) for name in names))
-    return made
+        grid.add_row(f"{point['kl_coef']:g}", *(interval_text(point[name]) for name in names))
+    return grid
 
 
 def interval_text(estimate: Sequence[float | None]) -> str:
-    """A mean with half the width of its interval."""
+    """Returns a mean with half the width of its interval as text."""
     mean, low, high = estimate
-    # Student's intervals are symmetric, and half the width is shorter to read.
+    # Student's intervals are symmetric.
     return f"{mean:.3f}" if low is None or high is None else f"{mean:.3f} ±{(high - low) / 2:.3f}"
 
 

@@ -42,7 +42,9 @@ def drop_uninformative(batch: types.Comparisons, counts: errors.DropCount) -> ty
             kept.append(b)
     counts.add(stage, records=len(where_BK), source="comparisons")
     if not kept:
-        raise errors.DataError(f"none of {len(where_BK)} comparisons says which answer is better ({stage.report()})")
+        raise errors.DataError(
+            f"none of {len(where_BK)} comparisons has different answers of different rank ({stage.report()})"
+        )
     cleaned = batch.replace(where_BK=where_BK, ranks_BK=np.where(where_BK, ranks_BK, 0))  # type: ignore[attr-defined]
     return jax.tree.map(lambda x: x[kept], cleaned)
 

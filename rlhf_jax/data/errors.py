@@ -42,8 +42,8 @@ class DropCount:
     limited only if ``max_truncated`` is given. Both limits are shares from 0 to 1.
 
     One object can collect the counts of a whole pipeline. Each stage of it counts in an object of its own (`stage`),
-    whose share is checked against the records that this stage received before `add` merges it: a lossy stage cannot
-    hide behind the records of another.
+    whose share is checked against the records that this stage received before `add` merges it, so
+    the records of other stages do not dilute it.
 
     >>> from rlhf_jax.data import errors
     >>> counts = errors.DropCount(max_dropped=0.5)

@@ -1,9 +1,9 @@
 """Simulated labelers: a pool of people who weight the parts of the gold utility differently and make mistakes.
 
 A labeler's utility is linear in features of an answer. Labeler i of group g has the weights
-``w * (1 + spread * eps_i + group_spread * eps_g)`` on the parts of the gold utility, and on tastes that the gold
-utility does not share: polite words without limit, and length. Choices follow Bradley-Terry at a temperature; rankings
-of K answers follow Plackett-Luce, whose pairs follow Bradley-Terry.
+``w * (1 + spread * eps_i + group_spread * eps_g)`` on the parts of the gold utility, and on two tastes that the
+gold utility does not share: polite words (up to six) and length. Choices follow Bradley-Terry at a temperature;
+rankings of K answers follow Plackett-Luce, whose pairs follow Bradley-Terry.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ class Pool:
 
 
 def features(judged: gold.Utility) -> jax.Array:
-    """Returns the features ``[..., F]`` of answers: polite words in units of four, length in units of twenty tokens."""
+    """Returns the features ``[..., F]`` of answers.
+
+    Polite words, of which six count at most, are in units of four, and the length in units of twenty tokens.
+    """
     columns = [judged.components[name] for name in gold.COMPONENTS]
     columns += [judged.harmless, jnp.minimum(judged.polite_words, 6) / 4.0, judged.length / 20.0]
     return jnp.stack([jnp.asarray(column, jnp.float32) for column in columns], axis=-1)

@@ -216,7 +216,7 @@ def train(stage, form, *, micro_batches=1):
         logs.append(jax.device_get(metrics))
     assert step.traces == 1, step.traces
     if form == "pmap":
-        state = step.first(state)
+        state = step.unreplicate(state)
     result = {"params": state.params} | ({"ema": state.ema, "kl_scale": state.kl_scale} if stage == "ppo" else {})
     return jax.device_get(result), logs
 
@@ -295,7 +295,7 @@ def small_job(folder, mesh):
     return jobs.make_job(
         options,
         tasks.make_task(options),
-        start=None,
+        model=None,
         checkpoints=lambda stage: checkpoint.Checkpoints(folder / stage),
         log=metrics.MetricLog(folder),
         progress=Silent(),
@@ -316,7 +316,7 @@ def recipe(job):
     if not LONG:
         return {"base": base, "sft_mix": start}
     rewards = stages.train_reward_models(job, start, [ranked])
-    ppo_ptx = stages.optimise(job, "ppo", start, rewards, ptx_coef=1.0)
+    ppo_ptx = stages.train_ppo(job, "ppo", start, rewards, ptx_coef=1.0)
     return {"base": base, "sft_mix": start, "reward": rewards[0], "ppo": ppo_ptx}
 
 

@@ -25,7 +25,7 @@ def trial(case, disk):
     import jax.numpy as jnp
     import numpy as np
     import optax
-    from launch import command_line
+    from launch import entry_point
 
     from rlhf_jax import checkpoint, metrics, parallel
     from rlhf_jax.train import loop, state
@@ -71,7 +71,7 @@ def trial(case, disk):
     errors, status = io.StringIO(), 0
     with contextlib.redirect_stderr(errors):
         try:
-            command_line.enter(lambda options: run(), lambda arguments: None, [])
+            entry_point.execute(lambda options: run(), lambda arguments: None, [])
         except SystemExit as exit:
             status = exit.code
     if case == "read-only":

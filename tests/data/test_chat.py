@@ -36,11 +36,11 @@ from rlhf_jax.data.chat import templates
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_family_has_its_documented_format_and_learns_the_answer_with_its_stop_token(name):
-    _, whole, answer = FORMATS[name]
+    _, dialogue_text, answer = FORMATS[name]
     fmt = format_of(name)
     ids, learnt = chat.encode_dialogue(fmt, TURNS, train_on="last")
     # SentencePiece decoders write the prefix space of every text.
-    assert shown(fmt, ids).replace("<s> [", "<s>[").replace("</s> [", "</s>[") == whole
+    assert shown(fmt, ids).replace("<s> [", "<s>[").replace("</s> [", "</s>[") == dialogue_text
     assert shown(fmt, [i for i, on in zip(ids, learnt) if on]) == answer
     assert learnt[-1] and ids[-1] == fmt.stop_ids[0]
     prompt = chat.encode_prompt(fmt, TURNS[:3])
@@ -54,8 +54,8 @@ def test_boundaries_are_the_same_in_training_and_generation(name):
         prompt, answer = chat.encode_prompt(fmt, turns[:-1]), chat.encode_answer(fmt, turns[-1].text)
         assert chat.encode_dialogue(fmt, turns)[0] == prompt + answer
         assert prompt == hf(fmt.tokenizer, turns[:-1], fmt.template)
-        told = hf(fmt.tokenizer, turns, fmt.template, prompt=False)
-        assert told[: len(prompt + answer)] == prompt + answer
+        dialogue_ids = hf(fmt.tokenizer, turns, fmt.template, prompt=False)
+        assert dialogue_ids[: len(prompt + answer)] == prompt + answer
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -122,9 +122,9 @@ def own_template(form):
     ],
 )
 def test_a_template_without_marks_is_replaced_by_the_form_that_writes_the_same(make, family, form):
-    forms = next(each for each in templates.FAMILIES if each.name == family).forms
+    forms = next(family_ for family_ in templates.FAMILIES if family_.name == family).forms
     fmt = chat.chat_format(make(template=own_template(forms[form])))
-    assert fmt.origin == f"{family}'s, which equals the tokenizer's own and has generation marks"
+    assert fmt.origin == f"{family}'s, equal to the tokenizer's own but with generation marks"
     assert hf(fmt.tokenizer, TURNS[:3], fmt.template) == hf(fmt.tokenizer, TURNS[:3], own_template(forms[form]))
 
 

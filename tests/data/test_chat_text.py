@@ -85,8 +85,8 @@ def test_long_prompts_lose_their_oldest_turns_and_keep_the_system_turn():
         assert ids == chat.encode_prompt(fmt, expected) and kept.tolist() == [0]
         assert counts.truncated == ({} if expected is whole else {"prompt turns dropped": 1})
     counts = errors.DropCount(max_dropped=1.0)
-    asked = [whole, (system,), TURNS[:1], (*TURNS[:1], Turn("tool", "3"))]
-    _, kept = chat.encode_prompts(fmt, asked, width=m - 1, counts=counts)
+    prompts = [whole, (system,), TURNS[:1], (*TURNS[:1], Turn("tool", "3"))]
+    _, kept = chat.encode_prompts(fmt, prompts, width=m - 1, counts=counts)
     assert kept.tolist() == [2] and kept.dtype == np.int64
     assert counts.dropped == {"prompt too long": 1, "no user turn": 1, "roles are refused": 1}
 

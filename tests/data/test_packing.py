@@ -23,8 +23,8 @@ lengths_and_width = st.integers(1, 30).flatmap(
 )
 
 
-def pack(sequences, **how):
-    return packing.pack(sequences, pad_id=PAD, **{"counts": errors.DropCount(), **how})
+def pack(sequences, **options):
+    return packing.pack(sequences, pad_id=PAD, **{"counts": errors.DropCount(), **options})
 
 
 @hypothesis.given(lengths_and_width, st.randoms(use_true_random=False))
@@ -41,9 +41,9 @@ def test_every_token_is_packed_once_at_its_recorded_place(case, random):
         if not ids_i:
             assert segment == 0
             continue
-        mine = packed.segments_BL[row] == segment
-        assert list(packed.tokens_BL[row, mine]) == ids_i and list(packed.loss_mask_BL[row, mine]) == learnt_i
-        assert np.flatnonzero(mine)[-1] == end and mine[end + 1 - len(ids_i) : end + 1].all()
+        own = packed.segments_BL[row] == segment
+        assert list(packed.tokens_BL[row, own]) == ids_i and list(packed.loss_mask_BL[row, own]) == learnt_i
+        assert np.flatnonzero(own)[-1] == end and own[end + 1 - len(ids_i) : end + 1].all()
     # Segments are numbered from the left, and padding is at the end of a row.
     steps = np.diff(np.concatenate([packed.segments_BL, np.zeros((len(packed.segments_BL), 1), np.int32)], axis=1))
     assert np.all((steps >= 0) & (steps <= 1) | (packed.segments_BL + steps == 0))
@@ -146,7 +146,7 @@ def on_device(tree):
     return jax.tree.map(jnp.asarray, tree)
 
 
-def alike(got, want):
+def assert_close(got, want):
     """Asserts that two pytrees agree within 1e-5 of their largest entry."""
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(want))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * scale, rtol=1e-5), got, want)
@@ -164,11 +164,11 @@ def test_packed_and_padded_rows_give_the_same_outputs(cfg):
 
     @jax.jit
     def read(params, tokens, mask, segments):
-        how: dict[str, Any] = dict(cfg=cfg, mask_BL=mask, segments_BL=segments)
+        options: dict[str, Any] = dict(cfg=cfg, mask_BL=mask, segments_BL=segments)
         return (
-            lm.token_logprobs(params, tokens, temperature=0.7, **how),
-            lm.values(params, tokens, **how),
-            lm.greedy_matches(params, tokens, chunk=5, **how),
+            lm.token_logprobs(params, tokens, temperature=0.7, **options),
+            lm.values(params, tokens, **options),
+            lm.greedy_matches(params, tokens, chunk=5, **options),
         )
 
     alone = read(model(cfg), rows.tokens_BL, rows.mask_BL, None)
@@ -181,10 +181,10 @@ def test_packed_and_padded_rows_give_the_same_outputs(cfg):
         for got, want in zip(together, alone):
             assert not np.any(np.asarray(got)[~packed.mask_BL])
             for i in range(len(rows.tokens_BL)):
-                mine = packed.segments_BL[packed.places.row[i]] == packed.places.segment[i]
-                found = np.asarray(got)[packed.places.row[i]][mine]
-                np.testing.assert_allclose(found, np.asarray(want)[i][rows.mask_BL[i]], atol=1e-5)
-                assert found[0] == 0
+                own = packed.segments_BL[packed.places.row[i]] == packed.places.segment[i]
+                actual = np.asarray(got)[packed.places.row[i]][own]
+                np.testing.assert_allclose(actual, np.asarray(want)[i][rows.mask_BL[i]], atol=1e-5)
+                assert actual[0] == 0
 
 
 @each_config
@@ -201,8 +201,8 @@ def test_packed_supervised_training_equals_padded_training(cfg):
 
     want = run(sft.TokenBatch(*rows))
     got = run(sft.TokenBatch(packed.tokens_BL, packed.mask_BL, packed.loss_mask_BL, packed.segments_BL))
-    alike(got[0], want[0])
-    alike(got[1], want[1])
+    assert_close(got[0], want[0])
+    assert_close(got[1], want[1])
     assert float(want[0]) > 0.5
 
 
@@ -230,7 +230,7 @@ def test_packed_reward_model_training_equals_padded_training(cfg):
     packed_logs, packed_change = ranking_update(cfg, packed)
     for name in ("loss", "accuracy", "score"):
         np.testing.assert_allclose(packed_logs[name].value(), logs[name].value(), rtol=1e-5)
-    alike(packed_change, change)
+    assert_close(packed_change, change)
     B, K = batch.where_BK.shape
     assert packed.tokens_RL.shape[0] * WIDTH < 0.7 * B * K * (P + T)
 
@@ -240,7 +240,7 @@ def test_packed_reward_model_training_in_micro_batches_equals_padded_training():
     batch = comparisons()
     want = ranking_update(ROPE, batch)[1]
     packed = packing.pack_comparisons(batch, width=WIDTH, pad_id=PAD, groups=3)
-    alike(ranking_update(ROPE, packed, micro_batches=3)[1], want)
+    assert_close(ranking_update(ROPE, packed, micro_batches=3)[1], want)
     with pytest.raises(ValueError, match="packed in 3 groups; micro_batches=1"):
         ranking_update(ROPE, packed)
     with pytest.raises(ValueError, match="no packed_scores"):
@@ -252,7 +252,7 @@ def test_packed_reward_model_training_in_micro_batches_equals_padded_training():
         packing.pack_comparisons(batch, width=3, pad_id=PAD)
     fixed = packing.pack_comparisons(batch, width=WIDTH, pad_id=PAD, rows=18, groups=3)
     assert fixed.tokens_RL.shape == (18, WIDTH)
-    alike(ranking_update(ROPE, fixed, micro_batches=3)[1], want)
+    assert_close(ranking_update(ROPE, fixed, micro_batches=3)[1], want)
 
 
 @each_config
@@ -279,8 +279,8 @@ def test_packed_dpo_equals_padded_dpo(cfg):
         jax.jit(jax.value_and_grad(lambda params, sums=sums: dpo(sums(params), sums(reference))))(model(cfg))
         for sums in (padded_sums, packed_sums)
     )
-    alike(got[0], want[0])
-    alike(got[1], want[1])
+    assert_close(got[0], want[0])
+    assert_close(got[1], want[1])
     assert abs(float(want[0]) - np.log(2)) > 1e-3
 
 

@@ -18,8 +18,8 @@ ROWS = {"x": np.arange(10), "y": np.arange(20).reshape(10, 2)}
 
 
 def make(arrays=ROWS, **options):
-    how: dict[str, Any] = {"batch_size": 4, "seed": 0, "prefetch": 0} | options
-    return pipeline.from_arrays(arrays, **how)
+    kwargs: dict[str, Any] = {"batch_size": 4, "seed": 0, "prefetch": 0} | options
+    return pipeline.from_arrays(arrays, **kwargs)
 
 
 def first(batches, n):
@@ -175,34 +175,33 @@ def test_records_are_batched_and_fingerprinted():
         turn = dialogues.Turn("user", f"q{i}")
         return records.Demonstration(prompt=(turn,), response=f"a{i}", metadata={"n": i}, location=location)
 
-    found = [record(i) for i in range(5)]
+    demonstrations = [record(i) for i in range(5)]
     options: dict[str, Any] = dict(batch_size=2, seed=0, prefetch=0)
     options["collate"] = lambda part: [record.response for record in part]
-    batches = pipeline.from_source(found, **options)
+    batches = pipeline.from_source(demonstrations, **options)
     seen = [answer for _ in range(5) for answer in next(batches)]
     assert Counter(seen) == Counter([f"a{i}" for i in range(5)] * 2)
     # The fingerprint covers everything except the location of a record.
-    elsewhere = pipeline.from_source([record(i, "file, line 3") for i in range(5)], **options)
-    elsewhere.set_state(batches.get_state())
-    others = (found[::-1], [*found[:4], record(5)], found[:4])
-    assert len({pipeline.fingerprint(some) for some in (found, *others)}) == 4
+    moved = pipeline.from_source([record(i, "file, line 3") for i in range(5)], **options)
+    moved.set_state(batches.get_state())
+    others = (demonstrations[::-1], [*demonstrations[:4], record(5)], demonstrations[:4])
+    assert len({pipeline.fingerprint(each) for each in (demonstrations, *others)}) == 4
     with pytest.raises(TypeError, match="a set has no fixed bytes"):
         pipeline.fingerprint([{1, 2}])
-    assert pipeline.from_source(found, data="mine", **options).fingerprint["data"] == "mine"
+    assert pipeline.from_source(demonstrations, data="mine", **options).fingerprint["data"] == "mine"
     # A function has no fixed bytes, so its identity is passed separately.
-    how: list[dict[str, Any]] = [{"data": "mine", "identity": {"width": width}} | options for width in (8, 4)]
-    wide, narrow = how
-    state = pipeline.from_source(found, **wide).get_state()
-    pipeline.from_source(found, **wide).set_state(state)
+    wide, narrow = ({"data": "mine", "identity": {"width": width}} | options for width in (8, 4))
+    state = pipeline.from_source(demonstrations, **wide).get_state()
+    pipeline.from_source(demonstrations, **wide).set_state(state)
     for other in [narrow, {**options, "data": "mine"}]:
         with pytest.raises(errors.DataError, match="saved with identity = "):
-            pipeline.from_source(found, **other).set_state(state)
+            pipeline.from_source(demonstrations, **other).set_state(state)
 
 
 def test_values_of_different_types_have_different_fingerprints():
     pair = np.arange(2, dtype=np.int32)
-    alike: list[Any] = ["a", b"a", {"bytes": "61"}, ["bytes", "61"], [], (), {}, ["list"], [1], (1,), [1.0], [True], 1]
-    alike += [
+    values: list[Any] = ["a", b"a", {"bytes": "61"}, ["bytes", "61"], [], (), {}, ["list"], [1], (1,), [1.0], [True], 1]
+    values += [
         ["dict", {}],
         pair,
         pair.astype(np.int64),
@@ -211,8 +210,8 @@ def test_values_of_different_types_have_different_fingerprints():
         np.asarray(["a"]),
         np.asarray([b"a"]),
     ]
-    alike += [{"array": [0, 1], "dtype": "int32", "shape": [2]}, np.asarray([b"a"], object), None, "None"]
-    assert len({pipeline.fingerprint([some]) for some in alike}) == len(alike)
+    values += [{"array": [0, 1], "dtype": "int32", "shape": [2]}, np.asarray([b"a"], object), None, "None"]
+    assert len({pipeline.fingerprint([value]) for value in values}) == len(values)
     assert pipeline.fingerprint([pair]) == pipeline.fingerprint([pair.astype(">i4")])
     with pytest.raises(TypeError, match="the key 1, which is not a string"):
         pipeline.fingerprint([{1: "a"}])

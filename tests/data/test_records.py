@@ -86,9 +86,9 @@ def test_scores_give_ranks_and_the_margin_of_a_pair():
     both = records.parse_ranking(fields | {"ranks": [2, 1.0, 7, 1]})
     assert both.ranks == (1, 1, 2, 7)
     turned = {"prompt": "why", "responses": ["bad", "good"]}
-    for said, margin in (({"ranks": [2, 1], "margin": 3}, 3.0), ({"scores": [0.5, 2]}, 1.5)):
-        two = records.parse_ranking(turned | said)
-        assert (two.responses, two.ranks, two.margin) == (("good", "bad"), (1, 2), margin)
+    for extra, margin in (({"ranks": [2, 1], "margin": 3}, 3.0), ({"scores": [0.5, 2]}, 1.5)):
+        ranking = records.parse_ranking(turned | extra)
+        assert (ranking.responses, ranking.ranks, ranking.margin) == (("good", "bad"), (1, 2), margin)
     assert (
         records.parse_ranking(turned | {"scores": [1.0, 2.5], "margin": 1.51}).margin == 1.51
     )  # within the tolerance for rounding
@@ -116,8 +116,8 @@ def test_other_fields_become_metadata():
     assert records.parse_prompt(fields).metadata == metadata | {"label": True, "response": "so"}
     assert records.parse_judged(fields | {"label": 0}).good is False
     # Fields that belong to another kind of record or another form are metadata.
-    asked = {"prompt": "why", "metadata": "v1", "margin": 0.5, "score_chosen": math.nan}
-    assert records.parse_demonstration(asked | {"response": "so"}).metadata == {"metadata": "v1", "margin": 0.5}
+    fields = {"prompt": "why", "metadata": "v1", "margin": 0.5, "score_chosen": math.nan}
+    assert records.parse_demonstration(fields | {"response": "so"}).metadata == {"metadata": "v1", "margin": 0.5}
     ranking = records.parse_ranking(k_way(response="so", score_chosen=3, metadata="v1"))
     assert ranking.metadata == {"metadata": "v1", "response": "so", "score_chosen": 3}
 
@@ -134,9 +134,10 @@ def test_two_forms_in_one_record_must_agree():
 def test_white_space_in_the_hh_form_is_normalised():
     prompt = "\r\n\r\nHuman: why\r\n\r\nAssistant:"
     expected = records.Ranking(prompt=WHY, responses=("so", "no"), ranks=(1, 2))
-    for asked in (prompt, "why\n", " why", None):
+    for repeated in (prompt, "why\n", " why", None):
         assert (
-            records.parse_ranking({"prompt": asked, "chosen": prompt + " so", "rejected": prompt + " no"}) == expected
+            records.parse_ranking({"prompt": repeated, "chosen": prompt + " so", "rejected": prompt + " no"})
+            == expected
         )
     assert records.parse_prompt({"prompt": prompt}).prompt == WHY
 
@@ -212,10 +213,10 @@ RANKING_FLAWS = {
 def test_an_unusable_ranking_is_dropped_and_counted(tmp_path, reason):
     flawed = RANKING_FLAWS[reason]
     path = write(tmp_path / "rankings.jsonl", [k_way(), *flawed, k_way(prompt="when")])
-    found, counts = readers.read_rankings(path, counts=any_share())
+    parsed, counts = readers.read_rankings(path, counts=any_share())
     assert counts.dropped == {reason: len(flawed)}
-    assert [record.prompt[0].text for record in found] == ["why", "when"]
-    assert found[-1].location == f"{path}, line {len(flawed) + 2}"
+    assert [record.prompt[0].text for record in parsed] == ["why", "when"]
+    assert parsed[-1].location == f"{path}, line {len(flawed) + 2}"
     with pytest.raises(errors.DataError, match=f"{reason} {len(flawed)}.*more than max_dropped = 1.0%"):
         readers.read_rankings(path)
 
@@ -231,8 +232,8 @@ def test_other_unusable_records_are_dropped_and_counted(tmp_path):
         {"messages": [ASK, {"role": BOT, "content": None}]},
         {"prompt": "why", "response": "so"},
     ]
-    found, counts = readers.read_demonstrations(write(tmp_path / "d.jsonl", rows), counts=any_share())
-    assert len(found) == 1
+    parsed, counts = readers.read_demonstrations(write(tmp_path / "d.jsonl", rows), counts=any_share())
+    assert len(parsed) == 1
     assert counts.dropped == {
         "empty answer": 2,
         "empty prompt": 2,
@@ -240,50 +241,62 @@ def test_other_unusable_records_are_dropped_and_counted(tmp_path):
         "response is null": 1,
         "content is null": 1,
     }
-    found, counts = readers.read_prompts(
+    parsed, counts = readers.read_prompts(
         write(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": []}]), counts=any_share()
     )
-    assert (len(found), counts.dropped) == (1, {"empty prompt": 1})
+    assert (len(parsed), counts.dropped) == (1, {"empty prompt": 1})
     rows = [{"prompt": "a", "response": "b", "label": None}, {"prompt": "a", "response": "b", "label": True}]
-    found, counts = readers.read_judged(write(tmp_path / "j.jsonl", rows), counts=any_share())
-    assert (len(found), counts.dropped) == (1, {"label is null": 1})
+    parsed, counts = readers.read_judged(write(tmp_path / "j.jsonl", rows), counts=any_share())
+    assert (len(parsed), counts.dropped) == (1, {"label is null": 1})
 
 
-RANK, SHOW, JUDGE, ASKED = (
+RANKINGS, DEMONSTRATIONS, JUDGED, PROMPTS = (
     readers.read_rankings,
     readers.read_demonstrations,
     readers.read_judged,
     readers.read_prompts,
 )
 BROKEN = [
-    (RANK, "{oops", "the line is not JSON"),
-    (RANK, "[1]", "the line holds a list, not an object with chosen and rejected, or prompt, responses and ranks"),
-    (RANK, {"prompt": "a"}, "the record has no 'chosen', and no 'responses' either"),
-    (RANK, {"prompt": "a", "chosen": "b"}, "the record has no 'rejected', and no 'responses' either"),
-    (RANK, {"prompt": "a", "responses": ["a", "b"]}, "the record has no 'ranks', and no 'scores' either"),
-    (RANK, {"responses": ["a", "b"], "ranks": [1, 2]}, "the record has no 'prompt'"),
-    (RANK, {"chosen": "a", "rejected": "b"}, "the record has no 'prompt'"),
-    (RANK, k_way(chosen="a"), "the record mixes two forms: it has 'responses' and 'chosen'"),
-    (SHOW, {"prompt": "a", "response": "b", "completion": "c"}, "mixes two forms: it has 'response' and 'completion'"),
-    (SHOW, {"messages": {"role": [USER, BOT], "content": ["a"]}}, "'messages' has 2 roles and 1 contents"),
-    (SHOW, '{"prompt": "a", "response": "b", "who": "\\ud800"}', "'who' holds half a surrogate pair"),
-    (SHOW, '{"prompt": "a", "response": "b", "\\ud800": 1}', "'the name of a field' holds half a surrogate pair"),
-    (RANK, k_way(responses="abc"), "'responses' is a str, not a list"),
-    (RANK, k_way(ranks={"a": 1}), "'ranks' is a dict, not a list"),
-    (RANK, k_way(responses=["a", 2, "c"]), "'responses' is a int, not a string"),
-    (RANK, {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "big"}, "'margin' is a str, not a number"),
-    (RANK, {"prompt": "a", "chosen": [SAY], "rejected": [3]}, "message 1 of 'rejected' is a int, not an object"),
-    (SHOW, {"prompt": 3, "response": "a"}, "'prompt' is a int, not a string"),
-    (SHOW, {"prompt": "a"}, "the record has no 'response', and no 'messages' either"),
-    (SHOW, {"response": "a"}, "the record has no 'prompt'"),
-    (SHOW, {"prompt": "a", "response": [ASK, SAY]}, "'response' holds 2 messages, not the answer alone"),
-    (SHOW, {"messages": "why"}, "'messages' is a str, not a string or a list of messages"),
-    (SHOW, {"messages": [{"role": USER}]}, "message 1 of 'messages' has no 'content'"),
-    (SHOW, {"messages": [ASK, {"role": BOT, "content": ["x"]}]}, "content of message 2 of messages' is a list"),
-    (SHOW, '{"prompt": "\\ud800", "response": "a"}', "'prompt' holds half a surrogate pair"),
-    (JUDGE, {"prompt": "a", "response": "b"}, "the record has no 'label'"),
-    (JUDGE, {"prompt": "a", "response": "b", "label": "good"}, "'label' is 'good', not true or false"),
-    (ASKED, {"text": "a"}, "the record has no 'prompt'"),
+    (RANKINGS, "{oops", "the line is not JSON"),
+    (RANKINGS, "[1]", "the line holds a list, not an object with chosen and rejected, or prompt, responses and ranks"),
+    (RANKINGS, {"prompt": "a"}, "the record has no 'chosen', and no 'responses' either"),
+    (RANKINGS, {"prompt": "a", "chosen": "b"}, "the record has no 'rejected', and no 'responses' either"),
+    (RANKINGS, {"prompt": "a", "responses": ["a", "b"]}, "the record has no 'ranks', and no 'scores' either"),
+    (RANKINGS, {"responses": ["a", "b"], "ranks": [1, 2]}, "the record has no 'prompt'"),
+    (RANKINGS, {"chosen": "a", "rejected": "b"}, "the record has no 'prompt'"),
+    (RANKINGS, k_way(chosen="a"), "the record mixes two forms: it has 'responses' and 'chosen'"),
+    (
+        DEMONSTRATIONS,
+        {"prompt": "a", "response": "b", "completion": "c"},
+        "mixes two forms: it has 'response' and 'completion'",
+    ),
+    (DEMONSTRATIONS, {"messages": {"role": [USER, BOT], "content": ["a"]}}, "'messages' has 2 roles and 1 contents"),
+    (DEMONSTRATIONS, '{"prompt": "a", "response": "b", "who": "\\ud800"}', "'who' holds half a surrogate pair"),
+    (
+        DEMONSTRATIONS,
+        '{"prompt": "a", "response": "b", "\\ud800": 1}',
+        "'the name of a field' holds half a surrogate pair",
+    ),
+    (RANKINGS, k_way(responses="abc"), "'responses' is a str, not a list"),
+    (RANKINGS, k_way(ranks={"a": 1}), "'ranks' is a dict, not a list"),
+    (RANKINGS, k_way(responses=["a", 2, "c"]), "'responses' is a int, not a string"),
+    (RANKINGS, {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "big"}, "'margin' is a str, not a number"),
+    (RANKINGS, {"prompt": "a", "chosen": [SAY], "rejected": [3]}, "message 1 of 'rejected' is a int, not an object"),
+    (DEMONSTRATIONS, {"prompt": 3, "response": "a"}, "'prompt' is a int, not a string"),
+    (DEMONSTRATIONS, {"prompt": "a"}, "the record has no 'response', and no 'messages' either"),
+    (DEMONSTRATIONS, {"response": "a"}, "the record has no 'prompt'"),
+    (DEMONSTRATIONS, {"prompt": "a", "response": [ASK, SAY]}, "'response' holds 2 messages, not the answer alone"),
+    (DEMONSTRATIONS, {"messages": "why"}, "'messages' is a str, not a string or a list of messages"),
+    (DEMONSTRATIONS, {"messages": [{"role": USER}]}, "message 1 of 'messages' has no 'content'"),
+    (
+        DEMONSTRATIONS,
+        {"messages": [ASK, {"role": BOT, "content": ["x"]}]},
+        "content of message 2 of messages' is a list",
+    ),
+    (DEMONSTRATIONS, '{"prompt": "\\ud800", "response": "a"}', "'prompt' holds half a surrogate pair"),
+    (JUDGED, {"prompt": "a", "response": "b"}, "the record has no 'label'"),
+    (JUDGED, {"prompt": "a", "response": "b", "label": "good"}, "'label' is 'good', not true or false"),
+    (PROMPTS, {"text": "a"}, "the record has no 'prompt'"),
 ]
 
 
@@ -311,24 +324,24 @@ def test_records_are_encoded_with_the_indices_they_came_from(fmt):
     widths = {"prompt_width": 4, "response_width": 2}
     ask, long = (dialogues.Turn(USER, "w0"),), (dialogues.Turn(USER, "w0 w1 w2"),)
     counts = any_share()
-    shown = [records.Judged(prompt=p, response="w5", good=g) for p, g in ((ask, False), (long, True), (ask, True))]
-    rows, kept = encoding.encode_demonstrations(fmt, shown, counts=counts, **widths)
+    judged = [records.Judged(prompt=p, response="w5", good=g) for p, g in ((ask, False), (long, True), (ask, True))]
+    rows, kept = encoding.encode_demonstrations(fmt, judged, counts=counts, **widths)
     np.testing.assert_array_equal(kept, [0, 2])
     np.testing.assert_array_equal(rows.tokens_BL, [[2, 4, 1, 3, 9, 1]] * 2)
     np.testing.assert_array_equal(rows.loss_mask_BL, [[False] * 4 + [True] * 2] * 2)
     assert counts.dropped == {"prompt too long": 1}
-    marked, kept = encoding.encode_judged(fmt, shown, counts=counts, **widths)
-    np.testing.assert_array_equal(marked.good_B, [False, True])
-    np.testing.assert_array_equal(marked.tokens_BL, rows.tokens_BL)
-    asked, kept = encoding.encode_prompts(fmt, shown, prompt_width=6, counts=counts)
+    judged_rows, kept = encoding.encode_judged(fmt, judged, counts=counts, **widths)
+    np.testing.assert_array_equal(judged_rows.good_B, [False, True])
+    np.testing.assert_array_equal(judged_rows.tokens_BL, rows.tokens_BL)
+    prompt_rows, kept = encoding.encode_prompts(fmt, judged, prompt_width=6, counts=counts)
     np.testing.assert_array_equal(kept, [0, 1, 2])
-    np.testing.assert_array_equal(asked.tokens_BP[:2], [[0, 0, 2, 4, 1, 3], [2, 4, 5, 6, 1, 3]])
-    np.testing.assert_array_equal(asked.mask_BP[:2], [[False] * 2 + [True] * 4, [True] * 6])
+    np.testing.assert_array_equal(prompt_rows.tokens_BP[:2], [[0, 0, 2, 4, 1, 3], [2, 4, 5, 6, 1, 3]])
+    np.testing.assert_array_equal(prompt_rows.mask_BP[:2], [[False] * 2 + [True] * 4, [True] * 6])
 
 
 def test_rankings_are_encoded(fmt):
     ask = (dialogues.Turn(USER, "w0"),)
-    found = [
+    parsed = [
         records.Ranking(prompt=ask, responses=("w1", "w2", "w3"), ranks=(2, 1, 2)),
         records.Ranking(prompt=ask, responses=("w1 w2 w3", "w1 w2 w4"), ranks=(1, 2)),  # equal within two tokens
         records.Ranking(
@@ -337,23 +350,27 @@ def test_rankings_are_encoded(fmt):
         records.Ranking(prompt=ask, responses=("w6", "w7"), ranks=(1, 2)),
     ]
     counts = any_share()
-    rows, kept = encoding.encode_rankings(fmt, found, prompt_width=4, response_width=2, counts=counts)
+    rows, kept = encoding.encode_rankings(fmt, parsed, prompt_width=4, response_width=2, counts=counts)
     np.testing.assert_array_equal(kept, [0, 2, 3])
     assert counts.dropped == {"same answer within the width": 1}
     assert counts.truncated == {"answer truncated": 2}
     np.testing.assert_array_equal(rows.ranks_BK, [[2, 1, 2], [1, 1, 2], [1, 2, 0]])
     np.testing.assert_array_equal(rows.where_BK, np.asarray(rows.ranks_BK) > 0)
     np.testing.assert_array_equal(rows.tokens_BKL[2, :2], [[2, 4, 1, 3, 10, 1], [2, 4, 1, 3, 11, 1]])
-    wider, _ = encoding.encode_rankings(fmt, found, prompt_width=4, response_width=2, counts=any_share(), max_answers=5)
+    wider, _ = encoding.encode_rankings(
+        fmt, parsed, prompt_width=4, response_width=2, counts=any_share(), max_answers=5
+    )
     np.testing.assert_array_equal(wider.ranks_BK[:, 3:], np.zeros((3, 2)))
     np.testing.assert_array_equal(wider.tokens_BKL[:, :3], rows.tokens_BKL)
     for room, name in ((2, "record 1"), (0, "record 1")):
         with pytest.raises(errors.DataError, match=f"^{name}: the record has 3 answers, more than .* = {room}"):
-            encoding.encode_rankings(fmt, found, prompt_width=4, response_width=2, counts=any_share(), max_answers=room)
-    named = dataclasses.replace(found[0], location="x.jsonl, line 7")
+            encoding.encode_rankings(
+                fmt, parsed, prompt_width=4, response_width=2, counts=any_share(), max_answers=room
+            )
+    named = dataclasses.replace(parsed[0], location="x.jsonl, line 7")
     with pytest.raises(errors.DataError, match=r"^x\.jsonl, line 7: the record has 3 answers"):
         encoding.encode_rankings(
-            fmt, [found[3], named], prompt_width=4, response_width=2, counts=any_share(), max_answers=2
+            fmt, [parsed[3], named], prompt_width=4, response_width=2, counts=any_share(), max_answers=2
         )
     bare: Any = dict(prompt_width=2, response_width=2, pad_id=0, counts=any_share())
     with pytest.raises(errors.DataError, match="more than max_answers = 0"):

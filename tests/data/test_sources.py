@@ -23,27 +23,27 @@ def write(path, rows):
 ROWS = [{"prompt": f"q{i}", "response": f"a{i}", "domain": "x"} for i in range(5)]
 
 
-def same(path):
-    found, _ = readers.read_demonstrations(path)
-    assert [(r.prompt[0].text, r.response, r.metadata) for r in found] == [
+def read_rows(path):
+    parsed, _ = readers.read_demonstrations(path)
+    assert [(r.prompt[0].text, r.response, r.metadata) for r in parsed] == [
         (f"q{i}", f"a{i}", {"domain": "x"}) for i in range(5)
     ]
-    return found
+    return parsed
 
 
 def test_every_kind_of_file_gives_the_same_records(tmp_path):
     for name in ("d.jsonl", "d.jsonl.gz", "d.json", "d.json.gz", "d.txt"):
-        assert same(write(tmp_path / name, ROWS))[-1].location.endswith(f"{name}, line 5")
+        assert read_rows(write(tmp_path / name, ROWS))[-1].location.endswith(f"{name}, line 5")
     array = json.dumps(ROWS, indent=1)
     (tmp_path / "a.json").write_text(array)
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(array.encode()))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "d.parquet", row_group_size=2)
     for name, unit in (("a.json", "record"), ("a.json.gz", "record"), ("d.parquet", "row")):
-        assert same(tmp_path / name)[-1].location.endswith(f"{name}, {unit} 5")
+        assert read_rows(tmp_path / name)[-1].location.endswith(f"{name}, {unit} 5")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS[:2]), tmp_path / "part-0.parquet")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS[2:]), tmp_path / "part-1.parquet")
-    same(tmp_path / "part-*.parquet")
-    same([tmp_path / "part-0.parquet", str(tmp_path / "part-1.parquet")])
+    read_rows(tmp_path / "part-*.parquet")
+    read_rows([tmp_path / "part-0.parquet", str(tmp_path / "part-1.parquet")])
 
 
 def test_parquet_messages_and_null_columns_are_read(tmp_path):
@@ -52,41 +52,41 @@ def test_parquet_messages_and_null_columns_are_read(tmp_path):
         {"messages": None, "prompt": "why", "response": "so"},
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
-    found, _ = readers.read_demonstrations(tmp_path / "d.parquet")
-    assert found == [records.Demonstration(prompt=(dialogues.Turn("user", "why"),), response="so")] * 2
+    parsed, _ = readers.read_demonstrations(tmp_path / "d.parquet")
+    assert parsed == [records.Demonstration(prompt=(dialogues.Turn("user", "why"),), response="so")] * 2
 
 
 def test_unreadable_files_are_errors_of_one_sentence(tmp_path, monkeypatch):
-    def refused(path, message):
+    def expect_error(path, message):
         with pytest.raises(errors.DataError, match=message) as error:
             readers.read_demonstrations(path)
         assert "\n" not in str(error.value)
 
     for name in ("d.jsonl", "d.json", "d.parquet"):
-        refused(tmp_path / f"nowhere-{name}", f"nowhere-{name} does not exist")
+        expect_error(tmp_path / f"nowhere-{name}", f"nowhere-{name} does not exist")
         (tmp_path / name).mkdir()
-        refused(tmp_path / name, f"{name} is a directory")
-    refused(tmp_path / "no*.jsonl", r"no file matches .*no\*\.jsonl")
-    refused([], "no file was given")
+        expect_error(tmp_path / name, f"{name} is a directory")
+    expect_error(tmp_path / "no*.jsonl", r"no file matches .*no\*\.jsonl")
+    expect_error([], "no file was given")
     for name, content in (("e.jsonl", b""), ("e.json", b"[]"), ("e.jsonl.gz", gzip.compress(b""))):
         (tmp_path / name).write_bytes(content)
-        refused(tmp_path / name, f"{name} is empty")
+        expect_error(tmp_path / name, f"{name} is empty")
 
     whole = json.dumps(ROWS, indent=1)
     (tmp_path / "cut.json").write_text(whole[: len(whole) // 2])
-    refused(tmp_path / "cut.json", r"cut\.json: the file is not JSON \(.* in line \d+\)")
+    expect_error(tmp_path / "cut.json", r"cut\.json: the file is not JSON \(.* in line \d+\)")
     (tmp_path / "mixed.json").write_text('[{"prompt": "a", "response": "b"}, 3]')
-    refused(tmp_path / "mixed.json", r"mixed\.json, record 2: the record is a int, not an object")
+    expect_error(tmp_path / "mixed.json", r"mixed\.json, record 2: the record is a int, not an object")
     packed = gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode())
     (tmp_path / "cut.jsonl.gz").write_bytes(packed[:-9])
-    refused(tmp_path / "cut.jsonl.gz", r"cut\.jsonl\.gz, line \d: the gzip file is truncated here")
+    expect_error(tmp_path / "cut.jsonl.gz", r"cut\.jsonl\.gz, line \d: the gzip file is truncated here")
 
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "ok.parquet")
     content = (tmp_path / "ok.parquet").read_bytes()
     (tmp_path / "cut.parquet").write_bytes(content[: len(content) // 2])
-    refused(tmp_path / "cut.parquet", r"cut\.parquet, row 1: the Parquet file cannot be read")
+    expect_error(tmp_path / "cut.parquet", r"cut\.parquet, row 1: the Parquet file cannot be read")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    refused(tmp_path / "ok.parquet", r"needs pyarrow; install it with pip install 'rlhf_jax\[parquet\]'")
+    expect_error(tmp_path / "ok.parquet", r"needs pyarrow; install it with pip install 'rlhf_jax\[parquet\]'")
 
 
 def test_byte_order_marks_and_blank_lines_at_the_end_are_ignored(tmp_path):
@@ -94,9 +94,9 @@ def test_byte_order_marks_and_blank_lines_at_the_end_are_ignored(tmp_path):
     for name in ("d.jsonl", "d.json", "d.jsonl.gz"):
         content = b"\xef\xbb\xbf" + text.encode() + b"\r\n \n"
         (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-        same(tmp_path / name)
+        read_rows(tmp_path / name)
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf\n\n " + json.dumps(ROWS).encode() + b"\n\n")
-    same(tmp_path / "a.json")
+    read_rows(tmp_path / "a.json")
     (tmp_path / "gap.jsonl").write_text(text + "\n" + text)
     with pytest.raises(errors.DataError, match=r"gap\.jsonl, line 6: the line is not JSON"):
         readers.read_demonstrations(tmp_path / "gap.jsonl")

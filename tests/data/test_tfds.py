@@ -93,8 +93,8 @@ def test_a_set_is_read_without_tensorflow_and_without_its_builder(data_dir):
 import sys
 from rlhf_jax.data import sources, readers
 
-found, _ = readers.read_prompts(sources.Tfds("rlhf_prompts/mine", data_dir=sys.argv[1]))
-print([record.prompt[0].text for record in found], "rlhf_jax.data.tfds_builder" in sys.modules)
+parsed, _ = readers.read_prompts(sources.Tfds("rlhf_prompts/mine", data_dir=sys.argv[1]))
+print([record.prompt[0].text for record in parsed], "rlhf_jax.data.tfds_builder" in sys.modules)
 """
     out = subprocess.run([sys.executable, "-c", program, str(data_dir)], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == f"{[f'q{i}' for i in range(12)]} False"
@@ -123,8 +123,8 @@ def test_a_set_is_encoded_lazily(tmp_path):
     widths = {"prompt_width": 4, "response_width": 2, "max_answers": 2}
 
     def collate(part):
-        found = [records.parse_ranking(sources.plain_fields(row)) for row in part]
-        return encoding.encode_rankings(fmt, found, counts=errors.DropCount(max_dropped=0.0), **widths)[0]
+        parsed = [records.parse_ranking(sources.plain_fields(row)) for row in part]
+        return encoding.encode_rankings(fmt, parsed, counts=errors.DropCount(max_dropped=0.0), **widths)[0]
 
     source = sources.tfds_source(sources.Tfds("rlhf_rankings/mine", "train", tmp_path))
     batches = pipeline.from_source(

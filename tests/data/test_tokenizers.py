@@ -151,21 +151,23 @@ def test_prompt_and_answer_encoded_separately_equal_the_chat_template(tokenizer)
     answer = chat.encode_answer(format_of(tokenizer), ANSWER)
     assert prompt[0] == 2 and prompt[-1] == 3 and answer[-1] == 1
     assert answer.count(1) == 1 and prompt.count(1) == 3
-    asked = tokenizer.apply_chat_template(chat.messages(TURNS), add_generation_prompt=True, return_dict=True)
-    assert asked["input_ids"] == prompt
-    told = tokenizer.apply_chat_template(chat.messages([*TURNS, dialogues.Turn(ASSISTANT, ANSWER)]), return_dict=True)
-    assert told["input_ids"] == prompt + answer
+    rendered = tokenizer.apply_chat_template(chat.messages(TURNS), add_generation_prompt=True, return_dict=True)
+    assert rendered["input_ids"] == prompt
+    rendered = tokenizer.apply_chat_template(
+        chat.messages([*TURNS, dialogues.Turn(ASSISTANT, ANSWER)]), return_dict=True
+    )
+    assert rendered["input_ids"] == prompt + answer
 
 
 def test_the_generation_marks_cover_every_answer_with_its_end_token(tokenizer):
     turns = [*TURNS, dialogues.Turn(ASSISTANT, ANSWER)]
-    told = tokenizer.apply_chat_template(chat.messages(turns), return_dict=True, return_assistant_tokens_mask=True)
+    rendered = tokenizer.apply_chat_template(chat.messages(turns), return_dict=True, return_assistant_tokens_mask=True)
     expected = []
     for turn in turns:
         n = len(encode_text(tokenizer, turn.text))
         expected += [0, *([1] * (n + 1))] if turn.role == ASSISTANT else [0] * (n + 2)
-    assert told["assistant_masks"] == expected
-    spoken = [i for i, said in zip(told["input_ids"], told["assistant_masks"]) if said]
+    assert rendered["assistant_masks"] == expected
+    spoken = [i for i, said in zip(rendered["input_ids"], rendered["assistant_masks"]) if said]
     both = [chat.encode_answer(format_of(tokenizer), text) for text in (TURNS[1].text, ANSWER)]
     assert spoken == both[0] + both[1]
 
@@ -209,12 +211,12 @@ def test_a_saved_tokenizer_is_restored(tokenizer, tmp_path):
         assert (loaded.pad_token_id, loaded.eos_token_id, loaded.bos_token) == (0, 1, None)
         assert loaded.chat_template == tokenizers.CHAT_TEMPLATE
         assert chat.encode_prompt(format_of(loaded), TURNS) == chat.encode_prompt(format_of(tokenizer), TURNS)
-        told: Any = loaded.apply_chat_template(
+        rendered: Any = loaded.apply_chat_template(
             chat.messages([*TURNS, dialogues.Turn(ASSISTANT, ANSWER)]),
             return_dict=True,
             return_assistant_tokens_mask=True,
         )
-        assert sum(told["assistant_masks"]) > 3
+        assert sum(rendered["assistant_masks"]) > 3
         ids = chat.encode_answer(format_of(loaded), ANSWER)
         assert loaded.decode(ids, skip_special_tokens=True) == ANSWER
 
@@ -256,8 +258,8 @@ def test_consecutive_assistant_turns_are_encoded_as_they_are(words):
     turns = [dialogues.Turn(USER, "cat"), dialogues.Turn(ASSISTANT, "the"), dialogues.Turn(ASSISTANT, "dog")]
     prompt = chat.encode_prompt(format_of(words), turns)
     assert prompt == [2, 7, 1, 3, 6, 1, 3, 8, 1, 3]
-    asked = words.apply_chat_template(chat.messages(turns), add_generation_prompt=True, return_dict=True)
-    assert asked["input_ids"] == prompt
+    rendered = words.apply_chat_template(chat.messages(turns), add_generation_prompt=True, return_dict=True)
+    assert rendered["input_ids"] == prompt
 
 
 def test_texts_become_rows_with_a_loss_on_the_answers(tokenizer):

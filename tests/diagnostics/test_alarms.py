@@ -273,23 +273,25 @@ def smoke_settings(**changes):
 def test_job_reports_and_records_alarms_or_stops(tmp_path):
     rows, warned = replace(healthy(), 10, kl=constant(-5.0)), []
     with metrics.MetricLog(tmp_path) as log:
-        feed(monitoring.watched(log, "ppo", smoke_settings(), warned.append), rows)
-        feed(monitoring.watched(log, "ppo_ptx", smoke_settings(), warned.append), healthy())
+        feed(monitoring.watch_stage(log, "ppo", smoke_settings(), warned.append), rows)
+        feed(monitoring.watch_stage(log, "ppo_ptx", smoke_settings(), warned.append), healthy())
         assert len(warned) == 1
-        (alarm,) = monitoring.raised(log, smoke_settings())
+        (alarm,) = monitoring.raised_alarms(log, smoke_settings())
     assert (alarm["stage"], alarm["step"], alarm["name"]) == ("ppo", 11, "negative_kl")
     assert alarm["message"] in warned[0]
     json.dumps(alarm, allow_nan=False)
     with metrics.MetricLog(tmp_path / "other") as log, pytest.raises(loop.Alarmed):
-        feed(monitoring.watched(log, "ppo", smoke_settings(on_alarm="stop"), warned.append), rows)
+        feed(monitoring.watch_stage(log, "ppo", smoke_settings(on_alarm="stop"), warned.append), rows)
 
 
 def test_corrected_sampler_raises_no_sampler_gap_alarm(tmp_path):
     rows, plain = replace(healthy(), 10, sampler_gap=constant(3.0)), settings.preset("smoke").ppo
     corrected = smoke_settings(on_alarm="stop", ppo=dataclasses.replace(plain, correct_sampler=True))
     with metrics.MetricLog(tmp_path) as log:
-        feed(monitoring.watched(log, "ppo", corrected, print), rows)
-        assert monitoring.raised(log, corrected) == [] and len(monitoring.raised(log, smoke_settings())) == 1
+        feed(monitoring.watch_stage(log, "ppo", corrected, print), rows)
+        assert (
+            monitoring.raised_alarms(log, corrected) == [] and len(monitoring.raised_alarms(log, smoke_settings())) == 1
+        )
 
 
 def test_alarm_that_stops_the_job_has_its_own_exit_status(monkeypatch, capsys):

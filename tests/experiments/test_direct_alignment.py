@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 from launch import settings as settings_lib
-from preferences import bandit_study, direct_alignment
+from preferences import bandit_study, direct_alignment, direct_settings
 from preferences import pairs as pairs_lib
 from recipe import jobs, policy_sampling, tasks
 from sweeps import run_grid
@@ -136,7 +136,7 @@ def job_in(folder, settings):
     job = jobs.make_job(
         settings,
         tasks.make_task(settings),
-        start=None,
+        model=None,
         checkpoints=lambda stage: checkpoint.Checkpoints(folder / "checkpoints" / stage),
         log=metrics.MetricLog(folder),
         progress=RecordedProgress(),
@@ -175,7 +175,7 @@ def test_every_loss_trains_by_its_name_and_restores_a_finished_run(tmp_path, los
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), policy, start)
     assert max(jax.tree.leaves(moved)) > 1e-6
     cached = tmp_path / "reference" / "run.npz"
-    assert cached.exists() == direct_alignment.LOSSES[loss].reference
+    assert cached.exists() == (loss not in ("orpo", "simpo"))
     again = trainer.train(start, pairs, name="run", seed=0)
     jax.tree.map(np.testing.assert_array_equal, again, policy)
     assert not job.progress.texts
@@ -227,7 +227,7 @@ def test_judges_of_the_built_in_world(tmp_path):
     start = model(job)
     reward = lm.with_head(jax.random.key(1), start, job.cfg)
     prompts = job.task.rl_prompts.take(8)
-    answers = run_grid.answers(job, run_grid.Prepared(start, start, reward), prompts, start, seed=0)
+    answers = run_grid.sample_answers(job, run_grid.StartModels(start, start, reward), prompts, start, seed=0)
     key = jax.random.key(0)
     np.testing.assert_array_equal(pairs_lib.reward_judge(answers, 4, key), answers.scores_B)
     np.testing.assert_array_equal(pairs_lib.gold_judge(answers, 4, key), answers.gold.total)
@@ -293,7 +293,7 @@ def test_used_ppo_settings_are_accepted():
 def test_a_batch_has_at_most_as_many_rows_as_the_data_and_unseen_rows_are_counted():
     def schedule(pairs, **changes):
         options: dict[str, Any] = {"batch": 8} | changes
-        return tuple(direct_alignment.schedule(direct_alignment.DirectSettings(**options), pairs))
+        return tuple(direct_alignment.schedule(direct_settings.DirectSettings(**options), pairs))
 
     assert schedule(20) == (8, 2, 4) and schedule(20, epochs=2) == (8, 5, 0)
     assert schedule(5) == (5, 1, 0) and schedule(5, micro_batches=2) == (4, 1, 1)
@@ -308,8 +308,8 @@ def test_rounds_of_the_study_multiply_beta_and_use_no_more_pairs_than_one_pass(m
     prompts = type("Prompts", (list,), {"take": lambda self, n: self[:n]})(range(90))
     job: Any = SimpleNamespace(task=SimpleNamespace(prompt_width=P, rl_prompts=prompts))
     trainer = SimpleNamespace(train=lambda *_, **options: trained.append(options))
-    monkeypatch.setattr(dpo_vs_ppo.run_grid, "prepare", lambda job: run_grid.Prepared(*"sdr"))
-    monkeypatch.setattr(dpo_vs_ppo.collection, "gather", lambda *_: ([ranked(B=6)], None, {}))
+    monkeypatch.setattr(dpo_vs_ppo.run_grid, "prepare", lambda job: run_grid.StartModels(*"sdr"))
+    monkeypatch.setattr(dpo_vs_ppo.comparison_data, "load_or_collect", lambda *_: ([ranked(B=6)], None, {}))
     for name in ("pretrain", "train_reward_model", "normalised"):
         monkeypatch.setattr(dpo_vs_ppo.stages, name, lambda *_, **__: None)
     monkeypatch.setattr(direct_alignment, "make_trainer", lambda *_: trainer)
@@ -322,7 +322,7 @@ def test_rounds_of_the_study_multiply_beta_and_use_no_more_pairs_than_one_pass(m
     assert {options["reference_file"] for options in trained} == {"own-sft_mix"}, "seeds share the reference's file"
 
 
-@pytest.mark.parametrize("kind", [direct_alignment.DirectSettings, experiment.DPOSettings, dpo_vs_ppo.StudySettings])
+@pytest.mark.parametrize("kind", [direct_settings.DirectSettings, experiment.DPOSettings, dpo_vs_ppo.StudySettings])
 def test_every_setting_has_an_effect_and_a_help_text(kind):
     files = [pathlib.Path(module.__file__ or "") for module in (direct_alignment, experiment, dpo_vs_ppo)]
     source = "".join(file.read_text() for file in files)

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import sweep
 import test_instructgpt as job
-from launch import initial_model, run_folder, settings
-from recipe import session, tasks, world_words
+from launch import config_file, initial_model, run_folder, settings
+from recipe import run_setup, tasks, world_words
 
 from rlhf_jax import lm
 from rlhf_jax.data import chat, tokenizers
 from rlhf_jax.simulation import lexicon, prompts
 
-SMALL = settings.preset("smoke", started=True)
+SMALL = settings.preset("smoke", pretrained=True)
 GPT2: dict[str, Any] = dict(
     norm="layernorm", activation="gelu_tanh", gated_mlp=False, positions="learned", tie_embeddings=True
 ) | dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True)
@@ -80,7 +80,7 @@ def finished(checkpoint, tmp_path_factory):
 def test_the_job_goes_on_from_a_model_with_its_own_tokenizer(finished, checkpoint):
     folder, done = finished
     assert "pretrain: already done" in done.stderr
-    assert f"from {checkpoint} (gpt2)" in done.stdout and "with generation marks" in done.stdout
+    assert f"starting from {checkpoint} (gpt2)" in done.stdout and "with generation marks" in done.stdout
     assert json.loads((folder / "config.json").read_text())["model"] == str(checkpoint)
     results = json.loads((folder / "results.json").read_text())
     for policy in results["policies"].values():
@@ -97,7 +97,7 @@ def test_what_it_writes_is_a_model_of_the_same_kind(finished, checkpoint):
     assert ended.cfg == began.cfg and ended.cfg.model_type == "gpt2"
     assert ended.fmt.origin == "the tokenizer's own" and ended.fmt.template == began.fmt.template
     assert ended.fmt.tokenizer.get_vocab() == began.fmt.tokenizer.get_vocab()
-    with pytest.raises(settings.SettingError, match="holds a reward model, not a language model"):
+    with pytest.raises(settings.SettingError, match="it is a reward model, not a language model"):
         initial_model.load(str(folder / "reward_model"))
 
 
@@ -140,7 +140,7 @@ def test_the_tokenizer_of_the_world_makes_the_task_of_a_run_from_nothing(tmp_pat
     asked = with_changes(SMALL, few)
     folder = save_gpt2(tmp_path / "m", tokenizers.word_level(lexicon.WORDS), max_length=64)
     ours, theirs = tasks.make_task(asked, initial_model.load(str(folder))), tasks.make_task(asked)
-    assert ours.speaks_world and theirs.speaks_world
+    assert ours.in_world_words and theirs.in_world_words
     for name in ("pretraining_BL", "pretraining_held_out_BL", "demonstrations"):
         for x, y in zip(jax.tree.leaves(getattr(ours, name)), jax.tree.leaves(getattr(theirs, name)), strict=True):
             np.testing.assert_array_equal(x, y)
@@ -154,7 +154,7 @@ def test_widths_are_measured_in_the_tokens_of_the_model(checkpoint):
     began = initial_model.load(str(checkpoint))
     asked = with_changes(SMALL, {"pretrain": {"documents": 3000}})
     task = tasks.make_task(asked, began)
-    assert not task.speaks_world and task.world is not None
+    assert not task.in_world_words and task.world is not None
     every = (task.rl_prompts, task.eval_prompts, task.world.compare_prompts)
     widest = max(each.mask_BP.sum(axis=1).max() for each in every)
     assert prompts.PROMPT_WIDTH < widest <= task.prompt_width <= 160
@@ -222,7 +222,7 @@ def test_directories_that_cannot_be_used_are_refused_in_one_sentence(checkpoint,
     out = tmp_path / "run"
     message = job.refused("--model", tmp_path / "none", "--out", out)
     assert f"--model {tmp_path / 'none'}" in message and not out.exists()
-    with pytest.raises(settings.SettingError, match="--net sizes a model made from nothing"):
+    with pytest.raises(settings.SettingError, match=r"--net\.\* sizes a new model"):
         instructgpt.parse(["--model", str(checkpoint), "--net.layers", "2"])
 
     def copy_of(name):
@@ -231,26 +231,26 @@ def test_directories_that_cannot_be_used_are_refused_in_one_sentence(checkpoint,
     cases = {}
     for name, file in (("config", "config.json"), ("tokenizer", "tokenizer.json"), ("weights", "model.safetensors")):
         (copy_of(name) / file).unlink()
-        cases[name] = ("cannot be used", file if name != "weights" else "safetensors")
+        cases[name] = ("cannot use", file if name != "weights" else "safetensors")
     (copy_of("cut") / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:1000])
     (copy_of("damaged") / "tokenizer.json").write_text("{}")
     (copy_of("broken") / "config.json").write_text("{")
-    cases |= {"cut": ("cut", ""), "damaged": ("cannot be", ""), "broken": ("cannot be used", "")}
+    cases |= {"cut": ("cannot", ""), "damaged": ("cannot", ""), "broken": ("cannot use", "")}
     for name, (why, what) in cases.items():
         with pytest.raises(settings.SettingError) as caught:
             initial_model.load(str(tmp_path / name))
         text = str(caught.value)
-        assert f"--model {tmp_path / name} " in text and why in text and what in text and "\n" not in text, name
+        assert f"--model {tmp_path / name}: " in text and why in text and what in text and "\n" not in text, name
 
     short = save_gpt2(tmp_path / "short", byte_pairs, max_length=32)
-    with pytest.raises(settings.SettingError, match=r"the built-in world's prompts and answers: .* more than the 32"):
+    with pytest.raises(settings.SettingError, match=r"the built-in world's prompts and answers: .* exceed the 32"):
         tasks.make_task(with_changes(SMALL, {"pretrain": {"documents": 600}}), initial_model.load(str(short)))
     path = job.write(tmp_path / "pairs.jsonl", job.comparisons(20))
     with pytest.raises(settings.SettingError, match=r"--data.prompt-width and --data.response-width: 48 \+ 24 tokens"):
         tasks.make_task(with_changes(SMALL, {"data": {"path": str(path)}}), initial_model.load(str(short)))
 
     small = save_gpt2(tmp_path / "small", byte_pairs, more=-3)
-    with pytest.raises(settings.SettingError, match="its tokenizer has 677 ids, more than its model's 674"):
+    with pytest.raises(settings.SettingError, match="its tokenizer has 677 ids, more than the 674 of the model"):
         initial_model.load(str(small))
     unmarked = save_gpt2(tmp_path / "unmarked", chat_cases.make_gpt2(template="{{ messages[0]['content'] }}"))
     with pytest.raises(settings.SettingError, match=r"no {% generation %} marks"):
@@ -264,12 +264,12 @@ def test_a_run_does_not_go_on_from_a_model_that_has_changed(checkpoint, tmp_path
     before = initial_model.fingerprint(str(model))
     run_folder.create(run, made, model_files=before)
     assert dataclasses.replace(script.parse(["--resume", str(run)]), resume=None) == made
-    run_folder.same_model(str(run), made, before)
+    run_folder.check_model_unchanged(str(run), made, before)
     (model / "README.md").write_text("not read")
     assert initial_model.fingerprint(str(model)) == before
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-6}))
-    with pytest.raises(settings.SettingError, match=rf"--resume {run} cannot go on: the files in {model} have changed"):
+    with pytest.raises(settings.SettingError, match=rf"cannot continue --resume {run}: the files in {model} changed"):
         script.run(script.parse(["--resume", str(run)]))
 
 
@@ -281,8 +281,8 @@ def test_every_experiment_writes_down_which_model_it_began_with(checkpoint, tmp_
     def stop(*_, **__):
         raise Begun
 
-    monkeypatch.setattr(session.jobs, "make_job", stop)
+    monkeypatch.setattr(run_setup.jobs, "make_job", stop)
     out = tmp_path / "run"
     with pytest.raises(Begun):
         script.run(script.parse([*map(str, LITTLE), "--model", str(checkpoint), "--out", str(out)]))
-    assert run_folder.saved_values(str(out))[run_folder.MODEL_FILES] == initial_model.fingerprint(str(checkpoint))
+    assert config_file.read(str(out))[run_folder.MODEL_FILES] == initial_model.fingerprint(str(checkpoint))

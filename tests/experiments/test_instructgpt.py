@@ -171,10 +171,10 @@ def test_a_run_killed_in_any_stage_resumes_to_the_same_bits(finished, tmp_path, 
 def test_a_finished_run_is_not_run_again(finished):
     folder, _ = finished
     before = (folder / "results.json").read_text()
-    told = io.StringIO()
-    with contextlib.redirect_stdout(told):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
         instructgpt.main(["--resume", str(folder)])
-    assert "PPO-ptx" in told.getvalue() and "is finished; nothing was run" in told.getvalue()
+    assert "PPO-ptx" in output.getvalue() and "is already finished" in output.getvalue()
     assert (folder / "results.json").read_text() == before
 
 
@@ -275,7 +275,7 @@ def test_rankings_of_a_file_keep_all_answers_and_refused_roles_are_said(tmp_path
     assert told.startswith("How many") and told.endswith(("?Two.", "?No.")), "the best answer is what is imitated"
     for record in records:
         record["prompt"] = [{"role": "system", "content": "Be short."}, {"role": "user", "content": record["prompt"]}]
-    with pytest.raises(errors.DataError, match=r"system\.jsonl: none of 32 comparisons can .*roles are refused"):
+    with pytest.raises(errors.DataError, match=r"system\.jsonl: none of 32 comparisons are .*roles are refused"):
         task_of(write(tmp_path / "system.jsonl", records))
 
 

@@ -93,7 +93,7 @@ def test_a_stage_of_the_job_has_a_fingerprint_of_its_data(tmp_path):
 
     def fingerprint(order, steps=5, rows=2):
         batch_at = lambda i: {"tokens": data[order[i * rows : (i + 1) * rows]]}  # noqa: E731
-        return jobs.Job.guarded(job, "sft", steps, batch_at)["fingerprint"]  # type: ignore[arg-type]
+        return jobs.Job.loop_checks(job, "sft", steps, batch_at)["fingerprint"]  # type: ignore[arg-type]
 
     order, reverse = np.arange(10), np.arange(10)[::-1]
     first = fingerprint(order)
@@ -104,7 +104,7 @@ def test_a_stage_of_the_job_has_a_fingerprint_of_its_data(tmp_path):
 
 def test_skipped_checkpoints_are_printed_and_recorded_as_incidents(tmp_path):
     folder, said = run_folder.RunFolder(tmp_path), []
-    folder.say = lambda stage, text: said.append((stage, text))
+    folder.print_note = lambda stage, text: said.append((stage, text))
     with folder.checkpoints("sft") as saves:
         for step in (1, 2):
             saves.save(step, {"w": jnp.arange(4.0) + step})

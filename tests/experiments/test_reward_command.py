@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import reward_model as script
+from launch import run_folder
 from launch import settings as settings_lib
 from preferences import cross_validation, cross_validation_results, reward_settings, reward_stages
 from recipe import human_comparisons
@@ -103,11 +104,11 @@ def test_rankings_give_all_their_pairs_and_conversations_stay_together(tmp_path)
     rankings = human_comparisons.read(settings_lib.Data(path=str(path)), errors.DropCount())
     pairs = human_comparisons.pairs(rankings)
     assert [(p.chosen, p.rejected) for p in pairs[:5]] == [("a", "b"), ("a", "c"), ("a", "d"), ("b", "d"), ("c", "d")]
-    assert human_comparisons.conversations(pairs).tolist() == [0] * 5 + [1] * 5, (
+    assert human_comparisons.conversation_ids(pairs).tolist() == [0] * 5 + [1] * 5, (
         "a shared system turn does not merge conversations"
     )
     with pytest.raises(errors.DataError, match=r"ranked\.json, record 1: a turn has the role 'system'"):
-        human_comparisons.only_two_speak(rankings)
+        human_comparisons.check_roles(rankings)
 
 
 def test_truncation_keeps_the_end_of_prompts_and_the_end_of_turn_tokens(tmp_path):
@@ -207,8 +208,7 @@ def test_too_many_folds_and_broken_files_are_refused(tmp_path):
 def test_every_setting_survives_the_configuration_file(tmp_path):
     settings = script.parse(["--preset", "smoke", "--training.heads", "3", "--pmp.prompts", "7"])
     run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.json").write_text(json.dumps(settings_lib.as_dict(settings)))
+    run_folder.create(run, settings)
     again = script.parse(["--resume", str(run)])
     assert (again.training, again.pmp, again.cv, again.folds) == (settings.training, settings.pmp, settings.cv, 0)
 

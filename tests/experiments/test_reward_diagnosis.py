@@ -33,7 +33,7 @@ def score(params, tokens_BL, mask_BL):
 
 def test_the_validation_loss_is_that_of_the_first_prompts_at_some_steps():
     batch = comparisons(400)
-    tell = validation_loss.logged(score, batch, steps=83)
+    tell = validation_loss.make_callback(score, batch, steps=83)
     rows = {done: tell(done, SimpleNamespace(params=0.3), {}) for done in range(1, 84)}
     known = {done: row["validation_loss"] for done, row in rows.items() if row}
     assert list(known) == [11, 22, 33, 44, 55, 66, 77, 83] and len(set(known.values())) == 1
@@ -53,8 +53,13 @@ def test_the_validation_loss_is_that_of_the_first_prompts_at_some_steps():
             told.append(sum(math.log1p(math.exp(-lead)) for lead in leads) / math.comb(there, 2))
     assert known[11] == pytest.approx(np.mean(told), rel=1e-5)
     # Of two heads it is the mean of both.
-    heads = validation_loss.logged(lambda *given: np.stack([score(*given), 2 * score(*given)], axis=1), batch, steps=1)
-    both = [validation_loss.logged(score, batch, steps=1)(1, SimpleNamespace(params=scale), {}) for scale in (0.3, 0.6)]
+    heads = validation_loss.make_callback(
+        lambda *given: np.stack([score(*given), 2 * score(*given)], axis=1), batch, steps=1
+    )
+    both = [
+        validation_loss.make_callback(score, batch, steps=1)(1, SimpleNamespace(params=scale), {})
+        for scale in (0.3, 0.6)
+    ]
     mean = np.mean([row["validation_loss"] for row in both if row])
     found = heads(1, SimpleNamespace(params=0.3), {})
     assert found is not None and found["validation_loss"] == pytest.approx(mean)
@@ -63,14 +68,14 @@ def test_the_validation_loss_is_that_of_the_first_prompts_at_some_steps():
 def test_a_reward_model_that_learns_by_heart_is_an_alarm_of_the_run(tmp_path):
     asked, log = settings.preset("smoke"), metrics.MetricLog(tmp_path)
     rng, told = np.random.default_rng(0), []
-    watch = monitoring.watched(log, "reward_model", asked, told.append)
+    watch = monitoring.watch_stage(log, "reward_model", asked, told.append)
     for step in range(1, 2 * validation_loss.TIMES + 1):
         row = {"loss": 0.7 - 0.02 * step}
         if step % 2 == 0:
             row["validation_loss"] = 0.6 + 0.002 * rng.normal() + (0.1 if step > validation_loss.TIMES else 0.0)
         watch(step, row)
     assert len(told) == 1 and "overfits" in told[0]
-    (found,) = monitoring.raised(log, asked)
+    (found,) = monitoring.raised_alarms(log, asked)
     assert (found["stage"], found["name"], found["step"]) == ("reward_model", "overfitted", 2 * validation_loss.TIMES)
     defaults = alarms.CHECKS["overfitted"].__kwdefaults__ or {}
     assert 2 * defaults["validation_window"] <= validation_loss.TIMES
@@ -89,7 +94,7 @@ def test_the_facts_of_a_reward_model_are_those_of_its_pairs():
     batch, train = comparisons(60, seed=1), comparisons(30, seed=2)
     categories = [("lists", "facts")[b % 2] for b in range(60)]
     reward = {"head": {"gain": np.float32(0.5), "bias": np.float32(0.25)}}
-    found = reward_diagnosis.reward_model_facts(job(batch, categories), reward, batch, train)
+    found = reward_diagnosis.measure(job(batch, categories), reward, batch, train)
     pairs = [
         (b, i, j)
         for b in range(60)

@@ -103,8 +103,8 @@ def test_results_follow_from_the_scores(judged):
 
 def test_the_report_shows_strata_calibration_and_length(judged):
     page = Page((judged / "report.html").read_text())
-    assert "The reward model ranks" in page.text
-    for words in ("Accuracy by stratum", "Calibration", "Length", "colors (n = 12)", "not given (n = 6)"):
+    assert "The reward model agrees with" in page.text
+    for words in ("Accuracy by group", "Calibration", "Length bias", "colors (n = 12)", "unknown (n = 6)"):
         assert words in page.text
     assert json.loads((judged / "config.json").read_text())["batch"] == 10
     assert {path.name for path in judged.iterdir()} == {"config.json", "results.json", "report.html", "scores.jsonl"}
@@ -253,7 +253,7 @@ def results_with_all_figures():
     gap = diagnostics.generalisation_gap(rng.normal(2, 1, 90), np.zeros(90), rng.normal(1, 1, 90), np.zeros(90))
     return {
         "reward_model": {"accuracy": [0.7, 0.6, 0.8], "gap": gap._asdict()},
-        "split_halves": reward_diagnosis.lists(halves) | {"steps": [0, 10, 20, 30, 40, 50]},
+        "split_halves": reward_diagnosis.arrays_as_json(halves) | {"steps": [0, 10, 20, 30, 40, 50]},
         "overoptimisation": [{"name": "best of n", "kl": kl.tolist(), "gains": gains.tolist(), "fits": fits}],
     }
 

@@ -1,6 +1,8 @@
-"""Settings of the main job: each is read somewhere, explained, and kept in the run's folder."""
+"""Settings of commands: help texts, checks, config.json, and the start of a command."""
 
 import dataclasses
+import json
+import os
 import pathlib
 import re
 import subprocess
@@ -8,7 +10,8 @@ import sys
 from typing import Any
 
 import pytest
-from launch import checks, settings
+import sweep
+from launch import config_file, run_folder, setting_checks, settings
 
 EXPERIMENTS = pathlib.Path(settings.__file__).parents[1]
 SOURCE = "\n".join(
@@ -27,7 +30,7 @@ def fields(cls: Any = settings.Settings):
 
 
 @pytest.mark.parametrize(("cls", "name"), list(fields()), ids=lambda x: getattr(x, "__name__", x))
-def test_every_field_is_read_and_explained(cls, name):
+def test_every_setting_is_read_somewhere_and_has_help(cls, name):
     assert re.search(rf"\.{name}\b", SOURCE), f"no stage reads {cls.__name__}.{name}"
     text = pathlib.Path(settings.__file__).read_text()
     assert re.search(rf'^    {name}: [^\n]*\n    """.+', text, re.MULTILINE), f"{cls.__name__}.{name} has no help"
@@ -35,41 +38,107 @@ def test_every_field_is_read_and_explained(cls, name):
 
 @pytest.mark.parametrize("name", ["default", "smoke"])
 @pytest.mark.parametrize("dialogues", [False, True])
-@pytest.mark.parametrize("started", [False, True])
-def test_presets_are_in_range_and_survive_the_configuration_file(name, dialogues, started):
-    made = settings.preset(name, dialogues=dialogues, started=started)
-    checks.check(made)
-    assert settings.from_dict(settings.as_dict(made)) == made
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_presets_are_in_range_and_survive_config_json(name, dialogues, pretrained):
+    made = settings.preset(name, dialogues=dialogues, pretrained=pretrained)
+    setting_checks.check(made)
+    assert config_file.from_dict(settings.Settings, dataclasses.asdict(made)) == made
 
 
-def test_a_configuration_of_another_version_is_refused():
-    values = settings.as_dict(settings.preset("default"))
+def test_settings_with_an_unknown_field_are_refused():
+    values = dataclasses.asdict(settings.preset("default"))
     values["ppo"] = {**values["ppo"], "new_field": 1}
     with pytest.raises(settings.SettingError, match="ppo"):
-        settings.from_dict(values)
+        config_file.from_dict(settings.Settings, values)
 
 
 @pytest.mark.parametrize(("part", "name", "value"), [("ppo", "clip", 0.0), ("net", "heads", 5), ("sft", "mix", 1.0)])
-def test_values_out_of_range_name_their_flag(part, name, value):
+def test_errors_about_values_out_of_range_name_the_flag(part, name, value):
     made = settings.preset("default")
     broken = dataclasses.replace(made, **{part: dataclasses.replace(getattr(made, part), **{name: value})})
     with pytest.raises(settings.SettingError, match=f"--{part}.{name}"):
-        checks.check(broken)
+        setting_checks.check(broken)
 
 
-def test_truncated_rollouts_are_refused_with_the_reason_unless_they_are_corrected_for():
+def test_truncated_sampling_needs_the_sampler_correction():
     made = settings.preset("default")
     for change in (dict(top_k=10), dict(top_p=0.9)):
         cut = dataclasses.replace(made, ppo=dataclasses.replace(made.ppo, **change))
         with pytest.raises(settings.SettingError, match=r"--ppo.top-[kp] .*correct-sampler.*another distribution"):
-            checks.check(cut)
-        checks.check(dataclasses.replace(cut, ppo=dataclasses.replace(cut.ppo, correct_sampler=True)))
+            setting_checks.check(cut)
+        setting_checks.check(dataclasses.replace(cut, ppo=dataclasses.replace(cut.ppo, correct_sampler=True)))
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="elsewhere the kernel does not say")
-def test_peak_memory_is_that_of_the_process_and_not_of_its_parent():
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="only Linux reports it")
+def test_peak_memory_excludes_the_parent_process():
     held = bytearray(600 * 2**20)
     held[:: 2**12] = bytes([1]) * (len(held) // 2**12)
     code = "from launch import process_setup; print(process_setup.peak_memory_mb())"
-    told = subprocess.run([sys.executable, "-c", code], cwd=EXPERIMENTS, capture_output=True, text=True, check=True)
-    assert 1 < float(told.stdout) < 300 < len(held) / 2**20
+    done = subprocess.run([sys.executable, "-c", code], cwd=EXPERIMENTS, capture_output=True, text=True, check=True)
+    assert 1 < float(done.stdout) < 300 < len(held) / 2**20
+
+
+# ------------------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("version", [None, 1, 99])
+def test_a_run_folder_of_another_version_is_refused_in_one_sentence(tmp_path, version):
+    preset = settings.preset("smoke")
+    run_folder.create(tmp_path / "run", preset)
+    path = tmp_path / "run" / config_file.NAME
+    values = json.loads(path.read_text())
+    assert config_file.read_settings(settings.Settings, str(tmp_path / "run")) == preset
+    del values["version"]
+    path.write_text(json.dumps(values if version is None else values | {"version": version}))
+    (tmp_path / "run" / run_folder.RESULTS).write_text("{}")  # finished or not
+    with pytest.raises(
+        settings.SettingError, match=r"config.json has .*version.*; start a new run with --out"
+    ) as error:
+        config_file.read_settings(settings.Settings, str(tmp_path / "run"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_of_another_command_is_refused(tmp_path):
+    run_folder.create(tmp_path / "run", settings.preset("smoke"))
+    with pytest.raises(settings.SettingError, match=r"is a run of instructgpt\.py; resume it with that command"):
+        sweep.parse(["--resume", str(tmp_path / "run")])
+
+
+# --------------------------------------------------------------------------------------------------------------- help
+
+COMMANDS = sorted(path.name for path in EXPERIMENTS.glob("*.py"))
+SLOW_MODULES = ("jax", "transformers", "matplotlib", "flax", "orbax")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"} | {"COLUMNS": "120"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_needs_no_slow_import(command):
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = [{command!r}, '--help']\n"
+        f"sys.path.insert(0, {str(EXPERIMENTS)!r})\n"
+        "try:\n"
+        f"    runpy.run_path({str(EXPERIMENTS / command)!r}, run_name='__main__')\n"
+        "except SystemExit:\n"
+        f"    sys.stderr.write(' '.join(sorted(sys.modules.keys() & set({SLOW_MODULES}))))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.stdout.startswith(f"usage: {command}")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_into_a_closed_pipe_prints_no_traceback(command):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        done = subprocess.run(
+            [sys.executable, EXPERIMENTS / command, "--help"],
+            stdout=write_end,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
+        )
+    finally:
+        os.close(write_end)
+    assert not done.stderr

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import pytest
 import sweep
-from launch import checks, settings
-from recipe import collection, jobs, precompile, tasks
+from launch import setting_checks, settings
+from recipe import comparison_data, jobs, precompile, tasks
 from sweeps import frontier_plot, run_grid
 
 from rlhf_jax import checkpoint, lm, metrics, parallel, types
@@ -45,7 +45,7 @@ def job_in(folder, asked):
     return jobs.make_job(
         asked,
         tasks.make_task(asked),
-        start=None,
+        model=None,
         checkpoints=lambda stage: checkpoint.Checkpoints(folder / "checkpoints" / stage),
         log=metrics.MetricLog(folder),
         progress=Silent(),
@@ -54,7 +54,7 @@ def job_in(folder, asked):
 
 def shared_by(job):
     params = jax.jit(lambda key: lm.init(key, cfg=job.cfg))(jax.random.key(0))
-    return run_grid.Prepared(params, params, lm.with_head(jax.random.key(1), params, job.cfg))
+    return run_grid.StartModels(params, params, lm.with_head(jax.random.key(1), params, job.cfg))
 
 
 def rows_of(folder, stage):
@@ -107,7 +107,7 @@ def test_one_program_gives_what_one_run_after_the_other_gives(tmp_path):
 )
 def test_every_method_and_switch_trains_on_the_built_in_world(tmp_path, how):
     asked = small(**how)
-    checks.check(asked)
+    setting_checks.check(asked)
     job = job_in(tmp_path, asked)
     shared = shared_by(job)
     shared = shared._replace(heldout=shared.reward if asked.ppo.critic == "zero-head" else None)
@@ -144,7 +144,7 @@ def test_a_resumed_run_compiles_ahead_only_what_its_unfinished_stages_call(tmp_p
     steps |= {job.ppo_step: "one", other.ppo_step: "other"}
     begun = []
     monkeypatch.setattr(parallel.JitStep, "compile_ahead", lambda step, *_: begun.append(steps.get(step)))
-    with precompile.compiling(job, {"a": job, "b": job, "c": other}):
+    with precompile.in_background(job, {"a": job, "b": job, "c": other}):
         assert set(begun) - {None} == expected and len(begun) - begun.count(None) == len(expected)
     assert begun.count(None) == 3, "every run samples, measures and scores"
 
@@ -170,12 +170,12 @@ def test_two_reward_models_learn_from_comparisons_that_the_other_has_not_seen(tm
     tokens_BKL = np.broadcast_to(np.arange(n)[:, None, None], (n, 3, width))
     where_BK = np.arange(3) < np.array([2, 3, 2, 3, 2, 3, 2, 3, 2])[:, None]
     every = types.Comparisons(tokens_BKL, tokens_BKL >= 0, np.where(where_BK, np.arange(3) + 1, 0), where_BK)  # type: ignore[arg-type]
-    monkeypatch.setattr(collection, "collect_comparisons", lambda job, policies: (every, every, {"fact": 1}))
+    monkeypatch.setattr(comparison_data, "collect", lambda job, policies: (every, every, {"fact": 1}))
     asked = small()
-    (whole,), _, facts = collection.gather(job_in(tmp_path / "a", asked), [])
+    (whole,), _, facts = comparison_data.load_or_collect(job_in(tmp_path / "a", asked), [])
     assert whole is every and facts == {"fact": 1, "training_prompts": 9, "training_answers": 22}
     asked = dataclasses.replace(asked, reward_model=dataclasses.replace(asked.reward_model, heldout=True))
-    parts, held_out, facts = collection.gather(job_in(tmp_path / "b", asked), [])
+    parts, held_out, facts = comparison_data.load_or_collect(job_in(tmp_path / "b", asked), [])
     assert held_out is every, "what accuracy is measured on stays whole"
     seen = [set(part.tokens_BKL[:, 0, 0].tolist()) for part in parts]
     assert [len(x) for x in seen] == [4, 4] and not seen[0] & seen[1]
@@ -220,8 +220,8 @@ def test_bad_settings_are_refused_by_name(parse, arguments, message):
 def test_published_settings_are_in_range(name):
     asked = sweep.parse(["--published", name])
     assert asked.published == name and asked.ppo != settings.PPO()
-    given = settings.preset("default", published=name, started=True)
-    checks.check(given)
+    given = settings.preset("default", published=name, pretrained=True)
+    setting_checks.check(given)
 
 
 def test_published_numbers():
@@ -239,18 +239,20 @@ def test_figures_hold_every_method_and_coefficient(tmp_path):
     run = {"kl": [0.0, 1.0, 2.0], "gold": [0.5, 0.6, 0.65]}
     methods = [
         {"method": name, "at": [1.0, 2.0], "gold": [[0.6, 0.55, 0.65], [None] * 3], "runs": [run]}
-        for name in compare.EVERY
+        for name in compare.METHODS
     ]
     frontier_plot.write_methods(tmp_path / "c.html", methods, title="Methods")
     text = (tmp_path / "c.html").read_text()
     assert (
-        all(name in text for name in compare.EVERY) and "<svg" in text and "http" not in text.replace("www.w3.org", "")
+        all(name in text for name in compare.METHODS)
+        and "<svg" in text
+        and "http" not in text.replace("www.w3.org", "")
     )
     points = [
         {"kl_coef": c, "kl": [1.0, 0.9, 1.1], "gold": [0.6, 0.5, 0.7], "reward": [1.0, None, None]} for c in (0.1, 1)
     ]
     runs = [{"kl": 1.0, "gold": 0.6, "reward": 1.0}]
-    frontier_plot.write(tmp_path / "s.html", points, runs, title="Sweep")
+    frontier_plot.write_sweep(tmp_path / "s.html", points, runs, title="Sweep")
     assert (tmp_path / "s.html").read_text().count("<svg") == 2
 
 

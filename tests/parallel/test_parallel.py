@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
-from launch import checks, mesh_settings, settings
+from launch import device_mesh, setting_checks, settings
 
 from rlhf_jax import lm, parallel
 from rlhf_jax.train import minibatches
@@ -232,10 +232,10 @@ def test_an_invalid_mesh_is_a_one_line_error_with_status_2(flags, message, tmp_p
 
 def test_one_device_needs_no_mesh_and_data_minus_one_takes_the_remaining_devices():
     default = settings.preset("smoke")
-    checks.check(default)
-    assert mesh_settings.make(mesh_settings.resolved(default)) is None
+    setting_checks.check(default)
+    assert device_mesh.make(device_mesh.resolve(default)) is None
     automatic = instructgpt.parse(["--preset", "smoke", "--mesh.data", "-1"])
-    assert mesh_settings.resolved(automatic).mesh.data == jax.device_count()
+    assert device_mesh.resolve(automatic).mesh.data == jax.device_count()
     too_many = instructgpt.parse(["--preset", "smoke", "--mesh.data", "-1", "--mesh.fsdp", "4"])
-    with pytest.raises(settings.SettingError, match=r"--mesh.simulate 4 makes the CPU look like as many"):
-        mesh_settings.resolved(too_many)
+    with pytest.raises(settings.SettingError, match=r"--mesh.simulate 4 simulates as many on the CPU"):
+        device_mesh.resolve(too_many)

@@ -99,17 +99,17 @@ def test_verdicts_on_claims_are_right():
 
 def test_verdicts_on_reviewed_answers_agree_with_gold():
     of_question = {prompt.turns[-1][1]: prompt for rows in ASKED.values() for prompt, _ in rows}
-    asked, answers, verdicts = [], [], []
+    questions, answers, verdicts = [], [], []
     for text in REVIEWS:
         match = re.fullmatch(r"question : (.*) answer : (.*) (good|bad) \.", text)
         assert match is not None
         question, answer, verdict = match.groups()
         question = re.sub(r"^(please|hello ,|hello friend ,) ", "", question)
-        asked.append(prompts.prompt_tokens(of_question[question].turns))
+        questions.append(prompts.prompt_tokens(of_question[question].turns))
         answers.append(prompts.answer_tokens(answer))
         verdicts.append(verdict == "good")
     width = max(map(len, answers))
-    prompt_BP, _ = padding.pad_prompts(asked, width=prompts.PROMPT_WIDTH, pad_id=lexicon.PAD_ID)
+    prompt_BP, _ = padding.pad_prompts(questions, width=prompts.PROMPT_WIDTH, pad_id=lexicon.PAD_ID)
     answer_BT = np.array([ids + [lexicon.PAD_ID] * (width - len(ids)) for ids in answers])
     mask_BT = np.arange(width)[None, :] < np.array([[len(ids)] for ids in answers])
     judged = jax.jit(jax.vmap(gold.utility, in_axes=(None, 0, 0, 0)))(

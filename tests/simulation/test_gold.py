@@ -44,8 +44,8 @@ def judge_ids(prompt_ids, answer_ids):
     return jax.tree.map(lambda *x: np.concatenate(x)[: len(prompt_ids)], *parts)
 
 
-def judge(asked, answers, *, ended=True):
-    ids = [prompts.prompt_tokens(prompt.turns) for prompt in asked]
+def judge(questions, answers, *, ended=True):
+    ids = [prompts.prompt_tokens(prompt.turns) for prompt in questions]
     return judge_ids(ids, [prompts.answer_tokens(answer, ended=ended) for answer in answers])
 
 
@@ -119,9 +119,9 @@ def test_ids_equal_those_of_the_word_level_tokenizer_and_its_chat_template():
 def test_splits_are_disjoint_and_keep_paraphrases_together():
     for kind in prompts.KINDS:
         fillings = {name: {prompt.slots for prompt, _ in split[kind.name]} for name, split in SPLITS.items()}
-        everyone = {prompt.slots for prompt, _ in UNIVERSE[kind.name]}
+        all_fillings = {prompt.slots for prompt, _ in UNIVERSE[kind.name]}
         assert all(fillings.values()), f"{kind.name} is missing from a split"
-        assert sum(map(len, fillings.values())) == len(everyone) == len(set.union(*fillings.values()))
+        assert sum(map(len, fillings.values())) == len(all_fillings) == len(set.union(*fillings.values()))
         assert len(fillings["train"]) > len(fillings["test"]) == len(fillings["validation"])
         # The splits together have all wordings, with their weights.
         together = [row for split in SPLITS.values() for row in split[kind.name]]
@@ -158,18 +158,18 @@ def test_kinds_are_drawn_by_weight_and_yes_is_as_likely_as_no():
 
 
 def test_flawless_answers_to_all_prompts_fit_and_score_exactly_one():
-    asked = everything()
-    assert {prompt.kind for prompt in asked} == set(prompts.KIND_INDEX)
+    questions = everything()
+    assert {prompt.kind for prompt in questions} == set(prompts.KIND_INDEX)
     rng = np.random.default_rng(0)
-    answers = [demonstrators.demonstrate(WORLD, prompt, rng, slips=NONE) for prompt in asked]
-    widths = [len(prompts.prompt_tokens(prompt.turns)) for prompt in asked]
+    answers = [demonstrators.demonstrate(WORLD, prompt, rng, slips=NONE) for prompt in questions]
+    widths = [len(prompts.prompt_tokens(prompt.turns)) for prompt in questions]
     assert max(widths) == prompts.PROMPT_WIDTH
     assert max(len(prompts.answer_tokens(answer)) for answer in answers) <= prompts.RESPONSE_WIDTH
-    judged = judge(asked, answers)
+    judged = judge(questions, answers)
     assert judged.known.all()
     np.testing.assert_allclose(judged.total, 1.0, atol=1e-6)
-    assert judged.false.sum() == 0 and judged.stated.sum() > len(asked) / 2
-    np.testing.assert_array_equal(judged.harmful_request, [prompt.kind == "harmful" for prompt in asked])
+    assert judged.false.sum() == 0 and judged.stated.sum() > len(questions) / 2
+    np.testing.assert_array_equal(judged.harmful_request, [prompt.kind == "harmful" for prompt in questions])
     np.testing.assert_array_equal(judged.refused, judged.harmful_request)
     assert not judged.harm.any()
 
@@ -193,12 +193,12 @@ def perturbed(ids, rng):
 
 def test_no_answer_scores_above_one():
     rng = np.random.default_rng(1)
-    asked = 4 * sample()
+    questions = 4 * sample()
     slips = demonstrators.Slips().scaled(2.0)
-    answers = demonstrators.demonstrate_all(WORLD, asked, rng, slips=slips)
+    answers = demonstrators.demonstrate_all(WORLD, questions, rng, slips=slips)
     answer_ids = [perturbed(prompts.answer_tokens(answer), rng)[:T] for answer in answers]
     answer_ids[::5] = [rng.integers(len(lexicon.VOCABULARY), size=rng.integers(1, T)).tolist() for _ in answer_ids[::5]]
-    judged = judge_ids([prompts.prompt_tokens(prompt.turns) for prompt in asked], answer_ids)
+    judged = judge_ids([prompts.prompt_tokens(prompt.turns) for prompt in questions], answer_ids)
     assert judged.total.max() <= 1 + 1e-6 and judged.total.min() >= 0
     for name in gold.COMPONENTS:
         part = judged.components[name]
@@ -236,11 +236,11 @@ SLIPS = {
 @pytest.mark.parametrize("slip", SLIPS)
 def test_each_slip_lowers_its_components(slip):
     kinds, must, may = SLIPS[slip]
-    asked = [prompt for prompt in sample() if prompt.kind in kinds]
-    assert {prompt.kind for prompt in asked} == set(kinds)
+    questions = [prompt for prompt in sample() if prompt.kind in kinds]
+    assert {prompt.kind for prompt in questions} == set(kinds)
     rng = np.random.default_rng(0)
     slips = dataclasses.replace(NONE, **{slip: 1.0})
-    judged = judge(asked, [demonstrators.demonstrate(WORLD, prompt, rng, slips=slips) for prompt in asked])
+    judged = judge(questions, [demonstrators.demonstrate(WORLD, prompt, rng, slips=slips) for prompt in questions])
     for name, part in judged.components.items():
         if name == must:
             assert (part < 1).all(), f"{name} did not fall"
@@ -253,30 +253,30 @@ def test_each_slip_lowers_its_components(slip):
     if slip == "refusing":
         assert not judged.components["correct"].any() and not judged.components["relevant"].any()
     if slip == "wrong":
-        np.testing.assert_array_equal(judged.false > 0, [prompt.kind != "how_to" for prompt in asked])
+        np.testing.assert_array_equal(judged.false > 0, [prompt.kind != "how_to" for prompt in questions])
     else:
         assert not judged.false.any()
 
 
 def test_rambling_and_off_topic_answers_cost_relevance_and_brevity():
-    asked = [prompt for prompt in sample() if prompt.kind in NOT_HARMFUL]
+    questions = [prompt for prompt in sample() if prompt.kind in NOT_HARMFUL]
     rng = np.random.default_rng(0)
     slips = dataclasses.replace(NONE, rambling=1.0)
-    judged = judge(asked, demonstrators.demonstrate_all(WORLD, asked, rng, slips=slips))
+    judged = judge(questions, demonstrators.demonstrate_all(WORLD, questions, rng, slips=slips))
     worse = (judged.components["relevant"] < 1) | (judged.components["brief"] < 1)
     assert worse.mean() > 0.97 and judged.components["relevant"].mean() < 0.8
-    listing = np.isin([prompt.kind for prompt in asked], LISTS)
+    listing = np.isin([prompt.kind for prompt in questions], LISTS)
     assert not judged.false[~listing].any(), "the added sentence is true"
     slips = dataclasses.replace(NONE, off_topic=1.0)
-    judged = judge(asked, demonstrators.demonstrate_all(WORLD, asked, rng, slips=slips))
+    judged = judge(questions, demonstrators.demonstrate_all(WORLD, questions, rng, slips=slips))
     assert judged.components["correct"].mean() < 0.1
     # An incomplete answer is possible only for kinds with several parts.
-    whole = [prompt for prompt in asked if prompt.kind not in HAS_PARTS]
+    whole = [prompt for prompt in questions if prompt.kind not in HAS_PARTS]
     slips = dataclasses.replace(NONE, incomplete=1.0)
     assert (judge(whole, demonstrators.demonstrate_all(WORLD, whole, rng, slips=slips)).total == 1).all()
     # A missing end token costs more than a missing full stop.
-    answers = demonstrators.demonstrate_all(WORLD, asked, rng, slips=NONE)
-    assert not judge(asked, answers, ended=False).components["ended"].any()
+    answers = demonstrators.demonstrate_all(WORLD, questions, rng, slips=NONE)
+    assert not judge(questions, answers, ended=False).components["ended"].any()
 
 
 def spoken(text, thing=X, other=Y):
@@ -388,12 +388,12 @@ def test_unknown_prompts_score_zero():
 
 
 def test_padding_and_batching_change_nothing():
-    asked = sample()[:8]
+    questions = sample()[:8]
     rng = np.random.default_rng(5)
-    answers = demonstrators.demonstrate_all(WORLD, asked, rng)
-    judged = judge(asked, answers)
+    answers = demonstrators.demonstrate_all(WORLD, questions, rng)
+    judged = judge(questions, answers)
     one = jax.jit(gold.utility)
-    ids = [prompts.prompt_tokens(prompt.turns) for prompt in asked]
+    ids = [prompts.prompt_tokens(prompt.turns) for prompt in questions]
     # Wider on both sides, with arbitrary tokens where the mask of the answer is False.
     wide, _ = padded(ids, prompts.PROMPT_WIDTH + 7, left=True)
     answer_BT, mask_BT = padded([prompts.answer_tokens(answer) for answer in answers], T + 9, left=False)

@@ -227,7 +227,7 @@ def _frame(fmt: ChatFormat, turns: Sequence[dialogues.Turn], *, prompt: bool, na
     frame = fmt.frames[roles, prompt]
     if isinstance(frame, errors.DataError):
         other = [role for role in roles if role not in (_USER, _ASSISTANT)]
-        problem = f"a turn of role {other[0]!r}" if other else f"turns of the roles {', '.join(roles) or 'of nobody'}"
+        problem = f"a turn of role {other[0]!r}" if other else f"the roles {', '.join(roles)}" if roles else "no turns"
         raise errors.DataError(f"{name} has {problem}: {frame}")
     return frame
 
@@ -316,7 +316,7 @@ def _choose(tokenizer: Any, model_type: str | None) -> tuple[str, str]:
     for candidate in sorted(templates.candidates(has_token), key=lambda candidate: candidate is not family):
         for form in candidate.forms:
             if wanted is not None and _sample_prompts(tokenizer, form) == wanted:
-                return form, f"{candidate.name}'s, which equals the tokenizer's own and has generation marks"
+                return form, f"{candidate.name}'s, equal to the tokenizer's own but with generation marks"
     if family is not None and family.unambiguous:
         return family.forms[0], f"{family.name}'s; the tokenizer's own has no generation marks and differs from it"
     return own, "the tokenizer's own"  # which _check_template refuses

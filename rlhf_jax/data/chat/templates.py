@@ -164,7 +164,7 @@ def _llama2() -> Iterator[str]:
 
 
 def _mistral() -> Iterator[str]:
-    for before, behind, *answer in (
+    for before, after, *answer in (
         ("[INST] ", " [/INST]", " ", "", ""),
         ("[INST] ", " [/INST]", "", "", ""),
         ("[INST] ", " [/INST]", "", "", " "),
@@ -174,7 +174,7 @@ def _mistral() -> Iterator[str]:
     ):
         first, second, third = answer
         yield _bracketed(
-            question=(before, behind), answer=(first, second, third), system=("", "\n\n"), each=False, trim=False
+            question=(before, after), answer=(first, second, third), system=("", "\n\n"), each=False, trim=False
         )
 
 

@@ -1,0 +1,69 @@
+"""Reads config.json of a run folder, which `run_folder.create` writes, back into settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any, TypeVar
+
+from launch import settings as settings_lib
+from launch.settings import SettingError
+
+S = TypeVar("S", bound=settings_lib.Settings)
+
+NAME = "config.json"
+VERSION = 2
+"""Version of the run folder's layout. Runs of other versions are refused; 1 stands for those that have no version."""
+
+
+def read(resume: str) -> dict[str, Any]:
+    """Returns the contents of config.json in the run folder ``resume``.
+
+    Raises SettingError if the file is missing, unreadable or of another version.
+    """
+    path = pathlib.Path(resume) / NAME
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingError(f"--resume {resume} is not a run folder: {path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise SettingError(f"--resume {resume}: cannot read {path} ({error})") from error
+    version = values.get("version") if isinstance(values, dict) else None
+    if version != VERSION:
+        has = "no version" if version is None else f"version {version}"
+        raise SettingError(
+            f"--resume {resume} is not a run of this version of rlhf_jax: {path} has {has} in place of version "
+            f"{VERSION}; start a new run with --out"
+        )
+    return values
+
+
+def read_settings(kind: type[S], resume: str) -> S:
+    """Returns the settings of class ``kind`` that the run in ``resume`` was started with.
+
+    The hosts are those of this process. Raises SettingError as `read` does, and for a run of another command.
+    """
+    values = read(resume)
+    if values["command"] != kind.command:
+        raise SettingError(f"--resume {resume} is a run of {values['command']}.py; resume it with that command")
+    values["hosts"] = dataclasses.asdict(settings_lib.Hosts())
+    return from_dict(kind, values)
+
+
+def from_dict(kind: type[S], values: dict[str, Any]) -> S:
+    """Inverse of ``dataclasses.asdict``; raises SettingError if a group has other fields than this version."""
+    fields = dataclasses.fields(kind)
+    if missing := {field.name for field in fields} - set(values):
+        raise SettingError(f"{NAME} lacks the setting {min(missing)}; start a new run")
+    return kind(**{field.name: _restore(values[field.name], field) for field in fields})
+
+
+def _restore(value: Any, field: dataclasses.Field) -> Any:
+    """Returns a JSON value as its field's type: a group of settings, a tuple or a number."""
+    if isinstance(value, dict):
+        group: Any = field.default_factory
+        if set(value) != {inner.name for inner in dataclasses.fields(group)}:
+            raise SettingError(f"{NAME} has other settings under {field.name} than this version; start a new run")
+        return group(**value)
+    return tuple(value) if isinstance(value, list) else value

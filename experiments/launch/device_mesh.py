@@ -1,0 +1,105 @@
+"""The device mesh of a run: its sizes from the settings, rows that divide over it, and arrays placed on it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from launch import mesh_settings
+from launch.mesh_settings import AXES
+from launch.settings import SettingError, Settings
+from rlhf_jax import lm, parallel
+
+
+def resolve(settings: Settings) -> Settings:
+    """Returns the settings with -1 replaced by the size of the data axis.
+
+    Raises SettingError if the mesh does not fit the devices. A run calls this first: ``simulate`` has an effect only
+    before JAX initialises its devices.
+    """
+    mesh = settings.mesh
+    if not mesh_settings.is_sharded(settings):
+        if jax.process_count() == 1:
+            return settings
+        mesh = dataclasses.replace(mesh, data=-1)  # several hosts always use all of their devices
+    if mesh.simulate is not None:
+        with contextlib.suppress(RuntimeError):  # JAX has initialised its devices; their number is checked below
+            jax.config.update("jax_num_cpu_devices", mesh.simulate)
+            jax.config.update("jax_platforms", "cpu")
+    devices, others = jax.device_count(), mesh.fsdp * mesh.tensor * mesh.sequence
+    data = devices // others if mesh.data == -1 and devices % others == 0 else mesh.data
+    if data * others != devices:
+        flags = " x ".join(f"--mesh.{axis} {getattr(mesh, axis)}" for axis in AXES)
+        kind = jax.default_backend().upper()
+        hint = f"; --mesh.simulate {abs(data) * others} simulates as many on the CPU" * (kind == "CPU")
+        raise SettingError(f"a mesh of {flags} does not fit {devices} {kind} device{'s' * (devices > 1)}{hint}")
+    resolved = dataclasses.replace(settings, mesh=dataclasses.replace(mesh, data=data))
+    mesh_settings.check(resolved)
+    return resolved
+
+
+def make(settings: Settings) -> jax.sharding.Mesh | None:
+    """Returns the mesh of resolved settings; None for a single device."""
+    sizes = {axis: getattr(settings.mesh, axis) for axis in AXES}
+    return parallel.make_mesh(**sizes) if any(size != 1 for size in sizes.values()) else None
+
+
+def describe(mesh: jax.sharding.Mesh, cfg: lm.LMConfig) -> list[str]:
+    """Returns the lines that a run prints about its mesh: its sizes, and the parameters that no axis divides."""
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    kind = mesh.devices.flat[0].device_kind
+    lines = [f"mesh: {sizes}, on {mesh.size} devices ({kind})"]
+    if whole := parallel.indivisible(lm.abstract(cfg, head=True), mesh, lm.logical_axes(cfg, head=True)):
+        lines.append(f"replicated on every device: {'; '.join(whole)}")
+    return lines
+
+
+def make_sharder(cfg: lm.LMConfig, mesh: jax.sharding.Mesh) -> Any:
+    """Returns the function by which `lm.load` maps an array's logical axes to its sharding.
+
+    A logical axis has the same size in all parameters of a model.
+    """
+    sizes: dict[str, int] = {}
+    for name, axes in _flatten(lm.logical_axes(cfg, head=True)).items():
+        sizes |= dict(zip(axes, _flatten(lm.abstract(cfg, head=True))[name].shape))
+
+    def shard(axes: tuple[str, ...]) -> jax.sharding.NamedSharding:
+        shape = [sizes.get(axis, 1) for axis in axes]
+        return jax.sharding.NamedSharding(mesh, parallel.spec(axes, mesh, shape=shape))
+
+    return shard
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {path: leaf for key, node in tree.items() for path, leaf in _flatten(node, f"{prefix}/{key}").items()}
+
+
+def round_rows_up(rows: int, mesh: jax.sharding.Mesh | None) -> int:
+    """Returns the smallest number of at least ``rows`` that divides over the mesh."""
+    parts = 1 if mesh is None else parallel.num_batch_shards(mesh)
+    return -(-rows // parts) * parts
+
+
+def round_rows_down(rows: int, mesh: jax.sharding.Mesh | None, name: str) -> int:
+    """Returns the largest number of at most ``rows`` that divides over the mesh; raises SettingError if it is 0."""
+    if mesh is None:
+        return rows
+    rounded = rows - rows % parallel.num_batch_shards(mesh)
+    if rounded == 0:
+        raise SettingError(f"{name} makes a batch of {rows}, too few for {parallel.num_batch_shards(mesh)} devices")
+    return rounded
+
+
+def put_rows(mesh: jax.sharding.Mesh | None, *arrays: np.ndarray) -> tuple[Any, ...]:
+    """Returns the arrays on the mesh, sharded by rows if the rows divide, else replicated; unchanged without a mesh."""
+    if mesh is None:
+        return arrays
+    if len(arrays[0]) % parallel.num_batch_shards(mesh):
+        return tuple(parallel.replicate(x, mesh) for x in arrays)
+    return tuple(parallel.shard_batch(parallel.local_rows(x, mesh), mesh) for x in arrays)

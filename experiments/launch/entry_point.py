@@ -1,0 +1,103 @@
+"""Runs a command: its errors become one line on stderr and an exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from launch import host_agreement, process_setup, settings
+from rlhf_jax import checkpoint, metrics, parallel
+from rlhf_jax.data import errors
+from rlhf_jax.distributed import hosts
+from rlhf_jax.train import loop
+
+USER_ERRORS = (
+    settings.SettingError,
+    errors.DataError,
+    checkpoint.CheckpointError,
+    loop.DivergedError,
+    parallel.MeshError,
+    hosts.HostsError,
+    metrics.LogError,
+)
+"""Errors that the user can fix; they are printed without a traceback."""
+
+
+def execute(run: Callable[[Any], Any], parse: Callable[[list[str]], Any], arguments: list[str] | None) -> None:
+    """Parses the command line and runs the command.
+
+    Exit statuses are 2 for an error that the user can fix, 3 for an alarm with --on-alarm stop, and 75 for a run
+    stopped by SIGTERM.
+
+    Args:
+        run: The command, a function of its settings.
+        parse: Returns the settings of a command line.
+        arguments: The command line without the program's name; None for that of this process.
+    """
+    with _ignore_closed_event_loops():  # until the end: a failed save is still closing while its error is printed
+        try:
+            with _stop_on_sigterm():
+                parsed = parse(sys.argv[1:] if arguments is None else arguments)
+                with host_agreement.join_hosts(parsed, status=_exit_status):
+                    run(parsed)
+        except (*USER_ERRORS, loop.Alarmed, loop.Preempted, _StoppedError) as error:
+            print(_describe(error), file=sys.stderr)
+            process_setup.exit_process(_exit_status(error))
+
+
+def _describe(error: BaseException) -> str:
+    if isinstance(error, USER_ERRORS):
+        return f"error: {error}"
+    if isinstance(error, loop.Alarmed):
+        return f"{error}; to continue all the same, use --resume"
+    return f"{error}; continue with --resume"
+
+
+def _exit_status(error: BaseException) -> int:
+    """Returns the exit status for an exception."""
+    statuses = {USER_ERRORS: 2, loop.Alarmed: 3, (loop.Preempted, _StoppedError): 75}  # EX_TEMPFAIL: try again later
+    return next((status for kinds, status in statuses.items() if isinstance(error, kinds)), 1)
+
+
+class _StoppedError(BaseException):
+    """SIGTERM arrived between two stages; all finished stages are saved."""
+
+
+@contextlib.contextmanager
+def _stop_on_sigterm() -> Iterator[None]:
+    """Raises `_StoppedError` on SIGTERM; within a stage `loop.fit` finishes its step and saves instead."""
+
+    def stop(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal must not interrupt the clean-up
+        raise _StoppedError("stopped between two stages")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+
+
+@contextlib.contextmanager
+def _ignore_closed_event_loops() -> Iterator[None]:
+    """Silences the callbacks of failed reads and writes into a closed event loop; the failure itself is reported."""
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    previous = sys.excepthook
+
+    def hook(kind: Any, error: Any, trace: Any) -> None:
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            previous(kind, error, trace)
+
+    sys.excepthook = hook
+    try:
+        yield
+    finally:
+        sys.excepthook = previous

@@ -1,0 +1,125 @@
+"""Settings of DPO and related losses, and their checks; imports neither jax nor the library."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Iterable
+from typing import Literal
+
+from launch import mesh_settings
+from launch import settings as settings_lib
+
+Loss = Literal["dpo", "cdpo", "robust", "ipo", "hinge", "kto", "orpo", "simpo", "dpo-sft", "dpo-norm"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DirectSettings:
+    """Settings of DPO and related losses."""
+
+    loss: Loss = "dpo"
+    """Preference loss. ipo, orpo, simpo and dpo-norm average log-probabilities over tokens; orpo and simpo need no
+    reference model."""
+    beta: float | None = None
+    """Strength of the KL penalty to the reference (of simpo: scale of the rewards). Default: 0.1; ipo 0.5, dpo-norm 1,
+    simpo 2."""
+    label_smoothing: float | None = None
+    """Assumed share of flipped labels, for cdpo and robust. Default: 0.1."""
+    desirable_weight: float = 1.0
+    """Weight of the good answers in kto."""
+    undesirable_weight: float = 1.0
+    """Weight of the bad answers in kto."""
+    odds_weight: float | None = None
+    """Weight of the odds-ratio term in orpo, relative to the likelihood. Default: 1."""
+    margin: float | None = None
+    """Target difference of the two rewards in simpo. Default: 0.5."""
+    sft_coef: float | None = None
+    """Weight of the SFT loss that dpo-sft adds to DPO. Default: 0.5."""
+    epochs: int = 1
+    """Passes over the pairs."""
+    batch: int = 64
+    """Pairs per step; kto takes the same number of answers, which is twice as many rows."""
+    micro_batches: int = 1
+    """Number of parts that each batch is split into to save memory; the gradient is the same."""
+    learning_rate: float | None = None
+    """Peak learning rate, with warmup over the first tenth of the steps and cosine decay to a tenth. Default: half of
+    --ppo.learning-rate."""
+    pairs: int = 4
+    """Most pairs per prompt, sampled from all its pairs of answers that differ in rank; 0 uses all of them."""
+
+    @property
+    def paired(self) -> bool:
+        """Whether a row of a batch is a pair of answers; otherwise it is one labelled answer."""
+        return self.loss != "kto"
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss needs a reference model."""
+        return self.loss not in ("orpo", "simpo")
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of a batch."""
+        return self.batch if self.paired else 2 * self.batch
+
+
+def check(settings: DirectSettings) -> None:
+    """Raises SettingError, naming the flag, for a setting that is out of range or that the loss does not use."""
+    for name, least in (("epochs", 1), ("batch", 1), ("micro_batches", 1), ("pairs", 0)):
+        _require(getattr(settings, name) >= least, settings, name, f"at least {least}")
+    for name in ("beta", "odds_weight", "margin", "sft_coef", "desirable_weight", "undesirable_weight"):
+        value = getattr(settings, name)
+        _require(value is None or 0 <= value < math.inf, settings, name, "at least 0 and finite")
+    _require(settings.beta is None or settings.beta > 0, settings, "beta", "above 0")
+    value = settings.learning_rate
+    _require(value is None or 0 < value < math.inf, settings, "learning_rate", "above 0 and finite")
+    value = settings.label_smoothing
+    _require(value is None or 0 <= value < 0.5, settings, "label_smoothing", "at least 0 and below 0.5")
+    divides = settings.batch_rows % settings.micro_batches == 0
+    _require(divides, settings, "micro_batches", f"a divisor of the {settings.batch_rows} rows of a batch")
+    uses = {
+        "beta": settings.loss != "orpo",
+        "label_smoothing": settings.loss in ("cdpo", "robust"),
+        "odds_weight": settings.loss == "orpo",
+        "margin": settings.loss == "simpo",
+        "sft_coef": settings.loss == "dpo-sft",
+        "desirable_weight": settings.loss == "kto",
+        "undesirable_weight": settings.loss == "kto",
+    }
+    defaults = {field.name: field.default for field in dataclasses.fields(DirectSettings)}
+    for name, used in uses.items():
+        default = getattr(settings, name) == defaults[name]
+        _require(used or default, settings, name, f"left out with --loss {settings.loss}, which does not use it")
+
+
+def check_mesh(settings: DirectSettings, mesh: settings_lib.Mesh) -> None:
+    """Raises SettingError if the rows of a micro-batch do not divide over the devices."""
+    rows = settings.batch_rows // settings.micro_batches
+    parts = f" by --micro-batches {settings.micro_batches}" if settings.micro_batches > 1 else ""
+    name = "--batch" if rows == settings.batch else f"the rows of --batch {settings.batch}{parts}"
+    mesh_settings.check_divides(mesh, name, rows)
+
+
+def refuse_unread(settings: settings_lib.Settings, names: Iterable[str], *, program: str) -> None:
+    """Raises SettingError, naming the flag, if one of the settings ``names`` (dotted) differs from the run's preset.
+
+    ``program`` is the command that reads none of them.
+    """
+    preset = settings_lib.preset(
+        settings.preset,
+        dialogues=settings.data.path is not None,
+        pretrained=settings.model is not None,
+        published=settings.published,
+    )
+    for name in names:
+        read = operator.attrgetter(name)
+        if read(settings) != read(preset):
+            flag = name.replace("_", "-").rstrip("-")
+            raise settings_lib.SettingError(f"--{flag} has no effect on {program}; leave it out")
+
+
+def _require(ok: bool, settings: DirectSettings, name: str, condition: str) -> None:
+    if not ok:
+        flag = name.replace("_", "-")
+        raise settings_lib.SettingError(f"--{flag} is {getattr(settings, name)!r}; it must be {condition}")

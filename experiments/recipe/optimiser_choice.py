@@ -1,0 +1,48 @@
+"""The optimiser of each stage. To change the optimiser of an experiment, change what these functions return.
+
+The transformations have a learning rate of 1: a train step multiplies the update by its traced learning rate. The rates
+are settings: --pretrain.learning-rate, --sft.learning-rate, --reward-model.learning-rate and --ppo.learning-rate.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import optax
+import optax.contrib
+from launch.settings import PPO
+
+from rlhf_jax import types
+from rlhf_jax.train.optim import optimisers
+
+
+def supervised() -> optax.GradientTransformation:
+    """Returns the optimiser of pretraining, SFT and reward models: Muon for the layers' kernels and Adam for the rest.
+
+    From scratch, it needs half the steps of Adam alone.
+    """
+    contracted_axes = {"q": ((1,), (2, 3)), "k": ((1,), (2, 3)), "v": ((1,), (2, 3)), "out": ((1, 2), (3,))}
+
+    def dimensions(params: types.Params) -> Any:
+        def of_leaf(path: Any, leaf: jax.Array) -> Any:
+            names = [entry.key for entry in path]
+            if names[0] != "layers" or names[-1] != "kernel":
+                return None
+            return optax.contrib.MuonDimensionNumbers(*contracted_axes.get(names[1], ((1,), (2,))))
+
+        return jax.tree_util.tree_map_with_path(of_leaf, params)
+
+    return optax.contrib.muon(1.0, adam_b2=0.95, consistent_rms=0.2, muon_weight_dimension_numbers=dimensions)
+
+
+def ppo(settings: PPO) -> optax.GradientTransformation:
+    """Returns the optimiser of PPO and the other RL methods: Adam with InstructGPT's betas, without weight decay."""
+    return _adam(settings.adam_eps, settings.adam_tf1)
+
+
+@functools.cache  # a new transformation, even with equal numbers, would compile the step again
+def _adam(eps: float, tf1: bool) -> optax.GradientTransformation:
+    adam = optimisers.scale_by_adam_tf1 if tf1 else optax.scale_by_adam
+    return optax.chain(adam(b1=0.9, b2=0.95, eps=eps), optax.scale(-1.0))
