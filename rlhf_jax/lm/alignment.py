@@ -91,9 +91,21 @@ def hidden_states(
     segments_BL: jax.Array | None,
     prompt_width: int | None,
 ) -> tuple[jax.Array, types.ApplyFn]:
-    """Returns the hidden states ``[B,L,D]``, or ``[B,T,D]`` before each response token, and the model as an `ApplyFn`.
+    """Runs the model and returns the hidden states that a function of tokens reads.
 
-    Args: see `token_map`.
+    Args:
+        params: Parameters of the model.
+        tokens_BL: ``[B, L]`` token ids.
+        cfg: The model, an `LMConfig` or an `ApplyFn`.
+        mask_BL: ``[B, L]``, True at real tokens; None if all are real.
+        segments_BL: ``[B, L]`` segment numbers of packed rows; None for rows that are not packed.
+        prompt_width: P, for the columns that predict the response tokens alone; None for all columns.
+
+    Returns:
+        ``(hidden, apply)``: ``[B, L, D]``, or ``[B, T, D]`` before each response token, and the model as an `ApplyFn`.
+
+    Raises:
+        ValueError: If ``prompt_width`` is not in [1, L - 1], or is given together with ``segments_BL``.
     """
     if prompt_width is None:
         apply = apply_fn(cfg)

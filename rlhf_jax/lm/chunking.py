@@ -65,7 +65,20 @@ def over_columns(fn: Callable[..., Any], *arrays: jax.Array, vocab: int, chunk: 
 
 
 def part_shape(B: int, L: int, *, vocab: int, chunk: int | None = None) -> tuple[int, int]:
-    """Returns how many rows and columns of ``[B, L]`` a chunk has; see `over_columns`."""
+    """Returns how many rows and columns a chunk has.
+
+    Args:
+        B: Rows.
+        L: Columns.
+        vocab: V, the entries of a logit vector; their bytes limit the size of a chunk.
+        chunk: Columns of a chunk, at least 1; None chooses rows and columns by memory, see `over_columns`.
+
+    Returns:
+        ``(rows, columns)`` of a chunk, at most ``(B, L)``.
+
+    Raises:
+        ValueError: If ``chunk`` is below 1.
+    """
     if chunk is not None:
         if chunk < 1:
             raise ValueError(f"chunk is {chunk}; it must be at least 1 column, or None")
