@@ -137,7 +137,7 @@ def refused(capsys, *arguments):
 def test_invalid_input_is_one_error_line_and_writes_nothing(model, judged, tmp_path, capsys, monkeypatch):
     path, out = write(tmp_path / "file.jsonl", records()), tmp_path / "out"
     valid = ("--model", model[0], "--data.path", path, "--out", out)
-    assert "holds a language model" in refused(
+    assert "it is a language model" in refused(
         capsys, "--model", model[0].with_name("policy"), "--data.path", path, "--out", out
     )
     assert "no model directory" in refused(capsys, "--model", tmp_path / "no", "--data.path", path, "--out", out)
