@@ -43,9 +43,10 @@ class RewardBenchSettings:
     batch: int = 16
     """Number of answers scored at a time."""
     max_length: int | None = None
-    """Most tokens of a prompt and an answer; longer records are dropped and counted. Default: the model's limit."""
+    """Maximum number of tokens of a prompt and an answer; longer records are dropped and counted. Default: the model's
+    limit."""
     bins: int = 10
-    """Most bins of the calibration curve; each has the same number of pairs."""
+    """Maximum number of bins of the calibration curve; each has the same number of pairs."""
 
 
 def parse(arguments: list[str]) -> RewardBenchSettings:

@@ -27,7 +27,7 @@ class Report:
     failures: list[str] = dataclasses.field(default_factory=list)
 
     def asdict(self) -> dict[str, Any]:
-        """Returns the report as JSON takes it."""
+        """Returns the report as a JSON-compatible dictionary."""
         return {**vars(self), "outcomes": {kind: dict(counts) for kind, counts in self.outcomes.items()}}
 
 

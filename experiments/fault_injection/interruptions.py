@@ -78,7 +78,7 @@ class Report:
         return self.kills.total() + self.terms.total()
 
     def asdict(self) -> dict[str, Any]:
-        """Returns the report as JSON takes it."""
+        """Returns the report as a JSON-compatible dictionary."""
         return {**vars(self), "kills": dict(self.kills), "terms": dict(self.terms)}
 
 

@@ -57,10 +57,10 @@ def check(plan: Plan, cfg: lm.LMConfig, mesh: Mesh) -> None:
     minibatches = plan.minibatches if plan.stage in ("ppo", "ppo-update") else 1
     micro = 1 if plan.stage == "ppo-collect" else plan.micro_batches
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    if plan.batch % (minibatches * micro * rows):
+    if plan.batch % (divisor := minibatches * micro * rows):
         parts = [(minibatches, "minibatches"), (micro, "micro-batches"), (rows, "chips (data x fsdp)")]
         product = " x ".join(f"{n} {name}" for n, name in parts if n > 1)
-        raise SettingError(f"--batch {plan.batch} does not divide over {product}; use a multiple of their product")
+        raise SettingError(f"--batch {plan.batch} does not divide over {product}; use a multiple of {divisor}")
 
 
 def measure(plan: Plan, *, cfg: lm.LMConfig | None = None, out: Console | None = None) -> roofline.Estimate:

@@ -70,7 +70,7 @@ class Estimate:
         return self.seconds["compute"] * (self.model_flops / self.flops) / max(self.seconds.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns all numbers as JSON takes them."""
+        """Returns all numbers as a JSON-compatible dictionary."""
         values = dataclasses.asdict(self)
         values["collectives"] = [
             {

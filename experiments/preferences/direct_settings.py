@@ -39,14 +39,15 @@ class DirectSettings:
     epochs: int = 1
     """Passes over the pairs."""
     batch: int = 64
-    """Pairs per step; kto takes the same number of answers, which is twice as many rows."""
+    """Pairs per step. For kto each answer is a row of its own, so that a step has twice as many rows."""
     micro_batches: int = 1
     """Number of parts that each batch is split into to save memory; the gradient is the same."""
     learning_rate: float | None = None
     """Peak learning rate, with warmup over the first tenth of the steps and cosine decay to a tenth. Default: half of
     --ppo.learning-rate."""
     pairs: int = 4
-    """Most pairs per prompt, sampled from all its pairs of answers that differ in rank; 0 uses all of them."""
+    """Maximum number of pairs per prompt, sampled from all its pairs of answers that differ in rank; 0 uses all of
+    them."""
 
     @property
     def paired(self) -> bool:

@@ -103,8 +103,8 @@ def test_results_follow_from_the_scores(judged):
 
 def test_the_report_shows_strata_calibration_and_length(judged):
     page = Page((judged / "report.html").read_text())
-    assert "The reward model ranks" in page.text
-    for words in ("Accuracy by stratum", "Calibration", "Length", "colors (n = 12)", "not given (n = 6)"):
+    assert "The reward model agrees with" in page.text
+    for words in ("Accuracy by group", "Calibration", "Length bias", "colors (n = 12)", "unknown (n = 6)"):
         assert words in page.text
     assert json.loads((judged / "config.json").read_text())["batch"] == 10
     assert {path.name for path in judged.iterdir()} == {"config.json", "results.json", "report.html", "scores.jsonl"}

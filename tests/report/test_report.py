@@ -162,7 +162,7 @@ def test_transcripts_are_escaped_and_keep_line_breaks(full_text):
     assert "<script>" not in full_text and "&lt;script&gt;" in full_text
     assert "<img src=x>" not in full_text and "a\nb" in full_text
     page = Page(full_text)
-    assert "12 held-out prompts of 14" in page.text and "Question 11" in page.text and "Question 12" not in page.text
+    assert "12 of 14 held-out prompts" in page.text and "Question 11" in page.text and "Question 12" not in page.text
     assert "(empty answer)" in page.text and "0.10" in page.text
 
 
