@@ -6,6 +6,7 @@ import importlib
 import io
 import os
 import pathlib
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -29,7 +30,7 @@ def blocks(page, language):
 def commands(page):
     """The command lines that run a script of experiments/, in console blocks and in the text."""
     text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
-    for line in re.findall(r"python (experiments/\w+\.py[^`'\n]*)", text):
+    for line in re.findall(r"python (experiments/(?!NAME)\w+\.py[^`'\n]*)", text):
         yield line.split("#")[0].split("&&")[0].strip()
 
 
@@ -78,6 +79,21 @@ def test_flags_that_pages_mention_exist(flags):
     for name, page in NAMES.items():
         mentioned = set(re.findall(r"`(--[a-z][\w.-]*\w)(?![\w.*-])", page.read_text(encoding="utf-8")))
         assert mentioned <= known, f"{name}: unknown {sorted(mentioned - known)}"
+
+
+def test_names_that_pages_mention_exist():
+    prefixes = {}  # what a page may begin a name with, and the module that it means
+    for package in ("rlhf_jax.data", "rlhf_jax.distributed", "rlhf_jax.train", "rlhf_jax"):
+        for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+            prefixes[module.name] = f"{package}.{module.name}"
+    for page, path in NAMES.items():
+        text = FENCE.sub("", path.read_text(encoding="utf-8"))
+        for name, first in re.findall(r"`((?:rlhf_jax\.)?(\w+)\.[\w.]*\w)[`(<]", text):
+            if first in prefixes and not name.endswith((".py", ".jsonl", ".html", ".md")):
+                full = prefixes[first] + name.removeprefix("rlhf_jax.").removeprefix(first)
+                parent, last = full.rsplit(".", 1)
+                holder = pkgutil.resolve_name(parent)
+                assert hasattr(holder, last) or last in holder.__annotations__, f"{page}: {name} does not exist"
 
 
 def test_the_readme_is_short():

@@ -1,4 +1,4 @@
-"""The main job from a model directory: its tokenizer, its chat format, the built-in world's judgement of its words."""
+"""instructgpt.py with --model: tokenizer, chat format, gold utility of decoded answers, and errors."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ def save_gpt2(path, tokenizer, *, more=0, max_length=160, **fields):
 
 @pytest.fixture(scope="module")
 def byte_pairs():
-    """A tokenizer that knows most of the world's words."""
+    """A tokenizer with tokens for most of the world's words."""
     text = " ".join(lexicon.WORDS)
     return chat_cases.make_qwen(template=CHATML, words=[text, "user\n" + text, "assistant\n" + text], size=700)
 
@@ -60,24 +60,24 @@ def checkpoint(byte_pairs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(checkpoint, tmp_path_factory):
-    """A run that was killed at once, and went on."""
+    """A run that was killed at the start and resumed."""
     folder = tmp_path_factory.mktemp("from_model") / "run"
     command = job.command(*LITTLE, "--model", checkpoint, "--out", folder)
-    began = subprocess.Popen(
+    process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=job.ROOT, env=job.ENVIRONMENT
     )
     while not (folder / "config.json").exists():
-        assert began.poll() is None, began.communicate()[1]
+        assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
-    began.kill()
-    began.communicate()
+    process.kill()
+    process.communicate()
     done = job.run("--resume", folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done
 
 
 @pytest.mark.slow  # a whole run; its short form makes the task and the models alone
-def test_the_job_goes_on_from_a_model_with_its_own_tokenizer(finished, checkpoint):
+def test_the_job_starts_from_a_model_with_its_own_tokenizer(finished, checkpoint):
     folder, done = finished
     assert "pretrain: already done" in done.stderr
     assert f"starting from {checkpoint} (gpt2)" in done.stdout and "with generation marks" in done.stdout
@@ -87,11 +87,11 @@ def test_the_job_goes_on_from_a_model_with_its_own_tokenizer(finished, checkpoin
         assert 0 <= policy["gold"] <= 1 and 0 < policy["unknown_words"] <= 1
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {row["stage"] for row in rows} == {"sft", "sft_mix", "reward_model", "ppo", "ppo_ptx"}
-    assert not any("gold" in row for row in rows), "ids are not the world's words, so gold cannot watch them"
+    assert not any("gold" in row for row in rows), "ids are not the world's words, so PPO cannot log gold"
 
 
 @pytest.mark.slow  # a whole run; its short form makes the task and the models alone
-def test_what_it_writes_is_a_model_of_the_same_kind(finished, checkpoint):
+def test_the_saved_policy_has_the_same_architecture_and_tokenizer(finished, checkpoint):
     folder, _ = finished
     began, ended = initial_model.load(str(checkpoint)), initial_model.load(str(folder / "policy"))
     assert ended.cfg == began.cfg and ended.cfg.model_type == "gpt2"
@@ -102,7 +102,7 @@ def test_what_it_writes_is_a_model_of_the_same_kind(finished, checkpoint):
 
 
 @pytest.mark.slow
-def test_the_job_on_a_file_from_what_another_run_wrote(finished, tmp_path):
+def test_the_job_starts_from_the_policy_of_another_run(finished, tmp_path):
     folder, _ = finished
     path = job.write(tmp_path / "pairs.jsonl", job.comparisons(80))
     widths = ("--data.prompt-width", 96, "--data.response-width", 48, "--data.held-out", 0.2)
@@ -116,7 +116,7 @@ def test_the_job_on_a_file_from_what_another_run_wrote(finished, tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_ids_that_no_token_has_are_taken_off_the_model(byte_pairs, tmp_path, tied):
+def test_ids_without_a_token_are_cut_off_the_model(byte_pairs, tmp_path, tied):
     fields = (
         {} if tied else {**dict.fromkeys(GPT2, False), "norm": "rmsnorm", "activation": "silu", "positions": "rope"}
     )
@@ -135,7 +135,7 @@ def test_ids_that_no_token_has_are_taken_off_the_model(byte_pairs, tmp_path, tie
 # -------------------------------------------------------------------------------------------------------------- tasks
 
 
-def test_the_tokenizer_of_the_world_makes_the_task_of_a_run_from_nothing(tmp_path):
+def test_a_model_with_the_worlds_tokenizer_gives_the_default_task(tmp_path):
     few = {"pretrain": {"documents": 600}, "sft": {"demonstrations": 40}, "evaluation": {"prompts": 10}}
     asked = with_changes(SMALL, few)
     folder = save_gpt2(tmp_path / "m", tokenizers.word_level(lexicon.WORDS), max_length=64)
@@ -150,7 +150,7 @@ def test_the_tokenizer_of_the_world_makes_the_task_of_a_run_from_nothing(tmp_pat
     assert (ours.prompt_width, ours.response_width) == (prompts.PROMPT_WIDTH, prompts.RESPONSE_WIDTH)
 
 
-def test_widths_are_measured_in_the_tokens_of_the_model(checkpoint):
+def test_widths_are_measured_in_the_models_tokens(checkpoint):
     began = initial_model.load(str(checkpoint))
     asked = with_changes(SMALL, {"pretrain": {"documents": 3000}})
     task = tasks.make_task(asked, began)
@@ -160,18 +160,18 @@ def test_widths_are_measured_in_the_tokens_of_the_model(checkpoint):
     assert prompts.PROMPT_WIDTH < widest <= task.prompt_width <= 160
     assert all(each.words_BP.shape[1] == prompts.PROMPT_WIDTH for each in every if each.words_BP is not None)
     stop = task.fmt.stop_ids[0]
-    ended = [
+    has_stop = [
         stop in row[learnt] for row, learnt in zip(task.demonstrations.tokens_BL, task.demonstrations.loss_mask_BL)
     ]
-    assert np.mean(ended) > 0.9 and task.dropped.truncated["answer truncated"] == len(ended) - sum(ended)
+    assert np.mean(has_stop) > 0.9 and task.dropped.truncated["answer truncated"] == len(has_stop) - sum(has_stop)
     assert (task.demonstrations.loss_mask_BL[:, : task.prompt_width] == 0).all()
-    # A skill's answer is what is learnt of its row.
+    # The loss of a skill row is on its answer.
     rows = task.world.skill_rows
-    said = [task.tokenizer.decode(ids[learnt]) for ids, learnt in zip(rows.tokens_BL, rows.loss_mask_BL)]
-    assert all(text.startswith(" ") and text.strip() for text in said)
+    texts = [task.tokenizer.decode(ids[learnt]) for ids, learnt in zip(rows.tokens_BL, rows.loss_mask_BL)]
+    assert all(text.startswith(" ") and text.strip() for text in texts)
 
 
-def test_comparisons_from_a_file_in_the_tokens_of_the_model(checkpoint, tmp_path):
+def test_comparisons_of_a_file_are_encoded_in_the_models_tokens(checkpoint, tmp_path):
     began = initial_model.load(str(checkpoint))
     path = job.write(tmp_path / "pairs.jsonl", job.comparisons(40))
     data = {"path": str(path), "prompt_width": 96, "response_width": 48, "held_out": 0.2}
@@ -183,7 +183,7 @@ def test_comparisons_from_a_file_in_the_tokens_of_the_model(checkpoint, tmp_path
     text: Any = began.fmt.tokenizer.decode(row)
     assert text.startswith("<|im_start|>user\nWhat do you think of the ")
     assert " useful.<|im_end|>" in text and text.count("<|im_start|>assistant\n") == 1
-    # The widths that were asked for, and the answers, with their stop token, behind the same column in every row.
+    # Rows have the widths of the settings, and answers start at the same column.
     assert task.demonstrations.tokens_BL.shape == (32, 144)
     assert (task.demonstrations.loss_mask_BL[:, 96] == 1).all() and not task.demonstrations.loss_mask_BL[:, :96].any()
 
@@ -196,7 +196,7 @@ def with_changes(made, changes):
 # -------------------------------------------------------------------------------------------------------------- words
 
 
-def test_answers_are_read_in_the_words_of_the_world(byte_pairs):
+def test_answers_are_decoded_to_the_worlds_words(byte_pairs):
     fmt = chat.chat_format(byte_pairs)
     answers = ["the fox is red .", "Red? the fox", "", "the <|end|> fox", "the " * 50]
     ids = chat.encode_answers(fmt, answers)
@@ -218,7 +218,7 @@ def test_answers_are_read_in_the_words_of_the_world(byte_pairs):
 # ------------------------------------------------------------------------------------------------------------ refused
 
 
-def test_directories_that_cannot_be_used_are_refused_in_one_sentence(checkpoint, byte_pairs, tmp_path):
+def test_unusable_model_folders_are_refused_in_one_sentence(checkpoint, byte_pairs, tmp_path):
     out = tmp_path / "run"
     message = job.refused("--model", tmp_path / "none", "--out", out)
     assert f"--model {tmp_path / 'none'}" in message and not out.exists()
@@ -258,7 +258,7 @@ def test_directories_that_cannot_be_used_are_refused_in_one_sentence(checkpoint,
 
 
 @pytest.mark.parametrize("script", [instructgpt, sweep, compare], ids=lambda script: script.__name__)
-def test_a_run_does_not_go_on_from_a_model_that_has_changed(checkpoint, tmp_path, script):
+def test_a_run_does_not_resume_with_a_changed_model(checkpoint, tmp_path, script):
     model, run = shutil.copytree(checkpoint, tmp_path / "model"), tmp_path / "run"
     made = script.parse(["--preset", "smoke", "--model", str(model)])
     before = initial_model.fingerprint(str(model))
@@ -274,15 +274,15 @@ def test_a_run_does_not_go_on_from_a_model_that_has_changed(checkpoint, tmp_path
 
 
 @pytest.mark.parametrize("script", [sweep, compare], ids=lambda script: script.__name__)
-def test_every_experiment_writes_down_which_model_it_began_with(checkpoint, tmp_path, monkeypatch, script):
-    class Begun(Exception):
+def test_every_command_saves_the_fingerprint_of_its_model(checkpoint, tmp_path, monkeypatch, script):
+    class StartedError(Exception):
         pass
 
     def stop(*_, **__):
-        raise Begun
+        raise StartedError
 
     monkeypatch.setattr(run_setup.jobs, "make_job", stop)
     out = tmp_path / "run"
-    with pytest.raises(Begun):
+    with pytest.raises(StartedError):
         script.run(script.parse([*map(str, LITTLE), "--model", str(checkpoint), "--out", str(out)]))
     assert config_file.read(str(out))[run_folder.MODEL_FILES] == initial_model.fingerprint(str(checkpoint))

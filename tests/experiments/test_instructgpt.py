@@ -1,4 +1,4 @@
-"""The main job as its users run it: a command line, a folder, a table."""
+"""Runs instructgpt.py from the command line and checks its files, results and errors."""
 
 import contextlib
 import gzip
@@ -26,10 +26,10 @@ WINS = ("gold_win_rate_vs_sft", "heldout_win_rate_vs_sft")
 NUMBERS = ("gold", "reward", "kl", "skill_accuracy", "pretraining_loss", "truthful_rate", "harm_rate", "length")
 
 
-# As a user has it: without what the tests set for themselves.
+# The environment of a user, without the settings of the tests.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
 ENVIRONMENT |= {"JAX_PLATFORMS": "cpu", "COLUMNS": "120"}
-# But what one run has compiled the next need not compile again.
+# Runs share compiled programs, to save time.
 COMPILED = tempfile.TemporaryDirectory(prefix="rlhf-jax-compiled-")
 ENVIRONMENT |= {"JAX_COMPILATION_CACHE_DIR": COMPILED.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
 ENVIRONMENT |= {"JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
@@ -46,13 +46,13 @@ def run(*arguments, timeout=600):
 
 
 def results_of(folder):
-    """What must be the same from run to run: all but time and memory."""
+    """Returns the results that must be equal in every run: all but time and memory."""
     results = json.loads((folder / "results.json").read_text())
     return {name: value for name, value in results.items() if name not in ("seconds", "peak_rss_mb")}
 
 
 def run_and_kill(folder, stage, step, *arguments):
-    """Start the job and kill it (SIGKILL) as soon as a stage has logged a step."""
+    """Starts the job and kills it (SIGKILL) when a stage has logged a step."""
     with open(folder.parent / "killed.log", "w") as log:
         job = subprocess.Popen(
             command("--preset", "smoke", "--out", folder, *arguments),
@@ -81,7 +81,7 @@ def finished(tmp_path_factory):
     return folder, done
 
 
-def test_results_keep_their_promise(finished):
+def test_results_are_complete_and_consistent(finished):
     folder, _ = finished
     results = json.loads((folder / "results.json").read_text())
     assert results["seed"] == 0 and results["seconds"] > 0 and 100 < results["peak_rss_mb"] < 4096
@@ -95,7 +95,7 @@ def test_results_keep_their_promise(finished):
             assert low <= mean <= high
         assert all(isinstance(policy[number], float) for number in NUMBERS if name != "best_of_n" or number in policy)
         assert policy["gold_by_category"]
-    assert abs(results["policies"]["sft_mix"]["kl"]) < 1e-4, "the reference is at no distance from itself"
+    assert abs(results["policies"]["sft_mix"]["kl"]) < 1e-4, "the KL of the reference to itself is 0"
     assert results["programs"] == {"supervised": 1, "reward_model": 1, "ppo": 1, "sampling": 3}
     assert results["policies"]["sft"]["gold_win_rate_vs_sft"][0] == 0.5
     for wins in ("ppo", "ppo_ptx", "best_of_n"):
@@ -109,7 +109,7 @@ def test_results_keep_their_promise(finished):
     assert results["ptx_coef"]["per_token"] == 1.0 and 0 < results["ptx_coef"]["per_sequence"] < 1
 
 
-def test_every_file_is_there(finished):
+def test_every_output_file_is_written(finished):
     folder, done = finished
     for name in ("results.json", "report.html", "config.json", "metrics.jsonl"):
         assert (folder / name).stat().st_size > 0, name
@@ -121,7 +121,7 @@ def test_every_file_is_there(finished):
     assert "stage 1/8" in done.stderr and "left" in done.stderr
 
 
-def test_exported_policy_is_the_one_that_was_evaluated(finished):
+def test_exported_models_are_those_that_were_evaluated(finished):
     from rlhf_jax import lm
     from rlhf_jax.data import tokenizers
 
@@ -145,7 +145,7 @@ def test_first_update_starts_from_equal_models(finished):
     assert steps == list(range(1, len(steps) + 1))
 
 
-def test_a_killed_run_resumes_to_the_same_bits(finished, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path):
     folder, _ = finished
     killed = tmp_path / "run"
     run_and_kill(killed, "ppo", 2)
@@ -160,7 +160,7 @@ def test_a_killed_run_resumes_to_the_same_bits(finished, tmp_path):
 @pytest.mark.parametrize(
     ("stage", "step"), [("pretrain", 30), ("sft", 5), ("sft_mix", 20), ("reward_model", 3), ("ppo_ptx", 3)]
 )
-def test_a_run_killed_in_any_stage_resumes_to_the_same_bits(finished, tmp_path, stage, step):
+def test_a_run_killed_in_any_stage_resumes_bit_for_bit(finished, tmp_path, stage, step):
     folder, _ = finished
     killed = tmp_path / "run"
     run_and_kill(killed, stage, step)
@@ -200,12 +200,12 @@ def write(path, records):
     return path
 
 
-def test_human_comparisons_become_everything_that_a_run_learns_from(tmp_path):
+def test_human_comparisons_give_the_data_of_every_stage(tmp_path):
     records = [*comparisons(60), {"chosen": dialogue("Hi?", ""), "rejected": dialogue("Hi?", "Go.")}]
     path = write(tmp_path / "pairs.jsonl", records)
     arguments = ["--preset", "smoke", "--data.path", str(path), "--data.max-dropped", "0.1", "--data.held-out", "0.2"]
-    asked = instructgpt.parse(arguments)
-    task = tasks.make_task(asked)
+    parsed = instructgpt.parse(arguments)
+    task = tasks.make_task(parsed)
     assert task.world is None and task.comparisons is not None and task.dropped.dropped == {"empty answer": 1}
     train, held = task.comparisons
     np.testing.assert_array_equal(train.ranks_BK, [[1, 2]] * 48)
@@ -217,12 +217,12 @@ def test_human_comparisons_become_everything_that_a_run_learns_from(tmp_path):
 
 def task_of(path, *more):
     widths = ("--data.max-dropped", 0.1, "--data.held-out", 0.2, "--data.vocab-size", 300)
-    asked = instructgpt.parse([str(each) for each in ("--preset", "smoke", "--data.path", path, *widths, *more)])
-    return tasks.make_task(asked)
+    parsed = instructgpt.parse([str(each) for each in ("--preset", "smoke", "--data.path", path, *widths, *more)])
+    return tasks.make_task(parsed)
 
 
 def plain(records):
-    """The same as prompt, chosen and rejected."""
+    """Converts dialogues to records of prompt, chosen and rejected."""
     for record in records:
         (question, chosen), (_, rejected) = (
             record[side].removeprefix("\n\nHuman: ").split("\n\nAssistant: ") for side in ("chosen", "rejected")
@@ -235,9 +235,12 @@ def test_every_form_of_comparisons_gives_the_same_task(tmp_path):
     pyarrow_parquet = pytest.importorskip("pyarrow.parquet")
     whole = [*comparisons(30), {"chosen": dialogue("Hi?", ""), "rejected": dialogue("Hi?", "Go.")}]
     pairs = list(plain(whole))
-    user, told = ([{"role": role, "content": ""}] for role in ("user", "assistant"))
+    user, assistant = ([{"role": role, "content": ""}] for role in ("user", "assistant"))
     messages = [
-        {side: [user[0] | {"content": p["prompt"]}, told[0] | {"content": p[side]}] for side in ("chosen", "rejected")}
+        {
+            side: [user[0] | {"content": p["prompt"]}, assistant[0] | {"content": p[side]}]
+            for side in ("chosen", "rejected")
+        }
         for p in pairs
     ]
     ranked = [{"prompt": p["prompt"], "responses": [p["rejected"], p["chosen"]], "ranks": [2, 1]} for p in pairs]
@@ -260,7 +263,7 @@ def test_every_form_of_comparisons_gives_the_same_task(tmp_path):
         assert got.dropped.dropped == want.dropped.dropped == {"empty answer": 1}, path
 
 
-def test_rankings_of_a_file_keep_all_answers_and_refused_roles_are_said(tmp_path):
+def test_rankings_keep_all_answers_and_refused_roles_are_reported(tmp_path):
     answers = [["One.", "Two.", "Three.", "Four."], ["Yes.", "No."]]
     records = [
         {"prompt": f"How many {i}?", "responses": answers[i % 2], "ranks": [[2, 1, 3, 1], [2, 1]][i % 2]}
@@ -271,8 +274,8 @@ def test_rankings_of_a_file_keep_all_answers_and_refused_roles_are_said(tmp_path
     wanted = {(1, 1, 2, 3), (1, 2, 0, 0)}
     for part in task.comparisons:
         assert {tuple(ranks) for ranks in np.asarray(part.ranks_BK).tolist()} == wanted
-    told = task.tokenizer.decode(task.demonstrations.tokens_BL[0], skip_special_tokens=True)
-    assert told.startswith("How many") and told.endswith(("?Two.", "?No.")), "the best answer is what is imitated"
+    text = task.tokenizer.decode(task.demonstrations.tokens_BL[0], skip_special_tokens=True)
+    assert text.startswith("How many") and text.endswith(("?Two.", "?No.")), "the demonstration is the best answer"
     for record in records:
         record["prompt"] = [{"role": "system", "content": "Be short."}, {"role": "user", "content": record["prompt"]}]
     with pytest.raises(errors.DataError, match=r"system\.jsonl: none of 32 comparisons are .*roles are refused"):
@@ -280,7 +283,7 @@ def test_rankings_of_a_file_keep_all_answers_and_refused_roles_are_said(tmp_path
 
 
 @pytest.mark.slow
-def test_a_heldout_reward_model_looks_on(tmp_path):
+def test_ppo_logs_the_score_of_a_heldout_reward_model(tmp_path):
     few = ("--pretrain.steps", 20, "--ppo.iterations", 2, "--evaluation.prompts", 24, "--ppo.critic", "zero-head")
     done = run("--preset", "smoke", "--saves", 2, *few, "--reward-model.heldout", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -289,12 +292,12 @@ def test_a_heldout_reward_model_looks_on(tmp_path):
     assert 0 < results["heldout_reward_model"]["accuracy"][0] < 1
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     both = [(row["heldout_reward"], row["reward"]) for row in rows if row["stage"].startswith("ppo")]
-    assert len(both) == 4 and all(a != b for a, b in both), "it is another model, scoring the same answers"
+    assert len(both) == 4 and all(a != b for a, b in both), "another model scores the same answers"
     assert {row["stage"] for row in rows} >= {"reward_model", "heldout_reward_model"}
 
 
 @pytest.mark.slow
-def test_the_same_job_on_human_comparisons(tmp_path):
+def test_the_job_runs_on_human_comparisons(tmp_path):
     records = [*comparisons(300), {"chosen": dialogue("Hi?", ""), "rejected": dialogue("Hi?", "Go.")}]
     path = write(tmp_path / "pairs.jsonl.gz", records)
     little = (
@@ -321,26 +324,26 @@ def test_the_same_job_on_human_comparisons(tmp_path):
 
 
 def refused(*arguments):
-    """The one line on stderr, at an exit status of 2. In this process: nothing is compiled before it."""
-    told = io.StringIO()
-    with contextlib.redirect_stderr(told), pytest.raises(SystemExit) as left:
+    """Runs the job in this process, expects exit status 2, and returns the single line on stderr."""
+    output = io.StringIO()
+    with contextlib.redirect_stderr(output), pytest.raises(SystemExit) as exit_info:
         instructgpt.main([str(argument) for argument in arguments])
-    assert left.value.code == 2
-    lines = [line for line in told.getvalue().splitlines() if line.strip()]
-    assert len(lines) == 1, told.getvalue()
+    assert exit_info.value.code == 2
+    lines = [line for line in output.getvalue().splitlines() if line.strip()]
+    assert len(lines) == 1, output.getvalue()
     return lines[0]
 
 
-def test_a_refusal_at_the_command_line(tmp_path):
+def test_an_invalid_setting_ends_the_command_with_status_2(tmp_path):
     done = run("--out", tmp_path / "run", "--ppo.clip", 0, timeout=60)
     assert done.returncode == 2 and done.stderr.startswith("error: --ppo.clip is 0.0") and not done.stdout
 
 
-def test_bad_files_are_named_with_their_line(tmp_path):
+def test_errors_name_the_file_and_the_line(tmp_path):
     out = tmp_path / "run"
     good = list(comparisons(5))
 
-    def tried(name, content):
+    def error_of(name, content):
         path = tmp_path / name
         if isinstance(content, bytes):
             path.write_bytes(content)
@@ -352,11 +355,11 @@ def test_bad_files_are_named_with_their_line(tmp_path):
 
     missing = tmp_path / "none.jsonl"
     assert str(missing) in refused("--out", out, "--data.path", missing)
-    tried("broken.jsonl.gz", gzip.compress(b"x" * 1000)[:-20])
-    assert "line 2" in tried("words.jsonl", json.dumps(good[0]).encode() + b"\nnot json\n")
-    assert "line 3" in tried("fields.jsonl", [*good[:2], {"chosen": good[0]["chosen"]}])
-    assert "line 1" in tried("turns.jsonl", [{"chosen": "\n\nHuman: Hi", "rejected": "\n\nHuman: Hi"}])
-    many = tried("empty.jsonl", [*good, {"chosen": dialogue("Q", ""), "rejected": dialogue("Q", "A")}])
+    error_of("broken.jsonl.gz", gzip.compress(b"x" * 1000)[:-20])
+    assert "line 2" in error_of("words.jsonl", json.dumps(good[0]).encode() + b"\nnot json\n")
+    assert "line 3" in error_of("fields.jsonl", [*good[:2], {"chosen": good[0]["chosen"]}])
+    assert "line 1" in error_of("turns.jsonl", [{"chosen": "\n\nHuman: Hi", "rejected": "\n\nHuman: Hi"}])
+    many = error_of("empty.jsonl", [*good, {"chosen": dialogue("Q", ""), "rejected": dialogue("Q", "A")}])
     assert "empty answer 1" in many
 
 
@@ -370,19 +373,19 @@ def test_bad_files_are_named_with_their_line(tmp_path):
         ("--preset", "huge", "preset"),
     ],
 )
-def test_settings_out_of_range_are_named(tmp_path, flag, value, name):
+def test_errors_name_the_invalid_setting(tmp_path, flag, value, name):
     assert name in refused("--out", tmp_path / "run", flag, value)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_with_another_run_is_refused(finished, tmp_path):
+def test_a_folder_in_use_is_refused(finished, tmp_path):
     folder, _ = finished
     assert str(folder) in refused("--preset", "smoke", "--out", folder)
     assert str(tmp_path) in refused("--resume", tmp_path)
     assert "config.json" in refused("--resume", folder, "--seed", "3")
 
 
-def test_help_explains_every_field():
+def test_help_lists_flags_of_every_group():
     done = run("--help", timeout=60)
     assert done.returncode == 0
     for flag in ("--ppo.kl-coef", "--data.path", "--seed", "--resume", "--out", "--preset"):

@@ -1,4 +1,4 @@
-"""What the experiments find out about a reward model while it trains and afterwards, beside plain loops."""
+"""Validation loss and diagnosis of reward models, compared with plain loops."""
 
 import math
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ P, T, K = 2, 3, 4
 
 
 def comparisons(n, seed=0):
-    """Prompts of two to four answers whose tokens are all one number, their score."""
+    """Prompts with two to four answers, whose tokens all equal their score."""
     rng = np.random.default_rng(seed)
     where = np.arange(K) < rng.integers(2, K + 1, size=(n, 1))
     tokens = np.broadcast_to(rng.integers(0, 9, size=(n, K, 1)), (n, K, P + T)).astype(np.int32)
@@ -27,11 +27,11 @@ def comparisons(n, seed=0):
 
 
 def score(params, tokens_BL, mask_BL):
-    assert mask_BL[:, P].all(), "answers that are not there are not scored"
+    assert mask_BL[:, P].all(), "missing answers are not scored"
     return params * tokens_BL[:, 0].astype(np.float32)
 
 
-def test_the_validation_loss_is_that_of_the_first_prompts_at_some_steps():
+def test_the_validation_loss_is_over_the_first_prompts_at_a_few_steps():
     batch = comparisons(400)
     tell = validation_loss.make_callback(score, batch, steps=83)
     rows = {done: tell(done, SimpleNamespace(params=0.3), {}) for done in range(1, 84)}
@@ -52,7 +52,7 @@ def test_the_validation_loss_is_that_of_the_first_prompts_at_some_steps():
             there = int(batch.where_BK[b].sum())
             told.append(sum(math.log1p(math.exp(-lead)) for lead in leads) / math.comb(there, 2))
     assert known[11] == pytest.approx(np.mean(told), rel=1e-5)
-    # Of two heads it is the mean of both.
+    # With two heads it is the mean over the heads.
     heads = validation_loss.make_callback(
         lambda *given: np.stack([score(*given), 2 * score(*given)], axis=1), batch, steps=1
     )
@@ -65,7 +65,7 @@ def test_the_validation_loss_is_that_of_the_first_prompts_at_some_steps():
     assert found is not None and found["validation_loss"] == pytest.approx(mean)
 
 
-def test_a_reward_model_that_learns_by_heart_is_an_alarm_of_the_run(tmp_path):
+def test_an_overfitted_reward_model_raises_an_alarm(tmp_path):
     asked, log = settings.preset("smoke"), metrics.MetricLog(tmp_path)
     rng, told = np.random.default_rng(0), []
     watch = monitoring.watch_stage(log, "reward_model", asked, told.append)
@@ -90,7 +90,7 @@ def job(batch, categories):
     return made
 
 
-def test_the_facts_of_a_reward_model_are_those_of_its_pairs():
+def test_the_diagnosis_equals_plain_loops_over_pairs():
     batch, train = comparisons(60, seed=1), comparisons(30, seed=2)
     categories = [("lists", "facts")[b % 2] for b in range(60)]
     reward = {"head": {"gain": np.float32(0.5), "bias": np.float32(0.25)}}
@@ -113,7 +113,7 @@ def test_the_facts_of_a_reward_model_are_those_of_its_pairs():
     for each in (facts, lists):
         mine = [pair for pair in pairs if categories[pair[0]] == each["name"]]
         assert each["count"] == len(mine) and each["accuracy"].mean == pytest.approx(plain(mine))
-    # The interval is of prompts: wider than that of as many independent pairs would be, or as wide.
+    # The interval is clustered by prompt.
     b = np.array([pair[0] for pair in pairs])
     right = np.array([0.5 if lead[pair] == 0 else float(lead[pair] > 0) for pair in pairs])
     want = diagnostics.ratio_interval(np.bincount(b, weights=right), np.bincount(b), rate=True)
@@ -141,7 +141,7 @@ def test_the_facts_of_a_reward_model_are_those_of_its_pairs():
     assert gap["accuracy_gap"].mean == pytest.approx(gap["train_accuracy"].mean - found["accuracy"][0])
 
 
-def test_a_policy_that_games_its_score_is_said_to():
+def test_a_policy_that_games_its_score_is_detected():
     rng = np.random.default_rng(0)
     gold, scores = rng.normal(size=(2, 200))
     noise = 0.1 * rng.normal(size=(4, 200))

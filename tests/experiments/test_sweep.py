@@ -1,4 +1,4 @@
-"""Many runs from one start: the same one by one and as one program; what is read off them; what is refused."""
+"""Sweeps and comparisons: training in one program, compilation, results, figures and errors."""
 
 import dataclasses
 import json
@@ -23,22 +23,22 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 class Silent:
-    """A progress that shows nothing."""
+    """A progress display that prints nothing."""
 
     def __getattr__(self, name):
         return lambda *_, **__: None
 
 
 def small(**ppo):
-    asked = settings.preset("smoke")
+    preset = settings.preset("smoke")
     parts = {
-        "net": dataclasses.replace(asked.net, layers=1, width=32, mlp=64, heads=2),
-        "pretrain": dataclasses.replace(asked.pretrain, documents=400),
-        "sft": dataclasses.replace(asked.sft, demonstrations=16),
-        "ppo": dataclasses.replace(asked.ppo, **({"iterations": 2, "batch": 8} | ppo)),
-        "evaluation": dataclasses.replace(asked.evaluation, prompts=8),
+        "net": dataclasses.replace(preset.net, layers=1, width=32, mlp=64, heads=2),
+        "pretrain": dataclasses.replace(preset.pretrain, documents=400),
+        "sft": dataclasses.replace(preset.sft, demonstrations=16),
+        "ppo": dataclasses.replace(preset.ppo, **({"iterations": 2, "batch": 8} | ppo)),
+        "evaluation": dataclasses.replace(preset.evaluation, prompts=8),
     }
-    return dataclasses.replace(asked, **parts)
+    return dataclasses.replace(preset, **parts)
 
 
 def job_in(folder, asked):
@@ -63,7 +63,7 @@ def rows_of(folder, stage):
 
 
 @pytest.mark.slow  # its short form is the sweep of test_ppo.py
-def test_one_program_gives_what_one_run_after_the_other_gives(tmp_path):
+def test_one_program_gives_the_results_of_separate_runs(tmp_path):
     job, together = job_in(tmp_path / "a", small()), job_in(tmp_path / "b", small())
     shared = shared_by(job)
     wanted = [
@@ -80,7 +80,7 @@ def test_one_program_gives_what_one_run_after_the_other_gives(tmp_path):
                 assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), name
     differ = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), alone[1], alone[2])
     assert max(jax.tree.leaves(differ)) > 1e-5, "seeds are different runs"
-    # What is finished is restored and not trained again.
+    # A finished run is restored and not trained again.
     again = run_grid.train(job, shared, wanted[0], step=None)
     jax.tree.map(np.testing.assert_array_equal, again, alone[0])
 
@@ -105,7 +105,7 @@ def test_one_program_gives_what_one_run_after_the_other_gives(tmp_path):
     ],
     ids=lambda how: how.get("method", "ppo") + "-" + str(len(how)),
 )
-def test_every_method_and_switch_trains_on_the_built_in_world(tmp_path, how):
+def test_every_rl_method_and_option_trains(tmp_path, how):
     asked = small(**how)
     setting_checks.check(asked)
     job = job_in(tmp_path, asked)
@@ -133,7 +133,7 @@ def test_every_method_and_switch_trains_on_the_built_in_world(tmp_path, how):
         ({"a": 2, "b": 2, "c": 2}, set()),
     ],
 )
-def test_a_resumed_run_compiles_ahead_only_what_its_unfinished_stages_call(tmp_path, monkeypatch, saved, expected):
+def test_only_the_steps_of_unfinished_stages_are_compiled_ahead(tmp_path, monkeypatch, saved, expected):
     """Stages a and b share a program, c has its own."""
     job = job_in(tmp_path, small())
     for stage, step in saved.items():
@@ -142,14 +142,14 @@ def test_a_resumed_run_compiles_ahead_only_what_its_unfinished_stages_call(tmp_p
     other = run_grid.with_settings(job, dataclasses.replace(job.settings.ppo, samples=2, method="rloo"))
     steps = {job.supervised_step: "supervised", job.reward_step: "reward_model"}
     steps |= {job.ppo_step: "one", other.ppo_step: "other"}
-    begun = []
-    monkeypatch.setattr(parallel.JitStep, "compile_ahead", lambda step, *_: begun.append(steps.get(step)))
+    compiled = []
+    monkeypatch.setattr(parallel.JitStep, "compile_ahead", lambda step, *_: compiled.append(steps.get(step)))
     with precompile.in_background(job, {"a": job, "b": job, "c": other}):
-        assert set(begun) - {None} == expected and len(begun) - begun.count(None) == len(expected)
-    assert begun.count(None) == 3, "every run samples, measures and scores"
+        assert set(compiled) - {None} == expected and len(compiled) - compiled.count(None) == len(expected)
+    assert compiled.count(None) == 3, "every run samples, measures and scores"
 
 
-def test_where_the_critic_starts(tmp_path):
+def test_the_critic_starts_from_its_setting(tmp_path):
     job = job_in(tmp_path, small())
     shared = shared_by(job)
 
@@ -165,7 +165,7 @@ def test_where_the_critic_starts(tmp_path):
     assert set(zero) == {"head"} and not np.any(zero["head"]["kernel_D"]) and float(zero["head"]["gain"]) == 1
 
 
-def test_two_reward_models_learn_from_comparisons_that_the_other_has_not_seen(tmp_path, monkeypatch):
+def test_the_heldout_reward_model_has_separate_comparisons(tmp_path, monkeypatch):
     n, width = 9, 4
     tokens_BKL = np.broadcast_to(np.arange(n)[:, None, None], (n, 3, width))
     where_BK = np.arange(3) < np.array([2, 3, 2, 3, 2, 3, 2, 3, 2])[:, None]
@@ -176,13 +176,13 @@ def test_two_reward_models_learn_from_comparisons_that_the_other_has_not_seen(tm
     assert whole is every and facts == {"fact": 1, "training_prompts": 9, "training_answers": 22}
     asked = dataclasses.replace(asked, reward_model=dataclasses.replace(asked.reward_model, heldout=True))
     parts, held_out, facts = comparison_data.load_or_collect(job_in(tmp_path / "b", asked), [])
-    assert held_out is every, "what accuracy is measured on stays whole"
+    assert held_out is every, "the validation comparisons are not divided"
     seen = [set(part.tokens_BKL[:, 0, 0].tolist()) for part in parts]
     assert [len(x) for x in seen] == [4, 4] and not seen[0] & seen[1]
     assert facts["training_prompts"] == 4 and facts["training_answers"] == parts[0].where_BK.sum()
 
 
-def test_gold_at_a_kl_is_read_off_the_curve_and_not_beyond_it():
+def test_gold_at_a_kl_is_interpolated_and_none_beyond_the_curve():
     kl = np.linspace(0.0, 4.0, 30) ** 2 / 4
     gold = 0.5 + 0.1 * np.sqrt(kl)
     assert compare.gold_at(kl, gold, at=1.0) == pytest.approx(0.6)
@@ -211,7 +211,7 @@ def test_gold_at_a_kl_is_read_off_the_curve_and_not_beyond_it():
         (compare.parse, ["--group", "3"], "divide"),
     ],
 )
-def test_bad_settings_are_refused_by_name(parse, arguments, message):
+def test_errors_name_the_invalid_setting(parse, arguments, message):
     with pytest.raises(settings.SettingError, match=message):
         parse(arguments)
 
@@ -235,7 +235,7 @@ def test_published_numbers():
         settings.preset("default", published="nobody")
 
 
-def test_figures_hold_every_method_and_coefficient(tmp_path):
+def test_figures_show_every_method_and_coefficient(tmp_path):
     run = {"kl": [0.0, 1.0, 2.0], "gold": [0.5, 0.6, 0.65]}
     methods = [
         {"method": name, "at": [1.0, 2.0], "gold": [[0.6, 0.55, 0.65], [None] * 3], "runs": [run]}
@@ -258,7 +258,7 @@ def test_figures_hold_every_method_and_coefficient(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["sweep.py", "compare.py"])
-def test_the_command_runs_end_to_end_and_goes_on_with_a_finished_run(script, tmp_path):
+def test_the_command_runs_and_resumes_a_finished_run(script, tmp_path):
     more = ["--kl-coefs", "0.1", "0.5", "--seeds", "2"] if script == "sweep.py" else ["--seeds", "2", "--rounds", "2"]
     command = [sys.executable, str(ROOT / "experiments" / script), "--preset", "smoke"]
     done = subprocess.run([*command, "--out", tmp_path / "run", *more], capture_output=True, text=True)
