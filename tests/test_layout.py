@@ -77,11 +77,18 @@ def test_every_package_has_a_docstring(folder):
         assert ast.get_docstring(ast.parse((package / "__init__.py").read_text(encoding="utf-8"))), package
 
 
-def test_library_modules_have_under_420_lines():
-    lines = {
-        path.relative_to(ROOT).as_posix(): len(path.read_text("utf-8").splitlines()) for path in modules("rlhf_jax")
-    }
-    assert not {name: count for name, count in lines.items() if count >= 420}
+def code_lines(path):
+    """The number of lines of a module without its docstrings."""
+    source = path.read_text(encoding="utf-8")
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, documented) and ast.get_docstring(node)]
+    docstrings = [node.body[0] for node in nodes]
+    return len(source.splitlines()) - sum((part.end_lineno or 0) - part.lineno + 1 for part in docstrings)
+
+
+def test_library_modules_have_under_400_lines_without_docstrings():
+    lines = {path.relative_to(ROOT).as_posix(): code_lines(path) for path in modules("rlhf_jax")}
+    assert not {name: count for name, count in lines.items() if count >= 400}
 
 
 def test_test_folders_mirror_the_packages():

@@ -36,7 +36,7 @@ class RecordedProgress:
     def __init__(self):
         self.texts = []
 
-    def tell(self, stage, text):
+    def message(self, stage, text):
         self.texts.append(f"{stage}: {text}")
 
     def __getattr__(self, name):
