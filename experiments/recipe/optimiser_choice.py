@@ -1,7 +1,8 @@
 """The optimisers of the recipe's stages. To change the optimiser of an experiment, change what these functions return.
 
 The transformations have a learning rate of 1, such as ``optax.adamw(1.0, weight_decay=0.1)``: a train step multiplies
-the update by its traced learning rate. The rates are settings: --pretrain.learning-rate, --sft.learning-rate, --reward-model.learning-rate and --ppo.learning-rate.
+the update by its traced learning rate. The rates are settings: --pretrain.learning-rate, --sft.learning-rate,
+--reward-model.learning-rate and --ppo.learning-rate.
 """
 
 from __future__ import annotations
