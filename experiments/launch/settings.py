@@ -85,7 +85,7 @@ class Hosts:
     timeout: float = 300.0
     """Seconds to wait for the other processes at the start."""
     silence: float = 30.0
-    """Seconds without a heartbeat after which a process counts as lost; a closed connection is noticed at once."""
+    """Seconds without a heartbeat after which a process is considered lost; a closed connection is noticed at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Pretrain:
     batch: int = 64
     """Rows per step, also in supervised fine-tuning."""
     learning_rate: float = 6e-3
-    """Peak learning rate; it follows a cosine down to a tenth."""
+    """Peak learning rate; cosine decay to a tenth."""
     warmup: int = 20
     """Steps of the linear warmup, which starts at a tenth of the rate."""
 
@@ -133,7 +133,7 @@ class SFT:
     mix: float = 0.1
     """Share of pretraining rows in the batches of `sft_mix`."""
     learning_rate: float = 3e-3
-    """Peak learning rate of both models; it follows a cosine down to a tenth."""
+    """Peak learning rate of both models; cosine decay to a tenth."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +155,7 @@ class RewardModel:
     batch: int = 8
     """Prompts per step, each with all its answers."""
     learning_rate: float = 1.5e-3
-    """Peak learning rate; it follows a cosine down to a tenth."""
+    """Peak learning rate; cosine decay to a tenth."""
     heldout: bool = False
     """Train on one half of the comparisons and train a second model on the other half. PPO logs the second model's mean
     score as heldout_reward; an alarm is raised if it falls while the reward rises."""
