@@ -82,7 +82,7 @@ def large_ratios(rows: Rows, *, max_ratio: float = 10.0, patience: int = 3) -> s
 def sampler_gap(rows: Rows, *, max_gap: float = 1e-2) -> str | None:
     """Checks that sampler and trainer agree on the log-probabilities of tokens to within ``max_gap`` nats.
 
-    If sampling is deliberately off-policy, with a correction, pass ``max_gap=math.inf``.
+    If the sampler deliberately draws from a different distribution, pass ``max_gap=math.inf``.
     """
     gap = max(_newest(rows, "sampler_gap", 1), default=0.0)
     if gap <= max_gap:

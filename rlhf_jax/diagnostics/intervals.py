@@ -157,7 +157,7 @@ def pairwise_accuracy(chosen: npt.ArrayLike, rejected: npt.ArrayLike, *, confide
 def ratio_interval(
     parts: npt.ArrayLike, wholes: npt.ArrayLike, *, rate: bool | None = None, confidence: float = 0.95
 ) -> Estimate:
-    """Returns ``r = sum(parts) / sum(wholes)`` over independent clusters, such as the correct and all pairs of prompts.
+    """Returns ``r = sum(parts) / sum(wholes)`` over independent clusters, such as correct and all pairs of each prompt.
 
     The pairs of a prompt are correlated, so the interval counts prompts, not pairs. It uses the linearised variance of
     a ratio, ``n / (n - 1) sum((part - r whole)^2) / sum(wholes)^2`` for n clusters, and Student's t with n - 1 degrees

@@ -205,7 +205,7 @@ def _peak_gain(form: Form, a: float, b: float, covariance: np.ndarray, t: float,
         return Estimate(math.inf, -math.inf, math.inf)
     if d == 0:
         return Estimate(0.0, 0.0, 0.0 if math.isfinite(distance.hi) else math.inf)
-    # The curve is flat at its peak, so to first order R* depends only on alpha and beta, not on d*.
+    # The curve is flat at its peak, so to first order R* changes with alpha and beta as if d* were fixed.
     slope = np.array([d, -d * float(form.bend(np.array(d)))])
     gain = float(slope @ np.array([a, b]))
     width = t * math.sqrt(max(float(slope @ covariance @ slope), 0.0))
