@@ -11,9 +11,9 @@ KL of best-of-n is log n - (n - 1) / n. The command has all flags of instructgpt
 
 The run folder holds compare.json, compare.html with the figure, config.json, metrics.jsonl and checkpoints/.
 
-On two CPU cores: 14 minutes, 2 GB. Expected results at a KL of 1 nat, where SFT has a gold utility of 0.78: best-of-n
-0.90, expert iteration 0.88, RLOO, PPO and PPO-ptx 0.87, GRPO as published 0.86, each to within 0.007. At 2 nats: expert
-iteration, RLOO, PPO and PPO-ptx 0.89, GRPO 0.88.
+On two CPU cores: 14 minutes, 2 GB. Expected gold utilities: 0.78 for the SFT model. At a KL of 1 nat, 0.90 for
+best-of-n, 0.88 for expert iteration, 0.87 for RLOO, PPO and PPO-ptx, and 0.86 for GRPO as published, each to within
+about 0.007. At 2 nats, 0.89 for expert iteration, RLOO, PPO and PPO-ptx, and 0.88 for GRPO.
 """
 
 from __future__ import annotations

@@ -8,9 +8,8 @@
 The parts:
 
     world    From one SFT model of the built-in world: DPO at several betas, iterated DPO with labels from a reward
-    model,
-             PPO at several KL coefficients, and DPO and PPO on shifted pairs, that is, comparisons of answers of the
-             base model, which the SFT model would rarely give.
+             model, PPO at several KL coefficients, and DPO and PPO on shifted pairs, that is, comparisons of answers
+             of the base model, which the SFT model would rarely give.
     bandit   The same on a table of rewards, where KL and expected reward are exact and the optimum is known.
     exact    The three-answer example of Xu's theorem 4.1.
 
@@ -19,11 +18,12 @@ its prompts, comparisons and reward models and differ in sampling and batch orde
 optimisation and sampling. Seeds of the bandit differ in the labels. The run folder holds study.json, study.html with
 the figures, config.json, metrics.jsonl, checkpoints/ and reference/.
 
-On two CPU cores: 17 minutes, 2.2 GB. Expected results in the world: PPO reaches a gold utility of 0.90 at a KL of 1 to
-1.6 nats, 0.035 ±0.020 above DPO at 1.5; the seeds of DPO differ widely. Shifted pairs cost DPO 0.05 ±0.07 and PPO 0.10
-±0.01: unlike in Xu et al., a reward model that has seen only answers of the base model misleads PPO too. On the bandit,
-over ten draws of 400 labels, PPO is 0.15 ±0.05 above DPO at 1 nat, and no cost of shifted pairs is significant. In the
-three-answer example, DPO gives the unseen answer a probability of 0.99 and PPO 0.0001.
+On two CPU cores: 17 minutes, 2.2 GB. Expected results in the world: PPO reaches a gold utility of 0.90 at a KL of
+between 1 and 1.6 nats. At 1.5 nats it is 0.035 ±0.020 above DPO, whose seeds differ widely. Shifted pairs cost DPO
+about 0.05 ±0.07 and PPO 0.10 ±0.01: unlike in Xu et al., a reward model that has seen only answers of the base model
+misleads PPO too. On the bandit, over ten draws of 400 labels, PPO is 0.15 ±0.05 above DPO at 1 nat, and no cost of
+shifted pairs is significant. In the three-answer example, DPO gives the unseen answer a probability of 0.99 and PPO
+gives it 0.0001.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     python experiments/rewardbench.py --model runs/NAME/reward_model --data.path FILE.jsonl
     python experiments/rewardbench.py --model DIR --data.path FILE.parquet --out runs/rewardbench
 
---model is a folder with a scalar head, its tokenizer and its chat template, such as instructgpt.py writes. A record has
-a prompt (text or messages), a chosen and a rejected answer and, optionally, a subset. A tie counts a half; the strict
-accuracy, which RewardBench reports, counts it as wrong. Scores are used as saved, that is, with any gain that scales
-them for RL; divided by the calibration temperature, their differences are log odds.
+The model has a scalar head; its folder, such as instructgpt.py writes, also holds its tokenizer and its chat template.
+A record has a prompt (text or messages), a chosen and a rejected answer and, optionally, a subset. A tie counts a half;
+the strict accuracy, which RewardBench reports, counts it as wrong. Scores are used as saved, that is, with any gain
+that scales them for RL; divided by the calibration temperature, their differences are log odds.
 
 The output folder holds results.json, report.html, scores.jsonl with the scores of every record, and config.json.
 """
