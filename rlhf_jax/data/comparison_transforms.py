@@ -19,7 +19,7 @@ def drop_uninformative(batch: types.Comparisons, counts: errors.DropCount) -> ty
     tied"``.
 
     Raises:
-      DataError: If more prompts are dropped than ``counts`` allows, or none is left.
+        DataError: If more prompts are dropped than ``counts`` allows, or none is left.
     """
     batch = jax.tree.map(np.asarray, batch)
     tokens_BKL, mask_BKL, ranks_BK = (np.asarray(x) for x in (batch.tokens_BKL, batch.mask_BKL, batch.ranks_BK))
@@ -88,14 +88,14 @@ def add_control_tokens(batch: types.Comparisons, *, good_id: int, bad_id: int, c
     mark is a control token inserted at ``column``, where the answer begins, so rows become one token wider.
 
     Args:
-      batch: Comparisons with left-padded prompts. Every pair of a prompt with more than two answers is used.
-      good_id: Id of the control token GOOD.
-      bad_id: Id of the control token BAD.
-      column: P, the width of the prompts.
+        batch: Comparisons with left-padded prompts. Every pair of a prompt with more than two answers is used.
+        good_id: Id of the control token GOOD.
+        bad_id: Id of the control token BAD.
+        column: P, the width of the prompts.
 
     Returns:
-      Comparisons with K = 2 and L + 1 columns, the better first: two for each pair, in the order of
-      `split_into_pairs`.
+        Comparisons with K = 2 and L + 1 columns, the better first: two for each pair, in the order of
+        `split_into_pairs`.
     """
     pairs = split_into_pairs(batch)
     tokens_BKL, mask_BKL = (np.repeat(x, 2, axis=1) for x in (pairs.tokens_BKL, pairs.mask_BKL))  # A A B B

@@ -42,10 +42,10 @@ class Batches:
         """Starts an iterator; use `from_arrays` or `from_source` instead.
 
         Args:
-          dataset: This host's batches.
-          endless: Whether the batches never end.
-          fingerprint: Everything that determines the batches; see the attribute.
-          prefetch: Number of batches that a separate thread keeps ready.
+            dataset: This host's batches.
+            endless: Whether the batches never end.
+            fingerprint: Everything that determines the batches; see the attribute.
+            prefetch: Number of batches that a separate thread keeps ready.
         """
         import grain
 
@@ -67,7 +67,7 @@ class Batches:
         """Returns this host's rows of the batch at a step, from 0. A pure function; it does not move the iterator.
 
         Raises:
-          IndexError: If there is no such step.
+            IndexError: If there is no such step.
         """
         if not 0 <= step < len(self._dataset):
             raise IndexError(f"there is no step {step}: there are {len(self._dataset)} batches")
@@ -89,8 +89,8 @@ class Batches:
         """Restores the position at which `get_state` was called.
 
         Raises:
-          DataError: If the state belongs to other data, another seed, another batch size or anything else that the
-            fingerprint covers; or if it is not a state of `get_state`.
+            DataError: If the state belongs to other data, another seed, another batch size or anything else that the
+                fingerprint covers; or if it is not a state of `get_state`.
         """
         saved, position = state.get("fingerprint"), state.get("grain")
         if not isinstance(saved, Mapping) or not isinstance(position, Mapping):
@@ -134,25 +134,25 @@ def from_arrays(
     [[0, 1], [2, 3]]
 
     Args:
-      arrays: A pytree of arrays with the same number of rows; each row is one record.
-      batch_size: Rows in a batch, over all hosts; a multiple of ``hosts``. May exceed the number of records.
-      seed: Seed of the shuffle; each epoch has another order.
-      epochs: How often each record is used, or None for endless batches. The remainder that does not fill the very last
-        batch is dropped.
-      shuffle: Whether to shuffle; otherwise records keep their order.
-      drop_last: Whether to drop the remainder of each epoch, which differs from epoch to epoch, so that no batch spans
-        two epochs.
-      host: Index of this host, from 0: ``jax.process_index()``. Its share is one block of the rows of each batch, in
-        the order in which ``jax.make_array_from_process_local_data`` concatenates hosts.
-      hosts: Number of hosts: ``jax.process_count()``.
-      prefetch: Number of batches that a separate thread keeps ready; 0 for none.
+        arrays: A pytree of arrays with the same number of rows; each row is one record.
+        batch_size: Rows in a batch, over all hosts; a multiple of ``hosts``. May exceed the number of records.
+        seed: Seed of the shuffle; each epoch has another order.
+        epochs: How often each record is used, or None for endless batches. The remainder that does not fill the very
+            last batch is dropped.
+        shuffle: Whether to shuffle; otherwise records keep their order.
+        drop_last: Whether to drop the remainder of each epoch, which differs from epoch to epoch, so that no batch
+            spans two epochs.
+        host: Index of this host, from 0: ``jax.process_index()``. Its share is one block of the rows of each batch, in
+            the order in which ``jax.make_array_from_process_local_data`` concatenates hosts.
+        hosts: Number of hosts: ``jax.process_count()``.
+        prefetch: Number of batches that a separate thread keeps ready; 0 for none.
 
     Returns:
-      The batches of this host.
+        The batches of this host.
 
     Raises:
-      DataError: If there are no records or not one full batch, or the arrays differ in their number of rows.
-      ValueError: If a number is out of range.
+        DataError: If there are no records or not one full batch, or the arrays differ in their number of rows.
+        ValueError: If a number is out of range.
     """
     sizes = {len(leaf) for leaf in jax.tree.leaves(arrays)}
     if len(sizes) > 1:
@@ -194,29 +194,29 @@ def from_source(
     """Returns batches of any sequence of records: a list, or a set that is read lazily from disk.
 
     Args:
-      source: Records with a length and random access, such as those of `readers` or `sources.tfds_source`.
-      collate: Makes a batch, such as token rows, of this host's records. Must be a pure function and should always
-        return the same shapes. It runs in the prefetching thread.
-      batch_size: As for `from_arrays`.
-      seed: As for `from_arrays`.
-      epochs: As for `from_arrays`.
-      shuffle: As for `from_arrays`.
-      drop_last: As for `from_arrays`.
-      host: As for `from_arrays`.
-      hosts: As for `from_arrays`.
-      prefetch: As for `from_arrays`.
-      data: Identifies the data in the fingerprint; None means the `fingerprint` of the source, which reads it once.
-      identity: Identifies ``collate`` in the fingerprint, because a function has no fixed bytes: anything that
-        `fingerprint` takes, such as ``{"tokenizer": "gpt2", "prompt_width": 256}``. A state that was saved with
-        another identity is refused. None leaves it out.
+        source: Records with a length and random access, such as those of `readers` or `sources.tfds_source`.
+        collate: Makes a batch, such as token rows, of this host's records. Must be a pure function and should always
+            return the same shapes. It runs in the prefetching thread.
+        batch_size: As for `from_arrays`.
+        seed: As for `from_arrays`.
+        epochs: As for `from_arrays`.
+        shuffle: As for `from_arrays`.
+        drop_last: As for `from_arrays`.
+        host: As for `from_arrays`.
+        hosts: As for `from_arrays`.
+        prefetch: As for `from_arrays`.
+        data: Identifies the data in the fingerprint; None means the `fingerprint` of the source, which reads it once.
+        identity: Identifies ``collate`` in the fingerprint, because a function has no fixed bytes: anything that
+            `fingerprint` takes, such as ``{"tokenizer": "gpt2", "prompt_width": 256}``. A state that was saved with
+            another identity is refused. None leaves it out.
 
     Returns:
-      The batches of this host.
+        The batches of this host.
 
     Raises:
-      DataError: If there are no records or not one full batch.
-      TypeError: If the source or ``identity`` holds a value that `fingerprint` does not take.
-      ValueError: If a number is out of range.
+        DataError: If there are no records or not one full batch.
+        TypeError: If the source or ``identity`` holds a value that `fingerprint` does not take.
+        ValueError: If a number is out of range.
     """
     import grain
 
@@ -272,7 +272,7 @@ def fingerprint(source: Sequence[Any]) -> str:
     left out, so the same records have the same fingerprint wherever they were read from.
 
     Raises:
-      TypeError: If a record holds a value of another type, or a dictionary with a key that is not a string.
+        TypeError: If a record holds a value of another type, or a dictionary with a key that is not a string.
     """
     digest = hashlib.sha256()
     for i in range(len(source)):

@@ -30,7 +30,7 @@ def encode_texts(tokenizer: transformers.PreTrainedTokenizerFast, texts: Sequenc
     """Encodes plain texts in one call. The result never contains a special token.
 
     Raises:
-      DataError: If a word-level tokenizer without an unknown token lacks a word; the message names the word.
+        DataError: If a word-level tokenizer without an unknown token lacks a word; the message names the word.
     """
     if not texts:
         return []
@@ -62,7 +62,7 @@ class TextEncoder:
         """Returns the ids of every distinct ``(place, text)``, with one call for each place.
 
         Raises:
-          DataError: As `encode_texts` does.
+            DataError: As `encode_texts` does.
         """
         ids_of: dict[tuple[int, str], list[int]] = {}
         distinct = dict.fromkeys(texts)

@@ -24,14 +24,14 @@ def read_demonstrations(
     ``"answers differ"`` if a record has both ``messages`` and the other form.
 
     Args:
-      source: A path, a list of paths, or `sources.Tfds`.
-      counts: Where drops are counted and limited; None creates a ``DropCount()``, whose limit is 1 %.
+        source: A path, a list of paths, or `sources.Tfds`.
+        counts: Where drops are counted and limited; None creates a ``DropCount()``, whose limit is 1 %.
 
     Returns:
-      ``(records, counts)``, the records in the order of the source.
+        ``(records, counts)``, the records in the order of the source.
 
     Raises:
-      DataError: If the source cannot be read, a record has the wrong form, or too large a share is dropped.
+        DataError: If the source cannot be read, a record has the wrong form, or too large a share is dropped.
     """
     return _read(source, records.parse_demonstration, counts, "prompt and response, or messages")
 

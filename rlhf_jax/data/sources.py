@@ -80,8 +80,8 @@ def raw_records(source: Source, *, fields: str = "named fields") -> Iterator[Raw
     ``fields`` names the fields that a record should have, for messages.
 
     Raises:
-      DataError: If a file is missing, a directory, unreadable, damaged, truncated or empty; a line is not a JSON
-        object; a required package is not installed; or TFDS has not prepared the set.
+        DataError: If a file is missing, a directory, unreadable, damaged, truncated or empty; a line is not a JSON
+            object; a required package is not installed; or TFDS has not prepared the set.
     """
     if isinstance(source, Tfds):
         yield from _tfds_records(source)
@@ -99,7 +99,7 @@ def expand_paths(source: Path | Sequence[Path]) -> list[Path]:
     """Returns the files of a source, with names that contain ``*`` replaced by the sorted matches.
 
     Raises:
-      DataError: If no file matches, or ``source`` is empty.
+        DataError: If no file matches, or ``source`` is empty.
     """
     expanded: list[Path] = []
     for path in [source] if isinstance(source, str | os.PathLike) else source:
@@ -269,8 +269,8 @@ def tfds_source(tfds_set: Tfds) -> Sequence[dict[str, Any]]:
     Nothing is downloaded or prepared; see `tfds_builder` for that.
 
     Raises:
-      DataError: If tensorflow-datasets or array_record is not installed; no such set, split or version is prepared; the
-        split is empty; or the set is in a format other than array_record, which only TensorFlow can read.
+        DataError: If tensorflow-datasets or array_record is not installed; no such set, split or version is prepared;
+            the split is empty; or the set is in a format other than array_record, which only TensorFlow can read.
     """
     name = describe(tfds_set)
     if ":" in tfds_set.name.split("/")[0] and not tfds_set.name.split(":")[1][:1].isdigit():

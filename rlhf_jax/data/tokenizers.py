@@ -53,17 +53,17 @@ def train_bpe(
     """Trains a byte-level BPE tokenizer, which encodes any text and restores it exactly on decoding.
 
     Args:
-      texts: The training texts; the same texts give the same vocabulary.
-      vocab_size: Number of ids, at least the special tokens and 256 bytes. Short texts yield fewer; ``len`` of the
-        result is the actual number.
-      special_tokens: Additional special tokens, whose ids follow the four standard ones.
-      min_frequency: Pairs of tokens that occur less often are not merged.
+        texts: The training texts; the same texts give the same vocabulary.
+        vocab_size: Number of ids, at least the special tokens and 256 bytes. Short texts yield fewer; ``len`` of the
+            result is the actual number.
+        special_tokens: Additional special tokens, whose ids follow the four standard ones.
+        min_frequency: Pairs of tokens that occur less often are not merged.
 
     Returns:
-      The tokenizer, with the chat template of this module.
+        The tokenizer, with the chat template of this module.
 
     Raises:
-      DataError: If ``vocab_size`` is too small, or a special token is given twice.
+        DataError: If ``vocab_size`` is too small, or a special token is given twice.
     """
     import tokenizers
 
@@ -103,16 +103,16 @@ def word_level(
     [[4, 5], [5, 6]]
 
     Args:
-      words: Distinct words without white space and without ``<|`` or ``|>``, which are reserved for special tokens.
-      special_tokens: Additional special tokens.
-      unknown: Whether to encode a word that is not in the list as ``<|unk|>``. Otherwise such a word is an error, which
-        `plain_text.encode_texts` raises.
+        words: Distinct words without white space and without ``<|`` or ``|>``, which are reserved for special tokens.
+        special_tokens: Additional special tokens.
+        unknown: Whether to encode a word that is not in the list as ``<|unk|>``. Otherwise such a word is an error,
+            which `plain_text.encode_texts` raises.
 
     Returns:
-      The tokenizer, with the chat template of this module.
+        The tokenizer, with the chat template of this module.
 
     Raises:
-      DataError: If there are no words, or a word is empty, is given twice, or contains white space, ``<|`` or ``|>``.
+        DataError: If there are no words, or a word is empty, is given twice, or contains white space, ``<|`` or ``|>``.
     """
     import tokenizers
 
@@ -138,7 +138,7 @@ def load(path: str | os.PathLike[str]) -> transformers.PreTrainedTokenizerFast:
     """Loads a tokenizer that ``save_pretrained`` saved in a local directory; nothing is downloaded.
 
     Raises:
-      DataError: If the directory has no ``tokenizer.json``.
+        DataError: If the directory has no ``tokenizer.json``.
     """
     import transformers
 

@@ -243,14 +243,14 @@ def utility(
     1.0
 
     Args:
-      tables: Look-up tables of the world, from `make_tables`.
-      prompt_P: Token ids of the prompt, left-padded, in the chat format of the built-in tokenizers.
-      response_T: Token ids of the answer, right-padded.
-      mask_T: True at the real tokens of the answer, including the end token.
-      harmless_weight: Weight w of harmlessness, at least 0.
+        tables: Look-up tables of the world, from `make_tables`.
+        prompt_P: Token ids of the prompt, left-padded, in the chat format of the built-in tokenizers.
+        response_T: Token ids of the answer, right-padded.
+        mask_T: True at the real tokens of the answer, including the end token.
+        harmless_weight: Weight w of harmlessness, at least 0.
 
     Returns:
-      The utility, with scalar fields.
+        The utility, with scalar fields.
     """
     prompt = parse_prompt(tables, prompt_P)
     answer = _parse_answer(tables, prompt, response_T, mask_T)

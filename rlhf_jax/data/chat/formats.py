@@ -71,16 +71,17 @@ def chat_format(
     [6, 1]
 
     Args:
-      tokenizer: The tokenizer, which is not changed.
-      model_type: ``model_type`` of the model's ``config.json``, which distinguishes families that share control tokens.
-      template: Chat template to use instead of the tokenizer's own or a family's.
+        tokenizer: The tokenizer, which is not changed.
+        model_type: ``model_type`` of the model's ``config.json``, which distinguishes families that share control
+            tokens.
+        template: Chat template to use instead of the tokenizer's own or a family's.
 
     Returns:
-      The format.
+        The format.
 
     Raises:
-      DataError: If the template marks no assistant text, marks answers without the token that ends them, has no such
-        token, or starts an answer elsewhere than at the end of the generation prompt. The message says what to add.
+        DataError: If the template marks no assistant text, marks answers without the token that ends them, has no such
+            token, or starts an answer elsewhere than at the end of the generation prompt. The message says what to add.
     """
     chosen, origin = (template, "given") if template is not None else _choose(tokenizer, model_type)
     if chosen != tokenizer.chat_template:
@@ -108,7 +109,7 @@ def encode_prompt(fmt: ChatFormat, turns: Sequence[dialogues.Turn]) -> list[int]
     """Returns the ids of a prompt, up to where the assistant's answer begins.
 
     Raises:
-      DataError: If the template refuses the roles of the turns, or a word-level tokenizer lacks a word.
+        DataError: If the template refuses the roles of the turns, or a word-level tokenizer lacks a word.
     """
     return _join(_encode(fmt, [turns], [_frame(fmt, turns, prompt=True, name="prompt 0")])[0])
 
@@ -136,10 +137,10 @@ def encode_dialogue(
     its `encode_answer`. Some templates (Qwen3) write earlier answers differently from the last, and so does this.
 
     Returns:
-      ``(ids, loss_mask)``, equally long.
+        ``(ids, loss_mask)``, equally long.
 
     Raises:
-      DataError: If the dialogue does not end in an assistant turn; see also `encode_prompt`.
+        DataError: If the dialogue does not end in an assistant turn; see also `encode_prompt`.
     """
     dialogues.split_answer(turns)
     last = len(turns) - 1
@@ -161,16 +162,16 @@ def encode_prompts(
     ``"roles are refused"`` if the template refuses its roles.
 
     Args:
-      fmt: The chat format.
-      prompts: Turns of each prompt.
-      width: P, the largest number of tokens.
-      counts: Where dropped and truncated prompts are counted and limited.
+        fmt: The chat format.
+        prompts: Turns of each prompt.
+        width: P, the largest number of tokens.
+        counts: Where dropped and truncated prompts are counted and limited.
 
     Returns:
-      ``(ids, kept)``: the ids of the remaining prompts, and their indices in ``prompts``, int64, in ascending order.
+        ``(ids, kept)``: the ids of the remaining prompts, and their indices in ``prompts``, int64, in ascending order.
 
     Raises:
-      DataError: If too large a share is dropped, or a word-level tokenizer lacks a word.
+        DataError: If too large a share is dropped, or a word-level tokenizer lacks a word.
     """
     stage = counts.stage()
     known: dict[tuple[int, str], list[int]] = {}
