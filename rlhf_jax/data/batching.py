@@ -1,8 +1,8 @@
-"""The examples in the batch of a step, as a pure function of key and step, so that resuming is exact.
+"""Choice of the examples in each batch as a pure function of key and step, which makes resuming exact.
 
 There is no iterator and no state to save: batch ``s`` is the same whether a run reached it from the start or from a
-checkpoint. A checkpoint stores a `fingerprint` of the data next to the step, because the same indices into other data
-give other batches.
+checkpoint. A checkpoint stores a `fingerprint` of the data next to the step, because the same indices select different
+examples from different data.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def fingerprint(arrays: Any) -> str:
     for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
         array = np.asarray(leaf)
         if array.dtype.hasobject:
-            raise ValueError(f"{jax.tree_util.keystr(path)} is an array of Python objects, which has no fixed bytes")
+            raise ValueError(f"{jax.tree_util.keystr(path)} is an array of Python objects, which cannot be hashed")
         array = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
         # repr makes the header self-delimiting, so no two pytrees give the same bytes.
         digest.update(repr((jax.tree_util.keystr(path), array.shape, array.dtype.name)).encode())
@@ -121,7 +121,7 @@ def fingerprint(arrays: Any) -> str:
 
 
 def _shuffle(n: int, key: jax.Array) -> np.ndarray:
-    """Returns a permutation of ``range(n)``, int32, computed on the host: no compilation, no transfer.
+    """Returns a permutation of ``range(n)``, int32, computed on the host without compilation or transfer.
 
     It sorts the raw output of a counter-based generator, which NumPy promises to keep from version to version; NumPy
     makes no such promise for ``Generator.permutation``.

@@ -43,18 +43,18 @@ def drop_uninformative(batch: types.Comparisons, counts: errors.DropCount) -> ty
     counts.add(stage, records=len(where_BK), source="comparisons")
     if not kept:
         raise errors.DataError(
-            f"none of {len(where_BK)} comparisons has different answers of different rank ({stage.report()})"
+            f"none of {len(where_BK)} comparisons has two different answers with different ranks ({stage.report()})"
         )
     cleaned = batch.replace(where_BK=where_BK, ranks_BK=np.where(where_BK, ranks_BK, 0))  # type: ignore[attr-defined]
     return jax.tree.map(lambda x: x[kept], cleaned)
 
 
 def split_into_pairs(batch: types.Comparisons) -> types.Comparisons:
-    """Returns each pair of answers as a row of its own, K = 2, with the better answer first.
+    """Returns each pair of answers as a separate row, K = 2, with the better answer first.
 
-    This is the baseline of InstructGPT, section 3.5: shuffled into batches, each answer recurs in K - 1 rows of an
-    epoch, and the paper found that the model then overfits. Ties and missing answers give no rows. Each row keeps the
-    domain and the loss inputs of its prompt. Rows are ordered by prompt, then better answer, then worse answer.
+    This is the baseline in InstructGPT, section 3.5. Each answer recurs in K - 1 rows of an epoch, and the paper found
+    that a model trained on the shuffled rows overfits. Ties and missing answers give no rows. Each row keeps the domain
+    and the loss inputs of its prompt. Rows are ordered by prompt, then better answer, then worse answer.
 
     >>> import numpy as np
     >>> from rlhf_jax import types

@@ -37,12 +37,12 @@ class Turn:
 
 
 def is_dialogue(text: str) -> bool:
-    """Returns whether a text starts as the hh-rlhf form does."""
+    """Returns whether a text starts like a dialogue in the hh-rlhf form."""
     return _DIALOGUE_START.match(text.replace("\r\n", "\n")) is not None
 
 
 def parse_dialogue(text: str) -> tuple[Turn, ...]:
-    r"""Parses a dialogue in the hh-rlhf form. Consecutive turns of one role are kept, as they occur in the real files.
+    r"""Parses a dialogue in the hh-rlhf form. Consecutive turns of one role are kept, because real files have them.
 
     >>> from rlhf_jax.data import dialogues
     >>> turns = dialogues.parse_dialogue("\n\nHuman: Hi!\n\nAssistant: Hello.")

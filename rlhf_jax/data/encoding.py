@@ -36,7 +36,7 @@ class JudgedRows(NamedTuple):
     loss_mask_BL: np.ndarray
     """True at the answer with its stop token."""
     good_B: np.ndarray
-    """bool; True is a thumb up."""
+    """bool; True means good."""
 
 
 def encode_prompts(
@@ -48,7 +48,7 @@ def encode_prompts(
         fmt: Chat format from `chat.chat_format`.
         prompts: B' records.
         prompt_width: P; longer prompts lose their oldest turns.
-        counts: Where dropped and truncated prompts are counted; see `chat.encode_prompts`.
+        counts: Counts dropped and truncated prompts; see `chat.encode_prompts`.
 
     Returns:
         ``(rows, kept)``: B rows, and the indices of their records, int64 ``[B]`` in ascending order.
@@ -75,7 +75,7 @@ def encode_demonstrations(
         demonstrations: B' records.
         prompt_width: P; longer prompts lose their oldest turns.
         response_width: T; longer answers are truncated and lose their stop token.
-        counts: Where drops and truncations are counted; see `chat.encode_prompts` and `padding.pad_answers`.
+        counts: Counts drops and truncations; see `chat.encode_prompts` and `padding.pad_answers`.
 
     Returns:
         ``(rows, kept)``: B rows of L = P + T columns, and the indices of their records, int64 ``[B]`` in ascending
@@ -100,14 +100,14 @@ def encode_judged(
     response_width: int,
     counts: errors.DropCount,
 ) -> tuple[JudgedRows, np.ndarray]:
-    """Encodes answers labelled thumb up or down, as KTO takes them.
+    """Encodes answers labelled good or bad, for KTO.
 
     Args:
         fmt: Chat format from `chat.chat_format`.
         judged: B' records.
         prompt_width: P; longer prompts lose their oldest turns.
         response_width: T; longer answers are truncated and lose their stop token.
-        counts: Where drops and truncations are counted; see `chat.encode_prompts` and `padding.pad_answers`.
+        counts: Counts drops and truncations; see `chat.encode_prompts` and `padding.pad_answers`.
 
     Returns:
         ``(rows, kept)`` as for `encode_demonstrations`, with the labels.
@@ -139,8 +139,8 @@ def encode_rankings(
         fmt: Chat format from `chat.chat_format`.
         rankings: B' records.
         prompt_width: P; longer prompts lose their oldest turns.
-        response_width: T; longer answers are truncated, and each counts as one.
-        counts: Where drops and truncations are counted; see `chat.encode_prompts` and `padding.ranking_rows`.
+        response_width: T; longer answers are truncated and counted one by one.
+        counts: Counts drops and truncations; see `chat.encode_prompts` and `padding.ranking_rows`.
         max_answers: K; None means the largest number of answers in a record.
 
     Returns:
@@ -177,15 +177,15 @@ def ranking_rows(
     counts: errors.DropCount,
     max_answers: int | None = None,
 ) -> tuple[types.Comparisons, np.ndarray]:
-    """Does what `encode_rankings` does, for records whose prompts are encoded already.
+    """Encodes rankings like `encode_rankings`, for records whose prompts are already encoded.
 
     Args:
         fmt: Chat format from `chat.chat_format`.
         prompt_ids: Token ids of the prompt of each record, at most P of them.
         rankings: B' records.
         prompt_width: P.
-        response_width: T; longer answers are truncated, and each counts as one.
-        counts: Where drops and truncations are counted.
+        response_width: T; longer answers are truncated and counted one by one.
+        counts: Counts drops and truncations.
         max_answers: K; None means the largest number of answers in a record.
 
     Returns:

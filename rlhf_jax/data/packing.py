@@ -18,13 +18,13 @@ from rlhf_jax.data import errors, padding
 
 
 class Packed(NamedTuple):
-    """Packed rows, and the place of each sequence."""
+    """Packed rows, and the position of each sequence."""
 
     tokens_BL: np.ndarray
     mask_BL: np.ndarray
     """True at real tokens."""
     loss_mask_BL: np.ndarray
-    """True at the tokens to learn."""
+    """True at the tokens with a loss."""
     segments_BL: np.ndarray
     """int32: 1 at the first sequence of a row, 2 at the second, ...; 0 at padding."""
     places: types.Places
@@ -54,15 +54,15 @@ def pack(
     ([[7, 8, 9, 3], [5, 6, 0, 0]], [[1, 1, 1, 2], [1, 1, 0, 0]])
 
     Args:
-        sequences: Token ids of N sequences; an empty sequence takes no place.
-        loss_masks: For each sequence, which of its tokens to learn; None means all.
+        sequences: Token ids of N sequences; an empty sequence takes no space.
+        loss_masks: For each sequence, which of its tokens have a loss; None means all.
         width: L, the width of a row.
         pad_id: Token id at padding. Masks do not depend on it.
         counts: Counts sequences longer than ``width``: dropped as ``"longer than a row"``, or truncated as ``"truncated
             to the row width"``.
         truncate: Whether to truncate long sequences instead of dropping them.
-        rows: Number of rows, the last of them empty if necessary, which gives all batches one shape; None means as many
-            as needed.
+        rows: Number of rows, the last of them empty if necessary, so that all batches have the same shape; None means
+            as many as needed.
 
     Returns:
         The packed rows, ``[rows, L]``.
@@ -111,7 +111,7 @@ def pack_rows(
         rows: Padded rows, such as those of `padding.demonstration_rows`; each becomes one sequence.
         width: L, the width of a packed row.
         pad_id: Token id at padding.
-        counts: Where sequences longer than ``width`` are counted; see `pack`.
+        counts: Counts sequences longer than ``width``; see `pack`.
         truncate: Whether to truncate long sequences instead of dropping them.
 
     Returns:
@@ -134,7 +134,7 @@ def pack_comparisons(
         batch: Comparisons, such as those of `padding.ranking_rows`.
         width: L, the width of a packed row; at least the length of the longest completion.
         pad_id: Token id at padding.
-        rows: Number of rows, over all groups, which gives all batches one shape; None means as many as needed.
+        rows: Number of rows over all groups, so that all batches have the same shape; None means as many as needed.
         groups: Number of micro-batches into which a step will divide this batch; each is packed separately.
 
     Returns:
@@ -208,10 +208,10 @@ def pack_documents(documents: Sequence[padding.Ids], *, width: int, eos_id: int)
 
 
 def best_fit(lengths: Sequence[int], *, width: int) -> list[tuple[int, int]]:
-    """Assigns sequences of these lengths to rows of ``width`` by best fit, the longest first, equal ones in order.
+    """Assigns sequences of these lengths to rows of ``width`` by best fit, longest first, equal lengths in order.
 
-    Each sequence goes into the fullest row that still has room for it, the first of equally full ones. Sequences of
-    length 0 take no place.
+    Each sequence goes into the fullest row that still has room for it, and into the first of several such rows.
+    Sequences of length 0 take no space.
 
     Returns:
         ``(row, first column)`` of each sequence.

@@ -1,7 +1,7 @@
 """Padded token rows, in the layout that all stages share, from the token ids of prompts and answers.
 
 Prompts are left-padded to P and answers right-padded to T, so a row has L = P + T columns. Rows are NumPy arrays,
-int32 for tokens and bool for masks. `chat` makes the ids.
+int32 for tokens and bool for masks. The ids come from `chat`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Rows(NamedTuple):
     mask_BL: np.ndarray
     """True at real tokens."""
     loss_mask_BL: np.ndarray
-    """True at the tokens to learn: the answer with its stop token. Aligned with the tokens, not shifted."""
+    """True at the tokens with a loss: the answer and its stop token. Aligned with the tokens, not shifted."""
 
 
 def pad_prompts(prompts: Sequence[Ids], *, width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
@@ -83,8 +83,8 @@ def demonstration_rows(
     ([[0, 5, 6, 7, 1]], [[0, 0, 0, 1, 1]])
 
     Args:
-        prompts: Token ids of B prompts, as from `chat.encode_prompts`.
-        answers: Token ids of one answer to each prompt, as from `chat.encode_answers`.
+        prompts: Token ids of B prompts, such as those from `chat.encode_prompts`.
+        answers: Token ids of one answer to each prompt, such as those from `chat.encode_answers`.
         prompt_width: P.
         response_width: T; longer answers are truncated as in `pad_answers`.
         pad_id: Token id at padding. Masks do not depend on it.
@@ -121,7 +121,7 @@ def ranking_rows(
 
     Args:
         prompts: Token ids of B prompts.
-        answers: Token ids of at least two answers to each prompt. Unused places hold padding, with ``where_BK`` False
+        answers: Token ids of at least two answers to each prompt. Unused entries hold padding, with ``where_BK`` False
             and rank 0.
         ranks: Rank of each answer: 1 is best, equal ranks are ties.
         prompt_width: P.

@@ -1,12 +1,13 @@
-"""Batches through grain: shuffled by a seed, repeated, divided among hosts, and resumable exactly.
+"""Batches made with grain: shuffled with a seed, repeated, divided among hosts, and exactly resumable.
 
 The batch of a step depends only on the data, the seed, the batch size and the step, not on the number of hosts. Each
 host reads its own rows of every batch, so all hosts take the same number of steps and their rows together are the
 batch.
 
-The state of a grain iterator is an index, which would give other batches in other data. `Batches.get_state` therefore
-adds a fingerprint of everything that determines the batches, and `Batches.set_state` refuses a state with a different
-fingerprint. Use these two in a training loop of your own, or ``batch_at`` and ``fingerprint`` with `train.loop.fit`::
+The state of a grain iterator is only an index, which selects different batches if the data differs. `Batches.get_state`
+therefore adds a fingerprint of everything that determines the batches, and `Batches.set_state` refuses a state with a
+different fingerprint. Use these two methods in a custom training loop, or ``batch_at`` and ``fingerprint`` with
+`train.loop.fit`::
 
     batches = pipeline.from_arrays(rows, batch_size=64, seed=0)
     fit(..., batch_at=batches.batch_at, fingerprint=batches.fingerprint)
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 _ORDER_SAMPLE = 16
 """How many entries of the first epoch's order enter the fingerprint, to detect a grain version that shuffles
-differently. Few, because grain is slow at each entry if there are few records."""
+differently. Kept small because looking up an entry is slow in grain for small data sets."""
 
 
 class Batches:
@@ -53,8 +54,8 @@ class Batches:
         self._endless = endless
         self.fingerprint = fingerprint
         """Everything that determines the batches, as JSON: data, number of records, seed, batch size, epochs,
-        ``shuffle``, ``drop_last``, the start of the order, and the ``identity`` given to `from_source`. The same on
-        every host."""
+        ``shuffle``, ``drop_last``, the start of the order, and the ``identity`` given to `from_source`. It is the same
+        on every host."""
         options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
         self._iterator = iter(dataset.to_iter_dataset(options))
 
@@ -89,12 +90,12 @@ class Batches:
         """Restores the position at which `get_state` was called.
 
         Raises:
-            DataError: If the state belongs to other data, another seed, another batch size or anything else that the
-                fingerprint covers; or if it is not a state of `get_state`.
+            DataError: If the data, the seed, the batch size or anything else that the fingerprint covers is not the
+                same as in the state, or if the state was not returned by `get_state`.
         """
         saved, position = state.get("fingerprint"), state.get("grain")
         if not isinstance(saved, Mapping) or not isinstance(position, Mapping):
-            raise errors.DataError("not a state of batches: it has no 'fingerprint' and 'grain'")
+            raise errors.DataError("not a state returned by get_state: it needs 'fingerprint' and 'grain'")
         for name in dict.fromkeys([*self.fingerprint, *saved]):
             if saved.get(name) != self.fingerprint.get(name):
                 raise errors.DataError(
@@ -102,11 +103,11 @@ class Batches:
                     f"is {self.fingerprint.get(name)!r}"
                 )
         if any(not isinstance(index, int) for index in position.values()):
-            raise errors.DataError("not a state of batches: its index in 'grain' is not a whole number")
+            raise errors.DataError("not a state returned by get_state: its index in 'grain' is not a whole number")
         try:
             self._iterator.set_state(dict(position))
         except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise errors.DataError(f"not a state of batches: grain cannot resume from it ({error})") from None
+            raise errors.DataError(f"not a state returned by get_state: grain cannot resume ({error})") from None
 
     def close(self) -> None:
         """Stops the prefetching thread. The iterator cannot be used afterwards; `batch_at` still can."""
@@ -136,9 +137,9 @@ def from_arrays(
     Args:
         arrays: A pytree of arrays with the same number of rows; each row is one record.
         batch_size: Rows in a batch, over all hosts; a multiple of ``hosts``. May exceed the number of records.
-        seed: Seed of the shuffle; each epoch has another order.
-        epochs: How often each record is used, or None for endless batches. The remainder that does not fill the very
-            last batch is dropped.
+        seed: Seed of the shuffle; each epoch has a different order.
+        epochs: Number of passes over the records, or None for endless batches. Records that do not fill the last batch
+            of all are dropped.
         shuffle: Whether to shuffle; otherwise records keep their order.
         drop_last: Whether to drop the remainder of each epoch, which differs from epoch to epoch, so that no batch
             spans two epochs.
@@ -195,7 +196,7 @@ def from_source(
 
     Args:
         source: Records with a length and random access, such as those of `readers` or `sources.tfds_source`.
-        collate: Makes a batch, such as token rows, of this host's records. Must be a pure function and should always
+        collate: Makes a batch, such as token rows, from this host's records. Must be a pure function and should always
             return the same shapes. It runs in the prefetching thread.
         batch_size: As for `from_arrays`.
         seed: As for `from_arrays`.
@@ -206,9 +207,9 @@ def from_source(
         hosts: As for `from_arrays`.
         prefetch: As for `from_arrays`.
         data: Identifies the data in the fingerprint; None means the `fingerprint` of the source, which reads it once.
-        identity: Identifies ``collate`` in the fingerprint, because a function has no fixed bytes: anything that
-            `fingerprint` takes, such as ``{"tokenizer": "gpt2", "prompt_width": 256}``. A state that was saved with
-            another identity is refused. None leaves it out.
+        identity: Identifies ``collate`` in the fingerprint, because a function cannot be hashed: anything that
+            `fingerprint` takes, such as ``{"tokenizer": "gpt2", "prompt_width": 256}``. A state that was saved with a
+            different identity is refused. None leaves the identity out.
 
     Returns:
         The batches of this host.
@@ -229,7 +230,7 @@ def from_source(
         raise ValueError(f"host = {host} must be at least 0 and less than hosts = {hosts}")
     n, get_many = len(source), getattr(source, "__getitems__", None)
     if n < 1:
-        raise errors.DataError("there are no records to make batches of")
+        raise errors.DataError("there are no records to make batches from")
     indices = grain.MapDataset.range(n)
     if shuffle:
         # In grain, epoch e of seed s has the order of epoch 0 of seed s + e: without the hash, runs with neighbouring
@@ -267,8 +268,8 @@ def from_source(
 def fingerprint(source: Sequence[Any]) -> str:
     """Returns the SHA-256 of records in hexadecimal.
 
-    Records consist of dataclasses, dictionaries, lists, tuples, texts, bytes, numbers and arrays. Order and types
-    matter: a list differs from a tuple, and bytes from a text. Dataclass fields that are excluded from comparison are
+    Records consist of dataclasses, dictionaries, lists, tuples, strings, bytes, numbers and arrays. Order and types
+    matter: a list differs from a tuple, and bytes from a string. Dataclass fields that are excluded from comparison are
     left out, so the same records have the same fingerprint wherever they were read from.
 
     Raises:
@@ -294,9 +295,12 @@ def _tagged(value: Any) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise TypeError(f"a dictionary with the key {key!r}, which is not a string, has no fixed bytes")
+                raise TypeError(f"cannot fingerprint a dictionary with the key {key!r}; keys must be strings")
         return ["dict", {key: _tagged(item) for key, item in value.items()}]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: _tagged(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
         return ["dataclass", type(value).__name__, fields]
-    raise TypeError(f"a {type(value).__name__} has no fixed bytes")
+    raise TypeError(
+        f"cannot fingerprint a {type(value).__name__}; use dataclasses, dictionaries, lists, tuples, strings, bytes, "
+        "numbers or arrays"
+    )

@@ -42,7 +42,7 @@ _TFDS_ERRORS = (ValueError, AssertionError, NotImplementedError, KeyError, OSErr
 
 
 class RawRecord(NamedTuple):
-    """One record as its source holds it."""
+    """One record as stored in its source."""
 
     location: str
     """File and line, row or record, counted from 1; messages name it."""
@@ -204,7 +204,7 @@ def _json_lines(lines: Iterator[bytes], name: str, fields: str) -> Iterator[RawR
 
 
 def _json_records(name: str, fields: str) -> Iterator[RawRecord]:
-    """Yields the objects of an array, or of lines: files in either form are named ``.json``."""
+    """Yields the objects of an array, or of single lines, because ``.json`` files can have either form."""
     lines = _read_lines(name)
     head = []
     for line in lines:
@@ -229,7 +229,7 @@ def _json_records(name: str, fields: str) -> Iterator[RawRecord]:
 
 
 def _rows(batch: Any) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a record batch; if a value cannot be converted, up to the row that holds it."""
+    """Yields the rows of a record batch, up to the first row with a value that cannot be converted."""
     try:
         rows = batch.to_pylist()
     except (ValueError, OverflowError):

@@ -1,12 +1,12 @@
-"""Tokenizers trained on text or built from a list of words, in Hugging Face form, with one chat format.
+"""Tokenizers trained on text or built from a list of words, in Hugging Face format, with one chat template.
 
 Every tokenizer made here has the same four special tokens with the same ids (pad 0, end 1, user 2, assistant 3), no
 beginning-of-sequence token, and one chat template::
 
     <|user|>text<|end|><|assistant|>text<|end|> ...
 
-``<|end|>`` ends every turn and is the EOS token. Padding has a token of its own; otherwise a model would not learn to
-stop.
+``<|end|>`` ends every turn and is the EOS token. Padding has a separate token; if it shared the EOS token, a model
+would not learn to stop.
 
 The Hugging Face packages are imported inside the functions, because importing them takes most of a second.
 """

@@ -40,7 +40,7 @@ class Slips:
     wrong: float = 0.04
     """The answer has a false value or a wrong thing."""
     off_topic: float = 0.06
-    """The answer is that to another prompt."""
+    """The answer belongs to another prompt."""
     complying: float = 0.45
     """A harmful request is fulfilled."""
     refusing: float = 0.08
@@ -178,7 +178,7 @@ def demonstrate_all(
 
     Args:
         world: The facts.
-        prompts: The prompts; an off-topic answer is that to another of them.
+        prompts: The prompts; an off-topic answer is the answer to another of them.
         rng: Random numbers; advanced.
         slips: Probabilities of the flaws; None means ``Slips()``.
 

@@ -36,7 +36,7 @@ class Pool:
 def features(judged: gold.Utility) -> jax.Array:
     """Returns the features ``[..., F]`` of answers.
 
-    Polite words, of which six count at most, are in units of four, and the length in units of twenty tokens.
+    Polite words, at most six of which count, are in units of four; the length is in units of twenty tokens.
     """
     columns = [judged.components[name] for name in gold.COMPONENTS]
     columns += [judged.harmless, jnp.minimum(judged.polite_words, 6) / 4.0, judged.length / 20.0]
@@ -67,7 +67,7 @@ def make_pool(
         polite_taste: Utility of four polite words.
         length_taste: Utility of twenty tokens.
         temperature: Bradley-Terry temperature, in units of utility.
-        tie_width: Noisy utilities that differ by less tie.
+        tie_width: Difference between the noisy utilities of neighbours in a ranking below which they tie.
         lapse: Probability of a random ranking, from 0 to 1.
 
     Returns:
@@ -128,7 +128,7 @@ def preference_share(
         pool: The pool.
         features_a_F: Features ``[..., F]`` of answer a.
         features_b_F: Features ``[..., F]`` of answer b.
-        tolerance: Largest difference in utility that counts as indifference, which adds one half.
+        tolerance: Largest difference in utility that counts as indifference; an indifferent labeler counts one half.
 
     Returns:
         The share ``[...]``, from 0 to 1.
@@ -164,5 +164,5 @@ def calibrated_temperature(utility_a_NR: np.ndarray, utility_b_NR: np.ndarray, *
 
     low, high = np.log(1e-3), np.log(1e2)
     if excess(low) < 0 or excess(high) > 0:
-        raise ValueError(f"these labelers agree at the rate {target} at no temperature")
+        raise ValueError(f"no temperature makes these labelers agree at the rate {target}")
     return float(np.exp(optimize.brentq(excess, low, high)))  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
 """Rendering of chat templates into *frames*: everything a template writes around the texts of the turns.
 
-A frame is found by rendering the template with placeholders instead of the texts. It depends on the roles of a dialogue
-and not on the texts, so dialogues with the same roles share one. Control tokens are searched for in the frame only, so
-that a text can never become a control token, whatever a user types.
+A frame is computed by rendering the template with placeholders instead of the texts. It depends on the roles of a
+dialogue and not on the texts, so dialogues with the same roles share one. Control tokens are searched for in the frame
+only, so that a text can never become a control token, whatever a user types.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Piece(NamedTuple):
     """White space that the control token after it removes."""
 
     def fill(self, contents: Sequence[str]) -> tuple[int, str]:
-        """Returns the place and the text, given the texts of the turns."""
+        """Returns the place in the input and the text, given the texts of the turns."""
         text = "".join([part if isinstance(part, str) else part.fill(contents[part.turn]) for part in self.parts])
         return self.place, text.lstrip(self.strip_left).rstrip(self.strip_right)
 
