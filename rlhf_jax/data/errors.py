@@ -1,7 +1,7 @@
 """Exceptions for data that cannot be used, and counts of the records that are dropped or truncated.
 
-A file that cannot be read is an error. A record that cannot be used is dropped and counted by reason; it is an error if
-too large a share of the records is dropped.
+A file that cannot be read is an error. A record that cannot be used is dropped and counted by reason, up to a limited
+share of the records.
 """
 
 from __future__ import annotations

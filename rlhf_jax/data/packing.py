@@ -58,8 +58,8 @@ def pack(
         loss_masks: For each sequence, which of its tokens have a loss; None means all.
         width: L, the width of a row.
         pad_id: Token id at padding. Masks do not depend on it.
-        counts: Counts sequences longer than ``width``: dropped as ``"longer than a row"``, or truncated as ``"truncated
-            to the row width"``.
+        counts: Counts sequences longer than ``width``: dropped as ``"longer than a row"``, or truncated as
+            ``"truncated to the row width"``.
         truncate: Whether to truncate long sequences instead of dropping them.
         rows: Number of rows, the last of them empty if necessary, so that all batches have the same shape; None means
             as many as needed.

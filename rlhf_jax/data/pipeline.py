@@ -90,8 +90,8 @@ class Batches:
         """Restores the position at which `get_state` was called.
 
         Raises:
-            DataError: If the data, the seed, the batch size or anything else that the fingerprint covers is not the
-                same as in the state, or if the state was not returned by `get_state`.
+            DataError: If the data, the seed, the batch size or anything else in the fingerprint differs from the state,
+                or if the state was not returned by `get_state`.
         """
         saved, position = state.get("fingerprint"), state.get("grain")
         if not isinstance(saved, Mapping) or not isinstance(position, Mapping):
@@ -138,8 +138,8 @@ def from_arrays(
         arrays: A pytree of arrays with the same number of rows; each row is one record.
         batch_size: Rows in a batch, over all hosts; a multiple of ``hosts``. May exceed the number of records.
         seed: Seed of the shuffle; each epoch has a different order.
-        epochs: Number of passes over the records, or None for endless batches. Records that do not fill the last batch
-            of all are dropped.
+        epochs: Number of passes over the records, or None for endless batches. Records at the very end that do not fill
+            a batch are dropped.
         shuffle: Whether to shuffle; otherwise records keep their order.
         drop_last: Whether to drop the remainder of each epoch, which differs from epoch to epoch, so that no batch
             spans two epochs.

@@ -41,11 +41,12 @@ def read_rankings(
 ) -> tuple[list[records.Ranking], errors.DropCount]:
     """Reads compared answers, both pairs and rankings, with the arguments and results of `read_demonstrations`.
 
-    Reasons for dropping a record, in addition to the reasons for demonstrations: ``"prompts differ"``, ``"same answer
-    twice"`` (with different ranks), ``"fewer than two answers"``, ``"ranks and answers differ in number"``, ``"rank is
-    not a whole number"``, ``"rank below 1"``, ``"scores and answers differ in number"``, ``"score is not a finite
-    number"``, ``"ranks and scores disagree"``, ``"margin below 0"``, ``"margin and scores disagree"`` (by more than 1
-    %, which allows for rounding), ``"margin of more than two answers"``, ``"all answers tied"``.
+    A record is dropped for the reasons that hold for demonstrations, or for one of these: ``"prompts differ"``,
+    ``"same answer twice"`` (with different ranks), ``"fewer than two answers"``,
+    ``"ranks and answers differ in number"``, ``"rank is not a whole number"``, ``"rank below 1"``,
+    ``"scores and answers differ in number"``, ``"score is not a finite number"``, ``"ranks and scores disagree"``,
+    ``"margin below 0"``, ``"margin and scores disagree"`` (by more than 1 %, which allows for rounding),
+    ``"margin of more than two answers"``, ``"all answers tied"``.
     """
     return _read(source, records.parse_ranking, counts, "chosen and rejected, or prompt, responses and ranks")
 

@@ -68,8 +68,8 @@ def generate(
             a predicate per member turns every cache write into a scatter, which is 15 times slower.
 
     Returns:
-        A `rlhf_jax.types.Rollout`. ``logprobs_BT`` are log-probabilities under the sampling distribution: ``logits /
-        temperature``, truncated by top-k, top-p and min-p.
+        A `rlhf_jax.types.Rollout`. ``logprobs_BT`` are log-probabilities under the sampling distribution:
+        ``logits / temperature``, truncated by top-k, top-p and min-p.
 
     Raises:
         ValueError: If shapes disagree, or P + T exceeds ``cfg.max_length``.

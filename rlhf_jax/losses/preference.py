@@ -1,7 +1,7 @@
 """DPO and related losses, on log-probabilities of whole responses.
 
-All take arrays of the same shape and return a float32 array of that shape, unreduced. They are written in terms of ``h
-= log(policy / reference)(chosen) - log(policy / reference)(rejected)``.
+All take arrays of the same shape and return a float32 array of that shape, unreduced. They are written in terms of
+``h = log(policy / reference)(chosen) - log(policy / reference)(rejected)``.
 """
 
 from __future__ import annotations

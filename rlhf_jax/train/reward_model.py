@@ -69,8 +69,8 @@ def make_train_step(
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """Returns ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)`` on a `types.Comparisons` batch.
 
-    The loss is the mean over the prompts that have a pair to learn from. The default loss of a prompt is InstructGPT Eq
-    1, the mean of ``-log sigmoid(r_w - r_l)`` over its pairs. With ``hyper["domain_weights"]`` it is instead the
+    The loss is the mean over the prompts that have a pair to learn from. By default, the loss of a prompt is the mean
+    of ``-log sigmoid(r_w - r_l)`` over its pairs (InstructGPT Eq 1). With ``hyper["domain_weights"]`` it is instead the
     weighted sum of the means of the domains (Bai 2022, 5.1.2: helpful + lambda harmless), which ``batch.domain_B``
     distinguishes.
 
