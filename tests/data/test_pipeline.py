@@ -126,7 +126,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_resuming_with_other_settings_is_refused(name):
+def test_resuming_with_different_settings_is_refused(name):
     state = make().get_state()
     named = "data" if name == "records" else name  # a different number of records also changes the data
     with pytest.raises(errors.DataError, match=f"cannot resume these batches: the state was saved with {named} = "):
@@ -139,7 +139,7 @@ def test_resuming_with_other_settings_is_refused(name):
             make(epochs=2).set_state(make(epochs=2).get_state() | {"grain": place})
 
 
-def test_resuming_with_another_shuffle_order_is_refused():
+def test_resuming_with_a_different_shuffle_order_is_refused():
     state = make().get_state()
     state["fingerprint"]["order"] = "0123456789abcdef"
     with pytest.raises(errors.DataError, match="saved with order = '0123456789abcdef'"):

@@ -310,7 +310,7 @@ def test_rounds_of_the_study_multiply_beta_and_use_no_more_pairs_than_one_pass(m
     trainer = SimpleNamespace(train=lambda *_, **options: trained.append(options))
     monkeypatch.setattr(dpo_vs_ppo.run_grid, "prepare", lambda job: run_grid.StartModels(*"sdr"))
     monkeypatch.setattr(dpo_vs_ppo.comparison_data, "load_or_collect", lambda *_: ([ranked(B=6)], None, {}))
-    for name in ("pretrain", "train_reward_model", "normalised"):
+    for name in ("pretrain", "train_reward_model", "normalise_scores"):
         monkeypatch.setattr(dpo_vs_ppo.stages, name, lambda *_, **__: None)
     monkeypatch.setattr(direct_alignment, "make_trainer", lambda *_: trainer)
     iterate = lambda *args, **options: iterated.append((args[3], options)) or (None, [])  # noqa: E731
@@ -324,7 +324,9 @@ def test_rounds_of_the_study_multiply_beta_and_use_no_more_pairs_than_one_pass(m
 
 @pytest.mark.parametrize("kind", [direct_settings.DirectSettings, experiment.DPOSettings, dpo_vs_ppo.StudySettings])
 def test_every_setting_has_an_effect_and_a_help_text(kind):
-    files = [pathlib.Path(module.__file__ or "") for module in (direct_alignment, experiment, dpo_vs_ppo)]
+    files = [
+        pathlib.Path(module.__file__ or "") for module in (direct_settings, direct_alignment, experiment, dpo_vs_ppo)
+    ]
     source = "".join(file.read_text() for file in files)
     shared = {field.name for field in dataclasses.fields(settings_lib.Settings)}
     for field in dataclasses.fields(kind):
@@ -375,7 +377,7 @@ def test_the_study_compares_shifted_pairs_at_one_coefficient_and_methods_at_equa
 
 
 @pytest.mark.slow
-def test_all_methods_come_near_the_optimum_of_the_bandit_with_many_labels():
+def test_all_methods_approach_the_optimum_of_the_bandit_with_many_labels():
     results = bandit_study.run(coefs=(0.5, 1.0), seeds=2, pairs=20_000, rounds=2)
     assert list(results) == list(bandit_study.METHODS)
     for c in range(2):
