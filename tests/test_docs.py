@@ -22,21 +22,21 @@ FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page, language):
-    """The fenced blocks of a language, each behind as many empty lines as precede it in the page."""
+    """Returns the fenced blocks of a language, each preceded by as many empty lines as there are lines before it."""
     text = page.read_text(encoding="utf-8")
     return ["\n" * text[: m.start(2)].count("\n") + m[2] for m in FENCE.finditer(text) if m[1] == language]
 
 
 def commands(page):
-    """The command lines that run a script of experiments/, in console blocks and in the text."""
+    """Yields the command lines that run a script of experiments/, in console blocks and in the text."""
     text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
     for line in re.findall(r"python (experiments/(?!NAME)\w+\.py[^`'\n]*)", text):
         yield line.split("#")[0].split("&&")[0].strip()
 
 
 @pytest.mark.parametrize("name", [name for name, page in NAMES.items() if blocks(page, "python")])
-def test_the_python_blocks_of_a_page_run_one_after_the_other(name, tmp_path):
-    # A process of its own: some pages choose the number of devices before JAX starts.
+def test_the_python_blocks_of_a_page_run_in_order(name, tmp_path):
+    # The blocks run in a separate process, since some pages choose the number of devices before JAX starts.
     script = tmp_path / "page.py"
     program = "import jax\njax.config.update('jax_platforms', 'cpu')\n"
     for block in blocks(NAMES[name], "python"):
@@ -82,7 +82,7 @@ def test_flags_that_pages_mention_exist(flags):
 
 
 def test_names_that_pages_mention_exist():
-    prefixes = {}  # what a page may begin a name with, and the module that it means
+    prefixes = {}  # allowed first part of a name in a page -> full name of its module
     for package in ("rlhf_jax.data", "rlhf_jax.distributed", "rlhf_jax.train", "rlhf_jax"):
         for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
             prefixes[module.name] = f"{package}.{module.name}"

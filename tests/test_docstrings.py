@@ -15,7 +15,7 @@ def parameters(function):
 
 
 def own_nodes(function):
-    """The nodes of a function's body, without those of functions and classes defined in it."""
+    """Yields the nodes of a function's body, without those of functions and classes defined in it."""
     nodes = list(function.body)
     while nodes:
         node = nodes.pop()
@@ -42,7 +42,7 @@ def sections(docstring):
 
 
 def missing(function, docstring, *, constructor):
-    """What a docstring leaves out."""
+    """Returns the parts that a docstring lacks."""
     names, nodes = parameters(function), list(own_nodes(function))
     if len(names) < MANY:
         return []

@@ -135,7 +135,7 @@ def test_rewind_in_the_middle_of_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("kept", [0, 1, 20, 35, 36])
-def test_line_cut_off_anywhere_does_not_corrupt_the_next_one(tmp_path, kept):
+def test_line_truncated_anywhere_does_not_corrupt_the_next_line(tmp_path, kept):
     line = '{"stage": "sft", "step": 1, "a": 10}'
     (tmp_path / metrics.FILE_NAME).write_text('{"stage": "sft", "step": 0}\n' + line[:kept])
     assert len(metrics.read(tmp_path)) == (2 if kept == len(line) else 1)

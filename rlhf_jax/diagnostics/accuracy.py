@@ -1,6 +1,6 @@
 """Accuracy of reward models: by stratum, on training and validation pairs, and among responses with high scores.
 
-Tied scores count as a half everywhere. Small samples are not dropped; they have wide intervals.
+All functions count tied scores as a half. Small samples are kept and have wide intervals.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ def generalisation_gap(
 ) -> GeneralisationGap:
     """Tests for overfitting: accuracy and loss on training and on validation pairs, with intervals of the differences.
 
-    A gap whose interval is above 0 indicates overfitting, which InstructGPT (3.5, footnote 5) saw after one epoch over
-    shuffled pairs. The intervals of the gaps are those of `intervals.difference`.
+    A gap whose interval is above 0 indicates overfitting, which InstructGPT (3.5, footnote 5) reports after one epoch
+    over shuffled pairs. The intervals of the gaps are those of `intervals.difference`.
 
     Args:
         train_chosen: Scores of the preferred responses of the training pairs.
@@ -181,7 +181,7 @@ def accuracy_above_threshold(
 ) -> ThresholdScan:
     """Computes the accuracy on the pairs whose two scores both pass a threshold (Bai 2022, Fig 25).
 
-    RL drives all responses to high scores, so a reward model has to discriminate between good and better responses, not
+    RL drives all responses to high scores, so a reward model has to distinguish between good and better responses, not
     only between good and bad ones.
 
     Args:
@@ -229,7 +229,7 @@ def rate(
 
     Args:
         a: Scores, one per pair.
-        b: The scores to beat, in the same order.
+        b: Scores to compare with, in the same order.
         rows: Mask or indices of the subset; all pairs by default.
         groups: Index of the prompt of each pair (`prompt_groups`), for an interval that counts prompts.
         confidence: Coverage of the interval.
@@ -240,7 +240,7 @@ def rate(
     Raises:
         ValueError: As in `intervals.win_rate`.
     """
-    intervals.quantiles(confidence)  # Called for its check.
+    intervals.quantiles(confidence)  # Raises ValueError for an invalid confidence.
     a, b = a[rows], b[rows]
     if not len(a):
         return intervals.Estimate(math.nan, 0.0, 1.0)
@@ -275,7 +275,7 @@ def _spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _ordered(names: list[Any]) -> list[Any]:
-    """Sorts the names where they can be compared, with None last."""
+    """Returns the names, sorted if they can be compared, with None last."""
     labelled, unlabelled = [name for name in names if name is not None], [name for name in names if name is None]
     try:
         return [*sorted(labelled), *unlabelled]

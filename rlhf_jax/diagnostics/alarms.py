@@ -1,10 +1,10 @@
-"""Alarms: checks of the logged metrics of a training stage that report in words what is going wrong.
+"""Alarms: checks of a training stage's logged metrics that report problems in a sentence.
 
-Ziegler 2019 describes a run that trained the worst possible policy overnight, because a sign was flipped in both the
-reward and the KL. Each check here takes the rows of a stage, as `metrics.MetricLog` records them (mappings from names
-to numbers, newest last, None or NaN for a missing number), and returns a message or None. Metrics that were not logged
-are not checked. A check judges the newest row, so call it after every row. Checks are pure functions: a resumed run
-that passes its old rows again raises the same alarms.
+Ziegler 2019 describes a run in which a sign was flipped in both the reward and the KL, so that it trained the worst
+possible policy overnight. Each check here takes the rows of a stage, as `metrics.MetricLog` records them (mappings from
+names to numbers, newest last, None or NaN for a missing number), and returns a message or None. Metrics that were not
+logged are not checked. A check tests the newest row, so call it after every row. Checks are pure functions, so a
+resumed run that passes its old rows again raises the same alarms.
 
 Levels are compared between windows of rows. A difference counts if it exceeds ``z`` standard errors, which are
 estimated from the differences of neighbouring rows and are therefore hardly affected by a trend.
@@ -60,14 +60,14 @@ def first_ratio(rows: Rows, *, max_ratio_error: float = 1e-3) -> str | None:
     return (
         f"before the first update on a batch, a probability ratio differs from 1 by {error:.3g} (rounding explains at "
         f"most {max_ratio_error:.3g}). Old and new log-probabilities come from different functions. Look first for "
-        "dropout, then at temperature, masks and number formats."
+        "dropout, then at temperature, masks and dtypes."
     )
 
 
 def large_ratios(rows: Rows, *, max_ratio: float = 10.0, patience: int = 3) -> str | None:
     """Checks that the largest probability ratio is at most ``max_ratio`` in one of the last ``patience`` rows.
 
-    A single spike is no alarm: in a healthy run, a rare token that turns out to be good causes one.
+    A single spike raises no alarm: in a healthy run, a rare token with a high reward can cause one.
     """
     ratios = _newest(rows, "ratio_max", patience)
     if not ratios or min(ratios) <= max_ratio:
@@ -82,14 +82,14 @@ def large_ratios(rows: Rows, *, max_ratio: float = 10.0, patience: int = 3) -> s
 def sampler_gap(rows: Rows, *, max_gap: float = 1e-2) -> str | None:
     """Checks that sampler and trainer agree on the log-probabilities of tokens to within ``max_gap`` nats.
 
-    If samples are drawn from another distribution on purpose, with a correction, pass ``max_gap=math.inf``.
+    If the sampler deliberately draws from a different distribution, pass ``max_gap=math.inf``.
     """
     gap = max(_newest(rows, "sampler_gap", 1), default=0.0)
     if gap <= max_gap:
         return None
     return (
         f"sampler and trainer differ by {gap:.3g} nats on the log-probability of a token (rounding explains at most "
-        f"{max_gap:.3g}). The policy learns from samples of another distribution. Look first at temperature, top-k "
+        f"{max_gap:.3g}). The policy learns from samples of a different distribution. Look first at temperature, top-k "
         "and top-p, then at padding, positions and the cache."
     )
 
@@ -112,7 +112,7 @@ def entropy_collapse(
     if not entropies or max(entropies) >= min(entropy_share * first, min_entropy):
         return None
     return (
-        f"the entropy fell from {first:.3g} to {entropies[-1]:.3g} nats a token: the policy writes nearly the same "
+        f"the entropy fell from {first:.3g} to {entropies[-1]:.3g} nats per token: the policy writes nearly the same "
         "answer every time and no longer explores. Look first at the answers, then raise the KL coefficient or lower "
         "the learning rate."
     )
@@ -125,9 +125,9 @@ def equal_rewards(rows: Rows, *, min_std: float = 1e-6, patience: int = 3) -> st
         return None
     return (
         f"in each of the last {patience} rows all answers of a batch got the same reward (standard deviation "
-        f"{stds[-1]:.3g}), so there is nothing to learn. Look first at whether the reward function sees the answer, "
-        "then at the answers: the same answer to all prompts, a format that never matches, a task that is too hard or "
-        "too easy."
+        f"{stds[-1]:.3g}), so there is nothing to learn. Look first at whether the reward function receives the "
+        "answer, then at the answers: the same answer to all prompts, a format that never matches, a task that is too "
+        "hard or too easy."
     )
 
 
@@ -156,7 +156,7 @@ def unfinished_answers(
 
 
 def reward_below_start(rows: Rows, *, window: int = 5, z: float = 5.0) -> str | None:
-    """Checks that the reward, which training raises, is not below its first values beyond the noise."""
+    """Checks that the reward has not fallen below its first values by more than the noise."""
     rewards = _series(rows, "reward")
     if len(rewards) < 2 * window:
         return None
@@ -181,7 +181,7 @@ def overoptimised(
     """Checks for over-optimisation: the reward rises while a judge that is not trained on falls.
 
     The last window of rows is compared with the best window before it. Both changes must exceed the noise, and the
-    judge must have lost more than ``lost_share`` of its gain since the start, because every long run loses a little.
+    judge must have lost more than ``lost_share`` of its gain since the start, because every long run loses some of it.
 
     Args:
         rows: Rows of one stage, newest last.
@@ -213,10 +213,10 @@ def overoptimised(
 
 
 def overfitted(rows: Rows, *, validation_window: int = 4, validation_z: float = 4.0) -> str | None:
-    """Checks for overfitting: the loss falls while ``validation_loss`` rises beyond the noise.
+    """Checks for overfitting: the loss falls while ``validation_loss`` rises by more than the noise.
 
-    Rows that have both metrics are compared in windows, the last with the best before it. `generalisation_gap` is the
-    test for a trained reward model.
+    Among the rows that have both metrics, the last window is compared with the best window before it. For a trained
+    reward model, use `generalisation_gap`.
     """
     losses, validation_losses = _paired(rows, "loss", "validation_loss")
     if len(validation_losses) < 2 * validation_window:
@@ -247,9 +247,9 @@ CHECKS: dict[str, Callable[..., str | None]] = {
 def check_all(rows: Rows, **thresholds: Any) -> list[Alarm]:
     """Returns the alarms of all checks for the newest of the rows of one stage.
 
-    ``rows`` are numbered by their ``"step"`` or else from 1. ``thresholds`` are keyword arguments of the checks; one
-    that several checks share, such as ``patience``, applies to all of them. Raises TypeError for a threshold that no
-    check has.
+    The step of an alarm is the ``"step"`` of the newest row, or the number of rows if it has none. ``thresholds`` are
+    keyword arguments of the checks. If several checks share an argument, such as ``patience``, it applies to all of
+    them. Raises TypeError if no check has an argument of that name.
 
     Example:
         >>> from rlhf_jax.diagnostics import alarms

@@ -1,4 +1,4 @@
-"""Best-of-n sampling: its KL from the policy and its gain, for every n from one pool of samples."""
+"""Best-of-n sampling: its KL from the policy, and its gain for every n computed from one pool of samples."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class BestOfNCurve(NamedTuple):
 
 
 def best_of_n_kl(n: npt.ArrayLike) -> np.ndarray:
-    """Returns ``log n - (n - 1) / n``, the KL of the best of n from the policy in nats (Stiennon 2020, G.3).
+    """Returns ``log n - (n - 1) / n``, the KL between best-of-n and the policy in nats (Stiennon 2020, G.3).
 
     It is exact if proxy scores are never tied, and an upper bound otherwise. Raises ValueError if any n is below 1.
 
@@ -50,7 +50,7 @@ def best_of_n_mean(proxy_scores: npt.ArrayLike, gold_scores: npt.ArrayLike, ns: 
 
     Args:
         proxy_scores: ``[N]``, the scores that select the best sample.
-        gold_scores: ``[N]``, the scores to average. Pass the proxy scores for the proxy's own curve.
+        gold_scores: ``[N]``, the scores to average. Pass the proxy scores for the proxy's curve.
         ns: Values of n, each from 1 to N.
 
     Returns:
@@ -91,13 +91,13 @@ def best_of_n_curve(
     confidence: float = 0.95,
     resamples: int = 2000,
 ) -> BestOfNCurve:
-    """Computes `best_of_n_mean` and its KL for every n from one pool, with bootstrap intervals over prompts.
+    """Computes KL and mean gold score of best-of-n for every n from one pool, with bootstrap intervals over prompts.
 
     Each bootstrap sample of prompts is shared by all n, so that their intervals are comparable.
 
     Args:
         proxy_scores: ``[B, N]``, the scores that select the best of N samples for each of B prompts.
-        gold_scores: ``[B, N]``, the scores to average; the proxy scores for the proxy's own curve.
+        gold_scores: ``[B, N]``, the scores to average. Pass the proxy scores for the proxy's curve.
         rng: Random generator; the same state gives the same intervals.
         ns: Values of n, each from 1 to N; all of them by default.
         confidence: Coverage of the intervals.

@@ -1,6 +1,6 @@
 """Calibration of the score differences of a reward model (Bai 2022, Fig 9), on the host with NumPy.
 
-A calibrated model is right with probability ``sigmoid(d)`` where its scores differ by d.
+A calibrated model is right with probability ``sigmoid(d)`` if its scores differ by d.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def calibration_curve(chosen: npt.ArrayLike, rejected: npt.ArrayLike, *, bins: i
 
 
 def expected_calibration_error(chosen: npt.ArrayLike, rejected: npt.ArrayLike, *, bins: int = 10) -> float:
-    """Returns the mean over pairs of ``|accuracy - predicted|`` in bins of `calibration_curve`; 0 is calibrated."""
+    """Returns the mean over pairs of ``|accuracy - predicted|`` in bins of `calibration_curve`; 0 if calibrated."""
     curve = calibration_curve(chosen, rejected, bins=bins)
     return float(np.average(np.abs(curve.accuracy - curve.predicted), weights=curve.count))
 
@@ -72,9 +72,10 @@ def calibration_slope(
 ) -> intervals.Estimate:
     """Returns the factor a for which ``sigmoid(a d)`` fits the labels best: logistic regression through the origin.
 
-    A slope of 1 is calibrated, above 1 under-confident, below 1 over-confident. The interval ``a ± z / sqrt(I)`` uses
-    the Fisher information ``I = sum(d^2 sigmoid(a d) sigmoid(-a d))``. The slope is plus or minus infinity, without a
-    finite interval, if every label agrees (or disagrees) with the scores, since the likelihood then has no maximum.
+    A slope of 1 means calibrated, above 1 underconfident, and below 1 overconfident. The interval ``a ± z / sqrt(I)``
+    uses the Fisher information ``I = sum(d^2 sigmoid(a d) sigmoid(-a d))``. The slope is plus or minus infinity,
+    without a finite interval, if every label agrees (or disagrees) with the scores, since the likelihood then has no
+    maximum.
 
     Raises ValueError as `calibration_curve` does, if all differences are 0, or unless ``0 < confidence < 1``.
     """
@@ -87,7 +88,7 @@ def calibration_slope(
         end = float(np.copysign(np.inf, differences.sum()))
         return intervals.Estimate(end, -np.inf, np.inf)
 
-    def derivative(a: float) -> float:  # Of the log-likelihood: decreasing, with exactly one zero.
+    def derivative(a: float) -> float:  # Derivative of the log-likelihood; decreasing, with one zero.
         return float(np.sum(differences * special.expit(-a * differences)))
 
     edge = 1.0 / np.abs(differences).max()
@@ -100,7 +101,7 @@ def calibration_slope(
 
 
 def calibration_temperature(chosen: npt.ArrayLike, rejected: npt.ArrayLike) -> float:
-    """Returns the number ``1 / slope`` by which to divide the scores to calibrate them, with `calibration_slope`.
+    """Returns the temperature ``1 / slope`` (`calibration_slope`); scores divided by it are calibrated.
 
     It is NaN if no positive temperature calibrates them, because the scores are always right or no better than chance.
     Raises ValueError as `calibration_slope` does.

@@ -12,7 +12,7 @@ Tokens = Sequence[Hashable]
 
 
 def distinct_n(sequences: Sequence[Tokens], *, n: int) -> float:
-    """Returns the number of distinct n-grams over that of all n-grams of the set (Li 2016), in (0, 1].
+    """Returns the number of distinct n-grams divided by the number of all n-grams of the set (Li 2016), in (0, 1].
 
     It is NaN if no sequence has n tokens. It falls as the set grows, so compare sets of equal size.
 

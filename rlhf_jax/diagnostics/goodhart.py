@@ -44,7 +44,7 @@ class FallFromPeak(NamedTuple):
 
 
 def split_halves(train_CN: npt.ArrayLike, test_CN: npt.ArrayLike, *, confidence: float = 0.95) -> SplitHalves:
-    """Compares reward models of two halves of the comparisons while a policy trains on one (Bai 2022, Fig 4 and 35).
+    """Compares reward models of two halves of the data while a policy is trained on one of them (Bai 2022, Fig 4, 35).
 
     The test model is as good a measure of quality as the train model but is not optimised, so a gap between them shows
     that the policy exploits the train model. Both curves start from 0 at the first checkpoint. The scores of the two
@@ -62,16 +62,16 @@ def split_halves(train_CN: npt.ArrayLike, test_CN: npt.ArrayLike, *, confidence:
 
 
 def fall_from_peak(proxy_CN: npt.ArrayLike, judge_CN: npt.ArrayLike, *, confidence: float = 0.95) -> FallFromPeak:
-    """Tests whether a judge that is not trained on has fallen from its peak while the proxy kept rising.
+    """Tests whether a judge that is not used in training fell from its peak while the proxy kept rising.
 
     The highest of many noisy means is partly high by chance, so the intervals hold for all checkpoints at once
     (Bonferroni over those before the last): if nothing changes, at most ``1 - confidence`` of runs are called gamed.
 
-    ``proxy_CN`` holds the scores ``[C, N]`` that the policy is trained to raise, ``judge_CN`` those of the same
-    responses by the gold utility or a held-out reward model. Raises ValueError as `split_halves` does.
+    ``proxy_CN`` holds the scores ``[C, N]`` that the policy is trained to raise, and ``judge_CN`` the scores of the
+    same responses under the gold utility or a held-out reward model. Raises ValueError as `split_halves` does.
     """
     proxy, judge = _tables(proxy_CN, judge_CN)
-    intervals.quantiles(confidence)  # Called for its check.
+    intervals.quantiles(confidence)  # Raises ValueError for an invalid confidence.
     peak = int(judge.mean(axis=1).argmax())
     if peak == len(judge) - 1:
         none = intervals.Estimate(0.0, 0.0, 0.0)
@@ -90,11 +90,11 @@ def regressional_goodhart(
     noise_mean: float = 0.0,
     noise_variance: float,
 ) -> np.ndarray:
-    """Returns ``E[X | X + Z = proxy]``, the expected true score of a response with this proxy score (Gao 2022, 4.2.1).
+    """Returns ``E[X | X + Z = proxy]``, the expected true score of a response given its proxy score (Gao 2022, 4.2.1).
 
     ``mean + (proxy - mean - noise_mean) variance / (variance + noise_variance)``: part of the proxy's excess over its
-    mean is noise, however it was optimised. The formula is exact for independent normal X and Z; otherwise it is the
-    best linear predictor.
+    mean is noise, regardless of how it was optimised. The formula is exact for independent normal X and Z; otherwise it
+    is the best linear predictor.
 
     Args:
         proxy: Proxy scores, any shape.

@@ -1,8 +1,8 @@
 """Confidence intervals of rates and means, on the host with NumPy.
 
 The prompt is the independent unit: compare two models on the same prompts, reduce each prompt to one number, and
-compute the interval of the mean of those. Treating tokens or single responses as independent gives intervals that are
-too narrow.
+compute the interval of the mean of these numbers. Treating tokens or single responses as independent gives intervals
+that are too narrow.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Estimate(NamedTuple):
 def wilson(successes: int, trials: int, *, confidence: float = 0.95) -> tuple[float, float]:
     """Returns Wilson's score interval ``(lo, hi)`` of a rate of independent successes (Wilson 1927).
 
-    The ends are the p with ``(rate - p)^2 = z^2 p (1 - p) / trials``. Unlike the normal interval it has a positive
-    width at rates of 0 and 1, and stays in [0, 1]. Without trials it is (0, 1). Raises ValueError unless
+    The ends are the p with ``(rate - p)^2 = z^2 p (1 - p) / trials``. Unlike the normal interval, it has a positive
+    width at rates of 0 and 1 and stays in [0, 1]. Without trials it is (0, 1). Raises ValueError unless
     ``0 <= successes <= trials`` and ``0 < confidence < 1``.
 
     Example:
@@ -105,8 +105,8 @@ def win_rate(
 ) -> Estimate:
     """Returns how often a beats b on the same prompts, with ties counted as a half.
 
-    The interval is Wilson's with the variance ``p (1 - p) - t / 4`` for a share t of ties: ties have no variance of
-    their own, so many of them make the interval narrower. t is shrunk by ``n / (n + z^2)``, so that a few prompts that
+    The interval is Wilson's with the variance ``p (1 - p) - t / 4`` for a share t of ties: ties do not add to the
+    variance, so many of them make the interval narrower. t is shrunk by ``n / (n + z^2)``, so that a few prompts that
     all tie do not give an interval of width 0.
 
     Args:
@@ -139,7 +139,7 @@ def outcome_rate(outcomes: npt.ArrayLike, *, confidence: float = 0.95) -> Estima
     if ((outcomes < 0) | (outcomes > 1)).any():
         raise ValueError("outcomes must be a win (1), a loss (0) or a tie (1/2); got one outside [0, 1]")
     mean = float(outcomes.mean())
-    # The relative reduction of the variance of a coin by outcomes between 0 and 1; 1 for a tie.
+    # The relative reduction of a Bernoulli variable's variance by outcomes between 0 and 1; 1 for a tie.
     ties = float((4 * outcomes * (1 - outcomes)).mean())
     return Estimate(mean, *_score_interval(mean, ties, len(outcomes), critical(confidence)))
 
@@ -235,7 +235,7 @@ def _score_interval(mean: float, ties: float, n: float, z: float) -> tuple[float
     center = (mean + z2 / (2 * n)) / (1 + z2 / n)
     product = (mean**2 + z2 * ties / (4 * n)) / (1 + z2 / n)
     width = math.sqrt(max(center**2 - product, 0.0))
-    # At a rate of exactly 0 or 1, rounding would move the end slightly inside.
+    # At a rate of exactly 0 or 1, rounding would move the end slightly inside the interval.
     return 0.0 if mean == 0 else max(center - width, 0.0), 1.0 if mean == 1 else min(center + width, 1.0)
 
 

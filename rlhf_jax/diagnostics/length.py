@@ -21,7 +21,7 @@ class LengthBias(NamedTuple):
     longer_wins: intervals.Estimate
     """Accuracy of the rule that prefers the longer response; equal lengths count as a half."""
     shorter_wins: intervals.Estimate
-    """Accuracy of the opposite rule, 1 minus the other."""
+    """Accuracy of the opposite rule, 1 minus ``longer_wins``."""
     prefers_longer: intervals.Estimate
     """Share of the pairs of unequal lengths whose longer response scores higher, with ties counted as a half."""
     accuracy_where_longer: intervals.Estimate
@@ -60,7 +60,7 @@ def length_correlation(
     groups: Iterable[Hashable] | None = None,
     confidence: float = 0.95,
 ) -> intervals.Estimate:
-    """Returns Pearson's correlation ``r`` of score and length, within groups if there are any.
+    """Returns Pearson's correlation ``r`` of score and length, within groups if they are given.
 
     Both the typical length and the typical score depend on the prompt, so only responses to the same prompt show the
     effect of length on a model's score. Within groups, the group means are subtracted from scores and lengths.
@@ -92,7 +92,7 @@ def length_bias(
     prompts: Sequence[Hashable] | None = None,
     confidence: float = 0.95,
 ) -> LengthBias:
-    """Measures how much a reward model, and the labels themselves, depend on length.
+    """Measures how much a reward model and its labels depend on length.
 
     Args:
         chosen: Scores of the preferred responses, one per pair.
@@ -276,7 +276,7 @@ def _separated(y: np.ndarray, x: np.ndarray, policy: np.ndarray, policies: int) 
 
 
 def _centred(values: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Subtracts the group means; the result is exactly 0, despite rounding, if all values of a group are equal."""
+    """Subtracts the group means; exactly 0, despite rounding, for a group of equal values."""
     low, high = np.full(group.max() + 1, np.inf), np.full(group.max() + 1, -np.inf)
     np.minimum.at(low, group, values)
     np.maximum.at(high, group, values)

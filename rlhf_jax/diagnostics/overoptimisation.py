@@ -21,8 +21,8 @@ import numpy.typing as npt
 from rlhf_jax.diagnostics.intervals import Estimate, critical
 
 MAX_LOG_PEAK = 50.0
-"""Logarithm of the largest d* that counts as a peak. The second form has a maximum for every beta above 0, but one
-beyond exp(50) root nats can never be reached."""
+"""Logarithm of the largest d* that counts as a peak. The second form has a maximum for every beta above 0, but
+a maximum beyond exp(50) root nats cannot be reached."""
 
 
 class Form(NamedTuple):
@@ -145,8 +145,8 @@ def fit_both(
 ) -> tuple[Fit, Fit]:
     """Fits both forms to the same points and returns the better fit first.
 
-    Both have two parameters, so the better one is that with the higher R^2. Predictions beyond the fitted points
-    (`predict`) discriminate best between the forms.
+    Both have two parameters, so the form with the higher R^2 is better. Predictions beyond the fitted points
+    (`predict`) distinguish best between the forms.
 
     Args:
         kl: ``[N]``, as in `fit`.
@@ -192,8 +192,8 @@ def _peak_distance(form: Form, a: float, b: float, covariance: np.ndarray, t: fl
     if quadratic > 0:  # The sign of b is established.
         ends = ((half_linear - root) / quadratic, (half_linear + root) / quadratic) if b > 0 else (math.inf, math.inf)
         return Estimate(mean, *(form.peak(end) if end < math.inf else math.inf for end in ends))
-    # Otherwise it contains all ratios above the larger root, including curves without a maximum, or all ratios if there
-    # is no root.
+    # Otherwise it contains all ratios above the larger root, including curves without a maximum. Without a root, it
+    # contains all ratios.
     has_root = quadratic < 0 and half_linear**2 >= quadratic * constant
     end = (half_linear - root) / quadratic if has_root else -math.inf
     return Estimate(mean, form.peak(end if end <= ratio else -math.inf), math.inf)
@@ -205,7 +205,7 @@ def _peak_gain(form: Form, a: float, b: float, covariance: np.ndarray, t: float,
         return Estimate(math.inf, -math.inf, math.inf)
     if d == 0:
         return Estimate(0.0, 0.0, 0.0 if math.isfinite(distance.hi) else math.inf)
-    # The curve is flat at its peak, so to first order R* depends on alpha and beta at fixed d* alone.
+    # The curve is flat at its peak, so to first order R* changes with alpha and beta as if d* were fixed.
     slope = np.array([d, -d * float(form.bend(np.array(d)))])
     gain = float(slope @ np.array([a, b]))
     width = t * math.sqrt(max(float(slope @ covariance @ slope), 0.0))

@@ -50,7 +50,7 @@ def _parts(results: Mapping[str, Any], policy: str, column: results_lib.Column) 
 
 
 def _cell(mean: str, bounds: str, width: int) -> Text:
-    """A number and its interval, padded so that the numbers of a column align."""
+    """Returns a number and its interval, padded so that the numbers of a column align."""
     return Text.assemble(mean, (f" {bounds:>{width}}", "dim")) if bounds else Text(mean)
 
 
@@ -152,7 +152,7 @@ class StageProgress:
     Args:
         stages: ``(name, expected seconds)`` in order; only the ratios matter once a stage has finished.
         console: Console to write to; stderr by default.
-        live: Whether to draw a live display; by default if the console's file is a terminal.
+        live: Whether to draw a live display; by default, it is drawn if the console's file is a terminal.
         line_interval: Seconds between two plain lines of a stage.
         clock: Returns the time in seconds.
 
@@ -248,7 +248,7 @@ class StageProgress:
             self.skip(stage)
             return
         seconds = self._clock() - current.started
-        # Without an `update` the stage counts as complete; after one, up to its last update.
+        # Without an `update` the stage counts as complete; otherwise it counts up to its last update.
         updated = current.done > current.resumed_at
         share = current.own_share * (current.own_fraction if updated else 1.0)
         steps = (current.done if updated else current.total) - current.resumed_at
@@ -258,7 +258,7 @@ class StageProgress:
         self._print(f"{self._heading(stage)} done: {steps} steps in {duration} · {self._times()}")
 
     def skip(self, stage: str) -> None:
-        """Marks a stage as done that does not run, for example because it was restored."""
+        """Marks a stage that does not run as done, for example because it was restored."""
         self._check(stage)
         self._finished |= {stage}
         self._print(f"{self._heading(stage)}: already done")
@@ -331,7 +331,7 @@ def _is_terminal(console: Console) -> bool:
 
 
 def _live(console: Console, render: Callable[[], Group]) -> Live:
-    # A stdout that is piped elsewhere is not redirected.
+    # If stdout is piped, it is not redirected.
     return Live(
         get_renderable=render,
         console=console,

@@ -28,7 +28,7 @@ class Metric(NamedTuple):
 
 METRICS = {
     "loss": Metric(
-        "Loss", "Loss (nats)", "Lower is better. The faint line shows each batch, the strong line a running mean."
+        "Loss", "Loss (nats)", "Lower is better. The faint line shows each batch, the solid line a running mean."
     ),
     "validation_loss": Metric(
         "Validation loss",
@@ -36,7 +36,7 @@ METRICS = {
         "Loss on held-out pairs. If it rises while the training loss falls, the model overfits.",
     ),
     "accuracy": Metric(
-        "Accuracy", "Fraction", "Fraction of tokens predicted, or of pairs ranked, correctly. Higher is better."
+        "Accuracy", "Fraction", "Fraction of tokens predicted, or of pairs ordered, correctly. Higher is better."
     ),
     "margin": Metric(
         "Margin",
@@ -63,8 +63,8 @@ METRICS = {
     "heldout_reward": Metric(
         "Held-out reward",
         "Score of a second reward model",
-        "Score of a reward model that the policy is not trained on. If it falls while the reward rises, the policy is "
-        "over-optimised.",
+        "Score of a reward model that is not used to train the policy. If it falls while the reward rises, the policy "
+        "is over-optimised.",
     ),
     "kl": Metric(
         "KL from the reference",
@@ -82,7 +82,7 @@ METRICS = {
         "If it rises steadily together with the reward, the reward model may favour long answers.",
     ),
     "entropy": Metric(
-        "Entropy", "Entropy (nats per token)", "Randomness of the policy. A fall to 0 means that it has collapsed."
+        "Entropy", "Entropy (nats per token)", "Randomness of the policy. If it falls to 0, the policy has collapsed."
     ),
     "explained_variance": Metric(
         "Explained variance",
@@ -106,7 +106,7 @@ METRICS = {
     "ratio_max": Metric(
         "Largest probability ratio",
         "New over old probability",
-        "Spikes mean that an update is too large, or that the samples do not come from the current policy.",
+        "If it spikes, an update is too large, or the samples do not come from the current policy.",
         minor=True,
     ),
     "stopped": Metric(

@@ -1,8 +1,8 @@
 """One self-contained HTML page about a run: results, plots, transcripts, settings.
 
-The page loads nothing: plots are inline SVG, styles are in its head, and there is no script. The template escapes all
-text except the SVG. Sections without numbers are omitted, so the same function serves the simulated world, where the
-gold utility is known, and human data, where it is not.
+The page loads no other files: plots are inline SVG, styles are in its head, and it has no scripts. The template escapes
+all text except the SVG. Sections without numbers are omitted, so the same function serves the simulated world, where
+the gold utility is known, and human data, for which it is unknown.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def write_report(
         settings: Configuration of the run, which may be nested; shown with dotted names.
     """
     page = render(results, list(metrics), title=title, settings=settings)
-    # Text decoded from half a character may contain lone surrogates, which UTF-8 cannot encode.
+    # Text decoded from part of a multi-byte character may contain lone surrogates, which UTF-8 cannot encode.
     atomic.replace_file(path, page.encode("utf-8", "xmlcharrefreplace"))
 
 
@@ -166,9 +166,9 @@ def _figures(*figures: tuple[str | None, str, str]) -> list[Figure]:
 
 def _preference(results: Mapping[str, Any]) -> list[Figure]:
     caption = (
-        "Policies to the right of the dashed 50 % line are preferred to SFT. Filled markers are judged by the gold "
-        "utility, open markers by held-out labelers, whose comparisons the reward model was not trained on. Lines are "
-        "95 % intervals."
+        "Policies to the right of the dashed 50 % line are preferred to SFT. Filled markers show the judgement of the "
+        "gold utility, open markers that of held-out labelers, on whose comparisons the reward model was not trained. "
+        "Lines are 95 % intervals."
     )
     mean, bounds = results_lib.format_parts(results.get("null_check"), percent=True)
     if mean != results_lib.MISSING:
@@ -179,7 +179,7 @@ def _preference(results: Mapping[str, Any]) -> list[Figure]:
 def _calibration(results: Mapping[str, Any]) -> list[Figure]:
     caption = (
         "Accuracy by the difference of the two scores. Below the dashed curve the reward model is overconfident, above "
-        "it underconfident. Lines are 95 % intervals; the lower panel shows the number of pairs."
+        "the curve underconfident. Lines are 95 % intervals; the lower panel shows the number of pairs."
     )
     return _figures((plots.calibration(results), "Calibration", caption))
 
@@ -187,7 +187,7 @@ def _calibration(results: Mapping[str, Any]) -> list[Figure]:
 def _reward_model(results: Mapping[str, Any]) -> list[Figure]:
     model = results.get("reward_model") or {}
     rho = results_lib.finite((model.get("thresholds") or {}).get("spearman"))
-    thresholds = "A fall means that the reward model ranks good answers less reliably than bad ones."
+    thresholds = "If accuracy falls, the reward model ranks good answers less reliably than bad ones."
     if rho is not None:
         thresholds += f" The rank correlation is {results_lib.format_number(rho.mean, digits=2)}."
     return _figures(
@@ -207,7 +207,7 @@ def _reward_model(results: Mapping[str, Any]) -> list[Figure]:
             reward_plots.length_bias(model.get("length_bias")),
             "Length bias",
             "A reward model is biased towards length if it prefers the longer answer more often than the labelers do "
-            "and is less accurate where the shorter answer is better. Lines are 95 % intervals.",
+            "and is less accurate if the shorter answer is better. Lines are 95 % intervals.",
         ),
     )
 
@@ -243,14 +243,14 @@ def _overoptimisation(results: Mapping[str, Any]) -> list[Figure]:
         (
             reward_plots.split_halves(halves, (halves or {}).get("steps")),
             "Train and test reward model",
-            "The reward models are trained on two halves of the comparisons. From the dotted line on, the policy gains "
-            "score from only one of them.",
+            "The reward models are trained on two halves of the comparisons. To the right of the dotted line, the "
+            "policy gains more score from the train model than from the test model.",
         ),
         (
             reward_plots.overoptimisation(curves),
             "Gold utility against KL",
-            "Solid: the functional form with the better fit, and its peak. Dashed: the other form."
-            + (f" {fits}." if fits else ""),
+            "The solid line is the functional form with the better fit, with its peak. The dashed line is the other "
+            "form." + (f" {fits}." if fits else ""),
         ),
     )
 
@@ -258,8 +258,8 @@ def _overoptimisation(results: Mapping[str, Any]) -> list[Figure]:
 def _frontiers(results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[Figure]:
     stages = [s for s in _stages(metrics) if s.startswith("ppo")]
     reward, gold = ([pair for s in stages if (pair := plots.paired(metrics, s, key))] for key in ("reward", "gold"))
-    linear = f"On a straight line, the reward is proportional to the square root of the KL{_linearity(reward)}."
-    falling = "Higher at the same KL is better. Where a curve falls, the policy is over-optimised."
+    linear = f"Where the curve is straight, the reward is linear in the square root of the KL{_linearity(reward)}."
+    falling = "A higher value at the same KL is better. Where a curve falls, the policy is over-optimised."
     return _figures(
         (plots.frontier(results, reward, "reward", ylabel="Reward-model score"), "Reward against KL", linear),
         (plots.frontier(results, gold, "gold", ylabel="Gold utility"), "Gold utility against KL", falling),
@@ -286,7 +286,7 @@ def _alignment_tax(results: Mapping[str, Any]) -> list[Figure]:
     skill = plots.by_policy(results, "skill_accuracy", xlabel="Skill accuracy (%)", scale=100, against="sft_mix")
     loss = plots.by_policy(results, "pretraining_loss", xlabel="Pretraining loss (nats per token)", against="sft_mix")
     return _figures(
-        (skill, "Skills", "Policies left of the dashed line (SFT-mix, the start of PPO) have lost skills."),
+        (skill, "Skills", "Policies left of the dashed line (SFT-mix, from which PPO starts) have lost skills."),
         (loss, "Pretraining text", "Policies right of the dashed line (SFT-mix) predict pretraining text worse."),
     )
 
@@ -301,7 +301,7 @@ def _truthfulness_and_harm(results: Mapping[str, Any]) -> list[Figure]:
 
 
 def _stages(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns the stages of the metrics: known ones in display order, then the others in their own order."""
+    """Returns the stages of the metrics: known ones in display order, then the others in order of appearance."""
     stages = dict.fromkeys(r["stage"] for r in metrics if r.get("stage") is not None)
     return [s for s in STAGES if s in stages] + [s for s in stages if s not in STAGES]
 

@@ -1,7 +1,7 @@
 """The report's plots: each function takes results or metrics and returns inline SVG, or None without data.
 
-Text stays text in the SVG, and CSS variables of the page replace its colours, so that one plot works in light and dark
-mode, scales with the screen and is small. Each policy has its own colour and marker.
+Text is kept as text in the SVG, and CSS variables of the page replace its colours. A plot therefore works in light and
+dark mode, scales with the screen and is small. Each policy has a separate colour and marker.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ def curve(records: Iterable[Mapping[str, Any]], stage: str, name: str) -> Curve 
 
 
 def learning_curve(curves: Sequence[Curve], *, ylabel: str) -> str:
-    """Plots curves over training steps: the logged values faint, their running mean strong."""
+    """Plots curves over training steps: faint lines for the logged values, solid ones for their running mean."""
     with axes(height=2.3) as (svg, (ax,)):
         for c in curves:
             x, y = downsample(c.x), downsample(c.y)
@@ -335,8 +335,8 @@ def downsample(y: np.ndarray, *, most: int = MAX_POINTS) -> np.ndarray:
 def running_mean(y: np.ndarray, *, width: int) -> np.ndarray:
     """Returns the mean over up to ``width`` neighbours on either side.
 
-    The window is symmetric at the start, so that a steep start stays steep; at the end it extends only backwards, so
-    that the last value is averaged too.
+    The window is symmetric at the start, so a steep start is not flattened; at the end it extends only backwards, so
+    the last value is averaged too.
     """
     total = np.concatenate([[0.0], np.cumsum(y)])
     i = np.arange(len(y))
@@ -348,11 +348,11 @@ def running_mean(y: np.ndarray, *, width: int) -> np.ndarray:
 def point(
     ax: Axes, value: results_lib.Interval, y: float, policy: str, *, scale: float = 1.0, filled: bool = True
 ) -> None:
-    """Draws a value with its interval, and both as text at the right edge.
+    """Draws a value with its interval and writes both as text at the right edge.
 
     Args:
         ax: Axes to draw on.
-        value: The value; an arrow marks a side of its interval without an end.
+        value: The value; an arrow marks a side on which its interval is unbounded.
         y: Vertical position.
         policy: Policy or model that determines colour and marker.
         scale: Factor on the value; 100 for percentages.
@@ -374,7 +374,7 @@ def point(
 
 
 def label_rows(ax: Axes, labels: Sequence[str]) -> None:
-    """Labels the rows of a horizontal plot, the first one at the top."""
+    """Labels the rows of a horizontal plot, with the first row at the top."""
     ax.set_yticks(range(len(labels)), labels, color=color("ink"))
     ax.set_ylim(len(labels) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
@@ -390,6 +390,6 @@ def _marker_handle(filled: bool) -> Any:
 
 
 def legend(ax: Axes, **kwargs: Any) -> None:
-    """Draws a legend in a row above the axes, where it covers no data."""
+    """Draws a legend in a row above the axes, so that it does not cover data."""
     style = {"borderaxespad": 0.2, "handlelength": 1.6, "columnspacing": 1.4}
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, **style, **kwargs)

@@ -1,7 +1,7 @@
 """Reads results.json for display: ordered policies, columns, intervals, formatted numbers and the headline.
 
-The terminal table and the HTML report both use this module, so that they show the same numbers. A field that is
-missing or null for every policy has no column. This module does not import a plotting library.
+The terminal table and the HTML report both use this module, so that they show the same numbers. A field that is missing
+or null for every policy is not shown as a column. This module does not import a plotting library.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ DIRECT_METHODS = {
     "dpo-sft": "DPO with SFT",
     "dpo-norm": "length-normalised DPO",
 }
-"""Methods without reinforcement learning, which are shown in the place of PPO, with their display names."""
+"""Methods without reinforcement learning, which are shown in place of PPO, with their display names."""
 
 MAIN_POLICIES = ("ppo_ptx", "ppo", *DIRECT_METHODS, "best_of_n")
-"""The headline is about the first of these policies that the results contain."""
+"""The headline describes the first of these policies that the results contain."""
 
 MISSING = "–"
 
 
 class Interval(NamedTuple):
-    """A number and its 95 % interval; None for an end that is unknown or unbounded."""
+    """A number and its 95 % interval; None for a bound that is unknown or infinite."""
 
     mean: float
     low: float | None = None
@@ -97,7 +97,7 @@ def _number(value: Any) -> float | None:
 def finite(value: Any) -> Interval | None:
     """Like `interval`, but gives None for NaN and infinity, which a table shows but a plot cannot.
 
-    An end that is not finite becomes None; the other end is kept.
+    A bound that is not finite becomes None; the other bound is kept.
     """
     parsed = interval(value)
     if parsed is None or not math.isfinite(parsed.mean):
@@ -112,7 +112,7 @@ def label(policy: str) -> str:
 
 
 def policies(results: Mapping[str, Any]) -> list[str]:
-    """Returns the policies of the results: known ones in display order, then the others in their own order."""
+    """Returns the policies of the results: known ones in display order, then the others in order of appearance."""
     names = results.get("policies") or {}
     order = [*(n for n in POLICIES if n != "best_of_n"), *DIRECT_METHODS, "best_of_n"]
     return [name for name in order if name in names] + [name for name in names if name not in order]
@@ -196,7 +196,7 @@ def run_facts(results: Mapping[str, Any]) -> list[str]:
 
 
 def headline(results: Mapping[str, Any]) -> str:
-    """Returns the main result in one sentence, whose strength depends on the interval of the win rate.
+    """Returns the main result in one sentence; its wording depends on the interval of the win rate.
 
     Without a win rate the sentence is about reward-model scores.
     """

@@ -1,7 +1,7 @@
 """Plots of `diagnostics` of reward models and of policies that are trained on them; see `plots`.
 
-Each function takes the form of results.json, named tuples as dictionaries and estimates as ``[mean, low, high]``, and
-returns inline SVG, or None without data.
+Each function takes results as results.json stores them, with named tuples as dictionaries and estimates as
+``[mean, low, high]``, and returns inline SVG, or None without data.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ def strata(groups: Mapping[str, Sequence[Numbers]] | None, overall: Any = None) 
 
 
 def length_bias(bias: Numbers | None) -> str | None:
-    """Plots the rates of a `LengthBias`: the accuracy of length alone, and the model's preference for long answers."""
+    """Plots a `LengthBias`: the accuracy of length alone, and the model's preference for long answers."""
     return _rates(_named_rates(bias, LENGTH_ROWS), xlabel="Pairs (%)")
 
 
 def generalisation(gap: Numbers | None) -> str | None:
-    """Plots the accuracy on training pairs and on held-out pairs of a `GeneralisationGap`."""
+    """Plots a `GeneralisationGap`: accuracy on training pairs and on held-out pairs."""
     return _rates(_named_rates(gap, GAP_ROWS), xlabel="Accuracy (%)")
 
 
 def thresholds(scan: Numbers | None) -> str | None:
-    """Plots the accuracy on pairs whose two scores exceed a threshold, and their number, of a `ThresholdScan`."""
+    """Plots a `ThresholdScan`: accuracy on, and number of, pairs whose two scores reach a threshold."""
     columns = zip(*((scan or {}).get(key) or () for key in ("threshold", "accuracy", "lo", "hi", "count")))
     rows = [row for row in columns if results_lib.finite(row[1])]
     if not rows:
@@ -75,7 +75,7 @@ def thresholds(scan: Numbers | None) -> str | None:
 
 
 def split_halves(halves: Numbers | None, steps: Sequence[float] | None = None) -> str | None:
-    """Plots the scores of the train and the test reward model along a run, and their difference, of a `SplitHalves`.
+    """Plots a `SplitHalves`: scores of the train and the test reward model during a run, and their difference.
 
     ``steps`` are the training steps of the checkpoints; by default the checkpoints are numbered.
     """
@@ -137,7 +137,7 @@ def overoptimisation(curves: Sequence[Numbers] | None) -> str | None:
                 )
                 if rank == 0:
                     _mark_peak(ax, fit, most=float(x.max()), color=c)
-        ax.set(xlabel="√KL from the start (√nats)", ylabel="Gain in gold utility")
+        ax.set(xlabel="√KL from the initial policy (√nats)", ylabel="Gain in gold utility")
         ax.set_xlim(left=0)
         ax.grid(axis="y")
         plots.legend(ax)

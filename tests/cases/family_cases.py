@@ -1,6 +1,6 @@
-"""Three small models of every family: their config.json, and weights that follow from the names of the tensors.
+"""Three small models of every family: their config.json, and weights generated from the names of the tensors.
 
-Shared by the parity tests, which need torch, and by the golden numbers, which keep them meaningful without it.
+The parity tests, which need torch, and the stored golden numbers, which do not, use the same models.
 """
 
 import json
@@ -111,27 +111,27 @@ CASES = {f"{family}-{i}": (family, case) for family, cases in FAMILY_CASES.items
 
 NEW_TOKENS = 64
 LENGTHS = (15, 9, 4)
-"""Of the prompts, which are left-padded to the longest; past every window but one."""
+"""Lengths of the prompts, which are left-padded to the longest; longer than all windows except one."""
 
 _NO_SPECIALS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
 
 
 def config_json(name: str) -> dict[str, Any]:
-    """What stands in the file."""
+    """Returns the content of config.json."""
     family, case = CASES[name]
     return {"model_type": family, "dtype": "float32", **_NO_SPECIALS, **case}
 
 
 def prompts(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """``(tokens_BP, mask_BP)``; what stands at padding is an ordinary id."""
+    """Returns ``(tokens_BP, mask_BP)``, with ordinary ids at padding."""
     width = max(LENGTHS)
     tokens = np.random.default_rng(7).integers(1, vocab_size, (len(LENGTHS), width))
     return tokens, np.arange(width)[None, :] >= width - np.array(LENGTHS)[:, None]
 
 
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """No zeros and no ones: a bias, a scale or a row that is dropped on the way must show."""
-    name = name.replace("embed_out", "lm_head")  # GPT-NeoX's in files, and in memory
+    """Returns weights without zeros and ones, so that a test fails if a bias, a scale or a row is ignored."""
+    name = name.replace("embed_out", "lm_head")  # its names in GPT-NeoX's files and in memory
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     values = rng.normal(size=shape)
     if len(shape) == 2:
@@ -141,7 +141,7 @@ def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def write(folder: pathlib.Path, name: str, shapes: dict[str, tuple[int, ...]]) -> pathlib.Path:
-    """A model directory with these tensors."""
+    """Writes a model directory with tensors of these names and shapes."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config_json(name)))
     tensors = {tensor: weight(tensor, shape) for tensor, shape in shapes.items()}

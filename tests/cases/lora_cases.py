@@ -36,7 +36,7 @@ TOKENS = np.random.default_rng(0).integers(1, 61, (3, 11))
 
 
 def drawn(tree, std, seed=0):
-    """Gaussian numbers in the shapes of ``tree``: no zeros and no ones that could hide something."""
+    """Returns Gaussian numbers in the shapes of ``tree``; zeros and ones could hide errors."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: jnp.asarray(std * rng.normal(size=x.shape), jnp.float32), tree)
 
@@ -67,7 +67,7 @@ def same(left, right):
 
 
 def close(left, right, tolerance):
-    """Within ``tolerance`` of the largest number of each leaf."""
+    """Asserts that each leaf agrees within ``tolerance`` times its largest entry."""
     jax.tree.map(lambda x, y: np.testing.assert_array_less(abs(x - y).max(), tolerance * abs(y).max()), left, right)
 
 

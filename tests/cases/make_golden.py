@@ -1,4 +1,4 @@
-"""Write tests/cases/golden_families.npz: what transformers computes for the models of family_cases.py.
+"""Writes tests/cases/golden_families.npz: the outputs of transformers for the models of family_cases.py.
 
 python tests/cases/make_golden.py        # needs torch; run it again after a change of family_cases.py
 """
@@ -15,11 +15,11 @@ from safetensors import numpy as st_numpy
 
 FILE = pathlib.Path(__file__).with_name("golden_families.npz")
 COLUMNS = 3
-"""So many last columns of each prompt's logits are kept."""
+"""Number of last columns of each prompt's logits that are stored."""
 
 
 def model_of(name: str) -> transformers.PreTrainedModel:
-    """The model of a case, in torch, with the weights that follow from its tensors' names."""
+    """Returns the torch model of a case, with weights generated from the names of its tensors."""
     given = family_cases.config_json(name)
     config = transformers.CONFIG_MAPPING[given["model_type"]].from_dict(given)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
@@ -30,13 +30,13 @@ def model_of(name: str) -> transformers.PreTrainedModel:
 
 
 def logits(model: transformers.PreTrainedModel, tokens: np.ndarray, mask: np.ndarray) -> torch.Tensor:
-    """Of a left-padded batch."""
+    """Returns the logits of a left-padded batch."""
     positions = torch.tensor(mask).long().cumsum(1).sub(1).clamp(min=0)
     return model(torch.tensor(tokens), attention_mask=torch.tensor(mask).long(), position_ids=positions).logits
 
 
 def greedy(model: transformers.PreTrainedModel, tokens: np.ndarray, mask: np.ndarray, steps: int) -> np.ndarray:
-    """The likeliest token, again and again, every time from the whole row."""
+    """Returns ``steps`` greedy tokens, computed without a cache."""
     width = tokens.shape[1]
     with torch.no_grad():
         for _ in range(steps):
@@ -47,7 +47,7 @@ def greedy(model: transformers.PreTrainedModel, tokens: np.ndarray, mask: np.nda
 
 
 def main() -> None:
-    """Write the file."""
+    """Writes the file."""
     arrays = {}
     for name in family_cases.CASES:
         model = model_of(name)

@@ -142,7 +142,7 @@ def rollouts():
         return lm.score(params, rollout.tokens_BL, cfg=CFG, mask_BL=rollout.mask_BL)
 
     def checksum(rollout):
-        """A checksum of each answer; sums of small integers are exact in float32."""
+        """Returns a checksum of each answer; sums of small integers are exact in float32."""
         position = 1 + jnp.arange(P + T)[None, :]
         return {"checksum": jnp.sum(jnp.where(rollout.mask_BL, rollout.tokens_BL * position, 0), axis=1) % 4096}
 

@@ -43,7 +43,7 @@ def collectives():
 
 
 def run_plan(folder, *more):
-    """The exit status, the printed text and the numbers of a plan for a tiny model."""
+    """Returns the exit status, the printed text and the numbers of a plan for a tiny model."""
     flags = ["--model", "tiny", "--topology", "cpu:8", "--mesh.fsdp", "4", "--mesh.tensor", "2"]
     flags += ["--length", "32", "--batch", "8", "--dtype", "float32", "--json", str(folder / "plan.json"), *more]
     printed, status = io.StringIO(), None

@@ -72,7 +72,7 @@ def test_a_restored_state_equals_the_saved_one_bit_for_bit(two):
     assert bits(two.restore(abstract, step=1)[1]) == bits(make_state(1))
 
 
-def test_a_restored_state_compiles_nothing_new_and_may_be_donated(two):
+def test_a_restored_state_needs_no_recompilation_and_may_be_donated(two):
     traces = []
 
     def bump(state):
@@ -193,7 +193,7 @@ def test_the_error_names_the_damage_of_every_checkpoint(two):
     assert two.steps() == [1, 2]
 
 
-def test_the_first_save_after_restoring_an_older_step_replaces_the_newer_one(two):
+def test_the_first_save_after_restoring_an_older_step_replaces_newer_steps(two):
     two.restore(make_state(9), step=1)
     assert two.steps() == [1, 2]
     with two:

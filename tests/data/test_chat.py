@@ -121,14 +121,14 @@ def own_template(form):
         for form in range(len(family.forms))
     ],
 )
-def test_a_template_without_marks_is_replaced_by_the_form_that_writes_the_same(make, family, form):
+def test_a_template_without_marks_is_replaced_by_an_equivalent_template_with_marks(make, family, form):
     forms = next(family_ for family_ in templates.FAMILIES if family_.name == family).forms
     fmt = chat.chat_format(make(template=own_template(forms[form])))
     assert fmt.origin == f"{family}'s, equal to the tokenizer's own but with generation marks"
     assert hf(fmt.tokenizer, TURNS[:3], fmt.template) == hf(fmt.tokenizer, TURNS[:3], own_template(forms[form]))
 
 
-def test_the_forms_of_a_family_are_distinct():
+def test_the_templates_of_a_family_are_distinct():
     for family in templates.FAMILIES:
         assert len(set(family.forms)) == len(family.forms)
 
@@ -182,7 +182,7 @@ def test_a_family_template_replaces_a_different_template_without_marks():
         chat.chat_format(make_llama2(template=template), model_type="llama")
 
 
-def test_the_given_tokenizer_is_unchanged_and_that_of_the_format_has_the_template(tmp_path):
+def test_the_tokenizer_argument_is_unchanged_and_the_formats_tokenizer_has_the_template(tmp_path):
     tokenizer = make_qwen(template=None)
     fmt = chat.chat_format(tokenizer, model_type="qwen2")
     assert tokenizer.chat_template is None and fmt.tokenizer.chat_template == fmt.template
@@ -214,11 +214,11 @@ OPEN, CLOSE = "{% generation %}", "{% endgeneration %}"
         ("{{ '<|im_start|>' }}" + OPEN + "{{ m.content }}" + CLOSE, "end of an answer without a loss"),
         (
             OPEN + "{{ '<|im_start|>' + m.content + '<|im_end|>' }}" + CLOSE,
-            "elsewhere than at the end of its generation",
+            "does not start an answer at the end of its generation",
         ),
         (
             "{{ 'A' }}" + OPEN + "{{ m.content + '<|im_end|>' }}" + CLOSE,
-            "elsewhere than at the end of its generation",
+            "does not start an answer at the end of its generation",
         ),
         (
             "{{ '<|im_start|>' }}" + OPEN + "{{ m.content + m.content + '<|im_end|>' }}" + CLOSE,
@@ -227,7 +227,7 @@ OPEN, CLOSE = "{% generation %}", "{% endgeneration %}"
         (
             "{{ '<|im_start|>' }}" + OPEN + "{{ m.content }}{% if loop.last %}{{ '<|im_end|>' }}{% else %}"
             "{{ '<|endoftext|>' }}{% endif %}" + CLOSE,
-            "ends answers with different tokens",
+            "ends answers with different tokens, .*: end every answer with the same token",
         ),
         ("{{ raise_exception('not today') }}", "the chat template refuses the turns: not today|no {% generation %}"),
     ],

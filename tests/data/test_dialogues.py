@@ -1,4 +1,4 @@
-"""Dialogues in the hh-rlhf form, files that hold them, and counts of dropped records."""
+"""Dialogues in the hh-rlhf format, files of dialogues, and counts of dropped records."""
 
 import gzip
 import json
@@ -167,7 +167,7 @@ BROKEN_LINES = {
 
 
 @pytest.mark.parametrize("case", BROKEN_LINES)
-def test_a_broken_line_is_an_error_of_one_sentence_that_names_file_and_line(tmp_path, case):
+def test_a_broken_line_gives_a_one_sentence_error_with_file_and_line(tmp_path, case):
     line, message = BROKEN_LINES[case]
     path = write(tmp_path / "pairs.jsonl", [GOOD, GOOD, line, GOOD])
     with pytest.raises(errors.DataError, match=message) as error:

@@ -28,7 +28,7 @@ def pack(sequences, **options):
 
 
 @hypothesis.given(lengths_and_width, st.randoms(use_true_random=False))
-def test_every_token_is_packed_once_at_its_recorded_place(case, random):
+def test_every_token_is_packed_once_at_its_recorded_position(case, random):
     lengths, width = case
     # Every token id occurs once, which identifies its place; one of them is the pad id.
     ids = iter(range(sum(lengths)))
@@ -56,7 +56,7 @@ def test_every_token_is_packed_once_at_its_recorded_place(case, random):
     jax.tree.map(np.testing.assert_array_equal, tuple(again), tuple(packed))
 
 
-def test_rows_are_filled_by_best_fit_the_longest_first():
+def test_rows_are_filled_by_best_fit_longest_first():
     packed = pack([[1, 1], [2, 2, 2], [3], [4, 4, 4, 4], [5, 5]], width=6)
     np.testing.assert_array_equal(packed.tokens_BL, [[4, 4, 4, 4, 1, 1], [2, 2, 2, 5, 5, 3]])
     np.testing.assert_array_equal(packed.segments_BL, [[1, 1, 1, 1, 2, 2], [1, 1, 1, 2, 2, 3]])
@@ -284,7 +284,7 @@ def test_packed_dpo_equals_padded_dpo(cfg):
     assert abs(float(want[0]) - np.log(2)) > 1e-3
 
 
-def test_packed_sums_and_means_are_those_of_each_sequence():
+def test_packed_sums_and_means_equal_those_of_each_sequence():
     x = jnp.array([[1.0, 2.0, 3.0, np.nan], [4.0, 5.0, 6.0, 7.0]])
     segments = jnp.array([[1, 1, 2, 0], [1, 2, 2, 2]])
     where = jnp.array([[True, True, True, False], [True, False, True, True]])

@@ -1,4 +1,4 @@
-"""Records of every form: parsing, reading with counts of drops, and encoding into token rows."""
+"""Records of every format: parsing, reading with counts of drops, and encoding into token rows."""
 
 import dataclasses
 import gzip
@@ -34,7 +34,7 @@ def messages(*turns):
 # ------------------------------------------------------------------------------------------------------------- forms
 
 
-def test_every_form_of_a_demonstration_is_parsed():
+def test_every_format_of_a_demonstration_is_parsed():
     system = {"role": "system", "content": "Be short."}
     cases = [
         ({"prompt": "why", "response": "so"}, WHY),
@@ -56,7 +56,7 @@ def test_every_form_of_a_demonstration_is_parsed():
     assert [turn.role for turn in long] == ["system", USER, BOT, USER]
 
 
-def test_every_form_of_a_pair_gives_the_same_ranking():
+def test_every_format_of_a_pair_gives_the_same_ranking():
     whole = "\n\nHuman: why\n\nAssistant: "
     cases = [
         {"prompt": "why", "chosen": "so", "rejected": "no"},
@@ -115,14 +115,14 @@ def test_other_fields_become_metadata():
     assert (judged.metadata, judged.good) == (metadata, True)
     assert records.parse_prompt(fields).metadata == metadata | {"label": True, "response": "so"}
     assert records.parse_judged(fields | {"label": 0}).good is False
-    # Fields that belong to another kind of record or another form are metadata.
+    # Fields that belong to another kind of record or another format are metadata.
     fields = {"prompt": "why", "metadata": "v1", "margin": 0.5, "score_chosen": math.nan}
     assert records.parse_demonstration(fields | {"response": "so"}).metadata == {"metadata": "v1", "margin": 0.5}
     ranking = records.parse_ranking(k_way(response="so", score_chosen=3, metadata="v1"))
     assert ranking.metadata == {"metadata": "v1", "response": "so", "score_chosen": 3}
 
 
-def test_two_forms_in_one_record_must_agree():
+def test_two_formats_in_one_record_must_agree():
     messages = {"messages": [ASK, SAY, ASK, SAY]}
     whole = records.parse_demonstration(messages)
     assert records.parse_demonstration(messages | {"prompt": "why \n", "response": "so"}) == whole
@@ -131,7 +131,7 @@ def test_two_forms_in_one_record_must_agree():
             records.parse_demonstration(messages | other)
 
 
-def test_white_space_in_the_hh_form_is_normalised():
+def test_white_space_in_the_hh_format_is_normalised():
     prompt = "\r\n\r\nHuman: why\r\n\r\nAssistant:"
     expected = records.Ranking(prompt=WHY, responses=("so", "no"), ranks=(1, 2))
     for repeated in (prompt, "why\n", " why", None):
@@ -301,7 +301,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("read, row, message", BROKEN, ids=[f"{i}" for i in range(len(BROKEN))])
-def test_a_record_in_the_wrong_form_is_an_error_of_one_sentence_with_file_and_line(tmp_path, read, row, message):
+def test_a_malformed_record_gives_a_one_sentence_error_with_file_and_line(tmp_path, read, row, message):
     good = k_way() | {"response": "a", "label": False}
     path = write(tmp_path / "data.jsonl", [good, row, good])
     with pytest.raises(errors.DataError) as error:

@@ -31,7 +31,7 @@ def read_rows(path):
     return parsed
 
 
-def test_every_kind_of_file_gives_the_same_records(tmp_path):
+def test_every_file_type_gives_the_same_records(tmp_path):
     for name in ("d.jsonl", "d.jsonl.gz", "d.json", "d.json.gz", "d.txt"):
         assert read_rows(write(tmp_path / name, ROWS))[-1].location.endswith(f"{name}, line 5")
     array = json.dumps(ROWS, indent=1)
@@ -56,7 +56,7 @@ def test_parquet_messages_and_null_columns_are_read(tmp_path):
     assert parsed == [records.Demonstration(prompt=(dialogues.Turn("user", "why"),), response="so")] * 2
 
 
-def test_unreadable_files_are_errors_of_one_sentence(tmp_path, monkeypatch):
+def test_unreadable_files_give_a_one_sentence_error(tmp_path, monkeypatch):
     def expect_error(path, message):
         with pytest.raises(errors.DataError, match=message) as error:
             readers.read_demonstrations(path)

@@ -64,7 +64,7 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_set_gives_the_records_of_its_file_in_order(data_dir, kind):
+def test_a_data_set_gives_the_records_of_its_file_in_order(data_dir, kind):
     _, read, _ = KINDS[kind]
     from_file, _ = read(data_dir / f"{kind}.jsonl")
     name = f"rlhf_{kind}/mine"
@@ -77,7 +77,7 @@ def test_a_set_gives_the_records_of_its_file_in_order(data_dir, kind):
     assert pipeline.fingerprint(from_set) == pipeline.fingerprint(from_file)
 
 
-def test_a_set_is_in_array_record_files_that_tfds_reads(data_dir):
+def test_a_data_set_is_stored_in_array_record_files_that_tfds_reads(data_dir):
     rows = tfds.data_source("rlhf_rankings/mine", split="train", data_dir=str(data_dir))
     assert len(rows) == 4
     assert [text.decode() for text in rows[0]["responses"]] == ["b", "a", "c"]
@@ -86,7 +86,7 @@ def test_a_set_is_in_array_record_files_that_tfds_reads(data_dir):
     assert list((data_dir / "rlhf_rankings/mine/1.0.0").glob("*train.array_record*"))
 
 
-def test_a_set_is_read_without_tensorflow_and_without_its_builder(data_dir):
+def test_a_data_set_is_read_without_tensorflow_and_without_its_builder(data_dir):
     if importlib.util.find_spec("tensorflow"):
         pytest.skip("TensorFlow is installed here")
     program = """
@@ -100,7 +100,7 @@ print([record.prompt[0].text for record in parsed], "rlhf_jax.data.tfds_builder"
     assert out.stdout.strip() == f"{[f'q{i}' for i in range(12)]} False"
 
 
-def test_a_set_is_batched_lazily(data_dir):
+def test_a_data_set_is_batched_lazily(data_dir):
     source = sources.tfds_source(sources.Tfds("rlhf_prompts/mine", data_dir=data_dir))
 
     def numbers(examples):
@@ -115,7 +115,7 @@ def test_a_set_is_batched_lazily(data_dir):
     assert pipeline.fingerprint(again) == batches.fingerprint["data"]
 
 
-def test_a_set_is_encoded_lazily(tmp_path):
+def test_a_data_set_is_encoded_lazily(tmp_path):
     rows = [{"prompt": "w0", "chosen": f"w{i}", "rejected": f"w{i + 1}"} for i in range(1, 9)]
     path = write(tmp_path / "pairs.jsonl", rows)
     tfds_builder.prepare(tfds_builder.RlhfRankings, "mine", {"train": path}, data_dir=tmp_path)
@@ -134,14 +134,14 @@ def test_a_set_is_encoded_lazily(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, batches.batch_at(1), jax.tree.map(lambda x: x[4:], all_at_once))
 
 
-def test_a_set_keeps_metadata_as_json(tmp_path):
+def test_a_data_set_keeps_metadata_as_json(tmp_path):
     path = write(tmp_path / "p.jsonl", [{"prompt": "a", "sure": float("nan"), "far": float("inf"), "n": 0.5}])
     tfds_builder.prepare(tfds_builder.RlhfPrompts, "mine", {"train": path}, data_dir=tmp_path)
     (row,) = tfds.data_source("rlhf_prompts/mine", split="train", data_dir=str(tmp_path))
     assert json.loads(row[sources.JSON_FIELD], parse_constant=pytest.fail) == {"metadata": {"n": 0.5}}
 
 
-def test_missing_sets_are_errors_of_one_sentence(data_dir):
+def test_missing_data_sets_give_a_one_sentence_error(data_dir):
     cases = [
         (sources.Tfds("rlhf_prompts/other", data_dir=data_dir), "TFDS has no such prepared set"),
         (sources.Tfds("rlhf_prompts/mine:2.0.0", data_dir=data_dir), "TFDS has no such prepared set"),
@@ -156,7 +156,7 @@ def test_missing_sets_are_errors_of_one_sentence(data_dir):
         assert "\n" not in str(error.value)
 
 
-def test_a_set_with_damaged_files_is_refused(data_dir, tmp_path):
+def test_a_data_set_with_damaged_files_is_refused(data_dir, tmp_path):
     path = write(tmp_path / "p.jsonl", [{"prompt": "a"}] * 3)
     tfds_builder.prepare(tfds_builder.RlhfPrompts, "mine", {"train": path}, data_dir=tmp_path)
     (shard,) = (tmp_path / "rlhf_prompts/mine/1.0.0").glob("*array_record*")
@@ -171,7 +171,7 @@ def test_a_set_with_damaged_files_is_refused(data_dir, tmp_path):
         readers.read_prompts(source)
 
 
-def test_sets_that_cannot_be_prepared_are_errors(data_dir, tmp_path):
+def test_data_sets_that_cannot_be_prepared_are_errors(data_dir, tmp_path):
     good, broken = write(tmp_path / "a.jsonl", [{"prompt": "a"}] * 3), write(tmp_path / "b.jsonl", ["a"])
     with pytest.raises(errors.DataError, match=r"mine/1\.0\.0 already exists"):
         tfds_builder.prepare(tfds_builder.RlhfPrompts, "mine", {"train": good}, data_dir=data_dir)

@@ -113,7 +113,7 @@ CASES = {
     "entropy_collapse": (
         lambda rows: replace(rows, -3, entropy=constant(0.01)),
         lambda rows: replace(rows, -3, entropy=constant(0.06)),
-        "to 0.01 nats a token",
+        "to 0.01 nats per token",
     ),
     "equal_rewards": (
         lambda rows: replace(rows, -3, reward_std=constant(0.0)),
@@ -179,7 +179,7 @@ def test_few_rows_or_metrics_raise_no_alarm():
     assert alarms_of([{"step": 1, "reward": 0.0, "kl": None}])["not_finite"].message.startswith(
         "not a finite number: kl."
     )
-    # Long answers from the start and a small initial entropy are no alarm.
+    # Long answers from the start and a small initial entropy raise no alarm.
     assert alarms_of([{"stopped": 0.3, "entropy": 0.02}] * 20) == {}
 
 
@@ -294,7 +294,7 @@ def test_corrected_sampler_raises_no_sampler_gap_alarm(tmp_path):
         )
 
 
-def test_alarm_that_stops_the_job_has_its_own_exit_status(monkeypatch, capsys):
+def test_alarm_that_stops_the_job_has_a_separate_exit_status(monkeypatch, capsys):
     def run(options):
         assert options.on_alarm == "stop"
         raise loop.Alarmed("negative_kl at step 11", stage="ppo", step=12, saved=True)

@@ -37,7 +37,7 @@ def test_fits_recover_noise_free_curves_exactly(form, alpha, beta):
     assert over.predict(better, 0.0) == 0.0
 
 
-def test_forms_are_those_of_the_paper():
+def test_functional_forms_match_the_paper():
     # alpha = 1, beta = 0.25: best of n peaks at d = 2 with 1; RL at d = e^3 with e^3 / 4.
     bon = over.fit(KL, np.sqrt(KL) - KL / 4, form=over.BEST_OF_N)
     rl = over.fit(KL, np.sqrt(KL) - np.sqrt(KL) * np.log(np.sqrt(KL)) / 4, form=over.REINFORCEMENT)

@@ -30,7 +30,7 @@ def free_port():
 
 
 def run_threads(fn, arguments):
-    """Calls ``fn`` with each tuple of arguments in a thread of its own and waits for all of them."""
+    """Calls ``fn`` with each tuple of arguments in a separate thread and waits for all of them."""
     threads = [threading.Thread(target=fn, args=each) for each in arguments]
     for thread in threads:
         thread.start()
@@ -78,7 +78,7 @@ def test_all_hosts_raise_an_error_that_names_the_differences():
     }
 
 
-def test_a_duplicate_index_and_another_host_count_are_errors():
+def test_a_duplicate_index_and_a_different_host_count_are_errors():
     errors = connect_all([{}, {}, {}], indices=[0, 1, 1])
     assert errors[0] == "two hosts have the index 1" and errors[0] in errors[1:]
     port = free_port()
@@ -90,7 +90,7 @@ def test_a_duplicate_index_and_another_host_count_are_errors():
         errors[index] = str(raised.value)
 
     run_threads(one, ((0, 2), (1, 3)))
-    assert errors[0] == errors[1] == "host 1 differs from host 0 in --hosts.count (3, not 2)"
+    assert errors[0] == errors[1] == "host 1 differs from host 0 in the number of hosts (3, not 2)"
 
 
 def test_connected_hosts_name_the_missing_ones():
@@ -274,7 +274,7 @@ def leave_all(group):
     run_threads(lambda host: host.leave(0, ""), [(host,) for host in group])
 
 
-def test_a_step_in_which_no_host_wants_to_stop_sends_no_message():
+def test_no_message_is_sent_if_no_host_wants_to_stop():
     group = groups(2)
     sent = []
     for host in group:
@@ -314,7 +314,7 @@ def wait_for(condition):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_silent_host_is_lost_and_one_that_sends_heartbeats_is_not(exits, capfd):
+def test_a_silent_host_is_lost_and_a_host_that_sends_heartbeats_is_not(exits, capfd):
     own, other = socket.socketpair()
     started = time.monotonic()
     group = hosts._Group(1, 2, {0: rendezvous.Connection(own)}, 1.0)
@@ -331,7 +331,7 @@ def test_a_silent_host_is_lost_and_one_that_sends_heartbeats_is_not(exits, capfd
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_host_that_fails_ends_the_others_with_its_status_and_reason(exits, capfd, monkeypatch):
+def test_a_failed_host_stops_the_others_with_its_status_and_reason(exits, capfd, monkeypatch):
     monkeypatch.setattr(hosts, "_GRACE", 0.5)
     group = groups(3)
     thread = threading.Thread(target=group[2].leave, args=(2, "CheckpointError: the disk is full"))
@@ -421,7 +421,7 @@ def assert_close(job, other, stages=STAGES, atol=1e-5):
             np.testing.assert_allclose(x.astype(float), y.astype(float), rtol=0, atol=atol)
 
 
-def test_two_processes_of_which_one_is_killed_resume_to_the_result_of_a_single_process(single, cache, tmp_path):
+def test_two_processes_resume_after_one_is_killed_and_match_a_single_process(single, cache, tmp_path):
     job = Job(tmp_path, cache, stages=STAGES, save_every=1, pause=0.3).wait_for_line(1, "sft 2")
     job.processes[1].send_signal(signal.SIGKILL)
     assert job.statuses() == [hosts.HOST_LOST, -signal.SIGKILL]
@@ -434,7 +434,7 @@ def test_two_processes_of_which_one_is_killed_resume_to_the_result_of_a_single_p
         assert all(abs(row["loss"] - other["loss"]) < 1e-5 for row, other in zip(rows, expected) if "loss" in row)
 
 
-@pytest.mark.slow  # test_all_hosts_stop_after_the_same_step is the fast form
+@pytest.mark.slow  # test_all_hosts_stop_after_the_same_step is the fast version
 def test_a_signal_to_one_process_stops_both_after_the_same_step_and_one_process_resumes(single, cache, tmp_path):
     stages = {"sft": 4}
     job = Job(tmp_path, cache, stages=stages, save_every=None, pause=0.3).wait_for_line(1, "sft 1")
@@ -477,7 +477,7 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_run_bit_for_bit(cache
 
 @pytest.mark.slow
 @pytest.mark.parametrize("numbers", [(0,), (1,), (0, 1)], ids=str)
-def test_after_signals_to_some_hosts_all_save_the_same_step_and_another_number_of_hosts_resumes(
+def test_after_signals_to_some_hosts_all_save_the_same_step_and_a_different_number_resumes(
     single, cache, tmp_path, numbers
 ):
     job = Job(tmp_path, cache, stages=STAGES, save_every=None, pause=0.3).wait_for_line(numbers[0], "ppo 1")
@@ -537,7 +537,7 @@ def results_of(folder):
 
 
 @pytest.mark.slow
-def test_the_main_job_on_two_hosts_when_interrupted_has_the_results_of_a_single_process(cache, tmp_path):
+def test_instructgpt_on_two_hosts_matches_a_single_process_after_interruptions(cache, tmp_path):
     single = [*TINY, "--mesh.data", 2, "--mesh.simulate", 2, "--out", tmp_path / "one"]
     assert [process.wait() for process in main_job(cache, tmp_path / "log", *single, count=1)] == [0]
     out, log = tmp_path / "two", tmp_path / "two.log"
@@ -563,7 +563,7 @@ def test_the_main_job_on_two_hosts_when_interrupted_has_the_results_of_a_single_
 
 
 @pytest.mark.slow
-def test_the_main_job_names_the_host_that_is_missing_or_has_other_settings_or_data(cache, tmp_path):
+def test_instructgpt_names_the_host_that_is_missing_or_has_different_settings_or_data(cache, tmp_path):
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for file, words in zip(files, ("yes", "no")):
         file.write_text(json.dumps({"chosen": f"\n\nHuman: Hi\n\nAssistant: {words}", "rejected": "x"}) + "\n")

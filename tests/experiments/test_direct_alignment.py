@@ -377,7 +377,7 @@ def test_the_study_compares_shifted_pairs_at_one_coefficient_and_methods_at_equa
 
 
 @pytest.mark.slow
-def test_all_methods_come_near_the_optimum_of_the_bandit_with_many_labels():
+def test_all_methods_approach_the_optimum_of_the_bandit_with_many_labels():
     results = bandit_study.run(coefs=(0.5, 1.0), seeds=2, pairs=20_000, rounds=2)
     assert list(results) == list(bandit_study.METHODS)
     for c in range(2):

@@ -1,4 +1,4 @@
-"""What DPO and related losses converge to on a bandit whose optimum is known, and to an answer they never saw."""
+"""DPO and related losses on a bandit with a known optimum, including answers that are in no pair."""
 
 import functools
 from typing import Any

@@ -77,7 +77,7 @@ def finished(checkpoint, tmp_path_factory):
 
 
 @pytest.mark.slow  # a whole run; its short form makes the task and the models alone
-def test_the_job_starts_from_a_model_with_its_own_tokenizer(finished, checkpoint):
+def test_the_job_starts_from_a_model_and_its_tokenizer(finished, checkpoint):
     folder, done = finished
     assert "pretrain: already done" in done.stderr
     assert f"starting from {checkpoint} (gpt2)" in done.stdout and "with generation marks" in done.stdout
@@ -116,7 +116,7 @@ def test_the_job_starts_from_the_policy_of_another_run(finished, tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_ids_without_a_token_are_cut_off_the_model(byte_pairs, tmp_path, tied):
+def test_ids_without_a_token_are_removed_from_the_model(byte_pairs, tmp_path, tied):
     fields = (
         {} if tied else {**dict.fromkeys(GPT2, False), "norm": "rmsnorm", "activation": "silu", "positions": "rope"}
     )
@@ -218,7 +218,7 @@ def test_answers_are_decoded_to_the_worlds_words(byte_pairs):
 # ------------------------------------------------------------------------------------------------------------ refused
 
 
-def test_unusable_model_folders_are_refused_in_one_sentence(checkpoint, byte_pairs, tmp_path):
+def test_unusable_model_folders_give_a_one_sentence_error(checkpoint, byte_pairs, tmp_path):
     out = tmp_path / "run"
     message = job.refused("--model", tmp_path / "none", "--out", out)
     assert f"--model {tmp_path / 'none'}" in message and not out.exists()

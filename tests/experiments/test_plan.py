@@ -80,7 +80,7 @@ def test_a_plan_that_does_not_fit_is_reported_with_suggestions(cases):
         (dict(length=4096), "it must be at most 256"),
     ],
 )
-def test_invalid_input_is_one_line(change, message):
+def test_invalid_input_is_a_one_line_error(change, message):
     with pytest.raises(SettingError) as raised:
         planner.measure(Plan(**{"model": "tiny", "topology": "cpu", "length": 64} | change))
     assert message in str(raised.value) and "\n" not in str(raised.value)

@@ -60,7 +60,7 @@ def resumed(folder, half, **changes):
     return tiny_runs.state_digest(run(folder, STEPS))
 
 
-def test_a_resumed_run_ends_in_the_same_bits(half, tmp_path):
+def test_a_resumed_run_ends_bit_identical(half, tmp_path):
     assert resumed(tmp_path, half) == half[2]
 
 

@@ -23,7 +23,7 @@ SUBSETS = ("colors", "stories", "colors", None)
 
 
 def records(n=24, seed=0):
-    """Prompts and answers of many lengths, in words that the tokenizer knows."""
+    """Prompts and answers of many lengths, in words of the tokenizer's vocabulary."""
     rng = np.random.default_rng(seed)
 
     def text():
@@ -42,7 +42,7 @@ def write(path, rows):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A folder such as the main job writes, with an untrained reward model."""
+    """Returns a run folder like that of instructgpt.py, with an untrained reward model."""
     tokenizer = tokenizers.word_level(WORDS)
     cfg = lm.LMConfig(vocab_size=len(tokenizer), n_layers=1, d_model=32, n_heads=2, d_mlp=32, max_length=128)
     params = lm.with_head(jax.random.key(1), lm.init(jax.random.key(0), cfg=cfg), cfg)
@@ -134,7 +134,7 @@ def refused(capsys, *arguments):
     return error
 
 
-def test_invalid_input_is_one_error_line_and_writes_nothing(model, judged, tmp_path, capsys, monkeypatch):
+def test_invalid_input_is_a_one_line_error_and_writes_nothing(model, judged, tmp_path, capsys, monkeypatch):
     path, out = write(tmp_path / "file.jsonl", records()), tmp_path / "out"
     valid = ("--model", model[0], "--data.path", path, "--out", out)
     assert "it is a language model" in refused(
@@ -169,7 +169,7 @@ def test_pairs_that_are_too_long_are_dropped(model):
 # The reader
 
 
-def test_pairs_of_every_form_and_file_type_are_read_and_other_records_counted(tmp_path):
+def test_pairs_of_every_format_and_file_type_are_read_and_other_records_counted(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 

@@ -82,7 +82,7 @@ def test_peak_memory_excludes_the_parent_process():
 
 
 @pytest.mark.parametrize("version", [None, 1, 99])
-def test_a_run_folder_of_another_version_is_refused_in_one_sentence(tmp_path, version):
+def test_a_run_folder_of_another_version_gives_a_one_sentence_error(tmp_path, version):
     preset = settings.preset("smoke")
     run_folder.create(tmp_path / "run", preset)
     path = tmp_path / "run" / config_file.NAME
@@ -112,7 +112,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "GLI
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_needs_no_slow_import(command):
+def test_help_imports_no_slow_module(command):
     code = (
         "import runpy, sys\n"
         f"sys.argv = [{command!r}, '--help']\n"

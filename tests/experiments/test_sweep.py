@@ -134,7 +134,7 @@ def test_every_rl_method_and_option_trains(tmp_path, how):
     ],
 )
 def test_only_the_steps_of_unfinished_stages_are_compiled_ahead(tmp_path, monkeypatch, saved, expected):
-    """Stages a and b share a program, c has its own."""
+    """Stages a and b share a program; c has a separate one."""
     job = job_in(tmp_path, small())
     for stage, step in saved.items():
         with job.checkpoints(stage) as checkpoints:

@@ -26,7 +26,7 @@ def some_prompts(n, longest, seed=0):
     return [rng.integers(1, 23, rng.integers(1, longest + 1)).tolist() for _ in range(n)]
 
 
-def test_each_prompt_gets_the_same_answer_as_alone():
+def test_each_prompt_gets_the_same_answer_as_when_sampled_alone():
     rng = jax.random.key(5)
     prompts = some_prompts(11, 16)
     answers = SAMPLER(params(), rng, prompts)

@@ -1,4 +1,4 @@
-"""Models that are not this library's: a Linen transformer and an NNX recurrent network, through `types.ApplyFn`."""
+"""Models from outside the library: a Linen transformer and an NNX recurrent network as `types.ApplyFn`."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ class LinenTransformer(linen.Module):
     def __call__(self, tokens_BL, mask_BL=None):
         mask_BL = jnp.ones(tokens_BL.shape, bool) if mask_BL is None else mask_BL
         seen = linen.combine_masks(linen.make_causal_mask(tokens_BL), linen.make_attention_mask(mask_BL, mask_BL))
-        # Any id may stand at padding, and one outside the vocabulary would be read as NaN.
+        # Padding may have any id; the embedding of an id outside the vocabulary would be NaN.
         tokens_BL = jnp.where(mask_BL, tokens_BL, 0)
         x_BLD = self.embed(tokens_BL) + self.positions(jnp.cumsum(mask_BL, axis=1) - mask_BL)
         x_BLD = x_BLD + self.attention(self.norm(x_BLD), mask=seen)
@@ -48,7 +48,7 @@ class LinenTransformer(linen.Module):
 
 
 class NNXRecurrent(nnx.Module):
-    """A gated recurrent network, which passes over padding."""
+    """A gated recurrent network that ignores padding."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.embed = nnx.Embed(V, D, rngs=rngs)
@@ -89,7 +89,7 @@ def nnx_model():
     graph, state = nnx.split(NNXRecurrent(nnx.Rngs(0)))
 
     def model(params):
-        # The scalar head of a critic or a reward model stands beside the module's own parameters.
+        # The scalar head of a critic or a reward model is stored next to the module's parameters.
         return nnx.merge(graph, lm.without_head(params))
 
     apply = types.ApplyFn(
@@ -109,7 +109,7 @@ each_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 
 
 def louder(params):
-    """Weights that make some tokens much likelier than others."""
+    """Returns weights that make some tokens much more likely than others."""
     return jax.tree.map(lambda x: 2.0 * x, params)
 
 
@@ -138,7 +138,7 @@ def rows():
 
 @foreign
 def test_token_functions_accept_any_model(make):
-    """Padded rows give what each row gives alone, unpadded; parts of the columns what all at once give."""
+    """Padded rows agree with single unpadded rows, and chunks of columns with all columns at once."""
     apply, params = make()
     params, batch = with_head(params), rows()
 
@@ -239,7 +239,7 @@ def test_scoring_reproduces_the_sampled_logprobs(make):
 
 
 @each_model
-def test_a_sample_depends_on_its_own_prompt_and_key_alone(make):
+def test_a_sample_depends_only_on_its_prompt_and_key(make):
     params = louder(make()[1])
     tokens, mask = prompts()
     whole, order = sampler(make)(params, keys(), tokens, mask, sampling=SAMPLING), jnp.array([4, 2, 2, 0])
@@ -250,7 +250,7 @@ def test_a_sample_depends_on_its_own_prompt_and_key_alone(make):
 @pytest.mark.parametrize(
     "change", [{}, dict(greedy=True), dict(stop_ids=(), temperature=2.0), dict(stop_sequences=((4, 5), (7,)), top_k=6)]
 )
-def test_generation_without_a_cache_equals_generation_with_one(change):
+def test_generation_with_and_without_a_cache_is_equal(change):
     params, sampling = louder(own_model()[1]), dataclasses.replace(SAMPLING, **change)
     given = (keys(32), *prompts(32))
     want = jax.jit(functools.partial(generation.generate, cfg=CFG))(params, *given, sampling=sampling)

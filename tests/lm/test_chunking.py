@@ -24,7 +24,7 @@ def model(seed=0):
 
 
 def rows():
-    """Prompts padded on the left, responses on the right, column P - 1 real everywhere; and an odd id at padding."""
+    """Returns rows with prompts padded on the left and responses on the right; padding has an invalid id."""
     rng = np.random.default_rng(1)
     columns = np.arange(L)[None, :]
     mask = (columns >= np.arange(B)[:, None] % P) & (columns < L - np.arange(B)[:, None])
@@ -33,7 +33,7 @@ def rows():
 
 
 def everything(params, other, *, chunk=None, cfg=CFG, apply=None):
-    """All functions of logits, then two without a gradient."""
+    """Returns the results of all functions of logits, then those of the two without a gradient."""
     tokens, mask, ids = rows()
     apply = apply or lm.apply_fn(cfg)
     how: dict[str, Any] = dict(chunk=chunk, temperature=0.7)
@@ -78,7 +78,9 @@ def close(a, b, **tolerance):
 @pytest.mark.parametrize(
     "fit",
     [
-        pytest.param(17, id="two columns", marks=pytest.mark.slow),  # test_a_gradient_over_a_large_vocabulary... in CI
+        pytest.param(
+            17, id="two columns", marks=pytest.mark.slow
+        ),  # covered by test_gradient_memory_over_a_large_vocabulary_is_bounded
         pytest.param(4, id="four rows of one column", marks=pytest.mark.slow),
     ],
 )
@@ -92,7 +94,7 @@ def test_chunking_does_not_change_results(fit, monkeypatch):
 
 
 def test_small_inputs_use_no_loop():
-    """The default is the very program that makes all logits at once, up to the last token that fits."""
+    """If all logits fit, the default is the program that computes them at once."""
     tokens, mask, _ = rows()
 
     def program(chunk):
@@ -110,12 +112,12 @@ def test_chunks_are_within_the_bound_and_as_few_as_possible(rows_n, columns_n, v
     assert 1 <= b <= rows_n and 1 <= c <= columns_n and b * c <= fit
     assert b == rows_n or c == 1
     parts = -(-rows_n // b) * -(-columns_n // c)
-    # Whole columns waste less than half of what fits, and the last part is about as full as the others.
+    # Whole columns use more than half of the available space, and the last part is about as full as the others.
     assert parts <= 2 * rows_n * columns_n / fit + max(rows_n, columns_n) / max(b, c) + 1
 
 
 def oracle():
-    """By definition, in NumPy and float64: what each token was predicted from, as log-probabilities ``[B,L,V]``."""
+    """Computes the log-probabilities ``[B, L, V]`` from which each token was predicted, in NumPy and float64."""
     tokens, mask, _ = rows()
 
     def of(params):
@@ -189,7 +191,7 @@ def test_distillation_gradient_is_zero_for_an_identical_student():
 
 
 def test_bfloat16_models_give_float32_results_with_and_without_chunks(monkeypatch):
-    """A model whose hidden states and logits are both bfloat16: only the logits' own rounding is left."""
+    """If hidden states and logits are bfloat16, the rounding of the logits is the only error."""
     embed, kernel = (
         jax.random.normal(key, (V, 16)).astype(jnp.bfloat16) for key in jax.random.split(jax.random.key(0))
     )
@@ -224,7 +226,7 @@ def test_bfloat16_models_give_float32_results_with_and_without_chunks(monkeypatc
     ],
 )
 def test_gradient_memory_over_a_large_vocabulary_is_bounded(shape, tied):
-    """All logits of 2,048 tokens are 1.25 GB; the default holds gradients' temporaries below 0.4 GB."""
+    """All logits of 2,048 tokens need 1.25 GB; with the default chunks, temporaries stay below 0.4 GB."""
     cfg = lm.LMConfig(
         vocab_size=LARGE_V, n_layers=1, d_model=64, n_heads=1, d_mlp=64, max_length=2048, tie_embeddings=tied
     )

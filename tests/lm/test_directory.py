@@ -40,7 +40,7 @@ TOKENS = np.random.default_rng(0).integers(1, 97, (3, 11))
 
 
 def random_params(cfg, *, head=False, seed=0):
-    """No zeros and no ones: a bias or a scale that is dropped on the way must show."""
+    """Returns parameters without zeros and ones, so that a test fails if a bias or a scale is lost."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), jnp.float32), lm.abstract(cfg, head=head))
 
@@ -268,14 +268,14 @@ def test_files_in_half_precision(tmp_path):
     assert {x.dtype.name for x in st_numpy.load_file(tmp_path / "m" / "model.safetensors").values()} == {"bfloat16"}
     loaded = lm.load(tmp_path / "m", dtype=jnp.bfloat16)[1]
     assert_same_bits(loaded, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
-    # What was kept in 16 bits comes back from 16 bits as it was.
+    # Parameters in 16 bits are saved and loaded without loss.
     lm.save(tmp_path / "again", cfg, loaded, dtype=jnp.bfloat16)
     first, second = (tmp_path / name / "model.safetensors" for name in ("m", "again"))
     assert first.read_bytes() == second.read_bytes()
 
 
 def run_apart(program, *arguments, **environment):
-    """A fresh interpreter; the last line that it prints."""
+    """Runs a program in a new interpreter and returns the last line that it prints."""
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
         env=os.environ | environment,
@@ -329,15 +329,15 @@ def over_the_final_arrays(folder, layers):
     return int(run_apart(MEMORY, folder))
 
 
-@pytest.mark.slow  # measures memory in a process of its own
+@pytest.mark.slow  # measures memory in a separate process
 def test_loading_holds_at_most_one_extra_tensor(tmp_path):
-    # 0.5 GB of parameters in tensors of 16 MB; to read everything first would take 0.5 GB more.
+    # 0.5 GB of parameters in tensors of 16 MB; reading all of them first would need another 0.5 GB.
     assert over_the_final_arrays(tmp_path / "m", 8) < 350
 
 
 @pytest.mark.slow
 def test_loading_a_model_of_several_gigabytes(tmp_path):
-    # 3.2 GB; the promise is one tensor and 1 GB.
+    # 3.2 GB of parameters; the documented limit is one extra tensor and 1 GB.
     assert over_the_final_arrays(tmp_path / "m", 50) < 1016
 
 

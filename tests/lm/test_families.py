@@ -1,4 +1,4 @@
-"""Every family against transformers: live where torch is installed, and against stored numbers everywhere."""
+"""Every model family compared with transformers if torch is installed, and always with stored numbers."""
 
 import functools
 import json
@@ -48,7 +48,7 @@ def assert_close(theirs, mine):
 @pytest.mark.parametrize(
     "name", [name if name.endswith("-0") else pytest.param(name, marks=pytest.mark.slow) for name in family_cases.CASES]
 )
-def test_stored_numbers(name, tmp_path):
+def test_logits_and_greedy_tokens_equal_the_stored_values(name, tmp_path):
     cfg, params = lm.load(golden_directory(tmp_path / "m", name))
     assert cfg.model_type == family_cases.CASES[name][0] and cfg == lm.load_config(tmp_path / "m")
     logits, tokens = ours(cfg, params)
@@ -57,7 +57,7 @@ def test_stored_numbers(name, tmp_path):
 
 
 @every_case
-def test_load_save_load_gives_the_same_bits_and_the_same_type(name, tmp_path):
+def test_load_save_load_keeps_every_bit_and_the_model_type(name, tmp_path):
     cfg, params = lm.load(golden_directory(tmp_path / "m", name))
     lm.save(tmp_path / "again", cfg, params)
     assert lm.load_config(tmp_path / "again") == cfg
@@ -68,7 +68,7 @@ def test_load_save_load_gives_the_same_bits_and_the_same_type(name, tmp_path):
 
 
 @every_case
-def test_transformers_computes_the_same(name, tmp_path):
+def test_transformers_computes_the_same_logits(name, tmp_path):
     torch: Any = pytest.importorskip("torch")
     import make_golden
     import transformers
@@ -111,7 +111,7 @@ def test_reward_models_are_sequence_classifiers(family, tmp_path):
     score = jax.jit(lambda params: lm.score(params, jnp.asarray(tokens), cfg=cfg, mask_BL=jnp.asarray(mask)))
     mine = np.asarray(score(params))
     np.testing.assert_allclose(theirs + model.config.reward_bias, mine, atol=TOLERANCE * np.abs(mine).max())
-    # And back, from what transformers writes.
+    # Loads the model that transformers saves.
     model.save_pretrained(tmp_path / "theirs")
     loaded_cfg, loaded = lm.load(tmp_path / "theirs")
     assert loaded_cfg == cfg and "unembed" not in loaded
@@ -142,18 +142,18 @@ def test_gradients_of_the_loss(name, tmp_path):
 
     value, grads = grads_of(params)
     np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
-    # A gradient has the form of the parameters, so that it can be written in their layout and compared by name.
+    # A gradient has the structure of the parameters, so it can be saved in their layout and compared by name.
     lm.save(tmp_path / "grads", cfg, grads)
     mine = st_numpy.load_file(tmp_path / "grads" / "model.safetensors")
     theirs = {tensor: np.asarray(x.grad) for tensor, x in made.named_parameters()}
     assert mine.keys() == theirs.keys()
     for tensor, grad in theirs.items():
-        # The gradient of a key's bias is 0: it moves all scores of a query by as much.
+        # The gradient of a key's bias is 0, since the bias shifts all scores of a query equally.
         least = 1e-6 if tensor.endswith("k_proj.bias") else 0.0
         assert np.abs(mine[tensor] - grad).max() <= max(1e-3 * np.abs(grad).max(), least), tensor
 
 
-def test_defaults_that_a_config_leaves_out_are_transformers_own(tmp_path):
+def test_missing_config_fields_have_the_defaults_of_transformers(tmp_path):
     import transformers
 
     for family in family_cases.FAMILY_CASES:
@@ -184,5 +184,5 @@ def test_each_field_of_the_config_changes_the_logits(name, change, tmp_path):
     after = ours(*lm.load(folder))[0]
     assert np.abs(before - after).max() > 0.01 * np.abs(before).max()
     if family_cases.CASES[name][0] == "mistral":
-        # Nothing changes for a token that the window reaches the beginning of.
+        # The logits do not change if the window covers all earlier tokens.
         np.testing.assert_allclose(before[-1, -4:], after[-1, -4:], atol=1e-5)

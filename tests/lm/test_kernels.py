@@ -1,4 +1,4 @@
-"""Attention by kernels of a platform, beside the form that is written out."""
+"""Attention with platform-specific kernels, compared with the einsum implementation."""
 
 import functools
 import importlib.util
@@ -24,7 +24,7 @@ def _heads():
 
 
 def _masks():
-    """Padding at both ends and in the middle, and three segments of a packed row."""
+    """Returns masks with padding at both ends and in the middle, and three segments of a packed row."""
     columns = np.arange(LENGTH)
     mask_BL = np.stack([columns >= 37, (columns < 240) & (columns % 50 != 3)])
     segments_BL = np.stack([np.ones(LENGTH, int), 1 + (columns > 70) + (columns > 199)]) * mask_BL
@@ -91,14 +91,14 @@ def test_tpu_programs_use_splash_and_cpu_programs_do_not():
 
     devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
     made = text(devices)
-    assert "tpu_custom_call" in made and "bf16[2,2,256,64]" in made  # each has its rows and its heads
+    assert "tpu_custom_call" in made and "bf16[2,2,256,64]" in made  # each device has its share of rows and heads
     assert "custom-call" not in jax.jit(jax.grad(loss)).lower((shape, shape, shape), mask).as_text()
 
 
 @pytest.mark.slow
 @needs_tpu_compiler
 def test_memory_of_long_rows_is_not_quadratic_on_a_tpu():
-    """Compiled for a TPU that is not there, on a mesh: the form that is written out holds a row's scores."""
+    """Compiles for a TPU mesh without hardware; the einsum implementation holds all scores of a row."""
     from planning import chips, plan_settings, planner
 
     chips.prepare()

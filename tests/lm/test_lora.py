@@ -29,7 +29,7 @@ def test_fresh_adapters_do_not_change_the_model(name):
         if leaf_name.endswith("lora_b"):
             assert not leaf.any()
         else:
-            # Uniform, of PEFT's width.
+            # Uniform, with the bounds of PEFT.
             bound = leaf.shape[1] ** -0.5
             assert 0.8 * bound < abs(leaf).max() <= bound and abs(leaf.mean()) < 0.2 * bound
 
@@ -45,7 +45,7 @@ def test_policy_and_reference_share_the_memory_of_the_base(preset, rank):
     assert 1.0 < (model + own) / model < 1.15
 
 
-def test_an_adapter_depends_on_its_name_and_key_alone():
+def test_an_adapter_depends_only_on_its_name_and_key():
     few, many = (lm_params.flatten(fresh(pattern=p)) for p in ("layers/(q|v)/kernel", ALL))
     assert sorted(few) == [f"layers/{n}/lora_{x}" for n in "qv" for x in "ab"] and len(many) == 14
     same(few, {name: many[name] for name in few})
@@ -80,7 +80,7 @@ def test_attached_and_merged_adapters_agree_in_logits_and_gradients(name):
     assert merged.keys() == base(name).keys() and merged["layers"].keys() == base(name)["layers"].keys()
     close(logits_of(attached, cfg), logits_of(merged, cfg), 1e-5)
     assert abs(logits_of(attached, cfg) - logits_of(base(name), cfg)).max() > 0.1
-    # A key's bias moves all scores of a query alike: its gradient is rounding and nothing else.
+    # A key's bias shifts all scores of a query equally, so its gradient is only rounding error.
     (of_base, of_own), (of_base_merged, of_own_merged) = loss(lora.attach), loss(lora.merge)
     close(of_own, of_own_merged, 1e-5)
     close(of_base["layers"]["q"]["kernel"], of_base_merged["layers"]["q"]["kernel"], 1e-5)
@@ -139,7 +139,7 @@ def test_errors_name_wrong_patterns_and_adapters():
             join(base(), {"layers": {"k": adapters()["layers"]["q"]}}, scale=1.0)
         with pytest.raises(ValueError, match="has no layers/q/lora_b"):
             join(base(), {"layers": {"q": {"lora_a": adapters()["layers"]["q"]["lora_a"]}}}, scale=1.0)
-        with pytest.raises(ValueError, match="lora_a and lora_b alone, but have layers/q/scale"):
+        with pytest.raises(ValueError, match="only lora_a and lora_b, but have layers/q/scale"):
             join(base(), {"layers": {"q": adapters()["layers"]["q"] | {"scale": jnp.ones(())}}}, scale=1.0)
 
 
@@ -148,12 +148,12 @@ def test_errors_name_wrong_patterns_and_adapters():
 
 @functools.cache
 def model(head=False):
-    """The base of trainers: its hidden states are large enough for its layers to decide on a token."""
+    """Returns the base model of the trainers, with hidden states large enough for peaked token distributions."""
     return {**base(head=head), "final_norm": {"scale": jnp.full((32,), 2.0)}}
 
 
 def leaves_like(tree, own):
-    """Every array of an optimiser's state is a scalar or has the shape of an adapter."""
+    """Returns whether every array of an optimiser's state is a scalar or has the shape of an adapter."""
     shapes = {leaf.shape for leaf in jax.tree.leaves(own)} | {()}
     return all(leaf.shape in shapes for leaf in jax.tree.leaves(tree))
 
@@ -224,11 +224,11 @@ def ppo_step():
         return lm.values(params, tokens_BL, cfg=CFG, prompt_width=P, mask_BL=mask_BL)
 
     def score(reward, rollout):
-        # What is paid for is to stop: an answer that does not gets -1 instead.
+        # The policy is rewarded for stopping: an answer without a stop token gets -1 instead.
         return jnp.ones(rollout.lengths_B.shape)
 
     def join(frozen, params):
-        # Both on one base: the critic's own are its adapters and its head.
+        # Policy and critic share the base; the critic has separate adapters and a head.
         critic = lora.attach(frozen.reference, params["critic"]["lora"], scale=2.0)
         return {
             "policy": lora.attach(frozen.reference, params["policy"], scale=2.0),
@@ -272,7 +272,7 @@ def test_base_is_the_reference_of_a_policy_with_adapters():
         found.append(float(logs["stopped"].value()))
     assert np.mean(found[-3:]) > np.mean(found[:3]) + 0.2
     same(frozen.reference, before)
-    # The average is one of adapters, which gives a model as they do.
+    # The average is over adapters and can be merged into a model.
     assert jax.tree.structure(state.ema) == jax.tree.structure(fresh())
     assert np.isfinite(logits_of(lora.merge(model(), state.ema, scale=2.0))).all()
     assert ppo_step().traces == 1

@@ -11,7 +11,7 @@ from rlhf_jax.lm.hub import peft
 
 
 def shared_a(own):
-    """The same with one A for what a checkpoint fuses."""
+    """Returns the adapters with a shared A for the tensors that a checkpoint fuses."""
     layers = {name: dict(node) for name, node in own["layers"].items()}
     for node, other in {"k": "q", "v": "q", "up": "gate"}.items():
         if other in layers:
@@ -54,12 +54,12 @@ def test_fused_adapters_with_a_shared_a_have_the_smaller_rank(name, tmp_path):
         fields, tensors = written(tmp_path / "a")
         assert (fields["r"], fields["lora_alpha"]) == (rank, 2 * rank)
         same(peft.load(tmp_path / "a", cfg)[0], own)
-        # Without the header's record, as other libraries leave it: wider, and the same model.
+        # Without the metadata, as other libraries save it, the adapters are wider but the model is the same.
         st_numpy.save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
         plain, scale = peft.load(tmp_path / "a", cfg)
         merged, expected = (lora.merge(base(name), own_, scale=scale) for own_ in (plain, own))
         close(merged["layers"]["v"]["kernel"], expected["layers"]["v"]["kernel"], 1e-6)
-        # And from there on the same bits again.
+        # Another round trip keeps every bit.
         peft.save(tmp_path / "b", cfg, plain, scale=scale)
         again, _ = peft.load(tmp_path / "b", cfg)
         same(again, plain)
@@ -87,14 +87,14 @@ def edited(folder, **fields):
         ("something_new", 1),
     ],
 )
-def test_unsupported_fields_are_named(field, value, tmp_path):
+def test_errors_name_unsupported_fields(field, value, tmp_path):
     peft.save(tmp_path / "a", CFG, adapters(), scale=1.0)
     edited(tmp_path / "a", **{field: value})
     with pytest.raises(ValueError, match=field):
         peft.load(tmp_path / "a", CFG)
 
 
-def test_missing_and_unexpected_tensors_are_named(tmp_path):
+def test_errors_name_missing_and_unexpected_tensors(tmp_path):
     folder, file = tmp_path / "a", tmp_path / "a" / "adapter_model.safetensors"
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
         peft.load(folder, CFG)
@@ -145,7 +145,7 @@ def their_logits(model):
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize(("name", "targets"), [(name, targets) for name in TARGETS for targets in TARGETS[name]])
-def test_adapters_of_peft_give_the_same_logits_here(name, targets, rslora, tmp_path):
+def test_adapters_of_peft_give_the_same_logits(name, targets, rslora, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     theirs = pytest.importorskip("peft")
     cfg = CONFIGS[name]
@@ -172,14 +172,14 @@ def test_adapters_of_peft_give_the_same_logits_here(name, targets, rslora, tmp_p
         abs(expected - logits_of(lora.attach(base(name), own, scale=scale), cfg)).max(), 2e-4 * abs(expected).max()
     )
     assert abs(expected - logits_of(base(name), cfg)).max() > 0.05 * abs(expected).max()
-    # Back and forth: the tensors are theirs to the bit.
+    # After a round trip, the tensors are bit-identical to PEFT's.
     peft.save(tmp_path / "back", cfg, own, scale=scale)
     same(written(tmp_path / "adapter")[1], written(tmp_path / "back")[1])
 
 
 @pytest.mark.parametrize("pattern", [ALL, "layers/(q|v|out)/kernel"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_peft_loads_what_is_saved_here(name, pattern, tmp_path):
+def test_peft_loads_saved_adapters(name, pattern, tmp_path):
     transformers = pytest.importorskip("transformers")
     theirs = pytest.importorskip("peft")
     cfg = CONFIGS[name]

@@ -34,7 +34,7 @@ each_config = pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS.keys(
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def read(params, tokens, mask=None, *, cfg, temperature=1.0):
-    """All that is made of tokens, as one compiled program: (hidden, logprobs, values, score)."""
+    """Returns (hidden, logprobs, values, score) of tokens, in one compiled program."""
     return (
         lm.forward(params, tokens, cfg=cfg, mask_BL=mask).hidden_BLD,
         lm.token_logprobs(params, tokens, cfg=cfg, mask_BL=mask, temperature=temperature),
@@ -44,7 +44,7 @@ def read(params, tokens, mask=None, *, cfg, temperature=1.0):
 
 
 L = 12
-# Real columns of rows that hold the same five tokens.
+# Positions of the same five real tokens in a row.
 LAYOUTS = {
     "right": [0, 1, 2, 3, 4],
     "left": [7, 8, 9, 10, 11],
@@ -56,7 +56,7 @@ LAYOUTS = {
 
 @functools.cache
 def model(cfg):
-    """Params with a head, every leaf random: a bias, scale or gain that is ignored must show."""
+    """Returns random params with a head, so that a test fails if a bias, scale or gain is ignored."""
     rng = np.random.default_rng(0)
 
     def leaf(x):
@@ -73,7 +73,7 @@ def some_tokens(cfg, batch=3, length=L, seed=0):
 
 
 def laid_out(real_tokens, columns, junk=-7):
-    """One row of width L with ``real_tokens`` at ``columns`` and an id that is no token elsewhere."""
+    """Returns a row of width L with ``real_tokens`` at ``columns`` and an invalid id elsewhere."""
     tokens = np.full((1, L), junk)
     tokens[0, columns] = real_tokens
     mask = np.zeros((1, L), bool)
@@ -127,7 +127,7 @@ def test_config_is_hashable_and_compares_by_value():
         (dict(norm_eps=0.0), "norm_eps"),
     ],
 )
-def test_impossible_configs_name_the_field(change, field):
+def test_errors_name_the_invalid_field_of_a_config(change, field):
     with pytest.raises(ValueError, match=rf"LMConfig\.{field} is"):
         lm.LMConfig(**(SMALL | change))
     with pytest.raises(ValueError, match="unknown preset 'gpt5'; known: gpt2"):
@@ -149,11 +149,11 @@ def test_fresh_models():
     cfg = lm.LMConfig(**SMALL)
     params = lm.init(jax.random.key(0), cfg)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
-    # No two layers share their random numbers, and a leaf keeps its own whatever else the model has.
+    # Layers have different random numbers, and those of a leaf do not depend on the model's other leaves.
     assert not np.array_equal(params["layers"]["q"]["kernel"][0], params["layers"]["q"]["kernel"][1])
     tied = lm.init(jax.random.key(0), dataclasses.replace(cfg, tie_embeddings=True))
     jax.tree.map(np.testing.assert_array_equal, tied, {k: v for k, v in params.items() if k != "unembed"})
-    # Nearly uniform predictions.
+    # Predictions are nearly uniform.
     logprobs = read(lm.with_head(jax.random.key(1), params, cfg), some_tokens(cfg, 16), cfg=cfg)[1]
     assert abs(-float(logprobs[:, 1:].mean()) - math.log(cfg.vocab_size)) < 0.3
 
@@ -163,7 +163,7 @@ def test_fresh_models():
 
 @each_config
 def test_no_output_depends_on_a_later_token(cfg):
-    """Gradient of column i's output by the embeddings of later columns is exactly 0, and that of its own is not."""
+    """The gradient of an output is exactly 0 for embeddings of later columns and nonzero for its own column."""
     params, tokens = model(cfg), jnp.arange(8)[None, :]
 
     def outputs(table):
@@ -247,7 +247,7 @@ def test_attention_and_remat_choices_agree_and_padding_has_no_gradient(change):
     got, got_gradient = run(params, dataclasses.replace(CONFIGS["llama"], **change))
     np.testing.assert_allclose(got, want, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got_gradient, want_gradient)
-    # Token 5 stands at padding alone.
+    # Token 5 occurs only at padding.
     assert np.all(want_gradient["embed"]["tokens"][5] == 0) and np.any(want_gradient["embed"]["tokens"][22] != 0)
 
 
@@ -299,7 +299,7 @@ def test_unstacked_params():
         (dict(cache=lm.create_cache(CONFIGS["llama"], batch=2, slots=3)), "do not fit a cache of 3 slots"),
     ],
 )
-def test_wrong_shapes_are_named(arguments, message):
+def test_errors_name_wrong_shapes(arguments, message):
     cfg = CONFIGS["llama"]
     arguments = {"tokens_BL": jnp.zeros((2, 4), int)} | arguments
     with pytest.raises(ValueError, match=message):
@@ -311,8 +311,8 @@ def test_wrong_shapes_are_named(arguments, message):
 
 @each_config
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_token_logprobs_against_a_loop(cfg, temperature):
-    """By definition: each token after the real tokens before it, in NumPy float64."""
+def test_token_logprobs_agree_with_a_loop(cfg, temperature):
+    """Predicts each real token from the previous one, in NumPy and float64."""
     tokens = some_tokens(cfg)
     mask = jnp.stack([jnp.ones(L, bool), jnp.arange(L) >= 5, jnp.arange(L) % 3 != 1])
     hidden, got, *_ = read(model(cfg), tokens, mask, cfg=cfg, temperature=temperature)
@@ -336,19 +336,19 @@ def test_probabilities_of_all_last_tokens_sum_to_one():
 
 
 @each_config
-def test_values_precede_their_token_and_score_reads_the_last(cfg):
+def test_values_are_before_each_token_and_the_score_is_at_the_last(cfg):
     params, tokens = model(cfg), some_tokens(cfg)
     mask = jnp.stack([jnp.ones(L, bool), jnp.arange(L) >= 5, (jnp.arange(L) % 3 != 1) & (jnp.arange(L) < 9)])
     hidden, _, values, score = read(params, tokens, mask, cfg=cfg)
-    # The value before token 8 does not know it; the one after does.
+    # Values before token 8 do not depend on it; later values do.
     changed = read(params, (tokens.at[:, 8].add(1)) % cfg.vocab_size, mask, cfg=cfg)[2]
     np.testing.assert_allclose(values[:, :9], changed[:, :9], atol=1e-6)
     assert np.all(np.asarray(values[:2, 9]) != np.asarray(changed[:2, 9]))
-    # It is the score of what comes before.
+    # A value is the score of the preceding tokens.
     shorter = mask & (jnp.arange(L)[None, :] < jnp.array([L - 1, L - 1, 8])[:, None])
     want = read(params, tokens, shorter, cfg=cfg)[3]
     np.testing.assert_allclose([values[0, L - 1], values[1, L - 1], values[2, 8]], want, atol=1e-5)
-    # And the score is linear in the hidden state at the last real token.
+    # The score is linear in the hidden state at the last real token.
     head = params["head"]
     last = hidden[jnp.arange(3), jnp.array([L - 1, L - 1, 8])]
     np.testing.assert_allclose(score, head["gain"] * (last @ head["kernel_D"]) + head["bias"], rtol=1e-4)
@@ -453,8 +453,8 @@ def test_selected_logprobs_stay_exact_far_from_zero():
         lm.selected_logprobs(far, jnp.zeros((1, 1), int))
 
 
-def test_apply_fn_of_any_model():
-    """A bigram table in the place of a transformer: log p(b | a) is the table's."""
+def test_functions_accept_the_apply_fn_of_any_model():
+    """Uses a bigram table of log p(b | a) in place of a transformer."""
     table = jax.random.normal(jax.random.key(0), (6, 6))
     apply = types.ApplyFn(
         forward=lambda params, tokens, *, mask_BL=None: types.LMOutput(jax.nn.one_hot(tokens, 6)),

@@ -60,7 +60,7 @@ def test_clipped_policy_has_the_gradient_of_reinforce_at_ratio_one():
     np.testing.assert_allclose(losses.reinforce(logprobs, advantages), -advantages * logprobs, rtol=1e-6)
 
 
-def test_arrays_fixed_through_the_epochs_get_no_gradient():
+def test_arrays_fixed_during_the_epochs_get_no_gradient():
     x = jnp.array([0.3, -0.2])
     frozen = (
         jax.grad(lambda old, a: jnp.sum(losses.clipped_policy(x, old, a)), argnums=(0, 1))(0.9 * x, x),

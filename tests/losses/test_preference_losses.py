@@ -38,7 +38,7 @@ def slope(f, x, size=1e-5):
     return slopes
 
 
-# ---- DPO and its relatives
+# ---- DPO and related losses
 
 HYPER: Any = dpo.Hyper(
     beta=0.3,

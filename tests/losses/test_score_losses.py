@@ -91,7 +91,7 @@ def test_ranking_agrees_with_a_loop_over_pairs(seed, ranks, where):
     assert np.all(np.isfinite(gradient)) and np.any(gradient != 0.0) == any_pair
 
 
-def test_ranking_divisor_counts_ties_only_if_asked():
+def test_ranking_divisor_counts_ties_by_default():
     scores, ranks = jnp.array([1.0, 0.0, 0.0]), jnp.array([1, 2, 2])
     two_pairs = 2 * softplus(-1.0)
     np.testing.assert_allclose(losses.ranking(scores, ranks), two_pairs / 3, rtol=1e-6)
@@ -252,7 +252,7 @@ def test_losses_are_finite_at_huge_margins(name):
 
 
 def test_pairwise_keeps_its_slope_at_large_margins():
-    """A naive log of a sigmoid saturates long before."""
+    """A naive log of a sigmoid saturates at smaller margins."""
     np.testing.assert_allclose(losses.pairwise(-1e4, 0.0), 1e4, rtol=1e-6)
     np.testing.assert_allclose(jax.grad(lambda d: losses.pairwise(d, 0.0))(-1e4), -1.0, rtol=1e-6)
 

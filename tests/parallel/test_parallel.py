@@ -1,4 +1,4 @@
-"""Sharding rules, and every training stage on eight simulated devices in a process of its own (`mesh_cases`)."""
+"""Sharding rules, and every training stage on eight simulated devices in a separate process (`mesh_cases`)."""
 
 import json
 import os
@@ -77,7 +77,7 @@ def test_indivisible_batches_and_meshes_are_errors(results):
 
 
 @pytest.mark.slow
-def test_every_stage_in_every_form_on_every_mesh():
+def test_every_stage_in_every_configuration_on_every_mesh():
     results = run_cases("long")
     assert len(check_cases(results)) == 4 * 9 + 1
     (job,) = [each for each in results if "job" in each]
@@ -86,7 +86,7 @@ def test_every_stage_in_every_form_on_every_mesh():
 
 
 @pytest.mark.slow
-def test_the_main_job_runs_on_a_mesh_that_its_flags_describe(tmp_path):
+def test_instructgpt_runs_on_the_mesh_that_its_flags_describe(tmp_path):
     command = [sys.executable, str(ROOT / "experiments" / "instructgpt.py"), "--preset", "smoke"]
     flags = ["--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2", "--mesh.simulate", "8", "--ppo.shards", "4"]
     done = subprocess.run([*command, *flags, "--out", tmp_path], capture_output=True, text=True, env=ENVIRONMENT)
@@ -141,7 +141,7 @@ def test_indivisible_dimensions_are_listed():
     assert not any("mlp" in each or "layers/q/" in each for each in messages)
 
 
-def test_constrain_without_a_mesh_changes_nothing():
+def test_constrain_without_a_mesh_has_no_effect():
     x = jnp.ones((4, 2))
     assert parallel.constrain(x, "batch", None) is x
 
@@ -230,7 +230,7 @@ def test_an_invalid_mesh_is_a_one_line_error_with_status_2(flags, message, tmp_p
     assert not (tmp_path / "run").exists(), "no run was started"
 
 
-def test_one_device_needs_no_mesh_and_data_minus_one_takes_the_remaining_devices():
+def test_one_device_needs_no_mesh_and_data_minus_one_uses_the_remaining_devices():
     default = settings.preset("smoke")
     setting_checks.check(default)
     assert device_mesh.make(device_mesh.resolve(default)) is None

@@ -1,4 +1,4 @@
-"""The HTML report: its content, its omissions, and that it loads and runs nothing."""
+"""The HTML report: its content, its omissions, and that it neither loads files nor runs scripts."""
 
 import copy
 import math

@@ -73,7 +73,7 @@ def test_comparisons_are_right():
     assert counts.keys() == {"bigger", "smaller", "question"}
 
 
-def test_lists_contain_what_their_heading_names():
+def test_lists_contain_the_things_that_their_heading_names():
     assert len(LISTS) > 100
     for text in LISTS:
         head, _, listed = text.removesuffix(" .").partition(" : ")

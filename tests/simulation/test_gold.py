@@ -387,7 +387,7 @@ def test_unknown_prompts_score_zero():
         assert not leaf.any(), jax.tree_util.keystr(path)
 
 
-def test_padding_and_batching_change_nothing():
+def test_padding_and_batching_do_not_change_the_result():
     questions = sample()[:8]
     rng = np.random.default_rng(5)
     answers = demonstrators.demonstrate_all(WORLD, questions, rng)

@@ -39,7 +39,7 @@ def three_labelers(seed=2):
     return np.argsort(np.random.default_rng(seed).random((N, R)), axis=1)[:, :3]
 
 
-def test_features_are_the_gold_components_and_the_labelers_own_tastes():
+def test_features_are_the_gold_components_and_the_labelers_preferences():
     parts = {name: jnp.full(2, 0.1 * i) for i, name in enumerate(gold.COMPONENTS)}
     zeros, no = jnp.zeros(2), jnp.zeros(2, bool)
     judged = gold.Utility(

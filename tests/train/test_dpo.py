@@ -176,7 +176,7 @@ def test_rows_without_padding_need_no_mask():
     close(state.params, expected.params, atol=1e-6)
 
 
-def test_reference_free_methods_need_no_reference_and_others_raise():
+def test_reference_free_methods_need_no_reference_and_others_raise_without_it():
     for name in WITHOUT_REFERENCE:
         state, logs = run(pairs(), name)
         assert moved(state) > 1e-5 and np.isfinite(float(logs["loss"].value()))
@@ -220,7 +220,7 @@ def test_training_separates_chosen_from_rejected_and_compiles_once():
 
 
 def test_adapters_share_the_base_with_their_reference():
-    """New adapters equal their base, so the first loss is log 2; the state holds them alone, the base is unchanged."""
+    """New adapters equal their base, so the first loss is log 2; the state holds adapters only."""
     join = functools.partial(lora.attach, scale=2.0)
     adapters = jax.jit(lambda key: lora.init(key, CFG, rank=2, pattern="layers/.*"))(KEY)
     step = parallel.jit_step(dpo.make_train_step(response, objectives.dpo, join=join, micro_batches=2))

@@ -243,7 +243,7 @@ def test_one_program_serves_all_hyperparameters():
     np.testing.assert_allclose(ptx["ptx_coef_per_token"], 27.8, rtol=1e-6)
 
 
-def test_pretraining_rows_with_zero_weight_change_nothing():
+def test_pretraining_rows_with_zero_weight_have_no_effect():
     plain = parallel.jit_step(ppo.make_train_step(MODELS, epochs=EPOCHS, minibatches=MINIBATCHES))
     alone, logs = plain(fresh(), frozen(), hyper(), batch(ptx=False), jax.random.key(0))
     unweighted, _ = step()

@@ -209,7 +209,7 @@ def test_head_of_a_domain_learns_from_its_prompts():
     assert float(unknown["skipped"]) == 1, "there is no third head to learn from these"
 
 
-def test_heads_are_combined_and_a_critic_needs_one():
+def test_heads_are_combined_and_a_critic_needs_a_single_head():
     weights = jnp.array([0.5, 0.3, 0.2])
     batch = jax.tree.map(jnp.asarray, comparisons())
     one = reward_model.score_all(fast_score, lm.heads.combine(params(H), weights), batch)
@@ -354,7 +354,7 @@ def test_shuffled_pairs_equal_grouped_pairs():
     np.testing.assert_allclose(logs["loss"].value(), softplus(-leads).mean(), rtol=1e-5)
 
 
-def test_control_tokens_turn_a_pair_into_two():
+def test_control_tokens_turn_one_pair_into_two():
     tokens = np.arange(2 * 2 * 5, dtype=np.int32).reshape(2, 2, 5)
     mask = np.ones((2, 2, 5), bool)
     mask[0, 0, 0] = False
@@ -367,7 +367,7 @@ def test_control_tokens_turn_a_pair_into_two():
 
     np.testing.assert_array_equal(result.tokens_BKL[0], [marked(better, 98), marked(better, 99)])
     np.testing.assert_array_equal(result.tokens_BKL[1], [marked(worse, 99), marked(worse, 98)])
-    assert len(result.ranks_BK) == 2, "a tie says nothing"
+    assert len(result.ranks_BK) == 2, "a tie gives no rows"
     np.testing.assert_array_equal(result.ranks_BK, [[1, 2]] * 2)
     assert not result.mask_BKL[1, :, 0].any() and result.mask_BKL[:, :, 1:].all()
 
