@@ -1,13 +1,13 @@
-"""RL methods compared at equal KL over several seeds: PPO, PPO-ptx, RLOO, GRPO, expert iteration and best-of-n.
+"""Compares RL methods at equal KL over several seeds: PPO, PPO-ptx, RLOO, GRPO, expert iteration and best-of-n.
 
     python experiments/compare.py                                 six methods with five seeds each
     python experiments/compare.py --methods ppo rloo --seeds 3
     python experiments/compare.py --preset smoke                  all runs within two minutes, too short to learn much
     python experiments/compare.py --resume runs/NAME              resume an interrupted comparison
 
-All methods start from the same SFT model and reward model. The answers that a method trains on give its KL to the SFT
-model and their gold utility at every iteration; each seed's curve of gold against KL is evaluated at the same KLs. The
-KL of best-of-n is log n - (n - 1) / n. The command has all flags of instructgpt.py.
+All methods start from the same SFT model and reward model. At every iteration, the KL to the SFT model and the gold
+utility are measured on the answers that a method trains on; each seed's curve of gold against KL is evaluated at the
+same KLs. The KL of best-of-n is log n - (n - 1) / n. The command has all flags of instructgpt.py.
 
 The run folder holds compare.json, compare.html with the figure, config.json, metrics.jsonl and checkpoints/.
 

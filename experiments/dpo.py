@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Literal
 
 from launch import command_line, process_setup
 from launch import settings as settings_lib
-from launch.setting_checks import require
+from launch.setting_checks import flag_name, require
 from preferences import direct_settings
 
 
@@ -37,7 +37,7 @@ class DPOSettings(direct_settings.DirectSettings, settings_lib.Settings):
     command: ClassVar[str] = "dpo"
 
     rounds: int = 0
-    """Number of rounds of sampling, labelling and training; each uses the policy at its start as the reference. 0
+    """Number of rounds of sampling, labelling and training; the reference of a round is the policy at its start. 0
     trains once on the comparisons."""
     samples: int = 4
     """Number of answers sampled per prompt of a round; the best and the worst make a pair."""
@@ -68,8 +68,9 @@ def parse(arguments: list[str]) -> DPOSettings:
     defaults = {field.name: field.default for field in dataclasses.fields(DPOSettings)}
     for name in unused:
         if getattr(settings, name) != defaults[name]:
-            flag = name.replace("_", "-")
-            raise settings_lib.SettingError(f"--{flag} has no effect with --rounds {settings.rounds}; leave it out")
+            raise settings_lib.SettingError(
+                f"{flag_name(name)} has no effect with --rounds {settings.rounds}; leave it out"
+            )
     if settings.published is not None:
         raise settings_lib.SettingError(
             f"--published {settings.published} selects settings of PPO, which dpo.py does not run; leave it out"

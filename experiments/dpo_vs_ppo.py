@@ -33,7 +33,7 @@ from typing import Any, ClassVar, Literal
 
 from launch import command_line, process_setup
 from launch import settings as settings_lib
-from launch.setting_checks import require
+from launch.setting_checks import flag_name, require
 from preferences import direct_settings
 
 Part = Literal["world", "bandit", "exact"]
@@ -86,8 +86,9 @@ def parse(arguments: list[str]) -> StudySettings:
     for name in ("betas", "kl_coefs", "bandit_coefs", "at"):
         values = getattr(settings, name)
         if not values or min(values) <= 0 or len(set(values)) < len(values):
-            flag = name.replace("_", "-")
-            raise settings_lib.SettingError(f"--{flag} is {values}; the values must be above 0 and all different")
+            raise settings_lib.SettingError(
+                f"{flag_name(name)} is {values}; the values must be above 0 and all different"
+            )
     if not settings.parts:
         raise settings_lib.SettingError("--parts is empty; name at least one of world, bandit and exact")
     if "world" in settings.parts and settings.data.path is not None:
@@ -191,7 +192,7 @@ def _exact_sentence(policies: dict[str, Any]) -> str:
     unseen = {name: policy["probabilities"][2] for name, policy in policies.items()}
     return (
         f"Of three answers, the third is unseen: its probability is {unseen['DPO']:.3f} after DPO and "
-        f"{unseen['PPO']:.4f} after PPO, and {unseen[OPTIMUM]:.1e} in the optimum."
+        f"{unseen['PPO']:.4f} after PPO, and {unseen[OPTIMUM]:.1e} at the optimum."
     )
 
 

@@ -3,7 +3,7 @@
     python experiments/rewardbench.py --model runs/NAME/reward_model --data.path FILE.jsonl
     python experiments/rewardbench.py --model DIR --data.path FILE.parquet --out runs/rewardbench
 
-The model has a scalar head; its folder, such as instructgpt.py writes, also holds its tokenizer and its chat template.
+The model folder, such as instructgpt.py writes, holds a model with a scalar head, its tokenizer and its chat template.
 A record has a prompt (text or messages), a chosen and a rejected answer and, optionally, a subset. A tie counts a half;
 the strict accuracy, which RewardBench reports, counts it as wrong. Scores are used as saved, that is, with any gain
 that scales them for RL; divided by the calibration temperature, their differences are log odds.
@@ -44,8 +44,8 @@ class RewardBenchSettings:
     batch: int = 16
     """Number of answers scored at a time."""
     max_length: int | None = None
-    """Maximum number of tokens of a prompt and an answer; longer records are dropped and counted. Default: the model's
-    limit."""
+    """Maximum number of tokens of a prompt with its answer; longer records are dropped and counted. Default: the
+    model's limit."""
     bins: int = 10
     """Maximum number of bins of the calibration curve; each has the same number of pairs."""
 

@@ -1,4 +1,4 @@
-"""Measures reward against KL: PPO with several KL coefficients and seeds, from one SFT model and one reward model.
+"""Measures reward against KL for PPO with several KL coefficients and seeds, from one SFT and one reward model.
 
     python experiments/sweep.py                                    4 coefficients x 3 seeds on the built-in world
     python experiments/sweep.py --kl-coefs 0.02 0.2 --seeds 5

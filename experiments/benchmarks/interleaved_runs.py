@@ -110,7 +110,7 @@ class _Process:
             self._process.wait()
 
     def start(self) -> bool:
-        """Runs the program up to its first timed repetition; returns False if it fails before."""
+        """Runs the program up to its first timed repetition; returns False if it fails before that."""
         python = peer_environments.interpreter(self._options.peers, self.program.home)
         self._options.logs.mkdir(parents=True, exist_ok=True)
         with (self._options.logs / f"{self.program.key}.log").open("w") as log:

@@ -44,7 +44,7 @@ def parse_options(description: str | None, *, variants: tuple[str, ...] = ()) ->
 class Clock:
     """Times repetitions between `start` and `stop`: the first one, some for warmup, and those that count.
 
-    Standard output is reserved for the result; what libraries print there goes to standard error.
+    Standard output is reserved for the result; libraries' output is redirected to standard error.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:

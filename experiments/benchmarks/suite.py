@@ -111,7 +111,7 @@ def select(only: str) -> tuple[Row, ...]:
     """Returns the rows of a comma-separated list, or all rows for an empty one.
 
     Raises:
-        ValueError: There is no such row.
+        ValueError: A row does not exist.
     """
     names = [name.strip() for name in only.split(",") if name.strip()]
     rows = {row.key: row for row in ROWS}

@@ -57,7 +57,7 @@ def corrupt(
     *,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Report:
-    """Corrupts the newest checkpoint of a finished run in ``counts`` ways of each kind, and restores after each."""
+    """Corrupts the newest checkpoint of a finished run ``counts`` times per kind; restores it after each corruption."""
     shutil.copytree(reference.folder / "checkpoints", folder)
     steps = sorted(int(path.name.removeprefix("step_")) for path in folder.iterdir())
     newest = folder / f"step_{steps[-1]:09d}"

@@ -280,7 +280,7 @@ def _state_differences(process: ProcessResult, reference: Reference) -> list[str
 
 
 def _wrong_exit(process: ProcessResult, interruption: Interruption) -> list[str]:
-    """Returns what is wrong with the exit of an interrupted process."""
+    """Returns the problems with the exit of an interrupted process."""
     if interruption.signal == signal.SIGKILL:
         if process.exitcode != -signal.SIGKILL:
             return [f"the process ended with status {process.exitcode} after SIGKILL"]
@@ -303,7 +303,7 @@ def compare(path: pathlib.Path, reference: Reference) -> list[str]:
 
 
 def _restart_finished(stage: str, path: pathlib.Path, settings: RunSettings, reference: Reference) -> list[str]:
-    """Starts a finished run again, which must restore its final state without training; returns what is wrong."""
+    """Starts a finished run again, which must restore its final state without training; returns the problems."""
     (path / tiny_runs.FINAL).unlink()
     process = run_process(stage, path, settings)
     if not process.finished or process.states:

@@ -207,7 +207,7 @@ class _Checkpoints(checkpoint.Checkpoints):
 
 
 def run(stage: str, folder: str, steps: int, save_every: int, seed: int, connection: Any) -> None:
-    """Starts or resumes a run, then exits: with status 0 at its end, 75 if SIGTERM stopped it."""
+    """Starts or resumes a run, then exits with status 0 at its end or with 75 if SIGTERM stopped it."""
     path, report = pathlib.Path(folder), _EventWriter(connection)
     path.mkdir(parents=True, exist_ok=True)
     out = os.open(path / "output.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

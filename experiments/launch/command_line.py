@@ -1,4 +1,4 @@
-"""Parses the command lines of experiments. Imports neither jax nor the library, so that ``--help`` answers at once."""
+"""Parses the command lines of experiments. Imports neither jax nor the library, so that ``--help`` is fast."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ def is_sharded(settings: Settings) -> bool:
 
 
 def check(settings: Settings) -> None:
-    """Raises SettingError for impossible mesh sizes and for batches that do not divide over data x fsdp.
+    """Raises SettingError for invalid mesh sizes and for batches that do not divide over data x fsdp.
 
     Batches are not checked while ``data`` is -1; `device_mesh.resolve` computes its size and checks again.
     """

@@ -116,17 +116,13 @@ def create(path: pathlib.Path, settings: Settings, *, model_files: str | None = 
 def check_model_unchanged(resume: str, settings: Settings, model_files: str) -> None:
     """Raises SettingError if the files of --model have changed since the run was started."""
     if config_file.read(resume)[MODEL_FILES] != model_files:
-        raise SettingError(
-            f"cannot continue --resume {resume}: the files in {settings.model} have changed since the run was started"
-        )
+        raise SettingError(f"cannot continue --resume {resume}: the files in {settings.model} changed since its start")
 
 
 def check_data_unchanged(resume: str, settings: Settings) -> None:
     """Raises SettingError if the files of --data.path have changed since the run was started."""
     if config_file.read(resume)[DATA_FILE] != data_digest(settings):
-        raise SettingError(
-            f"cannot continue --resume {resume}: {settings.data.path} has changed since the run was started"
-        )
+        raise SettingError(f"cannot continue --resume {resume}: {settings.data.path} changed since its start")
 
 
 def data_digest(settings: Settings) -> str | None:

@@ -29,7 +29,7 @@ STOP_ID = 2
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A program to compile, and its properties that are known before."""
+    """A program to compile, and its properties that are known without compilation."""
 
     name: str
     lower: Callable[[], jax.stages.Lowered]

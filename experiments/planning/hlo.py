@@ -144,7 +144,7 @@ def read(text: str, *, open_loops: int = 1, mesh: dict[str, int] | None = None) 
         for outer in computations[name]:
             moved += times * _bytes_moved(outer, by_name[name], computations)
             for i, inside in _collectives(outer, computations):
-                # A collective that overlaps with fusions is listed in each of them, and in loops inside of them.
+                # A collective that overlaps with fusions is listed in each of them and in the loops inside them.
                 channel = re.search(r"channel_id=\d+", i.rest)
                 key = f"{channel.group(0)} {i.opcode} {i.arrays}" if channel and inside else i.name
                 if key not in seen:
@@ -210,7 +210,7 @@ def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int
 def _collectives(
     i: Instruction, computations: dict[str, list[Instruction]]
 ) -> Iterator[tuple[Instruction, str | None]]:
-    """Yields the collectives of an instruction; those inside of a fusion with the name of the fused computation."""
+    """Yields the collectives of an instruction, each with the name of the fused computation around it, if any."""
     if i.opcode.removesuffix("-start") in KINDS:
         yield i, None
     if i.opcode in ("fusion", "async-start", "custom-call"):

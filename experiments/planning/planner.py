@@ -160,7 +160,7 @@ def _out_of_memory(text: str, known: dict[str, Any], seconds: float) -> roofline
 
 
 def _changes(plan: Plan, estimate: roofline.Estimate) -> Iterator[Plan]:
-    """Yields plans that need less memory, with more and more changes, the cheapest change first."""
+    """Yields plans that need less memory, with an increasing number of changes, the cheapest first."""
     trains = plan.stage != "ppo-collect"
     rows = estimate.mesh["data"] * estimate.mesh["fsdp"]
     minibatches = plan.minibatches if plan.stage in ("ppo", "ppo-update") else 1

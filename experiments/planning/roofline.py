@@ -118,11 +118,11 @@ def unneeded(collectives: Sequence[Collective], cfg: lm.LMConfig, mesh: dict[str
         elif c.kind == "all-gather" and dims in stacked:
             reason = "it gathers a weight of all layers at once"
         elif c.kind == "all-gather" and dims in layer and mesh["tensor"] > 1 and "tensor" in c.axes:
-            reason = "it gathers a weight over the axis tensor, of which each chip should only use its own shard"
+            reason = "it gathers a weight over the axis tensor, although each chip should use only its own shard"
         elif c.kind == "all-reduce" and dims in layer and mesh["fsdp"] > 1 and "fsdp" in c.axes:
             reason = "it sums whole weights instead of gathering or scattering their shards"
             if (shard := cfg.d_model // mesh["fsdp"]) % 128:
-                reason += f"; fsdp splits d_model into shards of {shard}, which is no multiple of 128"
+                reason += f"; fsdp splits d_model into shards of {shard}, which is not a multiple of 128"
         else:
             continue
         received = size(c.received)

@@ -260,7 +260,7 @@ def iterate(
         The final policy, and the results of each round.
 
     Raises:
-        SettingError: The judge prefers no answer to another in a round.
+        SettingError: The judge has no preference between the answers to any prompt of a round.
         DivergedError: The judge gives a score that is not finite.
     """
     job, policy, results = trainer.job, start, []
@@ -277,7 +277,7 @@ def iterate(
             raise loop.DivergedError(f"round {r} of {name}: {error}") from None
         if len(pairs) == 0:
             raise settings_lib.SettingError(
-                f"round {r} of {name} has no pairs to train on: the judge prefers no answer to another; use fewer "
+                f"round {r} of {name} has no pairs to train on: the judge has no preference in any pair; use fewer "
                 "--rounds, more --samples or another judge"
             )
         unseen = schedule(settings or trainer.settings, len(pairs), devices=trainer.devices).unseen

@@ -8,9 +8,9 @@ import operator
 from collections.abc import Iterable
 from typing import Literal
 
-from launch import mesh_settings, setting_checks
+from launch import mesh_settings
 from launch import settings as settings_lib
-from launch.setting_checks import require, require_divides
+from launch.setting_checks import flag_name, require, require_divides
 
 Loss = Literal["dpo", "cdpo", "robust", "ipo", "hinge", "kto", "orpo", "simpo", "dpo-sft", "dpo-norm"]
 
@@ -117,5 +117,4 @@ def refuse_unread(settings: settings_lib.Settings, names: Iterable[str], *, prog
     for name in names:
         read = operator.attrgetter(name)
         if read(settings) != read(preset):
-            flag = setting_checks.flag_name(name)
-            raise settings_lib.SettingError(f"{flag} has no effect on {program}; leave it out")
+            raise settings_lib.SettingError(f"{flag_name(name)} has no effect on {program}; leave it out")

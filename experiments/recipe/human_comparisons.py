@@ -59,8 +59,8 @@ def check_roles(rankings: Sequence[records.Ranking]) -> None:
 def conversation_ids(comparisons: Sequence[records.Ranking | Pair]) -> np.ndarray:
     """Returns a conversation id, from 0, for each comparison: equal for those with the same first user turn.
 
-    Files contain several turns of a conversation as separate comparisons, the earlier ones within the prompts of the
-    later ones, so they must be held out together. System turns do not count, since many conversations share them.
+    Files contain several turns of a conversation as separate comparisons, and the prompts of later turns contain the
+    earlier ones, so they must be held out together. System turns are ignored, since many conversations share them.
     """
     ids: dict[str, int] = {}
     return np.array([ids.setdefault(_first_user_turn(each.prompt), len(ids)) for each in comparisons])

@@ -124,7 +124,7 @@ class Job:
         return {"head": critic["head"]} if source == "zero-head" else critic
 
     def programs(self) -> dict[str, int]:
-        """Returns how often each large program was traced, and so compiled.
+        """Returns how often each large program was traced and thus compiled.
 
         A program counts at least once even if only an earlier process called it, so that a resumed run has the same
         results.

@@ -99,7 +99,7 @@ class Sampler:
         run = self._run if reference is None and reward is None else self._measure
         parts = []
         for start in range(0, n, chunk):
-            rows = np.minimum(np.arange(start, start + chunk), n - 1)  # the last prompt fills the last chunk
+            rows = np.minimum(np.arange(start, start + chunk), n - 1)  # copies of the last prompt fill the last chunk
             inputs = prompts.tokens_BP[rows], prompts.mask_BP[rows], rng_B[start : start + chunk]
             parts.append(run(policy, reference, reward, *self._own_rows(inputs)))
         # The results are fetched after all calls are dispatched, so that the device does not wait for the host.

@@ -174,7 +174,7 @@ def normalise_scores(job: Job, reward: Params, policy: Params) -> Params:
 
 
 def train_ppo(job: Job, stage: str, start: Params, rewards: list[Params], *, ptx_coef: float) -> Params:
-    """Trains a policy by the RL method of the settings.
+    """Trains a policy with the RL method of the settings.
 
     Args:
         job: The job of the run.

@@ -111,7 +111,7 @@ class Task:
 
 
 def make_task(settings: Settings, model: initial_model.InitialModel | None = None) -> Task:
-    """Returns the data of a run, in the tokens of ``model`` if it starts from one.
+    """Returns the data of a run, tokenised for ``model`` if the run starts from one.
 
     Raises DataError for an unusable file, and SettingError for rows that exceed the model's maximum length.
     """
@@ -234,7 +234,7 @@ def _world_task(settings: Settings, model: initial_model.InitialModel | None) ->
 def _demonstration_rows(
     prompt_set: PromptSet, answers: list[list[int]], width: int, pad_id: int, counts: errors.DropCount
 ) -> padding.Rows:
-    """Returns rows of prompt and answer; answers longer than the width are counted and lose their end."""
+    """Returns rows of prompt and answer; longer answers are counted, truncated and have no stop token."""
     tokens_BT, mask_BT = padding.pad_answers(answers, width=width, pad_id=pad_id, counts=counts)
     return padding.Rows(
         tokens_BL=np.concatenate([prompt_set.tokens_BP, tokens_BT], axis=1),
@@ -333,7 +333,7 @@ def token_batch(rows: padding.Rows, indices: np.ndarray) -> sft.TokenBatch:
 
 
 def text_batch(rows_BL: np.ndarray) -> sft.TokenBatch:
-    """Returns a batch of packed text, without padding; the loss is on every token but the first of a row."""
+    """Returns a batch of packed text, without padding; the loss is on every token except the first of a row."""
     mask_BL = np.ones(rows_BL.shape, bool)
     loss_mask_BL = mask_BL.copy()
     loss_mask_BL[:, 0] = False

@@ -31,7 +31,7 @@ class StartModels(NamedTuple):
 
     @property
     def frozen(self) -> ppo.Frozen:
-        """The models that PPO takes as frozen."""
+        """The frozen models that PPO takes."""
         return ppo.Frozen(reference=self.start, reward=self.reward, heldout=self.heldout)
 
 
@@ -119,7 +119,7 @@ def measure(
         job: The job of the run.
         models: The models that all runs share.
         prompts: The held-out prompts.
-        baseline: Answers from `sample_answers` that the win rate compares with.
+        baseline: Answers from `sample_answers` that the policy's answers are compared with.
         policy: Parameters of the policy.
         seed: Seed of the sampling.
 

@@ -64,7 +64,7 @@ def test_truncated_sampling_needs_the_sampler_correction():
     made = settings.preset("default")
     for change in (dict(top_k=10), dict(top_p=0.9)):
         cut = dataclasses.replace(made, ppo=dataclasses.replace(made.ppo, **change))
-        with pytest.raises(settings.SettingError, match=r"--ppo.top-[kp] .*correct-sampler.*another distribution"):
+        with pytest.raises(settings.SettingError, match=r"--ppo.top-[kp] .*correct-sampler.*a distribution other than"):
             setting_checks.check(cut)
         setting_checks.check(dataclasses.replace(cut, ppo=dataclasses.replace(cut.ppo, correct_sampler=True)))
 
