@@ -1,6 +1,6 @@
 """Advantages: per token from a critic (GAE), or per response from the other responses to its prompt (RLOO, GRPO).
 
-All functions but `whiten` take one sequence or one prompt (rank 1); ``jax.vmap`` them over the batch. Bind
+All functions except `whiten` take one sequence or one prompt (rank 1); use ``jax.vmap`` for a batch. Bind
 hyperparameters first, because ``vmap`` maps keyword arguments: ``jax.vmap(functools.partial(gae, discount=1.0))``.
 """
 
@@ -19,8 +19,8 @@ def whiten(
 ) -> jax.Array:
     """Returns ``(x - mean) * rsqrt(var + 1e-8)`` over the mask, with the population variance (Ziegler 2019).
 
-    Rewards are whitened with ``shift_mean=False`` before GAE, advantages with ``shift_mean=True`` after the returns
-    are formed.
+    Whiten rewards with ``shift_mean=False`` before GAE, and advantages with ``shift_mean=True`` after computing the
+    returns.
 
     Args:
         x: Array of any shape.
@@ -143,6 +143,6 @@ def group_center(scores_K: jax.Array) -> jax.Array:
     if scores_K.shape[0] < 2:
         raise ValueError(f"a group needs at least 2 completions, got {scores_K.shape[0]}")
     scores_K = masking.as_float32(scores_K)
-    # Offsets from the first score: equal scores then give exact zeros, and a large common offset costs no digits.
+    # Subtracting the first score makes equal scores exact zeros, and a large common offset costs no digits.
     offsets_K = scores_K - scores_K[0]
     return offsets_K - jnp.mean(offsets_K)

@@ -1,7 +1,7 @@
-"""Aggregation of the token losses of a batch into one number: the weight of each token.
+"""Reductions of the token losses of a batch to a scalar; they differ in the weight of each token.
 
-A reduction maps the mask of the whole batch to one weight per row and one divisor, so that micro-batches and devices
-add up to the same number however the rows are distributed::
+A reduction maps the mask of the whole batch to one weight per row and one divisor, so that the sum over micro-batches
+and devices does not depend on how the rows are distributed::
 
     weights_B, total = sequence_mean(mask_BT)
     loss = weighted_sum(losses_BT, weights_B, where=mask_BT) / total
@@ -41,7 +41,7 @@ def sequence_mean(mask_BT: jax.Array, *, axis_name: masking.AxisName = None) -> 
 
 
 def sequence_sum(mask_BT: jax.Array, *, axis_name: masking.AxisName = None) -> tuple[jax.Array, jax.Array]:
-    """Averages over responses the sum over their tokens: the unbiased gradient of the expected reward."""
+    """Averages the token sums of the responses, which gives the unbiased gradient of the expected reward."""
     return jnp.ones(mask_BT.shape[0]), _count_responses(mask_BT, axis_name)
 
 
@@ -59,10 +59,10 @@ def weighted_sum(
         losses_BT: Token losses, unreduced.
         weights_B: Weight of each row, from a reduction.
         where: ``[B, T]``, True at the tokens that count.
-        axis_name: Mesh, ``vmap`` or ``pmap`` axes whose devices add up their sums.
+        axis_name: Mesh, ``vmap`` or ``pmap`` axes over which the sums are added.
 
     Returns:
-        A scalar, still to be divided by the total of the reduction.
+        A scalar, to be divided by the total of the reduction.
     """
     return masking.masked_sum(losses_BT * weights_B[:, None], where=where, axis_name=axis_name)
 

@@ -33,7 +33,7 @@ def ratio(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
 def k1(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
     """Returns ``rho``, the log-ratio: an unbiased estimate of the KL with high variance, which can be negative.
 
-    This is the estimator to put into the reward. Arrays of any one shape, unreduced.
+    This is the estimator to put into the reward. The arrays have the same shape; the result is unreduced.
 
     Example:
         >>> import jax.numpy as jnp
@@ -49,7 +49,8 @@ def k1(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
 def k2(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
     """Returns ``rho^2 / 2``: a biased estimate of the KL with low variance.
 
-    As a loss it has the gradient of ``KL(policy || reference)``. Arrays of any one shape, unreduced.
+    As a loss it has the gradient of ``KL(policy || reference)``. The arrays have the same shape; the result is
+    unreduced.
     """
     return 0.5 * jnp.square(k1(logprobs, reference_logprobs))
 
@@ -57,8 +58,8 @@ def k2(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
 def k3(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
     """Returns ``exp(-rho) - 1 + rho``: unbiased, with low variance and never negative (GRPO, Shao 2024 Eq 4).
 
-    The exponential is extrapolated linearly where ``rho`` is below -20, see `ratio`. Arrays of any one shape,
-    unreduced.
+    The exponential is extrapolated linearly where ``rho`` is below -20; see `ratio`. The arrays have the same shape;
+    the result is unreduced.
 
     Example:
         >>> from rlhf_jax import kl
@@ -76,7 +77,7 @@ def full(logits: jax.Array, reference_logits: jax.Array) -> jax.Array:
 
     Args:
         logits: ``[..., V]``, already divided by the temperature; -inf marks an impossible token.
-        reference_logits: ``[..., V]``, likewise.
+        reference_logits: ``[..., V]``, of the reference, likewise divided by the temperature.
 
     Returns:
         ``[...]``, unreduced; infinite where the policy allows a token that the reference excludes.
@@ -169,7 +170,10 @@ def update_controller_by_horizon(
 def update_controller_by_doubling(
     state: ControllerState, observed_kl: jax.Array, *, target: float | jax.Array
 ) -> ControllerState:
-    """Applies PPO's penalty rule (Schulman 2017, 4): doubles above 1.5 times the target, halves below target / 1.5."""
+    """Applies PPO's penalty rule (Schulman 2017, 4).
+
+    The coefficient doubles if the KL is above 1.5 times the target, and halves if it is below target / 1.5.
+    """
     masking.check_rank(0, observed_kl=observed_kl)
     factor = jnp.where(observed_kl > 1.5 * target, 2.0, jnp.where(observed_kl < target / 1.5, 0.5, 1.0))
     return ControllerState(kl_coef=state.kl_coef * factor)

@@ -38,7 +38,7 @@ def check_rank(rank: int, **arrays: jax.Array | float) -> None:
 def check_same_shape(**arrays: jax.Array | float) -> None:
     """Raises ValueError unless all arrays, passed by name, have the same shape; scalars are always accepted.
 
-    Broadcasting ``[B]`` against ``[B, 1]`` silently makes ``[B, B]``, which a loss never wants.
+    Broadcasting ``[B]`` against ``[B, 1]`` silently makes ``[B, B]``, which is always a mistake in a loss.
     """
     shapes = {name: jnp.shape(array) for name, array in arrays.items() if jnp.ndim(array) > 0}
     if len(set(shapes.values())) > 1:
@@ -61,7 +61,7 @@ def masked_sum(x: jax.Array, *, where: jax.Array | bool, axis: Axis = None, axis
         x: Array of any shape; summed in at least float32.
         where: Boolean (or 0/1) mask, a scalar or of the rank of ``x`` and broadcastable to it.
         axis: Axes to sum over, as in ``jnp.sum``; all of them by default.
-        axis_name: Mesh, ``vmap`` or ``pmap`` axes whose devices add up their sums.
+        axis_name: Mesh, ``vmap`` or ``pmap`` axes over which the sums are added.
 
     Returns:
         The sum, 0 where the mask is empty.
@@ -80,7 +80,7 @@ def masked_count(x: jax.Array, *, where: jax.Array | bool, axis: Axis = None, ax
         x: Array of any shape, of which only the shape matters.
         where: Mask, as in `masked_sum`.
         axis: Axes to count over, as in ``jnp.sum``; all of them by default.
-        axis_name: Mesh, ``vmap`` or ``pmap`` axes whose devices add up their counts.
+        axis_name: Mesh, ``vmap`` or ``pmap`` axes over which the counts are added.
 
     Returns:
         The count. It is an integer because a float32 sum of ones stops growing at 2^24 tokens.

@@ -99,7 +99,7 @@ class MetricLog:
 
     The lines are the exact record: `write` returns after its line has reached the file. The TensorBoard files are
     flushed every few seconds, so an interrupted process can lose the last points of a curve there. Each stage is a
-    TensorBoard run of its own, because a restart purges a whole run after a step and stages count steps separately.
+    separate TensorBoard run, because a restart purges a run after a step and every stage counts its own steps.
 
     Every method raises `LogError` if the disk is full, read-only or gone.
     """

@@ -142,7 +142,7 @@ class PackedComparisons:
 
 @struct.dataclass
 class Preferences:
-    """A batch for DPO and its relatives: pairs of responses to one prompt, or responses labelled good or bad.
+    """A batch for DPO and related methods: pairs of responses to one prompt, or responses labelled good or bad.
 
     In pairs K is 2 and the preferred response comes first. Labelled responses set ``good_BK`` and allow any K, with 1
     for one response per prompt. C is the number of columns for which the step computes log-probabilities: L, or T if

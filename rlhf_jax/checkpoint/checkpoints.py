@@ -1,14 +1,15 @@
 """Checkpoints: atomic, hashed leaf by leaf, and restored from the newest undamaged one.
 
 Orbax writes the arrays in the background, into a temporary folder that is renamed when complete. It keeps no checksum
-of array data, so a manifest next to the arrays holds a SHA-256 of every leaf and of itself, and `Checkpoints.restore`
-returns nothing that does not match. On disk::
+of array data, so a manifest next to the arrays holds a SHA-256 of every leaf and of its own contents, and
+`Checkpoints.restore` returns only arrays that match it. On disk::
 
     directory/step_000000100/state/...     the leaves, by number
     directory/step_000000100/manifest/...  paths, shapes, dtypes, digests, the caller's metadata
 
 Several processes may share a directory on a common file system. All of them save and restore, and the number of
-processes and devices may change in between. An array that spans processes is gathered to compute its digest.
+processes and devices may change between a save and a restore. An array that spans processes is gathered to compute its
+digest.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def _reason(error: BaseException) -> str:
 
 
 _on_all = partial(processes.call_on_all, error=manifest_lib.DamagedError)
-"""Damage that one process detects is an error in all, so that they resume from the same step."""
+"""Damage that one process detects is an error in all processes, so that all of them resume from the same step."""
 
 
 def _read_manifest(checkpointer: Any, path: epath.Path) -> dict[str, Any]:
@@ -127,10 +128,10 @@ def _read(checkpointer: Any, path: epath.Path, like: Any) -> tuple[Any, dict[str
 class Checkpoints:
     """The checkpoints of one run in one directory.
 
-    Use it as a context manager or call `close`: a process that exits during a save loses that save, but not the one
-    before. An old checkpoint is removed only after a newer one was read back and verified (except for arrays that span
-    processes, which are not read back). After `restore`, the first `save` renames the steps that are newer than the
-    restored one, damaged or not, and removes them once it has been verified.
+    Use it as a context manager or call `close`: a process that exits during a save loses that save, but not the
+    previous one. An old checkpoint is removed only after a newer one was read back and verified (except for arrays that
+    span processes, which are not read back). After `restore`, the first `save` renames the steps that are newer than
+    the restored one, damaged or not, and removes them once it has been verified.
 
     Attributes:
         skipped: Step and damage of each checkpoint that `restore` skipped.
@@ -148,7 +149,7 @@ class Checkpoints:
     def __init__(
         self, directory: str | os.PathLike[str], *, keep: int = 2, warn: Callable[[str], None] | None = None
     ) -> None:
-        """Does not access the disk yet."""
+        """Stores the settings without accessing the disk."""
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
         self.directory = epath.Path(directory).expanduser().resolve()
@@ -271,7 +272,7 @@ class Checkpoints:
             raise CheckpointError(f"step {step} was saved in {self.directory} but has vanished")
         obsolete = [self._path(old) for old in steps[: -self.keep]]
         obsolete += [child for child in self.directory.iterdir() if child.name.startswith(_ASIDE)]
-        # Every process calls _move, which has a barrier; what they see of the directory may differ.
+        # Every process calls _move, which has a barrier, because the processes may list different steps.
         self._move([(path, None) for path in (obsolete if obsolete and self._is_undamaged(step) else [])])
 
     def close(self) -> None:
@@ -351,7 +352,7 @@ def save_params(path: str | os.PathLike[str], params: Any, metadata: dict[str, A
         metadata: JSON values, as in `Checkpoints.save`.
 
     Raises:
-        TypeError: ``params`` contains other containers than dicts with string keys and lists.
+        TypeError: ``params`` contains a container other than a dict with string keys or a list.
         CheckpointError: The files cannot be written.
     """
     _, leaves, treedef = manifest_lib.flatten(params)

@@ -112,11 +112,11 @@ def check_structure(manifest: dict[str, Any], paths: list[str], leaves: list[Any
     Args:
         manifest: Manifest of the checkpoint.
         paths: Paths of the requested leaves.
-        leaves: Requested leaves, of which only shape and dtype are read.
+        leaves: Requested leaves; only their shapes and dtypes are used.
         source: Path of the checkpoint, for the error message.
 
     Raises:
-        CheckpointError: They differ; the message names a leaf.
+        CheckpointError: The structures differ; the message names a leaf.
     """
     saved = [entry["path"] for entry in manifest["leaves"]]
     if saved != paths:

@@ -1,8 +1,8 @@
-"""The examples in the batch of a step, as a pure function of key and step, so that resuming is exact.
+"""Choice of the examples in each batch as a pure function of key and step, which makes resuming exact.
 
 There is no iterator and no state to save: batch ``s`` is the same whether a run reached it from the start or from a
-checkpoint. A checkpoint stores a `fingerprint` of the data next to the step, because the same indices into other data
-give other batches.
+checkpoint. A checkpoint stores a `fingerprint` of the data next to the step, because the same indices select different
+examples from different data.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ def epoch_batches(
     ((3, 2), [0, 1, 2, 3, 4, 5])
 
     Args:
-      step: Step of the batch, from 0.
-      n: Number of examples.
-      batch_size: Number of examples in a batch; may exceed ``n`` unless ``drop_last`` is set.
-      key: A JAX key; consumed. All steps of a run use the same key.
-      steps: Number of consecutive batches to return, starting at ``step``; cheaper than one call for each, because an
-        epoch is shuffled once. None returns one batch.
-      drop_last: Whether to drop the remainder of each epoch.
+        step: Step of the batch, from 0.
+        n: Number of examples.
+        batch_size: Number of examples in a batch; may exceed ``n`` unless ``drop_last`` is set.
+        key: A JAX key; consumed. All steps of a run use the same key.
+        steps: Number of consecutive batches to return, starting at ``step``; cheaper than one call for each, because an
+            epoch is shuffled once. None returns one batch.
+        drop_last: Whether to drop the remainder of each epoch.
 
     Returns:
-      int32 ``[batch_size]``, or ``[steps, batch_size]`` if ``steps`` is given.
+        int32 ``[batch_size]``, or ``[steps, batch_size]`` if ``steps`` is given.
 
     Raises:
-      ValueError: If a number is out of range.
+        ValueError: If a number is out of range.
     """
     if step < 0 or n < 1 or batch_size < 1 or (steps is not None and steps < 1):
         raise ValueError(
@@ -67,13 +67,13 @@ def epoch_of(step: int, *, n: int, batch_size: int, drop_last: bool = False) -> 
     """Returns the epoch of the first example in the batch at ``step``.
 
     Args:
-      step: Step of the batch, from 0.
-      n: Number of examples.
-      batch_size: Number of examples in a batch.
-      drop_last: As for `epoch_batches`.
+        step: Step of the batch, from 0.
+        n: Number of examples.
+        batch_size: Number of examples in a batch.
+        drop_last: As for `epoch_batches`.
 
     Returns:
-      The epoch, from 0.
+        The epoch, from 0.
     """
     per_epoch = n - n % batch_size if drop_last else n
     return step * batch_size // per_epoch
@@ -83,15 +83,15 @@ def split(n: int, *, fraction: float, key: jax.Array) -> tuple[np.ndarray, np.nd
     """Splits ``n`` examples at random into a training part and a held-out part.
 
     Args:
-      n: Number of examples.
-      fraction: Share of the held-out part, between 0 and 1; it gets ``round(n * fraction)`` examples.
-      key: A JAX key; consumed.
+        n: Number of examples.
+        fraction: Share of the held-out part, between 0 and 1; it gets ``round(n * fraction)`` examples.
+        key: A JAX key; consumed.
 
     Returns:
-      ``(train, held_out)``, disjoint int32 indices, each in ascending order.
+        ``(train, held_out)``, disjoint int32 indices, each in ascending order.
 
     Raises:
-      ValueError: If one of the parts would be empty.
+        ValueError: If one of the parts would be empty.
     """
     held_out = round(n * fraction)
     if not 0 < held_out < n:
@@ -106,13 +106,13 @@ def fingerprint(arrays: Any) -> str:
     The result is the same on every machine, and for NumPy and JAX arrays. It depends on the order of the rows.
 
     Raises:
-      ValueError: If an array holds Python objects, whose bytes are addresses.
+        ValueError: If an array holds Python objects, whose bytes are addresses.
     """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
         array = np.asarray(leaf)
         if array.dtype.hasobject:
-            raise ValueError(f"{jax.tree_util.keystr(path)} is an array of Python objects, which has no fixed bytes")
+            raise ValueError(f"{jax.tree_util.keystr(path)} is an array of Python objects, which cannot be hashed")
         array = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
         # repr makes the header self-delimiting, so no two pytrees give the same bytes.
         digest.update(repr((jax.tree_util.keystr(path), array.shape, array.dtype.name)).encode())
@@ -121,7 +121,7 @@ def fingerprint(arrays: Any) -> str:
 
 
 def _shuffle(n: int, key: jax.Array) -> np.ndarray:
-    """Returns a permutation of ``range(n)``, int32, computed on the host: no compilation, no transfer.
+    """Returns a permutation of ``range(n)``, int32, computed on the host without compilation or transfer.
 
     It sorts the raw output of a counter-based generator, which NumPy promises to keep from version to version; NumPy
     makes no such promise for ``Generator.permutation``.

@@ -19,7 +19,7 @@ def drop_uninformative(batch: types.Comparisons, counts: errors.DropCount) -> ty
     tied"``.
 
     Raises:
-      DataError: If more prompts are dropped than ``counts`` allows, or none is left.
+        DataError: If more prompts are dropped than ``counts`` allows, or none is left.
     """
     batch = jax.tree.map(np.asarray, batch)
     tokens_BKL, mask_BKL, ranks_BK = (np.asarray(x) for x in (batch.tokens_BKL, batch.mask_BKL, batch.ranks_BK))
@@ -43,18 +43,18 @@ def drop_uninformative(batch: types.Comparisons, counts: errors.DropCount) -> ty
     counts.add(stage, records=len(where_BK), source="comparisons")
     if not kept:
         raise errors.DataError(
-            f"none of {len(where_BK)} comparisons has different answers of different rank ({stage.report()})"
+            f"none of {len(where_BK)} comparisons has two different answers with different ranks ({stage.report()})"
         )
     cleaned = batch.replace(where_BK=where_BK, ranks_BK=np.where(where_BK, ranks_BK, 0))  # type: ignore[attr-defined]
     return jax.tree.map(lambda x: x[kept], cleaned)
 
 
 def split_into_pairs(batch: types.Comparisons) -> types.Comparisons:
-    """Returns each pair of answers as a row of its own, K = 2, with the better answer first.
+    """Returns each pair of answers as a separate row, K = 2, with the better answer first.
 
-    This is the baseline of InstructGPT, section 3.5: shuffled into batches, each answer recurs in K - 1 rows of an
-    epoch, and the paper found that the model then overfits. Ties and missing answers give no rows. Each row keeps the
-    domain and the loss inputs of its prompt. Rows are ordered by prompt, then better answer, then worse answer.
+    This is the baseline in InstructGPT, section 3.5. Each answer recurs in K - 1 rows of an epoch, and the paper found
+    that a model trained on the shuffled rows overfits. Ties and missing answers give no rows. Each row keeps the domain
+    and the loss inputs of its prompt. Rows are ordered by prompt, then better answer, then worse answer.
 
     >>> import numpy as np
     >>> from rlhf_jax import types
@@ -88,14 +88,14 @@ def add_control_tokens(batch: types.Comparisons, *, good_id: int, bad_id: int, c
     mark is a control token inserted at ``column``, where the answer begins, so rows become one token wider.
 
     Args:
-      batch: Comparisons with left-padded prompts. Every pair of a prompt with more than two answers is used.
-      good_id: Id of the control token GOOD.
-      bad_id: Id of the control token BAD.
-      column: P, the width of the prompts.
+        batch: Comparisons with left-padded prompts. Every pair of a prompt with more than two answers is used.
+        good_id: Id of the control token GOOD.
+        bad_id: Id of the control token BAD.
+        column: P, the width of the prompts.
 
     Returns:
-      Comparisons with K = 2 and L + 1 columns, the better first: two for each pair, in the order of
-      `split_into_pairs`.
+        Comparisons with K = 2 and L + 1 columns, the better first: two for each pair, in the order of
+        `split_into_pairs`.
     """
     pairs = split_into_pairs(batch)
     tokens_BKL, mask_BKL = (np.repeat(x, 2, axis=1) for x in (pairs.tokens_BKL, pairs.mask_BKL))  # A A B B

@@ -37,12 +37,12 @@ class Turn:
 
 
 def is_dialogue(text: str) -> bool:
-    """Returns whether a text starts as the hh-rlhf form does."""
+    """Returns whether a text starts like a dialogue in the hh-rlhf form."""
     return _DIALOGUE_START.match(text.replace("\r\n", "\n")) is not None
 
 
 def parse_dialogue(text: str) -> tuple[Turn, ...]:
-    r"""Parses a dialogue in the hh-rlhf form. Consecutive turns of one role are kept, as they occur in the real files.
+    r"""Parses a dialogue in the hh-rlhf form. Consecutive turns of one role are kept, because real files have them.
 
     >>> from rlhf_jax.data import dialogues
     >>> turns = dialogues.parse_dialogue("\n\nHuman: Hi!\n\nAssistant: Hello.")
@@ -50,7 +50,7 @@ def parse_dialogue(text: str) -> tuple[Turn, ...]:
     [('user', 'Hi!'), ('assistant', 'Hello.')]
 
     Raises:
-      DataError: If there is text before the first human turn, or no assistant turn.
+        DataError: If there is text before the first human turn, or no assistant turn.
     """
     preamble, *rest = _TURN_START.split(text.replace("\r\n", "\n"))
     turns = tuple(Turn(_ROLES[name], body.strip()) for name, body in zip(rest[::2], rest[1::2]))
@@ -70,7 +70,7 @@ def split_answer(turns: Sequence[Turn]) -> tuple[tuple[Turn, ...], str]:
     """Splits a dialogue at its last assistant turn into ``(prompt, answer)``.
 
     Raises:
-      DataError: If the dialogue does not end in an assistant turn.
+        DataError: If the dialogue does not end in an assistant turn.
     """
     if not turns or turns[-1].role != ASSISTANT:
         raise errors.DataError("the dialogue does not end in an assistant turn")

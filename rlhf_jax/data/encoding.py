@@ -36,7 +36,7 @@ class JudgedRows(NamedTuple):
     loss_mask_BL: np.ndarray
     """True at the answer with its stop token."""
     good_B: np.ndarray
-    """bool; True is a thumb up."""
+    """bool; True means good."""
 
 
 def encode_prompts(
@@ -45,16 +45,16 @@ def encode_prompts(
     """Encodes the prompts of records of any kind.
 
     Args:
-      fmt: Chat format from `chat.chat_format`.
-      prompts: B' records.
-      prompt_width: P; longer prompts lose their oldest turns.
-      counts: Where dropped and truncated prompts are counted; see `chat.encode_prompts`.
+        fmt: Chat format from `chat.chat_format`.
+        prompts: B' records.
+        prompt_width: P; longer prompts lose their oldest turns.
+        counts: Counts dropped and truncated prompts; see `chat.encode_prompts`.
 
     Returns:
-      ``(rows, kept)``: B rows, and the indices of their records, int64 ``[B]`` in ascending order.
+        ``(rows, kept)``: B rows, and the indices of their records, int64 ``[B]`` in ascending order.
 
     Raises:
-      DataError: If too large a share is dropped.
+        DataError: If too large a share is dropped.
     """
     ids, kept = _prompt_ids(fmt, prompts, prompt_width, counts)
     return PromptRows(*padding.pad_prompts(ids, width=prompt_width, pad_id=fmt.pad_id)), kept
@@ -71,17 +71,18 @@ def encode_demonstrations(
     """Encodes demonstrations for supervised fine-tuning, with the loss on the answer and its stop token.
 
     Args:
-      fmt: Chat format from `chat.chat_format`.
-      demonstrations: B' records.
-      prompt_width: P; longer prompts lose their oldest turns.
-      response_width: T; longer answers are truncated and lose their stop token.
-      counts: Where drops and truncations are counted; see `chat.encode_prompts` and `padding.pad_answers`.
+        fmt: Chat format from `chat.chat_format`.
+        demonstrations: B' records.
+        prompt_width: P; longer prompts lose their oldest turns.
+        response_width: T; longer answers are truncated and lose their stop token.
+        counts: Counts drops and truncations; see `chat.encode_prompts` and `padding.pad_answers`.
 
     Returns:
-      ``(rows, kept)``: B rows of L = P + T columns, and the indices of their records, int64 ``[B]`` in ascending order.
+        ``(rows, kept)``: B rows of L = P + T columns, and the indices of their records, int64 ``[B]`` in ascending
+        order.
 
     Raises:
-      DataError: If too large a share is dropped or truncated.
+        DataError: If too large a share is dropped or truncated.
     """
     ids, kept = _prompt_ids(fmt, demonstrations, prompt_width, counts)
     answers = chat.encode_answers(fmt, [demonstrations[i].response for i in kept])
@@ -99,20 +100,20 @@ def encode_judged(
     response_width: int,
     counts: errors.DropCount,
 ) -> tuple[JudgedRows, np.ndarray]:
-    """Encodes answers labelled thumb up or down, as KTO takes them.
+    """Encodes answers labelled good or bad, for KTO.
 
     Args:
-      fmt: Chat format from `chat.chat_format`.
-      judged: B' records.
-      prompt_width: P; longer prompts lose their oldest turns.
-      response_width: T; longer answers are truncated and lose their stop token.
-      counts: Where drops and truncations are counted; see `chat.encode_prompts` and `padding.pad_answers`.
+        fmt: Chat format from `chat.chat_format`.
+        judged: B' records.
+        prompt_width: P; longer prompts lose their oldest turns.
+        response_width: T; longer answers are truncated and lose their stop token.
+        counts: Counts drops and truncations; see `chat.encode_prompts` and `padding.pad_answers`.
 
     Returns:
-      ``(rows, kept)`` as for `encode_demonstrations`, with the labels.
+        ``(rows, kept)`` as for `encode_demonstrations`, with the labels.
 
     Raises:
-      DataError: If too large a share is dropped or truncated.
+        DataError: If too large a share is dropped or truncated.
     """
     rows, kept = encode_demonstrations(
         fmt, judged, prompt_width=prompt_width, response_width=response_width, counts=counts
@@ -135,19 +136,19 @@ def encode_rankings(
     two answers of different rank that agree in their first T tokens is dropped: ``"same answer within the width"``.
 
     Args:
-      fmt: Chat format from `chat.chat_format`.
-      rankings: B' records.
-      prompt_width: P; longer prompts lose their oldest turns.
-      response_width: T; longer answers are truncated, and each counts as one.
-      counts: Where drops and truncations are counted; see `chat.encode_prompts` and `padding.ranking_rows`.
-      max_answers: K; None means the largest number of answers in a record.
+        fmt: Chat format from `chat.chat_format`.
+        rankings: B' records.
+        prompt_width: P; longer prompts lose their oldest turns.
+        response_width: T; longer answers are truncated and counted one by one.
+        counts: Counts drops and truncations; see `chat.encode_prompts` and `padding.ranking_rows`.
+        max_answers: K; None means the largest number of answers in a record.
 
     Returns:
-      ``(comparisons, kept)``: NumPy arrays, ``tokens_BKL`` with L = P + T, and the indices of their records, int64
-      ``[B]`` in ascending order.
+        ``(comparisons, kept)``: NumPy arrays, ``tokens_BKL`` with L = P + T, and the indices of their records, int64
+        ``[B]`` in ascending order.
 
     Raises:
-      DataError: If too large a share is dropped or truncated, or a record has more than K answers.
+        DataError: If too large a share is dropped or truncated, or a record has more than K answers.
     """
     prompt_ids, fitting = _prompt_ids(fmt, rankings, prompt_width, counts)
     for i in fitting:
@@ -176,22 +177,22 @@ def ranking_rows(
     counts: errors.DropCount,
     max_answers: int | None = None,
 ) -> tuple[types.Comparisons, np.ndarray]:
-    """Does what `encode_rankings` does, for records whose prompts are encoded already.
+    """Encodes rankings like `encode_rankings`, for records whose prompts are already encoded.
 
     Args:
-      fmt: Chat format from `chat.chat_format`.
-      prompt_ids: Token ids of the prompt of each record, at most P of them.
-      rankings: B' records.
-      prompt_width: P.
-      response_width: T; longer answers are truncated, and each counts as one.
-      counts: Where drops and truncations are counted.
-      max_answers: K; None means the largest number of answers in a record.
+        fmt: Chat format from `chat.chat_format`.
+        prompt_ids: Token ids of the prompt of each record, at most P of them.
+        rankings: B' records.
+        prompt_width: P.
+        response_width: T; longer answers are truncated and counted one by one.
+        counts: Counts drops and truncations.
+        max_answers: K; None means the largest number of answers in a record.
 
     Returns:
-      ``(comparisons, kept)`` as for `encode_rankings`.
+        ``(comparisons, kept)`` as for `encode_rankings`.
 
     Raises:
-      DataError: If too large a share is dropped or truncated, or a record has more than K answers.
+        DataError: If too large a share is dropped or truncated, or a record has more than K answers.
     """
     encoded = iter(chat.encode_answers(fmt, [text for record in rankings for text in record.responses]))
     answers = [list(itertools.islice(encoded, len(record.responses))) for record in rankings]

@@ -1,7 +1,7 @@
 """Exceptions for data that cannot be used, and counts of the records that are dropped or truncated.
 
-A file that cannot be read is an error. A record that cannot be used is dropped and counted by reason; once too large a
-share of the records is dropped, that is an error too.
+A file that cannot be read is an error. A record that cannot be used is dropped and counted by reason, up to a limited
+share of the records.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import os
 
 
 class DataError(ValueError):
-    """Data that cannot be used. The message is one sentence, which names the file and line where there are any."""
+    """Data that cannot be used. The message is one sentence, which names the file and line if there are any."""
 
 
 class UnusableRecord(Exception):
-    """A well-formed record that is dropped; the message is the reason it is counted under."""
+    """A well-formed record that is dropped; the message is the reason under which it is counted."""
 
 
 class MissingFieldError(DataError):
@@ -41,9 +41,9 @@ class DropCount:
     ``truncated`` counts records that were kept but shortened, which is common for long dialogues: their share is
     limited only if ``max_truncated`` is given. Both limits are shares from 0 to 1.
 
-    One object can collect the counts of a whole pipeline. Each stage of it counts in an object of its own (`stage`),
-    whose share is checked against the records that this stage received before `add` merges it, so
-    the records of other stages do not dilute it.
+    One object can collect the counts of a whole pipeline. Each stage counts in a separate object (`stage`). `add`
+    merges its counts and checks their share of the records that the stage received, so that the records of other stages
+    do not dilute it.
 
     >>> from rlhf_jax.data import errors
     >>> counts = errors.DropCount(max_dropped=0.5)

@@ -18,13 +18,13 @@ from rlhf_jax.data import errors, padding
 
 
 class Packed(NamedTuple):
-    """Packed rows, and the place of each sequence."""
+    """Packed rows, and the position of each sequence."""
 
     tokens_BL: np.ndarray
     mask_BL: np.ndarray
     """True at real tokens."""
     loss_mask_BL: np.ndarray
-    """True at the tokens to learn."""
+    """True at the tokens with a loss."""
     segments_BL: np.ndarray
     """int32: 1 at the first sequence of a row, 2 at the second, ...; 0 at padding."""
     places: types.Places
@@ -54,22 +54,22 @@ def pack(
     ([[7, 8, 9, 3], [5, 6, 0, 0]], [[1, 1, 1, 2], [1, 1, 0, 0]])
 
     Args:
-      sequences: Token ids of N sequences; an empty sequence takes no place.
-      loss_masks: For each sequence, which of its tokens to learn; None means all.
-      width: L, the width of a row.
-      pad_id: Token id at padding. Masks do not depend on it.
-      counts: Counts sequences longer than ``width``: dropped as ``"longer than a row"``, or truncated as
-        ``"truncated to the row width"``.
-      truncate: Whether to truncate long sequences instead of dropping them.
-      rows: Number of rows, the last of them empty if necessary, which gives all batches one shape; None means as many
-        as needed.
+        sequences: Token ids of N sequences; an empty sequence takes no space.
+        loss_masks: For each sequence, which of its tokens have a loss; None means all.
+        width: L, the width of a row.
+        pad_id: Token id at padding. Masks do not depend on it.
+        counts: Counts sequences longer than ``width``: dropped as ``"longer than a row"``, or truncated as
+            ``"truncated to the row width"``.
+        truncate: Whether to truncate long sequences instead of dropping them.
+        rows: Number of rows, the last of them empty if necessary, so that all batches have the same shape; None means
+            as many as needed.
 
     Returns:
-      The packed rows, ``[rows, L]``.
+        The packed rows, ``[rows, L]``.
 
     Raises:
-      DataError: If sequences and loss masks differ in number or length, more than ``rows`` rows are needed, or too
-        large a share of the sequences is too long.
+        DataError: If sequences and loss masks differ in number or length, more than ``rows`` rows are needed, or too
+            large a share of the sequences is too long.
     """
     learnt: Sequence[Any] = [np.ones(len(ids), bool) for ids in sequences] if loss_masks is None else loss_masks
     if list(map(len, learnt)) != list(map(len, sequences)):
@@ -108,17 +108,17 @@ def pack_rows(
     """Packs the real tokens of padded rows.
 
     Args:
-      rows: Padded rows, such as those of `padding.demonstration_rows`; each becomes one sequence.
-      width: L, the width of a packed row.
-      pad_id: Token id at padding.
-      counts: Where sequences longer than ``width`` are counted; see `pack`.
-      truncate: Whether to truncate long sequences instead of dropping them.
+        rows: Padded rows, such as those of `padding.demonstration_rows`; each becomes one sequence.
+        width: L, the width of a packed row.
+        pad_id: Token id at padding.
+        counts: Counts sequences longer than ``width``; see `pack`.
+        truncate: Whether to truncate long sequences instead of dropping them.
 
     Returns:
-      The packed rows.
+        The packed rows.
 
     Raises:
-      DataError: If too large a share of the sequences is too long.
+        DataError: If too large a share of the sequences is too long.
     """
     sequences = [tokens[mask] for tokens, mask in zip(rows.tokens_BL, rows.mask_BL)]
     loss_masks = [learnt[mask] for learnt, mask in zip(rows.loss_mask_BL, rows.mask_BL)]
@@ -131,18 +131,18 @@ def pack_comparisons(
     """Packs the completions of a batch, so that missing completions and padding cost nothing.
 
     Args:
-      batch: Comparisons, such as those of `padding.ranking_rows`.
-      width: L, the width of a packed row; at least the length of the longest completion.
-      pad_id: Token id at padding.
-      rows: Number of rows, over all groups, which gives all batches one shape; None means as many as needed.
-      groups: Number of micro-batches into which a step will divide this batch; each is packed separately.
+        batch: Comparisons, such as those of `padding.ranking_rows`.
+        width: L, the width of a packed row; at least the length of the longest completion.
+        pad_id: Token id at padding.
+        rows: Number of rows over all groups, so that all batches have the same shape; None means as many as needed.
+        groups: Number of micro-batches into which a step will divide this batch; each is packed separately.
 
     Returns:
-      The packed completions, with the ranks and loss inputs of ``batch``.
+        The packed completions, with the ranks and loss inputs of ``batch``.
 
     Raises:
-      DataError: If a completion is longer than ``width``, or more than ``rows`` rows are needed.
-      ValueError: If ``groups`` does not divide the number of prompts or ``rows``.
+        DataError: If a completion is longer than ``width``, or more than ``rows`` rows are needed.
+        ValueError: If ``groups`` does not divide the number of prompts or ``rows``.
     """
     B, K = batch.where_BK.shape
     if B % groups or (rows or 0) % groups:
@@ -189,11 +189,11 @@ def pack_documents(documents: Sequence[padding.Ids], *, width: int, eos_id: int)
     ([[5, 6, 1], [7, 8, 1]], 0)
 
     Returns:
-      ``(tokens_BL, remainder)``: int32 rows of ``width`` real tokens, and the number of tokens dropped at the end
-      because they do not fill a row.
+        ``(tokens_BL, remainder)``: int32 rows of ``width`` real tokens, and the number of tokens dropped at the end
+        because they do not fill a row.
 
     Raises:
-      DataError: If a document already ends with ``eos_id``, or all documents together do not fill one row.
+        DataError: If a document already ends with ``eos_id``, or all documents together do not fill one row.
     """
     pieces = []
     for i, ids in enumerate(documents):
@@ -208,16 +208,16 @@ def pack_documents(documents: Sequence[padding.Ids], *, width: int, eos_id: int)
 
 
 def best_fit(lengths: Sequence[int], *, width: int) -> list[tuple[int, int]]:
-    """Assigns sequences of these lengths to rows of ``width`` by best fit, the longest first, equal ones in order.
+    """Assigns sequences of these lengths to rows of ``width`` by best fit, longest first, equal lengths in order.
 
-    Each sequence goes into the fullest row that still has room for it, the first of equally full ones. Sequences of
-    length 0 take no place.
+    Each sequence goes into the fullest row that still has room for it, and into the first of several such rows.
+    Sequences of length 0 take no space.
 
     Returns:
-      ``(row, first column)`` of each sequence.
+        ``(row, first column)`` of each sequence.
 
     Raises:
-      ValueError: If a sequence is longer than ``width``.
+        ValueError: If a sequence is longer than ``width``.
     """
     if max(lengths, default=0) > width:
         raise ValueError(f"a sequence of {max(lengths)} tokens does not fit in rows of {width}")

@@ -1,7 +1,7 @@
 """Padded token rows, in the layout that all stages share, from the token ids of prompts and answers.
 
 Prompts are left-padded to P and answers right-padded to T, so a row has L = P + T columns. Rows are NumPy arrays,
-int32 for tokens and bool for masks. `chat` makes the ids.
+int32 for tokens and bool for masks. The ids come from `chat`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class Rows(NamedTuple):
     mask_BL: np.ndarray
     """True at real tokens."""
     loss_mask_BL: np.ndarray
-    """True at the tokens to learn: the answer with its stop token. Aligned with the tokens, not shifted."""
+    """True at the tokens with a loss: the answer and its stop token. Aligned with the tokens, not shifted."""
 
 
 def pad_prompts(prompts: Sequence[Ids], *, width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Left-pads prompts to ``width`` and returns ``(tokens_BP, mask_BP)``.
 
     Raises:
-      DataError: If a prompt is empty or longer than ``width``; `chat.encode_prompts` shortens prompts at turns.
+        DataError: If a prompt is empty or longer than ``width``; `chat.encode_prompts` shortens prompts at turns.
     """
     tokens_BP, mask_BP = _blank(len(prompts), width, pad_id)
     for row, ids in enumerate(prompts):
@@ -48,16 +48,16 @@ def pad_answers(
     """Right-pads answers to ``width``. A longer answer is truncated, loses its stop token, and is counted.
 
     Args:
-      answers: Token ids of each answer with its stop token.
-      width: T.
-      pad_id: Token id at padding.
-      counts: Counts ``"answer truncated"``.
+        answers: Token ids of each answer with its stop token.
+        width: T.
+        pad_id: Token id at padding.
+        counts: Counts ``"answer truncated"``.
 
     Returns:
-      ``(tokens_BT, mask_BT)``.
+        ``(tokens_BT, mask_BT)``.
 
     Raises:
-      DataError: If an answer has no tokens, or more answers are truncated than ``counts`` allows.
+        DataError: If an answer has no tokens, or more answers are truncated than ``counts`` allows.
     """
     stage = counts.stage()
     rows = _fill_answers(answers, width, pad_id, stage)
@@ -83,18 +83,18 @@ def demonstration_rows(
     ([[0, 5, 6, 7, 1]], [[0, 0, 0, 1, 1]])
 
     Args:
-      prompts: Token ids of B prompts, as from `chat.encode_prompts`.
-      answers: Token ids of one answer to each prompt, as from `chat.encode_answers`.
-      prompt_width: P.
-      response_width: T; longer answers are truncated as in `pad_answers`.
-      pad_id: Token id at padding. Masks do not depend on it.
-      counts: Counts ``"answer truncated"``.
+        prompts: Token ids of B prompts, such as those from `chat.encode_prompts`.
+        answers: Token ids of one answer to each prompt, such as those from `chat.encode_answers`.
+        prompt_width: P.
+        response_width: T; longer answers are truncated as in `pad_answers`.
+        pad_id: Token id at padding. Masks do not depend on it.
+        counts: Counts ``"answer truncated"``.
 
     Returns:
-      Rows ``[B, P + T]``.
+        Rows ``[B, P + T]``.
 
     Raises:
-      DataError: If the numbers of prompts and answers differ; see also `pad_prompts` and `pad_answers`.
+        DataError: If the numbers of prompts and answers differ; see also `pad_prompts` and `pad_answers`.
     """
     _require_equal_lengths(prompts=prompts, answers=answers)
     tokens_BP, mask_BP = pad_prompts(prompts, width=prompt_width, pad_id=pad_id)
@@ -120,22 +120,22 @@ def ranking_rows(
     """Returns ranked answers, with all answers to a prompt in one batch element (InstructGPT, section 3.5).
 
     Args:
-      prompts: Token ids of B prompts.
-      answers: Token ids of at least two answers to each prompt. Unused places hold padding, with ``where_BK`` False and
-        rank 0.
-      ranks: Rank of each answer: 1 is best, equal ranks are ties.
-      prompt_width: P.
-      response_width: T; longer answers are truncated as in `pad_answers`.
-      pad_id: Token id at padding.
-      counts: Counts ``"answer truncated"``, once for each answer.
-      max_answers: K; None means the largest number of answers to a prompt.
+        prompts: Token ids of B prompts.
+        answers: Token ids of at least two answers to each prompt. Unused entries hold padding, with ``where_BK`` False
+            and rank 0.
+        ranks: Rank of each answer: 1 is best, equal ranks are ties.
+        prompt_width: P.
+        response_width: T; longer answers are truncated as in `pad_answers`.
+        pad_id: Token id at padding.
+        counts: Counts ``"answer truncated"``, once for each answer.
+        max_answers: K; None means the largest number of answers to a prompt.
 
     Returns:
-      `types.Comparisons` of NumPy arrays, with ``tokens_BKL`` of shape ``[B, K, P + T]``.
+        `types.Comparisons` of NumPy arrays, with ``tokens_BKL`` of shape ``[B, K, P + T]``.
 
     Raises:
-      DataError: If the numbers of prompts, answers and ranks differ, a prompt has fewer than two answers or more than
-        K, or a rank is below 1; see also `pad_prompts` and `pad_answers`.
+        DataError: If the numbers of prompts, answers and ranks differ, a prompt has fewer than two answers or more than
+            K, or a rank is below 1; see also `pad_prompts` and `pad_answers`.
     """
     _require_equal_lengths(prompts=prompts, answers=answers, ranks=ranks)
     stage = counts.stage()

@@ -1,12 +1,13 @@
-"""Batches through grain: shuffled by a seed, repeated, divided among hosts, and resumable exactly.
+"""Batches made with grain: shuffled with a seed, repeated, divided among hosts, and exactly resumable.
 
 The batch of a step depends only on the data, the seed, the batch size and the step, not on the number of hosts. Each
 host reads its own rows of every batch, so all hosts take the same number of steps and their rows together are the
 batch.
 
-The state of a grain iterator is an index, which would give other batches in other data. `Batches.get_state` therefore
-adds a fingerprint of everything that determines the batches, and `Batches.set_state` refuses a state with a different
-fingerprint. Use these two in a training loop of your own, or ``batch_at`` and ``fingerprint`` with `train.loop.fit`::
+The state of a grain iterator is only an index, which selects different batches if the data differs. `Batches.get_state`
+therefore adds a fingerprint of everything that determines the batches, and `Batches.set_state` refuses a state with a
+different fingerprint. Use these two methods in a custom training loop, or ``batch_at`` and ``fingerprint`` with
+`train.loop.fit`::
 
     batches = pipeline.from_arrays(rows, batch_size=64, seed=0)
     fit(..., batch_at=batches.batch_at, fingerprint=batches.fingerprint)
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 _ORDER_SAMPLE = 16
 """How many entries of the first epoch's order enter the fingerprint, to detect a grain version that shuffles
-differently. Few, because grain is slow at each entry if there are few records."""
+differently. Kept small because looking up an entry is slow in grain for small data sets."""
 
 
 class Batches:
@@ -42,10 +43,10 @@ class Batches:
         """Starts an iterator; use `from_arrays` or `from_source` instead.
 
         Args:
-          dataset: This host's batches.
-          endless: Whether the batches never end.
-          fingerprint: Everything that determines the batches; see the attribute.
-          prefetch: Number of batches that a separate thread keeps ready.
+            dataset: This host's batches.
+            endless: Whether the batches never end.
+            fingerprint: Everything that determines the batches; see the attribute.
+            prefetch: Number of batches that a separate thread keeps ready.
         """
         import grain
 
@@ -53,8 +54,8 @@ class Batches:
         self._endless = endless
         self.fingerprint = fingerprint
         """Everything that determines the batches, as JSON: data, number of records, seed, batch size, epochs,
-        ``shuffle``, ``drop_last``, the start of the order, and the ``identity`` given to `from_source`. The same on
-        every host."""
+        ``shuffle``, ``drop_last``, the start of the order, and the ``identity`` given to `from_source`. It is the same
+        on every host."""
         options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
         self._iterator = iter(dataset.to_iter_dataset(options))
 
@@ -67,7 +68,7 @@ class Batches:
         """Returns this host's rows of the batch at a step, from 0. A pure function; it does not move the iterator.
 
         Raises:
-          IndexError: If there is no such step.
+            IndexError: If there is no such step.
         """
         if not 0 <= step < len(self._dataset):
             raise IndexError(f"there is no step {step}: there are {len(self._dataset)} batches")
@@ -89,12 +90,12 @@ class Batches:
         """Restores the position at which `get_state` was called.
 
         Raises:
-          DataError: If the state belongs to other data, another seed, another batch size or anything else that the
-            fingerprint covers; or if it is not a state of `get_state`.
+            DataError: If the data, the seed, the batch size or anything else in the fingerprint differs from the state,
+                or if the state was not returned by `get_state`.
         """
         saved, position = state.get("fingerprint"), state.get("grain")
         if not isinstance(saved, Mapping) or not isinstance(position, Mapping):
-            raise errors.DataError("not a state of batches: it has no 'fingerprint' and 'grain'")
+            raise errors.DataError("not a state returned by get_state: it needs 'fingerprint' and 'grain'")
         for name in dict.fromkeys([*self.fingerprint, *saved]):
             if saved.get(name) != self.fingerprint.get(name):
                 raise errors.DataError(
@@ -102,11 +103,11 @@ class Batches:
                     f"is {self.fingerprint.get(name)!r}"
                 )
         if any(not isinstance(index, int) for index in position.values()):
-            raise errors.DataError("not a state of batches: its index in 'grain' is not a whole number")
+            raise errors.DataError("not a state returned by get_state: its index in 'grain' is not a whole number")
         try:
             self._iterator.set_state(dict(position))
         except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise errors.DataError(f"not a state of batches: grain cannot resume from it ({error})") from None
+            raise errors.DataError(f"not a state returned by get_state: grain cannot resume ({error})") from None
 
     def close(self) -> None:
         """Stops the prefetching thread. The iterator cannot be used afterwards; `batch_at` still can."""
@@ -134,25 +135,25 @@ def from_arrays(
     [[0, 1], [2, 3]]
 
     Args:
-      arrays: A pytree of arrays with the same number of rows; each row is one record.
-      batch_size: Rows in a batch, over all hosts; a multiple of ``hosts``. May exceed the number of records.
-      seed: Seed of the shuffle; each epoch has another order.
-      epochs: How often each record is used, or None for endless batches. The remainder that does not fill the very last
-        batch is dropped.
-      shuffle: Whether to shuffle; otherwise records keep their order.
-      drop_last: Whether to drop the remainder of each epoch, which differs from epoch to epoch, so that no batch spans
-        two epochs.
-      host: Index of this host, from 0: ``jax.process_index()``. Its share is one block of the rows of each batch, in
-        the order in which ``jax.make_array_from_process_local_data`` concatenates hosts.
-      hosts: Number of hosts: ``jax.process_count()``.
-      prefetch: Number of batches that a separate thread keeps ready; 0 for none.
+        arrays: A pytree of arrays with the same number of rows; each row is one record.
+        batch_size: Rows in a batch, over all hosts; a multiple of ``hosts``. May exceed the number of records.
+        seed: Seed of the shuffle; each epoch has a different order.
+        epochs: Number of passes over the records, or None for endless batches. Records at the very end that do not fill
+            a batch are dropped.
+        shuffle: Whether to shuffle; otherwise records keep their order.
+        drop_last: Whether to drop the remainder of each epoch, which differs from epoch to epoch, so that no batch
+            spans two epochs.
+        host: Index of this host, from 0: ``jax.process_index()``. Its share is one block of the rows of each batch, in
+            the order in which ``jax.make_array_from_process_local_data`` concatenates hosts.
+        hosts: Number of hosts: ``jax.process_count()``.
+        prefetch: Number of batches that a separate thread keeps ready; 0 for none.
 
     Returns:
-      The batches of this host.
+        The batches of this host.
 
     Raises:
-      DataError: If there are no records or not one full batch, or the arrays differ in their number of rows.
-      ValueError: If a number is out of range.
+        DataError: If there are no records or not one full batch, or the arrays differ in their number of rows.
+        ValueError: If a number is out of range.
     """
     sizes = {len(leaf) for leaf in jax.tree.leaves(arrays)}
     if len(sizes) > 1:
@@ -194,29 +195,29 @@ def from_source(
     """Returns batches of any sequence of records: a list, or a set that is read lazily from disk.
 
     Args:
-      source: Records with a length and random access, such as those of `readers` or `sources.tfds_source`.
-      collate: Makes a batch, such as token rows, of this host's records. Must be a pure function and should always
-        return the same shapes. It runs in the prefetching thread.
-      batch_size: As for `from_arrays`.
-      seed: As for `from_arrays`.
-      epochs: As for `from_arrays`.
-      shuffle: As for `from_arrays`.
-      drop_last: As for `from_arrays`.
-      host: As for `from_arrays`.
-      hosts: As for `from_arrays`.
-      prefetch: As for `from_arrays`.
-      data: Identifies the data in the fingerprint; None means the `fingerprint` of the source, which reads it once.
-      identity: Identifies ``collate`` in the fingerprint, because a function has no fixed bytes: anything that
-        `fingerprint` takes, such as ``{"tokenizer": "gpt2", "prompt_width": 256}``. A state that was saved with
-        another identity is refused. None leaves it out.
+        source: Records with a length and random access, such as those of `readers` or `sources.tfds_source`.
+        collate: Makes a batch, such as token rows, from this host's records. Must be a pure function and should always
+            return the same shapes. It runs in the prefetching thread.
+        batch_size: As for `from_arrays`.
+        seed: As for `from_arrays`.
+        epochs: As for `from_arrays`.
+        shuffle: As for `from_arrays`.
+        drop_last: As for `from_arrays`.
+        host: As for `from_arrays`.
+        hosts: As for `from_arrays`.
+        prefetch: As for `from_arrays`.
+        data: Identifies the data in the fingerprint; None means the `fingerprint` of the source, which reads it once.
+        identity: Identifies ``collate`` in the fingerprint, because a function cannot be hashed: anything that
+            `fingerprint` takes, such as ``{"tokenizer": "gpt2", "prompt_width": 256}``. A state that was saved with a
+            different identity is refused. None leaves the identity out.
 
     Returns:
-      The batches of this host.
+        The batches of this host.
 
     Raises:
-      DataError: If there are no records or not one full batch.
-      TypeError: If the source or ``identity`` holds a value that `fingerprint` does not take.
-      ValueError: If a number is out of range.
+        DataError: If there are no records or not one full batch.
+        TypeError: If the source or ``identity`` holds a value that `fingerprint` does not take.
+        ValueError: If a number is out of range.
     """
     import grain
 
@@ -229,7 +230,7 @@ def from_source(
         raise ValueError(f"host = {host} must be at least 0 and less than hosts = {hosts}")
     n, get_many = len(source), getattr(source, "__getitems__", None)
     if n < 1:
-        raise errors.DataError("there are no records to make batches of")
+        raise errors.DataError("there are no records to make batches from")
     indices = grain.MapDataset.range(n)
     if shuffle:
         # In grain, epoch e of seed s has the order of epoch 0 of seed s + e: without the hash, runs with neighbouring
@@ -267,12 +268,12 @@ def from_source(
 def fingerprint(source: Sequence[Any]) -> str:
     """Returns the SHA-256 of records in hexadecimal.
 
-    Records consist of dataclasses, dictionaries, lists, tuples, texts, bytes, numbers and arrays. Order and types
-    matter: a list differs from a tuple, and bytes from a text. Dataclass fields that are excluded from comparison are
+    Records consist of dataclasses, dictionaries, lists, tuples, strings, bytes, numbers and arrays. Order and types
+    matter: a list differs from a tuple, and bytes from a string. Dataclass fields that are excluded from comparison are
     left out, so the same records have the same fingerprint wherever they were read from.
 
     Raises:
-      TypeError: If a record holds a value of another type, or a dictionary with a key that is not a string.
+        TypeError: If a record holds a value of another type, or a dictionary with a key that is not a string.
     """
     digest = hashlib.sha256()
     for i in range(len(source)):
@@ -294,9 +295,12 @@ def _tagged(value: Any) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise TypeError(f"a dictionary with the key {key!r}, which is not a string, has no fixed bytes")
+                raise TypeError(f"cannot fingerprint a dictionary with the key {key!r}; keys must be strings")
         return ["dict", {key: _tagged(item) for key, item in value.items()}]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: _tagged(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
         return ["dataclass", type(value).__name__, fields]
-    raise TypeError(f"a {type(value).__name__} has no fixed bytes")
+    raise TypeError(
+        f"cannot fingerprint a {type(value).__name__}; use dataclasses, dictionaries, lists, tuples, strings, bytes, "
+        "numbers or arrays"
+    )

@@ -4,8 +4,8 @@ A *control token* is a special token of the tokenizer, or another token to which
 text contains the spelling of one, the spelling is encoded as ordinary characters.
 
 Some tokenizers encode a text differently depending on its place: SentencePiece puts a space before the first word of
-an input, and in older files before the first word after every special token. `TextEncoder` therefore takes the place of
-each text.
+an input, and in older files before the first word after every special token. `TextEncoder` therefore receives a place
+with each text.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def encode_texts(tokenizer: transformers.PreTrainedTokenizerFast, texts: Sequenc
     """Encodes plain texts in one call. The result never contains a special token.
 
     Raises:
-      DataError: If a word-level tokenizer without an unknown token lacks a word; the message names the word.
+        DataError: If a word-level tokenizer without an unknown token lacks a word; the message names the word.
     """
     if not texts:
         return []
@@ -59,10 +59,10 @@ class TextEncoder:
     """Matches the spelling of a control token."""
 
     def __call__(self, texts: Iterable[tuple[int, str]]) -> dict[tuple[int, str], list[int]]:
-        """Returns the ids of every distinct ``(place, text)``, with one call for each place.
+        """Returns the ids of every distinct ``(place, text)``, with one tokenizer call for each place.
 
         Raises:
-          DataError: As `encode_texts` does.
+            DataError: As `encode_texts` does.
         """
         ids_of: dict[tuple[int, str], list[int]] = {}
         distinct = dict.fromkeys(texts)
@@ -81,14 +81,14 @@ class TextEncoder:
         return ids_of
 
     def _encode_in_pieces(self, place: int, text: str) -> list[int]:
-        """Cuts a text inside the spellings of control tokens, for vocabularies that hold a spelling as a word."""
+        """Encodes a text cut inside the spellings of control tokens, which some vocabularies hold as words."""
         cuts = [match.start() + 1 for match in self.control_pattern.finditer(text)]
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
         ids: list[int] = []
         for i, piece in enumerate(pieces):
             ids += self.backends[MIDDLE if i else place].encode(piece, add_special_tokens=False).ids
         if not self.control_ids.isdisjoint(ids):
-            raise errors.DataError(f"the tokenizer makes a control token of the text {text[:80]!r}")
+            raise errors.DataError(f"the tokenizer encodes the text {text[:80]!r} as a control token")
         return ids
 
 

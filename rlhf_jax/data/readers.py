@@ -24,14 +24,14 @@ def read_demonstrations(
     ``"answers differ"`` if a record has both ``messages`` and the other form.
 
     Args:
-      source: A path, a list of paths, or `sources.Tfds`.
-      counts: Where drops are counted and limited; None creates a ``DropCount()``, whose limit is 1 %.
+        source: A path, a list of paths, or `sources.Tfds`.
+        counts: Counts drops and limits their share; None creates a ``DropCount()``, whose limit is 1 %.
 
     Returns:
-      ``(records, counts)``, the records in the order of the source.
+        ``(records, counts)``, the records in the order of the source.
 
     Raises:
-      DataError: If the source cannot be read, a record has the wrong form, or too large a share is dropped.
+        DataError: If the source cannot be read, a record has the wrong form, or too large a share is dropped.
     """
     return _read(source, records.parse_demonstration, counts, "prompt and response, or messages")
 
@@ -41,12 +41,12 @@ def read_rankings(
 ) -> tuple[list[records.Ranking], errors.DropCount]:
     """Reads compared answers, both pairs and rankings, with the arguments and results of `read_demonstrations`.
 
-    Reasons for dropping a record, besides those of a demonstration: ``"prompts differ"``, ``"same answer twice"``
-    (with different ranks), ``"fewer than two answers"``, ``"ranks and answers differ in number"``,
-    ``"rank is not a whole number"``, ``"rank below 1"``, ``"scores and answers differ in number"``,
-    ``"score is not a finite number"``, ``"ranks and scores disagree"``, ``"margin below 0"``,
-    ``"margin and scores disagree"`` (by more than 1 %, which allows for rounding), ``"margin of more than two
-    answers"``, ``"all answers tied"``.
+    A record is dropped for the reasons that hold for demonstrations, or for one of these: ``"prompts differ"``,
+    ``"same answer twice"`` (with different ranks), ``"fewer than two answers"``,
+    ``"ranks and answers differ in number"``, ``"rank is not a whole number"``, ``"rank below 1"``,
+    ``"scores and answers differ in number"``, ``"score is not a finite number"``, ``"ranks and scores disagree"``,
+    ``"margin below 0"``, ``"margin and scores disagree"`` (by more than 1 %, which allows for rounding),
+    ``"margin of more than two answers"``, ``"all answers tied"``.
     """
     return _read(source, records.parse_ranking, counts, "chosen and rejected, or prompt, responses and ranks")
 
@@ -54,7 +54,7 @@ def read_rankings(
 def read_judged(
     source: sources.Source, *, counts: errors.DropCount | None = None
 ) -> tuple[list[records.Judged], errors.DropCount]:
-    """Reads answers labelled thumb up or down, with the arguments and results of `read_demonstrations`."""
+    """Reads answers labelled good or bad, with the arguments and results of `read_demonstrations`."""
     return _read(source, records.parse_judged, counts, "prompt, response and label")
 
 

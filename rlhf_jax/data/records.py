@@ -6,14 +6,14 @@ These are the forms of a record. A message list is ``[{"role": "user", "content"
 record          fields
 ==============  ======================================================================================================
 demonstrations  ``prompt`` and ``response`` (or ``completion``)
-                ``messages``, of which the last, an assistant turn, is the answer
+                ``messages``; the last one, an assistant turn, is the answer
 rankings        ``prompt``, ``responses`` and ``ranks`` (1 is best, equal ranks are ties) or ``scores`` (higher is
                 better)
                 ``prompt``, ``chosen`` and ``rejected`` (a pair); optionally ``margin``, ``score_chosen``,
                 ``score_rejected``
                 ``chosen`` and ``rejected`` as whole message lists, with or without a ``prompt`` that repeats theirs
                 ``chosen`` and ``rejected`` as whole texts in the hh-rlhf form (`dialogues`)
-judged          a demonstration with ``label``: true is a thumb up, false a thumb down
+judged          a demonstration with ``label``: true means good, false means bad
 prompts         ``prompt``
 ==============  ======================================================================================================
 
@@ -68,7 +68,7 @@ class Demonstration(Prompt):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judged(Demonstration):
-    """A prompt with an answer that was labelled thumb up or down."""
+    """A prompt with an answer that was labelled good or bad."""
 
     good: bool
 
@@ -88,7 +88,7 @@ class Ranking(Prompt):
 
 
 def parse_demonstration(fields: Mapping[str, Any], *, location: str = "") -> Demonstration:
-    """Parses a demonstration; see the table of this module for its fields, and its text for the errors."""
+    """Parses a demonstration; the module docstring lists its fields and the errors."""
     fields = _without_nulls(fields)
     prompt, response = _prompt_and_answer(fields)
     metadata = _metadata(fields, _ANSWER_FIELDS)
@@ -96,7 +96,7 @@ def parse_demonstration(fields: Mapping[str, Any], *, location: str = "") -> Dem
 
 
 def parse_judged(fields: Mapping[str, Any], *, location: str = "") -> Judged:
-    """Parses a judged answer; see the table of this module for its fields, and its text for the errors."""
+    """Parses a judged answer; the module docstring lists its fields and the errors."""
     fields = _without_nulls(fields)
     label = fields.get("label")
     if label is None:
@@ -109,13 +109,13 @@ def parse_judged(fields: Mapping[str, Any], *, location: str = "") -> Judged:
 
 
 def parse_prompt(fields: Mapping[str, Any], *, location: str = "") -> Prompt:
-    """Parses a prompt; see the table of this module for its fields, and its text for the errors."""
+    """Parses a prompt; the module docstring lists its fields and the errors."""
     fields = _without_nulls(fields)
     return Prompt(prompt=_prompt(fields), metadata=_metadata(fields, {"prompt"}), location=location)
 
 
 def parse_ranking(fields: Mapping[str, Any], *, location: str = "") -> Ranking:
-    """Parses a ranking or a pair; see the table of this module for the fields, and its text for the errors.
+    """Parses a ranking or a pair; the module docstring lists its fields and the errors.
 
     >>> from rlhf_jax.data import records
     >>> ranking = records.parse_ranking({"prompt": "2 + 2?", "responses": ["5", "4"], "scores": [0.0, 1.0]})
@@ -152,7 +152,7 @@ def parse_ranking(fields: Mapping[str, Any], *, location: str = "") -> Ranking:
 
 
 def _without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Drops null fields: a Parquet file has one in every column that a row does not use."""
+    """Drops null fields, which a Parquet file has in every column that a row does not use."""
     return {key: value for key, value in fields.items() if value is not None}
 
 
@@ -303,7 +303,7 @@ def _dialogue(value: str, key: str) -> Turns:
 
 
 def _repeats(prompt: Turns, dialogue_prompt: Turns) -> bool:
-    """Returns whether a prompt agrees with that of a dialogue: all of it, or its first or last question as a string.
+    """Returns whether a prompt is that of a dialogue: all of it, or its first or last question as a string.
 
     White space around the texts is ignored, because only some forms keep it.
     """

@@ -42,7 +42,7 @@ _TFDS_ERRORS = (ValueError, AssertionError, NotImplementedError, KeyError, OSErr
 
 
 class RawRecord(NamedTuple):
-    """One record as its source holds it."""
+    """One record as stored in its source."""
 
     location: str
     """File and line, row or record, counted from 1; messages name it."""
@@ -80,8 +80,8 @@ def raw_records(source: Source, *, fields: str = "named fields") -> Iterator[Raw
     ``fields`` names the fields that a record should have, for messages.
 
     Raises:
-      DataError: If a file is missing, a directory, unreadable, damaged, truncated or empty; a line is not a JSON
-        object; a required package is not installed; or TFDS has not prepared the set.
+        DataError: If a file is missing, a directory, unreadable, damaged, truncated or empty; a line is not a JSON
+            object; a required package is not installed; or TFDS has not prepared the set.
     """
     if isinstance(source, Tfds):
         yield from _tfds_records(source)
@@ -99,7 +99,7 @@ def expand_paths(source: Path | Sequence[Path]) -> list[Path]:
     """Returns the files of a source, with names that contain ``*`` replaced by the sorted matches.
 
     Raises:
-      DataError: If no file matches, or ``source`` is empty.
+        DataError: If no file matches, or ``source`` is empty.
     """
     expanded: list[Path] = []
     for path in [source] if isinstance(source, str | os.PathLike) else source:
@@ -204,7 +204,7 @@ def _json_lines(lines: Iterator[bytes], name: str, fields: str) -> Iterator[RawR
 
 
 def _json_records(name: str, fields: str) -> Iterator[RawRecord]:
-    """Yields the objects of an array, or of lines: files in either form are named ``.json``."""
+    """Yields the objects of an array, or of single lines, because ``.json`` files can have either form."""
     lines = _read_lines(name)
     head = []
     for line in lines:
@@ -229,7 +229,7 @@ def _json_records(name: str, fields: str) -> Iterator[RawRecord]:
 
 
 def _rows(batch: Any) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a record batch; if a value cannot be converted, up to the row that holds it."""
+    """Yields the rows of a record batch, up to the first row with a value that cannot be converted."""
     try:
         rows = batch.to_pylist()
     except (ValueError, OverflowError):
@@ -269,8 +269,8 @@ def tfds_source(tfds_set: Tfds) -> Sequence[dict[str, Any]]:
     Nothing is downloaded or prepared; see `tfds_builder` for that.
 
     Raises:
-      DataError: If tensorflow-datasets or array_record is not installed; no such set, split or version is prepared; the
-        split is empty; or the set is in a format other than array_record, which only TensorFlow can read.
+        DataError: If tensorflow-datasets or array_record is not installed; no such set, split or version is prepared;
+            the split is empty; or the set is in a format other than array_record, which only TensorFlow can read.
     """
     name = describe(tfds_set)
     if ":" in tfds_set.name.split("/")[0] and not tfds_set.name.split(":")[1][:1].isdigit():

@@ -43,11 +43,11 @@ class Files(tfds.core.BuilderConfig):
 
     splits: Mapping[str, sources.Source] = dataclasses.field(default_factory=dict)
     counts: errors.DropCount = dataclasses.field(default_factory=errors.DropCount)
-    """Where dropped records are counted and limited."""
+    """Counts dropped records and limits their share."""
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder, abc.ABC, skip_registration=True):
-    """Common parts of the builders."""
+    """Common base class of the builders."""
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIG_CLASS = Files
@@ -94,7 +94,7 @@ class RlhfRankings(_Builder):
 
 
 class RlhfJudged(_Builder):
-    """``rlhf_judged``: answers labelled thumb up or down."""
+    """``rlhf_judged``: answers labelled good or bad."""
 
     features = {"response": tfds.features.Text(), "label": np.bool_}  # noqa: RUF012
     read = staticmethod(readers.read_judged)
@@ -118,19 +118,19 @@ def prepare(
     """Writes a TFDS set, ``<builder>/<name>:1.0.0``, from files.
 
     Args:
-      builder: `RlhfDemonstrations`, `RlhfRankings`, `RlhfJudged` or `RlhfPrompts`.
-      name: Name of the set: letters, digits, ``_``, ``-`` and ``.``, with a letter or digit at the end.
-      splits: Source of the records of each split, such as ``"train"``. The name of a split has letters, digits and
-        ``_``.
-      data_dir: Directory of the prepared sets.
-      counts: Where dropped records are counted and limited; see `readers.read_demonstrations`.
+        builder: `RlhfDemonstrations`, `RlhfRankings`, `RlhfJudged` or `RlhfPrompts`.
+        name: Name of the set: letters, digits, ``_``, ``-`` and ``.``, with a letter or digit at the end.
+        splits: Source of the records of each split, such as ``"train"``. The name of a split has letters, digits and
+            ``_``.
+        data_dir: Directory of the prepared sets.
+        counts: Counts dropped records and limits their share; see `readers.read_demonstrations`.
 
     Returns:
-      ``counts``, or the new count if it is None.
+        ``counts``, or the new count if it is None.
 
     Raises:
-      DataError: If a source cannot be read or too many of its records are dropped; the name of the set is invalid or
-        taken; the name of a split is invalid; or array_record is not installed.
+        DataError: If a source cannot be read or too many of its records are dropped; the name of the set is invalid or
+            taken; the name of a split is invalid; or array_record is not installed.
     """
     if not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9]", name):
         raise errors.DataError(f"{name!r} is not a valid name for a set: use letters, digits, '_', '-' and '.'")

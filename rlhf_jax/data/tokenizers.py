@@ -1,12 +1,12 @@
-"""Tokenizers trained on text or built from a list of words, in Hugging Face form, with one chat format.
+"""Tokenizers trained on text or built from a list of words, in Hugging Face format, with one chat template.
 
 Every tokenizer made here has the same four special tokens with the same ids (pad 0, end 1, user 2, assistant 3), no
 beginning-of-sequence token, and one chat template::
 
     <|user|>text<|end|><|assistant|>text<|end|> ...
 
-``<|end|>`` ends every turn and is the EOS token. Padding has a token of its own; otherwise a model would not learn to
-stop.
+``<|end|>`` ends every turn and is the EOS token. Padding has a separate token; if it shared the EOS token, a model
+would not learn to stop.
 
 The Hugging Face packages are imported inside the functions, because importing them takes most of a second.
 """
@@ -53,17 +53,17 @@ def train_bpe(
     """Trains a byte-level BPE tokenizer, which encodes any text and restores it exactly on decoding.
 
     Args:
-      texts: The training texts; the same texts give the same vocabulary.
-      vocab_size: Number of ids, at least the special tokens and 256 bytes. Short texts yield fewer; ``len`` of the
-        result is the actual number.
-      special_tokens: Additional special tokens, whose ids follow the four standard ones.
-      min_frequency: Pairs of tokens that occur less often are not merged.
+        texts: The training texts; the same texts give the same vocabulary.
+        vocab_size: Number of ids, at least the special tokens and 256 bytes. Short texts yield fewer; ``len`` of the
+            result is the actual number.
+        special_tokens: Additional special tokens, whose ids follow the four standard ones.
+        min_frequency: Pairs of tokens that occur less often are not merged.
 
     Returns:
-      The tokenizer, with the chat template of this module.
+        The tokenizer, with the chat template of this module.
 
     Raises:
-      DataError: If ``vocab_size`` is too small, or a special token is given twice.
+        DataError: If ``vocab_size`` is too small, or a special token is given twice.
     """
     import tokenizers
 
@@ -103,16 +103,16 @@ def word_level(
     [[4, 5], [5, 6]]
 
     Args:
-      words: Distinct words without white space and without ``<|`` or ``|>``, which are reserved for special tokens.
-      special_tokens: Additional special tokens.
-      unknown: Whether to encode a word that is not in the list as ``<|unk|>``. Otherwise such a word is an error, which
-        `plain_text.encode_texts` raises.
+        words: Distinct words without white space and without ``<|`` or ``|>``, which are reserved for special tokens.
+        special_tokens: Additional special tokens.
+        unknown: Whether to encode a word that is not in the list as ``<|unk|>``. Otherwise such a word is an error,
+            which `plain_text.encode_texts` raises.
 
     Returns:
-      The tokenizer, with the chat template of this module.
+        The tokenizer, with the chat template of this module.
 
     Raises:
-      DataError: If there are no words, or a word is empty, is given twice, or contains white space, ``<|`` or ``|>``.
+        DataError: If there are no words, or a word is empty, is given twice, or contains white space, ``<|`` or ``|>``.
     """
     import tokenizers
 
@@ -138,7 +138,7 @@ def load(path: str | os.PathLike[str]) -> transformers.PreTrainedTokenizerFast:
     """Loads a tokenizer that ``save_pretrained`` saved in a local directory; nothing is downloaded.
 
     Raises:
-      DataError: If the directory has no ``tokenizer.json``.
+        DataError: If the directory has no ``tokenizer.json``.
     """
     import transformers
 

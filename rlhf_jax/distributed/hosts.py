@@ -2,8 +2,8 @@
 
 Every process runs the same program. Before JAX starts, the hosts connect to the coordinator over plain sockets. A host
 that is missing, that connects twice, or whose settings or data differ raises an error on all hosts within the timeout.
-The sockets stay open: over them a lost host is detected and the hosts agree on the step after which to stop. They do
-not use the devices, and a step in which no host wants to stop sends no message::
+The sockets stay open to detect lost hosts and to agree on the step after which to stop. They do not use the devices,
+and a step sends no message unless a host wants to stop::
 
     with hosts.connect("10.0.0.1:8476", count=2, index=i, facts={"data": digest}) as group:
         mesh = parallel.make_mesh(fsdp=jax.device_count())
@@ -38,7 +38,7 @@ HOST_LOST = 76
 """Exit status of a host that stopped because another host was lost (EX_PROTOCOL)."""
 
 _GRACE = 15.0
-"""Seconds that a host gets to exit by itself after another host has exited with an error."""
+"""Seconds that a host has to exit normally after another host has exited with an error."""
 
 StopAgreement = Callable[[int, bool], bool]
 
@@ -93,8 +93,8 @@ def connect(
 ) -> Iterator[Hosts]:
     """Connects the hosts of a job and starts JAX on all of them; use it as a context manager.
 
-    Enter it before JAX initialises its devices. Without arguments JAX detects the job from the environment of a TPU
-    VM, SLURM, Open MPI or Kubernetes; for a single process the block runs unchanged.
+    Enter it before JAX initialises its devices. Without arguments, JAX detects the job from the environment of a TPU
+    VM, SLURM, Open MPI before version 5 or Kubernetes. For a single process the block runs unchanged.
 
     If another host is lost, this process prints one sentence to stderr and exits with `HOST_LOST`. If another host
     exits with an exception, this process exits with the same status after a grace period.
@@ -114,7 +114,8 @@ def connect(
         The `Hosts` of the job.
 
     Raises:
-        HostsError: A host is missing, or its facts differ; every connected host raises it.
+        HostsError: The arguments are incomplete or invalid, JAX cannot connect, or a host is missing or has different
+            facts. In the last two cases every connected host raises it.
     """
     global _current
     job = _detect(coordinator, count, index, timeout)
@@ -149,7 +150,7 @@ def _start_jax(coordinator: str, count: int, index: int, devices: Sequence[int] 
             index,
             devices,
             initialization_timeout=max(1, int(timeout)),
-            # One day: jax's own heartbeat aborts the processes, even if all of them were only suspended.
+            # One day, because jax's own heartbeat aborts the processes even if all of them were only suspended.
             heartbeat_timeout_seconds=86_400,
             shutdown_timeout_seconds=30,
         )
@@ -179,15 +180,12 @@ def _detect(
         known = {"coordinator": coordinator, "count": count, "index": index}
         present = " and ".join(f"{name} {value}" for name, value in known.items() if value is not None)
         missing = " and ".join(name for name, value in known.items() if value is None)
-        raise HostsError(
-            f"a multi-host run needs --hosts.coordinator, --hosts.count and --hosts.index; it has {present} but no "
-            + missing
-        )
+        raise HostsError(f"a multi-host run needs coordinator, count and index; it has {present} but no {missing}")
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
-        raise HostsError(f"--hosts.coordinator is {coordinator!r}; it must be HOST:PORT")
+        raise HostsError(f"coordinator is {coordinator!r}; it must be HOST:PORT")
     if not 0 <= index < count:
-        raise HostsError(f"--hosts.index is {index}; with {count} hosts it must be from 0 to {count - 1}")
+        raise HostsError(f"index is {index}; with {count} hosts it must be from 0 to {count - 1}")
     return coordinator, count, index, devices
 
 
@@ -272,7 +270,7 @@ class _Group(Hosts):
             connection.close()
 
     def _all_left(self, status: int) -> bool:
-        """Whether all hosts have left. A host that finished without an error also waits for failed hosts to end it."""
+        """Whether all hosts have left. A host that finished without an error also waits for a failed host to end it."""
         return len(self._left) == self.count and (status != 0 or not any(host[0] for host in self._left.values()))
 
     # called by the thread

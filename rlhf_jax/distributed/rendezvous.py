@@ -153,7 +153,7 @@ def _accept_all(port: int, count: int, timeout: float, facts: dict[str, Any]) ->
     missing = ", ".join(str(i) for i in range(1, count) if i not in connections)
     if missing and not reason:
         reason = f"after {timeout:g} s these of {count} hosts are missing: {missing}"
-    reason = reason or _differences({"--hosts.count": count, **facts}, facts_of)
+    reason = reason or _differences({"the number of hosts": count, **facts}, facts_of)
     for connection in connections.values():
         connection.send(**({"refused": reason} if reason else {"admitted": True}))
         if reason:
@@ -191,7 +191,8 @@ def _accept_hosts(listener: socket.socket, count: int, deadline: float, connecti
             connection.send(refused=reason)
             connection.close()
             return reason
-        connections[number], facts_of[number] = connection, {"--hosts.count": hello.get("count"), **hello["facts"]}
+        connections[number] = connection
+        facts_of[number] = {"the number of hosts": hello.get("count"), **hello["facts"]}
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Continuous batching: a slot whose response has ended takes the next prompt, inside the compiled loop.
+"""Continuous batching: a slot whose response has ended starts on the next prompt, inside the compiled loop.
 
 In a static batch, all rows wait for the longest response. Here B slots decode while N prompts are queued::
 
@@ -7,8 +7,8 @@ In a static batch, all rows wait for the longest response. Here B slots decode w
         decode, [B], until R slots are free, or the queue is empty and all slots have ended
 
 A slot's row of the cache has the layout of :func:`rlhf_jax.generation.generate`: the prompt in the first P columns,
-then the response, each row at its own position. For given B, R and P, a response therefore does not depend, to the last
-bit, on the other prompts, on its slot, or on when it was started.
+then the response, each row at its own position. For given B, R and P, a response is therefore bit-identical whatever
+the other prompts are, in whichever slot and at whatever time it starts.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ def generate(
         cfg: Configuration of the model.
         sampling: How to draw and when to stop.
         slots: B, the number of responses decoded at once; at least 1.
-        refill: R, the number of prompts read at once, which is also the number of free slots that starts a refill; by
+        refill: R, the number of prompts read at once, which is also the number of free slots that triggers a refill; by
             default an eighth of the slots.
         values: Whether to add the scalar head's values before each token.
-        limits_N: int32 in [1, T], smaller length limits of single responses.
-        axis_name: Axis of an enclosing ``jax.vmap``, whose members then all end together.
+        limits_N: int32 in [1, T]; length limit of each response.
+        axis_name: Axis of an enclosing ``jax.vmap``; all members then run until the last one has finished.
 
     Returns:
         A `types.Rollout` with rows in the order of the prompts.
@@ -103,7 +103,7 @@ def generate(
     limit_N = jnp.full((N,), T, jnp.int32) if limits_N is None else jnp.minimum(limits_N, T)
 
     def write(answers: _Answers, drawn: decoding.Drawn, prompt: jax.Array, step: jax.Array, live: jax.Array):
-        # Rows that have ended write to row N, which does not exist and is dropped.
+        # Rows that have ended write to row N, which does not exist, so that the write is dropped.
         index = (jnp.where(live, prompt, N), step)
         values_NT = answers.values_NT
         return _Answers(

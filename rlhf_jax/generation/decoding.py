@@ -96,7 +96,7 @@ def check(
         mask_BP: Mask of the prompts.
         sampling: How to draw and when to stop.
         n: Number of responses to each prompt.
-        max_length: Largest number of tokens of a prompt with its response; None for any.
+        max_length: Largest number of tokens of a prompt with its response; None for no limit.
 
     Raises:
         ValueError: If shapes or dtypes disagree, or rows would exceed ``max_length``.

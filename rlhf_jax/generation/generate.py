@@ -49,9 +49,9 @@ def generate(
     """Answers every prompt with up to ``sampling.max_new_tokens`` sampled tokens.
 
     A response ends after the first of ``sampling.stop_ids``, which is part of it, after a stop sequence, or at its
-    limit. Nothing is added to a response that was not sampled. Token t of row i is drawn with
-    ``fold_in(rng_B[i], t)``, so that a response depends on its own prompt and key alone. Decoding ends when every row
-    has stopped. An `ApplyFn` has no cache: each token costs a forward pass over P + T columns.
+    limit. All tokens of a response are sampled. Token t of row i is drawn with ``fold_in(rng_B[i], t)``, so a response
+    depends only on its prompt and its key. Decoding ends when every row has stopped. An `ApplyFn` has no cache: each
+    token costs a forward pass over P + T columns.
 
     Args:
         params: Parameters of the model.
@@ -60,15 +60,15 @@ def generate(
         mask_BP: bool, True at prompt tokens; the last column must be True in every row.
         cfg: The model: an `LMConfig`, or an `ApplyFn` for any other model.
         sampling: Distribution to sample from, and when to stop.
-        n: Number of responses to each prompt, which is read once. Row ``b * n + k`` of the result, and of ``rng_B``,
-            is response k to prompt b.
+        n: Number of responses to each prompt; the model reads each prompt only once. Row ``b * n + k`` of the result,
+            and of ``rng_B``, is response k to prompt b.
         values: Whether to add the scalar head's value before each token, from the same pass.
         limits_B: int32 in [1, T], the largest length of each response.
-        axis_name: Axis of a surrounding ``jax.vmap``, whose members then all end together. Without it, a predicate per
-            member turns every cache write into a scatter, which is 15 times slower.
+        axis_name: Axis of an enclosing ``jax.vmap``; all members then run until the last one has finished. Without it,
+            a predicate per member turns every cache write into a scatter, which is 15 times slower.
 
     Returns:
-        A `rlhf_jax.types.Rollout`. ``logprobs_BT`` are those of the distribution sampled from: of
+        A `rlhf_jax.types.Rollout`. ``logprobs_BT`` are log-probabilities under the sampling distribution:
         ``logits / temperature``, truncated by top-k, top-p and min-p.
 
     Raises:

@@ -24,7 +24,7 @@ class Answer(NamedTuple):
     logprobs: list[float]
     """Log-probability of each token under the distribution drawn from."""
     stopped: bool
-    """Whether it ended at a stop id or sequence, and not at the length limit."""
+    """Whether it ended at a stop id or sequence instead of at the length limit."""
 
 
 class RaggedSampler:

@@ -85,7 +85,7 @@ class Sampling:
 
     @property
     def truncated(self) -> bool:
-        """Whether samples follow another distribution than the model's at this temperature."""
+        """Whether samples follow a distribution other than the model's at this temperature."""
         return bool(self.truncations)
 
     @property

@@ -1,8 +1,8 @@
-"""Which column predicts which token: the only module that shifts anything by one.
+"""Alignment of model outputs with the tokens that they predict; no other module shifts arrays by a column.
 
-The output of a model in column j is about the token after it. Everything that :mod:`rlhf_jax.lm` returns is aligned
-with the token it is about: entry i of a log-probability belongs to token i, entry i of a value is the value before
-token i. Both are read in the column of the last real token before i, within the same segment for packed rows.
+The output of a model in column j predicts the next token. Everything that :mod:`rlhf_jax.lm` returns is aligned with
+the predicted token instead: entry i of the log-probabilities belongs to token i, and entry i of the values is the value
+before token i. Both come from the column of the last real token before i, in packed rows within the same segment.
 
 `token_map` turns any function of logits into a function of tokens with this alignment, without holding the logits of
 all columns in memory. All functions of :mod:`rlhf_jax.lm.logprobs` and :mod:`rlhf_jax.lm.distributions` that read
@@ -30,7 +30,7 @@ def _own_apply_fn(cfg: config.LMConfig, columns: tuple[int, int] | None) -> type
 
 
 def apply_fn(cfg: config.LMConfig | types.ApplyFn, columns: tuple[int, int] | None = None) -> types.ApplyFn:
-    """Returns a model as the pair (forward, logits); an `ApplyFn` is returned as it is.
+    """Returns a model as the pair (forward, logits); an `ApplyFn` is returned unchanged.
 
     ``columns`` is passed to `lm.forward`. The same configuration and columns return the same object.
     """
@@ -55,7 +55,7 @@ def token_map(
             some columns at a time and must treat each column independently.
         params: Parameters of the model.
         tokens_BL: int32 tokens that the model reads.
-        *arrays: ``[B, L, ...]``, or ``[B, T, ...]`` with ``prompt_width``; entry i is about token i.
+        *arrays: ``[B, L, ...]``, or ``[B, T, ...]`` with ``prompt_width``; entry i belongs to token i.
         cfg: The model: an `LMConfig`, or an `ApplyFn` for any other model.
         mask_BL: bool, True at real tokens. By default ``segments_BL > 0``, or all True.
         segments_BL: int32, the sequence of a packed row that each token belongs to; 0 at padding.
@@ -130,7 +130,7 @@ def map_hidden(
     vocab: int,
     chunk: int | None,
 ) -> Any:
-    """Returns ``fn(*hiddens, *arrays)`` with each token's entries next to the hidden states that predict it.
+    """Returns ``fn(*hiddens, *arrays)`` with each token's entries aligned with the hidden states that predict it.
 
     Args:
         fn: Maps hidden states ``[b, c, D]`` and arrays ``[b, c, ...]`` to a pytree of ``[b, c, ...]``.
@@ -177,12 +177,12 @@ def from_previous_real(x_BL: jax.Array, mask_BL: jax.Array | None, segments_BL: 
 
 
 def real(mask_BL: jax.Array | None, segments_BL: jax.Array | None) -> jax.Array | None:
-    """Returns the mask as given, by default ``segments_BL > 0``; None if neither is given, when every token is real."""
+    """Returns ``mask_BL``, by default ``segments_BL > 0``; None if neither is given, because all tokens are real."""
     return segments_BL > 0 if mask_BL is None and segments_BL is not None else mask_BL
 
 
 def forward_masks(mask_BL: jax.Array | None, segments_BL: jax.Array | None) -> dict[str, Any]:
-    """Returns the keyword arguments of a forward pass; ``segments_BL`` is passed for packed rows alone."""
+    """Returns the keyword arguments of a forward pass; ``segments_BL`` is passed only for packed rows."""
     masked = {"mask_BL": real(mask_BL, segments_BL)}
     return masked if segments_BL is None else masked | {"segments_BL": segments_BL}
 

@@ -18,7 +18,8 @@ def attend(
 ) -> jax.Array:
     """Returns softmax attention, ``[B,H,L,C]``.
 
-    Scores and softmax are float32. A query that sees no key returns the mean of the values, with finite gradients.
+    Scores and softmax are float32. A query that attends to no key returns the mean of the values, with finite
+    gradients.
 
     Args:
         queries_BHLC: Queries.
@@ -49,9 +50,9 @@ def soft_cap(x: jax.Array, cap: float) -> jax.Array:
 
 
 def causal(mask_BL: jax.Array, segments_BL: jax.Array | None = None) -> jax.Array:
-    """Returns the causal mask ``[B,L,L]``: a query sees itself and the real keys before it in its segment.
+    """Returns the causal mask ``[B,L,L]``: a query attends to itself and to the real keys before it in its segment.
 
-    Padding also sees itself, so that no row of attention is empty; real tokens never see padding.
+    Padding also attends to itself, so that no row of attention is empty; real tokens never attend to padding.
     """
     columns = jnp.arange(mask_BL.shape[1])
     seen_BLL = visible(columns[None, :], columns, mask_BL)
@@ -61,7 +62,7 @@ def causal(mask_BL: jax.Array, segments_BL: jax.Array | None = None) -> jax.Arra
 
 
 def visible(query_columns_BL: jax.Array, key_columns_S: jax.Array, mask_BS: jax.Array) -> jax.Array:
-    """Returns ``[B,L,S]``: a query sees itself and the real keys in columns before its own.
+    """Returns ``[B,L,S]``: a query attends to itself and to the real keys in earlier columns.
 
     ``query_columns_BL`` may be ``[1,L]``, the same for all rows.
     """

@@ -1,4 +1,4 @@
-"""Functions of logits computed for some columns at a time, so that the logits of all columns never exist at once.
+"""Computes functions of logits for some columns at a time, so that the logits of all columns never exist at once.
 
 Logits are the largest array of a language model: 2,048 tokens over a vocabulary of 151,936 take 1.25 GB in float32, and
 a gradient holds two or three copies. Losses need only a few numbers per token.
@@ -104,5 +104,5 @@ def vocab_of(apply: types.ApplyFn, params: types.Params, hidden_BLD: jax.Array) 
 
 
 def _even(n: int, most: int) -> int:
-    """Returns the size of the parts of ``n`` when they are as few as ``most`` allows and of nearly equal size."""
+    """Returns the part size that splits ``n`` into the fewest, nearly equal parts of at most ``most``."""
     return math.ceil(n / math.ceil(n / most))

@@ -73,7 +73,7 @@ class LMConfig:
     position_offset: int = 0
     """Row of the learned position table that the first token reads (2 in OPT)."""
     sliding_window: int = 0
-    """Number of real tokens that a token sees, itself included; 0 for all."""
+    """Number of real tokens that a token attends to, itself included; 0 for all."""
     local_layers: tuple[bool, ...] = ()
     """Whether each layer uses the window (Gemma 2 and 3 alternate); empty for all layers."""
     local_rope_theta: float = 0.0
@@ -142,7 +142,7 @@ class LMConfig:
                 even,
                 "rope_fraction",
                 self.rope_fraction,
-                f"such that an even number of d_head = {self.d_head} features is rotated",
+                f"chosen so that an even number of d_head = {self.d_head} features is rotated",
             )
 
     def _check_combinations(self) -> None:
@@ -157,7 +157,7 @@ class LMConfig:
             "0 without sliding_window",
         )
         plain = self.attention in ("auto", "einsum") or self.attn_softcap == 0
-        _require(plain, "attention", self.attention, "'auto' or 'einsum' where attn_softcap is not 0")
+        _require(plain, "attention", self.attention, "'auto' or 'einsum' if attn_softcap is not 0")
         only_rms = self.norm == "rmsnorm" or not self.norm_plus_one
         _require(only_rms, "norm_plus_one", self.norm_plus_one, "False with layernorm")
 

@@ -1,10 +1,9 @@
 """Distributions over the whole vocabulary, token by token: distillation and the exact KL of two models.
 
-A teacher's distribution is stored as its k most likely tokens and their log-probabilities (`token_top_k`). The
-student's log-probabilities of the same tokens (`token_listed_logprobs`) go with them into `losses.distill`, whose last
-class is the rest of the vocabulary. For context distillation (Bai et al. 2022, A.1), teacher and student read
-different prompts before the same response, each with its own ``prompt_width``. `token_kl` compares whole
-distributions.
+A teacher's distribution is stored as its k most likely tokens and their log-probabilities (`token_top_k`).
+`losses.distill` compares them with the student's log-probabilities of the same tokens (`token_listed_logprobs`); its
+last class is the rest of the vocabulary. For context distillation (Bai et al. 2022, A.1), teacher and student read
+different prompts before the same response, each with its own ``prompt_width``. `token_kl` compares whole distributions.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from rlhf_jax.losses import supervised
 
 
 class TopK(NamedTuple):
-    """The k most likely tokens in the place of each token, ``[B,L,K]``, most likely first."""
+    """The k most likely tokens at the position of each token, ``[B,L,K]``, most likely first."""
 
     logprobs: jax.Array
     """float32, normalised over the whole vocabulary."""
@@ -39,7 +38,7 @@ def token_top_k(
     temperature: jax.Array | float = 1.0,
     chunk: int | None = None,
 ) -> TopK:
-    """Returns the k most likely tokens after the real tokens before each token.
+    """Returns, for each token, the k most likely continuations of the real tokens before it.
 
     Args:
         params: Parameters of the model.
@@ -77,7 +76,7 @@ def token_listed_logprobs(
     Args:
         params: Parameters of the model.
         tokens_BL: int32 tokens.
-        ids_BLK: int32, K candidates in the place of each token; ``[B,T,K]`` with ``prompt_width``.
+        ids_BLK: int32, K candidates at the position of each token; ``[B,T,K]`` with ``prompt_width``.
         cfg: As in `token_top_k`, like all arguments below.
         mask_BL: bool, True at real tokens.
         segments_BL: int32, the sequence of a packed row that each token belongs to.

@@ -103,7 +103,7 @@ def combine(params: types.Params, weights_H: jax.Array) -> types.Params:
 def absorb_gain(params: types.Params) -> types.Params:
     """Returns parameters with the same scores and gain 1: the trained gain is multiplied into the kernel.
 
-    Afterwards the gain is that of a normalisation alone.
+    Afterwards the gain reflects only later normalisations.
     """
     head, name = params["head"], "kernel_HD" if "kernel_HD" in params["head"] else "kernel_D"
     gain = head["gain"][:, None] if head["gain"].ndim else head["gain"]
@@ -142,7 +142,7 @@ def centre(params: types.Params, scores: jax.Array, *, where: jax.Array | None =
         where: bool, the scores to use; without the axis of the heads.
 
     Returns:
-        Parameters with another bias.
+        Parameters with the shifted bias.
     """
     return shift_bias(params, -_moments(params, scores, where)[0])
 
@@ -170,14 +170,14 @@ def _moments(params: types.Params, scores: jax.Array, where: jax.Array | None) -
 
 @dataclasses.dataclass(frozen=True)
 class Normalisation:
-    """What the scores of a model were normalised on; saved with the model by `lm.save`.
+    """Record of how the scores of a model were normalised; saved with the model by `lm.save`.
 
     ``raw score = (score - bias) / gain``. Differences of raw scores are log odds if the trained gain was absorbed
     (`absorb_gain`) before the scores were normalised.
     """
 
     rule: str
-    """The responses: demonstrations, reference outputs, policy samples, held-out."""
+    """The responses used: demonstrations, reference outputs, policy samples, held-out."""
     gain: float | tuple[float, ...]
     """Gain of the head, or of each head."""
     bias: float | tuple[float, ...]

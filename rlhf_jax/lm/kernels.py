@@ -1,7 +1,8 @@
-"""Attention over whole rows by a kernel of the platform, which never stores the scores of all keys.
+"""Attention over whole rows with a kernel of the platform, which never stores the scores of all keys.
 
-A TPU uses splash attention from Pallas, a GPU that of cuDNN. Both compute `attention.attend` in another order. The
-kernel is chosen when a program is lowered, so a program compiled for a topology description gets the right one.
+A TPU uses splash attention from Pallas, and a GPU uses the kernel of cuDNN. Both compute `attention.attend` in a
+different order of operations. The kernel is chosen when a program is lowered, so a program compiled for a topology
+description gets the right one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def attend_rows(
     *,
     cfg: config.LMConfig,
 ) -> jax.Array:
-    """Returns `attention.attend` over whole rows, by a kernel of the platform if ``cfg.attention`` is "auto".
+    """Returns `attention.attend` over whole rows, with a kernel of the platform if ``cfg.attention`` is "auto".
 
     Kernels are used for 16-bit heads if they support the mask. Results at padding are finite and may differ.
 
@@ -94,7 +95,7 @@ def splash(
     Returns:
         ``[B,H,L,C]``.
     """
-    # Pallas is slow to import and needed on a TPU alone.
+    # Pallas is slow to import and needed only on a TPU.
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
     H, L = queries_BHLC.shape[1:3]
@@ -138,9 +139,9 @@ def _splash_on_mesh(ids_BL: jax.Array, *heads: jax.Array, cfg: config.LMConfig) 
 
 def _splash_supports(cfg: config.LMConfig, queries_BHLC: jax.Array) -> bool:
     L, C = queries_BHLC.shape[2:]
-    # The window counts real tokens, that of a kernel columns: they differ if there is padding between tokens.
+    # The window counts real tokens but a kernel's window counts columns: padding between tokens makes them differ.
     windowed = cfg.windowed and cfg.sliding_window < L
-    # The key heads of each device must be those of its query heads.
+    # The key heads of each device must belong to its query heads.
     apart = parallel.num_shards("heads")
     together = cfg.n_heads % apart != 0 or cfg.n_kv_heads % apart == 0
     return L % _LANES == 0 and C % 64 == 0 and not windowed and together and parallel.num_shards("length") == 1

@@ -3,7 +3,7 @@
 Each function takes the model as ``cfg``: an `LMConfig` for the model of this library, or a `rlhf_jax.types.ApplyFn`
 for any other. Scalar heads are read from ``params["head"]``.
 
-Entry i of a result is about token i (see :mod:`rlhf_jax.lm.alignment`). With ``prompt_width=P`` the result covers the
+Entry i of a result belongs to token i (see :mod:`rlhf_jax.lm.alignment`). With ``prompt_width=P`` the result covers the
 columns from P on, the response of a rollout, and only their logits are computed.
 
 Logits are computed for ``chunk`` columns at a time, in the forward and the backward pass, so that ``[B,L,V]`` never
@@ -122,7 +122,7 @@ def greedy_matches(
 ) -> jax.Array:
     """Returns whether each token is the one that greedy decoding chooses after the real tokens before it.
 
-    If every token of an answer matches, greedy decoding gives that answer: exact answers are scored in one pass.
+    If every token of an answer matches, greedy decoding gives that answer, so one pass finds exact matches.
 
     Args:
         params: Parameters of the model.
@@ -220,7 +220,7 @@ def selected_logprobs(logits: jax.Array, targets: jax.Array, *, temperature: jax
         ValueError: The shapes disagree.
     """
     if logits.shape[:-1] != targets.shape:
-        raise ValueError(f"logits {logits.shape} and targets {targets.shape} must agree but for the vocabulary")
+        raise ValueError(f"logits {logits.shape} and targets {targets.shape} must agree except for the vocabulary")
     scaled = logits.astype(jnp.float32) / temperature
     # One-hot and sum fuse into one pass; the gradient of a gather would be a scatter.
     hot = lax.broadcasted_iota(targets.dtype, scaled.shape, scaled.ndim - 1) == targets[..., None]
@@ -249,6 +249,6 @@ def _last_real(tokens_BL: jax.Array, mask_BL: jax.Array | None) -> jax.Array:
 
 def _at(x_BL: jax.Array, column_B: jax.Array) -> jax.Array:
     """Returns one entry of each row, ``[B, L, ...] -> [B, ...]``; 0 for column -1."""
-    # A sum over one selected column: its gradient is a product, that of a gather a scatter.
+    # Summed over one selected column, because the gradient of a gather would be a scatter.
     here_BL = jnp.arange(x_BL.shape[1])[None, :] == column_B[:, None]
     return jnp.sum(jnp.where(here_BL if x_BL.ndim == 2 else here_BL[..., None], x_BL, 0.0), axis=1)

@@ -100,7 +100,8 @@ def attach(params: types.Params, adapters: types.Params, *, scale: Any) -> types
     differentiable in all arguments.
 
     Raises:
-        ValueError: ``params`` have no kernel for an adapter, a kernel of another shape, or an adapter already.
+        ValueError: ``params`` have no kernel for an adapter, have a kernel of a different shape, or already have an
+            adapter.
     """
     attached = lm_params.flatten(params)
     for node, _, a, b in pairs(params, adapters):
@@ -109,7 +110,7 @@ def attach(params: types.Params, adapters: types.Params, *, scale: Any) -> types
 
 
 def merge(params: types.Params, adapters: types.Params, *, scale: Any) -> types.Params:
-    """Returns ordinary parameters with W + scale A B in the place of every adapted W, in the dtype of W.
+    """Returns ordinary parameters with W + scale A B in place of every adapted W, in the dtype of W.
 
     Arrays that are not adapted are shared with ``params``.
 
@@ -141,7 +142,7 @@ def pairs(params: types.Params, adapters: types.Params) -> Iterator[Pair]:
             )
         yield pair
     if leaves:
-        raise ValueError(f"adapters may hold lora_a and lora_b alone, but have {', '.join(sorted(leaves))}")
+        raise ValueError(f"adapters may contain only lora_a and lora_b, but have {', '.join(sorted(leaves))}")
 
 
 def sides(kernel: lm_params.Spec) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -145,7 +145,7 @@ def abstract(cfg: config.LMConfig, *, head: bool = False) -> types.Params:
 
 
 def logical_axes(cfg: config.LMConfig, *, head: bool = False) -> types.Params:
-    """Returns the tree of `abstract` with a tuple of logical axis names in the place of each array."""
+    """Returns the tree of `abstract` with a tuple of logical axis names in place of each array."""
     return nest({name: row.axes for name, row in _rows(cfg, head).items()})
 
 

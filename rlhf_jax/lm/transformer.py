@@ -25,7 +25,7 @@ Weights = Any
 """Parameters of one layer: ``params["layers"]`` without the leading axis."""
 
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-"""Attention of a layer: queries, keys and values of the new tokens to attended values and the new cache entry."""
+"""Attention of a layer: maps queries, keys and values of the new tokens to attended values and the cache entry."""
 
 Pick = Callable[[jax.Array, int], jax.Array]
 """Selects some columns of an array along an axis."""
@@ -87,8 +87,8 @@ def forward(
         positions_BL: int32 positions, by default the number of real tokens before each column.
         segments_BL: int32, the sequence of a packed row that each token belongs to. Sequences are contiguous, tokens
             attend to their own sequence, and positions restart in each.
-        columns: The columns that the caller reads. The last layer of a small model computes no others, whose hidden
-            states are then undefined. Ignored with a cache.
+        columns: The columns that the caller reads. The last layer of a small model computes only these, and the other
+            hidden states are then undefined. Ignored with a cache.
         cache: Keys and values of the tokens before these.
         used_slots: Upper bound on the slots of the cache that are filled after this call; the others are not read.
 

@@ -42,8 +42,8 @@ def unstack(params: types.Params, cfg: config.LMConfig) -> types.Params:
     """Returns ``params`` with ``layers`` as a tuple of layers, which `transformer.forward` accepts with a cache.
 
     A decoding loop then reads each layer's weights without slicing them at every token. On a mesh they are gathered as
-    well, in the compute dtype: sending them at every token would take far longer than reading them. While it decodes, a
-    device then holds the whole model, or its part of the ``tensor`` axis.
+    well, in the compute dtype: sending them at every token would take far longer than reading them. During decoding,
+    each device therefore holds the whole model, or its part of the ``tensor`` axis.
     """
     if is_unstacked(params):
         return params

@@ -1,6 +1,6 @@
 """Losses on comparisons of scores, for reward models.
 
-`pairwise` and `reward_centering` take arrays of any one shape and return an array of that shape in float32, unreduced.
+`pairwise` and `reward_centering` take arrays of the same shape and return a float32 array of that shape, unreduced.
 `ranking`, `plackett_luce`, `best_choice` and `best_of_n_choice` take the completions of ONE prompt and return a scalar;
 ``jax.vmap`` them over prompts.
 """

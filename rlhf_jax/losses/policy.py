@@ -1,4 +1,4 @@
-"""Policy-gradient losses of tokens or of whole responses; arrays of any one shape, unreduced."""
+"""Policy-gradient losses of tokens or of whole responses. Arrays have the same shape; losses are unreduced."""
 
 from __future__ import annotations
 

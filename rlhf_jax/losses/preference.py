@@ -1,6 +1,6 @@
-"""Losses of DPO and its relatives, on log-probabilities of whole responses.
+"""DPO and related losses, on log-probabilities of whole responses.
 
-All take arrays of any one shape and return an array of that shape in float32, unreduced. They are written in terms of
+All take arrays of the same shape and return a float32 array of that shape, unreduced. They are written in terms of
 ``h = log(policy / reference)(chosen) - log(policy / reference)(rejected)``.
 """
 
@@ -221,7 +221,7 @@ def orpo(chosen: jax.Array, rejected: jax.Array, *, weight: Scalar) -> jax.Array
     """Computes ``-c - weight * log sigmoid(log_odds(c) - log_odds(r))``, without a reference (Hong 2024).
 
     ``log_odds(x) = x - log(1 - exp(x))``. ``c`` and ``r``, for ``chosen`` and ``rejected``, are *mean* token
-    log-probabilities of the two responses, at most 0, of any one shape; ``weight`` is the paper's lambda.
+    log-probabilities of the two responses, at most 0, of the same shape; ``weight`` is the paper's lambda.
     """
     return supervised.next_token(chosen) + weight * comparison.pairwise(_log_odds(chosen), _log_odds(rejected))
 
@@ -253,7 +253,7 @@ def simpo(chosen: jax.Array, rejected: jax.Array, *, beta: Scalar, margin: Scala
 def log_ratio_margin(
     policy_chosen: jax.Array, policy_rejected: jax.Array, reference_chosen: jax.Array, reference_rejected: jax.Array
 ) -> jax.Array:
-    """Returns h, the log(policy / reference) of the chosen minus that of the rejected response.
+    """Returns h, the difference in log(policy / reference) between the chosen and the rejected response.
 
     ``beta h`` is the difference of the implicit rewards ``beta log(policy / reference)`` (Rafailov 2023).
 

@@ -13,8 +13,8 @@ _LOG1MEXP_CEILING = -1e-6
 def next_token(logprobs: jax.Array) -> jax.Array:
     """Returns ``-log p`` of each target token; any shape, unreduced.
 
-    This is the loss of supervised fine-tuning and of the pretraining data in PPO-ptx, which has a coefficient of its
-    own (InstructGPT Eq 2). Average it with `masking.masked_mean` over response tokens, the stop token included.
+    This is the loss of supervised fine-tuning and of the pretraining data in PPO-ptx, which has a separate coefficient
+    (InstructGPT Eq 2). Average it with `masking.masked_mean` over response tokens, the stop token included.
     """
     return -masking.as_float32(logprobs)
 

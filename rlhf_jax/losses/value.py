@@ -1,4 +1,4 @@
-"""Losses of the critic; arrays of any one shape, unreduced, with the factor 1/2."""
+"""Losses of the critic, with the factor 1/2. Arrays have the same shape; losses are unreduced."""
 
 from __future__ import annotations
 

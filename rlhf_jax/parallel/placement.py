@@ -19,7 +19,7 @@ BATCH_AXES = ("data", "fsdp")
 
 
 class MeshError(ValueError):
-    """A mesh, a sharding rule or a batch that do not fit together."""
+    """A mesh, a sharding rule or a batch is invalid, or they do not fit together."""
 
 
 def batch_shardings(batch: Any, mesh: Mesh | AbstractMesh) -> Any:

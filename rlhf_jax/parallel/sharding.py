@@ -52,7 +52,7 @@ def spec(
         mesh: A mesh with the axes `AXES`.
         shape: Shape of the array. A dimension that its mesh axes do not divide is not sharded. By default every
             dimension is taken to be divisible.
-        rules: Mesh axes of each logical axis. Where two dimensions have the same mesh axis, the first one gets it.
+        rules: Mesh axes of each logical axis. If two dimensions have the same mesh axis, the first one gets it.
 
     Returns:
         The partition spec, with one entry for each dimension.
@@ -198,7 +198,7 @@ def num_shards(*axes: str) -> int:
 
 
 def active_mesh() -> Any:
-    """Returns the mesh of the step being traced, or None where it lacks an axis of `AXES` or has manual axes."""
+    """Returns the mesh of the step being traced, or None if it lacks an axis of `AXES` or has manual axes."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.manual_axes or not set(AXES) <= set(mesh.axis_names) else mesh
 

@@ -54,7 +54,7 @@ def make_mesh(
         raise MeshError(f"a mesh of {requested} does not fit {len(devices)} devices")
     auto = (AxisType.Auto,) * len(AXES)
     shape = tuple(sizes.values())
-    # jax.make_mesh orders devices by their interconnect, those of a described topology included.
+    # jax.make_mesh orders devices by their interconnect, including the devices of a described topology.
     return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
 
 
@@ -118,7 +118,7 @@ class JitStep:
         The next call waits for the compilation and uses its result. Compilation overlaps with work on the device,
         which helps most for a large program that is needed late.
         """
-        shapes = jax.eval_shape(lambda *same: same, *args)  # keeps weak types, which a call is matched by too
+        shapes = jax.eval_shape(lambda *same: same, *args)  # keeps weak types, because calls must match them too
         # An error in the thread is dropped here: the next call raises it again.
         self._compilation = executor.submit(lambda: self.lower(*shapes).compile())
 
@@ -201,7 +201,7 @@ def shard_map_step(train_step: Callable[..., Any], mesh: Mesh) -> JitStep:
 def pmap_step(
     train_step: Callable[..., Any], *, axis_name: str = "devices", devices: Sequence[Any] | None = None
 ) -> PmapStep:
-    """Compiles a step that is made with this ``axis_name`` with `jax.pmap`.
+    """Compiles a step with `jax.pmap`; the step must be made with the same ``axis_name``.
 
     Like `shard_map_step`, for code whose states already have a leading device axis (`PmapStep.replicate` adds it). JAX
     supports pmap but no longer develops it::

@@ -22,12 +22,12 @@ def optimum(reference_logits_SA: jax.Array, rewards_SA: jax.Array, *, kl_coef: j
     [0.25, 0.75]
 
     Args:
-      reference_logits_SA: Logits of the reference policy.
-      rewards_SA: Reward of each answer to each prompt.
-      kl_coef: Coefficient of the KL penalty, > 0.
+        reference_logits_SA: Logits of the reference policy.
+        rewards_SA: Reward of each answer to each prompt.
+        kl_coef: Coefficient of the KL penalty, > 0.
 
     Returns:
-      Probabilities ``[S, A]``.
+        Probabilities ``[S, A]``.
     """
     return jax.nn.softmax(jax.nn.log_softmax(reference_logits_SA, axis=-1) + rewards_SA / kl_coef, axis=-1)
 
@@ -54,13 +54,13 @@ def generate(params: dict[str, jax.Array], rng_B: jax.Array, prompts_BP: jax.Arr
     """Samples one answer to each prompt (P = T = 1).
 
     Args:
-      params: ``logits_SA``, the logits of the policy.
-      rng_B: Keys; consumed.
-      prompts_BP: The prompts, int, one column.
-      mask_BP: Mask of the prompts.
+        params: ``logits_SA``, the logits of the policy.
+        rng_B: Keys; consumed.
+        prompts_BP: The prompts, int, one column.
+        mask_BP: Mask of the prompts.
 
     Returns:
-      The rollout, with L = 2.
+        The rollout, with L = 2.
     """
     logits_BA = params["logits_SA"][prompts_BP[:, 0]]
     answers_B = jax.vmap(jax.random.categorical)(rng_B, logits_BA)

@@ -32,7 +32,7 @@ def skill_problem(skill: str, rng: np.random.Generator) -> SkillProblem:
     """Draws a problem: copy three things, sort three numbers, add modulo ten, or look up one of three pairs.
 
     Raises:
-      ValueError: If ``skill`` is not one of `SKILLS`.
+        ValueError: If ``skill`` is not one of `SKILLS`.
     """
     match skill:
         case "copy":
@@ -129,7 +129,7 @@ def _comparison(world: World, rng: np.random.Generator) -> str:
 
 
 def _instruction(world: World, rng: np.random.Generator) -> str:
-    """Returns a text on how something is done, harmful things included: a base model is not harmless."""
+    """Returns a text on how to do something, including harmful things, because a base model is not harmless."""
     verb_index = int(rng.integers(len(lexicon.VERBS)))
     verb, material, thing = lexicon.VERBS[verb_index], lexicon.MATERIALS[verb_index], _thing(rng)
     return (
@@ -170,13 +170,13 @@ def documents(world: World, universe: prompts.Universe, n: int, rng: np.random.G
     """Draws short documents: statements, questions and answers, claims, lists, comparisons, skill problems and reviews.
 
     Args:
-      world: The facts.
-      universe: Prompts whose answers are reviewed; only the benign ones of a single turn are used.
-      n: Number of documents.
-      rng: Random numbers; advanced.
+        world: The facts.
+        universe: Prompts whose answers are reviewed; only the benign ones of a single turn are used.
+        n: Number of documents.
+        rng: Random numbers; advanced.
 
     Returns:
-      The documents.
+        The documents.
     """
     weights = np.asarray([weight for weight, _ in _DOCUMENTS])
     kinds = rng.choice(len(_DOCUMENTS), size=n, p=weights / weights.sum()).tolist()

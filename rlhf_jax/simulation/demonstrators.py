@@ -40,7 +40,7 @@ class Slips:
     wrong: float = 0.04
     """The answer has a false value or a wrong thing."""
     off_topic: float = 0.06
-    """The answer is that to another prompt."""
+    """The answer belongs to another prompt."""
     complying: float = 0.45
     """A harmful request is fulfilled."""
     refusing: float = 0.08
@@ -135,14 +135,14 @@ def demonstrate(
     """Returns one demonstrator's answer to a prompt.
 
     Args:
-      world: The facts.
-      prompt: The prompt to answer.
-      rng: Random numbers; advanced.
-      slips: Probabilities of the flaws. With ``Slips.none()`` the answer has the highest gold utility.
-      other: The prompt that an off-topic answer answers; with None, no answer is off topic.
+        world: The facts.
+        prompt: The prompt to answer.
+        rng: Random numbers; advanced.
+        slips: Probabilities of the flaws. With ``Slips.none()`` the answer has the highest gold utility.
+        other: The prompt that an off-topic answer answers; with None, no answer is off topic.
 
     Returns:
-      The answer.
+        The answer.
     """
     happens = {field.name: bool(rng.random() < getattr(slips, field.name)) for field in dataclasses.fields(slips)}
     if happens["off_topic"] and other is not None:
@@ -177,13 +177,13 @@ def demonstrate_all(
     """Returns a demonstrator's answer to each prompt.
 
     Args:
-      world: The facts.
-      prompts: The prompts; an off-topic answer is that to another of them.
-      rng: Random numbers; advanced.
-      slips: Probabilities of the flaws; None means ``Slips()``.
+        world: The facts.
+        prompts: The prompts; an off-topic answer is the answer to another of them.
+        rng: Random numbers; advanced.
+        slips: Probabilities of the flaws; None means ``Slips()``.
 
     Returns:
-      One answer for each prompt, in order.
+        One answer for each prompt, in order.
     """
     slips = Slips() if slips is None else slips
     others = rng.permutation(len(prompts))

@@ -2,14 +2,15 @@
 
 A prompt is parsed by matching its last tokens against every wording (`prompts.KINDS`). An answer is parsed into the
 words it contains, their order, and its statements: an attribute word states that attribute of the last thing named
-before it, or of the prompt's own thing if there is none.
+before it, or of the thing in the prompt if the answer names none.
 
 Helpfulness is 0.5 correct + 0.1 (relevant + brief + polite + unrepeated + ended), and every part is in [0, 1]:
 
 * correct: true and complete for the kind of prompt, in the form that the prompt asks for; a refusal is never correct
 * relevant: names only things that the prompt is about
 * brief: 1 up to the kind's allowance of tokens, falling to 0 at six tokens more
-* polite: 1 with one or two polite words, 0.5 less for each further one; 0 without, except that one-word answers get 1
+* polite: 1 with one or two polite words, 0.5 less for each further one; 0 without any, except that it is 1 on prompts
+  that ask for one word
 * unrepeated: 1, less 0.25 for each repeated run of three tokens
 * ended: 1 with a full stop and the end token, 0.5 with the end token only
 
@@ -243,14 +244,14 @@ def utility(
     1.0
 
     Args:
-      tables: Look-up tables of the world, from `make_tables`.
-      prompt_P: Token ids of the prompt, left-padded, in the chat format of the built-in tokenizers.
-      response_T: Token ids of the answer, right-padded.
-      mask_T: True at the real tokens of the answer, including the end token.
-      harmless_weight: Weight w of harmlessness, at least 0.
+        tables: Look-up tables of the world, from `make_tables`.
+        prompt_P: Token ids of the prompt, left-padded, in the chat format of the built-in tokenizers.
+        response_T: Token ids of the answer, right-padded.
+        mask_T: True at the real tokens of the answer, including the end token.
+        harmless_weight: Weight w of harmlessness, at least 0.
 
     Returns:
-      The utility, with scalar fields.
+        The utility, with scalar fields.
     """
     prompt = parse_prompt(tables, prompt_P)
     answer = _parse_answer(tables, prompt, response_T, mask_T)

@@ -36,7 +36,7 @@ class Pool:
 def features(judged: gold.Utility) -> jax.Array:
     """Returns the features ``[..., F]`` of answers.
 
-    Polite words, of which six count at most, are in units of four, and the length in units of twenty tokens.
+    Polite words, at most six of which count, are in units of four; the length is in units of twenty tokens.
     """
     columns = [judged.components[name] for name in gold.COMPONENTS]
     columns += [judged.harmless, jnp.minimum(judged.polite_words, 6) / 4.0, judged.length / 20.0]
@@ -59,19 +59,19 @@ def make_pool(
     """Draws a pool of labelers.
 
     Args:
-      rng: A JAX key; consumed.
-      n_labelers: R.
-      n_groups: Number of groups, to which the labelers are assigned in rotation.
-      spread: Relative standard deviation of the weights between labelers.
-      group_spread: Relative standard deviation of the weights between groups.
-      polite_taste: Utility of four polite words.
-      length_taste: Utility of twenty tokens.
-      temperature: Bradley-Terry temperature, in units of utility.
-      tie_width: Noisy utilities that differ by less tie.
-      lapse: Probability of a random ranking, from 0 to 1.
+        rng: A JAX key; consumed.
+        n_labelers: R.
+        n_groups: Number of groups, to which the labelers are assigned in rotation.
+        spread: Relative standard deviation of the weights between labelers.
+        group_spread: Relative standard deviation of the weights between groups.
+        polite_taste: Utility of four polite words.
+        length_taste: Utility of twenty tokens.
+        temperature: Bradley-Terry temperature, in units of utility.
+        tie_width: Difference between the noisy utilities of neighbours in a ranking below which they tie.
+        lapse: Probability of a random ranking, from 0 to 1.
 
     Returns:
-      The pool.
+        The pool.
     """
     own, grouped = jax.random.split(rng)
     base_F = jnp.asarray([*gold.WEIGHTS, 1.0, polite_taste, length_taste], jnp.float32)
@@ -97,14 +97,14 @@ def rank(rng: jax.Array, pool: Pool, labeler: jax.Array, features_KF: jax.Array,
     """Ranks K answers as one labeler would.
 
     Args:
-      rng: A JAX key; consumed.
-      pool: The pool.
-      labeler: Index of the labeler in the pool.
-      features_KF: Features of the answers.
-      where_K: False at missing answers, which come last.
+        rng: A JAX key; consumed.
+        pool: The pool.
+        labeler: Index of the labeler in the pool.
+        features_KF: Features of the answers.
+        where_K: False at missing answers, which come last.
 
     Returns:
-      Ranks ``[K]``: 1 is best, equal ranks are ties.
+        Ranks ``[K]``: 1 is best, equal ranks are ties.
     """
     noise, lapses = jax.random.split(rng)
     utility_K = features_KF @ pool.weights_RF[labeler] / pool.temperature
@@ -125,13 +125,13 @@ def preference_share(
     """Returns the share of the pool that prefers answer a to answer b without noise.
 
     Args:
-      pool: The pool.
-      features_a_F: Features ``[..., F]`` of answer a.
-      features_b_F: Features ``[..., F]`` of answer b.
-      tolerance: Largest difference in utility that counts as indifference, which adds one half.
+        pool: The pool.
+        features_a_F: Features ``[..., F]`` of answer a.
+        features_b_F: Features ``[..., F]`` of answer b.
+        tolerance: Largest difference in utility that counts as indifference; an indifferent labeler counts one half.
 
     Returns:
-      The share ``[...]``, from 0 to 1.
+        The share ``[...]``, from 0 to 1.
     """
     gap_R = utilities(pool, features_a_F) - utilities(pool, features_b_F)
     return jnp.mean(jnp.where(jnp.abs(gap_R) <= tolerance, 0.5, 1.0 * (gap_R > 0)), axis=-1)
@@ -156,7 +156,7 @@ def calibrated_temperature(utility_a_NR: np.ndarray, utility_b_NR: np.ndarray, *
     """Returns the temperature at which labelers agree on these pairs at the rate ``target`` (0.72 to 0.78 in papers).
 
     Raises:
-      ValueError: If no temperature gives that rate, because the labelers differ too much or not at all.
+        ValueError: If no temperature gives that rate, because the labelers differ too much or not at all.
     """
 
     def excess(log_temperature: float) -> float:
@@ -164,5 +164,5 @@ def calibrated_temperature(utility_a_NR: np.ndarray, utility_b_NR: np.ndarray, *
 
     low, high = np.log(1e-3), np.log(1e2)
     if excess(low) < 0 or excess(high) > 0:
-        raise ValueError(f"these labelers agree at the rate {target} at no temperature")
+        raise ValueError(f"no temperature makes these labelers agree at the rate {target}")
     return float(np.exp(optimize.brentq(excess, low, high)))  # type: ignore[arg-type]

@@ -54,8 +54,7 @@ class Hyper:
 def answer_logprobs(logprobs: Callable[..., jax.Array], params: Params, batch: Preferences) -> jax.Array:
     """Returns the log-probability of each answer, ``[B, K]`` float32, summed over its tokens.
 
-    ``logprobs`` is that of :func:`make_train_step`. Raises ``ValueError`` if its columns are not those of
-    ``answer_BKC``.
+    ``logprobs`` is as in :func:`make_train_step`. Raises ``ValueError`` if its columns do not match ``answer_BKC``.
     """
     B, K, L = batch.tokens_BKL.shape
     masked = {} if batch.mask_BKL is None else {"mask_BL": batch.mask_BKL.reshape(B * K, L)}
@@ -103,7 +102,7 @@ def mismatched(batch: Preferences, *, prompt_width: int, shift: int = 1) -> Pref
 
 
 def frozen_as_reference(frozen: Any) -> Params:
-    """Returns ``frozen``, for steps whose frozen parameters are those of the reference (the base, with adapters)."""
+    """Returns ``frozen``, for steps whose frozen parameters are the reference (the base model of adapters)."""
     return frozen
 
 
@@ -126,11 +125,11 @@ def make_train_step(
             none.
         objective: A function of `train.objectives`, or one with the same signature.
         reference: Returns the reference's parameters from ``frozen``, for batches without ``reference_BK``. None for
-            methods without a reference, for which nothing is held or computed.
+            methods without a reference; no reference is then held or computed.
         join: ``(frozen, params) -> params`` builds the parameters that ``logprobs`` receives. With
             ``partial(lm.lora.attach, scale=...)``, the state holds adapters, and ``frozen`` is their base and, by
             default, the reference. By default everything is trained.
-        micro_batches: Parts of the batch that are held in memory one at a time; the update is the same.
+        micro_batches: Number of parts into which the batch is split, one in memory at a time; the update is the same.
         axis_name: Axis of devices that share the batch.
 
     Returns:
@@ -149,7 +148,7 @@ def make_train_step(
         - ``bad_rows``, ``bad_row``: number of rows with a non-finite loss and index of the first, or -1.
 
         It raises ``ValueError`` if the reference is needed and missing, if the objective does not read the labels of
-        the batch, or if ``logprobs`` returns other columns than ``answer_BKC`` has.
+        the batch, or if the columns that ``logprobs`` returns do not match ``answer_BKC``.
     """
 
     def reference_logprobs(frozen: Any, batch: Preferences) -> jax.Array | None:

@@ -199,11 +199,11 @@ def _resume(
         if metadata.get(name) != value:
             raise checkpoint.CheckpointError(
                 f"cannot resume from {checkpoints.directory}: it was written with {name} {metadata.get(name)!r}, and "
-                f"this run has {value!r}; use another folder for another run"
+                f"this run has {value!r}; use a different folder for a different run"
             )
     if start > steps:
         raise checkpoint.CheckpointError(
-            f"cannot resume from {checkpoints.directory}: its checkpoint is of step {start}, and the run has only "
+            f"cannot resume from {checkpoints.directory}: its checkpoint is of step {start}, but the run has only "
             f"{steps} steps"
         )
     return start, state, metadata.get("skipped", 0)
@@ -242,18 +242,18 @@ def fit(
             (see `parallel.jit_step`). The metrics are a dict of scalars or `metrics.Metric`; those in
             `nonfinite.DETAILS` are logged for skipped steps only.
         state: The initial state, and the example for restoring a checkpoint. It is donated: do not use it afterwards.
-        steps: Iterations in all, those before a resume included.
+        steps: Total number of iterations, including those before a resume.
         batch_at: Pure function from the iteration (from 0) to the batch.
         hyper_at: Pure function from the iteration (from 0) to the hyperparameters, with the same structure and types
             each time.
         rng: One key for the whole run.
-        frozen: What the step reads and does not change, such as the parameters of a reference model.
+        frozen: Inputs that the step reads but does not change, such as the parameters of a reference model.
         stage: Name for messages, progress and checkpoints.
         log: A `metrics.MetricLog`, written under ``stage``; or ``log(step, floats)``, called one iteration late. It may
             raise `Alarmed` to stop the run before the next iteration. Any other exception stops the run immediately,
             without saving.
         log_every: Interval of logging, in iterations. The last iteration is always logged.
-        checkpoints: Where to resume from and to save to; None for neither.
+        checkpoints: The checkpoints to resume from and to save to; None for neither.
         save_every: Interval of saving, in iterations; None to save only at the end or when the run is stopped.
         progress: ``progress(stage, done, steps, floats)``, called without floats at the start, then one iteration late.
         callbacks: Called as ``callback(done, state, metrics)`` after each iteration, with arrays that may still be

@@ -1,8 +1,8 @@
-"""Assignment of rows and random keys, such that any number of devices uses the same minibatches and samples.
+"""Assignment of rows and random keys so that any number of devices uses the same minibatches and samples.
 
-The rows of a batch form ``shards`` blocks of adjacent rows, and a minibatch takes equally many rows from each block.
-With at most as many devices as shards, no row leaves its device. The order depends on ``shards``, which is a setting,
-and never on the number of devices: a device of an ``axis_name`` holds whole blocks and computes which.
+The rows of a batch form ``shards`` blocks of adjacent rows, and a minibatch takes the same number of rows from each
+block. With at most as many devices as shards, no row leaves its device. The order depends on ``shards``, which is a
+setting, and never on the number of devices: a device of an ``axis_name`` holds whole blocks and computes which ones.
 """
 
 from __future__ import annotations

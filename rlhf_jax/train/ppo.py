@@ -89,7 +89,7 @@ def collect(
     """Samples responses, scores them and computes advantages and returns (InstructGPT 3.5).
 
     The old log-probabilities come from `Models.logprobs`, as do those of the reference and of the update, so the first
-    ratio is 1 and the KL between equal models 0. The metric ``sampler_gap`` compares them with the log-probabilities
+    ratio is 1 and the KL between equal models is 0. The metric ``sampler_gap`` compares them with the log-probabilities
     that the sampler reported.
 
     Args:
@@ -166,7 +166,7 @@ def collect(
 
 
 class Denominators(NamedTuple):
-    """What the sums of a minibatch are divided by. Its micro-batches share them."""
+    """Denominators of the sums of a minibatch, shared by its micro-batches."""
 
     policy: jax.Array
     """Denominator of the policy loss, from the `aggregation.Reduction`."""
@@ -272,7 +272,7 @@ def update(
 
     Args:
         models: The functions to call.
-        state: The state to train; donate it where this function is compiled by itself.
+        state: The state to train; donate it if this function is compiled separately.
         experience: Experience of B responses, from `collect`.
         hyper: Hyperparameters.
         ptx: Pretraining rows, as in `Batch`; None for plain PPO.
@@ -311,7 +311,7 @@ def update(
         )
 
         # 6. PPO-ptx: add gamma times the gradient of the pretraining loss (InstructGPT Eq 2 and C.4). The branch is
-        # taken at run time, so that PPO and PPO-ptx are one program and PPO does not pay for ptx.
+        # taken at run time, so that PPO and PPO-ptx are one program and PPO does not compute it.
         if pretraining is not None:
 
             def pretraining_loss(policy: Params) -> jax.Array:
@@ -371,7 +371,8 @@ def make_train_step(
         models: The functions to call.
         epochs: Passes over each rollout (1 in InstructGPT, 4 in Ziegler and Stiennon).
         minibatches: Optimiser steps per epoch (8 in InstructGPT); divides the number of responses.
-        micro_batches: Parts of a minibatch that are held in memory one at a time; the gradient is the same.
+        micro_batches: Number of parts into which a minibatch is split, one in memory at a time; the gradient is the
+            same.
         samples: Responses to each prompt. `Models.generate` receives ``samples`` keys per prompt and returns as many
             rows, those of one prompt next to each other.
         estimate: Computes advantages and returns of a scored batch; see `train.estimators`.
@@ -383,11 +384,12 @@ def make_train_step(
             `replace_score` or `subtract_penalty`.
         normalise_values: Whether the critic learns returns minus their running mean, divided by their running
             standard deviation (Xu 2024).
-        correct_sampler: Whether to weigh the policy loss of each token by the probability ratio of policy and sampler,
-            up to `Hyper.sampler_cap`. Use it if the sampler draws from another distribution (top-p, another kernel).
+        correct_sampler: Whether to weight the policy loss of each token by the probability ratio of policy and sampler,
+            up to `Hyper.sampler_cap`. Use it if the sampler draws from a different distribution (top-p, a different
+            kernel).
         shards: Number of blocks of adjacent rows into which responses and pretraining rows are divided; a minibatch
-            takes equally many rows from each block (`train.minibatches`). With a multiple of the number of devices, no
-            row leaves its device.
+            takes the same number of rows from each block (`train.minibatches`). With a multiple of the number of
+            devices, no row leaves its device.
         axis_name: Axis of devices that share the batch under `shard_map` or `pmap`, each with its own prompts and
             pretraining rows. Their number divides ``shards``. The result is that of one device with all rows.
 

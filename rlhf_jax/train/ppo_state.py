@@ -40,10 +40,10 @@ class Models(NamedTuple):
 
 
 def shared_trunk(frozen: Any, params: Params) -> Params:
-    """Returns policy and critic where the critic is a head on the policy's trunk (Ziegler 2019); a `Models.join`.
+    """Returns policy and critic if the critic is a head on the policy's trunk (Ziegler 2019); a `Models.join`.
 
     ``params["critic"]`` holds the head alone, ``{"head": ...}``. A head made by `lm.with_head` with ``zero`` starts
-    with values of 0. Both losses train the trunk; `Hyper.value_coef` weighs the value loss.
+    with values of 0. Both losses train the trunk; `Hyper.value_coef` is the weight of the value loss.
     """
     del frozen
     return {"policy": params["policy"], "critic": {**params["policy"], **params["critic"]}}
@@ -89,7 +89,7 @@ class Hyper:
     reward_clip: Any = jnp.inf
     """Scores are clipped to [-reward_clip, reward_clip] (Xu 2024: 20); infinity disables clipping."""
     value_coef: Any = 1.0
-    """Weight of the value loss. It matters where critic and policy share a trunk (Ziegler 2019: 0.1)."""
+    """Weight of the value loss. It matters if critic and policy share a trunk (Ziegler 2019: 0.1)."""
     entropy_coef: Any = 0.0
     """Weight of the entropy bonus, used if the step has ``entropy_bonus`` (none in InstructGPT, Stiennon, Ziegler)."""
     kl_loss_coef: Any = 0.0

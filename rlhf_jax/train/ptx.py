@@ -42,14 +42,14 @@ def coefficients(
     total: jax.Array,
     axis_name: AxisName = None,
 ) -> dict[str, jax.Array]:
-    """Converts ``ptx_coef``, the weight of :func:`ptx_loss`, to the two normalisations that a paper can mean.
+    """Converts ``ptx_coef``, the weight of :func:`ptx_loss`, to the two normalisations that a paper may use.
 
     InstructGPT does not say in which normalisation its 27.8 is meant. Up to a factor of the whole objective, the same
     gradient is obtained with:
 
     - ``ptx_coef_per_token``, if both terms are means over their tokens;
-    - ``ptx_coef_per_sequence``, if both are means over sequences of sums over tokens, as Eq 2 is written. It equals the
-      former times the mean length of a response, divided by the mean length of a pretraining row.
+    - ``ptx_coef_per_sequence``, if both are means over sequences of sums over tokens, as Eq 2 is written. It equals
+      ``ptx_coef_per_token`` times the mean length of a response, divided by the mean length of a pretraining row.
 
     Args:
         ptx_coef: Weight gamma of the pretraining loss.

@@ -55,7 +55,7 @@ def attach_logprobs(
     rows: int = 64,
     warn: Callable[[str], None] = warnings.warn,
 ) -> Preferences:
-    """Returns ``data`` with ``reference_BK`` set, and that of its mismatched answers.
+    """Returns ``data`` with ``reference_BK`` set, also in its mismatched answers.
 
     Args:
         score: See `Score`.

@@ -69,8 +69,8 @@ def make_train_step(
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """Returns ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)`` on a `types.Comparisons` batch.
 
-    The loss is the mean over the prompts that have a pair to learn from; by default that of InstructGPT Eq 1, the mean
-    of ``-log sigmoid(r_w - r_l)`` over all pairs of a prompt. With ``hyper["domain_weights"]`` it is instead the
+    The loss is the mean over the prompts that have a pair to learn from. By default, the loss of a prompt is the mean
+    of ``-log sigmoid(r_w - r_l)`` over its pairs (InstructGPT Eq 1). With ``hyper["domain_weights"]`` it is instead the
     weighted sum of the means of the domains (Bai 2022, 5.1.2: helpful + lambda harmless), which ``batch.domain_B``
     distinguishes.
 
@@ -89,7 +89,7 @@ def make_train_step(
 
                 lambda base, own: {**lora.attach(base, own["lora"], scale=...), "head": own["head"]}
 
-        micro_batches: Parts of the batch that are held in memory one at a time; the update is the same.
+        micro_batches: Number of parts into which the batch is split, one in memory at a time; the update is the same.
         axis_name: Axis of devices that share the batch.
 
     Returns:
@@ -104,8 +104,8 @@ def make_train_step(
         - ``skipped``: 1 if the update was not finite and was skipped, else 0.
         - ``bad_rows``, ``bad_row``: number of prompts with a non-finite loss and index of the first, or -1.
 
-        It raises ``ValueError`` for a packed batch without ``packed_scores`` or with another number of groups, and for
-        domain weights or heads if the batch has no ``domain_B``.
+        It raises ``ValueError`` for a packed batch without ``packed_scores`` or with a different number of groups, and
+        for domain weights or heads if the batch has no ``domain_B``.
     """
 
     def scores(params: Any, batch: Comparisons | PackedComparisons) -> jax.Array:

@@ -1,7 +1,7 @@
 """Supervised training: next-token loss on the tokens that a mask selects.
 
 The same step serves pretraining (all tokens count), supervised fine-tuning (only the response and its end-of-sequence
-token count) and a mix of both: they differ in the loss mask alone.
+token count) and a mix of both: they differ only in the loss mask.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def make_train_step(
             ``segments_BL=...`` if the batch is packed.
         join: ``(frozen, params) -> params`` builds the model's parameters. With ``partial(lm.lora.attach, scale=...)``,
             ``frozen`` is the base model and the state holds adapters only. By default everything is trained.
-        micro_batches: Parts of the batch that are held in memory one at a time; the update is the same.
+        micro_batches: Number of parts into which the batch is split, one in memory at a time; the update is the same.
         axis_name: Axis of devices that share the batch.
 
     Returns:

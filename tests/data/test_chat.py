@@ -214,11 +214,11 @@ OPEN, CLOSE = "{% generation %}", "{% endgeneration %}"
         ("{{ '<|im_start|>' }}" + OPEN + "{{ m.content }}" + CLOSE, "end of an answer without a loss"),
         (
             OPEN + "{{ '<|im_start|>' + m.content + '<|im_end|>' }}" + CLOSE,
-            "elsewhere than at the end of its generation",
+            "does not start an answer at the end of its generation",
         ),
         (
             "{{ 'A' }}" + OPEN + "{{ m.content + '<|im_end|>' }}" + CLOSE,
-            "elsewhere than at the end of its generation",
+            "does not start an answer at the end of its generation",
         ),
         (
             "{{ '<|im_start|>' }}" + OPEN + "{{ m.content + m.content + '<|im_end|>' }}" + CLOSE,
@@ -227,7 +227,7 @@ OPEN, CLOSE = "{% generation %}", "{% endgeneration %}"
         (
             "{{ '<|im_start|>' }}" + OPEN + "{{ m.content }}{% if loop.last %}{{ '<|im_end|>' }}{% else %}"
             "{{ '<|endoftext|>' }}{% endif %}" + CLOSE,
-            "ends answers with different tokens",
+            "ends answers with different tokens, .*: end every answer with the same token",
         ),
         ("{{ raise_exception('not today') }}", "the chat template refuses the turns: not today|no {% generation %}"),
     ],

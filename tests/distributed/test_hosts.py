@@ -90,7 +90,7 @@ def test_a_duplicate_index_and_a_different_host_count_are_errors():
         errors[index] = str(raised.value)
 
     run_threads(one, ((0, 2), (1, 3)))
-    assert errors[0] == errors[1] == "host 1 differs from host 0 in --hosts.count (3, not 2)"
+    assert errors[0] == errors[1] == "host 1 differs from host 0 in the number of hosts (3, not 2)"
 
 
 def test_connected_hosts_name_the_missing_ones():

@@ -246,7 +246,7 @@ def test_judges_of_the_built_in_world(tmp_path):
         (["--loss", "robust", "--label-smoothing", "0.5"], "--label-smoothing is 0.5; it must be .* below 0.5"),
         (["--beta", "0"], "--beta is 0.0; it must be above 0"),
         (["--learning-rate", "-1"], "--learning-rate"),
-        (["--micro-batches", "7"], "--micro-batches is 7; it must be a divisor of the 64 rows of a batch"),
+        (["--micro-batches", "7"], "--micro-batches is 7; it must divide 64, the number of rows of a batch"),
         (["--samples", "1"], "--samples is 1; it must be at least 2"),
         (["--data.path", "x.jsonl", "--judge", "gold"], "--judge gold needs the built-in world"),
         (["--loss", "simpo", "--rounds", "2", "--hold-reference"], "--hold-reference has no effect with --loss simpo"),

@@ -222,7 +222,7 @@ def test_unusable_model_folders_give_a_one_sentence_error(checkpoint, byte_pairs
     out = tmp_path / "run"
     message = job.refused("--model", tmp_path / "none", "--out", out)
     assert f"--model {tmp_path / 'none'}" in message and not out.exists()
-    with pytest.raises(settings.SettingError, match=r"--net\.\* sizes a new model"):
+    with pytest.raises(settings.SettingError, match=r"--net\.\* sets the size of a new model"):
         instructgpt.parse(["--model", str(checkpoint), "--net.layers", "2"])
 
     def copy_of(name):

@@ -139,7 +139,7 @@ def test_errors_name_wrong_patterns_and_adapters():
             join(base(), {"layers": {"k": adapters()["layers"]["q"]}}, scale=1.0)
         with pytest.raises(ValueError, match="has no layers/q/lora_b"):
             join(base(), {"layers": {"q": {"lora_a": adapters()["layers"]["q"]["lora_a"]}}}, scale=1.0)
-        with pytest.raises(ValueError, match="lora_a and lora_b alone, but have layers/q/scale"):
+        with pytest.raises(ValueError, match="only lora_a and lora_b, but have layers/q/scale"):
             join(base(), {"layers": {"q": adapters()["layers"]["q"] | {"scale": jnp.ones(())}}}, scale=1.0)
 
 

@@ -3,14 +3,14 @@
 A prompt ends where an answer begins, and an answer ends with its stop token. The two are encoded separately, so that
 their boundary is the same in training, where the answer is present, and in generation, where it is not.
 
-A format comes from a chat template: the tokenizer's own if it marks which tokens the assistant speaks, otherwise one of
-`templates`. A template is refused if it would leave nothing to learn or would leave the stop token without a loss,
-because the model would never learn to stop.
+A format is defined by a chat template: the tokenizer's own if it marks the tokens of the assistant, otherwise one of
+`templates`. A template is refused if it would leave all tokens without a loss, or the stop token without a loss,
+because the model would then never learn to stop.
 
-The text of a turn never becomes a control token, whatever a user types. Otherwise the ids are those of
-``tokenizer.apply_chat_template``, except for what a template writes after the last answer, and provided that no token
-spans the start of an answer, which is true of the families' own tokenizers. The first token comes from the template
-only: what a tokenizer adds before plain text is not added again.
+The text of a turn never becomes a control token, whatever a user types. Apart from that, and from what a template
+writes after the last answer, the ids equal those of ``tokenizer.apply_chat_template`` unless a token spans the start of
+an answer; no tokenizer of the supported families has such a token. Only the template adds a first token; the token that
+a tokenizer adds before plain text is not added again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _OPEN, _CLOSE = "{% generation %}", "{% endgeneration %}"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChatFormat:
-    """The chat format of a tokenizer; made and checked by `chat_format`."""
+    """The chat format of a tokenizer; created and checked by `chat_format`."""
 
     tokenizer: transformers.PreTrainedTokenizerFast
     """The tokenizer with ``template`` as its chat template, to be saved with a model trained in this format."""
@@ -50,7 +50,7 @@ class ChatFormat:
     frames: dict[tuple[tuple[str, ...], bool], rendering.Frame | errors.DataError] = dataclasses.field(
         default_factory=dict, repr=False
     )
-    """Cache of frames by roles and whether the generation prompt follows; an error if there is no frame."""
+    """Cache of frames, by roles and whether the generation prompt follows, or of the error if there is no frame."""
 
 
 def messages(turns: Sequence[dialogues.Turn]) -> list[dict[str, str]]:
@@ -71,16 +71,17 @@ def chat_format(
     [6, 1]
 
     Args:
-      tokenizer: The tokenizer, which is not changed.
-      model_type: ``model_type`` of the model's ``config.json``, which distinguishes families that share control tokens.
-      template: Chat template to use instead of the tokenizer's own or a family's.
+        tokenizer: The tokenizer, which is not changed.
+        model_type: ``model_type`` of the model's ``config.json``, which distinguishes families that share control
+            tokens.
+        template: Chat template to use instead of the tokenizer's own or a family's.
 
     Returns:
-      The format.
+        The format.
 
     Raises:
-      DataError: If the template marks no assistant text, marks answers without the token that ends them, has no such
-        token, or starts an answer elsewhere than at the end of the generation prompt. The message says what to add.
+        DataError: If the template marks no assistant text, marks answers without the token that ends them, has no such
+            token, or does not start an answer at the end of the generation prompt. The message says what to add.
     """
     chosen, origin = (template, "given") if template is not None else _choose(tokenizer, model_type)
     if chosen != tokenizer.chat_template:
@@ -108,7 +109,7 @@ def encode_prompt(fmt: ChatFormat, turns: Sequence[dialogues.Turn]) -> list[int]
     """Returns the ids of a prompt, up to where the assistant's answer begins.
 
     Raises:
-      DataError: If the template refuses the roles of the turns, or a word-level tokenizer lacks a word.
+        DataError: If the template refuses the roles of the turns, or a word-level tokenizer lacks a word.
     """
     return _join(_encode(fmt, [turns], [_frame(fmt, turns, prompt=True, name="prompt 0")])[0])
 
@@ -130,16 +131,17 @@ def encode_answers(fmt: ChatFormat, answers: Sequence[str]) -> list[list[int]]:
 def encode_dialogue(
     fmt: ChatFormat, turns: Sequence[dialogues.Turn], *, train_on: Literal["all", "last"] = "all"
 ) -> tuple[list[int], list[bool]]:
-    """Returns the ids of a dialogue, and which of them to learn: all answers or the last, with their stop tokens.
+    """Returns the ids of a dialogue, and which of them have a loss: all answers or the last, with stop tokens.
 
     The ids end with the stop token of the last answer. They are `encode_prompt` of the turns before it, followed by
-    its `encode_answer`. Some templates (Qwen3) write earlier answers differently from the last, and so does this.
+    its `encode_answer`. Some templates (Qwen3) write earlier answers differently from the last; the ids follow the
+    template.
 
     Returns:
-      ``(ids, loss_mask)``, equally long.
+        ``(ids, loss_mask)``, equally long.
 
     Raises:
-      DataError: If the dialogue does not end in an assistant turn; see also `encode_prompt`.
+        DataError: If the dialogue does not end in an assistant turn; see also `encode_prompt`.
     """
     dialogues.split_answer(turns)
     last = len(turns) - 1
@@ -161,16 +163,16 @@ def encode_prompts(
     ``"roles are refused"`` if the template refuses its roles.
 
     Args:
-      fmt: The chat format.
-      prompts: Turns of each prompt.
-      width: P, the largest number of tokens.
-      counts: Where dropped and truncated prompts are counted and limited.
+        fmt: The chat format.
+        prompts: Turns of each prompt.
+        width: P, the largest number of tokens.
+        counts: Counts dropped and truncated prompts and limits their shares.
 
     Returns:
-      ``(ids, kept)``: the ids of the remaining prompts, and their indices in ``prompts``, int64, in ascending order.
+        ``(ids, kept)``: the ids of the remaining prompts, and their indices in ``prompts``, int64, in ascending order.
 
     Raises:
-      DataError: If too large a share is dropped, or a word-level tokenizer lacks a word.
+        DataError: If too large a share is dropped, or a word-level tokenizer lacks a word.
     """
     stage = counts.stage()
     known: dict[tuple[int, str], list[int]] = {}
@@ -216,7 +218,7 @@ def _n_system_turns(turns: Sequence[dialogues.Turn]) -> int:
 
 
 def _frame(fmt: ChatFormat, turns: Sequence[dialogues.Turn], *, prompt: bool, name: str) -> rendering.Frame:
-    """Returns the frame of turns with these roles; ``name`` describes the turns in messages."""
+    """Returns the frame of turns with these roles; ``name`` describes the turns in error messages."""
     roles = tuple(turn.role for turn in turns)
     if (roles, prompt) not in fmt.frames:
         try:
@@ -274,7 +276,7 @@ def _up_to_stop(frame: rendering.Frame, *, turn: int) -> rendering.Frame:
 
 
 def _learnt(frame: rendering.Frame, turns: Iterable[int]) -> list[bool]:
-    """Returns which items to learn: those inside the generation marks of the turns, up to the stop token."""
+    """Returns which items have a loss: those inside the generation marks of the turns, up to the stop token."""
     learnt = [False] * len(frame)
     for turn in turns:
         stop = _stop_index(frame, turn)
@@ -309,7 +311,7 @@ def _choose(tokenizer: Any, model_type: str | None) -> tuple[str, str]:
             return family.forms[0], f"{family.name}'s, because the tokenizer has none"
         if tokenizer.eos_token_id is None:
             raise errors.DataError("the tokenizer has neither a chat template nor an EOS token to end an answer with")
-        # The template starts as the tokenizer starts plain text (OPT), since nothing else adds a first token.
+        # The template adds a first token if the tokenizer adds it to plain text (OPT), since nothing else does.
         begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         return templates.plain(bos=begins), "plain names, because the tokenizer has none"
     wanted = _sample_prompts(tokenizer, own)
@@ -332,7 +334,7 @@ def _sample_prompts(tokenizer: Any, template: str) -> list[str] | None:
 
 
 def _check_template(tokenizer: Any, template: str, control: rendering.ControlTokens) -> int:
-    """Returns the token that ends every answer inside the marks; raises DataError if the template cannot be trained."""
+    """Returns the token that ends every answer inside the marks; raises DataError if the template is unusable."""
     if not rendering.MARKED.search(template):
         raise errors.DataError(
             f"the chat template has no {_OPEN} marks, so nothing would be learnt: put {_OPEN} where an answer begins "
@@ -347,12 +349,14 @@ def _check_template(tokenizer: Any, template: str, control: rendering.ControlTok
         prompt_frame = rendering.make_frame(tokenizer, template, control, roles[:-1], prompt=True)
         if [item.content for item in prompt_frame] != [item.content for item in frame[:start]]:
             raise errors.DataError(
-                f"the chat template begins an answer elsewhere than at the end of its generation prompt: put {_OPEN} "
+                f"the chat template does not start an answer at the end of its generation prompt: put {_OPEN} "
                 "directly after the text that add_generation_prompt adds"
             )
     if len(stops) > 1:
         names = " and ".join(sorted(map(repr, tokenizer.convert_ids_to_tokens(list(stops)))))
-        raise errors.DataError(f"the chat template ends answers with different tokens, {names}")
+        raise errors.DataError(
+            f"the chat template ends answers with different tokens, {names}: end every answer with the same token"
+        )
     return stops.pop()
 
 

@@ -1,8 +1,8 @@
 """Rendering of chat templates into *frames*: everything a template writes around the texts of the turns.
 
-A frame is found by rendering the template with placeholders instead of the texts. It depends on the roles of a dialogue
-and not on the texts, so dialogues with the same roles share one. Control tokens are searched for in the frame only, so
-that a text can never become a control token, whatever a user types.
+A frame is computed by rendering the template with placeholders instead of the texts. It depends on the roles of a
+dialogue and not on the texts, so dialogues with the same roles share one. Control tokens are searched for in the frame
+only, so that a text can never become a control token, whatever a user types.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Piece(NamedTuple):
     """White space that the control token after it removes."""
 
     def fill(self, contents: Sequence[str]) -> tuple[int, str]:
-        """Returns the place and the text, given the texts of the turns."""
+        """Returns the place in the input and the text, given the texts of the turns."""
         text = "".join([part if isinstance(part, str) else part.fill(contents[part.turn]) for part in self.parts])
         return self.place, text.lstrip(self.strip_left).rstrip(self.strip_right)
 
@@ -102,16 +102,16 @@ def render(
     """Renders a template.
 
     Args:
-      tokenizer: Tokenizer whose special tokens the template can name.
-      template: The chat template.
-      messages: ``role``/``content`` dictionaries.
-      prompt: Whether to add the generation prompt, which begins an answer.
+        tokenizer: Tokenizer whose special tokens the template can name.
+        template: The chat template.
+        messages: ``role``/``content`` dictionaries.
+        prompt: Whether to add the generation prompt, which begins an answer.
 
     Returns:
-      ``(text, spans)``, with the start and end of the text between each pair of generation marks.
+        ``(text, spans)``, with the start and end of the text between each pair of generation marks.
 
     Raises:
-      DataError: If the template refuses the messages.
+        DataError: If the template refuses the messages.
     """
     import jinja2
     from transformers.utils import chat_template_utils
@@ -134,17 +134,17 @@ def make_frame(tokenizer: Any, template: str, control: ControlTokens, roles: Seq
     """Returns the frame of dialogues with the given roles.
 
     Args:
-      tokenizer: Tokenizer whose special tokens the template can name.
-      template: The chat template.
-      control: Control tokens from `control_tokens`.
-      roles: Role of each turn.
-      prompt: Whether the generation prompt follows the turns.
+        tokenizer: Tokenizer whose special tokens the template can name.
+        template: The chat template.
+        control: Control tokens from `control_tokens`.
+        roles: Role of each turn.
+        prompt: Whether the generation prompt follows the turns.
 
     Returns:
-      The frame.
+        The frame.
 
     Raises:
-      DataError: If the template refuses the roles, or does not write every text exactly once and in order.
+        DataError: If the template refuses the roles, or does not write every text exactly once and in order.
     """
     messages = [{"role": role, "content": _PLACEHOLDER.format(i)} for i, role in enumerate(roles)]
     text, spans = render(tokenizer, template, messages, prompt=prompt)

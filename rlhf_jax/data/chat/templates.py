@@ -1,12 +1,12 @@
 """Chat templates with generation marks, for the model families that people fine-tune.
 
-Published templates rarely mark which tokens the assistant speaks, so they cannot be trained with. The templates here
-write what their family's published ones write and put ``{% generation %}`` marks around every answer and the token that
-ends it. They fix two things that published templates leave open, so that training and generation see the same prompt:
-the date in Llama 3.1's system turn, and Qwen3's thoughts, which are empty.
+Published templates rarely mark the tokens of the assistant, so they cannot be used for training. The templates here
+write the same text as the published ones of their family and put ``{% generation %}`` marks around every answer and the
+token that ends it. They fix two things that published templates leave open, so that training and generation see the
+same prompt: the date in Llama 3.1's system turn, and Qwen3's thoughts, which are empty.
 
 A family has several forms (with or without a default system turn, with or without spaces around marks). The form of a
-tokenizer is found by comparing what its own template writes.
+tokenizer is the one that writes the same text as its own template.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 DATE = "26 Jul 2024"
-"""Default of Llama's own templates if the date is not available."""
+"""The date that Llama's own templates write if the current date is not available."""
 
 OPTIONS: Mapping[str, Any] = {"date_string": DATE, "enable_thinking": False}
 """Variables with which every template is rendered, including a tokenizer's own."""
@@ -32,11 +32,11 @@ class Family:
     """Control tokens that the templates need."""
     forms: tuple[str, ...]
     unambiguous: bool = True
-    """Whether the control tokens alone identify the family; if not, a tokenizer may mean another template."""
+    """Whether the control tokens alone identify the family; if not, a tokenizer may need a different template."""
 
 
 def _turns(*, before: str = "", user: str, assistant: str, system: str, prompt: str = "") -> str:
-    """Returns a template that writes turn after turn; the arguments are the bodies for each role."""
+    """Returns a template that writes the turns in order; the arguments are the template's bodies for each role."""
     return (
         f"{before}{{%- for message in messages -%}}"
         "{%- set content = message['content'] -%}"
@@ -108,7 +108,7 @@ def _llama3() -> Iterator[str]:
     plain = _headed("<|start_header_id|>ROLE<|end_header_id|>\n\n", "<|eot_id|>", bos=True, trim=True)
     yield plain
     dated = f"Cutting Knowledge Date: December 2023\nToday Date: {DATE}\n\n"
-    # The dates precede the text of the system turn, or are a system turn by themselves.
+    # The dates precede the text of the system turn, or form a separate system turn.
     content = f"({dated!r} + (content | trim))"
     head, tail = plain.split("message['role'] == 'system'")
     with_dates = head + "message['role'] == 'system'" + tail.replace("(content | trim)", content, 1)
@@ -213,7 +213,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("Llama 2", ("llama",), ("<s>", "</s>"), tuple(_llama2()), unambiguous=False),
     Family("Zephyr", (), ("</s>",), (_headed("<|ROLE|>\n", "</s>|rest|\n", bos=False),), unambiguous=False),
 )
-"""Families that a tokenizer's tokens identify come first."""
+"""Families that can be identified by their control tokens come first."""
 
 
 def candidates(has_token: Callable[[str], bool]) -> list[Family]:

@@ -5,7 +5,7 @@ A model with a scalar head is written as the ``...ForSequenceClassification`` cl
 Those classes have no bias, so the bias is written to ``config.json`` as ``reward_bias``, a number or a list: `load`
 applies it, and other libraries have to add it to the scores. Those classes have no output over the vocabulary either,
 so the ``unembed`` parameters of a model with a head are not written. `load_normalisation` reads the field
-``reward_normalisation``, which says what scores were normalised on.
+``reward_normalisation``, which records how the scores were normalised.
 
 Settings that ``config.json`` has no field for (compute dtype, remat, attention kernel) are written under ``rlhf_jax``.
 """
@@ -54,20 +54,20 @@ def load(
 ) -> tuple[config.LMConfig, types.Params]:
     """Returns the architecture and the parameters of a model directory: ``config.json`` and safetensors files.
 
-    Tensors are read one at a time, so that the host holds at most one besides the result.
+    Tensors are read one at a time, so that the host holds at most one in addition to the result.
 
     Args:
         path: A local directory.
-        dtype: Dtype of the parameters, whatever that of the files.
+        dtype: Dtype of the parameters, independent of the files.
         shard: Maps logical axes to a sharding; by default parameters are placed on the default device.
 
     Returns:
-        ``(cfg, params)``; ``params`` have a head if the directory is that of a reward model.
+        ``(cfg, params)``; ``params`` have a head if the directory contains a reward model.
 
     Raises:
         FileNotFoundError: The directory or a file is missing.
         ValueError: A model type, activation or rope type that is not supported, a truncated file, a value that is not
-            finite, or tensors that are missing, unexpected or of another shape than ``config.json`` says.
+            finite, or tensors that are missing, unexpected or not of the shape that ``config.json`` implies.
     """
     folder = _folder(path)
     hf, source = _read_config(folder)
@@ -121,10 +121,11 @@ def save(
         path: Directory to write.
         cfg: Architecture. The model type is ``cfg.model_type``, or the first that can represent ``cfg``.
         params: Parameters of the model.
-        tokenizer: Any object with ``save_pretrained``, written along.
+        tokenizer: Any object with ``save_pretrained``, saved in the same directory.
         dtype: Dtype of the files, to which values are rounded.
-        pad_id: ``pad_token_id`` of a reward model without a tokenizer, by which ``transformers`` finds the last token.
-        normalisation: What the scores of a reward model were normalised on, written along.
+        pad_id: ``pad_token_id`` of a reward model without a tokenizer; ``transformers`` needs it to find the last
+            token.
+        normalisation: Record of how the scores of a reward model were normalised, saved in ``config.json``.
         max_shard_bytes: Largest size of one file.
 
     Raises:
@@ -155,9 +156,10 @@ def save(
 
 
 def load_normalisation(path: str | os.PathLike[str]) -> lm_heads.Normalisation | None:
-    """Returns what the scores of a saved reward model were normalised on; None if `save` was not given it.
+    """Returns how the scores of a saved reward model were normalised; None if that was not saved.
 
-    The scores of a loaded model are normalised, with the gain in the kernel; this record lets them be undone.
+    The scores of a loaded model are normalised, with the gain in the kernel; with this record the normalisation can be
+    undone.
     """
     hf, source = _read_config(_folder(path))
     return score_heads.read_normalisation(hf, source)
@@ -167,7 +169,7 @@ def model_type_of(cfg: config.LMConfig) -> str:
     """Returns ``cfg.model_type``, or the first model type that can represent ``cfg``.
 
     Raises:
-        ValueError: None can; the message lists what each would need.
+        ValueError: No model type can; the message lists what each would need.
     """
     reasons = []
     for name in [cfg.model_type] if cfg.model_type else families.FAMILIES:
@@ -234,7 +236,7 @@ def _normalised_config(hf: Mapping[str, Any]) -> dict[str, Any]:
     import transformers
 
     kind = transformers.CONFIG_MAPPING[hf["model_type"]]
-    # The dtype is left out: where torch is installed it would become a torch dtype.
+    # The dtype is left out: if torch is installed, it would become a torch dtype.
     given = {name: value for name, value in hf.items() if name not in ("dtype", "torch_dtype")}
     try:
         return vars(kind.from_dict(given))
@@ -254,7 +256,7 @@ def _with_trunk(stored: dict[str, tensor_files.Stored], family: layouts.Family) 
 def _plan(
     cfg: config.LMConfig, family: layouts.Family, *, head: bool, unembed: bool
 ) -> Iterator[tuple[layouts.Tensor, int | None]]:
-    """Yields every tensor of a checkpoint but ``score.weight``, with its layer."""
+    """Yields every tensor of a checkpoint except ``score.weight``, with its layer."""
     for tensor in family.tensors(cfg):
         layers = range(cfg.n_layers) if "{i}" in tensor.name else [None]
         for layer in layers:
@@ -356,7 +358,7 @@ def _check_leaves(flat: Mapping[str, Any], cfg: config.LMConfig) -> None:
         if name not in flat and not (has_head and name == "unembed/kernel"):
             raise ValueError(f"params lack {name}, which this LMConfig has")
         if name in flat and flat[name].shape != row.shape:
-            raise ValueError(f"params[{name}] has shape {flat[name].shape}; this LMConfig says {row.shape}")
+            raise ValueError(f"params[{name}] has shape {flat[name].shape}; this LMConfig needs {row.shape}")
     unknown = sorted(flat.keys() - rows.keys())
     if unknown:
         raise ValueError(f"params have parameters that this LMConfig lacks: {', '.join(unknown[:5])}")

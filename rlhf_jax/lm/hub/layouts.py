@@ -1,4 +1,4 @@
-"""What all families of Hugging Face models share: the layouts of ``config.json`` and of tensors.
+"""Layouts of ``config.json`` and of tensors that all families of Hugging Face models share.
 
 A `Family` (see :mod:`rlhf_jax.lm.hub.families`) is a table of ``config.json`` fields, a list of tensors, and two small
 functions for the rest. :mod:`rlhf_jax.lm.hub.directory` reads and writes the files.
@@ -171,7 +171,7 @@ def norm(ours: str, theirs: str, *, bias: bool = False) -> list[Tensor]:
 
 
 def input_axes(part: str) -> int:
-    """Returns how many leading axes of a parameter of one layer are inputs, which its product sums over."""
+    """Returns the number of leading input axes of a parameter of one layer, over which its product sums."""
     if not part.endswith("/kernel"):
         return 0
     return 2 if part == "layers/out/kernel" else 1

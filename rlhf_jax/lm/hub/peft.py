@@ -2,12 +2,12 @@
 
 A directory has ``adapter_config.json`` and ``adapter_model.safetensors``. If the checkpoint of a family fuses several
 kernels into one tensor, such as the queries, keys and values of GPT-2, PEFT has one A and one B for all of them, while
-`lora` has one pair per kernel. Both conversions are exact. `save` writes an A that all kernels share once, with their B
-next to each other; otherwise it concatenates the A and writes the B as a block diagonal, whose rank is the sum. `load`
-gives each kernel that A and its own columns of B.
+`lora` has one pair per kernel. Both conversions are exact. If all kernels have the same A, `save` writes it once, with
+their B matrices side by side. Otherwise it concatenates the A matrices and writes a block-diagonal B, whose rank is the
+sum of the ranks. `load` returns that A and the matching columns of B for each kernel.
 
 A directory has one rank ``r``, so adapters of a lower rank are padded with zeros, and ``lora_alpha / r`` is the scale.
-The ranks of each kernel are recorded in the safetensors header: `load` returns what `save` was given, bit for bit.
+The ranks of each kernel are recorded in the safetensors header, so `load` returns bit for bit what was saved.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def load(path: str | os.PathLike[str], cfg: config.LMConfig) -> tuple[types.Para
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: A field of ``adapter_config.json`` asks for more than W + scale A B (DoRA, rank patterns, trained
+        ValueError: A field of ``adapter_config.json`` requires more than W + scale A B (DoRA, rank patterns, trained
             biases, fully saved modules), or a tensor is missing, unexpected or of the wrong shape.
     """
     folder = pathlib.Path(path)
@@ -237,7 +237,7 @@ def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> 
         raise ValueError(f"the adapter file lacks the tensor {name}")
     array = tensors.pop(name)
     if array.shape != shape:
-        raise ValueError(f"the tensor {name} has shape {array.shape}; r and this LMConfig say {shape}")
+        raise ValueError(f"the tensor {name} has shape {array.shape}; r and this LMConfig imply {shape}")
     if not np.isfinite(array).all():
         raise ValueError(f"the tensor {name} holds a value that is not finite")
     return array

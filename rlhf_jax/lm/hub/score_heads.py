@@ -67,7 +67,7 @@ def fields(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_normalisation(hf: Mapping[str, Any], source: pathlib.Path) -> lm_heads.Normalisation | None:
-    """Returns what scores were normalised on, or None; raises ValueError if the record is malformed."""
+    """Returns how scores were normalised, or None; raises ValueError if the record is malformed."""
     kept = hf.get("reward_normalisation")
     if kept is None:
         return None

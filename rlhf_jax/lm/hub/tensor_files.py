@@ -33,7 +33,7 @@ class Stored(NamedTuple):
     """Name of the dtype in safetensors."""
 
     def read(self) -> np.ndarray:
-        """Returns the tensor in its own dtype. The file is opened for it alone, so that its mapped pages are freed."""
+        """Returns the tensor in its own dtype. The file is opened for each tensor, which frees its mapped pages."""
         if self.dtype not in _DTYPES:
             raise ValueError(f"{self.file}: the tensor {self.name} is {self.dtype}; only {', '.join(_DTYPES)} are read")
         with safetensors.safe_open(self.file, framework="np") as opened:

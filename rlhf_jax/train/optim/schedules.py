@@ -36,7 +36,7 @@ def constant_with_warmup(step: Any, total: Any, *, warmup: Any = 10, initial: An
 
     Args:
         step: Updates done.
-        total: Updates in all; not used.
+        total: Total number of updates; not used.
         warmup: Updates until the multiplier is 1 (InstructGPT: 10 iterations); 0 for no warmup.
         initial: Multiplier at step 0 (InstructGPT: 0.1).
 

@@ -28,7 +28,7 @@ def all_trained(frozen: Any, params: Any) -> Any:
 
     A ``join(frozen, params)`` builds the parameters of a model from frozen and trained ones. The step calls it inside
     the loss, so that gradients are taken with respect to ``params`` alone. `lm.lora.attach` and `partition.join` are
-    others.
+    other examples.
     """
     del frozen
     return params

@@ -20,7 +20,7 @@ _ONLY = {"use_bidirectional_attention": False}
 
 
 def _tensors_2(cfg: config.LMConfig) -> list[Tensor]:
-    # The name of the norm before the MLP in other families is that of the norm after attention here.
+    # Other families give this name to the norm before the MLP; here it belongs to the norm after attention.
     before = "layers.{i}.post_attention_layernorm.weight"
     return [
         *(tensor for tensor in llama.tensors(cfg) if tensor.name != before),
