@@ -1,21 +1,21 @@
 """Benchmarks this library against TRL, transformers and Tunix, and against the limits of the machine, in one table.
 
     python experiments/benchmark.py --install runs/peers   install TRL and Tunix once; 2 minutes, 3 GB
-    python experiments/benchmark.py                        all rows; peers that are not installed are skipped
+    python experiments/benchmark.py                        all rows; skips peers that are not installed
     python experiments/benchmark.py --only sft-s,decode-m-1
     python experiments/benchmark.py --quick                tiny shapes, for a test run
 
 Models: S is a GPT-2 with 4 layers, width 256, 4 heads and a vocabulary of 4096 (4.3M parameters); M has 12 layers,
 width 768, 12 heads and a vocabulary of 8192 (92M). On a CPU everything is in float32, on a GPU or TPU in bfloat16.
-Tunix has no GPT-2 and gets a Llama with as many matmul parameters. TRL's trainers run in float32, for which a ratio is
-required, and with TRL's own defaults, which are bfloat16 on a CPU too: half the work for a CPU with bfloat16
-instructions.
+Tunix has no GPT-2, so it runs a Llama with as many matmul parameters. TRL's trainers run in float32, for which a ratio
+is required, and with TRL's defaults. The defaults use bfloat16 on a CPU too, which is half the work for a CPU with
+bfloat16 instructions.
 
-Every program is a process of its own that uses glibc's huge pages. The programs of a row are started one after the
-other, each up to its first timed repetition, and then repeat in turn, so that a temporary slowdown of the machine
-affects all of them. Ratios are of medians. Nothing else should run on the machine.
+Every program runs in a separate process with glibc's huge pages. The programs of a row are started one after the other,
+each up to its first timed repetition, and then repeat in turn, so that a temporary slowdown of the machine affects all
+of them. Ratios are ratios of medians. Nothing else should run on the machine.
 
-A repetition, and what is measured:
+One repetition of each workload, and the measurement:
 
     sft, reward, dpo    one step on 8 rows of 256 tokens, or on 8 pairs of them; DPO has prompts of 64 tokens and
                         includes the reference's forward pass. Tokens per second
@@ -23,9 +23,9 @@ A repetition, and what is measured:
                         updates of policy and critic. Tokens per second
     generate            64 prompts (S) or 8 (M) of 64 tokens, 64 sampled tokens each. Tokens per second
     stream              512 prompts in 64 slots, where one answer in eight has 256 tokens and the others 32: refilled
-                        slots, compared with one batch of 64 after another. Tokens per second
-    decode              the time of a token for each of 1 to 64 rows, compared with the least possible time: the larger
-                        of (parameters and cache) / bandwidth and FLOPs / rate of the step's own products
+                        slots, compared with consecutive batches of 64. Tokens per second
+    decode              the time of a token for each of 1 to 64 rows, compared with the minimum possible time: the
+                        larger of (parameters and cache) / bandwidth and FLOPs / rate of the step's own products
     "matmul rate"       FLOPs per second, compared with those of products of two 2048 x 2048 matrices
 
 Peers: TRL's SFTTrainer, RewardTrainer, DPOTrainer and, in version 1.12, PPOTrainer; the generate of transformers;
@@ -37,9 +37,8 @@ accelerator, of the device. The output folder holds results.json, results.md and
 On two cores of an AMD EPYC with AVX-512 (family 25), 24 GB: 35 minutes for all rows with all peers. Expected results:
 SFT is 1.3 (S) and 1.5 (M, at 74 % of the matmul rate) times as fast as Tunix, and 1.8 and 1.3 times as fast as TRL in
 float32; DPO 1.7 times Tunix and 2 to 2.6 times TRL; the reward model 1.2 times TRL; generation 1.3 to 1.8 times Tunix
-and 2 times transformers; PPO 1.6 times TRL; refilled slots 2.75 times one batch after another; a token takes 1.2 to 2
-times the least possible time. Where XLA's products are faster than torch's, as on newer cores, the ratios to TRL are
-larger.
+and 2 times transformers; PPO 1.6 times TRL; refilled slots 2.75 times consecutive batches; a token takes 1.2 to 2 times
+the minimum possible time. On newer cores, where XLA's products are faster than torch's, the ratios to TRL are larger.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ class Settings:
     repeats: int = 5
     """Timed repetitions of each program."""
     quick: bool = False
-    """Use tiny shapes, for a test run whose numbers mean nothing."""
+    """Use tiny shapes for a test run; the numbers are meaningless."""
     out: pathlib.Path = pathlib.Path("runs/benchmarks")
     """Output folder."""
     peers: pathlib.Path = pathlib.Path("runs/peers")
@@ -77,8 +76,8 @@ class Settings:
     ours_only: bool = False
     """Skip the peers even if they are installed."""
     together: bool = True
-    """Keep all programs of a row in memory, so that they can repeat in turn (15 GB for sft-m); off: one after
-    another."""
+    """Keep all programs of a row in memory, so that they can repeat in turn (15 GB for sft-m). If off, they run one
+    after another."""
     cpu: bool = False
     """Use the CPU even if there is a GPU or TPU."""
     install: Annotated[pathlib.Path | None, tyro.conf.arg(metavar="DIR")] = None
@@ -125,7 +124,7 @@ def main(arguments: list[str]) -> int:
 
 
 def measure(settings: Settings, rows: tuple[suite.Row, ...]) -> dict[str, Any]:
-    """Runs the programs of all rows, writes results.json and results.md after each row, and returns the results."""
+    """Runs the programs of all rows, writes results.json and results.md after each row and returns the results."""
     options = interleaved_runs.RunOptions(
         peers=settings.out / "no-peers" if settings.ours_only else settings.peers.absolute(),
         logs=settings.out.absolute() / "logs",

@@ -3,17 +3,17 @@
     python experiments/compare.py                                 six methods with five seeds each
     python experiments/compare.py --methods ppo rloo --seeds 3
     python experiments/compare.py --preset smoke                  all runs within two minutes, too short to learn much
-    python experiments/compare.py --resume runs/NAME              continue an interrupted comparison
+    python experiments/compare.py --resume runs/NAME              resume an interrupted comparison
 
 All methods start from the same SFT model and reward model. The answers that a method trains on give its KL to the SFT
-model and their gold utility at every iteration; each seed's curve of gold against KL is read at the same KLs. The KL of
-best-of-n is known: log n - (n - 1) / n. The command has all flags of instructgpt.py.
+model and their gold utility at every iteration; each seed's curve of gold against KL is evaluated at the same KLs. The
+KL of best-of-n is log n - (n - 1) / n. The command has all flags of instructgpt.py.
 
-It writes below ``--out``: compare.json, compare.html with the figure, config.json, metrics.jsonl and checkpoints/.
+The run folder holds compare.json, compare.html with the figure, config.json, metrics.jsonl and checkpoints/.
 
-Hardware: two CPU cores, 2 GB. Time: 14 minutes. Expected results at a KL of 1 nat, where SFT has a gold utility of
-0.78: best-of-n 0.90, expert iteration 0.88, RLOO, PPO and PPO-ptx 0.87, GRPO as published 0.86, each to within 0.007.
-At 2 nats: expert iteration and RLOO 0.89, PPO and PPO-ptx 0.89, GRPO 0.88.
+On two CPU cores: 14 minutes, 2 GB. Expected gold utilities: 0.78 for the SFT model. At a KL of 1 nat, 0.90 for
+best-of-n, 0.88 for expert iteration, 0.87 for RLOO, PPO and PPO-ptx, and 0.86 for GRPO as published, each to within
+about 0.007. At 2 nats, 0.89 for expert iteration, RLOO, PPO and PPO-ptx, and 0.88 for GRPO.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import dataclasses
 from typing import Any, ClassVar, Literal
 
 from launch import command_line, mesh_settings, process_setup
+from launch.setting_checks import require, require_divides
 from launch.settings import PPO, SettingError, Settings
 
 Method = Literal["ppo", "ppo-ptx", "rloo", "grpo", "expert-iteration", "best-of-n"]
@@ -30,33 +31,32 @@ METHODS: tuple[Method, ...] = ("ppo", "ppo-ptx", "rloo", "grpo", "expert-iterati
 
 @dataclasses.dataclass(frozen=True)
 class Compare(Settings):
-    """Methods and seeds, in addition to the settings of instructgpt.py."""
+    """Settings of compare.py: those of instructgpt.py, and those below."""
 
     command: ClassVar[str] = "compare"
 
     methods: tuple[Method, ...] = METHODS
     """Methods to compare."""
     seeds: int = 5
-    """Runs of each method, which differ in the keys of sampling and minibatches and share data and start models."""
+    """Number of runs of each method; they share data and initial models and differ in the random keys of sampling and
+    minibatches."""
     at: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
     """KLs to the SFT model, in nats per answer, at which the gold utility is compared."""
     group: int = 4
-    """Answers to each prompt in rloo, grpo and expert iteration, which keeps the best of them."""
+    """Number of answers to each prompt in rloo, grpo and expert iteration, which keeps the best of them."""
     rounds: int = 4
-    """Rounds of expert iteration, which uses half of the other methods' prompts."""
+    """Number of rounds of expert iteration, which uses half as many prompts as the other methods."""
 
 
 def parse(arguments: list[str]) -> Compare:
     """Returns the settings of a command line; raises SettingError for invalid ones."""
     settings = command_line.parse(Compare, arguments, doc=__doc__, adjust=_shorten)
     if settings.data.path is not None:
-        raise SettingError("--data.path has no gold utility by which to compare methods; leave it out")
+        raise SettingError("--data.path has no gold utility to compare the methods by; leave it out")
     for name, least in (("seeds", 1), ("group", 2), ("rounds", 1)):
-        if getattr(settings, name) < least:
-            raise SettingError(f"--{name} is {getattr(settings, name)}; it must be at least {least}")
+        require(getattr(settings, name) >= least, settings, name, f"at least {least}")
     ppo = settings.ppo
-    if ppo.batch % settings.group:
-        raise SettingError(f"--group is {settings.group}; it must divide --ppo.batch {ppo.batch}")
+    require_divides(settings, "group", ppo.batch, f"--ppo.batch {ppo.batch}")
     prompts = f"--ppo.batch {ppo.batch} by --group {settings.group}"
     mesh_settings.check_divides(settings.mesh, prompts, ppo.batch // settings.group)
     if not settings.methods:
@@ -123,7 +123,7 @@ def run(settings: Compare) -> dict[str, Any]:
     weights += [("expert-iteration", 20.0 * settings.seeds), ("best-of-n", 5.0 * settings.seeds)]
     curves: dict[str, list[Curve]] = {}
     with run_setup.open_run(settings, out, weights=weights) as (folder, job):
-        # PPO and PPO-ptx have equal settings, and so share one compiled program.
+        # PPO and PPO-ptx have equal settings, so they share one compiled program.
         jobs_by_settings = {ppo: run_grid.with_settings(job, ppo) for ppo in dict.fromkeys(c.settings for c in cells)}
         with precompile.in_background(job, {cell.name: jobs_by_settings[cell.settings] for cell in cells}):
             models = run_grid.prepare(job)

@@ -4,16 +4,16 @@
     python experiments/dpo.py --loss kto                     or cdpo, robust, ipo, hinge, orpo, simpo, dpo-sft, dpo-norm
     python experiments/dpo.py --rounds 4                     iterated: sample, label and train, with a new reference
                                                              in each round
-    python experiments/dpo.py --rounds 4 --judge labelers    labels from simulated labelers, not the reward model
+    python experiments/dpo.py --rounds 4 --judge labelers    labels from simulated labelers instead of the reward model
     python experiments/dpo.py --preset smoke                 all stages, too short to learn much
     python experiments/dpo.py --data.path FILE.jsonl.gz      human comparisons (docs/data.md)
     python experiments/dpo.py --resume runs/NAME             resume an interrupted run
 
-Stages: base model, supervised fine-tuning and comparisons as in instructgpt.py, whose settings apply here too; the
-log-probabilities of the SFT model, computed once and saved in reference/; training; evaluation. A reward model is
-trained on the same comparisons. It labels the rounds, and the report compares it with the implicit reward of the
-policy. The run folder holds results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/,
-reference/ and policy/ (in Hugging Face form).
+The base model, the SFT models and the comparisons are those of instructgpt.py, whose settings apply here too. Then the
+log-probabilities of the SFT model are computed once and saved in reference/, and the policy is trained and evaluated. A
+reward model is trained on the same comparisons. It labels the rounds, and the report compares it with the implicit
+reward of the policy. The run folder holds results.json, report.html, config.json, metrics.jsonl, tensorboard/,
+checkpoints/, reference/ and policy/ (in Hugging Face format).
 
 On two CPU cores: 3.5 minutes, 1.4 GB. Expected results: DPO wins against SFT on 65 to 70 % of held-out prompts at a KL
 of 2.7 nats. Its implicit reward ranks 68 % of held-out pairs as labelled, the reward model 69 %.
@@ -26,12 +26,13 @@ from typing import Any, ClassVar, Literal
 
 from launch import command_line, process_setup
 from launch import settings as settings_lib
+from launch.setting_checks import require
 from preferences import direct_settings
 
 
 @dataclasses.dataclass(frozen=True)
 class DPOSettings(direct_settings.DirectSettings, settings_lib.Settings):
-    """Settings of dpo.py: those of the main job and its own."""
+    """Settings of dpo.py: those of instructgpt.py, and those below."""
 
     command: ClassVar[str] = "dpo"
 
@@ -39,9 +40,9 @@ class DPOSettings(direct_settings.DirectSettings, settings_lib.Settings):
     """Number of rounds of sampling, labelling and training; each uses the policy at its start as the reference. 0
     trains once on the comparisons."""
     samples: int = 4
-    """Answers sampled per prompt of a round; the best and the worst make a pair."""
+    """Number of answers sampled per prompt of a round; the best and the worst make a pair."""
     judge: Literal["reward", "labelers", "gold"] = "reward"
-    """What labels the rounds: the reward model or, on the built-in world, the simulated labelers or the gold
+    """Judge that labels the rounds: the reward model or, on the built-in world, the simulated labelers or the gold
     utility."""
     hold_reference: bool = False
     """Use the SFT model as the reference in every round (online DPO)."""
@@ -58,8 +59,7 @@ def parse(arguments: list[str]) -> DPOSettings:
     direct_settings.check(settings)
     direct_settings.check_mesh(settings, settings.mesh)
     for name, least in (("rounds", 0), ("samples", 2)):
-        if getattr(settings, name) < least:
-            raise settings_lib.SettingError(f"--{name} is {getattr(settings, name)}; it must be at least {least}")
+        require(getattr(settings, name) >= least, settings, name, f"at least {least}")
     if settings.data.path is not None and settings.judge != "reward":
         raise settings_lib.SettingError(
             f"--judge {settings.judge} needs the built-in world; leave out --judge or --data.path"
@@ -105,7 +105,7 @@ def run(settings: DPOSettings) -> dict[str, Any]:
     out = Console()
     if settings.resume and (finished := run_folder.finished_results(settings.resume)):
         out.print(console.results_table(finished))
-        run_setup.print_line(out, f"{settings.resume} is already finished; nothing was run")
+        run_setup.print_line(out, f"{settings.resume} is already finished; there is nothing to run")
         return finished
     names = [f"{settings.loss}-round{r}" for r in range(settings.rounds)] or [settings.loss]
     weights = [*((name, 20.0) for name in names), ("evaluate", 20.0)]
@@ -139,7 +139,7 @@ def run(settings: DPOSettings) -> dict[str, Any]:
         "preset": settings.preset,
         "loss": settings.loss,
         "dropped": job.task.dropped.dropped | job.task.dropped.truncated,
-        # A program that an earlier process of this run has traced counts once; see `jobs.Job.programs`.
+        # A program that an earlier process of this run has traced counts as one; see `jobs.Job.programs`.
         "programs": {name: n for name, n in job.programs().items() if name != "ppo"}
         | {"direct": max(trainer.train_step.traces, 1)},
         "reward_model": reward_facts | facts,

@@ -1,4 +1,4 @@
-"""Compares DPO with PPO at equal KL, and measures what shifted pairs cost (Xu et al. 2024, Rafailov et al. 2023).
+"""Compares DPO with PPO at equal KL and measures the cost of shifted pairs (Xu et al. 2024, Rafailov et al. 2023).
 
     python experiments/dpo_vs_ppo.py                       all three parts
     python experiments/dpo_vs_ppo.py --parts bandit exact  only the parts with exact KL and rewards
@@ -8,22 +8,22 @@
 The parts:
 
     world    From one SFT model of the built-in world: DPO at several betas, iterated DPO with labels from a reward
-    model,
-             PPO at several KL coefficients, and DPO and PPO on shifted pairs, that is, comparisons of answers of the
-             base model, which the SFT model would rarely give.
+             model, PPO at several KL coefficients, and DPO and PPO on shifted pairs, that is, comparisons of answers
+             of the base model, which the SFT model would rarely give.
     bandit   The same on a table of rewards, where KL and expected reward are exact and the optimum is known.
-    exact    The three answers of Xu's theorem 4.1.
+    exact    The three-answer example of Xu's theorem 4.1.
 
-The settings of instructgpt.py apply here too; a setting that has no effect is refused. All seeds of the world share its
-prompts, comparisons and reward models and differ in sampling and batch order, so their intervals cover only
+The settings of instructgpt.py apply here too; settings that have no effect are refused. All seeds of the world share
+its prompts, comparisons and reward models and differ in sampling and batch order, so their intervals cover only
 optimisation and sampling. Seeds of the bandit differ in the labels. The run folder holds study.json, study.html with
 the figures, config.json, metrics.jsonl, checkpoints/ and reference/.
 
-On two CPU cores: 17 minutes, 2.2 GB. Expected results in the world: PPO reaches a gold utility of 0.90 at a KL of 1 to
-1.6 nats, 0.035 ±0.020 above DPO at 1.5; the seeds of DPO differ widely. Shifted pairs cost DPO 0.05 ±0.07 and PPO 0.10
-±0.01: unlike in Xu et al., a reward model that has seen only answers of the base model misleads PPO too. On the bandit,
-over ten draws of 400 labels, PPO is 0.15 ±0.05 above DPO at 1 nat, and no cost of shifted pairs is significant. Of the
-three answers, DPO gives the unseen one a probability of 0.99 and PPO 0.0001.
+On two CPU cores: 17 minutes, 2.2 GB. Expected results in the world: PPO reaches a gold utility of 0.90 at a KL of
+between 1 and 1.6 nats. At 1.5 nats it is 0.035 ±0.020 above DPO, whose seeds differ widely. Shifted pairs cost DPO
+about 0.05 ±0.07 and PPO 0.10 ±0.01: unlike in Xu et al., a reward model that has seen only answers of the base model
+misleads PPO too. On the bandit, over ten draws of 400 labels, PPO is 0.15 ±0.05 above DPO at 1 nat, and no cost of
+shifted pairs is significant. In the three-answer example, DPO gives the unseen answer a probability of 0.99 and PPO
+gives it 0.0001.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from typing import Any, ClassVar, Literal
 
 from launch import command_line, process_setup
 from launch import settings as settings_lib
+from launch.setting_checks import require
 from preferences import direct_settings
 
 Part = Literal["world", "bandit", "exact"]
@@ -41,29 +42,30 @@ SHIFTED = "shifted pairs"
 
 @dataclasses.dataclass(frozen=True)
 class StudySettings(direct_settings.DirectSettings, settings_lib.Settings):
-    """Settings of dpo_vs_ppo.py: those of the main job and its own."""
+    """Settings of dpo_vs_ppo.py: those of instructgpt.py and of DPO, and those below."""
 
     command: ClassVar[str] = "dpo_vs_ppo"
 
     parts: tuple[Part, ...] = ("world", "bandit", "exact")
     """Parts of the study to run."""
     seeds: int = 3
-    """Runs per method and coefficient in the world."""
+    """Number of runs per method and coefficient in the world."""
     betas: tuple[float, ...] = (0.05, 0.15, 0.5)
-    """Betas of DPO. Shifted pairs are trained on with the middle one."""
+    """Betas of DPO. The middle one is also used for shifted pairs."""
     kl_coefs: tuple[float, ...] = (0.02, 0.06, 0.2)
-    """KL coefficients of PPO. Shifted pairs are trained on with the middle one."""
+    """KL coefficients of PPO. The middle one is also used for shifted pairs."""
     at: tuple[float, ...] = (0.5, 1.0, 1.5)
     """KLs, in nats, at which the gold utilities of the methods are compared, by interpolation between coefficients."""
     rounds: int = 3
-    """Rounds of iterated DPO. They use at most as many prompts in all as one pass of DPO has pairs, and multiply beta
-    by their number, so that together they move the policy as far as one pass. study.json has the numbers of pairs."""
+    """Number of rounds of iterated DPO. Together they use at most as many prompts as one pass of DPO has pairs. Beta is
+    multiplied by their number, so that together they move the policy as far as one pass. study.json has the numbers of
+    pairs."""
     bandit_seeds: int = 10
-    """Draws of labels on the bandit."""
+    """Number of draws of labels on the bandit."""
     bandit_coefs: tuple[float, ...] = (0.1, 0.2, 0.5, 1.0, 2.0)
     """Betas and KL coefficients on the bandit, whose rewards have standard deviation 1."""
     bandit_pairs: int = 400
-    """Labels per draw on the bandit, which has 8 prompts with 8 answers each."""
+    """Number of labels per draw on the bandit, which has 8 prompts with 8 answers each."""
 
 
 def parse(arguments: list[str]) -> StudySettings:
@@ -76,8 +78,7 @@ def parse(arguments: list[str]) -> StudySettings:
         settings, ("ppo.kl_coef", "ppo.ptx_coef", "reward_model.heldout", "on_alarm"), program="dpo_vs_ppo.py"
     )
     for name in ("seeds", "rounds", "bandit_seeds", "bandit_pairs"):
-        if (value := getattr(settings, name)) < 1:
-            raise settings_lib.SettingError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        require(getattr(settings, name) >= 1, settings, name, "at least 1")
     if settings.rounds > settings.bandit_pairs:
         raise settings_lib.SettingError(
             f"--rounds is {settings.rounds}; it must be at most --bandit-pairs {settings.bandit_pairs}"
@@ -171,7 +172,7 @@ OPTIMUM = "optimum of reward less KL"
 
 
 def _run_exact() -> dict[str, Any]:
-    """Returns, for each policy, the probabilities of the three answers and the DPO loss."""
+    """Returns the probabilities of the three answers and the DPO loss of each policy."""
     beta = 0.1
     policies = {
         "reference": three_actions.REFERENCE,
@@ -221,7 +222,7 @@ def _run_bandit(settings: StudySettings) -> dict[str, Any]:
 
 
 def _world_methods(settings: StudySettings) -> list[tuple[str, tuple[float, ...]]]:
-    """Returns the methods of the built-in world with their coefficients."""
+    """Returns the methods compared in the built-in world with their coefficients."""
     betas, kl_coefs = settings.betas, settings.kl_coefs
     dpo = [("DPO", betas), (f"DPO, {SHIFTED}", (_middle(betas),)), ("iterated DPO", betas)]
     return [*dpo, ("PPO", kl_coefs), (f"PPO, {SHIFTED}", (_middle(kl_coefs),))]
@@ -337,7 +338,8 @@ def effects(
 ) -> dict[str, list[float]]:
     """Returns differences of gold utility with 95 % intervals over seeds.
 
-    Shifted pairs are compared with the policy's own at the ``middle`` coefficients, methods at the KLs ``at``.
+    Shifted pairs are compared with pairs of the policy's samples at the ``middle`` coefficients, methods at the KLs
+    ``at``.
     """
 
     def gold(method: str) -> list[float]:

@@ -3,16 +3,16 @@
     python experiments/instructgpt.py                            under 5 minutes on two CPU cores, 2 GB
     python experiments/instructgpt.py --preset smoke             all stages in about a minute, too short to learn much
     python experiments/instructgpt.py --data.path FILE.jsonl.gz  human comparisons from a file (docs/data.md)
-    python experiments/instructgpt.py --model PATH               start from a model in Hugging Face form
-    python experiments/instructgpt.py --resume runs/NAME         continue an interrupted run
+    python experiments/instructgpt.py --model PATH               start from a model in Hugging Face format
+    python experiments/instructgpt.py --resume runs/NAME         resume an interrupted run
 
 Stages: a base model on the built-in world's corpus; two SFT models; comparisons ranked by simulated labelers; a reward
-model; PPO and PPO-ptx; evaluation on held-out prompts. All output is below ``--out``: results.json, report.html,
-config.json, metrics.jsonl, tensorboard/, checkpoints/, policy/ and reward_model/ (in Hugging Face form).
+model; PPO and PPO-ptx; evaluation on held-out prompts. The run folder holds results.json, report.html, config.json,
+metrics.jsonl, tensorboard/, checkpoints/, policy/ and reward_model/ (in Hugging Face format).
 
 Expected results of the default preset: the reward model ranks 67 to 70 % of held-out pairs as their labelers did. PPO
 and PPO-ptx beat SFT on 73 to 79 % of held-out prompts at a KL of 2 to 3 nats, close to best-of-16 or above it. PPO pays
-an alignment tax, PPO-ptx does not.
+an alignment tax; PPO-ptx does not.
 """
 
 from __future__ import annotations

@@ -4,19 +4,20 @@
     python experiments/plan.py --stage dpo --model path/to/config.json --topology v5e:2x4 --mesh.fsdp 8
     python experiments/plan.py --stage sft --model tiny --topology cpu --length 64 --batch 8
 
-Compiles the step of a run with the compiler of the chips, for which no chip is needed, and prints:
+Compiles the step of a run with the chips' compiler, which needs no chip, and prints:
 
-    memory        bytes per chip by kind: parameters, optimiser, frozen models and KV cache exactly, from shapes and
-                  shardings, the rest from the compiler
-    FLOPs         of the matrix products, with loops counted per iteration, next to 6 x parameters x tokens
-    collectives   by kind and size, with a warning for each that the sharding should not need
-    times         the least that the peaks of the chip allow
+    memory        bytes per chip by kind: exact for parameters, optimiser, frozen models and KV cache; the rest as the
+                  compiler reports it
+    FLOPs         of the matrix products, with loops counted per iteration, and 6 x parameters x tokens
+    collectives   by kind and size, with a warning for each that the sharding should make unnecessary
+    times         the minimum that the chip's peak rates allow
 
-If the step does not fit, similar settings are compiled until one fits, but at most --tries. The computation is in
-bfloat16, parameters and optimiser are in float32, and gradients are exchanged in bfloat16. A loop that runs until every
-answer has ended counts --response iterations.
+If the step does not fit, up to --tries similar settings are compiled until one fits. The computation is in bfloat16,
+parameters and optimiser are in float32, and gradients are exchanged in bfloat16. A loop that runs until every answer
+has ended counts --response iterations.
 
-TPUs need pip install 'rlhf_jax[tpu]', on Linux. Exit status: 0 if the step fits, 1 if it does not, 2 for invalid input.
+TPU topologies need pip install 'rlhf_jax[tpu]', on Linux. Exit status: 0 if the step fits, 1 if it does not, 2 for
+invalid input.
 
 On two CPU cores: one to five minutes per program, 6 GB. Expected results: the table in experiments/README.md.
 """
@@ -37,7 +38,7 @@ def parse(arguments: list[str]) -> plan_settings.Plan:
 
 
 def _before_jax(arguments: list[str]) -> None:
-    """Restricts JAX to the CPU, unless the plan is for devices of this machine that it must find."""
+    """Restricts JAX to the CPU, unless the plan is for devices of this machine."""
     values = [a.split("=", 1)[1] for a in arguments if a.startswith("--topology=")]
     values += [b for a, b in itertools.pairwise(arguments) if a == "--topology"]
     topology = values[-1] if values else ""
@@ -61,7 +62,7 @@ from rlhf_jax.checkpoint import atomic
 
 
 def run(plan: plan_settings.Plan, out: Console, progress: Console) -> int:
-    """Measures the plan, prints and writes the results; returns the exit status."""
+    """Measures the plan, prints and writes the results, and returns the exit status."""
     chips.prepare()
     estimate = planner.measure(plan, out=progress)
     if not estimate.fits and plan.tries:

@@ -10,20 +10,20 @@
 
 The base model and the SFT model are trained first, as in instructgpt.py, whose settings apply here too. The run folder
 holds results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/ and reward_model/ (in Hugging
-Face form, with the normalisation of its scores).
+Face format, with normalised scores).
 
---folds needs scikit-learn (pip install "rlhf_jax[baselines]"). Each fold trains its tokenizer, a small base model and
-an ensemble of reward models on its own training pairs. The baselines on the same folds are "the shorter answer wins"
-and a logistic regression on TF-IDF features, whose penalty is chosen on inner splits. Differences are paired.
-Conversations are never split over folds, and the intervals are clustered by conversation.
+Cross-validation (--folds) needs scikit-learn (pip install "rlhf_jax[baselines]"). Each fold trains its tokenizer, a
+small base model and an ensemble of reward models on its own training pairs. The baselines, on the same folds, are "the
+shorter answer wins" and a logistic regression on TF-IDF features, whose penalty is chosen on inner splits. Methods are
+compared on the same pairs. Conversations are never split over folds, and the intervals are clustered by conversation.
 
 On two CPU cores: about 2 minutes for the built-in world, 5 to 7 minutes for five folds of 2,000 pairs.
 
 Expected results on the built-in world: the reward model ranks 69 % of held-out pairs as the labelers did (interval 66
-to 72) and 71 % of training pairs. Cross-validated on 1,992 harmlessness pairs: 61.1 % for the reward model (59.0 to
-63.3), 62.0 % for the regression and 55.8 % for the shorter answer, so that the reward model is 5.3 points above the
-latter (3.0 to 7.7) and 0.8 below the former (-3.3 to 1.6). It leans on length: it is right on 79 % of the pairs whose
-chosen answer is the shorter one and on 38 % of the others.
+to 72) and 71 % of training pairs. Cross-validated on 1,992 harmlessness pairs, the accuracies are 61.1 % (59.0 to 63.3)
+for the reward model, 62.0 % for the regression and 55.8 % for the shorter answer. The reward model is thus above the
+shorter answer by 5.3 points (3.0 to 7.7) and below the regression by 0.8 (-1.6 to 3.3). It favours short answers: it is
+right on 79 % of the pairs whose chosen answer is the shorter one and on 38 % of the others.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def parse(arguments: list[str]) -> RewardSettings:
 
 
 def _adjust_preset(preset: RewardSettings) -> RewardSettings:
-    """Makes the models of --folds small in the smoke preset."""
+    """Makes the models of --folds small if the preset is smoke."""
     if preset.preset != "smoke":
         return preset
     return dataclasses.replace(preset, cv=dataclasses.replace(preset.cv, **SMOKE_CV))
@@ -78,7 +78,7 @@ def run(settings: RewardSettings) -> dict[str, Any]:
     out = Console()
     if settings.resume and (results := run_folder.finished_results(settings.resume)):
         _show(out, results)
-        run_setup.print_line(out, f"{settings.resume} is already finished; nothing was run")
+        run_setup.print_line(out, f"{settings.resume} is already finished; there is nothing to run")
         return results
     path, results = (_cross_validate if settings.folds else reward_run.run)(settings, out)
     results |= {"seed": settings.seed, "preset": settings.preset}

@@ -1,12 +1,12 @@
-"""Evaluates a reward model on comparisons in RewardBench's form: accuracy by subset, calibration, length bias.
+"""Evaluates a reward model on comparisons in RewardBench's format: accuracy by subset, calibration, length bias.
 
     python experiments/rewardbench.py --model runs/NAME/reward_model --data.path FILE.jsonl
     python experiments/rewardbench.py --model DIR --data.path FILE.parquet --out runs/rewardbench
 
---model is a folder with a scalar head, its tokenizer and its chat template, such as instructgpt.py writes. A record has
-a prompt (text or messages), a chosen and a rejected answer and, optionally, a subset. Equal scores count as half right;
-the strict accuracy, which RewardBench reports, counts them as wrong. Scores are used as saved: if a gain scales them
-for RL, the calibration temperature is the number to divide them by.
+The model has a scalar head; its folder, such as instructgpt.py writes, also holds its tokenizer and its chat template.
+A record has a prompt (text or messages), a chosen and a rejected answer and, optionally, a subset. A tie counts a half;
+the strict accuracy, which RewardBench reports, counts it as wrong. Scores are used as saved, that is, with any gain
+that scales them for RL; divided by the calibration temperature, their differences are log odds.
 
 The output folder holds results.json, report.html, scores.jsonl with the scores of every record, and config.json.
 """
@@ -17,6 +17,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from launch import command_line, process_setup
+from launch.setting_checks import require
 from launch.settings import SettingError
 
 
@@ -25,10 +26,10 @@ class Data:
     """The comparisons."""
 
     path: str
-    """JSONL file (or .gz) or Parquet file with prompt, chosen, rejected and subset, or with any other form of two
-    ranked answers."""
+    """JSONL file (or .gz) or Parquet file with prompt, chosen, rejected and subset, or any other record of two ranked
+    answers."""
     max_dropped: float = 0.01
-    """Largest share of records that may be dropped (empty, not a pair, refused by the chat template, too long)."""
+    """Maximum share of records that may be dropped (empty, not a pair, refused by the chat template, too long)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class RewardBenchSettings:
     """Settings of rewardbench.py."""
 
     model: str
-    """Folder of a reward model in Hugging Face form, with its tokenizer."""
+    """Folder of a reward model in Hugging Face format, with its tokenizer."""
     data: Data
     out: str | None = None
     """Output folder. Default: runs/rewardbench-TIME."""
@@ -54,10 +55,8 @@ def parse(arguments: list[str]) -> RewardBenchSettings:
     settings = command_line.parse_as(RewardBenchSettings, arguments, prog="rewardbench.py", doc=__doc__)
     for name, least in (("batch", 1), ("max_length", 2), ("bins", 1)):
         value = getattr(settings, name)
-        if value is not None and value < least:
-            raise SettingError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
-    if not 0 <= settings.data.max_dropped <= 1:
-        raise SettingError(f"--data.max-dropped is {settings.data.max_dropped}; it must be from 0 to 1")
+        require(value is None or value >= least, settings, name, f"at least {least}")
+    require(0 <= settings.data.max_dropped <= 1, settings, "data.max_dropped", "between 0 and 1")
     return settings
 
 
@@ -122,7 +121,7 @@ def run(settings: RewardBenchSettings) -> dict[str, Any]:
         except errors.DataError as error:
             raise errors.DataError(f"--data.path {settings.data.path}: {error}") from None
         progress.finish("tokenise")
-        # After the data has been read, so that unusable data leaves no folder behind, and before the long work.
+        # After the data has been read, so that unusable data leaves no folder behind, but before the long computation.
         _create_folder(path, settings)
         progress.start("score", len(rows))
         step = parallel.JitStep(partial(_score, cfg=model.cfg), donate_argnums=())
@@ -157,7 +156,7 @@ def _score(params: types.Params, tokens_BL: Any, mask_BL: Any, *, cfg: lm.LMConf
 
 
 def read(path: str, *, counts: errors.DropCount) -> list[Pair]:
-    """Reads all pairs of a file; dropped records, also those with more than two answers, are counted by reason.
+    """Reads all pairs of a file; dropped records, including those with more than two answers, are counted by reason.
 
     Raises:
         DataError: The file cannot be read, or too large a share of its records is dropped.
@@ -187,7 +186,7 @@ def encode(
         and then prompts with their rejected answers; and the 2N lengths of the answers in tokens.
 
     Raises:
-        DataError: Too large a share of the records is dropped, or none is left.
+        DataError: Too large a share of the records is dropped, or no record is left.
     """
     stage = counts.stage()
     prompts, kept = chat.encode_prompts(fmt, [record.prompt for record in records], width=max_length, counts=counts)
@@ -245,7 +244,7 @@ def score_rows(
 
 
 def measure(scored: Scored, *, bins: int = 10) -> dict[str, Any]:
-    """Returns all measurements, in the form of results.json and of the report."""
+    """Returns all measurements, as results.json and the report contain them."""
     chosen, rejected = scored.chosen_N, scored.rejected_N
     subsets = diagnostics.accuracy_by_stratum(chosen, rejected, [record.subset for record in scored.records])
     longer = np.maximum(scored.chosen_lengths_N, scored.rejected_lengths_N)

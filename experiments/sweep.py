@@ -1,15 +1,15 @@
-"""Reward against KL: PPO with several KL coefficients and seeds, from one SFT model and one reward model.
+"""Measures reward against KL: PPO with several KL coefficients and seeds, from one SFT model and one reward model.
 
     python experiments/sweep.py                                    4 coefficients x 3 seeds on the built-in world
     python experiments/sweep.py --kl-coefs 0.02 0.2 --seeds 5
     python experiments/sweep.py --ppo.method rloo --ppo.samples 4  another RL method
     python experiments/sweep.py --preset smoke                     all runs in about a minute, too short to learn much
-    python experiments/sweep.py --resume runs/NAME                 continue an interrupted sweep
+    python experiments/sweep.py --resume runs/NAME                 resume an interrupted sweep
 
-All coefficients and seeds share one compiled program. On a GPU or TPU all runs train at once (``jax.vmap`` over keys
+All coefficients and seeds share one compiled program. On a GPU or TPU all runs train together (``jax.vmap`` over keys
 and coefficients); on a CPU, where that is no faster, they train one after the other. The command has all flags of
-instructgpt.py. It writes below ``--out``: sweep.json, sweep.html with the figure, config.json, metrics.jsonl,
-tensorboard/ and checkpoints/.
+instructgpt.py. The run folder holds sweep.json, sweep.html with the figure, config.json, metrics.jsonl, tensorboard/
+and checkpoints/.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ import math
 from typing import Any, ClassVar, Literal
 
 from launch import command_line, mesh_settings, process_setup
+from launch.setting_checks import require
 from launch.settings import SettingError, Settings
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep(Settings):
-    """KL coefficients and seeds, in addition to the settings of instructgpt.py."""
+    """Settings of sweep.py: those of instructgpt.py, and those below."""
 
     command: ClassVar[str] = "sweep"
 
     kl_coefs: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
     """KL coefficients, in reward per nat; each is run with every seed. They replace --ppo.kl-coef."""
     seeds: int = 3
-    """Runs of each coefficient, which differ in the keys of sampling and minibatches and share data and start
-    models."""
+    """Number of runs of each coefficient; they share data and initial models and differ in the random keys of sampling
+    and minibatches."""
     together: Literal["auto", "yes", "no"] = "auto"
     """Whether to train all runs in one program; `auto` does so on a GPU or TPU. Such a sweep has no checkpoints of its
     PPO runs, so resuming repeats them."""
@@ -42,13 +43,12 @@ def parse(arguments: list[str]) -> Sweep:
     """Returns the settings of a command line; raises SettingError for invalid ones."""
     settings = command_line.parse(Sweep, arguments, doc=__doc__)
     if not settings.kl_coefs or not all(0 <= coef < math.inf for coef in settings.kl_coefs):
-        raise SettingError(f"--kl-coefs is {settings.kl_coefs}; give coefficients of at least 0 that are finite")
+        raise SettingError(f"--kl-coefs is {settings.kl_coefs}; give finite coefficients of at least 0")
     if len(set(settings.kl_coefs)) < len(settings.kl_coefs):
         raise SettingError(f"--kl-coefs is {settings.kl_coefs}; give each coefficient once")
     if settings.together == "yes" and mesh_settings.is_sharded(settings):
         raise SettingError("--together yes runs on one device; leave out --together or --mesh.*")
-    if settings.seeds < 1:
-        raise SettingError(f"--seeds is {settings.seeds}; it must be at least 1")
+    require(settings.seeds >= 1, settings, "seeds", "at least 1")
     return settings
 
 

@@ -1,8 +1,8 @@
 """Interrupts runs and corrupts checkpoints at random, and checks that every resumed run is bit-identical.
 
     python experiments/torture.py                           100 kills, 12 stops, 140 corruptions
-    python experiments/torture.py --kills 8 --flips 20      a short form
-    python experiments/torture.py --stages ppo --seed 3     one stage, other moments
+    python experiments/torture.py --kills 8 --flips 20      a shorter run
+    python experiments/torture.py --stages ppo --seed 3     one stage, different moments
 
 Four tiny runs (SFT, reward model, DPO, PPO) use the library's own train steps, loop, checkpoints and log. Each is run
 once without interruption. Then it is killed (SIGKILL) and stopped (SIGTERM) while it compiles, during a step and during
@@ -34,7 +34,7 @@ def parse(arguments: list[str]) -> TortureSettings:
 if __name__ == "__main__":
     command_line.answer_help(parse)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Set before the processes that read them are forked: they compile small programs a hundred times, without a cache.
+    # Set before the processes that read them are forked; these compile small programs a hundred times, without a cache.
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 

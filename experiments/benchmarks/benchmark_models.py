@@ -1,4 +1,4 @@
-"""The models of the benchmarks in this library."""
+"""This library's models for the benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This library's decoding workloads: whole calls, the time per token, and answers of very different lengths."""
+"""This library's decoding workloads: whole calls, time per token, and answers of very different lengths."""
 
 from __future__ import annotations
 
@@ -61,8 +61,7 @@ def token_seconds(workload: workload_sizes.Workload) -> tuple[Callable[[], float
 
 
 def stream(workload: workload_sizes.Workload, *, refilled: bool) -> PreparedWorkload:
-    """Answers many prompts, every eighth answer eight times as long, in refilled slots or in one batch after
-    another."""
+    """Answers many prompts, every eighth answer eight times as long, in refilled slots or consecutive batches."""
     shapes, cfg = workload.shapes, benchmark_models.config(workload.size)
     N, B, P, T = shapes.stream_prompts, shapes.stream_slots, shapes.prompt, shapes.long
     params, sampling = benchmark_models.init(cfg), generation.Sampling(max_new_tokens=T)

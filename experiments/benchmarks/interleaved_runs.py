@@ -24,7 +24,7 @@ class RunOptions(NamedTuple):
     peers: pathlib.Path
     """Folder of the peers' environments."""
     logs: pathlib.Path
-    """Folder for the standard error of the programs, a file each."""
+    """Folder for the standard error of the programs, one file each."""
     repeats: int
     quick: bool = False
     accelerator: bool = False
@@ -150,7 +150,7 @@ def _command(program: Program, python: str, *, warm: int, options: RunOptions) -
 
 
 def _environment(program: Program, *, options: RunOptions) -> dict[str, str]:
-    """Returns environment variables without network access; peers can import `benchmarks` but not the library."""
+    """Returns environment variables that disable network access; peers can import `benchmarks` but not the library."""
     variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "GLIBC_TUNABLES")}
     if program.huge_pages:
         variables["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"

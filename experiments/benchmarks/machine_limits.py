@@ -1,4 +1,4 @@
-"""Limits of the machine: the rates of matrix products and of memory, and the least time of a decoding step."""
+"""Limits of the machine: the rates of matrix products and of memory, and the minimum time of a decoding step."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def matmul(workload: workload_sizes.Workload) -> PreparedWorkload:
 def decode_limit(
     workload: workload_sizes.Workload,
 ) -> tuple[Callable[[], float], dict[str, float], dict[str, list[float]]]:
-    """Returns a function that measures the least seconds of a decoding step, its cost, and lists of its measured parts.
+    """Returns a function that measures the minimum seconds of a decoding step, its cost, and its measured parts.
 
-    The least time is the larger of two: the bytes that must be read, divided by the bandwidth, and the FLOPs, divided
+    The minimum time is the larger of two: the bytes that must be read, divided by the bandwidth, and the FLOPs, divided
     by the rate of the step's own products. Both are measured in loops of the same sizes, so that memory and caches are
     used as in decoding.
     """
@@ -84,7 +84,7 @@ def _products(size: workload_sizes.Size, batch: int, *, steps: int) -> Callable[
                 mixed_BD = jnp.maximum(jnp.maximum(x_BD @ q, x_BD @ k), x_BD @ v)
                 x_BD = mixed_BD @ out
                 x_BD = jnp.maximum(x_BD @ up, 0) @ down
-            # A maximum, because the compiler cannot move it before the product.
+            # A maximum is used because the compiler cannot move it before the product.
             return x_BD + jnp.max(x_BD @ head_DV, axis=1, keepdims=True)
 
         return jax.lax.fori_loop(0, steps, step, x_BD)

@@ -32,7 +32,7 @@ def parse_options(description: str | None, *, variants: tuple[str, ...] = ()) ->
         parser.add_argument("--variant", choices=variants, default=variants[0], help="Settings of the peer.")
     parser.add_argument("--repeats", type=int, default=5, help="Number of timed repetitions.")
     parser.add_argument("--warm", type=int, default=1, help="Untimed repetitions after the first, which compiles.")
-    parser.add_argument("--quick", action="store_true", help="Use tiny shapes, for a test run.")
+    parser.add_argument("--quick", action="store_true", help="Use tiny shapes for a test run.")
     parser.add_argument("--json", action="store_true", help="Print a line of JSON instead of a sentence.")
     parser.add_argument("--paced", action="store_true", help="Wait for a line on standard input before repetitions.")
     parser.add_argument("--accelerator", action="store_true", help="Use a GPU or TPU, in bfloat16.")

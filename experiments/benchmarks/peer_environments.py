@@ -13,7 +13,7 @@ from benchmarks.suite import Home
 
 TRL = ("torch==2.13.0", "trl==1.16.0", "transformers==5.23.0")
 TRL_PPO = ("trl==1.12.0",)
-"""The last version with a PPOTrainer; it precedes the other version on the path."""
+"""The last version with a PPOTrainer; it comes before the other version on the path."""
 TUNIX = ("google-tunix==0.1.7",)
 
 
@@ -27,7 +27,7 @@ def interpreter(folder: pathlib.Path, home: Home) -> pathlib.Path | None:
 
 
 def extra_paths(folder: pathlib.Path, home: Home) -> list[str]:
-    """Returns folders that precede the packages of an environment on the path."""
+    """Returns folders that come before the packages of an environment on the path."""
     return [str(folder / "trl-ppo")] if home == "trl-ppo" else []
 
 
@@ -64,7 +64,7 @@ def install(
 
 def _python312(preferred: str) -> str | None:
     for python in (preferred, sys.executable, shutil.which("python3.12") or ""):
-        # A python3.12 on the path can be the shim of a version manager that has no such version, so it is run.
+        # A python3.12 on the path can be the shim of a version manager without that version, so it is run to check.
         command = [python, "-c", "import sys; print(sys.version_info[:2] == (3, 12))"]
         try:
             if python and subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() == "True":

@@ -6,11 +6,11 @@ import dataclasses
 from typing import Literal, NamedTuple
 
 Home = Literal["ours", "trl", "trl-ppo", "tunix"]
-"""The environment that a program runs in."""
+"""The environments that a program can run in."""
 
 Kind = Literal["speed", "share", "times"]
 """``speed``: our rate divided by a peer's. ``share``: our FLOPs per second divided by the machine's. ``times``: our
-time divided by the least possible time."""
+time divided by the minimum possible time."""
 
 BATCHES = (1, 4, 16, 64)
 
@@ -34,7 +34,7 @@ class Program:
 
 
 class Against(NamedTuple):
-    """What a row is compared with; the fastest of the programs counts."""
+    """A comparison of a row; the fastest of its programs counts."""
 
     label: str
     kind: Kind
@@ -65,8 +65,9 @@ def _row(workload: str, title: str, *against: Against, warm: int = 2) -> Row:
 def _trl(
     workload: str, required: float, *, home: Home = "trl", label: str = "TRL", small_pages: bool = False
 ) -> tuple[Against, ...]:
-    """Compares with a TRL trainer in float32, as ours is, and with its defaults; with ``small_pages``, also without
-    huge pages."""
+    """Compares with a TRL trainer in float32, like ours, and with its defaults; with ``small_pages``, also without huge
+    pages.
+    """
     module = "trl_ppo" if home == "trl-ppo" else "trl_trainers"
     float32, defaults = (
         tuple(Program(home, workload, module, variant, huge) for huge in (True, False)[: 1 + small_pages])

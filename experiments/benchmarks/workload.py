@@ -1,8 +1,8 @@
-"""Measures one of this library's workloads in a process of its own: ``python -m benchmarks.workload sft-s``.
+"""Measures one of this library's workloads in a separate process: ``python -m benchmarks.workload sft-s``.
 
-Names: sft-s, sft-m, reward-s, dpo-s, ppo-s; generate-s, generate-m; decode-s-1 and so on, where the number is that of
-the rows; stream-s, and static-s, the same one batch after another; matmul-s and limit-s-1, which measure limits of the
-machine. Workloads compute in float32 on a CPU and in bfloat16 on a GPU or TPU.
+Names: sft-s, sft-m, reward-s, dpo-s, ppo-s; generate-s, generate-m; decode-s-1 and so on, where the number is the
+number of rows; stream-s, and static-s, the same in consecutive batches; matmul-s and limit-s-1, which measure limits of
+the machine. Workloads compute in float32 on a CPU and in bfloat16 on a GPU or TPU.
 
 Run it with GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as benchmark.py does.
 """

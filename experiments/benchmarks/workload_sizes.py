@@ -126,7 +126,7 @@ def training_flops(size: Size, *, rows: int, length: int, params: int | None = N
 
 
 class DecodeCost(NamedTuple):
-    """The least memory traffic and FLOPs of a decoding step."""
+    """The minimum memory traffic and FLOPs of a decoding step."""
 
     bytes: float
     flops: float
@@ -135,7 +135,7 @@ class DecodeCost(NamedTuple):
 def decode_cost(size: Size, *, batch: int, prompt: int, answer: int, bytes_each: int) -> DecodeCost:
     """Returns the parameters and cache that must be read, and the FLOPs, for one token of each row.
 
-    The cache is as full as on average over the answer.
+    The cache is counted with its average length over the answer.
     """
     columns = prompt + answer / 2
     cached = 2 * size.layers * batch * columns * size.width

@@ -34,7 +34,8 @@ class Report:
 def draw_trials(newest: pathlib.Path, rng: random.Random, counts: dict[str, int]) -> list[Trial]:
     """Draws corruptions of the files of a checkpoint.
 
-    Half of the flips hit a byte of all bytes, the others a byte of a random file, because most files are small.
+    Half of the flips hit a byte chosen from all bytes, the others a byte of a randomly chosen file, because most files
+    are small.
     """
     files = sorted(path for path in newest.rglob("*") if path.is_file())
     sizes = [path.stat().st_size for path in files]

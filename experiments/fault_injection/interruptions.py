@@ -21,11 +21,12 @@ from rlhf_jax import metrics
 
 PHASES = ("compile", "step", "save")
 TIMEOUT = 600.0
-"""Seconds without an event after which a run counts as hanging."""
+"""Seconds without an event after which a run is considered hung."""
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["fault_injection.tiny_runs"])
 _PROCESS_LOCK = threading.Lock()
-"""Held while a process is started or joined: starting one also polls, and so would reap, those of other threads."""
+"""Held while a process is started or joined: starting a process also polls the processes of other threads and would
+reap them."""
 
 
 @dataclasses.dataclass
@@ -60,7 +61,7 @@ class Reference:
 
 @dataclasses.dataclass
 class Report:
-    """The interruptions of a stage, and what went wrong."""
+    """The interruptions of a stage, and the failures."""
 
     stage: str
     kills: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -68,7 +69,7 @@ class Report:
     resumed: int = 0
     """Interruptions after which all states to the end of the run equal those of the reference."""
     runs: int = 0
-    """Runs that finished and were compared with the reference."""
+    """Runs that ended, whether they were compared with the reference or failed."""
     failures: list[str] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
 
@@ -151,7 +152,7 @@ class _Events:
 def run_process(
     stage: str, folder: pathlib.Path, settings: RunSettings, interruption: Interruption | None = None
 ) -> ProcessResult:
-    """Starts or resumes a run in a process of its own, until it ends or is interrupted."""
+    """Starts or resumes a run in a new process, until it ends or is interrupted."""
     receiver, sender = CONTEXT.Pipe(duplex=False)
     arguments = (stage, str(folder), settings.steps, settings.save_every, settings.seed, sender)
     process = CONTEXT.Process(target=tiny_runs.run, args=arguments, daemon=True)
@@ -185,7 +186,7 @@ def run_process(
     receiver.close()
     return ProcessResult(
         exitcode=process.exitcode if process.exitcode is not None else 0,
-        # After SIGKILL the last event tells the phase; after SIGTERM the process continues to report events.
+        # After SIGKILL the last event shows the phase; after SIGTERM the process continues to report events.
         phase=phase if interruption is not None and interruption.signal == signal.SIGTERM else events.current_phase(),
         states=events.states,
         finished=events.counts["finished"] > 0,
@@ -197,7 +198,7 @@ def run_process(
 
 
 def run_reference(stage: str, folder: pathlib.Path, settings: RunSettings) -> Reference:
-    """Makes the uninterrupted run. Raises RuntimeError if it fails."""
+    """Runs a stage without interruption. Raises RuntimeError if the run fails."""
     process = run_process(stage, folder, settings)
     if not process.finished:
         raise RuntimeError(f"the uninterrupted run of {stage} failed; see {folder / 'output.log'}")

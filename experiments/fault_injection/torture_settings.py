@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from launch.setting_checks import require
 from launch.settings import SettingError
 
 STAGES = ("sft", "reward_model", "dpo", "ppo")
@@ -18,7 +19,7 @@ class TortureSettings:
     terms: int = 12
     """Number of SIGTERMs, divided among the stages; after each, the run must save and exit with status 75."""
     flips: int = 100
-    """Number of flipped bits: half in a byte chosen from all bytes of a checkpoint, half in a file chosen from all
+    """Number of flipped bits: half are in a byte chosen from all bytes of a checkpoint, half in a file chosen from all
     files."""
     truncations: int = 20
     """Number of files truncated to a random length."""
@@ -31,7 +32,7 @@ class TortureSettings:
     save_every: int = 4
     """Iterations between checkpoints."""
     jobs: int = 2
-    """Number of stages that run at the same time."""
+    """Number of stages that run concurrently."""
     seed: int = 0
     """Seed of the runs and of the moments of interruption, which also depend on the speed of the machine."""
     out: str | None = None
@@ -42,11 +43,10 @@ def check(settings: TortureSettings) -> None:
     """Raises SettingError, naming the flag, for an invalid setting."""
     for names, least in ((("kills", "terms", "flips", "truncations", "deletions"), 0), (("save_every", "jobs"), 1)):
         for name in names:
-            if (value := getattr(settings, name)) < least:
-                raise SettingError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+            require(getattr(settings, name) >= least, settings, name, f"at least {least}")
     if settings.steps < 2 * settings.save_every:
         raise SettingError(
             f"--steps is {settings.steps}; it must be at least twice --save-every, so that there are two checkpoints"
         )
     if not settings.stages or not set(settings.stages) <= set(STAGES):
-        raise SettingError(f"--stages is {' '.join(settings.stages)!r}; it must name some of {', '.join(STAGES)}")
+        raise SettingError(f"--stages is {' '.join(settings.stages)!r}; it must be one or more of {', '.join(STAGES)}")

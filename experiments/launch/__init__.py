@@ -1,1 +1,1 @@
-"""What a command does before its work: parse and check settings, join hosts, make the mesh and the run folder."""
+"""Start-up code of all commands: parses and checks settings, joins hosts, makes the mesh and the run folder."""

@@ -27,7 +27,7 @@ def answer_help(parse: Callable[[list[str]], Any]) -> None:
 
 def parse_as(kind: type[T], arguments: list[str], *, prog: str, doc: str | None, default: T | None = None) -> T:
     """Returns a settings dataclass parsed from the command line; ``doc`` and the fields' docstrings are its help."""
-    import tyro  # imported here since use_huge_pages imports a command twice
+    import tyro  # imported late because use_huge_pages runs all earlier imports twice
 
     options: dict[str, Any] = {} if default is None else {"default": default}
     return tyro.cli(kind, args=arguments, prog=prog, description=doc, **options)
@@ -40,19 +40,19 @@ def parse(
     doc: str | None,
     adjust: Callable[[Any], Any] = lambda preset: preset,
 ) -> S:
-    """Returns the checked settings of a run: those of a preset or of the run to resume, changed by the flags.
+    """Returns the checked settings of a run: those of a preset or of the run to resume, overridden by the flags.
 
     Args:
         kind: The settings class of the command.
         arguments: The command line without the program's name.
         doc: The description that ``--help`` prints.
-        adjust: The command's changes of the preset, applied before the flags.
+        adjust: The command's changes to the preset, applied before the flags.
 
     Returns:
         The settings.
 
     Raises:
-        SettingError: A setting is out of range, or does not go with the others.
+        SettingError: A setting is out of range or conflicts with another.
     """
     resume = settings.peek(arguments, "--resume")
     default = config_file.read_settings(kind, resume) if resume else adjust(kind(**_preset_fields(arguments)))
@@ -61,14 +61,14 @@ def parse(
     free = {"resume": None, "mesh": default.mesh, "hosts": default.hosts}
     if resume and dataclasses.replace(parsed, **free) != dataclasses.replace(default, resume=None):
         raise settings.SettingError(
-            f"--resume {resume} uses the settings in its {config_file.NAME}; leave out all flags but --mesh.* and "
+            f"--resume {resume} uses the settings in its {config_file.NAME}; leave out all flags except --mesh.* and "
             "--hosts.*"
         )
     setting_checks.check(parsed)
     if parsed.model is None:
         return parsed
     if parsed.net != default.net:
-        raise settings.SettingError("--net.* sizes a new model; leave it out with --model")
+        raise settings.SettingError("--net.* sets the size of a new model; leave it out with --model")
     # An absolute path lets the run be resumed from any folder.
     return dataclasses.replace(parsed, model=str(pathlib.Path(parsed.model).absolute()))
 

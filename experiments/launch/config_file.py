@@ -14,7 +14,7 @@ S = TypeVar("S", bound=settings_lib.Settings)
 
 NAME = "config.json"
 VERSION = 2
-"""Version of the run folder's layout. Runs of other versions are refused; 1 stands for those that have no version."""
+"""Version of the run folder's layout. Runs with another version or none are refused."""
 
 
 def read(resume: str) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def read(resume: str) -> dict[str, Any]:
     if version != VERSION:
         has = "no version" if version is None else f"version {version}"
         raise SettingError(
-            f"--resume {resume} is not a run of this version of rlhf_jax: {path} has {has} in place of version "
+            f"--resume {resume} is not a run of this version of rlhf_jax: {path} has {has}, not version "
             f"{VERSION}; start a new run with --out"
         )
     return values
@@ -42,7 +42,7 @@ def read(resume: str) -> dict[str, Any]:
 def read_settings(kind: type[S], resume: str) -> S:
     """Returns the settings of class ``kind`` that the run in ``resume`` was started with.
 
-    The hosts are those of this process. Raises SettingError as `read` does, and for a run of another command.
+    The hosts are those of this process. Raises SettingError if `read` does or if the run belongs to another command.
     """
     values = read(resume)
     if values["command"] != kind.command:
@@ -52,7 +52,7 @@ def read_settings(kind: type[S], resume: str) -> S:
 
 
 def from_dict(kind: type[S], values: dict[str, Any]) -> S:
-    """Inverse of ``dataclasses.asdict``; raises SettingError if a group has other fields than this version."""
+    """Inverse of ``dataclasses.asdict``; raises SettingError if the fields differ from this version's."""
     fields = dataclasses.fields(kind)
     if missing := {field.name for field in fields} - set(values):
         raise SettingError(f"{NAME} lacks the setting {min(missing)}; start a new run")
@@ -64,6 +64,6 @@ def _restore(value: Any, field: dataclasses.Field) -> Any:
     if isinstance(value, dict):
         group: Any = field.default_factory
         if set(value) != {inner.name for inner in dataclasses.fields(group)}:
-            raise SettingError(f"{NAME} has other settings under {field.name} than this version; start a new run")
+            raise SettingError(f"the settings of {field.name} in {NAME} differ from this version's; start a new run")
         return group(**value)
     return tuple(value) if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""The device mesh of a run: its sizes from the settings, rows that divide over it, and arrays placed on it."""
+"""The device mesh of a run: resolves its sizes, rounds numbers of rows to it, and places arrays on it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def resolve(settings: Settings) -> Settings:
     if data * others != devices:
         flags = " x ".join(f"--mesh.{axis} {getattr(mesh, axis)}" for axis in AXES)
         kind = jax.default_backend().upper()
-        hint = f"; --mesh.simulate {abs(data) * others} simulates as many on the CPU" * (kind == "CPU")
+        hint = f"; --mesh.simulate {abs(data) * others} simulates that many on the CPU" * (kind == "CPU")
         raise SettingError(f"a mesh of {flags} does not fit {devices} {kind} device{'s' * (devices > 1)}{hint}")
     resolved = dataclasses.replace(settings, mesh=dataclasses.replace(mesh, data=data))
     mesh_settings.check(resolved)
@@ -92,7 +92,7 @@ def round_rows_down(rows: int, mesh: jax.sharding.Mesh | None, name: str) -> int
         return rows
     rounded = rows - rows % parallel.num_batch_shards(mesh)
     if rounded == 0:
-        raise SettingError(f"{name} makes a batch of {rows}, too few for {parallel.num_batch_shards(mesh)} devices")
+        raise SettingError(f"{name} gives a batch of {rows}, too small for {parallel.num_batch_shards(mesh)} devices")
     return rounded
 
 

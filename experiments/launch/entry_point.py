@@ -1,4 +1,4 @@
-"""Runs a command: its errors become one line on stderr and an exit status."""
+"""Runs a command; prints errors that the user can fix as one line on stderr and sets the exit status."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def execute(run: Callable[[Any], Any], parse: Callable[[list[str]], Any], argume
     Args:
         run: The command, a function of its settings.
         parse: Returns the settings of a command line.
-        arguments: The command line without the program's name; None for that of this process.
+        arguments: The command line without the program's name; None uses ``sys.argv``.
     """
-    with _ignore_closed_event_loops():  # until the end: a failed save is still closing while its error is printed
+    with _ignore_closed_event_loops():  # outermost, because a failed save is still closing while its error is printed
         try:
             with _stop_on_sigterm():
                 parsed = parse(sys.argv[1:] if arguments is None else arguments)
@@ -54,7 +54,7 @@ def _describe(error: BaseException) -> str:
     if isinstance(error, USER_ERRORS):
         return f"error: {error}"
     if isinstance(error, loop.Alarmed):
-        return f"{error}; to continue all the same, use --resume"
+        return f"{error}; to continue anyway, use --resume"
     return f"{error}; continue with --resume"
 
 

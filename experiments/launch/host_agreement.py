@@ -83,7 +83,7 @@ def check_shared(path: pathlib.Path) -> None:
 
 
 class ReadOnlyLog(metrics.MetricLog):
-    """The log of every host but the first: it reads what the first host has written, and writes nothing."""
+    """The log of every host except the first; reads the first host's rows and writes nothing."""
 
     def __init__(self, directory: pathlib.Path) -> None:
         """Opens no files."""

@@ -1,4 +1,4 @@
-"""Loads the model given by --model: a folder in Hugging Face form, with its tokenizer and its chat format."""
+"""Loads the model given by --model: a folder in Hugging Face format, with its tokenizer and its chat format."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FILES = ("*.json", "*.jinja", "*.safetensors", "tokenizer.model")
 
 @dataclasses.dataclass(frozen=True)
 class InitialModel:
-    """A loaded model, whose vocabulary is that of its tokenizer."""
+    """A loaded model; its vocabulary has the size of its tokenizer's."""
 
     path: str
     cfg: lm.LMConfig
@@ -37,8 +37,8 @@ class InitialModel:
 def load(path: str, *, mesh: jax.sharding.Mesh | None = None) -> InitialModel:
     """Loads a language model from a folder, onto ``mesh`` if given; raises SettingError if that fails.
 
-    Vocabularies are often padded to a round number. Ids without a token are cut off the model, so that they are never
-    sampled and get no probability.
+    Vocabularies are often padded to a round number. Ids without a token are removed from the model, so that they get no
+    probability.
     """
     model = _load(path, mesh)
     if "head" in model.params:

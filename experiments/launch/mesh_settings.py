@@ -1,4 +1,4 @@
-"""Checks of the --mesh flags that need no devices; `device_mesh` makes the mesh."""
+"""Checks the --mesh flags without initialising devices; `device_mesh` makes the mesh."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ AXES = ("data", "fsdp", "tensor", "sequence")
 
 
 def is_sharded(settings: Settings) -> bool:
-    """Returns whether the settings ask for a mesh of more than one device."""
+    """Returns whether the settings specify a mesh of more than one device."""
     return any(getattr(settings.mesh, axis) != 1 for axis in AXES)
 
 

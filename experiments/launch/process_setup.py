@@ -10,7 +10,7 @@ from typing import NoReturn
 
 _START_TIME_VARIABLE = "RLHF_JAX_START_TIME"
 START_TIME = float(os.environ.pop(_START_TIME_VARIABLE, None) or time.time())
-"""When the command was started, in seconds since 1970."""
+"""Start time of the command, in seconds since 1970."""
 
 _owns_process = False
 
@@ -20,7 +20,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # transformers 
 def use_huge_pages() -> None:
     """Restarts the process with glibc's huge pages unless GLIBC_TUNABLES is set: CPU steps are about a third faster.
 
-    Only a command calls this, before its slow imports. It marks the process as the command's own; see `exit_process`.
+    Only commands call this, before their slow imports. It also lets `exit_process` end the process at once.
     """
     global _owns_process
     _owns_process = True
@@ -30,10 +30,10 @@ def use_huge_pages() -> None:
 
 
 def exit_process(status: int) -> NoReturn:
-    """Ends the process with ``status``; raises SystemExit where the process is not the command's own.
+    """Ends the process with ``status``; raises SystemExit if `use_huge_pages` has not been called.
 
-    The command's own process exits at once. It does not wait for a thread that still compiles a program, nor for the
-    thread of a failed save, which sometimes never ends.
+    A command's process exits at once. It does not wait for threads that are still compiling or for the thread of a
+    failed save, which sometimes never ends.
     """
     if _owns_process:
         sys.stdout.flush()

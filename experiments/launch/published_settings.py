@@ -1,7 +1,7 @@
-"""PPO settings that papers report; what a paper does not report keeps its value in `settings.PPO`.
+"""PPO settings that papers report. Settings that a paper does not report keep their values in `settings.PPO`.
 
-Coefficients are in units of each paper's own reward, so the same number has another strength elsewhere: compare the KL
-that is reached. Learning rates are for models of a hundred million parameters and more, and are used only with --model.
+Coefficients are in units of each paper's reward, so the same number has a different effect with another reward; compare
+the KLs that runs reach. Learning rates are for models of 100 million parameters or more and are used only with --model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PPO_SETTINGS: dict[str, dict[str, Any]] = {
     # Xu et al. 2024, appendix A; its top-k of 200 is omitted, since it needs --ppo.correct-sampler.
     "xu": {"kl_coef": 0.1, "batch": 512, "minibatches": 4, "clip": 0.2, "discount": 1.0, "lambda_": 1.0, "ema": 0.0}
     | {"reward_clip": 20.0, "normalise_values": True, "temperature": 1.0},
-    # A widely copied tutorial; none of the papers has its entropy bonus or its gradient clipping.
+    # A widely copied tutorial; none of the papers uses its entropy bonus or its gradient clipping.
     "tutorial": _SHARED | {"kl_coef": 0.2, "entropy_coef": 0.01, "temperature": 0.7, "epochs": 4, "max_grad_norm": 1.0},
 }
 
@@ -45,4 +45,4 @@ LEARNING_RATES: dict[str, dict[str, Any]] = {
     "n-plus": {"learning_rate": 3e-6, "critic_learning_rate": 3e-6},
     "xu": {"learning_rate": 1e-5, "critic_learning_rate": 5e-6},
 }
-"""InstructGPT's policy rate was chosen from 2.55e-6 to 2.55e-5 and is not reported; this is its SFT rate."""
+"""InstructGPT chose the policy's rate between 2.55e-6 and 2.55e-5 and does not report it; this is its SFT rate."""

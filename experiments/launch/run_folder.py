@@ -1,4 +1,4 @@
-"""The folder of a run: its files, the incidents during the run, and the checks when it is resumed."""
+"""The folder of a run: its files, its incidents, and the checks before it is resumed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class RunFolder:
         return checkpoint.Checkpoints(self.path / "checkpoints" / stage, warn=partial(self.note, stage))
 
     def note(self, stage: str, text: str) -> None:
-        """Prints an incident and saves it for the results. The first host does so, once for equal incidents."""
+        """Prints an incident on the first host and saves it for the results, once for equal incidents."""
         if not hosts.current().first:
             return
         self.print_note(stage, text)
@@ -55,7 +55,7 @@ class RunFolder:
                 file.write(json.dumps(incident) + "\n")
 
     def incidents(self) -> list[dict[str, str]]:
-        """Returns the incidents of this process and of earlier ones, without a line cut short by a kill."""
+        """Returns the incidents of this process and of earlier ones; skips a line that a kill cut short."""
         path = self.path / INCIDENTS
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("}")]
@@ -66,7 +66,7 @@ class RunFolder:
 
 
 def write_json(path: pathlib.Path, values: Any) -> None:
-    """Writes a JSON file atomically; raises ValueError for NaN and infinity, which JSON does not have."""
+    """Writes a JSON file atomically; raises ValueError for NaN and infinity, which JSON cannot represent."""
     atomic.replace_file(path, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
 
 
@@ -82,7 +82,7 @@ def finite(values: Any) -> Any:
 def free_path(settings: Settings, *, kind: str | None = None) -> pathlib.Path:
     """Returns the folder of a new run without creating it; raises SettingError if it is in use.
 
-    ``kind`` begins the name of a folder that --out does not give; by default it is the command's name.
+    Without --out, the folder's name begins with ``kind``, by default the command's name.
     """
     return free_folder(settings.out, kind=f"{kind or settings.command}-{settings.preset}-seed-{settings.seed}")
 
@@ -114,19 +114,25 @@ def create(path: pathlib.Path, settings: Settings, *, model_files: str | None = 
 
 
 def check_model_unchanged(resume: str, settings: Settings, model_files: str) -> None:
-    """Raises SettingError if the files of --model have changed since the run began."""
+    """Raises SettingError if the files of --model have changed since the run was started."""
     if config_file.read(resume)[MODEL_FILES] != model_files:
-        raise SettingError(f"cannot continue --resume {resume}: the files in {settings.model} changed since it began")
+        raise SettingError(
+            f"cannot continue --resume {resume}: the files in {settings.model} have changed since the run was started"
+        )
 
 
 def check_data_unchanged(resume: str, settings: Settings) -> None:
-    """Raises SettingError if the files of --data.path have changed since the run began."""
+    """Raises SettingError if the files of --data.path have changed since the run was started."""
     if config_file.read(resume)[DATA_FILE] != data_digest(settings):
-        raise SettingError(f"cannot continue --resume {resume}: {settings.data.path} changed since it began")
+        raise SettingError(
+            f"cannot continue --resume {resume}: {settings.data.path} has changed since the run was started"
+        )
 
 
 def data_digest(settings: Settings) -> str | None:
-    """Returns the SHA-256 of the data files; None without a file, or if one is unreadable, which its reader reports."""
+    """Returns the SHA-256 of the data files; None if no file is given, or if one is unreadable, which its reader
+    reports.
+    """
     if settings.data.path is None:
         return None
     digest = hashlib.sha256()

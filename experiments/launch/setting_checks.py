@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+import re
 from typing import Any
 
 from launch import mesh_settings
@@ -31,77 +33,83 @@ _SHARES = (
 _CRITIC_SETTINGS = ("critic", "value_coef", "value_clip", "lambda_", "whiten_rewards", "normalise_values")
 _COMPARING_METHODS = ("rloo", "grpo", "dr-grpo")
 _OFF_POLICY = (
-    "left out without --ppo.correct-sampler: truncated sampling draws from another distribution than the policy's, so "
-    "log-ratios and KL would be wrong"
+    "used together with --ppo.correct-sampler: truncated sampling draws from a distribution other than the policy's, "
+    "so log-ratios and KL would be wrong"
 )
 
 
-def _value(settings: Settings, name: str) -> Any:
-    value: Any = settings
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
+def flag_name(name: str) -> str:
+    """Returns the flag of a setting, such as ``--ppo.kl-coef`` for ``ppo.kl_coef``."""
+    return "--" + re.sub("_(?!$)", "-", name)
 
 
-def _require(ok: bool, settings: Settings, name: str, requirement: str) -> None:
+def require(ok: bool, settings: Any, name: str, requirement: str) -> None:
+    """Raises SettingError, naming the flag and its value, unless ``ok``; ``requirement`` completes "it must be"."""
     if not ok:
-        flag = name.replace("_", "-").rstrip("-")
-        raise SettingError(f"--{flag} is {_value(settings, name)!r}; it must be {requirement}")
+        raise SettingError(f"{flag_name(name)} is {_value(settings, name)!r}; it must be {requirement}")
 
 
-def _require_divides(settings: Settings, name: str, size: int, what: str) -> None:
-    _require(size % _value(settings, name) == 0, settings, name, f"a divisor of {what}")
+def require_divides(settings: Any, name: str, size: int, what: str) -> None:
+    """Raises SettingError unless the setting divides ``size``; ``what`` names that number in the message."""
+    if size % (value := _value(settings, name)):
+        raise SettingError(f"{flag_name(name)} is {value}; it must divide {what}")
+
+
+def _value(settings: Any, name: str) -> Any:
+    return operator.attrgetter(name)(settings)
 
 
 def _check_ppo(settings: Settings) -> None:
     ppo, default = settings.ppo, PPO()
     for name in ("ppo.minibatches", "ppo.samples"):
-        _require_divides(settings, name, ppo.batch, f"--ppo.batch {ppo.batch}")
+        require_divides(settings, name, ppo.batch, f"--ppo.batch {ppo.batch}")
     answers = ppo.batch // ppo.minibatches
     text_rows = answers * ppo.ptx_ratio
-    _require_divides(settings, "ppo.micro_batches", answers, f"a minibatch's {answers} answers")
+    require_divides(settings, "ppo.micro_batches", answers, f"{answers}, the number of answers in a minibatch")
     if ppo.method in _COMPARING_METHODS:
         requirement = f"at least 2 with --ppo.method {ppo.method}, which compares the answers to a prompt"
-        _require(ppo.samples >= 2, settings, "ppo.samples", requirement)
+        require(ppo.samples >= 2, settings, "ppo.samples", requirement)
     if ppo.method != "ppo":
         for name in _CRITIC_SETTINGS:
             unset = getattr(ppo, name) == getattr(default, name)
-            _require(unset, settings, f"ppo.{name}", f"left out with --ppo.method {ppo.method}, which has no critic")
-    _require(text_rows >= 1, settings, "ppo.ptx_ratio", "large enough to give each minibatch a pretraining row")
-    _require_divides(settings, "ppo.shards", answers, f"a minibatch's {answers} answers")
-    _require_divides(settings, "ppo.shards", round(text_rows), f"a minibatch's {round(text_rows)} pretraining rows")
+            require(unset, settings, f"ppo.{name}", f"left out with --ppo.method {ppo.method}, which has no critic")
+    require(text_rows >= 1, settings, "ppo.ptx_ratio", "large enough to give each minibatch a pretraining row")
+    require_divides(settings, "ppo.shards", answers, f"{answers}, the number of answers in a minibatch")
+    text = round(text_rows)
+    require_divides(settings, "ppo.shards", text, f"{text}, the number of pretraining rows in a minibatch")
 
 
 def check(settings: Settings) -> None:
     """Raises SettingError, naming the flag, for the first setting that is out of range or contradicts another."""
     for name in _POSITIVE:
         value = _value(settings, name)
-        _require(value is None or 0 < value < math.inf, settings, name, "positive and finite")
+        require(value is None or 0 < value < math.inf, settings, name, "positive and finite")
     for name in _NOT_NEGATIVE:
-        _require(0 <= _value(settings, name) < math.inf, settings, name, "at least 0 and finite")
+        require(0 <= _value(settings, name) < math.inf, settings, name, "at least 0 and finite")
     for name in _SHARES:
         value = _value(settings, name)
-        _require(value is None or 0 <= value <= 1, settings, name, "between 0 and 1")
-    _require(0 < settings.data.held_out < 1, settings, "data.held_out", "above 0 and below 1")
-    _require(settings.sft.mix < 1, settings, "sft.mix", "below 1")
-    _require(settings.ppo.ema < 1, settings, "ppo.ema", "below 1")
+        require(value is None or 0 <= value <= 1, settings, name, "between 0 and 1")
+    require(0 < settings.data.held_out < 1, settings, "data.held_out", "above 0 and below 1")
+    require(settings.sft.mix < 1, settings, "sft.mix", "below 1")
+    require(settings.ppo.ema < 1, settings, "ppo.ema", "below 1")
     for name in ("ppo.top_k", "ppo.top_p"):
         value = _value(settings, name)
-        _require(value is None or settings.ppo.correct_sampler, settings, name, _OFF_POLICY)
-        _require(value is None or value > 0, settings, name, "positive")
-    _require((settings.ppo.top_p or 0.0) <= 1, settings, "ppo.top_p", "at most 1")
-    _require(settings.data.vocab_size >= 260, settings, "data.vocab_size", "at least 260 (256 bytes, 4 special tokens)")
-    _require(settings.world.labelers >= 2, settings, "world.labelers", "at least 2")
-    _require(0.5 < settings.world.agreement < 1, settings, "world.agreement", "above 0.5 and below 1")
-    _require(settings.evaluation.split in ("test", "validation"), settings, "evaluation.split", "test or validation")
+        require(value is None or settings.ppo.correct_sampler, settings, name, _OFF_POLICY)
+        require(value is None or value > 0, settings, name, "positive")
+    require((settings.ppo.top_p or 0.0) <= 1, settings, "ppo.top_p", "at most 1")
+    require(settings.data.vocab_size >= 260, settings, "data.vocab_size", "at least 260 (256 bytes, 4 special tokens)")
+    require(settings.world.labelers >= 2, settings, "world.labelers", "at least 2")
+    require(0.5 < settings.world.agreement < 1, settings, "world.agreement", "above 0.5 and below 1")
+    require(settings.evaluation.split in ("test", "validation"), settings, "evaluation.split", "test or validation")
     width, heads = settings.net.width, settings.net.heads
-    _require(width % (2 * heads) == 0, settings, "net.heads", f"such that twice of it divides --net.width {width}")
+    requirement = f"such that --net.width {width} is a multiple of twice this number"
+    require(width % (2 * heads) == 0, settings, "net.heads", requirement)
     k = settings.comparisons
-    _require(2 <= k.min_k <= k.max_k, settings, "comparisons.min_k", f"between 2 and --comparisons.max-k {k.max_k}")
+    require(2 <= k.min_k <= k.max_k, settings, "comparisons.min_k", f"between 2 and --comparisons.max-k {k.max_k}")
     _check_ppo(settings)
     mesh_settings.check(settings)
     if settings.data.path is None:
         most = settings.comparisons.prompts // (2 if settings.reward_model.heldout else 1)
         half = "half of " if settings.reward_model.heldout else ""
         requirement = f"at most {half}--comparisons.prompts {settings.comparisons.prompts}"
-        _require(settings.reward_model.batch <= most, settings, "reward_model.batch", requirement)
+        require(settings.reward_model.batch <= most, settings, "reward_model.batch", requirement)

@@ -14,14 +14,14 @@ class SettingError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Human comparisons in place of the built-in world."""
+    """Human comparisons that replace the built-in world."""
 
     path: str | None = None
-    """File of pairs or rankings in JSONL, JSON (.gz too) or Parquet: whole dialogues in Anthropic's format, prompts
-    with chosen and rejected answers, messages, or ranked responses (docs/data.md). * matches several files. Without a
-    file, the built-in world is used."""
+    """File of pairs or rankings in JSONL, JSON (also .gz) or Parquet: whole dialogues in Anthropic's format, prompts
+    with chosen and rejected answers, messages, or ranked responses (docs/data.md). * matches several files. By default,
+    the built-in world is used."""
     max_dropped: float = 0.01
-    """Largest share of unusable records; a file with more is refused."""
+    """Maximum share of unusable records; a file with more is refused."""
     vocab_size: int = 1024
     """Vocabulary of the byte-level BPE tokenizer trained on the file's training dialogues. Unused with --model."""
     prompt_width: int = 128
@@ -37,13 +37,14 @@ class World:
     """The built-in world: flaws of its demonstrations and differences between its labelers."""
 
     slips: float = 1.0
-    """Factor on the probability of every flaw in a demonstration; 0 makes demonstrations flawless."""
+    """Factor that multiplies the probability of every flaw in a demonstration; 0 makes demonstrations flawless."""
     labelers: int = 20
-    """Labelers in the training pool; the held-out pool has as many."""
+    """Number of labelers in the training pool and in the held-out pool."""
     spread: float = 0.25
     """Relative standard deviation of the labelers' weights on the parts of the gold utility."""
     polite_taste: float = 0.12
-    """Utility of four polite words to a labeler. Gold does not value them, so the reward model can be gamed by them."""
+    """Utility of four polite words to a labeler. The gold utility is highest at one or two polite words, so a policy
+    can raise the reward with more of them."""
     agreement: float = 0.75
     """How often two training labelers agree on a pair of SFT samples; sets the noise of their choices."""
     tie_width: float = 0.01
@@ -57,21 +58,23 @@ class Mesh:
     """Sizes of the device mesh that a run is sharded over; all 1 for a single device."""
 
     data: int = 1
-    """Copies of the model, each with its own rows of a batch; -1 uses all devices that the other axes leave."""
+    """Number of copies of the model, each of which processes a part of the rows; -1 uses all devices that the other
+    axes leave free."""
     fsdp: int = 1
-    """Devices that shard the rows, the parameters and the optimiser state."""
+    """Number of devices that rows, parameters and optimiser state are sharded over."""
     tensor: int = 1
-    """Devices that shard heads, MLP and vocabulary."""
+    """Number of devices that heads, MLP and vocabulary are sharded over."""
     sequence: int = 1
-    """Devices that shard the columns of a row."""
+    """Number of devices that the columns of a row are sharded over."""
     simulate: int | None = None
-    """Number of devices that the CPU simulates, to try a mesh without them."""
+    """Number of devices to simulate on the CPU, to try a mesh without the hardware."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
     """Processes that run together, each with its own devices; see --mesh. On a TPU slice, under SLURM and under Open
-    MPI they are found without these flags."""
+    MPI before version 5 they are detected automatically.
+    """
 
     coordinator: str | None = None
     """HOST:PORT on which the first process listens; the same for all processes."""
@@ -82,12 +85,14 @@ class Hosts:
     timeout: float = 300.0
     """Seconds to wait for the other processes at the start."""
     silence: float = 30.0
-    """Seconds without a heartbeat after which a process counts as lost; a closed connection is noticed at once."""
+    """Seconds without a heartbeat after which a process is considered lost; a closed connection is noticed at once."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Net:
-    """A new model without --model, a small Llama: rotary positions, RMS norm, gated MLP."""
+    """Size of the model that is trained from scratch if --model is not given: a small Llama (rotary positions, RMS
+    norm, gated MLP).
+    """
 
     layers: int = 3
     """Number of layers."""
@@ -104,23 +109,23 @@ class Pretrain:
     """Pretraining of the base model on the corpus; skipped with --model."""
 
     documents: int = 80_000
-    """Documents of the built-in world's corpus."""
+    """Number of documents in the built-in world's corpus."""
     steps: int = 640
     """Optimiser steps."""
     batch: int = 64
-    """Rows per step, in supervised fine-tuning too."""
+    """Rows per step, also in supervised fine-tuning."""
     learning_rate: float = 6e-3
-    """Peak learning rate; it follows a cosine down to a tenth."""
+    """Peak learning rate; cosine decay to a tenth."""
     warmup: int = 20
     """Steps of the linear warmup, which starts at a tenth of the rate."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SFT:
-    """Supervised fine-tuning of two models, InstructGPT's `sft` and `sft_mix`."""
+    """Supervised fine-tuning of two models, `sft` and `sft_mix`."""
 
     demonstrations: int = 6000
-    """Demonstrations of the built-in world."""
+    """Number of demonstrations in the built-in world."""
     epochs: int = 2
     """Epochs of the baseline `sft` over the demonstrations."""
     mix_epochs: int = 2
@@ -128,7 +133,7 @@ class SFT:
     mix: float = 0.1
     """Share of pretraining rows in the batches of `sft_mix`."""
     learning_rate: float = 3e-3
-    """Peak learning rate of both models; it follows a cosine down to a tenth."""
+    """Peak learning rate of both models; cosine decay to a tenth."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,11 +141,11 @@ class Comparisons:
     """Samples of the SFT models, ranked by simulated labelers."""
 
     prompts: int = 1600
-    """Training prompts whose samples are ranked; a tenth as many more are for validation."""
+    """Training prompts whose samples are ranked. Validation uses another tenth of this number."""
     min_k: int = 4
-    """Fewest answers to a prompt."""
+    """Minimum number of answers to a prompt."""
     max_k: int = 9
-    """Most answers to a prompt."""
+    """Maximum number of answers to a prompt."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +155,7 @@ class RewardModel:
     batch: int = 8
     """Prompts per step, each with all its answers."""
     learning_rate: float = 1.5e-3
-    """Peak learning rate; it follows a cosine down to a tenth."""
+    """Peak learning rate; cosine decay to a tenth."""
     heldout: bool = False
     """Train on one half of the comparisons and train a second model on the other half. PPO logs the second model's mean
     score as heldout_reward; an alarm is raised if it falls while the reward rises."""
@@ -158,23 +163,23 @@ class RewardModel:
 
 @dataclasses.dataclass(frozen=True)
 class PPO:
-    """PPO and PPO-ptx, which adds the pretraining loss and is otherwise equal; or an RL method without a critic."""
+    """PPO and PPO-ptx, which differs only by the added pretraining loss; or an RL method without a critic."""
 
     method: Literal["ppo", "reinforce", "rloo", "grpo", "dr-grpo", "reinforce-pp"] = "ppo"
     """RL method: how advantages are estimated and averaged. Settings that the method does not use are refused."""
     samples: int = 1
-    """Answers to each prompt; rloo, grpo and dr-grpo compare them and need two or more."""
+    """Number of answers to each prompt; rloo, grpo and dr-grpo compare them and need at least two."""
     iterations: int = 38
-    """Rollouts, each followed by its updates."""
+    """Number of rollouts, each followed by its updates."""
     batch: int = 256
     """Answers per rollout."""
     minibatches: int = 4
-    """Minibatches per epoch, each of which is one optimiser step."""
+    """Minibatches per epoch, each used for one optimiser step."""
     micro_batches: int = 1
-    """Parts of a minibatch that are processed one after the other to save memory; the gradient is the same."""
+    """Number of parts that each minibatch is split into to save memory; the gradient is the same."""
     shards: int = 1
-    """Blocks of a rollout; each minibatch takes equally many rows from every block. With as many blocks as --mesh.data
-    x --mesh.fsdp, or a multiple, answers stay on the device that sampled them. Results depend on this number and not on
+    """Number of blocks of a rollout; each minibatch takes the same number of rows from every block. If it is a multiple
+    of --mesh.data x --mesh.fsdp, answers stay on the device that sampled them. Results depend on this number but not on
     the number of devices."""
     epochs: int = 1
     """Passes over each rollout (1 in InstructGPT, 4 in Ziegler and Stiennon)."""
@@ -183,11 +188,11 @@ class PPO:
     critic_learning_rate: float = 1e-3
     """Learning rate of the critic after the warmup."""
     critic: Literal["reward", "policy", "zero-head"] = "reward"
-    """What the critic starts from: the reward model (InstructGPT, Stiennon), the SFT model with a new head (Xu), or a
+    """Initial weights of the critic: the reward model (InstructGPT, Stiennon), the SFT model with a new head (Xu), or a
     zero head on the policy's trunk, which both losses train (Ziegler)."""
     value_coef: float = 1.0
-    """Weight of the value loss (0.1 in Ziegler). It matters where policy and critic share a trunk; a separate critic is
-    tuned by its learning rate."""
+    """Weight of the value loss (0.1 in Ziegler). It matters if policy and critic share a trunk; for a separate critic,
+    change the learning rate instead."""
     warmup: int = 5
     """Iterations of the linear warmup of both learning rates, which starts at a tenth."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -199,12 +204,11 @@ class PPO:
     kl_coef: float = 0.055
     """Weight of the KL in the reward, per nat; the reward has standard deviation 1 on SFT samples."""
     kl_target: float | None = None
-    """KL per answer, in nats, that an adaptive coefficient aims for (6 in Ziegler); None keeps the coefficient
-    fixed."""
+    """Target of an adaptive KL coefficient: KL per answer in nats (6 in Ziegler). None keeps the coefficient fixed."""
     kl_gain: float = 0.1
     """Gain of the adaptive coefficient."""
     kl_loss_coef: float = 0.0
-    """Weight of the k3 estimate of the KL in the loss (0.04 in GRPO); --ppo.kl-coef is the KL in the reward."""
+    """Weight of the k3 estimate of the KL in the loss (0.04 in GRPO); --ppo.kl-coef weights the KL in the reward."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus; InstructGPT, Stiennon and Ziegler use none."""
     reward_clip: float | None = None
@@ -214,13 +218,14 @@ class PPO:
     normalise_values: bool = False
     """Train the critic on returns normalised by their running mean and deviation (Xu)."""
     reference_ema: float | None = None
-    """Decay per iteration of a reference that follows the policy (Xu); None keeps the reference fixed."""
+    """Decay per iteration of a reference that is a moving average of the policy (Xu); None keeps the reference
+    fixed."""
     discount: float = 1.0
-    """Discount of rewards, in GAE and in the sums of later rewards of the methods without a critic."""
+    """Discount factor of rewards, in GAE and in the reward-to-go of methods without a critic."""
     clip: float = 0.2
     """Clip range of the probability ratio."""
     value_clip: float = 0.5
-    """Clip range of a value's change in the value loss."""
+    """Clip range of the change of a value in the value loss."""
     lambda_: float = 0.95
     """Lambda of GAE."""
     temperature: float = 1.0
@@ -234,10 +239,10 @@ class PPO:
     missing_stop_score: float = -3.0
     """Score of an answer without a stop token, in standard deviations of the reward."""
     missing_stop: Literal["replace", "subtract"] = "replace"
-    """Whether that score replaces the answer's own score (as in the papers) or is added to it."""
+    """Whether that score replaces the score of the answer (as in the papers) or is added to it."""
     ema: float = 0.95
-    """Decay of the averaged policy, which is the result (0.992 in InstructGPT, over far more updates); 0 returns the
-    last weights."""
+    """Decay of the averaged policy, which is evaluated and saved (0.992 in InstructGPT, over far more updates); 0 uses
+    the last weights."""
     max_grad_norm: float = 1.0
     """Gradient norm above which gradients are scaled down."""
     ptx_coef: float = 1.0
@@ -251,19 +256,19 @@ class Evaluation:
     """The evaluation on held-out prompts."""
 
     prompts: int = 1280
-    """Held-out prompts; each policy answers each once, `sft` twice."""
+    """Number of held-out prompts; each policy answers each of them once, `sft` twice."""
     split: str = "test"
     """Split of the built-in world's prompts: `test` for results, `validation` to choose settings."""
     best_of: int = 16
     """Samples per prompt of the best-of-n baseline."""
     best_of_prompts: int = 400
-    """Held-out prompts of the best-of-n baseline."""
+    """Number of held-out prompts for the best-of-n baseline."""
     skills: int = 800
-    """Skill problems, equally many of each skill."""
+    """Total number of skill problems; each skill has the same number."""
     pretraining_rows: int = 512
-    """Held-out rows of pretraining text for the pretraining loss."""
+    """Number of held-out rows of pretraining text for the pretraining loss."""
     transcripts: int = 12
-    """Prompts whose answers the report shows side by side."""
+    """Number of prompts whose answers the report shows side by side."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,7 +279,8 @@ class Settings:
     """Name of the command, which config.json records."""
 
     model: str | None = None
-    """Folder of a model and its tokenizer in Hugging Face form to start from; by default a new model of size --net."""
+    """Folder of a model and its tokenizer in Hugging Face format to start from; by default a new model of the size
+    given by --net.*."""
     preset: str = "default"
     """`default`: about 5 minutes on two CPU cores; `smoke`: every stage within about a minute, too short to learn
     much."""
@@ -285,14 +291,15 @@ class Settings:
     out: str | None = None
     """Folder of all output; by default runs/COMMAND-PRESET-seed-SEED-TIME."""
     resume: str | None = None
-    """Folder of a run to continue, with the settings it was started with."""
+    """Folder of a run to resume with the settings that it was started with."""
     on_alarm: Literal["report", "stop"] = "report"
-    """What an alarm in PPO does (KL below 0, gold falling, entropy collapsing, ...): `report` it and continue, or save
-    and `stop`."""
+    """Response to an alarm in PPO (KL below 0, gold falling, entropy collapsing, ...): `report` it and continue, or
+    save and `stop`."""
     saves: int = 5
-    """Checkpoints per stage; a killed run loses at most the time between two."""
+    """Checkpoints per stage; a killed run loses at most the work since the last one."""
     max_skipped: int = 10
-    """Consecutive steps with a loss or gradient that is not finite before the run stops; such steps change nothing."""
+    """Number of consecutive steps with a non-finite loss or gradient after which the run stops; such steps are
+    skipped."""
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     hosts: Hosts = dataclasses.field(default_factory=Hosts)
     data: Data = dataclasses.field(default_factory=Data)
@@ -323,22 +330,22 @@ SMOKE: dict[str, dict[str, Any]] = {
     },
     "data": {"vocab_size": 512, "prompt_width": 48, "response_width": 24},
 }
-"""Changes of the smoke preset."""
+"""Settings that the smoke preset changes."""
 
 DIALOGUES: dict[str, dict[str, Any]] = {
     "pretrain": {"steps": 400, "batch": 16},
     "ppo": {"iterations": 24, "batch": 64, "minibatches": 2},
     "evaluation": {"prompts": 512, "best_of_prompts": 64, "pretraining_rows": 128},
 }
-"""Changes of both presets for a file of dialogues, whose rows are five times as long."""
+"""Settings that both presets change for a file of dialogues, whose rows are five times as long."""
 
 PRETRAINED: dict[str, dict[str, Any]] = {
     "sft": {"learning_rate": 1e-4},
     "reward_model": {"learning_rate": 5e-5},
     "ppo": {"learning_rate": 2e-5, "critic_learning_rate": 5e-5},
 }
-"""Changes of both presets for --model: learning rates for about 100 million parameters; larger models need lower
-ones."""
+"""Settings that both presets change for --model: learning rates for about 100 million parameters; larger models need
+lower ones."""
 
 
 def preset(name: str, *, dialogues: bool = False, pretrained: bool = False, published: str | None = None) -> Settings:
@@ -373,7 +380,7 @@ def preset(name: str, *, dialogues: bool = False, pretrained: bool = False, publ
 
 
 def peek(arguments: list[str], flag: str) -> str | None:
-    """Returns the value of a flag that changes the defaults of other flags; None if it is absent."""
+    """Returns the value of a flag, such as --preset, that changes the defaults of others; None if it is absent."""
     for i, argument in enumerate(arguments):
         if argument == flag and i + 1 < len(arguments):
             return arguments[i + 1]

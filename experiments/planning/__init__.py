@@ -1,2 +1,3 @@
-"""Planning for plan.py: compiles a train step for chips that are not here and reads its memory, FLOPs and
-collectives."""
+"""Planning for plan.py: compiles a train step for chips that need not be present and measures its memory, FLOPs and
+collectives.
+"""

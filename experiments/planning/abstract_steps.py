@@ -1,4 +1,4 @@
-"""Train steps on abstract arrays: the arguments of each stage's step as shapes with shardings on a mesh.
+"""Train steps on abstract arrays: the arguments of each stage's step are shapes with shardings on a mesh.
 
 Nothing here creates an array. The steps are the library's own and are lowered through `parallel.jit_step`, as in a run.
 """
@@ -29,18 +29,18 @@ STOP_ID = 2
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A program to compile, and what is known about it before."""
+    """A program to compile, and its properties that are known before."""
 
     name: str
     lower: Callable[[], jax.stages.Lowered]
     traced: Callable[[], Any]
     """Returns the jaxpr of the program, which covers the rows of all chips."""
     kept: dict[str, int]
-    """Exact bytes per chip of what is kept between calls, by kind."""
+    """Exact bytes per chip of the arrays kept between calls, by kind."""
     tokens: int
     """Tokens trained on in one call, over all rows and trained models."""
     model_flops: float
-    """FLOPs of the model: 2 per parameter and token in a forward pass, 6 with the gradient, and those of attention."""
+    """FLOPs of the model: 2 per parameter and token in a forward pass, 6 with the gradient, plus attention."""
     loops: int
     """Iterations of a loop of unknown length: the tokens of an answer after the first."""
 
@@ -80,8 +80,8 @@ def cache_bytes(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> int:
 def forward_flops(cfg: lm.LMConfig, rows: int, length: int, *, logits: int | None = None) -> float:
     """Returns the FLOPs of a forward pass on ``rows`` rows of ``length`` tokens.
 
-    Logits are computed for the last ``logits`` columns (all by default). Attention counts half of its products, those
-    that the causal mask leaves.
+    Logits are computed for the last ``logits`` columns (all by default). Of the products of attention, only the half
+    within the causal mask counts.
     """
     unembed = cfg.d_model * cfg.vocab_size
     layers = sum(
@@ -142,8 +142,8 @@ def _ppo(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh, *, part: str) 
         "micro_batches": plan.micro_batches,
     }
 
-    # One pass of a language model and one of a scalar model. Collecting decodes, and reads with both frozen models, the
-    # policy and the critic; an update trains policy and critic.
+    # One pass of a language model and one of a scalar model. Collecting decodes answers and runs both frozen models,
+    # the policy and the critic on them; an update trains policy and critic.
     pair_flops = forward_flops(cfg, B, P + T, logits=T) + forward_flops(cfg, B, P + T, logits=0)
     collect_flops = forward_flops(cfg, B, P + T, logits=T) + 2 * pair_flops
     update_flops = 3 * plan.epochs * pair_flops

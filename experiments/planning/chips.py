@@ -1,4 +1,4 @@
-"""Published peak numbers of TPU chips, and the devices of a topology or of this machine."""
+"""Published specifications of TPU chips, and the devices of a topology or of this machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlhf_jax import parallel
 
 
 class Chip(NamedTuple):
-    """Peak numbers of one JAX device: a chip or, for tpu7x, one of a chip's two cores."""
+    """Specifications of one JAX device: a chip or, for tpu7x, one of a chip's two cores."""
 
     flops: float
     """bfloat16 FLOPs per second."""
@@ -40,7 +40,7 @@ CHIPS = {
 link's bandwidth is the interconnect bandwidth of the chip divided by its number of links and by two directions."""
 
 LOCAL = ("cpu", "gpu")
-"""Values of --topology that mean devices of this machine."""
+"""Values of --topology that select devices of this machine."""
 
 
 def prepare() -> None:
@@ -52,7 +52,7 @@ def prepare() -> None:
 
 
 def chip_of(plan: Plan) -> tuple[str, Chip | None]:
-    """Returns the name of the plan's chip and, if they are known, its peak numbers.
+    """Returns the name of the plan's chip and, if known, its specifications.
 
     Raises:
         SettingError: The topology is of an unknown kind.

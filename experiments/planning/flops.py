@@ -1,7 +1,7 @@
-"""FLOPs of the matrix products of a program, with the body of each loop counted once per iteration.
+"""Counts the FLOPs of a program's matrix products, with the body of each loop counted once per iteration.
 
-They are counted in the jaxpr, which is the same for all platforms and includes rematerialised computations. A kernel
-counts as its own cost estimate, a conditional as its most expensive branch or the branch of the platform.
+The count is made on the jaxpr, which is the same for all platforms and includes rematerialised computations. A kernel
+counts with its cost estimate, a conditional with its most expensive branch or the branch of the platform.
 """
 
 from __future__ import annotations

@@ -13,13 +13,14 @@ class MeshSizes:
     """Sizes of the mesh axes."""
 
     data: int = -1
-    """Copies of the model, each with its own rows. -1: as many as the other axes leave chips for."""
+    """Number of copies of the model, each of which processes a part of the rows; -1 uses all chips that the other axes
+    leave free."""
     fsdp: int = 1
-    """Chips that parameters, optimiser state and rows are sharded over."""
+    """Number of chips that rows, parameters and optimiser state are sharded over."""
     tensor: int = 1
-    """Chips that heads, MLP and vocabulary are sharded over."""
+    """Number of chips that heads, MLP and vocabulary are sharded over."""
     sequence: int = 1
-    """Chips that the columns of a row are sharded over."""
+    """Number of chips that the columns of a row are sharded over."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Plan:
     devices of this machine."""
     mesh: MeshSizes = dataclasses.field(default_factory=MeshSizes)
     batch: int = 64
-    """Rows per step over all chips: sequences for sft, prompts for reward_model, pairs for dpo, answers for ppo."""
+    """Rows per step on all chips together: sequences for sft, prompts for reward_model, pairs for dpo, answers for
+    ppo."""
     length: int = 2048
     """Tokens per row, for sft and reward_model."""
     completions: int = 4
@@ -60,12 +62,12 @@ class Plan:
     frozen: Literal["bfloat16", "float32"] = "float32"
     """Dtype of the frozen models: the reference and the reward model."""
     remat: Literal["none", "dots", "full"] | None = None
-    """Rematerialisation in the backward pass. Default: that of the model's configuration."""
+    """Rematerialisation in the backward pass. Default: as in the model's configuration."""
     attention: Literal["auto", "einsum", "xla", "cudnn"] | None = None
-    """Attention kernel. Default: that of the model's configuration."""
+    """Attention kernel. Default: as in the model's configuration."""
     memory: float | None = None
     """Memory of a device in GiB. Default: the memory of the chip."""
     tries: int = 3
-    """Maximum number of similar settings to compile, in search of one that fits, if the plan does not fit."""
+    """If the plan does not fit, the maximum number of similar settings to compile in search of one that does."""
     json: str | None = None
     """Output file for all numbers."""

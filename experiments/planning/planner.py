@@ -1,4 +1,4 @@
-"""Compiles a plan and measures it, and suggests settings that fit if it does not."""
+"""Compiles and measures a plan; suggests settings that fit if it does not."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from launch.setting_checks import require
 from launch.settings import SettingError
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -25,7 +26,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def load_config(plan: Plan) -> lm.LMConfig:
-    """Returns the configuration of the plan's model. Raises SettingError if there is no such model."""
+    """Returns the configuration of the plan's model; raises SettingError if the model does not exist."""
     path = pathlib.Path(plan.model)
     try:
         if plan.model in config.PRESETS:
@@ -46,8 +47,7 @@ def load_config(plan: Plan) -> lm.LMConfig:
 def check(plan: Plan, cfg: lm.LMConfig, mesh: Mesh) -> None:
     """Raises SettingError for sizes below 1, rows that are too long, and batches that do not divide."""
     for name in ("batch", "length", "completions", "prompt", "response", "minibatches", "epochs", "micro_batches"):
-        if getattr(plan, name) < 1:
-            raise SettingError(f"--{name.replace('_', '-')} is {getattr(plan, name)}; it must be at least 1")
+        require(getattr(plan, name) >= 1, plan, name, "at least 1")
     answers = plan.stage == "dpo" or plan.stage.startswith("ppo")
     width, flags = (plan.prompt + plan.response, "--prompt + --response") if answers else (plan.length, "--length")
     if width > cfg.max_length:
@@ -60,7 +60,7 @@ def check(plan: Plan, cfg: lm.LMConfig, mesh: Mesh) -> None:
     if plan.batch % (divisor := minibatches * micro * rows):
         parts = [(minibatches, "minibatches"), (micro, "micro-batches"), (rows, "chips (data x fsdp)")]
         product = " x ".join(f"{n} {name}" for n, name in parts if n > 1)
-        raise SettingError(f"--batch {plan.batch} does not divide over {product}; use a multiple of {divisor}")
+        raise SettingError(f"--batch is {plan.batch}; it must be a multiple of {divisor} ({product})")
 
 
 def measure(plan: Plan, *, cfg: lm.LMConfig | None = None, out: Console | None = None) -> roofline.Estimate:
@@ -68,11 +68,11 @@ def measure(plan: Plan, *, cfg: lm.LMConfig | None = None, out: Console | None =
 
     Args:
         plan: The plan.
-        cfg: The model's configuration; that of the model which the plan names by default.
-        out: A console that shows what is being compiled.
+        cfg: The model's configuration; by default, that of the model named by the plan.
+        out: A console that shows the program being compiled.
 
     Raises:
-        SettingError: The plan is invalid, or the compiler rejects the program for another reason than its memory.
+        SettingError: The plan is invalid, or the compiler rejects the program for a reason other than memory.
     """
     kind, chip = chips.chip_of(plan)
     devices = chips.devices(plan)

@@ -1,4 +1,4 @@
-"""The estimate of a plan: memory, FLOPs, collectives and the least time that a chip's peaks allow; and its tables."""
+"""The estimate of a plan (memory, FLOPs, collectives and the minimum time at a chip's peak rates) and its tables."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIN_BYTES = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Everything known about a plan: bytes, FLOPs and seconds of one chip in one call of the step."""
+    """The measurements of a plan: bytes, FLOPs and seconds of one chip in one call of the step."""
 
     program: str
     model: str
@@ -32,9 +32,9 @@ class Estimate:
     capacity: float | None
     """Memory of a chip; None if unknown."""
     kept: dict[str, int]
-    """Exact size of what is kept between calls, by kind."""
+    """Exact size of the arrays kept between calls, by kind."""
     temporaries: int | None
-    """Peak of all other memory but the KV cache; None if the compiler ran out of memory."""
+    """Peak of all other memory except the KV cache; None if the compiler ran out of memory."""
     code: int | None
     needed: float | None
     """Sum of the above; if the compiler ran out of memory, the size that it reports, or None."""
@@ -52,14 +52,14 @@ class Estimate:
     collectives: list[Collective]
     warnings: list[str]
     seconds: dict[str, float]
-    """Seconds of compute, memory and interconnect at the chip's peaks; empty for an unknown chip."""
+    """Seconds of compute, memory and interconnect at the chip's peak rates; empty for an unknown chip."""
     compile_seconds: float
     suggestions: list[str] = dataclasses.field(default_factory=list)
     error: str = ""
 
     @property
     def step_seconds(self) -> float | None:
-        """The least seconds of a step, if compute, memory and interconnect overlap."""
+        """The minimum seconds of a step, if compute, memory and interconnect overlap."""
         return max(self.seconds.values()) if self.seconds else None
 
     @property
@@ -91,7 +91,7 @@ class Estimate:
 def roofline(
     chip: Chip | None, flops: float, moved: float | None, collectives: Sequence[Collective]
 ) -> dict[str, float]:
-    """Returns the seconds of compute, memory and interconnect at a chip's peaks; nothing for an unknown chip."""
+    """Returns the seconds of compute, memory and interconnect at a chip's peak rates; empty for an unknown chip."""
     if chip is None:
         return {}
     return {
@@ -106,7 +106,7 @@ def _received(collectives: Sequence[Collective]) -> float:
 
 
 def unneeded(collectives: Sequence[Collective], cfg: lm.LMConfig, mesh: dict[str, int]) -> list[str]:
-    """Returns a sentence for each collective that the sharding should not need."""
+    """Returns a sentence for each collective that the sharding should make unnecessary."""
     layer, stacked = _kernel_shapes(cfg)
     warnings = []
     for c in collectives:

@@ -1,8 +1,8 @@
 """DPO and PPO trained on the same few labels of a bandit whose rewards and KL are known exactly.
 
-Prompts and answers are the rows and columns of a table, and so are rewards and policies. Labels follow the
-Bradley-Terry model, on pairs of answers sampled from the reference or, for shifted pairs, from another policy. PPO
-first fits a reward model to the labels. All seeds and coefficients run in one program.
+Rewards and policies are tables with a row for each prompt and a column for each answer. Labels follow the Bradley-Terry
+model, on pairs of answers sampled from the reference or, for shifted pairs, from another policy. PPO is trained on a
+reward model that is first fitted to the labels. All seeds and coefficients run in one program.
 """
 
 from __future__ import annotations

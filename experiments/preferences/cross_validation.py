@@ -46,7 +46,7 @@ class Encoded:
 def test_indices(group_N: np.ndarray, folds: int, *, seed: int) -> list[np.ndarray]:
     """Returns the indices of the pairs that each fold tests.
 
-    Groups are shuffled and kept whole, and folds are as equal in size as the groups allow.
+    Groups are shuffled and kept whole; the sizes of the folds are as equal as the groups allow.
     """
     groups = np.random.default_rng([seed, 17]).permutation(int(group_N.max()) + 1)
     sizes = np.bincount(group_N)[groups]
@@ -85,7 +85,7 @@ def pack_pairs(
 ) -> types.PackedComparisons:
     """Packs the pairs ``rows`` into ``n_rows`` rows of ``width`` tokens.
 
-    With ``rng``, each token but an answer's last is left out with probability ``dropped``.
+    With ``rng``, each token except the last of an answer is dropped with probability ``dropped``.
     """
     sequences = []
     for i in rows:
@@ -162,7 +162,7 @@ class Fold:
         if (n := len(self.fmt.tokenizer)) != self.settings.vocab_size:
             raise errors.DataError(
                 f"{self.name}: the training dialogues give a vocabulary of {n} tokens instead of "
-                f"{self.settings.vocab_size}; set --cv.vocab-size {n} or less"
+                f"{self.settings.vocab_size}; set --cv.vocab-size to at most {n}"
             )
         self.train_ids, self.test_ids = (encode(self.fmt, part, self.settings) for part in (self.train, self.test))
         self.steps = max(1, self.settings.epochs * len(self.train) // self.settings.batch)
@@ -174,7 +174,7 @@ class Fold:
         return self.settings.pretrain_steps + self.settings.members * self.steps
 
     def fit(self, stage: str, steps: int, **options: Any) -> Any:
-        """Trains one model with checkpoints, and reports its progress as part of the fold's."""
+        """Trains one model with checkpoints and shows its progress as part of the fold's."""
 
         def update_progress(_: str, done: int, __: int, numbers: dict[str, float]) -> None:
             self.progress.update(self.name, self.steps_done + done, self.total, numbers)
@@ -237,11 +237,11 @@ class Fold:
         for pairs, rows in batches:
             lengths = [len(pairs.prompts[i]) + len(side[i]) for i in rows for side in pairs.answers]
             most = max(most, 1 + max(row for row, _ in packing.best_fit(lengths, width=self.settings.row_width)))
-        # One spare row: with tokens left out, best fit may need one more.
+        # One spare row, because best-fit packing may need one more if tokens are dropped.
         return -(-(most + 1) // 8) * 8
 
     def train_member(self, number: int, base: types.Params) -> types.Params:
-        """Trains a reward model from the base; members differ in heads, batch order and the tokens left out."""
+        """Trains a reward model from the base; members differ in heads, batch order and dropped tokens."""
         settings = self.settings
         key = jax.random.fold_in(self.key, 1 + number)
         order = self._order(number)

@@ -57,7 +57,7 @@ def accuracy_by_group(groups: Mapping[str, np.ndarray], margins: Mapping[str, np
 
 
 def turn_groups(turn_N: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the masks of the pairs by the assistant turn (from 1) that they compare."""
+    """Returns the masks of the pairs by the number of the assistant turn, from 1, that they compare."""
     return {f"turn {n}": turn_N == n for n in (1, 2, 3)} | {"turn 4 and on": turn_N >= 4}
 
 
@@ -88,7 +88,7 @@ def summary(
     differences = {
         m: over_groups(outcome["reward_model"] - outcome[m], group_N, rate=False) for m in ("tfidf", "shorter")
     }
-    # Both are log odds: their sum beats the regression if the reward model has learnt something that it has not.
+    # Both are log odds: their sum beats the regression if the reward model has learnt something new.
     together = margins["reward_model"] + margins["tfidf"]
     gain = diagnostics.win_outcomes(together, np.zeros(len(together))) - outcome["tfidf"]
     members = np.concatenate([np.asarray(fold["members"]) for fold in folds], axis=1).ravel()

@@ -28,11 +28,11 @@ from rlhf_jax.train.optim import schedules
 
 
 class LossSpec(NamedTuple):
-    """How a value of ``--loss`` trains."""
+    """How to train with a value of ``--loss``."""
 
     objective: objectives.Objective
     defaults: dict[str, float]
-    """Hyperparameters that differ from those of `dpo.Hyper` unless a setting overrides them."""
+    """Defaults that differ from those of `dpo.Hyper`; settings override them."""
 
 
 LOSSES: dict[str, LossSpec] = {
@@ -56,7 +56,7 @@ class Schedule(NamedTuple):
     """Rows of a batch."""
     steps: int
     unseen: int
-    """Rows that a single epoch leaves out, because they do not fill a batch."""
+    """Rows that a single epoch does not use because they do not fill a batch."""
 
 
 def schedule(settings: DirectSettings, pairs: int, *, devices: int = 1) -> Schedule:
@@ -87,7 +87,7 @@ def hyperparameters(settings: DirectSettings, *, learning_rate: float) -> dpo.Hy
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """Trains with one loss in one job; it holds the jitted train step and the jitted log-probabilities of answers."""
+    """Trains with one loss in one job; holds the jitted train step and the jitted log-probabilities of answers."""
 
     job: jobs.Job
     settings: DirectSettings
@@ -103,7 +103,7 @@ class Trainer:
 
     @property
     def devices(self) -> int:
-        """The number of devices that the rows of a batch are divided over."""
+        """Number of devices that the rows of a batch are sharded over."""
         return device_mesh.round_rows_up(1, self.job.mesh)
 
     def compile_ahead(self, executor: concurrent.futures.Executor, policy: Any) -> None:
@@ -161,7 +161,8 @@ class Trainer:
             name: The name of the run, which its checkpoints and its log use.
             seed: Seed of the order of the batches.
             reference: The reference model; ``start`` by default.
-            settings: Settings with other hyperparameters than the trainer's, but the same loss and batch size.
+            settings: Settings whose hyperparameters may differ from the trainer's; loss and batch size must be the
+                same.
             reference_file: Name of the file with the reference's log-probabilities, for runs that share the pairs and
                 the reference; ``name`` by default.
         """
@@ -219,7 +220,7 @@ def make_trainer(job: jobs.Job, settings: DirectSettings, folder: pathlib.Path) 
 
 
 class Round(NamedTuple):
-    """Averages over the answers that the policy gave at the start of a round, and the pairs made of them."""
+    """Means over the answers sampled at the start of a round, and numbers of the pairs made of them."""
 
     reward: float
     kl: float
@@ -252,7 +253,8 @@ def iterate(
     """Trains in rounds of sampling, judging and training, each with its own share of the prompts (Xu 2024, 4.3).
 
     The best and the worst of ``samples`` answers to a prompt make a pair. The reference of a round is the policy at its
-    start or, with ``hold_reference``, always ``start``. Many rounds of one or two batches each are online DPO.
+    start or, with ``hold_reference``, always ``start``. With many rounds of one or two batches each, this is online
+    DPO.
 
     Returns:
         The final policy, and the results of each round.

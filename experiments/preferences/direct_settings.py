@@ -8,8 +8,9 @@ import operator
 from collections.abc import Iterable
 from typing import Literal
 
-from launch import mesh_settings
+from launch import mesh_settings, setting_checks
 from launch import settings as settings_lib
+from launch.setting_checks import require, require_divides
 
 Loss = Literal["dpo", "cdpo", "robust", "ipo", "hinge", "kto", "orpo", "simpo", "dpo-sft", "dpo-norm"]
 
@@ -22,8 +23,8 @@ class DirectSettings:
     """Preference loss. ipo, orpo, simpo and dpo-norm average log-probabilities over tokens; orpo and simpo need no
     reference model."""
     beta: float | None = None
-    """Strength of the KL penalty to the reference (of simpo: scale of the rewards). Default: 0.1; ipo 0.5, dpo-norm 1,
-    simpo 2."""
+    """Strength of the KL penalty to the reference (for simpo, the scale of the rewards). Default: 0.1; ipo 0.5,
+    dpo-norm 1, simpo 2."""
     label_smoothing: float | None = None
     """Assumed share of flipped labels, for cdpo and robust. Default: 0.1."""
     desirable_weight: float = 1.0
@@ -39,15 +40,15 @@ class DirectSettings:
     epochs: int = 1
     """Passes over the pairs."""
     batch: int = 64
-    """Pairs per step. For kto each answer is a row of its own, so that a step has twice as many rows."""
+    """Pairs per step. For kto each answer is a separate row, so a step has twice as many rows."""
     micro_batches: int = 1
     """Number of parts that each batch is split into to save memory; the gradient is the same."""
     learning_rate: float | None = None
     """Peak learning rate, with warmup over the first tenth of the steps and cosine decay to a tenth. Default: half of
     --ppo.learning-rate."""
     pairs: int = 4
-    """Maximum number of pairs per prompt, sampled from all its pairs of answers that differ in rank; 0 uses all of
-    them."""
+    """Maximum number of pairs per prompt, sampled from all its pairs of answers that differ in rank; 0 uses all
+    pairs."""
 
     @property
     def paired(self) -> bool:
@@ -68,17 +69,17 @@ class DirectSettings:
 def check(settings: DirectSettings) -> None:
     """Raises SettingError, naming the flag, for a setting that is out of range or that the loss does not use."""
     for name, least in (("epochs", 1), ("batch", 1), ("micro_batches", 1), ("pairs", 0)):
-        _require(getattr(settings, name) >= least, settings, name, f"at least {least}")
+        require(getattr(settings, name) >= least, settings, name, f"at least {least}")
     for name in ("beta", "odds_weight", "margin", "sft_coef", "desirable_weight", "undesirable_weight"):
         value = getattr(settings, name)
-        _require(value is None or 0 <= value < math.inf, settings, name, "at least 0 and finite")
-    _require(settings.beta is None or settings.beta > 0, settings, "beta", "above 0")
+        require(value is None or 0 <= value < math.inf, settings, name, "at least 0 and finite")
+    require(settings.beta is None or settings.beta > 0, settings, "beta", "above 0")
     value = settings.learning_rate
-    _require(value is None or 0 < value < math.inf, settings, "learning_rate", "above 0 and finite")
+    require(value is None or 0 < value < math.inf, settings, "learning_rate", "above 0 and finite")
     value = settings.label_smoothing
-    _require(value is None or 0 <= value < 0.5, settings, "label_smoothing", "at least 0 and below 0.5")
-    divides = settings.batch_rows % settings.micro_batches == 0
-    _require(divides, settings, "micro_batches", f"a divisor of the {settings.batch_rows} rows of a batch")
+    require(value is None or 0 <= value < 0.5, settings, "label_smoothing", "at least 0 and below 0.5")
+    rows = settings.batch_rows
+    require_divides(settings, "micro_batches", rows, f"{rows}, the number of rows of a batch")
     uses = {
         "beta": settings.loss != "orpo",
         "label_smoothing": settings.loss in ("cdpo", "robust"),
@@ -91,7 +92,7 @@ def check(settings: DirectSettings) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(DirectSettings)}
     for name, used in uses.items():
         default = getattr(settings, name) == defaults[name]
-        _require(used or default, settings, name, f"left out with --loss {settings.loss}, which does not use it")
+        require(used or default, settings, name, f"left out with --loss {settings.loss}, which does not use it")
 
 
 def check_mesh(settings: DirectSettings, mesh: settings_lib.Mesh) -> None:
@@ -105,7 +106,7 @@ def check_mesh(settings: DirectSettings, mesh: settings_lib.Mesh) -> None:
 def refuse_unread(settings: settings_lib.Settings, names: Iterable[str], *, program: str) -> None:
     """Raises SettingError, naming the flag, if one of the settings ``names`` (dotted) differs from the run's preset.
 
-    ``program`` is the command that reads none of them.
+    ``program`` is the command that ignores them.
     """
     preset = settings_lib.preset(
         settings.preset,
@@ -116,11 +117,5 @@ def refuse_unread(settings: settings_lib.Settings, names: Iterable[str], *, prog
     for name in names:
         read = operator.attrgetter(name)
         if read(settings) != read(preset):
-            flag = name.replace("_", "-").rstrip("-")
-            raise settings_lib.SettingError(f"--{flag} has no effect on {program}; leave it out")
-
-
-def _require(ok: bool, settings: DirectSettings, name: str, condition: str) -> None:
-    if not ok:
-        flag = name.replace("_", "-")
-        raise settings_lib.SettingError(f"--{flag} is {getattr(settings, name)!r}; it must be {condition}")
+            flag = setting_checks.flag_name(name)
+            raise settings_lib.SettingError(f"{flag} has no effect on {program}; leave it out")

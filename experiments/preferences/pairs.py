@@ -19,7 +19,7 @@ from rlhf_jax.train import dpo, loop
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Preference pairs, the preferred answer first, and the prompt that each belongs to; sorted by prompt."""
+    """Preference pairs sorted by prompt, with the preferred answer first, and the prompt of each pair."""
 
     rows: types.Preferences
     prompt_B: np.ndarray
@@ -122,7 +122,7 @@ def reward_judge(answers: policy_sampling.Answers, samples: int, key: jax.Array)
 def make_labeler_judge(
     job: jobs.Job, temperature: float
 ) -> Callable[[policy_sampling.Answers, int, jax.Array], np.ndarray]:
-    """Returns a judge that ranks the answers to each prompt as one simulated labeler does; prompts take turns."""
+    """Returns a judge that ranks the answers to each prompt like a simulated labeler; the labelers take turns."""
     world = job.task.world
     assert world is not None
     pool = world.pool.replace(temperature=jnp.float32(temperature))  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ pairs."""
 
 
 def shorter_wins(pairs: Sequence[human_comparisons.Pair]) -> np.ndarray:
-    """Returns by how many characters each chosen answer is shorter: positive where preferring the shorter is right."""
+    """Returns how many characters shorter each chosen answer is; positive if the shorter answer was preferred."""
     return np.array([len(pair.rejected) - len(pair.chosen) for pair in pairs], np.float64)
 
 

@@ -41,7 +41,7 @@ def run(settings: RewardSettings, out: Console) -> tuple[pathlib.Path, dict[str,
         base = stages.pretrain(job)
         sft = stages.supervised(job, "sft", base, epochs=settings.sft.epochs, mix=0.0)
         (train, *_), validation, facts = comparison_data.load_or_collect(job, [sft])
-        counts = errors.DropCount(max_dropped=1.0)  # labelers may rank all answers equal
+        counts = errors.DropCount(max_dropped=1.0)  # labelers may rank all answers as equal
         train, validation = (comparison_transforms.drop_uninformative(each, counts) for each in (train, validation))
         if settings.training.limit is not None:
             train = jax.tree.map(lambda x: x[: settings.training.limit], train)
@@ -134,8 +134,8 @@ def _normalise(
 ) -> tuple[types.Params, lm.heads.Normalisation | None]:
     """Sets gain and bias by one of the published rules; returns the model and the rule with its numbers.
 
-    Ziegler et al. normalise on policy samples before training as well; here the fresh head, whose scores have standard
-    deviation 1, takes the place of that.
+    Ziegler et al. normalise on policy samples before training as well; here this is not needed, because the scores of a
+    fresh head have standard deviation 1.
     """
     rule = settings.training.normalise
     if rule == "none":
@@ -151,7 +151,7 @@ def _normalise(
         params = lm.heads.centre(params, jnp.asarray(scores))
     else:
         rows, n = job.task.demonstrations, len(job.task.demonstrations.tokens_BL)
-        # Reference outputs are human answers to the prompts that the policy is evaluated on; here the second half.
+        # Reference outputs are human answers to the prompts that the policy is evaluated on; here, the second half.
         part = slice(0, min(1024, n)) if rule == "demonstrations" else slice(max(n // 2, n - 1024), n)
         scores = job.sampler.score(params, rows.tokens_BL[part], rows.mask_BL[part])
         params = lm.heads.centre(params, jnp.asarray(_check_finite(scores)))

@@ -1,4 +1,4 @@
-"""Settings that reward_model.py adds to those of the main job. Each field's docstring is its ``--help`` text."""
+"""Settings that reward_model.py adds to those of instructgpt.py. Each field's docstring is its ``--help`` text."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from launch import mesh_settings
 from launch import settings as settings_lib
+from launch.setting_checks import require
 from launch.settings import SettingError
 
 
@@ -20,8 +21,8 @@ class Training:
     """Loss: all pairs of a prompt in one row (`ranking`, InstructGPT), the same pairs shuffled as separate rows
     (`pairs`), the likelihood of the whole ranking (`plackett-luce`), or of the best answer only (`best`, Ziegler)."""
     ties_in_divisor: bool = True
-    """Divide the loss of a prompt by the number of all its pairs, as InstructGPT's formula does; off: by the number of
-    pairs that are not tied. Only for `ranking`."""
+    """Divide the loss of a prompt by the number of all its pairs, as InstructGPT's formula does. If off, divide by the
+    number of pairs that are not tied. Only for `ranking`."""
     label_smoothing: float = 0.0
     """Assumed share of wrong labels. Only for `ranking` and `pairs`."""
     margin: float = 0.0
@@ -34,28 +35,28 @@ class Training:
     heads: int = 1
     """Number of heads on one trunk: an ensemble whose scores are averaged."""
     trains: str = ""
-    """Regular expression that selects the parameters to train by name, such as ^head/; the others are frozen. Empty:
-    all are trained."""
+    """Regular expression that selects the parameters to train by name, such as ^head/; the others are frozen. By
+    default, all are trained."""
     limit: int | None = None
     """Maximum number of training prompts. Default: all."""
     normalise: Literal["demonstrations", "references", "policy", "held-out", "none"] = "demonstrations"
-    """Texts whose scores are shifted to mean 0 after training: demonstrations (InstructGPT), reference outputs, here
-    demonstrations of other prompts (Stiennon), samples of the policy, also scaled to variance 1 (Ziegler), or held-out
+    """Texts whose scores are shifted to mean 0 after training: demonstrations (InstructGPT), demonstrations of other
+    prompts as reference outputs (Stiennon), samples of the policy, also scaled to variance 1 (Ziegler), or held-out
     answers (HH)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretraining:
-    """Preference-model pretraining (PMP) on a crowd's comparisons, before those of the labelers (HH A.2)."""
+    """Preference-model pretraining (PMP) on a crowd's comparisons, before training on the labelers' (HH A.2)."""
 
     prompts: int = 0
     """Prompts whose answers a simulated crowd ranks for PMP; 0 disables PMP."""
     agreement: float = 0.6
     """How often two members of the crowd agree; lower than the labelers' agreement, so that the data is noisier."""
     polite_taste: float = 0.5
-    """Utility of four polite words to the crowd, whose taste so differs from that of the labelers."""
+    """Utility of four polite words to the crowd; larger than for the labelers, so that their preferences differ."""
     binary: bool = True
-    """Turn each pair into two with control tokens, GOOD:A > BAD:A and BAD:B > GOOD:B; off: train on the rankings."""
+    """Turn each pair into two with control tokens, GOOD:A > BAD:A and BAD:B > GOOD:B. If off, train on the rankings."""
     rate: float = 0.1
     """Learning rate of PMP as a multiple of --pretrain.learning-rate (0.1 in HH)."""
     tuning_rate: float | None = 0.01
@@ -65,7 +66,7 @@ class Pretraining:
 
 @dataclasses.dataclass(frozen=True)
 class CrossValidation:
-    """The small models of --folds. The defaults were chosen on inner splits of training pairs."""
+    """The small models of --folds. Defaults were chosen on inner splits of the training pairs."""
 
     vocab_size: int = 2048
     """Vocabulary of the byte-level BPE tokenizer of each fold."""
@@ -78,9 +79,9 @@ class CrossValidation:
     mlp: int = 128
     """Width of the gated MLP."""
     prompt_width: int = 32
-    """Number of tokens of a prompt that the models read: its last ones."""
+    """Maximum tokens of a prompt; the last ones are kept."""
     response_width: int = 128
-    """Number of tokens of an answer that the models read: its first ones, and the token that ends it."""
+    """Maximum tokens of an answer; the first ones and the token that ends it are kept."""
     pretrain_steps: int = 150
     """Training steps of the base model on the training dialogues."""
     pretrain_batch: int = 32
@@ -98,7 +99,7 @@ class CrossValidation:
     weight_decay: float = 0.1
     """Weight decay of AdamW."""
     word_dropout: float = 0.2
-    """Share of tokens left out at random in each training batch."""
+    """Share of tokens dropped at random in each training batch."""
 
     @property
     def row_width(self) -> int:
@@ -108,7 +109,7 @@ class CrossValidation:
 
 @dataclasses.dataclass(frozen=True)
 class RewardSettings(settings_lib.Settings):
-    """Settings of reward_model.py: those of the main job's stages up to the reward model, and its own."""
+    """Settings of reward_model.py: those of instructgpt.py up to the reward model, and those below."""
 
     command: ClassVar[str] = "reward_model"
 
@@ -122,11 +123,6 @@ class RewardSettings(settings_lib.Settings):
 SMOKE_CV: dict[str, Any] = {"vocab_size": 300, "width": 16, "heads": 2, "mlp": 16, "pretrain_steps": 4}
 SMOKE_CV |= {"pretrain_batch": 4, "members": 2, "epochs": 1, "batch": 8, "response_width": 32}
 """Settings of --folds that the smoke preset changes."""
-
-
-def _require(ok: bool, flag: str, value: Any, condition: str) -> None:
-    if not ok:
-        raise SettingError(f"--{flag.replace('_', '-')} is {value!r}; it must be {condition}")
 
 
 def _check_pattern(settings: RewardSettings) -> None:
@@ -148,7 +144,7 @@ def _check_pattern(settings: RewardSettings) -> None:
         else:
             cfg = lm.load_config(settings.model)
     except (OSError, ValueError):
-        return  # loading the model raises the error that says why it cannot be read
+        return  # loading the model later raises the error with the reason
     heads = None if training.heads == 1 else training.heads
     params = jax.eval_shape(partial(lm.with_head, cfg=cfg, heads=heads), key, lm.abstract(cfg))
     try:
@@ -163,42 +159,46 @@ def check(settings: RewardSettings, preset: settings_lib.Settings) -> None:
         if getattr(settings, name) != getattr(preset, name):
             raise SettingError(f"--{name}.* has no effect on reward_model.py, which trains no policy; leave it out")
     training, pmp, cv, folds = settings.training, settings.pmp, settings.cv, settings.folds
-    _require(not settings.reward_model.heldout, "reward_model.heldout", True, "left out: this trains one reward model")
-    _require(folds == 0 or folds >= 2, "folds", folds, "0 or at least 2")
+    if settings.reward_model.heldout:
+        raise SettingError(
+            "--reward-model.heldout has no effect on reward_model.py, which trains one reward model; leave it out"
+        )
+    require(folds == 0 or folds >= 2, settings, "folds", "0 or at least 2")
+    if folds and settings.data.path is None:
+        raise SettingError(f"--folds is {folds}; it needs --data.path")
     for allowed, condition in (
-        (settings.data.path is not None, "left out without --data.path"),
         (not mesh_settings.is_sharded(settings), "left out with --mesh.*"),
         (settings.model is None, "left out with --model"),
         ((training, pmp) == (Training(), Pretraining()), "left out with --training.* or --pmp.*; it uses --cv.*"),
     ):
-        _require(not folds or allowed, "folds", folds, condition)
-    _require(0 <= training.label_smoothing < 0.5, "training.label_smoothing", training.label_smoothing, "in [0, 0.5)")
+        require(not folds or allowed, settings, "folds", condition)
+    require(0 <= training.label_smoothing < 0.5, settings, "training.label_smoothing", "in [0, 0.5)")
     for name in ("margin", "centering"):
         value = getattr(training, name)
-        _require(0 <= value < math.inf, f"training.{name}", value, "at least 0 and finite")
+        require(0 <= value < math.inf, settings, f"training.{name}", "at least 0 and finite")
     if training.loss in ("plackett-luce", "best"):
         for name in ("label_smoothing", "margin", "centering"):
             value = getattr(training, name)
-            _require(value == 0, f"training.{name}", value, f"left out with --training.loss {training.loss}")
+            require(value == 0, settings, f"training.{name}", f"left out with --training.loss {training.loss}")
     limit = 1 if training.limit is None else training.limit
     for name, value in (("epochs", training.epochs), ("heads", training.heads), ("limit", limit)):
-        _require(value >= 1, f"training.{name}", value, "at least 1")
+        require(value >= 1, settings, f"training.{name}", "at least 1")
     if training.trains:
         _check_pattern(settings)
-    _require(pmp.prompts >= 0, "pmp.prompts", pmp.prompts, "at least 0")
-    _require(not pmp.prompts or settings.data.path is None, "pmp.prompts", pmp.prompts, "left out with --data.path")
-    _require(not pmp.prompts or settings.model is None, "pmp.prompts", pmp.prompts, "left out with --model")
-    _require(0.5 < pmp.agreement < 1, "pmp.agreement", pmp.agreement, "above 0.5 and below 1")
+    require(pmp.prompts >= 0, settings, "pmp.prompts", "at least 0")
+    require(not pmp.prompts or settings.data.path is None, settings, "pmp.prompts", "left out with --data.path")
+    require(not pmp.prompts or settings.model is None, settings, "pmp.prompts", "left out with --model")
+    require(0.5 < pmp.agreement < 1, settings, "pmp.agreement", "above 0.5 and below 1")
     for name, value in (("rate", pmp.rate), ("tuning_rate", pmp.tuning_rate)):
-        _require(value is None or 0 < value < math.inf, f"pmp.{name}", value, "above 0 and finite")
+        require(value is None or 0 < value < math.inf, settings, f"pmp.{name}", "above 0 and finite")
     for field in dataclasses.fields(cv):
         value = getattr(cv, field.name)
         if field.name == "word_dropout":
-            _require(0 <= value < 1, "cv.word_dropout", value, "in [0, 1)")
+            require(0 <= value < 1, settings, "cv.word_dropout", "in [0, 1)")
         elif field.name == "weight_decay":
-            _require(0 <= value < math.inf, "cv.weight_decay", value, "at least 0 and finite")
+            require(0 <= value < math.inf, settings, "cv.weight_decay", "at least 0 and finite")
         else:
-            _require(0 < value < math.inf, f"cv.{field.name}", value, "above 0 and finite")
-    _require(cv.vocab_size >= 260, "cv.vocab_size", cv.vocab_size, "at least 260 (256 bytes, 4 special tokens)")
+            require(0 < value < math.inf, settings, f"cv.{field.name}", "above 0 and finite")
+    require(cv.vocab_size >= 260, settings, "cv.vocab_size", "at least 260 (256 bytes, 4 special tokens)")
     even = cv.width % cv.heads == 0 and (cv.width // cv.heads) % 2 == 0
-    _require(even, "cv.heads", cv.heads, f"a divisor of --cv.width {cv.width} with an even quotient")
+    require(even, settings, "cv.heads", f"a divisor of --cv.width {cv.width} that leaves an even width per head")

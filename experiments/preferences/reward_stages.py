@@ -1,4 +1,4 @@
-"""Stages of reward_model.py that the main job lacks: training with any loss, and preference-model pretraining."""
+"""Stages of reward_model.py that instructgpt.py lacks: training with any loss, and preference-model pretraining."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def truncate_embeddings(params: types.Params, cfg: lm.LMConfig) -> types.Params:
 
 
 def _crowd_comparisons(job: jobs.Job, settings: RewardSettings, policy: types.Params) -> types.Comparisons:
-    """Returns samples on other prompts than the labelers', ranked by a noisier crowd with another taste."""
+    """Returns samples on prompts other than the labelers', ranked by a noisier crowd with different preferences."""
     world, pmp = settings.world, settings.pmp
     assert job.task.world is not None
     crowd = labelers.make_pool(

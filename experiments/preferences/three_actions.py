@@ -1,12 +1,12 @@
-"""The counterexample of Xu et al. 2024 (theorem 4.1, table 1): DPO can move probability to an answer it never saw.
+"""The counterexample of Xu et al. 2024 (theorem 4.1, table 1): DPO can favour an answer that is in no pair.
 
 There are three answers and one label, which prefers the first to the second. The reference gives the first two a
 probability of one half each and the third almost none. Every policy that gives the second answer no probability
-minimises the DPO loss, (1, 0, 0) and (0.1, 0, 0.9) alike. Reward minus KL has a single optimum, in which the third
-answer has almost no probability.
+minimises the DPO loss, for example (1, 0, 0) and (0.1, 0, 0.9). Reward minus KL has a single optimum, in which the
+third answer has almost no probability.
 
-DPO on a table of independent logits would never change the third one. Networks share weights between answers, and so
-does the policy here, which has one weight: ``logits = log reference + theta * (1, -1, 2)``.
+DPO on a table of independent logits would never change the third one. Networks share weights between answers. So does
+the policy here, which has one weight: ``logits = log reference + theta * (1, -1, 2)``.
 """
 
 from __future__ import annotations

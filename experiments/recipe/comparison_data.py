@@ -16,7 +16,7 @@ from rlhf_jax.simulation import labelers
 def load_or_collect(
     job: jobs.Job, policies: list[types.Params]
 ) -> tuple[list[types.Comparisons], types.Comparisons, dict[str, Any]]:
-    """Returns the file's comparisons if there is a file, else new ones of samples of ``policies``.
+    """Returns the file's comparisons if there is a file, otherwise new comparisons of samples from ``policies``.
 
     Returns:
         Training comparisons, one part per reward model; held-out comparisons; facts about the first part, for
@@ -38,9 +38,9 @@ def load_or_collect(
 def collect(
     job: jobs.Job, policies: list[types.Params], *, stage: str = "comparisons"
 ) -> tuple[types.Comparisons, types.Comparisons, dict[str, Any]]:
-    """Samples K answers to each prompt, from the policies in turn, and has simulated labelers rank them.
+    """Samples K answers to each prompt, from the policies in turn, and lets simulated labelers rank them.
 
-    Progress is shown as ``stage``. Returns training and validation comparisons and facts about the labels.
+    ``stage`` is the label of the progress bar. Returns training and validation comparisons and facts about the labels.
     """
     world = job.task.world
     assert world is not None

@@ -1,4 +1,4 @@
-"""Evaluates policies on held-out prompts; returns the numbers of results.json."""
+"""Evaluates policies on held-out prompts; returns their entries of results.json."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlhf_jax import diagnostics, lm, parallel, types
 from rlhf_jax.simulation import corpus, labelers
 
 TIE = 1e-5
-"""Largest difference of gold utilities that counts as a tie."""
+"""Largest difference in gold utility that counts as a tie."""
 POLICIES = ("base", "sft", "sft_mix", "ppo", "ppo_ptx")
 
 
@@ -78,7 +78,7 @@ def _first(answers: Answers, n: int) -> Answers:
 
 
 def _numbers(job: Job, answers: Answers) -> dict[str, Any]:
-    """Returns the numbers of one policy's answers that need no baseline."""
+    """Returns the measurements on one policy's answers that need no baseline."""
     P = job.task.prompt_width
     responses = [row[P:][mask].tolist() for row, mask in zip(answers.tokens_BL, answers.response_mask_BT)]
     numbers: dict[str, Any] = {
@@ -117,7 +117,7 @@ def _share(part: Any, whole: Any) -> float | None:
 
 
 def _win_rates(job: Job, answers: Answers, baseline: Answers) -> dict[str, Any]:
-    """Returns win rates on the same prompts, with ties as a half: by gold, by training and by held-out labelers."""
+    """Returns win rates on the same prompts by gold, training labelers and held-out labelers; a tie counts a half."""
     world = job.task.world
     if world is None:
         return {}
@@ -150,7 +150,7 @@ def _length_controlled(outcomes: np.ndarray, lengths_B: np.ndarray, baseline_B: 
 
 
 def _make_probe(job: Job) -> Any:
-    """Returns the function that measures what a policy keeps of pretraining: loss on text, and skill accuracy."""
+    """Returns the function that measures what a policy retains of pretraining: loss on text, and skill accuracy."""
     task, cfg = job.task, job.cfg
 
     def nll(params: Any, tokens_BL: Any, mask_BL: Any) -> jax.Array:
@@ -180,7 +180,7 @@ def _make_probe(job: Job) -> Any:
 
 
 def _best_of_n(job: Job, policy: types.Params, reward: types.Params, rng: jax.Array) -> tuple[Measured, list[dict]]:
-    """Returns best-of-n by the reward model, a baseline without training, and its curve over n."""
+    """Returns the results of best-of-n by the reward model, a baseline without training, and its curve over n."""
     settings = job.settings.evaluation
     n, N = settings.best_of, min(settings.best_of_prompts, len(job.task.eval_prompts))
     prompts = job.task.eval_prompts.take(N)
@@ -205,7 +205,7 @@ def _best_of_n(job: Job, policy: types.Params, reward: types.Params, rng: jax.Ar
 
 
 def _transcripts(job: Job, measured: dict[str, Measured]) -> list[dict[str, Any]]:
-    """Returns the policies' answers to a few prompts, taken from the categories in turn without regard to answers."""
+    """Returns the policies' answers to a few prompts, taken from the categories in turn regardless of the answers."""
     prompts = job.task.eval_prompts
     seen: dict[str, int] = {}
     turn = [seen.setdefault(c, 0) or 0 for c in prompts.categories]

@@ -23,7 +23,7 @@ class Pair:
 
 
 def read(data: Data, counts: errors.DropCount) -> list[records.Ranking]:
-    """Returns the rankings and pairs of ``data.path``, in any form and file format that `readers` supports.
+    """Returns the rankings and pairs of ``data.path``, in any record and file format that `readers` supports.
 
     Raises DataError if the file cannot be read or has no usable record.
     """
@@ -52,7 +52,7 @@ def check_roles(rankings: Sequence[records.Ranking]) -> None:
             if turn.role not in _ROLES:
                 raise errors.DataError(
                     f"{each.location}: a turn has the role {turn.role!r}, but the chat format of --folds has only "
-                    "user and assistant turns; remove such records"
+                    "user and assistant turns; remove these records"
                 )
 
 
@@ -73,8 +73,8 @@ def _first_user_turn(prompt: tuple[dialogues.Turn, ...]) -> str:
 def train_chat_format(rankings: Iterable[records.Ranking], vocab_size: int) -> chat.ChatFormat:
     """Trains a tokenizer on the training dialogues of a file and returns its chat format.
 
-    The format has a user and an assistant. Turns of other roles are left out; prompts with such turns are dropped
-    later.
+    The format has only user and assistant turns. Turns of other roles are not used in training; prompts with such turns
+    are dropped later.
     """
     texts = [
         dialogues.format_dialogue((*(turn for turn in each.prompt if turn.role in _ROLES), _answer(text)))

@@ -31,7 +31,7 @@ Params = types.Params
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What every stage needs; it is built once, so that each step compiles once."""
+    """Everything that the stages share, built once so that each step compiles once."""
 
     settings: Settings
     task: tasks.Task
@@ -56,12 +56,12 @@ class Job:
     """``note(stage, text)`` prints and saves an incident."""
 
     def key(self, stage: str) -> jax.Array:
-        """Returns the random key of a stage; ``ppo-more`` has that of ``ppo``."""
+        """Returns the random key of a stage; ``ppo-more`` has the same key as ``ppo``."""
         return jax.random.fold_in(jax.random.key(self.settings.seed), 100 + STAGES.index(stage.partition("-")[0]))
 
     @functools.cached_property
     def ppo_step(self) -> parallel.JitStep:
-        """One iteration of RL by the method of the settings."""
+        """One iteration of RL with the method of the settings."""
         train_step = ppo.make_train_step(self.rl_models(), **rl_methods.train_step_options(self.settings.ppo))
         return parallel.jit_step(train_step, mesh=self.mesh)
 
@@ -171,8 +171,9 @@ class Job:
     def loop_checks(self, stage: str, steps: int, batch_at: Callable[[int], Any]) -> dict[str, Any]:
         """Returns the arguments of `loop.fit` for skipped steps and for the fingerprint of the stage's data.
 
-        The fingerprint is the number of steps and the first and last batch: a resumed run with other data, another
-        order or another batch size is refused. Several hosts have no fingerprint, since each holds its own rows.
+        The fingerprint is the number of steps and the first and last batch: a run is not resumed if the data, their
+        order or the batch size has changed. On several hosts there is no fingerprint, because each host has only its
+        own rows.
         """
         fingerprint: Any = [steps]
         if jax.process_count() == 1 and steps > 0:
@@ -228,7 +229,7 @@ def _rollout_sampling(spec: generation.Sampling, settings: Settings) -> generati
 
 
 def model_config(settings: Settings, task: tasks.Task, model: initial_model.InitialModel | None) -> lm.LMConfig:
-    """Returns the architecture of --model, or that of a new model of size --net."""
+    """Returns the architecture of --model, or of a new model of the size given by --net.*."""
     if model is not None:
         return model.cfg
     return lm.LMConfig(

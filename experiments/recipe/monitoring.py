@@ -21,7 +21,7 @@ def watch_stage(
     """Returns the log of a stage with alarms, which stop the run with --on-alarm stop.
 
     Args:
-        log: The run's log, whose rows of the stage so far count too.
+        log: The run's log; its earlier rows of the stage are checked too.
         stage: The stage's name.
         settings: The settings of the run.
         print_alarm: Called with the text of every new alarm.
@@ -41,7 +41,7 @@ def watch_stage(
 
 
 def raised_alarms(log: metrics.MetricLog, settings: Settings) -> list[dict[str, Any]]:
-    """Returns every alarm of the run, in the form of results.json; a resumed run includes those before it stopped."""
+    """Returns every alarm of the run, including those from before it was resumed, in the format of results.json."""
     return [
         {"stage": stage, "step": alarm.step, "name": alarm.name, "message": alarm.message}
         for stage in STAGES

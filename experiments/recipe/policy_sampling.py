@@ -1,4 +1,4 @@
-"""Samples answers of a policy and scores them, with one compiled program for all policies."""
+"""Samples answers from a policy and scores them, with one compiled program for all policies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from rlhf_jax.simulation import gold
 from rlhf_jax.train import ppo
 
 CHUNK, LONG_CHUNK = 512, 128
-"""Prompts per call, in the built-in world's words and in longer rows; one shape needs one compiled program."""
+"""Prompts per call, for the built-in world's words and for longer rows. The shape is fixed so that a program compiles
+once."""
 
 
 @struct.dataclass

@@ -25,8 +25,8 @@ def in_background(
 ) -> Iterator[None]:
     """Compiles the steps of all unfinished stages in a thread, in the order in which they are needed.
 
-    At the end of the block, queued compilations are cancelled. On a mesh nothing is compiled ahead, since the shardings
-    of a state are known only when it exists.
+    At the end of the block, queued compilations are cancelled. On a mesh this has no effect, because the shardings of a
+    state are known only once it exists.
 
     Args:
         job: The job of the run.
@@ -66,7 +66,7 @@ def _submit(job: jobs.Job, rl_stages: Mapping[str, jobs.Job], executor: concurre
         job.reward_step.compile_ahead(executor, training(reward), None, stages.hyper(0.0), _comparisons(job), key)
     unfinished = [own for stage, own in rl_stages.items() if steps[stage] < own.settings.ppo.iterations]
     for own in {id(own.ppo_step): own for own in unfinished}.values():
-        # This makes the pretraining text, whose rows are in PPO's batches.
+        # This makes the pretraining text, whose rows are part of PPO's batches.
         batch_at, hyper_at = stages.ppo_inputs(own, "ppo", ptx_coef=0.0)
         optimising = jax.eval_shape(own.new_policy, policy, reward)
         heldout = reward if own.settings.reward_model.heldout else None

@@ -1,4 +1,4 @@
-"""Measures reward models on held-out comparisons, in the form of results.json."""
+"""Measures reward models on held-out comparisons; returns entries of results.json."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def measure(job: Job, reward: types.Params, validation: types.Comparisons, train
         job: The job of the run.
         reward: Parameters of the reward model.
         validation: Held-out comparisons.
-        train: Training comparisons, of which the first are scored, as many as one call takes.
+        train: Training comparisons; the first ones are scored, as many as fit in one call.
 
     Returns:
         The ``reward_model`` entry of results.json.
@@ -106,7 +106,7 @@ def strata_of(task: tasks.Task, validation: types.Comparisons, prompt: np.ndarra
 
 
 def count_turns(task: tasks.Task, batch: types.Comparisons) -> np.ndarray | None:
-    """Returns the number of user turns within each prompt's width; None for a chat format that is not the library's."""
+    """Returns the number of user turns within each prompt's width; None if the chat format is not the library's."""
     opening = task.tokenizer.get_vocab().get(tokenizers.USER)
     if opening is None or task.fmt.template != tokenizers.CHAT_TEMPLATE:
         return None
@@ -131,7 +131,7 @@ def arrays_as_json(values: Any) -> dict[str, Any]:
 def goodhart(start: policy_sampling.Answers, end: policy_sampling.Answers) -> dict[str, Any]:
     """Returns a policy's gains in score and gold over its start on the same prompts, and whether it gamed the score.
 
-    ``gamed`` is whether the score rose and gold fell, both significantly (`diagnostics.fall_from_peak`).
+    ``gamed`` is true if the score rose and gold fell, both significantly (`diagnostics.fall_from_peak`).
     """
     scores, gold = (np.stack(each) for each in zip(*((x.scores_B, np.asarray(x.gold.total)) for x in (start, end))))
     return {

@@ -15,7 +15,7 @@ from rlhf_jax.distributed import hosts
 from rlhf_jax.report import console
 
 FIRST_STAGES = (("pretrain", 60.0), ("sft", 15.0), ("sft_mix", 16.0), ("comparisons", 11.0), ("reward_model", 19.0))
-"""The stages before RL, which most commands share, and the seconds that they take by default."""
+"""The stages before RL, which most commands share, and the seconds that they take with the default settings."""
 
 
 @contextlib.contextmanager
@@ -30,15 +30,15 @@ def open_run(
 ) -> Iterator[tuple[run_folder.RunFolder, jobs.Job]]:
     """Opens a new run, or the run to resume, and shows its progress while the block runs.
 
-    Everything that can be refused is checked before anything is written: the mesh against the devices, the model and
-    the data, and whether they have changed since the run to resume began.
+    All checks come before the first write: whether the mesh fits the devices, whether the model and the data are
+    usable, and whether they have changed since the run to resume was started.
 
     Args:
         settings: The settings of the command.
-        out: Where lines are printed; silent on all hosts but the first.
-        weights: The command's own stages, and the seconds that each is expected to take.
-        first_stages: The stages before them.
-        kind: What the default folder's name begins with; None for the command's name.
+        out: The console to print to; this makes it quiet on all hosts except the first.
+        weights: The stages that only this command has, and the expected seconds of each.
+        first_stages: The stages that come before them.
+        kind: Prefix of the default folder's name; None uses the command's name.
         accept: Raises SettingError for a task that the command cannot use.
 
     Yields:
@@ -62,7 +62,7 @@ def open_run(
         run_folder.check_data_unchanged(settings.resume, settings)
     model = initial_model.load(settings.model, mesh=mesh) if settings.model else None
     task = tasks.make_task(settings, model)
-    if task.comparisons is not None:  # the file's comparisons may be fewer than a batch
+    if task.comparisons is not None:  # the file may have fewer comparisons than a batch
         n = len(task.comparisons[0].ranks_BK) // (2 if settings.reward_model.heldout else 1)
         mesh_settings.check_divides(resolved.mesh, "--reward-model.batch", min(settings.reward_model.batch, n))
     accept(task)
@@ -92,7 +92,7 @@ def open_run(
 
 
 def _open_folder(path: pathlib.Path, settings: Settings, model_files: str | None) -> run_folder.RunFolder:
-    """Returns the run's folder, which the first host creates and alone writes to."""
+    """Returns the run's folder, which only the first host creates and writes to."""
     if hosts.current().first:
         if settings.resume:
             folder = run_folder.RunFolder(path)

@@ -101,7 +101,7 @@ def supervised(job: Job, stage: str, base: Params, *, epochs: int, mix: float) -
 
 
 def train_reward_models(job: Job, start: Params, parts: list[types.Comparisons], **options: Any) -> list[Params]:
-    """Trains and normalises one reward model per part: the second is the held-out one (Bai et al. 2022, 4.2)."""
+    """Trains and normalises one reward model per part; the second is the held-out one (Bai et al. 2022, 4.2)."""
     rewards = []
     for stage, part in zip(("reward_model", "heldout_reward_model"), parts):
         reward = train_reward_model(job, start, part, stage=stage, **options)
@@ -160,8 +160,8 @@ def validation_options(
 def normalise_scores(job: Job, reward: Params, policy: Params) -> Params:
     """Scales scores to standard deviation 1 on samples of ``policy``, and shifts them to mean 0 on demonstrations.
 
-    InstructGPT 3.5 shifts the mean on demonstrations; the scale makes a KL coefficient mean the same in every run. The
-    head holds both numbers, so they are saved with the model.
+    InstructGPT 3.5 shifts the mean on demonstrations; the scale gives a KL coefficient the same meaning in every run.
+    Both numbers are stored in the head, so they are saved with the model.
     """
     prompts = job.task.rl_prompts.take(policy_sampling.CHUNK)
     key = jax.random.fold_in(job.key("reward_model"), 2)
@@ -179,7 +179,7 @@ def train_ppo(job: Job, stage: str, start: Params, rewards: list[Params], *, ptx
     Args:
         job: The job of the run.
         stage: The stage's name.
-        start: Parameters of the SFT model, which is the KL reference too.
+        start: Parameters of the SFT model, which is also the KL reference.
         rewards: The reward model, and optionally a held-out one, whose scores are only logged.
         ptx_coef: Weight of the pretraining loss; 0 for plain PPO.
 

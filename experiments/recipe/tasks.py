@@ -1,4 +1,4 @@
-"""The data of a run in one form, from the built-in world or from a file of human comparisons."""
+"""The data of a run in a common format, from the built-in world or from a file of human comparisons."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class PromptSet:
 
 @dataclasses.dataclass(frozen=True)
 class GoldTask:
-    """What only the built-in world has: a gold utility, simulated labelers and skill problems."""
+    """The parts that only the built-in world has: a gold utility, simulated labelers and skill problems."""
 
     tables: gold.Tables
     pool: labelers.Pool
@@ -62,7 +62,7 @@ class GoldTask:
     """Prompts of the training comparisons, followed by a tenth as many for validation."""
     n_compare: int
     skill_rows: padding.Rows
-    """One skill problem per row, with the loss on its answer."""
+    """One skill problem per row; the loss is on its answer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +73,8 @@ class Task:
     prompt_width: int
     response_width: int
     text: Callable[[], tuple[np.ndarray, np.ndarray]]
-    """Makes the training and held-out rows of pretraining text. It takes seconds and is deferred until they are used,
-    so that steps compile meanwhile."""
+    """Makes the training and held-out rows of pretraining text. This takes seconds, so it is deferred until they are
+    used; steps compile in the meantime."""
     demonstrations: padding.Rows
     rl_prompts: PromptSet
     eval_prompts: PromptSet
@@ -96,7 +96,7 @@ class Task:
 
     @property
     def pretraining_BL(self) -> np.ndarray:
-        """Rows of pretraining text, which SFT and PPO-ptx mix in too."""
+        """Rows of pretraining text, which SFT and PPO-ptx also use."""
         return self._text[0]
 
     @property
@@ -113,13 +113,13 @@ class Task:
 def make_task(settings: Settings, model: initial_model.InitialModel | None = None) -> Task:
     """Returns the data of a run, in the tokens of ``model`` if it starts from one.
 
-    Raises DataError for an unusable file, and SettingError for rows that are longer than the model can read.
+    Raises DataError for an unusable file, and SettingError for rows that exceed the model's maximum length.
     """
     return _world_task(settings, model) if settings.data.path is None else _dialogue_task(settings, model)
 
 
 def more_prompts(settings: Settings, task: Task, n: int) -> PromptSet:
-    """Returns n training prompts of the built-in world from a random stream of their own."""
+    """Returns n training prompts of the built-in world, drawn from a separate random stream."""
     assert task.in_world_words
     sets = prompts.split_prompts(world_lib.make_world(settings.seed), settings.seed)
     drawn = prompts.draw_prompts(sets.train, n, _stream(settings, MORE))
@@ -156,7 +156,7 @@ def _prompt_sets(
 
 
 def _answer_width(answers: list[str], ids: list[list[int]], *, in_world_words: bool) -> int:
-    """Returns the tokens of the longest answer that is within the world's width in words; longer ones are truncated."""
+    """Returns the width in tokens of the answers within the world's width in words; longer ones are truncated."""
     if in_world_words:
         return prompts.RESPONSE_WIDTH
     fitting = [len(x) for x, text in zip(ids, answers) if len(text.split()) < prompts.RESPONSE_WIDTH]
@@ -234,7 +234,7 @@ def _world_task(settings: Settings, model: initial_model.InitialModel | None) ->
 def _demonstration_rows(
     prompt_set: PromptSet, answers: list[list[int]], width: int, pad_id: int, counts: errors.DropCount
 ) -> padding.Rows:
-    """Returns rows of prompt and answer; answers beyond the width are truncated, have no stop token and are counted."""
+    """Returns rows of prompt and answer; answers longer than the width are counted and lose their end."""
     tokens_BT, mask_BT = padding.pad_answers(answers, width=width, pad_id=pad_id, counts=counts)
     return padding.Rows(
         tokens_BL=np.concatenate([prompt_set.tokens_BP, tokens_BT], axis=1),
@@ -254,7 +254,7 @@ def _packed(fmt: chat.ChatFormat, texts: list[str], *, width: int) -> np.ndarray
 
 
 def _skill_rows(settings: Settings, fmt: chat.ChatFormat, width: int) -> padding.Rows:
-    """Returns skill problems with their answers, formatted as in the corpus; wider than ``width`` if one needs it."""
+    """Returns skill problems with their answers, formatted as in the corpus, in rows of at least ``width`` tokens."""
     problems = corpus.skill_problems(settings.evaluation.skills, _stream(settings, SKILLS))
     questions = plain_text.encode_texts(fmt.tokenizer, [problem.text for problem in problems])
     whole = plain_text.encode_texts(fmt.tokenizer, [f"{problem.text} {problem.answer}" for problem in problems])
@@ -281,7 +281,7 @@ def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None)
     train_N = np.isin(group_N, kept)
     train, held_out = ([rankings[i] for i in np.flatnonzero(mask_N)] for mask_N in (train_N, ~train_N))
     fmt = human_comparisons.train_chat_format(train, data.vocab_size) if model is None else model.fmt
-    # Records that exceed the widths are counted separately: only the file's flaws count towards --data.max-dropped.
+    # Records that exceed the widths are counted separately: only defects of the file count towards --data.max-dropped.
     width_counts = errors.DropCount(max_dropped=1.0)
     widths: Any = {"prompt_width": P, "response_width": T, "max_answers": max(len(each.responses) for each in rankings)}
     sets = []

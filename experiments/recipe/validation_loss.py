@@ -13,7 +13,7 @@ from recipe import policy_sampling
 from rlhf_jax import losses, types
 
 TIMES = 8
-"""Measurements per stage, the number that the alarm on them needs."""
+"""Measurements per stage; the alarm on this loss needs that many."""
 
 
 def make_callback(
@@ -28,7 +28,7 @@ def make_callback(
 
     Args:
         score: ``score(params, tokens_BL, mask_BL)``, the sampler's scoring program.
-        held_out: Held-out comparisons. The same first prompts are used each time, as many as one call scores.
+        held_out: Held-out comparisons. The same prompts are used each time: the first ones, as many as fit in one call.
         steps: Steps of the stage.
         loss: The loss of one prompt, as a function of scores, ranks and mask.
         params_of: Returns the reward model's parameters from the train state.

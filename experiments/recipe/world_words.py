@@ -1,4 +1,4 @@
-"""Reads answers in the vocabulary of the built-in world, whatever the tokenizer of the model."""
+"""Converts answers to the vocabulary of the built-in world, for any tokenizer of the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from rlhf_jax.data import chat, tokenizers
 from rlhf_jax.simulation import gold, lexicon, prompts
 
 WIDTH = 2 * prompts.RESPONSE_WIDTH
-"""Words of an answer that are read; the brevity term of the gold utility is 0 for much shorter answers."""
+"""Maximum number of words of an answer that are used; the brevity term of the gold utility is 0 for much shorter
+answers."""
 _CHUNK = 512
 _IDS = {word: lexicon.IDS[word] for word in lexicon.WORDS}
 _MARKS = re.escape("".join(lexicon.PUNCTUATION))
@@ -21,10 +22,10 @@ _WORD = re.compile(rf"[{_MARKS}]|[^\s{_MARKS}]+")
 
 
 class Read(NamedTuple):
-    """Answers in the form that the gold utility takes."""
+    """Answers as arrays that the gold utility takes."""
 
     words_BT: np.ndarray
-    """Ids of the world's words. Unknown words have the padding id, which means nothing, and are in the mask."""
+    """Ids of the world's words. Unknown words have the padding id, which has no meaning, and are in the mask."""
     mask_BT: np.ndarray
     unknown_B: np.ndarray
     """Share of an answer's words that are not in the world's vocabulary."""

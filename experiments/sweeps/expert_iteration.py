@@ -1,4 +1,4 @@
-"""Expert iteration, or rejection-sampling fine-tuning: sample answers, keep the best by score, fine-tune on them."""
+"""Expert iteration (rejection-sampling fine-tuning): samples answers, keeps the best by score, fine-tunes on them."""
 
 from __future__ import annotations
 

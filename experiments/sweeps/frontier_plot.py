@@ -17,7 +17,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def _figure(points: Rows, runs: Rows, key: str, label: str, kind: str) -> str:
-    """Returns an SVG of a number against the root of the KL: runs as dots, means with intervals as crosses."""
+    """Returns an SVG of a metric against the root of the KL: runs as dots, means with intervals as crosses."""
     with plots.axes(height=2.6) as (svg, (ax,)):
         ax.plot([_root(r["kl"]) for r in runs], [r[key] for r in runs], ".", color=plots.color(kind), alpha=0.35)
         ordered = sorted(points, key=lambda p: p["kl"][0])
@@ -30,7 +30,7 @@ def _figure(points: Rows, runs: Rows, key: str, label: str, kind: str) -> str:
                 ax.plot([x[0], x[0]], y[1:], color=plots.color(kind))
                 ax.plot(x[1:], [y[0], y[0]], color=plots.color(kind))
             ax.annotate(f"{point['kl_coef']:g}", (x[0], y[0]), xytext=(4, -9), textcoords="offset points", fontsize=7)
-        ax.set_xlabel("Root of the KL to the reference, nats a sequence (labels: KL coefficient)")
+        ax.set_xlabel("Root of the KL to the reference, nats per sequence (labels: KL coefficient)")
         ax.set_ylabel(label)
         ax.grid()
     return svg[0]
@@ -69,7 +69,7 @@ def write_methods(path: pathlib.Path, methods: Rows, *, title: str) -> None:
             for xi, (_, _, low, high) in zip(x, points):
                 if low is not None and high is not None:
                     ax.plot([xi, xi], [low, high], color=plots.color(color))
-        ax.set_xlabel("Root of the KL to the SFT model, nats a sequence")
+        ax.set_xlabel("Root of the KL to the SFT model, nats per sequence")
         ax.set_ylabel("Gold utility")
         ax.grid()
         ax.legend()

@@ -78,7 +78,7 @@ def train_together(job: jobs.Job, models: StartModels, cells: Sequence[Cell]) ->
     """Trains all runs in one program, ``jax.vmap`` of the step over keys and hyperparameters; returns their policies.
 
     The cells may differ only in seed and in traced hyperparameters. On a CPU this is as fast as one run after the
-    other; on an accelerator that a small run does not fill, all runs take the time of one.
+    other; on an accelerator that a single small run does not fill, all runs together take about as long as one.
     """
     first, M = with_settings(job, cells[0].settings), len(cells)
     single_step = ppo.make_train_step(
@@ -119,7 +119,7 @@ def measure(
         job: The job of the run.
         models: The models that all runs share.
         prompts: The held-out prompts.
-        baseline: The answers of `sample_answers` that the win rate compares with.
+        baseline: Answers from `sample_answers` that the win rate compares with.
         policy: Parameters of the policy.
         seed: Seed of the sampling.
 

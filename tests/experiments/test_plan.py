@@ -76,7 +76,7 @@ def test_a_plan_that_does_not_fit_is_reported_with_suggestions(cases):
         (dict(model="llama-4"), "--model"),
         (dict(mesh=Sizes(fsdp=3)), "does not fit 1 devices"),
         (dict(batch=0), "--batch"),
-        (dict(stage="ppo", prompt=32, response=32, batch=6), "--batch 6 does not divide over 4 minibatches"),
+        (dict(stage="ppo", prompt=32, response=32, batch=6), "--batch is 6; it must be a multiple of 4 (4 minibatches"),
         (dict(length=4096), "it must be at most 256"),
     ],
 )

@@ -180,7 +180,7 @@ def refused(*arguments):
     ("arguments", "message"),
     [
         (("--folds", "1"), "--folds is 1"),
-        (("--folds", "5"), "left out without --data.path"),
+        (("--folds", "5"), "--folds is 5; it needs --data.path"),
         (("--ppo.clip", "0.1"), "--ppo.* has no effect on reward_model.py"),
         (("--training.label-smoothing", "0.6"), "--training.label-smoothing is 0.6"),
         (("--training.loss", "best", "--training.margin", "1"), "left out with --training.loss best"),

@@ -157,7 +157,7 @@ def test_minibatches_depend_on_the_shards_and_not_on_the_devices(shards, devices
     assert taken.shape == (epochs * count, rows // count)
     for epoch in np.asarray(taken).reshape(epochs, rows):
         np.testing.assert_array_equal(np.sort(epoch), np.arange(rows))
-    assert not np.array_equal(taken[0], taken[count]), "each epoch has its own order"
+    assert not np.array_equal(taken[0], taken[count]), "the order differs between epochs"
     for update in np.asarray(taken):  # equally many rows of each block
         np.testing.assert_array_equal(np.bincount(update // (rows // shards)), rows // count // shards)
 
@@ -215,7 +215,7 @@ MESH_FLAGS = ["--mesh.data", "2", "--mesh.fsdp", "3"]
             "--ppo.batch 64 by --ppo.minibatches 32 is 2, which does not divide over the 4",
         ),
         (["--mesh.data", "2", "--ppo.ptx-ratio", "0.04"], "--ppo.ptx-ratio 0.04 of --ppo.batch 64 by"),
-        (["--ppo.shards", "3"], "--ppo.shards is 3; it must be a divisor of a minibatch's 32 answers"),
+        (["--ppo.shards", "3"], "--ppo.shards is 3; it must divide 32, the number of answers in a minibatch"),
         (
             ["--mesh.data", "4"],
             "a mesh of --mesh.data 4 x --mesh.fsdp 1 x --mesh.tensor 1 x --mesh.sequence 1 does not",
@@ -237,5 +237,5 @@ def test_one_device_needs_no_mesh_and_data_minus_one_uses_the_remaining_devices(
     automatic = instructgpt.parse(["--preset", "smoke", "--mesh.data", "-1"])
     assert device_mesh.resolve(automatic).mesh.data == jax.device_count()
     too_many = instructgpt.parse(["--preset", "smoke", "--mesh.data", "-1", "--mesh.fsdp", "4"])
-    with pytest.raises(settings.SettingError, match=r"--mesh.simulate 4 simulates as many on the CPU"):
+    with pytest.raises(settings.SettingError, match=r"--mesh.simulate 4 simulates that many on the CPU"):
         device_mesh.resolve(too_many)

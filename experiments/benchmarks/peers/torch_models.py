@@ -1,4 +1,4 @@
-"""The models of the benchmarks in transformers, and common parts of TRL's trainers."""
+"""The models of the benchmarks in transformers, and common code for TRL's trainers."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
 
@@ -66,7 +66,7 @@ class Timer(TrainerCallback):
     """Times every step of a trainer from the end of the previous step, so that data loading counts."""
 
     def __init__(self, clock: measured_process.Clock) -> None:
-        """Starts no repetition yet; training does."""
+        """Does nothing; the first repetition starts with training."""
         self._clock, self._left = clock, clock.total
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:

@@ -37,7 +37,7 @@ def main() -> None:
     else:
         models = {name: GPT2LMHeadModel(torch_models.config(size)) for name in ("model", "ref_model")}
         models["ref_model"].load_state_dict(models["model"].state_dict())
-        # DPOTrainer only takes text, and leaves the space between prompt and answer to the caller.
+        # DPOTrainer accepts only text and does not insert the space between prompt and answer.
         answer_length = shapes.length - shapes.dpo_prompt - 1
         columns = {"prompt": [random_text.text(rng, size, shapes.dpo_prompt) for _ in rows]} | {
             name: [f" {random_text.text(rng, size, answer_length)} <eos>" for _ in rows]

@@ -1,4 +1,4 @@
-"""The Tunix model that is closest to the measured GPT-2, and the timing of Tunix's trainers."""
+"""The Tunix model closest to the measured GPT-2, and the timing of Tunix's trainers."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
 
@@ -23,7 +23,7 @@ PACKAGES = ("google-tunix", "jax", "flax")
 def make(size: workload_sizes.Size, *, bfloat16: bool, seed: int = 0) -> llama3.Llama3:
     """Returns a Llama with the width, depth, heads, vocabulary and matmul parameters of the GPT-2, which Tunix lacks.
 
-    All kernels are drawn again, because Tunix initialises those of the MLP to zero.
+    All kernels are initialised again, because Tunix initialises those of the MLP to zero.
     """
     cfg = llama3.ModelConfig(
         num_layers=size.layers,
