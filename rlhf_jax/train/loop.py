@@ -170,7 +170,7 @@ class _Reporter:
         self.skipped, self.skipped_total = self.skipped + 1, self.skipped_total + 1
         stage = self.stage or "training"
         if self.skipped_total == 1:
-            self.warn(f"{stage}: skipped step {done}: {reason}; the metric 'skipped' counts further ones")
+            self.warn(f"{stage}: skipped step {done}: {reason}; the metric 'skipped' counts further skipped steps")
         if self.skipped >= self.max_skipped and not self.diverged:
             self.diverged = (
                 f"{stage} skipped {self.skipped} steps in a row, the last at step {done} of {self.total}: {reason}; "
