@@ -14,7 +14,7 @@ D     model width
 N     layers, H query heads (or scores of a reward model), G key/value heads, C head width, F mlp width, S cache slots
 ====  ==========================================================
 
-Masks are carried, never derived from ``token == pad_id``.
+Masks are passed explicitly and never derived from ``token == pad_id``.
 """
 
 from __future__ import annotations

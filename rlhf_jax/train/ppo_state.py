@@ -207,7 +207,8 @@ def finish_iteration(state: PPOState, hyper: Hyper, logs: dict[str, Any], *, ski
         state: The state after the updates of the iteration.
         hyper: The hyperparameters of the iteration.
         logs: The metrics of `ppo.collect`, ``target`` and ``target_square`` included.
-        skipped: Whether an update was skipped. Then nothing changes: a KL of NaN would stay in the controller forever.
+        skipped: Whether an update was skipped. If so, nothing changes, because a NaN would stay in the controller
+            forever.
 
     Returns:
         A `PPOState`.
