@@ -78,8 +78,8 @@ Objective = Callable[[Scored, Any], tuple[jax.Array, jax.Array]]
 
 
 def dpo(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
-    """DPO (Rafailov 2023 Eq 7): ``-log sigmoid(beta h)``, h being the log-ratio of the better minus that of the worse
-    answer.
+    """DPO (Rafailov 2023 Eq 7): ``-log sigmoid(beta h)``, with the difference h in log-ratio between the better and the
+    worse answer.
 
     With ``hyper.label_smoothing`` eps, it is cDPO: ``-(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h)``.
 

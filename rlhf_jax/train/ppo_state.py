@@ -42,8 +42,8 @@ class Models(NamedTuple):
 def shared_trunk(frozen: Any, params: Params) -> Params:
     """Returns policy and critic if the critic is a head on the policy's trunk (Ziegler 2019); a `Models.join`.
 
-    ``params["critic"]`` holds the head alone, ``{"head": ...}``. A head made by `lm.with_head` with ``zero`` starts
-    with values of 0. Both losses train the trunk; `Hyper.value_coef` is the weight of the value loss.
+    ``params["critic"]`` holds only the head, ``{"head": ...}``. With a head that `lm.with_head` creates with ``zero``,
+    all values are 0 at the start. Both losses train the trunk; `Hyper.value_coef` is the weight of the value loss.
     """
     del frozen
     return {"policy": params["policy"], "critic": {**params["policy"], **params["critic"]}}

@@ -133,7 +133,7 @@ def test_the_templates_of_a_family_are_distinct():
         assert len(set(family.forms)) == len(family.forms)
 
 
-def test_a_tokenizers_own_template_with_marks_is_kept():
+def test_a_tokenizers_template_with_marks_is_kept():
     tokenizer = tokenizers.train_bpe(["the cat"], vocab_size=260)
     fmt = chat.chat_format(tokenizer)
     assert fmt.tokenizer is tokenizer and fmt.template == tokenizers.CHAT_TEMPLATE

@@ -138,7 +138,7 @@ def encode_dialogue(
     template.
 
     Returns:
-        ``(ids, loss_mask)``, equally long.
+        ``(ids, loss_mask)``, of the same length.
 
     Raises:
         DataError: If the dialogue does not end in an assistant turn; see also `encode_prompt`.

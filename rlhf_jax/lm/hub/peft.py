@@ -84,7 +84,7 @@ def save(
     Args:
         path: Directory to write.
         cfg: Architecture of the base model.
-        adapters: Adapters, as from `lora.init`.
+        adapters: Adapters, such as those from `lora.init`.
         scale: alpha / r, as in `lora.attach`.
         base_model_name: ``base_model_name_or_path`` of the configuration.
 
