@@ -29,7 +29,7 @@ def whiten(
         axis_name: Mesh, ``vmap`` or ``pmap`` axes over which mean and variance are taken jointly.
 
     Returns:
-        Array shaped as ``x``, at least float32, 0 off the mask.
+        Array shaped as ``x``, at least float32, 0 outside the mask.
 
     Raises:
         ValueError: If the rank of ``where`` is neither 0 nor that of ``x``.
@@ -67,12 +67,12 @@ def gae(
     Args:
         rewards_T: Per-token rewards.
         values_T: The critic's values *before* each token, at rollout time. No gradient flows through them.
-        mask_T: True at real tokens, a prefix. Rewards and values off the mask are ignored.
+        mask_T: True at real tokens, a prefix. Rewards and values outside the mask are ignored.
         discount: Discount factor, in [0, 1].
         lambda_: Trade-off between bias (0) and variance (1), in [0, 1].
 
     Returns:
-        ``(advantages_T, returns_T)``, at least float32, both 0 off the mask.
+        ``(advantages_T, returns_T)``, at least float32, both 0 outside the mask.
 
     Raises:
         ValueError: If an argument is not of rank 1, or lengths differ.

@@ -46,7 +46,7 @@ def sequence_sum(mask_BT: jax.Array, *, axis_name: masking.AxisName = None) -> t
 
 
 def constant_mean(mask_BT: jax.Array, *, axis_name: masking.AxisName = None) -> tuple[jax.Array, jax.Array]:
-    """Divides the sum over tokens by the number of responses times the width T, whatever their lengths."""
+    """Divides the sum over tokens by the number of responses times the width T, regardless of their lengths."""
     return jnp.ones(mask_BT.shape[0]), _count_responses(mask_BT, axis_name) * mask_BT.shape[1]
 
 

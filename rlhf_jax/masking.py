@@ -10,7 +10,8 @@ With ``axis_name``, sums and counts are added across devices *before* the divisi
 tokens wrongly whenever the masks differ between devices.
 
 A reduction cannot repair a NaN *derivative* of the function that computed ``x``: the chain rule multiplies it by 0,
-which is NaN again. If the inputs of that function can be arbitrary off the mask, pass them through `masked_fill` first.
+which is NaN again. If the inputs of that function can be arbitrary outside the mask, pass them through `masked_fill`
+first.
 """
 
 from __future__ import annotations

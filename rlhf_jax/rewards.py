@@ -34,7 +34,7 @@ def token_rewards(
         kl_coef: KL coefficient, in units of score per nat.
 
     Returns:
-        ``[B, T]``, at least float32, 0 off the mask. A row without real tokens is all zeros, whatever its score.
+        ``[B, T]``, at least float32, 0 outside the mask. A row without real tokens is all zeros, whatever its score.
 
     Raises:
         ValueError: If ranks or shapes disagree.

@@ -3,7 +3,7 @@
 Every array name ends in the letters of its axes (``logits_BTV``):
 
 ====  ==========================================================
-B     batch (sequences, or prompts where K is present)
+B     batch (sequences, or prompts if there is a K axis)
 K     completions of one prompt
 P     prompt width; prompts are left-padded to it
 T     response width; responses are right-padded to it
@@ -14,7 +14,7 @@ D     model width
 N     layers, H query heads (or scores of a reward model), G key/value heads, C head width, F mlp width, S cache slots
 ====  ==========================================================
 
-Masks are carried, never derived from ``token == pad_id``.
+Masks are passed explicitly and never derived from ``token == pad_id``.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ class Rollout:
     response_mask_BT: jax.Array
     """bool, True on a prefix of every row, which includes the stop token."""
     logprobs_BT: jax.Array
-    """float32, log-probabilities under the sampling distribution; 0 off the mask."""
+    """float32, log-probabilities under the sampling distribution; 0 outside the mask."""
     lengths_B: jax.Array
     """int32, response tokens, the stop token included."""
     finish_B: jax.Array
     """int32: 0 if the response reached the maximum length, 1 if it ended with a stop token."""
     values_BT: jax.Array | None = None
-    """float32, the policy's own scalar head before each token, if requested; 0 off the mask."""
+    """float32, the policy's own scalar head before each token, if requested; 0 outside the mask."""
 
 
 @struct.dataclass

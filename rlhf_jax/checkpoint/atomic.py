@@ -7,7 +7,7 @@ import pathlib
 
 
 def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a file atomically: a reader, or a killed process, sees the old content or the new content."""
+    """Writes a file atomically: readers see either the old or the new content, even if the process is killed."""
     path = pathlib.Path(path)
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:

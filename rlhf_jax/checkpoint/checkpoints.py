@@ -229,7 +229,7 @@ class Checkpoints:
             like: A pytree of arrays or ``jax.ShapeDtypeStruct`` that gives the structure, dtypes and shardings, and
                 everything that is not a leaf (the functions of a ``TrainState``). None restores dicts and lists of
                 arrays without it.
-            step: Restores this step only.
+            step: The step to restore; by default the newest undamaged one.
 
         Returns:
             ``(step, state, metadata)``; the arrays equal the saved ones bit for bit.

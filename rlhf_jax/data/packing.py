@@ -1,8 +1,8 @@
 """Packing: several sequences in one row, so that little of a batch is padding.
 
 A packed row holds whole sequences, one after the other from its first column, and padding at its end. Segment ids
-distinguish them: a model that honours the ids (``lm.forward(..., segments_BL=...)``) processes each sequence as if it
-were alone. The same sequences always give the same rows.
+distinguish them: a model that uses the ids (``lm.forward(..., segments_BL=...)``) processes each sequence
+independently. The same sequences always give the same rows.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def pack(
     truncate: bool = False,
     rows: int | None = None,
 ) -> Packed:
-    """Packs whole sequences by best fit, the longest first; see `best_fit`.
+    """Packs whole sequences by best fit, longest first; see `best_fit`.
 
     >>> from rlhf_jax.data import errors, packing
     >>> packed = packing.pack([[5, 6], [7, 8, 9], [3]], width=4, pad_id=0, counts=errors.DropCount())

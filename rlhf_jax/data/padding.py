@@ -86,7 +86,12 @@ def demonstration_rows(
         prompts: Token ids of B prompts, such as those from `chat.encode_prompts`.
         answers: Token ids of one answer to each prompt, such as those from `chat.encode_answers`.
         prompt_width: P.
-        response_width: T; x ``[B, P + T]``.
+        response_width: T; longer answers are truncated as in `pad_answers`.
+        pad_id: Token id at padding. Masks do not depend on it.
+        counts: Counts ``"answer truncated"``.
+
+    Returns:
+        Rows ``[B, P + T]``.
 
     Raises:
         DataError: If the numbers of prompts and answers differ; see also `pad_prompts` and `pad_answers`.

@@ -152,7 +152,7 @@ def from_arrays(
         The batches of this host.
 
     Raises:
-        DataError: If there are no records or not one full batch, or the arrays differ in their number of rows.
+        DataError: If there are no records, too few for one batch, or the arrays differ in their number of rows.
         ValueError: If a number is out of range.
     """
     sizes = {len(leaf) for leaf in jax.tree.leaves(arrays)}
@@ -215,7 +215,7 @@ def from_source(
         The batches of this host.
 
     Raises:
-        DataError: If there are no records or not one full batch.
+        DataError: If there are no records, or too few for one batch.
         TypeError: If the source or ``identity`` holds a value that `fingerprint` does not take.
         ValueError: If a number is out of range.
     """

@@ -18,7 +18,7 @@ prompts         ``prompt``
 ==============  ======================================================================================================
 
 A prompt is a message list or a string. A string is one user turn, unless it begins with ``"\n\nHuman:"``, which marks
-the hh-rlhf form. The last turn of a prompt must be one that the assistant answers. An answer is a string or a message
+the hh-rlhf form. The last turn of a prompt must be one for the assistant to answer. An answer is a string or a message
 list of one assistant turn. Texts are kept as written, except that the hh-rlhf form drops the white space around them. A
 null field counts as missing. If a record has both ``messages`` and a ``prompt`` or an answer, they must agree.
 
@@ -232,7 +232,7 @@ def _answer(value: Any, key: str) -> str:
         return sources.require_text(value, key)
     before, answer = _split_answer(_turns(value, key))
     if before:
-        raise errors.DataError(f"{key!r} holds {len(before) + 1} messages, not the answer alone")
+        raise errors.DataError(f"{key!r} holds {len(before) + 1} messages, not only the answer")
     return answer
 
 

@@ -275,8 +275,8 @@ def tfds_source(tfds_set: Tfds) -> Sequence[dict[str, Any]]:
     name = describe(tfds_set)
     if ":" in tfds_set.name.split("/")[0] and not tfds_set.name.split(":")[1][:1].isdigit():
         raise errors.DataError(
-            f"{name}: sets of another namespace, such as huggingface:, would be downloaded, which this reader does not "
-            "do; download the files and name them instead"
+            f"{name}: sets of other namespaces, such as huggingface:, would be downloaded, which this reader does not "
+            "do; download the files and pass their paths instead"
         )
     try:
         import tensorflow_datasets as tfds

@@ -39,7 +39,7 @@ from rlhf_jax.data import errors, readers, records, sources
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Files(tfds.core.BuilderConfig):
-    """Configuration of a builder: its name is that of the set, and ``splits`` has the source of each split."""
+    """Configuration of a builder: its name is the name of the set, and ``splits`` has the source of each split."""
 
     splits: Mapping[str, sources.Source] = dataclasses.field(default_factory=dict)
     counts: errors.DropCount = dataclasses.field(default_factory=errors.DropCount)
@@ -101,7 +101,7 @@ class RlhfJudged(_Builder):
 
 
 class RlhfPrompts(_Builder):
-    """``rlhf_prompts``: prompts alone."""
+    """``rlhf_prompts``: prompts without answers."""
 
     features = {}  # noqa: RUF012
     read = staticmethod(readers.read_prompts)

@@ -44,7 +44,7 @@ StopAgreement = Callable[[int, bool], bool]
 
 
 class Hosts:
-    """The hosts of a job as seen from this process. This class represents a job of one host.
+    """The hosts of a job as seen from this process. The class itself represents a job of one host.
 
     Attributes:
         index: Number of this host, ``jax.process_index()``.
@@ -254,7 +254,7 @@ class _Group(Hosts):
             self._changed.wait_for(lambda: self._exit_at is not None, timeout=0.5)
 
     def leave(self, status: int, reason: str) -> None:
-        """Announces the exit, waits for the other hosts, and shuts JAX down if all of them exit by themselves."""
+        """Announces the exit, waits for the other hosts, and shuts JAX down if all hosts exit normally."""
         with self._changed:
             self._left[self.index] = (status, reason, False)
             self._send(left=[self.index, status, reason, False])
@@ -378,11 +378,11 @@ class _Group(Hosts):
 
 
 def _delay_abort(enable: bool) -> None:
-    """Delays an abort of this process by some seconds.
+    """Delays an abort of this process by a few seconds.
 
-    jax aborts the process, without a hook, as soon as the first host's process is gone. Our thread may notice this some
-    milliseconds later, and needs that time to print the reason and to exit with its own status. The signal handler is
-    the C library's ``sleep``, called with the signal's number, 6, because it runs without Python.
+    jax aborts the process, without a hook, as soon as the process of the first host ends. Our thread may notice this a
+    few milliseconds later, and needs that time to print the reason and to exit with its own status. The signal handler
+    is the C library's ``sleep``, called with the signal's number, 6, because it runs without Python.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         libc = ctypes.CDLL(None)

@@ -60,7 +60,7 @@ def token_map(
         mask_BL: bool, True at real tokens. By default ``segments_BL > 0``, or all True.
         segments_BL: int32, the sequence of a packed row that each token belongs to; 0 at padding.
         prompt_width: P, for rows that hold a prompt in columns ``[0, P)`` and a response after it. The result then
-            covers the response alone and computes only its T columns of logits. Column P - 1 must be real.
+            covers only the response, and only its T columns of logits are computed. Column P - 1 must be real.
         chunk: Number of columns of logits computed at a time. By default as many as fit in 64 MB.
 
     Returns:
@@ -99,7 +99,7 @@ def hidden_states(
         cfg: The model, an `LMConfig` or an `ApplyFn`.
         mask_BL: ``[B, L]``, True at real tokens; None if all are real.
         segments_BL: ``[B, L]`` segment numbers of packed rows; None for rows that are not packed.
-        prompt_width: P, for the columns that predict the response tokens alone; None for all columns.
+        prompt_width: P, for only the columns that predict the response tokens; None for all columns.
 
     Returns:
         ``(hidden, apply)``: ``[B, L, D]``, or ``[B, T, D]`` before each response token, and the model as an `ApplyFn`.

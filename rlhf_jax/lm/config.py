@@ -71,7 +71,7 @@ class LMConfig:
     """Share of a head's width that is rotated (a quarter in GPT-NeoX, all of it in Llama)."""
     rope_scaling: LinearScaling | Llama3Scaling | None = None
     position_offset: int = 0
-    """Row of the learned position table that the first token reads (2 in OPT)."""
+    """Row of the learned position table for the first token (2 in OPT)."""
     sliding_window: int = 0
     """Number of real tokens that a token attends to, itself included; 0 for all."""
     local_layers: tuple[bool, ...] = ()

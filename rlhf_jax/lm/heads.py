@@ -148,10 +148,10 @@ def centre(params: types.Params, scores: jax.Array, *, where: jax.Array | None =
 
 
 def standardise(params: types.Params, scores: jax.Array, *, where: jax.Array | None = None) -> types.Params:
-    """Returns parameters with gain and bias such that the responses that scored ``scores`` have mean 0, variance 1.
+    """Returns parameters with gain and bias set to give the responses that scored ``scores`` mean 0, variance 1.
 
     Ziegler et al. 2019 use 256 samples of the reference policy. Scores that do not vary are only centred. The arguments
-    are those of `centre`.
+    are as in `centre`.
     """
     mean, std = _moments(params, scores, where)
     scale = jnp.where(std > 0, 1 / jnp.where(std > 0, std, 1.0), 1.0)

@@ -50,7 +50,7 @@ def packed_sums(
         x_BL: One number per token.
         segments_BL: int32, the sequence that each token belongs to, from 1; 0 at padding.
         places: Row, segment and last column of each sequence.
-        where_BL: bool, the tokens to sum over, such as those of responses; by default all.
+        where_BL: bool, the tokens to sum over, such as response tokens; by default all.
 
     Returns:
         float32 in the shape of ``places``.

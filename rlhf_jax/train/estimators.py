@@ -58,7 +58,7 @@ def gae(
     whiten: bool = True,
     axis_name: AxisName = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """PPO: generalised advantage estimation on KL-penalised rewards (Schulman 2016 Eq 16; InstructGPT 3.5).
+    """Computes PPO's advantages: GAE on KL-penalised rewards (Schulman 2016 Eq 16; InstructGPT 3.5).
 
     ``delta_t = r_t + gamma V_{t+1} - V_t``, ``A_t = delta_t + gamma lambda A_{t+1}`` and ``R_t = A_t + V_t``, with 0
     after the last token and ``r_t`` from :func:`token_rewards`.
@@ -99,13 +99,13 @@ def gae(
 
 
 def reinforce(scored: Scored, hyper: Any, *, axis_name: AxisName = None) -> tuple[jax.Array, None]:
-    """REINFORCE with a running baseline: the return minus the mean of all earlier returns (Ahmadian 2024, 2)."""
+    """Computes REINFORCE's advantages: the return minus the mean of all earlier returns (Ahmadian 2024, 2)."""
     del hyper, axis_name
     return _broadcast(sequence_rewards(scored) - scored.past_return, scored), None
 
 
 def rloo(scored: Scored, hyper: Any, *, samples: int, axis_name: AxisName = None) -> tuple[jax.Array, None]:
-    """RLOO: the return minus the mean return of the prompt's other responses (Ahmadian 2024, 2.3).
+    """Computes RLOO's advantages: the return minus the mean of the prompt's other responses (Ahmadian 2024, 2.3).
 
     ``A_i = R_i - 1 / (K - 1) sum_{j != i} R_j``, where R is the score minus the KL penalty.
 
@@ -134,7 +134,7 @@ def rloo(scored: Scored, hyper: Any, *, samples: int, axis_name: AxisName = None
 
 
 def grpo(scored: Scored, hyper: Any, *, samples: int, axis_name: AxisName = None) -> tuple[jax.Array, None]:
-    """GRPO: the score minus the prompt's mean, divided by the prompt's standard deviation (Shao 2024, 4.1).
+    """Computes GRPO's advantages: the score minus the prompt's mean, over its standard deviation (Shao 2024, 4.1).
 
     The KL penalty is not part of it; pass ``kl_loss=kl.k3`` to `ppo.make_train_step`.
 
@@ -155,7 +155,7 @@ def grpo(scored: Scored, hyper: Any, *, samples: int, axis_name: AxisName = None
 
 
 def dr_grpo(scored: Scored, hyper: Any, *, samples: int, axis_name: AxisName = None) -> tuple[jax.Array, None]:
-    """Dr. GRPO: the score minus the prompt's mean, without division (Liu 2025).
+    """Computes Dr. GRPO's advantages: the score minus the prompt's mean, without division (Liu 2025).
 
     Args:
         scored: A batch of scored responses.
@@ -174,7 +174,7 @@ def dr_grpo(scored: Scored, hyper: Any, *, samples: int, axis_name: AxisName = N
 
 
 def reinforce_pp(scored: Scored, hyper: Any, *, axis_name: AxisName = None) -> tuple[jax.Array, None]:
-    """REINFORCE++: discounted sums of the following per-token rewards, whitened over the batch (Hu 2025)."""
+    """Computes REINFORCE++'s advantages: whitened discounted sums of later per-token rewards (Hu 2025)."""
     rewards_to_go = partial(advantages.gae, discount=hyper.discount, lambda_=1.0)
     zeros_BT = jnp.zeros_like(scored.logprobs_BT)
     advantages_BT, _ = jax.vmap(rewards_to_go)(token_rewards(scored), zeros_BT, scored.mask_BT)

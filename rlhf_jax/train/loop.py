@@ -1,8 +1,8 @@
-"""`fit`: the only training loop.
+"""`fit`, the training loop of all stages.
 
 Iteration i depends only on i, the state and the arguments: ``batch_at`` and ``hyper_at`` are pure functions of i, and
 steps fold ``state.step`` into a constant ``rng``. The position in the data therefore needs no bookkeeping, and an
-interrupted run resumes exactly: it ends with the same bits as a run that was never interrupted.
+interrupted run resumes exactly: its result is bit-identical to that of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class _Reporter:
         self.skipped, self.skipped_total = self.skipped + 1, self.skipped_total + 1
         stage = self.stage or "training"
         if self.skipped_total == 1:
-            self.warn(f"{stage}: skipped step {done}: {reason}; the metric 'skipped' counts further ones")
+            self.warn(f"{stage}: skipped step {done}: {reason}; the metric 'skipped' counts further skipped steps")
         if self.skipped >= self.max_skipped and not self.diverged:
             self.diverged = (
                 f"{stage} skipped {self.skipped} steps in a row, the last at step {done} of {self.total}: {reason}; "

@@ -2,7 +2,8 @@
 
 The rows of a batch form ``shards`` blocks of adjacent rows, and a minibatch takes the same number of rows from each
 block. With at most as many devices as shards, no row leaves its device. The order depends on ``shards``, which is a
-setting, and never on the number of devices: a device of an ``axis_name`` holds whole blocks and computes which ones.
+setting, and never on the number of devices: each device of an ``axis_name`` holds whole blocks and computes their
+numbers.
 """
 
 from __future__ import annotations

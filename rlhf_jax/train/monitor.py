@@ -12,7 +12,7 @@ from rlhf_jax.train import loop
 class Watch:
     """A ``log`` for `loop.fit` that forwards rows to another log and checks them with `diagnostics.alarms`.
 
-    Each alarm is reported once per stage. Alarms depend on the rows alone, so a resumed run that receives its earlier
+    Each alarm is reported once per stage. Alarms depend only on the rows, so a resumed run that receives its earlier
     rows neither reports earlier alarms again nor stops for them again.
 
     Example::
@@ -29,7 +29,7 @@ class Watch:
         thresholds: Thresholds of the checks, as in `diagnostics.alarms.check_all`.
 
     Raises:
-        TypeError: If no check has a threshold of a given name.
+        TypeError: If no check has a threshold with that name.
 
     Attributes:
         alarms: The alarms raised so far, in order.

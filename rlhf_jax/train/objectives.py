@@ -78,10 +78,10 @@ Objective = Callable[[Scored, Any], tuple[jax.Array, jax.Array]]
 
 
 def dpo(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
-    """DPO (Rafailov 2023 Eq 7): ``-log sigmoid(beta h)``, h being the log-ratio of the better minus that of the worse
-    answer.
+    """Computes the DPO loss ``-log sigmoid(beta h)`` (Rafailov 2023 Eq 7).
 
-    With ``hyper.label_smoothing`` eps, it is cDPO: ``-(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h)``.
+    Here h is the log-ratio of the better answer minus the log-ratio of the worse answer. With ``hyper.label_smoothing``
+    eps, it is cDPO: ``-(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h)``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -96,24 +96,24 @@ def dpo(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def robust_dpo(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
-    """Robust DPO (Chowdhury 2024): DPO, unbiased if a share ``hyper.label_smoothing`` of the labels is flipped."""
+    """Computes DPO's loss, unbiased if a share ``hyper.label_smoothing`` of labels is flipped (Chowdhury 2024)."""
     losses_B = preference.robust_dpo(*scored.pairs(), beta=hyper.beta, label_smoothing=hyper.label_smoothing)
     return losses_B, hyper.beta * scored.log_ratios()
 
 
 def ipo(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
-    """IPO (Azar 2023): ``(h - 1 / (2 beta))^2``, with log-probabilities averaged over tokens, as its authors do."""
+    """Computes the IPO loss ``(h - 1 / (2 beta))^2`` on log-probabilities averaged over tokens (Azar 2023)."""
     means = scored.means()
     return preference.ipo(*means.pairs(), beta=hyper.beta), hyper.beta * means.log_ratios()
 
 
 def hinge(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
-    """Hinge loss on DPO's margin (SLiC, Zhao 2023): ``max(0, 1 - beta h)``."""
+    """Computes the hinge loss ``max(0, 1 - beta h)`` on DPO's margin (SLiC, Zhao 2023)."""
     return preference.hinge(*scored.pairs(), beta=hyper.beta), hyper.beta * scored.log_ratios()
 
 
 def kto(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
-    """KTO (Ethayarajh 2024) on answers marked good or bad; rewards are relative to the baseline.
+    """Computes the KTO loss of answers marked good or bad; rewards are relative to the baseline (Ethayarajh 2024).
 
     The loss is the mean over the K answers of a prompt. The batch needs ``good_BK`` and ``mismatched``.
     """
@@ -131,13 +131,13 @@ def kto(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def orpo(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
-    """ORPO (Hong 2024) on mean log-probabilities, without a reference; the rewards are the means."""
+    """Computes the ORPO loss on mean log-probabilities, without a reference; the rewards are the means (Hong 2024)."""
     means = scored.means()
     return preference.orpo(*means.policy_pair(), weight=hyper.odds_weight), means.policy_BK
 
 
 def simpo(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
-    """SimPO (Meng 2024) on mean log-probabilities, without a reference."""
+    """Computes the SimPO loss on mean log-probabilities, without a reference (Meng 2024)."""
     means = scored.means()
     return preference.simpo(*means.policy_pair(), beta=hyper.beta, margin=hyper.margin), hyper.beta * means.policy_BK
 

@@ -12,8 +12,8 @@ the optimiser steps, and `make_train_step` combines them into one program::
     update   6. ptx                  gamma times the pretraining loss                     InstructGPT Eq 2
              7. optimiser step       and moving average of the policy weights             InstructGPT C.4
 
-Steps 3 and 4 are one estimator of `train.estimators`. With another estimator, and without a critic, the same functions
-are REINFORCE, RLOO, GRPO, Dr. GRPO and REINFORCE++.
+Steps 3 and 4 are one estimator of `train.estimators`. With a different estimator and without a critic, the same
+functions implement REINFORCE, RLOO, GRPO, Dr. GRPO and REINFORCE++.
 """
 
 from __future__ import annotations
@@ -374,7 +374,7 @@ def make_train_step(
         micro_batches: Number of parts into which a minibatch is split, one in memory at a time; the gradient is the
             same.
         samples: Responses to each prompt. `Models.generate` receives ``samples`` keys per prompt and returns as many
-            rows, those of one prompt next to each other.
+            rows, with the rows of a prompt next to each other.
         estimate: Computes advantages and returns of a scored batch; see `train.estimators`.
         reduction: Reduces the token losses of the policy to a scalar; see `aggregation`. The value loss is always a
             mean over tokens.
@@ -391,10 +391,10 @@ def make_train_step(
             takes the same number of rows from each block (`train.minibatches`). With a multiple of the number of
             devices, no row leaves its device.
         axis_name: Axis of devices that share the batch under `shard_map` or `pmap`, each with its own prompts and
-            pretraining rows. Their number divides ``shards``. The result is that of one device with all rows.
+            pretraining rows. Their number divides ``shards``. The result equals that of one device with all rows.
 
     Returns:
-        A step; `parallel.jit_step` compiles it such that it donates ``state``. ``state`` is a `PPOState`, ``frozen`` a
+        A step; `parallel.jit_step` compiles it so that it donates ``state``. ``state`` is a `PPOState`, ``frozen`` a
         `Frozen`, ``hyper`` a `Hyper`, ``batch`` a `Batch`, and ``rng`` one key for the whole run, into which the step
         folds ``state.step``. Metrics of the rollout:
 
@@ -423,7 +423,7 @@ def make_train_step(
           first update, before which policy and old policy are equal.
         - ``grad_norm``, ``grad_norm_policy``, ``grad_norm_critic``: l2 norms of the gradients before clipping.
         - ``skipped``: number of skipped updates; ``bad_update``: index of the first, or -1.
-        - ``learning_rate``: that of the policy.
+        - ``learning_rate``: learning rate of the policy.
 
         The step raises ``ValueError`` for the reasons given in `collect` and `update`.
     """

@@ -68,7 +68,7 @@ def rollout_metrics(
 
 
 def merge_micro_batches(logs_M: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Returns the metrics of a minibatch from those of its micro-batches, stacked on axis 0: sums, but two maxima."""
+    """Returns the metrics of a minibatch: sums over its micro-batches (axis 0), except for two maxima."""
     maxima = ("ratio_max", "ratio_error")
     return {name: jnp.max(x_M) if name in maxima else jnp.sum(x_M) for name, x_M in logs_M.items()}
 

@@ -42,8 +42,8 @@ class Models(NamedTuple):
 def shared_trunk(frozen: Any, params: Params) -> Params:
     """Returns policy and critic if the critic is a head on the policy's trunk (Ziegler 2019); a `Models.join`.
 
-    ``params["critic"]`` holds the head alone, ``{"head": ...}``. A head made by `lm.with_head` with ``zero`` starts
-    with values of 0. Both losses train the trunk; `Hyper.value_coef` is the weight of the value loss.
+    ``params["critic"]`` holds only the head, ``{"head": ...}``. With a head that `lm.with_head` creates with ``zero``,
+    all values are 0 at the start. Both losses train the trunk; `Hyper.value_coef` is the weight of the value loss.
     """
     del frozen
     return {"policy": params["policy"], "critic": {**params["policy"], **params["critic"]}}
@@ -207,7 +207,8 @@ def finish_iteration(state: PPOState, hyper: Hyper, logs: dict[str, Any], *, ski
         state: The state after the updates of the iteration.
         hyper: The hyperparameters of the iteration.
         logs: The metrics of `ppo.collect`, ``target`` and ``target_square`` included.
-        skipped: Whether an update was skipped. Then nothing changes: a KL of NaN would stay in the controller forever.
+        skipped: Whether an update was skipped. If so, nothing changes, because a NaN would stay in the controller
+            forever.
 
     Returns:
         A `PPOState`.

@@ -44,8 +44,8 @@ def coefficients(
 ) -> dict[str, jax.Array]:
     """Converts ``ptx_coef``, the weight of :func:`ptx_loss`, to the two normalisations that a paper may use.
 
-    InstructGPT does not say in which normalisation its 27.8 is meant. Up to a factor of the whole objective, the same
-    gradient is obtained with:
+    InstructGPT does not state the normalisation of its coefficient 27.8. Up to a factor of the whole objective, the
+    same gradient is obtained with:
 
     - ``ptx_coef_per_token``, if both terms are means over their tokens;
     - ``ptx_coef_per_sequence``, if both are means over sequences of sums over tokens, as Eq 2 is written. It equals

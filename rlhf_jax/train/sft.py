@@ -30,7 +30,7 @@ class TokenBatch:
     """bool, True at the tokens whose log-probability is trained on."""
     segments_BL: jax.Array | None = None
     """int32, in packed rows (`data.packing`): the sequence that each token belongs to. The first token of a sequence
-    has no context and log-probability 0, whatever the loss mask."""
+    has no context and log-probability 0, regardless of the loss mask."""
 
 
 def batch_logprobs(token_logprobs: Callable[..., jax.Array], params: Any, batch: TokenBatch) -> jax.Array:

@@ -304,7 +304,7 @@ def small_job(folder, mesh):
 
 
 def recipe(job):
-    """Returns the weights of base model and SFT and, in the long form, of reward model and PPO-ptx."""
+    """Returns the weights of base model and SFT and, in the long version, of reward model and PPO-ptx."""
     from recipe import stages
 
     rows, rng = job.task.demonstrations, np.random.default_rng(0)

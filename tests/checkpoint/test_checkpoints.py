@@ -153,7 +153,7 @@ def damage_empty(folder):
 
 
 @pytest.mark.parametrize("damage", [v for k, v in sorted(globals().items()) if k.startswith("damage_")])
-def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(two, damage):
+def test_a_damaged_checkpoint_is_skipped_and_the_previous_one_restored(two, damage):
     damage(two.directory / "step_000000002")
     with pytest.warns(UserWarning, match="skipped a damaged checkpoint.*step 2: ") as caught:
         step, state, _ = two.restore(make_state(9))

@@ -133,7 +133,7 @@ def test_the_templates_of_a_family_are_distinct():
         assert len(set(family.forms)) == len(family.forms)
 
 
-def test_a_tokenizers_own_template_with_marks_is_kept():
+def test_a_tokenizers_template_with_marks_is_kept():
     tokenizer = tokenizers.train_bpe(["the cat"], vocab_size=260)
     fmt = chat.chat_format(tokenizer)
     assert fmt.tokenizer is tokenizer and fmt.template == tokenizers.CHAT_TEMPLATE
@@ -147,7 +147,7 @@ def test_the_date_is_fixed_and_thoughts_are_empty():
     fmt = chat.chat_format(make_llama3(template=live))
     assert fmt.template == dated
     fmt = format_of("qwen3")
-    assert fmt.template == templates.FAMILIES[1].forms[0], "without a template of its own, there is no thinking"
+    assert fmt.template == templates.FAMILIES[1].forms[0], "the default template has no thinking"
     thinking = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"

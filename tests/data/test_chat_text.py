@@ -101,7 +101,7 @@ def test_a_dialogue_must_end_in_an_answer_and_have_known_roles():
         chat.encode_prompt(fmt, [Turn("tool", "3"), TURNS[0]])
 
 
-def test_an_unknown_word_is_named():
+def test_the_error_names_an_unknown_word():
     fmt = chat.chat_format(tokenizers.word_level(["the", "cat"]))
     with pytest.raises(errors.DataError, match="the word 'dog' is not in the tokenizer's vocabulary"):
         chat.encode_answer(fmt, "the dog")

@@ -240,7 +240,7 @@ def test_each_stage_is_checked_against_the_limit_separately():
     assert counts.dropped == {"a": 2, "b": 1}
 
 
-def test_truncated_records_have_a_limit_of_their_own_which_is_off_by_default():
+def test_truncated_records_have_a_separate_limit_that_is_off_by_default():
     counts = errors.DropCount()
     counts.truncate("cut")
     counts.check(1, source="here")

@@ -55,7 +55,7 @@ def test_the_shares_of_hosts_partition_every_batch(n, share, hosts, epochs, seed
         assert len(set(seen.tolist())) == used  # no record occurs twice in an epoch
 
 
-def test_every_epoch_and_seed_has_its_own_order():
+def test_the_order_differs_between_epochs_and_seeds():
     orders = {seed: np.concatenate([b["x"] for b in make(batch_size=10, seed=seed, epochs=4)]) for seed in (0, 1)}
     epochs = [tuple(order[i * 10 : i * 10 + 10]) for order in orders.values() for i in range(4)]
     # In grain itself, epoch 1 of seed 0 has the order of epoch 0 of seed 1.

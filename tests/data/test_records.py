@@ -285,7 +285,7 @@ BROKEN = [
     (DEMONSTRATIONS, {"prompt": 3, "response": "a"}, "'prompt' is a int, not a string"),
     (DEMONSTRATIONS, {"prompt": "a"}, "the record has no 'response', and no 'messages' either"),
     (DEMONSTRATIONS, {"response": "a"}, "the record has no 'prompt'"),
-    (DEMONSTRATIONS, {"prompt": "a", "response": [ASK, SAY]}, "'response' holds 2 messages, not the answer alone"),
+    (DEMONSTRATIONS, {"prompt": "a", "response": [ASK, SAY]}, "'response' holds 2 messages, not only the answer"),
     (DEMONSTRATIONS, {"messages": "why"}, "'messages' is a str, not a string or a list of messages"),
     (DEMONSTRATIONS, {"messages": [{"role": USER}]}, "message 1 of 'messages' has no 'content'"),
     (

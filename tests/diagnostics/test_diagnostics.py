@@ -53,7 +53,7 @@ def test_rate_over_clusters_stays_in_the_unit_interval_with_positive_width(rows)
         np.testing.assert_allclose(mirrored, (1 - mean, 1 - hi, 1 - lo), atol=1e-12)
 
 
-def test_intervals_over_few_clusters_have_their_coverage():
+def test_intervals_over_few_clusters_have_nominal_coverage():
     """Uses five prompts of one to six correlated pairs."""
     rng, hits = np.random.default_rng(4), []
     for _ in range(200):
@@ -120,7 +120,7 @@ def test_win_rate_without_ties_is_wilsons_and_antisymmetric():
 
 @pytest.mark.parametrize("probs", [(0.5, 0.5, 0.0), (0.3, 0.3, 0.4), (0.05, 0.15, 0.8), (0.9, 0.05, 0.05)])
 @pytest.mark.parametrize("n", [40, 400])
-def test_win_rate_interval_has_its_coverage(probs, n):
+def test_win_rate_interval_has_nominal_coverage(probs, n):
     """Draws wins, losses and ties with known probabilities."""
     rng = np.random.default_rng(3)
     truth = probs[0] + probs[2] / 2
@@ -192,7 +192,7 @@ def test_calibration_error_matches_a_hand_computed_value():
     assert diagnostics.calibration_slope(chosen, rejected).mean == pytest.approx(math.log(3))
 
 
-def test_slope_interval_has_its_coverage():
+def test_slope_interval_has_nominal_coverage():
     hits = []
     for seed in range(200):
         estimate = diagnostics.calibration_slope(*labelled_pairs(200, slope=0.8, seed=seed))

@@ -52,7 +52,7 @@ def noisy(form, seed, *, alpha=1.0, beta=0.25, noise=0.05, n=20):
 
 
 @pytest.mark.parametrize("form", [over.BEST_OF_N, over.REINFORCEMENT], ids=["best-of-n", "rl"])
-def test_intervals_of_fits_have_their_coverage(form):
+def test_intervals_of_fits_have_nominal_coverage(form):
     beta = 0.25 if form is over.BEST_OF_N else 0.5
     d, top = (2.0, 1.0) if form is over.BEST_OF_N else (math.e, math.e / 2)
     hits = {"alpha": [], "beta": [], "d": [], "gain": []}

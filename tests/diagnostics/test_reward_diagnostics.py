@@ -110,7 +110,7 @@ def test_stratum_of_one_pair_has_a_wide_interval():
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(1, 5))
-def test_buckets_contain_their_values_and_equal_values_share_one(values, count):
+def test_buckets_contain_their_values_and_equal_values_share_a_bucket(values, count):
     buckets = diagnostics.quantile_buckets(values, count=count)
     assert all(bucket.low <= value <= bucket.high for value, bucket in zip(values, buckets))
     ordered = sorted(set(buckets))
@@ -308,7 +308,7 @@ def test_policies_share_one_effect_of_length():
     np.testing.assert_allclose(more.rates[0].mean, got.rates[0].mean, rtol=1e-9)
 
 
-def test_length_controlled_interval_has_its_coverage():
+def test_length_controlled_interval_has_nominal_coverage():
     hits = []
     for seed in range(200):
         rate = diagnostics.length_controlled_win_rate(*compared(150, win=0.3, effect=1.0, longer=1.3, seed=seed))

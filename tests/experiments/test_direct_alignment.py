@@ -102,7 +102,9 @@ def test_rounds_pair_the_best_with_the_worst_answer_and_skip_ties():
     scores = np.array([[0.1, 0.9, 0.5], [1.0, 2.0, 3.0], [0.5, 0.5, 0.5]])
     got, left_out = pairs_lib.best_and_worst(answers, scores, prompt_width=1)
     np.testing.assert_array_equal(got.rows.tokens_BKL, [[[7, 2, 1], [7, 1, 1]]])
-    assert got.prompt_B.tolist() == [0], "the second prompt's best and worst are one text; the third's scores are equal"
+    assert got.prompt_B.tolist() == [0], (
+        "the second prompt's best and worst answers are equal texts; the third prompt's scores are equal"
+    )
     assert left_out == {"equal scores": 1, "one text": 1}
     # The lowest answer of the third prompt has the same text as its best; the second lowest differs.
     scores[2] = [0.5, 0.9, 0.1]

@@ -76,7 +76,7 @@ def finished(checkpoint, tmp_path_factory):
     return folder, done
 
 
-@pytest.mark.slow  # a whole run; its short form makes the task and the models alone
+@pytest.mark.slow  # a whole run; the fast version builds only the task and the models
 def test_the_job_starts_from_a_model_and_its_tokenizer(finished, checkpoint):
     folder, done = finished
     assert "pretrain: already done" in done.stderr
@@ -90,7 +90,7 @@ def test_the_job_starts_from_a_model_and_its_tokenizer(finished, checkpoint):
     assert not any("gold" in row for row in rows), "ids are not the world's words, so PPO cannot log gold"
 
 
-@pytest.mark.slow  # a whole run; its short form makes the task and the models alone
+@pytest.mark.slow  # a whole run; the fast version builds only the task and the models
 def test_the_saved_policy_has_the_same_architecture_and_tokenizer(finished, checkpoint):
     folder, _ = finished
     began, ended = initial_model.load(str(checkpoint)), initial_model.load(str(folder / "policy"))

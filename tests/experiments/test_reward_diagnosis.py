@@ -33,11 +33,11 @@ def score(params, tokens_BL, mask_BL):
 
 def test_the_validation_loss_is_over_the_first_prompts_at_a_few_steps():
     batch = comparisons(400)
-    tell = validation_loss.make_callback(score, batch, steps=83)
-    rows = {done: tell(done, SimpleNamespace(params=0.3), {}) for done in range(1, 84)}
+    callback = validation_loss.make_callback(score, batch, steps=83)
+    rows = {done: callback(done, SimpleNamespace(params=0.3), {}) for done in range(1, 84)}
     known = {done: row["validation_loss"] for done, row in rows.items() if row}
     assert list(known) == [11, 22, 33, 44, 55, 66, 77, 83] and len(set(known.values())) == 1
-    told, answers = [], 0
+    losses, answers = [], 0
     for b in range(400):
         answers += int(batch.where_BK[b].sum())
         if answers > policy_sampling.CHUNK:
@@ -49,34 +49,34 @@ def test_the_validation_loss_is_over_the_first_prompts_at_a_few_steps():
             if batch.where_BK[b, [i, j]].all() and batch.ranks_BK[b, i] < batch.ranks_BK[b, j]
         ]
         if leads:
-            there = int(batch.where_BK[b].sum())
-            told.append(sum(math.log1p(math.exp(-lead)) for lead in leads) / math.comb(there, 2))
-    assert known[11] == pytest.approx(np.mean(told), rel=1e-5)
+            answer_count = int(batch.where_BK[b].sum())
+            losses.append(sum(math.log1p(math.exp(-lead)) for lead in leads) / math.comb(answer_count, 2))
+    assert known[11] == pytest.approx(np.mean(losses), rel=1e-5)
     # With two heads it is the mean over the heads.
     heads = validation_loss.make_callback(
-        lambda *given: np.stack([score(*given), 2 * score(*given)], axis=1), batch, steps=1
+        lambda *args: np.stack([score(*args), 2 * score(*args)], axis=1), batch, steps=1
     )
     both = [
         validation_loss.make_callback(score, batch, steps=1)(1, SimpleNamespace(params=scale), {})
         for scale in (0.3, 0.6)
     ]
     mean = np.mean([row["validation_loss"] for row in both if row])
-    found = heads(1, SimpleNamespace(params=0.3), {})
-    assert found is not None and found["validation_loss"] == pytest.approx(mean)
+    result = heads(1, SimpleNamespace(params=0.3), {})
+    assert result is not None and result["validation_loss"] == pytest.approx(mean)
 
 
 def test_an_overfitted_reward_model_raises_an_alarm(tmp_path):
-    asked, log = settings.preset("smoke"), metrics.MetricLog(tmp_path)
-    rng, told = np.random.default_rng(0), []
-    watch = monitoring.watch_stage(log, "reward_model", asked, told.append)
+    options, log = settings.preset("smoke"), metrics.MetricLog(tmp_path)
+    rng, messages = np.random.default_rng(0), []
+    watch = monitoring.watch_stage(log, "reward_model", options, messages.append)
     for step in range(1, 2 * validation_loss.TIMES + 1):
         row = {"loss": 0.7 - 0.02 * step}
         if step % 2 == 0:
             row["validation_loss"] = 0.6 + 0.002 * rng.normal() + (0.1 if step > validation_loss.TIMES else 0.0)
         watch(step, row)
-    assert len(told) == 1 and "overfits" in told[0]
-    (found,) = monitoring.raised_alarms(log, asked)
-    assert (found["stage"], found["name"], found["step"]) == ("reward_model", "overfitted", 2 * validation_loss.TIMES)
+    assert len(messages) == 1 and "overfits" in messages[0]
+    (alarm,) = monitoring.raised_alarms(log, options)
+    assert (alarm["stage"], alarm["name"], alarm["step"]) == ("reward_model", "overfitted", 2 * validation_loss.TIMES)
     defaults = alarms.CHECKS["overfitted"].__kwdefaults__ or {}
     assert 2 * defaults["validation_window"] <= validation_loss.TIMES
     log.close()

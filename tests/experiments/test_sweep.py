@@ -62,7 +62,7 @@ def rows_of(folder, stage):
     return [{name: value for name, value in row.items() if name not in ("stage", "step")} for row in found]
 
 
-@pytest.mark.slow  # its short form is the sweep of test_ppo.py
+@pytest.mark.slow  # the fast version is the sweep of test_ppo.py
 def test_one_program_gives_the_results_of_separate_runs(tmp_path):
     job, together = job_in(tmp_path / "a", small()), job_in(tmp_path / "b", small())
     shared = shared_by(job)

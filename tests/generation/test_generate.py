@@ -73,7 +73,7 @@ def test_shapes_and_layout_of_a_rollout():
     np.testing.assert_array_equal(rollout.mask_BL, jnp.concatenate([prompts()[1], rollout.response_mask_BT], axis=1))
     np.testing.assert_array_equal(rollout.response_mask_BT, np.arange(T)[None, :] < rollout.lengths_B[:, None])
     endings = {(bool(f), int(n) == T) for n, f in zip(rollout.lengths_B, rollout.finish_B)}
-    assert endings == {(False, True), (True, False), (True, True)}, "the test wants a stop at the last place as well"
+    assert endings == {(False, True), (True, False), (True, True)}, "the test needs stops at the last position as well"
     for row, (length, finish) in enumerate(zip(rollout.lengths_B, rollout.finish_B)):
         drawn, after = responses(rollout)[row, :length], responses(rollout)[row, length:]
         assert not set(drawn[:-1]) & set(STOPS)

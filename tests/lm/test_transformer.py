@@ -234,7 +234,7 @@ def test_rows_of_padding_are_finite_with_finite_gradients(cfg):
 
 
 @pytest.mark.parametrize("change", [dict(remat="dots"), dict(attention="xla", remat="full")])
-def test_attention_and_remat_choices_agree_and_padding_has_no_gradient(change):
+def test_attention_and_remat_options_agree_and_padding_has_no_gradient(change):
     params, tokens = model(CONFIGS["llama"]), some_tokens(CONFIGS["llama"]).at[:, 0].set(22)
     tokens = jnp.where(tokens == 5, 6, tokens).at[0, 2].set(5)
     mask = (jnp.arange(L)[None, :] >= jnp.array([0, 3, 6])[:, None]).at[0, 2].set(False)

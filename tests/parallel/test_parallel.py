@@ -157,7 +157,7 @@ def test_minibatches_depend_on_the_shards_and_not_on_the_devices(shards, devices
     assert taken.shape == (epochs * count, rows // count)
     for epoch in np.asarray(taken).reshape(epochs, rows):
         np.testing.assert_array_equal(np.sort(epoch), np.arange(rows))
-    assert not np.array_equal(taken[0], taken[count]), "each epoch has its own order"
+    assert not np.array_equal(taken[0], taken[count]), "the order differs between epochs"
     for update in np.asarray(taken):  # equally many rows of each block
         np.testing.assert_array_equal(np.bincount(update // (rows // shards)), rows // count // shards)
 

@@ -129,7 +129,7 @@ def test_the_page_contains_policies_and_numbers(full_text):
     assert "Reward and KL" in page.headings and "Learning curves: Reinforcement learning" in page.headings
 
 
-def test_the_page_loads_and_runs_nothing(full_text):
+def test_the_page_loads_no_files_and_runs_no_scripts(full_text):
     page = Page(full_text)
     assert not {"script", "link", "iframe", "img", "object", "embed", "base"} & set(page.tags)
     for name, value in page.attributes:

@@ -289,7 +289,7 @@ def test_bad_batches_are_skipped_until_too_many_stop_the_run(tmp_path):
     json.dumps(rows, allow_nan=False)
     bad |= set(range(9, 20))
     with pytest.raises(
-        loop.DivergedError, match=r"toy skipped 3 steps in a row.*step 12 of 20: loss, the gradient not finite"
+        loop.DivergedError, match=r"toy skipped 3 steps in a row.*step 12 of 20: loss and the gradient are not finite"
     ):
         run(tmp_path / "b", batch_at=poison, max_skipped=3)
 

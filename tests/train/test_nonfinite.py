@@ -49,10 +49,10 @@ def test_finite_step_gives_no_warning():
 @pytest.mark.parametrize(
     ("change", "named", "not_named"),
     [
-        ({"value_clip": np.nan}, "value_loss, the gradient of critic not finite", "policy_loss"),
-        ({"clip": np.nan}, "policy_loss not finite", "value_loss"),
-        ({"ptx_coef": np.inf}, "the gradient of policy, ptx_coef", "_loss"),
-        ({"learning_rate": np.nan}, "learning_rate not finite", "loss"),
+        ({"value_clip": np.nan}, "value_loss and the critic's gradient are not finite", "policy_loss"),
+        ({"clip": np.nan}, "policy_loss is not finite", "value_loss"),
+        ({"ptx_coef": np.inf}, "the policy's gradient, ptx_coef_per_sequence and ptx_coef", "_loss"),
+        ({"learning_rate": np.nan}, "learning_rate is not finite", "loss"),
     ],
 )
 def test_warning_names_the_non_finite_loss_or_gradient(change, named, not_named):
@@ -74,7 +74,7 @@ def test_warning_names_the_pretraining_loss():
     )
     compiled = parallel.jit_step(ppo.make_train_step(models, minibatches=1))
     warnings, _ = run_once(run, compiled=compiled)
-    assert "ptx_loss, the gradient of policy not finite" in warnings[0] and "policy_loss" not in warnings[0]
+    assert "ptx_loss and the policy's gradient are not finite" in warnings[0] and "policy_loss" not in warnings[0]
 
 
 def test_warning_names_the_row_with_a_non_finite_score():
@@ -107,7 +107,7 @@ def test_bad_rows_are_numbered_in_batch_order_for_any_micro_batches(micro_batche
     assert float(logs["skipped"]) == 1
     assert (float(logs["bad_rows"]), float(logs["bad_row"])) == (rows.sum(), rows.argmax())
     np.testing.assert_array_equal(new.params["table"], state.params["table"])
-    assert "loss, the gradient not finite" in nonfinite.explain(metrics.to_floats(logs))
+    assert "loss and the gradient are not finite" in nonfinite.explain(metrics.to_floats(logs))
 
 
 def test_bad_rows_over_several_devices_match_the_whole_batch():
@@ -176,7 +176,7 @@ def test_diverged_run_keeps_the_last_finite_state_and_can_resume(tmp_path):
         loop.DivergedError, match=r"toy skipped 3 steps in a row.*step 7 of 12.*last finite step.*on disk"
     ):
         fit(tmp_path, {4, 5, 6}, warnings=warnings)
-    assert len(warnings) == 1 and "toy: skipped step 5: the gradient not finite" in warnings[0]
+    assert len(warnings) == 1 and "toy: skipped step 5: the gradient is not finite" in warnings[0]
     saved = checkpoint.Checkpoints(tmp_path / "saved")
     assert saved.latest() == 8  # the row of step 7 is read while step 8 is computed
     final = fit(tmp_path, {4, 5, 6})

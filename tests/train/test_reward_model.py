@@ -206,7 +206,7 @@ def test_head_of_a_domain_learns_from_its_prompts():
     assert abs(np.asarray(state.params["head"]["kernel_HD"] - before)).min(axis=1).max() > 0
     assert abs(np.asarray(one_sided.params["head"]["kernel_HD"][0] - before[0])).max() > 1e-4
     _, unknown = run(comparisons(domain_B=np.full(B, 2, np.int32)), heads=2, head_of_domain=True)
-    assert float(unknown["skipped"]) == 1, "there is no third head to learn from these"
+    assert float(unknown["skipped"]) == 1, "these domains have no head"
 
 
 def test_heads_are_combined_and_a_critic_needs_a_single_head():
@@ -317,7 +317,7 @@ def test_pattern_trains_only_the_head():
     adam = optax.chain(optax.scale_by_adam(), optax.scale(-1.0))
     state = state_lib.create(trained, adam)
     moments = [x.shape for x in jax.tree.leaves(state.opt_state) if x.ndim]
-    assert moments == [(CFG.d_model,)] * 2, "the optimiser has moments of the head's kernel alone"
+    assert moments == [(CFG.d_model,)] * 2, "the optimiser has moments for the head's kernel only"
     step = parallel.jit_step(reward_model.make_train_step(score, join=partition.join))
     hyper = {"learning_rate": np.float32(0.1), "max_grad_norm": np.float32(np.inf)}
     state, logs = step(state, frozen, hyper, jax.tree.map(jnp.asarray, comparisons()), jax.random.key(0))

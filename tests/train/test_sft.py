@@ -94,7 +94,7 @@ def test_loss_depends_only_on_the_context_of_response_tokens():
         assert abs(float(changed_logs["loss"].value() - logs["loss"].value())) > 1e-4
 
 
-def test_batch_without_loss_tokens_changes_nothing():
+def test_batch_without_loss_tokens_has_no_effect():
     batch = token_rows()
     state, logs = sft_run(batch.replace(loss_mask_BL=jnp.zeros((B, L), bool)))  # type: ignore[attr-defined]
     close(state.params, params(), atol=0)

@@ -138,7 +138,7 @@ def encode_dialogue(
     template.
 
     Returns:
-        ``(ids, loss_mask)``, equally long.
+        ``(ids, loss_mask)``, of the same length.
 
     Raises:
         DataError: If the dialogue does not end in an assistant turn; see also `encode_prompt`.
@@ -157,8 +157,8 @@ def encode_prompts(
 ) -> tuple[list[list[int]], np.ndarray]:
     """Encodes prompts in at most ``width`` tokens each.
 
-    A longer prompt loses its oldest turns until it fits. It still starts with a user turn, after its system turn if it
-    has one, and no turn is cut. It is counted as truncated: ``"prompt turns dropped"``. A prompt is dropped as
+    A longer prompt loses its oldest turns until it fits, and is counted as truncated: ``"prompt turns dropped"``. It
+    still starts with a user turn, after its system turn if it has one, and no turn is cut. A prompt is dropped as
     ``"prompt too long"`` if its last user turn and what follows it do not fit, as ``"no user turn"``, and as
     ``"roles are refused"`` if the template refuses its roles.
 

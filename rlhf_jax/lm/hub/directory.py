@@ -7,7 +7,7 @@ applies it, and other libraries have to add it to the scores. Those classes have
 so the ``unembed`` parameters of a model with a head are not written. `load_normalisation` reads the field
 ``reward_normalisation``, which records how the scores were normalised.
 
-Settings that ``config.json`` has no field for (compute dtype, remat, attention kernel) are written under ``rlhf_jax``.
+Settings without a field in ``config.json`` (compute dtype, remat, attention kernel) are written under ``rlhf_jax``.
 """
 
 from __future__ import annotations

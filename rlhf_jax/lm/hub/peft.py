@@ -37,7 +37,7 @@ _WITHOUT_EFFECT = (
     *("auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "inference_mode", "lora_dropout"),
     *("megatron_core", "peft_version", "qalora_group_size", "revision", "target_modules", "task_type"),
 )
-"""Fields that do not affect the computation; the names of the tensors say which layers they belong to."""
+"""Fields that do not affect the computation; the names of the tensors determine the layers."""
 _BASE_KEPT = (True, False, "gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` that leave the weights of the base model unchanged."""
 
@@ -84,7 +84,7 @@ def save(
     Args:
         path: Directory to write.
         cfg: Architecture of the base model.
-        adapters: Adapters, as from `lora.init`.
+        adapters: Adapters, such as those from `lora.init`.
         scale: alpha / r, as in `lora.attach`.
         base_model_name: ``base_model_name_or_path`` of the configuration.
 

@@ -105,7 +105,7 @@ def write(
                     raise ValueError(f"{given} {array.shape} was given for {name} {shapes[name]}")
                 if not np.isfinite(array).all():
                     raise ValueError(f"{name} holds a value that is not finite")
-                # The memory of a transposed view is in another order.
+                # The memory of a transposed view is in a different order.
                 out.write(np.ascontiguousarray(array.astype(dtype, copy=False)).reshape(-1).view(np.uint8).data)
     if total > 1:
         places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
@@ -138,7 +138,7 @@ def atomic_folder(folder: pathlib.Path, *, marker: str) -> Iterator[pathlib.Path
         FileExistsError: ``folder`` exists, is not empty and does not contain the file ``marker``.
     """
     if folder.exists() and not (folder.is_dir() and ((folder / marker).exists() or not any(folder.iterdir()))):
-        raise FileExistsError(f"{folder} exists and has no {marker}, so it is not overwritten; choose another path")
+        raise FileExistsError(f"{folder} exists and has no {marker}, so it is not overwritten; choose a different path")
     temporary, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("writing", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -65,24 +65,25 @@ def row_metrics(rows: BadRows, *, axis_name: str | tuple[str, ...] | None = None
 
 
 def explain(floats: Mapping[str, float]) -> str:
-    """Returns a phrase that names what was not finite in a skipped step, and in which rows, from the step's metrics.
+    """Returns a clause that names the non-finite losses, gradients and rows of a skipped step, from its metrics.
 
     Example:
         >>> from rlhf_jax.train.optim import nonfinite
         >>> nonfinite.explain({"loss": float("nan"), "grad_norm": 1.0, "bad_rows": 1.0, "bad_row": 3.0})
-        'loss not finite (row 3 of the batch)'
+        'loss is not finite (row 3 of the batch)'
     """
     bad = [name for name, number in floats.items() if not math.isfinite(number)]
     parts = [name.removeprefix("grad_norm_") for name in bad if name.startswith("grad_norm_")]
     losses = [name for name in bad if "loss" in name]
     rest = [name for name in bad if name not in losses and not name.startswith("grad_norm")]
-    gradient = ["the gradient of " + " and ".join(parts)] if parts else ["the gradient"] * ("grad_norm" in bad)
-    names = ", ".join([*losses, *gradient, *rest[:6]]) or "a number of the update"
-    names += f" and {len(rest) - 6} more" if len(rest) > 6 else ""
+    gradients = [f"the {part}'s gradient" for part in parts] or ["the gradient"] * ("grad_norm" in bad)
+    names = [*losses, *gradients, *rest[:6]] or ["a number of the update"]
+    names += [f"{len(rest) - 6} more"] * (len(rest) > 6)
+    subject = f"{', '.join(names[:-1])} and {names[-1]} are" if len(names) > 1 else f"{names[0]} is"
     places = []
     if floats.get("bad_rows", 0) > 0:
         count, first = int(floats["bad_rows"]), int(floats["bad_row"])
         places.append(f"row {first} of the batch" if count == 1 else f"{count} rows of the batch from row {first} on")
     if floats.get("bad_update", -1) >= 0:
         places.append(f"first in update {int(floats['bad_update']) + 1}")
-    return f"{names} not finite" + (f" ({', '.join(places)})" if places else "")
+    return f"{subject} not finite" + (f" ({', '.join(places)})" if places else "")

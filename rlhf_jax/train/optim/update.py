@@ -27,7 +27,7 @@ def all_trained(frozen: Any, params: Any) -> Any:
     """Returns ``params``: the ``join`` of a step in which all parameters of the model are trained.
 
     A ``join(frozen, params)`` builds the parameters of a model from frozen and trained ones. The step calls it inside
-    the loss, so that gradients are taken with respect to ``params`` alone. `lm.lora.attach` and `partition.join` are
+    the loss, so that gradients are taken only with respect to ``params``. `lm.lora.attach` and `partition.join` are
     other examples.
     """
     del frozen
@@ -123,9 +123,9 @@ def apply_gradients(
     axis_name: str | tuple[str, ...] | None = None,
     loss: Any = None,
 ) -> tuple[Any, dict[str, jax.Array]]:
-    """Applies one update; if the gradient, the loss or a rate is not finite, changes nothing but the step counter.
+    """Applies one update; if the gradient, the loss or a rate is not finite, changes only the step counter.
 
-    The counter always advances, so that ``fold_in(rng, state.step)`` gives the next step other random numbers.
+    The counter always advances, so that ``fold_in(rng, state.step)`` gives the next step different random numbers.
 
     Args:
         state: A ``TrainState`` whose ``tx`` has unit learning rate, such as ``optax.chain(optax.scale_by_adam(),
@@ -139,7 +139,7 @@ def apply_gradients(
     Returns:
         ``(state, metrics)``, float32 scalars: ``grad_norm``, the global norm before clipping, finite or not; and
         ``skipped``, 1.0 if the update was skipped, else 0.0. Code that updates an average or a controller after the
-        step must skip that as well if ``skipped`` is 1.
+        step must do so only if ``skipped`` is 0.
     """
     if axis_name is not None:
         grads = jax.lax.pmean(grads, axis_name)
