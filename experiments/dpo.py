@@ -64,9 +64,8 @@ def parse(arguments: list[str]) -> DPOSettings:
         raise settings_lib.SettingError(
             f"--judge {settings.judge} needs the built-in world; leave out --judge or --data.path"
         )
-    unused = ("samples", "judge", "hold_reference") if settings.rounds == 0 else ("pairs",)
     defaults = {field.name: field.default for field in dataclasses.fields(DPOSettings)}
-    for name in unused:
+    for name in ("samples", "judge", "hold_reference") if settings.rounds == 0 else ("pairs",):
         if getattr(settings, name) != defaults[name]:
             raise settings_lib.SettingError(
                 f"{flag_name(name)} has no effect with --rounds {settings.rounds}; leave it out"

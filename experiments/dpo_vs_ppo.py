@@ -33,7 +33,7 @@ from typing import Any, ClassVar, Literal
 
 from launch import command_line, process_setup
 from launch import settings as settings_lib
-from launch.setting_checks import flag_name, require
+from launch.setting_checks import require
 from preferences import direct_settings
 
 Part = Literal["world", "bandit", "exact"]
@@ -85,10 +85,8 @@ def parse(arguments: list[str]) -> StudySettings:
         )
     for name in ("betas", "kl_coefs", "bandit_coefs", "at"):
         values = getattr(settings, name)
-        if not values or min(values) <= 0 or len(set(values)) < len(values):
-            raise settings_lib.SettingError(
-                f"{flag_name(name)} is {values}; the values must be above 0 and all different"
-            )
+        distinct = len(set(values)) == len(values)
+        require(bool(values) and min(values) > 0 and distinct, settings, name, "one or more distinct values above 0")
     if not settings.parts:
         raise settings_lib.SettingError("--parts is empty; name at least one of world, bandit and exact")
     if "world" in settings.parts and settings.data.path is not None:
