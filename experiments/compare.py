@@ -52,7 +52,9 @@ def parse(arguments: list[str]) -> Compare:
     """Returns the settings of a command line; raises SettingError for invalid ones."""
     settings = command_line.parse(Compare, arguments, doc=__doc__, adjust=_shorten)
     if settings.data.path is not None:
-        raise SettingError("--data.path has no gold utility to compare the methods by; leave it out")
+        raise SettingError(
+            "--data.path is not supported: the methods are compared by gold utility, which a file does not have"
+        )
     for name, least in (("seeds", 1), ("group", 2), ("rounds", 1)):
         require(getattr(settings, name) >= least, settings, name, f"at least {least}")
     ppo = settings.ppo

@@ -104,8 +104,8 @@ def run(settings: DPOSettings) -> dict[str, Any]:
     """Runs the job; returns the contents of results.json."""
     out = Console()
     if settings.resume and (finished := run_folder.finished_results(settings.resume)):
-        out.print(console.results_table(finished))
         run_setup.print_line(out, f"{settings.resume} is already finished; there is nothing to run")
+        out.print(console.results_table(finished))
         return finished
     names = [f"{settings.loss}-round{r}" for r in range(settings.rounds)] or [settings.loss]
     weights = [*((name, 20.0) for name in names), ("evaluate", 20.0)]

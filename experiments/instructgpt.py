@@ -47,8 +47,8 @@ def run(settings: Settings) -> dict:
     out = Console()
     if settings.resume and (finished := run_folder.finished_results(settings.resume)):
         out.quiet = not hosts.current().first
+        run_setup.print_line(out, f"{settings.resume} is already finished; there is nothing to run")
         out.print(console.results_table(finished))
-        run_setup.print_line(out, f"{settings.resume} is already finished")
         return finished
     weights = [("ppo", 36.0), ("ppo_ptx", 43.0), ("evaluate", 20.0)]
     with (

@@ -77,8 +77,8 @@ def run(settings: RewardSettings) -> dict[str, Any]:
     """Runs the job; returns the contents of results.json."""
     out = Console()
     if settings.resume and (results := run_folder.finished_results(settings.resume)):
-        _show(out, results)
         run_setup.print_line(out, f"{settings.resume} is already finished; there is nothing to run")
+        _show(out, results)
         return results
     path, results = (_cross_validate if settings.folds else reward_run.run)(settings, out)
     results |= {"seed": settings.seed, "preset": settings.preset}

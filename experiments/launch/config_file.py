@@ -28,12 +28,14 @@ def read(resume: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise SettingError(f"--resume {resume} is not a run folder: {path} does not exist") from None
     except (OSError, ValueError) as error:
-        raise SettingError(f"--resume {resume}: cannot read {path} ({error})") from error
+        raise SettingError(
+            f"--resume {resume}: {path} is damaged ({error}); restore it or start a new run with --out"
+        ) from error
     version = values.get("version") if isinstance(values, dict) else None
     if version != VERSION:
         has = "no version" if version is None else f"version {version}"
         raise SettingError(
-            f"--resume {resume} is not a run of this version of rlhf_jax: {path} has {has}, not version "
+            f"--resume {resume} is not a run of this version of rlhf_jax: {path} has {has} instead of version "
             f"{VERSION}; start a new run with --out"
         )
     return values
@@ -61,9 +63,15 @@ def from_dict(kind: type[S], values: dict[str, Any]) -> S:
 
 def _restore(value: Any, field: dataclasses.Field) -> Any:
     """Returns a JSON value as its field's type: a group of settings, a tuple or a number."""
-    if isinstance(value, dict):
-        group: Any = field.default_factory
-        if set(value) != {inner.name for inner in dataclasses.fields(group)}:
+    group: Any = field.default_factory
+    if dataclasses.is_dataclass(group):
+        inner = dataclasses.fields(group)
+        if not isinstance(value, dict) or set(value) != {each.name for each in inner}:
             raise SettingError(f"the settings of {field.name} in {NAME} differ from this version's; start a new run")
-        return group(**value)
-    return tuple(value) if isinstance(value, list) else value
+        return group(**{each.name: _restore(value[each.name], each) for each in inner})
+    value = tuple(value) if isinstance(value, list) else value
+    default = field.default
+    expected = (int, float) if isinstance(default, float) else type(default)
+    if value is not None and isinstance(default, (str, int, float, tuple)) and not isinstance(value, expected):
+        raise SettingError(f"{NAME} has {field.name} = {value!r}, which is not a {type(default).__name__}")
+    return value

@@ -67,7 +67,8 @@ def open_run(
         mesh_settings.check_divides(resolved.mesh, "--reward-model.batch", min(settings.reward_model.batch, n))
     accept(task)
     folder = _open_folder(path, settings, model_files)
-    print_line(out, f"writing to {folder.path}; data: {task.dropped.report()}")
+    verb = "resuming" if settings.resume else "writing to"
+    print_line(out, f"{verb} {folder.path}; records of the data: {task.dropped.report()}")
     if model is not None:
         print_line(out, f"starting from {model.path} ({model.cfg.model_type}); chat template: {model.fmt.origin}")
     if mesh is not None:

@@ -277,7 +277,13 @@ def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None)
     rankings = human_comparisons.read(data, dropped)
     key = jax.random.key(settings.seed)
     group_N = human_comparisons.conversation_ids(rankings)
-    kept, _ = batching.split(int(group_N.max()) + 1, fraction=data.held_out, key=key)
+    try:
+        kept, _ = batching.split(int(group_N.max()) + 1, fraction=data.held_out, key=key)
+    except ValueError as error:
+        raise errors.DataError(
+            f"{data.path} has {int(group_N.max()) + 1} conversations, too few to hold out a share of {data.held_out} "
+            "(--data.held-out); add records or change the share"
+        ) from error
     train_N = np.isin(group_N, kept)
     train, held_out = ([rankings[i] for i in np.flatnonzero(mask_N)] for mask_N in (train_N, ~train_N))
     fmt = human_comparisons.train_chat_format(train, data.vocab_size) if model is None else model.fmt

@@ -359,6 +359,7 @@ def test_errors_name_the_file_and_the_line(tmp_path):
     assert "line 2" in error_of("words.jsonl", json.dumps(good[0]).encode() + b"\nnot json\n")
     assert "line 3" in error_of("fields.jsonl", [*good[:2], {"chosen": good[0]["chosen"]}])
     assert "line 1" in error_of("turns.jsonl", [{"chosen": "\n\nHuman: Hi", "rejected": "\n\nHuman: Hi"}])
+    assert "--data.held-out" in error_of("few.jsonl", good[:1])
     many = error_of("empty.jsonl", [*good, {"chosen": dialogue("Q", ""), "rejected": dialogue("Q", "A")}])
     assert "empty answer 1" in many
 

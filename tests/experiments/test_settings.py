@@ -98,6 +98,16 @@ def test_a_run_folder_of_another_version_gives_a_one_sentence_error(tmp_path, ve
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("damage", [{"seed": "abc"}, {"ppo": [1]}, {"saves": None, "ppo": {}}, {"preset": 3}])
+def test_a_damaged_config_gives_a_one_sentence_error(tmp_path, damage):
+    run_folder.create(tmp_path / "run", settings.preset("smoke"))
+    path = tmp_path / "run" / config_file.NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    with pytest.raises(settings.SettingError, match=r"config\.json") as error:
+        config_file.read_settings(settings.Settings, str(tmp_path / "run"))
+    assert "\n" not in str(error.value)
+
+
 def test_a_run_of_another_command_is_refused(tmp_path):
     run_folder.create(tmp_path / "run", settings.preset("smoke"))
     with pytest.raises(settings.SettingError, match=r"is a run of instructgpt\.py; resume it with that command"):

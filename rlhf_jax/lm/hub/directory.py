@@ -198,7 +198,9 @@ def _lost(cfg: config.LMConfig, model_type: str) -> dict[str, Any]:
 def _folder(path: str | os.PathLike[str]) -> pathlib.Path:
     folder = pathlib.Path(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no model directory at {folder}")
+        raise FileNotFoundError(
+            f"there is no model directory at {folder}; models are read from local folders, nothing is downloaded"
+        )
     return folder
 
 
