@@ -64,7 +64,7 @@ def from_dict(kind: type[S], values: dict[str, Any]) -> S:
 def _restore(value: Any, field: dataclasses.Field) -> Any:
     """Returns a JSON value as its field's type: a group of settings, a tuple or a number."""
     group: Any = field.default_factory
-    if dataclasses.is_dataclass(group):
+    if isinstance(group, type) and dataclasses.is_dataclass(group):
         inner = dataclasses.fields(group)
         if not isinstance(value, dict) or set(value) != {each.name for each in inner}:
             raise SettingError(f"the settings of {field.name} in {NAME} differ from this version's; start a new run")
