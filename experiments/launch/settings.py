@@ -178,9 +178,9 @@ class PPO:
     micro_batches: int = 1
     """Number of parts that each minibatch is split into to save memory; the gradient is the same."""
     shards: int = 1
-    """Number of blocks of a rollout; each minibatch takes the same number of rows from every block. If it is a multiple
-    of --mesh.data x --mesh.fsdp, answers stay on the device that sampled them. Results depend on this number but not on
-    the number of devices."""
+    """Number of blocks that a rollout is split into; each minibatch takes the same number of rows from every block. If
+    it is a multiple of --mesh.data x --mesh.fsdp, answers stay on the device that sampled them. Results depend on this
+    number but not on the number of devices."""
     epochs: int = 1
     """Passes over each rollout (1 in InstructGPT, 4 in Ziegler and Stiennon)."""
     learning_rate: float = 6e-4
@@ -225,7 +225,7 @@ class PPO:
     clip: float = 0.2
     """Clip range of the probability ratio."""
     value_clip: float = 0.5
-    """Clip range of the change of a value in the value loss."""
+    """Clip range: how far a value may move from its value at the rollout in the value loss."""
     lambda_: float = 0.95
     """Lambda of GAE."""
     temperature: float = 1.0
@@ -239,7 +239,7 @@ class PPO:
     missing_stop_score: float = -3.0
     """Score of an answer without a stop token, in standard deviations of the reward."""
     missing_stop: Literal["replace", "subtract"] = "replace"
-    """Whether that score replaces the score of the answer (as in the papers) or is added to it."""
+    """`replace`: that score replaces the score of the answer, as in the papers; `subtract`: it is added to it."""
     ema: float = 0.95
     """Decay of the averaged policy, which is evaluated and saved (0.992 in InstructGPT, over far more updates); 0 uses
     the last weights."""

@@ -75,8 +75,7 @@ def _score(job: jobs.Job, params: types.Params, batch: types.Comparisons) -> np.
 
 
 def _score_margins(job: jobs.Job, params: types.Params, batch: types.Comparisons) -> tuple[np.ndarray, np.ndarray]:
-    """Returns, for each pair of answers that differ in rank, the better one's score minus the other's, and its
-    prompt."""
+    """Returns the margin (better score minus worse) of each pair with different ranks, and the prompt of the pair."""
     scores_BK = _score(job, params, batch)
     ranks_BK, where_BK = np.asarray(batch.ranks_BK), np.asarray(batch.where_BK)
     both_BKK = where_BK[:, :, None] & where_BK[:, None, :]
@@ -85,8 +84,7 @@ def _score_margins(job: jobs.Job, params: types.Params, batch: types.Comparisons
 
 
 def _accuracy(margin_N: np.ndarray, prompt_N: np.ndarray) -> list[float]:
-    """Returns the share of pairs ranked as labelled and its interval, clustered by prompt if they have several
-    pairs."""
+    """Returns the share of pairs ranked as labelled with its interval, clustered if prompts have several pairs."""
     if len(np.unique(prompt_N)) == len(prompt_N):
         return list(diagnostics.win_rate(margin_N, np.zeros_like(margin_N)))
     outcome_N = diagnostics.win_outcomes(margin_N, np.zeros_like(margin_N))
@@ -97,8 +95,7 @@ def _accuracy(margin_N: np.ndarray, prompt_N: np.ndarray) -> list[float]:
 def _diagnose(
     job: jobs.Job, params: types.Params, train: types.Comparisons, validation: types.Comparisons
 ) -> dict[str, Any]:
-    """Returns the accuracy, also on training pairs, by turn and by length, and the calibration, before
-    normalisation."""
+    """Returns calibration and accuracy (training, validation, by turn and length) before normalisation."""
     margin_N, prompt_N = _score_margins(job, params, validation)
     n = min(len(np.asarray(train.ranks_BK)), 4 * policy_sampling.CHUNK)
     train_accuracy = _accuracy(*_score_margins(job, params, jax.tree.map(lambda x: x[:n], train)))

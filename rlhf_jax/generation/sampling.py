@@ -36,7 +36,7 @@ class Sampling:
     """
 
     temperature: jax.Array | float = 1.0
-    """Divides the logits, greater than 0. Every scoring pass over the samples must use the same temperature."""
+    """Positive number that divides the logits. Every scoring pass over the samples must use the same temperature."""
     top_k: int | None = struct.field(pytree_node=False, default=None)
     """Keep the k most likely tokens, and any that tie with the k-th; None to keep all."""
     top_p: float | None = struct.field(pytree_node=False, default=None)
@@ -141,7 +141,7 @@ def keep_top_k(logits: jax.Array, k: int) -> jax.Array:
 
 
 def keep_top_p(logits: jax.Array, p: float) -> jax.Array:
-    """Keeps the fewest largest logits with total probability at least p; others become -inf (Holtzman 2020)."""
+    """Keeps the smallest set of largest logits with total probability at least p, and ties (Holtzman 2020)."""
     descending = -jnp.sort(-logits, axis=-1)
     mass = jax.nn.softmax(descending)
     needed = jnp.cumsum(mass, axis=-1) - mass < p

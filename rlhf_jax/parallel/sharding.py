@@ -50,8 +50,8 @@ def spec(
     Args:
         axes: Logical axis of each dimension; None for a dimension that is not sharded.
         mesh: A mesh with the axes `AXES`.
-        shape: Shape of the array. A dimension that its mesh axes do not divide is not sharded. By default every
-            dimension is taken to be divisible.
+        shape: Shape of the array. A dimension whose size is not divisible by that of its mesh axes is not
+            sharded. By default every dimension is assumed to be divisible.
         rules: Mesh axes of each logical axis. If two dimensions have the same mesh axis, the first one gets it.
 
     Returns:
@@ -116,7 +116,7 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, axes: Mapping[str, Any], *, 
 
 
 def indivisible(tree: Any, mesh: Mesh, axes: Mapping[str, Any], *, rules: Rules = RULES) -> list[str]:
-    """Describes the dimensions that have a sharding rule but are replicated because the mesh does not divide them.
+    """Describes the dimensions that have a sharding rule but are not divisible by their mesh axes, so not sharded.
 
     Args:
         tree: Arrays or their shapes, with the paths of ``axes``.

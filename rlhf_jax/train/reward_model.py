@@ -71,15 +71,15 @@ def make_train_step(
 
     The loss is the mean over the prompts that have a pair to learn from. By default, the loss of a prompt is the mean
     of ``-log sigmoid(r_w - r_l)`` over its pairs (InstructGPT Eq 1). With ``hyper["domain_weights"]`` it is instead the
-    weighted sum of the means of the domains (Bai 2022, 5.1.2: helpful + lambda harmless), which ``batch.domain_B``
-    distinguishes.
+    weighted sum of the mean losses of the domains (Bai 2022, 5.1.2: helpful + lambda harmless). ``batch.domain_B``
+    gives the domain of each prompt.
 
     Args:
         score: ``(params, tokens_BL, mask_BL=...) -> [B]``, such as `lm.score`; or ``[B, H]`` for a model of H heads.
             Each head then learns from every prompt independently, as an ensemble, and the loss is the mean over heads.
         packed_scores: ``(params, tokens_RL, segments_RL, places_BK) -> [B, K]``, such as `lm.packed_scores`. The step
-            then also takes `types.PackedComparisons`, with as many groups as micro-batches, and computes the same with
-            less padding.
+            then also takes `types.PackedComparisons`, whose number of groups must equal ``micro_batches``, and computes
+            the same result with less padding.
         loss: ``(scores_K, ranks_K, where_K=...) -> loss`` of one prompt, such as `losses.ranking`, `plackett_luce` or
             `best_choice`. It receives the prompt's ``batch.loss_inputs`` as keyword arguments.
         head_of_domain: Whether head h learns from the prompts of domain h only.
@@ -90,7 +90,7 @@ def make_train_step(
                 lambda base, own: {**lora.attach(base, own["lora"], scale=...), "head": own["head"]}
 
         micro_batches: Number of parts into which the batch is split, one in memory at a time; the update is the same.
-        axis_name: Axis of devices that share the batch.
+        axis_name: Name of the mapped axis over which devices share the batch; None without one.
 
     Returns:
         A step. ``frozen`` is the first argument of ``join``; ``hyper`` is a dict with ``learning_rate``,
@@ -104,8 +104,8 @@ def make_train_step(
         - ``skipped``: 1 if the update was not finite and was skipped, else 0.
         - ``bad_rows``, ``bad_row``: number of prompts with a non-finite loss and index of the first, or -1.
 
-        It raises ``ValueError`` for a packed batch without ``packed_scores`` or with a different number of groups, and
-        for domain weights or heads if the batch has no ``domain_B``.
+        The step raises ``ValueError`` if the batch is packed and ``packed_scores`` is None or the number of groups is
+        not ``micro_batches``, and if domain weights or heads are used and the batch has no ``domain_B``.
     """
 
     def scores(params: Any, batch: Comparisons | PackedComparisons) -> jax.Array:
@@ -115,7 +115,7 @@ def make_train_step(
             raise ValueError("the batch is packed; pass packed_scores to make_train_step")
         if batch.groups != micro_batches:
             raise ValueError(
-                f"the batch is packed in {batch.groups} groups; micro_batches={micro_batches} needs as many"
+                f"the batch is packed in {batch.groups} groups, but micro_batches is {micro_batches}; make them equal"
             )
         return score_all_packed(packed_scores, params, batch)
 
@@ -154,7 +154,7 @@ def make_train_step(
             where_GB = _by_domain(informative_B, batch, weights_G.shape[0])
             masked = partial(masking.masked_sum, losses_B, axis_name=axis_name)
             sums_G = jax.vmap(lambda where_B: masked(where=where_B))(where_GB)
-            # A domain without a weight makes the loss NaN, so that the step is skipped; ignoring it would be silent.
+            # A domain without a weight makes the loss NaN, so the step is skipped and its prompts are not ignored.
             ignored_B = jnp.any(where_GB, axis=0) != informative_B
             complete = masking.masked_count(ignored_B, where=ignored_B, axis_name=axis_name) == 0
             value = jnp.where(complete, jnp.sum(weights_G * sums_G / jnp.maximum(total, 1.0)), jnp.nan)
