@@ -239,7 +239,7 @@ class PPO:
     missing_stop_score: float = -3.0
     """Score of an answer without a stop token, in standard deviations of the reward."""
     missing_stop: Literal["replace", "subtract"] = "replace"
-    """`replace`: that score replaces the score of the answer, as in the papers; `subtract`: it is added to it."""
+    """Whether that score replaces the answer's own (`replace`, as in the papers) or is added to it (`subtract`)."""
     ema: float = 0.95
     """Decay of the averaged policy, which is evaluated and saved (0.992 in InstructGPT, over far more updates); 0 uses
     the last weights."""
