@@ -19,8 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from tensorboardX import event_file_writer, summary
-from tensorboardX.proto import event_pb2
 
 from rlhf_jax import masking
 from rlhf_jax.checkpoint import atomic
@@ -195,18 +193,24 @@ class _Board:
     """
 
     def __init__(self, folder: pathlib.Path, purge_step: int | None) -> None:
+        # Imported here, so that the library also works without tensorboardX if no log is written.
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        self._proto: Any = event_pb2
+        self._scalar = summary.scalar
         folder.mkdir(parents=True, exist_ok=True)
         # Event files are read in the order of their names, which contain the time in whole seconds. The suffix orders
         # two starts within one second and keeps the second from overwriting the first.
         self._events = event_file_writer.EventsWriter(str(folder / "events"), f".{time.time_ns()}")
         self._flushed = 0.0
         if purge_step is not None:
-            events: Any = event_pb2
-            self._write(step=purge_step, session_log=events.SessionLog(status=events.SessionLog.START))
+            start = self._proto.SessionLog(status=self._proto.SessionLog.START)
+            self._write(step=purge_step, session_log=start)
 
     def add(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, number in numbers.items():
-            self._write(step=step, summary=summary.scalar(name, number))
+            self._write(step=step, summary=self._scalar(name, number))
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self._events.flush()
             self._flushed = time.monotonic()
@@ -215,8 +219,7 @@ class _Board:
         self._events.close()
 
     def _write(self, **fields: Any) -> None:
-        events: Any = event_pb2
-        self._events.write_event(events.Event(wall_time=time.time(), **fields))
+        self._events.write_event(self._proto.Event(wall_time=time.time(), **fields))
 
 
 def _number(value: Any) -> float:

@@ -34,6 +34,6 @@ def init(cfg: lm.LMConfig, seed: int = 0) -> types.Params:
     return jax.jit(functools.partial(lm.init, cfg=cfg))(jax.random.key(seed))
 
 
-def random_rows(rng: np.random.Generator, size: workload_sizes.Size, *shape: int) -> np.ndarray:
+def random_rows(rng: np.random.Generator, cfg: lm.LMConfig, *shape: int) -> np.ndarray:
     """Returns rows of random words, without padding and end tokens."""
-    return rng.integers(workload_sizes.FIRST_WORD, size.vocab, shape, dtype=np.int32)
+    return rng.integers(workload_sizes.FIRST_WORD, cfg.vocab_size, shape, dtype=np.int32)

@@ -10,35 +10,31 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import benchmark_models, workload_sizes
-from benchmarks.train_workloads import PreparedWorkload
-from rlhf_jax import generation, types
+from benchmarks import benchmark_models
+from benchmarks.train_workloads import Repetition
+from rlhf_jax import generation, lm, types
 
 
-def generate(workload: workload_sizes.Workload) -> PreparedWorkload:
+def generate(cfg: lm.LMConfig, *, batch: int, prompt: int, answer: int) -> Repetition:
     """Samples answers of equal length to a batch of prompts from the full distribution."""
-    shapes, cfg = workload.shapes, benchmark_models.config(workload.size)
-    params, B, P, T = benchmark_models.init(cfg), workload.batch, shapes.prompt, shapes.answer
+    params, B, P, T = benchmark_models.init(cfg), batch, prompt, answer
     sampler = jax.jit(partial(generation.generate, cfg=cfg, sampling=generation.Sampling(max_new_tokens=T)))
     rng, mask_BP = np.random.default_rng(0), np.ones((B, P), bool)
     keys = _keys(B)
 
     def repetition() -> None:
-        jax.block_until_ready(
-            sampler(params, next(keys), benchmark_models.random_rows(rng, workload.size, B, P), mask_BP)
-        )
+        jax.block_until_ready(sampler(params, next(keys), benchmark_models.random_rows(rng, cfg, B, P), mask_BP))
 
-    return repetition, {"tokens": B * T}
+    return repetition
 
 
-def token_seconds(workload: workload_sizes.Workload) -> tuple[Callable[[], float], dict[str, float]]:
+def token_seconds(cfg: lm.LMConfig, *, batch: int, prompt: int, answer: int) -> Callable[[], float]:
     """Returns a function that measures the seconds of a decoding step, without the prefill.
 
     One program decodes the whole answer and, in another call, a single token; the difference is the time of the other
     tokens.
     """
-    shapes, cfg = workload.shapes, benchmark_models.config(workload.size)
-    params, B, P, T = benchmark_models.init(cfg), workload.batch, shapes.prompt, shapes.answer
+    params, B, P, T = benchmark_models.init(cfg), batch, prompt, answer
     sampling = generation.Sampling(max_new_tokens=T)
 
     @jax.jit
@@ -49,7 +45,7 @@ def token_seconds(workload: workload_sizes.Workload) -> tuple[Callable[[], float
     keys = _keys(B)
 
     def seconds(tokens: int) -> float:
-        keys_B, prompts_BP = next(keys), benchmark_models.random_rows(rng, workload.size, B, P)
+        keys_B, prompts_BP = next(keys), benchmark_models.random_rows(rng, cfg, B, P)
         began = time.perf_counter()
         jax.block_until_ready(sampler(params, keys_B, prompts_BP, mask_BP, np.full((B,), tokens, np.int32)))
         return time.perf_counter() - began
@@ -57,16 +53,20 @@ def token_seconds(workload: workload_sizes.Workload) -> tuple[Callable[[], float
     def seconds_per_token() -> float:
         return (seconds(T) - seconds(1)) / (T - 1)
 
-    return seconds_per_token, {"tokens": B}
+    return seconds_per_token
 
 
-def stream(workload: workload_sizes.Workload, *, refilled: bool) -> PreparedWorkload:
+def skewed_lengths(prompts: int, short: int) -> np.ndarray:
+    """Returns the length of each answer: ``short``, and eight times as much for every eighth, in random order."""
+    lengths_N = np.where(np.arange(prompts) % 8 == 7, 8 * short, short).astype(np.int32)
+    return np.random.default_rng(1).permutation(lengths_N)
+
+
+def stream(cfg: lm.LMConfig, *, prompts: int, slots: int, prompt: int, short: int, refilled: bool) -> Repetition:
     """Answers many prompts, every eighth answer eight times as long, in refilled slots or consecutive batches."""
-    shapes, cfg = workload.shapes, benchmark_models.config(workload.size)
-    N, B, P, T = shapes.stream_prompts, shapes.stream_slots, shapes.prompt, shapes.long
+    N, B, P, T = prompts, slots, prompt, 8 * short
     params, sampling = benchmark_models.init(cfg), generation.Sampling(max_new_tokens=T)
-    limits_N = np.where(np.arange(N) % 8 == 7, T, shapes.short).astype(np.int32)
-    limits_N = np.random.default_rng(1).permutation(limits_N)
+    limits_N = skewed_lengths(N, short)
     rng, mask_NP, keys = np.random.default_rng(0), np.ones((N, P), bool), _keys(N)
 
     @jax.jit
@@ -80,7 +80,7 @@ def stream(workload: workload_sizes.Workload, *, refilled: bool) -> PreparedWork
         )
 
     def repetition() -> None:
-        keys_N, prompts_NP = next(keys), benchmark_models.random_rows(rng, workload.size, N, P)
+        keys_N, prompts_NP = next(keys), benchmark_models.random_rows(rng, cfg, N, P)
         if refilled:
             jax.block_until_ready(all_prompts(params, keys_N, prompts_NP, mask_NP, limits_N))
             return
@@ -88,7 +88,7 @@ def stream(workload: workload_sizes.Workload, *, refilled: bool) -> PreparedWork
             part = slice(i, i + B)
             jax.block_until_ready(one_batch(params, keys_N[part], prompts_NP[part], mask_NP[part], limits_N[part]))
 
-    return repetition, {"tokens": float(limits_N.sum())}
+    return repetition
 
 
 def _keys(batch: int) -> Any:

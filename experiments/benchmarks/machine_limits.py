@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import benchmark_models, workload_sizes
-from benchmarks.train_workloads import PreparedWorkload
 
 _CORES = os.cpu_count() or 1
 
@@ -27,7 +26,7 @@ def dtype() -> Any:
     return jnp.bfloat16 if benchmark_models.on_accelerator() else jnp.float32
 
 
-def matmul(workload: workload_sizes.Workload) -> PreparedWorkload:
+def matmul(workload: workload_sizes.Workload) -> tuple[Callable[[], Any], dict[str, float]]:
     """Four products of two square matrices, for the matmul rate of the machine."""
     n, times = workload.shapes.matmul, 4
     product = jax.jit(lambda a, b: jnp.matmul(a, b))

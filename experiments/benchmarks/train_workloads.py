@@ -1,4 +1,7 @@
-"""This library's training workloads, built as a user would: one compiled step that donates its state."""
+"""This library's training workloads, built as a user would: one compiled step that donates its state.
+
+Each function returns a function that runs one repetition and returns when its results are ready.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from recipe import policy_models
 
-from benchmarks import benchmark_models, workload_sizes
+from benchmarks import benchmark_models
 from rlhf_jax import generation, lm, parallel, types
 from rlhf_jax.train import dpo as dpo_lib
 from rlhf_jax.train import objectives, ppo, reward_model, sft
@@ -18,104 +22,85 @@ from rlhf_jax.train import state as state_lib
 
 HYPER = {"learning_rate": np.float32(1e-4), "max_grad_norm": np.float32(1.0)}
 
-PreparedWorkload = tuple[Callable[[], Any], dict[str, float]]
-"""A function that runs one repetition and returns when its results are ready, and the cost of a repetition."""
+Repetition = Callable[[], Any]
 
 
-def _micro_batches(workload: workload_sizes.Workload) -> int:
-    """Returns the micro-batches per step: on a CPU, two are faster for a small model, because they fit the caches."""
-    return 2 if workload.size_name == "s" and jax.default_backend() == "cpu" else 1
-
-
-def _adam() -> optax.GradientTransformation:
+def adam() -> optax.GradientTransformation:
     """Returns Adam with learning rate 1; the steps multiply by a traced rate."""
     return optax.chain(optax.scale_by_adam(), optax.scale(-1.0))
 
 
-def supervised(workload: workload_sizes.Workload) -> PreparedWorkload:
+def supervised(cfg: lm.LMConfig, *, rows: int, length: int, micro_batches: int = 1) -> Repetition:
     """A step of supervised fine-tuning on all tokens."""
-    shapes, cfg = workload.shapes, benchmark_models.config(workload.size)
-    logprobs = partial(lm.token_logprobs, cfg=cfg)
-    train_step = parallel.jit_step(sft.make_train_step(logprobs, micro_batches=_micro_batches(workload)))
-    mask_BL = np.ones((shapes.rows, shapes.length), bool)
+    train_step = parallel.jit_step(
+        sft.make_train_step(partial(lm.token_logprobs, cfg=cfg), micro_batches=micro_batches)
+    )
+    mask_BL = np.ones((rows, length), bool)
 
     def batch(rng: np.random.Generator) -> sft.TokenBatch:
-        tokens_BL = benchmark_models.random_rows(rng, workload.size, *mask_BL.shape)
-        return sft.TokenBatch(tokens_BL, mask_BL, mask_BL)  # type: ignore[arg-type]
+        return sft.TokenBatch(benchmark_models.random_rows(rng, cfg, rows, length), mask_BL, mask_BL)  # type: ignore[arg-type]
 
-    repetition = _stepper(train_step, state_lib.create(benchmark_models.init(cfg), _adam()), None, HYPER, batch)
-    return repetition, {
-        "tokens": mask_BL.size,
-        "operations": workload_sizes.training_flops(workload.size, rows=shapes.rows, length=shapes.length),
-    }
+    return _stepper(train_step, state_lib.create(benchmark_models.init(cfg), adam()), None, HYPER, batch)
 
 
-def reward(workload: workload_sizes.Workload) -> PreparedWorkload:
+def reward(cfg: lm.LMConfig, *, pairs: int, length: int, micro_batches: int = 1) -> Repetition:
     """A step of a reward model on pairs."""
-    shapes, cfg = workload.shapes, benchmark_models.config(workload.size)
-    score = partial(lm.score, cfg=cfg)
-    train_step = parallel.jit_step(reward_model.make_train_step(score, micro_batches=_micro_batches(workload)))
-    mask_BKL = np.ones((shapes.rows, 2, shapes.length), bool)
-    ranks_BK = np.tile(np.array([1, 2], np.int32), (shapes.rows, 1))
+    train_step = parallel.jit_step(
+        reward_model.make_train_step(partial(lm.score, cfg=cfg), micro_batches=micro_batches)
+    )
+    mask_BKL = np.ones((pairs, 2, length), bool)
+    ranks_BK = np.tile(np.array([1, 2], np.int32), (pairs, 1))
 
     def batch(rng: np.random.Generator) -> types.Comparisons:
-        tokens_BKL = benchmark_models.random_rows(rng, workload.size, *mask_BKL.shape)
+        tokens_BKL = benchmark_models.random_rows(rng, cfg, *mask_BKL.shape)
         return types.Comparisons(tokens_BKL, mask_BKL, ranks_BK, ranks_BK > 0)  # type: ignore[arg-type]
 
     params = lm.with_head(jax.random.key(1), benchmark_models.init(cfg), cfg)
-    repetition = _stepper(train_step, state_lib.create(params, _adam()), None, HYPER, batch)
-    operations = workload_sizes.training_flops(
-        workload.size, rows=2 * shapes.rows, length=shapes.length, params=workload.size.trunk_params
-    )
-    return repetition, {"tokens": mask_BKL.size, "operations": operations}
+    return _stepper(train_step, state_lib.create(params, adam()), None, HYPER, batch)
 
 
-def dpo(workload: workload_sizes.Workload) -> PreparedWorkload:
+def dpo(cfg: lm.LMConfig, *, pairs: int, prompt: int, length: int, micro_batches: int = 1) -> Repetition:
     """A step of DPO on pairs, with the forward pass of the reference."""
-    shapes, cfg = workload.shapes, benchmark_models.config(workload.size)
-    P, L = shapes.dpo_prompt, shapes.length
-    logprobs = partial(lm.token_logprobs, cfg=cfg, prompt_width=P)
-    train_step = parallel.jit_step(
-        dpo_lib.make_train_step(logprobs, objectives.dpo, micro_batches=_micro_batches(workload))
-    )
-    answer_B2T = np.ones((shapes.rows, 2, L - P), bool)
+    logprobs = partial(lm.token_logprobs, cfg=cfg, prompt_width=prompt)
+    train_step = parallel.jit_step(dpo_lib.make_train_step(logprobs, objectives.dpo, micro_batches=micro_batches))
+    answer_B2T = np.ones((pairs, 2, length - prompt), bool)
 
     def batch(rng: np.random.Generator) -> types.Preferences:
-        tokens_B2L = benchmark_models.random_rows(rng, workload.size, shapes.rows, 2, L)
-        tokens_B2L[:, 1, :P] = tokens_B2L[:, 0, :P]
+        tokens_B2L = benchmark_models.random_rows(rng, cfg, pairs, 2, length)
+        tokens_B2L[:, 1, :prompt] = tokens_B2L[:, 0, :prompt]
         return types.Preferences(tokens_B2L, None, answer_B2T)  # type: ignore[arg-type]
 
     params = benchmark_models.init(cfg)
     hyper = dpo_lib.Hyper(**HYPER, beta=np.float32(0.1))
-    repetition = _stepper(train_step, state_lib.create(params, _adam()), params, hyper, batch)
-    # The reference's forward pass costs a third of a forward and a backward pass.
-    operations = 4 / 3 * workload_sizes.training_flops(workload.size, rows=2 * shapes.rows, length=L)
-    return repetition, {"tokens": 2 * shapes.rows * L, "operations": operations}
+    return _stepper(train_step, state_lib.create(params, adam()), params, hyper, batch)
 
 
-def ppo_iteration(workload: workload_sizes.Workload) -> PreparedWorkload:
-    """An iteration of PPO: sampling, scoring and all updates, with four separate models."""
-    from recipe import jobs  # not at the top: it would add to the memory of the other workloads
-
-    shapes, cfg = workload.shapes, benchmark_models.config(workload.size)
-    P, B = shapes.ppo_prompt, shapes.ppo_samples
+def ppo_inputs(
+    cfg: lm.LMConfig, *, samples: int, prompt: int, answer: int
+) -> tuple[ppo.Models, Callable[[], ppo.PPOState], ppo.Frozen, ppo.Hyper, Callable[..., ppo.Batch]]:
+    """Returns the functions, the initial state, the frozen models, the hyperparameters and the batches of PPO with four
+    separate models."""
     # No stop token, so that every iteration takes equally long.
-    models = jobs.ppo_models(cfg, generation.Sampling(max_new_tokens=shapes.ppo_answer), prompt_width=P)
-    train_step = parallel.jit_step(
-        ppo.make_train_step(models, epochs=shapes.ppo_epochs, minibatches=shapes.ppo_minibatches)
-    )
-    numbers = {"learning_rate": 1e-5, "critic_learning_rate": 1e-5, "kl_coef": 0.05, "max_grad_norm": 1.0}
-    hyper = ppo.Hyper(**{name: np.float32(number) for name, number in numbers.items()})
-    mask_BP = np.ones((B, P), bool)
+    models = policy_models.ppo_models(cfg, generation.Sampling(max_new_tokens=answer), prompt_width=prompt)
+    rates = {"learning_rate": 1e-5, "critic_learning_rate": 1e-5, "kl_coef": 0.05, "max_grad_norm": 1.0}
+    hyper = ppo.Hyper(**{name: np.float32(rate) for name, rate in rates.items()})
+    mask_BP = np.ones((samples, prompt), bool)
 
     def batch(rng: np.random.Generator) -> ppo.Batch:
-        return ppo.Batch(benchmark_models.random_rows(rng, workload.size, B, P), mask_BP)  # type: ignore[arg-type]
+        return ppo.Batch(benchmark_models.random_rows(rng, cfg, samples, prompt), mask_BP)  # type: ignore[arg-type]
 
     policy = benchmark_models.init(cfg)
     scorer = lm.with_head(jax.random.key(1), benchmark_models.init(cfg, 1), cfg)
-    frozen = ppo.Frozen(reference=policy, reward=scorer)
-    repetition = _stepper(train_step, ppo.create(policy, scorer, _adam()), frozen, hyper, batch)
-    return repetition, {"tokens": B * shapes.ppo_answer}
+    return models, lambda: ppo.create(policy, scorer, adam()), ppo.Frozen(reference=policy, reward=scorer), hyper, batch
+
+
+def ppo_iteration(
+    cfg: lm.LMConfig, *, samples: int, prompt: int, answer: int, epochs: int, minibatches: int
+) -> Repetition:
+    """An iteration of PPO: sampling, scoring and all updates, with four separate models."""
+    models, state, frozen, hyper, batch = ppo_inputs(cfg, samples=samples, prompt=prompt, answer=answer)
+    train_step = parallel.jit_step(ppo.make_train_step(models, epochs=epochs, minibatches=minibatches))
+    return _stepper(train_step, state(), frozen, hyper, batch)
 
 
 def _stepper(train_step: Any, state: Any, frozen: Any, hyper: Any, batch: Callable[..., Any]) -> Callable[[], Any]:

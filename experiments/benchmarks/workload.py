@@ -13,19 +13,100 @@ import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 
-from benchmarks import decode_workloads, machine_limits, measured_process, train_workloads, workload_sizes
+from benchmarks import (
+    benchmark_models,
+    decode_workloads,
+    machine_limits,
+    measured_process,
+    train_workloads,
+    workload_sizes,
+)
 
-WORKLOADS: dict[str, Callable[[workload_sizes.Workload], train_workloads.PreparedWorkload]] = {
-    "sft": train_workloads.supervised,
-    "reward": train_workloads.reward,
-    "dpo": train_workloads.dpo,
-    "ppo": train_workloads.ppo_iteration,
-    "generate": decode_workloads.generate,
-    "stream": partial(decode_workloads.stream, refilled=True),
-    "static": partial(decode_workloads.stream, refilled=False),
+Prepared = tuple[Callable[[], Any], dict[str, float]]
+"""A function that runs one repetition, and the tokens and the FLOPs of a repetition."""
+
+
+def _micro_batches(workload: workload_sizes.Workload) -> int:
+    """Returns the micro-batches per step: on a CPU, two are faster for a small model, because they fit the caches."""
+    return 2 if workload.size_name == "s" and jax.default_backend() == "cpu" else 1
+
+
+def _supervised(workload: workload_sizes.Workload) -> Prepared:
+    shapes, size = workload.shapes, workload.size
+    repetition = train_workloads.supervised(
+        benchmark_models.config(size), rows=shapes.rows, length=shapes.length, micro_batches=_micro_batches(workload)
+    )
+    operations = workload_sizes.training_flops(size, rows=shapes.rows, length=shapes.length)
+    return repetition, {"tokens": shapes.rows * shapes.length, "operations": operations}
+
+
+def _reward(workload: workload_sizes.Workload) -> Prepared:
+    shapes, size, rows = workload.shapes, workload.size, 2 * workload.shapes.rows
+    repetition = train_workloads.reward(
+        benchmark_models.config(size), pairs=shapes.rows, length=shapes.length, micro_batches=_micro_batches(workload)
+    )
+    operations = workload_sizes.training_flops(size, rows=rows, length=shapes.length, params=size.trunk_params)
+    return repetition, {"tokens": rows * shapes.length, "operations": operations}
+
+
+def _dpo(workload: workload_sizes.Workload) -> Prepared:
+    shapes, size, rows = workload.shapes, workload.size, 2 * workload.shapes.rows
+    repetition = train_workloads.dpo(
+        benchmark_models.config(size),
+        pairs=shapes.rows,
+        prompt=shapes.dpo_prompt,
+        length=shapes.length,
+        micro_batches=_micro_batches(workload),
+    )
+    # The reference's forward pass costs a third of a forward and a backward pass.
+    operations = 4 / 3 * workload_sizes.training_flops(size, rows=rows, length=shapes.length)
+    return repetition, {"tokens": rows * shapes.length, "operations": operations}
+
+
+def _ppo(workload: workload_sizes.Workload) -> Prepared:
+    shapes = workload.shapes
+    repetition = train_workloads.ppo_iteration(
+        benchmark_models.config(workload.size),
+        samples=shapes.ppo_samples,
+        prompt=shapes.ppo_prompt,
+        answer=shapes.ppo_answer,
+        epochs=shapes.ppo_epochs,
+        minibatches=shapes.ppo_minibatches,
+    )
+    return repetition, {"tokens": shapes.ppo_samples * shapes.ppo_answer}
+
+
+def _generate(workload: workload_sizes.Workload) -> Prepared:
+    shapes, cfg = workload.shapes, benchmark_models.config(workload.size)
+    repetition = decode_workloads.generate(cfg, batch=workload.batch, prompt=shapes.prompt, answer=shapes.answer)
+    return repetition, {"tokens": workload.batch * shapes.answer}
+
+
+def _stream(workload: workload_sizes.Workload, *, refilled: bool) -> Prepared:
+    shapes, cfg = workload.shapes, benchmark_models.config(workload.size)
+    repetition = decode_workloads.stream(
+        cfg,
+        prompts=shapes.stream_prompts,
+        slots=shapes.stream_slots,
+        prompt=shapes.prompt,
+        short=shapes.short,
+        refilled=refilled,
+    )
+    return repetition, {"tokens": float(decode_workloads.skewed_lengths(shapes.stream_prompts, shapes.short).sum())}
+
+
+WORKLOADS: dict[str, Callable[[workload_sizes.Workload], Prepared]] = {
+    "sft": _supervised,
+    "reward": _reward,
+    "dpo": _dpo,
+    "ppo": _ppo,
+    "generate": _generate,
+    "stream": partial(_stream, refilled=True),
+    "static": partial(_stream, refilled=False),
     "matmul": machine_limits.matmul,
 }
 """Workloads whose repetitions are timed as a whole."""
@@ -47,7 +128,9 @@ def main() -> None:
     else:
         parts: dict[str, list[float]] = {}
         if workload.kind == "decode":
-            token_seconds, facts = decode_workloads.token_seconds(workload)
+            shapes, cfg = workload.shapes, benchmark_models.config(workload.size)
+            sizes = {"batch": workload.batch, "prompt": shapes.prompt, "answer": shapes.answer}
+            token_seconds, facts = decode_workloads.token_seconds(cfg, **sizes), {"tokens": workload.batch}
         else:
             token_seconds, facts, parts = machine_limits.decode_limit(workload)
         seconds: list[float] = []

@@ -57,11 +57,6 @@ class Shapes:
     """Tokens of seven answers in eight; every eighth answer has eight times as many."""
     matmul: int = 2048
 
-    @property
-    def long(self) -> int:
-        """Tokens of every eighth answer."""
-        return 8 * self.short
-
 
 SIZES = {
     "s": Size(layers=4, width=256, heads=4, vocab=4096, positions=512, gated_mlp=688),

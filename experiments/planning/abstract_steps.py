@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from recipe import jobs
+from recipe import policy_models
 
 from planning.plan_settings import Plan
 from rlhf_jax import generation, lm, parallel, types
-from rlhf_jax.lm import params as lm_params
+from rlhf_jax.lm import costs
 from rlhf_jax.train import dpo, objectives, ppo, reward_model, sft
 from rlhf_jax.train import state as state_lib
 
@@ -77,29 +77,12 @@ def cache_bytes(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> int:
     )
 
 
-def forward_flops(cfg: lm.LMConfig, rows: int, length: int, *, logits: int | None = None) -> float:
-    """Returns the FLOPs of a forward pass on ``rows`` rows of ``length`` tokens.
-
-    Logits are computed for the last ``logits`` columns (all by default). Of the products of attention, only the half
-    within the causal mask counts.
-    """
-    unembed = cfg.d_model * cfg.vocab_size
-    layers = sum(
-        int(np.prod(row.shape, dtype=np.int64))
-        for name, row in lm_params.table(cfg).items()
-        if name.startswith("layers/") and name.endswith("kernel")
-    )
-    columns = length if logits is None else logits
-    attention = 2 * cfg.n_layers * cfg.n_heads * cfg.d_head * length
-    return rows * (length * (2 * layers + attention) + 2 * columns * unembed)
-
-
 def _sft(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> Program:
     state = _state(plan, cfg, mesh)
     shape = (plan.batch, plan.length)
     batch = sft.TokenBatch(_ints(shape), _bools(shape), _bools(shape))
     step = sft.make_train_step(partial(lm.token_logprobs, cfg=cfg), micro_batches=plan.micro_batches)
-    flops = 3 * forward_flops(cfg, plan.batch, plan.length)
+    flops = 3 * costs.forward_flops(cfg, rows=plan.batch, length=plan.length)
     return _program(
         "sft", plan, step, (state, None, _rates(), batch), mesh, tokens=plan.batch * plan.length, flops=flops
     )
@@ -110,7 +93,7 @@ def _reward_model(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> Pr
     B, K, L = plan.batch, plan.completions, plan.length
     batch = types.Comparisons(_ints((B, K, L)), _bools((B, K, L)), _floats((B, K)), _bools((B, K)))
     step = reward_model.make_train_step(partial(lm.score, cfg=cfg), micro_batches=plan.micro_batches)
-    flops = 3 * forward_flops(cfg, B * K, L, logits=0)
+    flops = 3 * costs.forward_flops(cfg, rows=B * K, length=L, logits=0)
     return _program("reward_model", plan, step, (state, None, _rates(), batch), mesh, tokens=B * K * L, flops=flops)
 
 
@@ -120,14 +103,14 @@ def _dpo(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> Program:
     batch = types.Preferences(_ints((B, 2, L)), _bools((B, 2, L)), _bools((B, 2, plan.response)))
     logprobs = partial(lm.token_logprobs, cfg=cfg, prompt_width=plan.prompt)
     step = dpo.make_train_step(logprobs, objectives.dpo, micro_batches=plan.micro_batches)
-    flops = 4 * forward_flops(cfg, 2 * B, L, logits=plan.response)
+    flops = 4 * costs.forward_flops(cfg, rows=2 * B, length=L, logits=plan.response)
     args = (state, reference, _scalars(dpo.Hyper()), batch)
     return _program("dpo", plan, step, args, mesh, tokens=2 * B * L, flops=flops, frozen=reference)
 
 
 def _ppo(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh, *, part: str) -> Program:
     spec = generation.Sampling(max_new_tokens=plan.response, stop_ids=(STOP_ID,))
-    models = jobs.ppo_models(cfg, spec, prompt_width=plan.prompt)
+    models = policy_models.ppo_models(cfg, spec, prompt_width=plan.prompt)
     policy, critic = lm.abstract(cfg), lm.abstract(cfg, head=True)
     state = jax.eval_shape(
         partial(ppo.create, tx=_optimiser(plan)), _cast(policy, plan.params), _cast(critic, plan.params)
@@ -144,8 +127,9 @@ def _ppo(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh, *, part: str) 
 
     # One pass of a language model and one of a scalar model. Collecting decodes answers and runs both frozen models,
     # the policy and the critic on them; an update trains policy and critic.
-    pair_flops = forward_flops(cfg, B, P + T, logits=T) + forward_flops(cfg, B, P + T, logits=0)
-    collect_flops = forward_flops(cfg, B, P + T, logits=T) + 2 * pair_flops
+    answer_flops = costs.forward_flops(cfg, rows=B, length=P + T, logits=T)
+    pair_flops = answer_flops + costs.forward_flops(cfg, rows=B, length=P + T, logits=0)
+    collect_flops = answer_flops + 2 * pair_flops
     update_flops = 3 * plan.epochs * pair_flops
     names = ("logprobs_BT", "values_BT", "advantages_BT", "returns_BT", "reference_BT")
     per_token: dict[str, Any] = {name: _floats((B, T)) for name in names}

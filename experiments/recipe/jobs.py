@@ -16,11 +16,10 @@ import optax
 from launch import initial_model
 from launch.settings import Settings
 
-from recipe import optimiser_choice, policy_sampling, rl_methods, tasks
+from recipe import optimiser_choice, policy_models, policy_sampling, rl_methods, tasks
 from rlhf_jax import checkpoint, generation, lm, parallel, types
 from rlhf_jax.checkpoint import manifest
 from rlhf_jax.distributed import hosts
-from rlhf_jax.simulation import gold
 from rlhf_jax.train import loop, ppo, reward_model, sft
 
 STAGES = ("pretrain", "sft", "sft_mix", "comparisons", "reward_model", "ppo", "ppo_ptx", "evaluate")
@@ -93,7 +92,7 @@ class Job:
         """Returns the functions of policy, critic and reward model that RL calls."""
         settings, task = self.settings.ppo, self.task
         # The compiled step can compute the gold utility only if token ids are the built-in world's words.
-        models = ppo_models(
+        models = policy_models.ppo_models(
             self.cfg,
             _rollout_sampling(self.spec, self.settings),
             prompt_width=task.prompt_width,
@@ -199,7 +198,7 @@ def make_job(
     """Returns the job of a run: configures the model and builds every step. Each compiles when it is first called."""
     cfg = model_config(settings, task, model)
     spec = generation.Sampling(max_new_tokens=task.response_width, stop_ids=task.fmt.stop_ids, pad_id=task.fmt.pad_id)
-    models = ppo_models(cfg, spec, prompt_width=task.prompt_width)
+    models = policy_models.ppo_models(cfg, spec, prompt_width=task.prompt_width)
     if not settings.ppo.correct_sampler:
         generation.check_on_policy(_rollout_sampling(spec, settings))
     token_logprobs = partial(lm.token_logprobs, cfg=cfg)
@@ -241,56 +240,3 @@ def model_config(settings: Settings, task: tasks.Task, model: initial_model.Init
         max_length=max(task.row_width, 64),
         tie_embeddings=True,
     )
-
-
-def ppo_models(
-    cfg: lm.LMConfig,
-    spec: generation.Sampling,
-    *,
-    prompt_width: int,
-    tables: gold.Tables | None = None,
-    samples: int = 1,
-    critic: bool = True,
-    axis_name: str | None = None,
-) -> ppo.Models:
-    """Returns the functions that PPO calls, for this library's language model.
-
-    Args:
-        cfg: The architecture of all models.
-        spec: How answers are sampled.
-        prompt_width: Tokens of a prompt.
-        tables: Tables of the gold utility, which is logged if they are given.
-        samples: Answers to each prompt.
-        critic: Whether the method has a critic.
-        axis_name: Name of the axis of a ``jax.vmap`` over the whole step.
-
-    Returns:
-        The functions.
-    """
-
-    def generate(params: Params, rng_B: jax.Array, prompts_BP: Any, mask_BP: Any, temperature: Any) -> types.Rollout:
-        sampling = spec.replace(temperature=temperature)  # type: ignore[attr-defined]
-        return generation.generate(
-            params, rng_B, prompts_BP, mask_BP, cfg=cfg, sampling=sampling, n=samples, axis_name=axis_name
-        )
-
-    def logprobs(params: Params, tokens_BL: Any, mask_BL: Any, temperature: Any) -> Any:
-        return lm.token_stats(
-            params, tokens_BL, cfg=cfg, prompt_width=prompt_width, mask_BL=mask_BL, temperature=temperature
-        )
-
-    def values(params: Params, tokens_BL: Any, mask_BL: Any) -> jax.Array:
-        return lm.values(params, tokens_BL, cfg=cfg, prompt_width=prompt_width, mask_BL=mask_BL)
-
-    def score(params: Params, rollout: types.Rollout) -> jax.Array:
-        return lm.score(params, rollout.tokens_BL, cfg=cfg, mask_BL=rollout.mask_BL)
-
-    watch = None if tables is None else partial(_gold_utility, tables, prompt_width=prompt_width)
-    token_logprobs = partial(lm.token_logprobs, cfg=cfg)
-    return ppo.Models(generate, logprobs, values if critic else None, score, token_logprobs, watch)
-
-
-def _gold_utility(tables: gold.Tables, rollout: types.Rollout, *, prompt_width: int) -> dict[str, jax.Array]:
-    utility = jax.vmap(gold.utility, in_axes=(None, 0, 0, 0))
-    prompts_BP, answers_BT = rollout.tokens_BL[:, :prompt_width], rollout.tokens_BL[:, prompt_width:]
-    return {"gold": utility(tables, prompts_BP, answers_BT, rollout.response_mask_BT).total}

@@ -3,7 +3,7 @@
 Functions that need a model take ``cfg=``: an `LMConfig`, or a `rlhf_jax.types.ApplyFn` for any other model.
 """
 
-from rlhf_jax.lm import heads, lora
+from rlhf_jax.lm import costs, heads, lora
 from rlhf_jax.lm.alignment import apply_fn, token_map
 from rlhf_jax.lm.cache import KVCache
 from rlhf_jax.lm.cache import create as create_cache
@@ -33,6 +33,7 @@ __all__ = [
     "TopK",
     "abstract",
     "apply_fn",
+    "costs",
     "count",
     "create_cache",
     "entropy",

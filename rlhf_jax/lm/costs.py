@@ -1,0 +1,61 @@
+"""The work that a model must do: FLOPs of a forward pass and bytes read by a decoding step.
+
+Both count the matrix products only, which dominate in a large model.
+"""
+
+from __future__ import annotations
+
+import math
+
+from rlhf_jax.lm import config
+from rlhf_jax.lm import params as lm_params
+
+
+def layer_kernels(cfg: config.LMConfig) -> int:
+    """Returns the number of parameters in the kernels of all layers, each of which multiplies every token."""
+    rows = lm_params.table(cfg).items()
+    return sum(math.prod(row.shape) for name, row in rows if name.startswith("layers/") and name.endswith("kernel"))
+
+
+def forward_flops(cfg: config.LMConfig, *, rows: int, length: int, logits: int | None = None) -> float:
+    """Returns the FLOPs of a forward pass; a forward and a backward pass together take three times as many.
+
+    Of the products of attention, only the half within the causal mask counts. Recomputation does not count.
+
+    Args:
+        cfg: Architecture.
+        rows: Number of rows.
+        length: Tokens per row.
+        logits: Columns of each row whose logits are computed; all by default.
+
+    Returns:
+        ``rows * (length * (2 kernels + attention) + 2 * logits * d_model * vocab_size)``, where attention is
+        ``2 * n_layers * n_heads * d_head * length``.
+
+    Example:
+        >>> from rlhf_jax import lm
+        >>> cfg = lm.LMConfig.preset("pythia-1b")
+        >>> print(f"{lm.costs.forward_flops(cfg, rows=8, length=2048):.3g}")
+        3.22e+13
+    """
+    columns = length if logits is None else logits
+    attention = 2 * cfg.n_layers * cfg.n_heads * cfg.d_head * length
+    unembed = cfg.d_model * cfg.vocab_size
+    return float(rows * (length * (2 * layer_kernels(cfg) + attention) + 2 * columns * unembed))
+
+
+def decode_bytes(cfg: config.LMConfig, *, batch: int, columns: float, itemsize: int) -> float:
+    """Returns the bytes that a decoding step must read: all kernels and the keys and values of all rows.
+
+    Args:
+        cfg: Architecture.
+        batch: Number of rows decoded together.
+        columns: Tokens of each row in the cache; a mean is accepted.
+        itemsize: Bytes of a number, 2 for bfloat16.
+
+    Returns:
+        ``itemsize * (kernels + 2 * n_layers * batch * columns * n_kv_heads * d_head)``, with the unembedding among the
+        kernels.
+    """
+    kernels = layer_kernels(cfg) + cfg.d_model * cfg.vocab_size
+    return itemsize * (kernels + 2 * cfg.n_layers * batch * columns * cfg.n_kv_heads * cfg.d_head)
