@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -75,12 +75,20 @@ def dpo(cfg: lm.LMConfig, *, pairs: int, prompt: int, length: int, micro_batches
     return _stepper(train_step, state_lib.create(params, adam()), params, hyper, batch)
 
 
-def ppo_inputs(
-    cfg: lm.LMConfig, *, samples: int, prompt: int, answer: int
-) -> tuple[ppo.Models, Callable[[], ppo.PPOState], ppo.Frozen, ppo.Hyper, Callable[..., ppo.Batch]]:
-    """Returns the functions, the initial state, the frozen models, the hyperparameters and the batches of PPO with four
-    separate models."""
-    # No stop token, so that every iteration takes equally long.
+class PPOInputs(NamedTuple):
+    """Everything that an iteration of PPO with four separate models takes."""
+
+    models: ppo.Models
+    state: Callable[[], ppo.PPOState]
+    """Returns a new initial state, which a step may donate."""
+    frozen: ppo.Frozen
+    hyper: ppo.Hyper
+    batch: Callable[[np.random.Generator], ppo.Batch]
+    """Returns random prompts."""
+
+
+def ppo_inputs(cfg: lm.LMConfig, *, samples: int, prompt: int, answer: int) -> PPOInputs:
+    """Returns the inputs of PPO with random models, without stop tokens, so that all answers have full length."""
     models = policy_models.ppo_models(cfg, generation.Sampling(max_new_tokens=answer), prompt_width=prompt)
     rates = {"learning_rate": 1e-5, "critic_learning_rate": 1e-5, "kl_coef": 0.05, "max_grad_norm": 1.0}
     hyper = ppo.Hyper(**{name: np.float32(rate) for name, rate in rates.items()})
@@ -91,16 +99,17 @@ def ppo_inputs(
 
     policy = benchmark_models.init(cfg)
     scorer = lm.with_head(jax.random.key(1), benchmark_models.init(cfg, 1), cfg)
-    return models, lambda: ppo.create(policy, scorer, adam()), ppo.Frozen(reference=policy, reward=scorer), hyper, batch
+    frozen = ppo.Frozen(reference=policy, reward=scorer)
+    return PPOInputs(models, lambda: ppo.create(policy, scorer, adam()), frozen, hyper, batch)
 
 
 def ppo_iteration(
     cfg: lm.LMConfig, *, samples: int, prompt: int, answer: int, epochs: int, minibatches: int
 ) -> Repetition:
     """An iteration of PPO: sampling, scoring and all updates, with four separate models."""
-    models, state, frozen, hyper, batch = ppo_inputs(cfg, samples=samples, prompt=prompt, answer=answer)
-    train_step = parallel.jit_step(ppo.make_train_step(models, epochs=epochs, minibatches=minibatches))
-    return _stepper(train_step, state(), frozen, hyper, batch)
+    inputs = ppo_inputs(cfg, samples=samples, prompt=prompt, answer=answer)
+    train_step = parallel.jit_step(ppo.make_train_step(inputs.models, epochs=epochs, minibatches=minibatches))
+    return _stepper(train_step, inputs.state(), inputs.frozen, inputs.hyper, inputs.batch)
 
 
 def _stepper(train_step: Any, state: Any, frozen: Any, hyper: Any, batch: Callable[..., Any]) -> Callable[[], Any]:

@@ -1,0 +1,81 @@
+"""Measures this library on one GPU or TPU, in less than 8 minutes with compilation, and prints one table.
+
+    python experiments/accelerator.py                      all rows
+    python experiments/accelerator.py --rows sft,dpo       some rows, and the limits that they are compared with
+    python experiments/accelerator.py --quick              tiny shapes on a CPU, for a test run
+
+The model is a pythia-1b with random parameters, which computes in bfloat16 with float32 parameters; 80 GB are enough.
+The program needs jax, flax, optax, numpy, transformers and this library, and compares with torch where it is installed.
+
+Each measurement is appended to a JSON-lines file at once. A row that fails is named, and the next one starts. Columns
+of the table:
+
+    share   the measurement as a share of a limit: of the measured rate of matrix products, where the FLOPs count the
+            matrix products of the model without recomputation and half of the attention scores (MFU); or of the
+            measured bandwidth, where the bytes are those of the parameters and the cache in bfloat16
+    aim     what the share, or the value if there is no share, should reach
+
+Rows:
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import pathlib
+import sys
+from typing import Any
+
+from benchmarks.accelerator_rows import report_table, row_context, row_runner
+
+__doc__ += "\n".join(f"    {name:<20}{row.title}" for name, row in row_runner.ROWS.items())
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Returns the settings of a command line."""
+    parser = argparse.ArgumentParser(
+        prog="accelerator.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", default="", metavar="NAMES", help="Comma-separated rows. Default: all.")
+    parser.add_argument("--quick", action="store_true", help="Use tiny shapes on the CPU; the numbers are meaningless.")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path("runs/accelerator.jsonl"),
+        metavar="FILE",
+        help="File to which measurements are appended. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="Time limit; later rows are not run. Default: %(default)s."
+    )
+    settings = parser.parse_args(arguments)
+    settings.rows = [name.strip() for name in settings.rows.split(",") if name.strip()] or list(row_runner.ROWS)
+    unknown = [name for name in settings.rows if name not in row_runner.ROWS]
+    if unknown:
+        parser.error(f"--rows: unknown {', '.join(unknown)}; the rows are {', '.join(row_runner.ROWS)}")
+    return settings
+
+
+def main(arguments: list[str]) -> int:
+    """Measures the rows and prints the table; returns 1 if a row failed."""
+    settings = parse(arguments)
+    run = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    names = [name for name in row_runner.ROWS if name in {"limits", *settings.rows}]
+    row_runner.measure(
+        names,
+        settings.out.absolute(),
+        quick=settings.quick,
+        run=run,
+        minutes=settings.minutes,
+        on_row=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    records = row_context.read(settings.out, run)
+    print(report_table.markdown(records))
+    failed: list[dict[str, Any]] = [each for each in records if each.get("error")]
+    for each in failed:
+        print(f"error: row {each['row']}: {each['error']}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Rows of accelerator.py: what is measured on one GPU or TPU, and the processes that measure it."""

@@ -1,0 +1,68 @@
+"""Numerics of PPO: errors of the first ratio, distance of the sampler, and whether bits repeat."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import train_workloads
+from benchmarks.accelerator_rows import row_context, training_rows
+from rlhf_jax.train import ppo
+
+
+def numerics(context: row_context.Context) -> None:
+    """Metrics of one iteration that are 0 in exact arithmetic: in bfloat16 with and without a kernel, in float32."""
+    settings = {
+        "bfloat16": {"dtype": "bfloat16"},
+        "bfloat16, plain attention": {"dtype": "bfloat16", "attention": "einsum"},
+        "float32": {"dtype": "float32"},
+    }
+    for name, overrides in settings.items():
+        run = _Run(context.shapes, **overrides)
+        _, logs = run.step(run.inputs.state())
+        for metric in ("first_ratio_error", "sampler_gap", "sampler_gap_mean"):
+            value = logs[metric]
+            context.record(f"{metric}, {name}", float(value.value() if hasattr(value, "value") else value))
+
+
+def bits(context: row_context.Context) -> None:
+    """Whether two iterations give the same bits twice, and after a checkpoint between them was restored."""
+    from rlhf_jax import checkpoint
+    from rlhf_jax.checkpoint import manifest
+
+    run = _Run(context.shapes, dtype="bfloat16")
+
+    def iterate(state: Any, times: int) -> Any:
+        for _ in range(times):
+            state, _ = run.step(state)
+        return state
+
+    expected = manifest.digest_tree(iterate(run.inputs.state(), 2))
+    repeated = manifest.digest_tree(iterate(run.inputs.state(), 2))
+    context.record("same seed, same bits", expected == repeated)
+    state = iterate(run.inputs.state(), 1)
+    with tempfile.TemporaryDirectory() as folder, checkpoint.Checkpoints(folder) as checkpoints:
+        checkpoints.save(1, state)
+        checkpoints.wait()
+        _, restored, _ = checkpoints.restore(run.inputs.state())
+    context.record("same bits after a restored checkpoint", manifest.digest_tree(iterate(restored, 1)) == expected)
+
+
+class _Run:
+    """A PPO with a model of few layers."""
+
+    def __init__(self, shapes: row_context.Shapes, **overrides: Any) -> None:
+        cfg = training_rows.model(shapes, n_layers=shapes.small_layers, **overrides)
+        sizes = {"samples": shapes.ppo_samples, "prompt": shapes.ppo_prompt, "answer": shapes.ppo_answer // 2}
+        self.inputs = train_workloads.ppo_inputs(cfg, **sizes)
+        self._step = jax.jit(
+            ppo.make_train_step(self.inputs.models, minibatches=shapes.ppo_minibatches), donate_argnums=0
+        )
+
+    def step(self, state: Any) -> Any:
+        """Runs an iteration whose prompts depend on the step only."""
+        batch = self.inputs.batch(np.random.default_rng(int(state.step)))
+        return self._step(state, self.inputs.frozen, self.inputs.hyper, batch, jax.random.key(2))

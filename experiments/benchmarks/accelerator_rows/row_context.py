@@ -1,0 +1,154 @@
+"""The shapes of the rows, the records that they write, and the timing of a function."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Sizes of all rows."""
+
+    model: tuple[tuple[str, Any], ...] = ()
+    """Fields that override the preset ``pythia-1b``."""
+    matmul: int = 8192
+    copied_bytes: int = 4 * 2**30
+    sft_rows: int = 8
+    sft_length: int = 2048
+    pairs: int = 16
+    """Pairs of the reward model; DPO takes half as many of twice the length, so that both steps have equal tokens."""
+    pair_length: int = 512
+    prompt: int = 512
+    """Prompt and answer of a decoding row."""
+    answer: int = 256
+    batches: tuple[int, ...] = (1, 16, 64, 256)
+    stream_prompts: int = 256
+    stream_slots: int = 64
+    stream_short: int = 32
+    ppo_samples: int = 64
+    ppo_prompt: int = 256
+    ppo_answer: int = 256
+    ppo_minibatches: int = 8
+    seeds: int = 8
+    seed_samples: int = 128
+    attention_rows: int = 8
+    attention_heads: int = 16
+    attention_length: int = 2048
+    head_widths: tuple[int, ...] = (128, 256)
+    window: int = 512
+    small_layers: int = 4
+    """Layers of the model whose numerics are measured, otherwise of the size of the others."""
+    repeats: int = 5
+
+
+QUICK = Shapes(
+    model=(("vocab_size", 64), ("n_layers", 1), ("d_model", 32), ("n_heads", 2), ("d_mlp", 64), ("max_length", 64)),
+    matmul=64,
+    copied_bytes=2**20,
+    sft_rows=2,
+    sft_length=16,
+    pairs=4,
+    pair_length=8,
+    prompt=8,
+    answer=8,
+    batches=(1, 4),
+    stream_prompts=8,
+    stream_slots=4,
+    stream_short=2,
+    ppo_samples=4,
+    ppo_prompt=8,
+    ppo_answer=8,
+    ppo_minibatches=2,
+    seeds=2,
+    seed_samples=4,
+    attention_rows=2,
+    attention_heads=2,
+    attention_length=32,
+    head_widths=(8,),
+    window=8,
+    small_layers=1,
+    repeats=2,
+)
+"""Tiny shapes for a test run; the numbers are meaningless."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a row reads and where it writes."""
+
+    path: pathlib.Path
+    """The JSON-lines file."""
+    run: str
+    """Name of the run, in every record."""
+    row: str
+    shapes: Shapes
+    earlier: tuple[dict[str, Any], ...] = ()
+    """Records that the run has written so far."""
+
+    def record(self, measure: str, value: float | bool | None = None, unit: str = "", **fields: Any) -> None:
+        """Appends a measurement.
+
+        Args:
+            measure: What was measured.
+            value: The number, if there is one.
+            unit: Its unit.
+            **fields: ``share`` and ``share_of``, the number as a share of a limit; ``at_least`` or ``at_most``, the
+                aim for the share, or for the value without a share; and any other facts.
+        """
+        append(
+            self.path, {"run": self.run, "row": self.row, "measure": measure, "value": value, "unit": unit, **fields}
+        )
+
+    def value(self, row: str, measure: str) -> float | None:
+        """Returns a number that the run has measured before; None if it has not."""
+        found = [each["value"] for each in self.earlier if (each["row"], each.get("measure")) == (row, measure)]
+        return found[-1] if found else None
+
+    def share(self, amount_per_second: float, limit: str) -> dict[str, Any]:
+        """Returns ``share`` and ``share_of`` for a rate, as a share of a measure of the row ``limits``."""
+        most = self.value("limits", limit)
+        return {} if most is None else {"share": amount_per_second / most, "share_of": limit}
+
+
+def append(path: pathlib.Path, record: dict[str, Any]) -> None:
+    """Appends a record to a JSON-lines file and flushes it to disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: pathlib.Path, run: str) -> tuple[dict[str, Any], ...]:
+    """Returns the records of a run."""
+    if not path.exists():
+        return ()
+    records = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    return tuple(each for each in records if each.get("run") == run)
+
+
+def seconds(function: Callable[[], Any], *, repeats: int, calls: int = 1) -> tuple[float, float]:
+    """Returns the median seconds of a call, and those of the first call, which compiles.
+
+    Args:
+        function: Runs once and returns when its results are ready.
+        repeats: Number of timed repetitions, after one for warmup.
+        calls: Number of calls that the function makes.
+    """
+    began = time.perf_counter()
+    function()
+    first = time.perf_counter() - began
+    function()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times) / calls, first

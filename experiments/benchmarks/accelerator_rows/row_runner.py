@@ -1,0 +1,148 @@
+"""Measures rows in a child process, so that the failure of one leaves the others unharmed.
+
+``python -m benchmarks.accelerator_rows.row_runner`` measures the rows of its command line in turn. A row that raises is
+recorded as failed and the next one starts; if the process dies, the parent starts another for the rows that remain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from benchmarks.accelerator_rows import row_context
+
+
+class Row(NamedTuple):
+    """A row of the table."""
+
+    title: str
+    function: str
+    """``module.function`` in this package, imported when the row starts."""
+    flags: str = ""
+    """XLA flags of its process. Rows with equal flags share a process."""
+    alone: bool = False
+    """Whether the row needs a process without JAX on the device."""
+
+
+ROWS = {
+    "limits": Row("rate of matrix products and memory bandwidth", "limit_rows.limits"),
+    "sft": Row("SFT step", "training_rows.sft"),
+    "dpo": Row("DPO step with its reference", "training_rows.dpo"),
+    "reward": Row("reward model step", "training_rows.reward"),
+    "decode": Row("decoding step at several batch sizes", "decoding_rows.decode"),
+    "generate": Row("whole calls of generation", "decoding_rows.generate"),
+    "stream": Row("continuous against static batching", "decoding_rows.stream"),
+    "ppo": Row("PPO iteration by its parts", "ppo_rows.iteration"),
+    "seeds": Row("eight seeds of a small PPO as one program", "ppo_rows.seeds"),
+    "attention": Row("fused attention against plain XLA", "attention_rows.fused_attention"),
+    "numerics": Row("errors of the first ratio and the sampler", "numeric_rows.numerics"),
+    "bits": Row("same bits twice and after a restore", "numeric_rows.bits"),
+    "bits-deterministic": Row(
+        "the same with XLA's deterministic operations", "numeric_rows.bits", flags="--xla_gpu_deterministic_ops=true"
+    ),
+    "torch": Row("the same steps by transformers and torch", "torch_rows.peer", alone=True),
+}
+
+
+def measure(
+    names: Sequence[str], path: pathlib.Path, *, quick: bool, run: str, minutes: float, on_row: Callable[[str], None]
+) -> None:
+    """Measures rows in child processes and appends everything to a file.
+
+    Args:
+        names: Names of `ROWS`.
+        path: The JSON-lines file.
+        quick: Whether to use tiny shapes on the CPU.
+        run: Name of the run, in every record.
+        minutes: Limit for the whole run; rows that do not fit are recorded as not run.
+        on_row: Called with a line of text when the state of a row changes.
+    """
+    deadline = time.monotonic() + 60 * minutes
+    pending = list(names)
+    while pending:
+        first = ROWS[pending[0]]
+        group = [name for name in pending if (ROWS[name].flags, ROWS[name].alone) == (first.flags, first.alone)]
+        status = _run_child(group, path, quick=quick, run=run, deadline=deadline, flags=first.flags)
+        ended = {each["row"]: each for each in row_context.read(path, run) if "row_seconds" in each}
+        for name in group:
+            if name not in ended and status is not None:
+                record = {"run": run, "row": name, "error": status, "row_seconds": 0.0}
+                row_context.append(path, record)
+                ended[name] = record
+                status = None if time.monotonic() < deadline else "not run: the time is over"
+            if name in ended:
+                pending.remove(name)
+                on_row(_text(name, ended[name]))
+
+
+def _text(name: str, ended: dict) -> str:
+    error = ended.get("error")
+    return f"{name}: {error}" if error else f"{name}: {ended['row_seconds']:.0f} s"
+
+
+def _run_child(
+    names: Sequence[str], path: pathlib.Path, *, quick: bool, run: str, deadline: float, flags: str
+) -> str | None:
+    """Runs a child process and returns why it ended early, if it did."""
+    if time.monotonic() >= deadline:
+        return "not run: the time is over"
+    command = [sys.executable, "-m", "benchmarks.accelerator_rows.row_runner", "--run", run, "--out", str(path)]
+    command += ["--quick"] * quick + list(names)
+    root = pathlib.Path(__file__).resolve().parents[3]
+    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"} | os.environ
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    if quick:
+        environment["JAX_PLATFORMS"] = "cpu"
+        flags = ""  # a CPU does not know the flags of a GPU
+    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+    try:
+        done = subprocess.run(
+            command, cwd=root / "experiments", env=environment, timeout=deadline - time.monotonic(), check=False
+        )
+    except subprocess.TimeoutExpired:
+        return "stopped: the time is over"
+    return None if done.returncode == 0 else f"the process ended with status {done.returncode}"
+
+
+def main() -> None:
+    """Measures the rows of the command line in this process."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="+", choices=list(ROWS))
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    for name in options.names:
+        measure_row(name, options.out, quick=options.quick, run=options.run)
+
+
+def measure_row(name: str, path: pathlib.Path, *, quick: bool, run: str) -> None:
+    """Measures one row in this process and records how long it took, or why it failed."""
+    import importlib
+
+    began = time.monotonic()
+    shapes = row_context.QUICK if quick else row_context.Shapes()
+    context = row_context.Context(path, run, name, shapes, row_context.read(path, run))
+    ended: dict[str, object] = {"run": run, "row": name}
+    try:
+        module, function = ROWS[name].function.split(".")
+        getattr(importlib.import_module(f"benchmarks.accelerator_rows.{module}"), function)(context)
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        lines = str(error).splitlines() or [""]
+        ended["error"] = f"{type(error).__name__}: {lines[0][:200]}"
+    row_context.append(path, ended | {"row_seconds": time.monotonic() - began})
+    gc.collect()  # a row's arrays are freed before the next row starts
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""The same steps by transformers and torch, as ratios. Imports torch, and no JAX program runs in its process."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.accelerator_rows import row_context, training_rows
+
+
+def peer(context: row_context.Context) -> None:
+    """An SFT step, a DPO step and generation by transformers, with scaled dot-product attention."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        context.record("transformers + torch", note=f"not installed: {error.name}")
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cfg, shapes = training_rows.model(context.shapes), context.shapes
+    config = transformers.GPTNeoXConfig(
+        vocab_size=cfg.vocab_size,
+        hidden_size=cfg.d_model,
+        num_hidden_layers=cfg.n_layers,
+        num_attention_heads=cfg.n_heads,
+        intermediate_size=cfg.d_mlp,
+        max_position_embeddings=cfg.max_length,
+        attn_implementation="sdpa",
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = transformers.GPTNeoXForCausalLM(config)
+    context.record("torch", note=f"torch {torch.__version__}, transformers {transformers.__version__}, {device}")
+    _train(context, torch, model, device)
+    model = model.to(torch.bfloat16).eval()
+    _generate(context, torch, model, device, shapes)
+
+
+def _train(context: row_context.Context, torch: Any, model: Any, device: str) -> None:
+    """Float32 parameters and fused Adam, with bfloat16 products, as in the rows that these are compared with."""
+    shapes = context.shapes
+    vocab = model.config.vocab_size
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-5, fused=device == "cuda")
+    reference = copy.deepcopy(model).requires_grad_(False)
+
+    def tokens(*shape: int) -> Any:
+        return torch.randint(3, vocab, shape, device=device)
+
+    def logprobs(network: Any, tokens_BL: Any, start: int) -> Any:
+        logits = network(tokens_BL).logits[:, start - 1 : -1].float()
+        return -torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), tokens_BL[:, start:].flatten(), reduction="none"
+        ).view(len(tokens_BL), -1)
+
+    def sft_loss(network: Any) -> Any:
+        return -logprobs(network, tokens(shapes.sft_rows, shapes.sft_length), 1).mean()
+
+    def dpo_loss(network: Any) -> Any:
+        length = 2 * shapes.pair_length
+        tokens_BL = tokens(shapes.pairs // 2 * 2, length)
+        policy_B = logprobs(network, tokens_BL, length // 2).sum(1)
+        with torch.no_grad():
+            reference_B = logprobs(reference, tokens_BL, length // 2).sum(1)
+        chosen, rejected = (policy_B - reference_B).view(2, -1)
+        return -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
+
+    def step(loss: Callable[[Any], Any], network: Any) -> Callable[[], None]:
+        def run() -> None:
+            with torch.autocast(device, torch.bfloat16):
+                value = loss(network)
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+            _synchronize(torch)
+
+        return run
+
+    sft_tokens = shapes.sft_rows * shapes.sft_length
+    dpo_tokens = 2 * (shapes.pairs // 2) * 2 * shapes.pair_length
+    networks = {"": model} | ({", compiled": torch.compile(model)} if device == "cuda" else {})
+    for name, network in networks.items():
+        _measure(context, f"torch SFT step{name}", step(sft_loss, network), sft_tokens, "sft", "SFT step", 1.0)
+    _measure(context, "torch DPO step", step(dpo_loss, model), dpo_tokens, "dpo", "DPO step", None)
+
+
+def _generate(context: row_context.Context, torch: Any, model: Any, device: str, shapes: row_context.Shapes) -> None:
+    for batch in shapes.batches[1:3]:
+        prompts = torch.randint(3, model.config.vocab_size, (batch, shapes.prompt), device=device)
+        options: dict[str, Any] = {"do_sample": True, "top_k": 0, "use_cache": True, "pad_token_id": 0}
+        options |= {"max_new_tokens": shapes.answer, "min_new_tokens": shapes.answer}
+
+        def run(prompts: Any = prompts, options: dict[str, Any] = options) -> None:
+            with torch.no_grad():
+                model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
+            _synchronize(torch)
+
+        name = f"generation, batch {batch}"
+        _measure(context, f"torch {name}", run, batch * shapes.answer, "generate", name, 1.5)
+
+
+def _measure(
+    context: row_context.Context,
+    measure: str,
+    run: Callable[[], None],
+    tokens: int,
+    row: str,
+    ours: str,
+    at_least: float | None,
+) -> None:
+    """Records a rate and the ratio of ours to it; goes on if torch fails."""
+    try:
+        seconds, first = row_context.seconds(run, repeats=min(context.shapes.repeats, 3))
+    except Exception as error:
+        context.record(measure, note=f"failed: {str(error).splitlines()[0][:100]}")
+        return
+    context.record(measure, tokens / seconds, "tokens/s", seconds=seconds, first_s=first)
+    own = context.value(row, ours)
+    if own is not None:
+        aim = {} if at_least is None else {"at_least": at_least}
+        context.record(f"ours / {measure}", own * seconds / tokens, "x", **aim)
+
+
+def _synchronize(torch: Any) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,127 @@
+"""Runs accelerator.py with tiny shapes, without the packages that a GPU machine may lack."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import accelerator
+import pytest
+from benchmarks.accelerator_rows import report_table, row_context, row_runner
+
+ROOT = pathlib.Path(__file__).parents[2]
+MISSING = ("grain", "tensorflow_datasets", "tyro", "tensorboardX", "array_record", "matplotlib", "pyarrow", "chex")
+
+
+@pytest.fixture
+def bare_environment(tmp_path):
+    """Environment variables with which Python cannot import the packages in MISSING."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] in {MISSING!r}:\n"
+        "            raise ImportError(f'{name} is not installed')\n"
+        "sys.meta_path.insert(0, Missing())\n"
+    )
+    return os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+
+
+def test_the_library_needs_few_packages(bare_environment):
+    code = "import rlhf_jax.lm, rlhf_jax.generation, rlhf_jax.train, rlhf_jax.losses, rlhf_jax.checkpoint"
+    subprocess.run([sys.executable, "-c", code], env=bare_environment, check=True)
+    done = subprocess.run([sys.executable, "-c", "import tyro"], env=bare_environment, capture_output=True)
+    assert done.returncode == 1, "the packages must be missing for this test to mean anything"
+
+
+def test_all_rows_run_with_tiny_shapes(bare_environment, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    command = [sys.executable, "accelerator.py", "--quick", "--out", str(path), "--minutes", "30"]
+    done = subprocess.run(
+        command, cwd=ROOT / "experiments", env=bare_environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {each["row"] for each in records if "row_seconds" in each} == set(row_runner.ROWS)
+    numbers = {each["measure"]: each for each in records if "measure" in each}
+    for name in ("SFT step", "DPO step", "reward model step", "decoding, batch 1", "PPO iteration"):
+        assert numbers[name]["value"] > 0
+        assert f"| {name} |" in done.stdout
+    step, limit = numbers["SFT step"], numbers["matrix products"]
+    assert step["share"] == pytest.approx(step["flops"] / step["seconds"] / limit["value"])
+    assert numbers["first_ratio_error, float32"]["value"] == 0
+    assert numbers["same seed, same bits"]["value"] is True
+    assert numbers["same bits after a restored checkpoint"]["value"] is True
+
+
+def context(path, row="sft", **fields):
+    return row_context.Context(path, "now", row, row_context.QUICK, **fields)
+
+
+def test_shares_are_of_the_limits_of_the_same_run(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    context(path, "limits").record("matrix products", 200.0, "FLOP/s")
+    row_context.append(path, {"run": "before", "row": "limits", "measure": "matrix products", "value": 1.0})
+    now = context(path, earlier=row_context.read(path, "now"))
+    assert now.share(50.0, "matrix products") == {"share": 0.25, "share_of": "matrix products"}
+    assert now.share(50.0, "memory bandwidth") == {}, "a limit that was not measured"
+
+
+def test_a_row_that_raises_is_recorded_and_the_next_one_runs(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    monkeypatch.setitem(row_runner.ROWS, "broken", row_runner.Row("", "limit_rows.missing"))
+    for name in ("broken", "limits"):
+        row_runner.measure_row(name, path, quick=True, run="now")
+    broken, *others = row_context.read(path, "now")
+    assert broken["row"] == "broken" and "AttributeError" in broken["error"]
+    assert "| broken | failed |" in report_table.markdown(row_context.read(path, "now"))
+    assert {each.get("measure") for each in others} >= {"matrix products", "memory bandwidth"}
+
+
+def test_rows_remain_if_the_process_dies(tmp_path, monkeypatch):
+    """The first process dies in its second row; another one measures the third."""
+    path, started, lines = tmp_path / "rows.jsonl", [], []
+
+    def child(names, path, *, run, **options):
+        started.append(list(names))
+        done = names[:1] if len(started) == 1 else names
+        for name in done:
+            row_context.append(path, {"run": run, "row": name, "row_seconds": 1.0})
+        return "the process ended with status -9" if len(started) == 1 else None
+
+    monkeypatch.setattr(row_runner, "_run_child", child)
+    row_runner.measure(["sft", "dpo", "reward"], path, quick=True, run="now", minutes=1, on_row=lines.append)
+    assert started == [["sft", "dpo", "reward"], ["reward"]]
+    errors = {each["row"]: each.get("error") for each in row_context.read(path, "now")}
+    assert errors == {"sft": None, "dpo": "the process ended with status -9", "reward": None}
+    assert lines == ["sft: 1 s", "dpo: the process ended with status -9", "reward: 1 s"]
+
+
+def test_rows_after_the_time_limit_are_not_run(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    row_runner.measure(["sft", "torch"], path, quick=True, run="now", minutes=0, on_row=lambda text: None)
+    errors = [(each["row"], each["error"]) for each in row_context.read(path, "now")]
+    assert errors == [("sft", "not run: the time is over"), ("torch", "not run: the time is over")]
+
+
+def test_the_table_says_whether_an_aim_is_met(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    now = context(path)
+    now.record("step", 1500.0, "tokens/s", share=0.49, share_of="matrix products", at_least=0.5)
+    now.record("rollout", 0.02, "s", share=0.5, share_of="PPO iteration", at_most=0.5)
+    now.record("ours / torch", 1.5, "x", at_least=1.5)
+    now.record("matrix products", 7.9e14, "FLOP/s")
+    now.record("same bits", False)
+    rows = report_table.markdown(row_context.read(path, "now")).splitlines()[-5:]
+    assert rows[0] == "| step | 1,500 tokens/s | 49 % of the matrix products | ≥ 50 % | no |  |"
+    assert rows[1] == "| rollout | 20 ms | 50 % of the PPO iteration | ≤ 50 % | yes |  |"
+    assert rows[2] == "| ours / torch | 1.50x |  | ≥ 1.5 | yes |  |"
+    assert rows[3] == "| matrix products | 790 TFLOP/s |  |  |  |  |"
+    assert rows[4] == "| same bits | no |  |  |  |  |"
+
+
+def test_an_unknown_row_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        accelerator.parse(["--rows", "sft,dqo"])
+    assert "dqo" in capsys.readouterr().err
