@@ -219,7 +219,7 @@ def test_rounds_sample_and_label_with_the_latest_policy_as_reference(tmp_path):
     assert (lengths[:, 0] >= lengths[:, 1]).all(), "the judge prefers longer answers"
     assert rounds[0].pairs == len(first)
     assert rounds[0].pairs + sum(rounds[0].left_out.values()) == len(prompts) // 2
-    with pytest.raises(settings_lib.SettingError, match="has no preference in any pair"):
+    with pytest.raises(settings_lib.SettingError, match="prefers no answer to another"):
         equal: Any = options | {"judge": lambda answers, samples, key: np.zeros(len(answers.lengths_B)), "name": "e"}
         direct_alignment.iterate(trainer, start, reward, prompts, **equal)
 
@@ -246,7 +246,7 @@ def test_judges_of_the_built_in_world(tmp_path):
         (["--loss", "robust", "--label-smoothing", "0.5"], "--label-smoothing is 0.5; it must be .* below 0.5"),
         (["--beta", "0"], "--beta is 0.0; it must be above 0"),
         (["--learning-rate", "-1"], "--learning-rate"),
-        (["--micro-batches", "7"], "--micro-batches is 7; it must divide 64, the number of rows of a batch"),
+        (["--micro-batches", "7"], "--micro-batches is 7; it must divide 64, the number of rows per batch"),
         (["--samples", "1"], "--samples is 1; it must be at least 2"),
         (["--data.path", "x.jsonl", "--judge", "gold"], "--judge gold needs the built-in world"),
         (["--loss", "simpo", "--rounds", "2", "--hold-reference"], "--hold-reference has no effect with --loss simpo"),
