@@ -33,7 +33,7 @@ class RunOptions(NamedTuple):
 
 
 Record = Mapping[str, Any]
-"""The report of a program, or ``{"missing": reason}`` if it failed or is not installed."""
+"""The report of a program, or ``{"missing": reason}`` if the program failed or is not installed."""
 
 
 def measure(

@@ -47,7 +47,7 @@ def train(
     *,
     validation: types.Comparisons | None = None,
 ) -> types.Params:
-    """Trains the reward model on the labelers' comparisons, and merges several heads into one that returns their mean."""
+    """Trains the reward model on the labelers' comparisons, and merges several heads into one that averages them."""
     training, batch = settings.training, settings.reward_model.batch
     if training.loss == "pairs":
         prompts = len(np.asarray(data.ranks_BK))
