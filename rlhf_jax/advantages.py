@@ -146,6 +146,6 @@ def group_center(scores_K: jax.Array) -> jax.Array:
     if scores_K.shape[0] < 2:
         raise ValueError(f"a group needs at least 2 completions, got {scores_K.shape[0]}")
     scores_K = masking.as_float32(scores_K)
-    # Subtracting the first score maps equal scores to exact zeros and preserves digits under a large common offset.
+    # Subtracting the first score maps equal scores to exact zeros and keeps precision under a large common offset.
     offsets_K = scores_K - scores_K[0]
     return offsets_K - jnp.mean(offsets_K)

@@ -61,8 +61,8 @@ def k2(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
 def k3(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
     """Returns ``exp(-rho) - 1 + rho``, an unbiased estimate of the KL that is never negative (GRPO, Shao 2024 Eq 4).
 
-    Its variance is low. The exponential is extrapolated linearly where ``rho`` is below -20 (see `ratio`). The arrays
-    must have the same shape; the result is unreduced.
+    The estimate has low variance. The exponential is extrapolated linearly where ``rho`` is below -20 (see `ratio`).
+    The arrays must have the same shape; the result is unreduced.
 
     Example:
         >>> from rlhf_jax import kl
@@ -150,7 +150,7 @@ def update_controller_by_horizon(
     episodes: int | jax.Array,
     horizon: float | jax.Array = 10_000.0,
 ) -> ControllerState:
-    """Applies the rule of the code of Ziegler 2019, whose gain ``episodes / horizon`` grows with the batch size.
+    """Applies the rule of Ziegler 2019's code, in which the gain ``episodes / horizon`` grows with the batch size.
 
     The new coefficient is ``coef * (1 + episodes / horizon * clip(observed / target - 1, -0.2, 0.2))``.
 

@@ -133,7 +133,7 @@ class PackedComparisons:
 
     tokens_RL: jax.Array
     segments_RL: jax.Array
-    """int32, number within the row of the completion that each token belongs to, counted from 1; 0 at padding."""
+    """int32, number of the completion to which each token belongs, counted from 1 in each row; 0 at padding."""
     places_BK: Places
     """Location of each completion."""
     ranks_BK: jax.Array

@@ -1,8 +1,8 @@
 """Saving and restoring of checkpoints, which are written atomically and hashed leaf by leaf.
 
 Orbax writes the arrays in the background to a temporary folder, which is renamed when it is complete. Because Orbax
-stores no checksums of array data, a manifest next to the arrays contains the SHA-256 of every leaf and of the manifest
-itself. `Checkpoints.restore` returns only arrays that match their manifest. A checkpoint consists of these files::
+stores no checksums of array data, a manifest next to the arrays contains the SHA-256 of every leaf and of its own
+contents. `Checkpoints.restore` returns only arrays that match their manifest. A checkpoint consists of these files::
 
     directory/step_000000100/state/...     the leaves, by number
     directory/step_000000100/manifest/...  paths, shapes, dtypes, digests, the caller's metadata
@@ -57,7 +57,7 @@ def _reason(error: BaseException) -> str:
 
 
 _on_all = partial(processes.call_on_all, error=manifest_lib.DamagedError)
-"""Raises damage that one process detects in all processes, so that all of them resume from the same step."""
+"""Runs a function and raises its DamagedError in all processes, so that all of them resume from the same step."""
 
 
 def _read_manifest(checkpointer: Any, path: epath.Path) -> dict[str, Any]:
@@ -185,7 +185,7 @@ class Checkpoints:
             raise CheckpointError(f"cannot list the checkpoints in {self.directory}: {_reason(error)}") from error
 
     def latest(self) -> int | None:
-        """Returns the newest complete step, or None; all processes must call this method together."""
+        """Returns the step of the newest complete checkpoint, or None; all processes must call this together."""
         steps = processes.broadcast_from_first(self.steps())
         return steps[-1] if steps else None
 
@@ -226,16 +226,16 @@ class Checkpoints:
         """Restores the newest undamaged checkpoint and warns about each damaged checkpoint that it skips.
 
         Args:
-            like: Pytree of arrays or ``jax.ShapeDtypeStruct`` with the structure, dtypes and shardings of the result.
-                Everything that is not a leaf, such as the functions of a ``TrainState``, is copied from it. May be None
-                if the state consists of dicts and lists of arrays.
+            like: Pytree of arrays or ``jax.ShapeDtypeStruct`` with the requested structure, dtypes and shardings, and
+                with everything that is not a leaf, such as the functions of a ``TrainState``. None is allowed if the
+                state consists of dicts and lists of arrays.
             step: Step to restore; by default, the newest undamaged one.
 
         Returns:
             ``(step, state, metadata)``; the arrays are bit-identical to the saved ones.
 
         Raises:
-            CheckpointError: No undamaged checkpoint exists, or its structure differs from ``like``.
+            CheckpointError: No undamaged checkpoint exists, or the checkpoint and ``like`` have different structures.
         """
         self.wait()
         steps = processes.broadcast_from_first(self.steps())
@@ -366,8 +366,8 @@ def save_params(path: str | os.PathLike[str], params: Any, metadata: dict[str, A
 def load_params(path: str | os.PathLike[str], like: Any = None) -> Any:
     """Returns the parameters that `save_params` wrote, after checking their digests.
 
-    ``like`` is a pytree of arrays or ``jax.ShapeDtypeStruct`` with the shardings of the result; without it, the arrays
-    are not sharded. Raises `CheckpointError` if the parameters are missing or damaged.
+    ``like`` is a pytree of arrays or ``jax.ShapeDtypeStruct`` with the requested shardings; without it, the arrays are
+    not sharded. Raises `CheckpointError` if the parameters are missing or damaged.
     """
     with Checkpoints(path, keep=1) as checkpoints:
         return checkpoints.restore(like)[1]

@@ -151,7 +151,7 @@ def _start_jax(coordinator: str, count: int, index: int, devices: Sequence[int] 
             index,
             devices,
             initialization_timeout=max(1, int(timeout)),
-            # One day: with a shorter timeout, jax would abort the processes after all of them were merely suspended.
+            # One day: with a shorter timeout, jax aborts the processes even if all of them were merely suspended.
             heartbeat_timeout_seconds=86_400,
             shutdown_timeout_seconds=30,
         )
@@ -271,7 +271,10 @@ class _Group(Hosts):
             connection.close()
 
     def _all_left(self, status: int) -> bool:
-        """Returns whether all hosts have left; if another host failed, a finished host waits for `_force_exit`."""
+        """Returns whether all hosts have left.
+
+        After a failure, the result is False on hosts without an error, which wait until `_force_exit` ends them.
+        """
         return len(self._left) == self.count and (status != 0 or not any(host[0] for host in self._left.values()))
 
     # called by the thread

@@ -60,8 +60,8 @@ def distill_cross_entropy(logprobs: jax.Array, teacher_logprobs: jax.Array) -> j
 def log1mexp(x: jax.Array) -> jax.Array:
     """Returns ``log(1 - exp(x))`` for ``x <= 0``, the log-probability of the complement.
 
-    Rounding can make a log-probability 0 or positive, for which the formula yields -inf or NaN. Inputs above -1e-6
-    therefore have the value and slope of -1e-6, so that gradients stay finite and keep their sign.
+    Rounding can make a log-probability 0 or positive, for which the formula yields -inf or NaN. Above -1e-6,
+    the function therefore keeps its value and slope at -1e-6, so that gradients stay finite and keep their sign.
     """
     x = masking.as_float32(x)
     x = x + jax.lax.stop_gradient(jnp.minimum(x, _LOG1MEXP_CEILING) - x)

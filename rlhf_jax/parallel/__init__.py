@@ -12,7 +12,7 @@ mesh. Model code therefore does not depend on the mesh::
 
     mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
     shardings = parallel.shardings(jax.eval_shape(make), mesh, lm.logical_axes(cfg))
-    state = jax.jit(make, out_shardings=shardings)()         # created in shards, never as a whole
+    state = jax.jit(make, out_shardings=shardings)()         # created directly in shards
     step = parallel.jit_step(sft.make_train_step(...), mesh=mesh)
     state, metrics = step(state, None, hyper, batch, rng)    # batch: this host's rows, as NumPy arrays
 """

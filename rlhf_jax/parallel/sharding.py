@@ -85,7 +85,7 @@ def spec(
 
 
 def shardings(tree: Any, mesh: Mesh | AbstractMesh, axes: Mapping[str, Any], *, rules: Rules = RULES) -> Any:
-    """Returns a sharding for each array in ``tree``; parameters are sharded by ``rules``, other arrays replicated.
+    """Returns a sharding for each array in ``tree``: parameters follow ``rules``, and other arrays are replicated.
 
     An array is sharded like a parameter if its path ends with the path of the parameter. For example, the entry
     ``layers/q/kernel`` in ``axes`` applies to ``params/policy/layers/q/kernel``, to its moments in the optimiser state
@@ -119,7 +119,7 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, axes: Mapping[str, Any], *, 
 
 
 def indivisible(tree: Any, mesh: Mesh, axes: Mapping[str, Any], *, rules: Rules = RULES) -> list[str]:
-    """Describes the dimensions that stay unsharded because their sizes are not divisible by those of their mesh axes.
+    """Describes the dimensions that stay unsharded because their mesh axes do not divide them evenly.
 
     Args:
         tree: Pytree of parameters or their shapes, with the structure of ``axes``.
@@ -159,7 +159,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def gather_weight(x: jax.Array, *axes: str | None, dtype: Any = None) -> jax.Array:
-    """Casts a weight to ``dtype`` (by default its dtype) and gathers it over ``fsdp``; without a mesh, returns ``x``.
+    """Casts a weight to ``dtype``, if given, and gathers it over ``fsdp``; without a mesh, returns ``x`` unchanged.
 
     The weight is communicated in ``dtype``. Its gradient, also in ``dtype``, is scattered to the shards as soon as it
     is computed. At most one layer is therefore gathered at a time, in both the forward and the backward pass.
@@ -201,7 +201,10 @@ def num_shards(*axes: str) -> int:
 
 
 def active_mesh() -> Any:
-    """Returns the mesh of the step being traced; None if there is none, it lacks one of `AXES` or has manual axes."""
+    """Returns the mesh of the step being traced.
+
+    Returns None without a mesh, or if the mesh lacks one of `AXES` or has manual axes.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.manual_axes or not set(AXES) <= set(mesh.axis_names) else mesh
 

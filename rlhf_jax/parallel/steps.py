@@ -116,8 +116,8 @@ class JitStep:
     def compile_ahead(self, executor: concurrent.futures.Executor, *args: Any) -> None:
         """Starts to compile the step for the given arrays or shapes in a thread of ``executor``.
 
-        This method returns immediately; the next call of the step waits for the compilation and uses its result. Use it
-        to compile a large step that is needed late while the device runs other work.
+        This method returns immediately; the next call of the step waits for the compilation and uses its result. Use
+        this method to compile a large step in advance, while the device runs other work.
         """
         shapes = jax.eval_shape(lambda *same: same, *args)  # keeps weak types, which later calls must match
         # An error in the thread is ignored, because the next call raises it again.
@@ -204,7 +204,7 @@ def pmap_step(
     """Compiles a step with `jax.pmap`; the step must be created with the same ``axis_name``.
 
     As in `shard_map_step`, each device runs the step on its own rows. Use this function in code whose states already
-    have a leading device axis, which `PmapStep.replicate` adds. For new code, prefer `jit_step`. An example is::
+    have a leading device axis, which `PmapStep.replicate` adds; otherwise, prefer `jit_step`. For example::
 
         step = parallel.pmap_step(sft.make_train_step(..., axis_name="devices"))
         state, metrics = step(step.replicate(state), None, hyper, batch, rng)
