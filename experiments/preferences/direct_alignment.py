@@ -153,7 +153,7 @@ class Trainer:
         settings: DirectSettings | None = None,
         reference_file: str | None = None,
     ) -> types.Params:
-        """Trains a policy from ``start`` on pairs and returns its parameters. A finished run is only restored.
+        """Trains a policy from ``start`` on pairs and returns its parameters. A finished run is restored, not trained.
 
         Args:
             start: The initial parameters.
