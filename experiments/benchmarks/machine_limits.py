@@ -67,7 +67,7 @@ def decode_limit(
 
 
 def _products(size: workload_sizes.Size, batch: int, *, steps: int) -> Callable[[], float]:
-    """Returns a function that measures the seconds of a step's matrix products, in a loop of ``steps`` decoding steps."""
+    """Returns a function that measures the seconds of a decoding step's matrix products, over ``steps`` steps."""
     D = size.width
     shapes = [(D, D)] * 4 + [(D, 4 * D), (4 * D, D)]
     key = iter(range(10**9))

@@ -71,7 +71,7 @@ def schedule(settings: DirectSettings, pairs: int, *, devices: int = 1) -> Sched
     if rows == 0:
         over = f" over {devices} devices" if devices > 1 else ""
         raise settings_lib.SettingError(
-            f"--micro-batches is {settings.micro_batches}{over}, but the pairs have only {n} rows; lower it"
+            f"--micro-batches is {settings.micro_batches}{over}, but there are only {n} rows; lower it"
         )
     steps = settings.epochs * n // rows
     return Schedule(rows, steps, max(0, n - steps * rows))
