@@ -21,7 +21,7 @@ class Watch:
         loop.fit(..., stage="ppo", log=watch)
 
     Args:
-        log: The log to which rows are forwarded before they are checked; None for none.
+        log: Log to which each row is forwarded before it is checked; None for no log.
         warn: Called with a message for each new alarm.
         stop: Whether a new alarm raises `loop.Alarmed`, so that `loop.fit` saves and stops.
         rows: Rows that the stage logged earlier, each with its ``"step"``. `loop.fit` drops those after the step from

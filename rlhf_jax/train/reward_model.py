@@ -53,7 +53,7 @@ def score_all(score: Callable[..., jax.Array], params: Any, batch: Comparisons) 
 
 
 def score_all_packed(packed_scores: Callable[..., jax.Array], params: Any, batch: PackedComparisons) -> jax.Array:
-    """Returns the scores of packed completions, like :func:`score_all`; ``packed_scores`` is e.g. `lm.packed_scores`."""
+    """Returns the scores of packed completions; ``packed_scores`` is described in :func:`make_train_step`."""
     return packed_scores(params, batch.tokens_RL, batch.segments_RL, batch.places_BK).astype(jnp.float32)
 
 
@@ -71,7 +71,8 @@ def make_train_step(
 
     The loss is the mean over the prompts that have at least one pair with different ranks. By default, the loss of a
     prompt is the mean of ``-log sigmoid(r_w - r_l)`` over its pairs (InstructGPT Eq 1). With
-    ``hyper["domain_weights"]``, the loss is a weighted sum of the mean losses of the domains (Bai 2022, 5.1.2), and ``batch.domain_B`` holds the domain of each prompt.
+    ``hyper["domain_weights"]``, the loss is a weighted sum of the mean losses of the domains (Bai 2022, 5.1.2), and
+    ``batch.domain_B`` holds the domain of each prompt.
 
     Args:
         score: ``(params, tokens_BL, mask_BL=...) -> [B]``, such as `lm.score`. A model with H heads returns ``[B, H]``

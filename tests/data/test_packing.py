@@ -241,7 +241,7 @@ def test_packed_reward_model_training_in_micro_batches_equals_padded_training():
     want = ranking_update(ROPE, batch)[1]
     packed = packing.pack_comparisons(batch, width=WIDTH, pad_id=PAD, groups=3)
     assert_close(ranking_update(ROPE, packed, micro_batches=3)[1], want)
-    with pytest.raises(ValueError, match="packed in 3 groups, but micro_batches is 1"):
+    with pytest.raises(ValueError, match="packed into 3 groups, but micro_batches is 1"):
         ranking_update(ROPE, packed)
     with pytest.raises(ValueError, match="no packed_scores"):
         step = reward_model.make_train_step(functools.partial(lm.score, cfg=ROPE))

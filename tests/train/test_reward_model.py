@@ -169,7 +169,7 @@ def test_domains_are_averaged_separately_and_weighted():
     alone, logs = run(comparisons(domain_B=np.zeros(B, np.int32)), **options)
     np.testing.assert_allclose(logs["loss"].value(), each[INFORMATIVE].mean(), rtol=1e-5)
     assert np.isfinite(alone.params["head"]["kernel_D"]).all()
-    with pytest.raises(ValueError, match=r"need Comparisons\.domain_B"):
+    with pytest.raises(ValueError, match=r"set Comparisons\.domain_B"):
         run(comparisons(), **options)
 
 
