@@ -375,7 +375,7 @@ def test_a_folder_that_is_a_file_or_has_vanished_is_an_error(tmp_path):
     checkpoints.save(1, {"x": 1})
     checkpoints.wait()
     shutil.rmtree(tmp_path / "run")
-    with pytest.raises(checkpoint.CheckpointError, match="vanished"):
+    with pytest.raises(checkpoint.CheckpointError, match="the directory no longer exists"):
         checkpoints.save(2, {"x": 1})
 
 

@@ -107,7 +107,7 @@ def test_a_disk_failure_is_a_one_line_error_and_the_last_checkpoint_is_kept(resu
     assert failed["status"] == 2
     lines = failed["errors"].splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), failed["errors"]
-    reason = {"full": "No space left", "read-only": "Read-only file system", "vanished": "vanished"}[case]
+    reason = {"full": "No space left", "read-only": "Read-only file system", "vanished": "no longer exists"}[case]
     assert reason in lines[0] and f"/{CASES.index(case)}/run" in lines[0]
     assert failed["saved"] == ([] if case == "vanished" else [2, 4])
     assert failed["end"] == normal["end"] and failed["rows"] == list(range(1, 9)), "it resumes on a working disk"

@@ -95,7 +95,7 @@ def test_a_duplicate_index_and_a_different_host_count_are_errors():
 
 def test_connected_hosts_name_the_missing_ones():
     errors = connect_all([{}, {}], count=4, timeout=2.0)
-    assert set(errors) == {"after 2 s these of 4 hosts are missing: 2, 3"}
+    assert set(errors) == {"of 4 hosts, these did not connect within 2 s: 2, 3"}
 
 
 def test_a_coordinator_that_does_not_answer_is_an_error_within_the_timeout():
@@ -103,9 +103,9 @@ def test_a_coordinator_that_does_not_answer_is_an_error_within_the_timeout():
     with pytest.raises(hosts.HostsError, match=rf"host 1: the coordinator 127.0.0.1:{port} did not answer within 1 s"):
         rendezvous.connect(f"127.0.0.1:{port}", 2, 1, 1.0, {})
     with socket.create_server(("127.0.0.1", port)):  # accepts connections but does not answer
-        with pytest.raises(hosts.HostsError, match="another program listens at this port"):
+        with pytest.raises(hosts.HostsError, match="another program is listening on this port"):
             rendezvous.connect(f"127.0.0.1:{port}", 2, 1, 1.0, {})
-        with pytest.raises(hosts.HostsError, match=f"host 0 cannot listen at port {port}"):
+        with pytest.raises(hosts.HostsError, match=f"host 0 cannot listen on port {port}"):
             rendezvous.connect(f"127.0.0.1:{port}", 2, 0, 1.0, {})
 
 
@@ -584,7 +584,7 @@ def test_instructgpt_names_the_host_that_is_missing_or_has_different_settings_or
             assert wanted in process.communicate(timeout=1800)[1] and process.returncode == 2
         assert not any((tmp_path / f"{number}{index}" / "runs").exists() for index in (0, 1))
     words = ["--hosts.coordinator", f"127.0.0.1:{free_port()}", "--hosts.count", "2", "--hosts.timeout", "3"]
-    for index, wanted in ((0, "after 3 s these of 2 hosts are missing: 1"), (1, "did not answer within 3 s")):
+    for index, wanted in ((0, "of 2 hosts, these did not connect within 3 s: 1"), (1, "did not answer within 3 s")):
         command = [sys.executable, SCRIPT, *words, "--hosts.index", str(index)]
         found = subprocess.run(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, timeout=300, check=False)
         assert found.returncode == 2 and wanted in found.stderr and found.stderr.count("\n") == 1
