@@ -258,12 +258,12 @@ def fit(
         save_every: Interval of saving, in iterations; None to save only at the end or when the run is stopped.
         progress: ``progress(stage, done, steps, floats)``, called with empty floats at the start, and after each
             iteration, one iteration late.
-        callbacks: Called as ``callback(done, state, metrics)`` after each iteration, with arrays that may still be
-            being computed; reading them waits for the device. The state is donated to the next step, so copy what you
+        callbacks: Called as ``callback(done, state, metrics)`` after each iteration, with arrays that may not be
+            computed yet; reading them waits for the device. The state is donated to the next step, so copy what you
             keep. A dict that a callback returns is logged with the metrics of the iteration.
         max_skipped: Stop after this many consecutive iterations with the metric ``skipped`` above 0, counted across
-            resumes. A skipped step keeps the previous state, which is then saved; starting such a run again resumes
-            after the bad iterations.
+            resumes. A skipped step leaves the parameters unchanged. The state is saved when the run stops, so that
+            starting it again resumes after the skipped iterations.
         fingerprint: JSON value that identifies data, seed and batch size. It must be the same when a run is resumed.
         should_stop: ``should_stop(done, wanted)`` returns whether to stop after ``done`` iterations; ``wanted`` is
             whether this process has a reason to stop (a signal, an alarm or divergence). With several hosts, pass the
