@@ -203,8 +203,8 @@ def _resume(
             )
     if start > steps:
         raise checkpoint.CheckpointError(
-            f"cannot resume from {checkpoints.directory}: its checkpoint is of step {start}, but the run has only "
-            f"{steps} steps"
+            f"cannot resume from {checkpoints.directory}: its checkpoint is from step {start}, but the run has only "
+            f"{steps} steps; use a different folder for a shorter run"
         )
     return start, state, metadata.get("skipped", 0)
 
@@ -248,14 +248,14 @@ def fit(
         hyper_at: Pure function that returns the hyperparameters of an iteration, counted from 0, always with the same
             structure and types.
         rng: One key for the whole run.
-        frozen: Inputs that the step reads but does not change, such as the parameters of a reference model.
+        frozen: Inputs that the step uses but does not change, such as the parameters of a reference model.
         stage: Name of the stage in messages, progress and checkpoints.
         log: A `metrics.MetricLog`, whose rows are written under ``stage``, or a function ``log(step, floats)``, which
             is called one iteration late. The function may raise `Alarmed` to stop the run before the next iteration.
             Any other exception stops the run immediately, without saving.
-        log_every: Interval of logging, in iterations. The last iteration is always logged.
-        checkpoints: The checkpoints to resume from and to save to; None for neither.
-        save_every: Interval of saving, in iterations; None to save only at the end or when the run is stopped.
+        log_every: Logging interval, in iterations. The last iteration is always logged.
+        checkpoints: Checkpoints from which to resume and to which to save; None for neither.
+        save_every: Checkpoint interval, in iterations; None to save only at the end or when the run is stopped.
         progress: ``progress(stage, done, steps, floats)``, called with empty floats at the start, and after each
             iteration, one iteration late.
         callbacks: Called as ``callback(done, state, metrics)`` after each iteration, with arrays that may not be
