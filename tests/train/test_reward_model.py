@@ -303,7 +303,7 @@ def test_published_normalisation_rules(heads):
     raw = (np.asarray(scored(standard)) - np.asarray(kept.bias)) / np.asarray(kept.gain)
     there = np.asarray(where)
     np.testing.assert_allclose(raw[there], np.asarray(scored(plain))[there], atol=1e-4)
-    with pytest.raises(ValueError, match="policy samples has the value inf"):
+    with pytest.raises(ValueError, match="policy samples contains inf"):
         lm.heads.Normalisation("policy samples", float("inf"), 0.0)
 
 
