@@ -63,7 +63,8 @@ def token_map(
         prompt_width: Width P of the prompt, for rows with a prompt in columns ``[0, P)`` and a response after it. The
             result then covers only the T columns of the response, and only their logits are computed. Column P - 1
             must be real.
-        chunk: Number of columns for which logits are computed at a time. By default, as many as fit in 64 MB.
+        chunk: Number of columns for which logits are computed at a time. By default, as many as fit in 64 MB
+            (256 MB per device on a mesh).
 
     Returns:
         A pytree of arrays ``[B, L, ...]``, or ``[B, T, ...]`` with ``prompt_width``; 0 at padding and at the first real

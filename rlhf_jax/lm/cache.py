@@ -73,7 +73,7 @@ def append_tokens(cache: KVCache, mask_BL: jax.Array, positions_BL: jax.Array) -
 
 
 def append_layer(slots_BGSC: jax.Array, new_BGLC: jax.Array, length: jax.Array) -> jax.Array:
-    """Returns one layer's keys or values with L new ones written at slot ``length`` and after it."""
+    """Returns one layer's keys or values with L new ones written, starting at slot ``length``."""
     return _put(slots_BGSC, new_BGLC.astype(slots_BGSC.dtype), length, axis=2)
 
 

@@ -47,7 +47,7 @@ class LMConfig:
     """Architecture of a language model; hashable, so it can be a static argument of ``jax.jit``.
 
     The default of 0 for ``n_kv_heads``, ``d_head`` and ``d_mlp`` is replaced by ``n_heads``, ``d_model / n_heads`` and
-    ``4 * d_model``. Invalid values raise a ValueError that names the field.
+    ``4 * d_model``, respectively. Invalid values raise a ValueError that names the field.
 
     >>> from rlhf_jax import lm
     >>> lm.LMConfig(vocab_size=100, n_layers=2, d_model=32, n_heads=4).d_head
@@ -69,17 +69,17 @@ class LMConfig:
     positions: Positions = "rope"
     rope_theta: float = 10_000.0
     rope_fraction: float = 1.0
-    """Fraction of the features of each head that are rotated (0.25 in GPT-NeoX, 1 in Llama)."""
+    """Fraction of each head's features that is rotated (0.25 in GPT-NeoX, 1 in Llama)."""
     rope_scaling: LinearScaling | Llama3Scaling | None = None
     position_offset: int = 0
     """Row of the learned position table that belongs to position 0 (2 in OPT)."""
     sliding_window: int = 0
     """Number of real tokens, including itself, that a token attends to; 0 for no limit."""
     local_layers: tuple[bool, ...] = ()
-    """Whether each layer uses the sliding window (some do in Gemma 2 and 3); if empty, all layers use it."""
+    """Whether each layer uses the sliding window, as in Gemma 2 and 3; if empty, all layers use it."""
     local_rope_theta: float = 0.0
-    """Rotary base of layers with a sliding window (Gemma 3), to which ``rope_scaling`` then does not apply. If it is 0,
-    these layers use ``rope_theta`` and ``rope_scaling``."""
+    """Rotary base of layers with a sliding window, applied without ``rope_scaling`` (Gemma 3). If 0, these layers use
+    ``rope_theta`` and ``rope_scaling``."""
     parallel_residual: bool = False
     """Whether attention and MLP both receive the input of the layer (GPT-J, GPT-NeoX)."""
     qkv_bias: bool = False
@@ -109,9 +109,9 @@ class LMConfig:
     """Implementation of attention:
 
     * "einsum": the code in :mod:`rlhf_jax.lm.attention`.
-    * "xla" or "cudnn": that implementation of ``jax.nn.dot_product_attention``.
-    * "auto": for whole rows in a 16-bit dtype, splash attention on a TPU and cuDNN on a GPU, if the kernel supports
-      the architecture and row length; otherwise, and in decoding, "einsum".
+    * "xla" or "cudnn": ``jax.nn.dot_product_attention`` with this ``implementation``.
+    * "auto": splash attention on a TPU and cuDNN on a GPU for 16-bit dtypes without a cache, if the kernel supports the
+      architecture and the row length; otherwise "einsum".
     """
     model_type: str = ""
     """Hugging Face model type of saved models; if empty, the first type that can represent the architecture."""

@@ -1,4 +1,4 @@
-"""Token embeddings, which may come from a sharded table, and learned and rotary positions."""
+"""Token embeddings, which may be looked up in a sharded table, and learned and rotary positions."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def embed(
 def look_up(table_VD: jax.Array, tokens_BL: jax.Array, dtype: Any) -> jax.Array:
     """Returns ``table_VD[tokens_BL]`` in ``dtype``, ``[B,L,D]``; ids must be less than V.
 
-    On a mesh, each device gathers all features for its shard of the vocabulary and looks up the tokens of its rows in
-    it. The gradient is summed on each device before it is reduce-scattered, in the table's dtype. With plain indexing,
-    XLA would exchange the rows of all devices or all-reduce the gradient.
+    On a mesh, each device gathers all features for its shard of the vocabulary and looks up the tokens of its rows
+    there. The gradient is summed on each device before it is reduce-scattered, in the table's dtype. With plain
+    indexing, XLA would exchange the rows of all devices or all-reduce the gradient.
     """
     mesh = parallel.active_mesh()
     rows = None if mesh is None else parallel.spec(("batch", "length"), mesh, shape=tokens_BL.shape)

@@ -1,9 +1,13 @@
 """Scalar heads, which compute the scores of a reward model or the values of a critic, and their normalisation.
 
-The dict ``params["head"]`` contains a single head as ``kernel_D``, ``bias`` and ``gain``, where the last two are
-scalars. Several heads on one trunk, such as an ensemble or one head per criterion, are stored as ``kernel_HD``,
-``bias`` and ``gain``, where the last two have shape ``[H]``. Results have shape ``[...]`` for a single head and
-``[..., H]`` for several heads. A language model has no head, and `lm.forward` ignores the head of other models.
+``params["head"]`` is one of two dicts:
+
+* ``{"kernel_D", "bias", "gain"}`` for a single head, with scalar bias and gain.
+* ``{"kernel_HD", "bias", "gain"}`` for several heads on one trunk, such as an ensemble or one head per criterion. Bias
+  and gain have shape ``[H]``.
+
+Results have shape ``[...]`` for a single head and ``[..., H]`` for several heads. A language model has no head, and
+`lm.forward` ignores the head of other models.
 """
 
 from __future__ import annotations
@@ -90,7 +94,7 @@ def combine(params: types.Params, weights_H: jax.Array) -> types.Params:
     """
     heads = count_heads(params)
     if heads is None or weights_H.shape != (heads,):
-        raise ValueError(f"weights_H has shape {weights_H.shape}; it must be [H], and params have {heads or 1} heads")
+        raise ValueError(f"weights_H has shape {weights_H.shape}; one weight is needed for each of {heads or 1} heads")
     head = params["head"]
     scaled_H = weights_H * head["gain"]
     one = {
@@ -140,7 +144,7 @@ def centre(params: types.Params, scores: jax.Array, *, where: jax.Array | None =
     Args:
         params: Parameters of the reward model.
         scores: Scores computed with ``params``, of any shape; the last axis is H if there are several heads.
-        where: bool, True at the scores to use; it has no axis H.
+        where: bool, True at the scores to use, without the axis H.
 
     Returns:
         Parameters with the shifted bias.
@@ -149,7 +153,7 @@ def centre(params: types.Params, scores: jax.Array, *, where: jax.Array | None =
 
 
 def standardise(params: types.Params, scores: jax.Array, *, where: jax.Array | None = None) -> types.Params:
-    """Returns parameters with gain and bias changed so that ``scores`` get mean 0 and variance 1.
+    """Returns parameters with gain and bias changed so that the mean of ``scores`` becomes 0 and their variance 1.
 
     Ziegler et al. 2019 use the scores of 256 samples from the reference policy. If all scores are equal, only the mean
     changes. The arguments are the same as in `centre`.
@@ -171,10 +175,10 @@ def _moments(params: types.Params, scores: jax.Array, where: jax.Array | None) -
 
 @dataclasses.dataclass(frozen=True)
 class Normalisation:
-    """Record of how the scores of a reward model were normalised, which `lm.save` saves with the model.
+    """Record of how the scores of a reward model were normalised; `lm.save` can store it with the model.
 
-    The raw score is ``(score - bias) / gain``. Differences between raw scores are log-odds if `absorb_gain` was applied
-    before the scores were normalised.
+    The raw score is ``(score - bias) / gain``. Differences between raw scores are log-odds of preferences if
+    `absorb_gain` was applied before the scores were normalised.
     """
 
     rule: str
@@ -189,7 +193,7 @@ class Normalisation:
             if not math.isfinite(number):
                 raise ValueError(f"the normalisation on {self.rule} contains {number}; gain and bias must be finite")
         if 0.0 in np.ravel(self.gain):
-            raise ValueError(f"the normalisation on {self.rule} has a gain of 0")
+            raise ValueError(f"the normalisation on {self.rule} has a gain of 0; gains must not be 0")
 
 
 def normalisation(params: types.Params, rule: str) -> Normalisation:

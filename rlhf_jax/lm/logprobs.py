@@ -7,8 +7,8 @@ Entry i of a result belongs to token i (see :mod:`rlhf_jax.lm.alignment`). With 
 only the response, which starts in column P, and logits are computed only for the response.
 
 Logits are computed for ``chunk`` columns at a time in both the forward and the backward pass, so that the full float32
-logits ``[B,L,V]`` are never in memory. By default, the logits of a chunk take at most 64 MB, which is enough for all
-columns of a small model.
+logits ``[B,L,V]`` are never in memory. By default, the logits of a chunk take at most 64 MB (256 MB per device on a
+mesh), which is enough for all columns of a small model.
 """
 
 from __future__ import annotations

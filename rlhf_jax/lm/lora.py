@@ -6,7 +6,7 @@ shape ``[N, in, r]``, and ``lora_b`` has shape ``[N, r, out]``. Attaching adapte
 
     adapters = lora.init(rng, cfg, rank=8, pattern="layers/(q|v)/kernel")
     params = lora.attach(base, adapters, scale=2.0)      # the arrays of base, plus the adapters
-    lm.token_logprobs(params, tokens_BL, cfg=cfg)        # or any other function of params
+    lm.token_logprobs(params, tokens_BL, cfg=cfg)        # or any other function that runs the model
     whole = lora.merge(base, adapters, scale=2.0)        # an ordinary model
 
 ``scale`` is alpha / r in the paper. To train adapters, pass ``join=partial(lora.attach, scale=2.0)`` to a function such

@@ -45,7 +45,8 @@ def table(cfg: config.LMConfig) -> dict[str, Spec]:
     """Returns the `Spec` of every parameter of the model, keyed by its path.
 
     Kernels and embeddings are drawn from a Gaussian with variance 2 / (5 D). Kernels whose output is added to the
-    residual stream are also divided by sqrt(2 N), so that the variance of the stream does not grow with depth.
+    residual stream are also divided by sqrt(2 N) for N layers, so that the variance of the stream does not grow with
+    depth.
     """
     D, F, C = cfg.d_model, cfg.d_mlp, cfg.d_head
     H, G = cfg.n_heads, cfg.n_kv_heads

@@ -42,8 +42,8 @@ Columns = tuple[int, int] | jax.Array
 """Columns whose hidden states are needed, as a range (start, stop) or as int32 ``[B]`` with one column per row."""
 
 _FEW_LAYERS = 8
-"""Models with at most this many layers compute only the needed columns in the last layer. The other layers are then
-scanned without it, which copies their parameters."""
+"""Maximum number of layers for which the last layer computes only the needed columns. It is then not part of the scan,
+and the parameters of the other layers are copied."""
 
 # The backward pass recomputes functions with this decorator. They are cheap, and in a small model storing their
 # residuals takes longer than the matmuls.

@@ -1,16 +1,16 @@
 """Reading and writing of Hugging Face model directories, without torch.
 
 A model with a scalar head is written as the ``...ForSequenceClassification`` class of its family (see
-:mod:`rlhf_jax.lm.hub.families`), with one label per head. These classes impose two rules:
+:mod:`rlhf_jax.lm.hub.families`), with one label per head. These classes have two limitations:
 
 * They have no bias. The tensor ``score.weight`` is the kernel of the head times its gain, and the bias is written to
-  ``config.json`` as ``reward_bias``, a number or a list. `load` restores the bias. If another library loads the model,
-  its user must add the bias to the scores.
-* They have no output layer over the vocabulary. The ``unembed`` parameters of a model with a head are not written.
+  ``config.json`` as ``reward_bias``, a number or a list. `load` restores the bias; other libraries ignore it, so it
+  must be added to their scores.
+* They have no output layer over the vocabulary, so the ``unembed`` parameters of a model with a head are not written.
 
 The field ``reward_normalisation`` of ``config.json`` records how the scores were normalised; `load_normalisation`
-returns it. Settings that ``transformers`` does not have (compute dtype, remat and attention implementation) are written
-to ``config.json`` under ``rlhf_jax``.
+returns this record. Settings without a counterpart in ``transformers`` (compute dtype, remat and attention
+implementation) are written to ``config.json`` under ``rlhf_jax``.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def save(
         path: Directory to write.
         cfg: Architecture. If ``cfg.model_type`` is empty, the first model type that can represent ``cfg`` is written.
         params: Parameters of the model.
-        tokenizer: Object with a method ``save_pretrained``, which is saved in the same directory.
+        tokenizer: Tokenizer with a ``save_pretrained`` method, saved in the same directory.
         dtype: Dtype of the files, to which values are rounded.
         pad_id: ``pad_token_id`` of a reward model if the tokenizer does not define it; ``transformers`` uses it to find
             the last token of each row.

@@ -6,7 +6,7 @@ such a tensor, while :mod:`rlhf_jax.lm.lora` has an A and a B for each kernel. T
 
 * If all kernels have the same A, `save` writes A once and the B matrices side by side.
 * Otherwise, `save` concatenates the A matrices and writes a block-diagonal B. The rank is the sum of the ranks.
-* `load` returns, for each kernel, A and the columns of B for this kernel.
+* `load` returns, for each kernel, A and the part of B that belongs to the kernel.
 
 A directory has a single rank ``r``, so adapters of lower rank are padded with zeros. The scale is ``lora_alpha / r``.
 The safetensors header records the ranks of each kernel, so that `load` returns exactly the adapters that were saved.
