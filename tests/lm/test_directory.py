@@ -61,7 +61,7 @@ def assert_same_bits(left, right):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_save_load_round_trip_keeps_every_bit(name, tmp_path):
+def test_save_load_round_trip_is_bit_identical(name, tmp_path):
     cfg, params = CONFIGS[name], random_params(CONFIGS[name])
     lm.save(tmp_path / "one", cfg, params)
     loaded_cfg, loaded = lm.load(tmp_path / "one")
@@ -155,7 +155,7 @@ def saved(tmp_path):
         (dict(vocab_size=...), r"embed_tokens.weight \[97, 32\] instead of \[32000, 32\]"),
     ],
 )
-def test_errors_of_load(saved, changes, message):
+def test_load_errors_name_the_problem(saved, changes, message):
     edit_config(saved, **changes)
     with pytest.raises(ValueError, match=message):
         lm.load(saved)
@@ -172,7 +172,7 @@ def test_missing_files(saved, tmp_path):
         lm.load(saved)
 
 
-def test_errors_of_save(tmp_path):
+def test_save_errors_name_the_problem(tmp_path):
     cfg, params = CONFIGS["llama"], random_params(CONFIGS["llama"])
     mixed = lm.LMConfig(**SMALL, norm="layernorm", gated_mlp=False)
     with pytest.raises(ValueError, match=r"no known Hugging Face model type.*llama needs norm='rmsnorm'"):
@@ -268,14 +268,14 @@ def test_files_in_half_precision(tmp_path):
     assert {x.dtype.name for x in st_numpy.load_file(tmp_path / "m" / "model.safetensors").values()} == {"bfloat16"}
     loaded = lm.load(tmp_path / "m", dtype=jnp.bfloat16)[1]
     assert_same_bits(loaded, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
-    # Parameters in 16 bits are saved and loaded without loss.
+    # 16-bit parameters are saved and loaded without loss.
     lm.save(tmp_path / "again", cfg, loaded, dtype=jnp.bfloat16)
     first, second = (tmp_path / name / "model.safetensors" for name in ("m", "again"))
     assert first.read_bytes() == second.read_bytes()
 
 
 def run_apart(program, *arguments, **environment):
-    """Runs a program in a new interpreter and returns the last line that it prints."""
+    """Runs a program in a new interpreter; returns the last line of its output."""
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
         env=os.environ | environment,

@@ -44,7 +44,7 @@ def read(params, tokens, mask=None, *, cfg, temperature=1.0):
 
 
 L = 12
-# Positions of the same five real tokens in a row.
+# Columns at which the same five real tokens are placed in a row.
 LAYOUTS = {
     "right": [0, 1, 2, 3, 4],
     "left": [7, 8, 9, 10, 11],
@@ -56,7 +56,7 @@ LAYOUTS = {
 
 @functools.cache
 def model(cfg):
-    """Returns random params with a head, so that a test fails if a bias, scale or gain is ignored."""
+    """Returns random parameters with a head, so that a test fails if a bias, scale or gain is ignored."""
     rng = np.random.default_rng(0)
 
     def leaf(x):
@@ -145,11 +145,11 @@ def test_table_gives_abstract_shapes_and_axes(cfg):
         assert (axes[name][:1] == ("layers",)) == name.startswith("layers/")
 
 
-def test_fresh_models():
+def test_new_models_are_random_and_predict_nearly_uniformly():
     cfg = lm.LMConfig(**SMALL)
     params = lm.init(jax.random.key(0), cfg)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
-    # Layers have different random numbers, and those of a leaf do not depend on the model's other leaves.
+    # Layers have different random numbers, and a leaf's numbers do not depend on the model's other leaves.
     assert not np.array_equal(params["layers"]["q"]["kernel"][0], params["layers"]["q"]["kernel"][1])
     tied = lm.init(jax.random.key(0), dataclasses.replace(cfg, tie_embeddings=True))
     jax.tree.map(np.testing.assert_array_equal, tied, {k: v for k, v in params.items() if k != "unembed"})
@@ -340,7 +340,7 @@ def test_values_are_before_each_token_and_the_score_is_at_the_last(cfg):
     params, tokens = model(cfg), some_tokens(cfg)
     mask = jnp.stack([jnp.ones(L, bool), jnp.arange(L) >= 5, (jnp.arange(L) % 3 != 1) & (jnp.arange(L) < 9)])
     hidden, _, values, score = read(params, tokens, mask, cfg=cfg)
-    # Values before token 8 do not depend on it; later values do.
+    # Values before token 8 do not depend on that token; later values do.
     changed = read(params, (tokens.at[:, 8].add(1)) % cfg.vocab_size, mask, cfg=cfg)[2]
     np.testing.assert_allclose(values[:, :9], changed[:, :9], atol=1e-6)
     assert np.all(np.asarray(values[:2, 9]) != np.asarray(changed[:2, 9]))
@@ -483,7 +483,7 @@ def test_vmap_over_models_equals_a_loop():
 # --- heads -------------------------------------------------------------------------------------------------------
 
 
-def test_fresh_head():
+def test_new_heads_have_the_documented_distribution():
     cfg = lm.LMConfig.preset("tiny", d_model=512, n_heads=8)
     trunk = {"embed": jnp.zeros(1)}
     head = lm.with_head(jax.random.key(0), trunk, cfg)["head"]
