@@ -193,9 +193,9 @@ def test_broken_files_are_named_and_unusable_records_counted(tmp_path):
     assert len(rewardbench.read(str(write(tmp_path / "flawed.jsonl", flawed)), counts=counts)) == 8
     assert counts.dropped == {"empty answer": 1, "same answer twice": 1}
     cases = {
-        "file, line 2: the record has no 'rejected'": [good, {"prompt": "a", "chosen": "b"}],
+        "file, line 2: the record has neither 'rejected' nor 'responses'": [good, {"prompt": "a", "chosen": "b"}],
         "file is empty": [],
-        "2 of 10 records dropped": flawed,
+        "2 of 10 records were dropped": flawed,
     }
     for words, rows in cases.items():
         with pytest.raises(errors.DataError, match=words):
