@@ -389,7 +389,7 @@ def test_uninformative_prompts_are_counted_and_dropped():
     ):
         comparison_transforms.drop_uninformative(batch, errors.DropCount(max_dropped=0.4))
     tied = batch.replace(ranks_BK=np.ones((B, K), np.int32))
-    with pytest.raises(errors.DataError, match="none of 6 comparisons has"):
+    with pytest.raises(errors.DataError, match="none of the 6 prompts has"):
         comparison_transforms.drop_uninformative(tied, errors.DropCount(max_dropped=1.0))
 
 
