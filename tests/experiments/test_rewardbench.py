@@ -277,7 +277,7 @@ def test_flat_gains_and_infinite_intervals_are_drawn():
     page = Page(report.render(rewardbench.run_folder.finite(results), [], title="t"))
     assert "best of n: R² – with the best of n form, peak at √KL = 4.00 (from 2.50)" in page.text
     mean, bounds = results_lib.format_parts(results["reward_model"]["gap"]["accuracy_gap"], percent=True)
-    assert f"Here it is {mean} percentage points ({bounds})." in page.text
+    assert f"Here the difference is {mean} percentage points ({bounds})." in page.text
 
 
 def test_plots_of_missing_results_are_none():
