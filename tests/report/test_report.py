@@ -245,7 +245,7 @@ def test_the_headline_depends_on_the_interval():
 
 def test_the_ptx_coefficient_is_shown_in_both_normalisations():
     (sentence,) = results_lib.summary({"ptx_coef": {"per_token": 27.8, "per_sequence": 5.56}})
-    assert "is 27.800 if both losses are means over tokens, equivalent to 5.560 if both are sums" in sentence
+    assert "is 27.800 if both losses are means over tokens, which is equivalent to 5.560 if both are sums" in sentence
     assert results_lib.summary({"ptx_coef": {"per_token": 27.8, "per_sequence": None}}) == []
 
 
