@@ -1,4 +1,4 @@
-"""Tests that each alarm is raised by its failure, not by a near miss, and that a healthy run raises none."""
+"""Tests that a failure raises its alarm, and that neither a near miss nor a healthy run raises an alarm."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from rlhf_jax.train import loop, monitor
 
 
 def healthy(steps=60, seed=0):
-    """Returns the rows of a healthy run, in which gold falls a little after its peak and ratios have spikes."""
+    """Returns the rows of a healthy run, whose gold falls a little after its peak and whose ratios have spikes."""
     rng = np.random.default_rng(seed)
     rows = []
     for i in range(steps):
@@ -41,7 +41,7 @@ def healthy(steps=60, seed=0):
 
 
 def alarms_of(rows, **thresholds):
-    """Returns the first alarm of each name over all prefixes of the rows, as a run raises them."""
+    """Returns the first alarm of each name, checked after each row as in a run."""
     raised = {}
     for n in range(1, len(rows) + 1):
         for alarm in alarms.check_all(rows[:n], **thresholds):
@@ -50,7 +50,7 @@ def alarms_of(rows, **thresholds):
 
 
 def replace(rows, start, **series):
-    """Replaces metrics by functions of the row, from row ``start`` onwards; a negative one counts from the end."""
+    """Replaces metrics with functions of the row from row ``start``; a negative ``start`` counts from the end."""
     first = start % len(rows)
     return [row | ({k: f(row) for k, f in series.items()} if i >= first else {}) for i, row in enumerate(rows)]
 
@@ -84,7 +84,7 @@ def validated(row, *, rise):
 
 
 CASES = {
-    # name: (rows that raise it, a near miss, part of the message)
+    # name: (rows that raise the alarm, a near miss, part of the message)
     "not_finite": (
         lambda rows: replace(rows, -1, reward=constant(math.nan)),
         lambda rows: replace(rows, -1, explained_variance=constant(math.nan), gold=constant(None)),
@@ -219,7 +219,7 @@ def test_stopping_watch_logs_the_row_and_reports_the_alarm():
     with pytest.raises(loop.Alarmed, match="negative_kl at step 11"):
         feed(log, rows)
     assert seen[-1] == 11 and len(warned) == 1
-    feed(log, rows[11:])  # A run that continues is not stopped by the same alarm again.
+    feed(log, rows[11:])  # The same alarm does not stop a resumed run again.
     assert len(warned) == 1
 
 
@@ -238,7 +238,7 @@ def test_resumed_watch_remembers_reported_alarms(tmp_path):
         first.rewind(0)
         with pytest.raises(loop.Alarmed):
             feed(first, rows)
-    with metrics.MetricLog(tmp_path) as log:  # Stopped after step 11 and resumed there.
+    with metrics.MetricLog(tmp_path) as log:  # Stopped after step 11 and resumed from there.
         second = watched(log)
         second.rewind(11)
         assert [(a.name, a.step) for a in second.alarms] == whole[:1] and not warned

@@ -1,4 +1,4 @@
-"""The HTML report: its content, its omissions, and that it neither loads files nor runs scripts."""
+"""The HTML report: its content and omissions. The report neither loads files nor runs scripts."""
 
 import copy
 import math
@@ -81,7 +81,7 @@ def full_results():
 
 
 def human_results():
-    """Results on human data, without a gold utility."""
+    """Returns results on human data, which has no gold utility."""
     results = full_results()
     for name in ("null_check", "best_possible_gold"):
         del results[name]
