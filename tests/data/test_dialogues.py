@@ -1,4 +1,4 @@
-"""Dialogues in the hh-rlhf format, files of dialogues, and counts of dropped records."""
+"""Dialogues in the hh-rlhf format, dialogue files, and counts of dropped records."""
 
 import gzip
 import json
@@ -167,7 +167,7 @@ BROKEN_LINES = {
 
 
 @pytest.mark.parametrize("case", BROKEN_LINES)
-def test_a_broken_line_gives_a_one_sentence_error_with_file_and_line(tmp_path, case):
+def test_a_broken_line_raises_a_one_sentence_error_with_file_and_line(tmp_path, case):
     line, message = BROKEN_LINES[case]
     path = write(tmp_path / "pairs.jsonl", [GOOD, GOOD, line, GOOD])
     with pytest.raises(errors.DataError, match=message) as error:
@@ -197,7 +197,7 @@ def test_a_missing_file_a_directory_and_an_empty_file_are_errors(tmp_path):
         readers.read_rankings(tmp_path / "empty.jsonl.gz")
 
 
-def test_truncated_damaged_and_false_gzip_files_are_errors(tmp_path):
+def test_truncated_damaged_and_fake_gzip_files_are_errors(tmp_path):
     rng = np.random.default_rng(0)
     noise = ["".join(map(chr, rng.integers(97, 123, 200))) for _ in range(400)]
     whole = gzip.compress("".join(json.dumps(record(f" {word}")) + "\n" for word in noise).encode())

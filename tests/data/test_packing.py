@@ -1,4 +1,4 @@
-"""Packed rows: their layout, and training on them compared with padded rows."""
+"""The layout of packed rows, and training on packed rows compared with padded rows."""
 
 import dataclasses
 import functools
@@ -49,7 +49,7 @@ def test_every_token_is_packed_once_at_its_recorded_position(case, random):
     assert np.all((steps >= 0) & (steps <= 1) | (packed.segments_BL + steps == 0))
     np.testing.assert_array_equal(packed.mask_BL, packed.segments_BL > 0)
     assert not packed.loss_mask_BL[~packed.mask_BL].any()
-    # After best fit, no two rows would fit into one.
+    # With best fit, no two rows fit into one.
     used = np.sort(packed.mask_BL.sum(axis=1))
     assert len(used) < 2 or used[0] + used[1] > width
     again = pack(sequences, loss_masks=learnt, width=width)
@@ -174,7 +174,7 @@ def test_packed_and_padded_rows_give_the_same_outputs(cfg):
         )
 
     alone = read(model(cfg), rows.tokens_BL, rows.mask_BL, None)
-    # Ids at padding are ignored, and the default mask is True at the segments.
+    # Ids at padding are ignored, and the default mask is True for all tokens of segments.
     junk = np.where(packed.mask_BL, packed.tokens_BL, -7)
     for together in (
         read(model(cfg), packed.tokens_BL, packed.mask_BL, packed.segments_BL),
@@ -243,7 +243,7 @@ def test_packed_reward_model_training_in_micro_batches_equals_padded_training():
     want = ranking_update(ROPE, batch)[1]
     packed = packing.pack_comparisons(batch, width=WIDTH, pad_id=PAD, groups=3)
     assert_close(ranking_update(ROPE, packed, micro_batches=3)[1], want)
-    with pytest.raises(ValueError, match="packed in 3 groups, but micro_batches is 1"):
+    with pytest.raises(ValueError, match="packed into 3 groups, but micro_batches is 1"):
         ranking_update(ROPE, packed)
     with pytest.raises(ValueError, match="no packed_scores"):
         step = reward_model.make_train_step(functools.partial(lm.score, cfg=ROPE))

@@ -1,4 +1,4 @@
-"""Records of every format: parsing, reading with counts of drops, and encoding into token rows."""
+"""Parsing of all record formats, reading with counts of dropped records, and encoding into token rows."""
 
 import dataclasses
 import gzip
@@ -51,7 +51,7 @@ def test_every_format_of_a_demonstration_is_parsed():
         record = records.parse_demonstration(fields)
         assert record.response.strip() == "so"
         assert prompt is None or record.prompt == prompt, fields
-    assert records.parse_demonstration(cases[1][0]).response == " so\n"  # texts are kept as written
+    assert records.parse_demonstration(cases[1][0]).response == " so\n"  # responses are not stripped
     long = records.parse_demonstration(cases[4][0]).prompt
     assert [turn.role for turn in long] == ["system", USER, BOT, USER]
 
@@ -89,9 +89,8 @@ def test_scores_give_ranks_and_the_margin_of_a_pair():
     for extra, margin in (({"ranks": [2, 1], "margin": 3}, 3.0), ({"scores": [0.5, 2]}, 1.5)):
         ranking = records.parse_ranking(turned | extra)
         assert (ranking.responses, ranking.ranks, ranking.margin) == (("good", "bad"), (1, 2), margin)
-    assert (
-        records.parse_ranking(turned | {"scores": [1.0, 2.5], "margin": 1.51}).margin == 1.51
-    )  # within the tolerance for rounding
+    # A margin may differ from the scores by rounding.
+    assert records.parse_ranking(turned | {"scores": [1.0, 2.5], "margin": 1.51}).margin == 1.51
 
 
 def test_equal_answers_may_share_a_rank():
@@ -142,7 +141,7 @@ def test_white_space_in_the_hh_format_is_normalised():
     assert records.parse_prompt({"prompt": prompt}).prompt == WHY
 
 
-# ------------------------------------------------------------------------------------------------- flawed and broken
+# ------------------------------------------------------------------------------------ unusable and malformed records
 
 
 def k_way(**changes):
@@ -313,7 +312,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("read, row, message", BROKEN, ids=[f"{i}" for i in range(len(BROKEN))])
-def test_a_malformed_record_gives_a_one_sentence_error_with_file_and_line(tmp_path, read, row, message):
+def test_a_malformed_record_raises_a_one_sentence_error_with_file_and_line(tmp_path, read, row, message):
     good = k_way() | {"response": "a", "label": False}
     path = write(tmp_path / "data.jsonl", [good, row, good])
     with pytest.raises(errors.DataError) as error:
@@ -355,10 +354,9 @@ def test_rankings_are_encoded(fmt):
     ask = (dialogues.Turn(USER, "w0"),)
     parsed = [
         records.Ranking(prompt=ask, responses=("w1", "w2", "w3"), ranks=(2, 1, 2)),
-        records.Ranking(prompt=ask, responses=("w1 w2 w3", "w1 w2 w4"), ranks=(1, 2)),  # equal within two tokens
-        records.Ranking(
-            prompt=ask, responses=("w1 w2 w3", "w1 w2 w4", "w5"), ranks=(1, 1, 2)
-        ),  # equal within two tokens, but tied
+        records.Ranking(prompt=ask, responses=("w1 w2 w3", "w1 w2 w4"), ranks=(1, 2)),  # equal after truncation
+        # equal after truncation, but tied
+        records.Ranking(prompt=ask, responses=("w1 w2 w3", "w1 w2 w4", "w5"), ranks=(1, 1, 2)),
         records.Ranking(prompt=ask, responses=("w6", "w7"), ranks=(1, 2)),
     ]
     counts = any_share()

@@ -1,4 +1,4 @@
-"""Raw records from every kind of file, and errors for files that cannot be read."""
+"""Raw records from every file type, and errors for files that cannot be read."""
 
 import gzip
 import json
@@ -56,7 +56,7 @@ def test_parquet_messages_and_null_columns_are_read(tmp_path):
     assert parsed == [records.Demonstration(prompt=(dialogues.Turn("user", "why"),), response="so")] * 2
 
 
-def test_unreadable_files_give_a_one_sentence_error(tmp_path, monkeypatch):
+def test_unreadable_files_raise_a_one_sentence_error(tmp_path, monkeypatch):
     def expect_error(path, message):
         with pytest.raises(errors.DataError, match=message) as error:
             readers.read_demonstrations(path)

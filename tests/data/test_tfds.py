@@ -1,4 +1,4 @@
-"""TFDS sets: written by the builders of the package, and read without TensorFlow."""
+"""TFDS data sets, which the package's builders write and which are read without TensorFlow."""
 
 import importlib.util
 import json
@@ -141,7 +141,7 @@ def test_a_data_set_keeps_metadata_as_json(tmp_path):
     assert json.loads(row[sources.JSON_FIELD], parse_constant=pytest.fail) == {"metadata": {"n": 0.5}}
 
 
-def test_missing_data_sets_give_a_one_sentence_error(data_dir):
+def test_missing_data_sets_raise_a_one_sentence_error(data_dir):
     cases = [
         (sources.Tfds("rlhf_prompts/other", data_dir=data_dir), "TFDS has no such prepared set"),
         (sources.Tfds("rlhf_prompts/mine:2.0.0", data_dir=data_dir), "TFDS has no such prepared set"),

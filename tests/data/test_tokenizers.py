@@ -1,4 +1,4 @@
-"""Tokenizers made by the package, and their chat format."""
+"""Tokenizers that the package creates, and their chat format."""
 
 import functools
 import json
@@ -230,7 +230,7 @@ def test_loading_from_an_empty_directory_is_an_error(tmp_path):
 
 
 def test_a_long_prompt_loses_its_oldest_turns_and_still_starts_with_a_user_turn(words):
-    # The turns have 6, 6 and 4 tokens, and the last role token is one more.
+    # The turns have 6, 6 and 4 tokens, and the role token of the answer adds one.
     counts = any_share()
     for width, expected in ((17, TURNS), (16, TURNS[2:]), (11, TURNS[2:]), (5, TURNS[2:])):
         (ids,), kept = chat.encode_prompts(format_of(words), [TURNS], width=width, counts=counts)
