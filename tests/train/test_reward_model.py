@@ -385,11 +385,11 @@ def test_uninformative_prompts_are_counted_and_dropped():
     np.testing.assert_array_equal(filtered.ranks_BK, [[1, 2, 3, 3], [4, 3, 0, 1], [1, 1, 2, 0]])
     np.testing.assert_array_equal(filtered.where_BK[1], [True, True, False, True])
     with pytest.raises(
-        errors.DataError, match=r"3 of 6 records dropped \(all answers tied 1, fewer than two answers 2\)"
+        errors.DataError, match=r"3 of 6 records were dropped \(all answers tied 1, fewer than two answers 2\)"
     ):
         comparison_transforms.drop_uninformative(batch, errors.DropCount(max_dropped=0.4))
     tied = batch.replace(ranks_BK=np.ones((B, K), np.int32))
-    with pytest.raises(errors.DataError, match="none of 6 comparisons has"):
+    with pytest.raises(errors.DataError, match="none of the 6 prompts has"):
         comparison_transforms.drop_uninformative(tied, errors.DropCount(max_dropped=1.0))
 
 
