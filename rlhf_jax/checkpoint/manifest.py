@@ -169,4 +169,4 @@ def parse_manifest(raw: dict[str, Any]) -> dict[str, Any]:
             return json.loads(body)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DamagedError("its manifest cannot be read") from error
-    raise DamagedError("its manifest does not match its own digest")
+    raise DamagedError("the digest of its manifest does not match")

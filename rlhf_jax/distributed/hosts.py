@@ -59,7 +59,7 @@ class Hosts:
         return self.index == 0
 
     def broadcast_from_first(self, name: str, make: Callable[[], Any]) -> Any:
-        """Returns the JSON value ``make()`` of the first host on all hosts; use each ``name`` only once per job."""
+        """Returns the JSON value that ``make()`` returns on the first host; use each ``name`` only once per job."""
         del name
         return make()
 
