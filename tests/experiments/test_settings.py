@@ -138,6 +138,22 @@ def test_help_imports_no_slow_module(command):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+def test_help_breaks_no_line_in_mid_sentence(command):
+    done = subprocess.run(
+        [sys.executable, EXPERIMENTS / command, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=ENVIRONMENT | {"COLUMNS": "2000"},  # so that only forced breaks remain
+    )
+    description, _, boxes = done.stdout.partition("╭")
+    assert all(line.startswith(" ") or line.endswith((".", ":")) for line in description.splitlines()[1:] if line)
+    texts = [text.strip() for text in re.split("[╭╮╰╯│─\n]+", boxes)]
+    helps = [text for text in texts if "  " in text or not text.startswith("-")]
+    assert all(text.endswith((".", ")", "options", "show this help message and exit")) for text in helps if text)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_into_a_closed_pipe_prints_no_traceback(command):
     read_end, write_end = os.pipe()
     os.close(read_end)
