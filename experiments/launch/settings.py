@@ -235,8 +235,8 @@ class PPO:
     missing_stop_score: float = -3.0
     """Score for an answer without a stop token, in standard deviations of the reward."""
     missing_stop: Literal["replace", "subtract"] = "replace"
-    """Whether --ppo.missing-stop-score replaces the score of an answer without a stop token (`replace`, as in the papers)
-    or is added to it (`subtract`)."""
+    """Whether --ppo.missing-stop-score replaces the score of an answer without a stop token (`replace`, as in the
+    papers) or is added to it (`subtract`)."""
     ema: float = 0.95
     """Decay of the moving average of the policy's weights that is evaluated and saved (0.992 in InstructGPT, which has
     far more updates). 0 uses the last weights."""
