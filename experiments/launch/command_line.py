@@ -40,11 +40,17 @@ def parse_as(kind: type[T], arguments: list[str], *, prog: str, doc: str | None,
     if _HELP & set(arguments):
         _set_field_help(kind)
     options: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(kind, args=arguments, prog=prog, description=doc, **options)
+    return tyro.cli(kind, args=arguments, prog=prog, description=_join_lines(doc or ""), **options)
+
+
+def _join_lines(text: str) -> str:
+    """Joins the lines of each paragraph that is not indented."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(each if "\n " in f"\n{each}" else " ".join(each.split("\n")) for each in paragraphs)
 
 
 def _set_field_help(kind: type) -> None:
-    """Sets the help of each field to its docstring in one line, since tyro keeps line breaks of indented docstrings."""
+    """Sets the help of each field to its docstring in one line, since tyro keeps line breaks before indentation."""
     for cls in filter(dataclasses.is_dataclass, kind.__mro__):
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
         assert isinstance(definition, ast.ClassDef)

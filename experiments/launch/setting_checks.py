@@ -33,7 +33,7 @@ _SHARES = (
 _CRITIC_SETTINGS = ("critic", "value_coef", "value_clip", "lambda_", "whiten_rewards", "normalise_values")
 _COMPARING_METHODS = ("rloo", "grpo", "dr-grpo")
 _OFF_POLICY = (
-    "used together with --ppo.correct-sampler: truncated sampling draws from a different distribution than the policy, "
+    "used together with --ppo.correct-sampler: truncated sampling draws from a distribution other than the policy's, "
     "which makes log-ratios and KL wrong"
 )
 

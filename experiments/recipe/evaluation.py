@@ -143,7 +143,7 @@ def _win_rates(job: Job, answers: Answers, baseline: Answers) -> dict[str, Any]:
 
 
 def _length_controlled(outcomes: np.ndarray, lengths_B: np.ndarray, baseline_B: np.ndarray) -> list[float] | None:
-    """Returns the length-controlled win rate; None if all length ratios are equal, so that it is undefined."""
+    """Returns the length-controlled win rate; None if all lengths differ from the baseline's by the same factor."""
     try:
         return list(
             diagnostics.length_controlled_win_rate(outcomes, np.maximum(lengths_B, 1), np.maximum(baseline_B, 1))
