@@ -1,1 +1,1 @@
-"""Everything between a user's files and the batches of a train step: readers, chat formats, token rows and batching."""
+"""Data processing, from a user's files to the batches of a train step: readers, chat formats, token rows, batching."""

@@ -1,4 +1,4 @@
-"""Settings of commands: help texts, checks, config.json, and the start of a command."""
+"""Settings of commands: help texts, checks, config.json, and start-up without slow imports."""
 
 import dataclasses
 import itertools
@@ -83,7 +83,7 @@ def test_peak_memory_excludes_the_parent_process():
 
 
 @pytest.mark.parametrize("version", [None, 1, 99])
-def test_a_run_folder_of_another_version_gives_a_one_sentence_error(tmp_path, version):
+def test_a_run_folder_of_another_version_raises_a_one_sentence_error(tmp_path, version):
     preset = settings.preset("smoke")
     run_folder.create(tmp_path / "run", preset)
     path = tmp_path / "run" / config_file.NAME
@@ -100,7 +100,7 @@ def test_a_run_folder_of_another_version_gives_a_one_sentence_error(tmp_path, ve
 
 
 @pytest.mark.parametrize("damage", [{"seed": "abc"}, {"ppo": [1]}, {"saves": None, "ppo": {}}, {"preset": 3}])
-def test_a_damaged_config_gives_a_one_sentence_error(tmp_path, damage):
+def test_a_damaged_config_raises_a_one_sentence_error(tmp_path, damage):
     run_folder.create(tmp_path / "run", settings.preset("smoke"))
     path = tmp_path / "run" / config_file.NAME
     path.write_text(json.dumps(json.loads(path.read_text()) | damage))
