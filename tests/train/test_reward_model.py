@@ -272,7 +272,7 @@ def test_saved_head_of_the_wrong_shape_is_refused(tmp_path):
     text = json.loads(file.read_text())
     for broken in ([0.0, 1.0], "much", [0.0, 1.0, None]):
         file.write_text(json.dumps(text | {"reward_bias": broken}))
-        with pytest.raises(ValueError, match="one finite number per head, for 3 heads"):
+        with pytest.raises(ValueError, match=r"one finite number per head \(3 in total\)"):
             lm.load(tmp_path / "m")
     file.write_text(json.dumps(text | {"reward_normalisation": {"rule": "held-out", "gain": 0.0, "bias": 1.0}}))
     with pytest.raises(ValueError, match="a gain of 0"):

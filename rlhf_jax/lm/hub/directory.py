@@ -204,7 +204,7 @@ def _folder(path: str | os.PathLike[str]) -> pathlib.Path:
     folder = pathlib.Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"there is no model directory at {folder}; models must be in local directories, nothing is downloaded"
+            f"there is no model directory at {folder}; models are read only from local directories and never downloaded"
         )
     return folder
 
