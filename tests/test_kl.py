@@ -9,7 +9,7 @@ from rlhf_jax import kl
 
 
 def quadrature():
-    """Points and weights whose sums are expectations under N(0, 1)."""
+    """Returns quadrature points and weights for expectations under N(0, 1)."""
     x = np.linspace(-12.0, 12.0, 20_001)
     w = np.exp(-0.5 * x**2)
     return x, w / w.sum()
@@ -23,7 +23,7 @@ def test_bias_and_spread_of_the_estimators_on_two_gaussians(mean, true_kl, sprea
     """The published table, for N(0, 1) against N(0.1, 1) and N(1, 1)."""
     x, w = quadrature()
     logprobs = jnp.asarray(-0.5 * x**2, jnp.float32)
-    # The difference is computed directly, since 72 - 72.6 in float32 would lose it to rounding.
+    # The difference is computed directly, because 72 - 72.6 would lose digits in float32.
     reference = logprobs + jnp.asarray(mean * x - 0.5 * mean**2, jnp.float32)
     for estimator, spread, bias in zip((kl.k1, kl.k2, kl.k3), spreads, (0.0, k2_bias, 0.0), strict=True):
         sample = np.asarray(estimator(logprobs, reference), np.float64)

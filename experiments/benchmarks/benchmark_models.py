@@ -35,5 +35,5 @@ def init(cfg: lm.LMConfig, seed: int = 0) -> types.Params:
 
 
 def random_rows(rng: np.random.Generator, size: workload_sizes.Size, *shape: int) -> np.ndarray:
-    """Returns rows of random words, without padding and end tokens."""
+    """Returns rows of random words, without padding or end tokens."""
     return rng.integers(workload_sizes.FIRST_WORD, size.vocab, shape, dtype=np.int32)

@@ -1,4 +1,4 @@
-"""This library's decoding workloads: whole calls, time per token, and answers of very different lengths."""
+"""This library's decoding workloads: whole calls, single decoding steps, and answers of very different lengths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlhf_jax import generation, types
 
 
 def generate(workload: workload_sizes.Workload) -> PreparedWorkload:
-    """Samples answers of equal length to a batch of prompts from the full distribution."""
+    """Prepares a call that samples equally long answers from the full distribution."""
     shapes, cfg = workload.shapes, benchmark_models.config(workload.size)
     params, B, P, T = benchmark_models.init(cfg), workload.batch, shapes.prompt, shapes.answer
     sampler = jax.jit(partial(generation.generate, cfg=cfg, sampling=generation.Sampling(max_new_tokens=T)))
@@ -32,10 +32,10 @@ def generate(workload: workload_sizes.Workload) -> PreparedWorkload:
 
 
 def token_seconds(workload: workload_sizes.Workload) -> tuple[Callable[[], float], dict[str, float]]:
-    """Returns a function that measures the seconds of a decoding step, without the prefill.
+    """Returns a function that measures the time of a decoding step in seconds, without the prefill.
 
-    One program decodes the whole answer and, in another call, a single token; the difference is the time of the other
-    tokens.
+    The same compiled program decodes a whole answer in one call and a single token in another; the difference is the
+    time of the remaining tokens.
     """
     shapes, cfg = workload.shapes, benchmark_models.config(workload.size)
     params, B, P, T = benchmark_models.init(cfg), workload.batch, shapes.prompt, shapes.answer
@@ -61,7 +61,10 @@ def token_seconds(workload: workload_sizes.Workload) -> tuple[Callable[[], float
 
 
 def stream(workload: workload_sizes.Workload, *, refilled: bool) -> PreparedWorkload:
-    """Answers many prompts, every eighth answer eight times as long, in refilled slots or consecutive batches."""
+    """Prepares answers to many prompts, in refilled slots or consecutive batches.
+
+    One answer in eight is eight times as long as the others.
+    """
     shapes, cfg = workload.shapes, benchmark_models.config(workload.size)
     N, B, P, T = shapes.stream_prompts, shapes.stream_slots, shapes.prompt, shapes.long
     params, sampling = benchmark_models.init(cfg), generation.Sampling(max_new_tokens=T)

@@ -1,4 +1,4 @@
-"""This library's training workloads, built as a user would: one compiled step that donates its state."""
+"""This library's training workloads. Each is a compiled step that donates its state."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ PreparedWorkload = tuple[Callable[[], Any], dict[str, float]]
 
 
 def _micro_batches(workload: workload_sizes.Workload) -> int:
-    """Returns the micro-batches per step: on a CPU, two are faster for a small model, because they fit the caches."""
+    """Returns the number of micro-batches; on a CPU, two are faster for model S, because each fits the caches."""
     return 2 if workload.size_name == "s" and jax.default_backend() == "cpu" else 1
 
 
 def _adam() -> optax.GradientTransformation:
-    """Returns Adam with learning rate 1; the steps multiply by a traced rate."""
+    """Returns Adam with learning rate 1; the training steps multiply its updates by a traced learning rate."""
     return optax.chain(optax.scale_by_adam(), optax.scale(-1.0))
 
 
 def supervised(workload: workload_sizes.Workload) -> PreparedWorkload:
-    """A step of supervised fine-tuning on all tokens."""
+    """Prepares a step of supervised fine-tuning on all tokens."""
     shapes, cfg = workload.shapes, benchmark_models.config(workload.size)
     logprobs = partial(lm.token_logprobs, cfg=cfg)
     train_step = parallel.jit_step(sft.make_train_step(logprobs, micro_batches=_micro_batches(workload)))
@@ -51,7 +51,7 @@ def supervised(workload: workload_sizes.Workload) -> PreparedWorkload:
 
 
 def reward(workload: workload_sizes.Workload) -> PreparedWorkload:
-    """A step of a reward model on pairs."""
+    """Prepares a training step of a reward model on pairs."""
     shapes, cfg = workload.shapes, benchmark_models.config(workload.size)
     score = partial(lm.score, cfg=cfg)
     train_step = parallel.jit_step(reward_model.make_train_step(score, micro_batches=_micro_batches(workload)))
@@ -71,7 +71,7 @@ def reward(workload: workload_sizes.Workload) -> PreparedWorkload:
 
 
 def dpo(workload: workload_sizes.Workload) -> PreparedWorkload:
-    """A step of DPO on pairs, with the forward pass of the reference."""
+    """Prepares a DPO step on pairs that includes the reference's forward pass."""
     shapes, cfg = workload.shapes, benchmark_models.config(workload.size)
     P, L = shapes.dpo_prompt, shapes.length
     logprobs = partial(lm.token_logprobs, cfg=cfg, prompt_width=P)
@@ -88,18 +88,18 @@ def dpo(workload: workload_sizes.Workload) -> PreparedWorkload:
     params = benchmark_models.init(cfg)
     hyper = dpo_lib.Hyper(**HYPER, beta=np.float32(0.1))
     repetition = _stepper(train_step, state_lib.create(params, _adam()), params, hyper, batch)
-    # The reference's forward pass costs a third of a forward and a backward pass.
+    # The reference's forward pass costs a third of the policy's forward and backward passes.
     operations = 4 / 3 * workload_sizes.training_flops(workload.size, rows=2 * shapes.rows, length=L)
     return repetition, {"tokens": 2 * shapes.rows * L, "operations": operations}
 
 
 def ppo_iteration(workload: workload_sizes.Workload) -> PreparedWorkload:
-    """An iteration of PPO: sampling, scoring and all updates, with four separate models."""
-    from recipe import jobs  # not at the top: it would add to the memory of the other workloads
+    """Prepares a PPO iteration with four separate models: sampling, scoring and all updates."""
+    from recipe import jobs  # imported here, because it would add to the peak memory of the other workloads
 
     shapes, cfg = workload.shapes, benchmark_models.config(workload.size)
     P, B = shapes.ppo_prompt, shapes.ppo_samples
-    # No stop token, so that every iteration takes equally long.
+    # Without a stop token, every iteration takes equally long.
     models = jobs.ppo_models(cfg, generation.Sampling(max_new_tokens=shapes.ppo_answer), prompt_width=P)
     train_step = parallel.jit_step(
         ppo.make_train_step(models, epochs=shapes.ppo_epochs, minibatches=shapes.ppo_minibatches)

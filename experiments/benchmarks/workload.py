@@ -1,10 +1,15 @@
 """Measures one of this library's workloads in a separate process: ``python -m benchmarks.workload sft-s``.
 
-Names: sft-s, sft-m, reward-s, dpo-s, ppo-s; generate-s, generate-m; decode-s-1 and so on, where the number is the
-number of rows; stream-s, and static-s, the same in consecutive batches; matmul-s and limit-s-1, which measure limits of
-the machine. Workloads compute in float32 on a CPU and in bfloat16 on a GPU or TPU.
+The workloads are
 
-Run it with GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as benchmark.py does.
+    sft-s, sft-m, reward-s, dpo-s, ppo-s    training steps; s and m are the sizes of the model
+    generate-s, generate-m                  sampling of equally long answers
+    decode-s-1, decode-m-16, ...            a decoding step; the number is the number of rows
+    stream-s, static-s                      answers of different lengths, in refilled slots or in consecutive batches
+    matmul-s, limit-s-1, ...                limits of the machine
+
+Workloads compute in float32 on a CPU and in bfloat16 on a GPU or TPU. Set GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as
+benchmark.py does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""DPO and related losses on a bandit with a known optimum, including answers that are in no pair."""
+"""DPO and related losses on a bandit with a known optimum, including answers that appear in no pair."""
 
 import functools
 from typing import Any
@@ -64,7 +64,7 @@ def test_all_pairs_lists_every_pair_with_its_bradley_terry_probability():
     np.testing.assert_allclose(PAIRS.targets_B[40], 1 / (1 + np.exp(REWARDS[s, b] - REWARDS[s, a])), rtol=1e-5)
 
 
-def test_dpo_reaches_the_optimum_of_its_own_coefficient_only():
+def test_dpo_reaches_only_the_optimum_of_its_coefficient():
     logits_SA = train(objectives.dpo)
     assert distance(REFERENCE, optimum(BETA)) > 0.3, "training starts far from the optimum"
     assert distance(logits_SA, optimum(BETA)) < 0.002
@@ -109,7 +109,7 @@ def test_dpo_loss_allows_mass_on_an_unseen_answer_and_the_optimum_has_none():
             least = three_actions.loss(minimiser, beta=beta)
             assert least == 0.0 if minimiser[0] else least == pytest.approx(np.log(2)), minimiser
         assert three_actions.loss((0.5, 0.5, 0.0), beta=beta) == pytest.approx(np.log(2))
-        a, b = 0.7, 0.2  # the loss is log(1 + (b / a)^beta) everywhere
+        a, b = 0.7, 0.2  # in general, the loss is log(1 + (b / a)^beta)
         assert three_actions.loss((a, b, 0.1), beta=beta) == pytest.approx(np.log1p((b / a) ** beta), rel=1e-5)
     for unseen_reward in (0.0, 0.5, 1.0):
         best = three_actions.optimum(kl_coef=0.1, unseen_reward=unseen_reward)

@@ -165,7 +165,7 @@ def test_vmap_over_seeds_matches_a_loop():
 
 
 def first_end(tokens_T, sequences):
-    """The number of tokens up to the end of the first stop sequence, or all of them."""
+    """Returns the number of tokens up to the end of the first stop sequence, or the length without one."""
     for t in range(1, len(tokens_T) + 1):
         if any(tuple(tokens_T[max(t - len(s), 0) : t]) == s for s in sequences):
             return t
@@ -190,7 +190,7 @@ def test_no_stop_before_min_new_tokens():
     assert early.lengths_B.min() < 4 and late.lengths_B.min() >= 4
     before = responses(late)[:, :3]
     assert not np.isin(before, STOPS).any()
-    # The early log-probabilities are those of the distribution without the stop ids.
+    # Early tokens have the log-probabilities of the distribution without the stop ids.
     logits = jnp.arange(23.0)
     kept = np.asarray(generation.log_distribution(logits, dataclasses.replace(SAMPLING, min_new_tokens=4), step=2))
     assert np.isneginf(kept[list(STOPS)]).all() and abs(np.exp(kept).sum() - 1) < 1e-5
@@ -230,7 +230,7 @@ def test_values_match_the_scoring_pass():
     assert np.ptp(rollout.values_BT) > 0.1 and run().values_BT is None
 
 
-def test_limits_per_row():
+def test_each_row_has_a_length_limit():
     free = run(sampling=dataclasses.replace(SAMPLING, stop_ids=()))
     limits = jnp.arange(B) % T + 1
     sampling = dataclasses.replace(SAMPLING, stop_ids=())

@@ -70,7 +70,7 @@ def kto_by_hand(s):
 
 
 def by_hand(name, s):
-    """Returns the losses of a batch, from the papers' formulas."""
+    """Returns the losses of a batch, computed with the papers' formulas."""
     h, h_mean = margins(s)
     mean = s["policy"] / s["lengths"]
     beta, e = HYPER.beta, HYPER.label_smoothing
@@ -98,7 +98,7 @@ OBJECTIVES = FAMILY | {"soft-simpo": objectives.soft(objectives.simpo)}
 def compiled(name):
     def total(policy, reference, lengths, good, targets, baseline):
         reference = None if name.removeprefix("soft-") in WITHOUT_REFERENCE else reference
-        # An objective raises if it gets labels that it does not use.
+        # An objective raises for labels that it does not use.
         marks, soft = (good if name == "kto" else None), (targets if name.startswith("soft") else None)
         scored = objectives.Scored(policy, reference, lengths, marks, soft, baseline)
         losses_B, _ = OBJECTIVES[name](scored, HYPER)

@@ -1,4 +1,4 @@
-"""Every method on a bandit with a known optimum, and the parts that the methods share."""
+"""Every method on a bandit with a known optimum, and the components that the methods share."""
 
 import functools
 from typing import Any
@@ -105,7 +105,7 @@ def test_methods_with_kl_in_the_reward_reach_the_optimum_of_their_coefficient(na
 def test_k2_loss_reaches_the_optimum_of_the_reverse_kl():
     options = dict(estimate=functools.partial(estimators.dr_grpo, samples=64), samples=64, kl_loss=kl.k2)
     policy_SA, _ = trained(kl_loss_coef=0.5, kl_coef=0.0, answers=6 * 256, **options)
-    # The mean of a group includes the response itself, so the advantage is (K - 1) / K of the leave-one-out one.
+    # A group's mean includes the response itself, so its advantage is (K - 1) / K times the leave-one-out advantage.
     assert distance(policy_SA, optimum(0.5 * 64 / 63)) < 0.03
     assert distance(policy_SA, forward_kl_point(2.5, divide=False)) > 0.1
 
@@ -146,7 +146,7 @@ def test_moving_reference_lets_the_policy_move_further():
 
 
 def test_collect_and_update_match_the_whole_step():
-    """`collect` and `update` compiled separately, for models too large to sample and train in one program."""
+    """Compiles `collect` and `update` separately, as for models too large to sample and train in one program."""
     options: dict[str, Any] = dict(samples=4, estimate=functools.partial(estimators.rloo, samples=4))
     bandit_models = models(4)
     whole = jax.jit(ppo.make_train_step(bandit_models, minibatches=2, reduction=aggregation.sequence_sum, **options))
@@ -326,7 +326,7 @@ def test_loss_matches_a_python_loop():
 
 
 def collect(scores, *, stopped=(1, 1, 0, 1), past=None, **options):
-    """Experience and metrics of four one-token responses with ``scores``."""
+    """Returns the experience and the metrics of four one-token responses with ``scores``."""
     zeros = jnp.zeros((4, 1))
     rollout = types.Rollout(
         jnp.zeros((4, 2), jnp.int32),

@@ -1,8 +1,8 @@
 """Learning-rate shapes: ``(step, total) -> multiplier`` in [0, 1].
 
 ``step`` counts updates from 0 to ``total - 1`` and may be a Python int, a NumPy number or a traced array. The result is
-float32, so that a hyperparameter computed from it never changes the type of a compiled step's arguments. Multiply by
-the peak rate outside, as in ``hyper["learning_rate"] = peak * cosine(i, total)``.
+float32, so that the argument types of a compiled step never change. Multiply it by the peak learning rate, as in
+``hyper["learning_rate"] = peak * cosine(i, total)``.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def constant_with_warmup(step: Any, total: Any, *, warmup: Any = 10, initial: An
     """Returns a linear warmup from ``initial`` to 1, then 1 (InstructGPT's PPO).
 
     Args:
-        step: Updates done.
+        step: Number of updates done.
         total: Total number of updates; not used.
-        warmup: Updates until the multiplier is 1 (InstructGPT: 10 iterations); 0 for no warmup.
+        warmup: Number of updates until the multiplier is 1 (InstructGPT: 10 iterations); 0 for no warmup.
         initial: Multiplier at step 0 (InstructGPT: 0.1).
 
     Returns:
