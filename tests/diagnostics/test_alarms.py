@@ -88,7 +88,7 @@ CASES = {
     "not_finite": (
         lambda rows: replace(rows, -1, reward=constant(math.nan)),
         lambda rows: replace(rows, -1, explained_variance=constant(math.nan), gold=constant(None)),
-        "not a finite number: reward.",
+        "NaN or infinite: reward.",
     ),
     "negative_kl": (
         lambda rows: replace(rows, -1, kl=constant(-1.2)),
@@ -103,7 +103,7 @@ CASES = {
     "large_ratios": (
         lambda rows: replace(rows, -3, ratio_max=constant(11.0)),
         lambda rows: replace(rows, -2, ratio_max=constant(1e4)),
-        "more than 11 times",
+        "at least 11-fold",
     ),
     "sampler_gap": (
         lambda rows: replace(rows, -1, sampler_gap=constant(0.3)),
@@ -123,7 +123,7 @@ CASES = {
     "unfinished_answers": (
         lambda rows: replace(rows, -3, stopped=constant(0.6)),
         lambda rows: replace(rows, -3, stopped=constant(0.75)),
-        "40% of the answers do not stop, compared with",
+        "40% of the answers lack a stop token, compared with",
     ),
     "reward_below_start": (
         lambda rows: [row | {"reward": -0.02 * row["step"]} for row in rows],
@@ -133,7 +133,7 @@ CASES = {
     "overoptimised": (
         lambda rows: replace(rows, 40, gold=down(0.01)("gold"), reward=lambda r: r["reward"] + 0.01 * (r["step"] - 40)),
         lambda rows: replace(rows, 40, gold=down(0.01)("gold"), reward=lambda r: r["reward"] - 0.01 * (r["step"] - 40)),
-        "while gold, which is not trained on, fell from",
+        "while gold, which is not used in training, fell from",
     ),
     "overfitted": (
         lambda rows: [row | validated(row, rise=0.01) for row in rows],
@@ -176,9 +176,7 @@ def test_any_judge_raises_the_alarm_and_is_named():
 def test_few_rows_or_metrics_raise_no_alarm():
     assert alarms.check_all([]) == []
     assert alarms_of([{"loss": 1.0}, {"loss": math.nan}]) == {}
-    assert alarms_of([{"step": 1, "reward": 0.0, "kl": None}])["not_finite"].message.startswith(
-        "not a finite number: kl."
-    )
+    assert alarms_of([{"step": 1, "reward": 0.0, "kl": None}])["not_finite"].message.startswith("NaN or infinite: kl.")
     # Long answers from the start and a small initial entropy raise no alarm.
     assert alarms_of([{"stopped": 0.3, "entropy": 0.02}] * 20) == {}
 

@@ -249,7 +249,7 @@ def test_best_of_n_mean_validates_its_inputs():
     for ns in ([0], [4]):
         with pytest.raises(ValueError, match="between 1 and"):
             diagnostics.best_of_n_mean(np.ones(3), np.ones(3), ns)
-    with pytest.raises(ValueError, match="rows"):
+    with pytest.raises(ValueError, match="equally long"):
         diagnostics.best_of_n_mean(np.ones(3), np.ones(2), [1])
 
 

@@ -149,7 +149,7 @@ def check(process, results, *, kills, terms, corruptions):
     assert sum(sum(each.values()) for each in outcomes) == corruptions
     assert sum(each.get("seen", 0) for each in outcomes) >= 3
     n = kills + terms
-    assert f"{n} of {n} interrupted runs resumed bit for bit; no failures" in process.stdout
+    assert f"{n} of {n} interrupted runs resumed bit-identically; no failures" in process.stdout
 
 
 def test_interrupted_runs_and_corrupted_checkpoints_lose_nothing(tmp_path):

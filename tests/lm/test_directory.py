@@ -141,7 +141,7 @@ def saved(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(model_type="mamba"), r"config\.json: model type 'mamba' is not supported; known: llama, gpt2"),
+        (dict(model_type="mamba"), r"config\.json: model type 'mamba' is not supported; known types: llama, gpt2"),
         (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), "rope type 'yarn' is not"),
         (dict(rope_parameters=..., rope_scaling={"type": "dynamic", "factor": 2.0}), "rope type 'dynamic' is not"),
         (dict(hidden_act="tanh_exp"), "activation 'tanh_exp' is not supported"),
@@ -149,7 +149,7 @@ def saved(tmp_path):
         (dict(quantization_config={"quant_method": "awq"}), "quantized weights"),
         (dict(hidden_size="wide"), "hidden_size"),
         (dict(num_key_value_heads=3), "n_kv_heads is 3"),
-        (dict(intermediate_size=50), r"of another shape: .*mlp.down_proj.weight \[32, 48\] instead of \[32, 50\]"),
+        (dict(intermediate_size=50), r"of the wrong shape: .*mlp.down_proj.weight \[32, 48\] instead of \[32, 50\]"),
         (dict(num_hidden_layers=3), r"missing: model.layers.2.input_layernorm.weight, .* and 1 more"),
         (dict(num_hidden_layers=1), "unexpected: model.layers.1.input_layernorm.weight"),
         (dict(vocab_size=...), r"embed_tokens.weight \[97, 32\] instead of \[32000, 32\]"),
@@ -217,11 +217,11 @@ def test_non_finite_values_are_errors(saved, tmp_path):
     tensors = st_numpy.load_file(file)
     tensors["model.layers.1.mlp.up_proj.weight"][3, 2] = np.nan
     st_numpy.save_file(tensors, file)
-    with pytest.raises(ValueError, match=r"the tensor model\.layers\.1\.mlp\.up_proj\.weight holds a value"):
+    with pytest.raises(ValueError, match=r"the tensor model\.layers\.1\.mlp\.up_proj\.weight contains a value"):
         lm.load(saved)
     cfg, params = CONFIGS["llama"], random_params(CONFIGS["llama"])
     params["layers"]["up"]["kernel"] = params["layers"]["up"]["kernel"].at[1, 2, 3].set(jnp.inf)
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds a value that is not finite"):
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight contains a value that is not finite"):
         lm.save(tmp_path / "broken", cfg, params)
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
@@ -246,7 +246,7 @@ def test_index_that_contradicts_its_files_is_an_error(tmp_path):
     moved = next(name for name, shard in index["weight_map"].items() if shard == shards[0])
     index["weight_map"][moved] = shards[1]
     file.write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=rf"says that {moved} is in {shards[1]}, which does not hold it"):
+    with pytest.raises(ValueError, match=rf"lists {moved} in {shards[1]}, which does not contain it"):
         lm.load(tmp_path / "m")
     (tmp_path / "m" / shards[1]).unlink()
     with pytest.raises(FileNotFoundError, match=f"has no {shards[1]}"):
@@ -258,7 +258,7 @@ def test_index_that_contradicts_its_files_is_an_error(tmp_path):
 
 def test_pickled_weights_are_refused(saved):
     (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"pickled weights \(\.bin, \.pt\) are not read"):
+    with pytest.raises(FileNotFoundError, match=r"pickled weights \(\.bin, \.pt\) are not supported"):
         lm.load(saved)
 
 

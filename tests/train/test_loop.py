@@ -115,7 +115,7 @@ def test_resumes_from_the_previous_checkpoint_if_the_newest_is_damaged(whole, tm
         ({"rng": jax.random.key(4)}, "rng"),
         ({"stage": "other"}, "stage"),
         ({"fingerprint": "other data"}, "fingerprint"),
-        ({"steps": 5}, "is of step 8, but the run has only 5"),
+        ({"steps": 5}, "from step 8, but the run has only 5 steps; use"),
     ],
 )
 def test_checkpoints_of_another_run_are_refused(tmp_path, options, match):
