@@ -1,7 +1,8 @@
-"""Advantages: per token from a critic (GAE), or per response from the other responses to its prompt (RLOO, GRPO).
+"""Advantage estimators: GAE for each token, and group baselines for each response (RLOO, GRPO, Dr. GRPO).
 
-All functions except `whiten` take one sequence or one prompt (rank 1); use ``jax.vmap`` for a batch. Bind
-hyperparameters first, because ``vmap`` maps keyword arguments: ``jax.vmap(functools.partial(gae, discount=1.0))``.
+Except for `whiten`, the functions operate on one response or one group of completions (rank 1); apply ``jax.vmap`` for
+a batch. Bind hyperparameters with ``functools.partial`` first, because ``vmap`` also maps over keyword arguments:
+``jax.vmap(functools.partial(gae, discount=1.0))``.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ WHITEN_EPSILON = 1e-8
 def whiten(
     x: jax.Array, *, where: jax.Array | bool, shift_mean: bool = True, axis_name: masking.AxisName = None
 ) -> jax.Array:
-    """Returns ``(x - mean) * rsqrt(var + 1e-8)`` over the mask, with the population variance (Ziegler 2019).
+    """Whitens ``x`` over the mask: ``(x - mean) * rsqrt(var + 1e-8)`` (Ziegler 2019).
 
-    Whiten rewards with ``shift_mean=False`` before GAE, and advantages with ``shift_mean=True`` after computing the
-    returns.
+    ``var`` is the population variance. Whiten rewards with ``shift_mean=False`` before GAE, and advantages with
+    ``shift_mean=True`` after computing the returns.
 
     Args:
         x: Array of any shape.
-        where: Boolean (or 0/1) mask, a scalar or of the rank of ``x`` and broadcastable to it.
+        where: Boolean or 0/1 mask; a scalar, or an array of the same rank as ``x`` that broadcasts to its shape.
         shift_mean: If False, the mean is added back after scaling.
-        axis_name: Mesh, ``vmap`` or ``pmap`` axes over which mean and variance are taken jointly.
+        axis_name: Mesh, ``vmap`` or ``pmap`` axes over which the mean and variance are computed.
 
     Returns:
-        Array shaped as ``x``, at least float32, 0 outside the mask.
+        An array with the shape of ``x``, in at least float32; 0 outside the mask.
 
     Raises:
-        ValueError: If the rank of ``where`` is neither 0 nor that of ``x``.
+        ValueError: If ``where`` is neither a scalar nor of the same rank as ``x``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -58,24 +59,25 @@ def gae(
     discount: float | jax.Array = 1.0,
     lambda_: float | jax.Array = 0.95,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes generalised advantage estimates over one response (Schulman 2016).
+    """Computes the generalised advantage estimates of one response (Schulman 2016).
 
-    ``delta_t = r_t + discount * V_{t+1} - V_t`` and ``A_t = delta_t + discount * lambda * A_{t+1}``. The episode ends
-    after the last real token, where value and advantage become 0. ``returns_t = A_t + V_t``, with A not whitened.
-    ``lambda_=1`` gives Monte Carlo returns, ``lambda_=0`` one-step temporal differences.
+    With ``delta_t = r_t + discount * V_{t+1} - V_t``, the advantages are
+    ``A_t = delta_t + discount * lambda_ * A_{t+1}``, and the returns are ``A_t + V_t``. The episode ends after the last
+    real token; all later values and advantages are 0. ``lambda_=1`` yields Monte Carlo returns, and ``lambda_=0``
+    one-step temporal-difference targets.
 
     Args:
         rewards_T: Per-token rewards.
-        values_T: The critic's values *before* each token, at rollout time. No gradient flows through them.
-        mask_T: True at real tokens, a prefix. Rewards and values outside the mask are ignored.
-        discount: Discount factor, in [0, 1].
-        lambda_: Trade-off between bias (0) and variance (1), in [0, 1].
+        values_T: The critic's value *before* each token, computed at rollout time. No gradient flows through it.
+        mask_T: True at real tokens, which form a prefix. Rewards and values outside the mask are ignored.
+        discount: Discount factor in [0, 1].
+        lambda_: GAE parameter in [0, 1]. Larger values reduce the bias and increase the variance.
 
     Returns:
-        ``(advantages_T, returns_T)``, at least float32, both 0 outside the mask.
+        ``(advantages_T, returns_T)``, in at least float32; both are 0 outside the mask.
 
     Raises:
-        ValueError: If an argument is not of rank 1, or lengths differ.
+        ValueError: If an array does not have rank 1, or the lengths differ.
 
     Example:
         >>> import jax.numpy as jnp
@@ -102,10 +104,10 @@ def gae(
 
 
 def rloo(scores_K: jax.Array) -> jax.Array:
-    """Returns each score minus the mean of the other K - 1 scores (Ahmadian 2024): ``K / (K - 1) (s - mean)``.
+    """Returns each score minus the mean of the other K - 1 scores, ``K / (K - 1) (s - mean)`` (Ahmadian 2024).
 
-    ``scores_K`` are the scores of K independent completions of one prompt, KL penalty included. Raises ValueError if
-    the rank is not 1 or K is below 2.
+    ``scores_K`` contains the scores of K independent completions of one prompt, including the KL penalty. Raises
+    ValueError if its rank is not 1 or K is below 2.
 
     Example:
         >>> import jax.numpy as jnp
@@ -119,10 +121,10 @@ def rloo(scores_K: jax.Array) -> jax.Array:
 
 
 def group_normalize(scores_K: jax.Array, *, epsilon: float = WHITEN_EPSILON) -> jax.Array:
-    """Returns ``(s - mean) * rsqrt(var + epsilon)`` within one prompt (GRPO, Shao 2024), with the population variance.
+    """Normalises the scores of one prompt's completions: ``(s - mean) * rsqrt(var + epsilon)`` (GRPO, Shao 2024).
 
-    A prompt whose completions all have the same score gets exact zeros. Raises ValueError if the rank is not 1 or K is
-    below 2.
+    ``var`` is the population variance. If all scores are equal, the result is exactly 0. Raises ValueError if the rank
+    is not 1 or K is below 2.
 
     Example:
         >>> import jax.numpy as jnp
@@ -135,14 +137,15 @@ def group_normalize(scores_K: jax.Array, *, epsilon: float = WHITEN_EPSILON) -> 
 
 
 def group_center(scores_K: jax.Array) -> jax.Array:
-    """Returns ``s - mean`` within one prompt, not divided by the standard deviation (Dr. GRPO, Liu 2025).
+    """Returns the scores of one prompt's completions minus their mean (Dr. GRPO, Liu 2025).
 
-    Raises ValueError if the rank is not 1 or K is below 2.
+    Unlike `group_normalize`, this function does not divide by the standard deviation. Raises ValueError if the rank is
+    not 1 or K is below 2.
     """
     masking.check_rank(1, scores_K=scores_K)
     if scores_K.shape[0] < 2:
         raise ValueError(f"a group needs at least 2 completions, got {scores_K.shape[0]}")
     scores_K = masking.as_float32(scores_K)
-    # Subtracting the first score makes equal scores exact zeros, and a large common offset costs no digits.
+    # Subtracting the first score maps equal scores to exact zeros and keeps precision under a large common offset.
     offsets_K = scores_K - scores_K[0]
     return offsets_K - jnp.mean(offsets_K)

@@ -1,17 +1,17 @@
-"""Reductions of the token losses of a batch to a scalar; they differ in the weight of each token.
+"""Reductions of a batch of token losses to a scalar, which differ in how they weight the tokens.
 
-A reduction maps the mask of the whole batch to one weight per row and one divisor, so that the sum over micro-batches
-and devices does not depend on how the rows are distributed::
+A reduction computes one weight per row and one divisor from the mask of the whole batch. The loss therefore does not
+depend on how the rows are distributed over micro-batches and devices::
 
     weights_B, total = sequence_mean(mask_BT)
     loss = weighted_sum(losses_BT, weights_B, where=mask_BT) / total
 
-With ``m`` the mask and ``l`` the token losses of n non-empty responses:
+For a mask ``m`` and token losses ``l`` of n non-empty responses, the reductions compute:
 
 * `token_mean` (PPO): ``sum(m l) / sum(m)``;
 * `sequence_mean` (GRPO, Shao 2024): the mean over responses of ``sum_t(m l) / sum_t(m)``;
-* `sequence_sum` (REINFORCE and RLOO, Ahmadian 2024): ``sum(m l) / n``, as the gradient of the log-probability of a
-  response is a sum over its tokens;
+* `sequence_sum` (REINFORCE and RLOO, Ahmadian 2024): ``sum(m l) / n``, because the log-probability of a response is a
+  sum over its tokens;
 * `constant_mean` (Dr. GRPO, Liu 2025): ``sum(m l) / (n T)``.
 """
 
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from rlhf_jax import masking
 
 Reduction = Callable[..., tuple[jax.Array, jax.Array]]
-"""``(mask_BT, axis_name=None) -> (weights_B, total)``; with ``axis_name`` the total counts the rows of all devices."""
+"""``(mask_BT, axis_name=None) -> (weights_B, total)``; ``total`` is the divisor, summed over ``axis_name``."""
 
 
 def token_mean(mask_BT: jax.Array, *, axis_name: masking.AxisName = None) -> tuple[jax.Array, jax.Array]:
@@ -35,18 +35,18 @@ def token_mean(mask_BT: jax.Array, *, axis_name: masking.AxisName = None) -> tup
 
 
 def sequence_mean(mask_BT: jax.Array, *, axis_name: masking.AxisName = None) -> tuple[jax.Array, jax.Array]:
-    """Weights every response equally, so that a token of a long response counts less; empty rows are ignored."""
+    """Weights every response equally, so that each token of a long response counts less; ignores empty rows."""
     lengths_B = jnp.sum(mask_BT, axis=1)
     return 1.0 / jnp.maximum(lengths_B, 1), _count_responses(mask_BT, axis_name)
 
 
 def sequence_sum(mask_BT: jax.Array, *, axis_name: masking.AxisName = None) -> tuple[jax.Array, jax.Array]:
-    """Averages the token sums of the responses, which gives the unbiased gradient of the expected reward."""
+    """Averages the summed token losses of the responses, so that policy gradients are unbiased."""
     return jnp.ones(mask_BT.shape[0]), _count_responses(mask_BT, axis_name)
 
 
 def constant_mean(mask_BT: jax.Array, *, axis_name: masking.AxisName = None) -> tuple[jax.Array, jax.Array]:
-    """Divides the sum over tokens by the number of responses times the width T, regardless of their lengths."""
+    """Divides the sum over all tokens by the number of responses times T, whatever the lengths of the responses."""
     return jnp.ones(mask_BT.shape[0]), _count_responses(mask_BT, axis_name) * mask_BT.shape[1]
 
 
@@ -56,13 +56,13 @@ def weighted_sum(
     """Returns ``sum_b weights_b sum_t losses_bt`` over the mask.
 
     Args:
-        losses_BT: Token losses, unreduced.
+        losses_BT: Unreduced token losses.
         weights_B: Weight of each row, from a reduction.
-        where: ``[B, T]``, True at the tokens that count.
-        axis_name: Mesh, ``vmap`` or ``pmap`` axes over which the sums are added.
+        where: ``[B, T]``, True at the tokens to include.
+        axis_name: Mesh, ``vmap`` or ``pmap`` axes over which to sum.
 
     Returns:
-        A scalar, to be divided by the total of the reduction.
+        A scalar; divide it by the reduction's ``total``.
     """
     return masking.masked_sum(losses_BT * weights_B[:, None], where=where, axis_name=axis_name)
 

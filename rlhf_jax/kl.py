@@ -1,9 +1,12 @@
-"""Kullback-Leibler divergence, estimated from samples or exact, and adaptive controllers of its coefficient.
+"""Sampled and exact Kullback-Leibler divergences, and adaptive controllers for the KL coefficient.
 
-With y drawn from the policy and ``rho = log policy(y) - log reference(y)``, `k1`, `k2` and `k3` (Schulman 2020)
-estimate ``KL(policy || reference)`` from one sample each. As *losses* on fixed samples they differ: the expected
-gradient of k1 is 0, that of k2 is the gradient of ``KL(policy || reference)``, and that of k3 is the gradient of
-``KL(reference || policy)``.
+For y sampled from the policy, let ``rho = log policy(y) - log reference(y)``. `k1`, `k2` and `k3` (Schulman 2020)
+estimate ``KL(policy || reference)`` from ``rho``. If they are used as *losses* on fixed samples, their expected
+gradients differ:
+
+* `k1`: 0;
+* `k2`: the gradient of ``KL(policy || reference)``;
+* `k3`: the gradient of ``KL(reference || policy)``.
 """
 
 from __future__ import annotations
@@ -20,9 +23,9 @@ MAX_LOG_RATIO = 20.0
 def ratio(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
     """Returns ``exp(logprobs - reference_logprobs)``, linearly extrapolated where the log-ratio is above 20.
 
-    The extrapolation follows the tangent, so that values and gradients stay finite and keep their sign where the
-    exponential would overflow: an infinite ratio times a zero cotangent is a NaN in the gradient of a *clipped* loss.
-    A ratio of e^20 is half a billion, so no healthy run reaches the tangent. Both arrays have the same shape.
+    The extrapolation follows the tangent, so that values and gradients stay finite and keep their sign. Without it, the
+    exponential could overflow, and infinity times a zero cotangent would put a NaN into the gradient of a *clipped*
+    loss. Healthy runs never reach a ratio of ``e^20``, about 5e8. The arrays must have the same shape.
     """
     masking.check_same_shape(logprobs=logprobs, reference_logprobs=reference_logprobs)
     log_ratio = masking.as_float32(logprobs) - masking.as_float32(reference_logprobs)
@@ -31,9 +34,9 @@ def ratio(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
 
 
 def k1(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
-    """Returns ``rho``, the log-ratio: an unbiased estimate of the KL with high variance, which can be negative.
+    """Returns ``rho``, an unbiased estimate of the KL that has high variance and can be negative.
 
-    This is the estimator to put into the reward. The arrays have the same shape; the result is unreduced.
+    Use this estimator in rewards. The arrays must have the same shape; the result is unreduced.
 
     Example:
         >>> import jax.numpy as jnp
@@ -47,19 +50,19 @@ def k1(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
 
 
 def k2(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
-    """Returns ``rho^2 / 2``: a biased estimate of the KL with low variance.
+    """Returns ``rho^2 / 2``, a biased estimate of the KL that has low variance.
 
-    As a loss it has the gradient of ``KL(policy || reference)``. The arrays have the same shape; the result is
-    unreduced.
+    As a loss, it has the expected gradient of ``KL(policy || reference)``. The arrays must have the same shape; the
+    result is unreduced.
     """
     return 0.5 * jnp.square(k1(logprobs, reference_logprobs))
 
 
 def k3(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
-    """Returns ``exp(-rho) - 1 + rho``: unbiased, with low variance and never negative (GRPO, Shao 2024 Eq 4).
+    """Returns ``exp(-rho) - 1 + rho``, an unbiased estimate of the KL that is never negative (GRPO, Shao 2024 Eq 4).
 
-    The exponential is extrapolated linearly where ``rho`` is below -20; see `ratio`. The arrays have the same shape;
-    the result is unreduced.
+    The estimate has low variance. The exponential is extrapolated linearly where ``rho`` is below -20 (see `ratio`).
+    The arrays must have the same shape; the result is unreduced.
 
     Example:
         >>> from rlhf_jax import kl
@@ -67,7 +70,7 @@ def k3(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
         0.3679
     """
     rho = k1(logprobs, reference_logprobs)
-    # expm1 keeps the digits that exp(-rho) - 1 would cancel for small rho, the usual case in training.
+    # For small rho, the usual case in training, exp(-rho) - 1 would lose digits to cancellation.
     small = jnp.expm1(-jnp.clip(rho, -1.0, 1.0))
     return jnp.where(jnp.abs(rho) < 1.0, small, ratio(reference_logprobs, logprobs) - 1.0) + rho
 
@@ -76,8 +79,8 @@ def full(logits: jax.Array, reference_logits: jax.Array) -> jax.Array:
     """Returns the exact ``KL(softmax(logits) || softmax(reference_logits))`` over the last axis, in nats.
 
     Args:
-        logits: ``[..., V]``, already divided by the temperature; -inf marks an impossible token.
-        reference_logits: ``[..., V]``, of the reference, likewise divided by the temperature.
+        logits: ``[..., V]``, the policy's logits, divided by the temperature; -inf marks an impossible token.
+        reference_logits: ``[..., V]``, the reference's logits, divided by the same temperature.
 
     Returns:
         ``[...]``, unreduced; infinite where the policy allows a token that the reference excludes.
@@ -96,11 +99,11 @@ def full(logits: jax.Array, reference_logits: jax.Array) -> jax.Array:
 
 
 def categorical(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
-    """Returns ``sum_v p_v (log p_v - log q_v)`` over the last axis of two arrays of log-probabilities ``[..., V]``."""
+    """Returns the exact KL divergence ``sum_v p_v (log p_v - log q_v)`` from log-probabilities ``[..., V]``."""
     masking.check_same_shape(logprobs=logprobs, reference_logprobs=reference_logprobs)
     logprobs, reference_logprobs = masking.as_float32(logprobs), masking.as_float32(reference_logprobs)
     probs = jnp.exp(logprobs)
-    # 0 log 0 is 0 with zero gradient: impossible tokens are masked before the subtraction, not after it.
+    # Impossible tokens are masked before the subtraction, so that 0 log 0 is 0 with zero gradient.
     possible = probs > 0
     difference = jnp.where(possible, logprobs, 0.0) - jnp.where(possible, reference_logprobs, 0.0)
     return jnp.sum(probs * difference, axis=-1)
@@ -115,7 +118,7 @@ class ControllerState:
 
 
 def init_controller(kl_coef: float | jax.Array) -> ControllerState:
-    """Returns the state of a controller before the first batch."""
+    """Returns the initial state of a controller, with coefficient ``kl_coef``."""
     return ControllerState(kl_coef=jnp.asarray(kl_coef, jnp.float32))
 
 
@@ -125,13 +128,13 @@ def update_controller(
     """Applies the proportional rule of Ziegler 2019: ``coef * (1 + gain * clip(observed / target - 1, -0.2, 0.2))``.
 
     Args:
-        state: The controller.
-        observed_kl: Scalar, in nats: the mean over sequences of `k1` summed over tokens.
+        state: State of the controller.
+        observed_kl: Scalar, in nats per sequence: `k1` summed over tokens and averaged over sequences.
         target: The desired KL, in nats per sequence, above 0.
-        gain: The paper's K_beta.
+        gain: Proportional gain (``K_beta`` in the paper).
 
     Returns:
-        The state for the *next* batch; call this after the epochs over the current one.
+        The state for the *next* batch. Call this function after all epochs on the current batch.
 
     Raises:
         ValueError: If ``observed_kl`` is not a scalar.
@@ -147,16 +150,16 @@ def update_controller_by_horizon(
     episodes: int | jax.Array,
     horizon: float | jax.Array = 10_000.0,
 ) -> ControllerState:
-    """Applies the rule of Ziegler's released code, whose gain ``episodes / horizon`` grows with the batch.
+    """Applies the rule of Ziegler 2019's code, in which the gain ``episodes / horizon`` grows with the batch size.
 
     The new coefficient is ``coef * (1 + episodes / horizon * clip(observed / target - 1, -0.2, 0.2))``.
 
     Args:
-        state: The controller.
+        state: State of the controller.
         observed_kl: Scalar, as in `update_controller`.
         target: The desired KL, as in `update_controller`.
         episodes: Number of sequences in this batch.
-        horizon: Number of sequences over which a persistent error of 0.2 changes the coefficient by about 20 %.
+        horizon: Number of sequences over which a constant relative error of 0.2 changes the coefficient by about 20 %.
 
     Returns:
         The state for the *next* batch.
@@ -170,9 +173,10 @@ def update_controller_by_horizon(
 def update_controller_by_doubling(
     state: ControllerState, observed_kl: jax.Array, *, target: float | jax.Array
 ) -> ControllerState:
-    """Applies PPO's penalty rule (Schulman 2017, 4).
+    """Applies the rule for PPO's adaptive KL penalty (Schulman 2017, section 4).
 
-    The coefficient doubles if the KL is above 1.5 times the target, and halves if it is below target / 1.5.
+    Doubles the coefficient if the observed KL is above ``1.5 * target``, and halves it if the KL is below
+    ``target / 1.5``.
     """
     masking.check_rank(0, observed_kl=observed_kl)
     factor = jnp.where(observed_kl > 1.5 * target, 2.0, jnp.where(observed_kl < target / 1.5, 0.5, 1.0))

@@ -1,17 +1,18 @@
 """Reductions over masked arrays, correct on one device and under sharding.
 
-The losses of this library are unreduced; these functions turn them into scalars. Three rules hold for all of them:
+The losses in this library are unreduced; the functions in this module reduce them to scalars. Every reduction follows
+three rules:
 
-* elements where ``where`` is False are ignored, NaN and infinity included, and get a gradient of exactly 0;
+* elements where ``where`` is False are ignored, even if they are NaN or infinite, and their gradient is exactly 0;
 * a NaN where ``where`` is True propagates to the result;
-* an empty mask gives 0 with zero gradients.
+* an empty mask yields 0 with zero gradient.
 
-With ``axis_name``, sums and counts are added across devices *before* the division. A mean of local means would weight
-tokens wrongly whenever the masks differ between devices.
+With ``axis_name``, sums and counts are added across devices *before* the division. Averaging the local means instead
+would weight tokens incorrectly whenever the masks differ between devices.
 
-A reduction cannot repair a NaN *derivative* of the function that computed ``x``: the chain rule multiplies it by 0,
-which is NaN again. If the inputs of that function can be arbitrary outside the mask, pass them through `masked_fill`
-first.
+A reduction cannot mask a NaN *derivative* of the function that computed ``x``, because the chain rule multiplies the
+derivative by 0, and NaN times 0 is NaN. If the inputs of that function can be arbitrary outside the mask, apply
+`masked_fill` to them first.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ AxisName = str | tuple[str, ...] | None
 
 
 def as_float32(x: jax.Array | float) -> jax.Array:
-    """Returns ``x`` in at least float32: bfloat16, integers and booleans are widened, float64 is kept."""
+    """Converts ``x`` to at least float32: float64 is kept, and all other types become float32."""
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
@@ -39,7 +40,7 @@ def check_rank(rank: int, **arrays: jax.Array | float) -> None:
 def check_same_shape(**arrays: jax.Array | float) -> None:
     """Raises ValueError unless all arrays, passed by name, have the same shape; scalars are always accepted.
 
-    Broadcasting ``[B]`` against ``[B, 1]`` silently makes ``[B, B]``, which is always a mistake in a loss.
+    Broadcasting ``[B]`` against ``[B, 1]`` would silently produce ``[B, B]``, which is always a mistake in a loss.
     """
     shapes = {name: jnp.shape(array) for name, array in arrays.items() if jnp.ndim(array) > 0}
     if len(set(shapes.values())) > 1:
@@ -47,66 +48,66 @@ def check_same_shape(**arrays: jax.Array | float) -> None:
 
 
 def masked_fill(x: jax.Array, *, where: jax.Array | bool, value: float = 0.0) -> jax.Array:
-    """Returns ``x`` in at least float32, with ``value`` and no gradient where ``where`` is False.
+    """Returns ``x`` in at least float32, with ``value`` wherever the mask ``where`` is False.
 
-    ``where`` is as in `masked_mean`.
+    No gradient flows through the replaced elements. The mask is as in `masked_mean`.
     """
     x, where = _prepare(x, where)
     return jnp.where(where, x, value)
 
 
 def masked_sum(x: jax.Array, *, where: jax.Array | bool, axis: Axis = None, axis_name: AxisName = None) -> jax.Array:
-    """Returns the sum of the elements of ``x`` at which ``where`` is True.
+    """Returns the sum of the elements of ``x`` selected by the mask ``where``.
 
     Args:
         x: Array of any shape; summed in at least float32.
-        where: Boolean (or 0/1) mask, a scalar or of the rank of ``x`` and broadcastable to it.
-        axis: Axes to sum over, as in ``jnp.sum``; all of them by default.
-        axis_name: Mesh, ``vmap`` or ``pmap`` axes over which the sums are added.
+        where: Boolean or 0/1 mask; a scalar, or an array of the same rank as ``x`` that broadcasts to its shape.
+        axis: Axes to sum over, as in ``jnp.sum``; all axes by default.
+        axis_name: Mesh, ``vmap`` or ``pmap`` axes over which to add the sums.
 
     Returns:
-        The sum, 0 where the mask is empty.
+        The sum; 0 if no element is selected.
 
     Raises:
-        ValueError: If the rank of ``where`` is neither 0 nor that of ``x``.
+        ValueError: If ``where`` is neither a scalar nor of the same rank as ``x``.
     """
     x, where = _prepare(x, where)
     return _psum(jnp.sum(jnp.where(where, x, 0.0), axis=axis), axis_name)
 
 
 def masked_count(x: jax.Array, *, where: jax.Array | bool, axis: Axis = None, axis_name: AxisName = None) -> jax.Array:
-    """Returns the number of elements of ``x`` at which ``where`` is True, as int32.
+    """Returns the number of elements of ``x`` selected by the mask ``where``, as int32.
 
     Args:
-        x: Array of any shape, of which only the shape matters.
+        x: Array of any shape; its values are not used.
         where: Mask, as in `masked_sum`.
-        axis: Axes to count over, as in ``jnp.sum``; all of them by default.
-        axis_name: Mesh, ``vmap`` or ``pmap`` axes over which the counts are added.
+        axis: Axes to count over, as in ``jnp.sum``; all axes by default.
+        axis_name: Mesh, ``vmap`` or ``pmap`` axes over which to add the counts.
 
     Returns:
-        The count. It is an integer because a float32 sum of ones stops growing at 2^24 tokens.
+        The count. Its type is int32 because a float32 sum of ones stops growing at 2^24.
 
     Raises:
-        ValueError: If the rank of ``where`` is neither 0 nor that of ``x``.
+        ValueError: If ``where`` is neither a scalar nor of the same rank as ``x``.
     """
     _, where = _prepare(x, where)
     return _psum(jnp.sum(where, axis=axis, dtype=jnp.int32), axis_name)
 
 
 def masked_mean(x: jax.Array, *, where: jax.Array | bool, axis: Axis = None, axis_name: AxisName = None) -> jax.Array:
-    """Returns the mean of the elements of ``x`` at which ``where`` is True: ``sum(x * where) / sum(where)``.
+    """Returns the mean of the elements of ``x`` selected by the mask ``where``: ``sum(x * where) / sum(where)``.
 
     Args:
         x: Array of any shape; averaged in at least float32.
-        where: Boolean (or 0/1) mask, a scalar or of the rank of ``x`` and broadcastable to it.
-        axis: Axes to average over, as in ``jnp.mean``; all of them by default.
-        axis_name: Mesh, ``vmap`` or ``pmap`` axes over which sums and counts are added before the division.
+        where: Boolean or 0/1 mask; a scalar, or an array of the same rank as ``x`` that broadcasts to its shape.
+        axis: Axes to average over, as in ``jnp.mean``; all axes by default.
+        axis_name: Mesh, ``vmap`` or ``pmap`` axes over which to add sums and counts before the division.
 
     Returns:
-        The mean, 0 where the mask is empty.
+        The mean; 0 if no element is selected.
 
     Raises:
-        ValueError: If the rank of ``where`` is neither 0 nor that of ``x``.
+        ValueError: If ``where`` is neither a scalar nor of the same rank as ``x``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -122,18 +123,18 @@ def masked_mean(x: jax.Array, *, where: jax.Array | bool, axis: Axis = None, axi
 
 
 def masked_var(x: jax.Array, *, where: jax.Array | bool, axis_name: AxisName = None) -> jax.Array:
-    """Returns the population variance (ddof 0) of the elements of ``x`` at which ``where`` is True, a scalar.
+    """Returns the population variance of the elements of ``x`` selected by the mask ``where``, as a scalar.
 
-    The variance is 0 if the mask is empty. ``where`` and ``axis_name`` are as in `masked_mean`.
+    The variance of an empty selection is 0. ``where`` and ``axis_name`` are as in `masked_mean`.
     """
     mean = masked_mean(x, where=where, axis_name=axis_name)
-    # Filled before subtracting and squaring: the square of a NaN has a NaN derivative.
+    # Masked elements are filled before squaring, because the square of a NaN has a NaN derivative.
     square = jnp.square(masked_fill(x, where=where) - mean)
     return masked_mean(square, where=where, axis_name=axis_name)
 
 
 def global_max(x: jax.Array, *, axis_name: AxisName = None) -> jax.Array:
-    """Returns the largest element of ``x`` over all devices of ``axis_name``, without a gradient; used for logging."""
+    """Returns the maximum of ``x`` over all devices of ``axis_name``, for logging; no gradient flows through it."""
     x = jnp.max(jax.lax.stop_gradient(x))
     return x if axis_name is None else jax.lax.pmax(x, axis_name)
 
@@ -141,7 +142,7 @@ def global_max(x: jax.Array, *, axis_name: AxisName = None) -> jax.Array:
 def _prepare(x: jax.Array, where: jax.Array | bool) -> tuple[jax.Array, jax.Array]:
     x, where = as_float32(x), jnp.asarray(where).astype(bool)
     if where.ndim not in (0, x.ndim):
-        raise ValueError(f"where must be a scalar or have the rank of x, got {where.shape} and {x.shape}")
+        raise ValueError(f"where must be a scalar or have the same rank as x, got shapes {where.shape} and {x.shape}")
     return x, jnp.broadcast_to(where, x.shape)
 
 

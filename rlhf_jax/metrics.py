@@ -1,7 +1,7 @@
-"""Metrics that can be averaged later, and the log files that record them.
+"""Mergeable metrics, and the log files that record them.
 
-Two means cannot be merged without their weights; sums and weights can. Steps return `Metric` values, which add up over
-micro-batches, minibatches and devices and are converted to numbers once, on the host, when they are logged.
+Means cannot be merged without their weights, but sums and weights can. Train steps therefore return `Metric` values,
+which are added over micro-batches, minibatches and devices and converted to numbers on the host when they are logged.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _FLUSH_SECONDS = 2
 
 
 class LogError(RuntimeError):
-    """The log cannot be written; the message names the directory and the reason."""
+    """The log cannot be written; the message contains the directory and the reason."""
 
 
 @struct.dataclass
 class Metric:
-    """A weighted mean, stored as a sum and a weight. ``jax.lax.psum(metric, axis_name)`` merges it across devices.
+    """A weighted mean, stored as a sum and a weight; ``jax.lax.psum(metric, axis_name)`` merges it across devices.
 
     Example:
         >>> import jax.numpy as jnp
@@ -49,21 +49,21 @@ class Metric:
     weight: jax.Array
 
     def value(self) -> jax.Array:
-        """Returns ``sum / weight``; NaN if the weight is 0, because 0 would look like a measurement."""
+        """Returns ``sum / weight``; NaN if the weight is 0, because 0 could be mistaken for a measurement."""
         empty = jnp.asarray(self.weight) == 0
         return jnp.where(empty, jnp.nan, self.sum / jnp.where(empty, 1.0, self.weight))
 
     def merge(self, other: Metric) -> Metric:
-        """Returns the metric of the union of both sets of observations."""
+        """Returns the metric of the combined observations."""
         return Metric(sum=self.sum + other.sum, weight=self.weight + other.weight)
 
     def collapse(self) -> Metric:
-        """Merges a metric stacked by ``scan`` or ``vmap`` into one with scalar parts."""
+        """Merges a metric stacked by ``scan`` or ``vmap`` into a scalar metric."""
         return Metric(sum=jnp.sum(self.sum), weight=jnp.sum(self.weight))
 
 
 def mean_metric(x: jax.Array, where: jax.Array | bool = True, *, axis_name: masking.AxisName = None) -> Metric:
-    """Returns the mean of ``x`` (any shape) over the mask ``where`` and the devices of ``axis_name`` as a `Metric`."""
+    """Returns a `Metric`: the mean of ``x`` (any shape) over the mask ``where`` and the devices of ``axis_name``."""
     return Metric(
         sum=masking.masked_sum(x, where=where, axis_name=axis_name),
         weight=masking.masked_count(x, where=where, axis_name=axis_name).astype(jnp.float32),
@@ -71,7 +71,7 @@ def mean_metric(x: jax.Array, where: jax.Array | bool = True, *, axis_name: mask
 
 
 def to_floats(values: Mapping[str, Metric | jax.Array | float]) -> dict[str, float]:
-    """Converts metrics to numbers on the host, with one transfer; stacked metrics are merged.
+    """Converts metrics to floats on the host, in a single transfer; stacked metrics are merged.
 
     Raises TypeError if a value is neither a `Metric` nor a scalar.
 
@@ -85,25 +85,25 @@ def to_floats(values: Mapping[str, Metric | jax.Array | float]) -> dict[str, flo
 
 
 def read(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Returns the lines of ``directory/metrics.jsonl`` in the order they were written, without an incomplete last line.
+    """Returns the records in ``directory/metrics.jsonl``, in the order in which they were written.
 
-    Raises ValueError if any other line is broken.
+    An incomplete last line is ignored. Raises ValueError if any other line is invalid.
     """
     return [record for _, record in _records(pathlib.Path(directory) / FILE_NAME)]
 
 
 class MetricLog:
-    """Appends numbers to ``directory/metrics.jsonl`` and to TensorBoard files under ``directory/tensorboard``.
+    """Appends metrics to ``directory/metrics.jsonl`` and to TensorBoard files under ``directory/tensorboard``.
 
-    The lines are the exact record: `write` returns after its line has reached the file. The TensorBoard files are
-    flushed every few seconds, so an interrupted process can lose the last points of a curve there. Each stage is a
-    separate TensorBoard run, because a restart purges a run after a step and every stage counts its own steps.
+    ``metrics.jsonl`` is the complete record: `write` flushes each line to the file before it returns. The TensorBoard
+    files are flushed every few seconds, so an interrupted process can lose their last points. Each training stage has
+    its own step counter and is a separate TensorBoard run, so that a resumed stage purges only its own points.
 
-    Every method raises `LogError` if the disk is full, read-only or gone.
+    Methods that write raise `LogError` if the disk is full or read-only, or if the directory no longer exists.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
-        """Creates the directory and opens the files, removing an incomplete last line left by a killed process."""
+        """Creates the directory and opens ``metrics.jsonl``, repairing a last line that a killed process truncated."""
         self._directory = pathlib.Path(directory)
         self._path = self._directory / FILE_NAME
         self._boards: dict[str, _Board] = {}
@@ -114,9 +114,10 @@ class MetricLog:
             self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, stage: str, step: int, values: Mapping[str, Metric | jax.Array | float]) -> None:
-        """Appends one line ``{"stage": ..., "step": ..., **values}`` and the scalars ``stage/name``.
+        """Appends the line ``{"stage": ..., "step": ..., **values}`` and the TensorBoard scalars ``stage/name``.
 
-        NaN and infinity, which JSON lacks, become null. Raises ValueError if a value is named "stage" or "step".
+        NaN and infinity, which JSON cannot represent, become null and are omitted from TensorBoard. Raises ValueError
+        if a value is named "stage" or "step".
         """
         if {"stage", "step"} & values.keys():
             raise ValueError(f'a metric cannot be named "stage" or "step", got {sorted(values)}')
@@ -129,12 +130,12 @@ class MetricLog:
             self._board(stage).add(int(step), shown)
 
     def rewind(self, stage: str, step: int, *, drop_stages: Collection[str] = ()) -> None:
-        """Removes the lines logged after a checkpoint, so that a resumed run has neither gaps nor duplicate lines.
+        """Removes the lines logged after a checkpoint, so that a resumed run does not log them twice.
 
         Args:
-            stage: The stage that resumes; its lines with a step above ``step`` are dropped.
-            step: The last step whose line is kept.
-            drop_stages: Later stages, which will run again from their start; all their lines are dropped.
+            stage: The stage to resume; its lines with a step above ``step`` are removed.
+            step: The last step to keep.
+            drop_stages: Later stages, which run again from the beginning; all their lines are removed.
         """
         with self._convert_errors():
             self._file.close()
@@ -151,7 +152,7 @@ class MetricLog:
                 self._boards.pop(name).close()
 
     def rows(self, stage: str) -> list[dict[str, Any]]:
-        """Returns the lines of one stage, in the order they were written."""
+        """Returns the records of one stage, in the order in which they were written."""
         return [record for record in read(self._directory) if record["stage"] == stage]
 
     def close(self) -> None:
@@ -163,11 +164,11 @@ class MetricLog:
                 board.close()
 
     def __enter__(self) -> MetricLog:
-        """Returns the log itself, which is closed at the end of the ``with`` block."""
+        """Returns the log; the end of the ``with`` block closes it."""
         return self
 
     def __exit__(self, kind: object, *exception: object) -> None:
-        """Closes the log; an error while closing does not hide an exception raised in the block."""
+        """Closes the log; if the block raised an exception, a `LogError` raised while closing is suppressed."""
         with contextlib.suppress(*([] if kind is None else [LogError])):
             self.close()
 
@@ -188,8 +189,8 @@ class MetricLog:
 class _Board:
     """A TensorBoard event file.
 
-    tensorboardX's own writer passes its numbers to a thread through a queue of ten. If the disk is full the thread
-    dies, and the next write waits for it forever.
+    tensorboardX's ``SummaryWriter`` passes events to a thread through a queue. If the disk is full, the thread dies,
+    and a later write blocks forever.
     """
 
     def __init__(self, folder: pathlib.Path, purge_step: int | None) -> None:
@@ -200,8 +201,8 @@ class _Board:
         self._proto: Any = event_pb2
         self._scalar = summary.scalar
         folder.mkdir(parents=True, exist_ok=True)
-        # Event files are read in the order of their names, which contain the time in whole seconds. The suffix orders
-        # two starts within one second and keeps the second from overwriting the first.
+        # TensorBoard reads event files in the order of their names, which contain the time in whole seconds. The suffix
+        # orders files created within the same second and prevents the second from overwriting the first.
         self._events = event_file_writer.EventsWriter(str(folder / "events"), f".{time.time_ns()}")
         self._flushed = 0.0
         if purge_step is not None:

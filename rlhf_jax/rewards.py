@@ -1,4 +1,4 @@
-"""Rewards of tokens, from the scores of whole responses and a KL penalty; combinations of score functions."""
+"""Token rewards from response scores and a KL penalty, and functions that build score functions."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def token_rewards(
 ) -> jax.Array:
     """Returns ``-kl_coef * (logprob - reference)`` for every real token, plus the score at the last real token.
 
-    The sum over a row is ``score - kl_coef * log(policy / reference)``, the objective of InstructGPT Eq 2 and the
-    sequence-level reward of RLOO (Ahmadian 2024). The KL term uses the policy that sampled the tokens; compute it once
-    per rollout and keep it fixed through the epochs.
+    Each row sums to ``score - kl_coef * log(policy / reference)``, which is the RL objective of InstructGPT (Eq 2) and
+    the sequence-level reward of RLOO (Ahmadian 2024). Compute the rewards once per rollout, with the log-probabilities
+    of the policy that sampled the tokens, and keep them fixed during all epochs.
 
     Args:
-        scores_B: One score per response, of any dtype; computed in at least float32.
+        scores_B: One score per response, of any dtype.
         logprobs_BT: Log-probabilities under the behaviour policy.
         reference_logprobs_BT: Log-probabilities under the frozen reference.
-        mask_BT: True at real response tokens, the stop token included.
+        mask_BT: True at real response tokens, including the stop token.
         kl_coef: KL coefficient, in units of score per nat.
 
     Returns:
-        ``[B, T]``, at least float32, 0 outside the mask. A row without real tokens is all zeros, whatever its score.
+        ``[B, T]``, in at least float32; 0 outside the mask. Rows without real tokens are all 0, whatever their scores.
 
     Raises:
-        ValueError: If ranks or shapes disagree.
+        ValueError: If a rank is wrong, or the shapes do not match.
 
     Example:
         >>> import jax.numpy as jnp
@@ -60,16 +60,17 @@ def token_rewards(
 
 
 def replace_unfinished(scores_B: jax.Array, stopped_B: jax.Array, *, score: float | jax.Array) -> jax.Array:
-    """Replaces the scores of responses without a stop token by ``score``: the papers' rule (-1 in Ziegler 2019).
+    """Replaces the scores of responses without a stop token with ``score`` (-1 in Ziegler 2019).
 
-    ``stopped_B`` is True where a response ended with its stop token. ``score`` should be below that of a bad response.
+    ``stopped_B`` is True for responses that ended with a stop token. ``score`` should be below the score of a bad
+    response.
     """
     masking.check_same_shape(scores_B=scores_B, stopped_B=stopped_B)
     return jnp.where(stopped_B.astype(bool), masking.as_float32(scores_B), score)
 
 
 def penalise_unfinished(scores_B: jax.Array, stopped_B: jax.Array, *, penalty: float | jax.Array) -> jax.Array:
-    """Subtracts ``penalty`` from the scores of responses without a stop token: a later variant of the papers' rule."""
+    """Subtracts ``penalty`` from the scores of responses without a stop token; see `replace_unfinished`."""
     masking.check_same_shape(scores_B=scores_B, stopped_B=stopped_B)
     scores_B = masking.as_float32(scores_B)
     return jnp.where(stopped_B.astype(bool), scores_B, scores_B - penalty)
@@ -78,9 +79,10 @@ def penalise_unfinished(scores_B: jax.Array, stopped_B: jax.Array, *, penalty: f
 def weighted(
     scorers: Mapping[str, Callable[[Any, types.Rollout], jax.Array]], weights: Mapping[str, float]
 ) -> Callable[[Mapping[str, Any], types.Rollout], jax.Array]:
-    """Returns a score function that is the weighted sum of several, such as a helpful and a harmless one.
+    """Returns a score function that computes a weighted sum of scores, such as helpfulness and harmlessness.
 
-    Its ``params`` are a mapping with the same names. Raises ValueError if the names of scorers and weights differ.
+    Its ``params`` argument maps the name of each scorer to the parameters of that scorer. Raises ValueError if
+    ``scorers`` and ``weights`` have different names.
     """
     if set(scorers) != set(weights):
         raise ValueError(f"scorers are {sorted(scorers)} and weights {sorted(weights)}; they must have the same names")
@@ -97,9 +99,9 @@ def from_python(
 ) -> Callable[[Any, types.Rollout], jax.Array]:
     """Returns a score function that calls ``fn(tokens_BL, mask_BL, response_mask_BT)`` on the host.
 
-    It can be used inside a compiled step. ``fn`` receives NumPy arrays and returns one number per response, of any
-    numeric type; the step fails if it returns another shape or a number that is not finite. Device and host wait for
-    each other, so a JAX function is faster.
+    The score function can be used inside a compiled step. ``fn`` receives NumPy arrays and must return one finite
+    number per response, of any numeric type; otherwise the step fails. A score function written in JAX is faster,
+    because ``fn`` makes the device and the host wait for each other.
     """
 
     def on_host(tokens_BL: Any, mask_BL: Any, response_mask_BT: Any) -> np.ndarray:
@@ -122,6 +124,6 @@ def from_python(
 
 
 def _is_last(mask_BT: jax.Array) -> jax.Array:
-    """True at the last real token of each row, nowhere in an empty row."""
+    """Returns a mask of the last real token of each row; an empty row is all False."""
     after_BT = jnp.flip(jnp.cumsum(jnp.flip(mask_BT, axis=-1), axis=-1), axis=-1)
     return mask_BT & (after_BT == 1)

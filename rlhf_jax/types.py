@@ -1,6 +1,6 @@
-"""Axis letters used in array names, and the pytrees that several subpackages share.
+"""Axis letters in array names, and pytrees that several subpackages share.
 
-Every array name ends in the letters of its axes (``logits_BTV``):
+The name of an array ends in the letters of its axes, as in ``logits_BTV``:
 
 ====  ==========================================================
 B     batch (sequences, or prompts if there is a K axis)
@@ -8,10 +8,15 @@ K     completions of one prompt
 P     prompt width; prompts are left-padded to it
 T     response width; responses are right-padded to it
 L     P + T, or the width of any row of tokens
-R     packed rows, where B counts the items packed into them
+R     packed rows; B then counts the items packed into them
 V     vocabulary
 D     model width
-N     layers, H query heads (or scores of a reward model), G key/value heads, C head width, F mlp width, S cache slots
+N     layers
+H     query heads, or scores of a reward model
+G     key/value heads
+C     head width
+F     MLP width
+S     cache slots
 ====  ==========================================================
 
 Masks are passed explicitly and never derived from ``token == pad_id``.
@@ -39,12 +44,12 @@ class LMOutput(NamedTuple):
 class ApplyFn(NamedTuple):
     """The two functions through which losses and trainers use a language model.
 
-    ``forward(params, tokens_BL, *, mask_BL=None) -> LMOutput`` and
-    ``logits(params, hidden_BLD) -> logits_BLV``, which may be called on any subset of the columns. The model must be
-    causal and must ignore the columns where the mask is False. A model that trains on packed rows also accepts
-    ``segments_BL``, which is passed for packed rows only.
+    Their signatures are ``forward(params, tokens_BL, *, mask_BL=None) -> LMOutput`` and
+    ``logits(params, hidden_BLD) -> logits_BLV``; ``logits`` may be called on any subset of the columns. The model must
+    be causal and must ignore the columns in which the mask is False. To train on packed rows, ``forward`` must also
+    accept ``segments_BL``, which is passed for packed rows only.
 
-    ``lm.apply_fn(cfg)`` builds it for this library's own model; two lambdas adapt a Linen or NNX module.
+    ``lm.apply_fn(cfg)`` returns the functions of this library's model; two lambdas adapt a Linen or NNX module.
     """
 
     forward: Callable[..., LMOutput]
@@ -60,66 +65,66 @@ class Rollout:
     mask_BL: jax.Array
     """bool, True at the real tokens of prompt and response."""
     response_mask_BT: jax.Array
-    """bool, True on a prefix of every row, which includes the stop token."""
+    """bool, True at the response tokens, including the stop token; a prefix of every row."""
     logprobs_BT: jax.Array
     """float32, log-probabilities under the sampling distribution; 0 outside the mask."""
     lengths_B: jax.Array
-    """int32, response tokens, the stop token included."""
+    """int32, number of response tokens, including the stop token."""
     finish_B: jax.Array
     """int32: 0 if the response reached the maximum length, 1 if it ended with a stop token."""
     values_BT: jax.Array | None = None
-    """float32, the policy's own scalar head before each token, if requested; 0 outside the mask."""
+    """float32, outputs of the policy's scalar head before each token, if requested; 0 outside the mask."""
 
 
 @struct.dataclass
 class Experience:
-    """A scored rollout, ready for the PPO update. Its arrays stay fixed through the epochs."""
+    """A scored rollout, ready for the PPO update. Its arrays stay fixed during all epochs."""
 
     tokens_BL: jax.Array
     mask_BL: jax.Array
     response_mask_BT: jax.Array
     logprobs_BT: jax.Array
-    """Log-probabilities under the behaviour policy, from the scoring function that the update uses."""
+    """Log-probabilities under the behaviour policy, computed by the scoring function that the update uses."""
     values_BT: Any
     """The critic's values before each response token, at rollout time; None without a critic."""
     advantages_BT: jax.Array
     returns_BT: Any
-    """The critic's targets, in the critic's units; None without a critic."""
+    """Regression targets of the critic, in the critic's units; None without a critic."""
     weights_BT: jax.Array | None = None
-    """Importance weights of the tokens, if they were not sampled from the policy's own distribution."""
+    """Importance weights of the tokens, if they were sampled from a distribution other than the policy's."""
     reference_BT: Any = None
     """Log-probabilities under the reference, for a KL loss."""
 
 
 @struct.dataclass
 class Comparisons:
-    """Ranked completions, with all completions of a prompt in one batch element (InstructGPT 3.5)."""
+    """Ranked completions, with all completions of a prompt in one batch element (InstructGPT, section 3.5)."""
 
     tokens_BKL: jax.Array
     mask_BKL: jax.Array
     ranks_BK: jax.Array
-    """1 is best; equal ranks are ties."""
+    """int, ranks of the completions; 1 is best, and equal ranks are ties."""
     where_BK: jax.Array
     """bool, True where a completion exists."""
     domain_B: Any = None
-    """int32, the criterion behind each prompt's labels (0 helpfulness, 1 harmlessness, ...), if there are several."""
+    """int32, the criterion of each prompt's labels (0 helpfulness, 1 harmlessness, ...); None if there is only one."""
     loss_inputs: Any = None
-    """Further keyword arguments of the loss, one value per prompt: a dict of ``[B]`` arrays, such as
+    """Additional keyword arguments of the loss, with one value per prompt: a dict of ``[B]`` arrays, such as
     ``{"margin": margin_B}`` or ``{"target": target_B}``."""
 
 
 @struct.dataclass
 class Places:
-    """Locations of sequences in packed rows; int32 arrays of one shape, such as ``[N]`` or ``[B, K]``.
+    """Locations of sequences in packed rows: int32 arrays of the same shape, such as ``[B]`` or ``[B, K]``.
 
-    A sequence that was not packed has segment 0, and its row and column are meaningless zeros.
+    A sequence that was not packed has segment 0; its ``row`` and ``end`` are 0 and have no meaning.
     """
 
     row: jax.Array
     segment: jax.Array
-    """Number of the sequence within its row, from 1."""
+    """Number of the sequence within its row, counted from 1."""
     end: jax.Array
-    """Column of the last token."""
+    """Column of the sequence's last token."""
 
 
 @struct.dataclass
@@ -128,7 +133,7 @@ class PackedComparisons:
 
     tokens_RL: jax.Array
     segments_RL: jax.Array
-    """int32, the number of the completion that each token of a row belongs to, from 1; 0 at padding."""
+    """int32, number of the completion to which each token belongs, counted from 1 in each row; 0 at padding."""
     places_BK: Places
     """Location of each completion."""
     ranks_BK: jax.Array
@@ -144,22 +149,22 @@ class PackedComparisons:
 class Preferences:
     """A batch for DPO and related methods: pairs of responses to one prompt, or responses labelled good or bad.
 
-    In pairs K is 2 and the preferred response comes first. Labelled responses set ``good_BK`` and allow any K, with 1
-    for one response per prompt. C is the number of columns for which the step computes log-probabilities: L, or T if
-    all prompts have the same width.
+    For pairs, K is 2 and the preferred response comes first. For labelled responses, ``good_BK`` is set and K is the
+    number of responses per prompt, which may be 1. C is the number of columns for which the step computes
+    log-probabilities: L, or T if all prompts have the same width.
     """
 
     tokens_BKL: jax.Array
     mask_BKL: Any
     """bool, True at real tokens; None if all are real, which is faster."""
     answer_BKC: jax.Array
-    """bool, True at the tokens of the response, its stop token included."""
+    """bool, True at the tokens of the response, including the stop token."""
     reference_BK: Any = None
-    """float32, the reference's log-probability of each response, summed over its tokens; None makes the step
-    compute it."""
+    """float32, the reference's log-probability of each response, summed over its tokens; if None, the step computes
+    it."""
     targets_B: Any = None
-    """float32, in pairs: a judge's probability that the first response is better; None means 1."""
+    """float32, for pairs: the probability, according to a judge, that the first response is better; None means 1."""
     good_BK: Any = None
-    """bool, True for responses labelled good; None in pairs."""
+    """bool, True for responses labelled good; None for pairs."""
     mismatched: Any = None
-    """The same prompts with responses to other prompts (`train.dpo.mismatched`), for KTO's baseline."""
+    """The same prompts paired with responses to other prompts (`train.dpo.mismatched`), for KTO's baseline."""

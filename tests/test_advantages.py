@@ -25,7 +25,7 @@ def episode(seed, length):
 
 
 def gae_by_hand(rewards, values, length, discount, lambda_):
-    """The definition: a double sum of discounted temporal differences."""
+    """Computes the definition, a double sum of discounted temporal differences."""
     values = np.append(values[:length], 0.0)
     deltas = [rewards[t] + discount * values[t + 1] - values[t] for t in range(length)]
     out = np.zeros(T)

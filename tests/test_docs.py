@@ -1,4 +1,4 @@
-"""The documentation: its Python blocks run, and its commands name scripts and flags that exist."""
+"""Tests that the documentation's Python blocks run and that its commands name existing scripts and flags."""
 
 import contextlib
 import functools
@@ -22,7 +22,7 @@ FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page, language):
-    """Returns the fenced blocks of a language, each preceded by as many empty lines as there are lines before it."""
+    """Returns the fenced blocks of a language, each padded with empty lines so that line numbers match the page."""
     text = page.read_text(encoding="utf-8")
     return ["\n" * text[: m.start(2)].count("\n") + m[2] for m in FENCE.finditer(text) if m[1] == language]
 
@@ -51,7 +51,7 @@ def test_the_python_blocks_of_a_page_run_in_order(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def flags():
-    """The flags that each script accepts, read from its --help."""
+    """Returns the flags of each script, read from its --help."""
 
     @functools.cache
     def of(script):
@@ -82,7 +82,7 @@ def test_flags_that_pages_mention_exist(flags):
 
 
 def test_names_that_pages_mention_exist():
-    prefixes = {}  # allowed first part of a name in a page -> full name of its module
+    prefixes = {}  # first part of a name on a page -> full name of the module
     for package in ("rlhf_jax.data", "rlhf_jax.distributed", "rlhf_jax.train", "rlhf_jax"):
         for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
             prefixes[module.name] = f"{package}.{module.name}"

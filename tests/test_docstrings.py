@@ -1,4 +1,4 @@
-"""Public functions and constructors with four or more parameters document every one of them."""
+"""Tests that public functions and constructors with four or more parameters document all of them."""
 
 import ast
 import pathlib
@@ -15,7 +15,7 @@ def parameters(function):
 
 
 def own_nodes(function):
-    """Yields the nodes of a function's body, without those of functions and classes defined in it."""
+    """Yields the nodes of a function's body, except nodes of functions and classes defined in the body."""
     nodes = list(function.body)
     while nodes:
         node = nodes.pop()
@@ -25,7 +25,7 @@ def own_nodes(function):
 
 
 def sections(docstring):
-    """The Google-style sections of a docstring: ``{"Args": [names], "Returns": [], ...}``."""
+    """Returns the Google-style sections of a docstring: ``{"Args": [names], "Returns": [], ...}``."""
     found, name, indent = {}, None, None
     for line in docstring.splitlines():
         if heading := re.fullmatch(r"(Args|Returns|Yields|Raises):", line):
@@ -34,7 +34,7 @@ def sections(docstring):
         elif line and not line.startswith(" "):
             name = None
         elif line and name:
-            # Entries have the indentation of the first one; deeper lines continue an entry.
+            # Entries have the indentation of the first entry; deeper lines continue an entry.
             indent = len(line) - len(line.lstrip()) if indent is None else indent
             entry = re.match(r"((?:\*{0,2}\w+)(?:, \*{0,2}\w+)*)(?: \([^)]*\))?:", line[indent:])
             found[name] += [part.strip(" *") for part in entry[1].split(",")] if entry else []
@@ -59,7 +59,7 @@ def missing(function, docstring, *, constructor):
 
 
 def public_functions(path):
-    """``(qualified name, function, docstring, is a constructor)`` of a module."""
+    """Returns ``(qualified name, function, docstring, is a constructor)`` for each public function of a module."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if getattr(node, "name", "_").startswith("_"):
             continue

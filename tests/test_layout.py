@@ -78,7 +78,7 @@ def test_every_package_has_a_docstring(folder):
 
 
 def code_lines(path):
-    """The number of lines of a module without its docstrings."""
+    """Returns the number of lines of a module, without docstrings."""
     source = path.read_text(encoding="utf-8")
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, documented) and ast.get_docstring(node)]

@@ -15,7 +15,7 @@ def lines(directory):
 
 
 def scalars(directory, stage):
-    """Returns what TensorBoard shows for a stage: later files purge the steps of earlier ones from a step onwards."""
+    """Returns the scalars that TensorBoard shows for a stage, after later files have purged steps of earlier files."""
     from tensorboardX.proto import event_pb2
 
     shown = {}
@@ -100,7 +100,7 @@ def test_resumed_log_equals_that_of_an_uninterrupted_run(tmp_path):
     log = metrics.MetricLog(tmp_path)
     write_steps(log, "sft", range(1, 9))
     write_steps(log, "rm", range(1, 6), offset=100.0)
-    write_steps(log, "ppo", range(1, 3), offset=900.0)  # After the checkpoint, which is rm, step 3.
+    write_steps(log, "ppo", range(1, 3), offset=900.0)  # Written after the checkpoint at step 3 of rm.
     log.close()
     with (tmp_path / metrics.FILE_NAME).open("a") as file:
         file.write('{"stage": "ppo", "step": 3, "lo')  # Killed while writing.

@@ -35,5 +35,5 @@ def init(cfg: lm.LMConfig, seed: int = 0) -> types.Params:
 
 
 def random_rows(rng: np.random.Generator, cfg: lm.LMConfig, *shape: int) -> np.ndarray:
-    """Returns rows of random words, without padding and end tokens."""
+    """Returns rows of random words, without padding or end tokens."""
     return rng.integers(workload_sizes.FIRST_WORD, cfg.vocab_size, shape, dtype=np.int32)

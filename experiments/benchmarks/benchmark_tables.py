@@ -1,4 +1,4 @@
-"""Tables of the comparisons and of the programs, for the terminal and in Markdown."""
+"""Formats comparisons and programs as tables, for the terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 
 def comparison_rows(comparisons: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Returns a row for each comparison."""
+    """Returns a table row for each comparison."""
     return [
         [
             each["title"],
@@ -51,7 +51,7 @@ def _required(kind: str, required: float | None) -> str:
 
 
 def program_rows(programs: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Returns a row for each program."""
+    """Returns a table row for each program."""
     return [
         [
             each["program"],

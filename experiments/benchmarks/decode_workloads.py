@@ -1,4 +1,4 @@
-"""This library's decoding workloads: whole calls, time per token, and answers of very different lengths."""
+"""This library's decoding workloads: whole calls, single decoding steps, and answers of very different lengths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlhf_jax import generation, lm, types
 
 
 def generate(cfg: lm.LMConfig, *, batch: int, prompt: int, answer: int) -> Repetition:
-    """Samples answers of equal length to a batch of prompts from the full distribution."""
+    """Prepares a call that samples equally long answers from the full distribution."""
     params, B, P, T = benchmark_models.init(cfg), batch, prompt, answer
     sampler = jax.jit(partial(generation.generate, cfg=cfg, sampling=generation.Sampling(max_new_tokens=T)))
     rng, mask_BP = np.random.default_rng(0), np.ones((B, P), bool)
@@ -29,10 +29,10 @@ def generate(cfg: lm.LMConfig, *, batch: int, prompt: int, answer: int) -> Repet
 
 
 def token_seconds(cfg: lm.LMConfig, *, batch: int, prompt: int, answer: int) -> Callable[[], float]:
-    """Returns a function that measures the seconds of a decoding step, without the prefill.
+    """Returns a function that measures the time of a decoding step in seconds, without the prefill.
 
-    One program decodes the whole answer and, in another call, a single token; the difference is the time of the other
-    tokens.
+    The same compiled program decodes a whole answer in one call and a single token in another; the difference is the
+    time of the remaining tokens.
     """
     params, B, P, T = benchmark_models.init(cfg), batch, prompt, answer
     sampling = generation.Sampling(max_new_tokens=T)
@@ -57,13 +57,13 @@ def token_seconds(cfg: lm.LMConfig, *, batch: int, prompt: int, answer: int) -> 
 
 
 def skewed_lengths(prompts: int, short: int) -> np.ndarray:
-    """Returns the length of each answer: ``short``, and eight times as much for every eighth, in random order."""
+    """Returns the lengths of the answers in random order: ``short``, or eight times ``short`` for one in eight."""
     lengths_N = np.where(np.arange(prompts) % 8 == 7, 8 * short, short).astype(np.int32)
     return np.random.default_rng(1).permutation(lengths_N)
 
 
 def stream(cfg: lm.LMConfig, *, prompts: int, slots: int, prompt: int, short: int, refilled: bool) -> Repetition:
-    """Answers many prompts, every eighth answer eight times as long, in refilled slots or consecutive batches."""
+    """Prepares answers to many prompts, in refilled slots or consecutive batches, of the lengths `skewed_lengths`."""
     N, B, P, T = prompts, slots, prompt, 8 * short
     params, sampling = benchmark_models.init(cfg), generation.Sampling(max_new_tokens=T)
     limits_N = skewed_lengths(N, short)

@@ -1,4 +1,4 @@
-"""Runs the programs of a row: starts them one after the other, then measures their repetitions in turn."""
+"""Starts the programs of a benchmark row one after another, then measures their repetitions in turn."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class RunOptions(NamedTuple):
     peers: pathlib.Path
     """Folder of the peers' environments."""
     logs: pathlib.Path
-    """Folder for the standard error of the programs, one file each."""
+    """Folder for the programs' standard error, one file per program."""
     repeats: int
     quick: bool = False
     accelerator: bool = False
     together: bool = True
-    """Whether all programs of a row are in memory at the same time, so that they can be measured in turn."""
+    """Whether to keep all programs of a row in memory, so that they can be measured in turn."""
 
 
 Record = Mapping[str, Any]
-"""What a program reported, or ``{"missing": reason}``."""
+"""The report of a program, or ``{"missing": reason}`` if the program failed or is not installed."""
 
 
 def measure(
@@ -47,8 +47,8 @@ def measure(
 
     Args:
         programs: The programs of a row.
-        warm: Untimed repetitions after the first.
-        options: The options of the run.
+        warm: Number of untimed repetitions after the first.
+        options: Options that the programs share.
         on_progress: Called with a description ``1 + options.repeats`` times for each installed program.
     """
     available = [program for program in programs if installed(program, options)]
@@ -69,8 +69,8 @@ def measure(
 
 
 def has_accelerator() -> bool:
-    """Returns whether JAX finds a GPU or TPU. A separate process checks it, so that this one does not hold its
-    memory."""
+    """Returns whether JAX finds a GPU or TPU. A separate process imports JAX, so that this process reserves no
+    accelerator memory."""
     command = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
     backend = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return backend not in ("", "cpu")
@@ -86,7 +86,7 @@ def _missing_reason(program: Program, options: RunOptions) -> str:
 
 
 class _Process:
-    """A running program: a context manager that ends it."""
+    """A context manager that ends the process of a program on exit."""
 
     def __init__(self, program: Program, *, warm: int, options: RunOptions) -> None:
         self.program = program
@@ -110,7 +110,7 @@ class _Process:
             self._process.wait()
 
     def start(self) -> bool:
-        """Runs the program up to its first timed repetition; returns False if it fails before that."""
+        """Runs the program up to its first timed repetition. Returns False if the program fails before that."""
         python = peer_environments.interpreter(self._options.peers, self.program.home)
         self._options.logs.mkdir(parents=True, exist_ok=True)
         with (self._options.logs / f"{self.program.key}.log").open("w") as log:
@@ -126,7 +126,7 @@ class _Process:
         return self._read_line() == measured_process.READY
 
     def repeat(self) -> None:
-        """Lets the program run one repetition; after the last one it reports its record."""
+        """Makes the program run one repetition, and reads its record after the last one."""
         assert self._process is not None and self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write("go\n")
@@ -150,7 +150,7 @@ def _command(program: Program, python: str, *, warm: int, options: RunOptions) -
 
 
 def _environment(program: Program, *, options: RunOptions) -> dict[str, str]:
-    """Returns environment variables that disable network access; peers can import `benchmarks` but not the library."""
+    """Returns a program's environment variables; peers can import `benchmarks` but not this library."""
     variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "GLIBC_TUNABLES")}
     if program.huge_pages:
         variables["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"

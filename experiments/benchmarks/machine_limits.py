@@ -1,4 +1,4 @@
-"""Limits of the machine: the rates of matrix products and of memory, and the minimum time of a decoding step."""
+"""Measures the machine's limits: its matmul rate and the minimum time of a decoding step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def dtype() -> Any:
 
 
 def matmul(workload: workload_sizes.Workload) -> tuple[Callable[[], Any], dict[str, float]]:
-    """Four products of two square matrices, for the matmul rate of the machine."""
+    """Prepares four products of two square matrices, which measure the machine's matmul rate."""
     n, times = workload.shapes.matmul, 4
     product = jax.jit(lambda a, b: jnp.matmul(a, b))
     a, b = (jax.random.normal(jax.random.key(i), (n, n), dtype()) for i in range(2))
@@ -42,11 +42,11 @@ def matmul(workload: workload_sizes.Workload) -> tuple[Callable[[], Any], dict[s
 def decode_limit(
     workload: workload_sizes.Workload,
 ) -> tuple[Callable[[], float], dict[str, float], dict[str, list[float]]]:
-    """Returns a function that measures the minimum seconds of a decoding step, its cost, and its measured parts.
+    """Returns a function that measures the minimum seconds of a decoding step, the step's cost, and the measured times.
 
-    The minimum time is the larger of two: the bytes that must be read, divided by the bandwidth, and the FLOPs, divided
-    by the rate of the step's own products. Both are measured in loops of the same sizes, so that memory and caches are
-    used as in decoding.
+    The minimum time is the larger of two times in seconds: the bytes that must be read, divided by the bandwidth, and
+    the FLOPs, divided by the rate of the step's own matrix products. Both are measured on arrays of the step's sizes,
+    so that memory and caches are used as in decoding.
     """
     shapes, size, B = workload.shapes, workload.size, workload.batch
     cost = workload_sizes.decode_cost(
@@ -66,7 +66,7 @@ def decode_limit(
 
 
 def _products(size: workload_sizes.Size, batch: int, *, steps: int) -> Callable[[], float]:
-    """Returns a function that measures the seconds of all products of a decoding step, in loops of ``steps`` steps."""
+    """Returns a function that measures the seconds of a decoding step's matrix products, over ``steps`` steps."""
     D = size.width
     shapes = [(D, D)] * 4 + [(D, 4 * D), (4 * D, D)]
     key = iter(range(10**9))
@@ -83,7 +83,7 @@ def _products(size: workload_sizes.Size, batch: int, *, steps: int) -> Callable[
                 mixed_BD = jnp.maximum(jnp.maximum(x_BD @ q, x_BD @ k), x_BD @ v)
                 x_BD = mixed_BD @ out
                 x_BD = jnp.maximum(x_BD @ up, 0) @ down
-            # A maximum is used because the compiler cannot move it before the product.
+            # The compiler could move a sum before the product, but not a maximum.
             return x_BD + jnp.max(x_BD @ head_DV, axis=1, keepdims=True)
 
         return jax.lax.fori_loop(0, steps, step, x_BD)
@@ -93,7 +93,7 @@ def _products(size: workload_sizes.Size, batch: int, *, steps: int) -> Callable[
 
 
 def _reading(size: int) -> Callable[[], float]:
-    """Returns a function that measures the seconds of reading ``size`` bytes repeatedly, by the fastest method."""
+    """Returns a function that measures the seconds to read ``size`` bytes with the fastest method."""
     if benchmark_models.on_accelerator():
         return _scaling(size)
     methods = [_scaling(size), _copying(size), _maximum(size)]
@@ -101,7 +101,7 @@ def _reading(size: int) -> Callable[[], float]:
 
 
 def _scaling(size: int) -> Callable[[], float]:
-    """Scales an array of half the size in place, in a compiled loop; reads and writes count alike."""
+    """Times the scaling of ``size / 2`` bytes in place, in a compiled loop; reads and writes both count."""
     steps = 16
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -118,7 +118,7 @@ def _scaling(size: int) -> Callable[[], float]:
 
 
 def _copying(size: int) -> Callable[[], float]:
-    """Copies one half of the bytes to the other, divided among the cores."""
+    """Times the copying of one half of the bytes to the other half, on all cores."""
     length = max(size // 8 // _CORES, 1)
     pairs = [(np.ones(length, np.float32), np.ones(length, np.float32)) for _ in range(_CORES)]
     pool = concurrent.futures.ThreadPoolExecutor(_CORES)
@@ -126,7 +126,7 @@ def _copying(size: int) -> Callable[[], float]:
 
 
 def _maximum(size: int) -> Callable[[], float]:
-    """Reads all bytes and writes none, divided among the cores."""
+    """Times the reading of all bytes on all cores, without writing."""
     parts = [np.ones(max(size // 4 // _CORES, 1), np.float32) for _ in range(_CORES)]
     pool = concurrent.futures.ThreadPoolExecutor(_CORES)
     return lambda: _seconds(lambda: list(pool.map(np.max, parts)))

@@ -1,8 +1,8 @@
-"""Common parts of all measured processes: command line, timing of repetitions, and the result as a line of JSON.
+"""The command line, the timing and the report that all measured processes share.
 
-Plain Python, because peers' interpreters import it too. With ``--paced``, a process waits for a line on standard input
-before each timed repetition, so that its parent can interleave several processes: a temporary slowdown of the machine
-then affects all of them.
+This module is plain Python, because the peers' interpreters import it too. With ``--paced``, a process waits for a line
+on standard input before each timed repetition, so that its parent can interleave several processes. A temporary
+slowdown of the machine then affects all of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ READY = "ready"
 
 
 def parse_options(description: str | None, *, variants: tuple[str, ...] = ()) -> argparse.Namespace:
-    """Parses the command line of a measured process; adds ``workload``, the `workload_sizes.Workload` of the name."""
+    """Parses the command line of a measured process; ``workload`` is the named `workload_sizes.Workload`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="Workload and size, such as sft-s or decode-m-16.")
     if variants:
@@ -34,17 +34,17 @@ def parse_options(description: str | None, *, variants: tuple[str, ...] = ()) ->
     parser.add_argument("--warm", type=int, default=1, help="Untimed repetitions after the first, which compiles.")
     parser.add_argument("--quick", action="store_true", help="Use tiny shapes for a test run.")
     parser.add_argument("--json", action="store_true", help="Print a line of JSON instead of a sentence.")
-    parser.add_argument("--paced", action="store_true", help="Wait for a line on standard input before repetitions.")
-    parser.add_argument("--accelerator", action="store_true", help="Use a GPU or TPU, in bfloat16.")
+    parser.add_argument("--paced", action="store_true", help="Wait for a line on stdin before each timed repetition.")
+    parser.add_argument("--accelerator", action="store_true", help="Compute in bfloat16 on a GPU or TPU.")
     options = parser.parse_args()
     options.workload = workload_sizes.parse(options.name, quick=options.quick)
     return options
 
 
 class Clock:
-    """Times repetitions between `start` and `stop`: the first one, some for warmup, and those that count.
+    """Times each repetition from `start` to `stop`, and reports the repetitions after the first and the warmup.
 
-    Standard output is reserved for the result; libraries' output is redirected to standard error.
+    Only the report is written to standard output; the output of libraries is redirected to standard error.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -66,7 +66,7 @@ class Clock:
         self._began = time.perf_counter()
 
     def stop(self) -> None:
-        """Ends a repetition, whose results must be ready."""
+        """Ends a repetition; its results must be ready."""
         self._times.append(time.perf_counter() - self._began)
 
     def measure(self, repetition: Callable[[], Any]) -> None:
@@ -77,11 +77,11 @@ class Clock:
             self.stop()
 
     def report(self, *, packages: tuple[str, ...], **facts: Any) -> None:
-        """Prints the result.
+        """Prints the report.
 
         Args:
             packages: Packages whose versions are reported.
-            **facts: ``tokens`` and ``operations`` of a repetition, and other facts; ``seconds`` replaces the times.
+            **facts: Further entries, such as the ``tokens`` of a repetition. ``seconds`` replaces the measured times.
         """
         seconds = facts.pop("seconds", self._times[1 + self._options.warm : self.total])
         record = {

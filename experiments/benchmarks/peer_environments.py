@@ -1,4 +1,4 @@
-"""Installs virtual environments for the peers and finds their interpreters. Peers share no packages with this
+"""Installs virtual environments for the peers and finds their interpreters. The environments do not contain this
 library."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from benchmarks.suite import Home
 
 TRL = ("torch==2.13.0", "trl==1.16.0", "transformers==5.23.0")
 TRL_PPO = ("trl==1.12.0",)
-"""The last version with a PPOTrainer; it comes before the other version on the path."""
+"""The last version with a PPOTrainer. Its folder precedes the other version on the import path."""
 TUNIX = ("google-tunix==0.1.7",)
 
 
@@ -27,7 +27,7 @@ def interpreter(folder: pathlib.Path, home: Home) -> pathlib.Path | None:
 
 
 def extra_paths(folder: pathlib.Path, home: Home) -> list[str]:
-    """Returns folders that come before the packages of an environment on the path."""
+    """Returns the folders that precede an environment's packages on the import path."""
     return [str(folder / "trl-ppo")] if home == "trl-ppo" else []
 
 
@@ -39,7 +39,7 @@ def install(
     tunix_extra: str = "",
     torch_index: str = "",
 ) -> None:
-    """Installs all environments that are missing; skips Tunix with a message if there is no Python 3.12."""
+    """Installs the missing environments. Without Python 3.12, skips Tunix and prints a message."""
     folder.mkdir(parents=True, exist_ok=True)
     index = ["--extra-index-url", torch_index] if torch_index else []
     if not _marker(folder, "trl").exists():
@@ -54,7 +54,7 @@ def install(
     if not _marker(folder, "tunix").exists():
         python = _python312(tunix_python)
         if python is None:
-            say("Tunix is skipped: it needs Python 3.12; name an interpreter with --tunix-python")
+            say("Skipping Tunix, which needs Python 3.12; pass an interpreter with --tunix-python")
             return
         say(f"Tunix: {', '.join(TUNIX)}")
         _venv(python, folder / "tunix")
@@ -64,7 +64,7 @@ def install(
 
 def _python312(preferred: str) -> str | None:
     for python in (preferred, sys.executable, shutil.which("python3.12") or ""):
-        # A python3.12 on the path can be the shim of a version manager without that version, so it is run to check.
+        # A python3.12 on the path may be a version manager's shim for a missing version, so run it to check.
         command = [python, "-c", "import sys; print(sys.version_info[:2] == (3, 12))"]
         try:
             if python and subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() == "True":

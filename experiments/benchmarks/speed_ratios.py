@@ -1,4 +1,4 @@
-"""Computes ratios from the records of programs, and whether they meet the requirements."""
+"""Computes ratios from the programs' records and checks whether they meet the requirements."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.suite import Against, Kind, Row
 
 
 def compare(row: Row, records: Mapping[str, Record]) -> list[dict[str, Any]]:
-    """Returns the comparisons of a row; ``ratio`` is None if ours or the other program is missing."""
+    """Returns the comparisons of a row; ``ratio`` is None if either program has no measurement."""
     ours = records[row.ours.key]
     return [_comparison(row, against, ours, records) for against in row.against]
 
@@ -39,7 +39,7 @@ def _comparison(row: Row, against: Against, ours: Record, records: Mapping[str, 
 
 
 def _amount(record: Record, kind: Kind) -> float | str:
-    """Returns tokens per second, FLOPs per second or seconds, by kind; or why there is no number."""
+    """Returns tokens/s, FLOPs/s or seconds, depending on ``kind``, or the reason for a missing record."""
     if "missing" in record:
         return record["missing"]
     if kind == "times":
@@ -52,7 +52,7 @@ def _seconds(record: Record) -> float:
 
 
 def programs(records: Mapping[str, Record]) -> list[dict[str, Any]]:
-    """Returns the times and the memory of each measured program."""
+    """Returns the times and the peak memory of each measured program."""
     table = []
     for key, record in records.items():
         if "missing" in record:
@@ -74,5 +74,5 @@ def programs(records: Mapping[str, Record]) -> list[dict[str, Any]]:
 
 
 def _times_repetitions(record: Record) -> bool:
-    """Returns whether ``seconds`` has the times of whole repetitions, as ``first_s`` does."""
+    """Returns whether ``seconds`` contains the times of whole repetitions, like ``first_s``."""
     return not record["name"].startswith(("decode", "limit"))

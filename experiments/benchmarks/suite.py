@@ -1,4 +1,4 @@
-"""The benchmark suite: the rows of the table, what each workload is compared with, and the required ratios."""
+"""The rows of the benchmark table: our workloads, the programs to compare with, and the required ratios."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ Home = Literal["ours", "trl", "trl-ppo", "tunix"]
 """The environments that a program can run in."""
 
 Kind = Literal["speed", "share", "times"]
-"""``speed``: our rate divided by a peer's. ``share``: our FLOPs per second divided by the machine's. ``times``: our
-time divided by the minimum possible time."""
+"""``speed``: our tokens per second divided by the other program's. ``share``: our FLOPs per second divided by the
+machine's matmul rate. ``times``: our time divided by the minimum possible time."""
 
 BATCHES = (1, 4, 16, 64)
 
@@ -22,7 +22,7 @@ class Program:
     home: Home
     workload: str
     module: str = ""
-    """Module of `benchmarks.peers`; our own workloads are all run by `benchmarks.workload`."""
+    """Module of `benchmarks.peers`; empty for our own workloads, which `benchmarks.workload` runs."""
     variant: str = ""
     huge_pages: bool = True
 
@@ -34,17 +34,17 @@ class Program:
 
 
 class Against(NamedTuple):
-    """A comparison of a row; the fastest of its programs counts."""
+    """A comparison with the fastest of several programs."""
 
     label: str
     kind: Kind
     required: float | None
-    """The required ratio; None for a comparison that is only shown."""
+    """The required ratio; None if there is no requirement."""
     programs: tuple[Program, ...]
 
 
 class Row(NamedTuple):
-    """One of our workloads and what it is compared with; their programs are measured in turn."""
+    """One of our workloads and its comparisons; their programs are measured in turn."""
 
     key: str
     title: str
@@ -65,8 +65,9 @@ def _row(workload: str, title: str, *against: Against, warm: int = 2) -> Row:
 def _trl(
     workload: str, required: float, *, home: Home = "trl", label: str = "TRL", small_pages: bool = False
 ) -> tuple[Against, ...]:
-    """Compares with a TRL trainer in float32, like ours, and with its defaults; with ``small_pages``, also without huge
-    pages.
+    """Returns comparisons with a TRL trainer in float32, as in our programs, and with the trainer's defaults.
+
+    With ``small_pages``, the trainer also runs without huge pages.
     """
     module = "trl_ppo" if home == "trl-ppo" else "trl_trainers"
     float32, defaults = (
@@ -108,10 +109,10 @@ ROWS: tuple[Row, ...] = (
 
 
 def select(only: str) -> tuple[Row, ...]:
-    """Returns the rows of a comma-separated list, or all rows for an empty one.
+    """Returns the rows named in a comma-separated list, or all rows if the list is empty.
 
     Raises:
-        ValueError: A row does not exist.
+        ValueError: The list names an unknown row.
     """
     names = [name.strip() for name in only.split(",") if name.strip()]
     rows = {row.key: row for row in ROWS}

@@ -1,6 +1,6 @@
-"""This library's training workloads, built as a user would: one compiled step that donates its state.
+"""This library's training workloads. Each is a compiled step that donates its state.
 
-Each function returns a function that runs one repetition and returns when its results are ready.
+Each function prepares a workload and returns a function that runs one repetition of it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Repetition = Callable[[], Any]
 
 
 def adam() -> optax.GradientTransformation:
-    """Returns Adam with learning rate 1; the steps multiply by a traced rate."""
+    """Returns Adam with learning rate 1; the training steps multiply its updates by a traced learning rate."""
     return optax.chain(optax.scale_by_adam(), optax.scale(-1.0))
 
 
 def supervised(cfg: lm.LMConfig, *, rows: int, length: int, micro_batches: int = 1) -> Repetition:
-    """A step of supervised fine-tuning on all tokens."""
+    """Prepares a step of supervised fine-tuning on all tokens."""
     train_step = parallel.jit_step(
         sft.make_train_step(partial(lm.token_logprobs, cfg=cfg), micro_batches=micro_batches)
     )
@@ -44,7 +44,7 @@ def supervised(cfg: lm.LMConfig, *, rows: int, length: int, micro_batches: int =
 
 
 def reward(cfg: lm.LMConfig, *, pairs: int, length: int, micro_batches: int = 1) -> Repetition:
-    """A step of a reward model on pairs."""
+    """Prepares a training step of a reward model on pairs."""
     train_step = parallel.jit_step(
         reward_model.make_train_step(partial(lm.score, cfg=cfg), micro_batches=micro_batches)
     )
@@ -60,7 +60,7 @@ def reward(cfg: lm.LMConfig, *, pairs: int, length: int, micro_batches: int = 1)
 
 
 def dpo(cfg: lm.LMConfig, *, pairs: int, prompt: int, length: int, micro_batches: int = 1) -> Repetition:
-    """A step of DPO on pairs, with the forward pass of the reference."""
+    """Prepares a DPO step on pairs that includes the reference's forward pass."""
     logprobs = partial(lm.token_logprobs, cfg=cfg, prompt_width=prompt)
     train_step = parallel.jit_step(dpo_lib.make_train_step(logprobs, objectives.dpo, micro_batches=micro_batches))
     answer_B2T = np.ones((pairs, 2, length - prompt), bool)
@@ -106,7 +106,7 @@ def ppo_inputs(cfg: lm.LMConfig, *, samples: int, prompt: int, answer: int) -> P
 def ppo_iteration(
     cfg: lm.LMConfig, *, samples: int, prompt: int, answer: int, epochs: int, minibatches: int
 ) -> Repetition:
-    """An iteration of PPO: sampling, scoring and all updates, with four separate models."""
+    """Prepares a PPO iteration with four separate models: sampling, scoring and all updates."""
     inputs = ppo_inputs(cfg, samples=samples, prompt=prompt, answer=answer)
     train_step = parallel.jit_step(ppo.make_train_step(inputs.models, epochs=epochs, minibatches=minibatches))
     return _stepper(train_step, inputs.state(), inputs.frozen, inputs.hyper, inputs.batch)

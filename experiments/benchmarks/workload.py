@@ -1,10 +1,15 @@
 """Measures one of this library's workloads in a separate process: ``python -m benchmarks.workload sft-s``.
 
-Names: sft-s, sft-m, reward-s, dpo-s, ppo-s; generate-s, generate-m; decode-s-1 and so on, where the number is the
-number of rows; stream-s, and static-s, the same in consecutive batches; matmul-s and limit-s-1, which measure limits of
-the machine. Workloads compute in float32 on a CPU and in bfloat16 on a GPU or TPU.
+The workloads are
 
-Run it with GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as benchmark.py does.
+    sft-s, sft-m, reward-s, dpo-s, ppo-s    training steps; s and m are the sizes of the model
+    generate-s, generate-m                  sampling of equally long answers
+    decode-s-1, decode-m-16, ...            a decoding step; the number is the number of rows
+    stream-s, static-s                      answers of different lengths, in refilled slots or in consecutive batches
+    matmul-s, limit-s-1, ...                limits of the machine
+
+Workloads compute in float32 on a CPU and in bfloat16 on a GPU or TPU. Set GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as
+benchmark.py does.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ Prepared = tuple[Callable[[], Any], dict[str, float]]
 
 
 def _micro_batches(workload: workload_sizes.Workload) -> int:
-    """Returns the micro-batches per step: on a CPU, two are faster for a small model, because they fit the caches."""
+    """Returns the number of micro-batches; on a CPU, two are faster for model S, because each fits the caches."""
     return 2 if workload.size_name == "s" and jax.default_backend() == "cpu" else 1
 
 
@@ -62,7 +67,7 @@ def _dpo(workload: workload_sizes.Workload) -> Prepared:
         length=shapes.length,
         micro_batches=_micro_batches(workload),
     )
-    # The reference's forward pass costs a third of a forward and a backward pass.
+    # The reference's forward pass costs a third of the policy's forward and backward passes.
     operations = 4 / 3 * workload_sizes.training_flops(size, rows=rows, length=shapes.length)
     return repetition, {"tokens": rows * shapes.length, "operations": operations}
 

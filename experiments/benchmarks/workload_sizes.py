@@ -1,5 +1,5 @@
-"""The models and workloads of the benchmarks, and their FLOPs. Plain Python, because peers' interpreters import it
-too."""
+"""The models and workloads of the benchmarks, and their FLOPs. This module is plain Python, because the peers'
+interpreters import it too."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class Size:
     vocab: int
     positions: int
     gated_mlp: int
-    """Width of a gated MLP with about as many parameters as the GPT-2's, for peers without a plain MLP."""
+    """Width of a gated MLP with about the same number of parameters, for peers without a plain MLP."""
 
     @property
     def trunk_params(self) -> int:
-        """The parameters of the layers' kernels."""
+        """The number of parameters in the layers' kernels."""
         return 12 * self.layers * self.width**2
 
     @property
     def matmul_params(self) -> int:
-        """The parameters that multiply each token: the layers' kernels and the unembedding."""
+        """The number of parameters in the layers' kernels and the unembedding, which multiply each token."""
         return self.trunk_params + self.vocab * self.width
 
 
@@ -38,13 +38,13 @@ class Shapes:
     """The shapes of all workloads."""
 
     rows: int = 8
-    """Rows of a supervised step, pairs of a preference step."""
+    """Rows per supervised step, or pairs per preference step."""
     length: int = 256
     dpo_prompt: int = 64
     prompt: int = 64
     answer: int = 64
     batch_s: int = 64
-    """Prompts of a generation workload with the model S."""
+    """Number of prompts that model S answers together."""
     batch_m: int = 8
     ppo_samples: int = 64
     ppo_prompt: int = 32
@@ -54,7 +54,7 @@ class Shapes:
     stream_prompts: int = 512
     stream_slots: int = 64
     short: int = 32
-    """Tokens of seven answers in eight; every eighth answer has eight times as many."""
+    """Tokens of the short answers of a stream. One answer in eight is eight times as long."""
     matmul: int = 2048
 
 
@@ -89,7 +89,7 @@ QUICK_SHAPES = Shapes(
 
 
 class Workload(NamedTuple):
-    """A workload, named such as ``sft-s`` or ``decode-m-16``."""
+    """A workload with a name such as ``sft-s`` or ``decode-m-16``."""
 
     name: str
     kind: str
@@ -97,11 +97,11 @@ class Workload(NamedTuple):
     size: Size
     shapes: Shapes
     batch: int
-    """Rows that are decoded together: the number in the name, or the batch of the size."""
+    """Number of rows decoded together: the number in the name, or the default for the size."""
 
 
 def parse(name: str, *, quick: bool = False) -> Workload:
-    """Returns the workload of a name; raises ``ValueError`` for an unknown size or batch."""
+    """Parses the name of a workload; raises ``ValueError`` for an unknown size or batch."""
     kind, size_name, batch = (*name.split("-"), "")[:3]
     sizes, shapes = (QUICK_SIZES, QUICK_SHAPES) if quick else (SIZES, SHAPES)
     if size_name not in sizes or (batch and not batch.isdigit()):
@@ -113,24 +113,24 @@ def parse(name: str, *, quick: bool = False) -> Workload:
 def training_flops(size: Size, *, rows: int, length: int, params: int | None = None) -> float:
     """Returns the FLOPs of a forward and a backward pass, without rematerialisation.
 
-    6 for each matmul parameter and token, and ``12 * layers * width * length`` per token for attention that reads all
-    columns (PaLM, appendix B).
+    Each token costs 6 FLOPs per matmul parameter, plus ``12 * layers * width * length`` for attention to all columns
+    (PaLM, appendix B).
     """
     per_token = 6 * (size.matmul_params if params is None else params) + 12 * size.layers * size.width * length
     return float(rows * length * per_token)
 
 
 class DecodeCost(NamedTuple):
-    """The minimum memory traffic and FLOPs of a decoding step."""
+    """The minimum number of bytes read and of FLOPs in a decoding step."""
 
     bytes: float
     flops: float
 
 
 def decode_cost(size: Size, *, batch: int, prompt: int, answer: int, bytes_each: int) -> DecodeCost:
-    """Returns the parameters and cache that must be read, and the FLOPs, for one token of each row.
+    """Returns the bytes of parameters and cache that must be read, and the FLOPs, for one token per row.
 
-    The cache is counted with its average length over the answer.
+    The length of the cache is its average over the answer.
     """
     columns = prompt + answer / 2
     cached = 2 * size.layers * batch * columns * size.width

@@ -1,1 +1,1 @@
-"""Fault injection for torture.py: killing tiny runs and corrupting their checkpoints, and checking what is restored."""
+"""Fault injection for torture.py: kills tiny runs, corrupts their checkpoints and checks the restored states."""

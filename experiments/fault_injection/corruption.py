@@ -21,8 +21,8 @@ class Report:
     """The outcomes of all corruptions."""
 
     outcomes: dict[str, Counter[str]] = dataclasses.field(default_factory=dict)
-    """Counts by kind: "seen" (reported, and the older checkpoint restored), "harmless" (the newest restored bit for
-    bit) or "wrong"."""
+    """Counts of outcomes by kind of corruption: "seen" (the corruption was reported and the older checkpoint restored),
+    "harmless" (the newest checkpoint was restored bit-identically) or "wrong"."""
     files: int = 0
     failures: list[str] = dataclasses.field(default_factory=list)
 
@@ -34,8 +34,8 @@ class Report:
 def draw_trials(newest: pathlib.Path, rng: random.Random, counts: dict[str, int]) -> list[Trial]:
     """Draws corruptions of the files of a checkpoint.
 
-    Half of the flips hit a byte chosen from all bytes, the others a byte of a randomly chosen file, because most files
-    are small.
+    Half of the flips hit a byte drawn from all bytes. The others hit a byte of a randomly drawn file, because most
+    files are small.
     """
     files = sorted(path for path in newest.rglob("*") if path.is_file())
     sizes = [path.stat().st_size for path in files]
@@ -80,9 +80,7 @@ def corrupt(
             pass
         process.kill()
         process.join()
-        if done < len(
-            trials
-        ):  # the process crashed or hangs: count a failure, repair the files, continue with the next
+        if done < len(trials):  # the process crashed or hung, so count a failure and repair the files
             report.failures.append(f"{trials[done]}: the restoring process ended with status {process.exitcode}")
             done += 1
             shutil.rmtree(folder)

@@ -25,8 +25,8 @@ TIMEOUT = 600.0
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["fault_injection.tiny_runs"])
 _PROCESS_LOCK = threading.Lock()
-"""Held while a process is started or joined: starting a process also polls the processes of other threads and would
-reap them."""
+"""Held while a process is started or joined, because starting a process also polls, and may reap, the processes of
+other threads."""
 
 
 @dataclasses.dataclass
@@ -35,15 +35,15 @@ class ProcessResult:
 
     exitcode: int
     phase: str
-    """Phase in which it was interrupted or ended: one of `PHASES`, or "start"."""
+    """Phase in which the process was interrupted or ended: one of `PHASES`, or "start"."""
     states: dict[int, str]
     """Digests of the state after each iteration."""
     finished: bool
     stopped: tuple[int, str] | None
-    """Step at which SIGTERM stopped it, and whether that step was saved ("True" or "False")."""
+    """Step at which SIGTERM stopped the process, and whether that step was saved ("True" or "False")."""
     problems: list[str]
     seconds: dict[str, float]
-    """Median duration of compiling, a step and a save."""
+    """Median seconds of "compile", "step" and "save"."""
     interrupted: bool
 
 
@@ -67,9 +67,9 @@ class Report:
     kills: Counter[str] = dataclasses.field(default_factory=Counter)
     terms: Counter[str] = dataclasses.field(default_factory=Counter)
     resumed: int = 0
-    """Interruptions after which all states to the end of the run equal those of the reference."""
+    """Number of interruptions after which all states up to the end of the run equal the reference's."""
     runs: int = 0
-    """Runs that ended, whether they were compared with the reference or failed."""
+    """Number of runs that were compared with the reference or failed."""
     failures: list[str] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
 
@@ -152,7 +152,7 @@ class _Events:
 def run_process(
     stage: str, folder: pathlib.Path, settings: RunSettings, interruption: Interruption | None = None
 ) -> ProcessResult:
-    """Starts or resumes a run in a new process, until it ends or is interrupted."""
+    """Starts or resumes a run in a new process, and waits until it ends or is interrupted."""
     receiver, sender = CONTEXT.Pipe(duplex=False)
     arguments = (stage, str(folder), settings.steps, settings.save_every, settings.seed, sender)
     process = CONTEXT.Process(target=tiny_runs.run, args=arguments, daemon=True)
@@ -163,7 +163,7 @@ def run_process(
     last = time.monotonic()
     while True:
         ready = due is not None and not interrupted and time.monotonic() >= due
-        # A step can run while a save is in progress; an interruption of a step waits for one without a save.
+        # A step can run while a save is in progress. An interruption of a step waits until no save is in progress.
         if ready and interruption is not None and (interruption.event != "step" or events.current_phase() == "step"):
             phase = events.current_phase()
             process.kill() if interruption.signal == signal.SIGKILL else process.terminate()
@@ -227,9 +227,9 @@ def interrupt(
     terms: int,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Report:
-    """Kills a run ``kills`` times and stops it ``terms`` times, resumes it each time, and compares it at its end.
+    """Kills a run ``kills`` times and stops it ``terms`` times, and resumes it after each interruption.
 
-    If a run finishes before all interruptions have been made, it is compared and a new run is started.
+    A finished run is compared with the reference. If interruptions remain, a new run is started.
     """
     rng, report, began = random.Random(f"{settings.seed} {stage}"), Report(stage), time.monotonic()
     numbers = [signal.SIGKILL] * kills + [signal.SIGTERM] * terms
@@ -274,7 +274,7 @@ def interrupt(
 
 
 def _state_differences(process: ProcessResult, reference: Reference) -> list[str]:
-    """Returns the first state that differs from the reference's, and the problems that the process reported."""
+    """Returns the first difference from the states of the reference, and the problems that the process reported."""
     steps = [step for step, digest in process.states.items() if reference.process.states.get(step) != digest]
     return ([f"the state after step {steps[0]} differs"] if steps else []) + process.problems
 
@@ -293,7 +293,7 @@ def _wrong_exit(process: ProcessResult, interruption: Interruption) -> list[str]
 
 
 def compare(path: pathlib.Path, reference: Reference) -> list[str]:
-    """Returns the differences of a finished run from the reference, in each leaf and in the bytes of the metrics."""
+    """Compares a finished run with the reference; returns a text for each final leaf and metrics file that differs."""
     final = json.loads((path / tiny_runs.FINAL).read_text())
     names = [name for name in {**final, **reference.final} if final.get(name) != reference.final.get(name)]
     differences = [f"the final {name} differs" for name in names]

@@ -1,4 +1,4 @@
-"""Four tiny runs that use the library's own train steps and loop, and report their events to the parent process.
+"""Four tiny runs that use the library's train steps and loop, and report their events to the parent process.
 
 Importing this module runs no JAX computation, so that the fork server can preload it.
 """
@@ -43,7 +43,7 @@ class Stage(NamedTuple):
 def build(stage: str, steps: int, *, seed: int = 0) -> Stage:
     """Returns a stage of ``steps`` iterations on random data, with every optional field of the state in use.
 
-    The model is a table of bigrams, which compiles in a second or two. Nothing is compiled here.
+    The model is a bigram table, whose step compiles in a second or two. This function compiles nothing.
     """
     rng = np.random.default_rng([seed, STAGES.index(stage)])
     adam = optax.chain(optax.scale_by_adam(eps=1e-5), optax.scale(-1.0))
@@ -97,7 +97,7 @@ def build(stage: str, steps: int, *, seed: int = 0) -> Stage:
 
 
 def _random_state(make: Callable[[], Any]) -> Any:
-    """Returns a tree with the shapes of ``make()`` whose parameters are random and whose other leaves are 0 (or 1)."""
+    """Returns a state with the shapes of ``make()``: random parameters, a ``kl_coef`` of 1, and zeros elsewhere."""
 
     def leaf(path: Any, shape: Any) -> jax.Array:
         name = jax.tree_util.keystr(path)
@@ -171,8 +171,7 @@ def leaf_digests(state: Any) -> dict[str, str]:
 
 
 class _EventWriter:
-    """Writes events to the parent process, which waits for the moment of an interruption: ``event step time
-    detail``."""
+    """Writes events to the parent process as lines of the form ``event step time detail``."""
 
     def __init__(self, connection: Any) -> None:
         self._file = connection.fileno()
@@ -207,7 +206,7 @@ class _Checkpoints(checkpoint.Checkpoints):
 
 
 def run(stage: str, folder: str, steps: int, save_every: int, seed: int, connection: Any) -> None:
-    """Starts or resumes a run, then exits with status 0 at its end or with 75 if SIGTERM stopped it."""
+    """Starts or resumes a run; exits with status 0 when the run finishes, or with 75 if SIGTERM stops it."""
     path, report = pathlib.Path(folder), _EventWriter(connection)
     path.mkdir(parents=True, exist_ok=True)
     out = os.open(path / "output.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -235,7 +234,7 @@ def run(stage: str, folder: str, steps: int, save_every: int, seed: int, connect
     def report_problem(text: str) -> None:
         report("problem", 0, text.replace("\n", " "))
 
-    # Every message of the checkpoints is a problem: an interruption must leave no damaged checkpoint behind.
+    # Every message of the checkpoints is a problem, because an interruption must not leave a damaged checkpoint.
     checkpoints = _Checkpoints(path / "checkpoints", warn=report_problem)
     checkpoints.report = report
     report("restore")
@@ -267,9 +266,9 @@ def run(stage: str, folder: str, steps: int, save_every: int, seed: int, connect
 def restore_corrupted(
     folder: str, stage: str, steps: int, seed: int, trials: list[tuple[str, str, int]], connection: Any
 ) -> None:
-    """Corrupts a file, restores a checkpoint and repairs the file, for each ``(kind, file, position)``.
+    """For each ``(kind, file, position)``, corrupts the file, restores a checkpoint and repairs the file.
 
-    Sends ``(step, digest of the state, messages)`` of the restored checkpoint, or ``(-1, "", error)``, for each.
+    Sends ``(step, digest of the state, messages)`` after each restored checkpoint, or ``(-1, "", error)``.
     """
     out = os.open(os.devnull, os.O_WRONLY)
     os.dup2(out, 2)

@@ -19,14 +19,14 @@ class TortureSettings:
     terms: int = 12
     """Number of SIGTERMs, divided among the stages; after each, the run must save and exit with status 75."""
     flips: int = 100
-    """Number of flipped bits: half are in a byte chosen from all bytes of a checkpoint, half in a file chosen from all
-    files."""
+    """Number of flipped bits. Half hit a byte drawn from all bytes of a checkpoint; the others hit a byte of a randomly
+    drawn file."""
     truncations: int = 20
     """Number of files truncated to a random length."""
     deletions: int = 20
     """Number of files deleted."""
     stages: tuple[str, ...] = STAGES
-    """Stages to interrupt. The checkpoint of the last one is corrupted."""
+    """Stages to interrupt. The newest checkpoint of the last stage is corrupted."""
     steps: int = 60
     """Iterations per run."""
     save_every: int = 4
@@ -34,7 +34,7 @@ class TortureSettings:
     jobs: int = 2
     """Number of stages that run concurrently."""
     seed: int = 0
-    """Seed of the runs and of the moments of interruption, which also depend on the speed of the machine."""
+    """Seed of the runs and of the times of interruption, which also depend on the speed of the machine."""
     out: str | None = None
     """Output folder. Default: runs/torture-TIME."""
 

@@ -1,3 +1,2 @@
-"""Planning for plan.py: compiles a train step for chips that need not be present and measures its memory, FLOPs and
-collectives.
-"""
+"""Modules of plan.py, which compiles a train step for chips that need not be present and measures its memory, FLOPs and
+collectives."""

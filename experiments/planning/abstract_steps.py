@@ -1,6 +1,6 @@
 """Train steps on abstract arrays: the arguments of each stage's step are shapes with shardings on a mesh.
 
-Nothing here creates an array. The steps are the library's own and are lowered through `parallel.jit_step`, as in a run.
+This module creates no arrays. It lowers the library's train steps through `parallel.jit_step`, as a run does.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ STOP_ID = 2
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A program to compile, and its properties that are known without compilation."""
+    """A program to compile, and the properties that are known without compilation."""
 
     name: str
     lower: Callable[[], jax.stages.Lowered]
     traced: Callable[[], Any]
     """Returns the jaxpr of the program, which covers the rows of all chips."""
     kept: dict[str, int]
-    """Exact bytes per chip of the arrays kept between calls, by kind."""
+    """Exact number of bytes per chip, by kind, of the arrays kept between calls."""
     tokens: int
-    """Tokens trained on in one call, over all rows and trained models."""
+    """Number of trained tokens per call, summed over rows, epochs and trained models."""
     model_flops: float
-    """FLOPs of the model: 2 per parameter and token in a forward pass, 6 with the gradient, plus attention."""
+    """FLOPs of the model: per parameter and token, 2 in a forward pass and 6 with gradients, plus attention."""
     loops: int
-    """Iterations of a loop of unknown length: the tokens of an answer after the first."""
+    """Assumed iterations of a loop of unknown length: the number of answer tokens after the first."""
 
 
 def build(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> Program:
@@ -58,7 +58,7 @@ def build(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> Program:
 
 
 def chip_bytes(tree: Any) -> int:
-    """Returns the bytes on one chip of abstract arrays, which may have shardings."""
+    """Returns the number of bytes per chip of abstract arrays, which may have shardings."""
 
     def shard_bytes(x: Any) -> int:
         shape = x.shape if getattr(x, "sharding", None) is None else x.sharding.shard_shape(x.shape)
@@ -68,7 +68,7 @@ def chip_bytes(tree: Any) -> int:
 
 
 def cache_bytes(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> int:
-    """Returns the bytes on one chip of the KV cache of a rollout."""
+    """Returns the number of bytes per chip of a rollout's KV cache."""
     cache = jax.eval_shape(partial(lm.create_cache, cfg, batch=plan.batch, slots=plan.prompt + plan.response - 1))
     axes = ("batch", "kv_heads", None, None)
     sharding = NamedSharding(mesh, parallel.spec(axes, mesh, shape=cache.keys[0].shape))
@@ -125,8 +125,8 @@ def _ppo(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh, *, part: str) 
         "micro_batches": plan.micro_batches,
     }
 
-    # One pass of a language model and one of a scalar model. Collecting decodes answers and runs both frozen models,
-    # the policy and the critic on them; an update trains policy and critic.
+    # pair_flops covers one pass of a language model and one of a scalar model. Collecting decodes answers and runs four
+    # models on them: both frozen models, the policy and the critic. An update trains the policy and the critic.
     answer_flops = costs.forward_flops(cfg, rows=B, length=P + T, logits=T)
     pair_flops = answer_flops + costs.forward_flops(cfg, rows=B, length=P + T, logits=0)
     collect_flops = answer_flops + 2 * pair_flops
@@ -158,7 +158,7 @@ def _ppo(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh, *, part: str) 
 
 
 def _optimiser(plan: Plan) -> optax.GradientTransformation:
-    """Returns Adam with learning rate 1 and its first moment in the plan's dtype."""
+    """Returns Adam with learning rate 1 and with its first moment in the plan's dtype."""
     adam = optax.scale_by_adam(b1=0.9, b2=0.95, mu_dtype=jnp.dtype(plan.moment))
     return optax.chain(adam, optax.scale(-1.0))
 

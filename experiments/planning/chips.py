@@ -1,4 +1,4 @@
-"""Published specifications of TPU chips, and the devices of a topology or of this machine."""
+"""Published specifications of TPU chips, and the devices that a plan is compiled for."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Chip(NamedTuple):
     """Specifications of one JAX device: a chip or, for tpu7x, one of a chip's two cores."""
 
     flops: float
-    """bfloat16 FLOPs per second."""
+    """Peak bfloat16 FLOPs per second."""
     hbm: float
     """Bytes of memory."""
     bandwidth: float
-    """Memory bandwidth, bytes per second."""
+    """Memory bandwidth in bytes per second."""
     link: float
     """Bytes per second in one direction to one neighbour; a ring along an axis of a torus uses two links."""
 
@@ -36,26 +36,27 @@ CHIPS = {
     "v6e": Chip(918e12, 32 * 2**30, 1638e9, 100e9),
     "tpu7x": Chip(2307e12 / 2, 96 * 2**30, 7380e9 / 2, 100e9),
 }
-"""From Google Cloud's page on each chip (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x; read in 2026). A
-link's bandwidth is the interconnect bandwidth of the chip divided by its number of links and by two directions."""
+"""Specifications from Google Cloud's page on each chip (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x;
+accessed in 2026). A link's bandwidth is the chip's interconnect bandwidth, divided by the number of links and by
+two, for the two directions."""
 
 LOCAL = ("cpu", "gpu")
 """Values of --topology that select devices of this machine."""
 
 
 def prepare() -> None:
-    """Sets the environment variables that let the TPU compiler run without a TPU; call it before JAX is used."""
+    """Sets the environment variables that let the TPU compiler run without a TPU. Call this before JAX is used."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")  # required, but any value works
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no lock on a TPU that does not exist
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # takes no lock on the missing TPU
 
 
 def chip_of(plan: Plan) -> tuple[str, Chip | None]:
     """Returns the name of the plan's chip and, if known, its specifications.
 
     Raises:
-        SettingError: The topology is of an unknown kind.
+        SettingError: The kind of chip is unknown.
     """
     if plan.topology is None or plan.topology.partition(":")[0] in LOCAL:
         return devices(plan)[0].device_kind, None
@@ -69,7 +70,7 @@ def chip_of(plan: Plan) -> tuple[str, Chip | None]:
 
 
 def devices(plan: Plan) -> list[Any]:
-    """Returns the devices of the plan's topology; for a TPU, descriptions of devices that need not exist here.
+    """Returns the devices of the plan's topology. TPU devices are only descriptions, so no TPU needs to be present.
 
     Raises:
         SettingError: The topology does not exist, or its compiler is not installed.
@@ -93,7 +94,7 @@ def devices(plan: Plan) -> list[Any]:
 
     try:
         return list(topologies.get_topology_desc(plan.topology, platform="tpu").devices)
-    except Exception as error:  # the type depends on the version of the plugin
+    except Exception as error:  # its type depends on the version of the plugin
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SettingError(f"--topology {plan.topology} does not exist: {text}") from None
 

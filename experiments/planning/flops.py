@@ -1,7 +1,7 @@
-"""Counts the FLOPs of a program's matrix products, with the body of each loop counted once per iteration.
+"""Counts the FLOPs of a program's matrix products; the body of a loop counts once per iteration.
 
-The count is made on the jaxpr, which is the same for all platforms and includes rematerialised computations. A kernel
-counts with its cost estimate, a conditional with its most expensive branch or the branch of the platform.
+The counted program is a jaxpr, which is the same for all platforms and includes rematerialised computations. For a
+Pallas kernel, its cost estimate is used. For a conditional, the platform's branch or the most expensive branch counts.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any
 
 
 def count(jaxpr: Any, *, platform: str, open_loops: int = 1) -> float:
-    """Returns the multiplications and additions in all matrix products of a (closed) jaxpr.
+    """Returns the number of multiplications and additions in the matrix products of a jaxpr.
 
     Args:
-        jaxpr: The result of ``jax.make_jaxpr``.
-        platform: ``tpu``, ``cpu`` or ``cuda``; selects platform-dependent branches.
-        open_loops: Assumed number of iterations of loops whose length is not in the program.
+        jaxpr: A closed jaxpr, such as the result of ``jax.make_jaxpr``.
+        platform: ``tpu``, ``cpu`` or ``cuda``, which selects platform-dependent branches.
+        open_loops: Assumed number of iterations of a loop whose length is unknown at compile time.
     """
 
     def flops(jaxpr: Any) -> float:

@@ -1,6 +1,7 @@
-"""Collectives and memory traffic of a compiled program, read from its HLO text, with loops counted per iteration.
+"""Reads the collectives and the memory traffic of a compiled program from its HLO text.
 
-The compiler's own cost analysis counts the body of a loop once, and the layers of a model are a loop.
+The body of a loop counts once per iteration. The compiler's cost analysis counts it only once, although the layers of a
+model run in a loop.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array of an HLO shape."""
+    """The shape and the dtype of an array in HLO."""
 
     dtype: str
     dims: tuple[int, ...]
     on_chip: bool
-    """Whether its layout places it outside of the main memory."""
+    """Whether the layout places the array outside main memory."""
     more: int = 0
-    """Number of further arrays in the same collective."""
+    """Number of other arrays in the same collective."""
 
     @property
     def bytes(self) -> int:
-        """The size of the array."""
+        """The size of the array in bytes."""
         bits = _BITS.get(self.dtype) or int(re.sub(r"\D", " ", self.dtype).split()[0])
         return math.prod(self.dims) * bits // 8
 
@@ -71,24 +72,24 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A collective operation, and how often it runs in one call of the program."""
+    """A collective operation and the number of times that it runs in one call of the program."""
 
     kind: str
     array: Array
-    """The larger of input and output on one chip."""
+    """The larger of the input and the output on one chip."""
     group: int
     """Number of chips in a group."""
     axes: tuple[str, ...]
-    """Mesh axes that a group extends over; empty if they are unknown."""
+    """Mesh axes that a group spans; empty if they are unknown."""
     times: int
     source: str
-    """The operation in the source code that it belongs to."""
+    """The operation in the source code that the collective belongs to."""
     bytes: int
-    """Size of the array and of the further arrays in the same collective."""
+    """Total size in bytes of the array and the other arrays in the same collective."""
 
     @property
     def received(self) -> float:
-        """Bytes that a chip receives in all runs together, with ring algorithms."""
+        """Bytes that a chip receives over all runs, assuming ring algorithms."""
         share = (self.group - 1) / self.group if self.group > 1 else 0.0
         factor = {"all-reduce": 2.0 * share, "collective-permute": 1.0}.get(self.kind, share)
         return self.times * factor * self.bytes
@@ -100,9 +101,9 @@ class Program:
 
     collectives: list[Collective]
     bytes_moved: float
-    """Approximate traffic of a chip's main memory: the sum of what each operation reads and writes."""
+    """Approximate memory traffic of one chip: the sum of the bytes that each operation reads and writes."""
     open_loops: int
-    """Number of loops whose length is not in the program."""
+    """Number of loops whose length is unknown at compile time."""
 
 
 def _arrays_in(shape: str) -> tuple[Array, ...]:
@@ -121,7 +122,7 @@ def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
         if header := _COMPUTATION.match(line):
             instructions = computations.setdefault(header.group(2), [])
             entry = header.group(2) if header.group(1) else entry
-        # Other lines are the text of a kernel.
+        # Skip the other lines, which are the text of a kernel.
         elif instructions is not None and line.startswith(" ") and (instruction := _instruction(line)):
             instructions.append(instruction)
     return computations, entry
@@ -132,8 +133,8 @@ def read(text: str, *, open_loops: int = 1, mesh: dict[str, int] | None = None) 
 
     Args:
         text: The result of ``compiled.as_text()``.
-        open_loops: Assumed number of iterations of loops whose length is not in the program.
-        mesh: Sizes of the mesh axes, in order, to find the axes of each collective.
+        open_loops: Assumed number of iterations of a loop whose length is unknown at compile time.
+        mesh: Sizes of the mesh axes, in order, which are needed to find the axes of each collective.
     """
     computations, entry = _parse(text)
     by_name = {name: {i.name: i for i in lines} for name, lines in computations.items()}
@@ -176,9 +177,9 @@ def _instruction(line: str) -> Instruction | None:
 def _visits(
     computations: dict[str, list[Instruction]], entry: str, open_loops: int
 ) -> Iterator[tuple[str, int, set[str]]]:
-    """Yields each computation outside of fusions with the number of its runs, and a set of the collectives seen so far.
+    """Yields the name of each computation outside fusions, the number of its runs, and a set of the collectives seen.
 
-    The set starts with the elements of the caller's set, and the consumer adds to it.
+    The set starts as a copy of the calling computation's set; the consumer adds to it.
     """
     waiting: list[tuple[str, int, set[str]]] = [(entry, 1, set())]
     while waiting:
@@ -196,7 +197,7 @@ def _visits(
 
 
 def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
-    """Returns the number of iterations of a loop, or None if it is not in the program."""
+    """Returns the number of iterations of a loop, or None if it is unknown at compile time."""
     known = re.search(r'known_trip_count["\\:={ ]+n["\\: =]+(\d+)', loop.rest)
     if known:
         return int(known.group(1))
@@ -224,14 +225,14 @@ def _collective(i: Instruction, inside: str, times: int, mesh: dict[str, int] | 
     kind = i.opcode.removesuffix("-start")
     ring = re.search(r"windowed_dot_general_body_(ag|rs)", inside)
     if kind == "all-reduce" and "all-reduce-scatter" in inside:
-        kind = "reduce-scatter"  # the TPU compiler's notation of a fused reduce-scatter
+        kind = "reduce-scatter"  # the TPU compiler's notation for a fused reduce-scatter
     groups = _first_group(i.rest)
     op_name = re.search(r'op_name="([^"]*)"', i.rest)
     source = op_name.group(1) if op_name else ""
     if ring:
         source = f"{'gather' if ring.group(1) == 'ag' else 'scatter'} in steps that overlap with a product; {source}"
     axes = _axes(groups, mesh) if mesh and kind != "collective-permute" else ()
-    # The shape of a start has input and output; that of an all-reduce of several arrays has all of them.
+    # The shape of a start contains its input and output; an all-reduce of several arrays lists all of them.
     arrays = sorted(i.arrays, key=lambda a: a.bytes)
     array, total = arrays[-1], arrays[-1].bytes
     if len(arrays) > 1 and i.opcode in KINDS:
@@ -272,8 +273,8 @@ def _iota(dims: str, order: str | None) -> np.ndarray:
 def _named_group(sizes: dict[str, int], axes: list[tuple[str, str, str]]) -> list[int]:
     """Returns the partitions of the group of partition 0 over named axes.
 
-    Each axis is ``(name, "", "")``, or ``(name, before, size)`` for the part of an axis with ``size`` elements after
-    parts with ``before`` elements in all.
+    Each axis is ``(name, "", "")``, or ``(name, before, size)`` for a sub-axis of ``size`` elements; ``before`` is the
+    product of the sizes of the sub-axes before it.
     """
     steps: list[list[int]] = []
     for name, before, size in axes:
@@ -293,7 +294,7 @@ def _axes(group: list[int], mesh: dict[str, int]) -> tuple[str, ...]:
 
 
 def _merged(collectives: list[Collective]) -> list[Collective]:
-    """Merges collectives of the same kind, shape and axes; returns them with the largest traffic first."""
+    """Merges collectives of the same kind, shape and axes, and sorts them by decreasing traffic."""
     groups: dict[tuple, list[Collective]] = {}
     for c in collectives:
         groups.setdefault((c.kind, c.array.text, c.bytes, c.group, c.axes), []).append(c)
@@ -302,12 +303,12 @@ def _merged(collectives: list[Collective]) -> list[Collective]:
 
 
 def _in_memory(arrays: Iterable[Array]) -> int:
-    """Returns the bytes of the arrays that are in the main memory."""
+    """Returns the total size in bytes of the arrays in main memory."""
     return sum(a.bytes for a in arrays if not a.on_chip)
 
 
 def _bytes_moved(i: Instruction, names: dict[str, Instruction], computations: dict[str, list[Instruction]]) -> float:
-    """Returns the bytes that an instruction reads from the main memory and writes to it."""
+    """Returns the number of bytes that an instruction reads from and writes to main memory."""
     if i.opcode in _FREE or i.opcode.endswith("-done") or (i.opcode == "custom-call" and "tpu_custom" not in i.rest):
         return 0.0
     if i.opcode == "fusion":
@@ -324,7 +325,7 @@ def _bytes_moved(i: Instruction, names: dict[str, Instruction], computations: di
 
 
 def _fusion_bytes_moved(i: Instruction, computations: dict[str, list[Instruction]]) -> float:
-    """Returns the bytes moved by a fusion, which reads only the slices that it uses and writes only what it updates."""
+    """Returns the bytes moved by a fusion, which reads only the slices it uses and writes only those it updates."""
     lines = next((computations[called] for called in i.called if called in computations), [])
     by_name = {line.name: line for line in lines}
     total = 0.0

@@ -13,8 +13,8 @@ class MeshSizes:
     """Sizes of the mesh axes."""
 
     data: int = -1
-    """Number of copies of the model, each of which processes a part of the rows; -1 uses all chips that the other axes
-    leave free."""
+    """Number of model copies, each of which processes a part of the rows; -1 uses all chips that the other axes leave
+    free."""
     fsdp: int = 1
     """Number of chips that rows, parameters and optimiser state are sharded over."""
     tensor: int = 1
@@ -28,17 +28,17 @@ class Plan:
     """Settings of plan.py."""
 
     stage: Stage = "sft"
-    """Stage whose step is planned. `ppo` is a whole iteration in one program, `ppo-collect` and `ppo-update` are its
+    """Stage whose step is planned. `ppo` is a whole iteration in one program; `ppo-collect` and `ppo-update` are its
     two halves."""
     model: str = "llama-3-8b"
-    """Preset (llama-3-8b, llama-3-70b, pythia-1b, gpt2, tiny), or a Hugging Face config.json or the folder with it."""
+    """Preset (llama-3-8b, llama-3-70b, pythia-1b, gpt2, tiny), or a Hugging Face config.json or its folder."""
     topology: str | None = None
-    """Chips to plan for, such as v5e:16x16 or v5p:4x4x8, or `cpu`, `cpu:8` (eight CPU devices) or `gpu`. Default: the
-    devices of this machine."""
+    """Chips to plan for: a TPU topology such as v5e:16x16 or v5p:4x4x8, `cpu`, `cpu:8` (eight CPU devices) or `gpu`.
+    Default: the devices of this machine."""
     mesh: MeshSizes = dataclasses.field(default_factory=MeshSizes)
     batch: int = 64
-    """Rows per step on all chips together: sequences for sft, prompts for reward_model, pairs for dpo, answers for
-    ppo."""
+    """Rows per step, over all chips. A row is a sequence (sft), a prompt (reward_model), a pair (dpo) or an answer
+    (ppo)."""
     length: int = 2048
     """Tokens per row, for sft and reward_model."""
     completions: int = 4
@@ -54,7 +54,7 @@ class Plan:
     micro_batches: int = 1
     """Number of parts that each batch (for ppo, each minibatch) is split into to save memory."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Dtype of the computation in the layers."""
+    """Dtype of the computations in the layers."""
     params: Literal["bfloat16", "float32"] = "float32"
     """Dtype of the trained parameters."""
     moment: Literal["bfloat16", "float32"] = "float32"
@@ -68,6 +68,6 @@ class Plan:
     memory: float | None = None
     """Memory of a device in GiB. Default: the memory of the chip."""
     tries: int = 3
-    """If the plan does not fit, the maximum number of similar settings to compile in search of one that does."""
+    """Maximum number of similar settings to compile in search of one that fits, if the plan does not."""
     json: str | None = None
-    """Output file for all numbers."""
+    """JSON file to write all numbers to."""

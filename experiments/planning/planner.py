@@ -1,4 +1,4 @@
-"""Compiles and measures a plan; suggests settings that fit if it does not."""
+"""Compiles and measures a plan, and suggests settings that fit if the plan does not."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def measure(plan: Plan, *, cfg: lm.LMConfig | None = None, out: Console | None =
 
     Args:
         plan: The plan.
-        cfg: The model's configuration; by default, that of the model named by the plan.
-        out: A console that shows the program being compiled.
+        cfg: The model's configuration; loaded from ``plan.model`` by default.
+        out: A console on which to show the program being compiled.
 
     Raises:
         SettingError: The plan is invalid, or the compiler rejects the program for a reason other than memory.
@@ -133,7 +133,7 @@ def _estimate(
 
 
 def _out_of_memory(text: str, known: dict[str, Any], seconds: float) -> roofline.Estimate:
-    """Returns the estimate of a program that ran out of memory in the compiler; raises SettingError for other
+    """Returns the estimate of a program that the compiler rejects for lack of memory; raises SettingError for other
     errors."""
     first = next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
     used = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", text)
@@ -160,7 +160,7 @@ def _out_of_memory(text: str, known: dict[str, Any], seconds: float) -> roofline
 
 
 def _changes(plan: Plan, estimate: roofline.Estimate) -> Iterator[Plan]:
-    """Yields plans that need less memory, with an increasing number of changes, the cheapest first."""
+    """Yields plans that need less memory; each adds a change to the previous plan, the cheapest change first."""
     trains = plan.stage != "ppo-collect"
     rows = estimate.mesh["data"] * estimate.mesh["fsdp"]
     minibatches = plan.minibatches if plan.stage in ("ppo", "ppo-update") else 1
@@ -182,7 +182,7 @@ def _changes(plan: Plan, estimate: roofline.Estimate) -> Iterator[Plan]:
 
 
 def suggest(plan: Plan, estimate: roofline.Estimate, *, out: Console | None = None) -> list[str]:
-    """Compiles similar plans until one fits; returns its changes, or those of all plans that were tried."""
+    """Compiles similar plans until one fits. Returns its changes, or those of all compiled plans if none fits."""
     tried = []
     for changed in _changes(plan, estimate):
         flags = _flags(changed, plan)
@@ -215,7 +215,7 @@ def _flags(changed: Plan, plan: Plan) -> str:
 
 @contextlib.contextmanager
 def _progress(text: str, out: Console | None) -> Iterator[None]:
-    """Shows a line with the elapsed time."""
+    """Shows ``text`` with the elapsed time on a terminal."""
     if out is None or not out.is_terminal:
         if out is not None:
             out.print(f"{text} ...", highlight=False, soft_wrap=True)

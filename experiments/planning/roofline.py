@@ -1,4 +1,4 @@
-"""The estimate of a plan (memory, FLOPs, collectives and the minimum time at a chip's peak rates) and its tables."""
+"""The estimate of a plan and its tables: memory, FLOPs, collectives, and the minimum time at a chip's peak rates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIN_BYTES = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """The measurements of a plan: bytes, FLOPs and seconds of one chip in one call of the step."""
+    """The measurements of a plan: bytes, FLOPs and seconds per chip and call of the step."""
 
     program: str
     model: str
@@ -30,14 +30,14 @@ class Estimate:
     chips: int
     mesh: dict[str, int]
     capacity: float | None
-    """Memory of a chip; None if unknown."""
+    """Memory of a chip in bytes; None if unknown."""
     kept: dict[str, int]
-    """Exact size of the arrays kept between calls, by kind."""
+    """Exact size in bytes, by kind, of the arrays kept between calls."""
     temporaries: int | None
     """Peak of all other memory except the KV cache; None if the compiler ran out of memory."""
     code: int | None
     needed: float | None
-    """Sum of the above; if the compiler ran out of memory, the size that it reports, or None."""
+    """Sum of the memory above. If the compiler ran out of memory, the size from its error message, or None."""
     fits: bool
     flops: float
     """FLOPs of the matrix products."""
@@ -46,9 +46,9 @@ class Estimate:
     six_nt: float
     """6 x parameters x trained tokens, divided by the number of chips."""
     compiler_flops: float | None
-    """The compiler's count, in which the body of a loop counts once."""
+    """The compiler's FLOP count, which counts the body of a loop once."""
     bytes_moved: float | None
-    """Bytes read from and written to memory, approximate."""
+    """Approximate number of bytes read from and written to memory."""
     collectives: list[Collective]
     warnings: list[str]
     seconds: dict[str, float]
@@ -59,7 +59,7 @@ class Estimate:
 
     @property
     def step_seconds(self) -> float | None:
-        """The minimum seconds of a step, if compute, memory and interconnect overlap."""
+        """The minimum time of a step in seconds, if compute, memory and interconnect overlap."""
         return max(self.seconds.values()) if self.seconds else None
 
     @property
@@ -131,7 +131,7 @@ def unneeded(collectives: Sequence[Collective], cfg: lm.LMConfig, mesh: dict[str
 
 
 def _kernel_shapes(cfg: lm.LMConfig) -> tuple[set[tuple[int, ...]], set[tuple[int, ...]]]:
-    """Returns the shapes of the unsharded kernels of one layer, and of all layers stacked."""
+    """Returns the shapes of the unsharded kernels of one layer, and the shapes with all layers stacked."""
     layer, stacked = set(), set()
     for name, row in lm_params.table(cfg).items():
         if not name.endswith("kernel") or not name.startswith("layers/"):
@@ -185,7 +185,7 @@ def show(estimate: Estimate, out: Console) -> None:
     needed = "" if estimate.needed is None else f": {size(estimate.needed)}{capacity} per chip"
     out.print(verdict + needed, highlight=False)
     for text in estimate.suggestions:
-        out.print(f"  try {text}", highlight=False, markup=False)
+        out.print(f"  alternative: {text}", highlight=False, markup=False)
     if estimate.error:
         out.print(f"  compiler error: {estimate.error}", highlight=False, markup=False, soft_wrap=True)
         return

@@ -1,1 +1,1 @@
-"""Learning from preferences: the modules that reward_model.py, dpo.py and dpo_vs_ppo.py share."""
+"""Modules for learning from preferences, which reward_model.py, dpo.py and dpo_vs_ppo.py use."""

@@ -1,8 +1,8 @@
-"""DPO and PPO trained on the same few labels of a bandit whose rewards and KL are known exactly.
+"""Trains DPO and PPO on the same few labels of a bandit whose rewards and KL are known exactly.
 
-Rewards and policies are tables with a row for each prompt and a column for each answer. Labels follow the Bradley-Terry
-model, on pairs of answers sampled from the reference or, for shifted pairs, from another policy. PPO is trained on a
-reward model that is first fitted to the labels. All seeds and coefficients run in one program.
+Rewards and policies are tables with a row for each prompt and a column for each answer. Pairs of answers are sampled
+from the reference policy or, for shifted pairs, from another policy, and labelled by the Bradley-Terry model. PPO
+uses a reward model that is first fitted to the labels. All seeds and coefficients run in one program.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class Bandit(NamedTuple):
 
 
 def make_bandit(seed: Any) -> Bandit:
-    """Returns the bandit, whose tables are standard normal and the same for every seed, with the key of a seed."""
+    """Returns the bandit with the key of a seed. Its tables are standard normal and the same for every seed."""
     world, labels = jax.random.split(jax.random.key(0))
     rewards_SA, reference_SA, other_SA = jax.random.normal(world, (3, S, A))
     return Bandit(rewards_SA, reference_SA, other_SA, jax.random.fold_in(labels, seed))
 
 
 def sample_pairs(key: jax.Array, logits_SA: jax.Array, rewards_SA: jax.Array, *, n: int) -> types.Preferences:
-    """Samples ``n`` pairs of answers from a policy and one Bradley-Terry label for each; the preferred answer is
+    """Samples ``n`` pairs of answers from a policy and a Bradley-Terry label for each pair; the preferred answer is
     first."""
     prompts, first, second, label = jax.random.split(key, 4)
     prompts_B = jax.random.randint(prompts, (n,), 0, S)
@@ -60,7 +60,7 @@ def sample_pairs(key: jax.Array, logits_SA: jax.Array, rewards_SA: jax.Array, *,
 
 
 def fit_rewards(pairs: types.Preferences, *, ridge: float = 0.01) -> jax.Array:
-    """Fits Bradley-Terry rewards ``[S, A]`` to pairs; the ridge penalty keeps the rewards of unseen answers at 0."""
+    """Fits Bradley-Terry rewards ``[S, A]`` to pairs with a ridge penalty, and centres them for each prompt."""
     prompts_B, better_B, worse_B = (pairs.tokens_BKL[:, i, j] for i, j in ((0, 0), (0, 1), (1, 1)))
 
     def loss(table_SA: jax.Array) -> jax.Array:
@@ -95,9 +95,9 @@ def train_dpo(start_SA: jax.Array, pairs: types.Preferences, beta: jax.Array) ->
 
 
 def train_iterated_dpo(world: Bandit, reward_SA: jax.Array, beta: jax.Array, *, n: int, rounds: int) -> jax.Array:
-    """Returns the logits of iterated DPO, whose pairs and reference come from the latest policy.
+    """Returns the logits of iterated DPO, in which the latest policy is the reference and samples the pairs.
 
-    The reward model labels the pairs. Each round trains on ``n // rounds`` of them with the coefficient
+    The reward model labels the pairs. Each round trains on ``n // rounds`` pairs with the coefficient
     ``rounds * beta``, so that all rounds together move the policy as far as one pass with ``beta``.
     """
     policy_SA = world.reference_SA
@@ -122,7 +122,7 @@ def train_ppo(world: Bandit, reward_SA: jax.Array, kl_coef: jax.Array) -> jax.Ar
     """Returns the logits that PPO converges to on the rewards of a reward model."""
     step = ppo.make_train_step(_ppo_models(), epochs=2, minibatches=2)
     frozen = ppo.Frozen({"logits_SA": world.reference_SA}, reward_SA)
-    # Not `world.key`: the step folds its counter into the key, and `_run_once` folds in 0 and 1 for the labels.
+    # The step folds its counter into this key, and `_run_once` folds 0 and 1 into `world.key`, so the two must differ.
     key = jax.random.fold_in(world.key, 1000)
     prompts = ppo.Batch(jnp.arange(ANSWERS, dtype=jnp.int32)[:, None] % S, jnp.ones((ANSWERS, 1), bool))
 

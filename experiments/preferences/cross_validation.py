@@ -1,7 +1,7 @@
-"""Cross-validation of a reward model and of simple baselines on human comparisons, over the same folds.
+"""Cross-validates a reward model and simple baselines on human comparisons, with the same folds.
 
-Each fold starts from scratch: its tokenizer and its base model are trained on its own training dialogues. All pairs of
-a conversation belong to the same fold, so that no model has seen the conversations it is tested on.
+The tokenizer and the base model of a fold are trained only on the training dialogues of that fold. All pairs of a
+conversation belong to the same fold, so that no model is tested on conversations that it was trained on.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Encoded:
 
 
 def test_indices(group_N: np.ndarray, folds: int, *, seed: int) -> list[np.ndarray]:
-    """Returns the indices of the pairs that each fold tests.
+    """Returns the indices of the test pairs of each fold.
 
-    Groups are shuffled and kept whole; the sizes of the folds are as equal as the groups allow.
+    Groups are shuffled and never split, so that the sizes of the folds are only approximately equal.
     """
     groups = np.random.default_rng([seed, 17]).permutation(int(group_N.max()) + 1)
     sizes = np.bincount(group_N)[groups]
@@ -56,8 +56,8 @@ def test_indices(group_N: np.ndarray, folds: int, *, seed: int) -> list[np.ndarr
 
 
 def encode(fmt: chat.ChatFormat, pairs: Sequence[human_comparisons.Pair], settings: CrossValidation) -> Encoded:
-    """Tokenises pairs: the last tokens of each prompt, and the first tokens and the end-of-turn token of each
-    answer."""
+    """Tokenises pairs. A long prompt keeps its last tokens; a long answer keeps its first tokens and its end-of-turn
+    token."""
     counts = errors.DropCount(max_dropped=1.0)
     prompts, kept = chat.encode_prompts(fmt, [pair.prompt for pair in pairs], width=1 << 30, counts=counts)
     assert len(kept) == len(pairs)
@@ -85,7 +85,7 @@ def pack_pairs(
 ) -> types.PackedComparisons:
     """Packs the pairs ``rows`` into ``n_rows`` rows of ``width`` tokens.
 
-    With ``rng``, each token except the last of an answer is dropped with probability ``dropped``.
+    With ``rng``, each token of a sequence except the last is dropped with probability ``dropped``.
     """
     sequences = []
     for i in rows:
@@ -161,7 +161,7 @@ class Fold:
         self.fmt = chat.chat_format(tokenizers.train_bpe(texts, vocab_size=self.settings.vocab_size))
         if (n := len(self.fmt.tokenizer)) != self.settings.vocab_size:
             raise errors.DataError(
-                f"{self.name}: the training dialogues give a vocabulary of {n} tokens instead of "
+                f"{self.name}: the training dialogues yield a vocabulary of {n} tokens instead of "
                 f"{self.settings.vocab_size}; set --cv.vocab-size to at most {n}"
             )
         self.train_ids, self.test_ids = (encode(self.fmt, part, self.settings) for part in (self.train, self.test))
@@ -174,7 +174,7 @@ class Fold:
         return self.settings.pretrain_steps + self.settings.members * self.steps
 
     def fit(self, stage: str, steps: int, **options: Any) -> Any:
-        """Trains one model with checkpoints and shows its progress as part of the fold's."""
+        """Trains one model with checkpoints, and shows its progress as part of the fold."""
 
         def update_progress(_: str, done: int, __: int, numbers: dict[str, float]) -> None:
             self.progress.update(self.name, self.steps_done + done, self.total, numbers)
@@ -194,7 +194,7 @@ class Fold:
         return state
 
     def train_base(self) -> types.Params:
-        """Trains a language model on the chosen dialogues, and on each rejected answer with the turn it answers."""
+        """Trains a language model on the chosen dialogues, and on each rejected answer with the turn before it."""
         settings, end = self.settings, self.fmt.stop_ids[-1]
         documents = []
         for pair in self.train:
@@ -229,7 +229,7 @@ class Fold:
 
     @functools.cached_property
     def _rows(self) -> int:
-        """The number of packed rows that holds any batch: a multiple of 8, so that folds share compiled programs."""
+        """Number of packed rows: enough for any batch, and a multiple of 8 so that folds share compiled programs."""
         batches = [(self.train_ids, rows) for number in range(self.settings.members) for rows in self._order(number)]
         for pairs in (self.train_ids, self.test_ids):
             batches += [(pairs, rows) for rows in _chunks(len(pairs), self.settings.batch)]
@@ -237,11 +237,11 @@ class Fold:
         for pairs, rows in batches:
             lengths = [len(pairs.prompts[i]) + len(side[i]) for i in rows for side in pairs.answers]
             most = max(most, 1 + max(row for row, _ in packing.best_fit(lengths, width=self.settings.row_width)))
-        # One spare row, because best-fit packing may need one more if tokens are dropped.
+        # Best-fit packing may need one more row after tokens are dropped.
         return -(-(most + 1) // 8) * 8
 
     def train_member(self, number: int, base: types.Params) -> types.Params:
-        """Trains a reward model from the base; members differ in heads, batch order and dropped tokens."""
+        """Trains a reward model from the base model; members differ in head, batch order and dropped tokens."""
         settings = self.settings
         key = jax.random.fold_in(self.key, 1 + number)
         order = self._order(number)
@@ -274,7 +274,7 @@ class Fold:
         return state.params
 
     def score_margins(self, params: types.Params, pairs: Encoded) -> np.ndarray:
-        """Returns the score of each chosen answer minus that of the rejected one."""
+        """Returns the score of each chosen answer minus the score of the rejected answer."""
         n, chunks = len(pairs), []
         for rows in _chunks(n, self.settings.batch):
             batch = pack_pairs(pairs, rows, width=self.settings.row_width, pad_id=self.fmt.pad_id, n_rows=self._rows)
@@ -286,7 +286,7 @@ class Fold:
         return margin_N
 
     def run(self) -> dict[str, Any]:
-        """Trains all models; returns each method's margin on every test pair, and the accuracies on training pairs."""
+        """Trains all models; returns each method's margins on test pairs, and the accuracies on training pairs."""
         base = self.train_base()
         test, train = [], []
         for number in range(self.settings.members):
@@ -323,7 +323,7 @@ def cross_validate(
     folder: run_folder.RunFolder,
     progress: Any,
 ) -> list[dict[str, Any]]:
-    """Returns the results of each fold; margins are in the order of `test_indices`, and finished folds are restored."""
+    """Returns the results of each fold, with margins in the order of `test_indices`; finished folds are restored."""
     programs = Programs(settings)
     results = []
     for number, test in enumerate(test_indices(human_comparisons.conversation_ids(pairs), folds, seed=seed), start=1):

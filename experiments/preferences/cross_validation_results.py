@@ -27,7 +27,7 @@ def over_groups(values_N: np.ndarray, group_N: np.ndarray, *, rate: bool) -> lis
 
 
 def calibration(margin_N: np.ndarray) -> dict[str, Any]:
-    """Returns log loss and calibration of score margins read as log odds; the slope is None if every margin is 0."""
+    """Returns log loss and calibration of score margins as log odds; the slope is None if every margin is 0."""
     zeros = np.zeros_like(margin_N)
     curve = diagnostics.calibration_curve(margin_N, zeros, bins=10)
     return {
@@ -41,13 +41,13 @@ def calibration(margin_N: np.ndarray) -> dict[str, Any]:
 
 
 def _facts(margin_N: np.ndarray, group_N: np.ndarray) -> dict[str, Any]:
-    """Returns accuracy (a tie counts a half), log loss and calibration of score margins."""
+    """Returns accuracy (a tie counts as one half), log loss and calibration of score margins."""
     outcome_N = diagnostics.win_outcomes(margin_N, np.zeros_like(margin_N))
     return {"accuracy": over_groups(outcome_N, group_N, rate=True)} | calibration(margin_N)
 
 
 def accuracy_by_group(groups: Mapping[str, np.ndarray], margins: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Returns each method's accuracy on each group of pairs, given as boolean masks."""
+    """Returns each method's accuracy on each group of pairs; a group is a boolean mask."""
     return [
         {"group": name, "pairs": int(members_N.sum())}
         | {m: list(diagnostics.win_rate(x[members_N], np.zeros(members_N.sum()))) for m, x in margins.items()}
@@ -57,12 +57,12 @@ def accuracy_by_group(groups: Mapping[str, np.ndarray], margins: Mapping[str, np
 
 
 def turn_groups(turn_N: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the masks of the pairs by the number of the assistant turn, from 1, that they compare."""
+    """Returns masks of the pairs, grouped by the assistant turn that they compare; turns are numbered from 1."""
     return {f"turn {n}": turn_N == n for n in (1, 2, 3)} | {"turn 4 and on": turn_N >= 4}
 
 
 def _length_groups(pairs: Sequence[human_comparisons.Pair]) -> dict[str, np.ndarray]:
-    """Returns masks by quarters of the total length of both answers, and by which answer is longer."""
+    """Returns masks of the pairs, grouped by quarters of the answers' total length and by which answer is longer."""
     chosen_N, rejected_N = (np.array([len(getattr(p, side)) for p in pairs]) for side in ("chosen", "rejected"))
     total_N = chosen_N + rejected_N
     quarter_N = np.searchsorted(np.quantile(total_N, [0.25, 0.5, 0.75]), total_N, side="left")
@@ -76,7 +76,7 @@ def _length_groups(pairs: Sequence[human_comparisons.Pair]) -> dict[str, np.ndar
 def summary(
     pairs: Sequence[human_comparisons.Pair], folds: Sequence[Mapping[str, Any]], *, seed: int
 ) -> dict[str, Any]:
-    """Returns the results over all folds, in which each pair is scored once, by a model that has not seen it."""
+    """Returns the results over all folds; each pair is scored once, by a model that was not trained on it."""
     group_N = human_comparisons.conversation_ids(pairs)
     tested = cross_validation.test_indices(group_N, len(folds), seed=seed)
     margins: dict[str, np.ndarray] = {}
@@ -88,7 +88,7 @@ def summary(
     differences = {
         m: over_groups(outcome["reward_model"] - outcome[m], group_N, rate=False) for m in ("tfidf", "shorter")
     }
-    # Both are log odds: their sum beats the regression if the reward model has learnt something new.
+    # Both margins are log odds. Their sum beats the regression if the reward model has learnt something new.
     together = margins["reward_model"] + margins["tfidf"]
     gain = diagnostics.win_outcomes(together, np.zeros(len(together))) - outcome["tfidf"]
     members = np.concatenate([np.asarray(fold["members"]) for fold in folds], axis=1).ravel()
@@ -149,7 +149,7 @@ def _methods_table(results: Mapping[str, Any]) -> Table:
 
 
 def groups_table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str] = METHOD_NAMES) -> Table:
-    """Returns a table of the accuracy of each method on groups of pairs; ``names`` has the column titles."""
+    """Returns a table of the accuracy of each method on groups of pairs; ``names`` maps methods to titles."""
     table = _new_table("pairs", "n", *names.values())
     for row in rows:
         table.add_row(row["group"], str(row["pairs"]), *(_percent(row[m]) for m in names if m in row))
@@ -157,7 +157,7 @@ def groups_table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str] = M
 
 
 def titled_tables(results: Mapping[str, Any]) -> list[tuple[str, Table]]:
-    """Returns the tables that the terminal and the report show, with their headings."""
+    """Returns the tables of the terminal output and the report, with their headings."""
     return [
         ("Methods", _methods_table(results)),
         ("Accuracy by turn", groups_table(results["by_turn"])),

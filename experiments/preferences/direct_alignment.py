@@ -1,4 +1,4 @@
-"""Training with DPO and related losses, on given pairs or in rounds of sampling and labelling."""
+"""Trains with DPO and related losses, on given pairs or in rounds of sampling and labelling."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rlhf_jax.train.optim import schedules
 
 
 class LossSpec(NamedTuple):
-    """How to train with a value of ``--loss``."""
+    """The objective and the default hyperparameters of a value of ``--loss``."""
 
     objective: objectives.Objective
     defaults: dict[str, float]
@@ -50,19 +50,19 @@ LOSSES: dict[str, LossSpec] = {
 
 
 class Schedule(NamedTuple):
-    """How a number of pairs is divided into batches; a row is a pair or, for kto, an answer."""
+    """The division of pairs into batches. A row is a pair or, for kto, an answer."""
 
     rows: int
-    """Rows of a batch."""
+    """Number of rows per batch."""
     steps: int
     unseen: int
-    """Rows that a single epoch does not use because they do not fill a batch."""
+    """Number of rows that no step uses, because they do not fill a batch."""
 
 
 def schedule(settings: DirectSettings, pairs: int, *, devices: int = 1) -> Schedule:
-    """Returns the batches for ``pairs`` pairs, whose rows are divided over ``devices``.
+    """Returns the schedule for ``pairs`` pairs if the rows of a batch are sharded over ``devices`` devices.
 
-    Raises SettingError if there are too few rows for one batch.
+    Raises SettingError if the rows are too few for one batch.
     """
     n = pairs if settings.paired else 2 * pairs
     parts = settings.micro_batches * devices
@@ -71,14 +71,14 @@ def schedule(settings: DirectSettings, pairs: int, *, devices: int = 1) -> Sched
     if rows == 0:
         over = f" over {devices} devices" if devices > 1 else ""
         raise settings_lib.SettingError(
-            f"--micro-batches is {settings.micro_batches}{over}, but there are only {n} rows to train on; lower it"
+            f"--micro-batches is {settings.micro_batches}{over}, but there are only {n} rows; lower it"
         )
     steps = settings.epochs * n // rows
     return Schedule(rows, steps, max(0, n - steps * rows))
 
 
 def hyperparameters(settings: DirectSettings, *, learning_rate: float) -> dpo.Hyper:
-    """Returns the hyperparameters of a step: the loss's defaults, overridden by the settings that are set."""
+    """Returns the hyperparameters of a step: the loss's defaults, overridden by the settings that are not None."""
     names = ("beta", "label_smoothing", "odds_weight", "margin", "sft_coef", "desirable_weight", "undesirable_weight")
     values = {name: value for name in names if (value := getattr(settings, name)) is not None}
     hyper = dpo.Hyper(**LOSSES[settings.loss].defaults | values, learning_rate=learning_rate, max_grad_norm=1.0)
@@ -87,7 +87,7 @@ def hyperparameters(settings: DirectSettings, *, learning_rate: float) -> dpo.Hy
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """Trains with one loss in one job; holds the jitted train step and the jitted log-probabilities of answers."""
+    """Trains with one loss in one job. Holds the jitted functions for train steps and for answer log-probabilities."""
 
     job: jobs.Job
     settings: DirectSettings
@@ -126,7 +126,7 @@ class Trainer:
         self.train_step.compile_ahead(executor, state, None, hyper, whole, jax.eval_shape(lambda: jax.random.key(0)))
 
     def data(self, pairs: pairs_lib.Pairs, reference: types.Params, *, name: str) -> types.Preferences:
-        """Returns the rows that the loss takes, with the log-probabilities of the reference if the loss needs them."""
+        """Returns the rows that the loss trains on, with the reference's log-probabilities if the loss needs them."""
         rows: Any = pairs.rows
         if not self.settings.paired:
             rows = pairs_lib.singles(pairs, prompt_width=self.job.task.prompt_width)
@@ -153,18 +153,17 @@ class Trainer:
         settings: DirectSettings | None = None,
         reference_file: str | None = None,
     ) -> types.Params:
-        """Trains a policy from ``start`` on pairs and returns its parameters; a finished run is restored instead.
+        """Trains a policy from ``start`` on pairs and returns its parameters. A finished run is restored, not trained.
 
         Args:
             start: The initial parameters.
-            pairs: The pairs.
-            name: The name of the run, which its checkpoints and its log use.
-            seed: Seed of the order of the batches.
+            pairs: The pairs to train on.
+            name: Name of the run in its checkpoints and its log.
+            seed: Seed of the batch order.
             reference: The reference model; ``start`` by default.
-            settings: Settings whose hyperparameters may differ from the trainer's; loss and batch size must be the
-                same.
-            reference_file: Name of the file with the reference's log-probabilities, for runs that share the pairs and
-                the reference; ``name`` by default.
+            settings: Settings to use instead of the trainer's; the loss and the batch size must be the same.
+            reference_file: Name of the file of the reference's log-probabilities, which runs with the same pairs and
+                the same reference can share; ``name`` by default.
         """
         job, settings = self.job, settings or self.settings
         data = self.data(pairs, start if reference is None else reference, name=reference_file or name)
@@ -192,7 +191,7 @@ class Trainer:
     def accuracy(self, policy: types.Params, reference: types.Params, pairs: pairs_lib.Pairs) -> list[float]:
         """Returns the share of pairs that the implicit reward ranks as labelled, with its 95 % interval.
 
-        Equal rewards count a half; the interval is clustered by prompt. The implicit reward of kto is that of DPO.
+        Equal rewards count as one half. The interval is clustered by prompt. kto uses the implicit reward of DPO.
         """
         chunk = device_mesh.round_rows_up(policy_sampling.LONG_CHUNK, self.job.mesh)
         policy_BK, reference_BK = (
@@ -208,7 +207,7 @@ class Trainer:
 
 
 def make_trainer(job: jobs.Job, settings: DirectSettings, folder: pathlib.Path) -> Trainer:
-    """Builds a trainer; each function is compiled at its first call. Raises SettingError if batches do not divide."""
+    """Builds a trainer without compiling its functions. Raises SettingError if the mesh does not divide a batch."""
     direct_settings.check_mesh(settings, job.settings.mesh)
     logprobs = partial(lm.token_logprobs, cfg=job.cfg, prompt_width=job.task.prompt_width)
     loss = LOSSES[settings.loss]
@@ -220,20 +219,21 @@ def make_trainer(job: jobs.Job, settings: DirectSettings, folder: pathlib.Path) 
 
 
 class Round(NamedTuple):
-    """Means over the answers sampled at the start of a round, and numbers of the pairs made of them."""
+    """Means over the answers sampled at the start of a round, and counts of the resulting pairs."""
 
     reward: float
     kl: float
     gold: float | None
     pairs: int
     left_out: dict[str, int]
-    """Prompts without a pair, by reason."""
+    """Number of prompts without a pair, by reason."""
     unseen: int
-    """Rows in no batch; see `Schedule`."""
+    """Number of rows that no step uses; see `Schedule`."""
 
 
 Judge = Callable[[policy_sampling.Answers, int, jax.Array], np.ndarray]
-"""``(answers, samples, key) -> scores_B``: higher is better; the ``samples`` answers to a prompt are consecutive."""
+"""A function ``(answers, samples, key) -> scores_B``; higher is better. The ``samples`` answers to a prompt are
+consecutive."""
 
 
 def iterate(
@@ -250,18 +250,18 @@ def iterate(
     hold_reference: bool = False,
     settings: DirectSettings | None = None,
 ) -> tuple[types.Params, list[Round]]:
-    """Trains in rounds of sampling, judging and training, each with its own share of the prompts (Xu 2024, 4.3).
+    """Trains in rounds of sampling, judging and training, each on different prompts (Xu 2024, section 4.3).
 
-    The best and the worst of ``samples`` answers to a prompt make a pair. The reference of a round is the policy at its
-    start or, with ``hold_reference``, always ``start``. With many rounds of one or two batches each, this is online
+    The best and the worst of the ``samples`` answers to a prompt form a pair. The reference of a round is the policy at
+    its start or, with ``hold_reference``, always ``start``. Many rounds of one or two batches each amount to online
     DPO.
 
     Returns:
         The final policy, and the results of each round.
 
     Raises:
-        SettingError: The judge has no preference between the answers to any prompt of a round.
-        DivergedError: The judge gives a score that is not finite.
+        SettingError: A round has no pairs, because the judge prefers no answer to another.
+        DivergedError: The judge returns a score that is not finite.
     """
     job, policy, results = trainer.job, start, []
     key = jax.random.fold_in(job.key("ppo"), 20_000 + seed)
@@ -277,8 +277,8 @@ def iterate(
             raise loop.DivergedError(f"round {r} of {name}: {error}") from None
         if len(pairs) == 0:
             raise settings_lib.SettingError(
-                f"round {r} of {name} has no pairs to train on: the judge has no preference in any pair; use fewer "
-                "--rounds, more --samples or another judge"
+                f"round {r} of {name} has no pairs to train on, because the judge prefers no answer to another; "
+                "use fewer --rounds, more --samples or another judge"
             )
         unseen = schedule(settings or trainer.settings, len(pairs), devices=trainer.devices).unseen
         gold = None if answers.gold is None else float(np.mean(answers.gold.total))

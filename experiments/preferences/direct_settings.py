@@ -1,4 +1,4 @@
-"""Settings of DPO and related losses, and their checks; imports neither jax nor the library."""
+"""Settings of DPO and related losses, and their checks. This module imports neither JAX nor the library."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class DirectSettings:
     """Preference loss. ipo, orpo, simpo and dpo-norm average log-probabilities over tokens; orpo and simpo need no
     reference model."""
     beta: float | None = None
-    """Strength of the KL penalty to the reference (for simpo, the scale of the rewards). Default: 0.1; ipo 0.5,
-    dpo-norm 1, simpo 2."""
+    """Strength of the KL penalty to the reference (for simpo, the scale of the rewards). Default: 0.5 for ipo, 1 for
+    dpo-norm, 2 for simpo, and otherwise 0.1."""
     label_smoothing: float | None = None
     """Assumed share of flipped labels, for cdpo and robust. Default: 0.1."""
     desirable_weight: float = 1.0
@@ -38,21 +38,21 @@ class DirectSettings:
     sft_coef: float | None = None
     """Weight of the SFT loss that dpo-sft adds to DPO. Default: 0.5."""
     epochs: int = 1
-    """Passes over the pairs."""
+    """Number of passes over the pairs."""
     batch: int = 64
-    """Pairs per step. For kto each answer is a separate row, so a step has twice as many rows."""
+    """Number of pairs per step. For kto, each answer is a separate row, so a step has twice as many rows."""
     micro_batches: int = 1
-    """Number of parts that each batch is split into to save memory; the gradient is the same."""
+    """Number of parts that each batch is split into to save memory; this does not change the gradient."""
     learning_rate: float | None = None
     """Peak learning rate, with warmup over the first tenth of the steps and cosine decay to a tenth. Default: half of
     --ppo.learning-rate."""
     pairs: int = 4
-    """Maximum number of pairs per prompt, sampled from all its pairs of answers that differ in rank; 0 uses all
+    """Maximum number of pairs per prompt, sampled from all pairs of its answers that differ in rank; 0 uses all
     pairs."""
 
     @property
     def paired(self) -> bool:
-        """Whether a row of a batch is a pair of answers; otherwise it is one labelled answer."""
+        """Whether a row of a batch is a pair of answers. Otherwise, a row is a single labelled answer."""
         return self.loss != "kto"
 
     @property
@@ -62,7 +62,7 @@ class DirectSettings:
 
     @property
     def batch_rows(self) -> int:
-        """Rows of a batch."""
+        """Number of rows per batch."""
         return self.batch if self.paired else 2 * self.batch
 
 
@@ -79,7 +79,7 @@ def check(settings: DirectSettings) -> None:
     value = settings.label_smoothing
     require(value is None or 0 <= value < 0.5, settings, "label_smoothing", "at least 0 and below 0.5")
     rows = settings.batch_rows
-    require_divides(settings, "micro_batches", rows, f"{rows}, the number of rows of a batch")
+    require_divides(settings, "micro_batches", rows, f"{rows}, the number of rows per batch")
     uses = {
         "beta": settings.loss != "orpo",
         "label_smoothing": settings.loss in ("cdpo", "robust"),
@@ -96,7 +96,7 @@ def check(settings: DirectSettings) -> None:
 
 
 def check_mesh(settings: DirectSettings, mesh: settings_lib.Mesh) -> None:
-    """Raises SettingError if the rows of a micro-batch do not divide over the devices."""
+    """Raises SettingError if the devices do not divide the rows of a micro-batch."""
     rows = settings.batch_rows // settings.micro_batches
     parts = f" by --micro-batches {settings.micro_batches}" if settings.micro_batches > 1 else ""
     name = "--batch" if rows == settings.batch else f"the rows of --batch {settings.batch}{parts}"

@@ -1,4 +1,4 @@
-"""Preference pairs and labelled single answers, built from rankings or from scores on the host."""
+"""Builds preference pairs and labelled single answers on the host, from rankings or from scores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlhf_jax.train import dpo, loop
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Preference pairs sorted by prompt, with the preferred answer first, and the prompt of each pair."""
+    """Preference pairs and the prompt of each pair. Pairs are sorted by prompt, and the preferred answer is first."""
 
     rows: types.Preferences
     prompt_B: np.ndarray
@@ -32,7 +32,7 @@ class Pairs:
 def from_rankings(ranked: types.Comparisons, *, prompt_width: int, per_prompt: int, seed: int) -> Pairs:
     """Returns pairs of answers that differ in rank.
 
-    At most ``per_prompt`` pairs of each prompt are drawn at random; 0 keeps all. Raises SettingError if there are none.
+    At most ``per_prompt`` pairs per prompt are drawn at random; 0 keeps all. Raises SettingError if no answers differ.
     """
     ranks_BK, where_BK = np.asarray(ranked.ranks_BK), np.asarray(ranked.where_BK)
     better_BKK = (ranks_BK[:, :, None] < ranks_BK[:, None, :]) & where_BK[:, :, None] & where_BK[:, None, :]
@@ -45,7 +45,7 @@ def from_rankings(ranked: types.Comparisons, *, prompt_width: int, per_prompt: i
         b, i, j = b[kept], i[kept], j[kept]
     if len(b) == 0:
         raise SettingError(
-            "there are no pairs to learn from: no two answers to a prompt differ in rank; use other comparisons"
+            "no two answers to a prompt differ in rank, so there are no pairs to train on; use other comparisons"
         )
     tokens_BKL, mask_BKL = np.asarray(ranked.tokens_BKL), np.asarray(ranked.mask_BKL)
     rows = (np.stack([x[b, i], x[b, j]], axis=1) for x in (tokens_BKL, mask_BKL))
@@ -57,14 +57,15 @@ def best_and_worst(
 ) -> tuple[Pairs, dict[str, int]]:
     """Pairs the best answer to each prompt with the worst answer whose text differs from it.
 
-    Returns the pairs and the number of prompts without one, by reason: all answers have the same score, or all lower
-    answers have the same text as the best. Raises DivergedError for a score that is not finite.
+    Returns the pairs and the number of prompts without a pair, by reason: all answers have the same score, or all
+    answers with a lower score have the same text as the best. Raises DivergedError for a score that is not finite.
     """
     n, samples = scores_BS.shape
     if (bad_BS := ~np.isfinite(scores_BS)).any():
         prompt = int(np.argmax(bad_BS.any(axis=1)))
         raise loop.DivergedError(
-            f"{bad_BS.sum()} of {bad_BS.size} answers have a score that is not finite, the first of prompt {prompt}"
+            f"{bad_BS.sum()} of {bad_BS.size} answers have a score that is not finite; the first one answers prompt "
+            f"{prompt}"
         )
     rows, best = np.arange(n), scores_BS.argmax(axis=1)
     tokens_BSL, mask_BSL = (x.reshape(n, samples, -1) for x in (answers.tokens_BL, answers.mask_BL))
@@ -87,7 +88,7 @@ def _pairs(tokens_BKL: np.ndarray, mask_BKL: np.ndarray, *, prompt_B: np.ndarray
 
 
 def singles(pairs: Pairs, *, prompt_width: int) -> types.Preferences:
-    """Returns the single answers that KTO trains on, labelled good or bad, with the mismatched answers of its baseline.
+    """Returns the single answers that KTO trains on, labelled good or bad, and the mismatched answers for its baseline.
 
     Raises SettingError if all pairs have the same prompt.
     """
@@ -114,7 +115,7 @@ def singles(pairs: Pairs, *, prompt_width: int) -> types.Preferences:
 
 
 def reward_judge(answers: policy_sampling.Answers, samples: int, key: jax.Array) -> np.ndarray:
-    """Returns the reward model's scores."""
+    """Judges answers by their reward-model scores."""
     del samples, key
     return answers.scores_B
 
@@ -122,7 +123,7 @@ def reward_judge(answers: policy_sampling.Answers, samples: int, key: jax.Array)
 def make_labeler_judge(
     job: jobs.Job, temperature: float
 ) -> Callable[[policy_sampling.Answers, int, jax.Array], np.ndarray]:
-    """Returns a judge that ranks the answers to each prompt like a simulated labeler; the labelers take turns."""
+    """Returns a judge that ranks answers as a simulated labeler does; the labelers alternate over prompts."""
     world = job.task.world
     assert world is not None
     pool = world.pool.replace(temperature=jnp.float32(temperature))  # type: ignore[attr-defined]
@@ -140,6 +141,6 @@ def make_labeler_judge(
 
 
 def gold_judge(answers: policy_sampling.Answers, samples: int, key: jax.Array) -> np.ndarray:
-    """Returns the gold utility of the built-in world, a judge without errors."""
+    """Judges answers by their gold utility in the built-in world, without errors."""
     del samples, key
     return np.asarray(answers.gold.total)

@@ -32,8 +32,8 @@ def need_sklearn() -> None:
 class TfidfChoice:
     """A Bradley-Terry model whose score is linear in the TF-IDF features of an answer.
 
-    It is fitted as a logistic regression of "the first answer is better" on the difference of the two answers'
-    features. Each pair enters in both orders and there is no intercept, so that neither order is favoured.
+    The weights are fitted by logistic regression on the difference of the two answers' features. Each pair is used in
+    both orders and there is no intercept, so that neither order is favoured.
     """
 
     def __init__(self, pairs: Sequence[human_comparisons.Pair], *, seed: int) -> None:
@@ -53,7 +53,7 @@ class TfidfChoice:
         self._weights = _fit(difference, self.strength)
 
     def __call__(self, pairs: Sequence[human_comparisons.Pair]) -> np.ndarray:
-        """Returns the score of each chosen answer minus that of the rejected one."""
+        """Returns the score of each chosen answer minus the score of the rejected answer."""
         return np.asarray(self._difference(pairs) @ self._weights)
 
     def _difference(self, pairs: Sequence[human_comparisons.Pair]) -> Any:

@@ -84,7 +84,7 @@ def _score_margins(job: jobs.Job, params: types.Params, batch: types.Comparisons
 
 
 def _accuracy(margin_N: np.ndarray, prompt_N: np.ndarray) -> list[float]:
-    """Returns the share of pairs ranked as labelled with its interval, clustered if prompts have several pairs."""
+    """Returns the share of pairs ranked as labelled and its interval, clustered if prompts have several pairs."""
     if len(np.unique(prompt_N)) == len(prompt_N):
         return list(diagnostics.win_rate(margin_N, np.zeros_like(margin_N)))
     outcome_N = diagnostics.win_outcomes(margin_N, np.zeros_like(margin_N))
@@ -116,7 +116,7 @@ def _diagnose(
 
 
 def _groups(job: jobs.Job, batch: types.Comparisons, prompt_N: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the masks of the pairs by the mean length of their prompt's answers and, if known, by turn."""
+    """Returns masks of the pairs, grouped by the mean answer length of their prompt and, if known, by turn."""
     turn_B = reward_diagnosis.count_turns(job.task, batch)
     length_BK = np.asarray(batch.mask_BKL)[:, :, job.task.prompt_width :].sum(axis=2)
     length_B = (length_BK * np.asarray(batch.where_BK)).sum(axis=1) / np.asarray(batch.where_BK).sum(axis=1)
@@ -129,10 +129,10 @@ def _groups(job: jobs.Job, batch: types.Comparisons, prompt_N: np.ndarray) -> di
 def _normalise(
     job: jobs.Job, settings: RewardSettings, params: types.Params, policy: types.Params, validation: types.Comparisons
 ) -> tuple[types.Params, lm.heads.Normalisation | None]:
-    """Sets gain and bias by one of the published rules; returns the model and the rule with its numbers.
+    """Sets the head's gain and bias by the selected rule; returns the model and a record of the normalisation.
 
-    Ziegler et al. normalise on policy samples before training as well; here this is not needed, because the scores of a
-    fresh head have standard deviation 1.
+    Ziegler et al. also normalise on policy samples before training. This is not needed here, because the scores of a
+    new head have standard deviation 1.
     """
     rule = settings.training.normalise
     if rule == "none":
@@ -148,7 +148,7 @@ def _normalise(
         params = lm.heads.centre(params, jnp.asarray(scores))
     else:
         rows, n = job.task.demonstrations, len(job.task.demonstrations.tokens_BL)
-        # Reference outputs are human answers to the prompts that the policy is evaluated on; here, the second half.
+        # Reference outputs are human answers to evaluation prompts; here, the second half of the demonstrations.
         part = slice(0, min(1024, n)) if rule == "demonstrations" else slice(max(n // 2, n - 1024), n)
         scores = job.sampler.score(params, rows.tokens_BL[part], rows.mask_BL[part])
         params = lm.heads.centre(params, jnp.asarray(_check_finite(scores)))
@@ -162,7 +162,7 @@ def _check_finite(scores: np.ndarray) -> np.ndarray:
 
 
 def titled_tables(results: Mapping[str, Any]) -> list[tuple[str, Table]]:
-    """Returns the tables that the terminal and the report show, with their headings."""
+    """Returns the tables of the terminal output and the report, with their headings."""
     facts = results["reward_model"]
     rows = [
         {"group": "held-out", "pairs": facts["held_out_pairs"], "reward_model": facts["accuracy"]},

@@ -18,8 +18,8 @@ class Training:
     """Training of the reward model. --reward-model.batch and --reward-model.learning-rate apply as well."""
 
     loss: Literal["ranking", "pairs", "plackett-luce", "best"] = "ranking"
-    """Loss: all pairs of a prompt in one row (`ranking`, InstructGPT), the same pairs shuffled as separate rows
-    (`pairs`), the likelihood of the whole ranking (`plackett-luce`), or of the best answer only (`best`, Ziegler)."""
+    """Loss. `ranking` keeps all pairs of a prompt in one row (InstructGPT); `pairs` shuffles them as separate rows.
+    `plackett-luce` is the likelihood of the whole ranking, `best` that of the best answer only (Ziegler)."""
     ties_in_divisor: bool = True
     """Divide the loss of a prompt by the number of all its pairs, as InstructGPT's formula does. If off, divide by the
     number of pairs that are not tied. Only for `ranking`."""
@@ -28,21 +28,21 @@ class Training:
     margin: float = 0.0
     """Margin by which the better answer should score higher. Only for `ranking` and `pairs`."""
     centering: float = 0.0
-    """Weight of the squared sum of the two scores of a pair (0.01 in Eisenstein 2023). Only for `ranking` and
+    """Weight of the penalty on the squared sum of a pair's scores (0.01 in Eisenstein 2023). Only for `ranking` and
     `pairs`."""
     epochs: int = 1
-    """Passes over the comparisons. InstructGPT (C.2) overfits after more than one."""
+    """Number of passes over the comparisons. InstructGPT (C.2) overfits with more than one."""
     heads: int = 1
-    """Number of heads on one trunk: an ensemble whose scores are averaged."""
+    """Number of heads on one trunk. The heads form an ensemble, whose scores are averaged."""
     trains: str = ""
-    """Regular expression that selects the parameters to train by name, such as ^head/; the others are frozen. By
-    default, all are trained."""
+    """Regular expression for the names of the parameters to train, such as ^head/; the others are frozen. Default: all
+    parameters."""
     limit: int | None = None
     """Maximum number of training prompts. Default: all."""
     normalise: Literal["demonstrations", "references", "policy", "held-out", "none"] = "demonstrations"
-    """Texts whose scores are shifted to mean 0 after training: demonstrations (InstructGPT), demonstrations of other
-    prompts as reference outputs (Stiennon), samples of the policy, also scaled to variance 1 (Ziegler), or held-out
-    answers (HH)."""
+    """Texts whose scores are shifted to mean 0 after training: `demonstrations` (InstructGPT), `references`, which are
+    demonstrations for other prompts (Stiennon), `policy` samples, whose scores are also scaled to variance 1 (Ziegler),
+    or `held-out` answers (HH). `none` leaves the scores unchanged."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +50,14 @@ class Pretraining:
     """Preference-model pretraining (PMP) on a crowd's comparisons, before training on the labelers' (HH A.2)."""
 
     prompts: int = 0
-    """Prompts whose answers a simulated crowd ranks for PMP; 0 disables PMP."""
+    """Number of prompts for PMP, whose answers a simulated crowd ranks; 0 disables PMP."""
     agreement: float = 0.6
-    """How often two members of the crowd agree; lower than the labelers' agreement, so that the data is noisier."""
+    """Agreement rate of two crowd members; lower than that of the labelers, so that the data is noisier."""
     polite_taste: float = 0.5
-    """Utility of four polite words to the crowd; larger than for the labelers, so that their preferences differ."""
+    """Utility that the crowd assigns to four polite words; larger than for the labelers, so that preferences differ."""
     binary: bool = True
-    """Turn each pair into two with control tokens, GOOD:A > BAD:A and BAD:B > GOOD:B. If off, train on the rankings."""
+    """Replace each pair A > B with GOOD:A > BAD:A and BAD:B > GOOD:B, which start with control tokens. If off, train on
+    the rankings."""
     rate: float = 0.1
     """Learning rate of PMP as a multiple of --pretrain.learning-rate (0.1 in HH)."""
     tuning_rate: float | None = 0.01
@@ -69,7 +70,7 @@ class CrossValidation:
     """The small models of --folds. Defaults were chosen on inner splits of the training pairs."""
 
     vocab_size: int = 2048
-    """Vocabulary of the byte-level BPE tokenizer of each fold."""
+    """Vocabulary size of each fold's byte-level BPE tokenizer."""
     layers: int = 1
     """Number of layers."""
     width: int = 64
@@ -79,31 +80,31 @@ class CrossValidation:
     mlp: int = 128
     """Width of the gated MLP."""
     prompt_width: int = 32
-    """Maximum tokens of a prompt; the last ones are kept."""
+    """Maximum number of tokens in a prompt; the last tokens are kept."""
     response_width: int = 128
-    """Maximum tokens of an answer; the first ones and the token that ends it are kept."""
+    """Maximum number of tokens in an answer; the first tokens and the end-of-turn token are kept."""
     pretrain_steps: int = 150
-    """Training steps of the base model on the training dialogues."""
+    """Number of training steps of the base model on the training dialogues."""
     pretrain_batch: int = 32
-    """Rows per step of the base model."""
+    """Number of rows per step of the base model."""
     pretrain_learning_rate: float = 6e-3
-    """Peak learning rate of the base model; cosine decay to a tenth."""
+    """Peak learning rate of the base model, with cosine decay to a tenth."""
     members: int = 3
     """Number of reward models trained from each base model; their scores are averaged."""
     epochs: int = 2
-    """Passes of each reward model over the training pairs."""
+    """Number of passes of each reward model over the training pairs."""
     batch: int = 32
-    """Pairs per step."""
+    """Number of pairs per step."""
     learning_rate: float = 1e-3
-    """Peak learning rate of the reward models; linear decay to 0."""
+    """Peak learning rate of the reward models, with linear decay to 0."""
     weight_decay: float = 0.1
     """Weight decay of AdamW."""
     word_dropout: float = 0.2
-    """Share of tokens dropped at random in each training batch."""
+    """Probability of dropping each token of a training batch, except the last token of a sequence."""
 
     @property
     def row_width(self) -> int:
-        """Number of tokens of a packed row."""
+        """Number of tokens per packed row."""
         return self.prompt_width + self.response_width
 
 
@@ -114,7 +115,7 @@ class RewardSettings(settings_lib.Settings):
     command: ClassVar[str] = "reward_model"
 
     folds: int = 0
-    """Number of folds of a cross-validation on --data.path, which also runs two baselines; 0 trains a single model."""
+    """Number of folds for cross-validation on --data.path, which includes two baselines; 0 trains a single model."""
     training: Training = dataclasses.field(default_factory=Training)
     pmp: Pretraining = dataclasses.field(default_factory=Pretraining)
     cv: CrossValidation = dataclasses.field(default_factory=CrossValidation)
@@ -128,7 +129,7 @@ SMOKE_CV |= {"pretrain_batch": 4, "members": 2, "epochs": 1, "batch": 8, "respon
 def _check_pattern(settings: RewardSettings) -> None:
     """Raises SettingError if --training.trains is not a regular expression or matches no parameter.
 
-    The names of the parameters depend on the architecture, not on its size, so a tiny model is enough.
+    Parameter names do not depend on the size of the model, so a tiny model is checked unless --model is set.
     """
     import jax  # these imports are slow, and --help does not need them
 

@@ -25,7 +25,7 @@ from rlhf_jax.train.optim import update as step_lib
 
 
 def _make_loss(training: Training) -> Callable[..., jax.Array]:
-    """Returns the loss of one prompt."""
+    """Returns the loss function of one prompt."""
     if training.loss == "plackett-luce":
         return losses.plackett_luce
     if training.loss == "best":
@@ -47,12 +47,12 @@ def train(
     *,
     validation: types.Comparisons | None = None,
 ) -> types.Params:
-    """Trains the reward model on the labelers' comparisons; several heads are merged into one that gives their mean."""
+    """Trains the reward model on the labelers' comparisons, and merges several heads into one that averages them."""
     training, batch = settings.training, settings.reward_model.batch
     if training.loss == "pairs":
         prompts = len(np.asarray(data.ranks_BK))
         data = comparison_transforms.split_into_pairs(data)
-        # As many pairs per step as a batch of prompts has on average, so that the number of steps is the same.
+        # A step has as many pairs as a batch of prompts on average, so that the number of steps is the same.
         batch = max(1, round(batch * len(np.asarray(data.ranks_BK)) / prompts))
     heads = None if training.heads == 1 else training.heads
     params = start
@@ -129,9 +129,9 @@ def _fit(
 
 
 def pretrain_preference_model(job: jobs.Job, settings: RewardSettings, policy: types.Params) -> types.Params:
-    """Trains a preference model, with a head, on comparisons ranked by a crowd; the reward model starts from it.
+    """Trains a preference model with a head on answers ranked by a crowd; the reward model starts from this model.
 
-    The two control tokens have the ids after the vocabulary during this stage and are removed at its end.
+    The vocabulary is extended by two control tokens during this stage.
     """
     data = _crowd_comparisons(job, settings, policy)
     n = job.cfg.vocab_size
@@ -148,7 +148,7 @@ def pretrain_preference_model(job: jobs.Job, settings: RewardSettings, policy: t
         cfg=cfg,
         loss=losses.ranking,
         trains="",
-        # A batch of rankings has several pairs per prompt; with pairs as rows, a step takes about as many pairs.
+        # A batch of rankings has several pairs per prompt; eight times as many rows are about as many pairs.
         batch=8 * settings.reward_model.batch if settings.pmp.binary else settings.reward_model.batch,
         epochs=1,
         learning_rate=settings.pmp.rate * settings.pretrain.learning_rate,
@@ -157,7 +157,7 @@ def pretrain_preference_model(job: jobs.Job, settings: RewardSettings, policy: t
 
 
 def extend_embeddings(params: types.Params, key: jax.Array, cfg: lm.LMConfig) -> types.Params:
-    """Adds freshly initialised rows for the token ids and positions that only ``cfg`` has."""
+    """Adds newly initialised rows for the token ids and positions that only ``cfg`` has."""
     fresh = lm.init(key, cfg)
     n = params["embed"]["tokens"].shape[0]
     embed = {name: jnp.concatenate([rows, fresh["embed"][name][len(rows) :]]) for name, rows in params["embed"].items()}
@@ -178,7 +178,7 @@ def truncate_embeddings(params: types.Params, cfg: lm.LMConfig) -> types.Params:
 
 
 def _crowd_comparisons(job: jobs.Job, settings: RewardSettings, policy: types.Params) -> types.Comparisons:
-    """Returns samples on prompts other than the labelers', ranked by a noisier crowd with different preferences."""
+    """Returns answers to new prompts, ranked by a noisier crowd with different preferences."""
     world, pmp = settings.world, settings.pmp
     assert job.task.world is not None
     crowd = labelers.make_pool(

@@ -1,12 +1,12 @@
-"""The counterexample of Xu et al. 2024 (theorem 4.1, table 1): DPO can favour an answer that is in no pair.
+"""The counterexample of Xu et al. 2024 (theorem 4.1, table 1): DPO can favour an answer that appears in no pair.
 
-There are three answers and one label, which prefers the first to the second. The reference gives the first two a
-probability of one half each and the third almost none. Every policy that gives the second answer no probability
-minimises the DPO loss, for example (1, 0, 0) and (0.1, 0, 0.9). Reward minus KL has a single optimum, in which the
-third answer has almost no probability.
+The example has three answers and one label, which prefers the first answer to the second. In the reference policy, the
+first two answers have probability one half each, and the third has almost none. Every policy in which the second answer
+has probability 0 minimises the DPO loss, for example (1, 0, 0) and (0.1, 0, 0.9). Reward minus KL has a single optimum,
+in which the third answer has almost no probability.
 
-DPO on a table of independent logits would never change the third one. Networks share weights between answers. So does
-the policy here, which has one weight: ``logits = log reference + theta * (1, -1, 2)``.
+With independent logits, DPO would never change the third logit. Networks share weights between answers, and so does the
+policy in this example. Its only weight is ``theta``: ``logits = log reference + theta * (1, -1, 2)``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def probabilities(params: Any) -> np.ndarray:
 
 
 def loss(probabilities_A: Any, *, beta: float) -> float:
-    """Returns the DPO loss of the pair; the log of a probability of 0 is taken as -10,000."""
+    """Returns the DPO loss of the pair; the log of a probability of 0 is replaced with -10,000."""
     with np.errstate(divide="ignore"):
         logs = np.maximum(np.log(np.asarray(probabilities_A, np.float64)), -1e4)
     reference = np.log(REFERENCE)
@@ -57,7 +57,7 @@ def loss(probabilities_A: Any, *, beta: float) -> float:
 
 
 def train_dpo(*, beta: float = 0.1, steps: int = 400) -> tuple[np.ndarray, float]:
-    """Returns the probabilities that DPO converges to, and its last loss."""
+    """Returns the probabilities that DPO converges to, and the last loss."""
     step = parallel.jit_step(dpo.make_train_step(partial(lm.token_logprobs, cfg=APPLY, prompt_width=1), objectives.dpo))
     state, logs = state_lib.create(_START, _ADAM), {}
     hyper = dpo.Hyper(learning_rate=np.float32(0.1), beta=np.float32(beta))

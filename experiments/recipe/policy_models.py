@@ -24,14 +24,14 @@ def ppo_models(
     critic: bool = True,
     axis_name: str | None = None,
 ) -> ppo.Models:
-    """Returns the functions that PPO calls, for this library's language model.
+    """Returns the functions that PPO calls, for the language model of this library.
 
     Args:
         cfg: The architecture of all models.
-        spec: How answers are sampled.
-        prompt_width: Tokens of a prompt.
-        tables: Tables of the gold utility, which is logged if they are given.
-        samples: Answers to each prompt.
+        spec: Settings of the sampler.
+        prompt_width: Number of tokens in a padded prompt.
+        tables: Tables of the gold utility. If they are given, the gold utility of rollouts is logged.
+        samples: Number of answers to each prompt.
         critic: Whether the method has a critic.
         axis_name: Name of the axis of a ``jax.vmap`` over the whole step.
 

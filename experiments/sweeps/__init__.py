@@ -1,1 +1,1 @@
-"""Many RL runs from the same SFT model and reward model, and their comparison at equal KL."""
+"""Runs many RL methods from the same SFT model and reward model, and compares them at equal KL."""

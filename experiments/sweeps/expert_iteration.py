@@ -1,4 +1,4 @@
-"""Expert iteration (rejection-sampling fine-tuning): samples answers, keeps the best by score, fine-tunes on them."""
+"""Expert iteration (rejection-sampling fine-tuning): fine-tunes a policy on the best of its sampled answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sweeps import run_grid
 
 
 class Round(NamedTuple):
-    """Means over the answers that a round samples, before fine-tuning."""
+    """Means over the answers that a round samples before it fine-tunes."""
 
     reward: float
     kl: float
@@ -40,19 +40,19 @@ def train(
 ) -> tuple[types.Params, list[Round]]:
     """Trains a policy by expert iteration (Anthony et al. 2017).
 
-    Each round uses its own share of the prompts and continues from the policy of the previous round. One round is the
-    rejection sampling of Touvron et al. 2023. The KL to the start is measured and not penalised.
+    Each round uses a different part of the prompts and continues from the policy of the previous round. A single round
+    is the rejection sampling of Touvron et al. 2023. The KL to the start policy is measured but not penalised.
 
     Args:
         job: The job of the run.
         models: The SFT model to start from and the reward model that selects answers.
-        prompts: Prompts of all rounds.
+        prompts: The prompts, which are divided among the rounds.
         name: Prefix of the stages' names.
         seed: Seed of the run.
         rounds: Number of rounds.
-        samples: Answers to each prompt, of which the best is kept.
-        epochs: Passes over the kept answers of a round.
-        learning_rate: Learning rate of the fine-tuning.
+        samples: Number of answers sampled per prompt; the best is kept.
+        epochs: Number of passes over the kept answers in a round.
+        learning_rate: Learning rate of fine-tuning.
 
     Returns:
         The policy of the last round and the measurements of each round.

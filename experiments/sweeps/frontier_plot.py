@@ -1,4 +1,4 @@
-"""Figures and tables of reward against KL over many runs, with intervals."""
+"""Figures and tables of reward and gold utility against KL over many runs, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def _figure(points: Rows, runs: Rows, key: str, label: str, kind: str) -> str:
-    """Returns an SVG of a metric against the root of the KL: runs as dots, means with intervals as crosses."""
+    """Plots a metric against the root of the KL as an SVG; dots are runs, and crosses are means with intervals."""
     with plots.axes(height=2.6) as (svg, (ax,)):
         ax.plot([_root(r["kl"]) for r in runs], [r[key] for r in runs], ".", color=plots.color(kind), alpha=0.35)
         ordered = sorted(points, key=lambda p: p["kl"][0])
@@ -37,7 +37,7 @@ def _figure(points: Rows, runs: Rows, key: str, label: str, kind: str) -> str:
 
 
 def write_sweep(path: pathlib.Path, points: Rows, runs: Rows, *, title: str) -> None:
-    """Writes a self-contained page of a sweep, with one figure per measured number."""
+    """Writes a self-contained HTML page with one figure per metric of a sweep."""
     figures = [_figure(points, runs, key, label, kind) for key, label, kind in _SWEEP_FIGURES if key in runs[0]]
     write_page(path, title, figures, "Dots are runs; crosses are means over seeds with their 95 % intervals.")
 
@@ -47,7 +47,7 @@ _STYLES += (("expert-iteration", "reward_model", "o"), ("best-of-n", "best_of_n"
 
 
 def write_methods(path: pathlib.Path, methods: Rows, *, title: str) -> None:
-    """Writes a page with one figure: each method's gold against the root of the KL, with intervals over seeds."""
+    """Writes an HTML page that plots each method's gold against the root of the KL, with intervals over seeds."""
     styles = {method: (color, marker) for method, color, marker in _STYLES}
     with plots.axes(height=3.4) as (svg, (ax,)):
         for place, each in enumerate(methods):
@@ -56,7 +56,7 @@ def write_methods(path: pathlib.Path, methods: Rows, *, title: str) -> None:
                 x = [_root(kl) for kl in run["kl"]]
                 ax.plot(x, run["gold"], ".", color=plots.color(color), alpha=0.12, markersize=3)
             points = [(at, *point) for at, point in zip(each["at"], each["gold"]) if point[0] is not None]
-            # Methods are shifted slightly, so that their intervals do not cover each other.
+            # Methods are shifted slightly so that their intervals do not overlap.
             x = [_root(at) + 0.012 * (place - len(methods) / 2) for at, *_ in points]
             ax.plot(
                 x,
@@ -81,9 +81,9 @@ _MARKERS = "^os^oDv"
 
 
 def frontier(lines: Rows, *, xlabel: str, ylabel: str) -> str:
-    """Returns an SVG of gold against the root of the KL, with one line per method through its coefficients.
+    """Plots gold against the root of the KL as an SVG; each line connects one method's coefficients.
 
-    Methods with ``paler`` True (shifted data) have dashed lines and hollow markers.
+    Lines whose ``paler`` is True, which show shifted data, are dashed and have hollow markers.
     """
     with plots.axes(height=3.6) as (svg, (ax,)):
         for place, line in enumerate(lines):
@@ -105,7 +105,7 @@ def frontier(lines: Rows, *, xlabel: str, ylabel: str) -> str:
 
 
 def methods_table(methods: Rows, at: Sequence[float]) -> Table:
-    """Returns the table of gold at each KL with its interval over seeds, one row per method."""
+    """Returns a table of gold with its interval over seeds at each KL, one row per method."""
     grid = Table(
         box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False, title="gold utility at a KL of", title_justify="left"
     )
@@ -118,7 +118,7 @@ def methods_table(methods: Rows, at: Sequence[float]) -> Table:
 
 
 def write_page(path: pathlib.Path, title: str, figures: Sequence[str], note: str, *, tables: str = "") -> None:
-    """Writes a self-contained page of SVG figures, a note and optional HTML tables."""
+    """Writes a self-contained HTML page of SVG figures, a note and optional HTML tables."""
     colors = "color:var(--ink);background:var(--paper)"
     style = f"body{{font:15px sans-serif;max-width:46em;margin:2em auto;padding:0 1em;{colors}}}"
     style += "td,th{padding:.2em .6em;text-align:right}"
@@ -130,7 +130,7 @@ def write_page(path: pathlib.Path, title: str, figures: Sequence[str], note: str
 
 
 def table(points: Sequence[Mapping[str, Any]]) -> Table:
-    """Returns the table of means with their intervals over seeds, one row per coefficient."""
+    """Returns a table of means with their intervals over seeds, one row per coefficient."""
     names = [name for name in points[0] if name != "kl_coef"]
     grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     grid.add_column("KL coef", justify="right")
@@ -142,9 +142,9 @@ def table(points: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def interval_text(estimate: Sequence[float | None]) -> str:
-    """Returns a mean with half the width of its interval as text."""
+    """Formats a mean and half the width of its interval."""
     mean, low, high = estimate
-    # Student's intervals are symmetric.
+    # Student's t intervals are symmetric.
     return f"{mean:.3f}" if low is None or high is None else f"{mean:.3f} ±{(high - low) / 2:.3f}"
 
 

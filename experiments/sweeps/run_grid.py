@@ -24,19 +24,19 @@ class StartModels(NamedTuple):
     sft: types.Params
     """The baseline of win rates."""
     start: types.Params
-    """The SFT model from which the runs start; also the KL reference."""
+    """The SFT model that the runs start from, which is also the KL reference."""
     reward: types.Params
     heldout: types.Params | None = None
     """A second reward model, whose scores are only logged."""
 
     @property
     def frozen(self) -> ppo.Frozen:
-        """The frozen models that PPO takes."""
+        """The frozen models for PPO."""
         return ppo.Frozen(reference=self.start, reward=self.reward, heldout=self.heldout)
 
 
 class Cell(NamedTuple):
-    """One run: its name, which is its stage in logs and checkpoints, its settings and its seed."""
+    """One run. Its name is its stage in logs and checkpoints."""
 
     name: str
     settings: PPO
@@ -45,7 +45,7 @@ class Cell(NamedTuple):
 
 
 def prepare(job: jobs.Job) -> StartModels:
-    """Runs the recipe up to the reward model; finished stages are restored."""
+    """Runs the recipe up to the reward model, and restores finished stages."""
     settings = job.settings
     base = stages.pretrain(job)
     sft = stages.supervised(job, "sft", base, epochs=settings.sft.epochs, mix=0.0)
@@ -57,7 +57,7 @@ def prepare(job: jobs.Job) -> StartModels:
 def train(job: jobs.Job, models: StartModels, cell: Cell, *, step: parallel.JitStep | None = None) -> types.Params:
     """Trains one run, resuming from its last checkpoint, and returns its averaged policy.
 
-    ``step`` is a compiled step for the cell's method; by default a new one.
+    ``step`` is the compiled step of the cell's method; by default, a new one is compiled.
     """
     cell_job = with_settings(job, cell.settings)
     batch_at, hyper_at = stages.ppo_inputs(cell_job, "ppo", ptx_coef=cell.ptx_coef)
@@ -75,10 +75,10 @@ def train(job: jobs.Job, models: StartModels, cell: Cell, *, step: parallel.JitS
 
 
 def train_together(job: jobs.Job, models: StartModels, cells: Sequence[Cell]) -> list[types.Params]:
-    """Trains all runs in one program, ``jax.vmap`` of the step over keys and hyperparameters; returns their policies.
+    """Trains all runs in one program that vmaps the step over keys and hyperparameters; returns their policies.
 
-    The cells may differ only in seed and in traced hyperparameters. On a CPU this is as fast as one run after the
-    other; on an accelerator that a single small run does not fill, all runs together take about as long as one.
+    The cells may differ only in seed and in traced hyperparameters. On a CPU this takes as long as separate runs. If a
+    single small run does not fill an accelerator, all runs together take about as long as one.
     """
     first, M = with_settings(job, cells[0].settings), len(cells)
     single_step = ppo.make_train_step(
@@ -113,18 +113,18 @@ def train_together(job: jobs.Job, models: StartModels, cells: Sequence[Cell]) ->
 def measure(
     job: jobs.Job, models: StartModels, prompts: Any, baseline: Any, policy: types.Params, *, seed: int
 ) -> dict[str, float]:
-    """Returns reward, KL, length, gold and win rate of a policy on held-out prompts.
+    """Returns a policy's mean reward, KL, length, gold and win rate on held-out prompts.
 
     Args:
         job: The job of the run.
         models: The models that all runs share.
         prompts: The held-out prompts.
-        baseline: Answers from `sample_answers` that the policy's answers are compared with.
+        baseline: Answers from `sample_answers` to compare the policy's answers with.
         policy: Parameters of the policy.
         seed: Seed of the sampling.
 
     Returns:
-        The means; without the built-in world there is no gold and no win rate.
+        The means. Gold and win rate are missing without the built-in world.
     """
     answers = sample_answers(job, models, prompts, policy, seed=seed)
     numbers = {"reward": answers.scores_B, "kl": answers.kl_B, "length": answers.lengths_B}
@@ -138,18 +138,18 @@ def measure(
 def sample_answers(
     job: jobs.Job, models: StartModels, prompts: Any, policy: types.Params, *, seed: int
 ) -> policy_sampling.Answers:
-    """Returns a policy's answers to held-out prompts, with reward and KL to the start."""
+    """Returns a policy's answers to held-out prompts, with their reward and KL to the start policy."""
     key = jax.random.fold_in(job.key("evaluate"), seed)
     return job.sampler(policy, models.start, models.reward, prompts, key)
 
 
 def mean_over_seeds(numbers: Sequence[dict[str, float]]) -> dict[str, list[float]]:
-    """Returns the mean and the 95 % interval over seeds of each number."""
+    """Returns each number's mean and 95 % interval over seeds."""
     return {name: list(diagnostics.mean_interval([each[name] for each in numbers])) for name in numbers[0]}
 
 
 def with_settings(job: jobs.Job, settings: PPO) -> jobs.Job:
-    """Returns the job with other RL settings and its own RL step."""
+    """Returns a copy of the job with other RL settings and the matching optimiser."""
     return dataclasses.replace(
         job, settings=dataclasses.replace(job.settings, ppo=settings), ppo_tx=optimiser_choice.ppo(settings)
     )

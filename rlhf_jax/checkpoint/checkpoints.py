@@ -1,15 +1,15 @@
-"""Checkpoints: atomic, hashed leaf by leaf, and restored from the newest undamaged one.
+"""Saving and restoring of checkpoints, which are written atomically and hashed leaf by leaf.
 
-Orbax writes the arrays in the background, into a temporary folder that is renamed when complete. It keeps no checksum
-of array data, so a manifest next to the arrays holds a SHA-256 of every leaf and of its own contents, and
-`Checkpoints.restore` returns only arrays that match it. On disk::
+Orbax writes the arrays in the background to a temporary folder, which is renamed when it is complete. Because Orbax
+stores no checksums of array data, a manifest next to the arrays contains the SHA-256 of every leaf and of its own
+contents. `Checkpoints.restore` returns only arrays that match their manifest. A checkpoint consists of these files::
 
     directory/step_000000100/state/...     the leaves, by number
     directory/step_000000100/manifest/...  paths, shapes, dtypes, digests, the caller's metadata
 
-Several processes may share a directory on a common file system. All of them save and restore, and the number of
-processes and devices may change between a save and a restore. An array that spans processes is gathered to compute its
-digest.
+In a multi-process job, all processes must save and restore together, in a directory on a shared file system. The number
+of processes and devices may change between saving and restoring. An array that is sharded across processes is gathered
+to compute its digest.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _ASIDE = "set_aside_"
 CheckpointError = manifest_lib.CheckpointError
 
 
-# Errors in Orbax's threads are raised by `Checkpoints.wait`, so they need not be logged as well.
+# `Checkpoints.wait` raises the errors of Orbax's threads, so they need not be logged as well.
 logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -57,7 +57,7 @@ def _reason(error: BaseException) -> str:
 
 
 _on_all = partial(processes.call_on_all, error=manifest_lib.DamagedError)
-"""Damage that one process detects is an error in all processes, so that all of them resume from the same step."""
+"""Runs a function and raises its DamagedError in all processes, so that all of them resume from the same step."""
 
 
 def _read_manifest(checkpointer: Any, path: epath.Path) -> dict[str, Any]:
@@ -97,11 +97,11 @@ def _read_arrays(checkpointer: Any, path: epath.Path, entries: list[Any], leaves
 def _check_digests(digests: list[str], entries: list[Any]) -> None:
     for digest, entry in zip(digests, entries):
         if digest != entry["sha256"]:
-            raise manifest_lib.DamagedError(f"the digest of {entry['path']} does not match its manifest")
+            raise manifest_lib.DamagedError(f"the digest of {entry['path']} does not match the manifest")
 
 
 def _read_verified(checkpointer: Any, path: epath.Path, entries: list[Any], leaves: list[Any]) -> list[Any]:
-    """Returns the stored arrays, after checking their digests in all processes, with the shardings of ``leaves``."""
+    """Returns the stored arrays with the shardings of ``leaves``, after checking their digests in all processes."""
     arrays = _on_all(lambda: _read_arrays(checkpointer, path, entries, leaves))
     digests = [manifest_lib.digest(array) for array in arrays]
     _on_all(lambda: _check_digests(digests, entries))
@@ -126,21 +126,21 @@ def _read(checkpointer: Any, path: epath.Path, like: Any) -> tuple[Any, dict[str
 
 
 class Checkpoints:
-    """The checkpoints of one run in one directory.
+    """The checkpoints of one run, in one directory.
 
-    Use it as a context manager or call `close`: a process that exits during a save loses that save, but not the
-    previous one. An old checkpoint is removed only after a newer one was read back and verified (except for arrays that
-    span processes, which are not read back). After `restore`, the first `save` renames the steps that are newer than
-    the restored one, damaged or not, and removes them once it has been verified.
+    Use this class as a context manager, or call `close` at the end. A process that exits during a save loses that save
+    but not the previous one. An old checkpoint is removed only after a newer one has been read back and verified; a
+    multi-process job skips this verification. The first `save` after `restore` renames all steps newer than the
+    restored one, damaged or not; they are removed once the new checkpoint has been verified.
 
     Attributes:
         skipped: Step and damage of each checkpoint that `restore` skipped.
 
     Args:
-        directory: Directory of the checkpoints, created by the first save; local, or any that Orbax can write to
-            (``gs://...``).
-        keep: Number of checkpoints to keep, at least 1; with 1 there is no older checkpoint to fall back to.
-        warn: Called with each warning; by default `warnings.warn`.
+        directory: Directory of the checkpoints, created by the first save; a local path, or any other path that Orbax
+            supports, such as ``gs://...``.
+        keep: Number of checkpoints to keep, at least 1. With 1, `restore` has no older checkpoint to fall back to.
+        warn: Function called with each warning; `warnings.warn` by default.
 
     Raises:
         ValueError: ``keep`` is below 1.
@@ -175,7 +175,7 @@ class Checkpoints:
             self._warn(str(failed))
 
     def steps(self) -> list[int]:
-        """Returns the completed steps on disk in ascending order; `restore` checks whether they are undamaged."""
+        """Returns the steps of all complete checkpoints in ascending order, without checking them for damage."""
         try:
             if not self.directory.exists():
                 return []
@@ -185,21 +185,21 @@ class Checkpoints:
             raise CheckpointError(f"cannot list the checkpoints in {self.directory}: {_reason(error)}") from error
 
     def latest(self) -> int | None:
-        """Returns the newest completed step, or None; all processes must call it together."""
+        """Returns the step of the newest complete checkpoint, or None; all processes must call this together."""
         steps = processes.broadcast_from_first(self.steps())
         return steps[-1] if steps else None
 
     def save(self, step: int, state: Any, metadata: dict[str, Any] | None = None) -> None:
-        """Starts to write ``state`` and returns as soon as its arrays may be donated or changed.
+        """Starts to save ``state`` and returns as soon as its arrays may be donated or modified.
 
         Args:
-            step: Number of the checkpoint, greater than every step on disk (after `restore`: than the restored step).
+            step: Step number, greater than the newest step on disk or, after `restore`, than the restored step.
             state: Any pytree of arrays, numbers and typed PRNG keys, such as a ``TrainState``.
-            metadata: JSON values, returned by `restore`.
+            metadata: Dict of JSON values, which `restore` returns.
 
         Raises:
-            CheckpointError: This save or the previous one failed (the disk is full, read-only or gone), or ``step``
-                is not greater than the newest one.
+            CheckpointError: This save or the previous one failed (for example because the disk is full or read-only),
+                or ``step`` is too small.
             TypeError: A leaf is not an array or a number, or JSON cannot represent the metadata.
         """
         arrays, manifest = manifest_lib.make_manifest(state, dict(metadata or {}))
@@ -207,7 +207,7 @@ class Checkpoints:
         if not self._prepared:
             self._prepare(step)
         if not self.directory.exists():
-            raise CheckpointError(f"cannot save step {step} in {self.directory}: the directory has vanished")
+            raise CheckpointError(f"cannot save step {step} in {self.directory}: the directory no longer exists")
         if self._restored is not None:
             newer = [saved for saved in self.steps() if saved > self._restored]
             self._move([(self._path(saved), self.directory / f"{_ASIDE}{saved:09d}") for saved in newer])
@@ -223,19 +223,19 @@ class Checkpoints:
         self._saving, self._restored = step, None
 
     def restore(self, like: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
-        """Restores the newest undamaged checkpoint, with a warning for each damaged one that it skips.
+        """Restores the newest undamaged checkpoint and warns about each damaged checkpoint that it skips.
 
         Args:
-            like: A pytree of arrays or ``jax.ShapeDtypeStruct`` that gives the structure, dtypes and shardings, and
-                everything that is not a leaf (the functions of a ``TrainState``). None restores dicts and lists of
-                arrays without it.
-            step: The step to restore; by default the newest undamaged one.
+            like: Pytree of arrays or ``jax.ShapeDtypeStruct`` with the requested structure, dtypes and shardings, and
+                with everything that is not a leaf, such as the functions of a ``TrainState``. None is allowed if the
+                state consists of dicts and lists of arrays.
+            step: Step to restore; by default, the newest undamaged one.
 
         Returns:
-            ``(step, state, metadata)``; the arrays equal the saved ones bit for bit.
+            ``(step, state, metadata)``; the arrays are bit-identical to the saved ones.
 
         Raises:
-            CheckpointError: There is no undamaged checkpoint, or its structure differs from ``like``.
+            CheckpointError: No undamaged checkpoint exists, or the checkpoint and ``like`` have different structures.
         """
         self.wait()
         steps = processes.broadcast_from_first(self.steps())
@@ -257,7 +257,7 @@ class Checkpoints:
         raise CheckpointError(f"there is no checkpoint to restore in {self.directory}: {why}")
 
     def wait(self) -> None:
-        """Waits until a pending save is on disk, verifies it, and removes the checkpoints that it makes obsolete."""
+        """Waits until a pending save is on disk, verifies it, and removes checkpoints that are no longer needed."""
         if self._saving is None:
             return
         step, self._saving = self._saving, None
@@ -265,14 +265,14 @@ class Checkpoints:
             self._checkpointer.wait_until_finished()
         except Exception as error:
             self._close_writer()
-            reason = _reason(error) if self.directory.exists() else "the directory has vanished"
+            reason = _reason(error) if self.directory.exists() else "the directory no longer exists"
             raise CheckpointError(f"cannot save step {step} in {self.directory}: {reason}") from error
         steps = self.steps()
         if step not in steps:
-            raise CheckpointError(f"step {step} was saved in {self.directory} but has vanished")
+            raise CheckpointError(f"step {step} was saved in {self.directory} but no longer exists")
         obsolete = [self._path(old) for old in steps[: -self.keep]]
         obsolete += [child for child in self.directory.iterdir() if child.name.startswith(_ASIDE)]
-        # Every process calls _move, which has a barrier, because the processes may list different steps.
+        # Every process must reach the barrier in _move, although the processes may list different steps.
         self._move([(path, None) for path in (obsolete if obsolete and self._is_undamaged(step) else [])])
 
     def close(self) -> None:
@@ -293,11 +293,11 @@ class Checkpoints:
     def _close_writer(self) -> None:
         checkpointer, self._checkpointer = self._checkpointer, None
         if checkpointer is not None:
-            with contextlib.suppress(Exception):  # `wait` has raised it already
+            with contextlib.suppress(Exception):  # `wait` has already raised the error
                 checkpointer.close()
 
     def _prepare(self, step: int) -> None:
-        """Creates the directory and removes incomplete checkpoints of a killed process."""
+        """Creates the directory and removes incomplete checkpoints left by a killed process."""
         try:
             if jax.process_index() == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -336,7 +336,7 @@ class Checkpoints:
 
 
 def save_params(path: str | os.PathLike[str], params: Any, metadata: dict[str, Any] | None = None) -> None:
-    """Writes parameters with their digests, and replaces earlier parameters at ``path`` atomically.
+    """Saves parameters with their digests, replacing earlier parameters at ``path`` atomically.
 
     >>> import tempfile
     >>> import jax.numpy as jnp
@@ -347,9 +347,9 @@ def save_params(path: str | os.PathLike[str], params: Any, metadata: dict[str, A
     [0. 1. 2.]
 
     Args:
-        path: A folder.
+        path: Folder to write to.
         params: Nested dicts or lists of arrays.
-        metadata: JSON values, as in `Checkpoints.save`.
+        metadata: Dict of JSON values, as in `Checkpoints.save`.
 
     Raises:
         TypeError: ``params`` contains a container other than a dict with string keys or a list.
@@ -357,7 +357,7 @@ def save_params(path: str | os.PathLike[str], params: Any, metadata: dict[str, A
     """
     _, leaves, treedef = manifest_lib.flatten(params)
     if manifest_lib.json_structure(treedef, len(leaves)) is None:
-        raise TypeError("save_params takes nested dicts with string keys, or lists, of arrays")
+        raise TypeError("params must consist of arrays in nested lists or dicts with string keys")
     with Checkpoints(path, keep=1) as checkpoints:
         newest = checkpoints.latest()
         checkpoints.save(0 if newest is None else newest + 1, params, metadata)
@@ -366,8 +366,8 @@ def save_params(path: str | os.PathLike[str], params: Any, metadata: dict[str, A
 def load_params(path: str | os.PathLike[str], like: Any = None) -> Any:
     """Returns the parameters that `save_params` wrote, after checking their digests.
 
-    ``like``, a tree of arrays or ``jax.ShapeDtypeStruct``, gives the shardings; without it, arrays are not sharded.
-    Raises `CheckpointError` if the parameters are missing or damaged.
+    ``like`` is a pytree of arrays or ``jax.ShapeDtypeStruct`` with the requested shardings; without it, the arrays are
+    not sharded. Raises `CheckpointError` if the parameters are missing or damaged.
     """
     with Checkpoints(path, keep=1) as checkpoints:
         return checkpoints.restore(like)[1]

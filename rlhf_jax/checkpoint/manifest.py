@@ -1,6 +1,7 @@
-"""The manifest of a checkpoint: path, shape, dtype and SHA-256 of every leaf, and a digest of the manifest itself.
+"""The manifest of a checkpoint, which records the path, shape, dtype and SHA-256 of every leaf.
 
-Orbax keeps no checksum of array data, so the manifest is stored next to the arrays and checked on restore.
+Orbax stores no checksums of array data. The manifest is therefore stored next to the arrays, with a digest of itself,
+and checked on restore.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ def is_prng_key(leaf: Any) -> bool:
 
 
 def _dtype_name(leaf: Any) -> str:
-    """Returns ``float32``, ``key<fry>``, or ``python int`` for a scalar without a dtype."""
+    """Returns the dtype as text, such as ``float32`` or ``key<fry>``; ``python int`` for a Python integer."""
     return str(leaf.dtype) if hasattr(leaf, "dtype") else f"python {type(leaf).__name__}"
 
 
 def _as_array(leaf: Any, path: str) -> jax.Array | np.ndarray:
-    """Returns the array that is stored for a leaf; for a typed PRNG key, its key data."""
+    """Returns the array to store for a leaf; for a typed PRNG key, its key data."""
     if is_prng_key(leaf):
         return jax.random.key_data(leaf)
     if isinstance(leaf, jax.Array | np.ndarray):
@@ -44,10 +45,12 @@ def _as_array(leaf: Any, path: str) -> jax.Array | np.ndarray:
         array = np.asarray(leaf)
     else:
         raise TypeError(
-            f"a checkpoint can hold arrays and numbers only; {path or 'the state'} is a {type(leaf).__name__}"
+            f"a checkpoint may contain arrays and numbers only; {path or 'the state'} is a {type(leaf).__name__}"
         )
     if array.dtype == object:
-        raise TypeError(f"a checkpoint can hold arrays and numbers only; {path or 'the state'} is an array of objects")
+        raise TypeError(
+            f"a checkpoint may contain arrays and numbers only; {path or 'the state'} is an array of objects"
+        )
     return array
 
 
@@ -78,7 +81,7 @@ def flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
 
 
 def json_structure(treedef: Any, count: int) -> Any:
-    """Returns a tree with numbers as leaves if JSON can represent it (dicts and lists), otherwise None."""
+    """Returns the tree with numbered leaves if JSON can represent it (dicts and lists), otherwise None."""
     numbered = jax.tree.unflatten(treedef, range(count))
     try:
         parsed = json.loads(json.dumps(numbered))
@@ -99,7 +102,7 @@ def make_manifest(state: Any, metadata: dict[str, Any]) -> tuple[dict[str, Any],
         prng = {"prng": str(jax.random.key_impl(leaf))} if is_prng_key(leaf) else {}
         entry = {"path": path, "shape": list(np.shape(leaf)), "dtype": _dtype_name(leaf), "stored": stored}
         entries.append(entry | {"sha256": digest(array)} | prng)
-        if array.size:  # Orbax refuses empty arrays, which shape and dtype describe in full
+        if array.size:  # Orbax rejects empty arrays; their shape and dtype suffice
             arrays[leaf_name(index)] = array
     structure = json_structure(treedef, len(leaves))
     body = json.dumps({"leaves": entries, "skeleton": structure, "metadata": metadata})
@@ -116,7 +119,7 @@ def check_structure(manifest: dict[str, Any], paths: list[str], leaves: list[Any
         source: Path of the checkpoint, for the error message.
 
     Raises:
-        CheckpointError: The structures differ; the message names a leaf.
+        CheckpointError: The structures, shapes or dtypes differ.
     """
     saved = [entry["path"] for entry in manifest["leaves"]]
     if saved != paths:
@@ -142,7 +145,7 @@ def requested_sharding(leaf: Any) -> jax.sharding.Sharding | None:
 
 
 def restore_leaf(array: Any, entry: dict[str, Any], leaf: Any) -> Any:
-    """Converts the array that was stored for a leaf to the type of ``leaf``: PRNG key, NumPy, JAX or Python scalar."""
+    """Converts a stored array to the type of ``leaf``: PRNG key, NumPy array, JAX array or Python scalar."""
     if "prng" in entry:
         key = jax.random.wrap_key_data(jnp.array(array), impl=entry["prng"])
         sharding = requested_sharding(leaf)
@@ -166,4 +169,4 @@ def parse_manifest(raw: dict[str, Any]) -> dict[str, Any]:
             return json.loads(body)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DamagedError("its manifest cannot be read") from error
-    raise DamagedError("its manifest does not match its own digest")
+    raise DamagedError("the digest of its manifest does not match")

@@ -1,6 +1,7 @@
 """Accuracy of reward models: by stratum, on training and validation pairs, and among responses with high scores.
 
-All functions count tied scores as a half. Small samples are kept and have wide intervals.
+In all functions, a tie between the two scores of a pair counts as half correct. Small strata are not dropped; their
+intervals are wide.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ class Stratum(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """A range of neighbouring values, used as a label that can be sorted and printed."""
+    """A range of values, for use as a stratum label that can be sorted and printed."""
 
     low: float
     high: float
 
     def __str__(self) -> str:
-        """Returns ``3–12``, with both ends included, or one number if the ends are equal."""
+        """Formats the range as ``3–12``, with both ends included, or as one number if the ends are equal."""
         # Whole numbers are printed in full: "g" alone would print a length of 1234567 as 1.23457e+06.
         low, high = (f"{x:.0f}" if x == round(x, 0) and abs(x) < 1e15 else f"{x:g}" for x in self)
         return low if low == high else f"{low}–{high}"
@@ -53,19 +54,19 @@ class GeneralisationGap(NamedTuple):
 
 
 class ThresholdScan(NamedTuple):
-    """Accuracy for each of N increasing thresholds; arrays of length N. The subsets of pairs are nested."""
+    """Accuracy on the pairs that reach each of N increasing thresholds. Arrays have length N."""
 
     threshold: np.ndarray
     accuracy: np.ndarray
     """Accuracy on the pairs whose two scores are both at least the threshold; NaN if there are none."""
     lo: np.ndarray
     hi: np.ndarray
-    """Ends of the interval of the accuracy; 0 and 1 if there are no pairs."""
+    """Bounds of the interval of the accuracy; 0 and 1 if there are no pairs."""
     count: np.ndarray
-    """Number of pairs that pass the threshold."""
+    """Number of pairs that reach the threshold."""
     spearman: float
-    """Rank correlation of threshold and accuracy over the thresholds that at least one pair passes; NaN for fewer than
-    3 of them or constant accuracy. The points share pairs, so there is no p-value."""
+    """Rank correlation of threshold and accuracy over the thresholds that at least one pair reaches. It is NaN if fewer
+    than 3 thresholds remain or the accuracy is constant. It has no p-value because the thresholds share pairs."""
 
 
 def accuracy_by_stratum(
@@ -76,22 +77,22 @@ def accuracy_by_stratum(
     prompts: Sequence[Hashable] | None = None,
     confidence: float = 0.95,
 ) -> list[Stratum]:
-    """Computes the accuracy on each stratum of the pairs, such as an annotator, a turn, a domain or a range of lengths.
+    """Computes the accuracy on each stratum of pairs, such as each annotator, turn, domain or range of lengths.
 
     Args:
         chosen: Scores of the preferred responses, one per pair.
         rejected: Scores of the other responses, in the same order.
         strata: One hashable label per pair; None and NaN mean that the pair has no label.
-        prompts: One prompt label per pair. The pairs of a prompt are correlated, so intervals then count prompts, as in
-            `intervals.ratio_interval`. Without it all pairs count as independent, as in `intervals.win_rate`.
+        prompts: One prompt label per pair. Pairs that share a prompt are correlated, so intervals then treat prompts as
+            independent (`intervals.ratio_interval`). If None, they treat pairs as independent (`intervals.win_rate`).
         confidence: Coverage of the intervals.
 
     Returns:
-        The strata sorted by label, or in order of appearance if labels cannot be sorted; None comes last. The counts
-        add up to the number of pairs.
+        The strata sorted by label, or in order of appearance if the labels cannot be sorted; None comes last. The
+        counts add up to the number of pairs.
 
     Raises:
-        ValueError: As in `intervals.win_outcomes`, or if there is not one label, or prompt, per pair.
+        ValueError: As in `intervals.win_outcomes`, or if there is not one label and one prompt per pair.
 
     Example:
         >>> from rlhf_jax import diagnostics
@@ -114,10 +115,10 @@ def accuracy_by_stratum(
 
 
 def quantile_buckets(values: npt.ArrayLike, *, count: int = 4) -> list[Bucket]:
-    """Returns the bucket of each value, for at most ``count`` buckets with about equally many values.
+    """Assigns each value to one of at most ``count`` buckets that contain about equally many values.
 
-    Equal values share a bucket, so ties can reduce the number of buckets. Raises ValueError if ``values`` is empty, not
-    of rank 1 or contains NaN, or if ``count`` is below 1.
+    Equal values share a bucket, so ties can reduce the number of buckets. Raises ValueError if ``values`` is empty, is
+    not of rank 1 or contains NaN, or if ``count`` is below 1.
     """
     values = intervals.samples(values)
     if count < 1:
@@ -138,19 +139,20 @@ def generalisation_gap(
     validation_prompts: Sequence[Hashable] | None = None,
     confidence: float = 0.95,
 ) -> GeneralisationGap:
-    """Tests for overfitting: accuracy and loss on training and on validation pairs, with intervals of the differences.
+    """Compares accuracy and loss on training pairs with those on validation pairs to detect overfitting.
 
-    A gap whose interval is above 0 indicates overfitting, which InstructGPT (3.5, footnote 5) reports after one epoch
-    over shuffled pairs. The intervals of the gaps are those of `intervals.difference`.
+    A gap whose interval is above 0 indicates overfitting. InstructGPT (3.5, footnote 5) reports overfitting after one
+    epoch over shuffled pairs. The intervals of the gaps are computed by `intervals.difference`.
 
     Args:
         train_chosen: Scores of the preferred responses of the training pairs.
         train_rejected: Scores of the other responses of the training pairs.
         validation_chosen: Scores of the preferred responses of the validation pairs.
         validation_rejected: Scores of the other responses of the validation pairs.
-        train_prompts: One prompt label per training pair. The pairs of a prompt, as from K-way rankings, are
-            correlated, so intervals then count prompts. Without it all pairs count as independent.
-        validation_prompts: The same for the validation pairs.
+        train_prompts: One prompt label per training pair. Pairs that share a prompt, such as the pairs of a K-way
+            ranking, are correlated, so intervals then treat prompts as independent. If None, they treat pairs as
+            independent.
+        validation_prompts: One prompt label per validation pair, or None.
         confidence: Coverage of all intervals.
 
     Returns:
@@ -179,21 +181,21 @@ def accuracy_above_threshold(
     prompts: Sequence[Hashable] | None = None,
     confidence: float = 0.95,
 ) -> ThresholdScan:
-    """Computes the accuracy on the pairs whose two scores both pass a threshold (Bai 2022, Fig 25).
+    """Computes the accuracy on the pairs whose two scores both reach a threshold (Bai 2022, Fig 25).
 
-    RL drives all responses to high scores, so a reward model has to distinguish between good and better responses, not
-    only between good and bad ones.
+    RL raises the scores of all responses, so a reward model must distinguish good responses from better ones, not only
+    from bad ones.
 
     Args:
         chosen: Scores of the preferred responses, one per pair.
         rejected: Scores of the other responses, in the same order.
-        thresholds: Minimum scores. The default is the deciles of the lower score of each pair, which keep 100 %, 90 %,
+        thresholds: Minimum scores. By default, the deciles of the lower score of each pair, which keep 100 %, 90 %,
             ..., 10 % of the pairs.
         prompts: One prompt label per pair, as in `accuracy_by_stratum`.
         confidence: Coverage of the intervals.
 
     Returns:
-        Accuracy, interval and count for each distinct threshold, and their rank correlation.
+        Accuracy, interval and count for each distinct threshold, and the rank correlation.
 
     Raises:
         ValueError: As in `intervals.win_outcomes`, if a threshold is NaN, or if there is not one prompt per pair.
@@ -225,13 +227,13 @@ def rate(
     groups: np.ndarray | None = None,
     confidence: float = 0.95,
 ) -> intervals.Estimate:
-    """Returns `intervals.win_rate` of a subset of the pairs, which may be empty.
+    """Computes `intervals.win_rate` on a subset of the pairs, which may be empty.
 
     Args:
         a: Scores, one per pair.
         b: Scores to compare with, in the same order.
         rows: Mask or indices of the subset; all pairs by default.
-        groups: Index of the prompt of each pair (`prompt_groups`), for an interval that counts prompts.
+        groups: Index of each pair's prompt (`prompt_groups`). If given, the interval treats prompts as independent.
         confidence: Coverage of the interval.
 
     Returns:
@@ -251,7 +253,7 @@ def rate(
 
 
 def prompt_groups(prompts: Sequence[Hashable] | None, pairs: int) -> np.ndarray | None:
-    """Returns the index of each pair's prompt, or None without prompts; raises ValueError if the lengths differ."""
+    """Returns the index of each pair's prompt, or None if ``prompts`` is None; raises ValueError if lengths differ."""
     return None if prompts is None else intervals.label_indices(prompts, pairs, "prompts")[1]
 
 

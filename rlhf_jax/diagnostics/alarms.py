@@ -1,13 +1,14 @@
-"""Alarms: checks of a training stage's logged metrics that report problems in a sentence.
+"""Checks that raise alarms about problems in the logged metrics of a training stage.
 
-Ziegler 2019 describes a run in which a sign was flipped in both the reward and the KL, so that it trained the worst
-possible policy overnight. Each check here takes the rows of a stage, as `metrics.MetricLog` records them (mappings from
-names to numbers, newest last, None or NaN for a missing number), and returns a message or None. Metrics that were not
-logged are not checked. A check tests the newest row, so call it after every row. Checks are pure functions, so a
-resumed run that passes its old rows again raises the same alarms.
+Ziegler 2019 describes a bug that flipped the signs of both the reward and the KL penalty, so that a run trained the
+worst possible policy overnight. Each check accepts the rows of a stage as `metrics.MetricLog` records them: mappings
+from metric names to numbers, newest row last, with None or NaN for a missing number. It returns a message if the newest
+row shows a problem, and None otherwise, so call it whenever a row is added. Metrics that were not logged are not
+checked. Checks are pure functions, so a resumed run that checks its old rows again raises the same alarms.
 
-Levels are compared between windows of rows. A difference counts if it exceeds ``z`` standard errors, which are
-estimated from the differences of neighbouring rows and are therefore hardly affected by a trend.
+Some checks compare the means of two windows of rows. A difference counts if it exceeds a number of standard errors,
+called ``z``. The standard errors are estimated from the differences of neighbouring rows, so a trend hardly affects
+them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 class Alarm(NamedTuple):
-    """A problem, the step at which it was detected, and where to look first."""
+    """A problem that a check detected; the message says where to look first."""
 
     name: str
     message: str
@@ -35,8 +36,8 @@ def not_finite(rows: Rows, *, names: Sequence[str] = ("reward", "kl", "entropy",
     if not broken:
         return None
     return (
-        f"not a finite number: {', '.join(broken)}. Look first at the reward function (an empty answer, a division "
-        "by 0), then at the learning rate and at the gradient norm in the rows before."
+        f"NaN or infinite: {', '.join(broken)}. Look first for an empty answer or a division by 0 in the reward "
+        "function, then at the learning rate and at the gradient norm in the preceding rows."
     )
 
 
@@ -46,9 +47,9 @@ def negative_kl(rows: Rows, *, min_kl: float = -1.0) -> str | None:
     if kl >= min_kl:
         return None
     return (
-        f"the KL from the reference is {kl:.3g} nats, but a KL cannot be below 0. The answers are not samples of the "
-        "scored policy, or policy and reference are swapped. Look first at the sign of the KL, then at the temperature "
-        "and the masks of sampling and scoring."
+        f"the KL from the reference is {kl:.3g} nats, but a KL cannot be negative. Either the answers were not sampled "
+        "from the policy that scores them, or the policy and the reference are swapped. Look first at the sign of the "
+        "KL, then check that sampling and scoring use the same temperature and masks."
     )
 
 
@@ -59,23 +60,23 @@ def first_ratio(rows: Rows, *, max_ratio_error: float = 1e-3) -> str | None:
         return None
     return (
         f"before the first update on a batch, a probability ratio differs from 1 by {error:.3g} (rounding explains at "
-        f"most {max_ratio_error:.3g}). Old and new log-probabilities come from different functions. Look first for "
-        "dropout, then at temperature, masks and dtypes."
+        f"most {max_ratio_error:.3g}), so the old and the new log-probabilities are not computed in the same way. Look "
+        "first for dropout, then for differences in temperature, masks and dtypes."
     )
 
 
 def large_ratios(rows: Rows, *, max_ratio: float = 10.0, patience: int = 3) -> str | None:
-    """Checks that the largest probability ratio is at most ``max_ratio`` in one of the last ``patience`` rows.
+    """Checks that the largest probability ratio is at most ``max_ratio`` in at least one of the last ``patience`` rows.
 
-    A single spike raises no alarm: in a healthy run, a rare token with a high reward can cause one.
+    A single spike does not raise the alarm, because a rare token with a high reward can cause one in a healthy run.
     """
     ratios = _newest(rows, "ratio_max", patience)
     if not ratios or min(ratios) <= max_ratio:
         return None
     return (
-        f"in each of the last {patience} rows some token became more than {min(ratios):.3g} times as likely within one "
-        f"batch (limit {max_ratio:.3g}), which clipping should prevent. The steps are too large. Look first at the "
-        "learning rate and the number of epochs, then at the scale of the advantages."
+        f"in each of the last {patience} rows, the probability of some token grew at least {min(ratios):.3g}-fold "
+        f"within one batch (limit {max_ratio:.3g}), which clipping should prevent. The updates are too large. Look "
+        "first at the learning rate and the number of epochs, then at the scale of the advantages."
     )
 
 
@@ -88,22 +89,24 @@ def sampler_gap(rows: Rows, *, max_gap: float = 1e-2) -> str | None:
     if gap <= max_gap:
         return None
     return (
-        f"sampler and trainer differ by {gap:.3g} nats on the log-probability of a token (rounding explains at most "
-        f"{max_gap:.3g}). The policy learns from samples of a different distribution. Look first at temperature, top-k "
-        "and top-p, then at padding, positions and the cache."
+        f"sampler and trainer differ by {gap:.3g} nats on the log-probability of a token (rounding explains at "
+        f"most {max_gap:.3g}), so the policy learns from samples of a different distribution. Look first at the "
+        "temperature, top-k and top-p, then at padding, positions and the KV cache."
     )
 
 
 def entropy_collapse(
     rows: Rows, *, entropy_share: float = 0.1, min_entropy: float = 0.05, patience: int = 3
 ) -> str | None:
-    """Checks that the entropy has not collapsed, in absolute terms and relative to its first value.
+    """Checks that the entropy has not collapsed both in absolute terms and relative to its first value.
+
+    The alarm is raised if the entropy is below both thresholds in each of the last ``patience`` rows.
 
     Args:
         rows: Rows of one stage, newest last.
-        entropy_share: The alarm requires an entropy below this share of the first one.
-        min_entropy: The alarm requires an entropy below this many nats per token.
-        patience: Number of consecutive rows in which both must hold.
+        entropy_share: Threshold as a share of the first entropy.
+        min_entropy: Threshold in nats per token.
+        patience: Number of rows.
 
     Returns:
         A message, or None.
@@ -124,23 +127,26 @@ def equal_rewards(rows: Rows, *, min_std: float = 1e-6, patience: int = 3) -> st
     if not stds or max(stds) >= min_std:
         return None
     return (
-        f"in each of the last {patience} rows all answers of a batch got the same reward (standard deviation "
-        f"{stds[-1]:.3g}), so there is nothing to learn. Look first at whether the reward function receives the "
-        "answer, then at the answers: the same answer to all prompts, a format that never matches, a task that is too "
-        "hard or too easy."
+        f"in each of the last {patience} rows, all answers of a batch received the same reward (standard deviation "
+        f"{stds[-1]:.3g}), so the policy cannot learn from them. Look first at whether the reward function receives "
+        "the answers, then at the answers themselves: all may be the same, none may match the required format, or the "
+        "task may be too hard or too easy."
     )
 
 
 def unfinished_answers(
     rows: Rows, *, max_unfinished: float = 0.3, unfinished_rise: float = 0.2, patience: int = 3
 ) -> str | None:
-    """Checks the share of responses without a stop token, which is 1 minus the metric ``stopped``.
+    """Checks that few responses lack a stop token; their share is 1 minus the metric ``stopped``.
+
+    The alarm is raised if, in each of the last ``patience`` rows, the share is above ``max_unfinished`` and has risen
+    by more than ``unfinished_rise``.
 
     Args:
         rows: Rows of one stage, newest last.
-        max_unfinished: The alarm requires a share above this one.
-        unfinished_rise: The alarm requires a share that exceeds the first one by this much.
-        patience: Number of consecutive rows in which both must hold.
+        max_unfinished: Largest acceptable share of responses without a stop token.
+        unfinished_rise: Largest acceptable increase of that share since the first row.
+        patience: Number of rows.
 
     Returns:
         A message, or None.
@@ -149,9 +155,9 @@ def unfinished_answers(
     if not stopped or 1 - max(stopped) <= max(max_unfinished, 1 - first + unfinished_rise):
         return None
     return (
-        f"{1 - stopped[-1]:.0%} of the answers do not stop, compared with {1 - first:.0%} at the start. The reward "
-        "favours length, or the stop token is lost. Look first at the answers, then at the score for a missing stop "
-        "token, the stop token in the loss masks, and the reward of long answers."
+        f"{1 - stopped[-1]:.0%} of the answers lack a stop token, compared with {1 - first:.0%} at the start. Either "
+        "the reward favours long answers, or the loss masks exclude the stop token. Look first at the answers, then at "
+        "the score for a missing stop token, at the loss masks, and at the reward of long answers."
     )
 
 
@@ -164,9 +170,9 @@ def reward_below_start(rows: Rows, *, window: int = 5, z: float = 5.0) -> str | 
     if first - last <= z * _standard_error(rewards, window):
         return None
     return (
-        f"the reward fell from {first:.3g} (first {window} rows) to {last:.3g} (last {window}), although training is "
-        "meant to raise it. Look first at the signs of the reward, the advantages, the policy loss and the KL penalty, "
-        "then at the KL coefficient, and at a learning rate that is too high."
+        f"the reward fell from {first:.3g} (first {window} rows) to {last:.3g} (last {window} rows), although training "
+        "should raise it. Look first at the signs of the reward, the advantages, the policy loss and the KL penalty, "
+        "then check whether the KL coefficient or the learning rate is too high."
     )
 
 
@@ -178,17 +184,18 @@ def overoptimised(
     lost_share: float = 1 / 3,
     judge_z: float = 4.0,
 ) -> str | None:
-    """Checks for over-optimisation: the reward rises while a judge that is not trained on falls.
+    """Checks for over-optimisation: the reward rises while the score of a judge that is not used in training falls.
 
-    The last window of rows is compared with the best window before it. Both changes must exceed the noise, and the
-    judge must have lost more than ``lost_share`` of its gain since the start, because every long run loses some of it.
+    The means of the last window of rows are compared with those of the earlier window in which the judge's score is
+    highest. Both changes must exceed the noise. The judge's score must also have lost more than ``lost_share`` of its
+    gain since the start, because it loses some of this gain in every long run.
 
     Args:
         rows: Rows of one stage, newest last.
         judges: Metrics to compare with ``reward``; the first that raises the alarm is reported.
         judge_window: Number of rows in a window.
-        lost_share: Share of the judge's gain that may be lost.
-        judge_z: Standard errors that both changes must exceed.
+        lost_share: Share of its gain that the judge's score may lose.
+        judge_z: Number of standard errors that both changes must exceed.
 
     Returns:
         A message, or None.
@@ -205,9 +212,9 @@ def overoptimised(
         if lost > max(noise, lost_share * gained) and rise > judge_z * _standard_error(rewards, judge_window):
             return (
                 f"the reward rose from {reward_means[best]:.3g} to {reward_means[-1]:.3g} while {judge}, which is not "
-                f"trained on, fell from {means[best]:.3g} to {means[-1]:.3g} (means of {judge_window} rows). The "
+                f"used in training, fell from {means[best]:.3g} to {means[-1]:.3g} (means of {judge_window} rows). The "
                 "policy exploits the reward model. Look first at the answers with the highest reward, then stop "
-                "earlier or raise the KL coefficient, and train the reward model on new samples."
+                "earlier, raise the KL coefficient, or train the reward model on new samples."
             )
     return None
 
@@ -215,8 +222,8 @@ def overoptimised(
 def overfitted(rows: Rows, *, validation_window: int = 4, validation_z: float = 4.0) -> str | None:
     """Checks for overfitting: the loss falls while ``validation_loss`` rises by more than the noise.
 
-    Among the rows that have both metrics, the last window is compared with the best window before it. For a trained
-    reward model, use `generalisation_gap`.
+    Only rows that contain both metrics are used. The last window is compared with the earlier window that has the
+    lowest validation loss. To check a trained reward model, use `generalisation_gap`.
     """
     losses, validation_losses = _paired(rows, "loss", "validation_loss")
     if len(validation_losses) < 2 * validation_window:
@@ -229,8 +236,8 @@ def overfitted(rows: Rows, *, validation_window: int = 4, validation_z: float = 
     return (
         f"the loss fell from {loss_means[best]:.3g} to {loss_means[-1]:.3g} while the validation loss rose from "
         f"{means[best]:.3g} to {means[-1]:.3g} (means of {validation_window} rows): the model overfits its training "
-        "set. Look first at the number of epochs and at whether the pairs of a prompt are spread over batches, then "
-        "lower the learning rate or stop earlier."
+        "set. Look first at the number of epochs and at whether the pairs of one prompt are spread over several "
+        "batches, then lower the learning rate or stop earlier."
     )
 
 
@@ -241,15 +248,15 @@ CHECKS: dict[str, Callable[..., str | None]] = {
         *(unfinished_answers, reward_below_start, overoptimised, overfitted),
     )
 }
-"""All checks, by the name of their alarm."""
+"""All checks, keyed by the name of the alarm."""
 
 
 def check_all(rows: Rows, **thresholds: Any) -> list[Alarm]:
-    """Returns the alarms of all checks for the newest of the rows of one stage.
+    """Runs all checks on the rows of one stage and returns the alarms that they raise for the newest row.
 
-    The step of an alarm is the ``"step"`` of the newest row, or the number of rows if it has none. ``thresholds`` are
-    keyword arguments of the checks. If several checks share an argument, such as ``patience``, it applies to all of
-    them. Raises TypeError if no check has an argument of that name.
+    The step of an alarm is the ``"step"`` of the newest row, or the number of rows if the newest has no step. Each of
+    ``thresholds`` is passed to all checks that have a keyword argument of that name; ``patience``, for example, applies
+    to several checks. Raises TypeError if no check has such an argument.
 
     Example:
         >>> from rlhf_jax.diagnostics import alarms
@@ -259,7 +266,7 @@ def check_all(rows: Rows, **thresholds: Any) -> list[Alarm]:
     """
     known = {name: set(check.__kwdefaults__ or {}) for name, check in CHECKS.items()}
     if unknown := set(thresholds).difference(*known.values()):
-        raise TypeError(f"no check has a threshold {', '.join(sorted(unknown))}")
+        raise TypeError(f"no check has a threshold named {', '.join(sorted(unknown))}")
     step = int(rows[-1].get("step", len(rows))) if rows else 0
     alarms = []
     for name, check in CHECKS.items():
@@ -280,7 +287,7 @@ def _series(rows: Rows, name: str) -> np.ndarray:
 
 
 def _paired(rows: Rows, first: str, second: str) -> np.ndarray:
-    """Returns two metrics, ``[2, N]``, in the N rows where both are finite."""
+    """Returns two metrics as ``[2, N]``, from the N rows in which both are finite."""
     pairs = [(_number(row.get(first)), _number(row.get(second))) for row in rows]
     return np.array([pair for pair in pairs if np.isfinite(pair).all()]).reshape(-1, 2).T
 
@@ -291,7 +298,7 @@ def _first(rows: Rows, name: str) -> float:
 
 
 def _newest(rows: Rows, name: str, count: int) -> list[float]:
-    """Returns the metric in the newest ``count`` rows; empty if there are fewer rows or one of them lacks it."""
+    """Returns a metric in the newest ``count`` rows; empty if there are fewer rows or a value is not finite."""
     values = [_number(row.get(name)) for row in rows[-count:]]
     return values if len(values) == count and np.isfinite(values).all() else []
 
@@ -302,6 +309,6 @@ def _window_means(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _standard_error(values: np.ndarray, window: int) -> float:
-    """Returns the standard error of the difference of two window means, from the differences of neighbouring rows."""
+    """Estimates the standard error of the difference of two window means from the differences of neighbouring rows."""
     variance = np.square(np.diff(values)).mean() / 2
     return math.sqrt(2 * variance / window)

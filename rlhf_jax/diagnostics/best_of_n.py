@@ -1,4 +1,4 @@
-"""Best-of-n sampling: its KL from the policy, and its gain for every n computed from one pool of samples."""
+"""KL and expected score of best-of-n sampling, computed for every n from one pool of samples."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from rlhf_jax.diagnostics import intervals
 
 
 class BestOfNCurve(NamedTuple):
-    """Gold score of the best of n for M values of n; arrays of length M."""
+    """KL and gold score of best-of-n sampling for M values of n. Arrays have length M."""
 
     n: np.ndarray
     kl: np.ndarray
     """KL from the policy in nats; see `best_of_n_kl`."""
     mean: np.ndarray
-    """Expected gold score of the best of n by proxy, averaged over prompts."""
+    """Expected gold score of the sample with the highest proxy score among n, averaged over prompts."""
     lo: np.ndarray
     hi: np.ndarray
-    """Ends of the percentile interval over prompts; infinite for a single prompt."""
+    """Bounds of the bootstrap interval over prompts; infinite for a single prompt."""
 
 
 def best_of_n_kl(n: npt.ArrayLike) -> np.ndarray:
-    """Returns ``log n - (n - 1) / n``, the KL between best-of-n and the policy in nats (Stiennon 2020, G.3).
+    """Returns ``log n - (n - 1) / n``, the KL of best-of-n sampling from the policy in nats (Stiennon 2020, G.3).
 
-    It is exact if proxy scores are never tied, and an upper bound otherwise. Raises ValueError if any n is below 1.
+    The formula is exact if proxy scores are never tied, and an upper bound otherwise. Raises ValueError if any n is
+    below 1.
 
     Example:
         >>> from rlhf_jax import diagnostics
@@ -42,22 +43,22 @@ def best_of_n_kl(n: npt.ArrayLike) -> np.ndarray:
 
 
 def best_of_n_mean(proxy_scores: npt.ArrayLike, gold_scores: npt.ArrayLike, ns: Sequence[int]) -> np.ndarray:
-    """Returns unbiased estimates of the expected gold score of the best of n by proxy, from one prompt's N samples.
+    """Returns unbiased estimates of the expected gold score of best-of-n sampling, from N samples for one prompt.
 
-    With samples sorted in ascending order of proxy score: ``sum_i C(i - 1, n - 1) / C(N, n) * gold_i``, the average
-    over all subsets of size n (Nakano 2021, App. I). Samples with tied proxy scores share the mean of their gold
-    scores.
+    The best of n samples is the one with the highest proxy score. With samples sorted in ascending order of proxy
+    score, the estimate is ``sum_i C(i - 1, n - 1) / C(N, n) * gold_i``, the average over all subsets of size n (Nakano
+    2021, App. I). Samples with tied proxy scores are assigned the mean of their gold scores.
 
     Args:
         proxy_scores: ``[N]``, the scores that select the best sample.
-        gold_scores: ``[N]``, the scores to average. Pass the proxy scores for the proxy's curve.
+        gold_scores: ``[N]``, the scores to average. To compute the proxy's curve, pass the proxy scores.
         ns: Values of n, each from 1 to N.
 
     Returns:
-        One estimate for each of ``ns``. Average them over prompts.
+        One estimate for each of ``ns``, which the caller averages over prompts.
 
     Raises:
-        ValueError: If shapes differ or are not of rank 1, an n is out of range, or a score is NaN.
+        ValueError: If the scores differ in shape, are not of rank 1 or contain NaN, or if an n is out of range.
 
     Example:
         >>> from rlhf_jax import diagnostics
@@ -66,16 +67,16 @@ def best_of_n_mean(proxy_scores: npt.ArrayLike, gold_scores: npt.ArrayLike, ns: 
     """
     proxy, gold = np.asarray(proxy_scores, np.float64), np.asarray(gold_scores, np.float64)
     if proxy.ndim != 1 or proxy.shape != gold.shape or np.isnan(proxy).any() or np.isnan(gold).any():
-        raise ValueError(f"need two equally long rows of numbers without NaN, got {proxy.shape} and {gold.shape}")
+        raise ValueError(f"scores must be rank 1, equally long and not NaN, got shapes {proxy.shape} and {gold.shape}")
     total, sizes = len(proxy), np.asarray(ns, np.int64)
     if ((sizes < 1) | (sizes > total)).any():
-        raise ValueError(f"every n must be between 1 and the {total} samples, got {list(ns)}")
+        raise ValueError(f"every n must be between 1 and {total}, the number of samples, got {list(ns)}")
     _, group, count = np.unique(proxy, return_inverse=True, return_counts=True)
     shared = (np.bincount(group, weights=gold) / count)[np.sort(group)]
     rank = np.arange(1, total + 1)
     estimates = []
     for n in sizes:
-        # Log-binomials, because the binomials overflow. A rank below n is never the best of n.
+        # Logarithms, because the binomials overflow. The best of n samples has a rank of at least n.
         possible = rank[n - 1 :]
         weights = np.exp(_log_binomial(possible - 1, n - 1) - _log_binomial(total, n))
         estimates.append(np.sum(weights * shared[n - 1 :]))
@@ -91,15 +92,15 @@ def best_of_n_curve(
     confidence: float = 0.95,
     resamples: int = 2000,
 ) -> BestOfNCurve:
-    """Computes KL and mean gold score of best-of-n for every n from one pool, with bootstrap intervals over prompts.
+    """Computes KL and mean gold score of best-of-n sampling for every n, with bootstrap intervals over prompts.
 
-    Each bootstrap sample of prompts is shared by all n, so that their intervals are comparable.
+    All n share the same bootstrap samples of prompts, so that their intervals are comparable.
 
     Args:
-        proxy_scores: ``[B, N]``, the scores that select the best of N samples for each of B prompts.
-        gold_scores: ``[B, N]``, the scores to average. Pass the proxy scores for the proxy's curve.
+        proxy_scores: ``[B, N]``, the scores that select the best sample, for N samples of each of B prompts.
+        gold_scores: ``[B, N]``, the scores to average. To compute the proxy's curve, pass the proxy scores.
         rng: Random generator; the same state gives the same intervals.
-        ns: Values of n, each from 1 to N; all of them by default.
+        ns: Values of n, each from 1 to N; by default, all of them.
         confidence: Coverage of the intervals.
         resamples: Number of bootstrap samples.
 
@@ -107,12 +108,12 @@ def best_of_n_curve(
         KL, mean and interval for each n.
 
     Raises:
-        ValueError: If shapes differ, are not of rank 2 or empty, an n is out of range, or a score is NaN; unless
-            ``0 < confidence < 1``.
+        ValueError: If the scores differ in shape, are not of rank 2, are empty or contain NaN, if an n is out of range,
+            or if ``confidence`` is not in (0, 1).
     """
     proxy, gold = np.asarray(proxy_scores, np.float64), np.asarray(gold_scores, np.float64)
     if proxy.ndim != 2 or proxy.shape != gold.shape or not proxy.size:
-        raise ValueError(f"need two tables of scores, prompts by samples, got shapes {proxy.shape} and {gold.shape}")
+        raise ValueError(f"scores must have one shape, (prompts, samples), got {proxy.shape} and {gold.shape}")
     sizes = range(1, proxy.shape[1] + 1) if ns is None else ns
     means_BM = np.array([best_of_n_mean(p, g, sizes) for p, g in zip(proxy, gold)])
     B, ends = len(means_BM), intervals.quantiles(confidence)

@@ -1,6 +1,7 @@
-"""Calibration of the score differences of a reward model (Bai 2022, Fig 9), on the host with NumPy.
+"""Calibration of a reward model's score differences (Bai 2022, Fig 9), on the host with NumPy and SciPy.
 
-A calibrated model is right with probability ``sigmoid(d)`` if its scores differ by d.
+If the two scores of a pair differ by d > 0, a calibrated model ranks the pair correctly with probability
+``sigmoid(d)``.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from rlhf_jax.diagnostics import intervals
 
 
 class CalibrationCurve(NamedTuple):
-    """Accuracy in N bins, from the smallest score differences to the largest; arrays of length N."""
+    """Accuracy in N bins of increasing score difference. Arrays have length N."""
 
     gap: np.ndarray
     """Mean absolute score difference."""
     predicted: np.ndarray
-    """Mean of ``sigmoid(gap)``: the accuracy that the scores imply."""
+    """Mean of ``sigmoid(gap)``, the accuracy that the scores imply."""
     accuracy: np.ndarray
-    """Share of pairs whose chosen response scores higher, with ties counted as a half."""
+    """Share of pairs whose chosen response scores higher; a tie counts as a half."""
     lo: np.ndarray
     hi: np.ndarray
-    """Ends of the 95 % interval of the accuracy."""
+    """Bounds of the 95 % interval of the accuracy."""
     count: np.ndarray
     """Number of pairs in the bin."""
 
@@ -35,8 +36,8 @@ def calibration_curve(chosen: npt.ArrayLike, rejected: npt.ArrayLike, *, bins: i
     """Computes accuracy as a function of the score difference, in bins whose counts differ by at most one.
 
     ``chosen`` and ``rejected`` are the scores of the two responses of each pair. If there are fewer pairs than
-    ``bins``, each pair is a bin. Raises ValueError if the arrays are empty, not of rank 1 and one length, or contain
-    NaN, or if ``bins`` is below 1.
+    ``bins``, each pair is a bin. Raises ValueError if the arrays are empty, are not of rank 1, differ in length or
+    contain NaN, or if ``bins`` is below 1.
 
     Example:
         >>> from rlhf_jax import diagnostics
@@ -62,7 +63,7 @@ def calibration_curve(chosen: npt.ArrayLike, rejected: npt.ArrayLike, *, bins: i
 
 
 def expected_calibration_error(chosen: npt.ArrayLike, rejected: npt.ArrayLike, *, bins: int = 10) -> float:
-    """Returns the mean over pairs of ``|accuracy - predicted|`` in bins of `calibration_curve`; 0 if calibrated."""
+    """Returns the mean of ``|accuracy - predicted|`` over the bins of `calibration_curve`, weighted by their counts."""
     curve = calibration_curve(chosen, rejected, bins=bins)
     return float(np.average(np.abs(curve.accuracy - curve.predicted), weights=curve.count))
 
@@ -70,14 +71,14 @@ def expected_calibration_error(chosen: npt.ArrayLike, rejected: npt.ArrayLike, *
 def calibration_slope(
     chosen: npt.ArrayLike, rejected: npt.ArrayLike, *, confidence: float = 0.95
 ) -> intervals.Estimate:
-    """Returns the factor a for which ``sigmoid(a d)`` fits the labels best: logistic regression through the origin.
+    """Returns the slope a of a logistic regression of the labels on the score differences d, without intercept.
 
-    A slope of 1 means calibrated, above 1 underconfident, and below 1 overconfident. The interval ``a ± z / sqrt(I)``
-    uses the Fisher information ``I = sum(d^2 sigmoid(a d) sigmoid(-a d))``. The slope is plus or minus infinity,
-    without a finite interval, if every label agrees (or disagrees) with the scores, since the likelihood then has no
-    maximum.
+    A model with slope 1 is calibrated; it is underconfident if the slope is above 1 and overconfident if it is below 1.
+    The interval ``a ± z / sqrt(I)`` uses the Fisher information ``I = sum(d^2 sigmoid(a d) sigmoid(-a d))``. If every
+    label agrees (or disagrees) with the scores, the likelihood has no maximum. The slope is then infinite (or minus
+    infinite), and its interval is unbounded.
 
-    Raises ValueError as `calibration_curve` does, if all differences are 0, or unless ``0 < confidence < 1``.
+    Raises ValueError as `calibration_curve` does, if all differences are 0, or if ``confidence`` is not in (0, 1).
     """
     chosen, rejected = intervals.score_pairs(chosen, rejected)
     z = intervals.critical(confidence)
@@ -101,10 +102,10 @@ def calibration_slope(
 
 
 def calibration_temperature(chosen: npt.ArrayLike, rejected: npt.ArrayLike) -> float:
-    """Returns the temperature ``1 / slope`` (`calibration_slope`); scores divided by it are calibrated.
+    """Returns the temperature by which the scores must be divided to be calibrated, ``1 / slope``.
 
-    It is NaN if no positive temperature calibrates them, because the scores are always right or no better than chance.
-    Raises ValueError as `calibration_slope` does.
+    The temperature is NaN if the slope (`calibration_slope`) is infinite or not positive, because the scores are always
+    right or no better than chance. Raises ValueError as `calibration_slope` does.
     """
     slope = calibration_slope(chosen, rejected).mean
     return 1.0 / slope if 0 < slope < math.inf else math.nan

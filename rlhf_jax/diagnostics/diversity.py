@@ -1,4 +1,4 @@
-"""Diversity of a set of responses; compare only sets with the same prompts and similar lengths."""
+"""Diversity of a set of responses. Compare only sets with the same prompts and similar lengths."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Tokens = Sequence[Hashable]
 
 
 def distinct_n(sequences: Sequence[Tokens], *, n: int) -> float:
-    """Returns the number of distinct n-grams divided by the number of all n-grams of the set (Li 2016), in (0, 1].
+    """Returns the number of distinct n-grams divided by the number of all n-grams in the set (Li 2016), in (0, 1].
 
-    It is NaN if no sequence has n tokens. It falls as the set grows, so compare sets of equal size.
+    The ratio is NaN if no sequence has n tokens. It falls as the set grows, so compare sets of equal size.
 
     Example:
         >>> from rlhf_jax import diagnostics
@@ -26,7 +26,7 @@ def distinct_n(sequences: Sequence[Tokens], *, n: int) -> float:
 
 
 def token_entropy(sequences: Sequence[Tokens]) -> float:
-    """Returns the entropy ``-sum p log p`` of the pooled distribution of tokens, in nats; NaN if there are none."""
+    """Returns the entropy ``-sum p log p`` of the pooled distribution of tokens, in nats; NaN without tokens."""
     counts = np.array(list(Counter(token for sequence in sequences for token in sequence).values()), np.float64)
     if not len(counts):
         return float("nan")
@@ -35,10 +35,10 @@ def token_entropy(sequences: Sequence[Tokens]) -> float:
 
 
 def self_overlap(sequences: Sequence[Tokens], *, n: int = 4) -> float:
-    """Returns the mean over sequences of the share of their n-grams that also occur in *another* sequence.
+    """Returns the share of a sequence's n-grams that also occur in another sequence, averaged over sequences.
 
-    It is 0 if no two sequences share an n-gram, and 1 if all are equal. Sequences shorter than n are ignored; the
-    result is NaN if fewer than two remain.
+    The result is 0 if no two sequences share an n-gram, and 1 if all sequences are equal. Sequences shorter than n are
+    ignored; the result is NaN if fewer than two remain.
     """
     rows = [ngrams for ngrams in (list(_ngrams(sequence, n)) for sequence in sequences) if ngrams]
     if len(rows) < 2:

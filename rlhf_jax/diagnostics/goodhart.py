@@ -1,7 +1,7 @@
-"""Tests for reward hacking: whether the proxy that a policy is trained on still measures quality.
+"""Tests for reward hacking, i.e. whether the proxy that a policy is trained on still measures quality.
 
-The checkpoints of a run respond to the same N prompts. Tables of scores are ``[C, N]``, checkpoints by prompts, in the
-order of training. Differences are computed per prompt.
+Scores are arrays ``[C, N]``: C checkpoints of a run, in order of training, respond to the same N prompts. Differences
+are computed per prompt.
 """
 
 from __future__ import annotations
@@ -15,44 +15,45 @@ from rlhf_jax.diagnostics import intervals
 
 
 class SplitHalves(NamedTuple):
-    """Scores of C checkpoints by the train and the test reward model; arrays of length C."""
+    """Scores that the train and the test reward model assign to C checkpoints. Arrays have length C."""
 
     train: np.ndarray
-    """Mean score by the reward model that the policy is trained on, minus that of the first checkpoint."""
+    """Mean score from the reward model that the policy is trained on, minus its value at the first checkpoint."""
     test: np.ndarray
-    """The same by the reward model trained on the other half of the comparisons."""
+    """The same quantity for the reward model that was trained on the other half of the comparisons."""
     gap: np.ndarray
-    """Train minus test."""
+    """``train - test``."""
     lo: np.ndarray
     hi: np.ndarray
-    """Ends of the interval of the gap, over prompts."""
+    """Bounds of the interval of the gap, over prompts."""
     parted: int | None
-    """The first checkpoint from which the interval of the gap stays above 0; None if there is no such checkpoint."""
+    """Index of the first checkpoint from which the interval of the gap stays above 0, or None."""
 
 
 class FallFromPeak(NamedTuple):
-    """The judge's best checkpoint compared with the last one."""
+    """Comparison of the last checkpoint with the one that the judge scores highest."""
 
     peak: int
     """Index of the checkpoint with the judge's highest mean score."""
     fall: intervals.Estimate
-    """The judge's mean score at the peak minus that at the end."""
+    """The judge's mean score at the peak minus its mean score at the last checkpoint."""
     rise: intervals.Estimate
-    """The proxy's mean score at the end minus that at the judge's peak."""
+    """The proxy's mean score at the last checkpoint minus its mean score at the judge's peak."""
     gamed: bool
-    """True if both intervals are above 0: the proxy rose while the judge fell."""
+    """True if both intervals are above 0, i.e. the proxy's score rose while the judge's score fell."""
 
 
 def split_halves(train_CN: npt.ArrayLike, test_CN: npt.ArrayLike, *, confidence: float = 0.95) -> SplitHalves:
-    """Compares reward models of two halves of the data while a policy is trained on one of them (Bai 2022, Fig 4, 35).
+    """Compares the reward model that trains a policy with one from the other half of the data (Bai 2022, Fig 4, 35).
 
-    The test model is as good a measure of quality as the train model but is not optimised, so a gap between them shows
-    that the policy exploits the train model. Both curves start from 0 at the first checkpoint. The scores of the two
-    models must have the same unit, such as their standard deviation on samples of the first checkpoint.
+    The test model measures quality as well as the train model does, but it is not optimised. A gap between the two
+    therefore shows that the policy exploits the train model. Both curves start from 0 at the first checkpoint. The
+    scores of the two models must have the same unit, such as their standard deviation on samples of the first
+    checkpoint.
 
-    ``train_CN`` and ``test_CN`` are scores of the same responses, ``[C, N]``, whose first row is the initial policy;
-    the intervals are Student's over prompts. Raises ValueError unless both are tables of one shape, without NaN, with
-    at least one checkpoint and two prompts.
+    ``train_CN`` and ``test_CN`` are the two models' scores ``[C, N]`` of the same responses; the first row belongs to
+    the initial policy. The intervals are Student's t over prompts. Raises ValueError unless both arrays have the same
+    shape, with at least one checkpoint and two prompts, and contain no NaN.
     """
     train, test = (scores - scores[0] for scores in _tables(train_CN, test_CN))
     gaps = [intervals.mean_interval(row, confidence=confidence) for row in train - test]
@@ -62,12 +63,12 @@ def split_halves(train_CN: npt.ArrayLike, test_CN: npt.ArrayLike, *, confidence:
 
 
 def fall_from_peak(proxy_CN: npt.ArrayLike, judge_CN: npt.ArrayLike, *, confidence: float = 0.95) -> FallFromPeak:
-    """Tests whether a judge that is not used in training fell from its peak while the proxy kept rising.
+    """Tests whether the score of a judge that is not used in training fell from its peak while the proxy's score rose.
 
-    The highest of many noisy means is partly high by chance, so the intervals hold for all checkpoints at once
-    (Bonferroni over those before the last): if nothing changes, at most ``1 - confidence`` of runs are called gamed.
+    The highest of many noisy means is partly high by chance, so the intervals are Bonferroni-corrected for the number
+    of checkpoints before the last. If nothing changes, at most ``1 - confidence`` of runs are reported as gamed.
 
-    ``proxy_CN`` holds the scores ``[C, N]`` that the policy is trained to raise, and ``judge_CN`` the scores of the
+    ``proxy_CN`` are the scores ``[C, N]`` that the policy is trained to raise, and ``judge_CN`` are the scores of the
     same responses under the gold utility or a held-out reward model. Raises ValueError as `split_halves` does.
     """
     proxy, judge = _tables(proxy_CN, judge_CN)
@@ -92,9 +93,9 @@ def regressional_goodhart(
 ) -> np.ndarray:
     """Returns ``E[X | X + Z = proxy]``, the expected true score of a response given its proxy score (Gao 2022, 4.2.1).
 
-    ``mean + (proxy - mean - noise_mean) variance / (variance + noise_variance)``: part of the proxy's excess over its
-    mean is noise, regardless of how it was optimised. The formula is exact for independent normal X and Z; otherwise it
-    is the best linear predictor.
+    The result is ``mean + (proxy - mean - noise_mean) variance / (variance + noise_variance)``. Part of the proxy's
+    excess over its mean is noise, regardless of how the proxy was optimised. X and Z must be independent. The formula
+    is exact if both are normal; otherwise it is the best linear predictor.
 
     Args:
         proxy: Proxy scores, any shape.
@@ -104,10 +105,10 @@ def regressional_goodhart(
         noise_variance: Variance of Z.
 
     Returns:
-        Expected true scores, shaped as ``proxy``.
+        Expected true scores, in the shape of ``proxy``.
 
     Raises:
-        ValueError: If a variance is below 0, or both are 0.
+        ValueError: If a variance is below 0 or both are 0.
     """
     if variance < 0 or noise_variance < 0 or variance + noise_variance == 0:
         raise ValueError(f"variances must be at least 0 and not both 0, got {variance} and {noise_variance}")
@@ -118,7 +119,7 @@ def regressional_goodhart(
 def _tables(left: npt.ArrayLike, right: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
     if left.ndim != 2 or left.shape != right.shape or left.shape[0] < 1 or left.shape[1] < 2:
-        raise ValueError(f"need two tables of scores, checkpoints by prompts, got {left.shape} and {right.shape}")
+        raise ValueError(f"scores must have one shape, (checkpoints, 2+ prompts), got {left.shape} and {right.shape}")
     if np.isnan(left).any() or np.isnan(right).any():
         raise ValueError("a score is NaN")
     return left, right

@@ -1,8 +1,8 @@
-"""Confidence intervals of rates and means, on the host with NumPy.
+"""Confidence intervals of rates and means, on the host with NumPy and SciPy.
 
-The prompt is the independent unit: compare two models on the same prompts, reduce each prompt to one number, and
-compute the interval of the mean of these numbers. Treating tokens or single responses as independent gives intervals
-that are too narrow.
+Prompts are the independent units. To compare two models, run both on the same prompts, reduce each prompt to one
+number, and compute the interval of the mean of these numbers. Intervals that treat tokens or single responses as
+independent are too narrow.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scipy import stats
 
 
 class Estimate(NamedTuple):
-    """A point estimate and the two ends of its confidence interval."""
+    """A point estimate and the bounds of its confidence interval."""
 
     mean: float
     lo: float
@@ -27,9 +27,9 @@ class Estimate(NamedTuple):
 def wilson(successes: int, trials: int, *, confidence: float = 0.95) -> tuple[float, float]:
     """Returns Wilson's score interval ``(lo, hi)`` of a rate of independent successes (Wilson 1927).
 
-    The ends are the p with ``(rate - p)^2 = z^2 p (1 - p) / trials``. Unlike the normal interval, it has a positive
-    width at rates of 0 and 1 and stays in [0, 1]. Without trials it is (0, 1). Raises ValueError unless
-    ``0 <= successes <= trials`` and ``0 < confidence < 1``.
+    The bounds are the solutions p of ``(rate - p)^2 = z^2 p (1 - p) / trials``. Unlike the normal interval, Wilson's
+    interval has a positive width at rates of 0 and 1 and stays in [0, 1]. Without trials, the interval is (0, 1).
+    Raises ValueError unless ``0 <= successes <= trials`` and ``0 < confidence < 1``.
 
     Example:
         >>> from rlhf_jax import diagnostics
@@ -44,9 +44,9 @@ def wilson(successes: int, trials: int, *, confidence: float = 0.95) -> tuple[fl
 
 
 def mean_interval(values: npt.ArrayLike, *, confidence: float = 0.95) -> Estimate:
-    """Returns the mean with Student's t interval, ``mean ± t s / sqrt(n)``; infinitely wide for a single value.
+    """Returns the mean and Student's t interval, ``mean ± t s / sqrt(n)``, which is infinitely wide for a single value.
 
-    Raises ValueError if ``values`` is empty, not of rank 1 or contains NaN, or unless ``0 < confidence < 1``.
+    Raises ValueError if ``values`` is empty, is not of rank 1 or contains NaN, or if ``confidence`` is not in (0, 1).
 
     Example:
         >>> from rlhf_jax import diagnostics
@@ -66,7 +66,7 @@ def mean_interval(values: npt.ArrayLike, *, confidence: float = 0.95) -> Estimat
 def bootstrap_mean(
     values: npt.ArrayLike, rng: np.random.Generator, *, confidence: float = 0.95, resamples: int = 2000
 ) -> Estimate:
-    """Returns the mean with the percentile interval of bootstrap means (Efron 1979).
+    """Returns the mean and its bootstrap percentile interval (Efron 1979).
 
     Args:
         values: Independent numbers, ``[N]``, such as one per prompt.
@@ -78,22 +78,22 @@ def bootstrap_mean(
         The estimate; its interval is infinitely wide for a single value.
 
     Raises:
-        ValueError: If ``values`` is empty, not of rank 1 or contains NaN; unless ``0 < confidence < 1``.
+        ValueError: If ``values`` is empty, is not of rank 1 or contains NaN, or if ``confidence`` is not in (0, 1).
     """
     values, ends = samples(values), quantiles(confidence)
     n = len(values)
     if n == 1:
         return Estimate(float(values[0]), -math.inf, math.inf)
-    # One resample at a time: all resamples x N indices at once would waste memory.
+    # One resample at a time, because the indices of all resamples at once would need much memory.
     means = np.array([values[rng.integers(n, size=n)].mean() for _ in range(resamples)])
     lo, hi = np.quantile(means, ends)
     return Estimate(float(values.mean()), float(lo), float(hi))
 
 
 def win_outcomes(a_scores: npt.ArrayLike, b_scores: npt.ArrayLike, *, tie_tolerance: float = 0.0) -> np.ndarray:
-    """Returns 1 where a's score is higher, 0 where b's is, 1/2 where they differ by at most ``tie_tolerance``.
+    """Returns 1 where a scores higher, 0 where b does, and 1/2 where the scores differ by at most ``tie_tolerance``.
 
-    Raises ValueError if the arrays are empty, not of rank 1 and one length, or contain NaN.
+    Raises ValueError if the arrays are empty, are not of rank 1, differ in length or contain NaN.
     """
     a_scores, b_scores = score_pairs(a_scores, b_scores)
     tied = (a_scores == b_scores) | (np.abs(a_scores - b_scores) <= tie_tolerance)
@@ -103,23 +103,23 @@ def win_outcomes(a_scores: npt.ArrayLike, b_scores: npt.ArrayLike, *, tie_tolera
 def win_rate(
     a_scores: npt.ArrayLike, b_scores: npt.ArrayLike, *, tie_tolerance: float = 0.0, confidence: float = 0.95
 ) -> Estimate:
-    """Returns how often a beats b on the same prompts, with ties counted as a half.
+    """Returns the rate at which a beats b on the same prompts; a tie counts as a half.
 
-    The interval is Wilson's with the variance ``p (1 - p) - t / 4`` for a share t of ties: ties do not add to the
-    variance, so many of them make the interval narrower. t is shrunk by ``n / (n + z^2)``, so that a few prompts that
-    all tie do not give an interval of width 0.
+    The interval is Wilson's, but with the variance ``p (1 - p) - t / 4``, where t is the share of ties, because ties
+    reduce the variance. t is multiplied by ``n / (n + z^2)``, so that the interval of a few prompts that all tie does
+    not have a width of 0.
 
     Args:
         a_scores: Scores of model a, one per prompt.
         b_scores: Scores of model b, in the same order of prompts.
-        tie_tolerance: Scores that differ by at most this much are a tie.
+        tie_tolerance: Largest difference in score that counts as a tie.
         confidence: Coverage of the interval.
 
     Returns:
         The win rate of a, in [0, 1], and its interval.
 
     Raises:
-        ValueError: As in `win_outcomes`; unless ``0 < confidence < 1``.
+        ValueError: As in `win_outcomes`, or if ``confidence`` is not in (0, 1).
 
     Example:
         >>> from rlhf_jax import diagnostics
@@ -131,15 +131,15 @@ def win_rate(
 
 
 def outcome_rate(outcomes: npt.ArrayLike, *, confidence: float = 0.95) -> Estimate:
-    """Returns `win_rate` computed from outcomes: 1 for a win, 0 for a loss, 1/2 for a tie.
+    """Computes `win_rate` from outcomes: 1 for a win, 0 for a loss, and 1/2 for a tie.
 
-    Raises ValueError if ``outcomes`` is empty, not of rank 1, or contains NaN or a number outside [0, 1].
+    Raises ValueError if ``outcomes`` is empty, is not of rank 1, or contains NaN or a number outside [0, 1].
     """
     outcomes = samples(outcomes)
     if ((outcomes < 0) | (outcomes > 1)).any():
-        raise ValueError("outcomes must be a win (1), a loss (0) or a tie (1/2); got one outside [0, 1]")
+        raise ValueError("each outcome must be 1 (win), 0 (loss) or 1/2 (tie), but one is outside [0, 1]")
     mean = float(outcomes.mean())
-    # The relative reduction of a Bernoulli variable's variance by outcomes between 0 and 1; 1 for a tie.
+    # Outcomes strictly between 0 and 1 reduce the variance by ties / 4; a tie adds 1 to the sum.
     ties = float((4 * outcomes * (1 - outcomes)).mean())
     return Estimate(mean, *_score_interval(mean, ties, len(outcomes), critical(confidence)))
 
@@ -147,7 +147,7 @@ def outcome_rate(outcomes: npt.ArrayLike, *, confidence: float = 0.95) -> Estima
 def pairwise_accuracy(chosen: npt.ArrayLike, rejected: npt.ArrayLike, *, confidence: float = 0.95) -> Estimate:
     """Returns the share of pairs whose chosen response scores strictly higher, with Wilson's interval.
 
-    A reward model with constant scores has accuracy 0; `win_rate` would give it 1/2. Raises ValueError as
+    A reward model with constant scores has accuracy 0, whereas `win_rate` would return 1/2. Raises ValueError as
     `win_outcomes` does.
     """
     right = win_outcomes(chosen, rejected) == 1.0
@@ -157,36 +157,37 @@ def pairwise_accuracy(chosen: npt.ArrayLike, rejected: npt.ArrayLike, *, confide
 def ratio_interval(
     parts: npt.ArrayLike, wholes: npt.ArrayLike, *, rate: bool | None = None, confidence: float = 0.95
 ) -> Estimate:
-    """Returns ``r = sum(parts) / sum(wholes)`` over independent clusters, such as correct and all pairs of each prompt.
+    """Returns ``r = sum(parts) / sum(wholes)`` with an interval that treats clusters as independent.
 
-    The pairs of a prompt are correlated, so the interval counts prompts, not pairs. It uses the linearised variance of
-    a ratio, ``n / (n - 1) sum((part - r whole)^2) / sum(wholes)^2`` for n clusters, and Student's t with n - 1 degrees
-    of freedom. Clusters whose whole is 0 are ignored.
+    If clusters are prompts, for example, a part is the number of a prompt's correct pairs and its whole the number of
+    all its pairs, which are correlated. The interval uses the linearised variance of a ratio of n clusters,
+    ``n / (n - 1) sum((part - r whole)^2) / sum(wholes)^2``, and Student's t with n - 1 degrees of freedom. Clusters
+    whose whole is 0 are ignored.
 
-    The interval of a rate has Wilson's form, with the number of trials that gives this variance, and stays in [0, 1].
-    As for the ties of `win_rate`, the variance is shrunk towards that of clusters that are entirely right or entirely
-    wrong, so that a few identical clusters do not give an interval of width 0.
+    The interval of a rate has Wilson's form, with the number of trials that results in this variance, and stays in
+    [0, 1]. The variance is shrunk towards the variance of clusters that are entirely right or entirely wrong, so that
+    the interval of a few identical clusters does not have a width of 0.
 
     Args:
         parts: One number per cluster.
         wholes: One number per cluster, at least 0.
-        rate: Whether each part is a share of its whole, between 0 and the whole. None infers it from the data.
+        rate: Whether the ratio is a rate, i.e. each part is between 0 and its whole. If None, inferred from the data.
         confidence: Coverage of the interval.
 
     Returns:
-        The ratio and its interval. For a single cluster the interval is (0, 1) for a rate, else infinitely wide.
+        The ratio and its interval. For a single cluster, the interval is (0, 1) for a rate, else infinitely wide.
 
     Raises:
-        ValueError: If the arrays differ in shape or contain NaN, a whole is below 0 or all are 0, or ``rate`` is True
-            and a part is not a share of its whole; unless ``0 < confidence < 1``.
+        ValueError: If the arrays differ in shape or contain NaN, if a whole is below 0 or all are 0, if ``rate`` is
+            True and a part is not between 0 and its whole, or if ``confidence`` is not in (0, 1).
     """
     parts, wholes = samples(parts), samples(wholes)
     if parts.shape != wholes.shape or (wholes < 0).any() or not wholes.sum() > 0:
-        raise ValueError(f"need a part and a whole per cluster, at least one whole above 0; got shape {parts.shape}")
+        raise ValueError("need one part and one whole per cluster; wholes must be at least 0 and not all 0")
     parts, wholes = parts[wholes > 0], wholes[wholes > 0]
     shares = bool(((parts >= 0) & (parts <= wholes)).all())
     if rate and not shares:
-        raise ValueError("the parts of a rate must be between 0 and their wholes; got one outside")
+        raise ValueError("the parts of a rate must be between 0 and their wholes, but one is outside")
     rate = shares if rate is None else rate
     mean, n, total = float(parts.sum() / wholes.sum()), len(parts), float(wholes.sum())
     t = critical(confidence, freedom=n - 1)
@@ -205,9 +206,9 @@ def ratio_interval(
 def difference(first: Estimate, second: Estimate) -> Estimate:
     """Returns ``first - second`` for two independent estimates, with an interval at their common confidence.
 
-    For rates with Wilson's intervals this is Newcombe's hybrid score interval (1998, method 10): the lower width is
-    ``sqrt((m1 - lo1)^2 + (hi2 - m2)^2)`` and the upper one ``sqrt((hi1 - m1)^2 + (m2 - lo2)^2)``, which preserves
-    asymmetry.
+    The interval extends ``sqrt((m1 - lo1)^2 + (hi2 - m2)^2)`` below and ``sqrt((hi1 - m1)^2 + (m2 - lo2)^2)`` above the
+    difference, which preserves asymmetry. For rates with Wilson's intervals, it is Newcombe's hybrid score interval
+    (1998, method 10).
     """
     mean = first.mean - second.mean
     low = math.hypot(first.mean - first.lo, second.hi - second.mean)
@@ -229,27 +230,27 @@ def average(estimates: Sequence[Estimate]) -> Estimate:
 
 
 def _score_interval(mean: float, ties: float, n: float, z: float) -> tuple[float, float]:
-    """Returns the two p with ``(mean - p)^2 = z^2 / n * (p (1 - p) - ties / 4)``."""
+    """Returns the two solutions p of ``(mean - p)^2 = z^2 / n * (p (1 - p) - ties / 4)``."""
     z2 = z**2
     ties = ties * n / (n + z2)
     center = (mean + z2 / (2 * n)) / (1 + z2 / n)
     product = (mean**2 + z2 * ties / (4 * n)) / (1 + z2 / n)
     width = math.sqrt(max(center**2 - product, 0.0))
-    # At a rate of exactly 0 or 1, rounding would move the end slightly inside the interval.
+    # At a rate of exactly 0 or 1, rounding could exclude the rate from its interval.
     return 0.0 if mean == 0 else max(center - width, 0.0), 1.0 if mean == 1 else min(center + width, 1.0)
 
 
 def quantiles(confidence: float) -> tuple[float, float]:
-    """Returns the quantiles at the two ends of an interval; raises ValueError unless ``0 < confidence < 1``."""
+    """Returns the two quantiles that bound an interval; raises ValueError unless ``0 < confidence < 1``."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
     return (1 - confidence) / 2, (1 + confidence) / 2
 
 
 def critical(confidence: float, *, freedom: int | None = None) -> float:
-    """Returns the half-width of an interval in standard errors: normal, or Student's t with ``freedom`` degrees.
+    """Returns the half-width of a normal interval, or of Student's t with ``freedom`` degrees, in standard errors.
 
-    It is infinite for 0 degrees of freedom. Raises ValueError unless ``0 < confidence < 1``.
+    The half-width is infinite for 0 degrees of freedom. Raises ValueError unless ``0 < confidence < 1``.
     """
     _, upper = quantiles(confidence)
     if freedom is None:
@@ -258,10 +259,10 @@ def critical(confidence: float, *, freedom: int | None = None) -> float:
 
 
 def samples(values: npt.ArrayLike) -> np.ndarray:
-    """Returns the values as a float64 array; raises ValueError if they are empty, not of rank 1, or contain NaN."""
+    """Returns the values as a float64 array; raises ValueError if it is empty, is not of rank 1 or contains NaN."""
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or not len(values) or np.isnan(values).any():
-        raise ValueError(f"need at least one number, rank 1, no NaN; got shape {values.shape}")
+        raise ValueError(f"need an array of rank 1 with at least one number and no NaN, got shape {values.shape}")
     return values
 
 
@@ -269,15 +270,15 @@ def score_pairs(first: npt.ArrayLike, second: npt.ArrayLike) -> tuple[np.ndarray
     """Returns two equally long sequences of scores as float64 arrays; raises ValueError as `win_outcomes` does."""
     first, second = samples(first), samples(second)
     if first.shape != second.shape:
-        raise ValueError(f"scores must be paired, got shapes {first.shape} and {second.shape}")
+        raise ValueError(f"paired arrays must have the same length, got shapes {first.shape} and {second.shape}")
     return first, second
 
 
 def label_indices(labels: Iterable[Hashable] | None, count: int, kind: str) -> tuple[list[Any], np.ndarray]:
     """Returns the distinct labels in order of first appearance, and the index of each item's label.
 
-    None gives all ``count`` items the same label. Raises ValueError if there is not one label per item; ``kind`` is the
-    plural that the message uses for the labels, such as "prompts".
+    If ``labels`` is None, all ``count`` items have the same label. Raises ValueError if there is not one label per
+    item; its message calls the labels ``kind``, such as "prompts".
     """
     labels = [None] * count if labels is None else list(labels)
     if len(labels) != count:

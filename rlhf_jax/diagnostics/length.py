@@ -1,4 +1,4 @@
-"""Length bias of reward models, of preference labels and of win rates."""
+"""Length bias of reward models, preference labels and win rates."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from rlhf_jax.diagnostics.accuracy import prompt_groups, rate
 
 
 class LengthBias(NamedTuple):
-    """The relation of length to labels and scores; the estimate of an empty set of pairs is ``(NaN, 0, 1)``."""
+    """How labels and scores depend on length. A rate for which no pairs exist is ``(NaN, 0, 1)``."""
 
     longer_wins: intervals.Estimate
-    """Accuracy of the rule that prefers the longer response; equal lengths count as a half."""
+    """Accuracy of preferring the longer response; equal lengths count as a half."""
     shorter_wins: intervals.Estimate
-    """Accuracy of the opposite rule, 1 minus ``longer_wins``."""
+    """Accuracy of preferring the shorter response, 1 minus ``longer_wins``."""
     prefers_longer: intervals.Estimate
-    """Share of the pairs of unequal lengths whose longer response scores higher, with ties counted as a half."""
+    """Share of pairs with unequal lengths whose longer response scores higher; tied scores count as a half."""
     accuracy_where_longer: intervals.Estimate
     """Accuracy of the scores on pairs whose preferred response is the longer one."""
     accuracy_where_shorter: intervals.Estimate
-    """Accuracy on pairs whose preferred response is the shorter one; a model that scores length fails here."""
+    """Accuracy of the scores on pairs whose preferred response is the shorter one; low if the model rewards length."""
     correlation: intervals.Estimate
-    """Correlation of score and length within pairs; see `length_correlation`."""
+    """Correlation of score and length within pairs (`length_correlation`)."""
     explained: float
     """Square of the correlation: the share of the variance of score differences that length differences explain."""
     equal_lengths: int
@@ -39,7 +39,7 @@ class LengthBias(NamedTuple):
 
 
 class LengthControlledWinRates(NamedTuple):
-    """Win rates of several policies; lists with one entry per policy, in order of first appearance."""
+    """Win rates of several policies. Lists have one entry per policy, in order of first appearance."""
 
     policies: list[Any]
     rates: list[intervals.Estimate]
@@ -47,10 +47,10 @@ class LengthControlledWinRates(NamedTuple):
     errors: list[float]
     """Standard errors of the rates; NaN if undefined."""
     plain: list[intervals.Estimate]
-    """Uncontrolled win rates, with ties counted as a half and Wilson's intervals."""
+    """Win rates without length control, with Wilson's intervals; a tie counts as a half."""
     length_effect: intervals.Estimate
-    """Change of the log odds of a win per unit of log length ratio, above 0 if longer responses win more often; NaN if
-    all ratios are 1, infinite if length alone decides the outcomes."""
+    """Change of the log odds of a win per unit of log length ratio; above 0 if longer responses win more often. It is
+    NaN if the data do not determine it (all ratios are 1, for example), and infinite if length decides the outcomes."""
 
 
 def length_correlation(
@@ -62,8 +62,8 @@ def length_correlation(
 ) -> intervals.Estimate:
     """Returns Pearson's correlation ``r`` of score and length, within groups if they are given.
 
-    Both the typical length and the typical score depend on the prompt, so only responses to the same prompt show the
-    effect of length on a model's score. Within groups, the group means are subtracted from scores and lengths.
+    If groups are given, their means are subtracted from scores and lengths. Typical lengths and scores both depend on
+    the prompt, so group the responses by prompt to measure the effect of length on a model's score.
 
     Args:
         scores: One score per response.
@@ -75,8 +75,8 @@ def length_correlation(
         The correlation; ``(NaN, -1, 1)`` if scores or lengths do not vary within groups.
 
     Raises:
-        ValueError: If the arrays are empty, not of rank 1 and one length, or contain NaN; if there is not one group per
-            response.
+        ValueError: If the arrays are empty, are not of rank 1, differ in length or contain NaN, or if there is not
+            one group per response.
     """
     scores, lengths = intervals.score_pairs(scores, lengths)
     names, index = intervals.label_indices(groups, len(scores), "groups")
@@ -100,24 +100,25 @@ def length_bias(
         chosen_lengths: Lengths of the preferred responses, in any unit.
         rejected_lengths: Lengths of the other responses.
         prompts: One prompt label per pair, for the intervals of the rates, as in `accuracy_by_stratum`. The interval
-            of the correlation counts pairs; with several pairs per prompt use `length_correlation` of the responses.
+            of the correlation always treats pairs as independent. If prompts have several pairs, call
+            `length_correlation` on the responses instead.
         confidence: Coverage of all intervals.
 
     Returns:
         Accuracies, preference and correlation.
 
     Raises:
-        ValueError: As in `intervals.win_outcomes`, for scores and for lengths; if there is not one prompt per pair.
+        ValueError: As in `intervals.win_outcomes`, for scores and lengths, or if there is not one prompt per pair.
     """
     chosen, rejected = intervals.score_pairs(chosen, rejected)
     chosen_lengths, rejected_lengths = intervals.score_pairs(chosen_lengths, rejected_lengths)
     if len(chosen) != len(chosen_lengths):
-        raise ValueError(f"need one length per response, got {len(chosen_lengths)} pairs of lengths for {len(chosen)}")
+        raise ValueError(f"need one length per score, got {len(chosen_lengths)} pairs of lengths for {len(chosen)}")
     estimate = partial(rate, groups=prompt_groups(prompts, len(chosen)), confidence=confidence)
     scores, lengths = chosen - rejected, chosen_lengths - rejected_lengths
     # The score of the longer response minus that of the shorter one.
     longer_gap = np.where(lengths > 0, 1.0, -1.0) * scores
-    # Both responses are half a difference away from the mean of their pair, so the differences are correlated.
+    # Centring a pair leaves plus and minus half the difference, so the differences suffice for the correlation.
     correlation = _correlation(scores, lengths, len(scores), confidence)
     return LengthBias(
         longer_wins=estimate(chosen_lengths, rejected_lengths),
@@ -142,15 +143,17 @@ def length_controlled_win_rates(
 ) -> LengthControlledWinRates:
     """Estimates how often each policy would beat the reference with responses of equal length (Stiennon 2020, App. F).
 
-    A logistic regression of the outcome on the policy and on the log length ratio, with one slope for all policies,
-    ``logit P(win) = policy + effect * log(length / reference length)``, is evaluated at a log ratio of 0. Ties are
-    outcomes of 1/2. Standard errors are robust (sandwich), so that ties narrow the intervals as in
-    `intervals.win_rate`.
+    The estimates come from a logistic regression of the outcome on the policy and the log length ratio, with one slope
+    for all policies: ``logit P(win) = policy + effect * log(length / reference length)``. The rates are its predictions
+    at a log ratio of 0. Standard errors are robust (sandwich), so ties narrow the intervals as in `intervals.win_rate`.
 
-    A policy that won (or lost) every comparison has rate 1 (or 0) at any length, with the interval of its plain win
-    rate, and does not inform the effect of length. If length alone separates the wins of the other policies from their
-    losses, the likelihood has no maximum and their rates are ``(NaN, 0, 1)``. The same holds if only policies that won
-    or lost every comparison have varying length ratios. A policy whose length ratios are all 1 always has a rate.
+    Some policies are special cases:
+
+    * A policy that won (or lost) every comparison has a rate of 1 (or 0) at any length, with the interval of its plain
+      win rate. Its comparisons do not affect the estimated effect of length.
+    * The rates of the other policies are ``(NaN, 0, 1)`` if length alone separates their wins from their losses,
+      because the likelihood then has no maximum, or if their length ratios do not vary.
+    * A policy whose length ratios are all 1 always has a rate.
 
     Args:
         outcomes: 1 for a win over the reference, 0 for a loss, 1/2 for a tie; see `intervals.win_outcomes`.
@@ -163,16 +166,16 @@ def length_controlled_win_rates(
         Controlled and plain win rates of each policy, and the effect of length.
 
     Raises:
-        ValueError: If the arrays are empty, not of rank 1 and one length, or contain NaN; if an outcome is outside
-            [0, 1] or a length not above 0; if length ratios other than 1 are constant within every policy, so that the
-            effect of length is not identifiable; unless ``0 < confidence < 1``.
+        ValueError: If the arrays are empty, are not of rank 1, differ in length or contain NaN; if an outcome is
+            outside [0, 1] or a length is not above 0; if ``confidence`` is not in (0, 1); or if length ratios other
+            than 1 are constant within every policy, so that the effect of length is not identifiable.
     """
     outcomes, own_lengths, reference_lengths = map(intervals.samples, (outcomes, lengths, reference_lengths))
     if not outcomes.shape == own_lengths.shape == reference_lengths.shape:
         shapes = f"{outcomes.shape}, {own_lengths.shape} and {reference_lengths.shape}"
-        raise ValueError(f"need two lengths per outcome, got shapes {shapes}")
+        raise ValueError(f"outcomes, lengths and reference lengths must be equally long, got shapes {shapes}")
     if ((own_lengths <= 0) | (reference_lengths <= 0)).any():
-        raise ValueError("lengths must be above 0, because their ratio is used: count the stop token too")
+        raise ValueError("lengths must be above 0, because their ratio is used; count the stop token too")
     names, policy = intervals.label_indices(policies, len(outcomes), "policies")
     x = np.log(own_lengths / reference_lengths)
     plain = [intervals.outcome_rate(outcomes[policy == i], confidence=confidence) for i in range(len(names))]
@@ -206,7 +209,7 @@ def length_controlled_win_rates(
 def length_controlled_win_rate(
     outcomes: npt.ArrayLike, lengths: npt.ArrayLike, reference_lengths: npt.ArrayLike, *, confidence: float = 0.95
 ) -> intervals.Estimate:
-    """Returns the rate of `length_controlled_win_rates` for a single policy.
+    """Returns the rate that `length_controlled_win_rates` estimates for a single policy.
 
     Args:
         outcomes: As in `length_controlled_win_rates`.
@@ -265,7 +268,7 @@ def _fit(
 
 
 def _separated(y: np.ndarray, x: np.ndarray, policy: np.ndarray, policies: int) -> int:
-    """Returns 1 if in every policy no win (or tie) has a smaller x than a loss (or tie), -1 if none larger, else 0."""
+    """Returns 1 (-1) if, in every policy, no win or tie has a smaller (larger) x than a loss or tie, else 0."""
     for sign in (1, -1):
         if all(
             (sign * x[(policy == i) & (y < 1)]).max() <= (sign * x[(policy == i) & (y > 0)]).min()
@@ -276,7 +279,7 @@ def _separated(y: np.ndarray, x: np.ndarray, policy: np.ndarray, policies: int) 
 
 
 def _centred(values: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Subtracts the group means; exactly 0, despite rounding, for a group of equal values."""
+    """Subtracts the group means; the result is exactly 0, despite rounding, if all values of a group are equal."""
     low, high = np.full(group.max() + 1, np.inf), np.full(group.max() + 1, -np.inf)
     np.minimum.at(low, group, values)
     np.maximum.at(high, group, values)
@@ -289,7 +292,7 @@ def _correlation(x: np.ndarray, y: np.ndarray, freedom: int, confidence: float) 
     z = intervals.critical(confidence)
     if not x.any() or not y.any() or freedom < 1:
         return intervals.Estimate(math.nan, -1.0, 1.0)
-    x, y = x / np.abs(x).max(), y / np.abs(y).max()  # The squares of small numbers would underflow.
+    x, y = x / np.abs(x).max(), y / np.abs(y).max()  # Squares of small numbers would underflow.
     r = min(max(float(x @ y) / math.sqrt(float(x @ x) * float(y @ y)), -1.0), 1.0)
     if freedom <= 2 or abs(r) == 1.0:
         return intervals.Estimate(r, *((r, r) if freedom > 2 else (-1.0, 1.0)))

@@ -1,12 +1,12 @@
-"""Fits of the published curves of gold score as a function of KL (Gao, Schulman and Hilton 2022).
+"""Fits of the gold score as a function of the KL, with the two functional forms of Gao, Schulman and Hilton (2022).
 
-With ``d = sqrt(KL(policy || initial policy))`` and gains over the initial policy, so that R(0) = 0::
+R is the gain in gold score over the initial policy, and ``d = sqrt(KL(policy || initial policy))``::
 
     best of n:               R = d (alpha - beta d),      highest at d* = alpha / (2 beta),   R* = alpha^2 / (4 beta)
     reinforcement learning:  R = d (alpha - beta log d),  highest at d* = exp(alpha/beta - 1),  R* = beta d*
 
-Both are linear in alpha and beta. The second curve has infinite slope at the origin, so exclude points near it from a
-fit.
+Both forms are linear in alpha and beta. The slope of the second is infinite at the origin, so exclude points near the
+origin from a fit.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from rlhf_jax.diagnostics.intervals import Estimate, critical
 
 MAX_LOG_PEAK = 50.0
 """Logarithm of the largest d* that counts as a peak. The second form has a maximum for every beta above 0, but
-a maximum beyond exp(50) root nats cannot be reached."""
+no run can reach a maximum beyond exp(50) root nats."""
 
 
 class Form(NamedTuple):
-    """One of the two curves, ``d (alpha - beta bend(d))``."""
+    """One of the two functional forms, ``d (alpha - beta bend(d))``."""
 
     name: str
     bend: Callable[[np.ndarray], np.ndarray]
@@ -41,23 +41,24 @@ REINFORCEMENT = Form(
 
 
 class Fit(NamedTuple):
-    """A fitted curve; every estimate has an interval."""
+    """A fitted curve, with an interval for each estimate."""
 
     form: Form
     alpha: Estimate
     beta: Estimate
     alpha_error: float
-    """Standard error."""
+    """Standard error of alpha."""
     beta_error: float
+    """Standard error of beta."""
     r_squared: float
     """Share of the variance of the gains that the curve explains; NaN if the gains do not vary."""
     rmse: float
     """Root mean squared residual."""
     peak_distance: Estimate
-    """d*, in root nats, with Fieller's interval. It is infinite for a curve without a maximum (beta not above 0, or d*
-    beyond `MAX_LOG_PEAK`); its upper end is infinite if the data do not establish a maximum."""
+    """d* in root nats, with Fieller's interval. d* is infinite for a curve without a maximum (beta not above 0, or log
+    d* above `MAX_LOG_PEAK`). The upper bound is infinite if the data do not establish a maximum."""
     peak_gain: Estimate
-    """R*, the gain at d*, with an interval by the delta method; its upper end is infinite if that of d* is."""
+    """R*, the gain at d*, with an interval by the delta method. Its upper bound is infinite if that of d* is."""
     count: int
     """Number of fitted points."""
 
@@ -71,10 +72,10 @@ def fit(
     min_kl: float = 0.0,
     confidence: float = 0.95,
 ) -> Fit:
-    """Fits ``R = d (alpha - beta bend(d))``, one of the two forms, by weighted least squares.
+    """Fits one of the two forms, ``R = d (alpha - beta bend(d))``, by weighted least squares.
 
-    The points of a run are not independent, so these intervals are too narrow for a single run. For valid intervals fit
-    each seed separately and use `mean_interval` of the peaks.
+    The points of a single run are not independent, so the intervals of its fit are too narrow. For valid intervals, fit
+    each seed separately and compute `mean_interval` of the peaks.
 
     Args:
         kl: ``[N]``, KL of each point from the initial policy, in nats. Estimates may be negative; points whose KL is
@@ -83,14 +84,15 @@ def fit(
         form: `BEST_OF_N` or `REINFORCEMENT`.
         errors: ``[N]``, standard errors of the gains, up to a common factor; equal by default.
         min_kl: Exclusion threshold in nats, at least 0.
-        confidence: Coverage of all intervals, which are Student's with ``count - 2`` degrees of freedom.
+        confidence: Coverage of all intervals, which use Student's t with ``count - 2`` degrees of freedom.
 
     Returns:
         The fitted curve.
 
     Raises:
-        ValueError: If the arrays are not of rank 1 and one length, or contain NaN or infinity; if an error is not above
-            0; if fewer than 3 points, or points at fewer than 2 distances, are left; unless ``0 < confidence < 1``.
+        ValueError: If the arrays are not of rank 1, differ in length, or contain NaN or infinity; if an error is not
+            above 0, ``min_kl`` is below 0 or ``confidence`` is not in (0, 1); or if fewer than 3 points, or points with
+            fewer than 2 different KLs, are left.
 
     Example:
         >>> import numpy as np
@@ -103,14 +105,14 @@ def fit(
     kl, gains = np.asarray(kl, np.float64), np.asarray(gains, np.float64)
     sizes = np.ones(gains.shape) if errors is None else np.asarray(errors, np.float64)
     if kl.ndim != 1 or not kl.shape == gains.shape == sizes.shape or not np.isfinite([kl, gains]).all():
-        raise ValueError(f"need equally long rows of finite numbers, got {kl.shape}, {gains.shape} and {sizes.shape}")
+        raise ValueError(f"need equally long arrays of finite numbers, got {kl.shape}, {gains.shape}, {sizes.shape}")
     if not ((sizes > 0) & np.isfinite(sizes)).all() or not min_kl >= 0:
         raise ValueError("errors must be above 0 and finite, and min_kl at least 0")
     weights = 1 / sizes
     used = kl > min_kl
     d, y, w = np.sqrt(kl[used]), gains[used], weights[used]
     if len(d) < 3 or np.ptp(d) == 0:
-        raise ValueError(f"a fit needs 3 points, at 2 distances or more; only {len(d)} have a KL above {min_kl:g}")
+        raise ValueError(f"a fit needs 3 points and 2 different KLs, but only {len(d)} have a KL above {min_kl:g}")
     columns = np.stack([d, -d * form.bend(d)], axis=1)
     scaled = columns * w[:, None]
     (a, b), *_ = np.linalg.lstsq(scaled, y * w, rcond=None)
@@ -145,8 +147,8 @@ def fit_both(
 ) -> tuple[Fit, Fit]:
     """Fits both forms to the same points and returns the better fit first.
 
-    Both have two parameters, so the form with the higher R^2 is better. Predictions beyond the fitted points
-    (`predict`) distinguish best between the forms.
+    Both forms have two parameters, so the one with the higher R^2 fits better. Predictions beyond the fitted points
+    (`predict`) distinguish the forms more reliably.
 
     Args:
         kl: ``[N]``, as in `fit`.
@@ -156,7 +158,7 @@ def fit_both(
         confidence: Coverage of all intervals.
 
     Returns:
-        ``(better, worse)``.
+        The better and the worse fit.
 
     Raises:
         ValueError: As in `fit`.
@@ -168,7 +170,7 @@ def fit_both(
 
 
 def predict(curve: Fit, kl: npt.ArrayLike) -> np.ndarray:
-    """Returns the gains of a fitted curve at KLs of any shape; 0 where the KL is 0.
+    """Returns the gains that a fitted curve predicts for KLs of any shape; 0 where the KL is 0.
 
     Raises ValueError if a KL is below 0.
     """
@@ -181,7 +183,7 @@ def predict(curve: Fit, kl: npt.ArrayLike) -> np.ndarray:
 
 
 def _peak_distance(form: Form, a: float, b: float, covariance: np.ndarray, t: float) -> Estimate:
-    """Returns Fieller's interval of ``a / b``, mapped by the increasing function that gives the peak."""
+    """Returns d* with Fieller's interval of ``a / b``, mapped to distances by the increasing function ``form.peak``."""
     ratio = a / b if b > 0 else math.inf
     mean = form.peak(ratio) if b > 0 else math.inf
     # The interval contains the ratios r with (a - r b)^2 <= t^2 Var(a - r b), a quadratic inequality in r.
@@ -192,8 +194,8 @@ def _peak_distance(form: Form, a: float, b: float, covariance: np.ndarray, t: fl
     if quadratic > 0:  # The sign of b is established.
         ends = ((half_linear - root) / quadratic, (half_linear + root) / quadratic) if b > 0 else (math.inf, math.inf)
         return Estimate(mean, *(form.peak(end) if end < math.inf else math.inf for end in ends))
-    # Otherwise it contains all ratios above the larger root, including curves without a maximum. Without a root, it
-    # contains all ratios.
+    # Otherwise the interval contains all ratios above the larger root, including curves without a maximum, or all
+    # ratios if the quadratic has no root.
     has_root = quadratic < 0 and half_linear**2 >= quadratic * constant
     end = (half_linear - root) / quadratic if has_root else -math.inf
     return Estimate(mean, form.peak(end if end <= ratio else -math.inf), math.inf)

@@ -1,9 +1,9 @@
-"""Multi-host runs: connect the hosts, detect lost ones, and stop all of them after the same step.
+"""Multi-host runs: connecting the hosts, detecting lost hosts, and stopping all hosts after the same step.
 
-Every process runs the same program. Before JAX starts, the hosts connect to the coordinator over plain sockets. A host
-that is missing, that connects twice, or whose settings or data differ raises an error on all hosts within the timeout.
-The sockets stay open to detect lost hosts and to agree on the step after which to stop. They do not use the devices,
-and a step sends no message unless a host wants to stop::
+Every process runs the same program. Before JAX starts, the hosts connect to the coordinator over plain sockets. All
+hosts raise an error within the timeout if a host is missing, if two hosts have the same index, or if settings or data
+differ between hosts. The sockets stay open to detect lost hosts and to agree on the step after which to stop. This
+communication does not involve the devices, and a step sends no message unless a host wants to stop::
 
     with hosts.connect("10.0.0.1:8476", count=2, index=i, facts={"data": digest}) as group:
         mesh = parallel.make_mesh(fsdp=jax.device_count())
@@ -44,7 +44,7 @@ StopAgreement = Callable[[int, bool], bool]
 
 
 class Hosts:
-    """The hosts of a job as seen from this process. The class itself represents a job of one host.
+    """The hosts of a job, as seen from this process. This base class represents a job with a single host.
 
     Attributes:
         index: Number of this host, ``jax.process_index()``.
@@ -59,15 +59,16 @@ class Hosts:
         return self.index == 0
 
     def broadcast_from_first(self, name: str, make: Callable[[], Any]) -> Any:
-        """Returns the first host's ``make()``, a JSON value, on all hosts; use each ``name`` once per job."""
+        """Returns the JSON value that ``make()`` returns on the first host; use each ``name`` only once per job."""
         del name
         return make()
 
     def stop_agreement(self) -> StopAgreement:
-        """Returns ``should_stop(done, wanted)`` for `loop.fit`: whether all hosts stop after ``done`` iterations.
+        """Returns a function ``should_stop(done, wanted)`` for `loop.fit`.
 
-        Call this once for each training stage, in the same order on all hosts. ``should_stop`` waits for the other
-        hosts only if a host wants to stop.
+        The function returns whether all hosts stop after ``done`` iterations, given whether this host wants to stop. It
+        waits for the other hosts only if any host wants to stop. Call `stop_agreement` once for each training stage, in
+        the same order on all hosts.
         """
         return lambda done, wanted: wanted
 
@@ -76,7 +77,7 @@ _current = Hosts()
 
 
 def current() -> Hosts:
-    """Returns the hosts of the enclosing `connect` block, or a single host outside of one."""
+    """Returns the hosts of the enclosing `connect` block; outside such a block, a job with a single host."""
     return _current
 
 
@@ -91,31 +92,31 @@ def connect(
     facts: Callable[[], Mapping[str, Any]] | Mapping[str, Any] | None = None,
     exit_status: Callable[[BaseException], int] = lambda error: 1,
 ) -> Iterator[Hosts]:
-    """Connects the hosts of a job and starts JAX on all of them; use it as a context manager.
+    """Returns a context manager that connects the hosts of a job and starts JAX on all of them.
 
     Enter it before JAX initialises its devices. Without arguments, JAX detects the job from the environment of a TPU
-    VM, SLURM, Open MPI before version 5 or Kubernetes. For a single process the block runs unchanged.
+    VM, SLURM, Open MPI (before version 5) or Kubernetes. With a single process, the block runs without connecting.
 
     If another host is lost, this process prints one sentence to stderr and exits with `HOST_LOST`. If another host
     exits with an exception, this process exits with the same status after a grace period.
 
     Args:
-        coordinator: ``HOST:PORT`` where the first host listens.
+        coordinator: Address of the first host, ``HOST:PORT``.
         count: Number of hosts.
-        index: Number of this host, from 0.
+        index: Number of this host, counted from 0.
         timeout: Seconds to wait for all hosts to connect.
-        heartbeat_timeout: Seconds without a message after which a host counts as lost. A closed connection is detected
-            at once.
-        facts: JSON values, by name, that must be equal on all hosts, such as settings and digests of data and code; or
-            a function that returns them, called only if there are other hosts.
-        exit_status: Maps an exception in the block to the status with which this process, and then the others, exit.
+        heartbeat_timeout: Seconds without a message after which a host is considered lost. A closed connection is
+            detected immediately.
+        facts: Named JSON values that must be equal on all hosts, such as settings and digests of data and code; or a
+            function that returns them, which is called only if the job has several hosts.
+        exit_status: Maps an exception raised in the block to the exit status of all processes.
 
     Yields:
         The `Hosts` of the job.
 
     Raises:
         HostsError: The arguments are incomplete or invalid, JAX cannot connect, or a host is missing or has different
-            facts. In the last two cases every connected host raises it.
+            facts. In the last two cases, every connected host raises the error.
     """
     global _current
     job = _detect(coordinator, count, index, timeout)
@@ -150,7 +151,7 @@ def _start_jax(coordinator: str, count: int, index: int, devices: Sequence[int] 
             index,
             devices,
             initialization_timeout=max(1, int(timeout)),
-            # One day, because jax's own heartbeat aborts the processes even if all of them were only suspended.
+            # One day: with a shorter timeout, jax aborts the processes even if all of them were merely suspended.
             heartbeat_timeout_seconds=86_400,
             shutdown_timeout_seconds=30,
         )
@@ -170,7 +171,7 @@ def _detect(
 
         detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
         coordinator, count, index, devices = detect(coordinator, count, index, None, None, int(timeout))
-        # Open MPI gives count and index in all versions, the coordinator only before version 5.
+        # All versions of Open MPI set the count and the index; only versions before 5 set the coordinator.
         count = int(os.environ.get("OMPI_COMM_WORLD_SIZE", 0)) or None if count is None else count
         index = int(os.environ.get("OMPI_COMM_WORLD_RANK", -1)) if index is None else index
         index = None if index == -1 else index
@@ -193,12 +194,12 @@ def _detect(
 
 
 class _Group(Hosts):
-    """Several hosts, connected in a star around the first; a thread on each host receives the messages.
+    """Several hosts, connected in a star around the first one. A thread on each host receives the messages.
 
-    A position is ``(stage, iteration)``. To agree on where to stop, the *thread* of every host replies with the
-    position that its loop reaches next, and the loop then waits at that position. All hosts stop at the largest of
-    these positions. The loops cannot reply themselves: a loop may be blocked in a collective operation with a host
-    that is already waiting for the agreement.
+    A position is ``(stage, iteration)``. To agree on where to stop, every host reports the position that its training
+    loop reaches next, and the loop waits at that position. All hosts stop at the largest reported position. The
+    *thread* sends the report, because the loop may be blocked in a collective operation with a host that is already
+    waiting for the agreement.
     """
 
     def __init__(
@@ -270,7 +271,10 @@ class _Group(Hosts):
             connection.close()
 
     def _all_left(self, status: int) -> bool:
-        """Whether all hosts have left. A host that finished without an error also waits for a failed host to end it."""
+        """Returns whether all hosts have left.
+
+        After a failure, the result is False on hosts without an error, which wait until `_force_exit` ends them.
+        """
         return len(self._left) == self.count and (status != 0 or not any(host[0] for host in self._left.values()))
 
     # called by the thread
@@ -297,7 +301,7 @@ class _Group(Hosts):
                     self._mark_lost(key.data, "its connection was closed")
             now = time.monotonic()
             for number in silence:
-                # Capped at a tick: after this process was suspended, the other hosts must not count as silent.
+                # Capped at a tick, so that a suspension of this process does not look like silence of the others.
                 silence[number] += min(now - last, self._tick)
                 if silence[number] > self._heartbeat_timeout:
                     self._mark_lost(number, f"it sent nothing for {self._heartbeat_timeout:g} s")
@@ -347,7 +351,7 @@ class _Group(Hosts):
                 self._mark_left(number, HOST_LOST, f"host {number} was lost ({reason})", True)
 
     def _mark_left(self, number: int, status: int, reason: str, forced: bool) -> None:
-        """Records that a host has left; the first host forwards it to the others."""
+        """Records that a host has left; the first host forwards the message to the others."""
         if number in self._left:
             return
         self._left[number] = (status, reason, forced)
@@ -365,7 +369,7 @@ class _Group(Hosts):
         sys.stdout.flush()
         print(f"host {self.index} exits: {reason}; resume all hosts from the last checkpoint", file=sys.stderr)
         self._send(left=[self.index, status, reason, True])
-        if self.first:  # its exit aborts jax on all hosts, so it waits until the others have closed
+        if self.first:  # waits until the others have closed, because its exit aborts jax on all hosts
             for connection in self._connections.values():
                 connection.sock.settimeout(2)
                 while connection.receive():
@@ -380,9 +384,9 @@ class _Group(Hosts):
 def _delay_abort(enable: bool) -> None:
     """Delays an abort of this process by a few seconds.
 
-    jax aborts the process, without a hook, as soon as the process of the first host ends. Our thread may notice this a
-    few milliseconds later, and needs that time to print the reason and to exit with its own status. The signal handler
-    is the C library's ``sleep``, called with the signal's number, 6, because it runs without Python.
+    As soon as the process of the first host ends, jax aborts this process and provides no hook. The thread may detect
+    the lost host a few milliseconds later, and then needs time to print the reason and to exit with the right status.
+    The signal handler is the C library's ``sleep``, which runs without Python. Its argument is the signal number, 6.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         libc = ctypes.CDLL(None)

@@ -15,20 +15,20 @@ from jax.experimental import multihost_utils
 
 
 def gather(array: jax.Array | np.ndarray) -> np.ndarray:
-    """Returns an array as NumPy, gathered from all processes if it is sharded over them."""
+    """Converts an array to NumPy, after gathering it from all processes if it is sharded across them."""
     if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)
 
 
 def barrier(name: str) -> None:
-    """Waits until all processes have called it with the same ``name``."""
+    """Waits until all processes have called this function with the same ``name``."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"rlhf_jax.{name}")
 
 
 def call_on_all(fn: Callable[[], Any], error: type[Exception]) -> Any:
-    """Returns ``fn()``; if it raises ``error`` in one process, all processes raise it."""
+    """Returns ``fn()``; if ``fn`` raises ``error`` in any process, all processes raise ``error``."""
     value, raised = None, None
     try:
         value = fn()
@@ -44,7 +44,7 @@ def call_on_all(fn: Callable[[], Any], error: type[Exception]) -> Any:
 
 
 def broadcast_from_first(numbers: list[int], *, max_length: int = 256) -> list[int]:
-    """Returns the last ``max_length`` of process 0's non-negative numbers on all processes."""
+    """Returns process 0's non-negative ``numbers``, at most the last ``max_length``, on all processes."""
     if jax.process_count() == 1:
         return numbers
     padded = np.full(max_length, -1, np.int32)
@@ -54,31 +54,31 @@ def broadcast_from_first(numbers: list[int], *, max_length: int = 256) -> list[i
 
 
 def shard(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Places an array that every process holds in full according to ``sharding``."""
+    """Shards an array as specified by ``sharding``; every process must hold the whole array."""
     is_global = isinstance(x, jax.Array) and not x.is_fully_addressable
     if sharding.is_fully_addressable or is_global:
         return x if is_global and x.sharding == sharding else jax.device_put(x, sharding)
-    # jax.device_put would run a collective for each array to compare its value between the processes.
+    # For each array, jax.device_put would run a collective that compares its values between processes.
     return _with_key_data(x, lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]))
 
 
 def local_shards(rows: jax.sharding.Sharding, shards: int) -> list[int]:
-    """Returns the numbers of the row shards, out of ``shards``, that devices of this process hold, in order."""
+    """Returns the sorted indices, in ``range(shards)``, of the row shards on this process's devices."""
     indices = rows.addressable_devices_indices_map((shards,)).values()
     return sorted({index[0].indices(shards)[0] for index in indices if index is not None})
 
 
 def assemble(x: Any, rows: jax.sharding.Sharding, shards: int, local: list[int]) -> jax.Array:
-    """Returns the global array whose row shards are spread over the processes.
+    """Builds a global array from the row shards of all processes.
 
     Args:
-        x: The row shards of this process, concatenated.
+        x: Concatenated row shards of this process.
         rows: Sharding of the rows of the global array.
         shards: Number of row shards of the global array.
-        local: Numbers of this process's shards (`local_shards`).
+        local: Indices of this process's shards (`local_shards`).
 
     Returns:
-        An array of ``len(x) / len(local) * shards`` rows.
+        An array with ``len(x) / len(local) * shards`` rows.
     """
     if jax.process_count() == 1:
         return jax.device_put(x, rows)
@@ -98,7 +98,7 @@ def assemble(x: Any, rows: jax.sharding.Sharding, shards: int, local: list[int])
 
 
 def _with_key_data(x: Any, make: Callable[[np.ndarray], jax.Array]) -> jax.Array:
-    """Applies ``make`` to an array as NumPy; for typed PRNG keys, to their key data."""
+    """Applies ``make`` to ``x`` as a NumPy array; if ``x`` contains typed PRNG keys, to their key data."""
     if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(make(np.asarray(jax.random.key_data(x))), impl=jax.random.key_impl(x))
     return make(np.asarray(x))

@@ -23,7 +23,7 @@ class Connection:
         self.pending: list[dict[str, Any]] = []
         """Messages that were received but not yet returned by `wait`."""
         sock.settimeout(10)
-        with contextlib.suppress(OSError):  # not every kind of socket has the option
+        with contextlib.suppress(OSError):  # some kinds of sockets do not have this option
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, **message: Any) -> None:
@@ -60,7 +60,7 @@ class Connection:
         return self.pending.pop(0) if self.pending else None
 
     def closed(self) -> bool:
-        """Returns whether the other end has closed the connection, without reading data."""
+        """Returns whether the other end has closed the connection, without consuming data."""
         self.sock.settimeout(0.0)
         try:
             return not self.sock.recv(1, socket.MSG_PEEK)
@@ -78,7 +78,7 @@ class Connection:
 
 
 def error_summary(error: BaseException) -> str:
-    """Returns the first line of an error message, at most 300 characters."""
+    """Returns the first line of an error message, truncated to 300 characters."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:300]
 
@@ -87,17 +87,19 @@ def connect(coordinator: str, count: int, index: int, timeout: float, facts: dic
     """Connects all hosts in a star around the first one.
 
     Args:
-        coordinator: ``HOST:PORT`` where the first host listens.
+        coordinator: Address of the first host, ``HOST:PORT``.
         count: Number of hosts.
-        index: Number of this host, from 0.
+        index: Number of this host, counted from 0.
         timeout: Seconds to wait for all hosts.
-        facts: JSON values, by name, that must be equal on all hosts.
+        facts: Named JSON values that must be equal on all hosts.
 
     Returns:
-        Connections by host number: on the first host to all others, on every other host to the first.
+        A dict from host numbers to connections. The first host is connected to all others, and every other host to the
+        first.
 
     Raises:
-        HostsError: A host is missing or differs from the first; every connected host raises it.
+        HostsError: A host is missing, or its facts differ from those of the first host. Every connected host raises the
+            error.
     """
     facts = json.loads(json.dumps(facts))
     host, _, port = coordinator.rpartition(":")
@@ -108,7 +110,7 @@ def connect(coordinator: str, count: int, index: int, timeout: float, facts: dic
     if connection is None:
         raise HostsError(
             f"host {index}: the coordinator {coordinator} did not answer within {timeout:g} s "
-            f"({answer}); check that the first host is running and listens at this address"
+            f"({answer}); check that the first host is running and listening on this address"
         )
     if "refused" in answer:
         connection.close()
@@ -117,7 +119,7 @@ def connect(coordinator: str, count: int, index: int, timeout: float, facts: dic
 
 
 def _join(host: str, port: int, deadline: float, hello: dict[str, Any]) -> tuple[Connection | None, Any]:
-    """Returns the connection to the first host and its answer; or None and the reason for the failure."""
+    """Returns the connection to the first host and that host's answer, or None and the reason for the failure."""
     reason: Any = "no answer"
     while (left := deadline - time.monotonic()) > 0:
         try:
@@ -128,13 +130,13 @@ def _join(host: str, port: int, deadline: float, hello: dict[str, Any]) -> tuple
             continue
         connection.send(**hello)
         if connection.wait(min(deadline, time.monotonic() + 10)) is not None:
-            # From here on the first host applies the timeout; it sends "waiting" every five seconds.
+            # From here on, the first host enforces the timeout. It sends "waiting" every five seconds.
             while answer := connection.wait(time.monotonic() + 20):
                 if "waiting" not in answer:
                     return connection, answer
             return None, "it stopped waiting for the other hosts"
         connection.close()
-        reason = "another program listens at this port"
+        reason = "another program is listening on this port"
         time.sleep(0.2)
     return None, reason
 
@@ -147,12 +149,12 @@ def _accept_all(port: int, count: int, timeout: float, facts: dict[str, Any]) ->
         family = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
         listener = socket.create_server(("", port), backlog=count, **family)
     except OSError as error:
-        raise HostsError(f"host 0 cannot listen at port {port}: {error.strerror}") from error
+        raise HostsError(f"host 0 cannot listen on port {port}: {error.strerror}") from error
     with listener:
         reason = _accept_hosts(listener, count, time.monotonic() + timeout, connections, facts_of)
     missing = ", ".join(str(i) for i in range(1, count) if i not in connections)
     if missing and not reason:
-        reason = f"after {timeout:g} s these of {count} hosts are missing: {missing}"
+        reason = f"of {count} hosts, these did not connect within {timeout:g} s: {missing}"
     reason = reason or _differences({"the number of hosts": count, **facts}, facts_of)
     for connection in connections.values():
         connection.send(**({"refused": reason} if reason else {"admitted": True}))
@@ -164,7 +166,7 @@ def _accept_all(port: int, count: int, timeout: float, facts: dict[str, Any]) ->
 
 
 def _accept_hosts(listener: socket.socket, count: int, deadline: float, connections: Any, facts_of: Any) -> str:
-    """Fills ``connections`` and ``facts_of``; returns a reason to refuse all hosts at once, or ""."""
+    """Fills ``connections`` and ``facts_of``; returns a reason to refuse all hosts immediately, or ""."""
     listener.settimeout(0.5)
     last_sent = time.monotonic()
     while len(connections) < count - 1 and time.monotonic() < deadline:
@@ -197,7 +199,7 @@ def _accept_hosts(listener: socket.socket, count: int, deadline: float, connecti
 
 
 def _differences(own: dict[str, Any], facts_of: dict[int, dict[str, Any]]) -> str:
-    """Lists the facts in which other hosts differ from the first one; "" if all are equal."""
+    """Lists the facts in which other hosts differ from the first one; "" if all facts are equal."""
     messages = []
     for index, facts in sorted(facts_of.items()):
         names = [name for name in {**own, **facts} if own.get(name) != facts.get(name)]

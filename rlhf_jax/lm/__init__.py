@@ -1,6 +1,7 @@
-"""The language model: pure functions on a nested dict of arrays.
+"""Pure functions that implement a language model with parameters in a nested dict of arrays.
 
-Functions that need a model take ``cfg=``: an `LMConfig`, or a `rlhf_jax.types.ApplyFn` for any other model.
+Functions of tokens, such as `token_logprobs` and `score`, accept as ``cfg`` either an `LMConfig` or, for any other
+model, a `rlhf_jax.types.ApplyFn`.
 """
 
 from rlhf_jax.lm import costs, heads, lora

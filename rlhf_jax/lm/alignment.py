@@ -1,12 +1,13 @@
 """Alignment of model outputs with the tokens that they predict; no other module shifts arrays by a column.
 
-The output of a model in column j predicts the next token. Everything that :mod:`rlhf_jax.lm` returns is aligned with
-the predicted token instead: entry i of the log-probabilities belongs to token i, and entry i of the values is the value
-before token i. Both come from the column of the last real token before i, in packed rows within the same segment.
+The output of a model in column j predicts the next token. Functions of tokens in :mod:`rlhf_jax.lm` instead align their
+results with the predicted token: entry i of the log-probabilities belongs to token i, and entry i of the values is the
+value before token i. Both are computed from the output at the last real token before token i, which in packed rows
+must belong to the same segment.
 
-`token_map` turns any function of logits into a function of tokens with this alignment, without holding the logits of
-all columns in memory. All functions of :mod:`rlhf_jax.lm.logprobs` and :mod:`rlhf_jax.lm.distributions` that read
-logits are built on it.
+`token_map` turns any function of logits into a function of tokens with this alignment and never keeps the logits of all
+columns in memory. The functions of logits in :mod:`rlhf_jax.lm.logprobs` and :mod:`rlhf_jax.lm.distributions` are built
+on it or on `map_hidden`, which accepts the hidden states of several models.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ def _own_apply_fn(cfg: config.LMConfig, columns: tuple[int, int] | None) -> type
 
 
 def apply_fn(cfg: config.LMConfig | types.ApplyFn, columns: tuple[int, int] | None = None) -> types.ApplyFn:
-    """Returns a model as the pair (forward, logits); an `ApplyFn` is returned unchanged.
+    """Returns the model as an `ApplyFn`; an `ApplyFn` is returned unchanged.
 
-    ``columns`` is passed to `lm.forward`. The same configuration and columns return the same object.
+    ``columns`` is passed to `lm.forward`. Calls with equal arguments return the same object.
     """
     return cfg if isinstance(cfg, types.ApplyFn) else _own_apply_fn(cfg, columns)
 
@@ -48,24 +49,26 @@ def token_map(
     prompt_width: int | None = None,
     chunk: int | None = None,
 ) -> Any:
-    """Returns ``fn(logits, *arrays)`` for every token, with the logits that predict the token.
+    """Applies ``fn`` to the logits that predict each token and to the token's entries in ``arrays``.
 
     Args:
-        fn: Maps ``logits [b, c, V]`` and the arrays' ``[b, c, ...]`` to a pytree of ``[b, c, ...]``. It is called on
-            some columns at a time and must treat each column independently.
+        fn: Maps logits ``[b, c, V]`` and arrays ``[b, c, ...]`` to a pytree of arrays ``[b, c, ...]``. It is called for
+            one chunk at a time and must treat rows and columns independently.
         params: Parameters of the model.
-        tokens_BL: int32 tokens that the model reads.
-        *arrays: ``[B, L, ...]``, or ``[B, T, ...]`` with ``prompt_width``; entry i belongs to token i.
-        cfg: The model: an `LMConfig`, or an `ApplyFn` for any other model.
-        mask_BL: bool, True at real tokens. By default ``segments_BL > 0``, or all True.
-        segments_BL: int32, the sequence of a packed row that each token belongs to; 0 at padding.
-        prompt_width: P, for rows that hold a prompt in columns ``[0, P)`` and a response after it. The result then
-            covers only the response, and only its T columns of logits are computed. Column P - 1 must be real.
-        chunk: Number of columns of logits computed at a time. By default as many as fit in 64 MB.
+        tokens_BL: int32 tokens.
+        *arrays: Arrays ``[B, L, ...]``, or ``[B, T, ...]`` with ``prompt_width``; entry i belongs to token i.
+        cfg: The model, as an `LMConfig` or an `ApplyFn`.
+        mask_BL: bool, True at real tokens. By default, ``segments_BL > 0`` if segments are given, else True everywhere.
+        segments_BL: int32 segment ids of packed rows, counted from 1; 0 at padding.
+        prompt_width: Width P of the prompt, for rows with a prompt in columns ``[0, P)`` and a response after it. The
+            result then covers only the T columns of the response, and only their logits are computed. Column P - 1
+            must be real.
+        chunk: Number of columns for which logits are computed at a time. By default, as many as fit in 64 MB
+            (256 MB per device on a mesh).
 
     Returns:
-        A pytree of ``[B, L, ...]``, or ``[B, T, ...]`` with ``prompt_width``. It is 0 at padding and at tokens without
-        a real token before them in their row or segment.
+        A pytree of arrays ``[B, L, ...]``, or ``[B, T, ...]`` with ``prompt_width``; 0 at padding and at the first real
+        token of each sequence.
 
     Raises:
         ValueError: ``prompt_width`` leaves no prompt or no response, or is combined with ``segments_BL``.
@@ -91,21 +94,22 @@ def hidden_states(
     segments_BL: jax.Array | None,
     prompt_width: int | None,
 ) -> tuple[jax.Array, types.ApplyFn]:
-    """Runs the model and returns the hidden states that a function of tokens reads.
+    """Runs the model and returns the hidden states that a function of tokens requires.
 
     Args:
         params: Parameters of the model.
-        tokens_BL: ``[B, L]`` token ids.
-        cfg: The model, an `LMConfig` or an `ApplyFn`.
-        mask_BL: ``[B, L]``, True at real tokens; None if all are real.
-        segments_BL: ``[B, L]`` segment numbers of packed rows; None for rows that are not packed.
-        prompt_width: P, for only the columns that predict the response tokens; None for all columns.
+        tokens_BL: int32 tokens.
+        cfg: The model, as an `LMConfig` or an `ApplyFn`.
+        mask_BL: bool, True at real tokens; None if all tokens are real or segments are given.
+        segments_BL: int32 segment ids of packed rows; None for rows that are not packed.
+        prompt_width: Width P of the prompt, to return only the columns that predict the response; None for all.
 
     Returns:
-        ``(hidden, apply)``: ``[B, L, D]``, or ``[B, T, D]`` before each response token, and the model as an `ApplyFn`.
+        ``(hidden, apply)``: hidden states ``[B, L, D]``, or ``[B, T, D]`` with ``prompt_width``, and the model as an
+        `ApplyFn`.
 
     Raises:
-        ValueError: If ``prompt_width`` is not in [1, L - 1], or is given together with ``segments_BL``.
+        ValueError: ``prompt_width`` is not in [1, L - 1], or is combined with ``segments_BL``.
     """
     if prompt_width is None:
         apply = apply_fn(cfg)
@@ -114,7 +118,7 @@ def hidden_states(
     if not 1 <= prompt_width < L:
         raise ValueError(f"prompt_width is {prompt_width}; it must be in [1, {L - 1}]")
     if segments_BL is not None:
-        raise ValueError("prompt_width and segments_BL exclude each other: a packed row has no single prompt width")
+        raise ValueError("prompt_width and segments_BL cannot be combined: a packed row has no single prompt width")
     apply = apply_fn(cfg, (prompt_width - 1, L - 1))
     return apply.forward(params, tokens_BL, mask_BL=mask_BL).hidden_BLD[:, prompt_width - 1 : -1], apply
 
@@ -130,20 +134,20 @@ def map_hidden(
     vocab: int,
     chunk: int | None,
 ) -> Any:
-    """Returns ``fn(*hiddens, *arrays)`` with each token's entries aligned with the hidden states that predict it.
+    """Applies ``fn`` to the hidden states that predict each token and to the token's entries in ``arrays``.
 
     Args:
-        fn: Maps hidden states ``[b, c, D]`` and arrays ``[b, c, ...]`` to a pytree of ``[b, c, ...]``.
-        hiddens: Results of `hidden_states`, one for each model.
+        fn: Maps hidden states ``[b, c, D]`` and arrays ``[b, c, ...]`` to a pytree of arrays ``[b, c, ...]``.
+        hiddens: Hidden states from `hidden_states`, one array for each model.
         arrays: As in `token_map`.
         mask_BL: As in `token_map`.
         segments_BL: As in `token_map`.
         prompt_width: As in `token_map`.
-        vocab: Number of floats that ``fn`` computes for each column.
+        vocab: Number of floats that ``fn`` computes for each row and column.
         chunk: As in `token_map`.
 
     Returns:
-        As `token_map`.
+        As in `token_map`.
     """
     mask_BL = real(mask_BL, segments_BL)
     if prompt_width is not None:
@@ -155,7 +159,7 @@ def map_hidden(
         shifted = (x[:, :-1] for x in hiddens)
         mapped = chunking.over_columns(fn, *shifted, *(x[:, 1:] for x in arrays), vocab=vocab, chunk=chunk)
         return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2)), mapped)
-    # Arrays and results are shifted rather than hidden states, which are D times larger.
+    # Arrays and results are shifted instead of hidden states, which are D times larger.
     L = mask_BL.shape[1]
     next_BL = next_real(mask_BL)
     column_BL = jnp.minimum(next_BL, L - 1)
@@ -166,7 +170,7 @@ def map_hidden(
 
 
 def from_previous_real(x_BL: jax.Array, mask_BL: jax.Array | None, segments_BL: jax.Array | None = None) -> jax.Array:
-    """Returns the entry in the column of the last real token before each real token, ``[B,L,...]``; 0 without one."""
+    """Returns, for each real token, the entry at the last real token before it, ``[B,L,...]``; 0 if there is none."""
     mask_BL = real(mask_BL, segments_BL)
     if mask_BL is None:
         return jnp.pad(x_BL[:, :-1], [(0, 0), (1, 0)] + [(0, 0)] * (x_BL.ndim - 2))
@@ -177,7 +181,7 @@ def from_previous_real(x_BL: jax.Array, mask_BL: jax.Array | None, segments_BL: 
 
 
 def real(mask_BL: jax.Array | None, segments_BL: jax.Array | None) -> jax.Array | None:
-    """Returns ``mask_BL``, by default ``segments_BL > 0``; None if neither is given, because all tokens are real."""
+    """Returns ``mask_BL``, by default ``segments_BL > 0``; None if both are None, because then all tokens are real."""
     return segments_BL > 0 if mask_BL is None and segments_BL is not None else mask_BL
 
 
@@ -188,19 +192,19 @@ def forward_masks(mask_BL: jax.Array | None, segments_BL: jax.Array | None) -> d
 
 
 def same_segment(segments_BL: jax.Array | None, column_BL: jax.Array) -> jax.Array | bool:
-    """Returns whether each token and the token in the given column belong to the same segment."""
+    """Returns whether each token is in the same segment as the token in column ``column_BL`` of its row."""
     return True if segments_BL is None else jnp.take_along_axis(segments_BL, column_BL, axis=1) == segments_BL
 
 
 def next_real(mask_BL: jax.Array) -> jax.Array:
-    """Returns the column of the first real token after each column, or L."""
+    """Returns the column of the first real token after each column; L if there is none."""
     L = mask_BL.shape[1]
     at_or_after = lax.cummin(jnp.where(mask_BL, jnp.arange(L)[None, :], L), axis=1, reverse=True)
     return jnp.pad(at_or_after[:, 1:], ((0, 0), (0, 1)), constant_values=L)
 
 
 def previous_real(mask_BL: jax.Array) -> jax.Array:
-    """Returns the column of the last real token before each column, or -1."""
+    """Returns the column of the last real token before each column; -1 if there is none."""
     L = mask_BL.shape[1]
     at_or_before = lax.cummax(jnp.where(mask_BL, jnp.arange(L)[None, :], -1), axis=1)
     return jnp.pad(at_or_before[:, :-1], ((0, 0), (1, 0)), constant_values=-1)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from rlhf_jax.lm import config
 
 _HIDDEN = -1e30
-"""Score of a masked key; finite, so that a fully masked row does not become NaN."""
+"""Score of masked keys; finite, so that the softmax of a fully masked row is not NaN."""
 
 
 def attend(
@@ -18,24 +18,25 @@ def attend(
 ) -> jax.Array:
     """Returns softmax attention, ``[B,H,L,C]``.
 
-    Scores and softmax are float32. A query that attends to no key returns the mean of the values, with finite
-    gradients.
+    Scores and softmax are computed in float32. The output for a query that attends to no key is the mean of the
+    values, and its gradients are finite.
 
     Args:
         queries_BHLC: Queries.
-        keys_BGSC: Keys; H is a multiple of G, and consecutive query heads share a key head (Ainslie et al. 2023).
+        keys_BGSC: Keys. H is a multiple of G, and each group of H / G consecutive query heads shares a key head
+            (Ainslie et al. 2023).
         values_BGSC: Values.
-        seen_BLS: bool, True where query l attends to key s.
-        cfg: Scale, soft cap and implementation.
+        seen_BLS: bool, True if query l attends to key s.
+        cfg: Architecture; ``attn_scale``, ``attn_softcap`` and ``attention`` are used.
 
     Returns:
-        Attended values in the dtype of ``values_BGSC``.
+        Attention output in the dtype of ``values_BGSC``.
     """
     if cfg.attention in ("xla", "cudnn"):
         return attend_by(cfg.attention, queries_BHLC, keys_BGSC, values_BGSC, seen_BLS, cfg=cfg)
     B, H, L, C = queries_BHLC.shape
     G, S = keys_BGSC.shape[1:3]
-    # The queries of a group are stacked, so that a group is one matmul for any H / G.
+    # The queries of each group are stacked, so that a group needs only one matmul for any H / G.
     grouped = (queries_BHLC * cfg.attn_scale).reshape(B, G, (H // G) * L, C)
     scores = jnp.einsum("bgmc,bgsc->bgms", grouped, keys_BGSC, preferred_element_type=jnp.float32)
     scores = soft_cap(scores, cfg.attn_softcap)
@@ -45,14 +46,14 @@ def attend(
 
 
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:
-    """Returns ``cap * tanh(x / cap)``, which bounds x by the cap (Gemma 2); x itself if the cap is 0."""
+    """Returns ``cap * tanh(x / cap)``, which limits x to [-cap, cap] (Gemma 2); returns x if ``cap`` is 0."""
     return cap * jnp.tanh(x / cap) if cap > 0 else x
 
 
 def causal(mask_BL: jax.Array, segments_BL: jax.Array | None = None) -> jax.Array:
-    """Returns the causal mask ``[B,L,L]``: a query attends to itself and to the real keys before it in its segment.
+    """Returns the causal mask ``[B,L,L]``: tokens attend to themselves and to earlier real tokens of their segment.
 
-    Padding also attends to itself, so that no row of attention is empty; real tokens never attend to padding.
+    Padding tokens also attend to themselves, so that no row of the mask is empty. Real tokens never attend to padding.
     """
     columns = jnp.arange(mask_BL.shape[1])
     seen_BLL = visible(columns[None, :], columns, mask_BL)
@@ -62,9 +63,9 @@ def causal(mask_BL: jax.Array, segments_BL: jax.Array | None = None) -> jax.Arra
 
 
 def visible(query_columns_BL: jax.Array, key_columns_S: jax.Array, mask_BS: jax.Array) -> jax.Array:
-    """Returns ``[B,L,S]``: a query attends to itself and to the real keys in earlier columns.
+    """Returns the mask ``[B,L,S]``, in which a query attends to its own column and to real keys in earlier columns.
 
-    ``query_columns_BL`` may be ``[1,L]``, the same for all rows.
+    ``query_columns_BL`` may have shape ``[1,L]`` if the columns are the same in all rows.
     """
     before = key_columns_S[None, None, :] < query_columns_BL[:, :, None]
     itself = key_columns_S[None, None, :] == query_columns_BL[:, :, None]
@@ -80,18 +81,18 @@ def attend_by(
     *,
     cfg: config.LMConfig,
 ) -> jax.Array:
-    """Returns `attend` computed by ``jax.nn.dot_product_attention``, which has no soft cap.
+    """Computes `attend` with ``jax.nn.dot_product_attention``, which does not support a soft cap.
 
     Args:
-        kernel: Implementation to call.
-        queries_BHLC: As in `attend`, like all arguments below.
+        kernel: Implementation that ``jax.nn.dot_product_attention`` uses.
+        queries_BHLC: Queries.
         keys_BGSC: Keys.
         values_BGSC: Values.
-        seen_BLS: bool, True where query l attends to key s.
-        cfg: Scale.
+        seen_BLS: bool, True if query l attends to key s.
+        cfg: Architecture; only ``attn_scale`` is used.
 
     Returns:
-        ``[B,H,L,C]``.
+        Attention output ``[B,H,L,C]``.
     """
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (queries_BHLC, keys_BGSC, values_BGSC))
     out = jax.nn.dot_product_attention(

@@ -1,4 +1,4 @@
-"""The key-value cache of decoding."""
+"""Key-value cache for decoding."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from rlhf_jax.lm import config
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of the tokens read so far. Immutable: a forward pass returns a new cache.
+    """Keys and values of the tokens that a model has processed. Caches are immutable; `lm.forward` returns a new one.
 
-    Each layer has its own arrays, which a decoding loop updates in place.
+    Each layer has separate arrays, so that XLA can update them in place in a decoding loop.
     """
 
     keys: tuple[jax.Array, ...]
     """One ``[B,G,S,C]`` array per layer."""
     values: tuple[jax.Array, ...]
     mask_BS: jax.Array
-    """bool, True where a slot holds a real token."""
+    """bool, True at slots that contain a real token."""
     positions_BS: jax.Array
-    """int32, the position of each token, in which a sliding window is measured."""
+    """int32 position of each token; sliding windows are measured in positions."""
     length: jax.Array
-    """int32, number of slots filled, padding included; the next token goes to this slot. A scalar, or ``[B]`` for rows
-    of different lengths (:mod:`rlhf_jax.generation.continuous`)."""
+    """int32 number of filled slots, including padding, which is also the slot of the next token. It is a scalar, or
+    ``[B]`` if rows have different lengths (see :mod:`rlhf_jax.generation.continuous`)."""
 
     @property
     def slots(self) -> int:
-        """Number of tokens that the cache can hold."""
+        """Number of tokens that the cache can hold in each row."""
         return self.mask_BS.shape[1]
 
 
 def create(cfg: config.LMConfig, *, batch: int, slots: int) -> KVCache:
-    """Returns an empty cache of ``slots`` tokens for each of ``batch`` rows.
+    """Returns an empty cache with ``slots`` slots in each of ``batch`` rows.
 
-    A traced length is not checked: the caller must not write past the last slot.
+    The number of filled slots is a traced value and is not checked; callers must not append more than ``slots`` tokens.
     """
     shape = (batch, cfg.n_kv_heads, slots, cfg.d_head)
     layers = range(cfg.n_layers)
@@ -73,7 +73,7 @@ def append_tokens(cache: KVCache, mask_BL: jax.Array, positions_BL: jax.Array) -
 
 
 def append_layer(slots_BGSC: jax.Array, new_BGLC: jax.Array, length: jax.Array) -> jax.Array:
-    """Returns one layer's keys or values with L new ones written from slot ``length`` on."""
+    """Returns one layer's keys or values with L new ones written, starting at slot ``length``."""
     return _put(slots_BGSC, new_BGLC.astype(slots_BGSC.dtype), length, axis=2)
 
 

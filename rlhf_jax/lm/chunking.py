@@ -1,7 +1,7 @@
-"""Computes functions of logits for some columns at a time, so that the logits of all columns never exist at once.
+"""Computes functions of logits in chunks of columns, so that the logits of all columns are never in memory at once.
 
-Logits are the largest array of a language model: 2,048 tokens over a vocabulary of 151,936 take 1.25 GB in float32, and
-a gradient holds two or three copies. Losses need only a few numbers per token.
+Logits are the largest array of a language model. For 2,048 tokens and a vocabulary of 151,936, they take 1.25 GB in
+float32, and computing a gradient requires two or three copies. Losses need only a few numbers per token.
 """
 
 from __future__ import annotations
@@ -18,21 +18,23 @@ from jax import lax
 from rlhf_jax import parallel, types
 
 MAX_BYTES = 2**26
-"""Default bound on the size of the float32 logits of one chunk."""
+"""Default limit on the size in bytes of the float32 logits of one chunk."""
 
 MESH_BYTES = 2**28
-"""The bound per device on a mesh, where every chunk gathers the output weights and reduces their gradient."""
+"""Limit per device on a mesh; higher because each chunk gathers the output weights and reduces their gradient."""
 
 
 def over_columns(fn: Callable[..., Any], *arrays: jax.Array, vocab: int, chunk: int | None = None) -> Any:
-    """Returns ``fn(*arrays)``, computed for some columns at a time; the backward pass recomputes each chunk.
+    """Returns ``fn(*arrays)``, computed one chunk of columns at a time; the backward pass recomputes each chunk.
 
     Args:
-        fn: Maps arrays ``[b, c, ...]`` to a pytree of ``[b, c, ...]`` and treats each column independently.
-        *arrays: ``[B, L, ...]``.
-        vocab: Number of floats that ``fn`` computes for each column.
-        chunk: Number of columns at a time, of all rows. By default as many as `MAX_BYTES` allows, or some rows of one
-            column if not even one column of all rows fits. There is no loop if everything fits.
+        fn: Maps arrays ``[b, c, ...]`` to a pytree of arrays ``[b, c, ...]``. It must treat rows and columns
+            independently.
+        *arrays: Arrays ``[B, L, ...]``.
+        vocab: Number of floats that ``fn`` computes for each row and column.
+        chunk: Number of columns in a chunk, which then contains all rows. By default, a chunk has as many columns as
+            `MAX_BYTES` (or `MESH_BYTES`) allows. If even one column is too large, it is split into chunks of rows. If
+            everything fits, there is no loop.
 
     Returns:
         ``fn(*arrays)``.
@@ -47,7 +49,7 @@ def over_columns(fn: Callable[..., Any], *arrays: jax.Array, vocab: int, chunk: 
     rows_n, columns_n = math.ceil(B / rows), math.ceil(L / columns)
 
     def split(x: jax.Array) -> jax.Array:
-        # The last chunk is padded with real columns: the gradient of logits need not be finite at zeros.
+        # The last chunk is padded with copies of real entries: the gradient of logits may not be finite at zeros.
         short = [(0, rows * rows_n - B), (0, columns * columns_n - L)]
         x = jnp.pad(x, short + [(0, 0)] * (x.ndim - 2), mode="edge")
         # Rows are interleaved, so that a sharded batch stays sharded in every chunk.
@@ -58,26 +60,26 @@ def over_columns(fn: Callable[..., Any], *arrays: jax.Array, vocab: int, chunk: 
         x = x.reshape(rows_n, columns_n, *x.shape[1:])
         return jnp.moveaxis(x, (0, 1), (1, 2)).reshape(rows * rows_n, columns * columns_n, *x.shape[4:])[:B, :L]
 
-    # Without the checkpoint the loop would store the logits of all chunks for the backward pass. A loop body cannot be
-    # merged with its own recomputation, so no barriers against that are needed.
+    # Without the checkpoint, the loop would store the logits of all chunks for the backward pass. XLA cannot merge a
+    # loop body with its recomputation, so `prevent_cse` is not needed.
     part = jax.checkpoint(lambda args: fn(*args), prevent_cse=False)
     return jax.tree.map(join, lax.map(part, tuple(split(x) for x in arrays)))
 
 
 def part_shape(B: int, L: int, *, vocab: int, chunk: int | None = None) -> tuple[int, int]:
-    """Returns how many rows and columns a chunk has.
+    """Returns the number of rows and columns in a chunk.
 
     Args:
-        B: Rows.
-        L: Columns.
-        vocab: V, the entries of a logit vector; their bytes limit the size of a chunk.
-        chunk: Columns of a chunk, at least 1; None chooses rows and columns by memory, see `over_columns`.
+        B: Number of rows.
+        L: Number of columns.
+        vocab: Number of floats computed for each row and column.
+        chunk: Number of columns in a chunk, at least 1; None for the default of `over_columns`.
 
     Returns:
-        ``(rows, columns)`` of a chunk, at most ``(B, L)``.
+        ``(rows, columns)``, at most ``(B, L)``.
 
     Raises:
-        ValueError: If ``chunk`` is below 1.
+        ValueError: ``chunk`` is below 1.
     """
     if chunk is not None:
         if chunk < 1:
@@ -98,11 +100,11 @@ def part_shape(B: int, L: int, *, vocab: int, chunk: int | None = None) -> tuple
 
 
 def vocab_of(apply: types.ApplyFn, params: types.Params, hidden_BLD: jax.Array) -> int:
-    """Returns V of ``apply.logits`` without computing anything."""
+    """Returns the size V of the vocabulary of ``apply.logits`` without running it."""
     column = jax.ShapeDtypeStruct((1, 1, *hidden_BLD.shape[2:]), hidden_BLD.dtype)
     return jax.eval_shape(functools.partial(apply.logits, params), column).shape[-1]
 
 
 def _even(n: int, most: int) -> int:
-    """Returns the part size that splits ``n`` into the fewest, nearly equal parts of at most ``most``."""
+    """Returns the smallest part size, at most ``most``, that divides ``n`` into the fewest parts."""
     return math.ceil(n / math.ceil(n / most))

@@ -24,15 +24,16 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 
 class LinearScaling(NamedTuple):
-    """Rotary frequencies divided by ``factor`` (position interpolation, Chen et al. 2023)."""
+    """Divides all rotary frequencies by ``factor`` (position interpolation, Chen et al. 2023)."""
 
     factor: float
 
 
 class Llama3Scaling(NamedTuple):
-    """Llama 3.1's rule: low frequencies are divided by ``factor``, high ones kept, those between interpolated.
+    """Scales rotary frequencies as in Llama 3.1.
 
-    A frequency is low if it completes fewer than ``low`` turns in ``length`` tokens, high if more than ``high``.
+    Frequencies that complete fewer than ``low`` turns in ``length`` tokens are divided by ``factor``, and frequencies
+    that complete more than ``high`` turns are unchanged. The scaling is interpolated in between.
     """
 
     factor: float
@@ -43,10 +44,10 @@ class Llama3Scaling(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LMConfig:
-    """Architecture of a language model, one field per choice; hashable, so it can be a static argument.
+    """Architecture of a language model; hashable, so it can be a static argument of ``jax.jit``.
 
-    If ``n_kv_heads``, ``d_head`` or ``d_mlp`` is 0, it becomes ``n_heads``, ``d_model / n_heads`` or ``4 d_model``. An
-    impossible value raises a ValueError that names the field.
+    The default of 0 for ``n_kv_heads``, ``d_head`` and ``d_mlp`` is replaced by ``n_heads``, ``d_model / n_heads`` and
+    ``4 * d_model``, respectively. Invalid values raise a ValueError that names the field.
 
     >>> from rlhf_jax import lm
     >>> lm.LMConfig(vocab_size=100, n_layers=2, d_model=32, n_heads=4).d_head
@@ -68,56 +69,62 @@ class LMConfig:
     positions: Positions = "rope"
     rope_theta: float = 10_000.0
     rope_fraction: float = 1.0
-    """Share of a head's width that is rotated (a quarter in GPT-NeoX, all of it in Llama)."""
+    """Fraction of each head's features that is rotated (0.25 in GPT-NeoX, 1 in Llama)."""
     rope_scaling: LinearScaling | Llama3Scaling | None = None
     position_offset: int = 0
-    """Row of the learned position table for the first token (2 in OPT)."""
+    """Row of the learned position table that belongs to position 0 (2 in OPT)."""
     sliding_window: int = 0
-    """Number of real tokens that a token attends to, itself included; 0 for all."""
+    """Number of real tokens, including itself, that a token attends to; 0 for no limit."""
     local_layers: tuple[bool, ...] = ()
-    """Whether each layer uses the window (Gemma 2 and 3 alternate); empty for all layers."""
+    """Whether each layer uses the sliding window, as in Gemma 2 and 3; if empty, all layers use it."""
     local_rope_theta: float = 0.0
-    """Rotary base of the layers with a window, without scaling (Gemma 3); 0 for ``rope_theta``."""
+    """Rotary base of layers with a sliding window, applied without ``rope_scaling`` (Gemma 3). If 0, these layers use
+    ``rope_theta`` and ``rope_scaling``."""
     parallel_residual: bool = False
-    """Attention and MLP read the same residual stream (GPT-J, GPT-NeoX)."""
+    """Whether attention and MLP both receive the input of the layer (GPT-J, GPT-NeoX)."""
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    """RMS norm of each query and key head before rotation (Qwen3, Gemma 3)."""
+    """Whether an RMS norm is applied to each query and key head before rotation (Qwen3, Gemma 3)."""
     post_norms: bool = False
-    """Norms of the outputs of attention and MLP before the residual addition (Gemma 2 and 3)."""
+    """Whether the outputs of attention and MLP are normalised before the residual addition (Gemma 2 and 3)."""
     norm_plus_one: bool = False
-    """RMS norms multiply by 1 + scale (Gemma)."""
+    """Whether RMS norms multiply by 1 + scale instead of scale (Gemma)."""
     embed_scale: bool = False
-    """Embeddings are multiplied by sqrt(d_model) (Gemma)."""
+    """Whether embeddings are multiplied by sqrt(d_model) (Gemma)."""
     attn_scale: float = 0.0
-    """Factor of the attention scores; 0 for ``1 / sqrt(d_head)``."""
+    """Multiplier of the attention scores; 0 for ``1 / sqrt(d_head)``."""
     attn_softcap: float = 0.0
-    """Soft cap of the attention scores, ``cap * tanh(s / cap)`` (Gemma 2); 0 for none."""
+    """Cap of the attention scores s, which become ``cap * tanh(s / cap)`` (Gemma 2); 0 for no cap."""
     final_softcap: float = 0.0
-    """Soft cap of the logits; 0 for none."""
+    """Cap of the logits, applied like ``attn_softcap``; 0 for no cap."""
     tie_embeddings: bool = False
     dtype: str = "float32"
-    """Compute dtype of the layers; parameters, norm statistics and log-probabilities stay float32."""
+    """Compute dtype of the layers. Parameters may have a different dtype; norm statistics and logits are float32."""
     remat: Remat = "none"
-    """What the backward pass recomputes: nothing, all but matmuls without a batch dimension, or whole layers."""
+    """What the backward pass recomputes in addition to norms, activations and attention scores: nothing ("none"),
+    everything except matmuls without a batch dimension ("dots"), or whole layers ("full")."""
     attention: Attention = "auto"
-    """Implementation of attention over whole rows. "auto" uses a kernel for 16-bit dtypes if it supports the mask
-    (splash attention on a TPU, cuDNN on a GPU) and "einsum" otherwise, which is written out in
-    :mod:`rlhf_jax.lm.attention`. "xla" and "cudnn" call ``jax.nn.dot_product_attention``, in decoding too."""
+    """Implementation of attention:
+
+    * "einsum": the code in :mod:`rlhf_jax.lm.attention`.
+    * "xla" or "cudnn": ``jax.nn.dot_product_attention`` with this ``implementation``.
+    * "auto": splash attention on a TPU and cuDNN on a GPU for 16-bit dtypes without a cache, if the kernel supports the
+      architecture and the row length; otherwise "einsum".
+    """
     model_type: str = ""
-    """Hugging Face model type to read and write; empty for the first that can represent the architecture."""
+    """Hugging Face model type of saved models; if empty, the first type that can represent the architecture."""
 
     def __post_init__(self) -> None:
-        """Fills in fields that are 0 and checks all of them."""
+        """Sets fields whose defaults depend on other fields and checks all fields."""
         for name in ("vocab_size", "n_layers", "d_model", "n_heads", "max_length"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("n_kv_heads", "d_head", "d_mlp"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         if self.d_head == 0:
             divides = self.d_model % self.n_heads == 0
-            _require(divides, "n_heads", self.n_heads, f"a divisor of d_model ({self.d_model}), or d_head given")
+            _require(divides, "n_heads", self.n_heads, f"a divisor of d_model ({self.d_model}) unless d_head is set")
             object.__setattr__(self, "d_head", self.d_model // self.n_heads)
         if self.n_kv_heads == 0:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
@@ -142,24 +149,25 @@ class LMConfig:
                 even,
                 "rope_fraction",
                 self.rope_fraction,
-                f"chosen so that an even number of d_head = {self.d_head} features is rotated",
+                f"such that an even, positive number of the d_head = {self.d_head} features is rotated",
             )
 
     def _check_combinations(self) -> None:
         n_local = len(self.local_layers)
-        _require(n_local in (0, self.n_layers), "local_layers", self.local_layers, f"empty or {self.n_layers} long")
+        fits = n_local in (0, self.n_layers)
+        _require(fits, "local_layers", self.local_layers, f"empty or have length {self.n_layers}")
         windowed = self.sliding_window > 0
-        _require(windowed or not n_local, "local_layers", self.local_layers, "empty without a sliding_window")
+        _require(windowed or not n_local, "local_layers", self.local_layers, "empty if sliding_window is 0")
         _require(
             windowed or self.local_rope_theta == 0,
             "local_rope_theta",
             self.local_rope_theta,
-            "0 without sliding_window",
+            "0 if sliding_window is 0",
         )
         plain = self.attention in ("auto", "einsum") or self.attn_softcap == 0
         _require(plain, "attention", self.attention, "'auto' or 'einsum' if attn_softcap is not 0")
         only_rms = self.norm == "rmsnorm" or not self.norm_plus_one
-        _require(only_rms, "norm_plus_one", self.norm_plus_one, "False with layernorm")
+        _require(only_rms, "norm_plus_one", self.norm_plus_one, "False if norm is 'layernorm'")
 
     @property
     def mixed_layers(self) -> bool:
@@ -172,7 +180,7 @@ class LMConfig:
         return self.sliding_window > 0 and (not self.local_layers or any(self.local_layers))
 
     def is_local(self, layer: int) -> bool:
-        """Returns whether a layer, counted from 0, uses the sliding window."""
+        """Returns whether the layer with this index uses the sliding window."""
         return self.sliding_window > 0 and (not self.local_layers or self.local_layers[layer])
 
     @property
@@ -187,17 +195,17 @@ class LMConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> LMConfig:
-        """Returns a named architecture, with fields overridden by keyword.
+        """Returns the preset ``name`` with the fields in ``overrides`` replaced.
 
         >>> from rlhf_jax import lm
         >>> lm.LMConfig.preset("gpt2", n_layers=2).vocab_size
         50257
 
         Raises:
-            ValueError: The name is unknown.
+            ValueError: ``name`` is not a preset.
         """
         if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}; known: {', '.join(sorted(PRESETS))}")
+            raise ValueError(f"unknown preset {name!r}; known presets: {', '.join(sorted(PRESETS))}")
         return cls(**(PRESETS[name] | overrides))
 
 

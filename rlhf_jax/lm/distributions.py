@@ -1,9 +1,10 @@
-"""Distributions over the whole vocabulary, token by token: distillation and the exact KL of two models.
+"""Distributions over the vocabulary at each token, for distillation and for the exact KL between two models.
 
-A teacher's distribution is stored as its k most likely tokens and their log-probabilities (`token_top_k`).
-`losses.distill` compares them with the student's log-probabilities of the same tokens (`token_listed_logprobs`); its
-last class is the rest of the vocabulary. For context distillation (Bai et al. 2022, A.1), teacher and student read
-different prompts before the same response, each with its own ``prompt_width``. `token_kl` compares whole distributions.
+For distillation, `token_top_k` returns the teacher's k most likely tokens and their log-probabilities, and
+`token_listed_logprobs` returns the student's log-probabilities of the same tokens. `losses.distill` compares the two
+and treats the rest of the vocabulary as one additional class. In context distillation (Bai et al. 2022, A.1), teacher
+and student process the same response after different prompts, which may differ in ``prompt_width``. `token_kl` compares
+full distributions.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from rlhf_jax.losses import supervised
 
 
 class TopK(NamedTuple):
-    """The k most likely tokens at the position of each token, ``[B,L,K]``, most likely first."""
+    """The K most likely tokens at each position, ``[B,L,K]``, in order of decreasing probability."""
 
     logprobs: jax.Array
     """float32, normalised over the whole vocabulary."""
     ids: jax.Array
-    """int32."""
+    """int32 token ids."""
 
 
 def token_top_k(
@@ -38,21 +39,22 @@ def token_top_k(
     temperature: jax.Array | float = 1.0,
     chunk: int | None = None,
 ) -> TopK:
-    """Returns, for each token, the k most likely continuations of the real tokens before it.
+    """Returns, for each token, the ``k`` tokens that are most likely after the real tokens before it.
 
     Args:
         params: Parameters of the model.
         tokens_BL: int32 tokens.
-        cfg: The model: an `LMConfig`, or an `ApplyFn` for any other model.
+        cfg: The model, as an `LMConfig` or an `ApplyFn`.
         k: Number of tokens to keep, at most V.
-        mask_BL: bool, True at real tokens; padding may be anywhere.
-        segments_BL: int32, the sequence of a packed row that each token belongs to; 0 at padding.
-        prompt_width: P; the result then is ``[B,T,K]``, for the response that begins in column P.
-        temperature: Divides the logits; above 0.
-        chunk: Number of columns of logits computed at a time.
+        mask_BL: bool, True at real tokens; padding may be in any column.
+        segments_BL: int32 segment ids of packed rows, counted from 1; 0 at padding.
+        prompt_width: Width P of the prompt; the result then covers only the response, ``[B,T,K]``.
+        temperature: Positive divisor of the logits.
+        chunk: Number of columns for which logits are computed at a time.
 
     Returns:
-        `TopK` of ``[B,L,K]``, or ``[B,T,K]`` with ``prompt_width``; 0 where `token_logprobs` is 0 by definition.
+        `TopK` of two arrays ``[B,L,K]``, or ``[B,T,K]`` with ``prompt_width``; 0 at padding and at the first real token
+        of each sequence.
     """
     fn = lambda logits: TopK(*supervised.top_k_logprobs(_scaled(logits, temperature), k=k))  # noqa: E731
     masks = {"mask_BL": mask_BL, "segments_BL": segments_BL, "prompt_width": prompt_width}
@@ -71,21 +73,22 @@ def token_listed_logprobs(
     temperature: jax.Array | float = 1.0,
     chunk: int | None = None,
 ) -> jax.Array:
-    """Returns log p(ids_i | real tokens before token i), each normalised over the whole vocabulary.
+    """Returns the log-probabilities of K given tokens at each position, normalised over the whole vocabulary.
 
     Args:
         params: Parameters of the model.
         tokens_BL: int32 tokens.
-        ids_BLK: int32, K candidates at the position of each token; ``[B,T,K]`` with ``prompt_width``.
-        cfg: As in `token_top_k`, like all arguments below.
+        ids_BLK: int32 ids of the K tokens for each position; ``[B,T,K]`` with ``prompt_width``.
+        cfg: The model, as an `LMConfig` or an `ApplyFn`.
         mask_BL: bool, True at real tokens.
-        segments_BL: int32, the sequence of a packed row that each token belongs to.
-        prompt_width: P; the result then is ``[B,T,K]``.
-        temperature: Divides the logits; above 0.
-        chunk: Number of columns of logits computed at a time.
+        segments_BL: int32 segment ids of packed rows, counted from 1; 0 at padding.
+        prompt_width: Width P of the prompt; the result then covers only the response, ``[B,T,K]``.
+        temperature: Positive divisor of the logits.
+        chunk: Number of columns for which logits are computed at a time.
 
     Returns:
-        ``[B,L,K]`` float32, or ``[B,T,K]`` with ``prompt_width``; 0 where `token_logprobs` is 0 by definition.
+        float32 ``[B,L,K]``, or ``[B,T,K]`` with ``prompt_width``; 0 at padding and at the first real token of each
+        sequence.
     """
     fn = lambda logits, ids: supervised.gather_logprobs(_scaled(logits, temperature), ids)  # noqa: E731
     masks = {"mask_BL": mask_BL, "segments_BL": segments_BL, "prompt_width": prompt_width}
@@ -105,9 +108,9 @@ def token_kl(
     temperature: jax.Array | float = 1.0,
     chunk: int | None = None,
 ) -> jax.Array:
-    """Returns the exact KL(model || other model) in nats of the distributions that each token was drawn from.
+    """Returns the exact KL(model || other model) in nats between the distributions over the vocabulary at each token.
 
-    The two models are policy and reference for the KL of a rollout, teacher and student for distillation. Gradients
+    The two models are policy and reference for the KL of a rollout, or teacher and student for distillation. Gradients
     flow to both sets of parameters.
 
     >>> import jax, jax.numpy as jnp
@@ -121,16 +124,17 @@ def token_kl(
         params: Parameters of the first model.
         other_params: Parameters of the other model.
         tokens_BL: int32 tokens.
-        cfg: The first model.
-        other_cfg: The other model, ``cfg`` by default; the vocabularies must have the same size.
-        mask_BL: As in `token_top_k`, like all arguments below.
-        segments_BL: int32, the sequence of a packed row that each token belongs to.
-        prompt_width: P; the result then is ``[B,T]``.
-        temperature: Divides the logits of both models; above 0.
-        chunk: Number of columns of logits computed at a time.
+        cfg: The first model, as an `LMConfig` or an `ApplyFn`.
+        other_cfg: The other model, by default ``cfg``. The vocabularies must have the same size.
+        mask_BL: bool, True at real tokens.
+        segments_BL: int32 segment ids of packed rows, counted from 1; 0 at padding.
+        prompt_width: Width P of the prompt; the result then covers only the response, ``[B,T]``.
+        temperature: Positive divisor of the logits of both models.
+        chunk: Number of columns for which logits are computed at a time.
 
     Returns:
-        ``[B,L]`` float32, or ``[B,T]`` with ``prompt_width``; 0 where `token_logprobs` is 0 by definition.
+        float32 ``[B,L]``, or ``[B,T]`` with ``prompt_width``; 0 at padding and at the first real token of each
+        sequence.
 
     Raises:
         ValueError: The vocabularies differ in size.

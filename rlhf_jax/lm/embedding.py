@@ -1,4 +1,4 @@
-"""Token embeddings, also from a sharded table, learned positions and rotary positions."""
+"""Token embeddings, which may be looked up in a sharded table, and learned and rotary positions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf_jax import parallel, types
 from rlhf_jax.lm import config, weights
 
 Angles = tuple[jax.Array, jax.Array]
-"""Cosine and sine of rotary positions, ``[B,1,L,half]`` float32."""
+"""Cosine and sine of the rotary angles, float32 ``[B,1,L,half]``."""
 
 
 def embed(
@@ -24,16 +24,16 @@ def embed(
     Args:
         params: Parameters of the model.
         tokens_BL: int32 tokens.
-        mask_BL: bool, True at real tokens; the ids of padding are not read.
+        mask_BL: bool, True at real tokens; the ids of padding are ignored.
         positions_BL: int32 positions.
         cfg: Architecture.
 
     Returns:
-        Embeddings.
+        Sum of token embeddings and, if there are any, learned positions.
     """
-    # Padding may hold any id: a valid one is looked up instead, since an id outside the vocabulary would read NaN.
+    # Padding may have any id, but an id outside the vocabulary would produce NaN, so id 0 is looked up instead.
     ids_BL, table_VD = jnp.where(mask_BL, tokens_BL, 0), params["embed"]["tokens"]
-    # Positions are added before the sum is cast.
+    # Learned positions are added before the sum is cast to the compute dtype.
     dtype = table_VD.dtype if cfg.positions == "learned" else cfg.compute_dtype
     x_BLD = table_VD[ids_BL] if weights.is_unstacked(params) else look_up(table_VD, ids_BL, dtype)
     if cfg.positions == "learned":
@@ -45,11 +45,11 @@ def embed(
 
 
 def look_up(table_VD: jax.Array, tokens_BL: jax.Array, dtype: Any) -> jax.Array:
-    """Returns ``table_VD[tokens_BL]`` in ``dtype``, ``[B,L,D]``; ids must be below V.
+    """Returns ``table_VD[tokens_BL]`` in ``dtype``, ``[B,L,D]``; ids must be less than V.
 
-    On a mesh, each device gathers the features of its part of the vocabulary and looks up its own rows there. The
-    gradient is then summed on each device before it is reduced to its shards, in the table's dtype. Compiled from plain
-    indexing, the program would exchange the rows of all devices, or reduce the sum to all of them.
+    On a mesh, each device gathers all features for its shard of the vocabulary and looks up the tokens of its rows
+    there. The gradient is summed on each device in the table's dtype before it is reduce-scattered. With plain
+    indexing, XLA would exchange the rows of all devices or all-reduce the gradient.
     """
     mesh = parallel.active_mesh()
     rows = None if mesh is None else parallel.spec(("batch", "length"), mesh, shape=tokens_BL.shape)
@@ -58,7 +58,7 @@ def look_up(table_VD: jax.Array, tokens_BL: jax.Array, dtype: Any) -> jax.Array:
         return table_VD[tokens_BL].astype(dtype)
     over_vocab, over_features = where
     if over_features is None or over_features not in (rows[0] or ()):
-        # Devices that share the features look up the same rows.
+        # Devices with different features have the same rows, so plain indexing suffices.
         return parallel.gather_weight(table_VD, "vocab", "embed")[tokens_BL].astype(dtype)
 
     def look_up_shard(table: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -77,7 +77,7 @@ def look_up(table_VD: jax.Array, tokens_BL: jax.Array, dtype: Any) -> jax.Array:
 
 
 def rotary_angles(positions_BL: jax.Array, theta: float, scaling: Any, cfg: config.LMConfig) -> Angles | None:
-    """Returns cosine and sine of the rotation at each position; None if the model has no rotary positions.
+    """Returns the cosine and sine of the rotary angles, or None if the model has no rotary positions.
 
     Args:
         positions_BL: int32 positions.
@@ -86,7 +86,7 @@ def rotary_angles(positions_BL: jax.Array, theta: float, scaling: Any, cfg: conf
         cfg: Architecture.
 
     Returns:
-        Two ``[B,1,L,half]`` float32 arrays, or None.
+        Two float32 arrays ``[B,1,L,half]``, or None.
     """
     if cfg.positions != "rope":
         return None
@@ -103,7 +103,7 @@ def rotary_angles(positions_BL: jax.Array, theta: float, scaling: Any, cfg: conf
 
 
 def rotate(x_BHLC: jax.Array, rotation: Angles) -> jax.Array:
-    """Returns heads with features i and i + half rotated by the angle of their position (Su et al. 2021)."""
+    """Rotates features i and i + half of each head by the i-th angle of the position (Su et al. 2021)."""
     cos, sin = rotation
     half = cos.shape[-1]
     first, second = x_BHLC[..., :half].astype(jnp.float32), x_BHLC[..., half : 2 * half].astype(jnp.float32)

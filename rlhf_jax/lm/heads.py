@@ -1,9 +1,13 @@
-"""Scalar heads: the score of a reward model, the values of a critic, and their normalisation.
+"""Scalar heads, which compute the scores of a reward model or the values of a critic, and their normalisation.
 
-``params["head"]`` is ``{"kernel_D", "bias", "gain"}``, with a scalar bias and gain. Several heads on one trunk, such as
-an ensemble or one head per criterion, are ``{"kernel_HD", "bias", "gain"}`` with bias and gain of shape ``[H]``.
-Results are ``[...]`` for one head and ``[..., H]`` for several. A language model has no ``head``, and its trunk ignores
-one.
+``params["head"]`` has one of two forms:
+
+* ``{"kernel_D", "bias", "gain"}`` for a single head, with scalar bias and gain.
+* ``{"kernel_HD", "bias", "gain"}`` for several heads on one trunk, such as an ensemble or one head per criterion. Bias
+  and gain have shape ``[H]``.
+
+Results have shape ``[...]`` for a single head and ``[..., H]`` for several heads. A language model has no head, and
+`lm.forward` ignores the head of other models.
 """
 
 from __future__ import annotations
@@ -23,19 +27,20 @@ from rlhf_jax.lm import params as lm_params
 def with_head(
     rng: jax.Array, params: types.Params, cfg: config.LMConfig, *, zero: bool = False, heads: int | None = None
 ) -> types.Params:
-    """Returns ``params`` with a fresh head, bias 0 and gain 1 (Ziegler et al. 2019, code).
+    """Returns ``params`` with a new head that has bias 0 and gain 1, as in the code of Ziegler et al. 2019.
 
-    The arrays of the trunk are shared, and an old head is replaced.
+    The result shares the arrays of the trunk. An existing head is replaced.
 
     Args:
         rng: Random key, consumed.
         params: Parameters of the model.
         cfg: Architecture.
-        zero: Initialises the kernel to 0, for a critic on the policy's trunk, instead of std 1 / sqrt(D + 1).
-        heads: Number of heads, 2 or more; None for one.
+        zero: Whether to initialise the kernel to 0, as for a critic that starts from the policy's trunk. Otherwise, it
+            is drawn with standard deviation 1 / sqrt(D + 1).
+        heads: Number of heads, 2 or more; None for a single head.
 
     Returns:
-        Parameters with ``"head"``.
+        Parameters that include ``"head"``.
     """
     return {**params, **lm_params.draw(rng, lm_params.head_table(cfg, zero=zero, heads=heads))}
 
@@ -46,12 +51,12 @@ def without_head(params: types.Params) -> types.Params:
 
 
 def count_heads(params: types.Params) -> int | None:
-    """Returns H if there are several heads, None if there is one."""
+    """Returns the number of heads H, or None for a single head."""
     return params["head"]["kernel_HD"].shape[0] if "kernel_HD" in params["head"] else None
 
 
 def scalar(params: types.Params, hidden_BLD: jax.Array) -> jax.Array:
-    """Returns ``gain * (hidden . kernel) + bias``, float32: ``[..., D] -> [...]``, or ``[..., H]``.
+    """Returns float32 ``gain * (hidden . kernel) + bias``: ``[..., D] -> [...]``, or ``[..., H]`` for several heads.
 
     Raises:
         ValueError: ``params`` have no head.
@@ -71,25 +76,25 @@ def scalar(params: types.Params, hidden_BLD: jax.Array) -> jax.Array:
 
 
 def value(params: types.Params, hidden_BLD: jax.Array) -> jax.Array:
-    """Returns `scalar` for a critic, which must have one head; raises ValueError if there are several."""
+    """Returns the result of `scalar` for a critic; raises ValueError if there are several heads."""
     if "head" in params and count_heads(params) is not None:
         raise ValueError(
-            f"a critic has one head, but params have {count_heads(params)}: combine them with lm.heads.combine"
+            f"a critic must have one head, but params have {count_heads(params)}: combine them with lm.heads.combine"
         )
     return scalar(params, hidden_BLD)
 
 
 def combine(params: types.Params, weights_H: jax.Array) -> types.Params:
-    """Returns parameters with one head, whose score is the weighted sum of several heads.
+    """Returns parameters with a single head, whose score is the weighted sum of the scores of several heads.
 
     Weights of 1 / H average an ensemble; a one-hot vector selects a head.
 
     Raises:
-        ValueError: The number of weights is not the number of heads.
+        ValueError: There is only one head, or ``weights_H`` does not contain one weight per head.
     """
     heads = count_heads(params)
     if heads is None or weights_H.shape != (heads,):
-        raise ValueError(f"{weights_H.shape} weights for {heads or 1} heads")
+        raise ValueError(f"weights_H has shape {weights_H.shape}; one weight is needed for each of {heads or 1} heads")
     head = params["head"]
     scaled_H = weights_H * head["gain"]
     one = {
@@ -101,9 +106,9 @@ def combine(params: types.Params, weights_H: jax.Array) -> types.Params:
 
 
 def absorb_gain(params: types.Params) -> types.Params:
-    """Returns parameters with the same scores and gain 1: the trained gain is multiplied into the kernel.
+    """Returns parameters with the same scores and gain 1, by multiplying the kernel by the gain.
 
-    Afterwards the gain reflects only later normalisations.
+    Afterwards, the gain reflects only later normalisations.
     """
     head, name = params["head"], "kernel_HD" if "kernel_HD" in params["head"] else "kernel_D"
     gain = head["gain"][:, None] if head["gain"].ndim else head["gain"]
@@ -111,22 +116,22 @@ def absorb_gain(params: types.Params) -> types.Params:
 
 
 def reset(params: types.Params) -> types.Params:
-    """Returns parameters with gain 1 and bias 0, as before each normalisation in Ziegler et al. 2019 (code)."""
+    """Returns parameters with gain 1 and bias 0, as the code of Ziegler et al. 2019 does before normalising."""
     head = params["head"]
     return {**params, "head": {**head, "gain": jnp.ones_like(head["gain"]), "bias": jnp.zeros_like(head["bias"])}}
 
 
 def shift_bias(params: types.Params, amount: jax.Array | float) -> types.Params:
-    """Returns parameters whose scores are larger by ``amount``, a scalar or ``[H]``."""
+    """Returns parameters whose scores are higher by ``amount``, which is a scalar or ``[H]``."""
     head = params["head"]
     return {**params, "head": {**head, "bias": head["bias"] + amount}}
 
 
 def centre(params: types.Params, scores: jax.Array, *, where: jax.Array | None = None) -> types.Params:
-    """Returns parameters with the bias shifted so that the responses that scored ``scores`` score 0 on average.
+    """Returns parameters with the bias shifted so that the mean of ``scores`` becomes 0.
 
-    The responses are demonstrations in InstructGPT 3.5, reference summaries in Stiennon et al. 2020, and a held-out set
-    in Bai et al. 2022, B.2.
+    The scores are those of demonstrations in InstructGPT (section 3.5), of reference summaries in Stiennon et al. 2020,
+    and of a held-out set in Bai et al. 2022 (B.2).
 
     >>> import jax, jax.numpy as jnp
     >>> from rlhf_jax import lm
@@ -138,8 +143,8 @@ def centre(params: types.Params, scores: jax.Array, *, where: jax.Array | None =
 
     Args:
         params: Parameters of the reward model.
-        scores: Scores by ``params``, of any shape; the last axis is H if there are several heads.
-        where: bool, the scores to use; without the axis of the heads.
+        scores: Scores computed with ``params``, of any shape; the last axis is H if there are several heads.
+        where: bool, True at the scores to use, without the axis H.
 
     Returns:
         Parameters with the shifted bias.
@@ -148,10 +153,10 @@ def centre(params: types.Params, scores: jax.Array, *, where: jax.Array | None =
 
 
 def standardise(params: types.Params, scores: jax.Array, *, where: jax.Array | None = None) -> types.Params:
-    """Returns parameters with gain and bias set to give the responses that scored ``scores`` mean 0, variance 1.
+    """Returns parameters with gain and bias changed so that the mean of ``scores`` becomes 0 and their variance 1.
 
-    Ziegler et al. 2019 use 256 samples of the reference policy. Scores that do not vary are only centred. The arguments
-    are as in `centre`.
+    Ziegler et al. 2019 use the scores of 256 samples from the reference policy. If all scores are equal, only the mean
+    changes. The arguments are the same as in `centre`.
     """
     mean, std = _moments(params, scores, where)
     scale = jnp.where(std > 0, 1 / jnp.where(std > 0, std, 1.0), 1.0)
@@ -160,7 +165,7 @@ def standardise(params: types.Params, scores: jax.Array, *, where: jax.Array | N
 
 
 def _moments(params: types.Params, scores: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Returns mean and standard deviation of the scores of each head."""
+    """Returns the mean and standard deviation of each head's scores."""
     several = params["head"]["gain"].ndim
     axes = tuple(range(scores.ndim - several))
     if where is not None and several:
@@ -170,29 +175,29 @@ def _moments(params: types.Params, scores: jax.Array, where: jax.Array | None) -
 
 @dataclasses.dataclass(frozen=True)
 class Normalisation:
-    """Record of how the scores of a model were normalised; saved with the model by `lm.save`.
+    """Record of how the scores of a reward model were normalised; `lm.save` can store it with the model.
 
-    ``raw score = (score - bias) / gain``. Differences of raw scores are log odds if the trained gain was absorbed
-    (`absorb_gain`) before the scores were normalised.
+    The raw score is ``(score - bias) / gain``. Differences between raw scores are log-odds of preferences if
+    `absorb_gain` was applied before the scores were normalised.
     """
 
     rule: str
-    """The responses used: demonstrations, reference outputs, policy samples, held-out."""
+    """Responses whose scores were used, such as "demonstrations" or "policy samples"."""
     gain: float | tuple[float, ...]
-    """Gain of the head, or of each head."""
+    """Gain of the head, or of each of several heads."""
     bias: float | tuple[float, ...]
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a gain of 0 and for values that are not finite."""
+        """Raises ValueError if a gain is 0 or a value is not finite."""
         for number in (*np.ravel(self.gain).tolist(), *np.ravel(self.bias).tolist()):
             if not math.isfinite(number):
-                raise ValueError(f"the normalisation on {self.rule} has the value {number}")
+                raise ValueError(f"the normalisation on {self.rule} contains {number}; gain and bias must be finite")
         if 0.0 in np.ravel(self.gain):
-            raise ValueError(f"the normalisation on {self.rule} has a gain of 0")
+            raise ValueError(f"the normalisation on {self.rule} has a gain of 0; gains must not be 0")
 
 
 def normalisation(params: types.Params, rule: str) -> Normalisation:
-    """Returns the record of the current gain and bias of the head."""
+    """Returns a `Normalisation` with the current gain and bias of the head."""
     gain, bias = (np.asarray(params["head"][name], np.float64) for name in ("gain", "bias"))
     if gain.ndim:
         return Normalisation(rule, tuple(gain.tolist()), tuple(bias.tolist()))

@@ -1,8 +1,8 @@
-"""Attention over whole rows with a kernel of the platform, which never stores the scores of all keys.
+"""Attention over whole rows with platform-specific kernels, which never store the full score matrix.
 
-A TPU uses splash attention from Pallas, and a GPU uses the kernel of cuDNN. Both compute `attention.attend` in a
-different order of operations. The kernel is chosen when a program is lowered, so a program compiled for a topology
-description gets the right one.
+TPUs use splash attention from Pallas, and GPUs use cuDNN. Both compute the same function as `attention.attend`, with a
+different order of operations. The kernel is chosen when a program is lowered, so a program that is compiled ahead of
+time for a TPU topology uses the TPU kernel.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rlhf_jax import parallel
 from rlhf_jax.lm import attention, config
 
 _LANES = 128
-"""The number of rows of a splash block is a multiple of this."""
+"""Splash attention requires rows whose length is a multiple of this."""
 _BLOCKS = (512, 256, 128)
 
 
@@ -33,9 +33,10 @@ def attend_rows(
     *,
     cfg: config.LMConfig,
 ) -> jax.Array:
-    """Returns `attention.attend` over whole rows, with a kernel of the platform if ``cfg.attention`` is "auto".
+    """Computes `attention.attend` for whole rows, with a platform-specific kernel if ``cfg.attention`` is "auto".
 
-    Kernels are used for 16-bit heads if they support the mask. Results at padding are finite and may differ.
+    Kernels are used for 16-bit dtypes if they support the architecture and the row length. Their output at padding is
+    finite but may differ from the output of `attention.attend`.
 
     Args:
         queries_BHLC: Queries.
@@ -43,14 +44,14 @@ def attend_rows(
         values_BGLC: Values.
         seen_BLL: The result of `attention.causal` for ``mask_BL`` and ``segments_BL``.
         mask_BL: bool, True at real tokens.
-        segments_BL: int32 segments of packed rows, or None.
+        segments_BL: int32 segment ids of packed rows, or None.
         cfg: Architecture.
 
     Returns:
-        ``[B,H,L,C]``.
+        Attention output ``[B,H,L,C]``.
     """
 
-    # The backward pass recomputes the scores.
+    # The backward pass recomputes the scores, so that they are not stored.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def einsum(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
         return attention.attend(queries, keys, values, seen_BLL, cfg=cfg)
@@ -68,7 +69,7 @@ def attend_rows(
 
 
 def segment_ids(mask_BL: jax.Array, segments_BL: jax.Array | None) -> jax.Array:
-    """Returns mask and segments as one int32 array ``[B,L]``: 0 at padding, from 1 on for each segment."""
+    """Combines mask and segments into int32 segment ids ``[B,L]``, which are 0 at padding and positive elsewhere."""
     ids_BL = jnp.ones(mask_BL.shape, jnp.int32) if segments_BL is None else segments_BL.astype(jnp.int32) + 1
     return jnp.where(mask_BL, ids_BL, 0)
 
@@ -82,20 +83,20 @@ def splash(
     cfg: config.LMConfig,
     interpret: bool = False,
 ) -> jax.Array:
-    """Returns causal attention within segments on one TPU, with a backward pass.
+    """Computes causal attention within segments on one TPU by splash attention, which is differentiable.
 
     Args:
         queries_BHLC: Queries; L must be a multiple of 128.
         keys_BGLC: Keys.
         values_BGLC: Values.
-        ids_BL: Segment ids, from `segment_ids`.
-        cfg: Scale and soft cap.
-        interpret: Runs the kernel on any platform, slowly.
+        ids_BL: Segment ids from `segment_ids`.
+        cfg: Architecture; ``attn_scale`` and ``attn_softcap`` are used.
+        interpret: Whether to interpret the kernel, which is slow but works on any platform.
 
     Returns:
-        ``[B,H,L,C]``.
+        Attention output ``[B,H,L,C]``.
     """
-    # Pallas is slow to import and needed only on a TPU.
+    # Importing Pallas is slow and necessary only on a TPU.
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
     H, L = queries_BHLC.shape[1:3]
@@ -123,7 +124,7 @@ def splash(
 
 
 def _splash_on_mesh(ids_BL: jax.Array, *heads: jax.Array, cfg: config.LMConfig) -> jax.Array:
-    """Runs `splash` on each device with its own rows and heads: a compiler cannot partition a kernel."""
+    """Runs `splash` on each device for its rows and heads, because XLA cannot partition a Pallas kernel."""
     mesh = parallel.active_mesh()
     if mesh is None:
         return splash(*heads, ids_BL=ids_BL, cfg=cfg)
@@ -139,15 +140,15 @@ def _splash_on_mesh(ids_BL: jax.Array, *heads: jax.Array, cfg: config.LMConfig) 
 
 def _splash_supports(cfg: config.LMConfig, queries_BHLC: jax.Array) -> bool:
     L, C = queries_BHLC.shape[2:]
-    # The window counts real tokens but a kernel's window counts columns: padding between tokens makes them differ.
+    # `sliding_window` counts real tokens, but the window of a kernel would count columns, including padding.
     windowed = cfg.windowed and cfg.sliding_window < L
-    # The key heads of each device must belong to its query heads.
+    # Each device must have the key heads that its query heads use.
     apart = parallel.num_shards("heads")
     together = cfg.n_heads % apart != 0 or cfg.n_kv_heads % apart == 0
     return L % _LANES == 0 and C % 64 == 0 and not windowed and together and parallel.num_shards("length") == 1
 
 
 def _cudnn_supports(cfg: config.LMConfig) -> bool:
-    """Returns whether cuDNN supports the heads and there is a GPU, without which its kernel cannot be traced."""
+    """Returns whether cuDNN supports the heads and a GPU is available, without which the kernel cannot be traced."""
     fits = cfg.d_head % 8 == 0 and cfg.d_head <= 128 and cfg.attn_softcap == 0
     return fits and jax.default_backend() == "gpu" and "cuda" in jax.extend.backend.get_backend().platform_version

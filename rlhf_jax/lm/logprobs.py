@@ -1,13 +1,14 @@
-"""Log-probabilities, entropies, values and scores of tokens.
+"""Log-probabilities, entropies and values of tokens, and scores of rows.
 
-Each function takes the model as ``cfg``: an `LMConfig` for the model of this library, or a `rlhf_jax.types.ApplyFn`
-for any other. Scalar heads are read from ``params["head"]``.
+The argument ``cfg`` is an `LMConfig` for the model of this library, or a `rlhf_jax.types.ApplyFn` for any other model.
+Scalar heads are read from ``params["head"]``.
 
-Entry i of a result belongs to token i (see :mod:`rlhf_jax.lm.alignment`). With ``prompt_width=P`` the result covers the
-columns from P on, the response of a rollout, and only their logits are computed.
+Entry i of a result belongs to token i (see :mod:`rlhf_jax.lm.alignment`). With ``prompt_width=P``, the result covers
+only the response, which starts in column P, and logits are computed only for the response.
 
-Logits are computed for ``chunk`` columns at a time, in the forward and the backward pass, so that ``[B,L,V]`` never
-exists in float32. By default a chunk takes 64 MB, which is all columns of a small model.
+Logits are computed for ``chunk`` columns at a time in both the forward and the backward pass, so that the full float32
+logits ``[B,L,V]`` are never in memory. By default, the logits of a chunk take at most 64 MB (256 MB per device on a
+mesh), which is enough for all columns of a small model.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rlhf_jax.lm import alignment, config, heads, transformer
 
 
 class TokenStats(NamedTuple):
-    """Log-probability of each token, and entropy in nats of the distribution that it was drawn from; float32."""
+    """Log-probability of each token and entropy, in nats, of the distribution over the vocabulary; both float32."""
 
     logprobs: jax.Array
     entropy: jax.Array
@@ -41,7 +42,7 @@ def token_logprobs(
     temperature: jax.Array | float = 1.0,
     chunk: int | None = None,
 ) -> jax.Array:
-    """Returns log p(token_i | real tokens before it), under ``softmax(logits / temperature)``.
+    """Returns log p(token_i | real tokens before token i) under ``softmax(logits / temperature)``.
 
     >>> import jax, jax.numpy as jnp
     >>> from rlhf_jax import lm
@@ -56,16 +57,17 @@ def token_logprobs(
     Args:
         params: Parameters of the model.
         tokens_BL: int32 tokens.
-        cfg: The model: an `LMConfig`, or an `ApplyFn` for any other model.
-        mask_BL: bool, True at real tokens; padding may be anywhere. By default ``segments_BL > 0``, or all True.
-        segments_BL: int32, the sequence of a packed row that each token belongs to; 0 at padding.
-        prompt_width: P; the result then is ``[B,T]``, for the response that begins in column P.
-        temperature: Divides the logits; above 0.
-        chunk: Number of columns of logits computed at a time.
+        cfg: The model, as an `LMConfig` or an `ApplyFn`.
+        mask_BL: bool, True at real tokens; padding may be in any column. By default, ``segments_BL > 0`` if segments
+            are given, else True everywhere.
+        segments_BL: int32 segment ids of packed rows, counted from 1; 0 at padding.
+        prompt_width: Width P of the prompt; the result then covers only the response, ``[B,T]``.
+        temperature: Positive divisor of the logits.
+        chunk: Number of columns for which logits are computed at a time.
 
     Returns:
-        ``[B,L]`` float32, or ``[B,T]`` with ``prompt_width``. 0 at padding and at the first real token of each row
-        and segment.
+        float32 ``[B,L]``, or ``[B,T]`` with ``prompt_width``; 0 at padding and at the first real token of each
+        sequence.
 
     Raises:
         ValueError: ``prompt_width`` leaves no prompt or no response, or is combined with ``segments_BL``.
@@ -86,20 +88,21 @@ def token_stats(
     temperature: jax.Array | float = 1.0,
     chunk: int | None = None,
 ) -> TokenStats:
-    """Returns `token_logprobs` and the entropy of each token's distribution in nats, from one pass.
+    """Returns log-probabilities and entropies of tokens from one forward pass.
 
     Args:
         params: Parameters of the model.
         tokens_BL: int32 tokens.
-        cfg: As in `token_logprobs`, like all arguments below.
+        cfg: The model, as an `LMConfig` or an `ApplyFn`.
         mask_BL: bool, True at real tokens.
-        segments_BL: int32, the sequence of a packed row that each token belongs to.
-        prompt_width: P; the results then are ``[B,T]``.
-        temperature: Divides the logits; above 0.
-        chunk: Number of columns of logits computed at a time.
+        segments_BL: int32 segment ids of packed rows, counted from 1; 0 at padding.
+        prompt_width: Width P of the prompt; the results then cover only the response, ``[B,T]``.
+        temperature: Positive divisor of the logits.
+        chunk: Number of columns for which logits are computed at a time.
 
     Returns:
-        `TokenStats` of two ``[B,L]`` arrays, or ``[B,T]`` with ``prompt_width``.
+        `TokenStats` of two arrays ``[B,L]``, or ``[B,T]`` with ``prompt_width``; 0 at padding and at the first real
+        token of each sequence.
     """
 
     def stats(logits: jax.Array, targets: jax.Array) -> TokenStats:
@@ -120,21 +123,23 @@ def greedy_matches(
     prompt_width: int | None = None,
     chunk: int | None = None,
 ) -> jax.Array:
-    """Returns whether each token is the one that greedy decoding chooses after the real tokens before it.
+    """Returns whether greedy decoding would choose each token after the real tokens before it.
 
-    If every token of an answer matches, greedy decoding gives that answer, so one pass finds exact matches.
+    If all tokens of an answer match, greedy decoding generates that answer, so measuring exact matches requires only
+    one forward pass.
 
     Args:
         params: Parameters of the model.
         tokens_BL: int32 tokens.
-        cfg: As in `token_logprobs`, like all arguments below.
+        cfg: The model, as an `LMConfig` or an `ApplyFn`.
         mask_BL: bool, True at real tokens.
-        segments_BL: int32, the sequence of a packed row that each token belongs to.
-        prompt_width: P; the result then is ``[B,T]``.
-        chunk: Number of columns of logits computed at a time.
+        segments_BL: int32 segment ids of packed rows, counted from 1; 0 at padding.
+        prompt_width: Width P of the prompt; the result then covers only the response, ``[B,T]``.
+        chunk: Number of columns for which logits are computed at a time.
 
     Returns:
-        bool ``[B,L]``, or ``[B,T]`` with ``prompt_width``; False where `token_logprobs` is 0 by definition.
+        bool ``[B,L]``, or ``[B,T]`` with ``prompt_width``; False at padding and at the first real token of each
+        sequence.
     """
     masks = {"mask_BL": mask_BL, "segments_BL": segments_BL, "prompt_width": prompt_width}
     fn = lambda logits, targets: jnp.argmax(logits, axis=-1) == targets  # noqa: E731
@@ -150,21 +155,22 @@ def values(
     segments_BL: jax.Array | None = None,
     prompt_width: int | None = None,
 ) -> jax.Array:
-    """Returns the value BEFORE each token: the scalar head at the last real token before it.
+    """Returns the value before each token, which is the output of the scalar head at the last real token before it.
 
     Args:
-        params: Parameters of the critic, with one head.
+        params: Parameters of the critic, with a single head.
         tokens_BL: int32 tokens.
-        cfg: As in `token_logprobs`, like all arguments below.
+        cfg: The model, as an `LMConfig` or an `ApplyFn`.
         mask_BL: bool, True at real tokens.
-        segments_BL: int32, the sequence of a packed row that each token belongs to.
-        prompt_width: P; the result then is V_t of the response, ``[B,T]``.
+        segments_BL: int32 segment ids of packed rows, counted from 1; 0 at padding.
+        prompt_width: Width P of the prompt; the result then is V_t of the response, ``[B,T]``.
 
     Returns:
-        ``[B,L]`` float32, or ``[B,T]`` with ``prompt_width``; 0 where `token_logprobs` is 0 by definition.
+        float32 ``[B,L]``, or ``[B,T]`` with ``prompt_width``; 0 at padding and at the first real token of each
+        sequence.
 
     Raises:
-        ValueError: ``params`` have no head or several.
+        ValueError: ``params`` have no head, or several heads.
     """
     hidden, _ = alignment.hidden_states(params, tokens_BL, cfg, mask_BL, segments_BL, prompt_width)
     values = heads.value(params, hidden)
@@ -180,7 +186,7 @@ def score(
     cfg: config.LMConfig | types.ApplyFn,
     mask_BL: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns the reward of each row: the scalar head at its last real token, gain and bias applied.
+    """Returns the score of each row, which is the output of the scalar head at its last real token.
 
     >>> import jax, jax.numpy as jnp
     >>> from rlhf_jax import lm
@@ -194,11 +200,11 @@ def score(
     Args:
         params: Parameters of the reward model, with one head or several.
         tokens_BL: int32 tokens.
-        cfg: The model: an `LMConfig`, or an `ApplyFn` for any other model.
-        mask_BL: bool, True at real tokens; by default all.
+        cfg: The model, as an `LMConfig` or an `ApplyFn`.
+        mask_BL: bool, True at real tokens; by default, all tokens are real.
 
     Returns:
-        ``[B]`` float32, or ``[B,H]`` with several heads; 0 for a row of padding.
+        float32 ``[B]``, or ``[B,H]`` with several heads; 0 for rows that contain only padding.
     """
     last_B = _last_real(tokens_BL, mask_BL)
     if isinstance(cfg, types.ApplyFn):
@@ -209,7 +215,7 @@ def score(
 
 
 def selected_logprobs(logits: jax.Array, targets: jax.Array, *, temperature: jax.Array | float = 1.0) -> jax.Array:
-    """Returns ``log_softmax(logits / temperature)`` at one target each: ``[..., V]``, ``[...] -> [...]``, float32.
+    """Returns float32 ``log_softmax(logits / temperature)`` at the targets: ``[..., V], [...] -> [...]``.
 
     >>> import jax.numpy as jnp
     >>> from rlhf_jax import lm
@@ -217,18 +223,18 @@ def selected_logprobs(logits: jax.Array, targets: jax.Array, *, temperature: jax
     -1.3863
 
     Raises:
-        ValueError: The shapes disagree.
+        ValueError: ``logits`` without its last axis and ``targets`` have different shapes.
     """
     if logits.shape[:-1] != targets.shape:
-        raise ValueError(f"logits {logits.shape} and targets {targets.shape} must agree except for the vocabulary")
+        raise ValueError(f"targets have shape {targets.shape}; logits {logits.shape} require {logits.shape[:-1]}")
     scaled = logits.astype(jnp.float32) / temperature
-    # One-hot and sum fuse into one pass; the gradient of a gather would be a scatter.
+    # XLA fuses the one-hot mask and the sum; the gradient of a gather would be a scatter.
     hot = lax.broadcasted_iota(targets.dtype, scaled.shape, scaled.ndim - 1) == targets[..., None]
     return jnp.sum(jnp.where(hot, scaled, 0.0), axis=-1) - jax.nn.logsumexp(scaled, axis=-1)
 
 
 def entropy(logits: jax.Array, *, temperature: jax.Array | float = 1.0) -> jax.Array:
-    """Returns the entropy in nats of ``softmax(logits / temperature)``: ``[..., V] -> [...]``, float32.
+    """Returns the float32 entropy, in nats, of ``softmax(logits / temperature)``: ``[..., V] -> [...]``.
 
     >>> import jax.numpy as jnp
     >>> from rlhf_jax import lm
@@ -240,7 +246,7 @@ def entropy(logits: jax.Array, *, temperature: jax.Array | float = 1.0) -> jax.A
 
 
 def _last_real(tokens_BL: jax.Array, mask_BL: jax.Array | None) -> jax.Array:
-    """Returns the column of the last real token of each row, ``[B]``; -1 for a row of padding."""
+    """Returns the column of the last real token of each row, ``[B]``; -1 for rows that contain only padding."""
     B, L = tokens_BL.shape
     if mask_BL is None:
         return jnp.full(B, L - 1)
@@ -249,6 +255,6 @@ def _last_real(tokens_BL: jax.Array, mask_BL: jax.Array | None) -> jax.Array:
 
 def _at(x_BL: jax.Array, column_B: jax.Array) -> jax.Array:
     """Returns one entry of each row, ``[B, L, ...] -> [B, ...]``; 0 for column -1."""
-    # Summed over one selected column, because the gradient of a gather would be a scatter.
+    # The entry is selected by a masked sum, because the gradient of a gather would be a scatter.
     here_BL = jnp.arange(x_BL.shape[1])[None, :] == column_B[:, None]
     return jnp.sum(jnp.where(here_BL if x_BL.ndim == 2 else here_BL[..., None], x_BL, 0.0), axis=1)

@@ -1,17 +1,18 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021): W + scale A B, of which only A and B are trained.
+"""Low-rank adapters (LoRA, Hu et al. 2021), which replace W by W + scale A B and train only A and B.
 
-Adapters are a separate pytree, ``{"layers": {"q": {"lora_a", "lora_b"}}}``. They keep the leading axis of the layers.
-The other axes of a kernel are flattened to one input and one output axis: ``lora_a`` is ``[N, in, r]`` and ``lora_b``
-``[N, r, out]``. The model is not copied::
+Adapters are a pytree separate from the model, such as ``{"layers": {"q": {"lora_a": ..., "lora_b": ...}}}``. They have
+the leading layer axis of the kernels, whose other axes are flattened to one input and one output axis: ``lora_a`` has
+shape ``[N, in, r]``, and ``lora_b`` has shape ``[N, r, out]``. Attaching adapters does not copy the model::
 
     adapters = lora.init(rng, cfg, rank=8, pattern="layers/(q|v)/kernel")
     params = lora.attach(base, adapters, scale=2.0)      # the arrays of base, plus the adapters
-    lm.token_logprobs(params, tokens_BL, cfg=cfg)        # or any other function of params
+    lm.token_logprobs(params, tokens_BL, cfg=cfg)        # or any other function that runs the model
     whole = lora.merge(base, adapters, scale=2.0)        # an ordinary model
 
-``scale`` is the paper's alpha / r. The train state holds the adapters, and ``frozen`` is the base:
-``sft.make_train_step(..., join=partial(lora.attach, scale=2.0))``. Since B is initialised to 0, a policy with fresh
-adapters equals its base, which can therefore be its reference model (`train.ppo.Models.join`).
+``scale`` is alpha / r in the paper. To train adapters, pass ``join=partial(lora.attach, scale=2.0)`` to a function such
+as `sft.make_train_step`; the train state then contains only the adapters, and ``frozen`` is the base model. Since B is
+initialised to 0, a policy with new adapters is equal to its base model, which can therefore be the reference model
+(see `train.ppo.Models.join`).
 
 :mod:`rlhf_jax.lm.hub.peft` reads and writes adapters in the format of PEFT.
 """
@@ -33,12 +34,12 @@ from rlhf_jax.lm import params as lm_params
 
 
 class Pair(NamedTuple):
-    """One adapter and the kernel that it belongs to."""
+    """An adapter and the kernel that it modifies."""
 
     node: str
-    """Path of the layer, such as ``layers/q``."""
+    """Path that kernel and adapter share, such as ``layers/q``."""
     kernel: Any
-    """``[N, ...]``, the kernel of the model."""
+    """Kernel of the model, ``[N, ...]``."""
     a: jax.Array
     """``[N, in, r]``."""
     b: jax.Array
@@ -46,7 +47,7 @@ class Pair(NamedTuple):
 
 
 def init(rng: jax.Array, cfg: config.LMConfig, *, rank: int, pattern: str | Sequence[str]) -> types.Params:
-    """Returns fresh float32 adapters: A uniform within 1 / sqrt(in), as in PEFT, and B zero.
+    """Returns new float32 adapters, with B = 0 and A uniform in [-1 / sqrt(in), 1 / sqrt(in)], as in PEFT.
 
     >>> import jax
     >>> from rlhf_jax import lm
@@ -56,13 +57,13 @@ def init(rng: jax.Array, cfg: config.LMConfig, *, rank: int, pattern: str | Sequ
     (2, 64, 4)
 
     Args:
-        rng: Random key, consumed. The key of each leaf is derived from its name.
+        rng: Random key, consumed. The key of each array is derived from its name.
         cfg: Architecture of the base model.
-        rank: r, at least 1. For several ranks, draw the adapters separately and merge the dicts.
-        pattern: The kernels to adapt, as in `table`.
+        rank: Rank r, at least 1. To use several ranks, call `init` once per rank and merge the dicts.
+        pattern: Regular expressions for the kernels to adapt (see `table`).
 
     Returns:
-        Adapters.
+        Nested dict of adapters.
 
     Raises:
         ValueError: The rank is below 1, or a pattern matches no kernel.
@@ -71,13 +72,13 @@ def init(rng: jax.Array, cfg: config.LMConfig, *, rank: int, pattern: str | Sequ
 
 
 def table(cfg: config.LMConfig, *, rank: int, pattern: str | Sequence[str]) -> dict[str, lm_params.Spec]:
-    """Returns shape, logical axes and initialiser of every adapter by its path, as `lm.params.table` does.
+    """Returns the shape, logical axes and initialiser of every array of the adapters, keyed by its path.
 
     ``pattern`` is one or several regular expressions that match whole paths of kernels, such as
-    ``"layers/(q|k|v|out)/kernel"`` or ``"layers/.*"``. The rank has the logical axis ``rank``.
+    ``"layers/(q|k|v|out)/kernel"`` or ``"layers/.*"``. The dimension of size r has the logical axis ``rank``.
 
     Raises:
-        ValueError: As `init`.
+        ValueError: The rank is below 1, or a pattern matches no kernel.
     """
     if rank < 1:
         raise ValueError(f"rank is {rank!r}; it must be at least 1")
@@ -94,14 +95,14 @@ def table(cfg: config.LMConfig, *, rank: int, pattern: str | Sequence[str]) -> d
 
 
 def attach(params: types.Params, adapters: types.Params, *, scale: Any) -> types.Params:
-    """Returns parameters that contain ``adapters``; every function of parameters accepts them.
+    """Returns ``params`` with ``adapters`` added; `lm.forward` and the functions that call it accept the result.
 
-    Layers then compute W x + scale B (A x) without a merged kernel. The arrays of ``params`` are shared. The result is
-    differentiable in all arguments.
+    Layers then compute x W + scale (x A) B without forming the merged kernel. The result shares the arrays of
+    ``params`` and is differentiable with respect to all arguments.
 
     Raises:
-        ValueError: ``params`` have no kernel for an adapter, have a kernel of a different shape, or already have an
-            adapter.
+        ValueError: An adapter is incomplete, has no kernel in ``params`` or does not fit the kernel's shape, or
+            ``params`` already have an adapter for the kernel.
     """
     attached = lm_params.flatten(params)
     for node, _, a, b in pairs(params, adapters):
@@ -112,10 +113,10 @@ def attach(params: types.Params, adapters: types.Params, *, scale: Any) -> types
 def merge(params: types.Params, adapters: types.Params, *, scale: Any) -> types.Params:
     """Returns ordinary parameters with W + scale A B in place of every adapted W, in the dtype of W.
 
-    Arrays that are not adapted are shared with ``params``.
+    All other arrays are shared with ``params``.
 
     Raises:
-        ValueError: As `attach`.
+        ValueError: As in `attach`.
     """
     merged = lm_params.flatten(params)
     for node, kernel, a, b in pairs(params, adapters):
@@ -126,14 +127,14 @@ def merge(params: types.Params, adapters: types.Params, *, scale: Any) -> types.
 
 
 def pairs(params: types.Params, adapters: types.Params) -> Iterator[Pair]:
-    """Yields each adapter with its kernel in ``params`` (arrays or shapes); raises as `attach`."""
+    """Yields each adapter with its kernel in ``params`` (arrays or shapes); raises the errors of `attach`."""
     kernels, leaves = lm_params.flatten(params), lm_params.flatten(adapters)
     for node in dict.fromkeys(name.rpartition("/")[0] for name in leaves):
         names = f"{node}/kernel", f"{node}/lora_a", f"{node}/lora_b"
         pair = Pair(node, kernels.get(names[0]), leaves.pop(names[1], None), leaves.pop(names[2], None))
         for name, part in zip(names, pair[1:]):
             if part is None:
-                raise ValueError(f"the adapter at {node} has no {name}")
+                raise ValueError(f"the adapter at {node} requires {name}, which is missing")
         if names[1] in kernels:
             raise ValueError(f"params already have an adapter at {node}: merge it first, or attach both to the base")
         if not _fits(pair):
@@ -146,7 +147,7 @@ def pairs(params: types.Params, adapters: types.Params) -> Iterator[Pair]:
 
 
 def sides(kernel: lm_params.Spec) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the input and output shapes of a kernel in one layer: ``(D,), (H, C)`` for queries."""
+    """Returns the input and output shapes of a kernel in one layer, such as ``(D,), (H, C)`` for queries."""
     split = 2 if kernel.axes[1] == "embed" else len(kernel.axes) - 1
     return kernel.shape[1:split], kernel.shape[split:]
 
@@ -154,7 +155,7 @@ def sides(kernel: lm_params.Spec) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def _rows(node: str, kernel: lm_params.Spec, rank: int) -> dict[str, lm_params.Spec]:
     inputs, outputs = sides(kernel)
     wide, N = math.prod(inputs), kernel.shape[0]
-    # A flattened axis is named after its first axis: whole heads can be sharded.
+    # A flattened axis has the logical name of its first axis, so that it is sharded by whole heads.
     ends = kernel.axes[1], kernel.axes[1 + len(inputs)]
     bound = 1 / math.sqrt(wide)
 

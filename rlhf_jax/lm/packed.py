@@ -1,7 +1,8 @@
-"""One number per sequence from packed rows, which hold several sequences each (see :mod:`rlhf_jax.data.packing`).
+"""Scores, sums and means of the sequences in packed rows (see :mod:`rlhf_jax.data.packing`).
 
-Token-wise functions take packed rows with ``segments_BL``. The functions here return a score, a sum or a mean for each
-sequence, as reward models and DPO need them. A sequence that is in no row (segment 0) gets 0.
+Functions of tokens, such as `lm.token_logprobs`, accept packed rows if they are passed ``segments_BL``. The functions
+in this module return one number per sequence, as reward models and DPO require. For sequences that are not in any row
+(segment 0 in ``places``), the number is 0.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ def packed_scores(
     *,
     cfg: config.LMConfig | types.ApplyFn,
 ) -> jax.Array:
-    """Returns the scalar head at the last token of each sequence: `lm.score` for packed rows.
+    """Returns the score of each sequence, as `lm.score` does for rows that are not packed.
 
     Args:
         params: Parameters of the reward model.
         tokens_BL: int32 packed rows.
-        segments_BL: int32, the sequence that each token belongs to, from 1; 0 at padding.
+        segments_BL: int32 segment ids, counted from 1; 0 at padding.
         places: Row, segment and last column of each sequence.
-        cfg: The model; the forward pass of an `ApplyFn` must accept ``segments_BL``.
+        cfg: The model, as an `LMConfig` or an `ApplyFn`. The forward pass of an `ApplyFn` must accept ``segments_BL``.
 
     Returns:
-        float32 in the shape of ``places``, with a last axis H for several heads; 0 for a sequence that is in no row.
+        float32 with the shape of ``places`` and, if there are several heads, a last axis H.
     """
     forward_pass = alignment.apply_fn(cfg).forward(params, tokens_BL, **alignment.forward_masks(None, segments_BL))
     scores = heads.scalar(params, forward_pass.hidden_BLD)[places.row, places.end]
@@ -44,18 +45,18 @@ def packed_sums(
 ) -> jax.Array:
     """Returns the sum of ``x_BL`` over each sequence.
 
-    Summed log-probabilities of responses are the arguments of `losses.dpo`.
+    For example, `losses.dpo` requires the summed log-probabilities of responses.
 
     Args:
         x_BL: One number per token.
-        segments_BL: int32, the sequence that each token belongs to, from 1; 0 at padding.
+        segments_BL: int32 segment ids, counted from 1; 0 at padding.
         places: Row, segment and last column of each sequence.
-        where_BL: bool, the tokens to sum over, such as response tokens; by default all.
+        where_BL: bool, True at the tokens to sum over, such as response tokens; by default, all tokens.
 
     Returns:
-        float32 in the shape of ``places``.
+        float32 with the shape of ``places``.
     """
-    # Each sequence sums over its whole row. A scatter-add by sequence would be non-deterministic on a GPU.
+    # Each sum runs over a whole row with a mask. A scatter-add by sequence would be non-deterministic on a GPU.
     mine = (segments_BL[places.row] == places.segment[..., None]) & (places.segment[..., None] > 0)
     if where_BL is not None:
         mine &= where_BL[places.row]
@@ -65,16 +66,16 @@ def packed_sums(
 def packed_means(
     x_BL: jax.Array, segments_BL: jax.Array, places: types.Places, *, where_BL: jax.Array | None = None
 ) -> jax.Array:
-    """Returns the mean of ``x_BL`` over each sequence, as IPO, ORPO and SimPO need it.
+    """Returns the mean of ``x_BL`` over each sequence, as IPO, ORPO and SimPO require.
 
     Args:
-        x_BL: As in `packed_sums`, like all arguments below.
-        segments_BL: int32, the sequence that each token belongs to.
+        x_BL: One number per token.
+        segments_BL: int32 segment ids, counted from 1; 0 at padding.
         places: Row, segment and last column of each sequence.
-        where_BL: bool, the tokens to average over.
+        where_BL: bool, True at the tokens to average over; by default, all tokens.
 
     Returns:
-        float32 in the shape of ``places``.
+        float32 with the shape of ``places``.
     """
     ones_BL = jnp.ones(x_BL.shape, jnp.float32)
     counts = packed_sums(ones_BL, segments_BL, places, where_BL=where_BL)

@@ -1,8 +1,8 @@
-"""The table of parameters: shape, logical axes and initialiser of each, by name.
+"""Table of the model's parameters, with the shape, logical axes and initialiser of each.
 
-A name such as ``layers/q/kernel`` is a path into the nested dict. Parameters under ``layers`` have a leading axis over
-the layers, which :mod:`rlhf_jax.lm.transformer` scans. The table of the scalar head (``params["head"]``, see
-:mod:`rlhf_jax.lm.heads`) is separate.
+A name such as ``layers/q/kernel`` is a path into the nested dict. Parameters under ``layers`` have a leading layer
+axis, over which :mod:`rlhf_jax.lm.transformer` scans. `head_table` is the corresponding table for the scalar heads of
+:mod:`rlhf_jax.lm.heads`.
 """
 
 from __future__ import annotations
@@ -23,29 +23,30 @@ Initialiser = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
 
 class Spec(NamedTuple):
-    """One row of the table."""
+    """Shape, logical axes and initialiser of one parameter."""
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
-    """Logical name of each dimension: layers, vocab, length, embed, heads, kv_heads, head, mlp, score."""
+    """Logical name of each dimension: layers, vocab, length, embed, heads, kv_heads, head, mlp, score, rank."""
     init: Initialiser
 
 
 def normal(std: float) -> Initialiser:
-    """Returns an initialiser that draws from a Gaussian of standard deviation ``std``."""
+    """Returns an initialiser that draws from a Gaussian with mean 0 and standard deviation ``std``."""
     return lambda rng, shape: std * jax.random.normal(rng, shape, jnp.float32)
 
 
 def constant(value: float) -> Initialiser:
-    """Returns an initialiser that fills with ``value``."""
+    """Returns an initialiser that fills arrays with ``value``."""
     return lambda rng, shape: jnp.full(shape, value, jnp.float32)
 
 
 def table(cfg: config.LMConfig) -> dict[str, Spec]:
-    """Returns the `Spec` of every parameter of ``cfg`` by its path.
+    """Returns the `Spec` of every parameter of the model, keyed by its path.
 
-    Kernels are initialised from a Gaussian of variance 2 / (5 D). Those that write into the residual stream are also
-    divided by sqrt(2 layers), so that its variance does not grow with depth.
+    Kernels and embeddings are drawn from a Gaussian with variance 2 / (5 D). Kernels whose output is added to the
+    residual stream are also divided by sqrt(2 N) for N layers, so that the variance of the stream does not grow with
+    depth.
     """
     D, F, C = cfg.d_model, cfg.d_mlp, cfg.d_head
     H, G = cfg.n_heads, cfg.n_kv_heads
@@ -101,9 +102,9 @@ def table(cfg: config.LMConfig) -> dict[str, Spec]:
 
 
 def head_table(cfg: config.LMConfig, *, zero: bool = False, heads: int | None = None) -> dict[str, Spec]:
-    """Returns the table of the scalar head, or of ``heads`` heads (2 or more).
+    """Returns the table of a single scalar head, or of ``heads`` heads (2 or more).
 
-    The kernel has std 1 / sqrt(D + 1), or is 0 with ``zero``.
+    The kernel is drawn with standard deviation 1 / sqrt(D + 1), or is 0 if ``zero``.
     """
     kernel = constant(0.0) if zero else normal(1 / math.sqrt(cfg.d_model + 1))
     if heads is None:
@@ -111,7 +112,7 @@ def head_table(cfg: config.LMConfig, *, zero: bool = False, heads: int | None = 
     elif heads >= 2:
         named, many, axes = "head/kernel_HD", (heads,), ("score",)
     else:
-        raise ValueError(f"heads is {heads}; it must be 2 or more, or None for one")
+        raise ValueError(f"heads is {heads}; it must be 2 or more, or None for a single head")
     return {
         named: Spec((*many, cfg.d_model), (*axes, "embed"), kernel),
         "head/bias": Spec(many, axes, constant(0.0)),
@@ -120,10 +121,10 @@ def head_table(cfg: config.LMConfig, *, zero: bool = False, heads: int | None = 
 
 
 def init(rng: jax.Array, cfg: config.LMConfig) -> types.Params:
-    """Returns fresh parameters: a nested dict of float32 arrays.
+    """Returns randomly initialised parameters as a nested dict of float32 arrays.
 
-    The key of each leaf is derived from its name, so that adding or removing a parameter does not change the others.
-    ``rng`` is consumed. Under ``jax.jit(..., out_shardings=...)`` the parameters are created sharded.
+    The random key of each array is derived from its name, so adding or removing a parameter does not change the
+    others. ``rng`` is consumed. Under ``jax.jit(..., out_shardings=...)``, the parameters are created sharded.
 
     >>> import jax
     >>> from rlhf_jax import lm
@@ -135,27 +136,27 @@ def init(rng: jax.Array, cfg: config.LMConfig) -> types.Params:
 
 
 def draw(rng: jax.Array, rows: Mapping[str, Spec]) -> types.Params:
-    """Returns the parameters of a table."""
+    """Returns a nested dict of initialised parameters, one for each row of a table."""
     return nest({name: row.init(jax.random.fold_in(rng, _stable_hash(name)), row.shape) for name, row in rows.items()})
 
 
 def abstract(cfg: config.LMConfig, *, head: bool = False) -> types.Params:
-    """Returns shapes and dtypes of the result of `init`, plus the scalar head if ``head``."""
+    """Returns the shapes and dtypes of the parameters from `init`, and of a scalar head if ``head``."""
     return nest({name: jax.ShapeDtypeStruct(row.shape, jnp.float32) for name, row in _rows(cfg, head).items()})
 
 
 def logical_axes(cfg: config.LMConfig, *, head: bool = False) -> types.Params:
-    """Returns the tree of `abstract` with a tuple of logical axis names in place of each array."""
+    """Returns the result of `abstract` with a tuple of logical axis names in place of each array."""
     return nest({name: row.axes for name, row in _rows(cfg, head).items()})
 
 
 def layer_axes(cfg: config.LMConfig) -> types.Params:
-    """Returns the logical axes of one layer's parameters, without the axis over the layers."""
+    """Returns the logical axes of one layer's parameters, without the layer axis."""
     return jax.tree.map(lambda axes: axes[1:], logical_axes(cfg)["layers"], is_leaf=lambda x: isinstance(x, tuple))
 
 
 def count(cfg: config.LMConfig) -> int:
-    """Returns the number of parameters of ``cfg``, without a head.
+    """Returns the number of parameters of the model, without a scalar head.
 
     >>> from rlhf_jax import lm
     >>> lm.count(lm.LMConfig.preset("gpt2"))
@@ -190,5 +191,5 @@ def _stacked(spec: Spec, n_layers: int) -> Spec:
 
 
 def _stable_hash(name: str) -> int:
-    # Python's own hash of a string differs from run to run.
+    # Python's hash of a string differs between processes.
     return zlib.crc32(name.encode())

@@ -1,7 +1,7 @@
-"""A pre-norm decoder-only transformer as a pure function of a nested dict.
+"""A pre-norm decoder-only transformer as a pure function of a nested dict of parameters.
 
-`forward` returns hidden states, `logits` maps them to scores of the vocabulary. :mod:`rlhf_jax.lm.logprobs` combines
-both with token ids, and computes logits only for the columns that are needed.
+`forward` returns hidden states, and `logits` maps them to logits over the vocabulary. :mod:`rlhf_jax.lm.logprobs` uses
+both to compute the log-probabilities of given tokens, with logits only for the columns that are needed.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ Weights = Any
 """Parameters of one layer: ``params["layers"]`` without the leading axis."""
 
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-"""Attention of a layer: maps queries, keys and values of the new tokens to attended values and the cache entry."""
+"""Maps the queries, keys and values of new tokens to the attention output and the layer's new cache entry."""
 
 Pick = Callable[[jax.Array, int], jax.Array]
-"""Selects some columns of an array along an axis."""
+"""Selects columns along the given axis of an array."""
 
 
 class _View(NamedTuple):
@@ -39,13 +39,14 @@ class _View(NamedTuple):
 
 
 Columns = tuple[int, int] | jax.Array
-"""The columns that are needed: a range (start, stop), or int32 ``[B]``, one column of each row."""
+"""Columns whose hidden states are needed, as a range (start, stop) or as int32 ``[B]`` with one column per row."""
 
 _FEW_LAYERS = 8
-"""Largest number of layers for which the last one is taken out of the scan, which copies the others' parameters."""
+"""Maximum number of layers for which the last layer computes only the needed columns. The last layer is
+then outside the scan, and slicing copies the parameters of the other layers."""
 
-# The backward pass recomputes these functions. They are cheap, and storing their residuals takes longer than the
-# matmuls of a small model.
+# The backward pass recomputes functions with this decorator. They are cheap, and in a small model storing their
+# residuals takes longer than the matmuls.
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -68,7 +69,7 @@ def forward(
     cache: kv_cache.KVCache | None = None,
     used_slots: int | None = None,
 ) -> types.LMOutput:
-    """Returns final hidden states and the updated cache.
+    """Returns the final hidden states and the updated cache.
 
     >>> import jax, jax.numpy as jnp
     >>> from rlhf_jax import lm
@@ -82,22 +83,23 @@ def forward(
         params: Parameters of the model.
         tokens_BL: int32 tokens.
         cfg: Architecture.
-        mask_BL: bool, True at real tokens; by default all. Padding may be anywhere and hold any id. Real tokens do not
-            attend to it.
-        positions_BL: int32 positions, by default the number of real tokens before each column.
-        segments_BL: int32, the sequence of a packed row that each token belongs to. Sequences are contiguous, tokens
-            attend to their own sequence, and positions restart in each.
-        columns: The columns that the caller reads. The last layer of a small model computes only these, and the other
-            hidden states are then undefined. Ignored with a cache.
-        cache: Keys and values of the tokens before these.
-        used_slots: Upper bound on the slots of the cache that are filled after this call; the others are not read.
+        mask_BL: bool, True at real tokens; by default, all tokens are real. Padding may be in any column and have any
+            id. Real tokens do not attend to padding.
+        positions_BL: int32 positions; by default, the number of real tokens before each column.
+        segments_BL: int32 segment ids of packed rows. Segments are contiguous, tokens attend only to tokens of the same
+            segment, and positions restart at 0 in each segment.
+        columns: Columns that the caller needs. The last layer of a small model computes only these columns, and the
+            hidden states of the other columns are then undefined. Ignored if there is a cache.
+        cache: Keys and values of the preceding tokens.
+        used_slots: Upper bound on the number of cache slots that are filled after this call; later slots are not read.
 
     Returns:
-        `LMOutput` of hidden states ``[B,L,D]``, after the final norm and in the compute dtype, and the cache if one
-        was given. Hidden states at padding are finite and meaningless.
+        `LMOutput` with hidden states ``[B,L,D]`` after the final norm, in the compute dtype, and the updated cache if
+        one was given. Hidden states at padding are finite but meaningless.
 
     Raises:
-        ValueError: A wrong rank or shape, a row longer than ``cfg.max_length``, or segments with a cache.
+        ValueError: An argument has the wrong rank, shape or dtype, a row is longer than ``cfg.max_length``, the cache
+            is too small, or segments are combined with a cache.
     """
     _check(tokens_BL, mask_BL, positions_BL, segments_BL, cache, cfg)
     if cache is None:
@@ -106,7 +108,7 @@ def forward(
 
 
 def logits(params: types.Params, hidden_BLD: jax.Array, *, cfg: config.LMConfig) -> jax.Array:
-    """Returns the scores of the vocabulary, ``[..., D] -> [..., V]``, float32."""
+    """Returns float32 logits over the vocabulary, ``[..., D] -> [..., V]``."""
     here = weights_lib.whole(params, "embed" if cfg.tie_embeddings else "unembed", cfg=cfg)
     kernel_DV = here["embed"]["tokens"].T if cfg.tie_embeddings else here["unembed"]["kernel"]
     scores = _matmul(hidden_BLD, kernel_DV.astype(cfg.compute_dtype), out=jnp.float32)
@@ -115,7 +117,7 @@ def logits(params: types.Params, hidden_BLD: jax.Array, *, cfg: config.LMConfig)
 
 
 def default_positions(mask_BL: jax.Array, segments_BL: jax.Array | None = None) -> jax.Array:
-    """Returns the number of real tokens before each column, within its segment if there are segments."""
+    """Returns the number of real tokens before each column, counted within its segment if segments are given."""
     real_BL = mask_BL.astype(jnp.int32)
     before_BL = jnp.cumsum(real_BL, axis=1) - real_BL
     if segments_BL is None:
@@ -172,7 +174,7 @@ def _read(
 
 
 def _selection(columns: Columns, width: int) -> tuple[Pick, Callable[[jax.Array], jax.Array]]:
-    """Returns functions that select ``columns`` along an axis and that put them back among zeros."""
+    """Returns a function that selects ``columns`` and a function that puts them back into an array of zeros."""
     if isinstance(columns, tuple):
         start, stop = columns
         around = ((0, 0), (start, width - stop), (0, 0))
@@ -206,7 +208,7 @@ def _continue(
 
     x_BLD = _row(embedding.embed(params, tokens_BL, mask_BL, positions_BL, cfg))
     cached = []
-    # Layers are unrolled: a scan would copy every cache at every token.
+    # Layers are unrolled because a scan would copy the cache of every layer at every token.
     for i, weights in enumerate(weights_lib.unstack(params, cfg)["layers"]):
         view = near if cfg.is_local(i) else far
 
@@ -226,11 +228,11 @@ def _continue(
 def _views(
     seen_BLS: jax.Array, positions_BL: jax.Array, key_positions_BS: jax.Array, cfg: config.LMConfig
 ) -> tuple[_View, _View]:
-    """Returns the views of the layers without and with a sliding window."""
+    """Returns the view of layers without a sliding window and the view of layers with one."""
     far = _View(seen_BLS, embedding.rotary_angles(positions_BL, cfg.rope_theta, cfg.rope_scaling, cfg))
     if not cfg.windowed:
         return far, far
-    # The window counts real tokens, as positions do, so padding between them does not use it up.
+    # The window is measured in positions, which count only real tokens, so padding does not shorten it.
     within_BLS = positions_BL[:, :, None] - key_positions_BS[:, None, :] < cfg.sliding_window
     rotation = far.rotation
     if cfg.local_rope_theta > 0:
@@ -246,7 +248,7 @@ def _layer(
     cfg: config.LMConfig,
     pick: Pick | None = None,
 ) -> tuple[jax.Array, Any]:
-    """Returns the output of one layer and its new cache entry; with ``pick``, the output of the selected columns."""
+    """Returns one layer's output, only for the selected columns if ``pick`` is given, and its new cache entry."""
     attended_BLD, entry = _attention(weights, _norm(weights["attn_norm"], x_BLD, cfg), rotation, mix, cfg, pick)
     x_BLD = x_BLD if pick is None else pick(x_BLD, 1)
     if cfg.parallel_residual:
@@ -281,7 +283,7 @@ def _attention(
         query_rotation = rotation if pick is None else (pick(rotation[0], 2), pick(rotation[1], 2))
         queries, keys = embedding.rotate(queries, query_rotation), embedding.rotate(keys, rotation)
     queries = parallel.constrain(queries, "batch", "heads", "length", None)
-    # Keys and values are gathered over columns, since a query may attend to all of them.
+    # Keys and values are gathered over columns because a query may attend to any column.
     keys, values = (parallel.constrain(x, "batch", "kv_heads", None, None) for x in (keys, values))
     mixed_BHLC, entry = mix(queries, keys, values)
     D, H, C = x_BLD.shape[-1], cfg.n_heads, cfg.d_head
@@ -307,7 +309,7 @@ def _mlp(weights: Weights, x_BLD: jax.Array, cfg: config.LMConfig) -> jax.Array:
 
 
 def _row(x_BLD: jax.Array) -> jax.Array:
-    """Constrains the sharding of the residual stream: rows and columns are sharded, features are not."""
+    """Constrains the residual stream to be sharded over rows and columns but not over features."""
     return parallel.constrain(x_BLD, "batch", "length", None)
 
 
@@ -318,13 +320,13 @@ def _dense(dense: Weights, x_BLI: jax.Array) -> jax.Array:
 def _linear(dense: Weights, x_BLI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
     made_BLO = _matmul(x_BLI, kernel_IO)
     if "lora_a" in dense:
-        # Low-rank adapters (Hu et al. 2021): see `lm.lora`.
+        # Low-rank adapters; see `lm.lora`.
         made_BLO = made_BLO + _matmul(_matmul(x_BLI, dense["lora_a"]), dense["lora_b"])
     return made_BLO
 
 
 def _matmul(x: jax.Array, kernel_IO: jax.Array, out: jnp.dtype | type | None = None) -> jax.Array:
-    # Leading axes are flattened: on a CPU the gradient of a rank-3 product begins with a slow transposition.
+    # Leading axes are flattened because, on a CPU, the gradient of a rank-3 matmul starts with a slow transpose.
     rows = x.reshape(-1, x.shape[-1])
     made = jnp.matmul(rows, kernel_IO.astype(x.dtype), preferred_element_type=out)
     return made.reshape(*x.shape[:-1], kernel_IO.shape[1])
@@ -390,7 +392,7 @@ def _check(
         raise ValueError(f"tokens_BL must have rank 2, got shape {tokens_BL.shape}")
     for name, array in (("mask_BL", mask_BL), ("positions_BL", positions_BL), ("segments_BL", segments_BL)):
         if array is not None and array.shape != tokens_BL.shape:
-            raise ValueError(f"{name} has shape {array.shape}, tokens_BL {tokens_BL.shape}; they must agree")
+            raise ValueError(f"{name} has shape {array.shape}; it must have the shape of tokens_BL, {tokens_BL.shape}")
     if mask_BL is not None and mask_BL.dtype != jnp.bool_:
         raise ValueError(f"mask_BL must be bool, got {mask_BL.dtype}")
     if segments_BL is not None and cache is not None:
@@ -399,4 +401,4 @@ def _check(
     if width > cfg.max_length:
         raise ValueError(f"rows of {width} tokens are longer than cfg.max_length = {cfg.max_length}")
     if cache is not None and tokens_BL.shape[1] > cache.slots:
-        raise ValueError(f"{tokens_BL.shape[1]} new tokens do not fit a cache of {cache.slots} slots")
+        raise ValueError(f"{tokens_BL.shape[1]} new tokens do not fit in a cache of {cache.slots} slots")

@@ -1,4 +1,4 @@
-"""Parameters in the form that a forward pass uses: gathered on a mesh, and layer by layer for decoding."""
+"""Transformations of parameters before a forward pass: gathering on a mesh, and unstacking layers for decoding."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from rlhf_jax.lm import params as lm_params
 
 
 def gathered(weights: Any, axes: Any, cfg: config.LMConfig) -> Any:
-    """Returns weights gathered over ``fsdp``, in the compute dtype unless they are used in float32.
+    """Returns weights gathered over the mesh axis ``fsdp`` and cast to the compute dtype, unless float32 is required.
 
-    ``axes`` has the form of `params.logical_axes`; leaves that it does not name, such as adapters, are unchanged.
+    ``axes`` is a tree like the result of `params.logical_axes`. Leaves that are missing from it, such as adapters, are
+    returned unchanged.
     """
     if parallel.num_shards("embed") == 1:
         return weights
@@ -25,7 +26,7 @@ def gathered(weights: Any, axes: Any, cfg: config.LMConfig) -> Any:
             names = names.get(entry.key) if isinstance(names, dict) else None
         if names is None:
             return x
-        # Norms compute in float32, and positions are added to embeddings before the sum is cast.
+        # Norms are computed in float32, and learned positions are added to embeddings before the sum is cast.
         kept = path[-1].key == "scale" or (path[0].key == "embed" and cfg.positions == "learned")
         return parallel.gather_weight(x, *names, dtype=None if kept else cfg.compute_dtype)
 
@@ -33,7 +34,7 @@ def gathered(weights: Any, axes: Any, cfg: config.LMConfig) -> Any:
 
 
 def whole(params: types.Params, *names: str, cfg: config.LMConfig) -> types.Params:
-    """Returns the named parameters outside of the layers, gathered unless `unstack` has gathered them."""
+    """Returns the named parameters outside the layers, gathered unless `unstack` has already done so."""
     named = {name: params[name] for name in names if name in params}
     return named if is_unstacked(params) else gathered(named, lm_params.logical_axes(cfg), cfg)
 
@@ -41,9 +42,9 @@ def whole(params: types.Params, *names: str, cfg: config.LMConfig) -> types.Para
 def unstack(params: types.Params, cfg: config.LMConfig) -> types.Params:
     """Returns ``params`` with ``layers`` as a tuple of layers, which `transformer.forward` accepts with a cache.
 
-    A decoding loop then reads each layer's weights without slicing them at every token. On a mesh they are gathered as
-    well, in the compute dtype: sending them at every token would take far longer than reading them. During decoding,
-    each device therefore holds the whole model, or its part of the ``tensor`` axis.
+    A decoding loop can then use each layer's weights without slicing them at every token. On a mesh, the weights are
+    also gathered and cast to the compute dtype, because communicating them at every token would take far longer than
+    reading them. During decoding, each device therefore holds the whole model, or its shard along the ``tensor`` axis.
     """
     if is_unstacked(params):
         return params
@@ -54,5 +55,5 @@ def unstack(params: types.Params, cfg: config.LMConfig) -> types.Params:
 
 
 def is_unstacked(params: types.Params) -> bool:
-    """Returns whether ``params`` come from `unstack`."""
+    """Returns whether ``params`` are a result of `unstack`."""
     return isinstance(params["layers"], tuple)

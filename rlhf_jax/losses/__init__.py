@@ -1,4 +1,4 @@
-"""Loss functions: pure, computed in float32, and independent of models, trainers and configuration."""
+"""Pure loss functions, computed in float32 and independent of models, trainers and configuration."""
 
 from rlhf_jax.losses.comparison import (
     best_choice,

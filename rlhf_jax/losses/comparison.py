@@ -1,8 +1,8 @@
-"""Losses on comparisons of scores, for reward models.
+"""Losses for reward models trained on comparisons.
 
-`pairwise` and `reward_centering` take arrays of the same shape and return a float32 array of that shape, unreduced.
-`ranking`, `plackett_luce`, `best_choice` and `best_of_n_choice` take the completions of ONE prompt and return a scalar;
-``jax.vmap`` them over prompts.
+`pairwise` and `reward_centering` accept arrays of the same shape and return an unreduced float32 array of that shape.
+`ranking`, `plackett_luce`, `best_choice` and `best_of_n_choice` operate on the completions of *one* prompt and return a
+scalar; apply ``jax.vmap`` for a batch of prompts.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ Scalar = float | jax.Array
 
 
 def pairwise(chosen: Scalar, rejected: Scalar, *, margin: Scalar = 0.0, target: Scalar = 1.0) -> jax.Array:
-    """Computes the Bradley-Terry loss of pairs of scores: ``t softplus(m - d) + (1 - t) softplus(m + d)``.
+    """Computes the Bradley-Terry loss of pairs of scores, ``t softplus(m - d) + (1 - t) softplus(m + d)``.
 
-    ``d = chosen - rejected``, m is the margin and t the target. With t = 1 and m = 0 this is ``-log sigmoid(d)``
-    (Stiennon 2020, 3.4).
+    Here ``d = chosen - rejected``, ``m`` is the margin and ``t`` the target. With t = 1 and m = 0, the loss is
+    ``-log sigmoid(d)`` (Stiennon 2020, section 3.4).
 
     Args:
-        chosen: Scores of the preferred responses, any shape.
-        rejected: Scores of the other responses, the same shape.
-        margin: Required lead of the preferred response; a scalar or one value per pair.
-        target: Probability that ``chosen`` is really better; a scalar or one value per pair. Label smoothing e
-            corresponds to ``1 - e``; the soft label of an AI judge (Bai 2022, Constitutional AI 4.1) is passed as is.
+        chosen: Scores of the preferred responses, of any shape.
+        rejected: Scores of the other responses, of the same shape.
+        margin: Amount by which the preferred score should be higher; a scalar or one value per pair.
+        target: Probability that the preferred response is better; a scalar or one value per pair. For label smoothing
+            ``e``, pass ``1 - e``; for an AI judge, pass its soft label (Bai 2022, Constitutional AI, section 4.1).
 
     Returns:
-        The loss, shaped as the scores, unreduced.
+        The unreduced loss, with the shape of the scores.
 
     Raises:
-        ValueError: If shapes differ.
+        ValueError: If the shapes differ.
 
     Example:
         >>> import jax.numpy as jnp
@@ -48,7 +48,7 @@ def pairwise(chosen: Scalar, rejected: Scalar, *, margin: Scalar = 0.0, target: 
 
 
 def reward_centering(chosen: Scalar, rejected: Scalar, *, coef: Scalar) -> jax.Array:
-    """Returns ``coef * (chosen + rejected)^2``, a term that keeps scores near 0 (Eisenstein 2023, with coef 0.01)."""
+    """Returns ``coef * (chosen + rejected)^2``, which keeps scores near 0 (Eisenstein 2023, who use ``coef=0.01``)."""
     masking.check_same_shape(chosen=chosen, rejected=rejected)
     return coef * jnp.square(masking.as_float32(chosen) + masking.as_float32(rejected))
 
@@ -63,27 +63,27 @@ def ranking(
     target: Scalar = 1.0,
     centering: Scalar = 0.0,
 ) -> jax.Array:
-    """Computes InstructGPT's K-way loss (Eq 1) of one prompt: the mean of ``softplus(worse - better)`` over its pairs.
+    """Computes InstructGPT's ranking loss (Eq 1) of one prompt: the mean of ``softplus(worse - better)`` over pairs.
 
-    Keep all C(K, 2) pairs of a prompt in one batch element: shuffled as independent rows, they overfit in one epoch.
-    With K = 2 this is `pairwise`.
+    All C(K, 2) pairs of a prompt belong in one batch element. A model that is trained on them as independent, shuffled
+    rows overfits within one epoch. For K = 2, the loss equals `pairwise`.
 
     Args:
         scores_K: Scores of the completions.
-        ranks_K: Integer ranks, 1 is best. Tied completions contribute no loss.
-        where_K: True at completions that exist; None means all. Other entries are ignored.
-        ties_in_divisor: Divide by C(n, 2) for n existing completions, as printed in the paper. If False, divide by the
-            number of pairs that are not tied.
-        margin: Required lead of the better completion of each pair, as in `pairwise`; a scalar.
-        target: Probability that the better-ranked completion is really better, as in `pairwise`; a scalar.
+        ranks_K: Integer ranks; 1 is best. Pairs of tied completions contribute no loss.
+        where_K: True for completions that exist; None if all of them do. Other entries are ignored.
+        ties_in_divisor: If True, divide by C(n, 2) for n existing completions, as in the paper's equation. If False,
+            divide by the number of pairs that are not tied.
+        margin: Margin of every pair, as in `pairwise`; a scalar.
+        target: Target of every pair, as in `pairwise`; a scalar.
         centering: Coefficient of the `reward_centering` term added to each pair; a scalar.
 
     Returns:
-        A scalar; 0 with zero gradient if no pair contributes. Leave such prompts out of a batch mean:
+        A scalar; 0 with zero gradient if no pair contributes. Exclude such prompts from a batch mean:
         ``masked_mean(vmap(ranking)(scores, ranks), where=vmap(has_pairs)(ranks))``.
 
     Raises:
-        ValueError: If an argument is not of rank 1, or lengths differ.
+        ValueError: If an array does not have rank 1, or the lengths differ.
 
     Example:
         >>> import jax.numpy as jnp
@@ -94,11 +94,11 @@ def ranking(
     """
     better_KK = _better(scores_K, ranks_K, where_K)
     scores_K = masking.as_float32(scores_K)
-    # Masked before softplus as well as after it: NaN times a zero cotangent would be NaN.
+    # Masked both before and after softplus, because NaN times a zero cotangent is NaN.
     lead_KK = jnp.where(better_KK, scores_K[:, None] - scores_K[None, :], 0.0)
     loss_KK = pairwise(lead_KK, jnp.zeros_like(lead_KK), margin=margin, target=target)
     total = jnp.sum(jnp.where(better_KK, loss_KK, 0.0))
-    # A coefficient known to be 0 at trace time removes the term from the compiled program.
+    # If the coefficient is a Python 0, the compiled program does not contain the term.
     if not (isinstance(centering, float | int) and centering == 0):
         sums_KK = jnp.where(better_KK, scores_K[:, None] + scores_K[None, :], 0.0)
         total += jnp.sum(reward_centering(sums_KK, jnp.zeros_like(sums_KK), coef=centering))
@@ -111,27 +111,27 @@ def ranking(
 
 
 def has_pairs(ranks_K: jax.Array, where_K: jax.Array | None = None) -> jax.Array:
-    """Returns whether any two existing completions of the prompt differ in rank, a boolean scalar."""
+    """Returns a boolean scalar: whether any two existing completions of a prompt differ in rank."""
     return jnp.any(_better(ranks_K, ranks_K, where_K))
 
 
 def plackett_luce(scores_K: jax.Array, ranks_K: jax.Array, *, where_K: jax.Array | None = None) -> jax.Array:
     """Computes the negative log-likelihood of a full ranking of one prompt's completions (Plackett 1975).
 
-    ``sum_i (logsumexp_j s_j - s_i)``, where j runs over i and all completions ranked no better than i. Tied completions
-    stay among the alternatives when each of them is picked (Breslow's rule). With two completions and no tie this is
-    `pairwise`.
+    The loss is ``sum_i (logsumexp_j s_j - s_i)``, where j runs over all completions that are not ranked better than i.
+    Each of several tied completions is therefore included in the sums of the others (Breslow's rule). For two untied
+    completions, the loss equals `pairwise`.
 
     Args:
         scores_K: Scores of the completions.
-        ranks_K: Integer ranks, 1 is best.
-        where_K: True at completions that exist; None means all.
+        ranks_K: Integer ranks; 1 is best.
+        where_K: True for completions that exist; None if all of them do.
 
     Returns:
         A scalar, summed over the completions.
 
     Raises:
-        ValueError: If an argument is not of rank 1, or lengths differ.
+        ValueError: If an array does not have rank 1, or the lengths differ.
     """
     where_K = _valid(scores_K, where_K, ranks_K)
     scores_K = masking.masked_fill(scores_K, where=where_K)
@@ -143,18 +143,18 @@ def plackett_luce(scores_K: jax.Array, ranks_K: jax.Array, *, where_K: jax.Array
 
 
 def best_of_n_choice(scores_K: jax.Array, choice: jax.Array | int, *, where_K: jax.Array | None = None) -> jax.Array:
-    """Computes ``logsumexp(s) - s_choice``, the softmax cross-entropy of the best completion (Ziegler 2019, K = 4).
+    """Computes ``logsumexp(s) - s_choice``, the softmax cross-entropy of one choice (Ziegler 2019, K = 4).
 
     Args:
         scores_K: Scores of the completions.
         choice: Index of the preferred completion, an integer scalar.
-        where_K: True at completions that exist; None means all.
+        where_K: True for completions that exist; None if all of them do.
 
     Returns:
         A scalar; NaN if ``choice`` is out of range or refers to a completion that does not exist.
 
     Raises:
-        ValueError: If scores and mask are not of rank 1 and one length, or ``choice`` is not a scalar.
+        ValueError: If an array does not have rank 1, the lengths differ, or ``choice`` is not a scalar.
     """
     masking.check_rank(0, choice=choice)
     where_K = _valid(scores_K, where_K)
@@ -166,20 +166,20 @@ def best_of_n_choice(scores_K: jax.Array, choice: jax.Array | int, *, where_K: j
 
 
 def best_choice(scores_K: jax.Array, ranks_K: jax.Array, *, where_K: jax.Array | None = None) -> jax.Array:
-    """Computes the loss of `best_of_n_choice` from ranks: ``-log`` of the softmax probability of the best rank.
+    """Computes `best_of_n_choice` from ranks: ``-log`` of the softmax probability of the best completion.
 
-    The probabilities of completions that share the best rank are added.
+    If several completions share the best rank, their probabilities are added.
 
     Args:
         scores_K: Scores of the completions.
-        ranks_K: Integer ranks, 1 is best; only the set of best completions matters.
-        where_K: True at completions that exist; None means all.
+        ranks_K: Integer ranks; 1 is best. Only the set of best completions matters.
+        where_K: True for completions that exist; None if all of them do.
 
     Returns:
         A scalar; 0 with zero gradient if all completions are tied or none exists.
 
     Raises:
-        ValueError: If an argument is not of rank 1, or lengths differ.
+        ValueError: If an array does not have rank 1, or the lengths differ.
     """
     where_K = _valid(scores_K, where_K, ranks_K)
     best = jnp.min(jnp.where(where_K, ranks_K, jnp.iinfo(ranks_K.dtype).max))
@@ -188,7 +188,7 @@ def best_choice(scores_K: jax.Array, ranks_K: jax.Array, *, where_K: jax.Array |
     informative = jnp.any(where_K & ~best_K)
 
     def logsumexp(subset_K: jax.Array) -> jax.Array:
-        # Finite even if the labels carry no information, because its gradient is then multiplied by 0.
+        # Must be finite even for uninformative labels, because its gradient is then multiplied by 0.
         return jax.nn.logsumexp(jnp.where(subset_K | ~informative, scores_K, -jnp.inf))
 
     return jnp.where(informative, logsumexp(where_K) - logsumexp(best_K), 0.0)
@@ -204,6 +204,6 @@ def _valid(scores_K: jax.Array, where_K: jax.Array | None, ranks_K: jax.Array | 
 
 
 def _better(scores_K: jax.Array, ranks_K: jax.Array, where_K: jax.Array | None) -> jax.Array:
-    """Returns ``[K, K]``, True at [i, j] where completions i and j both exist and i is ranked better."""
+    """Returns a ``[K, K]`` mask, True at [i, j] if completions i and j both exist and i has the better rank."""
     where_K = _valid(scores_K, where_K, ranks_K)
     return (ranks_K[:, None] < ranks_K[None, :]) & where_K[:, None] & where_K[None, :]

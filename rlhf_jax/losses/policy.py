@@ -1,4 +1,4 @@
-"""Policy-gradient losses of tokens or of whole responses. Arrays have the same shape; losses are unreduced."""
+"""Policy-gradient losses for tokens or whole responses. All arrays have the same shape; the losses are unreduced."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ def clipped_policy(
     The probability ratio is ``u = exp(logprobs - old_logprobs)``.
 
     Args:
-        logprobs: Log-probabilities under the policy being trained, any shape.
-        old_logprobs: Log-probabilities under the policy that sampled, from the same scoring function and temperature,
-            so that u is 1 at the first update. The same shape; no gradient flows through them.
-        advantages: A, the same shape; no gradient flows through them.
+        logprobs: Log-probabilities under the policy being trained, of any shape.
+        old_logprobs: Log-probabilities under the policy that sampled the tokens, of the same shape. Compute them with
+            the same scoring function and temperature, so that u is 1 at the first update. No gradient flows through
+            them.
+        advantages: Advantages A, of the same shape; no gradient flows through them.
         clip: Clip range c, above 0.
 
     Returns:
-        The loss, shaped as the inputs, unreduced. Finite for all finite inputs (see `kl.ratio`).
+        The unreduced loss, with the shape of the inputs; finite for all finite inputs (see `kl.ratio`).
 
     Raises:
-        ValueError: If shapes differ.
+        ValueError: If the shapes differ.
 
     Example:
         >>> import jax.numpy as jnp
@@ -42,7 +43,7 @@ def clipped_policy(
 def policy_is_clipped(
     logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, *, clip: float | jax.Array = 0.2
 ) -> jax.Array:
-    """Returns True where the clipped branch of `clipped_policy` is the larger one; its mean is the clip fraction.
+    """Returns True where the clipped branch of `clipped_policy` is larger; the mean is the clip fraction.
 
     Args:
         logprobs: As in `clipped_policy`.
@@ -51,19 +52,19 @@ def policy_is_clipped(
         clip: As in `clipped_policy`.
 
     Returns:
-        Booleans, shaped as the inputs.
+        A boolean array with the shape of the inputs.
 
     Raises:
-        ValueError: If shapes differ.
+        ValueError: If the shapes differ.
     """
     unclipped, clipped = _branches(logprobs, old_logprobs, advantages, clip)
     return clipped > unclipped
 
 
 def reinforce(logprobs: jax.Array, advantages: jax.Array) -> jax.Array:
-    """Returns ``-A log p``, whose gradient is the policy gradient; no gradient flows through A (Williams 1992).
+    """Returns the REINFORCE loss ``-A log p`` (Williams 1992); no gradient flows through the advantages A.
 
-    RLOO (Ahmadian 2024) uses it with log-probabilities summed over a response and `advantages.rloo`.
+    For RLOO (Ahmadian 2024), pass log-probabilities summed over each response and advantages from `advantages.rloo`.
     """
     masking.check_same_shape(logprobs=logprobs, advantages=advantages)
     return -jax.lax.stop_gradient(masking.as_float32(advantages)) * masking.as_float32(logprobs)
@@ -72,10 +73,10 @@ def reinforce(logprobs: jax.Array, advantages: jax.Array) -> jax.Array:
 def importance_weights(
     logprobs: jax.Array, behaviour_logprobs: jax.Array, *, cap: float | jax.Array = 2.0
 ) -> jax.Array:
-    """Returns ``min(p / q, cap)`` for tokens drawn from q, to weight losses that are expectations over p; no gradient.
+    """Returns weights ``min(p / q, cap)``, which estimate expectations over p from tokens sampled from q.
 
-    Truncated importance sampling (Ionides 2008): the cap trades a small bias for bounded variance. Tokens that q never
-    draws, for example under top-p, cannot be recovered by any weight.
+    This is truncated importance sampling (Ionides 2008): the cap bounds the variance at the cost of a small bias. No
+    weight can account for tokens that q never samples, for example under top-p. No gradient flows through the weights.
     """
     masking.check_same_shape(logprobs=logprobs, behaviour_logprobs=behaviour_logprobs)
     return jax.lax.stop_gradient(jnp.minimum(kl.ratio(logprobs, behaviour_logprobs), cap))

@@ -1,6 +1,6 @@
-"""DPO and related losses, on log-probabilities of whole responses.
+"""DPO and related losses on the log-probabilities of whole responses.
 
-All take arrays of the same shape and return a float32 array of that shape, unreduced. They are written in terms of
+The losses accept arrays of the same shape and return an unreduced float32 array of that shape. In their formulas,
 ``h = log(policy / reference)(chosen) - log(policy / reference)(rejected)``.
 """
 
@@ -26,19 +26,19 @@ def dpo(
     """Computes ``-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)`` (Rafailov 2023; conservative DPO for e > 0).
 
     Args:
-        policy_chosen: Log-probabilities of the preferred responses under the policy, *summed* over their tokens, the
-            stop token included; any shape.
+        policy_chosen: Log-probabilities of the preferred responses under the policy, *summed* over their tokens,
+            including the stop token; any shape.
         policy_rejected: The same for the rejected responses.
         reference_chosen: Log-probabilities of the preferred responses under the frozen reference.
         reference_rejected: The same for the rejected responses.
-        beta: KL coefficient of the objective whose optimum DPO fits.
-        label_smoothing: e, the assumed share of flipped labels, in [0, 1/2].
+        beta: KL coefficient of the RL objective whose optimal policy DPO fits.
+        label_smoothing: e, the assumed fraction of flipped labels, in [0, 1/2].
 
     Returns:
-        The loss, shaped as the inputs, unreduced.
+        The unreduced loss, with the shape of the inputs.
 
     Raises:
-        ValueError: If shapes differ.
+        ValueError: If the shapes differ.
 
     Example:
         >>> import jax.numpy as jnp
@@ -64,22 +64,22 @@ def robust_dpo(
 ) -> jax.Array:
     """Computes the DPO loss corrected for labels flipped with probability e (Chowdhury 2024).
 
-    ``[(1 - e) (-log sigmoid(beta h)) - e (-log sigmoid(-beta h))] / (1 - 2 e)``. A single loss can be negative; its
-    expectation over the flips is the DPO loss of the clean labels.
+    The loss is ``[(1 - e) (-log sigmoid(beta h)) - e (-log sigmoid(-beta h))] / (1 - 2 e)``. The loss of a single pair
+    can be negative; its expectation over the flips is the DPO loss of the clean labels.
 
     Args:
-        policy_chosen: Log-probabilities under the policy, summed as in `dpo`.
+        policy_chosen: Log-probabilities of the preferred responses under the policy, summed as in `dpo`.
         policy_rejected: The same for the rejected responses.
-        reference_chosen: Log-probabilities under the reference, as in `dpo`.
+        reference_chosen: Log-probabilities of the preferred responses under the reference, summed as in `dpo`.
         reference_rejected: The same for the rejected responses.
         beta: As in `dpo`.
-        label_smoothing: e, the share of flipped labels, below 1/2.
+        label_smoothing: e, the fraction of flipped labels, below 1/2.
 
     Returns:
-        The loss, shaped as the inputs, unreduced.
+        The unreduced loss, with the shape of the inputs.
 
     Raises:
-        ValueError: If shapes differ.
+        ValueError: If the shapes differ.
     """
     margin = beta * log_ratio_margin(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
     kept, flipped = jax.nn.softplus(-margin), jax.nn.softplus(margin)
@@ -94,21 +94,21 @@ def ipo(
     *,
     beta: Scalar,
 ) -> jax.Array:
-    """Computes ``(h - 1 / (2 beta))^2`` (Azar 2023), whose gradient vanishes once the margin is reached.
+    """Computes ``(h - 1 / (2 beta))^2`` (Azar 2023), whose gradient is 0 at the target margin.
 
     Args:
-        policy_chosen: Log-probabilities under the policy, *averaged* over tokens, because the square of summed ones
-            grows with the length of the responses; any shape.
+        policy_chosen: Log-probabilities of the preferred responses under the policy, *averaged* over tokens, so that
+            the loss does not grow with the response length; any shape.
         policy_rejected: The same for the rejected responses.
-        reference_chosen: Averaged log-probabilities under the frozen reference.
+        reference_chosen: Averaged log-probabilities of the preferred responses under the frozen reference.
         reference_rejected: The same for the rejected responses.
         beta: Strength of the regularisation; the target margin is ``1 / (2 beta)``.
 
     Returns:
-        The loss, shaped as the inputs, unreduced.
+        The unreduced loss, with the shape of the inputs.
 
     Raises:
-        ValueError: If shapes differ.
+        ValueError: If the shapes differ.
 
     Example:
         >>> from rlhf_jax import losses
@@ -127,20 +127,20 @@ def hinge(
     *,
     beta: Scalar,
 ) -> jax.Array:
-    """Computes ``max(0, 1 - beta h)``, the hinge loss of SLiC (Zhao 2023) on the margin of DPO.
+    """Computes ``max(0, 1 - beta h)``, the hinge loss of SLiC (Zhao 2023) on DPO's margin.
 
     Args:
-        policy_chosen: Log-probabilities under the policy, summed as in `dpo`.
+        policy_chosen: Log-probabilities of the preferred responses under the policy, summed as in `dpo`.
         policy_rejected: The same for the rejected responses.
-        reference_chosen: Log-probabilities under the reference, as in `dpo`.
+        reference_chosen: Log-probabilities of the preferred responses under the reference, summed as in `dpo`.
         reference_rejected: The same for the rejected responses.
         beta: As in `dpo`.
 
     Returns:
-        The loss, shaped as the inputs, unreduced.
+        The unreduced loss, with the shape of the inputs.
 
     Raises:
-        ValueError: If shapes differ.
+        ValueError: If the shapes differ.
     """
     margin = log_ratio_margin(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
     return jax.nn.relu(1.0 - beta * margin)
@@ -156,25 +156,25 @@ def kto(
     desirable_weight: Scalar = 1.0,
     undesirable_weight: Scalar = 1.0,
 ) -> jax.Array:
-    """Computes the KTO loss of single responses labelled good or bad (Ethayarajh 2024).
+    """Computes the KTO loss of individual responses labelled good or bad (Ethayarajh 2024).
 
-    With ``r = log(policy / reference)``, it is ``w_D (1 - sigmoid(beta (r - z)))`` for good responses and
+    With ``r = log(policy / reference)``, the loss is ``w_D (1 - sigmoid(beta (r - z)))`` for good responses and
     ``w_U (1 - sigmoid(beta (z - r)))`` for bad ones.
 
     Args:
         policy: Log-probabilities of the responses under the policy, summed over tokens; any shape.
-        reference: The same under the frozen reference.
-        desirable: True for responses labelled good; the same shape.
+        reference: Log-probabilities of the responses under the frozen reference, summed over tokens.
+        desirable: True for responses labelled good; of the same shape.
         baseline: z, from `kto_baseline`; no gradient flows through it.
         beta: As in `dpo`.
         desirable_weight: w_D, the weight of good responses.
         undesirable_weight: w_U, the weight of bad responses.
 
     Returns:
-        The loss, shaped as the inputs, unreduced.
+        The unreduced loss, with the shape of the inputs.
 
     Raises:
-        ValueError: If shapes differ.
+        ValueError: If the shapes differ.
 
     Example:
         >>> import jax.numpy as jnp
@@ -202,15 +202,15 @@ def kto_baseline(
 
     Args:
         policy: Log-probabilities under the policy of responses to *other* prompts, summed over tokens; any shape.
-        reference: The same under the frozen reference.
-        where: Boolean mask of the responses that count, as in `masking.masked_mean`.
-        axis_name: Mesh, ``vmap`` or ``pmap`` axes whose devices share the batch.
+        reference: Log-probabilities of the same responses under the frozen reference.
+        where: Boolean mask of the responses to average over, as in `masking.masked_mean`.
+        axis_name: Mesh, ``vmap`` or ``pmap`` axes over which the batch is split.
 
     Returns:
         A scalar, at least 0.
 
     Raises:
-        ValueError: If shapes differ.
+        ValueError: If the shapes differ.
     """
     masking.check_same_shape(policy=policy, reference=reference)
     difference = masking.as_float32(policy) - masking.as_float32(reference)
@@ -218,28 +218,28 @@ def kto_baseline(
 
 
 def orpo(chosen: jax.Array, rejected: jax.Array, *, weight: Scalar) -> jax.Array:
-    """Computes ``-c - weight * log sigmoid(log_odds(c) - log_odds(r))``, without a reference (Hong 2024).
+    """Computes the reference-free loss ``-c - weight * log sigmoid(log_odds(c) - log_odds(r))`` (Hong 2024).
 
-    ``log_odds(x) = x - log(1 - exp(x))``. ``c`` and ``r``, for ``chosen`` and ``rejected``, are *mean* token
-    log-probabilities of the two responses, at most 0, of the same shape; ``weight`` is the paper's lambda.
+    Here ``c`` and ``r`` are ``chosen`` and ``rejected``, the *mean* token log-probabilities of the two responses, at
+    most 0 and of the same shape; ``log_odds(x) = x - log(1 - exp(x))``, and ``weight`` is the paper's lambda.
     """
     return supervised.next_token(chosen) + weight * comparison.pairwise(_log_odds(chosen), _log_odds(rejected))
 
 
 def simpo(chosen: jax.Array, rejected: jax.Array, *, beta: Scalar, margin: Scalar) -> jax.Array:
-    """Computes ``-log sigmoid(beta chosen - beta rejected - margin)``, without a reference (Meng 2024).
+    """Computes the reference-free loss ``-log sigmoid(beta chosen - beta rejected - margin)`` (Meng 2024).
 
     Args:
-        chosen: *Mean* token log-probabilities of the preferred responses, any shape.
+        chosen: *Mean* token log-probabilities of the preferred responses, of any shape.
         rejected: The same for the rejected responses.
         beta: Scale of the implicit reward.
-        margin: The paper's gamma, the required lead of the preferred response.
+        margin: Target margin between the implicit rewards (gamma in the paper).
 
     Returns:
-        The loss, shaped as the inputs, unreduced.
+        The unreduced loss, with the shape of the inputs.
 
     Raises:
-        ValueError: If shapes differ.
+        ValueError: If the shapes differ.
 
     Example:
         >>> from rlhf_jax import losses
@@ -253,21 +253,21 @@ def simpo(chosen: jax.Array, rejected: jax.Array, *, beta: Scalar, margin: Scala
 def log_ratio_margin(
     policy_chosen: jax.Array, policy_rejected: jax.Array, reference_chosen: jax.Array, reference_rejected: jax.Array
 ) -> jax.Array:
-    """Returns h, the difference in log(policy / reference) between the chosen and the rejected response.
+    """Returns h, the difference in ``log(policy / reference)`` between the preferred and the rejected responses.
 
     ``beta h`` is the difference of the implicit rewards ``beta log(policy / reference)`` (Rafailov 2023).
 
     Args:
-        policy_chosen: Log-probabilities under the policy, summed as in `dpo`.
+        policy_chosen: Log-probabilities of the preferred responses under the policy, summed as in `dpo`.
         policy_rejected: The same for the rejected responses.
-        reference_chosen: Log-probabilities under the reference, as in `dpo`.
+        reference_chosen: Log-probabilities of the preferred responses under the reference, summed as in `dpo`.
         reference_rejected: The same for the rejected responses.
 
     Returns:
-        h, shaped as the inputs.
+        h, with the shape of the inputs.
 
     Raises:
-        ValueError: If shapes differ.
+        ValueError: If the shapes differ.
     """
     masking.check_same_shape(
         policy_chosen=policy_chosen,

@@ -1,4 +1,4 @@
-"""Supervised losses, whose targets are tokens or another model's distribution over them."""
+"""Supervised losses, whose targets are tokens or a teacher's distribution over tokens."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _LOG1MEXP_CEILING = -1e-6
 def next_token(logprobs: jax.Array) -> jax.Array:
     """Returns ``-log p`` of each target token; any shape, unreduced.
 
-    This is the loss of supervised fine-tuning and of the pretraining data in PPO-ptx, which has a separate coefficient
-    (InstructGPT Eq 2). Average it with `masking.masked_mean` over response tokens, the stop token included.
+    This is the loss for supervised fine-tuning and for the pretraining term of PPO-ptx (InstructGPT Eq 2). In
+    fine-tuning, average it with `masking.masked_mean` over the response tokens, including the stop token.
     """
     return -masking.as_float32(logprobs)
 
@@ -27,20 +27,20 @@ def top_k_logprobs(logits: jax.Array, *, k: int) -> tuple[jax.Array, jax.Array]:
 def gather_logprobs(logits: jax.Array, ids: jax.Array) -> jax.Array:
     """Returns the log-probabilities ``[..., K]`` that logits ``[..., V]`` assign to token ids ``[..., K]``."""
     logits = masking.as_float32(logits)
-    # The normaliser is subtracted after gathering, which avoids a second array of the size of the vocabulary.
+    # Subtracting the normaliser after gathering avoids a second vocabulary-sized array.
     return jnp.take_along_axis(logits, ids, axis=-1) - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def distill(logprobs: jax.Array, teacher_logprobs: jax.Array) -> jax.Array:
     """Computes ``KL(teacher || student)`` over K + 1 classes: K tokens and the rest of the vocabulary.
 
-    ``sum_k p_k (log p_k - log q_k)`` with ``p_rest = 1 - sum_k p_k``: context distillation as in Bai 2022 (A.1), where
-    K = 50, the teacher sees the prompt and the student does not.
+    The loss is ``sum_k p_k (log p_k - log q_k)`` with ``p_rest = 1 - sum_k p_k``. Bai 2022 (A.1) use it with K = 50 for
+    context distillation, in which only the teacher sees the prompt.
 
     Args:
         logprobs: ``[..., K]``, the student's log-probabilities *at the teacher's ids* (from `gather_logprobs` or a
             chunked scorer), normalised over the whole vocabulary.
-        teacher_logprobs: ``[..., K]``, likewise normalised over the whole vocabulary.
+        teacher_logprobs: ``[..., K]``, the teacher's log-probabilities, also normalised over the whole vocabulary.
 
     Returns:
         ``[...]``, in nats, unreduced; 0 with zero gradient if the student equals the teacher.
@@ -51,17 +51,17 @@ def distill(logprobs: jax.Array, teacher_logprobs: jax.Array) -> jax.Array:
 
 
 def distill_cross_entropy(logprobs: jax.Array, teacher_logprobs: jax.Array) -> jax.Array:
-    """Returns ``-sum_k p_k log q_k`` over the K + 1 classes of `distill`: `distill` plus the teacher's entropy."""
+    """Returns ``-sum_k p_k log q_k`` over the K + 1 classes of `distill`, i.e. `distill` plus the teacher's entropy."""
     masking.check_same_shape(logprobs=logprobs, teacher_logprobs=teacher_logprobs)
     probs = jax.lax.stop_gradient(jnp.exp(_with_rest(teacher_logprobs)))
     return -jnp.sum(jnp.where(probs > 0, probs * _with_rest(logprobs), 0.0), axis=-1)
 
 
 def log1mexp(x: jax.Array) -> jax.Array:
-    """Returns ``log(1 - exp(x))`` for ``x <= 0``: the log-probability of the complement.
+    """Returns ``log(1 - exp(x))`` for ``x <= 0``, the log-probability of the complement.
 
-    Rounding can make a log-probability 0 or positive, for which the result would be -inf or NaN. Above -1e-6 the value
-    and the slope are those at -1e-6, so gradients stay finite and keep their sign.
+    Rounding can make a log-probability 0 or positive, for which the formula yields -inf or NaN. Above -1e-6,
+    the function therefore keeps its value and slope at -1e-6, so that gradients stay finite and keep their sign.
     """
     x = masking.as_float32(x)
     x = x + jax.lax.stop_gradient(jnp.minimum(x, _LOG1MEXP_CEILING) - x)
@@ -69,7 +69,7 @@ def log1mexp(x: jax.Array) -> jax.Array:
 
 
 def _with_rest(logprobs: jax.Array) -> jax.Array:
-    """Appends the log-probability of all tokens that are not listed."""
+    """Appends the log-probability of all other tokens together."""
     logprobs = masking.as_float32(logprobs)
     rest = log1mexp(jax.nn.logsumexp(logprobs, axis=-1, keepdims=True))
     return jnp.concatenate([logprobs, rest], axis=-1)

@@ -1,4 +1,4 @@
-"""Losses of the critic, with the factor 1/2. Arrays have the same shape; losses are unreduced."""
+"""Critic losses, including the factor 1/2. All arrays have the same shape; the losses are unreduced."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ def squared_value(values: jax.Array, returns: jax.Array) -> jax.Array:
 def clipped_value(
     values: jax.Array, old_values: jax.Array, returns: jax.Array, *, clip: float | jax.Array = 0.2
 ) -> jax.Array:
-    """Computes ``max((V - R)^2, (clip(V, old - c, old + c) - R)^2) / 2``, as the code of Ziegler 2019 does.
+    """Computes ``max((V - R)^2, (clip(V, old - c, old + c) - R)^2) / 2``, as in the code of Ziegler 2019.
 
     Args:
-        values: V, from the critic being trained, any shape.
-        old_values: Values from the critic at rollout time, the same shape; no gradient flows through them.
-        returns: R, the targets, fixed through the epochs; no gradient flows through them.
+        values: V, from the critic being trained; any shape.
+        old_values: Values from the critic at rollout time, of the same shape; no gradient flows through them.
+        returns: R, the targets, which are fixed during all epochs; no gradient flows through them.
         clip: Clip range c, above 0, in the units of the values.
 
     Returns:
-        The loss, shaped as the inputs, unreduced.
+        The unreduced loss, with the shape of the inputs.
 
     Raises:
-        ValueError: If shapes differ.
+        ValueError: If the shapes differ.
 
     Example:
         >>> import jax.numpy as jnp
@@ -44,7 +44,7 @@ def clipped_value(
 def value_is_clipped(
     values: jax.Array, old_values: jax.Array, returns: jax.Array, *, clip: float | jax.Array = 0.2
 ) -> jax.Array:
-    """Returns True where the clipped branch of `clipped_value` is the larger one; its mean is the clip fraction.
+    """Returns True where the clipped branch of `clipped_value` is larger; the mean is the clip fraction.
 
     Args:
         values: As in `clipped_value`.
@@ -53,10 +53,10 @@ def value_is_clipped(
         clip: As in `clipped_value`.
 
     Returns:
-        Booleans, shaped as the inputs.
+        A boolean array with the shape of the inputs.
 
     Raises:
-        ValueError: If shapes differ.
+        ValueError: If the shapes differ.
     """
     return squared_value(_clip(values, old_values, clip), returns) > squared_value(values, returns)
 
@@ -68,19 +68,19 @@ def explained_variance(
     where: jax.Array | bool = True,
     axis_name: masking.AxisName = None,
 ) -> jax.Array:
-    """Returns ``1 - mean((V - R)^2) / var(R)`` over the mask: 1 is perfect, 0 no better than a constant.
+    """Returns ``1 - mean((V - R)^2) / var(R)`` over the mask; 1 is perfect, and 0 is no better than a constant.
 
     Args:
-        values: V, any shape.
-        returns: R, the same shape.
-        where: Boolean mask, as in `masking.masked_mean`; everything by default.
-        axis_name: Mesh, ``vmap`` or ``pmap`` axes whose devices share the batch.
+        values: V, of any shape.
+        returns: R, of the same shape.
+        where: Boolean mask, as in `masking.masked_mean`; all elements by default.
+        axis_name: Mesh, ``vmap`` or ``pmap`` axes over which the batch is split.
 
     Returns:
         A scalar; 0 if the returns do not vary.
 
     Raises:
-        ValueError: If shapes differ.
+        ValueError: If the shapes differ.
     """
     error = 2.0 * masking.masked_mean(squared_value(values, returns), where=where, axis_name=axis_name)
     variance = masking.masked_var(returns, where=where, axis_name=axis_name)

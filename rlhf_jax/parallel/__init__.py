@@ -1,15 +1,20 @@
 """Device meshes, sharding rules and compiled train steps.
 
-A mesh has four axes. ``data`` and ``fsdp`` shard the rows of a batch; ``fsdp`` also shards the parameters and the
-optimiser state, which are gathered one layer at a time; ``tensor`` shards attention heads, the MLP and the vocabulary;
-``sequence`` shards the columns of long rows. Parameters and activations have *logical* axes (`lm.logical_axes`), and
-``RULES`` maps each logical axis to axes of the mesh, so no code names a device::
+A mesh has four axes:
+
+* ``data`` shards the rows of a batch;
+* ``fsdp`` shards the rows of a batch, the optimiser state and the parameters, which are gathered one layer at a time;
+* ``tensor`` shards attention heads, the MLP and the vocabulary;
+* ``sequence`` shards the columns of long rows.
+
+Parameters and activations have *logical* axes (`lm.logical_axes`), and `RULES` maps each logical axis to axes of the
+mesh. Model code therefore does not depend on the mesh::
 
     mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
     shardings = parallel.shardings(jax.eval_shape(make), mesh, lm.logical_axes(cfg))
-    state = jax.jit(make, out_shardings=shardings)()         # created sharded, never whole on one device
+    state = jax.jit(make, out_shardings=shardings)()         # created directly in shards
     step = parallel.jit_step(sft.make_train_step(...), mesh=mesh)
-    state, metrics = step(state, None, hyper, batch, rng)    # batch: NumPy arrays, the rows of this host
+    state, metrics = step(state, None, hyper, batch, rng)    # batch: this host's rows, as NumPy arrays
 """
 
 from rlhf_jax.parallel.placement import (

@@ -1,4 +1,4 @@
-"""Placement of arrays and batches on a mesh, from one host or from several."""
+"""Placement of arrays and batches on a mesh, in jobs with one or several hosts."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from rlhf_jax.distributed import processes
 
 AXES = ("data", "fsdp", "tensor", "sequence")
-"""The axes of every mesh, slowest first: neighbouring devices share ``tensor`` and ``sequence``."""
+"""The axes of every mesh. The last axis varies fastest, so ``sequence`` and ``tensor`` span neighbouring devices."""
 
 BATCH_AXES = ("data", "fsdp")
 """The mesh axes that shard the rows of a batch."""
 
 
 class MeshError(ValueError):
-    """A mesh, a sharding rule or a batch is invalid, or they do not fit together."""
+    """A mesh, a sharding rule or a batch is invalid, or they are incompatible."""
 
 
 def batch_shardings(batch: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """Returns a sharding for each array of a batch: ``[B, ...]`` over `BATCH_AXES`, scalars replicated."""
+    """Returns shardings that split the rows of each array in a batch over `BATCH_AXES` and replicate scalars."""
     rows, replicated = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((BATCH_AXES,), ()))
     return jax.tree.map(lambda x: rows if np.ndim(x) else replicated, batch)
 
 
 def num_batch_shards(mesh: Mesh) -> int:
-    """Returns the number of shards of a batch on ``mesh``; it must divide the number of rows of every batch."""
+    """Returns the number of shards of a batch on ``mesh``, by which the number of rows must be divisible."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def local_rows(batch: Any, mesh: Mesh) -> Any:
     """Returns the rows of a global batch that belong on this host's devices, as `shard_batch` expects them.
 
-    Every host passes the same global batch, so training does not depend on the number of hosts or on the order of
-    their devices in the mesh. A single host gets the batch back unchanged.
+    Every host must pass the same global batch. Training then does not depend on the number of hosts or on the order of
+    their devices in the mesh. With a single host, the batch is returned unchanged.
 
     Raises:
         MeshError: The number of rows is not divisible by `num_batch_shards`.
@@ -58,9 +58,9 @@ def local_rows(batch: Any, mesh: Mesh) -> Any:
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Returns the rows of all hosts as global arrays sharded over the mesh.
+    """Returns the rows of all hosts as global arrays, sharded over the mesh.
 
-    ``batch`` holds the rows of this host (`local_rows`). Arrays of typed PRNG keys are sharded like any other.
+    ``batch`` contains the rows of this host (`local_rows`). Arrays of typed PRNG keys are supported.
 
     Raises:
         MeshError: The number of rows is not divisible by the number of this host's batch shards.
@@ -89,11 +89,11 @@ def _row_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def shard(tree: Any, shardings: Any) -> Any:
-    """Places arrays that every host holds in full according to a matching tree of `shardings`."""
+    """Shards arrays as specified by a matching tree of `shardings`; every host must hold the whole arrays."""
     return jax.tree.map(processes.shard, tree, shardings)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Copies arrays that every host holds to every device of the mesh."""
+    """Copies arrays to every device of the mesh; every host must hold the whole arrays."""
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(lambda x: processes.shard(x, replicated), tree)

@@ -1,4 +1,4 @@
-"""A train step compiled with `jax.pmap`: every array has a leading device axis."""
+"""Train steps compiled with `jax.pmap`, whose states have a leading device axis."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class PmapStep:
             ``(state, metrics)``: the new state with its device axis, and the metrics of the first device.
 
         Raises:
-            ValueError: An array of the batch is not divisible by the number of devices.
+            ValueError: The number of rows of an array is not divisible by the number of devices.
         """
         n = len(self._devices)
 
@@ -59,7 +59,7 @@ class PmapStep:
         return state, self.unreplicate(metrics)
 
     def replicate(self, tree: Any) -> Any:
-        """Returns a state or frozen models with a leading device axis, one copy on each device."""
+        """Copies a state or frozen models to each device, adding a leading device axis."""
         mesh = Mesh(np.array(self._devices), ("devices",))
         sharding = NamedSharding(mesh, PartitionSpec("devices"))
 

@@ -27,11 +27,11 @@ RULES: Rules = {
     "mlp": "tensor",
     "score": None,
     "rank": None,
-    # activations; their vocabulary, heads and MLP axes follow the parameters
+    # activations; their vocab, heads and mlp axes use the rules for parameters
     "batch": BATCH_AXES,
     "length": "sequence",
 }
-"""Maps each logical axis to one or several axes of the mesh, or to None for an axis that is not sharded."""
+"""Maps each logical axis to one or more mesh axes, or to None if the logical axis is not sharded."""
 
 
 def spec(
@@ -44,15 +44,16 @@ def spec(
     >>> mesh = jax.sharding.AbstractMesh((2, 4, 2, 1), parallel.AXES)
     >>> parallel.spec(("embed", "heads", None), mesh)
     P('fsdp', 'tensor', None)
-    >>> parallel.spec(("embed", "heads", None), mesh, shape=(6, 8, 64))  # 4 devices do not divide 6
+    >>> parallel.spec(("embed", "heads", None), mesh, shape=(6, 8, 64))  # fsdp = 4 does not divide 6
     P(None, 'tensor', None)
 
     Args:
         axes: Logical axis of each dimension; None for a dimension that is not sharded.
         mesh: A mesh with the axes `AXES`.
-        shape: Shape of the array. A dimension whose size is not divisible by that of its mesh axes is not
-            sharded. By default every dimension is assumed to be divisible.
-        rules: Mesh axes of each logical axis. If two dimensions have the same mesh axis, the first one gets it.
+        shape: Shape of the array. A dimension stays unsharded if its size is not divisible by the number of devices
+            along its mesh axes. If ``shape`` is None, all dimensions are assumed to be divisible.
+        rules: Mapping from logical axes to mesh axes. If two dimensions map to the same mesh axis, only the first one
+            is sharded over it.
 
     Returns:
         The partition spec, with one entry for each dimension.
@@ -84,16 +85,18 @@ def spec(
 
 
 def shardings(tree: Any, mesh: Mesh | AbstractMesh, axes: Mapping[str, Any], *, rules: Rules = RULES) -> Any:
-    """Returns a sharding for each array of ``tree``: parameters follow ``rules``, everything else is replicated.
+    """Returns a sharding for each array in ``tree``: parameters follow ``rules``, and other arrays are replicated.
 
-    An array belongs to a parameter if its path ends in the parameter's path: ``params/policy/layers/q/kernel``, its
-    moments in the optimiser state and a running average of it are all sharded as ``layers/q/kernel``.
+    An array is sharded like a parameter if its path ends with the path of the parameter. For example, the entry
+    ``layers/q/kernel`` in ``axes`` applies to ``params/policy/layers/q/kernel``, to its moments in the optimiser state
+    and to its running average.
 
     Args:
-        tree: Arrays or their shapes (`jax.eval_shape`): a ``TrainState``, parameters, or a dict of several models.
+        tree: Pytree of arrays or their shapes (`jax.eval_shape`), such as a ``TrainState``, the parameters of a model,
+            or a dict of several models.
         mesh: A mesh with the axes `AXES`.
-        axes: Logical axes of the parameters, from `lm.logical_axes` or a nested dict like it.
-        rules: Mesh axes of each logical axis.
+        axes: Nested dict with the logical axes of each parameter, such as the result of `lm.logical_axes`.
+        rules: Mapping from logical axes to mesh axes.
 
     Returns:
         A tree of the same structure with a `NamedSharding` for each array.
@@ -116,16 +119,16 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, axes: Mapping[str, Any], *, 
 
 
 def indivisible(tree: Any, mesh: Mesh, axes: Mapping[str, Any], *, rules: Rules = RULES) -> list[str]:
-    """Describes the dimensions that have a sharding rule but are not divisible by their mesh axes, so not sharded.
+    """Describes the dimensions that stay unsharded because their mesh axes do not divide them evenly.
 
     Args:
-        tree: Arrays or their shapes, with the paths of ``axes``.
+        tree: Pytree of parameters or their shapes, with the structure of ``axes``.
         mesh: A mesh with the axes `AXES`.
         axes: Logical axes of the parameters, as in `shardings`.
-        rules: Mesh axes of each logical axis.
+        rules: Mapping from logical axes to mesh axes.
 
     Returns:
-        A sentence for each such dimension. Dimensions that are replicated because an earlier dimension of the same
+        A sentence for each such dimension. Divisible dimensions that stay unsharded because an earlier dimension of the
         array uses their mesh axis are not listed.
     """
     messages = []
@@ -146,20 +149,20 @@ def indivisible(tree: Any, mesh: Mesh, axes: Mapping[str, Any], *, rules: Rules 
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Constrains the sharding of ``x`` on the mesh of the step being traced; without a mesh, returns ``x``.
+    """Constrains ``x`` to the sharding of the logical ``axes`` on the `active_mesh`; without a mesh, returns ``x``.
 
-    Without this constraint the compiler may shard activations like the weights they are multiplied by, and move rows
-    between devices.
+    Without such constraints, the compiler may shard activations in the same way as weights, and move rows between
+    devices.
     """
     mesh = active_mesh()
     return x if mesh is None else jax.lax.with_sharding_constraint(x, spec(axes, mesh, shape=x.shape))
 
 
 def gather_weight(x: jax.Array, *axes: str | None, dtype: Any = None) -> jax.Array:
-    """Returns a weight cast to ``dtype`` (by default its own) and gathered over ``fsdp``; without a mesh, ``x``.
+    """Casts a weight to ``dtype``, if given, and gathers it over ``fsdp``; without a mesh, returns ``x`` unchanged.
 
-    The weight is sent in ``dtype``. Its gradient, also in ``dtype``, is scattered to the shards as soon as it is
-    computed, so that at most one layer is gathered at a time, in the forward and in the backward pass.
+    The weight is communicated in ``dtype``. Its gradient, also in ``dtype``, is scattered to the shards as soon as it
+    is computed. At most one layer is therefore gathered at a time, in both the forward and the backward pass.
     """
     if active_mesh() is None:
         return x
@@ -168,7 +171,7 @@ def gather_weight(x: jax.Array, *axes: str | None, dtype: Any = None) -> jax.Arr
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather(x: jax.Array, axes: tuple[str | None, ...], dtype: Any, own_dtype: Any) -> jax.Array:
-    # Constrained before the gather as well, so that the cast runs on shards.
+    # The constraint before the gather makes the cast run on shards.
     x = constrain(x.astype(dtype), *axes)
     x = constrain(x, *(None if axis is not None and RULES.get(axis) == "fsdp" else axis for axis in axes))
     return checkpoint_name(x, GATHERED)
@@ -186,11 +189,11 @@ def _gather_backward(axes: Any, dtype: Any, own_dtype: Any, residuals: None, cot
 _gather.defvjp(_gather_forward, _gather_backward)
 
 GATHERED = "gathered"
-"""`jax.ad_checkpoint.checkpoint_name` of gathered weights, which rematerialisation must not save."""
+"""Name of gathered weights (`jax.ad_checkpoint.checkpoint_name`); rematerialisation policies must not save them."""
 
 
 def num_shards(*axes: str) -> int:
-    """Returns the number of shards of an array with these logical axes in the step being traced; 1 without a mesh."""
+    """Returns the number of shards of an array with these logical axes on the `active_mesh`; 1 without a mesh."""
     mesh = active_mesh()
     if mesh is None:
         return 1
@@ -198,7 +201,10 @@ def num_shards(*axes: str) -> int:
 
 
 def active_mesh() -> Any:
-    """Returns the mesh of the step being traced, or None if it lacks an axis of `AXES` or has manual axes."""
+    """Returns the mesh of the step being traced.
+
+    Returns None without a mesh, or if the mesh lacks one of `AXES` or has manual axes.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.manual_axes or not set(AXES) <= set(mesh.axis_names) else mesh
 

@@ -29,17 +29,18 @@ def make_mesh(
     {'data': 1, 'fsdp': 1, 'tensor': 1, 'sequence': 1}
 
     Args:
-        data: Number of model replicas, each with its own rows; -1 for as many as the devices allow.
+        data: Number of model replicas, which process different rows; -1 uses all remaining devices.
         fsdp: Number of shards of the parameters and the optimiser state; the rows of a batch are sharded as well.
-        tensor: Number of shards of attention heads, MLP and vocabulary.
+        tensor: Number of shards of the attention heads, the MLP and the vocabulary.
         sequence: Number of shards of the columns of a row.
-        devices: Devices of the mesh, by default all of `jax.devices`. Devices of a described topology work too.
+        devices: Devices of the mesh; by default, all of `jax.devices`. Devices of a topology description
+            (``jax.experimental.topologies``) are accepted as well.
 
     Returns:
         A mesh whose axes all have the type ``Auto``.
 
     Raises:
-        MeshError: A size is below 1, or the sizes do not multiply to the number of devices.
+        MeshError: A size is below 1, or the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": sequence}
@@ -54,15 +55,15 @@ def make_mesh(
         raise MeshError(f"a mesh of {requested} does not fit {len(devices)} devices")
     auto = (AxisType.Auto,) * len(AXES)
     shape = tuple(sizes.values())
-    # jax.make_mesh orders devices by their interconnect, including the devices of a described topology.
+    # jax.make_mesh orders devices by their interconnect, including the devices of a topology description.
     return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
 
 
 class JitStep:
     """A compiled train step that counts how often it is traced.
 
-    It has the signature of the wrapped step. ``traces`` stays 1 while the arguments keep their shapes, dtypes and
-    structure. Each further trace means another compilation, for example because a batch has a new width.
+    A call has the signature of the wrapped step. ``traces`` stays 1 while the arguments keep their shapes, dtypes and
+    structure. Each additional trace causes another compilation, for example because the width of the batch changed.
     """
 
     def __init__(
@@ -79,9 +80,9 @@ class JitStep:
         Args:
             train_step: Function to compile.
             donate_argnums: Positions of the donated arguments. If the first argument is donated, the first result
-                keeps its shardings.
-            mesh: Mesh to run on; None for a single device. Arguments that the next two do not name keep the sharding
-                that the caller gave them.
+                has the shardings of that argument.
+            mesh: Mesh to run on; None for a single device. Arguments at positions outside ``batch_args`` and
+                ``replicated_args`` keep their shardings.
             batch_args: Positions of batches, which are sharded over the mesh (`shard_batch`).
             replicated_args: Positions of arguments that are copied to every device.
         """
@@ -102,7 +103,7 @@ class JitStep:
     def __call__(self, *args: Any) -> Any:
         """Runs the step; the donated arguments must not be used afterwards."""
         if self._compilation is not None:
-            # A compilation that is still queued is cancelled, and runs here instead.
+            # A compilation that is still queued is cancelled; the call below compiles instead.
             if not self._compilation.cancel():
                 concurrent.futures.wait([self._compilation])
             self._compilation = None
@@ -113,13 +114,13 @@ class JitStep:
             return self._compiled(args)(*args)
 
     def compile_ahead(self, executor: concurrent.futures.Executor, *args: Any) -> None:
-        """Compiles in a thread of ``executor`` for the given arrays or shapes, and returns at once.
+        """Starts to compile the step for the given arrays or shapes in a thread of ``executor``.
 
-        The next call waits for the compilation and uses its result. Compilation overlaps with work on the device,
-        which helps most for a large program that is needed late.
+        This method returns immediately; the next call of the step waits for the compilation and uses its result. Use
+        this method to compile a large step in advance, while the device runs other work.
         """
-        shapes = jax.eval_shape(lambda *same: same, *args)  # keeps weak types, because calls must match them too
-        # An error in the thread is dropped here: the next call raises it again.
+        shapes = jax.eval_shape(lambda *same: same, *args)  # keeps weak types, which later calls must match
+        # An error in the thread is ignored, because the next call raises it again.
         self._compilation = executor.submit(lambda: self.lower(*shapes).compile())
 
     def lower(self, *args: Any) -> jax.stages.Lowered:
@@ -133,7 +134,7 @@ class JitStep:
         if i not in self._replicated_args:
             return x
         last, copies = self._last_replicated.get(i, (None, None))
-        if not (isinstance(x, jax.Array) and x is last):  # a run passes the same key each time
+        if not (isinstance(x, jax.Array) and x is last):  # runs pass the same key to every step
             copies = replicate(x, mesh)
             self._last_replicated[i] = (x, copies)
         return copies
@@ -146,7 +147,7 @@ class JitStep:
             def sharding(x: Any) -> Any:
                 return x.sharding if isinstance(x.sharding, NamedSharding) else replicated
 
-            # The new state keeps the shardings of the old one, because it is the next call's argument.
+            # The new state keeps the shardings of the old one, because it is the argument of the next call.
             metrics = None if jax.process_count() == 1 else replicated  # each host reads its own copy
             self._step = self._jit(out_shardings=(jax.tree.map(sharding, args[0]), metrics))
         return self._step
@@ -155,12 +156,11 @@ class JitStep:
 def jit_step(train_step: Callable[..., Any], *, mesh: Mesh | None = None) -> JitStep:
     """Compiles ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)`` and donates the state.
 
-    The new state reuses the buffers of the donated one: the caller must not use the old state again, and no two states
-    may share arrays (`train.state.create` copies them for this reason).
+    The new state reuses the buffers of the donated state. The caller must therefore not use the old state again, and
+    two states must not share arrays (`train.state.create` copies the parameters for this reason).
 
-    On a ``mesh``, state and frozen models keep the shardings that the caller gave them (`shardings`), the batch holds
-    the rows of this host, and one program runs on all devices. Sums over rows are global, so every loss is correct
-    without further changes.
+    With a ``mesh``, the state and the frozen models keep their shardings (`shardings`), the batch contains the rows of
+    this host, and one program runs on all devices. Sums over rows are global, so losses need no changes.
     """
     return JitStep(train_step, mesh=mesh)
 
@@ -168,12 +168,12 @@ def jit_step(train_step: Callable[..., Any], *, mesh: Mesh | None = None) -> Jit
 def shard_map_step(train_step: Callable[..., Any], mesh: Mesh) -> JitStep:
     """Compiles a step that each device runs on its own rows, with explicit sums over devices inside the step.
 
-    ``train_step`` has the signature of `jit_step` and is made with ``axis_name=parallel.BATCH_AXES``. The library's
-    steps sum losses and counts over the devices before they divide, so masks may differ between devices. Parameters
-    are replicated (`replicate`), and the results are the same on all devices.
+    ``train_step`` has the signature described in `jit_step` and must be created with
+    ``axis_name=parallel.BATCH_AXES``. The library's steps add losses and counts over devices before the division, so
+    masks may differ between devices. Parameters are replicated (`replicate`), and all devices return the same results.
 
     Raises:
-        MeshError: The ``tensor`` or ``sequence`` axis of the mesh is larger than 1; the devices along it would all
+        MeshError: The ``tensor`` or ``sequence`` axis of the mesh is larger than 1; the devices along this axis would
             repeat the same work.
     """
     for axis in ("tensor", "sequence"):
@@ -201,10 +201,10 @@ def shard_map_step(train_step: Callable[..., Any], mesh: Mesh) -> JitStep:
 def pmap_step(
     train_step: Callable[..., Any], *, axis_name: str = "devices", devices: Sequence[Any] | None = None
 ) -> PmapStep:
-    """Compiles a step with `jax.pmap`; the step must be made with the same ``axis_name``.
+    """Compiles a step with `jax.pmap`; the step must be created with the same ``axis_name``.
 
-    Like `shard_map_step`, for code whose states already have a leading device axis (`PmapStep.replicate` adds it). JAX
-    supports pmap but no longer develops it::
+    As in `shard_map_step`, each device runs the step on its own rows. Use this function in code whose states already
+    have a leading device axis, which `PmapStep.replicate` adds; otherwise, prefer `jit_step`. For example::
 
         step = parallel.pmap_step(sft.make_train_step(..., axis_name="devices"))
         state, metrics = step(step.replicate(state), None, hyper, batch, rng)

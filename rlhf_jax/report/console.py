@@ -1,4 +1,4 @@
-"""Terminal output of a run: the table of results, and the progress of a job with several stages."""
+"""Terminal output of a run: a table of results, and a progress display for a job with several stages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlhf_jax.report import results as results_lib
 def results_table(results: Mapping[str, Any]) -> Table:
     """Returns a table with one row per policy and one column per metric that at least one policy has.
 
-    Win rates have a 95 % interval, which wraps below the number in a narrow terminal. The table needs 80 characters.
+    In a narrow terminal, a 95 % interval wraps to the line below its number. The table fits in 80 columns.
     """
     columns = [c for c in results_lib.columns(results) if c.short]
     table = Table(
@@ -69,11 +69,11 @@ def remaining_seconds(
     elapsed: float = 0.0,
     fraction: float = 0.0,
 ) -> float:
-    """Estimates the seconds left of a job from the expected and the measured durations of its stages.
+    """Estimates the remaining seconds of a job from the expected and the measured durations of its stages.
 
-    A stage's weight is its expected duration in seconds on some machine; the pace of this machine is the ratio of
-    measured to expected seconds. The estimate for the current stage moves from the pace of the finished stages to its
-    own pace as it proceeds, so that compilation at its start has little influence.
+    A stage's weight is its expected duration in seconds on a reference machine, and its pace is the ratio of measured
+    to expected seconds. The estimate for the current stage starts from the pace of the finished stages and moves to the
+    current stage's pace as the stage advances, so that compilation at its start has little influence.
 
     >>> from rlhf_jax.report import console
     >>> console.remaining_seconds(finished=[(10, 30)], waiting=20)  # three times slower than expected
@@ -110,11 +110,11 @@ def clock_text(seconds: float) -> str:
 
 
 class _Stage(NamedTuple):
-    """The current stage; immutable, because the thread that draws the display reads it at any moment."""
+    """The current stage; immutable, because the thread that draws the display can read it at any time."""
 
     name: str
     resumed_at: int
-    """Steps that an earlier run completed."""
+    """Number of steps that an earlier run completed."""
     done: int
     total: int
     started: float
@@ -137,7 +137,7 @@ class _Stage(NamedTuple):
 
 
 class StageProgress:
-    """Shows the progress of a job with several stages on stderr: a live display in a terminal, otherwise plain lines.
+    """Shows the progress of a job with several stages on stderr, live in a terminal and as plain lines otherwise.
 
     Example::
 
@@ -150,14 +150,14 @@ class StageProgress:
             progress.skip("reward_model")  # restored, not trained
 
     Args:
-        stages: ``(name, expected seconds)`` in order; only the ratios matter once a stage has finished.
+        stages: ``(name, expected seconds)`` in order. Once a stage has finished, only the ratios of the seconds matter.
         console: Console to write to; stderr by default.
-        live: Whether to draw a live display; by default, it is drawn if the console's file is a terminal.
-        line_interval: Seconds between two plain lines of a stage.
-        clock: Returns the time in seconds.
+        live: Whether to draw a live display; by default, True if the console writes to a terminal.
+        line_interval: Minimum number of seconds between two plain lines of a stage.
+        clock: Function that returns the time in seconds.
 
     Raises:
-        ValueError: Two stages have the same name, or a stage has a negative weight.
+        ValueError: If two stages have the same name or a stage has a negative number of expected seconds.
     """
 
     def __init__(
@@ -169,12 +169,12 @@ class StageProgress:
         line_interval: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Prints nothing before the ``with`` block starts."""
+        """Creates the display, which prints nothing before the ``with`` block starts."""
         self._weights = dict(stages)
         if len(self._weights) != len(stages):
             raise ValueError("two stages have the same name")
         if any(weight < 0 for weight in self._weights.values()):
-            raise ValueError("a stage has a negative weight")
+            raise ValueError("a stage has a negative number of expected seconds")
         self._console = console or Console(stderr=True)
         self._line_interval, self._clock = line_interval, clock
         self._started = self._last_line = clock()
@@ -217,12 +217,12 @@ class StageProgress:
 
         Args:
             stage: Name of the stage.
-            done: Completed steps, including those of an earlier run.
-            total: Steps of the whole stage.
-            metrics: Numbers by name, of which the first four are shown.
+            done: Number of completed steps, including those of an earlier run.
+            total: Number of steps of the whole stage.
+            metrics: Numbers by name; the first four are shown.
 
         Raises:
-            ValueError: The stage is unknown.
+            ValueError: If the stage is unknown.
         """
         self._check(stage)
         if self._stage is None or stage != self._stage.name:
@@ -230,7 +230,7 @@ class StageProgress:
         assert self._stage is not None
         self._stage = self._stage._replace(done=done, total=total)
         now = self._clock()
-        # Reading a number from an accelerator waits for it, so metrics are read only when they are shown.
+        # Reading a metric blocks until the accelerator has computed it, so metrics are read only when they are shown.
         if now - self._last_line < (0.5 if self._live else self._line_interval):
             return
         self._last_line = now
@@ -248,7 +248,7 @@ class StageProgress:
             self.skip(stage)
             return
         seconds = self._clock() - current.started
-        # Without an `update` the stage counts as complete; otherwise it counts up to its last update.
+        # A stage without an `update` counts as complete; otherwise only the steps up to its last update count.
         updated = current.done > current.resumed_at
         share = current.own_share * (current.own_fraction if updated else 1.0)
         steps = (current.done if updated else current.total) - current.resumed_at
@@ -269,7 +269,7 @@ class StageProgress:
         self._print(f"{self._heading(stage)}: {text}")
 
     def remaining(self) -> float:
-        """Returns the estimated seconds left of the whole job (`remaining_seconds`)."""
+        """Returns the estimated remaining seconds of the whole job (`remaining_seconds`)."""
         stage, started = self._stage, self._finished
         if stage is None:
             current = {}
@@ -325,13 +325,13 @@ def metrics_text(metrics: Mapping[str, Any], *, most: int = 4) -> str:
 
 
 def _is_terminal(console: Console) -> bool:
-    # Environment variables can override rich's own check, and a log file must not contain control characters.
+    # Environment variables can override rich's check, but a log file must not contain control characters.
     isatty = getattr(console.file, "isatty", None)
     return bool(isatty and isatty()) and not console.is_dumb_terminal
 
 
 def _live(console: Console, render: Callable[[], Group]) -> Live:
-    # If stdout is piped, it is not redirected.
+    # A piped stdout must not be redirected to the console.
     return Live(
         get_renderable=render,
         console=console,

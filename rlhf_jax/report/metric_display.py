@@ -18,7 +18,7 @@ STAGES = {
 
 
 class Metric(NamedTuple):
-    """Display of a logged metric: name, y-axis label and caption; minor metrics are in a collapsed section."""
+    """Name, y-axis label and caption of a logged metric; minor metrics are shown in a collapsed section."""
 
     name: str
     ylabel: str
@@ -28,7 +28,7 @@ class Metric(NamedTuple):
 
 METRICS = {
     "loss": Metric(
-        "Loss", "Loss (nats)", "Lower is better. The faint line shows each batch, the solid line a running mean."
+        "Loss", "Loss (nats)", "Lower is better. The faint line shows each logged value, the solid line a running mean."
     ),
     "validation_loss": Metric(
         "Validation loss",
@@ -36,24 +36,24 @@ METRICS = {
         "Loss on held-out pairs. If it rises while the training loss falls, the model overfits.",
     ),
     "accuracy": Metric(
-        "Accuracy", "Fraction", "Fraction of tokens predicted, or of pairs ordered, correctly. Higher is better."
+        "Accuracy", "Fraction", "Fraction of tokens predicted correctly or of pairs ranked correctly. Higher is better."
     ),
     "margin": Metric(
         "Margin",
         "Implicit reward",
-        "Mean difference in implicit reward between the chosen and the rejected answer. It grows with training.",
+        "Mean difference in implicit reward between chosen and rejected answers. It should grow during training.",
     ),
     "chosen_logprob": Metric(
         "Chosen answers",
         "Log-probability (nats per answer)",
-        "Log-probability of the chosen answers. It often falls in DPO training; this is not an error.",
+        "Log-probability of the chosen answers. It often falls during DPO training, which is not an error.",
     ),
     "rejected_logprob": Metric(
         "Rejected answers",
         "Log-probability (nats per answer)",
         "Log-probability of the rejected answers. It should fall faster than that of the chosen answers.",
     ),
-    "reward": Metric("Reward", "Reward-model score", "Score that PPO maximises. It usually rises and then levels off."),
+    "reward": Metric("Reward", "Reward-model score", "Score that PPO maximises. It usually rises, then levels off."),
     "gold": Metric(
         "Gold utility",
         "Gold utility",
@@ -74,7 +74,7 @@ METRICS = {
     "pretraining_loss": Metric(
         "Pretraining loss",
         "Loss (nats per token)",
-        "A rise means that the policy predicts pretraining text worse; the ptx term of PPO-ptx counteracts this.",
+        "If it rises, the policy predicts pretraining text less well. The pretraining term of PPO-ptx limits the rise.",
     ),
     "length": Metric(
         "Answer length",
@@ -87,11 +87,11 @@ METRICS = {
     "explained_variance": Metric(
         "Explained variance",
         "Fraction",
-        "1 for a perfect critic, 0 for one that is no better than a constant.",
+        "It is 1 for a perfect critic and 0 for a critic that is no better than a constant.",
         minor=True,
     ),
     "value_loss": Metric(
-        "Value loss", "Loss (squared score)", "Error of the critic. It falls early and then stays low.", minor=True
+        "Value loss", "Loss (squared score)", "Error of the critic. It should fall early and then stay low.", minor=True
     ),
     "policy_loss": Metric("Policy loss", "Clipped surrogate loss", "Usually close to 0 or slightly below.", minor=True),
     "clip_fraction": Metric(
@@ -101,7 +101,10 @@ METRICS = {
         minor=True,
     ),
     "approx_kl": Metric(
-        "KL of an update", "KL (nats per token)", "Change of the policy in a single update.", minor=True
+        "KL of an update",
+        "KL (nats per token)",
+        "Divergence of the updated policy from the policy that sampled the batch.",
+        minor=True,
     ),
     "ratio_max": Metric(
         "Largest probability ratio",
@@ -112,7 +115,7 @@ METRICS = {
     "stopped": Metric(
         "Finished answers",
         "Fraction of answers",
-        "Answers that end with a stop token instead of being truncated.",
+        "Fraction of answers that end with a stop token; the others are truncated.",
         minor=True,
     ),
     "sampler_gap": Metric(
@@ -125,10 +128,10 @@ METRICS = {
     "kl_coef": Metric(
         "KL coefficient",
         "Score per nat",
-        "Strength of the KL penalty; constant unless it is adaptive.",
+        "Strength of the KL penalty. It is constant unless the penalty is adaptive.",
         minor=True,
     ),
     "grad_norm": Metric("Gradient norm", "Norm", "Norm before clipping. Spikes often precede divergence.", minor=True),
-    "learning_rate": Metric("Learning rate", "Learning rate", "The learning rate of each step.", minor=True),
+    "learning_rate": Metric("Learning rate", "Learning rate", "Learning rate at each step.", minor=True),
 }
-"""Metrics in display order; other logged metrics have no plot."""
+"""Metrics in display order; other logged metrics are not plotted."""

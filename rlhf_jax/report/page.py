@@ -1,8 +1,8 @@
-"""One self-contained HTML page about a run: results, plots, transcripts, settings.
+"""Renders the results, plots, transcripts and settings of a run as one self-contained HTML page.
 
-The page loads no other files: plots are inline SVG, styles are in its head, and it has no scripts. The template escapes
-all text except the SVG. Sections without numbers are omitted, so the same function serves the simulated world, where
-the gold utility is known, and human data, for which it is unknown.
+The page loads no other files and has no scripts. Plots are inline SVG, and styles are in the page's head. The template
+escapes all text except the SVG. Sections without data are omitted, so the same functions work for the simulated world,
+whose gold utility is known, and for human data, whose gold utility is unknown.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def write_report(
     title: str,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes the report of a run atomically.
+    """Writes the HTML page of a run to a file, atomically.
 
     Args:
         path: HTML file to write.
         results: Content of results.json; any field may be missing or None.
-        metrics: Records of metrics.jsonl: ``stage``, ``step``, and numbers or None.
+        metrics: Records of metrics.jsonl, with ``stage``, ``step``, and metrics that are numbers or None.
         title: Title of the page.
         settings: Configuration of the run, which may be nested; shown with dotted names.
     """
@@ -70,7 +70,7 @@ def render(
 
     Args:
         results: Content of results.json; any field may be missing or None.
-        metrics: Records of metrics.jsonl: ``stage``, ``step``, and numbers or None.
+        metrics: Records of metrics.jsonl, with ``stage``, ``step``, and metrics that are numbers or None.
         title: Title of the page.
         settings: Configuration of the run, which may be nested; shown with dotted names.
 
@@ -130,11 +130,11 @@ def table(results: Mapping[str, Any], columns: Sequence[results_lib.Column]) -> 
 
 
 def _table_note(results: Mapping[str, Any]) -> str:
-    note = "The second line of a cell is the 95 % interval. KL is measured from the model that RL training starts from."
+    note = "The second line of a cell is the 95 % interval. The KL is measured from the initial policy of RL training."
     best = results_lib.finite(results.get("best_possible_gold"))
     if best is not None:
         note += f" The best possible gold utility is {results_lib.format_number(best.mean, digits=3)}."
-        note += " “Gap closed” is the share of the distance from SFT to this maximum."
+        note += " “Gap closed” is the share of the gap between SFT and this maximum that the policy closes."
     return note
 
 
@@ -143,7 +143,7 @@ def _css(policy: str) -> str:
 
 
 def reward_model_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns all numbers about the reward model as (name, text), rates as percentages."""
+    """Returns all numbers about the reward model as (name, text), with rates as percentages."""
     model = dict(results.get("reward_model") or {})
     fit = model.get("calibration") or {}
     model |= {f"calibration {key}": fit.get(key) for key in ("error", "slope", "temperature")}
@@ -166,9 +166,9 @@ def _figures(*figures: tuple[str | None, str, str]) -> list[Figure]:
 
 def _preference(results: Mapping[str, Any]) -> list[Figure]:
     caption = (
-        "Policies to the right of the dashed 50 % line are preferred to SFT. Filled markers show the judgement of the "
-        "gold utility, open markers that of held-out labelers, on whose comparisons the reward model was not trained. "
-        "Lines are 95 % intervals."
+        "Policies to the right of the dashed 50 % line are preferred to SFT. Filled markers are win rates by gold "
+        "utility. Open markers are win rates by held-out labelers, whose comparisons were not used to train the reward "
+        "model. Lines are 95 % intervals."
     )
     mean, bounds = results_lib.format_parts(results.get("null_check"), percent=True)
     if mean != results_lib.MISSING:
@@ -178,8 +178,9 @@ def _preference(results: Mapping[str, Any]) -> list[Figure]:
 
 def _calibration(results: Mapping[str, Any]) -> list[Figure]:
     caption = (
-        "Accuracy by the difference of the two scores. Below the dashed curve the reward model is overconfident, above "
-        "the curve underconfident. Lines are 95 % intervals; the lower panel shows the number of pairs."
+        "Accuracy as a function of the difference between the two scores of a pair. The reward model is overconfident "
+        "below the dashed curve and underconfident above it. Lines are 95 % intervals. The lower panel shows the "
+        "number of pairs."
     )
     return _figures((plots.calibration(results), "Calibration", caption))
 
@@ -187,14 +188,17 @@ def _calibration(results: Mapping[str, Any]) -> list[Figure]:
 def _reward_model(results: Mapping[str, Any]) -> list[Figure]:
     model = results.get("reward_model") or {}
     rho = results_lib.finite((model.get("thresholds") or {}).get("spearman"))
-    thresholds = "If accuracy falls, the reward model ranks good answers less reliably than bad ones."
+    thresholds = (
+        "Accuracy on the pairs whose two scores are at least the minimum score. If it falls as this minimum rises, the "
+        "reward model ranks good answers less reliably than bad ones."
+    )
     if rho is not None:
-        thresholds += f" The rank correlation is {results_lib.format_number(rho.mean, digits=2)}."
+        thresholds += f" The rank correlation of the two is {results_lib.format_number(rho.mean, digits=2)}."
     return _figures(
         (
             reward_plots.strata(model.get("strata"), model.get("accuracy")),
             "Accuracy by group",
-            "Accuracy on the n pairs of each group, with 95 % intervals; ties count as one half. The dotted line is "
+            "Accuracy on the n pairs of each group, with 95 % intervals. A tie counts as a half. The dotted line is "
             "the accuracy on all pairs.",
         ),
         (
@@ -207,7 +211,7 @@ def _reward_model(results: Mapping[str, Any]) -> list[Figure]:
             reward_plots.length_bias(model.get("length_bias")),
             "Length bias",
             "A reward model is biased towards length if it prefers the longer answer more often than the labelers do "
-            "and is less accurate if the shorter answer is better. Lines are 95 % intervals.",
+            "and is less accurate on pairs whose shorter answer is better. Lines are 95 % intervals.",
         ),
     )
 
@@ -220,20 +224,20 @@ def goodhart_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
             mean, bounds = results_lib.format_parts(gains.get(key), digits=3)
             if mean != results_lib.MISSING:
                 text = f"{mean} ({bounds})" if bounds else mean
-                text += ", while the score rose" if key == "gold_gained" and gains.get("gamed") else ""
+                text += ", while the RM score rose" if key == "gold_gained" and gains.get("gamed") else ""
                 rows.append((f"{results_lib.label(policy)}: gain in {name} over SFT-mix", text))
     return rows
 
 
 def _gap_caption(gap: Mapping[str, Any] | None) -> str:
     caption = (
-        "The reward model has overfitted if the 95 % interval of the difference (training minus held-out accuracy) is "
-        "above 0, even if the two intervals overlap."
+        "The reward model has overfitted if the 95 % interval of the difference between training and held-out accuracy "
+        "is above 0, even if the intervals of the two accuracies overlap."
     )
     mean, bounds = results_lib.format_parts((gap or {}).get("accuracy_gap"), percent=True)
     if mean == results_lib.MISSING:
         return caption
-    return caption + f" Here it is {mean} percentage points" + (f" ({bounds})." if bounds else ".")
+    return caption + f" Here the difference is {mean} percentage points" + (f" ({bounds})." if bounds else ".")
 
 
 def _overoptimisation(results: Mapping[str, Any]) -> list[Figure]:
@@ -243,14 +247,15 @@ def _overoptimisation(results: Mapping[str, Any]) -> list[Figure]:
         (
             reward_plots.split_halves(halves, (halves or {}).get("steps")),
             "Train and test reward model",
-            "The reward models are trained on two halves of the comparisons. To the right of the dotted line, the "
-            "policy gains more score from the train model than from the test model.",
+            "The two reward models are trained on different halves of the comparisons; the policy is trained on the "
+            "train model only. To the right of the dotted line, the policy's score has risen more under the train "
+            "model than under the test model.",
         ),
         (
             reward_plots.overoptimisation(curves),
             "Gold utility against KL",
-            "The solid line is the functional form with the better fit, with its peak. The dashed line is the other "
-            "form." + (f" {fits}." if fits else ""),
+            "The solid line is the functional form that fits better; a star marks its peak. The broken line is the "
+            "other form." + (f" {fits}." if fits else ""),
         ),
     )
 
@@ -258,8 +263,8 @@ def _overoptimisation(results: Mapping[str, Any]) -> list[Figure]:
 def _frontiers(results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[Figure]:
     stages = [s for s in _stages(metrics) if s.startswith("ppo")]
     reward, gold = ([pair for s in stages if (pair := plots.paired(metrics, s, key))] for key in ("reward", "gold"))
-    linear = f"Where the curve is straight, the reward is linear in the square root of the KL{_linearity(reward)}."
-    falling = "A higher value at the same KL is better. Where a curve falls, the policy is over-optimised."
+    linear = f"If the curve is straight, the reward is linear in the square root of the KL{_linearity(reward)}."
+    falling = "At the same KL, higher is better. If a curve falls as the KL grows, the policy is over-optimised."
     return _figures(
         (plots.frontier(results, reward, "reward", ylabel="Reward-model score"), "Reward against KL", linear),
         (plots.frontier(results, gold, "gold", ylabel="Gold utility"), "Gold utility against KL", falling),
@@ -278,7 +283,7 @@ def _linearity(curves: Sequence[tuple[plots.Curve, plots.Curve]]) -> str:
 
 
 def _categories(results: Mapping[str, Any]) -> list[Figure]:
-    caption = "Mean gold utility of the answers to each category of prompts; thin lines are 95 % intervals."
+    caption = "Mean gold utility of the answers in each prompt category. Thin lines are 95 % intervals."
     return _figures((plots.categories(results), "Gold utility by category", caption))
 
 
@@ -286,8 +291,8 @@ def _alignment_tax(results: Mapping[str, Any]) -> list[Figure]:
     skill = plots.by_policy(results, "skill_accuracy", xlabel="Skill accuracy (%)", scale=100, against="sft_mix")
     loss = plots.by_policy(results, "pretraining_loss", xlabel="Pretraining loss (nats per token)", against="sft_mix")
     return _figures(
-        (skill, "Skills", "Policies left of the dashed line (SFT-mix, from which PPO starts) have lost skills."),
-        (loss, "Pretraining text", "Policies right of the dashed line (SFT-mix) predict pretraining text worse."),
+        (skill, "Skills", "Policies to the left of the dashed line (SFT-mix, the start of PPO) have lost skills."),
+        (loss, "Pretraining text", "Policies to the right of the dashed line (SFT-mix) predict this text less well."),
     )
 
 
@@ -301,7 +306,7 @@ def _truthfulness_and_harm(results: Mapping[str, Any]) -> list[Figure]:
 
 
 def _stages(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns the stages of the metrics: known ones in display order, then the others in order of appearance."""
+    """Returns the stages of the metrics: the known stages in display order, then the others in order of appearance."""
     stages = dict.fromkeys(r["stage"] for r in metrics if r.get("stage") is not None)
     return [s for s in STAGES if s in stages] + [s for s in stages if s not in STAGES]
 
@@ -326,7 +331,7 @@ def _group_curves(metrics: Sequence[Mapping[str, Any]], stages: Sequence[str]) -
 
 
 def transcripts(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns the first `MAX_TRANSCRIPTS` transcripts with formatted gold utilities, policies in display order."""
+    """Returns the first `MAX_TRANSCRIPTS` transcripts, with policies in display order and formatted gold utilities."""
     shown = []
     for t in (results.get("transcripts") or [])[:MAX_TRANSCRIPTS]:
         answers, gold = t.get("answers") or {}, t.get("gold") or {}

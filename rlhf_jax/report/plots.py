@@ -1,7 +1,7 @@
-"""The report's plots: each function takes results or metrics and returns inline SVG, or None without data.
+"""Plots of the report. Each plotting function accepts results or metrics and returns inline SVG, or None without data.
 
-Text is kept as text in the SVG, and CSS variables of the page replace its colours. A plot therefore works in light and
-dark mode, scales with the screen and is small. Each policy has a separate colour and marker.
+Text remains text in the SVG, and colours are CSS variables of the page. The plots therefore work in light and dark
+mode, scale with the screen and are small. The policies in `results.POLICIES` have different colours and markers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Name of the CSS variable -> (light, dark). Policies have Okabe and Ito's colour-blind-safe colours, adjusted for
+# CSS variable -> (light, dark). Policies have Okabe and Ito's colour-blind-safe colours, adjusted for
 # contrast with the background. All light colours must differ, because the SVG's colours are replaced by value.
 COLORS = {
     "paper": ("#fffefb", "#16181b"),
@@ -67,12 +67,12 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 8,
 }
-WIDTH = 4.5  # inches; the page scales plots by 1.0 to 1.4, so that text has 9 to 12 pixels
+WIDTH = 4.5  # inches; the page scales plots by 1.0 to 1.4, so text is 9 to 12 pixels high
 MAX_POINTS = 240  # per curve
 
 
 class Curve(NamedTuple):
-    """One stage's values of one metric."""
+    """Values of one metric in one stage."""
 
     stage: str
     x: np.ndarray
@@ -86,7 +86,7 @@ def color(name: str) -> str:
 
 @contextlib.contextmanager
 def axes(*, height: float, rows: Sequence[float] = (1,)) -> Iterator[tuple[list[str], list[Axes]]]:
-    """Yields a list, to which the SVG is appended on exit, and axes stacked with the given relative heights."""
+    """Yields a list, to which the SVG is appended on exit, and vertically stacked axes of relative heights ``rows``."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -101,14 +101,14 @@ def axes(*, height: float, rows: Sequence[float] = (1,)) -> Iterator[tuple[list[
 
 
 def _svg(figure: Figure) -> str:
-    """Converts a figure to an ``<svg>`` element without header, metadata, fixed size and fixed colours."""
+    """Converts a figure to an ``<svg>`` element without header, metadata, fixed size or fixed colours."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
-    # Two figures may use the same id for a marker or a clip path, but ids must be unique in a page: a reference to an
-    # id in a collapsed section draws nothing.
+    # Two figures may use the same id for a marker or a clip path, but ids must be unique in a page. Otherwise, a
+    # reference could resolve to an id in a collapsed section, which draws nothing.
     prefix = f"f{zlib.crc32(text.encode()):08x}"
     text = re.sub(r"<[^>]*>", lambda tag: _tag(tag.group(), prefix=prefix), text)
     size = re.search(r'<svg [^>]*?viewBox="0 0 ([\d.]+) ([\d.]+)"[^>]*>', text)
@@ -130,7 +130,7 @@ def _tag(tag: str, *, prefix: str) -> str:
 
 
 def win_rates(results: Mapping[str, Any]) -> str | None:
-    """Plots the win rate of every policy against SFT: by gold utility (filled) and by held-out labelers (open)."""
+    """Plots the win rate of each policy against SFT, by gold utility (filled) and by held-out labelers (open)."""
     keys = ("gold_win_rate_vs_sft", "heldout_win_rate_vs_sft")
     rates = {
         p: [results_lib.finite(results_lib.value(results, p, key)) for key in keys]
@@ -157,13 +157,13 @@ def win_rates(results: Mapping[str, Any]) -> str | None:
 def by_policy(
     results: Mapping[str, Any], key: str, *, xlabel: str, scale: float = 1.0, against: str = "sft"
 ) -> str | None:
-    """Plots one number of every policy as dots.
+    """Plots one number per policy as a dot.
 
     Args:
         results: Content of results.json.
         key: Name of the number in the results of a policy.
         xlabel: Label of the x axis, with the unit.
-        scale: Factor on the number; 100 for percentages.
+        scale: Factor by which the number is multiplied; 100 for percentages.
         against: Policy whose value is shown as a vertical line.
 
     Returns:
@@ -214,7 +214,7 @@ def categories(results: Mapping[str, Any]) -> str | None:
 
 
 def calibration(results: Mapping[str, Any]) -> str | None:
-    """Plots the reward model's accuracy by score difference with the logistic curve, and the number of pairs."""
+    """Plots the reward model's accuracy by score difference with the logistic curve, and the pairs per bin."""
     bins = ((results.get("reward_model") or {}).get("calibration") or {}).get("bins") or []
     bins = [b for b in bins if results_lib.finite(b.get("gap")) and results_lib.finite(b.get("accuracy"))]
     if not bins:
@@ -253,7 +253,7 @@ def curve(records: Iterable[Mapping[str, Any]], stage: str, name: str) -> Curve 
 
 
 def learning_curve(curves: Sequence[Curve], *, ylabel: str) -> str:
-    """Plots curves over training steps: faint lines for the logged values, solid ones for their running mean."""
+    """Plots curves over training steps: faint lines for the logged values, solid lines for their running means."""
     with axes(height=2.3) as (svg, (ax,)):
         for c in curves:
             x, y = downsample(c.x), downsample(c.y)
@@ -288,7 +288,7 @@ def frontier(results: Mapping[str, Any], curves: Sequence[tuple[Curve, Curve]], 
         return None
     with axes(height=3.1) as (svg, (ax,)):
         for kl, score in curves:
-            # An estimate of a KL near 0 can be negative.
+            # KL estimates near 0 can be negative.
             x, y = np.sqrt(np.maximum(downsample(kl.y), 0)), downsample(score.y)
             ax.plot(x, y, MARKERS.get(kl.stage, "o"), color=color(kl.stage), alpha=0.3, markersize=2.6, mew=0)
             x, y = (downsample(z, most=16) for z in (x, y))
@@ -312,7 +312,7 @@ def _best_of_n(results: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 
 def paired(records: Sequence[Mapping[str, Any]], stage: str, key: str) -> tuple[Curve, Curve] | None:
-    """Returns the KL and a score at the steps that have both."""
+    """Returns the curves of the KL and of a score, from the steps that have both."""
     both = [r for r in records if results_lib.finite(r.get("kl")) and results_lib.finite(r.get(key))]
     kl, score = curve(both, stage, "kl"), curve(both, stage, key)
     return None if kl is None or score is None else (kl, score)
@@ -326,7 +326,7 @@ def line_fit(x: np.ndarray, y: np.ndarray) -> float | None:
 
 
 def downsample(y: np.ndarray, *, most: int = MAX_POINTS) -> np.ndarray:
-    """Reduces a curve to at most ``most`` points, the means of neighbouring values."""
+    """Reduces a curve to at most ``most`` points by averaging neighbouring values."""
     if len(y) <= most:
         return y
     return np.array([part.mean() for part in np.array_split(y, most)])
@@ -335,8 +335,8 @@ def downsample(y: np.ndarray, *, most: int = MAX_POINTS) -> np.ndarray:
 def running_mean(y: np.ndarray, *, width: int) -> np.ndarray:
     """Returns the mean over up to ``width`` neighbours on either side.
 
-    The window is symmetric at the start, so a steep start is not flattened; at the end it extends only backwards, so
-    the last value is averaged too.
+    At the start, the window shrinks on both sides, so that a steep start is not flattened. At the end, it shrinks only
+    on the right, so that the last value is an average too.
     """
     total = np.concatenate([[0.0], np.cumsum(y)])
     i = np.arange(len(y))
@@ -352,10 +352,10 @@ def point(
 
     Args:
         ax: Axes to draw on.
-        value: The value; an arrow marks a side on which its interval is unbounded.
+        value: Value with its interval; an arrow marks a side on which the interval is unbounded.
         y: Vertical position.
         policy: Policy or model that determines colour and marker.
-        scale: Factor on the value; 100 for percentages.
+        scale: Factor by which the value is multiplied; 100 for percentages.
         filled: Whether the marker is filled.
     """
     c, mean = color(policy), scale * value.mean

@@ -1,7 +1,7 @@
-"""Reads results.json for display: ordered policies, columns, intervals, formatted numbers and the headline.
+"""Prepares results.json for display: ordered policies, columns, intervals, formatted numbers and the headline.
 
-The terminal table and the HTML report both use this module, so that they show the same numbers. A field that is missing
-or null for every policy is not shown as a column. This module does not import a plotting library.
+The terminal table and the HTML report both use this module, so they show the same numbers. Fields that are missing or
+null for every policy have no column. This module does not import a plotting library.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DIRECT_METHODS = {
     "dpo-sft": "DPO with SFT",
     "dpo-norm": "length-normalised DPO",
 }
-"""Methods without reinforcement learning, which are shown in place of PPO, with their display names."""
+"""Methods without reinforcement learning, with their display names. The report shows them in place of PPO."""
 
 MAIN_POLICIES = ("ppo_ptx", "ppo", *DIRECT_METHODS, "best_of_n")
 """The headline describes the first of these policies that the results contain."""
@@ -41,7 +41,7 @@ MISSING = "–"
 
 
 class Interval(NamedTuple):
-    """A number and its 95 % interval; None for a bound that is unknown or infinite."""
+    """A number and its 95 % interval; a bound that is unknown or infinite is None."""
 
     mean: float
     low: float | None = None
@@ -49,7 +49,7 @@ class Interval(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A column of the results table; ``short`` is its heading in a terminal, or "" for a column of the report only."""
+    """A column of the results table; ``short`` is its heading in a terminal, "" if only the report shows it."""
 
     key: str
     title: str
@@ -77,7 +77,7 @@ COLUMNS = (
 
 
 def interval(value: Any) -> Interval | None:
-    """Converts a number or ``[mean, low, high]`` to an `Interval`; anything else gives None."""
+    """Converts a number or ``[mean, low, high]`` to an `Interval`; returns None for anything else."""
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 3:
         mean, low, high = (_number(part) for part in value)
         return None if mean is None else Interval(mean, low, high)
@@ -95,7 +95,7 @@ def _number(value: Any) -> float | None:
 
 
 def finite(value: Any) -> Interval | None:
-    """Like `interval`, but gives None for NaN and infinity, which a table shows but a plot cannot.
+    """Converts a value as `interval` does, but returns None for NaN and infinity, which plots cannot show.
 
     A bound that is not finite becomes None; the other bound is kept.
     """
@@ -112,7 +112,7 @@ def label(policy: str) -> str:
 
 
 def policies(results: Mapping[str, Any]) -> list[str]:
-    """Returns the policies of the results: known ones in display order, then the others in order of appearance."""
+    """Returns the policies in the results: known policies in display order, then the others in order of appearance."""
     names = results.get("policies") or {}
     order = [*(n for n in POLICIES if n != "best_of_n"), *DIRECT_METHODS, "best_of_n"]
     return [name for name in order if name in names] + [name for name in names if name not in order]
@@ -129,7 +129,7 @@ def columns(results: Mapping[str, Any]) -> list[Column]:
 
 
 def other_columns(results: Mapping[str, Any]) -> list[Column]:
-    """Returns columns for all numbers of the policies that `COLUMNS` does not contain."""
+    """Returns columns for the numbers of policies that are not in `COLUMNS`."""
     known = {c.key for c in COLUMNS}
     rows = [(results.get("policies") or {}).get(p) or {} for p in policies(results)]
     names = dict.fromkeys(key for row in rows for key, v in row.items() if key not in known and interval(v))
@@ -154,7 +154,7 @@ def format_number(x: float, *, percent: bool = False, digits: int = 1) -> str:
 
 
 def format_parts(value: Any, *, percent: bool = False, digits: int = 1) -> tuple[str, str]:
-    """Formats a value and its interval; without an interval the second text is empty.
+    """Formats a value and its interval; without an interval, the second string is empty.
 
     >>> from rlhf_jax.report import results
     >>> results.format_parts([0.78, 0.76, 0.8], percent=True)
@@ -198,7 +198,7 @@ def run_facts(results: Mapping[str, Any]) -> list[str]:
 def headline(results: Mapping[str, Any]) -> str:
     """Returns the main result in one sentence; its wording depends on the interval of the win rate.
 
-    Without a win rate the sentence is about reward-model scores.
+    Without a win rate, the sentence describes reward-model scores.
     """
     names = policies(results)
     for name in MAIN_POLICIES:
@@ -244,8 +244,8 @@ def _heldout(results: Mapping[str, Any]) -> str:
     for name in MAIN_POLICIES:
         if (rate := finite(value(results, name, "heldout_win_rate_vs_sft"))) is not None:
             return (
-                f"According to held-out labelers, whose comparisons the reward model was not trained on, {label(name)} "
-                f"wins on {format_number(rate.mean, percent=True)} %{_interval_text(rate)}."
+                f"According to held-out labelers, whose comparisons were not used to train the reward model, "
+                f"{label(name)} wins on {format_number(rate.mean, percent=True)} %{_interval_text(rate)}."
             )
     return ""
 
@@ -258,7 +258,7 @@ def _reward_model(results: Mapping[str, Any]) -> str:
     text = f"The reward model agrees with {format_number(accuracy.mean, percent=True)} % of held-out comparisons"
     text += _interval_text(accuracy)
     if (agreement := finite(model.get("label_agreement"))) is not None:
-        text += f"; two labelers agree on {format_number(agreement.mean, percent=True)} %"
+        text += f"; two labelers agree with each other on {format_number(agreement.mean, percent=True)} %"
     return text + "."
 
 
@@ -279,6 +279,6 @@ def _ptx(results: Mapping[str, Any]) -> str:
         return ""
     token, sequence = (format_number(coef.mean, digits=3) for coef in coefs if coef)
     return (
-        f"The coefficient of the pretraining loss in PPO-ptx is {token} if both losses are means over tokens, "
+        f"The coefficient of the pretraining loss in PPO-ptx is {token} if both losses are means over tokens, which is "
         f"equivalent to {sequence} if both are sums over a sequence."
     )

@@ -1,7 +1,7 @@
-"""Plots of `diagnostics` of reward models and of policies that are trained on them; see `plots`.
+"""Plots of the diagnostics of reward models and of the policies that are trained on them.
 
-Each function takes results as results.json stores them, with named tuples as dictionaries and estimates as
-``[mean, low, high]``, and returns inline SVG, or None without data.
+The plotting functions accept results as stored in results.json, with named tuples as dictionaries and estimates as
+``[mean, low, high]``. They return inline SVG, or None without data.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ GAP_ROWS = {"train_accuracy": "training pairs", "validation_accuracy": "held-out
 
 
 def strata(groups: Mapping[str, Sequence[Numbers]] | None, overall: Any = None) -> str | None:
-    """Plots the accuracy of every stratum with its interval and number of pairs.
+    """Plots the accuracy on each stratum, with its interval and number of pairs.
 
-    ``groups`` maps a criterion such as "annotator" to the `Stratum` of each value; ``overall``, the accuracy on all
-    pairs, is a vertical line.
+    ``groups`` maps a criterion such as "annotator" to one `Stratum` per value. ``overall``, the accuracy on all pairs,
+    is drawn as a vertical line.
     """
     rows: list[tuple[str, results_lib.Interval | None]] = []
     for name, members in (groups or {}).items():
         accuracies = [(each, results_lib.finite(each.get("accuracy"))) for each in members]
         group = [(f"{_name(each)} (n = {each['count']})", accuracy) for each, accuracy in accuracies if accuracy]
-        # A single group needs no heading.
+        # A single criterion needs no heading.
         rows += [(name, None), *group] if group and len(groups or {}) > 1 else group
     return _rates(rows, xlabel="Accuracy (%)", line=results_lib.finite(overall))
 
@@ -56,7 +56,7 @@ def generalisation(gap: Numbers | None) -> str | None:
 
 
 def thresholds(scan: Numbers | None) -> str | None:
-    """Plots a `ThresholdScan`: accuracy on, and number of, pairs whose two scores reach a threshold."""
+    """Plots a `ThresholdScan`: accuracy on the pairs whose two scores reach a threshold, and their number."""
     columns = zip(*((scan or {}).get(key) or () for key in ("threshold", "accuracy", "lo", "hi", "count")))
     rows = [row for row in columns if results_lib.finite(row[1])]
     if not rows:
@@ -75,9 +75,9 @@ def thresholds(scan: Numbers | None) -> str | None:
 
 
 def split_halves(halves: Numbers | None, steps: Sequence[float] | None = None) -> str | None:
-    """Plots a `SplitHalves`: scores of the train and the test reward model during a run, and their difference.
+    """Plots a `SplitHalves`: scores from the train and the test reward model during a run, and their difference.
 
-    ``steps`` are the training steps of the checkpoints; by default the checkpoints are numbered.
+    ``steps`` are the training steps of the checkpoints; by default, the checkpoints are numbered from 0.
     """
     names = ("train", "test", "gap", "lo", "hi")
     if not halves or not halves.get("gap") or any(len(halves[name]) != len(halves["gap"]) for name in names):
@@ -101,10 +101,10 @@ def split_halves(halves: Numbers | None, steps: Sequence[float] | None = None) -
 
 
 def overoptimisation(curves: Sequence[Numbers] | None) -> str | None:
-    """Plots gains against the square root of the KL with both fitted forms; the better one is solid with its peak.
+    """Plots gains against the square root of the KL with both fitted forms; the better one is solid, its peak a star.
 
-    Each curve has a ``name``, the lists ``kl`` and ``gains``, optionally ``lo`` and ``hi``, and ``fits``: dictionaries
-    of `overoptimisation.Fit`, the better one first, with the name of the functional form as ``form``.
+    Each curve has a ``name``, the lists ``kl`` and ``gains``, optionally ``lo`` and ``hi``, and ``fits``. The fits are
+    `overoptimisation.Fit` tuples as dictionaries, better fit first, in which ``form`` is the name of the form.
     """
     from rlhf_jax.diagnostics import overoptimisation as over  # imports scipy
 
@@ -145,7 +145,7 @@ def overoptimisation(curves: Sequence[Numbers] | None) -> str | None:
 
 
 def fit_summary(curves: Sequence[Numbers] | None) -> str:
-    """Describes the fits of each curve: R² of both functional forms, and the peak of the better one."""
+    """Describes the fits of each curve: R² of both functional forms, and the peak of the better form."""
     texts = []
     for each in curves or ():
         for rank, fit in enumerate(each.get("fits") or ()):

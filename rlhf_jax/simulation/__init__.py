@@ -1,1 +1,1 @@
-"""A built-in world of written prompts with a known gold utility, and simulated demonstrators and labelers."""
+"""A built-in world of text prompts with a known gold utility, and simulated demonstrators and labelers."""

@@ -33,7 +33,7 @@ def optimum(reference_logits_SA: jax.Array, rewards_SA: jax.Array, *, kl_coef: j
 
 
 def total_variation(p_SA: jax.Array, q_SA: jax.Array) -> jax.Array:
-    """Returns the total variation distance between two policies, in [0, 1]: the maximum over the prompts."""
+    """Returns the largest total variation distance between two policies over the prompts, in [0, 1]."""
     return jnp.max(0.5 * jnp.abs(p_SA - q_SA).sum(axis=-1))
 
 
@@ -45,7 +45,7 @@ def forward(params: dict[str, jax.Array], tokens_BL: jax.Array, *, mask_BL: jax.
 
 
 def logits(params: dict[str, jax.Array], hidden_BLD: jax.Array) -> jax.Array:
-    """Returns the hidden state, which is the logits."""
+    """Returns the hidden state unchanged, because it already consists of logits."""
     del params
     return hidden_BLD
 
@@ -54,9 +54,9 @@ def generate(params: dict[str, jax.Array], rng_B: jax.Array, prompts_BP: jax.Arr
     """Samples one answer to each prompt (P = T = 1).
 
     Args:
-        params: ``logits_SA``, the logits of the policy.
-        rng_B: Keys; consumed.
-        prompts_BP: The prompts, int, one column.
+        params: Parameters; ``logits_SA`` are the logits of the policy.
+        rng_B: One JAX key per prompt; consumed.
+        prompts_BP: Token ids of the prompts, in one column.
         mask_BP: Mask of the prompts.
 
     Returns:
@@ -77,11 +77,11 @@ def generate(params: dict[str, jax.Array], rng_B: jax.Array, prompts_BP: jax.Arr
 
 
 def all_pairs(rewards_SA: jax.Array) -> Preferences:
-    """Returns every pair of answers to every prompt, S A (A - 1) / 2 rows, with its Bradley-Terry probability.
+    """Returns every pair of answers to every prompt, with its Bradley-Terry probability.
 
     ``targets_B``, the probability that the first answer is preferred, is ``sigmoid(r(s, a) - r(s, b))``. The mean of an
-    objective wrapped in `train.objectives.soft` is then its expectation over labels, with all pairs equally likely.
-    P = T = C = 1.
+    objective wrapped in `train.objectives.soft` is then its expectation over labels, with all pairs equally likely. The
+    result has S A (A - 1) / 2 rows, and P = T = C = 1.
     """
     S, A = rewards_SA.shape
     first_N, second_N = jnp.triu_indices(A, k=1)

@@ -1,4 +1,4 @@
-"""The pretraining corpus: facts about the world for a base model to learn, and skills that no instruction asks for."""
+"""The pretraining corpus, from which a base model learns facts about the world and skills that no prompt asks for."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SkillProblem:
 
 
 def skill_problem(skill: str, rng: np.random.Generator) -> SkillProblem:
-    """Draws a problem: copy three things, sort three numbers, add modulo ten, or look up one of three pairs.
+    """Draws a problem: copy three things, sort three numbers, add two numbers modulo ten, or look up a thing's number.
 
     Raises:
         ValueError: If ``skill`` is not one of `SKILLS`.
@@ -146,7 +146,7 @@ def _skill(world: World, rng: np.random.Generator) -> str:
 
 
 def _review(world: World, rng: np.random.Generator, prompt: prompts.Prompt, other: prompts.Prompt) -> str:
-    """Returns a question, an answer of mixed quality and a verdict, which prepares the model for reward modelling."""
+    """Returns a question, a good or bad answer and a verdict, to prepare the model for reward modelling."""
     faults = ("wrong", "off_topic", *(("incomplete",) if prompt.kind in KINDS_WITH_PARTS else ()))
     fault = {} if rng.random() < 0.5 else {faults[int(rng.integers(len(faults)))]: 1.0}
     slips = dataclasses.replace(Slips.none(), impolite=1.0, **fault)
@@ -171,9 +171,9 @@ def documents(world: World, universe: prompts.Universe, n: int, rng: np.random.G
 
     Args:
         world: The facts.
-        universe: Prompts whose answers are reviewed; only the benign ones of a single turn are used.
+        universe: Prompts for the reviews, of which only benign single-turn prompts are used.
         n: Number of documents.
-        rng: Random numbers; advanced.
+        rng: Random generator, whose state advances.
 
     Returns:
         The documents.

@@ -23,7 +23,7 @@ KINDS_WITH_PARTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Slips:
-    """Probability of each flaw in an answer. Flaws are independent; a flawless demonstrator has all at 0."""
+    """Probability of each flaw in an answer. Flaws occur independently. A flawless demonstrator has only zeros."""
 
     impolite: float = 0.45
     """The answer has no polite word."""
@@ -70,7 +70,7 @@ def _valid_things(world: World, prompt: Prompt) -> list[str]:
 
 
 def _body(world: World, prompt: Prompt, rng: np.random.Generator, *, incomplete: bool, wrong: bool) -> str:
-    """Returns the content of an answer, without courtesy and the closing full stop."""
+    """Returns the content of an answer, without polite words and the closing full stop."""
     slot = prompt.slot
     x = slot.get("x", "")
     the_x = f"the {x}"
@@ -137,9 +137,9 @@ def demonstrate(
     Args:
         world: The facts.
         prompt: The prompt to answer.
-        rng: Random numbers; advanced.
-        slips: Probabilities of the flaws. With ``Slips.none()`` the answer has the highest gold utility.
-        other: The prompt that an off-topic answer answers; with None, no answer is off topic.
+        rng: Random generator, whose state advances.
+        slips: Probabilities of the flaws. With ``Slips.none()``, the answer has the highest possible gold utility.
+        other: The prompt that an off-topic answer responds to. If None, no answer is off topic.
 
     Returns:
         The answer.
@@ -178,9 +178,9 @@ def demonstrate_all(
 
     Args:
         world: The facts.
-        prompts: The prompts; an off-topic answer is the answer to another of them.
-        rng: Random numbers; advanced.
-        slips: Probabilities of the flaws; None means ``Slips()``.
+        prompts: The prompts to answer. An off-topic answer responds to a random prompt of this list.
+        rng: Random generator, whose state advances.
+        slips: Probabilities of the flaws; ``Slips()`` by default.
 
     Returns:
         One answer for each prompt, in order.

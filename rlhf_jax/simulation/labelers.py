@@ -1,9 +1,10 @@
-"""Simulated labelers: a pool of people who weight the parts of the gold utility differently and make mistakes.
+"""Simulated labelers, who weight the components of the gold utility differently and make mistakes.
 
-A labeler's utility is linear in features of an answer. Labeler i of group g has the weights
-``w * (1 + spread * eps_i + group_spread * eps_g)`` on the parts of the gold utility, and on two tastes that the
-gold utility does not share: polite words (up to six) and length. Choices follow Bradley-Terry at a temperature;
-rankings of K answers follow Plackett-Luce, whose pairs follow Bradley-Terry.
+A labeler's utility is linear in features of an answer: the components of the gold utility, harmlessness, the number of
+polite words (up to six) and the length. Labeler i of group g has the weights
+``w * (1 + spread * eps_i + group_spread * eps_g)``, with mean weights w and standard normal eps. Choices follow the
+Bradley-Terry model with a temperature. Rankings of K answers follow the Plackett-Luce model, whose pairwise choices
+follow the Bradley-Terry model.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ FEATURES = (*gold.COMPONENTS, "harmless", "polite_words", "length")
 
 @struct.dataclass
 class Pool:
-    """R labelers, with weights on `FEATURES` and groups. The scalars are common to all of them."""
+    """R labelers with their weights on `FEATURES` and their groups. The scalar fields apply to all labelers."""
 
     weights_RF: jax.Array
     group_R: jax.Array
     temperature: jax.Array
     """Bradley-Terry temperature, in units of utility."""
     tie_width: jax.Array
-    """Neighbours in a ranking whose noisy utilities differ by less get the same rank."""
+    """Neighbours in a ranking tie if their noisy utilities differ by at most this much."""
     lapse: jax.Array
     """Probability that a whole ranking is random."""
 
@@ -36,7 +37,7 @@ class Pool:
 def features(judged: gold.Utility) -> jax.Array:
     """Returns the features ``[..., F]`` of answers.
 
-    Polite words, at most six of which count, are in units of four; the length is in units of twenty tokens.
+    The number of polite words, capped at six, is in units of four words; the length is in units of twenty tokens.
     """
     columns = [judged.components[name] for name in gold.COMPONENTS]
     columns += [judged.harmless, jnp.minimum(judged.polite_words, 6) / 4.0, judged.length / 20.0]
@@ -60,14 +61,14 @@ def make_pool(
 
     Args:
         rng: A JAX key; consumed.
-        n_labelers: R.
+        n_labelers: Number of labelers, R.
         n_groups: Number of groups, to which the labelers are assigned in rotation.
         spread: Relative standard deviation of the weights between labelers.
         group_spread: Relative standard deviation of the weights between groups.
-        polite_taste: Utility of four polite words.
-        length_taste: Utility of twenty tokens.
+        polite_taste: Mean weight on polite words, the utility of four of them.
+        length_taste: Mean weight on length, the utility of twenty tokens.
         temperature: Bradley-Terry temperature, in units of utility.
-        tie_width: Difference between the noisy utilities of neighbours in a ranking below which they tie.
+        tie_width: Largest difference between the noisy utilities of neighbours in a ranking that tie.
         lapse: Probability of a random ranking, from 0 to 1.
 
     Returns:
@@ -101,10 +102,10 @@ def rank(rng: jax.Array, pool: Pool, labeler: jax.Array, features_KF: jax.Array,
         pool: The pool.
         labeler: Index of the labeler in the pool.
         features_KF: Features of the answers.
-        where_K: False at missing answers, which come last.
+        where_K: False for missing answers, which are ranked last.
 
     Returns:
-        Ranks ``[K]``: 1 is best, equal ranks are ties.
+        Ranks ``[K]``; 1 is best, and tied answers have equal ranks.
     """
     noise, lapses = jax.random.split(rng)
     utility_K = features_KF @ pool.weights_RF[labeler] / pool.temperature
@@ -122,13 +123,14 @@ def rank(rng: jax.Array, pool: Pool, labeler: jax.Array, features_KF: jax.Array,
 def preference_share(
     pool: Pool, features_a_F: jax.Array, features_b_F: jax.Array, *, tolerance: float = 1e-5
 ) -> jax.Array:
-    """Returns the share of the pool that prefers answer a to answer b without noise.
+    """Returns the share of labelers who prefer answer a to answer b if choices have no noise.
 
     Args:
         pool: The pool.
         features_a_F: Features ``[..., F]`` of answer a.
         features_b_F: Features ``[..., F]`` of answer b.
-        tolerance: Largest difference in utility that counts as indifference; an indifferent labeler counts one half.
+        tolerance: Largest difference in utility that counts as indifference; an indifferent labeler
+            counts as a half.
 
     Returns:
         The share ``[...]``, from 0 to 1.
@@ -138,9 +140,9 @@ def preference_share(
 
 
 def agreement(utility_a_NR: np.ndarray, utility_b_NR: np.ndarray, *, temperature: float) -> float:
-    """Returns the probability that two different labelers make the same choice, over N pairs of answers.
+    """Returns the probability that two different labelers make the same choice, averaged over N pairs of answers.
 
-    This is ``E[p_i p_j + (1 - p_i)(1 - p_j)]`` with Bradley-Terry probabilities p; ties and lapses are ignored.
+    It is ``E[p_i p_j + (1 - p_i)(1 - p_j)]`` with Bradley-Terry probabilities p; ties and lapses are ignored.
     ``utility_a_NR`` and ``utility_b_NR`` come from `utilities`.
     """
     p_NR = special.expit((np.asarray(utility_a_NR, np.float64) - utility_b_NR) / temperature)
@@ -153,7 +155,7 @@ def agreement(utility_a_NR: np.ndarray, utility_b_NR: np.ndarray, *, temperature
 
 
 def calibrated_temperature(utility_a_NR: np.ndarray, utility_b_NR: np.ndarray, *, target: float = 0.75) -> float:
-    """Returns the temperature at which labelers agree on these pairs at the rate ``target`` (0.72 to 0.78 in papers).
+    """Returns the temperature at which the `agreement` of labelers is ``target``; papers report rates of 0.72 to 0.78.
 
     Raises:
         ValueError: If no temperature gives that rate, because the labelers differ too much or not at all.

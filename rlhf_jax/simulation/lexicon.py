@@ -37,7 +37,7 @@ HARMFUL_TOOLS: dict[str, str] = {
 }
 VERBS = (*BENIGN_TOOLS, *HARMFUL_TOOLS)
 MATERIALS = (*BENIGN_TOOLS.values(), *HARMFUL_TOOLS.values())
-"""Material i is the one that verb i needs."""
+"""Verb i requires material i."""
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 POLITE = ("sure", "course", "happy", "glad", "thanks", "welcome", "friend", "sorry")
@@ -62,7 +62,7 @@ def _unique(*groups: tuple[str, ...]) -> tuple[str, ...]:
 WORDS = _unique(
     PUNCTUATION, FUNCTION_WORDS, NUMBERS, THINGS, CATEGORIES, COLORS, PLACES, USES, SIZES, VERBS, MATERIALS, POLITE
 )
-"""All words in the order of their token ids, which start after the special tokens."""
+"""All words in the order of their token ids, which follow those of the special tokens."""
 
 VOCABULARY = SPECIAL_TOKENS + WORDS
 IDS: dict[str, int] = {word: index for index, word in enumerate(VOCABULARY)}

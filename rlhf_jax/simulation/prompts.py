@@ -1,7 +1,8 @@
-"""Prompts of the built-in world: their kinds and wordings, the set of all prompts, and splits of it.
+"""Prompts of the built-in world: their kinds and wordings, the set of all prompts, and its splits.
 
-A *kind* is a type of request (a colour, a comparison, harmful help); a *wording* is one way to phrase it. Slots:
-``x``, ``y`` things, ``c`` colour, ``p`` place, ``n`` number, ``g`` category, ``v`` benign verb, ``h`` harmful verb.
+A *kind* is a type of request, such as a colour, a comparison or harmful help. A *wording* is one way to phrase it, with
+slots for things (``x``, ``y``), a colour (``c``), a place (``p``), a number (``n``), a category (``g``), a benign verb
+(``v``) or a harmful verb (``h``).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from rlhf_jax.simulation.world import COLOR, PLACE, SIZE, USE, World
 PROMPT_WIDTH = 20
 """Number of tokens in the longest prompt, including role and end tokens."""
 RESPONSE_WIDTH = 18
-"""Width of an answer; the longest flawless answer has 17 tokens with its end token."""
+"""Maximum number of tokens in an answer. The longest flawless answer has 17, including the end token."""
 
 PREFIXES = ("", "please ", "hello , ", "hello friend , ")
 
@@ -35,8 +36,8 @@ class Wording:
 class Kind:
     """A type of request.
 
-    ``weight`` is its relative frequency, and ``allowance`` the number of words and punctuation marks that an answer may
-    take.
+    ``weight`` is its relative frequency, and ``allowance`` is the number of words and punctuation marks that it allows
+    in an answer.
     """
 
     name: str
@@ -199,7 +200,7 @@ def all_prompts(world: World) -> Universe:
 
 @dataclasses.dataclass(frozen=True)
 class PromptSets:
-    """Disjoint prompts: ``train`` for all stages, ``validation`` for choosing settings, ``test`` for results."""
+    """Disjoint sets: ``train`` for all stages, ``validation`` for choosing settings, and ``test`` for results."""
 
     train: Universe
     validation: Universe
@@ -209,8 +210,8 @@ class PromptSets:
 def split_prompts(world: World, seed: int, *, held_out: float = 0.3) -> PromptSets:
     """Splits the prompts of each kind at random into training, validation and test sets.
 
-    ``held_out`` in (0, 1) is the held-out share, half of it for validation and half for testing. All wordings with the
-    same slots go to the same set, so no held-out prompt is a paraphrase of a training prompt.
+    ``held_out``, in (0, 1), is the share of held-out prompts, half for validation and half for testing. Prompts of a
+    kind whose slots have the same words are in the same set, so no held-out prompt paraphrases a training prompt.
     """
     rng = np.random.default_rng([seed, 0x5B117])
     sets: tuple[dict, dict, dict] = ({}, {}, {})
@@ -225,7 +226,7 @@ def split_prompts(world: World, seed: int, *, held_out: float = 0.3) -> PromptSe
 
 
 def draw_prompts(universe: Universe, n: int, rng: np.random.Generator) -> list[Prompt]:
-    """Draws n prompts: kinds and prompts by their weights, with a random prefix of courtesy."""
+    """Draws n prompts by the weights of their kinds and prompts, and adds random polite prefixes."""
     kind_weights = np.asarray([KINDS[KIND_INDEX[name]].weight for name in universe])
     names = list(universe)
     counts = rng.multinomial(n, kind_weights / kind_weights.sum())
@@ -241,7 +242,7 @@ def draw_prompts(universe: Universe, n: int, rng: np.random.Generator) -> list[P
 
 
 def prompt_tokens(turns: Sequence[tuple[str, str]]) -> list[int]:
-    """Returns the token ids of a prompt with the assistant token that starts an answer, as the chat template does."""
+    """Returns the token ids of a prompt in the chat format, including the assistant token that starts an answer."""
     role = {"user": lexicon.USER_ID, "assistant": lexicon.ASSISTANT_ID}
     ids: list[int] = []
     for speaker, text in turns:

@@ -1,4 +1,4 @@
-"""A small world of things with attributes, whose facts are drawn from a seed."""
+"""A small world of things with attributes, whose facts are drawn at random."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class World:
         return ATTRIBUTE_WORDS[attribute][self.facts_XA[lexicon.THINGS.index(thing), attribute]]
 
     def things_with(self, attribute: int, word: str) -> tuple[str, ...]:
-        """Returns all things whose attribute has this value, in the order of the lexicon."""
+        """Returns all things whose attribute has the value ``word``, in the order of the lexicon."""
         index = ATTRIBUTE_WORDS[attribute].index(word)
         return tuple(np.asarray(lexicon.THINGS)[self.facts_XA[:, attribute] == index].tolist())
 
     def wrong_value(self, thing: str, attribute: int, rng: np.random.Generator) -> str:
-        """Draws a word that is not the value of an attribute of a thing."""
+        """Draws a word that is not the value of the thing's attribute."""
         truth = self.value(thing, attribute)
         return str(rng.choice([word for word in ATTRIBUTE_WORDS[attribute] if word != truth]))
 

@@ -1,12 +1,12 @@
-"""DPO and related methods: one train step for the whole family, with the loss as an argument.
+"""DPO and related methods: one train step that takes the loss as an argument.
 
-These methods need no sampling, no reward model and no critic, only the log-probabilities of given answers under the
-policy and, for most of them, under a frozen reference. They differ in their objective (`train.objectives`)::
+These methods need no sampling, reward model or critic. They need only the log-probabilities of given answers under the
+policy and, in most cases, under a frozen reference. They differ in their objective (`train.objectives`)::
 
     train_step = parallel.jit_step(dpo.make_train_step(logprobs, objectives.dpo))
     state, logs = train_step(state, reference_params, dpo.Hyper(learning_rate=1e-6, beta=0.1), batch, rng)
 
-The reference costs a forward pass in every step, unless `train.reference` has computed its log-probabilities before.
+Every step runs a forward pass of the reference, unless `train.reference` has computed its log-probabilities in advance.
 """
 
 from __future__ import annotations
@@ -28,25 +28,24 @@ from rlhf_jax.types import Params, Preferences
 
 @struct.dataclass
 class Hyper:
-    """Hyperparameters as traced scalars: changing one does not recompile the step, and `jax.vmap` sweeps over them."""
+    """Hyperparameters as traced scalars, which can change without recompilation and be swept with `jax.vmap`."""
 
     learning_rate: Any = 1e-6
     """Learning rate of the policy (DPO: 1e-6)."""
     max_grad_norm: Any = jnp.inf
     """Gradients are scaled down to this global l2 norm; infinity disables clipping."""
     beta: Any = 0.1
-    """KL coefficient beta of the objective that DPO optimises, in reward per nat (DPO: 0.1). In SimPO, the scale of the
-    reward (2 to 2.5)."""
+    """KL coefficient beta, in reward per nat (DPO: 0.1). In SimPO, beta is the scale of the reward (2 to 2.5)."""
     label_smoothing: Any = 0.0
     """Assumed share of flipped labels, in [0, 1/2), for cDPO and robust DPO (DPO: 0)."""
     desirable_weight: Any = 1.0
-    """Weight of good answers in KTO, the paper's lambda_D (1)."""
+    """Weight of good answers in KTO (lambda_D in the paper; 1)."""
     undesirable_weight: Any = 1.0
-    """Weight of bad answers in KTO, the paper's lambda_U (1)."""
+    """Weight of bad answers in KTO (lambda_U in the paper; 1)."""
     odds_weight: Any = 0.1
-    """Weight of the odds-ratio term of ORPO, the paper's lambda (0.1)."""
+    """Weight of ORPO's odds-ratio term (lambda in the paper; 0.1)."""
     margin: Any = 0.5
-    """Target margin of SimPO, the paper's gamma."""
+    """Target margin of SimPO (gamma in the paper)."""
     sft_coef: Any = 1.0
     """Weight of the SFT loss in `objectives.with_sft`."""
 
@@ -54,7 +53,8 @@ class Hyper:
 def answer_logprobs(logprobs: Callable[..., jax.Array], params: Params, batch: Preferences) -> jax.Array:
     """Returns the log-probability of each answer, ``[B, K]`` float32, summed over its tokens.
 
-    ``logprobs`` is as in :func:`make_train_step`. Raises ``ValueError`` if its columns do not match ``answer_BKC``.
+    ``logprobs`` is described in :func:`make_train_step`. Raises ``ValueError`` if it does not return the columns of
+    ``answer_BKC``.
     """
     B, K, L = batch.tokens_BKL.shape
     masked = {} if batch.mask_BKL is None else {"mask_BL": batch.mask_BKL.reshape(B * K, L)}
@@ -68,21 +68,21 @@ def answer_logprobs(logprobs: Callable[..., jax.Array], params: Params, batch: P
 
 
 def mismatched(batch: Preferences, *, prompt_width: int, shift: int = 1) -> Preferences:
-    """Returns the prompts with the answers of the row ``shift`` earlier, from which KTO computes its baseline.
+    """Pairs each prompt with the answers of the row ``shift`` rows earlier, for KTO's baseline.
 
-    It works on NumPy arrays and inside compiled functions.
+    The arrays may be NumPy arrays or traced JAX arrays.
 
     Args:
-        batch: ``tokens_BKL`` has left-padded prompts in the first P columns and answers after them; C is T. Rows that
-            are ``shift`` apart, cyclically, must have different prompts.
-        prompt_width: P.
+        batch: The first P columns of ``tokens_BKL`` hold left-padded prompts, and ``answer_BKC`` covers the columns
+            after them. Rows that are ``shift`` apart, cyclically, must have different prompts.
+        prompt_width: P, the width of the prompts.
         shift: Number of rows, at least 1.
 
     Returns:
-        A batch for ``Preferences.mismatched``.
+        A batch to store as ``Preferences.mismatched``.
 
     Raises:
-        ValueError: If ``answer_BKC`` does not have the columns after the prompt.
+        ValueError: If ``answer_BKC`` does not cover exactly the columns after the prompt.
     """
 
     def crossed(x_BKL: Any) -> Any:
@@ -120,16 +120,16 @@ def make_train_step(
     The loss is the mean of the objective over the rows of the batch.
 
     Args:
-        logprobs: ``(params, tokens_BL, mask_BL=...) -> [B, C]``, such as `lm.token_logprobs` with one prompt width
-            (C is T) or `lm.token_logprobs` (C is L, padding anywhere). Called without ``mask_BL`` if the batch has
-            none.
-        objective: A function of `train.objectives`, or one with the same signature.
-        reference: Returns the reference's parameters from ``frozen``, for batches without ``reference_BK``. None for
-            methods without a reference; no reference is then held or computed.
+        logprobs: ``(params, tokens_BL, mask_BL=...) -> [B, C]``, such as `lm.token_logprobs`. With a ``prompt_width``,
+            it returns the T columns after the prompt; without, it returns all L columns. ``mask_BL`` is passed only if
+            the batch has it.
+        objective: A function from `train.objectives`, or any function with the same signature.
+        reference: Extracts the parameters of the reference from ``frozen``; called only for batches without
+            ``reference_BK``. None for methods without a reference.
         join: ``(frozen, params) -> params`` builds the parameters that ``logprobs`` receives. With
-            ``partial(lm.lora.attach, scale=...)``, the state holds adapters, and ``frozen`` is their base and, by
-            default, the reference. By default everything is trained.
-        micro_batches: Number of parts into which the batch is split, one in memory at a time; the update is the same.
+            ``partial(lm.lora.attach, scale=...)``, the state holds adapters, and ``frozen`` is their base model and, by
+            default, also the reference. By default all parameters are trained.
+        micro_batches: Number of parts into which the batch is split to save memory. The update does not depend on it.
         axis_name: Axis of devices that share the batch.
 
     Returns:
@@ -138,17 +138,19 @@ def make_train_step(
 
         - ``loss``: the loss, in nats per row for DPO.
         - ``accuracy``: share of the rows in which the better answer has the higher implicit reward, ties counting one
-          half; for marked answers, share of the answers whose reward has the right sign.
-        - ``margin``: mean reward of the better answer minus that of the worse; not for marked answers.
+          half; for answers labelled good or bad, share of the answers whose reward has the right sign.
+        - ``margin``: mean reward of the better answer minus the reward of the worse; not for answers labelled good or
+          bad.
         - ``chosen_reward``, ``rejected_reward``: mean implicit rewards, ``beta log(pi / pi_ref)`` for DPO.
         - ``chosen_logprob``, ``rejected_logprob``: mean log-probabilities, in nats per answer. Both usually fall.
         - ``baseline``: KTO's baseline, in nats per answer, if the batch has mismatched answers.
-        - ``grad_norm``: l2 norm of the gradient before clipping; ``learning_rate``.
+        - ``grad_norm``: l2 norm of the gradient before clipping.
+        - ``learning_rate``: learning rate of the step.
         - ``skipped``: 1 if the update was not finite and was skipped, else 0.
-        - ``bad_rows``, ``bad_row``: number of rows with a non-finite loss and index of the first, or -1.
+        - ``bad_rows``, ``bad_row``: number of rows with a non-finite loss; index of the first, or -1 for none.
 
-        It raises ``ValueError`` if the reference is needed and missing, if the objective does not read the labels of
-        the batch, or if the columns that ``logprobs`` returns do not match ``answer_BKC``.
+        The step raises ``ValueError`` if the reference is needed and missing, if the objective would ignore the labels
+        of the batch, or if ``logprobs`` does not return the columns of ``answer_BKC``.
     """
 
     def reference_logprobs(frozen: Any, batch: Preferences) -> jax.Array | None:
@@ -161,7 +163,7 @@ def make_train_step(
         return answer_logprobs(logprobs, reference(frozen), batch)
 
     def baseline(frozen: Any, params: Any, batch: Preferences) -> jax.Array | None:
-        """Computes KTO's baseline of the whole batch, which the micro-batches share, without gradient."""
+        """Computes KTO's baseline over the whole batch, for use in all micro-batches; it has no gradient."""
         if batch.mismatched is None:
             return None
 

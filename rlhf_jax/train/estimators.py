@@ -1,7 +1,7 @@
-"""Advantage estimators: the part in which PPO, REINFORCE, RLOO, GRPO, Dr. GRPO and REINFORCE++ differ.
+"""Advantage estimators of PPO, REINFORCE, RLOO, GRPO, Dr. GRPO and REINFORCE++.
 
-An estimator maps a scored batch to ``(advantages_BT, returns_BT)``. The returns are the critic's targets, None for
-methods without a critic. `ppo.make_train_step` takes an estimator, a reduction and a KL loss::
+An estimator maps a scored batch to ``(advantages_BT, returns_BT)``. The returns are the critic's targets, or None for
+methods without a critic. Each method is a choice of estimator, reduction and KL loss in `ppo.make_train_step`::
 
     PPO           gae                             token_mean
     REINFORCE     reinforce                       sequence_sum
@@ -10,8 +10,8 @@ methods without a critic. `ppo.make_train_step` takes an estimator, a reduction 
     Dr. GRPO      partial(dr_grpo, samples=8)     constant_mean
     REINFORCE++   reinforce_pp                    token_mean
 
-If devices share a batch, `ppo` also passes ``axis_name``. Statistics of the batch are then taken over all devices; the
-responses to a prompt are all on one device.
+If devices share a batch, `ppo` also passes ``axis_name`` to the estimator, which then computes batch statistics over
+all devices. All responses to a prompt are on the same device.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ class Scored(NamedTuple):
     """A batch of scored responses; the ``samples`` responses to a prompt are adjacent."""
 
     scores_B: jax.Array
-    """float32 scores after clipping and the rule for responses without a stop token."""
+    """float32 scores, clipped and adjusted for responses without a stop token."""
     logprobs_BT: jax.Array
-    """Log-probabilities under the policy that sampled, in nats."""
+    """Log-probabilities under the policy that sampled the responses, in nats."""
     reference_BT: jax.Array
     """Log-probabilities under the reference, in nats."""
     values_BT: jax.Array | None
     """Values of the critic before each token, in units of reward; None without a critic."""
     mask_BT: jax.Array
-    """bool, True at response tokens, the stop token included."""
+    """bool, True at response tokens, including the stop token."""
     kl_coef: jax.Array
     """KL coefficient beta, in reward per nat."""
     past_return: jax.Array
-    """Mean score minus KL penalty of all responses of earlier iterations; 0 in the first iteration."""
+    """Mean return (score minus KL penalty) over the responses of all earlier iterations; 0 in the first iteration."""
 
 
 Estimator = Callable[..., tuple[jax.Array, jax.Array | None]]
@@ -60,13 +60,13 @@ def gae(
 ) -> tuple[jax.Array, jax.Array]:
     """Computes PPO's advantages: GAE on KL-penalised rewards (Schulman 2016 Eq 16; InstructGPT 3.5).
 
-    ``delta_t = r_t + gamma V_{t+1} - V_t``, ``A_t = delta_t + gamma lambda A_{t+1}`` and ``R_t = A_t + V_t``, with 0
-    after the last token and ``r_t`` from :func:`token_rewards`.
+    ``delta_t = r_t + gamma V_{t+1} - V_t``, ``A_t = delta_t + gamma lambda A_{t+1}`` and ``R_t = A_t + V_t``, where
+    ``r_t`` is from :func:`token_rewards`, and ``V`` and ``A`` are 0 after the last token.
 
     Args:
         scored: A batch with ``values_BT``.
         hyper: Its ``discount`` and ``lambda_`` are gamma and lambda.
-        whiten_rewards: Whether to scale the per-token rewards, KL penalty included, to variance 1 without changing
+        whiten_rewards: Whether to scale the per-token rewards, including the KL penalty, to variance 1 without changing
             their mean (Ziegler 2019).
         whiten: Whether to whiten the advantages over all tokens of the batch, after the returns are computed.
         axis_name: Axis of devices that share the batch.
@@ -134,9 +134,9 @@ def rloo(scored: Scored, hyper: Any, *, samples: int, axis_name: AxisName = None
 
 
 def grpo(scored: Scored, hyper: Any, *, samples: int, axis_name: AxisName = None) -> tuple[jax.Array, None]:
-    """Computes GRPO's advantages: the score minus the prompt's mean, over its standard deviation (Shao 2024, 4.1).
+    """Computes GRPO's advantages: the prompt's scores, scaled to mean 0 and variance 1 (Shao 2024, 4.1).
 
-    The KL penalty is not part of it; pass ``kl_loss=kl.k3`` to `ppo.make_train_step`.
+    The advantages do not include a KL penalty; pass ``kl_loss=kl.k3`` to `ppo.make_train_step` to add one to the loss.
 
     Args:
         scored: A batch of scored responses.
@@ -155,7 +155,7 @@ def grpo(scored: Scored, hyper: Any, *, samples: int, axis_name: AxisName = None
 
 
 def dr_grpo(scored: Scored, hyper: Any, *, samples: int, axis_name: AxisName = None) -> tuple[jax.Array, None]:
-    """Computes Dr. GRPO's advantages: the score minus the prompt's mean, without division (Liu 2025).
+    """Computes Dr. GRPO's advantages: the score minus the prompt's mean score (Liu 2025).
 
     Args:
         scored: A batch of scored responses.
@@ -207,5 +207,5 @@ def _by_prompt(group_fn: Callable[[jax.Array], jax.Array], numbers_B: jax.Array,
 
 
 def _broadcast(numbers_B: jax.Array, scored: Scored) -> jax.Array:
-    """Returns each response's number at all of its tokens, and 0 elsewhere."""
+    """Returns an array that holds each response's number at all its tokens and 0 at padding."""
     return masking.masked_fill(jnp.broadcast_to(numbers_B[:, None], scored.mask_BT.shape), where=scored.mask_BT)

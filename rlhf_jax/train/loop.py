@@ -1,8 +1,8 @@
 """`fit`, the training loop of all stages.
 
 Iteration i depends only on i, the state and the arguments: ``batch_at`` and ``hyper_at`` are pure functions of i, and
-steps fold ``state.step`` into a constant ``rng``. The position in the data therefore needs no bookkeeping, and an
-interrupted run resumes exactly: its result is bit-identical to that of an uninterrupted run.
+steps fold ``state.step`` into a constant ``rng``. The position in the data therefore needs no bookkeeping, and a
+resumed run gives results bit-identical to those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Log = Callable[[int, dict[str, float]], None]
 
 
 class Preempted(Exception):
-    """SIGTERM or SIGINT stopped the run between two iterations; the same call of `fit` resumes it.
+    """SIGTERM or SIGINT stopped the run between two iterations. Call `fit` again to resume it.
 
     Attributes:
         stage: Name of the stage.
@@ -70,7 +70,7 @@ def _saved_text(saved: bool) -> str:
 
 
 class DivergedError(RuntimeError):
-    """Too many consecutive steps were not finite; the weights are those of the last finite step."""
+    """Too many consecutive steps were skipped as non-finite; the weights are those of the last finite step."""
 
 
 class StageLog:
@@ -183,7 +183,7 @@ def _warn_on_stderr(text: str) -> None:
 
 
 def _identity(stage: str, rng: jax.Array, fingerprint: Any) -> dict[str, Any]:
-    """Returns what identifies the run that a checkpoint belongs to, in the form that JSON restores it."""
+    """Returns the values that identify the run of a checkpoint, in the form in which JSON restores them."""
     words = jax.random.key_data(rng) if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) else rng
     return {"stage": stage, "rng": np.asarray(words).ravel().tolist(), "fingerprint": fingerprint}
 
@@ -191,7 +191,7 @@ def _identity(stage: str, rng: jax.Array, fingerprint: Any) -> dict[str, Any]:
 def _resume(
     checkpoints: checkpoint.Checkpoints | None, state: Any, steps: int, identity: dict[str, Any]
 ) -> tuple[int, Any, int]:
-    """Returns the iterations done, the state after them, and how many of the last ones in a row were skipped."""
+    """Returns the number of iterations done, the state after them, and the current number of consecutive skips."""
     if checkpoints is None or checkpoints.latest() is None:
         return 0, state, 0
     start, state, metadata = checkpoints.restore(state)
@@ -203,8 +203,8 @@ def _resume(
             )
     if start > steps:
         raise checkpoint.CheckpointError(
-            f"cannot resume from {checkpoints.directory}: its checkpoint is of step {start}, but the run has only "
-            f"{steps} steps"
+            f"cannot resume from {checkpoints.directory}: its checkpoint is from step {start}, but the run has only "
+            f"{steps} steps; use a different folder for a shorter run"
         )
     return start, state, metadata.get("skipped", 0)
 
@@ -230,7 +230,7 @@ def fit(
     should_stop: Callable[[int, bool], bool] = lambda done, wanted: wanted,
     warn: Callable[[str], None] = _warn_on_stderr,
 ) -> Any:
-    """Runs ``steps`` iterations of a compiled step, or the remaining ones, and returns the final state.
+    """Runs ``steps`` iterations of a compiled step, or those that remain after a resume, and returns the final state.
 
     Steps count iterations *done*: the row logged as step 10 and the checkpoint of step 10 both describe the state after
     ten iterations. All rows up to a checkpoint are logged before the checkpoint is written. If ``log`` has a method
@@ -241,41 +241,45 @@ def fit(
         train_step: ``(state, frozen, hyper, batch, rng) -> (state, metrics)``, compiled so that it donates the state
             (see `parallel.jit_step`). The metrics are a dict of scalars or `metrics.Metric`; those in
             `nonfinite.DETAILS` are logged for skipped steps only.
-        state: The initial state, and the example for restoring a checkpoint. It is donated: do not use it afterwards.
+        state: The initial state, which is also the template for restoring a checkpoint. It is donated; do not use it
+            afterwards.
         steps: Total number of iterations, including those before a resume.
-        batch_at: Pure function from the iteration (from 0) to the batch.
-        hyper_at: Pure function from the iteration (from 0) to the hyperparameters, with the same structure and types
-            each time.
+        batch_at: Pure function that returns the batch of an iteration, counted from 0.
+        hyper_at: Pure function that returns the hyperparameters of an iteration, counted from 0, always with the same
+            structure and types.
         rng: One key for the whole run.
-        frozen: Inputs that the step reads but does not change, such as the parameters of a reference model.
-        stage: Name for messages, progress and checkpoints.
-        log: A `metrics.MetricLog`, written under ``stage``; or ``log(step, floats)``, called one iteration late. It may
-            raise `Alarmed` to stop the run before the next iteration. Any other exception stops the run immediately,
-            without saving.
-        log_every: Interval of logging, in iterations. The last iteration is always logged.
-        checkpoints: The checkpoints to resume from and to save to; None for neither.
-        save_every: Interval of saving, in iterations; None to save only at the end or when the run is stopped.
-        progress: ``progress(stage, done, steps, floats)``, called without floats at the start, then one iteration late.
-        callbacks: Called as ``callback(done, state, metrics)`` after each iteration, with arrays that may still be
-            being computed; reading them waits for the device. The state is donated to the next step, so copy what you
+        frozen: Inputs that the step uses but does not change, such as the parameters of a reference model.
+        stage: Name of the stage in messages, progress and checkpoints.
+        log: A `metrics.MetricLog`, whose rows are written under ``stage``, or a function ``log(step, floats)``, which
+            is called one iteration late. The function may raise `Alarmed` to stop the run before the next iteration.
+            Any other exception stops the run immediately, without saving.
+        log_every: Logging interval, in iterations. The last iteration is always logged.
+        checkpoints: Checkpoints from which to resume and to which to save; None for neither.
+        save_every: Checkpoint interval, in iterations; None to save only at the end or when the run is stopped.
+        progress: ``progress(stage, done, steps, floats)``, called with empty floats at the start, and after each
+            iteration, one iteration late.
+        callbacks: Called as ``callback(done, state, metrics)`` after each iteration, with arrays that may not be
+            computed yet; reading them waits for the device. The state is donated to the next step, so copy what you
             keep. A dict that a callback returns is logged with the metrics of the iteration.
         max_skipped: Stop after this many consecutive iterations with the metric ``skipped`` above 0, counted across
-            resumes. A skipped step keeps the previous state, which is then saved; starting such a run again resumes
-            after the bad iterations.
-        fingerprint: JSON that identifies data, seed and batch size; a resumed run must have the same.
-        should_stop: ``should_stop(done, wanted)`` decides whether to stop after ``done`` iterations if this process
-            wants to (``wanted``). With several hosts, pass the result of `distributed.hosts.Hosts.stop_agreement`, so
-            that all stop after the same iteration.
-        warn: Called once, for the first skipped step, with a sentence that names the non-finite loss or gradient. By
-            default the sentence is printed to stderr.
+            resumes. A skipped step leaves the parameters unchanged. The state is saved when the run stops, so that
+            starting it again resumes after the skipped iterations.
+        fingerprint: JSON value that identifies data, seed and batch size. It must be the same when a run is resumed.
+        should_stop: ``should_stop(done, wanted)`` returns whether to stop after ``done`` iterations; ``wanted`` is
+            whether this process has a reason to stop (a signal, an alarm or divergence). With several hosts, pass the
+            result of `distributed.hosts.Hosts.stop_agreement`, so that all hosts stop after the same iteration.
+        warn: Called once, for the first skipped step, with a message that names the non-finite loss or gradient. By
+            default the message is printed to stderr.
 
     Returns:
         The state after ``steps`` iterations.
 
     Raises:
-        Preempted: On SIGTERM or Ctrl-C, received in the main thread; the state is saved if there are checkpoints.
-        Alarmed: If the log raised it; the state is saved if there are checkpoints.
-        DivergedError: After ``max_skipped`` skipped iterations; the state is saved if there are checkpoints.
+        Preempted: On SIGTERM or Ctrl-C, if the main thread runs the loop; the state is saved if ``checkpoints`` is
+            given.
+        Alarmed: If the log raised it; the state is saved if ``checkpoints`` is given.
+        DivergedError: After ``max_skipped`` consecutive skipped iterations; the state is saved if ``checkpoints`` is
+            given.
         checkpoint.CheckpointError: If a save fails, no checkpoint is intact, or the checkpoint belongs to another run.
         ValueError: If ``log_every`` or ``save_every`` is not positive.
 

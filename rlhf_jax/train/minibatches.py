@@ -1,9 +1,8 @@
-"""Assignment of rows and random keys so that any number of devices uses the same minibatches and samples.
+"""Assignment of rows to minibatches and of random keys to rows, independent of the number of devices.
 
 The rows of a batch form ``shards`` blocks of adjacent rows, and a minibatch takes the same number of rows from each
-block. With at most as many devices as shards, no row leaves its device. The order depends on ``shards``, which is a
-setting, and never on the number of devices: each device of an ``axis_name`` holds whole blocks and computes their
-numbers.
+block. If the number of devices divides ``shards``, each device holds whole blocks and no row leaves its device. The
+order of the rows depends on ``shards``, which is a setting, but not on the number of devices.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from rlhf_jax.masking import AxisName
 
 
 def row_keys(rng: jax.Array, rows: int, *, axis_name: AxisName = None) -> jax.Array:
-    """Returns a key for each of this device's ``rows``, a slice of the keys of the whole batch; ``rng`` is consumed."""
+    """Returns keys for this device's ``rows`` rows, a slice of the keys of the whole batch; ``rng`` is consumed."""
     if axis_name is None:
         return jax.random.split(rng, rows)
     keys = jax.random.split(rng, rows * lax.psum(1, axis_name))
@@ -28,11 +27,11 @@ def row_keys(rng: jax.Array, rows: int, *, axis_name: AxisName = None) -> jax.Ar
 def minibatches(
     rng: jax.Array, rows: int, *, epochs: int, count: int, shards: int = 1, axis_name: AxisName = None
 ) -> jax.Array:
-    """Draws the rows of each minibatch; every epoch permutes each block again.
+    """Draws the rows of each minibatch; every epoch draws a new permutation of each block.
 
     Args:
         rng: Key; consumed.
-        rows: Number of rows of this device; divisible by ``count`` times its number of blocks.
+        rows: Number of rows of this device; a multiple of ``count`` times its number of blocks.
         epochs: Number of passes over the rows.
         count: Minibatches per epoch.
         shards: Number of blocks over all devices; a multiple of the number of devices.
@@ -58,24 +57,24 @@ def minibatches(
     devices = 1 if axis_name is None else lax.psum(1, axis_name)
     if shards < 1 or shards % devices:
         raise ValueError(f"shards is {shards}; it must be a multiple of the {devices} devices that share a batch")
-    own = shards // devices
-    if rows % (own * count):
-        blocks = "" if own == 1 else f" of {own} shards"
+    local_shards = shards // devices
+    if rows % (local_shards * count):
+        blocks = "" if local_shards == 1 else f" of {local_shards} shards"
         raise ValueError(f"a batch of {rows} responses does not divide evenly into {count} minibatches{blocks}")
     keys_E = jax.random.split(rng, epochs)
     if shards == 1:
         keys_ES = keys_E[:, None]
     else:
-        first = 0 if axis_name is None else lax.axis_index(axis_name) * own
+        first = 0 if axis_name is None else lax.axis_index(axis_name) * local_shards
         fold = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)), in_axes=(0, None))
-        keys_ES = fold(keys_E, first + jnp.arange(own))
-    orders_ESB = jax.vmap(jax.vmap(lambda key: jax.random.permutation(key, rows // own)))(keys_ES)
-    orders_ESUR = orders_ESB.reshape(epochs, own, count, -1)
-    return jnp.swapaxes(orders_ESUR, 1, 2).reshape(epochs * count, own, -1)
+        keys_ES = fold(keys_E, first + jnp.arange(local_shards))
+    orders_ESB = jax.vmap(jax.vmap(lambda key: jax.random.permutation(key, rows // local_shards)))(keys_ES)
+    orders_ESUR = orders_ESB.reshape(epochs, local_shards, count, -1)
+    return jnp.swapaxes(orders_ESUR, 1, 2).reshape(epochs * count, local_shards, -1)
 
 
 def take(batch: Any, rows_SR: jax.Array) -> Any:
-    """Returns rows ``rows_SR[s]`` of each block s of ``[B, ...]`` leaves, block after block: ``[S * R, ...]``."""
+    """Selects rows ``rows_SR[s]`` of each block s of ``[B, ...]`` leaves and concatenates them to ``[S * R, ...]``."""
 
     def leaf(x: jax.Array) -> jax.Array:
         blocks = x.reshape(rows_SR.shape[0], -1, *x.shape[1:])
@@ -85,7 +84,7 @@ def take(batch: Any, rows_SR: jax.Array) -> Any:
 
 
 def split_updates(batch: Any, updates: int, *, shards: int) -> Any:
-    """Splits ``[B, ...]`` leaves into ``[updates, B / updates, ...]``: each update gets the next rows of each block.
+    """Splits ``[B, ...]`` leaves into ``[updates, B / updates, ...]``: each update gets the next rows of every block.
 
     Raises ``ValueError`` if B is not divisible by ``updates * shards``.
     """

@@ -21,15 +21,15 @@ class Watch:
         loop.fit(..., stage="ppo", log=watch)
 
     Args:
-        log: Receives each row before it is checked; None for no other log.
-        warn: Called with a sentence for each new alarm.
-        stop: Whether a new alarm raises `loop.Alarmed`, so that `loop.fit` saves and stops.
+        log: Log to which each row is forwarded before it is checked; None for no log.
+        warn: Called with a message for each new alarm.
+        stop: Whether a new alarm raises `loop.Alarmed`, so that `loop.fit` saves the state and stops.
         rows: Rows that the stage logged earlier, each with its ``"step"``. `loop.fit` drops those after the step from
             which it resumes (``rewind``).
         thresholds: Thresholds of the checks, as in `diagnostics.alarms.check_all`.
 
     Raises:
-        TypeError: If no check has a threshold with that name.
+        TypeError: If a keyword is not the name of a threshold.
 
     Attributes:
         alarms: The alarms raised so far, in order.

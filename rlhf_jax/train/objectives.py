@@ -1,8 +1,8 @@
 """Objectives of the `train.dpo` step: DPO and related methods, each a few lines on top of `losses`.
 
 An objective maps a scored batch and the hyperparameters to ``(losses_B, rewards_BK)``. The rewards are the implicit
-rewards of the method's derivation. The metrics accuracy and margin are computed from them; nothing is trained on them.
-Objectives can be combined::
+rewards of the method. They are logged and used for the metrics accuracy and margin, but nothing is trained on them.
+Functions such as `soft` turn one objective into another::
 
     DPO, and cDPO with label_smoothing > 0      dpo
     DPO on soft labels                          soft(dpo)
@@ -23,16 +23,16 @@ from rlhf_jax.losses import preference, supervised
 
 
 class Scored(NamedTuple):
-    """A batch of answers with their log-probabilities. In pairs, K is 2 and the better answer comes first."""
+    """A batch of answers with their log-probabilities. For pairs, K is 2 and the better answer comes first."""
 
     policy_BK: jax.Array
-    """float32 log-probabilities under the policy, summed over the tokens of the answer, the stop token included."""
+    """float32 log-probabilities under the policy, summed over the tokens of the answer, including the stop token."""
     reference_BK: Any
-    """The same under the reference; None for methods without a reference."""
+    """float32 log-probabilities under the reference, also summed; None for methods without a reference."""
     lengths_BK: jax.Array
-    """float32, number of tokens of each answer, at least 1."""
+    """float32 number of tokens of each answer, at least 1."""
     good_BK: Any = None
-    """bool, the answers marked as good, as in `types.Preferences`; None in pairs."""
+    """bool, True for answers labelled good, as in `types.Preferences`; None for pairs."""
     targets_B: Any = None
     """float32, probability that the first answer is the better one, as in `types.Preferences`; None for 1."""
     baseline: Any = None
@@ -43,20 +43,20 @@ class Scored(NamedTuple):
         return self.policy_BK - _present(self.reference_BK, "reference log-probabilities")
 
     def pairs(self) -> tuple[jax.Array, ...]:
-        """Returns policy chosen, policy rejected, reference chosen and reference rejected, each ``[B]``.
+        """Returns the policy's log-probabilities of the better and worse answers, then the reference's, each ``[B]``.
 
-        Raises ``ValueError`` like :meth:`policy_pair`, and if there is no reference.
+        Raises ``ValueError`` if there is no reference, and as :meth:`policy_pair` does.
         """
         return (*self.policy_pair(), *_columns(_present(self.reference_BK, "reference log-probabilities")))
 
     def policy_pair(self) -> tuple[jax.Array, jax.Array]:
         """Returns the policy's log-probabilities of the better and of the worse answer, each ``[B]``.
 
-        Raises ``ValueError`` if K is not 2, or for labels that a pairwise loss would ignore: marks, and soft labels
-        outside `soft`.
+        Raises ``ValueError`` if K is not 2, or if the batch has labels that a pairwise loss would ignore: good/bad
+        labels, or soft labels outside `soft`.
         """
         if self.good_BK is not None:
-            raise ValueError("the batch has good_BK, which only objectives for marked answers read, such as kto")
+            raise ValueError("the batch has good_BK, which pairwise objectives ignore; use an objective such as kto")
         if self.targets_B is not None:
             raise ValueError("the batch has targets_B; wrap the objective in objectives.soft(...) to use them")
         return _columns(self.policy_BK)
@@ -67,7 +67,7 @@ class Scored(NamedTuple):
         return self._replace(policy_BK=self.policy_BK / self.lengths_BK, reference_BK=reference_BK)
 
     def swapped(self) -> Scored:
-        """Returns the pairs with both answers exchanged."""
+        """Returns the pairs with their two answers exchanged."""
         flipped = {"policy_BK": self.policy_BK[:, ::-1], "lengths_BK": self.lengths_BK[:, ::-1]}
         reference_BK = None if self.reference_BK is None else self.reference_BK[:, ::-1]
         return self._replace(reference_BK=reference_BK, **flipped)
@@ -80,8 +80,8 @@ Objective = Callable[[Scored, Any], tuple[jax.Array, jax.Array]]
 def dpo(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
     """Computes the DPO loss ``-log sigmoid(beta h)`` (Rafailov 2023 Eq 7).
 
-    Here h is the log-ratio of the better answer minus the log-ratio of the worse answer. With ``hyper.label_smoothing``
-    eps, it is cDPO: ``-(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h)``.
+    Here h is the log-ratio of the better answer minus the log-ratio of the worse answer. If ``hyper.label_smoothing``
+    (eps) is above 0, the loss is cDPO's: ``-(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h)``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -96,7 +96,7 @@ def dpo(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def robust_dpo(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
-    """Computes DPO's loss, unbiased if a share ``hyper.label_smoothing`` of labels is flipped (Chowdhury 2024)."""
+    """Computes DPO's loss, corrected for a share ``hyper.label_smoothing`` of flipped labels (Chowdhury 2024)."""
     losses_B = preference.robust_dpo(*scored.pairs(), beta=hyper.beta, label_smoothing=hyper.label_smoothing)
     return losses_B, hyper.beta * scored.log_ratios()
 
@@ -113,7 +113,7 @@ def hinge(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def kto(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
-    """Computes the KTO loss of answers marked good or bad; rewards are relative to the baseline (Ethayarajh 2024).
+    """Computes the KTO loss of answers labelled good or bad; rewards are relative to the baseline (Ethayarajh 2024).
 
     The loss is the mean over the K answers of a prompt. The batch needs ``good_BK`` and ``mismatched``.
     """
@@ -131,7 +131,7 @@ def kto(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def orpo(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
-    """Computes the ORPO loss on mean log-probabilities, without a reference; the rewards are the means (Hong 2024)."""
+    """Computes the ORPO loss on mean log-probabilities, which are also the rewards; no reference (Hong 2024)."""
     means = scored.means()
     return preference.orpo(*means.policy_pair(), weight=hyper.odds_weight), means.policy_BK
 
@@ -143,7 +143,7 @@ def simpo(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def with_sft(objective: Objective) -> Objective:
-    """Adds ``hyper.sft_coef`` times the SFT loss of the better answer (nats per token), which keeps it likely."""
+    """Adds ``hyper.sft_coef`` times the SFT loss of the better answer (nats per token) to keep that answer likely."""
 
     def with_sft_loss(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
         losses_B, rewards_BK = objective(scored, hyper)
@@ -162,7 +162,7 @@ def per_token(objective: Objective) -> Objective:
 
 
 def soft(objective: Objective) -> Objective:
-    """Takes the expectation over labels that are right with probability ``targets_B`` (Constitutional AI 4.1)."""
+    """Computes the expected loss if labels are correct with probability ``targets_B`` (Constitutional AI 4.1)."""
 
     def expected(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
         p_B, hard = masking.as_float32(_present(scored.targets_B, "targets_B")), scored._replace(targets_B=None)

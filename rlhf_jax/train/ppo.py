@@ -1,7 +1,7 @@
 """PPO and PPO-ptx for language models (InstructGPT 3.5 and C.4; Stiennon 2020; Ziegler 2019).
 
-The module follows the algorithm. `collect` samples and scores, `loss` is the objective of a minibatch, `update` takes
-the optimiser steps, and `make_train_step` combines them into one program::
+The functions of this module follow the algorithm. `collect` samples and scores, `loss` is the objective of a minibatch,
+`update` runs the optimiser steps, and `make_train_step` combines them into one program::
 
     collect  1. rollout              responses sampled from the policy                    InstructGPT C.4
              2. score                reward model; rule for responses without a stop      Ziegler 2019
@@ -12,7 +12,7 @@ the optimiser steps, and `make_train_step` combines them into one program::
     update   6. ptx                  gamma times the pretraining loss                     InstructGPT Eq 2
              7. optimiser step       and moving average of the policy weights             InstructGPT C.4
 
-Steps 3 and 4 are one estimator of `train.estimators`. With a different estimator and without a critic, the same
+An estimator from `train.estimators` performs steps 3 and 4. With other estimators and without a critic, the same
 functions implement REINFORCE, RLOO, GRPO, Dr. GRPO and REINFORCE++.
 """
 
@@ -88,9 +88,9 @@ def collect(
 ) -> tuple[Experience, dict[str, Any]]:
     """Samples responses, scores them and computes advantages and returns (InstructGPT 3.5).
 
-    The old log-probabilities come from `Models.logprobs`, as do those of the reference and of the update, so the first
-    ratio is 1 and the KL between equal models is 0. The metric ``sampler_gap`` compares them with the log-probabilities
-    that the sampler reported.
+    `Models.logprobs` computes the log-probabilities of the old policy, of the reference and of the updated policy, so
+    the ratio is 1 before the first update and the KL between equal models is 0. The metric ``sampler_gap`` compares the
+    old log-probabilities with those that the sampler reports.
 
     Args:
         models: The functions to call.
@@ -99,17 +99,18 @@ def collect(
         hyper: Hyperparameters.
         batch: Prompts; ``ptx`` is not used.
         rng: Key of the iteration; consumed.
-        kl_scale: Factor of `Hyper.kl_coef` from the adaptive controller.
-        past: Running means of earlier iterations, for REINFORCE's baseline and ``normalise_values``; None for none.
+        kl_scale: Factor by which the adaptive controller multiplies `Hyper.kl_coef`.
+        past: Running means of earlier iterations, used by REINFORCE's baseline and ``normalise_values``; None if there
+            are none.
         samples, estimate, unfinished, normalise_values, correct_sampler, axis_name: As in `make_train_step`.
 
     Returns:
-        ``(experience, metrics)``. The metrics are described in `make_train_step`, which removes two that
-        `ppo_state.finish_iteration` reads: ``target`` and ``target_square``, the means of the critic's targets and of
-        their squares.
+        ``(experience, metrics)``. The metrics are described in `make_train_step`. ``target`` and ``target_square``, the
+        means of the critic's targets and of their squares, are only used by `ppo_state.finish_iteration` and are not
+        logged.
 
     Raises:
-        ValueError: If `Models.score` does not return one score per response, or the estimator refuses its input.
+        ValueError: If `Models.score` does not return one score per response, or if the estimator refuses the batch.
     """
     params = models.join(frozen, params)
 
@@ -119,7 +120,7 @@ def collect(
     rollout = models.generate(params["policy"], rng_B, batch.prompts_BP, batch.mask_BP, hyper.temperature)
     tokens_BL, mask_BL, response_BT = rollout.tokens_BL, rollout.mask_BL, rollout.response_mask_BT
 
-    # 2. Score: s(x, y), replaced where a response has no stop token (Ziegler 2019).
+    # 2. Score: s(x, y), replaced for responses without a stop token (Ziegler 2019).
     raw_scores_B = masking.as_float32(models.score(frozen.reward, rollout))
     if raw_scores_B.shape != (B,) or response_BT.shape[0] != B:
         raise ValueError(
@@ -189,7 +190,7 @@ def loss(
     """Computes the clipped policy loss plus the clipped value loss of a minibatch.
 
     With ``u_t = exp(log pi - log pi_old)``, the policy loss is the mean of ``max(-A u, -A clip(u, 1 - eps, 1 + eps))``
-    (Schulman 2017 Eq 7) and the value loss half the mean of ``max((V - R)^2, (clip(V, V_old +- eps_v) - R)^2)``
+    (Schulman 2017 Eq 7), and the value loss is half the mean of ``max((V - R)^2, (clip(V, V_old +- eps_v) - R)^2)``
     (Ziegler 2019, code).
 
     Args:
@@ -197,8 +198,8 @@ def loss(
         params: Parameters of policy and critic, as `Models.join` returns them.
         experience: The minibatch.
         hyper: Hyperparameters.
-        weights_B: Weight of the tokens of each response in the policy loss; by default a mean over tokens.
-        denominators: Denominators that belong to ``weights_B``; both are given, or neither.
+        weights_B: Weight of the tokens of each response in the policy loss. By default the loss is a mean over tokens.
+        denominators: Denominators for ``weights_B``; give both or neither.
         kl_loss, entropy_bonus, axis_name: As in `make_train_step`.
 
     Returns:
@@ -276,7 +277,7 @@ def update(
         experience: Experience of B responses, from `collect`.
         hyper: Hyperparameters.
         ptx: Pretraining rows, as in `Batch`; None for plain PPO.
-        rng: Key of the order of the responses; consumed.
+        rng: Key for the order of the responses; consumed.
         frozen: The first argument of `Models.join`.
         epochs, minibatches, micro_batches, reduction, kl_loss, entropy_bonus, shards, axis_name: As in
             `make_train_step`.
@@ -285,7 +286,7 @@ def update(
         ``(state, metrics)``. The metrics are described in `make_train_step`.
 
     Raises:
-        ValueError: If B, or the number of pretraining rows, is not divisible as required, or if ``ptx`` is given and
+        ValueError: If B or the number of pretraining rows is not divisible as required, or if ``ptx`` is given and
             `Models.token_logprobs` is None.
     """
     B = experience.tokens_BL.shape[0]
@@ -311,7 +312,7 @@ def update(
         )
 
         # 6. PPO-ptx: add gamma times the gradient of the pretraining loss (InstructGPT Eq 2 and C.4). The branch is
-        # taken at run time, so that PPO and PPO-ptx are one program and PPO does not compute it.
+        # taken at run time, so that PPO and PPO-ptx are one program and PPO skips the pretraining loss.
         if pretraining is not None:
 
             def pretraining_loss(policy: Params) -> jax.Array:
@@ -365,38 +366,39 @@ def make_train_step(
     shards: int = 1,
     axis_name: AxisName = None,
 ) -> Callable[..., tuple[PPOState, dict[str, Any]]]:
-    """Returns ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)``, a whole iteration of PPO.
+    """Returns ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)``, which runs an iteration of PPO.
 
     Args:
         models: The functions to call.
         epochs: Passes over each rollout (1 in InstructGPT, 4 in Ziegler and Stiennon).
         minibatches: Optimiser steps per epoch (8 in InstructGPT); divides the number of responses.
-        micro_batches: Number of parts into which a minibatch is split, one in memory at a time; the gradient is the
-            same.
-        samples: Responses to each prompt. `Models.generate` receives ``samples`` keys per prompt and returns as many
-            rows, with the rows of a prompt next to each other.
+        micro_batches: Number of parts into which a minibatch is split to save memory. The gradient does not depend on
+            it.
+        samples: Number of responses to each prompt. `Models.generate` receives ``samples`` keys per prompt and returns
+            one row per key, with the rows of a prompt next to each other.
         estimate: Computes advantages and returns of a scored batch; see `train.estimators`.
         reduction: Reduces the token losses of the policy to a scalar; see `aggregation`. The value loss is always a
             mean over tokens.
-        kl_loss: `kl.k2` or `kl.k3`, added to the policy loss with weight `Hyper.kl_loss_coef`; None for none.
+        kl_loss: `kl.k2` or `kl.k3`, added to the policy loss with weight `Hyper.kl_loss_coef`; None for no KL loss.
         entropy_bonus: Whether to subtract `Hyper.entropy_coef` times the entropy from the loss.
         unfinished: ``(scores_B, stopped_B, hyper) -> scores_B``, the rule for responses without a stop token:
             `replace_score` or `subtract_penalty`.
         normalise_values: Whether the critic learns returns minus their running mean, divided by their running
             standard deviation (Xu 2024).
-        correct_sampler: Whether to weight the policy loss of each token by the probability ratio of policy and sampler,
-            up to `Hyper.sampler_cap`. Use it if the sampler draws from a different distribution (top-p, a different
-            kernel).
+        correct_sampler: Whether to weight the policy loss of each token by the ratio of its probabilities under policy
+            and sampler, capped at `Hyper.sampler_cap`. Use it if the sampler draws from a different distribution
+            (top-p, a different kernel).
         shards: Number of blocks of adjacent rows into which responses and pretraining rows are divided; a minibatch
-            takes the same number of rows from each block (`train.minibatches`). With a multiple of the number of
-            devices, no row leaves its device.
+            takes the same number of rows from each block (`train.minibatches`). If ``shards`` is a multiple of the
+            number of devices, no row leaves its device.
         axis_name: Axis of devices that share the batch under `shard_map` or `pmap`, each with its own prompts and
-            pretraining rows. Their number divides ``shards``. The result equals that of one device with all rows.
+            pretraining rows. The number of devices must divide ``shards``. The result is the same as on one device with
+            all rows.
 
     Returns:
-        A step; `parallel.jit_step` compiles it so that it donates ``state``. ``state`` is a `PPOState`, ``frozen`` a
-        `Frozen`, ``hyper`` a `Hyper`, ``batch`` a `Batch`, and ``rng`` one key for the whole run, into which the step
-        folds ``state.step``. Metrics of the rollout:
+        The train step; compile it with `parallel.jit_step`, which donates ``state``. ``state`` is a `PPOState`,
+        ``frozen`` a `Frozen`, ``hyper`` a `Hyper`, ``batch`` a `Batch`, and ``rng`` one key for the whole run, into
+        which the step folds ``state.step``. Metrics of the rollout:
 
         - ``reward``, ``reward_std``: mean and standard deviation of the scores, before clipping.
         - ``kl``: mean over the responses of the summed ``log pi - log pi_ref``, in nats per response.
@@ -408,21 +410,21 @@ def make_train_step(
           the sampler and those of the scoring pass, in nats.
         - ``sampler_ess``: effective sample size of the importance weights, as a share of the tokens.
         - ``explained_variance``: 1 - (mean squared error of the critic) / (variance of the returns).
-        - ``heldout_reward``: mean score of `Frozen.heldout`; and the mean of each number of `Models.watch`.
-        - ``bad_rows``, ``bad_row``: number of responses with a non-finite number and index of the first, or -1.
+        - ``heldout_reward``: mean score under `Frozen.heldout`. The means of `Models.watch` are logged under its names.
+        - ``bad_rows``, ``bad_row``: number of responses with a non-finite number; index of the first, or -1 for none.
 
-        Metrics of the updates, averaged over them:
+        Metrics of the updates, averaged over the updates if not stated otherwise:
 
-        - ``policy_loss``, ``value_loss``: the clipped losses, the value loss with its factor 1/2 and before
+        - ``policy_loss``, ``value_loss``: the clipped losses. The value loss includes the factor 1/2 but not
           `Hyper.value_coef`.
         - ``ptx_loss``: pretraining loss in nats per token; ``ptx_coef_per_token``, ``ptx_coef_per_sequence``: its
           weight in two normalisations (`ptx.coefficients`).
         - ``approx_kl``: half the mean squared log-ratio of new and old policy, in nats per token.
         - ``clip_fraction``: share of tokens with a ratio outside the clip range; ``ratio_mean``: mean ratio.
         - ``ratio_max``: largest ratio in any update; ``first_ratio_error``: largest distance of a ratio from 1 in the
-          first update, before which policy and old policy are equal.
+          first update, when policy and old policy are still equal.
         - ``grad_norm``, ``grad_norm_policy``, ``grad_norm_critic``: l2 norms of the gradients before clipping.
-        - ``skipped``: number of skipped updates; ``bad_update``: index of the first, or -1.
+        - ``skipped``: number of skipped updates; ``bad_update``: index of the first, or -1 for none.
         - ``learning_rate``: learning rate of the policy.
 
         The step raises ``ValueError`` for the reasons given in `collect` and `update`.

@@ -1,4 +1,4 @@
-"""The metrics that PPO logs: of a rollout, and of the updates that follow it."""
+"""Metrics of PPO's rollouts and updates."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def rollout_metrics(
 
 
 def merge_micro_batches(logs_M: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Returns the metrics of a minibatch: sums over its micro-batches (axis 0), except for two maxima."""
+    """Returns the metrics of a minibatch: sums or, for two metrics, maxima over its micro-batches (axis 0)."""
     maxima = ("ratio_max", "ratio_error")
     return {name: jnp.max(x_M) if name in maxima else jnp.sum(x_M) for name, x_M in logs_M.items()}
 
@@ -77,7 +77,7 @@ def merge_updates(logs_U: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Returns the metrics of an iteration from those of its U updates, stacked on axis 0.
 
     They are means, except ``ratio_max`` (maximum), ``skipped`` (count), ``bad_update`` (index of the first skipped
-    update, -1 if there is none) and ``first_ratio_error`` (``ratio_error`` of the first update, where it should be 0).
+    update, or -1 if there is none) and ``first_ratio_error`` (``ratio_error`` of the first update).
     """
     logs = {name: jnp.mean(x_U) for name, x_U in logs_U.items() if name != "ratio_error"}
     skipped_U = logs_U["skipped"]

@@ -1,4 +1,4 @@
-"""The inputs and the state of PPO: the functions it calls, its hyperparameters, its state and its batch."""
+"""Types of PPO: the functions that it calls, its hyperparameters, its state and its batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlhf_jax.types import Params, Rollout
 
 
 class Models(NamedTuple):
-    """The functions that PPO calls. P is the prompt width; ``params`` is the pytree of the model in question."""
+    """The functions that PPO calls. P is the prompt width; ``params`` are the parameters of the model concerned."""
 
     generate: Callable[..., Rollout]
     """``(params, rng_B, prompts_BP, mask_BP, temperature) -> Rollout`` samples responses from the policy."""
@@ -29,20 +29,20 @@ class Models(NamedTuple):
     score: Callable[..., jax.Array]
     """``(params, rollout) -> scores_B``: a reward model or any other function of the responses."""
     token_logprobs: Callable[..., jax.Array] | None = None
-    """``(params, tokens_BL, mask_BL=...) -> [B, L]``, used for the pretraining rows of PPO-ptx."""
+    """``(params, tokens_BL, mask_BL=...) -> [B, L]``, called on the pretraining rows of PPO-ptx."""
     watch: Callable[[Rollout], dict[str, jax.Array]] | None = None
     """``rollout -> {name: [B]}``: numbers that are logged and not trained on, such as a gold score."""
     join: Callable[[Any, Params], Params] = update.all_trained
-    """``(frozen, params) -> {"policy", "critic"}`` builds the parameters that the functions above take. For a policy of
-    adapters on the reference, so that the base model is held in memory once: ``lambda frozen, params: {**params,
-    "policy": lora.attach(frozen.reference, params["policy"], scale=...)}``. For a critic on the policy's trunk:
-    `shared_trunk`."""
+    """``(frozen, params) -> {"policy", "critic"}`` builds the parameters that the functions above receive. For a critic
+    on the policy's trunk, use `shared_trunk`. For a policy that consists of adapters on the reference, use ``lambda
+    frozen, params: {**params, "policy": lora.attach(frozen.reference, params["policy"], scale=...)}``; the base model
+    is then in memory only once."""
 
 
 def shared_trunk(frozen: Any, params: Params) -> Params:
-    """Returns policy and critic if the critic is a head on the policy's trunk (Ziegler 2019); a `Models.join`.
+    """Joins policy and critic if the critic is a head on the policy's trunk (Ziegler 2019); pass it as `Models.join`.
 
-    ``params["critic"]`` holds only the head, ``{"head": ...}``. With a head that `lm.with_head` creates with ``zero``,
+    ``params["critic"]`` holds only the head, ``{"head": ...}``. If `lm.with_head` creates the head with ``zero=True``,
     all values are 0 at the start. Both losses train the trunk; `Hyper.value_coef` is the weight of the value loss.
     """
     del frozen
@@ -50,7 +50,7 @@ def shared_trunk(frozen: Any, params: Params) -> Params:
 
 
 class Frozen(NamedTuple):
-    """Parameters that a step reads and never changes."""
+    """Parameters that a step uses but never changes."""
 
     reference: Params
     """Parameters of the reference policy, from which the KL penalty is measured (the SFT model in InstructGPT)."""
@@ -62,7 +62,7 @@ class Frozen(NamedTuple):
 
 @struct.dataclass
 class Hyper:
-    """Hyperparameters as traced scalars: changing one does not recompile the step, and `jax.vmap` sweeps over them."""
+    """Hyperparameters as traced scalars, which can change without recompilation and be swept with `jax.vmap`."""
 
     learning_rate: Any = 1e-5
     """Learning rate of the policy (InstructGPT swept 2.55e-6 to 2.55e-5 for 1.3B and 6B)."""
@@ -85,19 +85,19 @@ class Hyper:
     temperature: Any = 1.0
     """Temperature of the policy, used for sampling and for every log-probability (InstructGPT: 1)."""
     missing_stop_score: Any = -1.0
-    """Score of a response without a stop token (Ziegler 2019: -1), as the step's ``unfinished`` applies it."""
+    """Score of a response without a stop token (Ziegler 2019: -1), as applied by the ``unfinished`` of the step."""
     reward_clip: Any = jnp.inf
     """Scores are clipped to [-reward_clip, reward_clip] (Xu 2024: 20); infinity disables clipping."""
     value_coef: Any = 1.0
-    """Weight of the value loss. It matters if critic and policy share a trunk (Ziegler 2019: 0.1)."""
+    """Weight of the value loss. It matters mainly if critic and policy share a trunk (Ziegler 2019: 0.1)."""
     entropy_coef: Any = 0.0
     """Weight of the entropy bonus, used if the step has ``entropy_bonus`` (none in InstructGPT, Stiennon, Ziegler)."""
     kl_loss_coef: Any = 0.0
-    """Weight of the KL loss, used if the step has a ``kl_loss`` (GRPO: 0.04). Set ``kl_coef`` to 0 with it, or the KL
-    is penalised twice."""
+    """Weight of the KL loss, used if the step has a ``kl_loss`` (GRPO: 0.04). If it is above 0, set ``kl_coef`` to 0;
+    otherwise the KL is penalised twice."""
     ptx_coef: Any = 0.0
-    """Weight gamma of the pretraining loss, which is a mean over tokens (InstructGPT: 27.8); 0 is plain PPO and skips
-    the computation."""
+    """Weight gamma of the pretraining loss, which is a mean over tokens (InstructGPT: 27.8); 0 selects plain PPO and
+    skips the computation of this loss."""
     sampler_cap: Any = 2.0
     """Largest importance weight of a token, used if the step has ``correct_sampler``."""
     max_grad_norm: Any = jnp.inf
@@ -127,7 +127,7 @@ class RunningMeans:
     """Running means over the responses of all iterations so far."""
 
     returns: metrics.Metric
-    """Score of a response minus its KL penalty: the baseline of REINFORCE."""
+    """Score of a response minus its KL penalty; the mean is REINFORCE's baseline."""
     targets: metrics.Metric
     """Targets of the critic, per token."""
     squares: metrics.Metric
@@ -142,7 +142,7 @@ class RunningMeans:
 
 
 class PPOState(state_lib.TrainState):
-    """A ``TrainState`` with ``params = {"policy", "critic"}`` and everything else that a resumed run needs."""
+    """A ``TrainState`` with ``params = {"policy", "critic"}`` and all other values that a resumed run needs."""
 
     kl_scale: kl.ControllerState
     """The factor by which the adaptive controller multiplies `Hyper.kl_coef`; 1 at the start."""
@@ -173,8 +173,8 @@ def create(policy: Params, critic: Params | None, tx: Any, *, reference: Params 
             state.
         critic: Parameters of the critic; None for methods without one.
         tx: An optax transformation with unit learning rate, see `optim.update.apply_gradients`.
-        reference: Initial parameters of a reference that follows the policy at `Hyper.reference_decay` and replaces
-            `Frozen.reference`; None for a frozen reference.
+        reference: Initial parameters of a reference that follows the policy with decay `Hyper.reference_decay` and
+            replaces `Frozen.reference`; None for a frozen reference.
 
     Returns:
         A `PPOState`.
@@ -206,9 +206,9 @@ def finish_iteration(state: PPOState, hyper: Hyper, logs: dict[str, Any], *, ski
     Args:
         state: The state after the updates of the iteration.
         hyper: The hyperparameters of the iteration.
-        logs: The metrics of `ppo.collect`, ``target`` and ``target_square`` included.
-        skipped: Whether an update was skipped. If so, nothing changes, because a NaN would stay in the controller
-            forever.
+        logs: The metrics of `ppo.collect`, including ``target`` and ``target_square``.
+        skipped: Whether an update was skipped. If so, the state is returned unchanged, because a NaN would stay in the
+            controller forever.
 
     Returns:
         A `PPOState`.

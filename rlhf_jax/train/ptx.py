@@ -42,10 +42,10 @@ def coefficients(
     total: jax.Array,
     axis_name: AxisName = None,
 ) -> dict[str, jax.Array]:
-    """Converts ``ptx_coef``, the weight of :func:`ptx_loss`, to the two normalisations that a paper may use.
+    """Converts ``ptx_coef``, the weight of :func:`ptx_loss`, to two common normalisations of the losses.
 
-    InstructGPT does not state the normalisation of its coefficient 27.8. Up to a factor of the whole objective, the
-    same gradient is obtained with:
+    InstructGPT does not state the normalisation of its coefficient 27.8. Up to a constant factor, the gradient of the
+    objective is the same with:
 
     - ``ptx_coef_per_token``, if both terms are means over their tokens;
     - ``ptx_coef_per_sequence``, if both are means over sequences of sums over tokens, as Eq 2 is written. It equals
@@ -55,15 +55,15 @@ def coefficients(
         ptx_coef: Weight gamma of the pretraining loss.
         rows: Pretraining rows.
         mask_BT: bool, the response tokens.
-        weights_B: Weight of the tokens of each response, from an `aggregation.Reduction` of ``mask_BT``.
-        total: Denominator, from the same reduction.
+        weights_B: Weight of the tokens of each response, from an `aggregation.Reduction` applied to ``mask_BT``.
+        total: Denominator from the same reduction.
         axis_name: Axis of devices that share the batch.
 
     Returns:
         A dict with both coefficients, float32 scalars.
     """
     ones_BT = jnp.ones(mask_BT.shape)
-    # The policy loss if it were 1 at every token; exactly 1 if the reduction is a mean over tokens.
+    # The reduced loss if the loss of every token were 1; exactly 1 if the reduction is a mean over tokens.
     scale = aggregation.weighted_sum(ones_BT, weights_B, where=mask_BT, axis_name=axis_name) / total
     per_token = ptx_coef / jnp.maximum(scale, 1e-8)
     lengths = _mean_length(mask_BT, axis_name), _mean_length(rows.loss_mask_BL, axis_name)

@@ -1,7 +1,8 @@
 """Log-probabilities of a data set under the reference, computed once and cached in a file.
 
 The reference does not change while a policy is trained against it, so one forward pass over the data suffices for all
-epochs and runs. The file records the reference, data and settings that it belongs to, and is used only for those.
+epochs and runs. The file records the reference, data and settings that it was computed from, and is used only if they
+match.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from rlhf_jax.data import batching
 from rlhf_jax.types import Params, Preferences
 
 Score = Callable[[Params, Preferences], jax.Array]
-"""``(params, batch) -> [B, K]``: a compiled ``partial(dpo.answer_logprobs, logprobs)``."""
+"""``(params, batch) -> [B, K]``, such as a compiled ``partial(dpo.answer_logprobs, logprobs)``."""
 
 
 def answer_logprobs(score: Score, params: Params, data: Preferences, *, rows: int = 64) -> np.ndarray:
@@ -30,7 +31,7 @@ def answer_logprobs(score: Score, params: Params, data: Preferences, *, rows: in
     Args:
         score: See `Score`.
         params: Parameters of the model.
-        data: N rows.
+        data: A data set of N rows.
         rows: Rows per call of ``score``.
 
     Returns:
@@ -55,17 +56,18 @@ def attach_logprobs(
     rows: int = 64,
     warn: Callable[[str], None] = warnings.warn,
 ) -> Preferences:
-    """Returns ``data`` with ``reference_BK`` set, also in its mismatched answers.
+    """Returns ``data`` with ``reference_BK`` set, including in ``data.mismatched``.
 
     Args:
         score: See `Score`.
         params: Parameters of the reference.
         data: The whole data set, in the order in which batches index it.
-        path: Cache file in NumPy's .npz format; None for no cache. It is read if it belongs to this reference, data and
-            settings. Otherwise, or if it is damaged, ``warn`` is called and the file is replaced.
-        settings: Anything else that the log-probabilities depend on (model, temperature, precision), as JSON.
+        path: Cache file in NumPy's .npz format; None for no cache. An existing file is used if it matches the
+            reference, data and settings. If it does not match or is damaged, ``warn`` is called and the file is
+            replaced.
+        settings: Anything else that the log-probabilities depend on (model, temperature, precision), as a JSON value.
         rows: Rows per call of ``score``.
-        warn: Called with one sentence if an existing file cannot be used.
+        warn: Called with a message if an existing file cannot be used.
 
     Returns:
         The data with log-probabilities ``[N, K]`` in float32.

@@ -1,4 +1,4 @@
-"""Reward models trained on ranked completions, all pairs of a prompt in one batch element (InstructGPT Eq 1)."""
+"""Training of reward models on ranked completions, with all pairs of a prompt in one row (InstructGPT Eq 1)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from rlhf_jax.types import Comparisons, PackedComparisons
 
 
 class PairCounts(NamedTuple):
-    """Counts over the pairs of completions of a prompt that have different ranks."""
+    """Counts of the pairs of a prompt's completions that have different ranks."""
 
     right: jax.Array
-    """Pairs in which the preferred completion has the higher score; equal scores count one half."""
+    """Number of pairs in which the preferred completion has the higher score; equal scores count one half."""
 
     total: jax.Array
-    """All pairs with different ranks."""
+    """Number of pairs with different ranks."""
 
 
 def count_pairs(scores_K: jax.Array, ranks_K: jax.Array, where_K: jax.Array) -> PairCounts:
-    """Counts the pairs of a prompt that ``scores_K`` orders like ``ranks_K``, where 1 is the best rank.
+    """Counts the pairs of a prompt that ``scores_K`` orders as ``ranks_K`` does; rank 1 is the best.
 
     Example:
         >>> import jax.numpy as jnp
@@ -42,7 +42,7 @@ def count_pairs(scores_K: jax.Array, ranks_K: jax.Array, where_K: jax.Array) -> 
 
 
 def score_all(score: Callable[..., jax.Array], params: Any, batch: Comparisons) -> jax.Array:
-    """Returns the score of every completion, ``[B, K]`` float32, or ``[B, K, H]`` for a model of H heads.
+    """Returns the score of every completion, ``[B, K]`` float32, or ``[B, K, H]`` for a model with H heads.
 
     Entries without a completion have arbitrary values.
     """
@@ -53,7 +53,7 @@ def score_all(score: Callable[..., jax.Array], params: Any, batch: Comparisons) 
 
 
 def score_all_packed(packed_scores: Callable[..., jax.Array], params: Any, batch: PackedComparisons) -> jax.Array:
-    """Returns what :func:`score_all` returns, for packed completions; ``packed_scores`` is like `lm.packed_scores`."""
+    """Returns the scores of packed completions; ``packed_scores`` is described in :func:`make_train_step`."""
     return packed_scores(params, batch.tokens_RL, batch.segments_RL, batch.places_BK).astype(jnp.float32)
 
 
@@ -69,43 +69,45 @@ def make_train_step(
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """Returns ``train_step(state, frozen, hyper, batch, rng) -> (state, metrics)`` on a `types.Comparisons` batch.
 
-    The loss is the mean over the prompts that have a pair to learn from. By default, the loss of a prompt is the mean
-    of ``-log sigmoid(r_w - r_l)`` over its pairs (InstructGPT Eq 1). With ``hyper["domain_weights"]`` it is instead the
-    weighted sum of the mean losses of the domains (Bai 2022, 5.1.2: helpful + lambda harmless). ``batch.domain_B``
-    gives the domain of each prompt.
+    The loss is the mean over the prompts that have at least one pair with different ranks. By default, the loss of a
+    prompt is the mean of ``-log sigmoid(r_w - r_l)`` over its pairs (InstructGPT Eq 1). With
+    ``hyper["domain_weights"]``, the loss is a weighted sum of the mean losses of the domains (Bai 2022, 5.1.2), and
+    ``batch.domain_B`` holds the domain of each prompt.
 
     Args:
-        score: ``(params, tokens_BL, mask_BL=...) -> [B]``, such as `lm.score`; or ``[B, H]`` for a model of H heads.
-            Each head then learns from every prompt independently, as an ensemble, and the loss is the mean over heads.
-        packed_scores: ``(params, tokens_RL, segments_RL, places_BK) -> [B, K]``, such as `lm.packed_scores`. The step
-            then also takes `types.PackedComparisons`, whose number of groups must equal ``micro_batches``, and computes
-            the same result with less padding.
-        loss: ``(scores_K, ranks_K, where_K=...) -> loss`` of one prompt, such as `losses.ranking`, `plackett_luce` or
-            `best_choice`. It receives the prompt's ``batch.loss_inputs`` as keyword arguments.
-        head_of_domain: Whether head h learns from the prompts of domain h only.
+        score: ``(params, tokens_BL, mask_BL=...) -> [B]``, such as `lm.score`. For a model with H heads, it returns
+            ``[B, H]``. The heads then form an ensemble: each learns from every prompt, and the loss is the mean over
+            heads.
+        packed_scores: ``(params, tokens_RL, segments_RL, places_BK) -> [B, K]``, such as `lm.packed_scores`. If given,
+            the step also accepts `types.PackedComparisons`, whose number of groups must equal ``micro_batches``, and
+            computes the same result with less padding.
+        loss: ``(scores_K, ranks_K, where_K=...) -> loss`` for one prompt, such as `losses.ranking`, `plackett_luce` or
+            `best_choice`. The prompt's ``batch.loss_inputs`` are passed as further keyword arguments.
+        head_of_domain: Whether head h learns only from the prompts of domain h.
         join: ``(frozen, params) -> params`` builds the parameters that ``score`` and ``packed_scores`` receive. By
-            default everything is trained. `partition.join` trains the parameters that match a pattern. This trains
-            adapters together with a head::
+            default all parameters are trained. Use `partition.join` to train only those that match a pattern, or the
+            following function to train adapters together with a head::
 
-                lambda base, own: {**lora.attach(base, own["lora"], scale=...), "head": own["head"]}
+                lambda base, params: {**lora.attach(base, params["lora"], scale=...), "head": params["head"]}
 
-        micro_batches: Number of parts into which the batch is split, one in memory at a time; the update is the same.
-        axis_name: Name of the mapped axis over which devices share the batch; None without one.
+        micro_batches: Number of parts into which the batch is split to save memory. The update does not depend on it.
+        axis_name: Axis of devices that share the batch; None if they do not share it.
 
     Returns:
         A step. ``frozen`` is the first argument of ``join``; ``hyper`` is a dict with ``learning_rate``,
-        ``max_grad_norm`` (infinity for no clipping) and optionally ``domain_weights``, a float32 array with a weight
+        ``max_grad_norm`` (infinity for no clipping) and optionally ``domain_weights``, a float32 array with one weight
         per domain; ``rng`` is not used. Metrics:
 
         - ``loss``: the loss, in nats per pair for the default loss.
         - ``accuracy``: share of the pairs in which the preferred answer has the higher score; ties count one half.
         - ``score``: mean score of the completions.
-        - ``grad_norm``: l2 norm of the gradient before clipping; ``learning_rate``.
+        - ``grad_norm``: l2 norm of the gradient before clipping.
+        - ``learning_rate``: learning rate of the step.
         - ``skipped``: 1 if the update was not finite and was skipped, else 0.
-        - ``bad_rows``, ``bad_row``: number of prompts with a non-finite loss and index of the first, or -1.
+        - ``bad_rows``, ``bad_row``: number of prompts with a non-finite loss; index of the first, or -1 for none.
 
-        The step raises ``ValueError`` if the batch is packed and ``packed_scores`` is None or the number of groups is
-        not ``micro_batches``, and if domain weights or heads are used and the batch has no ``domain_B``.
+        The step raises ``ValueError`` for a packed batch if ``packed_scores`` is None or the number of groups differs
+        from ``micro_batches``, and for a batch without ``domain_B`` if domain weights or ``head_of_domain`` are used.
     """
 
     def scores(params: Any, batch: Comparisons | PackedComparisons) -> jax.Array:
@@ -115,20 +117,20 @@ def make_train_step(
             raise ValueError("the batch is packed; pass packed_scores to make_train_step")
         if batch.groups != micro_batches:
             raise ValueError(
-                f"the batch is packed in {batch.groups} groups, but micro_batches is {micro_batches}; make them equal"
+                f"the batch is packed into {batch.groups} groups, but micro_batches is {micro_batches}; make them equal"
             )
         return score_all_packed(packed_scores, params, batch)
 
     def scores_of_heads(scores: jax.Array, batch: Comparisons | PackedComparisons) -> jax.Array:
-        """Returns ``[H, B, K]``, the scores each head learns from; H is 1 for one head or with ``head_of_domain``."""
+        """Returns the scores that each head learns from, ``[H, B, K]``; H is 1 for one head or ``head_of_domain``."""
         if scores.ndim == 2:
             return scores[None]
         if not head_of_domain:
             return jnp.moveaxis(scores, -1, 0)
-        own_BH = jax.nn.one_hot(_domains(batch), scores.shape[-1], dtype=bool)
-        own_BK = jnp.sum(jnp.where(own_BH[:, None, :], scores, 0.0), axis=-1)
-        # A domain without a head has NaN scores, so that the step is skipped as not finite.
-        return jnp.where(jnp.any(own_BH, axis=-1)[:, None], own_BK, jnp.nan)[None]
+        of_head_BH = jax.nn.one_hot(_domains(batch), scores.shape[-1], dtype=bool)
+        domain_scores_BK = jnp.sum(jnp.where(of_head_BH[:, None, :], scores, 0.0), axis=-1)
+        # Prompts of a domain without a head get NaN scores, so the step is skipped.
+        return jnp.where(jnp.any(of_head_BH, axis=-1)[:, None], domain_scores_BK, jnp.nan)[None]
 
     def loss_fn(
         frozen: Any, weights_G: Any, params: Any, batch: Comparisons | PackedComparisons, total: jax.Array
@@ -154,7 +156,8 @@ def make_train_step(
             where_GB = _by_domain(informative_B, batch, weights_G.shape[0])
             masked = partial(masking.masked_sum, losses_B, axis_name=axis_name)
             sums_G = jax.vmap(lambda where_B: masked(where=where_B))(where_GB)
-            # A domain without a weight makes the loss NaN, so the step is skipped and its prompts are not ignored.
+            # A domain without a weight makes the loss NaN: the step is skipped instead of ignoring the domain's
+            # prompts.
             ignored_B = jnp.any(where_GB, axis=0) != informative_B
             complete = masking.masked_count(ignored_B, where=ignored_B, axis_name=axis_name) == 0
             value = jnp.where(complete, jnp.sum(weights_G * sums_G / jnp.maximum(total, 1.0)), jnp.nan)
@@ -198,11 +201,11 @@ def make_train_step(
 def _domains(batch: Comparisons | PackedComparisons) -> jax.Array:
     if batch.domain_B is None:
         raise ValueError(
-            "domain weights and heads per domain need Comparisons.domain_B, the domain of each prompt, which is None"
+            "domain_weights and head_of_domain need the domain of each prompt: set Comparisons.domain_B, which is None"
         )
     return batch.domain_B
 
 
 def _by_domain(where_B: jax.Array, batch: Comparisons | PackedComparisons, domains: int) -> jax.Array:
-    """Returns ``[G, B]`` bool: True where ``where_B`` is True, in the row of the prompt's domain."""
+    """Returns ``where_B`` by domain, ``[G, B]`` bool: row g selects only prompts of domain g."""
     return where_B[None, :] & (_domains(batch)[None, :] == jnp.arange(domains)[:, None])

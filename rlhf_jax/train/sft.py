@@ -1,7 +1,7 @@
 """Supervised training: next-token loss on the tokens that a mask selects.
 
-The same step serves pretraining (all tokens count), supervised fine-tuning (only the response and its end-of-sequence
-token count) and a mix of both: they differ only in the loss mask.
+Pretraining (all tokens count), supervised fine-tuning (only the response and its end-of-sequence token count) and a mix
+of both use the same step and differ only in the loss mask.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class TokenBatch:
     loss_mask_BL: jax.Array
     """bool, True at the tokens whose log-probability is trained on."""
     segments_BL: jax.Array | None = None
-    """int32, in packed rows (`data.packing`): the sequence that each token belongs to. The first token of a sequence
-    has no context and log-probability 0, regardless of the loss mask."""
+    """int32, the sequence to which each token of a packed row belongs (`data.packing`); None if rows are not packed.
+    The first token of a sequence has no context; its log-probability is 0, regardless of the loss mask."""
 
 
 def batch_logprobs(token_logprobs: Callable[..., jax.Array], params: Any, batch: TokenBatch) -> jax.Array:
@@ -54,8 +54,8 @@ def make_train_step(
         token_logprobs: ``(params, tokens_BL, mask_BL=...) -> [B, L]``, such as `lm.token_logprobs`. It also receives
             ``segments_BL=...`` if the batch is packed.
         join: ``(frozen, params) -> params`` builds the model's parameters. With ``partial(lm.lora.attach, scale=...)``,
-            ``frozen`` is the base model and the state holds adapters only. By default everything is trained.
-        micro_batches: Number of parts into which the batch is split, one in memory at a time; the update is the same.
+            ``frozen`` is the base model and the state holds only adapters. By default all parameters are trained.
+        micro_batches: Number of parts into which the batch is split to save memory. The update does not depend on it.
         axis_name: Axis of devices that share the batch.
 
     Returns:
@@ -63,9 +63,11 @@ def make_train_step(
         ``max_grad_norm`` (infinity for no clipping); ``rng`` is not used. Metrics:
 
         - ``loss``: mean negative log-probability, in nats per token.
-        - ``grad_norm``: l2 norm of the gradient before clipping; ``learning_rate``.
+        - ``grad_norm``: l2 norm of the gradient before clipping.
+        - ``learning_rate``: learning rate of the step.
         - ``skipped``: 1 if the update was not finite and was skipped, else 0.
-        - ``bad_rows``, ``bad_row``: number of rows with a non-finite log-probability and index of the first, or -1.
+        - ``bad_rows``, ``bad_row``: number of rows with a non-finite log-probability; index of the first, or -1 for
+          none.
 
     Example:
         >>> import jax

@@ -16,15 +16,15 @@ TrainState = train_state.TrainState
 def create(params: Any, tx: optax.GradientTransformation, apply_fn: Callable[..., Any] | None = None) -> TrainState:
     """Returns a new ``TrainState`` at step 0.
 
-    The parameters are copied. A step donates its state, so a buffer shared by two states (a policy and its reference, a
-    reward model and the SFT model it starts from) would be deleted for the other. The step is a strongly typed int32
-    array, so that the first step compiles for the same types as every later step and as a restored state. Under
-    ``jax.jit(create, static_argnums=(1, 2), out_shardings=...)`` the state is sharded from the start.
+    The parameters are copied, because a train step donates its state and donation deletes the buffers: a policy and its
+    reference, for example, must not share them. ``state.step`` is a strongly typed int32 array, so that the first call,
+    later calls and a restored state all use the same compiled program. ``jax.jit(create, static_argnums=(1, 2),
+    out_shardings=...)`` creates a sharded state.
 
     Args:
-        params: A nested dict of arrays. Other containers fail later, in flax's ``apply_gradients``.
+        params: A nested dict of arrays.
         tx: An optax transformation with unit learning rate; `optim.update.apply_gradients` multiplies its updates by
-            the learning rate. Create it once per run: a new object is a new static argument and recompiles the step.
+            the learning rate. Create it once per run, because a new object triggers recompilation of the step.
         apply_fn: Stored in the state for code that expects it there; this library does not use it.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Small tokenizers of the model families and their documented chat formats, for the tests of chat formats."""
+"""Small tokenizers of the model families, and the documented chat formats of these families."""
 
 import functools
 from typing import Any
@@ -54,7 +54,7 @@ def sentence_piece(specials, *, scheme, template=None, **names):
     ]
     vocab = {token: i for i, token in enumerate(["<unk>", *alphabet, *[f"<0x{byte:02X}>" for byte in range(256)]])}
     merges = [("i", "n"), ("▁", "in"), ("h", "e"), ("t", "he"), ("▁", "the"), ("/", "s"), ("<", "/s")]
-    # As in converted files, merges can produce the end token.
+    # Merges can produce the end token, as in converted files.
     vocab["</s>"] = len(vocab)
     merges.append(("</s", ">"))
     backend = library.Tokenizer(library.models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
@@ -103,7 +103,7 @@ make_gpt2 = functools.partial(
     byte_level, ("<|endoftext|>",), pattern=None, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
 )
 
-# A dialogue of two questions and answers in the format that each family's model card or template documents.
+# A dialogue of two questions and two answers, in the format documented by each family's model card or template.
 FORMATS = {
     "llama": (
         make_llama2,

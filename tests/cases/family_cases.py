@@ -1,6 +1,6 @@
-"""Three small models of every family: their config.json, and weights generated from the names of the tensors.
+"""Three small models of every family: a config.json, and weights generated from the names of the tensors.
 
-The parity tests, which need torch, and the stored golden numbers, which do not, use the same models.
+The parity tests, which need torch, and the tests against golden numbers, which do not, use the same models.
 """
 
 import json
@@ -131,7 +131,7 @@ def prompts(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Returns weights without zeros and ones, so that a test fails if a bias, a scale or a row is ignored."""
-    name = name.replace("embed_out", "lm_head")  # its names in GPT-NeoX's files and in memory
+    name = name.replace("embed_out", "lm_head")  # named embed_out in GPT-NeoX files and lm_head in memory
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     values = rng.normal(size=shape)
     if len(shape) == 2:

@@ -1,4 +1,4 @@
-"""Trains the given stages on one or more hosts; a script, because hosts must connect before JAX has devices.
+"""Trains stages on one or more hosts. This is a script, because hosts must connect before JAX creates devices.
 
 python hosts_cases.py '{"index": 0, "count": 2, "port": 12345, "out": "...", "stages": {"sft": 6}}'
 """

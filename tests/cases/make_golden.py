@@ -1,6 +1,6 @@
 """Writes tests/cases/golden_families.npz: the outputs of transformers for the models of family_cases.py.
 
-python tests/cases/make_golden.py        # needs torch; run it again after a change of family_cases.py
+python tests/cases/make_golden.py        # needs torch; run again after each change to family_cases.py
 """
 
 import json

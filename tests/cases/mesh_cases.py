@@ -1,7 +1,7 @@
-"""Compares every training stage on eight simulated devices with one device.
+"""Compares every training stage on eight simulated devices with the same stage on one device.
 
-A script, because the number of devices of a process is fixed when JAX starts. It prints a line of JSON for each case,
-with the largest difference of parameters and metrics.
+This is a script, because the number of devices is fixed when JAX starts. It prints a line of JSON for each case, with
+the largest differences in parameters and metrics.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ MESHES: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def weights():
-    """Weights that are large enough for a rollout with likely tokens."""
+    """Returns weights that are large enough to make some tokens likely."""
     shapes = jax.eval_shape(lambda key: lm.with_head(key, lm.init(key, CFG), CFG), jax.random.key(0))
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: np.asarray(0.4 * rng.normal(size=x.shape), x.dtype), shapes)
@@ -61,7 +61,7 @@ def policy():
 
 
 def real(rng, rows, width, least=3):
-    """A mask with rows of very different lengths, so that the devices have different numbers of tokens."""
+    """Returns a mask with rows of very different lengths, so that devices have different numbers of tokens."""
     lengths = np.linspace(least, width, rows).astype(int) if rng is None else rng.integers(least, width + 1, rows)
     return np.arange(width)[None] < np.sort(lengths)[:, None]
 
@@ -185,7 +185,7 @@ STAGES = {"sft": SFT, "reward": Reward, "dpo": DPO, "ppo": PPO}
 
 
 def train(stage, form, *, micro_batches=1):
-    """Returns the parameters after ten steps and the metrics of each step; ``form`` names how the step is compiled."""
+    """Returns the parameters after ten steps and the metrics of each; ``form`` selects how the step is compiled."""
     spec = STAGES[stage]
     axis_name = {"shard_map": parallel.BATCH_AXES, "pmap": "devices"}.get(form.partition(" ")[0])
     train_step = spec.step(micro_batches=micro_batches, axis_name=axis_name)
@@ -276,7 +276,7 @@ class Silent:
 
 
 def small_job(folder, mesh):
-    """A very small InstructGPT job."""
+    """Returns a very small InstructGPT job."""
     from launch import settings
     from recipe import jobs, policy_sampling, tasks
 
@@ -304,7 +304,7 @@ def small_job(folder, mesh):
 
 
 def recipe(job):
-    """Returns the weights of base model and SFT and, in the long version, of reward model and PPO-ptx."""
+    """Returns the weights of the base and SFT models and, in the long version, the reward and PPO-ptx models."""
     from recipe import stages
 
     rows, rng = job.task.demonstrations, np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Writes the results that test_plan.py checks, in a process with eight devices."""
+"""Writes the results that test_plan.py checks. This is a script, because it needs eight devices."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ from rlhf_jax import parallel  # noqa: E402
 
 
 def collectives():
-    """A loop of five all-gathers, a loop of three all-reduces, and an all-to-all."""
+    """Runs a loop of five all-gathers, a loop of three all-reduces, and an all-to-all."""
     mesh = parallel.make_mesh(data=1, fsdp=4, tensor=2)
 
     def body(x):
@@ -43,7 +43,7 @@ def collectives():
 
 
 def run_plan(folder, *more):
-    """Returns the exit status, the printed text and the numbers of a plan for a tiny model."""
+    """Runs plan.py for a tiny model; returns its exit status, its output and its numbers."""
     flags = ["--model", "tiny", "--topology", "cpu:8", "--mesh.fsdp", "4", "--mesh.tensor", "2"]
     flags += ["--length", "32", "--batch", "8", "--dtype", "float32", "--json", str(folder / "plan.json"), *more]
     printed, status = io.StringIO(), None

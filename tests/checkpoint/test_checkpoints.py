@@ -16,7 +16,7 @@ from rlhf_jax import checkpoint
 from rlhf_jax.checkpoint import manifest
 from rlhf_jax.train import state as state_lib
 
-# After a failed read, the file library's event loop warns when it is collected.
+# After a failed read, an event loop of the checkpoint library warns when it is garbage-collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 ADAM = optax.chain(optax.scale_by_adam(), optax.scale(-1.0))
@@ -51,14 +51,14 @@ def bits(tree):
 
 @pytest.fixture
 def two(tmp_path):
-    """Checkpoints of steps 1 and 2."""
+    """Returns checkpoints of steps 1 and 2."""
     with checkpoint.Checkpoints(tmp_path / "run") as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, make_state(step), {"step": step, "nested": {"a": [1.5, None]}})
     return checkpoints
 
 
-def test_a_restored_state_equals_the_saved_one_bit_for_bit(two):
+def test_a_restored_state_is_bit_identical_to_the_saved_state(two):
     like = make_state(9)
     step, state, metadata = two.restore(like)
     assert step == 2 and metadata == {"step": 2, "nested": {"a": [1.5, None]}}
@@ -96,7 +96,7 @@ def test_arrays_may_be_donated_right_after_a_save(tmp_path):
         assert bits(checkpoints.restore({"x": x})[1]) == expected
 
 
-def test_keeps_the_newest_and_refuses_an_old_step(tmp_path):
+def test_the_newest_checkpoints_are_kept_and_an_old_step_is_refused(tmp_path):
     with checkpoint.Checkpoints(tmp_path / "a" / "b", keep=2) as checkpoints:
         assert checkpoints.latest() is None
         with pytest.raises(checkpoint.CheckpointError, match="the directory is missing or empty"):
@@ -153,7 +153,7 @@ def damage_empty(folder):
 
 
 @pytest.mark.parametrize("damage", [v for k, v in sorted(globals().items()) if k.startswith("damage_")])
-def test_a_damaged_checkpoint_is_skipped_and_the_previous_one_restored(two, damage):
+def test_a_damaged_checkpoint_is_skipped_and_the_previous_one_is_restored(two, damage):
     damage(two.directory / "step_000000002")
     with pytest.warns(UserWarning, match="skipped a damaged checkpoint.*step 2: ") as caught:
         step, state, _ = two.restore(make_state(9))
@@ -274,7 +274,7 @@ def test_a_skipped_checkpoint_is_kept_until_a_newer_one_is_verified(two):
     with pytest.warns(UserWarning):
         two.restore(make_state(9))
     with pytest.raises(TypeError):
-        two.save(2, {"name": "x"})  # a failed save
+        two.save(2, {"name": "x"})  # this save fails
     assert two.steps() == [1, 2]
     two.save(2, make_state(2))
     assert len(list(two.directory.glob("set_aside_*"))) == 1
@@ -317,7 +317,7 @@ print("bit for bit", len(state["train"].params["w"].sharding.device_set))
 """
 
 
-def test_a_state_saved_on_eight_devices_is_restored_on_other_meshes_bit_for_bit(tmp_path):
+def test_a_state_saved_on_eight_devices_is_restored_bit_identically_on_other_meshes(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", MESHES, str(tmp_path)],
         capture_output=True,
@@ -361,11 +361,11 @@ def test_a_full_disk_is_a_one_line_error(tmp_path):
     assert "\n" not in str(failed.value)
     assert checkpoints.steps() == [1]
     with checkpoints:
-        checkpoints.save(2, big)  # works once there is space again
+        checkpoints.save(2, big)  # works after space is available again
     assert bits(checkpoints.restore(big)[1]) == bits(big)
 
 
-def test_a_folder_that_is_a_file_or_has_vanished_is_an_error(tmp_path):
+def test_a_folder_that_is_missing_or_a_file_is_an_error(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(checkpoint.CheckpointError, match="file"):
         checkpoint.Checkpoints(tmp_path / "file" / "run").save(1, {"x": 1})
@@ -375,7 +375,7 @@ def test_a_folder_that_is_a_file_or_has_vanished_is_an_error(tmp_path):
     checkpoints.save(1, {"x": 1})
     checkpoints.wait()
     shutil.rmtree(tmp_path / "run")
-    with pytest.raises(checkpoint.CheckpointError, match="vanished"):
+    with pytest.raises(checkpoint.CheckpointError, match="the directory no longer exists"):
         checkpoints.save(2, {"x": 1})
 
 

@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or gone: a one-line error, exit status 2, and the last checkpoint is kept."""
+"""A full, read-only or missing disk leads to a one-line error and exit status 2; the last checkpoint is kept."""
 
 import contextlib
 import io
@@ -37,7 +37,7 @@ def trial(case, disk):
         mount("-t", "tmpfs", "none", str(saved))
 
     def train_step(state, frozen, hyper, batch, rng):
-        noise = jax.random.normal(jax.random.fold_in(rng, state.step), (size,))  # incompressible
+        noise = jax.random.normal(jax.random.fold_in(rng, state.step), (size,))  # does not compress
         return update.apply_gradients(state, {"w": noise}, learning_rate=hyper)
 
     def fail_after_step_5(done, state, logs):
@@ -86,7 +86,7 @@ def trial(case, disk):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """The results of all cases, from a process that mounts a small disk for each."""
+    """Returns the results of all cases, from a process that mounts a small disk for each case."""
     if (
         shutil.which("unshare") is None
         or subprocess.run([*NAMESPACE, "true"], check=False, capture_output=True).returncode
@@ -107,7 +107,7 @@ def test_a_disk_failure_is_a_one_line_error_and_the_last_checkpoint_is_kept(resu
     assert failed["status"] == 2
     lines = failed["errors"].splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), failed["errors"]
-    reason = {"full": "No space left", "read-only": "Read-only file system", "vanished": "vanished"}[case]
+    reason = {"full": "No space left", "read-only": "Read-only file system", "vanished": "no longer exists"}[case]
     assert reason in lines[0] and f"/{CASES.index(case)}/run" in lines[0]
     assert failed["saved"] == ([] if case == "vanished" else [2, 4])
     assert failed["end"] == normal["end"] and failed["rows"] == list(range(1, 9)), "it resumes on a working disk"

@@ -1,4 +1,4 @@
-"""Batches shuffled by a key, random splits, and fingerprints of data."""
+"""Shuffled batches, random splits, and fingerprints of data."""
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,13 @@ GOLDEN = [416, 966, 420, 681, 829, 539]
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(12, 4), (10, 4), (7, 1), (3, 8), (1, 2)])
-def test_every_epoch_holds_every_example_once(n, batch_size):
-    steps = 3 * n  # a whole number of epochs for all sizes
+def test_every_epoch_contains_every_example_once(n, batch_size):
+    steps = 3 * n  # a whole number of epochs for each size
     batches = batching.epoch_batches(0, n=n, batch_size=batch_size, key=KEY, steps=steps)
     epochs = batches.reshape(-1, n)
     np.testing.assert_array_equal(np.sort(epochs, axis=1), np.broadcast_to(np.arange(n), epochs.shape))
     if n > 3:
-        assert len({tuple(epoch) for epoch in epochs}) > 1  # a fresh shuffle for each epoch
+        assert len({tuple(epoch) for epoch in epochs}) > 1  # each epoch is shuffled anew
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
@@ -35,14 +35,14 @@ def test_a_batch_does_not_depend_on_how_its_step_is_reached(drop_last):
 def test_drop_last_keeps_a_batch_within_its_epoch():
     batches = batching.epoch_batches(0, n=10, batch_size=4, key=KEY, steps=60, drop_last=True).reshape(30, 8)
     stream = batching.epoch_batches(0, n=10, batch_size=10, key=KEY, steps=30)
-    np.testing.assert_array_equal(batches, stream[:, :8])  # the same shuffles without their remainders
+    np.testing.assert_array_equal(batches, stream[:, :8])  # the same shuffles, without their remainders
     left_out = {i for epoch in batches for i in set(range(10)) - set(epoch.tolist())}
     assert left_out == set(range(10))  # the remainder differs between epochs
-    with pytest.raises(ValueError, match="there is no batch"):
+    with pytest.raises(ValueError, match="batch_size = 4 must not exceed n = 3"):
         batching.epoch_batches(0, n=3, batch_size=4, key=KEY, drop_last=True)
 
 
-def test_the_epoch_of_a_step():
+def test_the_epoch_of_a_step_depends_on_drop_last():
     assert [batching.epoch_of(s, n=10, batch_size=4) for s in range(6)] == [0, 0, 0, 1, 1, 2]
     assert [batching.epoch_of(s, n=10, batch_size=4, drop_last=True) for s in range(6)] == [0, 0, 1, 1, 2, 2]
 

@@ -100,11 +100,11 @@ def test_a_control_token_can_remove_the_white_space_after_it():
     assert hf(tokenizer, turns, fmt.template, prompt=False) == prompt + answer
 
 
-# ------------------------------------------------------------------------------------------------------------ choice
+# ------------------------------------------------------------------------------------------------- template choice
 
 
 def own_template(form):
-    """Returns a template as published, without generation marks."""
+    """Returns the published form of a template, which has no generation marks."""
     return form.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 
 
@@ -177,7 +177,7 @@ def test_a_family_template_replaces_a_different_template_without_marks():
     template = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|eot_id|>' }}{% endfor %}"
     fmt = chat.chat_format(make_llama3(template=template), model_type="llama")
     assert fmt.origin.startswith("Llama 3's") and "differs from it" in fmt.origin
-    # Many families share the tokens of Llama 2, so a tokenizer with them may mean another template.
+    # Many families share the tokens of Llama 2, so these tokens do not determine the template.
     with pytest.raises(errors.DataError, match=r"no {% generation %} marks"):
         chat.chat_format(make_llama2(template=template), model_type="llama")
 
@@ -192,7 +192,7 @@ def test_the_tokenizer_argument_is_unchanged_and_the_formats_tokenizer_has_the_t
     assert chat.encode_dialogue(again, TURNS) == chat.encode_dialogue(fmt, TURNS)
 
 
-# -------------------------------------------------------------------------------------------------------------- gate
+# ------------------------------------------------------------------------------------------------- template checks
 
 MESSAGE = "{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>' + m.content + '<|im_end|>' }}{% else %}"
 DONE = "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}"
@@ -202,7 +202,7 @@ OPEN, CLOSE = "{% generation %}", "{% endgeneration %}"
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ("{{ '<|im_start|>' + m.content + '<|im_end|>' }}", r"no {% generation %} marks.*put {% generation %} where"),
+        ("{{ '<|im_start|>' + m.content + '<|im_end|>' }}", r"no {% generation %} marks.*put {% generation %} before"),
         (
             "{{ '<|im_start|>' + m.content + '<|im_end|>' }}" + OPEN + CLOSE,
             "of the chat template contain no assist",
@@ -227,7 +227,7 @@ OPEN, CLOSE = "{% generation %}", "{% endgeneration %}"
         (
             "{{ '<|im_start|>' }}" + OPEN + "{{ m.content }}{% if loop.last %}{{ '<|im_end|>' }}{% else %}"
             "{{ '<|endoftext|>' }}{% endif %}" + CLOSE,
-            "ends answers with different tokens, .*: end every answer with the same token",
+            "ends answers with different tokens .*: end all answers with the same token",
         ),
         ("{{ raise_exception('not today') }}", "the chat template refuses the turns: not today|no {% generation %}"),
     ],

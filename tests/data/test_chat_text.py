@@ -1,4 +1,4 @@
-"""Texts never become control tokens, and long prompts are shortened at turns."""
+"""Texts never become control tokens, and long prompts lose whole turns."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_no_text_becomes_a_control_token_and_boundaries_agree(name, contents):
     assert ids == prompt + answer
     assert [i for i, on in zip(ids, learnt) if on] == chat.encode_answer(fmt, contents[1]) + answer
 
-    # The control tokens are those of harmless turns with the same roles.
+    # The control tokens are the same as for harmless turns with the same roles.
     def control(x):
         return [i for i in x if i in fmt.encoder.control_ids]
 

@@ -1,4 +1,4 @@
-"""Packed rows: their layout, and training on them compared with padded rows."""
+"""The layout of packed rows, and training on packed rows compared with padded rows."""
 
 import dataclasses
 import functools
@@ -49,7 +49,7 @@ def test_every_token_is_packed_once_at_its_recorded_position(case, random):
     assert np.all((steps >= 0) & (steps <= 1) | (packed.segments_BL + steps == 0))
     np.testing.assert_array_equal(packed.mask_BL, packed.segments_BL > 0)
     assert not packed.loss_mask_BL[~packed.mask_BL].any()
-    # After best fit, no two rows would fit into one.
+    # With best fit, no two rows fit into one.
     used = np.sort(packed.mask_BL.sum(axis=1))
     assert len(used) < 2 or used[0] + used[1] > width
     again = pack(sequences, loss_masks=learnt, width=width)
@@ -78,9 +78,11 @@ def test_sequences_that_are_too_long_are_counted():
     counts = errors.DropCount()
     assert pack(sequences, width=4, counts=counts, truncate=True).mask_BL.sum() == 31
     assert counts.truncated == {"truncated to the row width": 1} and not counts.dropped
-    with pytest.raises(errors.DataError, match=r"packed sequences: 1 of 10 records dropped \(longer than a row 1\)"):
+    with pytest.raises(
+        errors.DataError, match=r"packed sequences: 1 of 10 records were dropped \(longer than a row 1\)"
+    ):
         pack(sequences, width=4)
-    with pytest.raises(errors.DataError, match="2 sequences fill 2 rows of 4, more than rows = 1"):
+    with pytest.raises(errors.DataError, match="2 sequences need 2 rows of 4, more than rows = 1"):
         pack([[1] * 3] * 2, width=4, rows=1)
     with pytest.raises(errors.DataError, match="loss masks differ"):
         pack([[1, 2]], loss_masks=[[True]], width=4)
@@ -98,7 +100,7 @@ def test_packed_documents_end_in_eos_and_the_remainder_is_counted():
     assert rows.dtype == np.int32
     with pytest.raises(errors.DataError, match="3 tokens do not fill one row of 4"):
         packing.pack_documents([[5, 6]], width=4, eos_id=1)
-    with pytest.raises(errors.DataError, match="document 1 already ends with the id 1"):
+    with pytest.raises(errors.DataError, match="document 1 already ends with eos_id = 1"):
         packing.pack_documents([[5], [6, 1]], width=2, eos_id=1)
 
 
@@ -172,7 +174,7 @@ def test_packed_and_padded_rows_give_the_same_outputs(cfg):
         )
 
     alone = read(model(cfg), rows.tokens_BL, rows.mask_BL, None)
-    # Ids at padding are ignored, and the default mask is True at the segments.
+    # Ids at padding are ignored, and the default mask is True for all tokens of segments.
     junk = np.where(packed.mask_BL, packed.tokens_BL, -7)
     for together in (
         read(model(cfg), packed.tokens_BL, packed.mask_BL, packed.segments_BL),
@@ -241,7 +243,7 @@ def test_packed_reward_model_training_in_micro_batches_equals_padded_training():
     want = ranking_update(ROPE, batch)[1]
     packed = packing.pack_comparisons(batch, width=WIDTH, pad_id=PAD, groups=3)
     assert_close(ranking_update(ROPE, packed, micro_batches=3)[1], want)
-    with pytest.raises(ValueError, match="packed in 3 groups, but micro_batches is 1"):
+    with pytest.raises(ValueError, match="packed into 3 groups, but micro_batches is 1"):
         ranking_update(ROPE, packed)
     with pytest.raises(ValueError, match="no packed_scores"):
         step = reward_model.make_train_step(functools.partial(lm.score, cfg=ROPE))

@@ -1,4 +1,4 @@
-"""Batches through grain: order, shares of hosts, resuming, and errors."""
+"""Grain pipelines: order of batches, shares of hosts, resuming, and errors."""
 
 import json
 import subprocess
@@ -58,7 +58,7 @@ def test_the_shares_of_hosts_partition_every_batch(n, share, hosts, epochs, seed
 def test_the_order_differs_between_epochs_and_seeds():
     orders = {seed: np.concatenate([b["x"] for b in make(batch_size=10, seed=seed, epochs=4)]) for seed in (0, 1)}
     epochs = [tuple(order[i * 10 : i * 10 + 10]) for order in orders.values() for i in range(4)]
-    # In grain itself, epoch 1 of seed 0 has the order of epoch 0 of seed 1.
+    # Grain alone would order epoch 1 of seed 0 like epoch 0 of seed 1.
     assert len(set(epochs)) == 8
     plain = np.concatenate([b["x"] for b in make(batch_size=5, shuffle=False, epochs=2)])
     np.testing.assert_array_equal(plain, np.tile(np.arange(10), 2))
@@ -73,7 +73,7 @@ def test_a_restored_iterator_continues_exactly(prefetch, stopped):
     state = json.loads(json.dumps(batches.get_state()))
     batches.close()
     again = make(prefetch=prefetch)
-    first(again, 3)  # the position before set_state does not matter
+    first(again, 3)  # set_state overrides the position
     again.set_state(state)
     assert first(again, 11 - stopped) == expected[stopped:]
     assert [again.batch_at(step)["x"].tolist() for step in range(11)] == expected

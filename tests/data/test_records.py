@@ -1,4 +1,4 @@
-"""Records of every format: parsing, reading with counts of drops, and encoding into token rows."""
+"""Parsing of all record formats, reading with counts of dropped records, and encoding into token rows."""
 
 import dataclasses
 import gzip
@@ -31,7 +31,7 @@ def messages(*turns):
     return [{"role": role, "content": content} for role, content in turns]
 
 
-# ------------------------------------------------------------------------------------------------------------- forms
+# ----------------------------------------------------------------------------------------------------------- formats
 
 
 def test_every_format_of_a_demonstration_is_parsed():
@@ -51,7 +51,7 @@ def test_every_format_of_a_demonstration_is_parsed():
         record = records.parse_demonstration(fields)
         assert record.response.strip() == "so"
         assert prompt is None or record.prompt == prompt, fields
-    assert records.parse_demonstration(cases[1][0]).response == " so\n"  # texts are kept as written
+    assert records.parse_demonstration(cases[1][0]).response == " so\n"  # responses are not stripped
     long = records.parse_demonstration(cases[4][0]).prompt
     assert [turn.role for turn in long] == ["system", USER, BOT, USER]
 
@@ -89,9 +89,8 @@ def test_scores_give_ranks_and_the_margin_of_a_pair():
     for extra, margin in (({"ranks": [2, 1], "margin": 3}, 3.0), ({"scores": [0.5, 2]}, 1.5)):
         ranking = records.parse_ranking(turned | extra)
         assert (ranking.responses, ranking.ranks, ranking.margin) == (("good", "bad"), (1, 2), margin)
-    assert (
-        records.parse_ranking(turned | {"scores": [1.0, 2.5], "margin": 1.51}).margin == 1.51
-    )  # within the tolerance for rounding
+    # A margin may differ from the scores by rounding.
+    assert records.parse_ranking(turned | {"scores": [1.0, 2.5], "margin": 1.51}).margin == 1.51
 
 
 def test_equal_answers_may_share_a_rank():
@@ -142,7 +141,7 @@ def test_white_space_in_the_hh_format_is_normalised():
     assert records.parse_prompt({"prompt": prompt}).prompt == WHY
 
 
-# ------------------------------------------------------------------------------------------------- flawed and broken
+# ------------------------------------------------------------------------------------ unusable and malformed records
 
 
 def k_way(**changes):
@@ -258,50 +257,62 @@ RANKINGS, DEMONSTRATIONS, JUDGED, PROMPTS = (
 )
 BROKEN = [
     (RANKINGS, "{oops", "the line is not JSON"),
-    (RANKINGS, "[1]", "the line holds a list, not an object with chosen and rejected, or prompt, responses and ranks"),
-    (RANKINGS, {"prompt": "a"}, "the record has no 'chosen', and no 'responses' either"),
-    (RANKINGS, {"prompt": "a", "chosen": "b"}, "the record has no 'rejected', and no 'responses' either"),
-    (RANKINGS, {"prompt": "a", "responses": ["a", "b"]}, "the record has no 'ranks', and no 'scores' either"),
+    (RANKINGS, "[1]", "the line has type list; it must be an object with chosen and rejected, or prompt, responses"),
+    (RANKINGS, {"prompt": "a"}, "the record has neither 'chosen' nor 'responses'"),
+    (RANKINGS, {"prompt": "a", "chosen": "b"}, "the record has neither 'rejected' nor 'responses'"),
+    (RANKINGS, {"prompt": "a", "responses": ["a", "b"]}, "the record has neither 'ranks' nor 'scores'"),
     (RANKINGS, {"responses": ["a", "b"], "ranks": [1, 2]}, "the record has no 'prompt'"),
     (RANKINGS, {"chosen": "a", "rejected": "b"}, "the record has no 'prompt'"),
-    (RANKINGS, k_way(chosen="a"), "the record mixes two forms: it has 'responses' and 'chosen'"),
+    (RANKINGS, k_way(chosen="a"), "the record mixes two forms: it has both 'responses' and 'chosen'"),
     (
         DEMONSTRATIONS,
         {"prompt": "a", "response": "b", "completion": "c"},
-        "mixes two forms: it has 'response' and 'completion'",
+        "mixes two forms: it has both 'response' and 'completion'",
     ),
     (DEMONSTRATIONS, {"messages": {"role": [USER, BOT], "content": ["a"]}}, "'messages' has 2 roles and 1 contents"),
-    (DEMONSTRATIONS, '{"prompt": "a", "response": "b", "who": "\\ud800"}', "'who' holds half a surrogate pair"),
+    (DEMONSTRATIONS, '{"prompt": "a", "response": "b", "who": "\\ud800"}', "'who' contains half a surrogate pair"),
     (
         DEMONSTRATIONS,
         '{"prompt": "a", "response": "b", "\\ud800": 1}',
-        "'the name of a field' holds half a surrogate pair",
+        "'the name of a field' contains half a surrogate pair",
     ),
-    (RANKINGS, k_way(responses="abc"), "'responses' is a str, not a list"),
-    (RANKINGS, k_way(ranks={"a": 1}), "'ranks' is a dict, not a list"),
-    (RANKINGS, k_way(responses=["a", 2, "c"]), "'responses' is a int, not a string"),
-    (RANKINGS, {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "big"}, "'margin' is a str, not a number"),
-    (RANKINGS, {"prompt": "a", "chosen": [SAY], "rejected": [3]}, "message 1 of 'rejected' is a int, not an object"),
-    (DEMONSTRATIONS, {"prompt": 3, "response": "a"}, "'prompt' is a int, not a string"),
-    (DEMONSTRATIONS, {"prompt": "a"}, "the record has no 'response', and no 'messages' either"),
+    (RANKINGS, k_way(responses="abc"), "'responses' has type str; it must be a list"),
+    (RANKINGS, k_way(ranks={"a": 1}), "'ranks' has type dict; it must be a list"),
+    (RANKINGS, k_way(responses=["a", 2, "c"]), "'responses' has type int; it must be a string"),
+    (
+        RANKINGS,
+        {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "big"},
+        "'margin' has type str; it must be a number",
+    ),
+    (
+        RANKINGS,
+        {"prompt": "a", "chosen": [SAY], "rejected": [3]},
+        "message 1 of 'rejected' has type int; it must be an object",
+    ),
+    (DEMONSTRATIONS, {"prompt": 3, "response": "a"}, "'prompt' has type int; it must be a string"),
+    (DEMONSTRATIONS, {"prompt": "a"}, "the record has neither 'response' nor 'messages'"),
     (DEMONSTRATIONS, {"response": "a"}, "the record has no 'prompt'"),
-    (DEMONSTRATIONS, {"prompt": "a", "response": [ASK, SAY]}, "'response' holds 2 messages, not only the answer"),
-    (DEMONSTRATIONS, {"messages": "why"}, "'messages' is a str, not a string or a list of messages"),
+    (
+        DEMONSTRATIONS,
+        {"prompt": "a", "response": [ASK, SAY]},
+        "'response' contains 2 messages; it must contain only the answer",
+    ),
+    (DEMONSTRATIONS, {"messages": "why"}, "'messages' has type str; it must be a string or a list of messages"),
     (DEMONSTRATIONS, {"messages": [{"role": USER}]}, "message 1 of 'messages' has no 'content'"),
     (
         DEMONSTRATIONS,
         {"messages": [ASK, {"role": BOT, "content": ["x"]}]},
-        "content of message 2 of messages' is a list",
+        "content of message 2 of messages' has type list",
     ),
-    (DEMONSTRATIONS, '{"prompt": "\\ud800", "response": "a"}', "'prompt' holds half a surrogate pair"),
+    (DEMONSTRATIONS, '{"prompt": "\\ud800", "response": "a"}', "'prompt' contains half a surrogate pair"),
     (JUDGED, {"prompt": "a", "response": "b"}, "the record has no 'label'"),
-    (JUDGED, {"prompt": "a", "response": "b", "label": "good"}, "'label' is 'good', not true or false"),
+    (JUDGED, {"prompt": "a", "response": "b", "label": "good"}, "'label' is 'good'; it must be true or false"),
     (PROMPTS, {"text": "a"}, "the record has no 'prompt'"),
 ]
 
 
 @pytest.mark.parametrize("read, row, message", BROKEN, ids=[f"{i}" for i in range(len(BROKEN))])
-def test_a_malformed_record_gives_a_one_sentence_error_with_file_and_line(tmp_path, read, row, message):
+def test_a_malformed_record_raises_a_one_sentence_error_with_file_and_line(tmp_path, read, row, message):
     good = k_way() | {"response": "a", "label": False}
     path = write(tmp_path / "data.jsonl", [good, row, good])
     with pytest.raises(errors.DataError) as error:
@@ -311,7 +322,7 @@ def test_a_malformed_record_gives_a_one_sentence_error_with_file_and_line(tmp_pa
     assert "\n" not in str(error.value)
 
 
-# --------------------------------------------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------------------------------------- token rows
 
 
 @pytest.fixture(scope="module")
@@ -343,10 +354,9 @@ def test_rankings_are_encoded(fmt):
     ask = (dialogues.Turn(USER, "w0"),)
     parsed = [
         records.Ranking(prompt=ask, responses=("w1", "w2", "w3"), ranks=(2, 1, 2)),
-        records.Ranking(prompt=ask, responses=("w1 w2 w3", "w1 w2 w4"), ranks=(1, 2)),  # equal within two tokens
-        records.Ranking(
-            prompt=ask, responses=("w1 w2 w3", "w1 w2 w4", "w5"), ranks=(1, 1, 2)
-        ),  # equal within two tokens, but tied
+        records.Ranking(prompt=ask, responses=("w1 w2 w3", "w1 w2 w4"), ranks=(1, 2)),  # equal after truncation
+        # equal after truncation, but tied
+        records.Ranking(prompt=ask, responses=("w1 w2 w3", "w1 w2 w4", "w5"), ranks=(1, 1, 2)),
         records.Ranking(prompt=ask, responses=("w6", "w7"), ranks=(1, 2)),
     ]
     counts = any_share()

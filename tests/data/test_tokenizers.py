@@ -1,4 +1,4 @@
-"""Tokenizers made by the package, and their chat format."""
+"""Tokenizers that the package creates, and their chat format."""
 
 import functools
 import json
@@ -85,7 +85,7 @@ def test_bpe_respects_the_vocabulary_size(bpe):
     assert len(bpe) <= 320
     assert len(encode_text(bpe, "where is the cat")) < len("where is the cat")
     assert len(tokenizers.train_bpe(["ab"], vocab_size=10_000)) == 4 + 256
-    with pytest.raises(errors.DataError, match="vocab_size = 259 is less than 4 special tokens"):
+    with pytest.raises(errors.DataError, match="vocab_size is 259; it must be at least 260"):
         tokenizers.train_bpe(TEXTS, vocab_size=259)
 
 
@@ -230,7 +230,7 @@ def test_loading_from_an_empty_directory_is_an_error(tmp_path):
 
 
 def test_a_long_prompt_loses_its_oldest_turns_and_still_starts_with_a_user_turn(words):
-    # The turns have 6, 6 and 4 tokens, and the last role token is one more.
+    # The turns have 6, 6 and 4 tokens, and the role token of the answer adds one.
     counts = any_share()
     for width, expected in ((17, TURNS), (16, TURNS[2:]), (11, TURNS[2:]), (5, TURNS[2:])):
         (ids,), kept = chat.encode_prompts(format_of(words), [TURNS], width=width, counts=counts)
@@ -250,7 +250,7 @@ def test_a_prompt_whose_last_turn_is_too_long_is_dropped_and_counted(words):
     assert kept.tolist() == [1, 4]
     assert kept.dtype == np.int64
     assert counts.dropped == {"prompt too long": 1, "no user turn": 2}
-    with pytest.raises(errors.DataError, match=r"prompts: 1 of 2 records dropped \(prompt too long 1\)"):
+    with pytest.raises(errors.DataError, match=r"prompts: 1 of 2 records were dropped \(prompt too long 1\)"):
         chat.encode_prompts(format_of(words), [TURNS, short], width=4, counts=errors.DropCount())
 
 

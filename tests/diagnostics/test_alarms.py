@@ -1,4 +1,4 @@
-"""Tests that each alarm is raised by its failure, not by a near miss, and that a healthy run raises none."""
+"""Tests that a failure raises its alarm, and that neither a near miss nor a healthy run raises an alarm."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from rlhf_jax.train import loop, monitor
 
 
 def healthy(steps=60, seed=0):
-    """Returns the rows of a healthy run, in which gold falls a little after its peak and ratios have spikes."""
+    """Returns the rows of a healthy run, whose gold falls a little after its peak and whose ratios have spikes."""
     rng = np.random.default_rng(seed)
     rows = []
     for i in range(steps):
@@ -41,7 +41,7 @@ def healthy(steps=60, seed=0):
 
 
 def alarms_of(rows, **thresholds):
-    """Returns the first alarm of each name over all prefixes of the rows, as a run raises them."""
+    """Returns the first alarm of each name, checked after each row as in a run."""
     raised = {}
     for n in range(1, len(rows) + 1):
         for alarm in alarms.check_all(rows[:n], **thresholds):
@@ -50,7 +50,7 @@ def alarms_of(rows, **thresholds):
 
 
 def replace(rows, start, **series):
-    """Replaces metrics by functions of the row, from row ``start`` onwards; a negative one counts from the end."""
+    """Replaces metrics with functions of the row from row ``start``; a negative ``start`` counts from the end."""
     first = start % len(rows)
     return [row | ({k: f(row) for k, f in series.items()} if i >= first else {}) for i, row in enumerate(rows)]
 
@@ -84,11 +84,11 @@ def validated(row, *, rise):
 
 
 CASES = {
-    # name: (rows that raise it, a near miss, part of the message)
+    # name: (rows that raise the alarm, a near miss, part of the message)
     "not_finite": (
         lambda rows: replace(rows, -1, reward=constant(math.nan)),
         lambda rows: replace(rows, -1, explained_variance=constant(math.nan), gold=constant(None)),
-        "not a finite number: reward.",
+        "NaN or infinite: reward.",
     ),
     "negative_kl": (
         lambda rows: replace(rows, -1, kl=constant(-1.2)),
@@ -103,7 +103,7 @@ CASES = {
     "large_ratios": (
         lambda rows: replace(rows, -3, ratio_max=constant(11.0)),
         lambda rows: replace(rows, -2, ratio_max=constant(1e4)),
-        "more than 11 times",
+        "at least 11-fold",
     ),
     "sampler_gap": (
         lambda rows: replace(rows, -1, sampler_gap=constant(0.3)),
@@ -123,7 +123,7 @@ CASES = {
     "unfinished_answers": (
         lambda rows: replace(rows, -3, stopped=constant(0.6)),
         lambda rows: replace(rows, -3, stopped=constant(0.75)),
-        "40% of the answers do not stop, compared with",
+        "40% of the answers lack a stop token, compared with",
     ),
     "reward_below_start": (
         lambda rows: [row | {"reward": -0.02 * row["step"]} for row in rows],
@@ -133,7 +133,7 @@ CASES = {
     "overoptimised": (
         lambda rows: replace(rows, 40, gold=down(0.01)("gold"), reward=lambda r: r["reward"] + 0.01 * (r["step"] - 40)),
         lambda rows: replace(rows, 40, gold=down(0.01)("gold"), reward=lambda r: r["reward"] - 0.01 * (r["step"] - 40)),
-        "while gold, which is not trained on, fell from",
+        "while gold, which is not used in training, fell from",
     ),
     "overfitted": (
         lambda rows: [row | validated(row, rise=0.01) for row in rows],
@@ -176,14 +176,12 @@ def test_any_judge_raises_the_alarm_and_is_named():
 def test_few_rows_or_metrics_raise_no_alarm():
     assert alarms.check_all([]) == []
     assert alarms_of([{"loss": 1.0}, {"loss": math.nan}]) == {}
-    assert alarms_of([{"step": 1, "reward": 0.0, "kl": None}])["not_finite"].message.startswith(
-        "not a finite number: kl."
-    )
+    assert alarms_of([{"step": 1, "reward": 0.0, "kl": None}])["not_finite"].message.startswith("NaN or infinite: kl.")
     # Long answers from the start and a small initial entropy raise no alarm.
     assert alarms_of([{"stopped": 0.3, "entropy": 0.02}] * 20) == {}
 
 
-def test_thresholds_reach_their_checks_and_unknown_ones_raise():
+def test_thresholds_reach_their_checks_and_unknown_thresholds_raise():
     rows = healthy()
     assert set(alarms_of(rows, max_ratio=1.0, patience=2)) == {"large_ratios"}
     assert alarms_of(replace(rows, -1, sampler_gap=constant(0.3)), max_gap=math.inf) == {}
@@ -221,7 +219,7 @@ def test_stopping_watch_logs_the_row_and_reports_the_alarm():
     with pytest.raises(loop.Alarmed, match="negative_kl at step 11"):
         feed(log, rows)
     assert seen[-1] == 11 and len(warned) == 1
-    feed(log, rows[11:])  # A run that continues is not stopped by the same alarm again.
+    feed(log, rows[11:])  # The same alarm does not stop a resumed run again.
     assert len(warned) == 1
 
 
@@ -240,7 +238,7 @@ def test_resumed_watch_remembers_reported_alarms(tmp_path):
         first.rewind(0)
         with pytest.raises(loop.Alarmed):
             feed(first, rows)
-    with metrics.MetricLog(tmp_path) as log:  # Stopped after step 11 and resumed there.
+    with metrics.MetricLog(tmp_path) as log:  # Stopped after step 11 and resumed from there.
         second = watched(log)
         second.rewind(11)
         assert [(a.name, a.step) for a in second.alarms] == whole[:1] and not warned
@@ -263,7 +261,7 @@ def test_nan_and_infinity_raise_the_same_alarms_when_read_from_the_log(tmp_path)
         assert monitor.Watch(warn=print, rows=log.rows("ppo")).alarms == live.alarms != []
 
 
-# The experiment
+# Alarms in a run
 
 
 def smoke_settings(**changes):

@@ -72,7 +72,7 @@ def test_ratio_over_clusters_agrees_with_mean_interval_and_wilson():
     assert diagnostics.ratio_interval([1.0, 0.0], [1.0, 0.0]) == (1.0, 0.0, 1.0)
     with pytest.raises(ValueError, match="parts of a rate"):
         diagnostics.ratio_interval([3.0, 1.0], [2.0, 2.0], rate=True)
-    # Clusters of one are independent trials: Wilson's interval, except for Student's t.
+    # Clusters of one are independent trials, so the interval is Wilson's, except for Student's t.
     many = diagnostics.ratio_interval((np.arange(4000) < 1000).astype(float), np.ones(4000))
     np.testing.assert_allclose(many[1:], diagnostics.wilson(1000, 4000), atol=2e-5)
 
@@ -205,7 +205,7 @@ def test_slope_is_infinite_if_the_likelihood_has_no_maximum():
     assert diagnostics.calibration_slope([0.0, 0.0], [1.0, 2.0]).mean == -math.inf
     with pytest.raises(ValueError, match="all score differences"):
         diagnostics.calibration_slope([1.0], [1.0])
-    # No positive temperature calibrates scores that are always right, or more often wrong than right.
+    # No positive temperature calibrates scores that are always right or mostly wrong.
     for chosen, rejected in (([1.0, 2.0], [0.0, 0.0]), ([0.0, 0.0, 2.0], [1.0, 2.0, 1.0])):
         assert math.isnan(diagnostics.calibration_temperature(chosen, rejected))
 
@@ -249,7 +249,7 @@ def test_best_of_n_mean_validates_its_inputs():
     for ns in ([0], [4]):
         with pytest.raises(ValueError, match="between 1 and"):
             diagnostics.best_of_n_mean(np.ones(3), np.ones(3), ns)
-    with pytest.raises(ValueError, match="rows"):
+    with pytest.raises(ValueError, match="equally long"):
         diagnostics.best_of_n_mean(np.ones(3), np.ones(2), [1])
 
 
@@ -272,7 +272,7 @@ def test_token_entropy_matches_hand_computed_values():
 
 def test_self_overlap_matches_hand_computed_values():
     assert diagnostics.self_overlap([[1, 2, 3], [1, 2, 3]], n=2) == 1.0
-    # Repetition within a sequence is no overlap.
+    # Repetition within a sequence is not overlap.
     assert diagnostics.self_overlap([[1, 2, 1, 2], [3, 4, 5]], n=2) == 0.0
     assert diagnostics.self_overlap([[1, 2, 3], [1, 2, 4]], n=2) == 0.5
     assert math.isnan(diagnostics.self_overlap([[1, 2, 3]], n=2))

@@ -15,12 +15,12 @@ KL = np.array([0.25, 1.0, 2.25, 4.0, 9.0, 16.0, 36.0, 81.0])
 
 
 def published(form, kl, alpha, beta):
-    """Returns the gains of a curve, from the formula in the paper."""
+    """Returns the gains on a curve, from the paper's formula."""
     d = np.sqrt(kl)
     return d * (alpha - beta * d) if form is over.BEST_OF_N else d * (alpha - beta * np.log(d))
 
 
-# The two forms
+# The two functional forms
 
 
 @given(st.sampled_from([over.BEST_OF_N, over.REINFORCEMENT]), st.floats(0.1, 3.0), st.floats(0.1, 1.0))
@@ -38,7 +38,7 @@ def test_fits_recover_noise_free_curves_exactly(form, alpha, beta):
 
 
 def test_functional_forms_match_the_paper():
-    # alpha = 1, beta = 0.25: best of n peaks at d = 2 with 1; RL at d = e^3 with e^3 / 4.
+    # With alpha = 1 and beta = 0.25, best of n peaks at d = 2 with 1, and RL at d = e^3 with e^3 / 4.
     bon = over.fit(KL, np.sqrt(KL) - KL / 4, form=over.BEST_OF_N)
     rl = over.fit(KL, np.sqrt(KL) - np.sqrt(KL) * np.log(np.sqrt(KL)) / 4, form=over.REINFORCEMENT)
     np.testing.assert_allclose((bon.peak_distance.mean, bon.peak_gain.mean), (2.0, 1.0), rtol=1e-9)
@@ -92,7 +92,7 @@ def test_true_form_extrapolates_better():
 def test_curve_without_a_maximum_has_an_infinite_peak():
     straight = over.fit(KL, np.sqrt(KL) + 0.02 * KL, form=over.BEST_OF_N)
     assert straight.beta.mean < 0 and straight.peak_distance == (math.inf,) * 3 and straight.peak_gain.mean == math.inf
-    # If the bend may be due to chance, the interval of the peak has no upper end.
+    # If the curvature may be due to chance, the interval of the peak has no upper bound.
     wave = 0.3 * (-1.0) ** np.arange(8)
     for bend, curved in ((0.02, True), (-0.02, False)):
         unsure = over.fit(KL, np.sqrt(KL) - bend * KL + wave, form=over.BEST_OF_N)
@@ -141,15 +141,15 @@ def test_best_of_n_curve_is_the_mean_over_prompts_with_bootstrap_intervals():
     np.testing.assert_allclose(curve.kl, [math.log(n) - (n - 1) / n for n in range(1, 7)], atol=1e-12)
     again = diagnostics.best_of_n_curve(proxy, gold, np.random.default_rng(0), resamples=300)
     np.testing.assert_array_equal(curve.lo, again.lo)
-    # n = 1 gives the mean of all samples of a prompt, with its bootstrap interval.
+    # For n = 1, the curve is the mean over all samples of a prompt, with its bootstrap interval.
     rows = gold.mean(axis=1)
     alone = diagnostics.bootstrap_mean(rows, np.random.default_rng(0), resamples=300)
     np.testing.assert_allclose((curve.mean[0], curve.lo[0], curve.hi[0]), alone)
-    # The best of all N samples is known.
+    # With n = N, the best sample is known exactly.
     np.testing.assert_allclose(curve.mean[-1], gold[np.arange(40), proxy.argmax(axis=1)].mean())
     few = diagnostics.best_of_n_curve(proxy, gold, np.random.default_rng(0), ns=[2, 6], resamples=300)
     np.testing.assert_array_equal(few.hi, curve.hi[[1, 5]])
-    with pytest.raises(ValueError, match="prompts by samples"):
+    with pytest.raises(ValueError, match="prompts, samples"):
         diagnostics.best_of_n_curve(proxy[0], gold[0], np.random.default_rng(0))
 
 
@@ -180,7 +180,7 @@ def test_temporary_gap_between_halves_is_not_a_divergence():
     train, test = run(1, gold=lambda c: 0.3 * c - (1.5 if c == 3 else 0.0))
     halves = diagnostics.split_halves(train, test)
     assert halves.lo[3] > 0 and halves.parted is None
-    with pytest.raises(ValueError, match="checkpoints by prompts"):
+    with pytest.raises(ValueError, match="must have one shape"):
         diagnostics.split_halves(train, test[1:])
     with pytest.raises(ValueError, match="NaN"):
         diagnostics.split_halves(train, np.where(test > 0, test, np.nan))

@@ -230,7 +230,7 @@ def test_length_correlation_agrees_with_scipy(n):
 
 
 def test_length_bias_matches_hand_computed_values():
-    # lengths (chosen, rejected): longer, longer, shorter, shorter, equal; scores right, wrong, right, wrong, tie
+    # Chosen answers are longer, longer, shorter, shorter, equal; their scores are right, wrong, right, wrong, tied.
     chosen, rejected = [2.0, 0.0, 2.0, 0.0, 1.0], [0.0, 1.0, 1.0, 3.0, 1.0]
     bias = diagnostics.length_bias(chosen, rejected, [5, 4, 1, 2, 3], [1, 3, 2, 4, 3])
     assert (bias.longer_wins.mean, bias.shorter_wins.mean) == (0.5, 0.5)
@@ -269,7 +269,7 @@ def test_controlled_rate_at_equal_lengths_is_the_plain_rate(outcomes, length):
 
 
 def compared(n, *, win, effect, longer, seed):
-    """Returns outcomes with log odds ``win + effect * log ratio`` for responses ``longer`` times as long on average."""
+    """Returns outcomes with log odds ``win + effect * log ratio``; ``longer`` is the typical length ratio."""
     rng = np.random.default_rng(seed)
     theirs = rng.uniform(20, 60, size=n)
     own = theirs * np.exp(rng.normal(math.log(longer), 0.4, size=n))
@@ -322,7 +322,7 @@ def test_outcomes_decided_by_length_alone_have_no_controlled_rate():
     assert diagnostics.length_controlled_win_rates([0.0, 0.0, 1.0], [4, 5, 1], [2] * 3).length_effect.mean == -math.inf
     with pytest.raises(ValueError, match="cannot be separated"):
         diagnostics.length_controlled_win_rate([1.0, 0.0], [4, 4], [2, 2])
-    # Only a policy that always won has varying length ratios; the others keep their entries.
+    # Only the policy that always wins has varying length ratios; the entries of the others do not change.
     got = diagnostics.length_controlled_win_rates(
         [1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0], [1, 5, 4, 4, 2, 2, 2], [2] * 7, ["best"] * 2 + ["long"] * 2 + ["same"] * 3
     )

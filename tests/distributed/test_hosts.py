@@ -1,4 +1,4 @@
-"""Several hosts on one machine: rendezvous, agreement on when to stop, and the same result as a single process."""
+"""Several hosts on one machine: rendezvous, agreement on when to stop, and equality with a single process."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def run_threads(fn, arguments):
 
 
 def connect_all(facts, *, count=None, timeout=600.0, indices=None):
-    """The connections or the error of each host."""
+    """Returns the connections or the error of each host."""
     port, count = free_port(), count or len(facts)
     results = {}
 
@@ -93,9 +93,9 @@ def test_a_duplicate_index_and_a_different_host_count_are_errors():
     assert errors[0] == errors[1] == "host 1 differs from host 0 in the number of hosts (3, not 2)"
 
 
-def test_connected_hosts_name_the_missing_ones():
+def test_connected_hosts_name_the_missing_hosts():
     errors = connect_all([{}, {}], count=4, timeout=2.0)
-    assert set(errors) == {"after 2 s these of 4 hosts are missing: 2, 3"}
+    assert set(errors) == {"of 4 hosts, these did not connect within 2 s: 2, 3"}
 
 
 def test_a_coordinator_that_does_not_answer_is_an_error_within_the_timeout():
@@ -103,9 +103,9 @@ def test_a_coordinator_that_does_not_answer_is_an_error_within_the_timeout():
     with pytest.raises(hosts.HostsError, match=rf"host 1: the coordinator 127.0.0.1:{port} did not answer within 1 s"):
         rendezvous.connect(f"127.0.0.1:{port}", 2, 1, 1.0, {})
     with socket.create_server(("127.0.0.1", port)):  # accepts connections but does not answer
-        with pytest.raises(hosts.HostsError, match="another program listens at this port"):
+        with pytest.raises(hosts.HostsError, match="another program is listening on this port"):
             rendezvous.connect(f"127.0.0.1:{port}", 2, 1, 1.0, {})
-        with pytest.raises(hosts.HostsError, match=f"host 0 cannot listen at port {port}"):
+        with pytest.raises(hosts.HostsError, match=f"host 0 cannot listen on port {port}"):
             rendezvous.connect(f"127.0.0.1:{port}", 2, 0, 1.0, {})
 
 
@@ -180,7 +180,7 @@ def test_a_single_process_needs_no_agreement():
         assert group.broadcast_from_first("name", lambda: "value") == "value"
 
 
-def test_open_mpi_5_needs_the_coordinator_only(monkeypatch):
+def test_open_mpi_5_needs_only_the_coordinator(monkeypatch):
     monkeypatch.delenv("OMPI_MCA_orte_hnp_uri", raising=False)
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
@@ -210,7 +210,7 @@ def exits(monkeypatch, request):
 
     def leave(status):
         statuses.append(status)
-        raise SystemExit  # ends the thread
+        raise SystemExit  # ends only the thread
 
     monkeypatch.setattr(hosts, "_exit", leave)
     monkeypatch.setattr(hosts.atexit, "register", lambda *what: None)
@@ -222,14 +222,14 @@ def exits(monkeypatch, request):
 
 
 def groups(count):
-    """Hosts in one process, connected in a star."""
+    """Returns hosts in one process, connected in a star."""
     pairs = {i: socket.socketpair() for i in range(1, count)}
     first = hosts._Group(0, count, {i: rendezvous.Connection(a) for i, (a, _) in pairs.items()}, 30.0)
     return [first, *(hosts._Group(i, count, {0: rendezvous.Connection(b)}, 30.0) for i, (_, b) in pairs.items())]
 
 
 class Devices:
-    """Simulated collectives: a step ends when every host has started it; a loop runs at most two steps ahead."""
+    """Simulated collectives. A step ends when every host has started it; loops run at most two steps ahead."""
 
     def __init__(self, count):
         self.started, self.changed = [0] * count, threading.Condition()
@@ -319,11 +319,11 @@ def test_a_silent_host_is_lost_and_a_host_that_sends_heartbeats_is_not(exits, ca
     started = time.monotonic()
     group = hosts._Group(1, 2, {0: rendezvous.Connection(own)}, 1.0)
     connection = rendezvous.Connection(other)
-    while time.monotonic() - started < 3.0:  # three times the heartbeat timeout
+    while time.monotonic() - started < 3.0:  # three times as long as the heartbeat timeout
         connection.send(heartbeat=True)
         time.sleep(0.1)
     assert exits == []
-    wait_for(lambda: exits)  # no more heartbeats
+    wait_for(lambda: exits)  # after the last heartbeat
     assert exits[0] == hosts.HOST_LOST
     assert "host 1 exits: host 0 was lost (it sent nothing for 1 s); resume all hosts" in capfd.readouterr().err
     end([group])
@@ -349,7 +349,7 @@ def test_a_failed_host_stops_the_others_with_its_status_and_reason(exits, capfd,
 
 
 class Job:
-    """Processes of `hosts_cases.py` that run one job, each with its own log."""
+    """Processes of `hosts_cases.py` that run one job, each with a separate log."""
 
     def __init__(self, out, cache, *, count=2, **options):
         self.out, port = out, free_port()
@@ -380,7 +380,7 @@ class Job:
         return self
 
     def statuses(self):
-        """The exit statuses of all processes; kills those that do not end."""
+        """Returns the exit statuses of all processes; kills processes that do not end."""
         try:
             return [process.wait(timeout=1800) for process in self.processes]
         finally:
@@ -408,7 +408,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory, cache):
-    """The same job in a single process with as many devices."""
+    """Runs the same job in a single process with the same number of devices."""
     return Job(tmp_path_factory.mktemp("single"), cache, count=1, devices=4, stages=STAGES, save_every=1).succeed()
 
 
@@ -458,7 +458,7 @@ def test_both_hosts_refuse_different_data_before_jax_starts(cache, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"data": -1}, {"fsdp": 4}, {"tensor": 4}, {"fsdp": 2, "tensor": 2}], ids=str)
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_and_resumed_run_equals_the_uninterrupted_run_bit_for_bit(cache, tmp_path, mesh, victim):
+def test_a_killed_and_resumed_run_is_bit_identical_to_an_uninterrupted_run(cache, tmp_path, mesh, victim):
     stages = {"sft": 6, "ppo": 4}
     options = {"stages": stages, "save_every": 1, "mesh": mesh}
     single = Job(tmp_path / "single", cache, count=1, devices=4, **options).succeed()
@@ -477,7 +477,7 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_run_bit_for_bit(cache
 
 @pytest.mark.slow
 @pytest.mark.parametrize("numbers", [(0,), (1,), (0, 1)], ids=str)
-def test_after_signals_to_some_hosts_all_save_the_same_step_and_a_different_number_resumes(
+def test_after_signals_to_some_hosts_all_save_the_same_step_and_another_host_count_resumes(
     single, cache, tmp_path, numbers
 ):
     job = Job(tmp_path, cache, stages=STAGES, save_every=None, pause=0.3).wait_for_line(numbers[0], "ppo 1")
@@ -584,7 +584,7 @@ def test_instructgpt_names_the_host_that_is_missing_or_has_different_settings_or
             assert wanted in process.communicate(timeout=1800)[1] and process.returncode == 2
         assert not any((tmp_path / f"{number}{index}" / "runs").exists() for index in (0, 1))
     words = ["--hosts.coordinator", f"127.0.0.1:{free_port()}", "--hosts.count", "2", "--hosts.timeout", "3"]
-    for index, wanted in ((0, "after 3 s these of 2 hosts are missing: 1"), (1, "did not answer within 3 s")):
+    for index, wanted in ((0, "of 2 hosts, these did not connect within 3 s: 1"), (1, "did not answer within 3 s")):
         command = [sys.executable, SCRIPT, *words, "--hosts.index", str(index)]
         found = subprocess.run(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, timeout=300, check=False)
         assert found.returncode == 2 and wanted in found.stderr and found.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Runs the benchmarks without other libraries; timings are meaningless, but all results must be present."""
+"""Runs the benchmarks without peer libraries. The timings are meaningless, but all results must be present."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""DPO and related losses in the job: pairs from rankings and from rounds, every loss by its name, refused settings."""
+"""Runs of DPO and related losses: pairs from rankings and from rounds, every loss, and refused settings."""
 
 import dataclasses
 import itertools
@@ -31,7 +31,7 @@ P, T = 3, 4
 
 
 class RecordedProgress:
-    """A progress display that only records the messages."""
+    """A progress display that only records messages."""
 
     def __init__(self):
         self.texts = []
@@ -56,7 +56,7 @@ def ranked(seed=0, B=6, K=4):
     return types.Comparisons(tokens, mask, ranks, where)  # pyright: ignore[reportArgumentType]
 
 
-def test_rankings_give_all_pairs_that_differ_in_rank_the_better_answer_first():
+def test_rankings_become_all_pairs_that_differ_in_rank_with_the_better_answer_first():
     rows = ranked()
     got = pairs_lib.from_rankings(rows, prompt_width=P, per_prompt=0, seed=0)
     expected = []
@@ -86,7 +86,7 @@ def test_single_answers_come_with_mismatched_answers_to_other_prompts():
     np.testing.assert_array_equal(got.good_BK[:, 0], np.arange(2 * n) < n)
     crossed = got.mismatched
     np.testing.assert_array_equal(crossed.tokens_BKL[..., :P], got.tokens_BKL[..., :P])
-    # All tokens of a prompt are its index here; the prompt of an answer is looked up by the tokens of the answer.
+    # Each prompt token is the index of its prompt, and the tokens of an answer identify its prompt.
     home = {tuple(row[0, P:].tolist()): int(row[0, 0]) for row in got.tokens_BKL}
     assert all(home[tuple(row[0, P:].tolist())] != int(row[0, 0]) for row in crossed.tokens_BKL)
     alone = pairs_lib.from_rankings(ranked(B=1), prompt_width=P, per_prompt=0, seed=0)
@@ -112,7 +112,7 @@ def test_rounds_pair_the_best_with_the_worst_answer_and_skip_ties():
     np.testing.assert_array_equal(got.rows.tokens_BKL[1], [[7, 6, 1], [7, 5, 1]])
     assert got.prompt_B.tolist() == [0, 2] and left_out == {"equal scores": 0, "one text": 1}
     scores[1, 2] = np.nan
-    with pytest.raises(loop.DivergedError, match=r"1 of 9 answers .* not finite, the first of prompt 1"):
+    with pytest.raises(loop.DivergedError, match=r"1 of 9 answers .* not finite; the first one answers prompt 1"):
         pairs_lib.best_and_worst(answers, scores, prompt_width=1)
 
 
@@ -151,7 +151,7 @@ def model(job, seed=0):
 
 
 def random_pairs(job, seed=0, n=12):
-    """Random pairs in the widths of the world."""
+    """Returns random pairs with the widths of the built-in world."""
     task, rng = job.task, np.random.default_rng(seed)
     tokens = rng.integers(1, 60, size=(n, 2, task.row_width)).astype(np.int32)
     tokens[:, 1, : task.prompt_width] = tokens[:, 0, : task.prompt_width]
@@ -219,7 +219,7 @@ def test_rounds_sample_and_label_with_the_latest_policy_as_reference(tmp_path):
     assert (lengths[:, 0] >= lengths[:, 1]).all(), "the judge prefers longer answers"
     assert rounds[0].pairs == len(first)
     assert rounds[0].pairs + sum(rounds[0].left_out.values()) == len(prompts) // 2
-    with pytest.raises(settings_lib.SettingError, match="has no preference in any pair"):
+    with pytest.raises(settings_lib.SettingError, match="prefers no answer to another"):
         equal: Any = options | {"judge": lambda answers, samples, key: np.zeros(len(answers.lengths_B)), "name": "e"}
         direct_alignment.iterate(trainer, start, reward, prompts, **equal)
 
@@ -246,9 +246,9 @@ def test_judges_of_the_built_in_world(tmp_path):
         (["--loss", "robust", "--label-smoothing", "0.5"], "--label-smoothing is 0.5; it must be .* below 0.5"),
         (["--beta", "0"], "--beta is 0.0; it must be above 0"),
         (["--learning-rate", "-1"], "--learning-rate"),
-        (["--micro-batches", "7"], "--micro-batches is 7; it must divide 64, the number of rows of a batch"),
+        (["--micro-batches", "7"], "--micro-batches is 7; it must divide 64, the number of rows per batch"),
         (["--samples", "1"], "--samples is 1; it must be at least 2"),
-        (["--data.path", "x.jsonl", "--judge", "gold"], "--judge gold needs the built-in world"),
+        (["--data.path", "x.jsonl", "--judge", "gold"], "--judge gold requires the built-in world"),
         (["--loss", "simpo", "--rounds", "2", "--hold-reference"], "--hold-reference has no effect with --loss simpo"),
         (["--ppo.kl-coef", "-1"], "--ppo.kl-coef"),
         (["--resume", "nowhere"], "nowhere"),
@@ -273,8 +273,8 @@ def test_invalid_settings_are_refused_by_flag(arguments, message):
         (["--betas", "0.1", "0.1"], "--betas"),
         (["--kl-coefs", "0"], "--kl-coefs"),
         (["--seeds", "0"], "--seeds"),
-        (["--beta", "0.1"], "use --betas"),
-        (["--loss", "simpo"], "--loss is 'simpo'; this study only runs dpo"),
+        (["--beta", "0.1"], "uses --betas"),
+        (["--loss", "simpo"], "--loss is 'simpo', but this study only runs dpo"),
         (["--reward-model.heldout"], "--reward-model.heldout has no effect on dpo_vs_ppo.py"),
         (["--ppo.kl-coef", "0.5"], "--ppo.kl-coef has no effect on dpo_vs_ppo.py"),
         (["--rounds", "3", "--bandit-pairs", "2"], "at most --bandit-pairs 2"),
@@ -292,7 +292,7 @@ def test_used_ppo_settings_are_accepted():
     assert (settings.ppo.clip, settings.ppo.iterations) == (0.1, 18)
 
 
-def test_a_batch_has_at_most_as_many_rows_as_the_data_and_unseen_rows_are_counted():
+def test_a_batch_has_no_more_rows_than_the_data_and_unseen_rows_are_counted():
     def schedule(pairs, **changes):
         options: dict[str, Any] = {"batch": 8} | changes
         return tuple(direct_alignment.schedule(direct_settings.DirectSettings(**options), pairs))
@@ -371,7 +371,7 @@ def test_the_study_compares_shifted_pairs_at_one_coefficient_and_methods_at_equa
             "gold that shifted pairs cost DPO": 0.15,
             "gold that shifted pairs cost PPO": 0.05,
             "what they cost DPO more than PPO": 0.1,
-            "gold of PPO above DPO at a KL of 1": 0.15,  # DPO has 0.7 and 0.8 there, a third of the way in √KL
+            "gold of PPO above DPO at a KL of 1": 0.15,  # interpolated in √KL, DPO has 0.7 and 0.8
         }
     )
     low, high = effects["gold that shifted pairs cost DPO"][1:]

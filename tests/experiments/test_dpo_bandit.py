@@ -1,4 +1,4 @@
-"""DPO and related losses on a bandit with a known optimum, including answers that are in no pair."""
+"""DPO and related losses on a bandit with a known optimum, including answers that appear in no pair."""
 
 import functools
 from typing import Any
@@ -64,7 +64,7 @@ def test_all_pairs_lists_every_pair_with_its_bradley_terry_probability():
     np.testing.assert_allclose(PAIRS.targets_B[40], 1 / (1 + np.exp(REWARDS[s, b] - REWARDS[s, a])), rtol=1e-5)
 
 
-def test_dpo_reaches_the_optimum_of_its_own_coefficient_only():
+def test_dpo_reaches_only_the_optimum_of_its_coefficient():
     logits_SA = train(objectives.dpo)
     assert distance(REFERENCE, optimum(BETA)) > 0.3, "training starts far from the optimum"
     assert distance(logits_SA, optimum(BETA)) < 0.002
@@ -79,7 +79,7 @@ def test_robust_dpo_reaches_the_optimum_from_flipped_labels_and_dpo_does_not():
 
 
 def test_ipo_reaches_the_optimum_of_win_rates_instead_of_rewards():
-    """Azar 2023, theorem 1: IPO maximises the mean win probability minus KL."""
+    """IPO maximises the mean win probability minus KL (Azar 2023, theorem 1)."""
     gaps = np.asarray(REWARDS, np.float64)[:, :, None] - np.asarray(REWARDS, np.float64)[:, None, :]
     wins = jnp.asarray((1 / (1 + np.exp(-gaps))).mean(axis=2), jnp.float32)
     logits_SA = train(objectives.ipo, beta=0.1)
@@ -103,13 +103,13 @@ def test_rounds_with_the_latest_policy_as_reference_divide_the_coefficient():
 
 
 def test_dpo_loss_allows_mass_on_an_unseen_answer_and_the_optimum_has_none():
-    """Xu et al. 2024, theorem 4.1 and table 1."""
+    """Checks theorem 4.1 and table 1 of Xu et al. 2024."""
     for beta in (0.1, 1.0):
         for minimiser in ((1.0, 0.0, 0.0), (0.1, 0.0, 0.9), (0.0, 0.0, 1.0)):
             least = three_actions.loss(minimiser, beta=beta)
             assert least == 0.0 if minimiser[0] else least == pytest.approx(np.log(2)), minimiser
         assert three_actions.loss((0.5, 0.5, 0.0), beta=beta) == pytest.approx(np.log(2))
-        a, b = 0.7, 0.2  # the loss is log(1 + (b / a)^beta) everywhere
+        a, b = 0.7, 0.2  # in general, the loss is log(1 + (b / a)^beta)
         assert three_actions.loss((a, b, 0.1), beta=beta) == pytest.approx(np.log1p((b / a) ** beta), rel=1e-5)
     for unseen_reward in (0.0, 0.5, 1.0):
         best = three_actions.optimum(kl_coef=0.1, unseen_reward=unseen_reward)

@@ -1,4 +1,4 @@
-"""instructgpt.py with --model: tokenizer, chat format, gold utility of decoded answers, and errors."""
+"""Tests instructgpt.py with --model: tokenizer, chat format, gold utility of decoded answers, and errors."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ def save_gpt2(path, tokenizer, *, more=0, max_length=160, **fields):
 
 @pytest.fixture(scope="module")
 def byte_pairs():
-    """A tokenizer with tokens for most of the world's words."""
+    """Returns a tokenizer with tokens for most words of the built-in world."""
     text = " ".join(lexicon.WORDS)
     return chat_cases.make_qwen(template=CHATML, words=[text, "user\n" + text, "assistant\n" + text], size=700)
 
@@ -60,7 +60,7 @@ def checkpoint(byte_pairs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(checkpoint, tmp_path_factory):
-    """A run that was killed at the start and resumed."""
+    """Returns a run that was killed at the start and resumed."""
     folder = tmp_path_factory.mktemp("from_model") / "run"
     command = job.command(*LITTLE, "--model", checkpoint, "--out", folder)
     process = subprocess.Popen(
@@ -165,7 +165,7 @@ def test_widths_are_measured_in_the_models_tokens(checkpoint):
     ]
     assert np.mean(has_stop) > 0.9 and task.dropped.truncated["answer truncated"] == len(has_stop) - sum(has_stop)
     assert (task.demonstrations.loss_mask_BL[:, : task.prompt_width] == 0).all()
-    # The loss of a skill row is on its answer.
+    # The loss of a skill row is computed only on its answer.
     rows = task.world.skill_rows
     texts = [task.tokenizer.decode(ids[learnt]) for ids, learnt in zip(rows.tokens_BL, rows.loss_mask_BL)]
     assert all(text.startswith(" ") and text.strip() for text in texts)
@@ -193,14 +193,14 @@ def with_changes(made, changes):
     return dataclasses.replace(made, **parts)
 
 
-# -------------------------------------------------------------------------------------------------------------- words
+# ------------------------------------------------------------------------------------------------------ decoded words
 
 
 def test_answers_are_decoded_to_the_worlds_words(byte_pairs):
     fmt = chat.chat_format(byte_pairs)
     answers = ["the fox is red .", "Red? the fox", "", "the <|end|> fox", "the " * 50]
     ids = chat.encode_answers(fmt, answers)
-    ids[1] = ids[1][:-1]  # cut off
+    ids[1] = ids[1][:-1]  # truncated, without the end token
     width = max(map(len, ids))
     tokens_BT = np.array([[*x, *[fmt.pad_id] * (width - len(x))] for x in ids])
     mask_BT = np.arange(width) < np.array([[len(x)] for x in ids])
@@ -215,10 +215,10 @@ def test_answers_are_decoded_to_the_worlds_words(byte_pairs):
     np.testing.assert_allclose(read.unknown_B, [0, 1 / 4, 0, 1 / 3, 0])
 
 
-# ------------------------------------------------------------------------------------------------------------ refused
+# ------------------------------------------------------------------------------------------------------------- errors
 
 
-def test_unusable_model_folders_give_a_one_sentence_error(checkpoint, byte_pairs, tmp_path):
+def test_unusable_model_folders_raise_a_one_sentence_error(checkpoint, byte_pairs, tmp_path):
     out = tmp_path / "run"
     message = job.refused("--model", tmp_path / "none", "--out", out)
     assert f"--model {tmp_path / 'none'}" in message and not out.exists()
@@ -269,7 +269,7 @@ def test_a_run_does_not_resume_with_a_changed_model(checkpoint, tmp_path, script
     assert initial_model.fingerprint(str(model)) == before
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-6}))
-    with pytest.raises(settings.SettingError, match=rf"cannot continue --resume {run}: the files in {model} changed"):
+    with pytest.raises(settings.SettingError, match=rf"cannot resume {run}: the files in {model} have changed"):
         script.run(script.parse(["--resume", str(run)]))
 
 

@@ -26,10 +26,10 @@ WINS = ("gold_win_rate_vs_sft", "heldout_win_rate_vs_sft")
 NUMBERS = ("gold", "reward", "kl", "skill_accuracy", "pretraining_loss", "truthful_rate", "harm_rate", "length")
 
 
-# The environment of a user, without the settings of the tests.
+# A user's environment, without the XLA flags of the tests.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
 ENVIRONMENT |= {"JAX_PLATFORMS": "cpu", "COLUMNS": "120"}
-# Runs share compiled programs, to save time.
+# Runs share compiled programs to save time.
 COMPILED = tempfile.TemporaryDirectory(prefix="rlhf-jax-compiled-")
 ENVIRONMENT |= {"JAX_COMPILATION_CACHE_DIR": COMPILED.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
 ENVIRONMENT |= {"JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
@@ -46,13 +46,13 @@ def run(*arguments, timeout=600):
 
 
 def results_of(folder):
-    """Returns the results that must be equal in every run: all but time and memory."""
+    """Returns the results that must be equal in every run, without times and memory."""
     results = json.loads((folder / "results.json").read_text())
     return {name: value for name, value in results.items() if name not in ("seconds", "peak_rss_mb")}
 
 
 def run_and_kill(folder, stage, step, *arguments):
-    """Starts the job and kills it (SIGKILL) when a stage has logged a step."""
+    """Starts the job and kills it (SIGKILL) after a stage has logged a step."""
     with open(folder.parent / "killed.log", "w") as log:
         job = subprocess.Popen(
             command("--preset", "smoke", "--out", folder, *arguments),
@@ -145,7 +145,7 @@ def test_first_update_starts_from_equal_models(finished):
     assert steps == list(range(1, len(steps) + 1))
 
 
-def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path):
+def test_a_killed_run_resumes_bit_identically(finished, tmp_path):
     folder, _ = finished
     killed = tmp_path / "run"
     run_and_kill(killed, "ppo", 2)
@@ -160,7 +160,7 @@ def test_a_killed_run_resumes_bit_for_bit(finished, tmp_path):
 @pytest.mark.parametrize(
     ("stage", "step"), [("pretrain", 30), ("sft", 5), ("sft_mix", 20), ("reward_model", 3), ("ppo_ptx", 3)]
 )
-def test_a_run_killed_in_any_stage_resumes_bit_for_bit(finished, tmp_path, stage, step):
+def test_a_run_killed_in_any_stage_resumes_bit_identically(finished, tmp_path, stage, step):
     folder, _ = finished
     killed = tmp_path / "run"
     run_and_kill(killed, stage, step)
@@ -200,7 +200,7 @@ def write(path, records):
     return path
 
 
-def test_human_comparisons_give_the_data_of_every_stage(tmp_path):
+def test_human_comparisons_provide_the_data_of_every_stage(tmp_path):
     records = [*comparisons(60), {"chosen": dialogue("Hi?", ""), "rejected": dialogue("Hi?", "Go.")}]
     path = write(tmp_path / "pairs.jsonl", records)
     arguments = ["--preset", "smoke", "--data.path", str(path), "--data.max-dropped", "0.1", "--data.held-out", "0.2"]

@@ -1,4 +1,4 @@
-"""Plans: memory, FLOPs and collectives of a step that is compiled without the hardware."""
+"""Memory, FLOPs and collectives of steps that are compiled without the hardware."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ needs_tpu_compiler = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
-    """All results that need eight devices, from a process that has them."""
+    """Returns all results that need eight devices, from a process that has them."""
     out = tmp_path_factory.mktemp("plan") / "cases.json"
     path = os.pathsep.join([str(CASES.parents[1] / "experiments"), os.environ.get("PYTHONPATH", "")])
     process = subprocess.run(
@@ -47,14 +47,14 @@ def test_collectives_are_counted_per_iteration_of_a_loop(cases):
     assert cases["open_loops"] == 0
 
 
-def test_a_tiny_model_from_end_to_end(cases):
+def test_a_tiny_model_is_planned_from_end_to_end(cases):
     fits = cases["fits"]
     assert fits["status"] == 0
     assert "fits" in fits["printed"] and "no unneeded collectives" in fits["printed"]
     numbers = fits["numbers"]
     assert numbers["parameters"] == lm.count(lm.LMConfig.preset("tiny"))
     assert numbers["kept"]["optimiser"] == 2 * numbers["kept"]["parameters"] + 4
-    # Each product three times and none rematerialised: 6 FLOPs per parameter and token, and those of attention.
+    # Each product runs three times without rematerialisation: 6 FLOPs per parameter and token, plus attention.
     assert 0.9 < numbers["flops"] / numbers["model_flops"] < 1.2
     assert any(c["kind"] == "all-gather" and c["axes"] == ["fsdp"] for c in numbers["collectives"])
     assert not any(c["kind"] == "all-to-all" for c in numbers["collectives"])
@@ -91,7 +91,7 @@ def test_parameters_optimiser_and_cache_are_exact():
     assert lm.count(cfg) == 8_030_261_248
     mesh = jax.sharding.AbstractMesh((1, 32, 8, 1), parallel.AXES)
     norms = (2 * cfg.n_layers + 1) * cfg.d_model
-    sharded = 4 * (8_030_261_248 - norms) // 256 + 4 * norms // 32  # norms are not sharded over tensor
+    sharded = 4 * (8_030_261_248 - norms) // 256 + 4 * norms // 32  # norms are sharded over fsdp but not over tensor
     kept = abstract_steps.build(Plan(stage="sft"), cfg, mesh).kept
     assert kept == {"parameters": sharded, "optimiser": 2 * sharded + 4}
 
@@ -101,7 +101,7 @@ def test_parameters_optimiser_and_cache_are_exact():
     assert kept["parameters"] == 2 * sharded + head
     assert kept["averaged policy"] == sharded
     assert kept["frozen models"] == (2 * sharded + head) // 2
-    # Keys and values: 2 x 32 layers x 128 features x 2 bytes, for one of 8 heads and 16 of 512 rows.
+    # Keys and values have 2 x 32 layers x 128 features x 2 bytes, for one of 8 heads and 16 of 512 rows.
     assert kept["KV cache"] == 2 * 32 * 128 * 2 * 16 * 1023
 
 
@@ -122,7 +122,7 @@ def test_without_the_tpu_compiler_the_error_says_how_to_install_it(monkeypatch):
 
 
 @needs_tpu_compiler
-def test_a_plan_for_a_tpu():
+def test_a_plan_for_a_tpu_is_compiled():
     chips.prepare()
     plan = Plan(model="tiny", topology="v5e:2x2", mesh=Sizes(fsdp=2, tensor=2), length=128, batch=8)
     estimate = planner.measure(plan)
@@ -132,7 +132,7 @@ def test_a_plan_for_a_tpu():
 
 
 @needs_tpu_compiler
-def test_a_topology_that_does_not_exist():
+def test_a_topology_that_does_not_exist_is_an_error():
     chips.prepare()
     with pytest.raises(SettingError, match="v5e:3x77"):
         chips.devices(Plan(topology="v5e:3x77"))

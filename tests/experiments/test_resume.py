@@ -1,4 +1,4 @@
-"""Interrupted runs resume bit for bit: every field of the state is needed, and torture.py interrupts real processes."""
+"""Interrupted runs resume bit-identically. Every field of the state is needed; torture.py interrupts real processes."""
 
 import functools
 import json
@@ -46,7 +46,7 @@ def run(folder, steps, **changes):
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory):
-    """A run's state and metadata after half of its steps, and the digest of its final state."""
+    """Returns a run's state and metadata after half of its steps, and the digest of its final state."""
     folder = tmp_path_factory.mktemp("half")
     run(folder, 3)
     _, state, metadata = checkpoint.Checkpoints(folder).restore(built().state)
@@ -60,7 +60,7 @@ def resumed(folder, half, **changes):
     return tiny_runs.state_digest(run(folder, STEPS))
 
 
-def test_a_resumed_run_ends_bit_identical(half, tmp_path):
+def test_a_resumed_run_is_bit_identical(half, tmp_path):
     assert resumed(tmp_path, half) == half[2]
 
 
@@ -122,7 +122,7 @@ def test_skipped_checkpoints_are_printed_and_recorded_as_incidents(tmp_path):
     assert run_folder.RunFolder(tmp_path).incidents() == [{"stage": "sft", "text": said[0][1]}]
 
 
-# -------------------------------------------------------------------------------------------------------- the command
+# --------------------------------------------------------------------------------------------------------- torture.py
 
 
 def torture(folder, *arguments):
@@ -149,7 +149,7 @@ def check(process, results, *, kills, terms, corruptions):
     assert sum(sum(each.values()) for each in outcomes) == corruptions
     assert sum(each.get("seen", 0) for each in outcomes) >= 3
     n = kills + terms
-    assert f"{n} of {n} interrupted runs resumed bit for bit; no failures" in process.stdout
+    assert f"{n} of {n} interrupted runs resumed bit-identically; no failures" in process.stdout
 
 
 def test_interrupted_runs_and_corrupted_checkpoints_lose_nothing(tmp_path):

@@ -1,4 +1,4 @@
-"""experiments/reward_model.py: cross-validation without leakage, baselines, refused settings, resuming, a full run."""
+"""Tests experiments/reward_model.py: folds without leakage, baselines, refused settings, resuming, and a full run."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ def dialogue(question, answer):
 
 
 def write(path, n=40):
-    """Chosen answers name things, rejected ones refuse; every third rejected answer is the shorter one."""
+    """Writes pairs whose rejected answers are refusals; every third rejected answer is shorter than the chosen one."""
     records = []
     for i in range(n):
         a, b = WORDS[i % 10], WORDS[(i // 10) % 10]
@@ -92,7 +92,7 @@ def test_the_summary_combines_all_folds():
     assert together == pytest.approx(float((truth + 1 > 0).mean()))
     assert results["together"]["over_tfidf"][0] == pytest.approx(together - 1)
     assert [row["group"] for row in results["by_turn"]] == ["turn 1"] and results["by_turn"][0]["pairs"] == 20
-    # Pairs of equal length are in neither group.
+    # Pairs whose answers have equal length belong to neither group.
     assert [row["pairs"] for row in results["by_length"][-2:]] == [7, 6]
 
 
@@ -142,7 +142,7 @@ def test_cross_validation_runs_end_to_end_and_resumes(tmp_path):
     mean, low, high = results["methods"]["reward_model"]["accuracy"]
     assert 0 <= low <= mean <= high <= 1
     assert "<svg" in (out / "report.html").read_text() and "fold-2" in printed.getvalue()
-    # Without results.json the run resumes from its checkpoints and gets the same results.
+    # Without results.json, the run resumes from its checkpoints and computes the same results.
     (out / "results.json").unlink()
     (out / "fold-2.json").unlink()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
@@ -167,7 +167,7 @@ def test_embeddings_are_extended_and_truncated_again():
 
 
 def refused(*arguments):
-    """The single line on stderr of a command that exits with status 2."""
+    """Returns the single line on stderr of a command that exits with status 2."""
     stderr = io.StringIO()
     with contextlib.redirect_stderr(stderr), pytest.raises(SystemExit) as exit:
         script.main([str(argument) for argument in arguments])

@@ -1,4 +1,4 @@
-"""Validation loss and diagnosis of reward models, compared with plain loops."""
+"""Validation loss and diagnostics of reward models, compared with plain loops."""
 
 import math
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ P, T, K = 2, 3, 4
 
 
 def comparisons(n, seed=0):
-    """Prompts with two to four answers, whose tokens all equal their score."""
+    """Returns prompts with two to four answers; all tokens of an answer equal its score."""
     rng = np.random.default_rng(seed)
     where = np.arange(K) < rng.integers(2, K + 1, size=(n, 1))
     tokens = np.broadcast_to(rng.integers(0, 9, size=(n, K, 1)), (n, K, P + T)).astype(np.int32)
@@ -52,7 +52,7 @@ def test_the_validation_loss_is_over_the_first_prompts_at_a_few_steps():
             answer_count = int(batch.where_BK[b].sum())
             losses.append(sum(math.log1p(math.exp(-lead)) for lead in leads) / math.comb(answer_count, 2))
     assert known[11] == pytest.approx(np.mean(losses), rel=1e-5)
-    # With two heads it is the mean over the heads.
+    # With two heads, the validation loss is the mean over the heads.
     heads = validation_loss.make_callback(
         lambda *args: np.stack([score(*args), 2 * score(*args)], axis=1), batch, steps=1
     )

@@ -1,4 +1,4 @@
-"""experiments/rewardbench.py: the reader, the scores and the command line; and the report's plots of a reward model."""
+"""Tests the reader, the scores and the command line of experiments/rewardbench.py, and the reward-model plots."""
 
 import gzip
 import json
@@ -23,7 +23,7 @@ SUBSETS = ("colors", "stories", "colors", None)
 
 
 def records(n=24, seed=0):
-    """Prompts and answers of many lengths, in words of the tokenizer's vocabulary."""
+    """Returns prompts and answers of many lengths, with words from the tokenizer's vocabulary."""
     rng = np.random.default_rng(seed)
 
     def text():
@@ -126,7 +126,7 @@ def test_order_and_batch_size_change_no_score():
 
 
 def refused(capsys, *arguments):
-    """The error of a command that exits with status 2."""
+    """Returns the error of a command that exits with status 2."""
     with pytest.raises(SystemExit) as exit:
         rewardbench.main([str(argument) for argument in arguments])
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -141,7 +141,7 @@ def test_invalid_input_is_a_one_line_error_and_writes_nothing(model, judged, tmp
         capsys, "--model", model[0].with_name("policy"), "--data.path", path, "--out", out
     )
     assert "no model directory" in refused(capsys, "--model", tmp_path / "no", "--data.path", path, "--out", out)
-    assert "already has a run" in refused(capsys, *valid[:4], "--out", judged)
+    assert "already contains a run" in refused(capsys, *valid[:4], "--out", judged)
     assert "--batch is 0" in refused(capsys, *valid, "--batch", 0)
     assert "--data.max-dropped is 2.0" in refused(capsys, *valid, "--data.max-dropped", 2)
     assert "prompt too long" in refused(capsys, *valid, "--max-length", 20)
@@ -193,9 +193,9 @@ def test_broken_files_are_named_and_unusable_records_counted(tmp_path):
     assert len(rewardbench.read(str(write(tmp_path / "flawed.jsonl", flawed)), counts=counts)) == 8
     assert counts.dropped == {"empty answer": 1, "same answer twice": 1}
     cases = {
-        "file, line 2: the record has no 'rejected'": [good, {"prompt": "a", "chosen": "b"}],
+        "file, line 2: the record has neither 'rejected' nor 'responses'": [good, {"prompt": "a", "chosen": "b"}],
         "file is empty": [],
-        "2 of 10 records dropped": flawed,
+        "2 of 10 records were dropped": flawed,
     }
     for words, rows in cases.items():
         with pytest.raises(errors.DataError, match=words):
@@ -243,7 +243,7 @@ def test_subset_names_may_contain_markup():
 
 
 def results_with_all_figures():
-    """Results that have every figure of a reward model."""
+    """Returns results that have every figure of a reward model."""
     rng = np.random.default_rng(0)
     kl = np.linspace(0.5, 6.0, 12) ** 2
     gains = np.sqrt(kl) * (1 - 0.12 * np.sqrt(kl)) + 0.01 * rng.normal(size=12)
@@ -277,7 +277,7 @@ def test_flat_gains_and_infinite_intervals_are_drawn():
     page = Page(report.render(rewardbench.run_folder.finite(results), [], title="t"))
     assert "best of n: R² – with the best of n form, peak at √KL = 4.00 (from 2.50)" in page.text
     mean, bounds = results_lib.format_parts(results["reward_model"]["gap"]["accuracy_gap"], percent=True)
-    assert f"Here it is {mean} percentage points ({bounds})." in page.text
+    assert f"Here the difference is {mean} percentage points ({bounds})." in page.text
 
 
 def test_plots_of_missing_results_are_none():

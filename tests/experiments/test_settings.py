@@ -1,6 +1,7 @@
-"""Settings of commands: help texts, checks, config.json, and the start of a command."""
+"""Settings of commands: help texts, checks, config.json, and start-up without slow imports."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -30,7 +31,7 @@ def fields(cls: Any = settings.Settings):
 
 
 @pytest.mark.parametrize(("cls", "name"), list(fields()), ids=lambda x: getattr(x, "__name__", x))
-def test_every_setting_is_read_somewhere_and_has_help(cls, name):
+def test_every_setting_is_used_and_has_a_help_text(cls, name):
     assert re.search(rf"\.{name}\b", SOURCE), f"no stage reads {cls.__name__}.{name}"
     text = pathlib.Path(settings.__file__).read_text()
     assert re.search(rf'^    {name}: [^\n]*\n    """.+', text, re.MULTILINE), f"{cls.__name__}.{name} has no help"
@@ -82,7 +83,7 @@ def test_peak_memory_excludes_the_parent_process():
 
 
 @pytest.mark.parametrize("version", [None, 1, 99])
-def test_a_run_folder_of_another_version_gives_a_one_sentence_error(tmp_path, version):
+def test_a_run_folder_of_another_version_raises_a_one_sentence_error(tmp_path, version):
     preset = settings.preset("smoke")
     run_folder.create(tmp_path / "run", preset)
     path = tmp_path / "run" / config_file.NAME
@@ -99,7 +100,7 @@ def test_a_run_folder_of_another_version_gives_a_one_sentence_error(tmp_path, ve
 
 
 @pytest.mark.parametrize("damage", [{"seed": "abc"}, {"ppo": [1]}, {"saves": None, "ppo": {}}, {"preset": 3}])
-def test_a_damaged_config_gives_a_one_sentence_error(tmp_path, damage):
+def test_a_damaged_config_raises_a_one_sentence_error(tmp_path, damage):
     run_folder.create(tmp_path / "run", settings.preset("smoke"))
     path = tmp_path / "run" / config_file.NAME
     path.write_text(json.dumps(json.loads(path.read_text()) | damage))
@@ -135,6 +136,24 @@ def test_help_imports_no_slow_module(command):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert done.stdout.startswith(f"usage: {command}")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_breaks_no_line_in_mid_sentence(command):
+    done = subprocess.run(
+        [sys.executable, EXPERIMENTS / command, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=ENVIRONMENT,
+    )
+    description, _, boxes = done.stdout.partition("╭")
+    assert all(line.startswith(" ") or line.endswith((".", ":")) for line in description.splitlines()[1:] if line)
+    lines = [line[2:-2] for line in boxes.splitlines() if line.startswith("│")]
+    for line, following in itertools.pairwise(lines):
+        is_text = "  " in line.strip() or not line.startswith("-")
+        if is_text and following.startswith(" ") and not line.rstrip().endswith((".", ")")):
+            assert len(line.rstrip()) + 1 + len(following.split()[0]) > len(line), f"{line.rstrip()!r} ends too early"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

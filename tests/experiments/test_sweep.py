@@ -1,4 +1,4 @@
-"""Sweeps and comparisons: training in one program, compilation, results, figures and errors."""
+"""Sweeps and comparisons: training in one program, compilation, results, figures, and errors."""
 
 import dataclasses
 import json
@@ -80,7 +80,7 @@ def test_one_program_gives_the_results_of_separate_runs(tmp_path):
                 assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), name
     differ = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), alone[1], alone[2])
     assert max(jax.tree.leaves(differ)) > 1e-5, "seeds are different runs"
-    # A finished run is restored and not trained again.
+    # A finished run is restored instead of trained again.
     again = run_grid.train(job, shared, wanted[0], step=None)
     jax.tree.map(np.testing.assert_array_equal, again, alone[0])
 
@@ -206,7 +206,7 @@ def test_gold_at_a_kl_is_interpolated_and_none_beyond_the_curve():
         (sweep.parse, ["--ppo.micro-batches", "7"], "ppo.micro-batches"),
         (sweep.parse, ["--ppo.kl-coef", "-0.1"], "ppo.kl-coef"),
         (sweep.parse, ["--resume", "nowhere"], "nowhere"),
-        (compare.parse, ["--data.path", "pairs.jsonl"], "gold utility, which a file does not have"),
+        (compare.parse, ["--data.path", "pairs.jsonl"], "gold utility, which only the built-in"),
         (compare.parse, ["--group", "1"], "group"),
         (compare.parse, ["--group", "3"], "divide"),
     ],
@@ -224,7 +224,7 @@ def test_published_settings_are_in_range(name):
     setting_checks.check(given)
 
 
-def test_published_numbers():
+def test_published_settings_have_the_published_numbers():
     ziegler, xu = (settings.preset("default", published=name).ppo for name in ("ziegler", "xu"))
     assert (ziegler.kl_coef, ziegler.kl_target, ziegler.epochs, ziegler.whiten_rewards) == (0.15, 6.0, 4, True)
     assert (xu.kl_coef, xu.lambda_, xu.reward_clip, xu.minibatches) == (0.1, 1.0, 20.0, 4)

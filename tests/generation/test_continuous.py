@@ -80,7 +80,7 @@ def test_continuous_batching_matches_a_static_batch(name, slots, refill):
 
 
 @pytest.mark.parametrize("name", ["learned", "window"])
-def test_other_architectures(name):
+def test_other_architectures_match_a_static_batch(name):
     cfg = CONFIGS[name]
     want = static(model(cfg), *arguments(), cfg=cfg, sampling=SAMPLING)
     assert_same(continuous(model(cfg), *arguments(), cfg=cfg, sampling=SAMPLING, slots=8), want)
@@ -92,7 +92,7 @@ def test_any_stop_ids_and_limits_match_a_static_batch(stops, temperature, longes
     cfg = CONFIGS["rope"]
     limits = jnp.minimum(jnp.arange(N) % 7 + 1, longest)
     sampling = dataclasses.replace(SAMPLING, temperature=temperature, stop_ids=(), max_new_tokens=T)
-    # Stops are passed as length limits, which hypothesis can vary without recompiling.
+    # Stop ids are emulated by length limits, which hypothesis can vary without recompiling.
     free = static(model(cfg), *arguments(), cfg=cfg, sampling=sampling)
     ends = np.isin(np.asarray(free.tokens_BL[:, P:]), list(stops))
     natural = np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, T)
@@ -109,12 +109,12 @@ def test_neighbours_do_not_change_a_single_bit():
     rng, tokens, mask = arguments()
     run = functools.partial(continuous, model(cfg), cfg=cfg, sampling=SAMPLING, slots=8)
     alone = run(rng, tokens, mask)
-    # The same prompts in another order get other slots and neighbours, and start at other times.
+    # In another order, the same prompts have other slots, neighbours and starting times.
     order = np.random.default_rng(0).permutation(N)
     shuffled = run(rng[order], tokens[order], mask[order])
     for name in FIELDS:
         np.testing.assert_array_equal(getattr(shuffled, name), np.asarray(getattr(alone, name))[order], err_msg=name)
-    # Half of the prompts get other keys, and so other responses.
+    # Half of the prompts have other keys and therefore other responses.
     others = jnp.where((jnp.arange(N) % 2 == 0)[:, None], jax.random.key_data(rng), jax.random.key_data(rng)[::-1])
     changed = run(jax.random.wrap_key_data(others), tokens, mask)
     for name in FIELDS:
@@ -132,7 +132,7 @@ def test_shuffled_static_batch_gives_the_same_rows():
         np.testing.assert_array_equal(getattr(got, name), np.asarray(getattr(want, name))[order], err_msg=name)
 
 
-def test_single_token_and_immediate_stop():
+def test_single_tokens_and_immediate_stops():
     cfg = CONFIGS["rope"]
     short = dataclasses.replace(SAMPLING, max_new_tokens=1)
     want = static(model(cfg), *arguments(), cfg=cfg, sampling=short)
@@ -196,8 +196,8 @@ for name, run in runs.items():
 """
 
 
-@pytest.mark.slow  # test_parallel.py samples on a mesh, too
-def test_mesh_gives_the_same_tokens_with_a_sharded_cache():
+@pytest.mark.slow  # test_parallel.py also samples on a mesh
+def test_a_mesh_samples_the_same_tokens_with_a_sharded_cache():
     flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
     done = subprocess.run(
         [sys.executable, "-c", MESH, os.path.dirname(__file__)],
@@ -208,5 +208,5 @@ def test_mesh_gives_the_same_tokens_with_a_sharded_cache():
     )
     assert done.returncode == 0, done.stderr[-3000:]
     shapes = {line.split()[0]: set(line.split()[1:]) for line in done.stdout.splitlines()}
-    # 32 rows of 2 heads are sharded over both axes; the 8 slots take prompts from any device, so only by heads.
+    # Static rows are sharded over both axes. Slots accept prompts of any device, so only their heads are sharded.
     assert shapes == {"static": {"16,1"}, "continuous": {"8,1"}}

@@ -84,7 +84,7 @@ def test_shapes_and_layout_of_a_rollout():
 
 
 def test_stop_ids_only_truncate():
-    """With stop ids, the same keys give the same tokens up to the stop."""
+    """With stop ids, the same keys sample the same tokens up to the stop token."""
     free, cut = run(sampling=dataclasses.replace(SAMPLING, stop_ids=())), run()
     assert np.all(free.finish_B == 0) and np.all(free.lengths_B == T)
     kept = np.asarray(cut.response_mask_BT)
@@ -108,7 +108,7 @@ def test_row_depends_only_on_its_prompt_and_key():
 
 
 @pytest.mark.parametrize("cfg", [ROPE, LEARNED], ids=["rope", "learned"])
-def test_prompt_padding_and_larger_limits_do_not_matter(cfg):
+def test_prompt_padding_and_larger_limits_do_not_change_answers(cfg):
     tokens, mask = prompts()
     tokens = jnp.pad(tokens, ((0, 0), (3, 0)), constant_values=22)
     mask = jnp.pad(mask, ((0, 0), (3, 0)))
@@ -165,7 +165,7 @@ def test_vmap_over_seeds_matches_a_loop():
 
 
 def first_end(tokens_T, sequences):
-    """The number of tokens up to the end of the first stop sequence, or all of them."""
+    """Returns the number of tokens up to the end of the first stop sequence, or the length without one."""
     for t in range(1, len(tokens_T) + 1):
         if any(tuple(tokens_T[max(t - len(s), 0) : t]) == s for s in sequences):
             return t
@@ -190,7 +190,7 @@ def test_no_stop_before_min_new_tokens():
     assert early.lengths_B.min() < 4 and late.lengths_B.min() >= 4
     before = responses(late)[:, :3]
     assert not np.isin(before, STOPS).any()
-    # The early log-probabilities are those of the distribution without the stop ids.
+    # Early tokens have the log-probabilities of the distribution without the stop ids.
     logits = jnp.arange(23.0)
     kept = np.asarray(generation.log_distribution(logits, dataclasses.replace(SAMPLING, min_new_tokens=4), step=2))
     assert np.isneginf(kept[list(STOPS)]).all() and abs(np.exp(kept).sum() - 1) < 1e-5
@@ -230,7 +230,7 @@ def test_values_match_the_scoring_pass():
     assert np.ptp(rollout.values_BT) > 0.1 and run().values_BT is None
 
 
-def test_limits_per_row():
+def test_each_row_has_a_length_limit():
     free = run(sampling=dataclasses.replace(SAMPLING, stop_ids=()))
     limits = jnp.arange(B) % T + 1
     sampling = dataclasses.replace(SAMPLING, stop_ids=())
@@ -279,7 +279,7 @@ def test_draws_follow_the_distribution(sampling):
 
 
 def test_responses_follow_the_joint_distribution():
-    """Two tokens at T = 0.7 after one prompt, compared with the exact joint distribution from the scoring pass."""
+    """Compares two tokens at T = 0.7 after one prompt with the exact joint distribution from the scoring pass."""
     small: dict[str, Any] = SMALL | {"vocab_size": 5}
     cfg = lm.LMConfig(**small)
     params, n = model(cfg), 8_000

@@ -59,7 +59,7 @@ def test_prompts_of_invalid_length_are_refused():
         generation.RaggedSampler(CFG, SAMPLING, widths=())
 
 
-def test_stop_strings():
+def test_stop_strings_are_encoded_and_trimmed():
     def encode(text):
         return [ord(c) for c in text]
 

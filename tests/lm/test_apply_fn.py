@@ -1,4 +1,4 @@
-"""Models from outside the library: a Linen transformer and an NNX recurrent network as `types.ApplyFn`."""
+"""Models that are not part of the library: a Linen transformer and an NNX recurrent network as `types.ApplyFn`."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ PLAIN = optax.scale(-1.0)
 
 
 class LinenTransformer(linen.Module):
-    """One layer of attention, with learned positions that count real tokens."""
+    """One attention layer, with learned positions that count only real tokens."""
 
     def setup(self):
         self.embed, self.positions = linen.Embed(V, D), linen.Embed(L, D)

@@ -33,7 +33,7 @@ def rows():
 
 
 def everything(params, other, *, chunk=None, cfg=CFG, apply=None):
-    """Returns the results of all functions of logits, then those of the two without a gradient."""
+    """Returns the results of all functions of logits; the last two have no gradient."""
     tokens, mask, ids = rows()
     apply = apply or lm.apply_fn(cfg)
     how: dict[str, Any] = dict(chunk=chunk, temperature=0.7)
@@ -112,7 +112,7 @@ def test_chunks_are_within_the_bound_and_as_few_as_possible(rows_n, columns_n, v
     assert 1 <= b <= rows_n and 1 <= c <= columns_n and b * c <= fit
     assert b == rows_n or c == 1
     parts = -(-rows_n // b) * -(-columns_n // c)
-    # Whole columns use more than half of the available space, and the last part is about as full as the others.
+    # Chunks of whole columns use more than half of the bound, and the last one is about as full as the others.
     assert parts <= 2 * rows_n * columns_n / fit + max(rows_n, columns_n) / max(b, c) + 1
 
 

@@ -61,7 +61,7 @@ def assert_same_bits(left, right):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_save_load_round_trip_keeps_every_bit(name, tmp_path):
+def test_save_load_round_trip_is_bit_identical(name, tmp_path):
     cfg, params = CONFIGS[name], random_params(CONFIGS[name])
     lm.save(tmp_path / "one", cfg, params)
     loaded_cfg, loaded = lm.load(tmp_path / "one")
@@ -141,7 +141,7 @@ def saved(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(model_type="mamba"), r"config\.json: model type 'mamba' is not supported; known: llama, gpt2"),
+        (dict(model_type="mamba"), r"config\.json: model type 'mamba' is not supported; known types: llama, gpt2"),
         (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), "rope type 'yarn' is not"),
         (dict(rope_parameters=..., rope_scaling={"type": "dynamic", "factor": 2.0}), "rope type 'dynamic' is not"),
         (dict(hidden_act="tanh_exp"), "activation 'tanh_exp' is not supported"),
@@ -149,13 +149,13 @@ def saved(tmp_path):
         (dict(quantization_config={"quant_method": "awq"}), "quantized weights"),
         (dict(hidden_size="wide"), "hidden_size"),
         (dict(num_key_value_heads=3), "n_kv_heads is 3"),
-        (dict(intermediate_size=50), r"of another shape: .*mlp.down_proj.weight \[32, 48\] instead of \[32, 50\]"),
+        (dict(intermediate_size=50), r"of the wrong shape: .*mlp.down_proj.weight \[32, 48\] instead of \[32, 50\]"),
         (dict(num_hidden_layers=3), r"missing: model.layers.2.input_layernorm.weight, .* and 1 more"),
         (dict(num_hidden_layers=1), "unexpected: model.layers.1.input_layernorm.weight"),
         (dict(vocab_size=...), r"embed_tokens.weight \[97, 32\] instead of \[32000, 32\]"),
     ],
 )
-def test_errors_of_load(saved, changes, message):
+def test_load_errors_name_the_problem(saved, changes, message):
     edit_config(saved, **changes)
     with pytest.raises(ValueError, match=message):
         lm.load(saved)
@@ -172,7 +172,7 @@ def test_missing_files(saved, tmp_path):
         lm.load(saved)
 
 
-def test_errors_of_save(tmp_path):
+def test_save_errors_name_the_problem(tmp_path):
     cfg, params = CONFIGS["llama"], random_params(CONFIGS["llama"])
     mixed = lm.LMConfig(**SMALL, norm="layernorm", gated_mlp=False)
     with pytest.raises(ValueError, match=r"no known Hugging Face model type.*llama needs norm='rmsnorm'"):
@@ -217,11 +217,11 @@ def test_non_finite_values_are_errors(saved, tmp_path):
     tensors = st_numpy.load_file(file)
     tensors["model.layers.1.mlp.up_proj.weight"][3, 2] = np.nan
     st_numpy.save_file(tensors, file)
-    with pytest.raises(ValueError, match=r"the tensor model\.layers\.1\.mlp\.up_proj\.weight holds a value"):
+    with pytest.raises(ValueError, match=r"the tensor model\.layers\.1\.mlp\.up_proj\.weight contains a value"):
         lm.load(saved)
     cfg, params = CONFIGS["llama"], random_params(CONFIGS["llama"])
     params["layers"]["up"]["kernel"] = params["layers"]["up"]["kernel"].at[1, 2, 3].set(jnp.inf)
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds a value that is not finite"):
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight contains a value that is not finite"):
         lm.save(tmp_path / "broken", cfg, params)
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
@@ -246,7 +246,7 @@ def test_index_that_contradicts_its_files_is_an_error(tmp_path):
     moved = next(name for name, shard in index["weight_map"].items() if shard == shards[0])
     index["weight_map"][moved] = shards[1]
     file.write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=rf"says that {moved} is in {shards[1]}, which does not hold it"):
+    with pytest.raises(ValueError, match=rf"lists {moved} in {shards[1]}, which does not contain it"):
         lm.load(tmp_path / "m")
     (tmp_path / "m" / shards[1]).unlink()
     with pytest.raises(FileNotFoundError, match=f"has no {shards[1]}"):
@@ -258,7 +258,7 @@ def test_index_that_contradicts_its_files_is_an_error(tmp_path):
 
 def test_pickled_weights_are_refused(saved):
     (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"pickled weights \(\.bin, \.pt\) are not read"):
+    with pytest.raises(FileNotFoundError, match=r"pickled weights \(\.bin, \.pt\) are not supported"):
         lm.load(saved)
 
 
@@ -268,14 +268,14 @@ def test_files_in_half_precision(tmp_path):
     assert {x.dtype.name for x in st_numpy.load_file(tmp_path / "m" / "model.safetensors").values()} == {"bfloat16"}
     loaded = lm.load(tmp_path / "m", dtype=jnp.bfloat16)[1]
     assert_same_bits(loaded, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
-    # Parameters in 16 bits are saved and loaded without loss.
+    # 16-bit parameters are saved and loaded without loss.
     lm.save(tmp_path / "again", cfg, loaded, dtype=jnp.bfloat16)
     first, second = (tmp_path / name / "model.safetensors" for name in ("m", "again"))
     assert first.read_bytes() == second.read_bytes()
 
 
 def run_apart(program, *arguments, **environment):
-    """Runs a program in a new interpreter and returns the last line that it prints."""
+    """Runs a program in a new interpreter; returns the last line of its output."""
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
         env=os.environ | environment,

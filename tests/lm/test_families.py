@@ -1,4 +1,4 @@
-"""Every model family compared with transformers if torch is installed, and always with stored numbers."""
+"""Compares every model family with stored numbers and, if torch is installed, with transformers."""
 
 import functools
 import json
@@ -142,7 +142,7 @@ def test_gradients_of_the_loss(name, tmp_path):
 
     value, grads = grads_of(params)
     np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
-    # A gradient has the structure of the parameters, so it can be saved in their layout and compared by name.
+    # A gradient has the structure of the parameters, so it can be saved in the same layout and compared by name.
     lm.save(tmp_path / "grads", cfg, grads)
     mine = st_numpy.load_file(tmp_path / "grads" / "model.safetensors")
     theirs = {tensor: np.asarray(x.grad) for tensor, x in made.named_parameters()}

@@ -91,14 +91,14 @@ def test_tpu_programs_use_splash_and_cpu_programs_do_not():
 
     devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
     made = text(devices)
-    assert "tpu_custom_call" in made and "bf16[2,2,256,64]" in made  # each device has its share of rows and heads
+    assert "tpu_custom_call" in made and "bf16[2,2,256,64]" in made  # each device has a part of the rows and heads
     assert "custom-call" not in jax.jit(jax.grad(loss)).lower((shape, shape, shape), mask).as_text()
 
 
 @pytest.mark.slow
 @needs_tpu_compiler
 def test_memory_of_long_rows_is_not_quadratic_on_a_tpu():
-    """Compiles for a TPU mesh without hardware; the einsum implementation holds all scores of a row."""
+    """Compiles for a TPU mesh without hardware; the einsum implementation stores all scores of a row."""
     from planning import chips, plan_settings, planner
 
     chips.prepare()

@@ -21,7 +21,7 @@ ADAM = optax.chain(optax.scale_by_adam(eps=1e-5), optax.scale(-1.0))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_fresh_adapters_do_not_change_the_model(name):
+def test_new_adapters_do_not_change_the_model(name):
     cfg = CONFIGS[name]
     attached = lora.attach(base(name), fresh(cfg), scale=2.0)
     np.testing.assert_array_equal(logits_of(attached, cfg), logits_of(base(name), cfg))
@@ -29,7 +29,7 @@ def test_fresh_adapters_do_not_change_the_model(name):
         if leaf_name.endswith("lora_b"):
             assert not leaf.any()
         else:
-            # Uniform, with the bounds of PEFT.
+            # The distribution is uniform, with PEFT's bounds.
             bound = leaf.shape[1] ** -0.5
             assert 0.8 * bound < abs(leaf).max() <= bound and abs(leaf.mean()) < 0.2 * bound
 
@@ -133,11 +133,11 @@ def test_errors_name_wrong_patterns_and_adapters():
     for join in (lora.attach, lora.merge):
         with pytest.raises(ValueError, match="already have an adapter at layers/q"):
             join(attached, {"layers": {"q": adapters()["layers"]["q"]}}, scale=1.0)
-        with pytest.raises(ValueError, match="layers/gate has no layers/gate/kernel"):
+        with pytest.raises(ValueError, match="layers/gate requires layers/gate/kernel, which is missing"):
             join(base("gpt2"), {"layers": {"gate": adapters()["layers"]["gate"]}}, scale=1.0)
         with pytest.raises(ValueError, match=r"layers/k has shapes .*\(2, 3, 64\).*\(2, 32, 2, 16\)"):
             join(base(), {"layers": {"k": adapters()["layers"]["q"]}}, scale=1.0)
-        with pytest.raises(ValueError, match="has no layers/q/lora_b"):
+        with pytest.raises(ValueError, match="requires layers/q/lora_b"):
             join(base(), {"layers": {"q": {"lora_a": adapters()["layers"]["q"]["lora_a"]}}}, scale=1.0)
         with pytest.raises(ValueError, match="only lora_a and lora_b, but have layers/q/scale"):
             join(base(), {"layers": {"q": adapters()["layers"]["q"] | {"scale": jnp.ones(())}}}, scale=1.0)
@@ -224,7 +224,7 @@ def ppo_step():
         return lm.values(params, tokens_BL, cfg=CFG, prompt_width=P, mask_BL=mask_BL)
 
     def score(reward, rollout):
-        # The policy is rewarded for stopping: an answer without a stop token gets -1 instead.
+        # The policy is rewarded for stopping; an answer without a stop token has reward -1.
         return jnp.ones(rollout.lengths_B.shape)
 
     def join(frozen, params):

@@ -26,7 +26,7 @@ def written(folder):
 
 @pytest.mark.parametrize("pattern", [ALL, "layers/(q|v|up)/kernel", "layers/out/kernel"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_save_and_load_round_trip_bit_for_bit(name, pattern, tmp_path):
+def test_save_and_load_round_trip_is_bit_identical(name, pattern, tmp_path):
     cfg = CONFIGS[name]
     for number, own in enumerate([adapters(cfg, pattern=pattern), fresh(cfg, pattern=pattern)]):
         peft.save(tmp_path / "one", cfg, own, scale=2.0)
@@ -54,12 +54,12 @@ def test_fused_adapters_with_a_shared_a_have_the_smaller_rank(name, tmp_path):
         fields, tensors = written(tmp_path / "a")
         assert (fields["r"], fields["lora_alpha"]) == (rank, 2 * rank)
         same(peft.load(tmp_path / "a", cfg)[0], own)
-        # Without the metadata, as other libraries save it, the adapters are wider but the model is the same.
+        # Without the metadata, which other libraries do not save, the adapters are wider but the model is the same.
         st_numpy.save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
         plain, scale = peft.load(tmp_path / "a", cfg)
         merged, expected = (lora.merge(base(name), own_, scale=scale) for own_ in (plain, own))
         close(merged["layers"]["v"]["kernel"], expected["layers"]["v"]["kernel"], 1e-6)
-        # Another round trip keeps every bit.
+        # Another round trip is bit-identical.
         peft.save(tmp_path / "b", cfg, plain, scale=scale)
         again, _ = peft.load(tmp_path / "b", cfg)
         same(again, plain)
@@ -106,7 +106,7 @@ def test_errors_name_missing_and_unexpected_tensors(tmp_path):
         peft.load(folder, CFG)
     head = "base_model.model.lm_head.lora_A.weight"
     st_numpy.save_file(tensors | {head: tensors[name]}, file)
-    with pytest.raises(ValueError, match=f"no kernels for: {head}"):
+    with pytest.raises(ValueError, match=f"without a kernel in this LMConfig: {head}"):
         peft.load(folder, CFG)
     st_numpy.save_file(tensors | {name: tensors[name][:2].copy()}, file)
     with pytest.raises(ValueError, match=rf"{name} has shape \(2, 32\)"):

@@ -44,7 +44,7 @@ def read(params, tokens, mask=None, *, cfg, temperature=1.0):
 
 
 L = 12
-# Positions of the same five real tokens in a row.
+# Columns at which the same five real tokens are placed in a row.
 LAYOUTS = {
     "right": [0, 1, 2, 3, 4],
     "left": [7, 8, 9, 10, 11],
@@ -56,7 +56,7 @@ LAYOUTS = {
 
 @functools.cache
 def model(cfg):
-    """Returns random params with a head, so that a test fails if a bias, scale or gain is ignored."""
+    """Returns random parameters with a head, so that a test fails if a bias, scale or gain is ignored."""
     rng = np.random.default_rng(0)
 
     def leaf(x):
@@ -130,7 +130,7 @@ def test_config_is_hashable_and_compares_by_value():
 def test_errors_name_the_invalid_field_of_a_config(change, field):
     with pytest.raises(ValueError, match=rf"LMConfig\.{field} is"):
         lm.LMConfig(**(SMALL | change))
-    with pytest.raises(ValueError, match="unknown preset 'gpt5'; known: gpt2"):
+    with pytest.raises(ValueError, match="unknown preset 'gpt5'; known presets: gpt2"):
         lm.LMConfig.preset("gpt5")
 
 
@@ -145,11 +145,11 @@ def test_table_gives_abstract_shapes_and_axes(cfg):
         assert (axes[name][:1] == ("layers",)) == name.startswith("layers/")
 
 
-def test_fresh_models():
+def test_new_models_are_random_and_predict_nearly_uniformly():
     cfg = lm.LMConfig(**SMALL)
     params = lm.init(jax.random.key(0), cfg)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
-    # Layers have different random numbers, and those of a leaf do not depend on the model's other leaves.
+    # Layers have different random numbers, and a leaf's numbers do not depend on the model's other leaves.
     assert not np.array_equal(params["layers"]["q"]["kernel"][0], params["layers"]["q"]["kernel"][1])
     tied = lm.init(jax.random.key(0), dataclasses.replace(cfg, tie_embeddings=True))
     jax.tree.map(np.testing.assert_array_equal, tied, {k: v for k, v in params.items() if k != "unembed"})
@@ -296,7 +296,7 @@ def test_unstacked_params():
         (dict(mask_BL=jnp.ones((2, 4))), "must be bool"),
         (dict(positions_BL=jnp.ones((1, 4), int)), "positions_BL has shape"),
         (dict(tokens_BL=jnp.zeros((1, 33), int)), "longer than cfg.max_length = 32"),
-        (dict(cache=lm.create_cache(CONFIGS["llama"], batch=2, slots=3)), "do not fit a cache of 3 slots"),
+        (dict(cache=lm.create_cache(CONFIGS["llama"], batch=2, slots=3)), "do not fit in a cache of 3 slots"),
     ],
 )
 def test_errors_name_wrong_shapes(arguments, message):
@@ -340,7 +340,7 @@ def test_values_are_before_each_token_and_the_score_is_at_the_last(cfg):
     params, tokens = model(cfg), some_tokens(cfg)
     mask = jnp.stack([jnp.ones(L, bool), jnp.arange(L) >= 5, (jnp.arange(L) % 3 != 1) & (jnp.arange(L) < 9)])
     hidden, _, values, score = read(params, tokens, mask, cfg=cfg)
-    # Values before token 8 do not depend on it; later values do.
+    # Values before token 8 do not depend on that token; later values do.
     changed = read(params, (tokens.at[:, 8].add(1)) % cfg.vocab_size, mask, cfg=cfg)[2]
     np.testing.assert_allclose(values[:, :9], changed[:, :9], atol=1e-6)
     assert np.all(np.asarray(values[:2, 9]) != np.asarray(changed[:2, 9]))
@@ -449,7 +449,7 @@ def test_selected_logprobs_stay_exact_far_from_zero():
     got = [float(lm.selected_logprobs(far, jnp.array([i]))[0]) for i in range(3)]
     np.testing.assert_allclose(got[:2], [-math.log1p(math.exp(-1)), -1 - math.log1p(math.exp(-1))], atol=2e-3)
     assert np.isfinite(got[2])
-    with pytest.raises(ValueError, match="must agree"):
+    with pytest.raises(ValueError, match=r"targets have shape \(1, 1\); logits \(1, 3\) require \(1,\)"):
         lm.selected_logprobs(far, jnp.zeros((1, 1), int))
 
 
@@ -483,7 +483,7 @@ def test_vmap_over_models_equals_a_loop():
 # --- heads -------------------------------------------------------------------------------------------------------
 
 
-def test_fresh_head():
+def test_new_heads_have_the_documented_distribution():
     cfg = lm.LMConfig.preset("tiny", d_model=512, n_heads=8)
     trunk = {"embed": jnp.zeros(1)}
     head = lm.with_head(jax.random.key(0), trunk, cfg)["head"]

@@ -34,7 +34,7 @@ def test_clipped_policy_matches_hand_computed_values():
     advantages = jnp.array([1.0, -1.0, 1.0, -1.0])
     np.testing.assert_allclose(losses.clipped_policy(new, old, advantages), [-1.2, 1.5, -0.5, 0.8], rtol=1e-6)
     gradient = jax.grad(lambda x: jnp.sum(losses.clipped_policy(x, old, advantages)))(new)
-    np.testing.assert_allclose(gradient, [0.0, 1.5, -0.5, 0.0], rtol=1e-6)  # Clipped tokens get no gradient.
+    np.testing.assert_allclose(gradient, [0.0, 1.5, -0.5, 0.0], rtol=1e-6)  # Clipped tokens have no gradient.
     clipped = losses.policy_is_clipped(new, old, advantages)
     np.testing.assert_array_equal(clipped, [True, False, False, True])
 
@@ -73,7 +73,7 @@ def test_arrays_fixed_during_the_epochs_get_no_gradient():
 
 def test_value_loss_has_the_factor_one_half_and_is_clipped():
     values, old, returns = jnp.array([1.0, 1.0]), jnp.array([0.0, 0.9]), jnp.array([2.0, 2.0])
-    # The first value moved by 1.0 and is clipped to 0.2, which is worse. The second moved by 0.1 and is not clipped.
+    # The first value moves by 1.0; clipped to 0.2, its loss is larger. The second moves by 0.1 and is not clipped.
     np.testing.assert_allclose(losses.clipped_value(values, old, returns), [0.5 * 1.8**2, 0.5], rtol=1e-6)
     np.testing.assert_array_equal(losses.value_is_clipped(values, old, returns), [True, False])
     np.testing.assert_allclose(losses.squared_value(values, returns), [0.5, 0.5])
@@ -146,7 +146,7 @@ def test_perfect_student_has_zero_loss_and_gradient():
 
 
 def test_student_without_mass_on_the_rest_gets_a_finite_gradient():
-    """The student puts all its mass on the listed tokens, the teacher 40 % on the others."""
+    """The student puts all its mass on the listed tokens; the teacher puts 40 % on the others."""
     teacher = jnp.log(jnp.array([0.3, 0.3]))
     student = jnp.array([20.0, 20.0, 0.0, 0.0])
     ids = jnp.array([0, 1])

@@ -52,7 +52,7 @@ HYPER: Any = dpo.Hyper(
 
 
 def margins(s):
-    """Returns h of summed and h of averaged log-probabilities."""
+    """Returns the margins h of summed and of averaged log-probabilities."""
     ratios = s["policy"] - s["reference"]
     means = ratios / s["lengths"]
     return ratios[:, 0] - ratios[:, 1], means[:, 0] - means[:, 1]
@@ -70,7 +70,7 @@ def kto_by_hand(s):
 
 
 def by_hand(name, s):
-    """Returns the losses of a batch, from the papers' formulas."""
+    """Returns the losses of a batch, computed with the papers' formulas."""
     h, h_mean = margins(s)
     mean = s["policy"] / s["lengths"]
     beta, e = HYPER.beta, HYPER.label_smoothing
@@ -98,7 +98,7 @@ OBJECTIVES = FAMILY | {"soft-simpo": objectives.soft(objectives.simpo)}
 def compiled(name):
     def total(policy, reference, lengths, good, targets, baseline):
         reference = None if name.removeprefix("soft-") in WITHOUT_REFERENCE else reference
-        # An objective raises if it gets labels that it does not use.
+        # An objective raises for labels that it does not use.
         marks, soft = (good if name == "kto" else None), (targets if name.startswith("soft") else None)
         scored = objectives.Scored(policy, reference, lengths, marks, soft, baseline)
         losses_B, _ = OBJECTIVES[name](scored, HYPER)
@@ -188,7 +188,7 @@ def ranking_by_hand(scores, ranks, where, ties):
 
 
 def plackett_luce_by_hand(scores, ranks, where):
-    """Returns the sum over completions of their negative log-probability among all completions ranked no better."""
+    """Returns the sum of each completion's negative log-probability among all completions ranked no better."""
     existing = [i for i in range(K) if where[i]]
     total = 0.0
     for i in existing:

@@ -33,7 +33,7 @@ def run_cases(*arguments):
 
 
 def check_cases(results):
-    """Checks that parameters and metrics equal those of one device, that training moves them, and PPO's answers."""
+    """Checks that parameters, metrics and PPO's answers equal those of one device, and that training has an effect."""
     cases = [each for each in results if "form" in each]
     for each in cases:
         name = f"{each['stage']}, {each['form']}, {each['micro_batches']} micro-batches"
@@ -158,7 +158,7 @@ def test_minibatches_depend_on_the_shards_and_not_on_the_devices(shards, devices
     for epoch in np.asarray(taken).reshape(epochs, rows):
         np.testing.assert_array_equal(np.sort(epoch), np.arange(rows))
     assert not np.array_equal(taken[0], taken[count]), "the order differs between epochs"
-    for update in np.asarray(taken):  # equally many rows of each block
+    for update in np.asarray(taken):  # the same number of rows from each block
         np.testing.assert_array_equal(np.bincount(update // (rows // shards)), rows // count // shards)
 
     def local(local_rows):
@@ -203,7 +203,7 @@ MESH_FLAGS = ["--mesh.data", "2", "--mesh.fsdp", "3"]
     ("flags", "message"),
     [
         (["--mesh.tensor", "0"], "--mesh.tensor is 0; it must be at least 1"),
-        (["--mesh.simulate", "8"], "--mesh.simulate is 8; it must be at least 2, together with mesh sizes"),
+        (["--mesh.simulate", "8"], "--mesh.simulate is 8; it must be at least 2 and requires mesh sizes"),
         (MESH_FLAGS, "--pretrain.batch is 32, which does not divide over the 6 devices of --mesh.data 2 x --mesh.fsdp"),
         ([*MESH_FLAGS, "--pretrain.batch", "36"], "--reward-model.batch is 8, which does not divide over the 6"),
         (

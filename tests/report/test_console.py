@@ -78,11 +78,11 @@ def test_the_estimate_follows_the_pace_of_finished_stages():
 
 
 def test_the_estimate_moves_to_the_pace_of_the_current_stage():
-    # Half of the stage took 15 s: 15 s are left at its own pace, 5 s at the expected pace, and half-way both count the
-    # same. The next stage is then estimated at a pace of (15 + 10) s for a weight of 20.
+    # Half of the stage took 15 s. The rest takes 15 s at that pace and 5 s at the expected pace; half-way through, both
+    # paces count equally. The next stage is then estimated at a pace of (15 + 10) s for a weight of 20.
     estimate = console.remaining_seconds(finished=[], waiting=40, current=20, elapsed=15, fraction=0.5)
     assert estimate == pytest.approx(10 + 25 / 20 * 40)
-    # A complete stage counts like a finished one.
+    # A stage at 100 % counts as finished.
     done = console.remaining_seconds(finished=[], waiting=40, current=20, elapsed=30, fraction=1.0)
     assert done == pytest.approx(console.remaining_seconds(finished=[(20, 30)], waiting=40)) == pytest.approx(60)
     # A long compilation before the first step is not extrapolated.
@@ -138,7 +138,7 @@ def test_plain_lines_have_no_control_characters_and_go_to_stderr(capsys, monkeyp
     assert "\x1b" not in err and "stage 1/1 SFT done" in err
 
 
-def test_a_resumed_stage_counts_its_own_steps_only():
+def test_a_resumed_stage_counts_only_its_new_steps():
     progress, clock, _ = plain_progress([("a", 10), ("b", 40)])
     with progress:
         progress.start("a", 100, done=80)

@@ -1,4 +1,4 @@
-"""The HTML report: its content, its omissions, and that it neither loads files nor runs scripts."""
+"""The HTML report: its content and omissions. The report neither loads files nor runs scripts."""
 
 import copy
 import math
@@ -81,7 +81,7 @@ def full_results():
 
 
 def human_results():
-    """Results on human data, without a gold utility."""
+    """Returns results on human data, which has no gold utility."""
     results = full_results()
     for name in ("null_check", "best_possible_gold"):
         del results[name]
@@ -171,7 +171,7 @@ def test_gains_are_shown_in_reward_model_score_and_in_gold_utility():
     page = Page(report.render(full_results() | {"goodhart": {"ppo": gains}}, [], title="t"))
     assert "Over-optimisation" in page.headings
     assert "PPO: gain in RM score over SFT-mix" in page.text and "1.250 (1.200–1.300)" in page.text
-    assert "−0.125 (−0.150 to −0.100), while the score rose" in page.text
+    assert "−0.125 (−0.150 to −0.100), while the RM score rose" in page.text
     svg = plots.by_policy({"policies": {"ppo": {"x": [0.5, 0.4, None]}}}, "x", xlabel="x")
     assert svg is not None and "0.500 (from 0.400)" in svg
 
@@ -245,7 +245,7 @@ def test_the_headline_depends_on_the_interval():
 
 def test_the_ptx_coefficient_is_shown_in_both_normalisations():
     (sentence,) = results_lib.summary({"ptx_coef": {"per_token": 27.8, "per_sequence": 5.56}})
-    assert "is 27.800 if both losses are means over tokens, equivalent to 5.560 if both are sums" in sentence
+    assert "is 27.800 if both losses are means over tokens, which is equivalent to 5.560 if both are sums" in sentence
     assert results_lib.summary({"ptx_coef": {"per_token": 27.8, "per_sequence": None}}) == []
 
 

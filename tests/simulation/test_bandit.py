@@ -1,4 +1,4 @@
-"""The enumerable bandit: its optimum, and PPO that reaches it."""
+"""The enumerable bandit, its optimum, and PPO training that reaches the optimum."""
 
 import functools
 from typing import Any
@@ -41,7 +41,7 @@ MODELS = ppo.Models(
 
 @functools.cache
 def trained() -> Any:
-    """Returns the parameters that PPO finds, and its last logs."""
+    """Returns the parameters after PPO training, and the last logs."""
     step = parallel.jit_step(ppo.make_train_step(MODELS, epochs=2, minibatches=2))
     frozen = ppo.Frozen(reference={"logits_SA": REFERENCE}, reward={"rewards_SA": REWARDS})
     state = ppo.create({"logits_SA": REFERENCE}, {"value_S": jnp.zeros(S)}, ADAM)
@@ -58,7 +58,7 @@ def trained() -> Any:
 
 
 def variation(kl_coef):
-    """Returns the total variation distance between the trained policy and the optimum of a KL coefficient."""
+    """Returns the total variation distance between the trained policy and the optimum for a KL coefficient."""
     policy_SA = jax.nn.softmax(trained()[0]["policy"]["logits_SA"])
     return float(bandit.total_variation(policy_SA, bandit.optimum(REFERENCE, REWARDS, kl_coef=kl_coef)))
 
@@ -95,7 +95,7 @@ def test_total_variation_equals_hand_computed_values():
 
 
 def test_the_hidden_state_is_the_row_of_the_prompt():
-    tokens = jnp.array([[2, 6], [0, 1]])  # an answer may have an id that is not a prompt
+    tokens = jnp.array([[2, 6], [0, 1]])  # an answer's id need not be a prompt's id
     stats = lm.token_stats({"logits_SA": REFERENCE}, tokens, cfg=APPLY, prompt_width=1)
     expected = jax.nn.log_softmax(REFERENCE)
     np.testing.assert_allclose(stats.logprobs[:, 0], [expected[2, 6], expected[0, 1]], rtol=1e-6)
@@ -112,7 +112,7 @@ def test_answers_are_drawn_with_the_probabilities_of_the_policy():
     np.testing.assert_allclose(rollout.logprobs_BT[:, 0], chosen, atol=1e-5)
 
 
-def test_ppo_reaches_the_optimum_of_its_kl_coefficient_only():
+def test_ppo_reaches_only_the_optimum_of_its_kl_coefficient():
     assert variation(KL_COEF) < 0.02
     for wrong in (0.8 * KL_COEF, 1.25 * KL_COEF):
         assert variation(wrong) > 0.05

@@ -1,4 +1,4 @@
-"""The pretraining corpus: true statements, right verdicts, exact skill problems."""
+"""The pretraining corpus: true statements, correct verdicts, and exact skill problems."""
 
 import collections
 import re
@@ -29,7 +29,7 @@ def size(thing):
 
 
 def statements(text):
-    """Yields (thing, attribute word): each attribute word describes the last thing named before it."""
+    """Yields pairs of a thing and an attribute word, which describes the last thing named before it."""
     thing = None
     for word in text.split():
         if word in lexicon.THINGS:
@@ -117,7 +117,7 @@ def test_verdicts_on_reviewed_answers_agree_with_gold():
     )
     assert judged.known.all()
     correct, good = np.asarray(judged.components["correct"]), np.array(verdicts)
-    # Reviewed answers are never polite, even to prompts that ask for it: "good" refers to the content.
+    # Reviewed answers are never polite, even if the prompt asks for politeness; "good" refers to the content.
     assert (correct[good] >= 0.6 - 1e-6).all() and (judged.false[good] == 0).all()
     # An answer to another prompt can be right by chance.
     assert np.mean(correct[~good] == 1) < 0.03, "flawless answers are called bad"

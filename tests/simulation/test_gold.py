@@ -21,7 +21,7 @@ UNIVERSE = prompts.all_prompts(WORLD)
 TABLES = gold.make_tables(WORLD)
 NONE = demonstrators.Slips.none()
 X, Y = lexicon.THINGS[:2]
-N, T = 1024, 2 * prompts.RESPONSE_WIDTH  # answers in a call, and width of the longest ones
+N, T = 1024, 2 * prompts.RESPONSE_WIDTH  # answers per call, and width of the longest answers
 judge_batch = jax.jit(jax.vmap(gold.utility, in_axes=(None, 0, 0, 0)))
 
 
@@ -34,7 +34,7 @@ def padded(rows, width, *, left):
 
 
 def judge_ids(prompt_ids, answer_ids):
-    """Returns the gold utility, computed in calls of one shape with the last call padded."""
+    """Returns the gold utility, computed in calls of the same shape; the last call is padded."""
     prompt_BP, _ = padded(prompt_ids, prompts.PROMPT_WIDTH, left=True)
     answer_BT, mask_BT = padded(answer_ids, T, left=False)
     parts = []
@@ -59,7 +59,7 @@ def not_value(thing, attribute):
 
 @functools.cache
 def everything():
-    """Returns every prompt, with the prefixes in rotation."""
+    """Returns every prompt, cycling through the prefixes."""
     rows = [prompt for kind in UNIVERSE.values() for prompt, _ in kind]
     return [
         dataclasses.replace(
@@ -77,7 +77,7 @@ def sample():
 # ---------------------------------------------------------------------------------------------- world and prompts
 
 
-def test_every_value_of_an_attribute_belongs_to_equally_many_things():
+def test_every_value_of_an_attribute_belongs_to_the_same_number_of_things():
     for column, words in zip(WORLD.facts_XA.T, lexicon.ATTRIBUTES.values()):
         counts = np.bincount(column, minlength=len(words))
         assert len(counts) == len(words) and counts.max() - counts.min() <= 1
@@ -123,7 +123,7 @@ def test_splits_are_disjoint_and_keep_paraphrases_together():
         assert all(fillings.values()), f"{kind.name} is missing from a split"
         assert sum(map(len, fillings.values())) == len(all_fillings) == len(set.union(*fillings.values()))
         assert len(fillings["train"]) > len(fillings["test"]) == len(fillings["validation"])
-        # The splits together have all wordings, with their weights.
+        # Together, the splits contain all wordings with their weights.
         together = [row for split in SPLITS.values() for row in split[kind.name]]
         assert sorted(together, key=repr) == sorted(UNIVERSE[kind.name], key=repr)
         wordings = collections.Counter(prompt.slots for prompt, _ in SETS.test[kind.name])
@@ -220,7 +220,7 @@ LISTS = ("list_color", "list_place", "list_except")
 HAS_PARTS = tuple(kind for kind in NOT_HARMFUL if kind in demonstrators.KINDS_WITH_PARTS)
 SENTENCES = tuple(kind for kind in NOT_HARMFUL if kind != "one_word")
 PLAIN = tuple(kind for kind in SENTENCES if kind != "polite")
-# The slip, the kinds of prompt that it affects, the component that must fall, and those that may fall as well.
+# The slip, the kinds of prompt that it affects, the component that must fall, and components that may also fall.
 SLIPS = {
     "impolite": (PLAIN, "polite", ()),
     "overpolite": (NOT_HARMFUL, "polite", ("brief", "correct")),
@@ -394,7 +394,7 @@ def test_padding_and_batching_do_not_change_the_result():
     judged = judge(questions, answers)
     one = jax.jit(gold.utility)
     ids = [prompts.prompt_tokens(prompt.turns) for prompt in questions]
-    # Wider on both sides, with arbitrary tokens where the mask of the answer is False.
+    # Rows are wider on both sides, with arbitrary tokens where the answer's mask is False.
     wide, _ = padded(ids, prompts.PROMPT_WIDTH + 7, left=True)
     answer_BT, mask_BT = padded([prompts.answer_tokens(answer) for answer in answers], T + 9, left=False)
     rubbish = np.where(mask_BT, answer_BT, rng.integers(len(lexicon.VOCABULARY), size=answer_BT.shape))

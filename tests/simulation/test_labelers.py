@@ -1,4 +1,4 @@
-"""Simulated labelers: weights, rankings, ties, lapses and agreement."""
+"""Simulated labelers: weights, rankings, ties, lapses, and agreement."""
 
 import jax
 import jax.numpy as jnp
@@ -178,7 +178,7 @@ def test_neighbours_closer_than_the_tie_width_tie():
     distinct = np.array([len(set(row)) for row in tied])
     assert 0.1 < (distinct < K).mean() < 0.9
     assert (tied.max(axis=1) == distinct).all(), "ranks have no gaps"
-    # With the same noise, ties join neighbours and reverse no pair.
+    # With the same noise, ties join neighbours but do not reverse any pair.
     i, j = np.triu_indices(K, 1)
     assert ((plain[:, i] < plain[:, j]) == (tied[:, i] < tied[:, j]))[tied[:, i] != tied[:, j]].all()
 

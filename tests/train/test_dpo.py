@@ -1,4 +1,4 @@
-"""The train step of DPO and related methods: values, invariances and composition."""
+"""The train step of DPO and related methods: values, invariances, and composition."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ def hyper(**numbers: Any) -> Any:
 
 
 def pairs(seed=0) -> Any:
-    """Pairs with left-padded prompts and answers of different lengths."""
+    """Returns pairs with left-padded prompts and answers of different lengths."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(1, 20, size=(B, 2, P + T))
     tokens[:, 1, :P] = tokens[:, 0, :P]
@@ -89,7 +89,7 @@ def moved(state):
 
 
 def sums(weights, batch):
-    """Log-probabilities of the answers, computed one row at a time with padding at the end."""
+    """Returns the log-probabilities of the answers, computed one row at a time with padding at the end."""
     totals = np.zeros(batch.tokens_BKL.shape[:2])
     for b, k in np.ndindex(totals.shape):
         real = np.asarray(batch.mask_BKL[b, k])
@@ -150,7 +150,7 @@ def test_cached_and_computed_references_give_the_same_step(name):
 
 
 def test_position_and_content_of_padding_do_not_matter():
-    """The same tokens, padded on the left or on the right with different ids."""
+    """Pads the same tokens on the left or on the right, with different ids."""
     batch, L = pairs(), P + T
     expected, logs = run(batch)
     for side in ("left", "right"):
@@ -220,7 +220,7 @@ def test_training_separates_chosen_from_rejected_and_compiles_once():
 
 
 def test_adapters_share_the_base_with_their_reference():
-    """New adapters equal their base, so the first loss is log 2; the state holds adapters only."""
+    """A model with new adapters equals its base, so the first loss is log 2; the state contains only adapters."""
     join = functools.partial(lora.attach, scale=2.0)
     adapters = jax.jit(lambda key: lora.init(key, CFG, rank=2, pattern="layers/.*"))(KEY)
     step = parallel.jit_step(dpo.make_train_step(response, objectives.dpo, join=join, micro_batches=2))
@@ -274,7 +274,7 @@ def test_sweep_is_one_program():
 # --------------------------------------------------------------------------------- cached reference log-probabilities
 
 
-def test_cached_reference_logprobs_are_used_only_for_their_own_inputs(tmp_path):
+def test_cached_reference_logprobs_are_used_only_for_the_same_inputs(tmp_path):
     calls, warnings = [], []
 
     compiled = jax.jit(functools.partial(dpo.answer_logprobs, response))
@@ -304,7 +304,7 @@ def test_cached_reference_logprobs_are_used_only_for_their_own_inputs(tmp_path):
         ({"data": pairs(1)}, "data"),
         ({"settings": "bfloat16"}, "settings"),
     ):
-        with_reference()  # the cache holds the original inputs again
+        with_reference()  # rewrites the cache for the original inputs
         calls.clear()
         warnings.clear()
         with_reference(**change)

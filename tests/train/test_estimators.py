@@ -1,4 +1,4 @@
-"""Every method on a bandit with a known optimum, and the parts that the methods share."""
+"""Every method on a bandit with a known optimum, and the components that the methods share."""
 
 import functools
 from typing import Any
@@ -70,7 +70,7 @@ def distance(policy_SA, other_SA):
 
 
 def forward_kl_point(coef, *, divide):
-    """The policy at which the gradients of score advantages and of ``coef * KL(reference || policy)`` cancel."""
+    """Returns the policy at which the gradients of advantages and of ``coef * KL(reference || policy)`` cancel."""
     reference = np.exp(np.asarray(REFERENCE, np.float64))
     reference /= reference.sum(1, keepdims=True)
     scores, logits = np.asarray(REWARDS, np.float64), np.log(reference)
@@ -105,14 +105,14 @@ def test_methods_with_kl_in_the_reward_reach_the_optimum_of_their_coefficient(na
 def test_k2_loss_reaches_the_optimum_of_the_reverse_kl():
     options = dict(estimate=functools.partial(estimators.dr_grpo, samples=64), samples=64, kl_loss=kl.k2)
     policy_SA, _ = trained(kl_loss_coef=0.5, kl_coef=0.0, answers=6 * 256, **options)
-    # The mean of a group includes the response itself, so the advantage is (K - 1) / K of the leave-one-out one.
+    # A group's mean includes the response itself, so its advantage is (K - 1) / K times the leave-one-out advantage.
     assert distance(policy_SA, optimum(0.5 * 64 / 63)) < 0.03
     assert distance(policy_SA, forward_kl_point(2.5, divide=False)) > 0.1
 
 
 @pytest.mark.parametrize("divide", [True, False])
 def test_k3_loss_reaches_the_fixed_point_of_the_forward_kl(divide):
-    """``pi (A - coef) + coef ref = 0`` for every response, for GRPO and, without the deviation, for Dr. GRPO."""
+    """Checks ``pi (A - coef) + coef ref = 0`` for GRPO and, with A not divided by the deviation, for Dr. GRPO."""
     estimate = estimators.grpo if divide else estimators.dr_grpo
     coef = 2.0 if divide else 1.5
     options = dict(estimate=functools.partial(estimate, samples=64), samples=64, kl_loss=kl.k3)
@@ -146,7 +146,7 @@ def test_moving_reference_lets_the_policy_move_further():
 
 
 def test_collect_and_update_match_the_whole_step():
-    """`collect` and `update` compiled separately, for models too large to sample and train in one program."""
+    """Compiles `collect` and `update` separately, as for models too large to sample and train in one program."""
     options: dict[str, Any] = dict(samples=4, estimate=functools.partial(estimators.rloo, samples=4))
     bandit_models = models(4)
     whole = jax.jit(ppo.make_train_step(bandit_models, minibatches=2, reduction=aggregation.sequence_sum, **options))
@@ -326,7 +326,7 @@ def test_loss_matches_a_python_loop():
 
 
 def collect(scores, *, stopped=(1, 1, 0, 1), past=None, **options):
-    """Experience and metrics of four one-token responses with ``scores``."""
+    """Returns the experience and the metrics of four one-token responses with ``scores``."""
     zeros = jnp.zeros((4, 1))
     rollout = types.Rollout(
         jnp.zeros((4, 2), jnp.int32),
@@ -374,7 +374,7 @@ def test_scores_of_the_wrong_shape_are_refused():
         collect(0.0)
 
 
-def test_python_function_as_reward_in_a_compiled_step():
+def test_a_python_function_can_be_the_reward_of_a_compiled_step():
     seen = []
 
     def length(tokens_BL, mask_BL, response_mask_BT):

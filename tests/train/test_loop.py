@@ -25,7 +25,7 @@ DATA = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
 
 
 def train_step(state, frozen, hyper, batch, rng):
-    """A noisy regression whose result depends on data order, noise, schedule and step counter."""
+    """Trains a noisy regression, whose result depends on data order, noise, schedule and step counter."""
     noise = jax.random.normal(jax.random.fold_in(rng, state.step), (batch.shape[0],))
 
     def loss_fn(params, batch, total):
@@ -64,7 +64,7 @@ def same(a, b):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The final state and the rows of an uninterrupted run."""
+    """Returns the final state and the log rows of an uninterrupted run."""
     directory = tmp_path_factory.mktemp("whole")
     return run(directory), metrics.read(directory)
 
@@ -115,7 +115,7 @@ def test_resumes_from_the_previous_checkpoint_if_the_newest_is_damaged(whole, tm
         ({"rng": jax.random.key(4)}, "rng"),
         ({"stage": "other"}, "stage"),
         ({"fingerprint": "other data"}, "fingerprint"),
-        ({"steps": 5}, "is of step 8, but the run has only 5"),
+        ({"steps": 5}, "from step 8, but the run has only 5 steps; use"),
     ],
 )
 def test_checkpoints_of_another_run_are_refused(tmp_path, options, match):
@@ -125,7 +125,7 @@ def test_checkpoints_of_another_run_are_refused(tmp_path, options, match):
 
 
 def script(directory, pause):
-    """The same run in a separate process."""
+    """Runs the same training in a separate process."""
     code = f"""
 import pathlib, sys, time
 sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
@@ -184,9 +184,8 @@ def test_interrupt_stops_between_iterations_and_restores_handlers(whole, tmp_pat
     with pytest.raises(loop.Preempted) as stopped:
         run(tmp_path, callbacks=[interrupt])
     assert (stopped.value.step, stopped.value.saved, stopped.value.stage) == (5, True, "toy")
-    with pytest.raises(
-        loop.Preempted
-    ) as stopped:  # after the last iteration: complete, but the next stage must not start
+    # The last iteration is complete, but the next stage must not start.
+    with pytest.raises(loop.Preempted) as stopped:
         run(tmp_path, callbacks=[interrupt])
     assert (stopped.value.step, stopped.value.saved) == (STEPS, True)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before

@@ -1,4 +1,4 @@
-"""Non-finite steps are skipped, and the warning names the loss, the gradient and the row."""
+"""Non-finite steps are skipped, and the warning names the non-finite loss or gradient, and the row."""
 
 import dataclasses
 import functools
@@ -82,7 +82,7 @@ def test_warning_names_the_row_with_a_non_finite_score():
     prompts_BP = run.batch_at(0).prompts_BP
     word = next(w for w in range(4, 24) if (prompts_BP == w).any(axis=1).sum() == 1)
     row = int((prompts_BP == word).any(axis=1).argmax())
-    # Every response is the stop token alone, so only the prompt contains the word.
+    # Every response consists only of the stop token, so only the prompt contains the word.
     words = run.frozen.reward["words"].at[word].set(jnp.nan)
     table = run.state.params["policy"]["table"].at[:, 1].set(50.0)
     params = {**run.state.params, "policy": {"table": table}}

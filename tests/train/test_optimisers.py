@@ -16,7 +16,7 @@ from rlhf_jax.train.optim import update as step
 
 
 def loop(grads, *, b1, b2, eps):
-    """The updates of all steps from the formula, in float64."""
+    """Returns the updates of all steps, computed from the formula in float64."""
     m, v, results = 0.0, 0.0, []
     for t, g in enumerate(np.asarray(grads, np.float64), start=1):
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
@@ -60,7 +60,7 @@ def test_first_steps_on_tiny_gradients_are_smaller():
     grads = np.full((3, 1), 1e-5, np.float32)
     tf1_updates, _ = updates(optimisers.scale_by_adam_tf1(), grads, jnp.zeros(1))
     optax_updates, _ = updates(optax.scale_by_adam(eps=1e-5), grads, jnp.zeros(1))
-    # g = eps: optax divides by g + eps, TF1 by g + eps / sqrt(1 - b2).
+    # With g = eps, optax divides by g + eps, and TF1 by g + eps / sqrt(1 - b2).
     np.testing.assert_allclose(optax_updates[0], 0.5, rtol=1e-3)
     np.testing.assert_allclose(tf1_updates[0], 1 / (1 + 1000**0.5), rtol=1e-3)
     assert all(0 < a < 0.2 * b for a, b in zip(np.ravel(tf1_updates), np.ravel(optax_updates)))

@@ -20,7 +20,7 @@ SGD = optax.scale(-1.0)
 
 
 def score(reward, rollout):
-    """A constant plus a reward per token above nine."""
+    """Returns a constant plus a reward for each token above nine."""
     high_BT = (rollout.tokens_BL[:, P:] > 9) & rollout.response_mask_BT
     return reward["constant"] + reward["high"] * high_BT.sum(axis=1)
 
@@ -47,7 +47,7 @@ COLLECT = jax.jit(functools.partial(ppo.collect, MODELS))
 
 @functools.cache
 def weights(seed=0):
-    """Weights with a scalar head that make some tokens much more likely than others."""
+    """Returns weights with a scalar head; they make some tokens much more likely than others."""
     shapes = jax.eval_shape(lambda key: lm.with_head(key, lm.init(key, CFG), CFG), jax.random.key(0))
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: jnp.asarray(0.6 * rng.normal(size=x.shape), x.dtype), shapes)
@@ -101,7 +101,7 @@ def farthest(a, b):
 
 
 def scripted(scores, *, lengths=(3, 1, 2, 3), stopped=(1, 1, 0, 1)):
-    """Models with fixed responses of up to three tokens, a uniform policy and ``scores``."""
+    """Returns models with fixed responses of up to three tokens, a uniform policy and the given ``scores``."""
     n, width = len(lengths), 3
     mask = jnp.arange(width)[None, :] < jnp.array(lengths)[:, None]
 
@@ -131,7 +131,7 @@ def test_first_update_has_ratio_one_and_zero_kl(temperature):
     assert float(logs["first_ratio_error"]) < 1e-5
     assert abs(float(logs["kl"].value())) < 1e-6
     assert float(logs["sampler_gap"]) < 1e-5
-    # Both can be large: the ratio after the first update, and the KL to another reference.
+    # The ratio after the first update and the KL to another reference can be large.
     assert float(logs["ratio_max"]) > 1.01 and float(logs["approx_kl"]) > 1e-5
     _, logs = step(frozen_=frozen(reference=2), temperature=temperature)
     assert float(logs["kl"].value()) > 0.1 and float(logs["first_ratio_error"]) < 1e-5
@@ -310,7 +310,7 @@ def shared_state(head) -> Any:
     return ppo.create(trunk, {"head": head}, SGD)
 
 
-@pytest.mark.slow  # test_sweep.py trains one
+@pytest.mark.slow  # test_sweep.py trains a zero head
 def test_zero_head_on_a_shared_trunk():
     zero = lm.with_head(jax.random.key(0), weights(), CFG, zero=True)["head"]
     experience, _ = jax.jit(functools.partial(ppo.collect, SHARED))(
@@ -326,7 +326,7 @@ def test_zero_head_on_a_shared_trunk():
         assert float(logs["first_ratio_error"]) < 1e-5
         return state.params
 
-    # No gradient passes through a head of zeros: at first the value loss trains the head only, not the trunk.
+    # No gradient passes through a head of zeros, so the value loss first trains only the head.
     alone, both = updated(zero, 0.0), updated(zero, 0.1)
     assert farthest(alone["policy"], shared_state(zero).params["policy"]) > 1e-3
     close(both["policy"], alone["policy"], atol=1e-7)
@@ -345,7 +345,7 @@ def test_zero_head_on_a_shared_trunk():
 
 
 def table_experience(returns_B):
-    """One-token responses; prompt i has its own value in a table."""
+    """Returns one-token responses; the table has a separate value for each prompt."""
     zeros = jnp.zeros((len(returns_B), 1))
     tokens = jnp.pad(jnp.arange(len(returns_B))[:, None], ((0, 0), (0, 1)))
     return types.Experience(tokens, tokens >= 0, zeros == 0, zeros, zeros, zeros, returns_B[:, None])
@@ -369,7 +369,7 @@ def table_update(minibatches, epochs=1):
 
 
 def table_state(learnt):
-    """A state that trains either the table or the parameter that all prompts share."""
+    """Returns a state that trains either the table or the parameter that all prompts share."""
     critic = {"value_B": jnp.zeros(16), "shared": jnp.zeros(())}
     held = optax.masked(optax.set_to_zero(), {"policy": True, "critic": {name: name != learnt for name in critic}})
     return ppo.create({"w": jnp.ones(())}, critic, optax.chain(SGD, held))
@@ -393,10 +393,10 @@ def test_minibatches_depend_on_the_key_and_change_every_epoch():
         new, _ = table_update(4, epochs)(state, jnp.arange(16.0), numbers, jax.random.key(seed))
         return float(new.params["critic"]["shared"])
 
-    # Each minibatch moves the value half the way to its mean, so later minibatches weigh more and the order matters.
+    # Each minibatch moves the value half-way to the minibatch mean, so later minibatches weigh more and order matters.
     ends = [learnt(seed, epochs) for epochs in (1, 2) for seed in (0, 1, 2)]
     assert len(set(ends)) == 6 and ends == [learnt(seed, epochs) for epochs in (1, 2) for seed in (0, 1, 2)]
-    # If both epochs had the same order, the second would add a sixteenth of the first.
+    # If both epochs had the same order, the second epoch would add a sixteenth of the first.
     one_key = np.array([learnt(seed, 1) for seed in (0, 1, 2)])
     assert (np.abs(np.array(ends[3:]) - one_key * (1 + 1 / 16)) > 1e-3).all()
 

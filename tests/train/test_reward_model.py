@@ -1,4 +1,4 @@
-"""Reward models: losses, heads, domains, frozen parts, normalisation, bad data."""
+"""Reward models: losses, heads, domains, frozen parameters, normalisation, and bad data."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from rlhf_jax.train.optim import partition
 CFG = lm.LMConfig(vocab_size=20, n_layers=1, d_model=16, n_heads=2, d_mlp=32, max_length=24)
 SGD = optax.scale(-1.0)
 B, K, L, H = 6, 4, 10, 3
-TABLE: Any = types.ApplyFn(  # the hidden states are the embeddings, so it compiles fast
+TABLE: Any = types.ApplyFn(  # hidden states are embeddings, which compile fast
     forward=lambda params, tokens_BL, **_: types.LMOutput(jnp.tanh(params["embed"]["tokens"][tokens_BL])),
     logits=lambda params, hidden_BLD: hidden_BLD,
 )
@@ -44,7 +44,7 @@ def params(heads: int | None = None) -> Any:
 
 
 def comparisons(**extra: Any) -> Any:
-    """Prompt 1 has ties only, prompt 4 a single completion."""
+    """Returns comparisons in which prompt 1 has only ties and prompt 4 a single completion."""
     rng = np.random.default_rng(1)
     where = np.arange(K)[None, :] < np.array([4, 3, 2, 4, 1, 3])[:, None]
     ranks = np.array([[1, 2, 3, 3], [2, 2, 2, 0], [2, 1, 0, 0], [4, 3, 2, 1], [1, 0, 0, 0], [1, 1, 2, 0]])
@@ -169,7 +169,7 @@ def test_domains_are_averaged_separately_and_weighted():
     alone, logs = run(comparisons(domain_B=np.zeros(B, np.int32)), **options)
     np.testing.assert_allclose(logs["loss"].value(), each[INFORMATIVE].mean(), rtol=1e-5)
     assert np.isfinite(alone.params["head"]["kernel_D"]).all()
-    with pytest.raises(ValueError, match=r"need Comparisons\.domain_B"):
+    with pytest.raises(ValueError, match=r"set Comparisons\.domain_B"):
         run(comparisons(), **options)
 
 
@@ -224,7 +224,7 @@ def test_heads_are_combined_and_a_critic_needs_a_single_head():
 
 @pytest.mark.parametrize("heads", [None, H])
 def test_score_depends_only_on_the_completion(heads, tmp_path):
-    """It depends on the last token, not on batch, width, padding side, packing, or saving and loading."""
+    """The score depends on the last token, but not on batch, width, padding side, packing, or saving and loading."""
     rng = np.random.default_rng(5)
     answers = [rng.integers(1, 20, size=n).astype(np.int32) for n in (3, 7, 10, 5)]
     alone = np.stack(
@@ -272,7 +272,7 @@ def test_saved_head_of_the_wrong_shape_is_refused(tmp_path):
     text = json.loads(file.read_text())
     for broken in ([0.0, 1.0], "much", [0.0, 1.0, None]):
         file.write_text(json.dumps(text | {"reward_bias": broken}))
-        with pytest.raises(ValueError, match="one finite number per head, for 3 heads"):
+        with pytest.raises(ValueError, match=r"one finite number per head \(3 in total\)"):
             lm.load(tmp_path / "m")
     file.write_text(json.dumps(text | {"reward_normalisation": {"rule": "held-out", "gain": 0.0, "bias": 1.0}}))
     with pytest.raises(ValueError, match="a gain of 0"):
@@ -303,11 +303,11 @@ def test_published_normalisation_rules(heads):
     raw = (np.asarray(scored(standard)) - np.asarray(kept.bias)) / np.asarray(kept.gain)
     there = np.asarray(where)
     np.testing.assert_allclose(raw[there], np.asarray(scored(plain))[there], atol=1e-4)
-    with pytest.raises(ValueError, match="policy samples has the value inf"):
+    with pytest.raises(ValueError, match="policy samples contains inf"):
         lm.heads.Normalisation("policy samples", float("inf"), 0.0)
 
 
-# ------------------------------------------------------------------------------------------------- what is trained
+# -------------------------------------------------------------------------------------------- trainable parameters
 
 
 def test_pattern_trains_only_the_head():
@@ -336,7 +336,7 @@ def test_patterns_and_predicates():
         partition.split(params(), "(")
 
 
-# ------------------------------------------------------------------------------------------------------- the batches
+# ---------------------------------------------------------------------------------------------- transforms of batches
 
 
 def test_shuffled_pairs_equal_grouped_pairs():
@@ -376,7 +376,7 @@ def test_uninformative_prompts_are_counted_and_dropped():
     batch = comparisons()
     tokens, mask = batch.tokens_BKL.copy(), batch.mask_BKL.copy()
     tokens[3, 2], mask[3, 2] = tokens[3, 0], mask[3, 0]  # ranks 4 and 2 for the same tokens
-    tokens[2, 1], mask[2, 1] = tokens[2, 0], mask[2, 0]  # which leaves nothing of this prompt
+    tokens[2, 1], mask[2, 1] = tokens[2, 0], mask[2, 0]  # the prompt has only one answer left
     counts = errors.DropCount(max_dropped=0.6)
     batch = batch.replace(tokens_BKL=tokens, mask_BKL=mask)  # type: ignore[attr-defined]
     filtered = comparison_transforms.drop_uninformative(batch, counts)
@@ -385,11 +385,11 @@ def test_uninformative_prompts_are_counted_and_dropped():
     np.testing.assert_array_equal(filtered.ranks_BK, [[1, 2, 3, 3], [4, 3, 0, 1], [1, 1, 2, 0]])
     np.testing.assert_array_equal(filtered.where_BK[1], [True, True, False, True])
     with pytest.raises(
-        errors.DataError, match=r"3 of 6 records dropped \(all answers tied 1, fewer than two answers 2\)"
+        errors.DataError, match=r"3 of 6 records were dropped \(all answers tied 1, fewer than two answers 2\)"
     ):
         comparison_transforms.drop_uninformative(batch, errors.DropCount(max_dropped=0.4))
     tied = batch.replace(ranks_BK=np.ones((B, K), np.int32))
-    with pytest.raises(errors.DataError, match="none of 6 comparisons has"):
+    with pytest.raises(errors.DataError, match="none of the 6 prompts has"):
         comparison_transforms.drop_uninformative(tied, errors.DropCount(max_dropped=1.0))
 
 

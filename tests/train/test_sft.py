@@ -36,7 +36,7 @@ def close(a, b, **tolerance):
 
 
 def token_rows():
-    """Left-padded prompts and responses of different lengths, with loss up to column 7; rows 6 and 7 have no loss."""
+    """Returns left-padded rows of different lengths with a loss up to column 7; rows 6 and 7 have no loss."""
     rng = np.random.default_rng(0)
     columns = np.arange(L)[None, :]
     first, last = np.arange(B)[:, None] % 3, 6 + np.arange(B)[:, None] % 4
@@ -62,7 +62,7 @@ def test_loss_is_the_mean_over_response_tokens():
     learnt = np.asarray(batch.loss_mask_BL)
     expected = -sum(logprobs[b, t] for b in range(B) for t in range(L) if learnt[b, t]) / learnt.sum()
     np.testing.assert_allclose(logs["loss"].value(), expected, rtol=1e-5)
-    # The mean of the means of the rows differs.
+    # The mean of the per-row means differs.
     means = [-logprobs[b, learnt[b]].mean() for b in range(B) if learnt[b].any()]
     assert abs(np.mean(means) - expected) > 1e-3
 
@@ -105,14 +105,14 @@ def test_batch_without_loss_tokens_has_no_effect():
 
 
 def comparisons():
-    """Prompts with different numbers of completions and ranks; prompt 2 has ties only, prompt 5 one completion."""
+    """Returns prompts with up to four completions; prompt 2 has only ties, and prompt 5 has one completion."""
     rng = np.random.default_rng(1)
     tokens = rng.integers(1, 20, size=(B, K, L))
     mask = np.arange(L)[None, None, :] < rng.integers(4, L + 1, size=(B, K, 1))
     ranks = rng.integers(1, 4, size=(B, K))
     where = np.arange(K)[None, :] < np.array([4, 2, 4, 3, 4, 1, 3, 4])[:, None]
     ranks[2] = 2
-    ranks[:, 0], ranks[[0, 1, 3, 4, 6, 7], 1] = 2, 1  # the others have a pair to learn from
+    ranks[:, 0], ranks[[0, 1, 3, 4, 6, 7], 1] = 2, 1  # the other prompts have a pair to learn from
     ranks = np.where(where, ranks, 0)
     return types.Comparisons(*(jnp.asarray(x) for x in (tokens.astype(np.int32), mask, ranks, where)))
 
@@ -206,7 +206,7 @@ def test_micro_batches_match_the_whole_batch(stage):
     assert len({int(learnt[i::4].sum()) for i in range(4)}) > 1
 
 
-@pytest.mark.slow  # test_parallel.py compares the stage's metrics
+@pytest.mark.slow  # test_parallel.py compares the metrics of the stage
 def test_reward_model_metrics_cover_all_devices():
     def score(params, tokens_BL, mask_BL):
         return params["w"] * jnp.sum(jnp.where(mask_BL, tokens_BL, 0), axis=1)

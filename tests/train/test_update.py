@@ -150,7 +150,7 @@ def test_step_compiled_ahead_is_the_same_and_compiles_once():
         shapes = jax.eval_shape(lambda *same: same, *args[:1])
         ahead.compile_ahead(executor, *shapes, *args[1:])
         done, _ = ahead(*jax.tree.map(jnp.copy, args[:1]), *args[1:])
-        # A program that is still queued is compiled by the call.
+        # The call compiles a program that is still queued.
         hold = threading.Event()
         executor.submit(hold.wait)
         dropped.compile_ahead(executor, *args)
@@ -181,7 +181,7 @@ def test_call_waits_for_compilation_ahead():
         with Slow(1, thread_name_prefix="ahead") as executor:
             once.compile_ahead(executor, state, *args)
             assert under_way.wait(60)
-            threading.Timer(0.5, release.set).start()  # a call that did not wait would compile in the meantime
+            threading.Timer(0.5, release.set).start()  # without waiting, the call would compile in the meantime
             state, logs = once(state, *args)
             state, _ = once(state, *args)
     finally:

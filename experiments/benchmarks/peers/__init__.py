@@ -1,2 +1,2 @@
-"""Peer libraries' versions of the workloads; each module is a command: ``python -m benchmarks.peers.trl_trainers
+"""The workloads in peer libraries. Each module is a command, such as ``python -m benchmarks.peers.trl_trainers
 sft-s``."""

@@ -1,4 +1,4 @@
-"""The ``generate`` of transformers: sampled answers of full length, with a KV cache."""
+"""Measures sampling of full-length answers by transformers, with a KV cache."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
 

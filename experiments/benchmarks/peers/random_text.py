@@ -12,7 +12,7 @@ from benchmarks import workload_sizes
 
 
 def tokenizer(size: workload_sizes.Size) -> PreTrainedTokenizerFast:
-    """Returns a tokenizer whose token i is the word "wi"."""
+    """Returns a tokenizer in which the word "w5" is token 5, and so on."""
     words = {"<pad>": workload_sizes.PAD, "<eos>": workload_sizes.EOS, "<unk>": 2}
     words |= {f"w{i}": i for i in range(workload_sizes.FIRST_WORD, size.vocab)}
     tokenizer_object = Tokenizer(models.WordLevel(words, unk_token="<unk>"))

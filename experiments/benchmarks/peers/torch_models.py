@@ -1,4 +1,4 @@
-"""The models of the benchmarks in transformers, and common code for TRL's trainers."""
+"""The benchmark models in transformers, and the code that TRL's trainers share."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
 
@@ -40,8 +40,8 @@ def config(size: workload_sizes.Size, **extra: Any) -> GPT2Config:
 def trainer_arguments(options: argparse.Namespace, steps: int, **overrides: Any) -> dict[str, Any]:
     """Returns arguments for TRL's trainers that disable saving, logging and evaluation.
 
-    The variant "plain" uses float32 without gradient checkpointing, "defaults" TRL's bfloat16 autocast and gradient
-    checkpointing; which is faster depends on the CPU.
+    The variant "plain" uses float32 on a CPU and no gradient checkpointing. The variant "defaults" uses TRL's bfloat16
+    autocast and gradient checkpointing. Which variant is faster depends on the CPU.
     """
     arguments = {
         "output_dir": tempfile.mkdtemp(),
@@ -66,7 +66,7 @@ class Timer(TrainerCallback):
     """Times every step of a trainer from the end of the previous step, so that data loading counts."""
 
     def __init__(self, clock: measured_process.Clock) -> None:
-        """Does nothing; the first repetition starts with training."""
+        """Stores the clock; the first repetition starts when training begins."""
         self._clock, self._left = clock, clock.total
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:

@@ -1,4 +1,4 @@
-"""One iteration of TRL's PPOTrainer, whose last version is TRL 1.12."""
+"""Measures one iteration of TRL's PPOTrainer, which TRL includes up to version 1.12."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
 
@@ -29,7 +29,7 @@ def main() -> None:
     arguments = torch_models.trainer_arguments(
         options,
         -1,
-        # All samples in one device batch: with gradient accumulation, the trainer would skip most optimiser steps.
+        # All samples form one device batch, because gradient accumulation makes the trainer skip optimiser steps.
         per_device_train_batch_size=B,
         gradient_accumulation_steps=1,
         num_mini_batches=shapes.ppo_minibatches,

@@ -1,4 +1,4 @@
-"""One training step of TRL's SFTTrainer, RewardTrainer or DPOTrainer."""
+"""Measures one training step of TRL's SFTTrainer, RewardTrainer or DPOTrainer."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
 

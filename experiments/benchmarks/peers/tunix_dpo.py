@@ -1,4 +1,4 @@
-"""One training step of Tunix's DPOTrainer with a frozen reference."""
+"""Measures one training step of Tunix's DPOTrainer with a frozen reference."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
 

@@ -1,4 +1,4 @@
-"""Tunix's Sampler: sampled answers of full length."""
+"""Measures sampling of full-length answers by Tunix's Sampler."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
 

@@ -21,9 +21,9 @@ PACKAGES = ("google-tunix", "jax", "flax")
 
 
 def make(size: workload_sizes.Size, *, bfloat16: bool, seed: int = 0) -> llama3.Llama3:
-    """Returns a Llama with the width, depth, heads, vocabulary and matmul parameters of the GPT-2, which Tunix lacks.
+    """Returns a Llama with the GPT-2's width, depth, heads and vocabulary, and about as many matmul parameters.
 
-    All kernels are initialised again, because Tunix initialises those of the MLP to zero.
+    Tunix has no GPT-2. All kernels are initialised again, because Tunix initialises the MLP kernels to zero.
     """
     cfg = llama3.ModelConfig(
         num_layers=size.layers,
@@ -62,7 +62,7 @@ def rows(rng: np.random.Generator, size: workload_sizes.Size, *shape: int) -> np
 
 
 def timed(clock: measured_process.Clock, batch: Callable[[], Any], model: nnx.Module) -> Iterator[Any]:
-    """Yields batches to a trainer and times the steps, each from one request to the next."""
+    """Yields batches to a trainer and times each step, from one request for a batch to the next."""
     for i in range(clock.total):
         if i:
             jax.block_until_ready(nnx.state(model, nnx.Param))

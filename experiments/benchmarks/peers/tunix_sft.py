@@ -1,4 +1,4 @@
-"""One training step of Tunix's PeftTrainer on all parameters."""
+"""Measures one training step of Tunix's PeftTrainer on all parameters."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
 

@@ -1,1 +1,1 @@
-"""Hugging Face model directories and PEFT adapter directories, read and written without torch."""
+"""Reading and writing of Hugging Face model directories and PEFT adapter directories, without torch."""

@@ -1,13 +1,16 @@
-"""Reading and writing Hugging Face model directories, without torch.
+"""Reading and writing of Hugging Face model directories, without torch.
 
 A model with a scalar head is written as the ``...ForSequenceClassification`` class of its family (see
-:mod:`rlhf_jax.lm.hub.families`), with one label per head. ``score.weight`` holds the kernel of the head times its gain.
-Those classes have no bias, so the bias is written to ``config.json`` as ``reward_bias``, a number or a list: `load`
-applies it, and other libraries have to add it to the scores. Those classes have no output over the vocabulary either,
-so the ``unembed`` parameters of a model with a head are not written. `load_normalisation` reads the field
-``reward_normalisation``, which records how the scores were normalised.
+:mod:`rlhf_jax.lm.hub.families`), with one label per head. These classes have two limitations:
 
-Settings without a field in ``config.json`` (compute dtype, remat, attention kernel) are written under ``rlhf_jax``.
+* They have no bias. The tensor ``score.weight`` is the kernel of the head times its gain, and the bias is written to
+  ``config.json`` as ``reward_bias``, a number or a list. `load` restores the bias; other libraries ignore it, so it
+  must be added to their scores.
+* They have no output layer over the vocabulary, so the ``unembed`` parameters of a model with a head are not written.
+
+The field ``reward_normalisation`` of ``config.json`` records how the scores were normalised; `load_normalisation`
+returns this record. Settings without a counterpart in ``transformers`` (compute dtype, remat and attention
+implementation) are written to ``config.json`` under ``rlhf_jax``.
 """
 
 from __future__ import annotations
@@ -36,15 +39,15 @@ _SCORE = "score.weight"
 _OURS = ("dtype", "remat", "attention")
 _NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 _BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
-"""Suffixes of tensors in older files that are computed from the config, not read."""
+"""Suffixes of tensors in older files that are ignored because they can be computed from the config."""
 
 
 def load_config(path: str | os.PathLike[str]) -> config.LMConfig:
-    """Returns the architecture in the ``config.json`` of a model directory.
+    """Returns the architecture that the ``config.json`` of a model directory describes.
 
     Raises:
         FileNotFoundError: The directory or the file is missing.
-        ValueError: The model type or a field of it is not supported.
+        ValueError: The model type or the value of a field is not supported.
     """
     return _config(*_read_config(_folder(path)))
 
@@ -52,22 +55,23 @@ def load_config(path: str | os.PathLike[str]) -> config.LMConfig:
 def load(
     path: str | os.PathLike[str], *, dtype: Any = jnp.float32, shard: Shard | None = None
 ) -> tuple[config.LMConfig, types.Params]:
-    """Returns the architecture and the parameters of a model directory: ``config.json`` and safetensors files.
+    """Returns the architecture and the parameters in a model directory.
 
-    Tensors are read one at a time, so that the host holds at most one in addition to the result.
+    The directory must contain ``config.json`` and safetensors files. Tensors are read one at a time, so that host
+    memory holds at most one tensor in addition to the result.
 
     Args:
         path: A local directory.
-        dtype: Dtype of the parameters, independent of the files.
-        shard: Maps logical axes to a sharding; by default parameters are placed on the default device.
+        dtype: Dtype of the parameters, whatever the dtype of the files.
+        shard: Maps logical axes to a sharding; by default, parameters are placed on the default device.
 
     Returns:
-        ``(cfg, params)``; ``params`` have a head if the directory contains a reward model.
+        ``(cfg, params)``; ``params`` include a head if the directory contains a reward model.
 
     Raises:
         FileNotFoundError: The directory or a file is missing.
-        ValueError: A model type, activation or rope type that is not supported, a truncated file, a value that is not
-            finite, or tensors that are missing, unexpected or not of the shape that ``config.json`` implies.
+        ValueError: The model type, activation or rope type is not supported, a file is truncated, a value is not
+            finite, or a tensor is missing, unexpected or of a different shape than ``config.json`` implies.
     """
     folder = _folder(path)
     hf, source = _read_config(folder)
@@ -112,24 +116,25 @@ def save(
     normalisation: lm_heads.Normalisation | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes a directory for ``AutoModelForCausalLM``, or ``AutoModelForSequenceClassification`` if there is a head.
+    """Writes a model directory that ``transformers`` can load.
 
-    The directory is written under a temporary name and then renamed, so that it is never incomplete; an older model is
-    replaced. One tensor at a time is copied to the host.
+    ``AutoModelForCausalLM`` loads language models, and ``AutoModelForSequenceClassification`` loads models with a head.
+    The directory is written under a temporary name and then renamed, so that it is never incomplete. An existing model
+    directory is replaced. Tensors are copied to the host one at a time.
 
     Args:
         path: Directory to write.
-        cfg: Architecture. The model type is ``cfg.model_type``, or the first that can represent ``cfg``.
+        cfg: Architecture. If ``cfg.model_type`` is empty, the first model type that can represent ``cfg`` is written.
         params: Parameters of the model.
-        tokenizer: Any object with ``save_pretrained``, saved in the same directory.
+        tokenizer: Tokenizer with a ``save_pretrained`` method, saved in the same directory.
         dtype: Dtype of the files, to which values are rounded.
-        pad_id: ``pad_token_id`` of a reward model without a tokenizer; ``transformers`` needs it to find the last
-            token.
+        pad_id: ``pad_token_id`` of a reward model if the tokenizer does not define it; ``transformers`` uses it to find
+            the last token of each row.
         normalisation: Record of how the scores of a reward model were normalised, saved in ``config.json``.
-        max_shard_bytes: Largest size of one file.
+        max_shard_bytes: Maximum size of each file.
 
     Raises:
-        ValueError: No model type can represent ``cfg``, or a parameter is missing, misshapen or not finite.
+        ValueError: No model type can represent ``cfg``, or a parameter is missing, of the wrong shape or not finite.
         FileExistsError: ``path`` exists and is not a model directory.
     """
     model_type = model_type_of(cfg)
@@ -156,10 +161,10 @@ def save(
 
 
 def load_normalisation(path: str | os.PathLike[str]) -> lm_heads.Normalisation | None:
-    """Returns how the scores of a saved reward model were normalised; None if that was not saved.
+    """Returns the record of how a saved reward model's scores were normalised, or None if there is none.
 
-    The scores of a loaded model are normalised, with the gain in the kernel; with this record the normalisation can be
-    undone.
+    The scores of a loaded model remain normalised, since its kernel includes the gain. The record contains the gain and
+    bias that are needed to compute raw scores.
     """
     hf, source = _read_config(_folder(path))
     return score_heads.read_normalisation(hf, source)
@@ -169,7 +174,7 @@ def model_type_of(cfg: config.LMConfig) -> str:
     """Returns ``cfg.model_type``, or the first model type that can represent ``cfg``.
 
     Raises:
-        ValueError: No model type can; the message lists what each would need.
+        ValueError: No model type can represent ``cfg``. The message lists the fields that each type would require.
     """
     reasons = []
     for name in [cfg.model_type] if cfg.model_type else families.FAMILIES:
@@ -181,7 +186,7 @@ def model_type_of(cfg: config.LMConfig) -> str:
 
 
 def _lost(cfg: config.LMConfig, model_type: str) -> dict[str, Any]:
-    """Returns the fields that change when ``cfg`` is written and read as ``model_type``, with their new values."""
+    """Returns the fields that writing and reading ``cfg`` as ``model_type`` would change, with their new values."""
     if model_type not in families.FAMILIES:
         return {"model_type": f"one of {', '.join(families.FAMILIES)}"}
     family = families.FAMILIES[model_type]
@@ -199,7 +204,7 @@ def _folder(path: str | os.PathLike[str]) -> pathlib.Path:
     folder = pathlib.Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"there is no model directory at {folder}; models are read from local folders, nothing is downloaded"
+            f"there is no model directory at {folder}; models are read only from local directories and never downloaded"
         )
     return folder
 
@@ -210,7 +215,7 @@ def _read_config(folder: pathlib.Path) -> tuple[dict[str, Any], pathlib.Path]:
     model_type = hf.get("model_type")
     if model_type not in families.FAMILIES:
         known = ", ".join(families.FAMILIES)
-        raise ValueError(f"{source}: model type {model_type!r} is not supported; known: {known}")
+        raise ValueError(f"{source}: model type {model_type!r} is not supported; known types: {known}")
     if hf.get("quantization_config"):
         raise ValueError(f"{source}: quantized weights (quantization_config) are not supported")
     return hf, source
@@ -232,24 +237,24 @@ def _config(hf: Mapping[str, Any], source: pathlib.Path) -> config.LMConfig:
 
 
 def _normalised_config(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns ``config.json`` as ``transformers`` reads it: with defaults, older spellings replaced."""
-    # transformers takes most of a second to import.
+    """Returns ``config.json`` as ``transformers`` reads it, with defaults filled in and older field names replaced."""
+    # Importing transformers takes most of a second.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
 
     kind = transformers.CONFIG_MAPPING[hf["model_type"]]
-    # The dtype is left out: if torch is installed, it would become a torch dtype.
+    # The dtype is omitted because it would become a torch dtype if torch is installed.
     given = {name: value for name, value in hf.items() if name not in ("dtype", "torch_dtype")}
     try:
         return vars(kind.from_dict(given))
     except ValueError:
         raise
-    except Exception as error:  # its checks raise exceptions of many kinds
+    except Exception as error:  # transformers raises exceptions of many kinds
         raise ValueError(str(error).replace("\n", " ").strip()) from error
 
 
 def _with_trunk(stored: dict[str, tensor_files.Stored], family: layouts.Family) -> dict[str, tensor_files.Stored]:
-    """Returns the tensors with the prefix of the trunk, which files of the bare model lack, such as those of GPT-2."""
+    """Adds the trunk's prefix to the names of tensors if all lack it, as in models saved without an output layer."""
     if any(name.startswith(family.base) for name in stored):
         return stored
     return {name if name in (_SCORE, family.unembed) else family.base + name: x for name, x in stored.items()}
@@ -258,7 +263,7 @@ def _with_trunk(stored: dict[str, tensor_files.Stored], family: layouts.Family) 
 def _plan(
     cfg: config.LMConfig, family: layouts.Family, *, head: bool, unembed: bool
 ) -> Iterator[tuple[layouts.Tensor, int | None]]:
-    """Yields every tensor of a checkpoint except ``score.weight``, with its layer."""
+    """Yields every tensor of a checkpoint except ``score.weight``, with the index of its layer or None."""
     for tensor in family.tensors(cfg):
         layers = range(cfg.n_layers) if "{i}" in tensor.name else [None]
         for layer in layers:
@@ -287,7 +292,7 @@ def _check_tensors(
     plan: Iterable[tuple[layouts.Tensor, int | None]],
     stored: Mapping[str, tensor_files.Stored],
 ) -> None:
-    """Raises ValueError if names or shapes of the stored tensors do not match the config, before any is read."""
+    """Raises ValueError if the names or shapes of stored tensors do not match the config; reads no tensor."""
     wanted = _shapes(cfg, plan, (score_heads.stored_heads(stored.get(_SCORE)) or 1) if _SCORE in stored else 0)
     ignored = (*_BUFFERS, family.unembed) if cfg.tie_embeddings else _BUFFERS
     missing = [name for name in wanted if name not in stored]
@@ -297,7 +302,7 @@ def _check_tensors(
         for name, shape in wanted.items()
         if name in stored and stored[name].shape != shape
     ]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    problems = {"missing": missing, "unexpected": unexpected, "of the wrong shape": misshapen}
     if any(problems.values()):
         listed = [f"{problem}: {_listed(names)}" for problem, names in problems.items() if names]
         raise ValueError(f"the tensors of {folder} do not match its config.json; {'; '.join(listed)}")
@@ -311,7 +316,7 @@ def _listed(names: list[str], most: int = 8) -> str:
 def _finite(tensor: tensor_files.Stored) -> np.ndarray:
     array = tensor.read()
     if not np.isfinite(array).all():
-        raise ValueError(f"{tensor.file}: the tensor {tensor.name} holds a value that is not finite")
+        raise ValueError(f"{tensor.file}: the tensor {tensor.name} contains a value that is not finite")
     return array
 
 
@@ -358,12 +363,12 @@ def _check_leaves(flat: Mapping[str, Any], cfg: config.LMConfig) -> None:
     rows = lm_params.table(cfg) | (lm_params.head_table(cfg, heads=heads) if has_head else {})
     for name, row in rows.items():
         if name not in flat and not (has_head and name == "unembed/kernel"):
-            raise ValueError(f"params lack {name}, which this LMConfig has")
+            raise ValueError(f"params lack {name}, which this LMConfig requires")
         if name in flat and flat[name].shape != row.shape:
-            raise ValueError(f"params[{name}] has shape {flat[name].shape}; this LMConfig needs {row.shape}")
+            raise ValueError(f"params[{name}] has shape {flat[name].shape}; this LMConfig requires {row.shape}")
     unknown = sorted(flat.keys() - rows.keys())
     if unknown:
-        raise ValueError(f"params have parameters that this LMConfig lacks: {', '.join(unknown[:5])}")
+        raise ValueError(f"params contain entries that this LMConfig lacks: {', '.join(unknown[:5])}")
 
 
 def _config_json(

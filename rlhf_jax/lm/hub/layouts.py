@@ -1,9 +1,10 @@
-"""Layouts of ``config.json`` and of tensors that all families of Hugging Face models share.
+"""Conversion of ``config.json`` and tensors, shared by all families of Hugging Face models.
 
-A `Family` (see :mod:`rlhf_jax.lm.hub.families`) is a table of ``config.json`` fields, a list of tensors, and two small
-functions for the rest. :mod:`rlhf_jax.lm.hub.directory` reads and writes the files.
+A `Family` (see :mod:`rlhf_jax.lm.hub.families`) consists of a table of ``config.json`` fields, a list of tensors, and
+two functions for fields that must be computed. :mod:`rlhf_jax.lm.hub.directory` reads and writes the files.
 
-Families see ``config.json`` as ``transformers`` reads it, with defaults filled in and older spellings replaced.
+The functions receive ``config.json`` as ``transformers`` reads it, with defaults filled in and older field names
+replaced.
 """
 
 from __future__ import annotations
@@ -33,37 +34,42 @@ class Tensor(NamedTuple):
     name: str
     """Name in the file, with ``{i}`` for the layer."""
     parts: tuple[str, ...]
-    """The parameters that it holds; those under ``layers`` at layer i."""
+    """Names of the parameters in the tensor; parameters under ``layers`` are those of layer i."""
     kind: str = "as_is"
-    """``as_is``; ``rows_out`` (a torch Linear, ``[out, in]``); ``rows_in`` (a Conv1D, ``[in, out]``);
-    ``interleaved`` (a Linear with the q, k and v of each head next to each other)."""
+    """How the tensor stores the parameters:
+
+    * ``as_is``: unchanged.
+    * ``rows_out``: as a torch ``Linear``, ``[out, in]``.
+    * ``rows_in``: as a ``Conv1D`` of ``transformers``, ``[in, out]``.
+    * ``interleaved``: as a torch ``Linear`` in which q, k and v of each head are adjacent.
+    """
 
 
 class Family(NamedTuple):
-    """Layout of one model type."""
+    """Conversion rules of one model type."""
 
     trunk: str
-    """Prefix of all tensors but the output layers."""
+    """Prefix of the names of all tensors except the output layers."""
     class_name: str
     tensors: Callable[[config.LMConfig], list[Tensor]]
     """Tensors of the trunk, without the prefix."""
     fields: Mapping[str, str]
-    """Fields of ``config.json`` and their names in `LMConfig`."""
+    """Maps names of fields in ``config.json`` to their names in `LMConfig`."""
     fixed: Mapping[str, Any]
-    """Fields of `LMConfig` with the same value in every model of the family."""
+    """Fields of `LMConfig` that have the same value in all models of the family."""
     read: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda hf: {}
-    """Fields of `LMConfig` that have to be computed from ``config.json``."""
+    """Returns the fields of `LMConfig` that must be computed from ``config.json``."""
     write: Callable[[config.LMConfig], dict[str, Any]] = lambda cfg: {}
     """Inverse of ``read``."""
     only: Mapping[str, Any] = {}
-    """Fields of ``config.json`` that change the computation, with the only supported value."""
+    """Fields of ``config.json`` for which only the given value is supported."""
     unembed: str = "lm_head.weight"
     lm_class: str = ""
-    """Class of the language model, if it is not ``class_name + "ForCausalLM"``."""
+    """Class of the language model if it is not ``class_name + "ForCausalLM"``."""
 
     @property
     def base(self) -> str:
-        """Prefix that files of the bare model lack."""
+        """Prefix of tensor names that is missing in files of models saved without an output layer."""
         return self.trunk.split(".")[0] + "."
 
 
@@ -84,7 +90,7 @@ def read_fields(hf: Mapping[str, Any], family: Family) -> dict[str, Any]:
 
 
 def write_fields(cfg: config.LMConfig, family: Family) -> dict[str, Any]:
-    """Returns all fields of ``config.json`` that affect the computation; 0 in `LMConfig` becomes null."""
+    """Returns all fields of ``config.json`` that affect the computation; zeros in `LMConfig` become null."""
     found: dict[str, Any] = {}
     for theirs, ours in family.fields.items():
         value = getattr(cfg, ours)
@@ -95,11 +101,14 @@ def write_fields(cfg: config.LMConfig, family: Family) -> dict[str, Any]:
 
 
 def read_rope(rope: Mapping[str, Any], *, partial: bool = False) -> dict[str, Any]:
-    """Returns the fields of `LMConfig` for ``rope_parameters``; ``partial``: the family can rotate part of a head."""
+    """Returns the fields of `LMConfig` for ``rope_parameters``.
+
+    ``partial`` is whether the family supports the rotation of only a part of each head.
+    """
     kind = rope.get("rope_type", "default")
     found = {"rope_theta": float(rope["rope_theta"]), "rope_fraction": float(rope.get("partial_rotary_factor", 1.0))}
     if found["rope_fraction"] != 1 and not partial:
-        raise ValueError(f"partial_rotary_factor = {found['rope_fraction']} is not supported here (only 1)")
+        raise ValueError(f"partial_rotary_factor = {found['rope_fraction']} is not supported for this model (only 1)")
     if kind == "default":
         return found
     if kind == "linear":
@@ -138,7 +147,7 @@ def read_window(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_window(cfg: config.LMConfig) -> dict[str, Any]:
-    """Returns the inverse of `read_window`."""
+    """Returns ``sliding_window`` and ``layer_types``, the inverse of `read_window`."""
     names = ["sliding_attention" if cfg.is_local(i) else "full_attention" for i in range(cfg.n_layers)]
     return {"sliding_window": cfg.sliding_window or None, "layer_types": names}
 
@@ -147,16 +156,16 @@ def write_window(cfg: config.LMConfig) -> dict[str, Any]:
 
 
 def linear(ours: str, theirs: str, *, bias: bool, kind: str = "rows_out") -> list[Tensor]:
-    """Returns the tensors of a dense layer, or of several that share a tensor.
+    """Returns the tensors of a dense layer, or of several dense layers that share tensors.
 
     Args:
-        ours: Names of the layers here, separated by spaces.
+        ours: Names of the layers in this library, separated by spaces.
         theirs: Name of the layer in the file.
-        bias: Whether it has a bias.
+        bias: Whether the layer has a bias.
         kind: As in `Tensor`.
 
     Returns:
-        Kernel and, if there is one, bias.
+        The tensor of the kernel and, if ``bias``, the tensor of the bias.
     """
     names = ours.split()
     kernels = Tensor(f"{theirs}.weight", tuple(f"layers/{name}/kernel" for name in names), kind)
@@ -165,20 +174,20 @@ def linear(ours: str, theirs: str, *, bias: bool, kind: str = "rows_out") -> lis
 
 
 def norm(ours: str, theirs: str, *, bias: bool = False) -> list[Tensor]:
-    """Returns the tensors of a norm: its scale and, if there is one, its bias."""
+    """Returns the tensors of a norm, which are its scale and, if ``bias``, its bias."""
     scale, shift = Tensor(f"{theirs}.weight", (f"{ours}/scale",)), Tensor(f"{theirs}.bias", (f"{ours}/bias",))
     return [scale, shift] if bias else [scale]
 
 
 def input_axes(part: str) -> int:
-    """Returns the number of leading input axes of a parameter of one layer, over which its product sums."""
+    """Returns the number of leading axes of a layer's kernel that a matmul contracts; 0 for other parameters."""
     if not part.endswith("/kernel"):
         return 0
     return 2 if part == "layers/out/kernel" else 1
 
 
 def pack(parts: list[np.ndarray], kind: str, inputs: int) -> np.ndarray:
-    """Returns the checkpoint tensor that holds ``parts``; ``inputs`` is the number of input axes of a kernel."""
+    """Returns the checkpoint tensor that stores ``parts``; ``inputs`` is the result of `input_axes`."""
     if kind == "as_is":
         (part,) = parts
         return part
@@ -191,12 +200,12 @@ def pack(parts: list[np.ndarray], kind: str, inputs: int) -> np.ndarray:
 
 
 def unpack(tensor: np.ndarray, kind: str, inputs: int, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
-    """Returns the parameters in a checkpoint tensor, the inverse of `pack`.
+    """Returns the parameters that a checkpoint tensor stores; the inverse of `pack`.
 
     Args:
         tensor: The checkpoint tensor.
         kind: As in `Tensor`.
-        inputs: Number of input axes of a kernel.
+        inputs: Result of `input_axes`.
         shapes: Shapes of the parameters.
 
     Returns:

@@ -1,13 +1,15 @@
-"""Reading and writing adapter directories of PEFT, without PEFT and without torch.
+"""Reading and writing of PEFT adapter directories, without PEFT or torch.
 
-A directory has ``adapter_config.json`` and ``adapter_model.safetensors``. If the checkpoint of a family fuses several
-kernels into one tensor, such as the queries, keys and values of GPT-2, PEFT has one A and one B for all of them, while
-`lora` has one pair per kernel. Both conversions are exact. If all kernels have the same A, `save` writes it once, with
-their B matrices side by side. Otherwise it concatenates the A matrices and writes a block-diagonal B, whose rank is the
-sum of the ranks. `load` returns that A and the matching columns of B for each kernel.
+An adapter directory contains ``adapter_config.json`` and ``adapter_model.safetensors``. In some families, one tensor of
+the checkpoint stores several kernels, such as the query, key and value kernels of GPT-2. PEFT has one A and one B for
+such a tensor, while :mod:`rlhf_jax.lm.lora` has an A and a B for each kernel. The conversion is exact:
 
-A directory has one rank ``r``, so adapters of a lower rank are padded with zeros, and ``lora_alpha / r`` is the scale.
-The ranks of each kernel are recorded in the safetensors header, so `load` returns bit for bit what was saved.
+* If all kernels have the same A, `save` writes A once and the B matrices side by side.
+* Otherwise, `save` concatenates the A matrices and writes a block-diagonal B. The rank is the sum of the ranks.
+* `load` returns, for each kernel, A and the part of B that belongs to the kernel.
+
+A directory has a single rank ``r``, so adapters of lower rank are padded with zeros. The scale is ``lora_alpha / r``.
+The safetensors header records the ranks of each kernel, so that `load` returns exactly the adapters that were saved.
 """
 
 from __future__ import annotations
@@ -37,33 +39,33 @@ _WITHOUT_EFFECT = (
     *("auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "inference_mode", "lora_dropout"),
     *("megatron_core", "peft_version", "qalora_group_size", "revision", "target_modules", "task_type"),
 )
-"""Fields that do not affect the computation; the names of the tensors determine the layers."""
+"""Fields that do not affect the computation. The names of the tensors determine which layers have adapters."""
 _BASE_KEPT = (True, False, "gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` that leave the weights of the base model unchanged."""
 
 Spans = Mapping[str, tuple[int, int]]
-"""The range of ranks, (start, stop), of the adapter of each kernel."""
+"""Range (start, stop) of the ranks that belong to each kernel."""
 
 
 class _Module(NamedTuple):
-    """A linear layer of the family's model, with ``{i}`` for the layer in its name."""
+    """A linear module of the Hugging Face model; its name contains ``{i}`` for the layer."""
 
     name: str
     nodes: tuple[str, ...]
-    """Paths of its kernels here, in the order of the tensor."""
+    """Paths of its kernels in this library, in the order of the tensor."""
     kind: str
     inputs: int
     outputs: tuple[tuple[int, ...], ...]
     """Output shape of each kernel."""
 
     def pack(self, parts: Sequence[np.ndarray], rank: int) -> np.ndarray:
-        """Returns the B of each kernel in one layer, ``[rank, out]``, as one ``[out, rank]``."""
+        """Combines the B matrices of one layer, ``[rank, out]`` for each kernel, into one matrix ``[out, rank]``."""
         shaped = [part.reshape(rank, *shape) for part, shape in zip(parts, self.outputs, strict=True)]
         packed = layouts.pack(shaped, self.kind, 1)
         return packed.T if self.kind == "rows_in" else packed
 
     def unpack(self, array: np.ndarray, rank: int) -> list[np.ndarray]:
-        """Returns the B of each kernel, the inverse of `pack`."""
+        """Returns the B matrix of each kernel; the inverse of `pack`."""
         packed = array.T if self.kind == "rows_in" else array
         pieces = layouts.unpack(packed, self.kind, 1, [(rank, *shape) for shape in self.outputs])
         return [piece.reshape(rank, -1) for piece in pieces]
@@ -77,16 +79,16 @@ def save(
     scale: float,
     base_model_name: str | None = None,
 ) -> None:
-    """Writes adapters for ``PeftModel.from_pretrained``, in float32.
+    """Writes a directory of float32 adapters that ``PeftModel.from_pretrained`` can load.
 
-    The directory is written under a temporary name and then renamed; an older adapter directory is replaced.
+    The directory is written under a temporary name and then renamed. An existing adapter directory is replaced.
 
     Args:
         path: Directory to write.
         cfg: Architecture of the base model.
-        adapters: Adapters, such as those from `lora.init`.
-        scale: alpha / r, as in `lora.attach`.
-        base_model_name: ``base_model_name_or_path`` of the configuration.
+        adapters: Adapters, as returned by `lora.init`.
+        scale: Ratio alpha / r, as in `lora.attach`.
+        base_model_name: Value of ``base_model_name_or_path`` in ``adapter_config.json``.
 
     Raises:
         ValueError: No model type can represent ``cfg``, or the adapters do not fit it.
@@ -132,14 +134,14 @@ def save(
 
 
 def load(path: str | os.PathLike[str], cfg: config.LMConfig) -> tuple[types.Params, float]:
-    """Returns ``(adapters, scale)`` for a model of ``cfg``, in float32.
+    """Returns ``(adapters, scale)`` for a base model with architecture ``cfg``; adapters are float32.
 
-    The base model is not read. Dropout, which PEFT applies in training only, is ignored.
+    The base model is not read. Dropout is ignored, since PEFT applies it only during training.
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: A field of ``adapter_config.json`` requires more than W + scale A B (DoRA, rank patterns, trained
-            biases, fully saved modules), or a tensor is missing, unexpected or of the wrong shape.
+        ValueError: A field of ``adapter_config.json`` requires more than W + scale A B (such as DoRA, rank patterns,
+            trained biases or fully saved modules), or a tensor is missing, unexpected or of the wrong shape.
     """
     folder = pathlib.Path(path)
     fields, modules = tensor_files.read_json(folder / _CONFIG), _modules(cfg)
@@ -160,7 +162,7 @@ def load(path: str | os.PathLike[str], cfg: config.LMConfig) -> tuple[types.Para
             leaves[f"{node}/lora_b"] = np.stack([layer[node][1] for layer in layers])
     if tensors:
         raise ValueError(
-            f"{folder} has tensors that this LMConfig has no kernels for: {', '.join(sorted(tensors)[:5])}"
+            f"{folder} contains tensors without a kernel in this LMConfig: {', '.join(sorted(tensors)[:5])}"
         )
     if not leaves:
         raise ValueError(f"{folder} has no adapters")
@@ -214,7 +216,7 @@ def _unpack_layer(
         start, stop = spans.get(node, (0, 0))
         if part[:start].any() or part[stop:].any():
             raise ValueError(
-                f"{_B.format(name)} contradicts the header of its file: {node} should have ranks {start} to {stop}"
+                f"{_B.format(name)} contradicts the header of its file: {node} must be 0 outside ranks {start}-{stop}"
             )
         if node in spans:
             adapters[node] = a_RI[start:stop].T, part[start:stop]
@@ -223,7 +225,7 @@ def _unpack_layer(
 
 def _read_tensors(file: pathlib.Path) -> tuple[dict[str, np.ndarray], Spans | None]:
     if not file.exists():
-        raise FileNotFoundError(f"{file.parent} has no {file.name}; pickled adapters (.bin) are not read")
+        raise FileNotFoundError(f"{file.parent} has no {file.name}; pickled adapters (.bin) are not supported")
     try:
         with safetensors.safe_open(file, framework="np") as opened:
             record = json.loads((opened.metadata() or {}).get("rlhf_jax", "null"))
@@ -237,9 +239,9 @@ def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> 
         raise ValueError(f"the adapter file lacks the tensor {name}")
     array = tensors.pop(name)
     if array.shape != shape:
-        raise ValueError(f"the tensor {name} has shape {array.shape}; r and this LMConfig imply {shape}")
+        raise ValueError(f"the tensor {name} has shape {array.shape}; r and this LMConfig require {shape}")
     if not np.isfinite(array).all():
-        raise ValueError(f"the tensor {name} holds a value that is not finite")
+        raise ValueError(f"the tensor {name} contains a value that is not finite")
     return array
 
 
@@ -252,7 +254,7 @@ def _refuse(fields: Mapping[str, Any], *, fan_in_fan_out: bool) -> None:
         if field in known:
             refused = value not in known[field]
         else:
-            # An unknown field of a newer PEFT is harmless only if it is switched off.
+            # Unknown fields of newer PEFT versions are accepted only if they are switched off.
             refused = field not in _READ + _WITHOUT_EFFECT and value not in (None, False, 0, "", "none", [], {})
         if refused:
             raise ValueError(f"{_CONFIG} has {field} = {value!r}, which is not supported for this model")
@@ -263,13 +265,13 @@ def _fan_in_fan_out(modules: Sequence[_Module]) -> bool:
 
 
 def _alpha(scale: float, rank: int) -> float:
-    # PEFT expects an integer; a float is written if no integer divides back to the same scale.
+    # PEFT expects an integer. A float is written only if no integer yields exactly the same scale.
     alpha = float(scale) * rank
     return round(alpha) if round(alpha) / rank == float(scale) else alpha
 
 
 def _targets(modules: Sequence[_Module], every: Sequence[_Module]) -> list[str]:
-    """Returns the shortest suffixes of module names that match these modules and no others."""
+    """Returns short suffixes of module names that match these modules and no others."""
     targets = []
     for module in modules:
         last = module.name.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""Reading and writing the scalar heads of a reward model in a Hugging Face directory."""
+"""Reading and writing of the scalar heads of a reward model in a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf_jax.lm.hub import tensor_files
 
 
 def stored_heads(score: tensor_files.Stored | None) -> int | None:
-    """Returns the number of heads in ``score.weight`` if there are several; None for one or none."""
+    """Returns the number of heads in ``score.weight`` if there are several, else None."""
     return score.shape[0] if score is not None and len(score.shape) == 2 and score.shape[0] > 1 else None
 
 
@@ -29,10 +29,10 @@ def numbers(kernel_HD: np.ndarray, heads: int | None, bias: Any, source: pathlib
         kernel_HD: ``score.weight``.
         heads: Result of `stored_heads`.
         bias: ``reward_bias`` of config.json.
-        source: Path of config.json, for messages.
+        source: Path of config.json, for error messages.
 
     Returns:
-        Kernel, bias and gain by name.
+        Dict of the kernel, bias and gain.
 
     Raises:
         ValueError: ``bias`` is not one finite number per head.
@@ -42,7 +42,7 @@ def numbers(kernel_HD: np.ndarray, heads: int | None, bias: Any, source: pathlib
     except (TypeError, ValueError):
         bias = np.full(1, np.nan)
     if bias.shape not in ((), () if heads is None else (heads,)) or not np.isfinite(bias).all():
-        raise ValueError(f"{source}: reward_bias must be one finite number per head, for {heads or 1} heads")
+        raise ValueError(f"{source}: reward_bias must contain one finite number per head ({heads or 1} in total)")
     if heads is None:
         return {"kernel_D": kernel_HD[0], "bias": bias, "gain": np.ones((), np.float32)}
     return {"kernel_HD": kernel_HD, "bias": np.broadcast_to(bias, (heads,)), "gain": np.ones(heads, np.float32)}
@@ -56,7 +56,7 @@ def weight(flat: Mapping[str, Any]) -> np.ndarray:
 
 
 def fields(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of ``config.json`` about the head."""
+    """Returns the fields of ``config.json`` that describe the head."""
     names = {str(h): f"LABEL_{h}" for h in range(count(flat))}
     return {
         "num_labels": len(names),
@@ -67,7 +67,7 @@ def fields(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_normalisation(hf: Mapping[str, Any], source: pathlib.Path) -> lm_heads.Normalisation | None:
-    """Returns how scores were normalised, or None; raises ValueError if the record is malformed."""
+    """Returns the record of how scores were normalised, or None; raises ValueError if it is malformed."""
     kept = hf.get("reward_normalisation")
     if kept is None:
         return None

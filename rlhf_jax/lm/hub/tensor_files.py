@@ -1,7 +1,7 @@
-"""Files of a model directory: safetensors, JSON, and the directory as a whole.
+"""Reading and writing of the files in a model directory, one tensor at a time.
 
-Tensors are read and written one at a time. The safetensors format (a length, a JSON header, the bytes) is written here,
-because the writer of that library takes all tensors of a file at once.
+The module writes the safetensors format (header length, JSON header, raw bytes) itself, because the writer of the
+safetensors library requires all tensors of a file to be in memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ INDEX = "model.safetensors.index.json"
 
 
 class Stored(NamedTuple):
-    """A tensor in a file that has not been read."""
+    """Reference to a tensor in a file; `read` loads the tensor."""
 
     file: pathlib.Path
     name: str
@@ -33,15 +33,15 @@ class Stored(NamedTuple):
     """Name of the dtype in safetensors."""
 
     def read(self) -> np.ndarray:
-        """Returns the tensor in its own dtype. The file is opened for each tensor, which frees its mapped pages."""
+        """Returns the tensor in the dtype of the file. Each call opens and closes the file to free its mapped pages."""
         if self.dtype not in _DTYPES:
-            raise ValueError(f"{self.file}: the tensor {self.name} is {self.dtype}; only {', '.join(_DTYPES)} are read")
+            raise ValueError(f"{self.file}: {self.name} is {self.dtype}; only {', '.join(_DTYPES)} are supported")
         with safetensors.safe_open(self.file, framework="np") as opened:
             return opened.get_tensor(self.name)
 
 
 def stored(folder: pathlib.Path) -> dict[str, Stored]:
-    """Returns every tensor of a model directory by name, from one file or several.
+    """Returns all tensors of a model directory, in one file or several, keyed by name.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -53,11 +53,11 @@ def stored(folder: pathlib.Path) -> dict[str, Stored]:
     for name in sorted(set(places.values())) or ["model.safetensors"]:
         for tensor in _tensors_in(folder / name):
             if tensor.name in found:
-                raise ValueError(f"{tensor.name} is in {found[tensor.name].file} and again in {tensor.file}")
+                raise ValueError(f"the tensor {tensor.name} is in both {found[tensor.name].file} and {tensor.file}")
             found[tensor.name] = tensor
     for tensor, name in places.items():
         if tensor not in found or found[tensor].file.name != name:
-            raise ValueError(f"{index} says that {tensor} is in {name}, which does not hold it")
+            raise ValueError(f"{index} lists {tensor} in {name}, which does not contain it")
     return found
 
 
@@ -76,7 +76,7 @@ def write(
         shapes: Shape of each tensor.
         arrays: Name of each tensor and a function that returns it, in the order of ``shapes``.
         dtype: Dtype of the files, to which values are rounded.
-        max_shard_bytes: Largest size of one file.
+        max_shard_bytes: Maximum size of each file.
 
     Raises:
         ValueError: A value is not finite, or ``shapes`` and ``arrays`` disagree.
@@ -84,13 +84,13 @@ def write(
     dtype = np.dtype(dtype)
     sizes = {name: int(np.prod(shape)) * dtype.itemsize for name, shape in shapes.items()}
     shards: list[list[str]] = [[]]
-    room = max_shard_bytes
+    remaining = max_shard_bytes
     for name, size in sizes.items():
-        if shards[-1] and size > room:
+        if shards[-1] and size > remaining:
             shards.append([])
-            room = max_shard_bytes
+            remaining = max_shard_bytes
         shards[-1].append(name)
-        room -= size
+        remaining -= size
     total = len(shards)
     files = [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
     files = files if total > 1 else ["model.safetensors"]
@@ -102,9 +102,9 @@ def write(
                 given, make = next(following)
                 array = make()
                 if given != name or array.shape != shapes[name]:
-                    raise ValueError(f"{given} {array.shape} was given for {name} {shapes[name]}")
+                    raise ValueError(f"expected {name} with shape {shapes[name]}, got {given} with shape {array.shape}")
                 if not np.isfinite(array).all():
-                    raise ValueError(f"{name} holds a value that is not finite")
+                    raise ValueError(f"{name} contains a value that is not finite")
                 # The memory of a transposed view is in a different order.
                 out.write(np.ascontiguousarray(array.astype(dtype, copy=False)).reshape(-1).view(np.uint8).data)
     if total > 1:
@@ -113,7 +113,7 @@ def write(
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the JSON object in a file; raises FileNotFoundError or ValueError naming the file."""
+    """Returns the JSON object in a file; raises a FileNotFoundError or ValueError that names the file."""
     if not path.exists():
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
     try:
@@ -121,18 +121,18 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
+        raise ValueError(f"{path} does not contain a JSON object")
     return content
 
 
 def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object, indented."""
+    """Writes an indented JSON object to a file."""
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 @contextlib.contextmanager
 def atomic_folder(folder: pathlib.Path, *, marker: str) -> Iterator[pathlib.Path]:
-    """Yields a temporary directory that replaces ``folder`` once the block has ended without an error.
+    """Yields a temporary directory that replaces ``folder`` when the block ends without an error.
 
     Raises:
         FileExistsError: ``folder`` exists, is not empty and does not contain the file ``marker``.
@@ -155,7 +155,7 @@ def atomic_folder(folder: pathlib.Path, *, marker: str) -> Iterator[pathlib.Path
 def _tensors_in(file: pathlib.Path) -> list[Stored]:
     if not file.exists():
         if any(file.parent.glob("*.bin")) or any(file.parent.glob("*.pt")):
-            raise FileNotFoundError(f"{file.parent} has no {file.name}; pickled weights (.bin, .pt) are not read")
+            raise FileNotFoundError(f"{file.parent} has no {file.name}; pickled weights (.bin, .pt) are not supported")
         raise FileNotFoundError(f"{file.parent} has no {file.name}")
     try:
         with safetensors.safe_open(file, framework="np") as opened:

@@ -1,4 +1,4 @@
-"""The parts that all stages share: optimisers, schedules, the update from gradients, and partial training."""
+"""Parts shared by all stages: optimisers, schedules, gradient updates and partial training."""
 
 from rlhf_jax.train.optim import nonfinite, optimisers, partition, schedules, update
 

@@ -1,4 +1,4 @@
-"""Diagnosis of steps with non-finite numbers: which rows of the batch caused them, and a message for the user.
+"""Diagnosis of steps with non-finite numbers: which rows of the batch contain them, and a message for the user.
 
 `update.apply_gradients` skips such a step. Inside the step, `row_metrics` locates the rows; on the host, `explain`
 turns the metrics into a sentence.
@@ -21,10 +21,10 @@ DETAILS = ("bad_rows", "bad_row", "bad_update")
 
 @struct.dataclass
 class BadRows:
-    """The rows of a batch that have a non-finite number. `merge` combines those of micro-batches."""
+    """The rows of a batch that have a non-finite number. `merge` combines the rows of micro-batches."""
 
     bad_B: jax.Array
-    """bool, True at those rows."""
+    """bool, True for these rows."""
 
     def union(self, other: BadRows) -> BadRows:
         """Returns the rows that are in either set."""
@@ -43,7 +43,7 @@ def bad_token_rows(*arrays_BT: jax.Array | None, where_BT: jax.Array) -> BadRows
 
 
 def merge(logs_M: Any) -> Any:
-    """Merges the metrics of micro-batches, stacked on axis 0: numbers are added, `BadRows` put in batch order."""
+    """Merges the metrics of micro-batches, stacked on axis 0: adds numbers and puts `BadRows` in batch order."""
 
     def leaf(x: Any) -> Any:
         # `update.split` assigns rows to micro-batches with a stride.
@@ -53,7 +53,7 @@ def merge(logs_M: Any) -> Any:
 
 
 def row_metrics(rows: BadRows, *, axis_name: str | tuple[str, ...] | None = None) -> dict[str, jax.Array]:
-    """Returns ``bad_rows``, the number of bad rows, and ``bad_row``, the batch index of the first, or -1."""
+    """Returns ``bad_rows``, the number of bad rows, and ``bad_row``, the batch index of the first, or -1 for none."""
     B = rows.bad_B.shape[0]
     first, count = jnp.argmax(rows.bad_B), jnp.sum(rows.bad_B)
     if axis_name is not None:
@@ -83,7 +83,9 @@ def explain(floats: Mapping[str, float]) -> str:
     places = []
     if floats.get("bad_rows", 0) > 0:
         count, first = int(floats["bad_rows"]), int(floats["bad_row"])
-        places.append(f"row {first} of the batch" if count == 1 else f"{count} rows of the batch from row {first} on")
+        places.append(
+            f"row {first} of the batch" if count == 1 else f"{count} rows of the batch, including row {first}"
+        )
     if floats.get("bad_update", -1) >= 0:
         places.append(f"first in update {int(floats['bad_update']) + 1}")
     return f"{subject} not finite" + (f" ({', '.join(places)})" if places else "")

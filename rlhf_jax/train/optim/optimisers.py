@@ -1,4 +1,4 @@
-"""Optimisers that optax lacks. They have unit learning rate; a step multiplies by a traced one."""
+"""Optimisers that optax lacks. They have unit learning rate; the step multiplies their updates by a traced one."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def scale_by_adam_tf1(*, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-5) 
     """Returns Adam as TensorFlow 1 implements it, which Ziegler 2019 and Stiennon 2020 used.
 
     The update is ``sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)``, with uncorrected moments ``m`` and ``v``.
-    ``optax.scale_by_adam`` corrects the moments before it adds eps, which corresponds to an eps of
-    ``eps * sqrt(1 - b2^t)`` here: 3 % of eps in the first step. Its early updates on small gradients are therefore
-    larger. With eps = 0 both are equal.
+    ``optax.scale_by_adam`` corrects the moments before it adds eps, which is equivalent to adding ``eps * sqrt(1 -
+    b2^t)`` in this formula, 3 % of eps in the first step. Its early updates for small gradients are therefore larger.
+    With eps = 0, both optimisers are equal.
 
-    Like ``optax.scale_by_adam``, it returns the ascent direction; chain it with ``optax.scale(-1.0)``.
+    The updates point in the ascent direction, as those of ``optax.scale_by_adam`` do; chain with ``optax.scale(-1.0)``.
 
     Args:
         b1: Decay rate of the mean of the gradients, in [0, 1).

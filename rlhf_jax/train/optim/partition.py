@@ -1,6 +1,6 @@
 """Partial training: parameters whose path matches a pattern are trained; the others are frozen.
 
-Frozen parameters have no optimiser state. A path is the keys joined by slashes, such as ``layers/q/kernel`` or
+Frozen parameters have no optimiser state. A path consists of the keys joined by slashes, such as ``layers/q/kernel`` or
 ``head/kernel_D``::
 
     trained, frozen = partition.split(params, r"^head/")        # only the scalar head
@@ -25,7 +25,8 @@ def split(params: Mapping[str, Any], trains: Pattern) -> tuple[dict[str, Any], d
 
     Args:
         params: A nested dict of arrays.
-        trains: A regular expression that is searched for in each path, or a predicate of the path.
+        trains: A regular expression that may match anywhere in a path, or a function that returns True for the paths to
+            train.
 
     Returns:
         ``(trained, frozen)``; each leaf is in exactly one of them.
@@ -57,5 +58,5 @@ def split(params: Mapping[str, Any], trains: Pattern) -> tuple[dict[str, Any], d
 
 
 def join(frozen: Mapping[str, Any] | None, trained: Mapping[str, Any]) -> dict[str, Any]:
-    """Merges the two dicts of :func:`split` again; the ``join`` of a train step."""
+    """Merges the two dicts that :func:`split` returned; pass it to a train step as ``join``."""
     return lm_params.nest(lm_params.flatten(frozen or {}) | lm_params.flatten(trained))

@@ -1,13 +1,13 @@
-"""Loss -> gradient -> mean over devices -> clip -> apply -> metrics: the second half of every train step.
+"""The second half of every train step: gradients, mean over devices, clipping, update and metrics.
 
-A stage writes ``loss_fn(params, batch, total) -> (loss, metrics)``, where ``total`` holds the counts of the *whole*
-batch by which its sums are divided. Then micro-batches add up to the result of one large batch::
+A stage defines ``loss_fn(params, batch, total) -> (loss, metrics)``, which divides its sums by ``total``, the counts of
+the *whole* batch. The results of micro-batches then add up to the result of one large batch::
 
     total = mask_BL.sum()                                      # over all rows, and psum over devices
     (loss, metrics), grads = loss_and_grads(loss_fn, state.params, batch, total, micro_batches=4)
     state, update_metrics = apply_gradients(state, grads, learning_rate=hyper["learning_rate"], loss=loss)
 
-`gradient_step` is both lines in one, for stages with one learning rate.
+`gradient_step` combines the last two calls, for stages with one learning rate.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def all_trained(frozen: Any, params: Any) -> Any:
 def split(batch: Any, micro_batches: int) -> Any:
     """Reshapes ``[B, ...]`` leaves to ``[M, B / M, ...]``, M = ``micro_batches``; part i has rows i, i + M, i + 2M, ...
 
-    The stride keeps a batch that is sharded by rows sharded in the same way in every micro-batch. Raises ``ValueError``
+    If the batch is sharded by rows, the stride keeps every micro-batch sharded in the same way. Raises ``ValueError``
     if B is not a multiple of M.
     """
 
@@ -66,10 +66,10 @@ def loss_and_grads(
     Args:
         loss_fn: ``(params, batch, total) -> (loss, metrics)``. The loss is the contribution of these rows to the loss
             of the whole batch: a sum divided by ``total`` (with a named axis, ``psum(sum) / total``). The metrics must
-            add up over rows in the same way, as `metrics.Metric` does and a plain mean does not; `nonfinite.BadRows`
-            are concatenated.
-        params: The parameters to differentiate with respect to.
-        batch: A pytree of ``[B, ...]`` arrays. Randomness per row (dropout) is passed as one key per row.
+            also add up over rows: a `metrics.Metric` does, a plain mean does not. `nonfinite.BadRows` are
+            concatenated.
+        params: The parameters with respect to which the loss is differentiated.
+        batch: A pytree of ``[B, ...]`` arrays. If the loss is random (dropout), the batch contains one key per row.
         total: Counts of the whole batch over all devices; any pytree, passed to ``loss_fn``.
         micro_batches: Number of parts; divides B.
         merge: Merges the metrics of the parts, stacked on a new first axis; by default `nonfinite.merge`, which adds.
@@ -123,16 +123,17 @@ def apply_gradients(
     axis_name: str | tuple[str, ...] | None = None,
     loss: Any = None,
 ) -> tuple[Any, dict[str, jax.Array]]:
-    """Applies one update; if the gradient, the loss or a rate is not finite, changes only the step counter.
+    """Applies one update; if the gradient, loss or learning rate is not finite, only advances the step counter.
 
-    The counter always advances, so that ``fold_in(rng, state.step)`` gives the next step different random numbers.
+    The counter always advances, so that ``fold_in(rng, state.step)`` gives every step different random numbers.
 
     Args:
         state: A ``TrainState`` whose ``tx`` has unit learning rate, such as ``optax.chain(optax.scale_by_adam(),
-            optax.scale(-1.0))``. Then one compiled step serves every schedule and every member of a sweep.
+            optax.scale(-1.0))``. One compiled step then works for every schedule and for every member of a sweep.
         grads: Gradients, a pytree like ``state.params``.
         learning_rate: A scalar, or a prefix of the parameter tree with scalars, such as ``{"policy": a, "critic": b}``.
-        max_grad_norm: Largest global norm of the gradients, which are scaled down to it; traced. None for no clipping.
+        max_grad_norm: Gradients with a larger global norm are scaled down to this norm, which may be traced. None for
+            no clipping.
         axis_name: Axis (pmap, shard_map, vmap) over which gradients and loss are averaged first.
         loss: Loss to check for non-finite values; None for no check.
 
@@ -182,7 +183,7 @@ def gradient_step(
 
     Args:
         state: As in :func:`apply_gradients`.
-        loss_fn: As in :func:`loss_and_grads`. Its metrics have an entry ``"bad"``, a `nonfinite.BadRows`.
+        loss_fn: As in :func:`loss_and_grads`. Its metrics must include ``"bad"``, a `nonfinite.BadRows`.
         batch: As in :func:`loss_and_grads`.
         total: As in :func:`loss_and_grads`.
         learning_rate: A scalar.

@@ -1,4 +1,4 @@
-"""The supported families of Hugging Face models, by the ``model_type`` of their config.json."""
+"""Supported families of Hugging Face models, keyed by the ``model_type`` in ``config.json``."""
 
 from rlhf_jax.lm.hub.families import gemma, gpt2, gpt_neox, llama, opt, phi3
 from rlhf_jax.lm.hub.layouts import Family
@@ -16,6 +16,6 @@ FAMILIES: dict[str, Family] = {
     "opt": opt.OPT,
     "phi3": phi3.PHI3,
 }
-"""A model that several families can represent is written as the first of them."""
+"""If several families can represent a model, the model is written as the first of them."""
 
 __all__ = ["FAMILIES"]

@@ -1,4 +1,8 @@
-"""Gemma 1, 2 and 3 (text): scaled embeddings, norms around 1, soft caps, alternating local and global layers."""
+"""Gemma 1, 2 and 3 (text only).
+
+All three scale the embeddings and multiply by 1 + scale in norms. Gemma 2 also has soft caps, and Gemma 2 and 3 mix
+local and global layers.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ _ONLY = {"use_bidirectional_attention": False}
 
 
 def _tensors_2(cfg: config.LMConfig) -> list[Tensor]:
-    # Other families give this name to the norm before the MLP; here it belongs to the norm after attention.
+    # In other families, this is the name of the norm before the MLP. Here, it is the name of the norm after attention.
     before = "layers.{i}.post_attention_layernorm.weight"
     return [
         *(tensor for tensor in llama.tensors(cfg) if tensor.name != before),
@@ -55,7 +59,7 @@ def _read_3(hf: Mapping[str, Any]) -> dict[str, Any]:
     if "sliding_window" not in found or ropes["sliding_attention"] == ropes["full_attention"]:
         return found
     if local.get("rope_scaling") is not None:
-        raise ValueError("rope scaling of the sliding layers is not supported (only of the others)")
+        raise ValueError("rope scaling of sliding_attention layers is not supported (only of full_attention layers)")
     return found | {"local_rope_theta": local["rope_theta"]}
 
 

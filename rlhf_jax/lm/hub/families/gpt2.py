@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, layer norms, one tensor for queries, keys and values."""
+"""GPT-2, with learned positions, layer norms, and one tensor for queries, keys and values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPT-NeoX, as in Pythia: attention and MLP in parallel, a quarter of each head rotated."""
+"""GPT-NeoX and Pythia, with attention and MLP in parallel and rotation of only a part of each head."""
 
 from __future__ import annotations
 

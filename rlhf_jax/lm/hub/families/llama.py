@@ -1,4 +1,4 @@
-"""Llama 2 to 3.3 and the families close to it: Mistral, Qwen2 and 2.5, Qwen3."""
+"""Llama 2 to 3.3 and three similar families: Mistral, Qwen2 (which includes Qwen2.5) and Qwen3."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIELDS = {
 
 
 def tensors(cfg: config.LMConfig) -> list[Tensor]:
-    """Returns the tensors of all four families."""
+    """Returns the tensors of the trunk, which have the same names in Llama, Mistral, Qwen2, Qwen3 and Gemma 1."""
     attention, mlp = "layers.{i}.self_attn.", "layers.{i}.mlp."
     listed = [
         Tensor("embed_tokens.weight", ("embed/tokens",)),
@@ -45,7 +45,7 @@ def tensors(cfg: config.LMConfig) -> list[Tensor]:
 
 
 def read_biases(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields for ``attention_bias``, one flag for all four projections."""
+    """Returns the fields of `LMConfig` for ``attention_bias``, a single flag for q, k, v and output projections."""
     return {"qkv_bias": bool(hf.get("attention_bias")), "out_bias": bool(hf.get("attention_bias"))}
 
 

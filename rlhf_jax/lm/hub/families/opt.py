@@ -1,4 +1,4 @@
-"""OPT: learned positions that begin at row 2 of their table, ReLU."""
+"""OPT, with ReLU and learned positions that start at row 2 of their table."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _tensors(cfg: config.LMConfig) -> list[Tensor]:
 def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
     width = hf.get("word_embed_proj_dim")
     if width not in (None, hf["hidden_size"]):
-        raise ValueError(f"word_embed_proj_dim = {width} is not supported (only hidden_size, {hf['hidden_size']})")
+        raise ValueError(f"word_embed_proj_dim = {width} is not supported (only {hf['hidden_size']}, the hidden_size)")
     return {name: bool(hf["enable_bias"]) for name in ("qkv_bias", "out_bias", "mlp_bias")}
 
 

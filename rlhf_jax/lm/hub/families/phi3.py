@@ -1,4 +1,4 @@
-"""Phi-3: a Llama with fused projections, and partial rotation in some models."""
+"""Phi-3, a Llama with fused projections and, in some models, rotation of only a part of each head."""
 
 from __future__ import annotations
 
