@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,8 +18,11 @@ def gathered(weights: Any, axes: Any, cfg: config.LMConfig) -> Any:
     ``axes`` is a tree like the result of `params.logical_axes`. Leaves that are missing from it, such as adapters, are
     returned unchanged.
     """
-    if parallel.num_shards("embed") == 1:
-        return weights
+    return weights if parallel.num_shards("embed") == 1 else _cast(weights, axes, cfg, parallel.gather_weight)
+
+
+def _cast(weights: Any, axes: Any, cfg: config.LMConfig, cast: Callable[..., jax.Array]) -> Any:
+    """Applies ``cast(x, *names, dtype=...)`` to the leaves that ``axes`` names; the dtype is None to keep float32."""
 
     def of(path: Any, x: jax.Array) -> jax.Array:
         names = axes
@@ -27,8 +31,8 @@ def gathered(weights: Any, axes: Any, cfg: config.LMConfig) -> Any:
         if names is None:
             return x
         # Norms are computed in float32, and learned positions are added to embeddings before the sum is cast.
-        kept = path[-1].key == "scale" or (path[0].key == "embed" and cfg.positions == "learned")
-        return parallel.gather_weight(x, *names, dtype=None if kept else cfg.compute_dtype)
+        kept = path[0].key.endswith("norm") or (path[0].key == "embed" and cfg.positions == "learned")
+        return cast(x, *names, dtype=None if kept else cfg.compute_dtype)
 
     return jax.tree_util.tree_map_with_path(of, weights)
 
@@ -42,16 +46,26 @@ def whole(params: types.Params, *names: str, cfg: config.LMConfig) -> types.Para
 def unstack(params: types.Params, cfg: config.LMConfig) -> types.Params:
     """Returns ``params`` with ``layers`` as a tuple of layers, which `transformer.forward` accepts with a cache.
 
-    A decoding loop can then use each layer's weights without slicing them at every token. On a mesh, the weights are
-    also gathered and cast to the compute dtype, because communicating them at every token would take far longer than
-    reading them. During decoding, each device therefore holds the whole model, or its shard along the ``tensor`` axis.
+    A decoding loop can then use each layer's weights without slicing them at every token. The weights are also cast to
+    the compute dtype, because every token reads all of them, and gathered on a mesh, because communicating them at
+    every token would take far longer than reading them. During decoding, each device therefore holds the whole model,
+    or its shard along the ``tensor`` axis.
     """
     if is_unstacked(params):
         return params
+
+    def ready(weights: Any, axes: Any) -> Any:
+        return _cast(gathered(weights, axes, cfg), axes, cfg, _as_dtype)
+
     axes = lm_params.layer_axes(cfg)
     layers = (jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(cfg.n_layers))
-    dense = whole(params, "embed", "unembed", "final_norm", cfg=cfg)
-    return {**params, **dense, "layers": tuple(gathered(layer, axes, cfg) for layer in layers)}
+    dense = ready(whole(params, "embed", "unembed", "final_norm", cfg=cfg), lm_params.logical_axes(cfg))
+    return {**params, **dense, "layers": tuple(ready(layer, axes) for layer in layers)}
+
+
+def _as_dtype(x: jax.Array, *names: str | None, dtype: Any) -> jax.Array:
+    del names
+    return x if dtype is None else x.astype(dtype)
 
 
 def is_unstacked(params: types.Params) -> bool:
