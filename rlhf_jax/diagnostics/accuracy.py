@@ -83,8 +83,8 @@ def accuracy_by_stratum(
         chosen: Scores of the preferred responses, one per pair.
         rejected: Scores of the other responses, in the same order.
         strata: One hashable label per pair; None and NaN mean that the pair has no label.
-        prompts: One prompt label per pair. Pairs that share a prompt are correlated, so intervals then treat prompts as
-            independent (`intervals.ratio_interval`). If None, they treat pairs as independent (`intervals.win_rate`).
+        prompts: One prompt label per pair. If given, intervals treat prompts as independent, because pairs that share a
+            prompt are correlated (`intervals.ratio_interval`). Otherwise, intervals treat pairs as independent.
         confidence: Coverage of the intervals.
 
     Returns:
@@ -92,7 +92,7 @@ def accuracy_by_stratum(
         counts add up to the number of pairs.
 
     Raises:
-        ValueError: As in `intervals.win_outcomes`, or if there is not one label and one prompt per pair.
+        ValueError: As in `intervals.win_outcomes`, or if ``strata`` or ``prompts`` does not have one entry per pair.
 
     Example:
         >>> from rlhf_jax import diagnostics
@@ -149,17 +149,16 @@ def generalisation_gap(
         train_rejected: Scores of the other responses of the training pairs.
         validation_chosen: Scores of the preferred responses of the validation pairs.
         validation_rejected: Scores of the other responses of the validation pairs.
-        train_prompts: One prompt label per training pair. Pairs that share a prompt, such as the pairs of a K-way
-            ranking, are correlated, so intervals then treat prompts as independent. If None, they treat pairs as
-            independent.
-        validation_prompts: One prompt label per validation pair, or None.
+        train_prompts: One prompt label per training pair. If given, intervals treat prompts as independent, because
+            pairs that share a prompt, such as the pairs of a K-way ranking, are correlated.
+        validation_prompts: One prompt label per validation pair.
         confidence: Coverage of all intervals.
 
     Returns:
         Accuracies, losses and their gaps.
 
     Raises:
-        ValueError: As in `intervals.win_outcomes`, or if there is not one prompt per pair.
+        ValueError: As in `intervals.win_outcomes`, or if a sequence of prompts does not have one entry per pair.
     """
     train = _accuracy_and_loss(train_chosen, train_rejected, train_prompts, confidence)
     validation = _accuracy_and_loss(validation_chosen, validation_rejected, validation_prompts, confidence)
@@ -198,7 +197,8 @@ def accuracy_above_threshold(
         Accuracy, interval and count for each distinct threshold, and the rank correlation.
 
     Raises:
-        ValueError: As in `intervals.win_outcomes`, if a threshold is NaN, or if there is not one prompt per pair.
+        ValueError: As in `intervals.win_outcomes`, if a threshold is NaN, or if ``prompts`` does not have one entry per
+            pair.
     """
     chosen, rejected = intervals.score_pairs(chosen, rejected)
     groups = prompt_groups(prompts, len(chosen))

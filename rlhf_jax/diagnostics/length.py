@@ -16,7 +16,7 @@ from rlhf_jax.diagnostics.accuracy import prompt_groups, rate
 
 
 class LengthBias(NamedTuple):
-    """How labels and scores depend on length. A rate for which no pairs exist is ``(NaN, 0, 1)``."""
+    """How labels and scores depend on length. A rate over no pairs is ``(NaN, 0, 1)``."""
 
     longer_wins: intervals.Estimate
     """Accuracy of preferring the longer response; equal lengths count as a half."""

@@ -193,7 +193,8 @@ def _reward_model(results: Mapping[str, Any]) -> list[Figure]:
         "reward model ranks good answers less reliably than bad ones."
     )
     if rho is not None:
-        thresholds += f" The rank correlation of the two is {results_lib.format_number(rho.mean, digits=2)}."
+        correlation = results_lib.format_number(rho.mean, digits=2)
+        thresholds += f" The rank correlation of accuracy and minimum score is {correlation}."
     return _figures(
         (
             reward_plots.strata(model.get("strata"), model.get("accuracy")),
@@ -247,8 +248,8 @@ def _overoptimisation(results: Mapping[str, Any]) -> list[Figure]:
         (
             reward_plots.split_halves(halves, (halves or {}).get("steps")),
             "Train and test reward model",
-            "The two reward models are trained on different halves of the comparisons; the policy is trained on the "
-            "train model only. To the right of the dotted line, the policy's score has risen more under the train "
+            "The two reward models are trained on different halves of the comparisons; the policy is optimised against "
+            "the train model only. To the right of the dotted line, the policy's score has risen more under the train "
             "model than under the test model.",
         ),
         (

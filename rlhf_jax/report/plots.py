@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# CSS variable -> (light, dark). Policies have Okabe and Ito's colour-blind-safe colours, adjusted for
-# contrast with the background. All light colours must differ, because the SVG's colours are replaced by value.
+# CSS variable -> (light, dark). Policies have Okabe and Ito's colour-blind-safe colours, adjusted for contrast with the
+# background. All light colours must differ, because the SVG's colours are replaced by value.
 COLORS = {
     "paper": ("#fffefb", "#16181b"),
     "ink": ("#202124", "#e8e6e1"),

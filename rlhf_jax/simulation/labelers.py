@@ -123,14 +123,13 @@ def rank(rng: jax.Array, pool: Pool, labeler: jax.Array, features_KF: jax.Array,
 def preference_share(
     pool: Pool, features_a_F: jax.Array, features_b_F: jax.Array, *, tolerance: float = 1e-5
 ) -> jax.Array:
-    """Returns the share of labelers who prefer answer a to answer b if choices have no noise.
+    """Returns the share of labelers who would prefer answer a to answer b if choices had no noise.
 
     Args:
         pool: The pool.
         features_a_F: Features ``[..., F]`` of answer a.
         features_b_F: Features ``[..., F]`` of answer b.
-        tolerance: Largest difference in utility that counts as indifference; an indifferent labeler
-            counts as a half.
+        tolerance: Largest difference in utility that counts as indifference; an indifferent labeler counts as a half.
 
     Returns:
         The share ``[...]``, from 0 to 1.
