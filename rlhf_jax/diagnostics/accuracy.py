@@ -45,12 +45,12 @@ class GeneralisationGap(NamedTuple):
     train_accuracy: intervals.Estimate
     validation_accuracy: intervals.Estimate
     accuracy_gap: intervals.Estimate
-    """Training minus validation."""
+    """``train_accuracy - validation_accuracy``."""
     train_loss: intervals.Estimate
     """Mean of ``-log sigmoid(chosen - rejected)``, in nats per pair."""
     validation_loss: intervals.Estimate
     loss_gap: intervals.Estimate
-    """Validation minus training."""
+    """``validation_loss - train_loss``."""
 
 
 class ThresholdScan(NamedTuple):
@@ -81,7 +81,7 @@ def accuracy_by_stratum(
 
     Args:
         chosen: Scores of the preferred responses, one per pair.
-        rejected: Scores of the other responses, in the same order.
+        rejected: Scores of the rejected responses, in the same order.
         strata: One hashable label per pair; None and NaN mean that the pair has no label.
         prompts: One prompt label per pair. If given, intervals treat prompts as independent, because pairs that share a
             prompt are correlated (`intervals.ratio_interval`). Otherwise, intervals treat pairs as independent.
@@ -146,9 +146,9 @@ def generalisation_gap(
 
     Args:
         train_chosen: Scores of the preferred responses of the training pairs.
-        train_rejected: Scores of the other responses of the training pairs.
+        train_rejected: Scores of the rejected responses of the training pairs.
         validation_chosen: Scores of the preferred responses of the validation pairs.
-        validation_rejected: Scores of the other responses of the validation pairs.
+        validation_rejected: Scores of the rejected responses of the validation pairs.
         train_prompts: One prompt label per training pair. If given, intervals treat prompts as independent, because
             pairs that share a prompt, such as the pairs of a K-way ranking, are correlated.
         validation_prompts: One prompt label per validation pair.
@@ -187,7 +187,7 @@ def accuracy_above_threshold(
 
     Args:
         chosen: Scores of the preferred responses, one per pair.
-        rejected: Scores of the other responses, in the same order.
+        rejected: Scores of the rejected responses, in the same order.
         thresholds: Minimum scores. By default, the deciles of the lower score of each pair, which keep 100 %, 90 %,
             ..., 10 % of the pairs.
         prompts: One prompt label per pair, as in `accuracy_by_stratum`.

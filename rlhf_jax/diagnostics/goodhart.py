@@ -119,7 +119,7 @@ def regressional_goodhart(
 def _tables(left: npt.ArrayLike, right: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
     if left.ndim != 2 or left.shape != right.shape or left.shape[0] < 1 or left.shape[1] < 2:
-        raise ValueError(f"scores must have the same shape (checkpoints, 2+ prompts), got {left.shape} and {right.shape}")
+        raise ValueError(f"scores need the same shape (checkpoints, 2+ prompts), got {left.shape} and {right.shape}")
     if np.isnan(left).any() or np.isnan(right).any():
         raise ValueError("a score is NaN")
     return left, right

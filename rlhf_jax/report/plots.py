@@ -43,7 +43,7 @@ MARKERS = {"base": "o", "sft": "s", "sft_mix": "D", "ppo": "^", "ppo_ptx": "v", 
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "rlhf_jax",  # the same numbers give the same bytes
+    "svg.hashsalt": "rlhf_jax",  # identical numbers produce identical bytes
     "text.parse_math": False,  # dollar signs in category names are literal
     "font.family": "DejaVu Sans",
     "font.size": 8.5,

@@ -180,7 +180,7 @@ def test_temporary_gap_between_halves_is_not_a_divergence():
     train, test = run(1, gold=lambda c: 0.3 * c - (1.5 if c == 3 else 0.0))
     halves = diagnostics.split_halves(train, test)
     assert halves.lo[3] > 0 and halves.parted is None
-    with pytest.raises(ValueError, match="must have the same shape"):
+    with pytest.raises(ValueError, match="need the same shape"):
         diagnostics.split_halves(train, test[1:])
     with pytest.raises(ValueError, match="NaN"):
         diagnostics.split_halves(train, np.where(test > 0, test, np.nan))
