@@ -1,44 +1,51 @@
-"""Benchmarks this library against TRL, transformers and Tunix, and against the limits of the machine, in one table.
+"""Compares the speed of this library with TRL, transformers, Tunix and the limits of the machine.
 
     python experiments/benchmark.py --install runs/peers   install TRL and Tunix once; 2 minutes, 3 GB
     python experiments/benchmark.py                        all rows; skips peers that are not installed
     python experiments/benchmark.py --only sft-s,decode-m-1
     python experiments/benchmark.py --quick                tiny shapes, for a test run
 
-Models: S is a GPT-2 with 4 layers, width 256, 4 heads and a vocabulary of 4096 (4.3M parameters); M has 12 layers,
-width 768, 12 heads and a vocabulary of 8192 (92M). On a CPU everything is in float32, on a GPU or TPU in bfloat16.
-Tunix has no GPT-2, so it runs a Llama with as many matmul parameters. TRL's trainers run in float32, for which a ratio
-is required, and with TRL's defaults. The defaults use bfloat16 on a CPU too, which is half the work for a CPU with
-bfloat16 instructions.
+There are two models. S is a GPT-2 with 4 layers, width 256, 4 heads and a vocabulary of 4096 (4.3M parameters). M has
+12 layers, width 768, 12 heads and a vocabulary of 8192 (92M). The computation is in float32 on a CPU and in bfloat16 on
+a GPU or TPU. Tunix has no GPT-2 and runs a Llama with the same number of matmul parameters. TRL's trainers run twice:
+in float32, for which the table has a required ratio, and with TRL's defaults, which use bfloat16 on a CPU too. On a CPU
+with bfloat16 instructions, this halves the work.
 
-Every program runs in a separate process with glibc's huge pages. The programs of a row are started one after the other,
-each up to its first timed repetition, and then repeat in turn, so that a temporary slowdown of the machine affects all
-of them. Ratios are ratios of medians. Nothing else should run on the machine.
+Every program runs in a separate process with glibc's huge pages. The programs of a row first run up to their first
+timed repetition, one after another. Their repetitions then alternate, so that a temporary slowdown of the machine
+affects all programs. Ratios are ratios of medians. Nothing else should run on the machine.
 
-One repetition of each workload, and the measurement:
+The workloads are measured in tokens per second, except for decode and the matmul rate. One repetition is:
 
-    sft, reward, dpo    one step on 8 rows of 256 tokens, or on 8 pairs of them; DPO has prompts of 64 tokens and
-                        includes the reference's forward pass. Tokens per second
-    ppo                 64 answers of 32 tokens to prompts of 32 tokens, scored by a reward model, then 4 epochs of 4
-                        updates of policy and critic. Tokens per second
-    generate            64 prompts (S) or 8 (M) of 64 tokens, 64 sampled tokens each. Tokens per second
-    stream              512 prompts in 64 slots, where one answer in eight has 256 tokens and the others 32: refilled
-                        slots, compared with consecutive batches of 64. Tokens per second
-    decode              the time of a token for each of 1 to 64 rows, compared with the minimum possible time: the
-                        larger of (parameters and cache) / bandwidth and FLOPs / rate of the step's own products
-    "matmul rate"       FLOPs per second, compared with those of products of two 2048 x 2048 matrices
+    sft, reward, dpo    One train step on 8 rows of 256 tokens, or on 8 pairs of such rows. In dpo, prompts have 64
+                        tokens and the step includes the forward pass of the reference.
+    ppo                 64 answers of 32 tokens to prompts of 32 tokens, scored by a reward model, and 4 epochs of 4
+                        updates of policy and critic.
+    generate            64 sampled tokens for each of 64 prompts (S) or 8 prompts (M) of 64 tokens.
+    stream              512 prompts in 64 slots that are refilled, compared with consecutive batches of 64 prompts. One
+                        answer in eight has 256 tokens; the others have 32.
+    decode              Time per token with 1 to 64 rows, compared with the minimum possible time. This is the larger
+                        of (parameters and cache) / bandwidth and FLOPs / the measured rate of the step's products.
+    matmul rate         FLOPs per second, compared with the product of two 2048 x 2048 matrices.
 
-Peers: TRL's SFTTrainer, RewardTrainer, DPOTrainer and, in version 1.12, PPOTrainer; the generate of transformers;
-Tunix's PeftTrainer, DPOTrainer and Sampler. TRL's DPO is slower with huge pages, so it also runs without them (4k).
+The peers are TRL's SFTTrainer, RewardTrainer, DPOTrainer and, in version 1.12, PPOTrainer; generate of transformers;
+and Tunix's PeftTrainer, DPOTrainer and Sampler. TRL's DPO is slower with huge pages and is also run without them (4k).
 
-The column "compile" is the time of the first repetition minus the median. "memory" is the peak of the process or, on an
-accelerator, of the device. The output folder holds results.json, results.md and logs/.
+The column "compile" is the time of the first repetition minus the median. The column "memory" is the peak memory of the
+process or, on an accelerator, of the device. The output folder contains results.json, results.md and logs/.
 
-On two cores of an AMD EPYC with AVX-512 (family 25), 24 GB: 35 minutes for all rows with all peers. Expected results:
-SFT is 1.3 (S) and 1.5 (M, at 74 % of the matmul rate) times as fast as Tunix, and 1.8 and 1.3 times as fast as TRL in
-float32; DPO 1.7 times Tunix and 2 to 2.6 times TRL; the reward model 1.2 times TRL; generation 1.3 to 1.8 times Tunix
-and 2 times transformers; PPO 1.6 times TRL; refilled slots 2.75 times consecutive batches; a token takes 1.2 to 2 times
-the minimum possible time. On newer cores, where XLA's products are faster than torch's, the ratios to TRL are larger.
+All rows with all peers take 35 minutes on two cores of an AMD EPYC with AVX-512 (family 25) and 24 GB. The expected
+speed-ups on this machine are:
+
+    SFT                 1.3 (S) and 1.5 (M) over Tunix; 1.8 (S) and 1.3 (M) over TRL in float32
+    DPO                 1.7 over Tunix, 2 to 2.6 over TRL
+    reward model        1.2 over TRL
+    generation          1.3 to 1.8 over Tunix, 2 over transformers
+    PPO                 1.6 over TRL
+    refilled slots      2.75 over consecutive batches
+
+SFT of M reaches 74 % of the matmul rate. Decoding takes 1.2 to 2 times the minimum possible time. On newer cores, where
+XLA's matrix products are faster than torch's, the speed-ups over TRL are larger.
 """
 
 from __future__ import annotations
@@ -64,39 +71,39 @@ class Settings:
     """Settings of benchmark.py."""
 
     only: str = ""
-    """Comma-separated rows; empty for all."""
+    """Comma-separated names of rows. If empty, all rows are run."""
     repeats: int = 5
-    """Timed repetitions of each program."""
+    """Number of timed repetitions of each program."""
     quick: bool = False
-    """Use tiny shapes for a test run; the numbers are meaningless."""
+    """Use tiny shapes for a test run. The results are meaningless."""
     out: pathlib.Path = pathlib.Path("runs/benchmarks")
     """Output folder."""
     peers: pathlib.Path = pathlib.Path("runs/peers")
-    """Folder of the peers' environments."""
+    """Folder with the environments of the peers."""
     ours_only: bool = False
     """Skip the peers even if they are installed."""
     together: bool = True
-    """Keep all programs of a row in memory, so that they can repeat in turn (15 GB for sft-m). If off, they run one
-    after another."""
+    """Keep all programs of a row in memory (15 GB for sft-m), so that their repetitions can alternate. Otherwise they
+    run one after another."""
     cpu: bool = False
-    """Use the CPU even if there is a GPU or TPU."""
+    """Use the CPU even if a GPU or TPU is available."""
     install: Annotated[pathlib.Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Install the peers' environments in DIR and exit."""
+    """Install the environments of the peers in DIR and exit."""
     tunix_python: str = ""
-    """Python 3.12 interpreter for Tunix. Default: this Python or python3.12 on the path."""
+    """Python 3.12 interpreter for Tunix. If empty, the running Python or python3.12 on the path is used."""
     torch_index: str = ""
-    """Additional package index for torch, such as the index of its CPU builds."""
+    """Additional package index for torch, such as that of the CPU builds."""
     tunix_extra: str = ""
     """Additional requirement for Tunix, such as "jax[cuda13]" for a GPU."""
 
 
 def parse(arguments: list[str]) -> Settings:
-    """Returns the settings of a command line."""
+    """Parses the command line."""
     return command_line.parse_as(Settings, arguments, prog="benchmark.py", doc=__doc__)
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command line; returns 1 if one of our own workloads failed, 2 for invalid input."""
+    """Runs the command line. Returns 1 if a workload of this library failed, 2 for invalid input and 0 otherwise."""
     settings = parse(arguments)
     console = Console()
     if settings.install is not None:
@@ -124,7 +131,7 @@ def main(arguments: list[str]) -> int:
 
 
 def measure(settings: Settings, rows: tuple[suite.Row, ...]) -> dict[str, Any]:
-    """Runs the programs of all rows, writes results.json and results.md after each row and returns the results."""
+    """Runs the programs of all rows and returns the results, which are also saved after each row."""
     options = interleaved_runs.RunOptions(
         peers=settings.out / "no-peers" if settings.ours_only else settings.peers.absolute(),
         logs=settings.out.absolute() / "logs",
@@ -153,7 +160,7 @@ def measure(settings: Settings, rows: tuple[suite.Row, ...]) -> dict[str, Any]:
             records |= row_records
             comparisons += speed_ratios.compare(row, row_records)
             progress.update(task, completed=sum(steps[: i + 1]))
-            # Written after each row, so that an interruption loses no measured row.
+            # Saved after each row, so that an interruption does not lose finished rows.
             results = {
                 "machine": _machine(records),
                 "settings": {"repeats": settings.repeats, "quick": settings.quick, "together": settings.together},
@@ -166,7 +173,7 @@ def measure(settings: Settings, rows: tuple[suite.Row, ...]) -> dict[str, Any]:
 
 
 def _machine(records: dict[str, interleaved_runs.Record]) -> dict[str, Any]:
-    """Returns the hardware, the system and the versions that the programs ran on."""
+    """Describes the hardware, the system and the package versions."""
     versions: dict[str, set[str]] = {}
     for record in records.values():
         for name, version in record.get("versions", {}).items():
@@ -183,7 +190,7 @@ def _machine(records: dict[str, interleaved_runs.Record]) -> dict[str, Any]:
 
 
 def _machine_text(machine: dict[str, Any]) -> str:
-    """Formats the machine as two lines."""
+    """Formats the description of the machine in two lines."""
     versions = ", ".join(f"{name} {'/'.join(each)}" for name, each in machine["versions"].items())
     devices = "" if machine["devices"] in ([], ["cpu"]) else f" · {', '.join(machine['devices'])}"
     hardware = f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB{devices}"
@@ -201,7 +208,7 @@ def _cpu_model() -> str:
 
 
 def _tables(results: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[list[str]]]]:
-    """Returns the title, the columns and the rows of the tables of comparisons and of programs."""
+    """Returns the title, columns and rows of two tables: the comparisons and the programs."""
     comparisons = benchmark_tables.comparison_rows(results["comparisons"])
     programs = benchmark_tables.program_rows(results["programs"])
     return [

@@ -1,19 +1,23 @@
-"""Compares RL methods at equal KL over several seeds: PPO, PPO-ptx, RLOO, GRPO, expert iteration and best-of-n.
+"""Compares PPO, PPO-ptx, RLOO, GRPO, expert iteration and best-of-n at equal KL, over several seeds.
 
     python experiments/compare.py                                 six methods with five seeds each
     python experiments/compare.py --methods ppo rloo --seeds 3
     python experiments/compare.py --preset smoke                  all runs within two minutes, too short to learn much
     python experiments/compare.py --resume runs/NAME              resume an interrupted comparison
 
-All methods start from the same SFT model and reward model. At every iteration, the KL to the SFT model and the gold
-utility are measured on the answers that a method trains on; each seed's curve of gold against KL is evaluated at the
-same KLs. The KL of best-of-n is log n - (n - 1) / n. The command has all flags of instructgpt.py.
+All methods start from the same SFT model and use the same reward model. The KL to the SFT model and the gold utility
+are measured at every iteration, on the answers that the method trains on. This gives a curve of gold utility against KL
+for each seed, and the curves are compared at the KLs of --at. GRPO penalises the KL in the loss, as published, instead
+of in the reward. Best-of-n trains nothing and is measured on held-out prompts; its KL is log n - (n - 1) / n. All flags
+of instructgpt.py apply here too.
 
-The run folder holds compare.json, compare.html with the figure, config.json, metrics.jsonl and checkpoints/.
+The run folder contains compare.json, compare.html with the figure, config.json, metrics.jsonl and checkpoints/.
 
-On two CPU cores: 14 minutes, 2 GB. Expected gold utilities: 0.78 for the SFT model. At a KL of 1 nat, 0.90 for
-best-of-n, 0.88 for expert iteration, 0.87 for RLOO, PPO and PPO-ptx, and 0.86 for GRPO as published, each to within
-about 0.007. At 2 nats, 0.89 for expert iteration, RLOO, PPO and PPO-ptx, and 0.88 for GRPO.
+The comparison takes 14 minutes and 2 GB on two CPU cores. The expected gold utilities, to within about 0.007, are:
+
+    SFT model           0.78
+    KL of 1 nat         0.90 for best-of-n, 0.88 for expert iteration, 0.87 for RLOO, PPO and PPO-ptx, 0.86 for GRPO
+    KL of 2 nats        0.89 for expert iteration, RLOO, PPO and PPO-ptx, 0.88 for GRPO
 """
 
 from __future__ import annotations
@@ -31,29 +35,30 @@ METHODS: tuple[Method, ...] = ("ppo", "ppo-ptx", "rloo", "grpo", "expert-iterati
 
 @dataclasses.dataclass(frozen=True)
 class Compare(Settings):
-    """Settings of compare.py: those of instructgpt.py, and those below."""
+    """Settings of compare.py, in addition to those of instructgpt.py."""
 
     command: ClassVar[str] = "compare"
 
     methods: tuple[Method, ...] = METHODS
     """Methods to compare."""
     seeds: int = 5
-    """Number of runs of each method; they share data and initial models and differ in the random keys of sampling and
-    minibatches."""
+    """Number of runs of each method. They share data and initial models; sampling and minibatches are seeded
+    separately."""
     at: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
-    """KLs to the SFT model, in nats per answer, at which the gold utility is compared."""
+    """KLs to the SFT model, in nats per answer, at which the gold utilities are compared."""
     group: int = 4
-    """Number of answers to each prompt in rloo, grpo and expert iteration, which keeps the best of them."""
+    """Number of answers to each prompt in rloo, grpo and expert iteration (which trains on the best of them)."""
     rounds: int = 4
-    """Number of rounds of expert iteration, which uses half as many prompts as the other methods."""
+    """Number of rounds of expert iteration, which together use half as many prompts as the other methods."""
 
 
 def parse(arguments: list[str]) -> Compare:
-    """Returns the settings of a command line; raises SettingError for invalid ones."""
+    """Parses the command line; raises SettingError for invalid settings."""
     settings = command_line.parse(Compare, arguments, doc=__doc__, adjust=_shorten)
     if settings.data.path is not None:
         raise SettingError(
-            "--data.path is not supported: the methods are compared by gold utility, which a file does not have"
+            "--data.path is not supported, because the methods are compared by gold utility, which only the built-in "
+            "world provides; leave it out"
         )
     for name, least in (("seeds", 1), ("group", 2), ("rounds", 1)):
         require(getattr(settings, name) >= least, settings, name, f"at least {least}")
@@ -69,7 +74,7 @@ def parse(arguments: list[str]) -> Compare:
 
 
 def _shorten(preset: Settings) -> Settings:
-    """Returns the default preset with shorter runs, and a smaller KL coefficient so that they reach the same KLs."""
+    """Shortens the runs of the default preset and reduces its KL coefficient, so that they still reach the same KLs."""
     if preset.preset != "default":
         return preset
     return dataclasses.replace(preset, ppo=dataclasses.replace(preset.ppo, iterations=18, kl_coef=0.03))
@@ -95,7 +100,7 @@ Curve = tuple[np.ndarray, np.ndarray]
 
 
 def ppo_settings(settings: Compare, method: Method) -> PPO:
-    """Returns a method's PPO settings; batch, learning rates and iterations are the same for all methods."""
+    """Returns the PPO settings of a method. Batch, learning rates and iterations are the same for all methods."""
     ppo = dataclasses.replace(settings.ppo, method="ppo", samples=1)
     if method == "rloo":
         return dataclasses.replace(ppo, method="rloo", samples=settings.group)
@@ -125,7 +130,7 @@ def run(settings: Compare) -> dict[str, Any]:
     weights += [("expert-iteration", 20.0 * settings.seeds), ("best-of-n", 5.0 * settings.seeds)]
     curves: dict[str, list[Curve]] = {}
     with run_setup.open_run(settings, out, weights=weights) as (folder, job):
-        # PPO and PPO-ptx have equal settings, so they share one compiled program.
+        # PPO and PPO-ptx have the same settings and thus share one compiled program.
         jobs_by_settings = {ppo: run_grid.with_settings(job, ppo) for ppo in dict.fromkeys(c.settings for c in cells)}
         with precompile.in_background(job, {cell.name: jobs_by_settings[cell.settings] for cell in cells}):
             models = run_grid.prepare(job)
@@ -193,9 +198,9 @@ def _best_of_n(job: jobs.Job, models: run_grid.StartModels, settings: Compare) -
 
 
 def summarise(settings: Compare, curves: dict[str, list[Curve]]) -> dict[str, Any]:
-    """Returns each method's gold at the KLs of ``--at``: mean and 95 % interval over seeds.
+    """Returns the mean gold utility of each method at the KLs of --at, with 95 % intervals over seeds.
 
-    A point is null if the curve of any seed does not reach its KL.
+    A value is None if the curve of any seed does not reach the KL.
     """
     methods = []
     for method in settings.methods:
@@ -210,9 +215,9 @@ def summarise(settings: Compare, curves: dict[str, list[Curve]]) -> dict[str, An
 
 
 def gold_at(kl: np.ndarray, gold: np.ndarray, *, at: float, width: float = 0.35) -> float | None:
-    """Returns a run's gold utility at the KL ``at``, by local linear regression in the root of the KL.
+    """Estimates a run's gold utility at the KL ``at`` by local linear regression in √KL.
 
-    Points have Gaussian weights with a standard deviation of ``width`` root nats. Returns None if the run does not
+    The points have Gaussian weights with a standard deviation of ``width`` in √KL. Returns None if the run does not
     reach the KL.
     """
     x, target = np.sqrt(np.maximum(kl, 0.0)), at**0.5

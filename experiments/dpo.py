@@ -1,22 +1,23 @@
-"""Trains a policy with DPO or a related loss from an SFT model and comparisons, and evaluates it.
+"""Trains a policy with DPO or a related loss on comparisons, starting from an SFT model, and evaluates it.
 
     python experiments/dpo.py                                DPO on the built-in world
     python experiments/dpo.py --loss kto                     or cdpo, robust, ipo, hinge, orpo, simpo, dpo-sft, dpo-norm
-    python experiments/dpo.py --rounds 4                     iterated: sample, label and train, with a new reference
-                                                             in each round
+    python experiments/dpo.py --rounds 4                     four rounds of sampling, labelling and training
     python experiments/dpo.py --rounds 4 --judge labelers    labels from simulated labelers instead of the reward model
     python experiments/dpo.py --preset smoke                 all stages, too short to learn much
     python experiments/dpo.py --data.path FILE.jsonl.gz      human comparisons (docs/data.md)
     python experiments/dpo.py --resume runs/NAME             resume an interrupted run
 
-The base model, the SFT models and the comparisons are those of instructgpt.py, whose settings apply here too. Then the
-log-probabilities of the SFT model are computed once and saved in reference/, and the policy is trained and evaluated. A
-reward model is trained on the same comparisons. It labels the rounds, and the report compares it with the implicit
-reward of the policy. The run folder holds results.json, report.html, config.json, metrics.jsonl, tensorboard/,
-checkpoints/, reference/ and policy/ (in Hugging Face format).
+The base model, the SFT models and the comparisons are created as in instructgpt.py, whose settings apply here too. The
+log-probabilities of the reference, which is an SFT model, are computed once and saved in reference/. A reward model is
+trained on the same comparisons: it labels the samples of --rounds, and its accuracy is compared with that of the
+policy's implicit reward.
 
-On two CPU cores: 3.5 minutes, 1.4 GB. Expected results: DPO wins against SFT on 65 to 70 % of held-out prompts at a KL
-of 2.7 nats. Its implicit reward ranks 68 % of held-out pairs as labelled, the reward model 69 %.
+The run folder contains results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/, reference/
+and, in Hugging Face format, policy/.
+
+The run takes 3.5 minutes and 1.4 GB on two CPU cores. DPO should beat SFT on 65 to 70 % of held-out prompts at a KL of
+2.7 nats. Its implicit reward should agree with the labels of 68 % of held-out pairs, and the reward model with 69 %.
 """
 
 from __future__ import annotations
@@ -32,25 +33,25 @@ from preferences import direct_settings
 
 @dataclasses.dataclass(frozen=True)
 class DPOSettings(direct_settings.DirectSettings, settings_lib.Settings):
-    """Settings of dpo.py: those of instructgpt.py, and those below."""
+    """Settings of dpo.py, in addition to those of instructgpt.py."""
 
     command: ClassVar[str] = "dpo"
 
     rounds: int = 0
-    """Number of rounds of sampling, labelling and training; the reference of a round is the policy at its start. 0
-    trains once on the comparisons."""
+    """Number of rounds of sampling, labelling and training. The policy at the start of a round is its reference. 0
+    trains once, on the comparisons."""
     samples: int = 4
-    """Number of answers sampled per prompt of a round; the best and the worst make a pair."""
+    """Number of answers sampled to each prompt of a round. The best and the worst form a pair."""
     judge: Literal["reward", "labelers", "gold"] = "reward"
-    """Judge that labels the rounds: the reward model or, on the built-in world, the simulated labelers or the gold
+    """Source of the labels in rounds: the reward model or, in the built-in world, the simulated labelers or the gold
     utility."""
     hold_reference: bool = False
-    """Use the SFT model as the reference in every round (online DPO)."""
+    """Use the SFT model as the reference in all rounds (online DPO)."""
 
 
 USED_PPO_SETTINGS = ("learning_rate", "iterations", "batch", "minibatches", "adam_eps", "adam_tf1")
-"""Fields of --ppo that may be changed: learning rate and Adam, iterations and batch (the number of prompts), and
-minibatches, which must divide the batch."""
+"""The --ppo settings that dpo.py uses: learning rate and Adam, and iterations and batch, whose product is the number of
+prompts. ``minibatches`` may be changed too, because it must divide the batch."""
 
 
 def parse(arguments: list[str]) -> DPOSettings:
@@ -62,7 +63,7 @@ def parse(arguments: list[str]) -> DPOSettings:
         require(getattr(settings, name) >= least, settings, name, f"at least {least}")
     if settings.data.path is not None and settings.judge != "reward":
         raise settings_lib.SettingError(
-            f"--judge {settings.judge} needs the built-in world; leave out --judge or --data.path"
+            f"--judge {settings.judge} requires the built-in world; leave out --judge or --data.path"
         )
     defaults = {field.name: field.default for field in dataclasses.fields(DPOSettings)}
     for name in ("samples", "judge", "hold_reference") if settings.rounds == 0 else ("pairs",):
@@ -101,7 +102,7 @@ from rlhf_jax.report import results as results_lib
 
 
 def run(settings: DPOSettings) -> dict[str, Any]:
-    """Runs the job; returns the contents of results.json."""
+    """Runs all stages and returns the contents of results.json."""
     out = Console()
     if settings.resume and (finished := run_folder.finished_results(settings.resume)):
         run_setup.print_line(out, f"{settings.resume} is already finished; there is nothing to run")
@@ -139,7 +140,7 @@ def run(settings: DPOSettings) -> dict[str, Any]:
         "preset": settings.preset,
         "loss": settings.loss,
         "dropped": job.task.dropped.dropped | job.task.dropped.truncated,
-        # A program that an earlier process of this run has traced counts as one; see `jobs.Job.programs`.
+        # At least 1, as in `jobs.Job.programs`.
         "programs": {name: n for name, n in job.programs().items() if name != "ppo"}
         | {"direct": max(trainer.train_step.traces, 1)},
         "reward_model": reward_facts | facts,
@@ -175,7 +176,7 @@ def _train(
     ranked: Any,
     facts: dict[str, Any],
 ) -> tuple[Any, dict[str, Any]]:
-    """Trains on the comparisons or in rounds; returns the policy and, for results.json, the numbers of pairs."""
+    """Trains on the comparisons or in rounds; returns the policy and facts about the pairs for results.json."""
     if settings.rounds == 0:
         pairs = pairs_lib.from_rankings(
             ranked, prompt_width=job.task.prompt_width, per_prompt=settings.pairs, seed=settings.seed

@@ -1,29 +1,31 @@
-"""Compares DPO with PPO at equal KL and measures the cost of shifted pairs (Xu et al. 2024, Rafailov et al. 2023).
+"""Compares DPO with PPO at equal KL and with out-of-distribution pairs (Xu et al. 2024, Rafailov et al. 2023).
 
     python experiments/dpo_vs_ppo.py                       all three parts
-    python experiments/dpo_vs_ppo.py --parts bandit exact  only the parts with exact KL and rewards
-    python experiments/dpo_vs_ppo.py --preset smoke        all parts, the first too short to learn much
+    python experiments/dpo_vs_ppo.py --parts bandit exact  only the parts whose KL and rewards are exact
+    python experiments/dpo_vs_ppo.py --preset smoke        all parts; the first is too short to learn much
     python experiments/dpo_vs_ppo.py --resume runs/NAME    resume an interrupted study
 
-The parts:
+The study has three parts:
 
-    world    From one SFT model of the built-in world: DPO at several betas, iterated DPO with labels from a reward
-             model, PPO at several KL coefficients, and DPO and PPO on shifted pairs, that is, comparisons of answers
-             of the base model, which the SFT model would rarely give.
-    bandit   The same on a table of rewards, where KL and expected reward are exact and the optimum is known.
-    exact    The three-answer example of Xu's theorem 4.1.
+    world    Policies are trained in the built-in world from one SFT model, with DPO at several betas, iterated DPO
+             labelled by a reward model, and PPO at several KL coefficients. DPO and PPO are also trained on shifted
+             pairs: comparisons of answers from the base model, which the SFT model rarely samples.
+    bandit   The same methods are compared on a table of rewards. KL and expected reward are exact, and the optimum is
+             known.
+    exact    DPO and PPO are trained on the three-answer example of Xu's theorem 4.1.
 
-The settings of instructgpt.py apply here too; settings that have no effect are refused. All seeds of the world share
-its prompts, comparisons and reward models and differ in sampling and batch order, so their intervals cover only
-optimisation and sampling. Seeds of the bandit differ in the labels. The run folder holds study.json, study.html with
-the figures, config.json, metrics.jsonl, checkpoints/ and reference/.
+The settings of instructgpt.py apply here too; those that have no effect are refused. In the world, all seeds share the
+prompts, comparisons and reward models, so the intervals cover only sampling and batch order. On the bandit, each seed
+draws its own labels. The run folder contains study.json, study.html with the figures, config.json, metrics.jsonl,
+checkpoints/ and reference/.
 
-On two CPU cores: 17 minutes, 2.2 GB. Expected results in the world: PPO reaches a gold utility of 0.90 at a KL of
-between 1 and 1.6 nats. At 1.5 nats it is 0.035 ±0.020 above DPO, whose seeds differ widely. Shifted pairs cost DPO
-about 0.05 ±0.07 and PPO 0.10 ±0.01: unlike in Xu et al., a reward model that has seen only answers of the base model
-misleads PPO too. On the bandit, over ten draws of 400 labels, PPO is 0.15 ±0.05 above DPO at 1 nat, and no cost of
-shifted pairs is significant. In the three-answer example, DPO gives the unseen answer a probability of 0.99 and PPO
-gives it 0.0001.
+The study takes 17 minutes and 2.2 GB on two CPU cores. The expected results are:
+
+    world    PPO reaches a gold utility of 0.90 at a KL of 1 to 1.6 nats. At 1.5 nats, its gold utility is 0.035 ±0.020
+             above that of DPO, whose seeds vary widely. Shifted pairs cost DPO about 0.05 ±0.07 and PPO 0.10 ±0.01.
+             Unlike in Xu et al., a reward model trained only on answers from the base model misleads PPO too.
+    bandit   PPO is 0.15 ±0.05 above DPO at 1 nat, over ten draws of 400 labels. Shifted pairs have no significant cost.
+    exact    The unseen answer has a probability of 0.99 with DPO and 0.0001 with PPO.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ SHIFTED = "shifted pairs"
 
 @dataclasses.dataclass(frozen=True)
 class StudySettings(direct_settings.DirectSettings, settings_lib.Settings):
-    """Settings of dpo_vs_ppo.py: those of instructgpt.py and of DPO, and those below."""
+    """Settings of dpo_vs_ppo.py, in addition to those of instructgpt.py and of DPO."""
 
     command: ClassVar[str] = "dpo_vs_ppo"
 
@@ -51,19 +53,18 @@ class StudySettings(direct_settings.DirectSettings, settings_lib.Settings):
     seeds: int = 3
     """Number of runs per method and coefficient in the world."""
     betas: tuple[float, ...] = (0.05, 0.15, 0.5)
-    """Betas of DPO. The middle one is also used for shifted pairs."""
+    """Betas of DPO. Only the middle one is used for shifted pairs too."""
     kl_coefs: tuple[float, ...] = (0.02, 0.06, 0.2)
-    """KL coefficients of PPO. The middle one is also used for shifted pairs."""
+    """KL coefficients of PPO. Only the middle one is used for shifted pairs too."""
     at: tuple[float, ...] = (0.5, 1.0, 1.5)
-    """KLs, in nats, at which the gold utilities of the methods are compared, by interpolation between coefficients."""
+    """KLs, in nats, at which the gold utilities of methods are compared, interpolated between coefficients."""
     rounds: int = 3
-    """Number of rounds of iterated DPO. Together they use at most as many prompts as one pass of DPO has pairs. Beta is
-    multiplied by their number, so that together they move the policy as far as one pass. study.json has the numbers of
-    pairs."""
+    """Number of rounds of iterated DPO. Beta is multiplied by this number, so that all rounds together move the policy
+    as far as one pass of DPO. They use at most as many prompts as DPO has pairs."""
     bandit_seeds: int = 10
     """Number of draws of labels on the bandit."""
     bandit_coefs: tuple[float, ...] = (0.1, 0.2, 0.5, 1.0, 2.0)
-    """Betas and KL coefficients on the bandit, whose rewards have standard deviation 1."""
+    """Betas of DPO and KL coefficients of PPO on the bandit, whose rewards have standard deviation 1."""
     bandit_pairs: int = 400
     """Number of labels per draw on the bandit, which has 8 prompts with 8 answers each."""
 
@@ -73,7 +74,7 @@ def parse(arguments: list[str]) -> StudySettings:
     settings = command_line.parse(StudySettings, arguments, doc=__doc__, adjust=_adjust_preset)
     direct_settings.check(settings)
     if settings.loss != "dpo":
-        raise settings_lib.SettingError(f"--loss is {settings.loss!r}; this study only runs dpo, so leave it out")
+        raise settings_lib.SettingError(f"--loss is {settings.loss!r}, but this study only runs dpo; leave it out")
     direct_settings.refuse_unread(
         settings, ("ppo.kl_coef", "ppo.ptx_coef", "reward_model.heldout", "on_alarm"), program="dpo_vs_ppo.py"
     )
@@ -88,18 +89,18 @@ def parse(arguments: list[str]) -> StudySettings:
         distinct = len(set(values)) == len(values)
         require(bool(values) and min(values) > 0 and distinct, settings, name, "one or more distinct values above 0")
     if not settings.parts:
-        raise settings_lib.SettingError("--parts is empty; name at least one of world, bandit and exact")
+        raise settings_lib.SettingError("--parts is empty; give at least one of world, bandit and exact")
     if "world" in settings.parts and settings.data.path is not None:
         raise settings_lib.SettingError(
-            "--data.path cannot be used with the part `world`, which needs a gold utility; leave out one of the two"
+            "--data.path cannot be used with --parts world, which requires a gold utility; leave out one of the two"
         )
     if settings.beta is not None:
-        raise settings_lib.SettingError(f"--beta is {settings.beta}; use --betas in this study")
+        raise settings_lib.SettingError(f"--beta is {settings.beta}, but this study uses --betas; leave it out")
     return settings
 
 
 def _adjust_preset(preset: settings_lib.Settings) -> settings_lib.Settings:
-    """Shortens PPO in the default preset, because the study runs it many times."""
+    """Shortens PPO in the default preset, since the study runs it many times."""
     if preset.preset != "default":
         return preset
     return dataclasses.replace(preset, ppo=dataclasses.replace(preset.ppo, iterations=18))
@@ -126,7 +127,7 @@ from rlhf_jax import diagnostics
 
 
 def run(settings: StudySettings) -> dict[str, Any]:
-    """Runs the study; returns the contents of study.json."""
+    """Runs the study and returns the contents of study.json."""
     out, kind = Console(), "dpo-vs-ppo"
     results: dict[str, Any] = {}
     figures = []
@@ -156,8 +157,8 @@ def run(settings: StudySettings) -> dict[str, Any]:
     folder.log.close()
     results = run_folder.finite(results | {"seconds": time.time() - process_setup.START_TIME})
     note = (
-        "Each line joins the coefficients of a method: means over seeds with 95 % intervals. Dashed lines use shifted "
-        "pairs."
+        "Each line connects the coefficients of a method. Points are means over seeds, with 95 % intervals. Dashed "
+        "lines are for shifted pairs."
     )
     if "exact" in results:
         note += " " + _exact_sentence(results["exact"])
@@ -171,7 +172,7 @@ OPTIMUM = "optimum of reward less KL"
 
 
 def _run_exact() -> dict[str, Any]:
-    """Returns the probabilities of the three answers and the DPO loss of each policy."""
+    """Returns each policy's probabilities of the three answers and its DPO loss."""
     beta = 0.1
     policies = {
         "reference": three_actions.REFERENCE,
@@ -189,8 +190,8 @@ def _run_exact() -> dict[str, Any]:
 def _exact_sentence(policies: dict[str, Any]) -> str:
     unseen = {name: policy["probabilities"][2] for name, policy in policies.items()}
     return (
-        f"Of three answers, the third is unseen: its probability is {unseen['DPO']:.3f} after DPO and "
-        f"{unseen['PPO']:.4f} after PPO, and {unseen[OPTIMUM]:.1e} at the optimum."
+        f"In the three-answer example, the probability of the unseen answer is {unseen['DPO']:.3f} after DPO, "
+        f"{unseen['PPO']:.4f} after PPO and {unseen[OPTIMUM]:.1e} at the optimum."
     )
 
 
@@ -202,7 +203,7 @@ def _new_table(title: str, *columns: str) -> Table:
 
 
 def _exact_table(policies: dict[str, Any]) -> Table:
-    """Returns a table with one row for each policy of the part ``exact``."""
+    """Returns a table of the part ``exact``, with one row per policy."""
     table = _new_table("three answers, the third unseen", "policy", "better", "worse", "unseen", "DPO loss")
     for name, policy in policies.items():
         table.add_row(name, *(f"{p:.4g}" for p in policy["probabilities"]), f"{policy['dpo_loss']:.4f}")
@@ -210,7 +211,7 @@ def _exact_table(policies: dict[str, Any]) -> Table:
 
 
 def _run_bandit(settings: StudySettings) -> dict[str, Any]:
-    """Returns the lines of the bandit's figure, and the effects at its middle coefficient."""
+    """Returns the lines of the bandit's figure and the `effects` on the bandit."""
     coefs = settings.bandit_coefs
     results = bandit_study.run(
         coefs=coefs, seeds=settings.bandit_seeds, pairs=settings.bandit_pairs, rounds=settings.rounds
@@ -221,14 +222,14 @@ def _run_bandit(settings: StudySettings) -> dict[str, Any]:
 
 
 def _world_methods(settings: StudySettings) -> list[tuple[str, tuple[float, ...]]]:
-    """Returns the methods compared in the built-in world with their coefficients."""
+    """Returns the methods that are compared in the built-in world, with their coefficients."""
     betas, kl_coefs = settings.betas, settings.kl_coefs
     dpo = [("DPO", betas), (f"DPO, {SHIFTED}", (_middle(betas),)), ("iterated DPO", betas)]
     return [*dpo, ("PPO", kl_coefs), (f"PPO, {SHIFTED}", (_middle(kl_coefs),))]
 
 
 def _weights(settings: StudySettings) -> list[tuple[str, float]]:
-    """Returns the stages with their expected seconds."""
+    """Returns the stages with their expected duration in seconds."""
     weights = [("reward_model-shifted", 20.0)]
     for method, coefs in _world_methods(settings):
         names = [_run_name(method, coef, seed) for coef in coefs for seed in range(settings.seeds)]
@@ -240,7 +241,7 @@ def _weights(settings: StudySettings) -> list[tuple[str, float]]:
 
 
 def _run_world(settings: StudySettings, job: jobs.Job, folder: run_folder.RunFolder) -> dict[str, Any]:
-    """Returns the lines of the world's figure, and the effects of shifted pairs and of the methods."""
+    """Returns the lines of the world's figure, the `effects` in the world and the numbers of pairs."""
     middle = {"DPO": _middle(settings.betas), "PPO": _middle(settings.kl_coefs)}
     shared, policies, pairs = _train_policies(job, settings, folder, _world_methods(settings))
     job.progress.start("evaluate", 1 + len(policies))
@@ -258,7 +259,7 @@ def _run_world(settings: StudySettings, job: jobs.Job, folder: run_folder.RunFol
 def _train_policies(
     job: jobs.Job, settings: StudySettings, folder: run_folder.RunFolder, methods: Any
 ) -> tuple[run_grid.StartModels, dict[tuple[str, float, int], Any], dict[str, Any]]:
-    """Returns the shared models, the policies by (method, coefficient, seed), and the numbers of pairs of DPO."""
+    """Returns the shared models, the policies by (method, coefficient, seed) and DPO's numbers of pairs."""
     shared = run_grid.prepare(job)
     base = stages.pretrain(job)
     (own, *_), _, _ = comparison_data.load_or_collect(job, [shared.sft, shared.start])
@@ -272,7 +273,7 @@ def _train_policies(
         for name, rows in (("own", own), (SHIFTED, shifted))
     }
     trainer = direct_alignment.make_trainer(job, settings, folder.path)
-    # Each prompt of a round gives at most one pair.
+    # A prompt of a round yields at most one pair.
     prompts = job.task.rl_prompts.take(min(len(pairs["own"]), len(job.task.rl_prompts)))
     if len(prompts) < settings.rounds:
         raise settings_lib.SettingError(
@@ -321,7 +322,7 @@ def _run_name(method: str, coef: float, seed: int) -> str:
 
 
 def _line(method: str, runs: dict[float, list[dict[str, float]]]) -> dict[str, Any]:
-    """Returns a method's line of a figure, with its runs."""
+    """Returns the line of a method in a figure, with its runs."""
     families = ("PPO", "DPO", "iterated DPO", "optimum")
     return {
         "method": method,
@@ -335,10 +336,9 @@ def _line(method: str, runs: dict[float, list[dict[str, float]]]) -> dict[str, A
 def effects(
     runs: dict[str, dict[float, list[dict[str, float]]]], middle: dict[str, float], at: tuple[float, ...]
 ) -> dict[str, list[float]]:
-    """Returns differences of gold utility with 95 % intervals over seeds.
+    """Returns differences in gold utility with 95 % intervals over seeds.
 
-    Shifted pairs are compared with pairs of the policy's samples at the ``middle`` coefficients, methods at the KLs
-    ``at``.
+    Shifted pairs are compared with pairs of SFT samples at the ``middle`` coefficients, methods at the KLs ``at``.
     """
 
     def gold(method: str) -> list[float]:
@@ -356,9 +356,9 @@ def effects(
 
 
 def _gold_at(runs: dict[float, list[dict[str, float]]], kl: float) -> list[float] | None:
-    """Returns each seed's gold utility at a KL, by linear interpolation in √KL between its coefficients.
+    """Returns the gold utility of each seed at a KL, interpolated linearly in √KL between the coefficients.
 
-    Returns None if ``kl`` is outside the range of a seed.
+    Returns None if ``kl`` is outside the range of any seed.
     """
     golds = []
     for each in zip(*runs.values(), strict=True):
@@ -375,7 +375,7 @@ def _difference(a: list[float], b: list[float]) -> list[float]:
 
 
 def _lines_table(lines: list[dict[str, Any]], title: str) -> Table:
-    """Returns a table with one row for each method and coefficient."""
+    """Returns a table with one row per method and coefficient."""
     table = _new_table(title, "method", "coef", "KL", "gold")
     for line in lines:
         for i, point in enumerate(line["points"]):

@@ -1,4 +1,4 @@
-"""InstructGPT's recipe, from pretraining to PPO-ptx, with a table and a report (Ouyang et al. 2022).
+"""Runs InstructGPT's recipe, from pretraining to PPO-ptx, and reports the results (Ouyang et al. 2022).
 
     python experiments/instructgpt.py                            under 5 minutes on two CPU cores, 2 GB
     python experiments/instructgpt.py --preset smoke             all stages in about a minute, too short to learn much
@@ -6,13 +6,20 @@
     python experiments/instructgpt.py --model PATH               start from a model in Hugging Face format
     python experiments/instructgpt.py --resume runs/NAME         resume an interrupted run
 
-Stages: a base model on the built-in world's corpus; two SFT models; comparisons ranked by simulated labelers; a reward
-model; PPO and PPO-ptx; evaluation on held-out prompts. The run folder holds results.json, report.html, config.json,
-metrics.jsonl, tensorboard/, checkpoints/, policy/ and reward_model/ (in Hugging Face format).
+The stages are:
 
-Expected results of the default preset: the reward model ranks 67 to 70 % of held-out pairs as their labelers did. PPO
-and PPO-ptx beat SFT on 73 to 79 % of held-out prompts at a KL of 2 to 3 nats, close to best-of-16 or above it. PPO pays
-an alignment tax; PPO-ptx does not.
+    1. Pretrain a base model on the text corpus of the built-in world.
+    2. Fine-tune two SFT models on demonstrations.
+    3. Sample answers from them, rank the answers with simulated labelers and train a reward model on the comparisons.
+    4. Train a policy with PPO and another one with PPO-ptx.
+    5. Evaluate all policies on held-out prompts.
+
+The run folder contains results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/, and policy/
+and reward_model/ in Hugging Face format.
+
+With the default preset, the reward model should agree with the labelers on 67 to 70 % of held-out pairs. PPO and
+PPO-ptx should beat SFT on 73 to 79 % of held-out prompts at a KL of 2 to 3 nats, which is as good as best-of-16 or
+better. PPO has an alignment tax (it loses skills learnt in pretraining); PPO-ptx has none.
 """
 
 from __future__ import annotations
@@ -22,7 +29,7 @@ from launch.settings import Settings
 
 
 def parse(arguments: list[str]) -> Settings:
-    """Returns the settings of a command line; raises SettingError for invalid ones."""
+    """Parses the command line; raises SettingError for invalid settings."""
     return command_line.parse(Settings, arguments, doc=__doc__)
 
 
@@ -43,7 +50,7 @@ from rlhf_jax.report import console
 
 
 def run(settings: Settings) -> dict:
-    """Runs every stage and returns the contents of results.json."""
+    """Runs all stages and returns the contents of results.json."""
     out = Console()
     if settings.resume and (finished := run_folder.finished_results(settings.resume)):
         out.quiet = not hosts.current().first

@@ -1,25 +1,25 @@
-"""Plans a train step without the hardware: whether it fits the chips, how fast it can be, and what the chips exchange.
+"""Estimates memory, minimum time and communication of a train step without access to the accelerators.
 
     python experiments/plan.py --stage ppo --model llama-3-8b --topology v5e:16x16 --mesh.fsdp 32 --mesh.tensor 8
     python experiments/plan.py --stage dpo --model path/to/config.json --topology v5e:2x4 --mesh.fsdp 8
     python experiments/plan.py --stage sft --model tiny --topology cpu --length 64 --batch 8
 
-Compiles the step of a run with the chips' compiler, which needs no chip, and prints:
+The step is compiled with the chips' compiler, which does not require a chip. The command prints:
 
-    memory        bytes per chip by kind: exact for parameters, optimiser, frozen models and KV cache; the rest as the
-                  compiler reports it
-    FLOPs         of the matrix products, with loops counted per iteration, and 6 x parameters x tokens
-    collectives   by kind and size, with a warning for each that the sharding should make unnecessary
-    times         the minimum that the chip's peak rates allow
+    memory        Bytes per chip by kind. Parameters, optimiser state, frozen models and KV cache are computed exactly;
+                  the rest is the compiler's report.
+    FLOPs         FLOPs of the matrix products in all iterations of loops, and 6 x parameters x tokens for comparison.
+    collectives   Collectives by kind and size, with a warning for each one that the sharding should make unnecessary.
+    times         The minimum time of the step at the chip's peak rates.
 
-If the step does not fit, up to --tries similar settings are compiled until one fits. The computation is in bfloat16,
-parameters and optimiser are in float32, and gradients are exchanged in bfloat16. A loop that runs until every answer
-has ended counts --response iterations.
+If the step does not fit in memory, up to --tries similar settings are compiled until one fits. By default, computation
+and gradient exchange are in bfloat16, parameters and optimiser state in float32. Loops that end when all answers have
+stopped count as --response iterations.
 
-TPU topologies need pip install 'rlhf_jax[tpu]', on Linux. Exit status: 0 if the step fits, 1 if it does not, 2 for
-invalid input.
+TPU topologies require Linux and pip install 'rlhf_jax[tpu]'. The exit status is 0 if the step fits, 1 if it does not
+and 2 for invalid input.
 
-On two CPU cores: one to five minutes per program, 6 GB. Expected results: the table in experiments/README.md.
+A program takes one to five minutes and 6 GB on two CPU cores. experiments/README.md lists the expected results.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from planning import plan_settings
 
 
 def parse(arguments: list[str]) -> plan_settings.Plan:
-    """Returns the settings of a command line."""
+    """Parses the command line."""
     return command_line.parse_as(plan_settings.Plan, arguments, prog="plan.py", doc=__doc__)
 
 
 def _before_jax(arguments: list[str]) -> None:
-    """Restricts JAX to the CPU, unless the plan is for devices of this machine."""
+    """Restricts JAX to the CPU unless the plan is for the devices of this machine."""
     values = [a.split("=", 1)[1] for a in arguments if a.startswith("--topology=")]
     values += [b for a, b in itertools.pairwise(arguments) if a == "--topology"]
     topology = values[-1] if values else ""
@@ -62,7 +62,7 @@ from rlhf_jax.checkpoint import atomic
 
 
 def run(plan: plan_settings.Plan, out: Console, progress: Console) -> int:
-    """Measures the plan, prints and writes the results, and returns the exit status."""
+    """Measures the planned step, prints and saves the results, and returns the exit status."""
     chips.prepare()
     estimate = planner.measure(plan, out=progress)
     if not estimate.fits and plan.tries:
@@ -74,7 +74,7 @@ def run(plan: plan_settings.Plan, out: Console, progress: Console) -> int:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; exits with status 0 if the step fits, 1 if it does not, 2 for invalid input."""
+    """Runs the command line. The exit status is 0 if the step fits, 1 if it does not and 2 for invalid input."""
     plan = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         status = run(plan, Console(), Console(stderr=True))

@@ -1,29 +1,30 @@
-"""Trains and diagnoses a reward model, or cross-validates it against simple baselines.
+"""Trains and evaluates a reward model, or cross-validates it against simple baselines.
 
     python experiments/reward_model.py                                the built-in world
     python experiments/reward_model.py --data.path FILE.jsonl.gz      human comparisons
     python experiments/reward_model.py --data.path FILE --folds 5     cross-validation with two baselines
     python experiments/reward_model.py --training.trains ^head/       only the scalar head, on a frozen trunk
     python experiments/reward_model.py --pmp.prompts 3000 --training.limit 125
-                                                                      preference-model pretraining first (HH A.2)
+                                                                      with preference-model pretraining (HH A.2)
     python experiments/reward_model.py --resume runs/NAME             resume an interrupted run
 
 The base model and the SFT model are trained first, as in instructgpt.py, whose settings apply here too. The run folder
-holds results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/ and reward_model/ (in Hugging
-Face format, with normalised scores).
+contains results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/ and, in Hugging Face format,
+reward_model/, whose scores are normalised.
 
-Cross-validation (--folds) needs scikit-learn (pip install "rlhf_jax[baselines]"). Each fold trains its tokenizer, a
-small base model and an ensemble of reward models on its own training pairs. The baselines, on the same folds, are "the
-shorter answer wins" and a logistic regression on TF-IDF features, whose penalty is chosen on inner splits. Methods are
-compared on the same pairs. Conversations are never split over folds, and the intervals are clustered by conversation.
+Cross-validation (--folds) requires scikit-learn (pip install "rlhf_jax[baselines]"). In each fold, a tokenizer, a small
+base model and an ensemble of reward models are trained on the training pairs. Two baselines are evaluated on the same
+folds: preferring the shorter answer, and a logistic regression on TF-IDF features whose penalty is chosen on inner
+splits. All pairs of a conversation are in the same fold, and intervals are clustered by conversation.
 
-On two CPU cores: about 2 minutes for the built-in world, 5 to 7 minutes for five folds of 2,000 pairs.
+On two CPU cores, a run takes about 2 minutes in the built-in world and 5 to 7 minutes for five folds of 2,000 pairs.
 
-Expected results on the built-in world: the reward model ranks 69 % of held-out pairs as the labelers did (interval 66
-to 72) and 71 % of training pairs. Cross-validated on 1,992 harmlessness pairs, the accuracies are 61.1 % (59.0 to 63.3)
-for the reward model, 62.0 % for the regression and 55.8 % for the shorter answer. The reward model is thus above the
-shorter answer by 5.3 points (3.0 to 7.7) and below the regression by 0.8 (-1.6 to 3.3). It favours short answers: it is
-right on 79 % of the pairs whose chosen answer is the shorter one and on 38 % of the others.
+In the built-in world, the reward model should agree with the labelers on 69 % of held-out pairs (95 % interval 66 to
+72) and on 71 % of training pairs. Cross-validated on 1,992 harmlessness pairs, the expected accuracies are:
+
+    reward model                61.1 % (59.0 to 63.3); 79 % if the chosen answer is the shorter one, 38 % otherwise
+    logistic regression         62.0 %, which is 0.8 points above the reward model (-1.6 to 3.3)
+    preferring the shorter      55.8 %, which is 5.3 points below the reward model (3.0 to 7.7)
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from preferences.reward_settings import SMOKE_CV, RewardSettings, check
 
 
 def parse(arguments: list[str]) -> RewardSettings:
-    """Parses the command line; exits for --help, raises SettingError for invalid settings."""
+    """Parses the command line; raises SettingError for invalid settings."""
     settings = command_line.parse(RewardSettings, arguments, doc=__doc__, adjust=_adjust_preset)
     preset = settings_lib.preset(
         settings.preset,
@@ -50,7 +51,7 @@ def parse(arguments: list[str]) -> RewardSettings:
 
 
 def _adjust_preset(preset: RewardSettings) -> RewardSettings:
-    """Makes the models of --folds small if the preset is smoke."""
+    """Reduces the models of --folds in the smoke preset."""
     if preset.preset != "smoke":
         return preset
     return dataclasses.replace(preset, cv=dataclasses.replace(preset.cv, **SMOKE_CV))
@@ -74,7 +75,7 @@ from rlhf_jax.report import console
 
 
 def run(settings: RewardSettings) -> dict[str, Any]:
-    """Runs the job; returns the contents of results.json."""
+    """Trains or cross-validates and returns the contents of results.json."""
     out = Console()
     if settings.resume and (results := run_folder.finished_results(settings.resume)):
         run_setup.print_line(out, f"{settings.resume} is already finished; there is nothing to run")
@@ -88,7 +89,7 @@ def run(settings: RewardSettings) -> dict[str, Any]:
     title, plotted, note = "A reward model", results, "Intervals are 95 %."
     if settings.folds:
         title, plotted = "A reward model, cross-validated", results["methods"]
-        note = f"Each pair is scored by a model that has not seen it. {note}"
+        note = f"Each pair is scored by a model that was not trained on it. {note}"
     cross_validation_results.write_page(path / "report.html", title, plotted, _tables(results), note)
     run_folder.write_json(path / run_folder.RESULTS, results)
     _show(out, results)
@@ -109,11 +110,11 @@ def _cross_validate(settings: RewardSettings, out: Console) -> tuple[pathlib.Pat
     pairs = human_comparisons.pairs(rankings)
     if len(pairs) < 10 * settings.folds:
         raise settings_lib.SettingError(
-            f"--folds {settings.folds} is too many for the {len(pairs)} pairs of {settings.data.path}; use at most one "
-            "fold for every 10 pairs"
+            f"--folds is {settings.folds}; it must be at most {len(pairs) // 10}, a tenth of the {len(pairs)} pairs of "
+            f"{settings.data.path}"
         )
     folder = run_folder.RunFolder(path) if settings.resume else run_folder.create(path, settings)
-    run_setup.print_line(out, f"writing to {path}; {len(pairs)} pairs, {counts.report()}")
+    run_setup.print_line(out, f"writing to {path}; data: {len(pairs)} pairs, {counts.report()}")
     with console.StageProgress([(f"fold-{n}", 1.0) for n in range(1, settings.folds + 1)]) as progress:
         folds = cross_validation.cross_validate(
             pairs, settings.cv, folds=settings.folds, seed=settings.seed, folder=folder, progress=progress

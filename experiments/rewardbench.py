@@ -1,14 +1,15 @@
-"""Evaluates a reward model on comparisons in RewardBench's format: accuracy by subset, calibration, length bias.
+"""Measures the accuracy, calibration and length bias of a reward model on comparisons in RewardBench's format.
 
     python experiments/rewardbench.py --model runs/NAME/reward_model --data.path FILE.jsonl
     python experiments/rewardbench.py --model DIR --data.path FILE.parquet --out runs/rewardbench
 
-The model folder, such as instructgpt.py writes, holds a model with a scalar head, its tokenizer and its chat template.
-A record has a prompt (text or messages), a chosen and a rejected answer and, optionally, a subset. A tie counts a half;
-the strict accuracy, which RewardBench reports, counts it as wrong. Scores are used as saved, that is, with any gain
-that scales them for RL; divided by the calibration temperature, their differences are log odds.
+The model folder must contain a model with a scalar head, its tokenizer and its chat template, as saved by
+instructgpt.py. A record consists of a prompt (text or messages), a chosen answer, a rejected answer and, optionally, a
+subset. A tie counts one half in the accuracy and as wrong in the strict accuracy, which RewardBench reports. The scores
+include the saved model's gain, which scales them for RL. Differences of scores divided by the calibration temperature
+are log odds.
 
-The output folder holds results.json, report.html, scores.jsonl with the scores of every record, and config.json.
+The output folder contains results.json, report.html, config.json and scores.jsonl, which has the scores of all records.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from launch.settings import SettingError
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The comparisons."""
+    """Comparisons to score."""
 
     path: str
-    """JSONL file (or .gz) or Parquet file with prompt, chosen, rejected and subset, or any other record of two ranked
-    answers."""
+    """JSONL (also .gz) or Parquet file of records with prompt, chosen, rejected and subset, or of two ranked answers in
+    any other format in docs/data.md."""
     max_dropped: float = 0.01
-    """Maximum share of records that may be dropped (empty, not a pair, refused by the chat template, too long)."""
+    """Maximum share of dropped records: those that are empty, not pairs, too long or refused by the chat template."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +41,14 @@ class RewardBenchSettings:
     """Folder of a reward model in Hugging Face format, with its tokenizer."""
     data: Data
     out: str | None = None
-    """Output folder. Default: runs/rewardbench-TIME."""
+    """Output folder. None uses runs/rewardbench-TIME."""
     batch: int = 16
-    """Number of answers scored at a time."""
+    """Number of answers scored together."""
     max_length: int | None = None
-    """Maximum number of tokens of a prompt with its answer; longer records are dropped and counted. Default: the
-    model's limit."""
+    """Maximum number of tokens in a prompt with its answer. Longer records are dropped and counted. None uses the
+    model's maximum length."""
     bins: int = 10
-    """Maximum number of bins of the calibration curve; each has the same number of pairs."""
+    """Maximum number of bins in the calibration curve, all with the same number of pairs."""
 
 
 def parse(arguments: list[str]) -> RewardBenchSettings:
@@ -85,7 +86,7 @@ from rlhf_jax.report import results as results_lib
 
 
 class Pair(NamedTuple):
-    """Two answers to a prompt, with the record's subset."""
+    """A record: a prompt, two answers and the subset, if any."""
 
     prompt: tuple[dialogues.Turn, ...]
     chosen: str
@@ -97,7 +98,7 @@ class Pair(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """N records with the scores and the lengths of their answers, in tokens including the stop token."""
+    """N records with the scores and lengths of their answers. Lengths are in tokens and include the stop token."""
 
     records: list[Pair]
     chosen_N: np.ndarray
@@ -107,7 +108,7 @@ class Scored:
 
 
 def run(settings: RewardBenchSettings) -> dict[str, Any]:
-    """Scores the comparisons and writes all files; returns the contents of results.json."""
+    """Scores the comparisons, saves all files and returns the contents of results.json."""
     out = Console()
     path = run_folder.free_folder(settings.out, kind="rewardbench")
     model = initial_model.load_reward_model(settings.model)
@@ -121,7 +122,7 @@ def run(settings: RewardBenchSettings) -> dict[str, Any]:
         except errors.DataError as error:
             raise errors.DataError(f"--data.path {settings.data.path}: {error}") from None
         progress.finish("tokenise")
-        # After the data has been read, so that unusable data leaves no folder behind, but before the long computation.
+        # Created after the data is read, so that unusable data leaves no folder, but before the long computation.
         _create_folder(path, settings)
         progress.start("score", len(rows))
         step = parallel.JitStep(partial(_score, cfg=model.cfg), donate_argnums=())
@@ -136,7 +137,7 @@ def run(settings: RewardBenchSettings) -> dict[str, Any]:
         progress.finish("score")
     n = len(records)
     if not np.isfinite(scores).all():
-        raise SettingError(f"--model {settings.model} gives scores that are not finite; use another model")
+        raise SettingError(f"--model {settings.model} computes scores that are not finite; use a different model")
     scored = Scored(records, scores[:n], scores[n:], lengths[:n], lengths[n:])
     results = {
         "seconds": time.time() - process_setup.START_TIME,
@@ -156,10 +157,10 @@ def _score(params: types.Params, tokens_BL: Any, mask_BL: Any, *, cfg: lm.LMConf
 
 
 def read(path: str, *, counts: errors.DropCount) -> list[Pair]:
-    """Reads all pairs of a file; dropped records, including those with more than two answers, are counted by reason.
+    """Reads all pairs in a file. Dropped records, such as those with more than two answers, are counted by reason.
 
     Raises:
-        DataError: The file cannot be read, or too large a share of its records is dropped.
+        DataError: The file cannot be read, or too many of its records are dropped.
     """
     rankings, _ = readers.read_rankings(path, counts=counts)
     stage, pairs = counts.stage(), []
@@ -179,14 +180,15 @@ def read(path: str, *, counts: errors.DropCount) -> list[Pair]:
 def encode(
     fmt: chat.ChatFormat, records: Sequence[Pair], *, max_length: int, counts: errors.DropCount
 ) -> tuple[list[Pair], list[list[int]], np.ndarray]:
-    """Tokenises pairs. A pair with more than ``max_length`` tokens in either of its two rows is dropped and counted.
+    """Tokenises pairs. Pairs with more than ``max_length`` tokens in one of their two rows are dropped and counted.
 
     Returns:
-        ``(records, rows, lengths)``: the N remaining records; 2N rows of token ids, prompts with their chosen answers
-        and then prompts with their rejected answers; and the 2N lengths of the answers in tokens.
+        ``(records, rows, lengths)``: the N remaining records, 2N rows of token ids and the lengths of the 2N answers in
+        tokens. The first N rows are prompts with their chosen answers, the other N the same prompts with their rejected
+        answers.
 
     Raises:
-        DataError: Too large a share of the records is dropped, or no record is left.
+        DataError: Too many records are dropped, or no record is left.
     """
     stage = counts.stage()
     prompts, kept = chat.encode_prompts(fmt, [record.prompt for record in records], width=max_length, counts=counts)
@@ -216,17 +218,20 @@ def score_rows(
     pad_id: int,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> np.ndarray:
-    """Returns the scores of rows of any length.
+    """Scores rows of different lengths.
 
-    Batches have rows of similar length and few different widths, so that few programs are compiled.
+    Rows of similar length are batched together and padded to one of a few widths, so that few programs are compiled.
 
     Args:
-        rows: Token ids.
+        rows: Rows of token ids.
         score: ``(tokens_BL, mask_BL) -> scores_B``.
-        batch: Rows of a batch.
-        max_length: Largest width of a batch.
-        pad_id: Id of the padding.
-        on_progress: Called with the number of scored rows after each batch.
+        batch: Number of rows in a batch.
+        max_length: Maximum width to which rows are padded.
+        pad_id: Id of the padding token.
+        on_progress: Called after each batch with the number of rows scored so far.
+
+    Returns:
+        The scores.
     """
     order = np.argsort([len(row) for row in rows], kind="stable")
     scores = np.zeros(len(rows))
@@ -244,7 +249,7 @@ def score_rows(
 
 
 def measure(scored: Scored, *, bins: int = 10) -> dict[str, Any]:
-    """Returns all measurements, as results.json and the report contain them."""
+    """Computes all metrics, in the format of results.json."""
     chosen, rejected = scored.chosen_N, scored.rejected_N
     subsets = diagnostics.accuracy_by_stratum(chosen, rejected, [record.subset for record in scored.records])
     longer = np.maximum(scored.chosen_lengths_N, scored.rejected_lengths_N)
@@ -275,7 +280,7 @@ def measure(scored: Scored, *, bins: int = 10) -> dict[str, Any]:
 
 
 def accuracy_table(model: dict[str, Any]) -> Table:
-    """Returns a table of the accuracy by subset and over all pairs."""
+    """Returns a table of the accuracy on each subset and on all pairs."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     for name, side in (("subset", "left"), ("pairs", "right"), ("accuracy, %", "right"), ("95 % interval", "right")):
         table.add_column(name, justify=side)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Measures reward against KL for PPO with several KL coefficients and seeds, from one SFT and one reward model.
+"""Runs PPO with several KL coefficients and seeds, and plots reward and gold utility against KL.
 
     python experiments/sweep.py                                    4 coefficients x 3 seeds on the built-in world
     python experiments/sweep.py --kl-coefs 0.02 0.2 --seeds 5
@@ -6,10 +6,10 @@
     python experiments/sweep.py --preset smoke                     all runs in about a minute, too short to learn much
     python experiments/sweep.py --resume runs/NAME                 resume an interrupted sweep
 
-All coefficients and seeds share one compiled program. On a GPU or TPU all runs train together (``jax.vmap`` over keys
-and coefficients); on a CPU, where that is no faster, they train one after the other. The command has all flags of
-instructgpt.py. The run folder holds sweep.json, sweep.html with the figure, config.json, metrics.jsonl, tensorboard/
-and checkpoints/.
+All runs share one SFT model, one reward model and one compiled program. On a GPU or TPU, they train together
+(``jax.vmap`` over keys and coefficients). On a CPU, where this is not faster, they train one after another. All flags
+of instructgpt.py apply here too. The run folder contains sweep.json, sweep.html with the figure, config.json,
+metrics.jsonl, tensorboard/ and checkpoints/.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from launch.settings import SettingError, Settings
 
 @dataclasses.dataclass(frozen=True)
 class Sweep(Settings):
-    """Settings of sweep.py: those of instructgpt.py, and those below."""
+    """Settings of sweep.py, in addition to those of instructgpt.py."""
 
     command: ClassVar[str] = "sweep"
 
     kl_coefs: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
-    """KL coefficients, in reward per nat; each is run with every seed. They replace --ppo.kl-coef."""
+    """KL coefficients, in reward per nat, which replace --ppo.kl-coef. Each is run with all seeds."""
     seeds: int = 3
-    """Number of runs of each coefficient; they share data and initial models and differ in the random keys of sampling
-    and minibatches."""
+    """Number of runs of each coefficient. They share data and initial models; sampling and minibatches are seeded
+    separately."""
     together: Literal["auto", "yes", "no"] = "auto"
-    """Whether to train all runs in one program; `auto` does so on a GPU or TPU. Such a sweep has no checkpoints of its
-    PPO runs, so resuming repeats them."""
+    """Whether to train all runs together; `auto` does so on a GPU or TPU. Runs that train together have no checkpoints,
+    so resuming repeats them."""
 
 
 def parse(arguments: list[str]) -> Sweep:
-    """Returns the settings of a command line; raises SettingError for invalid ones."""
+    """Parses the command line; raises SettingError for invalid settings."""
     settings = command_line.parse(Sweep, arguments, doc=__doc__)
     if not settings.kl_coefs or not all(0 <= coef < math.inf for coef in settings.kl_coefs):
         raise SettingError(f"--kl-coefs is {settings.kl_coefs}; give finite coefficients of at least 0")
     if len(set(settings.kl_coefs)) < len(settings.kl_coefs):
         raise SettingError(f"--kl-coefs is {settings.kl_coefs}; give each coefficient once")
     if settings.together == "yes" and mesh_settings.is_sharded(settings):
-        raise SettingError("--together yes runs on one device; leave out --together or --mesh.*")
+        raise SettingError("--together yes requires a single device; leave out --together or --mesh.*")
     require(settings.seeds >= 1, settings, "seeds", "at least 1")
     return settings
 
@@ -66,7 +66,7 @@ from sweeps import frontier_plot, run_grid
 
 
 def cells_of(settings: Sweep) -> list[run_grid.Cell]:
-    """Returns the runs of a sweep, coefficient by coefficient."""
+    """Returns the runs of a sweep, ordered by coefficient."""
     return [
         run_grid.Cell(f"kl{coef:g}-seed{seed}", dataclasses.replace(settings.ppo, kl_coef=coef), seed)
         for coef in settings.kl_coefs

@@ -1,18 +1,19 @@
-"""Interrupts runs and corrupts checkpoints at random, and checks that every resumed run is bit-identical.
+"""Interrupts runs and corrupts checkpoints at random, and checks that resumed runs give bit-identical results.
 
     python experiments/torture.py                           100 kills, 12 stops, 140 corruptions
     python experiments/torture.py --kills 8 --flips 20      a shorter run
-    python experiments/torture.py --stages ppo --seed 3     one stage, different moments
+    python experiments/torture.py --stages ppo --seed 3     one stage, interrupted at different moments
 
-Four tiny runs (SFT, reward model, DPO, PPO) use the library's own train steps, loop, checkpoints and log. Each is run
-once without interruption. Then it is killed (SIGKILL) and stopped (SIGTERM) while it compiles, during a step and during
-a save, each time in a new process, and resumed. The state after every iteration, every leaf of the final state and
-every line of metrics.jsonl must equal those of the uninterrupted run. After that, bits of a checkpoint's files are
-flipped and files are truncated and deleted: each corruption must be reported and the older checkpoint restored, or the
-newest one must be restored bit for bit.
+The command uses four tiny runs (SFT, reward model, DPO, PPO) with the train steps, loop, checkpoints and log of the
+library. Each is run once without interruption. Then it is repeatedly interrupted and resumed in a new process: it is
+killed (SIGKILL) or stopped (SIGTERM) while it compiles, during a step or during a save. The state after each iteration,
+the final state and metrics.jsonl must be identical to those of the uninterrupted run.
 
-Expected result: no failures. Otherwise the exit status is 1, torture.json in the output folder lists the failures, and
-the folders of the failed runs are kept.
+Next, the files of a checkpoint are corrupted: bits are flipped, and files are truncated or deleted. Either the
+corruption is reported and an older checkpoint is restored, or the newest checkpoint must be restored bit-identically.
+
+No failures are expected. If there are any, the exit status is 1, torture.json in the output folder lists them, and the
+folders of the failed runs are kept.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def parse(arguments: list[str]) -> TortureSettings:
 if __name__ == "__main__":
     command_line.answer_help(parse)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Set before the processes that read them are forked; these compile small programs a hundred times, without a cache.
+    # The forked processes inherit these variables. They compile small programs many times, without a cache.
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 
@@ -53,7 +54,7 @@ from rich.table import Table
 
 
 def run(settings: TortureSettings) -> dict[str, Any]:
-    """Runs everything; returns the contents of torture.json."""
+    """Runs all tests and returns the contents of torture.json."""
     began, out = time.monotonic(), Console()
     folder = run_folder.free_folder(settings.out, kind="torture")
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,8 +111,9 @@ def run(settings: TortureSettings) -> dict[str, Any]:
     for text in failures:
         out.print(f"failure: {text}", markup=False, soft_wrap=True)
     out.print(
-        f"{sum(r.resumed for r in reports)} of {sum(r.interruptions for r in reports)} interrupted runs resumed bit "
-        f"for bit; {len(failures) or 'no'} failures; {results['seconds']:.0f} s; results: {folder / 'torture.json'}",
+        f"{sum(r.resumed for r in reports)} of {sum(r.interruptions for r in reports)} interrupted runs resumed "
+        f"bit-identically; {len(failures) or 'no'} failures; {results['seconds']:.0f} s; "
+        f"results: {folder / 'torture.json'}",
         soft_wrap=True,
         highlight=False,
     )
@@ -125,7 +127,7 @@ def _shares(count: int, parts: int) -> list[int]:
 def _interruptions_table(reports: Sequence[interruptions.Report]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title="kills (SIGKILL) + stops (SIGTERM) by phase of the run")
     phases = ("start", *interruptions.PHASES)
-    for name in ("stage", *phases, "resumed bit for bit", "runs compared", "failures", "seconds"):
+    for name in ("stage", *phases, "resumed bit-identically", "runs compared", "failures", "seconds"):
         table.add_column(name, justify="left" if name == "stage" else "right")
     for r in reports:
         by_phase = [f"{r.kills[phase]} + {r.terms[phase]}" for phase in phases]
@@ -144,7 +146,7 @@ def _corruption_table(report: corruption.Report) -> Table:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line; exits with status 1 if there are failures."""
+    """Runs the command line. The exit status is 1 if there are failures."""
     results: list[Any] = []
     entry_point.execute(lambda settings: results.append(run(settings)), parse, arguments)
     if any(each["failures"] for each in results):

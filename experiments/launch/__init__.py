@@ -1,1 +1,1 @@
-"""Start-up code of all commands: parses and checks settings, joins hosts, makes the mesh and the run folder."""
+"""Start-up code of all commands: parses and checks settings, connects hosts, creates the mesh and the run folder."""

@@ -1,11 +1,17 @@
-"""Parses the command lines of experiments. Imports neither jax nor the library, so that ``--help`` is fast."""
+"""Parses the command lines of experiments; imports neither jax nor the library, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import itertools
 import pathlib
 import signal
 import sys
+import textwrap
+import types
+import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -14,14 +20,16 @@ from launch import config_file, setting_checks, settings
 S = TypeVar("S", bound=settings.Settings)
 T = TypeVar("T")
 
+_HELP = {"-h", "--help"}
+
 
 def answer_help(parse: Callable[[list[str]], Any]) -> None:
-    """Prints the help and exits if the command line has ``--help``.
+    """Prints the help and exits if the command line contains ``--help``.
 
-    A command calls this below its settings and above its slow imports.
+    Commands call this after they define their settings and before their slow imports.
     """
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly when head closes the pipe
+    if _HELP & set(sys.argv[1:]):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a closed pipe, as in `--help | head`, ends the process silently
         parse(sys.argv[1:])
 
 
@@ -29,8 +37,30 @@ def parse_as(kind: type[T], arguments: list[str], *, prog: str, doc: str | None,
     """Returns a settings dataclass parsed from the command line; ``doc`` and the fields' docstrings are its help."""
     import tyro  # imported late because use_huge_pages runs all earlier imports twice
 
+    if _HELP & set(arguments):
+        _set_field_help(kind)
     options: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(kind, args=arguments, prog=prog, description=doc, **options)
+    return tyro.cli(kind, args=arguments, prog=prog, description=_join_lines(doc or ""), **options)
+
+
+def _join_lines(text: str) -> str:
+    """Joins the lines of each paragraph that is not indented."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(each if "\n " in f"\n{each}" else " ".join(each.split("\n")) for each in paragraphs)
+
+
+def _set_field_help(kind: type) -> None:
+    """Sets the help of each field to its docstring in one line, since tyro keeps line breaks before indentation."""
+    for cls in filter(dataclasses.is_dataclass, kind.__mro__):
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        assert isinstance(definition, ast.ClassDef)
+        for pair in itertools.pairwise(definition.body):
+            match pair:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    field = cls.__dataclass_fields__[name]
+                    field.metadata = types.MappingProxyType({"help": " ".join(text.split())})
+    for group in filter(dataclasses.is_dataclass, typing.get_type_hints(kind).values()):
+        _set_field_help(group)
 
 
 def parse(
@@ -40,13 +70,13 @@ def parse(
     doc: str | None,
     adjust: Callable[[Any], Any] = lambda preset: preset,
 ) -> S:
-    """Returns the checked settings of a run: those of a preset or of the run to resume, overridden by the flags.
+    """Returns the checked settings of a run. Flags override the preset or, with --resume, the settings of that run.
 
     Args:
         kind: The settings class of the command.
         arguments: The command line without the program's name.
         doc: The description that ``--help`` prints.
-        adjust: The command's changes to the preset, applied before the flags.
+        adjust: Changes the preset for the command, before the flags are applied.
 
     Returns:
         The settings.
@@ -57,19 +87,19 @@ def parse(
     resume = settings.peek(arguments, "--resume")
     default = config_file.read_settings(kind, resume) if resume else adjust(kind(**_preset_fields(arguments)))
     parsed = parse_as(kind, arguments, prog=f"{kind.command}.py", doc=doc, default=default)
-    # Checkpoints can be restored on any mesh and on any number of hosts.
+    # Only these may change, since a checkpoint can be restored on any mesh and any number of hosts.
     free = {"resume": None, "mesh": default.mesh, "hosts": default.hosts}
     if resume and dataclasses.replace(parsed, **free) != dataclasses.replace(default, resume=None):
         raise settings.SettingError(
-            f"--resume {resume} uses the settings in its {config_file.NAME}; leave out all flags except --mesh.* and "
-            "--hosts.*"
+            f"--resume {resume} takes all settings from its {config_file.NAME}; leave out all flags except --mesh.* "
+            "and --hosts.*"
         )
     setting_checks.check(parsed)
     if parsed.model is None:
         return parsed
     if parsed.net != default.net:
-        raise settings.SettingError("--net.* sets the size of a new model; leave it out with --model")
-    # An absolute path lets the run be resumed from any folder.
+        raise settings.SettingError("--net.* sets the size of a new model; leave it out when --model is given")
+    # An absolute path, so that the run can be resumed from any working directory.
     return dataclasses.replace(parsed, model=str(pathlib.Path(parsed.model).absolute()))
 
 

@@ -1,4 +1,4 @@
-"""Reads config.json of a run folder, which `run_folder.create` writes, back into settings."""
+"""Reads the settings of a run from its config.json, which `run_folder.create` writes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ S = TypeVar("S", bound=settings_lib.Settings)
 
 NAME = "config.json"
 VERSION = 2
-"""Version of the run folder's layout. Runs with another version or none are refused."""
+"""Version of the run folder's layout. Runs with a different version, or without one, are refused."""
 
 
 def read(resume: str) -> dict[str, Any]:
@@ -42,9 +42,10 @@ def read(resume: str) -> dict[str, Any]:
 
 
 def read_settings(kind: type[S], resume: str) -> S:
-    """Returns the settings of class ``kind`` that the run in ``resume`` was started with.
+    """Returns the settings, of class ``kind``, with which the run in ``resume`` was started.
 
-    The hosts are those of this process. Raises SettingError if `read` does or if the run belongs to another command.
+    The --hosts settings are not restored. Raises SettingError if `read` does, or if the run belongs to another
+    command.
     """
     values = read(resume)
     if values["command"] != kind.command:
@@ -54,24 +55,26 @@ def read_settings(kind: type[S], resume: str) -> S:
 
 
 def from_dict(kind: type[S], values: dict[str, Any]) -> S:
-    """Inverse of ``dataclasses.asdict``; raises SettingError if the fields differ from this version's."""
+    """Inverts ``dataclasses.asdict``; raises SettingError if the fields differ from those of this version."""
     fields = dataclasses.fields(kind)
     if missing := {field.name for field in fields} - set(values):
-        raise SettingError(f"{NAME} lacks the setting {min(missing)}; start a new run")
+        raise SettingError(f"{NAME} lacks the setting {min(missing)}; start a new run with --out")
     return kind(**{field.name: _restore(values[field.name], field) for field in fields})
 
 
 def _restore(value: Any, field: dataclasses.Field) -> Any:
-    """Returns a JSON value as its field's type: a group of settings, a tuple or a number."""
+    """Converts a JSON value to the type of its field: a group of settings, a tuple or a scalar."""
     group: Any = field.default_factory
     if isinstance(group, type) and dataclasses.is_dataclass(group):
         inner = dataclasses.fields(group)
         if not isinstance(value, dict) or set(value) != {each.name for each in inner}:
-            raise SettingError(f"the settings of {field.name} in {NAME} differ from this version's; start a new run")
+            raise SettingError(
+                f"the settings of {field.name} in {NAME} differ from those of this version; start a new run with --out"
+            )
         return group(**{each.name: _restore(value[each.name], each) for each in inner})
     value = tuple(value) if isinstance(value, list) else value
     default = field.default
     expected = (int, float) if isinstance(default, float) else type(default)
     if value is not None and isinstance(default, (str, int, float, tuple)) and not isinstance(value, expected):
-        raise SettingError(f"{NAME} has {field.name} = {value!r}, which is not a {type(default).__name__}")
+        raise SettingError(f"{NAME} has {field.name} = {value!r}, which is not of type {type(default).__name__}")
     return value

@@ -1,4 +1,4 @@
-"""The device mesh of a run: resolves its sizes, rounds numbers of rows to it, and places arrays on it."""
+"""Creates the device mesh of a run, rounds batch sizes to it and places arrays on it."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from rlhf_jax import lm, parallel
 
 
 def resolve(settings: Settings) -> Settings:
-    """Returns the settings with -1 replaced by the size of the data axis.
+    """Returns the settings with a ``mesh.data`` of -1 replaced with the size of the data axis.
 
-    Raises SettingError if the mesh does not fit the devices. A run calls this first: ``simulate`` has an effect only
-    before JAX initialises its devices.
+    Must be called before JAX initialises its devices, after which ``mesh.simulate`` has no effect. Raises SettingError
+    if the mesh does not fit the devices.
     """
     mesh = settings.mesh
     if not mesh_settings.is_sharded(settings):
         if jax.process_count() == 1:
             return settings
-        mesh = dataclasses.replace(mesh, data=-1)  # several hosts always use all of their devices
+        mesh = dataclasses.replace(mesh, data=-1)  # a run on several hosts uses all of their devices
     if mesh.simulate is not None:
-        with contextlib.suppress(RuntimeError):  # JAX has initialised its devices; their number is checked below
+        with contextlib.suppress(RuntimeError):  # the devices are already initialised; their number is checked below
             jax.config.update("jax_num_cpu_devices", mesh.simulate)
             jax.config.update("jax_platforms", "cpu")
     devices, others = jax.device_count(), mesh.fsdp * mesh.tensor * mesh.sequence
@@ -43,13 +43,13 @@ def resolve(settings: Settings) -> Settings:
 
 
 def make(settings: Settings) -> jax.sharding.Mesh | None:
-    """Returns the mesh of resolved settings; None for a single device."""
+    """Creates the mesh of settings from `resolve`; returns None for a single device."""
     sizes = {axis: getattr(settings.mesh, axis) for axis in AXES}
     return parallel.make_mesh(**sizes) if any(size != 1 for size in sizes.values()) else None
 
 
 def describe(mesh: jax.sharding.Mesh, cfg: lm.LMConfig) -> list[str]:
-    """Returns the lines that a run prints about its mesh: its sizes, and the parameters that no axis divides."""
+    """Returns lines that describe the mesh: its sizes, its devices and the parameters that it does not divide."""
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     kind = mesh.devices.flat[0].device_kind
     lines = [f"mesh: {sizes}, on {mesh.size} devices ({kind})"]
@@ -59,11 +59,8 @@ def describe(mesh: jax.sharding.Mesh, cfg: lm.LMConfig) -> list[str]:
 
 
 def make_sharder(cfg: lm.LMConfig, mesh: jax.sharding.Mesh) -> Any:
-    """Returns the function by which `lm.load` maps an array's logical axes to its sharding.
-
-    A logical axis has the same size in all parameters of a model.
-    """
-    sizes: dict[str, int] = {}
+    """Returns the ``shard`` argument of `lm.load`: a function from the logical axes of a parameter to its sharding."""
+    sizes: dict[str, int] = {}  # a logical axis has the same size in all parameters
     for name, axes in _flatten(lm.logical_axes(cfg, head=True)).items():
         sizes |= dict(zip(axes, _flatten(lm.abstract(cfg, head=True))[name].shape))
 
@@ -81,23 +78,23 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def round_rows_up(rows: int, mesh: jax.sharding.Mesh | None) -> int:
-    """Returns the smallest number of at least ``rows`` that divides over the mesh."""
+    """Rounds ``rows`` up to a multiple of the mesh's number of batch shards."""
     parts = 1 if mesh is None else parallel.num_batch_shards(mesh)
     return -(-rows // parts) * parts
 
 
 def round_rows_down(rows: int, mesh: jax.sharding.Mesh | None, name: str) -> int:
-    """Returns the largest number of at most ``rows`` that divides over the mesh; raises SettingError if it is 0."""
+    """Rounds ``rows`` down to a multiple of the mesh's number of batch shards; raises SettingError if this is 0."""
     if mesh is None:
         return rows
     rounded = rows - rows % parallel.num_batch_shards(mesh)
     if rounded == 0:
-        raise SettingError(f"{name} gives a batch of {rows}, too small for {parallel.num_batch_shards(mesh)} devices")
+        raise SettingError(f"{name}: a batch of {rows} is too small for {parallel.num_batch_shards(mesh)} devices")
     return rounded
 
 
 def put_rows(mesh: jax.sharding.Mesh | None, *arrays: np.ndarray) -> tuple[Any, ...]:
-    """Returns the arrays on the mesh, sharded by rows if the rows divide, else replicated; unchanged without a mesh."""
+    """Places arrays on the mesh, if there is one: sharded by rows if the rows divide over it, otherwise replicated."""
     if mesh is None:
         return arrays
     if len(arrays[0]) % parallel.num_batch_shards(mesh):

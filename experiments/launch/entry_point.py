@@ -1,4 +1,4 @@
-"""Runs a command; prints errors that the user can fix as one line on stderr and sets the exit status."""
+"""Runs a command. Prints user errors as one line on stderr and sets the exit status."""
 
 from __future__ import annotations
 
@@ -25,21 +25,20 @@ USER_ERRORS = (
     hosts.HostsError,
     metrics.LogError,
 )
-"""Errors that the user can fix; they are printed without a traceback."""
+"""User errors, which are printed without a traceback."""
 
 
 def execute(run: Callable[[Any], Any], parse: Callable[[list[str]], Any], arguments: list[str] | None) -> None:
     """Parses the command line and runs the command.
 
-    Exit statuses are 2 for an error that the user can fix, 3 for an alarm with --on-alarm stop, and 75 for a run
-    stopped by SIGTERM.
+    The exit status is 2 for a user error, 3 for an alarm with --on-alarm stop, and 75 for a run stopped by SIGTERM.
 
     Args:
         run: The command, a function of its settings.
         parse: Returns the settings of a command line.
         arguments: The command line without the program's name; None uses ``sys.argv``.
     """
-    with _ignore_closed_event_loops():  # outermost, because a failed save is still closing while its error is printed
+    with _ignore_closed_event_loops():  # outermost, since a failed save may still be closing when its error is printed
         try:
             with _stop_on_sigterm():
                 parsed = parse(sys.argv[1:] if arguments is None else arguments)
@@ -70,7 +69,7 @@ class _StoppedError(BaseException):
 
 @contextlib.contextmanager
 def _stop_on_sigterm() -> Iterator[None]:
-    """Raises `_StoppedError` on SIGTERM; within a stage `loop.fit` finishes its step and saves instead."""
+    """Raises `_StoppedError` on SIGTERM, except within a stage, where `loop.fit` finishes the step and saves."""
 
     def stop(number: int, frame: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal must not interrupt the clean-up
@@ -88,7 +87,7 @@ def _stop_on_sigterm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ignore_closed_event_loops() -> Iterator[None]:
-    """Silences the callbacks of failed reads and writes into a closed event loop; the failure itself is reported."""
+    """Silences errors of callbacks into a closed event loop, which follow a failed read or write that is reported."""
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     previous = sys.excepthook
 

@@ -1,4 +1,4 @@
-"""Joins the hosts of a run, checks that they agree on settings, data and code, and gathers arrays from them."""
+"""Connects the hosts of a run, checks that their settings, data and code are equal, and gathers arrays from them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _VISIBLE_WITHIN = 60.0
 
 @contextlib.contextmanager
 def join_hosts(settings: Any, status: Callable[[BaseException], int]) -> Iterator[None]:
-    """Joins the other hosts of the run, if any; raises an error if their settings, data or code differ."""
+    """Connects to the other hosts of the run, if any; raises an error if their settings, data or code differ."""
     if not isinstance(settings, Settings):
         yield
         return
@@ -47,7 +47,7 @@ def join_hosts(settings: Any, status: Callable[[BaseException], int]) -> Iterato
 
 
 def host_facts(settings: Settings) -> dict[str, Any]:
-    """Returns what must be equal on all hosts, by name: settings, data, model, code and versions."""
+    """Returns the values that must be equal on all hosts, by name: settings, data, model, code and versions."""
     facts: dict[str, Any] = {}
     for name, value in dataclasses.asdict(settings).items():
         if isinstance(value, dict) and name != "hosts":
@@ -71,22 +71,22 @@ def _code_digest() -> str:
 
 
 def check_shared(path: pathlib.Path) -> None:
-    """Raises SettingError if this host does not see the folder that the first host has created."""
+    """Raises SettingError if this host cannot see the run folder that the first host has created."""
     deadline = time.monotonic() + _VISIBLE_WITHIN
     while not (path / config_file.NAME).exists():
         if time.monotonic() > deadline:
             raise SettingError(
-                f"host {hosts.current().index} does not see {path}, to which the first host writes; --out must be a "
-                "folder that all hosts share"
+                f"host {hosts.current().index} cannot see {path}, to which the first host writes; --out must be a "
+                "folder on a file system that all hosts share"
             )
         time.sleep(0.5)
 
 
 class ReadOnlyLog(metrics.MetricLog):
-    """The log of every host except the first; reads the first host's rows and writes nothing."""
+    """The log on all hosts except the first. It reads the rows that the first host writes, and writes nothing."""
 
     def __init__(self, directory: pathlib.Path) -> None:
-        """Opens no files."""
+        """Opens no file."""
         self._directory = directory
 
     def write(self, stage: str, step: int, values: Any) -> None:
@@ -100,12 +100,12 @@ class ReadOnlyLog(metrics.MetricLog):
 
 
 def gather(tree: Any) -> Any:
-    """Returns the arrays gathered from all hosts, which must all call this; unchanged on a single host."""
+    """Gathers sharded arrays from all hosts, which must all call this; returns them unchanged on a single host."""
     return tree if jax.process_count() == 1 else jax.tree.map(processes.gather, tree)
 
 
 def to_numpy(tree: Any) -> Any:
-    """Returns the arrays as NumPy arrays, gathered from all hosts if there are several."""
+    """Converts arrays to NumPy, gathering them if there are several hosts."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return jax.tree.map(lambda x: np.asarray(processes.gather(x)), tree)

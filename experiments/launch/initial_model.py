@@ -1,4 +1,4 @@
-"""Loads the model given by --model: a folder in Hugging Face format, with its tokenizer and its chat format."""
+"""Loads the model, tokenizer and chat format that --model specifies, from a folder in Hugging Face format."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FILES = ("*.json", "*.jinja", "*.safetensors", "tokenizer.model")
 
 @dataclasses.dataclass(frozen=True)
 class InitialModel:
-    """A loaded model; its vocabulary has the size of its tokenizer's."""
+    """A loaded model. Its vocabulary has the same size as its tokenizer's."""
 
     path: str
     cfg: lm.LMConfig
@@ -29,16 +29,15 @@ class InitialModel:
         """Raises SettingError if prompts and answers of these widths exceed the model's maximum length."""
         if prompt_width + response_width > self.cfg.max_length:
             raise SettingError(
-                f"{source}: {prompt_width} + {response_width} tokens exceed the {self.cfg.max_length} that "
-                f"--model {self.path} can read"
+                f"{source}: {prompt_width} + {response_width} tokens exceed the maximum length of "
+                f"--model {self.path}, {self.cfg.max_length} tokens"
             )
 
 
 def load(path: str, *, mesh: jax.sharding.Mesh | None = None) -> InitialModel:
-    """Loads a language model from a folder, onto ``mesh`` if given; raises SettingError if that fails.
+    """Loads a language model from a folder, sharded over ``mesh`` if given; raises SettingError if that fails.
 
-    Vocabularies are often padded to a round number. Ids without a token are removed from the model, so that they get no
-    probability.
+    Many models pad their vocabulary to a round number. Ids without a token are removed, so that they cannot be sampled.
     """
     model = _load(path, mesh)
     if "head" in model.params:
@@ -47,7 +46,7 @@ def load(path: str, *, mesh: jax.sharding.Mesh | None = None) -> InitialModel:
 
 
 def load_reward_model(path: str) -> InitialModel:
-    """Loads a reward model from a folder, such as instructgpt.py writes; raises SettingError as `load` does."""
+    """Loads a reward model, as saved by instructgpt.py, from a folder; raises SettingError if that fails."""
     model = _load(path)
     if "head" not in model.params:
         raise SettingError(f"cannot use --model {path}: it is a language model, not a reward model")
@@ -69,20 +68,20 @@ def _load(path: str, mesh: jax.sharding.Mesh | None = None) -> InitialModel:
         raise SettingError(
             f"cannot use --model {path}: its tokenizer has {n} ids, more than the {cfg.vocab_size} of the model"
         )
-    return InitialModel(path, *_cut_vocabulary(cfg, params, n), fmt)
+    return InitialModel(path, *_truncate_vocabulary(cfg, params, n), fmt)
 
 
-def _cut_vocabulary(cfg: lm.LMConfig, params: types.Params, n: int) -> tuple[lm.LMConfig, types.Params]:
+def _truncate_vocabulary(cfg: lm.LMConfig, params: types.Params, n: int) -> tuple[lm.LMConfig, types.Params]:
     if n == cfg.vocab_size:
         return cfg, params
-    cut = {**params, "embed": {**params["embed"], "tokens": params["embed"]["tokens"][:n]}}
+    truncated = {**params, "embed": {**params["embed"], "tokens": params["embed"]["tokens"][:n]}}
     if "unembed" in params:
-        cut["unembed"] = {"kernel": params["unembed"]["kernel"][:, :n]}
-    return dataclasses.replace(cfg, vocab_size=n), cut
+        truncated["unembed"] = {"kernel": params["unembed"]["kernel"][:, :n]}
+    return dataclasses.replace(cfg, vocab_size=n), truncated
 
 
 def fingerprint(path: str) -> str:
-    """Returns the SHA-256 of the names and contents of the files that are read from a model folder."""
+    """Returns a SHA-256 of the names and contents of the files that `load` reads from a folder."""
     digest = hashlib.sha256()
     for file in sorted({file for pattern in _FILES for file in pathlib.Path(path).glob(pattern)}):
         with open(file, "rb") as stream:

@@ -1,4 +1,4 @@
-"""Checks the --mesh flags without initialising devices; `device_mesh` makes the mesh."""
+"""Checks the --mesh flags without initialising devices; `device_mesh` creates the mesh."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def is_sharded(settings: Settings) -> bool:
 
 
 def check(settings: Settings) -> None:
-    """Raises SettingError for invalid mesh sizes and for batches that do not divide over data x fsdp.
+    """Raises SettingError for an invalid mesh size or a batch that does not divide over data x fsdp.
 
-    Batches are not checked while ``data`` is -1; `device_mesh.resolve` computes its size and checks again.
+    While ``data`` is -1, batches are not checked. `device_mesh.resolve` computes the size and calls this again.
     """
     mesh = settings.mesh
     for axis in AXES:
@@ -24,7 +24,7 @@ def check(settings: Settings) -> None:
             raise SettingError(f"--mesh.{axis} is {size}; it must be at least 1{' or -1' * (axis == 'data')}")
     if mesh.simulate is not None and (mesh.simulate < 2 or not is_sharded(settings)):
         raise SettingError(
-            f"--mesh.simulate is {mesh.simulate}; it must be at least 2, together with mesh sizes such as --mesh.data"
+            f"--mesh.simulate is {mesh.simulate}; it must be at least 2 and requires mesh sizes, such as --mesh.data"
         )
     if mesh.data == -1 or mesh.data * mesh.fsdp == 1:
         return
@@ -41,7 +41,7 @@ def check(settings: Settings) -> None:
 
 
 def check_divides(mesh: Mesh, name: str, rows: int) -> None:
-    """Raises SettingError, naming the setting, for a batch of ``rows`` that does not divide over data x fsdp."""
+    """Raises SettingError if ``rows``, which the message calls ``name``, do not divide over the mesh."""
     parts = mesh.data * mesh.fsdp
     if mesh.data != -1 and rows % parts:
         raise SettingError(

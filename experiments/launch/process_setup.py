@@ -1,4 +1,4 @@
-"""Process-wide setup that must precede the import of jax; imports the standard library only."""
+"""Process-wide setup that must precede the import of jax; imports only the standard library."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ START_TIME = float(os.environ.pop(_START_TIME_VARIABLE, None) or time.time())
 
 _owns_process = False
 
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # transformers warns that torch is not installed
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # the warning that torch is not installed
 
 
 def use_huge_pages() -> None:
-    """Restarts the process with glibc's huge pages unless GLIBC_TUNABLES is set: CPU steps are about a third faster.
+    """Restarts the process with glibc's huge pages, which make CPU steps about a third faster.
 
-    Only commands call this, before their slow imports. It also lets `exit_process` end the process at once.
+    Does not restart if GLIBC_TUNABLES is set. Only commands call this, before their slow imports; it also makes
+    `exit_process` end the process immediately.
     """
     global _owns_process
     _owns_process = True
@@ -30,10 +31,10 @@ def use_huge_pages() -> None:
 
 
 def exit_process(status: int) -> NoReturn:
-    """Ends the process with ``status``; raises SystemExit if `use_huge_pages` has not been called.
+    """Ends the process immediately with ``status``, or raises SystemExit if `use_huge_pages` has not been called.
 
-    A command's process exits at once. It does not wait for threads that are still compiling or for the thread of a
-    failed save, which sometimes never ends.
+    An immediate exit does not wait for threads that are still compiling, or for the thread of a failed save, which may
+    never end.
     """
     if _owns_process:
         sys.stdout.flush()
@@ -48,6 +49,6 @@ def peak_memory_mb() -> float:
         with open("/proc/self/status", encoding="ascii") as file:
             return next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
-        # The fallback for systems other than Linux. On Linux, ru_maxrss includes the peak of the parent process.
+        # For systems without /proc. On Linux, ru_maxrss would include the peak of the parent process.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / 2**20 if sys.platform == "darwin" else peak / 1024

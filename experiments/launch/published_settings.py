@@ -1,7 +1,7 @@
-"""PPO settings that papers report. Settings that a paper does not report keep their values in `settings.PPO`.
+"""PPO settings reported in papers. Settings that a paper does not report keep their values in `settings.PPO`.
 
-Coefficients are in units of each paper's reward, so the same number has a different effect with another reward; compare
-the KLs that runs reach. Learning rates are for models of 100 million parameters or more and are used only with --model.
+Coefficients are relative to the scale of each paper's reward, so their effect differs between rewards; compare runs by
+the KL that they reach. Learning rates suit models of at least 100 million parameters and are used only with --model.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 _SHARED: dict[str, Any] = {"clip": 0.2, "discount": 1.0, "lambda_": 0.95}
 
 PPO_SETTINGS: dict[str, dict[str, Any]] = {
-    # Ouyang et al. 2022, appendix C. Lambda, value clip and Adam's epsilon are not reported.
+    # Ouyang et al. 2022, appendix C, which does not report lambda, value clip and Adam's epsilon.
     "instructgpt": _SHARED
     | {"kl_coef": 0.02, "batch": 512, "minibatches": 8, "epochs": 1, "warmup": 10, "schedule": "constant"}
     | {"ema": 0.992, "ptx_coef": 27.8, "ptx_ratio": 8.0, "temperature": 1.0},
     # Stiennon et al. 2020, appendix B.1.
     "stiennon": _SHARED | {"kl_coef": 0.05, "batch": 512, "epochs": 4, "schedule": "linear", "warmup": 0, "ema": 0.0},
-    # Ziegler et al. 2019, released code (style tasks): adaptive KL coefficient, whitened rewards, TensorFlow's Adam,
-    # values from a zero head on the policy's trunk.
+    # Ziegler et al. 2019, released code for the style tasks, with an adaptive KL coefficient, whitened rewards,
+    # TensorFlow's Adam and a zero value head on the policy's trunk.
     "ziegler": _SHARED
     | {"kl_coef": 0.15, "kl_target": 6.0, "kl_gain": 0.0512, "batch": 512, "minibatches": 1, "epochs": 4}
     | {"value_clip": 0.2, "whiten_rewards": True, "temperature": 0.7, "missing_stop_score": -1.0, "ema": 0.0}
@@ -31,10 +31,10 @@ PPO_SETTINGS: dict[str, dict[str, Any]] = {
     | {"value_coef": 0.1},
     # Bai et al. 2022, appendix B.1.
     "hh": _SHARED | {"kl_coef": 0.001, "epochs": 1, "entropy_coef": 0.0, "ema": 0.0},
-    # Xu et al. 2024, appendix A; its top-k of 200 is omitted, since it needs --ppo.correct-sampler.
+    # Xu et al. 2024, appendix A, without its top-k of 200, which requires --ppo.correct-sampler.
     "xu": {"kl_coef": 0.1, "batch": 512, "minibatches": 4, "clip": 0.2, "discount": 1.0, "lambda_": 1.0, "ema": 0.0}
     | {"reward_clip": 20.0, "normalise_values": True, "temperature": 1.0},
-    # A widely copied tutorial; none of the papers uses its entropy bonus or its gradient clipping.
+    # A widely copied tutorial. None of the papers uses its entropy bonus or its gradient clipping.
     "tutorial": _SHARED | {"kl_coef": 0.2, "entropy_coef": 0.01, "temperature": 0.7, "epochs": 4, "max_grad_norm": 1.0},
 }
 
@@ -45,4 +45,4 @@ LEARNING_RATES: dict[str, dict[str, Any]] = {
     "n-plus": {"learning_rate": 3e-6, "critic_learning_rate": 3e-6},
     "xu": {"learning_rate": 1e-5, "critic_learning_rate": 5e-6},
 }
-"""InstructGPT chose the policy's rate between 2.55e-6 and 2.55e-5 and does not report it; this is its SFT rate."""
+"""The policy's rate for InstructGPT is its SFT rate: the paper reports only the range searched, 2.55e-6 to 2.55e-5."""

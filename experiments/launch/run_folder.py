@@ -1,4 +1,4 @@
-"""The folder of a run: its files, its incidents, and the checks before it is resumed."""
+"""The folder of a run: its files and incidents, and the checks before the run is resumed."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from rlhf_jax.distributed import hosts
 
 RESULTS, INCIDENTS = "results.json", "incidents.jsonl"
 MODEL_FILES, DATA_FILE = "model_files", "data_file"
-"""Keys of the fingerprints in config.json, next to the settings."""
+"""Keys of the model's and the data's fingerprints in config.json."""
 
 
 class RunFolder:
-    """One run's files: config.json, metrics.jsonl, tensorboard/, checkpoints/, and at the end results and models.
+    """The files of a run: config.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, results and models.
 
-    incidents.jsonl exists if something went wrong and the run recovered from it.
+    incidents.jsonl lists problems from which the run recovered, if any.
 
     Attributes:
-        print_note: ``print_note(stage, text)`` prints what `note` saves; on stderr by default.
+        print_note: ``print_note(stage, text)`` prints an incident that `note` saves; by default, to stderr.
     """
 
     def __init__(self, path: pathlib.Path, log: metrics.MetricLog | None = None) -> None:
-        """Opens an existing folder; `create` makes one."""
+        """Opens an existing folder. `create` makes a new one."""
         self.path = path
         self.log = metrics.MetricLog(path) if log is None else log
         self.print_note: Callable[[str, str], None] = lambda stage, text: print(f"{stage}: {text}", file=sys.stderr)
 
     def checkpoints(self, stage: str) -> checkpoint.Checkpoints:
-        """Returns the checkpoints of a stage; damaged ones are noted."""
+        """Returns the checkpoints of a stage; damaged ones are saved as incidents."""
         return checkpoint.Checkpoints(self.path / "checkpoints" / stage, warn=partial(self.note, stage))
 
     def note(self, stage: str, text: str) -> None:
-        """Prints an incident on the first host and saves it for the results, once for equal incidents."""
+        """Prints an incident and saves it unless it has been saved before; only the first host does so."""
         if not hosts.current().first:
             return
         self.print_note(stage, text)
@@ -55,7 +55,7 @@ class RunFolder:
                 file.write(json.dumps(incident) + "\n")
 
     def incidents(self) -> list[dict[str, str]]:
-        """Returns the incidents of this process and of earlier ones; skips a line that a kill cut short."""
+        """Returns all incidents of the run, without a last line that was only partly written."""
         path = self.path / INCIDENTS
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("}")]
@@ -66,12 +66,12 @@ class RunFolder:
 
 
 def write_json(path: pathlib.Path, values: Any) -> None:
-    """Writes a JSON file atomically; raises ValueError for NaN and infinity, which JSON cannot represent."""
+    """Writes a JSON file atomically; raises ValueError for NaN or infinity, which JSON cannot represent."""
     atomic.replace_file(path, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
 
 
 def finite(values: Any) -> Any:
-    """Returns the values with null for NaN and infinity, such as the slope of perfectly separated pairs."""
+    """Replaces NaN and infinity, such as the calibration slope of perfectly separated pairs, with None."""
     if isinstance(values, dict):
         return {name: finite(value) for name, value in values.items()}
     if isinstance(values, list | tuple):
@@ -80,28 +80,28 @@ def finite(values: Any) -> Any:
 
 
 def free_path(settings: Settings, *, kind: str | None = None) -> pathlib.Path:
-    """Returns the folder of a new run without creating it; raises SettingError if it is in use.
+    """Returns the path of a new run's folder without creating it; raises SettingError if it is in use.
 
-    Without --out, the folder's name begins with ``kind``, by default the command's name.
+    Without --out, the folder's name begins with ``kind``, which defaults to the name of the command.
     """
     return free_folder(settings.out, kind=f"{kind or settings.command}-{settings.preset}-seed-{settings.seed}")
 
 
 def free_folder(out: str | None, *, kind: str) -> pathlib.Path:
-    """Returns ``out``, or a new name under runs/ that begins with ``kind``; raises SettingError if it is in use."""
+    """Returns ``out`` or, if it is None, a new path runs/KIND-TIME; raises SettingError if the path is in use."""
     path = pathlib.Path(out or f"runs/{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
     if path.exists() and not path.is_dir():
         raise SettingError(f"--out {path} is a file; give a new or empty folder")
     if path.is_dir() and any(path.iterdir()):
-        content = "a run (continue it with --resume)" if (path / config_file.NAME).exists() else "other files"
-        raise SettingError(f"--out {path} already has {content}; give a new or empty folder")
+        content = "a run (resume it with --resume)" if (path / config_file.NAME).exists() else "other files"
+        raise SettingError(f"--out {path} already contains {content}; give a new or empty folder")
     return path
 
 
 def create(path: pathlib.Path, settings: Settings, *, model_files: str | None = None) -> RunFolder:
     """Creates the folder of a new run; raises SettingError if that fails.
 
-    ``model_files`` is the fingerprint of the model that the run starts from.
+    ``model_files`` is the fingerprint of the model from which the run starts.
     """
     extra = {"version": config_file.VERSION, "command": settings.command}
     extra |= {MODEL_FILES: model_files, DATA_FILE: data_digest(settings)}
@@ -114,21 +114,19 @@ def create(path: pathlib.Path, settings: Settings, *, model_files: str | None = 
 
 
 def check_model_unchanged(resume: str, settings: Settings, model_files: str) -> None:
-    """Raises SettingError if the files of --model have changed since the run was started."""
+    """Raises SettingError if the files of --model have changed since the run started."""
     if config_file.read(resume)[MODEL_FILES] != model_files:
-        raise SettingError(f"cannot continue --resume {resume}: the files in {settings.model} changed since its start")
+        raise SettingError(f"cannot resume {resume}: the files in {settings.model} have changed since the run started")
 
 
 def check_data_unchanged(resume: str, settings: Settings) -> None:
-    """Raises SettingError if the files of --data.path have changed since the run was started."""
+    """Raises SettingError if the files of --data.path have changed since the run started."""
     if config_file.read(resume)[DATA_FILE] != data_digest(settings):
-        raise SettingError(f"cannot continue --resume {resume}: {settings.data.path} changed since its start")
+        raise SettingError(f"cannot resume {resume}: {settings.data.path} has changed since the run started")
 
 
 def data_digest(settings: Settings) -> str | None:
-    """Returns the SHA-256 of the data files; None if no file is given, or if one is unreadable, which its reader
-    reports.
-    """
+    """Returns a SHA-256 of the data files, or None if no file is given or a file cannot be read."""
     if settings.data.path is None:
         return None
     digest = hashlib.sha256()
@@ -137,12 +135,12 @@ def data_digest(settings: Settings) -> str | None:
             with open(path, "rb") as file:
                 while block := file.read(1 << 20):
                     digest.update(block)
-    except (OSError, errors.DataError):
+    except (OSError, errors.DataError):  # reported when the file is parsed
         return None
     return digest.hexdigest()
 
 
 def finished_results(resume: str) -> dict[str, Any] | None:
-    """Returns results.json, the last file that a run writes; None if the run is not finished."""
+    """Returns the contents of results.json, the last file that a run writes; None if the run is not finished."""
     path = pathlib.Path(resume) / RESULTS
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

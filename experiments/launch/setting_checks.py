@@ -1,4 +1,4 @@
-"""Checks that the settings are in range and consistent, before anything is created or compiled."""
+"""Checks that settings are in range and consistent before anything is created or compiled."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _CRITIC_SETTINGS = ("critic", "value_coef", "value_clip", "lambda_", "whiten_rew
 _COMPARING_METHODS = ("rloo", "grpo", "dr-grpo")
 _OFF_POLICY = (
     "used together with --ppo.correct-sampler: truncated sampling draws from a distribution other than the policy's, "
-    "so log-ratios and KL would be wrong"
+    "which makes log-ratios and KL wrong"
 )
 
 
@@ -44,13 +44,13 @@ def flag_name(name: str) -> str:
 
 
 def require(ok: bool, settings: Any, name: str, requirement: str) -> None:
-    """Raises SettingError, naming the flag and its value, unless ``ok``; ``requirement`` completes "it must be"."""
+    """Raises SettingError with the flag and its value unless ``ok``. ``requirement`` completes "it must be"."""
     if not ok:
         raise SettingError(f"{flag_name(name)} is {_value(settings, name)!r}; it must be {requirement}")
 
 
 def require_divides(settings: Any, name: str, size: int, what: str) -> None:
-    """Raises SettingError unless the setting divides ``size``; ``what`` names that number in the message."""
+    """Raises SettingError unless the setting divides ``size``, which the message calls ``what``."""
     if size % (value := _value(settings, name)):
         raise SettingError(f"{flag_name(name)} is {value}; it must divide {what}")
 
@@ -73,14 +73,14 @@ def _check_ppo(settings: Settings) -> None:
         for name in _CRITIC_SETTINGS:
             unset = getattr(ppo, name) == getattr(default, name)
             require(unset, settings, f"ppo.{name}", f"left out with --ppo.method {ppo.method}, which has no critic")
-    require(text_rows >= 1, settings, "ppo.ptx_ratio", "large enough to give each minibatch a pretraining row")
+    require(text_rows >= 1, settings, "ppo.ptx_ratio", "large enough for each minibatch to have a pretraining row")
     require_divides(settings, "ppo.shards", answers, f"{answers}, the number of answers in a minibatch")
     text = round(text_rows)
     require_divides(settings, "ppo.shards", text, f"{text}, the number of pretraining rows in a minibatch")
 
 
 def check(settings: Settings) -> None:
-    """Raises SettingError, naming the flag, for the first setting that is out of range or contradicts another."""
+    """Raises SettingError, naming the flag, for the first setting that is out of range or conflicts with another."""
     for name in _POSITIVE:
         value = _value(settings, name)
         require(value is None or 0 < value < math.inf, settings, name, "positive and finite")

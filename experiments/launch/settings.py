@@ -1,4 +1,4 @@
-"""Settings of instructgpt.py, which the other commands extend; each field's docstring is its ``--help``."""
+"""Settings of instructgpt.py, which most other commands extend. The docstring of a field is its help text."""
 
 from __future__ import annotations
 
@@ -17,234 +17,231 @@ class Data:
     """Human comparisons that replace the built-in world."""
 
     path: str | None = None
-    """File of pairs or rankings in JSONL, JSON (also .gz) or Parquet: whole dialogues in Anthropic's format, prompts
-    with chosen and rejected answers, messages, or ranked responses (docs/data.md). * matches several files. By default,
-    the built-in world is used."""
+    """JSONL, JSON (also .gz) or Parquet file of pairs or rankings in any of the formats in docs/data.md. A pattern with
+    * selects several files. None uses the built-in world."""
     max_dropped: float = 0.01
-    """Maximum share of unusable records; a file with more is refused."""
+    """Maximum share of unusable records. A file with a larger share is refused."""
     vocab_size: int = 1024
-    """Vocabulary of the byte-level BPE tokenizer trained on the file's training dialogues. Unused with --model."""
+    """Vocabulary size of the byte-level BPE tokenizer trained on the file. Has no effect with --model."""
     prompt_width: int = 128
-    """Maximum tokens of a prompt; longer prompts lose their oldest turns and are counted."""
+    """Maximum number of tokens in a prompt. Longer prompts lose their oldest turns and are counted."""
     response_width: int = 64
-    """Maximum tokens of an answer; longer answers are truncated, lose their stop token and are counted."""
+    """Maximum number of tokens in an answer. Longer answers are truncated, lose their stop token and are counted."""
     held_out: float = 0.1
-    """Share of the comparisons held out for the reward model's accuracy and the prompts of the evaluation."""
+    """Share of the conversations held out to measure the reward model's accuracy and to evaluate policies."""
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """The built-in world: flaws of its demonstrations and differences between its labelers."""
+    """The demonstrations and the simulated labelers of the built-in world."""
 
     slips: float = 1.0
-    """Factor that multiplies the probability of every flaw in a demonstration; 0 makes demonstrations flawless."""
+    """Factor applied to the probability of every flaw in a demonstration. 0 makes demonstrations flawless."""
     labelers: int = 20
-    """Number of labelers in the training pool and in the held-out pool."""
+    """Number of labelers in each of the two pools, training and held-out."""
     spread: float = 0.25
-    """Relative standard deviation of the labelers' weights on the parts of the gold utility."""
+    """Relative standard deviation, between labelers, of their weights on the parts of the gold utility."""
     polite_taste: float = 0.12
-    """Utility of four polite words to a labeler. The gold utility is highest at one or two polite words, so a policy
-    can raise the reward with more of them."""
+    """Mean utility of four polite words to a labeler. The gold utility is highest at one or two, so a policy can raise
+    its reward by using more."""
     agreement: float = 0.75
-    """How often two training labelers agree on a pair of SFT samples; sets the noise of their choices."""
+    """Probability that two training labelers agree on a pair of SFT samples. It sets the noise of their choices."""
     tie_width: float = 0.01
-    """Largest difference in a labeler's noisy utility at which two answers are ranked equal."""
+    """Maximum difference between the noisy utilities of two consecutive answers in a ranking for them to tie."""
     lapse: float = 0.02
-    """Share of rankings made at random."""
+    """Probability that a ranking is random."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Sizes of the device mesh that a run is sharded over; all 1 for a single device."""
+    """Sizes of the axes of the device mesh. The defaults use a single device."""
 
     data: int = 1
-    """Number of copies of the model, each of which processes a part of the rows; -1 uses all devices that the other
-    axes leave free."""
+    """Number of copies of the model, each of which processes part of the rows. -1 uses all devices: their number
+    divided by the other three sizes."""
     fsdp: int = 1
-    """Number of devices that rows, parameters and optimiser state are sharded over."""
+    """Number of devices over which rows, parameters and optimiser state are sharded."""
     tensor: int = 1
-    """Number of devices that heads, MLP and vocabulary are sharded over."""
+    """Number of devices over which attention heads, MLP and vocabulary are sharded."""
     sequence: int = 1
-    """Number of devices that the columns of a row are sharded over."""
+    """Number of devices over which the tokens of a row are sharded."""
     simulate: int | None = None
-    """Number of devices to simulate on the CPU, to try a mesh without the hardware."""
+    """Number of devices to simulate on the CPU, to try a mesh without the hardware. None uses real devices."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
-    """Processes that run together, each with its own devices; see --mesh. On a TPU slice, under SLURM and under Open
-    MPI before version 5 they are detected automatically.
+    """Processes of a run on several hosts. They are detected automatically on a TPU slice, under SLURM and under Open
+    MPI before version 5.
     """
 
     coordinator: str | None = None
-    """HOST:PORT on which the first process listens; the same for all processes."""
+    """HOST:PORT on which the first process listens. All processes need the same value."""
     count: int | None = None
     """Number of processes."""
     index: int | None = None
     """Index of this process, from 0."""
     timeout: float = 300.0
-    """Seconds to wait for the other processes at the start."""
+    """Seconds to wait for the other processes to connect."""
     silence: float = 30.0
-    """Seconds without a heartbeat after which a process is considered lost; a closed connection is noticed at once."""
+    """Seconds without a heartbeat after which a process is considered lost. Closed connections are detected at once."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Net:
-    """Size of the model that is trained from scratch if --model is not given: a small Llama (rotary positions, RMS
-    norm, gated MLP).
-    """
+    """Size of the small Llama model that is trained from scratch unless --model is given."""
 
     layers: int = 3
     """Number of layers."""
     width: int = 96
     """Model width."""
     heads: int = 4
-    """Attention heads; the width must be a multiple of twice their number."""
+    """Number of attention heads. --net.width must be a multiple of twice this number."""
     mlp: int = 256
-    """Width of the gated MLP."""
+    """Hidden width of the gated MLP."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrain:
-    """Pretraining of the base model on the corpus; skipped with --model."""
+    """Pretraining of the base model on a text corpus. It is skipped with --model."""
 
     documents: int = 80_000
     """Number of documents in the built-in world's corpus."""
     steps: int = 640
-    """Optimiser steps."""
+    """Number of optimiser steps."""
     batch: int = 64
-    """Rows per step, also in supervised fine-tuning."""
+    """Rows per step, in pretraining and in supervised fine-tuning."""
     learning_rate: float = 6e-3
-    """Peak learning rate; cosine decay to a tenth."""
+    """Peak learning rate. It decays to a tenth along a cosine."""
     warmup: int = 20
-    """Steps of the linear warmup, which starts at a tenth of the rate."""
+    """Number of steps of linear warmup, which starts at a tenth of the learning rate."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SFT:
-    """Supervised fine-tuning of two models, `sft` and `sft_mix`."""
+    """Supervised fine-tuning of two models: `sft`, the baseline, and `sft_mix`, from which PPO starts."""
 
     demonstrations: int = 6000
     """Number of demonstrations in the built-in world."""
     epochs: int = 2
-    """Epochs of the baseline `sft` over the demonstrations."""
+    """Passes of `sft` over the demonstrations."""
     mix_epochs: int = 2
-    """Epochs of `sft_mix`, from which PPO starts (InstructGPT C.3)."""
+    """Passes of `sft_mix` over the demonstrations."""
     mix: float = 0.1
-    """Share of pretraining rows in the batches of `sft_mix`."""
+    """Share of pretraining rows in the batches of `sft_mix` (InstructGPT C.3)."""
     learning_rate: float = 3e-3
-    """Peak learning rate of both models; cosine decay to a tenth."""
+    """Peak learning rate of both models. It decays to a tenth along a cosine."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparisons:
-    """Samples of the SFT models, ranked by simulated labelers."""
+    """Samples of the SFT models in the built-in world, ranked by simulated labelers."""
 
     prompts: int = 1600
-    """Training prompts whose samples are ranked. Validation uses another tenth of this number."""
+    """Number of training prompts. A tenth as many are added for validation."""
     min_k: int = 4
-    """Minimum number of answers to a prompt."""
+    """Minimum number of answers per prompt."""
     max_k: int = 9
-    """Maximum number of answers to a prompt."""
+    """Maximum number of answers per prompt."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
-    """The reward model, trained from `sft_mix` for one epoch."""
+    """Training of the reward model for one epoch, from `sft_mix`."""
 
     batch: int = 8
     """Prompts per step, each with all its answers."""
     learning_rate: float = 1.5e-3
-    """Peak learning rate; cosine decay to a tenth."""
+    """Peak learning rate. It decays to a tenth along a cosine."""
     heldout: bool = False
-    """Train on one half of the comparisons and train a second model on the other half. PPO logs the second model's mean
-    score as heldout_reward; an alarm is raised if it falls while the reward rises."""
+    """Train on half of the comparisons, and train a second reward model on the other half. PPO logs its mean score as
+    heldout_reward and raises an alarm if this falls while the reward rises."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PPO:
-    """PPO and PPO-ptx, which differs only by the added pretraining loss; or an RL method without a critic."""
+    """PPO, or another RL method, run without a pretraining loss (`ppo`) and with one (`ppo_ptx`)."""
 
     method: Literal["ppo", "reinforce", "rloo", "grpo", "dr-grpo", "reinforce-pp"] = "ppo"
-    """RL method: how advantages are estimated and averaged. Settings that the method does not use are refused."""
+    """RL method. Only ppo has a critic; settings of the critic are refused with the other methods."""
     samples: int = 1
-    """Number of answers to each prompt; rloo, grpo and dr-grpo compare them and need at least two."""
+    """Number of answers to each prompt. It must be at least 2 for rloo, grpo and dr-grpo, which compare them."""
     iterations: int = 38
-    """Number of rollouts, each followed by its updates."""
+    """Number of iterations. Each samples a rollout and then updates the policy on it."""
     batch: int = 256
     """Answers per rollout."""
     minibatches: int = 4
-    """Minibatches per epoch, each used for one optimiser step."""
+    """Number of minibatches, and thus of optimiser steps, per epoch."""
     micro_batches: int = 1
-    """Number of parts that each minibatch is split into to save memory; the gradient is the same."""
+    """Number of parts into which each minibatch is split to save memory. The gradient is the same."""
     shards: int = 1
-    """Number of blocks that a rollout is split into; each minibatch takes the same number of rows from every block. If
-    it is a multiple of --mesh.data x --mesh.fsdp, answers stay on the device that sampled them. Results depend on this
-    number but not on the number of devices."""
+    """Number of blocks of a rollout; every minibatch draws equally from all blocks. It changes the results. If it is a
+    multiple of --mesh.data x --mesh.fsdp, answers stay on the device that sampled them."""
     epochs: int = 1
-    """Passes over each rollout (1 in InstructGPT, 4 in Ziegler and Stiennon)."""
+    """Number of passes over each rollout (1 in InstructGPT, 4 in Ziegler and Stiennon)."""
     learning_rate: float = 6e-4
     """Learning rate of the policy after the warmup."""
     critic_learning_rate: float = 1e-3
     """Learning rate of the critic after the warmup."""
     critic: Literal["reward", "policy", "zero-head"] = "reward"
-    """Initial weights of the critic: the reward model (InstructGPT, Stiennon), the SFT model with a new head (Xu), or a
-    zero head on the policy's trunk, which both losses train (Ziegler)."""
+    """Initial critic: the reward model (InstructGPT, Stiennon), the SFT model with a new head (Xu), or a zero head on
+    the policy's trunk, which is then trained by both losses (Ziegler)."""
     value_coef: float = 1.0
-    """Weight of the value loss (0.1 in Ziegler). It matters if policy and critic share a trunk; for a separate critic,
-    change the learning rate instead."""
+    """Weight of the value loss (0.1 in Ziegler), for a critic that shares the policy's trunk. For a separate critic,
+    change its learning rate instead."""
     warmup: int = 5
-    """Iterations of the linear warmup of both learning rates, which starts at a tenth."""
+    """Number of iterations of linear warmup, which starts at a tenth of both learning rates."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Schedule of both learning rates: constant (InstructGPT), linear to 0 (Ziegler, Stiennon) or cosine to a tenth."""
+    """Decay of both learning rates: none (InstructGPT), linear to 0 (Ziegler, Stiennon) or cosine to a tenth."""
     adam_eps: float = 1e-5
     """Epsilon of Adam."""
     adam_tf1: bool = False
-    """Use TensorFlow 1's Adam, which adds epsilon before the bias correction, so that the first steps are smaller."""
+    """Use TensorFlow 1's Adam. It adds epsilon before the bias correction, which makes the first steps smaller."""
     kl_coef: float = 0.055
-    """Weight of the KL in the reward, per nat; the reward has standard deviation 1 on SFT samples."""
+    """Weight of the KL penalty in the reward, per nat. Scores have standard deviation 1 on SFT samples."""
     kl_target: float | None = None
-    """Target of an adaptive KL coefficient: KL per answer in nats (6 in Ziegler). None keeps the coefficient fixed."""
+    """Target KL per answer, in nats, of an adaptive KL coefficient (6 in Ziegler). None keeps the coefficient fixed."""
     kl_gain: float = 0.1
-    """Gain of the adaptive coefficient."""
+    """Gain of the adaptive KL coefficient; used with --ppo.kl-target."""
     kl_loss_coef: float = 0.0
-    """Weight of the k3 estimate of the KL in the loss (0.04 in GRPO); --ppo.kl-coef weights the KL in the reward."""
+    """Weight of the k3 estimate of the KL in the loss (0.04 in GRPO), in addition to the KL in the reward."""
     entropy_coef: float = 0.0
-    """Weight of an entropy bonus; InstructGPT, Stiennon and Ziegler use none."""
+    """Weight of the entropy bonus, which InstructGPT, Stiennon and Ziegler do not use."""
     reward_clip: float | None = None
-    """Bound on the absolute value of scores (20 in Xu)."""
+    """Maximum absolute value to which scores are clipped (20 in Xu). None does not clip them."""
     whiten_rewards: bool = False
-    """Scale the per-token rewards of a rollout to variance 1 and keep their mean (Ziegler)."""
+    """Scale the per-token rewards of a rollout to variance 1 without changing their mean (Ziegler)."""
     normalise_values: bool = False
-    """Train the critic on returns normalised by their running mean and deviation (Xu)."""
+    """Train the critic on returns normalised by their running mean and standard deviation (Xu)."""
     reference_ema: float | None = None
-    """Decay per iteration of a reference that is a moving average of the policy (Xu); None keeps the reference
-    fixed."""
+    """Decay per iteration of the moving average of the policy that replaces the reference (Xu). None keeps the
+    reference fixed."""
     discount: float = 1.0
-    """Discount factor of rewards, in GAE and in the reward-to-go of methods without a critic."""
+    """Discount factor of rewards."""
     clip: float = 0.2
-    """Clip range of the probability ratio."""
+    """Clip range of the probability ratio, which is clipped to 1 plus or minus this number."""
     value_clip: float = 0.5
-    """Clip range: how far a value may move from its value at the rollout in the value loss."""
+    """Clip range of the value loss: the maximum change of a value since the rollout."""
     lambda_: float = 0.95
     """Lambda of GAE."""
     temperature: float = 1.0
-    """Temperature of the rollouts and of every log-probability in PPO."""
+    """Sampling temperature of the rollouts, which also applies to all log-probabilities."""
     top_k: int | None = None
-    """Sample rollouts from the k most likely tokens only; needs --ppo.correct-sampler."""
+    """Number of most likely tokens to sample from. Requires --ppo.correct-sampler. None samples from all tokens."""
     top_p: float | None = None
-    """Sample rollouts from the most likely tokens with this total probability; needs --ppo.correct-sampler."""
+    """Total probability of the most likely tokens to sample from. Requires --ppo.correct-sampler. None uses all."""
     correct_sampler: bool = False
-    """Weight each token by the ratio of its probability under the policy to that under the sampler, at most 2."""
+    """Weight each token by its probability under the policy divided by that under the sampler, capped at 2."""
     missing_stop_score: float = -3.0
-    """Score of an answer without a stop token, in standard deviations of the reward."""
+    """Score for an answer without a stop token, in standard deviations of the reward."""
     missing_stop: Literal["replace", "subtract"] = "replace"
-    """Whether that score replaces the answer's own (`replace`, as in the papers) or is added to it (`subtract`)."""
+    """Whether --ppo.missing-stop-score replaces the score of an answer without a stop token (`replace`, as in the
+    papers) or is added to it (`subtract`)."""
     ema: float = 0.95
-    """Decay of the averaged policy, which is evaluated and saved (0.992 in InstructGPT, over far more updates); 0 uses
-    the last weights."""
+    """Decay of the moving average of the policy's weights that is evaluated and saved (0.992 in InstructGPT, which has
+    far more updates). 0 uses the last weights."""
     max_grad_norm: float = 1.0
-    """Gradient norm above which gradients are scaled down."""
+    """Maximum gradient norm. Larger gradients are scaled down to it."""
     ptx_coef: float = 1.0
     """Weight of the mean pretraining loss per token in PPO-ptx (27.8 in InstructGPT, which normalises differently)."""
     ptx_ratio: float = 1.0
@@ -253,52 +250,52 @@ class PPO:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The evaluation on held-out prompts."""
+    """Evaluation on held-out prompts."""
 
     prompts: int = 1280
-    """Number of held-out prompts; each policy answers each of them once, `sft` twice."""
+    """Number of held-out prompts. Each policy answers all of them once; `sft` does so twice."""
     split: str = "test"
-    """Split of the built-in world's prompts: `test` for results, `validation` to choose settings."""
+    """Split of the built-in world's prompts: `test` to report results, `validation` to tune settings."""
     best_of: int = 16
-    """Samples per prompt of the best-of-n baseline."""
+    """Number of samples per prompt in the best-of-n baseline."""
     best_of_prompts: int = 400
-    """Number of held-out prompts for the best-of-n baseline."""
+    """Number of held-out prompts in the best-of-n baseline."""
     skills: int = 800
-    """Total number of skill problems; each skill has the same number."""
+    """Number of skill problems of the built-in world, divided evenly among four skills: copy, sort, sum and look."""
     pretraining_rows: int = 512
-    """Number of held-out rows of pretraining text for the pretraining loss."""
+    """Number of held-out rows of pretraining text on which the pretraining loss is measured."""
     transcripts: int = 12
-    """Number of prompts whose answers the report shows side by side."""
+    """Number of prompts for which the report shows the answers of all policies."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """From a base model to PPO-ptx: pretraining, SFT, reward model, PPO, PPO-ptx, evaluation and report."""
+    """Settings of instructgpt.py."""
 
     command: ClassVar[str] = "instructgpt"
-    """Name of the command, which config.json records."""
+    """Name of the command, saved in config.json."""
 
     model: str | None = None
-    """Folder of a model and its tokenizer in Hugging Face format to start from; by default a new model of the size
-    given by --net.*."""
+    """Folder of the model to start from, in Hugging Face format and with its tokenizer. None trains a new model of the
+    size given by --net.*."""
     preset: str = "default"
-    """`default`: about 5 minutes on two CPU cores; `smoke`: every stage within about a minute, too short to learn
+    """`default` takes about 5 minutes on two CPU cores. `smoke` runs all stages in about a minute, too short to learn
     much."""
     published: Literal["instructgpt", "stiennon", "ziegler", "n-plus", "hh", "xu", "tutorial"] | None = None
-    """Paper whose PPO settings replace the preset's; its learning rates are used only with --model."""
+    """Paper whose PPO settings replace those of the preset. Its learning rates are used only with --model."""
     seed: int = 0
-    """Seed of the world, the data, the initial weights and all samples."""
+    """Seed of the built-in world, the data, the initial weights and all samples."""
     out: str | None = None
-    """Folder of all output; by default runs/COMMAND-PRESET-seed-SEED-TIME."""
+    """Output folder. None uses runs/NAME-PRESET-seed-SEED-TIME, where NAME is the command or, for dpo.py, the loss."""
     resume: str | None = None
-    """Folder of a run to resume with the settings that it was started with."""
+    """Folder of a run to resume with its saved settings. None starts a new run."""
     on_alarm: Literal["report", "stop"] = "report"
-    """Response to an alarm in PPO (KL below 0, gold falling, entropy collapsing, ...): `report` it and continue, or
-    save and `stop`."""
+    """Response to an alarm, such as a negative KL or a falling gold utility: `report` it and continue, or save and
+    `stop`."""
     saves: int = 5
-    """Checkpoints per stage; a killed run loses at most the work since the last one."""
+    """Number of checkpoints per stage. A killed run loses only the work since the last one."""
     max_skipped: int = 10
-    """Number of consecutive steps with a non-finite loss or gradient after which the run stops; such steps are
+    """Number of consecutive skipped steps after which the run stops. Steps with a non-finite loss or gradient are
     skipped."""
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     hosts: Hosts = dataclasses.field(default_factory=Hosts)
@@ -337,15 +334,15 @@ DIALOGUES: dict[str, dict[str, Any]] = {
     "ppo": {"iterations": 24, "batch": 64, "minibatches": 2},
     "evaluation": {"prompts": 512, "best_of_prompts": 64, "pretraining_rows": 128},
 }
-"""Settings that both presets change for a file of dialogues, whose rows are five times as long."""
+"""Settings that both presets change with --data.path. Rows are then five times longer than in the built-in world."""
 
 PRETRAINED: dict[str, dict[str, Any]] = {
     "sft": {"learning_rate": 1e-4},
     "reward_model": {"learning_rate": 5e-5},
     "ppo": {"learning_rate": 2e-5, "critic_learning_rate": 5e-5},
 }
-"""Settings that both presets change for --model: learning rates for about 100 million parameters; larger models need
-lower ones."""
+"""Learning rates that both presets use with --model. They suit models of about 100 million parameters; larger models
+need lower ones."""
 
 
 def preset(name: str, *, dialogues: bool = False, pretrained: bool = False, published: str | None = None) -> Settings:
@@ -353,12 +350,12 @@ def preset(name: str, *, dialogues: bool = False, pretrained: bool = False, publ
 
     Args:
         name: ``default`` or ``smoke``.
-        dialogues: Whether the run reads a file instead of the built-in world.
-        pretrained: Whether the run starts from a given model.
-        published: A paper whose PPO settings replace the preset's.
+        dialogues: Whether the run uses a file (--data.path) instead of the built-in world.
+        pretrained: Whether the run starts from a model (--model).
+        published: Paper whose PPO settings replace those of the preset.
 
     Returns:
-        The settings, before the flags of a command line.
+        The settings, before any flags are applied.
 
     Raises:
         SettingError: The preset or the paper is unknown.
@@ -380,7 +377,7 @@ def preset(name: str, *, dialogues: bool = False, pretrained: bool = False, publ
 
 
 def peek(arguments: list[str], flag: str) -> str | None:
-    """Returns the value of a flag, such as --preset, that changes the defaults of others; None if it is absent."""
+    """Returns the value of a flag that must be read before the others, such as --preset; None if it is absent."""
     for i, argument in enumerate(arguments):
         if argument == flag and i + 1 < len(arguments):
             return arguments[i + 1]

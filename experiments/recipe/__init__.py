@@ -1,1 +1,1 @@
-"""InstructGPT's recipe, which most commands share: data, stages, optimisers, sampling and evaluation of one run."""
+"""InstructGPT's recipe, which most commands share: data, training stages, optimisers, sampling and evaluation."""

@@ -1,4 +1,4 @@
-"""The comparisons that reward models are trained on: read from a file, or sampled and ranked by simulated labelers."""
+"""Provides the comparisons for reward models, from a file or from samples that simulated labelers rank."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from rlhf_jax.simulation import labelers
 def load_or_collect(
     job: jobs.Job, policies: list[types.Params]
 ) -> tuple[list[types.Comparisons], types.Comparisons, dict[str, Any]]:
-    """Returns the file's comparisons if there is a file, otherwise new comparisons of samples from ``policies``.
+    """Returns the comparisons of --data.path or, without a file, comparisons of samples from ``policies``.
 
     Returns:
-        Training comparisons, one part per reward model; held-out comparisons; facts about the first part, for
-        results.json.
+        ``(parts, held_out, facts)``: the training comparisons of each reward model, the held-out comparisons, and facts
+        about the first part for results.json.
     """
     if job.task.comparisons is None:
         train, validation, facts = collect(job, policies)
@@ -38,9 +38,10 @@ def load_or_collect(
 def collect(
     job: jobs.Job, policies: list[types.Params], *, stage: str = "comparisons"
 ) -> tuple[types.Comparisons, types.Comparisons, dict[str, Any]]:
-    """Samples K answers to each prompt, from the policies in turn, and lets simulated labelers rank them.
+    """Samples several answers to each prompt from the policies in rotation, and ranks them with simulated labelers.
 
-    ``stage`` is the label of the progress bar. Returns training and validation comparisons and facts about the labels.
+    ``stage`` is the label of the progress bar. Returns training comparisons, validation comparisons and facts about the
+    labels.
     """
     world = job.task.world
     assert world is not None
@@ -64,7 +65,7 @@ def collect(
         features_BKF[at] = labelers.features(answers.gold)
         done += len(rows)
         job.progress.update(stage, done, n * K)
-    # The noise is set so that two labelers agree on pairs of these samples as often as --world.agreement says.
+    # With this noise, two labelers agree on pairs of these samples with probability --world.agreement.
     utility_BKR = np.asarray(labelers.utilities(world.pool, jnp.asarray(features_BKF)))
     noise = labelers.calibrated_temperature(utility_BKR[:, 0], utility_BKR[:, 1], target=job.settings.world.agreement)
     pool = world.pool.replace(temperature=jnp.float32(noise))  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Evaluates policies on held-out prompts; returns their entries of results.json."""
+"""Evaluates policies on held-out prompts for results.json."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from rlhf_jax import diagnostics, lm, parallel, types
 from rlhf_jax.simulation import corpus, labelers
 
 TIE = 1e-5
-"""Largest difference in gold utility that counts as a tie."""
+"""Maximum difference in gold utility that counts as a tie."""
 POLICIES = ("base", "sft", "sft_mix", "ppo", "ppo_ptx")
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A policy's answers to the held-out prompts and the numbers measured on them."""
+    """A policy's answers to held-out prompts and the metrics computed from them."""
 
     answers: Answers
     numbers: dict[str, Any]
 
 
 def evaluate(job: Job, policies: dict[str, types.Params], reward: types.Params) -> dict[str, Any]:
-    """Evaluates all policies on the same held-out prompts; returns their entries of results.json."""
+    """Evaluates all policies on the same held-out prompts and returns the entries for results.json."""
     settings, prompts = job.settings.evaluation, job.task.eval_prompts
     job.progress.start("evaluate", len(policies) + 2)
     probe = _make_probe(job)
@@ -48,7 +48,7 @@ def evaluate(job: Job, policies: dict[str, types.Params], reward: types.Params) 
 
     results: dict[str, Any] = {"policies": {}, "transcripts": _transcripts(job, measured)}
     for name, each in measured.items():
-        n = len(each.answers.lengths_B)  # best-of-n answers fewer prompts
+        n = len(each.answers.lengths_B)  # best-of-n is evaluated on fewer prompts
         baseline = _first(measured["sft"].answers, n)
         results["policies"][name] = _win_rates(job, each.answers, baseline) | each.numbers
     if job.task.world is not None:
@@ -78,7 +78,7 @@ def _first(answers: Answers, n: int) -> Answers:
 
 
 def _numbers(job: Job, answers: Answers) -> dict[str, Any]:
-    """Returns the measurements on one policy's answers that need no baseline."""
+    """Returns the metrics of a policy that require no baseline."""
     P = job.task.prompt_width
     responses = [row[P:][mask].tolist() for row, mask in zip(answers.tokens_BL, answers.response_mask_BT)]
     numbers: dict[str, Any] = {
@@ -117,7 +117,10 @@ def _share(part: Any, whole: Any) -> float | None:
 
 
 def _win_rates(job: Job, answers: Answers, baseline: Answers) -> dict[str, Any]:
-    """Returns win rates on the same prompts by gold, training labelers and held-out labelers; a tie counts a half."""
+    """Returns win rates against ``baseline`` by gold utility, training labelers and held-out labelers.
+
+    Both have answered the same prompts. A tie counts one half.
+    """
     world = job.task.world
     if world is None:
         return {}
@@ -140,7 +143,7 @@ def _win_rates(job: Job, answers: Answers, baseline: Answers) -> dict[str, Any]:
 
 
 def _length_controlled(outcomes: np.ndarray, lengths_B: np.ndarray, baseline_B: np.ndarray) -> list[float] | None:
-    """Returns the length-controlled win rate; None if all answers are longer than the baseline's by the same factor."""
+    """Returns the length-controlled win rate; None if all lengths differ from the baseline's by the same factor."""
     try:
         return list(
             diagnostics.length_controlled_win_rate(outcomes, np.maximum(lengths_B, 1), np.maximum(baseline_B, 1))
@@ -150,7 +153,7 @@ def _length_controlled(outcomes: np.ndarray, lengths_B: np.ndarray, baseline_B: 
 
 
 def _make_probe(job: Job) -> Any:
-    """Returns the function that measures what a policy retains of pretraining: loss on text, and skill accuracy."""
+    """Returns a function that measures what a policy retains from pretraining: its loss on text and its skills."""
     task, cfg = job.task, job.cfg
 
     def nll(params: Any, tokens_BL: Any, mask_BL: Any) -> jax.Array:
@@ -180,7 +183,7 @@ def _make_probe(job: Job) -> Any:
 
 
 def _best_of_n(job: Job, policy: types.Params, reward: types.Params, rng: jax.Array) -> tuple[Measured, list[dict]]:
-    """Returns the results of best-of-n by the reward model, a baseline without training, and its curve over n."""
+    """Returns the results of best-of-n, where the reward model selects the best of n samples, and its curve over n."""
     settings = job.settings.evaluation
     n, N = settings.best_of, min(settings.best_of_prompts, len(job.task.eval_prompts))
     prompts = job.task.eval_prompts.take(N)
@@ -205,7 +208,7 @@ def _best_of_n(job: Job, policy: types.Params, reward: types.Params, rng: jax.Ar
 
 
 def _transcripts(job: Job, measured: dict[str, Measured]) -> list[dict[str, Any]]:
-    """Returns the policies' answers to a few prompts, taken from the categories in turn regardless of the answers."""
+    """Returns the policies' answers to a few prompts, which are chosen from the categories in rotation."""
     prompts = job.task.eval_prompts
     seen: dict[str, int] = {}
     turn = [seen.setdefault(c, 0) or 0 for c in prompts.categories]

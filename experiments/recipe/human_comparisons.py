@@ -1,4 +1,4 @@
-"""Reads a file of human comparisons, groups it by conversation and trains a tokenizer on it."""
+"""Reads a file of human comparisons, groups them by conversation and trains a tokenizer on them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ROLES = (dialogues.USER, dialogues.ASSISTANT)
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt, the first preferred."""
+    """A prompt with the preferred and the other of two answers."""
 
     prompt: tuple[dialogues.Turn, ...]
     chosen: str
@@ -23,7 +23,7 @@ class Pair:
 
 
 def read(data: Data, counts: errors.DropCount) -> list[records.Ranking]:
-    """Returns the rankings and pairs of ``data.path``, in any record and file format that `readers` supports.
+    """Reads the rankings and pairs of ``data.path``, which may have any format that `readers` supports.
 
     Raises DataError if the file cannot be read or has no usable record.
     """
@@ -35,7 +35,7 @@ def read(data: Data, counts: errors.DropCount) -> list[records.Ranking]:
 
 
 def pairs(rankings: Iterable[records.Ranking]) -> list[Pair]:
-    """Returns all pairs of answers to a prompt that differ in rank, the better answer first."""
+    """Returns all pairs of answers to the same prompt whose ranks differ."""
     return [
         Pair(each.prompt, better, worse)
         for each in rankings
@@ -46,7 +46,7 @@ def pairs(rankings: Iterable[records.Ranking]) -> list[Pair]:
 
 
 def check_roles(rankings: Sequence[records.Ranking]) -> None:
-    """Raises DataError for a turn, such as a system turn, that is neither the user's nor the assistant's."""
+    """Raises DataError if a turn is from neither the user nor the assistant, such as a system turn."""
     for each in rankings:
         for turn in each.prompt:
             if turn.role not in _ROLES:
@@ -57,10 +57,10 @@ def check_roles(rankings: Sequence[records.Ranking]) -> None:
 
 
 def conversation_ids(comparisons: Sequence[records.Ranking | Pair]) -> np.ndarray:
-    """Returns a conversation id, from 0, for each comparison: equal for those with the same first user turn.
+    """Returns a conversation id, counted from 0, for each comparison.
 
-    Files contain several turns of a conversation as separate comparisons, and the prompts of later turns contain the
-    earlier ones, so they must be held out together. System turns are ignored, since many conversations share them.
+    Comparisons with the same first user turn belong to the same conversation. They must be held out together, because
+    the prompts of later turns contain the earlier turns. System turns are ignored, since many conversations share them.
     """
     ids: dict[str, int] = {}
     return np.array([ids.setdefault(_first_user_turn(each.prompt), len(ids)) for each in comparisons])
@@ -71,9 +71,9 @@ def _first_user_turn(prompt: tuple[dialogues.Turn, ...]) -> str:
 
 
 def train_chat_format(rankings: Iterable[records.Ranking], vocab_size: int) -> chat.ChatFormat:
-    """Trains a tokenizer on the training dialogues of a file and returns its chat format.
+    """Trains a tokenizer on the dialogues of ``rankings`` and returns its chat format.
 
-    The format has only user and assistant turns. Turns of other roles are not used in training; prompts with such turns
+    The format has only user and assistant turns. Other turns are not used for training, and prompts that contain them
     are dropped later.
     """
     texts = [
@@ -85,7 +85,7 @@ def train_chat_format(rankings: Iterable[records.Ranking], vocab_size: int) -> c
 
 
 def encode_dialogues(fmt: chat.ChatFormat, rankings: Iterable[records.Ranking], *, end: int) -> list[list[int]]:
-    """Returns token ids of prompts with their best answers, without a final ``end`` token, which packing adds."""
+    """Tokenises prompts with their best answers, without a final ``end`` token, which packing adds."""
     encoded = []
     for each in rankings:
         ids, _ = chat.encode_dialogue(fmt, (*each.prompt, _answer(each.responses[0])))

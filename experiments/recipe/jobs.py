@@ -1,4 +1,4 @@
-"""The job of a run: settings, data, model, compiled steps and checkpoints, which every stage takes."""
+"""`Job`: the settings, data, model, compiled steps and checkpoints of a run, which are passed to every stage."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from rlhf_jax.simulation import gold
 from rlhf_jax.train import loop, ppo, reward_model, sft
 
 STAGES = ("pretrain", "sft", "sft_mix", "comparisons", "reward_model", "ppo", "ppo_ptx", "evaluate")
-STAGES += ("heldout_reward_model",)  # the index of a stage sets its random key, so new stages go last
+STAGES += ("heldout_reward_model",)  # the position of a stage determines its random key: append new ones
 
 Params = types.Params
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Everything that the stages share, built once so that each step compiles once."""
+    """All that the stages of a run share. It is built once, so that each step compiles once."""
 
     settings: Settings
     task: tasks.Task
     cfg: lm.LMConfig
     spec: generation.Sampling
-    """Sampling without truncation."""
+    """Settings of the sampler, without top-k and top-p."""
     base: Params | None
-    """Parameters of --model; None without it."""
+    """Parameters of --model; None if the base model is trained from scratch."""
     checkpoints: Callable[[str], checkpoint.Checkpoints]
     log: Any
     progress: Any
@@ -61,12 +61,12 @@ class Job:
 
     @functools.cached_property
     def ppo_step(self) -> parallel.JitStep:
-        """One iteration of RL with the method of the settings."""
+        """The compiled RL iteration, with the method of the settings."""
         train_step = ppo.make_train_step(self.rl_models(), **rl_methods.train_step_options(self.settings.ppo))
         return parallel.jit_step(train_step, mesh=self.mesh)
 
     def create_on_mesh(self, make: Callable[..., Any], *args: Any) -> Any:
-        """Returns the train state or parameters ``make(*args)``, created sharded by `parallel.RULES` on a mesh."""
+        """Returns ``make(*args)``, a train state or parameters. On a mesh, it is sharded by `parallel.RULES`."""
         if self.mesh is None:
             return make(*args)
         args = tuple(self.put_params(each) for each in args)
@@ -75,22 +75,22 @@ class Job:
             return jax.jit(make, out_shardings=sharding)(*args)
 
     def put_params(self, params: Params) -> Params:
-        """Returns existing parameters sharded over the mesh."""
+        """Shards parameters over the mesh, if there is one."""
         if self.mesh is None:
             return params
         return parallel.shard(params, parallel.shardings(params, self.mesh, self.axes))
 
     def replicate(self, x: np.ndarray) -> jax.Array:
-        """Returns a host array replicated on every device."""
+        """Replicates a host array on all devices."""
         return jnp.asarray(x) if self.mesh is None else parallel.replicate(x, self.mesh)
 
     @property
     def axes(self) -> Params:
-        """The logical axes of the model and of a head."""
+        """The logical axes of the model's parameters, including a scalar head."""
         return lm.logical_axes(self.cfg, head=True)
 
     def rl_models(self, *, axis_name: str | None = None) -> ppo.Models:
-        """Returns the functions of policy, critic and reward model that RL calls."""
+        """Returns the functions of the policy, critic and reward model that RL calls."""
         settings, task = self.settings.ppo, self.task
         # The compiled step can compute the gold utility only if token ids are the built-in world's words.
         models = ppo_models(
@@ -105,7 +105,7 @@ class Job:
         return models._replace(join=ppo.shared_trunk) if settings.critic == "zero-head" else models
 
     def new_policy(self, start: Params, reward: Params) -> ppo.PPOState:
-        """Returns the initial state of RL: the SFT model ``start``, and a critic if the method has one."""
+        """Creates the initial RL state from the SFT model ``start``, with a critic if the method has one."""
         settings = self.settings.ppo
         critic = self._new_critic(start, reward) if rl_methods.has_critic(settings) else None
         reference = None if settings.reference_ema is None else start
@@ -116,7 +116,7 @@ class Job:
         return self.create_on_mesh(make, start, critic, reference)
 
     def _new_critic(self, start: Params, reward: Params) -> Params:
-        """Returns the reward model (InstructGPT C.4), the SFT model with a new head, or a zero head (Ziegler)."""
+        """Creates the initial critic that --ppo.critic selects."""
         source, key = self.settings.ppo.critic, jax.random.fold_in(self.key("reward_model"), 3)
         if source == "reward":
             return reward
@@ -124,10 +124,10 @@ class Job:
         return {"head": critic["head"]} if source == "zero-head" else critic
 
     def programs(self) -> dict[str, int]:
-        """Returns how often each large program was traced and thus compiled.
+        """Returns the number of times that each large program was compiled.
 
-        A program counts at least once even if only an earlier process called it, so that a resumed run has the same
-        results.
+        The minimum is 1 even if only an earlier process of the run called the program, so that a resumed run has the
+        same results as an uninterrupted one.
         """
         steps = {"supervised": self.supervised_step, "reward_model": self.reward_step, "ppo": self.ppo_step}
         return {name: max(step.traces, 1) for name, step in steps.items()} | {"sampling": self.sampler.traces}
@@ -135,15 +135,15 @@ class Job:
     def fit(
         self, stage: str, train_step: parallel.JitStep, state: Any, steps: int, *, batch_at: Any, **options: Any
     ) -> Any:
-        """Trains one stage with progress and checkpoints and returns its final state.
+        """Trains one stage, showing its progress and saving checkpoints.
 
         Args:
-            stage: The stage's name in logs, checkpoints and progress.
+            stage: Name of the stage in logs, checkpoints and the progress bar.
             train_step: The compiled step.
-            state: The initial train state; the last checkpoint replaces it.
+            state: The initial train state. If there is a checkpoint, the newest one is restored instead.
             steps: Number of steps.
-            batch_at: Returns the batch of a step, as NumPy arrays, for all hosts; each host takes its own rows.
-            **options: Further arguments of `loop.fit`. ``log`` defaults to the run's log, ``rng`` to the stage's key.
+            batch_at: Returns the batch of a step as NumPy arrays, with the rows of all hosts. Each host uses its share.
+            **options: Other arguments of `loop.fit`. ``log`` defaults to the run's log, ``rng`` to the stage's key.
 
         Returns:
             The train state after the last step.
@@ -169,11 +169,10 @@ class Job:
         return state
 
     def loop_checks(self, stage: str, steps: int, batch_at: Callable[[int], Any]) -> dict[str, Any]:
-        """Returns the arguments of `loop.fit` for skipped steps and for the fingerprint of the stage's data.
+        """Returns the arguments of `loop.fit` that handle skipped steps and identify the stage's data.
 
-        The fingerprint is the number of steps and the first and last batch: a run is not resumed if the data, their
-        order or the batch size has changed. On several hosts there is no fingerprint, because each host has only its
-        own rows.
+        The fingerprint consists of the number of steps and digests of the first and last batch. A run is not resumed if
+        the data, their order or the batch size has changed. On several hosts, the fingerprint has no digests.
         """
         fingerprint: Any = [steps]
         if jax.process_count() == 1 and steps > 0:
@@ -196,7 +195,7 @@ def make_job(
     mesh: jax.sharding.Mesh | None = None,
     note: Callable[[str, str], None] | None = None,
 ) -> Job:
-    """Returns the job of a run: configures the model and builds every step. Each compiles when it is first called."""
+    """Configures the model and builds all steps, each of which compiles when it is first called."""
     cfg = model_config(settings, task, model)
     spec = generation.Sampling(max_new_tokens=task.response_width, stop_ids=task.fmt.stop_ids, pad_id=task.fmt.pad_id)
     models = ppo_models(cfg, spec, prompt_width=task.prompt_width)
@@ -229,7 +228,7 @@ def _rollout_sampling(spec: generation.Sampling, settings: Settings) -> generati
 
 
 def model_config(settings: Settings, task: tasks.Task, model: initial_model.InitialModel | None) -> lm.LMConfig:
-    """Returns the architecture of --model, or of a new model of the size given by --net.*."""
+    """Returns the architecture of --model or, without it, of a new model with the size given by --net.*."""
     if model is not None:
         return model.cfg
     return lm.LMConfig(
@@ -253,14 +252,14 @@ def ppo_models(
     critic: bool = True,
     axis_name: str | None = None,
 ) -> ppo.Models:
-    """Returns the functions that PPO calls, for this library's language model.
+    """Returns the functions that PPO calls, for the language model of this library.
 
     Args:
         cfg: The architecture of all models.
-        spec: How answers are sampled.
-        prompt_width: Tokens of a prompt.
-        tables: Tables of the gold utility, which is logged if they are given.
-        samples: Answers to each prompt.
+        spec: Settings of the sampler.
+        prompt_width: Number of tokens in a padded prompt.
+        tables: Tables of the gold utility. If they are given, the gold utility of rollouts is logged.
+        samples: Number of answers to each prompt.
         critic: Whether the method has a critic.
         axis_name: Name of the axis of a ``jax.vmap`` over the whole step.
 

@@ -1,4 +1,4 @@
-"""Alarms of reward models and RL: printed when they are raised, and read back from the log for the results."""
+"""Raises alarms while reward models and policies are trained, and collects them for the results."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ STAGES = ("reward_model", "heldout_reward_model", "ppo", "ppo_ptx")
 def watch_stage(
     log: metrics.MetricLog, stage: str, settings: Settings, print_alarm: Callable[[str], None]
 ) -> monitor.Watch:
-    """Returns the log of a stage with alarms, which stop the run with --on-alarm stop.
+    """Returns a log that raises alarms; with --on-alarm stop, an alarm stops the run.
 
     Args:
-        log: The run's log; its earlier rows of the stage are checked too.
-        stage: The stage's name.
+        log: The log of the run. Rows that it already has for the stage are checked too.
+        stage: Name of the stage.
         settings: The settings of the run.
-        print_alarm: Called with the text of every new alarm.
+        print_alarm: Called with the text of each new alarm.
 
     Returns:
-        A ``log`` for `loop.fit`.
+        The ``log`` argument of `loop.fit`.
     """
-    # With truncated rollouts the sampler differs from the policy on purpose.
+    # With --ppo.correct-sampler, the sampler may differ from the policy.
     thresholds = {"max_gap": math.inf} if settings.ppo.correct_sampler else {}
     return monitor.Watch(
         loop.StageLog(log, stage),
@@ -41,7 +41,7 @@ def watch_stage(
 
 
 def raised_alarms(log: metrics.MetricLog, settings: Settings) -> list[dict[str, Any]]:
-    """Returns every alarm of the run, including those from before it was resumed, in the format of results.json."""
+    """Returns all alarms of the run, including those raised before it was resumed, for results.json."""
     return [
         {"stage": stage, "step": alarm.step, "name": alarm.name, "message": alarm.message}
         for stage in STAGES
@@ -50,6 +50,6 @@ def raised_alarms(log: metrics.MetricLog, settings: Settings) -> list[dict[str, 
 
 
 def ptx_coef(log: metrics.MetricLog) -> dict[str, float]:
-    """Returns PPO-ptx's coefficient in both normalisations (`train.ptx.coefficients`), averaged over the run."""
+    """Returns the mean coefficient of PPO-ptx over the run, in both normalisations of `train.ptx.coefficients`."""
     rows = log.rows("ppo_ptx")
     return {name: statistics.fmean(row[f"ptx_coef_{name}"] for row in rows) for name in ("per_token", "per_sequence")}

@@ -1,8 +1,8 @@
 """The optimisers of the recipe's stages. To change the optimiser of an experiment, edit these functions.
 
-The transformations have a learning rate of 1, such as ``optax.adamw(1.0, weight_decay=0.1)``: a train step multiplies
-the update by its traced learning rate. The rates are settings: --pretrain.learning-rate, --sft.learning-rate,
---reward-model.learning-rate and --ppo.learning-rate.
+Transformations must have a learning rate of 1, as in ``optax.adamw(1.0, weight_decay=0.1)``, because a train step
+multiplies the update by its own learning rate. The flags --pretrain.learning-rate, --sft.learning-rate,
+--reward-model.learning-rate and --ppo.learning-rate set these rates.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from rlhf_jax.train.optim import optimisers
 
 
 def supervised() -> optax.GradientTransformation:
-    """Returns the optimiser of pretraining, SFT and reward models: Muon for the layers' kernels and Adam for the rest.
+    """Returns the optimiser of pretraining, SFT and reward models: Muon for the layers' kernels, Adam for the rest.
 
-    Training from scratch needs half as many steps as with Adam alone.
+    Training from scratch requires half as many steps with it as with Adam alone.
     """
     contracted_axes = {"q": ((1,), (2, 3)), "k": ((1,), (2, 3)), "v": ((1,), (2, 3)), "out": ((1, 2), (3,))}
 
@@ -43,7 +43,7 @@ def ppo(settings: PPO) -> optax.GradientTransformation:
     return _adam(settings.adam_eps, settings.adam_tf1)
 
 
-@functools.cache  # a new transformation, even an equal one, would make the step compile again
+@functools.cache  # a new transformation, even an equal one, would make the step recompile
 def _adam(eps: float, tf1: bool) -> optax.GradientTransformation:
     adam = optimisers.scale_by_adam_tf1 if tf1 else optax.scale_by_adam
     return optax.chain(adam(b1=0.9, b2=0.95, eps=eps), optax.scale(-1.0))

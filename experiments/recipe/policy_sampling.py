@@ -1,4 +1,4 @@
-"""Samples answers from a policy and scores them, with one compiled program for all policies."""
+"""Samples answers from policies and scores them; all policies share the compiled programs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from rlhf_jax.simulation import gold
 from rlhf_jax.train import ppo
 
 CHUNK, LONG_CHUNK = 512, 128
-"""Prompts per call, for the built-in world's words and for longer rows. The shape is fixed so that a program compiles
-once."""
+"""Number of prompts per call, with the built-in world's tokenizer and with other tokenizers, whose rows are longer. The
+number is fixed so that each program compiles once."""
 
 
 @struct.dataclass
@@ -33,15 +33,15 @@ class Answers:
     stopped_B: np.ndarray
     scores_B: np.ndarray
     kl_B: np.ndarray
-    """Log-ratio of policy and reference, summed over the answer, in nats; 0 without a reference."""
+    """Sum over the answer of the log-ratio of policy and reference, in nats; 0 without a reference."""
     gold: gold.Utility
     """Gold utility; None without the built-in world."""
     unknown_B: np.ndarray | None = None
-    """Share of words outside the built-in world's vocabulary; None if token ids are the world's words."""
+    """Share of words that are not in the built-in world's vocabulary; None if the model has the world's tokenizer."""
 
 
 class Sampler:
-    """Samples, scores and evaluates answers in chunks of fixed shape."""
+    """Samples, scores and evaluates answers in chunks of a fixed number of prompts."""
 
     def __init__(self, models: ppo.Models, *, task: tasks.Task, mesh: jax.sharding.Mesh | None = None) -> None:
         """Builds the programs; each compiles when it is first called."""
@@ -66,7 +66,7 @@ class Sampler:
         self._score = compiled(score, batch_args=(1, 2))
 
     def compile_ahead(self, executor: concurrent.futures.Executor, policy: Any, reward: Any) -> None:
-        """Compiles in a thread of ``executor`` for parameters of these shapes, in the order in which a run samples."""
+        """Compiles the programs in a thread of ``executor``, in the order of their first use, for these parameters."""
         task, chunk = self._task, self._chunk
         ints, bools = (partial(jax.ShapeDtypeStruct, dtype=dtype) for dtype in (jnp.int32, jnp.bool_))
         prompts = ints((chunk, task.prompt_width)), bools((chunk, task.prompt_width))
@@ -78,31 +78,31 @@ class Sampler:
 
     @property
     def traces(self) -> int:
-        """Returns how many programs were traced for sampling and scoring."""
+        """Number of traces of the sampling and scoring programs."""
         return self._run.traces + self._measure.traces + self._score.traces
 
     def __call__(self, policy: Any, reference: Any, reward: Any, prompts: tasks.PromptSet, rng: jax.Array) -> Answers:
-        """Returns one answer to each prompt. Row i's sample depends only on its own prompt, on ``rng`` and on i.
+        """Samples one answer to each prompt. The answer to prompt i depends only on this prompt, ``rng`` and i.
 
         Args:
             policy: Parameters of the policy.
-            reference: Parameters of the KL reference; None skips the KL.
-            reward: Parameters of the reward model; None skips the scores.
+            reference: Parameters of the KL reference; None for no KL.
+            reward: Parameters of the reward model; None for no scores.
             prompts: The prompts.
-            rng: A random key, which is consumed.
+            rng: A random key; consumed.
 
         Returns:
-            The answers, with KL, scores and gold utility.
+            The answers with their KL, scores and gold utility.
         """
         n, chunk = len(prompts), self._chunk
         rng_B = jax.random.split(rng, -(-n // chunk) * chunk)
         run = self._run if reference is None and reward is None else self._measure
         parts = []
         for start in range(0, n, chunk):
-            rows = np.minimum(np.arange(start, start + chunk), n - 1)  # copies of the last prompt fill the last chunk
+            rows = np.minimum(np.arange(start, start + chunk), n - 1)  # the last prompt fills up the last chunk
             inputs = prompts.tokens_BP[rows], prompts.mask_BP[rows], rng_B[start : start + chunk]
             parts.append(run(policy, reference, reward, *self._own_rows(inputs)))
-        # The results are fetched after all calls are dispatched, so that the device does not wait for the host.
+        # Results are fetched after all calls have been dispatched, so that the device does not wait for the host.
         rollout, scores_B, kl_B = jax.tree.map(lambda *x: np.concatenate(x)[:n], *host_agreement.to_numpy(parts))
         utility, unknown_B = self._evaluate(prompts, rollout)
         return Answers(
@@ -121,7 +121,7 @@ class Sampler:
         return rows if self._mesh is None else parallel.local_rows(rows, self._mesh)
 
     def _evaluate(self, prompts: tasks.PromptSet, rollout: types.Rollout) -> tuple[Any, np.ndarray | None]:
-        """Returns the gold utility, and the share of unknown words if answers are decoded to compute it."""
+        """Returns the gold utility and, if answers are decoded to compute it, the share of unknown words."""
         task = self._task
         if task.world is None or prompts.words_BP is None:
             return None, None
@@ -135,7 +135,7 @@ class Sampler:
         ), read.unknown_B
 
     def score(self, reward: Any, tokens_BL: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
-        """Returns the reward model's scores of rows of tokens."""
+        """Scores rows of tokens with the reward model ``reward``."""
         n, chunk = len(tokens_BL), self._chunk
         parts = []
         for start in range(0, n, chunk):

@@ -23,16 +23,16 @@ CompileRest = Callable[[concurrent.futures.Executor, types.Params], None]
 def in_background(
     job: jobs.Job, rl_stages: Mapping[str, jobs.Job], *, compile_rest: CompileRest | None = None
 ) -> Iterator[None]:
-    """Compiles the steps of all unfinished stages in a thread, in the order in which they are needed.
+    """Compiles the steps of all unfinished stages in a thread while the block runs, in the order of their first use.
 
-    At the end of the block, queued compilations are cancelled. On a mesh this has no effect, because the shardings of a
-    state are known only once it exists.
+    Compilations that have not started are cancelled at the end of the block. On a mesh, nothing is compiled ahead,
+    because the sharding of a train state is unknown until it is created.
 
     Args:
         job: The job of the run.
-        rl_stages: The RL stages by name, with the jobs whose ``ppo_step`` they call.
-        compile_rest: ``compile_rest(executor, policy)`` compiles the command's other steps, for a policy of these
-            shapes.
+        rl_stages: The RL stages by name, each with the job whose ``ppo_step`` it calls.
+        compile_rest: ``compile_rest(executor, policy)`` compiles the other steps of the command for a policy with the
+            shapes ``policy``.
     """
     if job.mesh is not None:
         yield
@@ -48,7 +48,7 @@ def in_background(
 
 
 def _submit(job: jobs.Job, rl_stages: Mapping[str, jobs.Job], executor: concurrent.futures.Executor) -> Any:
-    """Submits the compilations of supervised, reward-model, sampling and RL steps; returns the policy's shapes."""
+    """Submits the supervised, sampling, reward-model and RL steps for compilation; returns the policy's shapes."""
     key = jax.random.key(0)
     policy = jax.eval_shape(partial(lm.init, cfg=job.cfg), key) if job.base is None else job.base
     reward = jax.eval_shape(partial(lm.with_head, cfg=job.cfg), key, policy)
@@ -57,7 +57,7 @@ def _submit(job: jobs.Job, rl_stages: Mapping[str, jobs.Job], executor: concurre
     def training(params: types.Params) -> state_lib.TrainState:
         return jax.eval_shape(partial(state_lib.create, tx=job.supervised_tx), params)
 
-    if not any(steps.values()):  # the stages after supervised training have no checkpoints
+    if not any(steps.values()):  # no checkpoint from after supervised training
         B, L = job.settings.pretrain.batch, job.task.row_width
         text = sft.TokenBatch(_ints(B, L), _flags(B, L), _flags(B, L))
         job.supervised_step.compile_ahead(executor, training(policy), None, stages.hyper(0.0), text, key)
@@ -66,7 +66,7 @@ def _submit(job: jobs.Job, rl_stages: Mapping[str, jobs.Job], executor: concurre
         job.reward_step.compile_ahead(executor, training(reward), None, stages.hyper(0.0), _comparisons(job), key)
     unfinished = [own for stage, own in rl_stages.items() if steps[stage] < own.settings.ppo.iterations]
     for own in {id(own.ppo_step): own for own in unfinished}.values():
-        # This makes the pretraining text, whose rows are part of PPO's batches.
+        # This also creates the pretraining text, rows of which are part of PPO's batches.
         batch_at, hyper_at = stages.ppo_inputs(own, "ppo", ptx_coef=0.0)
         optimising = jax.eval_shape(own.new_policy, policy, reward)
         heldout = reward if own.settings.reward_model.heldout else None
@@ -76,7 +76,7 @@ def _submit(job: jobs.Job, rl_stages: Mapping[str, jobs.Job], executor: concurre
 
 
 def _saved_steps(job: jobs.Job, stage: str) -> int:
-    """Returns the step of a stage's newest checkpoint; 0 without one."""
+    """Returns the step of a stage's newest checkpoint, or 0 if there is none."""
     with job.checkpoints(stage) as checkpoints:
         return checkpoints.latest() or 0
 

@@ -1,4 +1,4 @@
-"""Measures reward models on held-out comparisons; returns entries of results.json."""
+"""Evaluates reward models on held-out comparisons for results.json."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from rlhf_jax.train import reward_model
 
 
 def measure(job: Job, reward: types.Params, validation: types.Comparisons, train: types.Comparisons) -> dict[str, Any]:
-    """Returns accuracy, calibration, accuracy by stratum and score, length bias and generalisation gap.
+    """Measures accuracy, calibration, length bias and the generalisation gap of a reward model.
 
-    Intervals are clustered by prompt.
+    The accuracy is also broken down by stratum and by score. Confidence intervals are clustered by prompt.
 
     Args:
         job: The job of the run.
         reward: Parameters of the reward model.
         validation: Held-out comparisons.
-        train: Training comparisons; the first ones are scored, as many as fit in one call.
+        train: Training comparisons, for the generalisation gap. Only as many as fit in one call are scored.
 
     Returns:
         The ``reward_model`` entry of results.json.
@@ -35,7 +35,7 @@ def measure(job: Job, reward: types.Params, validation: types.Comparisons, train
     accuracy = diagnostics.ratio_interval(np.asarray(pairs.right), np.asarray(pairs.total))
     b, i, j = _pairs(validation)
     better, worse = scores_BK[b, i], scores_BK[b, j]
-    # Scores are divided by the gain that scales them for RL: as trained, a difference of scores is a log odds.
+    # Dividing by the gain, which scales scores for RL, makes score differences log odds, as in training.
     gain = float(reward["head"]["gain"])
     chosen, rejected = better / gain, worse / gain
     curve = diagnostics.calibration_curve(chosen, rejected, bins=10)
@@ -44,7 +44,7 @@ def measure(job: Job, reward: types.Params, validation: types.Comparisons, train
         "tokens of the longer answer": diagnostics.quantile_buckets(np.maximum(length_BK[b, i], length_BK[b, j]))
     }
     bias = diagnostics.length_bias(chosen, rejected, length_BK[b, i], length_BK[b, j], prompts=b.tolist())
-    # The correlation is over answers, since an answer is in many pairs.
+    # The correlation counts each answer once, although an answer appears in many pairs.
     correlation = diagnostics.length_correlation(
         scores_BK[where_BK], length_BK[where_BK], groups=np.nonzero(where_BK)[0]
     )
@@ -89,7 +89,7 @@ def _scores(job: Job, reward: types.Params, batch: types.Comparisons) -> np.ndar
 
 
 def _pairs(batch: types.Comparisons) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the indices of prompt, better and worse answer of every pair without a tie."""
+    """Returns the indices of the prompt, better answer and worse answer of each pair that is not tied."""
     ranks_BK, where_BK = np.asarray(batch.ranks_BK), np.asarray(batch.where_BK)
     better_BKK = (ranks_BK[:, :, None] < ranks_BK[:, None, :]) & where_BK[:, :, None] & where_BK[:, None, :]
     b, i, j = np.nonzero(better_BKK)
@@ -97,7 +97,10 @@ def _pairs(batch: types.Comparisons) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def strata_of(task: tasks.Task, validation: types.Comparisons, prompt: np.ndarray) -> dict[str, list[str]]:
-    """Returns labels of the pairs with prompt indices ``prompt``: category in the built-in world, turn in a file."""
+    """Returns the strata of pairs: the prompt's category in the built-in world, or its turn in a file.
+
+    ``prompt`` is the index of each pair's prompt in ``validation``.
+    """
     if task.world is not None:
         categories = task.world.compare_prompts.categories[task.world.n_compare :]
         return {"category": [categories[b] for b in prompt]}
@@ -106,7 +109,7 @@ def strata_of(task: tasks.Task, validation: types.Comparisons, prompt: np.ndarra
 
 
 def count_turns(task: tasks.Task, batch: types.Comparisons) -> np.ndarray | None:
-    """Returns the number of user turns within each prompt's width; None if the chat format is not the library's."""
+    """Counts the user turns in each prompt; returns None if the chat format is not this library's."""
     opening = task.tokenizer.get_vocab().get(tokenizers.USER)
     if opening is None or task.fmt.template != tokenizers.CHAT_TEMPLATE:
         return None
@@ -116,7 +119,7 @@ def count_turns(task: tasks.Task, batch: types.Comparisons) -> np.ndarray | None
 
 
 def strata_as_json(strata: list[diagnostics.Stratum]) -> list[dict[str, Any]]:
-    """Returns strata as dictionaries, with buckets replaced by their names."""
+    """Converts strata to dictionaries, with the names of buckets as strings."""
     return [
         each._asdict() | {"name": str(each.name) if isinstance(each.name, diagnostics.Bucket) else each.name}
         for each in strata
@@ -124,14 +127,15 @@ def strata_as_json(strata: list[diagnostics.Stratum]) -> list[dict[str, Any]]:
 
 
 def arrays_as_json(values: Any) -> dict[str, Any]:
-    """Returns a named tuple of arrays as a dictionary of lists."""
+    """Converts a named tuple of arrays to a dictionary of lists."""
     return {name: each.tolist() if isinstance(each, np.ndarray) else each for name, each in values._asdict().items()}
 
 
 def goodhart(start: policy_sampling.Answers, end: policy_sampling.Answers) -> dict[str, Any]:
-    """Returns a policy's gains in score and gold over its start on the same prompts, and whether it gamed the score.
+    """Returns the gains in score and gold utility from RL, and whether the policy gamed the score.
 
-    ``gamed`` is true if the score rose and gold fell, both significantly (`diagnostics.fall_from_peak`).
+    ``start`` and ``end`` are answers to the same prompts from before and after RL. ``gamed`` is true if the score rose
+    and the gold utility fell, both significantly (`diagnostics.fall_from_peak`).
     """
     scores, gold = (np.stack(each) for each in zip(*((x.scores_B, np.asarray(x.gold.total)) for x in (start, end))))
     return {

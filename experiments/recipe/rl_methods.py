@@ -1,4 +1,4 @@
-"""Translates the --ppo settings into the functions and the hyperparameters of the PPO train step."""
+"""Converts the --ppo settings to the options and hyperparameters of the PPO train step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlhf_jax.train.optim import schedules
 
 
 def train_step_options(settings: PPO) -> dict[str, Any]:
-    """Returns the keyword arguments of `ppo.make_train_step` for an RL method."""
+    """Returns the keyword arguments of `ppo.make_train_step` for the RL method of the settings."""
     samples = settings.samples
     estimate, reduction = {
         "ppo": (partial(estimators.gae, whiten_rewards=settings.whiten_rewards), aggregation.token_mean),

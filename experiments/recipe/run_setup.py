@@ -1,4 +1,4 @@
-"""Opens the run of a command: resolves its mesh, loads model and data, makes the run folder and builds the job."""
+"""Opens the run of a command: creates the mesh and the run folder, loads the model and data, and builds the job."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlhf_jax.distributed import hosts
 from rlhf_jax.report import console
 
 FIRST_STAGES = (("pretrain", 60.0), ("sft", 15.0), ("sft_mix", 16.0), ("comparisons", 11.0), ("reward_model", 19.0))
-"""The stages before RL, which most commands share, and the seconds that they take with the default settings."""
+"""The stages before RL, which most commands share, with their duration in seconds with the default settings."""
 
 
 @contextlib.contextmanager
@@ -30,15 +30,15 @@ def open_run(
 ) -> Iterator[tuple[run_folder.RunFolder, jobs.Job]]:
     """Opens a new run, or the run to resume, and shows its progress while the block runs.
 
-    All checks come before the first write: whether the mesh fits the devices, whether the model and the data are
-    usable, and whether they have changed since the run to resume was started.
+    Nothing is written until all checks have passed: the mesh fits the devices, the model and the data are usable, and
+    neither has changed since the run to resume was started.
 
     Args:
         settings: The settings of the command.
-        out: The console to print to; this makes it quiet on all hosts except the first.
-        weights: The stages that only this command has, and the expected seconds of each.
-        first_stages: The stages that come before them.
-        kind: Prefix of the default folder's name; None uses the command's name.
+        out: The console to print to. It is silenced on all hosts except the first.
+        weights: The stages that only this command has, each with its expected duration in seconds.
+        first_stages: The stages before those.
+        kind: Prefix of the run folder's default name; None uses the name of the command.
         accept: Raises SettingError for a task that the command cannot use.
 
     Yields:
@@ -46,7 +46,7 @@ def open_run(
 
     Raises:
         SettingError: The settings do not fit the devices, the model, the data or the run to resume.
-        DataError: The data cannot be used.
+        DataError: The data is unusable.
     """
     group = hosts.current()
     out.quiet = not group.first
@@ -68,7 +68,7 @@ def open_run(
     accept(task)
     folder = _open_folder(path, settings, model_files)
     verb = "resuming" if settings.resume else "writing to"
-    print_line(out, f"{verb} {folder.path}; records of the data: {task.dropped.report()}")
+    print_line(out, f"{verb} {folder.path}; data: {task.dropped.report()}")
     if model is not None:
         print_line(out, f"starting from {model.path} ({model.cfg.model_type}); chat template: {model.fmt.origin}")
     if mesh is not None:
@@ -93,7 +93,7 @@ def open_run(
 
 
 def _open_folder(path: pathlib.Path, settings: Settings, model_files: str | None) -> run_folder.RunFolder:
-    """Returns the run's folder, which only the first host creates and writes to."""
+    """Opens the run folder, which only the first host creates and writes to."""
     if hosts.current().first:
         if settings.resume:
             folder = run_folder.RunFolder(path)
@@ -113,5 +113,5 @@ def _make_progress(weights: Sequence[tuple[str, float]]) -> console.StageProgres
 
 
 def print_line(out: Console, text: str) -> None:
-    """Prints a line without wrapping it, and without interpreting brackets as markup."""
+    """Prints a line without wrapping it or interpreting brackets as markup."""
     out.print(text, soft_wrap=True, markup=False, highlight=False)

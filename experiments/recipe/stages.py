@@ -1,6 +1,6 @@
-"""The stages of InstructGPT's recipe, in order; each returns the parameters that it has trained.
+"""The stages of InstructGPT's recipe, in order. Each function trains one stage and returns the parameters.
 
-A finished stage is restored instead of trained. An interrupted stage resumes from its last checkpoint.
+The results of a finished stage are restored. An interrupted stage resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Params = types.Params
 
 
 def hyper(rate: Any) -> dict[str, np.float32]:
-    """Returns the hyperparameters of a supervised or reward-model step; gradients are clipped to norm 1."""
+    """Returns the hyperparameters of a supervised or reward-model step. Gradients are clipped to norm 1."""
     return {"learning_rate": np.float32(rate), "max_grad_norm": np.float32(1.0)}
 
 
 def pretrain(job: Job) -> Params:
-    """Trains the base model on the corpus from random weights; with --model, returns that model unchanged."""
+    """Trains the base model on the corpus from random weights or, with --model, returns that model."""
     if job.base is not None:
         job.progress.skip("pretrain")
         return job.base
@@ -61,9 +61,9 @@ def supervised(job: Job, stage: str, base: Params, *, epochs: int, mix: float) -
 
     Args:
         job: The job of the run.
-        stage: The stage's name.
-        base: Parameters to start from.
-        epochs: Passes over the demonstrations.
+        stage: Name of the stage.
+        base: Initial parameters.
+        epochs: Number of passes over the demonstrations.
         mix: Share of pretraining rows in each batch.
 
     Returns:
@@ -101,7 +101,7 @@ def supervised(job: Job, stage: str, base: Params, *, epochs: int, mix: float) -
 
 
 def train_reward_models(job: Job, start: Params, parts: list[types.Comparisons], **options: Any) -> list[Params]:
-    """Trains and normalises one reward model per part; the second is the held-out one (Bai et al. 2022, 4.2)."""
+    """Trains one reward model on each part and normalises its scores; the second is held out (Bai et al. 2022, 4.2)."""
     rewards = []
     for stage, part in zip(("reward_model", "heldout_reward_model"), parts):
         reward = train_reward_model(job, start, part, stage=stage, **options)
@@ -121,13 +121,13 @@ def train_reward_model(
 
     Args:
         job: The job of the run.
-        start: Parameters of the SFT model to start from.
+        start: Initial parameters, those of an SFT model.
         train: Training comparisons.
-        validation: Held-out comparisons whose loss is logged, if given.
-        stage: The stage's name.
+        validation: Held-out comparisons. If they are given, the loss on them is logged.
+        stage: Name of the stage.
 
     Returns:
-        The parameters with a scalar head.
+        The parameters, including a scalar head.
     """
     settings, n = job.settings.reward_model, len(train.ranks_BK)
     batch = min(settings.batch, n)
@@ -150,7 +150,7 @@ def train_reward_model(
 def validation_options(
     job: Job, stage: str, held_out: types.Comparisons, *, steps: int, **options: Any
 ) -> dict[str, Any]:
-    """Returns the arguments of `Job.fit` that log the loss on ``held_out`` comparisons and raise alarms on it."""
+    """Returns the arguments of `Job.fit` that log the loss on held-out comparisons and raise alarms about it."""
     return {
         "callbacks": [validation_lib.make_callback(job.sampler.score, held_out, steps=steps, **options)],
         "log": monitoring.watch_stage(job.log, stage, job.settings, partial(job.progress.message, stage)),
@@ -158,10 +158,10 @@ def validation_options(
 
 
 def normalise_scores(job: Job, reward: Params, policy: Params) -> Params:
-    """Scales scores to standard deviation 1 on samples of ``policy``, and shifts them to mean 0 on demonstrations.
+    """Scales scores to standard deviation 1 on samples of ``policy``, then shifts them to mean 0 on demonstrations.
 
-    InstructGPT 3.5 shifts the mean on demonstrations; the scale gives a KL coefficient the same meaning in every run.
-    Both numbers are stored in the head, so they are saved with the model.
+    The scale gives a KL coefficient the same effect in every run. The shift follows InstructGPT 3.5. Both numbers are
+    stored in the head of the model and saved with it.
     """
     prompts = job.task.rl_prompts.take(policy_sampling.CHUNK)
     key = jax.random.fold_in(job.key("reward_model"), 2)
@@ -178,13 +178,13 @@ def train_ppo(job: Job, stage: str, start: Params, rewards: list[Params], *, ptx
 
     Args:
         job: The job of the run.
-        stage: The stage's name.
-        start: Parameters of the SFT model, which is also the KL reference.
-        rewards: The reward model, and optionally a held-out one, whose scores are only logged.
-        ptx_coef: Weight of the pretraining loss; 0 for plain PPO.
+        stage: Name of the stage.
+        start: Parameters of the SFT model, which is the initial policy and the KL reference.
+        rewards: Parameters of the reward model and, optionally, of a held-out one, whose scores are only logged.
+        ptx_coef: Weight of the pretraining loss; 0 for none.
 
     Returns:
-        The averaged parameters of the policy.
+        The moving average of the policy's parameters.
     """
     batch_at, hyper_at = ppo_inputs(job, stage, ptx_coef=ptx_coef)
     state = job.fit(
@@ -203,7 +203,7 @@ def train_ppo(job: Job, stage: str, start: Params, rewards: list[Params], *, ptx
 def ppo_inputs(
     job: Job, stage: str, *, ptx_coef: float
 ) -> tuple[Callable[[int], ppo.Batch], Callable[[int], ppo.Hyper]]:
-    """Returns the functions that give the batch and the hyperparameters of each RL iteration."""
+    """Returns ``(batch_at, hyper_at)``, which return the batch and the hyperparameters of an RL iteration."""
     settings, task = job.settings.ppo, job.task
     key = job.key(stage)
     prompts, updates = task.rl_prompts, settings.epochs * settings.minibatches

@@ -1,4 +1,4 @@
-"""The data of a run in a common format, from the built-in world or from a file of human comparisons."""
+"""Prepares the data of a run, from the built-in world or from a file of human comparisons."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from rlhf_jax.train import sft
 from rlhf_jax.types import Comparisons
 
 _UNBOUNDED = 1 << 30
-"""A width that no prompt exceeds."""
+"""A width that exceeds the length of any prompt."""
 DEMONSTRATIONS, CORPUS, COMPARE, RL, EVALUATE, SKILLS, POOL, HELDOUT_POOL, MORE = range(9)
-"""Random streams; a change in the size of one leaves the others unchanged."""
+"""Indices of independent random streams, so that a change in the size of one data set does not affect the others."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptSet:
-    """Tokenised, left-padded prompts with their texts and categories."""
+    """Tokenised and left-padded prompts, with their texts and categories."""
 
     tokens_BP: np.ndarray
     mask_BP: np.ndarray
     texts: list[str]
     categories: list[str]
     words_BP: np.ndarray | None = None
-    """The prompts in the built-in world's words, for the gold utility."""
+    """The prompts as ids of the built-in world's words, which the gold utility requires."""
 
     def __len__(self) -> int:
         """Returns the number of prompts."""
@@ -45,7 +45,7 @@ class PromptSet:
         return self.at(np.arange(min(n, len(self))))
 
     def at(self, rows: np.ndarray) -> PromptSet:
-        """Returns the prompts at the indices ``rows``, which may repeat."""
+        """Returns the prompts with the indices ``rows``, which may contain duplicates."""
         texts, categories = ([each[i] for i in rows] for each in (self.texts, self.categories))
         words_BP = None if self.words_BP is None else self.words_BP[rows]
         return PromptSet(self.tokens_BP[rows], self.mask_BP[rows], texts, categories, words_BP)
@@ -53,7 +53,7 @@ class PromptSet:
 
 @dataclasses.dataclass(frozen=True)
 class GoldTask:
-    """The parts that only the built-in world has: a gold utility, simulated labelers and skill problems."""
+    """Data that only the built-in world provides: a gold utility, simulated labelers and skill problems."""
 
     tables: gold.Tables
     pool: labelers.Pool
@@ -62,32 +62,32 @@ class GoldTask:
     """Prompts of the training comparisons, followed by a tenth as many for validation."""
     n_compare: int
     skill_rows: padding.Rows
-    """One skill problem per row; the loss is on its answer."""
+    """One skill problem per row. The loss mask selects its answer."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """All data of a run for training and evaluation."""
+    """The data of a run, for training and evaluation."""
 
     fmt: chat.ChatFormat
     prompt_width: int
     response_width: int
     text: Callable[[], tuple[np.ndarray, np.ndarray]]
-    """Makes the training and held-out rows of pretraining text. This takes seconds, so it is deferred until they are
-    used; steps compile in the meantime."""
+    """Creates the training and held-out rows of pretraining text. It takes seconds and is therefore not called until
+    they are used."""
     demonstrations: padding.Rows
     rl_prompts: PromptSet
     eval_prompts: PromptSet
     dropped: errors.DropCount
     world: GoldTask | None = None
     comparisons: tuple[Comparisons, Comparisons] | None = None
-    """Training and held-out comparisons of a file."""
+    """Training and held-out comparisons from a file; None for the built-in world."""
     in_world_words: bool = False
-    """Whether token ids are the built-in world's words."""
+    """Whether the model has the built-in world's tokenizer, whose ids are the world's words."""
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer, with the chat template of training."""
+        """The tokenizer, with the chat template used in training."""
         return self.fmt.tokenizer
 
     @functools.cached_property
@@ -96,30 +96,30 @@ class Task:
 
     @property
     def pretraining_BL(self) -> np.ndarray:
-        """Rows of pretraining text, which SFT and PPO-ptx also use."""
+        """Rows of pretraining text, used in pretraining, SFT and PPO-ptx."""
         return self._text[0]
 
     @property
     def pretraining_held_out_BL(self) -> np.ndarray:
-        """Held-out rows for the pretraining loss."""
+        """Held-out rows of pretraining text."""
         return self._text[1]
 
     @property
     def row_width(self) -> int:
-        """Tokens of a prompt with its answer."""
+        """Number of tokens in a row, which consists of a prompt and its answer."""
         return self.prompt_width + self.response_width
 
 
 def make_task(settings: Settings, model: initial_model.InitialModel | None = None) -> Task:
-    """Returns the data of a run, tokenised for ``model`` if the run starts from one.
+    """Prepares the data of a run, with the tokenizer of ``model`` if it is given.
 
-    Raises DataError for an unusable file, and SettingError for rows that exceed the model's maximum length.
+    Raises DataError for an unusable file, and SettingError if rows exceed the model's maximum length.
     """
     return _world_task(settings, model) if settings.data.path is None else _dialogue_task(settings, model)
 
 
 def more_prompts(settings: Settings, task: Task, n: int) -> PromptSet:
-    """Returns n training prompts of the built-in world, drawn from a separate random stream."""
+    """Draws n training prompts of the built-in world from a separate random stream."""
     assert task.in_world_words
     sets = prompts.split_prompts(world_lib.make_world(settings.seed), settings.seed)
     drawn = prompts.draw_prompts(sets.train, n, _stream(settings, MORE))
@@ -137,7 +137,7 @@ def _turns(prompt: prompts.Prompt) -> tuple[dialogues.Turn, ...]:
 def _prompt_sets(
     fmt: chat.ChatFormat, lists: list[list[prompts.Prompt]], counts: errors.DropCount
 ) -> tuple[int, list[PromptSet]]:
-    """Returns the width of the longest prompt, and each list of prompts padded to it."""
+    """Returns the width of the longest prompt and the lists of prompts, padded to this width."""
     dialogue_lists = [[_turns(prompt) for prompt in each] for each in lists]
     encoded = [chat.encode_prompts(fmt, each, width=_UNBOUNDED, counts=counts)[0] for each in dialogue_lists]
     in_world_words = world_words.is_world_tokenizer(fmt)
@@ -156,7 +156,10 @@ def _prompt_sets(
 
 
 def _answer_width(answers: list[str], ids: list[list[int]], *, in_world_words: bool) -> int:
-    """Returns the width in tokens of the answers within the world's width in words; longer ones are truncated."""
+    """Returns the maximum number of tokens of the answers that do not exceed the world's maximum number of words.
+
+    Longer answers are truncated.
+    """
     if in_world_words:
         return prompts.RESPONSE_WIDTH
     fitting = [len(x) for x, text in zip(ids, answers) if len(text.split()) < prompts.RESPONSE_WIDTH]
@@ -234,7 +237,8 @@ def _world_task(settings: Settings, model: initial_model.InitialModel | None) ->
 def _demonstration_rows(
     prompt_set: PromptSet, answers: list[list[int]], width: int, pad_id: int, counts: errors.DropCount
 ) -> padding.Rows:
-    """Returns rows of prompt and answer; longer answers are counted, truncated and have no stop token."""
+    """Returns rows of prompts and answers. Answers longer than ``width`` are counted and truncated, without a stop
+    token."""
     tokens_BT, mask_BT = padding.pad_answers(answers, width=width, pad_id=pad_id, counts=counts)
     return padding.Rows(
         tokens_BL=np.concatenate([prompt_set.tokens_BP, tokens_BT], axis=1),
@@ -244,7 +248,7 @@ def _demonstration_rows(
 
 
 def _document_end(fmt: chat.ChatFormat) -> int:
-    """Returns the token between documents: the EOS, which is the last of the stop tokens."""
+    """Returns the token between documents: the EOS token, which is the last stop token."""
     return fmt.stop_ids[-1]
 
 
@@ -254,7 +258,7 @@ def _packed(fmt: chat.ChatFormat, texts: list[str], *, width: int) -> np.ndarray
 
 
 def _skill_rows(settings: Settings, fmt: chat.ChatFormat, width: int) -> padding.Rows:
-    """Returns skill problems with their answers, formatted as in the corpus, in rows of at least ``width`` tokens."""
+    """Returns rows, of at least ``width`` tokens, of skill problems and answers formatted as in the corpus."""
     problems = corpus.skill_problems(settings.evaluation.skills, _stream(settings, SKILLS))
     questions = plain_text.encode_texts(fmt.tokenizer, [problem.text for problem in problems])
     whole = plain_text.encode_texts(fmt.tokenizer, [f"{problem.text} {problem.answer}" for problem in problems])
@@ -262,7 +266,7 @@ def _skill_rows(settings: Settings, fmt: chat.ChatFormat, width: int) -> padding
     tokens_BL = np.full((len(problems), width), fmt.pad_id, np.int32)
     mask_BL, loss_mask_BL = np.zeros(tokens_BL.shape, bool), np.zeros(tokens_BL.shape, bool)
     for row, (question, ids) in enumerate(zip(questions, whole)):
-        ids = [_document_end(fmt), *ids]  # in packed text, a document follows the end token of another
+        ids = [_document_end(fmt), *ids]  # in packed text, each document follows the end token of the previous one
         tokens_BL[row, : len(ids)], mask_BL[row, : len(ids)] = ids, True
         loss_mask_BL[row, 1 + len(question) : len(ids)] = True
     return padding.Rows(tokens_BL, mask_BL, loss_mask_BL)
@@ -281,13 +285,13 @@ def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None)
         kept, _ = batching.split(int(group_N.max()) + 1, fraction=data.held_out, key=key)
     except ValueError as error:
         raise errors.DataError(
-            f"{data.path} has {int(group_N.max()) + 1} conversations, too few to hold out a share of {data.held_out} "
-            "(--data.held-out); add records or change the share"
+            f"{data.path} has {int(group_N.max()) + 1} conversations, too few for --data.held-out {data.held_out}; add "
+            "records or change the share"
         ) from error
     train_N = np.isin(group_N, kept)
     train, held_out = ([rankings[i] for i in np.flatnonzero(mask_N)] for mask_N in (train_N, ~train_N))
     fmt = human_comparisons.train_chat_format(train, data.vocab_size) if model is None else model.fmt
-    # Records that exceed the widths are counted separately: only defects of the file count towards --data.max-dropped.
+    # Records that exceed the widths do not count towards --data.max-dropped, which is for defects of the file.
     width_counts = errors.DropCount(max_dropped=1.0)
     widths: Any = {"prompt_width": P, "response_width": T, "max_answers": max(len(each.responses) for each in rankings)}
     sets = []
@@ -296,7 +300,7 @@ def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None)
         fitting = [part[i] for i in indices]
         rows, _ = encoding.ranking_rows(fmt, ids, fitting, counts=width_counts, **widths)
         if part and not len(rows.ranks_BK):
-            raise errors.DataError(f"{data.path}: none of {len(part)} comparisons are usable ({width_counts.report()})")
+            raise errors.DataError(f"{data.path}: none of {len(part)} comparisons is usable ({width_counts.report()})")
         sets.append((ids, fitting, rows))
     (train_ids, train, train_rows), (held_ids, held_out, held_rows) = sets
     demonstrations = padding.demonstration_rows(
@@ -339,7 +343,7 @@ def token_batch(rows: padding.Rows, indices: np.ndarray) -> sft.TokenBatch:
 
 
 def text_batch(rows_BL: np.ndarray) -> sft.TokenBatch:
-    """Returns a batch of packed text, without padding; the loss is on every token except the first of a row."""
+    """Returns a batch of packed text, which has no padding. The loss is on all tokens except the first of each row."""
     mask_BL = np.ones(rows_BL.shape, bool)
     loss_mask_BL = mask_BL.copy()
     loss_mask_BL[:, 0] = False

@@ -1,4 +1,4 @@
-"""Logs the loss of a reward model on held-out comparisons while it trains."""
+"""Logs the loss of a reward model on held-out comparisons during training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from recipe import policy_sampling
 from rlhf_jax import losses, types
 
 TIMES = 8
-"""Measurements per stage; the alarm on this loss needs that many."""
+"""Number of measurements per stage. The alarm on the validation loss requires this many."""
 
 
 def make_callback(
@@ -24,17 +24,17 @@ def make_callback(
     loss: Callable[..., jax.Array] = losses.ranking,
     params_of: Callable[[Any], types.Params] = lambda state: state.params,
 ) -> Callable[[int, Any, Any], dict[str, float] | None]:
-    """Returns a callback of `loop.fit` that logs ``validation_loss`` at `TIMES` steps, including the last.
+    """Returns a callback for `loop.fit` that logs ``validation_loss`` at `TIMES` steps, including the last.
 
     Args:
-        score: ``score(params, tokens_BL, mask_BL)``, the sampler's scoring program.
-        held_out: Held-out comparisons. The same prompts are used each time: the first ones, as many as fit in one call.
-        steps: Steps of the stage.
-        loss: The loss of one prompt, as a function of scores, ranks and mask.
-        params_of: Returns the reward model's parameters from the train state.
+        score: ``score(params, tokens_BL, mask_BL)`` scores rows of tokens, as `Sampler.score` does.
+        held_out: Held-out comparisons. Only the first ones are used, as many as fit in one call.
+        steps: Number of steps in the stage.
+        loss: The loss of one prompt, a function of scores, ranks and mask.
+        params_of: Returns the reward model's parameters in a train state.
 
     Returns:
-        The callback. The losses of several heads are averaged.
+        The callback. If the reward model has several heads, their losses are averaged.
     """
     where_BK = np.asarray(held_out.where_BK)
     n = max(1, int(np.sum(np.cumsum(where_BK.sum(axis=1)) <= policy_sampling.CHUNK)))

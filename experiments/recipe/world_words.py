@@ -1,4 +1,4 @@
-"""Converts answers to the vocabulary of the built-in world, for any tokenizer of the model."""
+"""Converts answers, from any tokenizer, to the vocabulary of the built-in world."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rlhf_jax.data import chat, tokenizers
 from rlhf_jax.simulation import gold, lexicon, prompts
 
 WIDTH = 2 * prompts.RESPONSE_WIDTH
-"""Maximum number of words of an answer that are used; the brevity term of the gold utility is 0 for much shorter
-answers."""
+"""Maximum number of words that are used of an answer. The brevity term of the gold utility reaches 0 well below this
+length."""
 _CHUNK = 512
 _IDS = {word: lexicon.IDS[word] for word in lexicon.WORDS}
 _MARKS = re.escape("".join(lexicon.PUNCTUATION))
@@ -22,22 +22,22 @@ _WORD = re.compile(rf"[{_MARKS}]|[^\s{_MARKS}]+")
 
 
 class Read(NamedTuple):
-    """Answers as arrays that the gold utility takes."""
+    """Answers in the format that the gold utility requires."""
 
     words_BT: np.ndarray
-    """Ids of the world's words. Unknown words have the padding id, which has no meaning, and are in the mask."""
+    """Ids of the world's words. Unknown words have the padding id, but are True in ``mask_BT``."""
     mask_BT: np.ndarray
     unknown_B: np.ndarray
     """Share of an answer's words that are not in the world's vocabulary."""
 
 
 def is_world_tokenizer(fmt: chat.ChatFormat) -> bool:
-    """Returns whether the tokenizer is the built-in world's own, so that its ids are the world's words."""
+    """Returns whether the tokenizer is the built-in world's, whose ids are the world's words."""
     return fmt.template == tokenizers.CHAT_TEMPLATE and fmt.tokenizer.get_vocab() == lexicon.IDS
 
 
 def read(fmt: chat.ChatFormat, tokens_BT: np.ndarray, mask_BT: np.ndarray) -> Read:
-    """Decodes answers and looks up their words. An answer with a stop token ends with the world's end token."""
+    """Decodes answers and looks up their words. Answers with a stop token end with the world's end token."""
     answers = [row[mask].tolist() for row, mask in zip(tokens_BT, mask_BT)]
     words_BT, read_BT = np.full((len(answers), WIDTH), lexicon.PAD_ID, np.int32), np.zeros((len(answers), WIDTH), bool)
     unknown_B = np.zeros(len(answers))
@@ -56,7 +56,7 @@ _utility = jax.jit(jax.vmap(gold.utility, in_axes=(None, 0, 0, 0)))
 def gold_utility(
     tables: gold.Tables, prompts_BP: np.ndarray, words_BT: np.ndarray, mask_BT: np.ndarray
 ) -> gold.Utility:
-    """Returns the gold utility of N answers as NumPy arrays, computed in chunks of one shape."""
+    """Computes the gold utility of answers in chunks of a fixed size; returns NumPy arrays."""
     n, parts = len(prompts_BP), []
     for start in range(0, n, _CHUNK):
         rows = np.minimum(np.arange(start, start + _CHUNK), n - 1)

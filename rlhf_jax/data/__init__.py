@@ -1,1 +1,1 @@
-"""Everything between a user's files and the batches of a train step: readers, chat formats, token rows and batching."""
+"""Data processing: readers, chat formats, token rows, and batches for the train steps."""

@@ -1,8 +1,7 @@
-"""Choice of the examples in each batch as a pure function of key and step, which makes resuming exact.
+"""Selection of the examples in each batch, as a pure function of a key and the step.
 
-There is no iterator and no state to save: batch ``s`` is the same whether a run reached it from the start or from a
-checkpoint. A checkpoint stores a `fingerprint` of the data next to the step, because the same indices select different
-examples from different data.
+There is no iterator state to save: a resumed run selects the same batches as an uninterrupted run. A checkpoint stores
+a `fingerprint` of the data with the step, because the same indices select different examples from different data.
 """
 
 from __future__ import annotations
@@ -18,13 +17,12 @@ import numpy as np
 def epoch_batches(
     step: int, *, n: int, batch_size: int, key: jax.Array, steps: int | None = None, drop_last: bool = False
 ) -> np.ndarray:
-    """Returns the indices of the examples in the batch at ``step``, over as many epochs as needed.
+    """Returns the indices of the examples in the batch at ``step``.
 
-    Every epoch is a fresh shuffle of all ``n`` examples, with the epoch folded into ``key``. The epochs form one
-    endless stream, and batch ``s`` is the part of the stream that starts at ``s * batch_size``: if ``batch_size`` does
-    not divide ``n``, a batch can span two epochs, and each epoch still contains each example once. With ``drop_last``
-    an epoch gives ``n // batch_size`` batches, none of which spans two epochs, and drops a remainder that differs from
-    epoch to epoch.
+    Each epoch is a different shuffle of all ``n`` examples, and the epochs follow one another without end. If
+    ``batch_size`` does not divide ``n``, a batch can span two epochs, and each epoch still contains each example once.
+    With ``drop_last``, no batch spans two epochs: an epoch consists of ``n // batch_size`` batches and drops the
+    remaining examples, which differ from epoch to epoch.
 
     >>> import jax, numpy as np
     >>> from rlhf_jax.data import batching
@@ -36,24 +34,24 @@ def epoch_batches(
         step: Step of the batch, from 0.
         n: Number of examples.
         batch_size: Number of examples in a batch; may exceed ``n`` unless ``drop_last`` is set.
-        key: A JAX key; consumed. All steps of a run use the same key.
-        steps: Number of consecutive batches to return, starting at ``step``; cheaper than one call for each, because an
-            epoch is shuffled once. None returns one batch.
-        drop_last: Whether to drop the remainder of each epoch.
+        key: A JAX key for the shuffles. Use the same key at all steps of a run, and only here.
+        steps: Number of consecutive batches to return, starting at ``step``. One call for many steps is cheaper than
+            many calls, because it shuffles each epoch only once. None returns one batch.
+        drop_last: Whether to drop the examples of each epoch that do not fill a batch.
 
     Returns:
         int32 ``[batch_size]``, or ``[steps, batch_size]`` if ``steps`` is given.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If an argument is out of range.
     """
     if step < 0 or n < 1 or batch_size < 1 or (steps is not None and steps < 1):
         raise ValueError(
             f"step = {step} must be at least 0, and n = {n}, batch_size = {batch_size}, steps = {steps} at least 1"
         )
     if drop_last and batch_size > n:
-        raise ValueError(f"batch_size = {batch_size} exceeds n = {n}: with drop_last there is no batch")
-    # Python integers and int64: a long run passes 2**31 examples.
+        raise ValueError(f"batch_size = {batch_size} must not exceed n = {n} if drop_last is set")
+    # The products can exceed 2**31 in a long run, so they are Python integers and int64.
     per_epoch = n - n % batch_size if drop_last else n
     first = int(step) * batch_size
     positions = first + np.arange((steps or 1) * batch_size, dtype=np.int64)
@@ -70,7 +68,7 @@ def epoch_of(step: int, *, n: int, batch_size: int, drop_last: bool = False) -> 
         step: Step of the batch, from 0.
         n: Number of examples.
         batch_size: Number of examples in a batch.
-        drop_last: As for `epoch_batches`.
+        drop_last: See `epoch_batches`.
 
     Returns:
         The epoch, from 0.
@@ -84,7 +82,7 @@ def split(n: int, *, fraction: float, key: jax.Array) -> tuple[np.ndarray, np.nd
 
     Args:
         n: Number of examples.
-        fraction: Share of the held-out part, between 0 and 1; it gets ``round(n * fraction)`` examples.
+        fraction: Share of examples to hold out, between 0 and 1; ``round(n * fraction)`` examples are held out.
         key: A JAX key; consumed.
 
     Returns:
@@ -95,18 +93,18 @@ def split(n: int, *, fraction: float, key: jax.Array) -> tuple[np.ndarray, np.nd
     """
     held_out = round(n * fraction)
     if not 0 < held_out < n:
-        raise ValueError(f"a held-out share of {fraction} of {n} examples leaves one part empty")
+        raise ValueError(f"holding out the fraction {fraction} of {n} examples leaves one part empty")
     order = _shuffle(n, key)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
 def fingerprint(arrays: Any) -> str:
-    """Returns the SHA-256 of a pytree of arrays in hexadecimal: names, shapes, dtypes and every byte.
+    """Returns the SHA-256 digest, in hexadecimal, of the names, shapes, dtypes and bytes of a pytree of arrays.
 
-    The result is the same on every machine, and for NumPy and JAX arrays. It depends on the order of the rows.
+    The result is the same on all machines, and for NumPy and JAX arrays. It depends on the order of the rows.
 
     Raises:
-        ValueError: If an array holds Python objects, whose bytes are addresses.
+        ValueError: If an array contains Python objects, whose bytes are addresses.
     """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
@@ -114,7 +112,7 @@ def fingerprint(arrays: Any) -> str:
         if array.dtype.hasobject:
             raise ValueError(f"{jax.tree_util.keystr(path)} is an array of Python objects, which cannot be hashed")
         array = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
-        # repr makes the header self-delimiting, so no two pytrees give the same bytes.
+        # repr makes the header self-delimiting, so different pytrees never hash the same bytes.
         digest.update(repr((jax.tree_util.keystr(path), array.shape, array.dtype.name)).encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
@@ -123,8 +121,8 @@ def fingerprint(arrays: Any) -> str:
 def _shuffle(n: int, key: jax.Array) -> np.ndarray:
     """Returns a permutation of ``range(n)``, int32, computed on the host without compilation or transfer.
 
-    It sorts the raw output of a counter-based generator, which NumPy promises to keep from version to version; NumPy
-    makes no such promise for ``Generator.permutation``.
+    The permutation sorts the raw output of a counter-based generator. NumPy guarantees that this output is the same in
+    all versions, but not the result of ``Generator.permutation``.
     """
     data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     seed = hashlib.sha256(np.asarray(data).astype("<u4").tobytes()).digest()[:16]

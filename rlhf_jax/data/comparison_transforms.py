@@ -1,4 +1,4 @@
-"""Transforms of comparison batches: removal of useless answers, independent pairs, control tokens. NumPy arrays."""
+"""Transforms of comparison batches, as NumPy arrays: cleaning, splitting into pairs, and adding control tokens."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from rlhf_jax.data import errors
 
 
 def drop_uninformative(batch: types.Comparisons, counts: errors.DropCount) -> types.Comparisons:
-    """Drops repeated answers, and prompts whose remaining answers are not ordered.
+    """Drops repeated answers, and then prompts whose remaining answers do not differ in rank.
 
-    An answer is repeated if it has the same tokens as an earlier answer to its prompt; it is removed, and counted as
-    truncated: ``"answer repeated"``. Prompts are then dropped for ``"fewer than two answers"`` or ``"all answers
+    An answer is dropped if it has the same tokens as an earlier answer to the same prompt; ``counts.truncated`` counts
+    such answers as ``"answer repeated"``. A prompt is dropped as ``"fewer than two answers"`` or as ``"all answers
     tied"``.
 
     Raises:
-        DataError: If more prompts are dropped than ``counts`` allows, or none is left.
+        DataError: If more prompts are dropped than ``counts`` allows, or no prompt is left.
     """
     batch = jax.tree.map(np.asarray, batch)
     tokens_BKL, mask_BKL, ranks_BK = (np.asarray(x) for x in (batch.tokens_BKL, batch.mask_BKL, batch.ranks_BK))
@@ -43,18 +43,18 @@ def drop_uninformative(batch: types.Comparisons, counts: errors.DropCount) -> ty
     counts.add(stage, records=len(where_BK), source="comparisons")
     if not kept:
         raise errors.DataError(
-            f"none of {len(where_BK)} comparisons has two different answers with different ranks ({stage.report()})"
+            f"none of the {len(where_BK)} prompts has two different answers with different ranks ({stage.report()})"
         )
     cleaned = batch.replace(where_BK=where_BK, ranks_BK=np.where(where_BK, ranks_BK, 0))  # type: ignore[attr-defined]
     return jax.tree.map(lambda x: x[kept], cleaned)
 
 
 def split_into_pairs(batch: types.Comparisons) -> types.Comparisons:
-    """Returns each pair of answers as a separate row, K = 2, with the better answer first.
+    """Returns each pair of answers to a prompt as a separate batch element with K = 2 and the better answer first.
 
-    This is the baseline in InstructGPT, section 3.5. Each answer recurs in K - 1 rows of an epoch, and the paper found
-    that a model trained on the shuffled rows overfits. Ties and missing answers give no rows. Each row keeps the domain
-    and the loss inputs of its prompt. Rows are ordered by prompt, then better answer, then worse answer.
+    This is the baseline in section 3.5 of InstructGPT. Each of K answers appears in K - 1 pairs, and the paper found
+    that a model trained on the shuffled pairs overfits. Ties and missing answers form no pairs. Each pair keeps the
+    domain and the loss inputs of its prompt. Pairs are ordered by prompt, then better answer, then worse answer.
 
     >>> import numpy as np
     >>> from rlhf_jax import types
@@ -81,20 +81,20 @@ def split_into_pairs(batch: types.Comparisons) -> types.Comparisons:
 
 
 def add_control_tokens(batch: types.Comparisons, *, good_id: int, bad_id: int, column: int) -> types.Comparisons:
-    """Turns each pair into two pairs of one answer each, marked GOOD and BAD: the binarised form of preference-model
-    pretraining (Askell et al. 2021).
+    """Converts pairs to the binarised form that preference-model pretraining uses (Askell et al. 2021).
 
-    ``A > B`` becomes "A marked GOOD is better than A marked BAD" and "B marked BAD is better than B marked GOOD". The
-    mark is a control token inserted at ``column``, where the answer begins, so rows become one token wider.
+    The pair ``A > B`` becomes two pairs: "A marked GOOD is better than A marked BAD" and "B marked BAD is better than B
+    marked GOOD". The mark is a control token inserted at ``column``, where the answer begins, so each row becomes one
+    column wider.
 
     Args:
-        batch: Comparisons with left-padded prompts. Every pair of a prompt with more than two answers is used.
+        batch: Comparisons with left-padded prompts. If a prompt has more than two answers, all their pairs are used.
         good_id: Id of the control token GOOD.
         bad_id: Id of the control token BAD.
         column: P, the width of the prompts.
 
     Returns:
-        Comparisons with K = 2 and L + 1 columns, the better first: two for each pair, in the order of
+        Comparisons with K = 2 and L + 1 columns, with the better answer first. The order of the original pairs is as in
         `split_into_pairs`.
     """
     pairs = split_into_pairs(batch)

@@ -1,11 +1,11 @@
 r"""Dialogues as lists of turns, and the text form of Anthropic's hh-rlhf data (Bai et al. 2022).
 
-In that form a dialogue is one string, ``"\n\nHuman: ...\n\nAssistant: ..."``. A record holds two of them, ``chosen``
-and ``rejected``, which differ in the last answer only. A dialogue is split at its LAST assistant turn: everything
-before it is the prompt, however many assistant turns that contains.
+In that form, a dialogue is one string, ``"\n\nHuman: ...\n\nAssistant: ..."``. A record contains two dialogues,
+``chosen`` and ``rejected``, which differ only in the last answer. A dialogue is split at its LAST assistant turn: the
+prompt is everything before this turn, including earlier assistant turns.
 
-Only a name at the start of a paragraph starts a turn; ``Human:`` inside a paragraph is text. White space around a turn
-belongs to the format and is removed; so is the carriage return of a line end ``"\r\n"``.
+``Human:`` and ``Assistant:`` start a turn only at the start of a paragraph; elsewhere, they are text. White space
+around a turn belongs to the format and is removed. The line end ``"\r\n"`` is read as ``"\n"``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def is_dialogue(text: str) -> bool:
 
 
 def parse_dialogue(text: str) -> tuple[Turn, ...]:
-    r"""Parses a dialogue in the hh-rlhf form. Consecutive turns of one role are kept, because real files have them.
+    r"""Parses a dialogue in the hh-rlhf form. Consecutive turns of the same role are allowed.
 
     >>> from rlhf_jax.data import dialogues
     >>> turns = dialogues.parse_dialogue("\n\nHuman: Hi!\n\nAssistant: Hello.")
@@ -78,7 +78,7 @@ def split_answer(turns: Sequence[Turn]) -> tuple[tuple[Turn, ...], str]:
 
 
 def drop_reason(chosen: tuple[Turn, ...], rejected: tuple[Turn, ...]) -> str | None:
-    """Returns why a pair of dialogues is not a usable comparison, or None if it is."""
+    """Returns the reason why a pair of dialogues is not a usable comparison, or None if it is usable."""
     if chosen[-1].role != ASSISTANT or rejected[-1].role != ASSISTANT:
         return "ends in a human turn"
     if chosen[:-1] != rejected[:-1]:
@@ -93,9 +93,9 @@ def drop_reason(chosen: tuple[Turn, ...], rejected: tuple[Turn, ...]) -> str | N
 
 
 def prompt_drop_reason(prompt: Sequence[Turn]) -> str | None:
-    """Returns why turns are not a usable prompt, or None if they are.
+    """Returns the reason why turns are not a usable prompt, or None if they are usable.
 
-    The last turn must have text and must not be the system's or the assistant's.
+    The last turn must have text, and must be neither an assistant turn nor a system turn.
     """
     if all(turn.role == "system" or not turn.text.strip() for turn in prompt):
         return "empty prompt"

@@ -1,7 +1,7 @@
-"""Encoding of records into the token rows that the stages train on, in the chat format of any tokenizer.
+"""Encoding of records as the token rows of the training stages, in a tokenizer's chat format.
 
-Each function returns the rows and the indices of their records, because prompts that do not fit are dropped and counted
-(see `chat.encode_prompts`). The indices give access to the other fields of the records::
+Prompts that do not fit are dropped and counted (see `chat.encode_prompts`), so each function also returns the index of
+the record behind each row. Use these indices to look up other fields of the records::
 
     rows, kept = encoding.encode_rankings(fmt, rankings, prompt_width=256, response_width=128, counts=counts)
     margins_B = np.asarray([rankings[i].margin or 0.0 for i in kept], np.float32)
@@ -29,12 +29,12 @@ class PromptRows(NamedTuple):
 
 
 class JudgedRows(NamedTuple):
-    """Rows of single answers that were labelled good or bad."""
+    """Rows with one answer each, labelled good or bad."""
 
     tokens_BL: np.ndarray
     mask_BL: np.ndarray
     loss_mask_BL: np.ndarray
-    """True at the answer with its stop token."""
+    """True at the tokens of the answer and its stop token."""
     good_B: np.ndarray
     """bool; True means good."""
 
@@ -46,7 +46,7 @@ def encode_prompts(
 
     Args:
         fmt: Chat format from `chat.chat_format`.
-        prompts: B' records.
+        prompts: Records of any kind.
         prompt_width: P; longer prompts lose their oldest turns.
         counts: Counts dropped and truncated prompts; see `chat.encode_prompts`.
 
@@ -54,7 +54,7 @@ def encode_prompts(
         ``(rows, kept)``: B rows, and the indices of their records, int64 ``[B]`` in ascending order.
 
     Raises:
-        DataError: If too large a share is dropped.
+        DataError: If too many prompts are dropped or truncated.
     """
     ids, kept = _prompt_ids(fmt, prompts, prompt_width, counts)
     return PromptRows(*padding.pad_prompts(ids, width=prompt_width, pad_id=fmt.pad_id)), kept
@@ -72,17 +72,17 @@ def encode_demonstrations(
 
     Args:
         fmt: Chat format from `chat.chat_format`.
-        demonstrations: B' records.
+        demonstrations: Demonstrations or judged answers.
         prompt_width: P; longer prompts lose their oldest turns.
         response_width: T; longer answers are truncated and lose their stop token.
-        counts: Counts drops and truncations; see `chat.encode_prompts` and `padding.pad_answers`.
+        counts: Counts dropped prompts and truncations; see `chat.encode_prompts` and `padding.pad_answers`.
 
     Returns:
         ``(rows, kept)``: B rows of L = P + T columns, and the indices of their records, int64 ``[B]`` in ascending
         order.
 
     Raises:
-        DataError: If too large a share is dropped or truncated.
+        DataError: If too many prompts are dropped, or too many prompts or answers are truncated.
     """
     ids, kept = _prompt_ids(fmt, demonstrations, prompt_width, counts)
     answers = chat.encode_answers(fmt, [demonstrations[i].response for i in kept])
@@ -104,16 +104,16 @@ def encode_judged(
 
     Args:
         fmt: Chat format from `chat.chat_format`.
-        judged: B' records.
+        judged: Judged answers.
         prompt_width: P; longer prompts lose their oldest turns.
         response_width: T; longer answers are truncated and lose their stop token.
-        counts: Counts drops and truncations; see `chat.encode_prompts` and `padding.pad_answers`.
+        counts: Counts dropped prompts and truncations; see `chat.encode_prompts` and `padding.pad_answers`.
 
     Returns:
-        ``(rows, kept)`` as for `encode_demonstrations`, with the labels.
+        ``(rows, kept)`` as from `encode_demonstrations`; the rows also contain the labels.
 
     Raises:
-        DataError: If too large a share is dropped or truncated.
+        DataError: If too many prompts are dropped, or too many prompts or answers are truncated.
     """
     rows, kept = encode_demonstrations(
         fmt, judged, prompt_width=prompt_width, response_width=response_width, counts=counts
@@ -130,25 +130,27 @@ def encode_rankings(
     counts: errors.DropCount,
     max_answers: int | None = None,
 ) -> tuple[types.Comparisons, np.ndarray]:
-    """Encodes compared answers, with all answers to a prompt in one batch element, in the order of their record.
+    """Encodes compared answers, with all answers to a prompt in one batch element.
 
-    The parsers of `records` put the best answer first, so a pair is K = 2 with the chosen answer first. A record with
-    two answers of different rank that agree in their first T tokens is dropped: ``"same answer within the width"``.
+    Answers keep the order of their record. The parsers of `records` put the best answer first, so the chosen answer of
+    a pair is at k = 0. If two answers have different ranks but the same first T tokens, their record is dropped as
+    ``"same answer within the width"``.
 
     Args:
         fmt: Chat format from `chat.chat_format`.
-        rankings: B' records.
+        rankings: Rankings and pairs.
         prompt_width: P; longer prompts lose their oldest turns.
-        response_width: T; longer answers are truncated and counted one by one.
-        counts: Counts drops and truncations; see `chat.encode_prompts` and `padding.ranking_rows`.
+        response_width: T; longer answers are truncated, and each of them is counted.
+        counts: Counts dropped records and truncations; see `chat.encode_prompts` and `padding.ranking_rows`.
         max_answers: K; None means the largest number of answers in a record.
 
     Returns:
-        ``(comparisons, kept)``: NumPy arrays, ``tokens_BKL`` with L = P + T, and the indices of their records, int64
-        ``[B]`` in ascending order.
+        ``(comparisons, kept)``: `types.Comparisons` of NumPy arrays with L = P + T columns, and the indices of the
+        records, int64 ``[B]`` in ascending order.
 
     Raises:
-        DataError: If too large a share is dropped or truncated, or a record has more than K answers.
+        DataError: If too many records are dropped, too many prompts or answers are truncated, or a record has more than
+            K answers.
     """
     prompt_ids, fitting = _prompt_ids(fmt, rankings, prompt_width, counts)
     for i in fitting:
@@ -177,22 +179,22 @@ def ranking_rows(
     counts: errors.DropCount,
     max_answers: int | None = None,
 ) -> tuple[types.Comparisons, np.ndarray]:
-    """Encodes rankings like `encode_rankings`, for records whose prompts are already encoded.
+    """Encodes rankings whose prompts are already encoded; otherwise the same as `encode_rankings`.
 
     Args:
         fmt: Chat format from `chat.chat_format`.
-        prompt_ids: Token ids of the prompt of each record, at most P of them.
-        rankings: B' records.
+        prompt_ids: Token ids of each record's prompt, at most P.
+        rankings: Rankings and pairs.
         prompt_width: P.
-        response_width: T; longer answers are truncated and counted one by one.
-        counts: Counts drops and truncations.
+        response_width: T; longer answers are truncated, and each of them is counted.
+        counts: Counts dropped records and truncated answers.
         max_answers: K; None means the largest number of answers in a record.
 
     Returns:
-        ``(comparisons, kept)`` as for `encode_rankings`.
+        ``(comparisons, kept)`` as from `encode_rankings`.
 
     Raises:
-        DataError: If too large a share is dropped or truncated, or a record has more than K answers.
+        DataError: If too many records are dropped, too many answers are truncated, or a record has more than K answers.
     """
     encoded = iter(chat.encode_answers(fmt, [text for record in rankings for text in record.responses]))
     answers = [list(itertools.islice(encoded, len(record.responses))) for record in rankings]
@@ -224,6 +226,6 @@ def _prompt_ids(
 
 
 def _contradict(answers: Sequence[Sequence[int]], ranks: Sequence[int], width: int) -> bool:
-    """Returns whether two answers agree in their first ``width`` tokens and differ in rank."""
+    """Returns whether two answers have the same first ``width`` tokens but different ranks."""
     rank_of: dict[tuple[int, ...], int] = {}
     return any(rank_of.setdefault(tuple(ids[:width]), rank) != rank for ids, rank in zip(answers, ranks))

@@ -1,7 +1,7 @@
 """Exceptions for data that cannot be used, and counts of the records that are dropped or truncated.
 
-A file that cannot be read is an error. A record that cannot be used is dropped and counted by reason, up to a limited
-share of the records.
+A file that cannot be read raises an error. A record that cannot be used is dropped and counted by reason; an error is
+raised only if more than a given share of the records is dropped.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ import os
 
 
 class DataError(ValueError):
-    """Data that cannot be used. The message is one sentence, which names the file and line if there are any."""
+    """Raised for data that cannot be used. The message is one sentence that names the file and line, if known."""
 
 
 class UnusableRecord(Exception):
-    """A well-formed record that is dropped; the message is the reason under which it is counted."""
+    """Raised for a well-formed record that must be dropped; the message is the reason under which it is counted."""
 
 
 class MissingFieldError(DataError):
-    """A record lacks a field."""
+    """Raised for a record that lacks a required field."""
 
     def __init__(self, *names: str) -> None:
-        """``names``: the missing field, then other fields that could have replaced it."""
-        others = " or ".join(map(repr, names[1:]))
-        super().__init__(f"the record has no {names[0]!r}" + (f", and no {others} either" if others else ""))
+        """``names`` contains the missing field, followed by the fields that are accepted in its place."""
+        fields = " nor ".join(map(repr, names))
+        super().__init__(f"the record has {'no' if len(names) == 1 else 'neither'} {fields}")
         self.names = names
 
 
 def location(path: str | os.PathLike[str], line: int) -> str:
-    """Returns ``"PATH, line N"``, the form in which every message names a line of a file."""
+    """Returns ``"PATH, line N"``, the form in which all messages refer to a line of a file."""
     return f"{os.fspath(path)}, line {line}"
 
 
@@ -37,13 +37,13 @@ def location(path: str | os.PathLike[str], line: int) -> str:
 class DropCount:
     """Numbers of dropped and truncated records, by reason.
 
-    ``dropped`` counts records that are missing from the result; their share is limited by ``max_dropped``.
-    ``truncated`` counts records that were kept but shortened, which is common for long dialogues: their share is
-    limited only if ``max_truncated`` is given. Both limits are shares from 0 to 1.
+    ``dropped`` counts records that are missing from the result, and ``max_dropped`` limits their share. ``truncated``
+    counts records that were kept but shortened. Truncation is common for long dialogues, so the share of truncated
+    records is limited only if ``max_truncated`` is given. Both limits are shares from 0 to 1.
 
-    One object can collect the counts of a whole pipeline. Each stage counts in a separate object (`stage`). `add`
-    merges its counts and checks their share of the records that the stage received, so that the records of other stages
-    do not dilute it.
+    One object can collect the counts of a whole pipeline. Each stage of the pipeline counts in a separate object, which
+    `stage` returns. `add` then adds these counts to the total and applies the limits to the records that this stage
+    received, regardless of the records in other stages.
 
     >>> from rlhf_jax.data import errors
     >>> counts = errors.DropCount(max_dropped=0.5)
@@ -78,14 +78,14 @@ class DropCount:
         return DropCount(max_dropped=self.max_dropped, max_truncated=self.max_truncated)
 
     def add(self, stage: DropCount, *, records: int, source: str) -> None:
-        """Adds the counts of a stage that received ``records`` records, then checks its share as `check` does."""
+        """Adds the counts of a stage that received ``records`` records, then calls `check` on the stage."""
         for totals, added in ((self.dropped, stage.dropped), (self.truncated, stage.truncated)):
             for reason, n in added.items():
                 totals[reason] = totals.get(reason, 0) + n
         stage.check(records, source=source)
 
     def check(self, records: int, *, source: str) -> None:
-        """Raises DataError, naming ``source`` and the counts, if their share of ``records`` exceeds a limit."""
+        """Raises DataError, naming ``source``, if the share of dropped or truncated records exceeds its limit."""
         limits = (
             ("dropped", self.dropped, self.max_dropped, "max_dropped"),
             ("truncated", self.truncated, self.max_truncated, "max_truncated"),
@@ -95,7 +95,7 @@ class DropCount:
             if limit is not None and n > limit * records:
                 share = n / records if records else 1.0
                 raise DataError(
-                    f"{source}: {n} of {records} records {verb} ({_by_reason(counts)}), which is "
+                    f"{source}: {n} of {records} records were {verb} ({_by_reason(counts)}), which is "
                     f"{share:.1%}, more than {name} = {limit:.1%}"
                 )
 

@@ -1,8 +1,8 @@
-"""Packing: several sequences in one row, so that little of a batch is padding.
+"""Packing of several sequences into one row, which reduces padding.
 
-A packed row holds whole sequences, one after the other from its first column, and padding at its end. Segment ids
-distinguish them: a model that uses the ids (``lm.forward(..., segments_BL=...)``) processes each sequence
-independently. The same sequences always give the same rows.
+A packed row consists of whole sequences, followed by padding. Segment ids distinguish the sequences of a row: a model
+that uses the ids (``lm.forward(..., segments_BL=...)``) processes each sequence independently. Packing is
+deterministic.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rlhf_jax.data import errors, padding
 
 
 class Packed(NamedTuple):
-    """Packed rows, and the position of each sequence."""
+    """Packed rows, and the place of each sequence in them."""
 
     tokens_BL: np.ndarray
     mask_BL: np.ndarray
@@ -28,11 +28,11 @@ class Packed(NamedTuple):
     segments_BL: np.ndarray
     """int32: 1 at the first sequence of a row, 2 at the second, ...; 0 at padding."""
     places: types.Places
-    """NumPy arrays ``[N]`` in the order of the sequences; segment 0 means that the sequence was dropped."""
+    """NumPy arrays ``[N]`` in the order of the sequences; segment 0 marks sequences that are empty or were dropped."""
 
     @property
     def fill(self) -> float:
-        """Share of real tokens in the rows."""
+        """Fraction of the columns that contain real tokens."""
         return float(self.mask_BL.mean()) if self.mask_BL.size else 1.0
 
 
@@ -46,7 +46,7 @@ def pack(
     truncate: bool = False,
     rows: int | None = None,
 ) -> Packed:
-    """Packs whole sequences by best fit, longest first; see `best_fit`.
+    """Packs sequences by best fit, longest first; see `best_fit`.
 
     >>> from rlhf_jax.data import errors, packing
     >>> packed = packing.pack([[5, 6], [7, 8, 9], [3]], width=4, pad_id=0, counts=errors.DropCount())
@@ -55,21 +55,21 @@ def pack(
 
     Args:
         sequences: Token ids of N sequences; an empty sequence takes no space.
-        loss_masks: For each sequence, which of its tokens have a loss; None means all.
+        loss_masks: For each sequence, a mask of the tokens with a loss; None means that all tokens have a loss.
         width: L, the width of a row.
-        pad_id: Token id at padding. Masks do not depend on it.
-        counts: Counts sequences longer than ``width``: dropped as ``"longer than a row"``, or truncated as
-            ``"truncated to the row width"``.
+        pad_id: Token id used for padding. Masks do not depend on it.
+        counts: Counts sequences that are longer than ``width``, as dropped (``"longer than a row"``) or as truncated
+            (``"truncated to the row width"``).
         truncate: Whether to truncate long sequences instead of dropping them.
-        rows: Number of rows, the last of them empty if necessary, so that all batches have the same shape; None means
-            as many as needed.
+        rows: Number of rows. Rows that are not needed are empty, so that all batches can have the same shape. None
+            means as many rows as needed.
 
     Returns:
-        The packed rows, ``[rows, L]``.
+        The packed rows, of shape ``[rows, L]``.
 
     Raises:
         DataError: If sequences and loss masks differ in number or length, more than ``rows`` rows are needed, or too
-            large a share of the sequences is too long.
+            many sequences are longer than ``width``.
     """
     learnt: Sequence[Any] = [np.ones(len(ids), bool) for ids in sequences] if loss_masks is None else loss_masks
     if list(map(len, learnt)) != list(map(len, sequences)):
@@ -85,7 +85,7 @@ def pack(
     positions = best_fit(lengths, width=width)
     needed = max((row + 1 for (row, _), n in zip(positions, lengths) if n), default=0)
     if rows is not None and needed > rows:
-        raise errors.DataError(f"{len(sequences)} sequences fill {needed} rows of {width}, more than rows = {rows}")
+        raise errors.DataError(f"{len(sequences)} sequences need {needed} rows of {width}, more than rows = {rows}")
     shape = (needed if rows is None else rows, width)
     tokens_BL, segments_BL = np.full(shape, pad_id, np.int32), np.zeros(shape, np.int32)
     loss_mask_BL = np.zeros(shape, np.bool_)
@@ -108,17 +108,17 @@ def pack_rows(
     """Packs the real tokens of padded rows.
 
     Args:
-        rows: Padded rows, such as those of `padding.demonstration_rows`; each becomes one sequence.
+        rows: Padded rows, such as those from `padding.demonstration_rows`; each row becomes one sequence.
         width: L, the width of a packed row.
-        pad_id: Token id at padding.
-        counts: Counts sequences longer than ``width``; see `pack`.
+        pad_id: Token id used for padding.
+        counts: Counts sequences that are longer than ``width``; see `pack`.
         truncate: Whether to truncate long sequences instead of dropping them.
 
     Returns:
         The packed rows.
 
     Raises:
-        DataError: If too large a share of the sequences is too long.
+        DataError: If too many sequences are longer than ``width``.
     """
     sequences = [tokens[mask] for tokens, mask in zip(rows.tokens_BL, rows.mask_BL)]
     loss_masks = [learnt[mask] for learnt, mask in zip(rows.loss_mask_BL, rows.mask_BL)]
@@ -128,20 +128,21 @@ def pack_rows(
 def pack_comparisons(
     batch: types.Comparisons, *, width: int, pad_id: int, rows: int | None = None, groups: int = 1
 ) -> types.PackedComparisons:
-    """Packs the completions of a batch, so that missing completions and padding cost nothing.
+    """Packs the completions of a batch, each with its prompt. Missing completions and padding are left out.
 
     Args:
-        batch: Comparisons, such as those of `padding.ranking_rows`.
-        width: L, the width of a packed row; at least the length of the longest completion.
-        pad_id: Token id at padding.
-        rows: Number of rows over all groups, so that all batches have the same shape; None means as many as needed.
-        groups: Number of micro-batches into which a step will divide this batch; each is packed separately.
+        batch: Comparisons, such as those from `padding.ranking_rows`.
+        width: L, the width of a packed row; at least the length of the longest completion with its prompt.
+        pad_id: Token id used for padding.
+        rows: Total number of rows in all groups, so that all batches can have the same shape; None means as many rows
+            as needed.
+        groups: Number of micro-batches into which a step divides the batch; each group is packed separately.
 
     Returns:
         The packed completions, with the ranks and loss inputs of ``batch``.
 
     Raises:
-        DataError: If a completion is longer than ``width``, or more than ``rows`` rows are needed.
+        DataError: If a completion with its prompt is longer than ``width``, or more than ``rows`` rows are needed.
         ValueError: If ``groups`` does not divide the number of prompts or ``rows``.
     """
     B, K = batch.where_BK.shape
@@ -161,7 +162,7 @@ def pack_comparisons(
         per_group = max(len(part.tokens_BL) for part in parts)
         parts = [pack_group(group, per_group) for group in range(groups)]
 
-    # Round-robin, as a train step divides a batch into micro-batches.
+    # Rows are assigned to groups round-robin, because a train step divides a batch into micro-batches in this way.
     def interleave(arrays: list[np.ndarray]) -> np.ndarray:
         return np.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
 
@@ -181,7 +182,7 @@ def pack_comparisons(
 
 
 def pack_documents(documents: Sequence[padding.Ids], *, width: int, eos_id: int) -> tuple[np.ndarray, int]:
-    """Concatenates documents, each followed by ``eos_id``, and cuts the stream into full rows for pretraining.
+    """Concatenates documents, each followed by ``eos_id``, and divides the result into full rows for pretraining.
 
     >>> from rlhf_jax.data import packing
     >>> rows, remainder = packing.pack_documents([[5, 6], [7, 8]], width=3, eos_id=1)
@@ -189,16 +190,16 @@ def pack_documents(documents: Sequence[padding.Ids], *, width: int, eos_id: int)
     ([[5, 6, 1], [7, 8, 1]], 0)
 
     Returns:
-        ``(tokens_BL, remainder)``: int32 rows of ``width`` real tokens, and the number of tokens dropped at the end
-        because they do not fill a row.
+        ``(tokens_BL, remainder)``: int32 rows of ``width`` real tokens, and the number of tokens at the end that are
+        dropped because they do not fill a row.
 
     Raises:
-        DataError: If a document already ends with ``eos_id``, or all documents together do not fill one row.
+        DataError: If a document already ends with ``eos_id``, or the documents do not fill one row.
     """
     pieces = []
     for i, ids in enumerate(documents):
         if len(ids) and ids[-1] == eos_id:
-            raise errors.DataError(f"document {i} already ends with the id {eos_id}, which would be added again")
+            raise errors.DataError(f"document {i} already ends with eos_id = {eos_id}; remove it from the document")
         pieces.append(np.asarray([*ids, eos_id], np.int32))
     stream = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
     rows, remainder = divmod(len(stream), width)
@@ -208,13 +209,14 @@ def pack_documents(documents: Sequence[padding.Ids], *, width: int, eos_id: int)
 
 
 def best_fit(lengths: Sequence[int], *, width: int) -> list[tuple[int, int]]:
-    """Assigns sequences of these lengths to rows of ``width`` by best fit, longest first, equal lengths in order.
+    """Assigns sequences with the given lengths to rows of ``width`` columns by best fit.
 
-    Each sequence goes into the fullest row that still has room for it, and into the first of several such rows.
-    Sequences of length 0 take no space.
+    Sequences are placed from longest to shortest; sequences of the same length keep their order. Each sequence is
+    placed in the fullest row that has enough room, or in the first such row if several are equally full. Sequences of
+    length 0 take no space.
 
     Returns:
-        ``(row, first column)`` of each sequence.
+        ``(row, first column)`` for each sequence.
 
     Raises:
         ValueError: If a sequence is longer than ``width``.

@@ -1,7 +1,7 @@
-"""Padded token rows, in the layout that all stages share, from the token ids of prompts and answers.
+"""Conversion of the token ids of prompts and answers to padded rows, in the layout that all training stages use.
 
-Prompts are left-padded to P and answers right-padded to T, so a row has L = P + T columns. Rows are NumPy arrays,
-int32 for tokens and bool for masks. The ids come from `chat`.
+Prompts are left-padded to P and answers are right-padded to T, so a row has L = P + T columns. Rows are NumPy arrays,
+int32 for tokens and bool for masks. `chat` encodes texts as ids.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ Ids = Sequence[int]
 
 
 class Rows(NamedTuple):
-    """Token rows with a loss on part of them."""
+    """Padded token rows, and the mask of the tokens with a loss."""
 
     tokens_BL: np.ndarray
     mask_BL: np.ndarray
     """True at real tokens."""
     loss_mask_BL: np.ndarray
-    """True at the tokens with a loss: the answer and its stop token. Aligned with the tokens, not shifted."""
+    """True at the tokens with a loss, which are the answer and its stop token. Aligned with the tokens, not shifted."""
 
 
 def pad_prompts(prompts: Sequence[Ids], *, width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Left-pads prompts to ``width`` and returns ``(tokens_BP, mask_BP)``.
 
     Raises:
-        DataError: If a prompt is empty or longer than ``width``; `chat.encode_prompts` shortens prompts at turns.
+        DataError: If a prompt is empty or longer than ``width``; `chat.encode_prompts` shortens long prompts.
     """
     tokens_BP, mask_BP = _blank(len(prompts), width, pad_id)
     for row, ids in enumerate(prompts):
         if not 0 < len(ids) <= width:
-            raise errors.DataError(f"prompt {row} has {len(ids)} tokens, which is not between 1 and {width}")
+            raise errors.DataError(f"prompt {row} has {len(ids)} tokens; it must have between 1 and {width}")
         tokens_BP[row, width - len(ids) :] = ids
         mask_BP[row, width - len(ids) :] = True
     return tokens_BP, mask_BP
@@ -45,13 +45,13 @@ def pad_prompts(prompts: Sequence[Ids], *, width: int, pad_id: int) -> tuple[np.
 def pad_answers(
     answers: Sequence[Ids], *, width: int, pad_id: int, counts: errors.DropCount
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Right-pads answers to ``width``. A longer answer is truncated, loses its stop token, and is counted.
+    """Right-pads answers to ``width``. A longer answer is truncated, so it loses its stop token.
 
     Args:
-        answers: Token ids of each answer with its stop token.
+        answers: Token ids of each answer, including its stop token.
         width: T.
-        pad_id: Token id at padding.
-        counts: Counts ``"answer truncated"``.
+        pad_id: Token id used for padding.
+        counts: Counts truncated answers as ``"answer truncated"``.
 
     Returns:
         ``(tokens_BT, mask_BT)``.
@@ -87,11 +87,11 @@ def demonstration_rows(
         answers: Token ids of one answer to each prompt, such as those from `chat.encode_answers`.
         prompt_width: P.
         response_width: T; longer answers are truncated as in `pad_answers`.
-        pad_id: Token id at padding. Masks do not depend on it.
-        counts: Counts ``"answer truncated"``.
+        pad_id: Token id used for padding. Masks do not depend on it.
+        counts: Counts truncated answers as ``"answer truncated"``.
 
     Returns:
-        Rows ``[B, P + T]``.
+        `Rows` of shape ``[B, P + T]``.
 
     Raises:
         DataError: If the numbers of prompts and answers differ; see also `pad_prompts` and `pad_answers`.
@@ -117,18 +117,18 @@ def ranking_rows(
     counts: errors.DropCount,
     max_answers: int | None = None,
 ) -> types.Comparisons:
-    """Returns ranked answers, with all answers to a prompt in one batch element (InstructGPT, section 3.5).
+    """Returns rows of ranked answers, with all answers to a prompt in one batch element (InstructGPT, section 3.5).
 
     Args:
         prompts: Token ids of B prompts.
-        answers: Token ids of at least two answers to each prompt. Unused entries hold padding, with ``where_BK`` False
-            and rank 0.
-        ranks: Rank of each answer: 1 is best, equal ranks are ties.
+        answers: Token ids of at least two answers to each prompt. For a prompt with fewer than K answers, the remaining
+            entries are padding, with ``where_BK`` False and rank 0.
+        ranks: Rank of each answer; 1 is best, and equal ranks are ties.
         prompt_width: P.
         response_width: T; longer answers are truncated as in `pad_answers`.
-        pad_id: Token id at padding.
-        counts: Counts ``"answer truncated"``, once for each answer.
-        max_answers: K; None means the largest number of answers to a prompt.
+        pad_id: Token id used for padding.
+        counts: Counts truncated answers as ``"answer truncated"``.
+        max_answers: K; None means the largest number of answers to one prompt.
 
     Returns:
         `types.Comparisons` of NumPy arrays, with ``tokens_BKL`` of shape ``[B, K, P + T]``.
@@ -149,7 +149,10 @@ def ranking_rows(
     for b, (answers_K, ranks_K) in enumerate(zip(answers, ranks)):
         n = len(answers_K)
         if n < 2 or len(ranks_K) != n or min(ranks_K) < 1:
-            raise errors.DataError(f"prompt {b} has {n} answers with ranks {list(ranks_K)}")
+            raise errors.DataError(
+                f"prompt {b} has {n} answers with ranks {list(ranks_K)}; it must have at least two answers, and a rank "
+                "of at least 1 for each"
+            )
         tokens_KT, mask_KT = _fill_answers(answers_K, response_width, pad_id, stage)
         tokens_BKL[b, :n, :prompt_width], mask_BKL[b, :n, :prompt_width] = tokens_BP[b], mask_BP[b]
         tokens_BKL[b, :n, prompt_width:], mask_BKL[b, :n, prompt_width:] = tokens_KT, mask_KT
@@ -186,4 +189,5 @@ def _blank(batch: int | tuple[int, ...], width: int, pad_id: int) -> tuple[np.nd
 def _require_equal_lengths(**lists: Sequence[object]) -> None:
     sizes = {name: len(items) for name, items in lists.items()}
     if len(set(sizes.values())) > 1:
-        raise errors.DataError(f"unequal numbers: {', '.join(f'{n} {name}' for name, n in sizes.items())}")
+        numbers = ", ".join(f"{n} {name}" for name, n in sizes.items())
+        raise errors.DataError(f"the numbers must be equal, but there are {numbers}")

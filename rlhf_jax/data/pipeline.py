@@ -1,18 +1,17 @@
-"""Batches made with grain: shuffled with a seed, repeated, divided among hosts, and exactly resumable.
+"""Batches made with grain, which can be shuffled, repeated, divided among hosts, and resumed exactly.
 
-The batch of a step depends only on the data, the seed, the batch size and the step, not on the number of hosts. Each
-host reads its own rows of every batch, so all hosts take the same number of steps and their rows together are the
-batch.
+The batch of a step depends on the data, the seed, the batch size and the step, but not on the number of hosts. Each
+host reads a share of the rows of every batch, so all hosts run the same number of steps.
 
-The state of a grain iterator is only an index, which selects different batches if the data differs. `Batches.get_state`
-therefore adds a fingerprint of everything that determines the batches, and `Batches.set_state` refuses a state with a
-different fingerprint. Use these two methods in a custom training loop, or ``batch_at`` and ``fingerprint`` with
-`train.loop.fit`::
+The state of a grain iterator is only an index, which would select different batches from different data.
+`Batches.get_state` therefore adds a fingerprint of everything that determines the batches, and `Batches.set_state`
+refuses a state with a different fingerprint. Use these two methods in a custom training loop. With `train.loop.fit`,
+use ``batch_at`` and ``fingerprint`` instead::
 
     batches = pipeline.from_arrays(rows, batch_size=64, seed=0)
     fit(..., batch_at=batches.batch_at, fingerprint=batches.fingerprint)
 
-For data that fits in memory and needs no prefetching, `batching` does the same without grain.
+`batching` is an alternative without grain, for data that fits in memory and needs no prefetching.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ if TYPE_CHECKING:
     import grain
 
 _ORDER_SAMPLE = 16
-"""How many entries of the first epoch's order enter the fingerprint, to detect a grain version that shuffles
-differently. Kept small because looking up an entry is slow in grain for small data sets."""
+"""Number of indices at the start of the first epoch that the fingerprint includes, to detect a grain version that
+shuffles differently. The number is small because grain looks up indices slowly for small data sets."""
 
 
 class Batches:
-    """A finite or endless iterator over batches; made by `from_arrays` and `from_source`."""
+    """A finite or endless iterator over batches; created by `from_arrays` and `from_source`."""
 
     def __init__(self, dataset: grain.MapDataset, *, endless: bool, fingerprint: dict[str, Any], prefetch: int) -> None:
         """Starts an iterator; use `from_arrays` or `from_source` instead.
@@ -45,7 +44,7 @@ class Batches:
         Args:
             dataset: This host's batches.
             endless: Whether the batches never end.
-            fingerprint: Everything that determines the batches; see the attribute.
+            fingerprint: Everything that determines the batches; see the attribute of this name.
             prefetch: Number of batches that a separate thread keeps ready.
         """
         import grain
@@ -53,29 +52,29 @@ class Batches:
         self._dataset = dataset
         self._endless = endless
         self.fingerprint = fingerprint
-        """Everything that determines the batches, as JSON: data, number of records, seed, batch size, epochs,
-        ``shuffle``, ``drop_last``, the start of the order, and the ``identity`` given to `from_source`. It is the same
-        on every host."""
+        """Everything that determines the batches, as values that JSON can represent: data, number of records, seed,
+        batch size, epochs, ``shuffle``, ``drop_last``, the first indices of the first epoch, and the ``identity`` from
+        `from_source`. The fingerprint is the same on all hosts."""
         options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
         self._iterator = iter(dataset.to_iter_dataset(options))
 
     @property
     def steps(self) -> int | None:
-        """Total number of batches; None if they are endless."""
+        """Total number of batches; None if the batches are endless."""
         return None if self._endless else len(self._dataset)
 
     def batch_at(self, step: int) -> Any:
-        """Returns this host's rows of the batch at a step, from 0. A pure function; it does not move the iterator.
+        """Returns this host's rows of the batch at ``step``, counted from 0, without changing the iterator's position.
 
         Raises:
             IndexError: If there is no such step.
         """
         if not 0 <= step < len(self._dataset):
-            raise IndexError(f"there is no step {step}: there are {len(self._dataset)} batches")
+            raise IndexError(f"there is no step {step}; the steps are 0 to {len(self._dataset) - 1}")
         return self._dataset[step]
 
     def __iter__(self) -> Batches:
-        """Returns the object itself; all its iterators share one position."""
+        """Returns this object; all loops over it share one position."""
         return self
 
     def __next__(self) -> Any:
@@ -83,27 +82,27 @@ class Batches:
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
-        """Returns the position and the fingerprint, as JSON, for the metadata of `checkpoint.Checkpoints.save`."""
+        """Returns the position and the fingerprint, which `checkpoint.Checkpoints.save` can store as metadata."""
         return {"fingerprint": dict(self.fingerprint), "grain": self._iterator.get_state()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Restores the position at which `get_state` was called.
 
         Raises:
-            DataError: If the data, the seed, the batch size or anything else in the fingerprint differs from the state,
-                or if the state was not returned by `get_state`.
+            DataError: If the fingerprint in the state differs, for example in the data, the seed or the batch size, or
+                the state was not returned by `get_state`.
         """
         saved, position = state.get("fingerprint"), state.get("grain")
         if not isinstance(saved, Mapping) or not isinstance(position, Mapping):
-            raise errors.DataError("not a state returned by get_state: it needs 'fingerprint' and 'grain'")
+            raise errors.DataError("not a state returned by get_state: it must contain 'fingerprint' and 'grain'")
         for name in dict.fromkeys([*self.fingerprint, *saved]):
             if saved.get(name) != self.fingerprint.get(name):
                 raise errors.DataError(
-                    f"cannot resume these batches: the state was saved with {name} = {saved.get(name)!r}, but here it "
-                    f"is {self.fingerprint.get(name)!r}"
+                    f"cannot resume these batches: the state was saved with {name} = {saved.get(name)!r}, but now "
+                    f"{name} = {self.fingerprint.get(name)!r}"
                 )
         if any(not isinstance(index, int) for index in position.values()):
-            raise errors.DataError("not a state returned by get_state: its index in 'grain' is not a whole number")
+            raise errors.DataError("not a state returned by get_state: the index in 'grain' is not a whole number")
         try:
             self._iterator.set_state(dict(position))
         except (KeyError, TypeError, IndexError, ValueError) as error:
@@ -126,7 +125,7 @@ def from_arrays(
     hosts: int = 1,
     prefetch: int = 2,
 ) -> Batches:
-    """Returns batches of the rows of arrays, such as those of `types.Comparisons` or `padding.Rows`.
+    """Returns batches of the rows of arrays, such as the arrays in `types.Comparisons` or `padding.Rows`.
 
     >>> import numpy as np
     >>> from rlhf_jax.data import pipeline
@@ -136,24 +135,25 @@ def from_arrays(
 
     Args:
         arrays: A pytree of arrays with the same number of rows; each row is one record.
-        batch_size: Rows in a batch, over all hosts; a multiple of ``hosts``. May exceed the number of records.
+        batch_size: Total number of rows in a batch on all hosts; a multiple of ``hosts``. It may exceed the number of
+            records unless ``drop_last`` is set.
         seed: Seed of the shuffle; each epoch has a different order.
-        epochs: Number of passes over the records, or None for endless batches. Records at the very end that do not fill
-            a batch are dropped.
-        shuffle: Whether to shuffle; otherwise records keep their order.
-        drop_last: Whether to drop the remainder of each epoch, which differs from epoch to epoch, so that no batch
-            spans two epochs.
-        host: Index of this host, from 0: ``jax.process_index()``. Its share is one block of the rows of each batch, in
-            the order in which ``jax.make_array_from_process_local_data`` concatenates hosts.
-        hosts: Number of hosts: ``jax.process_count()``.
-        prefetch: Number of batches that a separate thread keeps ready; 0 for none.
+        epochs: Number of passes over the records; None means endless batches. Records at the end of the last epoch that
+            do not fill a batch are dropped.
+        shuffle: Whether to shuffle; otherwise the records keep their order.
+        drop_last: Whether to drop the records of each epoch that do not fill a batch, so that no batch spans two
+            epochs.
+        host: Index of this host, usually ``jax.process_index()``. A host reads one block of the rows of each batch;
+            ``jax.make_array_from_process_local_data`` concatenates the blocks in the same order.
+        hosts: Number of hosts, usually ``jax.process_count()``.
+        prefetch: Number of batches that a separate thread keeps ready; 0 disables prefetching.
 
     Returns:
         The batches of this host.
 
     Raises:
-        DataError: If there are no records, too few for one batch, or the arrays differ in their number of rows.
-        ValueError: If a number is out of range.
+        DataError: If there are no records or too few for one batch, or the arrays differ in their number of rows.
+        ValueError: If an argument is out of range.
     """
     sizes = {len(leaf) for leaf in jax.tree.leaves(arrays)}
     if len(sizes) > 1:
@@ -192,32 +192,33 @@ def from_source(
     data: str | None = None,
     identity: Any = None,
 ) -> Batches:
-    """Returns batches of any sequence of records: a list, or a set that is read lazily from disk.
+    """Returns batches of any sequence of records, such as a list or a data set that is read lazily from disk.
 
     Args:
-        source: Records with a length and random access, such as those of `readers` or `sources.tfds_source`.
-        collate: Makes a batch, such as token rows, from this host's records. Must be a pure function and should always
-            return the same shapes. It runs in the prefetching thread.
-        batch_size: As for `from_arrays`.
-        seed: As for `from_arrays`.
-        epochs: As for `from_arrays`.
-        shuffle: As for `from_arrays`.
-        drop_last: As for `from_arrays`.
-        host: As for `from_arrays`.
-        hosts: As for `from_arrays`.
-        prefetch: As for `from_arrays`.
-        data: Identifies the data in the fingerprint; None means the `fingerprint` of the source, which reads it once.
-        identity: Identifies ``collate`` in the fingerprint, because a function cannot be hashed: anything that
-            `fingerprint` takes, such as ``{"tokenizer": "gpt2", "prompt_width": 256}``. A state that was saved with a
-            different identity is refused. None leaves the identity out.
+        source: A sequence of records, such as the result of a reader in `readers` or of `sources.tfds_source`.
+        collate: Function that converts a list of records to a batch, such as token rows. It must be pure, and should
+            always return the same shapes. It runs in the prefetching thread and receives only this host's records.
+        batch_size: See `from_arrays`.
+        seed: See `from_arrays`.
+        epochs: See `from_arrays`.
+        shuffle: See `from_arrays`.
+        drop_last: See `from_arrays`.
+        host: See `from_arrays`.
+        hosts: See `from_arrays`.
+        prefetch: See `from_arrays`.
+        data: Identifies the data in the fingerprint. None means the `fingerprint` of ``source``, which reads all
+            records once.
+        identity: Identifies ``collate`` in the fingerprint, because a function cannot be hashed. It can be any value
+            that `fingerprint` accepts, such as ``{"tokenizer": "gpt2", "prompt_width": 256}``. A state that was saved
+            with a different identity is refused. None means no identity.
 
     Returns:
         The batches of this host.
 
     Raises:
         DataError: If there are no records, or too few for one batch.
-        TypeError: If the source or ``identity`` holds a value that `fingerprint` does not take.
-        ValueError: If a number is out of range.
+        TypeError: If ``source`` or ``identity`` contains a value that `fingerprint` does not accept.
+        ValueError: If an argument is out of range.
     """
     import grain
 
@@ -233,8 +234,8 @@ def from_source(
         raise errors.DataError("there are no records to make batches from")
     indices = grain.MapDataset.range(n)
     if shuffle:
-        # In grain, epoch e of seed s has the order of epoch 0 of seed s + e: without the hash, runs with neighbouring
-        # seeds would share epochs.
+        # In grain, epoch e of seed s has the same order as epoch 0 of seed s + e. Without the hash, runs with
+        # consecutive seeds would share epochs.
         indices = indices.shuffle(int.from_bytes(hashlib.sha256(f"{int(seed)}".encode()).digest()[:4], "little"))
     first_indices = [int(indices[i] or 0) for i in range(min(n, _ORDER_SAMPLE))]
     batches_fingerprint = {
@@ -260,20 +261,20 @@ def from_source(
     dataset = indices if drop_last else indices.repeat(epochs)
     dataset = dataset.batch(batch_size, drop_remainder=True, batch_fn=take_share)
     if len(dataset) < 1:
-        raise errors.DataError(f"{n} records, {epochs or 1} times, do not fill one batch of {batch_size}")
+        raise errors.DataError(f"{n} records with epochs = {epochs} do not fill one batch of {batch_size}")
     dataset = dataset.repeat(epochs) if drop_last else dataset
     return Batches(dataset.map(fetch), endless=epochs is None, fingerprint=batches_fingerprint, prefetch=prefetch)
 
 
 def fingerprint(source: Sequence[Any]) -> str:
-    """Returns the SHA-256 of records in hexadecimal.
+    """Returns the SHA-256 digest of records, in hexadecimal.
 
-    Records consist of dataclasses, dictionaries, lists, tuples, strings, bytes, numbers and arrays. Order and types
-    matter: a list differs from a tuple, and bytes from a string. Dataclass fields that are excluded from comparison are
-    left out, so the same records have the same fingerprint wherever they were read from.
+    Records may consist of dataclasses, dictionaries, lists, tuples, strings, bytes, numbers and arrays. Order and types
+    matter: for example, a list and a tuple with the same items have different fingerprints. Dataclass fields that are
+    excluded from comparison, such as `records.Prompt.location`, are ignored.
 
     Raises:
-        TypeError: If a record holds a value of another type, or a dictionary with a key that is not a string.
+        TypeError: If a record contains a value of another type, or a dictionary with a key that is not a string.
     """
     digest = hashlib.sha256()
     for i in range(len(source)):
@@ -282,7 +283,7 @@ def fingerprint(source: Sequence[Any]) -> str:
 
 
 def _tagged(value: Any) -> Any:
-    """Returns a value as JSON in which every list begins with the type it encodes."""
+    """Converts a value to JSON in which every list starts with the name of the type that it encodes."""
     if isinstance(value, np.ndarray | np.generic):
         array = np.asarray(value)
         return ["array", array.dtype.str.lstrip("<>=|"), list(array.shape), _tagged(array.tolist())]

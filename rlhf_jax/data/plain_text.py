@@ -1,11 +1,11 @@
-"""Encoding of plain text, so that what a user types never becomes a control token.
+"""Encoding of plain text that never produces control tokens, whatever a user types.
 
-A *control token* is a special token of the tokenizer, or another token to which a chat format gives a meaning. If a
-text contains the spelling of one, the spelling is encoded as ordinary characters.
+A *control token* is a special token of the tokenizer, or another token that has a meaning in a chat format. If a text
+contains the spelling of a control token, the spelling is encoded as ordinary characters.
 
-Some tokenizers encode a text differently depending on its place: SentencePiece puts a space before the first word of
-an input, and in older files before the first word after every special token. `TextEncoder` therefore receives a place
-with each text.
+Some tokenizers encode a text differently depending on its place. For example, SentencePiece inserts a space before the
+first word of an input; with older tokenizer files, it also inserts one after every special token. `TextEncoder`
+therefore requires the place of each text.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     import transformers
 
 START, AFTER, MIDDLE = range(3)
-"""Places of a text: at the start of the input, directly after a control token, and in the middle of other text."""
+"""Places of a text: at the start of the input, directly after a control token, and after other text."""
 
 
 def encode_texts(tokenizer: transformers.PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
     """Encodes plain texts in one call. The result never contains a special token.
 
     Raises:
-        DataError: If a word-level tokenizer without an unknown token lacks a word; the message names the word.
+        DataError: If a word is not in the vocabulary of a word-level tokenizer without an unknown token.
     """
     if not texts:
         return []
@@ -50,19 +50,19 @@ def encode_texts(tokenizer: transformers.PreTrainedTokenizerFast, texts: Sequenc
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TextEncoder:
-    """Encodes texts at their places; made by `text_encoder`."""
+    """Encoder of texts with given places; created by `text_encoder`."""
 
     backends: tuple[tokenizers.Tokenizer, ...]
-    """A copy of the tokenizer for each of the three places, without control tokens."""
+    """For each of the three places, a copy of the tokenizer that encodes control tokens as text."""
     control_ids: frozenset[int]
     control_pattern: re.Pattern[str]
-    """Matches the spelling of a control token."""
+    """Matches the spelling of any control token."""
 
     def __call__(self, texts: Iterable[tuple[int, str]]) -> dict[tuple[int, str], list[int]]:
-        """Returns the ids of every distinct ``(place, text)``, with one tokenizer call for each place.
+        """Returns the ids of each distinct ``(place, text)``. All texts of one place are encoded together.
 
         Raises:
-            DataError: As `encode_texts` does.
+            DataError: If a word is unknown (see `encode_texts`), or a text cannot be encoded without control tokens.
         """
         ids_of: dict[tuple[int, str], list[int]] = {}
         distinct = dict.fromkeys(texts)
@@ -81,7 +81,7 @@ class TextEncoder:
         return ids_of
 
     def _encode_in_pieces(self, place: int, text: str) -> list[int]:
-        """Encodes a text cut inside the spellings of control tokens, which some vocabularies hold as words."""
+        """Encodes a text in pieces, split inside each spelling of a control token that may be in the vocabulary."""
         cuts = [match.start() + 1 for match in self.control_pattern.finditer(text)]
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
         ids: list[int] = []
@@ -93,7 +93,7 @@ class TextEncoder:
 
 
 def text_encoder(tokenizer: transformers.PreTrainedTokenizerFast, control: Iterable[str]) -> TextEncoder:
-    """Returns an encoder of plain text for a tokenizer; ``control`` holds the spellings of its control tokens."""
+    """Returns the plain-text encoder of a tokenizer whose control tokens have the spellings ``control``."""
     import tokenizers
 
     control = set(control)
@@ -105,7 +105,7 @@ def text_encoder(tokenizer: transformers.PreTrainedTokenizerFast, control: Itera
     for dropped_schemes in ((), ("first",), ("first", "always")):
         parts = {name: _without_prefix(spec[name], dropped_schemes) for name in ("normalizer", "pre_tokenizer")}
         equal = [backend for other_parts, backend in copies if other_parts == parts]
-        # Parsing a large vocabulary takes a second, and most tokenizers add no prefix and need one copy only.
+        # Parsing a large vocabulary takes a second, and most tokenizers need only one copy because they add no prefix.
         backend = equal[0] if equal else tokenizers.Tokenizer.from_str(json.dumps(spec | parts))
         backend.encode_special_tokens = True
         copies.append((parts, backend))
@@ -118,9 +118,9 @@ def text_encoder(tokenizer: transformers.PreTrainedTokenizerFast, control: Itera
 
 
 def _without_prefix(part: Any, dropped_schemes: Sequence[str]) -> Any:
-    """Returns a normalizer or pre-tokenizer, as JSON, without the space it puts before the first or before every text.
+    """Returns a normalizer or pre-tokenizer, as JSON, that no longer inserts a space before texts.
 
-    ``dropped_schemes`` lists the values of ``prepend_scheme`` to switch off.
+    ``dropped_schemes`` lists the values of ``prepend_scheme`` for which the space is removed.
     """
     if not isinstance(part, dict):
         return part
@@ -136,7 +136,7 @@ def _without_prefix(part: Any, dropped_schemes: Sequence[str]) -> Any:
 
 
 def _raise_for_unknown_word(error: Exception, backend: tokenizers.Tokenizer, texts: Sequence[str]) -> None:
-    """Raises DataError with the first unknown word of a word-level tokenizer, whose own exception does not name it."""
+    """Raises DataError with the first unknown word if the tokenizer is word-level; ``error`` does not name the word."""
     if type(backend.model).__name__ != "WordLevel" or backend.pre_tokenizer is None:
         return
     for word in (word for text in texts for word in text.split()):

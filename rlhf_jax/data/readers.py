@@ -1,7 +1,7 @@
-"""Readers: each turns a whole source into a list of records, and counts the records it drops by reason.
+"""Readers, which convert a whole source to a list of records and count dropped records by reason.
 
-Each reader accepts every form of its kind of record (see the table in `records`) from every kind of source (see the
-table in `sources`).
+The table in `records` lists the forms in which each kind of record can be written, and the table in `sources` lists the
+supported kinds of source. Each reader accepts all forms of its kind of record from all kinds of source.
 """
 
 from __future__ import annotations
@@ -17,21 +17,24 @@ Record = TypeVar("Record", bound=records.Prompt)
 def read_demonstrations(
     source: sources.Source, *, counts: errors.DropCount | None = None
 ) -> tuple[list[records.Demonstration], errors.DropCount]:
-    """Reads demonstrations: prompts with an answer to imitate.
+    """Reads demonstrations, which are prompts with an answer to imitate.
 
-    Reasons for dropping a record: ``"empty prompt"`` (the last turn is empty or is the system's), ``"prompt ends in an
-    assistant turn"``, ``"empty answer"``, ``"ends in a human turn"``, ``"... is null"``; and ``"prompts differ"`` or
-    ``"answers differ"`` if a record has both ``messages`` and the other form.
+    A record is dropped for one of these reasons:
+
+    - ``"empty prompt"``: the last turn of the prompt is empty or a system turn
+    - ``"prompt ends in an assistant turn"``
+    - ``"empty answer"``, ``"ends in a human turn"`` or ``"... is null"``
+    - ``"prompts differ"`` or ``"answers differ"``: the record has both ``messages`` and the other form, and they differ
 
     Args:
         source: A path, a list of paths, or `sources.Tfds`.
-        counts: Counts drops and limits their share; None creates a ``DropCount()``, whose limit is 1 %.
+        counts: Counts dropped records and limits their share; None creates a ``DropCount()``, whose limit is 1 %.
 
     Returns:
-        ``(records, counts)``, the records in the order of the source.
+        ``(records, counts)``, with the records in the order of the source.
 
     Raises:
-        DataError: If the source cannot be read, a record has the wrong form, or too large a share is dropped.
+        DataError: If the source cannot be read, a record has the wrong form, or too many records are dropped.
     """
     return _read(source, records.parse_demonstration, counts, "prompt and response, or messages")
 
@@ -39,14 +42,16 @@ def read_demonstrations(
 def read_rankings(
     source: sources.Source, *, counts: errors.DropCount | None = None
 ) -> tuple[list[records.Ranking], errors.DropCount]:
-    """Reads compared answers, both pairs and rankings, with the arguments and results of `read_demonstrations`.
+    """Reads compared answers, both pairs and rankings; see `read_demonstrations` for arguments, results and errors.
 
-    A record is dropped for the reasons that hold for demonstrations, or for one of these: ``"prompts differ"``,
-    ``"same answer twice"`` (with different ranks), ``"fewer than two answers"``,
-    ``"ranks and answers differ in number"``, ``"rank is not a whole number"``, ``"rank below 1"``,
-    ``"scores and answers differ in number"``, ``"score is not a finite number"``, ``"ranks and scores disagree"``,
-    ``"margin below 0"``, ``"margin and scores disagree"`` (by more than 1 %, which allows for rounding),
-    ``"margin of more than two answers"``, ``"all answers tied"``.
+    A record is dropped for the reasons that apply to demonstrations, or for one of these:
+
+    - ``"prompts differ"``, ``"fewer than two answers"`` or ``"all answers tied"``
+    - ``"same answer twice"``: equal answers have different ranks
+    - ``"ranks and answers differ in number"``, ``"rank is not a whole number"`` or ``"rank below 1"``
+    - ``"scores and answers differ in number"``, ``"score is not a finite number"`` or ``"ranks and scores disagree"``
+    - ``"margin below 0"`` or ``"margin of more than two answers"``
+    - ``"margin and scores disagree"``: they differ by more than 1 %, which allows for rounding
     """
     return _read(source, records.parse_ranking, counts, "chosen and rejected, or prompt, responses and ranks")
 
@@ -54,14 +59,14 @@ def read_rankings(
 def read_judged(
     source: sources.Source, *, counts: errors.DropCount | None = None
 ) -> tuple[list[records.Judged], errors.DropCount]:
-    """Reads answers labelled good or bad, with the arguments and results of `read_demonstrations`."""
+    """Reads answers labelled good or bad; see `read_demonstrations` for arguments, results and errors."""
     return _read(source, records.parse_judged, counts, "prompt, response and label")
 
 
 def read_prompts(
     source: sources.Source, *, counts: errors.DropCount | None = None
 ) -> tuple[list[records.Prompt], errors.DropCount]:
-    """Reads prompts, with the arguments and results of `read_demonstrations`."""
+    """Reads prompts; see `read_demonstrations` for arguments, results and errors."""
     return _read(source, records.parse_prompt, counts, "prompt")
 
 

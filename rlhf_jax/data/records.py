@@ -1,33 +1,34 @@
 r"""Records and their parsers: demonstrations, rankings, judged answers and prompts. `readers` reads whole sources.
 
-These are the forms of a record. A message list is ``[{"role": "user", "content": "..."}, ...]``.
+The table lists the forms of each kind of record. A *message list* is ``[{"role": "user", "content": "..."}, ...]``.
 
 ==============  ======================================================================================================
 record          fields
 ==============  ======================================================================================================
 demonstrations  ``prompt`` and ``response`` (or ``completion``)
-                ``messages``; the last one, an assistant turn, is the answer
+                ``messages``, a message list whose last turn is the assistant's answer
 rankings        ``prompt``, ``responses`` and ``ranks`` (1 is best, equal ranks are ties) or ``scores`` (higher is
                 better)
                 ``prompt``, ``chosen`` and ``rejected`` (a pair); optionally ``margin``, ``score_chosen``,
                 ``score_rejected``
-                ``chosen`` and ``rejected`` as whole message lists, with or without a ``prompt`` that repeats theirs
-                ``chosen`` and ``rejected`` as whole texts in the hh-rlhf form (`dialogues`)
-judged          a demonstration with ``label``: true means good, false means bad
+                ``chosen`` and ``rejected`` as whole message lists; ``prompt`` is optional and must agree with them
+                ``chosen`` and ``rejected`` as whole dialogues in the hh-rlhf form (see `dialogues`)
+judged          the fields of a demonstration, and ``label`` (true means good, false means bad)
 prompts         ``prompt``
 ==============  ======================================================================================================
 
 A prompt is a message list or a string. A string is one user turn, unless it begins with ``"\n\nHuman:"``, which marks
-the hh-rlhf form. The last turn of a prompt must be one for the assistant to answer. An answer is a string or a message
-list of one assistant turn. Texts are kept as written, except that the hh-rlhf form drops the white space around them. A
-null field counts as missing. If a record has both ``messages`` and a ``prompt`` or an answer, they must agree.
+the hh-rlhf form. The last turn of a prompt must have text, and must be neither an assistant turn nor a system turn. An
+answer is a string or a message list that consists of one assistant turn. Texts are kept as written, except that white
+space around a turn in the hh-rlhf form is removed. A null field counts as missing. If a record has both ``messages``
+and a ``prompt`` or an answer, they must agree.
 
-Every other field that is a string, a finite number or a boolean goes into ``metadata``: annotator, confidence, subset,
-domain. So do the fields of an object named ``metadata``. Lists and other objects are ignored.
+Other fields that hold a string, a finite number or a boolean, such as an annotator or a subset, are stored in
+``metadata``. The fields of an object named ``metadata`` are stored there too. Lists and other objects are ignored.
 
-A record in the wrong form (a field is missing or of the wrong type, or the record mixes two forms) raises
-`errors.DataError`. A record whose content cannot be used, such as one with ranks that are not numbers, raises
-`errors.UnusableRecord`: the readers drop it and count it under the reasons that they list.
+A record raises `errors.DataError` if it has the wrong form: a field is missing or has the wrong type, or the record
+mixes two forms. A record whose content cannot be used, such as one with ranks that are not numbers, raises
+`errors.UnusableRecord`. The readers drop such a record and count it by reason.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _ANSWER_FIELDS = {"prompt", "messages", "response", "completion"}
 _RANKING_FIELDS = {"prompt", "responses", "ranks", "scores", "margin"}
 _PAIR_FIELDS = {"prompt", "chosen", "rejected", "score_chosen", "score_rejected", "margin"}
 _MARGIN_TOLERANCE = 0.01
-"""How far a margin and the difference of two scores may differ, relative to the largest of the three."""
+"""Accepted deviation of a margin from the difference of the scores, relative to the largest of these three numbers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,14 +69,14 @@ class Demonstration(Prompt):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judged(Demonstration):
-    """A prompt with an answer that was labelled good or bad."""
+    """A prompt with an answer that is labelled good or bad."""
 
     good: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ranking(Prompt):
-    """K >= 2 answers to one prompt, not all of one rank. The parsers sort them best first; ties keep their order."""
+    """K >= 2 answers to one prompt, not all of the same rank. Parsers sort them best first; ties keep their order."""
 
     responses: tuple[str, ...]
     ranks: tuple[int, ...]
@@ -83,8 +84,8 @@ class Ranking(Prompt):
     scores: tuple[float, ...] | None = None
     """Higher is better; None if the record has none."""
     margin: float | None = None
-    """How much better the first answer of a pair is, at least 0; from the record, or the difference of its scores. None
-    if the record has neither, or K > 2."""
+    """How much better the first answer of a pair is, at least 0: the record's margin, or else the difference of the
+    scores. None if the record has neither, or K > 2."""
 
 
 def parse_demonstration(fields: Mapping[str, Any], *, location: str = "") -> Demonstration:
@@ -102,7 +103,7 @@ def parse_judged(fields: Mapping[str, Any], *, location: str = "") -> Judged:
     if label is None:
         raise errors.MissingFieldError("label")
     if label not in (False, True):
-        raise errors.DataError(f"'label' is {label!r}, not true or false")
+        raise errors.DataError(f"'label' is {label!r}; it must be true or false")
     prompt, response = _prompt_and_answer(fields)
     metadata = _metadata(fields, _ANSWER_FIELDS | {"label"})
     return Judged(prompt=prompt, response=response, good=bool(label), metadata=metadata, location=location)
@@ -152,7 +153,7 @@ def parse_ranking(fields: Mapping[str, Any], *, location: str = "") -> Ranking:
 
 
 def _without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Drops null fields, which a Parquet file has in every column that a row does not use."""
+    """Drops null fields; a row of a Parquet file has one for each column that it does not use."""
     return {key: value for key, value in fields.items() if value is not None}
 
 
@@ -164,7 +165,7 @@ def _metadata(fields: Mapping[str, Any], form: set[str]) -> dict[str, Scalar]:
     for key, value in others.items():
         if isinstance(value, str):
             sources.require_text(value, key)
-        # JSON has no NaN, which tables use for missing numbers, and no infinity.
+        # JSON has neither infinity nor NaN, which tables use for missing numbers.
         if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
             metadata[sources.require_text(key, "the name of a field")] = value
     return metadata
@@ -173,7 +174,7 @@ def _metadata(fields: Mapping[str, Any], form: set[str]) -> dict[str, Scalar]:
 def _refuse_mixed_forms(fields: Mapping[str, Any], key: str, *others: str) -> None:
     for other in others:
         if other in fields:
-            raise errors.DataError(f"the record mixes two forms: it has {key!r} and {other!r}")
+            raise errors.DataError(f"the record mixes two forms: it has both {key!r} and {other!r}")
 
 
 # -------------------------------------------------------------------------------------------------- prompts and answers
@@ -205,14 +206,16 @@ def _turns(value: Any, key: str) -> Turns:
         # TFDS and Hugging Face store a list of objects by column.
         roles, contents = value["role"], value["content"]
         if len(roles) != len(contents):
-            raise errors.DataError(f"{key!r} has {len(roles)} roles and {len(contents)} contents")
+            raise errors.DataError(
+                f"{key!r} has {len(roles)} roles and {len(contents)} contents; the numbers must be equal"
+            )
         value = [{"role": role, "content": content} for role, content in zip(roles, contents)]
     if not isinstance(value, list):
-        raise errors.DataError(f"{key!r} is a {type(value).__name__}, not a string or a list of messages")
+        raise errors.DataError(f"{key!r} has type {type(value).__name__}; it must be a string or a list of messages")
     turns = []
     for n, message in enumerate(value, start=1):
         if not isinstance(message, Mapping):
-            raise errors.DataError(f"message {n} of {key!r} is a {type(message).__name__}, not an object")
+            raise errors.DataError(f"message {n} of {key!r} has type {type(message).__name__}; it must be an object")
         for name in ("role", "content"):
             if name not in message:
                 raise errors.DataError(f"message {n} of {key!r} has no {name!r}")
@@ -232,7 +235,7 @@ def _answer(value: Any, key: str) -> str:
         return sources.require_text(value, key)
     before, answer = _split_answer(_turns(value, key))
     if before:
-        raise errors.DataError(f"{key!r} holds {len(before) + 1} messages, not only the answer")
+        raise errors.DataError(f"{key!r} contains {len(before) + 1} messages; it must contain only the answer")
     return answer
 
 
@@ -303,7 +306,7 @@ def _dialogue(value: str, key: str) -> Turns:
 
 
 def _repeats(prompt: Turns, dialogue_prompt: Turns) -> bool:
-    """Returns whether a prompt is that of a dialogue: all of it, or its first or last question as a string.
+    """Returns whether ``prompt`` agrees with ``dialogue_prompt``: it is equal, or the first or last question alone.
 
     White space around the texts is ignored, because only some forms keep it.
     """
@@ -341,7 +344,7 @@ def _ranked_answers(
 
 def _list(fields: Mapping[str, Any], key: str) -> list[Any]:
     if not isinstance(fields[key], list):
-        raise errors.DataError(f"{key!r} is a {type(fields[key]).__name__}, not a list")
+        raise errors.DataError(f"{key!r} has type {type(fields[key]).__name__}; it must be a list")
     return fields[key]
 
 
@@ -369,7 +372,7 @@ def _score(value: Any) -> float:
 
 
 def _is_finite_number(value: Any) -> bool:
-    """Returns whether a value is a number that a float can hold; booleans are not numbers here."""
+    """Returns whether a value is a number in the range of a float; booleans do not count as numbers."""
     try:
         return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
     except OverflowError:
@@ -380,7 +383,7 @@ def _number(fields: Mapping[str, Any], key: str) -> float | None:
     if key not in fields:
         return None
     if isinstance(fields[key], bool) or not isinstance(fields[key], int | float):
-        raise errors.DataError(f"{key!r} is a {type(fields[key]).__name__}, not a number")
+        raise errors.DataError(f"{key!r} has type {type(fields[key]).__name__}; it must be a number")
     return _score(fields[key])
 
 
@@ -394,7 +397,7 @@ def _disagree(ranks: Sequence[int], scores: Sequence[float]) -> bool:
 
 
 def _margin(margin: float | None, n_answers: int, scores: Sequence[float] | None) -> float | None:
-    """Returns the margin of a ranking, from the margin and the scores (best first) that its record has."""
+    """Returns the margin of a ranking, given the record's margin and its scores, best first."""
     if n_answers > 2:
         if margin is not None:
             raise errors.UnusableRecord("margin of more than two answers")

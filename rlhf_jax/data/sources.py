@@ -1,19 +1,19 @@
-"""Raw records from JSON Lines, JSON, Parquet and prepared tensorflow-datasets.
+"""Raw records from JSON Lines, JSON and Parquet files and from sets that tensorflow-datasets (TFDS) has prepared.
 
-A raw record is a dictionary of named fields with its location. `records` decides which fields it must have; this
-module only raises errors for sources that cannot be read.
+A raw record is a dictionary of named fields with its location. The parsers in `records` check the fields; this module
+only raises errors for sources that cannot be read.
 
 =========================  ==========================================================================================
 ``*.jsonl`` or other name  one JSON object on each line
-``*.json``                 the same, or one array of objects
-``*.gz``                   either of them, compressed with gzip
+``*.json``                 one JSON object on each line, or one array of objects
+``*.gz``                   one of the forms above, compressed with gzip
 ``*.parquet``              the rows of a Parquet file, such as those of Hugging Face data sets; needs pyarrow, which the
                            extra ``rlhf_jax[parquet]`` installs
-``Tfds(name, split)``      a set that tensorflow-datasets has prepared as array_record files; TensorFlow is not needed
+``Tfds(name, split)``      a set that TFDS has prepared as array_record files; TensorFlow is not needed
 =========================  ==========================================================================================
 
-A list of paths is read as one source, in order. A name with ``*`` in it means all matching files, sorted. Blank lines
-at the end of a file and a byte order mark are ignored.
+A list of paths is read as one source, in order. A path that contains ``*`` is a pattern, whose matches are read in
+sorted order. A byte order mark and blank lines at the end of a file are ignored.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import numpy as np
 from rlhf_jax.data import errors
 
 JSON_FIELD = "fields_json"
-"""Name of a text field in TFDS sets that holds further fields of the record as one JSON object."""
+"""Name of the text feature in which a TFDS set stores the remaining fields of a record, as one JSON object."""
 
 _TFDS_ERRORS = (ValueError, AssertionError, NotImplementedError, KeyError, OSError, RuntimeError)
 
@@ -45,19 +45,19 @@ class RawRecord(NamedTuple):
     """One record as stored in its source."""
 
     location: str
-    """File and line, row or record, counted from 1; messages name it."""
+    """File and number of the line, row or record, counted from 1, for messages."""
     fields: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Tfds:
-    """A prepared tensorflow-datasets set, ``name[/config][:version]``, and the split of it to read."""
+    """A prepared TFDS set, ``name[/config][:version]``, and the split to read."""
 
     name: str
     split: str = "train"
-    """In the syntax of TFDS: ``"train"``, ``"test[:10%]"``."""
+    """Split in TFDS syntax, such as ``"train"`` or ``"test[:10%]"``."""
     data_dir: str | os.PathLike[str] | None = None
-    """Directory of the prepared sets; None means the default of TFDS."""
+    """Directory of the prepared sets; None means TFDS's default directory."""
 
 
 Path = str | os.PathLike[str]
@@ -77,10 +77,10 @@ def describe(source: Source) -> str:
 def raw_records(source: Source, *, fields: str = "named fields") -> Iterator[RawRecord]:
     """Yields the records of one or several files, or of a TFDS set, in order.
 
-    ``fields`` names the fields that a record should have, for messages.
+    ``fields`` describes the expected fields in error messages.
 
     Raises:
-        DataError: If a file is missing, a directory, unreadable, damaged, truncated or empty; a line is not a JSON
+        DataError: If a file is missing, unreadable, damaged, truncated, empty or a directory; a line is not a JSON
             object; a required package is not installed; or TFDS has not prepared the set.
     """
     if isinstance(source, Tfds):
@@ -96,7 +96,7 @@ def raw_records(source: Source, *, fields: str = "named fields") -> Iterator[Raw
 
 
 def expand_paths(source: Path | Sequence[Path]) -> list[Path]:
-    """Returns the files of a source, with names that contain ``*`` replaced by the sorted matches.
+    """Returns the files of a source; a path that contains ``*`` is replaced by its matches in sorted order.
 
     Raises:
         DataError: If no file matches, or ``source`` is empty.
@@ -133,19 +133,19 @@ def _refuse_directory(name: str) -> None:
 
 
 def require_text(value: Any, key: str) -> str:
-    """Returns the value of the field ``key`` if it is a string that can be encoded, and raises DataError if not."""
+    """Returns the value of the field ``key``, or raises DataError if it is not a string of valid characters."""
     if not isinstance(value, str):
-        raise errors.DataError(f"{key!r} is a {type(value).__name__}, not a string")
+        raise errors.DataError(f"{key!r} has type {type(value).__name__}; it must be a string")
     try:
-        # JSON can hold half a surrogate pair, which no tokenizer accepts.
+        # JSON strings can contain half a surrogate pair, which no tokenizer accepts.
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise errors.DataError(f"{key!r} holds half a surrogate pair, which is not a character") from None
+        raise errors.DataError(f"{key!r} contains half a surrogate pair, which is not a character") from None
     return value
 
 
 def _read_lines(name: str) -> Iterator[bytes]:
-    """Yields the lines of a plain or gzip file, without the byte order mark and the blank lines at the end."""
+    """Yields the lines of a plain or gzip file, without a byte order mark and blank lines at the end."""
     _refuse_directory(name)
     n, blank = 0, []
     try:
@@ -178,7 +178,7 @@ def _parse_json(raw: bytes, unit: str) -> Any:
         raise errors.DataError(f"the {unit} is not UTF-8 ({error.reason} at byte {error.start})") from None
     except (ValueError, RecursionError) as error:
         where = "" if unit == "line" or not isinstance(error, json.JSONDecodeError) else f" in line {error.lineno}"
-        why = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply, or with too long a number"
+        why = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply, or a number is too long"
         raise errors.DataError(f"the {unit} is not JSON ({why}{where})") from None
 
 
@@ -199,12 +199,13 @@ def _json_lines(lines: Iterator[bytes], name: str, fields: str) -> Iterator[RawR
         except errors.DataError as error:
             raise errors.DataError(f"{location}: {error}") from None
         if not isinstance(record, dict):
-            raise errors.DataError(f"{location}: the line holds a {type(record).__name__}, not an object with {fields}")
+            kind = type(record).__name__
+            raise errors.DataError(f"{location}: the line has type {kind}; it must be an object with {fields}")
         yield RawRecord(location, record)
 
 
 def _json_records(name: str, fields: str) -> Iterator[RawRecord]:
-    """Yields the objects of an array, or of single lines, because ``.json`` files can have either form."""
+    """Yields the objects of a ``.json`` file, which contains either one array or one object on each line."""
     lines = _read_lines(name)
     head = []
     for line in lines:
@@ -221,7 +222,8 @@ def _json_records(name: str, fields: str) -> Iterator[RawRecord]:
     for n, record in enumerate(array, start=1):
         location = f"{name}, record {n}"
         if not isinstance(record, dict):
-            raise errors.DataError(f"{location}: the record is a {type(record).__name__}, not an object with {fields}")
+            kind = type(record).__name__
+            raise errors.DataError(f"{location}: the record has type {kind}; it must be an object with {fields}")
         yield RawRecord(location, record)
 
 
@@ -264,25 +266,25 @@ def _parquet_records(name: str) -> Iterator[RawRecord]:
 
 
 def tfds_source(tfds_set: Tfds) -> Sequence[dict[str, Any]]:
-    """Returns a prepared TFDS set as a sequence with random access; its records hold texts as bytes, as TFDS does.
+    """Returns a prepared TFDS set as a sequence with random access, whose records contain texts as bytes.
 
-    Nothing is downloaded or prepared; see `tfds_builder` for that.
+    Nothing is downloaded or prepared; `tfds_builder` prepares sets.
 
     Raises:
-        DataError: If tensorflow-datasets or array_record is not installed; no such set, split or version is prepared;
+        DataError: If tensorflow-datasets or array_record is not installed; the set, split or version is not prepared;
             the split is empty; or the set is in a format other than array_record, which only TensorFlow can read.
     """
     name = describe(tfds_set)
     if ":" in tfds_set.name.split("/")[0] and not tfds_set.name.split(":")[1][:1].isdigit():
         raise errors.DataError(
-            f"{name}: sets of other namespaces, such as huggingface:, would be downloaded, which this reader does not "
-            "do; download the files and pass their paths instead"
+            f"{name}: sets from other namespaces, such as huggingface:, are not downloaded; download the files and "
+            "pass their paths instead"
         )
     try:
         import tensorflow_datasets as tfds
     except ImportError:
         raise errors.DataError(
-            f"{name}: reading it needs tensorflow-datasets: pip install tensorflow-datasets"
+            f"{name}: reading it needs tensorflow-datasets; install it with pip install tensorflow-datasets"
         ) from None
     data_dir = None if tfds_set.data_dir is None else os.fspath(tfds_set.data_dir)
     try:
@@ -290,8 +292,8 @@ def tfds_source(tfds_set: Tfds) -> Sequence[dict[str, Any]]:
         return rows
     except ImportError as error:
         raise errors.DataError(
-            f"{name}: reading it needs array_record, which has packages for Linux and macOS: pip install array_record "
-            f"({error})"
+            f"{name}: reading it needs array_record, which is available for Linux and macOS; install it with "
+            f"pip install array_record ({error})"
         ) from None
     except _TFDS_ERRORS as error:
         if _is_empty_split(tfds, tfds_set, data_dir):
@@ -301,7 +303,7 @@ def tfds_source(tfds_set: Tfds) -> Sequence[dict[str, Any]]:
 
 
 def _is_empty_split(tfds: Any, tfds_set: Tfds, data_dir: str | None) -> bool:
-    """Returns whether the set exists and the split has no records, which array_record reports as a missing file."""
+    """Returns whether the set exists and the split is empty, which array_record reports as a missing file."""
     try:
         return tfds.builder(tfds_set.name, data_dir=data_dir).info.splits[tfds_set.split].num_examples == 0
     except _TFDS_ERRORS:
@@ -325,7 +327,7 @@ def _tfds_records(tfds_set: Tfds) -> Iterator[RawRecord]:
 
 
 def plain_fields(example: dict[str, Any]) -> dict[str, Any]:
-    """Returns an example of a TFDS set as JSON would hold it, with the fields inside `JSON_FIELD` unpacked."""
+    """Converts an example of a TFDS set to JSON types and unpacks the fields inside `JSON_FIELD`."""
     fields = {key: _plain(value) for key, value in example.items()}
     return fields | json.loads(fields.pop(JSON_FIELD, "{}"))
 

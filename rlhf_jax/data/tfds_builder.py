@@ -1,14 +1,15 @@
-"""Builders that turn any source of `sources` into a tensorflow-datasets set of array_record files.
+"""Builders that convert any source (see `sources`) to a tensorflow-datasets (TFDS) set of array_record files.
 
-A prepared set can be read lazily, in any order and by many processes, and works with every tool that supports TFDS.
-Neither writing nor reading needs TensorFlow::
+A prepared set can be read lazily, in any order and by many processes, and works with all tools that support TFDS.
+Neither writing nor reading a set requires TensorFlow::
 
     counts = tfds_builder.prepare(tfds_builder.RlhfRankings, "mine", {"train": "pairs.jsonl.gz"}, data_dir="sets")
     rankings, _ = readers.read_rankings(sources.Tfds("rlhf_rankings/mine", split="train", data_dir="sets"))
     rows = tfds.data_source("rlhf_rankings/mine", split="train", data_dir="sets")
 
-A set keeps the records in the order of their source. It has the following features, and ``fields_json``, a text with
-all other fields of a record as one JSON object (including numbers, because TFDS keeps only 32 bits of a float):
+A set keeps the records in the order of their source. Its text feature ``fields_json`` contains the scores, the margin
+and the metadata of a record as one JSON object, because a TFDS feature would round floats to 32 bits. The other
+features are:
 
 =======================  =========================================================================
 ``rlhf_demonstrations``  ``prompt`` (a sequence of ``role`` and ``content``), ``response``
@@ -17,8 +18,8 @@ all other fields of a record as one JSON object (including numbers, because TFDS
 ``rlhf_prompts``         ``prompt``
 =======================  =========================================================================
 
-TFDS registers a builder when its module is imported. This module imports tensorflow-datasets, so no other module of the
-package imports it.
+TFDS registers the builders when this module is imported. The module requires tensorflow-datasets, so no other module of
+rlhf_jax imports it.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from rlhf_jax.data import errors, readers, records, sources
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Files(tfds.core.BuilderConfig):
-    """Configuration of a builder: its name is the name of the set, and ``splits`` has the source of each split."""
+    """Configuration of a builder. ``name`` is the name of the set, and ``splits`` maps each split to its source."""
 
     splits: Mapping[str, sources.Source] = dataclasses.field(default_factory=dict)
     counts: errors.DropCount = dataclasses.field(default_factory=errors.DropCount)
@@ -120,17 +121,17 @@ def prepare(
     Args:
         builder: `RlhfDemonstrations`, `RlhfRankings`, `RlhfJudged` or `RlhfPrompts`.
         name: Name of the set: letters, digits, ``_``, ``-`` and ``.``, with a letter or digit at the end.
-        splits: Source of the records of each split, such as ``"train"``. The name of a split has letters, digits and
-            ``_``.
+        splits: Source of each split, by the name of the split, such as ``"train"``. Names consist of letters, digits
+            and ``_``.
         data_dir: Directory of the prepared sets.
         counts: Counts dropped records and limits their share; see `readers.read_demonstrations`.
 
     Returns:
-        ``counts``, or the new count if it is None.
+        ``counts``, or a new `errors.DropCount` if it is None.
 
     Raises:
         DataError: If a source cannot be read or too many of its records are dropped; the name of the set is invalid or
-            taken; the name of a split is invalid; or array_record is not installed.
+            already exists; the name of a split is invalid; or array_record is not installed.
     """
     if not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9]", name):
         raise errors.DataError(f"{name!r} is not a valid name for a set: use letters, digits, '_', '-' and '.'")
@@ -148,14 +149,14 @@ def prepare(
         dataset.download_and_prepare()
     except ImportError as error:
         raise errors.DataError(
-            f"writing {dataset.data_path} needs array_record, which has packages for Linux and macOS: "
+            f"writing {dataset.data_path} needs array_record, which is available for Linux and macOS; install it with "
             f"pip install array_record ({error})"
         ) from None
     return counts
 
 
 def example(record: records.Prompt) -> dict[str, Any]:
-    """Returns a record as an example of its builder; `sources.plain_fields` and the parsers of `records` invert it."""
+    """Converts a record to a TFDS example; `sources.plain_fields` and the parsers of `records` convert it back."""
     fields: dict[str, Any] = {"prompt": [{"role": turn.role, "content": turn.text} for turn in record.prompt]}
     others: dict[str, Any] = {"metadata": dict(record.metadata)}
     if isinstance(record, records.Demonstration):

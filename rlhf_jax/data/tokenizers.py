@@ -1,12 +1,12 @@
-"""Tokenizers trained on text or built from a list of words, in Hugging Face format, with one chat template.
+"""Tokenizers in Hugging Face format, trained on text or built from a list of words.
 
-Every tokenizer made here has the same four special tokens with the same ids (pad 0, end 1, user 2, assistant 3), no
-beginning-of-sequence token, and one chat template::
+All tokenizers from this module have the same four special tokens (pad 0, end 1, user 2, assistant 3), no
+beginning-of-sequence token, and the same chat template::
 
     <|user|>text<|end|><|assistant|>text<|end|> ...
 
-``<|end|>`` ends every turn and is the EOS token. Padding has a separate token; if it shared the EOS token, a model
-would not learn to stop.
+``<|end|>`` ends every turn and is the EOS token. The pad token is different from the EOS token, because otherwise a
+model would not learn to stop.
 
 The Hugging Face packages are imported inside the functions, because importing them takes most of a second.
 """
@@ -30,7 +30,7 @@ UNKNOWN = "<|unk|>"
 SPECIAL_TOKENS = (PAD, END, USER, ASSISTANT)
 """Special tokens in the order of their ids, from 0."""
 
-# The generation marks enclose the text of an assistant turn and its end token: the tokens with a loss.
+# The generation marks enclose the tokens with a loss: the text of an assistant turn and its end token.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'user' -%}"
@@ -50,14 +50,14 @@ _BYTES = 256
 def train_bpe(
     texts: Iterable[str], *, vocab_size: int, special_tokens: Sequence[str] = (), min_frequency: int = 2
 ) -> transformers.PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer, which encodes any text and restores it exactly on decoding.
+    """Trains a byte-level BPE tokenizer, which encodes any text and decodes it exactly.
 
     Args:
-        texts: The training texts; the same texts give the same vocabulary.
-        vocab_size: Number of ids, at least the special tokens and 256 bytes. Short texts yield fewer; ``len`` of the
-            result is the actual number.
-        special_tokens: Additional special tokens, whose ids follow the four standard ones.
-        min_frequency: Pairs of tokens that occur less often are not merged.
+        texts: The training texts. Training is deterministic.
+        vocab_size: Maximum number of tokens; at least the number of special tokens plus 256, for the bytes. Short texts
+            yield fewer tokens; the actual number is ``len(tokenizer)``.
+        special_tokens: Additional special tokens, whose ids follow the four standard special tokens.
+        min_frequency: Minimum number of times that a pair of tokens must occur to be merged.
 
     Returns:
         The tokenizer, with the chat template of this module.
@@ -70,12 +70,12 @@ def train_bpe(
     specials = _unique([*SPECIAL_TOKENS, *special_tokens], "special token")
     if vocab_size < len(specials) + _BYTES:
         raise errors.DataError(
-            f"vocab_size = {vocab_size} is less than {len(specials)} special tokens and {_BYTES} bytes, which are "
-            f"{len(specials) + _BYTES}"
+            f"vocab_size is {vocab_size}; it must be at least {len(specials) + _BYTES}, for {len(specials)} special "
+            f"tokens and {_BYTES} bytes"
         )
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    # Without a prefix space, the first word of a text decodes as written. There is no post-processor, because it would
-    # trim the spans from which the assistant mask of a chat template is computed.
+    # Without a prefix space, the first word of a text decodes as written. A post-processor would trim the spans from
+    # which the assistant mask of a chat template is computed, so the tokenizer has none.
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
@@ -92,10 +92,10 @@ def train_bpe(
 def word_level(
     words: Iterable[str], *, special_tokens: Sequence[str] = (), unknown: bool = False
 ) -> transformers.PreTrainedTokenizerFast:
-    """Builds a tokenizer with one id for each word, which splits texts at white space. Nothing is trained.
+    """Builds a tokenizer that splits texts at white space and has one token for each word.
 
-    The ids are contiguous: the four special tokens from 0, ``<|unk|>`` if ``unknown`` is set, the additional special
-    tokens, then the words in their order.
+    The ids are contiguous and start with the four special tokens. These are followed by ``<|unk|>`` if ``unknown`` is
+    set, by the additional special tokens, and by the words in their order.
 
     >>> from rlhf_jax.data import plain_text, tokenizers
     >>> tokenizer = tokenizers.word_level(["the", "cat", "sat"])
@@ -105,8 +105,8 @@ def word_level(
     Args:
         words: Distinct words without white space and without ``<|`` or ``|>``, which are reserved for special tokens.
         special_tokens: Additional special tokens.
-        unknown: Whether to encode a word that is not in the list as ``<|unk|>``. Otherwise such a word is an error,
-            which `plain_text.encode_texts` raises.
+        unknown: Whether to encode words that are not in the list as ``<|unk|>``. If not, `plain_text.encode_texts`
+            raises an error for such a word.
 
     Returns:
         The tokenizer, with the chat template of this module.
@@ -120,15 +120,15 @@ def word_level(
     specials = _unique([*SPECIAL_TOKENS, *extra], "special token")
     words = _unique(words, "word")
     if not words:
-        raise errors.DataError("a word-level tokenizer needs at least one word")
+        raise errors.DataError("words is empty; a word-level tokenizer needs at least one word")
     for word in words:
         if word.split() != [word] or "<|" in word or "|>" in word:
             raise errors.DataError(f"{word!r} is not a word: it is empty or contains white space, '<|' or '|>'")
     vocab = {token: i for i, token in enumerate([*specials, *words])}
-    # If the unknown token is not in the vocabulary, an unknown word is an error instead of being dropped silently.
+    # If the unknown token is not in the vocabulary, unknown words raise an error instead of being dropped silently.
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token=UNKNOWN))
-    # The vocabulary contains the special tokens as words. Splitting at the brackets keeps a literal "<|end|>" in a text
-    # from being looked up as one of them.
+    # The vocabulary contains the special tokens as words. Splitting at the brackets prevents a literal "<|end|>" in a
+    # text from being encoded as the special token.
     brackets = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"<\||\|>"), behavior="isolated")
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([tokenizers.pre_tokenizers.WhitespaceSplit(), brackets])
     return _in_chat_form(backend, extra=extra)
@@ -149,7 +149,7 @@ def load(path: str | os.PathLike[str]) -> transformers.PreTrainedTokenizerFast:
 
 
 def _in_chat_form(backend: Any, *, extra: Sequence[str]) -> transformers.PreTrainedTokenizerFast:
-    """Wraps a tokenizer of the ``tokenizers`` package, adding the special tokens and the chat template."""
+    """Wraps a tokenizer of the ``tokenizers`` package and adds the special tokens and the chat template."""
     import transformers
 
     backend.add_special_tokens([*SPECIAL_TOKENS, *extra])

@@ -1,14 +1,14 @@
-"""Continuous batching: a slot whose response has ended starts on the next prompt, inside the compiled loop.
+"""Continuous batching: a slot whose response has ended starts the next prompt, inside the compiled loop.
 
-In a static batch, all rows wait for the longest response. Here B slots decode while N prompts are queued::
+In a static batch, all rows wait for the longest response. Here, B slots decode responses to a queue of N prompts::
 
     while prompts are queued or slots are live:
-        read the next R prompts into free slots      (prefill, [R, P])
-        decode, [B], until R slots are free, or the queue is empty and all slots have ended
+        prefill free slots with the next R prompts, [R, P]
+        decode one token per slot, [B], until R slots are free, or the queue is empty and no slot is live
 
-A slot's row of the cache has the layout of :func:`rlhf_jax.generation.generate`: the prompt in the first P columns,
-then the response, each row at its own position. For given B, R and P, a response is therefore bit-identical whatever
-the other prompts are, in whichever slot and at whatever time it starts.
+The cache has the same layout as in :func:`rlhf_jax.generation.generate`: in the row of each slot, the prompt fills the
+first P columns, and the response follows. Each row has a separate write position. For given B, R and P, a response is
+therefore bit-identical regardless of the other prompts, its slot and the time at which it starts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rlhf_jax.lm import config, transformer, weights
 
 
 class _Answers(NamedTuple):
-    """The tokens drawn so far, by prompt."""
+    """The tokens drawn so far, one row per prompt."""
 
     tokens_NT: jax.Array
     logprobs_NT: jax.Array
@@ -39,17 +39,17 @@ class _Answers(NamedTuple):
 
 class _State(NamedTuple):
     next_prompt: jax.Array
-    """Index of the next prompt to read; N if none is left."""
+    """Index of the next queued prompt; N if the queue is empty."""
     prompt_B: jax.Array
     """Index of the prompt that each slot answers."""
     live_B: jax.Array
     """bool, True for slots whose response has not ended."""
     step_B: jax.Array
-    """Number of tokens of each slot's response."""
+    """Number of tokens in each slot's response."""
     last_B: jax.Array
-    """The last token of each response, which the model has not read yet."""
+    """The last token of each response, which is the next input of the model."""
     tail_BK: jax.Array
-    """The last K tokens of each response."""
+    """The last K tokens of each response; K is ``sampling.longest_stop``."""
     cache: kv_cache.KVCache
     answers: _Answers
 
@@ -68,30 +68,31 @@ def generate(
     limits_N: jax.Array | None = None,
     axis_name: str | None = None,
 ) -> types.Rollout:
-    """Samples a response to each of N prompts, ``slots`` of them at a time.
+    """Samples a response to each of N prompts, ``slots`` responses at a time.
 
-    The tokens equal those of :func:`rlhf_jax.generation.generate`, unless rounding decides between two tokens.
+    The tokens equal those from :func:`rlhf_jax.generation.generate`, unless a rounding error changes which token is
+    drawn.
 
     Args:
         params: Parameters of the model.
-        rng_N: Key per prompt; consumed. Token t of response i is drawn with ``fold_in(rng_N[i], t)``.
-        prompts_NP: int32 prompts, left-padded.
-        mask_NP: bool, True at the tokens of the prompts; the last column must be True.
+        rng_N: One key per prompt; consumed. Token t of response i is drawn with ``fold_in(rng_N[i], t)``.
+        prompts_NP: int32, left-padded prompts.
+        mask_NP: bool, True at prompt tokens; the last column must be True in every row.
         cfg: Configuration of the model.
-        sampling: How to draw and when to stop.
+        sampling: Sampling distribution and stop conditions.
         slots: B, the number of responses decoded at once; at least 1.
-        refill: R, the number of prompts read at once, which is also the number of free slots that triggers a refill; by
-            default an eighth of the slots.
-        values: Whether to add the scalar head's values before each token.
-        limits_N: int32 in [1, T]; length limit of each response.
-        axis_name: Axis of an enclosing ``jax.vmap``; all members then run until the last one has finished.
+        refill: R, the number of free slots that triggers a prefill, and the number of prompts in each prefill. None
+            means an eighth of the slots.
+        values: Whether to return the scalar head's value before each token.
+        limits_N: int32 in [1, T], the maximum length of each response.
+        axis_name: Axis of an enclosing ``jax.vmap``. The loop then runs until all members of the axis have finished.
 
     Returns:
         A `types.Rollout` with rows in the order of the prompts.
 
     Raises:
-        ValueError: If shapes disagree, if P + T exceeds ``cfg.max_length``, or if ``slots`` or ``refill`` is not
-            positive.
+        ValueError: If a shape or dtype is wrong, P + T exceeds ``cfg.max_length``, or ``slots`` or ``refill`` is out of
+            range.
     """
     decoding.check(rng_N, prompts_NP, mask_NP, sampling, max_length=cfg.max_length)
     (N, P), T = prompts_NP.shape, sampling.max_new_tokens
@@ -103,7 +104,7 @@ def generate(
     limit_N = jnp.full((N,), T, jnp.int32) if limits_N is None else jnp.minimum(limits_N, T)
 
     def write(answers: _Answers, drawn: decoding.Drawn, prompt: jax.Array, step: jax.Array, live: jax.Array):
-        # Rows that have ended write to row N, which does not exist, so that the write is dropped.
+        # Rows that have ended write to row N, which does not exist, so the write is dropped.
         index = (jnp.where(live, prompt, N), step)
         values_NT = answers.values_NT
         return _Answers(
@@ -114,8 +115,8 @@ def generate(
             stopped_N=answers.stopped_N.at[index[0]].set(drawn.stopped_B, mode="drop"),
         )
 
-    def read(state: _State) -> _State:
-        """Reads the next prompts into free slots and draws the first token of each response."""
+    def prefill(state: _State) -> _State:
+        """Prefills free slots with the next prompts and draws the first token of each response."""
         slot_R = jnp.argsort(state.live_B, stable=True)[:R]
         prompt_R = state.next_prompt + jnp.arange(R, dtype=jnp.int32)
         live_R = (prompt_R < N) & ~state.live_B[slot_R]
@@ -164,7 +165,7 @@ def generate(
 
     def decode(state: _State) -> _State:
         """Draws the next token of each live slot."""
-        # A slot that has ended keeps writing to the same column.
+        # A slot whose response has ended keeps writing to column P of the cache.
         length_B = P + jnp.where(state.live_B, state.step_B, 1) - 1
         cache = dataclasses.replace(state.cache, length=length_B)
         out = transformer.forward(params, state.last_B[:, None], cfg=cfg, mask_BL=state.live_B[:, None], cache=cache)
@@ -199,7 +200,7 @@ def generate(
         return decoding.any_member((state.next_prompt < N) | jnp.any(state.live_B), axis_name)
 
     def refill_and_decode(state: _State) -> _State:
-        return lax.while_loop(keep_decoding, decode, read(state))
+        return lax.while_loop(keep_decoding, decode, prefill(state))
 
     zeros_NT = jnp.zeros((N, T), jnp.float32)
     cache = kv_cache.create(cfg, batch=B, slots=P + T - 1)

@@ -19,17 +19,17 @@ class Drawn(NamedTuple):
     tokens_B: jax.Array
     """int32 ids; the pad id for rows that have ended."""
     logprobs_B: jax.Array
-    """float32 log-probabilities under the distribution drawn from; 0 for rows that have ended."""
+    """float32 log-probabilities under the sampling distribution; 0 for rows that have ended."""
     values_B: jax.Array | None
     """float32 values of the scalar head before the token; None if not requested."""
     stopped_B: jax.Array
-    """bool, True where the token ends its response."""
+    """bool, True for rows whose response ends with this token."""
     tail_BK: jax.Array
-    """The last K tokens of each response, the new token included."""
+    """The last K tokens of each response, including the new token; K is ``sampling.longest_stop``."""
 
 
 def empty_tail(batch: int, sampling: sampling_lib.Sampling) -> jax.Array:
-    """Returns the ``tail_BK`` of responses without tokens."""
+    """Returns ``tail_BK`` for responses that have no tokens yet."""
     return jnp.full((batch, sampling.longest_stop), sampling_lib.NO_TOKEN, jnp.int32)
 
 
@@ -45,17 +45,17 @@ def draw(
     sampling: sampling_lib.Sampling,
     values: bool,
 ) -> Drawn:
-    """Draws the next token of each row from the hidden state of the previous one.
+    """Draws the next token of each row from the hidden state of the previous token.
 
     Args:
         params: Parameters of the model.
         hidden_BD: Hidden states of the previous tokens.
-        rng_B: Key per row; token t is drawn with ``fold_in(rng_B[i], t)``.
+        rng_B: One key per row; token t of row i is drawn with ``fold_in(rng_B[i], t)``.
         step_B: int32, number of tokens that each response already has.
         live_B: bool, True for rows that have not ended.
         tail_BK: The last K tokens of each response.
-        cfg: Configuration of the model.
-        sampling: How to draw and when to stop.
+        cfg: `LMConfig` of the model, or an `ApplyFn`.
+        sampling: Sampling distribution and stop conditions.
         values: Whether to compute the scalar head's values.
 
     Returns:
@@ -63,7 +63,7 @@ def draw(
     """
     if isinstance(cfg, types.ApplyFn):
         logits_BV = cfg.logits(params, hidden_BD[:, None])[:, 0]
-    else:  # on a mesh, the devices that draw from a row hold its whole distribution
+    else:  # on a mesh, the logits are not sharded over the vocabulary
         logits_BV = parallel.constrain(transformer.logits(params, hidden_BD, cfg=cfg), "batch", None)
     keys_B = jax.vmap(jax.random.fold_in)(rng_B, step_B)
     drawn_B, logprobs_B = sampling_lib.choose(keys_B, logits_BV, sampling, step=step_B)
@@ -75,7 +75,7 @@ def draw(
 
 
 def any_member(live: jax.Array, axis_name: str | None) -> jax.Array:
-    """Returns the predicate of a loop, combined over all members of a surrounding ``jax.vmap``."""
+    """Returns a loop predicate that is True while any member of the enclosing ``jax.vmap`` is live."""
     return live if axis_name is None else lax.pmax(live.astype(jnp.int32), axis_name) > 0
 
 
@@ -94,16 +94,16 @@ def check(
         rng_B: Random keys, ``n`` per prompt.
         prompts_BP: Prompts.
         mask_BP: Mask of the prompts.
-        sampling: How to draw and when to stop.
+        sampling: Sampling distribution and stop conditions.
         n: Number of responses to each prompt.
-        max_length: Largest number of tokens of a prompt with its response; None for no limit.
+        max_length: Maximum number of tokens in a prompt and its response together; None for no limit.
 
     Raises:
-        ValueError: If shapes or dtypes disagree, or rows would exceed ``max_length``.
+        ValueError: If a shape or dtype is wrong, ``n`` is less than 1, or rows would exceed ``max_length``.
     """
     if prompts_BP.ndim != 2 or mask_BP.shape != prompts_BP.shape:
         raise ValueError(
-            f"prompts_BP {prompts_BP.shape} and mask_BP {mask_BP.shape} must have the same shape, of rank 2"
+            f"prompts_BP {prompts_BP.shape} and mask_BP {mask_BP.shape} must have the same shape and rank 2"
         )
     if mask_BP.dtype != jnp.bool_:
         raise ValueError(f"mask_BP has dtype {mask_BP.dtype}; it must be bool")
@@ -116,4 +116,6 @@ def check(
         )
     width = prompts_BP.shape[1] + sampling.max_new_tokens
     if max_length is not None and width > max_length:
-        raise ValueError(f"prompts and responses have up to {width} tokens, more than cfg.max_length = {max_length}")
+        raise ValueError(
+            f"a prompt and its response can have {width} tokens together, more than cfg.max_length = {max_length}"
+        )

@@ -1,4 +1,4 @@
-"""Sampling responses to prompts: prefill and decoding in one program."""
+"""Sampling of responses to a batch of prompts, with prefill and decoding in one program."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class _State(NamedTuple):
     cache: kv_cache.KVCache | None
     """None for an `ApplyFn`."""
     live_B: jax.Array
-    """bool, True until a row ends."""
+    """bool, True for rows whose response has not ended."""
     stopped_B: jax.Array
     """bool, True for rows that ended at a stop id or sequence."""
     tail_BK: jax.Array
-    """The last K tokens of each response."""
+    """The last K tokens of each response; K is ``sampling.longest_stop``."""
     tokens_BT: jax.Array
     logprobs_BT: jax.Array
     values_BT: jax.Array | None
@@ -46,33 +46,34 @@ def generate(
     limits_B: jax.Array | None = None,
     axis_name: str | None = None,
 ) -> types.Rollout:
-    """Answers every prompt with up to ``sampling.max_new_tokens`` sampled tokens.
+    """Samples a response of up to ``sampling.max_new_tokens`` tokens to every prompt.
 
-    A response ends after the first of ``sampling.stop_ids``, which is part of it, after a stop sequence, or at its
-    limit. All tokens of a response are sampled. Token t of row i is drawn with ``fold_in(rng_B[i], t)``, so a response
-    depends only on its prompt and its key. Decoding ends when every row has stopped. An `ApplyFn` has no cache: each
-    token costs a forward pass over P + T columns.
+    A response ends with the first stop id or stop sequence that it contains, or at its length limit; no stop token is
+    appended at the limit. Token t of row i is drawn with ``fold_in(rng_B[i], t)``, so a response depends only on its
+    prompt and its key. Decoding ends when all responses have ended. An `ApplyFn` has no cache, so each token requires a
+    forward pass over P + T columns.
 
     Args:
         params: Parameters of the model.
         rng_B: Random keys, one for each response; consumed.
         prompts_BP: int32, left-padded prompts.
         mask_BP: bool, True at prompt tokens; the last column must be True in every row.
-        cfg: The model: an `LMConfig`, or an `ApplyFn` for any other model.
-        sampling: Distribution to sample from, and when to stop.
-        n: Number of responses to each prompt; the model reads each prompt only once. Row ``b * n + k`` of the result,
-            and of ``rng_B``, is response k to prompt b.
-        values: Whether to add the scalar head's value before each token, from the same pass.
-        limits_B: int32 in [1, T], the largest length of each response.
-        axis_name: Axis of an enclosing ``jax.vmap``; all members then run until the last one has finished. Without it,
-            a predicate per member turns every cache write into a scatter, which is 15 times slower.
+        cfg: `LMConfig` of the model, or an `ApplyFn` for any other model.
+        sampling: Sampling distribution and stop conditions.
+        n: Number of responses to each prompt. Row ``b * n + k`` of ``rng_B`` and of the result belongs to response k to
+            prompt b. With an `LMConfig`, each prompt is processed only once.
+        values: Whether to return the scalar head's value before each token, computed in the same forward pass.
+        limits_B: int32 in [1, T], the maximum length of each response.
+        axis_name: Axis of an enclosing ``jax.vmap``. The loop then runs until all members of the axis have finished.
+            Without ``axis_name``, the loop predicate differs between members, and every cache write becomes a scatter,
+            which is 15 times slower.
 
     Returns:
         A `rlhf_jax.types.Rollout`. ``logprobs_BT`` are log-probabilities under the sampling distribution:
         ``logits / temperature``, truncated by top-k, top-p and min-p.
 
     Raises:
-        ValueError: If shapes disagree, or P + T exceeds ``cfg.max_length``.
+        ValueError: If a shape or dtype is wrong, ``n`` is less than 1, or P + T exceeds ``cfg.max_length``.
 
     Example:
         >>> import jax
@@ -123,7 +124,7 @@ def generate(
         return decoding.any_member(jnp.any(state.live_B), axis_name)
 
     def decode(state: _State) -> _State:
-        if isinstance(cfg, types.ApplyFn):  # no cache: all columns are read again
+        if isinstance(cfg, types.ApplyFn):  # without a cache, all columns are processed again
             tokens_BL = jnp.concatenate([repeated_BP, state.tokens_BT], axis=1)
             mask_BL = jnp.concatenate([repeated_mask_BP, state.mask_BT], axis=1)
             hidden_BLD = cfg.forward(params, tokens_BL, mask_BL=mask_BL).hidden_BLD
@@ -147,7 +148,7 @@ def generate(
     if isinstance(cfg, types.ApplyFn):
         state = decode(state)
     else:
-        # The model never reads the last token, so the cache has no slot for it.
+        # The last token is never an input of the model, so the cache has no slot for it.
         empty = kv_cache.create(cfg, batch=B // n, slots=P + T - 1)
         prefill = transformer.forward(params, prompts_BP, cfg=cfg, mask_BL=mask_BP, cache=empty, used_slots=P)
         state = state._replace(cache=_repeated(prefill.cache, n))

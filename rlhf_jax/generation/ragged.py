@@ -1,4 +1,4 @@
-"""Sampling of responses to lists of prompts of any length, with a small number of compiled programs."""
+"""Sampling of responses to prompts of different lengths, with a small number of compiled programs."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Answer(NamedTuple):
     """A response on the host."""
 
     ids: list[int]
-    """Token ids, stop token included."""
+    """Token ids, including the stop token."""
     logprobs: list[float]
-    """Log-probability of each token under the distribution drawn from."""
+    """Log-probability of each token under the sampling distribution."""
     stopped: bool
-    """Whether it ended at a stop id or sequence instead of at the length limit."""
+    """Whether the response ended at a stop id or sequence instead of at the length limit."""
 
 
 class RaggedSampler:
-    """Answers prompts of any length with a few compiled shapes; each prompt is padded to the next of ``widths``.
+    """Samples responses to prompts of different lengths, each padded to the smallest of ``widths`` that fits it.
 
     Example::
 
@@ -36,20 +36,20 @@ class RaggedSampler:
         answers = sampler(params, rng, [tokenizer.encode(text) for text in texts])
         print(sampler.programs, "programs compiled")
 
-    The number of prompts per width is rounded up to a power of two times the slots, so a run compiles only a few
-    programs per width, however many lists of prompts it answers. Prompt i is answered with ``fold_in(rng, i)``.
+    At each width, the number of rows is rounded up to a power of two times ``slots``. A run therefore compiles only a
+    few programs per width, even if the number of prompts varies. The key of prompt i is ``fold_in(rng, i)``.
 
     Args:
         cfg: Configuration of the model.
-        sampling: How to draw and when to stop.
-        widths: Prompt widths to compile for, in tokens; prompts may be as long as the largest.
+        sampling: Sampling distribution and stop conditions.
+        widths: Prompt widths to compile for, in tokens; the largest is the maximum length of a prompt.
         slots: Number of responses decoded at once.
 
     Raises:
-        ValueError: If there is no width, or a width is not positive.
+        ValueError: If ``widths`` is empty, or a width is not positive.
 
     Attributes:
-        programs: Number of shapes compiled so far.
+        programs: Number of programs compiled so far.
     """
 
     def __init__(
@@ -73,7 +73,11 @@ class RaggedSampler:
         self._max_new_tokens = sampling.max_new_tokens
 
     def __call__(self, params: types.Params, rng: jax.Array, prompts: Sequence[Sequence[int]]) -> list[Answer]:
-        """Answers each prompt; ``rng`` is consumed. Raises ``ValueError`` for an empty or too long prompt."""
+        """Returns a response to each prompt; ``rng`` is consumed.
+
+        Raises:
+            ValueError: If a prompt is empty or longer than the largest width.
+        """
         longest = self._widths[-1]
         for i, ids in enumerate(prompts):
             if not 0 < len(ids) <= longest:
@@ -97,7 +101,7 @@ class RaggedSampler:
         blocks = -(-len(prompts) // self._slots)
         rows = self._slots * (1 << (blocks - 1).bit_length())
         tokens, mask = np.full((rows, width), self._pad_id, np.int32), np.zeros((rows, width), bool)
-        # Rows that only pad the shape generate one token.
+        # Rows that only fill up the batch generate one token.
         mask[:, -1], limits = True, np.where(np.arange(rows) < len(prompts), self._max_new_tokens, 1)
         for row, ids in enumerate(prompts):
             tokens[row, width - len(ids) :], mask[row, width - len(ids) :] = ids, True

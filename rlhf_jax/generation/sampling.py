@@ -1,4 +1,4 @@
-"""The sampling specification and the logit transforms that it selects."""
+"""Configuration of sampling, and the logit transforms that implement it."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from flax import struct
 from jax import lax
 
 _DIRECT, _BLOCK = 1024, 128
-"""`draw` searches vocabularies up to the first number directly and larger ones in blocks of the second."""
+"""`draw` searches vocabularies of up to 1024 tokens directly, and larger vocabularies in blocks of 128 tokens."""
 
 NO_TOKEN = -1
-"""An id that no token has; it fills the positions before the first token of a response."""
+"""Fills the positions before the first token of a response; no token has this id."""
 
 
 @struct.dataclass
 class Sampling:
-    """How to draw tokens and when to stop.
+    """The sampling distribution and the stop conditions.
 
-    ``temperature`` is a pytree leaf, so a sweep over it is one program; the other fields are static. ``top_k``,
-    ``top_p`` and ``min_p`` truncate the distribution after the division by the temperature, in this order. Samples from
-    a truncated distribution do not follow the policy; see :func:`check_on_policy`. Raises ``ValueError`` for a value
-    out of range.
+    ``temperature`` is a pytree leaf, so changing it does not recompile; the other fields are static. The logits are
+    divided by the temperature; then ``top_k``, ``top_p`` and ``min_p`` truncate the distribution, in this order.
+    Samples from a truncated distribution do not follow the policy; see :func:`check_on_policy`. The constructor raises
+    ``ValueError`` if a value is out of range.
 
     Example:
         >>> import jax.numpy as jnp
@@ -38,31 +38,33 @@ class Sampling:
     temperature: jax.Array | float = 1.0
     """Positive number that divides the logits. Every scoring pass over the samples must use the same temperature."""
     top_k: int | None = struct.field(pytree_node=False, default=None)
-    """Keep the k most likely tokens, and any that tie with the k-th; None to keep all."""
+    """Number of most likely tokens to keep. Tokens that tie with the last of them are also kept; None keeps all."""
     top_p: float | None = struct.field(pytree_node=False, default=None)
-    """Keep the smallest set of most likely tokens with total probability of at least p, in (0, 1]; None to keep all."""
+    """Probability in (0, 1]. The smallest set of most likely tokens with at least this total probability is kept; None
+    keeps all tokens."""
     min_p: float | None = struct.field(pytree_node=False, default=None)
-    """Keep tokens that are at least min_p times as likely as the most likely token, in (0, 1]; None to keep all."""
+    """Ratio in (0, 1]. Tokens at least ``min_p`` times as likely as the most likely token are kept; None keeps all."""
     greedy: bool = struct.field(pytree_node=False, default=False)
-    """Take the most likely token instead of sampling."""
+    """Whether to choose the most likely token instead of sampling."""
     max_new_tokens: int = struct.field(pytree_node=False, default=128)
-    """T, the largest number of tokens of a response, stop token included."""
+    """T, the maximum number of tokens in a response, including the stop token."""
     stop_ids: tuple[int, ...] = struct.field(pytree_node=False, default=())
-    """Each of these tokens ends a response, as its last token."""
+    """Ids of the stop tokens. A response ends with the first stop token, which is part of the response."""
     stop_sequences: tuple[tuple[int, ...], ...] = struct.field(pytree_node=False, default=())
-    """Each of these token sequences ends a response, as its last tokens; `stops.sequences` converts strings."""
+    """Token sequences that also end a response and are part of it; `stops.sequences` makes them from strings."""
     min_new_tokens: int = struct.field(pytree_node=False, default=0)
-    """Until a response has this many tokens, no stop id is drawn and no stop sequence ends it."""
+    """Number of tokens that a response must have before a stop token can be drawn or a stop sequence ends it."""
     forbidden_ids: tuple[int, ...] = struct.field(pytree_node=False, default=())
     """Token ids that are never drawn."""
     pad_id: int = struct.field(pytree_node=False, default=0)
-    """Id that fills the columns after a response. Only the mask distinguishes padding from tokens, never the id."""
+    """Token id in the columns after a response. It may also be the id of a real token, because padding is identified by
+    the mask alone."""
 
     def __post_init__(self) -> None:
         """Checks the static fields, and the temperature if it is a Python number."""
         if isinstance(self.temperature, int | float) and not self.temperature > 0:
             raise ValueError(
-                f"Sampling.temperature is {self.temperature}; it must be positive (greedy=True for argmax)"
+                f"Sampling.temperature is {self.temperature}; it must be positive (use greedy=True for argmax)"
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"Sampling.top_k is {self.top_k}; it must be at least 1")
@@ -85,7 +87,7 @@ class Sampling:
 
     @property
     def truncated(self) -> bool:
-        """Whether samples follow a distribution other than the model's at this temperature."""
+        """Whether the sampling distribution differs from the model's distribution at this temperature."""
         return bool(self.truncations)
 
     @property
@@ -96,28 +98,28 @@ class Sampling:
 
     @property
     def longest_stop(self) -> int:
-        """Length of the longest stop id or sequence, in tokens."""
+        """Number of tokens in the longest stop sequence, or 1 if there are no stop sequences."""
         return max(map(len, self.stop_sequences), default=1)
 
 
 def check_on_policy(sampling: Sampling) -> None:
     """Raises ``ValueError`` if samples would not follow the policy's own distribution.
 
-    The policy gradients of REINFORCE and PPO are expectations over the policy. With samples from a truncated
-    distribution, log-ratios and KL are biased.
+    REINFORCE and PPO estimate expectations under the policy. If the samples come from a truncated distribution,
+    log-ratios and KL are biased.
     """
     if sampling.truncated:
         raise ValueError(
             f"with Sampling.{' and Sampling.'.join(sampling.truncations)}, samples do not follow the policy, and "
-            "log-ratios and KL would be wrong; remove it, or correct with importance weights (correct_sampler)"
+            "log-ratios and KL would be wrong; leave these fields unset, or use importance weights (correct_sampler)"
         )
 
 
 def log_distribution(logits: jax.Array, sampling: Sampling, *, step: jax.Array | int | None = None) -> jax.Array:
-    """Returns the log-probabilities that ``sampling`` draws from, ``[..., V]`` float32, with ``-inf`` for cut tokens.
+    """Returns the log-probabilities of the sampling distribution, ``[..., V]`` float32.
 
-    ``step``, ``[...]`` or a scalar, is the number of tokens that the response already has; without it,
-    ``min_new_tokens`` has no effect.
+    Tokens that cannot be drawn have log-probability ``-inf``. ``step``, ``[...]`` or a scalar, is the number of tokens
+    that the response already has; if it is None, ``min_new_tokens`` has no effect.
     """
     scaled = logits.astype(jnp.float32) / sampling.temperature
     if sampling.forbidden_ids:
@@ -135,13 +137,16 @@ def log_distribution(logits: jax.Array, sampling: Sampling, *, step: jax.Array |
 
 
 def keep_top_k(logits: jax.Array, k: int) -> jax.Array:
-    """Sets all but the k largest logits of ``[..., V]`` to -inf; ties with the k-th are kept."""
+    """Sets all but the k largest logits in the last axis to -inf; ties with the k-th largest are kept."""
     threshold = lax.top_k(logits, min(k, logits.shape[-1]))[0][..., -1:]
     return jnp.where(logits >= threshold, logits, -jnp.inf)
 
 
 def keep_top_p(logits: jax.Array, p: float) -> jax.Array:
-    """Keeps the smallest set of largest logits with total probability at least p, and ties (Holtzman 2020)."""
+    """Sets all logits to -inf except the smallest set of largest logits with total probability at least p, and ties.
+
+    This is nucleus sampling (Holtzman et al. 2020).
+    """
     descending = -jnp.sort(-logits, axis=-1)
     mass = jax.nn.softmax(descending)
     needed = jnp.cumsum(mass, axis=-1) - mass < p
@@ -150,21 +155,21 @@ def keep_top_p(logits: jax.Array, p: float) -> jax.Array:
 
 
 def keep_min_p(logits: jax.Array, share: float) -> jax.Array:
-    """Sets the logits of tokens less than ``share`` times as likely as the most likely token to -inf."""
+    """Sets the logits of tokens to -inf that are less than ``share`` times as likely as the most likely token."""
     return jnp.where(logits >= jnp.max(logits, axis=-1, keepdims=True) + jnp.log(share), logits, -jnp.inf)
 
 
 def draw(rng: jax.Array, logprobs_V: jax.Array) -> jax.Array:
-    """Draws a token id by inverting the cumulative distribution at a uniform number; ``rng`` is consumed.
+    """Draws a token id by inverting the cumulative distribution at a uniform random number; ``rng`` is consumed.
 
-    A token of probability 0 is never drawn. The resolution of probabilities is about 1e-7.
+    A token of probability 0 is never drawn. Probabilities are accurate to about 1e-7.
     """
     probs_V = jnp.exp(logprobs_V)
     uniform = jax.random.uniform(rng)
     if probs_V.size <= _DIRECT:
         cumulative_V = jnp.cumsum(probs_V)
         return _search(cumulative_V, uniform * cumulative_V[-1])
-    # Two short searches, for the block and within it, replace a cumulative sum over the vocabulary.
+    # A search for the block and a search within it avoid a cumulative sum over the whole vocabulary.
     blocks_NM = jnp.pad(probs_V, (0, -probs_V.size % _BLOCK)).reshape(-1, _BLOCK)
     cumulative_N = jnp.cumsum(jnp.sum(blocks_NM, axis=1))
     level = uniform * cumulative_N[-1]
@@ -174,7 +179,7 @@ def draw(rng: jax.Array, logprobs_V: jax.Array) -> jax.Array:
 
 
 def _search(cumulative: jax.Array, level: jax.Array) -> jax.Array:
-    """Returns the first index whose cumulative sum exceeds ``level``, never one with probability 0."""
+    """Returns the first index whose cumulative sum exceeds ``level``; the probability there is never 0."""
     total = cumulative[-1]
     # The level stays strictly below the total; otherwise rounding could select an index after the last positive one.
     level = jnp.minimum(level, jnp.nextafter(total, jnp.zeros_like(total)))
@@ -184,13 +189,13 @@ def _search(cumulative: jax.Array, level: jax.Array) -> jax.Array:
 def choose(
     rng_B: jax.Array, logits_BV: jax.Array, sampling: Sampling, *, step: jax.Array | int | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Samples a token per row, or takes the most likely one if ``sampling.greedy``.
+    """Samples one token per row, or returns the most likely token if ``sampling.greedy`` is set.
 
     Args:
-        rng_B: Key per row; consumed.
-        logits_BV: Logits.
-        sampling: How to draw.
-        step: Number of tokens that each response already has, a scalar or ``[B]``, for ``min_new_tokens``.
+        rng_B: One key per row; consumed.
+        logits_BV: Logits of the next token.
+        sampling: Sampling distribution.
+        step: Number of tokens that each response already has, a scalar or ``[B]``; needed for ``min_new_tokens``.
 
     Returns:
         ``(tokens_B, logprobs_B)``: int32 ids and their float32 log-probabilities under :func:`log_distribution`.
@@ -204,9 +209,10 @@ def choose(
 
 
 def ends(tail_BK: jax.Array, sampling: Sampling, *, length: jax.Array | int) -> jax.Array:
-    """Returns ``[B]`` bool, whether responses with these last K tokens have ended; K is at least ``longest_stop``.
+    """Returns ``[B]`` bool, True for responses whose last tokens are a stop id or a stop sequence.
 
-    ``length``, a scalar or ``[B]``, is the number of tokens so far; `NO_TOKEN` fills columns before the first token.
+    ``tail_BK`` holds the last K tokens of each response, with `NO_TOKEN` before the first token; K must be at least
+    ``sampling.longest_stop``. ``length``, a scalar or ``[B]``, is the number of tokens in each response.
     """
     stopped_B = jnp.zeros(tail_BK.shape[:1], bool)
     for sequence in (*((token,) for token in sampling.stop_ids), *sampling.stop_sequences):
@@ -219,7 +225,7 @@ def _among(ids: tuple[int, ...], scores: jax.Array) -> np.ndarray:
     vocab = scores.shape[-1]
     if min(ids) < 0 or max(ids) >= vocab:
         raise ValueError(
-            f"Sampling has token id {max(ids) if max(ids) >= vocab else min(ids)}; it must be in [0, {vocab - 1}]"
+            f"Sampling contains the token id {max(ids) if max(ids) >= vocab else min(ids)}; ids must be in [0, {vocab})"
         )
     mask = np.zeros(vocab, bool)
     mask[list(ids)] = True

@@ -1,7 +1,8 @@
-"""Stop strings: token sequences that end a response in the compiled loop, and trimming of text on the host.
+"""Stop strings, which end a response in the compiled loop and trim its text on the host.
 
 Different token sequences can spell the same string, and a string can begin or end inside a token. The compiled loop
-stops at the usual spellings, which saves the tokens after them; trimming the text gives the exact result::
+therefore stops only at the most common tokenizations of a stop string, to save time. Trimming the text afterwards gives
+the exact result::
 
     sampling = Sampling(stop_sequences=stops.sequences(encode, ["\\n\\nHuman:"]))
     ...
@@ -14,9 +15,9 @@ from collections.abc import Callable, Sequence
 
 
 def sequences(encode: Callable[[str], Sequence[int]], strings: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """Returns the ``Sampling.stop_sequences`` of stop strings: each string tokenized alone and after a space.
+    """Converts stop strings to ``Sampling.stop_sequences``: each string is tokenized with and without a leading space.
 
-    ``encode`` returns the ids of a text without special tokens. Raises ``ValueError`` for an empty string.
+    ``encode`` must return the ids of a text without special tokens. Raises ``ValueError`` for an empty string.
 
     Example:
         >>> from rlhf_jax.generation import stops
@@ -35,9 +36,9 @@ def sequences(encode: Callable[[str], Sequence[int]], strings: Sequence[str]) ->
 
 
 def trim(text: str, strings: Sequence[str]) -> tuple[str, str | None]:
-    """Returns the text before the first stop string and that string, or the whole text and None.
+    """Returns the text before the first stop string and the stop string itself, or ``(text, None)`` if there is none.
 
-    Of several stop strings that begin at the same position, the longest is returned.
+    If several stop strings begin at the same position, the longest is returned.
 
     Example:
         >>> from rlhf_jax.generation import stops

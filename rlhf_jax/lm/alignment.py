@@ -57,7 +57,7 @@ def token_map(
         params: Parameters of the model.
         tokens_BL: int32 tokens.
         *arrays: Arrays ``[B, L, ...]``, or ``[B, T, ...]`` with ``prompt_width``; entry i belongs to token i.
-        cfg: The model: an `LMConfig`, or an `ApplyFn` for any other model.
+        cfg: The model, as an `LMConfig` or an `ApplyFn`.
         mask_BL: bool, True at real tokens. By default, ``segments_BL > 0`` if segments are given, else True everywhere.
         segments_BL: int32 segment ids of packed rows, counted from 1; 0 at padding.
         prompt_width: Width P of the prompt, for rows with a prompt in columns ``[0, P)`` and a response after it. The
@@ -99,7 +99,7 @@ def hidden_states(
     Args:
         params: Parameters of the model.
         tokens_BL: int32 tokens.
-        cfg: The model: an `LMConfig`, or an `ApplyFn` for any other model.
+        cfg: The model, as an `LMConfig` or an `ApplyFn`.
         mask_BL: bool, True at real tokens; None if all tokens are real or segments are given.
         segments_BL: int32 segment ids of packed rows; None for rows that are not packed.
         prompt_width: Width P of the prompt, to return only the columns that predict the response; None for all.

@@ -51,7 +51,7 @@ def soft_cap(x: jax.Array, cap: float) -> jax.Array:
 
 
 def causal(mask_BL: jax.Array, segments_BL: jax.Array | None = None) -> jax.Array:
-    """Returns the causal mask ``[B,L,L]``, where a token attends to itself and to earlier real tokens of its segment.
+    """Returns the causal mask ``[B,L,L]``: tokens attend to themselves and to earlier real tokens of their segment.
 
     Padding tokens also attend to themselves, so that no row of the mask is empty. Real tokens never attend to padding.
     """

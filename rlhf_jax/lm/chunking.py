@@ -106,5 +106,5 @@ def vocab_of(apply: types.ApplyFn, params: types.Params, hidden_BLD: jax.Array) 
 
 
 def _even(n: int, most: int) -> int:
-    """Returns the size of parts that splits ``n`` into as few nearly equal parts of at most ``most`` as possible."""
+    """Returns the smallest part size, at most ``most``, that divides ``n`` into the fewest parts."""
     return math.ceil(n / math.ceil(n / most))

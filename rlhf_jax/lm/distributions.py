@@ -44,7 +44,7 @@ def token_top_k(
     Args:
         params: Parameters of the model.
         tokens_BL: int32 tokens.
-        cfg: The model: an `LMConfig`, or an `ApplyFn` for any other model.
+        cfg: The model, as an `LMConfig` or an `ApplyFn`.
         k: Number of tokens to keep, at most V.
         mask_BL: bool, True at real tokens; padding may be in any column.
         segments_BL: int32 segment ids of packed rows, counted from 1; 0 at padding.
@@ -79,7 +79,7 @@ def token_listed_logprobs(
         params: Parameters of the model.
         tokens_BL: int32 tokens.
         ids_BLK: int32 ids of the K tokens for each position; ``[B,T,K]`` with ``prompt_width``.
-        cfg: The model: an `LMConfig`, or an `ApplyFn` for any other model.
+        cfg: The model, as an `LMConfig` or an `ApplyFn`.
         mask_BL: bool, True at real tokens.
         segments_BL: int32 segment ids of packed rows, counted from 1; 0 at padding.
         prompt_width: Width P of the prompt; the result then covers only the response, ``[B,T,K]``.
@@ -124,7 +124,7 @@ def token_kl(
         params: Parameters of the first model.
         other_params: Parameters of the other model.
         tokens_BL: int32 tokens.
-        cfg: The first model: an `LMConfig`, or an `ApplyFn` for any other model.
+        cfg: The first model, as an `LMConfig` or an `ApplyFn`.
         other_cfg: The other model, by default ``cfg``. The vocabularies must have the same size.
         mask_BL: bool, True at real tokens.
         segments_BL: int32 segment ids of packed rows, counted from 1; 0 at padding.

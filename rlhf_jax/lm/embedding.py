@@ -48,7 +48,7 @@ def look_up(table_VD: jax.Array, tokens_BL: jax.Array, dtype: Any) -> jax.Array:
     """Returns ``table_VD[tokens_BL]`` in ``dtype``, ``[B,L,D]``; ids must be less than V.
 
     On a mesh, each device gathers all features for its shard of the vocabulary and looks up the tokens of its rows
-    there. The gradient is summed on each device before it is reduce-scattered, in the table's dtype. With plain
+    there. The gradient is summed on each device in the table's dtype before it is reduce-scattered. With plain
     indexing, XLA would exchange the rows of all devices or all-reduce the gradient.
     """
     mesh = parallel.active_mesh()

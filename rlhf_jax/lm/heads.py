@@ -1,6 +1,6 @@
 """Scalar heads, which compute the scores of a reward model or the values of a critic, and their normalisation.
 
-``params["head"]`` is one of two dicts:
+``params["head"]`` has one of two forms:
 
 * ``{"kernel_D", "bias", "gain"}`` for a single head, with scalar bias and gain.
 * ``{"kernel_HD", "bias", "gain"}`` for several heads on one trunk, such as an ensemble or one head per criterion. Bias

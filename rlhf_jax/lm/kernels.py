@@ -83,7 +83,7 @@ def splash(
     cfg: config.LMConfig,
     interpret: bool = False,
 ) -> jax.Array:
-    """Computes causal attention within segments with splash attention on one TPU; differentiable.
+    """Computes causal attention within segments on one TPU by splash attention, which is differentiable.
 
     Args:
         queries_BHLC: Queries; L must be a multiple of 128.

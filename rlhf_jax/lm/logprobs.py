@@ -57,7 +57,7 @@ def token_logprobs(
     Args:
         params: Parameters of the model.
         tokens_BL: int32 tokens.
-        cfg: The model: an `LMConfig`, or an `ApplyFn` for any other model.
+        cfg: The model, as an `LMConfig` or an `ApplyFn`.
         mask_BL: bool, True at real tokens; padding may be in any column. By default, ``segments_BL > 0`` if segments
             are given, else True everywhere.
         segments_BL: int32 segment ids of packed rows, counted from 1; 0 at padding.
@@ -93,7 +93,7 @@ def token_stats(
     Args:
         params: Parameters of the model.
         tokens_BL: int32 tokens.
-        cfg: The model: an `LMConfig`, or an `ApplyFn` for any other model.
+        cfg: The model, as an `LMConfig` or an `ApplyFn`.
         mask_BL: bool, True at real tokens.
         segments_BL: int32 segment ids of packed rows, counted from 1; 0 at padding.
         prompt_width: Width P of the prompt; the results then cover only the response, ``[B,T]``.
@@ -131,7 +131,7 @@ def greedy_matches(
     Args:
         params: Parameters of the model.
         tokens_BL: int32 tokens.
-        cfg: The model: an `LMConfig`, or an `ApplyFn` for any other model.
+        cfg: The model, as an `LMConfig` or an `ApplyFn`.
         mask_BL: bool, True at real tokens.
         segments_BL: int32 segment ids of packed rows, counted from 1; 0 at padding.
         prompt_width: Width P of the prompt; the result then covers only the response, ``[B,T]``.
@@ -160,7 +160,7 @@ def values(
     Args:
         params: Parameters of the critic, with a single head.
         tokens_BL: int32 tokens.
-        cfg: The model: an `LMConfig`, or an `ApplyFn` for any other model.
+        cfg: The model, as an `LMConfig` or an `ApplyFn`.
         mask_BL: bool, True at real tokens.
         segments_BL: int32 segment ids of packed rows, counted from 1; 0 at padding.
         prompt_width: Width P of the prompt; the result then is V_t of the response, ``[B,T]``.
@@ -200,7 +200,7 @@ def score(
     Args:
         params: Parameters of the reward model, with one head or several.
         tokens_BL: int32 tokens.
-        cfg: The model: an `LMConfig`, or an `ApplyFn` for any other model.
+        cfg: The model, as an `LMConfig` or an `ApplyFn`.
         mask_BL: bool, True at real tokens; by default, all tokens are real.
 
     Returns:

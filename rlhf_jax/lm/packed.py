@@ -29,7 +29,7 @@ def packed_scores(
         tokens_BL: int32 packed rows.
         segments_BL: int32 segment ids, counted from 1; 0 at padding.
         places: Row, segment and last column of each sequence.
-        cfg: The model; the forward pass of an `ApplyFn` must accept ``segments_BL``.
+        cfg: The model, as an `LMConfig` or an `ApplyFn`. The forward pass of an `ApplyFn` must accept ``segments_BL``.
 
     Returns:
         float32 with the shape of ``places`` and, if there are several heads, a last axis H.

@@ -42,8 +42,8 @@ Columns = tuple[int, int] | jax.Array
 """Columns whose hidden states are needed, as a range (start, stop) or as int32 ``[B]`` with one column per row."""
 
 _FEW_LAYERS = 8
-"""Maximum number of layers for which the last layer computes only the needed columns. It is then not part of the scan,
-and the parameters of the other layers are copied."""
+"""Maximum number of layers for which the last layer computes only the needed columns. The last layer is
+then outside the scan, and slicing copies the parameters of the other layers."""
 
 # The backward pass recomputes functions with this decorator. They are cheap, and in a small model storing their
 # residuals takes longer than the matmuls.

@@ -44,7 +44,7 @@ def unstack(params: types.Params, cfg: config.LMConfig) -> types.Params:
 
     A decoding loop can then use each layer's weights without slicing them at every token. On a mesh, the weights are
     also gathered and cast to the compute dtype, because communicating them at every token would take far longer than
-    reading them. During decoding, each device therefore holds the whole model, or its shard on the ``tensor`` axis.
+    reading them. During decoding, each device therefore holds the whole model, or its shard along the ``tensor`` axis.
     """
     if is_unstacked(params):
         return params

@@ -203,8 +203,8 @@ def _resume(
             )
     if start > steps:
         raise checkpoint.CheckpointError(
-            f"cannot resume from {checkpoints.directory}: its checkpoint is of step {start}, but the run has only "
-            f"{steps} steps"
+            f"cannot resume from {checkpoints.directory}: its checkpoint is from step {start}, but the run has only "
+            f"{steps} steps; use a different folder for a shorter run"
         )
     return start, state, metadata.get("skipped", 0)
 
@@ -248,22 +248,22 @@ def fit(
         hyper_at: Pure function that returns the hyperparameters of an iteration, counted from 0, always with the same
             structure and types.
         rng: One key for the whole run.
-        frozen: Inputs that the step reads but does not change, such as the parameters of a reference model.
+        frozen: Inputs that the step uses but does not change, such as the parameters of a reference model.
         stage: Name of the stage in messages, progress and checkpoints.
         log: A `metrics.MetricLog`, whose rows are written under ``stage``, or a function ``log(step, floats)``, which
             is called one iteration late. The function may raise `Alarmed` to stop the run before the next iteration.
             Any other exception stops the run immediately, without saving.
-        log_every: Interval of logging, in iterations. The last iteration is always logged.
-        checkpoints: The checkpoints to resume from and to save to; None for neither.
-        save_every: Interval of saving, in iterations; None to save only at the end or when the run is stopped.
+        log_every: Logging interval, in iterations. The last iteration is always logged.
+        checkpoints: Checkpoints from which to resume and to which to save; None for neither.
+        save_every: Checkpoint interval, in iterations; None to save only at the end or when the run is stopped.
         progress: ``progress(stage, done, steps, floats)``, called with empty floats at the start, and after each
             iteration, one iteration late.
-        callbacks: Called as ``callback(done, state, metrics)`` after each iteration, with arrays that may still be
-            being computed; reading them waits for the device. The state is donated to the next step, so copy what you
+        callbacks: Called as ``callback(done, state, metrics)`` after each iteration, with arrays that may not be
+            computed yet; reading them waits for the device. The state is donated to the next step, so copy what you
             keep. A dict that a callback returns is logged with the metrics of the iteration.
         max_skipped: Stop after this many consecutive iterations with the metric ``skipped`` above 0, counted across
-            resumes. A skipped step keeps the previous state, which is then saved; starting such a run again resumes
-            after the bad iterations.
+            resumes. A skipped step leaves the parameters unchanged. The state is saved when the run stops, so that
+            starting it again resumes after the skipped iterations.
         fingerprint: JSON value that identifies data, seed and batch size. It must be the same when a run is resumed.
         should_stop: ``should_stop(done, wanted)`` returns whether to stop after ``done`` iterations; ``wanted`` is
             whether this process has a reason to stop (a signal, an alarm or divergence). With several hosts, pass the

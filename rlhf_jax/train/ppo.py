@@ -385,9 +385,9 @@ def make_train_step(
             `replace_score` or `subtract_penalty`.
         normalise_values: Whether the critic learns returns minus their running mean, divided by their running
             standard deviation (Xu 2024).
-        correct_sampler: Whether to weight the policy loss of each token by the probability ratio of policy and sampler,
-            up to `Hyper.sampler_cap`. Use it if the sampler draws from a different distribution (top-p, a different
-            kernel).
+        correct_sampler: Whether to weight the policy loss of each token by the ratio of its probabilities under policy
+            and sampler, capped at `Hyper.sampler_cap`. Use it if the sampler draws from a different distribution
+            (top-p, a different kernel).
         shards: Number of blocks of adjacent rows into which responses and pretraining rows are divided; a minibatch
             takes the same number of rows from each block (`train.minibatches`). If ``shards`` is a multiple of the
             number of devices, no row leaves its device.
@@ -396,9 +396,9 @@ def make_train_step(
             all rows.
 
     Returns:
-        A step; `parallel.jit_step` compiles it so that it donates ``state``. ``state`` is a `PPOState`, ``frozen`` a
-        `Frozen`, ``hyper`` a `Hyper`, ``batch`` a `Batch`, and ``rng`` one key for the whole run, into which the step
-        folds ``state.step``. Metrics of the rollout:
+        The train step; compile it with `parallel.jit_step`, which donates ``state``. ``state`` is a `PPOState`,
+        ``frozen`` a `Frozen`, ``hyper`` a `Hyper`, ``batch`` a `Batch`, and ``rng`` one key for the whole run, into
+        which the step folds ``state.step``. Metrics of the rollout:
 
         - ``reward``, ``reward_std``: mean and standard deviation of the scores, before clipping.
         - ``kl``: mean over the responses of the summed ``log pi - log pi_ref``, in nats per response.

@@ -40,7 +40,7 @@ class Models(NamedTuple):
 
 
 def shared_trunk(frozen: Any, params: Params) -> Params:
-    """The `Models.join` of a critic that is only a head on the policy's trunk (Ziegler 2019).
+    """Joins policy and critic if the critic is a head on the policy's trunk (Ziegler 2019); pass it as `Models.join`.
 
     ``params["critic"]`` holds only the head, ``{"head": ...}``. If `lm.with_head` creates the head with ``zero=True``,
     all values are 0 at the start. Both losses train the trunk; `Hyper.value_coef` is the weight of the value loss.
@@ -50,7 +50,7 @@ def shared_trunk(frozen: Any, params: Params) -> Params:
 
 
 class Frozen(NamedTuple):
-    """Parameters that a step reads and never changes."""
+    """Parameters that a step uses but never changes."""
 
     reference: Params
     """Parameters of the reference policy, from which the KL penalty is measured (the SFT model in InstructGPT)."""

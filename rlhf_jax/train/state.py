@@ -16,9 +16,9 @@ TrainState = train_state.TrainState
 def create(params: Any, tx: optax.GradientTransformation, apply_fn: Callable[..., Any] | None = None) -> TrainState:
     """Returns a new ``TrainState`` at step 0.
 
-    The parameters are copied because a step donates its state, which deletes the buffers. A policy and its reference,
-    for example, must not share them. ``state.step`` is a strongly typed int32 array, so that the first call, later
-    calls and a restored state all use the same compiled program. ``jax.jit(create, static_argnums=(1, 2),
+    The parameters are copied, because a train step donates its state and donation deletes the buffers: a policy and its
+    reference, for example, must not share them. ``state.step`` is a strongly typed int32 array, so that the first call,
+    later calls and a restored state all use the same compiled program. ``jax.jit(create, static_argnums=(1, 2),
     out_shardings=...)`` creates a sharded state.
 
     Args:

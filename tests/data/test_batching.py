@@ -38,7 +38,7 @@ def test_drop_last_keeps_a_batch_within_its_epoch():
     np.testing.assert_array_equal(batches, stream[:, :8])  # the same shuffles, without their remainders
     left_out = {i for epoch in batches for i in set(range(10)) - set(epoch.tolist())}
     assert left_out == set(range(10))  # the remainder differs between epochs
-    with pytest.raises(ValueError, match="there is no batch"):
+    with pytest.raises(ValueError, match="batch_size = 4 must not exceed n = 3"):
         batching.epoch_batches(0, n=3, batch_size=4, key=KEY, drop_last=True)
 
 

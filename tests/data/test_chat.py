@@ -202,7 +202,7 @@ OPEN, CLOSE = "{% generation %}", "{% endgeneration %}"
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ("{{ '<|im_start|>' + m.content + '<|im_end|>' }}", r"no {% generation %} marks.*put {% generation %} where"),
+        ("{{ '<|im_start|>' + m.content + '<|im_end|>' }}", r"no {% generation %} marks.*put {% generation %} before"),
         (
             "{{ '<|im_start|>' + m.content + '<|im_end|>' }}" + OPEN + CLOSE,
             "of the chat template contain no assist",
@@ -227,7 +227,7 @@ OPEN, CLOSE = "{% generation %}", "{% endgeneration %}"
         (
             "{{ '<|im_start|>' }}" + OPEN + "{{ m.content }}{% if loop.last %}{{ '<|im_end|>' }}{% else %}"
             "{{ '<|endoftext|>' }}{% endif %}" + CLOSE,
-            "ends answers with different tokens, .*: end every answer with the same token",
+            "ends answers with different tokens .*: end all answers with the same token",
         ),
         ("{{ raise_exception('not today') }}", "the chat template refuses the turns: not today|no {% generation %}"),
     ],

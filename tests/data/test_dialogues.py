@@ -98,7 +98,7 @@ def test_plain_and_compressed_files_are_read(tmp_path, name):
         comparisons[0].location = "line 3"  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_unusable_records_are_counted_by_reason_and_the_others_keep_their_lines(tmp_path):
+def test_unusable_records_are_counted_by_reason_and_the_others_keep_their_line_numbers(tmp_path):
     path = write(
         tmp_path / "pairs.jsonl",
         [
@@ -131,7 +131,7 @@ def test_too_many_unusable_records_are_an_error_that_names_the_counts(tmp_path):
     with pytest.raises(errors.DataError) as error:
         readers.read_rankings(path)
     assert str(error.value) == (
-        f"{path}: 1 of 99 records dropped (empty answer 1), which is 1.0%, more than max_dropped = 1.0%"
+        f"{path}: 1 of 99 records were dropped (empty answer 1), which is 1.0%, more than max_dropped = 1.0%"
     )
     write(path, [record(" ", " bad")] + [record()] * 99)
     assert len(readers.read_rankings(path)[0]) == 99
@@ -142,13 +142,13 @@ BROKEN_LINES = {
     "not json": ("{oops", r"the line is not JSON \(Expecting property name"),
     "blank": ("", r"the line is not JSON \(Expecting value\)"),
     "too deep": ("[" * 200_000, "the line is not JSON .*nested too deeply"),
-    "a list": ("[1, 2]", "the line holds a list, not an object with chosen and rejected"),
-    "no rejected": (json.dumps({"chosen": record()["chosen"]}), "the record has no 'rejected'"),
-    "no chosen": ('{"rejected": "a"}', "the record has no 'chosen'"),
-    "a number": ('{"prompt": "a", "chosen": 3, "rejected": "a"}', "'chosen' is a int, not a string"),
+    "a list": ("[1, 2]", "the line has type list; it must be an object with chosen and rejected"),
+    "no rejected": (json.dumps({"chosen": record()["chosen"]}), "the record has neither 'rejected' nor 'responses'"),
+    "no chosen": ('{"rejected": "a"}', "the record has neither 'chosen' nor 'responses'"),
+    "a number": ('{"prompt": "a", "chosen": 3, "rejected": "a"}', "'chosen' has type int; it must be a string"),
     "half a pair": (
         json.dumps({"chosen": PROMPT + "\n\nAssistant: \ud800", "rejected": PROMPT + "\n\nAssistant: a"}),
-        "'chosen' holds half a surrogate pair",
+        "'chosen' contains half a surrogate pair",
     ),
     "no answer": (
         json.dumps({"chosen": PROMPT + "\n\nAssistant: a", "rejected": "\n\nHuman: hi"}),
@@ -234,7 +234,7 @@ def test_each_stage_is_checked_against_the_limit_separately():
     second.drop("a")
     second.drop("b")
     with pytest.raises(
-        errors.DataError, match=r"second: 2 of 3 records dropped \(a 1, b 1\), which is 66\.7%, more than"
+        errors.DataError, match=r"second: 2 of 3 records were dropped \(a 1, b 1\), which is 66\.7%, more than"
     ):
         counts.add(second, records=3, source="second")
     assert counts.dropped == {"a": 2, "b": 1}
@@ -246,7 +246,7 @@ def test_truncated_records_have_a_separate_limit_that_is_off_by_default():
     counts.check(1, source="here")
     strict = errors.DropCount(max_truncated=0.0)
     strict.truncate("cut")
-    with pytest.raises(errors.DataError, match=r"1 of 10 records truncated .*more than max_truncated = 0"):
+    with pytest.raises(errors.DataError, match=r"1 of 10 records were truncated .*more than max_truncated = 0"):
         strict.check(10, source="here")
     with pytest.raises(ValueError, match="max_dropped must be a share from 0 to 1, got 2"):
         errors.DropCount(max_dropped=2)

@@ -78,9 +78,11 @@ def test_sequences_that_are_too_long_are_counted():
     counts = errors.DropCount()
     assert pack(sequences, width=4, counts=counts, truncate=True).mask_BL.sum() == 31
     assert counts.truncated == {"truncated to the row width": 1} and not counts.dropped
-    with pytest.raises(errors.DataError, match=r"packed sequences: 1 of 10 records dropped \(longer than a row 1\)"):
+    with pytest.raises(
+        errors.DataError, match=r"packed sequences: 1 of 10 records were dropped \(longer than a row 1\)"
+    ):
         pack(sequences, width=4)
-    with pytest.raises(errors.DataError, match="2 sequences fill 2 rows of 4, more than rows = 1"):
+    with pytest.raises(errors.DataError, match="2 sequences need 2 rows of 4, more than rows = 1"):
         pack([[1] * 3] * 2, width=4, rows=1)
     with pytest.raises(errors.DataError, match="loss masks differ"):
         pack([[1, 2]], loss_masks=[[True]], width=4)
@@ -98,7 +100,7 @@ def test_packed_documents_end_in_eos_and_the_remainder_is_counted():
     assert rows.dtype == np.int32
     with pytest.raises(errors.DataError, match="3 tokens do not fill one row of 4"):
         packing.pack_documents([[5, 6]], width=4, eos_id=1)
-    with pytest.raises(errors.DataError, match="document 1 already ends with the id 1"):
+    with pytest.raises(errors.DataError, match="document 1 already ends with eos_id = 1"):
         packing.pack_documents([[5], [6, 1]], width=2, eos_id=1)
 
 

@@ -62,9 +62,9 @@ def test_ranking_rows_keep_all_answers_of_a_prompt_together():
 
 def test_inconsistent_rows_are_errors():
     widths = {"prompt_width": 2, "response_width": 2, "pad_id": 0, "counts": any_share()}
-    with pytest.raises(errors.DataError, match="unequal numbers: 2 prompts, 1 answers"):
+    with pytest.raises(errors.DataError, match="the numbers must be equal, but there are 2 prompts, 1 answers"):
         padding.demonstration_rows([[3], [3]], [[1]], **widths)
-    with pytest.raises(errors.DataError, match="prompt 1 has 3 tokens, which is not between 1 and 2"):
+    with pytest.raises(errors.DataError, match="prompt 1 has 3 tokens; it must have between 1 and 2"):
         padding.demonstration_rows([[3], [4, 4, 3]], [[1], [1]], **widths)
     with pytest.raises(errors.DataError, match="prompt 0 has 0 tokens"):
         padding.pad_prompts([[]], width=2, pad_id=0)

@@ -31,7 +31,7 @@ def messages(*turns):
     return [{"role": role, "content": content} for role, content in turns]
 
 
-# ------------------------------------------------------------------------------------------------------------- forms
+# ----------------------------------------------------------------------------------------------------------- formats
 
 
 def test_every_format_of_a_demonstration_is_parsed():
@@ -257,44 +257,56 @@ RANKINGS, DEMONSTRATIONS, JUDGED, PROMPTS = (
 )
 BROKEN = [
     (RANKINGS, "{oops", "the line is not JSON"),
-    (RANKINGS, "[1]", "the line holds a list, not an object with chosen and rejected, or prompt, responses and ranks"),
-    (RANKINGS, {"prompt": "a"}, "the record has no 'chosen', and no 'responses' either"),
-    (RANKINGS, {"prompt": "a", "chosen": "b"}, "the record has no 'rejected', and no 'responses' either"),
-    (RANKINGS, {"prompt": "a", "responses": ["a", "b"]}, "the record has no 'ranks', and no 'scores' either"),
+    (RANKINGS, "[1]", "the line has type list; it must be an object with chosen and rejected, or prompt, responses"),
+    (RANKINGS, {"prompt": "a"}, "the record has neither 'chosen' nor 'responses'"),
+    (RANKINGS, {"prompt": "a", "chosen": "b"}, "the record has neither 'rejected' nor 'responses'"),
+    (RANKINGS, {"prompt": "a", "responses": ["a", "b"]}, "the record has neither 'ranks' nor 'scores'"),
     (RANKINGS, {"responses": ["a", "b"], "ranks": [1, 2]}, "the record has no 'prompt'"),
     (RANKINGS, {"chosen": "a", "rejected": "b"}, "the record has no 'prompt'"),
-    (RANKINGS, k_way(chosen="a"), "the record mixes two forms: it has 'responses' and 'chosen'"),
+    (RANKINGS, k_way(chosen="a"), "the record mixes two forms: it has both 'responses' and 'chosen'"),
     (
         DEMONSTRATIONS,
         {"prompt": "a", "response": "b", "completion": "c"},
-        "mixes two forms: it has 'response' and 'completion'",
+        "mixes two forms: it has both 'response' and 'completion'",
     ),
     (DEMONSTRATIONS, {"messages": {"role": [USER, BOT], "content": ["a"]}}, "'messages' has 2 roles and 1 contents"),
-    (DEMONSTRATIONS, '{"prompt": "a", "response": "b", "who": "\\ud800"}', "'who' holds half a surrogate pair"),
+    (DEMONSTRATIONS, '{"prompt": "a", "response": "b", "who": "\\ud800"}', "'who' contains half a surrogate pair"),
     (
         DEMONSTRATIONS,
         '{"prompt": "a", "response": "b", "\\ud800": 1}',
-        "'the name of a field' holds half a surrogate pair",
+        "'the name of a field' contains half a surrogate pair",
     ),
-    (RANKINGS, k_way(responses="abc"), "'responses' is a str, not a list"),
-    (RANKINGS, k_way(ranks={"a": 1}), "'ranks' is a dict, not a list"),
-    (RANKINGS, k_way(responses=["a", 2, "c"]), "'responses' is a int, not a string"),
-    (RANKINGS, {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "big"}, "'margin' is a str, not a number"),
-    (RANKINGS, {"prompt": "a", "chosen": [SAY], "rejected": [3]}, "message 1 of 'rejected' is a int, not an object"),
-    (DEMONSTRATIONS, {"prompt": 3, "response": "a"}, "'prompt' is a int, not a string"),
-    (DEMONSTRATIONS, {"prompt": "a"}, "the record has no 'response', and no 'messages' either"),
+    (RANKINGS, k_way(responses="abc"), "'responses' has type str; it must be a list"),
+    (RANKINGS, k_way(ranks={"a": 1}), "'ranks' has type dict; it must be a list"),
+    (RANKINGS, k_way(responses=["a", 2, "c"]), "'responses' has type int; it must be a string"),
+    (
+        RANKINGS,
+        {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "big"},
+        "'margin' has type str; it must be a number",
+    ),
+    (
+        RANKINGS,
+        {"prompt": "a", "chosen": [SAY], "rejected": [3]},
+        "message 1 of 'rejected' has type int; it must be an object",
+    ),
+    (DEMONSTRATIONS, {"prompt": 3, "response": "a"}, "'prompt' has type int; it must be a string"),
+    (DEMONSTRATIONS, {"prompt": "a"}, "the record has neither 'response' nor 'messages'"),
     (DEMONSTRATIONS, {"response": "a"}, "the record has no 'prompt'"),
-    (DEMONSTRATIONS, {"prompt": "a", "response": [ASK, SAY]}, "'response' holds 2 messages, not only the answer"),
-    (DEMONSTRATIONS, {"messages": "why"}, "'messages' is a str, not a string or a list of messages"),
+    (
+        DEMONSTRATIONS,
+        {"prompt": "a", "response": [ASK, SAY]},
+        "'response' contains 2 messages; it must contain only the answer",
+    ),
+    (DEMONSTRATIONS, {"messages": "why"}, "'messages' has type str; it must be a string or a list of messages"),
     (DEMONSTRATIONS, {"messages": [{"role": USER}]}, "message 1 of 'messages' has no 'content'"),
     (
         DEMONSTRATIONS,
         {"messages": [ASK, {"role": BOT, "content": ["x"]}]},
-        "content of message 2 of messages' is a list",
+        "content of message 2 of messages' has type list",
     ),
-    (DEMONSTRATIONS, '{"prompt": "\\ud800", "response": "a"}', "'prompt' holds half a surrogate pair"),
+    (DEMONSTRATIONS, '{"prompt": "\\ud800", "response": "a"}', "'prompt' contains half a surrogate pair"),
     (JUDGED, {"prompt": "a", "response": "b"}, "the record has no 'label'"),
-    (JUDGED, {"prompt": "a", "response": "b", "label": "good"}, "'label' is 'good', not true or false"),
+    (JUDGED, {"prompt": "a", "response": "b", "label": "good"}, "'label' is 'good'; it must be true or false"),
     (PROMPTS, {"text": "a"}, "the record has no 'prompt'"),
 ]
 
@@ -310,7 +322,7 @@ def test_a_malformed_record_raises_a_one_sentence_error_with_file_and_line(tmp_p
     assert "\n" not in str(error.value)
 
 
-# --------------------------------------------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------------------------------------- token rows
 
 
 @pytest.fixture(scope="module")

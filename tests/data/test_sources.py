@@ -76,7 +76,7 @@ def test_unreadable_files_raise_a_one_sentence_error(tmp_path, monkeypatch):
     (tmp_path / "cut.json").write_text(whole[: len(whole) // 2])
     expect_error(tmp_path / "cut.json", r"cut\.json: the file is not JSON \(.* in line \d+\)")
     (tmp_path / "mixed.json").write_text('[{"prompt": "a", "response": "b"}, 3]')
-    expect_error(tmp_path / "mixed.json", r"mixed\.json, record 2: the record is a int, not an object")
+    expect_error(tmp_path / "mixed.json", r"mixed\.json, record 2: the record has type int; it must be an object")
     packed = gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode())
     (tmp_path / "cut.jsonl.gz").write_bytes(packed[:-9])
     expect_error(tmp_path / "cut.jsonl.gz", r"cut\.jsonl\.gz, line \d: the gzip file is truncated here")

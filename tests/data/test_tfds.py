@@ -148,7 +148,7 @@ def test_missing_data_sets_raise_a_one_sentence_error(data_dir):
         (sources.Tfds("rlhf_prompts/mine", "validation", data_dir), "Unknown split 'validation'"),
         (sources.Tfds("rlhf_prompts/mine", "train[:0]", data_dir), r"^rlhf_prompts/mine\[train\[:0\]\] is empty$"),
         (sources.Tfds("no_such_set", data_dir=data_dir), "TFDS has no such prepared set"),
-        (sources.Tfds("huggingface:imdb", data_dir=data_dir), "would be downloaded, which this reader does not"),
+        (sources.Tfds("huggingface:imdb", data_dir=data_dir), "are not downloaded; download the files"),
     ]
     for source, message in cases:
         with pytest.raises(errors.DataError, match=message) as error:
@@ -175,7 +175,7 @@ def test_data_sets_that_cannot_be_prepared_are_errors(data_dir, tmp_path):
     good, broken = write(tmp_path / "a.jsonl", [{"prompt": "a"}] * 3), write(tmp_path / "b.jsonl", ["a"])
     with pytest.raises(errors.DataError, match=r"mine/1\.0\.0 already exists"):
         tfds_builder.prepare(tfds_builder.RlhfPrompts, "mine", {"train": good}, data_dir=data_dir)
-    with pytest.raises(errors.DataError, match=r"b\.jsonl, line 1: the line holds a str"):
+    with pytest.raises(errors.DataError, match=r"b\.jsonl, line 1: the line has type str"):
         tfds_builder.prepare(tfds_builder.RlhfPrompts, "b", {"train": broken}, data_dir=tmp_path)
     with pytest.raises(errors.DataError, match="is not a valid name for a set"):
         tfds_builder.prepare(tfds_builder.RlhfPrompts, "a/b", {"train": good}, data_dir=tmp_path)
@@ -183,7 +183,7 @@ def test_data_sets_that_cannot_be_prepared_are_errors(data_dir, tmp_path):
         with pytest.raises(errors.DataError, match="is not a valid name for a split"):
             tfds_builder.prepare(tfds_builder.RlhfPrompts, "d", {split: good}, data_dir=tmp_path)
     flawed = write(tmp_path / "c.jsonl", [{"prompt": "a"}, {"prompt": ""}])
-    with pytest.raises(errors.DataError, match=r"1 of 2 records dropped \(empty prompt 1\)"):
+    with pytest.raises(errors.DataError, match=r"1 of 2 records were dropped \(empty prompt 1\)"):
         tfds_builder.prepare(tfds_builder.RlhfPrompts, "c", {"train": flawed}, data_dir=tmp_path)
     counts = errors.DropCount(max_dropped=0.5)
     assert tfds_builder.prepare(

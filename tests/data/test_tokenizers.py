@@ -85,7 +85,7 @@ def test_bpe_respects_the_vocabulary_size(bpe):
     assert len(bpe) <= 320
     assert len(encode_text(bpe, "where is the cat")) < len("where is the cat")
     assert len(tokenizers.train_bpe(["ab"], vocab_size=10_000)) == 4 + 256
-    with pytest.raises(errors.DataError, match="vocab_size = 259 is less than 4 special tokens"):
+    with pytest.raises(errors.DataError, match="vocab_size is 259; it must be at least 260"):
         tokenizers.train_bpe(TEXTS, vocab_size=259)
 
 
@@ -250,7 +250,7 @@ def test_a_prompt_whose_last_turn_is_too_long_is_dropped_and_counted(words):
     assert kept.tolist() == [1, 4]
     assert kept.dtype == np.int64
     assert counts.dropped == {"prompt too long": 1, "no user turn": 2}
-    with pytest.raises(errors.DataError, match=r"prompts: 1 of 2 records dropped \(prompt too long 1\)"):
+    with pytest.raises(errors.DataError, match=r"prompts: 1 of 2 records were dropped \(prompt too long 1\)"):
         chat.encode_prompts(format_of(words), [TURNS, short], width=4, counts=errors.DropCount())
 
 

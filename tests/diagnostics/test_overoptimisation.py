@@ -20,7 +20,7 @@ def published(form, kl, alpha, beta):
     return d * (alpha - beta * d) if form is over.BEST_OF_N else d * (alpha - beta * np.log(d))
 
 
-# The two forms
+# The two functional forms
 
 
 @given(st.sampled_from([over.BEST_OF_N, over.REINFORCEMENT]), st.floats(0.1, 3.0), st.floats(0.1, 1.0))
@@ -141,7 +141,7 @@ def test_best_of_n_curve_is_the_mean_over_prompts_with_bootstrap_intervals():
     np.testing.assert_allclose(curve.kl, [math.log(n) - (n - 1) / n for n in range(1, 7)], atol=1e-12)
     again = diagnostics.best_of_n_curve(proxy, gold, np.random.default_rng(0), resamples=300)
     np.testing.assert_array_equal(curve.lo, again.lo)
-    # n = 1 gives the mean of all samples of a prompt, with its bootstrap interval.
+    # For n = 1, the curve is the mean over all samples of a prompt, with its bootstrap interval.
     rows = gold.mean(axis=1)
     alone = diagnostics.bootstrap_mean(rows, np.random.default_rng(0), resamples=300)
     np.testing.assert_allclose((curve.mean[0], curve.lo[0], curve.hi[0]), alone)

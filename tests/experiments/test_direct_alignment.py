@@ -112,7 +112,7 @@ def test_rounds_pair_the_best_with_the_worst_answer_and_skip_ties():
     np.testing.assert_array_equal(got.rows.tokens_BKL[1], [[7, 6, 1], [7, 5, 1]])
     assert got.prompt_B.tolist() == [0, 2] and left_out == {"equal scores": 0, "one text": 1}
     scores[1, 2] = np.nan
-    with pytest.raises(loop.DivergedError, match=r"1 of 9 answers .* not finite, the first of prompt 1"):
+    with pytest.raises(loop.DivergedError, match=r"1 of 9 answers .* not finite; the first one answers prompt 1"):
         pairs_lib.best_and_worst(answers, scores, prompt_width=1)
 
 
@@ -248,7 +248,7 @@ def test_judges_of_the_built_in_world(tmp_path):
         (["--learning-rate", "-1"], "--learning-rate"),
         (["--micro-batches", "7"], "--micro-batches is 7; it must divide 64, the number of rows per batch"),
         (["--samples", "1"], "--samples is 1; it must be at least 2"),
-        (["--data.path", "x.jsonl", "--judge", "gold"], "--judge gold needs the built-in world"),
+        (["--data.path", "x.jsonl", "--judge", "gold"], "--judge gold requires the built-in world"),
         (["--loss", "simpo", "--rounds", "2", "--hold-reference"], "--hold-reference has no effect with --loss simpo"),
         (["--ppo.kl-coef", "-1"], "--ppo.kl-coef"),
         (["--resume", "nowhere"], "nowhere"),
@@ -273,8 +273,8 @@ def test_invalid_settings_are_refused_by_flag(arguments, message):
         (["--betas", "0.1", "0.1"], "--betas"),
         (["--kl-coefs", "0"], "--kl-coefs"),
         (["--seeds", "0"], "--seeds"),
-        (["--beta", "0.1"], "use --betas"),
-        (["--loss", "simpo"], "--loss is 'simpo'; this study only runs dpo"),
+        (["--beta", "0.1"], "uses --betas"),
+        (["--loss", "simpo"], "--loss is 'simpo', but this study only runs dpo"),
         (["--reward-model.heldout"], "--reward-model.heldout has no effect on dpo_vs_ppo.py"),
         (["--ppo.kl-coef", "0.5"], "--ppo.kl-coef has no effect on dpo_vs_ppo.py"),
         (["--rounds", "3", "--bandit-pairs", "2"], "at most --bandit-pairs 2"),
@@ -292,7 +292,7 @@ def test_used_ppo_settings_are_accepted():
     assert (settings.ppo.clip, settings.ppo.iterations) == (0.1, 18)
 
 
-def test_a_batch_has_at_most_as_many_rows_as_the_data_and_unseen_rows_are_counted():
+def test_a_batch_has_no_more_rows_than_the_data_and_unseen_rows_are_counted():
     def schedule(pairs, **changes):
         options: dict[str, Any] = {"batch": 8} | changes
         return tuple(direct_alignment.schedule(direct_settings.DirectSettings(**options), pairs))

@@ -1,4 +1,4 @@
-"""instructgpt.py with --model: tokenizer, chat format, gold utility of decoded answers, and errors."""
+"""Tests instructgpt.py with --model: tokenizer, chat format, gold utility of decoded answers, and errors."""
 
 import dataclasses
 import json
@@ -193,7 +193,7 @@ def with_changes(made, changes):
     return dataclasses.replace(made, **parts)
 
 
-# -------------------------------------------------------------------------------------------------------------- words
+# ------------------------------------------------------------------------------------------------------ decoded words
 
 
 def test_answers_are_decoded_to_the_worlds_words(byte_pairs):
@@ -269,7 +269,7 @@ def test_a_run_does_not_resume_with_a_changed_model(checkpoint, tmp_path, script
     assert initial_model.fingerprint(str(model)) == before
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-6}))
-    with pytest.raises(settings.SettingError, match=rf"cannot continue --resume {run}: the files in {model} changed"):
+    with pytest.raises(settings.SettingError, match=rf"cannot resume {run}: the files in {model} have changed"):
         script.run(script.parse(["--resume", str(run)]))
 
 

@@ -122,7 +122,7 @@ def test_skipped_checkpoints_are_printed_and_recorded_as_incidents(tmp_path):
     assert run_folder.RunFolder(tmp_path).incidents() == [{"stage": "sft", "text": said[0][1]}]
 
 
-# -------------------------------------------------------------------------------------------------------- the command
+# --------------------------------------------------------------------------------------------------------- torture.py
 
 
 def torture(folder, *arguments):
@@ -149,7 +149,7 @@ def check(process, results, *, kills, terms, corruptions):
     assert sum(sum(each.values()) for each in outcomes) == corruptions
     assert sum(each.get("seen", 0) for each in outcomes) >= 3
     n = kills + terms
-    assert f"{n} of {n} interrupted runs resumed bit for bit; no failures" in process.stdout
+    assert f"{n} of {n} interrupted runs resumed bit-identically; no failures" in process.stdout
 
 
 def test_interrupted_runs_and_corrupted_checkpoints_lose_nothing(tmp_path):

@@ -141,7 +141,7 @@ def test_invalid_input_is_a_one_line_error_and_writes_nothing(model, judged, tmp
         capsys, "--model", model[0].with_name("policy"), "--data.path", path, "--out", out
     )
     assert "no model directory" in refused(capsys, "--model", tmp_path / "no", "--data.path", path, "--out", out)
-    assert "already has a run" in refused(capsys, *valid[:4], "--out", judged)
+    assert "already contains a run" in refused(capsys, *valid[:4], "--out", judged)
     assert "--batch is 0" in refused(capsys, *valid, "--batch", 0)
     assert "--data.max-dropped is 2.0" in refused(capsys, *valid, "--data.max-dropped", 2)
     assert "prompt too long" in refused(capsys, *valid, "--max-length", 20)
@@ -193,9 +193,9 @@ def test_broken_files_are_named_and_unusable_records_counted(tmp_path):
     assert len(rewardbench.read(str(write(tmp_path / "flawed.jsonl", flawed)), counts=counts)) == 8
     assert counts.dropped == {"empty answer": 1, "same answer twice": 1}
     cases = {
-        "file, line 2: the record has no 'rejected'": [good, {"prompt": "a", "chosen": "b"}],
+        "file, line 2: the record has neither 'rejected' nor 'responses'": [good, {"prompt": "a", "chosen": "b"}],
         "file is empty": [],
-        "2 of 10 records dropped": flawed,
+        "2 of 10 records were dropped": flawed,
     }
     for words, rows in cases.items():
         with pytest.raises(errors.DataError, match=words):

@@ -1,6 +1,7 @@
 """Settings of commands: help texts, checks, config.json, and start-up without slow imports."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -30,7 +31,7 @@ def fields(cls: Any = settings.Settings):
 
 
 @pytest.mark.parametrize(("cls", "name"), list(fields()), ids=lambda x: getattr(x, "__name__", x))
-def test_every_setting_is_read_somewhere_and_has_help(cls, name):
+def test_every_setting_is_used_and_has_a_help_text(cls, name):
     assert re.search(rf"\.{name}\b", SOURCE), f"no stage reads {cls.__name__}.{name}"
     text = pathlib.Path(settings.__file__).read_text()
     assert re.search(rf'^    {name}: [^\n]*\n    """.+', text, re.MULTILINE), f"{cls.__name__}.{name} has no help"
@@ -135,6 +136,24 @@ def test_help_imports_no_slow_module(command):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert done.stdout.startswith(f"usage: {command}")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_breaks_no_line_in_mid_sentence(command):
+    done = subprocess.run(
+        [sys.executable, EXPERIMENTS / command, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=ENVIRONMENT,
+    )
+    description, _, boxes = done.stdout.partition("╭")
+    assert all(line.startswith(" ") or line.endswith((".", ":")) for line in description.splitlines()[1:] if line)
+    lines = [line[2:-2] for line in boxes.splitlines() if line.startswith("│")]
+    for line, following in itertools.pairwise(lines):
+        is_text = "  " in line.strip() or not line.startswith("-")
+        if is_text and following.startswith(" ") and not line.rstrip().endswith((".", ")")):
+            assert len(line.rstrip()) + 1 + len(following.split()[0]) > len(line), f"{line.rstrip()!r} ends too early"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -206,7 +206,7 @@ def test_gold_at_a_kl_is_interpolated_and_none_beyond_the_curve():
         (sweep.parse, ["--ppo.micro-batches", "7"], "ppo.micro-batches"),
         (sweep.parse, ["--ppo.kl-coef", "-0.1"], "ppo.kl-coef"),
         (sweep.parse, ["--resume", "nowhere"], "nowhere"),
-        (compare.parse, ["--data.path", "pairs.jsonl"], "gold utility, which a file does not have"),
+        (compare.parse, ["--data.path", "pairs.jsonl"], "gold utility, which only the built-in"),
         (compare.parse, ["--group", "1"], "group"),
         (compare.parse, ["--group", "3"], "divide"),
     ],

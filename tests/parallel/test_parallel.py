@@ -203,7 +203,7 @@ MESH_FLAGS = ["--mesh.data", "2", "--mesh.fsdp", "3"]
     ("flags", "message"),
     [
         (["--mesh.tensor", "0"], "--mesh.tensor is 0; it must be at least 1"),
-        (["--mesh.simulate", "8"], "--mesh.simulate is 8; it must be at least 2, together with mesh sizes"),
+        (["--mesh.simulate", "8"], "--mesh.simulate is 8; it must be at least 2 and requires mesh sizes"),
         (MESH_FLAGS, "--pretrain.batch is 32, which does not divide over the 6 devices of --mesh.data 2 x --mesh.fsdp"),
         ([*MESH_FLAGS, "--pretrain.batch", "36"], "--reward-model.batch is 8, which does not divide over the 6"),
         (

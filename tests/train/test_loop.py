@@ -25,7 +25,7 @@ DATA = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
 
 
 def train_step(state, frozen, hyper, batch, rng):
-    """A noisy regression whose result depends on data order, noise, schedule and step counter."""
+    """Trains a noisy regression, whose result depends on data order, noise, schedule and step counter."""
     noise = jax.random.normal(jax.random.fold_in(rng, state.step), (batch.shape[0],))
 
     def loss_fn(params, batch, total):
@@ -115,7 +115,7 @@ def test_resumes_from_the_previous_checkpoint_if_the_newest_is_damaged(whole, tm
         ({"rng": jax.random.key(4)}, "rng"),
         ({"stage": "other"}, "stage"),
         ({"fingerprint": "other data"}, "fingerprint"),
-        ({"steps": 5}, "is of step 8, but the run has only 5"),
+        ({"steps": 5}, "from step 8, but the run has only 5 steps; use"),
     ],
 )
 def test_checkpoints_of_another_run_are_refused(tmp_path, options, match):

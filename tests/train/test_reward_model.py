@@ -272,7 +272,7 @@ def test_saved_head_of_the_wrong_shape_is_refused(tmp_path):
     text = json.loads(file.read_text())
     for broken in ([0.0, 1.0], "much", [0.0, 1.0, None]):
         file.write_text(json.dumps(text | {"reward_bias": broken}))
-        with pytest.raises(ValueError, match="one finite number per head, for 3 heads"):
+        with pytest.raises(ValueError, match=r"one finite number per head \(3 in total\)"):
             lm.load(tmp_path / "m")
     file.write_text(json.dumps(text | {"reward_normalisation": {"rule": "held-out", "gain": 0.0, "bias": 1.0}}))
     with pytest.raises(ValueError, match="a gain of 0"):
@@ -307,7 +307,7 @@ def test_published_normalisation_rules(heads):
         lm.heads.Normalisation("policy samples", float("inf"), 0.0)
 
 
-# ------------------------------------------------------------------------------------------------- what is trained
+# -------------------------------------------------------------------------------------------- trainable parameters
 
 
 def test_pattern_trains_only_the_head():
@@ -336,7 +336,7 @@ def test_patterns_and_predicates():
         partition.split(params(), "(")
 
 
-# ------------------------------------------------------------------------------------------------------- the batches
+# ---------------------------------------------------------------------------------------------- transforms of batches
 
 
 def test_shuffled_pairs_equal_grouped_pairs():
@@ -385,11 +385,11 @@ def test_uninformative_prompts_are_counted_and_dropped():
     np.testing.assert_array_equal(filtered.ranks_BK, [[1, 2, 3, 3], [4, 3, 0, 1], [1, 1, 2, 0]])
     np.testing.assert_array_equal(filtered.where_BK[1], [True, True, False, True])
     with pytest.raises(
-        errors.DataError, match=r"3 of 6 records dropped \(all answers tied 1, fewer than two answers 2\)"
+        errors.DataError, match=r"3 of 6 records were dropped \(all answers tied 1, fewer than two answers 2\)"
     ):
         comparison_transforms.drop_uninformative(batch, errors.DropCount(max_dropped=0.4))
     tied = batch.replace(ranks_BK=np.ones((B, K), np.int32))
-    with pytest.raises(errors.DataError, match="none of 6 comparisons has"):
+    with pytest.raises(errors.DataError, match="none of the 6 prompts has"):
         comparison_transforms.drop_uninformative(tied, errors.DropCount(max_dropped=1.0))
 
 

@@ -1,4 +1,4 @@
-"""Encoding of conversations into token ids, in the chat format of any tokenizer."""
+"""Encoding of conversations as token ids, in a tokenizer's chat format."""
 
 from rlhf_jax.data.chat.formats import (
     ChatFormat,

@@ -1,16 +1,20 @@
-"""Chat formats: conversations as token ids, in the chat format of any tokenizer.
+"""Encoding of conversations as token ids, in the chat format of any tokenizer.
 
-A prompt ends where an answer begins, and an answer ends with its stop token. The two are encoded separately, so that
-their boundary is the same in training, where the answer is present, and in generation, where it is not.
+A prompt ends where an answer begins, and an answer ends with its stop token. Prompts and answers are encoded
+separately, so a prompt has the same ids in training, where an answer follows, and in generation.
 
-A format is defined by a chat template: the tokenizer's own if it marks the tokens of the assistant, otherwise one of
-`templates`. A template is refused if it would leave all tokens without a loss, or the stop token without a loss,
-because the model would then never learn to stop.
+A chat template defines the format: the tokenizer's own template if it marks the tokens of the assistant, otherwise one
+from `templates`. A template is refused if it leaves all tokens without a loss. It is also refused if it leaves the stop
+token without a loss, because the model would then never learn to stop.
 
-The text of a turn never becomes a control token, whatever a user types. Apart from that, and from what a template
-writes after the last answer, the ids equal those of ``tokenizer.apply_chat_template`` unless a token spans the start of
-an answer; no tokenizer of the supported families has such a token. Only the template adds a first token; the token that
-a tokenizer adds before plain text is not added again.
+The ids equal those from ``tokenizer.apply_chat_template``, with three exceptions:
+
+- The text of a turn never becomes a control token, whatever a user types.
+- The tokens after the stop token of the last answer are omitted.
+- Text before and after the start of an answer is encoded separately, so no token spans it. This makes no difference
+  for the tokenizers of the supported families.
+
+Only the template adds a beginning-of-sequence token; the tokenizer does not add another.
 """
 
 from __future__ import annotations
@@ -40,21 +44,21 @@ class ChatFormat:
     """The tokenizer with ``template`` as its chat template, to be saved with a model trained in this format."""
     template: str
     origin: str
-    """Description of where the template comes from."""
+    """Description of the origin of the template."""
     stop_ids: tuple[int, ...]
-    """Ids that end an answer: first the token that answers are trained to end with, then the tokenizer's EOS."""
+    """Ids that end an answer: the token with which answers end in training, then the EOS token if it is different."""
     pad_id: int
-    """Token id at padding; a stop token only if the tokenizer has no other token for it."""
+    """Token id used for padding; a stop token only if the tokenizer has no other pad token and no unknown token."""
     encoder: plain_text.TextEncoder = dataclasses.field(repr=False)
     control: rendering.ControlTokens = dataclasses.field(repr=False)
     frames: dict[tuple[tuple[str, ...], bool], rendering.Frame | errors.DataError] = dataclasses.field(
         default_factory=dict, repr=False
     )
-    """Cache of frames, by roles and whether the generation prompt follows, or of the error if there is no frame."""
+    """Cache of frames, or of errors if there is no frame, by roles and whether the generation prompt follows."""
 
 
 def messages(turns: Sequence[dialogues.Turn]) -> list[dict[str, str]]:
-    """Returns turns as the ``role``/``content`` dictionaries that ``apply_chat_template`` takes."""
+    """Converts turns to the ``role``/``content`` dictionaries that ``apply_chat_template`` accepts."""
     return [{"role": turn.role, "content": turn.text} for turn in turns]
 
 
@@ -71,17 +75,18 @@ def chat_format(
     [6, 1]
 
     Args:
-        tokenizer: The tokenizer, which is not changed.
-        model_type: ``model_type`` of the model's ``config.json``, which distinguishes families that share control
+        tokenizer: The tokenizer; it is not modified.
+        model_type: ``model_type`` from the model's ``config.json``, which distinguishes families with the same control
             tokens.
-        template: Chat template to use instead of the tokenizer's own or a family's.
+        template: Chat template to use instead of the tokenizer's own template or the template of a family.
 
     Returns:
         The format.
 
     Raises:
-        DataError: If the template marks no assistant text, marks answers without the token that ends them, has no such
-            token, or does not start an answer at the end of the generation prompt. The message says what to add.
+        DataError: If the template cannot be used for training. For example, its marks contain no assistant text or
+            exclude the stop token, or answers do not start at the end of the generation prompt. The message explains
+            what to change.
     """
     chosen, origin = (template, "given") if template is not None else _choose(tokenizer, model_type)
     if chosen != tokenizer.chat_template:
@@ -106,10 +111,10 @@ def chat_format(
 
 
 def encode_prompt(fmt: ChatFormat, turns: Sequence[dialogues.Turn]) -> list[int]:
-    """Returns the ids of a prompt, up to where the assistant's answer begins.
+    """Returns the ids of a prompt, up to the start of the assistant's answer.
 
     Raises:
-        DataError: If the template refuses the roles of the turns, or a word-level tokenizer lacks a word.
+        DataError: If the template refuses the roles of the turns, or a word is not in the tokenizer's vocabulary.
     """
     return _join(_encode(fmt, [turns], [_frame(fmt, turns, prompt=True, name="prompt 0")])[0])
 
@@ -120,7 +125,7 @@ def encode_answer(fmt: ChatFormat, text: str) -> list[int]:
 
 
 def encode_answers(fmt: ChatFormat, answers: Sequence[str]) -> list[list[int]]:
-    """Returns the ids of many answers, each with its stop token."""
+    """Returns the ids of several answers, each with its stop token."""
     pair = [dialogues.Turn(_USER, ""), dialogues.Turn(_ASSISTANT, "")]
     frame = _up_to_stop(_frame(fmt, pair, prompt=False, name="answer"), turn=1)
     frame = tuple(item for item in frame if item.turn == 1)
@@ -131,10 +136,10 @@ def encode_answers(fmt: ChatFormat, answers: Sequence[str]) -> list[list[int]]:
 def encode_dialogue(
     fmt: ChatFormat, turns: Sequence[dialogues.Turn], *, train_on: Literal["all", "last"] = "all"
 ) -> tuple[list[int], list[bool]]:
-    """Returns the ids of a dialogue, and which of them have a loss: all answers or the last, with stop tokens.
+    """Returns the ids of a dialogue, and a loss mask that selects all answers or the last, with their stop tokens.
 
-    The ids end with the stop token of the last answer. They are `encode_prompt` of the turns before it, followed by
-    its `encode_answer`. Some templates (Qwen3) write earlier answers differently from the last; the ids follow the
+    The ids equal `encode_prompt` of the turns before the last answer, followed by `encode_answer` of the last answer.
+    Some templates, such as Qwen3's, write earlier answers differently from the last answer; the ids follow the
     template.
 
     Returns:
@@ -155,29 +160,32 @@ def encode_dialogue(
 def encode_prompts(
     fmt: ChatFormat, prompts: Sequence[Sequence[dialogues.Turn]], *, width: int, counts: errors.DropCount
 ) -> tuple[list[list[int]], np.ndarray]:
-    """Encodes prompts in at most ``width`` tokens each.
+    """Encodes prompts as at most ``width`` tokens each.
 
-    A longer prompt loses its oldest turns until it fits, and is counted as truncated: ``"prompt turns dropped"``. It
-    still starts with a user turn, after its system turn if it has one, and no turn is cut. A prompt is dropped as
-    ``"prompt too long"`` if its last user turn and what follows it do not fit, as ``"no user turn"``, and as
-    ``"roles are refused"`` if the template refuses its roles.
+    A longer prompt loses its oldest turns until it fits, and is counted as truncated (``"prompt turns dropped"``). The
+    remaining turns are whole and start with a user turn, after the system turn if the prompt has one. A prompt is
+    dropped for one of these reasons:
+
+    - ``"no user turn"``
+    - ``"prompt too long"``: the last user turn and the turns after it do not fit
+    - ``"roles are refused"``: the template refuses the roles of the turns
 
     Args:
         fmt: The chat format.
         prompts: Turns of each prompt.
-        width: P, the largest number of tokens.
+        width: P, the maximum number of tokens.
         counts: Counts dropped and truncated prompts and limits their shares.
 
     Returns:
         ``(ids, kept)``: the ids of the remaining prompts, and their indices in ``prompts``, int64, in ascending order.
 
     Raises:
-        DataError: If too large a share is dropped, or a word-level tokenizer lacks a word.
+        DataError: If too many prompts are dropped or truncated, or a word is not in the tokenizer's vocabulary.
     """
     stage = counts.stage()
     known: dict[tuple[int, str], list[int]] = {}
     fitting: dict[int, list[int]] = {}
-    pending: list[tuple[int, list[int]]] = []  # a prompt, and the turns from which it may start, the earliest first
+    pending: list[tuple[int, list[int]]] = []  # index of a prompt, and its possible first turns, the earliest first
     for i, turns in enumerate(prompts):
         starts = [place for place, turn in enumerate(turns) if turn.role == _USER]
         if starts:
@@ -213,7 +221,7 @@ def encode_prompts(
 
 
 def _n_system_turns(turns: Sequence[dialogues.Turn]) -> int:
-    """Returns the number of turns before the first one of the user or the assistant."""
+    """Returns the number of turns before the first user or assistant turn."""
     return next((i for i, turn in enumerate(turns) if turn.role in (_USER, _ASSISTANT)), len(turns))
 
 
@@ -240,7 +248,7 @@ def _encode(
     frames: Sequence[rendering.Frame],
     known: dict[tuple[int, str], list[int]] | None = None,
 ) -> list[list[list[int]]]:
-    """Returns the ids of every item in the frame of every conversation; texts not in ``known`` are encoded together."""
+    """Returns the ids of each item in each conversation's frame; encodes the texts that ``known`` lacks together."""
     known = {} if known is None else known
     filled = []
     for turns, frame in zip(conversations, frames):
@@ -258,7 +266,7 @@ def _join(pieces: Iterable[Sequence[int]]) -> list[int]:
 
 
 def _stop_index(frame: rendering.Frame, turn: int) -> int | None:
-    """Returns the index in the frame of the first control token after the text of a turn."""
+    """Returns the index in the frame of the first control token after the text of a turn, or None."""
     seen = False
     for index, item in enumerate(frame):
         if isinstance(item.content, int):
@@ -271,12 +279,12 @@ def _stop_index(frame: rendering.Frame, turn: int) -> int | None:
 
 def _up_to_stop(frame: rendering.Frame, *, turn: int) -> rendering.Frame:
     index = _stop_index(frame, turn)
-    assert index is not None  # _check_template made sure of it
+    assert index is not None  # guaranteed by _check_template
     return frame[: index + 1]
 
 
 def _learnt(frame: rendering.Frame, turns: Iterable[int]) -> list[bool]:
-    """Returns which items have a loss: those inside the generation marks of the turns, up to the stop token."""
+    """Returns a mask of the items with a loss: items inside the generation marks of ``turns``, up to the stop token."""
     learnt = [False] * len(frame)
     for turn in turns:
         stop = _stop_index(frame, turn)
@@ -295,7 +303,7 @@ def _id(tokenizer: Any, name: str) -> int | None:
 
 
 def _choose(tokenizer: Any, model_type: str | None) -> tuple[str, str]:
-    """Returns a template and the description of its origin."""
+    """Returns a template and a description of its origin."""
     own = tokenizer.chat_template
     if own is not None and not isinstance(own, str):
         own = tokenizer.get_chat_template()
@@ -311,7 +319,7 @@ def _choose(tokenizer: Any, model_type: str | None) -> tuple[str, str]:
             return family.forms[0], f"{family.name}'s, because the tokenizer has none"
         if tokenizer.eos_token_id is None:
             raise errors.DataError("the tokenizer has neither a chat template nor an EOS token to end an answer with")
-        # The template adds a first token if the tokenizer adds it to plain text (OPT), since nothing else does.
+        # The template adds a BOS token if the tokenizer adds one to plain text (OPT), because nothing else adds it.
         begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         return templates.plain(bos=begins), "plain names, because the tokenizer has none"
     wanted = _sample_prompts(tokenizer, own)
@@ -325,7 +333,7 @@ def _choose(tokenizer: Any, model_type: str | None) -> tuple[str, str]:
 
 
 def _sample_prompts(tokenizer: Any, template: str) -> list[str] | None:
-    """Renders a first and a second question with a template; returns None if it refuses them."""
+    """Renders a prompt with one question and a prompt with two questions; returns None if the template refuses them."""
     turns = [{"role": role, "content": text} for role, text in ((_USER, "one"), (_ASSISTANT, "two"), (_USER, "three"))]
     try:
         return [rendering.render(tokenizer, template, turns[:n], prompt=True)[0] for n in (1, 3)]
@@ -334,11 +342,11 @@ def _sample_prompts(tokenizer: Any, template: str) -> list[str] | None:
 
 
 def _check_template(tokenizer: Any, template: str, control: rendering.ControlTokens) -> int:
-    """Returns the token that ends every answer inside the marks; raises DataError if the template is unusable."""
+    """Returns the id of the token that ends every answer; raises DataError if the template is unusable."""
     if not rendering.MARKED.search(template):
         raise errors.DataError(
-            f"the chat template has no {_OPEN} marks, so nothing would be learnt: put {_OPEN} where an answer begins "
-            f"and {_CLOSE} after the token that ends it"
+            f"the chat template has no {_OPEN} marks, so no token would have a loss: put {_OPEN} before the text of "
+            f"an answer and {_CLOSE} after the token that ends it"
         )
     stops = set()
     for roles in ((_USER, _ASSISTANT), (_USER, _ASSISTANT, _USER, _ASSISTANT)):
@@ -355,18 +363,18 @@ def _check_template(tokenizer: Any, template: str, control: rendering.ControlTok
     if len(stops) > 1:
         names = " and ".join(sorted(map(repr, tokenizer.convert_ids_to_tokens(list(stops)))))
         raise errors.DataError(
-            f"the chat template ends answers with different tokens, {names}: end every answer with the same token"
+            f"the chat template ends answers with different tokens ({names}): end all answers with the same token"
         )
     return stops.pop()
 
 
 def _checked_stop(tokenizer: Any, frame: rendering.Frame, turn: int) -> int:
-    """Returns the token that ends the answer of one turn; raises DataError if it is missing or outside the marks."""
+    """Returns the id of the token that ends one answer; raises DataError if it is missing or outside the marks."""
     marked = [item for item in frame if item.turn == turn and not isinstance(item.content, int)]
     if not any(isinstance(part, rendering.Slot) for item in marked for part in item.content.parts):  # type: ignore
         raise errors.DataError(
-            f"the {_OPEN} marks of the chat template contain no assistant text: put {_OPEN} where an answer begins and "
-            f"{_CLOSE} after the token that ends it"
+            f"the {_OPEN} marks of the chat template contain no assistant text: put {_OPEN} before the text of an "
+            f"answer and {_CLOSE} after the token that ends it"
         )
     index = _stop_index(frame, turn)
     if index is None or frame[index].turn != turn:

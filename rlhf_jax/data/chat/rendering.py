@@ -1,8 +1,9 @@
-"""Rendering of chat templates into *frames*: everything a template writes around the texts of the turns.
+"""Rendering of chat templates as frames.
 
-A frame is computed by rendering the template with placeholders instead of the texts. It depends on the roles of a
-dialogue and not on the texts, so dialogues with the same roles share one. Control tokens are searched for in the frame
-only, so that a text can never become a control token, whatever a user types.
+A *frame* is everything that a template writes around the texts of the turns. It is computed by rendering the template
+with placeholders instead of the texts. A frame depends only on the roles of the turns, so dialogues with the same roles
+share a frame. Control tokens are recognised only in the frame, so a text never becomes a control token, whatever a user
+types.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _WHITE += "\u205f\u3000"
 
 
 class Slot(NamedTuple):
-    """A place for the text of a turn, and whether the template strips the text on either side."""
+    """The position of a turn's text in a frame, and whether the template strips either side of the text."""
 
     turn: int
     strip_left: bool
@@ -40,18 +41,18 @@ class Slot(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Fixed text and slots without a control token in between, which are encoded together."""
+    """Fixed text and slots that are encoded together, because no control token separates them."""
 
     place: int
     """START, AFTER or MIDDLE of `plain_text`."""
     parts: tuple[str | Slot, ...]
     strip_left: str
-    """White space that the control token before it removes."""
+    """White space that the preceding control token removes from the start of the piece."""
     strip_right: str
-    """White space that the control token after it removes."""
+    """White space that the following control token removes from the end of the piece."""
 
     def fill(self, contents: Sequence[str]) -> tuple[int, str]:
-        """Returns the place in the input and the text, given the texts of the turns."""
+        """Returns the place and the text of the piece, given the texts of the turns."""
         text = "".join([part if isinstance(part, str) else part.fill(contents[part.turn]) for part in self.parts])
         return self.place, text.lstrip(self.strip_left).rstrip(self.strip_right)
 
@@ -62,14 +63,14 @@ class Item(NamedTuple):
     content: int | Piece
     """The id of the control token, or the piece."""
     turn: int
-    """The turn whose generation marks contain the item; -1 outside all marks."""
+    """Index of the turn whose generation marks contain the item; -1 outside all marks."""
 
 
 Frame = tuple[Item, ...]
 
 
 class ControlTokens(NamedTuple):
-    """The control tokens of a format, by their spelling."""
+    """The control tokens of a chat format."""
 
     ids: Mapping[str, int]
     strip_left: frozenset[str]
@@ -77,13 +78,13 @@ class ControlTokens(NamedTuple):
     strip_right: frozenset[str]
     """Tokens that remove the white space after them."""
     pattern: re.Pattern[str]
-    """Matches the spelling of any of them."""
+    """Matches the spelling of any control token."""
 
 
 def control_tokens(tokenizer: Any, template: str) -> ControlTokens:
-    """Returns the special tokens of a tokenizer, and other added tokens that the template uses (Qwen3's ``<think>``).
+    """Returns the special tokens of a tokenizer, and other added tokens in the template, such as Qwen3's ``<think>``.
 
-    White space that is an added token, as in GPT-NeoX, is not a control token.
+    Added tokens that consist of white space, as in GPT-NeoX, are not control tokens.
     """
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
     tokens = {t.content: (i, t) for i, t in added.items() if t.special or (t.content.strip() and t.content in template)}
@@ -102,13 +103,13 @@ def render(
     """Renders a template.
 
     Args:
-        tokenizer: Tokenizer whose special tokens the template can name.
+        tokenizer: Tokenizer whose special tokens the template can use.
         template: The chat template.
         messages: ``role``/``content`` dictionaries.
         prompt: Whether to add the generation prompt, which begins an answer.
 
     Returns:
-        ``(text, spans)``, with the start and end of the text between each pair of generation marks.
+        ``(text, spans)``. Each span is ``(start, end)``, the positions of two generation marks in ``text``.
 
     Raises:
         DataError: If the template refuses the messages.
@@ -134,7 +135,7 @@ def make_frame(tokenizer: Any, template: str, control: ControlTokens, roles: Seq
     """Returns the frame of dialogues with the given roles.
 
     Args:
-        tokenizer: Tokenizer whose special tokens the template can name.
+        tokenizer: Tokenizer whose special tokens the template can use.
         template: The chat template.
         control: Control tokens from `control_tokens`.
         roles: Role of each turn.
@@ -198,7 +199,7 @@ class _FrameBuilder:
 
     def add_edge(self, turn: int) -> None:
         if all(isinstance(part, str) for part in self.parts) and not self._fixed_text():
-            self.parts = []  # only white space that the control token removes: no piece has begun
+            self.parts = []  # the parts are only white space that the control token removes, so no piece has begun
             return
         self.flush(turn)
         self._place, self._strip_left = plain_text.MIDDLE, ""
@@ -210,7 +211,7 @@ class _FrameBuilder:
 def _answer_at(
     position: int, *, spans: Sequence[tuple[int, int]], slots: Sequence[re.Match[str]], roles: Sequence[str]
 ) -> int:
-    """Returns the assistant turn whose generation marks contain a position of the text; -1 if none do."""
+    """Returns the index of the assistant turn whose generation marks contain ``position``; -1 if there is none."""
     for start, end in spans:
         if start <= position < end:
             inside = [int(slot[2]) for slot in slots if start <= slot.start() and slot.end() <= end]

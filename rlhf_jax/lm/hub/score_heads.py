@@ -42,7 +42,7 @@ def numbers(kernel_HD: np.ndarray, heads: int | None, bias: Any, source: pathlib
     except (TypeError, ValueError):
         bias = np.full(1, np.nan)
     if bias.shape not in ((), () if heads is None else (heads,)) or not np.isfinite(bias).all():
-        raise ValueError(f"{source}: reward_bias must be one finite number per head, for {heads or 1} heads")
+        raise ValueError(f"{source}: reward_bias must contain one finite number per head ({heads or 1} in total)")
     if heads is None:
         return {"kernel_D": kernel_HD[0], "bias": bias, "gain": np.ones((), np.float32)}
     return {"kernel_HD": kernel_HD, "bias": np.broadcast_to(bias, (heads,)), "gain": np.ones(heads, np.float32)}

@@ -1,6 +1,6 @@
 """Reading and writing of the files in a model directory, one tensor at a time.
 
-The safetensors format (header length, JSON header, raw bytes) is implemented here, because the writer in the
+The module writes the safetensors format (header length, JSON header, raw bytes) itself, because the writer of the
 safetensors library requires all tensors of a file to be in memory.
 """
 
@@ -24,7 +24,7 @@ INDEX = "model.safetensors.index.json"
 
 
 class Stored(NamedTuple):
-    """Reference to a tensor in a file, which `read` reads."""
+    """Reference to a tensor in a file; `read` loads the tensor."""
 
     file: pathlib.Path
     name: str

@@ -83,7 +83,9 @@ def explain(floats: Mapping[str, float]) -> str:
     places = []
     if floats.get("bad_rows", 0) > 0:
         count, first = int(floats["bad_rows"]), int(floats["bad_row"])
-        places.append(f"row {first} of the batch" if count == 1 else f"{count} rows of the batch from row {first} on")
+        places.append(
+            f"row {first} of the batch" if count == 1 else f"{count} rows of the batch, including row {first}"
+        )
     if floats.get("bad_update", -1) >= 0:
         places.append(f"first in update {int(floats['bad_update']) + 1}")
     return f"{subject} not finite" + (f" ({', '.join(places)})" if places else "")

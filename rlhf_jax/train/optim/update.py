@@ -66,8 +66,8 @@ def loss_and_grads(
     Args:
         loss_fn: ``(params, batch, total) -> (loss, metrics)``. The loss is the contribution of these rows to the loss
             of the whole batch: a sum divided by ``total`` (with a named axis, ``psum(sum) / total``). The metrics must
-                also add up over rows: a `metrics.Metric` does, a plain mean does not. `nonfinite.BadRows` are
-                concatenated.
+            also add up over rows: a `metrics.Metric` does, a plain mean does not. `nonfinite.BadRows` are
+            concatenated.
         params: The parameters with respect to which the loss is differentiated.
         batch: A pytree of ``[B, ...]`` arrays. If the loss is random (dropout), the batch contains one key per row.
         total: Counts of the whole batch over all devices; any pytree, passed to ``loss_fn``.

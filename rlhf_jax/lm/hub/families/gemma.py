@@ -1,4 +1,8 @@
-"""Gemma 1, 2 and 3 (text only), with scaled embeddings, norms that multiply by 1 + scale, soft caps and windows."""
+"""Gemma 1, 2 and 3 (text only).
+
+All three scale the embeddings and multiply by 1 + scale in norms. Gemma 2 also has soft caps, and Gemma 2 and 3 mix
+local and global layers.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ FIELDS = {
 
 
 def tensors(cfg: config.LMConfig) -> list[Tensor]:
-    """Returns the tensors of Llama, which are also those of Mistral, Qwen2, Qwen3 and Gemma 1."""
+    """Returns the tensors of the trunk, which have the same names in Llama, Mistral, Qwen2, Qwen3 and Gemma 1."""
     attention, mlp = "layers.{i}.self_attn.", "layers.{i}.mlp."
     listed = [
         Tensor("embed_tokens.weight", ("embed/tokens",)),
