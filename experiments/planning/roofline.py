@@ -185,7 +185,7 @@ def show(estimate: Estimate, out: Console) -> None:
     needed = "" if estimate.needed is None else f": {size(estimate.needed)}{capacity} per chip"
     out.print(verdict + needed, highlight=False)
     for text in estimate.suggestions:
-        out.print(f"  try {text}", highlight=False, markup=False)
+        out.print(f"  alternative: {text}", highlight=False, markup=False)
     if estimate.error:
         out.print(f"  compiler error: {estimate.error}", highlight=False, markup=False, soft_wrap=True)
         return

@@ -71,7 +71,7 @@ def schedule(settings: DirectSettings, pairs: int, *, devices: int = 1) -> Sched
     if rows == 0:
         over = f" over {devices} devices" if devices > 1 else ""
         raise settings_lib.SettingError(
-            f"--micro-batches is {settings.micro_batches}{over}, but the pairs have only {n} rows; lower it"
+            f"--micro-batches is {settings.micro_batches}{over}, but there are only {n} rows; lower it"
         )
     steps = settings.epochs * n // rows
     return Schedule(rows, steps, max(0, n - steps * rows))
@@ -153,7 +153,7 @@ class Trainer:
         settings: DirectSettings | None = None,
         reference_file: str | None = None,
     ) -> types.Params:
-        """Trains a policy from ``start`` on pairs and returns its parameters. A finished run is only restored.
+        """Trains a policy from ``start`` on pairs and returns its parameters. A finished run is restored, not trained.
 
         Args:
             start: The initial parameters.

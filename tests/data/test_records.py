@@ -31,7 +31,7 @@ def messages(*turns):
     return [{"role": role, "content": content} for role, content in turns]
 
 
-# ------------------------------------------------------------------------------------------------------------- forms
+# ----------------------------------------------------------------------------------------------------------- formats
 
 
 def test_every_format_of_a_demonstration_is_parsed():
@@ -322,7 +322,7 @@ def test_a_malformed_record_raises_a_one_sentence_error_with_file_and_line(tmp_p
     assert "\n" not in str(error.value)
 
 
-# --------------------------------------------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------------------------------------- token rows
 
 
 @pytest.fixture(scope="module")

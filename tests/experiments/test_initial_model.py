@@ -1,4 +1,4 @@
-"""instructgpt.py with --model: tokenizer, chat format, gold utility of decoded answers, and errors."""
+"""Tests instructgpt.py with --model: tokenizer, chat format, gold utility of decoded answers, and errors."""
 
 import dataclasses
 import json
@@ -193,7 +193,7 @@ def with_changes(made, changes):
     return dataclasses.replace(made, **parts)
 
 
-# -------------------------------------------------------------------------------------------------------------- words
+# ------------------------------------------------------------------------------------------------------ decoded words
 
 
 def test_answers_are_decoded_to_the_worlds_words(byte_pairs):

@@ -84,7 +84,7 @@ def test_shapes_and_layout_of_a_rollout():
 
 
 def test_stop_ids_only_truncate():
-    """With stop ids, the same keys give the same tokens up to the stop."""
+    """With stop ids, the same keys sample the same tokens up to the stop token."""
     free, cut = run(sampling=dataclasses.replace(SAMPLING, stop_ids=())), run()
     assert np.all(free.finish_B == 0) and np.all(free.lengths_B == T)
     kept = np.asarray(cut.response_mask_BT)
@@ -108,7 +108,7 @@ def test_row_depends_only_on_its_prompt_and_key():
 
 
 @pytest.mark.parametrize("cfg", [ROPE, LEARNED], ids=["rope", "learned"])
-def test_prompt_padding_and_larger_limits_do_not_matter(cfg):
+def test_prompt_padding_and_larger_limits_do_not_change_answers(cfg):
     tokens, mask = prompts()
     tokens = jnp.pad(tokens, ((0, 0), (3, 0)), constant_values=22)
     mask = jnp.pad(mask, ((0, 0), (3, 0)))
@@ -279,7 +279,7 @@ def test_draws_follow_the_distribution(sampling):
 
 
 def test_responses_follow_the_joint_distribution():
-    """Two tokens at T = 0.7 after one prompt, compared with the exact joint distribution from the scoring pass."""
+    """Compares two tokens at T = 0.7 after one prompt with the exact joint distribution from the scoring pass."""
     small: dict[str, Any] = SMALL | {"vocab_size": 5}
     cfg = lm.LMConfig(**small)
     params, n = model(cfg), 8_000

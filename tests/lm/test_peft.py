@@ -59,7 +59,7 @@ def test_fused_adapters_with_a_shared_a_have_the_smaller_rank(name, tmp_path):
         plain, scale = peft.load(tmp_path / "a", cfg)
         merged, expected = (lora.merge(base(name), own_, scale=scale) for own_ in (plain, own))
         close(merged["layers"]["v"]["kernel"], expected["layers"]["v"]["kernel"], 1e-6)
-        # Another round trip keeps every bit.
+        # Another round trip is bit-identical.
         peft.save(tmp_path / "b", cfg, plain, scale=scale)
         again, _ = peft.load(tmp_path / "b", cfg)
         same(again, plain)

@@ -150,7 +150,7 @@ def test_cached_and_computed_references_give_the_same_step(name):
 
 
 def test_position_and_content_of_padding_do_not_matter():
-    """The same tokens, padded on the left or on the right with different ids."""
+    """Pads the same tokens on the left or on the right, with different ids."""
     batch, L = pairs(), P + T
     expected, logs = run(batch)
     for side in ("left", "right"):

@@ -1,4 +1,4 @@
-"""Non-finite steps are skipped, and the warning names the loss, the gradient and the row."""
+"""Non-finite steps are skipped, and the warning names the non-finite loss or gradient, and the row."""
 
 import dataclasses
 import functools
