@@ -28,14 +28,13 @@ def generate(cfg: lm.LMConfig, *, batch: int, prompt: int, answer: int) -> Repet
     return repetition
 
 
-def token_seconds(cfg: lm.LMConfig, *, batch: int, prompt: int, answer: int) -> Callable[[], float]:
-    """Returns a function that measures the time of a decoding step in seconds, without the prefill.
+def call_seconds(cfg: lm.LMConfig, *, batch: int, prompt: int, answer: int) -> Callable[[int], float]:
+    """Returns a function of a number of tokens that measures, in seconds, one call that samples as many for each row.
 
-    The same compiled program decodes a whole answer in one call and a single token in another; the difference is the
-    time of the remaining tokens.
+    All calls run the same compiled program.
     """
-    params, B, P, T = benchmark_models.init(cfg), batch, prompt, answer
-    sampling = generation.Sampling(max_new_tokens=T)
+    params, B, P = benchmark_models.init(cfg), batch, prompt
+    sampling = generation.Sampling(max_new_tokens=answer)
 
     @jax.jit
     def sampler(params: Any, keys_B: Any, prompts_BP: Any, mask_BP: Any, limits_B: Any) -> types.Rollout:
@@ -50,10 +49,7 @@ def token_seconds(cfg: lm.LMConfig, *, batch: int, prompt: int, answer: int) -> 
         jax.block_until_ready(sampler(params, keys_B, prompts_BP, mask_BP, np.full((B,), tokens, np.int32)))
         return time.perf_counter() - began
 
-    def seconds_per_token() -> float:
-        return (seconds(T) - seconds(1)) / (T - 1)
-
-    return seconds_per_token
+    return seconds
 
 
 def skewed_lengths(prompts: int, short: int) -> np.ndarray:

@@ -63,7 +63,7 @@ def attend_rows(
     if _splash_supports(cfg, queries_BHLC):
         ids_BL = segment_ids(mask_BL, segments_BL)
         kernels["tpu"] = functools.partial(_splash_on_mesh, ids_BL, cfg=cfg)
-    if _cudnn_supports(cfg):
+    if _cudnn_supports(cfg, queries_BHLC):
         kernels["cuda"] = lambda *heads: attention.attend_by("cudnn", *heads, seen_BLS=seen_BLL, cfg=cfg)
     return lax.platform_dependent(*heads, **kernels, default=einsum) if kernels else einsum(*heads)
 
@@ -148,7 +148,14 @@ def _splash_supports(cfg: config.LMConfig, queries_BHLC: jax.Array) -> bool:
     return L % _LANES == 0 and C % 64 == 0 and not windowed and together and parallel.num_shards("length") == 1
 
 
-def _cudnn_supports(cfg: config.LMConfig) -> bool:
-    """Returns whether cuDNN supports the heads and a GPU is available, without which the kernel cannot be traced."""
-    fits = cfg.d_head % 8 == 0 and cfg.d_head <= 128 and cfg.attn_softcap == 0
-    return fits and jax.default_backend() == "gpu" and "cuda" in jax.extend.backend.get_backend().platform_version
+def _cudnn_supports(cfg: config.LMConfig, queries_BHLC: jax.Array) -> bool:
+    """Returns whether cuDNN supports the heads, also in a backward pass, for which L must be even."""
+    widest = {9: 256, 8: 128}.get(min(_cuda_generation(), 9), 0)
+    return cfg.d_head % 8 == 0 and cfg.d_head <= widest and cfg.attn_softcap == 0 and queries_BHLC.shape[2] % 2 == 0
+
+
+def _cuda_generation() -> int:
+    """Returns the major compute capability of the GPU (9 for Hopper); 0 without one: the kernel cannot be traced."""
+    if jax.default_backend() != "gpu" or "cuda" not in jax.extend.backend.get_backend().platform_version:
+        return 0
+    return int(str(jax.local_devices()[0].compute_capability).partition(".")[0])

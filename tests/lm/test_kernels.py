@@ -1,5 +1,6 @@
 """Attention with platform-specific kernels, compared with the einsum implementation."""
 
+import dataclasses
 import functools
 import importlib.util
 
@@ -61,6 +62,27 @@ def test_splash_equals_einsum_attention(packed, softcap):
 
 def _fields(cfg):
     return {name: getattr(cfg, name) for name in cfg.__dataclass_fields__}
+
+
+@pytest.mark.parametrize(
+    ("generation", "width", "length", "supported"),
+    [
+        (9, 256, 64, True),  # Hopper
+        (10, 256, 64, True),
+        (9, 264, 64, False),
+        (8, 128, 64, True),  # Ampere
+        (8, 256, 64, False),
+        (7, 64, 64, False),
+        (9, 64, 63, False),  # the backward pass needs an even number of columns
+        (0, 64, 64, False),
+    ],
+)
+def test_cudnn_is_used_where_it_supports_the_backward_pass(monkeypatch, generation, width, length, supported):
+    monkeypatch.setattr(kernels, "_cuda_generation", lambda: generation)
+    cfg = dataclasses.replace(CFG, d_head=width)
+    assert kernels._cudnn_supports(cfg, jnp.zeros((1, 4, length, width), jnp.bfloat16)) is supported
+    capped = dataclasses.replace(cfg, attn_softcap=50.0)
+    assert not kernels._cudnn_supports(capped, jnp.zeros((1, 4, length, width), jnp.bfloat16))
 
 
 needs_tpu_compiler = pytest.mark.skipif(

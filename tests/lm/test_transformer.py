@@ -288,6 +288,27 @@ def test_unstacked_params():
     assert weights.unstack(unstacked, cfg) is unstacked
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_unstacked_params_are_cast_once_and_give_the_same_bits(name):
+    """A decoding loop must not read float32 kernels at every token."""
+    cfg = dataclasses.replace(CONFIGS[name], dtype="bfloat16")
+    params = model(cfg)
+    unstacked = weights.unstack(params, cfg)
+    for path, x in jax.tree_util.tree_leaves_with_path(unstacked["layers"]):
+        assert x.dtype == (jnp.float32 if "norm" in str(path) else jnp.bfloat16), path
+    assert unstacked["final_norm"]["scale"].dtype == jnp.float32
+    tokens_BL = jnp.arange(8).reshape(2, 4)
+
+    def hidden(params):
+        cache = lm.create_cache(cfg, batch=2, slots=4)
+        return lm.forward(params, tokens_BL, cfg=cfg, mask_BL=jnp.ones((2, 4), bool), cache=cache).hidden_BLD
+
+    stacked = params | {
+        "layers": tuple(jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(cfg.n_layers))
+    }
+    np.testing.assert_array_equal(hidden(unstacked), hidden(stacked))
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -10,28 +10,20 @@ from rlhf_jax import lm
 
 
 def decode(context: row_context.Context) -> None:
-    """The time of a decoding step, without the prefill, for each batch size."""
+    """Whole calls, prefill included, and the time of a decoding step without it, for each batch size."""
     shapes, cfg = context.shapes, training_rows.model(context.shapes)
+    T = shapes.answer
     for batch in shapes.batches:
-        step_seconds = decode_workloads.token_seconds(cfg, batch=batch, prompt=shapes.prompt, answer=shapes.answer)
-        step_seconds()
-        seconds = statistics.median(step_seconds() for _ in range(shapes.repeats))
-        columns = shapes.prompt + shapes.answer / 2
+        call_seconds = decode_workloads.call_seconds(cfg, batch=batch, prompt=shapes.prompt, answer=T)
+        first = call_seconds(T)
+        whole, prefill = ([call_seconds(tokens) for _ in range(shapes.repeats)] for tokens in (T, 1))
+        call, step = statistics.median(whole), (statistics.median(whole) - statistics.median(prefill)) / (T - 1)
+        columns = shapes.prompt + T / 2
         read = lm.costs.decode_bytes(cfg, batch=batch, columns=columns, itemsize=cfg.compute_dtype.itemsize)
         aim = {"at_least": 0.6} if batch <= 16 else {}
-        share = context.share(read / seconds, limit_rows.BANDWIDTH)
-        context.record(
-            f"decoding, batch {batch}", batch / seconds, "tokens/s", seconds=seconds, bytes=read, **share, **aim
-        )
-
-
-def generate(context: row_context.Context) -> None:
-    """Whole calls, prefill included, which `torch_rows.generate` repeats with transformers."""
-    shapes, cfg = context.shapes, training_rows.model(context.shapes)
-    for batch in shapes.batches[1:3]:
-        call = decode_workloads.generate(cfg, batch=batch, prompt=shapes.prompt, answer=shapes.answer)
-        seconds, first = row_context.seconds(call, repeats=shapes.repeats)
-        context.record(f"generation, batch {batch}", batch * shapes.answer / seconds, "tokens/s", first_s=first)
+        share = context.share(read / step, limit_rows.BANDWIDTH)
+        context.record(f"decoding, batch {batch}", batch / step, "tokens/s", seconds=step, bytes=read, **share, **aim)
+        context.record(f"generation, batch {batch}", batch * T / call, "tokens/s", seconds=call, first_s=first)
 
 
 def stream(context: row_context.Context) -> None:

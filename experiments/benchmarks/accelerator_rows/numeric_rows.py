@@ -10,31 +10,37 @@ import numpy as np
 
 from benchmarks import train_workloads
 from benchmarks.accelerator_rows import row_context, training_rows
+from rlhf_jax import checkpoint, metrics
+from rlhf_jax.checkpoint import manifest
 from rlhf_jax.train import ppo
 
 
 def numerics(context: row_context.Context) -> None:
-    """Metrics of one iteration that are 0 in exact arithmetic: in bfloat16 with and without a kernel, in float32."""
+    """Metrics of an iteration that are 0 in exact arithmetic, with and without a fused kernel, and in float32."""
     settings = {
-        "bfloat16": {"dtype": "bfloat16"},
         "bfloat16, plain attention": {"dtype": "bfloat16", "attention": "einsum"},
         "float32": {"dtype": "float32"},
     }
+    run = _Run(context.shapes, dtype="bfloat16")
+    _record_metrics(context, "bfloat16", run)
+    _record_bits(context, run)
     for name, overrides in settings.items():
-        run = _Run(context.shapes, **overrides)
-        _, logs = run.step(run.inputs.state())
-        for metric in ("first_ratio_error", "sampler_gap", "sampler_gap_mean"):
-            value = logs[metric]
-            context.record(f"{metric}, {name}", float(value.value() if hasattr(value, "value") else value))
+        _record_metrics(context, name, _Run(context.shapes, **overrides))
 
 
 def bits(context: row_context.Context) -> None:
     """Whether two iterations give the same bits twice, and after a checkpoint between them was restored."""
-    from rlhf_jax import checkpoint
-    from rlhf_jax.checkpoint import manifest
+    _record_bits(context, _Run(context.shapes, dtype="bfloat16"))
 
-    run = _Run(context.shapes, dtype="bfloat16")
 
+def _record_metrics(context: row_context.Context, name: str, run: _Run) -> None:
+    _, logs = run.step(run.inputs.state())
+    for metric in ("first_ratio_error", "sampler_gap", "sampler_gap_mean"):
+        value = logs[metric]
+        context.record(f"{metric}, {name}", float(value.value() if isinstance(value, metrics.Metric) else value))
+
+
+def _record_bits(context: row_context.Context, run: _Run) -> None:
     def iterate(state: Any, times: int) -> Any:
         for _ in range(times):
             state, _ = run.step(state)
@@ -52,7 +58,7 @@ def bits(context: row_context.Context) -> None:
 
 
 class _Run:
-    """A PPO with a model of few layers."""
+    """A compiled step of PPO with a model of few layers."""
 
     def __init__(self, shapes: row_context.Shapes, **overrides: Any) -> None:
         cfg = training_rows.model(shapes, n_layers=shapes.small_layers, **overrides)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import os
 import pathlib
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.accelerator_rows import row_context
 
@@ -26,9 +27,9 @@ class Row(NamedTuple):
     function: str
     """``module.function`` in this package, imported when the row starts."""
     flags: str = ""
-    """XLA flags of its process. Rows with equal flags share a process."""
+    """XLA flags of its process. Consecutive rows with equal flags share a process."""
     alone: bool = False
-    """Whether the row needs a process without JAX on the device."""
+    """Whether no JAX program may use the device in its process."""
 
 
 ROWS = {
@@ -36,19 +37,20 @@ ROWS = {
     "sft": Row("SFT step", "training_rows.sft"),
     "dpo": Row("DPO step with its reference", "training_rows.dpo"),
     "reward": Row("reward model step", "training_rows.reward"),
-    "decode": Row("decoding step at several batch sizes", "decoding_rows.decode"),
-    "generate": Row("whole calls of generation", "decoding_rows.generate"),
-    "stream": Row("continuous against static batching", "decoding_rows.stream"),
+    "decode": Row("generation and its decoding step at several batch sizes", "decoding_rows.decode"),
     "ppo": Row("PPO iteration by its parts", "ppo_rows.iteration"),
+    "torch": Row("SFT, DPO and generation by transformers and torch", "torch_rows.peer", alone=True),
+    "stream": Row("continuous compared with static batching", "decoding_rows.stream"),
+    "attention": Row("fused attention compared with plain XLA", "attention_rows.fused_attention"),
+    "numerics": Row("first ratio error, sampler gap, bits that repeat", "numeric_rows.numerics"),
     "seeds": Row("eight seeds of a small PPO as one program", "ppo_rows.seeds"),
-    "attention": Row("fused attention against plain XLA", "attention_rows.fused_attention"),
-    "numerics": Row("errors of the first ratio and the sampler", "numeric_rows.numerics"),
-    "bits": Row("same bits twice and after a restore", "numeric_rows.bits"),
-    "bits-deterministic": Row(
-        "the same with XLA's deterministic operations", "numeric_rows.bits", flags="--xla_gpu_deterministic_ops=true"
+    "deterministic": Row(
+        "bits that repeat with XLA's deterministic operations",
+        "numeric_rows.bits",
+        flags="--xla_gpu_deterministic_ops=true",
     ),
-    "torch": Row("the same steps by transformers and torch", "torch_rows.peer", alone=True),
 }
+"""In the order in which they run; the first ones matter most."""
 
 
 def measure(
@@ -68,7 +70,7 @@ def measure(
     pending = list(names)
     while pending:
         first = ROWS[pending[0]]
-        group = [name for name in pending if (ROWS[name].flags, ROWS[name].alone) == (first.flags, first.alone)]
+        group = list(itertools.takewhile(lambda name: ROWS[name][2:] == first[2:], pending))
         status = _run_child(group, path, quick=quick, run=run, deadline=deadline, flags=first.flags)
         ended = {each["row"]: each for each in row_context.read(path, run) if "row_seconds" in each}
         for name in group:
@@ -82,7 +84,7 @@ def measure(
                 on_row(_text(name, ended[name]))
 
 
-def _text(name: str, ended: dict) -> str:
+def _text(name: str, ended: dict[str, Any]) -> str:
     error = ended.get("error")
     return f"{name}: {error}" if error else f"{name}: {ended['row_seconds']:.0f} s"
 

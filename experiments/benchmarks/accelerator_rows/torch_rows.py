@@ -98,7 +98,7 @@ def _generate(context: row_context.Context, torch: Any, model: Any, device: str,
             _synchronize(torch)
 
         name = f"generation, batch {batch}"
-        _measure(context, f"torch {name}", run, batch * shapes.answer, "generate", name, 1.5)
+        _measure(context, f"torch {name}", run, batch * shapes.answer, "decode", name, 1.5)
 
 
 def _measure(
