@@ -177,7 +177,7 @@ def format_parts(value: Any, *, percent: bool = False, digits: int = 1) -> tuple
 
 
 def seconds_text(seconds: float) -> str:
-    """Formats a duration: 9.4 s, 4:07, 1:02:03."""
+    """Formats a duration, such as 9.4 s, 4:07 or 1:02:03."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
