@@ -245,7 +245,8 @@ def _heldout(results: Mapping[str, Any]) -> str:
         if (rate := finite(value(results, name, "heldout_win_rate_vs_sft"))) is not None:
             return (
                 f"According to held-out labelers, whose comparisons were not used to train the reward model, "
-                f"{label(name)} wins on {format_number(rate.mean, percent=True)} %{_interval_text(rate)}."
+                f"{label(name)} beats SFT on {format_number(rate.mean, percent=True)} % of held-out prompts"
+                f"{_interval_text(rate)}."
             )
     return ""
 
