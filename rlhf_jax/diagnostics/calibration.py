@@ -36,8 +36,8 @@ def calibration_curve(chosen: npt.ArrayLike, rejected: npt.ArrayLike, *, bins: i
     """Computes accuracy as a function of the score difference, in bins whose counts differ by at most one.
 
     ``chosen`` and ``rejected`` are the scores of the two responses of each pair. If there are fewer pairs than
-    ``bins``, each pair is a bin. Raises ValueError if the arrays are empty, are not of rank 1, differ in length or
-    contain NaN, or if ``bins`` is below 1.
+    ``bins``, each bin contains one pair. Raises ValueError if the arrays are empty, are not of rank 1, differ in length
+    or contain NaN, or if ``bins`` is below 1.
 
     Example:
         >>> from rlhf_jax import diagnostics

@@ -76,7 +76,7 @@ def remaining_seconds(
     current stage's pace as the stage advances, so that compilation at its start has little influence.
 
     >>> from rlhf_jax.report import console
-    >>> console.remaining_seconds(finished=[(10, 30)], waiting=20)  # three times slower than expected
+    >>> console.remaining_seconds(finished=[(10, 30)], waiting=20)  # three times as slow as expected
     60.0
 
     Args:
@@ -180,7 +180,7 @@ class StageProgress:
         self._started = self._last_line = clock()
         self._stage: _Stage | None = None
         self._finished: frozenset[str] = frozenset()
-        self._durations: tuple[tuple[float, float], ...] = ()  # (weight, seconds) of the stages that ran here
+        self._durations: tuple[tuple[float, float], ...] = ()  # (weight, seconds) of the stages that this run finished
         self._metrics = ""
         live = _is_terminal(self._console) if live is None else live
         self._live = _live(self._console, self._render) if live else None
@@ -258,7 +258,7 @@ class StageProgress:
         self._print(f"{self._heading(stage)} done: {steps} steps in {duration} · {self._times()}")
 
     def skip(self, stage: str) -> None:
-        """Marks a stage that does not run as done, for example because it was restored."""
+        """Marks a stage as done without running it, for example because it was restored."""
         self._check(stage)
         self._finished |= {stage}
         self._print(f"{self._heading(stage)}: already done")

@@ -52,7 +52,7 @@ def write_report(
         results: Content of results.json; any field may be missing or None.
         metrics: Records of metrics.jsonl, with ``stage``, ``step``, and metrics that are numbers or None.
         title: Title of the page.
-        settings: Configuration of the run, which may be nested; shown with dotted names.
+        settings: Configuration of the run; nested settings are shown with dotted names.
     """
     page = render(results, list(metrics), title=title, settings=settings)
     # Text decoded from part of a multi-byte character may contain lone surrogates, which UTF-8 cannot encode.
@@ -72,7 +72,7 @@ def render(
         results: Content of results.json; any field may be missing or None.
         metrics: Records of metrics.jsonl, with ``stage``, ``step``, and metrics that are numbers or None.
         title: Title of the page.
-        settings: Configuration of the run, which may be nested; shown with dotted names.
+        settings: Configuration of the run; nested settings are shown with dotted names.
 
     Returns:
         The page as text.
@@ -193,7 +193,8 @@ def _reward_model(results: Mapping[str, Any]) -> list[Figure]:
         "reward model ranks good answers less reliably than bad ones."
     )
     if rho is not None:
-        thresholds += f" The rank correlation of the two is {results_lib.format_number(rho.mean, digits=2)}."
+        correlation = results_lib.format_number(rho.mean, digits=2)
+        thresholds += f" The rank correlation of accuracy and minimum score is {correlation}."
     return _figures(
         (
             reward_plots.strata(model.get("strata"), model.get("accuracy")),
@@ -217,7 +218,7 @@ def _reward_model(results: Mapping[str, Any]) -> list[Figure]:
 
 
 def goodhart_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns each policy's gain over its start, on the same prompts, in reward-model score and in gold utility."""
+    """Returns each policy's gains in reward-model score and gold utility over its start, on the same prompts."""
     rows = []
     for policy, gains in (results.get("goodhart") or {}).items():
         for key, name in (("reward_gained", "RM score"), ("gold_gained", "gold utility")):
@@ -247,8 +248,8 @@ def _overoptimisation(results: Mapping[str, Any]) -> list[Figure]:
         (
             reward_plots.split_halves(halves, (halves or {}).get("steps")),
             "Train and test reward model",
-            "The two reward models are trained on different halves of the comparisons; the policy is trained on the "
-            "train model only. To the right of the dotted line, the policy's score has risen more under the train "
+            "The two reward models are trained on different halves of the comparisons; the policy is optimised against "
+            "the train model only. To the right of the dotted line, the policy's score has risen more under the train "
             "model than under the test model.",
         ),
         (
@@ -272,7 +273,7 @@ def _frontiers(results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]])
 
 
 def _linearity(curves: Sequence[tuple[plots.Curve, plots.Curve]]) -> str:
-    """Returns the R² of each curve as a linear function of √KL and of KL, in parentheses."""
+    """Returns, in parentheses, the R² of linear fits of each curve in √KL and in KL."""
     texts = []
     for kl, score in curves:
         positive = kl.y.clip(min=0)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# CSS variable -> (light, dark). Policies have Okabe and Ito's colour-blind-safe colours, adjusted for
-# contrast with the background. All light colours must differ, because the SVG's colours are replaced by value.
+# CSS variable -> (light, dark). Policies have Okabe and Ito's colour-blind-safe colours, adjusted for contrast with the
+# background. All light colours must differ, because the SVG's colours are replaced by value.
 COLORS = {
     "paper": ("#fffefb", "#16181b"),
     "ink": ("#202124", "#e8e6e1"),
@@ -43,7 +43,7 @@ MARKERS = {"base": "o", "sft": "s", "sft_mix": "D", "ppo": "^", "ppo_ptx": "v", 
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "rlhf_jax",  # the same numbers give the same bytes
+    "svg.hashsalt": "rlhf_jax",  # identical numbers produce identical bytes
     "text.parse_math": False,  # dollar signs in category names are literal
     "font.family": "DejaVu Sans",
     "font.size": 8.5,

@@ -235,7 +235,7 @@ def _interval_text(rate: Interval) -> str:
 
 
 def summary(results: Mapping[str, Any]) -> list[str]:
-    """Returns further sentences about the results, each only if its numbers are available."""
+    """Returns further sentences about the results; sentences whose numbers are missing are omitted."""
     reward_model = _reward_model(results) if policies(results) else ""  # otherwise it is the headline
     return [s for s in (_heldout(results), reward_model, _alignment_tax(results), _ptx(results)) if s]
 

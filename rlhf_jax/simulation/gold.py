@@ -110,7 +110,7 @@ def make_tables(world: World) -> Tables:
         tokens: list[str] = []
         for i, turn in enumerate(wording.turns):
             tokens += [("<|user|>", "<|assistant|>")[i % 2], *turn.split(), "<|end|>"]
-        tokens = [*tokens[1:], "<|assistant|>"]  # a courtesy may come between the first role token and the wording
+        tokens = [*tokens[1:], "<|assistant|>"]  # without the first role token, which a polite prefix may follow
         for w, word in enumerate(tokens, start=width - len(tokens)):
             name = word[1:-1] if word.startswith("{") else ""
             allowed = prompts.SLOT_WORDS[name] if name else (word,)
@@ -295,7 +295,7 @@ def utility(
         + jnp.where(listing, n_irrelevant, 0)
     )
 
-    # Correct and complete, by kind.
+    # Correctness and completeness, by kind of prompt.
     on_target_T = about_x_T & (attribute_T == prompt.attribute)
     right, wrong = (on_target_T & holds_T).any(), (on_target_T & ~holds_T).any()
     answered = jnp.where(right, jnp.where(wrong, 0.25, 1.0), 0.0)
