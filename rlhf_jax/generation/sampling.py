@@ -225,7 +225,7 @@ def _among(ids: tuple[int, ...], scores: jax.Array) -> np.ndarray:
     vocab = scores.shape[-1]
     if min(ids) < 0 or max(ids) >= vocab:
         raise ValueError(
-            f"Sampling contains the token id {max(ids) if max(ids) >= vocab else min(ids)}; ids must be in [0, {vocab})"
+            f"Sampling contains the id {max(ids) if max(ids) >= vocab else min(ids)}; ids must be in [0, {vocab - 1}]"
         )
     mask = np.zeros(vocab, bool)
     mask[list(ids)] = True

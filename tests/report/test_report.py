@@ -212,7 +212,7 @@ def test_without_gold_utility_its_plots_and_columns_are_omitted(tmp_path):
     assert "Settings" not in page.headings
 
 
-def test_results_without_numbers_give_a_page():
+def test_results_without_numbers_are_rendered_as_a_page():
     assert Page(report.render({}, [], title="Empty")).headings == []
     nulls = {"policies": {"sft": None, "ppo": {"reward": None}}, "reward_model": None, "transcripts": None}
     nulls |= {"dropped": {}, "best_of_n_curve": None, "seconds": None}
