@@ -265,7 +265,7 @@ def _frontiers(results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]])
     stages = [s for s in _stages(metrics) if s.startswith("ppo")]
     reward, gold = ([pair for s in stages if (pair := plots.paired(metrics, s, key))] for key in ("reward", "gold"))
     linear = f"If the curve is straight, the reward is linear in the square root of the KL{_linearity(reward)}."
-    falling = "At the same KL, a higher utility is better. If a curve falls as the KL grows, the policy is over-optimised."
+    falling = "At the same KL, a higher utility is better. If a curve falls, the policy is over-optimised."
     return _figures(
         (plots.frontier(results, reward, "reward", ylabel="Reward-model score"), "Reward against KL", linear),
         (plots.frontier(results, gold, "gold", ylabel="Gold utility"), "Gold utility against KL", falling),
