@@ -71,7 +71,7 @@ def test_whiten_matches_hand_computed_values():
     ids=lambda f: f.__name__,
 )
 class TestMaskRules:
-    def test_empty_mask_gives_zero_value_and_gradient(self, function):
+    def test_an_empty_mask_has_value_and_gradient_zero(self, function):
         x = jnp.array([1.0, jnp.nan, jnp.inf])
         value, gradient = jax.value_and_grad(lambda x: jnp.sum(function(x, where=jnp.zeros(3, bool))))(x)
         assert value == 0.0

@@ -260,7 +260,7 @@ def iterate(
         The final policy, and the results of each round.
 
     Raises:
-        SettingError: A round has no pairs, because the judge prefers no answer to another.
+        SettingError: A round has no pairs, because the judge prefers no answer to a different answer.
         DivergedError: The judge returns a score that is not finite.
     """
     job, policy, results = trainer.job, start, []
@@ -277,8 +277,8 @@ def iterate(
             raise loop.DivergedError(f"round {r} of {name}: {error}") from None
         if len(pairs) == 0:
             raise settings_lib.SettingError(
-                f"round {r} of {name} has no pairs to train on, because the judge prefers no answer to another; "
-                "use fewer --rounds, more --samples or another judge"
+                f"round {r} of {name} has no pairs to train on, because the judge prefers no answer to a different "
+                "answer; use fewer --rounds, more --samples or another judge"
             )
         unseen = schedule(settings or trainer.settings, len(pairs), devices=trainer.devices).unseen
         gold = None if answers.gold is None else float(np.mean(answers.gold.total))

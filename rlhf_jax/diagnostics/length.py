@@ -75,8 +75,8 @@ def length_correlation(
         The correlation; ``(NaN, -1, 1)`` if scores or lengths do not vary within groups.
 
     Raises:
-        ValueError: If the arrays are empty, are not of rank 1, differ in length or contain NaN, or if there is not
-            one group per response.
+        ValueError: If the arrays are empty, are not of rank 1, differ in length or contain NaN, or if ``groups``
+            does not have one entry per response.
     """
     scores, lengths = intervals.score_pairs(scores, lengths)
     names, index = intervals.label_indices(groups, len(scores), "groups")
@@ -108,7 +108,8 @@ def length_bias(
         Accuracies, preference and correlation.
 
     Raises:
-        ValueError: As in `intervals.win_outcomes`, for scores and lengths, or if there is not one prompt per pair.
+        ValueError: As in `intervals.win_outcomes`, for scores and lengths, or if ``prompts`` does not have one
+            entry per pair.
     """
     chosen, rejected = intervals.score_pairs(chosen, rejected)
     chosen_lengths, rejected_lengths = intervals.score_pairs(chosen_lengths, rejected_lengths)

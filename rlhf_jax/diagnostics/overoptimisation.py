@@ -80,7 +80,7 @@ def fit(
     Args:
         kl: ``[N]``, KL of each point from the initial policy, in nats. Estimates may be negative; points whose KL is
             not above ``min_kl`` are excluded.
-        gains: ``[N]``, gold score of each point minus that of the initial policy.
+        gains: ``[N]``, gold score of each point minus the gold score of the initial policy.
         form: `BEST_OF_N` or `REINFORCEMENT`.
         errors: ``[N]``, standard errors of the gains, up to a common factor; equal by default.
         min_kl: Exclusion threshold in nats, at least 0.

@@ -103,7 +103,7 @@ def remaining_seconds(
 
 
 def clock_text(seconds: float) -> str:
-    """Formats a duration in whole seconds: 0:07, 4:05, 1:02:03."""
+    """Formats a duration in whole seconds, such as 0:07, 4:05 or 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

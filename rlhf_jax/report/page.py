@@ -172,7 +172,7 @@ def _preference(results: Mapping[str, Any]) -> list[Figure]:
     )
     mean, bounds = results_lib.format_parts(results.get("null_check"), percent=True)
     if mean != results_lib.MISSING:
-        caption += f" As a check, SFT against itself wins on {mean} %" + (f" ({bounds})." if bounds else ".")
+        caption += f" As a check, the win rate of SFT against itself is {mean} %" + (f" ({bounds})." if bounds else ".")
     return _figures((plots.win_rates(results), "Win rates against SFT", caption))
 
 
@@ -265,7 +265,7 @@ def _frontiers(results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]])
     stages = [s for s in _stages(metrics) if s.startswith("ppo")]
     reward, gold = ([pair for s in stages if (pair := plots.paired(metrics, s, key))] for key in ("reward", "gold"))
     linear = f"If the curve is straight, the reward is linear in the square root of the KL{_linearity(reward)}."
-    falling = "At the same KL, higher is better. If a curve falls as the KL grows, the policy is over-optimised."
+    falling = "At the same KL, a higher utility is better. If a curve falls, the policy is over-optimised."
     return _figures(
         (plots.frontier(results, reward, "reward", ylabel="Reward-model score"), "Reward against KL", linear),
         (plots.frontier(results, gold, "gold", ylabel="Gold utility"), "Gold utility against KL", falling),
@@ -301,8 +301,8 @@ def _truthfulness_and_harm(results: Mapping[str, Any]) -> list[Figure]:
     truthful = plots.by_policy(results, "truthful_rate", xlabel="Truthful answers (%)", scale=100)
     harm = plots.by_policy(results, "harm_rate", xlabel="Harmful answers (%)", scale=100)
     return _figures(
-        (truthful, "Truthfulness", "Higher is better. The dashed line is SFT."),
-        (harm, "Harm", "Lower is better. The dashed line is SFT."),
+        (truthful, "Truthfulness", "Higher is better. The dashed line marks SFT."),
+        (harm, "Harm", "Lower is better. The dashed line marks SFT."),
     )
 
 

@@ -238,7 +238,7 @@ def calibration(results: Mapping[str, Any]) -> str | None:
         bottom.vlines([g for g, _ in known], 0, [c for _, c in known], color=color("rule"), linewidth=7)
         most = max([c for _, c in known], default=1.0)
         bottom.set(ylim=(0, 1.1 * most), yticks=[0, most], ylabel="Pairs")
-        bottom.set_xlabel("Difference of the two scores (log odds)")
+        bottom.set_xlabel("Difference between the two scores (log odds)")
         bottom.set_xlim(low - 0.02 * high, high)
     return svg[0]
 

@@ -34,7 +34,7 @@ class Slips:
     rambling: float = 0.2
     """A sentence about something else follows the answer."""
     repeating: float = 0.08
-    """The answer is given twice."""
+    """The answer is repeated."""
     incomplete: float = 0.25
     """A part of the answer is missing."""
     wrong: float = 0.04

@@ -157,7 +157,7 @@ def calibrated_temperature(utility_a_NR: np.ndarray, utility_b_NR: np.ndarray, *
     """Returns the temperature at which the `agreement` of labelers is ``target``; papers report rates of 0.72 to 0.78.
 
     Raises:
-        ValueError: If no temperature gives that rate, because the labelers differ too much or not at all.
+        ValueError: If no temperature results in that rate, because the labelers differ too much or not at all.
     """
 
     def excess(log_temperature: float) -> float:

@@ -219,7 +219,7 @@ def test_rounds_sample_and_label_with_the_latest_policy_as_reference(tmp_path):
     assert (lengths[:, 0] >= lengths[:, 1]).all(), "the judge prefers longer answers"
     assert rounds[0].pairs == len(first)
     assert rounds[0].pairs + sum(rounds[0].left_out.values()) == len(prompts) // 2
-    with pytest.raises(settings_lib.SettingError, match="prefers no answer to another"):
+    with pytest.raises(settings_lib.SettingError, match="prefers no answer to a different answer"):
         equal: Any = options | {"judge": lambda answers, samples, key: np.zeros(len(answers.lengths_B)), "name": "e"}
         direct_alignment.iterate(trainer, start, reward, prompts, **equal)
 

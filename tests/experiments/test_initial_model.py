@@ -135,7 +135,7 @@ def test_ids_without_a_token_are_removed_from_the_model(byte_pairs, tmp_path, ti
 # -------------------------------------------------------------------------------------------------------------- tasks
 
 
-def test_a_model_with_the_worlds_tokenizer_gives_the_default_task(tmp_path):
+def test_a_model_with_the_worlds_tokenizer_has_the_default_task(tmp_path):
     few = {"pretrain": {"documents": 600}, "sft": {"demonstrations": 40}, "evaluation": {"prompts": 10}}
     asked = with_changes(SMALL, few)
     folder = save_gpt2(tmp_path / "m", tokenizers.word_level(lexicon.WORDS), max_length=64)

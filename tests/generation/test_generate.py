@@ -99,7 +99,7 @@ def test_all_rows_stop_immediately():
     assert np.all(rollout.lengths_B == 1) and np.all(rollout.finish_B == 1)
 
 
-def test_row_depends_only_on_its_prompt_and_key():
+def test_a_row_depends_only_on_its_prompt_and_key():
     tokens, mask = prompts()
     whole, order = run(), jnp.array([4, 2, 2, 0])
     part = compiled(ROPE)(model(ROPE), keys()[order], tokens[order], mask[order], sampling=SAMPLING)
@@ -119,7 +119,7 @@ def test_prompt_padding_and_larger_limits_do_not_change_answers(cfg):
     np.testing.assert_allclose(narrow.logprobs_BT, wide.logprobs_BT[:, :T], atol=1e-5)
 
 
-def test_greedy_takes_the_most_likely_token():
+def test_greedy_decoding_selects_the_most_likely_token():
     rollout = run(sampling=dataclasses.replace(SAMPLING, greedy=True, stop_ids=()))
     np.testing.assert_array_equal(
         rollout.tokens_BL, run(sampling=dataclasses.replace(SAMPLING, greedy=True, stop_ids=()), seed=9).tokens_BL

@@ -145,7 +145,7 @@ def their_logits(model):
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize(("name", "targets"), [(name, targets) for name in TARGETS for targets in TARGETS[name]])
-def test_adapters_of_peft_give_the_same_logits(name, targets, rslora, tmp_path):
+def test_adapters_saved_by_peft_compute_the_same_logits(name, targets, rslora, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     theirs = pytest.importorskip("peft")
     cfg = CONFIGS[name]
