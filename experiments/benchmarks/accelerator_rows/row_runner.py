@@ -69,9 +69,8 @@ def measure(
     deadline = time.monotonic() + 60 * minutes
     pending = list(names)
     while pending:
-        first = ROWS[pending[0]]
-        group = list(itertools.takewhile(lambda name: ROWS[name][2:] == first[2:], pending))
-        status = _run_child(group, path, quick=quick, run=run, deadline=deadline, flags=first.flags)
+        _, (*group,) = next(itertools.groupby(pending, key=lambda name: (ROWS[name].flags, ROWS[name].alone)))
+        status = _run_child(group, path, quick=quick, run=run, deadline=deadline, flags=ROWS[group[0]].flags)
         ended = {each["row"]: each for each in row_context.read(path, run) if "row_seconds" in each}
         for name in group:
             if name not in ended and status is not None:
