@@ -99,8 +99,8 @@ def ppo_inputs(cfg: lm.LMConfig, *, samples: int, prompt: int, answer: int) -> P
 
     policy = benchmark_models.init(cfg)
     scorer = lm.with_head(jax.random.key(1), benchmark_models.init(cfg, 1), cfg)
-    frozen = ppo.Frozen(reference=policy, reward=scorer)
-    return PPOInputs(models, lambda: ppo.create(policy, scorer, adam()), frozen, hyper, batch)
+    frozen, tx = ppo.Frozen(reference=policy, reward=scorer), adam()
+    return PPOInputs(models, lambda: ppo.create(policy, scorer, tx), frozen, hyper, batch)
 
 
 def ppo_iteration(

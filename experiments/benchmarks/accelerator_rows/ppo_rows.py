@@ -61,7 +61,15 @@ def iteration(context: row_context.Context) -> None:
 def seeds(context: row_context.Context) -> None:
     """Several seeds of PPO with the model of instructgpt.py, as one program and one after the other."""
     shapes, axis = context.shapes, "member"
-    cfg = lm.LMConfig(vocab_size=256, n_layers=3, d_model=96, n_heads=4, d_mlp=256, max_length=64, tie_embeddings=True)
+    cfg = lm.LMConfig(
+        vocab_size=256,
+        n_layers=shapes.seed_layers,
+        d_model=96,
+        n_heads=4,
+        d_mlp=256,
+        max_length=64,
+        tie_embeddings=True,
+    )
     inputs = train_workloads.ppo_inputs(cfg, samples=shapes.seed_samples, prompt=16, answer=24)
     batch = inputs.batch(np.random.default_rng(0))
     keys_M = jax.random.split(jax.random.key(2), shapes.seeds)

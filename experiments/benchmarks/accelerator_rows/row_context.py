@@ -37,6 +37,7 @@ class Shapes:
     ppo_answer: int = 256
     ppo_minibatches: int = 8
     seeds: int = 8
+    seed_layers: int = 3
     seed_samples: int = 128
     attention_rows: int = 8
     attention_heads: int = 16
@@ -67,6 +68,7 @@ QUICK = Shapes(
     ppo_answer=8,
     ppo_minibatches=2,
     seeds=2,
+    seed_layers=1,
     seed_samples=4,
     attention_rows=2,
     attention_heads=2,
