@@ -117,8 +117,8 @@ def check_model_unchanged(resume: str, settings: Settings, model_files: str) -> 
     """Raises SettingError if the files of --model have changed since the run started."""
     if config_file.read(resume)[MODEL_FILES] != model_files:
         raise SettingError(
-            f"--resume {resume}: the files in {settings.model} have changed since the run started; restore them or start "
-            "a new run with --out"
+            f"--resume {resume}: the files in {settings.model} have changed since the run started; restore them or "
+            "start a new run with --out"
         )
 
 
