@@ -231,7 +231,7 @@ def gold_at(kl: np.ndarray, gold: np.ndarray, *, at: float, width: float = 0.35)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line."""
+    """Runs the command."""
     entry_point.execute(run, parse, arguments)
 
 

@@ -153,7 +153,7 @@ def _length_controlled(outcomes: np.ndarray, lengths_B: np.ndarray, baseline_B: 
 
 
 def _make_probe(job: Job) -> Any:
-    """Returns a function that measures what a policy retains from pretraining: its loss on text and its skill accuracy."""
+    """Returns a function that measures what a policy retains from pretraining: loss on text and skill accuracy."""
     task, cfg = job.task, job.cfg
 
     def nll(params: Any, tokens_BL: Any, mask_BL: Any) -> jax.Array:

@@ -18,8 +18,8 @@ from rlhf_jax.simulation import gold
 from rlhf_jax.train import ppo
 
 CHUNK, LONG_CHUNK = 512, 128
-"""Numbers of prompts per call: ``CHUNK`` with the built-in world's tokenizer, ``LONG_CHUNK`` with others, whose rows are
-longer. They are fixed so that each program compiles once."""
+"""Numbers of prompts per call: ``CHUNK`` with the built-in world's tokenizer, ``LONG_CHUNK`` with others, which produce
+longer rows. They are fixed so that each program compiles once."""
 
 
 @struct.dataclass
