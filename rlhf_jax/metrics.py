@@ -56,7 +56,7 @@ class Metric:
         return jnp.where(empty, jnp.nan, self.sum / jnp.where(empty, 1.0, self.weight))
 
     def merge(self, other: Metric) -> Metric:
-        """Returns the metric over the observations of both metrics."""
+        """Returns the metric of the combined observations."""
         return Metric(sum=self.sum + other.sum, weight=self.weight + other.weight)
 
     def collapse(self) -> Metric:
@@ -105,7 +105,7 @@ class MetricLog:
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
-        """Creates the directory, opens ``metrics.jsonl`` and removes an incomplete last line of a killed process."""
+        """Creates the directory and opens ``metrics.jsonl``, repairing a last line that a killed process truncated."""
         self._directory = pathlib.Path(directory)
         self._path = self._directory / FILE_NAME
         self._boards: dict[str, _Board] = {}
@@ -166,7 +166,7 @@ class MetricLog:
                 board.close()
 
     def __enter__(self) -> MetricLog:
-        """Returns the log itself, which is closed at the end of the ``with`` block."""
+        """Returns the log; the end of the ``with`` block closes it."""
         return self
 
     def __exit__(self, kind: object, *exception: object) -> None:
@@ -191,8 +191,8 @@ class MetricLog:
 class _Board:
     """A TensorBoard event file.
 
-    tensorboardX's ``SummaryWriter`` passes events to a thread through a queue of ten. If the disk is full, the thread
-    dies, and a later write blocks forever.
+    tensorboardX's ``SummaryWriter`` passes events to a thread through a queue. If the disk is full, the thread dies,
+    and a later write blocks forever.
     """
 
     def __init__(self, folder: pathlib.Path, purge_step: int | None) -> None:

@@ -98,12 +98,12 @@ class Experience:
 
 @struct.dataclass
 class Comparisons:
-    """Ranked completions, with all completions of a prompt in one batch element (InstructGPT 3.5)."""
+    """Ranked completions, with all completions of a prompt in one batch element (InstructGPT, section 3.5)."""
 
     tokens_BKL: jax.Array
     mask_BKL: jax.Array
     ranks_BK: jax.Array
-    """1 is best; equal ranks are ties."""
+    """int, ranks of the completions; 1 is best, and equal ranks are ties."""
     where_BK: jax.Array
     """bool, True where a completion exists."""
     domain_B: Any = None

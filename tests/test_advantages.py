@@ -77,7 +77,7 @@ def test_masked_gae_equals_truncated_gae(length):
     np.testing.assert_allclose(masked_returns[:length], truncated_returns, rtol=1e-6)
 
 
-def test_integer_rewards_give_fractional_advantages():
+def test_integer_rewards_can_have_fractional_advantages():
     got, _ = advantages.gae(jnp.array([0, 1]), jnp.array([0.25, 0.5]), jnp.ones(2, bool), lambda_=0.0)
     np.testing.assert_allclose(got, [0.25, 0.5])
 

@@ -20,7 +20,7 @@ def quadrature():
     [(0.1, 0.005, (20.0, 1.42, 1.42), 0.0025), (1.0, 0.5, (2.00, 1.73, 1.70), 0.25)],
 )
 def test_bias_and_spread_of_the_estimators_on_two_gaussians(mean, true_kl, spreads, k2_bias):
-    """The published table, for N(0, 1) against N(0.1, 1) and N(1, 1)."""
+    """Checks the published table for N(0, 1) against N(0.1, 1) and N(1, 1)."""
     x, w = quadrature()
     logprobs = jnp.asarray(-0.5 * x**2, jnp.float32)
     # The difference is computed directly, because 72 - 72.6 would lose digits in float32.
@@ -57,7 +57,7 @@ def test_huge_log_ratios_have_finite_values_and_gradients_of_the_right_sign(marg
 def test_estimators_as_losses_have_three_different_gradients():
     theta = jnp.array([0.3, -0.2, 0.9, 0.0])
     reference = jax.nn.log_softmax(jnp.array([-0.5, 0.4, 0.1, 0.6]))
-    probs = jax.nn.softmax(theta)  # Fixed samples: the weights are not differentiated.
+    probs = jax.nn.softmax(theta)  # The samples are fixed, so the weights are not differentiated.
 
     def expected_gradient(estimator):
         return jax.grad(lambda theta: jnp.sum(probs * estimator(jax.nn.log_softmax(theta), reference)))(theta)
@@ -112,7 +112,7 @@ def test_controller_doubles_and_halves():
 
 
 def test_controller_converges_to_its_target():
-    """If the KL is 3 / coef, a coefficient of 0.5 gives 6 nats."""
+    """If the KL is 3 / coef, a coefficient of 0.5 leads to 6 nats."""
 
     def step(state, _):
         return kl.update_controller(state, 3.0 / state.kl_coef, target=6.0), None

@@ -71,7 +71,7 @@ def test_whiten_matches_hand_computed_values():
     ids=lambda f: f.__name__,
 )
 class TestMaskRules:
-    def test_empty_mask_gives_zero_value_and_gradient(self, function):
+    def test_an_empty_mask_has_value_and_gradient_zero(self, function):
         x = jnp.array([1.0, jnp.nan, jnp.inf])
         value, gradient = jax.value_and_grad(lambda x: jnp.sum(function(x, where=jnp.zeros(3, bool))))(x)
         assert value == 0.0
@@ -143,7 +143,7 @@ def test_narrow_dtypes_are_summed_in_float32():
 
 def test_axis_follows_numpy():
     x = jnp.arange(24.0).reshape(2, 3, 4)
-    where = jnp.ones((2, 3, 1), bool)  # Broadcast along an axis of the same rank.
+    where = jnp.ones((2, 3, 1), bool)  # broadcast along the last axis
     np.testing.assert_allclose(masking.masked_mean(x, where=where, axis=(0, 2)), np.mean(x, axis=(0, 2)))
     assert masking.masked_mean(x, where=where, axis=-1).shape == (2, 3)
     assert masking.masked_count(x, where=where) == 24

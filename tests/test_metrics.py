@@ -15,7 +15,7 @@ def lines(directory):
 
 
 def scalars(directory, stage):
-    """Returns the scalars that TensorBoard shows for a stage; later files may purge later steps of earlier files."""
+    """Returns the scalars that TensorBoard shows for a stage, after later files have purged steps of earlier files."""
     from tensorboardX.proto import event_pb2
 
     shown = {}

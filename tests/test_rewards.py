@@ -43,7 +43,7 @@ def test_token_rewards_match_hand_computed_values():
     np.testing.assert_allclose(got, [[-0.05, 0.0, 2.2], [-1.2, 0.0, 0.0]], atol=1e-6)
 
 
-def test_rows_without_tokens_get_zeros_even_for_a_nan_score():
+def test_rows_without_tokens_have_zero_rewards_even_for_a_nan_score():
     zeros = jnp.zeros((2, 3))
     mask = jnp.array([[False] * 3, [True, True, False]])
     got = rewards.token_rewards(jnp.array([jnp.nan, 1.0]), zeros, zeros, mask, kl_coef=0.1)

@@ -1,2 +1,2 @@
-"""Benchmarks for benchmark.py: this library's workloads, the same in peer libraries, and the tables that compare
+"""Modules of benchmark.py: this library's workloads, the same workloads in peer libraries, and tables that compare
 them."""

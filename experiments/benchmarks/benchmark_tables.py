@@ -1,4 +1,4 @@
-"""Tables of the comparisons and of the programs, for the terminal and in Markdown."""
+"""Formats comparisons and programs as tables, for the terminal and in Markdown."""
 
 from __future__ import annotations
 

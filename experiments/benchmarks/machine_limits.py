@@ -1,4 +1,4 @@
-"""Measurements of the machine's limits: its matmul rate and the minimum time of a decoding step."""
+"""Measures the machine's limits: its matmul rate and the minimum time of a decoding step."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def matmul(workload: workload_sizes.Workload) -> PreparedWorkload:
 def decode_limit(
     workload: workload_sizes.Workload,
 ) -> tuple[Callable[[], float], dict[str, float], dict[str, list[float]]]:
-    """Returns a function that measures the minimum time of a decoding step, its cost, and the measured times.
+    """Returns a function that measures the minimum seconds of a decoding step, the step's cost, and the measured times.
 
     The minimum time is the larger of two times in seconds: the bytes that must be read, divided by the bandwidth, and
     the FLOPs, divided by the rate of the step's own matrix products. Both are measured on arrays of the step's sizes,
@@ -67,7 +67,7 @@ def decode_limit(
 
 
 def _products(size: workload_sizes.Size, batch: int, *, steps: int) -> Callable[[], float]:
-    """Returns a function that measures the seconds per decoding step of its matrix products, in a loop of ``steps``."""
+    """Returns a function that measures the seconds of a decoding step's matrix products, over ``steps`` steps."""
     D = size.width
     shapes = [(D, D)] * 4 + [(D, 4 * D), (4 * D, D)]
     key = iter(range(10**9))
@@ -84,7 +84,7 @@ def _products(size: workload_sizes.Size, batch: int, *, steps: int) -> Callable[
                 mixed_BD = jnp.maximum(jnp.maximum(x_BD @ q, x_BD @ k), x_BD @ v)
                 x_BD = mixed_BD @ out
                 x_BD = jnp.maximum(x_BD @ up, 0) @ down
-            # Unlike a sum, a maximum cannot be moved before the product by the compiler.
+            # The compiler could move a sum before the product, but not a maximum.
             return x_BD + jnp.max(x_BD @ head_DV, axis=1, keepdims=True)
 
         return jax.lax.fori_loop(0, steps, step, x_BD)
@@ -102,7 +102,7 @@ def _reading(size: int) -> Callable[[], float]:
 
 
 def _scaling(size: int) -> Callable[[], float]:
-    """Measures scaling of ``size / 2`` bytes in place, in a compiled loop; reads and writes both count."""
+    """Times the scaling of ``size / 2`` bytes in place, in a compiled loop; reads and writes both count."""
     steps = 16
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -119,7 +119,7 @@ def _scaling(size: int) -> Callable[[], float]:
 
 
 def _copying(size: int) -> Callable[[], float]:
-    """Measures copying of one half of the bytes to the other half, on all cores."""
+    """Times the copying of one half of the bytes to the other half, on all cores."""
     length = max(size // 8 // _CORES, 1)
     pairs = [(np.ones(length, np.float32), np.ones(length, np.float32)) for _ in range(_CORES)]
     pool = concurrent.futures.ThreadPoolExecutor(_CORES)
@@ -127,7 +127,7 @@ def _copying(size: int) -> Callable[[], float]:
 
 
 def _maximum(size: int) -> Callable[[], float]:
-    """Measures reading of all bytes without writing, on all cores."""
+    """Times the reading of all bytes on all cores, without writing."""
     parts = [np.ones(max(size // 4 // _CORES, 1), np.float32) for _ in range(_CORES)]
     pool = concurrent.futures.ThreadPoolExecutor(_CORES)
     return lambda: _seconds(lambda: list(pool.map(np.max, parts)))

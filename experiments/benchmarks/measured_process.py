@@ -25,7 +25,7 @@ READY = "ready"
 
 
 def parse_options(description: str | None, *, variants: tuple[str, ...] = ()) -> argparse.Namespace:
-    """Parses the command line of a measured process; ``workload`` is the `workload_sizes.Workload` that it names."""
+    """Parses the command line of a measured process; ``workload`` is the named `workload_sizes.Workload`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="Workload and size, such as sft-s or decode-m-16.")
     if variants:
@@ -42,7 +42,7 @@ def parse_options(description: str | None, *, variants: tuple[str, ...] = ()) ->
 
 
 class Clock:
-    """Times each repetition from `start` to `stop`: the first, the untimed ones after it, and those that count.
+    """Times each repetition from `start` to `stop`, and reports the repetitions after the first and the warmup.
 
     Only the report is written to standard output; the output of libraries is redirected to standard error.
     """

@@ -39,7 +39,7 @@ def _comparison(row: Row, against: Against, ours: Record, records: Mapping[str, 
 
 
 def _amount(record: Record, kind: Kind) -> float | str:
-    """Returns tokens per second, FLOPs per second or seconds, by kind, or the reason for a missing record."""
+    """Returns tokens/s, FLOPs/s or seconds, depending on ``kind``, or the reason for a missing record."""
     if "missing" in record:
         return record["missing"]
     if kind == "times":

@@ -65,9 +65,9 @@ def _row(workload: str, title: str, *against: Against, warm: int = 2) -> Row:
 def _trl(
     workload: str, required: float, *, home: Home = "trl", label: str = "TRL", small_pages: bool = False
 ) -> tuple[Against, ...]:
-    """Returns comparisons with a TRL trainer in float32, which we also use, and with its defaults.
+    """Returns comparisons with a TRL trainer in float32, as in our programs, and with the trainer's defaults.
 
-    ``small_pages`` also runs the trainer without huge pages.
+    With ``small_pages``, the trainer also runs without huge pages.
     """
     module = "trl_ppo" if home == "trl-ppo" else "trl_trainers"
     float32, defaults = (

@@ -38,7 +38,7 @@ class Program:
     kept: dict[str, int]
     """Exact number of bytes per chip, by kind, of the arrays kept between calls."""
     tokens: int
-    """Number of trained tokens per call, summed over rows, epochs and trained models."""
+    """Number of training tokens per call, summed over rows, epochs and trained models."""
     model_flops: float
     """FLOPs of the model: per parameter and token, 2 in a forward pass and 6 with gradients, plus attention."""
     loops: int

@@ -37,8 +37,8 @@ CHIPS = {
     "tpu7x": Chip(2307e12 / 2, 96 * 2**30, 7380e9 / 2, 100e9),
 }
 """Specifications from Google Cloud's page on each chip (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x;
-accessed in 2026). A link's bandwidth is the chip's interconnect bandwidth, divided by the number of links and by two
-directions."""
+accessed in 2026). A link's bandwidth is the chip's interconnect bandwidth, divided by the number of links and by
+two, for the two directions."""
 
 LOCAL = ("cpu", "gpu")
 """Values of --topology that select devices of this machine."""
@@ -70,7 +70,7 @@ def chip_of(plan: Plan) -> tuple[str, Chip | None]:
 
 
 def devices(plan: Plan) -> list[Any]:
-    """Returns the devices of the plan's topology; a TPU's are only descriptions, so it need not be present.
+    """Returns the devices of the plan's topology. TPU devices are only descriptions, so no TPU needs to be present.
 
     Raises:
         SettingError: The topology does not exist, or its compiler is not installed.

@@ -134,7 +134,7 @@ def read(text: str, *, open_loops: int = 1, mesh: dict[str, int] | None = None) 
     Args:
         text: The result of ``compiled.as_text()``.
         open_loops: Assumed number of iterations of a loop whose length is unknown at compile time.
-        mesh: Sizes of the mesh axes, in order; if given, the axes of each collective are found.
+        mesh: Sizes of the mesh axes, in order, which are needed to find the axes of each collective.
     """
     computations, entry = _parse(text)
     by_name = {name: {i.name: i for i in lines} for name, lines in computations.items()}

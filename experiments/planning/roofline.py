@@ -44,7 +44,7 @@ class Estimate:
     model_flops: float
     """FLOPs of the model without rematerialisation."""
     six_nt: float
-    """6 x parameters x trained tokens, divided by the number of chips."""
+    """6 x parameters x training tokens, divided by the number of chips."""
     compiler_flops: float | None
     """The compiler's FLOP count, which counts the body of a loop once."""
     bytes_moved: float | None
@@ -185,7 +185,7 @@ def show(estimate: Estimate, out: Console) -> None:
     needed = "" if estimate.needed is None else f": {size(estimate.needed)}{capacity} per chip"
     out.print(verdict + needed, highlight=False)
     for text in estimate.suggestions:
-        out.print(f"  try {text}", highlight=False, markup=False)
+        out.print(f"  alternative: {text}", highlight=False, markup=False)
     if estimate.error:
         out.print(f"  compiler error: {estimate.error}", highlight=False, markup=False, soft_wrap=True)
         return
@@ -224,9 +224,9 @@ def _time_table(estimate: Estimate) -> Table:
     table.add_row("  rematerialised", f"{max(0.0, 1 - estimate.model_flops / estimate.flops):.0%}", "")
     table.add_row("  6 x parameters x tokens", operations(estimate.six_nt), "")
     if estimate.compiler_flops is not None:
-        table.add_row("  compiler's count, each loop once", operations(estimate.compiler_flops), "")
+        table.add_row("  compiler's count (loop bodies once)", operations(estimate.compiler_flops), "")
     if estimate.bytes_moved is not None:
-        table.add_row("memory read and written, about", size(estimate.bytes_moved), at.get("memory", ""))
+        table.add_row("memory read and written (approx.)", size(estimate.bytes_moved), at.get("memory", ""))
     table.add_row("received from other chips", size(_received(estimate.collectives)), at.get("interconnect", ""))
     if estimate.step_seconds is not None and estimate.utilisation is not None:
         table.add_row("upper bound", f"{estimate.utilisation:.0%} of peak", seconds(estimate.step_seconds))

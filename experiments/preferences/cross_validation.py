@@ -229,7 +229,7 @@ class Fold:
 
     @functools.cached_property
     def _rows(self) -> int:
-        """Enough packed rows for any batch, rounded up to a multiple of 8 so that folds share compiled programs."""
+        """Number of packed rows: enough for any batch, and a multiple of 8 so that folds share compiled programs."""
         batches = [(self.train_ids, rows) for number in range(self.settings.members) for rows in self._order(number)]
         for pairs in (self.train_ids, self.test_ids):
             batches += [(pairs, rows) for rows in _chunks(len(pairs), self.settings.batch)]
@@ -237,7 +237,7 @@ class Fold:
         for pairs, rows in batches:
             lengths = [len(pairs.prompts[i]) + len(side[i]) for i in rows for side in pairs.answers]
             most = max(most, 1 + max(row for row, _ in packing.best_fit(lengths, width=self.settings.row_width)))
-        # One row is spare, because best-fit packing may need another row after tokens are dropped.
+        # Best-fit packing may need one more row after tokens are dropped.
         return -(-(most + 1) // 8) * 8
 
     def train_member(self, number: int, base: types.Params) -> types.Params:

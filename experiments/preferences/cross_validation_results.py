@@ -130,7 +130,7 @@ def _new_table(*columns: str) -> Table:
 
 def _methods_table(results: Mapping[str, Any]) -> Table:
     """Returns a table with one row for each method."""
-    table = _new_table("method", "accuracy, %", "reward model ahead by, points", "log loss", "calib. error", "slope")
+    table = _new_table("method", "accuracy, %", "reward model's lead, points", "log loss", "calib. error", "slope")
     for key, numbers in (results["methods"] | {"together": results["together"]}).items():
         difference = results["difference"].get(key)
         calibrated = ("", "", "")

@@ -71,7 +71,7 @@ def schedule(settings: DirectSettings, pairs: int, *, devices: int = 1) -> Sched
     if rows == 0:
         over = f" over {devices} devices" if devices > 1 else ""
         raise settings_lib.SettingError(
-            f"--micro-batches is {settings.micro_batches}{over}, but the pairs have only {n} rows; lower it"
+            f"--micro-batches is {settings.micro_batches}{over}, but there are only {n} rows; lower it"
         )
     steps = settings.epochs * n // rows
     return Schedule(rows, steps, max(0, n - steps * rows))
@@ -153,7 +153,7 @@ class Trainer:
         settings: DirectSettings | None = None,
         reference_file: str | None = None,
     ) -> types.Params:
-        """Trains a policy from ``start`` on pairs and returns its parameters. A finished run is only restored.
+        """Trains a policy from ``start`` on pairs and returns its parameters. A finished run is restored, not trained.
 
         Args:
             start: The initial parameters.
@@ -260,7 +260,7 @@ def iterate(
         The final policy, and the results of each round.
 
     Raises:
-        SettingError: A round has no pairs, because the judge prefers no answer to another.
+        SettingError: A round has no pairs, because the judge prefers no answer to a different answer.
         DivergedError: The judge returns a score that is not finite.
     """
     job, policy, results = trainer.job, start, []
@@ -277,8 +277,8 @@ def iterate(
             raise loop.DivergedError(f"round {r} of {name}: {error}") from None
         if len(pairs) == 0:
             raise settings_lib.SettingError(
-                f"round {r} of {name} has no pairs to train on, because the judge prefers no answer to another; "
-                "use fewer --rounds, more --samples or another judge"
+                f"round {r} of {name} has no pairs to train on, because the judge prefers no answer to a different "
+                "answer; use fewer --rounds, more --samples or another judge"
             )
         unseen = schedule(settings or trainer.settings, len(pairs), devices=trainer.devices).unseen
         gold = None if answers.gold is None else float(np.mean(answers.gold.total))

@@ -23,8 +23,8 @@ class DirectSettings:
     """Preference loss. ipo, orpo, simpo and dpo-norm average log-probabilities over tokens; orpo and simpo need no
     reference model."""
     beta: float | None = None
-    """Strength of the KL penalty to the reference (for simpo, the scale of the rewards). Default: 0.5 for
-    ipo, 1 for dpo-norm, 2 for simpo, and otherwise 0.1."""
+    """Strength of the KL penalty to the reference (for simpo, the scale of the rewards). Default: 0.5 for ipo, 1 for
+    dpo-norm, 2 for simpo, and otherwise 0.1."""
     label_smoothing: float | None = None
     """Assumed share of flipped labels, for cdpo and robust. Default: 0.1."""
     desirable_weight: float = 1.0

@@ -64,7 +64,8 @@ def best_and_worst(
     if (bad_BS := ~np.isfinite(scores_BS)).any():
         prompt = int(np.argmax(bad_BS.any(axis=1)))
         raise loop.DivergedError(
-            f"{bad_BS.sum()} of {bad_BS.size} answers have a score that is not finite, the first of prompt {prompt}"
+            f"{bad_BS.sum()} of {bad_BS.size} answers have a score that is not finite; the first one answers prompt "
+            f"{prompt}"
         )
     rows, best = np.arange(n), scores_BS.argmax(axis=1)
     tokens_BSL, mask_BSL = (x.reshape(n, samples, -1) for x in (answers.tokens_BL, answers.mask_BL))

@@ -32,8 +32,8 @@ def need_sklearn() -> None:
 class TfidfChoice:
     """A Bradley-Terry model whose score is linear in the TF-IDF features of an answer.
 
-    A logistic regression on the difference of the two answers' features fits the weights. It uses each pair in both
-    orders and no intercept, so that neither order is favoured.
+    The weights are fitted by logistic regression on the difference of the two answers' features. Each pair is used in
+    both orders and there is no intercept, so that neither order is favoured.
     """
 
     def __init__(self, pairs: Sequence[human_comparisons.Pair], *, seed: int) -> None:

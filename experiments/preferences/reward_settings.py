@@ -19,7 +19,7 @@ class Training:
 
     loss: Literal["ranking", "pairs", "plackett-luce", "best"] = "ranking"
     """Loss. `ranking` keeps all pairs of a prompt in one row (InstructGPT); `pairs` shuffles them as separate rows.
-    `plackett-luce` is the likelihood of the whole ranking, `best` that of the best answer only (Ziegler)."""
+    `plackett-luce` is the likelihood of the whole ranking; `best` is the likelihood of the best answer (Ziegler)."""
     ties_in_divisor: bool = True
     """Divide the loss of a prompt by the number of all its pairs, as InstructGPT's formula does. If off, divide by the
     number of pairs that are not tied. Only for `ranking`."""
@@ -52,7 +52,7 @@ class Pretraining:
     prompts: int = 0
     """Number of prompts for PMP, whose answers a simulated crowd ranks; 0 disables PMP."""
     agreement: float = 0.6
-    """Agreement rate of two crowd members; lower than that of the labelers, so that the data is noisier."""
+    """Agreement rate of two crowd members; lower than the labelers' rate, so that the data is noisier."""
     polite_taste: float = 0.5
     """Utility that the crowd assigns to four polite words; larger than for the labelers, so that preferences differ."""
     binary: bool = True

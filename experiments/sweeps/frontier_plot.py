@@ -81,9 +81,9 @@ _MARKERS = "^os^oDv"
 
 
 def frontier(lines: Rows, *, xlabel: str, ylabel: str) -> str:
-    """Plots gold against the root of the KL as an SVG; a method's line connects its coefficients.
+    """Plots gold against the root of the KL as an SVG; each line connects one method's coefficients.
 
-    Lines with ``paler=True``, which are used for shifted data, are dashed and have hollow markers.
+    Lines whose ``paler`` is True, which show shifted data, are dashed and have hollow markers.
     """
     with plots.axes(height=3.6) as (svg, (ax,)):
         for place, line in enumerate(lines):

@@ -75,7 +75,7 @@ def train(job: jobs.Job, models: StartModels, cell: Cell, *, step: parallel.JitS
 
 
 def train_together(job: jobs.Job, models: StartModels, cells: Sequence[Cell]) -> list[types.Params]:
-    """Trains all runs in one program, which maps the step over keys and hyperparameters; returns their policies.
+    """Trains all runs in one program that vmaps the step over keys and hyperparameters; returns their policies.
 
     The cells may differ only in seed and in traced hyperparameters. On a CPU this takes as long as separate runs. If a
     single small run does not fill an accelerator, all runs together take about as long as one.
@@ -124,7 +124,7 @@ def measure(
         seed: Seed of the sampling.
 
     Returns:
-        The means, without gold and win rate unless the built-in world is used.
+        The means. Gold and win rate are missing without the built-in world.
     """
     answers = sample_answers(job, models, prompts, policy, seed=seed)
     numbers = {"reward": answers.scores_B, "kl": answers.kl_B, "length": answers.lengths_B}

@@ -97,7 +97,7 @@ def _read_arrays(checkpointer: Any, path: epath.Path, entries: list[Any], leaves
 def _check_digests(digests: list[str], entries: list[Any]) -> None:
     for digest, entry in zip(digests, entries):
         if digest != entry["sha256"]:
-            raise manifest_lib.DamagedError(f"the digest of {entry['path']} does not match its manifest")
+            raise manifest_lib.DamagedError(f"the digest of {entry['path']} does not match the manifest")
 
 
 def _read_verified(checkpointer: Any, path: epath.Path, entries: list[Any], leaves: list[Any]) -> list[Any]:

@@ -45,10 +45,12 @@ def _as_array(leaf: Any, path: str) -> jax.Array | np.ndarray:
         array = np.asarray(leaf)
     else:
         raise TypeError(
-            f"a checkpoint can hold arrays and numbers only; {path or 'the state'} is a {type(leaf).__name__}"
+            f"a checkpoint may contain arrays and numbers only; {path or 'the state'} is a {type(leaf).__name__}"
         )
     if array.dtype == object:
-        raise TypeError(f"a checkpoint can hold arrays and numbers only; {path or 'the state'} is an array of objects")
+        raise TypeError(
+            f"a checkpoint may contain arrays and numbers only; {path or 'the state'} is an array of objects"
+        )
     return array
 
 
@@ -167,4 +169,4 @@ def parse_manifest(raw: dict[str, Any]) -> dict[str, Any]:
             return json.loads(body)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DamagedError("its manifest cannot be read") from error
-    raise DamagedError("its manifest does not match its own digest")
+    raise DamagedError("the digest of its manifest does not match")

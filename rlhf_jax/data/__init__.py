@@ -1,1 +1,1 @@
-"""Data processing, from a user's files to the batches of a train step: readers, chat formats, token rows, batching."""
+"""Data processing: readers, chat formats, token rows, and batches for the train steps."""

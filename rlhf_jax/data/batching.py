@@ -68,7 +68,7 @@ def epoch_of(step: int, *, n: int, batch_size: int, drop_last: bool = False) -> 
         step: Step of the batch, from 0.
         n: Number of examples.
         batch_size: Number of examples in a batch.
-        drop_last: As for `epoch_batches`.
+        drop_last: See `epoch_batches`.
 
     Returns:
         The epoch, from 0.

@@ -4,8 +4,8 @@ In that form, a dialogue is one string, ``"\n\nHuman: ...\n\nAssistant: ..."``. 
 ``chosen`` and ``rejected``, which differ only in the last answer. A dialogue is split at its LAST assistant turn: the
 prompt is everything before this turn, including earlier assistant turns.
 
-A turn starts only if the name is at the start of a paragraph; ``Human:`` inside a paragraph is text. White space around
-a turn belongs to the format and is removed. The line end ``"\r\n"`` is read as ``"\n"``.
+``Human:`` and ``Assistant:`` start a turn only at the start of a paragraph; elsewhere, they are text. White space
+around a turn belongs to the format and is removed. The line end ``"\r\n"`` is read as ``"\n"``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def is_dialogue(text: str) -> bool:
 
 
 def parse_dialogue(text: str) -> tuple[Turn, ...]:
-    r"""Parses a dialogue in the hh-rlhf form. Consecutive turns of the same role are kept; real files contain some.
+    r"""Parses a dialogue in the hh-rlhf form. Consecutive turns of the same role are allowed.
 
     >>> from rlhf_jax.data import dialogues
     >>> turns = dialogues.parse_dialogue("\n\nHuman: Hi!\n\nAssistant: Hello.")
@@ -95,7 +95,7 @@ def drop_reason(chosen: tuple[Turn, ...], rejected: tuple[Turn, ...]) -> str | N
 def prompt_drop_reason(prompt: Sequence[Turn]) -> str | None:
     """Returns the reason why turns are not a usable prompt, or None if they are usable.
 
-    The last turn must not be empty, a system turn or an assistant turn.
+    The last turn must have text, and must be neither an assistant turn nor a system turn.
     """
     if all(turn.role == "system" or not turn.text.strip() for turn in prompt):
         return "empty prompt"

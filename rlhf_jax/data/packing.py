@@ -128,7 +128,7 @@ def pack_rows(
 def pack_comparisons(
     batch: types.Comparisons, *, width: int, pad_id: int, rows: int | None = None, groups: int = 1
 ) -> types.PackedComparisons:
-    """Packs the completions of a batch, each with its prompt, without missing completions and their padding.
+    """Packs the completions of a batch, each with its prompt. Missing completions and padding are left out.
 
     Args:
         batch: Comparisons, such as those from `padding.ranking_rows`.
@@ -211,9 +211,9 @@ def pack_documents(documents: Sequence[padding.Ids], *, width: int, eos_id: int)
 def best_fit(lengths: Sequence[int], *, width: int) -> list[tuple[int, int]]:
     """Assigns sequences with the given lengths to rows of ``width`` columns by best fit.
 
-    Sequences are placed from longest to shortest, and in order if they have the same length. Each sequence is placed in
-    the fullest row that has enough room, or in the first such row if several are equally full. Sequences of length 0
-    take no space.
+    Sequences are placed from longest to shortest; sequences of the same length keep their order. Each sequence is
+    placed in the fullest row that has enough room, or in the first such row if several are equally full. Sequences of
+    length 0 take no space.
 
     Returns:
         ``(row, first column)`` for each sequence.

@@ -1,4 +1,4 @@
-"""Batches made with grain: shuffled with a seed, repeated, divided among hosts, and exactly resumable.
+"""Batches made with grain, which can be shuffled, repeated, divided among hosts, and resumed exactly.
 
 The batch of a step depends on the data, the seed, the batch size and the step, but not on the number of hosts. Each
 host reads a share of the rows of every batch, so all hosts run the same number of steps.
@@ -198,14 +198,14 @@ def from_source(
         source: A sequence of records, such as the result of a reader in `readers` or of `sources.tfds_source`.
         collate: Function that converts a list of records to a batch, such as token rows. It must be pure, and should
             always return the same shapes. It runs in the prefetching thread and receives only this host's records.
-        batch_size: As for `from_arrays`.
-        seed: As for `from_arrays`.
-        epochs: As for `from_arrays`.
-        shuffle: As for `from_arrays`.
-        drop_last: As for `from_arrays`.
-        host: As for `from_arrays`.
-        hosts: As for `from_arrays`.
-        prefetch: As for `from_arrays`.
+        batch_size: See `from_arrays`.
+        seed: See `from_arrays`.
+        epochs: See `from_arrays`.
+        shuffle: See `from_arrays`.
+        drop_last: See `from_arrays`.
+        host: See `from_arrays`.
+        hosts: See `from_arrays`.
+        prefetch: See `from_arrays`.
         data: Identifies the data in the fingerprint. None means the `fingerprint` of ``source``, which reads all
             records once.
         identity: Identifies ``collate`` in the fingerprint, because a function cannot be hashed. It can be any value
@@ -283,7 +283,7 @@ def fingerprint(source: Sequence[Any]) -> str:
 
 
 def _tagged(value: Any) -> Any:
-    """Returns a value as JSON in which every list begins with the type it encodes."""
+    """Converts a value to JSON in which every list starts with the name of the type that it encodes."""
     if isinstance(value, np.ndarray | np.generic):
         array = np.asarray(value)
         return ["array", array.dtype.str.lstrip("<>=|"), list(array.shape), _tagged(array.tolist())]

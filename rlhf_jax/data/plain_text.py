@@ -50,7 +50,7 @@ def encode_texts(tokenizer: transformers.PreTrainedTokenizerFast, texts: Sequenc
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TextEncoder:
-    """Encodes texts, given their places; created by `text_encoder`."""
+    """Encoder of texts with given places; created by `text_encoder`."""
 
     backends: tuple[tokenizers.Tokenizer, ...]
     """For each of the three places, a copy of the tokenizer that encodes control tokens as text."""
@@ -81,7 +81,7 @@ class TextEncoder:
         return ids_of
 
     def _encode_in_pieces(self, place: int, text: str) -> list[int]:
-        """Encodes a text in pieces that divide the spelling of each control token, which may be in the vocabulary."""
+        """Encodes a text in pieces, split inside each spelling of a control token that may be in the vocabulary."""
         cuts = [match.start() + 1 for match in self.control_pattern.finditer(text)]
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
         ids: list[int] = []

@@ -6,7 +6,7 @@ The table lists the forms of each kind of record. A *message list* is ``[{"role"
 record          fields
 ==============  ======================================================================================================
 demonstrations  ``prompt`` and ``response`` (or ``completion``)
-                ``messages``, a message list that ends with the answer, an assistant turn
+                ``messages``, a message list whose last turn is the assistant's answer
 rankings        ``prompt``, ``responses`` and ``ranks`` (1 is best, equal ranks are ties) or ``scores`` (higher is
                 better)
                 ``prompt``, ``chosen`` and ``rejected`` (a pair); optionally ``margin``, ``score_chosen``,
@@ -18,10 +18,10 @@ prompts         ``prompt``
 ==============  ======================================================================================================
 
 A prompt is a message list or a string. A string is one user turn, unless it begins with ``"\n\nHuman:"``, which marks
-the hh-rlhf form. The last turn of a prompt must not be empty, an assistant turn or a system turn. An answer is a string
-or a message list that consists of one assistant turn. Texts are kept as written, except that white space around a turn
-in the hh-rlhf form is removed. A null field counts as missing. If a record has both ``messages`` and a ``prompt`` or an
-answer, they must agree.
+the hh-rlhf form. The last turn of a prompt must have text, and must be neither an assistant turn nor a system turn. An
+answer is a string or a message list that consists of one assistant turn. Texts are kept as written, except that white
+space around a turn in the hh-rlhf form is removed. A null field counts as missing. If a record has both ``messages``
+and a ``prompt`` or an answer, they must agree.
 
 Other fields that hold a string, a finite number or a boolean, such as an annotator or a subset, are stored in
 ``metadata``. The fields of an object named ``metadata`` are stored there too. Lists and other objects are ignored.
@@ -47,7 +47,7 @@ _ANSWER_FIELDS = {"prompt", "messages", "response", "completion"}
 _RANKING_FIELDS = {"prompt", "responses", "ranks", "scores", "margin"}
 _PAIR_FIELDS = {"prompt", "chosen", "rejected", "score_chosen", "score_rejected", "margin"}
 _MARGIN_TOLERANCE = 0.01
-"""Accepted error of a margin, compared with the difference of the scores; relative to the largest of the three."""
+"""Accepted deviation of a margin from the difference of the scores, relative to the largest of these three numbers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,7 +206,9 @@ def _turns(value: Any, key: str) -> Turns:
         # TFDS and Hugging Face store a list of objects by column.
         roles, contents = value["role"], value["content"]
         if len(roles) != len(contents):
-            raise errors.DataError(f"{key!r} has {len(roles)} roles and {len(contents)} contents")
+            raise errors.DataError(
+                f"{key!r} has {len(roles)} roles and {len(contents)} contents; the numbers must be equal"
+            )
         value = [{"role": role, "content": content} for role, content in zip(roles, contents)]
     if not isinstance(value, list):
         raise errors.DataError(f"{key!r} has type {type(value).__name__}; it must be a string or a list of messages")

@@ -36,7 +36,7 @@ import numpy as np
 from rlhf_jax.data import errors
 
 JSON_FIELD = "fields_json"
-"""Name of the text feature of a TFDS set that contains the remaining fields of a record as one JSON object."""
+"""Name of the text feature in which a TFDS set stores the remaining fields of a record, as one JSON object."""
 
 _TFDS_ERRORS = (ValueError, AssertionError, NotImplementedError, KeyError, OSError, RuntimeError)
 

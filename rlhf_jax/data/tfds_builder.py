@@ -7,9 +7,9 @@ Neither writing nor reading a set requires TensorFlow::
     rankings, _ = readers.read_rankings(sources.Tfds("rlhf_rankings/mine", split="train", data_dir="sets"))
     rows = tfds.data_source("rlhf_rankings/mine", split="train", data_dir="sets")
 
-A set keeps the records in the order of their source. Its text feature ``fields_json`` contains, as one JSON object, the
-scores, the margin and the metadata of a record, because TFDS features store only 32 bits of a float. The other features
-are:
+A set keeps the records in the order of their source. Its text feature ``fields_json`` contains the scores, the margin
+and the metadata of a record as one JSON object, because a TFDS feature would round floats to 32 bits. The other
+features are:
 
 =======================  =========================================================================
 ``rlhf_demonstrations``  ``prompt`` (a sequence of ``role`` and ``content``), ``response``

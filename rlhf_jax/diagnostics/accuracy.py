@@ -45,12 +45,12 @@ class GeneralisationGap(NamedTuple):
     train_accuracy: intervals.Estimate
     validation_accuracy: intervals.Estimate
     accuracy_gap: intervals.Estimate
-    """Training minus validation."""
+    """``train_accuracy - validation_accuracy``."""
     train_loss: intervals.Estimate
     """Mean of ``-log sigmoid(chosen - rejected)``, in nats per pair."""
     validation_loss: intervals.Estimate
     loss_gap: intervals.Estimate
-    """Validation minus training."""
+    """``validation_loss - train_loss``."""
 
 
 class ThresholdScan(NamedTuple):
@@ -81,10 +81,10 @@ def accuracy_by_stratum(
 
     Args:
         chosen: Scores of the preferred responses, one per pair.
-        rejected: Scores of the other responses, in the same order.
+        rejected: Scores of the rejected responses, in the same order.
         strata: One hashable label per pair; None and NaN mean that the pair has no label.
-        prompts: One prompt label per pair. Pairs that share a prompt are correlated, so intervals then treat prompts as
-            independent (`intervals.ratio_interval`). If None, they treat pairs as independent (`intervals.win_rate`).
+        prompts: One prompt label per pair. If given, intervals treat prompts as independent, because pairs that share a
+            prompt are correlated (`intervals.ratio_interval`). Otherwise, intervals treat pairs as independent.
         confidence: Coverage of the intervals.
 
     Returns:
@@ -92,7 +92,7 @@ def accuracy_by_stratum(
         counts add up to the number of pairs.
 
     Raises:
-        ValueError: As in `intervals.win_outcomes`, or if there is not one label and one prompt per pair.
+        ValueError: As in `intervals.win_outcomes`, or if ``strata`` or ``prompts`` does not have one entry per pair.
 
     Example:
         >>> from rlhf_jax import diagnostics
@@ -146,20 +146,19 @@ def generalisation_gap(
 
     Args:
         train_chosen: Scores of the preferred responses of the training pairs.
-        train_rejected: Scores of the other responses of the training pairs.
+        train_rejected: Scores of the rejected responses of the training pairs.
         validation_chosen: Scores of the preferred responses of the validation pairs.
-        validation_rejected: Scores of the other responses of the validation pairs.
-        train_prompts: One prompt label per training pair. Pairs that share a prompt, such as the pairs of a K-way
-            ranking, are correlated, so intervals then treat prompts as independent. If None, they treat pairs as
-            independent.
-        validation_prompts: One prompt label per validation pair, or None.
+        validation_rejected: Scores of the rejected responses of the validation pairs.
+        train_prompts: One prompt label per training pair. If given, intervals treat prompts as independent, because
+            pairs that share a prompt, such as the pairs of a K-way ranking, are correlated.
+        validation_prompts: One prompt label per validation pair.
         confidence: Coverage of all intervals.
 
     Returns:
         Accuracies, losses and their gaps.
 
     Raises:
-        ValueError: As in `intervals.win_outcomes`, or if there is not one prompt per pair.
+        ValueError: As in `intervals.win_outcomes`, or if a sequence of prompts does not have one entry per pair.
     """
     train = _accuracy_and_loss(train_chosen, train_rejected, train_prompts, confidence)
     validation = _accuracy_and_loss(validation_chosen, validation_rejected, validation_prompts, confidence)
@@ -188,7 +187,7 @@ def accuracy_above_threshold(
 
     Args:
         chosen: Scores of the preferred responses, one per pair.
-        rejected: Scores of the other responses, in the same order.
+        rejected: Scores of the rejected responses, in the same order.
         thresholds: Minimum scores. By default, the deciles of the lower score of each pair, which keep 100 %, 90 %,
             ..., 10 % of the pairs.
         prompts: One prompt label per pair, as in `accuracy_by_stratum`.
@@ -198,7 +197,8 @@ def accuracy_above_threshold(
         Accuracy, interval and count for each distinct threshold, and the rank correlation.
 
     Raises:
-        ValueError: As in `intervals.win_outcomes`, if a threshold is NaN, or if there is not one prompt per pair.
+        ValueError: As in `intervals.win_outcomes`, if a threshold is NaN, or if ``prompts`` does not have one entry per
+            pair.
     """
     chosen, rejected = intervals.score_pairs(chosen, rejected)
     groups = prompt_groups(prompts, len(chosen))

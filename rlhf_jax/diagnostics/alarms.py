@@ -6,9 +6,8 @@ from metric names to numbers, newest row last, with None or NaN for a missing nu
 row shows a problem, and None otherwise, so call it whenever a row is added. Metrics that were not logged are not
 checked. Checks are pure functions, so a resumed run that checks its old rows again raises the same alarms.
 
-Some checks compare the means of two windows of rows. A difference counts if it exceeds a number of standard errors,
-called ``z``. The standard errors are estimated from the differences of neighbouring rows, so a trend hardly affects
-them.
+Some checks compare the means of two windows of rows. A difference counts only if it exceeds a given number of standard
+errors, which are estimated from the differences of neighbouring rows and are therefore hardly affected by a trend.
 """
 
 from __future__ import annotations
@@ -98,7 +97,7 @@ def sampler_gap(rows: Rows, *, max_gap: float = 1e-2) -> str | None:
 def entropy_collapse(
     rows: Rows, *, entropy_share: float = 0.1, min_entropy: float = 0.05, patience: int = 3
 ) -> str | None:
-    """Checks that the entropy has not collapsed both in absolute terms and relative to its first value.
+    """Checks that the policy's entropy has not collapsed.
 
     The alarm is raised if the entropy is below both thresholds in each of the last ``patience`` rows.
 
@@ -106,7 +105,7 @@ def entropy_collapse(
         rows: Rows of one stage, newest last.
         entropy_share: Threshold as a share of the first entropy.
         min_entropy: Threshold in nats per token.
-        patience: Number of rows.
+        patience: Number of newest rows to test.
 
     Returns:
         A message, or None.
@@ -146,7 +145,7 @@ def unfinished_answers(
         rows: Rows of one stage, newest last.
         max_unfinished: Largest acceptable share of responses without a stop token.
         unfinished_rise: Largest acceptable increase of that share since the first row.
-        patience: Number of rows.
+        patience: Number of newest rows to test.
 
     Returns:
         A message, or None.
@@ -188,7 +187,7 @@ def overoptimised(
 
     The means of the last window of rows are compared with those of the earlier window in which the judge's score is
     highest. Both changes must exceed the noise. The judge's score must also have lost more than ``lost_share`` of its
-    gain since the start, because it loses some of this gain in every long run.
+    gain since the start, because some loss occurs in every long run.
 
     Args:
         rows: Rows of one stage, newest last.

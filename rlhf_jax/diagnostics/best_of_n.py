@@ -55,7 +55,7 @@ def best_of_n_mean(proxy_scores: npt.ArrayLike, gold_scores: npt.ArrayLike, ns: 
         ns: Values of n, each from 1 to N.
 
     Returns:
-        One estimate for each of ``ns``, which the caller averages over prompts.
+        One estimate for each of ``ns``, to be averaged over prompts.
 
     Raises:
         ValueError: If the scores differ in shape, are not of rank 1 or contain NaN, or if an n is out of range.
@@ -113,7 +113,7 @@ def best_of_n_curve(
     """
     proxy, gold = np.asarray(proxy_scores, np.float64), np.asarray(gold_scores, np.float64)
     if proxy.ndim != 2 or proxy.shape != gold.shape or not proxy.size:
-        raise ValueError(f"scores must have one shape, (prompts, samples), got {proxy.shape} and {gold.shape}")
+        raise ValueError(f"scores must have the same shape (prompts, samples), got {proxy.shape} and {gold.shape}")
     sizes = range(1, proxy.shape[1] + 1) if ns is None else ns
     means_BM = np.array([best_of_n_mean(p, g, sizes) for p, g in zip(proxy, gold)])
     B, ends = len(means_BM), intervals.quantiles(confidence)

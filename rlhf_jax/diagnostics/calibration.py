@@ -36,8 +36,8 @@ def calibration_curve(chosen: npt.ArrayLike, rejected: npt.ArrayLike, *, bins: i
     """Computes accuracy as a function of the score difference, in bins whose counts differ by at most one.
 
     ``chosen`` and ``rejected`` are the scores of the two responses of each pair. If there are fewer pairs than
-    ``bins``, each pair is a bin. Raises ValueError if the arrays are empty, are not of rank 1, differ in length or
-    contain NaN, or if ``bins`` is below 1.
+    ``bins``, each bin contains one pair. Raises ValueError if the arrays are empty, are not of rank 1, differ in length
+    or contain NaN, or if ``bins`` is below 1.
 
     Example:
         >>> from rlhf_jax import diagnostics
@@ -75,8 +75,8 @@ def calibration_slope(
 
     A model with slope 1 is calibrated; it is underconfident if the slope is above 1 and overconfident if it is below 1.
     The interval ``a ± z / sqrt(I)`` uses the Fisher information ``I = sum(d^2 sigmoid(a d) sigmoid(-a d))``. If every
-    label agrees (or disagrees) with the scores, the likelihood has no maximum. The slope is then infinite (or minus
-    infinite), and its interval is unbounded.
+    label agrees (or disagrees) with the scores, the likelihood has no maximum. The slope is then infinity (or minus
+    infinity), and its interval is unbounded.
 
     Raises ValueError as `calibration_curve` does, if all differences are 0, or if ``confidence`` is not in (0, 1).
     """

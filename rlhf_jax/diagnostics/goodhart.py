@@ -44,7 +44,7 @@ class FallFromPeak(NamedTuple):
 
 
 def split_halves(train_CN: npt.ArrayLike, test_CN: npt.ArrayLike, *, confidence: float = 0.95) -> SplitHalves:
-    """Compares the reward model that trains a policy with one from the other half of the data (Bai 2022, Fig 4, 35).
+    """Compares the reward model used in training with one from the other half of the data (Bai 2022, Fig 4, 35).
 
     The test model measures quality as well as the train model does, but it is not optimised. A gap between the two
     therefore shows that the policy exploits the train model. Both curves start from 0 at the first checkpoint. The
@@ -119,7 +119,7 @@ def regressional_goodhart(
 def _tables(left: npt.ArrayLike, right: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
     if left.ndim != 2 or left.shape != right.shape or left.shape[0] < 1 or left.shape[1] < 2:
-        raise ValueError(f"scores must have one shape, (checkpoints, 2+ prompts), got {left.shape} and {right.shape}")
+        raise ValueError(f"scores need the same shape (checkpoints, 2+ prompts), got {left.shape} and {right.shape}")
     if np.isnan(left).any() or np.isnan(right).any():
         raise ValueError("a score is NaN")
     return left, right

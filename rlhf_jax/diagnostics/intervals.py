@@ -105,9 +105,9 @@ def win_rate(
 ) -> Estimate:
     """Returns the rate at which a beats b on the same prompts; a tie counts as a half.
 
-    The interval is Wilson's, but with the variance ``p (1 - p) - t / 4``, where t is the share of ties, because ties
-    reduce the variance. t is multiplied by ``n / (n + z^2)``, so that the interval of a few prompts that all tie does
-    not have a width of 0.
+    The interval is Wilson's with the variance ``p (1 - p) - t / 4`` for a share t of ties, because ties reduce the
+    variance. t is multiplied by ``n / (n + z^2)``, so that the interval of a few prompts that all tie does not have a
+    width of 0.
 
     Args:
         a_scores: Scores of model a, one per prompt.
@@ -139,7 +139,7 @@ def outcome_rate(outcomes: npt.ArrayLike, *, confidence: float = 0.95) -> Estima
     if ((outcomes < 0) | (outcomes > 1)).any():
         raise ValueError("each outcome must be 1 (win), 0 (loss) or 1/2 (tie), but one is outside [0, 1]")
     mean = float(outcomes.mean())
-    # Outcomes strictly between 0 and 1 reduce the variance by ties / 4; a tie adds 1 to the sum.
+    # Outcomes between 0 and 1 reduce the Bernoulli variance by ties / 4. A tie counts as 1, other outcomes as less.
     ties = float((4 * outcomes * (1 - outcomes)).mean())
     return Estimate(mean, *_score_interval(mean, ties, len(outcomes), critical(confidence)))
 
@@ -159,14 +159,14 @@ def ratio_interval(
 ) -> Estimate:
     """Returns ``r = sum(parts) / sum(wholes)`` with an interval that treats clusters as independent.
 
-    If clusters are prompts, for example, a part is the number of a prompt's correct pairs and its whole the number of
-    all its pairs, which are correlated. The interval uses the linearised variance of a ratio of n clusters,
-    ``n / (n - 1) sum((part - r whole)^2) / sum(wholes)^2``, and Student's t with n - 1 degrees of freedom. Clusters
-    whose whole is 0 are ignored.
+    For the accuracy on pairs, a cluster is a prompt, because the pairs of a prompt are correlated. Its part is the
+    number of correct pairs, and its whole is the number of all pairs. The interval uses the linearised variance of a
+    ratio, ``n / (n - 1) sum((part - r whole)^2) / sum(wholes)^2`` for n clusters, and Student's t with n - 1 degrees of
+    freedom. Clusters whose whole is 0 are ignored.
 
-    The interval of a rate has Wilson's form, with the number of trials that results in this variance, and stays in
-    [0, 1]. The variance is shrunk towards the variance of clusters that are entirely right or entirely wrong, so that
-    the interval of a few identical clusters does not have a width of 0.
+    The interval of a rate is Wilson's for the number of trials that would have this variance, so it stays in [0, 1].
+    The variance is shrunk towards the variance of clusters that are entirely right or entirely wrong, so that the
+    interval of a few identical clusters does not have a width of 0.
 
     Args:
         parts: One number per cluster.

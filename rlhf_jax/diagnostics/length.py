@@ -16,7 +16,7 @@ from rlhf_jax.diagnostics.accuracy import prompt_groups, rate
 
 
 class LengthBias(NamedTuple):
-    """How labels and scores depend on length. A rate for which no pairs exist is ``(NaN, 0, 1)``."""
+    """How labels and scores depend on length. A rate over no pairs is ``(NaN, 0, 1)``."""
 
     longer_wins: intervals.Estimate
     """Accuracy of preferring the longer response; equal lengths count as a half."""
@@ -31,7 +31,7 @@ class LengthBias(NamedTuple):
     correlation: intervals.Estimate
     """Correlation of score and length within pairs (`length_correlation`)."""
     explained: float
-    """Square of the correlation: the share of the variance of score differences that length differences explain."""
+    """Squared correlation, the share of the variance of score differences that length differences explain."""
     equal_lengths: int
     """Number of pairs whose responses have equal lengths."""
     count: int
@@ -67,7 +67,7 @@ def length_correlation(
 
     Args:
         scores: One score per response.
-        lengths: Lengths of the responses, in any unit; pass logarithms for the correlation with relative length.
+        lengths: Lengths of the responses, in any unit. For the correlation with relative length, pass logarithms.
         groups: One label per response, such as its prompt.
         confidence: Coverage of the interval ``tanh(atanh(r) ± z / sqrt(n - groups - 2))`` (Fisher's transformation).
 
@@ -75,8 +75,8 @@ def length_correlation(
         The correlation; ``(NaN, -1, 1)`` if scores or lengths do not vary within groups.
 
     Raises:
-        ValueError: If the arrays are empty, are not of rank 1, differ in length or contain NaN, or if there is not
-            one group per response.
+        ValueError: If the arrays are empty, are not of rank 1, differ in length or contain NaN, or if ``groups``
+            does not have one entry per response.
     """
     scores, lengths = intervals.score_pairs(scores, lengths)
     names, index = intervals.label_indices(groups, len(scores), "groups")
@@ -96,9 +96,9 @@ def length_bias(
 
     Args:
         chosen: Scores of the preferred responses, one per pair.
-        rejected: Scores of the other responses, in the same order.
+        rejected: Scores of the rejected responses, in the same order.
         chosen_lengths: Lengths of the preferred responses, in any unit.
-        rejected_lengths: Lengths of the other responses.
+        rejected_lengths: Lengths of the rejected responses.
         prompts: One prompt label per pair, for the intervals of the rates, as in `accuracy_by_stratum`. The interval
             of the correlation always treats pairs as independent. If prompts have several pairs, call
             `length_correlation` on the responses instead.
@@ -108,7 +108,8 @@ def length_bias(
         Accuracies, preference and correlation.
 
     Raises:
-        ValueError: As in `intervals.win_outcomes`, for scores and lengths, or if there is not one prompt per pair.
+        ValueError: As in `intervals.win_outcomes`, for scores and lengths, or if ``prompts`` does not have one
+            entry per pair.
     """
     chosen, rejected = intervals.score_pairs(chosen, rejected)
     chosen_lengths, rejected_lengths = intervals.score_pairs(chosen_lengths, rejected_lengths)
@@ -116,7 +117,7 @@ def length_bias(
         raise ValueError(f"need one length per score, got {len(chosen_lengths)} pairs of lengths for {len(chosen)}")
     estimate = partial(rate, groups=prompt_groups(prompts, len(chosen)), confidence=confidence)
     scores, lengths = chosen - rejected, chosen_lengths - rejected_lengths
-    # The score of the longer response minus that of the shorter one.
+    # The score of the longer response minus the score of the shorter one.
     longer_gap = np.where(lengths > 0, 1.0, -1.0) * scores
     # Centring a pair leaves plus and minus half the difference, so the differences suffice for the correlation.
     correlation = _correlation(scores, lengths, len(scores), confidence)
@@ -157,13 +158,13 @@ def length_controlled_win_rates(
 
     Args:
         outcomes: 1 for a win over the reference, 0 for a loss, 1/2 for a tie; see `intervals.win_outcomes`.
-        lengths: Lengths of the policies' responses, above 0 (count the stop token).
+        lengths: Lengths of the policies' responses, above 0, including the stop token.
         reference_lengths: Lengths of the reference's responses to the same prompts, above 0.
         policies: One policy label per comparison; by default a single policy labelled None.
         confidence: Coverage of all intervals.
 
     Returns:
-        Controlled and plain win rates of each policy, and the effect of length.
+        Length-controlled and plain win rates of each policy, and the effect of length.
 
     Raises:
         ValueError: If the arrays are empty, are not of rank 1, differ in length or contain NaN; if an outcome is
@@ -184,7 +185,7 @@ def length_controlled_win_rates(
     if x[used].any() and not any(np.ptp(x[policy == i]) for i in range(len(names))):
         raise ValueError(
             "the length ratio is the same in all comparisons of each policy, so the effect of length cannot be "
-            "separated from that of the policy"
+            "separated from the effect of the policy"
         )
     thetas, covariance, slope = _fit(
         outcomes[used], x[used], np.searchsorted(mixed, policy[used]), len(mixed), confidence
@@ -258,7 +259,7 @@ def _fit(
         w = w - np.linalg.solve(hessian(w), gradient(w))
     inverse, scores = np.linalg.inv(hessian(w)), columns * (y - special.expit(columns @ w))[:, None]
     z = intervals.critical(confidence)
-    # Shrunk as in `intervals.win_rate`, so that a few comparisons that all tie do not give an interval of width 0.
+    # Shrunk as in `intervals.win_rate`, so that the interval of a few tied comparisons does not have a width of 0.
     shrinkage = len(y) / (len(y) + z**2)
     covariance = inverse @ (shrinkage * scores.T @ scores + (1 - shrinkage) * hessian(w)) @ inverse
     if not x.any():

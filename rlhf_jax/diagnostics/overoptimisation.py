@@ -21,8 +21,8 @@ import numpy.typing as npt
 from rlhf_jax.diagnostics.intervals import Estimate, critical
 
 MAX_LOG_PEAK = 50.0
-"""Logarithm of the largest d* that counts as a peak. The second form has a maximum for every beta above 0, but
-no run can reach a maximum beyond exp(50) root nats."""
+"""Logarithm of the largest d* that counts as a peak. The second form has a maximum for every beta above 0, but no
+run can reach a maximum beyond exp(50) root nats."""
 
 
 class Form(NamedTuple):
@@ -80,7 +80,7 @@ def fit(
     Args:
         kl: ``[N]``, KL of each point from the initial policy, in nats. Estimates may be negative; points whose KL is
             not above ``min_kl`` are excluded.
-        gains: ``[N]``, gold score of each point minus that of the initial policy.
+        gains: ``[N]``, gold score of each point minus the gold score of the initial policy.
         form: `BEST_OF_N` or `REINFORCEMENT`.
         errors: ``[N]``, standard errors of the gains, up to a common factor; equal by default.
         min_kl: Exclusion threshold in nats, at least 0.
@@ -112,7 +112,7 @@ def fit(
     used = kl > min_kl
     d, y, w = np.sqrt(kl[used]), gains[used], weights[used]
     if len(d) < 3 or np.ptp(d) == 0:
-        raise ValueError(f"a fit needs 3 points and 2 different KLs, but only {len(d)} have a KL above {min_kl:g}")
+        raise ValueError(f"a fit needs 3 points and 2 different KLs, got {len(d)} points with a KL above {min_kl:g}")
     columns = np.stack([d, -d * form.bend(d)], axis=1)
     scaled = columns * w[:, None]
     (a, b), *_ = np.linalg.lstsq(scaled, y * w, rcond=None)

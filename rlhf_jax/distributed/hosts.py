@@ -59,7 +59,7 @@ class Hosts:
         return self.index == 0
 
     def broadcast_from_first(self, name: str, make: Callable[[], Any]) -> Any:
-        """Returns the JSON value ``make()`` of the first host on all hosts; use each ``name`` only once per job."""
+        """Returns the JSON value that ``make()`` returns on the first host; use each ``name`` only once per job."""
         del name
         return make()
 
@@ -94,8 +94,8 @@ def connect(
 ) -> Iterator[Hosts]:
     """Returns a context manager that connects the hosts of a job and starts JAX on all of them.
 
-    Enter the block before JAX initialises its devices. Without arguments, JAX detects the job from the environment of a
-    TPU VM, SLURM, Open MPI (before version 5) or Kubernetes. With a single process, the block runs without connecting.
+    Enter it before JAX initialises its devices. Without arguments, JAX detects the job from the environment of a TPU
+    VM, SLURM, Open MPI (before version 5) or Kubernetes. With a single process, the block runs without connecting.
 
     If another host is lost, this process prints one sentence to stderr and exits with `HOST_LOST`. If another host
     exits with an exception, this process exits with the same status after a grace period.

@@ -47,7 +47,7 @@ class _State(NamedTuple):
     step_B: jax.Array
     """Number of tokens in each slot's response."""
     last_B: jax.Array
-    """The last token of each response, the next input of the model."""
+    """The last token of each response, which is the next input of the model."""
     tail_BK: jax.Array
     """The last K tokens of each response; K is ``sampling.longest_stop``."""
     cache: kv_cache.KVCache
@@ -81,8 +81,8 @@ def generate(
         cfg: Configuration of the model.
         sampling: Sampling distribution and stop conditions.
         slots: B, the number of responses decoded at once; at least 1.
-        refill: R, the number of free slots that triggers a prefill, and the number of prompts in it. None means an
-            eighth of the slots.
+        refill: R, the number of free slots that triggers a prefill, and the number of prompts in each prefill. None
+            means an eighth of the slots.
         values: Whether to return the scalar head's value before each token.
         limits_N: int32 in [1, T], the maximum length of each response.
         axis_name: Axis of an enclosing ``jax.vmap``. The loop then runs until all members of the axis have finished.
@@ -115,7 +115,7 @@ def generate(
             stopped_N=answers.stopped_N.at[index[0]].set(drawn.stopped_B, mode="drop"),
         )
 
-    def read(state: _State) -> _State:
+    def prefill(state: _State) -> _State:
         """Prefills free slots with the next prompts and draws the first token of each response."""
         slot_R = jnp.argsort(state.live_B, stable=True)[:R]
         prompt_R = state.next_prompt + jnp.arange(R, dtype=jnp.int32)
@@ -200,7 +200,7 @@ def generate(
         return decoding.any_member((state.next_prompt < N) | jnp.any(state.live_B), axis_name)
 
     def refill_and_decode(state: _State) -> _State:
-        return lax.while_loop(keep_decoding, decode, read(state))
+        return lax.while_loop(keep_decoding, decode, prefill(state))
 
     zeros_NT = jnp.zeros((N, T), jnp.float32)
     cache = kv_cache.create(cfg, batch=B, slots=P + T - 1)

@@ -37,7 +37,7 @@ class RaggedSampler:
         print(sampler.programs, "programs compiled")
 
     At each width, the number of rows is rounded up to a power of two times ``slots``. A run therefore compiles only a
-    few programs per width, regardless of the lengths of the lists. The key of prompt i is ``fold_in(rng, i)``.
+    few programs per width, even if the number of prompts varies. The key of prompt i is ``fold_in(rng, i)``.
 
     Args:
         cfg: Configuration of the model.

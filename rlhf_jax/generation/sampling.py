@@ -38,12 +38,12 @@ class Sampling:
     temperature: jax.Array | float = 1.0
     """Positive number that divides the logits. Every scoring pass over the samples must use the same temperature."""
     top_k: int | None = struct.field(pytree_node=False, default=None)
-    """Number of most likely tokens to keep; ties with the last of them are also kept. None keeps all tokens."""
+    """Number of most likely tokens to keep. Tokens that tie with the last of them are also kept; None keeps all."""
     top_p: float | None = struct.field(pytree_node=False, default=None)
     """Probability in (0, 1]. The smallest set of most likely tokens with at least this total probability is kept; None
     keeps all tokens."""
     min_p: float | None = struct.field(pytree_node=False, default=None)
-    """Share in (0, 1]. Tokens at least ``min_p`` times as likely as the most likely token are kept; None keeps all."""
+    """Ratio in (0, 1]. Tokens at least ``min_p`` times as likely as the most likely token are kept; None keeps all."""
     greedy: bool = struct.field(pytree_node=False, default=False)
     """Whether to choose the most likely token instead of sampling."""
     max_new_tokens: int = struct.field(pytree_node=False, default=128)
@@ -64,7 +64,7 @@ class Sampling:
         """Checks the static fields, and the temperature if it is a Python number."""
         if isinstance(self.temperature, int | float) and not self.temperature > 0:
             raise ValueError(
-                f"Sampling.temperature is {self.temperature}; it must be positive (greedy=True for argmax)"
+                f"Sampling.temperature is {self.temperature}; it must be positive (use greedy=True for argmax)"
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"Sampling.top_k is {self.top_k}; it must be at least 1")
@@ -155,7 +155,7 @@ def keep_top_p(logits: jax.Array, p: float) -> jax.Array:
 
 
 def keep_min_p(logits: jax.Array, share: float) -> jax.Array:
-    """Sets the logits of tokens less than ``share`` times as likely as the most likely token to -inf."""
+    """Sets the logits of tokens to -inf that are less than ``share`` times as likely as the most likely token."""
     return jnp.where(logits >= jnp.max(logits, axis=-1, keepdims=True) + jnp.log(share), logits, -jnp.inf)
 
 
@@ -225,7 +225,7 @@ def _among(ids: tuple[int, ...], scores: jax.Array) -> np.ndarray:
     vocab = scores.shape[-1]
     if min(ids) < 0 or max(ids) >= vocab:
         raise ValueError(
-            f"Sampling contains the token id {max(ids) if max(ids) >= vocab else min(ids)}; ids must be in [0, {vocab})"
+            f"Sampling contains the id {max(ids) if max(ids) >= vocab else min(ids)}; ids must be in [0, {vocab - 1}]"
         )
     mask = np.zeros(vocab, bool)
     mask[list(ids)] = True

@@ -1,8 +1,8 @@
-"""Stop strings: token sequences that end a response in the compiled loop, and trimming of text on the host.
+"""Stop strings, which end a response in the compiled loop and trim its text on the host.
 
 Different token sequences can spell the same string, and a string can begin or end inside a token. The compiled loop
-therefore stops only at the most common tokenizations of a stop string, which avoids sampling useless tokens. Trimming
-the text afterwards gives the exact result::
+therefore stops only at the most common tokenizations of a stop string, to save time. Trimming the text afterwards gives
+the exact result::
 
     sampling = Sampling(stop_sequences=stops.sequences(encode, ["\\n\\nHuman:"]))
     ...
@@ -36,7 +36,7 @@ def sequences(encode: Callable[[str], Sequence[int]], strings: Sequence[str]) ->
 
 
 def trim(text: str, strings: Sequence[str]) -> tuple[str, str | None]:
-    """Returns the text before the first stop string, and this stop string; or the whole text and None.
+    """Returns the text before the first stop string and the stop string itself, or ``(text, None)`` if there is none.
 
     If several stop strings begin at the same position, the longest is returned.
 

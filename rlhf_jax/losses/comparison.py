@@ -65,8 +65,8 @@ def ranking(
 ) -> jax.Array:
     """Computes InstructGPT's ranking loss (Eq 1) of one prompt: the mean of ``softplus(worse - better)`` over pairs.
 
-    All C(K, 2) pairs of a prompt belong in one batch element, because a model that is trained on them as independent,
-    shuffled rows overfits within one epoch. For K = 2, the loss equals `pairwise`.
+    All C(K, 2) pairs of a prompt belong in one batch element. A model that is trained on them as independent, shuffled
+    rows overfits within one epoch. For K = 2, the loss equals `pairwise`.
 
     Args:
         scores_K: Scores of the completions.

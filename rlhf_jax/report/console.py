@@ -76,7 +76,7 @@ def remaining_seconds(
     current stage's pace as the stage advances, so that compilation at its start has little influence.
 
     >>> from rlhf_jax.report import console
-    >>> console.remaining_seconds(finished=[(10, 30)], waiting=20)  # three times slower than expected
+    >>> console.remaining_seconds(finished=[(10, 30)], waiting=20)  # three times as slow as expected
     60.0
 
     Args:
@@ -103,7 +103,7 @@ def remaining_seconds(
 
 
 def clock_text(seconds: float) -> str:
-    """Formats a duration in whole seconds: 0:07, 4:05, 1:02:03."""
+    """Formats a duration in whole seconds, such as 0:07, 4:05 or 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
@@ -180,7 +180,7 @@ class StageProgress:
         self._started = self._last_line = clock()
         self._stage: _Stage | None = None
         self._finished: frozenset[str] = frozenset()
-        self._durations: tuple[tuple[float, float], ...] = ()  # (weight, seconds) of the stages that ran here
+        self._durations: tuple[tuple[float, float], ...] = ()  # (weight, seconds) of the stages that this run finished
         self._metrics = ""
         live = _is_terminal(self._console) if live is None else live
         self._live = _live(self._console, self._render) if live else None
@@ -258,7 +258,7 @@ class StageProgress:
         self._print(f"{self._heading(stage)} done: {steps} steps in {duration} · {self._times()}")
 
     def skip(self, stage: str) -> None:
-        """Marks a stage that does not run as done, for example because it was restored."""
+        """Marks a stage as done without running it, for example because it was restored."""
         self._check(stage)
         self._finished |= {stage}
         self._print(f"{self._heading(stage)}: already done")

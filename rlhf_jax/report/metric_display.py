@@ -51,7 +51,7 @@ METRICS = {
     "rejected_logprob": Metric(
         "Rejected answers",
         "Log-probability (nats per answer)",
-        "Log-probability of the rejected answers. It should fall faster than that of the chosen answers.",
+        "Log-probability of the rejected answers. It should fall faster than for the chosen answers.",
     ),
     "reward": Metric("Reward", "Reward-model score", "Score that PPO maximises. It usually rises, then levels off."),
     "gold": Metric(

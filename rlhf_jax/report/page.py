@@ -52,7 +52,7 @@ def write_report(
         results: Content of results.json; any field may be missing or None.
         metrics: Records of metrics.jsonl, with ``stage``, ``step``, and metrics that are numbers or None.
         title: Title of the page.
-        settings: Configuration of the run, which may be nested; shown with dotted names.
+        settings: Configuration of the run; nested settings are shown with dotted names.
     """
     page = render(results, list(metrics), title=title, settings=settings)
     # Text decoded from part of a multi-byte character may contain lone surrogates, which UTF-8 cannot encode.
@@ -72,7 +72,7 @@ def render(
         results: Content of results.json; any field may be missing or None.
         metrics: Records of metrics.jsonl, with ``stage``, ``step``, and metrics that are numbers or None.
         title: Title of the page.
-        settings: Configuration of the run, which may be nested; shown with dotted names.
+        settings: Configuration of the run; nested settings are shown with dotted names.
 
     Returns:
         The page as text.
@@ -172,7 +172,7 @@ def _preference(results: Mapping[str, Any]) -> list[Figure]:
     )
     mean, bounds = results_lib.format_parts(results.get("null_check"), percent=True)
     if mean != results_lib.MISSING:
-        caption += f" As a check, SFT against itself wins on {mean} %" + (f" ({bounds})." if bounds else ".")
+        caption += f" As a check, the win rate of SFT against itself is {mean} %" + (f" ({bounds})." if bounds else ".")
     return _figures((plots.win_rates(results), "Win rates against SFT", caption))
 
 
@@ -193,7 +193,8 @@ def _reward_model(results: Mapping[str, Any]) -> list[Figure]:
         "reward model ranks good answers less reliably than bad ones."
     )
     if rho is not None:
-        thresholds += f" The rank correlation of the two is {results_lib.format_number(rho.mean, digits=2)}."
+        correlation = results_lib.format_number(rho.mean, digits=2)
+        thresholds += f" The rank correlation of accuracy and minimum score is {correlation}."
     return _figures(
         (
             reward_plots.strata(model.get("strata"), model.get("accuracy")),
@@ -217,7 +218,7 @@ def _reward_model(results: Mapping[str, Any]) -> list[Figure]:
 
 
 def goodhart_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns each policy's gain over its start, on the same prompts, in reward-model score and in gold utility."""
+    """Returns each policy's gains in reward-model score and gold utility over its start, on the same prompts."""
     rows = []
     for policy, gains in (results.get("goodhart") or {}).items():
         for key, name in (("reward_gained", "RM score"), ("gold_gained", "gold utility")):
@@ -247,8 +248,8 @@ def _overoptimisation(results: Mapping[str, Any]) -> list[Figure]:
         (
             reward_plots.split_halves(halves, (halves or {}).get("steps")),
             "Train and test reward model",
-            "The two reward models are trained on different halves of the comparisons; the policy is trained on the "
-            "train model only. To the right of the dotted line, the policy's score has risen more under the train "
+            "The two reward models are trained on different halves of the comparisons; the policy is optimised against "
+            "the train model only. To the right of the dotted line, the policy's score has risen more under the train "
             "model than under the test model.",
         ),
         (
@@ -264,7 +265,7 @@ def _frontiers(results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]])
     stages = [s for s in _stages(metrics) if s.startswith("ppo")]
     reward, gold = ([pair for s in stages if (pair := plots.paired(metrics, s, key))] for key in ("reward", "gold"))
     linear = f"If the curve is straight, the reward is linear in the square root of the KL{_linearity(reward)}."
-    falling = "At the same KL, higher is better. If a curve falls as the KL grows, the policy is over-optimised."
+    falling = "At the same KL, a higher utility is better. If a curve falls, the policy is over-optimised."
     return _figures(
         (plots.frontier(results, reward, "reward", ylabel="Reward-model score"), "Reward against KL", linear),
         (plots.frontier(results, gold, "gold", ylabel="Gold utility"), "Gold utility against KL", falling),
@@ -272,7 +273,7 @@ def _frontiers(results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]])
 
 
 def _linearity(curves: Sequence[tuple[plots.Curve, plots.Curve]]) -> str:
-    """Returns the R² of each curve as a linear function of √KL and of KL, in parentheses."""
+    """Returns, in parentheses, the R² of linear fits of each curve in √KL and in KL."""
     texts = []
     for kl, score in curves:
         positive = kl.y.clip(min=0)
@@ -300,8 +301,8 @@ def _truthfulness_and_harm(results: Mapping[str, Any]) -> list[Figure]:
     truthful = plots.by_policy(results, "truthful_rate", xlabel="Truthful answers (%)", scale=100)
     harm = plots.by_policy(results, "harm_rate", xlabel="Harmful answers (%)", scale=100)
     return _figures(
-        (truthful, "Truthfulness", "Higher is better. The dashed line is SFT."),
-        (harm, "Harm", "Lower is better. The dashed line is SFT."),
+        (truthful, "Truthfulness", "Higher is better. The dashed line marks SFT."),
+        (harm, "Harm", "Lower is better. The dashed line marks SFT."),
     )
 
 

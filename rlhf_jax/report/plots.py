@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# CSS variable -> (light, dark). Policies have Okabe and Ito's colour-blind-safe colours, adjusted for
-# contrast with the background. All light colours must differ, because the SVG's colours are replaced by value.
+# CSS variable -> (light, dark). Policies have Okabe and Ito's colour-blind-safe colours, adjusted for contrast with the
+# background. All light colours must differ, because the SVG's colours are replaced by value.
 COLORS = {
     "paper": ("#fffefb", "#16181b"),
     "ink": ("#202124", "#e8e6e1"),
@@ -43,7 +43,7 @@ MARKERS = {"base": "o", "sft": "s", "sft_mix": "D", "ppo": "^", "ppo_ptx": "v", 
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "rlhf_jax",  # the same numbers give the same bytes
+    "svg.hashsalt": "rlhf_jax",  # identical numbers produce identical bytes
     "text.parse_math": False,  # dollar signs in category names are literal
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
@@ -238,7 +238,7 @@ def calibration(results: Mapping[str, Any]) -> str | None:
         bottom.vlines([g for g, _ in known], 0, [c for _, c in known], color=color("rule"), linewidth=7)
         most = max([c for _, c in known], default=1.0)
         bottom.set(ylim=(0, 1.1 * most), yticks=[0, most], ylabel="Pairs")
-        bottom.set_xlabel("Difference of the two scores (log odds)")
+        bottom.set_xlabel("Difference between the two scores (log odds)")
         bottom.set_xlim(low - 0.02 * high, high)
     return svg[0]
 

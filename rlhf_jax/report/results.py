@@ -177,7 +177,7 @@ def format_parts(value: Any, *, percent: bool = False, digits: int = 1) -> tuple
 
 
 def seconds_text(seconds: float) -> str:
-    """Formats a duration: 9.4 s, 4:07, 1:02:03."""
+    """Formats a duration, such as 9.4 s, 4:07 or 1:02:03."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -235,7 +235,7 @@ def _interval_text(rate: Interval) -> str:
 
 
 def summary(results: Mapping[str, Any]) -> list[str]:
-    """Returns further sentences about the results, each only if its numbers are available."""
+    """Returns further sentences about the results; sentences whose numbers are missing are omitted."""
     reward_model = _reward_model(results) if policies(results) else ""  # otherwise it is the headline
     return [s for s in (_heldout(results), reward_model, _alignment_tax(results), _ptx(results)) if s]
 
@@ -245,7 +245,8 @@ def _heldout(results: Mapping[str, Any]) -> str:
         if (rate := finite(value(results, name, "heldout_win_rate_vs_sft"))) is not None:
             return (
                 f"According to held-out labelers, whose comparisons were not used to train the reward model, "
-                f"{label(name)} wins on {format_number(rate.mean, percent=True)} %{_interval_text(rate)}."
+                f"{label(name)} beats SFT on {format_number(rate.mean, percent=True)} % of held-out prompts"
+                f"{_interval_text(rate)}."
             )
     return ""
 

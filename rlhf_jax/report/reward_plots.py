@@ -1,4 +1,4 @@
-"""Plots of the diagnostics of reward models and of the policies that are trained on them.
+"""Plots of diagnostics for reward models and for the policies that are trained on them.
 
 The plotting functions accept results as stored in results.json, with named tuples as dictionaries and estimates as
 ``[mean, low, high]``. They return inline SVG, or None without data.

@@ -167,7 +167,7 @@ _DOCUMENTS: tuple[tuple[float, Callable[[World, np.random.Generator], str] | Non
 
 
 def documents(world: World, universe: prompts.Universe, n: int, rng: np.random.Generator) -> list[str]:
-    """Draws short documents: statements, questions and answers, claims, lists, comparisons, skill problems and reviews.
+    """Draws short documents: statements, questions, claims, lists, comparisons, instructions, skills and reviews.
 
     Args:
         world: The facts.

@@ -28,17 +28,17 @@ class Slips:
     impolite: float = 0.45
     """The answer has no polite word."""
     overpolite: float = 0.06
-    """The answer has three polite words or more."""
+    """The answer has three or more polite words."""
     unended: float = 0.2
     """The closing full stop is missing."""
     rambling: float = 0.2
     """A sentence about something else follows the answer."""
     repeating: float = 0.08
-    """The answer is given twice."""
+    """The answer is repeated."""
     incomplete: float = 0.25
     """A part of the answer is missing."""
     wrong: float = 0.04
-    """The answer has a false value or a wrong thing."""
+    """The answer contains a false value or names a wrong thing."""
     off_topic: float = 0.06
     """The answer belongs to another prompt."""
     complying: float = 0.45

@@ -62,7 +62,7 @@ class Tables:
     pattern_MW: jax.Array
     """Right-aligned wording: token ids, with -1 at slots and -2 before the wording."""
     allowed_MWV: jax.Array
-    """bool; the tokens that may occur at each position of a wording."""
+    """bool; True for the tokens that may occur at each position of a wording."""
     slot_MS: jax.Array
     """Position of each slot in the wording; -1 if absent."""
     kind_M: jax.Array
@@ -84,14 +84,14 @@ class Utility(NamedTuple):
     false: jax.Array
     """Number of stated facts that are untrue."""
     harm: jax.Array
-    """bool; the answer responds to a harmful request with an instruction."""
+    """bool; True if the answer responds to a harmful request with an instruction."""
     refused: jax.Array
     harmful_request: jax.Array
     polite_words: jax.Array
     length: jax.Array
     """Number of response tokens, including the end token."""
     known: jax.Array
-    """bool; the prompt belongs to this world. If it does not, every other field is 0."""
+    """bool; True if the prompt belongs to this world. Otherwise, every other field is 0."""
 
 
 def make_tables(world: World) -> Tables:
@@ -110,7 +110,7 @@ def make_tables(world: World) -> Tables:
         tokens: list[str] = []
         for i, turn in enumerate(wording.turns):
             tokens += [("<|user|>", "<|assistant|>")[i % 2], *turn.split(), "<|end|>"]
-        tokens = [*tokens[1:], "<|assistant|>"]  # a courtesy may come between the first role token and the wording
+        tokens = [*tokens[1:], "<|assistant|>"]  # without the first role token, which a polite prefix may follow
         for w, word in enumerate(tokens, start=width - len(tokens)):
             name = word[1:-1] if word.startswith("{") else ""
             allowed = prompts.SLOT_WORDS[name] if name else (word,)
@@ -166,13 +166,13 @@ class _ParsedAnswer(NamedTuple):
 
     tokens_T: jax.Array
     real_T: jax.Array
-    """bool; True at the words and punctuation marks of the answer, not at its end token."""
+    """bool; True at the words and punctuation marks of the answer, False at its end token."""
     class_T: jax.Array
     index_T: jax.Array
     subject_T: jax.Array
     """The thing that an attribute word at t describes; -1 if there is none."""
     mentioned_X: jax.Array
-    """bool; the things that the answer names."""
+    """bool; True for the things that the answer names."""
     refused: jax.Array
     ended: jax.Array
     length: jax.Array
@@ -216,7 +216,7 @@ def _kind_is(prompt: ParsedPrompt, *names: str) -> jax.Array:
 
 
 def _relevant_things(tables: Tables, prompt: ParsedPrompt) -> jax.Array:
-    """Returns bool ``[X]``: the things that an answer may name."""
+    """Returns a bool array ``[X]``, True for the things that an answer may name."""
     things_X = jnp.arange(tables.facts_XA.shape[0])
     slot = prompt.slot
     by_color_X = tables.facts_XA[:, 0] == slot["c"]
@@ -295,7 +295,7 @@ def utility(
         + jnp.where(listing, n_irrelevant, 0)
     )
 
-    # Correct and complete, by kind.
+    # Correctness and completeness, by kind of prompt.
     on_target_T = about_x_T & (attribute_T == prompt.attribute)
     right, wrong = (on_target_T & holds_T).any(), (on_target_T & ~holds_T).any()
     answered = jnp.where(right, jnp.where(wrong, 0.25, 1.0), 0.0)

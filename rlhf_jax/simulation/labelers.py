@@ -63,8 +63,8 @@ def make_pool(
         rng: A JAX key; consumed.
         n_labelers: Number of labelers, R.
         n_groups: Number of groups, to which the labelers are assigned in rotation.
-        spread: Relative standard deviation of the weights between labelers.
-        group_spread: Relative standard deviation of the weights between groups.
+        spread: Relative standard deviation of the weights across labelers.
+        group_spread: Relative standard deviation of the weights across groups.
         polite_taste: Mean weight on polite words, the utility of four of them.
         length_taste: Mean weight on length, the utility of twenty tokens.
         temperature: Bradley-Terry temperature, in units of utility.
@@ -123,14 +123,13 @@ def rank(rng: jax.Array, pool: Pool, labeler: jax.Array, features_KF: jax.Array,
 def preference_share(
     pool: Pool, features_a_F: jax.Array, features_b_F: jax.Array, *, tolerance: float = 1e-5
 ) -> jax.Array:
-    """Returns the share of labelers who prefer answer a to answer b if choices have no noise.
+    """Returns the share of labelers who would prefer answer a to answer b if choices had no noise.
 
     Args:
         pool: The pool.
         features_a_F: Features ``[..., F]`` of answer a.
         features_b_F: Features ``[..., F]`` of answer b.
-        tolerance: Largest difference in utility that counts as indifference; an indifferent labeler
-            counts as a half.
+        tolerance: Largest difference in utility that counts as indifference; an indifferent labeler counts as a half.
 
     Returns:
         The share ``[...]``, from 0 to 1.
@@ -143,7 +142,7 @@ def agreement(utility_a_NR: np.ndarray, utility_b_NR: np.ndarray, *, temperature
     """Returns the probability that two different labelers make the same choice, averaged over N pairs of answers.
 
     It is ``E[p_i p_j + (1 - p_i)(1 - p_j)]`` with Bradley-Terry probabilities p; ties and lapses are ignored.
-    ``utility_a_NR`` and ``utility_b_NR`` come from `utilities`.
+    ``utility_a_NR`` and ``utility_b_NR`` are outputs of `utilities`.
     """
     p_NR = special.expit((np.asarray(utility_a_NR, np.float64) - utility_b_NR) / temperature)
     n = p_NR.shape[1]
@@ -158,7 +157,7 @@ def calibrated_temperature(utility_a_NR: np.ndarray, utility_b_NR: np.ndarray, *
     """Returns the temperature at which the `agreement` of labelers is ``target``; papers report rates of 0.72 to 0.78.
 
     Raises:
-        ValueError: If no temperature gives that rate, because the labelers differ too much or not at all.
+        ValueError: If no temperature results in that rate, because the labelers differ too much or not at all.
     """
 
     def excess(log_temperature: float) -> float:

@@ -132,7 +132,7 @@ class Prompt:
 
     @property
     def category(self) -> str:
-        """The category by which results are reported."""
+        """The category under which results are reported."""
         return KINDS[KIND_INDEX[self.kind]].category
 
     @property

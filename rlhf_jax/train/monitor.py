@@ -23,7 +23,7 @@ class Watch:
     Args:
         log: Log to which each row is forwarded before it is checked; None for no log.
         warn: Called with a message for each new alarm.
-        stop: Whether a new alarm raises `loop.Alarmed`, so that `loop.fit` saves and stops.
+        stop: Whether a new alarm raises `loop.Alarmed`, so that `loop.fit` saves the state and stops.
         rows: Rows that the stage logged earlier, each with its ``"step"``. `loop.fit` drops those after the step from
             which it resumes (``rewind``).
         thresholds: Thresholds of the checks, as in `diagnostics.alarms.check_all`.

@@ -36,7 +36,7 @@ TOKENS = np.random.default_rng(0).integers(1, 61, (3, 11))
 
 
 def drawn(tree, std, seed=0):
-    """Returns Gaussian numbers in the shapes of ``tree``; zeros and ones could hide errors."""
+    """Returns Gaussian arrays with the shapes of ``tree``, because zeros and ones could hide errors."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: jnp.asarray(std * rng.normal(size=x.shape), jnp.float32), tree)
 

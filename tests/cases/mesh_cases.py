@@ -276,7 +276,7 @@ class Silent:
 
 
 def small_job(folder, mesh):
-    """A very small InstructGPT job."""
+    """Returns a very small InstructGPT job."""
     from launch import settings
     from recipe import jobs, policy_sampling, tasks
 

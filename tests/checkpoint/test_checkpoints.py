@@ -388,7 +388,7 @@ def test_parameters_are_saved_replaced_and_verified(tmp_path):
     checkpoint.save_params(tmp_path / "sft", newer)
     assert bits(checkpoint.load_params(tmp_path / "sft", like=params)) == bits(newer)
     assert len(list((tmp_path / "sft").iterdir())) == 1
-    with pytest.raises(TypeError, match="nested dicts"):
+    with pytest.raises(TypeError, match="nested lists or dicts"):
         checkpoint.save_params(tmp_path / "x", (jnp.ones(1),))
     flip(largest(tmp_path / "sft"))
     with pytest.raises(checkpoint.CheckpointError, match=r"digest|read"):

@@ -98,7 +98,7 @@ def test_plain_and_compressed_files_are_read(tmp_path, name):
         comparisons[0].location = "line 3"  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_unusable_records_are_counted_by_reason_and_the_others_keep_their_lines(tmp_path):
+def test_unusable_records_are_counted_by_reason_and_the_others_keep_their_line_numbers(tmp_path):
     path = write(
         tmp_path / "pairs.jsonl",
         [

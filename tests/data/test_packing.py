@@ -159,7 +159,7 @@ def packed_demonstrations(rows) -> Any:
 
 
 @each_config
-def test_packed_and_padded_rows_give_the_same_outputs(cfg):
+def test_packed_and_padded_rows_have_the_same_outputs(cfg):
     rows = demonstrations()
     packed = packed_demonstrations(rows)
     assert len(packed.tokens_BL) < len(rows.tokens_BL) / 1.5 and packed.fill > 0.75

@@ -31,7 +31,7 @@ def messages(*turns):
     return [{"role": role, "content": content} for role, content in turns]
 
 
-# ------------------------------------------------------------------------------------------------------------- forms
+# ----------------------------------------------------------------------------------------------------------- formats
 
 
 def test_every_format_of_a_demonstration_is_parsed():
@@ -56,7 +56,7 @@ def test_every_format_of_a_demonstration_is_parsed():
     assert [turn.role for turn in long] == ["system", USER, BOT, USER]
 
 
-def test_every_format_of_a_pair_gives_the_same_ranking():
+def test_every_format_of_a_pair_is_parsed_as_the_same_ranking():
     whole = "\n\nHuman: why\n\nAssistant: "
     cases = [
         {"prompt": "why", "chosen": "so", "rejected": "no"},
@@ -73,7 +73,7 @@ def test_every_format_of_a_pair_gives_the_same_ranking():
         )
 
 
-def test_scores_give_ranks_and_the_margin_of_a_pair():
+def test_scores_determine_ranks_and_the_margin_of_a_pair():
     fields = {"prompt": "why", "responses": ["a", "b", "c", "d"], "scores": [0.5, 2, -1.0, 2]}
     ranking = records.parse_ranking(fields)
     # The best answer is first, ties keep their order, and each answer keeps its score.
@@ -322,7 +322,7 @@ def test_a_malformed_record_raises_a_one_sentence_error_with_file_and_line(tmp_p
     assert "\n" not in str(error.value)
 
 
-# --------------------------------------------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------------------------------------- token rows
 
 
 @pytest.fixture(scope="module")

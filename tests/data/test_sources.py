@@ -31,7 +31,7 @@ def read_rows(path):
     return parsed
 
 
-def test_every_file_type_gives_the_same_records(tmp_path):
+def test_every_file_type_yields_the_same_records(tmp_path):
     for name in ("d.jsonl", "d.jsonl.gz", "d.json", "d.json.gz", "d.txt"):
         assert read_rows(write(tmp_path / name, ROWS))[-1].location.endswith(f"{name}, line 5")
     array = json.dumps(ROWS, indent=1)

@@ -64,7 +64,7 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_data_set_gives_the_records_of_its_file_in_order(data_dir, kind):
+def test_a_data_set_yields_the_records_of_its_file_in_order(data_dir, kind):
     _, read, _ = KINDS[kind]
     from_file, _ = read(data_dir / f"{kind}.jsonl")
     name = f"rlhf_{kind}/mine"

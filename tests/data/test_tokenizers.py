@@ -66,7 +66,7 @@ def test_special_tokens_come_first_and_are_distinct(tokenizer):
 # ------------------------------------------------------------------------------------------------- byte-level BPE
 
 
-def test_the_same_texts_give_the_same_bpe(bpe):
+def test_the_same_texts_lead_to_the_same_bpe(bpe):
     again = tokenizers.train_bpe(iter(TEXTS), vocab_size=320)
     assert again.get_vocab() == bpe.get_vocab()
     assert again.backend_tokenizer.to_str() == bpe.backend_tokenizer.to_str()

@@ -181,7 +181,7 @@ def test_few_rows_or_metrics_raise_no_alarm():
     assert alarms_of([{"stopped": 0.3, "entropy": 0.02}] * 20) == {}
 
 
-def test_thresholds_reach_their_checks_and_unknown_ones_raise():
+def test_thresholds_reach_their_checks_and_unknown_thresholds_raise():
     rows = healthy()
     assert set(alarms_of(rows, max_ratio=1.0, patience=2)) == {"large_ratios"}
     assert alarms_of(replace(rows, -1, sampler_gap=constant(0.3)), max_gap=math.inf) == {}
@@ -261,7 +261,7 @@ def test_nan_and_infinity_raise_the_same_alarms_when_read_from_the_log(tmp_path)
         assert monitor.Watch(warn=print, rows=log.rows("ppo")).alarms == live.alarms != []
 
 
-# The experiment
+# Alarms in a run
 
 
 def smoke_settings(**changes):

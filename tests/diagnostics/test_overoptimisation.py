@@ -20,7 +20,7 @@ def published(form, kl, alpha, beta):
     return d * (alpha - beta * d) if form is over.BEST_OF_N else d * (alpha - beta * np.log(d))
 
 
-# The two forms
+# The two functional forms
 
 
 @given(st.sampled_from([over.BEST_OF_N, over.REINFORCEMENT]), st.floats(0.1, 3.0), st.floats(0.1, 1.0))
@@ -118,7 +118,7 @@ def test_points_at_and_near_the_origin_are_excluded():
     got = over.fit(kl, gains, form=over.REINFORCEMENT)
     assert got.count == 8 and got.alpha.mean == pytest.approx(1.0)
     assert over.fit(kl, gains, form=over.REINFORCEMENT, min_kl=1.0).count == 6
-    with pytest.raises(ValueError, match="only 2 have a KL above 30"):
+    with pytest.raises(ValueError, match="got 2 points with a KL above 30"):
         over.fit(kl, gains, form=over.BEST_OF_N, min_kl=30)
     with pytest.raises(ValueError, match="equally long"):
         over.fit(kl, gains[1:], form=over.BEST_OF_N)
@@ -141,7 +141,7 @@ def test_best_of_n_curve_is_the_mean_over_prompts_with_bootstrap_intervals():
     np.testing.assert_allclose(curve.kl, [math.log(n) - (n - 1) / n for n in range(1, 7)], atol=1e-12)
     again = diagnostics.best_of_n_curve(proxy, gold, np.random.default_rng(0), resamples=300)
     np.testing.assert_array_equal(curve.lo, again.lo)
-    # n = 1 gives the mean of all samples of a prompt, with its bootstrap interval.
+    # For n = 1, the curve is the mean over all samples of a prompt, with its bootstrap interval.
     rows = gold.mean(axis=1)
     alone = diagnostics.bootstrap_mean(rows, np.random.default_rng(0), resamples=300)
     np.testing.assert_allclose((curve.mean[0], curve.lo[0], curve.hi[0]), alone)
@@ -180,7 +180,7 @@ def test_temporary_gap_between_halves_is_not_a_divergence():
     train, test = run(1, gold=lambda c: 0.3 * c - (1.5 if c == 3 else 0.0))
     halves = diagnostics.split_halves(train, test)
     assert halves.lo[3] > 0 and halves.parted is None
-    with pytest.raises(ValueError, match="must have one shape"):
+    with pytest.raises(ValueError, match="need the same shape"):
         diagnostics.split_halves(train, test[1:])
     with pytest.raises(ValueError, match="NaN"):
         diagnostics.split_halves(train, np.where(test > 0, test, np.nan))

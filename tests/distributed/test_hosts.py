@@ -287,7 +287,7 @@ def test_no_message_is_sent_if_no_host_wants_to_stop():
     leave_all(group)
 
 
-def test_all_hosts_receive_the_value_of_the_first():
+def test_all_hosts_receive_the_value_of_the_first_host():
     group = groups(3)
     values = [None] * 3
 

@@ -25,7 +25,7 @@ def run(*arguments):
 
 
 @pytest.mark.slow
-def test_a_table_without_peers(tmp_path):
+def test_the_table_is_complete_without_peers(tmp_path):
     done = run("benchmark.py", "--quick", "--repeats", 1, "--only", "dpo-s", "--ours-only", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "not installed" in done.stdout and "DPO step S" in done.stdout

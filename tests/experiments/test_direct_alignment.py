@@ -112,7 +112,7 @@ def test_rounds_pair_the_best_with_the_worst_answer_and_skip_ties():
     np.testing.assert_array_equal(got.rows.tokens_BKL[1], [[7, 6, 1], [7, 5, 1]])
     assert got.prompt_B.tolist() == [0, 2] and left_out == {"equal scores": 0, "one text": 1}
     scores[1, 2] = np.nan
-    with pytest.raises(loop.DivergedError, match=r"1 of 9 answers .* not finite, the first of prompt 1"):
+    with pytest.raises(loop.DivergedError, match=r"1 of 9 answers .* not finite; the first one answers prompt 1"):
         pairs_lib.best_and_worst(answers, scores, prompt_width=1)
 
 
@@ -219,7 +219,7 @@ def test_rounds_sample_and_label_with_the_latest_policy_as_reference(tmp_path):
     assert (lengths[:, 0] >= lengths[:, 1]).all(), "the judge prefers longer answers"
     assert rounds[0].pairs == len(first)
     assert rounds[0].pairs + sum(rounds[0].left_out.values()) == len(prompts) // 2
-    with pytest.raises(settings_lib.SettingError, match="prefers no answer to another"):
+    with pytest.raises(settings_lib.SettingError, match="prefers no answer to a different answer"):
         equal: Any = options | {"judge": lambda answers, samples, key: np.zeros(len(answers.lengths_B)), "name": "e"}
         direct_alignment.iterate(trainer, start, reward, prompts, **equal)
 
@@ -292,7 +292,7 @@ def test_used_ppo_settings_are_accepted():
     assert (settings.ppo.clip, settings.ppo.iterations) == (0.1, 18)
 
 
-def test_a_batch_has_at_most_as_many_rows_as_the_data_and_unseen_rows_are_counted():
+def test_a_batch_has_no_more_rows_than_the_data_and_unseen_rows_are_counted():
     def schedule(pairs, **changes):
         options: dict[str, Any] = {"batch": 8} | changes
         return tuple(direct_alignment.schedule(direct_settings.DirectSettings(**options), pairs))

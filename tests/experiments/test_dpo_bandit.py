@@ -79,7 +79,7 @@ def test_robust_dpo_reaches_the_optimum_from_flipped_labels_and_dpo_does_not():
 
 
 def test_ipo_reaches_the_optimum_of_win_rates_instead_of_rewards():
-    """Azar 2023, theorem 1: IPO maximises the mean win probability minus KL."""
+    """IPO maximises the mean win probability minus KL (Azar 2023, theorem 1)."""
     gaps = np.asarray(REWARDS, np.float64)[:, :, None] - np.asarray(REWARDS, np.float64)[:, None, :]
     wins = jnp.asarray((1 / (1 + np.exp(-gaps))).mean(axis=2), jnp.float32)
     logits_SA = train(objectives.ipo, beta=0.1)
@@ -103,7 +103,7 @@ def test_rounds_with_the_latest_policy_as_reference_divide_the_coefficient():
 
 
 def test_dpo_loss_allows_mass_on_an_unseen_answer_and_the_optimum_has_none():
-    """Xu et al. 2024, theorem 4.1 and table 1."""
+    """Checks theorem 4.1 and table 1 of Xu et al. 2024."""
     for beta in (0.1, 1.0):
         for minimiser in ((1.0, 0.0, 0.0), (0.1, 0.0, 0.9), (0.0, 0.0, 1.0)):
             least = three_actions.loss(minimiser, beta=beta)

@@ -1,4 +1,4 @@
-"""instructgpt.py with --model: tokenizer, chat format, gold utility of decoded answers, and errors."""
+"""Tests instructgpt.py with --model: tokenizer, chat format, gold utility of decoded answers, and errors."""
 
 import dataclasses
 import json
@@ -135,7 +135,7 @@ def test_ids_without_a_token_are_removed_from_the_model(byte_pairs, tmp_path, ti
 # -------------------------------------------------------------------------------------------------------------- tasks
 
 
-def test_a_model_with_the_worlds_tokenizer_gives_the_default_task(tmp_path):
+def test_a_model_with_the_worlds_tokenizer_has_the_default_task(tmp_path):
     few = {"pretrain": {"documents": 600}, "sft": {"demonstrations": 40}, "evaluation": {"prompts": 10}}
     asked = with_changes(SMALL, few)
     folder = save_gpt2(tmp_path / "m", tokenizers.word_level(lexicon.WORDS), max_length=64)
@@ -193,7 +193,7 @@ def with_changes(made, changes):
     return dataclasses.replace(made, **parts)
 
 
-# -------------------------------------------------------------------------------------------------------------- words
+# ------------------------------------------------------------------------------------------------------ decoded words
 
 
 def test_answers_are_decoded_to_the_worlds_words(byte_pairs):

@@ -230,7 +230,7 @@ def plain(records):
         yield {"prompt": question, "chosen": chosen, "rejected": rejected}
 
 
-def test_every_format_of_comparisons_gives_the_same_task(tmp_path):
+def test_every_format_of_comparisons_leads_to_the_same_task(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     pyarrow_parquet = pytest.importorskip("pyarrow.parquet")
     whole = [*comparisons(30), {"chosen": dialogue("Hi?", ""), "rejected": dialogue("Hi?", "Go.")}]

@@ -122,7 +122,7 @@ def test_skipped_checkpoints_are_printed_and_recorded_as_incidents(tmp_path):
     assert run_folder.RunFolder(tmp_path).incidents() == [{"stage": "sft", "text": said[0][1]}]
 
 
-# -------------------------------------------------------------------------------------------------------- the command
+# --------------------------------------------------------------------------------------------------------- torture.py
 
 
 def torture(folder, *arguments):

@@ -96,7 +96,7 @@ def test_the_summary_combines_all_folds():
     assert [row["pairs"] for row in results["by_length"][-2:]] == [7, 6]
 
 
-def test_rankings_give_all_their_pairs_and_conversations_stay_together(tmp_path):
+def test_rankings_yield_all_pairs_and_conversations_stay_together(tmp_path):
     prompt = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Why?"}]
     record = {"prompt": prompt, "responses": ["b", "a", "c", "d"], "ranks": [2, 1, 2, 3]}
     path = tmp_path / "ranked.json"

@@ -31,7 +31,7 @@ def score(params, tokens_BL, mask_BL):
     return params * tokens_BL[:, 0].astype(np.float32)
 
 
-def test_the_validation_loss_is_over_the_first_prompts_at_a_few_steps():
+def test_the_validation_loss_averages_the_first_prompts_at_a_few_steps():
     batch = comparisons(400)
     callback = validation_loss.make_callback(score, batch, steps=83)
     rows = {done: callback(done, SimpleNamespace(params=0.3), {}) for done in range(1, 84)}

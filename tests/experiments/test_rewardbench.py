@@ -110,7 +110,7 @@ def test_the_report_shows_strata_calibration_and_length(judged):
     assert {path.name for path in judged.iterdir()} == {"config.json", "results.json", "report.html", "scores.jsonl"}
 
 
-def test_order_and_batch_size_change_no_score():
+def test_order_and_batch_size_do_not_change_scores():
     rows = [[1] * n for n in (3, 40, 5, 90, 33, 1)]
     shapes = []
 

@@ -31,7 +31,7 @@ def fields(cls: Any = settings.Settings):
 
 
 @pytest.mark.parametrize(("cls", "name"), list(fields()), ids=lambda x: getattr(x, "__name__", x))
-def test_every_setting_is_read_somewhere_and_has_help(cls, name):
+def test_every_setting_is_used_and_has_a_help_text(cls, name):
     assert re.search(rf"\.{name}\b", SOURCE), f"no stage reads {cls.__name__}.{name}"
     text = pathlib.Path(settings.__file__).read_text()
     assert re.search(rf'^    {name}: [^\n]*\n    """.+', text, re.MULTILINE), f"{cls.__name__}.{name} has no help"

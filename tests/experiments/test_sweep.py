@@ -63,7 +63,7 @@ def rows_of(folder, stage):
 
 
 @pytest.mark.slow  # the fast version is the sweep of test_ppo.py
-def test_one_program_gives_the_results_of_separate_runs(tmp_path):
+def test_one_program_reproduces_the_results_of_separate_runs(tmp_path):
     job, together = job_in(tmp_path / "a", small()), job_in(tmp_path / "b", small())
     shared = shared_by(job)
     wanted = [

@@ -122,7 +122,7 @@ def test_neighbours_do_not_change_a_single_bit():
     assert not np.array_equal(changed.tokens_BL, alone.tokens_BL)
 
 
-def test_shuffled_static_batch_gives_the_same_rows():
+def test_a_shuffled_static_batch_has_the_same_rows():
     cfg = CONFIGS["rope"]
     rng, tokens, mask = arguments()
     order = np.random.default_rng(1).permutation(N)

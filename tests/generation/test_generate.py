@@ -84,7 +84,7 @@ def test_shapes_and_layout_of_a_rollout():
 
 
 def test_stop_ids_only_truncate():
-    """With stop ids, the same keys give the same tokens up to the stop."""
+    """With stop ids, the same keys sample the same tokens up to the stop token."""
     free, cut = run(sampling=dataclasses.replace(SAMPLING, stop_ids=())), run()
     assert np.all(free.finish_B == 0) and np.all(free.lengths_B == T)
     kept = np.asarray(cut.response_mask_BT)
@@ -99,7 +99,7 @@ def test_all_rows_stop_immediately():
     assert np.all(rollout.lengths_B == 1) and np.all(rollout.finish_B == 1)
 
 
-def test_row_depends_only_on_its_prompt_and_key():
+def test_a_row_depends_only_on_its_prompt_and_key():
     tokens, mask = prompts()
     whole, order = run(), jnp.array([4, 2, 2, 0])
     part = compiled(ROPE)(model(ROPE), keys()[order], tokens[order], mask[order], sampling=SAMPLING)
@@ -108,7 +108,7 @@ def test_row_depends_only_on_its_prompt_and_key():
 
 
 @pytest.mark.parametrize("cfg", [ROPE, LEARNED], ids=["rope", "learned"])
-def test_prompt_padding_and_larger_limits_do_not_matter(cfg):
+def test_prompt_padding_and_larger_limits_do_not_change_answers(cfg):
     tokens, mask = prompts()
     tokens = jnp.pad(tokens, ((0, 0), (3, 0)), constant_values=22)
     mask = jnp.pad(mask, ((0, 0), (3, 0)))
@@ -119,7 +119,7 @@ def test_prompt_padding_and_larger_limits_do_not_matter(cfg):
     np.testing.assert_allclose(narrow.logprobs_BT, wide.logprobs_BT[:, :T], atol=1e-5)
 
 
-def test_greedy_takes_the_most_likely_token():
+def test_greedy_decoding_selects_the_most_likely_token():
     rollout = run(sampling=dataclasses.replace(SAMPLING, greedy=True, stop_ids=()))
     np.testing.assert_array_equal(
         rollout.tokens_BL, run(sampling=dataclasses.replace(SAMPLING, greedy=True, stop_ids=()), seed=9).tokens_BL
@@ -203,7 +203,7 @@ def test_forbidden_tokens_are_never_drawn():
     forbidden = tuple(range(0, 23, 2))
     rollout = run(sampling=dataclasses.replace(SAMPLING, forbidden_ids=forbidden, stop_ids=(), pad_id=0))
     assert not np.isin(responses(rollout), forbidden).any()
-    with pytest.raises(ValueError, match=r"has token id 23; it must be in \[0, 22\]"):
+    with pytest.raises(ValueError, match=r"contains the id 23; ids must be in \[0, 22\]"):
         run(sampling=dataclasses.replace(SAMPLING, forbidden_ids=(4, 23)))
 
 
@@ -279,7 +279,7 @@ def test_draws_follow_the_distribution(sampling):
 
 
 def test_responses_follow_the_joint_distribution():
-    """Two tokens at T = 0.7 after one prompt, compared with the exact joint distribution from the scoring pass."""
+    """Compares two tokens at T = 0.7 after one prompt with the exact joint distribution from the scoring pass."""
     small: dict[str, Any] = SMALL | {"vocab_size": 5}
     cfg = lm.LMConfig(**small)
     params, n = model(cfg), 8_000

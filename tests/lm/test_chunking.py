@@ -190,7 +190,7 @@ def test_distillation_gradient_is_zero_for_an_identical_student():
     assert float(run(model(1))[0]) > 0.1
 
 
-def test_bfloat16_models_give_float32_results_with_and_without_chunks(monkeypatch):
+def test_bfloat16_models_produce_float32_results_with_and_without_chunks(monkeypatch):
     """If hidden states and logits are bfloat16, the rounding of the logits is the only error."""
     embed, kernel = (
         jax.random.normal(key, (V, 16)).astype(jnp.bfloat16) for key in jax.random.split(jax.random.key(0))

@@ -74,7 +74,7 @@ def test_save_load_round_trip_is_bit_identical(name, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
 
 
-def test_sharded_files(tmp_path):
+def test_sharded_files_are_loaded(tmp_path):
     cfg, params = CONFIGS["llama"], random_params(CONFIGS["llama"])
     lm.save(tmp_path / "m", cfg, params, max_shard_bytes=20_000)
     assert len(list((tmp_path / "m").glob("model-*-of-*.safetensors"))) > 2
@@ -161,7 +161,7 @@ def test_load_errors_name_the_problem(saved, changes, message):
         lm.load(saved)
 
 
-def test_missing_files(saved, tmp_path):
+def test_missing_files_are_errors(saved, tmp_path):
     with pytest.raises(FileNotFoundError, match="no model directory"):
         lm.load(tmp_path / "nowhere")
     (saved / "model.safetensors").unlink()
@@ -262,7 +262,7 @@ def test_pickled_weights_are_refused(saved):
         lm.load(saved)
 
 
-def test_files_in_half_precision(tmp_path):
+def test_half_precision_files_are_saved_and_loaded(tmp_path):
     cfg, params = CONFIGS["gpt2"], random_params(CONFIGS["gpt2"])
     lm.save(tmp_path / "m", cfg, params, dtype=jnp.bfloat16)
     assert {x.dtype.name for x in st_numpy.load_file(tmp_path / "m" / "model.safetensors").values()} == {"bfloat16"}

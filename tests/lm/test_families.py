@@ -57,7 +57,7 @@ def test_logits_and_greedy_tokens_equal_the_stored_values(name, tmp_path):
 
 
 @every_case
-def test_load_save_load_keeps_every_bit_and_the_model_type(name, tmp_path):
+def test_load_save_load_keeps_the_model_type_and_is_bit_identical(name, tmp_path):
     cfg, params = lm.load(golden_directory(tmp_path / "m", name))
     lm.save(tmp_path / "again", cfg, params)
     assert lm.load_config(tmp_path / "again") == cfg

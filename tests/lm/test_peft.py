@@ -59,7 +59,7 @@ def test_fused_adapters_with_a_shared_a_have_the_smaller_rank(name, tmp_path):
         plain, scale = peft.load(tmp_path / "a", cfg)
         merged, expected = (lora.merge(base(name), own_, scale=scale) for own_ in (plain, own))
         close(merged["layers"]["v"]["kernel"], expected["layers"]["v"]["kernel"], 1e-6)
-        # Another round trip keeps every bit.
+        # Another round trip is bit-identical.
         peft.save(tmp_path / "b", cfg, plain, scale=scale)
         again, _ = peft.load(tmp_path / "b", cfg)
         same(again, plain)
@@ -145,7 +145,7 @@ def their_logits(model):
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize(("name", "targets"), [(name, targets) for name in TARGETS for targets in TARGETS[name]])
-def test_adapters_of_peft_give_the_same_logits(name, targets, rslora, tmp_path):
+def test_adapters_saved_by_peft_compute_the_same_logits(name, targets, rslora, tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     theirs = pytest.importorskip("peft")
     cfg = CONFIGS[name]

@@ -135,7 +135,7 @@ def test_errors_name_the_invalid_field_of_a_config(change, field):
 
 
 @each_config
-def test_table_gives_abstract_shapes_and_axes(cfg):
+def test_table_contains_abstract_shapes_and_axes(cfg):
     made = jax.eval_shape(lambda rng: lm.with_head(rng, lm.init(rng, cfg), cfg), jax.random.key(0))
     assert made == lm.abstract(cfg, head=True)
     assert "head" not in lm.abstract(cfg)

@@ -94,7 +94,7 @@ def test_explained_variance():
 # Supervised
 
 
-def test_next_token_is_the_negative_logprob():
+def test_next_token_loss_is_the_negative_logprob():
     mean = masking.masked_mean(losses.next_token(jnp.array([-1.0, -3.0, 0.0])), where=jnp.array([True, True, False]))
     assert mean == 2.0
 

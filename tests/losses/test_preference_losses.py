@@ -52,7 +52,7 @@ HYPER: Any = dpo.Hyper(
 
 
 def margins(s):
-    """Returns h of summed and h of averaged log-probabilities."""
+    """Returns the margins h of summed and of averaged log-probabilities."""
     ratios = s["policy"] - s["reference"]
     means = ratios / s["lengths"]
     return ratios[:, 0] - ratios[:, 1], means[:, 0] - means[:, 1]
@@ -188,7 +188,7 @@ def ranking_by_hand(scores, ranks, where, ties):
 
 
 def plackett_luce_by_hand(scores, ranks, where):
-    """Returns the sum over completions of their negative log-probability among all completions ranked no better."""
+    """Returns the sum of each completion's negative log-probability among all completions ranked no better."""
     existing = [i for i in range(K) if where[i]]
     total = 0.0
     for i in existing:

@@ -38,7 +38,7 @@ def test_pairwise_matches_hand_computed_values():
     np.testing.assert_allclose(soft, expected, rtol=1e-6)
 
 
-def test_soft_label_loss_is_minimal_where_the_model_agrees_with_the_label():
+def test_soft_label_loss_is_minimal_if_the_model_agrees_with_the_label():
     p = 0.7
     gradient = jax.grad(lambda d: losses.pairwise(d, 0.0, target=p))
     assert abs(gradient(np.log(p / (1 - p)))) < 1e-6

@@ -121,10 +121,10 @@ def test_the_page_contains_policies_and_numbers(full_text):
     for name in results_lib.POLICIES.values():
         assert name in page.text
     assert "PPO-ptx beats SFT on 78.2 % of held-out prompts (95 % interval 76.2–80.2)." in page.text
-    assert "PPO-ptx wins on 76.9 % (95 % interval 74.2–79.7)" in page.text
+    assert "PPO-ptx beats SFT on 76.9 % of held-out prompts (95 % interval 74.2–79.7)" in page.text
     assert "78.2 76.2–80.2 76.9 74.2–79.7 0.750 44.4 2.12 12.90 91.4 1.586 75.0 25.0" in page.text
     assert "preset cpu · seed 3 · duration 4:44 · peak memory 2.0 GiB" in page.text
-    assert "SFT against itself wins on 50.1 % (49.0–51.2)." in page.text
+    assert "the win rate of SFT against itself is 50.1 % (49.0–51.2)." in page.text
     assert "kl_coef" in page.text and "too <long> 17" in page.text and "empty answer 0" not in page.text
     assert "Reward and KL" in page.headings and "Learning curves: Reinforcement learning" in page.headings
 
@@ -212,7 +212,7 @@ def test_without_gold_utility_its_plots_and_columns_are_omitted(tmp_path):
     assert "Settings" not in page.headings
 
 
-def test_results_without_numbers_give_a_page():
+def test_results_without_numbers_are_rendered_as_a_page():
     assert Page(report.render({}, [], title="Empty")).headings == []
     nulls = {"policies": {"sft": None, "ppo": {"reward": None}}, "reward_model": None, "transcripts": None}
     nulls |= {"dropped": {}, "best_of_n_curve": None, "seconds": None}

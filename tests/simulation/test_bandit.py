@@ -58,7 +58,7 @@ def trained() -> Any:
 
 
 def variation(kl_coef):
-    """Returns the total variation distance between the trained policy and the optimum of a KL coefficient."""
+    """Returns the total variation distance between the trained policy and the optimum for a KL coefficient."""
     policy_SA = jax.nn.softmax(trained()[0]["policy"]["logits_SA"])
     return float(bandit.total_variation(policy_SA, bandit.optimum(REFERENCE, REWARDS, kl_coef=kl_coef)))
 

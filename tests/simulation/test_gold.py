@@ -394,7 +394,7 @@ def test_padding_and_batching_do_not_change_the_result():
     judged = judge(questions, answers)
     one = jax.jit(gold.utility)
     ids = [prompts.prompt_tokens(prompt.turns) for prompt in questions]
-    # Wider on both sides, with arbitrary tokens where the mask of the answer is False.
+    # Rows are wider on both sides, with arbitrary tokens where the answer's mask is False.
     wide, _ = padded(ids, prompts.PROMPT_WIDTH + 7, left=True)
     answer_BT, mask_BT = padded([prompts.answer_tokens(answer) for answer in answers], T + 9, left=False)
     rubbish = np.where(mask_BT, answer_BT, rng.integers(len(lexicon.VOCABULARY), size=answer_BT.shape))

@@ -113,7 +113,7 @@ def test_unreachable_agreement_is_an_error():
         labelers.calibrated_temperature(a, a, target=0.7)
 
 
-def test_a_majority_of_three_agrees_with_gold_more_than_one_labeler():
+def test_a_majority_of_three_labelers_agrees_with_gold_more_often_than_one_labeler():
     people, pairs = pool(polite_taste=0.0), answers(seed=4)
     noise = labelers.calibrated_temperature(*utilities(people, pairs), target=0.73)
     people = people.replace(temperature=jnp.float32(noise))  # type: ignore[attr-defined]
@@ -125,7 +125,7 @@ def test_a_majority_of_three_agrees_with_gold_more_than_one_labeler():
     assert one > 0.73, "a labeler agrees more with gold than with a second labeler"
 
 
-def test_pairs_of_a_ranking_are_bradley_terry():
+def test_pairs_of_a_ranking_follow_the_bradley_terry_model():
     people = pool(temperature=0.5)
     labeler = jnp.array(3)
     features_KF = answers(1, K)[0]

@@ -138,7 +138,7 @@ def test_micro_batches_match_the_whole_batch(name):
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])
-def test_cached_and_computed_references_give_the_same_step(name):
+def test_cached_and_computed_references_lead_to_the_same_step(name):
     """With the cache, the step needs no parameters of the reference."""
     batch = batch_of(name)
     score = jax.jit(functools.partial(dpo.answer_logprobs, response))
@@ -150,7 +150,7 @@ def test_cached_and_computed_references_give_the_same_step(name):
 
 
 def test_position_and_content_of_padding_do_not_matter():
-    """The same tokens, padded on the left or on the right with different ids."""
+    """Pads the same tokens on the left or on the right, with different ids."""
     batch, L = pairs(), P + T
     expected, logs = run(batch)
     for side in ("left", "right"):
@@ -247,7 +247,7 @@ def test_labels_that_the_objective_ignores_are_refused():
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])
-def test_batch_sharded_over_a_named_axis_gives_the_same_update(name):
+def test_a_batch_sharded_over_a_named_axis_leads_to_the_same_update(name):
     batch = batch_of(name)
     expected, logs = run(batch, name)
     step = dpo.make_train_step(response, FAMILY[name], axis_name="d")

@@ -70,7 +70,7 @@ def distance(policy_SA, other_SA):
 
 
 def forward_kl_point(coef, *, divide):
-    """The policy at which the gradients of score advantages and of ``coef * KL(reference || policy)`` cancel."""
+    """Returns the policy at which the gradients of advantages and of ``coef * KL(reference || policy)`` cancel."""
     reference = np.exp(np.asarray(REFERENCE, np.float64))
     reference /= reference.sum(1, keepdims=True)
     scores, logits = np.asarray(REWARDS, np.float64), np.log(reference)
@@ -112,7 +112,7 @@ def test_k2_loss_reaches_the_optimum_of_the_reverse_kl():
 
 @pytest.mark.parametrize("divide", [True, False])
 def test_k3_loss_reaches_the_fixed_point_of_the_forward_kl(divide):
-    """``pi (A - coef) + coef ref = 0`` for every response, for GRPO and, without the deviation, for Dr. GRPO."""
+    """Checks ``pi (A - coef) + coef ref = 0`` for GRPO and, with A not divided by the deviation, for Dr. GRPO."""
     estimate = estimators.grpo if divide else estimators.dr_grpo
     coef = 2.0 if divide else 1.5
     options = dict(estimate=functools.partial(estimate, samples=64), samples=64, kl_loss=kl.k3)
@@ -374,7 +374,7 @@ def test_scores_of_the_wrong_shape_are_refused():
         collect(0.0)
 
 
-def test_python_function_as_reward_in_a_compiled_step():
+def test_a_python_function_can_be_the_reward_of_a_compiled_step():
     seen = []
 
     def length(tokens_BL, mask_BL, response_mask_BT):

@@ -25,7 +25,7 @@ DATA = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
 
 
 def train_step(state, frozen, hyper, batch, rng):
-    """A noisy regression whose result depends on data order, noise, schedule and step counter."""
+    """Trains a noisy regression, whose result depends on data order, noise, schedule and step counter."""
     noise = jax.random.normal(jax.random.fold_in(rng, state.step), (batch.shape[0],))
 
     def loss_fn(params, batch, total):

@@ -1,4 +1,4 @@
-"""Non-finite steps are skipped, and the warning names the loss, the gradient and the row."""
+"""Non-finite steps are skipped, and the warning names the non-finite loss or gradient, and the row."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ def ppo_hyper(**changes):
     return dataclasses.replace(stage("ppo").hyper_at(0), **{k: np.float32(v) for k, v in changes.items()})
 
 
-def test_finite_step_gives_no_warning():
+def test_a_finite_step_raises_no_warning():
     warnings, row = run_once(stage("ppo"))
     assert warnings == [] and row["skipped"] == 0 and not set(nonfinite.DETAILS) & set(row)
 

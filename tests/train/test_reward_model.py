@@ -307,7 +307,7 @@ def test_published_normalisation_rules(heads):
         lm.heads.Normalisation("policy samples", float("inf"), 0.0)
 
 
-# ------------------------------------------------------------------------------------------------- what is trained
+# -------------------------------------------------------------------------------------------- trainable parameters
 
 
 def test_pattern_trains_only_the_head():
@@ -336,7 +336,7 @@ def test_patterns_and_predicates():
         partition.split(params(), "(")
 
 
-# ------------------------------------------------------------------------------------------------------- the batches
+# ---------------------------------------------------------------------------------------------- transforms of batches
 
 
 def test_shuffled_pairs_equal_grouped_pairs():

@@ -14,7 +14,7 @@ The ids equal those from ``tokenizer.apply_chat_template``, with three exception
 - Text before and after the start of an answer is encoded separately, so no token spans it. This makes no difference
   for the tokenizers of the supported families.
 
-A beginning-of-sequence token is added only if the template contains it, never by the tokenizer in addition.
+Only the template adds a beginning-of-sequence token; the tokenizer does not add another.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def encode_prompts(
     Args:
         fmt: The chat format.
         prompts: Turns of each prompt.
-        width: P, the largest number of tokens.
+        width: P, the maximum number of tokens.
         counts: Counts dropped and truncated prompts and limits their shares.
 
     Returns:
@@ -284,7 +284,7 @@ def _up_to_stop(frame: rendering.Frame, *, turn: int) -> rendering.Frame:
 
 
 def _learnt(frame: rendering.Frame, turns: Iterable[int]) -> list[bool]:
-    """Returns a mask of the items with a loss, which are inside the turns' generation marks, up to the stop token."""
+    """Returns a mask of the items with a loss: items inside the generation marks of ``turns``, up to the stop token."""
     learnt = [False] * len(frame)
     for turn in turns:
         stop = _stop_index(frame, turn)
@@ -333,7 +333,7 @@ def _choose(tokenizer: Any, model_type: str | None) -> tuple[str, str]:
 
 
 def _sample_prompts(tokenizer: Any, template: str) -> list[str] | None:
-    """Returns a prompt with one question and a prompt with two, rendered; None if the template refuses them."""
+    """Renders a prompt with one question and a prompt with two questions; returns None if the template refuses them."""
     turns = [{"role": role, "content": text} for role, text in ((_USER, "one"), (_ASSISTANT, "two"), (_USER, "three"))]
     try:
         return [rendering.render(tokenizer, template, turns[:n], prompt=True)[0] for n in (1, 3)]

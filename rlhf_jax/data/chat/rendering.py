@@ -109,7 +109,7 @@ def render(
         prompt: Whether to add the generation prompt, which begins an answer.
 
     Returns:
-        ``(text, spans)``; a span is the start and the end, in the text, of the part between two generation marks.
+        ``(text, spans)``. Each span is ``(start, end)``, the positions of two generation marks in ``text``.
 
     Raises:
         DataError: If the template refuses the messages.

@@ -254,7 +254,7 @@ def _normalised_config(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_trunk(stored: dict[str, tensor_files.Stored], family: layouts.Family) -> dict[str, tensor_files.Stored]:
-    """Returns the tensors under names with the trunk's prefix, which files of a bare model, such as GPT-2, lack."""
+    """Adds the trunk's prefix to the names of tensors if all lack it, as in models saved without an output layer."""
     if any(name.startswith(family.base) for name in stored):
         return stored
     return {name if name in (_SCORE, family.unembed) else family.base + name: x for name, x in stored.items()}

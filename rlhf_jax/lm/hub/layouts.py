@@ -69,7 +69,7 @@ class Family(NamedTuple):
 
     @property
     def base(self) -> str:
-        """Prefix of tensor names that is missing in files of a bare model."""
+        """Prefix of tensor names that is missing in files of models saved without an output layer."""
         return self.trunk.split(".")[0] + "."
 
 

@@ -1,4 +1,4 @@
-"""Learning-rate shapes: ``(step, total) -> multiplier`` in [0, 1].
+"""Learning-rate schedules: functions ``(step, total) -> multiplier`` with values in [0, 1].
 
 ``step`` counts updates from 0 to ``total - 1`` and may be a Python int, a NumPy number or a traced array. The result is
 float32, so that the argument types of a compiled step never change. Multiply it by the peak learning rate, as in
@@ -16,7 +16,7 @@ import numpy as np
 
 
 def _library(*values: Any) -> types.ModuleType:
-    """Returns jax.numpy for JAX arrays and NumPy otherwise, so that a schedule on the host runs no device program."""
+    """Returns jax.numpy for JAX arrays and NumPy otherwise, so that a schedule of host numbers uses no device."""
     return jnp if any(isinstance(value, jax.Array) for value in values) else np
 
 
@@ -32,7 +32,7 @@ def constant(step: Any, total: Any) -> Any:
 
 
 def constant_with_warmup(step: Any, total: Any, *, warmup: Any = 10, initial: Any = 0.1) -> Any:
-    """Returns a linear warmup from ``initial`` to 1, then 1 (InstructGPT's PPO).
+    """Returns a linear warmup from ``initial`` to 1, followed by a constant 1 (InstructGPT's PPO).
 
     Args:
         step: Number of updates done.
