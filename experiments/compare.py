@@ -64,7 +64,7 @@ def parse(arguments: list[str]) -> Compare:
         require(getattr(settings, name) >= least, settings, name, f"at least {least}")
     ppo = settings.ppo
     require_divides(settings, "group", ppo.batch, f"--ppo.batch {ppo.batch}")
-    prompts = f"--ppo.batch {ppo.batch} by --group {settings.group}"
+    prompts = f"--ppo.batch {ppo.batch} divided by --group {settings.group}"
     mesh_settings.check_divides(settings.mesh, prompts, ppo.batch // settings.group)
     if not settings.methods:
         raise SettingError("--methods is empty; give at least one method")
