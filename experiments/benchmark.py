@@ -103,7 +103,7 @@ def parse(arguments: list[str]) -> Settings:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command line. Returns 1 if a workload of this library failed, 2 for invalid input and 0 otherwise."""
+    """Runs the command. Returns 1 if a workload of this library failed, 2 for invalid input and 0 otherwise."""
     settings = parse(arguments)
     console = Console()
     if settings.install is not None:

@@ -64,7 +64,7 @@ def parse(arguments: list[str]) -> Compare:
         require(getattr(settings, name) >= least, settings, name, f"at least {least}")
     ppo = settings.ppo
     require_divides(settings, "group", ppo.batch, f"--ppo.batch {ppo.batch}")
-    prompts = f"--ppo.batch {ppo.batch} by --group {settings.group}"
+    prompts = f"--ppo.batch {ppo.batch} divided by --group {settings.group}"
     mesh_settings.check_divides(settings.mesh, prompts, ppo.batch // settings.group)
     if not settings.methods:
         raise SettingError("--methods is empty; give at least one method")
@@ -231,7 +231,7 @@ def gold_at(kl: np.ndarray, gold: np.ndarray, *, at: float, width: float = 0.35)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line."""
+    """Runs the command."""
     entry_point.execute(run, parse, arguments)
 
 

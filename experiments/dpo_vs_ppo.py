@@ -9,14 +9,14 @@ The study has three parts:
 
     world    Policies are trained in the built-in world from one SFT model, with DPO at several betas, iterated DPO
              labelled by a reward model, and PPO at several KL coefficients. DPO and PPO are also trained on shifted
-             pairs: comparisons of answers from the base model, which the SFT model rarely samples.
+             pairs: comparisons of base-model answers, which the SFT model rarely samples.
     bandit   The same methods are compared on a table of rewards. KL and expected reward are exact, and the optimum is
              known.
     exact    DPO and PPO are trained on the three-answer example of Xu's theorem 4.1.
 
 The settings of instructgpt.py apply here too; those that have no effect are refused. In the world, all seeds share the
 prompts, comparisons and reward models, so the intervals cover only sampling and batch order. On the bandit, each seed
-draws its own labels. The run folder contains study.json, study.html with the figures, config.json, metrics.jsonl,
+draws new labels. The run folder contains study.json, study.html with the figures, config.json, metrics.jsonl,
 checkpoints/ and reference/.
 
 The study takes 17 minutes and 2.2 GB on two CPU cores. The expected results are:
@@ -53,11 +53,11 @@ class StudySettings(direct_settings.DirectSettings, settings_lib.Settings):
     seeds: int = 3
     """Number of runs per method and coefficient in the world."""
     betas: tuple[float, ...] = (0.05, 0.15, 0.5)
-    """Betas of DPO. Only the middle one is used for shifted pairs too."""
+    """Betas of DPO. Shifted pairs use only the middle one."""
     kl_coefs: tuple[float, ...] = (0.02, 0.06, 0.2)
-    """KL coefficients of PPO. Only the middle one is used for shifted pairs too."""
+    """KL coefficients of PPO. Shifted pairs use only the middle one."""
     at: tuple[float, ...] = (0.5, 1.0, 1.5)
-    """KLs, in nats, at which the gold utilities of methods are compared, interpolated between coefficients."""
+    """KLs, in nats, at which methods are compared. Gold utilities are interpolated between coefficients."""
     rounds: int = 3
     """Number of rounds of iterated DPO. Beta is multiplied by this number, so that all rounds together move the policy
     as far as one pass of DPO. They use at most as many prompts as DPO has pairs."""
@@ -385,7 +385,7 @@ def _lines_table(lines: list[dict[str, Any]], title: str) -> Table:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line."""
+    """Runs the command."""
     entry_point.execute(run, parse, arguments)
 
 

@@ -18,8 +18,8 @@ The run folder contains results.json, report.html, config.json, metrics.jsonl, t
 and reward_model/ in Hugging Face format.
 
 With the default preset, the reward model should agree with the labelers on 67 to 70 % of held-out pairs. PPO and
-PPO-ptx should beat SFT on 73 to 79 % of held-out prompts at a KL of 2 to 3 nats, which is as good as best-of-16 or
-better. PPO has an alignment tax (it loses skills learnt in pretraining); PPO-ptx has none.
+PPO-ptx should beat SFT on 73 to 79 % of held-out prompts at a KL of 2 to 3 nats, which is close to or above best-of-16.
+PPO has an alignment tax (it loses skills learnt in pretraining); PPO-ptx has none.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def run(settings: Settings) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line."""
+    """Runs the command."""
     entry_point.execute(run, parse, arguments)
 
 

@@ -7,16 +7,16 @@
 The step is compiled with the chips' compiler, which does not require a chip. The command prints:
 
     memory        Bytes per chip by kind. Parameters, optimiser state, frozen models and KV cache are computed exactly;
-                  the rest is the compiler's report.
+                  the rest is as reported by the compiler.
     FLOPs         FLOPs of the matrix products in all iterations of loops, and 6 x parameters x tokens for comparison.
     collectives   Collectives by kind and size, with a warning for each one that the sharding should make unnecessary.
     times         The minimum time of the step at the chip's peak rates.
 
 If the step does not fit in memory, up to --tries similar settings are compiled until one fits. By default, computation
 and gradient exchange are in bfloat16, parameters and optimiser state in float32. Loops that end when all answers have
-stopped count as --response iterations.
+stopped are counted as --response iterations.
 
-TPU topologies require Linux and pip install 'rlhf_jax[tpu]'. The exit status is 0 if the step fits, 1 if it does not
+For TPU topologies, run pip install 'rlhf_jax[tpu]' on Linux. The exit status is 0 if the step fits, 1 if it does not
 and 2 for invalid input.
 
 A program takes one to five minutes and 6 GB on two CPU cores. experiments/README.md lists the expected results.
@@ -74,7 +74,7 @@ def run(plan: plan_settings.Plan, out: Console, progress: Console) -> int:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line. The exit status is 0 if the step fits, 1 if it does not and 2 for invalid input."""
+    """Runs the command. The exit status is 0 if the step fits, 1 if it does not and 2 for invalid input."""
     plan = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         status = run(plan, Console(), Console(stderr=True))

@@ -20,11 +20,11 @@ splits. All pairs of a conversation are in the same fold, and intervals are clus
 On two CPU cores, a run takes about 2 minutes in the built-in world and 5 to 7 minutes for five folds of 2,000 pairs.
 
 In the built-in world, the reward model should agree with the labelers on 69 % of held-out pairs (95 % interval 66 to
-72) and on 71 % of training pairs. Cross-validated on 1,992 harmlessness pairs, the expected accuracies are:
+72) and on 71 % of training pairs. In cross-validation on 1,992 harmlessness pairs, the expected accuracies are:
 
-    reward model                61.1 % (59.0 to 63.3); 79 % if the chosen answer is the shorter one, 38 % otherwise
-    logistic regression         62.0 %, which is 0.8 points above the reward model (-1.6 to 3.3)
-    preferring the shorter      55.8 %, which is 5.3 points below the reward model (3.0 to 7.7)
+    reward model            61.1 % (59.0 to 63.3); 79 % if the chosen answer is the shorter one, 38 % otherwise
+    logistic regression     62.0 %, which is 0.8 points above the reward model (-1.6 to 3.3)
+    shorter answer          55.8 %, which is 5.3 points below the reward model (3.0 to 7.7)
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _show(out: Console, results: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line."""
+    """Runs the command."""
     entry_point.execute(run, parse, arguments)
 
 

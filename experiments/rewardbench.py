@@ -318,7 +318,7 @@ def _write(path: Any, settings: RewardBenchSettings, results: dict[str, Any], sc
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line."""
+    """Runs the command."""
     entry_point.execute(run, parse, arguments)
 
 

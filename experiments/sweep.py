@@ -121,7 +121,7 @@ def run(settings: Sweep) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line."""
+    """Runs the command."""
     entry_point.execute(run, parse, arguments)
 
 

@@ -10,7 +10,7 @@ killed (SIGKILL) or stopped (SIGTERM) while it compiles, during a step or during
 the final state and metrics.jsonl must be identical to those of the uninterrupted run.
 
 Next, the files of a checkpoint are corrupted: bits are flipped, and files are truncated or deleted. Either the
-corruption is reported and an older checkpoint is restored, or the newest checkpoint must be restored bit-identically.
+corruption must be reported and an older checkpoint restored, or the newest one must be restored bit-identically.
 
 No failures are expected. If there are any, the exit status is 1, torture.json in the output folder lists them, and the
 folders of the failed runs are kept.
@@ -146,7 +146,7 @@ def _corruption_table(report: corruption.Report) -> Table:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line. The exit status is 1 if there are failures."""
+    """Runs the command. The exit status is 1 if there are failures."""
     results: list[Any] = []
     entry_point.execute(lambda settings: results.append(run(settings)), parse, arguments)
     if any(each["failures"] for each in results):

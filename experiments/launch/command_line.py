@@ -51,16 +51,20 @@ def _join_lines(text: str) -> str:
 
 def _set_field_help(kind: type) -> None:
     """Sets the help of each field to its docstring in one line, since tyro keeps line breaks before indentation."""
-    for cls in filter(dataclasses.is_dataclass, kind.__mro__):
+    helps: dict[str, str] = {}
+    for cls in reversed([each for each in kind.__mro__ if dataclasses.is_dataclass(each)]):
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
         assert isinstance(definition, ast.ClassDef)
         for pair in itertools.pairwise(definition.body):
             match pair:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                    field = cls.__dataclass_fields__[name]
-                    field.metadata = types.MappingProxyType({"help": " ".join(text.split())})
-    for group in filter(dataclasses.is_dataclass, typing.get_type_hints(kind).values()):
-        _set_field_help(group)
+                    helps[name] = " ".join(text.split())
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if field.name in helps:
+            field.metadata = types.MappingProxyType({"help": helps[field.name]})
+        if dataclasses.is_dataclass(hints[field.name]):
+            _set_field_help(hints[field.name])
 
 
 def parse(

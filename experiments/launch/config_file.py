@@ -20,7 +20,7 @@ VERSION = 2
 def read(resume: str) -> dict[str, Any]:
     """Returns the contents of config.json in the run folder ``resume``.
 
-    Raises SettingError if the file is missing, unreadable or of another version.
+    Raises SettingError if the file is missing, unreadable or from a different version.
     """
     path = pathlib.Path(resume) / NAME
     try:

@@ -16,7 +16,7 @@ from rlhf_jax import lm, parallel
 
 
 def resolve(settings: Settings) -> Settings:
-    """Returns the settings with a ``mesh.data`` of -1 replaced with the size of the data axis.
+    """Replaces a ``mesh.data`` of -1 with the size of the data axis and returns the settings.
 
     Must be called before JAX initialises its devices, after which ``mesh.simulate`` has no effect. Raises SettingError
     if the mesh does not fit the devices.
@@ -49,7 +49,7 @@ def make(settings: Settings) -> jax.sharding.Mesh | None:
 
 
 def describe(mesh: jax.sharding.Mesh, cfg: lm.LMConfig) -> list[str]:
-    """Returns lines that describe the mesh: its sizes, its devices and the parameters that it does not divide."""
+    """Returns lines that describe the mesh: its sizes, its devices and the parameters that it cannot shard."""
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     kind = mesh.devices.flat[0].device_kind
     lines = [f"mesh: {sizes}, on {mesh.size} devices ({kind})"]
@@ -59,7 +59,7 @@ def describe(mesh: jax.sharding.Mesh, cfg: lm.LMConfig) -> list[str]:
 
 
 def make_sharder(cfg: lm.LMConfig, mesh: jax.sharding.Mesh) -> Any:
-    """Returns the ``shard`` argument of `lm.load`: a function from the logical axes of a parameter to its sharding."""
+    """Returns the ``shard`` argument of `lm.load`, a function from a parameter's logical axes to its sharding."""
     sizes: dict[str, int] = {}  # a logical axis has the same size in all parameters
     for name, axes in _flatten(lm.logical_axes(cfg, head=True)).items():
         sizes |= dict(zip(axes, _flatten(lm.abstract(cfg, head=True))[name].shape))

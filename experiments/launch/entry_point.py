@@ -64,7 +64,7 @@ def _exit_status(error: BaseException) -> int:
 
 
 class _StoppedError(BaseException):
-    """SIGTERM arrived between two stages; all finished stages are saved."""
+    """Raised when SIGTERM arrives between two stages, at which point all finished stages are saved."""
 
 
 @contextlib.contextmanager
@@ -87,7 +87,7 @@ def _stop_on_sigterm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ignore_closed_event_loops() -> Iterator[None]:
-    """Silences errors of callbacks into a closed event loop, which follow a failed read or write that is reported."""
+    """Silences "Event loop is closed" errors, which follow a failed read or write that is reported separately."""
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     previous = sys.excepthook
 

@@ -30,7 +30,7 @@ class InitialModel:
         if prompt_width + response_width > self.cfg.max_length:
             raise SettingError(
                 f"{source}: {prompt_width} + {response_width} tokens exceed the maximum length of "
-                f"--model {self.path}, {self.cfg.max_length} tokens"
+                f"--model {self.path} ({self.cfg.max_length} tokens)"
             )
 
 

@@ -30,14 +30,14 @@ def check(settings: Settings) -> None:
         return
     ppo, pretrain = settings.ppo, settings.pretrain
     answers = ppo.batch // ppo.minibatches
-    minibatch = f"--ppo.batch {ppo.batch} by --ppo.minibatches {ppo.minibatches}"
+    minibatch = f"--ppo.batch {ppo.batch} divided by --ppo.minibatches {ppo.minibatches}"
     parts = f" and --ppo.micro-batches {ppo.micro_batches}" if ppo.micro_batches > 1 else ""
-    samples = f" by --ppo.samples {ppo.samples}" if ppo.samples > 1 else ""
+    samples = f" divided by --ppo.samples {ppo.samples}" if ppo.samples > 1 else ""
     check_divides(mesh, "--pretrain.batch", pretrain.batch)
     check_divides(mesh, "--reward-model.batch", settings.reward_model.batch)
     check_divides(mesh, f"--ppo.batch{f' {ppo.batch}' if samples else ''}{samples}", ppo.batch // ppo.samples)
     check_divides(mesh, minibatch + parts, answers // ppo.micro_batches)
-    check_divides(mesh, f"--ppo.ptx-ratio {ppo.ptx_ratio:g} of {minibatch}", round(answers * ppo.ptx_ratio))
+    check_divides(mesh, f"--ppo.ptx-ratio {ppo.ptx_ratio:g} times {minibatch}", round(answers * ppo.ptx_ratio))
 
 
 def check_divides(mesh: Mesh, name: str, rows: int) -> None:
@@ -45,6 +45,6 @@ def check_divides(mesh: Mesh, name: str, rows: int) -> None:
     parts = mesh.data * mesh.fsdp
     if mesh.data != -1 and rows % parts:
         raise SettingError(
-            f"{name} is {rows}, which does not divide over the {parts} devices of --mesh.data {mesh.data} x "
+            f"{name} is {rows}; it must be a multiple of {parts}, the number of devices of --mesh.data {mesh.data} x "
             f"--mesh.fsdp {mesh.fsdp}"
         )

@@ -14,7 +14,7 @@ START_TIME = float(os.environ.pop(_START_TIME_VARIABLE, None) or time.time())
 
 _owns_process = False
 
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # the warning that torch is not installed
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # hides a warning about torch
 
 
 def use_huge_pages() -> None:

@@ -1,4 +1,4 @@
-"""PPO settings reported in papers. Settings that a paper does not report keep their values in `settings.PPO`.
+"""PPO settings reported in papers. Settings that a paper does not report keep their preset values.
 
 Coefficients are relative to the scale of each paper's reward, so their effect differs between rewards; compare runs by
 the KL that they reach. Learning rates suit models of at least 100 million parameters and are used only with --model.

@@ -45,7 +45,7 @@ class RunFolder:
         return checkpoint.Checkpoints(self.path / "checkpoints" / stage, warn=partial(self.note, stage))
 
     def note(self, stage: str, text: str) -> None:
-        """Prints an incident and saves it unless it has been saved before; only the first host does so."""
+        """Prints an incident and saves it unless it is already saved; only the first host does this."""
         if not hosts.current().first:
             return
         self.print_note(stage, text)
@@ -116,13 +116,19 @@ def create(path: pathlib.Path, settings: Settings, *, model_files: str | None = 
 def check_model_unchanged(resume: str, settings: Settings, model_files: str) -> None:
     """Raises SettingError if the files of --model have changed since the run started."""
     if config_file.read(resume)[MODEL_FILES] != model_files:
-        raise SettingError(f"cannot resume {resume}: the files in {settings.model} have changed since the run started")
+        raise SettingError(
+            f"--resume {resume}: the files in {settings.model} have changed since the run started; restore them or "
+            "start a new run with --out"
+        )
 
 
 def check_data_unchanged(resume: str, settings: Settings) -> None:
     """Raises SettingError if the files of --data.path have changed since the run started."""
     if config_file.read(resume)[DATA_FILE] != data_digest(settings):
-        raise SettingError(f"cannot resume {resume}: {settings.data.path} has changed since the run started")
+        raise SettingError(
+            f"--resume {resume}: {settings.data.path} has changed since the run started; restore it or start a new run "
+            "with --out"
+        )
 
 
 def data_digest(settings: Settings) -> str | None:

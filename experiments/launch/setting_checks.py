@@ -97,7 +97,9 @@ def check(settings: Settings) -> None:
         require(value is None or settings.ppo.correct_sampler, settings, name, _OFF_POLICY)
         require(value is None or value > 0, settings, name, "positive")
     require((settings.ppo.top_p or 0.0) <= 1, settings, "ppo.top_p", "at most 1")
-    require(settings.data.vocab_size >= 260, settings, "data.vocab_size", "at least 260 (256 bytes, 4 special tokens)")
+    require(
+        settings.data.vocab_size >= 260, settings, "data.vocab_size", "at least 260 (256 bytes and 4 special tokens)"
+    )
     require(settings.world.labelers >= 2, settings, "world.labelers", "at least 2")
     require(0.5 < settings.world.agreement < 1, settings, "world.agreement", "above 0.5 and below 1")
     require(settings.evaluation.split in ("test", "validation"), settings, "evaluation.split", "test or validation")

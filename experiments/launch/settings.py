@@ -40,14 +40,14 @@ class World:
     labelers: int = 20
     """Number of labelers in each of the two pools, training and held-out."""
     spread: float = 0.25
-    """Relative standard deviation, between labelers, of their weights on the parts of the gold utility."""
+    """Relative standard deviation, across labelers, of the weights on the components of the gold utility."""
     polite_taste: float = 0.12
-    """Mean utility of four polite words to a labeler. The gold utility is highest at one or two, so a policy can raise
-    its reward by using more."""
+    """Mean utility of four polite words to a labeler. The gold utility is highest at one or two polite words, so a
+    policy can raise its reward by using more."""
     agreement: float = 0.75
     """Probability that two training labelers agree on a pair of SFT samples. It sets the noise of their choices."""
     tie_width: float = 0.01
-    """Maximum difference between the noisy utilities of two consecutive answers in a ranking for them to tie."""
+    """Consecutive answers in a ranking tie if a labeler's noisy utilities of them differ by at most this number."""
     lapse: float = 0.02
     """Probability that a ranking is random."""
 
@@ -112,9 +112,9 @@ class Pretrain:
     batch: int = 64
     """Rows per step, in pretraining and in supervised fine-tuning."""
     learning_rate: float = 6e-3
-    """Peak learning rate. It decays to a tenth along a cosine."""
+    """Peak learning rate, with cosine decay to a tenth."""
     warmup: int = 20
-    """Number of steps of linear warmup, which starts at a tenth of the learning rate."""
+    """Number of warmup steps. The warmup is linear and starts at a tenth of the peak learning rate."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,13 +124,13 @@ class SFT:
     demonstrations: int = 6000
     """Number of demonstrations in the built-in world."""
     epochs: int = 2
-    """Passes of `sft` over the demonstrations."""
+    """Number of passes over the demonstrations for `sft`."""
     mix_epochs: int = 2
-    """Passes of `sft_mix` over the demonstrations."""
+    """Number of passes over the demonstrations for `sft_mix`."""
     mix: float = 0.1
     """Share of pretraining rows in the batches of `sft_mix` (InstructGPT C.3)."""
     learning_rate: float = 3e-3
-    """Peak learning rate of both models. It decays to a tenth along a cosine."""
+    """Peak learning rate of both models, with cosine decay to a tenth."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,20 +147,20 @@ class Comparisons:
 
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
-    """Training of the reward model for one epoch, from `sft_mix`."""
+    """Training of the reward model, which starts from `sft_mix` and lasts one epoch."""
 
     batch: int = 8
     """Prompts per step, each with all its answers."""
     learning_rate: float = 1.5e-3
-    """Peak learning rate. It decays to a tenth along a cosine."""
+    """Peak learning rate, with cosine decay to a tenth."""
     heldout: bool = False
-    """Train on half of the comparisons, and train a second reward model on the other half. PPO logs its mean score as
-    heldout_reward and raises an alarm if this falls while the reward rises."""
+    """Train on half of the comparisons, and train a second reward model on the other half. PPO logs the mean score of
+    the second model as heldout_reward and raises an alarm if it falls while the reward rises."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PPO:
-    """PPO, or another RL method, run without a pretraining loss (`ppo`) and with one (`ppo_ptx`)."""
+    """The RL stages: PPO, or another method, without a pretraining loss (`ppo`) and with one (`ppo_ptx`)."""
 
     method: Literal["ppo", "reinforce", "rloo", "grpo", "dr-grpo", "reinforce-pp"] = "ppo"
     """RL method. Only ppo has a critic; settings of the critic are refused with the other methods."""
@@ -175,8 +175,8 @@ class PPO:
     micro_batches: int = 1
     """Number of parts into which each minibatch is split to save memory. The gradient is the same."""
     shards: int = 1
-    """Number of blocks of a rollout; every minibatch draws equally from all blocks. It changes the results. If it is a
-    multiple of --mesh.data x --mesh.fsdp, answers stay on the device that sampled them."""
+    """Number of blocks into which a rollout is split. Every minibatch takes the same number of rows from each block, so
+    this affects the results. With a multiple of --mesh.data x --mesh.fsdp, answers stay on their device."""
     epochs: int = 1
     """Number of passes over each rollout (1 in InstructGPT, 4 in Ziegler and Stiennon)."""
     learning_rate: float = 6e-4
@@ -190,7 +190,7 @@ class PPO:
     """Weight of the value loss (0.1 in Ziegler), for a critic that shares the policy's trunk. For a separate critic,
     change its learning rate instead."""
     warmup: int = 5
-    """Number of iterations of linear warmup, which starts at a tenth of both learning rates."""
+    """Number of warmup iterations for both learning rates. The warmup is linear and starts at a tenth."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Decay of both learning rates: none (InstructGPT), linear to 0 (Ziegler, Stiennon) or cosine to a tenth."""
     adam_eps: float = 1e-5
@@ -202,9 +202,9 @@ class PPO:
     kl_target: float | None = None
     """Target KL per answer, in nats, of an adaptive KL coefficient (6 in Ziegler). None keeps the coefficient fixed."""
     kl_gain: float = 0.1
-    """Gain of the adaptive KL coefficient; used with --ppo.kl-target."""
+    """Gain of the adaptive KL coefficient, which --ppo.kl-target enables."""
     kl_loss_coef: float = 0.0
-    """Weight of the k3 estimate of the KL in the loss (0.04 in GRPO), in addition to the KL in the reward."""
+    """Weight of the k3 estimate of the KL in the loss (0.04 in GRPO), in addition to the KL penalty in the reward."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus, which InstructGPT, Stiennon and Ziegler do not use."""
     reward_clip: float | None = None
@@ -221,7 +221,7 @@ class PPO:
     clip: float = 0.2
     """Clip range of the probability ratio, which is clipped to 1 plus or minus this number."""
     value_clip: float = 0.5
-    """Clip range of the value loss: the maximum change of a value since the rollout."""
+    """Clip range of the value loss, the maximum change of a value since the rollout."""
     lambda_: float = 0.95
     """Lambda of GAE."""
     temperature: float = 1.0
@@ -253,7 +253,7 @@ class Evaluation:
     """Evaluation on held-out prompts."""
 
     prompts: int = 1280
-    """Number of held-out prompts. Each policy answers all of them once; `sft` does so twice."""
+    """Number of held-out prompts. Each policy answers them once, except `sft`, which answers them twice."""
     split: str = "test"
     """Split of the built-in world's prompts: `test` to report results, `validation` to tune settings."""
     best_of: int = 16
@@ -334,7 +334,7 @@ DIALOGUES: dict[str, dict[str, Any]] = {
     "ppo": {"iterations": 24, "batch": 64, "minibatches": 2},
     "evaluation": {"prompts": 512, "best_of_prompts": 64, "pretraining_rows": 128},
 }
-"""Settings that both presets change with --data.path. Rows are then five times longer than in the built-in world."""
+"""Settings that both presets change with --data.path, since rows then have 192 tokens by default instead of 38."""
 
 PRETRAINED: dict[str, dict[str, Any]] = {
     "sft": {"learning_rate": 1e-4},

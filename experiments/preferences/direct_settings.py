@@ -98,7 +98,7 @@ def check(settings: DirectSettings) -> None:
 def check_mesh(settings: DirectSettings, mesh: settings_lib.Mesh) -> None:
     """Raises SettingError if the devices do not divide the rows of a micro-batch."""
     rows = settings.batch_rows // settings.micro_batches
-    parts = f" by --micro-batches {settings.micro_batches}" if settings.micro_batches > 1 else ""
+    parts = f" divided by --micro-batches {settings.micro_batches}" if settings.micro_batches > 1 else ""
     name = "--batch" if rows == settings.batch else f"the rows of --batch {settings.batch}{parts}"
     mesh_settings.check_divides(mesh, name, rows)
 

@@ -1,4 +1,4 @@
-"""Provides the comparisons for reward models, from a file or from samples that simulated labelers rank."""
+"""Reads or collects the comparisons on which reward models are trained."""
 
 from __future__ import annotations
 

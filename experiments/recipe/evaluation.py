@@ -119,7 +119,7 @@ def _share(part: Any, whole: Any) -> float | None:
 def _win_rates(job: Job, answers: Answers, baseline: Answers) -> dict[str, Any]:
     """Returns win rates against ``baseline`` by gold utility, training labelers and held-out labelers.
 
-    Both have answered the same prompts. A tie counts one half.
+    Both are answers to the same prompts. A tie counts one half.
     """
     world = job.task.world
     if world is None:
@@ -153,7 +153,7 @@ def _length_controlled(outcomes: np.ndarray, lengths_B: np.ndarray, baseline_B: 
 
 
 def _make_probe(job: Job) -> Any:
-    """Returns a function that measures what a policy retains from pretraining: its loss on text and its skills."""
+    """Returns a function that measures what a policy retains from pretraining: loss on text and skill accuracy."""
     task, cfg = job.task, job.cfg
 
     def nll(params: Any, tokens_BL: Any, mask_BL: Any) -> jax.Array:
@@ -183,7 +183,7 @@ def _make_probe(job: Job) -> Any:
 
 
 def _best_of_n(job: Job, policy: types.Params, reward: types.Params, rng: jax.Array) -> tuple[Measured, list[dict]]:
-    """Returns the results of best-of-n, where the reward model selects the best of n samples, and its curve over n."""
+    """Returns the results of best-of-n and their curve over n. The reward model selects the best of n samples."""
     settings = job.settings.evaluation
     n, N = settings.best_of, min(settings.best_of_prompts, len(job.task.eval_prompts))
     prompts = job.task.eval_prompts.take(N)

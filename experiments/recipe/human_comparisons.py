@@ -15,7 +15,7 @@ _ROLES = (dialogues.USER, dialogues.ASSISTANT)
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A prompt with the preferred and the other of two answers."""
+    """A prompt and two answers, of which ``chosen`` is preferred."""
 
     prompt: tuple[dialogues.Turn, ...]
     chosen: str

@@ -23,14 +23,14 @@ from rlhf_jax.distributed import hosts
 from rlhf_jax.train import loop, ppo, reward_model, sft
 
 STAGES = ("pretrain", "sft", "sft_mix", "comparisons", "reward_model", "ppo", "ppo_ptx", "evaluate")
-STAGES += ("heldout_reward_model",)  # the position of a stage determines its random key: append new ones
+STAGES += ("heldout_reward_model",)  # the position of a stage determines its random key, so append new ones
 
 Params = types.Params
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """All that the stages of a run share. It is built once, so that each step compiles once."""
+    """The objects that all stages of a run share. A job is built once so that each step compiles once."""
 
     settings: Settings
     task: tasks.Task

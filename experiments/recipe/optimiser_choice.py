@@ -22,7 +22,7 @@ from rlhf_jax.train.optim import optimisers
 def supervised() -> optax.GradientTransformation:
     """Returns the optimiser of pretraining, SFT and reward models: Muon for the layers' kernels, Adam for the rest.
 
-    Training from scratch requires half as many steps with it as with Adam alone.
+    Training from scratch takes half as many steps as with Adam alone.
     """
     contracted_axes = {"q": ((1,), (2, 3)), "k": ((1,), (2, 3)), "v": ((1,), (2, 3)), "out": ((1, 2), (3,))}
 

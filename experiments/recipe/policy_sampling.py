@@ -18,8 +18,8 @@ from rlhf_jax.simulation import gold
 from rlhf_jax.train import ppo
 
 CHUNK, LONG_CHUNK = 512, 128
-"""Number of prompts per call, with the built-in world's tokenizer and with other tokenizers, whose rows are longer. The
-number is fixed so that each program compiles once."""
+"""Numbers of prompts per call: ``CHUNK`` with the built-in world's tokenizer, ``LONG_CHUNK`` with others, which produce
+longer rows. They are fixed so that each program compiles once."""
 
 
 @struct.dataclass
@@ -66,7 +66,7 @@ class Sampler:
         self._score = compiled(score, batch_args=(1, 2))
 
     def compile_ahead(self, executor: concurrent.futures.Executor, policy: Any, reward: Any) -> None:
-        """Compiles the programs in a thread of ``executor``, in the order of their first use, for these parameters."""
+        """Compiles the programs for these parameters in a thread of ``executor``, in the order of their first use."""
         task, chunk = self._task, self._chunk
         ints, bools = (partial(jax.ShapeDtypeStruct, dtype=dtype) for dtype in (jnp.int32, jnp.bool_))
         prompts = ints((chunk, task.prompt_width)), bools((chunk, task.prompt_width))

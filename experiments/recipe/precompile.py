@@ -31,8 +31,8 @@ def in_background(
     Args:
         job: The job of the run.
         rl_stages: The RL stages by name, each with the job whose ``ppo_step`` it calls.
-        compile_rest: ``compile_rest(executor, policy)`` compiles the other steps of the command for a policy with the
-            shapes ``policy``.
+        compile_rest: ``compile_rest(executor, policy)`` compiles the other steps of the command. ``policy`` has the
+            shapes of a policy.
     """
     if job.mesh is not None:
         yield

@@ -73,8 +73,8 @@ class Task:
     prompt_width: int
     response_width: int
     text: Callable[[], tuple[np.ndarray, np.ndarray]]
-    """Creates the training and held-out rows of pretraining text. It takes seconds and is therefore not called until
-    they are used."""
+    """Creates the training and held-out rows of pretraining text. This takes seconds and is deferred until the
+    rows are used."""
     demonstrations: padding.Rows
     rl_prompts: PromptSet
     eval_prompts: PromptSet
@@ -156,10 +156,7 @@ def _prompt_sets(
 
 
 def _answer_width(answers: list[str], ids: list[list[int]], *, in_world_words: bool) -> int:
-    """Returns the maximum number of tokens of the answers that do not exceed the world's maximum number of words.
-
-    Longer answers are truncated.
-    """
+    """Returns the length in tokens of the longest answer within the world's limit on words; others are truncated."""
     if in_world_words:
         return prompts.RESPONSE_WIDTH
     fitting = [len(x) for x, text in zip(ids, answers) if len(text.split()) < prompts.RESPONSE_WIDTH]
@@ -237,8 +234,7 @@ def _world_task(settings: Settings, model: initial_model.InitialModel | None) ->
 def _demonstration_rows(
     prompt_set: PromptSet, answers: list[list[int]], width: int, pad_id: int, counts: errors.DropCount
 ) -> padding.Rows:
-    """Returns rows of prompts and answers. Answers longer than ``width`` are counted and truncated, without a stop
-    token."""
+    """Returns rows of prompts and answers. Longer answers are counted, truncated and lack a stop token."""
     tokens_BT, mask_BT = padding.pad_answers(answers, width=width, pad_id=pad_id, counts=counts)
     return padding.Rows(
         tokens_BL=np.concatenate([prompt_set.tokens_BP, tokens_BT], axis=1),
@@ -258,7 +254,7 @@ def _packed(fmt: chat.ChatFormat, texts: list[str], *, width: int) -> np.ndarray
 
 
 def _skill_rows(settings: Settings, fmt: chat.ChatFormat, width: int) -> padding.Rows:
-    """Returns rows, of at least ``width`` tokens, of skill problems and answers formatted as in the corpus."""
+    """Formats skill problems and answers as in the corpus, in rows of at least ``width`` tokens."""
     problems = corpus.skill_problems(settings.evaluation.skills, _stream(settings, SKILLS))
     questions = plain_text.encode_texts(fmt.tokenizer, [problem.text for problem in problems])
     whole = plain_text.encode_texts(fmt.tokenizer, [f"{problem.text} {problem.answer}" for problem in problems])

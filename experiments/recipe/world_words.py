@@ -13,7 +13,7 @@ from rlhf_jax.data import chat, tokenizers
 from rlhf_jax.simulation import gold, lexicon, prompts
 
 WIDTH = 2 * prompts.RESPONSE_WIDTH
-"""Maximum number of words that are used of an answer. The brevity term of the gold utility reaches 0 well below this
+"""Number of words to which answers are truncated. The brevity term of the gold utility reaches 0 well below this
 length."""
 _CHUNK = 512
 _IDS = {word: lexicon.IDS[word] for word in lexicon.WORDS}

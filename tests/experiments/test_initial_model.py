@@ -269,7 +269,7 @@ def test_a_run_does_not_resume_with_a_changed_model(checkpoint, tmp_path, script
     assert initial_model.fingerprint(str(model)) == before
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-6}))
-    with pytest.raises(settings.SettingError, match=rf"cannot resume {run}: the files in {model} have changed"):
+    with pytest.raises(settings.SettingError, match=rf"--resume {run}: the files in {model} have changed"):
         script.run(script.parse(["--resume", str(run)]))
 
 

@@ -204,17 +204,20 @@ MESH_FLAGS = ["--mesh.data", "2", "--mesh.fsdp", "3"]
     [
         (["--mesh.tensor", "0"], "--mesh.tensor is 0; it must be at least 1"),
         (["--mesh.simulate", "8"], "--mesh.simulate is 8; it must be at least 2 and requires mesh sizes"),
-        (MESH_FLAGS, "--pretrain.batch is 32, which does not divide over the 6 devices of --mesh.data 2 x --mesh.fsdp"),
-        ([*MESH_FLAGS, "--pretrain.batch", "36"], "--reward-model.batch is 8, which does not divide over the 6"),
+        (
+            MESH_FLAGS,
+            "--pretrain.batch is 32; it must be a multiple of 6, the number of devices of --mesh.data 2 x --mesh.fsdp",
+        ),
+        ([*MESH_FLAGS, "--pretrain.batch", "36"], "--reward-model.batch is 8; it must be a multiple of 6"),
         (
             [*MESH_FLAGS, "--pretrain.batch", "36", "--reward-model.batch", "6"],
-            "--ppo.batch is 64, which does not divide over the 6 devices",
+            "--ppo.batch is 64; it must be a multiple of 6, the number of devices",
         ),
         (
             ["--mesh.fsdp", "4", "--ppo.minibatches", "32"],
-            "--ppo.batch 64 by --ppo.minibatches 32 is 2, which does not divide over the 4",
+            "--ppo.batch 64 divided by --ppo.minibatches 32 is 2; it must be a multiple of 4",
         ),
-        (["--mesh.data", "2", "--ppo.ptx-ratio", "0.04"], "--ppo.ptx-ratio 0.04 of --ppo.batch 64 by"),
+        (["--mesh.data", "2", "--ppo.ptx-ratio", "0.04"], "--ppo.ptx-ratio 0.04 times --ppo.batch 64 divided by"),
         (["--ppo.shards", "3"], "--ppo.shards is 3; it must divide 32, the number of answers in a minibatch"),
         (
             ["--mesh.data", "4"],
