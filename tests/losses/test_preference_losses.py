@@ -27,6 +27,11 @@ def sigmoid(x):
     return 0.5 * (1.0 + np.tanh(x / 2))
 
 
+def softplus(x):
+    """Returns ``-log(sigmoid(-x))``, exact where the sigmoid is near 0 or 1."""
+    return np.logaddexp(0.0, x)
+
+
 def slope(f, x, size=1e-5):
     """Returns central differences of a scalar function, in float64."""
     x, slopes = np.asarray(x, np.float64), np.zeros(np.shape(x))
@@ -172,7 +177,7 @@ def test_pairwise_with_margins_smoothing_and_soft_targets(seed, smoothing):
 
     def total(chosen, rejected):
         d = chosen - rejected
-        return np.sum(target * -np.log(sigmoid(d - margin)) + (1 - target) * -np.log(sigmoid(-d - margin)))
+        return np.sum(target * softplus(margin - d) + (1 - target) * softplus(margin + d))
 
     value, gradients = PAIRWISE(chosen, rejected, margin, target)
     np.testing.assert_allclose(value, total(chosen, rejected), rtol=1e-4)
@@ -183,7 +188,7 @@ def test_pairwise_with_margins_smoothing_and_soft_targets(seed, smoothing):
 def ranking_by_hand(scores, ranks, where, ties):
     existing = [i for i in range(K) if where[i]]
     pairs = [(i, j) for i, j in itertools.permutations(existing, 2) if ranks[i] < ranks[j]]
-    total = sum(-np.log(sigmoid(scores[i] - scores[j])) for i, j in pairs)
+    total = sum(softplus(scores[j] - scores[i]) for i, j in pairs)
     return total / max(len(existing) * (len(existing) - 1) // 2 if ties else len(pairs), 1)
 
 
