@@ -27,11 +27,6 @@ def sigmoid(x):
     return 0.5 * (1.0 + np.tanh(x / 2))
 
 
-def softplus(x):
-    """Returns ``-log(sigmoid(-x))``, exact where the sigmoid is near 0 or 1."""
-    return np.logaddexp(0.0, x)
-
-
 def slope(f, x, size=1e-5):
     """Returns central differences of a scalar function, in float64."""
     x, slopes = np.asarray(x, np.float64), np.zeros(np.shape(x))
