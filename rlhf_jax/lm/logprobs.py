@@ -242,7 +242,8 @@ def entropy(logits: jax.Array, *, temperature: jax.Array | float = 1.0) -> jax.A
     1.3863
     """
     logp = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
-    return -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+    # A token of probability 0 contributes 0, also to the gradient: 0 times -infinity would be NaN.
+    return -jnp.sum(jnp.exp(logp) * jnp.where(jnp.isneginf(logp), 0.0, logp), axis=-1)
 
 
 def _last_real(tokens_BL: jax.Array, mask_BL: jax.Array | None) -> jax.Array:

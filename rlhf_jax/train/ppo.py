@@ -40,6 +40,7 @@ from rlhf_jax.train.ppo_state import (
     Models,
     PPOState,
     RunningMeans,
+    RunningMoments,
     create,
     replace_score,
     shared_trunk,
@@ -57,6 +58,7 @@ __all__ = [
     "Models",
     "PPOState",
     "RunningMeans",
+    "RunningMoments",
     "collect",
     "create",
     "loss",
@@ -105,8 +107,8 @@ def collect(
         samples, estimate, unfinished, normalise_values, correct_sampler, axis_name: As in `make_train_step`.
 
     Returns:
-        ``(experience, metrics)``. The metrics are described in `make_train_step`. ``target`` and ``target_square``, the
-        means of the critic's targets and of their squares, are only used by `ppo_state.finish_iteration` and are not
+        ``(experience, metrics)``. The metrics are described in `make_train_step`. ``target`` and ``target_variance``,
+        the mean and the variance of the critic's targets, are only used by `ppo_state.finish_iteration` and are not
         logged.
 
     Raises:
@@ -134,7 +136,7 @@ def collect(
     logprobs_BT, entropy_BT = models.logprobs(params["policy"], tokens_BL, mask_BL, hyper.temperature)
     reference_BT, _ = models.logprobs(frozen.reference, tokens_BL, mask_BL, hyper.temperature)
     critic_BT = None if models.values is None else models.values(params["critic"], tokens_BL, mask_BL)
-    scale = past.scale() if past is not None and normalise_values else None
+    scale = past.targets.scale() if past is not None and normalise_values else None
     values_BT = critic_BT if scale is None or critic_BT is None else critic_BT * scale[1] + scale[0]
 
     # 3. and 4. KL-penalised reward (InstructGPT Eq 2), GAE (Schulman 2016 Eq 16).
@@ -462,7 +464,7 @@ def make_train_step(
         )
         state, update_logs = train(state, experience, hyper, batch.ptx, order_rng, frozen=frozen)
         state = ppo_state.finish_iteration(state, hyper, logs, skipped=update_logs["skipped"] > 0)
-        logs = {name: value for name, value in logs.items() if name not in ("target", "target_square")}
+        logs = {name: value for name, value in logs.items() if name not in ("target", "target_variance")}
         return state, logs | update_logs | {"learning_rate": hyper.learning_rate}
 
     return train_step

@@ -63,7 +63,7 @@ def rollout_metrics(
         variance = masking.masked_var(returns_BT, where=mask_BT, axis_name=axis_name)
         error = masking.masked_mean(jnp.square(scored.values_BT - returns_BT), where=mask_BT, axis_name=axis_name)
         logs["explained_variance"] = 1.0 - error / jnp.maximum(variance, 1e-8)
-        logs |= {"target": mean(returns_BT, mask_BT), "target_square": mean(jnp.square(returns_BT), mask_BT)}
+        logs |= {"target": mean(returns_BT, mask_BT), "target_variance": variance}
     return logs
 
 

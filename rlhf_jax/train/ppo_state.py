@@ -123,22 +123,36 @@ def subtract_penalty(scores_B: jax.Array, stopped_B: jax.Array, hyper: Hyper) ->
 
 
 @struct.dataclass
+class RunningMoments:
+    """Running mean and variance of weighted observations, merged without cancellation (Chan et al. 1979)."""
+
+    weight: jax.Array
+    mean: jax.Array
+    squares: jax.Array
+    """Sum of the squared deviations from the mean."""
+
+    def merge(self, observed: metrics.Metric, variance: jax.Array) -> RunningMoments:
+        """Returns the moments of these and further observations, given by their mean and their variance."""
+        total, gap = self.weight + observed.weight, observed.sum / jnp.maximum(observed.weight, 1e-8) - self.mean
+        share = observed.weight / jnp.maximum(total, 1e-8)
+        squares = self.squares + observed.weight * variance + jnp.square(gap) * self.weight * share
+        return RunningMoments(total, self.mean + gap * share, squares)
+
+    def scale(self) -> tuple[jax.Array, jax.Array]:
+        """Returns mean and standard deviation; 0 and 1 if there are no observations."""
+        some = self.weight > 0
+        variance = self.squares / jnp.where(some, self.weight, 1.0)
+        return jnp.where(some, self.mean, 0.0), jnp.where(some, jnp.sqrt(jnp.maximum(variance, 1e-8)), 1.0)
+
+
+@struct.dataclass
 class RunningMeans:
     """Running means over the responses of all iterations so far."""
 
     returns: metrics.Metric
     """Score of a response minus its KL penalty; the mean is REINFORCE's baseline."""
-    targets: metrics.Metric
+    targets: RunningMoments
     """Targets of the critic, per token."""
-    squares: metrics.Metric
-    """Squares of the targets, per token."""
-
-    def scale(self) -> tuple[jax.Array, jax.Array]:
-        """Returns mean and standard deviation of the critic's targets; 0 and 1 before the first iteration."""
-        some = self.targets.weight > 0
-        mean = jnp.where(some, self.targets.value(), 0.0)
-        variance = jnp.where(some, self.squares.value(), 1.0) - jnp.square(mean)
-        return mean, jnp.sqrt(jnp.maximum(variance, 1e-8))
 
 
 class PPOState(state_lib.TrainState):
@@ -181,7 +195,8 @@ def create(policy: Params, critic: Params | None, tx: Any, *, reference: Params 
     """
     base = state_lib.create({"policy": policy} | ({} if critic is None else {"critic": critic}), tx)
     ema, reference = (jax.tree.map(lambda x: jnp.array(x, copy=True), tree) for tree in (policy, reference))
-    empty = [metrics.Metric(jnp.zeros(()), jnp.zeros(())) for _ in range(3)]
+    returns = metrics.Metric(jnp.zeros(()), jnp.zeros(()))
+    past = RunningMeans(returns, RunningMoments(jnp.zeros(()), jnp.zeros(()), jnp.zeros(())))
     return PPOState(
         step=base.step,
         apply_fn=base.apply_fn,
@@ -190,7 +205,7 @@ def create(policy: Params, critic: Params | None, tx: Any, *, reference: Params 
         opt_state=base.opt_state,
         kl_scale=kl.init_controller(1.0),
         ema=ema,
-        past=RunningMeans(*empty),
+        past=past,
         reference=reference,
     )
 
@@ -206,7 +221,7 @@ def finish_iteration(state: PPOState, hyper: Hyper, logs: dict[str, Any], *, ski
     Args:
         state: The state after the updates of the iteration.
         hyper: The hyperparameters of the iteration.
-        logs: The metrics of `ppo.collect`, including ``target`` and ``target_square``.
+        logs: The metrics of `ppo.collect`, including ``target`` and ``target_variance``.
         skipped: Whether an update was skipped. If so, the state is returned unchanged, because a NaN would stay in the
             controller forever.
 
@@ -215,8 +230,7 @@ def finish_iteration(state: PPOState, hyper: Hyper, logs: dict[str, Any], *, ski
     """
     past = state.past.replace(returns=state.past.returns.merge(logs["return"]))  # type: ignore[attr-defined]
     if "target" in logs:
-        targets, squares = past.targets.merge(logs["target"]), past.squares.merge(logs["target_square"])
-        past = past.replace(targets=targets, squares=squares)
+        past = past.replace(targets=past.targets.merge(logs["target"], logs["target_variance"]))
     kl_scale = kl.update_controller(state.kl_scale, logs["kl"].value(), target=hyper.kl_target, gain=hyper.kl_gain)
     new = {"kl_scale": kl_scale, "past": past}
     if state.reference is not None:

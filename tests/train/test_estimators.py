@@ -356,7 +356,8 @@ def test_scores_are_clipped_and_both_missing_stop_rules_apply():
 
 
 def test_normalised_critic_is_rescaled_to_units_of_reward():
-    past = ppo.RunningMeans(*(ppo.metrics.Metric(jnp.float32(x * 10), jnp.float32(10)) for x in (0.0, 3.0, 13.0)))
+    targets = ppo.RunningMoments(weight=jnp.float32(10), mean=jnp.float32(3), squares=jnp.float32(40))
+    past = ppo.RunningMeans(ppo.metrics.Metric(jnp.float32(0), jnp.float32(10)), targets)
     estimate = functools.partial(estimators.gae, whiten=False)
     normalised, _ = collect(
         [5.0, -7.0, 1.0, 2.0], stopped=(1, 1, 1, 1), past=past, normalise_values=True, estimate=estimate
@@ -365,6 +366,21 @@ def test_normalised_critic_is_rescaled_to_units_of_reward():
     np.testing.assert_allclose(normalised.values_BT[:, 0], 0.5)
     np.testing.assert_allclose(normalised.advantages_BT[:, 0], np.array([5.0, -7.0, 1.0, 2.0]) - 4.0)
     np.testing.assert_allclose(normalised.returns_BT[:, 0], (np.array([5.0, -7.0, 1.0, 2.0]) - 3.0) / 2.0)
+
+
+def test_running_moments_of_large_numbers():
+    """The deviation of 1000 +- 1 must not be lost to the rounding of squares near a million."""
+    rng = np.random.default_rng(0)
+    moments = ppo.RunningMoments(*jnp.zeros((3,)))
+    assert [float(x) for x in moments.scale()] == [0.0, 1.0]
+    batches = [rng.normal(1000.0 + i % 3, 1.0, size=256) for i in range(40)]
+    for batch in batches:
+        x = jnp.asarray(batch, jnp.float32)
+        moments = moments.merge(ppo.metrics.mean_metric(x), jnp.var(x))
+    everything = np.concatenate(batches)
+    mean, deviation = moments.scale()
+    np.testing.assert_allclose(mean, everything.mean(), rtol=1e-6)
+    np.testing.assert_allclose(deviation, everything.std(), rtol=1e-3)
 
 
 def test_scores_of_the_wrong_shape_are_refused():
