@@ -105,7 +105,7 @@ def reinforce(scored: Scored, hyper: Any, *, axis_name: AxisName = None) -> tupl
 
 
 def rloo(scored: Scored, hyper: Any, *, samples: int, axis_name: AxisName = None) -> tuple[jax.Array, None]:
-    """Computes RLOO's advantages: the return minus the mean return of the other responses (Ahmadian 2024, 2.3).
+    """Computes RLOO's advantages: the return minus the mean return of the prompt's other responses (Ahmadian 2024).
 
     ``A_i = R_i - 1 / (K - 1) sum_{j != i} R_j``, where R is the score minus the KL penalty.
 

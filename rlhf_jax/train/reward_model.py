@@ -122,7 +122,7 @@ def make_train_step(
         return score_all_packed(packed_scores, params, batch)
 
     def scores_of_heads(scores: jax.Array, batch: Comparisons | PackedComparisons) -> jax.Array:
-        """Returns the scores from which each head learns, ``[H, B, K]``; H is 1 for one head and with ``head_of_domain``."""
+        """Returns the scores from which each head learns, ``[H, B, K]``; H is 1 with ``head_of_domain``."""
         if scores.ndim == 2:
             return scores[None]
         if not head_of_domain:
