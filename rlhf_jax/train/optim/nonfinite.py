@@ -24,7 +24,7 @@ class BadRows:
     """The rows of a batch that have a non-finite number. `merge` combines the rows of micro-batches."""
 
     bad_B: jax.Array
-    """bool, True for these rows."""
+    """bool, True for rows with a non-finite number."""
 
     def union(self, other: BadRows) -> BadRows:
         """Returns the rows that are in either set."""
