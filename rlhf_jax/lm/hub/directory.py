@@ -190,7 +190,10 @@ def model_type_of(cfg: config.LMConfig) -> str:
 
 
 def _lost(cfg: config.LMConfig, model_type: str) -> dict[str, Any]:
-    """Returns the fields that writing and reading ``cfg`` as ``model_type`` would change; raises ValueError if it fails."""
+    """Returns the fields that writing and reading ``cfg`` as ``model_type`` would change, with their new values.
+
+    Raises ValueError if ``cfg`` cannot be written or read as ``model_type``.
+    """
     if model_type not in families.FAMILIES:
         raise ValueError(f"this model type is not supported (only {', '.join(families.FAMILIES)})")
     family = families.FAMILIES[model_type]
