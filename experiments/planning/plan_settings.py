@@ -20,7 +20,7 @@ class MeshSizes:
     tensor: int = 1
     """Number of chips that heads, MLP and vocabulary are sharded over."""
     sequence: int = 1
-    """Number of chips that the columns of a row are sharded over."""
+    """Number of chips that the tokens of a row are sharded over."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,6 @@ class Plan:
     memory: float | None = None
     """Memory of a device in GiB. Default: the memory of the chip."""
     tries: int = 3
-    """Maximum number of similar settings to compile in search of one that fits, if the plan does not."""
+    """If the plan does not fit, maximum number of similar plans to compile in search of one that fits."""
     json: str | None = None
     """JSON file to write all numbers to."""
