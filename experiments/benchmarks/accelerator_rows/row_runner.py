@@ -34,19 +34,19 @@ class Row(NamedTuple):
 
 
 ROWS = {
-    "limits": Row("rate of matrix products and memory bandwidth", "limit_rows.limits"),
+    "limits": Row("the limits: rate of matrix products and memory bandwidth", "limit_rows.limits"),
     "sft": Row("SFT step", "training_rows.sft"),
-    "dpo": Row("DPO step, including the reference's forward pass", "training_rows.dpo"),
+    "dpo": Row("DPO step, including the reference", "training_rows.dpo"),
     "reward": Row("reward model step", "training_rows.reward"),
-    "decode": Row("generation and decoding step at several batch sizes", "decoding_rows.decode"),
+    "decode": Row("generation and its decoding step at several batch sizes", "decoding_rows.decode"),
     "ppo": Row("PPO iteration and its parts", "ppo_rows.iteration"),
-    "torch": Row("SFT, DPO and generation with torch and transformers", "torch_rows.peer", alone=True),
-    "stream": Row("continuous batching compared with static batching", "decoding_rows.stream"),
-    "attention": Row("fused attention compared with plain XLA attention", "attention_rows.fused_attention"),
-    "numerics": Row("first ratio error, sampler gap and bitwise reproducibility of PPO", "numeric_rows.numerics"),
-    "seeds": Row("eight seeds of a small PPO as one program", "ppo_rows.seeds"),
+    "torch": Row("SFT, DPO and generation with transformers and torch", "torch_rows.peer", alone=True),
+    "stream": Row("generation with continuous and with static batching", "decoding_rows.stream"),
+    "attention": Row("fused attention compared with plain XLA", "attention_rows.fused_attention"),
+    "numerics": Row("PPO metrics that should be 0, and whether PPO is deterministic", "numeric_rows.numerics"),
+    "seeds": Row("PPO on a small model with eight seeds, in one program", "ppo_rows.seeds"),
     "deterministic": Row(
-        "bitwise reproducibility with XLA's deterministic operations",
+        "whether PPO is deterministic with XLA's deterministic operations",
         "numeric_rows.bits",
         flags="--xla_gpu_deterministic_ops=true",
     ),

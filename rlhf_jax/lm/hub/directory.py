@@ -62,7 +62,7 @@ def load(
 
     Args:
         path: A local directory.
-        dtype: Dtype of the parameters, whatever the dtype of the files.
+        dtype: Dtype of the parameters, whatever the dtype of the files; a head is always float32.
         shard: Maps logical axes to a sharding; by default, parameters are placed on the default device.
 
     Returns:
@@ -131,7 +131,7 @@ def save(
         pad_id: ``pad_token_id`` of a reward model if the tokenizer does not define it; ``transformers`` uses it to find
             the last token of each row.
         normalisation: Record of how the scores of a reward model were normalised, saved in ``config.json``.
-        max_shard_bytes: Maximum size of each file.
+        max_shard_bytes: Maximum size of each file; a larger tensor is written to a separate file.
 
     Raises:
         ValueError: No model type can represent ``cfg``, or a parameter is missing, of the wrong shape or not finite.
@@ -254,7 +254,7 @@ def _normalised_config(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_trunk(stored: dict[str, tensor_files.Stored], family: layouts.Family) -> dict[str, tensor_files.Stored]:
-    """Adds the trunk's prefix to the names of tensors if all lack it, as in models saved without an output layer."""
+    """Adds ``family.base`` to tensor names if all lack this prefix, as in models saved without an output layer."""
     if any(name.startswith(family.base) for name in stored):
         return stored
     return {name if name in (_SCORE, family.unembed) else family.base + name: x for name, x in stored.items()}
