@@ -121,35 +121,48 @@ def entropy_collapse(
 
 
 def equal_rewards(rows: Rows, *, min_std: float = 1e-6, patience: int = 3) -> str | None:
-    """Checks that rewards vary (metric ``reward_std``) in at least one of the last ``patience`` rows."""
-    stds = _newest(rows, "reward_std", patience)
+    """Checks that rewards vary (metric ``training_reward_std``) in at least one of the last ``patience`` rows."""
+    stds = _newest(rows, "training_reward_std", patience)
     if not stds or max(stds) >= min_std:
         return None
     return (
         f"in each of the last {patience} rows, all answers of a batch received the same reward (standard deviation "
-        f"{stds[-1]:.3g}), so the policy cannot learn from them. Look first at whether the reward function receives "
-        "the answers, then at the answers themselves: all may be the same, none may match the required format, or the "
+        f"{stds[-1]:.3g}), so the policy cannot learn from them. Look first at whether answers end with a stop token, "
+        "without which they get a constant, then at whether the reward function receives the answers, then at the answers themselves: all may be the same, none may match the required format, or the "
         "task may be too hard or too easy."
     )
 
 
 def unfinished_answers(
-    rows: Rows, *, max_unfinished: float = 0.3, unfinished_rise: float = 0.2, patience: int = 3
+    rows: Rows,
+    *,
+    max_unfinished: float = 0.3,
+    unfinished_rise: float = 0.2,
+    almost_all: float = 0.9,
+    patience: int = 3,
 ) -> str | None:
     """Checks that few responses lack a stop token; their share is 1 minus the metric ``stopped``.
 
     The alarm is raised if, in each of the last ``patience`` rows, the share is above ``max_unfinished`` and has risen
-    by more than ``unfinished_rise``.
+    by more than ``unfinished_rise``, and at once if the share in the newest row is above ``almost_all``.
 
     Args:
         rows: Rows of one stage, newest last.
         max_unfinished: Largest acceptable share of responses without a stop token.
         unfinished_rise: Largest acceptable increase of that share since the first row.
+        almost_all: Share above which the alarm does not depend on earlier rows.
         patience: Number of newest rows to test.
 
     Returns:
         A message, or None.
     """
+    newest = max(_newest(rows, "stopped", 1), default=1.0)
+    if 1 - newest > almost_all:
+        return (
+            f"{1 - newest:.0%} of the answers lack a stop token, so nearly every reward is the score for a missing stop "
+            "token and not the score of the answer. Look first at the stop ids and at the longest answer allowed, then "
+            "at the score for a missing stop token."
+        )
     stopped, first = _newest(rows, "stopped", patience), _first(rows, "stopped")
     if not stopped or 1 - max(stopped) <= max(max_unfinished, 1 - first + unfinished_rise):
         return None

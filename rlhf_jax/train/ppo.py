@@ -218,7 +218,8 @@ def loss(
     # 5a. Clipped policy loss (Schulman 2017 Eq 7).
     tokens_BL, mask_BL, old_BT = experience.tokens_BL, experience.mask_BL, experience.logprobs_BT
     logprobs_BT, entropy_BT = models.logprobs(params["policy"], tokens_BL, mask_BL, hyper.temperature)
-    policy_BT = policy_losses.clipped_policy(logprobs_BT, old_BT, experience.advantages_BT, clip=hyper.clip)
+    surrogate = (logprobs_BT, old_BT, experience.advantages_BT)
+    policy_BT = policy_losses.clipped_policy(*surrogate, clip=hyper.clip)
     if experience.weights_BT is not None:
         policy_BT = experience.weights_BT * policy_BT
     if kl_loss is not None:
@@ -231,7 +232,7 @@ def loss(
     logs = {
         "policy_loss": policy_loss,
         "approx_kl": token_mean(0.5 * jnp.square(log_ratio_BT)),
-        "clip_fraction": token_mean(jnp.abs(ratio_BT - 1.0) > hyper.clip),
+        "clip_fraction": token_mean(policy_losses.policy_is_clipped(*surrogate, clip=hyper.clip)),
         "ratio_mean": token_mean(ratio_BT),
         "ratio_max": masking.global_max(ratio_BT, axis_name=axis_name),
         "ratio_error": masking.global_max(jnp.abs(ratio_BT - 1.0), axis_name=axis_name),
@@ -328,7 +329,7 @@ def update(
                 state.params["policy"],
             )
             grads["policy"] = jax.tree.map(lambda g, h: g + hyper.ptx_coef * h, grads["policy"], ptx_grads)
-            logs["ptx_loss"] = nll
+            logs["ptx_loss"] = jnp.where(hyper.ptx_coef > 0, nll, jnp.nan)
             logs |= ptx_lib.coefficients(
                 hyper.ptx_coef, pretraining, mask_MT, weights_B=weights_M, total=total, axis_name=axis_name
             )
@@ -339,8 +340,11 @@ def update(
         logs |= {f"grad_norm_{part}": optim_update.global_norm(grads[part]) for part in grads}
         rates = {"policy": hyper.learning_rate, "critic": hyper.critic_learning_rate}
         rates = {part: rates[part] for part in grads}
+        # A large value loss must not shrink the policy's update, unless both networks share the trunk.
+        joint = models.join is shared_trunk
+        max_norms = hyper.max_grad_norm if joint else dict.fromkeys(grads, hyper.max_grad_norm)
         state, update_logs = optim_update.apply_gradients(
-            state, grads, learning_rate=rates, max_grad_norm=hyper.max_grad_norm, loss=value
+            state, grads, learning_rate=rates, max_grad_norm=max_norms, loss=value
         )
         # A skipped update does not change the average either.
         decay = jnp.where(update_logs["skipped"] > 0, 1.0, hyper.ema_decay)
@@ -402,10 +406,12 @@ def make_train_step(
         ``frozen`` a `Frozen`, ``hyper`` a `Hyper`, ``batch`` a `Batch`, and ``rng`` one key for the whole run, into
         which the step folds ``state.step``. Metrics of the rollout:
 
-        - ``reward``, ``reward_std``: mean and standard deviation of the scores, before clipping.
+        - ``reward``, ``reward_std``: mean and standard deviation of the scores that `Models.score` returned.
+        - ``training_reward``, ``training_reward_std``: the same for the rewards that the policy is trained on, after clipping and
+          ``unfinished``: a response without a stop token gets `Hyper.missing_stop_score` in place of its score.
         - ``kl``: mean over the responses of the summed ``log pi - log pi_ref``, in nats per response.
         - ``kl_coef``: the coefficient used, in reward per nat.
-        - ``return``: mean score after clipping and ``unfinished``, minus ``kl_coef`` times the KL.
+        - ``return``: ``training_reward`` minus ``kl_coef`` times the KL.
         - ``length``: mean length of a response, in tokens; ``stopped``: share of responses with a stop token.
         - ``entropy``: mean entropy of the policy, in nats per token.
         - ``sampler_gap``, ``sampler_gap_mean``: largest and mean absolute difference between the log-probabilities of
@@ -419,10 +425,11 @@ def make_train_step(
 
         - ``policy_loss``, ``value_loss``: the clipped losses. The value loss includes the factor 1/2 but not
           `Hyper.value_coef`.
-        - ``ptx_loss``: pretraining loss in nats per token; ``ptx_coef_per_token``, ``ptx_coef_per_sequence``: its
+        - ``ptx_loss``: pretraining loss in nats per token, NaN if ``ptx_coef`` is 0 and it is not computed; ``ptx_coef_per_token``, ``ptx_coef_per_sequence``: its
           weight in two normalisations (`ptx.coefficients`).
         - ``approx_kl``: half the mean squared log-ratio of new and old policy, in nats per token.
-        - ``clip_fraction``: share of tokens with a ratio outside the clip range; ``ratio_mean``: mean ratio.
+        - ``clip_fraction``: share of tokens for which the clipped branch of the policy loss is the larger one, so that
+          they have no gradient; ``ratio_mean``: mean ratio.
         - ``ratio_max``: largest ratio in any update; ``first_ratio_error``: largest distance of a ratio from 1 in the
           first update, when policy and old policy are still equal.
         - ``grad_norm``, ``grad_norm_policy``, ``grad_norm_critic``: l2 norms of the gradients before clipping.

@@ -46,6 +46,8 @@ def rollout_metrics(
     logs = {
         "reward": mean(raw_scores_B),
         "reward_std": jnp.sqrt(masking.masked_var(raw_scores_B, where=True, axis_name=axis_name)),
+        "training_reward": mean(scored.scores_B),
+        "training_reward_std": jnp.sqrt(masking.masked_var(scored.scores_B, where=True, axis_name=axis_name)),
         "kl": mean(kl_B),
         "kl_coef": scored.kl_coef,
         "return": mean(scored.scores_B - scored.kl_coef * kl_B),

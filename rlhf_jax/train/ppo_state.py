@@ -27,7 +27,9 @@ class Models(NamedTuple):
     """``(params, tokens_BL, mask_BL) -> values_BT``, the critic's value before each response token; None without a
     critic."""
     score: Callable[..., jax.Array]
-    """``(params, rollout) -> scores_B``: a reward model or any other function of the responses."""
+    """``(params, rollout) -> scores_B``: a reward model or any other function of the responses. A response without a
+    stop token is trained with `Hyper.missing_stop_score` in place of its score (see ``unfinished`` in
+    `ppo.make_train_step`)."""
     token_logprobs: Callable[..., jax.Array] | None = None
     """``(params, tokens_BL, mask_BL=...) -> [B, L]``, called on the pretraining rows of PPO-ptx."""
     watch: Callable[[Rollout], dict[str, jax.Array]] | None = None
@@ -101,7 +103,8 @@ class Hyper:
     sampler_cap: Any = 2.0
     """Largest importance weight of a token, used if the step has ``correct_sampler``."""
     max_grad_norm: Any = jnp.inf
-    """Gradients are scaled down to this global l2 norm; infinity disables clipping (InstructGPT does not report it)."""
+    """Gradients are scaled down to this l2 norm, those of policy and critic separately unless they share a trunk;
+    infinity disables clipping (InstructGPT does not report it)."""
     ema_decay: Any = 0.0
     """Decay per update of the averaged policy weights (InstructGPT: 0.992); at 0 they equal the policy."""
     reference_decay: Any = 1.0

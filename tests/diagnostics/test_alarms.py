@@ -34,7 +34,7 @@ def healthy(steps=60, seed=0):
                 "sampler_gap": 1e-5 * rng.random(),
                 "entropy": 0.63 - 0.35 * progress + 0.01 * rng.normal(),
                 "stopped": min(1.0, 0.93 + 0.08 * progress + 0.01 * rng.normal()),
-                "reward_std": 1.0,
+                "training_reward_std": 1.0,
             }
         )
     return rows
@@ -116,8 +116,8 @@ CASES = {
         "to 0.01 nats per token",
     ),
     "equal_rewards": (
-        lambda rows: replace(rows, -3, reward_std=constant(0.0)),
-        lambda rows: replace(rows, -2, reward_std=constant(0.0)),
+        lambda rows: replace(rows, -3, training_reward_std=constant(0.0)),
+        lambda rows: replace(rows, -2, training_reward_std=constant(0.0)),
         "the same reward",
     ),
     "unfinished_answers": (
@@ -154,6 +154,13 @@ def test_failure_raises_its_alarm_and_a_near_miss_does_not(name, seed):
     raised = alarms_of(failing(healthy(seed=seed)))
     assert set(raised) == {name} and words in raised[name].message and "Look first " in raised[name].message
     assert alarms_of(near_miss(healthy(seed=seed))) == {}
+
+
+def test_a_rollout_without_stop_tokens_raises_an_alarm_at_once():
+    """Even from the first row on: the answers' own scores are never used."""
+    raised = alarms_of([{"stopped": 0.05, "reward": 6.49, "training_reward": -1.0}])
+    assert raised["unfinished_answers"].message.startswith("95% of the answers lack a stop token, so nearly every")
+    assert alarms_of([{"stopped": 0.12}] * 9) == {}
 
 
 def test_gold_may_lose_a_third_of_its_gain_without_an_alarm():

@@ -132,8 +132,9 @@ def apply_gradients(
             optax.scale(-1.0))``. One compiled step then works for every schedule and for every member of a sweep.
         grads: Gradients, a pytree like ``state.params``.
         learning_rate: A scalar, or a prefix of the parameter tree with scalars, such as ``{"policy": a, "critic": b}``.
-        max_grad_norm: Gradients with a larger global norm are scaled down to this norm, a number or traced scalar.
-            None disables clipping.
+        max_grad_norm: Gradients with a larger global norm are scaled down to this norm, a number or traced scalar. A
+            prefix of the parameter tree, such as ``{"policy": a, "critic": b}``, clips each part by its own norm. None
+            disables clipping.
         axis_name: Axis (pmap, shard_map, vmap) over which gradients and loss are averaged first.
         loss: Loss to check for non-finite values; None for no check.
 
@@ -151,7 +152,7 @@ def apply_gradients(
         if number is not None:
             finite &= jnp.all(jnp.isfinite(number))
     if max_grad_norm is not None:
-        grads = clip(grads, norm, max_grad_norm)
+        grads = jax.tree.map(lambda bound, tree: clip(tree, global_norm(tree), bound), max_grad_norm, grads)
     updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
     # `learning_rate` may be a prefix tree: each of its scalars multiplies a whole subtree.
     updates = jax.tree.map(lambda rate, tree: jax.tree.map(lambda u: u * rate, tree), learning_rate, updates)
