@@ -127,9 +127,10 @@ def equal_rewards(rows: Rows, *, min_std: float = 1e-6, patience: int = 3) -> st
         return None
     return (
         f"in each of the last {patience} rows, all answers of a batch received the same reward (standard deviation "
-        f"{stds[-1]:.3g}), so the policy cannot learn from them. Look first at whether answers end with a stop token, "
-        "without which they get a constant, then at whether the reward function receives the answers, then at the answers themselves: all may be the same, none may match the required format, or the "
-        "task may be too hard or too easy."
+        f"{stds[-1]:.3g}), so the policy cannot learn from them. Look first at whether answers end with a stop token "
+        "(without one, they receive a constant) and whether the reward function receives the answers, then at the "
+        "answers themselves: all may be the same, none may match the required format, or the task may be too hard or "
+        "too easy."
     )
 
 
@@ -159,9 +160,9 @@ def unfinished_answers(
     newest = max(_newest(rows, "stopped", 1), default=1.0)
     if 1 - newest > almost_all:
         return (
-            f"{1 - newest:.0%} of the answers lack a stop token, so nearly every reward is the score for a missing stop "
-            "token and not the score of the answer. Look first at the stop ids and at the longest answer allowed, then "
-            "at the score for a missing stop token."
+            f"{1 - newest:.0%} of the answers lack a stop token, so nearly every reward is the score for a missing "
+            "stop token and not the score of the answer. Look first at the stop ids and the maximum length of an "
+            "answer, then at the score for a missing stop token."
         )
     stopped, first = _newest(rows, "stopped", patience), _first(rows, "stopped")
     if not stopped or 1 - max(stopped) <= max(max_unfinished, 1 - first + unfinished_rise):

@@ -407,8 +407,8 @@ def make_train_step(
         which the step folds ``state.step``. Metrics of the rollout:
 
         - ``reward``, ``reward_std``: mean and standard deviation of the scores that `Models.score` returned.
-        - ``training_reward``, ``training_reward_std``: the same for the rewards that the policy is trained on, after clipping and
-          ``unfinished``: a response without a stop token gets `Hyper.missing_stop_score` in place of its score.
+        - ``training_reward``, ``training_reward_std``: the same for the rewards that the policy is trained on, after
+          clipping and ``unfinished``: a response without a stop token gets `Hyper.missing_stop_score`, not its score.
         - ``kl``: mean over the responses of the summed ``log pi - log pi_ref``, in nats per response.
         - ``kl_coef``: the coefficient used, in reward per nat.
         - ``return``: ``training_reward`` minus ``kl_coef`` times the KL.
@@ -425,8 +425,8 @@ def make_train_step(
 
         - ``policy_loss``, ``value_loss``: the clipped losses. The value loss includes the factor 1/2 but not
           `Hyper.value_coef`.
-        - ``ptx_loss``: pretraining loss in nats per token, NaN if ``ptx_coef`` is 0 and it is not computed; ``ptx_coef_per_token``, ``ptx_coef_per_sequence``: its
-          weight in two normalisations (`ptx.coefficients`).
+        - ``ptx_loss``: pretraining loss in nats per token; NaN if it is not computed because ``ptx_coef`` is 0.
+          ``ptx_coef_per_token``, ``ptx_coef_per_sequence``: its weight in two normalisations (`ptx.coefficients`).
         - ``approx_kl``: half the mean squared log-ratio of new and old policy, in nats per token.
         - ``clip_fraction``: share of tokens for which the clipped branch of the policy loss is the larger one, so that
           they have no gradient; ``ratio_mean``: mean ratio.

@@ -237,7 +237,7 @@ def test_one_program_serves_all_hyperparameters():
     state, plain = STEP(state, frozen(), hyper(ptx_coef=0.0, clip=0.1), batch(), jax.random.key(1))
     _, ptx = STEP(state, frozen(0.3), hyper(ptx_coef=27.8, kl_coef=0.5), batch(), jax.random.key(2))
     assert STEP.traces == 1
-    assert float(plain["ptx_loss"]) == 0, "plain PPO does not compute the loss of the pretraining rows"
+    assert np.isnan(plain["ptx_loss"]), "plain PPO does not compute the loss of the pretraining rows"
     assert float(ptx["ptx_loss"]) > 1
     assert float(plain["ptx_coef_per_token"]) == float(plain["ptx_coef_per_sequence"]) == 0
     np.testing.assert_allclose(ptx["ptx_coef_per_token"], 27.8, rtol=1e-6)
@@ -414,6 +414,48 @@ def test_policy_and_critic_have_separate_learning_rates():
     state, _ = step(critic_learning_rate=0.0)
     same(state.params["critic"], start.params["critic"])
     assert farthest(state.params["policy"], start.params["policy"]) > 1e-3
+
+
+def test_clip_fraction_counts_tokens_whose_clipped_branch_is_larger():
+    """A ratio outside the range is not clipped if the update would bring it back."""
+    ratios = np.array([[1.5, 1.5, 0.5, 0.5, 1.1]])
+    advantages = jnp.array([[1.0, -1.0, -1.0, 1.0, 1.0]])
+    ones = jnp.ones((1, 5), bool)
+    zeros_BT = jnp.zeros((1, 5))
+    models = ppo.Models(lambda *_: None, lambda *_: (jnp.log(ratios), zeros_BT), None, lambda *_: None)  # type: ignore[arg-type, return-value]
+    experience = types.Experience(
+        tokens_BL=jnp.zeros((1, 6), jnp.int32),
+        mask_BL=jnp.ones((1, 6), bool),
+        response_mask_BT=ones,
+        logprobs_BT=zeros_BT,
+        values_BT=None,
+        advantages_BT=advantages,
+        returns_BT=None,
+    )
+    _, logs = ppo.loss(models, {"policy": {}}, experience, ppo.Hyper(clip=0.2))
+    np.testing.assert_allclose(logs["clip_fraction"], 2 / 5)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_policy_and_critic_are_clipped_separately_unless_they_share_a_trunk(shared):
+    """A large value loss must not shrink the update of a separate policy."""
+    models = MODELS._replace(join=ppo.shared_trunk) if shared else MODELS
+    compiled = parallel.jit_step(ppo.make_train_step(models, minibatches=1))
+    critic = {"head": zero_critic()["head"]} if shared else zero_critic()
+
+    def moved(value_coef):
+        state = ppo.create(weights(), critic, SGD)
+        numbers = hyper(learning_rate=1.0, critic_learning_rate=0.0, max_grad_norm=0.01, value_coef=value_coef)
+        after, logs = compiled(state, frozen(), numbers, batch(ptx=False), jax.random.key(0))
+        change = jax.tree.map(lambda a, b: a - b, after.params["policy"], weights())
+        return float(optax.tree.norm(change)), logs
+
+    (small, _), (large, logs) = moved(1.0), moved(1e6)
+    assert float(logs["grad_norm_critic"]) > 100 * 0.01
+    if shared:
+        assert large < small
+    else:
+        assert small == large == pytest.approx(0.01, rel=1e-3)
 
 
 def test_averaged_weights_follow_the_policy():

@@ -72,7 +72,8 @@ def explain(floats: Mapping[str, float]) -> str:
         >>> nonfinite.explain({"loss": float("nan"), "grad_norm": 1.0, "bad_rows": 1.0, "bad_row": 3.0})
         'loss is not finite (row 3 of the batch)'
     """
-    bad = [name for name, number in floats.items() if not math.isfinite(number)]
+    unused = {"ptx_loss"} if floats.get("ptx_coef_per_token") == 0 else set()
+    bad = [name for name, number in floats.items() if not math.isfinite(number) and name not in unused]
     parts = [name.removeprefix("grad_norm_") for name in bad if name.startswith("grad_norm_")]
     losses = [name for name in bad if "loss" in name]
     rest = [name for name in bad if name not in losses and not name.startswith("grad_norm")]
