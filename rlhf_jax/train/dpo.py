@@ -102,7 +102,7 @@ def mismatched(batch: Preferences, *, prompt_width: int, shift: int = 1) -> Pref
 
 
 def frozen_as_reference(frozen: Any) -> Params:
-    """Returns ``frozen``, for steps whose frozen parameters are the reference (the base model of adapters)."""
+    """Returns ``frozen``, for steps whose frozen parameters are the reference, such as the base model of adapters."""
     return frozen
 
 

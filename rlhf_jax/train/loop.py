@@ -42,7 +42,7 @@ class Preempted(Exception):
 
 
 class Alarmed(Exception):
-    """Raised by a ``log`` as ``Alarmed(reason)`` to stop the run; `fit` saves the state and raises it again.
+    """Raised by a ``log`` as ``Alarmed(reason)`` to stop the run; `fit` saves the state and re-raises it.
 
     Attributes:
         reason: The reason that the log gave.

@@ -31,7 +31,7 @@ def minibatches(
 
     Args:
         rng: Key; consumed.
-        rows: Number of rows of this device; a multiple of ``count`` times its number of blocks.
+        rows: Number of rows of this device; a multiple of ``count`` times the number of blocks per device.
         epochs: Number of passes over the rows.
         count: Minibatches per epoch.
         shards: Number of blocks over all devices; a multiple of the number of devices.

@@ -76,8 +76,8 @@ def make_train_step(
 
     Args:
         score: ``(params, tokens_BL, mask_BL=...) -> [B]``, such as `lm.score`. For a model with H heads, it returns
-            ``[B, H]``. The heads then form an ensemble: each learns from every prompt, and the loss is the mean over
-            heads.
+            ``[B, H]``. By default, the heads form an ensemble: each learns from every prompt, and the loss is the mean
+            over heads.
         packed_scores: ``(params, tokens_RL, segments_RL, places_BK) -> [B, K]``, such as `lm.packed_scores`. If given,
             the step also accepts `types.PackedComparisons`, whose number of groups must equal ``micro_batches``, and
             computes the same result with less padding.

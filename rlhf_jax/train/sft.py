@@ -29,7 +29,7 @@ class TokenBatch:
     loss_mask_BL: jax.Array
     """bool, True at the tokens that contribute to the loss."""
     segments_BL: jax.Array | None = None
-    """int32, the sequence to which each token of a packed row belongs (`data.packing`); None if rows are not packed.
+    """int32, number of the sequence to which each token of a packed row belongs (`data.packing`); None without packing.
     The first token of a sequence has no context; its log-probability is 0, regardless of the loss mask."""
 
 

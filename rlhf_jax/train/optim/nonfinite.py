@@ -1,7 +1,7 @@
 """Diagnosis of steps with non-finite numbers: which rows of the batch contain them, and a message for the user.
 
 `update.apply_gradients` skips such a step. Inside the step, `row_metrics` locates the rows; on the host, `explain`
-turns the metrics into a sentence.
+turns the metrics into a message.
 """
 
 from __future__ import annotations
