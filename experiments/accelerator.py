@@ -4,7 +4,7 @@
     python experiments/accelerator.py --rows sft,dpo       only these rows and the limits that shares refer to
     python experiments/accelerator.py --quick              tiny shapes on a CPU, for a test run
 
-Most rows use a pythia-1b with random float32 parameters and compute in bfloat16, which requires at most 80 GB.
+Most rows use a pythia-1b with random float32 parameters and compute in bfloat16. 80 GB of device memory suffice.
 The command requires jax, flax, optax, numpy, transformers and this library. If torch is installed, it is compared too.
 
 Each measurement is appended to the file given by --out as soon as it is complete.
