@@ -49,7 +49,7 @@ class Compare(Settings):
     group: int = 4
     """Number of answers to each prompt in rloo, grpo and expert iteration (which trains on the best of them)."""
     rounds: int = 4
-    """Number of rounds of expert iteration, which together use half as many prompts as the other methods."""
+    """Number of rounds of expert iteration, which together use half as many prompts as PPO."""
 
 
 def parse(arguments: list[str]) -> Compare:
