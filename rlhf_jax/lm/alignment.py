@@ -6,8 +6,8 @@ value before token i. Both are computed from the output at the last real token b
 must belong to the same segment.
 
 `token_map` turns any function of logits into a function of tokens with this alignment and never keeps the logits of all
-columns in memory. The functions of logits in :mod:`rlhf_jax.lm.logprobs` and :mod:`rlhf_jax.lm.distributions` are built
-on it or on `map_hidden`, which accepts the hidden states of several models.
+columns in memory. The functions of tokens in :mod:`rlhf_jax.lm.logprobs` and :mod:`rlhf_jax.lm.distributions` that
+require logits call it or `map_hidden`, which accepts the hidden states of several models.
 """
 
 from __future__ import annotations

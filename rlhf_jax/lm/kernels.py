@@ -83,7 +83,7 @@ def splash(
     cfg: config.LMConfig,
     interpret: bool = False,
 ) -> jax.Array:
-    """Computes causal attention within segments on one TPU by splash attention, which is differentiable.
+    """Computes causal attention within segments by splash attention on a single TPU; the result is differentiable.
 
     Args:
         queries_BHLC: Queries; L must be a multiple of 128.
@@ -155,7 +155,8 @@ def _cudnn_supports(cfg: config.LMConfig, queries_BHLC: jax.Array) -> bool:
 
 
 def _cuda_generation() -> int:
-    """Returns the major compute capability of the GPU (9 for Hopper); 0 without one: the kernel cannot be traced."""
+    """Returns the major compute capability of the GPU (9 for Hopper), or 0 if JAX does not run on a CUDA GPU."""
+    # Without a CUDA GPU, `jax.nn.dot_product_attention` cannot be traced with cuDNN.
     if jax.default_backend() != "gpu" or "cuda" not in jax.extend.backend.get_backend().platform_version:
         return 0
     return int(str(jax.local_devices()[0].compute_capability).partition(".")[0])

@@ -163,7 +163,7 @@ def values(
         cfg: The model, as an `LMConfig` or an `ApplyFn`.
         mask_BL: bool, True at real tokens.
         segments_BL: int32 segment ids of packed rows, counted from 1; 0 at padding.
-        prompt_width: Width P of the prompt; the result then is V_t of the response, ``[B,T]``.
+        prompt_width: Width P of the prompt; the result then covers only the response, ``[B,T]``.
 
     Returns:
         float32 ``[B,L]``, or ``[B,T]`` with ``prompt_width``; 0 at padding and at the first real token of each

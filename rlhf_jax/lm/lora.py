@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, Hu et al. 2021), which replace W by W + scale A B and train only A and B.
 
-Adapters are a pytree separate from the model, such as ``{"layers": {"q": {"lora_a": ..., "lora_b": ...}}}``. They have
-the leading layer axis of the kernels, whose other axes are flattened to one input and one output axis: ``lora_a`` has
-shape ``[N, in, r]``, and ``lora_b`` has shape ``[N, r, out]``. Attaching adapters does not copy the model::
+Adapters are a pytree separate from the model, such as ``{"layers": {"q": {"lora_a": ..., "lora_b": ...}}}``. For N
+layers and rank r, ``lora_a`` has shape ``[N, in, r]``, and ``lora_b`` has shape ``[N, r, out]``, where ``in`` and
+``out`` are the sizes of the kernel's flattened input and output axes. Attaching adapters does not copy the model::
 
     adapters = lora.init(rng, cfg, rank=8, pattern="layers/(q|v)/kernel")
     params = lora.attach(base, adapters, scale=2.0)      # the arrays of base, plus the adapters
@@ -139,7 +139,8 @@ def pairs(params: types.Params, adapters: types.Params) -> Iterator[Pair]:
             raise ValueError(f"params already have an adapter at {node}: merge it first, or attach both to the base")
         if not _fits(pair):
             raise ValueError(
-                f"the adapter at {node} has shapes {pair.a.shape} and {pair.b.shape}, its kernel {pair.kernel.shape}"
+                f"the adapter at {node} has shapes {pair.a.shape} and {pair.b.shape}, which do not fit its kernel of "
+                f"shape {pair.kernel.shape}"
             )
         yield pair
     if leaves:

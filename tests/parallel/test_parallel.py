@@ -70,7 +70,7 @@ def test_a_job_trained_on_one_mesh_resumes_on_another(results):
 def test_indivisible_batches_and_meshes_are_errors(results):
     errors = [each["error"] for each in results if "error" in each]
     assert len(errors) == 4
-    assert "6 rows" in errors[0] and "(.tokens_BL) is not divisible by 4 devices (data 2 x fsdp 2)" in errors[0]
+    assert "6 rows" in errors[0] and "(.tokens_BL) is not divisible by 4 batch shards (data 2 x fsdp 2)" in errors[0]
     assert "is not divisible by 8 devices" in errors[1]
     assert "the mesh axis tensor is 2; use jit_step" in errors[2]
     assert errors[3] == "a mesh of data 3 x fsdp 1 x tensor 1 x sequence 1 does not fit 8 devices"
