@@ -332,7 +332,7 @@ class Checkpoints:
                     to.rmtree()
                 path.rename(to)
             except OSError as error:
-                raise CheckpointError(f"cannot remove the old checkpoint {path}: {_reason(error)}") from error
+                raise CheckpointError(f"cannot rename or remove the old checkpoint {path}: {_reason(error)}") from error
         processes.barrier("checkpoint.change")
 
 

@@ -179,7 +179,7 @@ def ranking_rows(
     counts: errors.DropCount,
     max_answers: int | None = None,
 ) -> tuple[types.Comparisons, np.ndarray]:
-    """Encodes rankings whose prompts are already encoded; otherwise the same as `encode_rankings`.
+    """Encodes rankings whose prompts are already encoded; see `encode_rankings`.
 
     Args:
         fmt: Chat format from `chat.chat_format`.

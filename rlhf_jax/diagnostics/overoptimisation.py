@@ -91,8 +91,8 @@ def fit(
 
     Raises:
         ValueError: If the arrays are not of rank 1, differ in length, or contain NaN or infinity; if an error is not
-            above 0, ``min_kl`` is below 0 or ``confidence`` is not in (0, 1); or if fewer than 3 points, or points with
-            fewer than 2 different KLs, are left.
+            above 0, ``min_kl`` is below 0 or ``confidence`` is not in (0, 1); or if fewer than 3 points or
+            fewer than 2 different KLs are left.
 
     Example:
         >>> import numpy as np

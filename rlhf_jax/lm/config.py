@@ -149,7 +149,7 @@ class LMConfig:
                 even,
                 "rope_fraction",
                 self.rope_fraction,
-                f"such that an even, positive number of the d_head = {self.d_head} features is rotated",
+                f"a fraction that rotates an even, positive number of the d_head = {self.d_head} features",
             )
 
     def _check_combinations(self) -> None:

@@ -45,7 +45,7 @@ def embed(
 
 
 def look_up(table_VD: jax.Array, tokens_BL: jax.Array, dtype: Any) -> jax.Array:
-    """Returns ``table_VD[tokens_BL]`` in ``dtype``, ``[B,L,D]``; ids must be less than V.
+    """Returns ``table_VD[tokens_BL]`` in ``dtype``, ``[B,L,D]``; ids must be in [0, V).
 
     On a mesh, each device gathers all features for its shard of the vocabulary and looks up the tokens of its rows
     there. The gradient is summed on each device in the table's dtype before it is reduce-scattered. With plain

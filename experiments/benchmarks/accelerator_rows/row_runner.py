@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
 
 ROWS = {
-    "limits": Row("the limits: rate of matrix products and memory bandwidth", "limit_rows.limits"),
+    "limits": Row("rate of matrix products and memory bandwidth, to which shares refer", "limit_rows.limits"),
     "sft": Row("SFT step", "training_rows.sft"),
     "dpo": Row("DPO step, including the reference", "training_rows.dpo"),
     "reward": Row("reward model step", "training_rows.reward"),
