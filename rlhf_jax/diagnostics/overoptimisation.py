@@ -58,7 +58,7 @@ class Fit(NamedTuple):
     """d* in root nats, with Fieller's interval. d* is infinite for a curve without a maximum (beta not above 0, or log
     d* above `MAX_LOG_PEAK`). The upper bound is infinite if the data do not establish a maximum."""
     peak_gain: Estimate
-    """R*, the gain at d*, with an interval by the delta method. Its upper bound is infinite if d* has no finite one."""
+    """R*, the gain at d*, with an interval by the delta method. Its upper bound is infinite whenever that of d* is."""
     count: int
     """Number of fitted points."""
 
