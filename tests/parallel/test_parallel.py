@@ -240,5 +240,5 @@ def test_one_device_needs_no_mesh_and_data_minus_one_uses_the_remaining_devices(
     automatic = instructgpt.parse(["--preset", "smoke", "--mesh.data", "-1"])
     assert device_mesh.resolve(automatic).mesh.data == jax.device_count()
     too_many = instructgpt.parse(["--preset", "smoke", "--mesh.data", "-1", "--mesh.fsdp", "4"])
-    with pytest.raises(settings.SettingError, match=r"--mesh.simulate 4 simulates that many on the CPU"):
+    with pytest.raises(settings.SettingError, match=r"--mesh.simulate 4 simulates 4 devices on the CPU"):
         device_mesh.resolve(too_many)
