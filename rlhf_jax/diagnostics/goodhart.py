@@ -34,7 +34,7 @@ class SplitHalves(NamedTuple):
 
 
 class FallFromPeak(NamedTuple):
-    """Comparison of the last checkpoint with the one that the judge scores highest."""
+    """Comparison of the last checkpoint with the one that a judge scores highest; see `fall_from_peak`."""
 
     peak: int
     """Index of the checkpoint with the judge's highest mean score."""

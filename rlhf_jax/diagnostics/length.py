@@ -105,7 +105,7 @@ def length_bias(
         confidence: Coverage of all intervals.
 
     Returns:
-        Accuracies, preference and correlation.
+        The rates, the correlation and the counts.
 
     Raises:
         ValueError: As in `intervals.win_outcomes`, for scores and lengths, or if ``prompts`` does not have one

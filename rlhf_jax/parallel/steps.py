@@ -79,8 +79,8 @@ class JitStep:
 
         Args:
             train_step: Function to compile.
-            donate_argnums: Positions of the donated arguments. If the first argument is donated, the first result
-                has the shardings of that argument.
+            donate_argnums: Positions of the donated arguments. On a mesh, if the first argument is donated, the first
+                result has the shardings of that argument.
             mesh: Mesh to run on; None for a single device. Arguments at positions outside ``batch_args`` and
                 ``replicated_args`` keep their shardings.
             batch_args: Positions of batches, which are sharded over the mesh (`shard_batch`).
@@ -171,7 +171,7 @@ def shard_map_step(train_step: Callable[..., Any], mesh: Mesh) -> JitStep:
     """Compiles a step that each device runs on its own rows, with explicit sums over devices inside the step.
 
     ``train_step`` has the signature described in `jit_step` and must be created with
-    ``axis_name=parallel.BATCH_AXES``. The library's steps add losses and counts over devices before the division, so
+    ``axis_name=parallel.BATCH_AXES``. The library's steps sum losses and counts over devices before dividing, so
     masks may differ between devices. Parameters are replicated (`replicate`), and all devices return the same results.
 
     Raises:

@@ -23,7 +23,7 @@ KINDS_WITH_PARTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Slips:
-    """Probability of each flaw in an answer. Flaws occur independently. A flawless demonstrator has only zeros."""
+    """Probability of each flaw in an answer. Flaws occur independently. For a flawless demonstrator, all are 0."""
 
     impolite: float = 0.45
     """The answer has no polite word."""

@@ -22,7 +22,7 @@ from benchmarks.accelerator_rows import row_context
 
 
 class Row(NamedTuple):
-    """A row of the table."""
+    """A group of measurements that the flag ``--rows`` can select."""
 
     title: str
     function: str

@@ -169,7 +169,7 @@ def encode_prompts(
     dropped for one of these reasons:
 
     - ``"no user turn"``
-    - ``"prompt too long"``: the last user turn and the turns after it do not fit
+    - ``"prompt too long"``: the system turn, the last user turn and the turns after it do not fit
     - ``"roles are refused"``: the template refuses the roles of the turns
 
     Args:

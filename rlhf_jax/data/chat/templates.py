@@ -6,8 +6,8 @@ answer and the token that ends it. Two parts of the text are fixed so that train
 Llama 3.1's system turn always contains the same date, and Qwen3's thinking block is always empty.
 
 The templates of a family can have several forms, for example with or without a default system turn, or with different
-spaces. `chat_format` uses the form that writes the same text as the tokenizer's own template. If there is none, it uses
-the first form of the family, provided that the family can be identified.
+spaces. `chat.chat_format` uses the form that writes the same text as the tokenizer's own template. If there is none, it
+uses the first form of the family, provided that the family can be identified.
 """
 
 from __future__ import annotations
