@@ -4,18 +4,17 @@
     python experiments/accelerator.py --rows sft,dpo       only these rows and the limits that shares refer to
     python experiments/accelerator.py --quick              tiny shapes on a CPU, for a test run
 
-Most rows use a pythia-1b with random parameters, which are stored in float32; the computation is in bfloat16. A device
-with 80 GB of memory is large enough. The command requires jax, flax, optax, numpy, transformers and this library. If
-torch is installed, the library is also compared with it.
+Most rows use a pythia-1b with random float32 parameters and compute in bfloat16. 80 GB of device memory suffice.
+The command requires jax, flax, optax, numpy, transformers and this library. If torch is installed, it is compared too.
 
-Each measurement is appended to the file given by --out as soon as it is complete. If a row fails, its error is printed
-and the next row starts. Two columns of the table require an explanation:
+Each measurement is appended to the file given by --out as soon as it is complete.
+If a row fails, its error is printed and the next row starts. Two columns of the table require an explanation:
 
-    share   The measurement as a share of the quantity that the column names. Training steps are compared with the
-            measured rate of matrix products. Their FLOPs are those of the model's matrix products, without
-            recomputation and with only the causal half of the attention scores (MFU). Decoding steps are compared with
-            the measured memory bandwidth. Their bytes are those of the parameters and the KV cache in bfloat16. The
-            parts of a PPO iteration are compared with the time of the iteration.
+    share   The measurement as a share of the quantity named after it. Training steps are compared with the measured
+            rate of matrix products. Their FLOPs are those of the model's matrix products, without recomputation and
+            with only the causal half of the attention scores (MFU). Decoding steps are compared with the measured
+            memory bandwidth. Their bytes are those of the parameters and the KV cache in bfloat16. The parts of a PPO
+            iteration are compared with the time of the iteration.
     aim     The required bound on the share or, in rows without a share, on the value.
 
 Rows:

@@ -24,8 +24,9 @@ The workloads are measured in tokens per second, except for decode and the matmu
     generate            64 sampled tokens for each of 64 prompts (S) or 8 prompts (M) of 64 tokens.
     stream              512 prompts in 64 slots, each of which is refilled when its answer ends, compared with
                         consecutive batches of 64 prompts. One answer in eight has 256 tokens; the others have 32.
-    decode              Time per token with 1 to 64 rows, compared with the minimum possible time. This is the larger
-                        of (parameters and cache) / bandwidth and FLOPs / the measured rate of the step's products.
+    decode              Time per token with 1 to 64 rows, compared with the minimum possible time. The minimum is the
+                        larger of two times: the size of parameters and cache divided by the memory bandwidth, and the
+                        FLOPs of the step divided by the measured rate of its matrix products.
     matmul rate         FLOPs per second of an SFT step of M, compared with the product of two 2048 x 2048 matrices.
 
 The peers are TRL's SFTTrainer, RewardTrainer, DPOTrainer and PPOTrainer (the last in version 1.12), the ``generate`` of
@@ -84,7 +85,7 @@ class Settings:
     ours_only: bool = False
     """Skip the peers even if they are installed."""
     together: bool = True
-    """Keep all programs of a row in memory (15 GB for sft-m), so that their repetitions can alternate. Otherwise they
+    """Keep all programs of a row in memory (15 GB for sft-m), so that their repetitions can alternate. If off, they
     run one after another."""
     cpu: bool = False
     """Use the CPU even if a GPU or TPU is available."""

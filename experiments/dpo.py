@@ -161,7 +161,7 @@ def run(settings: DPOSettings) -> dict[str, Any]:
     out.print(console.results_table(results))
     mean, low, high = (100 * x for x in implicit)
     run_setup.print_line(
-        out, f"held-out pairs ranked as labelled by the implicit reward: {mean:.1f} % ({low:.1f} to {high:.1f})"
+        out, f"the implicit reward agrees with the labels of {mean:.1f} % of held-out pairs ({low:.1f} to {high:.1f})"
     )
     run_setup.print_line(out, f"report: {folder.path / 'report.html'}   results: {folder.path / run_folder.RESULTS}")
     return results

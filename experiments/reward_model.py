@@ -86,7 +86,7 @@ def run(settings: RewardSettings) -> dict[str, Any]:
     results["peak_rss_mb"] = process_setup.peak_memory_mb()
     results["seconds"] = time.time() - process_setup.START_TIME
     results = run_folder.finite(results)
-    title, plotted, note = "A reward model", results, "Intervals are 95 %."
+    title, plotted, note = "A reward model", results, "All intervals are 95 % confidence intervals."
     if settings.folds:
         title, plotted = "A reward model, cross-validated", results["methods"]
         note = f"Each pair is scored by a model that was not trained on it. {note}"

@@ -30,7 +30,7 @@ class Data:
     """JSONL (also .gz) or Parquet file of records with prompt, chosen, rejected and subset, or of two ranked answers in
     any other format in docs/data.md."""
     max_dropped: float = 0.01
-    """Maximum share of records that may be dropped, because they are empty, not pairs, too long or refused by the chat
+    """Maximum share of records that may be dropped because they are empty, not pairs, too long or refused by the chat
     template."""
 
 

@@ -292,8 +292,8 @@ class Settings:
     resume: str | None = None
     """Folder of a run to resume with its saved settings. None starts a new run."""
     on_alarm: Literal["report", "stop"] = "report"
-    """Response to an alarm, such as a negative KL or a falling gold utility: `report` it and continue, or save and
-    `stop`."""
+    """Response to an alarm in reward-model training or RL, such as a rising validation loss or a negative KL. `report`
+    prints it and continues; `stop` saves and stops the run."""
     saves: int = 5
     """Number of checkpoints per stage. A killed run loses only the work since the last one."""
     max_skipped: int = 10

@@ -55,7 +55,7 @@ class Job:
     """``note(stage, text)`` prints and saves an incident."""
 
     def key(self, stage: str) -> jax.Array:
-        """Returns the random key of a stage; ``ppo-more`` has the same key as ``ppo``."""
+        """Returns the random key of a stage, ignoring a suffix after a hyphen: ``ppo-more`` has the key of ``ppo``."""
         return jax.random.fold_in(jax.random.key(self.settings.seed), 100 + STAGES.index(stage.partition("-")[0]))
 
     @functools.cached_property

@@ -63,10 +63,10 @@ def generate(
         n: Number of responses to each prompt. Row ``b * n + k`` of ``rng_B`` and of the result belongs to response k to
             prompt b. With an `LMConfig`, each prompt is processed only once.
         values: Whether to return the scalar head's value before each token, computed in the same forward pass.
-        limits_B: int32 in [1, T], the maximum length of each response.
+        limits_B: int32 in [1, T], the maximum length of each response; T by default.
         axis_name: Axis of an enclosing ``jax.vmap``. The loop then runs until all members of the axis have finished.
             Without ``axis_name``, the loop predicate differs between members, and every cache write becomes a scatter,
-            which is 15 times slower.
+            which is much slower.
 
     Returns:
         A `rlhf_jax.types.Rollout`. ``logprobs_BT`` are log-probabilities under the sampling distribution:

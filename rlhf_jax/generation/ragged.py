@@ -36,7 +36,7 @@ class RaggedSampler:
         answers = sampler(params, rng, [tokenizer.encode(text) for text in texts])
         print(sampler.programs, "programs compiled")
 
-    At each width, the number of rows is rounded up to a power of two times ``slots``. A run therefore compiles only a
+    At each width, the number of rows is rounded up to ``slots`` times a power of two. A run therefore compiles only a
     few programs per width, even if the number of prompts varies. The key of prompt i is ``fold_in(rng, i)``.
 
     Args:

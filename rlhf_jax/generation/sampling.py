@@ -12,7 +12,7 @@ _DIRECT, _BLOCK = 1024, 128
 """`draw` searches vocabularies of up to 1024 tokens directly, and larger vocabularies in blocks of 128 tokens."""
 
 NO_TOKEN = -1
-"""Fills the positions before the first token of a response; no token has this id."""
+"""Placeholder before the first token of a response in the ``tail_BK`` of `ends`; no token has this id."""
 
 
 @struct.dataclass
@@ -143,7 +143,7 @@ def keep_top_k(logits: jax.Array, k: int) -> jax.Array:
 
 
 def keep_top_p(logits: jax.Array, p: float) -> jax.Array:
-    """Sets all logits to -inf except the smallest set of largest logits with total probability at least p, and ties.
+    """Sets all logits to -inf except the smallest set of largest logits with total probability at least p; keeps ties.
 
     This is nucleus sampling (Holtzman et al. 2020).
     """
@@ -155,7 +155,7 @@ def keep_top_p(logits: jax.Array, p: float) -> jax.Array:
 
 
 def keep_min_p(logits: jax.Array, share: float) -> jax.Array:
-    """Sets the logits of tokens to -inf that are less than ``share`` times as likely as the most likely token."""
+    """Sets to -inf the logits of all tokens that are less than ``share`` times as likely as the most likely token."""
     return jnp.where(logits >= jnp.max(logits, axis=-1, keepdims=True) + jnp.log(share), logits, -jnp.inf)
 
 
@@ -209,10 +209,11 @@ def choose(
 
 
 def ends(tail_BK: jax.Array, sampling: Sampling, *, length: jax.Array | int) -> jax.Array:
-    """Returns ``[B]`` bool, True for responses whose last tokens are a stop id or a stop sequence.
+    """Returns ``[B]`` bool, True for responses that end with a stop id or a stop sequence.
 
-    ``tail_BK`` holds the last K tokens of each response, with `NO_TOKEN` before the first token; K must be at least
-    ``sampling.longest_stop``. ``length``, a scalar or ``[B]``, is the number of tokens in each response.
+    ``tail_BK`` contains the last K tokens of each response, with `NO_TOKEN` before the first token; K must be at least
+    ``sampling.longest_stop``. ``length``, a scalar or ``[B]``, is the number of tokens in each response; responses of
+    fewer than ``min_new_tokens`` tokens do not end.
     """
     stopped_B = jnp.zeros(tail_BK.shape[:1], bool)
     for sequence in (*((token,) for token in sampling.stop_ids), *sampling.stop_sequences):

@@ -22,7 +22,7 @@ from benchmarks.accelerator_rows import row_context
 
 
 class Row(NamedTuple):
-    """A row of the table."""
+    """A group of measurements that the flag ``--rows`` can select."""
 
     title: str
     function: str
@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
 
 ROWS = {
-    "limits": Row("the limits: rate of matrix products and memory bandwidth", "limit_rows.limits"),
+    "limits": Row("rate of matrix products and memory bandwidth, to which shares refer", "limit_rows.limits"),
     "sft": Row("SFT step", "training_rows.sft"),
     "dpo": Row("DPO step, including the reference", "training_rows.dpo"),
     "reward": Row("reward model step", "training_rows.reward"),
