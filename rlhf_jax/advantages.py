@@ -98,7 +98,8 @@ def gae(
         advantage = delta + discount * lambda_ * next_advantage
         return advantage, advantage
 
-    _, advantages_T = jax.lax.scan(step, jnp.zeros((), deltas_T.dtype), deltas_T, reverse=True)
+    # A sum of nothing: zero, and varying over the same mesh axes as the deltas under jax.shard_map.
+    _, advantages_T = jax.lax.scan(step, jnp.sum(deltas_T[:0]), deltas_T, reverse=True)
     advantages_T = masking.masked_fill(advantages_T, where=mask_T)
     return advantages_T, advantages_T + values_T
 

@@ -220,6 +220,7 @@ def generate(
             stopped_N=jnp.zeros((N,), bool),
         ),
     )
+    state = decoding.varying_like(state, params, rng_N, prompts_NP, mask_NP, limit_N)
     answers = lax.while_loop(unfinished, refill_and_decode, state).answers
     mask_NT = jnp.arange(T)[None, :] < answers.lengths_N[:, None]
     return types.Rollout(

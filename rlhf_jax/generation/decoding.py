@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,21 @@ def draw(
     values_B = jnp.where(live_B, heads.scalar(params, hidden_BD), 0.0) if values else None
     stopped_B = live_B & sampling_lib.ends(tail_BK, sampling, length=step_B + 1)
     return Drawn(tokens_B, jnp.where(live_B, logprobs_B, 0.0), values_B, stopped_B, tail_BK)
+
+
+def varying_like(tree: Any, *inputs: Any) -> Any:
+    """Returns ``tree``, which varies over the same mesh axes as ``inputs`` under `jax.shard_map` with ``check_vma``.
+
+    The initial state of a loop must have the same type as its later states, which depend on the inputs.
+    """
+
+    def zero(x: jax.Array) -> jax.Array:
+        x = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        return jnp.zeros_like(x.reshape(-1)[0], jnp.int32)
+
+    # Adding a zero that depends on all inputs changes the type and no value.
+    mark = sum(map(zero, jax.tree.leaves(inputs)), jnp.zeros((), jnp.int32))
+    return jax.tree.map(lambda x: x | (mark > 0) if x.dtype == jnp.bool_ else x + mark.astype(x.dtype), tree)
 
 
 def any_member(live: jax.Array, axis_name: str | None) -> jax.Array:

@@ -153,6 +153,8 @@ def generate(
         prefill = transformer.forward(params, prompts_BP, cfg=cfg, mask_BL=mask_BP, cache=empty, used_slots=P)
         state = state._replace(cache=_repeated(prefill.cache, n))
         state = record(state, jnp.repeat(prefill.hidden_BLD[:, -1], n, axis=0))
+    # All inputs have entered the first token and the rows that are live after it.
+    state = decoding.varying_like(state, state.tokens_BT, state.live_B)
     state = lax.while_loop(unfinished, decode, state)
     return types.Rollout(
         tokens_BL=jnp.concatenate([repeated_BP, state.tokens_BT], axis=1),

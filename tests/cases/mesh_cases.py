@@ -197,10 +197,11 @@ def train(stage, form, *, micro_batches=1):
         step = parallel.pmap_step(train_step)
         state, frozen = step.replicate(state), step.replicate(frozen)
     else:
-        name = form.partition(" ")[2]
+        name = form.split()[1]
         mesh = parallel.make_mesh(**MESHES[name])
         if form.startswith("shard_map"):
-            step = parallel.shard_map_step(train_step, mesh)
+            checked = form.endswith("checked")
+            step = own_shard_map(train_step, mesh) if checked else parallel.shard_map_step(train_step, mesh)
             state, frozen = parallel.replicate(state, mesh), parallel.replicate(frozen, mesh)
         else:
             step = parallel.jit_step(train_step, mesh=mesh)
@@ -221,6 +222,18 @@ def train(stage, form, *, micro_batches=1):
     return jax.device_get(result), logs
 
 
+def own_shard_map(train_step, mesh):
+    """Compiles a step as a user might: `jax.shard_map` with its default check of how values vary over devices."""
+
+    def mapped(state, frozen, hyper, batch, rng):
+        whole, rows = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(parallel.BATCH_AXES)
+        specs = (whole, whole, whole, jax.tree.map(lambda _: rows, batch), whole)
+        step = jax.shard_map(train_step, mesh=mesh, in_specs=specs, out_specs=(whole, whole))
+        return step(state, frozen, hyper, batch, rng)
+
+    return parallel.JitStep(mapped, mesh=mesh)
+
+
 def number(metric):
     return float(metric.value()) if hasattr(metric, "value") else float(metric)
 
@@ -233,12 +246,12 @@ def cases(long):
     """Yields ``(stage, form, micro_batches)``: all combinations, or a few that cover every part."""
     if not long:
         yield from (("sft", "jit sequence", 2), ("sft", "pmap", 1), ("reward", "jit 2x4", 1))
-        yield from (("dpo", "shard_map 2x4", 1), ("ppo", "shard_map 8", 2))
+        yield from (("dpo", "shard_map 2x4", 1), ("ppo", "shard_map 8", 2), ("ppo", "shard_map 8 checked", 1))
         return
     for stage in STAGES:
         for form in ("jit 8", "jit 2x4", "jit 2x2x2", "shard_map 8", "shard_map 2x4", "pmap"):
             yield stage, form, 1
-        for form in ("jit 2x4", "shard_map 8", "pmap"):
+        for form in ("jit 2x4", "shard_map 8", "shard_map 8 checked", "pmap"):
             yield stage, form, 2
     yield "sft", "jit sequence", 1
 

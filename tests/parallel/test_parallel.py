@@ -58,6 +58,7 @@ def test_every_stage_on_eight_devices_equals_one_device(results):
     assert {stage for stage, _, _ in done} == {"sft", "reward", "dpo", "ppo"}
     assert {form.partition(" ")[0] for _, form, _ in done} == {"jit", "shard_map", "pmap"}
     assert {("sft", "jit sequence", 2), ("reward", "jit 2x4", 1), ("ppo", "shard_map 8", 2)} <= done
+    assert ("ppo", "shard_map 8 checked", 1) in done
 
 
 def test_a_job_trained_on_one_mesh_resumes_on_another(results):
@@ -79,7 +80,7 @@ def test_indivisible_batches_and_meshes_are_errors(results):
 @pytest.mark.slow
 def test_every_stage_in_every_configuration_on_every_mesh():
     results = run_cases("long")
-    assert len(check_cases(results)) == 4 * 9 + 1
+    assert len(check_cases(results)) == 4 * 10 + 1
     (job,) = [each for each in results if "job" in each]
     assert job["programs"] == {"supervised": 1, "reward_model": 1, "ppo": 1, "sampling": 2}
     assert max(job["difference"].values()) < TOLERANCE, "the job on one device"
