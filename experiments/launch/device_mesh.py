@@ -91,12 +91,12 @@ def round_rows_down(rows: int, mesh: jax.sharding.Mesh | None, name: str) -> int
     rounded = rows - rows % parallel.num_batch_shards(mesh)
     if rounded == 0:
         parts = parallel.num_batch_shards(mesh)
-        raise SettingError(f"{name}: {rows} rows are too few for --mesh.data x --mesh.fsdp = {parts}; use a smaller mesh")
+        raise SettingError(f"{name}: {rows} rows are too few for {parts} parts of --mesh.data x --mesh.fsdp")
     return rounded
 
 
 def put_rows(mesh: jax.sharding.Mesh | None, *arrays: np.ndarray) -> tuple[Any, ...]:
-    """Places arrays on the mesh, if any: sharded by rows if the batch shards divide their number, otherwise replicated."""
+    """Places arrays on the mesh, if there is one: sharded by rows if these divide evenly, otherwise replicated."""
     if mesh is None:
         return arrays
     if len(arrays[0]) % parallel.num_batch_shards(mesh):

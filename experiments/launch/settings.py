@@ -163,7 +163,7 @@ class PPO:
     """The RL stages: PPO, or another method, without a pretraining loss (`ppo`) and with one (`ppo_ptx`)."""
 
     method: Literal["ppo", "reinforce", "rloo", "grpo", "dr-grpo", "reinforce-pp"] = "ppo"
-    """RL method. Only ppo has a critic. The other methods refuse settings of the critic, except its learning rate, which
+    """RL method. Only ppo has a critic. The other methods refuse settings of the critic except its learning rate, which
     has no effect."""
     samples: int = 1
     """Number of answers to each prompt. It must be at least 2 for rloo, grpo and dr-grpo, which compare them."""
@@ -185,8 +185,8 @@ class PPO:
     critic_learning_rate: float = 1e-3
     """Learning rate of the critic after the warmup."""
     critic: Literal["reward", "policy", "zero-head"] = "reward"
-    """Initial critic: the reward model (`reward`; InstructGPT, Stiennon), the SFT model with a new head (`policy`; Xu), or
-    a zero head on the policy's trunk, which is then trained by both losses (`zero-head`; Ziegler)."""
+    """Initial critic: `reward` for the reward model (InstructGPT, Stiennon), `policy` for the SFT model with a new head
+    (Xu), or `zero-head` for a zero head on the policy's trunk, which both losses then train (Ziegler)."""
     value_coef: float = 1.0
     """Weight of the value loss (0.1 in Ziegler), for a critic that shares the policy's trunk. For a separate critic,
     change its learning rate instead."""
