@@ -9,9 +9,9 @@
     python experiments/dpo.py --resume runs/NAME             resume an interrupted run
 
 The base model, the SFT models and the comparisons are created as in instructgpt.py, whose settings apply here too.
-Those that have no effect, such as --on-alarm, are refused. Before training, the log-probabilities of the reference,
-which is an SFT model or, in later rounds, the current policy, are computed and saved in reference/. A reward model is
-trained on the same comparisons. Its accuracy is compared with the accuracy of the policy's implicit reward. With
+Those that have no effect, such as --on-alarm, are refused. If the loss has a reference, which is an SFT model or, in
+later rounds, the current policy, its log-probabilities are computed before training and saved in reference/. A reward
+model is trained on the same comparisons. Its accuracy is compared with the accuracy of the policy's implicit reward. With
 --rounds, it also labels the samples unless --judge selects another source of labels.
 
 The run folder contains results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/, reference/

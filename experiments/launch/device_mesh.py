@@ -91,7 +91,7 @@ def round_rows_down(rows: int, mesh: jax.sharding.Mesh | None, name: str) -> int
     rounded = rows - rows % parallel.num_batch_shards(mesh)
     if rounded == 0:
         parts = parallel.num_batch_shards(mesh)
-        raise SettingError(f"{name}: {rows} rows are too few for {parts} parts of --mesh.data x --mesh.fsdp")
+        raise SettingError(f"{name}: {rows} rows are fewer than the {parts} devices of --mesh.data x --mesh.fsdp")
     return rounded
 
 
