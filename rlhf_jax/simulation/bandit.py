@@ -34,7 +34,7 @@ def optimum(reference_logits_SA: jax.Array, rewards_SA: jax.Array, *, kl_coef: j
 
 
 def total_variation(p_SA: jax.Array, q_SA: jax.Array) -> jax.Array:
-    """Returns the largest total variation distance between two policies over the prompts, in [0, 1]."""
+    """Returns the total variation distance between two policies, maximised over the prompts, in [0, 1]."""
     return jnp.max(0.5 * jnp.abs(p_SA - q_SA).sum(axis=-1))
 
 
