@@ -5,9 +5,9 @@ results with the predicted token: entry i of the log-probabilities belongs to to
 value before token i. Both are computed from the output at the last real token before token i, which in packed rows
 must belong to the same segment.
 
-`token_map` turns any function of logits into a function of tokens with this alignment and never keeps the logits of all
-columns in memory. The functions of tokens in :mod:`rlhf_jax.lm.logprobs` and :mod:`rlhf_jax.lm.distributions` that
-require logits call it or `map_hidden`, which accepts the hidden states of several models.
+`token_map` turns any function of logits into a function of tokens with this alignment and computes the logits in chunks
+of columns. The functions of tokens in :mod:`rlhf_jax.lm.logprobs` and :mod:`rlhf_jax.lm.distributions` that require
+logits call it or `map_hidden`, which accepts the hidden states of several models.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def real(mask_BL: jax.Array | None, segments_BL: jax.Array | None) -> jax.Array 
 
 
 def forward_masks(mask_BL: jax.Array | None, segments_BL: jax.Array | None) -> dict[str, Any]:
-    """Returns the keyword arguments of a forward pass; ``segments_BL`` is passed only for packed rows."""
+    """Returns the keyword arguments of a forward pass; ``segments_BL`` is included only for packed rows."""
     masked = {"mask_BL": real(mask_BL, segments_BL)}
     return masked if segments_BL is None else masked | {"segments_BL": segments_BL}
 
