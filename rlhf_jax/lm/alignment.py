@@ -102,7 +102,7 @@ def hidden_states(
         cfg: The model, as an `LMConfig` or an `ApplyFn`.
         mask_BL: bool, True at real tokens; None if all tokens are real or segments are given.
         segments_BL: int32 segment ids of packed rows; None for rows that are not packed.
-        prompt_width: Width P of the prompt, to return only the columns that predict the response; None for all.
+        prompt_width: Width P of the prompt; the result then covers only the columns that predict the response.
 
     Returns:
         ``(hidden, apply)``: hidden states ``[B, L, D]``, or ``[B, T, D]`` with ``prompt_width``, and the model as an

@@ -84,7 +84,7 @@ def splash(
     cfg: config.LMConfig,
     interpret: bool = False,
 ) -> jax.Array:
-    """Computes causal attention within segments by splash attention on a single TPU; the result is differentiable.
+    """Computes causal attention within segments with splash attention on a single TPU; the result is differentiable.
 
     Args:
         queries_BHLC: Queries; L must be a multiple of 128.
