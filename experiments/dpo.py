@@ -11,8 +11,8 @@
 The base model, the SFT models and the comparisons are created as in instructgpt.py, whose settings apply here too.
 Those that have no effect, such as --on-alarm, are refused. If the loss has a reference, which is an SFT model or, in
 later rounds, the current policy, its log-probabilities are computed before training and saved in reference/. A reward
-model is trained on the same comparisons. Its accuracy is compared with the accuracy of the policy's implicit reward. With
---rounds, it also labels the samples unless --judge selects another source of labels.
+model is trained on the same comparisons. Its accuracy is compared with the accuracy of the policy's implicit reward.
+With --rounds, it also labels the samples unless --judge selects another source of labels.
 
 The run folder contains results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/, reference/
 and policy/, a model in Hugging Face format.
