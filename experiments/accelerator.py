@@ -1,19 +1,21 @@
 """Measures this library on one GPU or TPU, in less than 8 minutes with compilation, and prints one table.
 
     python experiments/accelerator.py                      all rows
-    python experiments/accelerator.py --rows sft,dpo       some rows, and the limits that they are compared with
+    python experiments/accelerator.py --rows sft,dpo       only these rows and the limits that shares refer to
     python experiments/accelerator.py --quick              tiny shapes on a CPU, for a test run
 
-The model is a pythia-1b with random parameters, which computes in bfloat16 with float32 parameters; 80 GB are enough.
-The program needs jax, flax, optax, numpy, transformers and this library, and compares with torch where it is installed.
+Most rows use a pythia-1b with random float32 parameters and compute in bfloat16. 80 GB of device memory suffice.
+The command requires jax, flax, optax, numpy, transformers and this library. If torch is installed, it is compared too.
 
-Each measurement is appended to a JSON-lines file at once. A row that fails is named, and the next one starts. Columns
-of the table:
+Each measurement is appended to the file given by --out as soon as it is complete.
+If a row fails, its error is printed and the next row starts. Two columns of the table require an explanation:
 
-    share   the measurement as a share of a limit: of the measured rate of matrix products, where the FLOPs count the
-            matrix products of the model without recomputation and half of the attention scores (MFU); or of the
-            measured bandwidth, where the bytes are those of the parameters and the cache in bfloat16
-    aim     what the share, or the value if there is no share, should reach
+    share   The measurement as a share of the quantity named after it. Training steps are compared with the measured
+            rate of matrix products. Their FLOPs are those of the model's matrix products, without recomputation and
+            with only the causal half of the attention scores (MFU). Decoding steps are compared with the measured
+            memory bandwidth. Their bytes are those of the parameters and the KV cache in bfloat16. The parts of a PPO
+            iteration are compared with the time of the iteration.
+    aim     The required bound on the share or, in rows without a share, on the value.
 
 Rows:
 """
@@ -36,7 +38,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="accelerator.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", default="", metavar="NAMES", help="Comma-separated rows. Default: all.")
+    parser.add_argument("--rows", default="", metavar="NAMES", help="Comma-separated names of rows. Default: all rows.")
     parser.add_argument("--quick", action="store_true", help="Use tiny shapes on the CPU; the numbers are meaningless.")
     parser.add_argument(
         "--out",
@@ -46,7 +48,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="File to which measurements are appended. Default: %(default)s.",
     )
     parser.add_argument(
-        "--minutes", type=float, default=8.0, help="Time limit; later rows are not run. Default: %(default)s."
+        "--minutes",
+        type=float,
+        default=8.0,
+        help="Time limit in minutes, after which the current row is stopped and later rows are not run. "
+        "Default: %(default)s.",
     )
     settings = parser.parse_args(arguments)
     settings.rows = [name.strip() for name in settings.rows.split(",") if name.strip()] or list(row_runner.ROWS)

@@ -8,12 +8,12 @@
 There are two models. S is a GPT-2 with 4 layers, width 256, 4 heads and a vocabulary of 4096 (4.3M parameters). M has
 12 layers, width 768, 12 heads and a vocabulary of 8192 (92M). The computation is in float32 on a CPU and in bfloat16 on
 a GPU or TPU. Tunix has no GPT-2 and runs a Llama with the same number of matmul parameters. TRL's trainers run twice:
-in float32, for which the table has a required ratio, and with TRL's defaults, which use bfloat16 on a CPU too. On a CPU
-with bfloat16 instructions, this halves the work.
+in float32, for which the table has a required ratio, and with TRL's defaults, which use bfloat16 on a CPU too. Bfloat16
+halves the work on a CPU with bfloat16 instructions.
 
 Every program runs in a separate process with glibc's huge pages. The programs of a row first run up to their first
 timed repetition, one after another. Their repetitions then alternate, so that a temporary slowdown of the machine
-affects all programs. Ratios are ratios of medians. Nothing else should run on the machine.
+affects all programs. A speed-up is a ratio of medians. Nothing else should run on the machine.
 
 The workloads are measured in tokens per second, except for decode and the matmul rate. One repetition is:
 
@@ -22,14 +22,16 @@ The workloads are measured in tokens per second, except for decode and the matmu
     ppo                 64 answers of 32 tokens to prompts of 32 tokens, scored by a reward model, and 4 epochs of 4
                         updates of policy and critic.
     generate            64 sampled tokens for each of 64 prompts (S) or 8 prompts (M) of 64 tokens.
-    stream              512 prompts in 64 slots that are refilled, compared with consecutive batches of 64 prompts. One
-                        answer in eight has 256 tokens; the others have 32.
-    decode              Time per token with 1 to 64 rows, compared with the minimum possible time. This is the larger
-                        of (parameters and cache) / bandwidth and FLOPs / the measured rate of the step's products.
-    matmul rate         FLOPs per second, compared with the product of two 2048 x 2048 matrices.
+    stream              512 prompts in 64 slots, each of which is refilled when its answer ends, compared with
+                        consecutive batches of 64 prompts. One answer in eight has 256 tokens; the others have 32.
+    decode              Time per token with 1 to 64 rows, compared with the minimum possible time. The minimum is the
+                        larger of two times: the size of parameters and cache divided by the memory bandwidth, and the
+                        FLOPs of the step divided by the measured rate of its matrix products.
+    matmul rate         FLOPs per second of an SFT step of M, compared with the product of two 2048 x 2048 matrices.
 
-The peers are TRL's SFTTrainer, RewardTrainer, DPOTrainer and, in version 1.12, PPOTrainer; generate of transformers;
-and Tunix's PeftTrainer, DPOTrainer and Sampler. TRL's DPO is slower with huge pages and is also run without them (4k).
+The peers are TRL's SFTTrainer, RewardTrainer, DPOTrainer and PPOTrainer (the last in version 1.12), the ``generate`` of
+transformers, and Tunix's PeftTrainer, DPOTrainer and Sampler. TRL's DPO is slower with huge pages, so it is also run
+without them (programs whose names end in 4k).
 
 The column "compile" is the time of the first repetition minus the median. The column "memory" is the peak memory of the
 process or, on an accelerator, of the device. The output folder contains results.json, results.md and logs/.
@@ -83,7 +85,7 @@ class Settings:
     ours_only: bool = False
     """Skip the peers even if they are installed."""
     together: bool = True
-    """Keep all programs of a row in memory (15 GB for sft-m), so that their repetitions can alternate. Otherwise they
+    """Keep all programs of a row in memory (15 GB for sft-m), so that their repetitions can alternate. If off, they
     run one after another."""
     cpu: bool = False
     """Use the CPU even if a GPU or TPU is available."""
@@ -92,7 +94,7 @@ class Settings:
     tunix_python: str = ""
     """Python 3.12 interpreter for Tunix. If empty, the running Python or python3.12 on the path is used."""
     torch_index: str = ""
-    """Additional package index for torch, such as that of the CPU builds."""
+    """Additional package index for torch, such as the index of its CPU builds."""
     tunix_extra: str = ""
     """Additional requirement for Tunix, such as "jax[cuda13]" for a GPU."""
 

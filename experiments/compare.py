@@ -8,8 +8,8 @@
 All methods start from the same SFT model and use the same reward model. The KL to the SFT model and the gold utility
 are measured at every iteration, on the answers that the method trains on. This gives a curve of gold utility against KL
 for each seed, and the curves are compared at the KLs of --at. GRPO penalises the KL in the loss, as published, instead
-of in the reward. Best-of-n trains nothing and is measured on held-out prompts; its KL is log n - (n - 1) / n. All flags
-of instructgpt.py apply here too.
+of in the reward. Best-of-n trains nothing and is measured on held-out prompts; its KL is log n - (n - 1) / n. The flags
+of instructgpt.py are accepted too, but some of them, such as --ppo.method and --on-alarm, have no effect.
 
 The run folder contains compare.json, compare.html with the figure, config.json, metrics.jsonl and checkpoints/.
 
@@ -49,7 +49,7 @@ class Compare(Settings):
     group: int = 4
     """Number of answers to each prompt in rloo, grpo and expert iteration (which trains on the best of them)."""
     rounds: int = 4
-    """Number of rounds of expert iteration, which together use half as many prompts as the other methods."""
+    """Number of rounds of expert iteration. All rounds together use half of the prompts that PPO uses."""
 
 
 def parse(arguments: list[str]) -> Compare:
@@ -217,8 +217,8 @@ def summarise(settings: Compare, curves: dict[str, list[Curve]]) -> dict[str, An
 def gold_at(kl: np.ndarray, gold: np.ndarray, *, at: float, width: float = 0.35) -> float | None:
     """Estimates a run's gold utility at the KL ``at`` by local linear regression in √KL.
 
-    The points have Gaussian weights with a standard deviation of ``width`` in √KL. Returns None if the run does not
-    reach the KL.
+    The weights of the points are Gaussian with standard deviation ``width`` in √KL. Returns None if ``at`` is outside
+    the range of the run's KLs.
     """
     x, target = np.sqrt(np.maximum(kl, 0.0)), at**0.5
     if len(x) < 2 or x.max() < target or x.min() > target:

@@ -10,11 +10,11 @@
 
 The base model, the SFT models and the comparisons are created as in instructgpt.py, whose settings apply here too. The
 log-probabilities of the reference, which is an SFT model, are computed once and saved in reference/. A reward model is
-trained on the same comparisons. By default it labels the samples of --rounds, and its accuracy is compared with that of
-the policy's implicit reward.
+trained on the same comparisons. Its accuracy is compared with the accuracy of the policy's implicit reward. With
+--rounds, it also labels the samples unless --judge selects another source of labels.
 
 The run folder contains results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/, reference/
-and, in Hugging Face format, policy/.
+and policy/, a model in Hugging Face format.
 
 The run takes 3.5 minutes and 1.4 GB on two CPU cores. DPO should beat SFT on 65 to 70 % of held-out prompts at a KL of
 2.7 nats. Its implicit reward should agree with the labels on 68 % of held-out pairs, and the reward model on 69 %.
@@ -38,20 +38,20 @@ class DPOSettings(direct_settings.DirectSettings, settings_lib.Settings):
     command: ClassVar[str] = "dpo"
 
     rounds: int = 0
-    """Number of rounds of sampling, labelling and training. The policy at the start of a round is its reference. 0
-    trains once, on the comparisons."""
+    """Number of rounds of sampling, labelling and training. In each round, the reference is the policy at the start of
+    the round. 0 trains once, on the comparisons."""
     samples: int = 4
-    """Number of answers sampled to each prompt of a round. The best and the worst form a pair."""
+    """Number of answers to sample for each prompt of a round. The best and the worst form a pair."""
     judge: Literal["reward", "labelers", "gold"] = "reward"
     """Source of the labels in rounds: the reward model or, in the built-in world, the simulated labelers or the gold
     utility."""
     hold_reference: bool = False
-    """Use the SFT model as the reference in all rounds (online DPO)."""
+    """Use the SFT model as the reference in all rounds, as in online DPO."""
 
 
 USED_PPO_SETTINGS = ("learning_rate", "iterations", "batch", "minibatches", "adam_eps", "adam_tf1")
-"""The --ppo settings that dpo.py uses: learning rate and Adam, and iterations and batch, whose product is the number of
-prompts. ``minibatches`` may be changed too, because it must divide the batch."""
+"""The --ppo settings that dpo.py uses. The product of ``iterations`` and ``batch`` is the number of prompts.
+``minibatches`` has no effect, but may have to be changed with ``batch``, which it must divide."""
 
 
 def parse(arguments: list[str]) -> DPOSettings:
@@ -161,7 +161,7 @@ def run(settings: DPOSettings) -> dict[str, Any]:
     out.print(console.results_table(results))
     mean, low, high = (100 * x for x in implicit)
     run_setup.print_line(
-        out, f"held-out pairs ranked as labelled by the implicit reward: {mean:.1f} % ({low:.1f} to {high:.1f})"
+        out, f"the implicit reward agrees with the labels of {mean:.1f} % of held-out pairs ({low:.1f} to {high:.1f})"
     )
     run_setup.print_line(out, f"report: {folder.path / 'report.html'}   results: {folder.path / run_folder.RESULTS}")
     return results

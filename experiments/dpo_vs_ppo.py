@@ -7,24 +7,26 @@
 
 The study has three parts:
 
-    world    Policies are trained in the built-in world from one SFT model, with DPO at several betas, iterated DPO
-             labelled by a reward model, and PPO at several KL coefficients. DPO and PPO are also trained on shifted
-             pairs: comparisons of base-model answers, which the SFT model rarely samples.
-    bandit   The same methods are compared on a table of rewards. KL and expected reward are exact, and the optimum is
-             known.
+    world    Policies are trained in the built-in world from one SFT model, with DPO and iterated DPO at several betas
+             and PPO at several KL coefficients. In iterated DPO, a reward model labels the pairs. DPO and PPO are also
+             trained on shifted pairs, which are comparisons of base-model answers that the SFT model rarely samples.
+    bandit   The same methods are compared on a table of rewards, for which the KL, the expected reward and the optimum
+             are computed exactly.
     exact    DPO and PPO are trained on the three-answer example of Xu's theorem 4.1.
 
-The settings of instructgpt.py apply here too; those that have no effect are refused. In the world, all seeds share the
-prompts, comparisons and reward models, so the intervals cover only sampling and batch order. On the bandit, each seed
-draws new labels. The run folder contains study.json, study.html with the figures, config.json, metrics.jsonl,
-checkpoints/ and reference/.
+The settings of instructgpt.py apply here too, but some that have no effect, such as --on-alarm, are refused. In the
+world, all seeds share the prompts, comparisons and reward models, so the intervals reflect only sampling and batch
+order. On the bandit, each seed draws new labels. The run folder contains study.json, study.html with the figures,
+config.json, metrics.jsonl, checkpoints/ and reference/.
 
 The study takes 17 minutes and 2.2 GB on two CPU cores. The expected results are:
 
     world    PPO reaches a gold utility of 0.90 at a KL of 1 to 1.6 nats. At 1.5 nats, its gold utility is 0.035 ±0.020
-             above that of DPO, whose seeds vary widely. Shifted pairs cost DPO about 0.05 ±0.07 and PPO 0.10 ±0.01.
-             Unlike in Xu et al., a reward model trained only on answers from the base model misleads PPO too.
-    bandit   PPO is 0.15 ±0.05 above DPO at 1 nat, over ten draws of 400 labels. Shifted pairs have no significant cost.
+             above that of DPO, whose seeds vary widely. Shifted pairs reduce the gold utility of DPO by about 0.05
+             ±0.07 and that of PPO by 0.10 ±0.01. Unlike in Xu et al., a reward model trained only on answers from the
+             base model misleads PPO too.
+    bandit   At 1 nat, the expected reward of PPO is 0.15 ±0.05 above that of DPO, over ten draws of 400 labels. The
+             effect of shifted pairs is not significant.
     exact    The unseen answer has a probability of 0.99 with DPO and 0.0001 with PPO.
 """
 
@@ -60,7 +62,7 @@ class StudySettings(direct_settings.DirectSettings, settings_lib.Settings):
     """KLs, in nats, at which methods are compared. Gold utilities are interpolated between coefficients."""
     rounds: int = 3
     """Number of rounds of iterated DPO. Beta is multiplied by this number, so that all rounds together move the policy
-    as far as one pass of DPO. They use at most as many prompts as DPO has pairs."""
+    as far as one pass of DPO. The rounds together use at most as many prompts as DPO has pairs."""
     bandit_seeds: int = 10
     """Number of draws of labels on the bandit."""
     bandit_coefs: tuple[float, ...] = (0.1, 0.2, 0.5, 1.0, 2.0)
@@ -157,8 +159,8 @@ def run(settings: StudySettings) -> dict[str, Any]:
     folder.log.close()
     results = run_folder.finite(results | {"seconds": time.time() - process_setup.START_TIME})
     note = (
-        "Each line connects the coefficients of a method. Points are means over seeds, with 95 % intervals. Dashed "
-        "lines are for shifted pairs."
+        "Each line connects the coefficients of a method. Points are means over seeds, with 95 % intervals. Hollow "
+        "markers show shifted pairs."
     )
     if "exact" in results:
         note += " " + _exact_sentence(results["exact"])
@@ -241,7 +243,7 @@ def _weights(settings: StudySettings) -> list[tuple[str, float]]:
 
 
 def _run_world(settings: StudySettings, job: jobs.Job, folder: run_folder.RunFolder) -> dict[str, Any]:
-    """Returns the lines of the world's figure, the `effects` in the world and the numbers of pairs."""
+    """Returns the lines of the world's figure, the `effects` in the world, and how many pairs DPO was trained on."""
     middle = {"DPO": _middle(settings.betas), "PPO": _middle(settings.kl_coefs)}
     shared, policies, pairs = _train_policies(job, settings, folder, _world_methods(settings))
     job.progress.start("evaluate", 1 + len(policies))
@@ -259,7 +261,7 @@ def _run_world(settings: StudySettings, job: jobs.Job, folder: run_folder.RunFol
 def _train_policies(
     job: jobs.Job, settings: StudySettings, folder: run_folder.RunFolder, methods: Any
 ) -> tuple[run_grid.StartModels, dict[tuple[str, float, int], Any], dict[str, Any]]:
-    """Returns the shared models, the policies by (method, coefficient, seed) and DPO's numbers of pairs."""
+    """Returns the shared models, the policies by (method, coefficient, seed), and the numbers of pairs and prompts."""
     shared = run_grid.prepare(job)
     base = stages.pretrain(job)
     (own, *_), _, _ = comparison_data.load_or_collect(job, [shared.sft, shared.start])
@@ -273,7 +275,7 @@ def _train_policies(
         for name, rows in (("own", own), (SHIFTED, shifted))
     }
     trainer = direct_alignment.make_trainer(job, settings, folder.path)
-    # A prompt of a round yields at most one pair.
+    # A prompt of a round yields at most one pair, so the rounds together have at most as many pairs as DPO.
     prompts = job.task.rl_prompts.take(min(len(pairs["own"]), len(job.task.rl_prompts)))
     if len(prompts) < settings.rounds:
         raise settings_lib.SettingError(
@@ -338,7 +340,8 @@ def effects(
 ) -> dict[str, list[float]]:
     """Returns differences in gold utility with 95 % intervals over seeds.
 
-    Shifted pairs are compared with pairs of SFT samples at the ``middle`` coefficients, methods at the KLs ``at``.
+    Shifted pairs are compared with pairs of SFT samples at the ``middle`` coefficients. Methods are compared at the KLs
+    ``at``.
     """
 
     def gold(method: str) -> list[float]:

@@ -18,8 +18,8 @@ The run folder contains results.json, report.html, config.json, metrics.jsonl, t
 and reward_model/ in Hugging Face format.
 
 With the default preset, the reward model should agree with the labelers on 67 to 70 % of held-out pairs. PPO and
-PPO-ptx should beat SFT on 73 to 79 % of held-out prompts at a KL of 2 to 3 nats, which is close to or above best-of-16.
-PPO has an alignment tax (it loses skills learnt in pretraining); PPO-ptx has none.
+PPO-ptx should beat SFT on 73 to 79 % of held-out prompts at a KL of 2 to 3 nats. Best-of-16 wins about as often or less
+often. PPO has an alignment tax (it loses skills learnt in pretraining); PPO-ptx has none.
 """
 
 from __future__ import annotations

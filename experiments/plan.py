@@ -7,19 +7,20 @@
 The step is compiled with the chips' compiler, which does not require a chip. The command prints:
 
     memory        Bytes per chip by kind. Parameters, optimiser state, frozen models and KV cache are computed exactly;
-                  the rest is as reported by the compiler.
-    FLOPs         FLOPs of the matrix products in all iterations of loops, and 6 x parameters x tokens for comparison.
+                  the compiler reports the rest.
+    FLOPs         FLOPs of the matrix products, counted in every iteration of each loop, and 6 x parameters x tokens for
+                  comparison.
     collectives   Collectives by kind and size, with a warning for each one that the sharding should make unnecessary.
     times         The minimum time of the step at the chip's peak rates.
 
-If the step does not fit in memory, up to --tries similar settings are compiled until one fits. By default, computation
-and gradient exchange are in bfloat16, parameters and optimiser state in float32. Loops that end when all answers have
-stopped are counted as --response iterations.
+If the step does not fit in memory, up to --tries similar plans are compiled until one fits. By default, computation and
+gradient exchange are in bfloat16, and parameters and optimiser state are in float32. A loop that ends when all answers
+have stopped is assumed to run for --response iterations.
 
 For TPU topologies, run pip install 'rlhf_jax[tpu]' on Linux. The exit status is 0 if the step fits, 1 if it does not
 and 2 for invalid input.
 
-A program takes one to five minutes and 6 GB on two CPU cores. experiments/README.md lists the expected results.
+A plan takes one to five minutes and 6 GB on two CPU cores. experiments/README.md lists the expected results.
 """
 
 from __future__ import annotations

@@ -2,15 +2,15 @@
 
     python experiments/reward_model.py                                the built-in world
     python experiments/reward_model.py --data.path FILE.jsonl.gz      human comparisons
-    python experiments/reward_model.py --data.path FILE --folds 5     cross-validation with two baselines
+    python experiments/reward_model.py --data.path FILE --folds 5     cross-validation of the model and two baselines
     python experiments/reward_model.py --training.trains ^head/       only the scalar head, on a frozen trunk
     python experiments/reward_model.py --pmp.prompts 3000 --training.limit 125
                                                                       with preference-model pretraining (HH A.2)
     python experiments/reward_model.py --resume runs/NAME             resume an interrupted run
 
 The base model and the SFT model are trained first, as in instructgpt.py, whose settings apply here too. The run folder
-contains results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/ and, in Hugging Face format,
-reward_model/, whose scores are normalised.
+contains results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/ and reward_model/, a model in
+Hugging Face format whose scores are normalised.
 
 Cross-validation (--folds) requires scikit-learn (pip install "rlhf_jax[baselines]"). In each fold, a tokenizer, a small
 base model and an ensemble of reward models are trained on the training pairs. Two baselines are evaluated on the same
@@ -20,9 +20,9 @@ splits. All pairs of a conversation are in the same fold, and intervals are clus
 On two CPU cores, a run takes about 2 minutes in the built-in world and 5 to 7 minutes for five folds of 2,000 pairs.
 
 In the built-in world, the reward model should agree with the labelers on 69 % of held-out pairs (95 % interval 66 to
-72) and on 71 % of training pairs. In cross-validation on 1,992 harmlessness pairs, the expected accuracies are:
+72 %) and on 71 % of training pairs. In cross-validation on 1,992 harmlessness pairs, the expected accuracies are:
 
-    reward model            61.1 % (59.0 to 63.3); 79 % if the chosen answer is the shorter one, 38 % otherwise
+    reward model            61.1 % (59.0 to 63.3); 79 % if the chosen answer is the shorter one, and 38 % otherwise
     logistic regression     62.0 %, which is 0.8 points above the reward model (-1.6 to 3.3)
     shorter answer          55.8 %, which is 5.3 points below the reward model (3.0 to 7.7)
 """
@@ -51,7 +51,7 @@ def parse(arguments: list[str]) -> RewardSettings:
 
 
 def _adjust_preset(preset: RewardSettings) -> RewardSettings:
-    """Reduces the models of --folds in the smoke preset."""
+    """Makes the models of --folds smaller in the smoke preset."""
     if preset.preset != "smoke":
         return preset
     return dataclasses.replace(preset, cv=dataclasses.replace(preset.cv, **SMOKE_CV))
@@ -86,7 +86,7 @@ def run(settings: RewardSettings) -> dict[str, Any]:
     results["peak_rss_mb"] = process_setup.peak_memory_mb()
     results["seconds"] = time.time() - process_setup.START_TIME
     results = run_folder.finite(results)
-    title, plotted, note = "A reward model", results, "Intervals are 95 %."
+    title, plotted, note = "A reward model", results, "All intervals are 95 % confidence intervals."
     if settings.folds:
         title, plotted = "A reward model, cross-validated", results["methods"]
         note = f"Each pair is scored by a model that was not trained on it. {note}"

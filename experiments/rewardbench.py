@@ -5,9 +5,9 @@
 
 The model folder must contain a model with a scalar head, its tokenizer and its chat template, as saved by
 instructgpt.py. A record consists of a prompt (text or messages), a chosen answer, a rejected answer and, optionally, a
-subset. A tie counts one half in the accuracy and as wrong in the strict accuracy, which RewardBench reports. The scores
-include the saved model's gain, which scales them for RL. Differences of scores divided by the calibration temperature
-are log odds.
+subset. In the accuracy, a tie counts one half; in the strict accuracy, which RewardBench reports, it counts as wrong.
+The scores include the saved model's gain, which scales them for RL. To obtain log odds, divide the difference of two
+scores by the calibration temperature.
 
 The output folder contains results.json, report.html, config.json and scores.jsonl, which has the scores of all records.
 """
@@ -30,7 +30,8 @@ class Data:
     """JSONL (also .gz) or Parquet file of records with prompt, chosen, rejected and subset, or of two ranked answers in
     any other format in docs/data.md."""
     max_dropped: float = 0.01
-    """Maximum share of dropped records: those that are empty, not pairs, too long or refused by the chat template."""
+    """Maximum share of records that may be dropped because they are empty, not pairs, too long or refused by the chat
+    template."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +46,10 @@ class RewardBenchSettings:
     batch: int = 16
     """Number of answers scored together."""
     max_length: int | None = None
-    """Maximum number of tokens in a prompt with its answer. Longer records are dropped and counted. None uses the
-    model's maximum length."""
+    """Maximum number of tokens in a prompt with its answer. A prompt that exceeds it loses its oldest turns. Records
+    that are still too long are dropped. Both are counted. None uses the model's maximum length."""
     bins: int = 10
-    """Maximum number of bins in the calibration curve, all with the same number of pairs."""
+    """Maximum number of bins in the calibration curve. All bins have about the same number of pairs."""
 
 
 def parse(arguments: list[str]) -> RewardBenchSettings:
@@ -122,7 +123,7 @@ def run(settings: RewardBenchSettings) -> dict[str, Any]:
         except errors.DataError as error:
             raise errors.DataError(f"--data.path {settings.data.path}: {error}") from None
         progress.finish("tokenise")
-        # Created after the data is read, so that unusable data leaves no folder, but before the long computation.
+        # Created after the data is read, so that no folder is left if the data is unusable, but before the scoring.
         _create_folder(path, settings)
         progress.start("score", len(rows))
         step = parallel.JitStep(partial(_score, cfg=model.cfg), donate_argnums=())
@@ -181,6 +182,8 @@ def encode(
     fmt: chat.ChatFormat, records: Sequence[Pair], *, max_length: int, counts: errors.DropCount
 ) -> tuple[list[Pair], list[list[int]], np.ndarray]:
     """Tokenises pairs. Pairs with more than ``max_length`` tokens in one of their two rows are dropped and counted.
+
+    A prompt that exceeds ``max_length`` without an answer first loses its oldest turns and is counted too.
 
     Returns:
         ``(records, rows, lengths)``: the N remaining records, 2N rows of token ids and the lengths of the 2N answers in

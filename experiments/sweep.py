@@ -6,10 +6,10 @@
     python experiments/sweep.py --preset smoke                     all runs in about a minute, too short to learn much
     python experiments/sweep.py --resume runs/NAME                 resume an interrupted sweep
 
-All runs share one SFT model, one reward model and one compiled program. On a GPU or TPU, they train together
-(``jax.vmap`` over keys and coefficients). On a CPU, where this is not faster, they train one after another. All flags
-of instructgpt.py apply here too. The run folder contains sweep.json, sweep.html with the figure, config.json,
-metrics.jsonl, tensorboard/ and checkpoints/.
+All runs share one SFT model, one reward model and one compiled program. On a single GPU or TPU, they train together
+(``jax.vmap`` over keys and coefficients). On a CPU, where this is not faster, they train one after another. The flags
+of instructgpt.py are accepted too, but some of them, such as --ppo.ptx-coef and --on-alarm, have no effect. The run
+folder contains sweep.json, sweep.html with the figure, config.json, metrics.jsonl, tensorboard/ and checkpoints/.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Sweep(Settings):
     command: ClassVar[str] = "sweep"
 
     kl_coefs: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
-    """KL coefficients, in reward per nat, which replace --ppo.kl-coef. Each is run with all seeds."""
+    """KL coefficients, in units of reward per nat. They replace --ppo.kl-coef. Each one is run with all seeds."""
     seeds: int = 3
     """Number of runs of each coefficient. They share data and initial models; sampling and minibatches are seeded
     separately."""
     together: Literal["auto", "yes", "no"] = "auto"
-    """Whether to train all runs together; `auto` does so on a GPU or TPU. Runs that train together have no checkpoints,
-    so resuming repeats them."""
+    """Whether to train all runs together; `auto` does so on a single GPU or TPU. Runs that train together have no
+    checkpoints, so resuming repeats them."""
 
 
 def parse(arguments: list[str]) -> Sweep:

@@ -12,7 +12,7 @@ the final state and metrics.jsonl must be identical to those of the uninterrupte
 Next, the files of a checkpoint are corrupted: bits are flipped, and files are truncated or deleted. Either the
 corruption must be reported and an older checkpoint restored, or the newest one must be restored bit-identically.
 
-No failures are expected. If there are any, the exit status is 1, torture.json in the output folder lists them, and the
+No failures are expected. If any occur, the exit status is 1, torture.json in the output folder lists them, and the
 folders of the failed runs are kept.
 """
 
@@ -35,7 +35,7 @@ def parse(arguments: list[str]) -> TortureSettings:
 if __name__ == "__main__":
     command_line.answer_help(parse)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # The forked processes inherit these variables. They compile small programs many times, without a cache.
+    # For the forked processes, which compile small programs many times and without a cache.
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 
@@ -125,7 +125,7 @@ def _shares(count: int, parts: int) -> list[int]:
 
 
 def _interruptions_table(reports: Sequence[interruptions.Report]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title="kills (SIGKILL) + stops (SIGTERM) by phase of the run")
+    table = Table(box=box.SIMPLE_HEAD, title="kills (SIGKILL) + stops (SIGTERM) in each phase of the run")
     phases = ("start", *interruptions.PHASES)
     for name in ("stage", *phases, "resumed bit-identically", "runs compared", "failures", "seconds"):
         table.add_column(name, justify="left" if name == "stage" else "right")

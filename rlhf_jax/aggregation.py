@@ -46,7 +46,7 @@ def sequence_sum(mask_BT: jax.Array, *, axis_name: masking.AxisName = None) -> t
 
 
 def constant_mean(mask_BT: jax.Array, *, axis_name: masking.AxisName = None) -> tuple[jax.Array, jax.Array]:
-    """Divides the sum over all tokens by the number of responses times T, whatever the lengths of the responses."""
+    """Divides the sum over all tokens by T times the number of non-empty responses, regardless of their lengths."""
     return jnp.ones(mask_BT.shape[0]), _count_responses(mask_BT, axis_name) * mask_BT.shape[1]
 
 

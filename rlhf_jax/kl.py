@@ -52,7 +52,7 @@ def k1(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
 def k2(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
     """Returns ``rho^2 / 2``, a biased estimate of the KL that has low variance.
 
-    As a loss, it has the expected gradient of ``KL(policy || reference)``. The arrays must have the same shape; the
+    As a loss, its expected gradient is that of ``KL(policy || reference)``. The arrays must have the same shape; the
     result is unreduced.
     """
     return 0.5 * jnp.square(k1(logprobs, reference_logprobs))

@@ -95,7 +95,7 @@ def masked_count(x: jax.Array, *, where: jax.Array | bool, axis: Axis = None, ax
 
 
 def masked_mean(x: jax.Array, *, where: jax.Array | bool, axis: Axis = None, axis_name: AxisName = None) -> jax.Array:
-    """Returns the mean of the elements of ``x`` selected by the mask ``where``: ``sum(x * where) / sum(where)``.
+    """Returns the mean of the elements of ``x`` selected by the mask ``where``, their sum divided by their number.
 
     Args:
         x: Array of any shape; averaged in at least float32.
@@ -134,7 +134,7 @@ def masked_var(x: jax.Array, *, where: jax.Array | bool, axis_name: AxisName = N
 
 
 def global_max(x: jax.Array, *, axis_name: AxisName = None) -> jax.Array:
-    """Returns the maximum of ``x`` over all devices of ``axis_name``, for logging; no gradient flows through it."""
+    """Returns the maximum of all elements of ``x``, also over ``axis_name``, for logging; it has no gradient."""
     x = jnp.max(jax.lax.stop_gradient(x))
     return x if axis_name is None else jax.lax.pmax(x, axis_name)
 

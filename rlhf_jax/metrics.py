@@ -63,7 +63,7 @@ class Metric:
 
 
 def mean_metric(x: jax.Array, where: jax.Array | bool = True, *, axis_name: masking.AxisName = None) -> Metric:
-    """Returns a `Metric`: the mean of ``x`` (any shape) over the mask ``where`` and the devices of ``axis_name``."""
+    """Returns a `Metric`, the mean of ``x`` (any shape) over the mask ``where`` and over the axes ``axis_name``."""
     return Metric(
         sum=masking.masked_sum(x, where=where, axis_name=axis_name),
         weight=masking.masked_count(x, where=where, axis_name=axis_name).astype(jnp.float32),
@@ -189,8 +189,8 @@ class MetricLog:
 class _Board:
     """A TensorBoard event file.
 
-    tensorboardX's ``SummaryWriter`` passes events to a thread through a queue. If the disk is full, the thread dies,
-    and a later write blocks forever.
+    This class writes the events itself, because tensorboardX's ``SummaryWriter`` passes them to a thread through a
+    queue: if the disk is full, the thread dies, and a later write blocks forever.
     """
 
     def __init__(self, folder: pathlib.Path, purge_step: int | None) -> None:

@@ -60,7 +60,7 @@ def token_rewards(
 
 
 def replace_unfinished(scores_B: jax.Array, stopped_B: jax.Array, *, score: float | jax.Array) -> jax.Array:
-    """Replaces the scores of responses without a stop token with ``score`` (-1 in Ziegler 2019).
+    """Sets the scores of all responses without a stop token to ``score`` (-1 in Ziegler 2019).
 
     ``stopped_B`` is True for responses that ended with a stop token. ``score`` should be below the score of a bad
     response.
@@ -81,8 +81,8 @@ def weighted(
 ) -> Callable[[Mapping[str, Any], types.Rollout], jax.Array]:
     """Returns a score function that computes a weighted sum of scores, such as helpfulness and harmlessness.
 
-    Its ``params`` argument maps the name of each scorer to the parameters of that scorer. Raises ValueError if
-    ``scorers`` and ``weights`` have different names.
+    The ``params`` argument of the score function maps the name of each scorer to the parameters of that scorer. Raises
+    ValueError if ``scorers`` and ``weights`` have different names.
     """
     if set(scorers) != set(weights):
         raise ValueError(f"scorers are {sorted(scorers)} and weights {sorted(weights)}; they must have the same names")

@@ -12,9 +12,9 @@ R     packed rows; B then counts the items packed into them
 V     vocabulary
 D     model width
 N     layers
-H     query heads, or scores of a reward model
+H     query heads, or output heads of a reward model
 G     key/value heads
-C     head width
+C     head width, or answer columns of `Preferences`
 F     MLP width
 S     cache slots
 ====  ==========================================================

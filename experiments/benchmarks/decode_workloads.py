@@ -29,7 +29,7 @@ def generate(cfg: lm.LMConfig, *, batch: int, prompt: int, answer: int) -> Repet
 
 
 def call_seconds(cfg: lm.LMConfig, *, batch: int, prompt: int, answer: int) -> Callable[[int], float]:
-    """Returns a function of a number of tokens that measures, in seconds, one call that samples as many for each row.
+    """Returns a function ``seconds(tokens)`` that times a call that samples ``tokens`` tokens for each row.
 
     All calls run the same compiled program.
     """
@@ -59,7 +59,7 @@ def skewed_lengths(prompts: int, short: int) -> np.ndarray:
 
 
 def stream(cfg: lm.LMConfig, *, prompts: int, slots: int, prompt: int, short: int, refilled: bool) -> Repetition:
-    """Prepares answers to many prompts, in refilled slots or consecutive batches, of the lengths `skewed_lengths`."""
+    """Prepares sampling for many prompts, in refilled slots or consecutive batches; answers have `skewed_lengths`."""
     N, B, P, T = prompts, slots, prompt, 8 * short
     params, sampling = benchmark_models.init(cfg), generation.Sampling(max_new_tokens=T)
     limits_N = skewed_lengths(N, short)

@@ -49,7 +49,7 @@ def measure(
         programs: The programs of a row.
         warm: Number of untimed repetitions after the first.
         options: Options that the programs share.
-        on_progress: Called with a description ``1 + options.repeats`` times for each installed program.
+        on_progress: Called with a description up to ``1 + options.repeats`` times for each installed program.
     """
     available = [program for program in programs if installed(program, options)]
     records: dict[str, Record] = {}

@@ -42,11 +42,14 @@ def matmul(workload: workload_sizes.Workload) -> tuple[Callable[[], Any], dict[s
 def decode_limit(
     workload: workload_sizes.Workload,
 ) -> tuple[Callable[[], float], dict[str, float], dict[str, list[float]]]:
-    """Returns a function that measures the minimum seconds of a decoding step, the step's cost, and the measured times.
+    """Prepares the measurement of the minimum time of a decoding step.
 
-    The minimum time is the larger of two times in seconds: the bytes that must be read, divided by the bandwidth, and
-    the FLOPs, divided by the rate of the step's own matrix products. Both are measured on arrays of the step's sizes,
-    so that memory and caches are used as in decoding.
+    This time is the larger of two times: the bytes that must be read, divided by the bandwidth, and the FLOPs, divided
+    by the rate of the step's own matrix products. Both are measured on arrays of the step's sizes, so that memory and
+    caches are used as in decoding.
+
+    Returns:
+        A function that measures the minimum seconds, the cost of the step, and lists that collect both times.
     """
     shapes, size, B = workload.shapes, workload.size, workload.batch
     cost = workload_sizes.decode_cost(
@@ -66,7 +69,7 @@ def decode_limit(
 
 
 def _products(size: workload_sizes.Size, batch: int, *, steps: int) -> Callable[[], float]:
-    """Returns a function that measures the seconds of a decoding step's matrix products, over ``steps`` steps."""
+    """Returns a function that measures the seconds of a decoding step's products, as a mean over ``steps`` steps."""
     D = size.width
     shapes = [(D, D)] * 4 + [(D, 4 * D), (4 * D, D)]
     key = iter(range(10**9))
@@ -101,7 +104,7 @@ def _reading(size: int) -> Callable[[], float]:
 
 
 def _scaling(size: int) -> Callable[[], float]:
-    """Times the scaling of ``size / 2`` bytes in place, in a compiled loop; reads and writes both count."""
+    """Times scaling ``size / 2`` bytes in place in a compiled loop, which moves ``size`` bytes (reads and writes)."""
     steps = 16
 
     @functools.partial(jax.jit, donate_argnums=0)

@@ -25,7 +25,7 @@ READY = "ready"
 
 
 def parse_options(description: str | None, *, variants: tuple[str, ...] = ()) -> argparse.Namespace:
-    """Parses the command line of a measured process; ``workload`` is the named `workload_sizes.Workload`."""
+    """Parses the command line of a measured process, including the workload (a `workload_sizes.Workload`)."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="Workload and size, such as sft-s or decode-m-16.")
     if variants:

@@ -60,7 +60,7 @@ def reward(cfg: lm.LMConfig, *, pairs: int, length: int, micro_batches: int = 1)
 
 
 def dpo(cfg: lm.LMConfig, *, pairs: int, prompt: int, length: int, micro_batches: int = 1) -> Repetition:
-    """Prepares a DPO step on pairs that includes the reference's forward pass."""
+    """Prepares a DPO step on pairs, including the reference's forward pass."""
     logprobs = partial(lm.token_logprobs, cfg=cfg, prompt_width=prompt)
     train_step = parallel.jit_step(dpo_lib.make_train_step(logprobs, objectives.dpo, micro_batches=micro_batches))
     answer_B2T = np.ones((pairs, 2, length - prompt), bool)
@@ -76,7 +76,7 @@ def dpo(cfg: lm.LMConfig, *, pairs: int, prompt: int, length: int, micro_batches
 
 
 class PPOInputs(NamedTuple):
-    """Everything that an iteration of PPO with four separate models takes."""
+    """The inputs of a PPO iteration with four separate models."""
 
     models: ppo.Models
     state: Callable[[], ppo.PPOState]
@@ -88,7 +88,7 @@ class PPOInputs(NamedTuple):
 
 
 def ppo_inputs(cfg: lm.LMConfig, *, samples: int, prompt: int, answer: int) -> PPOInputs:
-    """Returns the inputs of PPO with random models, without stop tokens, so that all answers have full length."""
+    """Returns the inputs of PPO with random models. Without stop tokens, all answers have full length."""
     models = policy_models.ppo_models(cfg, generation.Sampling(max_new_tokens=answer), prompt_width=prompt)
     rates = {"learning_rate": 1e-5, "critic_learning_rate": 1e-5, "kl_coef": 0.05, "max_grad_norm": 1.0}
     hyper = ppo.Hyper(**{name: np.float32(rate) for name, rate in rates.items()})
@@ -106,7 +106,7 @@ def ppo_inputs(cfg: lm.LMConfig, *, samples: int, prompt: int, answer: int) -> P
 def ppo_iteration(
     cfg: lm.LMConfig, *, samples: int, prompt: int, answer: int, epochs: int, minibatches: int
 ) -> Repetition:
-    """Prepares a PPO iteration with four separate models: sampling, scoring and all updates."""
+    """Prepares a PPO iteration (sampling, scoring and all updates) with four separate models."""
     inputs = ppo_inputs(cfg, samples=samples, prompt=prompt, answer=answer)
     train_step = parallel.jit_step(ppo.make_train_step(inputs.models, epochs=epochs, minibatches=minibatches))
     return _stepper(train_step, inputs.state(), inputs.frozen, inputs.hyper, inputs.batch)

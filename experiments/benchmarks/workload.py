@@ -32,11 +32,11 @@ from benchmarks import (
 )
 
 Prepared = tuple[Callable[[], Any], dict[str, float]]
-"""A function that runs one repetition, and the tokens and the FLOPs of a repetition."""
+"""A function that runs one repetition, and the number of ``tokens``, FLOPs (``operations``) or both per repetition."""
 
 
 def _micro_batches(workload: workload_sizes.Workload) -> int:
-    """Returns the number of micro-batches; on a CPU, two are faster for model S, because each fits the caches."""
+    """Returns the number of micro-batches. On a CPU, two are faster for model S, because each fits in the caches."""
     return 2 if workload.size_name == "s" and jax.default_backend() == "cpu" else 1
 
 
@@ -142,7 +142,7 @@ def main() -> None:
             )
 
             def token_seconds() -> float:
-                # The prefill is in both calls.
+                # Both calls include the prefill.
                 return (call_seconds(T) - call_seconds(1)) / (T - 1)
 
         else:

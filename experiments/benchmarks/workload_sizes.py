@@ -7,12 +7,12 @@ import dataclasses
 from typing import NamedTuple
 
 PAD, EOS, FIRST_WORD = 0, 1, 3
-"""Ids of padding and end of text, and the first id of a word in a random row."""
+"""Token ids of padding and of the end of text, and the smallest id in a random row."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A GPT-2 with tied embeddings."""
+    """The sizes of a GPT-2 with tied embeddings."""
 
     layers: int
     width: int
@@ -29,7 +29,7 @@ class Size:
 
     @property
     def matmul_params(self) -> int:
-        """The number of parameters in the layers' kernels and the unembedding, which multiply each token."""
+        """The number of parameters that each token is multiplied by: the layers' kernels and the unembedding."""
         return self.trunk_params + self.vocab * self.width
 
 
@@ -44,7 +44,7 @@ class Shapes:
     prompt: int = 64
     answer: int = 64
     batch_s: int = 64
-    """Number of prompts that model S answers together."""
+    """Number of prompts per batch for model S."""
     batch_m: int = 8
     ppo_samples: int = 64
     ppo_prompt: int = 32
@@ -54,7 +54,7 @@ class Shapes:
     stream_prompts: int = 512
     stream_slots: int = 64
     short: int = 32
-    """Tokens of the short answers of a stream. One answer in eight is eight times as long."""
+    """Tokens per short answer in ``stream`` and ``static``. One answer in eight is eight times as long."""
     matmul: int = 2048
 
 
@@ -101,7 +101,7 @@ class Workload(NamedTuple):
 
 
 def parse(name: str, *, quick: bool = False) -> Workload:
-    """Parses the name of a workload; raises ``ValueError`` for an unknown size or batch."""
+    """Parses the name of a workload; raises ``ValueError`` if the size is unknown or the batch is not a number."""
     kind, size_name, batch = (*name.split("-"), "")[:3]
     sizes, shapes = (QUICK_SIZES, QUICK_SHAPES) if quick else (SIZES, SHAPES)
     if size_name not in sizes or (batch and not batch.isdigit()):
@@ -113,8 +113,8 @@ def parse(name: str, *, quick: bool = False) -> Workload:
 def training_flops(size: Size, *, rows: int, length: int, params: int | None = None) -> float:
     """Returns the FLOPs of a forward and a backward pass, without rematerialisation.
 
-    Each token costs 6 FLOPs per matmul parameter, plus ``12 * layers * width * length`` for attention to all columns
-    (PaLM, appendix B).
+    Each token costs 6 FLOPs per matmul parameter, plus ``12 * layers * width * length`` for attention to all tokens
+    of the row (PaLM, appendix B).
     """
     per_token = 6 * (size.matmul_params if params is None else params) + 12 * size.layers * size.width * length
     return float(rows * length * per_token)
@@ -130,7 +130,7 @@ class DecodeCost(NamedTuple):
 def decode_cost(size: Size, *, batch: int, prompt: int, answer: int, bytes_each: int) -> DecodeCost:
     """Returns the bytes of parameters and cache that must be read, and the FLOPs, for one token per row.
 
-    The length of the cache is its average over the answer.
+    The length of the cache is averaged over the steps of an answer.
     """
     columns = prompt + answer / 2
     cached = 2 * size.layers * batch * columns * size.width

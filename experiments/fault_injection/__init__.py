@@ -1,1 +1,1 @@
-"""Fault injection for torture.py: kills tiny runs, corrupts their checkpoints and checks the restored states."""
+"""Fault injection for torture.py: interrupts tiny runs, corrupts their checkpoints and checks the restored states."""

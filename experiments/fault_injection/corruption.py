@@ -21,7 +21,7 @@ class Report:
     """The outcomes of all corruptions."""
 
     outcomes: dict[str, Counter[str]] = dataclasses.field(default_factory=dict)
-    """Counts of outcomes by kind of corruption: "seen" (the corruption was reported and the older checkpoint restored),
+    """Counts of outcomes by kind of corruption: "seen" (the corruption was reported and an older checkpoint restored),
     "harmless" (the newest checkpoint was restored bit-identically) or "wrong"."""
     files: int = 0
     failures: list[str] = dataclasses.field(default_factory=list)

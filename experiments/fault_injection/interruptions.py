@@ -1,4 +1,4 @@
-"""Kills or stops a run at random moments, resumes it, and compares it with an uninterrupted run."""
+"""Interrupts a run with SIGKILL or SIGTERM at random, resumes it, and compares it with an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Report:
 
     @property
     def interruptions(self) -> int:
-        """The number of kills and stops so far."""
+        """The number of interruptions so far."""
         return self.kills.total() + self.terms.total()
 
     def asdict(self) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def interrupt(
     terms: int,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Report:
-    """Kills a run ``kills`` times and stops it ``terms`` times, and resumes it after each interruption.
+    """Sends ``kills`` SIGKILLs and ``terms`` SIGTERMs to a run, and resumes it after each interruption.
 
     A finished run is compared with the reference. If interruptions remain, a new run is started.
     """
@@ -251,7 +251,7 @@ def interrupt(
             counts[process.phase] += 1
             failures += _wrong_exit(process, interruption)
             pending += 1
-            for name in PHASES:  # the load of the machine changes
+            for name in PHASES:  # adapts to changes in the load of the machine
                 seconds[name] = 0.5 * (seconds[name] + process.seconds.get(name, seconds[name]))
             on_progress(report.interruptions)
         elif not process.finished:
@@ -259,7 +259,7 @@ def interrupt(
         if process.finished:
             failures += compare(path, reference) + _restart_finished(stage, path, settings, reference)
         report.failures += [f"{stage}, {path.name}: {text}" for text in failures]
-        if failures:  # later processes in this folder would only repeat the failure
+        if failures:  # interruptions before a failure do not count as resumed
             pending = 0
         if process.finished or (failures and not process.interrupted):
             report.resumed += pending
@@ -293,7 +293,7 @@ def _wrong_exit(process: ProcessResult, interruption: Interruption) -> list[str]
 
 
 def compare(path: pathlib.Path, reference: Reference) -> list[str]:
-    """Compares a finished run with the reference; returns a text for each final leaf and metrics file that differs."""
+    """Returns a text for each leaf of the final state, and for metrics.jsonl, that differs from the reference."""
     final = json.loads((path / tiny_runs.FINAL).read_text())
     names = [name for name in {**final, **reference.final} if final.get(name) != reference.final.get(name)]
     differences = [f"the final {name} differs" for name in names]

@@ -268,7 +268,7 @@ def restore_corrupted(
 ) -> None:
     """For each ``(kind, file, position)``, corrupts the file, restores a checkpoint and repairs the file.
 
-    Sends ``(step, digest of the state, messages)`` after each restored checkpoint, or ``(-1, "", error)``.
+    Sends ``(step, digest of the state, messages)`` for each trial, or ``(-1, "", error)`` if the restore fails.
     """
     out = os.open(os.devnull, os.O_WRONLY)
     os.dup2(out, 2)

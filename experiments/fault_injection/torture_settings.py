@@ -1,4 +1,4 @@
-"""Settings of torture.py and their checks. Each field's docstring is its ``--help`` text."""
+"""Settings of torture.py and their checks. The docstring of a field is its help text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TortureSettings:
     kills: int = 100
     """Number of SIGKILLs, divided among the stages."""
     terms: int = 12
-    """Number of SIGTERMs, divided among the stages; after each, the run must save and exit with status 75."""
+    """Number of SIGTERMs, divided among the stages. After each one, the run must save and exit with status 75."""
     flips: int = 100
     """Number of flipped bits. Half hit a byte drawn from all bytes of a checkpoint; the others hit a byte of a randomly
     drawn file."""
@@ -36,7 +36,7 @@ class TortureSettings:
     seed: int = 0
     """Seed of the runs and of the times of interruption, which also depend on the speed of the machine."""
     out: str | None = None
-    """Output folder. Default: runs/torture-TIME."""
+    """Output folder. None uses runs/torture-TIME."""
 
 
 def check(settings: TortureSettings) -> None:

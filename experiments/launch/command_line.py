@@ -35,7 +35,7 @@ def answer_help(parse: Callable[[list[str]], Any]) -> None:
 
 def parse_as(kind: type[T], arguments: list[str], *, prog: str, doc: str | None, default: T | None = None) -> T:
     """Returns a settings dataclass parsed from the command line; ``doc`` and the fields' docstrings are its help."""
-    import tyro  # imported late because use_huge_pages runs all earlier imports twice
+    import tyro  # imported late, because use_huge_pages restarts the process and thus repeats all earlier imports
 
     if _HELP & set(arguments):
         _set_field_help(kind)
@@ -50,7 +50,7 @@ def _join_lines(text: str) -> str:
 
 
 def _set_field_help(kind: type) -> None:
-    """Sets the help of each field to its docstring in one line, since tyro keeps line breaks before indentation."""
+    """Sets the help text of each field to its docstring on one line, since tyro would keep the line breaks."""
     helps: dict[str, str] = {}
     for cls in reversed([each for each in kind.__mro__ if dataclasses.is_dataclass(each)]):
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
@@ -74,7 +74,7 @@ def parse(
     doc: str | None,
     adjust: Callable[[Any], Any] = lambda preset: preset,
 ) -> S:
-    """Returns the checked settings of a run. Flags override the preset or, with --resume, the settings of that run.
+    """Returns checked settings: the preset or, with --resume, the saved settings of that run, overridden by the flags.
 
     Args:
         kind: The settings class of the command.
@@ -91,7 +91,7 @@ def parse(
     resume = settings.peek(arguments, "--resume")
     default = config_file.read_settings(kind, resume) if resume else adjust(kind(**_preset_fields(arguments)))
     parsed = parse_as(kind, arguments, prog=f"{kind.command}.py", doc=doc, default=default)
-    # Only these may change, since a checkpoint can be restored on any mesh and any number of hosts.
+    # With --resume, only these flags are allowed, since a checkpoint can be restored on any mesh and number of hosts.
     free = {"resume": None, "mesh": default.mesh, "hosts": default.hosts}
     if resume and dataclasses.replace(parsed, **free) != dataclasses.replace(default, resume=None):
         raise settings.SettingError(

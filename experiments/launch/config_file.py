@@ -55,7 +55,7 @@ def read_settings(kind: type[S], resume: str) -> S:
 
 
 def from_dict(kind: type[S], values: dict[str, Any]) -> S:
-    """Inverts ``dataclasses.asdict``; raises SettingError if the fields differ from those of this version."""
+    """Inverts ``dataclasses.asdict``; raises SettingError if ``values`` does not fit the fields of ``kind``."""
     fields = dataclasses.fields(kind)
     if missing := {field.name for field in fields} - set(values):
         raise SettingError(f"{NAME} lacks the setting {min(missing)}; start a new run with --out")

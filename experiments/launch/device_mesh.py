@@ -35,7 +35,8 @@ def resolve(settings: Settings) -> Settings:
     if data * others != devices:
         flags = " x ".join(f"--mesh.{axis} {getattr(mesh, axis)}" for axis in AXES)
         kind = jax.default_backend().upper()
-        hint = f"; --mesh.simulate {abs(data) * others} simulates that many on the CPU" * (kind == "CPU")
+        n = abs(data) * others
+        hint = f"; --mesh.simulate {n} simulates {n} devices on the CPU" * (kind == "CPU")
         raise SettingError(f"a mesh of {flags} does not fit {devices} {kind} device{'s' * (devices > 1)}{hint}")
     resolved = dataclasses.replace(settings, mesh=dataclasses.replace(mesh, data=data))
     mesh_settings.check(resolved)

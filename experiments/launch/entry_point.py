@@ -87,7 +87,7 @@ def _stop_on_sigterm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ignore_closed_event_loops() -> Iterator[None]:
-    """Silences "Event loop is closed" errors, which follow a failed read or write that is reported separately."""
+    """Silences "Event loop is closed" errors. They follow a failed read or write that has its own error message."""
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     previous = sys.excepthook
 

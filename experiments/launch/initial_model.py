@@ -35,7 +35,7 @@ class InitialModel:
 
 
 def load(path: str, *, mesh: jax.sharding.Mesh | None = None) -> InitialModel:
-    """Loads a language model from a folder, sharded over ``mesh`` if given; raises SettingError if that fails.
+    """Loads a language model from a folder and shards it over ``mesh``, if given; raises SettingError if that fails.
 
     Many models pad their vocabulary to a round number. Ids without a token are removed, so that they cannot be sampled.
     """

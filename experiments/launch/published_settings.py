@@ -11,7 +11,7 @@ from typing import Any
 _SHARED: dict[str, Any] = {"clip": 0.2, "discount": 1.0, "lambda_": 0.95}
 
 PPO_SETTINGS: dict[str, dict[str, Any]] = {
-    # Ouyang et al. 2022, appendix C, which does not report lambda, value clip and Adam's epsilon.
+    # Ouyang et al. 2022, appendix C, which reports neither lambda nor value clip nor Adam's epsilon.
     "instructgpt": _SHARED
     | {"kl_coef": 0.02, "batch": 512, "minibatches": 8, "epochs": 1, "warmup": 10, "schedule": "constant"}
     | {"ema": 0.992, "ptx_coef": 27.8, "ptx_ratio": 8.0, "temperature": 1.0},
@@ -29,7 +29,7 @@ PPO_SETTINGS: dict[str, dict[str, Any]] = {
     | {"kl_coef": 0.05, "batch": 512, "minibatches": 1, "epochs": 4, "value_clip": 0.2, "temperature": 0.7}
     | {"missing_stop_score": -1.0, "schedule": "linear", "warmup": 0, "adam_eps": 1e-5, "ema": 0.0}
     | {"value_coef": 0.1},
-    # Bai et al. 2022, appendix B.1.
+    # Bai et al. 2022, "Training a helpful and harmless assistant", appendix B.1.
     "hh": _SHARED | {"kl_coef": 0.001, "epochs": 1, "entropy_coef": 0.0, "ema": 0.0},
     # Xu et al. 2024, appendix A, without its top-k of 200, which requires --ppo.correct-sampler.
     "xu": {"kl_coef": 0.1, "batch": 512, "minibatches": 4, "clip": 0.2, "discount": 1.0, "lambda_": 1.0, "ema": 0.0}
@@ -45,4 +45,5 @@ LEARNING_RATES: dict[str, dict[str, Any]] = {
     "n-plus": {"learning_rate": 3e-6, "critic_learning_rate": 3e-6},
     "xu": {"learning_rate": 1e-5, "critic_learning_rate": 5e-6},
 }
-"""The policy's rate for InstructGPT is its SFT rate: the paper reports only the range searched, 2.55e-6 to 2.55e-5."""
+"""For InstructGPT, the policy's learning rate is that of SFT, because the paper reports only the range that was
+searched, 2.55e-6 to 2.55e-5."""

@@ -47,7 +47,7 @@ class World:
     agreement: float = 0.75
     """Probability that two training labelers agree on a pair of SFT samples. It sets the noise of their choices."""
     tie_width: float = 0.01
-    """Consecutive answers in a ranking tie if a labeler's noisy utilities of them differ by at most this number."""
+    """Consecutive answers in a ranking are tied if the labeler's noisy utilities differ by at most this number."""
     lapse: float = 0.02
     """Probability that a ranking is random."""
 
@@ -57,8 +57,8 @@ class Mesh:
     """Sizes of the axes of the device mesh. The defaults use a single device."""
 
     data: int = 1
-    """Number of copies of the model, each of which processes part of the rows. -1 uses all devices: their number
-    divided by the other three sizes."""
+    """Number of copies of the model, each of which processes part of the rows. -1 uses as many copies as
+    the number of devices allows."""
     fsdp: int = 1
     """Number of devices over which rows, parameters and optimiser state are sharded."""
     tensor: int = 1
@@ -176,7 +176,7 @@ class PPO:
     """Number of parts into which each minibatch is split to save memory. The gradient is the same."""
     shards: int = 1
     """Number of blocks into which a rollout is split. Every minibatch takes the same number of rows from each block, so
-    this affects the results. With a multiple of --mesh.data x --mesh.fsdp, answers stay on their device."""
+    this number affects the results. If it is a multiple of --mesh.data x --mesh.fsdp, answers stay on their device."""
     epochs: int = 1
     """Number of passes over each rollout (1 in InstructGPT, 4 in Ziegler and Stiennon)."""
     learning_rate: float = 6e-4
@@ -229,14 +229,15 @@ class PPO:
     top_k: int | None = None
     """Number of most likely tokens to sample from. Requires --ppo.correct-sampler. None samples from all tokens."""
     top_p: float | None = None
-    """Total probability of the most likely tokens to sample from. Requires --ppo.correct-sampler. None uses all."""
+    """Total probability of the most likely tokens to sample from. Requires --ppo.correct-sampler. None samples
+    from all tokens."""
     correct_sampler: bool = False
     """Weight each token by its probability under the policy divided by that under the sampler, capped at 2."""
     missing_stop_score: float = -3.0
     """Score for an answer without a stop token, in standard deviations of the reward."""
     missing_stop: Literal["replace", "subtract"] = "replace"
-    """Whether --ppo.missing-stop-score replaces the score of an answer without a stop token (`replace`, as in the
-    papers) or is added to it (`subtract`)."""
+    """Whether --ppo.missing-stop-score, which should be negative, replaces the score of an answer without a stop token
+    (`replace`, as in the papers) or is added to it (`subtract`)."""
     ema: float = 0.95
     """Decay of the moving average of the policy's weights that is evaluated and saved (0.992 in InstructGPT, which has
     far more updates). 0 uses the last weights."""
@@ -279,10 +280,11 @@ class Settings:
     """Folder of the model to start from, in Hugging Face format and with its tokenizer. None trains a new model of the
     size given by --net.*."""
     preset: str = "default"
-    """`default` takes about 5 minutes on two CPU cores. `smoke` runs all stages in about a minute, too short to learn
-    much."""
+    """`default`, with which instructgpt.py takes about 5 minutes on two CPU cores, or `smoke`, which runs all stages in
+    about a minute, too short to learn much."""
     published: Literal["instructgpt", "stiennon", "ziegler", "n-plus", "hh", "xu", "tutorial"] | None = None
-    """Paper whose PPO settings replace those of the preset. Its learning rates are used only with --model."""
+    """Paper (or popular `tutorial`) whose PPO settings replace those of the preset. Its learning rates are used only
+    with --model."""
     seed: int = 0
     """Seed of the built-in world, the data, the initial weights and all samples."""
     out: str | None = None
@@ -290,8 +292,8 @@ class Settings:
     resume: str | None = None
     """Folder of a run to resume with its saved settings. None starts a new run."""
     on_alarm: Literal["report", "stop"] = "report"
-    """Response to an alarm, such as a negative KL or a falling gold utility: `report` it and continue, or save and
-    `stop`."""
+    """Response to an alarm in reward-model training or RL, such as a rising validation loss or a negative KL. `report`
+    prints it and continues; `stop` saves and stops the run."""
     saves: int = 5
     """Number of checkpoints per stage. A killed run loses only the work since the last one."""
     max_skipped: int = 10

@@ -34,15 +34,15 @@ class Program:
     name: str
     lower: Callable[[], jax.stages.Lowered]
     traced: Callable[[], Any]
-    """Returns the jaxpr of the program, which covers the rows of all chips."""
+    """Returns the jaxpr of the program before it is partitioned among the chips."""
     kept: dict[str, int]
-    """Exact number of bytes per chip, by kind, of the arrays kept between calls."""
+    """Exact number of bytes per chip, by kind, of the arrays kept between calls, and of the KV cache."""
     tokens: int
     """Number of training tokens per call, summed over rows, epochs and trained models."""
     model_flops: float
     """FLOPs of the model: per parameter and token, 2 in a forward pass and 6 with gradients, plus attention."""
     loops: int
-    """Assumed iterations of a loop of unknown length: the number of answer tokens after the first."""
+    """Assumed number of iterations of a loop that can stop early: in a rollout, the answer tokens after the first."""
 
 
 def build(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> Program:

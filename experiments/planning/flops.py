@@ -1,6 +1,6 @@
-"""Counts the FLOPs of a program's matrix products; the body of a loop counts once per iteration.
+"""Counts the FLOPs of a program's matrix products. The body of a loop is counted once per iteration.
 
-The counted program is a jaxpr, which is the same for all platforms and includes rematerialised computations. For a
+The program is given as a jaxpr, which is the same for all platforms and includes rematerialised computations. For a
 Pallas kernel, its cost estimate is used. For a conditional, the platform's branch or the most expensive branch counts.
 """
 
@@ -16,7 +16,7 @@ def count(jaxpr: Any, *, platform: str, open_loops: int = 1) -> float:
     Args:
         jaxpr: A closed jaxpr, such as the result of ``jax.make_jaxpr``.
         platform: ``tpu``, ``cpu`` or ``cuda``, which selects platform-dependent branches.
-        open_loops: Assumed number of iterations of a loop whose length is unknown at compile time.
+        open_loops: Assumed number of iterations of a ``while`` loop, which a jaxpr does not specify.
     """
 
     def flops(jaxpr: Any) -> float:

@@ -1,7 +1,7 @@
 """Reads the collectives and the memory traffic of a compiled program from its HLO text.
 
-The body of a loop counts once per iteration. The compiler's cost analysis counts it only once, although the layers of a
-model run in a loop.
+The body of a loop is counted once per iteration. The compiler's cost analysis counts it only once, which is wrong for
+models that scan over their layers.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Program:
     bytes_moved: float
     """Approximate memory traffic of one chip: the sum of the bytes that each operation reads and writes."""
     open_loops: int
-    """Number of loops whose length is unknown at compile time."""
+    """Number of loops for which the number of iterations is unknown."""
 
 
 def _arrays_in(shape: str) -> tuple[Array, ...]:
@@ -122,7 +122,7 @@ def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
         if header := _COMPUTATION.match(line):
             instructions = computations.setdefault(header.group(2), [])
             entry = header.group(2) if header.group(1) else entry
-        # Skip the other lines, which are the text of a kernel.
+        # Lines that are not instructions, such as the text of an embedded kernel, are ignored.
         elif instructions is not None and line.startswith(" ") and (instruction := _instruction(line)):
             instructions.append(instruction)
     return computations, entry
@@ -133,8 +133,8 @@ def read(text: str, *, open_loops: int = 1, mesh: dict[str, int] | None = None) 
 
     Args:
         text: The result of ``compiled.as_text()``.
-        open_loops: Assumed number of iterations of a loop whose length is unknown at compile time.
-        mesh: Sizes of the mesh axes, in order, which are needed to find the axes of each collective.
+        open_loops: Assumed number of iterations of a loop if the number is unknown at compile time.
+        mesh: Sizes of the mesh axes, in order. If None, the axes of the collectives are left empty.
     """
     computations, entry = _parse(text)
     by_name = {name: {i.name: i for i in lines} for name, lines in computations.items()}
@@ -145,7 +145,8 @@ def read(text: str, *, open_loops: int = 1, mesh: dict[str, int] | None = None) 
         for outer in computations[name]:
             moved += times * _bytes_moved(outer, by_name[name], computations)
             for i, inside in _collectives(outer, computations):
-                # A collective that overlaps with fusions is listed in each of them and in the loops inside them.
+                # A collective that overlaps with several fusions appears in each of them, and in the loops that run
+                # meanwhile. It is counted once.
                 channel = re.search(r"channel_id=\d+", i.rest)
                 key = f"{channel.group(0)} {i.opcode} {i.arrays}" if channel and inside else i.name
                 if key not in seen:
@@ -177,7 +178,7 @@ def _instruction(line: str) -> Instruction | None:
 def _visits(
     computations: dict[str, list[Instruction]], entry: str, open_loops: int
 ) -> Iterator[tuple[str, int, set[str]]]:
-    """Yields the name of each computation outside fusions, the number of its runs, and a set of the collectives seen.
+    """Yields the name of each computation outside fusions, how often it runs, and the set of collectives already seen.
 
     The set starts as a copy of the calling computation's set; the consumer adds to it.
     """
@@ -230,9 +231,10 @@ def _collective(i: Instruction, inside: str, times: int, mesh: dict[str, int] | 
     op_name = re.search(r'op_name="([^"]*)"', i.rest)
     source = op_name.group(1) if op_name else ""
     if ring:
-        source = f"{'gather' if ring.group(1) == 'ag' else 'scatter'} in steps that overlap with a product; {source}"
+        kind_of_ring = "all-gather" if ring.group(1) == "ag" else "reduce-scatter"
+        source = f"{kind_of_ring} in steps that overlap with a matmul; {source}"
     axes = _axes(groups, mesh) if mesh and kind != "collective-permute" else ()
-    # The shape of a start contains its input and output; an all-reduce of several arrays lists all of them.
+    # A -start instruction returns its input and its output. A combined collective returns several arrays.
     arrays = sorted(i.arrays, key=lambda a: a.bytes)
     array, total = arrays[-1], arrays[-1].bytes
     if len(arrays) > 1 and i.opcode in KINDS:

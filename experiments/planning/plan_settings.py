@@ -1,4 +1,4 @@
-"""Settings of plan.py. Each field's docstring is its ``--help`` text."""
+"""Settings of plan.py. The docstring of a field is its help text."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class MeshSizes:
     """Sizes of the mesh axes."""
 
     data: int = -1
-    """Number of model copies, each of which processes a part of the rows; -1 uses all chips that the other axes leave
-    free."""
+    """Number of model copies, each of which processes part of the rows. -1 uses as many copies as the number of chips
+    allows."""
     fsdp: int = 1
-    """Number of chips that rows, parameters and optimiser state are sharded over."""
+    """Number of chips over which rows, parameters and optimiser state are sharded."""
     tensor: int = 1
-    """Number of chips that heads, MLP and vocabulary are sharded over."""
+    """Number of chips over which attention heads, MLP and vocabulary are sharded."""
     sequence: int = 1
-    """Number of chips that the columns of a row are sharded over."""
+    """Number of chips over which the tokens of a row are sharded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Plan:
     """Preset (llama-3-8b, llama-3-70b, pythia-1b, gpt2, tiny), or a Hugging Face config.json or its folder."""
     topology: str | None = None
     """Chips to plan for: a TPU topology such as v5e:16x16 or v5p:4x4x8, `cpu`, `cpu:8` (eight CPU devices) or `gpu`.
-    Default: the devices of this machine."""
+    None uses the devices of this machine."""
     mesh: MeshSizes = dataclasses.field(default_factory=MeshSizes)
     batch: int = 64
     """Rows per step, over all chips. A row is a sequence (sft), a prompt (reward_model), a pair (dpo) or an answer
@@ -52,7 +52,7 @@ class Plan:
     epochs: int = 1
     """Passes over a rollout, for ppo."""
     micro_batches: int = 1
-    """Number of parts that each batch (for ppo, each minibatch) is split into to save memory."""
+    """Number of parts into which each batch (for ppo, each minibatch) is split to save memory."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of the computations in the layers."""
     params: Literal["bfloat16", "float32"] = "float32"
@@ -62,12 +62,12 @@ class Plan:
     frozen: Literal["bfloat16", "float32"] = "float32"
     """Dtype of the frozen models: the reference and the reward model."""
     remat: Literal["none", "dots", "full"] | None = None
-    """Rematerialisation in the backward pass. Default: as in the model's configuration."""
+    """Rematerialisation in the backward pass. None uses the setting of the model's configuration."""
     attention: Literal["auto", "einsum", "xla", "cudnn"] | None = None
-    """Attention kernel. Default: as in the model's configuration."""
+    """Attention kernel. None uses the setting of the model's configuration."""
     memory: float | None = None
-    """Memory of a device in GiB. Default: the memory of the chip."""
+    """Memory of a chip in GiB. None uses the memory that chips of this kind have."""
     tries: int = 3
-    """Maximum number of similar settings to compile in search of one that fits, if the plan does not."""
+    """Maximum number of similar plans to compile if the plan does not fit. The search ends at the first that fits."""
     json: str | None = None
-    """JSON file to write all numbers to."""
+    """JSON file to which all numbers are written. None writes no file."""

@@ -45,7 +45,7 @@ def load_config(plan: Plan) -> lm.LMConfig:
 
 
 def check(plan: Plan, cfg: lm.LMConfig, mesh: Mesh) -> None:
-    """Raises SettingError for sizes below 1, rows that are too long, and batches that do not divide."""
+    """Raises SettingError for sizes below 1, rows that are too long, and batches that cannot be split evenly."""
     for name in ("batch", "length", "completions", "prompt", "response", "minibatches", "epochs", "micro_batches"):
         require(getattr(plan, name) >= 1, plan, name, "at least 1")
     answers = plan.stage == "dpo" or plan.stage.startswith("ppo")
@@ -182,7 +182,7 @@ def _changes(plan: Plan, estimate: roofline.Estimate) -> Iterator[Plan]:
 
 
 def suggest(plan: Plan, estimate: roofline.Estimate, *, out: Console | None = None) -> list[str]:
-    """Compiles similar plans until one fits. Returns its changes, or those of all compiled plans if none fits."""
+    """Compiles similar plans until one fits. Returns its changed flags or, if none fits, those of all attempts."""
     tried = []
     for changed in _changes(plan, estimate):
         flags = _flags(changed, plan)

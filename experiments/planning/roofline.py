@@ -32,12 +32,12 @@ class Estimate:
     capacity: float | None
     """Memory of a chip in bytes; None if unknown."""
     kept: dict[str, int]
-    """Exact size in bytes, by kind, of the arrays kept between calls."""
+    """Size in bytes, by kind, of the arrays kept between calls, of the KV cache, and of the batch and the results."""
     temporaries: int | None
-    """Peak of all other memory except the KV cache; None if the compiler ran out of memory."""
+    """Peak memory of all other arrays; None if the compiler rejected the program for lack of memory."""
     code: int | None
     needed: float | None
-    """Sum of the memory above. If the compiler ran out of memory, the size from its error message, or None."""
+    """Sum of the memory above. If the compiler rejected the program, the size from its error message, or None."""
     fits: bool
     flops: float
     """FLOPs of the matrix products."""
@@ -229,7 +229,7 @@ def _time_table(estimate: Estimate) -> Table:
         table.add_row("memory read and written (approx.)", size(estimate.bytes_moved), at.get("memory", ""))
     table.add_row("received from other chips", size(_received(estimate.collectives)), at.get("interconnect", ""))
     if estimate.step_seconds is not None and estimate.utilisation is not None:
-        table.add_row("upper bound", f"{estimate.utilisation:.0%} of peak", seconds(estimate.step_seconds))
+        table.add_row("upper bound on MFU", f"{estimate.utilisation:.0%}", seconds(estimate.step_seconds))
     return table
 
 

@@ -88,7 +88,7 @@ def summary(
     differences = {
         m: over_groups(outcome["reward_model"] - outcome[m], group_N, rate=False) for m in ("tfidf", "shorter")
     }
-    # Both margins are log odds. Their sum beats the regression if the reward model has learnt something new.
+    # Both margins are log odds. Their sum beats the regression alone if the reward model adds information.
     together = margins["reward_model"] + margins["tfidf"]
     gain = diagnostics.win_outcomes(together, np.zeros(len(together))) - outcome["tfidf"]
     members = np.concatenate([np.asarray(fold["members"]) for fold in folds], axis=1).ravel()

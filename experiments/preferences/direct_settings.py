@@ -23,31 +23,31 @@ class DirectSettings:
     """Preference loss. ipo, orpo, simpo and dpo-norm average log-probabilities over tokens; orpo and simpo need no
     reference model."""
     beta: float | None = None
-    """Strength of the KL penalty to the reference (for simpo, the scale of the rewards). Default: 0.5 for ipo, 1 for
-    dpo-norm, 2 for simpo, and otherwise 0.1."""
+    """Strength of the KL penalty to the reference (for simpo, the scale of the rewards). None uses 0.5 for ipo, 1 for
+    dpo-norm, 2 for simpo and 0.1 for the other losses."""
     label_smoothing: float | None = None
-    """Assumed share of flipped labels, for cdpo and robust. Default: 0.1."""
+    """Assumed share of flipped labels, for cdpo and robust. None uses 0.1."""
     desirable_weight: float = 1.0
     """Weight of the good answers in kto."""
     undesirable_weight: float = 1.0
     """Weight of the bad answers in kto."""
     odds_weight: float | None = None
-    """Weight of the odds-ratio term in orpo, relative to the likelihood. Default: 1."""
+    """Weight of the odds-ratio term in orpo, relative to the likelihood. None uses 1."""
     margin: float | None = None
-    """Target difference of the two rewards in simpo. Default: 0.5."""
+    """Target difference of the two rewards in simpo. None uses 0.5."""
     sft_coef: float | None = None
-    """Weight of the SFT loss that dpo-sft adds to DPO. Default: 0.5."""
+    """Weight of the SFT loss that dpo-sft adds to DPO. None uses 0.5."""
     epochs: int = 1
     """Number of passes over the pairs."""
     batch: int = 64
     """Number of pairs per step. For kto, each answer is a separate row, so a step has twice as many rows."""
     micro_batches: int = 1
-    """Number of parts that each batch is split into to save memory; this does not change the gradient."""
+    """Number of parts into which each batch is split to save memory. The gradient is the same."""
     learning_rate: float | None = None
-    """Peak learning rate, with warmup over the first tenth of the steps and cosine decay to a tenth. Default: half of
+    """Peak learning rate, with warmup over the first tenth of the steps and cosine decay to a tenth. None uses half of
     --ppo.learning-rate."""
     pairs: int = 4
-    """Maximum number of pairs per prompt, sampled from all pairs of its answers that differ in rank; 0 uses all
+    """Maximum number of pairs per prompt, sampled from all pairs of its answers that differ in rank. 0 uses all
     pairs."""
 
     @property

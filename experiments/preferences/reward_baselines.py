@@ -15,7 +15,7 @@ pairs."""
 
 
 def shorter_wins(pairs: Sequence[human_comparisons.Pair]) -> np.ndarray:
-    """Returns how many characters shorter each chosen answer is; positive if the shorter answer was preferred."""
+    """Returns the length of each rejected answer minus the length of the chosen answer, in characters."""
     return np.array([len(pair.rejected) - len(pair.chosen) for pair in pairs], np.float64)
 
 

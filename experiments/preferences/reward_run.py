@@ -84,7 +84,7 @@ def _score_margins(job: jobs.Job, params: types.Params, batch: types.Comparisons
 
 
 def _accuracy(margin_N: np.ndarray, prompt_N: np.ndarray) -> list[float]:
-    """Returns the share of pairs ranked as labelled and its interval, clustered if prompts have several pairs."""
+    """Returns the share of pairs ranked as labelled and its interval, clustered by prompt if one has several pairs."""
     if len(np.unique(prompt_N)) == len(prompt_N):
         return list(diagnostics.win_rate(margin_N, np.zeros_like(margin_N)))
     outcome_N = diagnostics.win_outcomes(margin_N, np.zeros_like(margin_N))

@@ -35,19 +35,19 @@ class Training:
     heads: int = 1
     """Number of heads on one trunk. The heads form an ensemble, whose scores are averaged."""
     trains: str = ""
-    """Regular expression for the names of the parameters to train, such as ^head/; the others are frozen. Default: all
-    parameters."""
+    """Regular expression for the names of the parameters to train, such as ^head/. The others are frozen. The empty
+    default trains all parameters."""
     limit: int | None = None
-    """Maximum number of training prompts. Default: all."""
+    """Maximum number of training prompts. None uses all prompts."""
     normalise: Literal["demonstrations", "references", "policy", "held-out", "none"] = "demonstrations"
-    """Texts whose scores are shifted to mean 0 after training: `demonstrations` (InstructGPT), `references`, which are
-    demonstrations for other prompts (Stiennon), `policy` samples, whose scores are also scaled to variance 1 (Ziegler),
-    or `held-out` answers (HH). `none` leaves the scores unchanged."""
+    """Texts whose scores are shifted to mean 0 after training: `demonstrations` (InstructGPT), `references` (Stiennon;
+    here, the second half of the demonstrations), `policy` samples, whose scores are also scaled to variance 1
+    (Ziegler), or `held-out` answers (HH). `none` leaves the scores unchanged."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretraining:
-    """Preference-model pretraining (PMP) on a crowd's comparisons, before training on the labelers' (HH A.2)."""
+    """Preference-model pretraining (PMP) on comparisons by a crowd, before training on those by labelers (HH A.2)."""
 
     prompts: int = 0
     """Number of prompts for PMP, whose answers a simulated crowd ranks; 0 disables PMP."""

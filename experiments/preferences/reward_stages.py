@@ -129,9 +129,9 @@ def _fit(
 
 
 def pretrain_preference_model(job: jobs.Job, settings: RewardSettings, policy: types.Params) -> types.Params:
-    """Trains a preference model with a head on answers ranked by a crowd; the reward model starts from this model.
+    """Trains a preference model on answers ranked by a crowd; the reward model starts from this model.
 
-    The vocabulary is extended by two control tokens during this stage.
+    With ``pmp.binary``, the vocabulary is extended by two control tokens during this stage.
     """
     data = _crowd_comparisons(job, settings, policy)
     n = job.cfg.vocab_size
@@ -148,7 +148,7 @@ def pretrain_preference_model(job: jobs.Job, settings: RewardSettings, policy: t
         cfg=cfg,
         loss=losses.ranking,
         trains="",
-        # A batch of rankings has several pairs per prompt; eight times as many rows are about as many pairs.
+        # A ranking contains several pairs, so that eight times as many binary rows contain about as many pairs.
         batch=8 * settings.reward_model.batch if settings.pmp.binary else settings.reward_model.batch,
         epochs=1,
         learning_rate=settings.pmp.rate * settings.pretrain.learning_rate,

@@ -38,7 +38,7 @@ def load_or_collect(
 def collect(
     job: jobs.Job, policies: list[types.Params], *, stage: str = "comparisons"
 ) -> tuple[types.Comparisons, types.Comparisons, dict[str, Any]]:
-    """Samples several answers to each prompt from the policies in rotation, and ranks them with simulated labelers.
+    """Samples several answers to each prompt, from each policy in turn, and ranks them with simulated labelers.
 
     ``stage`` is the label of the progress bar. Returns training comparisons, validation comparisons and facts about the
     labels.

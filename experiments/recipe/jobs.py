@@ -1,4 +1,4 @@
-"""`Job`: the settings, data, model, compiled steps and checkpoints of a run, which are passed to every stage."""
+"""Defines `Job`, which contains the settings, data, model, compiled steps and checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Job:
     """``note(stage, text)`` prints and saves an incident."""
 
     def key(self, stage: str) -> jax.Array:
-        """Returns the random key of a stage; ``ppo-more`` has the same key as ``ppo``."""
+        """Returns the random key of a stage, ignoring a suffix after a hyphen: ``ppo-more`` has the key of ``ppo``."""
         return jax.random.fold_in(jax.random.key(self.settings.seed), 100 + STAGES.index(stage.partition("-")[0]))
 
     @functools.cached_property
@@ -170,8 +170,8 @@ class Job:
     def loop_checks(self, stage: str, steps: int, batch_at: Callable[[int], Any]) -> dict[str, Any]:
         """Returns the arguments of `loop.fit` that handle skipped steps and identify the stage's data.
 
-        The fingerprint consists of the number of steps and digests of the first and last batch. A run is not resumed if
-        the data, their order or the batch size has changed. On several hosts, the fingerprint has no digests.
+        The fingerprint consists of the number of steps and of digests of the first and last batch, so that a run is not
+        resumed if the data, their order or the batch size has changed. On several hosts, there are no digests.
         """
         fingerprint: Any = [steps]
         if jax.process_count() == 1 and steps > 0:

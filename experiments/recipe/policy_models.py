@@ -24,7 +24,7 @@ def ppo_models(
     critic: bool = True,
     axis_name: str | None = None,
 ) -> ppo.Models:
-    """Returns the functions that PPO calls, for the language model of this library.
+    """Returns the functions of policy, critic and reward model that PPO calls.
 
     Args:
         cfg: The architecture of all models.

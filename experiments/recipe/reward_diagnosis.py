@@ -18,13 +18,15 @@ from rlhf_jax.train import reward_model
 def measure(job: Job, reward: types.Params, validation: types.Comparisons, train: types.Comparisons) -> dict[str, Any]:
     """Measures accuracy, calibration, length bias and the generalisation gap of a reward model.
 
-    The accuracy is also broken down by stratum and by score. Confidence intervals are clustered by prompt.
+    The accuracy is also computed for each stratum and for pairs whose scores reach a threshold. Confidence intervals
+    are clustered by prompt.
 
     Args:
         job: The job of the run.
         reward: Parameters of the reward model.
         validation: Held-out comparisons.
-        train: Training comparisons, for the generalisation gap. Only as many as fit in one call are scored.
+        train: Training comparisons, for the generalisation gap. Only the first ones are scored, as many as fit in one
+            call.
 
     Returns:
         The ``reward_model`` entry of results.json.
@@ -134,8 +136,8 @@ def arrays_as_json(values: Any) -> dict[str, Any]:
 def goodhart(start: policy_sampling.Answers, end: policy_sampling.Answers) -> dict[str, Any]:
     """Returns the gains in score and gold utility from RL, and whether the policy gamed the score.
 
-    ``start`` and ``end`` are answers to the same prompts from before and after RL. ``gamed`` is true if the score rose
-    and the gold utility fell, both significantly (`diagnostics.fall_from_peak`).
+    ``start`` and ``end`` are answers to the same prompts, before and after RL. ``gamed`` is true if the score rose and
+    the gold utility fell, both significantly (see `diagnostics.fall_from_peak`).
     """
     scores, gold = (np.stack(each) for each in zip(*((x.scores_B, np.asarray(x.gold.total)) for x in (start, end))))
     return {

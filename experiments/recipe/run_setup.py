@@ -36,8 +36,8 @@ def open_run(
     Args:
         settings: The settings of the command.
         out: The console to print to. It is silenced on all hosts except the first.
-        weights: The stages that only this command has, each with its expected duration in seconds.
-        first_stages: The stages before those.
+        weights: The stages that are specific to the command, each with its expected duration in seconds.
+        first_stages: The stages that precede them, also with durations.
         kind: Prefix of the run folder's default name; None uses the name of the command.
         accept: Raises SettingError for a task that the command cannot use.
 

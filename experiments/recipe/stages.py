@@ -101,7 +101,7 @@ def supervised(job: Job, stage: str, base: Params, *, epochs: int, mix: float) -
 
 
 def train_reward_models(job: Job, start: Params, parts: list[types.Comparisons], **options: Any) -> list[Params]:
-    """Trains one reward model on each part and normalises its scores; the second is held-out (Bai et al. 2022, 4.2)."""
+    """Trains a reward model on each part and normalises its scores; a second one is held out from RL (HH 4.2)."""
     rewards = []
     for stage, part in zip(("reward_model", "heldout_reward_model"), parts):
         reward = train_reward_model(job, start, part, stage=stage, **options)
@@ -160,8 +160,8 @@ def validation_options(
 def normalise_scores(job: Job, reward: Params, policy: Params) -> Params:
     """Scales scores to standard deviation 1 on samples of ``policy``, then shifts them to mean 0 on demonstrations.
 
-    The scale gives a KL coefficient the same effect in every run. The shift follows InstructGPT 3.5. Both numbers are
-    stored in the head of the model and saved with it.
+    The scale gives a KL coefficient the same effect in every run. The shift is that of InstructGPT (section 3.5). Both
+    numbers are stored in the head of the model and saved with it.
     """
     prompts = job.task.rl_prompts.take(policy_sampling.CHUNK)
     key = jax.random.fold_in(job.key("reward_model"), 2)

@@ -156,7 +156,7 @@ def _prompt_sets(
 
 
 def _answer_width(answers: list[str], ids: list[list[int]], *, in_world_words: bool) -> int:
-    """Returns the length in tokens of the longest answer within the world's limit on words; others are truncated."""
+    """Returns the token count of the longest answer within the world's word limit; longer answers are truncated."""
     if in_world_words:
         return prompts.RESPONSE_WIDTH
     fitting = [len(x) for x, text in zip(ids, answers) if len(text.split()) < prompts.RESPONSE_WIDTH]

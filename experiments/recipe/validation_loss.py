@@ -13,7 +13,7 @@ from recipe import policy_sampling
 from rlhf_jax import losses, types
 
 TIMES = 8
-"""Number of measurements per stage. The alarm on the validation loss requires this many."""
+"""Maximum number of measurements per stage. The alarm on the validation loss requires this many."""
 
 
 def make_callback(
@@ -24,14 +24,14 @@ def make_callback(
     loss: Callable[..., jax.Array] = losses.ranking,
     params_of: Callable[[Any], types.Params] = lambda state: state.params,
 ) -> Callable[[int, Any, Any], dict[str, float] | None]:
-    """Returns a callback for `loop.fit` that logs ``validation_loss`` at `TIMES` steps, including the last.
+    """Returns a callback for `loop.fit` that logs ``validation_loss`` at up to `TIMES` steps, including the last.
 
     Args:
         score: ``score(params, tokens_BL, mask_BL)`` scores rows of tokens, as `Sampler.score` does.
         held_out: Held-out comparisons. Only the first ones are used, as many as fit in one call.
         steps: Number of steps in the stage.
         loss: The loss of one prompt, a function of scores, ranks and mask.
-        params_of: Returns the reward model's parameters in a train state.
+        params_of: Returns the reward model's parameters, given a train state.
 
     Returns:
         The callback. If the reward model has several heads, their losses are averaged.

@@ -47,7 +47,7 @@ def train(
         job: The job of the run.
         models: The SFT model to start from and the reward model that selects answers.
         prompts: The prompts, which are divided among the rounds.
-        name: Prefix of the stages' names.
+        name: Prefix of the name of each round's stage.
         seed: Seed of the run.
         rounds: Number of rounds.
         samples: Number of answers sampled per prompt; the best is kept.

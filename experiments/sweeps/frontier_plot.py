@@ -17,7 +17,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def _figure(points: Rows, runs: Rows, key: str, label: str, kind: str) -> str:
-    """Plots a metric against the root of the KL as an SVG; dots are runs, and crosses are means with intervals."""
+    """Returns an SVG of a metric against the root of the KL; dots are runs, and crosses are means with intervals."""
     with plots.axes(height=2.6) as (svg, (ax,)):
         ax.plot([_root(r["kl"]) for r in runs], [r[key] for r in runs], ".", color=plots.color(kind), alpha=0.35)
         ordered = sorted(points, key=lambda p: p["kl"][0])
@@ -47,7 +47,7 @@ _STYLES += (("expert-iteration", "reward_model", "o"), ("best-of-n", "best_of_n"
 
 
 def write_methods(path: pathlib.Path, methods: Rows, *, title: str) -> None:
-    """Writes an HTML page that plots each method's gold against the root of the KL, with intervals over seeds."""
+    """Writes an HTML page with a plot of each method's gold utility, with intervals, against the root of the KL."""
     styles = {method: (color, marker) for method, color, marker in _STYLES}
     with plots.axes(height=3.4) as (svg, (ax,)):
         for place, each in enumerate(methods):
@@ -81,7 +81,7 @@ _MARKERS = "^os^oDv"
 
 
 def frontier(lines: Rows, *, xlabel: str, ylabel: str) -> str:
-    """Plots gold against the root of the KL as an SVG; each line connects one method's coefficients.
+    """Returns an SVG of gold utility against the root of the KL; each line connects one method's coefficients.
 
     Lines whose ``paler`` is True, which show shifted data, are dashed and have hollow markers.
     """
@@ -105,7 +105,7 @@ def frontier(lines: Rows, *, xlabel: str, ylabel: str) -> str:
 
 
 def methods_table(methods: Rows, at: Sequence[float]) -> Table:
-    """Returns a table of gold with its interval over seeds at each KL, one row per method."""
+    """Returns a table of the gold utility at each KL, with intervals over seeds and one row per method."""
     grid = Table(
         box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False, title="gold utility at a KL of", title_justify="left"
     )

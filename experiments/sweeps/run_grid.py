@@ -77,8 +77,8 @@ def train(job: jobs.Job, models: StartModels, cell: Cell, *, step: parallel.JitS
 def train_together(job: jobs.Job, models: StartModels, cells: Sequence[Cell]) -> list[types.Params]:
     """Trains all runs in one program that vmaps the step over keys and hyperparameters; returns their policies.
 
-    The cells may differ only in seed and in traced hyperparameters. On a CPU this takes as long as separate runs. If a
-    single small run does not fill an accelerator, all runs together take about as long as one.
+    The cells may differ only in seed and in traced hyperparameters. On a CPU, the program takes as long as separate
+    runs. On an accelerator that a single run does not fill, it takes about as long as one run.
     """
     first, M = with_settings(job, cells[0].settings), len(cells)
     single_step = ppo.make_train_step(
@@ -113,18 +113,18 @@ def train_together(job: jobs.Job, models: StartModels, cells: Sequence[Cell]) ->
 def measure(
     job: jobs.Job, models: StartModels, prompts: Any, baseline: Any, policy: types.Params, *, seed: int
 ) -> dict[str, float]:
-    """Returns a policy's mean reward, KL, length, gold and win rate on held-out prompts.
+    """Returns a policy's mean reward, KL, length, gold utility and win rate on held-out prompts.
 
     Args:
         job: The job of the run.
         models: The models that all runs share.
         prompts: The held-out prompts.
-        baseline: Answers from `sample_answers` to compare the policy's answers with.
+        baseline: Answers from `sample_answers` with which the policy's answers are compared.
         policy: Parameters of the policy.
         seed: Seed of the sampling.
 
     Returns:
-        The means. Gold and win rate are missing without the built-in world.
+        The means. Without the built-in world, gold utility and win rate are missing.
     """
     answers = sample_answers(job, models, prompts, policy, seed=seed)
     numbers = {"reward": answers.scores_B, "kl": answers.kl_B, "length": answers.lengths_B}

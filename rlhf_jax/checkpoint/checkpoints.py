@@ -134,7 +134,7 @@ class Checkpoints:
     restored one, damaged or not; they are removed once the new checkpoint has been verified.
 
     Attributes:
-        skipped: Step and damage of each checkpoint that `restore` skipped.
+        skipped: Messages with the step and the damage of each checkpoint that `restore` skipped.
 
     Args:
         directory: Directory of the checkpoints, created by the first save; a local path, or any other path that Orbax
@@ -166,7 +166,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        """Finishes a pending save; if the block raised an exception, a failed save is only a warning."""
+        """Finishes a pending save; if the block raised an exception, a failed save only causes a warning."""
         try:
             self.close()
         except CheckpointError as failed:
@@ -235,7 +235,8 @@ class Checkpoints:
             ``(step, state, metadata)``; the arrays are bit-identical to the saved ones.
 
         Raises:
-            CheckpointError: No undamaged checkpoint exists, or the checkpoint and ``like`` have different structures.
+            CheckpointError: No undamaged checkpoint exists, ``step`` does not exist, or the checkpoint and ``like``
+                have different structures, shapes or dtypes.
         """
         self.wait()
         steps = processes.broadcast_from_first(self.steps())
@@ -257,7 +258,7 @@ class Checkpoints:
         raise CheckpointError(f"there is no checkpoint to restore in {self.directory}: {why}")
 
     def wait(self) -> None:
-        """Waits until a pending save is on disk, verifies it, and removes checkpoints that are no longer needed."""
+        """Waits until a pending save is on disk, and removes obsolete checkpoints once the new one is verified."""
         if self._saving is None:
             return
         step, self._saving = self._saving, None
@@ -331,7 +332,7 @@ class Checkpoints:
                     to.rmtree()
                 path.rename(to)
             except OSError as error:
-                raise CheckpointError(f"cannot remove the old checkpoint {path}: {_reason(error)}") from error
+                raise CheckpointError(f"cannot rename or remove the old checkpoint {path}: {_reason(error)}") from error
         processes.barrier("checkpoint.change")
 
 

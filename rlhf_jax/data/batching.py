@@ -34,7 +34,7 @@ def epoch_batches(
         step: Step of the batch, from 0.
         n: Number of examples.
         batch_size: Number of examples in a batch; may exceed ``n`` unless ``drop_last`` is set.
-        key: A JAX key for the shuffles. Use the same key at all steps of a run, and only here.
+        key: A JAX key for the shuffles. Use the same key at all steps of a run, and for nothing else.
         steps: Number of consecutive batches to return, starting at ``step``. One call for many steps is cheaper than
             many calls, because it shuffles each epoch only once. None returns one batch.
         drop_last: Whether to drop the examples of each epoch that do not fill a batch.

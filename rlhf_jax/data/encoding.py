@@ -1,7 +1,7 @@
 """Encoding of records as the token rows of the training stages, in a tokenizer's chat format.
 
-Prompts that do not fit are dropped and counted (see `chat.encode_prompts`), so each function also returns the index of
-the record behind each row. Use these indices to look up other fields of the records::
+Records whose prompt does not fit are dropped and counted (see `chat.encode_prompts`), so each function also returns the
+index of the record of each row. Use these indices to look up other fields of the records::
 
     rows, kept = encoding.encode_rankings(fmt, rankings, prompt_width=256, response_width=128, counts=counts)
     margins_B = np.asarray([rankings[i].margin or 0.0 for i in kept], np.float32)
@@ -179,7 +179,7 @@ def ranking_rows(
     counts: errors.DropCount,
     max_answers: int | None = None,
 ) -> tuple[types.Comparisons, np.ndarray]:
-    """Encodes rankings whose prompts are already encoded; otherwise the same as `encode_rankings`.
+    """Encodes rankings whose prompts are already encoded; see `encode_rankings`.
 
     Args:
         fmt: Chat format from `chat.chat_format`.

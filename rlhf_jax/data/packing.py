@@ -24,7 +24,7 @@ class Packed(NamedTuple):
     mask_BL: np.ndarray
     """True at real tokens."""
     loss_mask_BL: np.ndarray
-    """True at the tokens with a loss."""
+    """True at the tokens that contribute to the loss."""
     segments_BL: np.ndarray
     """int32: 1 at the first sequence of a row, 2 at the second, ...; 0 at padding."""
     places: types.Places
@@ -32,7 +32,7 @@ class Packed(NamedTuple):
 
     @property
     def fill(self) -> float:
-        """Fraction of the columns that contain real tokens."""
+        """Fraction of the positions, over all rows, that contain real tokens."""
         return float(self.mask_BL.mean()) if self.mask_BL.size else 1.0
 
 
@@ -55,7 +55,7 @@ def pack(
 
     Args:
         sequences: Token ids of N sequences; an empty sequence takes no space.
-        loss_masks: For each sequence, a mask of the tokens with a loss; None means that all tokens have a loss.
+        loss_masks: For each sequence, a mask of the tokens that contribute to the loss; None means all tokens.
         width: L, the width of a row.
         pad_id: Token id used for padding. Masks do not depend on it.
         counts: Counts sequences that are longer than ``width``, as dropped (``"longer than a row"``) or as truncated
@@ -142,12 +142,14 @@ def pack_comparisons(
         The packed completions, with the ranks and loss inputs of ``batch``.
 
     Raises:
-        DataError: If a completion with its prompt is longer than ``width``, or more than ``rows`` rows are needed.
+        DataError: If a completion with its prompt is longer than ``width``, or a group needs more than
+            ``rows / groups`` rows.
         ValueError: If ``groups`` does not divide the number of prompts or ``rows``.
     """
     B, K = batch.where_BK.shape
     if B % groups or (rows or 0) % groups:
-        raise ValueError(f"groups = {groups} must divide the number of prompts, {B}, and rows = {rows}")
+        and_rows = "" if rows is None else f", and rows = {rows}"
+        raise ValueError(f"groups = {groups} must divide the number of prompts, {B}{and_rows}")
     tokens_BKL, mask_BKL = np.asarray(batch.tokens_BKL), np.asarray(batch.mask_BKL)
     mask_BKL = mask_BKL & np.asarray(batch.where_BK)[:, :, None]
 
@@ -212,8 +214,8 @@ def best_fit(lengths: Sequence[int], *, width: int) -> list[tuple[int, int]]:
     """Assigns sequences with the given lengths to rows of ``width`` columns by best fit.
 
     Sequences are placed from longest to shortest; sequences of the same length keep their order. Each sequence is
-    placed in the fullest row that has enough room, or in the first such row if several are equally full. Sequences of
-    length 0 take no space.
+    placed in the fullest row that has enough room, or in the first such row if several are equally full. If no row has
+    enough room, a new row is started. Sequences of length 0 take no space.
 
     Returns:
         ``(row, first column)`` for each sequence.

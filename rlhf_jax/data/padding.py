@@ -18,13 +18,14 @@ Ids = Sequence[int]
 
 
 class Rows(NamedTuple):
-    """Padded token rows, and the mask of the tokens with a loss."""
+    """Padded token rows, and a mask of the tokens that contribute to the loss."""
 
     tokens_BL: np.ndarray
     mask_BL: np.ndarray
     """True at real tokens."""
     loss_mask_BL: np.ndarray
-    """True at the tokens with a loss, which are the answer and its stop token. Aligned with the tokens, not shifted."""
+    """True at the tokens that contribute to the loss, which are the answer and its stop token. The mask is aligned with
+    the tokens, not shifted."""
 
 
 def pad_prompts(prompts: Sequence[Ids], *, width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """Batches made with grain, which can be shuffled, repeated, divided among hosts, and resumed exactly.
 
 The batch of a step depends on the data, the seed, the batch size and the step, but not on the number of hosts. Each
-host reads a share of the rows of every batch, so all hosts run the same number of steps.
+host reads an equal share of the rows of every batch, so all hosts run the same number of steps.
 
 The state of a grain iterator is only an index, which would select different batches from different data.
 `Batches.get_state` therefore adds a fingerprint of everything that determines the batches, and `Batches.set_state`
@@ -89,8 +89,8 @@ class Batches:
         """Restores the position at which `get_state` was called.
 
         Raises:
-            DataError: If the fingerprint in the state differs, for example in the data, the seed or the batch size, or
-                the state was not returned by `get_state`.
+            DataError: If the state was not returned by `get_state`, or its fingerprint differs, for example because the
+                data, the seed or the batch size has changed.
         """
         saved, position = state.get("fingerprint"), state.get("grain")
         if not isinstance(saved, Mapping) or not isinstance(position, Mapping):
@@ -206,11 +206,11 @@ def from_source(
         host: See `from_arrays`.
         hosts: See `from_arrays`.
         prefetch: See `from_arrays`.
-        data: Identifies the data in the fingerprint. None means the `fingerprint` of ``source``, which reads all
+        data: Identifies the data in the fingerprint. None means the `fingerprint` of ``source``; computing it reads all
             records once.
         identity: Identifies ``collate`` in the fingerprint, because a function cannot be hashed. It can be any value
-            that `fingerprint` accepts, such as ``{"tokenizer": "gpt2", "prompt_width": 256}``. A state that was saved
-            with a different identity is refused. None means no identity.
+            that `fingerprint` accepts as a record, such as ``{"tokenizer": "gpt2", "prompt_width": 256}``. A state that
+            was saved with a different identity is refused. None means no identity.
 
     Returns:
         The batches of this host.

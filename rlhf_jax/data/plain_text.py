@@ -81,7 +81,7 @@ class TextEncoder:
         return ids_of
 
     def _encode_in_pieces(self, place: int, text: str) -> list[int]:
-        """Encodes a text in pieces, split inside each spelling of a control token that may be in the vocabulary."""
+        """Encodes a text in pieces, split after the first character of each spelling of a control token."""
         cuts = [match.start() + 1 for match in self.control_pattern.finditer(text)]
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
         ids: list[int] = []

@@ -23,8 +23,9 @@ def read_demonstrations(
 
     - ``"empty prompt"``: the last turn of the prompt is empty or a system turn
     - ``"prompt ends in an assistant turn"``
-    - ``"empty answer"``, ``"ends in a human turn"`` or ``"... is null"``
-    - ``"prompts differ"`` or ``"answers differ"``: the record has both ``messages`` and the other form, and they differ
+    - ``"empty answer"``, ``"ends in a human turn"`` or ``"... is null"``, which names the null value
+    - ``"prompts differ"`` or ``"answers differ"``: the record has ``messages`` and also a ``prompt`` or an answer, and
+      they do not agree
 
     Args:
         source: A path, a list of paths, or `sources.Tfds`.
@@ -44,14 +45,16 @@ def read_rankings(
 ) -> tuple[list[records.Ranking], errors.DropCount]:
     """Reads compared answers, both pairs and rankings; see `read_demonstrations` for arguments, results and errors.
 
-    A record is dropped for the reasons that apply to demonstrations, or for one of these:
+    A record is dropped for the reasons that apply to demonstrations, except ``"answers differ"``, or for one of these:
 
-    - ``"prompts differ"``, ``"fewer than two answers"`` or ``"all answers tied"``
+    - ``"prompts differ"``: the dialogues of a pair have different prompts, or do not agree with ``prompt``
+    - ``"fewer than two answers"`` or ``"all answers tied"``
     - ``"same answer twice"``: equal answers have different ranks
     - ``"ranks and answers differ in number"``, ``"rank is not a whole number"`` or ``"rank below 1"``
     - ``"scores and answers differ in number"``, ``"score is not a finite number"`` or ``"ranks and scores disagree"``
     - ``"margin below 0"`` or ``"margin of more than two answers"``
-    - ``"margin and scores disagree"``: they differ by more than 1 %, which allows for rounding
+    - ``"margin and scores disagree"``: the margin is not the difference of the scores, even allowing for rounding by
+      1 % of the largest of these numbers
     """
     return _read(source, records.parse_ranking, counts, "chosen and rejected, or prompt, responses and ranks")
 

@@ -19,16 +19,16 @@ prompts         ``prompt``
 
 A prompt is a message list or a string. A string is one user turn, unless it begins with ``"\n\nHuman:"``, which marks
 the hh-rlhf form. The last turn of a prompt must have text, and must be neither an assistant turn nor a system turn. An
-answer is a string or a message list that consists of one assistant turn. Texts are kept as written, except that white
-space around a turn in the hh-rlhf form is removed. A null field counts as missing. If a record has both ``messages``
-and a ``prompt`` or an answer, they must agree.
+answer is a string or a message list that consists of one assistant turn. Texts are kept as written, except in the
+hh-rlhf form, in which white space around a turn is removed and ``"\r\n"`` becomes ``"\n"``. A null field counts as
+missing. If a record has both ``messages`` and a ``prompt`` or an answer, they must agree.
 
 Other fields that hold a string, a finite number or a boolean, such as an annotator or a subset, are stored in
 ``metadata``. The fields of an object named ``metadata`` are stored there too. Lists and other objects are ignored.
 
-A record raises `errors.DataError` if it has the wrong form: a field is missing or has the wrong type, or the record
-mixes two forms. A record whose content cannot be used, such as one with ranks that are not numbers, raises
-`errors.UnusableRecord`. The readers drop such a record and count it by reason.
+The parsers raise `errors.DataError` if a record has the wrong form: a field is missing or has the wrong type, or the
+record mixes two forms. They raise `errors.UnusableRecord` if a record has the right form but cannot be used, for
+example because its ranks are not numbers. The readers drop such a record and count it by reason.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ _ANSWER_FIELDS = {"prompt", "messages", "response", "completion"}
 _RANKING_FIELDS = {"prompt", "responses", "ranks", "scores", "margin"}
 _PAIR_FIELDS = {"prompt", "chosen", "rejected", "score_chosen", "score_rejected", "margin"}
 _MARGIN_TOLERANCE = 0.01
-"""Accepted deviation of a margin from the difference of the scores, relative to the largest of these three numbers."""
+"""Accepted deviation of a margin from the difference of the two scores, relative to the largest absolute value among
+the margin and the scores."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,8 +85,8 @@ class Ranking(Prompt):
     scores: tuple[float, ...] | None = None
     """Higher is better; None if the record has none."""
     margin: float | None = None
-    """How much better the first answer of a pair is, at least 0: the record's margin, or else the difference of the
-    scores. None if the record has neither, or K > 2."""
+    """How much better the first answer of a pair is; at least 0. This is the record's margin if it has one, otherwise
+    the difference of the scores; None if the record has neither, or K > 2."""
 
 
 def parse_demonstration(fields: Mapping[str, Any], *, location: str = "") -> Demonstration:
@@ -153,7 +154,7 @@ def parse_ranking(fields: Mapping[str, Any], *, location: str = "") -> Ranking:
 
 
 def _without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Drops null fields; a row of a Parquet file has one for each column that it does not use."""
+    """Drops null fields. A row of a Parquet file has a null field for each column that it does not use."""
     return {key: value for key, value in fields.items() if value is not None}
 
 
@@ -165,7 +166,7 @@ def _metadata(fields: Mapping[str, Any], form: set[str]) -> dict[str, Scalar]:
     for key, value in others.items():
         if isinstance(value, str):
             sources.require_text(value, key)
-        # JSON has neither infinity nor NaN, which tables use for missing numbers.
+        # Infinity and NaN are ignored: JSON has neither, and tables use NaN for missing numbers.
         if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
             metadata[sources.require_text(key, "the name of a field")] = value
     return metadata
@@ -203,7 +204,7 @@ def _usable_prompt(turns: Turns) -> Turns:
 
 def _turns(value: Any, key: str) -> Turns:
     if isinstance(value, Mapping) and isinstance(value.get("role"), list) and isinstance(value.get("content"), list):
-        # TFDS and Hugging Face store a list of objects by column.
+        # TFDS and Hugging Face store a list of objects as one object, with a list for each field.
         roles, contents = value["role"], value["content"]
         if len(roles) != len(contents):
             raise errors.DataError(
@@ -306,7 +307,7 @@ def _dialogue(value: str, key: str) -> Turns:
 
 
 def _repeats(prompt: Turns, dialogue_prompt: Turns) -> bool:
-    """Returns whether ``prompt`` agrees with ``dialogue_prompt``: it is equal, or the first or last question alone.
+    """Returns whether ``prompt`` equals ``dialogue_prompt``, or consists only of its first or last question.
 
     White space around the texts is ignored, because only some forms keep it.
     """

@@ -1,7 +1,7 @@
 """Raw records from JSON Lines, JSON and Parquet files and from sets that tensorflow-datasets (TFDS) has prepared.
 
-A raw record is a dictionary of named fields with its location. The parsers in `records` check the fields; this module
-only raises errors for sources that cannot be read.
+A raw record is a dictionary of named fields, together with its location. The parsers in `records` check the fields;
+this module only raises errors for sources that cannot be read.
 
 =========================  ==========================================================================================
 ``*.jsonl`` or other name  one JSON object on each line
@@ -36,7 +36,7 @@ import numpy as np
 from rlhf_jax.data import errors
 
 JSON_FIELD = "fields_json"
-"""Name of the text feature in which a TFDS set stores the remaining fields of a record, as one JSON object."""
+"""Name of the text feature in which a TFDS set stores, as one JSON object, the fields that have no other feature."""
 
 _TFDS_ERRORS = (ValueError, AssertionError, NotImplementedError, KeyError, OSError, RuntimeError)
 
@@ -231,7 +231,7 @@ def _json_records(name: str, fields: str) -> Iterator[RawRecord]:
 
 
 def _rows(batch: Any) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a record batch, up to the first row with a value that cannot be converted."""
+    """Yields the rows of a record batch; raises at the first row with a value that cannot be converted."""
     try:
         rows = batch.to_pylist()
     except (ValueError, OverflowError):
@@ -272,7 +272,7 @@ def tfds_source(tfds_set: Tfds) -> Sequence[dict[str, Any]]:
 
     Raises:
         DataError: If tensorflow-datasets or array_record is not installed; the set, split or version is not prepared;
-            the split is empty; or the set is in a format other than array_record, which only TensorFlow can read.
+            the split is empty; or the set is not in the array_record format and therefore needs TensorFlow.
     """
     name = describe(tfds_set)
     if ":" in tfds_set.name.split("/")[0] and not tfds_set.name.split(":")[1][:1].isdigit():

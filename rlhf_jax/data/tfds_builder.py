@@ -130,8 +130,8 @@ def prepare(
         ``counts``, or a new `errors.DropCount` if it is None.
 
     Raises:
-        DataError: If a source cannot be read or too many of its records are dropped; the name of the set is invalid or
-            already exists; the name of a split is invalid; or array_record is not installed.
+        DataError: If a source cannot be read or too many of its records are dropped; the set already exists; its name
+            or the name of a split is invalid; or array_record is not installed.
     """
     if not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9]", name):
         raise errors.DataError(f"{name!r} is not a valid name for a set: use letters, digits, '_', '-' and '.'")

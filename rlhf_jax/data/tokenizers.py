@@ -30,7 +30,7 @@ UNKNOWN = "<|unk|>"
 SPECIAL_TOKENS = (PAD, END, USER, ASSISTANT)
 """Special tokens in the order of their ids, from 0."""
 
-# The generation marks enclose the tokens with a loss: the text of an assistant turn and its end token.
+# The generation marks enclose the tokens that contribute to the loss: the text of an assistant turn and its end token.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'user' -%}"

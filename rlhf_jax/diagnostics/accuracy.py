@@ -141,8 +141,8 @@ def generalisation_gap(
 ) -> GeneralisationGap:
     """Compares accuracy and loss on training pairs with those on validation pairs to detect overfitting.
 
-    A gap whose interval is above 0 indicates overfitting. InstructGPT (3.5, footnote 5) reports overfitting after one
-    epoch over shuffled pairs. The intervals of the gaps are computed by `intervals.difference`.
+    A gap whose interval is above 0 indicates overfitting. InstructGPT (section 3.5, footnote 5) reports overfitting
+    after one epoch over shuffled pairs. The intervals of the gaps are computed by `intervals.difference`.
 
     Args:
         train_chosen: Scores of the preferred responses of the training pairs.
@@ -253,7 +253,10 @@ def rate(
 
 
 def prompt_groups(prompts: Sequence[Hashable] | None, pairs: int) -> np.ndarray | None:
-    """Returns the index of each pair's prompt, or None if ``prompts`` is None; raises ValueError if lengths differ."""
+    """Returns the index of each pair's prompt, or None if ``prompts`` is None.
+
+    Raises ValueError if the number of prompts is not ``pairs``.
+    """
     return None if prompts is None else intervals.label_indices(prompts, pairs, "prompts")[1]
 
 

@@ -51,7 +51,7 @@ def best_of_n_mean(proxy_scores: npt.ArrayLike, gold_scores: npt.ArrayLike, ns: 
 
     Args:
         proxy_scores: ``[N]``, the scores that select the best sample.
-        gold_scores: ``[N]``, the scores to average. To compute the proxy's curve, pass the proxy scores.
+        gold_scores: ``[N]``, the scores to average. For the expected proxy score, pass the proxy scores.
         ns: Values of n, each from 1 to N.
 
     Returns:
@@ -76,7 +76,7 @@ def best_of_n_mean(proxy_scores: npt.ArrayLike, gold_scores: npt.ArrayLike, ns: 
     rank = np.arange(1, total + 1)
     estimates = []
     for n in sizes:
-        # Logarithms, because the binomials overflow. The best of n samples has a rank of at least n.
+        # Logarithms avoid overflow of the binomial coefficients. The best of n samples has a rank of at least n.
         possible = rank[n - 1 :]
         weights = np.exp(_log_binomial(possible - 1, n - 1) - _log_binomial(total, n))
         estimates.append(np.sum(weights * shared[n - 1 :]))

@@ -26,7 +26,7 @@ def distinct_n(sequences: Sequence[Tokens], *, n: int) -> float:
 
 
 def token_entropy(sequences: Sequence[Tokens]) -> float:
-    """Returns the entropy ``-sum p log p`` of the pooled distribution of tokens, in nats; NaN without tokens."""
+    """Returns the entropy ``-sum p log p`` of the pooled token distribution, in nats; NaN if there are no tokens."""
     counts = np.array(list(Counter(token for sequence in sequences for token in sequence).values()), np.float64)
     if not len(counts):
         return float("nan")

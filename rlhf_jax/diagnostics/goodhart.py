@@ -15,23 +15,26 @@ from rlhf_jax.diagnostics import intervals
 
 
 class SplitHalves(NamedTuple):
-    """Scores that the train and the test reward model assign to C checkpoints. Arrays have length C."""
+    """Scores of C checkpoints under two reward models trained on different halves of the comparisons.
+
+    Arrays have length C.
+    """
 
     train: np.ndarray
-    """Mean score from the reward model that the policy is trained on, minus its value at the first checkpoint."""
+    """Mean gain in score since the first checkpoint, under the train model, against which the policy is optimised."""
     test: np.ndarray
-    """The same quantity for the reward model that was trained on the other half of the comparisons."""
+    """The same quantity under the test model, which is not used to train the policy."""
     gap: np.ndarray
     """``train - test``."""
     lo: np.ndarray
     hi: np.ndarray
     """Bounds of the interval of the gap, over prompts."""
     parted: int | None
-    """Index of the first checkpoint from which the interval of the gap stays above 0, or None."""
+    """Index of the checkpoint from which on the interval of the gap stays above 0; None if there is none."""
 
 
 class FallFromPeak(NamedTuple):
-    """Comparison of the last checkpoint with the one that the judge scores highest."""
+    """Comparison of the last checkpoint with the one that a judge scores highest; see `fall_from_peak`."""
 
     peak: int
     """Index of the checkpoint with the judge's highest mean score."""
@@ -46,14 +49,14 @@ class FallFromPeak(NamedTuple):
 def split_halves(train_CN: npt.ArrayLike, test_CN: npt.ArrayLike, *, confidence: float = 0.95) -> SplitHalves:
     """Compares the reward model used in training with one from the other half of the data (Bai 2022, Fig 4, 35).
 
-    The test model measures quality as well as the train model does, but it is not optimised. A gap between the two
-    therefore shows that the policy exploits the train model. Both curves start from 0 at the first checkpoint. The
-    scores of the two models must have the same unit, such as their standard deviation on samples of the first
+    The two models measure quality equally well, but the policy is optimised against the train model only. A gap between
+    the two therefore shows that the policy exploits the train model. Both curves start from 0 at the first checkpoint.
+    The scores of the two models must have the same unit, such as their standard deviation on samples of the first
     checkpoint.
 
     ``train_CN`` and ``test_CN`` are the two models' scores ``[C, N]`` of the same responses; the first row belongs to
-    the initial policy. The intervals are Student's t over prompts. Raises ValueError unless both arrays have the same
-    shape, with at least one checkpoint and two prompts, and contain no NaN.
+    the initial policy. The intervals are Student's t intervals over prompts. Raises ValueError unless both arrays have
+    the same shape, with at least one checkpoint and two prompts, and contain no NaN.
     """
     train, test = (scores - scores[0] for scores in _tables(train_CN, test_CN))
     gaps = [intervals.mean_interval(row, confidence=confidence) for row in train - test]
@@ -91,7 +94,7 @@ def regressional_goodhart(
     noise_mean: float = 0.0,
     noise_variance: float,
 ) -> np.ndarray:
-    """Returns ``E[X | X + Z = proxy]``, the expected true score of a response given its proxy score (Gao 2022, 4.2.1).
+    """Returns ``E[X | X + Z = proxy]``, the expected true score X given the proxy score X + Z (Gao 2022, 4.2.1).
 
     The result is ``mean + (proxy - mean - noise_mean) variance / (variance + noise_variance)``. Part of the proxy's
     excess over its mean is noise, regardless of how the proxy was optimised. X and Z must be independent. The formula

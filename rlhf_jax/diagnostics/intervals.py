@@ -139,7 +139,7 @@ def outcome_rate(outcomes: npt.ArrayLike, *, confidence: float = 0.95) -> Estima
     if ((outcomes < 0) | (outcomes > 1)).any():
         raise ValueError("each outcome must be 1 (win), 0 (loss) or 1/2 (tie), but one is outside [0, 1]")
     mean = float(outcomes.mean())
-    # Outcomes between 0 and 1 reduce the Bernoulli variance by ties / 4. A tie counts as 1, other outcomes as less.
+    # Outcomes between 0 and 1 reduce the Bernoulli variance by ties / 4; those other than 1/2 count as partial ties.
     ties = float((4 * outcomes * (1 - outcomes)).mean())
     return Estimate(mean, *_score_interval(mean, ties, len(outcomes), critical(confidence)))
 
@@ -230,7 +230,7 @@ def average(estimates: Sequence[Estimate]) -> Estimate:
 
 
 def _score_interval(mean: float, ties: float, n: float, z: float) -> tuple[float, float]:
-    """Returns the two solutions p of ``(mean - p)^2 = z^2 / n * (p (1 - p) - ties / 4)``."""
+    """Returns the solutions p of ``(mean - p)^2 = z^2 / n * (p (1 - p) - t / 4)`` with ``t = ties * n / (n + z^2)``."""
     z2 = z**2
     ties = ties * n / (n + z2)
     center = (mean + z2 / (2 * n)) / (1 + z2 / n)

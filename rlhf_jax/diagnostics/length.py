@@ -19,9 +19,9 @@ class LengthBias(NamedTuple):
     """How labels and scores depend on length. A rate over no pairs is ``(NaN, 0, 1)``."""
 
     longer_wins: intervals.Estimate
-    """Accuracy of preferring the longer response; equal lengths count as a half."""
+    """Share of pairs whose preferred response is the longer one; equal lengths count as a half."""
     shorter_wins: intervals.Estimate
-    """Accuracy of preferring the shorter response, 1 minus ``longer_wins``."""
+    """Share of pairs whose preferred response is the shorter one, 1 minus ``longer_wins``."""
     prefers_longer: intervals.Estimate
     """Share of pairs with unequal lengths whose longer response scores higher; tied scores count as a half."""
     accuracy_where_longer: intervals.Estimate
@@ -105,7 +105,7 @@ def length_bias(
         confidence: Coverage of all intervals.
 
     Returns:
-        Accuracies, preference and correlation.
+        The rates, the correlation and the counts.
 
     Raises:
         ValueError: As in `intervals.win_outcomes`, for scores and lengths, or if ``prompts`` does not have one
@@ -259,7 +259,7 @@ def _fit(
         w = w - np.linalg.solve(hessian(w), gradient(w))
     inverse, scores = np.linalg.inv(hessian(w)), columns * (y - special.expit(columns @ w))[:, None]
     z = intervals.critical(confidence)
-    # Shrunk as in `intervals.win_rate`, so that the interval of a few tied comparisons does not have a width of 0.
+    # As in `intervals.win_rate`, shrinkage prevents an interval of width 0 for a few tied comparisons.
     shrinkage = len(y) / (len(y) + z**2)
     covariance = inverse @ (shrinkage * scores.T @ scores + (1 - shrinkage) * hessian(w)) @ inverse
     if not x.any():

@@ -58,7 +58,7 @@ class Fit(NamedTuple):
     """d* in root nats, with Fieller's interval. d* is infinite for a curve without a maximum (beta not above 0, or log
     d* above `MAX_LOG_PEAK`). The upper bound is infinite if the data do not establish a maximum."""
     peak_gain: Estimate
-    """R*, the gain at d*, with an interval by the delta method. Its upper bound is infinite if that of d* is."""
+    """R*, the gain at d*, with an interval by the delta method. Its upper bound is infinite whenever that of d* is."""
     count: int
     """Number of fitted points."""
 
@@ -91,8 +91,8 @@ def fit(
 
     Raises:
         ValueError: If the arrays are not of rank 1, differ in length, or contain NaN or infinity; if an error is not
-            above 0, ``min_kl`` is below 0 or ``confidence`` is not in (0, 1); or if fewer than 3 points, or points with
-            fewer than 2 different KLs, are left.
+            above 0, ``min_kl`` is below 0 or ``confidence`` is not in (0, 1); or if fewer than 3 points or fewer than
+            2 different KLs are left.
 
     Example:
         >>> import numpy as np

@@ -3,7 +3,7 @@
 Every process runs the same program. Before JAX starts, the hosts connect to the coordinator over plain sockets. All
 hosts raise an error within the timeout if a host is missing, if two hosts have the same index, or if settings or data
 differ between hosts. The sockets stay open to detect lost hosts and to agree on the step after which to stop. This
-communication does not involve the devices, and a step sends no message unless a host wants to stop::
+communication does not involve the devices, and a step sends no message unless a host wants to stop. For example::
 
     with hosts.connect("10.0.0.1:8476", count=2, index=i, facts={"data": digest}) as group:
         mesh = parallel.make_mesh(fsdp=jax.device_count())
@@ -115,8 +115,8 @@ def connect(
         The `Hosts` of the job.
 
     Raises:
-        HostsError: The arguments are incomplete or invalid, JAX cannot connect, or a host is missing or has different
-            facts. In the last two cases, every connected host raises the error.
+        HostsError: If the arguments are incomplete or invalid, JAX cannot connect, a host is missing, or the facts of a
+            host differ. In the last two cases, every connected host raises the error.
     """
     global _current
     job = _detect(coordinator, count, index, timeout)
@@ -132,7 +132,7 @@ def connect(
         _current = group
         yield group
     except BaseException as error:
-        # If a lost host caused this error, the thread reports that host and ends this process.
+        # If a lost host caused this error, the thread of the group reports that host and ends this process.
         group.wait_for_lost_host()
         group.leave(exit_status(error), f"{type(error).__name__}: {rendezvous.error_summary(error)}")
         raise
@@ -255,7 +255,7 @@ class _Group(Hosts):
             self._changed.wait_for(lambda: self._exit_at is not None, timeout=0.5)
 
     def leave(self, status: int, reason: str) -> None:
-        """Announces the exit, waits for the other hosts, and shuts JAX down if all hosts exit normally."""
+        """Announces the exit and waits for the other hosts; shuts JAX down if all leave and none is forced to exit."""
         with self._changed:
             self._left[self.index] = (status, reason, False)
             self._send(left=[self.index, status, reason, False])
@@ -369,7 +369,7 @@ class _Group(Hosts):
         sys.stdout.flush()
         print(f"host {self.index} exits: {reason}; resume all hosts from the last checkpoint", file=sys.stderr)
         self._send(left=[self.index, status, reason, True])
-        if self.first:  # waits until the others have closed, because its exit aborts jax on all hosts
+        if self.first:  # waits until the others have closed their connections, because its exit aborts jax on them
             for connection in self._connections.values():
                 connection.sock.settimeout(2)
                 while connection.receive():

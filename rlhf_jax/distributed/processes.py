@@ -44,7 +44,7 @@ def call_on_all(fn: Callable[[], Any], error: type[Exception]) -> Any:
 
 
 def broadcast_from_first(numbers: list[int], *, max_length: int = 256) -> list[int]:
-    """Returns process 0's non-negative ``numbers``, at most the last ``max_length``, on all processes."""
+    """Returns the last ``max_length`` of process 0's ``numbers`` on all processes; no number may be negative."""
     if jax.process_count() == 1:
         return numbers
     padded = np.full(max_length, -1, np.int32)
@@ -98,7 +98,7 @@ def assemble(x: Any, rows: jax.sharding.Sharding, shards: int, local: list[int])
 
 
 def _with_key_data(x: Any, make: Callable[[np.ndarray], jax.Array]) -> jax.Array:
-    """Applies ``make`` to ``x`` as a NumPy array; if ``x`` contains typed PRNG keys, to their key data."""
+    """Applies ``make`` to ``x`` as a NumPy array, or to the key data of ``x`` if it is an array of typed PRNG keys."""
     if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(make(np.asarray(jax.random.key_data(x))), impl=jax.random.key_impl(x))
     return make(np.asarray(x))

@@ -98,8 +98,8 @@ def connect(coordinator: str, count: int, index: int, timeout: float, facts: dic
         first.
 
     Raises:
-        HostsError: A host is missing, or its facts differ from those of the first host. Every connected host raises the
-            error.
+        HostsError: If a host is missing, or its facts differ from those of the first host. Every connected host raises
+            the error.
     """
     facts = json.loads(json.dumps(facts))
     host, _, port = coordinator.rpartition(":")

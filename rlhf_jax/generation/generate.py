@@ -46,7 +46,7 @@ def generate(
     limits_B: jax.Array | None = None,
     axis_name: str | None = None,
 ) -> types.Rollout:
-    """Samples a response of up to ``sampling.max_new_tokens`` tokens to every prompt.
+    """Samples a response of up to T = ``sampling.max_new_tokens`` tokens to every prompt.
 
     A response ends with the first stop id or stop sequence that it contains, or at its length limit; no stop token is
     appended at the limit. Token t of row i is drawn with ``fold_in(rng_B[i], t)``, so a response depends only on its
@@ -63,14 +63,14 @@ def generate(
         n: Number of responses to each prompt. Row ``b * n + k`` of ``rng_B`` and of the result belongs to response k to
             prompt b. With an `LMConfig`, each prompt is processed only once.
         values: Whether to return the scalar head's value before each token, computed in the same forward pass.
-        limits_B: int32 in [1, T], the maximum length of each response.
+        limits_B: int32 in [1, T], the maximum length of each response; T by default.
         axis_name: Axis of an enclosing ``jax.vmap``. The loop then runs until all members of the axis have finished.
             Without ``axis_name``, the loop predicate differs between members, and every cache write becomes a scatter,
-            which is 15 times slower.
+            which is much slower.
 
     Returns:
-        A `rlhf_jax.types.Rollout`. ``logprobs_BT`` are log-probabilities under the sampling distribution:
-        ``logits / temperature``, truncated by top-k, top-p and min-p.
+        A `rlhf_jax.types.Rollout`. ``logprobs_BT`` are log-probabilities under the sampling distribution (see
+        :func:`rlhf_jax.generation.log_distribution`).
 
     Raises:
         ValueError: If a shape or dtype is wrong, ``n`` is less than 1, or P + T exceeds ``cfg.max_length``.

@@ -12,7 +12,7 @@ _DIRECT, _BLOCK = 1024, 128
 """`draw` searches vocabularies of up to 1024 tokens directly, and larger vocabularies in blocks of 128 tokens."""
 
 NO_TOKEN = -1
-"""Fills the positions before the first token of a response; no token has this id."""
+"""Placeholder before the first token of a response in the ``tail_BK`` of `ends`; no token has this id."""
 
 
 @struct.dataclass
@@ -53,7 +53,7 @@ class Sampling:
     stop_sequences: tuple[tuple[int, ...], ...] = struct.field(pytree_node=False, default=())
     """Token sequences that also end a response and are part of it; `stops.sequences` makes them from strings."""
     min_new_tokens: int = struct.field(pytree_node=False, default=0)
-    """Number of tokens that a response must have before a stop token can be drawn or a stop sequence ends it."""
+    """Number of tokens that a response must have before a stop token can be drawn or a stop sequence can end it."""
     forbidden_ids: tuple[int, ...] = struct.field(pytree_node=False, default=())
     """Token ids that are never drawn."""
     pad_id: int = struct.field(pytree_node=False, default=0)
@@ -111,7 +111,8 @@ def check_on_policy(sampling: Sampling) -> None:
     if sampling.truncated:
         raise ValueError(
             f"with Sampling.{' and Sampling.'.join(sampling.truncations)}, samples do not follow the policy, and "
-            "log-ratios and KL would be wrong; leave these fields unset, or use importance weights (correct_sampler)"
+            "log-ratios and KL would be wrong; leave these fields unset, or use importance weights "
+            "(correct_sampler of train.ppo.make_train_step)"
         )
 
 
@@ -143,7 +144,7 @@ def keep_top_k(logits: jax.Array, k: int) -> jax.Array:
 
 
 def keep_top_p(logits: jax.Array, p: float) -> jax.Array:
-    """Sets all logits to -inf except the smallest set of largest logits with total probability at least p, and ties.
+    """Keeps the smallest set of largest logits with total probability at least p, and ties; sets the others to -inf.
 
     This is nucleus sampling (Holtzman et al. 2020).
     """
@@ -155,7 +156,7 @@ def keep_top_p(logits: jax.Array, p: float) -> jax.Array:
 
 
 def keep_min_p(logits: jax.Array, share: float) -> jax.Array:
-    """Sets the logits of tokens to -inf that are less than ``share`` times as likely as the most likely token."""
+    """Sets to -inf the logits of all tokens that are less than ``share`` times as likely as the most likely token."""
     return jnp.where(logits >= jnp.max(logits, axis=-1, keepdims=True) + jnp.log(share), logits, -jnp.inf)
 
 
@@ -181,7 +182,7 @@ def draw(rng: jax.Array, logprobs_V: jax.Array) -> jax.Array:
 def _search(cumulative: jax.Array, level: jax.Array) -> jax.Array:
     """Returns the first index whose cumulative sum exceeds ``level``; the probability there is never 0."""
     total = cumulative[-1]
-    # The level stays strictly below the total; otherwise rounding could select an index after the last positive one.
+    # Without this limit, rounding could select an index after the last one with positive probability.
     level = jnp.minimum(level, jnp.nextafter(total, jnp.zeros_like(total)))
     return jnp.sum(cumulative <= level, dtype=jnp.int32)
 
@@ -209,10 +210,11 @@ def choose(
 
 
 def ends(tail_BK: jax.Array, sampling: Sampling, *, length: jax.Array | int) -> jax.Array:
-    """Returns ``[B]`` bool, True for responses whose last tokens are a stop id or a stop sequence.
+    """Returns ``[B]`` bool, True for responses that end with a stop id or a stop sequence.
 
-    ``tail_BK`` holds the last K tokens of each response, with `NO_TOKEN` before the first token; K must be at least
-    ``sampling.longest_stop``. ``length``, a scalar or ``[B]``, is the number of tokens in each response.
+    ``tail_BK`` contains the last K tokens of each response, with `NO_TOKEN` before the first token; K must be at least
+    ``sampling.longest_stop``. ``length``, a scalar or ``[B]``, is the number of tokens in each response; responses of
+    fewer than ``min_new_tokens`` tokens do not end.
     """
     stopped_B = jnp.zeros(tail_BK.shape[:1], bool)
     for sequence in (*((token,) for token in sampling.stop_ids), *sampling.stop_sequences):
@@ -224,8 +226,9 @@ def _among(ids: tuple[int, ...], scores: jax.Array) -> np.ndarray:
     """Returns a bool mask of ``ids`` that broadcasts to ``[..., V]``; raises ``ValueError`` for an invalid id."""
     vocab = scores.shape[-1]
     if min(ids) < 0 or max(ids) >= vocab:
+        wrong = max(ids) if max(ids) >= vocab else min(ids)
         raise ValueError(
-            f"Sampling contains the id {max(ids) if max(ids) >= vocab else min(ids)}; ids must be in [0, {vocab - 1}]"
+            f"Sampling.stop_ids or Sampling.forbidden_ids contains the id {wrong}; ids must be in [0, {vocab - 1}]"
         )
     mask = np.zeros(vocab, bool)
     mask[list(ids)] = True

@@ -29,8 +29,9 @@ class KVCache:
     positions_BS: jax.Array
     """int32 position of each token; sliding windows are measured in positions."""
     length: jax.Array
-    """int32 number of filled slots, including padding, which is also the slot of the next token. It is a scalar, or
-    ``[B]`` if rows have different lengths (see :mod:`rlhf_jax.generation.continuous`)."""
+    """int32 number of filled slots, including slots with padding. The next token is written to the slot with this
+    index. The shape is ``[]``, or ``[B]`` if rows have different lengths (see :mod:`rlhf_jax.generation.continuous`).
+    """
 
     @property
     def slots(self) -> int:

@@ -69,12 +69,12 @@ class LMConfig:
     positions: Positions = "rope"
     rope_theta: float = 10_000.0
     rope_fraction: float = 1.0
-    """Fraction of each head's features that is rotated (0.25 in GPT-NeoX, 1 in Llama)."""
+    """Fraction of each head's features that are rotated (0.25 in GPT-NeoX, 1 in Llama)."""
     rope_scaling: LinearScaling | Llama3Scaling | None = None
     position_offset: int = 0
     """Row of the learned position table that belongs to position 0 (2 in OPT)."""
     sliding_window: int = 0
-    """Number of real tokens, including itself, that a token attends to; 0 for no limit."""
+    """Maximum number of real tokens, including itself, that a token attends to; 0 for no limit."""
     local_layers: tuple[bool, ...] = ()
     """Whether each layer uses the sliding window, as in Gemma 2 and 3; if empty, all layers use it."""
     local_rope_theta: float = 0.0
@@ -103,18 +103,18 @@ class LMConfig:
     dtype: str = "float32"
     """Compute dtype of the layers. Parameters may have a different dtype; norm statistics and logits are float32."""
     remat: Remat = "none"
-    """What the backward pass recomputes in addition to norms, activations and attention scores: nothing ("none"),
-    everything except matmuls without a batch dimension ("dots"), or whole layers ("full")."""
+    """What the backward pass recomputes in addition to norms, activations, attention scores and weights gathered on a
+    mesh: nothing ("none"), everything except matmuls without a batch dimension ("dots"), or whole layers ("full")."""
     attention: Attention = "auto"
     """Implementation of attention:
 
     * "einsum": the code in :mod:`rlhf_jax.lm.attention`.
     * "xla" or "cudnn": ``jax.nn.dot_product_attention`` with this ``implementation``.
-    * "auto": splash attention on a TPU and cuDNN on a GPU for 16-bit dtypes without a cache, if the kernel supports the
-      architecture and the row length; otherwise "einsum".
+    * "auto": splash attention on a TPU and cuDNN on a GPU, if ``dtype`` has 16 bits, the forward pass has no cache,
+      and the kernel supports the architecture and the row length; otherwise "einsum".
     """
     model_type: str = ""
-    """Hugging Face model type of saved models; if empty, the first type that can represent the architecture."""
+    """Hugging Face model type that `lm.save` writes; if empty, it writes the first type that fits the architecture."""
 
     def __post_init__(self) -> None:
         """Sets fields whose defaults depend on other fields and checks all fields."""
@@ -149,7 +149,7 @@ class LMConfig:
                 even,
                 "rope_fraction",
                 self.rope_fraction,
-                f"such that an even, positive number of the d_head = {self.d_head} features is rotated",
+                f"a fraction that rotates an even, positive number of the d_head = {self.d_head} features",
             )
 
     def _check_combinations(self) -> None:

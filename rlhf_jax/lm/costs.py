@@ -1,6 +1,7 @@
 """The work that a model must do: FLOPs of a forward pass and bytes read by a decoding step.
 
-Both count the matrix products only, which dominate in a large model.
+FLOPs include only matmuls, and bytes include only the weights, keys and values that the matmuls read. These dominate in
+large models.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ def layer_kernels(cfg: config.LMConfig) -> int:
 def forward_flops(cfg: config.LMConfig, *, rows: int, length: int, logits: int | None = None) -> float:
     """Returns the FLOPs of a forward pass; a forward and a backward pass together take three times as many.
 
-    Of the products of attention, only the half within the causal mask counts. Recomputation does not count.
+    Attention matmuls are counted at half their cost, because attention is causal. Recomputation is not counted.
 
     Args:
         cfg: Architecture.
         rows: Number of rows.
-        length: Tokens per row.
-        logits: Columns of each row whose logits are computed; all by default.
+        length: Number of tokens per row.
+        logits: Number of columns of each row for which logits are computed; all by default.
 
     Returns:
-        ``rows * (length * (2 kernels + attention) + 2 * logits * d_model * vocab_size)``, where attention is
-        ``2 * n_layers * n_heads * d_head * length``.
+        ``rows * (length * (2 * kernels + attention) + 2 * logits * d_model * vocab_size)``, where ``kernels`` is the
+        result of `layer_kernels`, and ``attention`` is ``2 * n_layers * n_heads * d_head * length``.
 
     Example:
         >>> from rlhf_jax import lm
@@ -50,12 +51,12 @@ def decode_bytes(cfg: config.LMConfig, *, batch: int, columns: float, itemsize: 
     Args:
         cfg: Architecture.
         batch: Number of rows decoded together.
-        columns: Tokens of each row in the cache; a mean is accepted.
-        itemsize: Bytes of a number, 2 for bfloat16.
+        columns: Number of cached tokens per row, which may be a mean over rows.
+        itemsize: Number of bytes per number, such as 2 for bfloat16.
 
     Returns:
-        ``itemsize * (kernels + 2 * n_layers * batch * columns * n_kv_heads * d_head)``, with the unembedding among the
-        kernels.
+        ``itemsize * (kernels + 2 * n_layers * batch * columns * n_kv_heads * d_head)``, where ``kernels`` is the number
+        of parameters in the kernels of all layers and in the unembedding.
     """
     kernels = layer_kernels(cfg) + cfg.d_model * cfg.vocab_size
     return itemsize * (kernels + 2 * cfg.n_layers * batch * columns * cfg.n_kv_heads * cfg.d_head)

@@ -1,4 +1,4 @@
-"""Token embeddings, which may be looked up in a sharded table, and learned and rotary positions."""
+"""Learned and rotary positions, and token embeddings, whose table may be sharded."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def embed(
     Returns:
         Sum of token embeddings and, if there are any, learned positions.
     """
-    # Padding may have any id, but an id outside the vocabulary would produce NaN, so id 0 is looked up instead.
+    # Padding may have any id, even one outside the vocabulary, so id 0 is looked up instead.
     ids_BL, table_VD = jnp.where(mask_BL, tokens_BL, 0), params["embed"]["tokens"]
     # Learned positions are added before the sum is cast to the compute dtype.
     dtype = table_VD.dtype if cfg.positions == "learned" else cfg.compute_dtype
@@ -45,7 +45,7 @@ def embed(
 
 
 def look_up(table_VD: jax.Array, tokens_BL: jax.Array, dtype: Any) -> jax.Array:
-    """Returns ``table_VD[tokens_BL]`` in ``dtype``, ``[B,L,D]``; ids must be less than V.
+    """Returns ``table_VD[tokens_BL]`` in ``dtype``, ``[B,L,D]``; ids must be in [0, V).
 
     On a mesh, each device gathers all features for its shard of the vocabulary and looks up the tokens of its rows
     there. The gradient is summed on each device in the table's dtype before it is reduce-scattered. With plain

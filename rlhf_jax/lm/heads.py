@@ -6,8 +6,8 @@
 * ``{"kernel_HD", "bias", "gain"}`` for several heads on one trunk, such as an ensemble or one head per criterion. Bias
   and gain have shape ``[H]``.
 
-Results have shape ``[...]`` for a single head and ``[..., H]`` for several heads. A language model has no head, and
-`lm.forward` ignores the head of other models.
+`scalar` returns shape ``[...]`` for a single head and ``[..., H]`` for several heads. A language model has no head, and
+`lm.forward` ignores any head.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def combine(params: types.Params, weights_H: jax.Array) -> types.Params:
     """
     heads = count_heads(params)
     if heads is None or weights_H.shape != (heads,):
-        raise ValueError(f"weights_H has shape {weights_H.shape}; one weight is needed for each of {heads or 1} heads")
+        needed = "params have only one head" if heads is None else f"one weight is needed for each of {heads} heads"
+        raise ValueError(f"weights_H has shape {weights_H.shape}; {needed}")
     head = params["head"]
     scaled_H = weights_H * head["gain"]
     one = {
@@ -106,7 +107,7 @@ def combine(params: types.Params, weights_H: jax.Array) -> types.Params:
 
 
 def absorb_gain(params: types.Params) -> types.Params:
-    """Returns parameters with the same scores and gain 1, by multiplying the kernel by the gain.
+    """Returns parameters with the gain multiplied into the kernel and reset to 1, which leaves the scores unchanged.
 
     Afterwards, the gain reflects only later normalisations.
     """
@@ -116,7 +117,7 @@ def absorb_gain(params: types.Params) -> types.Params:
 
 
 def reset(params: types.Params) -> types.Params:
-    """Returns parameters with gain 1 and bias 0, as the code of Ziegler et al. 2019 does before normalising."""
+    """Returns parameters with gain 1 and bias 0, as in the code of Ziegler et al. 2019 before normalisation."""
     head = params["head"]
     return {**params, "head": {**head, "gain": jnp.ones_like(head["gain"]), "bias": jnp.zeros_like(head["bias"])}}
 
@@ -130,8 +131,8 @@ def shift_bias(params: types.Params, amount: jax.Array | float) -> types.Params:
 def centre(params: types.Params, scores: jax.Array, *, where: jax.Array | None = None) -> types.Params:
     """Returns parameters with the bias shifted so that the mean of ``scores`` becomes 0.
 
-    The scores are those of demonstrations in InstructGPT (section 3.5), of reference summaries in Stiennon et al. 2020,
-    and of a held-out set in Bai et al. 2022 (B.2).
+    InstructGPT (section 3.5) uses the scores of demonstrations, Stiennon et al. 2020 those of reference summaries, and
+    Bai et al. 2022 (*Training a Helpful and Harmless Assistant*, B.2) those of a held-out set.
 
     >>> import jax, jax.numpy as jnp
     >>> from rlhf_jax import lm

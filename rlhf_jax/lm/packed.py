@@ -1,8 +1,8 @@
 """Scores, sums and means of the sequences in packed rows (see :mod:`rlhf_jax.data.packing`).
 
-Functions of tokens, such as `lm.token_logprobs`, accept packed rows if they are passed ``segments_BL``. The functions
-in this module return one number per sequence, as reward models and DPO require. For sequences that are not in any row
-(segment 0 in ``places``), the number is 0.
+Functions that return one number per token, such as `lm.token_logprobs`, accept packed rows if they are passed
+``segments_BL``. The functions in this module return one number per sequence, as reward models and DPO require. For
+sequences that are not in any row (segment 0 in ``places``), the number is 0.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def packed_scores(
         cfg: The model, as an `LMConfig` or an `ApplyFn`. The forward pass of an `ApplyFn` must accept ``segments_BL``.
 
     Returns:
-        float32 with the shape of ``places`` and, if there are several heads, a last axis H.
+        float32 with the shape of ``places.row`` and, if there are several heads, an additional last axis H.
     """
     forward_pass = alignment.apply_fn(cfg).forward(params, tokens_BL, **alignment.forward_masks(None, segments_BL))
     scores = heads.scalar(params, forward_pass.hidden_BLD)[places.row, places.end]
@@ -54,7 +54,7 @@ def packed_sums(
         where_BL: bool, True at the tokens to sum over, such as response tokens; by default, all tokens.
 
     Returns:
-        float32 with the shape of ``places``.
+        float32 with the shape of ``places.row``.
     """
     # Each sum runs over a whole row with a mask. A scatter-add by sequence would be non-deterministic on a GPU.
     mine = (segments_BL[places.row] == places.segment[..., None]) & (places.segment[..., None] > 0)
@@ -75,7 +75,7 @@ def packed_means(
         where_BL: bool, True at the tokens to average over; by default, all tokens.
 
     Returns:
-        float32 with the shape of ``places``.
+        float32 with the shape of ``places.row``.
     """
     ones_BL = jnp.ones(x_BL.shape, jnp.float32)
     counts = packed_sums(ones_BL, segments_BL, places, where_BL=where_BL)

@@ -44,9 +44,9 @@ def constant(value: float) -> Initialiser:
 def table(cfg: config.LMConfig) -> dict[str, Spec]:
     """Returns the `Spec` of every parameter of the model, keyed by its path.
 
-    Kernels and embeddings are drawn from a Gaussian with variance 2 / (5 D). Kernels whose output is added to the
-    residual stream are also divided by sqrt(2 N) for N layers, so that the variance of the stream does not grow with
-    depth.
+    Kernels and embeddings are drawn from a Gaussian with variance 2 / (5 D), where D is ``d_model``. Kernels whose
+    output is added to the residual stream are also divided by sqrt(2 N) for N layers, so that the variance of the
+    stream does not grow with depth.
     """
     D, F, C = cfg.d_model, cfg.d_mlp, cfg.d_head
     H, G = cfg.n_heads, cfg.n_kv_heads
@@ -141,7 +141,7 @@ def draw(rng: jax.Array, rows: Mapping[str, Spec]) -> types.Params:
 
 
 def abstract(cfg: config.LMConfig, *, head: bool = False) -> types.Params:
-    """Returns the shapes and dtypes of the parameters from `init`, and of a scalar head if ``head``."""
+    """Returns the shapes and dtypes of the parameters that `init` returns, and of a scalar head if ``head``."""
     return nest({name: jax.ShapeDtypeStruct(row.shape, jnp.float32) for name, row in _rows(cfg, head).items()})
 
 

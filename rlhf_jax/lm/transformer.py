@@ -1,7 +1,7 @@
 """A pre-norm decoder-only transformer as a pure function of a nested dict of parameters.
 
 `forward` returns hidden states, and `logits` maps them to logits over the vocabulary. :mod:`rlhf_jax.lm.logprobs` uses
-both to compute the log-probabilities of given tokens, with logits only for the columns that are needed.
+both to compute the log-probabilities of given tokens, and computes logits only for the columns that are needed.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ Columns = tuple[int, int] | jax.Array
 """Columns whose hidden states are needed, as a range (start, stop) or as int32 ``[B]`` with one column per row."""
 
 _FEW_LAYERS = 8
-"""Maximum number of layers for which the last layer computes only the needed columns. The last layer is
-then outside the scan, and slicing copies the parameters of the other layers."""
+"""In models with at most this many layers, the last layer computes only the needed columns. It then runs outside the
+scan, which requires a copy of the other layers' parameters; in deeper models, the copy costs more than this saves."""
 
 # The backward pass recomputes functions with this decorator. They are cheap, and in a small model storing their
 # residuals takes longer than the matmuls.
@@ -92,6 +92,7 @@ def forward(
             hidden states of the other columns are then undefined. Ignored if there is a cache.
         cache: Keys and values of the preceding tokens.
         used_slots: Upper bound on the number of cache slots that are filled after this call; later slots are not read.
+            By default, all slots are read.
 
     Returns:
         `LMOutput` with hidden states ``[B,L,D]`` after the final norm, in the compute dtype, and the updated cache if

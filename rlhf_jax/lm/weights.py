@@ -13,16 +13,17 @@ from rlhf_jax.lm import params as lm_params
 
 
 def gathered(weights: Any, axes: Any, cfg: config.LMConfig) -> Any:
-    """Returns weights gathered over the mesh axis ``fsdp`` and cast to the compute dtype, unless float32 is required.
+    """Returns weights gathered over the mesh axis ``fsdp``; without such an axis, all weights are returned unchanged.
 
-    ``axes`` is a tree like the result of `params.logical_axes`. Leaves that are missing from it, such as adapters, are
-    returned unchanged.
+    Weights are cast to the compute dtype before they are gathered, except norms and, in models with learned positions,
+    embeddings. ``axes`` is a tree like the result of `params.logical_axes`. Leaves that are missing from it, such as
+    adapters, are returned unchanged.
     """
     return weights if parallel.num_shards("embed") == 1 else _cast(weights, axes, cfg, parallel.gather_weight)
 
 
 def _cast(weights: Any, axes: Any, cfg: config.LMConfig, cast: Callable[..., jax.Array]) -> Any:
-    """Applies ``cast(x, *names, dtype=...)`` to the leaves that ``axes`` names; the dtype is None to keep float32."""
+    """Applies ``cast(x, *names, dtype=...)`` to leaves with axis names in ``axes``; dtype None means no cast."""
 
     def of(path: Any, x: jax.Array) -> jax.Array:
         names = axes

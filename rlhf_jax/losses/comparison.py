@@ -94,7 +94,7 @@ def ranking(
     """
     better_KK = _better(scores_K, ranks_K, where_K)
     scores_K = masking.as_float32(scores_K)
-    # Masked both before and after softplus, because NaN times a zero cotangent is NaN.
+    # Mask both before and after softplus, because NaN times a zero cotangent is NaN.
     lead_KK = jnp.where(better_KK, scores_K[:, None] - scores_K[None, :], 0.0)
     loss_KK = pairwise(lead_KK, jnp.zeros_like(lead_KK), margin=margin, target=target)
     total = jnp.sum(jnp.where(better_KK, loss_KK, 0.0))
@@ -188,7 +188,7 @@ def best_choice(scores_K: jax.Array, ranks_K: jax.Array, *, where_K: jax.Array |
     informative = jnp.any(where_K & ~best_K)
 
     def logsumexp(subset_K: jax.Array) -> jax.Array:
-        # Must be finite even for uninformative labels, because its gradient is then multiplied by 0.
+        # The result must be finite even for uninformative labels, because its gradient is then multiplied by 0.
         return jax.nn.logsumexp(jnp.where(subset_K | ~informative, scores_K, -jnp.inf))
 
     return jnp.where(informative, logsumexp(where_K) - logsumexp(best_K), 0.0)

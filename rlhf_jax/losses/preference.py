@@ -201,7 +201,8 @@ def kto_baseline(
     """Computes KTO's baseline ``z = max(0, mean(log policy - log reference))`` (Ethayarajh 2024), without a gradient.
 
     Args:
-        policy: Log-probabilities under the policy of responses to *other* prompts, summed over tokens; any shape.
+        policy: Log-probabilities under the policy of *mismatched* responses (each paired with a prompt that it was not
+            written for), summed over tokens; any shape.
         reference: Log-probabilities of the same responses under the frozen reference.
         where: Boolean mask of the responses to average over, as in `masking.masked_mean`.
         axis_name: Mesh, ``vmap`` or ``pmap`` axes over which the batch is split.

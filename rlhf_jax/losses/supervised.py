@@ -34,8 +34,8 @@ def gather_logprobs(logits: jax.Array, ids: jax.Array) -> jax.Array:
 def distill(logprobs: jax.Array, teacher_logprobs: jax.Array) -> jax.Array:
     """Computes ``KL(teacher || student)`` over K + 1 classes: K tokens and the rest of the vocabulary.
 
-    The loss is ``sum_k p_k (log p_k - log q_k)`` with ``p_rest = 1 - sum_k p_k``. Bai 2022 (A.1) use it with K = 50 for
-    context distillation, in which only the teacher sees the prompt.
+    The loss is ``sum_k p_k (log p_k - log q_k)`` with ``p_rest = 1 - sum_k p_k``. Bai 2022 (HH-RLHF, A.1) use it
+    with K = 50 for context distillation, in which only the teacher sees the prompt.
 
     Args:
         logprobs: ``[..., K]``, the student's log-probabilities *at the teacher's ids* (from `gather_logprobs` or a
@@ -60,8 +60,8 @@ def distill_cross_entropy(logprobs: jax.Array, teacher_logprobs: jax.Array) -> j
 def log1mexp(x: jax.Array) -> jax.Array:
     """Returns ``log(1 - exp(x))`` for ``x <= 0``, the log-probability of the complement.
 
-    Rounding can make a log-probability 0 or positive, for which the formula yields -inf or NaN. Above -1e-6,
-    the function therefore keeps its value and slope at -1e-6, so that gradients stay finite and keep their sign.
+    Rounding can make a log-probability 0 or positive, for which the formula yields -inf or NaN. For x above -1e-6, the
+    value and gradient are therefore those at -1e-6, so that gradients stay finite and keep their sign.
     """
     x = masking.as_float32(x)
     x = x + jax.lax.stop_gradient(jnp.minimum(x, _LOG1MEXP_CEILING) - x)

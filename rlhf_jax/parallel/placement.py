@@ -40,7 +40,7 @@ def local_rows(batch: Any, mesh: Mesh) -> Any:
     their devices in the mesh. With a single host, the batch is returned unchanged.
 
     Raises:
-        MeshError: The number of rows is not divisible by `num_batch_shards`.
+        MeshError: If the number of rows is not divisible by `num_batch_shards`.
     """
     if jax.process_count() == 1:
         return batch
@@ -51,7 +51,7 @@ def local_rows(batch: Any, mesh: Mesh) -> Any:
         if not np.ndim(x):
             return x
         if x.shape[0] % shards:
-            raise MeshError(f"a batch of {x.shape[0]} rows is not divisible by {shards} devices")
+            raise MeshError(f"a batch of {x.shape[0]} rows is not divisible by {shards} batch shards")
         return x[np.arange(x.shape[0]).reshape(shards, -1)[local].ravel()]
 
     return jax.tree.map(select, batch)
@@ -63,7 +63,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     ``batch`` contains the rows of this host (`local_rows`). Arrays of typed PRNG keys are supported.
 
     Raises:
-        MeshError: The number of rows is not divisible by the number of this host's batch shards.
+        MeshError: If the number of rows is not divisible by the number of this host's batch shards.
     """
     shards, rows = num_batch_shards(mesh), _row_sharding(mesh)
     local = processes.local_shards(rows, shards)
@@ -77,7 +77,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
             name = jax.tree_util.keystr(path)
             raise MeshError(
                 f"a batch of {x.shape[0]} rows{f' on this host ({name})' if name else ''} is not divisible by "
-                f"{len(local)} devices (data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']})"
+                f"{len(local)} batch shards (data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']})"
             )
         return processes.assemble(x, rows, shards, local)
 

@@ -43,7 +43,7 @@ class PmapStep:
             ``(state, metrics)``: the new state with its device axis, and the metrics of the first device.
 
         Raises:
-            ValueError: The number of rows of an array is not divisible by the number of devices.
+            ValueError: If the number of rows of an array is not divisible by the number of devices.
         """
         n = len(self._devices)
 

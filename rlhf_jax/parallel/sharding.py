@@ -59,7 +59,7 @@ def spec(
         The partition spec, with one entry for each dimension.
 
     Raises:
-        MeshError: A logical axis has no rule, or its rule names an axis that the mesh does not have.
+        MeshError: If a logical axis has no rule, or its rule names an axis that the mesh does not have.
     """
     used: set[str] = set()
     entries: list[Any] = []
@@ -102,7 +102,7 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, axes: Mapping[str, Any], *, 
         A tree of the same structure with a `NamedSharding` for each array.
 
     Raises:
-        MeshError: A logical axis has no rule, or its rule names an axis that the mesh does not have.
+        MeshError: If a logical axis has no rule, or its rule names an axis that the mesh does not have.
     """
     logical = {tuple(path): names for path, names in _paths(axes)}
     longest = max(len(path) for path in logical)

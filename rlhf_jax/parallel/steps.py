@@ -40,7 +40,7 @@ def make_mesh(
         A mesh whose axes all have the type ``Auto``.
 
     Raises:
-        MeshError: A size is below 1, or the product of the sizes is not the number of devices.
+        MeshError: If a size is below 1, or the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": sequence}
@@ -62,8 +62,8 @@ def make_mesh(
 class JitStep:
     """A compiled train step that counts how often it is traced.
 
-    A call has the signature of the wrapped step. ``traces`` stays 1 while the arguments keep their shapes, dtypes and
-    structure. Each additional trace causes another compilation, for example because the width of the batch changed.
+    Call it like the wrapped step. ``traces`` stays 1 while the arguments keep their shapes, dtypes and structure. If
+    they change, for example because a batch has a different width, the step is traced and compiled again.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class JitStep:
 
         Args:
             train_step: Function to compile.
-            donate_argnums: Positions of the donated arguments. If the first argument is donated, the first result
-                has the shardings of that argument.
+            donate_argnums: Positions of the donated arguments. On a mesh, if the first argument is donated, the first
+                result has the shardings of that argument.
             mesh: Mesh to run on; None for a single device. Arguments at positions outside ``batch_args`` and
                 ``replicated_args`` keep their shardings.
             batch_args: Positions of batches, which are sharded over the mesh (`shard_batch`).
@@ -114,10 +114,11 @@ class JitStep:
             return self._compiled(args)(*args)
 
     def compile_ahead(self, executor: concurrent.futures.Executor, *args: Any) -> None:
-        """Starts to compile the step for the given arrays or shapes in a thread of ``executor``.
+        """Starts compiling the step for the given arrays or shapes in a thread of ``executor``; returns immediately.
 
-        This method returns immediately; the next call of the step waits for the compilation and uses its result. Use
-        this method to compile a large step in advance, while the device runs other work.
+        The next call of the step uses the result, and waits for it if the compilation is running. If the compilation is
+        still queued, the call cancels it and compiles the step itself. Use this method to compile a large step in
+        advance, while the device runs other work.
         """
         shapes = jax.eval_shape(lambda *same: same, *args)  # keeps weak types, which later calls must match
         # An error in the thread is ignored, because the next call raises it again.
@@ -159,8 +160,9 @@ def jit_step(train_step: Callable[..., Any], *, mesh: Mesh | None = None) -> Jit
     The new state reuses the buffers of the donated state. The caller must therefore not use the old state again, and
     two states must not share arrays (`train.state.create` copies the parameters for this reason).
 
-    With a ``mesh``, the state and the frozen models keep their shardings (`shardings`), the batch contains the rows of
-    this host, and one program runs on all devices. Sums over rows are global, so losses need no changes.
+    With a ``mesh``, the state and the frozen models keep the shardings with which they were created (see `shardings`),
+    the batch contains the rows of this host, and one program runs on all devices. Sums over rows are global, so losses
+    need no changes.
     """
     return JitStep(train_step, mesh=mesh)
 
@@ -169,12 +171,12 @@ def shard_map_step(train_step: Callable[..., Any], mesh: Mesh) -> JitStep:
     """Compiles a step that each device runs on its own rows, with explicit sums over devices inside the step.
 
     ``train_step`` has the signature described in `jit_step` and must be created with
-    ``axis_name=parallel.BATCH_AXES``. The library's steps add losses and counts over devices before the division, so
+    ``axis_name=parallel.BATCH_AXES``. The library's steps sum losses and counts over devices before dividing, so
     masks may differ between devices. Parameters are replicated (`replicate`), and all devices return the same results.
 
     Raises:
-        MeshError: The ``tensor`` or ``sequence`` axis of the mesh is larger than 1; the devices along this axis would
-            repeat the same work.
+        MeshError: If the ``tensor`` or ``sequence`` axis of the mesh is larger than 1, because the devices along this
+            axis would repeat the same work.
     """
     for axis in ("tensor", "sequence"):
         if mesh.shape[axis] > 1:
@@ -203,8 +205,8 @@ def pmap_step(
 ) -> PmapStep:
     """Compiles a step with `jax.pmap`; the step must be created with the same ``axis_name``.
 
-    As in `shard_map_step`, each device runs the step on its own rows. Use this function in code whose states already
-    have a leading device axis, which `PmapStep.replicate` adds; otherwise, prefer `jit_step`. For example::
+    As in `shard_map_step`, each device runs the step on its own rows. Use this function in existing pmap code, whose
+    states have a leading device axis (`PmapStep.replicate` adds one); otherwise, prefer `jit_step`. For example::
 
         step = parallel.pmap_step(sft.make_train_step(..., axis_name="devices"))
         state, metrics = step(step.replicate(state), None, hyper, batch, rng)

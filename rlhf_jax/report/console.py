@@ -18,9 +18,10 @@ from rlhf_jax.report import results as results_lib
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
-    """Returns a table with one row per policy and one column per metric that at least one policy has.
+    """Returns a table of the results with one row per policy.
 
-    In a narrow terminal, a 95 % interval wraps to the line below its number. The table fits in 80 columns.
+    The columns are the metrics in `results.COLUMNS` that have a short heading and a value for at least one policy. In a
+    narrow terminal, a 95 % interval wraps to the line below its number. The table fits in 80 columns of text.
     """
     columns = [c for c in results_lib.columns(results) if c.short]
     table = Table(
@@ -75,10 +76,6 @@ def remaining_seconds(
     to expected seconds. The estimate for the current stage starts from the pace of the finished stages and moves to the
     current stage's pace as the stage advances, so that compilation at its start has little influence.
 
-    >>> from rlhf_jax.report import console
-    >>> console.remaining_seconds(finished=[(10, 30)], waiting=20)  # three times as slow as expected
-    60.0
-
     Args:
         finished: ``(weight, seconds)`` of each finished stage.
         waiting: Total weight of the stages that have not started.
@@ -88,6 +85,11 @@ def remaining_seconds(
 
     Returns:
         The estimated number of seconds.
+
+    Example:
+        >>> from rlhf_jax.report import console
+        >>> console.remaining_seconds(finished=[(10, 30)], waiting=20)  # three times as slow as expected
+        60.0
     """
     finished = list(finished)
     weight, seconds = sum(w for w, _ in finished), sum(s for _, s in finished)

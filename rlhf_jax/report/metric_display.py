@@ -36,7 +36,10 @@ METRICS = {
         "Loss on held-out pairs. If it rises while the training loss falls, the model overfits.",
     ),
     "accuracy": Metric(
-        "Accuracy", "Fraction", "Fraction of tokens predicted correctly or of pairs ranked correctly. Higher is better."
+        "Accuracy",
+        "Fraction",
+        "Fraction of pairs ranked correctly; for KTO, fraction of answers whose implicit reward has the right sign. "
+        "Higher is better.",
     ),
     "margin": Metric(
         "Margin",
@@ -51,7 +54,7 @@ METRICS = {
     "rejected_logprob": Metric(
         "Rejected answers",
         "Log-probability (nats per answer)",
-        "Log-probability of the rejected answers. It should fall faster than for the chosen answers.",
+        "Log-probability of the rejected answers. It should fall faster than that of the chosen answers.",
     ),
     "reward": Metric("Reward", "Reward-model score", "Score that PPO maximises. It usually rises, then levels off."),
     "gold": Metric(
@@ -93,7 +96,9 @@ METRICS = {
     "value_loss": Metric(
         "Value loss", "Loss (squared score)", "Error of the critic. It should fall early and then stay low.", minor=True
     ),
-    "policy_loss": Metric("Policy loss", "Clipped surrogate loss", "Usually close to 0 or slightly below.", minor=True),
+    "policy_loss": Metric(
+        "Policy loss", "Clipped surrogate loss", "It is usually close to 0 or slightly negative.", minor=True
+    ),
     "clip_fraction": Metric(
         "Clipped tokens",
         "Fraction of tokens",

@@ -130,7 +130,10 @@ def table(results: Mapping[str, Any], columns: Sequence[results_lib.Column]) -> 
 
 
 def _table_note(results: Mapping[str, Any]) -> str:
-    note = "The second line of a cell is the 95 % interval. The KL is measured from the initial policy of RL training."
+    note = (
+        "The second line of a cell is the 95 % interval. The KL is measured from SFT-mix, the policy before RL or "
+        "direct preference optimisation."
+    )
     best = results_lib.finite(results.get("best_possible_gold"))
     if best is not None:
         note += f" The best possible gold utility is {results_lib.format_number(best.mean, digits=3)}."
@@ -143,7 +146,7 @@ def _css(policy: str) -> str:
 
 
 def reward_model_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns all numbers about the reward model as (name, text), with rates as percentages."""
+    """Returns the numbers about the reward model as (name, text), with accuracies and agreement as percentages."""
     model = dict(results.get("reward_model") or {})
     fit = model.get("calibration") or {}
     model |= {f"calibration {key}": fit.get(key) for key in ("error", "slope", "temperature")}
@@ -178,9 +181,9 @@ def _preference(results: Mapping[str, Any]) -> list[Figure]:
 
 def _calibration(results: Mapping[str, Any]) -> list[Figure]:
     caption = (
-        "Accuracy as a function of the difference between the two scores of a pair. The reward model is overconfident "
-        "below the dashed curve and underconfident above it. Lines are 95 % intervals. The lower panel shows the "
-        "number of pairs."
+        "Accuracy as a function of the difference between the two scores of a pair. Points below the dashed curve mean "
+        "that the reward model is overconfident; points above the curve mean that it is underconfident. Vertical lines "
+        "are 95 % intervals. The lower panel shows the number of pairs in each bin."
     )
     return _figures((plots.calibration(results), "Calibration", caption))
 
@@ -189,7 +192,7 @@ def _reward_model(results: Mapping[str, Any]) -> list[Figure]:
     model = results.get("reward_model") or {}
     rho = results_lib.finite((model.get("thresholds") or {}).get("spearman"))
     thresholds = (
-        "Accuracy on the pairs whose two scores are at least the minimum score. If it falls as this minimum rises, the "
+        "Accuracy on the pairs in which both answers reach a minimum score. If it falls as this minimum rises, the "
         "reward model ranks good answers less reliably than bad ones."
     )
     if rho is not None:
@@ -218,7 +221,7 @@ def _reward_model(results: Mapping[str, Any]) -> list[Figure]:
 
 
 def goodhart_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns each policy's gains in reward-model score and gold utility over its start, on the same prompts."""
+    """Returns each policy's gains over SFT-mix in reward-model score and gold utility, on the same prompts."""
     rows = []
     for policy, gains in (results.get("goodhart") or {}).items():
         for key, name in (("reward_gained", "RM score"), ("gold_gained", "gold utility")):
@@ -249,14 +252,14 @@ def _overoptimisation(results: Mapping[str, Any]) -> list[Figure]:
             reward_plots.split_halves(halves, (halves or {}).get("steps")),
             "Train and test reward model",
             "The two reward models are trained on different halves of the comparisons; the policy is optimised against "
-            "the train model only. To the right of the dotted line, the policy's score has risen more under the train "
-            "model than under the test model.",
+            "the train model only. A dotted line, if there is one, marks the checkpoint from which on the score under "
+            "the train model has risen significantly more than the score under the test model.",
         ),
         (
             reward_plots.overoptimisation(curves),
             "Gold utility against KL",
-            "The solid line is the functional form that fits better; a star marks its peak. The broken line is the "
-            "other form." + (f" {fits}." if fits else ""),
+            "Points are measured gains. Lines are fits of the two functional forms of Gao et al. (2022); the better "
+            "fit is solid, with a star at its peak." + (f" {fits}." if fits else ""),
         ),
     )
 
@@ -279,7 +282,7 @@ def _linearity(curves: Sequence[tuple[plots.Curve, plots.Curve]]) -> str:
         positive = kl.y.clip(min=0)
         root, linear = plots.line_fit(positive**0.5, score.y), plots.line_fit(positive, score.y)
         if root is not None and linear is not None:
-            texts.append(f"{results_lib.label(kl.stage)}: R² {root:.2f} in √KL, {linear:.2f} in KL")
+            texts.append(f"{results_lib.label(kl.stage)}: linear fits have R² {root:.2f} in √KL and {linear:.2f} in KL")
     return f" ({'; '.join(texts)})" if texts else ""
 
 
@@ -292,8 +295,16 @@ def _alignment_tax(results: Mapping[str, Any]) -> list[Figure]:
     skill = plots.by_policy(results, "skill_accuracy", xlabel="Skill accuracy (%)", scale=100, against="sft_mix")
     loss = plots.by_policy(results, "pretraining_loss", xlabel="Pretraining loss (nats per token)", against="sft_mix")
     return _figures(
-        (skill, "Skills", "Policies to the left of the dashed line (SFT-mix, the start of PPO) have lost skills."),
-        (loss, "Pretraining text", "Policies to the right of the dashed line (SFT-mix) predict this text less well."),
+        (
+            skill,
+            "Skills",
+            "The dashed line marks SFT-mix, the policy before PPO or DPO. Policies to its left have lost skills.",
+        ),
+        (
+            loss,
+            "Pretraining text",
+            "Policies to the right of the dashed line predict this text less well than SFT-mix.",
+        ),
     )
 
 

@@ -1,7 +1,8 @@
-"""Plots of the report. Each plotting function accepts results or metrics and returns inline SVG, or None without data.
+"""Plots of the report. Each plotting function accepts results or metrics and returns inline SVG.
 
-Text remains text in the SVG, and colours are CSS variables of the page. The plots therefore work in light and dark
-mode, scale with the screen and are small. The policies in `results.POLICIES` have different colours and markers.
+The functions return None if there are no data. Text remains text in the SVG, and colours are CSS variables of the page.
+The plots therefore work in light and dark mode, scale with the screen and are small. The policies in `results.POLICIES`
+have different colours and markers.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def _svg(figure: Figure) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     # Two figures may use the same id for a marker or a clip path, but ids must be unique in a page. Otherwise, a
-    # reference could resolve to an id in a collapsed section, which draws nothing.
+    # reference could resolve to an id in a collapsed section, and nothing would be drawn.
     prefix = f"f{zlib.crc32(text.encode()):08x}"
     text = re.sub(r"<[^>]*>", lambda tag: _tag(tag.group(), prefix=prefix), text)
     size = re.search(r'<svg [^>]*?viewBox="0 0 ([\d.]+) ([\d.]+)"[^>]*>', text)
@@ -214,7 +215,7 @@ def categories(results: Mapping[str, Any]) -> str | None:
 
 
 def calibration(results: Mapping[str, Any]) -> str | None:
-    """Plots the reward model's accuracy by score difference with the logistic curve, and the pairs per bin."""
+    """Plots the reward model's accuracy by score difference, the logistic curve, and the number of pairs per bin."""
     bins = ((results.get("reward_model") or {}).get("calibration") or {}).get("bins") or []
     bins = [b for b in bins if results_lib.finite(b.get("gap")) and results_lib.finite(b.get("accuracy"))]
     if not bins:
@@ -280,7 +281,7 @@ def frontier(results: Mapping[str, Any], curves: Sequence[tuple[Curve, Curve]], 
         ylabel: Name of the score.
 
     Returns:
-        Inline SVG, or None without curves.
+        Inline SVG, or None if there are no curves.
     """
     bon = [(results_lib.finite(b.get("kl")), results_lib.finite(b.get(key)), b.get("n")) for b in _best_of_n(results)]
     points = [(math.sqrt(max(0.0, kl.mean)), y.mean, n) for kl, y, n in bon if kl is not None and y is not None]

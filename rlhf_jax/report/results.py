@@ -32,7 +32,7 @@ DIRECT_METHODS = {
     "dpo-sft": "DPO with SFT",
     "dpo-norm": "length-normalised DPO",
 }
-"""Methods without reinforcement learning, with their display names. The report shows them in place of PPO."""
+"""Methods without reinforcement learning in display order, with their display names. They follow PPO in the report."""
 
 MAIN_POLICIES = ("ppo_ptx", "ppo", *DIRECT_METHODS, "best_of_n")
 """The headline describes the first of these policies that the results contain."""
@@ -139,11 +139,12 @@ def other_columns(results: Mapping[str, Any]) -> list[Column]:
 def format_number(x: float, *, percent: bool = False, digits: int = 1) -> str:
     """Formats a number with a Unicode minus sign and without a negative zero; percentages have one decimal.
 
-    >>> from rlhf_jax.report import results
-    >>> results.format_number(-1.236, digits=2)
-    '−1.24'
-    >>> results.format_number(0.7825, percent=True)
-    '78.2'
+    Example:
+        >>> from rlhf_jax.report import results
+        >>> results.format_number(-1.236, digits=2)
+        '−1.24'
+        >>> results.format_number(0.7825, percent=True)
+        '78.2'
     """
     if not math.isfinite(x):
         return str(x)
@@ -156,11 +157,12 @@ def format_number(x: float, *, percent: bool = False, digits: int = 1) -> str:
 def format_parts(value: Any, *, percent: bool = False, digits: int = 1) -> tuple[str, str]:
     """Formats a value and its interval; without an interval, the second string is empty.
 
-    >>> from rlhf_jax.report import results
-    >>> results.format_parts([0.78, 0.76, 0.8], percent=True)
-    ('78.0', '76.0–80.0')
-    >>> results.format_parts([3.0, 2.1, None])
-    ('3.0', 'from 2.1')
+    Example:
+        >>> from rlhf_jax.report import results
+        >>> results.format_parts([0.78, 0.76, 0.8], percent=True)
+        ('78.0', '76.0–80.0')
+        >>> results.format_parts([3.0, 2.1, None])
+        ('3.0', 'from 2.1')
     """
     parsed = interval(value)
     if parsed is None:
@@ -198,7 +200,7 @@ def run_facts(results: Mapping[str, Any]) -> list[str]:
 def headline(results: Mapping[str, Any]) -> str:
     """Returns the main result in one sentence; its wording depends on the interval of the win rate.
 
-    Without a win rate, the sentence describes reward-model scores.
+    Without a win rate, the sentence describes reward-model scores; without policies, the reward model's accuracy.
     """
     names = policies(results)
     for name in MAIN_POLICIES:
@@ -280,6 +282,6 @@ def _ptx(results: Mapping[str, Any]) -> str:
         return ""
     token, sequence = (format_number(coef.mean, digits=3) for coef in coefs if coef)
     return (
-        f"The coefficient of the pretraining loss in PPO-ptx is {token} if both losses are means over tokens, which is "
-        f"equivalent to {sequence} if both are sums over a sequence."
+        f"In PPO-ptx, the pretraining loss has the coefficient {token} if this loss and the PPO loss are means over "
+        f"tokens. The equivalent coefficient for sums over a sequence is {sequence}."
     )

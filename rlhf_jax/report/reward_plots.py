@@ -1,7 +1,7 @@
 """Plots of diagnostics for reward models and for the policies that are trained on them.
 
 The plotting functions accept results as stored in results.json, with named tuples as dictionaries and estimates as
-``[mean, low, high]``. They return inline SVG, or None without data.
+``[mean, low, high]``. They return inline SVG, or None if there are no data.
 """
 
 from __future__ import annotations
@@ -46,7 +46,11 @@ def strata(groups: Mapping[str, Sequence[Numbers]] | None, overall: Any = None) 
 
 
 def length_bias(bias: Numbers | None) -> str | None:
-    """Plots a `LengthBias`: the accuracy of length alone, and the model's preference for long answers."""
+    """Plots a `LengthBias`.
+
+    The rows are how often the labelers and the model prefer the longer answer, and the model's accuracy on pairs whose
+    longer or shorter answer is better.
+    """
     return _rates(_named_rates(bias, LENGTH_ROWS), xlabel="Pairs (%)")
 
 
@@ -56,7 +60,7 @@ def generalisation(gap: Numbers | None) -> str | None:
 
 
 def thresholds(scan: Numbers | None) -> str | None:
-    """Plots a `ThresholdScan`: accuracy on the pairs whose two scores reach a threshold, and their number."""
+    """Plots a `ThresholdScan`: accuracy on the pairs whose two scores reach a threshold, and the number of pairs."""
     columns = zip(*((scan or {}).get(key) or () for key in ("threshold", "accuracy", "lo", "hi", "count")))
     rows = [row for row in columns if results_lib.finite(row[1])]
     if not rows:
@@ -77,7 +81,8 @@ def thresholds(scan: Numbers | None) -> str | None:
 def split_halves(halves: Numbers | None, steps: Sequence[float] | None = None) -> str | None:
     """Plots a `SplitHalves`: scores from the train and the test reward model during a run, and their difference.
 
-    ``steps`` are the training steps of the checkpoints; by default, the checkpoints are numbered from 0.
+    A vertical line marks the checkpoint ``parted``. ``steps`` are the training steps of the checkpoints; by default,
+    the checkpoints are numbered from 0.
     """
     names = ("train", "test", "gap", "lo", "hi")
     if not halves or not halves.get("gap") or any(len(halves[name]) != len(halves["gap"]) for name in names):
@@ -101,10 +106,11 @@ def split_halves(halves: Numbers | None, steps: Sequence[float] | None = None) -
 
 
 def overoptimisation(curves: Sequence[Numbers] | None) -> str | None:
-    """Plots gains against the square root of the KL with both fitted forms; the better one is solid, its peak a star.
+    """Plots gains against the square root of the KL, with the fits of both functional forms (see `overoptimisation`).
 
     Each curve has a ``name``, the lists ``kl`` and ``gains``, optionally ``lo`` and ``hi``, and ``fits``. The fits are
-    `overoptimisation.Fit` tuples as dictionaries, better fit first, in which ``form`` is the name of the form.
+    `overoptimisation.Fit` tuples as dictionaries, with the name of the form as ``form``. The better fit comes first and
+    is drawn as a solid line with a star at its peak.
     """
     from rlhf_jax.diagnostics import overoptimisation as over  # imports scipy
 

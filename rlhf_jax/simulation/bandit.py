@@ -15,12 +15,6 @@ from rlhf_jax.types import LMOutput, Preferences, Rollout
 def optimum(reference_logits_SA: jax.Array, rewards_SA: jax.Array, *, kl_coef: jax.Array | float) -> jax.Array:
     """Returns the KL-regularised optimum, ``pi*(a|s) = pi_ref(a|s) exp(r(s, a) / kl_coef) / Z(s)``.
 
-    >>> import jax.numpy as jnp
-    >>> from rlhf_jax.simulation import bandit
-    >>> optimum_SA = bandit.optimum(jnp.zeros((1, 2)), jnp.log(jnp.array([[1.0, 3.0]])), kl_coef=1.0)
-    >>> [round(float(p), 4) for p in optimum_SA[0]]
-    [0.25, 0.75]
-
     Args:
         reference_logits_SA: Logits of the reference policy.
         rewards_SA: Reward of each answer to each prompt.
@@ -28,6 +22,13 @@ def optimum(reference_logits_SA: jax.Array, rewards_SA: jax.Array, *, kl_coef: j
 
     Returns:
         Probabilities ``[S, A]``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rlhf_jax.simulation import bandit
+        >>> optimum_SA = bandit.optimum(jnp.zeros((1, 2)), jnp.log(jnp.array([[1.0, 3.0]])), kl_coef=1.0)
+        >>> [round(float(p), 4) for p in optimum_SA[0]]
+        [0.25, 0.75]
     """
     return jax.nn.softmax(jax.nn.log_softmax(reference_logits_SA, axis=-1) + rewards_SA / kl_coef, axis=-1)
 
@@ -81,7 +82,8 @@ def all_pairs(rewards_SA: jax.Array) -> Preferences:
 
     ``targets_B``, the probability that the first answer is preferred, is ``sigmoid(r(s, a) - r(s, b))``. The mean of an
     objective wrapped in `train.objectives.soft` is then its expectation over labels, with all pairs equally likely. The
-    result has S A (A - 1) / 2 rows, and P = T = C = 1.
+    result has S A (A - 1) / 2 rows, with prompts and answers of one token (P = T = 1) and therefore one column of
+    log-probabilities (C = 1).
     """
     S, A = rewards_SA.shape
     first_N, second_N = jnp.triu_indices(A, k=1)

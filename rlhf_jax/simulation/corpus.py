@@ -171,7 +171,7 @@ def documents(world: World, universe: prompts.Universe, n: int, rng: np.random.G
 
     Args:
         world: The facts.
-        universe: Prompts for the reviews, of which only benign single-turn prompts are used.
+        universe: Prompts for the reviews; only benign single-turn prompts are used.
         n: Number of documents.
         rng: Random generator, whose state advances.
 

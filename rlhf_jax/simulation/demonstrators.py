@@ -18,12 +18,12 @@ KINDS_WITH_PARTS = (
     *("yes_no_color", "yes_no_place", "list_color", "list_place", "list_except", "one_word", "describe"),
     *("how_to", "harmful"),
 )
-"""Kinds of prompt whose answers have several parts; `Slips.incomplete` has no effect on the others."""
+"""Kinds of prompt to which `Slips.incomplete` applies; it has no effect on answers to the others."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Slips:
-    """Probability of each flaw in an answer. Flaws occur independently. A flawless demonstrator has only zeros."""
+    """Probability of each flaw in an answer. Flaws occur independently. For a flawless demonstrator, all are 0."""
 
     impolite: float = 0.45
     """The answer has no polite word."""
@@ -36,7 +36,7 @@ class Slips:
     repeating: float = 0.08
     """The answer is repeated."""
     incomplete: float = 0.25
-    """A part of the answer is missing."""
+    """A part of the answer is missing, or the answer to a one-word prompt is a sentence."""
     wrong: float = 0.04
     """The answer contains a false value or names a wrong thing."""
     off_topic: float = 0.06

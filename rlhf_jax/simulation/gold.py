@@ -170,7 +170,7 @@ class _ParsedAnswer(NamedTuple):
     class_T: jax.Array
     index_T: jax.Array
     subject_T: jax.Array
-    """The thing that an attribute word at t describes; -1 if there is none."""
+    """The thing that an attribute word at position t would describe; -1 if there is none."""
     mentioned_X: jax.Array
     """bool; True for the things that the answer names."""
     refused: jax.Array
@@ -235,16 +235,6 @@ def utility(
 ) -> Utility:
     """Returns the gold utility of one answer; for a batch, use ``jax.vmap`` with ``in_axes=(None, 0, 0, 0)``.
 
-    >>> import jax.numpy as jnp
-    >>> from rlhf_jax.simulation import gold, prompts, world
-    >>> facts = world.make_world(seed=0)
-    >>> prompt = jnp.array(prompts.prompt_tokens([("user", "what color is the fox ?")]))
-    >>> answer = jnp.array(prompts.answer_tokens(f"sure , the fox is {facts.value('fox', world.COLOR)} ."))
-    >>> prompt = jnp.pad(prompt, (prompts.PROMPT_WIDTH - len(prompt), 0))
-    >>> utility = gold.utility(gold.make_tables(facts), prompt, answer, jnp.ones_like(answer, bool))
-    >>> round(float(utility.total), 4)
-    1.0
-
     Args:
         tables: Look-up tables of the world, from `make_tables`.
         prompt_P: Token ids of the prompt, left-padded, in the chat format of the built-in tokenizers.
@@ -254,6 +244,17 @@ def utility(
 
     Returns:
         The utility, with scalar fields.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rlhf_jax.simulation import gold, prompts, world
+        >>> facts = world.make_world(seed=0)
+        >>> prompt = jnp.array(prompts.prompt_tokens([("user", "what color is the fox ?")]))
+        >>> answer = jnp.array(prompts.answer_tokens(f"sure , the fox is {facts.value('fox', world.COLOR)} ."))
+        >>> prompt = jnp.pad(prompt, (prompts.PROMPT_WIDTH - len(prompt), 0))
+        >>> utility = gold.utility(gold.make_tables(facts), prompt, answer, jnp.ones_like(answer, bool))
+        >>> round(float(utility.total), 4)
+        1.0
     """
     prompt = parse_prompt(tables, prompt_P)
     answer = _parse_answer(tables, prompt, response_T, mask_T)

@@ -29,7 +29,7 @@ class Pool:
     temperature: jax.Array
     """Bradley-Terry temperature, in units of utility."""
     tie_width: jax.Array
-    """Neighbours in a ranking tie if their noisy utilities differ by at most this much."""
+    """Neighbours in a ranking are tied if their noisy utilities differ by at most this much."""
     lapse: jax.Array
     """Probability that a whole ranking is random."""
 
@@ -65,10 +65,10 @@ def make_pool(
         n_groups: Number of groups, to which the labelers are assigned in rotation.
         spread: Relative standard deviation of the weights across labelers.
         group_spread: Relative standard deviation of the weights across groups.
-        polite_taste: Mean weight on polite words, the utility of four of them.
-        length_taste: Mean weight on length, the utility of twenty tokens.
+        polite_taste: Mean weight on polite words, i.e. the utility of four polite words.
+        length_taste: Mean weight on length, i.e. the utility of twenty tokens.
         temperature: Bradley-Terry temperature, in units of utility.
-        tie_width: Largest difference between the noisy utilities of neighbours in a ranking that tie.
+        tie_width: Largest difference in noisy utility at which neighbours in a ranking are tied.
         lapse: Probability of a random ranking, from 0 to 1.
 
     Returns:
@@ -157,7 +157,8 @@ def calibrated_temperature(utility_a_NR: np.ndarray, utility_b_NR: np.ndarray, *
     """Returns the temperature at which the `agreement` of labelers is ``target``; papers report rates of 0.72 to 0.78.
 
     Raises:
-        ValueError: If no temperature results in that rate, because the labelers differ too much or not at all.
+        ValueError: If no temperature from 0.001 to 100 results in that rate, for example because the labelers differ
+            too much.
     """
 
     def excess(log_temperature: float) -> float:

@@ -1,8 +1,8 @@
 """Prompts of the built-in world: their kinds and wordings, the set of all prompts, and its splits.
 
-A *kind* is a type of request, such as a colour, a comparison or harmful help. A *wording* is one way to phrase it, with
-slots for things (``x``, ``y``), a colour (``c``), a place (``p``), a number (``n``), a category (``g``), a benign verb
-(``v``) or a harmful verb (``h``).
+A *kind* is a type of request, such as a question about a colour, a comparison of two things or a request for harmful
+help. A *wording* is one way to phrase it, with slots for things (``x``, ``y``), a colour (``c``), a place (``p``), a
+number (``n``), a category (``g``), a benign verb (``v``) or a harmful verb (``h``).
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def split_prompts(world: World, seed: int, *, held_out: float = 0.3) -> PromptSe
 
 
 def draw_prompts(universe: Universe, n: int, rng: np.random.Generator) -> list[Prompt]:
-    """Draws n prompts by the weights of their kinds and prompts, and adds random polite prefixes."""
+    """Draws n prompts by the weights of kinds and prompts, and adds random polite prefixes to single-turn prompts."""
     kind_weights = np.asarray([KINDS[KIND_INDEX[name]].weight for name in universe])
     names = list(universe)
     counts = rng.multinomial(n, kind_weights / kind_weights.sum())

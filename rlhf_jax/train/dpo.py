@@ -39,11 +39,11 @@ class Hyper:
     label_smoothing: Any = 0.0
     """Assumed share of flipped labels, in [0, 1/2), for cDPO and robust DPO (DPO: 0)."""
     desirable_weight: Any = 1.0
-    """Weight of good answers in KTO (lambda_D in the paper; 1)."""
+    """Weight of good answers in KTO (lambda_D; 1 in the paper)."""
     undesirable_weight: Any = 1.0
-    """Weight of bad answers in KTO (lambda_U in the paper; 1)."""
+    """Weight of bad answers in KTO (lambda_U; 1 in the paper)."""
     odds_weight: Any = 0.1
-    """Weight of ORPO's odds-ratio term (lambda in the paper; 0.1)."""
+    """Weight of ORPO's odds-ratio term (lambda; 0.1 in the paper)."""
     margin: Any = 0.5
     """Target margin of SimPO (gamma in the paper)."""
     sft_coef: Any = 1.0
@@ -102,7 +102,7 @@ def mismatched(batch: Preferences, *, prompt_width: int, shift: int = 1) -> Pref
 
 
 def frozen_as_reference(frozen: Any) -> Params:
-    """Returns ``frozen``, for steps whose frozen parameters are the reference (the base model of adapters)."""
+    """Returns ``frozen``, for steps whose frozen parameters are the reference, such as the base model of adapters."""
     return frozen
 
 
@@ -130,7 +130,7 @@ def make_train_step(
             ``partial(lm.lora.attach, scale=...)``, the state holds adapters, and ``frozen`` is their base model and, by
             default, also the reference. By default all parameters are trained.
         micro_batches: Number of parts into which the batch is split to save memory. The update does not depend on it.
-        axis_name: Axis of devices that share the batch.
+        axis_name: Name of the mapped axis over which the batch is split; None if it is not split.
 
     Returns:
         A step. ``frozen`` is the argument of ``reference`` and ``join``, by default the parameters of the reference;
@@ -138,11 +138,12 @@ def make_train_step(
 
         - ``loss``: the loss, in nats per row for DPO.
         - ``accuracy``: share of the rows in which the better answer has the higher implicit reward, ties counting one
-          half; for answers labelled good or bad, share of the answers whose reward has the right sign.
-        - ``margin``: mean reward of the better answer minus the reward of the worse; not for answers labelled good or
-          bad.
-        - ``chosen_reward``, ``rejected_reward``: mean implicit rewards, ``beta log(pi / pi_ref)`` for DPO.
-        - ``chosen_logprob``, ``rejected_logprob``: mean log-probabilities, in nats per answer. Both usually fall.
+          half (with ``targets_B``, the expected share); for answers labelled good or bad, share of the answers whose
+          reward has the right sign.
+        - ``margin``: mean difference between the rewards of the better and the worse answer; for pairs only.
+        - ``chosen_reward``, ``rejected_reward``: mean implicit rewards of the better and worse (or good and bad)
+          answers, ``beta log(pi / pi_ref)`` for DPO.
+        - ``chosen_logprob``, ``rejected_logprob``: their mean log-probabilities, in nats per answer. Both usually fall.
         - ``baseline``: KTO's baseline, in nats per answer, if the batch has mismatched answers.
         - ``grad_norm``: l2 norm of the gradient before clipping.
         - ``learning_rate``: learning rate of the step.

@@ -10,8 +10,8 @@ methods without a critic. Each method is a choice of estimator, reduction and KL
     Dr. GRPO      partial(dr_grpo, samples=8)     constant_mean
     REINFORCE++   reinforce_pp                    token_mean
 
-If devices share a batch, `ppo` also passes ``axis_name`` to the estimator, which then computes batch statistics over
-all devices. All responses to a prompt are on the same device.
+If a batch is split over devices, `ppo` also passes ``axis_name`` to the estimator, which then computes batch statistics
+over all devices. All responses to a prompt are on the same device.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Scored(NamedTuple):
 
 
 Estimator = Callable[..., tuple[jax.Array, jax.Array | None]]
-"""``(scored, hyper) -> (advantages_BT, returns_BT or None)``, with ``axis_name=...`` if devices share a batch."""
+"""``(scored, hyper) -> (advantages_BT, returns_BT or None)``, with ``axis_name=...`` if devices split the batch."""
 
 
 def gae(
@@ -58,7 +58,7 @@ def gae(
     whiten: bool = True,
     axis_name: AxisName = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes PPO's advantages: GAE on KL-penalised rewards (Schulman 2016 Eq 16; InstructGPT 3.5).
+    """Computes PPO's advantages: GAE on KL-penalised rewards (Schulman 2016 Eq 16; InstructGPT, section 3.5).
 
     ``delta_t = r_t + gamma V_{t+1} - V_t``, ``A_t = delta_t + gamma lambda A_{t+1}`` and ``R_t = A_t + V_t``, where
     ``r_t`` is from :func:`token_rewards`, and ``V`` and ``A`` are 0 after the last token.
@@ -69,7 +69,7 @@ def gae(
         whiten_rewards: Whether to scale the per-token rewards, including the KL penalty, to variance 1 without changing
             their mean (Ziegler 2019).
         whiten: Whether to whiten the advantages over all tokens of the batch, after the returns are computed.
-        axis_name: Axis of devices that share the batch.
+        axis_name: Name of the mapped axis over which the batch is split; None if it is not split.
 
     Returns:
         ``(advantages_BT, returns_BT)``.
@@ -99,13 +99,13 @@ def gae(
 
 
 def reinforce(scored: Scored, hyper: Any, *, axis_name: AxisName = None) -> tuple[jax.Array, None]:
-    """Computes REINFORCE's advantages: the return minus the mean of all earlier returns (Ahmadian 2024, 2)."""
+    """Computes REINFORCE's advantages: the return minus the mean of all earlier returns (Ahmadian 2024)."""
     del hyper, axis_name
     return _broadcast(sequence_rewards(scored) - scored.past_return, scored), None
 
 
 def rloo(scored: Scored, hyper: Any, *, samples: int, axis_name: AxisName = None) -> tuple[jax.Array, None]:
-    """Computes RLOO's advantages: the return minus the mean of the prompt's other responses (Ahmadian 2024, 2.3).
+    """Computes RLOO's advantages: the return minus the mean return of the prompt's other responses (Ahmadian 2024).
 
     ``A_i = R_i - 1 / (K - 1) sum_{j != i} R_j``, where R is the score minus the KL penalty.
 
@@ -134,7 +134,7 @@ def rloo(scored: Scored, hyper: Any, *, samples: int, axis_name: AxisName = None
 
 
 def grpo(scored: Scored, hyper: Any, *, samples: int, axis_name: AxisName = None) -> tuple[jax.Array, None]:
-    """Computes GRPO's advantages: the prompt's scores, scaled to mean 0 and variance 1 (Shao 2024, 4.1).
+    """Computes GRPO's advantages: the prompt's scores, scaled to mean 0 and variance 1 (Shao 2024, section 4.1).
 
     The advantages do not include a KL penalty; pass ``kl_loss=kl.k3`` to `ppo.make_train_step` to add one to the loss.
 
@@ -174,7 +174,7 @@ def dr_grpo(scored: Scored, hyper: Any, *, samples: int, axis_name: AxisName = N
 
 
 def reinforce_pp(scored: Scored, hyper: Any, *, axis_name: AxisName = None) -> tuple[jax.Array, None]:
-    """Computes REINFORCE++'s advantages: whitened discounted sums of later per-token rewards (Hu 2025)."""
+    """Computes REINFORCE++'s advantages: whitened, discounted sums of the rewards from each token on (Hu 2025)."""
     rewards_to_go = partial(advantages.gae, discount=hyper.discount, lambda_=1.0)
     zeros_BT = jnp.zeros_like(scored.logprobs_BT)
     advantages_BT, _ = jax.vmap(rewards_to_go)(token_rewards(scored), zeros_BT, scored.mask_BT)

@@ -27,7 +27,7 @@ Log = Callable[[int, dict[str, float]], None]
 
 
 class Preempted(Exception):
-    """SIGTERM or SIGINT stopped the run between two iterations. Call `fit` again to resume it.
+    """SIGTERM or SIGINT stopped the run between two iterations. Call `fit` again to resume from a saved checkpoint.
 
     Attributes:
         stage: Name of the stage.
@@ -42,7 +42,7 @@ class Preempted(Exception):
 
 
 class Alarmed(Exception):
-    """Raised by a ``log`` as ``Alarmed(reason)`` to stop the run; `fit` saves the state and raises it again.
+    """Raised by a ``log`` as ``Alarmed(reason)`` to stop the run; `fit` saves the state and re-raises it.
 
     Attributes:
         reason: The reason that the log gave.
@@ -70,7 +70,7 @@ def _saved_text(saved: bool) -> str:
 
 
 class DivergedError(RuntimeError):
-    """Too many consecutive steps were skipped as non-finite; the weights are those of the last finite step."""
+    """Too many consecutive steps were not finite and were skipped; the weights are those of the last finite step."""
 
 
 class StageLog:
@@ -183,7 +183,7 @@ def _warn_on_stderr(text: str) -> None:
 
 
 def _identity(stage: str, rng: jax.Array, fingerprint: Any) -> dict[str, Any]:
-    """Returns the values that identify the run of a checkpoint, in the form in which JSON restores them."""
+    """Returns the values by which a checkpoint is matched to its run, as plain JSON types."""
     words = jax.random.key_data(rng) if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) else rng
     return {"stage": stage, "rng": np.asarray(words).ravel().tolist(), "fingerprint": fingerprint}
 
@@ -250,19 +250,20 @@ def fit(
         rng: One key for the whole run.
         frozen: Inputs that the step uses but does not change, such as the parameters of a reference model.
         stage: Name of the stage in messages, progress and checkpoints.
-        log: A `metrics.MetricLog`, whose rows are written under ``stage``, or a function ``log(step, floats)``, which
-            is called one iteration late. The function may raise `Alarmed` to stop the run before the next iteration.
-            Any other exception stops the run immediately, without saving.
+        log: A `metrics.MetricLog`, whose rows are written under ``stage``, or a function ``log(step, floats)``. To keep
+            the device busy, an iteration is usually logged after the next one has been dispatched. The function may
+            raise `Alarmed` to stop the run before a further iteration is dispatched. Any other exception stops the run
+            immediately, without saving.
         log_every: Logging interval, in iterations. The last iteration is always logged.
         checkpoints: Checkpoints from which to resume and to which to save; None for neither.
         save_every: Checkpoint interval, in iterations; None to save only at the end or when the run is stopped.
-        progress: ``progress(stage, done, steps, floats)``, called with empty floats at the start, and after each
-            iteration, one iteration late.
+        progress: ``progress(stage, done, steps, floats)``, called with an empty dict at the start and then once per
+            iteration, with the same delay as ``log``.
         callbacks: Called as ``callback(done, state, metrics)`` after each iteration, with arrays that may not be
             computed yet; reading them waits for the device. The state is donated to the next step, so copy what you
             keep. A dict that a callback returns is logged with the metrics of the iteration.
         max_skipped: Stop after this many consecutive iterations with the metric ``skipped`` above 0, counted across
-            resumes. A skipped step leaves the parameters unchanged. The state is saved when the run stops, so that
+            resumes. A skipped update leaves the parameters unchanged. The state is saved when the run stops, so that
             starting it again resumes after the skipped iterations.
         fingerprint: JSON value that identifies data, seed and batch size. It must be the same when a run is resumed.
         should_stop: ``should_stop(done, wanted)`` returns whether to stop after ``done`` iterations; ``wanted`` is
@@ -275,8 +276,8 @@ def fit(
         The state after ``steps`` iterations.
 
     Raises:
-        Preempted: On SIGTERM or Ctrl-C, if the main thread runs the loop; the state is saved if ``checkpoints`` is
-            given.
+        Preempted: On SIGTERM or Ctrl-C, if the main thread runs the loop, or if ``should_stop`` returns True for
+            another reason; the state is saved if ``checkpoints`` is given.
         Alarmed: If the log raised it; the state is saved if ``checkpoints`` is given.
         DivergedError: After ``max_skipped`` consecutive skipped iterations; the state is saved if ``checkpoints`` is
             given.
@@ -303,8 +304,9 @@ def fit(
         4 3.0
         3.0
     """
-    if log_every < 1 or (save_every is not None and save_every < 1):
-        raise ValueError(f"save_every is {save_every} and log_every {log_every}; both must be positive")
+    for name, interval in (("log_every", log_every), ("save_every", save_every)):
+        if interval is not None and interval < 1:
+            raise ValueError(f"{name} is {interval}; it must be positive")
     identity = _identity(stage, rng, fingerprint)
     start, state, skipped = _resume(checkpoints, state, steps, identity)
     if isinstance(log, metrics_lib.MetricLog):

@@ -31,11 +31,11 @@ def minibatches(
 
     Args:
         rng: Key; consumed.
-        rows: Number of rows of this device; a multiple of ``count`` times its number of blocks.
+        rows: Number of rows of this device; a multiple of ``count`` times the number of blocks per device.
         epochs: Number of passes over the rows.
         count: Minibatches per epoch.
         shards: Number of blocks over all devices; a multiple of the number of devices.
-        axis_name: Axis of devices that share the batch.
+        axis_name: Name of the mapped axis over which the batch is split; None if it is not split.
 
     Returns:
         ``[U, S, R]`` int32: for each of the U = epochs * count updates, R row indices within each of the S blocks of
@@ -56,7 +56,7 @@ def minibatches(
     """
     devices = 1 if axis_name is None else lax.psum(1, axis_name)
     if shards < 1 or shards % devices:
-        raise ValueError(f"shards is {shards}; it must be a multiple of the {devices} devices that share a batch")
+        raise ValueError(f"shards is {shards}; it must be a multiple of the number of devices, {devices}")
     local_shards = shards // devices
     if rows % (local_shards * count):
         blocks = "" if local_shards == 1 else f" of {local_shards} shards"

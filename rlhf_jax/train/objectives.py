@@ -45,7 +45,7 @@ class Scored(NamedTuple):
     def pairs(self) -> tuple[jax.Array, ...]:
         """Returns the policy's log-probabilities of the better and worse answers, then the reference's, each ``[B]``.
 
-        Raises ``ValueError`` if there is no reference, and as :meth:`policy_pair` does.
+        Raises ``ValueError`` if there is no reference, or for a batch that :meth:`policy_pair` rejects.
         """
         return (*self.policy_pair(), *_columns(_present(self.reference_BK, "reference log-probabilities")))
 
@@ -80,7 +80,7 @@ Objective = Callable[[Scored, Any], tuple[jax.Array, jax.Array]]
 def dpo(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
     """Computes the DPO loss ``-log sigmoid(beta h)`` (Rafailov 2023 Eq 7).
 
-    Here h is the log-ratio of the better answer minus the log-ratio of the worse answer. If ``hyper.label_smoothing``
+    Here h is ``log(policy / reference)`` of the better answer minus that of the worse. If ``hyper.label_smoothing``
     (eps) is above 0, the loss is cDPO's: ``-(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h)``.
 
     Example:
@@ -131,7 +131,7 @@ def kto(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def orpo(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
-    """Computes the ORPO loss on mean log-probabilities, which are also the rewards; no reference (Hong 2024)."""
+    """Computes the ORPO loss, which needs no reference (Hong 2024); the rewards are mean log-probabilities."""
     means = scored.means()
     return preference.orpo(*means.policy_pair(), weight=hyper.odds_weight), means.policy_BK
 
@@ -162,7 +162,7 @@ def per_token(objective: Objective) -> Objective:
 
 
 def soft(objective: Objective) -> Objective:
-    """Computes the expected loss if labels are correct with probability ``targets_B`` (Constitutional AI 4.1)."""
+    """Computes the expected loss if labels are correct with probability ``targets_B`` (Bai 2022, Constitutional AI)."""
 
     def expected(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
         p_B, hard = masking.as_float32(_present(scored.targets_B, "targets_B")), scored._replace(targets_B=None)

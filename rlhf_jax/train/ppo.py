@@ -1,4 +1,4 @@
-"""PPO and PPO-ptx for language models (InstructGPT 3.5 and C.4; Stiennon 2020; Ziegler 2019).
+"""PPO and PPO-ptx for language models (InstructGPT, sections 3.5 and C.4; Stiennon 2020; Ziegler 2019).
 
 The functions of this module follow the algorithm. `collect` samples and scores, `loss` is the objective of a minibatch,
 `update` runs the optimiser steps, and `make_train_step` combines them into one program::
@@ -12,8 +12,8 @@ The functions of this module follow the algorithm. `collect` samples and scores,
     update   6. ptx                  gamma times the pretraining loss                     InstructGPT Eq 2
              7. optimiser step       and moving average of the policy weights             InstructGPT C.4
 
-An estimator from `train.estimators` performs steps 3 and 4. With other estimators and without a critic, the same
-functions implement REINFORCE, RLOO, GRPO, Dr. GRPO and REINFORCE++.
+An estimator from `train.estimators` performs steps 3 and 4. With estimators other than GAE and without a critic, the
+same functions implement REINFORCE, RLOO, GRPO, Dr. GRPO and REINFORCE++.
 """
 
 from __future__ import annotations
@@ -86,11 +86,11 @@ def collect(
     correct_sampler: bool = False,
     axis_name: AxisName = None,
 ) -> tuple[Experience, dict[str, Any]]:
-    """Samples responses, scores them and computes advantages and returns (InstructGPT 3.5).
+    """Samples responses, scores them and computes advantages and returns (InstructGPT, section 3.5).
 
-    `Models.logprobs` computes the log-probabilities of the old policy, of the reference and of the updated policy, so
-    the ratio is 1 before the first update and the KL between equal models is 0. The metric ``sampler_gap`` compares the
-    old log-probabilities with those that the sampler reports.
+    `Models.logprobs` computes the log-probabilities of the old policy, of the reference and of the updated policy.
+    Before the first update, the probability ratio is therefore 1, and the KL between equal models is 0. The metric
+    ``sampler_gap`` compares the old log-probabilities with those that the sampler reports.
 
     Args:
         models: The functions to call.
@@ -110,7 +110,7 @@ def collect(
         logged.
 
     Raises:
-        ValueError: If `Models.score` does not return one score per response, or if the estimator refuses the batch.
+        ValueError: If `Models.score` does not return one score per response, or if the estimator rejects the batch.
     """
     params = models.join(frozen, params)
 
@@ -189,9 +189,9 @@ def loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes the clipped policy loss plus the clipped value loss of a minibatch.
 
-    With ``u_t = exp(log pi - log pi_old)``, the policy loss is the mean of ``max(-A u, -A clip(u, 1 - eps, 1 + eps))``
+    With ``u = exp(log pi - log pi_old)``, the policy loss is the mean of ``max(-A u, -A clip(u, 1 - eps, 1 + eps))``
     (Schulman 2017 Eq 7), and the value loss is half the mean of ``max((V - R)^2, (clip(V, V_old +- eps_v) - R)^2)``
-    (Ziegler 2019, code).
+    (Ziegler 2019, code). ``eps`` is `Hyper.clip`, and ``eps_v`` is `Hyper.value_clip`.
 
     Args:
         models: The functions to call.
@@ -199,7 +199,7 @@ def loss(
         experience: The minibatch.
         hyper: Hyperparameters.
         weights_B: Weight of the tokens of each response in the policy loss. By default the loss is a mean over tokens.
-        denominators: Denominators for ``weights_B``; give both or neither.
+        denominators: Denominators for ``weights_B``; pass both or neither.
         kl_loss, entropy_bonus, axis_name: As in `make_train_step`.
 
     Returns:
@@ -269,7 +269,7 @@ def update(
     """Trains policy and critic on a batch of experience: ``epochs * minibatches`` optimiser steps in one scan.
 
     Each epoch draws new minibatches. In PPO-ptx, the gradients of the PPO loss and of the pretraining loss are computed
-    one after the other and added before one optimiser step (InstructGPT C.4).
+    one after the other and added before each optimiser step (InstructGPT C.4).
 
     Args:
         models: The functions to call.
@@ -371,7 +371,7 @@ def make_train_step(
     Args:
         models: The functions to call.
         epochs: Passes over each rollout (1 in InstructGPT, 4 in Ziegler and Stiennon).
-        minibatches: Optimiser steps per epoch (8 in InstructGPT); divides the number of responses.
+        minibatches: Optimiser steps per epoch (8 in InstructGPT); must divide the number of responses.
         micro_batches: Number of parts into which a minibatch is split to save memory. The gradient does not depend on
             it.
         samples: Number of responses to each prompt. `Models.generate` receives ``samples`` keys per prompt and returns
@@ -391,9 +391,9 @@ def make_train_step(
         shards: Number of blocks of adjacent rows into which responses and pretraining rows are divided; a minibatch
             takes the same number of rows from each block (`train.minibatches`). If ``shards`` is a multiple of the
             number of devices, no row leaves its device.
-        axis_name: Axis of devices that share the batch under `shard_map` or `pmap`, each with its own prompts and
-            pretraining rows. The number of devices must divide ``shards``. The result is the same as on one device with
-            all rows.
+        axis_name: Name of the mapped axis (`shard_map`, `pmap`) over which prompts and pretraining rows are split; None
+            if they are not split. The number of devices must divide ``shards``. The result is the same as on one device
+            with all rows.
 
     Returns:
         The train step; compile it with `parallel.jit_step`, which donates ``state``. ``state`` is a `PPOState`,
@@ -411,7 +411,7 @@ def make_train_step(
         - ``sampler_ess``: effective sample size of the importance weights, as a share of the tokens.
         - ``explained_variance``: 1 - (mean squared error of the critic) / (variance of the returns).
         - ``heldout_reward``: mean score under `Frozen.heldout`. The means of `Models.watch` are logged under its names.
-        - ``bad_rows``, ``bad_row``: number of responses with a non-finite number; index of the first, or -1 for none.
+        - ``bad_rows``, ``bad_row``: number of responses with a NaN or infinity; index of the first, or -1 for none.
 
         Metrics of the updates, averaged over the updates if not stated otherwise:
 

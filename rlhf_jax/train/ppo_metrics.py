@@ -32,7 +32,7 @@ def rollout_metrics(
         entropy_BT: Entropy of the policy at each response token, in nats.
         scored: The batch that the advantage estimator received.
         returns_BT: Targets of the critic in units of reward; None without a critic.
-        axis_name: Axis of devices that share the batch.
+        axis_name: Name of the mapped axis over which the batch is split; None if it is not split.
 
     Returns:
         A dict of float32 scalars and `metrics.Metric`.

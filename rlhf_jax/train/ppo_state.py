@@ -85,7 +85,7 @@ class Hyper:
     temperature: Any = 1.0
     """Temperature of the policy, used for sampling and for every log-probability (InstructGPT: 1)."""
     missing_stop_score: Any = -1.0
-    """Score of a response without a stop token (Ziegler 2019: -1), as applied by the ``unfinished`` of the step."""
+    """Score of a response without a stop token (Ziegler 2019: -1); `subtract_penalty` adds it to the score instead."""
     reward_clip: Any = jnp.inf
     """Scores are clipped to [-reward_clip, reward_clip] (Xu 2024: 20); infinity disables clipping."""
     value_coef: Any = 1.0

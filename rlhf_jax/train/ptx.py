@@ -1,4 +1,4 @@
-"""The pretraining term of PPO-ptx (InstructGPT 3.5, Eq 2): its loss, and its coefficient in two normalisations."""
+"""The pretraining term of PPO-ptx (InstructGPT, Eq 2): its loss, and its coefficient in two normalisations."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def ptx_loss(models: Models, policy: Params, rows: sft.TokenBatch, *, axis_name:
     """Returns the mean negative log-probability of the pretraining tokens (InstructGPT Eq 2, second term).
 
     Args:
-        models: Its ``token_logprobs`` is called.
+        models: The functions of PPO; only ``token_logprobs`` is called.
         policy: Parameters of the policy.
         rows: Pretraining rows; ``loss_mask_BL`` selects the tokens.
-        axis_name: Axis of devices that share the rows.
+        axis_name: Name of the mapped axis over which the rows are split; None if they are not split.
 
     Returns:
         A float32 scalar, in nats per token.
@@ -44,12 +44,14 @@ def coefficients(
 ) -> dict[str, jax.Array]:
     """Converts ``ptx_coef``, the weight of :func:`ptx_loss`, to two common normalisations of the losses.
 
-    InstructGPT does not state the normalisation of its coefficient 27.8. Up to a constant factor, the gradient of the
-    objective is the same with:
+    InstructGPT does not state the normalisation of its coefficient 27.8. If all responses have the same weight, each
+    returned coefficient yields the same gradient as ``ptx_coef`` in `ppo.update`, up to a constant factor, in an
+    objective with another normalisation:
 
-    - ``ptx_coef_per_token``, if both terms are means over their tokens;
-    - ``ptx_coef_per_sequence``, if both are means over sequences of sums over tokens, as Eq 2 is written. It equals
-      ``ptx_coef_per_token`` times the mean length of a response, divided by the mean length of a pretraining row.
+    - ``ptx_coef_per_token`` is for an objective in which both terms are means over their tokens.
+    - ``ptx_coef_per_sequence`` is for an objective in which both terms are means over sequences of sums over tokens, as
+      Eq 2 is written. It equals ``ptx_coef_per_token`` times the mean length of a response, divided by the mean length
+      of a pretraining row.
 
     Args:
         ptx_coef: Weight gamma of the pretraining loss.
@@ -57,13 +59,13 @@ def coefficients(
         mask_BT: bool, the response tokens.
         weights_B: Weight of the tokens of each response, from an `aggregation.Reduction` applied to ``mask_BT``.
         total: Denominator from the same reduction.
-        axis_name: Axis of devices that share the batch.
+        axis_name: Name of the mapped axis over which the batch is split; None if it is not split.
 
     Returns:
         A dict with both coefficients, float32 scalars.
     """
     ones_BT = jnp.ones(mask_BT.shape)
-    # The reduced loss if the loss of every token were 1; exactly 1 if the reduction is a mean over tokens.
+    # The value of the reduced loss if every token had loss 1; exactly 1 if the reduction is a mean over tokens.
     scale = aggregation.weighted_sum(ones_BT, weights_B, where=mask_BT, axis_name=axis_name) / total
     per_token = ptx_coef / jnp.maximum(scale, 1e-8)
     lengths = _mean_length(mask_BT, axis_name), _mean_length(rows.loss_mask_BL, axis_name)

@@ -16,7 +16,7 @@ from rlhf_jax.types import Comparisons, PackedComparisons
 
 
 class PairCounts(NamedTuple):
-    """Counts of the pairs of a prompt's completions that have different ranks."""
+    """Counts over the pairs of completions of a prompt that differ in rank."""
 
     right: jax.Array
     """Number of pairs in which the preferred completion has the higher score; equal scores count one half."""
@@ -71,13 +71,13 @@ def make_train_step(
 
     The loss is the mean over the prompts that have at least one pair with different ranks. By default, the loss of a
     prompt is the mean of ``-log sigmoid(r_w - r_l)`` over its pairs (InstructGPT Eq 1). With
-    ``hyper["domain_weights"]``, the loss is a weighted sum of the mean losses of the domains (Bai 2022, 5.1.2), and
-    ``batch.domain_B`` holds the domain of each prompt.
+    ``hyper["domain_weights"]``, the loss is a weighted sum of the mean losses of the domains (Bai 2022, HH-RLHF,
+    section 5.1.2), and ``batch.domain_B`` holds the domain of each prompt.
 
     Args:
         score: ``(params, tokens_BL, mask_BL=...) -> [B]``, such as `lm.score`. For a model with H heads, it returns
-            ``[B, H]``. The heads then form an ensemble: each learns from every prompt, and the loss is the mean over
-            heads.
+            ``[B, H]``. By default, the heads form an ensemble: each learns from every prompt, and the loss is the mean
+            over heads.
         packed_scores: ``(params, tokens_RL, segments_RL, places_BK) -> [B, K]``, such as `lm.packed_scores`. If given,
             the step also accepts `types.PackedComparisons`, whose number of groups must equal ``micro_batches``, and
             computes the same result with less padding.
@@ -91,7 +91,7 @@ def make_train_step(
                 lambda base, params: {**lora.attach(base, params["lora"], scale=...), "head": params["head"]}
 
         micro_batches: Number of parts into which the batch is split to save memory. The update does not depend on it.
-        axis_name: Axis of devices that share the batch; None if they do not share it.
+        axis_name: Name of the mapped axis over which the batch is split; None if it is not split.
 
     Returns:
         A step. ``frozen`` is the first argument of ``join``; ``hyper`` is a dict with ``learning_rate``,
@@ -122,7 +122,7 @@ def make_train_step(
         return score_all_packed(packed_scores, params, batch)
 
     def scores_of_heads(scores: jax.Array, batch: Comparisons | PackedComparisons) -> jax.Array:
-        """Returns the scores that each head learns from, ``[H, B, K]``; H is 1 for one head or ``head_of_domain``."""
+        """Returns the scores from which each head learns, ``[H, B, K]``; H is 1 with ``head_of_domain``."""
         if scores.ndim == 2:
             return scores[None]
         if not head_of_domain:
@@ -156,8 +156,8 @@ def make_train_step(
             where_GB = _by_domain(informative_B, batch, weights_G.shape[0])
             masked = partial(masking.masked_sum, losses_B, axis_name=axis_name)
             sums_G = jax.vmap(lambda where_B: masked(where=where_B))(where_GB)
-            # A domain without a weight makes the loss NaN: the step is skipped instead of ignoring the domain's
-            # prompts.
+            # If a domain has no weight, the loss is NaN, so the step is skipped. Otherwise, the domain's prompts would
+            # be ignored silently.
             ignored_B = jnp.any(where_GB, axis=0) != informative_B
             complete = masking.masked_count(ignored_B, where=ignored_B, axis_name=axis_name) == 0
             value = jnp.where(complete, jnp.sum(weights_G * sums_G / jnp.maximum(total, 1.0)), jnp.nan)

@@ -27,9 +27,9 @@ class TokenBatch:
     mask_BL: jax.Array
     """bool, True at real tokens."""
     loss_mask_BL: jax.Array
-    """bool, True at the tokens whose log-probability is trained on."""
+    """bool, True at the tokens that contribute to the loss."""
     segments_BL: jax.Array | None = None
-    """int32, the sequence to which each token of a packed row belongs (`data.packing`); None if rows are not packed.
+    """int32, number of the sequence to which each token of a packed row belongs (`data.packing`); None without packing.
     The first token of a sequence has no context; its log-probability is 0, regardless of the loss mask."""
 
 
@@ -56,7 +56,7 @@ def make_train_step(
         join: ``(frozen, params) -> params`` builds the model's parameters. With ``partial(lm.lora.attach, scale=...)``,
             ``frozen`` is the base model and the state holds only adapters. By default all parameters are trained.
         micro_batches: Number of parts into which the batch is split to save memory. The update does not depend on it.
-        axis_name: Axis of devices that share the batch.
+        axis_name: Name of the mapped axis over which the batch is split; None if it is not split.
 
     Returns:
         A step. ``frozen`` is the first argument of ``join``; ``hyper`` is a dict with ``learning_rate`` and

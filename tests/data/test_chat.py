@@ -222,7 +222,7 @@ OPEN, CLOSE = "{% generation %}", "{% endgeneration %}"
         ),
         (
             "{{ '<|im_start|>' }}" + OPEN + "{{ m.content + m.content + '<|im_end|>' }}" + CLOSE,
-            "does not write the texts of user, assistant exactly once and in order",
+            r"does not write the text of each turn \(user, assistant\) exactly once and in order",
         ),
         (
             "{{ '<|im_start|>' }}" + OPEN + "{{ m.content }}{% if loop.last %}{{ '<|im_end|>' }}{% else %}"

@@ -114,7 +114,7 @@ def test_rows_after_the_time_limit_are_not_run(tmp_path):
     path = tmp_path / "rows.jsonl"
     row_runner.measure(["sft", "torch"], path, quick=True, run="now", minutes=0, on_row=lambda text: None)
     errors = [(each["row"], each["error"]) for each in row_context.read(path, "now")]
-    assert errors == [("sft", "not run: the time is over"), ("torch", "not run: the time is over")]
+    assert errors == [("sft", "not run: the time limit was reached"), ("torch", "not run: the time limit was reached")]
 
 
 def test_the_table_says_whether_an_aim_is_met(tmp_path):

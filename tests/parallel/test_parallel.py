@@ -70,7 +70,7 @@ def test_a_job_trained_on_one_mesh_resumes_on_another(results):
 def test_indivisible_batches_and_meshes_are_errors(results):
     errors = [each["error"] for each in results if "error" in each]
     assert len(errors) == 4
-    assert "6 rows" in errors[0] and "(.tokens_BL) is not divisible by 4 devices (data 2 x fsdp 2)" in errors[0]
+    assert "6 rows" in errors[0] and "(.tokens_BL) is not divisible by 4 batch shards (data 2 x fsdp 2)" in errors[0]
     assert "is not divisible by 8 devices" in errors[1]
     assert "the mesh axis tensor is 2; use jit_step" in errors[2]
     assert errors[3] == "a mesh of data 3 x fsdp 1 x tensor 1 x sequence 1 does not fit 8 devices"
@@ -240,5 +240,5 @@ def test_one_device_needs_no_mesh_and_data_minus_one_uses_the_remaining_devices(
     automatic = instructgpt.parse(["--preset", "smoke", "--mesh.data", "-1"])
     assert device_mesh.resolve(automatic).mesh.data == jax.device_count()
     too_many = instructgpt.parse(["--preset", "smoke", "--mesh.data", "-1", "--mesh.fsdp", "4"])
-    with pytest.raises(settings.SettingError, match=r"--mesh.simulate 4 simulates that many on the CPU"):
+    with pytest.raises(settings.SettingError, match=r"--mesh.simulate 4 simulates 4 devices on the CPU"):
         device_mesh.resolve(too_many)

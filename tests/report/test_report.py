@@ -162,7 +162,8 @@ def test_transcripts_are_escaped_and_keep_line_breaks(full_text):
     assert "<script>" not in full_text and "&lt;script&gt;" in full_text
     assert "<img src=x>" not in full_text and "a\nb" in full_text
     page = Page(full_text)
-    assert "12 of 14 held-out prompts" in page.text and "Question 11" in page.text and "Question 12" not in page.text
+    assert "12 held-out prompts; results.json contains 2 more" in page.text
+    assert "Question 11" in page.text and "Question 12" not in page.text
     assert "(empty answer)" in page.text and "0.10" in page.text
 
 
@@ -245,7 +246,8 @@ def test_the_headline_depends_on_the_interval():
 
 def test_the_ptx_coefficient_is_shown_in_both_normalisations():
     (sentence,) = results_lib.summary({"ptx_coef": {"per_token": 27.8, "per_sequence": 5.56}})
-    assert "is 27.800 if both losses are means over tokens, which is equivalent to 5.560 if both are sums" in sentence
+    assert "27.800 if this loss and the PPO loss are means over tokens" in sentence
+    assert "equivalent coefficient for sums over a sequence is 5.560." in sentence
     assert results_lib.summary({"ptx_coef": {"per_token": 27.8, "per_sequence": None}}) == []
 
 

@@ -1,1 +1,1 @@
-"""Rows of accelerator.py: what is measured on one GPU or TPU, and the processes that measure it."""
+"""Rows of accelerator.py, each a group of measurements on one GPU or TPU, and the code that runs and tabulates them."""

@@ -1,4 +1,4 @@
-"""Decoding at several batch sizes, as shares of the bandwidth, and continuous compared with static batching."""
+"""Measures decoding as a share of the memory bandwidth, and compares continuous with static batching."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlhf_jax import lm
 
 
 def decode(context: row_context.Context) -> None:
-    """Whole calls, prefill included, and the time of a decoding step without it, for each batch size."""
+    """Measures, for each batch size, a decoding step alone and a whole call, which includes the prefill."""
     shapes, cfg = context.shapes, training_rows.model(context.shapes)
     T = shapes.answer
     for batch in shapes.batches:
@@ -27,7 +27,7 @@ def decode(context: row_context.Context) -> None:
 
 
 def stream(context: row_context.Context) -> None:
-    """Answers of which every eighth is eight times as long, in refilled slots and in consecutive batches."""
+    """Measures sampling in consecutive batches and in refilled slots; one answer in eight is eight times as long."""
     shapes, cfg = context.shapes, training_rows.model(context.shapes)
     tokens = float(decode_workloads.skewed_lengths(shapes.stream_prompts, shapes.stream_short).sum())
     rates = {}

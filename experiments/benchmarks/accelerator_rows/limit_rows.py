@@ -1,4 +1,4 @@
-"""The limits of the device: the rate of matrix products and the bandwidth of its memory."""
+"""Measures the limits of the device: its rate of matrix products and its memory bandwidth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numerics of PPO: errors of the first ratio, distance of the sampler, and whether bits repeat."""
+"""Measures numerical errors of PPO (first ratio, sampler gap) and whether its results are bit-identical."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from rlhf_jax.train import ppo
 
 
 def numerics(context: row_context.Context) -> None:
-    """Metrics of an iteration that are 0 in exact arithmetic, with and without a fused kernel, and in float32."""
+    """Records metrics that would be 0 in exact arithmetic, and whether repeated iterations are bit-identical.
+
+    The metrics are recorded in bfloat16, with the default and with plain attention, and in float32.
+    """
     settings = {
         "bfloat16, plain attention": {"dtype": "bfloat16", "attention": "einsum"},
         "float32": {"dtype": "float32"},
@@ -29,7 +32,7 @@ def numerics(context: row_context.Context) -> None:
 
 
 def bits(context: row_context.Context) -> None:
-    """Whether two iterations give the same bits twice, and after a checkpoint between them was restored."""
+    """Records whether repeating two iterations is bit-identical, also with a restored checkpoint between them."""
     _record_bits(context, _Run(context.shapes, dtype="bfloat16"))
 
 
@@ -58,7 +61,7 @@ def _record_bits(context: row_context.Context, run: _Run) -> None:
 
 
 class _Run:
-    """A compiled step of PPO with a model of few layers."""
+    """A jitted step of PPO on a model with few layers."""
 
     def __init__(self, shapes: row_context.Shapes, **overrides: Any) -> None:
         cfg = training_rows.model(shapes, n_layers=shapes.small_layers, **overrides)
@@ -69,6 +72,6 @@ class _Run:
         )
 
     def step(self, state: Any) -> Any:
-        """Runs an iteration whose prompts depend on the step only."""
+        """Runs an iteration. Its prompts depend only on the step number."""
         batch = self.inputs.batch(np.random.default_rng(int(state.step)))
         return self._step(state, self.inputs.frozen, self.inputs.hyper, batch, jax.random.key(2))

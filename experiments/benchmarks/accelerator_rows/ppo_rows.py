@@ -1,4 +1,4 @@
-"""One iteration of PPO by its parts, and eight seeds of a small PPO as one program."""
+"""Measures the parts of a PPO iteration, and several seeds of a small PPO as one program."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from rlhf_jax.train import ppo
 
 
 def iteration(context: row_context.Context) -> None:
-    """Rollout, scoring and update of one iteration, compiled separately; one epoch."""
+    """Measures the rollout, the scoring and the update of an iteration with one epoch.
+
+    Rollout, collection (rollout and scoring) and update are compiled separately; scoring is a difference of times.
+    """
     shapes, cfg = context.shapes, training_rows.model(context.shapes)
     inputs = train_workloads.ppo_inputs(
         cfg, samples=shapes.ppo_samples, prompt=shapes.ppo_prompt, answer=shapes.ppo_answer
@@ -59,7 +62,7 @@ def iteration(context: row_context.Context) -> None:
 
 
 def seeds(context: row_context.Context) -> None:
-    """Several seeds of PPO with the model of instructgpt.py, as one program and one after the other."""
+    """Measures several seeds of PPO, as one program and one after another, on a model of instructgpt.py's size."""
     shapes, axis = context.shapes, "member"
     cfg = lm.LMConfig(
         vocab_size=256,

@@ -10,7 +10,7 @@ _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def markdown(records: Iterable[dict[str, Any]]) -> str:
-    """Returns a row for each measurement, below the device and the versions."""
+    """Returns a table with a row for each measurement, below a line with the device and the package versions."""
     records = list(records)
     lines = [each["note"] for each in records if each.get("measure") == "device"]
     rows = [_row(each) for each in records if "measure" in each and each["measure"] != "device"]

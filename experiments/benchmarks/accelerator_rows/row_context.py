@@ -23,10 +23,10 @@ class Shapes:
     sft_rows: int = 8
     sft_length: int = 2048
     pairs: int = 16
-    """Pairs of the reward model; DPO takes half as many of twice the length, so that both steps have equal tokens."""
+    """Pairs per step of the reward model. DPO uses half as many pairs of twice the length, and thus as many tokens."""
     pair_length: int = 512
     prompt: int = 512
-    """Prompt and answer of a decoding row."""
+    """Tokens per prompt in the rows that decode."""
     answer: int = 256
     batches: tuple[int, ...] = (1, 16, 64, 256)
     stream_prompts: int = 256
@@ -45,7 +45,7 @@ class Shapes:
     head_widths: tuple[int, ...] = (128, 256)
     window: int = 512
     small_layers: int = 4
-    """Layers of the model whose numerics are measured, otherwise of the size of the others."""
+    """Number of layers for ``numerics`` and ``deterministic``; otherwise, their model is that of the other rows."""
     repeats: int = 5
 
 
@@ -83,12 +83,12 @@ QUICK = Shapes(
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a row reads and where it writes."""
+    """The inputs of a row, and the file for its measurements."""
 
     path: pathlib.Path
     """The JSON-lines file."""
     run: str
-    """Name of the run, in every record."""
+    """Name of the run; part of every record."""
     row: str
     shapes: Shapes
     earlier: tuple[dict[str, Any], ...] = ()
@@ -99,22 +99,22 @@ class Context:
 
         Args:
             measure: What was measured.
-            value: The number, if there is one.
-            unit: Its unit.
-            **fields: ``share`` and ``share_of``, the number as a share of a limit; ``at_least`` or ``at_most``, the
-                aim for the share, or for the value without a share; and any other facts.
+            value: The measured value; None if there is only a note.
+            unit: Unit of the value.
+            **fields: Further entries. ``share`` is the achieved share of the measurement named ``share_of``.
+                ``at_least`` or ``at_most`` is the aim for the share or, without a share, for the value.
         """
         append(
             self.path, {"run": self.run, "row": self.row, "measure": measure, "value": value, "unit": unit, **fields}
         )
 
     def value(self, row: str, measure: str) -> float | None:
-        """Returns a number that the run has measured before; None if it has not."""
+        """Returns a value that the run has measured before, or None."""
         found = [each["value"] for each in self.earlier if (each["row"], each.get("measure")) == (row, measure)]
         return found[-1] if found else None
 
     def share(self, amount_per_second: float, limit: str) -> dict[str, Any]:
-        """Returns ``share`` and ``share_of`` for a rate, as a share of a measure of the row ``limits``."""
+        """Returns the fields ``share`` and ``share_of`` of a rate, or no fields if the limit has not been measured."""
         most = self.value("limits", limit)
         return {} if most is None else {"share": amount_per_second / most, "share_of": limit}
 
@@ -137,12 +137,12 @@ def read(path: pathlib.Path, run: str) -> tuple[dict[str, Any], ...]:
 
 
 def seconds(function: Callable[[], Any], *, repeats: int, calls: int = 1) -> tuple[float, float]:
-    """Returns the median seconds of a call, and those of the first call, which compiles.
+    """Returns the median seconds of a call, and the seconds of the first repetition, which compiles.
 
     Args:
-        function: Runs once and returns when its results are ready.
-        repeats: Number of timed repetitions, after one for warmup.
-        calls: Number of calls that the function makes.
+        function: Runs one repetition and returns when its results are ready.
+        repeats: Number of timed repetitions, after the first one and one for warmup.
+        calls: Number of calls per repetition.
     """
     began = time.perf_counter()
     function()

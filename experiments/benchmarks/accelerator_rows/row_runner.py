@@ -1,7 +1,8 @@
-"""Measures rows in a child process, so that the failure of one leaves the others unharmed.
+"""Measures rows in child processes, so that the failure of one row does not affect the others.
 
-``python -m benchmarks.accelerator_rows.row_runner`` measures the rows of its command line in turn. A row that raises is
-recorded as failed and the next one starts; if the process dies, the parent starts another for the rows that remain.
+A child, ``python -m benchmarks.accelerator_rows.row_runner``, measures the rows named on its command line. If a row
+raises an error, the row is recorded as failed and the next one starts. If the child dies, the parent starts another one
+for the remaining rows.
 """
 
 from __future__ import annotations
@@ -21,36 +22,36 @@ from benchmarks.accelerator_rows import row_context
 
 
 class Row(NamedTuple):
-    """A row of the table."""
+    """A group of measurements that the flag ``--rows`` can select."""
 
     title: str
     function: str
     """``module.function`` in this package, imported when the row starts."""
     flags: str = ""
-    """XLA flags of its process. Consecutive rows with equal flags share a process."""
+    """XLA flags of the process that measures the row. Consecutive rows with the same flags share a process."""
     alone: bool = False
-    """Whether no JAX program may use the device in its process."""
+    """Whether the row needs a process in which JAX does not use the device."""
 
 
 ROWS = {
-    "limits": Row("rate of matrix products and memory bandwidth", "limit_rows.limits"),
+    "limits": Row("rate of matrix products and memory bandwidth, to which shares refer", "limit_rows.limits"),
     "sft": Row("SFT step", "training_rows.sft"),
-    "dpo": Row("DPO step with its reference", "training_rows.dpo"),
+    "dpo": Row("DPO step, including the reference", "training_rows.dpo"),
     "reward": Row("reward model step", "training_rows.reward"),
     "decode": Row("generation and its decoding step at several batch sizes", "decoding_rows.decode"),
-    "ppo": Row("PPO iteration by its parts", "ppo_rows.iteration"),
-    "torch": Row("SFT, DPO and generation by transformers and torch", "torch_rows.peer", alone=True),
-    "stream": Row("continuous compared with static batching", "decoding_rows.stream"),
+    "ppo": Row("PPO iteration and its parts", "ppo_rows.iteration"),
+    "torch": Row("SFT, DPO and generation with transformers and torch", "torch_rows.peer", alone=True),
+    "stream": Row("generation with continuous and with static batching", "decoding_rows.stream"),
     "attention": Row("fused attention compared with plain XLA", "attention_rows.fused_attention"),
-    "numerics": Row("first ratio error, sampler gap, bits that repeat", "numeric_rows.numerics"),
-    "seeds": Row("eight seeds of a small PPO as one program", "ppo_rows.seeds"),
+    "numerics": Row("PPO metrics that should be 0, and whether PPO is deterministic", "numeric_rows.numerics"),
+    "seeds": Row("PPO on a small model with eight seeds, in one program", "ppo_rows.seeds"),
     "deterministic": Row(
-        "bits that repeat with XLA's deterministic operations",
+        "whether PPO is deterministic with XLA's deterministic operations",
         "numeric_rows.bits",
         flags="--xla_gpu_deterministic_ops=true",
     ),
 }
-"""In the order in which they run; the first ones matter most."""
+"""Rows by name, in the order in which they run; the most important rows come first."""
 
 
 def measure(
@@ -59,12 +60,12 @@ def measure(
     """Measures rows in child processes and appends everything to a file.
 
     Args:
-        names: Names of `ROWS`.
+        names: Keys of `ROWS`.
         path: The JSON-lines file.
         quick: Whether to use tiny shapes on the CPU.
-        run: Name of the run, in every record.
-        minutes: Limit for the whole run; rows that do not fit are recorded as not run.
-        on_row: Called with a line of text when the state of a row changes.
+        run: Name of the run; part of every record.
+        minutes: Time limit of the whole run. The row that reaches it is stopped, and later rows are not run.
+        on_row: Called with a line of text when a row ends.
     """
     deadline = time.monotonic() + 60 * minutes
     pending = list(names)
@@ -77,7 +78,7 @@ def measure(
                 record = {"run": run, "row": name, "error": status, "row_seconds": 0.0}
                 row_context.append(path, record)
                 ended[name] = record
-                status = None if time.monotonic() < deadline else "not run: the time is over"
+                status = None if time.monotonic() < deadline else "not run: the time limit was reached"
             if name in ended:
                 pending.remove(name)
                 on_row(_text(name, ended[name]))
@@ -93,27 +94,27 @@ def _run_child(
 ) -> str | None:
     """Runs a child process and returns why it ended early, if it did."""
     if time.monotonic() >= deadline:
-        return "not run: the time is over"
+        return "not run: the time limit was reached"
     command = [sys.executable, "-m", "benchmarks.accelerator_rows.row_runner", "--run", run, "--out", str(path)]
     command += ["--quick"] * quick + list(names)
     root = pathlib.Path(__file__).resolve().parents[3]
     environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"} | os.environ
     environment["PYTHONPATH"] = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     if quick:
-        environment |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling takes longest
-        flags = ""  # a CPU does not know the flags of a GPU
+        environment |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compilation dominates
+        flags = ""  # the flags are for a GPU
     environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     try:
         done = subprocess.run(
             command, cwd=root / "experiments", env=environment, timeout=deadline - time.monotonic(), check=False
         )
     except subprocess.TimeoutExpired:
-        return "stopped: the time is over"
+        return "stopped: the time limit was reached"
     return None if done.returncode == 0 else f"the process ended with status {done.returncode}"
 
 
 def main() -> None:
-    """Measures the rows of the command line in this process."""
+    """Measures the rows named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="+", choices=list(ROWS))
     parser.add_argument("--run", required=True)
@@ -142,7 +143,7 @@ def measure_row(name: str, path: pathlib.Path, *, quick: bool, run: str) -> None
         lines = str(error).splitlines() or [""]
         ended["error"] = f"{type(error).__name__}: {lines[0][:200]}"
     row_context.append(path, ended | {"row_seconds": time.monotonic() - began})
-    gc.collect()  # a row's arrays are freed before the next row starts
+    gc.collect()  # free the arrays of the row before the next one starts
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The same steps by transformers and torch, as ratios. Imports torch, and no JAX program runs in its process."""
+"""Measures the same work with torch and transformers, and how much faster this library is.
+
+These measurements need a process in which JAX does not use the device.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from benchmarks.accelerator_rows import row_context, training_rows
 
 
 def peer(context: row_context.Context) -> None:
-    """An SFT step, a DPO step and generation by transformers, with scaled dot-product attention."""
+    """Measures an SFT step, a DPO step and generation with transformers and scaled dot-product attention."""
     try:
         import torch
         import transformers
@@ -39,7 +42,7 @@ def peer(context: row_context.Context) -> None:
 
 
 def _train(context: row_context.Context, torch: Any, model: Any, device: str) -> None:
-    """Float32 parameters and fused Adam, with bfloat16 products, as in the rows that these are compared with."""
+    """Measures train steps with float32 parameters and bfloat16 products, as in the rows they are compared with."""
     shapes = context.shapes
     vocab = model.config.vocab_size
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-5, fused=device == "cuda")
@@ -110,7 +113,7 @@ def _measure(
     ours: str,
     at_least: float | None,
 ) -> None:
-    """Records a rate and the ratio of ours to it; goes on if torch fails."""
+    """Records torch's rate and the ratio of this library's rate to it, or a note if torch fails."""
     try:
         seconds, first = row_context.seconds(run, repeats=min(context.shapes.repeats, 3))
     except Exception as error:

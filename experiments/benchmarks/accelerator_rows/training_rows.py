@@ -1,4 +1,4 @@
-"""Training steps of SFT, DPO and a reward model, as shares of the rate of matrix products (MFU)."""
+"""Measures train steps of SFT, DPO and a reward model as shares of the rate of matrix products (MFU)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from rlhf_jax import lm
 
 
 def model(shapes: row_context.Shapes, **overrides: Any) -> lm.LMConfig:
-    """Returns the architecture of the rows, which computes in bfloat16."""
+    """Returns the ``pythia-1b`` of the rows in bfloat16; the shapes and ``overrides`` replace some of its fields."""
     return lm.LMConfig.preset("pythia-1b", **{"dtype": "bfloat16", **dict(shapes.model), **overrides})
 
 
 def sft(context: row_context.Context) -> None:
-    """A step of SFT on all tokens."""
+    """Measures an SFT step on all tokens."""
     shapes, cfg = context.shapes, model(context.shapes)
     rows, length = shapes.sft_rows, shapes.sft_length
     step = train_workloads.supervised(cfg, rows=rows, length=length)
@@ -24,7 +24,7 @@ def sft(context: row_context.Context) -> None:
 
 
 def dpo(context: row_context.Context) -> None:
-    """A step of DPO; the first half of each row is the prompt. The reference adds a forward pass."""
+    """Measures a DPO step, including the reference's forward pass. The first half of each row is the prompt."""
     shapes, cfg = context.shapes, model(context.shapes)
     pairs, length = shapes.pairs // 2, 2 * shapes.pair_length
     step = train_workloads.dpo(cfg, pairs=pairs, prompt=length // 2, length=length)
@@ -33,7 +33,7 @@ def dpo(context: row_context.Context) -> None:
 
 
 def reward(context: row_context.Context) -> None:
-    """A step of a reward model."""
+    """Measures a train step of a reward model."""
     shapes, cfg = context.shapes, model(context.shapes)
     step = train_workloads.reward(cfg, pairs=shapes.pairs, length=shapes.pair_length)
     flops = 3 * lm.costs.forward_flops(cfg, rows=2 * shapes.pairs, length=shapes.pair_length, logits=0)

@@ -1,4 +1,4 @@
-"""Measures one training step of Tunix's PeftTrainer on all parameters."""
+"""Measures one training step of all parameters by Tunix's PeftTrainer."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
 

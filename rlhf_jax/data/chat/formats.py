@@ -4,15 +4,15 @@ A prompt ends where an answer begins, and an answer ends with its stop token. Pr
 separately, so a prompt has the same ids in training, where an answer follows, and in generation.
 
 A chat template defines the format: the tokenizer's own template if it marks the tokens of the assistant, otherwise one
-from `templates`. A template is refused if it leaves all tokens without a loss. It is also refused if it leaves the stop
-token without a loss, because the model would then never learn to stop.
+from `templates`. A template is refused if none of the tokens that it writes would contribute to the loss. It is also
+refused if the stop token would not contribute to the loss, because the model would then never learn to stop.
 
 The ids equal those from ``tokenizer.apply_chat_template``, with three exceptions:
 
 - The text of a turn never becomes a control token, whatever a user types.
 - The tokens after the stop token of the last answer are omitted.
-- Text before and after the start of an answer is encoded separately, so no token spans it. This makes no difference
-  for the tokenizers of the supported families.
+- Text before and after the start of an answer is encoded separately, so no token spans this boundary. This makes no
+  difference for the tokenizers of the supported families.
 
 Only the template adds a beginning-of-sequence token; the tokenizer does not add another.
 """
@@ -48,13 +48,15 @@ class ChatFormat:
     stop_ids: tuple[int, ...]
     """Ids that end an answer: the token with which answers end in training, then the EOS token if it is different."""
     pad_id: int
-    """Token id used for padding; a stop token only if the tokenizer has no other pad token and no unknown token."""
+    """Token id used for padding: the pad token, or else the unknown token. A stop token is used only if the tokenizer
+    has neither, or both are stop tokens."""
     encoder: plain_text.TextEncoder = dataclasses.field(repr=False)
     control: rendering.ControlTokens = dataclasses.field(repr=False)
     frames: dict[tuple[tuple[str, ...], bool], rendering.Frame | errors.DataError] = dataclasses.field(
         default_factory=dict, repr=False
     )
-    """Cache of frames, or of errors if there is no frame, by roles and whether the generation prompt follows."""
+    """Cache of frames. A key consists of the roles and whether the generation prompt follows; the value is an error if
+    there is no frame."""
 
 
 def messages(turns: Sequence[dialogues.Turn]) -> list[dict[str, str]]:
@@ -136,14 +138,14 @@ def encode_answers(fmt: ChatFormat, answers: Sequence[str]) -> list[list[int]]:
 def encode_dialogue(
     fmt: ChatFormat, turns: Sequence[dialogues.Turn], *, train_on: Literal["all", "last"] = "all"
 ) -> tuple[list[int], list[bool]]:
-    """Returns the ids of a dialogue, and a loss mask that selects all answers or the last, with their stop tokens.
+    """Returns the ids of a dialogue, and a loss mask that selects all answers, or only the last if ``train_on="last"``.
 
     The ids equal `encode_prompt` of the turns before the last answer, followed by `encode_answer` of the last answer.
     Some templates, such as Qwen3's, write earlier answers differently from the last answer; the ids follow the
     template.
 
     Returns:
-        ``(ids, loss_mask)``, of the same length.
+        ``(ids, loss_mask)``, of the same length. The mask includes the stop token of each selected answer.
 
     Raises:
         DataError: If the dialogue does not end in an assistant turn; see also `encode_prompt`.
@@ -167,7 +169,7 @@ def encode_prompts(
     dropped for one of these reasons:
 
     - ``"no user turn"``
-    - ``"prompt too long"``: the last user turn and the turns after it do not fit
+    - ``"prompt too long"``: the system turn, the last user turn and the turns after it do not fit
     - ``"roles are refused"``: the template refuses the roles of the turns
 
     Args:
@@ -248,7 +250,10 @@ def _encode(
     frames: Sequence[rendering.Frame],
     known: dict[tuple[int, str], list[int]] | None = None,
 ) -> list[list[list[int]]]:
-    """Returns the ids of each item in each conversation's frame; encodes the texts that ``known`` lacks together."""
+    """Returns the ids of each item in each conversation's frame.
+
+    All texts that are not in ``known`` are encoded together and added to it.
+    """
     known = {} if known is None else known
     filled = []
     for turns, frame in zip(conversations, frames):
@@ -284,7 +289,7 @@ def _up_to_stop(frame: rendering.Frame, *, turn: int) -> rendering.Frame:
 
 
 def _learnt(frame: rendering.Frame, turns: Iterable[int]) -> list[bool]:
-    """Returns a mask of the items with a loss: items inside the generation marks of ``turns``, up to the stop token."""
+    """Returns a mask of the items inside the generation marks of ``turns``, up to the stop token of each turn."""
     learnt = [False] * len(frame)
     for turn in turns:
         stop = _stop_index(frame, turn)
@@ -319,7 +324,7 @@ def _choose(tokenizer: Any, model_type: str | None) -> tuple[str, str]:
             return family.forms[0], f"{family.name}'s, because the tokenizer has none"
         if tokenizer.eos_token_id is None:
             raise errors.DataError("the tokenizer has neither a chat template nor an EOS token to end an answer with")
-        # The template adds a BOS token if the tokenizer adds one to plain text (OPT), because nothing else adds it.
+        # If the tokenizer adds a BOS token to plain text, as OPT's does, the template adds it; nothing else would.
         begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         return templates.plain(bos=begins), "plain names, because the tokenizer has none"
     wanted = _sample_prompts(tokenizer, own)

@@ -17,7 +17,8 @@ from rlhf_jax.data import dialogues, errors, plain_text
 from rlhf_jax.data.chat import templates
 
 MARKED = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-"""Matches the mark before the text of an assistant turn."""
+"""Matches ``{% generation %}``. A template encloses the tokens that contribute to the loss, which are an answer and its
+stop token, in the *generation marks* ``{% generation %}`` and ``{% endgeneration %}``."""
 
 # Characters that no template uses; the em spaces show whether the template strips the text.
 _PLACEHOLDER = "\u2003\ue000{}\ue001\u2003"
@@ -28,7 +29,7 @@ _WHITE += "\u205f\u3000"
 
 
 class Slot(NamedTuple):
-    """The position of a turn's text in a frame, and whether the template strips either side of the text."""
+    """The position of a turn's text in a frame, and the sides on which the template strips white space from it."""
 
     turn: int
     strip_left: bool
@@ -82,7 +83,7 @@ class ControlTokens(NamedTuple):
 
 
 def control_tokens(tokenizer: Any, template: str) -> ControlTokens:
-    """Returns the special tokens of a tokenizer, and other added tokens in the template, such as Qwen3's ``<think>``.
+    """Returns a tokenizer's special tokens, and its other added tokens that the template contains, such as ``<think>``.
 
     Added tokens that consist of white space, as in GPT-NeoX, are not control tokens.
     """
@@ -109,7 +110,7 @@ def render(
         prompt: Whether to add the generation prompt, which begins an answer.
 
     Returns:
-        ``(text, spans)``. Each span is ``(start, end)``, the positions of two generation marks in ``text``.
+        ``(text, spans)``. Each span is ``(start, end)``, the part of ``text`` inside a pair of generation marks.
 
     Raises:
         DataError: If the template refuses the messages.
@@ -152,7 +153,7 @@ def make_frame(tokenizer: Any, template: str, control: ControlTokens, roles: Seq
     slots = list(_PLACEHOLDER_PATTERN.finditer(text))
     if [int(slot[2]) for slot in slots] != list(range(len(roles))):
         raise errors.DataError(
-            f"the chat template does not write the texts of {', '.join(roles)} exactly once and in order"
+            f"the chat template does not write the text of each turn ({', '.join(roles)}) exactly once and in order"
         )
     answer_at = functools.partial(_answer_at, spans=spans, slots=slots, roles=roles)
     events: list[tuple[int, int, str, Any]] = [(slot.start(), slot.end(), "slot", slot) for slot in slots]

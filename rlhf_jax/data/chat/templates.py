@@ -6,7 +6,8 @@ answer and the token that ends it. Two parts of the text are fixed so that train
 Llama 3.1's system turn always contains the same date, and Qwen3's thinking block is always empty.
 
 The templates of a family can have several forms, for example with or without a default system turn, or with different
-spaces. The form that is used for a tokenizer writes the same text as the tokenizer's own template.
+spaces. `chat.chat_format` uses the form that writes the same text as the tokenizer's own template. If there is none, it
+uses the first form of the family, provided that the family can be identified.
 """
 
 from __future__ import annotations
@@ -228,7 +229,7 @@ def candidates(has_token: Callable[[str], bool]) -> list[Family]:
 
 
 def likely(has_token: Callable[[str], bool], model_type: str | None) -> Family | None:
-    """Returns, among the `candidates`, the family of ``model_type``, else the first unambiguous family, else None."""
+    """Returns the first of the `candidates` with this ``model_type``, else the first unambiguous one, else None."""
     present = candidates(has_token)
     by_type = [family for family in present if model_type in family.model_types]
     return next(iter([*by_type, *(family for family in present if family.unambiguous)]), None)

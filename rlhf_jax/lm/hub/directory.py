@@ -62,7 +62,7 @@ def load(
 
     Args:
         path: A local directory.
-        dtype: Dtype of the parameters, whatever the dtype of the files.
+        dtype: Dtype of the parameters, regardless of the dtype of the files; a head is always float32.
         shard: Maps logical axes to a sharding; by default, parameters are placed on the default device.
 
     Returns:
@@ -131,7 +131,7 @@ def save(
         pad_id: ``pad_token_id`` of a reward model if the tokenizer does not define it; ``transformers`` uses it to find
             the last token of each row.
         normalisation: Record of how the scores of a reward model were normalised, saved in ``config.json``.
-        max_shard_bytes: Maximum size of each file.
+        max_shard_bytes: Maximum size of each file; a larger tensor is written to a separate file.
 
     Raises:
         ValueError: No model type can represent ``cfg``, or a parameter is missing, of the wrong shape or not finite.
@@ -174,11 +174,15 @@ def model_type_of(cfg: config.LMConfig) -> str:
     """Returns ``cfg.model_type``, or the first model type that can represent ``cfg``.
 
     Raises:
-        ValueError: No model type can represent ``cfg``. The message lists the fields that each type would require.
+        ValueError: No model type can represent ``cfg``. The message says why for each type.
     """
     reasons = []
     for name in [cfg.model_type] if cfg.model_type else families.FAMILIES:
-        wrong = _lost(cfg, name)
+        try:
+            wrong = _lost(cfg, name)
+        except ValueError as error:
+            reasons.append(f"{name}: {error}")
+            continue
         if not wrong:
             return name
         reasons.append(f"{name} needs " + ", ".join(f"{field}={want!r}" for field, want in wrong.items()))
@@ -186,15 +190,15 @@ def model_type_of(cfg: config.LMConfig) -> str:
 
 
 def _lost(cfg: config.LMConfig, model_type: str) -> dict[str, Any]:
-    """Returns the fields that writing and reading ``cfg`` as ``model_type`` would change, with their new values."""
+    """Returns the fields that writing and reading ``cfg`` as ``model_type`` would change, with their new values.
+
+    Raises ValueError if ``cfg`` cannot be written or read as ``model_type``.
+    """
     if model_type not in families.FAMILIES:
-        return {"model_type": f"one of {', '.join(families.FAMILIES)}"}
+        raise ValueError(f"this model type is not supported (only {', '.join(families.FAMILIES)})")
     family = families.FAMILIES[model_type]
-    try:
-        written = {"model_type": model_type, **_NO_TOKENS, **layouts.write_fields(cfg, family)}
-        back = config.LMConfig(**layouts.read_fields(_normalised_config(written), family))
-    except ValueError as error:
-        return {"other fields": str(error)}
+    written = {"model_type": model_type, **_NO_TOKENS, **layouts.write_fields(cfg, family)}
+    back = config.LMConfig(**layouts.read_fields(_normalised_config(written), family))
     same = {"model_type", *_OURS}
     fields = [field.name for field in dataclasses.fields(cfg) if field.name not in same]
     return {name: getattr(back, name) for name in fields if getattr(back, name) != getattr(cfg, name)}
@@ -254,7 +258,7 @@ def _normalised_config(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_trunk(stored: dict[str, tensor_files.Stored], family: layouts.Family) -> dict[str, tensor_files.Stored]:
-    """Adds the trunk's prefix to the names of tensors if all lack it, as in models saved without an output layer."""
+    """Adds ``family.base`` to tensor names if all lack this prefix, as in models saved without an output layer."""
     if any(name.startswith(family.base) for name in stored):
         return stored
     return {name if name in (_SCORE, family.unembed) else family.base + name: x for name, x in stored.items()}

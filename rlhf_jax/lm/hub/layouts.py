@@ -3,8 +3,8 @@
 A `Family` (see :mod:`rlhf_jax.lm.hub.families`) consists of a table of ``config.json`` fields, a list of tensors, and
 two functions for fields that must be computed. :mod:`rlhf_jax.lm.hub.directory` reads and writes the files.
 
-The functions receive ``config.json`` as ``transformers`` reads it, with defaults filled in and older field names
-replaced.
+`read_fields` and `Family.read` receive ``config.json`` as ``transformers`` reads it, with defaults filled in and older
+field names replaced.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def write_fields(cfg: config.LMConfig, family: Family) -> dict[str, Any]:
 def read_rope(rope: Mapping[str, Any], *, partial: bool = False) -> dict[str, Any]:
     """Returns the fields of `LMConfig` for ``rope_parameters``.
 
-    ``partial`` is whether the family supports the rotation of only a part of each head.
+    ``partial`` states whether models of the family may rotate only a part of each head.
     """
     kind = rope.get("rope_type", "default")
     found = {"rope_theta": float(rope["rope_theta"]), "rope_fraction": float(rope.get("partial_rotary_factor", 1.0))}

@@ -9,7 +9,7 @@ such a tensor, while :mod:`rlhf_jax.lm.lora` has an A and a B for each kernel. T
 * `load` returns, for each kernel, A and the part of B that belongs to the kernel.
 
 A directory has a single rank ``r``, so adapters of lower rank are padded with zeros. The scale is ``lora_alpha / r``.
-The safetensors header records the ranks of each kernel, so that `load` returns exactly the adapters that were saved.
+The safetensors header records which ranks belong to each kernel, so that `load` returns exactly the saved adapters.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _Module(NamedTuple):
 
     name: str
     nodes: tuple[str, ...]
-    """Paths of its kernels in this library, in the order of the tensor."""
+    """Paths of its kernels in this library, in the order in which the tensor stores them."""
     kind: str
     inputs: int
     outputs: tuple[tuple[int, ...], ...]
@@ -91,7 +91,7 @@ def save(
         base_model_name: Value of ``base_model_name_or_path`` in ``adapter_config.json``.
 
     Raises:
-        ValueError: No model type can represent ``cfg``, or the adapters do not fit it.
+        ValueError: No model type can represent ``cfg``, or the adapters are empty or do not fit ``cfg``.
         FileExistsError: ``path`` exists and is not an adapter directory.
     """
     ours = {
@@ -141,7 +141,8 @@ def load(path: str | os.PathLike[str], cfg: config.LMConfig) -> tuple[types.Para
     Raises:
         FileNotFoundError: A file is missing.
         ValueError: A field of ``adapter_config.json`` requires more than W + scale A B (such as DoRA, rank patterns,
-            trained biases or fully saved modules), or a tensor is missing, unexpected or of the wrong shape.
+            trained biases or fully saved modules), the tensor file is truncated, or a tensor is missing, unexpected,
+            of the wrong shape or not finite.
     """
     folder = pathlib.Path(path)
     fields, modules = tensor_files.read_json(folder / _CONFIG), _modules(cfg)
@@ -216,7 +217,8 @@ def _unpack_layer(
         start, stop = spans.get(node, (0, 0))
         if part[:start].any() or part[stop:].any():
             raise ValueError(
-                f"{_B.format(name)} contradicts the header of its file: {node} must be 0 outside ranks {start}-{stop}"
+                f"{_B.format(name)} contradicts the header of its file: {node} must be 0 outside the ranks "
+                f"[{start}, {stop})"
             )
         if node in spans:
             adapters[node] = a_RI[start:stop].T, part[start:stop]

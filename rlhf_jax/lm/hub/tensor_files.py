@@ -41,7 +41,7 @@ class Stored(NamedTuple):
 
 
 def stored(folder: pathlib.Path) -> dict[str, Stored]:
-    """Returns all tensors of a model directory, in one file or several, keyed by name.
+    """Returns references to all tensors of a model directory, in one file or several, keyed by name.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -76,7 +76,7 @@ def write(
         shapes: Shape of each tensor.
         arrays: Name of each tensor and a function that returns it, in the order of ``shapes``.
         dtype: Dtype of the files, to which values are rounded.
-        max_shard_bytes: Maximum size of each file.
+        max_shard_bytes: Maximum size of each file; a larger tensor is written to a separate file.
 
     Raises:
         ValueError: A value is not finite, or ``shapes`` and ``arrays`` disagree.

@@ -1,7 +1,7 @@
 """Diagnosis of steps with non-finite numbers: which rows of the batch contain them, and a message for the user.
 
 `update.apply_gradients` skips such a step. Inside the step, `row_metrics` locates the rows; on the host, `explain`
-turns the metrics into a sentence.
+turns the metrics into a message.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class BadRows:
     """The rows of a batch that have a non-finite number. `merge` combines the rows of micro-batches."""
 
     bad_B: jax.Array
-    """bool, True for these rows."""
+    """bool, True for rows with a non-finite number."""
 
     def union(self, other: BadRows) -> BadRows:
         """Returns the rows that are in either set."""

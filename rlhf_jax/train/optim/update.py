@@ -1,4 +1,4 @@
-"""The second half of every train step: gradients, mean over devices, clipping, update and metrics.
+"""The part that all train steps share: gradients, mean over devices, clipping, update and metrics.
 
 A stage defines ``loss_fn(params, batch, total) -> (loss, metrics)``, which divides its sums by ``total``, the counts of
 the *whole* batch. The results of micro-batches then add up to the result of one large batch::
@@ -24,7 +24,7 @@ from rlhf_jax.train.optim import nonfinite
 
 
 def all_trained(frozen: Any, params: Any) -> Any:
-    """Returns ``params``: the ``join`` of a step in which all parameters of the model are trained.
+    """Returns ``params``; this is the ``join`` function of a step that trains all parameters of the model.
 
     A ``join(frozen, params)`` builds the parameters of a model from frozen and trained ones. The step calls it inside
     the loss, so that gradients are taken only with respect to ``params``. `lm.lora.attach` and `partition.join` are
@@ -61,18 +61,18 @@ def loss_and_grads(
 ) -> tuple[tuple[jax.Array, Any], Any]:
     """Computes loss, metrics and gradients of a batch in ``micro_batches`` parts, one in memory at a time.
 
-    The parts are added, not averaged: a mean of per-part means is wrong if the parts have different token counts.
+    The results of the parts are added, because a mean of per-part means is wrong if their token counts differ.
 
     Args:
         loss_fn: ``(params, batch, total) -> (loss, metrics)``. The loss is the contribution of these rows to the loss
             of the whole batch: a sum divided by ``total`` (with a named axis, ``psum(sum) / total``). The metrics must
             also add up over rows: a `metrics.Metric` does, a plain mean does not. `nonfinite.BadRows` are
-            concatenated.
+            put in batch order.
         params: The parameters with respect to which the loss is differentiated.
         batch: A pytree of ``[B, ...]`` arrays. If the loss is random (dropout), the batch contains one key per row.
         total: Counts of the whole batch over all devices; any pytree, passed to ``loss_fn``.
-        micro_batches: Number of parts; divides B.
-        merge: Merges the metrics of the parts, stacked on a new first axis; by default `nonfinite.merge`, which adds.
+        micro_batches: Number of parts; must divide B.
+        merge: Merges the metrics of the parts, stacked on a new first axis; `nonfinite.merge` (a sum) by default.
 
     Returns:
         ``((loss, metrics), grads)``. The gradients have the dtype of the parameters if there is one part; otherwise
@@ -132,8 +132,8 @@ def apply_gradients(
             optax.scale(-1.0))``. One compiled step then works for every schedule and for every member of a sweep.
         grads: Gradients, a pytree like ``state.params``.
         learning_rate: A scalar, or a prefix of the parameter tree with scalars, such as ``{"policy": a, "critic": b}``.
-        max_grad_norm: Gradients with a larger global norm are scaled down to this norm, which may be traced. None for
-            no clipping.
+        max_grad_norm: Gradients with a larger global norm are scaled down to this norm, a number or traced scalar.
+            None disables clipping.
         axis_name: Axis (pmap, shard_map, vmap) over which gradients and loss are averaged first.
         loss: Loss to check for non-finite values; None for no check.
 
@@ -189,7 +189,7 @@ def gradient_step(
         learning_rate: A scalar.
         max_grad_norm: As in :func:`apply_gradients`.
         micro_batches: As in :func:`loss_and_grads`.
-        axis_name: Axis of devices that share the batch.
+        axis_name: Name of the mapped axis over which the batch is split; None if it is not split.
 
     Returns:
         ``(state, metrics)``: the metrics of ``loss_fn``, with ``"bad"`` replaced by ``bad_rows`` and ``bad_row``; those
