@@ -84,14 +84,14 @@ class Experience:
     mask_BL: jax.Array
     response_mask_BT: jax.Array
     logprobs_BT: jax.Array
-    """Log-probabilities under the behaviour policy, computed by the scoring function that the update uses."""
+    """Log-probabilities under the behaviour policy, computed by `ppo.Models.logprobs`, as in the update."""
     values_BT: Any
     """The critic's values before each response token, at rollout time; None without a critic."""
     advantages_BT: jax.Array
     returns_BT: Any
     """Regression targets of the critic, in the critic's units; None without a critic."""
     weights_BT: jax.Array | None = None
-    """Importance weights of the tokens, if they were sampled from a distribution other than the policy's."""
+    """Importance weights of the tokens if the train step has ``correct_sampler``; else None."""
     reference_BT: Any = None
     """Log-probabilities under the reference, for a KL loss."""
 
