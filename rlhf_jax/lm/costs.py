@@ -1,6 +1,7 @@
 """The work that a model must do: FLOPs of a forward pass and bytes read by a decoding step.
 
-The functions count only matmuls and the weights, keys and values that they read, which dominate in large models.
+FLOPs include only matmuls, and bytes include only the weights, keys and values that the matmuls read. These dominate in
+large models.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def layer_kernels(cfg: config.LMConfig) -> int:
 def forward_flops(cfg: config.LMConfig, *, rows: int, length: int, logits: int | None = None) -> float:
     """Returns the FLOPs of a forward pass; a forward and a backward pass together take three times as many.
 
-    Only half of the attention matmuls is counted, because attention is causal. Recomputation is not counted.
+    Attention matmuls are counted at half their cost, because attention is causal. Recomputation is not counted.
 
     Args:
         cfg: Architecture.
