@@ -42,7 +42,7 @@ class Preempted(Exception):
 
 
 class Alarmed(Exception):
-    """A ``log`` raises ``Alarmed(reason)`` to stop the run. `fit` saves the state and raises `Alarmed` with all attributes.
+    """A ``log`` raises ``Alarmed(reason)`` to stop the run; `fit` saves the state and sets the other attributes.
 
     Attributes:
         reason: The reason that the log gave.

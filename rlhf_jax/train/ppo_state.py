@@ -1,4 +1,4 @@
-"""Types of PPO: the functions that it calls, its hyperparameters, its state and its batch."""
+"""The types that PPO uses: the functions that it calls, its hyperparameters, its state and its batch."""
 
 from __future__ import annotations
 
@@ -84,9 +84,10 @@ class Hyper:
     lambda_: Any = 0.95
     """Lambda of GAE (Ziegler and Stiennon: 0.95; Xu: 1; InstructGPT does not report it)."""
     temperature: Any = 1.0
-    """Temperature of the policy, used for sampling and for every log-probability (InstructGPT: 1)."""
+    """Temperature of the policy, used for sampling and for every log-probability of a response (InstructGPT: 1)."""
     missing_stop_score: Any = -1.0
-    """Score of a response without a stop token (Ziegler 2019: -1); `subtract_penalty` adds it to the score instead."""
+    """Score of a response without a stop token (Ziegler 2019: -1); with ``unfinished=subtract_penalty``, this negative
+    number is added to the response's score instead."""
     reward_clip: Any = jnp.inf
     """Scores are clipped to [-reward_clip, reward_clip] (Xu 2024: 20); infinity disables clipping."""
     value_coef: Any = 1.0
