@@ -83,7 +83,7 @@ def pack_pairs(
     dropped: float = 0.0,
     rng: np.random.Generator | None = None,
 ) -> types.PackedComparisons:
-    """Packs the pairs ``rows`` into ``n_rows`` rows of ``width`` tokens.
+    """Packs the pairs with indices ``rows`` into ``n_rows`` rows (None: as many as needed) of ``width`` tokens.
 
     With ``rng``, each token of a sequence except the last is dropped with probability ``dropped``.
     """
@@ -132,7 +132,7 @@ class Programs:
 
 
 class Fold:
-    """One fold: its training and test pairs, its tokenizer, and the models trained on it."""
+    """One fold: its training and test pairs, its tokenizer, and the models trained on its training pairs."""
 
     def __init__(
         self,
@@ -194,7 +194,7 @@ class Fold:
         return state
 
     def train_base(self) -> types.Params:
-        """Trains a language model on the chosen dialogues, and on each rejected answer with the turn before it."""
+        """Trains a language model on prompts with chosen answers, and on rejected answers with the turn before each."""
         settings, end = self.settings, self.fmt.stop_ids[-1]
         documents = []
         for pair in self.train:

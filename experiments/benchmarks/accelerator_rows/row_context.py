@@ -23,7 +23,7 @@ class Shapes:
     sft_rows: int = 8
     sft_length: int = 2048
     pairs: int = 16
-    """Pairs per step of the reward model. DPO uses half as many pairs of twice the length, and thus as many tokens."""
+    """Pairs per step of the reward model. DPO uses half as many pairs of twice the length."""
     pair_length: int = 512
     prompt: int = 512
     """Tokens per prompt in the rows that decode."""
