@@ -98,6 +98,8 @@ def test_controllers_follow_the_paper_and_the_released_code():
     state = kl.init_controller(0.2)
     up = kl.update_controller(state, jnp.float32(60.0), target=6.0)  # The error is clipped to 0.2.
     np.testing.assert_allclose(up.kl_coef, 0.2 * 1.02, rtol=1e-6)
+    down = kl.update_controller(state, jnp.float32(0.6), target=6.0)  # The error is clipped to -0.2.
+    np.testing.assert_allclose(down.kl_coef, 0.2 * 0.98, rtol=1e-6)
     near = kl.update_controller(state, jnp.float32(5.4), target=6.0)
     np.testing.assert_allclose(near.kl_coef, 0.2 * 0.99, rtol=1e-6)
     code = kl.update_controller_by_horizon(state, jnp.float32(60.0), target=6.0, episodes=512)

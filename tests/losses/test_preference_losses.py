@@ -92,6 +92,20 @@ def by_hand(name, s):
     }[name]()
 
 
+def rewards_by_hand(name, s):
+    """Returns the implicit rewards of the answers, ``[B, K]``."""
+    mean = s["policy"] / s["lengths"]
+    ratios = s["policy"] - s["reference"]
+    return {
+        "ipo": HYPER.beta * ratios / s["lengths"],
+        "dpo-per-token": HYPER.beta * ratios / s["lengths"],
+        "kto": HYPER.beta * (ratios - s["baseline"]),
+        "orpo": mean,
+        "simpo": HYPER.beta * mean,
+        "soft-simpo": HYPER.beta * mean,
+    }.get(name, HYPER.beta * ratios)
+
+
 OBJECTIVES = FAMILY | {"soft-simpo": objectives.soft(objectives.simpo)}
 
 
@@ -101,8 +115,8 @@ def compiled(name):
         # An objective raises for labels that it does not use.
         marks, soft = (good if name == "kto" else None), (targets if name.startswith("soft") else None)
         scored = objectives.Scored(policy, reference, lengths, marks, soft, baseline)
-        losses_B, _ = OBJECTIVES[name](scored, HYPER)
-        return losses_B.sum(), losses_B
+        losses_B, rewards_BK = OBJECTIVES[name](scored, HYPER)
+        return losses_B.sum(), (losses_B, rewards_BK)
 
     return jax.jit(jax.value_and_grad(total, has_aux=True))
 
@@ -124,8 +138,9 @@ def test_objectives_and_their_gradients_match_the_formulas(name, seed):
         "targets": rng.random(B),
         "baseline": rng.uniform(0, 2),
     }
-    (_, got), gradient = COMPILED[name](*s.values())
+    (_, (got, rewards)), gradient = COMPILED[name](*s.values())
     np.testing.assert_allclose(got, by_hand(name, s), rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(rewards, rewards_by_hand(name, s), rtol=2e-4, atol=2e-5)
     if name == "hinge" and np.any(np.abs(1 - HYPER.beta * margins(s)[0]) < 1e-3):
         return  # The derivative does not exist at the kink.
     expected = slope(lambda policy: by_hand(name, s | {"policy": policy}).sum(), s["policy"])
@@ -143,7 +158,7 @@ def test_objectives_are_finite_and_accurate_at_huge_margins(name, margin):
         "targets": np.array([0.9, 0.3]),
         "baseline": 0.5,
     }
-    (_, got), gradient = COMPILED[name](*s.values())
+    (_, (got, _)), gradient = COMPILED[name](*s.values())
     assert np.isfinite(gradient).all()
     np.testing.assert_allclose(got, by_hand(name, s), rtol=1e-4, atol=1e-5)
 

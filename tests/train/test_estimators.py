@@ -351,17 +351,34 @@ def test_scores_are_clipped_and_both_missing_stop_rules_apply():
     kept, logs = collect([5.0, -7.0, 1.0, 0.25], estimate=plain, reward_clip=2.0, missing_stop_score=-1.5)
     np.testing.assert_allclose(kept.returns_BT[:, 0], [2.0, -2.0, -1.5, 0.25])
     assert float(logs["reward"].value()) == pytest.approx(-0.1875), "the logged reward is the score before clipping"
+    below, _ = collect([5.0, -7.0, 1.0, 0.25], estimate=plain, reward_clip=2.0, missing_stop_score=-3.0)
+    np.testing.assert_allclose(below.returns_BT[:, 0], [2.0, -2.0, -3.0, 0.25]), "clipping comes before the rule"
+    assert float(logs["training_reward"].value()) == pytest.approx((2.0 - 2.0 - 1.5 + 0.25) / 4)
+    assert float(logs["training_reward_std"]) == pytest.approx(np.std([2.0, -2.0, -1.5, 0.25]), rel=1e-5)
     lower, _ = collect([5, -7, 1, 0], estimate=plain, unfinished=ppo.subtract_penalty, missing_stop_score=-1.5)
     np.testing.assert_allclose(lower.returns_BT[:, 0], [5.0, -7.0, -0.5, 0.0])
+
+
+def test_whitened_rewards_keep_their_mean():
+    """Ziegler 2019 divides rewards by their deviation and does not shift them."""
+    scores = np.array([5.0, -7.0, 1.0, 2.0])
+    estimate = functools.partial(estimators.gae, whiten_rewards=True, whiten=False)
+    whitened, _ = collect(scores.tolist(), stopped=(1, 1, 1, 1), estimate=estimate)
+    expected = (scores - scores.mean()) / scores.std() + scores.mean()
+    np.testing.assert_allclose(whitened.returns_BT[:, 0], expected, rtol=1e-5)
 
 
 def test_normalised_critic_is_rescaled_to_units_of_reward():
     targets = ppo.RunningMoments(weight=jnp.float32(10), mean=jnp.float32(3), squares=jnp.float32(40))
     past = ppo.RunningMeans(ppo.metrics.Metric(jnp.float32(0), jnp.float32(10)), targets)
     estimate = functools.partial(estimators.gae, whiten=False)
-    normalised, _ = collect(
+    normalised, logs = collect(
         [5.0, -7.0, 1.0, 2.0], stopped=(1, 1, 1, 1), past=past, normalise_values=True, estimate=estimate
     )
+    # The explained variance compares values and returns in the same units.
+    returns = np.array([5.0, -7.0, 1.0, 2.0])
+    explained = 1 - np.mean((4.0 - returns) ** 2) / returns.var()
+    np.testing.assert_allclose(logs["explained_variance"], explained, rtol=1e-5)
     # With mean 3 and deviation 2, an output of 0.5 is a value of 4.
     np.testing.assert_allclose(normalised.values_BT[:, 0], 0.5)
     np.testing.assert_allclose(normalised.advantages_BT[:, 0], np.array([5.0, -7.0, 1.0, 2.0]) - 4.0)
