@@ -418,14 +418,14 @@ def test_policy_and_critic_have_separate_learning_rates():
 
 def test_clip_fraction_counts_tokens_whose_clipped_branch_is_larger():
     """A ratio outside the range is not clipped if the update would bring it back."""
-    ratios = np.array([[1.5, 1.5, 0.5, 0.5, 1.1]])
-    advantages = jnp.array([[1.0, -1.0, -1.0, 1.0, 1.0]])
-    ones = jnp.ones((1, 5), bool)
-    zeros_BT = jnp.zeros((1, 5))
+    ratios = np.array([[1.25, 1.25, 0.75, 0.75, 1.15, 0.85]])
+    advantages = jnp.array([[1.0, -1.0, -1.0, 1.0, 1.0, -1.0]])
+    ones = jnp.ones((1, 6), bool)
+    zeros_BT = jnp.zeros((1, 6))
     models = ppo.Models(lambda *_: None, lambda *_: (jnp.log(ratios), zeros_BT), None, lambda *_: None)  # type: ignore[arg-type, return-value]
     experience = types.Experience(
-        tokens_BL=jnp.zeros((1, 6), jnp.int32),
-        mask_BL=jnp.ones((1, 6), bool),
+        tokens_BL=jnp.zeros((1, 7), jnp.int32),
+        mask_BL=jnp.ones((1, 7), bool),
         response_mask_BT=ones,
         logprobs_BT=zeros_BT,
         values_BT=None,
@@ -433,7 +433,7 @@ def test_clip_fraction_counts_tokens_whose_clipped_branch_is_larger():
         returns_BT=None,
     )
     _, logs = ppo.loss(models, {"policy": {}}, experience, ppo.Hyper(clip=0.2))
-    np.testing.assert_allclose(logs["clip_fraction"], 2 / 5)
+    np.testing.assert_allclose(logs["clip_fraction"], 2 / 6)
 
 
 @pytest.mark.parametrize("shared", [False, True])
