@@ -185,7 +185,7 @@ def test_every_loss_trains_by_its_name_and_restores_a_finished_run(tmp_path, los
         trainer.train(start, pairs, name="other", seed=1, reference_file="run")
         assert not (tmp_path / "reference" / "other.npz").exists() and not job.progress.texts
         trainer.data(random_pairs(job, seed=1), start, name="run")
-        assert len(job.progress.texts) == 1 and "belong to a different data" in job.progress.texts[0]
+        assert len(job.progress.texts) == 1 and "do not match this run's data" in job.progress.texts[0]
 
 
 def test_rounds_sample_and_label_with_the_latest_policy_as_reference(tmp_path):
