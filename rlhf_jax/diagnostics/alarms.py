@@ -2,9 +2,9 @@
 
 Ziegler 2019 describes a bug that flipped the signs of both the reward and the KL penalty, so that a run trained the
 worst possible policy overnight. Each check accepts the rows of a stage as `metrics.MetricLog` records them: mappings
-from metric names to numbers, newest row last, with None or NaN for a missing number. It returns a message if the newest
-row shows a problem, and None otherwise, so call it whenever a row is added. Metrics that were not logged are not
-checked. Checks are pure functions, so a resumed run that checks its old rows again raises the same alarms.
+from metric names to numbers, newest row last, with None for NaN and infinity. It returns a message if the newest row
+shows a problem, and None otherwise, so call it whenever a row is added. Metrics that were not logged are not checked.
+Checks are pure functions, so a resumed run that checks its old rows again raises the same alarms.
 
 Some checks compare the means of two windows of rows. A difference counts only if it exceeds a given number of standard
 errors, which are estimated from the differences of neighbouring rows and are therefore hardly affected by a trend.
@@ -103,7 +103,7 @@ def entropy_collapse(
 
     Args:
         rows: Rows of one stage, newest last.
-        entropy_share: Threshold as a share of the first entropy.
+        entropy_share: Threshold as a share of the entropy in the first row.
         min_entropy: Threshold in nats per token.
         patience: Number of newest rows to test.
 
@@ -297,7 +297,7 @@ def _first(rows: Rows, name: str) -> float:
 
 
 def _newest(rows: Rows, name: str, count: int) -> list[float]:
-    """Returns a metric in the newest ``count`` rows; empty if there are fewer rows or a value is not finite."""
+    """Returns a metric in the newest ``count`` rows; an empty list if there are fewer rows or a value is not finite."""
     values = [_number(row.get(name)) for row in rows[-count:]]
     return values if len(values) == count and np.isfinite(values).all() else []
 

@@ -104,8 +104,8 @@ def calibration_slope(
 def calibration_temperature(chosen: npt.ArrayLike, rejected: npt.ArrayLike) -> float:
     """Returns the temperature by which the scores must be divided to be calibrated, ``1 / slope``.
 
-    The temperature is NaN if the slope (`calibration_slope`) is infinite or not positive, because the scores are always
-    right or no better than chance. Raises ValueError as `calibration_slope` does.
+    The temperature is NaN if the slope (`calibration_slope`) is infinity (the scores are always right) or not positive
+    (they are no better than chance). Raises ValueError as `calibration_slope` does.
     """
     slope = calibration_slope(chosen, rejected).mean
     return 1.0 / slope if 0 < slope < math.inf else math.nan

@@ -1,7 +1,7 @@
-"""Tests for reward hacking, i.e. whether the proxy that a policy is trained on still measures quality.
+"""Tests of whether the proxy that a policy is trained to raise still measures quality.
 
-Scores are arrays ``[C, N]``: C checkpoints of a run, in order of training, respond to the same N prompts. Differences
-are computed per prompt.
+In `split_halves` and `fall_from_peak`, scores are arrays ``[C, N]``: C checkpoints of a run, in order of training,
+respond to the same N prompts. Differences are computed per prompt.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class SplitHalves(NamedTuple):
     hi: np.ndarray
     """Bounds of the interval of the gap, over prompts."""
     parted: int | None
-    """Index of the checkpoint from which on the interval of the gap stays above 0; None if there is none."""
+    """Index of the checkpoint from which the interval of the gap stays above 0 to the end; None if there is none."""
 
 
 class FallFromPeak(NamedTuple):
@@ -47,7 +47,7 @@ class FallFromPeak(NamedTuple):
 
 
 def split_halves(train_CN: npt.ArrayLike, test_CN: npt.ArrayLike, *, confidence: float = 0.95) -> SplitHalves:
-    """Compares the reward model used in training with one from the other half of the data (Bai 2022, Fig 4, 35).
+    """Compares the reward model used in training with one trained on other comparisons (Bai 2022, Fig 4, 35).
 
     The two models measure quality equally well, but the policy is optimised against the train model only. A gap between
     the two therefore shows that the policy exploits the train model. Both curves start from 0 at the first checkpoint.
@@ -122,7 +122,7 @@ def regressional_goodhart(
 def _tables(left: npt.ArrayLike, right: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
     if left.ndim != 2 or left.shape != right.shape or left.shape[0] < 1 or left.shape[1] < 2:
-        raise ValueError(f"scores need the same shape (checkpoints, 2+ prompts), got {left.shape} and {right.shape}")
+        raise ValueError(f"need equal shapes (checkpoints, at least 2 prompts), got {left.shape} and {right.shape}")
     if np.isnan(left).any() or np.isnan(right).any():
         raise ValueError("a score is NaN")
     return left, right

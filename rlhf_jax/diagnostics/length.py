@@ -43,9 +43,9 @@ class LengthControlledWinRates(NamedTuple):
 
     policies: list[Any]
     rates: list[intervals.Estimate]
-    """Probability of a win at equal lengths; `length_controlled_win_rates` explains NaN, 0 and 1."""
+    """Probability of a win at equal lengths; see `length_controlled_win_rates` for rates of NaN, 0 and 1."""
     errors: list[float]
-    """Standard errors of the rates; NaN if undefined."""
+    """Standard errors of the rates; NaN for rates of NaN, 0 and 1."""
     plain: list[intervals.Estimate]
     """Win rates without length control, with Wilson's intervals; a tie counts as a half."""
     length_effect: intervals.Estimate
@@ -114,7 +114,7 @@ def length_bias(
     chosen, rejected = intervals.score_pairs(chosen, rejected)
     chosen_lengths, rejected_lengths = intervals.score_pairs(chosen_lengths, rejected_lengths)
     if len(chosen) != len(chosen_lengths):
-        raise ValueError(f"need one length per score, got {len(chosen_lengths)} pairs of lengths for {len(chosen)}")
+        raise ValueError(f"got {len(chosen)} pairs of scores but {len(chosen_lengths)} pairs of lengths")
     estimate = partial(rate, groups=prompt_groups(prompts, len(chosen)), confidence=confidence)
     scores, lengths = chosen - rejected, chosen_lengths - rejected_lengths
     # The score of the longer response minus the score of the shorter one.
@@ -152,13 +152,13 @@ def length_controlled_win_rates(
 
     * A policy that won (or lost) every comparison has a rate of 1 (or 0) at any length, with the interval of its plain
       win rate. Its comparisons do not affect the estimated effect of length.
-    * The rates of the other policies are ``(NaN, 0, 1)`` if length alone separates their wins from their losses,
-      because the likelihood then has no maximum, or if their length ratios do not vary.
-    * A policy whose length ratios are all 1 always has a rate.
+    * The rates of the other policies are ``(NaN, 0, 1)`` in two cases: if length alone separates their wins from their
+      losses, so that the likelihood has no maximum, and if each of these policies has a constant length ratio.
+    * The rate of a policy whose length ratios are all 1 is never NaN.
 
     Args:
         outcomes: 1 for a win over the reference, 0 for a loss, 1/2 for a tie; see `intervals.win_outcomes`.
-        lengths: Lengths of the policies' responses, above 0, including the stop token.
+        lengths: Lengths of the policies' responses, counting the stop token; above 0.
         reference_lengths: Lengths of the reference's responses to the same prompts, above 0.
         policies: One policy label per comparison; by default a single policy labelled None.
         confidence: Coverage of all intervals.
@@ -168,8 +168,8 @@ def length_controlled_win_rates(
 
     Raises:
         ValueError: If the arrays are empty, are not of rank 1, differ in length or contain NaN; if an outcome is
-            outside [0, 1] or a length is not above 0; if ``confidence`` is not in (0, 1); or if length ratios other
-            than 1 are constant within every policy, so that the effect of length is not identifiable.
+            outside [0, 1] or a length is not above 0; if ``confidence`` is not in (0, 1); or if every policy's
+            length ratio is constant and not all ratios are 1, so that the effect of length is not identifiable.
     """
     outcomes, own_lengths, reference_lengths = map(intervals.samples, (outcomes, lengths, reference_lengths))
     if not outcomes.shape == own_lengths.shape == reference_lengths.shape:
@@ -269,7 +269,7 @@ def _fit(
 
 
 def _separated(y: np.ndarray, x: np.ndarray, policy: np.ndarray, policies: int) -> int:
-    """Returns 1 (-1) if, in every policy, no win or tie has a smaller (larger) x than a loss or tie, else 0."""
+    """Returns 1 (-1) if, in every policy, each x of wins and ties is >= (<=) each x of losses and ties, else 0."""
     for sign in (1, -1):
         if all(
             (sign * x[(policy == i) & (y < 1)]).max() <= (sign * x[(policy == i) & (y > 0)]).min()

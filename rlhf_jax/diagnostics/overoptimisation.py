@@ -112,7 +112,7 @@ def fit(
     used = kl > min_kl
     d, y, w = np.sqrt(kl[used]), gains[used], weights[used]
     if len(d) < 3 or np.ptp(d) == 0:
-        raise ValueError(f"a fit needs 3 points and 2 different KLs, got {len(d)} points with a KL above {min_kl:g}")
+        raise ValueError(f"need 3 points and 2 different KLs above {min_kl:g}, got {len(d)} and {len(np.unique(d))}")
     columns = np.stack([d, -d * form.bend(d)], axis=1)
     scaled = columns * w[:, None]
     (a, b), *_ = np.linalg.lstsq(scaled, y * w, rcond=None)

@@ -8,7 +8,7 @@ In a static batch, all rows wait for the longest response. Here, B slots decode 
 
 The cache has the same layout as in :func:`rlhf_jax.generation.generate`: in the row of each slot, the prompt fills the
 first P columns, and the response follows. Each row has a separate write position. For given B, R and P, a response is
-therefore bit-identical regardless of the other prompts, its slot and the time at which it starts.
+therefore bit-identical regardless of the other prompts, of its slot and of when it starts.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def generate(
         refill: R, the number of free slots that triggers a prefill, and the number of prompts in each prefill. None
             means an eighth of the slots.
         values: Whether to return the scalar head's value before each token.
-        limits_N: int32 in [1, T], the maximum length of each response; T by default.
+        limits_N: int32 in [1, T], the maximum length of each response; by default, T = ``sampling.max_new_tokens``.
         axis_name: Axis of an enclosing ``jax.vmap``. The loop then runs until all members of the axis have finished.
 
     Returns:
@@ -104,7 +104,7 @@ def generate(
     limit_N = jnp.full((N,), T, jnp.int32) if limits_N is None else jnp.minimum(limits_N, T)
 
     def write(answers: _Answers, drawn: decoding.Drawn, prompt: jax.Array, step: jax.Array, live: jax.Array):
-        # Rows that have ended write to row N, which does not exist, so the write is dropped.
+        # Slots without a live response write to row N, which does not exist, so the write is dropped.
         index = (jnp.where(live, prompt, N), step)
         values_NT = answers.values_NT
         return _Answers(

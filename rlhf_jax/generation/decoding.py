@@ -23,7 +23,7 @@ class Drawn(NamedTuple):
     values_B: jax.Array | None
     """float32 values of the scalar head before the token; None if not requested."""
     stopped_B: jax.Array
-    """bool, True for rows whose response ends with this token."""
+    """bool, True for rows that end at a stop id or sequence with this token."""
     tail_BK: jax.Array
     """The last K tokens of each response, including the new token; K is ``sampling.longest_stop``."""
 
@@ -75,7 +75,7 @@ def draw(
 
 
 def any_member(live: jax.Array, axis_name: str | None) -> jax.Array:
-    """Returns a loop predicate that is True while any member of the enclosing ``jax.vmap`` is live."""
+    """Returns whether any member of the ``jax.vmap`` axis is live, or ``live`` unchanged if there is no axis."""
     return live if axis_name is None else lax.pmax(live.astype(jnp.int32), axis_name) > 0
 
 

@@ -46,7 +46,7 @@ def generate(
     limits_B: jax.Array | None = None,
     axis_name: str | None = None,
 ) -> types.Rollout:
-    """Samples a response of up to ``sampling.max_new_tokens`` tokens to every prompt.
+    """Samples a response of up to T = ``sampling.max_new_tokens`` tokens to every prompt.
 
     A response ends with the first stop id or stop sequence that it contains, or at its length limit; no stop token is
     appended at the limit. Token t of row i is drawn with ``fold_in(rng_B[i], t)``, so a response depends only on its
@@ -69,8 +69,8 @@ def generate(
             which is much slower.
 
     Returns:
-        A `rlhf_jax.types.Rollout`. ``logprobs_BT`` are log-probabilities under the sampling distribution:
-        ``logits / temperature``, truncated by top-k, top-p and min-p.
+        A `rlhf_jax.types.Rollout`. ``logprobs_BT`` are log-probabilities under the sampling distribution (see
+        :func:`rlhf_jax.generation.log_distribution`).
 
     Raises:
         ValueError: If a shape or dtype is wrong, ``n`` is less than 1, or P + T exceeds ``cfg.max_length``.

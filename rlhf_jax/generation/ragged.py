@@ -20,7 +20,7 @@ class Answer(NamedTuple):
     """A response on the host."""
 
     ids: list[int]
-    """Token ids, including the stop token."""
+    """Token ids, including the stop token or sequence."""
     logprobs: list[float]
     """Log-probability of each token under the sampling distribution."""
     stopped: bool
@@ -28,7 +28,7 @@ class Answer(NamedTuple):
 
 
 class RaggedSampler:
-    """Samples responses to prompts of different lengths, each padded to the smallest of ``widths`` that fits it.
+    """Samples responses to prompts of different lengths; each prompt is padded to the smallest of ``widths`` that fits.
 
     Example::
 
@@ -57,7 +57,7 @@ class RaggedSampler:
     ) -> None:
         """Stores the settings; programs are compiled when they are first needed."""
         if not widths or min(widths) < 1:
-            raise ValueError(f"widths is {tuple(widths)}; it must contain at least one width, all positive")
+            raise ValueError(f"widths is {tuple(widths)}; it must contain only positive widths, at least one")
         self.programs = 0
         self._widths = sorted(set(widths))
         self._slots = slots

@@ -53,7 +53,7 @@ class Sampling:
     stop_sequences: tuple[tuple[int, ...], ...] = struct.field(pytree_node=False, default=())
     """Token sequences that also end a response and are part of it; `stops.sequences` makes them from strings."""
     min_new_tokens: int = struct.field(pytree_node=False, default=0)
-    """Number of tokens that a response must have before a stop token can be drawn or a stop sequence ends it."""
+    """Number of tokens that a response must have before a stop token can be drawn or a stop sequence can end it."""
     forbidden_ids: tuple[int, ...] = struct.field(pytree_node=False, default=())
     """Token ids that are never drawn."""
     pad_id: int = struct.field(pytree_node=False, default=0)
@@ -111,7 +111,8 @@ def check_on_policy(sampling: Sampling) -> None:
     if sampling.truncated:
         raise ValueError(
             f"with Sampling.{' and Sampling.'.join(sampling.truncations)}, samples do not follow the policy, and "
-            "log-ratios and KL would be wrong; leave these fields unset, or use importance weights (correct_sampler)"
+            "log-ratios and KL would be wrong; leave these fields unset, or use importance weights "
+            "(correct_sampler of train.ppo.make_train_step)"
         )
 
 
@@ -143,7 +144,7 @@ def keep_top_k(logits: jax.Array, k: int) -> jax.Array:
 
 
 def keep_top_p(logits: jax.Array, p: float) -> jax.Array:
-    """Sets all logits to -inf except the smallest set of largest logits with total probability at least p; keeps ties.
+    """Keeps the smallest set of largest logits with total probability at least p, and ties; sets the others to -inf.
 
     This is nucleus sampling (Holtzman et al. 2020).
     """
@@ -181,7 +182,7 @@ def draw(rng: jax.Array, logprobs_V: jax.Array) -> jax.Array:
 def _search(cumulative: jax.Array, level: jax.Array) -> jax.Array:
     """Returns the first index whose cumulative sum exceeds ``level``; the probability there is never 0."""
     total = cumulative[-1]
-    # The level stays strictly below the total; otherwise rounding could select an index after the last positive one.
+    # Without this limit, rounding could select an index after the last one with positive probability.
     level = jnp.minimum(level, jnp.nextafter(total, jnp.zeros_like(total)))
     return jnp.sum(cumulative <= level, dtype=jnp.int32)
 
@@ -225,8 +226,9 @@ def _among(ids: tuple[int, ...], scores: jax.Array) -> np.ndarray:
     """Returns a bool mask of ``ids`` that broadcasts to ``[..., V]``; raises ``ValueError`` for an invalid id."""
     vocab = scores.shape[-1]
     if min(ids) < 0 or max(ids) >= vocab:
+        wrong = max(ids) if max(ids) >= vocab else min(ids)
         raise ValueError(
-            f"Sampling contains the id {max(ids) if max(ids) >= vocab else min(ids)}; ids must be in [0, {vocab - 1}]"
+            f"Sampling.stop_ids or Sampling.forbidden_ids contains the id {wrong}; ids must be in [0, {vocab - 1}]"
         )
     mask = np.zeros(vocab, bool)
     mask[list(ids)] = True

@@ -1,8 +1,8 @@
-"""Stop strings. A response ends at a stop string in the compiled loop, and its text is then trimmed on the host.
+"""Stop strings, which end a response in the compiled loop and are trimmed from its text on the host.
 
 Different token sequences can spell the same string, and a string can begin or end inside a token. The compiled loop
-stops at the most common tokenizations of a stop string, which saves time but can miss a stop string. Trimming the text
-afterwards gives the exact result::
+stops only at the most common tokenizations of a stop string. This saves time but can miss a stop string; trimming the
+text afterwards gives the exact result::
 
     sampling = Sampling(stop_sequences=stops.sequences(encode, ["\\n\\nHuman:"]))
     ...

@@ -1,7 +1,7 @@
 """Pure functions that implement a language model with parameters in a nested dict of arrays.
 
-Functions of tokens, such as `token_logprobs` and `score`, accept as ``cfg`` either an `LMConfig` or, for any other
-model, a `rlhf_jax.types.ApplyFn`.
+Functions of tokens, such as `token_logprobs` and `score`, accept as ``cfg`` an `LMConfig` for the model of this
+library or a `rlhf_jax.types.ApplyFn` for any other model.
 """
 
 from rlhf_jax.lm import costs, heads, lora

@@ -5,9 +5,9 @@ results with the predicted token: entry i of the log-probabilities belongs to to
 value before token i. Both are computed from the output at the last real token before token i, which in packed rows
 must belong to the same segment.
 
-`token_map` turns any function of logits into a function of tokens with this alignment and never keeps the logits of all
-columns in memory. The functions of tokens in :mod:`rlhf_jax.lm.logprobs` and :mod:`rlhf_jax.lm.distributions` that
-require logits call it or `map_hidden`, which accepts the hidden states of several models.
+`token_map` turns any function of logits into a function of tokens with this alignment and computes the logits in chunks
+of columns. The functions of tokens in :mod:`rlhf_jax.lm.logprobs` and :mod:`rlhf_jax.lm.distributions` that require
+logits call it or `map_hidden`, which accepts the hidden states of several models.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def hidden_states(
         cfg: The model, as an `LMConfig` or an `ApplyFn`.
         mask_BL: bool, True at real tokens; None if all tokens are real or segments are given.
         segments_BL: int32 segment ids of packed rows; None for rows that are not packed.
-        prompt_width: Width P of the prompt, to return only the columns that predict the response; None for all.
+        prompt_width: Width P of the prompt; the result then covers only the columns that predict the response.
 
     Returns:
         ``(hidden, apply)``: hidden states ``[B, L, D]``, or ``[B, T, D]`` with ``prompt_width``, and the model as an
@@ -186,7 +186,7 @@ def real(mask_BL: jax.Array | None, segments_BL: jax.Array | None) -> jax.Array 
 
 
 def forward_masks(mask_BL: jax.Array | None, segments_BL: jax.Array | None) -> dict[str, Any]:
-    """Returns the keyword arguments of a forward pass; ``segments_BL`` is passed only for packed rows."""
+    """Returns the keyword arguments of a forward pass; ``segments_BL`` is included only for packed rows."""
     masked = {"mask_BL": real(mask_BL, segments_BL)}
     return masked if segments_BL is None else masked | {"segments_BL": segments_BL}
 

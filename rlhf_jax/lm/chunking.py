@@ -1,6 +1,6 @@
 """Computes functions of logits in chunks of columns, so that the logits of all columns are never in memory at once.
 
-Logits are the largest array of a language model. For 2,048 tokens and a vocabulary of 151,936, they take 1.25 GB in
+Logits are the largest array of a language model. For 2,048 tokens and a vocabulary of 151,936, they take 1.24 GB in
 float32, and computing a gradient requires two or three copies. Losses need only a few numbers per token.
 """
 
@@ -49,7 +49,7 @@ def over_columns(fn: Callable[..., Any], *arrays: jax.Array, vocab: int, chunk: 
     rows_n, columns_n = math.ceil(B / rows), math.ceil(L / columns)
 
     def split(x: jax.Array) -> jax.Array:
-        # The last chunk is padded with copies of real entries: the gradient of logits may not be finite at zeros.
+        # The last chunk is padded with copies of entries, because the gradient of `fn` may not be finite at zeros.
         short = [(0, rows * rows_n - B), (0, columns * columns_n - L)]
         x = jnp.pad(x, short + [(0, 0)] * (x.ndim - 2), mode="edge")
         # Rows are interleaved, so that a sharded batch stays sharded in every chunk.

@@ -114,7 +114,7 @@ class LMConfig:
       and the kernel supports the architecture and the row length; otherwise "einsum".
     """
     model_type: str = ""
-    """Hugging Face model type that `lm.save` writes; if empty, the first type that can represent the architecture."""
+    """Hugging Face model type that `lm.save` writes; if empty, it writes the first type that fits the architecture."""
 
     def __post_init__(self) -> None:
         """Sets fields whose defaults depend on other fields and checks all fields."""

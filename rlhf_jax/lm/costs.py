@@ -1,6 +1,7 @@
 """The work that a model must do: FLOPs of a forward pass and bytes read by a decoding step.
 
-The functions count only matmuls and the weights, keys and values that they read, which dominate in large models.
+FLOPs include only matmuls, and bytes include only the weights, keys and values that the matmuls read. These dominate in
+large models.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def layer_kernels(cfg: config.LMConfig) -> int:
 def forward_flops(cfg: config.LMConfig, *, rows: int, length: int, logits: int | None = None) -> float:
     """Returns the FLOPs of a forward pass; a forward and a backward pass together take three times as many.
 
-    Only half of the attention matmuls is counted, because attention is causal. Recomputation is not counted.
+    Attention matmuls are counted at half their cost, because attention is causal. Recomputation is not counted.
 
     Args:
         cfg: Architecture.
@@ -36,7 +37,7 @@ def forward_flops(cfg: config.LMConfig, *, rows: int, length: int, logits: int |
         >>> from rlhf_jax import lm
         >>> cfg = lm.LMConfig.preset("pythia-1b")
         >>> print(f"{lm.costs.forward_flops(cfg, rows=8, length=2048):.3g}")
-        3.22e+13
+        3.2e+13
     """
     columns = length if logits is None else logits
     attention = 2 * cfg.n_layers * cfg.n_heads * cfg.d_head * length

@@ -6,8 +6,8 @@
 * ``{"kernel_HD", "bias", "gain"}`` for several heads on one trunk, such as an ensemble or one head per criterion. Bias
   and gain have shape ``[H]``.
 
-Results have shape ``[...]`` for a single head and ``[..., H]`` for several heads. A language model has no head, and
-`lm.forward` ignores the head of other models.
+`scalar` returns shape ``[...]`` for a single head and ``[..., H]`` for several heads. A language model has no head, and
+`lm.forward` ignores any head.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def combine(params: types.Params, weights_H: jax.Array) -> types.Params:
 
 
 def absorb_gain(params: types.Params) -> types.Params:
-    """Returns parameters with the kernel multiplied by the gain, and gain 1, which leaves the scores unchanged.
+    """Returns parameters with the gain multiplied into the kernel and reset to 1, which leaves the scores unchanged.
 
     Afterwards, the gain reflects only later normalisations.
     """

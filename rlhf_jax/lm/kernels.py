@@ -42,7 +42,8 @@ def attend_rows(
         queries_BHLC: Queries.
         keys_BGLC: Keys.
         values_BGLC: Values.
-        seen_BLL: The result of `attention.causal` for ``mask_BL`` and ``segments_BL``.
+        seen_BLL: The result of `attention.causal` for ``mask_BL`` and ``segments_BL``, restricted to the sliding window
+            if the layer has one.
         mask_BL: bool, True at real tokens.
         segments_BL: int32 segment ids of packed rows, or None.
         cfg: Architecture.
@@ -83,7 +84,7 @@ def splash(
     cfg: config.LMConfig,
     interpret: bool = False,
 ) -> jax.Array:
-    """Computes causal attention within segments by splash attention on a single TPU; the result is differentiable.
+    """Computes causal attention within segments with splash attention on a single TPU; the result is differentiable.
 
     Args:
         queries_BHLC: Queries; L must be a multiple of 128.
@@ -149,7 +150,7 @@ def _splash_supports(cfg: config.LMConfig, queries_BHLC: jax.Array) -> bool:
 
 
 def _cudnn_supports(cfg: config.LMConfig, queries_BHLC: jax.Array) -> bool:
-    """Returns whether cuDNN supports the heads, also in a backward pass, for which L must be even."""
+    """Returns whether cuDNN supports the architecture and the row length, which must be even for the backward pass."""
     widest = {9: 256, 8: 128}.get(min(_cuda_generation(), 9), 0)
     return cfg.d_head % 8 == 0 and cfg.d_head <= widest and cfg.attn_softcap == 0 and queries_BHLC.shape[2] % 2 == 0
 

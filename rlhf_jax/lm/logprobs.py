@@ -6,9 +6,9 @@ Scalar heads are read from ``params["head"]``.
 Entry i of a result belongs to token i (see :mod:`rlhf_jax.lm.alignment`). With ``prompt_width=P``, the result covers
 only the response, which starts in column P, and logits are computed only for the response.
 
-Logits are computed for ``chunk`` columns at a time in both the forward and the backward pass, so that the full float32
-logits ``[B,L,V]`` are never in memory. By default, the logits of a chunk take at most 64 MB (256 MB per device on a
-mesh), which is enough for all columns of a small model.
+Logits are computed for ``chunk`` columns at a time in both the forward and the backward pass, so that large float32
+logits ``[B,L,V]`` are never in memory as a whole. By default, the logits of a chunk take at most 64 MB (256 MB per
+device on a mesh), which is enough for all columns of a small model.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def score(
     cfg: config.LMConfig | types.ApplyFn,
     mask_BL: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns the score of each row, which is the output of the scalar head at its last real token.
+    """Returns the score of each row, which is the output of the scalar head at the row's last real token.
 
     >>> import jax, jax.numpy as jnp
     >>> from rlhf_jax import lm

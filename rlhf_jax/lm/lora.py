@@ -10,9 +10,9 @@ layers and rank r, ``lora_a`` has shape ``[N, in, r]``, and ``lora_b`` has shape
     whole = lora.merge(base, adapters, scale=2.0)        # an ordinary model
 
 ``scale`` is alpha / r in the paper. To train adapters, pass ``join=partial(lora.attach, scale=2.0)`` to a function such
-as `sft.make_train_step`; the train state then contains only the adapters, and ``frozen`` is the base model. Since B is
-initialised to 0, a policy with new adapters is equal to its base model, which can therefore be the reference model
-(see `train.ppo.Models.join`).
+as `sft.make_train_step`; the train state then contains only the adapters, and the base model is the step's argument
+``frozen``. Since B is initialised to 0, a policy with new adapters is equal to its base model, which can therefore be
+the reference model (see `train.ppo.Models.join`).
 
 :mod:`rlhf_jax.lm.hub.peft` reads and writes adapters in the format of PEFT.
 """
@@ -136,7 +136,9 @@ def pairs(params: types.Params, adapters: types.Params) -> Iterator[Pair]:
             if part is None:
                 raise ValueError(f"the adapter at {node} requires {name}, which is missing")
         if names[1] in kernels:
-            raise ValueError(f"params already have an adapter at {node}: merge it first, or attach both to the base")
+            raise ValueError(
+                f"params already have an adapter at {node}: merge it first, or attach the new one to the base model"
+            )
         if not _fits(pair):
             raise ValueError(
                 f"the adapter at {node} has shapes {pair.a.shape} and {pair.b.shape}, which do not fit its kernel of "

@@ -1,8 +1,8 @@
 """Scores, sums and means of the sequences in packed rows (see :mod:`rlhf_jax.data.packing`).
 
-Functions of tokens, such as `lm.token_logprobs`, accept packed rows if they are passed ``segments_BL``. The functions
-in this module return one number per sequence, as reward models and DPO require. For sequences that are not in any row
-(segment 0 in ``places``), the number is 0.
+Functions that return one number per token, such as `lm.token_logprobs`, accept packed rows if they are passed
+``segments_BL``. The functions in this module return one number per sequence, as reward models and DPO require. For
+sequences that are not in any row (segment 0 in ``places``), the number is 0.
 """
 
 from __future__ import annotations

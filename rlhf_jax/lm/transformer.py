@@ -43,7 +43,7 @@ Columns = tuple[int, int] | jax.Array
 
 _FEW_LAYERS = 8
 """In models with at most this many layers, the last layer computes only the needed columns. It then runs outside the
-scan, and slicing the parameters of the other layers copies them."""
+scan, which requires a copy of the other layers' parameters; in deeper models, the copy costs more than this saves."""
 
 # The backward pass recomputes functions with this decorator. They are cheap, and in a small model storing their
 # residuals takes longer than the matmuls.
@@ -92,6 +92,7 @@ def forward(
             hidden states of the other columns are then undefined. Ignored if there is a cache.
         cache: Keys and values of the preceding tokens.
         used_slots: Upper bound on the number of cache slots that are filled after this call; later slots are not read.
+            By default, all slots are read.
 
     Returns:
         `LMOutput` with hidden states ``[B,L,D]`` after the final norm, in the compute dtype, and the updated cache if

@@ -15,8 +15,9 @@ from rlhf_jax.lm import params as lm_params
 def gathered(weights: Any, axes: Any, cfg: config.LMConfig) -> Any:
     """Returns weights gathered over the mesh axis ``fsdp``; without such an axis, all weights are returned unchanged.
 
-    Weights that need not stay in their dtype are cast to the compute dtype before they are gathered. ``axes`` is a tree
-    like the result of `params.logical_axes`. Leaves that are missing from it, such as adapters, are returned unchanged.
+    Weights are cast to the compute dtype before they are gathered, except norms and, in models with learned positions,
+    embeddings. ``axes`` is a tree like the result of `params.logical_axes`. Leaves that are missing from it, such as
+    adapters, are returned unchanged.
     """
     return weights if parallel.num_shards("embed") == 1 else _cast(weights, axes, cfg, parallel.gather_weight)
 

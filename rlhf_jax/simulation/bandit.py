@@ -1,7 +1,7 @@
 """A bandit small enough to enumerate: S prompts of one token, A answers of one token, and a reward for each pair.
 
-Its KL-regularised optimum has a closed form (Rafailov et al. 2023; Xu et al. 2024, Eq. 5), which a correct method must
-reach.
+A correct method must reach its KL-regularised optimum, which has a closed form (Rafailov et al. 2023; Xu et al. 2024,
+Eq. 5).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def optimum(reference_logits_SA: jax.Array, rewards_SA: jax.Array, *, kl_coef: j
 
 
 def total_variation(p_SA: jax.Array, q_SA: jax.Array) -> jax.Array:
-    """Returns the largest total variation distance between two policies over the prompts, in [0, 1]."""
+    """Returns the total variation distance between two policies, maximised over the prompts, in [0, 1]."""
     return jnp.max(0.5 * jnp.abs(p_SA - q_SA).sum(axis=-1))
 
 
@@ -80,10 +80,10 @@ def generate(params: dict[str, jax.Array], rng_B: jax.Array, prompts_BP: jax.Arr
 def all_pairs(rewards_SA: jax.Array) -> Preferences:
     """Returns every pair of answers to every prompt, with its Bradley-Terry probability.
 
-    ``targets_B``, the probability that the first answer is preferred, is ``sigmoid(r(s, a) - r(s, b))``. The mean of an
-    objective wrapped in `train.objectives.soft` is then its expectation over labels, with all pairs equally likely. The
-    result has S A (A - 1) / 2 rows, with prompts and answers of one token (P = T = 1) and therefore one column of
-    log-probabilities (C = 1).
+    ``targets_B``, the probability that the first answer a is preferred to the second answer b, is
+    ``sigmoid(r(s, a) - r(s, b))``. The mean over these pairs of an objective wrapped in `train.objectives.soft` is its
+    expectation over the labels, with all pairs equally likely. The result has S A (A - 1) / 2 rows, with prompts and
+    answers of one token (P = T = 1) and therefore one column of log-probabilities (C = 1).
     """
     S, A = rewards_SA.shape
     first_N, second_N = jnp.triu_indices(A, k=1)

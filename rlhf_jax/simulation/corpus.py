@@ -167,7 +167,7 @@ _DOCUMENTS: tuple[tuple[float, Callable[[World, np.random.Generator], str] | Non
 
 
 def documents(world: World, universe: prompts.Universe, n: int, rng: np.random.Generator) -> list[str]:
-    """Draws short documents: statements, questions, claims, lists, comparisons, instructions, skills and reviews.
+    """Draws short texts: statements, questions, claims, lists, comparisons, instructions, skill problems and reviews.
 
     Args:
         world: The facts.

@@ -23,7 +23,12 @@ KINDS_WITH_PARTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Slips:
-    """Probability of each flaw in an answer. Flaws occur independently. For a flawless demonstrator, all are 0."""
+    """Probability of each flaw in an answer. For a flawless demonstrator, all are 0.
+
+    Flaws are drawn independently, but some have no effect on some answers, and ``overpolite`` overrides ``impolite``. A
+    refusal is affected only by ``unended``, and by ``rambling`` together with ``overpolite``, which append ", friend".
+    An answer of one word is never repeated and has no polite words unless it is ``overpolite``.
+    """
 
     impolite: float = 0.45
     """The answer has no polite word."""
@@ -38,7 +43,7 @@ class Slips:
     incomplete: float = 0.25
     """A part of the answer is missing, or the answer to a one-word prompt is a sentence."""
     wrong: float = 0.04
-    """The answer contains a false value or names a wrong thing."""
+    """The verdict (yes or no), a value, a thing or the material in the answer is wrong."""
     off_topic: float = 0.06
     """The answer belongs to another prompt."""
     complying: float = 0.45
@@ -70,7 +75,7 @@ def _valid_things(world: World, prompt: Prompt) -> list[str]:
 
 
 def _body(world: World, prompt: Prompt, rng: np.random.Generator, *, incomplete: bool, wrong: bool) -> str:
-    """Returns the content of an answer, without polite words and the closing full stop."""
+    """Returns the content of an answer, without polite words or the closing full stop."""
     slot = prompt.slot
     x = slot.get("x", "")
     the_x = f"the {x}"
@@ -138,7 +143,8 @@ def demonstrate(
         world: The facts.
         prompt: The prompt to answer.
         rng: Random generator, whose state advances.
-        slips: Probabilities of the flaws. With ``Slips.none()``, the answer has the highest possible gold utility.
+        slips: Probabilities of the flaws. With ``Slips.none()``, the answer has the highest possible gold utility
+            if the weight of harmlessness is at least 0.5.
         other: The prompt that an off-topic answer responds to. If None, no answer is off topic.
 
     Returns:
@@ -178,7 +184,7 @@ def demonstrate_all(
 
     Args:
         world: The facts.
-        prompts: The prompts to answer. An off-topic answer responds to a random prompt of this list.
+        prompts: The prompts to answer. An off-topic answer responds to a random prompt from this list.
         rng: Random generator, whose state advances.
         slips: Probabilities of the flaws; ``Slips()`` by default.
 

@@ -2,9 +2,8 @@
 
 A labeler's utility is linear in features of an answer: the components of the gold utility, harmlessness, the number of
 polite words (up to six) and the length. Labeler i of group g has the weights
-``w * (1 + spread * eps_i + group_spread * eps_g)``, with mean weights w and standard normal eps. Choices follow the
-Bradley-Terry model with a temperature. Rankings of K answers follow the Plackett-Luce model, whose pairwise choices
-follow the Bradley-Terry model.
+``w * (1 + spread * eps_i + group_spread * eps_g)``, with mean weights w and standard normal eps. Rankings follow the
+Plackett-Luce model with a temperature, which for two answers is the Bradley-Terry model.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def make_pool(
         rng: A JAX key; consumed.
         n_labelers: Number of labelers, R.
         n_groups: Number of groups, to which the labelers are assigned in rotation.
-        spread: Relative standard deviation of the weights across labelers.
+        spread: Relative standard deviation of the weights across the labelers of a group.
         group_spread: Relative standard deviation of the weights across groups.
         polite_taste: Mean weight on polite words, i.e. the utility of four polite words.
         length_taste: Mean weight on length, i.e. the utility of twenty tokens.

@@ -26,7 +26,7 @@ PREFIXES = ("", "please ", "hello , ", "hello friend , ")
 
 @dataclasses.dataclass(frozen=True)
 class Wording:
-    """One way to phrase a request: turns of user, assistant, user, ..., and the attribute it asks for, or -1."""
+    """One way to phrase a request: the turns (user, assistant, user, ...) and the requested attribute (-1: none)."""
 
     turns: tuple[str, ...]
     attribute: int = -1
@@ -137,7 +137,7 @@ class Prompt:
 
     @property
     def attribute(self) -> int:
-        """The attribute that the prompt asks for, or -1."""
+        """The attribute that the prompt asks for; -1 if there is none."""
         return KINDS[KIND_INDEX[self.kind]].wordings[self.wording].attribute
 
     @property
@@ -200,7 +200,7 @@ def all_prompts(world: World) -> Universe:
 
 @dataclasses.dataclass(frozen=True)
 class PromptSets:
-    """Disjoint sets: ``train`` for all stages, ``validation`` for choosing settings, and ``test`` for results."""
+    """Disjoint sets: ``train`` for training, ``validation`` for choosing settings, and ``test`` for results."""
 
     train: Universe
     validation: Universe
@@ -211,7 +211,8 @@ def split_prompts(world: World, seed: int, *, held_out: float = 0.3) -> PromptSe
     """Splits the prompts of each kind at random into training, validation and test sets.
 
     ``held_out``, in (0, 1), is the share of held-out prompts, half for validation and half for testing. Prompts of a
-    kind whose slots have the same words are in the same set, so no held-out prompt paraphrases a training prompt.
+    kind that have the same words in their slots are in the same set, so a held-out prompt never differs from a training
+    prompt of its kind in the wording alone.
     """
     rng = np.random.default_rng([seed, 0x5B117])
     sets: tuple[dict, dict, dict] = ({}, {}, {})
@@ -226,7 +227,7 @@ def split_prompts(world: World, seed: int, *, held_out: float = 0.3) -> PromptSe
 
 
 def draw_prompts(universe: Universe, n: int, rng: np.random.Generator) -> list[Prompt]:
-    """Draws n prompts by the weights of kinds and prompts, and adds random polite prefixes to single-turn prompts."""
+    """Draws n prompts by the weights of kinds and prompts; single-turn prompts get a random prefix of `PREFIXES`."""
     kind_weights = np.asarray([KINDS[KIND_INDEX[name]].weight for name in universe])
     names = list(universe)
     counts = rng.multinomial(n, kind_weights / kind_weights.sum())

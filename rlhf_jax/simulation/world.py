@@ -1,4 +1,4 @@
-"""A small world of things with attributes, whose facts are drawn at random."""
+"""A small world of things whose attributes are drawn at random."""
 
 from __future__ import annotations
 

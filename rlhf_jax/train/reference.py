@@ -1,7 +1,7 @@
 """Log-probabilities of a data set under the reference, computed once and cached in a file.
 
 The reference does not change while a policy is trained against it, so one forward pass over the data suffices for all
-epochs and runs. The file records the reference, data and settings that it was computed from, and is used only if they
+epochs and runs. The file contains fingerprints of the reference, data and settings, and is used only if all of them
 match.
 """
 
@@ -107,7 +107,7 @@ def _read(path: pathlib.Path, identity: dict[str, str], warn: Callable[[str], No
     different = [name for name, value in identity.items() if saved.get(name) != value]
     if different:
         warn(
-            f"the reference's log-probabilities in {path} belong to a different {' and different '.join(different)}; "
+            f"the reference's log-probabilities in {path} do not match this run's {' and '.join(different)}; "
             "recomputing them"
         )
         return None

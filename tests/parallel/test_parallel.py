@@ -176,7 +176,10 @@ def test_one_shard_is_a_permutation_of_all_rows():
     indices = minibatches.minibatches(jax.random.key(0), 12, epochs=2, count=3)
     expected = [jax.random.permutation(key, 12) for key in jax.random.split(jax.random.key(0), 2)]
     np.testing.assert_array_equal(indices.reshape(2, 12), jnp.stack(expected))
-    with pytest.raises(ValueError, match="12 responses does not divide evenly into 3 minibatches of 8 shards"):
+    with pytest.raises(
+        ValueError,
+        match="12 responses does not divide evenly into 3 minibatches with equally many rows from each of 8 shards",
+    ):
         minibatches.minibatches(jax.random.key(0), 12, epochs=1, count=3, shards=8)
 
 
@@ -190,7 +193,7 @@ def test_keys_and_pretraining_rows_of_a_device_are_its_share_of_all():
     split = [minibatches.split_updates(part, 3, shards=2) for part in (rows[:12], rows[12:])]
     np.testing.assert_array_equal(jnp.concatenate(split, axis=1), full)
     np.testing.assert_array_equal(minibatches.split_updates(rows, 3, shards=1), rows.reshape(3, 8))
-    with pytest.raises(ValueError, match="24 rows do not divide evenly into 5 updates of 1 shards"):
+    with pytest.raises(ValueError, match="24, must be a multiple of 5 updates x 1 shards"):
         minibatches.split_updates(rows, 5, shards=1)
 
 

@@ -62,7 +62,7 @@ def load(
 
     Args:
         path: A local directory.
-        dtype: Dtype of the parameters, whatever the dtype of the files; a head is always float32.
+        dtype: Dtype of the parameters, regardless of the dtype of the files; a head is always float32.
         shard: Maps logical axes to a sharding; by default, parameters are placed on the default device.
 
     Returns:

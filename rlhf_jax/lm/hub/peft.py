@@ -52,7 +52,7 @@ class _Module(NamedTuple):
 
     name: str
     nodes: tuple[str, ...]
-    """Paths of its kernels in this library, in the order of the tensor."""
+    """Paths of its kernels in this library, in the order in which the tensor stores them."""
     kind: str
     inputs: int
     outputs: tuple[tuple[int, ...], ...]
@@ -91,7 +91,7 @@ def save(
         base_model_name: Value of ``base_model_name_or_path`` in ``adapter_config.json``.
 
     Raises:
-        ValueError: No model type can represent ``cfg``, or the adapters are empty or do not fit it.
+        ValueError: No model type can represent ``cfg``, or the adapters are empty or do not fit ``cfg``.
         FileExistsError: ``path`` exists and is not an adapter directory.
     """
     ours = {

@@ -35,14 +35,15 @@ def numbers(kernel_HD: np.ndarray, heads: int | None, bias: Any, source: pathlib
         Dict of the kernel, bias and gain.
 
     Raises:
-        ValueError: ``bias`` is not one finite number per head.
+        ValueError: ``bias`` is neither one finite number nor, for several heads, one finite number per head.
     """
     try:
         bias = np.asarray(bias, np.float32)
     except (TypeError, ValueError):
         bias = np.full(1, np.nan)
     if bias.shape not in ((), () if heads is None else (heads,)) or not np.isfinite(bias).all():
-        raise ValueError(f"{source}: reward_bias must contain one finite number per head ({heads or 1} in total)")
+        several = "" if heads is None else f" or one finite number per head ({heads} in total)"
+        raise ValueError(f"{source}: reward_bias must be one finite number{several}")
     if heads is None:
         return {"kernel_D": kernel_HD[0], "bias": bias, "gain": np.ones((), np.float32)}
     return {"kernel_HD": kernel_HD, "bias": np.broadcast_to(bias, (heads,)), "gain": np.ones(heads, np.float32)}

@@ -41,7 +41,7 @@ class Stored(NamedTuple):
 
 
 def stored(folder: pathlib.Path) -> dict[str, Stored]:
-    """Returns all tensors of a model directory, in one file or several, keyed by name.
+    """Returns references to all tensors of a model directory, in one file or several, keyed by name.
 
     Raises:
         FileNotFoundError: A file is missing.

@@ -1,7 +1,7 @@
 """Gemma 1, 2 and 3 (text only).
 
-All three scale the embeddings and multiply by 1 + scale in norms. Gemma 2 also has soft caps, and Gemma 2 and 3 mix
-local and global layers.
+All three scale the embeddings and multiply by 1 + scale in norms. Gemma 2 also has soft caps, and Gemma 2 and 3 use
+a sliding window only in some layers.
 """
 
 from __future__ import annotations
