@@ -1,7 +1,8 @@
 """Selection of the examples in each batch, as a pure function of a key and the step.
 
-There is no iterator state to save: a resumed run selects the same batches as an uninterrupted run. A checkpoint stores
-a `fingerprint` of the data with the step, because the same indices select different examples from different data.
+There is no iterator state to save: a resumed run selects the same batches as an uninterrupted run. Pass a `fingerprint`
+of the data to `train.loop.fit`, which compares it when the run is resumed, because the same indices select different
+examples from different data.
 """
 
 from __future__ import annotations

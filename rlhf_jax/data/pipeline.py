@@ -1,7 +1,7 @@
 """Batches, made with grain, that can be shuffled, repeated, divided among hosts, and resumed exactly.
 
-The batch of a step depends on the data, the seed, the batch size and the step, but not on the number of hosts. Each
-host reads an equal share of the rows of every batch, so all hosts run the same number of steps.
+The batch of a step depends on the data and on settings such as the seed, but not on the number of hosts. Each host
+reads an equal share of the rows of every batch, so all hosts run the same number of steps.
 
 The state of a grain iterator is only an index, which would select different batches from different data.
 `Batches.get_state` therefore adds a fingerprint of everything that determines the batches, and `Batches.set_state`
@@ -195,7 +195,7 @@ def from_source(
     """Returns batches of any sequence of records, such as a list or a data set that is read lazily from disk.
 
     Args:
-        source: A sequence of records, such as the result of a reader in `readers` or of `sources.tfds_source`.
+        source: A sequence of records, such as those from a reader in `readers` or from `sources.tfds_source`.
         collate: Function that converts a list of records to a batch, such as token rows. It must be pure, and should
             always return the same shapes. It runs in the prefetching thread and receives only this host's records.
         batch_size: See `from_arrays`.

@@ -1,6 +1,6 @@
 """Multi-host runs: connecting the hosts, detecting lost hosts, and stopping all hosts after the same step.
 
-All hosts run the same program, with one process each. Before JAX starts, they connect to the first host, the
+All hosts run the same program, with one process each. Before JAX starts, the other hosts connect to the first one, the
 coordinator, over plain sockets. All hosts raise an error, after a timeout at the latest, if a host is missing, if two
 hosts have the same index, or if their ``facts``, such as settings or data, differ. The sockets stay open to detect lost
 hosts and to agree on the step after which to stop. This communication does not involve the devices, and a step sends no
