@@ -234,7 +234,7 @@ def _world_task(settings: Settings, model: initial_model.InitialModel | None) ->
 def _demonstration_rows(
     prompt_set: PromptSet, answers: list[list[int]], width: int, pad_id: int, counts: errors.DropCount
 ) -> padding.Rows:
-    """Returns rows of prompts and answers. Longer answers are counted, truncated and lack a stop token."""
+    """Returns rows of prompts and answers. Answers longer than ``width`` are truncated and end without a stop token."""
     tokens_BT, mask_BT = padding.pad_answers(answers, width=width, pad_id=pad_id, counts=counts)
     return padding.Rows(
         tokens_BL=np.concatenate([prompt_set.tokens_BP, tokens_BT], axis=1),

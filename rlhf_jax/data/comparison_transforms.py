@@ -94,7 +94,7 @@ def add_control_tokens(batch: types.Comparisons, *, good_id: int, bad_id: int, c
         column: P, the width of the prompts.
 
     Returns:
-        Comparisons with K = 2 and L + 1 columns, with the better answer first. The order of the original pairs is as in
+        Comparisons with K = 2 and L + 1 columns, with the better answer first. The original pairs are in the order of
         `split_into_pairs`.
     """
     pairs = split_into_pairs(batch)

@@ -35,7 +35,7 @@ DIRECT_METHODS = {
 """Methods without reinforcement learning in display order, with their display names. They follow PPO in the report."""
 
 MAIN_POLICIES = ("ppo_ptx", "ppo", *DIRECT_METHODS, "best_of_n")
-"""The headline describes the first of these policies that the results contain."""
+"""The headline describes the first of these policies that has a win rate or, if none has one, a reward."""
 
 MISSING = "–"
 
