@@ -45,7 +45,7 @@ class Shapes:
     head_widths: tuple[int, ...] = (128, 256)
     window: int = 512
     small_layers: int = 4
-    """Number of layers for ``numerics`` and ``deterministic``; otherwise, their model is that of the other rows."""
+    """Number of layers in ``numerics`` and ``deterministic``, whose model is otherwise that of the other rows."""
     repeats: int = 5
 
 
