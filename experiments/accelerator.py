@@ -10,12 +10,12 @@ The command requires jax, flax, optax, numpy, transformers and this library. If 
 Each measurement is appended to the file given by --out as soon as it is complete.
 If a row fails, its error is printed and the next row starts. Two columns of the table require an explanation:
 
-    share   The measurement as a share of the quantity named after it. Training steps are compared with the measured
+    share   The measurement as a share of a quantity that the cell names. Training steps are compared with the measured
             rate of matrix products. Their FLOPs are those of the model's matrix products, without recomputation and
             with only the causal half of the attention scores (MFU). Decoding steps are compared with the measured
             memory bandwidth. Their bytes are those of the parameters and the KV cache in bfloat16. The parts of a PPO
             iteration are compared with the time of the iteration.
-    aim     The required bound on the share or, in rows without a share, on the value.
+    aim     The bound that the share or, in rows without a share, the value must satisfy.
 
 Rows:
 """
@@ -58,7 +58,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     settings.rows = [name.strip() for name in settings.rows.split(",") if name.strip()] or list(row_runner.ROWS)
     unknown = [name for name in settings.rows if name not in row_runner.ROWS]
     if unknown:
-        parser.error(f"--rows: unknown {', '.join(unknown)}; the rows are {', '.join(row_runner.ROWS)}")
+        parser.error(f"--rows: unknown row {', '.join(unknown)}; the rows are {', '.join(row_runner.ROWS)}")
     return settings
 
 

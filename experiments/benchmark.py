@@ -1,21 +1,21 @@
 """Compares the speed of this library with TRL, transformers, Tunix and the limits of the machine.
 
     python experiments/benchmark.py --install runs/peers   install TRL and Tunix once; 2 minutes, 3 GB
-    python experiments/benchmark.py                        all rows; skips peers that are not installed
+    python experiments/benchmark.py                        all rows; skips libraries that are not installed
     python experiments/benchmark.py --only sft-s,decode-m-1
     python experiments/benchmark.py --quick                tiny shapes, for a test run
 
 There are two models. S is a GPT-2 with 4 layers, width 256, 4 heads and a vocabulary of 4096 (4.3M parameters). M has
 12 layers, width 768, 12 heads and a vocabulary of 8192 (92M). The computation is in float32 on a CPU and in bfloat16 on
-a GPU or TPU. Tunix has no GPT-2 and runs a Llama with the same number of matmul parameters. TRL's trainers run twice:
-in float32, for which the table has a required ratio, and with TRL's defaults, which use bfloat16 on a CPU too. Bfloat16
-halves the work on a CPU with bfloat16 instructions.
+a GPU or TPU. Tunix has no GPT-2 and runs a Llama with about the same number of matmul parameters. TRL's trainers run
+twice: in this library's dtype, for which the table has a required ratio, and with TRL's defaults, which use bfloat16 on
+a CPU too. Bfloat16 halves the work on a CPU with bfloat16 instructions.
 
-Every program runs in a separate process with glibc's huge pages. The programs of a row first run up to their first
-timed repetition, one after another. Their repetitions then alternate, so that a temporary slowdown of the machine
-affects all programs. A speed-up is a ratio of medians. Nothing else should run on the machine.
+Every program runs in a separate process with glibc's huge pages. The programs that a row of the table compares first
+run up to their first timed repetition, one after another. Their repetitions then alternate, so that a temporary
+slowdown of the machine affects all of them. A speed-up is a ratio of medians. Nothing else should run on the machine.
 
-The workloads are measured in tokens per second, except for decode and the matmul rate. One repetition is:
+The workloads are as follows. Except for decode and the matmul rate, they are measured in tokens per second:
 
     sft, reward, dpo    One train step on 8 rows of 256 tokens, or on 8 pairs of such rows. In dpo, prompts have 64
                         tokens and the step includes the forward pass of the reference.
@@ -33,11 +33,12 @@ The peers are TRL's SFTTrainer, RewardTrainer, DPOTrainer and PPOTrainer (the la
 transformers, and Tunix's PeftTrainer, DPOTrainer and Sampler. TRL's DPO is slower with huge pages, so it is also run
 without them (programs whose names end in 4k).
 
-The column "compile" is the time of the first repetition minus the median. The column "memory" is the peak memory of the
-process or, on an accelerator, of the device. The output folder contains results.json, results.md and logs/.
+The column "compile" is the time of the first repetition minus, except in decode, the median time of a repetition. The
+column "memory" is the peak memory of the process or, on an accelerator, of the device. The output folder contains
+results.json, results.md and logs/.
 
-All rows with all peers take 35 minutes on two cores of an AMD EPYC with AVX-512 (family 25) and 24 GB. The expected
-speed-ups on this machine are:
+All rows with all peers take 35 minutes on a machine with 24 GB of memory and two cores of an AMD EPYC with AVX-512
+(family 25). The expected speed-ups on this machine are:
 
     SFT                 1.3 (S) and 1.5 (M) over Tunix; 1.8 (S) and 1.3 (M) over TRL in float32
     DPO                 1.7 over Tunix, 2 to 2.6 over TRL
@@ -81,7 +82,7 @@ class Settings:
     out: pathlib.Path = pathlib.Path("runs/benchmarks")
     """Output folder."""
     peers: pathlib.Path = pathlib.Path("runs/peers")
-    """Folder with the environments of the peers."""
+    """Folder in which --install has installed the peers."""
     ours_only: bool = False
     """Skip the peers even if they are installed."""
     together: bool = True
@@ -92,11 +93,11 @@ class Settings:
     install: Annotated[pathlib.Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Install the environments of the peers in DIR and exit."""
     tunix_python: str = ""
-    """Python 3.12 interpreter for Tunix. If empty, the running Python or python3.12 on the path is used."""
+    """Python 3.12 interpreter for --install. If empty, the running Python or python3.12 on the path is used."""
     torch_index: str = ""
-    """Additional package index for torch, such as the index of its CPU builds."""
+    """Additional package index for torch in --install, such as the index of its CPU builds."""
     tunix_extra: str = ""
-    """Additional requirement for Tunix, such as "jax[cuda13]" for a GPU."""
+    """Additional requirement for Tunix in --install, such as "jax[cuda13]" for a GPU."""
 
 
 def parse(arguments: list[str]) -> Settings:

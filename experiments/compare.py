@@ -6,12 +6,14 @@
     python experiments/compare.py --resume runs/NAME              resume an interrupted comparison
 
 All methods start from the same SFT model and use the same reward model. The KL to the SFT model and the gold utility
-are measured at every iteration, on the answers that the method trains on. This gives a curve of gold utility against KL
-for each seed, and the curves are compared at the KLs of --at. GRPO penalises the KL in the loss, as published, instead
-of in the reward. Best-of-n trains nothing and is measured on held-out prompts; its KL is log n - (n - 1) / n. The flags
-of instructgpt.py are accepted too, but some of them, such as --ppo.method and --on-alarm, have no effect.
+are measured on the answers sampled in each iteration (in expert iteration, each round). Every seed gives a curve of
+gold utility against KL, and the curves are compared at the KLs of --at. GRPO penalises the KL in the loss, as
+published, instead of in the reward. Best-of-n trains nothing and is measured on held-out prompts; its KL is
+log n - (n - 1) / n. The flags of instructgpt.py are accepted too, but some of them, such as --ppo.method and
+--on-alarm, have no effect.
 
-The run folder contains compare.json, compare.html with the figure, config.json, metrics.jsonl and checkpoints/.
+The run folder contains compare.json, compare.html with the figure, config.json, metrics.jsonl, tensorboard/ and
+checkpoints/.
 
 The comparison takes 14 minutes and 2 GB on two CPU cores. The expected gold utilities, to within about 0.007, are:
 
@@ -74,7 +76,7 @@ def parse(arguments: list[str]) -> Compare:
 
 
 def _shorten(preset: Settings) -> Settings:
-    """Shortens the runs of the default preset and reduces its KL coefficient, so that they still reach the same KLs."""
+    """Shortens the runs of the default preset and reduces its KL coefficient, so that short runs reach the same KLs."""
     if preset.preset != "default":
         return preset
     return dataclasses.replace(preset, ppo=dataclasses.replace(preset.ppo, iterations=18, kl_coef=0.03))

@@ -1,4 +1,4 @@
-"""Compares DPO with PPO at equal KL and with out-of-distribution pairs (Xu et al. 2024, Rafailov et al. 2023).
+"""Compares DPO and PPO at equal KL and on out-of-distribution pairs (Xu et al. 2024, Rafailov et al. 2023).
 
     python experiments/dpo_vs_ppo.py                       all three parts
     python experiments/dpo_vs_ppo.py --parts bandit exact  only the parts whose KL and rewards are exact
@@ -8,8 +8,9 @@
 The study has three parts:
 
     world    Policies are trained in the built-in world from one SFT model, with DPO and iterated DPO at several betas
-             and PPO at several KL coefficients. In iterated DPO, a reward model labels the pairs. DPO and PPO are also
-             trained on shifted pairs, which are comparisons of base-model answers that the SFT model rarely samples.
+             and PPO at several KL coefficients. In iterated DPO, a reward model labels the pairs. DPO and the reward
+             model of PPO are also trained on shifted pairs, which are comparisons of base-model answers that the SFT
+             model rarely samples.
     bandit   The same methods are compared on a table of rewards, for which the KL, the expected reward and the optimum
              are computed exactly.
     exact    DPO and PPO are trained on the three-answer example of Xu's theorem 4.1.
@@ -17,7 +18,7 @@ The study has three parts:
 The settings of instructgpt.py apply here too, but some that have no effect, such as --on-alarm, are refused. In the
 world, all seeds share the prompts, comparisons and reward models, so the intervals reflect only sampling and batch
 order. On the bandit, each seed draws new labels. The run folder contains study.json, study.html with the figures,
-config.json, metrics.jsonl, checkpoints/ and reference/.
+config.json, metrics.jsonl, tensorboard/, checkpoints/ and reference/.
 
 The study takes 17 minutes and 2.2 GB on two CPU cores. The expected results are:
 
@@ -27,7 +28,7 @@ The study takes 17 minutes and 2.2 GB on two CPU cores. The expected results are
              base model misleads PPO too.
     bandit   At 1 nat, the expected reward of PPO is 0.15 ±0.05 above that of DPO, over ten draws of 400 labels. The
              effect of shifted pairs is not significant.
-    exact    The unseen answer has a probability of 0.99 with DPO and 0.0001 with PPO.
+    exact    The answer that appears in no pair has a probability of 0.99 with DPO and 0.0001 with PPO.
 """
 
 from __future__ import annotations
@@ -243,7 +244,7 @@ def _weights(settings: StudySettings) -> list[tuple[str, float]]:
 
 
 def _run_world(settings: StudySettings, job: jobs.Job, folder: run_folder.RunFolder) -> dict[str, Any]:
-    """Returns the lines of the world's figure, the `effects` in the world, and how many pairs DPO was trained on."""
+    """Returns the lines of the world's figure, the `effects` in the world, and the numbers of pairs and prompts."""
     middle = {"DPO": _middle(settings.betas), "PPO": _middle(settings.kl_coefs)}
     shared, policies, pairs = _train_policies(job, settings, folder, _world_methods(settings))
     job.progress.start("evaluate", 1 + len(policies))

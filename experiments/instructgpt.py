@@ -1,6 +1,6 @@
 """Runs InstructGPT's recipe, from pretraining to PPO-ptx, and reports the results (Ouyang et al. 2022).
 
-    python experiments/instructgpt.py                            under 5 minutes on two CPU cores, 2 GB
+    python experiments/instructgpt.py                            under 5 minutes on two CPU cores, 2 GB of memory
     python experiments/instructgpt.py --preset smoke             all stages in about a minute, too short to learn much
     python experiments/instructgpt.py --data.path FILE.jsonl.gz  human comparisons from a file (docs/data.md)
     python experiments/instructgpt.py --model PATH               start from a model in Hugging Face format
@@ -8,17 +8,17 @@
 
 The stages are:
 
-    1. Pretrain a base model on the text corpus of the built-in world.
+    1. Pretrain a base model on text about a built-in world, which is a simulation with known facts and preferences.
     2. Fine-tune two SFT models on demonstrations.
     3. Sample answers from them, rank the answers with simulated labelers and train a reward model on the comparisons.
     4. Train a policy with PPO and another one with PPO-ptx.
     5. Evaluate all policies on held-out prompts.
 
-The run folder contains results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/, and policy/
-and reward_model/ in Hugging Face format.
+The run folder contains results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/ and, in
+Hugging Face format, policy/ (the PPO-ptx policy) and reward_model/.
 
 With the default preset, the reward model should agree with the labelers on 67 to 70 % of held-out pairs. PPO and
-PPO-ptx should beat SFT on 73 to 79 % of held-out prompts at a KL of 2 to 3 nats. Best-of-16 wins about as often or less
+PPO-ptx should beat SFT on 73 to 79 % of held-out prompts at a KL of 2 to 3 nats. Best-of-16 should not win more
 often. PPO has an alignment tax (it loses skills learnt in pretraining); PPO-ptx has none.
 """
 

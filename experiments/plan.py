@@ -4,7 +4,7 @@
     python experiments/plan.py --stage dpo --model path/to/config.json --topology v5e:2x4 --mesh.fsdp 8
     python experiments/plan.py --stage sft --model tiny --topology cpu --length 64 --batch 8
 
-The step is compiled with the chips' compiler, which does not require a chip. The command prints:
+For a TPU topology, the step is compiled with the TPU compiler, which does not require a TPU. The command prints:
 
     memory        Bytes per chip by kind. Parameters, optimiser state, frozen models and KV cache are computed exactly;
                   the compiler reports the rest.

@@ -5,19 +5,20 @@
     python experiments/reward_model.py --data.path FILE --folds 5     cross-validation of the model and two baselines
     python experiments/reward_model.py --training.trains ^head/       only the scalar head, on a frozen trunk
     python experiments/reward_model.py --pmp.prompts 3000 --training.limit 125
-                                                                      with preference-model pretraining (HH A.2)
+                                                                      preference-model pretraining (Bai et al. 2022)
     python experiments/reward_model.py --resume runs/NAME             resume an interrupted run
 
-The base model and the SFT model are trained first, as in instructgpt.py, whose settings apply here too. The run folder
-contains results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/ and reward_model/, a model in
-Hugging Face format whose scores are normalised.
+The base model and the SFT model are trained first, as in instructgpt.py, whose settings apply here too, except those of
+PPO and evaluation. The run folder contains results.json, report.html, config.json, metrics.jsonl, tensorboard/,
+checkpoints/ and reward_model/, a Hugging Face model with normalised scores.
 
 Cross-validation (--folds) requires scikit-learn (pip install "rlhf_jax[baselines]"). In each fold, a tokenizer, a small
 base model and an ensemble of reward models are trained on the training pairs. Two baselines are evaluated on the same
 folds: preferring the shorter answer, and a logistic regression on TF-IDF features whose penalty is chosen on inner
 splits. All pairs of a conversation are in the same fold, and intervals are clustered by conversation.
 
-On two CPU cores, a run takes about 2 minutes in the built-in world and 5 to 7 minutes for five folds of 2,000 pairs.
+On two CPU cores, a run in the built-in world takes about 2 minutes, and five-fold cross-validation on 2,000 pairs
+takes 5 to 7 minutes.
 
 In the built-in world, the reward model should agree with the labelers on 69 % of held-out pairs (95 % interval 66 to
 72 %) and on 71 % of training pairs. In cross-validation on 1,992 harmlessness pairs, the expected accuracies are:

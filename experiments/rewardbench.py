@@ -30,8 +30,8 @@ class Data:
     """JSONL (also .gz) or Parquet file of records with prompt, chosen, rejected and subset, or of two ranked answers in
     any other format in docs/data.md."""
     max_dropped: float = 0.01
-    """Maximum share of records that may be dropped because they are empty, not pairs, too long or refused by the chat
-    template."""
+    """Maximum share of dropped records, which are empty, not pairs, too long or rejected by the chat template. A file
+    with a larger share is refused."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class RewardBenchSettings:
     """Number of answers scored together."""
     max_length: int | None = None
     """Maximum number of tokens in a prompt with its answer. A prompt that exceeds it loses its oldest turns. Records
-    that are still too long are dropped. Both are counted. None uses the model's maximum length."""
+    that are still too long are dropped. Both are counted in results.json. None uses the model's maximum length."""
     bins: int = 10
     """Maximum number of bins in the calibration curve. All bins have about the same number of pairs."""
 
@@ -123,7 +123,7 @@ def run(settings: RewardBenchSettings) -> dict[str, Any]:
         except errors.DataError as error:
             raise errors.DataError(f"--data.path {settings.data.path}: {error}") from None
         progress.finish("tokenise")
-        # Created after the data is read, so that no folder is left if the data is unusable, but before the scoring.
+        # Created after the data is read, so that unusable data leaves no folder, but before the slow scoring.
         _create_folder(path, settings)
         progress.start("score", len(rows))
         step = parallel.JitStep(partial(_score, cfg=model.cfg), donate_argnums=())
@@ -183,7 +183,7 @@ def encode(
 ) -> tuple[list[Pair], list[list[int]], np.ndarray]:
     """Tokenises pairs. Pairs with more than ``max_length`` tokens in one of their two rows are dropped and counted.
 
-    A prompt that exceeds ``max_length`` without an answer first loses its oldest turns and is counted too.
+    A prompt that alone exceeds ``max_length`` first loses its oldest turns and is counted too.
 
     Returns:
         ``(records, rows, lengths)``: the N remaining records, 2N rows of token ids and the lengths of the 2N answers in

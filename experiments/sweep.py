@@ -7,9 +7,10 @@
     python experiments/sweep.py --resume runs/NAME                 resume an interrupted sweep
 
 All runs share one SFT model, one reward model and one compiled program. On a single GPU or TPU, they train together
-(``jax.vmap`` over keys and coefficients). On a CPU, where this is not faster, they train one after another. The flags
-of instructgpt.py are accepted too, but some of them, such as --ppo.ptx-coef and --on-alarm, have no effect. The run
-folder contains sweep.json, sweep.html with the figure, config.json, metrics.jsonl, tensorboard/ and checkpoints/.
+(``jax.vmap`` over keys and coefficients). On a CPU, where this is not faster, and on a mesh, they train one after
+another. The flags of instructgpt.py are accepted too, but some of them, such as --ppo.ptx-coef and --on-alarm, have no
+effect. The run folder contains sweep.json, sweep.html with the figure, config.json, metrics.jsonl, tensorboard/ and
+checkpoints/.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def parse(arguments: list[str]) -> TortureSettings:
 if __name__ == "__main__":
     command_line.answer_help(parse)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # For the forked processes, which compile small programs many times and without a cache.
+    # Shortens compilation in the forked processes, which compile small programs many times and without a cache.
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 

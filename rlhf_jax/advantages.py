@@ -106,7 +106,7 @@ def gae(
 def rloo(scores_K: jax.Array) -> jax.Array:
     """Returns each score minus the mean of the other K - 1 scores, ``K / (K - 1) (s - mean)`` (Ahmadian 2024).
 
-    ``scores_K`` contains the scores of K independent completions of one prompt, each minus its KL penalty. Raises
+    ``scores_K`` contains the scores, minus the KL penalties, of K independent completions of one prompt. Raises
     ValueError if its rank is not 1 or K is below 2.
 
     Example:

@@ -1,4 +1,4 @@
-"""Reductions of a batch of token losses to a scalar, which differ in how they weight the tokens.
+"""Reductions of a batch of token losses to a scalar. They differ in the weights of the tokens.
 
 A reduction computes one weight per row and one divisor from the mask of the whole batch. The loss therefore does not
 depend on how the rows are distributed over micro-batches and devices::
@@ -6,13 +6,12 @@ depend on how the rows are distributed over micro-batches and devices::
     weights_B, total = sequence_mean(mask_BT)
     loss = weighted_sum(losses_BT, weights_B, where=mask_BT) / total
 
-For a mask ``m`` and token losses ``l`` of n non-empty responses, the reductions compute:
+For a mask ``m`` and token losses ``l`` of n non-empty responses, the reduced losses are:
 
 * `token_mean` (PPO): ``sum(m l) / sum(m)``;
 * `sequence_mean` (GRPO, Shao 2024): the mean over responses of ``sum_t(m l) / sum_t(m)``;
-* `sequence_sum` (REINFORCE and RLOO, Ahmadian 2024): ``sum(m l) / n``, because the log-probability of a response is a
-  sum over its tokens;
-* `constant_mean` (Dr. GRPO, Liu 2025): ``sum(m l) / (n T)``.
+* `sequence_sum` (REINFORCE and RLOO, Ahmadian 2024): ``sum(m l) / n``, the mean over responses of ``sum_t(m l)``;
+* `constant_mean` (Dr. GRPO, Liu 2025): ``sum(m l) / (n T)``, where T is the response width.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ class ControllerState:
     """The state of an adaptive KL controller, carried from batch to batch and saved in checkpoints."""
 
     kl_coef: jax.Array
-    """float32 scalar."""
+    """The current coefficient, a float32 scalar."""
 
 
 def init_controller(kl_coef: float | jax.Array) -> ControllerState:

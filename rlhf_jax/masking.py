@@ -1,11 +1,11 @@
 """Reductions over masked arrays, correct on one device and under sharding.
 
-The losses in this library are unreduced; the functions in this module reduce them to scalars. Every reduction follows
+Most losses in this library are unreduced; the functions in this module reduce them to scalars. Every reduction follows
 three rules:
 
 * elements where ``where`` is False are ignored, even if they are NaN or infinite, and their gradient is exactly 0;
 * a NaN where ``where`` is True propagates to the result;
-* an empty mask yields 0 with zero gradient.
+* a mask that selects nothing yields 0 with zero gradient.
 
 With ``axis_name``, sums and counts are added across devices *before* the division. Averaging the local means instead
 would weight tokens incorrectly whenever the masks differ between devices.

@@ -99,7 +99,7 @@ class MetricLog:
     files are flushed every few seconds, so an interrupted process can lose their last points. Each training stage has
     its own step counter and is a separate TensorBoard run, so that a resumed stage purges only its own points.
 
-    Methods that write raise `LogError` if the disk is full or read-only, or if the directory no longer exists.
+    Methods that write raise `LogError` if writing fails, for example because the disk is full or read-only.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
@@ -202,7 +202,7 @@ class _Board:
         self._scalar = summary.scalar
         folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads event files in the order of their names, which contain the time in whole seconds. The suffix
-        # orders files created within the same second and prevents the second from overwriting the first.
+        # orders files created within the same second and prevents one from overwriting the other.
         self._events = event_file_writer.EventsWriter(str(folder / "events"), f".{time.time_ns()}")
         self._flushed = 0.0
         if purge_step is not None:

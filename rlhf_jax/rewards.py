@@ -1,4 +1,4 @@
-"""Token rewards from response scores and a KL penalty, and functions that build score functions."""
+"""Token rewards from scores and a KL penalty, and functions that build score functions ``(params, rollout) -> [B]``."""
 
 from __future__ import annotations
 
@@ -108,10 +108,16 @@ def from_python(
         rows = np.asarray(tokens_BL), np.asarray(mask_BL), np.asarray(response_mask_BT)
         scores_B = np.asarray(fn(*rows), np.float32)
         if scores_B.shape != rows[0].shape[:1]:
-            raise ValueError(f"the reward function returned shape {scores_B.shape} for {len(rows[0])} responses")
+            raise ValueError(
+                f"the reward function returned shape {scores_B.shape} for {len(rows[0])} responses; it must return one "
+                "number per response"
+            )
         if not np.isfinite(scores_B).all():
             row = int(np.flatnonzero(~np.isfinite(scores_B))[0])
-            raise ValueError(f"the reward function returned {scores_B[row]} for response {row} of {len(scores_B)}")
+            raise ValueError(
+                f"the reward function returned {scores_B[row]} for response {row} of {len(scores_B)}; scores must be "
+                "finite"
+            )
         return scores_B
 
     def score(params: Any, rollout: types.Rollout) -> jax.Array:

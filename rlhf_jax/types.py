@@ -49,7 +49,7 @@ class ApplyFn(NamedTuple):
     be causal and must ignore the columns in which the mask is False. To train on packed rows, ``forward`` must also
     accept ``segments_BL``, which is passed for packed rows only.
 
-    ``lm.apply_fn(cfg)`` returns the functions of this library's model; two lambdas adapt a Linen or NNX module.
+    ``lm.apply_fn(cfg)`` returns the functions of this library's model; a Linen or NNX module needs two lambdas.
     """
 
     forward: Callable[..., LMOutput]
@@ -65,7 +65,7 @@ class Rollout:
     mask_BL: jax.Array
     """bool, True at the real tokens of prompt and response."""
     response_mask_BT: jax.Array
-    """bool, True at the response tokens, including the stop token; a prefix of every row."""
+    """bool, True at the response tokens, including the stop token; in every row, the True entries come first."""
     logprobs_BT: jax.Array
     """float32, log-probabilities under the sampling distribution; 0 outside the mask."""
     lengths_B: jax.Array
@@ -84,14 +84,14 @@ class Experience:
     mask_BL: jax.Array
     response_mask_BT: jax.Array
     logprobs_BT: jax.Array
-    """Log-probabilities under the behaviour policy, computed by the scoring function that the update uses."""
+    """Log-probabilities under the behaviour policy, computed by `ppo.Models.logprobs`, as in the update."""
     values_BT: Any
     """The critic's values before each response token, at rollout time; None without a critic."""
     advantages_BT: jax.Array
     returns_BT: Any
-    """Regression targets of the critic, in the critic's units; None without a critic."""
+    """Regression targets of the critic, normalised if the step has ``normalise_values``; None without a critic."""
     weights_BT: jax.Array | None = None
-    """Importance weights of the tokens, if they were sampled from a distribution other than the policy's."""
+    """Importance weights of the tokens if the train step has ``correct_sampler``; else None."""
     reference_BT: Any = None
     """Log-probabilities under the reference, for a KL loss."""
 

@@ -22,14 +22,14 @@ class RunOptions(NamedTuple):
     """Options that all programs of a run share."""
 
     peers: pathlib.Path
-    """Folder of the peers' environments."""
+    """Folder of the peer libraries' virtual environments."""
     logs: pathlib.Path
     """Folder for the programs' standard error, one file per program."""
     repeats: int
     quick: bool = False
     accelerator: bool = False
     together: bool = True
-    """Whether to keep all programs of a row in memory, so that they can be measured in turn."""
+    """Whether to keep all programs of a row in memory and measure them in turn. Otherwise, each runs alone."""
 
 
 Record = Mapping[str, Any]

@@ -45,11 +45,12 @@ def decode_limit(
     """Prepares the measurement of the minimum time of a decoding step.
 
     This time is the larger of two times: the bytes that must be read, divided by the bandwidth, and the FLOPs, divided
-    by the rate of the step's own matrix products. Both are measured on arrays of the step's sizes, so that memory and
-    caches are used as in decoding.
+    by the rate of the step's own matrix products. Bandwidth and rate are measured on arrays of the step's sizes, so
+    that memory and caches are used as in decoding.
 
     Returns:
-        A function that measures the minimum seconds, the cost of the step, and lists that collect both times.
+        A function that measures the minimum seconds; the cost of the step; and lists in which the function collects
+        both times.
     """
     shapes, size, B = workload.shapes, workload.size, workload.batch
     cost = workload_sizes.decode_cost(
@@ -104,7 +105,7 @@ def _reading(size: int) -> Callable[[], float]:
 
 
 def _scaling(size: int) -> Callable[[], float]:
-    """Times scaling ``size / 2`` bytes in place in a compiled loop, which moves ``size`` bytes (reads and writes)."""
+    """Returns a function that measures the seconds to scale ``size / 2`` bytes in place, which moves ``size`` bytes."""
     steps = 16
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -121,7 +122,7 @@ def _scaling(size: int) -> Callable[[], float]:
 
 
 def _copying(size: int) -> Callable[[], float]:
-    """Times the copying of one half of the bytes to the other half, on all cores."""
+    """Returns a function that measures the seconds to copy one half of the bytes to the other half, on all cores."""
     length = max(size // 8 // _CORES, 1)
     pairs = [(np.ones(length, np.float32), np.ones(length, np.float32)) for _ in range(_CORES)]
     pool = concurrent.futures.ThreadPoolExecutor(_CORES)
@@ -129,7 +130,7 @@ def _copying(size: int) -> Callable[[], float]:
 
 
 def _maximum(size: int) -> Callable[[], float]:
-    """Times the reading of all bytes on all cores, without writing."""
+    """Returns a function that measures the seconds to read all bytes on all cores, without writing."""
     parts = [np.ones(max(size // 4 // _CORES, 1), np.float32) for _ in range(_CORES)]
     pool = concurrent.futures.ThreadPoolExecutor(_CORES)
     return lambda: _seconds(lambda: list(pool.map(np.max, parts)))

@@ -1,8 +1,8 @@
 """The command line, the timing and the report that all measured processes share.
 
-This module is plain Python, because the peers' interpreters import it too. With ``--paced``, a process waits for a line
-on standard input before each timed repetition, so that its parent can interleave several processes. A temporary
-slowdown of the machine then affects all of them.
+This module imports no JAX, because the interpreters of the peer libraries import it too. With ``--paced``, a process
+waits for a line on standard input before each timed repetition, so that its parent can interleave several processes. A
+temporary slowdown of the machine then affects all of them.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ def parse_options(description: str | None, *, variants: tuple[str, ...] = ()) ->
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="Workload and size, such as sft-s or decode-m-16.")
     if variants:
-        parser.add_argument("--variant", choices=variants, default=variants[0], help="Settings of the peer.")
+        text = "Trainer settings: plain (float32 on a CPU, no gradient checkpointing) or defaults (those of the peer)."
+        parser.add_argument("--variant", choices=variants, default=variants[0], help=text)
     parser.add_argument("--repeats", type=int, default=5, help="Number of timed repetitions.")
     parser.add_argument("--warm", type=int, default=1, help="Untimed repetitions after the first, which compiles.")
     parser.add_argument("--quick", action="store_true", help="Use tiny shapes for a test run.")
     parser.add_argument("--json", action="store_true", help="Print a line of JSON instead of a sentence.")
     parser.add_argument("--paced", action="store_true", help="Wait for a line on stdin before each timed repetition.")
-    parser.add_argument("--accelerator", action="store_true", help="Compute in bfloat16 on a GPU or TPU.")
+    text = "Make a peer compute in bfloat16 on a GPU or TPU. This library uses an accelerator if there is one."
+    parser.add_argument("--accelerator", action="store_true", help=text)
     options = parser.parse_args()
     options.workload = workload_sizes.parse(options.name, quick=options.quick)
     return options

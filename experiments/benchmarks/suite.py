@@ -65,7 +65,7 @@ def _row(workload: str, title: str, *against: Against, warm: int = 2) -> Row:
 def _trl(
     workload: str, required: float, *, home: Home = "trl", label: str = "TRL", small_pages: bool = False
 ) -> tuple[Against, ...]:
-    """Returns comparisons with a TRL trainer, with our dtype (float32 on a CPU) and with the trainer's defaults.
+    """Returns comparisons with a TRL trainer: one in our dtype (float32 on a CPU), one with the trainer's defaults.
 
     With ``small_pages``, the trainer also runs without huge pages.
     """

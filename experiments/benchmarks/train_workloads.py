@@ -88,7 +88,7 @@ class PPOInputs(NamedTuple):
 
 
 def ppo_inputs(cfg: lm.LMConfig, *, samples: int, prompt: int, answer: int) -> PPOInputs:
-    """Returns the inputs of PPO with random models. Without stop tokens, all answers have full length."""
+    """Returns the inputs of PPO with random models. There are no stop tokens, so all answers have full length."""
     models = policy_models.ppo_models(cfg, generation.Sampling(max_new_tokens=answer), prompt_width=prompt)
     rates = {"learning_rate": 1e-5, "critic_learning_rate": 1e-5, "kl_coef": 0.05, "max_grad_norm": 1.0}
     hyper = ppo.Hyper(**{name: np.float32(rate) for name, rate in rates.items()})

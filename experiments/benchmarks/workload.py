@@ -8,8 +8,8 @@ The workloads are
     stream-s, static-s                      answers of different lengths, in refilled slots or in consecutive batches
     matmul-s, limit-s-1, ...                limits of the machine
 
-Workloads compute in float32 on a CPU and in bfloat16 on a GPU or TPU. Set GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as
-benchmark.py does.
+Workloads compute in float32 on a CPU and in bfloat16 on a GPU or TPU. To use huge pages, as benchmark.py does, set
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The models and workloads of the benchmarks, and their FLOPs. This module is plain Python, because the peers'
-interpreters import it too."""
+"""The models and workloads of the benchmarks, and their FLOPs. This module imports no JAX, because the interpreters
+of the peer libraries import it too."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Shapes:
     stream_prompts: int = 512
     stream_slots: int = 64
     short: int = 32
-    """Tokens per short answer in ``stream`` and ``static``. One answer in eight is eight times as long."""
+    """Tokens per short answer in the workloads ``stream`` and ``static``. One in eight is eight times as long."""
     matmul: int = 2048
 
 

@@ -34,8 +34,8 @@ class Report:
 def draw_trials(newest: pathlib.Path, rng: random.Random, counts: dict[str, int]) -> list[Trial]:
     """Draws corruptions of the files of a checkpoint.
 
-    Half of the flips hit a byte drawn from all bytes. The others hit a byte of a randomly drawn file, because most
-    files are small.
+    Half of the bits to flip are drawn from all bits. Each of the others is drawn from a random file, because most files
+    are small.
     """
     files = sorted(path for path in newest.rglob("*") if path.is_file())
     sizes = [path.stat().st_size for path in files]
@@ -57,7 +57,7 @@ def corrupt(
     *,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Report:
-    """Corrupts the newest checkpoint of a finished run ``counts`` times per kind; restores it after each corruption."""
+    """Corrupts a finished run's newest checkpoint ``counts[kind]`` times per kind, restoring a checkpoint each time."""
     shutil.copytree(reference.folder / "checkpoints", folder)
     steps = sorted(int(path.name.removeprefix("step_")) for path in folder.iterdir())
     newest = folder / f"step_{steps[-1]:09d}"

@@ -65,6 +65,7 @@ class Report:
 
     stage: str
     kills: Counter[str] = dataclasses.field(default_factory=Counter)
+    """Number of SIGKILLs by phase."""
     terms: Counter[str] = dataclasses.field(default_factory=Counter)
     resumed: int = 0
     """Number of interruptions after which all states up to the end of the run equal the reference's."""
@@ -209,7 +210,7 @@ def run_reference(stage: str, folder: pathlib.Path, settings: RunSettings) -> Re
 def _draw(
     rng: random.Random, phase: str, number: int, seconds: dict[str, float], settings: RunSettings
 ) -> Interruption:
-    """Draws a random moment within a phase of a process."""
+    """Draws an interruption by the signal ``number`` at a random moment within a phase."""
     if phase == "compile":
         return Interruption(number, "compile", 1, rng.uniform(0.0, seconds["compile"]))
     if phase == "save":
@@ -293,7 +294,7 @@ def _wrong_exit(process: ProcessResult, interruption: Interruption) -> list[str]
 
 
 def compare(path: pathlib.Path, reference: Reference) -> list[str]:
-    """Returns a text for each leaf of the final state, and for metrics.jsonl, that differs from the reference."""
+    """Returns the differences from the reference in the leaves of the final state and in metrics.jsonl."""
     final = json.loads((path / tiny_runs.FINAL).read_text())
     names = [name for name in {**final, **reference.final} if final.get(name) != reference.final.get(name)]
     differences = [f"the final {name} differs" for name in names]

@@ -138,7 +138,7 @@ def _score_rollout(params: Any, rollout: types.Rollout) -> jax.Array:
 
 
 def _generate(params: Any, rng_B: Any, prompts_BP: Any, mask_BP: Any, temperature: Any) -> types.Rollout:
-    """Samples tokens until token 1."""
+    """Samples up to T tokens; token 1 ends a response."""
 
     def step(carry: tuple[Any, Any], t: Any) -> tuple[Any, Any]:
         last_B, live_B = carry

@@ -34,7 +34,7 @@ def answer_help(parse: Callable[[list[str]], Any]) -> None:
 
 
 def parse_as(kind: type[T], arguments: list[str], *, prog: str, doc: str | None, default: T | None = None) -> T:
-    """Returns a settings dataclass parsed from the command line; ``doc`` and the fields' docstrings are its help."""
+    """Returns a settings dataclass parsed from the command line; ``doc`` and the fields' docstrings form its help."""
     import tyro  # imported late, because use_huge_pages restarts the process and thus repeats all earlier imports
 
     if _HELP & set(arguments):
@@ -74,7 +74,7 @@ def parse(
     doc: str | None,
     adjust: Callable[[Any], Any] = lambda preset: preset,
 ) -> S:
-    """Returns checked settings: the preset or, with --resume, the saved settings of that run, overridden by the flags.
+    """Returns checked settings: the preset or, with --resume, the settings of the resumed run, overridden by the flags.
 
     Args:
         kind: The settings class of the command.

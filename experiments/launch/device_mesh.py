@@ -18,8 +18,8 @@ from rlhf_jax import lm, parallel
 def resolve(settings: Settings) -> Settings:
     """Replaces a ``mesh.data`` of -1 with the size of the data axis and returns the settings.
 
-    Must be called before JAX initialises its devices, after which ``mesh.simulate`` has no effect. Raises SettingError
-    if the mesh does not fit the devices.
+    A run on several hosts without mesh sizes is resolved as with -1. Must be called before JAX initialises its devices,
+    after which ``mesh.simulate`` has no effect. Raises SettingError if the mesh does not fit the devices.
     """
     mesh = settings.mesh
     if not mesh_settings.is_sharded(settings):
@@ -85,17 +85,18 @@ def round_rows_up(rows: int, mesh: jax.sharding.Mesh | None) -> int:
 
 
 def round_rows_down(rows: int, mesh: jax.sharding.Mesh | None, name: str) -> int:
-    """Rounds ``rows`` down to a multiple of the mesh's number of batch shards; raises SettingError if this is 0."""
+    """Rounds ``rows`` down to a multiple of the mesh's number of batch shards; raises SettingError if none is left."""
     if mesh is None:
         return rows
     rounded = rows - rows % parallel.num_batch_shards(mesh)
     if rounded == 0:
-        raise SettingError(f"{name}: a batch of {rows} is too small for {parallel.num_batch_shards(mesh)} devices")
+        parts = parallel.num_batch_shards(mesh)
+        raise SettingError(f"{name}: {rows} rows are fewer than the {parts} devices of --mesh.data x --mesh.fsdp")
     return rounded
 
 
 def put_rows(mesh: jax.sharding.Mesh | None, *arrays: np.ndarray) -> tuple[Any, ...]:
-    """Places arrays on the mesh, if there is one: sharded by rows if the rows divide over it, otherwise replicated."""
+    """Places arrays on the mesh, if there is one: sharded by rows if these divide evenly, otherwise replicated."""
     if mesh is None:
         return arrays
     if len(arrays[0]) % parallel.num_batch_shards(mesh):

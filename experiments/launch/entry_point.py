@@ -31,7 +31,7 @@ USER_ERRORS = (
 def execute(run: Callable[[Any], Any], parse: Callable[[list[str]], Any], arguments: list[str] | None) -> None:
     """Parses the command line and runs the command.
 
-    The exit status is 2 for a user error, 3 for an alarm with --on-alarm stop, and 75 for a run stopped by SIGTERM.
+    The exit status is 2 for a user error, 3 for an alarm with --on-alarm stop, and 75 for a run stopped by a signal.
 
     Args:
         run: The command, a function of its settings.

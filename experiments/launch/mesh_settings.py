@@ -13,7 +13,7 @@ def is_sharded(settings: Settings) -> bool:
 
 
 def check(settings: Settings) -> None:
-    """Raises SettingError for an invalid mesh size or a batch that does not divide over data x fsdp.
+    """Raises SettingError for an invalid mesh size or a batch that is not a multiple of data x fsdp.
 
     While ``data`` is -1, batches are not checked. `device_mesh.resolve` computes the size and calls this again.
     """
@@ -41,7 +41,7 @@ def check(settings: Settings) -> None:
 
 
 def check_divides(mesh: Mesh, name: str, rows: int) -> None:
-    """Raises SettingError if ``rows``, which the message calls ``name``, do not divide over the mesh."""
+    """Raises SettingError if ``rows``, which the message calls ``name``, is not a multiple of data x fsdp."""
     parts = mesh.data * mesh.fsdp
     if mesh.data != -1 and rows % parts:
         raise SettingError(

@@ -20,8 +20,8 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # hides a warni
 def use_huge_pages() -> None:
     """Restarts the process with glibc's huge pages, which make CPU steps about a third faster.
 
-    Does not restart the process if GLIBC_TUNABLES is set. Also makes `exit_process` end the process immediately. Only
-    commands call this function, before their slow imports.
+    Does so only on Linux and only if GLIBC_TUNABLES is not set. Also makes `exit_process` end the process immediately.
+    Only commands call this function, before their slow imports.
     """
     global _owns_process
     _owns_process = True

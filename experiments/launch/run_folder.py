@@ -41,11 +41,11 @@ class RunFolder:
         self.print_note: Callable[[str, str], None] = lambda stage, text: print(f"{stage}: {text}", file=sys.stderr)
 
     def checkpoints(self, stage: str) -> checkpoint.Checkpoints:
-        """Returns the checkpoints of a stage; damaged ones are saved as incidents."""
+        """Returns the checkpoints of a stage. Warnings, such as about damage, are recorded as incidents."""
         return checkpoint.Checkpoints(self.path / "checkpoints" / stage, warn=partial(self.note, stage))
 
     def note(self, stage: str, text: str) -> None:
-        """Prints an incident and saves it unless it is already saved; only the first host does this."""
+        """Prints an incident and, if it is new, saves it. Only the first host does this."""
         if not hosts.current().first:
             return
         self.print_note(stage, text)

@@ -24,9 +24,9 @@ class Data:
     vocab_size: int = 1024
     """Vocabulary size of the byte-level BPE tokenizer trained on the file. Has no effect with --model."""
     prompt_width: int = 128
-    """Maximum number of tokens in a prompt. Longer prompts lose their oldest turns and are counted."""
+    """Maximum number of tokens in a prompt. Longer prompts lose their oldest turns and are reported."""
     response_width: int = 64
-    """Maximum number of tokens in an answer. Longer answers are truncated, lose their stop token and are counted."""
+    """Maximum number of tokens in an answer. Longer answers are truncated, lose their stop token and are reported."""
     held_out: float = 0.1
     """Share of the conversations held out to measure the reward model's accuracy and to evaluate policies."""
 
@@ -72,7 +72,7 @@ class Mesh:
 @dataclasses.dataclass(frozen=True)
 class Hosts:
     """Processes of a run on several hosts. They are detected automatically on a TPU slice, under SLURM and under Open
-    MPI before version 5.
+    MPI before version 5. Elsewhere, set coordinator, count and index.
     """
 
     coordinator: str | None = None
@@ -163,7 +163,8 @@ class PPO:
     """The RL stages: PPO, or another method, without a pretraining loss (`ppo`) and with one (`ppo_ptx`)."""
 
     method: Literal["ppo", "reinforce", "rloo", "grpo", "dr-grpo", "reinforce-pp"] = "ppo"
-    """RL method. Only ppo has a critic; settings of the critic are refused with the other methods."""
+    """RL method. Only ppo has a critic. The other methods refuse settings of the critic except its learning rate, which
+    has no effect."""
     samples: int = 1
     """Number of answers to each prompt. It must be at least 2 for rloo, grpo and dr-grpo, which compare them."""
     iterations: int = 38
@@ -184,8 +185,8 @@ class PPO:
     critic_learning_rate: float = 1e-3
     """Learning rate of the critic after the warmup."""
     critic: Literal["reward", "policy", "zero-head"] = "reward"
-    """Initial critic: the reward model (InstructGPT, Stiennon), the SFT model with a new head (Xu), or a zero head on
-    the policy's trunk, which is then trained by both losses (Ziegler)."""
+    """Initial critic: `reward` for the reward model (InstructGPT, Stiennon), `policy` for the SFT model with a new head
+    (Xu), or `zero-head` for a zero head on the policy's trunk, which both losses then train (Ziegler)."""
     value_coef: float = 1.0
     """Weight of the value loss (0.1 in Ziegler), for a critic that shares the policy's trunk. For a separate critic,
     change its learning rate instead."""
@@ -221,7 +222,7 @@ class PPO:
     clip: float = 0.2
     """Clip range of the probability ratio, which is clipped to 1 plus or minus this number."""
     value_clip: float = 0.5
-    """Clip range of the value loss, the maximum change of a value since the rollout."""
+    """Maximum change of a value since the rollout, beyond which the value loss is clipped."""
     lambda_: float = 0.95
     """Lambda of GAE."""
     temperature: float = 1.0
@@ -284,7 +285,7 @@ class Settings:
     about a minute, too short to learn much."""
     published: Literal["instructgpt", "stiennon", "ziegler", "n-plus", "hh", "xu", "tutorial"] | None = None
     """Paper (or popular `tutorial`) whose PPO settings replace those of the preset. Its learning rates are used only
-    with --model."""
+    with --model. None uses the preset's settings."""
     seed: int = 0
     """Seed of the built-in world, the data, the initial weights and all samples."""
     out: str | None = None
@@ -336,7 +337,7 @@ DIALOGUES: dict[str, dict[str, Any]] = {
     "ppo": {"iterations": 24, "batch": 64, "minibatches": 2},
     "evaluation": {"prompts": 512, "best_of_prompts": 64, "pretraining_rows": 128},
 }
-"""Settings that both presets change with --data.path, since rows then have 192 tokens by default instead of 38."""
+"""Settings that the default preset changes with --data.path, since rows then have 192 tokens instead of 38."""
 
 PRETRAINED: dict[str, dict[str, Any]] = {
     "sft": {"learning_rate": 1e-4},

@@ -38,11 +38,11 @@ class Program:
     kept: dict[str, int]
     """Exact number of bytes per chip, by kind, of the arrays kept between calls, and of the KV cache."""
     tokens: int
-    """Number of training tokens per call, summed over rows, epochs and trained models."""
+    """Number of training tokens per call (for ppo-collect, per iteration), over all rows, epochs and trained models."""
     model_flops: float
-    """FLOPs of the model: per parameter and token, 2 in a forward pass and 6 with gradients, plus attention."""
+    """Total FLOPs of the model: per parameter and token, 2 in a forward pass and 6 with gradients, plus attention."""
     loops: int
-    """Assumed number of iterations of a loop that can stop early: in a rollout, the answer tokens after the first."""
+    """Assumed number of iterations of a loop that can stop early. A rollout has one per answer token but the first."""
 
 
 def build(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> Program:
@@ -125,8 +125,9 @@ def _ppo(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh, *, part: str) 
         "micro_batches": plan.micro_batches,
     }
 
-    # pair_flops covers one pass of a language model and one of a scalar model. Collecting decodes answers and runs four
-    # models on them: both frozen models, the policy and the critic. An update trains the policy and the critic.
+    # pair_flops covers a forward pass of a language model and one of a scalar model. Collecting decodes answers and
+    # runs four models on them: both frozen models, the policy and the critic. An update trains the policy and the
+    # critic.
     answer_flops = costs.forward_flops(cfg, rows=B, length=P + T, logits=T)
     pair_flops = answer_flops + costs.forward_flops(cfg, rows=B, length=P + T, logits=0)
     collect_flops = answer_flops + 2 * pair_flops

@@ -73,7 +73,7 @@ def devices(plan: Plan) -> list[Any]:
     """Returns the devices of the plan's topology. TPU devices are only descriptions, so no TPU needs to be present.
 
     Raises:
-        SettingError: The topology does not exist, or its compiler is not installed.
+        SettingError: The topology does not exist or is not available here, or its compiler is not installed.
     """
     if plan.topology is None:
         return jax.devices()
@@ -112,7 +112,7 @@ def make_mesh(plan: Plan, devices: list[Any]) -> Mesh:
 
 
 def memory(chip: Chip | None, devices: list[Any]) -> float | None:
-    """Returns the bytes of memory of one device, or None if they are unknown."""
+    """Returns the bytes of memory of one device, or None if it is unknown."""
     if chip is not None:
         return chip.hbm
     try:

@@ -246,7 +246,7 @@ def _collective(i: Instruction, inside: str, times: int, mesh: dict[str, int] | 
 
 
 def _first_group(rest: str) -> list[int]:
-    """Returns the partitions of the first replica group."""
+    """Returns the partition ids of the first replica group."""
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
     if listed:
         return _integers(listed.group(1))
@@ -273,7 +273,7 @@ def _iota(dims: str, order: str | None) -> np.ndarray:
 
 
 def _named_group(sizes: dict[str, int], axes: list[tuple[str, str, str]]) -> list[int]:
-    """Returns the partitions of the group of partition 0 over named axes.
+    """Returns the ids of the partitions that form a group with partition 0 over named axes.
 
     Each axis is ``(name, "", "")``, or ``(name, before, size)`` for a sub-axis of ``size`` elements; ``before`` is the
     product of the sizes of the sub-axes before it.

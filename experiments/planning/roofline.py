@@ -37,7 +37,8 @@ class Estimate:
     """Peak memory of all other arrays; None if the compiler rejected the program for lack of memory."""
     code: int | None
     needed: float | None
-    """Sum of the memory above. If the compiler rejected the program, the size from its error message, or None."""
+    """Sum of ``kept``, ``temporaries`` and ``code``. If the compiler rejected the program, the size that its error
+    message reports, or None."""
     fits: bool
     flops: float
     """FLOPs of the matrix products."""

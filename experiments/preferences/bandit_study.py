@@ -1,8 +1,8 @@
-"""Trains DPO and PPO on the same few labels of a bandit whose rewards and KL are known exactly.
+"""Trains with DPO and PPO on the same few labels of a bandit whose rewards and KL are known exactly.
 
 Rewards and policies are tables with a row for each prompt and a column for each answer. Pairs of answers are sampled
 from the reference policy or, for shifted pairs, from another policy, and labelled by the Bradley-Terry model. PPO
-uses a reward model that is first fitted to the labels. All seeds and coefficients run in one program.
+uses a reward model that is first fitted to the labels. All seeds and KL coefficients run in one compiled program.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Bandit(NamedTuple):
 
 
 def make_bandit(seed: Any) -> Bandit:
-    """Returns the bandit with the key of a seed. Its tables are standard normal and the same for every seed."""
+    """Returns the bandit and the key of a seed. The tables are standard normal and the same for every seed."""
     world, labels = jax.random.split(jax.random.key(0))
     rewards_SA, reference_SA, other_SA = jax.random.normal(world, (3, S, A))
     return Bandit(rewards_SA, reference_SA, other_SA, jax.random.fold_in(labels, seed))
@@ -60,7 +60,7 @@ def sample_pairs(key: jax.Array, logits_SA: jax.Array, rewards_SA: jax.Array, *,
 
 
 def fit_rewards(pairs: types.Preferences, *, ridge: float = 0.01) -> jax.Array:
-    """Fits Bradley-Terry rewards ``[S, A]`` to pairs with a ridge penalty, and centres them for each prompt."""
+    """Fits Bradley-Terry rewards ``[S, A]`` to pairs, with a ridge penalty, and centres them for each prompt."""
     prompts_B, better_B, worse_B = (pairs.tokens_BKL[:, i, j] for i, j in ((0, 0), (0, 1), (1, 1)))
 
     def loss(table_SA: jax.Array) -> jax.Array:
@@ -98,7 +98,7 @@ def train_iterated_dpo(world: Bandit, reward_SA: jax.Array, beta: jax.Array, *, 
     """Returns the logits of iterated DPO, in which the latest policy is the reference and samples the pairs.
 
     The reward model labels the pairs. Each round trains on ``n // rounds`` pairs with the coefficient
-    ``rounds * beta``, so that all rounds together move the policy as far as one pass with ``beta``.
+    ``rounds * beta``, so that all rounds together move the policy as far as a single round with ``beta``.
     """
     policy_SA = world.reference_SA
     for r in range(rounds):
@@ -122,7 +122,7 @@ def train_ppo(world: Bandit, reward_SA: jax.Array, kl_coef: jax.Array) -> jax.Ar
     """Returns the logits that PPO converges to on the rewards of a reward model."""
     step = ppo.make_train_step(_ppo_models(), epochs=2, minibatches=2)
     frozen = ppo.Frozen({"logits_SA": world.reference_SA}, reward_SA)
-    # The step folds its counter into this key, and `_run_once` folds 0 and 1 into `world.key`, so the two must differ.
+    # The step folds its counter into this key, which must differ from `world.key`: `_run_once` folds 0 and 1 into that.
     key = jax.random.fold_in(world.key, 1000)
     prompts = ppo.Batch(jnp.arange(ANSWERS, dtype=jnp.int32)[:, None] % S, jnp.ones((ANSWERS, 1), bool))
 
@@ -166,7 +166,7 @@ def _run_once(world: Bandit, coef: jax.Array, *, pairs: int, rounds: int) -> dic
 
 
 def run(*, coefs: tuple[float, ...], seeds: int, pairs: int, rounds: int) -> dict[str, list[list[dict[str, float]]]]:
-    """Returns ``method -> [coefficient][seed] -> {kl, gold}``; all methods of a seed share its labels."""
+    """Returns ``method -> [coefficient][seed] -> {kl, gold}``. For each seed, PPO and DPO use the same labels."""
     worlds = jax.vmap(make_bandit)(jnp.arange(seeds))
     over_seeds = jax.vmap(partial(_run_once, pairs=pairs, rounds=rounds), in_axes=(0, None))
     results = jax.device_get(jax.jit(jax.vmap(over_seeds, in_axes=(None, 0)))(worlds, jnp.asarray(coefs)))

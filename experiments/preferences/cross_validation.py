@@ -46,7 +46,7 @@ class Encoded:
 def test_indices(group_N: np.ndarray, folds: int, *, seed: int) -> list[np.ndarray]:
     """Returns the indices of the test pairs of each fold.
 
-    Groups are shuffled and never split, so that the sizes of the folds are only approximately equal.
+    The groups in ``group_N`` are shuffled and never split, so that the sizes of the folds are only about equal.
     """
     groups = np.random.default_rng([seed, 17]).permutation(int(group_N.max()) + 1)
     sizes = np.bincount(group_N)[groups]
@@ -83,7 +83,7 @@ def pack_pairs(
     dropped: float = 0.0,
     rng: np.random.Generator | None = None,
 ) -> types.PackedComparisons:
-    """Packs the pairs ``rows`` into ``n_rows`` rows of ``width`` tokens.
+    """Packs the pairs with indices ``rows`` into ``n_rows`` rows (None: as many as needed) of ``width`` tokens.
 
     With ``rng``, each token of a sequence except the last is dropped with probability ``dropped``.
     """
@@ -132,7 +132,7 @@ class Programs:
 
 
 class Fold:
-    """One fold: its training and test pairs, its tokenizer, and the models trained on it."""
+    """One fold: its training and test pairs, its tokenizer, and the models trained on its training pairs."""
 
     def __init__(
         self,
@@ -174,7 +174,7 @@ class Fold:
         return self.settings.pretrain_steps + self.settings.members * self.steps
 
     def fit(self, stage: str, steps: int, **options: Any) -> Any:
-        """Trains one model with checkpoints, and shows its progress as part of the fold."""
+        """Trains one model with checkpoints, and shows the progress of the fold."""
 
         def update_progress(_: str, done: int, __: int, numbers: dict[str, float]) -> None:
             self.progress.update(self.name, self.steps_done + done, self.total, numbers)
@@ -194,7 +194,7 @@ class Fold:
         return state
 
     def train_base(self) -> types.Params:
-        """Trains a language model on the chosen dialogues, and on each rejected answer with the turn before it."""
+        """Trains a language model on prompts with chosen answers, and on rejected answers with the turn before each."""
         settings, end = self.settings, self.fmt.stop_ids[-1]
         documents = []
         for pair in self.train:

@@ -27,7 +27,7 @@ def over_groups(values_N: np.ndarray, group_N: np.ndarray, *, rate: bool) -> lis
 
 
 def calibration(margin_N: np.ndarray) -> dict[str, Any]:
-    """Returns log loss and calibration of score margins as log odds; the slope is None if every margin is 0."""
+    """Returns log loss and calibration of score margins, read as log odds; the slope is None if every margin is 0."""
     zeros = np.zeros_like(margin_N)
     curve = diagnostics.calibration_curve(margin_N, zeros, bins=10)
     return {

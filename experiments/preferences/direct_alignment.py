@@ -28,7 +28,7 @@ from rlhf_jax.train.optim import schedules
 
 
 class LossSpec(NamedTuple):
-    """The objective and the default hyperparameters of a value of ``--loss``."""
+    """The objective and the default hyperparameters for one value of ``--loss``."""
 
     objective: objectives.Objective
     defaults: dict[str, float]
@@ -62,16 +62,17 @@ class Schedule(NamedTuple):
 def schedule(settings: DirectSettings, pairs: int, *, devices: int = 1) -> Schedule:
     """Returns the schedule for ``pairs`` pairs if the rows of a batch are sharded over ``devices`` devices.
 
-    Raises SettingError if the rows are too few for one batch.
+    Raises SettingError if a batch would have fewer rows than micro-batches times devices.
     """
     n = pairs if settings.paired else 2 * pairs
     parts = settings.micro_batches * devices
     rows = min(settings.batch_rows, n)
     rows -= rows % parts
     if rows == 0:
-        over = f" over {devices} devices" if devices > 1 else ""
+        over, fewer = (f" over {devices} devices", " or use fewer devices") if devices > 1 else ("", "")
         raise settings_lib.SettingError(
-            f"--micro-batches is {settings.micro_batches}{over}, but there are only {n} rows; lower it"
+            f"--micro-batches {settings.micro_batches}{over} needs at least {parts} rows, but there are only {n}; "
+            f"lower it{fewer}"
         )
     steps = settings.epochs * n // rows
     return Schedule(rows, steps, max(0, n - steps * rows))
@@ -161,7 +162,8 @@ class Trainer:
             name: Name of the run in its checkpoints and its log.
             seed: Seed of the batch order.
             reference: The reference model; ``start`` by default.
-            settings: Settings to use instead of the trainer's; the loss and the batch size must be the same.
+            settings: Settings to use instead of the trainer's. The loss, the batch size and the number of micro-batches
+                must be the same.
             reference_file: Name of the file of the reference's log-probabilities, which runs with the same pairs and
                 the same reference can share; ``name`` by default.
         """
@@ -207,7 +209,7 @@ class Trainer:
 
 
 def make_trainer(job: jobs.Job, settings: DirectSettings, folder: pathlib.Path) -> Trainer:
-    """Builds a trainer without compiling its functions. Raises SettingError if the mesh does not divide a batch."""
+    """Builds a trainer without compiling its functions. Raises SettingError if the mesh cannot split a batch evenly."""
     direct_settings.check_mesh(settings, job.settings.mesh)
     logprobs = partial(lm.token_logprobs, cfg=job.cfg, prompt_width=job.task.prompt_width)
     loss = LOSSES[settings.loss]
@@ -260,7 +262,7 @@ def iterate(
         The final policy, and the results of each round.
 
     Raises:
-        SettingError: A round has no pairs, because the judge prefers no answer to a different answer.
+        SettingError: A round has no pairs, because the judge gives all different answers to a prompt the same score.
         DivergedError: The judge returns a score that is not finite.
     """
     job, policy, results = trainer.job, start, []
@@ -277,8 +279,8 @@ def iterate(
             raise loop.DivergedError(f"round {r} of {name}: {error}") from None
         if len(pairs) == 0:
             raise settings_lib.SettingError(
-                f"round {r} of {name} has no pairs to train on, because the judge prefers no answer to a different "
-                "answer; use fewer --rounds, more --samples or another judge"
+                f"round {r} of {name} has no pairs to train on, because the judge gives all different answers to a "
+                "prompt the same score; use fewer --rounds, more --samples or another judge"
             )
         unseen = schedule(settings or trainer.settings, len(pairs), devices=trainer.devices).unseen
         gold = None if answers.gold is None else float(np.mean(answers.gold.total))

@@ -23,8 +23,8 @@ class DirectSettings:
     """Preference loss. ipo, orpo, simpo and dpo-norm average log-probabilities over tokens; orpo and simpo need no
     reference model."""
     beta: float | None = None
-    """Strength of the KL penalty to the reference (for simpo, the scale of the rewards). None uses 0.5 for ipo, 1 for
-    dpo-norm, 2 for simpo and 0.1 for the other losses."""
+    """Strength of the KL penalty to the reference (for simpo, the scale of the rewards; not for orpo). None uses 0.5
+    for ipo, 1 for dpo-norm, 2 for simpo and 0.1 for the other losses."""
     label_smoothing: float | None = None
     """Assumed share of flipped labels, for cdpo and robust. None uses 0.1."""
     desirable_weight: float = 1.0
@@ -34,7 +34,7 @@ class DirectSettings:
     odds_weight: float | None = None
     """Weight of the odds-ratio term in orpo, relative to the likelihood. None uses 1."""
     margin: float | None = None
-    """Target difference of the two rewards in simpo. None uses 0.5."""
+    """Target difference between the two rewards in simpo. None uses 0.5."""
     sft_coef: float | None = None
     """Weight of the SFT loss that dpo-sft adds to DPO. None uses 0.5."""
     epochs: int = 1
@@ -96,7 +96,7 @@ def check(settings: DirectSettings) -> None:
 
 
 def check_mesh(settings: DirectSettings, mesh: settings_lib.Mesh) -> None:
-    """Raises SettingError if the devices do not divide the rows of a micro-batch."""
+    """Raises SettingError if the rows of a micro-batch cannot be split evenly among the devices."""
     rows = settings.batch_rows // settings.micro_batches
     parts = f" divided by --micro-batches {settings.micro_batches}" if settings.micro_batches > 1 else ""
     name = "--batch" if rows == settings.batch else f"the rows of --batch {settings.batch}{parts}"

@@ -32,7 +32,7 @@ class Pairs:
 def from_rankings(ranked: types.Comparisons, *, prompt_width: int, per_prompt: int, seed: int) -> Pairs:
     """Returns pairs of answers that differ in rank.
 
-    At most ``per_prompt`` pairs per prompt are drawn at random; 0 keeps all. Raises SettingError if no answers differ.
+    At most ``per_prompt`` pairs per prompt are drawn at random; 0 keeps all. Raises SettingError if there are no pairs.
     """
     ranks_BK, where_BK = np.asarray(ranked.ranks_BK), np.asarray(ranked.where_BK)
     better_BKK = (ranks_BK[:, :, None] < ranks_BK[:, None, :]) & where_BK[:, :, None] & where_BK[:, None, :]
@@ -90,7 +90,7 @@ def _pairs(tokens_BKL: np.ndarray, mask_BKL: np.ndarray, *, prompt_B: np.ndarray
 def singles(pairs: Pairs, *, prompt_width: int) -> types.Preferences:
     """Returns the single answers that KTO trains on, labelled good or bad, and the mismatched answers for its baseline.
 
-    Raises SettingError if all pairs have the same prompt.
+    Raises SettingError if more than half of the pairs have the same prompt.
     """
     prompt_N = np.concatenate([pairs.prompt_B, pairs.prompt_B])
 
@@ -110,7 +110,8 @@ def singles(pairs: Pairs, *, prompt_width: int) -> types.Preferences:
             mismatched = jax.device_get(dpo.mismatched(answers, prompt_width=prompt_width, shift=shift))
             return answers.replace(mismatched=mismatched)
     raise SettingError(
-        "--loss kto needs answers to at least two prompts for its baseline; all pairs have the same prompt"
+        "--loss kto needs answers to several prompts for its baseline, but more than half of the pairs have the same "
+        "prompt; use more prompts"
     )
 
 

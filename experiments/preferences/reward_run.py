@@ -23,7 +23,7 @@ from rlhf_jax.train import loop
 WEIGHTS = {"pretrain": 60.0, "sft": 15.0, "comparisons": 11.0, "reward_model": 20.0}
 """Expected seconds of each stage, for the estimate of the remaining time."""
 PMP_WEIGHTS = {"crowd": 0.007, "pmp": 0.1}
-"""Expected seconds per prompt of the stages of preference-model pretraining."""
+"""Expected seconds per prompt of each stage of preference-model pretraining."""
 NORMALISED_ON = {
     "demonstrations": "demonstrations",
     "references": "reference outputs",
@@ -84,7 +84,7 @@ def _score_margins(job: jobs.Job, params: types.Params, batch: types.Comparisons
 
 
 def _accuracy(margin_N: np.ndarray, prompt_N: np.ndarray) -> list[float]:
-    """Returns the share of pairs ranked as labelled and its interval, clustered by prompt if one has several pairs."""
+    """Returns the share of pairs ranked as labelled, and its interval (clustered if a prompt has several pairs)."""
     if len(np.unique(prompt_N)) == len(prompt_N):
         return list(diagnostics.win_rate(margin_N, np.zeros_like(margin_N)))
     outcome_N = diagnostics.win_outcomes(margin_N, np.zeros_like(margin_N))
@@ -95,7 +95,7 @@ def _accuracy(margin_N: np.ndarray, prompt_N: np.ndarray) -> list[float]:
 def _diagnose(
     job: jobs.Job, params: types.Params, train: types.Comparisons, validation: types.Comparisons
 ) -> dict[str, Any]:
-    """Returns calibration and accuracy (training, validation, by turn and length) before normalisation."""
+    """Returns calibration and accuracy (on training and validation pairs, by turn and length) before normalisation."""
     margin_N, prompt_N = _score_margins(job, params, validation)
     n = min(len(np.asarray(train.ranks_BK)), 4 * policy_sampling.CHUNK)
     train_accuracy = _accuracy(*_score_margins(job, params, jax.tree.map(lambda x: x[:n], train)))
@@ -116,7 +116,7 @@ def _diagnose(
 
 
 def _groups(job: jobs.Job, batch: types.Comparisons, prompt_N: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns masks of the pairs, grouped by the mean answer length of their prompt and, if known, by turn."""
+    """Returns masks of the pairs, grouped by the mean length of the answers to their prompt and, if known, by turn."""
     turn_B = reward_diagnosis.count_turns(job.task, batch)
     length_BK = np.asarray(batch.mask_BKL)[:, :, job.task.prompt_width :].sum(axis=2)
     length_B = (length_BK * np.asarray(batch.where_BK)).sum(axis=1) / np.asarray(batch.where_BK).sum(axis=1)
@@ -148,7 +148,7 @@ def _normalise(
         params = lm.heads.centre(params, jnp.asarray(scores))
     else:
         rows, n = job.task.demonstrations, len(job.task.demonstrations.tokens_BL)
-        # Reference outputs are human answers to evaluation prompts; here, the second half of the demonstrations.
+        # Stiennon's reference outputs are human answers. The second half of the demonstrations replaces them here.
         part = slice(0, min(1024, n)) if rule == "demonstrations" else slice(max(n // 2, n - 1024), n)
         scores = job.sampler.score(params, rows.tokens_BL[part], rows.mask_BL[part])
         params = lm.heads.centre(params, jnp.asarray(_check_finite(scores)))

@@ -115,7 +115,7 @@ class RewardSettings(settings_lib.Settings):
     command: ClassVar[str] = "reward_model"
 
     folds: int = 0
-    """Number of folds for cross-validation on --data.path, which includes two baselines; 0 trains a single model."""
+    """Number of folds for cross-validating a model and two baselines on --data.path. 0 trains a single model."""
     training: Training = dataclasses.field(default_factory=Training)
     pmp: Pretraining = dataclasses.field(default_factory=Pretraining)
     cv: CrossValidation = dataclasses.field(default_factory=CrossValidation)

@@ -52,7 +52,7 @@ def train(
     if training.loss == "pairs":
         prompts = len(np.asarray(data.ranks_BK))
         data = comparison_transforms.split_into_pairs(data)
-        # A step has as many pairs as a batch of prompts on average, so that the number of steps is the same.
+        # A step has as many pairs as a batch of prompts has on average, so that the number of steps is the same.
         batch = max(1, round(batch * len(np.asarray(data.ranks_BK)) / prompts))
     heads = None if training.heads == 1 else training.heads
     params = start
@@ -148,7 +148,7 @@ def pretrain_preference_model(job: jobs.Job, settings: RewardSettings, policy: t
         cfg=cfg,
         loss=losses.ranking,
         trains="",
-        # A ranking contains several pairs, so that eight times as many binary rows contain about as many pairs.
+        # Each pair of a ranking becomes two binary rows. Eight times as many rows contain about as many pairs.
         batch=8 * settings.reward_model.batch if settings.pmp.binary else settings.reward_model.batch,
         epochs=1,
         learning_rate=settings.pmp.rate * settings.pretrain.learning_rate,

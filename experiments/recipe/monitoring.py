@@ -29,7 +29,7 @@ def watch_stage(
     Returns:
         The ``log`` argument of `loop.fit`.
     """
-    # With --ppo.correct-sampler, the sampler may differ from the policy.
+    # With --ppo.correct-sampler, the sampler may differ from the policy, which is no cause for an alarm.
     thresholds = {"max_gap": math.inf} if settings.ppo.correct_sampler else {}
     return monitor.Watch(
         loop.StageLog(log, stage),

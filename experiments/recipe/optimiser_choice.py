@@ -1,8 +1,7 @@
 """The optimisers of the recipe's stages. To change the optimiser of an experiment, edit these functions.
 
 Transformations must have a learning rate of 1, as in ``optax.adamw(1.0, weight_decay=0.1)``, because the train step
-multiplies their updates by the learning rate that --pretrain.learning-rate, --sft.learning-rate,
---reward-model.learning-rate or --ppo.learning-rate sets.
+multiplies their updates by the learning rate of the stage, such as --pretrain.learning-rate.
 """
 
 from __future__ import annotations

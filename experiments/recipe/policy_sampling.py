@@ -66,7 +66,7 @@ class Sampler:
         self._score = compiled(score, batch_args=(1, 2))
 
     def compile_ahead(self, executor: concurrent.futures.Executor, policy: Any, reward: Any) -> None:
-        """Compiles the programs for these parameters in a thread of ``executor``, in the order of their first use."""
+        """Compiles the programs for these parameters in a thread of ``executor``."""
         task, chunk = self._task, self._chunk
         ints, bools = (partial(jax.ShapeDtypeStruct, dtype=dtype) for dtype in (jnp.int32, jnp.bool_))
         prompts = ints((chunk, task.prompt_width)), bools((chunk, task.prompt_width))

@@ -23,7 +23,7 @@ CompileRest = Callable[[concurrent.futures.Executor, types.Params], None]
 def in_background(
     job: jobs.Job, rl_stages: Mapping[str, jobs.Job], *, compile_rest: CompileRest | None = None
 ) -> Iterator[None]:
-    """Compiles the steps of all unfinished stages in a thread while the block runs, in the order of their first use.
+    """Compiles the steps of all unfinished stages in a thread while the block runs, roughly in the order of use.
 
     Compilations that have not started are cancelled at the end of the block. On a mesh, nothing is compiled ahead,
     because the sharding of a train state is unknown until it is created.

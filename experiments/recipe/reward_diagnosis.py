@@ -18,15 +18,15 @@ from rlhf_jax.train import reward_model
 def measure(job: Job, reward: types.Params, validation: types.Comparisons, train: types.Comparisons) -> dict[str, Any]:
     """Measures accuracy, calibration, length bias and the generalisation gap of a reward model.
 
-    The accuracy is also computed for each stratum and for pairs whose scores reach a threshold. Confidence intervals
-    are clustered by prompt.
+    The accuracy is also computed for each stratum and for pairs whose scores reach a threshold. The intervals of
+    accuracies are clustered by prompt.
 
     Args:
         job: The job of the run.
         reward: Parameters of the reward model.
         validation: Held-out comparisons.
-        train: Training comparisons, for the generalisation gap. Only the first ones are scored, as many as fit in one
-            call.
+        train: Training comparisons, for the generalisation gap. At most `policy_sampling.CHUNK` answers, those to the
+            first prompts, are scored.
 
     Returns:
         The ``reward_model`` entry of results.json.
@@ -99,7 +99,7 @@ def _pairs(batch: types.Comparisons) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def strata_of(task: tasks.Task, validation: types.Comparisons, prompt: np.ndarray) -> dict[str, list[str]]:
-    """Returns the strata of pairs: the prompt's category in the built-in world, or its turn in a file.
+    """Returns the stratum of each pair: its prompt's category or, without the built-in world, number of user turns.
 
     ``prompt`` is the index of each pair's prompt in ``validation``.
     """

@@ -15,7 +15,7 @@ from rlhf_jax.distributed import hosts
 from rlhf_jax.report import console
 
 FIRST_STAGES = (("pretrain", 60.0), ("sft", 15.0), ("sft_mix", 16.0), ("comparisons", 11.0), ("reward_model", 19.0))
-"""The stages before RL, which most commands share, and their duration in seconds at the default settings."""
+"""The stages before RL, which most commands share, with their durations in seconds at the default settings."""
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ def make_callback(
 
     Args:
         score: ``score(params, tokens_BL, mask_BL)`` scores rows of tokens, as `Sampler.score` does.
-        held_out: Held-out comparisons. Only the first ones are used, as many as fit in one call.
+        held_out: Held-out comparisons. At most `policy_sampling.CHUNK` answers, those to the first prompts, are scored.
         steps: Number of steps in the stage.
         loss: The loss of one prompt, a function of scores, ranks and mask.
         params_of: Returns the reward model's parameters, given a train state.

@@ -1,1 +1,1 @@
-"""Runs many RL methods from the same SFT model and reward model, and compares them at equal KL."""
+"""Runs RL methods that share one SFT model and one reward model, and compares them at equal KL."""

@@ -17,7 +17,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def _figure(points: Rows, runs: Rows, key: str, label: str, kind: str) -> str:
-    """Returns an SVG of a metric against the root of the KL; dots are runs, and crosses are means with intervals."""
+    """Returns an SVG of a metric against √KL; dots are runs, and crosses are means with intervals."""
     with plots.axes(height=2.6) as (svg, (ax,)):
         ax.plot([_root(r["kl"]) for r in runs], [r[key] for r in runs], ".", color=plots.color(kind), alpha=0.35)
         ordered = sorted(points, key=lambda p: p["kl"][0])
@@ -30,7 +30,7 @@ def _figure(points: Rows, runs: Rows, key: str, label: str, kind: str) -> str:
                 ax.plot([x[0], x[0]], y[1:], color=plots.color(kind))
                 ax.plot(x[1:], [y[0], y[0]], color=plots.color(kind))
             ax.annotate(f"{point['kl_coef']:g}", (x[0], y[0]), xytext=(4, -9), textcoords="offset points", fontsize=7)
-        ax.set_xlabel("Root of the KL to the reference, nats per sequence (labels: KL coefficient)")
+        ax.set_xlabel("√KL to the reference, nats per sequence (labels: KL coefficient)")
         ax.set_ylabel(label)
         ax.grid()
     return svg[0]
@@ -47,7 +47,7 @@ _STYLES += (("expert-iteration", "reward_model", "o"), ("best-of-n", "best_of_n"
 
 
 def write_methods(path: pathlib.Path, methods: Rows, *, title: str) -> None:
-    """Writes an HTML page with a plot of each method's gold utility, with intervals, against the root of the KL."""
+    """Writes an HTML page with a plot of each method's gold utility, with intervals, against √KL."""
     styles = {method: (color, marker) for method, color, marker in _STYLES}
     with plots.axes(height=3.4) as (svg, (ax,)):
         for place, each in enumerate(methods):
@@ -69,7 +69,7 @@ def write_methods(path: pathlib.Path, methods: Rows, *, title: str) -> None:
             for xi, (_, _, low, high) in zip(x, points):
                 if low is not None and high is not None:
                     ax.plot([xi, xi], [low, high], color=plots.color(color))
-        ax.set_xlabel("Root of the KL to the SFT model, nats per sequence")
+        ax.set_xlabel("√KL to the SFT model, nats per sequence")
         ax.set_ylabel("Gold utility")
         ax.grid()
         ax.legend()
@@ -81,7 +81,7 @@ _MARKERS = "^os^oDv"
 
 
 def frontier(lines: Rows, *, xlabel: str, ylabel: str) -> str:
-    """Returns an SVG of gold utility against the root of the KL; each line connects one method's coefficients.
+    """Returns an SVG of gold utility against √KL; each line connects one method's coefficients.
 
     Lines whose ``paler`` is True, which show shifted data, are dashed and have hollow markers.
     """

@@ -45,7 +45,7 @@ class Cell(NamedTuple):
 
 
 def prepare(job: jobs.Job) -> StartModels:
-    """Runs the recipe up to the reward model, and restores finished stages."""
+    """Runs the recipe up to the reward model, restoring finished stages."""
     settings = job.settings
     base = stages.pretrain(job)
     sft = stages.supervised(job, "sft", base, epochs=settings.sft.epochs, mix=0.0)
@@ -55,7 +55,7 @@ def prepare(job: jobs.Job) -> StartModels:
 
 
 def train(job: jobs.Job, models: StartModels, cell: Cell, *, step: parallel.JitStep | None = None) -> types.Params:
-    """Trains one run, resuming from its last checkpoint, and returns its averaged policy.
+    """Trains one run, resuming from its last checkpoint, and returns the moving average of its policy.
 
     ``step`` is the compiled step of the cell's method; by default, a new one is compiled.
     """

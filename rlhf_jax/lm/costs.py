@@ -37,7 +37,7 @@ def forward_flops(cfg: config.LMConfig, *, rows: int, length: int, logits: int |
         >>> from rlhf_jax import lm
         >>> cfg = lm.LMConfig.preset("pythia-1b")
         >>> print(f"{lm.costs.forward_flops(cfg, rows=8, length=2048):.3g}")
-        3.22e+13
+        3.2e+13
     """
     columns = length if logits is None else logits
     attention = 2 * cfg.n_layers * cfg.n_heads * cfg.d_head * length

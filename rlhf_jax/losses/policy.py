@@ -18,8 +18,8 @@ def clipped_policy(
     Args:
         logprobs: Log-probabilities under the policy being trained, of any shape.
         old_logprobs: Log-probabilities under the policy that sampled the tokens, of the same shape. Compute them with
-            the same scoring function and temperature, so that u is 1 at the first update. No gradient flows through
-            them.
+            the same function and temperature as ``logprobs``, so that u is 1 before the first update. No gradient flows
+            through them.
         advantages: Advantages A, of the same shape; no gradient flows through them.
         clip: Clip range c, above 0.
 
@@ -43,7 +43,7 @@ def clipped_policy(
 def policy_is_clipped(
     logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, *, clip: float | jax.Array = 0.2
 ) -> jax.Array:
-    """Returns True where the clipped branch of `clipped_policy` is larger; the mean is the clip fraction.
+    """Returns True where the clipped branch of `clipped_policy` is larger; the mean of the result is the clip fraction.
 
     Args:
         logprobs: As in `clipped_policy`.
@@ -73,10 +73,11 @@ def reinforce(logprobs: jax.Array, advantages: jax.Array) -> jax.Array:
 def importance_weights(
     logprobs: jax.Array, behaviour_logprobs: jax.Array, *, cap: float | jax.Array = 2.0
 ) -> jax.Array:
-    """Returns weights ``min(p / q, cap)``, which estimate expectations over p from tokens sampled from q.
+    """Returns weights ``min(p / q, cap)``, with which tokens sampled from q estimate expectations over p.
 
-    This is truncated importance sampling (Ionides 2008): the cap bounds the variance at the cost of a small bias. No
-    weight can account for tokens that q never samples, for example under top-p. No gradient flows through the weights.
+    The arguments are ``log p`` and ``log q``. This is truncated importance sampling (Ionides 2008): the cap bounds the
+    variance at the cost of a small bias. No weight can account for tokens that q never samples, for example under
+    top-p. No gradient flows through the weights.
     """
     masking.check_same_shape(logprobs=logprobs, behaviour_logprobs=behaviour_logprobs)
     return jax.lax.stop_gradient(jnp.minimum(kl.ratio(logprobs, behaviour_logprobs), cap))

@@ -94,7 +94,7 @@ def ipo(
     *,
     beta: Scalar,
 ) -> jax.Array:
-    """Computes ``(h - 1 / (2 beta))^2`` (Azar 2023), whose gradient is 0 at the target margin.
+    """Computes ``(h - 1 / (2 beta))^2`` (Azar 2023), whose gradient is 0 at the target margin ``h = 1 / (2 beta)``.
 
     Args:
         policy_chosen: Log-probabilities of the preferred responses under the policy, *averaged* over tokens, so that
@@ -102,7 +102,7 @@ def ipo(
         policy_rejected: The same for the rejected responses.
         reference_chosen: Averaged log-probabilities of the preferred responses under the frozen reference.
         reference_rejected: The same for the rejected responses.
-        beta: Strength of the regularisation; the target margin is ``1 / (2 beta)``.
+        beta: Strength of the regularisation.
 
     Returns:
         The unreduced loss, with the shape of the inputs.
@@ -259,9 +259,9 @@ def log_ratio_margin(
     ``beta h`` is the difference of the implicit rewards ``beta log(policy / reference)`` (Rafailov 2023).
 
     Args:
-        policy_chosen: Log-probabilities of the preferred responses under the policy, summed as in `dpo`.
+        policy_chosen: Log-probabilities of the preferred responses under the policy, summed or averaged over tokens.
         policy_rejected: The same for the rejected responses.
-        reference_chosen: Log-probabilities of the preferred responses under the reference, summed as in `dpo`.
+        reference_chosen: Log-probabilities of the preferred responses under the reference, computed in the same way.
         reference_rejected: The same for the rejected responses.
 
     Returns:

@@ -35,11 +35,11 @@ def distill(logprobs: jax.Array, teacher_logprobs: jax.Array) -> jax.Array:
     """Computes ``KL(teacher || student)`` over K + 1 classes: K tokens and the rest of the vocabulary.
 
     The loss is ``sum_k p_k (log p_k - log q_k)`` with ``p_rest = 1 - sum_k p_k``. Bai 2022 (HH-RLHF, A.1) use it
-    with K = 50 for context distillation, in which only the teacher sees the prompt.
+    with K = 50 for context distillation, in which only the teacher sees the context.
 
     Args:
-        logprobs: ``[..., K]``, the student's log-probabilities *at the teacher's ids* (from `gather_logprobs` or a
-            chunked scorer), normalised over the whole vocabulary.
+        logprobs: ``[..., K]``, the student's log-probabilities *at the teacher's ids*, as from `gather_logprobs`,
+            normalised over the whole vocabulary.
         teacher_logprobs: ``[..., K]``, the teacher's log-probabilities, also normalised over the whole vocabulary.
 
     Returns:

@@ -44,7 +44,7 @@ def clipped_value(
 def value_is_clipped(
     values: jax.Array, old_values: jax.Array, returns: jax.Array, *, clip: float | jax.Array = 0.2
 ) -> jax.Array:
-    """Returns True where the clipped branch of `clipped_value` is larger; the mean is the clip fraction.
+    """Returns True where the clipped branch of `clipped_value` is larger; the mean of the result is the clip fraction.
 
     Args:
         values: As in `clipped_value`.

@@ -56,7 +56,7 @@ METRICS = {
         "Log-probability (nats per answer)",
         "Log-probability of the rejected answers. It should fall faster than that of the chosen answers.",
     ),
-    "reward": Metric("Reward", "Reward-model score", "Score that PPO maximises. It usually rises, then levels off."),
+    "reward": Metric("Reward", "Reward-model score", "Score that RL maximises. It usually rises, then levels off."),
     "gold": Metric(
         "Gold utility",
         "Gold utility",
@@ -127,7 +127,7 @@ METRICS = {
         "Difference between sampler and trainer",
         "Largest difference (nats)",
         "Largest difference between the log-probabilities that the sampler and the trainer compute for the same token. "
-        "Anything above rounding error is a bug.",
+        "Anything above rounding error is a bug, unless the sampler uses top-k or top-p.",
         minor=True,
     ),
     "kl_coef": Metric(

@@ -202,7 +202,7 @@ def _reward_model(results: Mapping[str, Any]) -> list[Figure]:
         (
             reward_plots.strata(model.get("strata"), model.get("accuracy")),
             "Accuracy by group",
-            "Accuracy on the n pairs of each group, with 95 % intervals. A tie counts as a half. The dotted line is "
+            "Accuracy on the n pairs of each group, with 95 % intervals. A tie counts one half. The dotted line is "
             "the accuracy on all pairs.",
         ),
         (

@@ -35,7 +35,7 @@ DIRECT_METHODS = {
 """Methods without reinforcement learning in display order, with their display names. They follow PPO in the report."""
 
 MAIN_POLICIES = ("ppo_ptx", "ppo", *DIRECT_METHODS, "best_of_n")
-"""The headline describes the first of these policies that the results contain."""
+"""The headline describes the first of these policies that has a win rate or, if none has one, a reward."""
 
 MISSING = "–"
 
@@ -155,7 +155,7 @@ def format_number(x: float, *, percent: bool = False, digits: int = 1) -> str:
 
 
 def format_parts(value: Any, *, percent: bool = False, digits: int = 1) -> tuple[str, str]:
-    """Formats a value and its interval; without an interval, the second string is empty.
+    """Returns a value and its interval as texts; without an interval, the second text is empty.
 
     Example:
         >>> from rlhf_jax.report import results

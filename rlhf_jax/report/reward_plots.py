@@ -106,11 +106,11 @@ def split_halves(halves: Numbers | None, steps: Sequence[float] | None = None) -
 
 
 def overoptimisation(curves: Sequence[Numbers] | None) -> str | None:
-    """Plots gains against the square root of the KL, with the fits of both functional forms (see `overoptimisation`).
+    """Plots gains against the square root of the KL, with the fits of both functional forms.
 
     Each curve has a ``name``, the lists ``kl`` and ``gains``, optionally ``lo`` and ``hi``, and ``fits``. The fits are
-    `overoptimisation.Fit` tuples as dictionaries, with the name of the form as ``form``. The better fit comes first and
-    is drawn as a solid line with a star at its peak.
+    `diagnostics.overoptimisation.Fit` tuples as dictionaries, with the name of the form as ``form``. The better fit
+    comes first and is drawn as a solid line with a star at its peak.
     """
     from rlhf_jax.diagnostics import overoptimisation as over  # imports scipy
 

@@ -6,7 +6,8 @@ policy and, in most cases, under a frozen reference. They differ in their object
     train_step = parallel.jit_step(dpo.make_train_step(logprobs, objectives.dpo))
     state, logs = train_step(state, reference_params, dpo.Hyper(learning_rate=1e-6, beta=0.1), batch, rng)
 
-Every step runs a forward pass of the reference, unless `train.reference` has computed its log-probabilities in advance.
+If the method uses a reference, every step runs a forward pass of the reference, unless `train.reference` has computed
+its log-probabilities in advance.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Hyper:
     learning_rate: Any = 1e-6
     """Learning rate of the policy (DPO: 1e-6)."""
     max_grad_norm: Any = jnp.inf
-    """Gradients are scaled down to this global l2 norm; infinity disables clipping."""
+    """Gradients with a larger global l2 norm are scaled down to this norm; infinity disables clipping."""
     beta: Any = 0.1
     """KL coefficient beta, in reward per nat (DPO: 0.1). In SimPO, beta is the scale of the reward (2 to 2.5)."""
     label_smoothing: Any = 0.0
@@ -133,17 +134,18 @@ def make_train_step(
         axis_name: Name of the mapped axis over which the batch is split; None if it is not split.
 
     Returns:
-        A step. ``frozen`` is the argument of ``reference`` and ``join``, by default the parameters of the reference;
-        ``hyper`` is a `Hyper`; ``rng`` is not used. Metrics:
+        A step. ``frozen`` is the argument of ``reference`` and the first argument of ``join``, by default the
+        parameters of the reference; ``hyper`` is a `Hyper`; ``rng`` is not used. Metrics:
 
         - ``loss``: the loss, in nats per row for DPO.
-        - ``accuracy``: share of the rows in which the better answer has the higher implicit reward, ties counting one
-          half (with ``targets_B``, the expected share); for answers labelled good or bad, share of the answers whose
-          reward has the right sign.
+        - ``accuracy``: for pairs, share of the rows in which the better answer has the higher implicit reward (with
+          ``targets_B``, the expected share); for answers labelled good or bad, share of the answers whose reward has
+          the right sign. Equal rewards, and rewards of 0, count one half.
         - ``margin``: mean difference between the rewards of the better and the worse answer; for pairs only.
         - ``chosen_reward``, ``rejected_reward``: mean implicit rewards of the better and worse (or good and bad)
           answers, ``beta log(pi / pi_ref)`` for DPO.
-        - ``chosen_logprob``, ``rejected_logprob``: their mean log-probabilities, in nats per answer. Both usually fall.
+        - ``chosen_logprob``, ``rejected_logprob``: their mean log-probabilities, in nats per answer. Both usually fall
+          during training.
         - ``baseline``: KTO's baseline, in nats per answer, if the batch has mismatched answers.
         - ``grad_norm``: l2 norm of the gradient before clipping.
         - ``learning_rate``: learning rate of the step.
@@ -221,7 +223,7 @@ def make_train_step(
 def _reward_metrics(
     scored: objectives.Scored, rewards_BK: jax.Array, axis_name: str | tuple[str, ...] | None
 ) -> dict[str, metrics.Metric]:
-    """Returns accuracy, margin, rewards and log-probabilities, separately for chosen and rejected answers."""
+    """Returns accuracy and margin, and rewards and log-probabilities separately for chosen and rejected answers."""
     rewards_BK = jax.lax.stop_gradient(rewards_BK)
     logs: dict[str, jax.Array] = {}
     if scored.good_BK is None:

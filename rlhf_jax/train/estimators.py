@@ -134,7 +134,7 @@ def rloo(scored: Scored, hyper: Any, *, samples: int, axis_name: AxisName = None
 
 
 def grpo(scored: Scored, hyper: Any, *, samples: int, axis_name: AxisName = None) -> tuple[jax.Array, None]:
-    """Computes GRPO's advantages: the prompt's scores, scaled to mean 0 and variance 1 (Shao 2024, section 4.1).
+    """Computes GRPO's advantages: each prompt's scores, normalised to mean 0 and variance 1 (Shao 2024, section 4.1).
 
     The advantages do not include a KL penalty; pass ``kl_loss=kl.k3`` to `ppo.make_train_step` to add one to the loss.
 
@@ -200,8 +200,8 @@ def _by_prompt(group_fn: Callable[[jax.Array], jax.Array], numbers_B: jax.Array,
     B = numbers_B.shape[0]
     if samples < 2 or B % samples:
         raise ValueError(
-            f"samples is {samples}; it must be at least 2, because the responses to a prompt are compared with each "
-            f"other, and divide the {B} responses of the batch"
+            f"samples is {samples}; it must divide the {B} responses of the batch and be at least 2, because the "
+            "responses to a prompt are compared with each other"
         )
     return jax.vmap(group_fn)(numbers_B.reshape(-1, samples)).reshape(B)
 

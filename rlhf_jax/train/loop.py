@@ -42,7 +42,7 @@ class Preempted(Exception):
 
 
 class Alarmed(Exception):
-    """Raised by a ``log`` as ``Alarmed(reason)`` to stop the run; `fit` saves the state and re-raises it.
+    """A ``log`` raises ``Alarmed(reason)`` to stop the run; `fit` saves the state and sets the other attributes.
 
     Attributes:
         reason: The reason that the log gave.
@@ -60,8 +60,8 @@ class Alarmed(Exception):
             step: Number of iterations done.
             saved: Whether a checkpoint of this step is on disk.
         """
-        stopped = f"an alarm stopped {stage or 'training'} after {step} iterations; {_saved_text(saved)}"
-        super().__init__(f"{stopped}: {reason}")
+        stopped = f"an alarm ({reason}) stopped {stage or 'training'} after {step} iterations"
+        super().__init__(f"{stopped}; {_saved_text(saved)}")
         self.reason, self.stage, self.step, self.saved = reason, stage, step, saved
 
 
@@ -91,7 +91,7 @@ class StageLog:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yields ``stop() -> bool``, whether SIGTERM or SIGINT was received. A second SIGINT interrupts immediately.
+    """Yields ``stop() -> bool``, whether SIGTERM or SIGINT was received. A later SIGINT interrupts immediately.
 
     Python allows only the main thread to install handlers. In other threads ``stop`` always returns False.
     """
@@ -170,7 +170,7 @@ class _Reporter:
         self.skipped, self.skipped_total = self.skipped + 1, self.skipped_total + 1
         stage = self.stage or "training"
         if self.skipped_total == 1:
-            self.warn(f"{stage}: skipped step {done}: {reason}; the metric 'skipped' counts further skipped steps")
+            self.warn(f"{stage}: skipped step {done}: {reason}; further skips appear only in the metric 'skipped'")
         if self.skipped >= self.max_skipped and not self.diverged:
             self.diverged = (
                 f"{stage} skipped {self.skipped} steps in a row, the last at step {done} of {self.total}: {reason}; "
@@ -276,7 +276,7 @@ def fit(
         The state after ``steps`` iterations.
 
     Raises:
-        Preempted: On SIGTERM or Ctrl-C, if the main thread runs the loop, or if ``should_stop`` returns True for
+        Preempted: On SIGTERM or Ctrl-C if the main thread runs the loop, and if ``should_stop`` returns True for
             another reason; the state is saved if ``checkpoints`` is given.
         Alarmed: If the log raised it; the state is saved if ``checkpoints`` is given.
         DivergedError: After ``max_skipped`` consecutive skipped iterations; the state is saved if ``checkpoints`` is

@@ -59,7 +59,7 @@ def minibatches(
         raise ValueError(f"shards is {shards}; it must be a multiple of the number of devices, {devices}")
     local_shards = shards // devices
     if rows % (local_shards * count):
-        blocks = "" if local_shards == 1 else f" of {local_shards} shards"
+        blocks = "" if local_shards == 1 else f" with equally many rows from each of {local_shards} shards"
         raise ValueError(f"a batch of {rows} responses does not divide evenly into {count} minibatches{blocks}")
     keys_E = jax.random.split(rng, epochs)
     if shards == 1:
@@ -91,7 +91,9 @@ def split_updates(batch: Any, updates: int, *, shards: int) -> Any:
 
     def leaf(x: jax.Array) -> jax.Array:
         if x.shape[0] % (updates * shards):
-            raise ValueError(f"{x.shape[0]} rows do not divide evenly into {updates} updates of {shards} shards")
+            raise ValueError(
+                f"the number of rows, {x.shape[0]}, must be a multiple of {updates} updates x {shards} shards"
+            )
         blocks = x.reshape(shards, updates, -1, *x.shape[1:])
         return jnp.swapaxes(blocks, 0, 1).reshape(updates, -1, *x.shape[1:])
 

@@ -1,4 +1,4 @@
-"""`Watch`: a log that checks every row it writes and raises alarms during training."""
+"""`Watch`: a log that checks every row that it receives and raises alarms during training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Watch:
         stop: Whether a new alarm raises `loop.Alarmed`, so that `loop.fit` saves the state and stops.
         rows: Rows that the stage logged earlier, each with its ``"step"``. `loop.fit` drops those after the step from
             which it resumes (``rewind``).
-        thresholds: Thresholds of the checks, as in `diagnostics.alarms.check_all`.
+        **thresholds: Thresholds of the checks, as in `diagnostics.alarms.check_all`.
 
     Raises:
         TypeError: If a keyword is not the name of a threshold.

@@ -143,7 +143,7 @@ def simpo(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def with_sft(objective: Objective) -> Objective:
-    """Adds ``hyper.sft_coef`` times the SFT loss of the better answer (nats per token) to keep that answer likely."""
+    """Returns the objective plus ``sft_coef`` times the better answer's SFT loss (nats per token) to keep it likely."""
 
     def with_sft_loss(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
         losses_B, rewards_BK = objective(scored, hyper)
@@ -153,7 +153,7 @@ def with_sft(objective: Objective) -> Objective:
 
 
 def per_token(objective: Objective) -> Objective:
-    """Evaluates an objective on log-probabilities averaged over tokens instead of summed."""
+    """Returns the objective, evaluated on log-probabilities averaged over tokens instead of summed."""
 
     def averaged(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
         return objective(scored.means(), hyper)

@@ -398,7 +398,8 @@ def make_train_step(
     Returns:
         The train step; compile it with `parallel.jit_step`, which donates ``state``. ``state`` is a `PPOState`,
         ``frozen`` a `Frozen`, ``hyper`` a `Hyper`, ``batch`` a `Batch`, and ``rng`` one key for the whole run, into
-        which the step folds ``state.step``. Metrics of the rollout:
+        which the step folds ``state.step``. Metrics of the critic, the pretraining rows and `Frozen.heldout` are logged
+        only if these are given. Metrics of the rollout:
 
         - ``reward``, ``reward_std``: mean and standard deviation of the scores, before clipping.
         - ``kl``: mean over the responses of the summed ``log pi - log pi_ref``, in nats per response.

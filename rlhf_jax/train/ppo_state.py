@@ -1,4 +1,4 @@
-"""Types of PPO: the functions that it calls, its hyperparameters, its state and its batch."""
+"""The types that PPO uses: the functions that it calls, its hyperparameters, its state and its batch."""
 
 from __future__ import annotations
 
@@ -77,15 +77,17 @@ class Hyper:
     clip: Any = 0.2
     """Clip range epsilon of the probability ratio (0.2 in InstructGPT and in the code of Ziegler 2019)."""
     value_clip: Any = 0.2
-    """Clip range of the value around the old value, in units of reward (0.2 in the code of Ziegler 2019)."""
+    """Clip range of the value around the old value (0.2 in the code of Ziegler 2019), in units of reward or, with
+    ``normalise_values``, in standard deviations of the returns."""
     discount: Any = 1.0
     """Discount factor gamma per token (1 in InstructGPT, Stiennon and Ziegler)."""
     lambda_: Any = 0.95
     """Lambda of GAE (Ziegler and Stiennon: 0.95; Xu: 1; InstructGPT does not report it)."""
     temperature: Any = 1.0
-    """Temperature of the policy, used for sampling and for every log-probability (InstructGPT: 1)."""
+    """Temperature of the policy, used for sampling and for every log-probability of a response (InstructGPT: 1)."""
     missing_stop_score: Any = -1.0
-    """Score of a response without a stop token (Ziegler 2019: -1); `subtract_penalty` adds it to the score instead."""
+    """Score of a response without a stop token (Ziegler 2019: -1); with ``unfinished=subtract_penalty``, this negative
+    number is added to the response's score instead."""
     reward_clip: Any = jnp.inf
     """Scores are clipped to [-reward_clip, reward_clip] (Xu 2024: 20); infinity disables clipping."""
     value_coef: Any = 1.0
@@ -101,7 +103,8 @@ class Hyper:
     sampler_cap: Any = 2.0
     """Largest importance weight of a token, used if the step has ``correct_sampler``."""
     max_grad_norm: Any = jnp.inf
-    """Gradients are scaled down to this global l2 norm; infinity disables clipping (InstructGPT does not report it)."""
+    """Gradients with a larger global l2 norm are scaled down to this norm; infinity disables clipping (InstructGPT does
+    not report it)."""
     ema_decay: Any = 0.0
     """Decay per update of the averaged policy weights (InstructGPT: 0.992); at 0 they equal the policy."""
     reference_decay: Any = 1.0
@@ -115,7 +118,7 @@ def replace_score(scores_B: jax.Array, stopped_B: jax.Array, hyper: Hyper) -> ja
 
 
 def subtract_penalty(scores_B: jax.Array, stopped_B: jax.Array, hyper: Hyper) -> jax.Array:
-    """Adds ``missing_stop_score``, which is negative, to the score of each response without a stop token.
+    """Adds ``missing_stop_score``, which should be negative, to the score of each response without a stop token.
 
     Some later implementations do this; the papers replace the score (`replace_score`).
     """
@@ -206,7 +209,7 @@ def finish_iteration(state: PPOState, hyper: Hyper, logs: dict[str, Any], *, ski
     Args:
         state: The state after the updates of the iteration.
         hyper: The hyperparameters of the iteration.
-        logs: The metrics of `ppo.collect`, including ``target`` and ``target_square``.
+        logs: The metrics of `ppo.collect`, which include ``target`` and ``target_square`` if there is a critic.
         skipped: Whether an update was skipped. If so, the state is returned unchanged, because a NaN would stay in the
             controller forever.
 

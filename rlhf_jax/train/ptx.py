@@ -44,9 +44,9 @@ def coefficients(
 ) -> dict[str, jax.Array]:
     """Converts ``ptx_coef``, the weight of :func:`ptx_loss`, to two common normalisations of the losses.
 
-    InstructGPT does not state the normalisation of its coefficient 27.8. If all responses have the same weight, each
-    returned coefficient yields the same gradient as ``ptx_coef`` in `ppo.update`, up to a constant factor, in an
-    objective with another normalisation:
+    InstructGPT does not state the normalisation of its coefficient 27.8. If all elements of ``weights_B`` are equal, as
+    for all reductions but `aggregation.sequence_mean`, the returned coefficients yield the same gradient as
+    ``ptx_coef`` in `ppo.update`, up to a constant factor, in objectives with other normalisations:
 
     - ``ptx_coef_per_token`` is for an objective in which both terms are means over their tokens.
     - ``ptx_coef_per_sequence`` is for an objective in which both terms are means over sequences of sums over tokens, as

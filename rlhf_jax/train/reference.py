@@ -1,7 +1,7 @@
 """Log-probabilities of a data set under the reference, computed once and cached in a file.
 
 The reference does not change while a policy is trained against it, so one forward pass over the data suffices for all
-epochs and runs. The file records the reference, data and settings that it was computed from, and is used only if they
+epochs and runs. The file contains fingerprints of the reference, data and settings, and is used only if all of them
 match.
 """
 
@@ -61,7 +61,7 @@ def attach_logprobs(
     Args:
         score: See `Score`.
         params: Parameters of the reference.
-        data: The whole data set, in the order in which batches index it.
+        data: The whole data set; the order of its rows is part of its fingerprint.
         path: Cache file in NumPy's .npz format; None for no cache. An existing file is used if it matches the
             reference, data and settings. If it does not match or is damaged, ``warn`` is called and the file is
             replaced.
@@ -107,7 +107,7 @@ def _read(path: pathlib.Path, identity: dict[str, str], warn: Callable[[str], No
     different = [name for name, value in identity.items() if saved.get(name) != value]
     if different:
         warn(
-            f"the reference's log-probabilities in {path} belong to a different {' and different '.join(different)}; "
+            f"the reference's log-probabilities in {path} do not match this run's {' and '.join(different)}; "
             "recomputing them"
         )
         return None

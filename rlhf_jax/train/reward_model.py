@@ -78,9 +78,9 @@ def make_train_step(
         score: ``(params, tokens_BL, mask_BL=...) -> [B]``, such as `lm.score`. For a model with H heads, it returns
             ``[B, H]``. By default, the heads form an ensemble: each learns from every prompt, and the loss is the mean
             over heads.
-        packed_scores: ``(params, tokens_RL, segments_RL, places_BK) -> [B, K]``, such as `lm.packed_scores`. If given,
-            the step also accepts `types.PackedComparisons`, whose number of groups must equal ``micro_batches``, and
-            computes the same result with less padding.
+        packed_scores: ``(params, tokens_RL, segments_RL, places_BK) -> [B, K]``, such as `lm.packed_scores`. For a
+            model with H heads, it returns ``[B, K, H]``. If given, the step also accepts `types.PackedComparisons`,
+            whose number of groups must equal ``micro_batches``, and computes the same result with less padding.
         loss: ``(scores_K, ranks_K, where_K=...) -> loss`` for one prompt, such as `losses.ranking`, `plackett_luce` or
             `best_choice`. The prompt's ``batch.loss_inputs`` are passed as further keyword arguments.
         head_of_domain: Whether head h learns only from the prompts of domain h.
@@ -99,7 +99,8 @@ def make_train_step(
         per domain; ``rng`` is not used. Metrics:
 
         - ``loss``: the loss, in nats per pair for the default loss.
-        - ``accuracy``: share of the pairs in which the preferred answer has the higher score; ties count one half.
+        - ``accuracy``: share of the pairs with different ranks in which the preferred completion has the higher score;
+          equal scores count one half.
         - ``score``: mean score of the completions.
         - ``grad_norm``: l2 norm of the gradient before clipping.
         - ``learning_rate``: learning rate of the step.
@@ -156,8 +157,8 @@ def make_train_step(
             where_GB = _by_domain(informative_B, batch, weights_G.shape[0])
             masked = partial(masking.masked_sum, losses_B, axis_name=axis_name)
             sums_G = jax.vmap(lambda where_B: masked(where=where_B))(where_GB)
-            # If a domain has no weight, the loss is NaN, so the step is skipped. Otherwise, the domain's prompts would
-            # be ignored silently.
+            # A domain without a weight makes the loss NaN, so that the step is skipped instead of silently ignoring the
+            # prompts of the domain.
             ignored_B = jnp.any(where_GB, axis=0) != informative_B
             complete = masking.masked_count(ignored_B, where=ignored_B, axis_name=axis_name) == 0
             value = jnp.where(complete, jnp.sum(weights_G * sums_G / jnp.maximum(total, 1.0)), jnp.nan)

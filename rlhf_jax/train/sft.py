@@ -20,7 +20,7 @@ from rlhf_jax.train.optim import nonfinite, update
 
 @struct.dataclass
 class TokenBatch:
-    """Rows of tokens."""
+    """Rows of tokens, with masks of the real tokens and of the tokens to train on."""
 
     tokens_BL: jax.Array
     """int32 token ids."""

@@ -45,4 +45,4 @@ def create(params: Any, tx: optax.GradientTransformation, apply_fn: Callable[...
 
 
 def _no_apply(*args: Any, **kwargs: Any) -> Any:
-    raise TypeError("this TrainState was created without an apply_fn")
+    raise TypeError("this TrainState was created without an apply_fn; pass one to state.create")

@@ -547,7 +547,7 @@ def test_instructgpt_on_two_hosts_matches_a_single_process_after_interruptions(c
     assert [process.wait(timeout=1800) for process in both] == [75, 75]
     messages = [pathlib.Path(f"{log}{i}").read_text().splitlines()[-1] for i in (0, 1)]
     assert messages[0] == messages[1] and messages[0].endswith(
-        "a checkpoint of this step is on disk; go on with --resume"
+        "a checkpoint of this step is on disk; continue with --resume"
     )
     both = main_job(cache, log, "--resume", out)
     wait_for_log(both, out, "ppo", 1)

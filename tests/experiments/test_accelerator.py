@@ -55,6 +55,18 @@ def test_all_rows_run_with_tiny_shapes(bare_environment, tmp_path):
     assert numbers["same bits after a restored checkpoint"]["value"] is True
 
 
+def test_torch_row_compares_with_ours(tmp_path):
+    pytest.importorskip("torch")
+    path = tmp_path / "rows.jsonl"
+    context(path, "sft").record("SFT step", 100.0, "tokens/s")
+    row_runner.measure_row("torch", path, quick=True, run="now")
+    numbers = {each.get("measure"): each for each in row_context.read(path, "now")}
+    peer, ratio = numbers["torch SFT step"], numbers["ours / torch SFT step"]
+    assert ratio["value"] == pytest.approx(100.0 / peer["value"]) and ratio["at_least"] == 1.0
+    assert numbers["torch DPO step"]["value"] > 0 and numbers["torch generation, batch 4"]["value"] > 0
+    assert "ours / torch DPO step" not in numbers, "ours was not measured"
+
+
 def context(path, row="sft", **fields):
     return row_context.Context(path, "now", row, row_context.QUICK, **fields)
 

@@ -185,7 +185,7 @@ def test_every_loss_trains_by_its_name_and_restores_a_finished_run(tmp_path, los
         trainer.train(start, pairs, name="other", seed=1, reference_file="run")
         assert not (tmp_path / "reference" / "other.npz").exists() and not job.progress.texts
         trainer.data(random_pairs(job, seed=1), start, name="run")
-        assert len(job.progress.texts) == 1 and "belong to a different data" in job.progress.texts[0]
+        assert len(job.progress.texts) == 1 and "do not match this run's data" in job.progress.texts[0]
 
 
 def test_rounds_sample_and_label_with_the_latest_policy_as_reference(tmp_path):
@@ -219,7 +219,7 @@ def test_rounds_sample_and_label_with_the_latest_policy_as_reference(tmp_path):
     assert (lengths[:, 0] >= lengths[:, 1]).all(), "the judge prefers longer answers"
     assert rounds[0].pairs == len(first)
     assert rounds[0].pairs + sum(rounds[0].left_out.values()) == len(prompts) // 2
-    with pytest.raises(settings_lib.SettingError, match="prefers no answer to a different answer"):
+    with pytest.raises(settings_lib.SettingError, match="all different answers to a prompt the same score"):
         equal: Any = options | {"judge": lambda answers, samples, key: np.zeros(len(answers.lengths_B)), "name": "e"}
         direct_alignment.iterate(trainer, start, reward, prompts, **equal)
 
@@ -300,7 +300,7 @@ def test_a_batch_has_no_more_rows_than_the_data_and_unseen_rows_are_counted():
     assert schedule(20) == (8, 2, 4) and schedule(20, epochs=2) == (8, 5, 0)
     assert schedule(5) == (5, 1, 0) and schedule(5, micro_batches=2) == (4, 1, 1)
     assert schedule(5, loss="kto") == (10, 1, 0)
-    with pytest.raises(settings_lib.SettingError, match="--micro-batches is 8, but there are only 5 rows"):
+    with pytest.raises(settings_lib.SettingError, match="8 needs at least 8 rows, but there are only 5; lower it"):
         schedule(5, micro_batches=8)
 
 

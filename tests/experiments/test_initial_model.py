@@ -243,7 +243,9 @@ def test_unusable_model_folders_raise_a_one_sentence_error(checkpoint, byte_pair
         assert f"--model {tmp_path / name}: " in text and why in text and what in text and "\n" not in text, name
 
     short = save_gpt2(tmp_path / "short", byte_pairs, max_length=32)
-    with pytest.raises(settings.SettingError, match=r"the built-in world's prompts and answers: .* exceed the 32"):
+    with pytest.raises(
+        settings.SettingError, match=r"prompts and answers: .* exceed the maximum length of --model .* \(32 tokens\)"
+    ):
         tasks.make_task(with_changes(SMALL, {"pretrain": {"documents": 600}}), initial_model.load(str(short)))
     path = job.write(tmp_path / "pairs.jsonl", job.comparisons(20))
     with pytest.raises(settings.SettingError, match=r"--data.prompt-width and --data.response-width: 48 \+ 24 tokens"):

@@ -278,7 +278,7 @@ def test_rankings_keep_all_answers_and_refused_roles_are_reported(tmp_path):
     assert text.startswith("How many") and text.endswith(("?Two.", "?No.")), "the demonstration is the best answer"
     for record in records:
         record["prompt"] = [{"role": "system", "content": "Be short."}, {"role": "user", "content": record["prompt"]}]
-    with pytest.raises(errors.DataError, match=r"system\.jsonl: none of 32 comparisons are .*roles are refused"):
+    with pytest.raises(errors.DataError, match=r"system\.jsonl: none of 32 comparisons is usable .*roles are refused"):
         task_of(write(tmp_path / "system.jsonl", records))
 
 

@@ -200,7 +200,8 @@ def test_invalid_settings_are_refused_by_flag(tmp_path, arguments, message):
 def test_too_many_folds_and_broken_files_are_refused(tmp_path):
     pytest.importorskip("sklearn")
     path = write(tmp_path / "pairs.jsonl", 30)
-    assert "too many for the 30 pairs" in refused("--out", tmp_path / "run", "--data.path", path, "--folds", "5")
+    too_many = refused("--out", tmp_path / "run", "--data.path", path, "--folds", "5")
+    assert "at most 3, a tenth of the 30 pairs" in too_many
     missing = tmp_path / "none.jsonl"
     assert str(missing) in refused("--out", tmp_path / "run", "--data.path", missing, "--folds", "2")
 

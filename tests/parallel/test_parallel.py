@@ -70,7 +70,8 @@ def test_a_job_trained_on_one_mesh_resumes_on_another(results):
 def test_indivisible_batches_and_meshes_are_errors(results):
     errors = [each["error"] for each in results if "error" in each]
     assert len(errors) == 4
-    assert "6 rows" in errors[0] and "(.tokens_BL) is not divisible by 4 batch shards (data 2 x fsdp 2)" in errors[0]
+    indivisible = "6 rows (.tokens_BL) is not divisible by this host's 4 batch shards (mesh: data 2 x fsdp 2)"
+    assert indivisible in errors[0]
     assert "is not divisible by 8 devices" in errors[1]
     assert "the mesh axis tensor is 2; use jit_step" in errors[2]
     assert errors[3] == "a mesh of data 3 x fsdp 1 x tensor 1 x sequence 1 does not fit 8 devices"
@@ -136,8 +137,8 @@ def test_moments_and_averages_are_sharded_like_their_parameters():
 def test_indivisible_dimensions_are_listed():
     cfg = lm.LMConfig(vocab_size=31, n_layers=1, d_model=16, n_heads=2, n_kv_heads=1, d_mlp=24, max_length=8)
     messages = parallel.indivisible(lm.abstract(cfg), MESH, lm.logical_axes(cfg))
-    assert "embed/tokens: its vocab size 31 is not divisible by tensor = 2" in messages
-    assert "layers/k/kernel: its kv_heads size 1 is not divisible by tensor = 2" in messages
+    assert "embed/tokens: its axis vocab of size 31 is not divisible by tensor = 2" in messages
+    assert "layers/k/kernel: its axis kv_heads of size 1 is not divisible by tensor = 2" in messages
     assert not any("mlp" in each or "layers/q/" in each for each in messages)
 
 
@@ -175,7 +176,10 @@ def test_one_shard_is_a_permutation_of_all_rows():
     indices = minibatches.minibatches(jax.random.key(0), 12, epochs=2, count=3)
     expected = [jax.random.permutation(key, 12) for key in jax.random.split(jax.random.key(0), 2)]
     np.testing.assert_array_equal(indices.reshape(2, 12), jnp.stack(expected))
-    with pytest.raises(ValueError, match="12 responses does not divide evenly into 3 minibatches of 8 shards"):
+    with pytest.raises(
+        ValueError,
+        match="12 responses does not divide evenly into 3 minibatches with equally many rows from each of 8 shards",
+    ):
         minibatches.minibatches(jax.random.key(0), 12, epochs=1, count=3, shards=8)
 
 
@@ -189,7 +193,7 @@ def test_keys_and_pretraining_rows_of_a_device_are_its_share_of_all():
     split = [minibatches.split_updates(part, 3, shards=2) for part in (rows[:12], rows[12:])]
     np.testing.assert_array_equal(jnp.concatenate(split, axis=1), full)
     np.testing.assert_array_equal(minibatches.split_updates(rows, 3, shards=1), rows.reshape(3, 8))
-    with pytest.raises(ValueError, match="24 rows do not divide evenly into 5 updates of 1 shards"):
+    with pytest.raises(ValueError, match="24, must be a multiple of 5 updates x 1 shards"):
         minibatches.split_updates(rows, 5, shards=1)
 
 

@@ -17,7 +17,7 @@ from rlhf_jax.lm import attention, kernels
 def fused_attention(context: row_context.Context) -> None:
     """Measures the forward and backward pass in bfloat16 for each kind of mask.
 
-    The fused kernel is ``cudnn`` on a GPU and ``xla`` otherwise.
+    The fused kernel is that of ``jax.nn.dot_product_attention``: ``cudnn`` on a GPU and ``xla`` otherwise.
     """
     shapes = context.shapes
     kernel = "cudnn" if jax.default_backend() == "gpu" else "xla"
@@ -61,7 +61,7 @@ def _compare(
         return attention.attend_by(kernel, *heads, seen_BLS=seen_BLL, cfg=cfg)
 
     def gradients(attend: Callable[..., jax.Array]) -> Callable[..., Any]:
-        """Returns a jitted function of queries, keys and values that returns outputs at real tokens and gradients."""
+        """Returns a jitted function of queries, keys and values. It returns outputs at real tokens, and gradients."""
 
         def loss(*heads: jax.Array) -> tuple[jax.Array, jax.Array]:
             out = jnp.where(mask_BL[:, None, :, None], attend(*heads), 0).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Measures numerical errors of PPO (first ratio, sampler gap) and whether its results are bit-identical."""
+"""Measures numerical errors of PPO (first ratio, sampler gap) and whether repeated iterations are bit-identical."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def numerics(context: row_context.Context) -> None:
 
 
 def bits(context: row_context.Context) -> None:
-    """Records whether repeating two iterations is bit-identical, also with a restored checkpoint between them."""
+    """Records whether two iterations repeat bit-identically, without and with a restored checkpoint between them."""
     _record_bits(context, _Run(context.shapes, dtype="bfloat16"))
 
 

@@ -1,4 +1,4 @@
-"""Measures the parts of a PPO iteration, and several seeds of a small PPO as one program."""
+"""Measures the parts of a PPO iteration, and several seeds of PPO on a small model as one program."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from rlhf_jax.train import ppo
 def iteration(context: row_context.Context) -> None:
     """Measures the rollout, the scoring and the update of an iteration with one epoch.
 
-    Rollout, collection (rollout and scoring) and update are compiled separately; scoring is a difference of times.
+    Rollout, collection (rollout and scoring) and update are compiled separately. The time of scoring is that of
+    collection minus that of the rollout.
     """
     shapes, cfg = context.shapes, training_rows.model(context.shapes)
     inputs = train_workloads.ppo_inputs(

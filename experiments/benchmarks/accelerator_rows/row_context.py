@@ -23,7 +23,7 @@ class Shapes:
     sft_rows: int = 8
     sft_length: int = 2048
     pairs: int = 16
-    """Pairs per step of the reward model. DPO uses half as many pairs of twice the length, and thus as many tokens."""
+    """Pairs per step of the reward model. DPO uses half as many pairs of twice the length."""
     pair_length: int = 512
     prompt: int = 512
     """Tokens per prompt in the rows that decode."""
@@ -45,7 +45,7 @@ class Shapes:
     head_widths: tuple[int, ...] = (128, 256)
     window: int = 512
     small_layers: int = 4
-    """Number of layers for ``numerics`` and ``deterministic``; otherwise, their model is that of the other rows."""
+    """Number of layers in ``numerics`` and ``deterministic``, whose model is otherwise that of the other rows."""
     repeats: int = 5
 
 

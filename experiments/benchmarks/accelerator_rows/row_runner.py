@@ -57,7 +57,7 @@ ROWS = {
 def measure(
     names: Sequence[str], path: pathlib.Path, *, quick: bool, run: str, minutes: float, on_row: Callable[[str], None]
 ) -> None:
-    """Measures rows in child processes and appends everything to a file.
+    """Measures rows in child processes and appends their records to a file.
 
     Args:
         names: Keys of `ROWS`.

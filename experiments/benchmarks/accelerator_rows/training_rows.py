@@ -10,7 +10,7 @@ from rlhf_jax import lm
 
 
 def model(shapes: row_context.Shapes, **overrides: Any) -> lm.LMConfig:
-    """Returns the ``pythia-1b`` of the rows in bfloat16; the shapes and ``overrides`` replace some of its fields."""
+    """Returns the preset ``pythia-1b`` in bfloat16, with the changes in ``shapes.model`` and ``overrides``."""
     return lm.LMConfig.preset("pythia-1b", **{"dtype": "bfloat16", **dict(shapes.model), **overrides})
 
 

@@ -1,4 +1,4 @@
-"""The benchmark models in transformers, and the code that TRL's trainers share."""
+"""The benchmark models in transformers, and the code that the measurements of TRL's trainers share."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
 

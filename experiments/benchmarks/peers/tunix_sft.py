@@ -1,4 +1,4 @@
-"""Measures one training step of all parameters by Tunix's PeftTrainer."""
+"""Measures one step of Tunix's PeftTrainer, which here trains all parameters."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
 

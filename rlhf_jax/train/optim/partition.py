@@ -58,5 +58,5 @@ def split(params: Mapping[str, Any], trains: Pattern) -> tuple[dict[str, Any], d
 
 
 def join(frozen: Mapping[str, Any] | None, trained: Mapping[str, Any]) -> dict[str, Any]:
-    """Merges the two dicts that :func:`split` returned; pass it to a train step as ``join``."""
+    """Merges the two dicts that :func:`split` returned; pass this function to ``make_train_step`` as ``join``."""
     return lm_params.nest(lm_params.flatten(frozen or {}) | lm_params.flatten(trained))

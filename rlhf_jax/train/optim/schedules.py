@@ -56,7 +56,7 @@ def constant_with_warmup(step: Any, total: Any, *, warmup: Any = 10, initial: An
 def cosine(step: Any, total: Any, *, final: Any = 0.1) -> Any:
     """Returns a cosine decay from 1 to ``final``: ``final + (1 - final) (1 + cos(pi step / total)) / 2``.
 
-    InstructGPT's SFT and reward models decay to 0.1.
+    InstructGPT uses ``final=0.1`` for SFT and reward models.
 
     Example:
         >>> from rlhf_jax.train.optim import schedules

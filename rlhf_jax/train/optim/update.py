@@ -59,15 +59,15 @@ def loss_and_grads(
     micro_batches: int = 1,
     merge: Callable[[Any], Any] | None = None,
 ) -> tuple[tuple[jax.Array, Any], Any]:
-    """Computes loss, metrics and gradients of a batch in ``micro_batches`` parts, one in memory at a time.
+    """Computes loss, metrics and gradients of a batch in ``micro_batches`` parts, of which one is in memory at a time.
 
-    The results of the parts are added, because a mean of per-part means is wrong if their token counts differ.
+    The results of the parts are added, because a mean of their means is wrong if the parts' token counts differ.
 
     Args:
         loss_fn: ``(params, batch, total) -> (loss, metrics)``. The loss is the contribution of these rows to the loss
             of the whole batch: a sum divided by ``total`` (with a named axis, ``psum(sum) / total``). The metrics must
-            also add up over rows: a `metrics.Metric` does, a plain mean does not. `nonfinite.BadRows` are
-            put in batch order.
+            also add up over rows: a `metrics.Metric` does, a plain mean does not. `nonfinite.BadRows` are put in batch
+            order.
         params: The parameters with respect to which the loss is differentiated.
         batch: A pytree of ``[B, ...]`` arrays. If the loss is random (dropout), the batch contains one key per row.
         total: Counts of the whole batch over all devices; any pytree, passed to ``loss_fn``.
@@ -132,8 +132,8 @@ def apply_gradients(
             optax.scale(-1.0))``. One compiled step then works for every schedule and for every member of a sweep.
         grads: Gradients, a pytree like ``state.params``.
         learning_rate: A scalar, or a prefix of the parameter tree with scalars, such as ``{"policy": a, "critic": b}``.
-        max_grad_norm: Gradients with a larger global norm are scaled down to this norm, a number or traced scalar.
-            None disables clipping.
+        max_grad_norm: Largest global norm, a number or traced scalar; larger gradients are scaled down to it. None
+            disables clipping.
         axis_name: Axis (pmap, shard_map, vmap) over which gradients and loss are averaged first.
         loss: Loss to check for non-finite values; None for no check.
 
