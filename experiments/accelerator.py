@@ -1,8 +1,11 @@
-"""Measures this library on one GPU or TPU, in less than 8 minutes with compilation, and prints one table.
+"""Measures this library on one GPU or TPU and prints one table. It stops after 8 minutes, compilation included.
 
     python experiments/accelerator.py                      all rows
     python experiments/accelerator.py --rows sft,dpo       only these rows and the limits that shares refer to
+    python experiments/accelerator.py --show               the table of the last run, without measuring
     python experiments/accelerator.py --quick              tiny shapes on a CPU, for a test run
+
+The most important rows run first. With JAX_COMPILATION_CACHE_DIR set, a second run compiles less and reaches more rows.
 
 Most rows use a pythia-1b with random float32 parameters and compute in bfloat16. 80 GB of device memory suffice.
 The command requires jax, flax, optax, numpy, transformers and this library. If torch is installed, it is compared too.
@@ -24,7 +27,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import pathlib
+import signal
 import sys
 from typing import Any
 
@@ -47,6 +52,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         metavar="FILE",
         help="File to which measurements are appended. Default: %(default)s.",
     )
+    parser.add_argument("--show", action="store_true", help="Print the table of the last run in --out and exit.")
     parser.add_argument(
         "--minutes",
         type=float,
@@ -59,27 +65,47 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     unknown = [name for name in settings.rows if name not in row_runner.ROWS]
     if unknown:
         parser.error(f"--rows: unknown row {', '.join(unknown)}; the rows are {', '.join(row_runner.ROWS)}")
+    if not 0 < settings.minutes < math.inf:
+        parser.error(f"--minutes is {settings.minutes}; it must be a positive number")
+    if settings.show and not settings.out.is_file():
+        parser.error(f"--show: there is no file {settings.out}; measure first")
+    try:
+        settings.out.parent.mkdir(parents=True, exist_ok=True)
+        settings.out.open("a").close()
+    except OSError as error:
+        parser.error(f"--out: cannot write to {settings.out}: {error.strerror or error}")
     return settings
 
 
 def main(arguments: list[str]) -> int:
-    """Measures the rows and prints the table; returns 1 if a row failed."""
+    """Measures the rows and prints the table; returns 1 if a row failed or was not run, 2 without an accelerator."""
     settings = parse(arguments)
-    run = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    names = [name for name in row_runner.ROWS if name in {"limits", *settings.rows}]
-    row_runner.measure(
-        names,
-        settings.out.absolute(),
-        quick=settings.quick,
-        run=run,
-        minutes=settings.minutes,
-        on_row=lambda text: print(text, file=sys.stderr, flush=True),
-    )
+    run = None if settings.show else datetime.datetime.now(datetime.UTC).isoformat()
+    interrupted = False
+    if run is not None:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop the child and print the table, as for Ctrl-C
+        try:
+            row_runner.measure(
+                [name for name in row_runner.ROWS if name in {"limits", *settings.rows}],
+                settings.out.absolute(),
+                quick=settings.quick,
+                run=run,
+                minutes=settings.minutes,
+                on_row=lambda text: print(text, file=sys.stderr, flush=True),
+            )
+        except row_runner.NoAcceleratorError:
+            print("error: JAX finds neither a GPU nor a TPU; --quick makes a test run on the CPU", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            interrupted = True
     records = row_context.read(settings.out, run)
     print(report_table.markdown(records))
     failed: list[dict[str, Any]] = [each for each in records if each.get("error")]
     for each in failed:
         print(f"error: row {each['row']}: {each['error']}", file=sys.stderr)
+    if interrupted:
+        print("error: interrupted; the table has the measurements so far", file=sys.stderr)
+        return 130
     return 1 if failed else 0
 
 

@@ -47,7 +47,7 @@ class RewardBenchSettings:
     """Number of answers scored together."""
     max_length: int | None = None
     """Maximum number of tokens in a prompt with its answer. A prompt that exceeds it loses its oldest turns. Records
-    that are still too long are dropped. Both are counted. None uses the model's maximum length."""
+    that are still too long are dropped. Both are counted in results.json. None uses the model's maximum length."""
     bins: int = 10
     """Maximum number of bins in the calibration curve. All bins have about the same number of pairs."""
 

@@ -29,7 +29,8 @@ def parse_options(description: str | None, *, variants: tuple[str, ...] = ()) ->
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="Workload and size, such as sft-s or decode-m-16.")
     if variants:
-        parser.add_argument("--variant", choices=variants, default=variants[0], help="Settings of the peer's trainer.")
+        text = "Trainer settings: plain (float32 on a CPU, no gradient checkpointing) or defaults (those of the peer)."
+        parser.add_argument("--variant", choices=variants, default=variants[0], help=text)
     parser.add_argument("--repeats", type=int, default=5, help="Number of timed repetitions.")
     parser.add_argument("--warm", type=int, default=1, help="Untimed repetitions after the first, which compiles.")
     parser.add_argument("--quick", action="store_true", help="Use tiny shapes for a test run.")

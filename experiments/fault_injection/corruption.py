@@ -34,8 +34,8 @@ class Report:
 def draw_trials(newest: pathlib.Path, rng: random.Random, counts: dict[str, int]) -> list[Trial]:
     """Draws corruptions of the files of a checkpoint.
 
-    Half of the bits to flip are drawn from all bits. The others are drawn from a random file, because most files are
-    small.
+    Half of the bits to flip are drawn from all bits. Each of the others is drawn from a random file, because most files
+    are small.
     """
     files = sorted(path for path in newest.rglob("*") if path.is_file())
     sizes = [path.stat().st_size for path in files]

@@ -210,7 +210,7 @@ def run_reference(stage: str, folder: pathlib.Path, settings: RunSettings) -> Re
 def _draw(
     rng: random.Random, phase: str, number: int, seconds: dict[str, float], settings: RunSettings
 ) -> Interruption:
-    """Draws a random moment within a phase of a process."""
+    """Draws an interruption by the signal ``number`` at a random moment within a phase."""
     if phase == "compile":
         return Interruption(number, "compile", 1, rng.uniform(0.0, seconds["compile"]))
     if phase == "save":

@@ -19,7 +19,7 @@ class TortureSettings:
     terms: int = 12
     """Number of SIGTERMs, divided among the stages. After each one, the run must save and exit with status 75."""
     flips: int = 100
-    """Number of flipped bits. Half are drawn from all bits of a checkpoint; the others are drawn from a random file."""
+    """Number of flipped bits. Half are drawn from all bits of a checkpoint, the others each from a random file."""
     truncations: int = 20
     """Number of files truncated to a random length."""
     deletions: int = 20

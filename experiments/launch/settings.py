@@ -285,7 +285,7 @@ class Settings:
     about a minute, too short to learn much."""
     published: Literal["instructgpt", "stiennon", "ziegler", "n-plus", "hh", "xu", "tutorial"] | None = None
     """Paper (or popular `tutorial`) whose PPO settings replace those of the preset. Its learning rates are used only
-    with --model. None keeps the preset's."""
+    with --model. None uses the preset's settings."""
     seed: int = 0
     """Seed of the built-in world, the data, the initial weights and all samples."""
     out: str | None = None

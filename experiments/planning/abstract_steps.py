@@ -40,7 +40,7 @@ class Program:
     tokens: int
     """Number of training tokens per call (for ppo-collect, per iteration), over all rows, epochs and trained models."""
     model_flops: float
-    """FLOPs of the model: per parameter and token, 2 in a forward pass and 6 with gradients, plus attention."""
+    """Total FLOPs of the model: per parameter and token, 2 in a forward pass and 6 with gradients, plus attention."""
     loops: int
     """Assumed number of iterations of a loop that can stop early. A rollout has one per answer token but the first."""
 

@@ -1,4 +1,4 @@
-"""Trains DPO and PPO on the same few labels of a bandit whose rewards and KL are known exactly.
+"""Trains with DPO and PPO on the same few labels of a bandit whose rewards and KL are known exactly.
 
 Rewards and policies are tables with a row for each prompt and a column for each answer. Pairs of answers are sampled
 from the reference policy or, for shifted pairs, from another policy, and labelled by the Bradley-Terry model. PPO
@@ -166,7 +166,7 @@ def _run_once(world: Bandit, coef: jax.Array, *, pairs: int, rounds: int) -> dic
 
 
 def run(*, coefs: tuple[float, ...], seeds: int, pairs: int, rounds: int) -> dict[str, list[list[dict[str, float]]]]:
-    """Returns ``method -> [coefficient][seed] -> {kl, gold}``. In each seed, PPO and DPO use the same labels."""
+    """Returns ``method -> [coefficient][seed] -> {kl, gold}``. For each seed, PPO and DPO use the same labels."""
     worlds = jax.vmap(make_bandit)(jnp.arange(seeds))
     over_seeds = jax.vmap(partial(_run_once, pairs=pairs, rounds=rounds), in_axes=(0, None))
     results = jax.device_get(jax.jit(jax.vmap(over_seeds, in_axes=(None, 0)))(worlds, jnp.asarray(coefs)))

@@ -46,7 +46,7 @@ class Encoded:
 def test_indices(group_N: np.ndarray, folds: int, *, seed: int) -> list[np.ndarray]:
     """Returns the indices of the test pairs of each fold.
 
-    Groups are shuffled and never split, so that the sizes of the folds are only approximately equal.
+    The groups in ``group_N`` are shuffled and never split, so that the sizes of the folds are only about equal.
     """
     groups = np.random.default_rng([seed, 17]).permutation(int(group_N.max()) + 1)
     sizes = np.bincount(group_N)[groups]
@@ -174,7 +174,7 @@ class Fold:
         return self.settings.pretrain_steps + self.settings.members * self.steps
 
     def fit(self, stage: str, steps: int, **options: Any) -> Any:
-        """Trains one model with checkpoints, and shows its progress as part of the fold."""
+        """Trains one model with checkpoints, and shows the progress of the fold."""
 
         def update_progress(_: str, done: int, __: int, numbers: dict[str, float]) -> None:
             self.progress.update(self.name, self.steps_done + done, self.total, numbers)

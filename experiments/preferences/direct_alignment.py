@@ -28,7 +28,7 @@ from rlhf_jax.train.optim import schedules
 
 
 class LossSpec(NamedTuple):
-    """The objective and the default hyperparameters of a value of ``--loss``."""
+    """The objective and the default hyperparameters for one value of ``--loss``."""
 
     objective: objectives.Objective
     defaults: dict[str, float]
@@ -209,7 +209,7 @@ class Trainer:
 
 
 def make_trainer(job: jobs.Job, settings: DirectSettings, folder: pathlib.Path) -> Trainer:
-    """Builds a trainer without compiling its functions. Raises SettingError if the mesh does not divide a batch."""
+    """Builds a trainer without compiling its functions. Raises SettingError if the mesh cannot split a batch evenly."""
     direct_settings.check_mesh(settings, job.settings.mesh)
     logprobs = partial(lm.token_logprobs, cfg=job.cfg, prompt_width=job.task.prompt_width)
     loss = LOSSES[settings.loss]

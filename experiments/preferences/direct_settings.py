@@ -96,7 +96,7 @@ def check(settings: DirectSettings) -> None:
 
 
 def check_mesh(settings: DirectSettings, mesh: settings_lib.Mesh) -> None:
-    """Raises SettingError if the devices do not divide the rows of a micro-batch."""
+    """Raises SettingError if the rows of a micro-batch cannot be split evenly among the devices."""
     rows = settings.batch_rows // settings.micro_batches
     parts = f" divided by --micro-batches {settings.micro_batches}" if settings.micro_batches > 1 else ""
     name = "--batch" if rows == settings.batch else f"the rows of --batch {settings.batch}{parts}"

@@ -23,7 +23,7 @@ from rlhf_jax.train import loop
 WEIGHTS = {"pretrain": 60.0, "sft": 15.0, "comparisons": 11.0, "reward_model": 20.0}
 """Expected seconds of each stage, for the estimate of the remaining time."""
 PMP_WEIGHTS = {"crowd": 0.007, "pmp": 0.1}
-"""Expected seconds per prompt of the stages of preference-model pretraining."""
+"""Expected seconds per prompt of each stage of preference-model pretraining."""
 NORMALISED_ON = {
     "demonstrations": "demonstrations",
     "references": "reference outputs",
@@ -95,7 +95,7 @@ def _accuracy(margin_N: np.ndarray, prompt_N: np.ndarray) -> list[float]:
 def _diagnose(
     job: jobs.Job, params: types.Params, train: types.Comparisons, validation: types.Comparisons
 ) -> dict[str, Any]:
-    """Returns calibration and accuracy (training, validation, by turn and length) before normalisation."""
+    """Returns calibration and accuracy (on training and validation pairs, by turn and length) before normalisation."""
     margin_N, prompt_N = _score_margins(job, params, validation)
     n = min(len(np.asarray(train.ranks_BK)), 4 * policy_sampling.CHUNK)
     train_accuracy = _accuracy(*_score_margins(job, params, jax.tree.map(lambda x: x[:n], train)))

@@ -99,8 +99,7 @@ def _pairs(batch: types.Comparisons) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def strata_of(task: tasks.Task, validation: types.Comparisons, prompt: np.ndarray) -> dict[str, list[str]]:
-    """Returns the stratum of each pair: the category of its prompt in the built-in world or, with a file, the number of
-    user turns in it.
+    """Returns the stratum of each pair: its prompt's category or, without the built-in world, number of user turns.
 
     ``prompt`` is the index of each pair's prompt in ``validation``.
     """

@@ -101,7 +101,7 @@ def supervised(job: Job, stage: str, base: Params, *, epochs: int, mix: float) -
 
 
 def train_reward_models(job: Job, start: Params, parts: list[types.Comparisons], **options: Any) -> list[Params]:
-    """Trains a reward model on each part and normalises its scores. RL only logs scores of a second one (HH 4.2)."""
+    """Trains a reward model on each part and normalises its scores. RL only logs those of a second model (HH 4.2)."""
     rewards = []
     for stage, part in zip(("reward_model", "heldout_reward_model"), parts):
         reward = train_reward_model(job, start, part, stage=stage, **options)

@@ -137,7 +137,7 @@ def _turns(prompt: prompts.Prompt) -> tuple[dialogues.Turn, ...]:
 def _prompt_sets(
     fmt: chat.ChatFormat, lists: list[list[prompts.Prompt]], counts: errors.DropCount
 ) -> tuple[int, list[PromptSet]]:
-    """Returns the width of the longest prompt and the lists of prompts, padded to this width."""
+    """Returns a width that fits all prompts, and the lists of prompts, padded to this width."""
     dialogue_lists = [[_turns(prompt) for prompt in each] for each in lists]
     encoded = [chat.encode_prompts(fmt, each, width=_UNBOUNDED, counts=counts)[0] for each in dialogue_lists]
     in_world_words = world_words.is_world_tokenizer(fmt)
@@ -156,7 +156,7 @@ def _prompt_sets(
 
 
 def _answer_width(answers: list[str], ids: list[list[int]], *, in_world_words: bool) -> int:
-    """Returns the token count of the longest answer within the world's word limit; longer answers are truncated."""
+    """Returns the world's word limit or, with another tokenizer, the tokens of the longest answer that is within it."""
     if in_world_words:
         return prompts.RESPONSE_WIDTH
     fitting = [len(x) for x, text in zip(ids, answers) if len(text.split()) < prompts.RESPONSE_WIDTH]

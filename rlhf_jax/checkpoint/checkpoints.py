@@ -1,4 +1,4 @@
-"""Saving and restoring of checkpoints, which are written atomically and hashed leaf by leaf.
+"""Saving and restoring checkpoints, which are written atomically and hashed leaf by leaf.
 
 Orbax writes the arrays in the background to a temporary folder, which is renamed when it is complete. Because Orbax
 stores no checksums of array data, a manifest next to the arrays contains the SHA-256 of every leaf and of its own
@@ -190,7 +190,7 @@ class Checkpoints:
         return steps[-1] if steps else None
 
     def save(self, step: int, state: Any, metadata: dict[str, Any] | None = None) -> None:
-        """Starts to save ``state`` and returns as soon as its arrays may be donated or modified.
+        """Starts saving ``state`` and returns as soon as its arrays may be donated or modified.
 
         Args:
             step: Step number, greater than the newest step on disk or, after `restore`, than the restored step.
@@ -201,6 +201,7 @@ class Checkpoints:
             CheckpointError: This save or the previous one failed (for example because the disk is full or read-only),
                 or ``step`` is too small.
             TypeError: A leaf is not an array or a number, or JSON cannot represent the metadata.
+            ValueError: ``state`` has no leaves.
         """
         arrays, manifest = manifest_lib.make_manifest(state, dict(metadata or {}))
         self.wait()
@@ -213,7 +214,7 @@ class Checkpoints:
             self._move([(self._path(saved), self.directory / f"{_ASIDE}{saved:09d}") for saved in newer])
         newest = self.latest()
         if newest is not None and step <= newest:
-            raise CheckpointError(f"cannot save step {step} in {self.directory}: step {newest} already exists")
+            raise CheckpointError(f"cannot save step {step} in {self.directory}: the newest step is already {newest}")
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), manifest=ocp.args.JsonSave(manifest))
         try:
             self._orbax().save(self._path(step), args=args)
@@ -223,13 +224,13 @@ class Checkpoints:
         self._saving, self._restored = step, None
 
     def restore(self, like: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
-        """Restores the newest undamaged checkpoint and warns about each damaged checkpoint that it skips.
+        """Restores ``step`` or, by default, the newest undamaged checkpoint; warns about damaged ones that it skips.
 
         Args:
-            like: Pytree of arrays or ``jax.ShapeDtypeStruct`` with the requested structure, dtypes and shardings, and
-                with everything that is not a leaf, such as the functions of a ``TrainState``. None is allowed if the
-                state consists of dicts and lists of arrays.
-            step: Step to restore; by default, the newest undamaged one.
+            like: Pytree of arrays or ``jax.ShapeDtypeStruct`` with the requested structure, dtypes and shardings. Parts
+                of the result that are not leaves, such as the functions of a ``TrainState``, are taken from ``like``.
+                None is allowed if the state consists of dicts and lists of arrays.
+            step: Step to restore; None means the newest undamaged one.
 
         Returns:
             ``(step, state, metadata)``; the arrays are bit-identical to the saved ones.
@@ -254,7 +255,7 @@ class Checkpoints:
             self.skipped += reasons
             self._restored = candidate
             return candidate, state, metadata
-        why = "; ".join(reasons) or "the directory is missing or empty"
+        why = "; ".join(reasons) or "the directory is missing or contains no complete checkpoint"
         raise CheckpointError(f"there is no checkpoint to restore in {self.directory}: {why}")
 
     def wait(self) -> None:
@@ -368,7 +369,7 @@ def load_params(path: str | os.PathLike[str], like: Any = None) -> Any:
     """Returns the parameters that `save_params` wrote, after checking their digests.
 
     ``like`` is a pytree of arrays or ``jax.ShapeDtypeStruct`` with the requested shardings; without it, the arrays are
-    not sharded. Raises `CheckpointError` if the parameters are missing or damaged.
+    not sharded. Raises `CheckpointError` if the parameters are missing or damaged, or do not fit ``like``.
     """
     with Checkpoints(path, keep=1) as checkpoints:
         return checkpoints.restore(like)[1]

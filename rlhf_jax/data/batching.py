@@ -1,7 +1,8 @@
 """Selection of the examples in each batch, as a pure function of a key and the step.
 
-There is no iterator state to save: a resumed run selects the same batches as an uninterrupted run. A checkpoint stores
-a `fingerprint` of the data with the step, because the same indices select different examples from different data.
+There is no iterator state to save: a resumed run selects the same batches as an uninterrupted run. Pass a `fingerprint`
+of the data to `train.loop.fit`, which compares it when the run is resumed, because the same indices select different
+examples from different data.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def epoch_batches(
     """Returns the indices of the examples in the batch at ``step``.
 
     Each epoch is a different shuffle of all ``n`` examples, and the epochs follow one another without end. If
-    ``batch_size`` does not divide ``n``, a batch can span two epochs, and each epoch still contains each example once.
+    ``batch_size`` does not divide ``n``, a batch can span several epochs; each epoch still contains each example once.
     With ``drop_last``, no batch spans two epochs: an epoch consists of ``n // batch_size`` batches and drops the
     remaining examples, which differ from epoch to epoch.
 
@@ -83,7 +84,7 @@ def split(n: int, *, fraction: float, key: jax.Array) -> tuple[np.ndarray, np.nd
     Args:
         n: Number of examples.
         fraction: Share of examples to hold out, between 0 and 1; ``round(n * fraction)`` examples are held out.
-        key: A JAX key; consumed.
+        key: A JAX key; do not use it again.
 
     Returns:
         ``(train, held_out)``, disjoint int32 indices, each in ascending order.
@@ -122,7 +123,7 @@ def _shuffle(n: int, key: jax.Array) -> np.ndarray:
     """Returns a permutation of ``range(n)``, int32, computed on the host without compilation or transfer.
 
     The permutation sorts the raw output of a counter-based generator. NumPy guarantees that this output is the same in
-    all versions, but not the result of ``Generator.permutation``.
+    all versions, but gives no such guarantee for ``Generator.permutation``.
     """
     data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     seed = hashlib.sha256(np.asarray(data).astype("<u4").tobytes()).digest()[:16]

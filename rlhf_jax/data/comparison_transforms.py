@@ -52,9 +52,9 @@ def drop_uninformative(batch: types.Comparisons, counts: errors.DropCount) -> ty
 def split_into_pairs(batch: types.Comparisons) -> types.Comparisons:
     """Returns each pair of answers to a prompt as a separate batch element with K = 2 and the better answer first.
 
-    This is the baseline in section 3.5 of InstructGPT. Each of K answers appears in K - 1 pairs, and the paper found
-    that a model trained on the shuffled pairs overfits. Ties and missing answers form no pairs. Each pair keeps the
-    domain and the loss inputs of its prompt. Pairs are ordered by prompt, then better answer, then worse answer.
+    Section 3.5 of InstructGPT advises against this form: each of K answers appears in K - 1 pairs, and a model trained
+    on the shuffled pairs overfits. Ties and missing answers form no pairs. Each pair keeps the domain and the loss
+    inputs of its prompt. Pairs are ordered by prompt, then better answer, then worse answer.
 
     >>> import numpy as np
     >>> from rlhf_jax import types
@@ -94,7 +94,7 @@ def add_control_tokens(batch: types.Comparisons, *, good_id: int, bad_id: int, c
         column: P, the width of the prompts.
 
     Returns:
-        Comparisons with K = 2 and L + 1 columns, with the better answer first. The order of the original pairs is as in
+        Comparisons with K = 2 and L + 1 columns, with the better answer first. The original pairs are in the order of
         `split_into_pairs`.
     """
     pairs = split_into_pairs(batch)

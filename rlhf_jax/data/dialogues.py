@@ -29,7 +29,7 @@ _DIALOGUE_START = re.compile(r"\s*\n\nHuman:")
 class Turn:
     """One turn of a dialogue. ``role`` is ``"user"``, ``"assistant"`` or, at the start, ``"system"``.
 
-    The hh-rlhf form leaves no white space around ``text``; other forms keep it as written.
+    In the hh-rlhf form, ``text`` has no white space around it; in other forms, it is kept as written.
     """
 
     role: str

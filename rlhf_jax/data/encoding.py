@@ -1,7 +1,8 @@
 """Encoding of records as the token rows of the training stages, in a tokenizer's chat format.
 
-Records whose prompt does not fit are dropped and counted (see `chat.encode_prompts`), so each function also returns the
-index of the record of each row. Use these indices to look up other fields of the records::
+Records that cannot be encoded, for example because their prompt is too long, are dropped and counted (see
+`chat.encode_prompts`). Each function therefore also returns ``kept``, the index of each row's record. Use these indices
+to look up other fields of the records::
 
     rows, kept = encoding.encode_rankings(fmt, rankings, prompt_width=256, response_width=128, counts=counts)
     margins_B = np.asarray([rankings[i].margin or 0.0 for i in kept], np.float32)

@@ -28,7 +28,7 @@ class Packed(NamedTuple):
     segments_BL: np.ndarray
     """int32: 1 at the first sequence of a row, 2 at the second, ...; 0 at padding."""
     places: types.Places
-    """NumPy arrays ``[N]`` in the order of the sequences; segment 0 marks sequences that are empty or were dropped."""
+    """NumPy arrays with one entry for each sequence; segment 0 marks sequences that are empty or were dropped."""
 
     @property
     def fill(self) -> float:

@@ -1,7 +1,7 @@
 """Conversion of the token ids of prompts and answers to padded rows, in the layout that all training stages use.
 
-Prompts are left-padded to P and answers are right-padded to T, so a row has L = P + T columns. Rows are NumPy arrays,
-int32 for tokens and bool for masks. `chat` encodes texts as ids.
+Prompts are left-padded to P tokens and answers right-padded to T, so a row has L = P + T columns. Rows are NumPy
+arrays, int32 for tokens and bool for masks. `chat` encodes texts as ids.
 """
 
 from __future__ import annotations

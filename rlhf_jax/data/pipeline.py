@@ -1,11 +1,11 @@
-"""Batches made with grain, which can be shuffled, repeated, divided among hosts, and resumed exactly.
+"""Batches, made with grain, that can be shuffled, repeated, divided among hosts, and resumed exactly.
 
-The batch of a step depends on the data, the seed, the batch size and the step, but not on the number of hosts. Each
-host reads an equal share of the rows of every batch, so all hosts run the same number of steps.
+The batch of a step depends on the data and on settings such as the seed, but not on the number of hosts. Each host
+reads an equal share of the rows of every batch, so all hosts run the same number of steps.
 
 The state of a grain iterator is only an index, which would select different batches from different data.
 `Batches.get_state` therefore adds a fingerprint of everything that determines the batches, and `Batches.set_state`
-refuses a state with a different fingerprint. Use these two methods in a custom training loop. With `train.loop.fit`,
+rejects a state with a different fingerprint. Use these two methods in a custom training loop. With `train.loop.fit`,
 use ``batch_at`` and ``fingerprint`` instead::
 
     batches = pipeline.from_arrays(rows, batch_size=64, seed=0)
@@ -43,7 +43,7 @@ class Batches:
 
         Args:
             dataset: This host's batches.
-            endless: Whether the batches never end.
+            endless: Whether ``dataset`` repeats without end.
             fingerprint: Everything that determines the batches; see the attribute of this name.
             prefetch: Number of batches that a separate thread keeps ready.
         """
@@ -53,8 +53,8 @@ class Batches:
         self._endless = endless
         self.fingerprint = fingerprint
         """Everything that determines the batches, as values that JSON can represent: data, number of records, seed,
-        batch size, epochs, ``shuffle``, ``drop_last``, the first indices of the first epoch, and the ``identity`` from
-        `from_source`. The fingerprint is the same on all hosts."""
+        batch size, epochs, ``shuffle``, ``drop_last``, and digests of the first indices of the first epoch and of the
+        ``identity`` passed to `from_source`. The fingerprint is the same on all hosts."""
         options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
         self._iterator = iter(dataset.to_iter_dataset(options))
 
@@ -135,16 +135,16 @@ def from_arrays(
 
     Args:
         arrays: A pytree of arrays with the same number of rows; each row is one record.
-        batch_size: Total number of rows in a batch on all hosts; a multiple of ``hosts``. It may exceed the number of
-            records unless ``drop_last`` is set.
+        batch_size: Number of rows in a batch, over all hosts; a multiple of ``hosts``. It may exceed the number of
+            records if the epochs together fill a batch and ``drop_last`` is not set.
         seed: Seed of the shuffle; each epoch has a different order.
         epochs: Number of passes over the records; None means endless batches. Records at the end of the last epoch that
             do not fill a batch are dropped.
         shuffle: Whether to shuffle; otherwise the records keep their order.
         drop_last: Whether to drop the records of each epoch that do not fill a batch, so that no batch spans two
             epochs.
-        host: Index of this host, usually ``jax.process_index()``. A host reads one block of the rows of each batch;
-            ``jax.make_array_from_process_local_data`` concatenates the blocks in the same order.
+        host: Index of this host, usually ``jax.process_index()``. Each host reads one block of the rows of a batch, in
+            the order of the hosts; ``jax.make_array_from_process_local_data`` assembles the blocks.
         hosts: Number of hosts, usually ``jax.process_count()``.
         prefetch: Number of batches that a separate thread keeps ready; 0 disables prefetching.
 
@@ -195,7 +195,7 @@ def from_source(
     """Returns batches of any sequence of records, such as a list or a data set that is read lazily from disk.
 
     Args:
-        source: A sequence of records, such as the result of a reader in `readers` or of `sources.tfds_source`.
+        source: A sequence of records, such as those from a reader in `readers` or from `sources.tfds_source`.
         collate: Function that converts a list of records to a batch, such as token rows. It must be pure, and should
             always return the same shapes. It runs in the prefetching thread and receives only this host's records.
         batch_size: See `from_arrays`.
@@ -210,7 +210,7 @@ def from_source(
             records once.
         identity: Identifies ``collate`` in the fingerprint, because a function cannot be hashed. It can be any value
             that `fingerprint` accepts as a record, such as ``{"tokenizer": "gpt2", "prompt_width": 256}``. A state that
-            was saved with a different identity is refused. None means no identity.
+            was saved with a different identity is rejected. With None, a change of ``collate`` is not detected.
 
     Returns:
         The batches of this host.
@@ -261,7 +261,9 @@ def from_source(
     dataset = indices if drop_last else indices.repeat(epochs)
     dataset = dataset.batch(batch_size, drop_remainder=True, batch_fn=take_share)
     if len(dataset) < 1:
-        raise errors.DataError(f"{n} records with epochs = {epochs} do not fill one batch of {batch_size}")
+        raise errors.DataError(
+            f"{n} records with epochs = {epochs} and drop_last = {drop_last} do not fill one batch of {batch_size}"
+        )
     dataset = dataset.repeat(epochs) if drop_last else dataset
     return Batches(dataset.map(fetch), endless=epochs is None, fingerprint=batches_fingerprint, prefetch=prefetch)
 

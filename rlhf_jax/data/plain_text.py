@@ -118,9 +118,9 @@ def text_encoder(tokenizer: transformers.PreTrainedTokenizerFast, control: Itera
 
 
 def _without_prefix(part: Any, dropped_schemes: Sequence[str]) -> Any:
-    """Returns a normalizer or pre-tokenizer, as JSON, that no longer inserts a space before texts.
+    """Returns a normalizer or pre-tokenizer, as JSON, without the space that it inserts before texts.
 
-    ``dropped_schemes`` lists the values of ``prepend_scheme`` for which the space is removed.
+    The space is removed if its ``prepend_scheme`` is in ``dropped_schemes``; without a scheme, it counts as ``always``.
     """
     if not isinstance(part, dict):
         return part

@@ -23,7 +23,7 @@ def read_demonstrations(
 
     - ``"empty prompt"``: the last turn of the prompt is empty or a system turn
     - ``"prompt ends in an assistant turn"``
-    - ``"empty answer"``, ``"ends in a human turn"`` or ``"... is null"``, which names the null value
+    - ``"empty answer"``, ``"ends in a human turn"`` or ``"... is null"``, which names the null field
     - ``"prompts differ"`` or ``"answers differ"``: the record has ``messages`` and also a ``prompt`` or an answer, and
       they do not agree
 
@@ -53,8 +53,8 @@ def read_rankings(
     - ``"ranks and answers differ in number"``, ``"rank is not a whole number"`` or ``"rank below 1"``
     - ``"scores and answers differ in number"``, ``"score is not a finite number"`` or ``"ranks and scores disagree"``
     - ``"margin below 0"`` or ``"margin of more than two answers"``
-    - ``"margin and scores disagree"``: the margin is not the difference of the scores, even allowing for rounding by
-      1 % of the largest of these numbers
+    - ``"margin and scores disagree"``: the margin deviates from the difference of the scores by more than 1 % of the
+      largest absolute value among the margin and the scores
     """
     return _read(source, records.parse_ranking, counts, "chosen and rejected, or prompt, responses and ranks")
 
@@ -62,14 +62,14 @@ def read_rankings(
 def read_judged(
     source: sources.Source, *, counts: errors.DropCount | None = None
 ) -> tuple[list[records.Judged], errors.DropCount]:
-    """Reads answers labelled good or bad; see `read_demonstrations` for arguments, results and errors."""
+    """Reads answers labelled good or bad; see `read_demonstrations` for drop reasons, arguments, results and errors."""
     return _read(source, records.parse_judged, counts, "prompt, response and label")
 
 
 def read_prompts(
     source: sources.Source, *, counts: errors.DropCount | None = None
 ) -> tuple[list[records.Prompt], errors.DropCount]:
-    """Reads prompts; see `read_demonstrations` for arguments, results and errors."""
+    """Reads prompts; see `read_demonstrations` for drop reasons, arguments, results and errors."""
     return _read(source, records.parse_prompt, counts, "prompt")
 
 

@@ -11,8 +11,8 @@ rankings        ``prompt``, ``responses`` and ``ranks`` (1 is best, equal ranks 
                 better)
                 ``prompt``, ``chosen`` and ``rejected`` (a pair); optionally ``margin``, ``score_chosen``,
                 ``score_rejected``
-                ``chosen`` and ``rejected`` as whole message lists; ``prompt`` is optional and must agree with them
-                ``chosen`` and ``rejected`` as whole dialogues in the hh-rlhf form (see `dialogues`)
+                ``chosen`` and ``rejected`` as whole dialogues, which are message lists or have the hh-rlhf form (see
+                `dialogues`); optionally ``prompt``, which must agree with them, and the other fields of a pair
 judged          the fields of a demonstration, and ``label`` (true means good, false means bad)
 prompts         ``prompt``
 ==============  ======================================================================================================
@@ -21,14 +21,15 @@ A prompt is a message list or a string. A string is one user turn, unless it beg
 the hh-rlhf form. The last turn of a prompt must have text, and must be neither an assistant turn nor a system turn. An
 answer is a string or a message list that consists of one assistant turn. Texts are kept as written, except in the
 hh-rlhf form, in which white space around a turn is removed and ``"\r\n"`` becomes ``"\n"``. A null field counts as
-missing. If a record has both ``messages`` and a ``prompt`` or an answer, they must agree.
+missing. A ``prompt`` or an answer that is given in addition to ``messages`` must agree with them.
 
 Other fields that hold a string, a finite number or a boolean, such as an annotator or a subset, are stored in
 ``metadata``. The fields of an object named ``metadata`` are stored there too. Lists and other objects are ignored.
 
 The parsers raise `errors.DataError` if a record has the wrong form: a field is missing or has the wrong type, or the
 record mixes two forms. They raise `errors.UnusableRecord` if a record has the right form but cannot be used, for
-example because its ranks are not numbers. The readers drop such a record and count it by reason.
+example because all its answers are tied. The readers drop such a record and count it by reason; the same holds for a
+record in which a required field is null.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Prompt:
     prompt: Turns
     metadata: Mapping[str, Scalar] = dataclasses.field(default_factory=dict)
     location: str = dataclasses.field(default="", compare=False)
-    """File and line; ignored when records are compared."""
+    """Place in the source, such as file and line; ignored when records are compared."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ class Judged(Demonstration):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ranking(Prompt):
-    """K >= 2 answers to one prompt, not all of the same rank. Parsers sort them best first; ties keep their order."""
+    """K >= 2 answers to one prompt, not all of the same rank. A parser sorts them best first; ties keep their order."""
 
     responses: tuple[str, ...]
     ranks: tuple[int, ...]
@@ -212,7 +213,8 @@ def _turns(value: Any, key: str) -> Turns:
             )
         value = [{"role": role, "content": content} for role, content in zip(roles, contents)]
     if not isinstance(value, list):
-        raise errors.DataError(f"{key!r} has type {type(value).__name__}; it must be a string or a list of messages")
+        form = "a list of messages" if key == "messages" else "a string or a list of messages"
+        raise errors.DataError(f"{key!r} has type {type(value).__name__}; it must be {form}")
     turns = []
     for n, message in enumerate(value, start=1):
         if not isinstance(message, Mapping):

@@ -13,7 +13,7 @@ this module only raises errors for sources that cannot be read.
 =========================  ==========================================================================================
 
 A list of paths is read as one source, in order. A path that contains ``*`` is a pattern, whose matches are read in
-sorted order. A byte order mark and blank lines at the end of a file are ignored.
+sorted order. A byte order mark at the start of a file and blank lines at its end are ignored.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import numpy as np
 from rlhf_jax.data import errors
 
 JSON_FIELD = "fields_json"
-"""Name of the text feature in which a TFDS set stores, as one JSON object, the fields that have no other feature."""
+"""Name of a text feature of TFDS sets. It contains, as one JSON object, the fields that have no separate feature."""
 
 _TFDS_ERRORS = (ValueError, AssertionError, NotImplementedError, KeyError, OSError, RuntimeError)
 
@@ -137,15 +137,15 @@ def require_text(value: Any, key: str) -> str:
     if not isinstance(value, str):
         raise errors.DataError(f"{key!r} has type {type(value).__name__}; it must be a string")
     try:
-        # JSON strings can contain half a surrogate pair, which no tokenizer accepts.
+        # JSON strings can contain a lone surrogate, which no tokenizer accepts.
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise errors.DataError(f"{key!r} contains half a surrogate pair, which is not a character") from None
+        raise errors.DataError(f"{key!r} contains a lone surrogate, which is not a character") from None
     return value
 
 
 def _read_lines(name: str) -> Iterator[bytes]:
-    """Yields the lines of a plain or gzip file, without a byte order mark and blank lines at the end."""
+    """Yields the lines of a plain or gzip file, without a byte order mark or trailing blank lines."""
     _refuse_directory(name)
     n, blank = 0, []
     try:
@@ -205,7 +205,7 @@ def _json_lines(lines: Iterator[bytes], name: str, fields: str) -> Iterator[RawR
 
 
 def _json_records(name: str, fields: str) -> Iterator[RawRecord]:
-    """Yields the objects of a ``.json`` file, which contains either one array or one object on each line."""
+    """Yields the objects of a ``.json`` file, which contains either one array of objects or one object on each line."""
     lines = _read_lines(name)
     head = []
     for line in lines:

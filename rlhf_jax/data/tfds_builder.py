@@ -58,7 +58,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, abc.ABC, skip_registration=True)
     def _info(self) -> tfds.core.DatasetInfo:
         turns = tfds.features.Sequence({"role": tfds.features.Text(), "content": tfds.features.Text()})
         features = {"prompt": turns, **self.features, sources.JSON_FIELD: tfds.features.Text()}
-        # Without shuffling, TFDS keeps the order of the files and needs integer keys.
+        # Without shuffling, TFDS keeps the order of the records and needs integer keys.
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
         )
@@ -116,13 +116,13 @@ def prepare(
     data_dir: str | os.PathLike[str],
     counts: errors.DropCount | None = None,
 ) -> errors.DropCount:
-    """Writes a TFDS set, ``<builder>/<name>:1.0.0``, from files.
+    """Writes a TFDS set, ``<builder>/<name>:1.0.0``, from one source for each split.
 
     Args:
         builder: `RlhfDemonstrations`, `RlhfRankings`, `RlhfJudged` or `RlhfPrompts`.
         name: Name of the set: letters, digits, ``_``, ``-`` and ``.``, with a letter or digit at the end.
-        splits: Source of each split, by the name of the split, such as ``"train"``. Names consist of letters, digits
-            and ``_``.
+        splits: Maps the name of each split, such as ``"train"``, to its source. Names consist of letters, digits and
+            ``_``; ``"all"`` is reserved.
         data_dir: Directory of the prepared sets.
         counts: Counts dropped records and limits their share; see `readers.read_demonstrations`.
 
@@ -134,11 +134,14 @@ def prepare(
             or the name of a split is invalid; or array_record is not installed.
     """
     if not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9]", name):
-        raise errors.DataError(f"{name!r} is not a valid name for a set: use letters, digits, '_', '-' and '.'")
+        raise errors.DataError(
+            f"{name!r} is not a valid name for a set: use letters, digits, '_', '-' and '.', with a letter or digit at "
+            "the end"
+        )
     for split in splits:
         if split == "all" or not re.fullmatch(r"[A-Za-z0-9_]+", split):
             raise errors.DataError(
-                f"{split!r} is not a valid name for a split: use letters, digits and '_', and not 'all'"
+                f"{split!r} is not a valid name for a split: use letters, digits and '_', but not the name 'all'"
             )
     counts = errors.DropCount() if counts is None else counts
     config = Files(name=name, splits=dict(splits), counts=counts)

@@ -1,12 +1,12 @@
 """Tokenizers in Hugging Face format, trained on text or built from a list of words.
 
-All tokenizers from this module have the same four special tokens (pad 0, end 1, user 2, assistant 3), no
-beginning-of-sequence token, and the same chat template::
+The tokenizers from `train_bpe` and `word_level` have the same four special tokens (pad 0, end 1, user 2, assistant 3),
+no beginning-of-sequence token, and the same chat template::
 
     <|user|>text<|end|><|assistant|>text<|end|> ...
 
-``<|end|>`` ends every turn and is the EOS token. The pad token is different from the EOS token, because otherwise a
-model would not learn to stop.
+``<|end|>`` ends every turn and is the EOS token. The pad token is different from the EOS token, because code
+that masks pad tokens would otherwise mask the end of every answer, so a model would not learn to stop.
 
 The Hugging Face packages are imported inside the functions, because importing them takes most of a second.
 """
@@ -95,7 +95,7 @@ def word_level(
     """Builds a tokenizer that splits texts at white space and has one token for each word.
 
     The ids are contiguous and start with the four special tokens. These are followed by ``<|unk|>`` if ``unknown`` is
-    set, by the additional special tokens, and by the words in their order.
+    set, by the additional special tokens, and by the words in the given order.
 
     >>> from rlhf_jax.data import plain_text, tokenizers
     >>> tokenizer = tokenizers.word_level(["the", "cat", "sat"])
@@ -112,7 +112,8 @@ def word_level(
         The tokenizer, with the chat template of this module.
 
     Raises:
-        DataError: If there are no words, or a word is empty, is given twice, or contains white space, ``<|`` or ``|>``.
+        DataError: If there are no words, a word is empty or contains white space, ``<|`` or ``|>``, or a word or a
+            special token is given twice.
     """
     import tokenizers
 

@@ -1,9 +1,10 @@
 """Multi-host runs: connecting the hosts, detecting lost hosts, and stopping all hosts after the same step.
 
-Every process runs the same program. Before JAX starts, the hosts connect to the coordinator over plain sockets. All
-hosts raise an error within the timeout if a host is missing, if two hosts have the same index, or if settings or data
-differ between hosts. The sockets stay open to detect lost hosts and to agree on the step after which to stop. This
-communication does not involve the devices, and a step sends no message unless a host wants to stop. For example::
+All hosts run the same program, with one process each. Before JAX starts, the other hosts connect to the first one, the
+coordinator, over plain sockets. All hosts raise an error, after a timeout at the latest, if a host is missing, if two
+hosts have the same index, or if their ``facts``, such as settings or data, differ. The sockets stay open to detect lost
+hosts and to agree on the step after which to stop. This communication does not involve the devices, and a step sends no
+message unless a host wants to stop. For example::
 
     with hosts.connect("10.0.0.1:8476", count=2, index=i, facts={"data": digest}) as group:
         mesh = parallel.make_mesh(fsdp=jax.device_count())
@@ -198,8 +199,8 @@ class _Group(Hosts):
 
     A position is ``(stage, iteration)``. To agree on where to stop, every host reports the position that its training
     loop reaches next, and the loop waits at that position. All hosts stop at the largest reported position. The
-    *thread* sends the report, because the loop may be blocked in a collective operation with a host that is already
-    waiting for the agreement.
+    *thread* sends the report, because the loop may be blocked in a collective operation, waiting for a host that is
+    already waiting for the agreement.
     """
 
     def __init__(

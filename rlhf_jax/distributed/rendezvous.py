@@ -98,8 +98,8 @@ def connect(coordinator: str, count: int, index: int, timeout: float, facts: dic
         first.
 
     Raises:
-        HostsError: If a host is missing, or its facts differ from those of the first host. Every connected host raises
-            the error.
+        HostsError: If a host is missing, its index is invalid or used twice, or its facts differ from those of the
+            first host. Every connected host raises the error.
     """
     facts = json.loads(json.dumps(facts))
     host, _, port = coordinator.rpartition(":")
@@ -134,7 +134,7 @@ def _join(host: str, port: int, deadline: float, hello: dict[str, Any]) -> tuple
             while answer := connection.wait(time.monotonic() + 20):
                 if "waiting" not in answer:
                     return connection, answer
-            return None, "it stopped waiting for the other hosts"
+            return None, "it answered at first, but then stopped"
         connection.close()
         reason = "another program is listening on this port"
         time.sleep(0.2)

@@ -18,10 +18,11 @@ from jax import lax
 from rlhf_jax import parallel, types
 
 MAX_BYTES = 2**26
-"""Default limit on the size in bytes of the float32 logits of one chunk."""
+"""Default limit on the size in bytes of the float32 logits of one chunk, on one CPU."""
 
-MESH_BYTES = 2**28
-"""Limit per device on a mesh; higher because each chunk gathers the output weights and reduces their gradient."""
+DEVICE_BYTES = 2**28
+"""Limit per device on a GPU, a TPU or a mesh. It is higher because each chunk reads and writes the gradient of the
+output weights and, on a mesh, gathers these weights."""
 
 
 def over_columns(fn: Callable[..., Any], *arrays: jax.Array, vocab: int, chunk: int | None = None) -> Any:
@@ -33,7 +34,7 @@ def over_columns(fn: Callable[..., Any], *arrays: jax.Array, vocab: int, chunk: 
         *arrays: Arrays ``[B, L, ...]``.
         vocab: Number of floats that ``fn`` computes for each row and column.
         chunk: Number of columns in a chunk, which then contains all rows. By default, a chunk has as many columns as
-            `MAX_BYTES` (or `MESH_BYTES`) allows. If even one column is too large, it is split into chunks of rows. If
+            `MAX_BYTES` (or `DEVICE_BYTES`) allows. If even one column is too large, it is split into chunks of rows. If
             everything fits, there is no loop.
 
     Returns:
@@ -86,7 +87,8 @@ def part_shape(B: int, L: int, *, vocab: int, chunk: int | None = None) -> tuple
             raise ValueError(f"chunk is {chunk}; it must be at least 1 column, or None")
         return B, min(chunk, L)
     spread = parallel.num_shards("batch", "length", "vocab")
-    fit = max((MAX_BYTES if spread == 1 else MESH_BYTES * spread) // (4 * vocab), 1)
+    one_cpu = spread == 1 and jax.default_backend() == "cpu"
+    fit = max((MAX_BYTES if one_cpu else DEVICE_BYTES * spread) // (4 * vocab), 1)
     if fit >= B * L:
         return B, L
     if fit < B:

@@ -69,6 +69,21 @@ def attend_rows(
     return lax.platform_dependent(*heads, **kernels, default=einsum) if kernels else einsum(*heads)
 
 
+def choose(cfg: config.LMConfig, queries_BHLC: Any, *, backend: str) -> str:
+    """Returns what `attend_rows` runs on a backend ("cpu", "gpu", "tpu"): "splash", "cudnn", or ``cfg.attention``.
+
+    ``queries_BHLC`` may be a `jax.ShapeDtypeStruct`. The implementation "auto" without a kernel is "einsum".
+    """
+    if cfg.attention != "auto":
+        return cfg.attention
+    if queries_BHLC.dtype.itemsize == 2:
+        if backend == "tpu" and _splash_supports(cfg, queries_BHLC):
+            return "splash"
+        if backend == "gpu" and _cudnn_supports(cfg, queries_BHLC):
+            return "cudnn"
+    return "einsum"
+
+
 def segment_ids(mask_BL: jax.Array, segments_BL: jax.Array | None) -> jax.Array:
     """Combines mask and segments into int32 segment ids ``[B,L]``, which are 0 at padding and positive elsewhere."""
     ids_BL = jnp.ones(mask_BL.shape, jnp.int32) if segments_BL is None else segments_BL.astype(jnp.int32) + 1

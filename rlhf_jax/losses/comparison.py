@@ -188,7 +188,7 @@ def best_choice(scores_K: jax.Array, ranks_K: jax.Array, *, where_K: jax.Array |
     informative = jnp.any(where_K & ~best_K)
 
     def logsumexp(subset_K: jax.Array) -> jax.Array:
-        # The result must be finite even for uninformative labels, because its gradient is then multiplied by 0.
+        # The result must be finite even for uninformative labels, because NaN times a zero cotangent is NaN.
         return jax.nn.logsumexp(jnp.where(subset_K | ~informative, scores_K, -jnp.inf))
 
     return jnp.where(informative, logsumexp(where_K) - logsumexp(best_K), 0.0)

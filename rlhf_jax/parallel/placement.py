@@ -76,8 +76,8 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
         if x.shape[0] % len(local):
             name = jax.tree_util.keystr(path)
             raise MeshError(
-                f"a batch of {x.shape[0]} rows{f' on this host ({name})' if name else ''} is not divisible by "
-                f"{len(local)} batch shards (data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']})"
+                f"a batch of {x.shape[0]} rows{name and f' ({name})'} is not divisible by this host's "
+                f"{len(local)} batch shards (mesh: data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']})"
             )
         return processes.assemble(x, rows, shards, local)
 

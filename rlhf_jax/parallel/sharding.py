@@ -119,7 +119,7 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, axes: Mapping[str, Any], *, 
 
 
 def indivisible(tree: Any, mesh: Mesh, axes: Mapping[str, Any], *, rules: Rules = RULES) -> list[str]:
-    """Describes the dimensions that stay unsharded because their mesh axes do not divide them evenly.
+    """Describes the dimensions that stay unsharded because their mesh axes do not divide their size evenly.
 
     Args:
         tree: Pytree of parameters or their shapes, with the structure of ``axes``.
@@ -143,7 +143,8 @@ def indivisible(tree: Any, mesh: Mesh, axes: Mapping[str, Any], *, rules: Rules 
             shards = math.prod(mesh.shape[axis] for axis in mesh_axes)
             if size % shards:
                 messages.append(
-                    f"{'/'.join(keys)}: its {name} size {size} is not divisible by {' x '.join(mesh_axes)} = {shards}"
+                    f"{'/'.join(keys)}: its axis {name} of size {size} is not divisible by "
+                    f"{' x '.join(mesh_axes)} = {shards}"
                 )
     return messages
 

@@ -30,7 +30,7 @@ def make_mesh(
 
     Args:
         data: Number of model replicas, which process different rows; -1 uses all remaining devices.
-        fsdp: Number of shards of the parameters and the optimiser state; the rows of a batch are sharded as well.
+        fsdp: Number of shards of the parameters and the optimiser state; this axis also shards the rows of a batch.
         tensor: Number of shards of the attention heads, the MLP and the vocabulary.
         sequence: Number of shards of the columns of a row.
         devices: Devices of the mesh; by default, all of `jax.devices`. Devices of a topology description

@@ -155,7 +155,7 @@ def format_number(x: float, *, percent: bool = False, digits: int = 1) -> str:
 
 
 def format_parts(value: Any, *, percent: bool = False, digits: int = 1) -> tuple[str, str]:
-    """Formats a value and its interval; without an interval, the second string is empty.
+    """Returns a value and its interval as texts; without an interval, the second text is empty.
 
     Example:
         >>> from rlhf_jax.report import results

@@ -1,6 +1,6 @@
 """Simulated labelers, who weight the components of the gold utility differently and make mistakes.
 
-A labeler's utility is linear in features of an answer: the components of the gold utility, harmlessness, the number of
+A labeler's utility is linear in features of an answer: the components of helpfulness, harmlessness, the number of
 polite words (up to six) and the length. Labeler i of group g has the weights
 ``w * (1 + spread * eps_i + group_spread * eps_g)``, with mean weights w and standard normal eps. Rankings follow the
 Plackett-Luce model with a temperature, which for two answers is the Bradley-Terry model.
@@ -128,7 +128,7 @@ def preference_share(
         pool: The pool.
         features_a_F: Features ``[..., F]`` of answer a.
         features_b_F: Features ``[..., F]`` of answer b.
-        tolerance: Largest difference in utility that counts as indifference; an indifferent labeler counts as a half.
+        tolerance: Largest difference in utility that counts as indifference; an indifferent labeler counts as one half.
 
     Returns:
         The share ``[...]``, from 0 to 1.
@@ -165,5 +165,5 @@ def calibrated_temperature(utility_a_NR: np.ndarray, utility_b_NR: np.ndarray, *
 
     low, high = np.log(1e-3), np.log(1e2)
     if excess(low) < 0 or excess(high) > 0:
-        raise ValueError(f"no temperature makes these labelers agree at the rate {target}")
+        raise ValueError(f"no temperature from 0.001 to 100 makes these labelers agree at a rate of {target}")
     return float(np.exp(optimize.brentq(excess, low, high)))  # type: ignore[arg-type]

@@ -138,9 +138,9 @@ def make_train_step(
         parameters of the reference; ``hyper`` is a `Hyper`; ``rng`` is not used. Metrics:
 
         - ``loss``: the loss, in nats per row for DPO.
-        - ``accuracy``: share of the rows in which the better answer has the higher implicit reward, ties counting one
-          half (with ``targets_B``, the expected share); for answers labelled good or bad, share of the answers whose
-          reward has the right sign.
+        - ``accuracy``: for pairs, share of the rows in which the better answer has the higher implicit reward (with
+          ``targets_B``, the expected share); for answers labelled good or bad, share of the answers whose reward has
+          the right sign. Equal rewards, and rewards of 0, count one half.
         - ``margin``: mean difference between the rewards of the better and the worse answer; for pairs only.
         - ``chosen_reward``, ``rejected_reward``: mean implicit rewards of the better and worse (or good and bad)
           answers, ``beta log(pi / pi_ref)`` for DPO.

@@ -60,7 +60,7 @@ class Alarmed(Exception):
             step: Number of iterations done.
             saved: Whether a checkpoint of this step is on disk.
         """
-        stopped = f"an alarm stopped {stage or 'training'} after {step} iterations ({reason})"
+        stopped = f"an alarm ({reason}) stopped {stage or 'training'} after {step} iterations"
         super().__init__(f"{stopped}; {_saved_text(saved)}")
         self.reason, self.stage, self.step, self.saved = reason, stage, step, saved
 
@@ -91,7 +91,7 @@ class StageLog:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yields ``stop() -> bool``, whether SIGTERM or SIGINT was received. A second SIGINT interrupts immediately.
+    """Yields ``stop() -> bool``, whether SIGTERM or SIGINT was received. A later SIGINT interrupts immediately.
 
     Python allows only the main thread to install handlers. In other threads ``stop`` always returns False.
     """

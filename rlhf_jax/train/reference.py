@@ -61,7 +61,7 @@ def attach_logprobs(
     Args:
         score: See `Score`.
         params: Parameters of the reference.
-        data: The whole data set, in the order in which batches index it.
+        data: The whole data set; the order of its rows is part of its fingerprint.
         path: Cache file in NumPy's .npz format; None for no cache. An existing file is used if it matches the
             reference, data and settings. If it does not match or is damaged, ``warn`` is called and the file is
             replaced.

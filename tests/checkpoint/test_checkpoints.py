@@ -99,11 +99,11 @@ def test_arrays_may_be_donated_right_after_a_save(tmp_path):
 def test_the_newest_checkpoints_are_kept_and_an_old_step_is_refused(tmp_path):
     with checkpoint.Checkpoints(tmp_path / "a" / "b", keep=2) as checkpoints:
         assert checkpoints.latest() is None
-        with pytest.raises(checkpoint.CheckpointError, match="the directory is missing or empty"):
+        with pytest.raises(checkpoint.CheckpointError, match="missing or contains no complete checkpoint"):
             checkpoints.restore({"x": 0})
         for step in (1, 5, 9):
             checkpoints.save(step, {"x": jnp.full(3, step)})
-        with pytest.raises(checkpoint.CheckpointError, match="step 9 already exists"):
+        with pytest.raises(checkpoint.CheckpointError, match="newest step is already 9"):
             checkpoints.save(9, {"x": jnp.zeros(3)})
     assert checkpoints.steps() == [5, 9] and checkpoints.latest() == 9
     with pytest.raises(checkpoint.CheckpointError, match="no step 1"):

@@ -164,13 +164,13 @@ def test_the_date_is_fixed_and_thoughts_are_empty():
 def test_without_a_template_the_model_type_and_then_the_tokens_determine_the_family():
     for name, origin in (
         *(("llama", "Llama 2"), ("llama3", "Llama 3"), ("mistral", "Mistral"), ("gemma2", "Gemma")),
-        *(("phi3", "Phi-3"), ("qwen3", "Qwen"), ("gpt2", "plain names")),
+        *(("phi3", "Phi-3"), ("qwen3", "Qwen"), ("gpt2", "plain text")),
     ):
         assert format_of(name).origin.startswith(origin), name
     assert chat.chat_format(make_qwen()).origin.startswith("Qwen")
     assert chat.chat_format(make_qwen(), model_type="llama").origin.startswith("Qwen")
-    assert chat.chat_format(make_gpt2(), model_type="llama").origin.startswith("plain names")
-    assert chat.chat_format(make_llama2()).origin.startswith("plain names"), "nothing identifies it as Llama 2"
+    assert chat.chat_format(make_gpt2(), model_type="llama").origin.startswith("plain text")
+    assert chat.chat_format(make_llama2()).origin.startswith("plain text"), "nothing identifies it as Llama 2"
 
 
 def test_a_family_template_replaces_a_different_template_without_marks():
@@ -209,9 +209,9 @@ OPEN, CLOSE = "{% generation %}", "{% endgeneration %}"
         ),
         (
             "{{ '<|im_start|>' }}" + OPEN + "{{ m.content }}" + CLOSE + "{{ '<|im_end|>' }}",
-            r"end of an answer without a loss: put the token '<\|im_end\|>' after the assistant's text and before {% ",
+            r"end of an answer from the loss: put the token '<\|im_end\|>' after the assistant's text and before {% ",
         ),
-        ("{{ '<|im_start|>' }}" + OPEN + "{{ m.content }}" + CLOSE, "end of an answer without a loss"),
+        ("{{ '<|im_start|>' }}" + OPEN + "{{ m.content }}" + CLOSE, "end of an answer from the loss"),
         (
             OPEN + "{{ '<|im_start|>' + m.content + '<|im_end|>' }}" + CLOSE,
             "does not start an answer at the end of its generation",
@@ -229,7 +229,7 @@ OPEN, CLOSE = "{% generation %}", "{% endgeneration %}"
             "{{ '<|endoftext|>' }}{% endif %}" + CLOSE,
             "ends answers with different tokens .*: end all answers with the same token",
         ),
-        ("{{ raise_exception('not today') }}", "the chat template refuses the turns: not today|no {% generation %}"),
+        ("{{ raise_exception('not today') }}", "the chat template rejects the turns: not today|no {% generation %}"),
     ],
 )
 def test_a_template_that_leaves_part_of_an_answer_without_a_loss_is_refused(answer, message):

@@ -96,7 +96,7 @@ def test_a_dialogue_must_end_in_an_answer_and_have_known_roles():
     with pytest.raises(errors.DataError, match="does not end in an assistant turn"):
         chat.encode_dialogue(fmt, TURNS[:3])
     with pytest.raises(
-        errors.DataError, match="prompt 0 has a turn of role 'tool': the chat template refuses the turns"
+        errors.DataError, match="prompt 0 has a turn of role 'tool': the chat template rejects the turns"
     ):
         chat.encode_prompt(fmt, [Turn("tool", "3"), TURNS[0]])
 

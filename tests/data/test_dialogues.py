@@ -148,7 +148,7 @@ BROKEN_LINES = {
     "a number": ('{"prompt": "a", "chosen": 3, "rejected": "a"}', "'chosen' has type int; it must be a string"),
     "half a pair": (
         json.dumps({"chosen": PROMPT + "\n\nAssistant: \ud800", "rejected": PROMPT + "\n\nAssistant: a"}),
-        "'chosen' contains half a surrogate pair",
+        "'chosen' contains a lone surrogate",
     ),
     "no answer": (
         json.dumps({"chosen": PROMPT + "\n\nAssistant: a", "rejected": "\n\nHuman: hi"}),

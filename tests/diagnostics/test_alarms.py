@@ -308,8 +308,8 @@ def test_alarm_that_stops_the_job_has_a_separate_exit_status(monkeypatch, capsys
     with pytest.raises(SystemExit) as exit_info:
         instructgpt.main(["--preset", "smoke", "--on-alarm", "stop"])
     output = capsys.readouterr().err
-    assert exit_info.value.code == 3 and "an alarm stopped ppo after 12 iterations" in output
-    assert "negative_kl at step 11" in output and "--resume" in output
+    assert exit_info.value.code == 3 and "stopped ppo after 12 iterations" in output
+    assert "an alarm (negative_kl at step 11)" in output and "--resume" in output
     with pytest.raises(SystemExit) as exit_info:
         instructgpt.main(["--preset", "smoke", "--on-alarm", "panic"])
     assert exit_info.value.code == 2

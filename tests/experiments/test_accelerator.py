@@ -3,8 +3,10 @@
 import json
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
+import time
 
 import accelerator
 import pytest
@@ -49,7 +51,7 @@ def test_all_rows_run_with_tiny_shapes(bare_environment, tmp_path):
         assert numbers[name]["value"] > 0
         assert f"| {name} |" in done.stdout
     step, limit = numbers["SFT step"], numbers["matrix products"]
-    assert step["share"] == pytest.approx(step["flops"] / step["seconds"] / limit["value"])
+    assert step["share"] == pytest.approx(step["flops"] / statistics.median(step["seconds"]) / limit["value"])
     assert numbers["first_ratio_error, float32"]["value"] == 0
     assert numbers["same seed, same bits"]["value"] is True
     assert numbers["same bits after a restored checkpoint"]["value"] is True
@@ -58,17 +60,56 @@ def test_all_rows_run_with_tiny_shapes(bare_environment, tmp_path):
 def test_torch_row_compares_with_ours(tmp_path):
     pytest.importorskip("torch")
     path = tmp_path / "rows.jsonl"
+    context(path, "limits").record("device", platform="cpu")
     context(path, "sft").record("SFT step", 100.0, "tokens/s")
     row_runner.measure_row("torch", path, quick=True, run="now")
     numbers = {each.get("measure"): each for each in row_context.read(path, "now")}
     peer, ratio = numbers["torch SFT step"], numbers["ours / torch SFT step"]
-    assert ratio["value"] == pytest.approx(100.0 / peer["value"]) and ratio["at_least"] == 1.0
+    assert ratio["value"] == pytest.approx(100.0 / peer["value"])
     assert numbers["torch DPO step"]["value"] > 0 and numbers["torch generation, batch 4"]["value"] > 0
-    assert "ours / torch DPO step" not in numbers, "ours was not measured"
+    assert (
+        numbers["ours / torch DPO step"]["value"] is None and "not measured" in numbers["ours / torch DPO step"]["note"]
+    )
 
 
-def context(path, row="sft", **fields):
-    return row_context.Context(path, "now", row, row_context.QUICK, **fields)
+def context(path, row="sft", shapes=row_context.QUICK, **fields):
+    return row_context.Context(path, "now", row, shapes, **fields)
+
+
+def test_a_cpu_is_refused_without_quick(tmp_path):
+    command = [sys.executable, "accelerator.py", "--out", str(tmp_path / "rows.jsonl")]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT / "experiments", env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: JAX finds neither a GPU nor a TPU; --quick makes a test run on the CPU\n"
+
+
+def test_sigterm_stops_the_child_and_prints_the_table(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    command = [sys.executable, "accelerator.py", "--quick", "--out", str(path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, cwd=ROOT / "experiments", env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        while not row_context.read(path):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.terminate()
+        out, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "| measurement |" in out and "error: interrupted" in errors and "Traceback" not in errors
+    children = subprocess.run(["pgrep", "-f", str(path)], capture_output=True, text=True).stdout
+    assert not children, "the child must not keep the device"
+    assert accelerator.main(["--show", "--out", str(path)]) == 0
+
+
+def test_lines_that_an_interrupted_process_left_are_skipped(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('[1]\n{"run": "now", "row": "sft", "mea')
+    context(path).record("SFT step", 1.0, "tokens/s")
+    (record,) = row_context.read(path, "now")
+    assert record["measure"] == "SFT step"
 
 
 def test_shares_are_of_the_limits_of_the_same_run(tmp_path):
@@ -76,8 +117,9 @@ def test_shares_are_of_the_limits_of_the_same_run(tmp_path):
     context(path, "limits").record("matrix products", 200.0, "FLOP/s")
     row_context.append(path, {"run": "before", "row": "limits", "measure": "matrix products", "value": 1.0})
     now = context(path, earlier=row_context.read(path, "now"))
-    assert now.share(50.0, "matrix products") == {"share": 0.25, "share_of": "matrix products"}
-    assert now.share(50.0, "memory bandwidth") == {}, "a limit that was not measured"
+    share = now.share(50.0, "matrix products", at_least=0.5)
+    assert share == {"share": 0.25, "share_of": "matrix products", "at_least": 0.5}
+    assert now.share(50.0, "memory bandwidth", at_least=0.5) == {}, "no aim for a share of an unknown limit"
 
 
 def test_a_row_that_raises_is_recorded_and_the_next_one_runs(tmp_path, monkeypatch):
@@ -112,14 +154,14 @@ def test_rows_remain_if_the_process_dies(tmp_path, monkeypatch):
 
 def test_rows_after_the_time_limit_are_not_run(tmp_path):
     path = tmp_path / "rows.jsonl"
-    row_runner.measure(["sft", "torch"], path, quick=True, run="now", minutes=0, on_row=lambda text: None)
+    row_runner.measure(["sft", "torch"], path, quick=True, run="now", minutes=0.0, on_row=lambda text: None)
     errors = [(each["row"], each["error"]) for each in row_context.read(path, "now")]
     assert errors == [("sft", "not run: the time limit was reached"), ("torch", "not run: the time limit was reached")]
 
 
 def test_the_table_says_whether_an_aim_is_met(tmp_path):
     path = tmp_path / "rows.jsonl"
-    now = context(path)
+    now = context(path, shapes=row_context.Shapes())
     now.record("step", 1500.0, "tokens/s", share=0.49, share_of="matrix products", at_least=0.5)
     now.record("rollout", 0.02, "s", share=0.5, share_of="PPO iteration", at_most=0.5)
     now.record("ours / torch", 1.5, "x", at_least=1.5)

@@ -71,7 +71,8 @@ def test_a_job_trained_on_one_mesh_resumes_on_another(results):
 def test_indivisible_batches_and_meshes_are_errors(results):
     errors = [each["error"] for each in results if "error" in each]
     assert len(errors) == 4
-    assert "6 rows" in errors[0] and "(.tokens_BL) is not divisible by 4 batch shards (data 2 x fsdp 2)" in errors[0]
+    indivisible = "6 rows (.tokens_BL) is not divisible by this host's 4 batch shards (mesh: data 2 x fsdp 2)"
+    assert indivisible in errors[0]
     assert "is not divisible by 8 devices" in errors[1]
     assert "the mesh axis tensor is 2; use jit_step" in errors[2]
     assert errors[3] == "a mesh of data 3 x fsdp 1 x tensor 1 x sequence 1 does not fit 8 devices"
@@ -137,8 +138,8 @@ def test_moments_and_averages_are_sharded_like_their_parameters():
 def test_indivisible_dimensions_are_listed():
     cfg = lm.LMConfig(vocab_size=31, n_layers=1, d_model=16, n_heads=2, n_kv_heads=1, d_mlp=24, max_length=8)
     messages = parallel.indivisible(lm.abstract(cfg), MESH, lm.logical_axes(cfg))
-    assert "embed/tokens: its vocab size 31 is not divisible by tensor = 2" in messages
-    assert "layers/k/kernel: its kv_heads size 1 is not divisible by tensor = 2" in messages
+    assert "embed/tokens: its axis vocab of size 31 is not divisible by tensor = 2" in messages
+    assert "layers/k/kernel: its axis kv_heads of size 1 is not divisible by tensor = 2" in messages
     assert not any("mlp" in each or "layers/q/" in each for each in messages)
 
 

@@ -271,7 +271,7 @@ def test_alarm_of_the_log_saves_and_stops_the_run(whole, tmp_path, at, stopped_a
         run(tmp_path, log=stop(log))
     alarm = stopped.value
     assert (alarm.step, alarm.saved, alarm.stage, alarm.reason) == (stopped_at, True, "toy", f"row {at} looks bad")
-    assert f"an alarm stopped toy after {stopped_at} iterations (row {at} looks bad); a checkpoint" in str(alarm)
+    assert f"an alarm (row {at} looks bad) stopped toy after {stopped_at} iterations; a checkpoint" in str(alarm)
     assert checkpoint.Checkpoints(tmp_path / "ckpt").latest() == stopped_at
     assert [row["step"] for row in metrics.read(tmp_path)] == list(range(1, stopped_at + 1))
     same(run(tmp_path), whole[0])

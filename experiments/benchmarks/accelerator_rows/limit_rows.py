@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import platform
 from functools import partial
 from importlib import metadata
@@ -9,17 +11,24 @@ from importlib import metadata
 import jax
 import jax.numpy as jnp
 
-from benchmarks.accelerator_rows import row_context
-
-MATMUL = "matrix products"
-BANDWIDTH = "memory bandwidth"
+from benchmarks.accelerator_rows import row_context, training_rows
 
 
 def limits(context: row_context.Context) -> None:
     """Measures products of two square bfloat16 matrices, and a loop that reads and writes an array."""
     device = jax.devices()[0]
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "flax", "optax"))
-    context.record("device", note=f"{device.device_kind}; Python {platform.python_version()}, {versions}")
+    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
+    context.record(
+        "device",
+        note=f"{device.device_kind}; Python {platform.python_version()}, "
+        + ", ".join(f"{name} {version}" for name, version in versions.items()),
+        platform=device.platform,
+        backend_version=device.client.platform_version,
+        devices=jax.device_count(),
+        xla_flags=os.environ.get("XLA_FLAGS", ""),
+        shapes=dataclasses.asdict(context.shapes),
+        model=dataclasses.asdict(training_rows.model(context.shapes)),
+    )
     n, calls = context.shapes.matmul, 10
     a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) for i in range(2))
     product = jax.jit(jnp.matmul)
@@ -27,8 +36,9 @@ def limits(context: row_context.Context) -> None:
     def products() -> None:
         jax.block_until_ready([product(a, b) for _ in range(calls)])
 
-    seconds, _ = row_context.seconds(products, repeats=context.shapes.repeats, calls=calls)
-    context.record(MATMUL, 2.0 * n**3 / seconds, "FLOP/s", size=n)
+    # The clocks of the device need some time to settle under load.
+    seconds, times = row_context.seconds(products, repeats=10 * context.shapes.repeats, calls=calls)
+    context.record(row_context.MATMUL, 2.0 * n**3 / seconds, "FLOP/s", size=n, **times)
 
     @partial(jax.jit, donate_argnums=0)
     def scale(x: jax.Array) -> jax.Array:
@@ -40,5 +50,5 @@ def limits(context: row_context.Context) -> None:
         nonlocal x
         x = jax.block_until_ready(scale(x))
 
-    seconds, _ = row_context.seconds(scaling, repeats=context.shapes.repeats, calls=calls)
-    context.record(BANDWIDTH, 2.0 * x.nbytes / seconds, "B/s", size=x.nbytes)
+    seconds, times = row_context.seconds(scaling, repeats=context.shapes.repeats, calls=calls)
+    context.record(row_context.BANDWIDTH, 2.0 * x.nbytes / seconds, "B/s", size=x.nbytes, **times)

@@ -26,14 +26,14 @@ def numerics(context: row_context.Context) -> None:
     }
     run = _Run(context.shapes, dtype="bfloat16")
     _record_metrics(context, "bfloat16", run)
-    _record_bits(context, run)
+    _record_bits(context, run, flags="")
     for name, overrides in settings.items():
         _record_metrics(context, name, _Run(context.shapes, **overrides))
 
 
 def bits(context: row_context.Context) -> None:
     """Records whether two iterations repeat bit-identically, without and with a restored checkpoint between them."""
-    _record_bits(context, _Run(context.shapes, dtype="bfloat16"))
+    _record_bits(context, _Run(context.shapes, dtype="bfloat16"), flags=", deterministic operations", at_least=True)
 
 
 def _record_metrics(context: row_context.Context, name: str, run: _Run) -> None:
@@ -43,7 +43,7 @@ def _record_metrics(context: row_context.Context, name: str, run: _Run) -> None:
         context.record(f"{metric}, {name}", float(value.value() if isinstance(value, metrics.Metric) else value))
 
 
-def _record_bits(context: row_context.Context, run: _Run) -> None:
+def _record_bits(context: row_context.Context, run: _Run, *, flags: str, **aim: bool) -> None:
     def iterate(state: Any, times: int) -> Any:
         for _ in range(times):
             state, _ = run.step(state)
@@ -51,20 +51,21 @@ def _record_bits(context: row_context.Context, run: _Run) -> None:
 
     expected = manifest.digest_tree(iterate(run.inputs.state(), 2))
     repeated = manifest.digest_tree(iterate(run.inputs.state(), 2))
-    context.record("same seed, same bits", expected == repeated)
+    context.record(f"same seed, same bits{flags}", expected == repeated, **aim)
     state = iterate(run.inputs.state(), 1)
     with tempfile.TemporaryDirectory() as folder, checkpoint.Checkpoints(folder) as checkpoints:
         checkpoints.save(1, state)
         checkpoints.wait()
         _, restored, _ = checkpoints.restore(run.inputs.state())
-    context.record("same bits after a restored checkpoint", manifest.digest_tree(iterate(restored, 1)) == expected)
+    again = manifest.digest_tree(iterate(restored, 1))
+    context.record(f"same bits after a restored checkpoint{flags}", again == expected, **aim)
 
 
 class _Run:
-    """A jitted step of PPO on a model with few layers."""
+    """A jitted step of PPO on a small model."""
 
     def __init__(self, shapes: row_context.Shapes, **overrides: Any) -> None:
-        cfg = training_rows.model(shapes, n_layers=shapes.small_layers, **overrides)
+        cfg = training_rows.model(shapes, **dict(shapes.small), **overrides)
         sizes = {"samples": shapes.ppo_samples, "prompt": shapes.ppo_prompt, "answer": shapes.ppo_answer // 2}
         self.inputs = train_workloads.ppo_inputs(cfg, **sizes)
         self._step = jax.jit(

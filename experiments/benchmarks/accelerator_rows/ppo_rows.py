@@ -49,17 +49,22 @@ def iteration(context: row_context.Context) -> None:
         state, _ = jax.block_until_ready(update(state, experience, inputs.hyper, None, key))
 
     repeats = min(shapes.repeats, 3)
-    rollout_s, rollout_first = row_context.seconds(run_rollout, repeats=repeats)
-    collect_s, collect_first = row_context.seconds(run_collect, repeats=repeats)
-    update_s, update_first = row_context.seconds(run_update, repeats=repeats)
+    rollout_s, rollout_times = row_context.seconds(run_rollout, repeats=repeats)
+    collect_s, collect_times = row_context.seconds(run_collect, repeats=repeats)
+    update_s, update_times = row_context.seconds(run_update, repeats=repeats)
     total = collect_s + update_s
-    first = rollout_first + collect_first + update_first
-    tokens = shapes.ppo_samples * (shapes.ppo_prompt + shapes.ppo_answer)
-    context.record("PPO iteration", tokens / total, "tokens/s", seconds=total, first_s=first)
-    parts = {"rollout": rollout_s, "scoring": collect_s - rollout_s, "update": update_s}
-    for name, seconds in parts.items():
-        aim = {"at_most": 0.5} if name == "rollout" else {}
-        context.record(f"PPO {name}", seconds, "s", share=seconds / total, share_of="PPO iteration", **aim)
+    B, P, T = shapes.ppo_samples, shapes.ppo_prompt, shapes.ppo_answer
+    note = f"{1e3 * total:.3g} ms; tokens of prompts and answers"
+    context.record("PPO iteration", B * (P + T) / total, "tokens/s", note=note, total_s=total, **collect_times)
+    flops = lm.costs.forward_flops(cfg, rows=B, length=P + T, logits=T)
+    flops = 3 * (flops + lm.costs.forward_flops(cfg, rows=B, length=P + T, logits=0))
+    parts: dict[str, tuple[float, dict[str, Any]]] = {
+        "rollout": (rollout_s, {"at_most": 0.5, **rollout_times}),
+        "scoring": (collect_s - rollout_s, {}),
+        "update": (update_s, {"note": f"{flops / update_s / 1e12:.3g} TFLOP/s", "flops": flops, **update_times}),
+    }
+    for name, (seconds, fields) in parts.items():
+        context.record(f"PPO {name}", seconds, "s", share=seconds / total, share_of="PPO iteration", **fields)
 
 
 def seeds(context: row_context.Context) -> None:
@@ -95,8 +100,8 @@ def seeds(context: row_context.Context) -> None:
         nonlocal stacked
         stacked, _ = jax.block_until_ready(together(stacked, inputs.frozen, inputs.hyper, batch, keys_M))
 
-    in_turn_s, in_turn_first = row_context.seconds(in_turn, repeats=shapes.repeats)
-    as_one_s, as_one_first = row_context.seconds(as_one, repeats=shapes.repeats)
-    context.record(f"{shapes.seeds} seeds in turn", in_turn_s, "s", first_s=in_turn_first)
-    context.record(f"{shapes.seeds} seeds as one program", as_one_s, "s", first_s=as_one_first)
+    in_turn_s, in_turn_times = row_context.seconds(in_turn, repeats=shapes.repeats)
+    as_one_s, as_one_times = row_context.seconds(as_one, repeats=shapes.repeats)
+    context.record(f"{shapes.seeds} seeds in turn", in_turn_s, "s", **in_turn_times)
+    context.record(f"{shapes.seeds} seeds as one program", as_one_s, "s", **as_one_times)
     context.record("seeds in turn / as one program", in_turn_s / as_one_s, "x")

@@ -12,7 +12,10 @@ _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 def markdown(records: Iterable[dict[str, Any]]) -> str:
     """Returns a table with a row for each measurement, below a line with the device and the package versions."""
     records = list(records)
-    lines = [each["note"] for each in records if each.get("measure") == "device"]
+    devices = [each for each in records if each.get("measure") == "device"]
+    lines = [each["note"] for each in devices]
+    if any(not each["shapes"]["aims"] for each in devices):
+        lines.append("Test run with tiny shapes: the numbers are meaningless.")
     rows = [_row(each) for each in records if "measure" in each and each["measure"] != "device"]
     rows += [(each["row"], "failed", "", "", "", each["error"]) for each in records if each.get("error")]
     table = ["| " + " | ".join(row) + " |" for row in (COLUMNS, ("---", "---:", "---", "---", "---", "---"), *rows)]
@@ -28,6 +31,7 @@ def _row(record: dict[str, Any]) -> tuple[str, ...]:
         if key in record:
             bound = record[key]
             aim = f"{sign} {bound:g}" if share is None else f"{sign} {100 * bound:.0f} %"
+            aim = "yes" if bound is True else aim
             met = "yes" if (compared >= bound if key == "at_least" else compared <= bound) else "no"
     return record["measure"], amount(value, record["unit"]), share_text, aim, met, record.get("note", "")
 

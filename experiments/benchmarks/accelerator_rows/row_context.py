@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,6 +11,10 @@ import statistics
 import time
 from collections.abc import Callable
 from typing import Any
+
+MATMUL = "matrix products"
+BANDWIDTH = "memory bandwidth"
+"""Names of the limits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +40,8 @@ class Shapes:
     ppo_samples: int = 64
     ppo_prompt: int = 256
     ppo_answer: int = 256
-    ppo_minibatches: int = 8
+    ppo_minibatches: int = 16
+    """With 8, the update of four models with 1B parameters takes nearly all of 80 GB."""
     seeds: int = 8
     seed_layers: int = 3
     seed_samples: int = 128
@@ -44,9 +50,17 @@ class Shapes:
     attention_length: int = 2048
     head_widths: tuple[int, ...] = (128, 256)
     window: int = 512
-    small_layers: int = 4
-    """Number of layers for ``numerics`` and ``deterministic``; otherwise, their model is that of the other rows."""
+    small: tuple[tuple[str, Any], ...] = (
+        ("n_layers", 4),
+        ("d_model", 512),
+        ("n_heads", 8),
+        ("d_mlp", 2048),
+        ("vocab_size", 8192),
+    )
+    """Further fields of the model in ``numerics`` and ``deterministic``, whose checkpoints take 0.6 GB."""
     repeats: int = 5
+    aims: bool = True
+    """Whether the table compares measurements with aims."""
 
 
 QUICK = Shapes(
@@ -75,8 +89,9 @@ QUICK = Shapes(
     attention_length=32,
     head_widths=(8,),
     window=8,
-    small_layers=1,
+    small=(),
     repeats=2,
+    aims=False,
 )
 """Tiny shapes for a test run; the numbers are meaningless."""
 
@@ -104,6 +119,8 @@ class Context:
             **fields: Further entries. ``share`` is the achieved share of the measurement named ``share_of``.
                 ``at_least`` or ``at_most`` is the aim for the share or, without a share, for the value.
         """
+        aims = () if self.shapes.aims else ("at_least", "at_most")
+        fields = {name: field for name, field in fields.items() if name not in aims}
         append(
             self.path, {"run": self.run, "row": self.row, "measure": measure, "value": value, "unit": unit, **fields}
         )
@@ -113,31 +130,42 @@ class Context:
         found = [each["value"] for each in self.earlier if (each["row"], each.get("measure")) == (row, measure)]
         return found[-1] if found else None
 
-    def share(self, amount_per_second: float, limit: str) -> dict[str, Any]:
-        """Returns the fields ``share`` and ``share_of`` of a rate, or no fields if the limit has not been measured."""
+    def share(self, amount_per_second: float, limit: str, **aim: float) -> dict[str, Any]:
+        """Returns the fields ``share``, ``share_of`` and the aim of a rate; none if the limit has not been measured."""
         most = self.value("limits", limit)
-        return {} if most is None else {"share": amount_per_second / most, "share_of": limit}
+        return {} if most is None else {"share": amount_per_second / most, "share_of": limit, **aim}
 
 
 def append(path: pathlib.Path, record: dict[str, Any]) -> None:
     """Appends a record to a JSON-lines file and flushes it to disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    with path.open("ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        start = "" if file.read(1) in (b"", b"\n") else "\n"  # an interrupted process may leave half a line
+        file.write((start + json.dumps(record) + "\n").encode())
         file.flush()
         os.fsync(file.fileno())
 
 
-def read(path: pathlib.Path, run: str) -> tuple[dict[str, Any], ...]:
-    """Returns the records of a run."""
-    if not path.exists():
-        return ()
-    records = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    return tuple(each for each in records if each.get("run") == run)
+def read(path: pathlib.Path, run: str | None = None) -> tuple[dict[str, Any], ...]:
+    """Returns the records of a run, by default of the last one. Incomplete lines are skipped."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            records += [record] if isinstance(record, dict) and {"run", "row"} <= record.keys() else []
+    run = run or (records[-1]["run"] if records else None)
+    return tuple(each for each in records if each["run"] == run)
 
 
-def seconds(function: Callable[[], Any], *, repeats: int, calls: int = 1) -> tuple[float, float]:
-    """Returns the median seconds of a call, and the seconds of the first repetition, which compiles.
+def first_line(error: BaseException) -> str:
+    """Returns the type and the first line of an error."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+
+
+def seconds(function: Callable[[], Any], *, repeats: int, calls: int = 1) -> tuple[float, dict[str, Any]]:
+    """Returns the median seconds of a call, and fields of a record: all ``seconds``, and ``first_s`` with compilation.
 
     Args:
         function: Runs one repetition and returns when its results are ready.
@@ -152,5 +180,5 @@ def seconds(function: Callable[[], Any], *, repeats: int, calls: int = 1) -> tup
     for _ in range(repeats):
         began = time.perf_counter()
         function()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times) / calls, first
+        times.append((time.perf_counter() - began) / calls)
+    return statistics.median(times), {"seconds": times, "first_s": first}

@@ -54,6 +54,14 @@ ROWS = {
 """Rows by name, in the order in which they run; the most important rows come first."""
 
 
+NO_ACCELERATOR = 3
+"""Exit status of a child that finds only a CPU."""
+
+
+class NoAcceleratorError(RuntimeError):
+    """JAX finds neither a GPU nor a TPU."""
+
+
 def measure(
     names: Sequence[str], path: pathlib.Path, *, quick: bool, run: str, minutes: float, on_row: Callable[[str], None]
 ) -> None:
@@ -66,6 +74,9 @@ def measure(
         run: Name of the run; part of every record.
         minutes: Time limit of the whole run. The row that reaches it is stopped, and later rows are not run.
         on_row: Called with a line of text when a row ends.
+
+    Raises:
+        NoAcceleratorError: There is only a CPU, and ``quick`` is False.
     """
     deadline = time.monotonic() + 60 * minutes
     pending = list(names)
@@ -86,7 +97,8 @@ def measure(
 
 def _text(name: str, ended: dict[str, Any]) -> str:
     error = ended.get("error")
-    return f"{name}: {error}" if error else f"{name}: {ended['row_seconds']:.0f} s"
+    memory = f", peak memory so far {ended['peak_bytes'] / 1e9:.1f} GB" if "peak_bytes" in ended else ""
+    return f"{name}: {error}" if error else f"{name}: {ended['row_seconds']:.0f} s{memory}"
 
 
 def _run_child(
@@ -98,19 +110,25 @@ def _run_child(
     command = [sys.executable, "-m", "benchmarks.accelerator_rows.row_runner", "--run", run, "--out", str(path)]
     command += ["--quick"] * quick + list(names)
     root = pathlib.Path(__file__).resolve().parents[3]
-    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"} | os.environ
+    environment = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in environment:
+        environment.setdefault("XLA_CLIENT_MEM_FRACTION", "0.92")
     environment["PYTHONPATH"] = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     if quick:
         environment |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compilation dominates
         flags = ""  # the flags are for a GPU
     environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+    child = subprocess.Popen(command, cwd=root / "experiments", env=environment)
     try:
-        done = subprocess.run(
-            command, cwd=root / "experiments", env=environment, timeout=deadline - time.monotonic(), check=False
-        )
+        status = child.wait(deadline - time.monotonic())
     except subprocess.TimeoutExpired:
         return "stopped: the time limit was reached"
-    return None if done.returncode == 0 else f"the process ended with status {done.returncode}"
+    finally:
+        child.kill()  # also on an interrupt: a child that lives on would keep the memory of the device
+        child.wait()
+    if status == NO_ACCELERATOR:
+        raise NoAcceleratorError
+    return None if status == 0 else f"the process ended with status {status}"
 
 
 def main() -> None:
@@ -121,6 +139,11 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
+    if not options.quick and not ROWS[options.names[0]].alone:
+        import jax
+
+        if jax.default_backend() == "cpu":
+            sys.exit(NO_ACCELERATOR)
     for name in options.names:
         measure_row(name, options.out, quick=options.quick, run=options.run)
 
@@ -140,10 +163,19 @@ def measure_row(name: str, path: pathlib.Path, *, quick: bool, run: str) -> None
         import traceback
 
         traceback.print_exc()
-        lines = str(error).splitlines() or [""]
-        ended["error"] = f"{type(error).__name__}: {lines[0][:200]}"
-    row_context.append(path, ended | {"row_seconds": time.monotonic() - began})
+        ended["error"] = row_context.first_line(error)
+    row_context.append(path, ended | {"row_seconds": time.monotonic() - began} | _peak_memory(name))
     gc.collect()  # free the arrays of the row before the next one starts
+
+
+def _peak_memory(name: str) -> dict[str, int]:
+    """Returns the field ``peak_bytes``, the peak memory of the device in this process so far, where it is known."""
+    if ROWS[name].alone:
+        return {}
+    import jax
+
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return {} if peak is None else {"peak_bytes": peak}
 
 
 if __name__ == "__main__":

@@ -20,7 +20,11 @@ def peer(context: row_context.Context) -> None:
     except ImportError as error:
         context.record("transformers + torch", note=f"not installed: {error.name}")
         return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    platform = {each["platform"] for each in context.earlier if each.get("measure") == "device"}
+    device = {"gpu": "cuda", "cpu": "cpu"}.get(platform.pop() if platform else "gpu")
+    if device is None or (device == "cuda" and not torch.cuda.is_available()):
+        context.record("transformers + torch", note=f"this torch ({torch.__version__}) cannot use the device")
+        return
     cfg, shapes = training_rows.model(context.shapes), context.shapes
     config = transformers.GPTNeoXConfig(
         vocab_size=cfg.vocab_size,
@@ -52,7 +56,8 @@ def _train(context: row_context.Context, torch: Any, model: Any, device: str) ->
         return torch.randint(3, vocab, shape, device=device)
 
     def logprobs(network: Any, tokens_BL: Any, start: int) -> Any:
-        logits = network(tokens_BL).logits[:, start - 1 : -1].float()
+        kept = tokens_BL.shape[1] - start + 1  # only the logits that predict the tokens from `start` on
+        logits = network(tokens_BL, logits_to_keep=kept).logits[:, :-1].float()
         return -torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), tokens_BL[:, start:].flatten(), reduction="none"
         ).view(len(tokens_BL), -1)
@@ -115,15 +120,17 @@ def _measure(
 ) -> None:
     """Records torch's rate and the ratio of this library's rate to it, or a note if torch fails."""
     try:
-        seconds, first = row_context.seconds(run, repeats=min(context.shapes.repeats, 3))
+        seconds, times = row_context.seconds(run, repeats=min(context.shapes.repeats, 3))
     except Exception as error:
-        context.record(measure, note=f"failed: {str(error).splitlines()[0][:100]}")
+        context.record(measure, note=f"failed: {row_context.first_line(error)}")
         return
-    context.record(measure, tokens / seconds, "tokens/s", seconds=seconds, first_s=first)
+    context.record(measure, tokens / seconds, "tokens/s", **times)
     own = context.value(row, ours)
-    if own is not None:
-        aim = {} if at_least is None else {"at_least": at_least}
-        context.record(f"ours / {measure}", own * seconds / tokens, "x", **aim)
+    if own is None:
+        context.record(f"ours / {measure}", note=f"the row {row} was not measured in this run")
+        return
+    aim = {} if at_least is None else {"at_least": at_least}
+    context.record(f"ours / {measure}", own * seconds / tokens, "x", **aim)
 
 
 def _synchronize(torch: Any) -> None:

@@ -1,4 +1,4 @@
-"""Measures one step of Tunix's PeftTrainer that trains all parameters."""
+"""Measures one step of Tunix's PeftTrainer, which here trains all parameters."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
 

@@ -4,15 +4,15 @@ A prompt ends where an answer begins, and an answer ends with its stop token. Pr
 separately, so a prompt has the same ids in training, where an answer follows, and in generation.
 
 A chat template defines the format: the tokenizer's own template if it marks the tokens of the assistant, otherwise one
-from `templates`. A template is refused if none of the tokens that it writes would contribute to the loss. It is also
-refused if the stop token would not contribute to the loss, because the model would then never learn to stop.
+from `templates`. A template is rejected if none of the tokens that it writes would contribute to the loss. It is also
+rejected if the stop token would not contribute to the loss, because the model would then never learn to stop.
 
 The ids equal those from ``tokenizer.apply_chat_template``, with three exceptions:
 
 - The text of a turn never becomes a control token, whatever a user types.
 - The tokens after the stop token of the last answer are omitted.
 - Text before and after the start of an answer is encoded separately, so no token spans this boundary. This makes no
-  difference for the tokenizers of the supported families.
+  difference for the tokenizers of the families in `templates`.
 
 Only the template adds a beginning-of-sequence token; the tokenizer does not add another.
 """
@@ -44,19 +44,19 @@ class ChatFormat:
     """The tokenizer with ``template`` as its chat template, to be saved with a model trained in this format."""
     template: str
     origin: str
-    """Description of the origin of the template."""
+    """Where the template comes from, as a phrase for messages."""
     stop_ids: tuple[int, ...]
     """Ids that end an answer: the token with which answers end in training, then the EOS token if it is different."""
     pad_id: int
-    """Token id used for padding: the pad token, or else the unknown token. A stop token is used only if the tokenizer
-    has neither, or both are stop tokens."""
+    """Token id used for padding: the pad token, or else the unknown token, if it exists and does not end an answer;
+    otherwise the first of ``stop_ids``."""
     encoder: plain_text.TextEncoder = dataclasses.field(repr=False)
     control: rendering.ControlTokens = dataclasses.field(repr=False)
     frames: dict[tuple[tuple[str, ...], bool], rendering.Frame | errors.DataError] = dataclasses.field(
         default_factory=dict, repr=False
     )
-    """Cache of frames. A key consists of the roles and whether the generation prompt follows; the value is an error if
-    there is no frame."""
+    """Cache of frames (see `rendering`). A key consists of the roles and whether the generation prompt follows; the
+    value is an error if there is no frame."""
 
 
 def messages(turns: Sequence[dialogues.Turn]) -> list[dict[str, str]]:
@@ -86,9 +86,9 @@ def chat_format(
         The format.
 
     Raises:
-        DataError: If the template cannot be used for training. For example, its marks contain no assistant text or
-            exclude the stop token, or answers do not start at the end of the generation prompt. The message explains
-            what to change.
+        DataError: If the template cannot be used for training. For example, its generation marks contain no assistant
+            text or exclude the stop token, or answers do not start at the end of the generation prompt. The message
+            explains what to change.
     """
     chosen, origin = (template, "given") if template is not None else _choose(tokenizer, model_type)
     if chosen != tokenizer.chat_template:
@@ -116,7 +116,7 @@ def encode_prompt(fmt: ChatFormat, turns: Sequence[dialogues.Turn]) -> list[int]
     """Returns the ids of a prompt, up to the start of the assistant's answer.
 
     Raises:
-        DataError: If the template refuses the roles of the turns, or a word is not in the tokenizer's vocabulary.
+        DataError: If the template rejects the roles of the turns, or a word is not in the tokenizer's vocabulary.
     """
     return _join(_encode(fmt, [turns], [_frame(fmt, turns, prompt=True, name="prompt 0")])[0])
 
@@ -164,13 +164,13 @@ def encode_prompts(
 ) -> tuple[list[list[int]], np.ndarray]:
     """Encodes prompts as at most ``width`` tokens each.
 
-    A longer prompt loses its oldest turns until it fits, and is counted as truncated (``"prompt turns dropped"``). The
-    remaining turns are whole and start with a user turn, after the system turn if the prompt has one. A prompt is
-    dropped for one of these reasons:
+    A longer prompt loses its oldest turns until it fits. The remaining turns are whole and start with a user turn,
+    after the system turn if there is one. Assistant turns before the first user turn are always removed. In both cases,
+    the prompt is counted as truncated (``"prompt turns dropped"``). A prompt is dropped for one of these reasons:
 
     - ``"no user turn"``
     - ``"prompt too long"``: the system turn, the last user turn and the turns after it do not fit
-    - ``"roles are refused"``: the template refuses the roles of the turns
+    - ``"roles are refused"``: the template rejects the roles of the turns
 
     Args:
         fmt: The chat format.
@@ -326,7 +326,7 @@ def _choose(tokenizer: Any, model_type: str | None) -> tuple[str, str]:
             raise errors.DataError("the tokenizer has neither a chat template nor an EOS token to end an answer with")
         # If the tokenizer adds a BOS token to plain text, as OPT's does, the template adds it; nothing else would.
         begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-        return templates.plain(bos=begins), "plain names, because the tokenizer has none"
+        return templates.plain(bos=begins), "plain text with User: and Assistant:, because the tokenizer has none"
     wanted = _sample_prompts(tokenizer, own)
     for candidate in sorted(templates.candidates(has_token), key=lambda candidate: candidate is not family):
         for form in candidate.forms:
@@ -334,11 +334,11 @@ def _choose(tokenizer: Any, model_type: str | None) -> tuple[str, str]:
                 return form, f"{candidate.name}'s, equal to the tokenizer's own but with generation marks"
     if family is not None and family.unambiguous:
         return family.forms[0], f"{family.name}'s; the tokenizer's own has no generation marks and differs from it"
-    return own, "the tokenizer's own"  # which _check_template refuses
+    return own, "the tokenizer's own"  # which _check_template rejects
 
 
 def _sample_prompts(tokenizer: Any, template: str) -> list[str] | None:
-    """Renders a prompt with one question and a prompt with two questions; returns None if the template refuses them."""
+    """Renders a prompt with one question and a prompt with two questions; returns None if the template rejects them."""
     turns = [{"role": role, "content": text} for role, text in ((_USER, "one"), (_ASSISTANT, "two"), (_USER, "three"))]
     try:
         return [rendering.render(tokenizer, template, turns[:n], prompt=True)[0] for n in (1, 3)]
@@ -350,8 +350,8 @@ def _check_template(tokenizer: Any, template: str, control: rendering.ControlTok
     """Returns the id of the token that ends every answer; raises DataError if the template is unusable."""
     if not rendering.MARKED.search(template):
         raise errors.DataError(
-            f"the chat template has no {_OPEN} marks, so no token would have a loss: put {_OPEN} before the text of "
-            f"an answer and {_CLOSE} after the token that ends it"
+            f"the chat template has no {_OPEN} marks, so no token would contribute to the loss: put {_OPEN} before the "
+            f"text of an answer and {_CLOSE} after the token that ends it"
         )
     stops = set()
     for roles in ((_USER, _ASSISTANT), (_USER, _ASSISTANT, _USER, _ASSISTANT)):
@@ -386,7 +386,7 @@ def _checked_stop(tokenizer: Any, frame: rendering.Frame, turn: int) -> int:
         stop = frame[index].content if index is not None else tokenizer.eos_token_id
         name = f"the token {tokenizer.convert_ids_to_tokens(stop)!r}" if stop is not None else "a stop token"
         raise errors.DataError(
-            f"the chat template leaves the end of an answer without a loss: put {name} after the assistant's text and "
-            f"before {_CLOSE}"
+            f"the chat template excludes the end of an answer from the loss: put {name} after the assistant's text "
+            f"and before {_CLOSE}"
         )
     return frame[index].content  # type: ignore[return-value]

@@ -1,9 +1,9 @@
 """Rendering of chat templates as frames.
 
 A *frame* is everything that a template writes around the texts of the turns. It is computed by rendering the template
-with placeholders instead of the texts. A frame depends only on the roles of the turns, so dialogues with the same roles
-share a frame. Control tokens are recognised only in the frame, so a text never becomes a control token, whatever a user
-types.
+with placeholders instead of the texts. A frame depends only on the roles of the turns and on whether the generation
+prompt follows, so dialogues with the same roles share a frame. Control tokens are recognised only in the frame, so a
+text never becomes a control token, whatever a user types.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from rlhf_jax.data import dialogues, errors, plain_text
 from rlhf_jax.data.chat import templates
 
 MARKED = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-"""Matches ``{% generation %}``. A template encloses the tokens that contribute to the loss, which are an answer and its
-stop token, in the *generation marks* ``{% generation %}`` and ``{% endgeneration %}``."""
+"""Matches ``{% generation %}``. A template encloses the tokens that contribute to the loss (an answer and its stop
+token) in the *generation marks* ``{% generation %}`` and ``{% endgeneration %}``."""
 
 # Characters that no template uses; the em spaces show whether the template strips the text.
 _PLACEHOLDER = "\u2003\ue000{}\ue001\u2003"
@@ -45,7 +45,7 @@ class Piece(NamedTuple):
     """Fixed text and slots that are encoded together, because no control token separates them."""
 
     place: int
-    """START, AFTER or MIDDLE of `plain_text`."""
+    """``plain_text.START``, ``plain_text.AFTER`` or ``plain_text.MIDDLE``."""
     parts: tuple[str | Slot, ...]
     strip_left: str
     """White space that the preceding control token removes from the start of the piece."""
@@ -113,7 +113,7 @@ def render(
         ``(text, spans)``. Each span is ``(start, end)``, the part of ``text`` inside a pair of generation marks.
 
     Raises:
-        DataError: If the template refuses the messages.
+        DataError: If the template rejects the messages.
     """
     import jinja2
     from transformers.utils import chat_template_utils
@@ -127,7 +127,7 @@ def render(
             **{**tokenizer.special_tokens_map, **templates.OPTIONS},
         )
     except jinja2.exceptions.TemplateError as error:
-        raise errors.DataError(f"the chat template refuses the turns: {error}") from error
+        raise errors.DataError(f"the chat template rejects the turns: {error}") from error
     (text,), spans = rendered
     return text, [span for group in spans for span in group]
 
@@ -146,7 +146,7 @@ def make_frame(tokenizer: Any, template: str, control: ControlTokens, roles: Seq
         The frame.
 
     Raises:
-        DataError: If the template refuses the roles, or does not write every text exactly once and in order.
+        DataError: If the template rejects the roles, or does not write every text exactly once and in order.
     """
     messages = [{"role": role, "content": _PLACEHOLDER.format(i)} for i, role in enumerate(roles)]
     text, spans = render(tokenizer, template, messages, prompt=prompt)
@@ -200,7 +200,7 @@ class _FrameBuilder:
 
     def add_edge(self, turn: int) -> None:
         if all(isinstance(part, str) for part in self.parts) and not self._fixed_text():
-            self.parts = []  # the parts are only white space that the control token removes, so no piece has begun
+            self.parts = []  # the parts are only white space that the last control token removes, so no piece has begun
             return
         self.flush(turn)
         self._place, self._strip_left = plain_text.MIDDLE, ""

@@ -6,8 +6,9 @@ answer and the token that ends it. Two parts of the text are fixed so that train
 Llama 3.1's system turn always contains the same date, and Qwen3's thinking block is always empty.
 
 The templates of a family can have several forms, for example with or without a default system turn, or with different
-spaces. `chat.chat_format` uses the form that writes the same text as the tokenizer's own template. If there is none, it
-uses the first form of the family, provided that the family can be identified.
+spaces. `chat.chat_format` uses the form that writes the same text as the tokenizer's own template. If no form does, it
+uses the first form of the family, provided that the control tokens identify the family. For a tokenizer without a
+template, the control tokens and the model type together are sufficient.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class Family:
 def _turns(*, before: str = "", user: str, assistant: str, system: str, prompt: str = "") -> str:
     """Returns a template that writes the turns in order.
 
-    ``user``, ``assistant`` and ``system`` are the template code for a turn of this role. ``before`` precedes the turns,
-    and ``prompt`` writes the generation prompt.
+    ``user``, ``assistant`` and ``system`` are the template code for turns of these roles. ``before`` precedes the
+    turns, and ``prompt`` writes the generation prompt.
     """
     return (
         f"{before}{{%- for message in messages -%}}"
