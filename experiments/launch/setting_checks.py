@@ -24,11 +24,11 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     *("seed", "world.slips", "world.spread", "world.tie_width", "pretrain.warmup", "ppo.warmup", "ppo.kl_coef"),
     *("ppo.ptx_coef", "evaluation.transcripts", "ppo.kl_gain", "ppo.kl_loss_coef", "ppo.entropy_coef"),
-    "ppo.value_coef",
+    *("ppo.value_coef", "ppo.weight_decay"),
 )
 _SHARES = (
     *("data.max_dropped", "data.held_out", "world.lapse", "sft.mix", "ppo.lambda_", "ppo.ema", "ppo.discount"),
-    "ppo.reference_ema",
+    *("ppo.reference_ema", "ppo.adam_b2"),
 )
 _CRITIC_SETTINGS = ("critic", "value_coef", "value_clip", "lambda_", "whiten_rewards", "normalise_values")
 _COMPARING_METHODS = ("rloo", "grpo", "dr-grpo")
@@ -92,6 +92,7 @@ def check(settings: Settings) -> None:
     require(0 < settings.data.held_out < 1, settings, "data.held_out", "above 0 and below 1")
     require(settings.sft.mix < 1, settings, "sft.mix", "below 1")
     require(settings.ppo.ema < 1, settings, "ppo.ema", "below 1")
+    require(settings.ppo.adam_b2 < 1, settings, "ppo.adam_b2", "below 1")
     for name in ("ppo.top_k", "ppo.top_p"):
         value = _value(settings, name)
         require(value is None or settings.ppo.correct_sampler, settings, name, _OFF_POLICY)

@@ -196,6 +196,10 @@ class PPO:
     """Decay of both learning rates: none (InstructGPT), linear to 0 (Ziegler, Stiennon) or cosine to a tenth."""
     adam_eps: float = 1e-5
     """Epsilon of Adam."""
+    adam_b2: float = 0.95
+    """Decay of Adam's second moment (0.95 in InstructGPT, 0.999 in Ziegler). That of the first moment is 0.9."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW, multiplied by the learning rate. 0 is Adam."""
     adam_tf1: bool = False
     """Use TensorFlow 1's Adam. It adds epsilon before the bias correction, which makes the first steps smaller."""
     kl_coef: float = 0.055
@@ -242,8 +246,9 @@ class PPO:
     ema: float = 0.95
     """Decay of the moving average of the policy's weights that is evaluated and saved (0.992 in InstructGPT, which has
     far more updates). 0 uses the last weights."""
-    max_grad_norm: float = 1.0
-    """Maximum gradient norm. Larger gradients are scaled down to it."""
+    max_grad_norm: float | None = 1.0
+    """Maximum gradient norm, of policy and critic separately unless they share a trunk. Larger gradients are scaled
+    down to it. None disables clipping, which no paper reports."""
     ptx_coef: float = 1.0
     """Weight of the mean pretraining loss per token in PPO-ptx (27.8 in InstructGPT, which normalises differently)."""
     ptx_ratio: float = 1.0
@@ -371,10 +376,10 @@ def preset(name: str, *, dialogues: bool = False, pretrained: bool = False, publ
         parts = {part: dataclasses.replace(getattr(settings, part), **change) for part, change in changes.items()}
         settings = dataclasses.replace(settings, **parts)
     if published is not None:
-        papers = published_settings.PPO_SETTINGS
+        papers = published_settings.PAPERS
         if published not in papers:
             raise SettingError(f"--published is {published!r}; it must be one of {', '.join(papers)}")
-        changes = papers[published] | (published_settings.LEARNING_RATES.get(published, {}) if pretrained else {})
+        changes = papers[published].settings(learning_rates=pretrained)
         settings = dataclasses.replace(settings, published=published, ppo=dataclasses.replace(settings.ppo, **changes))
     return settings
 

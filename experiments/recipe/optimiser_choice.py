@@ -38,11 +38,12 @@ def supervised() -> optax.GradientTransformation:
 
 
 def ppo(settings: PPO) -> optax.GradientTransformation:
-    """Returns the optimiser of PPO and the other RL methods: Adam with InstructGPT's betas, without weight decay."""
-    return _adam(settings.adam_eps, settings.adam_tf1)
+    """Returns the optimiser of PPO and the other RL methods: Adam, or AdamW with weight decay."""
+    return _adam(settings.adam_b2, settings.adam_eps, settings.adam_tf1, settings.weight_decay)
 
 
 @functools.cache  # a new transformation, even an equal one, would make the step recompile
-def _adam(eps: float, tf1: bool) -> optax.GradientTransformation:
-    adam = optimisers.scale_by_adam_tf1 if tf1 else optax.scale_by_adam
-    return optax.chain(adam(b1=0.9, b2=0.95, eps=eps), optax.scale(-1.0))
+def _adam(b2: float, eps: float, tf1: bool, weight_decay: float) -> optax.GradientTransformation:
+    adam = (optimisers.scale_by_adam_tf1 if tf1 else optax.scale_by_adam)(b1=0.9, b2=b2, eps=eps)
+    decay = [optax.add_decayed_weights(weight_decay)] if weight_decay else []
+    return optax.chain(adam, *decay, optax.scale(-1.0))

@@ -65,7 +65,7 @@ def hyper(settings: PPO, i: int, *, ptx_coef: float) -> ppo.Hyper:
         "entropy_coef": settings.entropy_coef,
         "kl_loss_coef": settings.kl_loss_coef,
         "ptx_coef": ptx_coef,
-        "max_grad_norm": settings.max_grad_norm,
+        "max_grad_norm": math.inf if settings.max_grad_norm is None else settings.max_grad_norm,
         "ema_decay": settings.ema,
         "reference_decay": 1.0 if settings.reference_ema is None else settings.reference_ema,
         "discount": settings.discount,

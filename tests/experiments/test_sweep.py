@@ -13,13 +13,14 @@ import jax
 import numpy as np
 import pytest
 import sweep
-from launch import setting_checks, settings
+from launch import published_settings, setting_checks, settings
 from recipe import comparison_data, jobs, precompile, tasks
 from sweeps import frontier_plot, run_grid
 
 from rlhf_jax import checkpoint, lm, metrics, parallel, types
 
 ROOT = pathlib.Path(__file__).parents[2]
+PUBLISHED = json.loads((ROOT / "tests" / "cases" / "published_numbers.json").read_text())
 
 
 class Silent:
@@ -224,13 +225,29 @@ def test_published_settings_are_in_range(name):
     setting_checks.check(given)
 
 
-def test_published_settings_have_the_published_numbers():
-    ziegler, xu = (settings.preset("default", published=name).ppo for name in ("ziegler", "xu"))
-    assert (ziegler.kl_coef, ziegler.kl_target, ziegler.epochs, ziegler.whiten_rewards) == (0.15, 6.0, 4, True)
-    assert (xu.kl_coef, xu.lambda_, xu.reward_clip, xu.minibatches) == (0.1, 1.0, 20.0, 4)
-    assert (ziegler.critic, ziegler.value_coef) == ("zero-head", 0.1)
-    ouyang = settings.preset("default", published="instructgpt").ppo
-    assert (ouyang.kl_coef, ouyang.epochs, ouyang.minibatches, ouyang.ptx_coef, ouyang.ema) == (0.02, 1, 8, 27.8, 0.992)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings_have_the_published_numbers(name):
+    """Against a list of the papers' numbers that was typed from the papers."""
+    paper, numbers = published_settings.PAPERS[name], PUBLISHED[name]
+    known = paper.reported | {
+        rate: value for rate, value in paper.learning_rates.items() if rate not in paper.unreported
+    }
+    assert known == numbers
+    assert not paper.reported.keys() & paper.chosen.keys()
+    used = settings.preset("default", published=name, pretrained=True).ppo
+    assert {field: getattr(used, field) for field in numbers} == numbers
+    # No paper clips gradients, and an average or a warmup that a paper does not report is not used.
+    assert used.max_grad_norm == numbers.get("max_grad_norm")
+    assert used.ema == numbers.get("ema", 0.0)
+
+
+def test_documented_table_of_published_settings_is_that_of_the_code():
+    page = (ROOT / "docs" / "published.md").read_text(encoding="utf-8")
+    assert published_settings.table(dataclasses.asdict(settings.PPO())) in page
+    assert all(paper.source in page.replace("\n", " ") for paper in published_settings.PAPERS.values())
+
+
+def test_unknown_paper_is_refused():
     with pytest.raises(settings.SettingError, match="--published"):
         settings.preset("default", published="nobody")
 
