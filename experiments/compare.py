@@ -107,7 +107,7 @@ def ppo_settings(settings: Compare, method: Method) -> PPO:
     if method == "rloo":
         return dataclasses.replace(ppo, method="rloo", samples=settings.group)
     if method == "grpo":
-        return dataclasses.replace(ppo, method="grpo", samples=settings.group, kl_coef=0.0, kl_loss_coef=0.04)
+        return dataclasses.replace(ppo, method="grpo", samples=settings.group)
     return ppo
 
 

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 
 from launch import command_line, mesh_settings, process_setup
 from launch.setting_checks import require
-from launch.settings import SettingError, Settings
+from launch.settings import SettingError, Settings, peek
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Sweep(Settings):
     command: ClassVar[str] = "sweep"
 
     kl_coefs: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
-    """KL coefficients, in units of reward per nat. They replace --ppo.kl-coef. Each one is run with all seeds."""
+    """KL coefficients, in units of reward per nat, or of the KL loss with grpo and dr-grpo. Each one is run with all
+    seeds."""
     seeds: int = 3
     """Number of runs of each coefficient. They share data and initial models; sampling and minibatches are seeded
     separately."""
@@ -43,6 +44,9 @@ class Sweep(Settings):
 def parse(arguments: list[str]) -> Sweep:
     """Parses the command line; raises SettingError for invalid settings."""
     settings = command_line.parse(Sweep, arguments, doc=__doc__)
+    for flag in ("--ppo.kl-coef", "--ppo.kl-loss-coef"):
+        if peek(arguments, flag) is not None:
+            raise SettingError(f"{flag} has no effect on sweep.py, which varies it with --kl-coefs; leave it out")
     if not settings.kl_coefs or not all(0 <= coef < math.inf for coef in settings.kl_coefs):
         raise SettingError(f"--kl-coefs is {settings.kl_coefs}; give finite coefficients of at least 0")
     if len(set(settings.kl_coefs)) < len(settings.kl_coefs):
@@ -61,7 +65,7 @@ import time
 
 import jax
 from launch import entry_point, run_folder
-from recipe import precompile, run_setup
+from recipe import precompile, rl_methods, run_setup
 from rich.console import Console
 from sweeps import frontier_plot, run_grid
 
@@ -69,7 +73,7 @@ from sweeps import frontier_plot, run_grid
 def cells_of(settings: Sweep) -> list[run_grid.Cell]:
     """Returns the runs of a sweep, ordered by coefficient."""
     return [
-        run_grid.Cell(f"kl{coef:g}-seed{seed}", dataclasses.replace(settings.ppo, kl_coef=coef), seed)
+        run_grid.Cell(f"kl{coef:g}-seed{seed}", rl_methods.with_kl_coef(settings.ppo, coef), seed)
         for coef in settings.kl_coefs
         for seed in range(settings.seeds)
     ]
@@ -99,17 +103,19 @@ def run(settings: Sweep) -> dict[str, Any]:
             measured.append((cell, numbers))
             job.progress.update("evaluate", len(measured), len(cells))
         job.progress.finish("evaluate")
+    kl_field = rl_methods.kl_field(settings.ppo)
+    coef_of = {cell.name: getattr(cell.settings, kl_field) for cell in cells}
     results = {
         "seconds": time.time() - process_setup.START_TIME,
         "together": together,
         "traces": 1 if together else job.ppo_step.traces,
         "points": [
             {"kl_coef": coef}
-            | run_grid.mean_over_seeds([numbers for cell, numbers in measured if cell.settings.kl_coef == coef])
+            | run_grid.mean_over_seeds([numbers for cell, numbers in measured if coef_of[cell.name] == coef])
             for coef in settings.kl_coefs
         ],
         "runs": [
-            {"name": cell.name, "kl_coef": cell.settings.kl_coef, "seed": cell.seed} | numbers
+            {"name": cell.name, "kl_coef": coef_of[cell.name], "seed": cell.seed} | numbers
             for cell, numbers in measured
         ],
     }

@@ -30,7 +30,10 @@ _SHARES = (
     *("data.max_dropped", "data.held_out", "world.lapse", "sft.mix", "ppo.lambda_", "ppo.ema", "ppo.discount"),
     *("ppo.reference_ema", "ppo.adam_b2"),
 )
+KL_IN_LOSS = ("grpo", "dr-grpo")
+"""Methods that penalise the KL in the loss and not in the reward."""
 _CRITIC_SETTINGS = ("critic", "value_coef", "value_clip", "lambda_", "whiten_rewards", "normalise_values")
+_KL_IN_REWARD = ("kl_coef", "kl_target", "kl_gain", "both_kl_terms")
 _COMPARING_METHODS = ("rloo", "grpo", "dr-grpo")
 _OFF_POLICY = (
     "used together with --ppo.correct-sampler: truncated sampling draws from a distribution other than the policy's, "
@@ -73,6 +76,19 @@ def _check_ppo(settings: Settings) -> None:
         for name in _CRITIC_SETTINGS:
             unset = getattr(ppo, name) == getattr(default, name)
             require(unset, settings, f"ppo.{name}", f"left out with --ppo.method {ppo.method}, which has no critic")
+    without = f"left out with --ppo.method {ppo.method}"
+    if ppo.method in KL_IN_LOSS:
+        for name in _KL_IN_REWARD:
+            unset = getattr(ppo, name) == getattr(default, name)
+            why = f"{without}, which has no KL in the reward; set --ppo.kl-loss-coef"
+            require(unset, settings, f"ppo.{name}", why)
+    elif (ppo.kl_loss_coef or 0) > 0 and not ppo.both_kl_terms:
+        why = "0 with --ppo.kl-loss-coef, or the KL is penalised twice; --ppo.both-kl-terms allows this"
+        require(ppo.kl_coef == 0, settings, "ppo.kl_coef", why)
+    if ppo.method not in ("ppo", "reinforce-pp"):
+        require(ppo.discount == 1, settings, "ppo.discount", f"{without}, whose rewards are not discounted")
+    unset = ppo.kl_gain == default.kl_gain or ppo.kl_target is not None
+    require(unset, settings, "ppo.kl_gain", "left out without --ppo.kl-target, which enables the adaptive coefficient")
     require(text_rows >= 1, settings, "ppo.ptx_ratio", "large enough for each minibatch to have a pretraining row")
     require_divides(settings, "ppo.shards", answers, f"{answers}, the number of answers in a minibatch")
     text = round(text_rows)
@@ -85,7 +101,8 @@ def check(settings: Settings) -> None:
         value = _value(settings, name)
         require(value is None or 0 < value < math.inf, settings, name, "positive and finite")
     for name in _NOT_NEGATIVE:
-        require(0 <= _value(settings, name) < math.inf, settings, name, "at least 0 and finite")
+        value = _value(settings, name)
+        require(value is None or 0 <= value < math.inf, settings, name, "at least 0 and finite")
     for name in _SHARES:
         value = _value(settings, name)
         require(value is None or 0 <= value <= 1, settings, name, "between 0 and 1")

@@ -203,13 +203,17 @@ class PPO:
     adam_tf1: bool = False
     """Use TensorFlow 1's Adam. It adds epsilon before the bias correction, which makes the first steps smaller."""
     kl_coef: float = 0.055
-    """Weight of the KL penalty in the reward, per nat. Scores have standard deviation 1 on SFT samples."""
+    """Weight of the KL penalty in the reward, per nat. Scores have standard deviation 1 on SFT samples. grpo and
+    dr-grpo have no KL in the reward; they use --ppo.kl-loss-coef."""
     kl_target: float | None = None
     """Target KL per answer, in nats, of an adaptive KL coefficient (6 in Ziegler). None keeps the coefficient fixed."""
     kl_gain: float = 0.1
     """Gain of the adaptive KL coefficient, which --ppo.kl-target enables."""
-    kl_loss_coef: float = 0.0
-    """Weight of the k3 estimate of the KL in the loss (0.04 in GRPO), in addition to the KL penalty in the reward."""
+    kl_loss_coef: float | None = None
+    """Weight of the k3 estimate of the KL in the loss. None uses 0.04 with grpo, as in the paper, and 0 otherwise.
+    Methods other than grpo and dr-grpo also need --ppo.kl-coef 0, or --ppo.both-kl-terms."""
+    both_kl_terms: bool = False
+    """Allow a KL loss in addition to the KL penalty in the reward."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus, which InstructGPT, Stiennon and Ziegler do not use."""
     reward_clip: float | None = None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import partial
 from typing import Any
 
 import numpy as np
+from launch import setting_checks
 from launch.settings import PPO
 
 from rlhf_jax import aggregation, kl
@@ -33,7 +35,7 @@ def train_step_options(settings: PPO) -> dict[str, Any]:
         "shards": settings.shards,
         "estimate": estimate,
         "reduction": reduction,
-        "kl_loss": kl.k3 if settings.kl_loss_coef > 0 else None,
+        "kl_loss": kl.k3 if settings.method in setting_checks.KL_IN_LOSS or _kl_loss_coef(settings) > 0 else None,
         "entropy_bonus": settings.entropy_coef > 0,
         "unfinished": ppo.replace_score if settings.missing_stop == "replace" else ppo.subtract_penalty,
         "normalise_values": settings.normalise_values,
@@ -46,6 +48,21 @@ def has_critic(settings: PPO) -> bool:
     return settings.method == "ppo"
 
 
+def with_kl_coef(settings: PPO, coef: float) -> PPO:
+    """Returns the settings with another KL coefficient, of the loss or of the reward as the method has it."""
+    return dataclasses.replace(settings, **{kl_field(settings): coef})
+
+
+def kl_field(settings: PPO) -> str:
+    """Returns the field with the method's KL coefficient."""
+    return "kl_loss_coef" if settings.method in setting_checks.KL_IN_LOSS else "kl_coef"
+
+
+def _kl_loss_coef(settings: PPO) -> float:
+    default = 0.04 if settings.method == "grpo" else 0.0
+    return default if settings.kl_loss_coef is None else settings.kl_loss_coef
+
+
 def hyper(settings: PPO, i: int, *, ptx_coef: float) -> ppo.Hyper:
     """Returns the hyperparameters of iteration ``i``."""
     shape = {"constant": schedules.constant, "linear": schedules.linear, "cosine": schedules.cosine}[settings.schedule]
@@ -54,7 +71,7 @@ def hyper(settings: PPO, i: int, *, ptx_coef: float) -> ppo.Hyper:
     numbers = {
         "learning_rate": settings.learning_rate * rate,
         "critic_learning_rate": settings.critic_learning_rate * rate,
-        "kl_coef": settings.kl_coef,
+        "kl_coef": 0.0 if settings.method in setting_checks.KL_IN_LOSS else settings.kl_coef,
         "clip": settings.clip,
         "value_clip": settings.value_clip,
         "lambda_": settings.lambda_,
@@ -63,7 +80,7 @@ def hyper(settings: PPO, i: int, *, ptx_coef: float) -> ppo.Hyper:
         "reward_clip": math.inf if settings.reward_clip is None else settings.reward_clip,
         "value_coef": settings.value_coef,
         "entropy_coef": settings.entropy_coef,
-        "kl_loss_coef": settings.kl_loss_coef,
+        "kl_loss_coef": _kl_loss_coef(settings),
         "ptx_coef": ptx_coef,
         "max_grad_norm": math.inf if settings.max_grad_norm is None else settings.max_grad_norm,
         "ema_decay": settings.ema,

@@ -9,15 +9,16 @@ import sys
 from typing import Any
 
 import compare
+import instructgpt
 import jax
 import numpy as np
 import pytest
 import sweep
 from launch import published_settings, setting_checks, settings
-from recipe import comparison_data, jobs, precompile, tasks
+from recipe import comparison_data, jobs, precompile, rl_methods, tasks
 from sweeps import frontier_plot, run_grid
 
-from rlhf_jax import checkpoint, lm, metrics, parallel, types
+from rlhf_jax import checkpoint, kl, lm, metrics, parallel, types
 
 ROOT = pathlib.Path(__file__).parents[2]
 PUBLISHED = json.loads((ROOT / "tests" / "cases" / "published_numbers.json").read_text())
@@ -28,6 +29,9 @@ class Silent:
 
     def __getattr__(self, name):
         return lambda *_, **__: None
+
+
+GRPO = ("--ppo.method", "grpo", "--ppo.samples", "4")
 
 
 def small(**ppo):
@@ -90,7 +94,7 @@ def test_one_program_reproduces_the_results_of_separate_runs(tmp_path):
     "how",
     [
         pytest.param(dict(method="rloo", samples=2), marks=pytest.mark.slow),
-        pytest.param(dict(method="grpo", samples=4, kl_loss_coef=0.04, kl_coef=0.0), marks=pytest.mark.slow),
+        pytest.param(dict(method="grpo", samples=4), marks=pytest.mark.slow),
         pytest.param(dict(method="dr-grpo", samples=4), marks=pytest.mark.slow),
         pytest.param(dict(method="reinforce", micro_batches=2), marks=pytest.mark.slow),
         pytest.param(dict(method="reinforce-pp", epochs=2), marks=pytest.mark.slow),
@@ -204,8 +208,15 @@ def test_gold_at_a_kl_is_interpolated_and_none_beyond_the_curve():
         (sweep.parse, ["--ppo.method", "rloo", "--ppo.samples", "4", "--ppo.critic", "zero-head"], "no critic"),
         (sweep.parse, ["--reward-model.heldout", "--reward-model.batch", "1200"], "half of --comparisons.prompts"),
         (sweep.parse, ["--ppo.samples", "3"], "ppo.samples"),
+        (sweep.parse, [*GRPO, "--ppo.kl-target", "6"], "no KL in the reward; set --ppo.kl-loss-coef"),
+        (instructgpt.parse, [*GRPO, "--ppo.kl-coef", "0.1"], "no KL in the reward; set --ppo.kl-loss-coef"),
+        (instructgpt.parse, [*GRPO, "--ppo.discount", "0.9"], "ppo.discount"),
+        (instructgpt.parse, ["--ppo.method", "reinforce", "--ppo.discount", "0.9"], "ppo.discount"),
+        (instructgpt.parse, ["--ppo.kl-loss-coef", "0.1"], "penalised twice; --ppo.both-kl-terms"),
+        (instructgpt.parse, ["--ppo.kl-gain", "0.2"], "left out without --ppo.kl-target"),
         (sweep.parse, ["--ppo.micro-batches", "7"], "ppo.micro-batches"),
-        (sweep.parse, ["--ppo.kl-coef", "-0.1"], "ppo.kl-coef"),
+        (sweep.parse, ["--ppo.kl-coef", "0.1"], "ppo.kl-coef has no effect on sweep.py"),
+        (instructgpt.parse, ["--ppo.kl-coef", "-0.1"], "ppo.kl-coef"),
         (sweep.parse, ["--resume", "nowhere"], "nowhere"),
         (compare.parse, ["--data.path", "pairs.jsonl"], "gold utility, which only the built-in"),
         (compare.parse, ["--group", "1"], "group"),
@@ -245,6 +256,21 @@ def test_documented_table_of_published_settings_is_that_of_the_code():
     page = (ROOT / "docs" / "published.md").read_text(encoding="utf-8")
     assert published_settings.table(dataclasses.asdict(settings.PPO())) in page
     assert all(paper.source in page.replace("\n", " ") for paper in published_settings.PAPERS.values())
+
+
+def test_a_sweep_of_grpo_varies_the_coefficient_of_its_loss():
+    asked = sweep.parse([*GRPO, "--kl-coefs", "0.01", "0.1", "--seeds", "1"])
+    hypers = [rl_methods.hyper(cell.settings, 0, ptx_coef=0.0) for cell in sweep.cells_of(asked)]
+    assert [float(each.kl_loss_coef) for each in hypers] == pytest.approx([0.01, 0.1])
+    assert all(float(each.kl_coef) == 0 for each in hypers), "the logged coefficient is the one that is used"
+    assert rl_methods.train_step_options(asked.ppo)["kl_loss"] is kl.k3
+
+
+def test_grpo_has_its_kl_loss_by_default():
+    asked = instructgpt.parse([*GRPO])
+    assert float(rl_methods.hyper(asked.ppo, 0, ptx_coef=0.0).kl_loss_coef) == pytest.approx(0.04)
+    plain = rl_methods.hyper(instructgpt.parse([]).ppo, 0, ptx_coef=0.0)
+    assert float(plain.kl_loss_coef) == 0 and rl_methods.train_step_options(settings.PPO())["kl_loss"] is None
 
 
 def test_unknown_paper_is_refused():
