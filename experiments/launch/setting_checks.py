@@ -19,7 +19,7 @@ _POSITIVE = (
     *("evaluation.skills", "evaluation.pretraining_rows", "pretrain.learning_rate", "sft.learning_rate"),
     *("reward_model.learning_rate", "ppo.learning_rate", "ppo.critic_learning_rate", "ppo.clip", "ppo.value_clip"),
     *("ppo.temperature", "ppo.max_grad_norm", "ppo.ptx_ratio", "ppo.samples", "ppo.micro_batches", "ppo.adam_eps"),
-    *("ppo.kl_target", "ppo.reward_clip", "ppo.shards"),
+    *("ppo.kl_target", "ppo.reward_clip", "ppo.shards", "evaluation.temperature"),
 )
 _NOT_NEGATIVE = (
     *("seed", "world.slips", "world.spread", "world.tie_width", "pretrain.warmup", "ppo.warmup", "ppo.kl_coef"),

@@ -234,7 +234,8 @@ class PPO:
     lambda_: float = 0.95
     """Lambda of GAE."""
     temperature: float = 1.0
-    """Sampling temperature of the rollouts, which also applies to all log-probabilities."""
+    """Sampling temperature of the policy and of all log-probabilities: in rollouts, in the comparisons, in the
+    normalisation of the reward and in best-of-n."""
     top_k: int | None = None
     """Number of most likely tokens to sample from. Requires --ppo.correct-sampler. None samples from all tokens."""
     top_p: float | None = None
@@ -265,6 +266,9 @@ class Evaluation:
 
     prompts: int = 1280
     """Number of held-out prompts. Each policy answers them once, except `sft`, which answers them twice."""
+    temperature: float | None = None
+    """Sampling temperature of the evaluation, which also applies to the KL; 0.01 is near-greedy (Stiennon, N+). None
+    uses --ppo.temperature. Best-of-n always uses --ppo.temperature."""
     split: str = "test"
     """Split of the built-in world's prompts: `test` to report results, `validation` to tune settings."""
     best_of: int = 16

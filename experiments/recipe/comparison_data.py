@@ -65,6 +65,9 @@ def collect(
         features_BKF[at] = labelers.features(answers.gold)
         done += len(rows)
         job.progress.update(stage, done, n * K)
+    distinct_BK = where_BK & ~_repeats(np.where(mask_BKL, tokens_BKL, -1), where_BK)
+    all_pairs, pairs = (int(np.sum(k * (k - 1) // 2)) for k in (k_B, distinct_BK.sum(axis=1)))
+    where_BK = distinct_BK
     # With this noise, two labelers agree on pairs of these samples with probability --world.agreement.
     utility_BKR = np.asarray(labelers.utilities(world.pool, jnp.asarray(features_BKF)))
     noise = labelers.calibrated_temperature(utility_BKR[:, 0], utility_BKR[:, 1], target=job.settings.world.agreement)
@@ -79,4 +82,18 @@ def collect(
     train = jax.tree.map(lambda x: x[: world.n_compare], comparisons)
     validation = jax.tree.map(lambda x: x[world.n_compare :], comparisons)
     job.progress.finish(stage)
-    return train, validation, {"labeler_temperature": noise, "label_agreement": job.settings.world.agreement}
+    facts = {"pairs": pairs, "pairs_of_repeated_answers_dropped": all_pairs - pairs}
+    return train, validation, facts | {
+        "labeler_temperature": noise,
+        "label_agreement": job.settings.world.agreement,
+    }
+
+
+def _repeats(tokens_BKL: np.ndarray, where_BK: np.ndarray) -> np.ndarray:
+    """Returns which answers repeat an earlier answer to the same prompt, ``[B, K]``.
+
+    A labeler cannot prefer one of two equal texts, so only the first of them is ranked.
+    """
+    same_BKK = (tokens_BKL[:, :, None] == tokens_BKL[:, None]).all(axis=-1) & where_BK[:, None, :]
+    earlier_KK = np.tri(tokens_BKL.shape[1], k=-1, dtype=bool)
+    return (same_BKK & earlier_KK).any(axis=2)

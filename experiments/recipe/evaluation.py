@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -37,11 +38,12 @@ def evaluate(job: Job, policies: dict[str, types.Params], reward: types.Params) 
     reference = policies["sft_mix"]
     key = job.key("evaluate")
     measured: dict[str, Measured] = {}
+    sampler = partial(job.sampler, temperature=settings.temperature)
     for number, (name, policy) in enumerate(policies.items()):
-        answers = job.sampler(policy, reference, reward, prompts, jax.random.fold_in(key, number))
+        answers = sampler(policy, reference, reward, prompts, jax.random.fold_in(key, number))
         measured[name] = Measured(answers, _numbers(job, answers) | probe(policy))
         job.progress.update("evaluate", number + 1, len(policies) + 2)
-    again = job.sampler(policies["sft"], reference, reward, prompts, jax.random.fold_in(key, 100))
+    again = sampler(policies["sft"], reference, reward, prompts, jax.random.fold_in(key, 100))
     best, curve = _best_of_n(job, policies["sft_mix"], reward, jax.random.fold_in(key, 101))
     measured["best_of_n"] = best
     job.progress.update("evaluate", len(policies) + 1, len(policies) + 2)

@@ -210,7 +210,7 @@ def make_job(
         log=log,
         progress=progress,
         base=None if model is None else model.params,
-        sampler=policy_sampling.Sampler(models, task=task, mesh=mesh),
+        sampler=policy_sampling.Sampler(models, task=task, temperature=settings.ppo.temperature, mesh=mesh),
         supervised_step=parallel.jit_step(sft.make_train_step(token_logprobs), mesh=mesh),
         reward_step=parallel.jit_step(reward_model.make_train_step(partial(lm.score, cfg=cfg)), mesh=mesh),
         # To change an optimiser, edit recipe/optimiser_choice.py.

@@ -43,16 +43,20 @@ class Answers:
 class Sampler:
     """Samples, scores and evaluates answers in chunks of a fixed number of prompts."""
 
-    def __init__(self, models: ppo.Models, *, task: tasks.Task, mesh: jax.sharding.Mesh | None = None) -> None:
+    def __init__(
+        self, models: ppo.Models, *, task: tasks.Task, temperature: float = 1.0, mesh: jax.sharding.Mesh | None = None
+    ) -> None:
         """Builds the programs; each compiles when it is first called."""
-        self._task, self._mesh = task, mesh
+        self._task, self._mesh, self._temperature = task, mesh, temperature
         self._chunk = device_mesh.round_rows_up(CHUNK if task.in_world_words else LONG_CHUNK, mesh)
 
-        def run(policy: Any, reference: Any, reward: Any, prompts_BP: Any, mask_BP: Any, rng_B: Any) -> Any:
-            rollout = models.generate(policy, rng_B, prompts_BP, mask_BP, 1.0)
+        def run(
+            policy: Any, reference: Any, reward: Any, prompts_BP: Any, mask_BP: Any, rng_B: Any, temperature: Any
+        ) -> Any:
+            rollout = models.generate(policy, rng_B, prompts_BP, mask_BP, temperature)
             kl_B = scores_B = jnp.zeros(prompts_BP.shape[0])
             if reference is not None:
-                reference_BT, _ = models.logprobs(reference, rollout.tokens_BL, rollout.mask_BL, 1.0)
+                reference_BT, _ = models.logprobs(reference, rollout.tokens_BL, rollout.mask_BL, temperature)
                 kl_B = jnp.where(rollout.response_mask_BT, kl.k1(rollout.logprobs_BT, reference_BT), 0.0).sum(axis=1)
             if reward is not None:
                 scores_B = models.score(reward, rollout)
@@ -61,9 +65,9 @@ class Sampler:
         def score(params: Any, tokens_BL: Any, mask_BL: Any) -> jax.Array:
             return models.score(params, types.Rollout(tokens_BL, mask_BL, mask_BL, tokens_BL, tokens_BL, tokens_BL))
 
-        compiled = partial(parallel.JitStep, donate_argnums=(), mesh=mesh, replicated_args=())
-        self._run, self._measure = compiled(run, batch_args=(3, 4, 5)), compiled(run, batch_args=(3, 4, 5))
-        self._score = compiled(score, batch_args=(1, 2))
+        compiled = partial(parallel.JitStep, donate_argnums=(), mesh=mesh)
+        self._run, self._measure = (compiled(run, batch_args=(3, 4, 5), replicated_args=(6,)) for _ in range(2))
+        self._score = compiled(score, batch_args=(1, 2), replicated_args=())
 
     def compile_ahead(self, executor: concurrent.futures.Executor, policy: Any, reward: Any) -> None:
         """Compiles the programs for these parameters in a thread of ``executor``."""
@@ -72,8 +76,8 @@ class Sampler:
         prompts = ints((chunk, task.prompt_width)), bools((chunk, task.prompt_width))
         rng_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), chunk))
         if task.comparisons is None:
-            self._run.compile_ahead(executor, policy, None, None, *prompts, rng_B)
-        self._measure.compile_ahead(executor, policy, policy, reward, *prompts, rng_B)
+            self._run.compile_ahead(executor, policy, None, None, *prompts, rng_B, np.float32(1.0))
+        self._measure.compile_ahead(executor, policy, policy, reward, *prompts, rng_B, np.float32(1.0))
         self._score.compile_ahead(executor, reward, ints((chunk, task.row_width)), bools((chunk, task.row_width)))
 
     @property
@@ -81,7 +85,16 @@ class Sampler:
         """Number of traces of the sampling and scoring programs."""
         return self._run.traces + self._measure.traces + self._score.traces
 
-    def __call__(self, policy: Any, reference: Any, reward: Any, prompts: tasks.PromptSet, rng: jax.Array) -> Answers:
+    def __call__(
+        self,
+        policy: Any,
+        reference: Any,
+        reward: Any,
+        prompts: tasks.PromptSet,
+        rng: jax.Array,
+        *,
+        temperature: float | None = None,
+    ) -> Answers:
         """Samples one answer to each prompt. The answer to prompt i depends only on this prompt, ``rng`` and i.
 
         Args:
@@ -90,6 +103,8 @@ class Sampler:
             reward: Parameters of the reward model; None for no scores.
             prompts: The prompts.
             rng: A random key; consumed.
+            temperature: Temperature of policy and reference, in sampling and in the KL; by default that of the
+                rollouts.
 
         Returns:
             The answers with their KL, scores and gold utility.
@@ -97,11 +112,11 @@ class Sampler:
         n, chunk = len(prompts), self._chunk
         rng_B = jax.random.split(rng, -(-n // chunk) * chunk)
         run = self._run if reference is None and reward is None else self._measure
-        parts = []
+        parts, number = [], np.float32(self._temperature if temperature is None else temperature)
         for start in range(0, n, chunk):
             rows = np.minimum(np.arange(start, start + chunk), n - 1)  # the last prompt fills up the last chunk
             inputs = prompts.tokens_BP[rows], prompts.mask_BP[rows], rng_B[start : start + chunk]
-            parts.append(run(policy, reference, reward, *self._own_rows(inputs)))
+            parts.append(run(policy, reference, reward, *self._own_rows(inputs), number))
         # Results are fetched after all calls have been dispatched, so that the device does not wait for the host.
         rollout, scores_B, kl_B = jax.tree.map(lambda *x: np.concatenate(x)[:n], *host_agreement.to_numpy(parts))
         utility, unknown_B = self._evaluate(prompts, rollout)

@@ -140,7 +140,8 @@ def sample_answers(
 ) -> policy_sampling.Answers:
     """Returns a policy's answers to held-out prompts, with their reward and KL to the start policy."""
     key = jax.random.fold_in(job.key("evaluate"), seed)
-    return job.sampler(policy, models.start, models.reward, prompts, key)
+    temperature = job.settings.evaluation.temperature
+    return job.sampler(policy, models.start, models.reward, prompts, key, temperature=temperature)
 
 
 def mean_over_seeds(numbers: Sequence[dict[str, float]]) -> dict[str, list[float]]:

@@ -1,6 +1,7 @@
 """Sweeps and comparisons: training in one program, compilation, results, figures, and errors."""
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -65,6 +66,29 @@ def shared_by(job):
 def rows_of(folder, stage):
     found = [row for row in metrics.read(folder) if row["stage"] == stage]
     return [{name: value for name, value in row.items() if name not in ("stage", "step")} for row in found]
+
+
+def test_answers_are_sampled_and_scored_at_the_temperature_of_the_policy(tmp_path):
+    asked = small(temperature=0.5)
+    job = job_in(
+        tmp_path, dataclasses.replace(asked, evaluation=dataclasses.replace(asked.evaluation, temperature=0.01))
+    )
+    shared, prompts, P = shared_by(job), job.task.eval_prompts.take(8), job.task.prompt_width
+    other = jax.tree.map(lambda x: 1.1 * x, shared.start)
+    answers = job.sampler(shared.start, other, shared.reward, prompts, jax.random.key(3))
+
+    def logprobs(params):
+        score = jax.jit(functools.partial(lm.token_logprobs, cfg=job.cfg, prompt_width=P, temperature=0.5))
+        values_BT = score(params, answers.tokens_BL, mask_BL=answers.mask_BL)
+        return np.sum(np.where(answers.response_mask_BT, values_BT, 0.0), axis=1)
+
+    np.testing.assert_allclose(answers.kl_B, logprobs(shared.start) - logprobs(other), rtol=1e-3, atol=1e-3)
+    hot = job.sampler(shared.start, None, None, prompts, jax.random.key(3), temperature=1.0)
+    assert not np.array_equal(hot.tokens_BL, answers.tokens_BL)
+    # The evaluation of this job is near-greedy, so that the key hardly matters.
+    greedy = [run_grid.sample_answers(job, shared, prompts, shared.start, seed=seed).tokens_BL for seed in (0, 1)]
+    assert np.mean(greedy[0] == greedy[1]) > 0.9
+    assert job.sampler.traces == 2, "all temperatures share the compiled programs"
 
 
 @pytest.mark.slow  # the fast version is the sweep of test_ppo.py
