@@ -47,7 +47,7 @@ def make_bandit(seed: Any) -> Bandit:
 
 
 def sample_pairs(key: jax.Array, logits_SA: jax.Array, rewards_SA: jax.Array, *, n: int) -> types.Preferences:
-    """Samples ``n`` pairs of answers from a policy, labelled by the Bradley-Terry model; the preferred answer is first."""
+    """Samples ``n`` pairs of answers from a policy, labelled by the Bradley-Terry model, preferred answer first."""
     prompts, first, second, label = jax.random.split(key, 4)
     prompts_B = jax.random.randint(prompts, (n,), 0, S)
     a_B, b_B = (jax.random.categorical(k, logits_SA[prompts_B]) for k in (first, second))

@@ -183,7 +183,7 @@ def _make_probe(job: Job) -> Any:
 
 
 def _best_of_n(job: Job, policy: types.Params, reward: types.Params, rng: jax.Array) -> tuple[Measured, list[dict]]:
-    """Returns the results of best-of-n, selected by the reward model, and the mean score and gold utility for each n."""
+    """Returns the results of best-of-n by the reward model, and the mean score and gold utility for each n."""
     settings = job.settings.evaluation
     n, N = settings.best_of, min(settings.best_of_prompts, len(job.task.eval_prompts))
     prompts = job.task.eval_prompts.take(N)
