@@ -9,8 +9,8 @@
     python experiments/dpo.py --resume runs/NAME             resume an interrupted run
 
 The base model, the SFT models and the comparisons are created as in instructgpt.py, whose settings apply here too. Most
-of those that have no effect, such as --on-alarm, are refused. Most losses have a reference, which is an SFT model or, in
-later rounds without --hold-reference, the current policy. The log-probabilities of the reference are computed before
+of those that have no effect, such as --on-alarm, are refused. Most losses have a reference, which is an SFT model or,
+in later rounds without --hold-reference, the current policy. The log-probabilities of the reference are computed before
 training and saved in reference/. A reward model is trained on the same comparisons. Its accuracy is compared with the
 accuracy of the policy's implicit reward. With --rounds, the reward model also labels the samples unless --judge selects
 another source of labels.

@@ -135,10 +135,10 @@ def arrays_as_json(values: Any) -> dict[str, Any]:
 
 
 def goodhart(start: policy_sampling.Answers, end: policy_sampling.Answers) -> dict[str, Any]:
-    """Returns the gains in score and gold utility from RL, and whether the policy gamed the score.
+    """Returns the gains in score and gold utility from optimisation, and whether it gamed the score.
 
-    ``start`` and ``end`` are answers to the same prompts, before and after RL. ``gamed`` is true if the score rose and
-    the gold utility fell, both significantly (see `diagnostics.fall_from_peak`).
+    ``start`` and ``end`` are answers to the same prompts, before and after RL or best-of-n. ``gamed`` is true if the
+    score rose and the gold utility fell, both significantly (see `diagnostics.fall_from_peak`).
     """
     scores, gold = (np.stack(each) for each in zip(*((x.scores_B, np.asarray(x.gold.total)) for x in (start, end))))
     return {
