@@ -1,4 +1,4 @@
-"""The rows of the benchmark table: our workloads, the programs to compare with, and the required ratios."""
+"""The rows of the benchmark table: our workloads, the programs to compare them with, and the required ratios."""
 
 from __future__ import annotations
 

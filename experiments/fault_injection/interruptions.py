@@ -1,4 +1,4 @@
-"""Interrupts a run with SIGKILL or SIGTERM at random, resumes it, and compares it with an uninterrupted run."""
+"""Interrupts a run with SIGKILL or SIGTERM at random times, resumes it, and compares it with an uninterrupted run."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def _out_of_memory(text: str, known: dict[str, Any], seconds: float) -> roofline
 
 
 def _changes(plan: Plan, estimate: roofline.Estimate) -> Iterator[Plan]:
-    """Yields plans that need less memory; each adds a change to the previous plan, the cheapest change first."""
+    """Yields plans that should need less memory; each adds a change to the previous plan, the cheapest change first."""
     trains = plan.stage != "ppo-collect"
     rows = estimate.mesh["data"] * estimate.mesh["fsdp"]
     minibatches = plan.minibatches if plan.stage in ("ppo", "ppo-update") else 1
@@ -182,7 +182,7 @@ def _changes(plan: Plan, estimate: roofline.Estimate) -> Iterator[Plan]:
 
 
 def suggest(plan: Plan, estimate: roofline.Estimate, *, out: Console | None = None) -> list[str]:
-    """Compiles similar plans until one fits. Returns its changed flags or, if none fits, those of all attempts."""
+    """Compiles similar plans until one fits; returns the flags changed in that plan or, if none fits, in all."""
     tried = []
     for changed in _changes(plan, estimate):
         flags = _flags(changed, plan)

@@ -25,6 +25,8 @@ def dpo(
 ) -> jax.Array:
     """Computes ``-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)`` (Rafailov 2023; conservative DPO for e > 0).
 
+    Here ``h`` is the result of `log_ratio_margin`.
+
     Args:
         policy_chosen: Log-probabilities of the preferred responses under the policy, *summed* over their tokens,
             including the stop token; any shape.
@@ -221,8 +223,8 @@ def kto_baseline(
 def orpo(chosen: jax.Array, rejected: jax.Array, *, weight: Scalar) -> jax.Array:
     """Computes the reference-free loss ``-c - weight * log sigmoid(log_odds(c) - log_odds(r))`` (Hong 2024).
 
-    Here ``c`` and ``r`` are ``chosen`` and ``rejected``, the *mean* token log-probabilities of the two responses, at
-    most 0 and of the same shape; ``log_odds(x) = x - log(1 - exp(x))``, and ``weight`` is the paper's lambda.
+    Here ``c`` and ``r`` are ``chosen`` and ``rejected``, the *mean* token log-probabilities of the two responses, which
+    have the same shape and are at most 0; ``log_odds(x)`` is ``x - log(1 - exp(x))``; ``weight`` is the paper's lambda.
     """
     return supervised.next_token(chosen) + weight * comparison.pairwise(_log_odds(chosen), _log_odds(rejected))
 

@@ -31,7 +31,7 @@ class Scored(NamedTuple):
     """A batch of scored responses; the ``samples`` responses to a prompt are adjacent."""
 
     scores_B: jax.Array
-    """float32 scores, clipped and adjusted for responses without a stop token."""
+    """float32 scores, after any clipping and any adjustment for responses without a stop token."""
     logprobs_BT: jax.Array
     """Log-probabilities under the policy that sampled the responses, in nats."""
     reference_BT: jax.Array

@@ -26,7 +26,7 @@ class PairCounts(NamedTuple):
 
 
 def count_pairs(scores_K: jax.Array, ranks_K: jax.Array, where_K: jax.Array) -> PairCounts:
-    """Counts the pairs of a prompt that ``scores_K`` orders as ``ranks_K`` does; rank 1 is the best.
+    """Counts the pairs of completions in ``where_K`` that ``scores_K`` orders as ``ranks_K`` does; rank 1 is the best.
 
     Example:
         >>> import jax.numpy as jnp

@@ -65,7 +65,7 @@ def row_metrics(rows: BadRows, *, axis_name: str | tuple[str, ...] | None = None
 
 
 def explain(floats: Mapping[str, float]) -> str:
-    """Returns a clause that names the non-finite losses, gradients and rows of a skipped step, from its metrics.
+    """Returns a clause that names the non-finite losses, gradients and rows of a skipped step, given its metrics.
 
     Example:
         >>> from rlhf_jax.train.optim import nonfinite
