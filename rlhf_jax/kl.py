@@ -160,7 +160,7 @@ def update_controller_by_horizon(
         observed_kl: Scalar, as in `update_controller`.
         target: The desired KL, as in `update_controller`.
         episodes: Number of sequences in this batch.
-        horizon: Number of sequences over which a constant relative error of 0.2 changes the coefficient by about 20 %.
+        horizon: Number of sequences in which a KL at least 20 % above the target raises the coefficient by about 20 %.
 
     Returns:
         The state for the *next* batch.

@@ -147,7 +147,7 @@ class PackedComparisons:
 
 @struct.dataclass
 class Preferences:
-    """A batch for DPO and related methods: pairs of responses to one prompt, or responses labelled good or bad.
+    """A batch for DPO and related methods: pairs of responses to a prompt, or responses labelled good or bad.
 
     For pairs, K is 2 and the preferred response comes first. For labelled responses, ``good_BK`` is set and K is the
     number of responses per prompt, which may be 1. C is the number of columns for which the step computes

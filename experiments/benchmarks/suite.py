@@ -44,7 +44,7 @@ class Against(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One of our workloads and its comparisons; their programs are measured in turn."""
+    """One of our workloads and the comparisons with it. All programs of a row are measured in turn."""
 
     key: str
     title: str

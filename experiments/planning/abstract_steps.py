@@ -42,7 +42,7 @@ class Program:
     model_flops: float
     """FLOPs of the models on all chips: per parameter and token, 2 forward and 6 with gradients, plus attention."""
     loops: int
-    """Assumed number of iterations of a loop that can stop early. A rollout needs one less than its answer tokens."""
+    """Assumed number of iterations of loops that can stop early; in a rollout, the number of answer tokens minus 1."""
 
 
 def build(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> Program:

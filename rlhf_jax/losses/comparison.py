@@ -75,7 +75,7 @@ def ranking(
         ties_in_divisor: If True, divide by C(n, 2) for n existing completions, as in the paper's equation. If False,
             divide by the number of pairs that are not tied.
         margin: Margin of every pair, as in `pairwise`; a scalar.
-        target: Target of every pair, as in `pairwise`; a scalar.
+        target: Probability that the better-ranked completion of a pair is better, as in `pairwise`; a scalar.
         centering: Coefficient of the `reward_centering` term added to each pair; a scalar.
 
     Returns:

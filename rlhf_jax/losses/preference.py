@@ -31,7 +31,7 @@ def dpo(
         policy_chosen: Log-probabilities of the preferred responses under the policy, *summed* over their tokens,
             including the stop token; any shape.
         policy_rejected: The same for the rejected responses.
-        reference_chosen: Log-probabilities of the preferred responses under the frozen reference.
+        reference_chosen: Summed log-probabilities of the preferred responses under the frozen reference.
         reference_rejected: The same for the rejected responses.
         beta: KL coefficient of the RL objective whose optimal policy DPO fits.
         label_smoothing: e, the assumed fraction of flipped labels, in [0, 1/2].
@@ -66,8 +66,9 @@ def robust_dpo(
 ) -> jax.Array:
     """Computes the DPO loss corrected for labels flipped with probability e (Chowdhury 2024).
 
-    The loss is ``[(1 - e) (-log sigmoid(beta h)) - e (-log sigmoid(-beta h))] / (1 - 2 e)``. The loss of a single pair
-    can be negative; its expectation over the flips is the DPO loss of the clean labels.
+    The loss is ``[(1 - e) (-log sigmoid(beta h)) - e (-log sigmoid(-beta h))] / (1 - 2 e)``, with ``h`` from
+    `log_ratio_margin`. It can be negative for a single pair; its expectation over the flips is the DPO loss of the
+    clean labels.
 
     Args:
         policy_chosen: Log-probabilities of the preferred responses under the policy, summed as in `dpo`.
@@ -96,7 +97,7 @@ def ipo(
     *,
     beta: Scalar,
 ) -> jax.Array:
-    """Computes ``(h - 1 / (2 beta))^2`` (Azar 2023), whose gradient is 0 at the target margin ``h = 1 / (2 beta)``.
+    """Computes ``(h - 1 / (2 beta))^2`` (Azar 2023), with ``h`` from `log_ratio_margin` and target ``1 / (2 beta)``.
 
     Args:
         policy_chosen: Log-probabilities of the preferred responses under the policy, *averaged* over tokens, so that
@@ -129,7 +130,7 @@ def hinge(
     *,
     beta: Scalar,
 ) -> jax.Array:
-    """Computes ``max(0, 1 - beta h)``, the hinge loss of SLiC (Zhao 2023) on DPO's margin.
+    """Computes ``max(0, 1 - beta h)``, the hinge loss of SLiC (Zhao 2023), with ``h`` from `log_ratio_margin`.
 
     Args:
         policy_chosen: Log-probabilities of the preferred responses under the policy, summed as in `dpo`.

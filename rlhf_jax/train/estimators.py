@@ -65,7 +65,7 @@ def gae(
 
     Args:
         scored: A batch with ``values_BT``.
-        hyper: Its ``discount`` and ``lambda_`` are gamma and lambda.
+        hyper: Hyperparameters, of which ``discount`` (gamma) and ``lambda_`` (lambda) are used.
         whiten_rewards: Whether to scale the per-token rewards, including the KL penalty, to variance 1 without changing
             their mean (Ziegler 2019).
         whiten: Whether to whiten the advantages over all tokens of the batch, after the returns are computed.

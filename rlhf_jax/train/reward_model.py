@@ -1,4 +1,4 @@
-"""Training of reward models on ranked completions, with all pairs of a prompt in one row (InstructGPT Eq 1)."""
+"""Training of reward models on ranked completions; a batch element has all pairs of a prompt (InstructGPT Eq 1)."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Shapes:
     """Pairs per step of the reward model. DPO uses half as many pairs of twice the length."""
     pair_length: int = 512
     prompt: int = 512
-    """Tokens per prompt in the rows that decode."""
+    """Tokens per prompt in the rows ``decode``, ``stream`` and ``torch``."""
     answer: int = 256
     batches: tuple[int, ...] = (1, 16, 64, 256)
     stream_prompts: int = 256
