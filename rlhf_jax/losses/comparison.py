@@ -136,7 +136,7 @@ def plackett_luce(scores_K: jax.Array, ranks_K: jax.Array, *, where_K: jax.Array
     where_K = _valid(scores_K, where_K, ranks_K)
     scores_K = masking.masked_fill(scores_K, where=where_K)
     remaining_KK = (ranks_K[None, :] >= ranks_K[:, None]) & where_K[None, :]
-    # The row of a missing completion contains only itself, so that its logsumexp is finite.
+    # The row of a missing completion contains only that completion, so that the logsumexp is finite.
     remaining_KK = remaining_KK | jnp.eye(scores_K.shape[0], dtype=bool)
     remaining_scores_KK = jnp.where(remaining_KK, scores_K[None, :], -jnp.inf)
     return masking.masked_sum(jax.nn.logsumexp(remaining_scores_KK, axis=-1) - scores_K, where=where_K)

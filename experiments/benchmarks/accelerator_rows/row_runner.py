@@ -115,7 +115,7 @@ def _run_child(
         environment.setdefault("XLA_CLIENT_MEM_FRACTION", "0.92")
     environment["PYTHONPATH"] = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     if quick:
-        environment |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compilation dominates
+        environment |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling takes most time
         flags = ""  # the flags are for a GPU
     environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     child = subprocess.Popen(command, cwd=root / "experiments", env=environment)
@@ -124,7 +124,7 @@ def _run_child(
     except subprocess.TimeoutExpired:
         return "stopped: the time limit was reached"
     finally:
-        child.kill()  # also on an interrupt: a child that lives on would keep the memory of the device
+        child.kill()  # also after an interrupt, because a surviving child would keep the device's memory
         child.wait()
     if status == NO_ACCELERATOR:
         raise NoAcceleratorError
