@@ -238,7 +238,7 @@ def rate(
         confidence: Coverage of the interval.
 
     Returns:
-        The win rate of a; ``(NaN, 0, 1)`` for an empty subset.
+        The win rate of ``a``; ``(NaN, 0, 1)`` for an empty subset.
 
     Raises:
         ValueError: As in `intervals.win_rate`.

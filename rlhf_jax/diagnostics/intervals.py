@@ -175,7 +175,7 @@ def ratio_interval(
     Args:
         parts: One number per cluster.
         wholes: One number per cluster, at least 0.
-        rate: Whether the ratio is a rate, i.e. each part is between 0 and its whole. If None, inferred from ``parts``.
+        rate: Whether the ratio is a rate, i.e. each part is between 0 and its whole. If None, inferred from the data.
         confidence: Coverage of the interval.
 
     Returns:
