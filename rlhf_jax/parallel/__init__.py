@@ -5,7 +5,7 @@ A mesh has four axes:
 * ``data`` shards the rows of a batch;
 * ``fsdp`` shards the rows of a batch, the optimiser state and the parameters, which are gathered one layer at a time;
 * ``tensor`` shards attention heads, the MLP and the vocabulary;
-* ``sequence`` shards the columns of long rows.
+* ``sequence`` shards the columns (token positions) of a batch.
 
 Parameters and activations have *logical* axes (`lm.logical_axes`), and `RULES` maps each logical axis to axes of the
 mesh. Model code therefore does not depend on the mesh::
