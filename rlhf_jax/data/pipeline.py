@@ -143,8 +143,8 @@ def from_arrays(
         shuffle: Whether to shuffle; otherwise the records keep their order.
         drop_last: Whether to drop the records of each epoch that do not fill a batch, so that no batch spans two
             epochs.
-        host: Index of this host, usually ``jax.process_index()``. Each host reads one block of the rows of a batch, in
-            the order of the hosts; ``jax.make_array_from_process_local_data`` assembles the blocks.
+        host: Index of this host, usually ``jax.process_index()``. Each host reads one block of the rows of a batch, and
+            the blocks are in the order of the hosts; ``jax.make_array_from_process_local_data`` assembles the blocks.
         hosts: Number of hosts, usually ``jax.process_count()``.
         prefetch: Number of batches that a separate thread keeps ready; 0 disables prefetching.
 

@@ -26,8 +26,8 @@ def read_demonstrations(
     - ``"empty answer"``
     - ``"ends in a human turn"``: the last turn of a dialogue is not an assistant turn
     - ``"... is null"``, with the name of the null field
-    - ``"prompts differ"`` or ``"answers differ"``: the record has ``messages`` and also a ``prompt`` or an answer, and
-      they do not agree
+    - ``"prompts differ"`` or ``"answers differ"``: the record has ``messages`` and also a ``prompt`` or an answer that
+      does not agree with them
 
     Args:
         source: A path, a list of paths, or `sources.Tfds`.
@@ -49,7 +49,7 @@ def read_rankings(
 
     A record is dropped for the reasons that apply to demonstrations, except ``"answers differ"``, or for one of these:
 
-    - ``"prompts differ"``: the dialogues of a pair have different prompts, or do not agree with ``prompt``
+    - ``"prompts differ"``: the dialogues of a pair have different prompts, or ``prompt`` does not agree with them
     - ``"fewer than two answers"`` or ``"all answers tied"``
     - ``"same answer twice"``: equal answers have different ranks
     - ``"ranks and answers differ in number"``, ``"rank is not a whole number"`` or ``"rank below 1"``

@@ -60,7 +60,10 @@ class Hosts:
         return self.index == 0
 
     def broadcast_from_first(self, name: str, make: Callable[[], Any]) -> Any:
-        """Returns the JSON value that ``make()`` returns on the first host; use each ``name`` only once per job."""
+        """Returns the JSON value that ``make()`` returns on the first host.
+
+        Each call must use a different ``name``, which must be the same on all hosts.
+        """
         del name
         return make()
 

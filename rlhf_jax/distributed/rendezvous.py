@@ -11,7 +11,7 @@ from typing import Any
 
 
 class HostsError(RuntimeError):
-    """The hosts could not connect, or their settings differ; the message names the hosts."""
+    """The hosts could not connect, or their facts (such as settings) differ; the message names the hosts."""
 
 
 class Connection:

@@ -8,7 +8,7 @@ A mesh has four axes:
 * ``sequence`` shards the columns (token positions) of a batch.
 
 Parameters and activations have *logical* axes (`lm.logical_axes`), and `RULES` maps each logical axis to axes of the
-mesh. Model code therefore does not depend on the mesh::
+mesh. Model code therefore does not depend on the mesh. In this example, ``make()`` returns a new ``TrainState``::
 
     mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
     shardings = parallel.shardings(jax.eval_shape(make), mesh, lm.logical_axes(cfg))

@@ -83,7 +83,7 @@ class JitStep:
                 result has the shardings of that argument.
             mesh: Mesh to run on; None for a single device. Arguments at positions outside ``batch_args`` and
                 ``replicated_args`` keep their shardings.
-            batch_args: Positions of batches, which are sharded over the mesh (`shard_batch`).
+            batch_args: Positions of the arguments that are batches; these are sharded over the mesh (`shard_batch`).
             replicated_args: Positions of arguments that are copied to every device.
         """
         self.traces = 0
