@@ -45,5 +45,5 @@ LEARNING_RATES: dict[str, dict[str, Any]] = {
     "n-plus": {"learning_rate": 3e-6, "critic_learning_rate": 3e-6},
     "xu": {"learning_rate": 1e-5, "critic_learning_rate": 5e-6},
 }
-"""For InstructGPT, the policy's learning rate is that of SFT, because the paper reports only the range that was
-searched, 2.55e-6 to 2.55e-5."""
+"""Learning rates reported in the papers. For InstructGPT, the policy's learning rate is that of SFT, because the paper
+reports only the range that was searched, 2.55e-6 to 2.55e-5."""

@@ -65,7 +65,7 @@ def collect(
         features_BKF[at] = labelers.features(answers.gold)
         done += len(rows)
         job.progress.update(stage, done, n * K)
-    # With this noise, two labelers agree on pairs of these samples with probability --world.agreement.
+    # The noise is calibrated so that two labelers agree on a pair of these samples with probability --world.agreement.
     utility_BKR = np.asarray(labelers.utilities(world.pool, jnp.asarray(features_BKF)))
     noise = labelers.calibrated_temperature(utility_BKR[:, 0], utility_BKR[:, 1], target=job.settings.world.agreement)
     pool = world.pool.replace(temperature=jnp.float32(noise))  # type: ignore[attr-defined]

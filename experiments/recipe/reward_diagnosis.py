@@ -18,8 +18,8 @@ from rlhf_jax.train import reward_model
 def measure(job: Job, reward: types.Params, validation: types.Comparisons, train: types.Comparisons) -> dict[str, Any]:
     """Measures accuracy, calibration, length bias and the generalisation gap of a reward model.
 
-    The accuracy is also computed for each stratum and for pairs whose scores reach a threshold. The intervals of
-    accuracies are clustered by prompt.
+    The accuracy is also computed for each stratum and for pairs whose two scores both reach a threshold. The intervals
+    of accuracies are clustered by prompt.
 
     Args:
         job: The job of the run.
@@ -99,9 +99,10 @@ def _pairs(batch: types.Comparisons) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def strata_of(task: tasks.Task, validation: types.Comparisons, prompt: np.ndarray) -> dict[str, list[str]]:
-    """Returns the stratum of each pair: its prompt's category or, without the built-in world, number of user turns.
+    """Returns the stratum of each pair, for which ``prompt`` is the index of its prompt in ``validation``.
 
-    ``prompt`` is the index of each pair's prompt in ``validation``.
+    The stratum is the prompt's category or, without the built-in world, its number of user turns. There are no strata
+    if `count_turns` returns None.
     """
     if task.world is not None:
         categories = task.world.compare_prompts.categories[task.world.n_compare :]

@@ -81,7 +81,7 @@ _MARKERS = "^os^oDv"
 
 
 def frontier(lines: Rows, *, xlabel: str, ylabel: str) -> str:
-    """Returns an SVG of gold utility against √KL; each line connects one method's coefficients.
+    """Returns an SVG of gold utility against √KL; each line connects the points of one method.
 
     Lines whose ``paler`` is True, which show shifted data, are dashed and have hollow markers.
     """

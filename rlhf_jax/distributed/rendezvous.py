@@ -169,7 +169,12 @@ def _accept_hosts(listener: socket.socket, count: int, deadline: float, connecti
     """Fills ``connections`` and ``facts_of``; returns a reason to refuse all hosts immediately, or ""."""
     listener.settimeout(0.5)
     last_sent = time.monotonic()
-    while len(connections) < count - 1 and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        for number in [number for number, connection in connections.items() if connection.closed()]:
+            connections.pop(number).close()  # the host exited; it may be restarted and connect again
+            facts_of.pop(number)
+        if len(connections) == count - 1:
+            break
         if time.monotonic() - last_sent > 5:
             last_sent = time.monotonic()
             for connection in connections.values():
@@ -183,7 +188,7 @@ def _accept_hosts(listener: socket.socket, count: int, deadline: float, connecti
         if not isinstance(number, int) or not isinstance(hello.get("facts"), dict):
             connection.close()
             continue
-        if number in connections and connections[number].closed():  # the host was restarted
+        if number in connections and connections[number].closed():
             connections.pop(number).close()
         connection.send(waiting=True)
         if number in connections or not 0 < number < count:

@@ -109,6 +109,32 @@ def test_a_coordinator_that_does_not_answer_is_an_error_within_the_timeout():
             rendezvous.connect(f"127.0.0.1:{port}", 2, 0, 1.0, {})
 
 
+def test_a_host_that_exits_before_the_others_connect_is_waited_for_again():
+    port, connections = free_port(), {}
+
+    def one(index):
+        connections[index] = rendezvous.connect(f"127.0.0.1:{port}", 3, index, 60.0, {})
+
+    threads = [threading.Thread(target=one, args=(index,)) for index in (0, 2, 1)]
+    threads[0].start()
+    while True:
+        try:
+            exiting = socket.create_connection(("127.0.0.1", port), timeout=5)
+            break
+        except OSError:
+            time.sleep(0.05)
+    exiting.sendall(json.dumps({"hello": 1, "count": 3, "facts": {"old": True}}).encode() + b"\n")
+    assert exiting.recv(1), "host 0 has accepted the connection"
+    exiting.close()
+    threads[1].start()
+    time.sleep(0.5)
+    threads[2].start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(connections[0]) == [1, 2] and sorted(connections) == [0, 1, 2]
+    close([connections[0], connections[1], connections[2]])
+
+
 def test_other_clients_at_the_port_and_a_restarted_host_are_handled():
     port = free_port()
 

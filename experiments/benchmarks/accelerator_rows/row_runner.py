@@ -28,7 +28,7 @@ class Row(NamedTuple):
     function: str
     """``module.function`` in this package, imported when the row starts."""
     flags: str = ""
-    """XLA flags of the process that measures the row. Consecutive rows with the same flags share a process."""
+    """XLA flags of the process that measures the row. Consecutive rows with equal ``flags`` and ``alone`` share it."""
     alone: bool = False
     """Whether the row needs a process in which JAX does not use the device."""
 
@@ -169,7 +169,7 @@ def measure_row(name: str, path: pathlib.Path, *, quick: bool, run: str) -> None
 
 
 def _peak_memory(name: str) -> dict[str, int]:
-    """Returns the field ``peak_bytes``, the peak memory of the device in this process so far, where it is known."""
+    """Returns the field ``peak_bytes``, the peak memory of the device in this process so far, if it is known."""
     if ROWS[name].alone:
         return {}
     import jax
