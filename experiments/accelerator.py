@@ -1,7 +1,7 @@
 """Measures this library on one GPU or TPU and prints one table. It stops after 8 minutes, compilation included.
 
     python experiments/accelerator.py                      all rows
-    python experiments/accelerator.py --rows sft,dpo       only these rows and the limits that shares refer to
+    python experiments/accelerator.py --rows sft,dpo       only these rows and "limits", which always runs
     python experiments/accelerator.py --show               the table of the last run, without measuring
     python experiments/accelerator.py --quick              tiny shapes on a CPU, for a test run
 
@@ -78,7 +78,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    """Measures the rows and prints the table; returns 1 if a row failed or was not run, 2 without an accelerator."""
+    """Measures the rows and prints the table; returns the exit status.
+
+    The exit status is 1 if a row failed or was not run, 2 without an accelerator and 130 if the run was interrupted.
+    """
     settings = parse(arguments)
     run = None if settings.show else datetime.datetime.now(datetime.UTC).isoformat()
     interrupted = False

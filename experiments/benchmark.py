@@ -11,9 +11,9 @@ a GPU or TPU. Tunix has no GPT-2 and runs a Llama with about the same number of 
 twice: in this library's dtype, for which the table has a required ratio, and with TRL's defaults, which use bfloat16 on
 a CPU too. Bfloat16 halves the work on a CPU with bfloat16 instructions.
 
-Every program runs in a separate process with glibc's huge pages. The programs that a row of the table compares first
-run up to their first timed repetition, one after another. Their repetitions then alternate, so that a temporary
-slowdown of the machine affects all of them. A speed-up is a ratio of medians. Nothing else should run on the machine.
+Every program runs in a separate process with glibc's huge pages. All programs of a table row first run, one after
+another, up to their first timed repetition. Then their repetitions alternate, so that a temporary slowdown of the
+machine affects all of them. A speed-up is a ratio of medians. Nothing else should run on the machine.
 
 The workloads are as follows. Except for decode and the matmul rate, they are measured in tokens per second:
 

@@ -76,7 +76,7 @@ def parse(arguments: list[str]) -> Compare:
 
 
 def _shorten(preset: Settings) -> Settings:
-    """Shortens the runs of the default preset and reduces its KL coefficient, so that short runs reach the same KLs."""
+    """Shortens the runs of the default preset, and lowers the KL coefficient so that they still reach large KLs."""
     if preset.preset != "default":
         return preset
     return dataclasses.replace(preset, ppo=dataclasses.replace(preset.ppo, iterations=18, kl_coef=0.03))
@@ -98,7 +98,7 @@ from sweeps import expert_iteration, frontier_plot, run_grid
 from rlhf_jax import diagnostics, metrics
 
 Curve = tuple[np.ndarray, np.ndarray]
-"""KL and gold utility at each iteration of a run."""
+"""KL and gold utility of a run at each iteration or round or, for best-of-n, at each n."""
 
 
 def ppo_settings(settings: Compare, method: Method) -> PPO:
@@ -220,7 +220,7 @@ def gold_at(kl: np.ndarray, gold: np.ndarray, *, at: float, width: float = 0.35)
     """Estimates a run's gold utility at the KL ``at`` by local linear regression in √KL.
 
     The weights of the points are Gaussian with standard deviation ``width`` in √KL. Returns None if ``at`` is outside
-    the range of the run's KLs.
+    the range of the run's KLs or the run has only one point.
     """
     x, target = np.sqrt(np.maximum(kl, 0.0)), at**0.5
     if len(x) < 2 or x.max() < target or x.min() > target:

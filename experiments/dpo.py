@@ -8,11 +8,12 @@
     python experiments/dpo.py --data.path FILE.jsonl.gz      human comparisons (docs/data.md)
     python experiments/dpo.py --resume runs/NAME             resume an interrupted run
 
-The base model, the SFT models and the comparisons are created as in instructgpt.py, whose settings apply here too.
-Those that have no effect, such as --on-alarm, are refused. If the loss has a reference, which is an SFT model or, in
-later rounds, the current policy, its log-probabilities are computed before training and saved in reference/. A reward
-model is trained on the same comparisons. Its accuracy is compared with the accuracy of the policy's implicit reward.
-With --rounds, it also labels the samples unless --judge selects another source of labels.
+The base model, the SFT models and the comparisons are created as in instructgpt.py, whose settings apply here too. Most
+of those that have no effect, such as --on-alarm, are refused. Most losses have a reference, which is an SFT model or,
+in later rounds without --hold-reference, the current policy. The log-probabilities of the reference are computed before
+training and saved in reference/. A reward model is trained on the same comparisons. Its accuracy is compared with the
+accuracy of the policy's implicit reward. With --rounds, the reward model also labels the samples unless --judge selects
+another source of labels.
 
 The run folder contains results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/, reference/
 and policy/, a model in Hugging Face format.
@@ -51,7 +52,7 @@ class DPOSettings(direct_settings.DirectSettings, settings_lib.Settings):
 
 
 USED_PPO_SETTINGS = ("learning_rate", "iterations", "batch", "minibatches", "adam_eps", "adam_tf1")
-"""The --ppo settings that dpo.py uses. The number of prompts for --rounds is ``iterations`` times ``batch``.
+"""The --ppo settings that dpo.py accepts. In the built-in world, --rounds uses ``iterations`` times ``batch`` prompts.
 ``minibatches`` has no effect, but may have to be changed with ``batch``, which it must divide."""
 
 

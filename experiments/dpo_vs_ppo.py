@@ -232,7 +232,7 @@ def _world_methods(settings: StudySettings) -> list[tuple[str, tuple[float, ...]
 
 
 def _weights(settings: StudySettings) -> list[tuple[str, float]]:
-    """Returns the stages with their expected duration in seconds."""
+    """Returns the stages with their expected durations in seconds."""
     weights = [("reward_model-shifted", 20.0)]
     for method, coefs in _world_methods(settings):
         names = [_run_name(method, coef, seed) for coef in coefs for seed in range(settings.seeds)]
@@ -325,7 +325,7 @@ def _run_name(method: str, coef: float, seed: int) -> str:
 
 
 def _line(method: str, runs: dict[float, list[dict[str, float]]]) -> dict[str, Any]:
-    """Returns the line of a method in a figure, with its runs."""
+    """Returns the data of a method's line in a figure: its look, points and runs."""
     families = ("PPO", "DPO", "iterated DPO", "optimum")
     return {
         "method": method,
@@ -341,8 +341,8 @@ def effects(
 ) -> dict[str, list[float]]:
     """Returns differences in gold utility with 95 % intervals over seeds.
 
-    Shifted pairs are compared with pairs of SFT samples at the ``middle`` coefficients. Methods are compared at the KLs
-    ``at``.
+    ``runs`` has the numbers of each seed by method and coefficient. Shifted pairs are compared with pairs of SFT
+    samples at the ``middle`` coefficients. Methods are compared at the KLs ``at``.
     """
 
     def gold(method: str) -> list[float]:
@@ -362,7 +362,7 @@ def effects(
 def _gold_at(runs: dict[float, list[dict[str, float]]], kl: float) -> list[float] | None:
     """Returns the gold utility of each seed at a KL, interpolated linearly in √KL between the coefficients.
 
-    Returns None if ``kl`` is outside the range of any seed.
+    Returns None if ``kl`` is outside the range of any seed's KLs.
     """
     golds = []
     for each in zip(*runs.values(), strict=True):

@@ -8,14 +8,14 @@ For a TPU topology, the step is compiled with the TPU compiler, which does not r
 
     memory        Bytes per chip by kind. Parameters, optimiser state, frozen models and KV cache are computed exactly;
                   the compiler reports the rest.
-    FLOPs         FLOPs of the matrix products, counted in every iteration of each loop, and 6 x parameters x tokens for
-                  comparison.
+    FLOPs         FLOPs of the matrix products, with the body of a loop counted once per iteration, and 6 x parameters x
+                  tokens for comparison.
     collectives   Collectives by kind and size, with a warning for each one that the sharding should make unnecessary.
-    times         The minimum time of the step at the chip's peak rates.
+    times         For a TPU topology, the minimum time of the step at the chip's peak rates.
 
 If the step does not fit in memory, up to --tries similar plans are compiled until one fits. By default, computation and
-gradient exchange are in bfloat16, and parameters and optimiser state are in float32. A loop that ends when all answers
-have stopped is assumed to run for --response iterations.
+gradient communication are in bfloat16, and parameters and optimiser state are in float32. A decoding loop, which ends
+when all answers have stopped, is assumed to run for --response iterations.
 
 For TPU topologies, run pip install 'rlhf_jax[tpu]' on Linux. The exit status is 0 if the step fits, 1 if it does not
 and 2 for invalid input.
@@ -39,7 +39,7 @@ def parse(arguments: list[str]) -> plan_settings.Plan:
 
 
 def _before_jax(arguments: list[str]) -> None:
-    """Restricts JAX to the CPU unless the plan is for the devices of this machine."""
+    """Restricts JAX to the CPU unless --topology selects a GPU or, by default, the devices of this machine."""
     values = [a.split("=", 1)[1] for a in arguments if a.startswith("--topology=")]
     values += [b for a, b in itertools.pairwise(arguments) if a == "--topology"]
     topology = values[-1] if values else ""
@@ -63,7 +63,7 @@ from rlhf_jax.checkpoint import atomic
 
 
 def run(plan: plan_settings.Plan, out: Console, progress: Console) -> int:
-    """Measures the planned step, prints and saves the results, and returns the exit status."""
+    """Estimates the planned step, prints the numbers, writes them to --json if given, and returns the exit status."""
     chips.prepare()
     estimate = planner.measure(plan, out=progress)
     if not estimate.fits and plan.tries:

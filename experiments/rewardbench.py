@@ -5,11 +5,12 @@
 
 The model folder must contain a model with a scalar head, its tokenizer and its chat template, as saved by
 instructgpt.py. A record consists of a prompt (text or messages), a chosen answer, a rejected answer and, optionally, a
-subset. In the accuracy, a tie counts one half; in the strict accuracy, which RewardBench reports, it counts as wrong.
+subset. A tie counts as half correct in the accuracy, and as wrong in the strict accuracy, which RewardBench reports.
 The scores include the saved model's gain, which scales them for RL. To obtain log odds, divide the difference of two
 scores by the calibration temperature.
 
-The output folder contains results.json, report.html, config.json and scores.jsonl, which has the scores of all records.
+The output folder contains results.json, report.html, config.json and scores.jsonl, which has the scores of all records
+that were not dropped.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ class Data:
     """Comparisons to score."""
 
     path: str
-    """JSONL (also .gz) or Parquet file of records with prompt, chosen, rejected and subset, or of two ranked answers in
-    any other format in docs/data.md."""
+    """JSONL (also .gz) or Parquet file. Each record has prompt, chosen, rejected and, optionally, subset, or ranks two
+    answers in any other format of docs/data.md."""
     max_dropped: float = 0.01
-    """Maximum share of dropped records, which are empty, not pairs, too long or rejected by the chat template. A file
-    with a larger share is refused."""
+    """Maximum share of dropped records, such as those that are empty, tied, not pairs, too long or rejected by the chat
+    template. A file with a larger share is refused."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +172,7 @@ def read(path: str, *, counts: errors.DropCount) -> list[Pair]:
             continue
         chosen, rejected = ranking.responses if ranking.ranks[0] < ranking.ranks[1] else ranking.responses[::-1]
         subset = ranking.metadata.get("subset")
-        # A name may contain an unpaired surrogate, which cannot be printed.
+        # The name of a subset may contain an unpaired surrogate, which cannot be printed.
         name = None if subset is None else str(subset).encode("utf-8", "replace").decode()
         pairs.append(Pair(ranking.prompt, chosen, rejected, name, ranking.location))
     counts.add(stage, records=len(rankings), source=path)
@@ -181,7 +182,7 @@ def read(path: str, *, counts: errors.DropCount) -> list[Pair]:
 def encode(
     fmt: chat.ChatFormat, records: Sequence[Pair], *, max_length: int, counts: errors.DropCount
 ) -> tuple[list[Pair], list[list[int]], np.ndarray]:
-    """Tokenises pairs. Pairs with more than ``max_length`` tokens in one of their two rows are dropped and counted.
+    """Tokenises pairs. Pairs with more than ``max_length`` tokens in either of their two rows are dropped and counted.
 
     A prompt that alone exceeds ``max_length`` first loses its oldest turns and is counted too.
 
@@ -234,7 +235,7 @@ def score_rows(
         on_progress: Called after each batch with the number of rows scored so far.
 
     Returns:
-        The scores.
+        The scores, in the order of ``rows``.
     """
     order = np.argsort([len(row) for row in rows], kind="stable")
     scores = np.zeros(len(rows))
@@ -252,7 +253,7 @@ def score_rows(
 
 
 def measure(scored: Scored, *, bins: int = 10) -> dict[str, Any]:
-    """Computes all metrics, in the format of results.json."""
+    """Computes all metrics, in the format of the ``reward_model`` entry of results.json."""
     chosen, rejected = scored.chosen_N, scored.rejected_N
     subsets = diagnostics.accuracy_by_stratum(chosen, rejected, [record.subset for record in scored.records])
     longer = np.maximum(scored.chosen_lengths_N, scored.rejected_lengths_N)
@@ -298,7 +299,7 @@ def accuracy_table(model: dict[str, Any]) -> Table:
         table.add_row("ties counted as wrong", str(model["pairs"]), *strict)
     if len(subsets) > 1:
         mean = results_lib.format_parts(model["mean_subset_accuracy"], percent=True)
-        table.add_row("mean of the subsets", str(len(subsets)), *mean)
+        table.add_row("mean of the subsets", "", *mean)
     return table
 
 

@@ -61,7 +61,7 @@ def gae(
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the generalised advantage estimates of one response (Schulman 2016).
 
-    With ``delta_t = r_t + discount * V_{t+1} - V_t``, the advantages are
+    With ``delta_t = r_t + discount * V_{t+1} - V_t`` for rewards r and values V, the advantages are
     ``A_t = delta_t + discount * lambda_ * A_{t+1}``, and the returns are ``A_t + V_t``. The episode ends after the last
     real token; all later values and advantages are 0. ``lambda_=1`` yields Monte Carlo returns, and ``lambda_=0``
     one-step temporal-difference targets.
@@ -108,7 +108,7 @@ def rloo(scores_K: jax.Array) -> jax.Array:
     """Returns each score minus the mean of the other K - 1 scores, ``K / (K - 1) (s - mean)`` (Ahmadian 2024).
 
     ``scores_K`` contains the scores, minus the KL penalties, of K independent completions of one prompt. Raises
-    ValueError if its rank is not 1 or K is below 2.
+    ValueError if ``scores_K`` does not have rank 1 or K is below 2.
 
     Example:
         >>> import jax.numpy as jnp
@@ -124,8 +124,8 @@ def rloo(scores_K: jax.Array) -> jax.Array:
 def group_normalize(scores_K: jax.Array, *, epsilon: float = WHITEN_EPSILON) -> jax.Array:
     """Normalises the scores of one prompt's completions: ``(s - mean) * rsqrt(var + epsilon)`` (GRPO, Shao 2024).
 
-    ``var`` is the population variance. If all scores are equal, the result is exactly 0. Raises ValueError if the rank
-    is not 1 or K is below 2.
+    ``var`` is the population variance. If all scores are equal, the result is exactly 0. Raises ValueError if
+    ``scores_K`` does not have rank 1 or contains fewer than two scores.
 
     Example:
         >>> import jax.numpy as jnp
@@ -140,8 +140,8 @@ def group_normalize(scores_K: jax.Array, *, epsilon: float = WHITEN_EPSILON) -> 
 def group_center(scores_K: jax.Array) -> jax.Array:
     """Returns the scores of one prompt's completions minus their mean (Dr. GRPO, Liu 2025).
 
-    Unlike `group_normalize`, this function does not divide by the standard deviation. Raises ValueError if the rank is
-    not 1 or K is below 2.
+    Unlike `group_normalize`, this function does not divide by the standard deviation. Raises ValueError if ``scores_K``
+    does not have rank 1 or contains fewer than two scores.
     """
     masking.check_rank(1, scores_K=scores_K)
     if scores_K.shape[0] < 2:

@@ -34,7 +34,7 @@ def token_mean(mask_BT: jax.Array, *, axis_name: masking.AxisName = None) -> tup
 
 
 def sequence_mean(mask_BT: jax.Array, *, axis_name: masking.AxisName = None) -> tuple[jax.Array, jax.Array]:
-    """Weights every response equally, so that each token of a long response counts less; ignores empty rows."""
+    """Weights every response equally, so that a token of a long response counts less; ignores empty rows."""
     lengths_B = jnp.sum(mask_BT, axis=1)
     return 1.0 / jnp.maximum(lengths_B, 1), _count_responses(mask_BT, axis_name)
 
@@ -45,7 +45,7 @@ def sequence_sum(mask_BT: jax.Array, *, axis_name: masking.AxisName = None) -> t
 
 
 def constant_mean(mask_BT: jax.Array, *, axis_name: masking.AxisName = None) -> tuple[jax.Array, jax.Array]:
-    """Divides the sum over all tokens by T times the number of non-empty responses, regardless of their lengths."""
+    """Divides the sum over all tokens by the number of non-empty responses times the padded width of ``mask_BT``."""
     return jnp.ones(mask_BT.shape[0]), _count_responses(mask_BT, axis_name) * mask_BT.shape[1]
 
 

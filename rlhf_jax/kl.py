@@ -34,7 +34,7 @@ def ratio(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
 
 
 def k1(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
-    """Returns ``rho``, an unbiased estimate of the KL that has high variance and can be negative.
+    """Returns ``rho = log policy - log reference``, an unbiased KL estimate that has high variance and can be negative.
 
     Use this estimator in rewards. The arrays must have the same shape; the result is unreduced.
 
@@ -50,10 +50,10 @@ def k1(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
 
 
 def k2(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
-    """Returns ``rho^2 / 2``, a biased estimate of the KL that has low variance.
+    """Returns ``rho^2 / 2``, a biased estimate of the KL that has low variance; see `k1` for ``rho``.
 
-    As a loss, its expected gradient is that of ``KL(policy || reference)``. The arrays must have the same shape; the
-    result is unreduced.
+    If the estimate is used as a loss, its expected gradient is that of ``KL(policy || reference)``. The arrays must
+    have the same shape; the result is unreduced.
     """
     return 0.5 * jnp.square(k1(logprobs, reference_logprobs))
 
@@ -61,7 +61,8 @@ def k2(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
 def k3(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
     """Returns ``exp(-rho) - 1 + rho``, an unbiased estimate of the KL that is never negative (GRPO, Shao 2024 Eq 4).
 
-    The estimate has low variance. The exponential is extrapolated linearly where ``rho`` is below -20 (see `ratio`).
+    The estimate has low variance; see `k1` for ``rho``. Where ``rho`` is below -20, the exponential is extrapolated
+    linearly (see `ratio`).
     The arrays must have the same shape; the result is unreduced.
 
     Example:
@@ -159,7 +160,7 @@ def update_controller_by_horizon(
         observed_kl: Scalar, as in `update_controller`.
         target: The desired KL, as in `update_controller`.
         episodes: Number of sequences in this batch.
-        horizon: Number of sequences over which a constant relative error of 0.2 changes the coefficient by about 20 %.
+        horizon: Number of sequences in which a KL at least 20 % above the target raises the coefficient by about 20 %.
 
     Returns:
         The state for the *next* batch.

@@ -8,11 +8,11 @@ three rules:
 * a mask that selects nothing yields 0 with zero gradient.
 
 With ``axis_name``, sums and counts are added across devices *before* the division. Averaging the local means instead
-would weight tokens incorrectly whenever the masks differ between devices.
+would weight elements incorrectly whenever the devices select different numbers of elements.
 
-A reduction cannot mask a NaN *derivative* of the function that computed ``x``, because the chain rule multiplies the
-derivative by 0, and NaN times 0 is NaN. If the inputs of that function can be arbitrary outside the mask, apply
-`masked_fill` to them first.
+A reduction cannot mask a NaN *derivative* of the function that computed the reduced array, because the chain rule
+multiplies the derivative by 0, and NaN times 0 is NaN. If the inputs of that function can be arbitrary outside the
+mask, apply `masked_fill` to them first.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def masked_var(x: jax.Array, *, where: jax.Array | bool, axis_name: AxisName = N
 
 
 def global_max(x: jax.Array, *, axis_name: AxisName = None) -> jax.Array:
-    """Returns the maximum of all elements of ``x``, also over ``axis_name``, for logging; it has no gradient."""
+    """Returns the maximum of ``x`` over all elements and over ``axis_name``, without a gradient; used for logging."""
     x = jnp.max(jax.lax.stop_gradient(x))
     return x if axis_name is None else jax.lax.pmax(x, axis_name)
 

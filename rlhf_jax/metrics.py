@@ -99,11 +99,11 @@ class MetricLog:
     files are flushed every few seconds, so an interrupted process can lose their last points. Each training stage has
     its own step counter and is a separate TensorBoard run, so that a resumed stage purges only its own points.
 
-    Methods that write raise `LogError` if writing fails, for example because the disk is full or read-only.
+    All methods that write to disk raise `LogError` if writing fails, for example because the disk is full or read-only.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
-        """Creates the directory and opens ``metrics.jsonl``, repairing a last line that a killed process truncated."""
+        """Creates the directory and opens ``metrics.jsonl``; completes or removes a last line without a newline."""
         self._directory = pathlib.Path(directory)
         self._path = self._directory / FILE_NAME
         self._boards: dict[str, _Board] = {}

@@ -20,7 +20,7 @@ def token_rewards(
     *,
     kl_coef: float | jax.Array,
 ) -> jax.Array:
-    """Returns ``-kl_coef * (logprob - reference)`` for every real token, plus the score at the last real token.
+    """Returns ``-kl_coef * (logprob - reference_logprob)`` for each real token, plus the score at the last real token.
 
     Each row sums to ``score - kl_coef * log(policy / reference)``, which is the RL objective of InstructGPT (Eq 2) and
     the sequence-level reward of RLOO (Ahmadian 2024). Compute the rewards once per rollout, with the log-probabilities
@@ -70,7 +70,7 @@ def replace_unfinished(scores_B: jax.Array, stopped_B: jax.Array, *, score: floa
 
 
 def penalise_unfinished(scores_B: jax.Array, stopped_B: jax.Array, *, penalty: float | jax.Array) -> jax.Array:
-    """Subtracts ``penalty`` from the scores of responses without a stop token; see `replace_unfinished`."""
+    """Subtracts ``penalty`` from the scores of responses without a stop token, where ``stopped_B`` is False."""
     masking.check_same_shape(scores_B=scores_B, stopped_B=stopped_B)
     scores_B = masking.as_float32(scores_B)
     return jnp.where(stopped_B.astype(bool), scores_B, scores_B - penalty)

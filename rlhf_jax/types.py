@@ -49,7 +49,7 @@ class ApplyFn(NamedTuple):
     be causal and must ignore the columns in which the mask is False. To train on packed rows, ``forward`` must also
     accept ``segments_BL``, which is passed for packed rows only.
 
-    ``lm.apply_fn(cfg)`` returns the functions of this library's model; a Linen or NNX module needs two lambdas.
+    ``lm.apply_fn(cfg)`` returns the functions of this library's model; for a Linen or NNX module, write two lambdas.
     """
 
     forward: Callable[..., LMOutput]
@@ -84,7 +84,7 @@ class Experience:
     mask_BL: jax.Array
     response_mask_BT: jax.Array
     logprobs_BT: jax.Array
-    """Log-probabilities under the behaviour policy, computed by `ppo.Models.logprobs`, as in the update."""
+    """Log-probabilities under the behaviour policy, computed by `ppo.Models.logprobs`, which the update also uses."""
     values_BT: Any
     """The critic's values before each response token, at rollout time; None without a critic."""
     advantages_BT: jax.Array
@@ -93,7 +93,7 @@ class Experience:
     weights_BT: jax.Array | None = None
     """Importance weights of the tokens if the train step has ``correct_sampler``; else None."""
     reference_BT: Any = None
-    """Log-probabilities under the reference, for a KL loss."""
+    """Log-probabilities under the reference; needed only for a KL loss."""
 
 
 @struct.dataclass
@@ -147,7 +147,7 @@ class PackedComparisons:
 
 @struct.dataclass
 class Preferences:
-    """A batch for DPO and related methods: pairs of responses to one prompt, or responses labelled good or bad.
+    """A batch for DPO and related methods: pairs of responses to a prompt, or responses labelled good or bad.
 
     For pairs, K is 2 and the preferred response comes first. For labelled responses, ``good_BK`` is set and K is the
     number of responses per prompt, which may be 1. C is the number of columns for which the step computes

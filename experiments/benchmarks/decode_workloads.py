@@ -29,7 +29,7 @@ def generate(cfg: lm.LMConfig, *, batch: int, prompt: int, answer: int) -> Repet
 
 
 def call_seconds(cfg: lm.LMConfig, *, batch: int, prompt: int, answer: int) -> Callable[[int], float]:
-    """Returns a function ``seconds(tokens)`` that times a call that samples ``tokens`` tokens for each row.
+    """Returns a function ``seconds(tokens)`` that times the sampling of ``tokens`` tokens for each row.
 
     All calls run the same compiled program.
     """

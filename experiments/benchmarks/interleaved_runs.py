@@ -86,7 +86,7 @@ def _missing_reason(program: Program, options: RunOptions) -> str:
 
 
 class _Process:
-    """A context manager that ends the process of a program on exit."""
+    """The process of a program, as a context manager that ends it on exit."""
 
     def __init__(self, program: Program, *, warm: int, options: RunOptions) -> None:
         self.program = program

@@ -87,7 +87,7 @@ def _products(size: workload_sizes.Size, batch: int, *, steps: int) -> Callable[
                 mixed_BD = jnp.maximum(jnp.maximum(x_BD @ q, x_BD @ k), x_BD @ v)
                 x_BD = mixed_BD @ out
                 x_BD = jnp.maximum(x_BD @ up, 0) @ down
-            # The compiler could move a sum before the product, but not a maximum.
+            # With a sum instead of a maximum, the compiler could sum the columns of head_DV first and skip the product.
             return x_BD + jnp.max(x_BD @ head_DV, axis=1, keepdims=True)
 
         return jax.lax.fori_loop(0, steps, step, x_BD)
@@ -122,7 +122,7 @@ def _scaling(size: int) -> Callable[[], float]:
 
 
 def _copying(size: int) -> Callable[[], float]:
-    """Returns a function that measures the seconds to copy one half of the bytes to the other half, on all cores."""
+    """Returns a function that measures the seconds to copy ``size / 2`` bytes on all cores, moving ``size`` bytes."""
     length = max(size // 8 // _CORES, 1)
     pairs = [(np.ones(length, np.float32), np.ones(length, np.float32)) for _ in range(_CORES)]
     pool = concurrent.futures.ThreadPoolExecutor(_CORES)
@@ -130,7 +130,7 @@ def _copying(size: int) -> Callable[[], float]:
 
 
 def _maximum(size: int) -> Callable[[], float]:
-    """Returns a function that measures the seconds to read all bytes on all cores, without writing."""
+    """Returns a function that measures the seconds to read ``size`` bytes on all cores, without writing."""
     parts = [np.ones(max(size // 4 // _CORES, 1), np.float32) for _ in range(_CORES)]
     pool = concurrent.futures.ThreadPoolExecutor(_CORES)
     return lambda: _seconds(lambda: list(pool.map(np.max, parts)))

@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks import workload_sizes
 
 READY = "ready"
-"""Printed before each paced repetition."""
+"""Printed by a paced process before each timed repetition."""
 
 
 def parse_options(description: str | None, *, variants: tuple[str, ...] = ()) -> argparse.Namespace:

@@ -13,7 +13,7 @@ from benchmarks.suite import Home
 
 TRL = ("torch==2.13.0", "trl==1.16.0", "transformers==5.23.0")
 TRL_PPO = ("trl==1.12.0",)
-"""The last version with a PPOTrainer. Its folder precedes that of the other version on the import path."""
+"""The last version with a PPOTrainer. It is installed in a separate folder, which comes first on the import path."""
 TUNIX = ("google-tunix==0.1.7",)
 
 

@@ -1,4 +1,4 @@
-"""The rows of the benchmark table: our workloads, the programs to compare with, and the required ratios."""
+"""The rows of the benchmark table: our workloads, the programs to compare them with, and the required ratios."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Against(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One of our workloads and its comparisons; their programs are measured in turn."""
+    """One of our workloads and the comparisons with it. All programs of a row are measured in turn."""
 
     key: str
     title: str

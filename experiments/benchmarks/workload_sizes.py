@@ -54,7 +54,7 @@ class Shapes:
     stream_prompts: int = 512
     stream_slots: int = 64
     short: int = 32
-    """Tokens per short answer in the workloads ``stream`` and ``static``. One in eight is eight times as long."""
+    """Tokens per short answer in the workloads ``stream`` and ``static``; every eighth answer is 8 times as long."""
     matmul: int = 2048
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from fault_injection import interruptions, tiny_runs
 
 Trial = tuple[str, str, int]
-"""Kind of corruption, file, and position: the bit to flip, or the length to truncate to."""
+"""Kind of corruption, file, and position: the bit to flip or the length to truncate to; not used for a deletion."""
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""Interrupts a run with SIGKILL or SIGTERM at random, resumes it, and compares it with an uninterrupted run."""
+"""Interrupts a run with SIGKILL or SIGTERM at random times, resumes it, and compares it with an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Report:
     """Number of SIGKILLs by phase."""
     terms: Counter[str] = dataclasses.field(default_factory=Counter)
     resumed: int = 0
-    """Number of interruptions after which all states up to the end of the run equal the reference's."""
+    """Number of interruptions after which all later states of the run equal those of the reference."""
     runs: int = 0
     """Number of runs that were compared with the reference or failed."""
     failures: list[str] = dataclasses.field(default_factory=list)

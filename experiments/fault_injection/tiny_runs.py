@@ -43,7 +43,7 @@ class Stage(NamedTuple):
 def build(stage: str, steps: int, *, seed: int = 0) -> Stage:
     """Returns a stage of ``steps`` iterations on random data, with every optional field of the state in use.
 
-    The model is a bigram table, whose step compiles in a second or two. This function compiles nothing.
+    The model is a bigram table, so the train step compiles in a second or two. This function compiles nothing.
     """
     rng = np.random.default_rng([seed, STAGES.index(stage)])
     adam = optax.chain(optax.scale_by_adam(eps=1e-5), optax.scale(-1.0))

@@ -34,7 +34,7 @@ def answer_help(parse: Callable[[list[str]], Any]) -> None:
 
 
 def parse_as(kind: type[T], arguments: list[str], *, prog: str, doc: str | None, default: T | None = None) -> T:
-    """Returns a settings dataclass parsed from the command line; ``doc`` and the fields' docstrings form its help."""
+    """Returns a settings dataclass parsed from the command line; ``doc`` and the fields' docstrings form the help."""
     import tyro  # imported late, because use_huge_pages restarts the process and thus repeats all earlier imports
 
     if _HELP & set(arguments):
@@ -74,7 +74,9 @@ def parse(
     doc: str | None,
     adjust: Callable[[Any], Any] = lambda preset: preset,
 ) -> S:
-    """Returns checked settings: the preset or, with --resume, the settings of the resumed run, overridden by the flags.
+    """Parses and checks the settings of a command.
+
+    The flags override the settings of the preset or, with --resume, the --mesh and --hosts settings of the resumed run.
 
     Args:
         kind: The settings class of the command.
@@ -86,7 +88,7 @@ def parse(
         The settings.
 
     Raises:
-        SettingError: A setting is out of range or conflicts with another.
+        SettingError: A setting is out of range or conflicts with another, or the run cannot be resumed.
     """
     resume = settings.peek(arguments, "--resume")
     default = config_file.read_settings(kind, resume) if resume else adjust(kind(**_preset_fields(arguments)))

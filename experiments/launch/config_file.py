@@ -14,7 +14,7 @@ S = TypeVar("S", bound=settings_lib.Settings)
 
 NAME = "config.json"
 VERSION = 2
-"""Version of the run folder's layout. Runs with a different version, or without one, are refused."""
+"""Version of the run folder's layout. Runs with a different version, or without a version, are refused."""
 
 
 def read(resume: str) -> dict[str, Any]:
@@ -44,8 +44,8 @@ def read(resume: str) -> dict[str, Any]:
 def read_settings(kind: type[S], resume: str) -> S:
     """Returns the settings, of class ``kind``, with which the run in ``resume`` was started.
 
-    The --hosts settings are not restored. Raises SettingError if `read` does, or if the run belongs to another
-    command.
+    The --hosts settings are not restored. Raises SettingError if `read` does, if the run belongs to another command, or
+    if its settings do not fit ``kind``.
     """
     values = read(resume)
     if values["command"] != kind.command:

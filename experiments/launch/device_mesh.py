@@ -18,8 +18,9 @@ from rlhf_jax import lm, parallel
 def resolve(settings: Settings) -> Settings:
     """Replaces a ``mesh.data`` of -1 with the size of the data axis and returns the settings.
 
-    A run on several hosts without mesh sizes is resolved as with -1. Must be called before JAX initialises its devices,
-    after which ``mesh.simulate`` has no effect. Raises SettingError if the mesh does not fit the devices.
+    A run on several hosts without mesh sizes is resolved as if ``mesh.data`` were -1. Must be called before JAX
+    initialises its devices, after which ``mesh.simulate`` has no effect. Raises SettingError if the mesh does not fit
+    the devices.
     """
     mesh = settings.mesh
     if not mesh_settings.is_sharded(settings):
@@ -44,7 +45,7 @@ def resolve(settings: Settings) -> Settings:
 
 
 def make(settings: Settings) -> jax.sharding.Mesh | None:
-    """Creates the mesh of settings from `resolve`; returns None for a single device."""
+    """Creates the mesh for settings that `resolve` has returned; returns None if they use a single device."""
     sizes = {axis: getattr(settings.mesh, axis) for axis in AXES}
     return parallel.make_mesh(**sizes) if any(size != 1 for size in sizes.values()) else None
 
@@ -85,7 +86,10 @@ def round_rows_up(rows: int, mesh: jax.sharding.Mesh | None) -> int:
 
 
 def round_rows_down(rows: int, mesh: jax.sharding.Mesh | None, name: str) -> int:
-    """Rounds ``rows`` down to a multiple of the mesh's number of batch shards; raises SettingError if none is left."""
+    """Rounds ``rows`` down to a multiple of the mesh's number of batch shards.
+
+    Raises SettingError if the result is 0. ``name`` is the flag that the message names.
+    """
     if mesh is None:
         return rows
     rounded = rows - rows % parallel.num_batch_shards(mesh)
@@ -96,7 +100,7 @@ def round_rows_down(rows: int, mesh: jax.sharding.Mesh | None, name: str) -> int
 
 
 def put_rows(mesh: jax.sharding.Mesh | None, *arrays: np.ndarray) -> tuple[Any, ...]:
-    """Places arrays on the mesh, if there is one: sharded by rows if these divide evenly, otherwise replicated."""
+    """Places arrays on the mesh, if any. Rows are sharded if the batch shards divide them evenly, else replicated."""
     if mesh is None:
         return arrays
     if len(arrays[0]) % parallel.num_batch_shards(mesh):

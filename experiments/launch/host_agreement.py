@@ -27,7 +27,10 @@ _VISIBLE_WITHIN = 60.0
 
 @contextlib.contextmanager
 def join_hosts(settings: Any, status: Callable[[BaseException], int]) -> Iterator[None]:
-    """Connects to the other hosts of the run, if any; raises an error if their settings, data or code differ."""
+    """Connects to the other hosts of the run, if any; raises an error if their settings, data or code differ.
+
+    ``status`` maps an exception raised in the block to the exit status of all processes.
+    """
     if not isinstance(settings, Settings):
         yield
         return

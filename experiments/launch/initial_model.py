@@ -37,7 +37,8 @@ class InitialModel:
 def load(path: str, *, mesh: jax.sharding.Mesh | None = None) -> InitialModel:
     """Loads a language model from a folder and shards it over ``mesh``, if given; raises SettingError if that fails.
 
-    Many models pad their vocabulary to a round number. Ids without a token are removed, so that they cannot be sampled.
+    Many models pad their vocabulary to a round number. The ids after the tokenizer's last one are removed, so that they
+    cannot be sampled.
     """
     model = _load(path, mesh)
     if "head" in model.params:

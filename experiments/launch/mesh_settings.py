@@ -8,14 +8,14 @@ AXES = ("data", "fsdp", "tensor", "sequence")
 
 
 def is_sharded(settings: Settings) -> bool:
-    """Returns whether the settings specify a mesh of more than one device."""
+    """Returns whether the size of any mesh axis differs from 1."""
     return any(getattr(settings.mesh, axis) != 1 for axis in AXES)
 
 
 def check(settings: Settings) -> None:
     """Raises SettingError for an invalid mesh size or a batch that is not a multiple of data x fsdp.
 
-    While ``data`` is -1, batches are not checked. `device_mesh.resolve` computes the size and calls this again.
+    While ``data`` is -1, batches are not checked. `device_mesh.resolve` computes ``data`` and checks them.
     """
     mesh = settings.mesh
     for axis in AXES:

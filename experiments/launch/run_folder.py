@@ -41,7 +41,7 @@ class RunFolder:
         self.print_note: Callable[[str, str], None] = lambda stage, text: print(f"{stage}: {text}", file=sys.stderr)
 
     def checkpoints(self, stage: str) -> checkpoint.Checkpoints:
-        """Returns the checkpoints of a stage. Warnings, such as about damage, are recorded as incidents."""
+        """Returns the checkpoints of a stage. Warnings, such as those about damage, are recorded as incidents."""
         return checkpoint.Checkpoints(self.path / "checkpoints" / stage, warn=partial(self.note, stage))
 
     def note(self, stage: str, text: str) -> None:

@@ -24,7 +24,7 @@ from rlhf_jax.train import dpo, objectives, ppo, reward_model, sft
 from rlhf_jax.train import state as state_lib
 
 STOP_ID = 2
-"""An arbitrary id; the program does not depend on it."""
+"""An arbitrary token id; it does not affect the cost of the program."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Program:
     tokens: int
     """Number of training tokens per call (for ppo-collect, per iteration), over all rows, epochs and trained models."""
     model_flops: float
-    """Total FLOPs of the model: per parameter and token, 2 in a forward pass and 6 with gradients, plus attention."""
+    """FLOPs of the models on all chips: per parameter and token, 2 forward and 6 with gradients, plus attention."""
     loops: int
-    """Assumed number of iterations of a loop that can stop early. A rollout has one per answer token but the first."""
+    """Assumed number of iterations of loops that can stop early; in a rollout, the number of answer tokens minus 1."""
 
 
 def build(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> Program:
@@ -159,7 +159,7 @@ def _ppo(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh, *, part: str) 
 
 
 def _optimiser(plan: Plan) -> optax.GradientTransformation:
-    """Returns Adam with learning rate 1 and with its first moment in the plan's dtype."""
+    """Returns Adam with learning rate 1; its first moment has the dtype ``plan.moment``."""
     adam = optax.scale_by_adam(b1=0.9, b2=0.95, mu_dtype=jnp.dtype(plan.moment))
     return optax.chain(adam, optax.scale(-1.0))
 

@@ -37,8 +37,8 @@ CHIPS = {
     "tpu7x": Chip(2307e12 / 2, 96 * 2**30, 7380e9 / 2, 100e9),
 }
 """Specifications from Google Cloud's page on each chip (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x;
-accessed in 2026). A link's bandwidth is the chip's interconnect bandwidth, divided by the number of links and by
-two, for the two directions."""
+accessed in 2026). A link's bandwidth is the chip's bidirectional interconnect bandwidth, divided by the number of
+links and by two."""
 
 LOCAL = ("cpu", "gpu")
 """Values of --topology that select devices of this machine."""
@@ -49,14 +49,14 @@ def prepare() -> None:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")  # required, but any value works
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # takes no lock on the missing TPU
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # do not lock the TPU, which is absent
 
 
 def chip_of(plan: Plan) -> tuple[str, Chip | None]:
-    """Returns the name of the plan's chip and, if known, its specifications.
+    """Returns the name of the plan's chip and its specifications, which are None for devices of this machine.
 
     Raises:
-        SettingError: The kind of chip is unknown.
+        SettingError: The topology names an unknown kind of chip or has no shape.
     """
     if plan.topology is None or plan.topology.partition(":")[0] in LOCAL:
         return devices(plan)[0].device_kind, None
@@ -112,7 +112,7 @@ def make_mesh(plan: Plan, devices: list[Any]) -> Mesh:
 
 
 def memory(chip: Chip | None, devices: list[Any]) -> float | None:
-    """Returns the bytes of memory of one device, or None if it is unknown."""
+    """Returns the memory of one device in bytes, or None if it is unknown."""
     if chip is not None:
         return chip.hbm
     try:

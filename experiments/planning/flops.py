@@ -1,8 +1,8 @@
 """Counts the FLOPs of a program's matrix products. The body of a loop is counted once per iteration.
 
-The program is given as a jaxpr, which is the same for all platforms and includes rematerialised computations. A
-Pallas kernel counts with its cost estimate or, without one, with its body once per grid step. Of a conditional on the
-platform, the platform's branch counts; of any other conditional, the most expensive branch.
+The program is given as a jaxpr, which is the same for all platforms and includes rematerialised computations. For a
+Pallas kernel, its cost estimate is used; without an estimate, its body is counted once per grid step. For a conditional
+on the platform, only the platform's branch is counted; for any other conditional, the most expensive branch.
 """
 
 from __future__ import annotations

@@ -60,6 +60,7 @@ class Instruction:
     arrays: tuple[Array, ...]
     operands: tuple[str, ...]
     rest: str
+    """Attributes after the operands or, for a constant, its value."""
     root: bool
 
     @property
@@ -76,20 +77,20 @@ class Collective:
 
     kind: str
     array: Array
-    """The larger of the input and the output on one chip."""
+    """The largest array in the result on one chip; the result of a ``-start`` instruction includes its input."""
     group: int
-    """Number of chips in a group."""
+    """Number of chips in each group that exchanges data."""
     axes: tuple[str, ...]
     """Mesh axes that a group spans; empty if they are unknown."""
     times: int
     source: str
     """The operation in the source code that the collective belongs to."""
     bytes: int
-    """Total size in bytes of the array and the other arrays in the same collective."""
+    """Approximate size of the input or the output on one chip, whichever is larger, in bytes."""
 
     @property
     def received(self) -> float:
-        """Bytes that a chip receives over all runs, assuming ring algorithms."""
+        """Bytes that a chip receives in one call of the program, assuming ring algorithms."""
         share = (self.group - 1) / self.group if self.group > 1 else 0.0
         factor = {"all-reduce": 2.0 * share, "collective-permute": 1.0}.get(self.kind, share)
         return self.times * factor * self.bytes

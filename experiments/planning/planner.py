@@ -69,7 +69,7 @@ def measure(plan: Plan, *, cfg: lm.LMConfig | None = None, out: Console | None =
     Args:
         plan: The plan.
         cfg: The model's configuration; loaded from ``plan.model`` by default.
-        out: A console on which to show the program being compiled.
+        out: A console on which to show which program is being compiled; None for no output.
 
     Raises:
         SettingError: The plan is invalid, or the compiler rejects the program for a reason other than memory.
@@ -160,7 +160,7 @@ def _out_of_memory(text: str, known: dict[str, Any], seconds: float) -> roofline
 
 
 def _changes(plan: Plan, estimate: roofline.Estimate) -> Iterator[Plan]:
-    """Yields plans that need less memory; each adds a change to the previous plan, the cheapest change first."""
+    """Yields plans that should need less memory; each adds a change to the previous plan, the cheapest change first."""
     trains = plan.stage != "ppo-collect"
     rows = estimate.mesh["data"] * estimate.mesh["fsdp"]
     minibatches = plan.minibatches if plan.stage in ("ppo", "ppo-update") else 1
@@ -182,7 +182,10 @@ def _changes(plan: Plan, estimate: roofline.Estimate) -> Iterator[Plan]:
 
 
 def suggest(plan: Plan, estimate: roofline.Estimate, *, out: Console | None = None) -> list[str]:
-    """Compiles similar plans until one fits. Returns its changed flags or, if none fits, those of all attempts."""
+    """Compiles up to ``plan.tries`` similar plans until one fits.
+
+    Returns a line with the changed flags of the plan that fits or, if none fits, one line per attempt and other advice.
+    """
     tried = []
     for changed in _changes(plan, estimate):
         flags = _flags(changed, plan)
@@ -215,7 +218,7 @@ def _flags(changed: Plan, plan: Plan) -> str:
 
 @contextlib.contextmanager
 def _progress(text: str, out: Console | None) -> Iterator[None]:
-    """Shows ``text`` with the elapsed time on a terminal."""
+    """Shows ``text`` on a terminal with the elapsed time; prints it to any other console."""
     if out is None or not out.is_terminal:
         if out is not None:
             out.print(f"{text} ...", highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The estimate of a plan and its tables: memory, FLOPs, collectives, and the minimum time at a chip's peak rates."""
+"""The estimate of a plan's memory, FLOPs, collectives and minimum time at peak rates, and the tables that show it."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Estimate:
     """Peak memory of all other arrays; None if the compiler rejected the program for lack of memory."""
     code: int | None
     needed: float | None
-    """Sum of ``kept``, ``temporaries`` and ``code``. If the compiler rejected the program, the size that its error
-    message reports, or None."""
+    """Sum of ``kept``, ``temporaries`` and ``code``. If the compiler rejected the program, the size according to its
+    error message; None if the message contains none."""
     fits: bool
     flops: float
     """FLOPs of the matrix products."""

@@ -1,8 +1,8 @@
-"""Trains with DPO and PPO on the same few labels of a bandit whose rewards and KL are known exactly.
+"""Trains with DPO and PPO on the same few labels of a bandit for which reward and KL are computed exactly.
 
-Rewards and policies are tables with a row for each prompt and a column for each answer. Pairs of answers are sampled
-from the reference policy or, for shifted pairs, from another policy, and labelled by the Bradley-Terry model. PPO
-uses a reward model that is first fitted to the labels. All seeds and KL coefficients run in one compiled program.
+Rewards and policies are tables ``[S, A]`` with a row for each prompt and a column for each answer. Pairs of answers are
+sampled from the reference policy or, for shifted pairs, from another policy, and labelled by the Bradley-Terry model.
+PPO uses a reward model that is first fitted to the labels. All seeds and KL coefficients run in one compiled program.
 """
 
 from __future__ import annotations
@@ -47,8 +47,7 @@ def make_bandit(seed: Any) -> Bandit:
 
 
 def sample_pairs(key: jax.Array, logits_SA: jax.Array, rewards_SA: jax.Array, *, n: int) -> types.Preferences:
-    """Samples ``n`` pairs of answers from a policy and a Bradley-Terry label for each pair; the preferred answer is
-    first."""
+    """Samples ``n`` pairs of answers from a policy, labelled by the Bradley-Terry model, preferred answer first."""
     prompts, first, second, label = jax.random.split(key, 4)
     prompts_B = jax.random.randint(prompts, (n,), 0, S)
     a_B, b_B = (jax.random.categorical(k, logits_SA[prompts_B]) for k in (first, second))
@@ -83,7 +82,7 @@ _dpo_step = dpo.make_train_step(_logprobs, objectives.dpo)
 
 
 def train_dpo(start_SA: jax.Array, pairs: types.Preferences, beta: jax.Array) -> jax.Array:
-    """Returns the logits that DPO converges to; ``start_SA`` is both the initial policy and the reference."""
+    """Returns the logits after DPO; ``start_SA`` is both the initial policy and the reference."""
     params = {"logits_SA": start_SA}
 
     def step(state: Any, i: jax.Array) -> tuple[Any, None]:
@@ -119,10 +118,10 @@ def _ppo_models() -> ppo.Models:
 
 
 def train_ppo(world: Bandit, reward_SA: jax.Array, kl_coef: jax.Array) -> jax.Array:
-    """Returns the logits that PPO converges to on the rewards of a reward model."""
+    """Returns the logits after PPO with the reward model ``reward_SA``."""
     step = ppo.make_train_step(_ppo_models(), epochs=2, minibatches=2)
     frozen = ppo.Frozen({"logits_SA": world.reference_SA}, reward_SA)
-    # The step folds its counter into this key, which must differ from `world.key`: `_run_once` folds 0 and 1 into that.
+    # The step folds its counter into this key. It must differ from `world.key`, into which `_run_once` folds 0 and 1.
     key = jax.random.fold_in(world.key, 1000)
     prompts = ppo.Batch(jnp.arange(ANSWERS, dtype=jnp.int32)[:, None] % S, jnp.ones((ANSWERS, 1), bool))
 

@@ -1,4 +1,4 @@
-"""Cross-validates a reward model and simple baselines on human comparisons, with the same folds.
+"""Cross-validates a reward model and simple baselines on the same folds of human comparisons.
 
 The tokenizer and the base model of a fold are trained only on the training dialogues of that fold. All pairs of a
 conversation belong to the same fold, so that no model is tested on conversations that it was trained on.
@@ -194,7 +194,7 @@ class Fold:
         return state
 
     def train_base(self) -> types.Params:
-        """Trains a language model on prompts with chosen answers, and on rejected answers with the turn before each."""
+        """Trains a language model on prompts with chosen answers and on their last turns with rejected answers."""
         settings, end = self.settings, self.fmt.stop_ids[-1]
         documents = []
         for pair in self.train:
@@ -229,7 +229,7 @@ class Fold:
 
     @functools.cached_property
     def _rows(self) -> int:
-        """Number of packed rows: enough for any batch, and a multiple of 8 so that folds share compiled programs."""
+        """Number of packed rows: enough for any batch, and a multiple of 8, so that folds can share programs."""
         batches = [(self.train_ids, rows) for number in range(self.settings.members) for rows in self._order(number)]
         for pairs in (self.train_ids, self.test_ids):
             batches += [(pairs, rows) for rows in _chunks(len(pairs), self.settings.batch)]

@@ -22,12 +22,18 @@ METHOD_NAMES = {"reward_model": "reward model", "tfidf": "TF-IDF regression", "s
 
 
 def over_groups(values_N: np.ndarray, group_N: np.ndarray, *, rate: bool) -> list[float]:
-    """Returns the mean of ``values_N`` over pairs and its 95 % interval, clustered by groups (conversations)."""
+    """Returns the mean of ``values_N`` over pairs and its 95 % interval, clustered by groups (conversations).
+
+    ``rate`` is whether the mean is a rate, whose interval stays in [0, 1].
+    """
     return list(diagnostics.ratio_interval(np.bincount(group_N, weights=values_N), np.bincount(group_N), rate=rate))
 
 
 def calibration(margin_N: np.ndarray) -> dict[str, Any]:
-    """Returns log loss and calibration of score margins, read as log odds; the slope is None if every margin is 0."""
+    """Returns log loss and calibration of margins, which are chosen minus rejected scores, interpreted as log odds.
+
+    The slope is None if every margin is 0.
+    """
     zeros = np.zeros_like(margin_N)
     curve = diagnostics.calibration_curve(margin_N, zeros, bins=10)
     return {
@@ -88,7 +94,8 @@ def summary(
     differences = {
         m: over_groups(outcome["reward_model"] - outcome[m], group_N, rate=False) for m in ("tfidf", "shorter")
     }
-    # Both margins are log odds. Their sum beats the regression alone if the reward model adds information.
+    # Both margins are log odds and can be added. The sum is more accurate than the regression alone if the reward
+    # model adds information.
     together = margins["reward_model"] + margins["tfidf"]
     gain = diagnostics.win_outcomes(together, np.zeros(len(together))) - outcome["tfidf"]
     members = np.concatenate([np.asarray(fold["members"]) for fold in folds], axis=1).ravel()
@@ -149,7 +156,7 @@ def _methods_table(results: Mapping[str, Any]) -> Table:
 
 
 def groups_table(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str] = METHOD_NAMES) -> Table:
-    """Returns a table of the accuracy of each method on groups of pairs; ``names`` maps methods to titles."""
+    """Returns a table of each method's accuracy on groups of pairs; ``names`` maps methods to column titles."""
     table = _new_table("pairs", "n", *names.values())
     for row in rows:
         table.add_row(row["group"], str(row["pairs"]), *(_percent(row[m]) for m in names if m in row))

@@ -32,7 +32,7 @@ class LossSpec(NamedTuple):
 
     objective: objectives.Objective
     defaults: dict[str, float]
-    """Defaults that differ from those of `dpo.Hyper`; settings override them."""
+    """Defaults that replace those of `dpo.Hyper`; settings override them."""
 
 
 LOSSES: dict[str, LossSpec] = {
@@ -127,7 +127,10 @@ class Trainer:
         self.train_step.compile_ahead(executor, state, None, hyper, whole, jax.eval_shape(lambda: jax.random.key(0)))
 
     def data(self, pairs: pairs_lib.Pairs, reference: types.Params, *, name: str) -> types.Preferences:
-        """Returns the rows that the loss trains on, with the reference's log-probabilities if the loss needs them."""
+        """Returns the rows that the loss trains on, with the reference's log-probabilities if the loss needs them.
+
+        The log-probabilities are saved in ``name.npz`` in the trainer's folder.
+        """
         rows: Any = pairs.rows
         if not self.settings.paired:
             rows = pairs_lib.singles(pairs, prompt_width=self.job.task.prompt_width)

@@ -104,7 +104,7 @@ def check_mesh(settings: DirectSettings, mesh: settings_lib.Mesh) -> None:
 
 
 def refuse_unread(settings: settings_lib.Settings, names: Iterable[str], *, program: str) -> None:
-    """Raises SettingError, naming the flag, if one of the settings ``names`` (dotted) differs from the run's preset.
+    """Raises SettingError, naming the flag, if one of the settings ``names``, such as ppo.clip, is not the preset's.
 
     ``program`` is the command that ignores them.
     """

@@ -19,7 +19,7 @@ from rlhf_jax.train import dpo, loop
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Preference pairs and the prompt of each pair. Pairs are sorted by prompt, and the preferred answer is first."""
+    """Preference pairs, sorted by prompt, and the prompt index of each pair. The preferred answer is first."""
 
     rows: types.Preferences
     prompt_B: np.ndarray
@@ -88,9 +88,10 @@ def _pairs(tokens_BKL: np.ndarray, mask_BKL: np.ndarray, *, prompt_B: np.ndarray
 
 
 def singles(pairs: Pairs, *, prompt_width: int) -> types.Preferences:
-    """Returns the single answers that KTO trains on, labelled good or bad, and the mismatched answers for its baseline.
+    """Returns the single answers that KTO trains on, labelled good or bad.
 
-    Raises SettingError if more than half of the pairs have the same prompt.
+    For KTO's baseline, ``mismatched`` pairs each prompt with an answer to a different one. Raises SettingError if more
+    than half of the pairs have the same prompt.
     """
     prompt_N = np.concatenate([pairs.prompt_B, pairs.prompt_B])
 
@@ -124,7 +125,10 @@ def reward_judge(answers: policy_sampling.Answers, samples: int, key: jax.Array)
 def make_labeler_judge(
     job: jobs.Job, temperature: float
 ) -> Callable[[policy_sampling.Answers, int, jax.Array], np.ndarray]:
-    """Returns a judge that ranks answers as a simulated labeler does; the labelers alternate over prompts."""
+    """Returns a judge that ranks answers as a simulated labeler does; the labelers alternate over prompts.
+
+    ``temperature`` is the noise of the labelers' choices.
+    """
     world = job.task.world
     assert world is not None
     pool = world.pool.replace(temperature=jnp.float32(temperature))  # type: ignore[attr-defined]

@@ -75,7 +75,7 @@ def _score(job: jobs.Job, params: types.Params, batch: types.Comparisons) -> np.
 
 
 def _score_margins(job: jobs.Job, params: types.Params, batch: types.Comparisons) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the margin (better score minus worse) of each pair with different ranks, and the prompt of the pair."""
+    """Returns the margin (better score minus worse) and the prompt index of each pair with different ranks."""
     scores_BK = _score(job, params, batch)
     ranks_BK, where_BK = np.asarray(batch.ranks_BK), np.asarray(batch.where_BK)
     both_BKK = where_BK[:, :, None] & where_BK[:, None, :]
@@ -84,7 +84,7 @@ def _score_margins(job: jobs.Job, params: types.Params, batch: types.Comparisons
 
 
 def _accuracy(margin_N: np.ndarray, prompt_N: np.ndarray) -> list[float]:
-    """Returns the share of pairs ranked as labelled, and its interval (clustered if a prompt has several pairs)."""
+    """Returns the share of pairs ranked as labelled, and its interval (clustered by prompt if a prompt has several)."""
     if len(np.unique(prompt_N)) == len(prompt_N):
         return list(diagnostics.win_rate(margin_N, np.zeros_like(margin_N)))
     outcome_N = diagnostics.win_outcomes(margin_N, np.zeros_like(margin_N))
@@ -95,7 +95,10 @@ def _accuracy(margin_N: np.ndarray, prompt_N: np.ndarray) -> list[float]:
 def _diagnose(
     job: jobs.Job, params: types.Params, train: types.Comparisons, validation: types.Comparisons
 ) -> dict[str, Any]:
-    """Returns calibration and accuracy (on training and validation pairs, by turn and length) before normalisation."""
+    """Returns the calibration and the accuracy of a model whose scores have not been normalised.
+
+    The accuracy is computed on training and validation pairs. Calibration and groups use only validation pairs.
+    """
     margin_N, prompt_N = _score_margins(job, params, validation)
     n = min(len(np.asarray(train.ranks_BK)), 4 * policy_sampling.CHUNK)
     train_accuracy = _accuracy(*_score_margins(job, params, jax.tree.map(lambda x: x[:n], train)))

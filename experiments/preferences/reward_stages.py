@@ -47,7 +47,7 @@ def train(
     *,
     validation: types.Comparisons | None = None,
 ) -> types.Params:
-    """Trains the reward model on the labelers' comparisons, and merges several heads into one that averages them."""
+    """Trains the reward model on ``data``, and merges several heads into one that averages them."""
     training, batch = settings.training, settings.reward_model.batch
     if training.loss == "pairs":
         prompts = len(np.asarray(data.ranks_BK))
@@ -148,7 +148,7 @@ def pretrain_preference_model(job: jobs.Job, settings: RewardSettings, policy: t
         cfg=cfg,
         loss=losses.ranking,
         trains="",
-        # Each pair of a ranking becomes two binary rows. Eight times as many rows contain about as many pairs.
+        # Each pair of a ranking becomes two binary rows, so a batch needs more rows than without ``binary``.
         batch=8 * settings.reward_model.batch if settings.pmp.binary else settings.reward_model.batch,
         epochs=1,
         learning_rate=settings.pmp.rate * settings.pretrain.learning_rate,
@@ -178,7 +178,7 @@ def truncate_embeddings(params: types.Params, cfg: lm.LMConfig) -> types.Params:
 
 
 def _crowd_comparisons(job: jobs.Job, settings: RewardSettings, policy: types.Params) -> types.Comparisons:
-    """Returns answers to new prompts, ranked by a noisier crowd with different preferences."""
+    """Returns answers to new prompts, ranked by a crowd with more noise and other preferences than the labelers."""
     world, pmp = settings.world, settings.pmp
     assert job.task.world is not None
     crowd = labelers.make_pool(

@@ -1,9 +1,9 @@
 """The counterexample of Xu et al. 2024 (theorem 4.1, table 1): DPO can favour an answer that appears in no pair.
 
 The example has three answers and one label, which prefers the first answer to the second. In the reference policy, the
-first two answers have probability one half each, and the third has almost none. Every policy in which the second answer
-has probability 0 minimises the DPO loss, for example (1, 0, 0) and (0.1, 0, 0.9). Reward minus KL has a single optimum,
-in which the third answer has almost no probability.
+first two answers have probability one half each, and the third has almost none. A policy minimises the DPO loss if the
+second answer has probability 0 and the first has a positive one, as in (1, 0, 0) and (0.1, 0, 0.9). Reward minus KL has
+a single optimum, in which the third answer has almost no probability.
 
 With independent logits, DPO would never change the third logit. Networks share weights between answers, and so does the
 policy in this example. Its only weight is ``theta``: ``logits = log reference + theta * (1, -1, 2)``.
@@ -57,7 +57,7 @@ def loss(probabilities_A: Any, *, beta: float) -> float:
 
 
 def train_dpo(*, beta: float = 0.1, steps: int = 400) -> tuple[np.ndarray, float]:
-    """Returns the probabilities that DPO converges to, and the last loss."""
+    """Returns the probabilities after ``steps`` steps of DPO, and the last loss."""
     step = parallel.jit_step(dpo.make_train_step(partial(lm.token_logprobs, cfg=APPLY, prompt_width=1), objectives.dpo))
     state, logs = state_lib.create(_START, _ADAM), {}
     hyper = dpo.Hyper(learning_rate=np.float32(0.1), beta=np.float32(beta))
@@ -67,7 +67,7 @@ def train_dpo(*, beta: float = 0.1, steps: int = 400) -> tuple[np.ndarray, float
 
 
 def train_ppo(*, kl_coef: float = 0.1, unseen_reward: float = 0.5, iterations: int = 150) -> np.ndarray:
-    """Returns the probabilities that PPO converges to with rewards (1, 0, ``unseen_reward``)."""
+    """Returns the probabilities after PPO with the rewards (1, 0, ``unseen_reward``)."""
     rewards_A = jnp.array([1.0, 0.0, unseen_reward])
 
     def generate(params: Any, rng_B: jax.Array, prompts_BP: Any, mask_BP: Any, temperature: Any) -> types.Rollout:

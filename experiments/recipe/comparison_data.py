@@ -68,7 +68,7 @@ def collect(
     distinct_BK = where_BK & ~_repeats(np.where(mask_BKL, tokens_BKL, -1), where_BK)
     all_pairs, pairs = (int(np.sum(k * (k - 1) // 2)) for k in (k_B, distinct_BK.sum(axis=1)))
     where_BK = distinct_BK
-    # With this noise, two labelers agree on pairs of these samples with probability --world.agreement.
+    # The noise is calibrated so that two labelers agree on a pair of these samples with probability --world.agreement.
     utility_BKR = np.asarray(labelers.utilities(world.pool, jnp.asarray(features_BKF)))
     noise = labelers.calibrated_temperature(utility_BKR[:, 0], utility_BKR[:, 1], target=job.settings.world.agreement)
     pool = world.pool.replace(temperature=jnp.float32(noise))  # type: ignore[attr-defined]
@@ -83,10 +83,15 @@ def collect(
     validation = jax.tree.map(lambda x: x[world.n_compare :], comparisons)
     job.progress.finish(stage)
     facts = {"pairs": pairs, "pairs_of_repeated_answers_dropped": all_pairs - pairs}
-    return train, validation, facts | {
-        "labeler_temperature": noise,
-        "label_agreement": job.settings.world.agreement,
-    }
+    return (
+        train,
+        validation,
+        facts
+        | {
+            "labeler_temperature": noise,
+            "label_agreement": job.settings.world.agreement,
+        },
+    )
 
 
 def _repeats(tokens_BKL: np.ndarray, where_BK: np.ndarray) -> np.ndarray:

@@ -121,7 +121,7 @@ def _share(part: Any, whole: Any) -> float | None:
 def _win_rates(job: Job, answers: Answers, baseline: Answers) -> dict[str, Any]:
     """Returns win rates against ``baseline`` by gold utility, training labelers and held-out labelers.
 
-    Both are answers to the same prompts. A tie counts one half.
+    ``answers`` and ``baseline`` answer the same prompts. A tie counts as one half.
     """
     world = job.task.world
     if world is None:
@@ -185,7 +185,7 @@ def _make_probe(job: Job) -> Any:
 
 
 def _best_of_n(job: Job, policy: types.Params, reward: types.Params, rng: jax.Array) -> tuple[Measured, list[dict]]:
-    """Returns the results of best-of-n and their curve over n. The reward model selects the best of n samples."""
+    """Returns the results of best-of-n by the reward model, and the mean score and gold utility for each n."""
     settings = job.settings.evaluation
     n, N = settings.best_of, min(settings.best_of_prompts, len(job.task.eval_prompts))
     prompts = job.task.eval_prompts.take(N)

@@ -52,7 +52,7 @@ class Job:
     mesh: jax.sharding.Mesh | None = None
     """The mesh of the run; None on one device."""
     note: Callable[[str, str], None] = lambda stage, text: print(f"{stage}: {text}", file=sys.stderr)
-    """``note(stage, text)`` prints and saves an incident."""
+    """``note(stage, text)`` prints and saves an incident; the default only prints it."""
 
     def key(self, stage: str) -> jax.Array:
         """Returns the random key of a stage, ignoring a suffix after a hyphen: ``ppo-more`` has the key of ``ppo``."""
@@ -65,7 +65,7 @@ class Job:
         return parallel.jit_step(train_step, mesh=self.mesh)
 
     def create_on_mesh(self, make: Callable[..., Any], *args: Any) -> Any:
-        """Returns ``make(*args)``, a train state or parameters. On a mesh, it is sharded by `parallel.RULES`."""
+        """Returns ``make(*args)``, a train state or parameters, which are sharded by `parallel.RULES` on a mesh."""
         if self.mesh is None:
             return make(*args)
         args = tuple(self.put_params(each) for each in args)
@@ -125,8 +125,8 @@ class Job:
     def programs(self) -> dict[str, int]:
         """Returns the number of times that each large program was compiled.
 
-        The minimum is 1 even if only an earlier process of the run called the program, so that a resumed run has the
-        same results as an uninterrupted one.
+        The number for a train step is at least 1, even if only an earlier process of the run called the step, so that
+        a resumed run has the same results as an uninterrupted one.
         """
         steps = {"supervised": self.supervised_step, "reward_model": self.reward_step, "ppo": self.ppo_step}
         return {name: max(step.traces, 1) for name, step in steps.items()} | {"sampling": self.sampler.traces}
@@ -170,8 +170,8 @@ class Job:
     def loop_checks(self, stage: str, steps: int, batch_at: Callable[[int], Any]) -> dict[str, Any]:
         """Returns the arguments of `loop.fit` that handle skipped steps and identify the stage's data.
 
-        The fingerprint consists of the number of steps and of digests of the first and last batch, so that a run is not
-        resumed if the data, their order or the batch size has changed. On several hosts, there are no digests.
+        The fingerprint consists of the number of steps and, on a single host, of digests of the first and last batch. A
+        run is not resumed if its fingerprint has changed, for example because the batch size is different.
         """
         fingerprint: Any = [steps]
         if jax.process_count() == 1 and steps > 0:

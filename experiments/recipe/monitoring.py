@@ -50,6 +50,6 @@ def raised_alarms(log: metrics.MetricLog, settings: Settings) -> list[dict[str, 
 
 
 def ptx_coef(log: metrics.MetricLog) -> dict[str, float]:
-    """Returns the mean coefficient of PPO-ptx over the run, in both normalisations of `train.ptx.coefficients`."""
+    """Returns PPO-ptx's mean coefficient over the run, in both normalisations of `train.ptx.coefficients`."""
     rows = log.rows("ppo_ptx")
     return {name: statistics.fmean(row[f"ptx_coef_{name}"] for row in rows) for name in ("per_token", "per_sequence")}

@@ -33,7 +33,7 @@ class Answers:
     stopped_B: np.ndarray
     scores_B: np.ndarray
     kl_B: np.ndarray
-    """Sum over the answer of the log-ratio of policy and reference, in nats; 0 without a reference."""
+    """Log-ratio of policy to reference, summed over the answer's tokens, in nats; 0 without a reference."""
     gold: gold.Utility
     """Gold utility; None without the built-in world."""
     unknown_B: np.ndarray | None = None
@@ -95,7 +95,7 @@ class Sampler:
         *,
         temperature: float | None = None,
     ) -> Answers:
-        """Samples one answer to each prompt. The answer to prompt i depends only on this prompt, ``rng`` and i.
+        """Samples one answer to each prompt. The answer to prompt i depends on the policy, this prompt, ``rng`` and i.
 
         Args:
             policy: Parameters of the policy.

@@ -32,7 +32,7 @@ def in_background(
         job: The job of the run.
         rl_stages: The RL stages by name, each with the job whose ``ppo_step`` it calls.
         compile_rest: ``compile_rest(executor, policy)`` compiles the other steps of the command. ``policy`` has the
-            shapes of a policy.
+            structure and the shapes of the policy's parameters.
     """
     if job.mesh is not None:
         yield
@@ -57,7 +57,7 @@ def _submit(job: jobs.Job, rl_stages: Mapping[str, jobs.Job], executor: concurre
     def training(params: types.Params) -> state_lib.TrainState:
         return jax.eval_shape(partial(state_lib.create, tx=job.supervised_tx), params)
 
-    if not any(steps.values()):  # no checkpoint from after supervised training
+    if not any(steps.values()):  # no later stage has a checkpoint
         B, L = job.settings.pretrain.batch, job.task.row_width
         text = sft.TokenBatch(_ints(B, L), _flags(B, L), _flags(B, L))
         job.supervised_step.compile_ahead(executor, training(policy), None, stages.hyper(0.0), text, key)

@@ -1,6 +1,7 @@
-"""The stages of InstructGPT's recipe, in order. Each function trains one stage and returns the parameters.
+"""The stages of InstructGPT's recipe, in order, and functions that prepare their inputs.
 
-The results of a finished stage are restored. An interrupted stage resumes from its last checkpoint.
+The function of a stage returns the trained parameters. The results of a finished stage are restored. An interrupted
+stage resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -101,7 +102,10 @@ def supervised(job: Job, stage: str, base: Params, *, epochs: int, mix: float) -
 
 
 def train_reward_models(job: Job, start: Params, parts: list[types.Comparisons], **options: Any) -> list[Params]:
-    """Trains a reward model on each part and normalises its scores. RL only logs those of a second model (HH 4.2)."""
+    """Trains a reward model on each part and normalises its scores.
+
+    RL only logs the scores of a second model (Bai et al. 2022, section 4.2).
+    """
     rewards = []
     for stage, part in zip(("reward_model", "heldout_reward_model"), parts):
         reward = train_reward_model(job, start, part, stage=stage, **options)
@@ -160,7 +164,7 @@ def validation_options(
 def normalise_scores(job: Job, reward: Params, policy: Params) -> Params:
     """Scales scores to standard deviation 1 on samples of ``policy``, then shifts them to mean 0 on demonstrations.
 
-    The scale gives a KL coefficient the same effect in every run. The shift is that of InstructGPT (section 3.5). Both
+    The scale makes KL coefficients comparable between runs. The shift is that of InstructGPT (section 3.5). Both
     numbers are stored in the head of the model and saved with it.
     """
     prompts = job.task.rl_prompts.take(policy_sampling.CHUNK)

@@ -61,6 +61,7 @@ class GoldTask:
     compare_prompts: PromptSet
     """Prompts of the training comparisons, followed by a tenth as many for validation."""
     n_compare: int
+    """Number of training prompts in ``compare_prompts``."""
     skill_rows: padding.Rows
     """One skill problem per row. The loss mask selects its answer."""
 
@@ -156,7 +157,7 @@ def _prompt_sets(
 
 
 def _answer_width(answers: list[str], ids: list[list[int]], *, in_world_words: bool) -> int:
-    """Returns the world's word limit or, with another tokenizer, the tokens of the longest answer that is within it."""
+    """Returns the world's word limit or, with another tokenizer, the token count of the longest answer within it."""
     if in_world_words:
         return prompts.RESPONSE_WIDTH
     fitting = [len(x) for x, text in zip(ids, answers) if len(text.split()) < prompts.RESPONSE_WIDTH]

@@ -81,9 +81,9 @@ _MARKERS = "^os^oDv"
 
 
 def frontier(lines: Rows, *, xlabel: str, ylabel: str) -> str:
-    """Returns an SVG of gold utility against √KL; each line connects one method's coefficients.
+    """Returns an SVG of gold utility against √KL; each line connects the points of one method.
 
-    Lines whose ``paler`` is True, which show shifted data, are dashed and have hollow markers.
+    Lines whose ``paler`` is True, which show shifted pairs, are dashed and have hollow markers.
     """
     with plots.axes(height=3.6) as (svg, (ax,)):
         for place, line in enumerate(lines):

@@ -36,7 +36,7 @@ class StartModels(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """One run. Its name is its stage in logs and checkpoints."""
+    """One run. ``name`` is the name of its stage in logs and checkpoints."""
 
     name: str
     settings: PPO
@@ -77,8 +77,8 @@ def train(job: jobs.Job, models: StartModels, cell: Cell, *, step: parallel.JitS
 def train_together(job: jobs.Job, models: StartModels, cells: Sequence[Cell]) -> list[types.Params]:
     """Trains all runs in one program that vmaps the step over keys and hyperparameters; returns their policies.
 
-    The cells may differ only in seed and in traced hyperparameters. On a CPU, the program takes as long as separate
-    runs. On an accelerator that a single run does not fill, it takes about as long as one run.
+    The cells may differ only in their seeds and in the hyperparameters of `ppo.Hyper`. On a CPU, the program takes as
+    long as separate runs. On an accelerator that a single run does not fill, it takes about as long as one run.
     """
     first, M = with_settings(job, cells[0].settings), len(cells)
     single_step = ppo.make_train_step(

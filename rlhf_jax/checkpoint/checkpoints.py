@@ -46,7 +46,7 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACC
 
 
 def _reason(error: BaseException) -> str:
-    """Returns the operating system's message if the error contains one, otherwise the first line of the error."""
+    """Returns the message of one of `_DISK_ERRORS` if ``error`` contains it, otherwise the first line of ``error``."""
     text = str(error).strip()
     for number in _DISK_ERRORS:
         if os.strerror(number) in text:
@@ -57,7 +57,8 @@ def _reason(error: BaseException) -> str:
 
 
 _on_all = partial(processes.call_on_all, error=manifest_lib.DamagedError)
-"""Runs a function and raises its DamagedError in all processes, so that all of them resume from the same step."""
+"""Runs a function. If it raises DamagedError in any process, all processes raise DamagedError, so that all of them
+resume from the same step."""
 
 
 def _read_manifest(checkpointer: Any, path: epath.Path) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def _read_manifest(checkpointer: Any, path: epath.Path) -> dict[str, Any]:
 
 def _restore_arg(leaf: Any, stored: dict[str, Any]) -> Any:
     sharding = manifest_lib.requested_sharding(leaf)
-    if sharding is None or manifest_lib.is_prng_key(leaf):  # a key's sharding lacks the axis of the key data
+    if sharding is None or manifest_lib.is_prng_key(leaf):  # the sharding of a key has no axis for the key data
         return ocp.RestoreArgs(restore_type=np.ndarray)
     return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=tuple(stored["shape"]))
 
@@ -109,7 +110,10 @@ def _read_verified(checkpointer: Any, path: epath.Path, entries: list[Any], leav
 
 
 def _read(checkpointer: Any, path: epath.Path, like: Any) -> tuple[Any, dict[str, Any]]:
-    """Returns ``(state, metadata)``; raises DamagedError for damage and CheckpointError if ``like`` does not fit."""
+    """Returns ``(state, metadata)``.
+
+    Raises DamagedError if files are damaged, and CheckpointError if ``like`` does not fit or is None but required.
+    """
     manifest = _on_all(lambda: _read_manifest(checkpointer, path))
     entries = manifest["leaves"]
     if like is None:
@@ -129,12 +133,12 @@ class Checkpoints:
     """The checkpoints of one run, in one directory.
 
     Use this class as a context manager, or call `close` at the end. A process that exits during a save loses that save
-    but not the previous one. An old checkpoint is removed only after a newer one has been read back and verified; a
-    multi-process job skips this verification. The first `save` after `restore` renames all steps newer than the
-    restored one, damaged or not; they are removed once the new checkpoint has been verified.
+    but not the previous one. An old checkpoint is removed only after a newer one is complete and, in a single-process
+    job, has been read back and verified. The first `save` after `restore` sets aside all checkpoints newer than the
+    restored one, damaged or not, by renaming them; they are removed under the same condition.
 
     Attributes:
-        skipped: Messages with the step and the damage of each checkpoint that `restore` skipped.
+        skipped: One message for each checkpoint that `restore` skipped, which states the step and what is damaged.
 
     Args:
         directory: Directory of the checkpoints, created by the first save; a local path, or any other path that Orbax
@@ -158,7 +162,7 @@ class Checkpoints:
         self._warn = warn or partial(warnings.warn, stacklevel=3)
         self._checkpointer: Any = None
         self._restored: int | None = None
-        self._prepared = False  # whether the directory was created and cleaned
+        self._prepared = False  # whether `_prepare` has run
         self._saving: int | None = None
 
     def __enter__(self) -> Checkpoints:
@@ -230,7 +234,7 @@ class Checkpoints:
             like: Pytree of arrays or ``jax.ShapeDtypeStruct`` with the requested structure, dtypes and shardings. Parts
                 of the result that are not leaves, such as the functions of a ``TrainState``, are taken from ``like``.
                 None is allowed if the state consists of dicts and lists of arrays.
-            step: Step to restore; None means the newest undamaged one.
+            step: Step to restore; None means the newest undamaged checkpoint.
 
         Returns:
             ``(step, state, metadata)``; the arrays are bit-identical to the saved ones.

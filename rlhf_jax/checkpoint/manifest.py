@@ -81,7 +81,7 @@ def flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
 
 
 def json_structure(treedef: Any, count: int) -> Any:
-    """Returns the tree with numbered leaves if JSON can represent it (dicts and lists), otherwise None."""
+    """Returns the tree with numbers as leaves, or None if it does not consist of lists and dicts with string keys."""
     numbered = jax.tree.unflatten(treedef, range(count))
     try:
         parsed = json.loads(json.dumps(numbered))
@@ -91,7 +91,7 @@ def json_structure(treedef: Any, count: int) -> Any:
 
 
 def make_manifest(state: Any, metadata: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the arrays of a state, by leaf name, and its manifest."""
+    """Returns the non-empty arrays of a state, as a dict whose keys are leaf names, and the manifest of the state."""
     paths, leaves, treedef = flatten(state)
     if not leaves:
         raise ValueError("the state has no leaves to save")
@@ -111,6 +111,8 @@ def make_manifest(state: Any, metadata: dict[str, Any]) -> tuple[dict[str, Any],
 
 def check_structure(manifest: dict[str, Any], paths: list[str], leaves: list[Any], source: str) -> None:
     """Checks that a checkpoint has the structure, shapes and dtypes of the requested state.
+
+    A Python number, saved or requested, matches a scalar of any dtype.
 
     Args:
         manifest: Manifest of the checkpoint.
@@ -138,14 +140,14 @@ def check_structure(manifest: dict[str, Any], paths: list[str], leaves: list[Any
 
 
 def requested_sharding(leaf: Any) -> jax.sharding.Sharding | None:
-    """Returns the sharding of a leaf, or None for an uncommitted leaf, which may be combined with any mesh."""
+    """Returns the sharding of a leaf; None if it has none or is an uncommitted array, which may be used on any mesh."""
     if isinstance(leaf, jax.Array):
         return leaf.sharding if getattr(leaf, "committed", True) else None
     return getattr(leaf, "sharding", None)
 
 
 def restore_leaf(array: Any, entry: dict[str, Any], leaf: Any) -> Any:
-    """Converts a stored array to the type of ``leaf``: PRNG key, NumPy array, JAX array or Python scalar."""
+    """Converts a stored array to a PRNG key, if it was saved as one, or to the array or scalar type of ``leaf``."""
     if "prng" in entry:
         key = jax.random.wrap_key_data(jnp.array(array), impl=entry["prng"])
         sharding = requested_sharding(leaf)

@@ -1,8 +1,8 @@
 """Selection of the examples in each batch, as a pure function of a key and the step.
 
-There is no iterator state to save: a resumed run selects the same batches as an uninterrupted run. Pass a `fingerprint`
-of the data to `train.loop.fit`, which compares it when the run is resumed, because the same indices select different
-examples from different data.
+There is no iterator state to save: a resumed run selects the same batches as an uninterrupted run. However, the same
+indices select different examples from different data. Therefore, pass a `fingerprint` of the data to `train.loop.fit`,
+which compares it with the saved fingerprint when a run is resumed.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def fingerprint(arrays: Any) -> str:
 
 
 def _shuffle(n: int, key: jax.Array) -> np.ndarray:
-    """Returns a permutation of ``range(n)``, int32, computed on the host without compilation or transfer.
+    """Returns a permutation of ``range(n)``, int32, computed with NumPy.
 
     The permutation sorts the raw output of a counter-based generator. NumPy guarantees that this output is the same in
     all versions, but gives no such guarantee for ``Generator.permutation``.

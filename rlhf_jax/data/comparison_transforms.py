@@ -94,11 +94,11 @@ def add_control_tokens(batch: types.Comparisons, *, good_id: int, bad_id: int, c
         column: P, the width of the prompts.
 
     Returns:
-        Comparisons with K = 2 and L + 1 columns, with the better answer first. The original pairs are in the order of
-        `split_into_pairs`.
+        Comparisons with K = 2 and L + 1 columns; the better answer comes first. The two pairs made from an original
+        pair are adjacent, and the original pairs are in the order of `split_into_pairs`.
     """
     pairs = split_into_pairs(batch)
-    tokens_BKL, mask_BKL = (np.repeat(x, 2, axis=1) for x in (pairs.tokens_BKL, pairs.mask_BKL))  # A A B B
+    tokens_BKL, mask_BKL = (np.repeat(x, 2, axis=1) for x in (pairs.tokens_BKL, pairs.mask_BKL))  # answers A, A, B, B
     marks = np.broadcast_to(
         np.array([good_id, bad_id, bad_id, good_id], np.int32)[None, :, None], (*tokens_BKL.shape[:2], 1)
     )

@@ -27,9 +27,10 @@ _DIALOGUE_START = re.compile(r"\s*\n\nHuman:")
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One turn of a dialogue. ``role`` is ``"user"``, ``"assistant"`` or, at the start, ``"system"``.
+    """One turn of a dialogue.
 
-    In the hh-rlhf form, ``text`` has no white space around it; in other forms, it is kept as written.
+    ``role`` is ``"user"``, ``"assistant"`` or another role that the chat template supports, such as ``"system"``. In
+    the hh-rlhf form, ``text`` has no white space around it; in other forms, it is kept as written.
     """
 
     role: str
@@ -62,12 +63,12 @@ def parse_dialogue(text: str) -> tuple[Turn, ...]:
 
 
 def format_dialogue(turns: Sequence[Turn]) -> str:
-    """Returns turns as one text in the hh-rlhf form; the inverse of `parse_dialogue`."""
+    """Returns user and assistant turns as one text in the hh-rlhf form, which `parse_dialogue` converts back."""
     return "".join(f"\n\n{_NAMES[turn.role]}: {turn.text}" for turn in turns)
 
 
 def split_answer(turns: Sequence[Turn]) -> tuple[tuple[Turn, ...], str]:
-    """Splits a dialogue at its last assistant turn into ``(prompt, answer)``.
+    """Splits a dialogue that ends in an assistant turn into ``(prompt, answer)``.
 
     Raises:
         DataError: If the dialogue does not end in an assistant turn.

@@ -1,7 +1,7 @@
 """Exceptions for data that cannot be used, and counts of the records that are dropped or truncated.
 
-A file that cannot be read and a record that has the wrong form raise an error. A well-formed record that cannot be used
-is dropped and counted by reason; an error is raised only if more than a given share of the records is dropped.
+An error is raised for a file that cannot be read and for a record that has the wrong form. A well-formed record that
+cannot be used is dropped and counted by reason. Dropping records is an error only if their share exceeds a limit.
 """
 
 from __future__ import annotations

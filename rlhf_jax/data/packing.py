@@ -136,10 +136,11 @@ def pack_comparisons(
         pad_id: Token id used for padding.
         rows: Total number of rows in all groups, so that all batches can have the same shape; None means as many rows
             as needed.
-        groups: Number of micro-batches into which a step divides the batch; each group is packed separately.
+        groups: Number of micro-batches into which a step divides the batch. The prompts of each micro-batch (a group)
+            are packed separately.
 
     Returns:
-        The packed completions, with the ranks and loss inputs of ``batch``.
+        The packed completions, with all other fields of ``batch`` unchanged.
 
     Raises:
         DataError: If a completion with its prompt is longer than ``width``, or a group needs more than

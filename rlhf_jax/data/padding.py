@@ -1,4 +1,4 @@
-"""Conversion of the token ids of prompts and answers to padded rows, in the layout that all training stages use.
+"""Padding of prompts and answers, given as token ids, to rows in the layout that all training stages use.
 
 Prompts are left-padded to P tokens and answers right-padded to T, so a row has L = P + T columns. Rows are NumPy
 arrays, int32 for tokens and bool for masks. `chat` encodes texts as ids.
@@ -122,8 +122,8 @@ def ranking_rows(
 
     Args:
         prompts: Token ids of B prompts.
-        answers: Token ids of at least two answers to each prompt. For a prompt with fewer than K answers, the remaining
-            entries are padding, with ``where_BK`` False and rank 0.
+        answers: Token ids of at least two answers to each prompt. If a prompt has fewer than K answers, the rest of
+            its batch element is padding, with ``where_BK`` False and rank 0.
         ranks: Rank of each answer; 1 is best, and equal ranks are ties.
         prompt_width: P.
         response_width: T; longer answers are truncated as in `pad_answers`.

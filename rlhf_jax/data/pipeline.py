@@ -1,4 +1,4 @@
-"""Batches, made with grain, that can be shuffled, repeated, divided among hosts, and resumed exactly.
+"""Batches made with grain: shuffling, repetition, division among hosts, and exact resumption.
 
 The batch of a step depends on the data and on settings such as the seed, but not on the number of hosts. Each host
 reads an equal share of the rows of every batch, so all hosts run the same number of steps.
@@ -52,9 +52,9 @@ class Batches:
         self._dataset = dataset
         self._endless = endless
         self.fingerprint = fingerprint
-        """Everything that determines the batches, as values that JSON can represent: data, number of records, seed,
-        batch size, epochs, ``shuffle``, ``drop_last``, and digests of the first indices of the first epoch and of the
-        ``identity`` passed to `from_source`. The fingerprint is the same on all hosts."""
+        """Everything that determines the batches, as values that JSON can represent: ``data`` and ``identity`` (see
+        `from_source`), number of records, seed, batch size, epochs, ``shuffle``, ``drop_last``, and a digest of the
+        first indices of the first epoch. The fingerprint is the same on all hosts."""
         options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
         self._iterator = iter(dataset.to_iter_dataset(options))
 
@@ -143,8 +143,8 @@ def from_arrays(
         shuffle: Whether to shuffle; otherwise the records keep their order.
         drop_last: Whether to drop the records of each epoch that do not fill a batch, so that no batch spans two
             epochs.
-        host: Index of this host, usually ``jax.process_index()``. Each host reads one block of the rows of a batch, in
-            the order of the hosts; ``jax.make_array_from_process_local_data`` assembles the blocks.
+        host: Index of this host, usually ``jax.process_index()``. Each host reads one block of the rows of a batch, and
+            the blocks are in the order of the hosts; ``jax.make_array_from_process_local_data`` assembles the blocks.
         hosts: Number of hosts, usually ``jax.process_count()``.
         prefetch: Number of batches that a separate thread keeps ready; 0 disables prefetching.
 
@@ -197,7 +197,8 @@ def from_source(
     Args:
         source: A sequence of records, such as those from a reader in `readers` or from `sources.tfds_source`.
         collate: Function that converts a list of records to a batch, such as token rows. It must be pure, and should
-            always return the same shapes. It runs in the prefetching thread and receives only this host's records.
+            always return the same shapes. It receives only this host's records and, with prefetching, runs in a
+            separate thread.
         batch_size: See `from_arrays`.
         seed: See `from_arrays`.
         epochs: See `from_arrays`.
@@ -206,8 +207,8 @@ def from_source(
         host: See `from_arrays`.
         hosts: See `from_arrays`.
         prefetch: See `from_arrays`.
-        data: Identifies the data in the fingerprint. None means the `fingerprint` of ``source``; computing it reads all
-            records once.
+        data: String that identifies the data in the fingerprint. None means the `fingerprint` of ``source``; computing
+            it reads all records once.
         identity: Identifies ``collate`` in the fingerprint, because a function cannot be hashed. It can be any value
             that `fingerprint` accepts as a record, such as ``{"tokenizer": "gpt2", "prompt_width": 256}``. A state that
             was saved with a different identity is rejected. With None, a change of ``collate`` is not detected.

@@ -1,4 +1,4 @@
-"""Encoding of plain text that never produces control tokens, whatever a user types.
+"""Encoding of plain text without ever producing control tokens, whatever a user types.
 
 A *control token* is a special token of the tokenizer, or another token that has a meaning in a chat format. If a text
 contains the spelling of a control token, the spelling is encoded as ordinary characters.
@@ -118,9 +118,10 @@ def text_encoder(tokenizer: transformers.PreTrainedTokenizerFast, control: Itera
 
 
 def _without_prefix(part: Any, dropped_schemes: Sequence[str]) -> Any:
-    """Returns a normalizer or pre-tokenizer, as JSON, without the space that it inserts before texts.
+    """Returns a normalizer or pre-tokenizer, as JSON, that inserts no space before texts; None if it did nothing else.
 
-    The space is removed if its ``prepend_scheme`` is in ``dropped_schemes``; without a scheme, it counts as ``always``.
+    The part is changed only if its ``prepend_scheme`` (``first``: at the start of an input, ``always``: also after
+    special tokens) is in ``dropped_schemes``. A part that inserts spaces without a scheme counts as ``always``.
     """
     if not isinstance(part, dict):
         return part

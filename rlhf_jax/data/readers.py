@@ -23,9 +23,11 @@ def read_demonstrations(
 
     - ``"empty prompt"``: the last turn of the prompt is empty or a system turn
     - ``"prompt ends in an assistant turn"``
-    - ``"empty answer"``, ``"ends in a human turn"`` or ``"... is null"``, which names the null field
-    - ``"prompts differ"`` or ``"answers differ"``: the record has ``messages`` and also a ``prompt`` or an answer, and
-      they do not agree
+    - ``"empty answer"``
+    - ``"ends in a human turn"``: the last turn of a dialogue is not an assistant turn
+    - ``"... is null"``, with the name of the null field
+    - ``"prompts differ"`` or ``"answers differ"``: the record has ``messages`` and also a ``prompt`` or an answer that
+      does not agree with them
 
     Args:
         source: A path, a list of paths, or `sources.Tfds`.
@@ -47,12 +49,14 @@ def read_rankings(
 
     A record is dropped for the reasons that apply to demonstrations, except ``"answers differ"``, or for one of these:
 
-    - ``"prompts differ"``: the dialogues of a pair have different prompts, or do not agree with ``prompt``
+    - ``"prompts differ"``: the dialogues of a pair have different prompts, or ``prompt`` does not agree with them
     - ``"fewer than two answers"`` or ``"all answers tied"``
     - ``"same answer twice"``: equal answers have different ranks
     - ``"ranks and answers differ in number"``, ``"rank is not a whole number"`` or ``"rank below 1"``
-    - ``"scores and answers differ in number"``, ``"score is not a finite number"`` or ``"ranks and scores disagree"``
-    - ``"margin below 0"`` or ``"margin of more than two answers"``
+    - ``"scores and answers differ in number"`` or ``"ranks and scores disagree"``
+    - ``"score is not a finite number"``: a score, the margin or the difference of two scores is not finite, or an entry
+      of ``scores`` is not a number
+    - ``"margin below 0"``, or ``"margin of more than two answers"``: only two answers can have a margin
     - ``"margin and scores disagree"``: the margin deviates from the difference of the scores by more than 1 % of the
       largest absolute value among the margin and the scores
     """

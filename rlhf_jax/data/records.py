@@ -20,16 +20,19 @@ prompts         ``prompt``
 A prompt is a message list or a string. A string is one user turn, unless it begins with ``"\n\nHuman:"``, which marks
 the hh-rlhf form. The last turn of a prompt must have text, and must be neither an assistant turn nor a system turn. An
 answer is a string or a message list that consists of one assistant turn. Texts are kept as written, except in the
-hh-rlhf form, in which white space around a turn is removed and ``"\r\n"`` becomes ``"\n"``. A null field counts as
-missing. A ``prompt`` or an answer that is given in addition to ``messages`` must agree with them.
+hh-rlhf form, in which white space around a turn is removed and ``"\r\n"`` becomes ``"\n"``.
+
+A ``prompt`` *agrees* with a dialogue if it equals the dialogue's prompt or consists only of the first or the last user
+turn in it; white space around texts is ignored. A ``prompt`` that is given in addition to ``messages`` must agree with
+them, and an answer that is given in addition must equal theirs.
 
 Other fields that hold a string, a finite number or a boolean, such as an annotator or a subset, are stored in
 ``metadata``. The fields of an object named ``metadata`` are stored there too. Lists and other objects are ignored.
 
 The parsers raise `errors.DataError` if a record has the wrong form: a field is missing or has the wrong type, or the
 record mixes two forms. They raise `errors.UnusableRecord` if a record has the right form but cannot be used, for
-example because all its answers are tied. The readers drop such a record and count it by reason; the same holds for a
-record in which a required field is null.
+example because all its answers are tied. The readers drop such a record and count it by reason. A null field counts as
+missing, except that the readers also drop and count a record in which a required field is null.
 """
 
 from __future__ import annotations
@@ -78,13 +81,16 @@ class Judged(Demonstration):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ranking(Prompt):
-    """K >= 2 answers to one prompt, not all of the same rank. A parser sorts them best first; ties keep their order."""
+    """K >= 2 answers to one prompt, not all of the same rank.
+
+    `parse_ranking` sorts them best first; ties keep their order.
+    """
 
     responses: tuple[str, ...]
     ranks: tuple[int, ...]
-    """At least 1; lower is better; equal ranks are ties."""
+    """Rank of each response, at least 1. A lower rank is better; equal ranks are ties."""
     scores: tuple[float, ...] | None = None
-    """Higher is better; None if the record has none."""
+    """Score of each response; higher is better. None if a score is missing."""
     margin: float | None = None
     """How much better the first answer of a pair is; at least 0. This is the record's margin if it has one, otherwise
     the difference of the scores; None if the record has neither, or K > 2."""

@@ -13,7 +13,8 @@ this module only raises errors for sources that cannot be read.
 =========================  ==========================================================================================
 
 A list of paths is read as one source, in order. A path that contains ``*`` is a pattern, whose matches are read in
-sorted order. A byte order mark at the start of a file and blank lines at its end are ignored.
+sorted order, unless a file has exactly this name. A byte order mark at the start of a file and blank lines at its end
+are ignored.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ import numpy as np
 from rlhf_jax.data import errors
 
 JSON_FIELD = "fields_json"
-"""Name of a text feature of TFDS sets. It contains, as one JSON object, the fields that have no separate feature."""
+"""Name of the text feature in which `tfds_builder` stores the fields without a separate feature, as one JSON object."""
 
 _TFDS_ERRORS = (ValueError, AssertionError, NotImplementedError, KeyError, OSError, RuntimeError)
 
@@ -96,7 +97,7 @@ def raw_records(source: Source, *, fields: str = "named fields") -> Iterator[Raw
 
 
 def expand_paths(source: Path | Sequence[Path]) -> list[Path]:
-    """Returns the files of a source; a path that contains ``*`` is replaced by its matches in sorted order.
+    """Returns the files of a source; a path with ``*`` that does not exist is replaced by its matches in sorted order.
 
     Raises:
         DataError: If no file matches, or ``source`` is empty.

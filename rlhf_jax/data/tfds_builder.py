@@ -1,6 +1,6 @@
 """Builders that convert any source (see `sources`) to a tensorflow-datasets (TFDS) set of array_record files.
 
-A prepared set can be read lazily, in any order and by many processes, and works with all tools that support TFDS.
+A prepared set can be read lazily, in any order and by many processes, and works with tools that support TFDS.
 Neither writing nor reading a set requires TensorFlow::
 
     counts = tfds_builder.prepare(tfds_builder.RlhfRankings, "mine", {"train": "pairs.jsonl.gz"}, data_dir="sets")
@@ -40,7 +40,7 @@ from rlhf_jax.data import errors, readers, records, sources
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Files(tfds.core.BuilderConfig):
-    """Configuration of a builder. ``name`` is the name of the set, and ``splits`` maps each split to its source."""
+    """Configuration of a builder. ``name`` is the name of the set, and ``splits`` maps split names to sources."""
 
     splits: Mapping[str, sources.Source] = dataclasses.field(default_factory=dict)
     counts: errors.DropCount = dataclasses.field(default_factory=errors.DropCount)

@@ -65,8 +65,8 @@ class ThresholdScan(NamedTuple):
     count: np.ndarray
     """Number of pairs that reach the threshold."""
     spearman: float
-    """Rank correlation of threshold and accuracy over the thresholds that at least one pair reaches. It is NaN if fewer
-    than 3 thresholds remain or the accuracy is constant. It has no p-value because the thresholds share pairs."""
+    """Rank correlation of threshold and accuracy over the thresholds that at least one pair reaches. It is NaN for
+    fewer than 3 such thresholds or a constant accuracy. It has no p-value because the thresholds share pairs."""
 
 
 def accuracy_by_stratum(
@@ -142,7 +142,8 @@ def generalisation_gap(
     """Compares accuracy and loss on training pairs with those on validation pairs to detect overfitting.
 
     A gap whose interval is above 0 indicates overfitting. InstructGPT (section 3.5, footnote 5) reports overfitting
-    after one epoch over shuffled pairs. The intervals of the gaps are computed by `intervals.difference`.
+    within one epoch if the pairs of all rankings are shuffled together. The intervals of the gaps are computed by
+    `intervals.difference`.
 
     Args:
         train_chosen: Scores of the preferred responses of the training pairs.
@@ -188,8 +189,8 @@ def accuracy_above_threshold(
     Args:
         chosen: Scores of the preferred responses, one per pair.
         rejected: Scores of the rejected responses, in the same order.
-        thresholds: Minimum scores. By default, the deciles of the lower score of each pair, which keep 100 %, 90 %,
-            ..., 10 % of the pairs.
+        thresholds: Minimum scores. By default, the deciles of the pairs' lower scores, which keep about 100 %,
+            90 %, ..., 10 % of the pairs.
         prompts: One prompt label per pair, as in `accuracy_by_stratum`.
         confidence: Coverage of the intervals.
 
@@ -237,7 +238,7 @@ def rate(
         confidence: Coverage of the interval.
 
     Returns:
-        The win rate of a; ``(NaN, 0, 1)`` for an empty subset.
+        The win rate of ``a``; ``(NaN, 0, 1)`` for an empty subset.
 
     Raises:
         ValueError: As in `intervals.win_rate`.

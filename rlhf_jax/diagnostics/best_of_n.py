@@ -1,4 +1,7 @@
-"""KL and expected score of best-of-n sampling, computed for every n from one pool of samples."""
+"""KL and expected score of best-of-n sampling, computed for every n from one pool of samples.
+
+The best of n samples is the one with the highest *proxy* score; its quality is measured by its *gold* score.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ class BestOfNCurve(NamedTuple):
 
     n: np.ndarray
     kl: np.ndarray
-    """KL from the policy in nats; see `best_of_n_kl`."""
+    """KL of best-of-n sampling from the policy, in nats; see `best_of_n_kl`."""
     mean: np.ndarray
     """Expected gold score of the sample with the highest proxy score among n, averaged over prompts."""
     lo: np.ndarray
@@ -26,7 +29,7 @@ class BestOfNCurve(NamedTuple):
 
 
 def best_of_n_kl(n: npt.ArrayLike) -> np.ndarray:
-    """Returns ``log n - (n - 1) / n``, the KL of best-of-n sampling from the policy in nats (Stiennon 2020, G.3).
+    """Returns ``log n - (n - 1) / n``, which is ``KL(best-of-n || policy)`` in nats (Stiennon 2020, G.3).
 
     The formula is exact if proxy scores are never tied, and an upper bound otherwise. Raises ValueError if any n is
     below 1.
@@ -45,9 +48,9 @@ def best_of_n_kl(n: npt.ArrayLike) -> np.ndarray:
 def best_of_n_mean(proxy_scores: npt.ArrayLike, gold_scores: npt.ArrayLike, ns: Sequence[int]) -> np.ndarray:
     """Returns unbiased estimates of the expected gold score of best-of-n sampling, from N samples for one prompt.
 
-    The best of n samples is the one with the highest proxy score. With samples sorted in ascending order of proxy
-    score, the estimate is ``sum_i C(i - 1, n - 1) / C(N, n) * gold_i``, the average over all subsets of size n (Nakano
-    2021, App. I). Samples with tied proxy scores are assigned the mean of their gold scores.
+    With samples sorted in ascending order of proxy score, the estimate is ``sum_i C(i - 1, n - 1) / C(N, n) * gold_i``,
+    the average gold score of the best sample over all subsets of size n (Nakano 2021, App. I). Samples with tied proxy
+    scores are assigned the mean of their gold scores.
 
     Args:
         proxy_scores: ``[N]``, the scores that select the best sample.

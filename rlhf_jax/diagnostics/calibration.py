@@ -22,9 +22,9 @@ class CalibrationCurve(NamedTuple):
     gap: np.ndarray
     """Mean absolute score difference."""
     predicted: np.ndarray
-    """Mean of ``sigmoid(gap)``, the accuracy that the scores imply."""
+    """Mean of the sigmoid of the absolute score difference, the accuracy that the scores imply."""
     accuracy: np.ndarray
-    """Share of pairs whose chosen response scores higher; a tie counts as a half."""
+    """Share of pairs whose chosen response scores higher; a tie counts as one half."""
     lo: np.ndarray
     hi: np.ndarray
     """Bounds of the 95 % interval of the accuracy."""
@@ -71,12 +71,12 @@ def expected_calibration_error(chosen: npt.ArrayLike, rejected: npt.ArrayLike, *
 def calibration_slope(
     chosen: npt.ArrayLike, rejected: npt.ArrayLike, *, confidence: float = 0.95
 ) -> intervals.Estimate:
-    """Returns the slope a of a logistic regression of the labels on the score differences d, without intercept.
+    """Returns the maximum-likelihood slope a in ``P(chosen is preferred) = sigmoid(a d)``, ``d = chosen - rejected``.
 
     A model with slope 1 is calibrated; it is underconfident if the slope is above 1 and overconfident if it is below 1.
-    The interval ``a ± z / sqrt(I)`` uses the Fisher information ``I = sum(d^2 sigmoid(a d) sigmoid(-a d))``. If every
-    label agrees (or disagrees) with the scores, the likelihood has no maximum. The slope is then infinity (or minus
-    infinity), and its interval is unbounded.
+    The interval ``a ± z / sqrt(I)`` uses the normal quantile z and the Fisher information
+    ``I = sum(d^2 sigmoid(a d) sigmoid(-a d))``. If every label agrees (or disagrees) with the scores, the likelihood
+    has no maximum. The slope is then infinity (or minus infinity), and its interval is unbounded.
 
     Raises ValueError as `calibration_curve` does, if all differences are 0, or if ``confidence`` is not in (0, 1).
     """

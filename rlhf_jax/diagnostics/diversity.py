@@ -1,4 +1,4 @@
-"""Diversity of a set of responses. Compare only sets with the same prompts and similar lengths."""
+"""Diversity of a set of responses. Compare only sets of responses to the same prompts with similar lengths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of whether the proxy that a policy is trained to raise still measures quality.
+"""Tests of whether the proxy score that a policy is trained to raise still measures quality.
 
 In `split_halves` and `fall_from_peak`, scores are arrays ``[C, N]``: C checkpoints of a run, in order of training,
 respond to the same N prompts. Differences are computed per prompt.
@@ -30,7 +30,7 @@ class SplitHalves(NamedTuple):
     hi: np.ndarray
     """Bounds of the interval of the gap, over prompts."""
     parted: int | None
-    """Index of the checkpoint from which the interval of the gap stays above 0 to the end; None if there is none."""
+    """Index of the first checkpoint from which the interval of the gap stays above 0; None if there is none."""
 
 
 class FallFromPeak(NamedTuple):
@@ -47,12 +47,12 @@ class FallFromPeak(NamedTuple):
 
 
 def split_halves(train_CN: npt.ArrayLike, test_CN: npt.ArrayLike, *, confidence: float = 0.95) -> SplitHalves:
-    """Compares the reward model used in training with one trained on other comparisons (Bai 2022, Fig 4, 35).
+    """Compares the reward model used in training with one trained on other comparisons (Bai 2022, Figs 4 and 35).
 
-    The two models measure quality equally well, but the policy is optimised against the train model only. A gap between
-    the two therefore shows that the policy exploits the train model. Both curves start from 0 at the first checkpoint.
-    The scores of the two models must have the same unit, such as their standard deviation on samples of the first
-    checkpoint.
+    The two models should measure quality equally well, but the policy is optimised against the train model only. A
+    positive gap between the two therefore suggests that the policy exploits errors of the train model. Both curves
+    start from 0 at the first checkpoint. The scores of the two models must have the same unit, such as their standard
+    deviation on samples of the first checkpoint.
 
     ``train_CN`` and ``test_CN`` are the two models' scores ``[C, N]`` of the same responses; the first row belongs to
     the initial policy. The intervals are Student's t intervals over prompts. Raises ValueError unless both arrays have
@@ -69,7 +69,8 @@ def fall_from_peak(proxy_CN: npt.ArrayLike, judge_CN: npt.ArrayLike, *, confiden
     """Tests whether the score of a judge that is not used in training fell from its peak while the proxy's score rose.
 
     The highest of many noisy means is partly high by chance, so the intervals are Bonferroni-corrected for the number
-    of checkpoints before the last. If nothing changes, at most ``1 - confidence`` of runs are reported as gamed.
+    of checkpoints before the last. If neither score changes in expectation, at most ``1 - confidence`` of runs are
+    reported as gamed.
 
     ``proxy_CN`` are the scores ``[C, N]`` that the policy is trained to raise, and ``judge_CN`` are the scores of the
     same responses under the gold utility or a held-out reward model. Raises ValueError as `split_halves` does.

@@ -25,11 +25,11 @@ class Estimate(NamedTuple):
 
 
 def wilson(successes: int, trials: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Returns Wilson's score interval ``(lo, hi)`` of a rate of independent successes (Wilson 1927).
+    """Returns Wilson's score interval ``(lo, hi)`` for the success rate of independent trials (Wilson 1927).
 
-    The bounds are the solutions p of ``(rate - p)^2 = z^2 p (1 - p) / trials``. Unlike the normal interval, Wilson's
-    interval has a positive width at rates of 0 and 1 and stays in [0, 1]. Without trials, the interval is (0, 1).
-    Raises ValueError unless ``0 <= successes <= trials`` and ``0 < confidence < 1``.
+    The bounds are the solutions p of ``(rate - p)^2 = z^2 p (1 - p) / trials`` with the normal quantile z. Unlike the
+    normal interval, Wilson's interval has a positive width at rates of 0 and 1 and stays in [0, 1]. Without trials, the
+    interval is (0, 1). Raises ValueError unless ``0 <= successes <= trials`` and ``0 < confidence < 1``.
 
     Example:
         >>> from rlhf_jax import diagnostics
@@ -44,7 +44,10 @@ def wilson(successes: int, trials: int, *, confidence: float = 0.95) -> tuple[fl
 
 
 def mean_interval(values: npt.ArrayLike, *, confidence: float = 0.95) -> Estimate:
-    """Returns the mean and Student's t interval, ``mean ± t s / sqrt(n)``, which is infinitely wide for a single value.
+    """Returns the mean and Student's t interval.
+
+    For n values with standard deviation s, the interval is ``mean ± t s / sqrt(n)``, where t is Student's quantile. It
+    is infinitely wide for a single value.
 
     Raises ValueError if ``values`` is empty, is not of rank 1 or contains NaN, or if ``confidence`` is not in (0, 1).
 
@@ -84,14 +87,14 @@ def bootstrap_mean(
     n = len(values)
     if n == 1:
         return Estimate(float(values[0]), -math.inf, math.inf)
-    # One resample at a time, because the indices of all resamples at once would need much memory.
+    # One resample at a time, because the indices of all resamples at once would need a lot of memory.
     means = np.array([values[rng.integers(n, size=n)].mean() for _ in range(resamples)])
     lo, hi = np.quantile(means, ends)
     return Estimate(float(values.mean()), float(lo), float(hi))
 
 
 def win_outcomes(a_scores: npt.ArrayLike, b_scores: npt.ArrayLike, *, tie_tolerance: float = 0.0) -> np.ndarray:
-    """Returns 1 where a scores higher, 0 where b does, and 1/2 where the scores differ by at most ``tie_tolerance``.
+    """Returns 1 where ``a_scores`` is higher, 0 where lower, and 1/2 where the two differ by at most ``tie_tolerance``.
 
     Raises ValueError if the arrays are empty, are not of rank 1, differ in length or contain NaN.
     """
@@ -103,11 +106,11 @@ def win_outcomes(a_scores: npt.ArrayLike, b_scores: npt.ArrayLike, *, tie_tolera
 def win_rate(
     a_scores: npt.ArrayLike, b_scores: npt.ArrayLike, *, tie_tolerance: float = 0.0, confidence: float = 0.95
 ) -> Estimate:
-    """Returns the rate at which a beats b on the same prompts; a tie counts as a half.
+    """Returns the rate at which model a beats model b on the same prompts; a tie counts as one half.
 
     The interval is Wilson's with the variance ``p (1 - p) - t / 4`` for a share t of ties, because ties reduce the
-    variance. t is multiplied by ``n / (n + z^2)``, so that the interval of a few prompts that all tie does not have a
-    width of 0.
+    variance. To prevent a width of 0 if a few prompts all tie, t is first multiplied by ``n / (n + z^2)`` for n prompts
+    and the normal quantile z.
 
     Args:
         a_scores: Scores of model a, one per prompt.
@@ -133,11 +136,12 @@ def win_rate(
 def outcome_rate(outcomes: npt.ArrayLike, *, confidence: float = 0.95) -> Estimate:
     """Computes `win_rate` from outcomes: 1 for a win, 0 for a loss, and 1/2 for a tie.
 
-    Raises ValueError if ``outcomes`` is empty, is not of rank 1, or contains NaN or a number outside [0, 1].
+    Other outcomes in [0, 1] count as partial ties. Raises ValueError if ``outcomes`` is empty, is not of rank 1, or
+    contains NaN or a number outside [0, 1].
     """
     outcomes = samples(outcomes)
     if ((outcomes < 0) | (outcomes > 1)).any():
-        raise ValueError("each outcome must be 1 (win), 0 (loss) or 1/2 (tie), but one is outside [0, 1]")
+        raise ValueError("each outcome must be from 0 (loss) to 1 (win), but one is outside [0, 1]")
     mean = float(outcomes.mean())
     # Outcomes between 0 and 1 reduce the Bernoulli variance by ties / 4; those other than 1/2 count as partial ties.
     ties = float((4 * outcomes * (1 - outcomes)).mean())
@@ -164,9 +168,9 @@ def ratio_interval(
     ratio, ``n / (n - 1) sum((part - r whole)^2) / sum(wholes)^2`` for n clusters, and Student's t with n - 1 degrees of
     freedom. Clusters whose whole is 0 are ignored.
 
-    The interval of a rate is Wilson's for the number of trials that would have this variance, so it stays in [0, 1].
-    The variance is shrunk towards the variance of clusters that are entirely right or entirely wrong, so that the
-    interval of a few identical clusters does not have a width of 0.
+    The interval of a rate is Wilson's for the number of independent trials whose rate would have this variance, so it
+    stays in [0, 1]. The variance is shrunk towards the variance of clusters that are entirely right or entirely wrong,
+    so that the interval of a few identical clusters does not have a width of 0.
 
     Args:
         parts: One number per cluster.
@@ -206,9 +210,9 @@ def ratio_interval(
 def difference(first: Estimate, second: Estimate) -> Estimate:
     """Returns ``first - second`` for two independent estimates, with an interval at their common confidence.
 
-    The interval extends ``sqrt((m1 - lo1)^2 + (hi2 - m2)^2)`` below and ``sqrt((hi1 - m1)^2 + (m2 - lo2)^2)`` above the
-    difference, which preserves asymmetry. For rates with Wilson's intervals, it is Newcombe's hybrid score interval
-    (1998, method 10).
+    With means m and bounds lo and hi of the two estimates, the interval extends ``sqrt((m1 - lo1)^2 + (hi2 - m2)^2)``
+    below and ``sqrt((hi1 - m1)^2 + (m2 - lo2)^2)`` above the difference, so asymmetry is preserved. For rates with
+    Wilson's intervals, the result is Newcombe's hybrid score interval (1998, method 10).
     """
     mean = first.mean - second.mean
     low = math.hypot(first.mean - first.lo, second.hi - second.mean)
@@ -241,16 +245,17 @@ def _score_interval(mean: float, ties: float, n: float, z: float) -> tuple[float
 
 
 def quantiles(confidence: float) -> tuple[float, float]:
-    """Returns the two quantiles that bound an interval; raises ValueError unless ``0 < confidence < 1``."""
+    """Returns the levels of the quantiles that bound an interval; raises ValueError unless ``0 < confidence < 1``."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
     return (1 - confidence) / 2, (1 + confidence) / 2
 
 
 def critical(confidence: float, *, freedom: int | None = None) -> float:
-    """Returns the half-width of a normal interval, or of Student's t with ``freedom`` degrees, in standard errors.
+    """Returns the half-width, in standard errors, of a normal or, if ``freedom`` is given, a Student's t interval.
 
-    The half-width is infinite for 0 degrees of freedom. Raises ValueError unless ``0 < confidence < 1``.
+    ``freedom`` is the number of degrees of freedom. The half-width is infinite for 0 degrees of freedom. Raises
+    ValueError unless ``0 < confidence < 1``.
     """
     _, upper = quantiles(confidence)
     if freedom is None:
@@ -278,7 +283,7 @@ def label_indices(labels: Iterable[Hashable] | None, count: int, kind: str) -> t
     """Returns the distinct labels in order of first appearance, and the index of each item's label.
 
     If ``labels`` is None, all ``count`` items have the same label. Raises ValueError if there is not one label per
-    item; its message calls the labels ``kind``, such as "prompts".
+    item. ``kind`` is the word for the labels in the error message, such as "prompts".
     """
     labels = [None] * count if labels is None else list(labels)
     if len(labels) != count:

@@ -16,14 +16,14 @@ from rlhf_jax.diagnostics.accuracy import prompt_groups, rate
 
 
 class LengthBias(NamedTuple):
-    """How labels and scores depend on length. A rate over no pairs is ``(NaN, 0, 1)``."""
+    """Dependence of labels and scores on length. A rate is ``(NaN, 0, 1)`` if it is computed from no pairs."""
 
     longer_wins: intervals.Estimate
-    """Share of pairs whose preferred response is the longer one; equal lengths count as a half."""
+    """Share of pairs whose preferred response is the longer one; equal lengths count as one half."""
     shorter_wins: intervals.Estimate
     """Share of pairs whose preferred response is the shorter one, 1 minus ``longer_wins``."""
     prefers_longer: intervals.Estimate
-    """Share of pairs with unequal lengths whose longer response scores higher; tied scores count as a half."""
+    """Share of pairs with unequal lengths whose longer response scores higher; tied scores count as one half."""
     accuracy_where_longer: intervals.Estimate
     """Accuracy of the scores on pairs whose preferred response is the longer one."""
     accuracy_where_shorter: intervals.Estimate
@@ -31,7 +31,7 @@ class LengthBias(NamedTuple):
     correlation: intervals.Estimate
     """Correlation of score and length within pairs (`length_correlation`)."""
     explained: float
-    """Squared correlation, the share of the variance of score differences that length differences explain."""
+    """Squared correlation: the share of the variance in score differences that is explained by length differences."""
     equal_lengths: int
     """Number of pairs whose responses have equal lengths."""
     count: int
@@ -47,7 +47,7 @@ class LengthControlledWinRates(NamedTuple):
     errors: list[float]
     """Standard errors of the rates; NaN for rates of NaN, 0 and 1."""
     plain: list[intervals.Estimate]
-    """Win rates without length control, with Wilson's intervals; a tie counts as a half."""
+    """Win rates without length control, with Wilson's intervals; a tie counts as one half."""
     length_effect: intervals.Estimate
     """Change of the log odds of a win per unit of log length ratio; above 0 if longer responses win more often. It is
     NaN if the data do not determine it (all ratios are 1, for example), and infinite if length decides the outcomes."""
@@ -60,7 +60,7 @@ def length_correlation(
     groups: Iterable[Hashable] | None = None,
     confidence: float = 0.95,
 ) -> intervals.Estimate:
-    """Returns Pearson's correlation ``r`` of score and length, within groups if they are given.
+    """Returns Pearson's correlation ``r`` of score and length, within groups if ``groups`` is given.
 
     If groups are given, their means are subtracted from scores and lengths. Typical lengths and scores both depend on
     the prompt, so group the responses by prompt to measure the effect of length on a model's score.
@@ -69,7 +69,8 @@ def length_correlation(
         scores: One score per response.
         lengths: Lengths of the responses, in any unit. For the correlation with relative length, pass logarithms.
         groups: One label per response, such as its prompt.
-        confidence: Coverage of the interval ``tanh(atanh(r) ± z / sqrt(n - groups - 2))`` (Fisher's transformation).
+        confidence: Coverage of the interval ``tanh(atanh(r) ± z / sqrt(n - g - 2))`` (Fisher's transformation), for n
+            responses in g groups (1 if ``groups`` is None) and the normal quantile z.
 
     Returns:
         The correlation; ``(NaN, -1, 1)`` if scores or lengths do not vary within groups.
@@ -100,8 +101,8 @@ def length_bias(
         chosen_lengths: Lengths of the preferred responses, in any unit.
         rejected_lengths: Lengths of the rejected responses.
         prompts: One prompt label per pair, for the intervals of the rates, as in `accuracy_by_stratum`. The interval
-            of the correlation always treats pairs as independent. If prompts have several pairs, call
-            `length_correlation` on the responses instead.
+            of the correlation always treats pairs as independent. If prompts have several pairs, use the correlation
+            that `length_correlation` returns for the responses instead.
         confidence: Coverage of all intervals.
 
     Returns:
@@ -145,7 +146,7 @@ def length_controlled_win_rates(
     """Estimates how often each policy would beat the reference with responses of equal length (Stiennon 2020, App. F).
 
     The estimates come from a logistic regression of the outcome on the policy and the log length ratio, with one slope
-    for all policies: ``logit P(win) = policy + effect * log(length / reference length)``. The rates are its predictions
+    for all policies: ``logit P(win) = policy + effect * log(length / reference length)``. The rates are the predictions
     at a log ratio of 0. Standard errors are robust (sandwich), so ties narrow the intervals as in `intervals.win_rate`.
 
     Some policies are special cases:
@@ -169,7 +170,8 @@ def length_controlled_win_rates(
     Raises:
         ValueError: If the arrays are empty, are not of rank 1, differ in length or contain NaN; if an outcome is
             outside [0, 1] or a length is not above 0; if ``confidence`` is not in (0, 1); or if every policy's
-            length ratio is constant and not all ratios are 1, so that the effect of length is not identifiable.
+            length ratio is constant and differs from 1 for a policy that neither won nor lost every comparison, so
+            that the effect of length is not identifiable.
     """
     outcomes, own_lengths, reference_lengths = map(intervals.samples, (outcomes, lengths, reference_lengths))
     if not outcomes.shape == own_lengths.shape == reference_lengths.shape:

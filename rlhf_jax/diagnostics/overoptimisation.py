@@ -1,12 +1,13 @@
-"""Fits of the gold score as a function of the KL, with the two functional forms of Gao, Schulman and Hilton (2022).
+"""Fits the gold score as a function of the KL, using the two functional forms of Gao, Schulman and Hilton (2022).
 
-R is the gain in gold score over the initial policy, and ``d = sqrt(KL(policy || initial policy))``::
+R is the gain in gold score over the initial policy, ``d = sqrt(KL(policy || initial policy))``, and R* is the highest
+gain, which is reached at d*::
 
     best of n:               R = d (alpha - beta d),      highest at d* = alpha / (2 beta),   R* = alpha^2 / (4 beta)
     reinforcement learning:  R = d (alpha - beta log d),  highest at d* = exp(alpha/beta - 1),  R* = beta d*
 
-Both forms are linear in alpha and beta. The slope of the second is infinite at the origin, so exclude points near the
-origin from a fit.
+Both forms are linear in the fitted parameters alpha and beta. The slope of the second form is infinite at the origin,
+so exclude points near the origin from a fit.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Fit(NamedTuple):
     """Root mean squared residual."""
     peak_distance: Estimate
     """d* in root nats, with Fieller's interval. d* is infinite for a curve without a maximum (beta not above 0, or log
-    d* above `MAX_LOG_PEAK`). The upper bound is infinite if the data do not establish a maximum."""
+    d* above `MAX_LOG_PEAK`). The upper bound is finite only if the interval of beta is above 0."""
     peak_gain: Estimate
     """R*, the gain at d*, with an interval by the delta method. Its upper bound is infinite whenever that of d* is."""
     count: int
@@ -92,7 +93,7 @@ def fit(
     Raises:
         ValueError: If the arrays are not of rank 1, differ in length, or contain NaN or infinity; if an error is not
             above 0, ``min_kl`` is below 0 or ``confidence`` is not in (0, 1); or if fewer than 3 points or fewer than
-            2 different KLs are left.
+            2 different KLs are above ``min_kl``.
 
     Example:
         >>> import numpy as np
@@ -191,7 +192,7 @@ def _peak_distance(form: Form, a: float, b: float, covariance: np.ndarray, t: fl
     half_linear = a * b - t**2 * covariance[0, 1]
     constant = a**2 - t**2 * covariance[0, 0]
     root = math.sqrt(max(half_linear**2 - quadratic * constant, 0.0))
-    if quadratic > 0:  # The sign of b is established.
+    if quadratic > 0:  # The interval of b does not contain 0.
         ends = ((half_linear - root) / quadratic, (half_linear + root) / quadratic) if b > 0 else (math.inf, math.inf)
         return Estimate(mean, *(form.peak(end) if end < math.inf else math.inf for end in ends))
     # Otherwise the interval contains all ratios above the larger root, including curves without a maximum, or all

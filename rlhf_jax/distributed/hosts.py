@@ -2,9 +2,9 @@
 
 All hosts run the same program, with one process each. Before JAX starts, the other hosts connect to the first one, the
 coordinator, over plain sockets. All hosts raise an error, after a timeout at the latest, if a host is missing, if two
-hosts have the same index, or if their ``facts``, such as settings or data, differ. The sockets stay open to detect lost
-hosts and to agree on the step after which to stop. This communication does not involve the devices, and a step sends no
-message unless a host wants to stop. For example::
+hosts have the same index, or if the ``facts`` of the hosts, such as settings or data digests, differ. The sockets stay
+open to detect lost hosts and to agree on the step after which to stop. This communication does not involve the devices,
+and a step sends no message unless a host wants to stop. For example::
 
     with hosts.connect("10.0.0.1:8476", count=2, index=i, facts={"data": digest}) as group:
         mesh = parallel.make_mesh(fsdp=jax.device_count())
@@ -60,7 +60,10 @@ class Hosts:
         return self.index == 0
 
     def broadcast_from_first(self, name: str, make: Callable[[], Any]) -> Any:
-        """Returns the JSON value that ``make()`` returns on the first host; use each ``name`` only once per job."""
+        """Returns the JSON value that ``make()`` returns on the first host.
+
+        Each call must use a different ``name``, which must be the same on all hosts.
+        """
         del name
         return make()
 
@@ -116,8 +119,8 @@ def connect(
         The `Hosts` of the job.
 
     Raises:
-        HostsError: If the arguments are incomplete or invalid, JAX cannot connect, a host is missing, or the facts of a
-            host differ. In the last two cases, every connected host raises the error.
+        HostsError: If the arguments are incomplete or invalid, JAX cannot connect, a host is missing, two hosts have
+            the same index, or the facts differ. In the last three cases, every connected host raises the error.
     """
     global _current
     job = _detect(coordinator, count, index, timeout)
@@ -370,7 +373,7 @@ class _Group(Hosts):
         sys.stdout.flush()
         print(f"host {self.index} exits: {reason}; resume all hosts from the last checkpoint", file=sys.stderr)
         self._send(left=[self.index, status, reason, True])
-        if self.first:  # waits until the others have closed their connections, because its exit aborts jax on them
+        if self.first:  # waits until the others have closed their connections, because this exit aborts jax on them
             for connection in self._connections.values():
                 connection.sock.settimeout(2)
                 while connection.receive():
@@ -383,11 +386,12 @@ class _Group(Hosts):
 
 
 def _delay_abort(enable: bool) -> None:
-    """Delays an abort of this process by a few seconds.
+    """Delays an abort of this process by six seconds; with ``enable=False``, restores the immediate abort.
 
-    As soon as the process of the first host ends, jax aborts this process and provides no hook. The thread may detect
-    the lost host a few milliseconds later, and then needs time to print the reason and to exit with the right status.
-    The signal handler is the C library's ``sleep``, which runs without Python. Its argument is the signal number, 6.
+    As soon as the process of the first host ends, jax aborts this process and provides no hook. The thread of `_Group`
+    may detect the lost host a few milliseconds later, and then needs time to print the reason and to exit with the
+    right status. The signal handler is the C library's ``sleep``, which runs without Python. It receives the signal
+    number, 6, as the number of seconds.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         libc = ctypes.CDLL(None)

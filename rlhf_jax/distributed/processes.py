@@ -44,7 +44,10 @@ def call_on_all(fn: Callable[[], Any], error: type[Exception]) -> Any:
 
 
 def broadcast_from_first(numbers: list[int], *, max_length: int = 256) -> list[int]:
-    """Returns the last ``max_length`` of process 0's ``numbers`` on all processes; no number may be negative."""
+    """Returns process 0's ``numbers`` on all processes; several processes receive at most the last ``max_length``.
+
+    The numbers must be non-negative and fit in int32.
+    """
     if jax.process_count() == 1:
         return numbers
     padded = np.full(max_length, -1, np.int32)
@@ -54,7 +57,7 @@ def broadcast_from_first(numbers: list[int], *, max_length: int = 256) -> list[i
 
 
 def shard(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Shards an array as specified by ``sharding``; every process must hold the whole array."""
+    """Shards an array as specified by ``sharding``; every process must hold the whole array, unless it is global."""
     is_global = isinstance(x, jax.Array) and not x.is_fully_addressable
     if sharding.is_fully_addressable or is_global:
         return x if is_global and x.sharding == sharding else jax.device_put(x, sharding)

@@ -1,4 +1,4 @@
-"""Rendezvous of several hosts: every host connects to the first one, which compares their settings."""
+"""Rendezvous of several hosts: every host connects to the first one, which compares the facts of all hosts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class HostsError(RuntimeError):
-    """The hosts could not connect, or their settings differ; the message names the hosts."""
+    """The hosts could not connect, or their facts (such as settings) differ; the message names the hosts."""
 
 
 class Connection:
@@ -32,7 +32,7 @@ class Connection:
             self.sock.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """Returns the complete messages that have arrived, or None if the connection is closed."""
+        """Returns the complete messages that have arrived; None if the connection is closed or the data are invalid."""
         try:
             data = self.sock.recv(65536)
         except TimeoutError:
@@ -49,7 +49,7 @@ class Connection:
         return messages if all(isinstance(message, dict) for message in messages) else None
 
     def wait(self, deadline: float) -> dict[str, Any] | None:
-        """Returns the next message, or None if the connection closes or ``deadline`` (`time.monotonic`) passes."""
+        """Returns the next message; None if the connection closes or `time.monotonic` reaches ``deadline`` first."""
         self.sock.settimeout(0.5)
         while not self.pending and time.monotonic() < deadline:
             messages = self.receive()

@@ -1,6 +1,7 @@
 """Continuous batching: a slot whose response has ended starts the next prompt, inside the compiled loop.
 
-In a static batch, all rows wait for the longest response. Here, B slots decode responses to a queue of N prompts::
+In a static batch, all rows wait for the longest response. Here, B slots decode responses to a queue
+of N prompts of width P, and R free slots are filled at a time::
 
     while prompts are queued or slots are live:
         prefill free slots with the next R prompts, [R, P]
@@ -28,7 +29,7 @@ from rlhf_jax.lm import config, transformer, weights
 
 
 class _Answers(NamedTuple):
-    """The tokens drawn so far, one row per prompt."""
+    """The responses drawn so far, one row per prompt."""
 
     tokens_NT: jax.Array
     logprobs_NT: jax.Array
@@ -43,7 +44,7 @@ class _State(NamedTuple):
     prompt_B: jax.Array
     """Index of the prompt that each slot answers."""
     live_B: jax.Array
-    """bool, True for slots whose response has not ended."""
+    """bool, True for slots with a response that has not ended."""
     step_B: jax.Array
     """Number of tokens in each slot's response."""
     last_B: jax.Array
@@ -81,8 +82,8 @@ def generate(
         cfg: Configuration of the model.
         sampling: Sampling distribution and stop conditions.
         slots: B, the number of responses decoded at once; at least 1.
-        refill: R, the number of free slots that triggers a prefill, and the number of prompts in each prefill. None
-            means an eighth of the slots.
+        refill: R, the number of free slots that triggers a prefill, and the maximum number of prompts in each prefill.
+            None means an eighth of the slots, but at least one.
         values: Whether to return the scalar head's value before each token.
         limits_N: int32 in [1, T], the maximum length of each response; by default, T = ``sampling.max_new_tokens``.
         axis_name: Axis of an enclosing ``jax.vmap``. The loop then runs until all members of the axis have finished.
@@ -165,7 +166,7 @@ def generate(
 
     def decode(state: _State) -> _State:
         """Draws the next token of each live slot."""
-        # A slot whose response has ended keeps writing to column P of the cache.
+        # A slot whose response has ended writes padding to column P of the cache; its next response overwrites it.
         length_B = P + jnp.where(state.live_B, state.step_B, 1) - 1
         cache = dataclasses.replace(state.cache, length=length_B)
         out = transformer.forward(params, state.last_B[:, None], cfg=cfg, mask_BL=state.live_B[:, None], cache=cache)

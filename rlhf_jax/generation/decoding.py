@@ -17,9 +17,9 @@ class Drawn(NamedTuple):
     """The next token of each row."""
 
     tokens_B: jax.Array
-    """int32 ids; the pad id for rows that have ended."""
+    """int32 ids; the pad id for rows that had already ended."""
     logprobs_B: jax.Array
-    """float32 log-probabilities under the sampling distribution; 0 for rows that have ended."""
+    """float32 log-probabilities under the sampling distribution; 0 for rows that had already ended."""
     values_B: jax.Array | None
     """float32 values of the scalar head before the token; None if not requested."""
     stopped_B: jax.Array
@@ -53,7 +53,7 @@ def draw(
         rng_B: One key per row; token t of row i is drawn with ``fold_in(rng_B[i], t)``.
         step_B: int32, number of tokens that each response already has.
         live_B: bool, True for rows that have not ended.
-        tail_BK: The last K tokens of each response.
+        tail_BK: The last K tokens of each response, before the new token; K is ``sampling.longest_stop``.
         cfg: `LMConfig` of the model, or an `ApplyFn`.
         sampling: Sampling distribution and stop conditions.
         values: Whether to compute the scalar head's values.
@@ -63,7 +63,7 @@ def draw(
     """
     if isinstance(cfg, types.ApplyFn):
         logits_BV = cfg.logits(params, hidden_BD[:, None])[:, 0]
-    else:  # on a mesh, the logits are not sharded over the vocabulary
+    else:  # sampling reads all logits of a row, so they are not sharded over the vocabulary
         logits_BV = parallel.constrain(transformer.logits(params, hidden_BD, cfg=cfg), "batch", None)
     keys_B = jax.vmap(jax.random.fold_in)(rng_B, step_B)
     drawn_B, logprobs_B = sampling_lib.choose(keys_B, logits_BV, sampling, step=step_B)

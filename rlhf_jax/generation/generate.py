@@ -51,7 +51,7 @@ def generate(
     A response ends with the first stop id or stop sequence that it contains, or at its length limit; no stop token is
     appended at the limit. Token t of row i is drawn with ``fold_in(rng_B[i], t)``, so a response depends only on its
     prompt and its key. Decoding ends when all responses have ended. An `ApplyFn` has no cache, so each token requires a
-    forward pass over P + T columns.
+    forward pass over P + T columns for prompts of width P.
 
     Args:
         params: Parameters of the model.
@@ -65,8 +65,8 @@ def generate(
         values: Whether to return the scalar head's value before each token, computed in the same forward pass.
         limits_B: int32 in [1, T], the maximum length of each response; T by default.
         axis_name: Axis of an enclosing ``jax.vmap``. The loop then runs until all members of the axis have finished.
-            Without ``axis_name``, the loop predicate differs between members, and every cache write becomes a scatter,
-            which is much slower.
+            In a ``jax.vmap`` without ``axis_name``, the loop predicate differs between members, and every cache write
+            becomes a scatter, which is much slower.
 
     Returns:
         A `rlhf_jax.types.Rollout`. ``logprobs_BT`` are log-probabilities under the sampling distribution (see

@@ -17,7 +17,7 @@ from rlhf_jax.lm import config
 
 
 class Answer(NamedTuple):
-    """A response on the host."""
+    """A response as Python lists on the host."""
 
     ids: list[int]
     """Token ids, including the stop token or sequence."""
@@ -36,7 +36,7 @@ class RaggedSampler:
         answers = sampler(params, rng, [tokenizer.encode(text) for text in texts])
         print(sampler.programs, "programs compiled")
 
-    At each width, the number of rows is rounded up to ``slots`` times a power of two. A run therefore compiles only a
+    At each width, rows are added until their number is ``slots`` times a power of two. A run therefore compiles only a
     few programs per width, even if the number of prompts varies. The key of prompt i is ``fold_in(rng, i)``.
 
     Args:
@@ -101,7 +101,7 @@ class RaggedSampler:
         blocks = -(-len(prompts) // self._slots)
         rows = self._slots * (1 << (blocks - 1).bit_length())
         tokens, mask = np.full((rows, width), self._pad_id, np.int32), np.zeros((rows, width), bool)
-        # Rows that only fill up the batch generate one token.
+        # Rows that were added to fill the batch generate one token.
         mask[:, -1], limits = True, np.where(np.arange(rows) < len(prompts), self._max_new_tokens, 1)
         for row, ids in enumerate(prompts):
             tokens[row, width - len(ids) :], mask[row, width - len(ids) :] = ids, True

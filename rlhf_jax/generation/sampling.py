@@ -53,7 +53,8 @@ class Sampling:
     stop_sequences: tuple[tuple[int, ...], ...] = struct.field(pytree_node=False, default=())
     """Token sequences that also end a response and are part of it; `stops.sequences` makes them from strings."""
     min_new_tokens: int = struct.field(pytree_node=False, default=0)
-    """Number of tokens that a response must have before a stop token can be drawn or a stop sequence can end it."""
+    """A stop token can be drawn only after this many tokens. A stop sequence ends a response only if the response,
+    including the sequence, has at least this many tokens."""
     forbidden_ids: tuple[int, ...] = struct.field(pytree_node=False, default=())
     """Token ids that are never drawn."""
     pad_id: int = struct.field(pytree_node=False, default=0)
@@ -87,12 +88,12 @@ class Sampling:
 
     @property
     def truncated(self) -> bool:
-        """Whether the sampling distribution differs from the model's distribution at this temperature."""
+        """Whether the sampling distribution can differ from the model's distribution at this temperature."""
         return bool(self.truncations)
 
     @property
     def truncations(self) -> tuple[str, ...]:
-        """Names of the fields that change the distribution."""
+        """Names of the fields whose values can change the distribution, other than ``temperature``."""
         cuts = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
         return (*cuts, *(name for name in ("greedy", "min_new_tokens", "forbidden_ids") if getattr(self, name)))
 
@@ -103,7 +104,7 @@ class Sampling:
 
 
 def check_on_policy(sampling: Sampling) -> None:
-    """Raises ``ValueError`` if samples would not follow the policy's own distribution.
+    """Raises ``ValueError`` if samples might not follow the policy's distribution at the sampling temperature.
 
     REINFORCE and PPO estimate expectations under the policy. If the samples come from a truncated distribution,
     log-ratios and KL are biased.

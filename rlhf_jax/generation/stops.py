@@ -1,8 +1,8 @@
 """Stop strings, which end a response in the compiled loop and are trimmed from its text on the host.
 
 Different token sequences can spell the same string, and a string can begin or end inside a token. The compiled loop
-stops only at the most common tokenizations of a stop string. This saves time but can miss a stop string; trimming the
-text afterwards gives the exact result::
+stops only at the most common tokenizations of a stop string, those with and without a leading space. This saves time
+but can miss a stop string; trimming the text afterwards gives the exact result::
 
     sampling = Sampling(stop_sequences=stops.sequences(encode, ["\\n\\nHuman:"]))
     ...

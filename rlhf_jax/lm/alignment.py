@@ -1,9 +1,9 @@
-"""Alignment of model outputs with the tokens that they predict; no other module shifts arrays by a column.
+"""Alignment of model outputs with the tokens that they predict; no other module shifts outputs by a column.
 
 The output of a model in column j predicts the next token. Functions of tokens in :mod:`rlhf_jax.lm` instead align their
 results with the predicted token: entry i of the log-probabilities belongs to token i, and entry i of the values is the
-value before token i. Both are computed from the output at the last real token before token i, which in packed rows
-must belong to the same segment.
+value before token i. Both are computed from the output at the last real token before token i (in packed rows, in the
+same segment), and are 0 if there is no such token.
 
 `token_map` turns any function of logits into a function of tokens with this alignment and computes the logits in chunks
 of columns. The functions of tokens in :mod:`rlhf_jax.lm.logprobs` and :mod:`rlhf_jax.lm.distributions` that require
@@ -33,7 +33,7 @@ def _own_apply_fn(cfg: config.LMConfig, columns: tuple[int, int] | None) -> type
 def apply_fn(cfg: config.LMConfig | types.ApplyFn, columns: tuple[int, int] | None = None) -> types.ApplyFn:
     """Returns the model as an `ApplyFn`; an `ApplyFn` is returned unchanged.
 
-    ``columns`` is passed to `lm.forward`. Calls with equal arguments return the same object.
+    With an `LMConfig`, ``columns`` is passed to `lm.forward`. Calls with equal arguments return the same object.
     """
     return cfg if isinstance(cfg, types.ApplyFn) else _own_apply_fn(cfg, columns)
 
@@ -53,7 +53,7 @@ def token_map(
 
     Args:
         fn: Maps logits ``[b, c, V]`` and arrays ``[b, c, ...]`` to a pytree of arrays ``[b, c, ...]``. It is called for
-            one chunk at a time and must treat rows and columns independently.
+            one chunk of b rows and c columns at a time, and must treat rows and columns independently.
         params: Parameters of the model.
         tokens_BL: int32 tokens.
         *arrays: Arrays ``[B, L, ...]``, or ``[B, T, ...]`` with ``prompt_width``; entry i belongs to token i.
@@ -61,10 +61,10 @@ def token_map(
         mask_BL: bool, True at real tokens. By default, ``segments_BL > 0`` if segments are given, else True everywhere.
         segments_BL: int32 segment ids of packed rows, counted from 1; 0 at padding.
         prompt_width: Width P of the prompt, for rows with a prompt in columns ``[0, P)`` and a response after it. The
-            result then covers only the T columns of the response, and only their logits are computed. Column P - 1
-            must be real.
+            result then covers only the T = L - P columns of the response, and only their logits are computed. Every
+            row must have a real token in column P - 1.
         chunk: Number of columns for which logits are computed at a time. By default, as many as fit in 64 MB
-            (256 MB per device on a mesh).
+            on one CPU, or in 256 MB per device on a GPU, a TPU or a mesh.
 
     Returns:
         A pytree of arrays ``[B, L, ...]``, or ``[B, T, ...]`` with ``prompt_width``; 0 at padding and at the first real
@@ -143,7 +143,7 @@ def map_hidden(
         mask_BL: As in `token_map`.
         segments_BL: As in `token_map`.
         prompt_width: As in `token_map`.
-        vocab: Number of floats that ``fn`` computes for each row and column.
+        vocab: Number of floats that ``fn`` computes for each token, such as V for logits.
         chunk: As in `token_map`.
 
     Returns:
@@ -181,18 +181,18 @@ def from_previous_real(x_BL: jax.Array, mask_BL: jax.Array | None, segments_BL: 
 
 
 def real(mask_BL: jax.Array | None, segments_BL: jax.Array | None) -> jax.Array | None:
-    """Returns ``mask_BL``, by default ``segments_BL > 0``; None if both are None, because then all tokens are real."""
+    """Returns ``mask_BL`` or, by default, ``segments_BL > 0``; None means that all tokens are real."""
     return segments_BL > 0 if mask_BL is None and segments_BL is not None else mask_BL
 
 
 def forward_masks(mask_BL: jax.Array | None, segments_BL: jax.Array | None) -> dict[str, Any]:
-    """Returns the keyword arguments of a forward pass; ``segments_BL`` is included only for packed rows."""
+    """Returns the masks of a forward pass as keyword arguments; ``segments_BL`` is included only if it is given."""
     masked = {"mask_BL": real(mask_BL, segments_BL)}
     return masked if segments_BL is None else masked | {"segments_BL": segments_BL}
 
 
 def same_segment(segments_BL: jax.Array | None, column_BL: jax.Array) -> jax.Array | bool:
-    """Returns whether each token is in the same segment as the token in column ``column_BL`` of its row."""
+    """Returns whether tokens ``[b, l]`` and ``[b, column_BL[b, l]]`` are in the same segment; True without segments."""
     return True if segments_BL is None else jnp.take_along_axis(segments_BL, column_BL, axis=1) == segments_BL
 
 

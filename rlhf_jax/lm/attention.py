@@ -18,8 +18,8 @@ def attend(
 ) -> jax.Array:
     """Returns softmax attention, ``[B,H,L,C]``.
 
-    Scores and softmax are computed in float32. The output for a query that attends to no key is the mean of the
-    values, and its gradients are finite.
+    With "einsum" or "auto" as ``cfg.attention``, scores and softmax are computed in float32, and a query that attends
+    to no key has the mean of the values as its output and finite gradients.
 
     Args:
         queries_BHLC: Queries.

@@ -42,7 +42,7 @@ class KVCache:
 def create(cfg: config.LMConfig, *, batch: int, slots: int) -> KVCache:
     """Returns an empty cache with ``slots`` slots in each of ``batch`` rows.
 
-    The number of filled slots is a traced value and is not checked; callers must not append more than ``slots`` tokens.
+    The number of filled slots is traced and cannot be checked, so callers must not append more than ``slots`` tokens.
     """
     shape = (batch, cfg.n_kv_heads, slots, cfg.d_head)
     layers = range(cfg.n_layers)

@@ -1,4 +1,4 @@
-"""Computes functions of logits in chunks of columns, so that the logits of all columns are never in memory at once.
+"""Computes functions of logits in chunks of columns, so that large logits are never in memory as a whole.
 
 Logits are the largest array of a language model. For 2,048 tokens and a vocabulary of 151,936, they take 1.24 GB in
 float32, and computing a gradient requires two or three copies. Losses need only a few numbers per token.
@@ -18,24 +18,24 @@ from jax import lax
 from rlhf_jax import parallel, types
 
 MAX_BYTES = 2**26
-"""Default limit on the size in bytes of the float32 logits of one chunk, on one CPU."""
+"""Default maximum size of a chunk's float32 logits on one CPU, in bytes."""
 
 DEVICE_BYTES = 2**28
-"""Limit per device on a GPU, a TPU or a mesh. It is higher because each chunk reads and writes the gradient of the
-output weights and, on a mesh, gathers these weights."""
+"""Default maximum per device on a GPU, a TPU or a mesh. It is higher to reduce the number of chunks, each of which
+reads and writes the gradient of the output weights and, on a mesh, gathers these weights."""
 
 
 def over_columns(fn: Callable[..., Any], *arrays: jax.Array, vocab: int, chunk: int | None = None) -> Any:
     """Returns ``fn(*arrays)``, computed one chunk of columns at a time; the backward pass recomputes each chunk.
 
     Args:
-        fn: Maps arrays ``[b, c, ...]`` to a pytree of arrays ``[b, c, ...]``. It must treat rows and columns
-            independently.
+        fn: Maps arrays ``[b, c, ...]`` of b rows and c columns to a pytree of arrays ``[b, c, ...]``. It must treat
+            rows and columns independently.
         *arrays: Arrays ``[B, L, ...]``.
-        vocab: Number of floats that ``fn`` computes for each row and column.
-        chunk: Number of columns in a chunk, which then contains all rows. By default, a chunk has as many columns as
-            `MAX_BYTES` (or `DEVICE_BYTES`) allows. If even one column is too large, it is split into chunks of rows. If
-            everything fits, there is no loop.
+        vocab: Number of floats that ``fn`` computes for each token, such as V for logits.
+        chunk: Number of columns in a chunk; chunks then contain all rows. If None, a chunk has as many columns as
+            `MAX_BYTES` or `DEVICE_BYTES` allows, and a single column that is too large is split into chunks of rows.
+            If everything fits in one chunk, there is no loop.
 
     Returns:
         ``fn(*arrays)``.
@@ -73,7 +73,7 @@ def part_shape(B: int, L: int, *, vocab: int, chunk: int | None = None) -> tuple
     Args:
         B: Number of rows.
         L: Number of columns.
-        vocab: Number of floats computed for each row and column.
+        vocab: Number of floats computed for each token.
         chunk: Number of columns in a chunk, at least 1; None for the default of `over_columns`.
 
     Returns:
@@ -102,11 +102,11 @@ def part_shape(B: int, L: int, *, vocab: int, chunk: int | None = None) -> tuple
 
 
 def vocab_of(apply: types.ApplyFn, params: types.Params, hidden_BLD: jax.Array) -> int:
-    """Returns the size V of the vocabulary of ``apply.logits`` without running it."""
+    """Returns the number V of logits per token that ``apply.logits`` computes, without running it."""
     column = jax.ShapeDtypeStruct((1, 1, *hidden_BLD.shape[2:]), hidden_BLD.dtype)
     return jax.eval_shape(functools.partial(apply.logits, params), column).shape[-1]
 
 
 def _even(n: int, most: int) -> int:
-    """Returns the smallest part size, at most ``most``, that divides ``n`` into the fewest parts."""
+    """Returns the largest part's size if ``n`` items are split evenly into the fewest parts of at most ``most``."""
     return math.ceil(n / math.ceil(n / most))

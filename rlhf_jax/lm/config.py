@@ -74,9 +74,9 @@ class LMConfig:
     position_offset: int = 0
     """Row of the learned position table that belongs to position 0 (2 in OPT)."""
     sliding_window: int = 0
-    """Maximum number of real tokens, including itself, that a token attends to; 0 for no limit."""
+    """Maximum number of real tokens that a token attends to, including itself; 0 for no limit."""
     local_layers: tuple[bool, ...] = ()
-    """Whether each layer uses the sliding window, as in Gemma 2 and 3; if empty, all layers use it."""
+    """One flag per layer, True if it uses the sliding window (mixed in Gemma 2 and 3). If empty, all layers use it."""
     local_rope_theta: float = 0.0
     """Rotary base of layers with a sliding window, applied without ``rope_scaling`` (Gemma 3). If 0, these layers use
     ``rope_theta`` and ``rope_scaling``."""
@@ -96,15 +96,16 @@ class LMConfig:
     attn_scale: float = 0.0
     """Multiplier of the attention scores; 0 for ``1 / sqrt(d_head)``."""
     attn_softcap: float = 0.0
-    """Cap of the attention scores s, which become ``cap * tanh(s / cap)`` (Gemma 2); 0 for no cap."""
+    """Cap on the attention scores s, which become ``cap * tanh(s / cap)`` (Gemma 2); 0 for no cap."""
     final_softcap: float = 0.0
-    """Cap of the logits, applied like ``attn_softcap``; 0 for no cap."""
+    """Cap on the logits, applied like ``attn_softcap``; 0 for no cap."""
     tie_embeddings: bool = False
     dtype: str = "float32"
     """Compute dtype of the layers. Parameters may have a different dtype; norm statistics and logits are float32."""
     remat: Remat = "none"
-    """What the backward pass recomputes in addition to norms, activations, attention scores and weights gathered on a
-    mesh: nothing ("none"), everything except matmuls without a batch dimension ("dots"), or whole layers ("full")."""
+    """What the backward pass recomputes. It always recomputes norms, activations, attention scores and weights gathered
+    on a mesh. This setting adds nothing ("none"), everything except matmuls without a batch dimension ("dots"), or
+    whole layers ("full")."""
     attention: Attention = "auto"
     """Implementation of attention:
 
@@ -114,7 +115,7 @@ class LMConfig:
       and the kernel supports the architecture and the row length; otherwise "einsum".
     """
     model_type: str = ""
-    """Hugging Face model type that `lm.save` writes; if empty, it writes the first type that fits the architecture."""
+    """Hugging Face model type that `lm.save` writes; if empty, the first supported type that fits the architecture."""
 
     def __post_init__(self) -> None:
         """Sets fields whose defaults depend on other fields and checks all fields."""

@@ -13,7 +13,7 @@ from rlhf_jax.lm import params as lm_params
 
 
 def layer_kernels(cfg: config.LMConfig) -> int:
-    """Returns the number of parameters in the kernels of all layers, each of which multiplies every token."""
+    """Returns the total number of kernel parameters in all layers; every token is multiplied by all of them."""
     rows = lm_params.table(cfg).items()
     return sum(math.prod(row.shape) for name, row in rows if name.startswith("layers/") and name.endswith("kernel"))
 
@@ -27,7 +27,7 @@ def forward_flops(cfg: config.LMConfig, *, rows: int, length: int, logits: int |
         cfg: Architecture.
         rows: Number of rows.
         length: Number of tokens per row.
-        logits: Number of columns of each row for which logits are computed; all by default.
+        logits: Number of positions per row at which logits are computed; all by default.
 
     Returns:
         ``rows * (length * (2 * kernels + attention) + 2 * logits * d_model * vocab_size)``, where ``kernels`` is the
@@ -46,13 +46,13 @@ def forward_flops(cfg: config.LMConfig, *, rows: int, length: int, logits: int |
 
 
 def decode_bytes(cfg: config.LMConfig, *, batch: int, columns: float, itemsize: int) -> float:
-    """Returns the bytes that a decoding step must read: all kernels and the keys and values of all rows.
+    """Returns the bytes that a decoding step must read: all kernels, and the cached keys and values of all rows.
 
     Args:
         cfg: Architecture.
         batch: Number of rows decoded together.
         columns: Number of cached tokens per row, which may be a mean over rows.
-        itemsize: Number of bytes per number, such as 2 for bfloat16.
+        itemsize: Bytes per element, such as 2 for bfloat16.
 
     Returns:
         ``itemsize * (kernels + 2 * n_layers * batch * columns * n_kv_heads * d_head)``, where ``kernels`` is the number

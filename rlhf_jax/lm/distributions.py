@@ -3,8 +3,8 @@
 For distillation, `token_top_k` returns the teacher's k most likely tokens and their log-probabilities, and
 `token_listed_logprobs` returns the student's log-probabilities of the same tokens. `losses.distill` compares the two
 and treats the rest of the vocabulary as one additional class. In context distillation (Bai et al. 2022, A.1), teacher
-and student process the same response after different prompts, which may differ in ``prompt_width``. `token_kl` compares
-full distributions.
+and student process the same response after different prompts, whose widths (``prompt_width``) may also differ.
+`token_kl` compares full distributions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rlhf_jax.losses import supervised
 
 
 class TopK(NamedTuple):
-    """The K most likely tokens at each position, ``[B,L,K]``, in order of decreasing probability."""
+    """The K most likely tokens at each position, in order of decreasing probability; both arrays are ``[B,L,K]``."""
 
     logprobs: jax.Array
     """float32, normalised over the whole vocabulary."""
@@ -46,11 +46,11 @@ def token_top_k(
         tokens_BL: int32 tokens.
         cfg: The model, as an `LMConfig` or an `ApplyFn`.
         k: Number of tokens to keep, at most V.
-        mask_BL: bool, True at real tokens; padding may be in any column.
+        mask_BL: bool, True at real tokens; by default, as in `lm.token_map`.
         segments_BL: int32 segment ids of packed rows, counted from 1; 0 at padding.
         prompt_width: Width P of the prompt; the result then covers only the response, ``[B,T,K]``.
         temperature: Positive divisor of the logits.
-        chunk: Number of columns for which logits are computed at a time.
+        chunk: Number of columns for which logits are computed at a time; by default, as in `lm.token_map`.
 
     Returns:
         `TopK` of two arrays ``[B,L,K]``, or ``[B,T,K]`` with ``prompt_width``; 0 at padding and at the first real token
@@ -78,13 +78,13 @@ def token_listed_logprobs(
     Args:
         params: Parameters of the model.
         tokens_BL: int32 tokens.
-        ids_BLK: int32 ids of the K tokens for each position; ``[B,T,K]`` with ``prompt_width``.
+        ids_BLK: int32 ids of the K tokens at each position; ``[B,T,K]`` with ``prompt_width``.
         cfg: The model, as an `LMConfig` or an `ApplyFn`.
-        mask_BL: bool, True at real tokens.
+        mask_BL: bool, True at real tokens; by default, as in `lm.token_map`.
         segments_BL: int32 segment ids of packed rows, counted from 1; 0 at padding.
         prompt_width: Width P of the prompt; the result then covers only the response, ``[B,T,K]``.
         temperature: Positive divisor of the logits.
-        chunk: Number of columns for which logits are computed at a time.
+        chunk: Number of columns for which logits are computed at a time; by default, as in `lm.token_map`.
 
     Returns:
         float32 ``[B,L,K]``, or ``[B,T,K]`` with ``prompt_width``; 0 at padding and at the first real token of each
@@ -108,10 +108,10 @@ def token_kl(
     temperature: jax.Array | float = 1.0,
     chunk: int | None = None,
 ) -> jax.Array:
-    """Returns the exact KL(model || other model) in nats between the distributions over the vocabulary at each token.
+    """Returns the exact KL(first model || other model), in nats, between the distributions that predict each token.
 
-    The two models are policy and reference for the KL of a rollout, or teacher and student for distillation. Gradients
-    flow to both sets of parameters.
+    For example, the two models are policy and reference for the KL of a rollout, or teacher and student for
+    distillation. Gradients flow to the parameters of both.
 
     >>> import jax, jax.numpy as jnp
     >>> from rlhf_jax import lm
@@ -126,11 +126,11 @@ def token_kl(
         tokens_BL: int32 tokens.
         cfg: The first model, as an `LMConfig` or an `ApplyFn`.
         other_cfg: The other model, by default ``cfg``. The vocabularies must have the same size.
-        mask_BL: bool, True at real tokens.
+        mask_BL: bool, True at real tokens; by default, as in `lm.token_map`.
         segments_BL: int32 segment ids of packed rows, counted from 1; 0 at padding.
         prompt_width: Width P of the prompt; the result then covers only the response, ``[B,T]``.
         temperature: Positive divisor of the logits of both models.
-        chunk: Number of columns for which logits are computed at a time.
+        chunk: Number of columns for which logits are computed at a time; by default, as in `lm.token_map`.
 
     Returns:
         float32 ``[B,L]``, or ``[B,T]`` with ``prompt_width``; 0 at padding and at the first real token of each

@@ -1,4 +1,4 @@
-"""Learned and rotary positions, and token embeddings, whose table may be sharded."""
+"""Token embeddings, whose table may be sharded, and learned and rotary positions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf_jax import parallel, types
 from rlhf_jax.lm import config, weights
 
 Angles = tuple[jax.Array, jax.Array]
-"""Cosine and sine of the rotary angles, float32 ``[B,1,L,half]``."""
+"""Cosine and sine of the rotary angles, float32 ``[B,1,L,half]``, where half is ``cfg.rope_width // 2``."""
 
 
 def embed(
@@ -29,7 +29,7 @@ def embed(
         cfg: Architecture.
 
     Returns:
-        Sum of token embeddings and, if there are any, learned positions.
+        Sum of token embeddings and, if there are any, learned positions, scaled if ``cfg.embed_scale`` is set.
     """
     # Padding may have any id, even one outside the vocabulary, so id 0 is looked up instead.
     ids_BL, table_VD = jnp.where(mask_BL, tokens_BL, 0), params["embed"]["tokens"]
@@ -47,9 +47,10 @@ def embed(
 def look_up(table_VD: jax.Array, tokens_BL: jax.Array, dtype: Any) -> jax.Array:
     """Returns ``table_VD[tokens_BL]`` in ``dtype``, ``[B,L,D]``; ids must be in [0, V).
 
-    On a mesh, each device gathers all features for its shard of the vocabulary and looks up the tokens of its rows
-    there. The gradient is summed on each device in the table's dtype before it is reduce-scattered. With plain
-    indexing, XLA would exchange the rows of all devices or all-reduce the gradient.
+    If a mesh axis shards both the rows and the features, each device gathers all features of its shard of the
+    vocabulary and looks up the tokens of its rows there. The gradient is summed on each device in the table's dtype
+    before it is reduce-scattered. With plain indexing, XLA would exchange the rows of all devices or all-reduce the
+    gradient.
     """
     mesh = parallel.active_mesh()
     rows = None if mesh is None else parallel.spec(("batch", "length"), mesh, shape=tokens_BL.shape)
@@ -86,7 +87,7 @@ def rotary_angles(positions_BL: jax.Array, theta: float, scaling: Any, cfg: conf
         cfg: Architecture.
 
     Returns:
-        Two float32 arrays ``[B,1,L,half]``, or None.
+        Two float32 arrays ``[B,1,L,cfg.rope_width // 2]``, or None.
     """
     if cfg.positions != "rope":
         return None
@@ -103,7 +104,7 @@ def rotary_angles(positions_BL: jax.Array, theta: float, scaling: Any, cfg: conf
 
 
 def rotate(x_BHLC: jax.Array, rotation: Angles) -> jax.Array:
-    """Rotates features i and i + half of each head by the i-th angle of the position (Su et al. 2021)."""
+    """Rotates features i and i + n of each head by the i-th of the position's n angles (Su et al. 2021)."""
     cos, sin = rotation
     half = cos.shape[-1]
     first, second = x_BHLC[..., :half].astype(jnp.float32), x_BHLC[..., half : 2 * half].astype(jnp.float32)

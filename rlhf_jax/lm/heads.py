@@ -36,7 +36,7 @@ def with_head(
         params: Parameters of the model.
         cfg: Architecture.
         zero: Whether to initialise the kernel to 0, as for a critic that starts from the policy's trunk. Otherwise, it
-            is drawn with standard deviation 1 / sqrt(D + 1).
+            is drawn from a Gaussian with standard deviation 1 / sqrt(D + 1), where D is ``d_model``.
         heads: Number of heads, 2 or more; None for a single head.
 
     Returns:
@@ -145,7 +145,7 @@ def centre(params: types.Params, scores: jax.Array, *, where: jax.Array | None =
     Args:
         params: Parameters of the reward model.
         scores: Scores computed with ``params``, of any shape; the last axis is H if there are several heads.
-        where: bool, True at the scores to use, without the axis H.
+        where: bool, True at the scores to use, with the shape of ``scores`` but without H; by default, all are used.
 
     Returns:
         Parameters with the shifted bias.
@@ -178,8 +178,8 @@ def _moments(params: types.Params, scores: jax.Array, where: jax.Array | None) -
 class Normalisation:
     """Record of how the scores of a reward model were normalised; `lm.save` can store it with the model.
 
-    The raw score is ``(score - bias) / gain``. Differences between raw scores are log-odds of preferences if
-    `absorb_gain` was applied before the scores were normalised.
+    The raw score is ``(score - bias) / gain``. For a model trained with the Bradley-Terry loss, differences
+    between raw scores are log-odds of preferences if `absorb_gain` was applied before the scores were normalised.
     """
 
     rule: str

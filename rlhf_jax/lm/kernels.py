@@ -21,6 +21,7 @@ from rlhf_jax.lm import attention, config
 _LANES = 128
 """Splash attention requires rows whose length is a multiple of this."""
 _BLOCKS = (512, 256, 128)
+"""Block sizes of splash attention; the first that divides the row length is used."""
 
 
 def attend_rows(
@@ -70,9 +71,10 @@ def attend_rows(
 
 
 def choose(cfg: config.LMConfig, queries_BHLC: Any, *, backend: str) -> str:
-    """Returns what `attend_rows` runs on a backend ("cpu", "gpu", "tpu"): "splash", "cudnn", or ``cfg.attention``.
+    """Returns the implementation that `attend_rows` uses on a backend ("cpu", "gpu" or "tpu").
 
-    ``queries_BHLC`` may be a `jax.ShapeDtypeStruct`. The implementation "auto" without a kernel is "einsum".
+    This is ``cfg.attention`` unless that is "auto"; then it is "splash", "cudnn" or, without a kernel, "einsum".
+    ``queries_BHLC`` may be a `jax.ShapeDtypeStruct`.
     """
     if cfg.attention != "auto":
         return cfg.attention

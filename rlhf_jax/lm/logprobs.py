@@ -7,8 +7,8 @@ Entry i of a result belongs to token i (see :mod:`rlhf_jax.lm.alignment`). With 
 only the response, which starts in column P, and logits are computed only for the response.
 
 Logits are computed for ``chunk`` columns at a time in both the forward and the backward pass, so that large float32
-logits ``[B,L,V]`` are never in memory as a whole. By default, the logits of a chunk take at most 64 MB (256 MB per
-device on a mesh), which is enough for all columns of a small model.
+logits ``[B,L,V]`` are never in memory as a whole. By default, the logits of a chunk take at most 64 MB on one
+CPU, or 256 MB per device on a GPU, a TPU or a mesh, which is enough for all columns of a small model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rlhf_jax.lm import alignment, config, heads, transformer
 
 
 class TokenStats(NamedTuple):
-    """Log-probability of each token and entropy, in nats, of the distribution over the vocabulary; both float32."""
+    """Log-probability of each token, and entropy of the distribution that predicts it, in nats; both float32."""
 
     logprobs: jax.Array
     entropy: jax.Array
@@ -63,7 +63,7 @@ def token_logprobs(
         segments_BL: int32 segment ids of packed rows, counted from 1; 0 at padding.
         prompt_width: Width P of the prompt; the result then covers only the response, ``[B,T]``.
         temperature: Positive divisor of the logits.
-        chunk: Number of columns for which logits are computed at a time.
+        chunk: Number of columns for which logits are computed at a time; by default, as in `lm.token_map`.
 
     Returns:
         float32 ``[B,L]``, or ``[B,T]`` with ``prompt_width``; 0 at padding and at the first real token of each
@@ -94,11 +94,11 @@ def token_stats(
         params: Parameters of the model.
         tokens_BL: int32 tokens.
         cfg: The model, as an `LMConfig` or an `ApplyFn`.
-        mask_BL: bool, True at real tokens.
+        mask_BL: bool, True at real tokens; by default, as in `lm.token_map`.
         segments_BL: int32 segment ids of packed rows, counted from 1; 0 at padding.
         prompt_width: Width P of the prompt; the results then cover only the response, ``[B,T]``.
         temperature: Positive divisor of the logits.
-        chunk: Number of columns for which logits are computed at a time.
+        chunk: Number of columns for which logits are computed at a time; by default, as in `lm.token_map`.
 
     Returns:
         `TokenStats` of two arrays ``[B,L]``, or ``[B,T]`` with ``prompt_width``; 0 at padding and at the first real
@@ -132,10 +132,10 @@ def greedy_matches(
         params: Parameters of the model.
         tokens_BL: int32 tokens.
         cfg: The model, as an `LMConfig` or an `ApplyFn`.
-        mask_BL: bool, True at real tokens.
+        mask_BL: bool, True at real tokens; by default, as in `lm.token_map`.
         segments_BL: int32 segment ids of packed rows, counted from 1; 0 at padding.
         prompt_width: Width P of the prompt; the result then covers only the response, ``[B,T]``.
-        chunk: Number of columns for which logits are computed at a time.
+        chunk: Number of columns for which logits are computed at a time; by default, as in `lm.token_map`.
 
     Returns:
         bool ``[B,L]``, or ``[B,T]`` with ``prompt_width``; False at padding and at the first real token of each
@@ -161,7 +161,7 @@ def values(
         params: Parameters of the critic, with a single head.
         tokens_BL: int32 tokens.
         cfg: The model, as an `LMConfig` or an `ApplyFn`.
-        mask_BL: bool, True at real tokens.
+        mask_BL: bool, True at real tokens; by default, as in `lm.token_map`.
         segments_BL: int32 segment ids of packed rows, counted from 1; 0 at padding.
         prompt_width: Width P of the prompt; the result then covers only the response, ``[B,T]``.
 
@@ -228,7 +228,7 @@ def selected_logprobs(logits: jax.Array, targets: jax.Array, *, temperature: jax
     if logits.shape[:-1] != targets.shape:
         raise ValueError(f"targets have shape {targets.shape}; logits {logits.shape} require {logits.shape[:-1]}")
     scaled = logits.astype(jnp.float32) / temperature
-    # XLA fuses the one-hot mask and the sum; the gradient of a gather would be a scatter.
+    # A masked sum, which XLA fuses with the mask, is used because the gradient of a gather would be a slow scatter.
     hot = lax.broadcasted_iota(targets.dtype, scaled.shape, scaled.ndim - 1) == targets[..., None]
     return jnp.sum(jnp.where(hot, scaled, 0.0), axis=-1) - jax.nn.logsumexp(scaled, axis=-1)
 
@@ -256,6 +256,6 @@ def _last_real(tokens_BL: jax.Array, mask_BL: jax.Array | None) -> jax.Array:
 
 def _at(x_BL: jax.Array, column_B: jax.Array) -> jax.Array:
     """Returns one entry of each row, ``[B, L, ...] -> [B, ...]``; 0 for column -1."""
-    # The entry is selected by a masked sum, because the gradient of a gather would be a scatter.
+    # The entry is selected by a masked sum, because the gradient of a gather would be a slow scatter.
     here_BL = jnp.arange(x_BL.shape[1])[None, :] == column_B[:, None]
     return jnp.sum(jnp.where(here_BL if x_BL.ndim == 2 else here_BL[..., None], x_BL, 0.0), axis=1)

@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021), which replace W by W + scale A B and train only A and B.
+"""Low-rank adapters (LoRA, Hu et al. 2021): a kernel W becomes W + scale A B, of which only A and B are trained.
 
 Adapters are a pytree separate from the model, such as ``{"layers": {"q": {"lora_a": ..., "lora_b": ...}}}``. For N
-layers and rank r, ``lora_a`` has shape ``[N, in, r]``, and ``lora_b`` has shape ``[N, r, out]``, where ``in`` and
-``out`` are the sizes of the kernel's flattened input and output axes. Attaching adapters does not copy the model::
+layers and rank r, ``lora_a`` (A) has shape ``[N, in, r]``, and ``lora_b`` (B) has shape ``[N, r, out]``, where ``in``
+and ``out`` are the sizes of the kernel's flattened input and output axes. Attaching adapters does not copy the model::
 
     adapters = lora.init(rng, cfg, rank=8, pattern="layers/(q|v)/kernel")
     params = lora.attach(base, adapters, scale=2.0)      # the arrays of base, plus the adapters
@@ -41,9 +41,9 @@ class Pair(NamedTuple):
     kernel: Any
     """Kernel of the model, ``[N, ...]``."""
     a: jax.Array
-    """``[N, in, r]``."""
+    """The matrices A, ``[N, in, r]``."""
     b: jax.Array
-    """``[N, r, out]``."""
+    """The matrices B, ``[N, r, out]``."""
 
 
 def init(rng: jax.Array, cfg: config.LMConfig, *, rank: int, pattern: str | Sequence[str]) -> types.Params:
@@ -59,8 +59,8 @@ def init(rng: jax.Array, cfg: config.LMConfig, *, rank: int, pattern: str | Sequ
     Args:
         rng: Random key, consumed. The key of each array is derived from its name.
         cfg: Architecture of the base model.
-        rank: Rank r, at least 1. To use several ranks, call `init` once per rank and merge the dicts.
-        pattern: Regular expressions for the kernels to adapt (see `table`).
+        rank: Rank r, at least 1. To use several ranks, call `init` once per rank and merge the nested dicts.
+        pattern: One or several regular expressions that match the kernels to adapt (see `table`).
 
     Returns:
         Nested dict of adapters.
@@ -127,7 +127,7 @@ def merge(params: types.Params, adapters: types.Params, *, scale: Any) -> types.
 
 
 def pairs(params: types.Params, adapters: types.Params) -> Iterator[Pair]:
-    """Yields each adapter with its kernel in ``params`` (arrays or shapes); raises the errors of `attach`."""
+    """Yields each adapter with its kernel; the leaves of ``params`` may be shapes. Raises the errors of `attach`."""
     kernels, leaves = lm_params.flatten(params), lm_params.flatten(adapters)
     for node in dict.fromkeys(name.rpartition("/")[0] for name in leaves):
         names = f"{node}/kernel", f"{node}/lora_a", f"{node}/lora_b"
@@ -158,7 +158,7 @@ def sides(kernel: lm_params.Spec) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def _rows(node: str, kernel: lm_params.Spec, rank: int) -> dict[str, lm_params.Spec]:
     inputs, outputs = sides(kernel)
     wide, N = math.prod(inputs), kernel.shape[0]
-    # A flattened axis has the logical name of its first axis, so that it is sharded by whole heads.
+    # A flattened axis has the logical name of the first axis in it, so that it is sharded by whole heads.
     ends = kernel.axes[1], kernel.axes[1 + len(inputs)]
     bound = 1 / math.sqrt(wide)
 

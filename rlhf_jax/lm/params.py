@@ -1,8 +1,8 @@
 """Table of the model's parameters, with the shape, logical axes and initialiser of each.
 
-A name such as ``layers/q/kernel`` is a path into the nested dict. Parameters under ``layers`` have a leading layer
-axis, over which :mod:`rlhf_jax.lm.transformer` scans. `head_table` is the corresponding table for the scalar heads of
-:mod:`rlhf_jax.lm.heads`.
+A name such as ``layers/q/kernel`` is a path into the nested dict of parameters. Parameters under ``layers`` have a
+leading layer axis, over which :mod:`rlhf_jax.lm.transformer` scans. `head_table` is the corresponding table for the
+scalar heads of :mod:`rlhf_jax.lm.heads`.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def table(cfg: config.LMConfig) -> dict[str, Spec]:
 def head_table(cfg: config.LMConfig, *, zero: bool = False, heads: int | None = None) -> dict[str, Spec]:
     """Returns the table of a single scalar head, or of ``heads`` heads (2 or more).
 
-    The kernel is drawn with standard deviation 1 / sqrt(D + 1), or is 0 if ``zero``.
+    The kernel is 0 if ``zero``; otherwise, it is Gaussian with standard deviation 1 / sqrt(``cfg.d_model`` + 1).
     """
     kernel = constant(0.0) if zero else normal(1 / math.sqrt(cfg.d_model + 1))
     if heads is None:
@@ -123,8 +123,9 @@ def head_table(cfg: config.LMConfig, *, zero: bool = False, heads: int | None = 
 def init(rng: jax.Array, cfg: config.LMConfig) -> types.Params:
     """Returns randomly initialised parameters as a nested dict of float32 arrays.
 
-    The random key of each array is derived from its name, so adding or removing a parameter does not change the
-    others. ``rng`` is consumed. Under ``jax.jit(..., out_shardings=...)``, the parameters are created sharded.
+    The random key of each array is derived from its name, so adding or removing a parameter does not change the initial
+    values of the others. ``rng`` is consumed. Under ``jax.jit(..., out_shardings=...)``, the parameters are created
+    sharded.
 
     >>> import jax
     >>> from rlhf_jax import lm
@@ -136,7 +137,7 @@ def init(rng: jax.Array, cfg: config.LMConfig) -> types.Params:
 
 
 def draw(rng: jax.Array, rows: Mapping[str, Spec]) -> types.Params:
-    """Returns a nested dict of initialised parameters, one for each row of a table."""
+    """Returns a nested dict of initialised parameters, one for each `Spec` in ``rows``."""
     return nest({name: row.init(jax.random.fold_in(rng, _stable_hash(name)), row.shape) for name, row in rows.items()})
 
 

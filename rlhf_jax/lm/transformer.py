@@ -25,7 +25,7 @@ Weights = Any
 """Parameters of one layer: ``params["layers"]`` without the leading axis."""
 
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-"""Maps the queries, keys and values of new tokens to the attention output and the layer's new cache entry."""
+"""Maps queries, keys and values of new tokens to the attention output and the layer's new cache entry, if any."""
 
 Pick = Callable[[jax.Array, int], jax.Array]
 """Selects columns along the given axis of an array."""
@@ -42,11 +42,12 @@ Columns = tuple[int, int] | jax.Array
 """Columns whose hidden states are needed, as a range (start, stop) or as int32 ``[B]`` with one column per row."""
 
 _FEW_LAYERS = 8
-"""In models with at most this many layers, the last layer computes only the needed columns. It then runs outside the
-scan, which requires a copy of the other layers' parameters; in deeper models, the copy costs more than this saves."""
+"""In models with at most this many layers, the last layer computes only the needed columns. It must
+then run outside the scan, and the scan requires a copy of the other layers' parameters; in deeper models, the copy
+costs more than this saves."""
 
-# The backward pass recomputes functions with this decorator. They are cheap, and in a small model storing their
-# residuals takes longer than the matmuls.
+# The backward pass recomputes functions with this decorator instead of storing their residuals, because they are cheap.
+# In a small model, storing the residuals would take longer than the matmuls.
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -85,11 +86,11 @@ def forward(
         cfg: Architecture.
         mask_BL: bool, True at real tokens; by default, all tokens are real. Padding may be in any column and have any
             id. Real tokens do not attend to padding.
-        positions_BL: int32 positions; by default, the number of real tokens before each column.
+        positions_BL: int32 positions; by default, the number of real tokens before each column, including cached ones.
         segments_BL: int32 segment ids of packed rows. Segments are contiguous, tokens attend only to tokens of the same
-            segment, and positions restart at 0 in each segment.
-        columns: Columns that the caller needs. The last layer of a small model computes only these columns, and the
-            hidden states of the other columns are then undefined. Ignored if there is a cache.
+            segment, and default positions restart at 0 in each segment.
+        columns: Columns that the caller needs. In a model of at most 8 layers, the last layer computes only these, and
+            the hidden states of the other columns are then undefined. Ignored if there is a cache.
         cache: Keys and values of the preceding tokens.
         used_slots: Upper bound on the number of cache slots that are filled after this call; later slots are not read.
             By default, all slots are read.
@@ -99,8 +100,8 @@ def forward(
         one was given. Hidden states at padding are finite but meaningless.
 
     Raises:
-        ValueError: An argument has the wrong rank, shape or dtype, a row is longer than ``cfg.max_length``, the cache
-            is too small, or segments are combined with a cache.
+        ValueError: An argument has the wrong rank, shape or dtype, rows or cache are longer than ``cfg.max_length``,
+            ``tokens_BL`` has more columns than the cache has slots, or segments are combined with a cache.
     """
     _check(tokens_BL, mask_BL, positions_BL, segments_BL, cache, cfg)
     if cache is None:
@@ -150,7 +151,7 @@ def _read(
     def step(x_BLD, layer, pick=None):
         weights, is_local = layer
         weights = weights_lib.gathered(weights, axes, cfg)
-        # Local and global layers share the scanned body, which selects one of the two views.
+        # Layers with and without a sliding window share the scanned body, which selects one of the two views.
         view = near if is_local is None else jax.tree.map(lambda a, b: jnp.where(is_local, a, b), near, far)
 
         def mix(queries, keys, values):

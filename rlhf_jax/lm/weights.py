@@ -16,14 +16,14 @@ def gathered(weights: Any, axes: Any, cfg: config.LMConfig) -> Any:
     """Returns weights gathered over the mesh axis ``fsdp``; without such an axis, all weights are returned unchanged.
 
     Weights are cast to the compute dtype before they are gathered, except norms and, in models with learned positions,
-    embeddings. ``axes`` is a tree like the result of `params.logical_axes`. Leaves that are missing from it, such as
-    adapters, are returned unchanged.
+    embeddings. ``axes`` is a tree like the result of `params.logical_axes`. Weights without an entry in ``axes``, such
+    as adapters, are returned unchanged.
     """
     return weights if parallel.num_shards("embed") == 1 else _cast(weights, axes, cfg, parallel.gather_weight)
 
 
 def _cast(weights: Any, axes: Any, cfg: config.LMConfig, cast: Callable[..., jax.Array]) -> Any:
-    """Applies ``cast(x, *names, dtype=...)`` to leaves with axis names in ``axes``; dtype None means no cast."""
+    """Applies ``cast(x, *names, dtype=...)`` to leaves that have axis names in ``axes``; dtype None keeps the dtype."""
 
     def of(path: Any, x: jax.Array) -> jax.Array:
         names = axes
@@ -39,13 +39,13 @@ def _cast(weights: Any, axes: Any, cfg: config.LMConfig, cast: Callable[..., jax
 
 
 def whole(params: types.Params, *names: str, cfg: config.LMConfig) -> types.Params:
-    """Returns the named parameters outside the layers, gathered unless `unstack` has already done so."""
+    """Returns the named parameters outside the layers, gathered unless `unstack` has already gathered them."""
     named = {name: params[name] for name in names if name in params}
     return named if is_unstacked(params) else gathered(named, lm_params.logical_axes(cfg), cfg)
 
 
 def unstack(params: types.Params, cfg: config.LMConfig) -> types.Params:
-    """Returns ``params`` with ``layers`` as a tuple of layers, which `transformer.forward` accepts with a cache.
+    """Returns ``params`` with ``layers`` as a tuple of layers; `transformer.forward` accepts it only with a cache.
 
     A decoding loop can then use each layer's weights without slicing them at every token. The weights are also cast to
     the compute dtype, because every token reads all of them, and gathered on a mesh, because communicating them at

@@ -65,8 +65,8 @@ def ranking(
 ) -> jax.Array:
     """Computes InstructGPT's ranking loss (Eq 1) of one prompt: the mean of ``softplus(worse - better)`` over pairs.
 
-    All C(K, 2) pairs of a prompt belong in one batch element. A model that is trained on them as independent, shuffled
-    rows overfits within one epoch. For K = 2, the loss equals `pairwise`.
+    All C(K, 2) pairs of a prompt belong in one batch element. In InstructGPT, a model trained on them as independent,
+    shuffled rows overfitted within one epoch. For two untied completions, the loss equals `pairwise`.
 
     Args:
         scores_K: Scores of the completions.
@@ -75,7 +75,7 @@ def ranking(
         ties_in_divisor: If True, divide by C(n, 2) for n existing completions, as in the paper's equation. If False,
             divide by the number of pairs that are not tied.
         margin: Margin of every pair, as in `pairwise`; a scalar.
-        target: Target of every pair, as in `pairwise`; a scalar.
+        target: Probability that the better-ranked completion of a pair is better, as in `pairwise`; a scalar.
         centering: Coefficient of the `reward_centering` term added to each pair; a scalar.
 
     Returns:
@@ -118,7 +118,7 @@ def has_pairs(ranks_K: jax.Array, where_K: jax.Array | None = None) -> jax.Array
 def plackett_luce(scores_K: jax.Array, ranks_K: jax.Array, *, where_K: jax.Array | None = None) -> jax.Array:
     """Computes the negative log-likelihood of a full ranking of one prompt's completions (Plackett 1975).
 
-    The loss is ``sum_i (logsumexp_j s_j - s_i)``, where j runs over all completions that are not ranked better than i.
+    For scores s, the loss is ``sum_i (logsumexp_j s_j - s_i)``; j runs over all completions not ranked better than i.
     Each of several tied completions is therefore included in the sums of the others (Breslow's rule). For two untied
     completions, the loss equals `pairwise`.
 
@@ -136,7 +136,7 @@ def plackett_luce(scores_K: jax.Array, ranks_K: jax.Array, *, where_K: jax.Array
     where_K = _valid(scores_K, where_K, ranks_K)
     scores_K = masking.masked_fill(scores_K, where=where_K)
     remaining_KK = (ranks_K[None, :] >= ranks_K[:, None]) & where_K[None, :]
-    # The row of a missing completion contains only itself, so that its logsumexp is finite.
+    # The row of a missing completion contains only that completion, so that the logsumexp is finite.
     remaining_KK = remaining_KK | jnp.eye(scores_K.shape[0], dtype=bool)
     remaining_scores_KK = jnp.where(remaining_KK, scores_K[None, :], -jnp.inf)
     return masking.masked_sum(jax.nn.logsumexp(remaining_scores_KK, axis=-1) - scores_K, where=where_K)

@@ -25,11 +25,13 @@ def dpo(
 ) -> jax.Array:
     """Computes ``-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)`` (Rafailov 2023; conservative DPO for e > 0).
 
+    Here ``h`` is the result of `log_ratio_margin`.
+
     Args:
         policy_chosen: Log-probabilities of the preferred responses under the policy, *summed* over their tokens,
             including the stop token; any shape.
         policy_rejected: The same for the rejected responses.
-        reference_chosen: Log-probabilities of the preferred responses under the frozen reference.
+        reference_chosen: Summed log-probabilities of the preferred responses under the frozen reference.
         reference_rejected: The same for the rejected responses.
         beta: KL coefficient of the RL objective whose optimal policy DPO fits.
         label_smoothing: e, the assumed fraction of flipped labels, in [0, 1/2].
@@ -64,8 +66,9 @@ def robust_dpo(
 ) -> jax.Array:
     """Computes the DPO loss corrected for labels flipped with probability e (Chowdhury 2024).
 
-    The loss is ``[(1 - e) (-log sigmoid(beta h)) - e (-log sigmoid(-beta h))] / (1 - 2 e)``. The loss of a single pair
-    can be negative; its expectation over the flips is the DPO loss of the clean labels.
+    The loss is ``[(1 - e) (-log sigmoid(beta h)) - e (-log sigmoid(-beta h))] / (1 - 2 e)``, with ``h`` from
+    `log_ratio_margin`. It can be negative for a single pair; its expectation over the flips is the DPO loss of the
+    clean labels.
 
     Args:
         policy_chosen: Log-probabilities of the preferred responses under the policy, summed as in `dpo`.
@@ -94,7 +97,7 @@ def ipo(
     *,
     beta: Scalar,
 ) -> jax.Array:
-    """Computes ``(h - 1 / (2 beta))^2`` (Azar 2023), whose gradient is 0 at the target margin ``h = 1 / (2 beta)``.
+    """Computes ``(h - 1 / (2 beta))^2`` (Azar 2023), with ``h`` from `log_ratio_margin` and target ``1 / (2 beta)``.
 
     Args:
         policy_chosen: Log-probabilities of the preferred responses under the policy, *averaged* over tokens, so that
@@ -127,7 +130,7 @@ def hinge(
     *,
     beta: Scalar,
 ) -> jax.Array:
-    """Computes ``max(0, 1 - beta h)``, the hinge loss of SLiC (Zhao 2023) on DPO's margin.
+    """Computes ``max(0, 1 - beta h)``, the hinge loss of SLiC (Zhao 2023), with ``h`` from `log_ratio_margin`.
 
     Args:
         policy_chosen: Log-probabilities of the preferred responses under the policy, summed as in `dpo`.
@@ -221,8 +224,8 @@ def kto_baseline(
 def orpo(chosen: jax.Array, rejected: jax.Array, *, weight: Scalar) -> jax.Array:
     """Computes the reference-free loss ``-c - weight * log sigmoid(log_odds(c) - log_odds(r))`` (Hong 2024).
 
-    Here ``c`` and ``r`` are ``chosen`` and ``rejected``, the *mean* token log-probabilities of the two responses, at
-    most 0 and of the same shape; ``log_odds(x) = x - log(1 - exp(x))``, and ``weight`` is the paper's lambda.
+    Here ``c`` and ``r`` are ``chosen`` and ``rejected``, the *mean* token log-probabilities of the two responses, which
+    have the same shape and are at most 0; ``log_odds(x)`` is ``x - log(1 - exp(x))``; ``weight`` is the paper's lambda.
     """
     return supervised.next_token(chosen) + weight * comparison.pairwise(_log_odds(chosen), _log_odds(rejected))
 

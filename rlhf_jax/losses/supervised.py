@@ -34,8 +34,9 @@ def gather_logprobs(logits: jax.Array, ids: jax.Array) -> jax.Array:
 def distill(logprobs: jax.Array, teacher_logprobs: jax.Array) -> jax.Array:
     """Computes ``KL(teacher || student)`` over K + 1 classes: K tokens and the rest of the vocabulary.
 
-    The loss is ``sum_k p_k (log p_k - log q_k)`` with ``p_rest = 1 - sum_k p_k``. Bai 2022 (HH-RLHF, A.1) use it
-    with K = 50 for context distillation, in which only the teacher sees the context.
+    For a teacher p and a student q, the loss is ``sum_k p_k (log p_k - log q_k)`` over all classes; the probability of
+    the rest is 1 minus that of the K tokens. Bai 2022 (HH-RLHF, A.1) use it with K = 50 for context distillation, in
+    which only the teacher sees the context.
 
     Args:
         logprobs: ``[..., K]``, the student's log-probabilities *at the teacher's ids*, as from `gather_logprobs`,
@@ -51,7 +52,7 @@ def distill(logprobs: jax.Array, teacher_logprobs: jax.Array) -> jax.Array:
 
 
 def distill_cross_entropy(logprobs: jax.Array, teacher_logprobs: jax.Array) -> jax.Array:
-    """Returns ``-sum_k p_k log q_k`` over the K + 1 classes of `distill`, i.e. `distill` plus the teacher's entropy."""
+    """Returns ``-sum_k p_k log q_k`` over the classes of `distill`, equal to `distill` plus the teacher's entropy."""
     masking.check_same_shape(logprobs=logprobs, teacher_logprobs=teacher_logprobs)
     probs = jax.lax.stop_gradient(jnp.exp(_with_rest(teacher_logprobs)))
     return -jnp.sum(jnp.where(probs > 0, probs * _with_rest(logprobs), 0.0), axis=-1)

@@ -1,4 +1,4 @@
-"""Critic losses, including the factor 1/2. All arrays have the same shape; the losses are unreduced."""
+"""Critic losses and metrics. All arrays have the same shape; the losses are unreduced and include the factor 1/2."""
 
 from __future__ import annotations
 

@@ -5,10 +5,10 @@ A mesh has four axes:
 * ``data`` shards the rows of a batch;
 * ``fsdp`` shards the rows of a batch, the optimiser state and the parameters, which are gathered one layer at a time;
 * ``tensor`` shards attention heads, the MLP and the vocabulary;
-* ``sequence`` shards the columns of long rows.
+* ``sequence`` shards the columns (token positions) of a batch.
 
 Parameters and activations have *logical* axes (`lm.logical_axes`), and `RULES` maps each logical axis to axes of the
-mesh. Model code therefore does not depend on the mesh::
+mesh. Model code therefore does not depend on the mesh. In this example, ``make()`` returns a new ``TrainState``::
 
     mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
     shardings = parallel.shardings(jax.eval_shape(make), mesh, lm.logical_axes(cfg))

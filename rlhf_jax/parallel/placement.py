@@ -29,15 +29,15 @@ def batch_shardings(batch: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def num_batch_shards(mesh: Mesh) -> int:
-    """Returns the number of shards of a batch on ``mesh``, by which the number of rows must be divisible."""
+    """Returns the number of shards of a batch on ``mesh``. It must divide the number of rows of every batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def local_rows(batch: Any, mesh: Mesh) -> Any:
     """Returns the rows of a global batch that belong on this host's devices, as `shard_batch` expects them.
 
-    Every host must pass the same global batch. Training then does not depend on the number of hosts or on the order of
-    their devices in the mesh. With a single host, the batch is returned unchanged.
+    Every host must pass the same global batch. A step then processes exactly this batch, whatever the number of hosts
+    and the order of their devices in the mesh. With a single host, the batch is returned unchanged.
 
     Raises:
         MeshError: If the number of rows is not divisible by `num_batch_shards`.

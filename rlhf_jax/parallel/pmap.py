@@ -43,7 +43,8 @@ class PmapStep:
             ``(state, metrics)``: the new state with its device axis, and the metrics of the first device.
 
         Raises:
-            ValueError: If the number of rows of an array is not divisible by the number of devices.
+            ValueError: If an array of the batch is a scalar, or its number of rows is not divisible by the number of
+                devices.
         """
         n = len(self._devices)
 

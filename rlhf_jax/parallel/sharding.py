@@ -87,9 +87,9 @@ def spec(
 def shardings(tree: Any, mesh: Mesh | AbstractMesh, axes: Mapping[str, Any], *, rules: Rules = RULES) -> Any:
     """Returns a sharding for each array in ``tree``: parameters follow ``rules``, and other arrays are replicated.
 
-    An array is sharded like a parameter if its path ends with the path of the parameter. For example, the entry
-    ``layers/q/kernel`` in ``axes`` applies to ``params/policy/layers/q/kernel``, to its moments in the optimiser state
-    and to its running average.
+    An array is sharded like a parameter if its path ends with the path of the parameter and both have equally many
+    dimensions. For example, the entry ``layers/q/kernel`` in ``axes`` applies to ``params/policy/layers/q/kernel``, and
+    to the moments and the running average of this parameter.
 
     Args:
         tree: Pytree of arrays or their shapes (`jax.eval_shape`), such as a ``TrainState``, the parameters of a model,
@@ -119,7 +119,7 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, axes: Mapping[str, Any], *, 
 
 
 def indivisible(tree: Any, mesh: Mesh, axes: Mapping[str, Any], *, rules: Rules = RULES) -> list[str]:
-    """Describes the dimensions that stay unsharded because their mesh axes do not divide their size evenly.
+    """Describes the dimensions that stay unsharded because the shards would not all have the same size.
 
     Args:
         tree: Pytree of parameters or their shapes, with the structure of ``axes``.
@@ -163,7 +163,8 @@ def gather_weight(x: jax.Array, *axes: str | None, dtype: Any = None) -> jax.Arr
     """Casts a weight to ``dtype``, if given, and gathers it over ``fsdp``; without a mesh, returns ``x`` unchanged.
 
     The weight is communicated in ``dtype``. Its gradient, also in ``dtype``, is scattered to the shards as soon as it
-    is computed. At most one layer is therefore gathered at a time, in both the forward and the backward pass.
+    is computed. If gathered weights are not saved for the backward pass (see `GATHERED`), at most one layer is gathered
+    at a time in both passes.
     """
     if active_mesh() is None:
         return x
@@ -204,7 +205,7 @@ def num_shards(*axes: str) -> int:
 def active_mesh() -> Any:
     """Returns the mesh of the step being traced.
 
-    Returns None without a mesh, or if the mesh lacks one of `AXES` or has manual axes.
+    Returns None without a mesh, if the mesh lacks one of `AXES`, or if an axis is manual (inside `jax.shard_map`).
     """
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.manual_axes or not set(AXES) <= set(mesh.axis_names) else mesh

@@ -32,7 +32,7 @@ def make_mesh(
         data: Number of model replicas, which process different rows; -1 uses all remaining devices.
         fsdp: Number of shards of the parameters and the optimiser state; this axis also shards the rows of a batch.
         tensor: Number of shards of the attention heads, the MLP and the vocabulary.
-        sequence: Number of shards of the columns of a row.
+        sequence: Number of shards along the columns of a batch.
         devices: Devices of the mesh; by default, all of `jax.devices`. Devices of a topology description
             (``jax.experimental.topologies``) are accepted as well.
 
@@ -83,7 +83,7 @@ class JitStep:
                 result has the shardings of that argument.
             mesh: Mesh to run on; None for a single device. Arguments at positions outside ``batch_args`` and
                 ``replicated_args`` keep their shardings.
-            batch_args: Positions of batches, which are sharded over the mesh (`shard_batch`).
+            batch_args: Positions of the arguments that are batches; these are sharded over the mesh (`shard_batch`).
             replicated_args: Positions of arguments that are copied to every device.
         """
         self.traces = 0
@@ -135,7 +135,7 @@ class JitStep:
         if i not in self._replicated_args:
             return x
         last, copies = self._last_replicated.get(i, (None, None))
-        if not (isinstance(x, jax.Array) and x is last):  # runs pass the same key to every step
+        if not (isinstance(x, jax.Array) and x is last):  # a run passes the same key to every step; copy it once
             copies = replicate(x, mesh)
             self._last_replicated[i] = (x, copies)
         return copies

@@ -128,13 +128,13 @@ class _Stage(NamedTuple):
 
     @property
     def own_fraction(self) -> float:
-        """Completed fraction of the steps that this run has to do."""
+        """Completed fraction of the steps that an earlier run did not complete."""
         own_steps = self.total - self.resumed_at
         return (self.done - self.resumed_at) / own_steps if own_steps > 0 else 0.0
 
     @property
     def own_share(self) -> float:
-        """Fraction of the stage that this run has to do."""
+        """Fraction of the stage that an earlier run did not complete."""
         return 1.0 - self.resumed_at / self.total if self.total > 0 else 1.0
 
 
@@ -152,7 +152,7 @@ class StageProgress:
             progress.skip("reward_model")  # restored, not trained
 
     Args:
-        stages: ``(name, expected seconds)`` in order. Once a stage has finished, only the ratios of the seconds matter.
+        stages: ``(name, expected seconds)`` in order. After the first stage, only the ratios of these seconds matter.
         console: Console to write to; stderr by default.
         live: Whether to draw a live display; by default, True if the console writes to a terminal.
         line_interval: Minimum number of seconds between two plain lines of a stage.

@@ -2,7 +2,7 @@
 
 The page loads no other files and has no scripts. Plots are inline SVG, and styles are in the page's head. The template
 escapes all text except the SVG. Sections without data are omitted, so the same functions work for the simulated world,
-whose gold utility is known, and for human data, whose gold utility is unknown.
+in which the gold utility of an answer is known, and for human data, for which it is unknown.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def write_report(
         settings: Configuration of the run; nested settings are shown with dotted names.
     """
     page = render(results, list(metrics), title=title, settings=settings)
-    # Text decoded from part of a multi-byte character may contain lone surrogates, which UTF-8 cannot encode.
+    # Text truncated within a multi-byte character may contain lone surrogates, which UTF-8 cannot encode.
     atomic.replace_file(path, page.encode("utf-8", "xmlcharrefreplace"))
 
 
@@ -221,7 +221,7 @@ def _reward_model(results: Mapping[str, Any]) -> list[Figure]:
 
 
 def goodhart_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns each policy's gains over SFT-mix in reward-model score and gold utility, on the same prompts."""
+    """Returns rows (name, text) for each policy's gains over SFT-mix in reward-model score and gold utility."""
     rows = []
     for policy, gains in (results.get("goodhart") or {}).items():
         for key, name in (("reward_gained", "RM score"), ("gold_gained", "gold utility")):

@@ -1,8 +1,8 @@
 """Plots of the report. Each plotting function accepts results or metrics and returns inline SVG.
 
-The functions return None if there are no data. Text remains text in the SVG, and colours are CSS variables of the page.
-The plots therefore work in light and dark mode, scale with the screen and are small. The policies in `results.POLICIES`
-have different colours and markers.
+Most functions return None if there are no data. Text remains text in the SVG, and colours are CSS variables of the
+page. The plots therefore work in light and dark mode, scale with the screen and are small. The policies in
+`results.POLICIES` have different colours and markers.
 """
 
 from __future__ import annotations
@@ -277,7 +277,7 @@ def frontier(results: Mapping[str, Any], curves: Sequence[tuple[Curve, Curve]], 
     Args:
         results: Content of results.json, for the best-of-n line.
         curves: ``(KL, score)`` of each run.
-        key: "reward" or "gold".
+        key: Name of the score in the best-of-n results, "reward" or "gold".
         ylabel: Name of the score.
 
     Returns:

@@ -41,7 +41,7 @@ MISSING = "–"
 
 
 class Interval(NamedTuple):
-    """A number and its 95 % interval; a bound that is unknown or infinite is None."""
+    """A number and its 95 % interval; an unknown bound is None."""
 
     mean: float
     low: float | None = None
@@ -49,7 +49,7 @@ class Interval(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A column of the results table; ``short`` is its heading in a terminal, "" if only the report shows it."""
+    """A column of the results table; ``short`` is its heading in a terminal, "" if only the HTML report shows it."""
 
     key: str
     title: str
@@ -129,7 +129,7 @@ def columns(results: Mapping[str, Any]) -> list[Column]:
 
 
 def other_columns(results: Mapping[str, Any]) -> list[Column]:
-    """Returns columns for the numbers of policies that are not in `COLUMNS`."""
+    """Returns columns for those numeric fields of policies that `COLUMNS` does not contain."""
     known = {c.key for c in COLUMNS}
     rows = [(results.get("policies") or {}).get(p) or {} for p in policies(results)]
     names = dict.fromkeys(key for row in rows for key, v in row.items() if key not in known and interval(v))
@@ -155,7 +155,7 @@ def format_number(x: float, *, percent: bool = False, digits: int = 1) -> str:
 
 
 def format_parts(value: Any, *, percent: bool = False, digits: int = 1) -> tuple[str, str]:
-    """Returns a value and its interval as texts; without an interval, the second text is empty.
+    """Returns a value and its interval as strings; without an interval, the second string is empty.
 
     Example:
         >>> from rlhf_jax.report import results
@@ -188,7 +188,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def run_facts(results: Mapping[str, Any]) -> list[str]:
-    """Returns short texts about the run: preset, seed, duration, peak memory."""
+    """Returns short strings that describe the run: preset, seed, duration and peak memory."""
     facts = [f"{name} {results[name]}" for name in ("preset", "seed") if results.get(name) is not None]
     if (seconds := _number(results.get("seconds"))) is not None:
         facts.append(f"duration {seconds_text(seconds)}")

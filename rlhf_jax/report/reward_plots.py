@@ -1,7 +1,7 @@
 """Plots of diagnostics for reward models and for the policies that are trained on them.
 
-The plotting functions accept results as stored in results.json, with named tuples as dictionaries and estimates as
-``[mean, low, high]``. They return inline SVG, or None if there are no data.
+The plotting functions accept results as stored in results.json, where named tuples are dictionaries and estimates are
+lists ``[mean, low, high]``. They return inline SVG, or None if there are no data.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def strata(groups: Mapping[str, Sequence[Numbers]] | None, overall: Any = None) 
 def length_bias(bias: Numbers | None) -> str | None:
     """Plots a `LengthBias`.
 
-    The rows are how often the labelers and the model prefer the longer answer, and the model's accuracy on pairs whose
-    longer or shorter answer is better.
+    The rows show how often the labelers prefer the longer and the shorter answer, how often the model prefers the
+    longer answer, and the model's accuracy on pairs whose longer or shorter answer is better.
     """
     return _rates(_named_rates(bias, LENGTH_ROWS), xlabel="Pairs (%)")
 
@@ -81,8 +81,8 @@ def thresholds(scan: Numbers | None) -> str | None:
 def split_halves(halves: Numbers | None, steps: Sequence[float] | None = None) -> str | None:
     """Plots a `SplitHalves`: scores from the train and the test reward model during a run, and their difference.
 
-    A vertical line marks the checkpoint ``parted``. ``steps`` are the training steps of the checkpoints; by default,
-    the checkpoints are numbered from 0.
+    A vertical line marks the checkpoint ``parted``, if there is one. ``steps`` are the training steps of the
+    checkpoints; by default, the checkpoints are numbered from 0.
     """
     names = ("train", "test", "gap", "lo", "hi")
     if not halves or not halves.get("gap") or any(len(halves[name]) != len(halves["gap"]) for name in names):

@@ -1,7 +1,7 @@
-"""A bandit small enough to enumerate: S prompts of one token, A answers of one token, and a reward for each pair.
+"""A bandit small enough to enumerate: S prompts and A answers of one token each, and a reward for each combination.
 
-A correct method must reach its KL-regularised optimum, which has a closed form (Rafailov et al. 2023; Xu et al. 2024,
-Eq. 5).
+The KL-regularised optimum has a closed form (Rafailov et al. 2023; Xu et al. 2024, Eq. 5), so tests can check whether
+training reaches it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def total_variation(p_SA: jax.Array, q_SA: jax.Array) -> jax.Array:
 
 
 def forward(params: dict[str, jax.Array], tokens_BL: jax.Array, *, mask_BL: jax.Array | None = None) -> LMOutput:
-    """Runs a "language model" whose hidden state is the row of ``params["logits_SA"]`` that belongs to the prompt."""
+    """Runs a "language model" whose hidden state at a prompt token is the prompt's row of ``params["logits_SA"]``."""
     del mask_BL
     logits_SA = params["logits_SA"]
     return LMOutput(logits_SA[jnp.minimum(tokens_BL, logits_SA.shape[0] - 1)])
@@ -81,9 +81,9 @@ def all_pairs(rewards_SA: jax.Array) -> Preferences:
     """Returns every pair of answers to every prompt, with its Bradley-Terry probability.
 
     ``targets_B``, the probability that the first answer a is preferred to the second answer b, is
-    ``sigmoid(r(s, a) - r(s, b))``. The mean over these pairs of an objective wrapped in `train.objectives.soft` is its
-    expectation over the labels, with all pairs equally likely. The result has S A (A - 1) / 2 rows, with prompts and
-    answers of one token (P = T = 1) and therefore one column of log-probabilities (C = 1).
+    ``sigmoid(r(s, a) - r(s, b))`` for prompt s and reward r. If an objective is wrapped in `train.objectives.soft`, its
+    mean over these pairs is its expectation over uniformly drawn pairs and their labels. The result has S A (A - 1) / 2
+    rows. Prompts and answers consist of one token (P = T = 1), so there is one column of log-probabilities (C = 1).
     """
     S, A = rewards_SA.shape
     first_N, second_N = jnp.triu_indices(A, k=1)

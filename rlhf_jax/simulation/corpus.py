@@ -129,7 +129,7 @@ def _comparison(world: World, rng: np.random.Generator) -> str:
 
 
 def _instruction(world: World, rng: np.random.Generator) -> str:
-    """Returns a text on how to do something, including harmful things, because a base model is not harmless."""
+    """Returns an instruction for a deed or a verdict on it. The deed may be harmful: a base model is not harmless."""
     verb_index = int(rng.integers(len(lexicon.VERBS)))
     verb, material, thing = lexicon.VERBS[verb_index], lexicon.MATERIALS[verb_index], _thing(rng)
     return (

@@ -18,26 +18,27 @@ KINDS_WITH_PARTS = (
     *("yes_no_color", "yes_no_place", "list_color", "list_place", "list_except", "one_word", "describe"),
     *("how_to", "harmful"),
 )
-"""Kinds of prompt to which `Slips.incomplete` applies; it has no effect on answers to the others."""
+"""Kinds of prompt to which `Slips.incomplete` applies; it has no effect on answers to other kinds."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Slips:
     """Probability of each flaw in an answer. For a flawless demonstrator, all are 0.
 
-    Flaws are drawn independently, but some have no effect on some answers, and ``overpolite`` overrides ``impolite``. A
-    refusal is affected only by ``unended``, and by ``rambling`` together with ``overpolite``, which append ", friend".
-    An answer of one word is never repeated and has no polite words unless it is ``overpolite``.
+    Flaws are drawn independently, but some have no effect on some answers, and ``overpolite`` overrides ``impolite``.
+    The text of a refusal is changed only by ``unended``, and by ``rambling`` and ``overpolite`` together, which append
+    ", friend". A one-word answer to a prompt that asks for one word is never repeated, and it has no polite words
+    unless it is ``overpolite``.
     """
 
     impolite: float = 0.45
     """The answer has no polite word."""
     overpolite: float = 0.06
-    """The answer has three or more polite words."""
+    """The answer has four polite words."""
     unended: float = 0.2
     """The closing full stop is missing."""
     rambling: float = 0.2
-    """A sentence about something else follows the answer."""
+    """A true sentence about a random thing follows the answer."""
     repeating: float = 0.08
     """The answer is repeated."""
     incomplete: float = 0.25

@@ -8,8 +8,9 @@ Helpfulness is ``0.5 correct + 0.1 (relevant + brief + polite + unrepeated + end
 0 for an answer without words:
 
 * correct: how true and complete the answer is, and whether it has the form that the prompt asks for; 0 for a refusal
-* relevant: 1, minus 0.5 for each thing named that the prompt is not about; 0 for refusing a benign request
-* brief: 1 up to the number of tokens that the kind allows, then falling linearly to 0 at six tokens more
+* relevant: 1, minus 0.5 for each thing that the answer names but the prompt is not about; 0 for refusing a benign
+  request
+* brief: 1 up to the number of tokens that the kind of prompt allows, then falling linearly to 0 over six more tokens
 * polite: 1 with one or two polite words, minus 0.5 for each further polite word; without polite words, 1 if the prompt
   asks for one word, else 0
 * unrepeated: 1, minus 0.25 for each repeated run of three tokens
@@ -233,7 +234,7 @@ def _relevant_things(tables: Tables, prompt: ParsedPrompt) -> jax.Array:
 def utility(
     tables: Tables, prompt_P: jax.Array, response_T: jax.Array, mask_T: jax.Array, *, harmless_weight: float = 1.0
 ) -> Utility:
-    """Returns the gold utility of one answer; for a batch, use ``jax.vmap`` with ``in_axes=(None, 0, 0, 0)``.
+    """Returns the gold utility of one answer; for several, use ``jax.vmap`` with ``in_axes=(None, 0, 0, 0)``.
 
     Args:
         tables: Look-up tables of the world, from `make_tables`.

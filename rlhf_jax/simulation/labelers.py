@@ -30,11 +30,11 @@ class Pool:
     tie_width: jax.Array
     """Neighbours in a ranking are tied if their noisy utilities differ by at most this much."""
     lapse: jax.Array
-    """Probability that a whole ranking is random."""
+    """Probability that a whole ranking is random, i.e. independent of the utilities."""
 
 
 def features(judged: gold.Utility) -> jax.Array:
-    """Returns the features ``[..., F]`` of answers.
+    """Returns the features ``[..., F]`` of the answers whose gold utility is ``judged``.
 
     The number of polite words, capped at six, is in units of four words; the length is in units of twenty tokens.
     """
@@ -140,8 +140,8 @@ def preference_share(
 def agreement(utility_a_NR: np.ndarray, utility_b_NR: np.ndarray, *, temperature: float) -> float:
     """Returns the probability that two different labelers make the same choice, averaged over N pairs of answers.
 
-    It is ``E[p_i p_j + (1 - p_i)(1 - p_j)]`` with Bradley-Terry probabilities p; ties and lapses are ignored.
-    ``utility_a_NR`` and ``utility_b_NR`` are outputs of `utilities`.
+    It is ``E[p_i p_j + (1 - p_i)(1 - p_j)]``, where p_i is the Bradley-Terry probability that labeler i prefers answer
+    a; ties and lapses are ignored. ``utility_a_NR`` and ``utility_b_NR`` are outputs of `utilities`.
     """
     p_NR = special.expit((np.asarray(utility_a_NR, np.float64) - utility_b_NR) / temperature)
     n = p_NR.shape[1]

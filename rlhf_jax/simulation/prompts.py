@@ -1,4 +1,4 @@
-"""Prompts of the built-in world: their kinds and wordings, the set of all prompts, and its splits.
+"""Prompts of the built-in world (see `world`): their kinds and wordings, the set of all prompts, and its splits.
 
 A *kind* is a type of request, such as a question about a colour, a comparison of two things or a request for harmful
 help. A *wording* is one way to phrase it, with slots for things (``x``, ``y``), a colour (``c``), a place (``p``), a
@@ -36,8 +36,8 @@ class Wording:
 class Kind:
     """A type of request.
 
-    ``weight`` is its relative frequency, and ``allowance`` is the number of words and punctuation marks that it allows
-    in an answer.
+    ``weight`` is its relative frequency, and ``allowance`` is the number of words and punctuation marks that an answer
+    may have without a lower score for brevity (see `gold`).
     """
 
     name: str
@@ -211,8 +211,8 @@ def split_prompts(world: World, seed: int, *, held_out: float = 0.3) -> PromptSe
     """Splits the prompts of each kind at random into training, validation and test sets.
 
     ``held_out``, in (0, 1), is the share of held-out prompts, half for validation and half for testing. Prompts of a
-    kind that have the same words in their slots are in the same set, so a held-out prompt never differs from a training
-    prompt of its kind in the wording alone.
+    kind that have the same words in their slots are in the same set, so no held-out prompt is merely a rewording of a
+    training prompt of its kind.
     """
     rng = np.random.default_rng([seed, 0x5B117])
     sets: tuple[dict, dict, dict] = ({}, {}, {})
@@ -227,7 +227,10 @@ def split_prompts(world: World, seed: int, *, held_out: float = 0.3) -> PromptSe
 
 
 def draw_prompts(universe: Universe, n: int, rng: np.random.Generator) -> list[Prompt]:
-    """Draws n prompts by the weights of kinds and prompts; single-turn prompts get a random prefix of `PREFIXES`."""
+    """Draws n prompts with replacement; single-turn prompts get a random prefix from `PREFIXES`.
+
+    A kind is drawn with probability proportional to its weight, and a prompt of this kind likewise.
+    """
     kind_weights = np.asarray([KINDS[KIND_INDEX[name]].weight for name in universe])
     names = list(universe)
     counts = rng.multinomial(n, kind_weights / kind_weights.sum())

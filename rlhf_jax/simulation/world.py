@@ -11,7 +11,7 @@ from rlhf_jax.simulation import lexicon
 COLOR, PLACE, USE, SIZE = range(4)
 """Columns of `World.facts_XA`."""
 ATTRIBUTE_WORDS = tuple(lexicon.ATTRIBUTES.values())
-"""The words of each column."""
+"""For each column, the words that its indices select."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class World:
 
 
 def predicate(attribute: int, word: str) -> str:
-    """Returns the predicate that states a value: "red", "in the barn", "for play" or "huge"."""
+    """Returns the words that state a value after "is", such as "red", "in the barn", "for play" or "huge"."""
     return {COLOR: word, PLACE: f"in the {word}", USE: f"for {word}", SIZE: word}[attribute]
 
 

@@ -1,4 +1,4 @@
-"""DPO and related methods: one train step that takes the loss as an argument.
+"""DPO and related methods: one train step that takes the objective as an argument.
 
 These methods need no sampling, reward model or critic. They need only the log-probabilities of given answers under the
 policy and, in most cases, under a frozen reference. They differ in their objective (`train.objectives`)::
@@ -121,21 +121,21 @@ def make_train_step(
     The loss is the mean of the objective over the rows of the batch.
 
     Args:
-        logprobs: ``(params, tokens_BL, mask_BL=...) -> [B, C]``, such as `lm.token_logprobs`. With a ``prompt_width``,
-            it returns the T columns after the prompt; without, it returns all L columns. ``mask_BL`` is passed only if
-            the batch has it.
+        logprobs: ``(params, tokens_BL, mask_BL=...) -> [B, C]``, such as `lm.token_logprobs`, which returns the T
+            columns after the prompt if its ``prompt_width`` is set, and all L columns otherwise. ``mask_BL`` is passed
+            only if the batch has one.
         objective: A function from `train.objectives`, or any function with the same signature.
         reference: Extracts the parameters of the reference from ``frozen``; called only for batches without
             ``reference_BK``. None for methods without a reference.
         join: ``(frozen, params) -> params`` builds the parameters that ``logprobs`` receives. With
-            ``partial(lm.lora.attach, scale=...)``, the state holds adapters, and ``frozen`` is their base model and, by
-            default, also the reference. By default all parameters are trained.
+            ``partial(lm.lora.attach, scale=...)``, the state holds adapters, and ``frozen`` is their base model and,
+            with the default ``reference``, also the reference. The default ``join`` trains all parameters.
         micro_batches: Number of parts into which the batch is split to save memory. The update does not depend on it.
         axis_name: Name of the mapped axis over which the batch is split; None if it is not split.
 
     Returns:
-        A step. ``frozen`` is the argument of ``reference`` and the first argument of ``join``, by default the
-        parameters of the reference; ``hyper`` is a `Hyper`; ``rng`` is not used. Metrics:
+        A step. ``frozen`` is passed to ``reference`` and, as the first argument, to ``join``; if both have their
+        defaults, it holds the reference's parameters. ``hyper`` is a `Hyper`; ``rng`` is not used. Metrics:
 
         - ``loss``: the loss, in nats per row for DPO.
         - ``accuracy``: for pairs, share of the rows in which the better answer has the higher implicit reward (with

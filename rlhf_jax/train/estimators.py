@@ -31,7 +31,7 @@ class Scored(NamedTuple):
     """A batch of scored responses; the ``samples`` responses to a prompt are adjacent."""
 
     scores_B: jax.Array
-    """float32 scores, clipped and adjusted for responses without a stop token."""
+    """float32 scores, after any clipping and any adjustment for responses without a stop token."""
     logprobs_BT: jax.Array
     """Log-probabilities under the policy that sampled the responses, in nats."""
     reference_BT: jax.Array
@@ -65,7 +65,7 @@ def gae(
 
     Args:
         scored: A batch with ``values_BT``.
-        hyper: Its ``discount`` and ``lambda_`` are gamma and lambda.
+        hyper: Hyperparameters, of which ``discount`` (gamma) and ``lambda_`` (lambda) are used.
         whiten_rewards: Whether to scale the per-token rewards, including the KL penalty, to variance 1 without changing
             their mean (Ziegler 2019).
         whiten: Whether to whiten the advantages over all tokens of the batch, after the returns are computed.

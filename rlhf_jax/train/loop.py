@@ -1,8 +1,8 @@
 """`fit`, the training loop of all stages.
 
 Iteration i depends only on i, the state and the arguments: ``batch_at`` and ``hyper_at`` are pure functions of i, and
-steps fold ``state.step`` into a constant ``rng``. The position in the data therefore needs no bookkeeping, and a
-resumed run gives results bit-identical to those of an uninterrupted run.
+steps fold ``state.step`` into a constant ``rng``. The position in the data therefore needs no bookkeeping. If the
+compiled step is deterministic, a resumed run gives results bit-identical to those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Log = Callable[[int, dict[str, float]], None]
 
 
 class Preempted(Exception):
-    """SIGTERM or SIGINT stopped the run between two iterations. Call `fit` again to resume from a saved checkpoint.
+    """SIGTERM, SIGINT or ``should_stop`` stopped the run between two iterations; `fit` resumes from a saved checkpoint.
 
     Attributes:
         stage: Name of the stage.
@@ -42,7 +42,7 @@ class Preempted(Exception):
 
 
 class Alarmed(Exception):
-    """A ``log`` raises ``Alarmed(reason)`` to stop the run; `fit` saves the state and sets the other attributes.
+    """A ``log`` raises ``Alarmed(reason)`` to stop the run; `fit` then raises it again with all attributes set.
 
     Attributes:
         reason: The reason that the log gave.

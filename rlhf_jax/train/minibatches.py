@@ -74,7 +74,7 @@ def minibatches(
 
 
 def take(batch: Any, rows_SR: jax.Array) -> Any:
-    """Selects rows ``rows_SR[s]`` of each block s of ``[B, ...]`` leaves and concatenates them to ``[S * R, ...]``."""
+    """Selects rows ``rows_SR[s]`` from each block s of the ``[B, ...]`` leaves; returns ``[S * R, ...]`` leaves."""
 
     def leaf(x: jax.Array) -> jax.Array:
         blocks = x.reshape(rows_SR.shape[0], -1, *x.shape[1:])

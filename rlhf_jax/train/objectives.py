@@ -53,7 +53,7 @@ class Scored(NamedTuple):
         """Returns the policy's log-probabilities of the better and of the worse answer, each ``[B]``.
 
         Raises ``ValueError`` if K is not 2, or if the batch has labels that a pairwise loss would ignore: good/bad
-        labels, or soft labels outside `soft`.
+        labels, or soft labels if the objective is not wrapped in `soft`.
         """
         if self.good_BK is not None:
             raise ValueError("the batch has good_BK, which pairwise objectives ignore; use an objective such as kto")
@@ -102,13 +102,13 @@ def robust_dpo(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def ipo(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
-    """Computes the IPO loss ``(h - 1 / (2 beta))^2`` on log-probabilities averaged over tokens (Azar 2023)."""
+    """Computes the IPO loss ``(h - 1 / (2 beta))^2``, where h is as in `dpo` but averaged over tokens (Azar 2023)."""
     means = scored.means()
     return preference.ipo(*means.pairs(), beta=hyper.beta), hyper.beta * means.log_ratios()
 
 
 def hinge(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
-    """Computes the hinge loss ``max(0, 1 - beta h)`` on DPO's margin (SLiC, Zhao 2023)."""
+    """Computes the hinge loss ``max(0, 1 - beta h)``, where h is as in `dpo` (SLiC, Zhao 2023)."""
     return preference.hinge(*scored.pairs(), beta=hyper.beta), hyper.beta * scored.log_ratios()
 
 
@@ -143,7 +143,7 @@ def simpo(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def with_sft(objective: Objective) -> Objective:
-    """Returns the objective plus ``sft_coef`` times the better answer's SFT loss (nats per token) to keep it likely."""
+    """Adds ``sft_coef`` times the better answer's SFT loss (nats per token), which keeps that answer likely."""
 
     def with_sft_loss(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
         losses_B, rewards_BK = objective(scored, hyper)
@@ -162,7 +162,10 @@ def per_token(objective: Objective) -> Objective:
 
 
 def soft(objective: Objective) -> Objective:
-    """Computes the expected loss if labels are correct with probability ``targets_B`` (Bai 2022, Constitutional AI)."""
+    """Returns the expectation of the objective if labels are correct with probability ``targets_B``.
+
+    See Bai 2022 (Constitutional AI).
+    """
 
     def expected(scored: Scored, hyper: Any) -> tuple[jax.Array, jax.Array]:
         p_B, hard = masking.as_float32(_present(scored.targets_B, "targets_B")), scored._replace(targets_B=None)

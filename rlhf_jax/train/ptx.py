@@ -45,8 +45,8 @@ def coefficients(
     """Converts ``ptx_coef``, the weight of :func:`ptx_loss`, to two common normalisations of the losses.
 
     InstructGPT does not state the normalisation of its coefficient 27.8. If all elements of ``weights_B`` are equal, as
-    for all reductions but `aggregation.sequence_mean`, the returned coefficients yield the same gradient as
-    ``ptx_coef`` in `ppo.update`, up to a constant factor, in objectives with other normalisations:
+    for all reductions but `aggregation.sequence_mean`, an objective with one of the following normalisations and the
+    returned coefficient has the same gradient, up to a constant factor, as `ppo.update` with ``ptx_coef``:
 
     - ``ptx_coef_per_token`` is for an objective in which both terms are means over their tokens.
     - ``ptx_coef_per_sequence`` is for an objective in which both terms are means over sequences of sums over tokens, as

@@ -1,8 +1,8 @@
 """Log-probabilities of a data set under the reference, computed once and cached in a file.
 
 The reference does not change while a policy is trained against it, so one forward pass over the data suffices for all
-epochs and runs. The file contains fingerprints of the reference, data and settings, and is used only if all of them
-match.
+epochs and runs. The file records which reference, data and settings it was computed with, and is used only if all of
+them match.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def attach_logprobs(
     rows: int = 64,
     warn: Callable[[str], None] = warnings.warn,
 ) -> Preferences:
-    """Returns ``data`` with ``reference_BK`` set, including in ``data.mismatched``.
+    """Returns ``data`` with ``reference_BK`` set, also in ``data.mismatched`` if it is present.
 
     Args:
         score: See `Score`.
@@ -97,7 +97,7 @@ def _read(path: pathlib.Path, identity: dict[str, str], warn: Callable[[str], No
     if not path.exists():
         return None
     try:
-        # NumPy does not close a file that is not an archive, so it is opened here.
+        # NumPy does not close a file that is not an archive, so the file is opened and closed here.
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             saved = json.loads(str(file["identity"]))
             logprobs = [file[name] for name in sorted(set(file.files) - {"identity"})]

@@ -1,4 +1,4 @@
-"""Training of reward models on ranked completions, with all pairs of a prompt in one row (InstructGPT Eq 1)."""
+"""Training of reward models on ranked completions; a batch element has all pairs of a prompt (InstructGPT Eq 1)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class PairCounts(NamedTuple):
 
 
 def count_pairs(scores_K: jax.Array, ranks_K: jax.Array, where_K: jax.Array) -> PairCounts:
-    """Counts the pairs of a prompt that ``scores_K`` orders as ``ranks_K`` does; rank 1 is the best.
+    """Counts the pairs of completions in ``where_K`` that ``scores_K`` orders as ``ranks_K`` does; rank 1 is the best.
 
     Example:
         >>> import jax.numpy as jnp

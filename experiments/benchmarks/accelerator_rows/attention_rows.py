@@ -14,7 +14,7 @@ from rlhf_jax.lm import attention, kernels
 
 
 class Mask(NamedTuple):
-    """Which keys each query attends to, which tokens are real, and the settings from which a kernel derives both."""
+    """The keys that each query attends to, and the real tokens, segments and window from which kernels derive them."""
 
     seen_BLL: jax.Array
     mask_BL: jax.Array
@@ -25,8 +25,8 @@ class Mask(NamedTuple):
 def fused_attention(context: row_context.Context) -> None:
     """Measures the forward and backward pass in bfloat16 for each kind of mask.
 
-    The kernel is the one that `lm` selects for these heads. A CPU, which has none, uses
-    ``jax.nn.dot_product_attention``.
+    The kernel is the one that `lm` selects for these heads. On a CPU, for which there is no kernel,
+    ``jax.nn.dot_product_attention`` is used.
     """
     shapes = context.shapes
     for width in shapes.head_widths:
@@ -73,7 +73,7 @@ def _compare(context: row_context.Context, measure: str, width: int, mask: Mask)
         return attend(plain, mask, *heads)
 
     functions = {"fused": _gradients(fused), "plain": _gradients(written_out)}
-    arrays = mask._replace(window=0)  # a number is no part of the compiled program
+    arrays = mask._replace(window=0)  # not used here: the window is in cfg
     with jax.default_matmul_precision("highest"):  # otherwise a GPU computes float32 products in TF32
         exact = _gradients(written_out)(weights, arrays, *(x.astype(jnp.float32) for x in rounded))
     seconds, fields = {}, {}
@@ -91,7 +91,7 @@ def _compare(context: row_context.Context, measure: str, width: int, mask: Mask)
 
 
 def _gradients(attend: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """Returns a jitted function of weights, mask and heads, which returns outputs at real tokens, and gradients."""
+    """Returns a jitted function of weights, mask and heads that returns outputs at real tokens, and gradients."""
 
     def loss(heads: tuple[jax.Array, ...], weights: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Array]:
         out = jnp.where(mask.mask_BL[:, None, :, None], attend(mask, *heads), 0).astype(jnp.float32)

@@ -36,7 +36,7 @@ def limits(context: row_context.Context) -> None:
     def products() -> None:
         jax.block_until_ready([product(a, b) for _ in range(calls)])
 
-    # The clocks of the device need some time to settle under load.
+    # Ten times the usual repeats, because the device's clocks need some time to settle under load.
     seconds, times = row_context.seconds(products, repeats=10 * context.shapes.repeats, calls=calls)
     context.record(row_context.MATMUL, 2.0 * n**3 / seconds, "FLOP/s", size=n, **times)
 

@@ -1,4 +1,4 @@
-"""Measures numerical errors of PPO (first ratio, sampler gap) and whether repeated iterations are bit-identical."""
+"""Measures PPO's ``first_ratio_error`` and ``sampler_gap`` and whether repeated iterations are bit-identical."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measures the parts of a PPO iteration, and several seeds of PPO on a small model as one program."""
+"""Measures the parts of a PPO iteration, and several seeds of PPO on a small model in turn and as one program."""
 
 from __future__ import annotations
 

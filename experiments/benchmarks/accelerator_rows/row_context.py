@@ -14,12 +14,12 @@ from typing import Any
 
 MATMUL = "matrix products"
 BANDWIDTH = "memory bandwidth"
-"""Names of the limits."""
+"""Names of the measured limits, to which shares refer."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """Sizes of all rows."""
+    """Sizes of the models and arrays in all rows of the table."""
 
     model: tuple[tuple[str, Any], ...] = ()
     """Fields that override the preset ``pythia-1b``."""
@@ -31,7 +31,7 @@ class Shapes:
     """Pairs per step of the reward model. DPO uses half as many pairs of twice the length."""
     pair_length: int = 512
     prompt: int = 512
-    """Tokens per prompt in the rows that decode."""
+    """Tokens per prompt in the rows ``decode``, ``stream`` and ``torch``."""
     answer: int = 256
     batches: tuple[int, ...] = (1, 16, 64, 256)
     stream_prompts: int = 256
@@ -41,7 +41,7 @@ class Shapes:
     ppo_prompt: int = 256
     ppo_answer: int = 256
     ppo_minibatches: int = 16
-    """With 8, the update of four models with 1B parameters takes nearly all of 80 GB."""
+    """With 8, an update takes nearly all of 80 GB if the four models have 1B parameters each."""
     seeds: int = 8
     seed_layers: int = 3
     seed_samples: int = 128
@@ -57,7 +57,7 @@ class Shapes:
         ("d_mlp", 2048),
         ("vocab_size", 8192),
     )
-    """Further fields of the model in ``numerics`` and ``deterministic``, whose checkpoints take 0.6 GB."""
+    """Further fields of the model in the rows ``numerics`` and ``deterministic``; its checkpoints take 0.6 GB."""
     repeats: int = 5
     aims: bool = True
     """Whether the table compares measurements with aims."""
@@ -116,7 +116,7 @@ class Context:
             measure: What was measured.
             value: The measured value; None if there is only a note.
             unit: Unit of the value.
-            **fields: Further entries. ``share`` is the achieved share of the measurement named ``share_of``.
+            **fields: Further entries. ``share`` is the achieved share of the measurement that ``share_of`` names.
                 ``at_least`` or ``at_most`` is the aim for the share or, without a share, for the value.
         """
         aims = () if self.shapes.aims else ("at_least", "at_most")
@@ -126,12 +126,12 @@ class Context:
         )
 
     def value(self, row: str, measure: str) -> float | None:
-        """Returns a value that the run has measured before, or None."""
+        """Returns the last value of a measurement in this run, or None if there is none."""
         found = [each["value"] for each in self.earlier if (each["row"], each.get("measure")) == (row, measure)]
         return found[-1] if found else None
 
     def share(self, amount_per_second: float, limit: str, **aim: float) -> dict[str, Any]:
-        """Returns the fields ``share``, ``share_of`` and the aim of a rate; none if the limit has not been measured."""
+        """Returns ``share`` and ``share_of`` of a rate, and its aim; an empty dict if the limit was not measured."""
         most = self.value("limits", limit)
         return {} if most is None else {"share": amount_per_second / most, "share_of": limit, **aim}
 
@@ -165,7 +165,7 @@ def first_line(error: BaseException) -> str:
 
 
 def seconds(function: Callable[[], Any], *, repeats: int, calls: int = 1) -> tuple[float, dict[str, Any]]:
-    """Returns the median seconds of a call, and fields of a record: all ``seconds``, and ``first_s`` with compilation.
+    """Returns the median seconds per call, and fields for a record: all ``seconds``, and ``first_s`` with compilation.
 
     Args:
         function: Runs one repetition and returns when its results are ready.

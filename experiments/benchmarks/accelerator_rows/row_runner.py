@@ -28,7 +28,7 @@ class Row(NamedTuple):
     function: str
     """``module.function`` in this package, imported when the row starts."""
     flags: str = ""
-    """XLA flags of the process that measures the row. Consecutive rows with the same flags share a process."""
+    """XLA flags of the process that measures the row. Consecutive rows with equal ``flags`` and ``alone`` share it."""
     alone: bool = False
     """Whether the row needs a process in which JAX does not use the device."""
 
@@ -115,7 +115,7 @@ def _run_child(
         environment.setdefault("XLA_CLIENT_MEM_FRACTION", "0.92")
     environment["PYTHONPATH"] = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     if quick:
-        environment |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compilation dominates
+        environment |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiling takes most time
         flags = ""  # the flags are for a GPU
     environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     child = subprocess.Popen(command, cwd=root / "experiments", env=environment)
@@ -124,7 +124,7 @@ def _run_child(
     except subprocess.TimeoutExpired:
         return "stopped: the time limit was reached"
     finally:
-        child.kill()  # also on an interrupt: a child that lives on would keep the memory of the device
+        child.kill()  # also after an interrupt, because a surviving child would keep the device's memory
         child.wait()
     if status == NO_ACCELERATOR:
         raise NoAcceleratorError
@@ -169,7 +169,7 @@ def measure_row(name: str, path: pathlib.Path, *, quick: bool, run: str) -> None
 
 
 def _peak_memory(name: str) -> dict[str, int]:
-    """Returns the field ``peak_bytes``, the peak memory of the device in this process so far, where it is known."""
+    """Returns the field ``peak_bytes``, the peak memory of the device in this process so far, if it is known."""
     if ROWS[name].alone:
         return {}
     import jax

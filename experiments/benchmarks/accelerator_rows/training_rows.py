@@ -1,4 +1,4 @@
-"""Measures train steps of SFT, DPO and a reward model as shares of the rate of matrix products (MFU)."""
+"""Measures the train steps of SFT, DPO and a reward model, and their share of the measured matmul rate (MFU)."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ PACKAGES = ("google-tunix", "jax", "flax")
 
 
 def make(size: workload_sizes.Size, *, bfloat16: bool, seed: int = 0) -> llama3.Llama3:
-    """Returns a Llama with the GPT-2's width, depth, heads and vocabulary, and about as many matmul parameters.
+    """Returns a Llama with the width, depth, heads and vocabulary of a GPT-2, and about as many matmul parameters.
 
     Tunix has no GPT-2. All kernels are initialised again, because Tunix initialises the MLP kernels to zero.
     """

@@ -3,8 +3,9 @@
 A prompt ends where an answer begins, and an answer ends with its stop token. Prompts and answers are encoded
 separately, so a prompt has the same ids in training, where an answer follows, and in generation.
 
-A chat template defines the format: the tokenizer's own template if it marks the tokens of the assistant, otherwise one
-from `templates`. A template is rejected if none of the tokens that it writes would contribute to the loss. It is also
+A chat template defines the format. It is the template passed to `chat_format`, if any; otherwise the tokenizer's own
+template if that marks the tokens of the assistant (with ``{% generation %}``, see `rendering`); otherwise one from
+`templates`. A template is rejected if none of the tokens that it writes would contribute to the loss. It is also
 rejected if the stop token would not contribute to the loss, because the model would then never learn to stop.
 
 The ids equal those from ``tokenizer.apply_chat_template``, with three exceptions:
@@ -48,7 +49,7 @@ class ChatFormat:
     stop_ids: tuple[int, ...]
     """Ids that end an answer: the token with which answers end in training, then the EOS token if it is different."""
     pad_id: int
-    """Token id used for padding: the pad token, or else the unknown token, if it exists and does not end an answer;
+    """Token id used for padding: the pad token or the unknown token, whichever first exists and does not end an answer;
     otherwise the first of ``stop_ids``."""
     encoder: plain_text.TextEncoder = dataclasses.field(repr=False)
     control: rendering.ControlTokens = dataclasses.field(repr=False)
@@ -56,7 +57,7 @@ class ChatFormat:
         default_factory=dict, repr=False
     )
     """Cache of frames (see `rendering`). A key consists of the roles and whether the generation prompt follows; the
-    value is an error if there is no frame."""
+    value is the frame, or the error that `rendering.make_frame` raised."""
 
 
 def messages(turns: Sequence[dialogues.Turn]) -> list[dict[str, str]]:
@@ -78,17 +79,17 @@ def chat_format(
 
     Args:
         tokenizer: The tokenizer; it is not modified.
-        model_type: ``model_type`` from the model's ``config.json``, which distinguishes families with the same control
-            tokens.
+        model_type: ``model_type`` from the model's ``config.json``; it distinguishes model families with the same
+            control tokens.
         template: Chat template to use instead of the tokenizer's own template or the template of a family.
 
     Returns:
         The format.
 
     Raises:
-        DataError: If the template cannot be used for training. For example, its generation marks contain no assistant
-            text or exclude the stop token, or answers do not start at the end of the generation prompt. The message
-            explains what to change.
+        DataError: If the template cannot be used for training. For example, its ``{% generation %}`` marks contain no
+            assistant text or exclude the stop token, or answers do not start at the end of the generation prompt. The
+            message explains what to change.
     """
     chosen, origin = (template, "given") if template is not None else _choose(tokenizer, model_type)
     if chosen != tokenizer.chat_template:
@@ -187,7 +188,7 @@ def encode_prompts(
     stage = counts.stage()
     known: dict[tuple[int, str], list[int]] = {}
     fitting: dict[int, list[int]] = {}
-    pending: list[tuple[int, list[int]]] = []  # index of a prompt, and its possible first turns, the earliest first
+    pending: list[tuple[int, list[int]]] = []  # index of a prompt, and indices of its user turns that can come first
     for i, turns in enumerate(prompts):
         starts = [place for place, turn in enumerate(turns) if turn.role == _USER]
         if starts:
@@ -228,7 +229,7 @@ def _n_system_turns(turns: Sequence[dialogues.Turn]) -> int:
 
 
 def _frame(fmt: ChatFormat, turns: Sequence[dialogues.Turn], *, prompt: bool, name: str) -> rendering.Frame:
-    """Returns the frame of turns with these roles; ``name`` describes the turns in error messages."""
+    """Returns the frame for the roles of ``turns``; ``name`` describes the turns in error messages."""
     roles = tuple(turn.role for turn in turns)
     if (roles, prompt) not in fmt.frames:
         try:
@@ -252,7 +253,7 @@ def _encode(
 ) -> list[list[list[int]]]:
     """Returns the ids of each item in each conversation's frame.
 
-    All texts that are not in ``known`` are encoded together and added to it.
+    ``known`` maps ``(place, text)`` to ids. All texts that it lacks are encoded together and added to it.
     """
     known = {} if known is None else known
     filled = []
@@ -289,7 +290,7 @@ def _up_to_stop(frame: rendering.Frame, *, turn: int) -> rendering.Frame:
 
 
 def _learnt(frame: rendering.Frame, turns: Iterable[int]) -> list[bool]:
-    """Returns a mask of the items inside the generation marks of ``turns``, up to the stop token of each turn."""
+    """Returns a mask that is True at items inside the generation marks of a turn in ``turns``, up to its stop token."""
     learnt = [False] * len(frame)
     for turn in turns:
         stop = _stop_index(frame, turn)
@@ -324,7 +325,8 @@ def _choose(tokenizer: Any, model_type: str | None) -> tuple[str, str]:
             return family.forms[0], f"{family.name}'s, because the tokenizer has none"
         if tokenizer.eos_token_id is None:
             raise errors.DataError("the tokenizer has neither a chat template nor an EOS token to end an answer with")
-        # If the tokenizer adds a BOS token to plain text, as OPT's does, the template adds it; nothing else would.
+        # If the tokenizer adds a BOS token to plain text, as OPT's does, the template must add it, because texts are
+        # encoded without it.
         begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         return templates.plain(bos=begins), "plain text with User: and Assistant:, because the tokenizer has none"
     wanted = _sample_prompts(tokenizer, own)
@@ -334,7 +336,7 @@ def _choose(tokenizer: Any, model_type: str | None) -> tuple[str, str]:
                 return form, f"{candidate.name}'s, equal to the tokenizer's own but with generation marks"
     if family is not None and family.unambiguous:
         return family.forms[0], f"{family.name}'s; the tokenizer's own has no generation marks and differs from it"
-    return own, "the tokenizer's own"  # which _check_template rejects
+    return own, "the tokenizer's own"  # _check_template rejects it, because it has no marks
 
 
 def _sample_prompts(tokenizer: Any, template: str) -> list[str] | None:

@@ -1,9 +1,9 @@
 """Rendering of chat templates as frames.
 
 A *frame* is everything that a template writes around the texts of the turns. It is computed by rendering the template
-with placeholders instead of the texts. A frame depends only on the roles of the turns and on whether the generation
-prompt follows, so dialogues with the same roles share a frame. Control tokens are recognised only in the frame, so a
-text never becomes a control token, whatever a user types.
+with placeholders instead of the texts. A frame depends only on the roles of the turns and on whether the *generation
+prompt*, the text that begins an answer, follows them, so dialogues with the same roles share a frame. Control tokens
+are recognised only in the frame, so a text never becomes a control token, whatever a user types.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Piece(NamedTuple):
     """``plain_text.START``, ``plain_text.AFTER`` or ``plain_text.MIDDLE``."""
     parts: tuple[str | Slot, ...]
     strip_left: str
-    """White space that the preceding control token removes from the start of the piece."""
+    """White-space characters that the preceding control token removes from the start of the piece; empty if none."""
     strip_right: str
-    """White space that the following control token removes from the end of the piece."""
+    """White-space characters that the following control token removes from the end of the piece; empty if none."""
 
     def fill(self, contents: Sequence[str]) -> tuple[int, str]:
         """Returns the place and the text of the piece, given the texts of the turns."""
@@ -176,7 +176,7 @@ def make_frame(tokenizer: Any, template: str, control: ControlTokens, roles: Seq
 
 
 class _FrameBuilder:
-    """Collects the items of a frame from left to right."""
+    """Collects the items of a frame from left to right. An *edge* is the position of a generation mark."""
 
     def __init__(self, control: ControlTokens) -> None:
         self.items: list[Item] = []

@@ -39,7 +39,7 @@ _SCORE = "score.weight"
 _OURS = ("dtype", "remat", "attention")
 _NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 _BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
-"""Suffixes of tensors in older files that are ignored because they can be computed from the config."""
+"""Name suffixes of tensors in older files; they are ignored because they can be computed from the config."""
 
 
 def load_config(path: str | os.PathLike[str]) -> config.LMConfig:
@@ -124,17 +124,18 @@ def save(
 
     Args:
         path: Directory to write.
-        cfg: Architecture. If ``cfg.model_type`` is empty, the first model type that can represent ``cfg`` is written.
+        cfg: Architecture. If ``cfg.model_type`` is empty, the first model type that can represent ``cfg`` is used.
         params: Parameters of the model.
-        tokenizer: Tokenizer with a ``save_pretrained`` method, saved in the same directory.
+        tokenizer: Tokenizer with a ``save_pretrained`` method, saved in the same directory; None saves none.
         dtype: Dtype of the files, to which values are rounded.
-        pad_id: ``pad_token_id`` of a reward model if the tokenizer does not define it; ``transformers`` uses it to find
-            the last token of each row.
+        pad_id: ``pad_token_id`` of a reward model if the tokenizer does not define one; ``transformers`` finds the last
+            token of each row by this id.
         normalisation: Record of how the scores of a reward model were normalised, saved in ``config.json``.
         max_shard_bytes: Maximum size of each file; a larger tensor is written to a separate file.
 
     Raises:
-        ValueError: No model type can represent ``cfg``, or a parameter is missing, of the wrong shape or not finite.
+        ValueError: ``cfg`` cannot be written as ``cfg.model_type`` or, if that is empty, as any known type, or a
+            parameter is missing, unknown, of the wrong shape or not finite.
         FileExistsError: ``path`` exists and is not a model directory.
     """
     model_type = model_type_of(cfg)
@@ -171,10 +172,11 @@ def load_normalisation(path: str | os.PathLike[str]) -> lm_heads.Normalisation |
 
 
 def model_type_of(cfg: config.LMConfig) -> str:
-    """Returns ``cfg.model_type``, or the first model type that can represent ``cfg``.
+    """Returns ``cfg.model_type`` or, if it is empty, the first model type that can represent ``cfg``.
 
     Raises:
-        ValueError: No model type can represent ``cfg``. The message says why for each type.
+        ValueError: ``cfg`` cannot be written as ``cfg.model_type`` or, if that is empty, as any known type. The message
+            says why.
     """
     reasons = []
     for name in [cfg.model_type] if cfg.model_type else families.FAMILIES:
@@ -186,7 +188,8 @@ def model_type_of(cfg: config.LMConfig) -> str:
         if not wrong:
             return name
         reasons.append(f"{name} needs " + ", ".join(f"{field}={want!r}" for field, want in wrong.items()))
-    raise ValueError("no known Hugging Face model type can represent this LMConfig: " + "; ".join(reasons))
+    failed = f"model type {cfg.model_type!r} cannot" if cfg.model_type else "no known Hugging Face model type can"
+    raise ValueError(f"{failed} represent this LMConfig: " + "; ".join(reasons))
 
 
 def _lost(cfg: config.LMConfig, model_type: str) -> dict[str, Any]:
@@ -242,8 +245,8 @@ def _config(hf: Mapping[str, Any], source: pathlib.Path) -> config.LMConfig:
 
 def _normalised_config(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Returns ``config.json`` as ``transformers`` reads it, with defaults filled in and older field names replaced."""
-    # Importing transformers takes most of a second.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # Imported here because importing transformers takes most of a second.
     import transformers
 
     kind = transformers.CONFIG_MAPPING[hf["model_type"]]
@@ -267,7 +270,7 @@ def _with_trunk(stored: dict[str, tensor_files.Stored], family: layouts.Family) 
 def _plan(
     cfg: config.LMConfig, family: layouts.Family, *, head: bool, unembed: bool
 ) -> Iterator[tuple[layouts.Tensor, int | None]]:
-    """Yields every tensor of a checkpoint except ``score.weight``, with the index of its layer or None."""
+    """Yields every tensor of a checkpoint except ``score.weight``, with its layer index (None outside the layers)."""
     for tensor in family.tensors(cfg):
         layers = range(cfg.n_layers) if "{i}" in tensor.name else [None]
         for layer in layers:

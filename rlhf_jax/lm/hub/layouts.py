@@ -49,7 +49,7 @@ class Family(NamedTuple):
     """Conversion rules of one model type."""
 
     trunk: str
-    """Prefix of the names of all tensors except the output layers."""
+    """Prefix of all tensor names except those of the output layers."""
     class_name: str
     tensors: Callable[[config.LMConfig], list[Tensor]]
     """Tensors of the trunk, without the prefix."""
@@ -69,7 +69,7 @@ class Family(NamedTuple):
 
     @property
     def base(self) -> str:
-        """Prefix of tensor names that is missing in files of models saved without an output layer."""
+        """Prefix that tensor names lack if a model was saved without an output layer."""
         return self.trunk.split(".")[0] + "."
 
 

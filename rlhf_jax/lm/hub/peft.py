@@ -6,10 +6,11 @@ such a tensor, while :mod:`rlhf_jax.lm.lora` has an A and a B for each kernel. T
 
 * If all kernels have the same A, `save` writes A once and the B matrices side by side.
 * Otherwise, `save` concatenates the A matrices and writes a block-diagonal B. The rank is the sum of the ranks.
-* `load` returns, for each kernel, A and the part of B that belongs to the kernel.
+* `load` returns, for each kernel, the ranks of A and the part of B that belong to the kernel.
 
-A directory has a single rank ``r``, so adapters of lower rank are padded with zeros. The scale is ``lora_alpha / r``.
-The safetensors header records which ranks belong to each kernel, so that `load` returns exactly the saved adapters.
+A directory has a single rank ``r``, so adapters of lower rank are padded with zeros. The scale is ``lora_alpha / r``,
+or ``lora_alpha / sqrt(r)`` in a loaded directory with ``use_rslora``. The safetensors header records which ranks belong
+to each kernel, so that `load` returns exactly the saved adapters.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _WITHOUT_EFFECT = (
     *("auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "inference_mode", "lora_dropout"),
     *("megatron_core", "peft_version", "qalora_group_size", "revision", "target_modules", "task_type"),
 )
-"""Fields that do not affect the computation. The names of the tensors determine which layers have adapters."""
+"""Fields that do not affect the computation. Tensor names, not ``target_modules``, show which layers are adapted."""
 _BASE_KEPT = (True, False, "gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` that leave the weights of the base model unchanged."""
 
@@ -55,6 +56,7 @@ class _Module(NamedTuple):
     """Paths of its kernels in this library, in the order in which the tensor stores them."""
     kind: str
     inputs: int
+    """Number of input features."""
     outputs: tuple[tuple[int, ...], ...]
     """Output shape of each kernel."""
 
@@ -91,7 +93,7 @@ def save(
         base_model_name: Value of ``base_model_name_or_path`` in ``adapter_config.json``.
 
     Raises:
-        ValueError: No model type can represent ``cfg``, or the adapters are empty or do not fit ``cfg``.
+        ValueError: ``cfg`` cannot be written (see `lm.save`), or the adapters are empty or do not fit ``cfg``.
         FileExistsError: ``path`` exists and is not an adapter directory.
     """
     ours = {
@@ -140,9 +142,9 @@ def load(path: str | os.PathLike[str], cfg: config.LMConfig) -> tuple[types.Para
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: A field of ``adapter_config.json`` requires more than W + scale A B (such as DoRA, rank patterns,
-            trained biases or fully saved modules), the tensor file is truncated, or a tensor is missing, unexpected,
-            of the wrong shape or not finite.
+        ValueError: ``adapter_config.json`` lacks a field or requests more than W + scale A B (DoRA, rank patterns,
+            trained biases, fully saved modules or an unknown feature), the tensor file is truncated, or a tensor is
+            missing, unexpected, of the wrong shape or not finite.
     """
     folder = pathlib.Path(path)
     fields, modules = tensor_files.read_json(folder / _CONFIG), _modules(cfg)

@@ -105,7 +105,7 @@ def write(
                     raise ValueError(f"expected {name} with shape {shapes[name]}, got {given} with shape {array.shape}")
                 if not np.isfinite(array).all():
                     raise ValueError(f"{name} contains a value that is not finite")
-                # The memory of a transposed view is in a different order.
+                # A transposed view is copied because its bytes are in a different order.
                 out.write(np.ascontiguousarray(array.astype(dtype, copy=False)).reshape(-1).view(np.uint8).data)
     if total > 1:
         places = {name: file for file, names in zip(files, shards, strict=True) for name in names}

@@ -46,7 +46,7 @@ def merge(logs_M: Any) -> Any:
     """Merges the metrics of micro-batches, stacked on axis 0: adds numbers and puts `BadRows` in batch order."""
 
     def leaf(x: Any) -> Any:
-        # `update.split` assigns rows to micro-batches with a stride.
+        # `update.split` assigns rows to micro-batches with a stride, so swapping the axes restores the batch order.
         return BadRows(jnp.swapaxes(x.bad_B, 0, 1).reshape(-1)) if isinstance(x, BadRows) else jnp.sum(x, axis=0)
 
     return jax.tree.map(leaf, logs_M, is_leaf=lambda x: isinstance(x, BadRows))
@@ -65,7 +65,7 @@ def row_metrics(rows: BadRows, *, axis_name: str | tuple[str, ...] | None = None
 
 
 def explain(floats: Mapping[str, float]) -> str:
-    """Returns a clause that names the non-finite losses, gradients and rows of a skipped step, from its metrics.
+    """Returns a clause that names the non-finite losses, gradients and rows of a skipped step, given its metrics.
 
     Example:
         >>> from rlhf_jax.train.optim import nonfinite

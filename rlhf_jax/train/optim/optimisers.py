@@ -15,8 +15,8 @@ def scale_by_adam_tf1(*, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-5) 
 
     The update is ``sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)``, with uncorrected moments ``m`` and ``v``.
     ``optax.scale_by_adam`` corrects the moments before it adds eps, which is equivalent to adding ``eps * sqrt(1 -
-    b2^t)`` in this formula, 3 % of eps in the first step. For small gradients, the early updates of optax are
-    therefore larger. With eps = 0, both produce equal updates.
+    b2^t)`` in this formula; with b2 = 0.999, this is 3 % of eps in the first step. For small gradients, the early
+    updates of optax are therefore larger. With eps = 0, both produce equal updates.
 
     The updates point in the ascent direction, as those of ``optax.scale_by_adam`` do; chain with ``optax.scale(-1.0)``.
 

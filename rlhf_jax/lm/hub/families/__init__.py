@@ -16,6 +16,6 @@ FAMILIES: dict[str, Family] = {
     "opt": opt.OPT,
     "phi3": phi3.PHI3,
 }
-"""If several families can represent a model, the model is written as the first of them."""
+"""If ``LMConfig.model_type`` is empty, a model is written as the first of the families that can represent it."""
 
 __all__ = ["FAMILIES"]

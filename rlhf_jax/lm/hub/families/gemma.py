@@ -24,7 +24,7 @@ _ONLY = {"use_bidirectional_attention": False}
 
 
 def _tensors_2(cfg: config.LMConfig) -> list[Tensor]:
-    # In other families, this is the name of the norm before the MLP. Here, it is the name of the norm after attention.
+    # In other families, this norm is the one before the MLP; in Gemma 2 and 3, the norm after attention has this name.
     before = "layers.{i}.post_attention_layernorm.weight"
     return [
         *(tensor for tensor in llama.tensors(cfg) if tensor.name != before),
