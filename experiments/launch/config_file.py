@@ -13,7 +13,7 @@ from launch.settings import SettingError
 S = TypeVar("S", bound=settings_lib.Settings)
 
 NAME = "config.json"
-VERSION = 2
+VERSION = 3
 """Version of the run folder's layout. Runs with a different version, or without a version, are refused."""
 
 
