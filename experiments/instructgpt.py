@@ -82,7 +82,7 @@ def run(settings: Settings) -> dict:
         "published": settings.published,
         "dropped": job.task.dropped.dropped | job.task.dropped.truncated,
         "programs": job.programs(),
-        "alarms": monitoring.raised_alarms(folder.log, settings),
+        "alarms": monitoring.raised_alarms(folder.log, settings, dtype=job.cfg.dtype),
         "incidents": folder.incidents(),
         "ptx_coef": monitoring.ptx_coef(folder.log),
         "reward_model": diagnoses[0] | facts,

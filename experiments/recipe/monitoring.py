@@ -10,13 +10,19 @@ from typing import Any
 from launch.settings import Settings
 
 from rlhf_jax import metrics
+from rlhf_jax.diagnostics import alarms
 from rlhf_jax.train import loop, monitor
 
 STAGES = ("reward_model", "heldout_reward_model", "ppo", "ppo_ptx")
 
 
 def watch_stage(
-    log: metrics.MetricLog, stage: str, settings: Settings, print_alarm: Callable[[str], None]
+    log: metrics.MetricLog,
+    stage: str,
+    settings: Settings,
+    print_alarm: Callable[[str], None],
+    *,
+    dtype: str = "float32",
 ) -> monitor.Watch:
     """Returns a log that raises alarms; with --on-alarm stop, an alarm stops the run.
 
@@ -25,12 +31,15 @@ def watch_stage(
         stage: Name of the stage.
         settings: The settings of the run.
         print_alarm: Called with the text of each new alarm.
+        dtype: Compute dtype of the models, on which the thresholds for rounding depend.
 
     Returns:
         The ``log`` argument of `loop.fit`.
     """
     # With --ppo.correct-sampler, the sampler may differ from the policy, which is no cause for an alarm.
-    thresholds = {"max_gap": math.inf} if settings.ppo.correct_sampler else {}
+    thresholds = alarms.rounding_thresholds(dtype)
+    if settings.ppo.correct_sampler:
+        thresholds |= {"max_gap": math.inf, "max_mean_gap": math.inf}
     return monitor.Watch(
         loop.StageLog(log, stage),
         warn=print_alarm,
@@ -40,12 +49,12 @@ def watch_stage(
     )
 
 
-def raised_alarms(log: metrics.MetricLog, settings: Settings) -> list[dict[str, Any]]:
+def raised_alarms(log: metrics.MetricLog, settings: Settings, *, dtype: str = "float32") -> list[dict[str, Any]]:
     """Returns all alarms of the run, including those raised before it was resumed, for results.json."""
     return [
         {"stage": stage, "step": alarm.step, "name": alarm.name, "message": alarm.message}
         for stage in STAGES
-        for alarm in watch_stage(log, stage, settings, lambda text: None).alarms
+        for alarm in watch_stage(log, stage, settings, lambda text: None, dtype=dtype).alarms
     ]
 
 

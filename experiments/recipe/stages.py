@@ -157,7 +157,9 @@ def validation_options(
     """Returns the arguments of `Job.fit` that log the loss on held-out comparisons and raise alarms about it."""
     return {
         "callbacks": [validation_lib.make_callback(job.sampler.score, held_out, steps=steps, **options)],
-        "log": monitoring.watch_stage(job.log, stage, job.settings, partial(job.progress.message, stage)),
+        "log": monitoring.watch_stage(
+            job.log, stage, job.settings, partial(job.progress.message, stage), dtype=job.cfg.dtype
+        ),
     }
 
 
@@ -199,7 +201,9 @@ def train_ppo(job: Job, stage: str, start: Params, rewards: list[Params], *, ptx
         batch_at=batch_at,
         hyper_at=hyper_at,
         frozen=ppo.Frozen(start, *rewards),
-        log=monitoring.watch_stage(job.log, stage, job.settings, partial(job.progress.message, stage)),
+        log=monitoring.watch_stage(
+            job.log, stage, job.settings, partial(job.progress.message, stage), dtype=job.cfg.dtype
+        ),
     )
     return state.ema
 

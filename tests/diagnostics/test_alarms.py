@@ -289,6 +289,17 @@ def test_job_reports_and_records_alarms_or_stops(tmp_path):
         feed(monitoring.watch_stage(log, "ppo", smoke_settings(on_alarm="stop"), warned.append), rows)
 
 
+def test_rounding_in_bfloat16_raises_no_alarm_and_a_different_temperature_does():
+    """The numbers are those of models with 2 to 8 layers, measured in bfloat16."""
+    thresholds = alarms.rounding_thresholds("bfloat16")
+    rounded = [{"first_ratio_error": 0.44, "sampler_gap": 0.42, "sampler_gap_mean": 0.032}]
+    assert alarms_of(rounded, **thresholds) == {}
+    assert set(alarms_of(rounded)) == {"first_ratio", "sampler_gap"}, "such errors are faults in float32"
+    mean = alarms_of([{"sampler_gap": 0.6, "sampler_gap_mean": 0.2}], **thresholds)
+    assert mean["sampler_gap"].message.startswith("sampler and trainer differ on average by 0.2 nats")
+    assert alarms.rounding_thresholds("float32") == {"max_ratio_error": 1e-3, "max_gap": 1e-2, "max_mean_gap": 1e-3}
+
+
 def test_corrected_sampler_raises_no_sampler_gap_alarm(tmp_path):
     rows, plain = replace(healthy(), 10, sampler_gap=constant(3.0)), settings.preset("smoke").ppo
     corrected = smoke_settings(on_alarm="stop", ppo=dataclasses.replace(plain, correct_sampler=True))
