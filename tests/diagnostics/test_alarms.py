@@ -249,7 +249,7 @@ def test_resumed_watch_remembers_reported_alarms(tmp_path):
         second = watched(log)
         second.rewind(11)
         assert [(a.name, a.step) for a in second.alarms] == whole[:1] and not warned
-        with pytest.raises(loop.Alarmed, match=r": sampler_gap at step 21$"):
+        with pytest.raises(loop.Alarmed, match=r"\(sampler_gap at step 21\)"):
             feed(second, rows[11:])
     with metrics.MetricLog(tmp_path) as log:  # Killed and resumed before the first alarm.
         third = watched(log)
