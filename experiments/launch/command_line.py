@@ -101,10 +101,9 @@ def parse(
             "and --hosts.*"
         )
     setting_checks.check(parsed)
+    setting_checks.check_used(parsed, default)
     if parsed.model is None:
         return parsed
-    if parsed.net != default.net:
-        raise settings.SettingError("--net.* sets the size of a new model; leave it out when --model is given")
     # An absolute path, so that the run can be resumed from any working directory.
     return dataclasses.replace(parsed, model=str(pathlib.Path(parsed.model).absolute()))
 

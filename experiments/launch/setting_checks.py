@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 import re
@@ -60,6 +61,29 @@ def require_divides(settings: Any, name: str, size: int, what: str) -> None:
 
 def _value(settings: Any, name: str) -> Any:
     return operator.attrgetter(name)(settings)
+
+
+_OF_THE_WORLD = ("world", "comparisons", "pretrain.documents", "sft.demonstrations", "evaluation.split")
+_OF_THE_WORLD += ("evaluation.skills",)
+_OF_A_FILE = ("data.vocab_size", "data.prompt_width", "data.response_width", "data.held_out")
+_OF_A_NEW_MODEL = ("net", "pretrain.steps", "pretrain.learning_rate", "pretrain.warmup", "data.vocab_size")
+
+
+def check_used(settings: Settings, preset: Settings) -> None:
+    """Raises SettingError for the first setting that was changed from the preset and has no effect on the run."""
+    unused = (
+        (settings.data.path is not None, _OF_THE_WORLD, "with --data.path, which replaces the built-in world"),
+        (settings.data.path is None, _OF_A_FILE, "without --data.path"),
+        (settings.model is not None, _OF_A_NEW_MODEL, "with --model, which replaces the new model"),
+    )
+    for names, why in ((names, why) for applies, names, why in unused if applies):
+        for name in names:
+            value = _value(settings, name)
+            fields = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else [""]
+            for field in fields:
+                full = f"{name}.{field}" if field else name
+                if _value(settings, full) != _value(preset, full):
+                    raise SettingError(f"{flag_name(full)} has no effect {why}; leave it out")
 
 
 def _check_ppo(settings: Settings) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from typing import Any
 
+import instructgpt
 import pytest
 import sweep
 from launch import config_file, run_folder, setting_checks, settings
@@ -136,6 +137,24 @@ def test_help_imports_no_slow_module(command):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert done.stdout.startswith(f"usage: {command}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.path", "a.jsonl", "--world.lapse", "0.5"], "--world.lapse has no effect with --data.path"),
+        (["--data.path", "a.jsonl", "--sft.demonstrations", "9"], "--sft.demonstrations has no effect with"),
+        (["--data.path", "a.jsonl", "--evaluation.split", "validation"], "--evaluation.split has no effect with"),
+        (["--data.vocab-size", "300"], "--data.vocab-size has no effect without --data.path"),
+        (["--model", "m", "--net.width", "64"], "--net.width has no effect with --model"),
+        (["--model", "m", "--pretrain.steps", "9"], "--pretrain.steps has no effect with --model"),
+        (["--preset", "smoke", "--data.held-out", "0.2"], "--data.held-out has no effect without --data.path"),
+    ],
+)
+def test_settings_without_effect_on_the_run_are_refused(arguments, message):
+    with pytest.raises(settings.SettingError, match=message):
+        instructgpt.parse(arguments)
+    instructgpt.parse(arguments[:-2])  # the rest is a valid command
 
 
 @pytest.mark.parametrize("command", COMMANDS)
