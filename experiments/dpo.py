@@ -134,7 +134,7 @@ def run(settings: DPOSettings) -> dict[str, Any]:
             )
             implicit = trainer.accuracy(policy, sft_mix, held_out)
             policies = {"base": base, "sft": sft, "sft_mix": sft_mix, settings.loss: policy}
-            evaluated = evaluation.evaluate(job, policies, reward)
+            evaluated = evaluation.evaluate(job, policies, reward, labeler_temperature=facts.get("labeler_temperature"))
     results = {
         "peak_rss_mb": process_setup.peak_memory_mb(),
         "incidents": folder.incidents(),

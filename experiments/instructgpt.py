@@ -73,7 +73,7 @@ def run(settings: Settings) -> dict:
         ppo = stages.train_ppo(job, "ppo", sft_mix, rewards, ptx_coef=0.0)
         ppo_ptx = stages.train_ppo(job, "ppo_ptx", sft_mix, rewards, ptx_coef=settings.ppo.ptx_coef)
         policies = {"base": base, "sft": sft, "sft_mix": sft_mix, "ppo": ppo, "ppo_ptx": ppo_ptx}
-        evaluated = evaluation.evaluate(job, policies, rewards[0])
+        evaluated = evaluation.evaluate(job, policies, rewards[0], labeler_temperature=facts.get("labeler_temperature"))
     results = {
         "seconds": time.time() - process_setup.START_TIME,
         "peak_rss_mb": process_setup.peak_memory_mb(),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from recipe import jobs
-from rlhf_jax import types
+from rlhf_jax import diagnostics, types
 from rlhf_jax.simulation import labelers
 
 
@@ -72,12 +72,15 @@ def collect(
     utility_BKR = np.asarray(labelers.utilities(world.pool, jnp.asarray(features_BKF)))
     noise = labelers.calibrated_temperature(utility_BKR[:, 0], utility_BKR[:, 1], target=job.settings.world.agreement)
     pool = world.pool.replace(temperature=jnp.float32(noise))  # type: ignore[attr-defined]
-    keys_B = jax.random.split(jax.random.fold_in(key, 1000), n)
-    labeler_B = jnp.arange(n) % job.settings.world.labelers
-    ranks_BK = np.asarray(
-        jax.jit(jax.vmap(labelers.rank, in_axes=(0, None, 0, 0, 0)))(keys_B, pool, labeler_B, features_BKF, where_BK)
-    )
-    ranks_BK = np.where(where_BK, ranks_BK, 0)
+    rank_all = jax.jit(jax.vmap(labelers.rank, in_axes=(0, None, 0, 0, 0)))
+
+    def ranks(number: int) -> np.ndarray:
+        """Returns the ranks that different labelers give for each ``number``."""
+        keys_B = jax.random.split(jax.random.fold_in(key, 1000 + number), n)
+        labeler_B = (jnp.arange(n) + number) % job.settings.world.labelers
+        return np.where(where_BK, np.asarray(rank_all(keys_B, pool, labeler_B, features_BKF, where_BK)), 0)
+
+    ranks_BK = ranks(0)
     comparisons = types.Comparisons(tokens_BKL, mask_BKL, ranks_BK, where_BK)  # type: ignore[arg-type]
     train = jax.tree.map(lambda x: x[: world.n_compare], comparisons)
     validation = jax.tree.map(lambda x: x[world.n_compare :], comparisons)
@@ -89,9 +92,19 @@ def collect(
         facts
         | {
             "labeler_temperature": noise,
-            "label_agreement": job.settings.world.agreement,
+            "label_agreement": _agreement(ranks_BK, ranks(1), where_BK),
+            "label_agreement_target": job.settings.world.agreement,
         },
     )
+
+
+def _agreement(first_BK: np.ndarray, second_BK: np.ndarray, where_BK: np.ndarray) -> list[float]:
+    """Returns the share of pairs that two labelers order equally, among those that neither ties, with its interval."""
+    orders = [np.sign(ranks_BK[:, :, None] - ranks_BK[:, None]) for ranks_BK in (first_BK, second_BK)]
+    pairs_BKK = where_BK[:, :, None] & where_BK[:, None] & np.tri(where_BK.shape[1], k=-1, dtype=bool)
+    pairs_BKK &= (orders[0] != 0) & (orders[1] != 0)
+    equal_BKK = pairs_BKK & (orders[0] == orders[1])
+    return list(diagnostics.ratio_interval(equal_BKK.sum(axis=(1, 2)), pairs_BKK.sum(axis=(1, 2))))
 
 
 def _repeats(tokens_BKL: np.ndarray, where_BK: np.ndarray) -> np.ndarray:

@@ -30,7 +30,9 @@ class Measured:
     numbers: dict[str, Any]
 
 
-def evaluate(job: Job, policies: dict[str, types.Params], reward: types.Params) -> dict[str, Any]:
+def evaluate(
+    job: Job, policies: dict[str, types.Params], reward: types.Params, *, labeler_temperature: float | None = None
+) -> dict[str, Any]:
     """Evaluates all policies on the same held-out prompts and returns the entries for results.json."""
     settings, prompts = job.settings.evaluation, job.task.eval_prompts
     job.progress.start("evaluate", len(policies) + 2)
@@ -52,7 +54,7 @@ def evaluate(job: Job, policies: dict[str, types.Params], reward: types.Params) 
     for name, each in measured.items():
         n = len(each.answers.lengths_B)  # best-of-n is evaluated on fewer prompts
         baseline = _first(measured["sft"].answers, n)
-        results["policies"][name] = _win_rates(job, each.answers, baseline) | each.numbers
+        results["policies"][name] = _win_rates(job, each.answers, baseline, labeler_temperature) | each.numbers
     if job.task.world is not None:
         results["null_check"] = list(
             diagnostics.win_rate(again.gold.total, measured["sft"].answers.gold.total, tie_tolerance=TIE)
@@ -118,10 +120,11 @@ def _share(part: Any, whole: Any) -> float | None:
     return float(part.sum() / whole.sum()) if whole.sum() else None
 
 
-def _win_rates(job: Job, answers: Answers, baseline: Answers) -> dict[str, Any]:
+def _win_rates(job: Job, answers: Answers, baseline: Answers, labeler_temperature: float | None) -> dict[str, Any]:
     """Returns win rates against ``baseline`` by gold utility, training labelers and held-out labelers.
 
-    ``answers`` and ``baseline`` answer the same prompts. A tie counts as one half.
+    ``answers`` and ``baseline`` answer the same prompts. A tie counts as one half. The labelers choose with the noise
+    of ``labeler_temperature``, with which they also ranked the comparisons.
     """
     world = job.task.world
     if world is None:
@@ -130,14 +133,14 @@ def _win_rates(job: Job, answers: Answers, baseline: Answers) -> dict[str, Any]:
     features, baseline_features = (labelers.features(each.gold) for each in (answers, baseline))
 
     def by(pool: labelers.Pool) -> list[float]:
-        return list(
-            diagnostics.mean_interval(
-                np.asarray(labelers.preference_share(pool, features, baseline_features), np.float64)
-            )
-        )
+        if labeler_temperature is not None:
+            pool = pool.replace(temperature=np.float32(labeler_temperature))  # type: ignore[attr-defined]
+        share = np.asarray(labelers.choice_share(pool, features, baseline_features), np.float64)
+        return list(diagnostics.mean_interval(share))
 
     return {
         "gold_win_rate_vs_sft": list(diagnostics.outcome_rate(outcomes)),
+        "gold_strict_wins_vs_sft": float(np.mean(outcomes == 1)),
         "length_controlled_win_rate_vs_sft": _length_controlled(outcomes, answers.lengths_B, baseline.lengths_B),
         "labeler_win_rate_vs_sft": by(world.pool),
         "heldout_win_rate_vs_sft": by(world.heldout_pool),

@@ -206,7 +206,12 @@ def headline(results: Mapping[str, Any]) -> str:
     for name in MAIN_POLICIES:
         rate = finite(value(results, name, "gold_win_rate_vs_sft")) if name in names else None
         if rate is not None:
-            return f"{label(name)} {_verdict(rate)} of held-out prompts{_interval_text(rate)}."
+            strict = finite(value(results, name, "gold_strict_wins_vs_sft"))
+            ties = "" if strict is None else f" {format_number(strict.mean, percent=True)} % are strict wins."
+            return (
+                f"{label(name)} {_verdict(rate)} of held-out prompts{_interval_text(rate)}, counting a tie as half a "
+                f"win.{ties}"
+            )
     for name in MAIN_POLICIES:
         score, start = finite(value(results, name, "reward")), finite(value(results, "sft", "reward"))
         if score is not None and start is not None:
@@ -246,9 +251,9 @@ def _heldout(results: Mapping[str, Any]) -> str:
     for name in MAIN_POLICIES:
         if (rate := finite(value(results, name, "heldout_win_rate_vs_sft"))) is not None:
             return (
-                f"According to held-out labelers, whose comparisons were not used to train the reward model, "
-                f"{label(name)} beats SFT on {format_number(rate.mean, percent=True)} % of held-out prompts"
-                f"{_interval_text(rate)}."
+                "Held-out labelers, whose comparisons were not used to train the reward model, prefer the answer of "
+                f"{label(name)} to that of SFT with probability {format_number(rate.mean, percent=True)} %"
+                f"{_interval_text(rate)}; the noise of their choices is included."
             )
     return ""
 

@@ -137,6 +137,26 @@ def preference_share(
     return jnp.mean(jnp.where(jnp.abs(gap_R) <= tolerance, 0.5, 1.0 * (gap_R > 0)), axis=-1)
 
 
+def choice_share(pool: Pool, features_a_F: jax.Array, features_b_F: jax.Array) -> jax.Array:
+    """Returns the probability that a random labeler, with noise and lapses, prefers answer a to answer b.
+
+    It is the probability of the choices that `rank` makes between two answers; a tie counts as one half.
+
+    Args:
+        pool: The pool; its temperature is the scale of the noise.
+        features_a_F: Features ``[..., F]`` of answer a.
+        features_b_F: Features ``[..., F]`` of answer b.
+
+    Returns:
+        The probability ``[...]``.
+    """
+    gap_R = utilities(pool, features_a_F) - utilities(pool, features_b_F)
+    # The difference of two Gumbel variables is logistic.
+    wins = [jax.nn.sigmoid((gap_R + side * pool.tie_width) / pool.temperature) for side in (-1.0, 1.0)]
+    attentive = jnp.mean((wins[0] + wins[1]) / 2, axis=-1)
+    return (1.0 - pool.lapse) * attentive + pool.lapse / 2
+
+
 def agreement(utility_a_NR: np.ndarray, utility_b_NR: np.ndarray, *, temperature: float) -> float:
     """Returns the probability that two different labelers make the same choice, averaged over N pairs of answers.
 

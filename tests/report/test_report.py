@@ -120,8 +120,11 @@ def test_the_page_contains_policies_and_numbers(full_text):
     page = Page(full_text)
     for name in results_lib.POLICIES.values():
         assert name in page.text
-    assert "PPO-ptx beats SFT on 78.2 % of held-out prompts (95 % interval 76.2–80.2)." in page.text
-    assert "PPO-ptx beats SFT on 76.9 % of held-out prompts (95 % interval 74.2–79.7)" in page.text
+    headline = (
+        "PPO-ptx beats SFT on 78.2 % of held-out prompts (95 % interval 76.2–80.2), counting a tie as half a win."
+    )
+    assert headline in page.text
+    assert "PPO-ptx to that of SFT with probability 76.9 % (95 % interval 74.2–79.7); the noise" in page.text
     assert "78.2 76.2–80.2 76.9 74.2–79.7 0.750 44.4 2.12 12.90 91.4 1.586 75.0 25.0" in page.text
     assert "preset cpu · seed 3 · duration 4:44 · peak memory 2.0 GiB" in page.text
     assert "the win rate of SFT against itself is 50.1 % (49.0–51.2)." in page.text
@@ -241,7 +244,10 @@ def test_the_headline_depends_on_the_interval():
     results["policies"]["ppo"]["gold_win_rate_vs_sft"] = [0.4, 0.38, 0.42]
     assert results_lib.headline(results).startswith("PPO loses to SFT: it wins on 40.0 %")
     results["policies"]["ppo_ptx"] = {"gold_win_rate_vs_sft": 0.6}
-    assert results_lib.headline(results) == "PPO-ptx beats SFT on 60.0 % of held-out prompts."
+    beats = "PPO-ptx beats SFT on 60.0 % of held-out prompts, counting a tie as half a win."
+    assert results_lib.headline(results) == beats
+    results["policies"]["ppo_ptx"]["gold_strict_wins_vs_sft"] = 0.53
+    assert results_lib.headline(results) == f"{beats} 53.0 % are strict wins."
 
 
 def test_the_ptx_coefficient_is_shown_in_both_normalisations():

@@ -204,6 +204,17 @@ def test_a_lapse_is_a_random_ranking():
     assert abs(counts.max() / N - (0.5 + 0.5 / 6)) < 0.015
 
 
+def test_the_choice_share_is_the_share_of_the_ranks_choices():
+    """With noise, ties and lapses, against ranks of pairs that many labelers draw."""
+    people, n = pool(temperature=0.2, lapse=0.1, tie_width=0.05), 4000
+    pair_2F = answers(1, 2)[0]
+    keys, who = jax.random.split(KEY, n), np.arange(n) % people.weights_RF.shape[0]
+    ranks = np.asarray(ranked(keys, people, who, np.repeat(pair_2F[None], n, axis=0), np.ones((n, 2), bool)))
+    wins = np.where(ranks[:, 0] < ranks[:, 1], 1.0, np.where(ranks[:, 0] == ranks[:, 1], 0.5, 0.0))
+    share = float(labelers.choice_share(people, pair_2F[0], pair_2F[1]))
+    assert abs(wins.mean() - share) < 4 * 0.5 / np.sqrt(n)
+
+
 def test_the_preference_share_counts_labelers_without_noise():
     people = pool(n=3, spread=0.0).replace(  # type: ignore[attr-defined]
         weights_RF=jnp.zeros((3, F)).at[:, 0].set(jnp.array([1.0, -1.0, 0.0]))
