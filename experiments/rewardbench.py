@@ -7,7 +7,7 @@ The model folder must contain a model with a scalar head, its tokenizer and its 
 instructgpt.py. A record consists of a prompt (text or messages), a chosen answer, a rejected answer and, optionally, a
 subset. A tie counts as half correct in the accuracy, and as wrong in the strict accuracy, which RewardBench reports.
 The scores include the saved model's gain, which scales them for RL. To obtain log odds, divide the difference of two
-scores by the calibration temperature.
+scores by the calibration temperature in results.json.
 
 The output folder contains results.json, report.html, config.json and scores.jsonl, which has the scores of all records
 that were not dropped.

@@ -8,9 +8,9 @@
 
 All runs share one SFT model, one reward model and one compiled program. On a single GPU or TPU, they train together
 (``jax.vmap`` over keys and coefficients). On a CPU, where this is not faster, and on a mesh, they train one after
-another. The flags of instructgpt.py are accepted too, but some of them, such as --ppo.ptx-coef and --on-alarm, have no
-effect. The run folder contains sweep.json, sweep.html with the figure, config.json, metrics.jsonl, tensorboard/ and
-checkpoints/.
+another. The flags of instructgpt.py are accepted too, except --ppo.kl-coef and --ppo.kl-loss-coef. Some, such as
+--ppo.ptx-coef and --on-alarm, have no effect. The run folder contains sweep.json, sweep.html with the figure,
+config.json, metrics.jsonl, tensorboard/ and checkpoints/.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Sweep(Settings):
     command: ClassVar[str] = "sweep"
 
     kl_coefs: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
-    """KL coefficients, in units of reward per nat, or of the KL loss with grpo and dr-grpo. Each one is run with all
-    seeds."""
+    """Coefficients of the KL penalty (in units of reward per nat) or, with grpo and dr-grpo, of the KL loss. Each is
+    run with all seeds."""
     seeds: int = 3
     """Number of runs of each coefficient. They share data and initial models; sampling and minibatches are seeded
     separately."""
@@ -46,7 +46,7 @@ def parse(arguments: list[str]) -> Sweep:
     settings = command_line.parse(Sweep, arguments, doc=__doc__)
     for flag in ("--ppo.kl-coef", "--ppo.kl-loss-coef"):
         if peek(arguments, flag) is not None:
-            raise SettingError(f"{flag} has no effect on sweep.py, which varies it with --kl-coefs; leave it out")
+            raise SettingError(f"{flag} has no effect in sweep.py, which uses --kl-coefs instead; leave it out")
     if not settings.kl_coefs or not all(0 <= coef < math.inf for coef in settings.kl_coefs):
         raise SettingError(f"--kl-coefs is {settings.kl_coefs}; give finite coefficients of at least 0")
     if len(set(settings.kl_coefs)) < len(settings.kl_coefs):

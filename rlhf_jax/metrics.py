@@ -110,7 +110,7 @@ class MetricLog:
         self._purge_steps: dict[str, int] = {}
         with self._convert_errors():
             self._directory.mkdir(parents=True, exist_ok=True)
-            _repair_last_line(self._path)
+            atomic.repair_last_line(self._path)
             self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, stage: str, step: int, values: Mapping[str, Metric | jax.Array | float]) -> None:
@@ -246,11 +246,3 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) and {"stage", "step"} <= record.keys() else None
-
-
-def _repair_last_line(path: pathlib.Path) -> None:
-    """Completes or removes a last line that has no newline."""
-    content = path.read_bytes() if path.exists() else b""
-    if content and not content.endswith(b"\n"):
-        end = content.rfind(b"\n") + 1
-        atomic.replace_file(path, content + b"\n" if _parse(content[end:]) is not None else content[:end])

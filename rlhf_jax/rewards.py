@@ -1,4 +1,7 @@
-"""Token rewards from scores and a KL penalty, and functions that build score functions ``(params, rollout) -> [B]``."""
+"""Token rewards from scores and a KL penalty, score adjustments for unfinished responses, and score functions.
+
+A score function has the signature ``(params, rollout) -> [B]``; `weighted` and `from_python` build score functions.
+"""
 
 from __future__ import annotations
 
@@ -115,8 +118,8 @@ def from_python(
         if not np.isfinite(scores_B).all():
             row = int(np.flatnonzero(~np.isfinite(scores_B))[0])
             raise ValueError(
-                f"the reward function returned {scores_B[row]} for response {row} of {len(scores_B)}; scores must be "
-                "finite"
+                f"the reward function returned {scores_B[row]} for response {row} of {len(scores_B)}, counted "
+                "from 0; scores must be finite"
             )
         return scores_B
 

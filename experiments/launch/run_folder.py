@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -41,7 +42,7 @@ class RunFolder:
         self.print_note: Callable[[str, str], None] = lambda stage, text: print(f"{stage}: {text}", file=sys.stderr)
 
     def checkpoints(self, stage: str) -> checkpoint.Checkpoints:
-        """Returns the checkpoints of a stage. Warnings, such as those about damage, are recorded as incidents."""
+        """Returns the checkpoints of a stage. Warnings, such as those about damaged checkpoints, are incidents."""
         return checkpoint.Checkpoints(self.path / "checkpoints" / stage, warn=partial(self.note, stage))
 
     def note(self, stage: str, text: str) -> None:
@@ -51,14 +52,17 @@ class RunFolder:
         self.print_note(stage, text)
         incident = {"stage": stage, "text": text}
         if incident not in self.incidents():
+            atomic.repair_last_line(self.path / INCIDENTS)
             with (self.path / INCIDENTS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(incident) + "\n")
 
     def incidents(self) -> list[dict[str, str]]:
-        """Returns all incidents of the run, without a last line that was only partly written."""
-        path = self.path / INCIDENTS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        """Returns all incidents of the run. Lines that an interrupted process left incomplete are skipped."""
+        path, incidents = self.path / INCIDENTS, []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError):
+                incidents.append(json.loads(line))
+        return incidents
 
     def write_json(self, name: str, values: Any) -> None:
         """Writes a JSON file atomically."""

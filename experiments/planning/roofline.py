@@ -16,12 +16,13 @@ from rlhf_jax import lm
 from rlhf_jax.lm import params as lm_params
 
 MIN_BYTES = 2**20
-"""Collectives that transfer fewer bytes are summarised in one row of the table and raise no warning."""
+"""Collectives by which a chip receives fewer bytes per step share one row of the table. Collectives of smaller arrays
+raise no warning."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """The measurements of a plan: bytes, FLOPs and seconds per chip and call of the step."""
+    """The estimated costs of one step of a plan. Bytes, FLOPs and seconds are per chip and per step."""
 
     program: str
     model: str
@@ -36,6 +37,7 @@ class Estimate:
     temporaries: int | None
     """Peak memory of all other arrays; None if the compiler rejected the program for lack of memory."""
     code: int | None
+    """Size of the compiled program in bytes; None if unknown."""
     needed: float | None
     """Sum of ``kept``, ``temporaries`` and ``code``. If the compiler rejected the program, the size according to its
     error message; None if the message contains none."""
@@ -119,7 +121,7 @@ def unneeded(collectives: Sequence[Collective], cfg: lm.LMConfig, mesh: dict[str
         elif c.kind == "all-gather" and dims in stacked:
             reason = "it gathers a weight of all layers at once"
         elif c.kind == "all-gather" and dims in layer and mesh["tensor"] > 1 and "tensor" in c.axes:
-            reason = "it gathers a weight over the axis tensor, although each chip should use only its own shard"
+            reason = "it gathers a weight over the tensor axis, although each chip should use only its own shard"
         elif c.kind == "all-reduce" and dims in layer and mesh["fsdp"] > 1 and "fsdp" in c.axes:
             reason = "it sums whole weights instead of gathering or scattering their shards"
             if (shard := cfg.d_model // mesh["fsdp"]) % 128:
@@ -127,12 +129,15 @@ def unneeded(collectives: Sequence[Collective], cfg: lm.LMConfig, mesh: dict[str
         else:
             continue
         received = size(c.received)
-        warnings.append(f"{c.kind} of {c.array.text}, {c.times} per step, {received} received per chip: {reason}")
+        warnings.append(f"{c.kind} of {c.array.text}, {c.times} times per step, {received} received per chip: {reason}")
     return warnings
 
 
 def _kernel_shapes(cfg: lm.LMConfig) -> tuple[set[tuple[int, ...]], set[tuple[int, ...]]]:
-    """Returns the shapes of the unsharded kernels of one layer, and the shapes with all layers stacked."""
+    """Returns the shapes of the unsharded kernels of one layer, and the shapes with all layers stacked.
+
+    Dimensions are sorted. Attention kernels are included both with separate and with merged head dimensions.
+    """
     layer, stacked = set(), set()
     for name, row in lm_params.table(cfg).items():
         if not name.endswith("kernel") or not name.startswith("layers/"):

@@ -18,11 +18,11 @@ from rlhf_jax.train import reward_model
 def measure(job: Job, reward: types.Params, validation: types.Comparisons, train: types.Comparisons) -> dict[str, Any]:
     """Measures accuracy, calibration, length bias and the generalisation gap of a reward model.
 
-    The accuracy is also computed for each stratum and for pairs whose two scores both reach a threshold. The intervals
-    of accuracies are clustered by prompt.
+    The accuracy is also computed for each stratum and for pairs whose two scores both reach a threshold. Confidence
+    intervals of the accuracies are clustered by prompt.
 
     Args:
-        job: The job of the run.
+        job: The objects that all stages of the run share; its sampler computes the scores.
         reward: Parameters of the reward model.
         validation: Held-out comparisons.
         train: Training comparisons, for the generalisation gap. At most `policy_sampling.CHUNK` answers, those to the
@@ -99,10 +99,11 @@ def _pairs(batch: types.Comparisons) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def strata_of(task: tasks.Task, validation: types.Comparisons, prompt: np.ndarray) -> dict[str, list[str]]:
-    """Returns the stratum of each pair, for which ``prompt`` is the index of its prompt in ``validation``.
+    """Returns the stratum of each pair, as a dict from the kind of stratum to one label per pair.
 
-    The stratum is the prompt's category or, without the built-in world, its number of user turns. There are no strata
-    if `count_turns` returns None.
+    ``prompt`` has the index of each pair's prompt in ``validation``. The stratum is the prompt's category or, if the
+    task does not use the built-in world, the number of user turns in the prompt. The dict is empty if `count_turns`
+    returns None.
     """
     if task.world is not None:
         categories = task.world.compare_prompts.categories[task.world.n_compare :]
@@ -135,7 +136,7 @@ def arrays_as_json(values: Any) -> dict[str, Any]:
 
 
 def goodhart(start: policy_sampling.Answers, end: policy_sampling.Answers) -> dict[str, Any]:
-    """Returns the gains in score and gold utility from optimisation, and whether it gamed the score.
+    """Returns the gains in score and gold utility from optimisation, and whether the optimisation gamed the score.
 
     ``start`` and ``end`` are answers to the same prompts, before and after RL or best-of-n. ``gamed`` is true if the
     score rose and the gold utility fell, both significantly (see `diagnostics.fall_from_peak`).

@@ -1,7 +1,8 @@
-"""Atomic file writes."""
+"""Atomic file writes, and the repair of JSON-lines files after an interrupted write."""
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 
@@ -15,3 +16,17 @@ def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def repair_last_line(path: str | os.PathLike[str]) -> None:
+    """Completes or removes a last line without a newline, so that a line can be appended to a JSON-lines file."""
+    path = pathlib.Path(path)
+    content = path.read_bytes() if path.exists() else b""
+    if content and not content.endswith(b"\n"):
+        end = content.rfind(b"\n") + 1
+        try:
+            json.loads(content[end:])
+        except ValueError:
+            replace_file(path, content[:end])
+        else:
+            replace_file(path, content + b"\n")

@@ -1,7 +1,7 @@
 """Continuous batching: a slot whose response has ended starts the next prompt, inside the compiled loop.
 
 In a static batch, all rows wait for the longest response. Here, B slots decode responses to a queue
-of N prompts of width P, and R free slots are filled at a time::
+of N prompts of width P, and free slots are filled R at a time::
 
     while prompts are queued or slots are live:
         prefill free slots with the next R prompts, [R, P]
@@ -83,7 +83,7 @@ def generate(
         sampling: Sampling distribution and stop conditions.
         slots: B, the number of responses decoded at once; at least 1.
         refill: R, the number of free slots that triggers a prefill, and the maximum number of prompts in each prefill.
-            None means an eighth of the slots, but at least one.
+            At least 1; None means an eighth of the slots, or 1 if there are fewer than 8.
         values: Whether to return the scalar head's value before each token.
         limits_N: int32 in [1, T], the maximum length of each response; by default, T = ``sampling.max_new_tokens``.
         axis_name: Axis of an enclosing ``jax.vmap``. The loop then runs until all members of the axis have finished.
@@ -92,15 +92,16 @@ def generate(
         A `types.Rollout` with rows in the order of the prompts.
 
     Raises:
-        ValueError: If a shape or dtype is wrong, P + T exceeds ``cfg.max_length``, or ``slots`` or ``refill`` is out of
-            range.
+        ValueError: If a shape or dtype is wrong, P + T exceeds ``cfg.max_length``, or ``slots`` or ``refill`` is less
+            than 1.
     """
     decoding.check(rng_N, prompts_NP, mask_NP, sampling, max_length=cfg.max_length)
     (N, P), T = prompts_NP.shape, sampling.max_new_tokens
+    for name, number in (("slots", slots), ("refill", refill)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} is {number}; it must be at least 1")
     B = min(slots, N)
-    R = min(refill or max(B // 8, 1), B)
-    if slots < 1 or R < 1:
-        raise ValueError(f"slots is {slots} and refill is {refill}; both must be at least 1")
+    R = min(max(B // 8, 1) if refill is None else refill, B)
     params = weights.unstack(params, cfg)
     limit_N = jnp.full((N,), T, jnp.int32) if limits_N is None else jnp.minimum(limits_N, T)
 

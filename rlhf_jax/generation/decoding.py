@@ -23,7 +23,7 @@ class Drawn(NamedTuple):
     values_B: jax.Array | None
     """float32 values of the scalar head before the token; None if not requested."""
     stopped_B: jax.Array
-    """bool, True for rows that end at a stop id or sequence with this token."""
+    """bool, True for rows in which this token is a stop id or completes a stop sequence."""
     tail_BK: jax.Array
     """The last K tokens of each response, including the new token; K is ``sampling.longest_stop``."""
 
@@ -75,8 +75,9 @@ def draw(
 
 
 def varying_like(tree: Any, *inputs: Any) -> Any:
-    """Returns ``tree``, which varies over the same mesh axes as ``inputs`` under `jax.shard_map` with ``check_vma``.
+    """Returns ``tree`` with the same values, marked as varying over the mesh axes of ``inputs``.
 
+    The mark matters only under `jax.shard_map` with ``check_vma``.
     The initial state of a loop must have the same type as its later states, which depend on the inputs.
     """
 
@@ -84,7 +85,7 @@ def varying_like(tree: Any, *inputs: Any) -> Any:
         x = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
         return jnp.zeros_like(x.reshape(-1)[0], jnp.int32)
 
-    # Adding a zero that depends on all inputs changes the type and no value.
+    # Adding a zero that depends on all inputs changes the type but no values.
     mark = sum(map(zero, jax.tree.leaves(inputs)), jnp.zeros((), jnp.int32))
     return jax.tree.map(lambda x: x | (mark > 0) if x.dtype == jnp.bool_ else x + mark.astype(x.dtype), tree)
 

@@ -1,4 +1,4 @@
-"""Alignment of model outputs with the tokens that they predict; no other module shifts outputs by a column.
+"""Aligns model outputs with the tokens that they predict. All shifting by one column is done in this module.
 
 The output of a model in column j predicts the next token. Functions of tokens in :mod:`rlhf_jax.lm` instead align their
 results with the predicted token: entry i of the log-probabilities belongs to token i, and entry i of the values is the
@@ -33,7 +33,8 @@ def _own_apply_fn(cfg: config.LMConfig, columns: tuple[int, int] | None) -> type
 def apply_fn(cfg: config.LMConfig | types.ApplyFn, columns: tuple[int, int] | None = None) -> types.ApplyFn:
     """Returns the model as an `ApplyFn`; an `ApplyFn` is returned unchanged.
 
-    With an `LMConfig`, ``columns`` is passed to `lm.forward`. Calls with equal arguments return the same object.
+    With an `LMConfig`, ``columns``, the range of columns whose hidden states are needed, is passed to `lm.forward`.
+    Calls with equal arguments return the same object.
     """
     return cfg if isinstance(cfg, types.ApplyFn) else _own_apply_fn(cfg, columns)
 
@@ -170,7 +171,11 @@ def map_hidden(
 
 
 def from_previous_real(x_BL: jax.Array, mask_BL: jax.Array | None, segments_BL: jax.Array | None = None) -> jax.Array:
-    """Returns, for each real token, the entry at the last real token before it, ``[B,L,...]``; 0 if there is none."""
+    """Returns, for each real token, the entry at the last real token before it, ``[B,L,...]``.
+
+    In packed rows, the two tokens must be in the same segment. The result is 0 at padding and at real tokens without
+    such a previous token.
+    """
     mask_BL = real(mask_BL, segments_BL)
     if mask_BL is None:
         return jnp.pad(x_BL[:, :-1], [(0, 0), (1, 0)] + [(0, 0)] * (x_BL.ndim - 2))

@@ -54,7 +54,7 @@ class Slips:
 
     @classmethod
     def none(cls) -> Slips:
-        """Returns the slips of a flawless demonstrator."""
+        """Returns slips with all probabilities 0, for a flawless demonstrator."""
         return cls(**{field.name: 0.0 for field in dataclasses.fields(cls)})
 
     def scaled(self, factor: float) -> Slips:

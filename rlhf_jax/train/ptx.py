@@ -16,7 +16,7 @@ def ptx_loss(models: Models, policy: Params, rows: sft.TokenBatch, *, axis_name:
     """Returns the mean negative log-probability of the pretraining tokens (InstructGPT Eq 2, second term).
 
     Args:
-        models: The functions of PPO; only ``token_logprobs`` is called.
+        models: The model functions that PPO calls; only ``token_logprobs`` is used here.
         policy: Parameters of the policy.
         rows: Pretraining rows; ``loss_mask_BL`` selects the tokens.
         axis_name: Name of the mapped axis over which the rows are split; None if they are not split.
@@ -44,14 +44,15 @@ def coefficients(
 ) -> dict[str, jax.Array]:
     """Converts ``ptx_coef``, the weight of :func:`ptx_loss`, to two common normalisations of the losses.
 
-    InstructGPT does not state the normalisation of its coefficient 27.8. If all elements of ``weights_B`` are equal, as
-    for all reductions but `aggregation.sequence_mean`, an objective with one of the following normalisations and the
-    returned coefficient has the same gradient, up to a constant factor, as `ppo.update` with ``ptx_coef``:
+    InstructGPT does not state the normalisation of its coefficient 27.8. Each returned coefficient belongs to one of
+    the normalisations below. An objective with that normalisation and coefficient has the same gradient as `ppo.update`
+    with ``ptx_coef``, up to a constant factor. This requires that all elements of ``weights_B`` are equal, as with
+    every reduction except `aggregation.sequence_mean`.
 
     - ``ptx_coef_per_token`` is for an objective in which both terms are means over their tokens.
     - ``ptx_coef_per_sequence`` is for an objective in which both terms are means over sequences of sums over tokens, as
-      Eq 2 is written. It equals ``ptx_coef_per_token`` times the mean length of a response, divided by the mean length
-      of a pretraining row.
+      in Eq 2. It equals ``ptx_coef_per_token`` times the mean length of a response, divided by the mean length of a
+      pretraining row.
 
     Args:
         ptx_coef: Weight gamma of the pretraining loss.

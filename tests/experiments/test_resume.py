@@ -122,6 +122,17 @@ def test_skipped_checkpoints_are_printed_and_recorded_as_incidents(tmp_path):
     assert run_folder.RunFolder(tmp_path).incidents() == [{"stage": "sft", "text": said[0][1]}]
 
 
+@pytest.mark.parametrize("kept", [1, 30, 37, 46])
+def test_partly_written_incident_does_not_corrupt_the_next_one(tmp_path, kept):
+    first, second = {"stage": "sft", "text": "bad {array} in row"}, {"stage": "rm", "text": "b"}
+    line = json.dumps(first)
+    (tmp_path / run_folder.INCIDENTS).write_text(line[:kept])
+    folder, complete = run_folder.RunFolder(tmp_path), [first] if kept == len(line) else []
+    assert folder.incidents() == complete
+    folder.note("rm", "b")
+    assert folder.incidents() == [*complete, second]
+
+
 # --------------------------------------------------------------------------------------------------------- torture.py
 
 

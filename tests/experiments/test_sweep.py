@@ -239,7 +239,7 @@ def test_gold_at_a_kl_is_interpolated_and_none_beyond_the_curve():
         (instructgpt.parse, ["--ppo.kl-loss-coef", "0.1"], "penalised twice; --ppo.both-kl-terms"),
         (instructgpt.parse, ["--ppo.kl-gain", "0.2"], "left out without --ppo.kl-target"),
         (sweep.parse, ["--ppo.micro-batches", "7"], "ppo.micro-batches"),
-        (sweep.parse, ["--ppo.kl-coef", "0.1"], "ppo.kl-coef has no effect on sweep.py"),
+        (sweep.parse, ["--ppo.kl-coef", "0.1"], "ppo.kl-coef has no effect in sweep.py"),
         (instructgpt.parse, ["--ppo.kl-coef", "-0.1"], "ppo.kl-coef"),
         (sweep.parse, ["--resume", "nowhere"], "nowhere"),
         (compare.parse, ["--data.path", "pairs.jsonl"], "gold utility, which only the built-in"),

@@ -161,8 +161,9 @@ def test_vmap_over_seeds_matches_a_loop():
 
 
 def test_invalid_arguments_are_refused():
-    for wrong, message in ((dict(slots=0), "slots is 0"), (dict(slots=4, refill=-1), "refill is -1")):
-        with pytest.raises(ValueError, match=message):
+    for wrong in (dict(slots=0), dict(slots=4, refill=0), dict(slots=4, refill=-1)):
+        name, number = list(wrong.items())[-1]
+        with pytest.raises(ValueError, match=f"^{name} is {number}; it must be at least 1"):
             continuous(model(CONFIGS["rope"]), *arguments(), cfg=CONFIGS["rope"], sampling=SAMPLING, **wrong)
 
 

@@ -1,4 +1,7 @@
-"""The shapes of the rows, the records that they write, and the timing of a function."""
+"""The sizes of models and arrays, the file of measurements and the timer that the rows of accelerator.py share.
+
+A row is one benchmark, such as ``decode`` or ``numerics``.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ from typing import Any
 
 MATMUL = "matrix products"
 BANDWIDTH = "memory bandwidth"
-"""Names of the measured limits, to which shares refer."""
+"""Names of the measured hardware limits. `Context.share` expresses a rate as a share of one of them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """Sizes of the models and arrays in all rows of the table."""
+    """Sizes of the models and arrays in all rows."""
 
     model: tuple[tuple[str, Any], ...] = ()
     """Fields that override the preset ``pythia-1b``."""
@@ -60,7 +63,7 @@ class Shapes:
     """Further fields of the model in the rows ``numerics`` and ``deterministic``; its checkpoints take 0.6 GB."""
     repeats: int = 5
     aims: bool = True
-    """Whether the table compares measurements with aims."""
+    """Whether the table compares measurements with aims, the bounds that they should satisfy."""
 
 
 QUICK = Shapes(
@@ -116,8 +119,8 @@ class Context:
             measure: What was measured.
             value: The measured value; None if there is only a note.
             unit: Unit of the value.
-            **fields: Further entries. ``share`` is the achieved share of the measurement that ``share_of`` names.
-                ``at_least`` or ``at_most`` is the aim for the share or, without a share, for the value.
+            **fields: Further entries. ``share`` is the achieved fraction of the quantity named by ``share_of``.
+                ``at_least`` or ``at_most`` is the aim for ``share`` if it is given, else for ``value``.
         """
         aims = () if self.shapes.aims else ("at_least", "at_most")
         fields = {name: field for name, field in fields.items() if name not in aims}
@@ -131,7 +134,10 @@ class Context:
         return found[-1] if found else None
 
     def share(self, amount_per_second: float, limit: str, **aim: float) -> dict[str, Any]:
-        """Returns ``share`` and ``share_of`` of a rate, and its aim; an empty dict if the limit was not measured."""
+        """Returns ``share``, ``share_of`` and the aim of a rate, as fields for `record`.
+
+        The dict is empty if the limit was not measured.
+        """
         most = self.value("limits", limit)
         return {} if most is None else {"share": amount_per_second / most, "share_of": limit, **aim}
 
@@ -165,7 +171,10 @@ def first_line(error: BaseException) -> str:
 
 
 def seconds(function: Callable[[], Any], *, repeats: int, calls: int = 1) -> tuple[float, dict[str, Any]]:
-    """Returns the median seconds per call, and fields for a record: all ``seconds``, and ``first_s`` with compilation.
+    """Returns the median seconds per call, and two fields for a record.
+
+    The fields are ``seconds``, the seconds per call in each repetition, and ``first_s``, the time of the first
+    repetition, including compilation.
 
     Args:
         function: Runs one repetition and returns when its results are ready.

@@ -26,9 +26,9 @@ from rlhf_jax.train.optim import nonfinite
 def all_trained(frozen: Any, params: Any) -> Any:
     """Returns ``params``; this is the ``join`` function of a step that trains all parameters of the model.
 
-    A ``join(frozen, params)`` builds the parameters of a model from frozen and trained ones. The step calls it inside
-    the loss, so that gradients are taken only with respect to ``params``. `lm.lora.attach` and `partition.join` are
-    other examples.
+    A join function ``join(frozen, params)`` builds the parameters of a model from frozen and trained ones. The step
+    calls it inside the loss, so that gradients are taken only with respect to ``params``. `lm.lora.attach` and
+    `partition.join` are other examples.
     """
     del frozen
     return params
@@ -66,8 +66,8 @@ def loss_and_grads(
     Args:
         loss_fn: ``(params, batch, total) -> (loss, metrics)``. The loss is the contribution of these rows to the loss
             of the whole batch: a sum divided by ``total`` (with a named axis, ``psum(sum) / total``). The metrics must
-            also add up over rows: a `metrics.Metric` does, a plain mean does not. `nonfinite.BadRows` are put in batch
-            order.
+            also add up over rows: a `metrics.Metric` does, a plain mean does not. A `nonfinite.BadRows`, which marks
+            the rows with non-finite numbers, is not added; `nonfinite.merge` puts its rows in batch order.
         params: The parameters with respect to which the loss is differentiated.
         batch: A pytree of ``[B, ...]`` arrays. If the loss is random (dropout), the batch contains one key per row.
         total: Counts of the whole batch over all devices; any pytree, passed to ``loss_fn``.
