@@ -20,12 +20,8 @@ MISSING = ("grain", "tensorflow_datasets", "tyro", "tensorboardX", "array_record
 def bare_environment(tmp_path):
     """Environment variables with which Python cannot import the packages in MISSING."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import sys\n"
-        "class Missing:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name.split('.')[0] in {MISSING!r}:\n"
-        "            raise ImportError(f'{name} is not installed')\n"
-        "sys.meta_path.insert(0, Missing())\n"
+        # `import` raises ModuleNotFoundError, and importlib.util.find_spec returns None, as for missing packages.
+        f"import sys\nsys.modules |= dict.fromkeys({MISSING!r})\n"
     )
     return os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
 
