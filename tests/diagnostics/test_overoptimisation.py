@@ -118,7 +118,7 @@ def test_points_at_and_near_the_origin_are_excluded():
     got = over.fit(kl, gains, form=over.REINFORCEMENT)
     assert got.count == 8 and got.alpha.mean == pytest.approx(1.0)
     assert over.fit(kl, gains, form=over.REINFORCEMENT, min_kl=1.0).count == 6
-    with pytest.raises(ValueError, match="got 2 points with a KL above 30"):
+    with pytest.raises(ValueError, match="need 3 points and 2 different KLs above 30, got 2 and 2"):
         over.fit(kl, gains, form=over.BEST_OF_N, min_kl=30)
     with pytest.raises(ValueError, match="equally long"):
         over.fit(kl, gains[1:], form=over.BEST_OF_N)
@@ -180,7 +180,7 @@ def test_temporary_gap_between_halves_is_not_a_divergence():
     train, test = run(1, gold=lambda c: 0.3 * c - (1.5 if c == 3 else 0.0))
     halves = diagnostics.split_halves(train, test)
     assert halves.lo[3] > 0 and halves.parted is None
-    with pytest.raises(ValueError, match="need the same shape"):
+    with pytest.raises(ValueError, match="need equal shapes"):
         diagnostics.split_halves(train, test[1:])
     with pytest.raises(ValueError, match="NaN"):
         diagnostics.split_halves(train, np.where(test > 0, test, np.nan))

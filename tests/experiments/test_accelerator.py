@@ -43,7 +43,7 @@ def test_all_rows_run_with_tiny_shapes(bare_environment, tmp_path):
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert {each["row"] for each in records if "row_seconds" in each} == set(row_runner.ROWS)
     numbers = {each["measure"]: each for each in records if "measure" in each}
-    for name in ("SFT step", "DPO step", "reward model step", "decoding, batch 1", "PPO iteration"):
+    for name in ("SFT step", "DPO step", "reward model step", "generation, batch 1", "PPO iteration"):
         assert numbers[name]["value"] > 0
         assert f"| {name} |" in done.stdout
     step, limit = numbers["SFT step"], numbers["matrix products"]

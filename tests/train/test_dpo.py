@@ -311,7 +311,7 @@ def test_cached_reference_logprobs_are_used_only_for_the_same_inputs(tmp_path):
         assert (
             len(calls) == 3
             and len(warnings) == 1
-            and f"a different {word}" in warnings[0]
+            and f"do not match this run's {word}" in warnings[0]
             and "recomputing" in warnings[0]
         ), word
         warnings.clear()
