@@ -65,9 +65,8 @@ def collect(
         features_BKF[at] = labelers.features(answers.gold)
         done += len(rows)
         job.progress.update(stage, done, n * K)
-    distinct_BK = where_BK & ~_repeats(np.where(mask_BKL, tokens_BKL, -1), where_BK)
-    all_pairs, pairs = (int(np.sum(k * (k - 1) // 2)) for k in (k_B, distinct_BK.sum(axis=1)))
-    where_BK = distinct_BK
+    first_BK = _first_equal(np.where(mask_BKL, tokens_BKL, -1), where_BK)
+    distinct_BK = where_BK & (first_BK == np.arange(K))
     # The noise is calibrated so that two labelers agree on a pair of these samples with probability --world.agreement.
     utility_BKR = np.asarray(labelers.utilities(world.pool, jnp.asarray(features_BKF)))
     noise = labelers.calibrated_temperature(utility_BKR[:, 0], utility_BKR[:, 1], target=job.settings.world.agreement)
@@ -78,24 +77,23 @@ def collect(
         """Returns the ranks that different labelers give for each ``number``."""
         keys_B = jax.random.split(jax.random.fold_in(key, 1000 + number), n)
         labeler_B = (jnp.arange(n) + number) % job.settings.world.labelers
-        return np.where(where_BK, np.asarray(rank_all(keys_B, pool, labeler_B, features_BKF, where_BK)), 0)
+        distinct_ranks_BK = np.asarray(rank_all(keys_B, pool, labeler_B, features_BKF, distinct_BK))
+        return np.where(where_BK, np.take_along_axis(distinct_ranks_BK, first_BK, axis=1), 0)
 
     ranks_BK = ranks(0)
     comparisons = types.Comparisons(tokens_BKL, mask_BKL, ranks_BK, where_BK)  # type: ignore[arg-type]
     train = jax.tree.map(lambda x: x[: world.n_compare], comparisons)
     validation = jax.tree.map(lambda x: x[world.n_compare :], comparisons)
     job.progress.finish(stage)
-    facts = {"pairs": pairs, "pairs_of_repeated_answers_dropped": all_pairs - pairs}
-    return (
-        train,
-        validation,
-        facts
-        | {
-            "labeler_temperature": noise,
-            "label_agreement": _agreement(ranks_BK, ranks(1), where_BK),
-            "label_agreement_target": job.settings.world.agreement,
-        },
-    )
+    equal_BKK = (first_BK[:, :, None] == first_BK[:, None]) & where_BK[:, :, None] & where_BK[:, None]
+    facts = {
+        "pairs": int(np.sum(k_B * (k_B - 1) // 2)),
+        "pairs_of_equal_answers_dropped": int((equal_BKK & np.tri(K, k=-1, dtype=bool)).sum()),
+        "labeler_temperature": noise,
+        "label_agreement": _agreement(ranks_BK, ranks(1), where_BK),
+        "label_agreement_target": job.settings.world.agreement,
+    }
+    return train, validation, facts
 
 
 def _agreement(first_BK: np.ndarray, second_BK: np.ndarray, where_BK: np.ndarray) -> list[float]:
@@ -107,11 +105,11 @@ def _agreement(first_BK: np.ndarray, second_BK: np.ndarray, where_BK: np.ndarray
     return list(diagnostics.ratio_interval(equal_BKK.sum(axis=(1, 2)), pairs_BKK.sum(axis=(1, 2))))
 
 
-def _repeats(tokens_BKL: np.ndarray, where_BK: np.ndarray) -> np.ndarray:
-    """Returns which answers repeat an earlier answer to the same prompt, ``[B, K]``.
+def _first_equal(tokens_BKL: np.ndarray, where_BK: np.ndarray) -> np.ndarray:
+    """Returns the index of the first equal answer to the same prompt, ``[B, K]``; an answer is equal to itself.
 
-    A labeler cannot prefer one of two equal texts, so only the first of them is ranked.
+    A labeler cannot prefer one of two equal texts. Equal answers therefore share the rank of the first of them, and no
+    pair of them is trained on.
     """
-    same_BKK = (tokens_BKL[:, :, None] == tokens_BKL[:, None]).all(axis=-1) & where_BK[:, None, :]
-    earlier_KK = np.tri(tokens_BKL.shape[1], k=-1, dtype=bool)
-    return (same_BKK & earlier_KK).any(axis=2)
+    equal_BKK = (tokens_BKL[:, :, None] == tokens_BKL[:, None]).all(axis=-1) & where_BK[:, None, :]
+    return np.where(where_BK, equal_BKK.argmax(axis=2), np.arange(tokens_BKL.shape[1]))

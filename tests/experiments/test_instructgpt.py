@@ -103,6 +103,10 @@ def test_results_are_complete_and_consistent(finished):
         assert gained["reward_gained"][1] <= gained["reward_gained"][0] and isinstance(gained["gamed"], bool)
         assert results["policies"][wins]["length_controlled_win_rate_vs_sft"] is not None
     model = results["reward_model"]
+    assert 0 <= model["pairs_of_equal_answers_dropped"] < model["pairs"]
+    assert model["label_agreement_target"] == 0.75 and 0.6 < model["label_agreement"][0] < 0.9
+    for policy in results["policies"].values():
+        assert 0 <= policy["gold_strict_wins_vs_sft"] <= policy["gold_win_rate_vs_sft"][0]
     assert sum(each["count"] for each in model["strata"]["category"]) == model["held_out_pairs"]
     assert model["thresholds"]["count"][0] == model["held_out_pairs"] == model["length_bias"]["count"]
     np.testing.assert_allclose(model["gap"]["validation_accuracy"], model["accuracy"], atol=1e-6)

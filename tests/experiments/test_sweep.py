@@ -194,6 +194,17 @@ def test_the_critic_starts_from_its_setting(tmp_path):
     assert set(zero) == {"head"} and not np.any(zero["head"]["kernel_D"]) and float(zero["head"]["gain"]) == 1
 
 
+def test_equal_answers_are_found_and_agreement_counts_untied_pairs():
+    tokens = np.array([[[1, 2, -1], [3, 3, 3], [1, 2, -1], [1, 2, -1]]])
+    where = np.array([[True, True, True, False]])
+    np.testing.assert_array_equal(comparison_data._first_equal(tokens, where), [[0, 1, 0, 3]])
+    # Both labelers order (0, 1) and (0, 2) equally, but not (1, 2); the fourth answer does not exist.
+    mean, low, high = comparison_data._agreement(np.array([[1, 2, 3, 0]]), np.array([[1, 3, 2, 0]]), where)
+    assert mean == pytest.approx(2 / 3) and low <= mean <= high
+    mean, _, _ = comparison_data._agreement(np.array([[1, 2, 2, 0]]), np.array([[1, 3, 2, 0]]), where)
+    assert mean == 1.0, "a tie of either labeler does not count"
+
+
 def test_the_heldout_reward_model_has_separate_comparisons(tmp_path, monkeypatch):
     n, width = 9, 4
     tokens_BKL = np.broadcast_to(np.arange(n)[:, None, None], (n, 3, width))
