@@ -35,7 +35,7 @@ from typing import Any
 
 from benchmarks.accelerator_rows import report_table, row_context, row_runner
 
-__doc__ += "\n".join(f"    {name:<20}{row.title}" for name, row in row_runner.ROWS.items())
+__doc__ = f"{__doc__}" + "\n".join(f"    {name:<20}{row.title}" for name, row in row_runner.ROWS.items())
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

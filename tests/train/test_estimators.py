@@ -352,7 +352,8 @@ def test_scores_are_clipped_and_both_missing_stop_rules_apply():
     np.testing.assert_allclose(kept.returns_BT[:, 0], [2.0, -2.0, -1.5, 0.25])
     assert float(logs["reward"].value()) == pytest.approx(-0.1875), "the logged reward is the score before clipping"
     below, _ = collect([5.0, -7.0, 1.0, 0.25], estimate=plain, reward_clip=2.0, missing_stop_score=-3.0)
-    np.testing.assert_allclose(below.returns_BT[:, 0], [2.0, -2.0, -3.0, 0.25]), "clipping comes before the rule"
+    # Clipping comes before the rule for a missing stop token.
+    np.testing.assert_allclose(below.returns_BT[:, 0], [2.0, -2.0, -3.0, 0.25])
     assert float(logs["training_reward"].value()) == pytest.approx((2.0 - 2.0 - 1.5 + 0.25) / 4)
     assert float(logs["training_reward_std"]) == pytest.approx(np.std([2.0, -2.0, -1.5, 0.25]), rel=1e-5)
     lower, _ = collect([5, -7, 1, 0], estimate=plain, unfinished=ppo.subtract_penalty, missing_stop_score=-1.5)

@@ -61,8 +61,9 @@ def _compare(context: row_context.Context, measure: str, width: int, mask: Mask)
         context.record(measure, note="no kernel on this device supports this width and mask")
         return
 
-    def attend(cfg: lm.LMConfig, mask: Mask, *heads: jax.Array) -> jax.Array:
-        return kernels.attend_rows(*heads, mask.seen_BLL, mask.mask_BL, mask.segments_BL, cfg=cfg)
+    def attend(cfg: lm.LMConfig, mask: Mask, *heads: Any) -> jax.Array:
+        queries, keys, values = heads
+        return kernels.attend_rows(queries, keys, values, mask.seen_BLL, mask.mask_BL, mask.segments_BL, cfg=cfg)
 
     def fused(mask: Mask, *heads: jax.Array) -> jax.Array:
         if kernel == "einsum":

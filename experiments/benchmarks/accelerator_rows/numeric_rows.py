@@ -43,7 +43,7 @@ def _record_metrics(context: row_context.Context, name: str, run: _Run) -> None:
         context.record(f"{metric}, {name}", float(value.value() if isinstance(value, metrics.Metric) else value))
 
 
-def _record_bits(context: row_context.Context, run: _Run, *, flags: str, **aim: bool) -> None:
+def _record_bits(context: row_context.Context, run: _Run, *, flags: str, **aim: Any) -> None:
     def iterate(state: Any, times: int) -> Any:
         for _ in range(times):
             state, _ = run.step(state)

@@ -33,7 +33,7 @@ def peer(context: row_context.Context) -> None:
         num_attention_heads=cfg.n_heads,
         intermediate_size=cfg.d_mlp,
         max_position_embeddings=cfg.max_length,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
         use_cache=False,
     )
     torch.manual_seed(0)
@@ -41,7 +41,7 @@ def peer(context: row_context.Context) -> None:
         model = transformers.GPTNeoXForCausalLM(config)
     context.record("torch", note=f"torch {torch.__version__}, transformers {transformers.__version__}, {device}")
     _train(context, torch, model, device)
-    model = model.to(torch.bfloat16).eval()
+    model = model.bfloat16().eval()
     _generate(context, torch, model, device, shapes)
 
 
