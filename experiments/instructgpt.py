@@ -18,7 +18,7 @@ The run folder contains results.json, report.html, config.json, metrics.jsonl, t
 Hugging Face format, policy/ (the PPO-ptx policy) and reward_model/.
 
 With the default preset, the reward model should agree with the labelers on 67 to 70 % of held-out pairs. PPO and
-PPO-ptx should beat SFT on 73 to 79 % of held-out prompts at a KL of 2 to 3 nats. Best-of-16 should not win more
+PPO-ptx should beat SFT on 71 to 75 % of held-out prompts at a KL of 2 to 3 nats. Best-of-16 should not win more
 often. PPO has an alignment tax (it loses skills learnt in pretraining); PPO-ptx has none.
 """
 
