@@ -59,13 +59,13 @@ def attend_rows(
         return attention.attend(queries, keys, values, seen_BLL, cfg=cfg)
 
     heads = (queries_BHLC, keys_BGLC, values_BGLC)
-    if cfg.attention != "auto" or queries_BHLC.dtype.itemsize != 2:
+    if cfg.attention != "auto":
         return einsum(*heads)
     kernels: dict[str, Any] = {}
-    if _splash_supports(cfg, queries_BHLC):
+    if choose(cfg, queries_BHLC, backend="tpu") == "splash":
         ids_BL = segment_ids(mask_BL, segments_BL)
         kernels["tpu"] = functools.partial(_splash_on_mesh, ids_BL, cfg=cfg)
-    if _cudnn_supports(cfg, queries_BHLC):
+    if choose(cfg, queries_BHLC, backend="gpu") == "cudnn":
         kernels["cuda"] = lambda *heads: attention.attend_by("cudnn", *heads, seen_BLS=seen_BLL, cfg=cfg)
     return lax.platform_dependent(*heads, **kernels, default=einsum) if kernels else einsum(*heads)
 

@@ -206,13 +206,14 @@ def test_a_lapse_is_a_random_ranking():
 
 def test_the_choice_share_is_the_share_of_the_ranks_choices():
     """With noise, ties and lapses, against ranks of pairs that many labelers draw."""
-    people, n = pool(temperature=0.2, lapse=0.1, tie_width=0.05), 4000
+    people, n = pool(temperature=0.05, lapse=0.4, tie_width=0.05), 4000
     pair_2F = answers(1, 2)[0]
     keys, who = jax.random.split(KEY, n), np.arange(n) % people.weights_RF.shape[0]
     ranks = np.asarray(ranked(keys, people, who, np.repeat(pair_2F[None], n, axis=0), np.ones((n, 2), bool)))
     wins = np.where(ranks[:, 0] < ranks[:, 1], 1.0, np.where(ranks[:, 0] == ranks[:, 1], 0.5, 0.0))
     share = float(labelers.choice_share(people, pair_2F[0], pair_2F[1]))
     assert abs(wins.mean() - share) < 4 * 0.5 / np.sqrt(n)
+    assert share + float(labelers.choice_share(people, pair_2F[1], pair_2F[0])) == pytest.approx(1.0)
 
 
 def test_the_preference_share_counts_labelers_without_noise():
