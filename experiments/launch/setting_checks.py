@@ -144,9 +144,15 @@ def check_used(settings: Settings, preset: Settings, unused: Unused) -> None:
         (settings.data.path is None, [f"data.{name}" for name in _OF_A_FILE], "without --data.path"),
         (settings.model is not None, _OF_A_NEW_MODEL, "with --model, which replaces the new model"),
     )
-    for names, why in itertools.chain([(names, why) for applies, names, why in common if applies], unused):
+    refuse_changed(settings, preset, [(names, why) for applies, names, why in common if applies])
+    refuse_changed(settings, preset, unused)
+
+
+def refuse_changed(settings: Any, default: Any, unused: Unused) -> None:
+    """Raises SettingError for the first of the settings ``unused`` that differs from ``default``."""
+    for names, why in unused:
         for full in itertools.chain.from_iterable(field_names(_value(settings, name), name) for name in names):
-            if _value(settings, full) != _value(preset, full):
+            if _value(settings, full) != _value(default, full):
                 raise SettingError(f"{flag_name(full)} has no effect {why}; leave it out")
 
 

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import inspect
 import pathlib
+import sys
 import time
 import types as python_types
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from jax.interpreters import partial_eval
 from launch import command_line, initial_model, run_folder, settings
 from recipe import jobs, monitoring, policy_sampling, precompile
 from rich.console import Console
+from sweeps import frontier_plot
 
 from rlhf_jax import lm, metrics, parallel, report
 from rlhf_jax.report import console
@@ -151,6 +153,8 @@ class Observed:
 
     facts: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     fits: dict[str, Fit] = dataclasses.field(default_factory=dict)
+    reads: set[str] = dataclasses.field(default_factory=set)
+    """Settings that the command reads after it has checked them."""
 
     def add(self, place: str, *values: Any) -> None:
         """Records the digest of values at a place."""
@@ -320,6 +324,9 @@ def stand_ins(record: Observed, folder: pathlib.Path) -> Iterator[None]:
         (console, "results_table", lambda *_: ""),
         (Console, "print", lambda *_, **__: None),
         (report, "write_report", lambda *_, **__: None),
+        (frontier_plot, "write_page", lambda *_, **__: None),
+        (frontier_plot, "write_sweep", lambda *_, **__: None),
+        (frontier_plot, "write_methods", lambda *_, **__: None),
         (lm, "save", save),
         (time, "strftime", lambda *_: "TIME"),
         (jax, "jit", _shared_jit),
@@ -332,6 +339,35 @@ def stand_ins(record: Observed, folder: pathlib.Path) -> Iterator[None]:
 
 def _open(folder: pathlib.Path) -> run_folder.RunFolder:
     return run_folder.RunFolder(folder, _Quiet())  # pyright: ignore
+
+
+@contextlib.contextmanager
+def tracked(record: Observed, asked: Any) -> Iterator[None]:
+    """Records which settings are read while the block runs, except by `dataclasses`, as in asdict and replace."""
+    prefixes: dict[type, str] = {}
+
+    def visit(group: Any, prefix: str) -> None:
+        prefixes[type(group)] = prefix
+        for field in dataclasses.fields(group):
+            if dataclasses.is_dataclass(part := getattr(group, field.name)):
+                visit(part, f"{prefix}{field.name}.")
+
+    visit(asked, "")
+    names = {kind: {field.name for field in dataclasses.fields(kind)} for kind in prefixes}
+
+    def read(self: Any, name: str) -> Any:
+        kind = type(self)
+        if name in names.get(kind, ()) and sys._getframe(1).f_code.co_filename not in (
+            dataclasses.__file__,
+            "<string>",
+        ):
+            record.reads.add(prefixes[kind] + name)
+        return object.__getattribute__(self, name)
+
+    with contextlib.ExitStack() as stack:
+        for kind in prefixes:
+            stack.enter_context(mock.patch.object(kind, "__getattribute__", read))
+        yield
 
 
 # ------------------------------------------------------------------------------------------------------------- commands
@@ -365,7 +401,7 @@ def observe(module: Any, arguments: list[str], changes: dict[str, Any], folder: 
     """
     record = Observed()
     asked = parse(module, arguments, changes)
-    with stand_ins(record, folder):
+    with tracked(record, asked), stand_ins(record, folder):
         results = module.run(asked)
     record.add("results", {name: value for name, value in results.items() if name not in ECHOED})
     return record
