@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import inspect
 import pathlib
 import sys
 import time
@@ -80,26 +79,31 @@ def _feed(put: Callable[[bytes], None], value: Any, functions: tuple[Any, ...]) 
         each([value.func, value.args, value.keywords])
     elif isinstance(value, parallel.JitStep):
         if "digest" not in value.__dict__:  # computed once, since commands call the same step many times
-            parts = (value._jit.args, value._jit.keywords, value._batch_args, value._replicated_args, str(value.mesh))  # pyright: ignore
+            parts = (_function(value), value._jit.keywords, value._batch_args, value._replicated_args, str(value.mesh))  # pyright: ignore
             value.__dict__["digest"] = digest(*parts)
         put(value.__dict__["digest"].encode())
     elif isinstance(value, type | python_types.ModuleType | python_types.BuiltinFunctionType | np.ufunc):
         put(getattr(value, "__qualname__", value.__name__).encode())
     elif isinstance(value, python_types.MethodType):
         each([value.__func__, value.__self__])
-    elif hasattr(value, "__wrapped__"):
-        each(value.__wrapped__)
     elif isinstance(value, python_types.FunctionType):
         put(f"{value.__module__}.{value.__qualname__}".encode())
         if not any(value is function for function in functions):
             inner = [value.__defaults__, value.__kwdefaults__, [cell.cell_contents for cell in value.__closure__ or ()]]
             _feed(put, inner, (*functions, value))
+    elif hasattr(value, "__wrapped__"):  # a compiled function
+        each(value.__wrapped__)
     elif dataclasses.is_dataclass(value):
         each([getattr(value, field.name) for field in dataclasses.fields(value)])
     elif hasattr(value, "get_vocab"):
         each(sorted(value.get_vocab().items()))
     else:
         raise TypeError(f"{type(value)} has no digest")
+
+
+def _function(step: parallel.JitStep) -> Any:
+    """Returns the function that a step compiles."""
+    return step._jit.args[0].__wrapped__  # pyright: ignore
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:
@@ -121,7 +125,7 @@ class Fit:
     def used(self) -> frozenset[str]:
         """Names of the hyperparameters that the step reads, from its jaxpr without dead code."""
         step, *args = self._args
-        function = inspect.unwrap(step._jit.args[0]) if isinstance(step, parallel.JitStep) else step
+        function = _function(step) if isinstance(step, parallel.JitStep) else step
 
         def trace() -> Any:
             return jax.make_jaxpr(function)(*args), len(jax.tree.leaves(args[:2]))
@@ -240,7 +244,7 @@ _SHAPES: dict[str, Any] = {}
 
 def _fake_call(record: Observed) -> Any:
     def call(self: Any, *args: Any) -> Any:
-        function = inspect.unwrap(self._jit.args[0])
+        function = _function(self)
         record.add(f"call of {getattr(function, '__name__', function)}", self, args)
         key = digest(self, jax.tree.map(_shape, args))
         if key not in _SHAPES:
