@@ -56,7 +56,7 @@ def check_roles(rankings: Sequence[records.Ranking]) -> None:
                 )
 
 
-def conversation_ids(comparisons: Sequence[records.Ranking | Pair]) -> np.ndarray:
+def conversation_ids(comparisons: Sequence[records.Prompt | records.Ranking | Pair]) -> np.ndarray:
     """Returns a conversation id, counted from 0, for each comparison.
 
     Comparisons with the same first user turn belong to the same conversation. They must be held out together, because
