@@ -13,6 +13,8 @@ from rlhf_jax.simulation.demonstrators import KINDS_WITH_PARTS, Slips, demonstra
 from rlhf_jax.simulation.world import COLOR, PLACE, SIZE, USE, World, predicate
 
 SKILLS = ("copy", "sort", "sum", "look")
+_KEYS = (*lexicon.COLORS, *lexicon.PLACES, *lexicon.USES)
+"""Words that are copied and looked up."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,15 +32,15 @@ class SkillProblem:
 
 
 def skill_problem(skill: str, rng: np.random.Generator) -> SkillProblem:
-    """Draws a problem: copy three things, sort three numbers, add two numbers modulo ten, or look up a thing's number.
+    """Draws a problem: copy three words, sort three numbers, add two numbers modulo ten, or look up a word's number.
 
     Raises:
         ValueError: If ``skill`` is not one of `SKILLS`.
     """
     match skill:
         case "copy":
-            things = " ".join(rng.choice(lexicon.THINGS, size=3, replace=False).tolist())
-            return SkillProblem(skill, f"copy : {things} =", things)
+            words = " ".join(rng.choice(_KEYS, size=3, replace=False).tolist())
+            return SkillProblem(skill, f"copy : {words} =", words)
         case "sort":
             numbers = rng.choice(10, size=3, replace=False).tolist()
             shuffled, ordered = (" ".join(lexicon.NUMBERS[i] for i in order) for order in (numbers, sorted(numbers)))
@@ -48,11 +50,11 @@ def skill_problem(skill: str, rng: np.random.Generator) -> SkillProblem:
             text = f"sum : {lexicon.NUMBERS[a]} plus {lexicon.NUMBERS[b]} ="
             return SkillProblem(skill, text, lexicon.NUMBERS[(a + b) % 10])
         case "look":
-            things = rng.choice(lexicon.THINGS, size=3, replace=False).tolist()
+            words = rng.choice(_KEYS, size=3, replace=False).tolist()
             numbers = [lexicon.NUMBERS[i] for i in rng.choice(10, size=3, replace=False)]
-            pairs = " , ".join(f"{thing} {number}" for thing, number in zip(things, numbers))
+            pairs = " , ".join(f"{word} {number}" for word, number in zip(words, numbers))
             i = int(rng.integers(3))
-            return SkillProblem(skill, f"look : {pairs} = {things[i]}", numbers[i])
+            return SkillProblem(skill, f"look : {pairs} = {words[i]}", numbers[i])
         case _:
             raise ValueError(f"unknown skill {skill!r}; the skills are {', '.join(SKILLS)}")
 
