@@ -88,7 +88,7 @@ def split(
 
 
 def conversation_ids(
-    comparisons: Sequence[records.Ranking | Pair], *, warn: Callable[[str], None] = lambda text: None
+    comparisons: Sequence[records.Prompt | Pair], *, warn: Callable[[str], None] = lambda text: None
 ) -> np.ndarray:
     """Returns a conversation id, counted from 0, for each comparison; at least two comparisons have different ids.
 

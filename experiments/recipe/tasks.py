@@ -33,6 +33,9 @@ class PromptSet:
     mask_BP: np.ndarray
     texts: list[str]
     categories: list[str]
+    asked_B: np.ndarray
+    """Index of what each prompt asks (`simulation.prompts.Prompt.asked`) or, for prompts from a file, of its
+    conversation. Numbers about prompts with the same index are not independent."""
     words_BP: np.ndarray | None = None
     """The prompts as ids of the built-in world's words, which the gold utility requires."""
 
@@ -48,7 +51,7 @@ class PromptSet:
         """Returns the prompts with the indices ``rows``, which may contain duplicates."""
         texts, categories = ([each[i] for i in rows] for each in (self.texts, self.categories))
         words_BP = None if self.words_BP is None else self.words_BP[rows]
-        return PromptSet(self.tokens_BP[rows], self.mask_BP[rows], texts, categories, words_BP)
+        return PromptSet(self.tokens_BP[rows], self.mask_BP[rows], texts, categories, self.asked_B[rows], words_BP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +157,9 @@ def _prompt_sets(
         if not in_world_words:
             word_ids = [prompts.prompt_tokens(prompt.turns) for prompt in task_prompts]
             words_BP, _ = padding.pad_prompts(word_ids, width=prompts.PROMPT_WIDTH, pad_id=lexicon.PAD_ID)
-        sets.append(PromptSet(tokens_BP, mask_BP, texts, [p.category for p in task_prompts], words_BP))
+        index = {asked: i for i, asked in enumerate(dict.fromkeys(prompt.asked for prompt in task_prompts))}
+        asked_B = np.array([index[prompt.asked] for prompt in task_prompts])
+        sets.append(PromptSet(tokens_BP, mask_BP, texts, [p.category for p in task_prompts], asked_B, words_BP))
     return P, sets
 
 
@@ -325,7 +330,7 @@ def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None)
 def _dialogue_prompts(ids: list[list[int]], prompts: Sequence[records.Prompt], width: int, pad_id: int) -> PromptSet:
     tokens_BP, mask_BP = padding.pad_prompts(ids, width=width, pad_id=pad_id)
     texts = ["\n".join(f"{turn.role}: {turn.text}" for turn in each.prompt) for each in prompts]
-    return PromptSet(tokens_BP, mask_BP, texts, [""] * len(prompts))
+    return PromptSet(tokens_BP, mask_BP, texts, [""] * len(prompts), human_comparisons.conversation_ids(prompts))
 
 
 def token_batch(rows: padding.Rows, indices: np.ndarray) -> sft.TokenBatch:

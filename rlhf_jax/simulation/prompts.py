@@ -141,6 +141,20 @@ class Prompt:
         return KINDS[KIND_INDEX[self.kind]].wordings[self.wording].attribute
 
     @property
+    def asked(self) -> tuple[str, ...]:
+        """What the prompt asks, regardless of its kind and wording, such as ``("color", "fox")``.
+
+        Prompts that ask for the same fact, including whether it has a certain value, ask the same. So do prompts for
+        lists that differ only in the length of the list.
+        """
+        slot = self.slot
+        if self.attribute >= 0:
+            return tuple(lexicon.ATTRIBUTES)[self.attribute], slot["x"]
+        if self.kind == "compare":
+            return "size", *sorted((slot["x"], slot["y"]))
+        return self.kind, *(word for name, word in self.slots if name != "n")
+
+    @property
     def turns(self) -> tuple[tuple[str, str], ...]:
         """The turns as ``(role, text)``; the last one is the user's."""
         texts = [turn.format(**self.slot) for turn in KINDS[KIND_INDEX[self.kind]].wordings[self.wording].turns]
