@@ -17,10 +17,12 @@ import instructgpt
 import jax
 import numpy as np
 import pytest
+import real_run
 from recipe import run_setup, tasks
 from rich.console import Console
 
 from rlhf_jax.data import errors
+from rlhf_jax.report import results as results_lib
 from rlhf_jax.simulation import prompts, world
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -114,6 +116,23 @@ def test_results_are_complete_and_consistent(finished):
     assert model["thresholds"]["count"][0] == model["held_out_pairs"] == model["length_bias"]["count"]
     np.testing.assert_allclose(model["gap"]["validation_accuracy"], model["accuracy"], atol=1e-6)
     assert results["ptx_coef"]["per_token"] == 1.0 and 0 < results["ptx_coef"]["per_sequence"] < 1
+
+
+def test_the_stored_results_of_a_real_run_have_the_shape_of_this_one(finished):
+    folder, _ = finished
+    results, stored = json.loads((folder / "results.json").read_text()), real_run.results()
+    hint = "; copy results.json and metrics.jsonl of `instructgpt.py --preset smoke --seed 0` to tests/cases/smoke_run"
+    assert real_run.shape(results | {"dropped": {}}) == real_run.shape(stored | {"dropped": {}}), hint
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [sorted(row) for row in rows] == [sorted(row) for row in real_run.metrics()], hint
+
+
+def test_a_run_has_one_duration(finished):
+    folder, done = finished
+    seconds = results_lib.seconds_text(json.loads((folder / "results.json").read_text())["seconds"])
+    assert f"duration {seconds}" in " ".join(done.stdout.split())
+    assert f"duration {seconds}" in (folder / "report.html").read_text()
+    assert "stages done\n" in done.stderr
 
 
 def test_every_output_file_is_written(finished):
@@ -372,7 +391,7 @@ def test_the_job_runs_on_human_comparisons(tmp_path):
     mean, low, high = results["reward_model"]["accuracy"]
     assert 0 <= low <= mean <= high <= 1 and results["reward_model"]["held_out_pairs"] == 60
     for policy in results["policies"].values():
-        assert "reward" in policy and "gold" not in policy and "gold_win_rate_vs_sft" not in policy
+        assert set(policy) <= real_run.OF_HUMAN_DATA
     assert "gold" not in done.stdout.lower()
 
 
