@@ -277,7 +277,7 @@ def test_gold_at_a_kl_is_interpolated_and_none_beyond_the_curve():
         (instructgpt.parse, [*GRPO, "--ppo.discount", "0.9"], "ppo.discount"),
         (instructgpt.parse, ["--ppo.method", "reinforce", "--ppo.discount", "0.9"], "ppo.discount"),
         (instructgpt.parse, ["--ppo.kl-loss-coef", "0.1"], "penalised twice; --ppo.both-kl-terms"),
-        (instructgpt.parse, ["--ppo.kl-gain", "0.2"], "left out without --ppo.kl-target"),
+        (instructgpt.parse, ["--ppo.kl-gain", "0.2"], "--ppo.kl-gain has no effect without --ppo.kl-target"),
         (sweep.parse, ["--ppo.micro-batches", "7"], "ppo.micro-batches"),
         (sweep.parse, ["--ppo.kl-coef", "0.1"], "ppo.kl-coef has no effect in sweep.py"),
         (instructgpt.parse, ["--ppo.kl-coef", "-0.1"], "ppo.kl-coef"),
