@@ -390,8 +390,8 @@ def with_changes(settings_of: Any, changes: dict[str, Any]) -> Any:
 def parse(module: Any, arguments: list[str], changes: dict[str, Any]) -> Any:
     """Returns ``module.parse(arguments)`` with the changes applied as if they were flags, which is fast."""
 
-    def parse_as(kind: Any, arguments: list[str], *, default: Any, **_: Any) -> Any:
-        return with_changes(default, changes)
+    def parse_as(kind: Any, arguments: list[str], *, default: Any = None, **_: Any) -> Any:
+        return with_changes(kind() if default is None else default, changes)
 
     with mock.patch.object(command_line, "parse_as", parse_as):
         return module.parse(arguments)

@@ -20,7 +20,7 @@ import reward_model
 import sweep
 import test_initial_model
 import test_instructgpt
-from launch import device_mesh, host_agreement, published_settings, setting_checks, settings
+from launch import device_mesh, host_agreement, mesh_settings, published_settings, run_folder, setting_checks, settings
 from launch.settings import SettingError
 from preferences import direct_settings, reward_settings
 
@@ -101,11 +101,6 @@ ALTERNATIVES: dict[str, Any] = {
     "hosts.coordinator": "host:1",
     "hosts.count": 2,
     "hosts.index": 1,
-    "mesh.data": 2,
-    "mesh.fsdp": 2,
-    "mesh.tensor": 2,
-    "mesh.sequence": 2,
-    "mesh.simulate": 8,
 }
 """Other values of settings for which half, twice, the next number or the next choice is not possible."""
 ELSEWHERE = {"model", "preset", "published", "resume", "data.path", "out"}
@@ -288,7 +283,6 @@ def test_changing_any_setting_changes_the_run(variant, inputs):
 
 @pytest.mark.parametrize("method", ["reinforce", "rloo", "grpo", "dr-grpo", "reinforce-pp"])
 def test_methods_without_a_critic_refuse_every_setting_of_the_critic(method):
-    arguments = ["--ppo.method", method, *(["--ppo.samples", "4"] if "o" in method[:4] else [])]
     arguments = ["--ppo.method", method, "--ppo.samples", "4"]
     instructgpt.parse(arguments)
     numbers = {"critic_learning_rate": "1e-4", "value_coef": "0.1", "value_clip": "0.2", "lambda_": "0.9"}
@@ -381,34 +375,31 @@ def test_a_method_without_a_critic_ignores_the_published_critic(inputs):
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(settings.Hosts)])
 def test_settings_of_hosts_reach_the_rendezvous(name):
     def arguments(made):
-        with mock.patch.object(hosts, "connect") as connect, host_agreement.join_hosts(made, status=lambda error: 1):
-            positional, options = connect.call_args
-            return positional, {name: value for name, value in options.items() if name != "facts"}
+        with mock.patch.object(hosts, "connect") as connect:
+            connect.return_value.__enter__.return_value.count = 1
+            with host_agreement.join_hosts(made, status=lambda error: 1):
+                return connect.call_args.args, connect.call_args.kwargs | {"facts": None, "exit_status": None}
 
     made = settings.preset("smoke")
     changed = dry_run.with_changes(made, {f"hosts.{name}": alternative(made, f"hosts.{name}")})
-    with mock.patch.object(hosts, "current"):
-        assert arguments(made) != arguments(changed)
+    assert arguments(made) == arguments(made) != arguments(changed)
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(settings.Mesh)])
 def test_settings_of_the_mesh_reach_the_devices(name):
-    def calls(changes):
-        made = dry_run.with_changes(settings.preset("smoke"), changes)
+    def calls(**sizes):
+        made = dataclasses.replace(settings.Settings(), mesh=settings.Mesh(**sizes))
+        devices = made.mesh.data * made.mesh.fsdp * made.mesh.tensor * made.mesh.sequence
         with (
             mock.patch.object(parallel, "make_mesh") as make,
             mock.patch.object(device_mesh.jax.config, "update") as update,
-            mock.patch.object(device_mesh.jax, "device_count", lambda: 8),
+            mock.patch.object(device_mesh.jax, "device_count", lambda: devices),
         ):
-            resolved = device_mesh.resolve(made)
-            device_mesh.make(resolved)
+            device_mesh.make(device_mesh.resolve(made))
             return make.call_args, update.call_args_list
 
-    base = {"mesh.data": 4, "mesh.fsdp": 2} if name != "simulate" else {"mesh.data": 8}
-    changes = {"mesh.data": {"mesh.data": 8, "mesh.fsdp": 1}, "mesh.fsdp": {"mesh.data": 2, "mesh.fsdp": 4}}
-    other = changes.get(f"mesh.{name}") or base | {f"mesh.{name}": 8 if name == "simulate" else 2}
-    other = {"mesh.data": 2} | {**other, "mesh.data": 2} if name in ("tensor", "sequence") else other
-    assert calls(base) != calls(other)
+    base = dict.fromkeys(mesh_settings.AXES, 2) | {"simulate": 16}
+    assert calls(**base) == calls(**base) != calls(**base | {name: 2 * base[name]})
 
 
 def test_the_output_folder_and_presets_change_the_run(inputs):
@@ -421,8 +412,6 @@ def test_the_output_folder_and_presets_change_the_run(inputs):
 
 
 def test_resumed_runs_have_their_saved_settings(tmp_path):
-    from launch import run_folder
-
     saved = instructgpt.parse(["--published", "ziegler", "--ppo.method", "rloo", "--ppo.samples", "4"])
     run_folder.create(tmp_path / "run", saved)
     again = instructgpt.parse(["--resume", str(tmp_path / "run")])
