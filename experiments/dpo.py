@@ -79,16 +79,14 @@ def parse(arguments: list[str]) -> DPOSettings:
 
 def _unused(settings: DPOSettings) -> Iterator[tuple[Sequence[str], str]]:
     """Yields the settings that have no effect on the run, and why."""
-    yield (
-        ("samples", "judge", "hold_reference") if settings.rounds == 0 else ("pairs",),
-        (f"with --rounds {settings.rounds}"),
-    )
+    names = ("samples", "judge", "hold_reference") if settings.rounds == 0 else ("pairs",)
+    yield names, f"with --rounds {settings.rounds}"
     if not settings.has_reference:
         yield ("hold_reference",), f"with --loss {settings.loss}, which has no reference"
     yield from direct_settings.unused(settings)
-    names = {field.name for field in dataclasses.fields(settings_lib.PPO)}
-    names -= {*USED_PPO_SETTINGS, *ROUND_PPO_SETTINGS}
-    yield [f"ppo.{name}" for name in sorted(names)], "on dpo.py"
+    used = (*USED_PPO_SETTINGS, *ROUND_PPO_SETTINGS)
+    unread = [field.name for field in dataclasses.fields(settings_lib.PPO) if field.name not in used]
+    yield [f"ppo.{name}" for name in unread], "on dpo.py"
     rounds = [f"ppo.{name}" for name in ROUND_PPO_SETTINGS]
     if settings.rounds == 0:
         yield rounds, "on dpo.py without --rounds"

@@ -107,21 +107,9 @@ def parse(arguments: list[str]) -> StudySettings:
     return settings
 
 
-_OF_THE_WORLD = (
-    "seed",
-    "model",
-    "on_alarm",
-    "saves",
-    "max_skipped",
-    "mesh",
-    "hosts",
-    "data",
-    "world",
-    "net",
-    "pretrain",
-)
-_OF_THE_WORLD += ("sft", "comparisons", "reward_model", "ppo", "evaluation", "epochs", "batch", "micro_batches")
-_OF_THE_WORLD += ("learning_rate", "pairs", "seeds", "betas", "kl_coefs")
+_OF_THE_WORLD = ("seed", "model", "on_alarm", "saves", "max_skipped", "mesh", "hosts", "data", "world", "net")
+_OF_THE_WORLD += ("pretrain", "sft", "comparisons", "reward_model", "ppo", "evaluation", "epochs", "batch")
+_OF_THE_WORLD += ("micro_batches", "learning_rate", "pairs", "seeds", "betas", "kl_coefs")
 
 
 def _unused(settings: StudySettings) -> Iterator[tuple[Sequence[str], str]]:
@@ -129,10 +117,7 @@ def _unused(settings: StudySettings) -> Iterator[tuple[Sequence[str], str]]:
     study = "on dpo_vs_ppo.py"
     yield ("beta",), f"{study}, which uses --betas"
     yield from direct_settings.unused(settings)
-    for part, names in (
-        ("world", _OF_THE_WORLD),
-        ("bandit", ("bandit_seeds", "bandit_coefs", "bandit_pairs")),
-    ):
+    for part, names in (("world", _OF_THE_WORLD), ("bandit", ("bandit_seeds", "bandit_coefs", "bandit_pairs"))):
         if part not in settings.parts:
             yield names, f"without {part} in --parts"
     if settings.parts == ("exact",):

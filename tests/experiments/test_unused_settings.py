@@ -355,10 +355,10 @@ def test_an_alarm_of_the_reward_model_stops_dpo_if_asked(inputs):
 @pytest.mark.parametrize("method", ["ppo", "reinforce", "rloo", "grpo", "dr-grpo", "reinforce-pp"])
 def test_published_settings_are_accepted_with_every_method(paper, method):
     for command in (instructgpt, sweep):
-        asked = command.parse(["--published", paper, "--ppo.method", method, "--ppo.samples", "4"])
+        asked = dry_run.parse(command, ["--published", paper], {"ppo.method": method, "ppo.samples": 4})
         assert (asked.ppo.method, asked.published) == (method, paper)
-    compare.parse(["--published", paper])
-    dpo_vs_ppo.parse(["--published", paper])
+    dry_run.parse(compare, ["--published", paper], {})
+    dry_run.parse(dpo_vs_ppo, ["--published", paper], {})
 
 
 def test_a_method_without_a_critic_ignores_the_published_critic(inputs):
