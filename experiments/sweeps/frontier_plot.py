@@ -46,8 +46,8 @@ _STYLES = (("ppo", "ppo", "^"), ("ppo-ptx", "ppo_ptx", "v"), ("rloo", "sft", "s"
 _STYLES += (("expert-iteration", "reward_model", "o"), ("best-of-n", "best_of_n", "P"))
 
 
-def write_methods(path: pathlib.Path, methods: Rows, *, title: str) -> None:
-    """Writes an HTML page with a plot of each method's gold utility, with intervals, against √KL."""
+def write_methods(path: pathlib.Path, methods: Rows, *, title: str, note: str) -> None:
+    """Writes an HTML page with a plot of each method's gold utility, with intervals, against √KL, and a note."""
     styles = {method: (color, marker) for method, color, marker in _STYLES}
     with plots.axes(height=3.4) as (svg, (ax,)):
         for place, each in enumerate(methods):
@@ -73,7 +73,7 @@ def write_methods(path: pathlib.Path, methods: Rows, *, title: str) -> None:
         ax.set_ylabel("Gold utility")
         ax.grid()
         ax.legend()
-    write_page(path, title, svg, "Dots are iterations of single runs; lines are means over seeds with 95 % intervals.")
+    write_page(path, title, svg, f"Dots are evaluations of single runs; lines are means over seeds. {note}")
 
 
 _LINES = ("ppo", "sft", "ppo_ptx", "best_of_n", "reward_model", "base", "other")
@@ -104,16 +104,23 @@ def frontier(lines: Rows, *, xlabel: str, ylabel: str) -> str:
     return svg[0]
 
 
+_COSTS = ("answers", "prompts", "steps", "text_rows", "samples_per_answer")
+"""What a method uses: in training, except for the last."""
+
+
 def methods_table(methods: Rows, at: Sequence[float]) -> Table:
-    """Returns a table of the gold utility at each KL, with intervals over seeds and one row per method."""
+    """Returns a table of what each method uses and of its gold utility at each KL, with intervals over seeds."""
     grid = Table(
-        box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False, title="gold utility at a KL of", title_justify="left"
+        box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False, title="gold utility at equal KL", title_justify="left"
     )
     grid.add_column("")
     for kl in at:
-        grid.add_column(f"{kl:g}", justify="right")
+        grid.add_column(f"{kl:g} nats", justify="right")
+    for name in _COSTS:
+        grid.add_column(name.replace("_", " "), justify="right")
     for each in methods:
-        grid.add_row(each["method"], *("–" if p[0] is None else interval_text(p) for p in each["gold"]))
+        numbers = ("–" if p[0] is None else interval_text(p) for p in each["gold"])
+        grid.add_row(each["method"], *numbers, *(str(each[name]) for name in _COSTS))
     return grid
 
 

@@ -233,7 +233,7 @@ def test_estimated_kl_of_best_of_n_matches_enumeration(scores_A):
     # A large pool with exactly these shares has no sampling error.
     pool = np.repeat(scores_A, np.round(20_000 * probs_A).astype(int))
     assert diagnostics.best_of_n_kl_estimate(pool, [1, n]) == pytest.approx([0.0, expected], abs=1e-3)
-    assert expected < diagnostics.best_of_n_kl(n) - 0.1, "the formula for untied scores is only a bound"
+    assert expected < diagnostics.best_of_n_kl(n) - 0.04, "the formula for untied scores is only a bound"
     rng = np.random.default_rng(0)
     for size, bias in ((4 * n, 0.01), (n, 0.05)):
         pools = rng.choice(scores_A, size=(6000, size), p=probs_A)
@@ -246,7 +246,7 @@ def test_estimated_kl_of_best_of_n_is_the_formula_without_ties_and_zero_for_one_
     untied = np.random.default_rng(seed).permutation(total)
     ns = range(1, total + 1)
     np.testing.assert_allclose(diagnostics.best_of_n_kl_estimate(untied, ns), diagnostics.best_of_n_kl(ns), atol=1e-9)
-    np.testing.assert_allclose(diagnostics.best_of_n_kl_estimate(np.zeros(total), ns), 0.0, atol=1e-9)
+    np.testing.assert_allclose(diagnostics.best_of_n_kl_estimate(np.zeros(total + 2), ns), 0.0, atol=1e-9)
 
 
 def test_estimated_kl_of_best_of_n_refuses_bad_arguments():
