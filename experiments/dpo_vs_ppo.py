@@ -40,7 +40,6 @@ from launch.setting_checks import require
 from preferences import direct_settings
 
 Part = Literal["world", "bandit", "exact"]
-SHIFTED = "shifted pairs"
 SAMPLES = 4
 """Number of answers to each prompt in iterated DPO."""
 
@@ -121,17 +120,13 @@ if __name__ == "__main__":
 import pathlib
 import time
 
-import numpy as np
 from launch import entry_point, run_folder
-from preferences import bandit_study, direct_alignment, ranked_dpo, three_actions
+from preferences import bandit_study, direct_alignment, ranked_dpo, study_results, three_actions
 from preferences import pairs as pairs_lib
 from recipe import comparison_data, jobs, run_setup, stages
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from sweeps import frontier_plot, run_grid
-
-from rlhf_jax import diagnostics
 
 
 def run(settings: StudySettings) -> dict[str, Any]:
@@ -142,8 +137,8 @@ def run(settings: StudySettings) -> dict[str, Any]:
 
     def show(part: str, title: str, *, xlabel: str, ylabel: str) -> None:
         figures.append(frontier_plot.frontier(results[part]["lines"], xlabel=xlabel, ylabel=ylabel))
-        out.print(_lines_table(results[part]["lines"], title))
-        out.print(_data_table(results[part]["data"]))
+        out.print(study_results.lines_table(results[part]["lines"], title))
+        out.print(study_results.data_table(results[part]["data"]))
         for name, effect in results[part]["effects"].items():
             out.print(f"{name}: {frontier_plot.interval_text(effect)}", soft_wrap=True, highlight=False)
 
@@ -211,16 +206,11 @@ def _exact_sentence(policies: dict[str, Any]) -> str:
     )
 
 
-def _new_table(title: str, *columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
-    return table
-
-
 def _exact_table(policies: dict[str, Any]) -> Table:
     """Returns a table of the part ``exact``, with one row per policy."""
-    table = _new_table("three answers, the third unseen", "policy", "better", "worse", "unseen", "DPO loss")
+    table = study_results.new_table(
+        "three answers, the third unseen", "policy", "better", "worse", "unseen", "DPO loss"
+    )
     for name, policy in policies.items():
         table.add_row(name, *(f"{p:.4g}" for p in policy["probabilities"]), f"{policy['dpo_loss']:.4f}")
     return table
@@ -235,8 +225,8 @@ def _run_bandit(settings: StudySettings) -> dict[str, Any]:
     runs = {method: dict(zip(coefs, rows)) for method, rows in results.items()}
     middle = {"DPO": _middle(coefs), "PPO": _middle(coefs)}
     return {
-        "lines": [_line(*each) for each in runs.items()],
-        "effects": effects(runs, middle, settings.at),
+        "lines": [study_results.line(*each) for each in runs.items()],
+        "effects": study_results.effects(runs, middle, settings.at),
         "data": bandit_study.data(pairs=settings.bandit_pairs, rounds=settings.rounds),
     }
 
@@ -244,8 +234,8 @@ def _run_bandit(settings: StudySettings) -> dict[str, Any]:
 def _world_methods(settings: StudySettings) -> list[tuple[str, tuple[float, ...]]]:
     """Returns the methods that are compared in the built-in world, with their coefficients."""
     betas, kl_coefs = settings.betas, settings.kl_coefs
-    dpo = [("DPO", betas), (f"DPO, {SHIFTED}", (_middle(betas),)), ("iterated DPO", betas)]
-    return [*dpo, ("PPO", kl_coefs), (f"PPO, {SHIFTED}", (_middle(kl_coefs),))]
+    dpo = [("DPO", betas), (f"DPO, {study_results.SHIFTED}", (_middle(betas),)), ("iterated DPO", betas)]
+    return [*dpo, ("PPO", kl_coefs), (f"PPO, {study_results.SHIFTED}", (_middle(kl_coefs),))]
 
 
 def _weights(settings: StudySettings) -> list[tuple[str, float]]:
@@ -272,10 +262,10 @@ def _run_world(settings: StudySettings, job: jobs.Job, folder: run_folder.RunFol
         runs.setdefault(method, {}).setdefault(coef, []).append(numbers)
         job.progress.update("evaluate", 1 + done, 1 + len(policies))
     job.progress.finish("evaluate")
-    lines = [_line(*each) for each in runs.items()]
+    lines = [study_results.line(*each) for each in runs.items()]
     return {
         "lines": lines,
-        "effects": effects(runs, middle, settings.at),
+        "effects": study_results.effects(runs, middle, settings.at),
         "data": data,
         "held_out_prompts": len(job.task.eval_prompts),
     }
@@ -292,7 +282,8 @@ def _train_policies(
     reward = stages.train_reward_model(job, shared.start, shifted, stage="reward_model-shifted")
     shared_shifted = shared._replace(reward=stages.normalise_scores(job, reward, shared.start))
     ranked = {
-        name: ranked_dpo.with_reference(job, shared.start, rows) for name, rows in (("own", own), (SHIFTED, shifted))
+        name: ranked_dpo.with_reference(job, shared.start, rows)
+        for name, rows in (("own", own), (study_results.SHIFTED, shifted))
     }
     step, trainer = ranked_dpo.make_step(job), direct_alignment.make_trainer(job, settings, folder.path)
     prompts = job.task.rl_prompts.take(settings.ppo.iterations * settings.ppo.batch // SAMPLES)
@@ -303,7 +294,10 @@ def _train_policies(
     data: dict[str, dict[str, int]] = {}
     policies: dict[tuple[str, float, int], Any] = {}
     for method, coef, seed in ((m, c, s) for m, coefs in methods for c in coefs for s in range(settings.seeds)):
-        name, source = _run_name(method, coef, seed), SHIFTED if SHIFTED in method else "own"
+        name, source = (
+            _run_name(method, coef, seed),
+            study_results.SHIFTED if study_results.SHIFTED in method else "own",
+        )
         if method == "iterated DPO":
             # A prompt has one pair. Each pair is used SAMPLES times, so that there are as many steps as in PPO.
             own_settings = dataclasses.replace(settings, beta=settings.rounds * coef, epochs=SAMPLES * settings.epochs)
@@ -343,7 +337,9 @@ def _train_policies(
         else:
             ppo = dataclasses.replace(settings.ppo, kl_coef=coef)
             cell = run_grid.Cell(name, ppo, seed)
-            policy = run_grid.train(job, shared_shifted if source == SHIFTED else shared, cell, step=job.ppo_step)
+            policy = run_grid.train(
+                job, shared_shifted if source == study_results.SHIFTED else shared, cell, step=job.ppo_step
+            )
             answers = ppo.iterations * ppo.batch
             steps = ppo.iterations * ppo.epochs * ppo.minibatches
             used = {"sampled answers": answers, "prompts": answers // ppo.samples, "steps": steps}
@@ -359,81 +355,6 @@ def _middle(coefs: tuple[float, ...]) -> float:
 
 def _run_name(method: str, coef: float, seed: int) -> str:
     return f"{method.lower().replace(', ', '-').replace(' ', '-')}-{coef:g}-seed{seed}"
-
-
-def _line(method: str, runs: dict[float, list[dict[str, float]]]) -> dict[str, Any]:
-    """Returns the data of a method's line in a figure: its look, points and runs."""
-    families = ("PPO", "DPO", "iterated DPO", "optimum")
-    return {
-        "method": method,
-        "look": families.index(method.split(",")[0]),
-        "paler": SHIFTED in method,
-        "points": [{"coef": coef} | run_grid.mean_over_seeds(each) for coef, each in runs.items()],
-        "runs": {f"{coef:g}": each for coef, each in runs.items()},
-    }
-
-
-def effects(
-    runs: dict[str, dict[float, list[dict[str, float]]]], middle: dict[str, float], at: tuple[float, ...]
-) -> dict[str, list[float]]:
-    """Returns differences in gold utility with 95 % intervals over seeds.
-
-    ``runs`` has the numbers of each seed by method and coefficient. Shifted pairs are compared with pairs of SFT
-    samples at the ``middle`` coefficients. Methods are compared at the KLs ``at``.
-    """
-
-    def gold(method: str) -> list[float]:
-        return [numbers["gold"] for numbers in runs[method][middle[method.split(",")[0]]]]
-
-    cost = {name: _difference(gold(name), gold(f"{name}, {SHIFTED}")) for name in ("DPO", "PPO")}
-    differences = {f"gold that shifted pairs cost {name}": cost[name] for name in cost}
-    differences["what they cost DPO more than PPO"] = _difference(cost["DPO"], cost["PPO"])
-    for kl in at:
-        for method, other in (("PPO", "DPO"), ("iterated DPO", "DPO")):
-            upper, lower = (_gold_at(runs[name], kl) for name in (method, other))
-            if upper is not None and lower is not None:
-                differences[f"gold of {method} above {other} at a KL of {kl:g}"] = _difference(upper, lower)
-    return {name: list(diagnostics.mean_interval(each)) for name, each in differences.items()}
-
-
-def _gold_at(runs: dict[float, list[dict[str, float]]], kl: float) -> list[float] | None:
-    """Returns the gold utility of each seed at a KL, interpolated linearly in √KL between the coefficients.
-
-    Returns None if ``kl`` is outside the range of any seed's KLs.
-    """
-    golds = []
-    for each in zip(*runs.values(), strict=True):
-        points = sorted((max(numbers["kl"], 0.0) ** 0.5, numbers["gold"]) for numbers in each)
-        x, y = zip(*points)
-        if not x[0] <= kl**0.5 <= x[-1]:
-            return None
-        golds.append(float(np.interp(kl**0.5, x, y)))
-    return golds
-
-
-def _difference(a: list[float], b: list[float]) -> list[float]:
-    return [x - y for x, y in zip(a, b, strict=True)]
-
-
-def _lines_table(lines: list[dict[str, Any]], title: str) -> Table:
-    """Returns a table with one row per method and coefficient."""
-    table = _new_table(title, "method", "coef", "KL", "gold")
-    for line in lines:
-        for i, point in enumerate(line["points"]):
-            numbers = (frontier_plot.interval_text(point[name]) for name in ("kl", "gold"))
-            table.add_row("" if i else line["method"], f"{point['coef']:g}", *numbers)
-    return table
-
-
-def _data_table(data: dict[str, dict[str, int]]) -> Table:
-    """Returns a table of what each method is trained on, with one row per method."""
-    columns = list(next(iter(data.values())))
-    table = _new_table(
-        "what each method is trained on (iterated DPO and PPO: labels of their reward model)", "", *columns
-    )
-    for method, numbers in data.items():
-        table.add_row(method, *(str(numbers[name]) for name in columns))
-    return table
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from launch import settings as settings_lib
-from preferences import bandit_study, direct_alignment, direct_settings, ranked_dpo
+from preferences import bandit_study, direct_alignment, direct_settings, ranked_dpo, study_results
 from preferences import pairs as pairs_lib
 from recipe import jobs, policy_sampling, tasks
 from sweeps import run_grid
@@ -420,7 +420,7 @@ def test_the_study_compares_shifted_pairs_at_one_coefficient_and_methods_at_equa
     def runs(*pairs):
         return [{"kl": kl, "gold": gold} for kl, gold in pairs]
 
-    effects = dpo_vs_ppo.effects(
+    effects = study_results.effects(
         {
             "DPO": {0.1: runs((4.0, 0.9), (4.0, 1.0)), 0.2: runs((0.25, 0.6), (0.25, 0.7))},
             "DPO, shifted pairs": {0.2: runs((0.1, 0.5), (0.1, 0.5))},

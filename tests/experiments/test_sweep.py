@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import sweep
 from launch import published_settings, setting_checks, settings
-from recipe import comparison_data, jobs, policy_sampling, precompile, rl_methods, tasks
+from recipe import comparison_data, evaluation, jobs, policy_sampling, precompile, rl_methods, tasks
 from rich import console
 from sweeps import frontier_plot, run_grid
 
@@ -268,6 +268,19 @@ def test_runs_are_evaluated_on_held_out_prompts_during_training(tmp_path):
     assert {name: rows[-1][log] for name, log in run_grid.MEASURED.items()} == pytest.approx(
         {name: means[name] for name in run_grid.MEASURED}, rel=1e-5, abs=1e-6
     )
+
+
+def test_diversity_uses_as_many_answers_of_a_policy_as_of_best_of_n(tmp_path):
+    asked = small()
+    job = job_in(
+        tmp_path, dataclasses.replace(asked, evaluation=dataclasses.replace(asked.evaluation, best_of_prompts=3))
+    )
+    shared = shared_by(job)
+    answers = run_grid.sample_answers(job, shared, job.task.eval_prompts, shared.start, seed=0)
+    assert len(answers.lengths_B) == 8
+    few = jax.tree.map(lambda x: x[:3], answers)
+    values = [evaluation._numbers(job, each)["diversity"] for each in (answers, few)]
+    assert values[0] == values[1] > 0
 
 
 def test_equal_answers_share_a_score_so_that_the_kl_of_best_of_n_is_lower(tmp_path):
