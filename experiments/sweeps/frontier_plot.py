@@ -13,6 +13,10 @@ from rich.table import Table
 from rlhf_jax.report import plots
 
 _SWEEP_FIGURES = (("gold", "Gold utility", "ppo"), ("reward", "Score of the reward model", "reward_model"))
+_SWEEP_NOTE = (
+    "Dots are runs; crosses are means over seeds with their 95 % intervals. All runs answer the same held-out prompts; "
+    "the intervals do not cover the choice of these prompts, nor of the SFT and reward models."
+)
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -39,7 +43,7 @@ def _figure(points: Rows, runs: Rows, key: str, label: str, kind: str) -> str:
 def write_sweep(path: pathlib.Path, points: Rows, runs: Rows, *, title: str) -> None:
     """Writes a self-contained HTML page with one figure per metric of a sweep."""
     figures = [_figure(points, runs, key, label, kind) for key, label, kind in _SWEEP_FIGURES if key in runs[0]]
-    write_page(path, title, figures, "Dots are runs; crosses are means over seeds with their 95 % intervals.")
+    write_page(path, title, figures, _SWEEP_NOTE)
 
 
 _STYLES = (("ppo", "ppo", "^"), ("ppo-ptx", "ppo_ptx", "v"), ("rloo", "sft", "s"), ("grpo", "other", "D"))
