@@ -179,6 +179,7 @@ def run(settings: Compare) -> dict[str, Any]:
     )
     folder.write_json("compare.json", results)
     out.print(frontier_plot.methods_table(results["methods"], settings.at))
+    out.print(frontier_plot.costs_table(results["methods"]))
     run_setup.print_line(out, note)
     run_setup.print_line(out, f"figure: {folder.path / 'compare.html'}   results: {folder.path / 'compare.json'}")
     return results

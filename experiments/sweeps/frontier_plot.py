@@ -77,7 +77,10 @@ def write_methods(path: pathlib.Path, methods: Rows, *, title: str, note: str) -
         ax.set_ylabel("Gold utility")
         ax.grid()
         ax.legend()
-    write_page(path, title, svg, f"Dots are evaluations of single runs; lines are means over seeds. {note}")
+    tables = _html_table(_gold_rows(methods, methods[0]["at"])) + _html_table(_cost_rows(methods))
+    write_page(
+        path, title, svg, f"Dots are evaluations of single runs; lines are means over seeds. {note}", tables=tables
+    )
 
 
 _LINES = ("ppo", "sft", "ppo_ptx", "best_of_n", "reward_model", "base", "other")
@@ -108,24 +111,41 @@ def frontier(lines: Rows, *, xlabel: str, ylabel: str) -> str:
     return svg[0]
 
 
-_COSTS = ("answers", "prompts", "steps", "text_rows", "samples_per_answer")
-"""What a method uses: in training, except for the last."""
-
-
 def methods_table(methods: Rows, at: Sequence[float]) -> Table:
-    """Returns a table of what each method uses and of its gold utility at each KL, with intervals over seeds."""
-    grid = Table(
-        box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False, title="gold utility at equal KL", title_justify="left"
-    )
-    grid.add_column("")
-    for kl in at:
-        grid.add_column(f"{kl:g} nats", justify="right")
-    for name in _COSTS:
-        grid.add_column(name.replace("_", " "), justify="right")
-    for each in methods:
-        numbers = ("–" if p[0] is None else interval_text(p) for p in each["gold"])
-        grid.add_row(each["method"], *numbers, *(str(each[name]) for name in _COSTS))
+    """Returns a table of the gold utility at each KL, with intervals over seeds and one row per method."""
+    header, *rows = _gold_rows(methods, at)
+    return _table("gold utility at a KL of", header, rows)
+
+
+def costs_table(methods: Rows) -> Table:
+    """Returns a table of what each method uses: in training and, in the last column, to give an answer afterwards."""
+    header, *rows = _cost_rows(methods)
+    return _table("what each method uses in training, and samples per answer afterwards", header, rows)
+
+
+def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False, title=title, title_justify="left")
+    for place, name in enumerate(header):
+        grid.add_column(name, justify="right" if place else "left")
+    for row in rows:
+        grid.add_row(*row)
     return grid
+
+
+def _gold_rows(methods: Rows, at: Sequence[float]) -> list[list[str]]:
+    cells = [["–" if point[0] is None else interval_text(point) for point in each["gold"]] for each in methods]
+    return [["", *(f"{kl:g} nats" for kl in at)], *([each["method"], *row] for each, row in zip(methods, cells))]
+
+
+def _cost_rows(methods: Rows) -> list[list[str]]:
+    names = ("answers", "prompts", "steps", "text_rows", "samples_per_answer")
+    header = ["", *(name.replace("_", " ") for name in names)]
+    return [header, *([each["method"], *(str(each[name]) for name in names)] for each in methods)]
+
+
+def _html_table(rows: Sequence[Sequence[str]]) -> str:
+    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
 def write_page(path: pathlib.Path, title: str, figures: Sequence[str], note: str, *, tables: str = "") -> None:

@@ -385,8 +385,10 @@ def test_figures_show_every_method_and_coefficient(tmp_path):
     ]
     frontier_plot.write_methods(tmp_path / "c.html", methods, title="Methods", note="Seeds only.")
     table = io.StringIO()
-    console.Console(file=table, width=160).print(frontier_plot.methods_table(methods, [1.0, 2.0]))
-    assert all(text in table.getvalue() for text in ("samples per answer", "4608", "1–16", "0.600 ±0.050"))
+    for each in (frontier_plot.methods_table(methods, [1.0, 2.0]), frontier_plot.costs_table(methods)):
+        console.Console(file=table, width=80).print(each)
+    for printed in (table.getvalue(), (tmp_path / "c.html").read_text()):
+        assert all(words in printed for words in ("samples per answer", "4608", "1–16", "0.600 ±0.050", "1 nats"))
     text = (tmp_path / "c.html").read_text()
     assert (
         all(name in text for name in compare.METHODS)
@@ -417,7 +419,7 @@ def test_the_command_runs_and_resumes_a_finished_run(script, tmp_path):
         assert all(len(run["kl"]) == len(run["gold"]) for each in first["methods"] for run in each["runs"])
         assert all(run["kl"][0] == pytest.approx(0.0, abs=1e-6) for each in first["methods"] for run in each["runs"])
         best = first["best_of_n"]
-        assert all(kl <= bound + 1e-9 for kl, bound in zip(best["kl"], best["kl_bound"], strict=True))
+        assert all(kl <= bound + 0.01 for kl, bound in zip(best["kl"], best["kl_bound"], strict=True))
         assert first["sft_gold"][1] < first["sft_gold"][0] < first["sft_gold"][2]
     drop = {"seconds", "traces"}
     assert {k: v for k, v in first.items() if k not in drop} == {k: v for k, v in second.items() if k not in drop}
