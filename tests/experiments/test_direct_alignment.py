@@ -311,7 +311,7 @@ def test_rounds_of_the_study_multiply_beta_and_use_no_more_pairs_than_one_pass(m
     job: Any = SimpleNamespace(task=SimpleNamespace(prompt_width=P, rl_prompts=prompts))
     trainer = SimpleNamespace(train=lambda *_, **options: trained.append(options))
     monkeypatch.setattr(dpo_vs_ppo.run_grid, "prepare", lambda job: run_grid.StartModels(*"sdr"))
-    monkeypatch.setattr(dpo_vs_ppo.comparison_data, "load_or_collect", lambda *_: ([ranked(B=6)], None, {}))
+    monkeypatch.setattr(dpo_vs_ppo.comparison_data, "load_or_collect", lambda *_, **__: ([ranked(B=6)], None, {}))
     for name in ("pretrain", "train_reward_model", "normalise_scores"):
         monkeypatch.setattr(dpo_vs_ppo.stages, name, lambda *_, **__: None)
     monkeypatch.setattr(direct_alignment, "make_trainer", lambda *_: trainer)
