@@ -79,6 +79,10 @@ def test_standard_errors_agree_with_scipy_curve_fit():
     )
     np.testing.assert_allclose((weighted.alpha.mean, weighted.beta.mean), expected, rtol=1e-5)
     np.testing.assert_allclose(weighted.beta_error, math.sqrt(covariance[1, 1]), rtol=1e-4)
+    residuals = gains - over.predict(weighted, kl)
+    total = gains - np.average(gains, weights=sizes**-2.0)
+    expected = 1 - np.sum((residuals / sizes) ** 2) / np.sum((total / sizes) ** 2)
+    assert (weighted.r_squared, weighted.rmse) == pytest.approx((expected, np.sqrt(np.mean(residuals**2))))
 
 
 def test_true_form_extrapolates_better():
@@ -190,6 +194,15 @@ def test_temporary_gap_between_halves_is_not_a_divergence():
 def test_fall_from_the_peak_is_detected():
     fallen = diagnostics.fall_from_peak(*run(2, gold=lambda c: 0.3 * c if c < 4 else 0.9 - 0.3 * (c - 3)))
     assert fallen.gamed and fallen.peak in (2, 3, 4) and fallen.fall.lo > 0 and fallen.rise.lo > 0
+    proxy, judge = [[0.0, 0.0], [1.0, 3.0], [1.1, 3.3]], [[0.0, 0.0], [2.0, 2.0], [1.0, 0.5]]
+    exact = diagnostics.fall_from_peak(proxy, judge, confidence=0.8)
+    assert exact.peak == 1
+    assert exact.fall == diagnostics.mean_interval([1.0, 1.5], confidence=0.9), "two comparisons, Bonferroni-corrected"
+    np.testing.assert_allclose(exact.rise, diagnostics.mean_interval([0.1, 0.3], confidence=0.9))
+    flat = [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]
+    noisy = diagnostics.fall_from_peak([[0.0] * 3, [0.0] * 3, [3.0, -1.0, 0.5]], flat)
+    assert noisy.rise.mean > 0 > noisy.rise.lo and not noisy.gamed, "the rise may be noise"
+    assert diagnostics.fall_from_peak(flat[:1], flat[:1]).fall == (0.0, 0.0, 0.0)
     assert not diagnostics.fall_from_peak(*run(3, gold=lambda c: 0.3 * c)).gamed
     proxy, judge = run(4, gold=lambda c: -0.3 * c)
     assert not diagnostics.fall_from_peak(-proxy, judge).gamed, "it is not gaming if the proxy falls as well"

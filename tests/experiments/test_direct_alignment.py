@@ -367,7 +367,7 @@ def test_methods_of_the_study_have_equal_labels_and_iterated_dpo_the_answers_of_
     monkeypatch.setattr(ranked_dpo, "train", lambda *args, **options: trained.append((args[3], options)))
     monkeypatch.setattr(dpo_vs_ppo.run_grid, "train", lambda *_, **__: None)
     monkeypatch.setattr(dpo_vs_ppo.run_grid, "prepare", lambda job: run_grid.StartModels(*"sdr"))
-    monkeypatch.setattr(dpo_vs_ppo.comparison_data, "load_or_collect", lambda *_: ([ranked(B=6)], None, {}))
+    monkeypatch.setattr(dpo_vs_ppo.comparison_data, "load_or_collect", lambda *_, **__: ([ranked(B=6)], None, {}))
     for name in ("pretrain", "train_reward_model", "normalise_scores"):
         monkeypatch.setattr(dpo_vs_ppo.stages, name, lambda *_, **__: None)
     monkeypatch.setattr(direct_alignment, "make_trainer", lambda *_: None)
