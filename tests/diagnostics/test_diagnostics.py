@@ -235,6 +235,7 @@ def test_slope_interval_has_nominal_coverage():
 
 def test_slope_is_infinite_if_the_likelihood_has_no_maximum():
     assert diagnostics.calibration_slope([1.0, 2.0], [0.0, 0.0]).mean == math.inf
+    assert diagnostics.calibration_slope([1.0, 2.0], [0.0, 2.0]) == (math.inf, -math.inf, math.inf), "a tied pair"
     assert diagnostics.calibration_slope([0.0, 0.0], [1.0, 2.0]).mean == -math.inf
     with pytest.raises(ValueError, match="all score differences"):
         diagnostics.calibration_slope([1.0], [1.0])
