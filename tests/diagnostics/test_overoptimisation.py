@@ -1,5 +1,6 @@
 """Tests of over-optimisation curves, best-of-n curves, split halves, falls from a peak and Goodhart's formula."""
 
+import itertools
 import math
 
 import numpy as np
@@ -228,3 +229,44 @@ def test_regressional_goodhart_agrees_with_a_simulation():
     assert diagnostics.regressional_goodhart(3.0, variance=1.0, noise_variance=2.0) == 1.0
     with pytest.raises(ValueError, match="not both 0"):
         diagnostics.regressional_goodhart(3.0, variance=0.0, noise_variance=0.0)
+
+
+def exact_best_of_n_kl(probs_A, scores_A, n):
+    """Enumerates all n-tuples of answers; the first of the best answers is selected."""
+    picked_A = np.zeros(len(probs_A))
+    for draws in itertools.product(range(len(probs_A)), repeat=n):
+        picked_A[max(draws, key=lambda a: scores_A[a])] += np.prod(probs_A[list(draws)])
+    return float(np.sum(picked_A * np.log(picked_A / probs_A)))
+
+
+@pytest.mark.parametrize("scores_A", [[0.0, 1.0, 2.0, 3.0], [1.0, 0.0, 1.0, 2.0]], ids=["distinct", "tied"])
+def test_estimated_kl_of_best_of_n_matches_enumeration(scores_A):
+    probs_A, n = np.array([0.4, 0.3, 0.2, 0.1]), 4
+    expected = exact_best_of_n_kl(probs_A, scores_A, n)
+    # A large pool with exactly these shares has no sampling error.
+    pool = np.repeat(scores_A, np.round(20_000 * probs_A).astype(int))
+    assert diagnostics.best_of_n_kl_estimate(pool, [1, n]) == pytest.approx([0.0, expected], abs=1e-3)
+    assert expected < diagnostics.best_of_n_kl(n) - 0.04, "the formula for untied scores is only a bound"
+    rng = np.random.default_rng(0)
+    for size, bias in ((4 * n, 0.01), (n, 0.05)):
+        pools = rng.choice(scores_A, size=(6000, size), p=probs_A)
+        estimates = [diagnostics.best_of_n_kl_estimate(each, [n])[0] for each in pools]
+        assert np.mean(estimates) == pytest.approx(expected, abs=bias), size
+
+
+@given(st.integers(1, 12), st.integers(0, 2**32 - 1))
+def test_estimated_kl_of_best_of_n_is_the_formula_without_ties_and_zero_for_one_answer(total, seed):
+    untied = np.random.default_rng(seed).permutation(total)
+    ns = range(1, total + 1)
+    np.testing.assert_allclose(diagnostics.best_of_n_kl_estimate(untied, ns), diagnostics.best_of_n_kl(ns), atol=1e-9)
+    np.testing.assert_allclose(diagnostics.best_of_n_kl_estimate(np.zeros(total + 2), ns), 0.0, atol=1e-9)
+
+
+def test_estimated_kl_of_best_of_n_refuses_bad_arguments():
+    for scores, ns, message in (
+        ([0.0, math.nan], [1], "NaN"),
+        ([[1.0]], [1], "rank 1"),
+        ([1.0], [2], "between 1 and 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            diagnostics.best_of_n_kl_estimate(scores, ns)
