@@ -315,7 +315,7 @@ def test_methods_without_a_critic_refuse_every_setting_of_the_critic(method):
         ("compare", "--hosts.timeout 9", "--hosts.timeout has no effect on compare.py"),
         ("dpo", "--learning-rate 1e-4 --ppo.learning-rate 1e-4", "--ppo.learning-rate has no effect with"),
         ("dpo", "--ppo.iterations 9", "--ppo.iterations has no effect on dpo.py without --rounds"),
-        ("dpo_vs_ppo", "--parts bandit --pairs 2", "--pairs has no effect without world in --parts"),
+        ("dpo_vs_ppo", "--parts bandit --betas 1", "--betas has no effect without world in --parts"),
         ("dpo_vs_ppo", "--parts world --bandit-pairs 9", "--bandit-pairs has no effect without bandit in --parts"),
         ("dpo_vs_ppo", "--ppo.method grpo --ppo.samples 4", "--ppo.method grpo has no KL in the reward"),
         ("dpo_vs_ppo", "--parts exact --published xu", "--published xu has no effect without world"),
