@@ -13,6 +13,7 @@ import functools
 import hashlib
 import pathlib
 import sys
+import tempfile
 import time
 import types as python_types
 from collections.abc import Callable, Iterator
@@ -244,8 +245,8 @@ _SHAPES: dict[str, Any] = {}
 
 def _fake_call(record: Observed) -> Any:
     def call(self: Any, *args: Any) -> Any:
-        function = _function(self)
-        record.add(f"call of {getattr(function, '__name__', function)}", self, args)
+        function, self.traces = _function(self), 1
+        record.add(f"call of {getattr(function, 'func', function).__name__}", self, args)
         key = digest(self, jax.tree.map(_shape, args))
         if key not in _SHAPES:
             _SHAPES[key] = jax.eval_shape(function, *args)
@@ -405,7 +406,9 @@ def observe(module: Any, arguments: list[str], changes: dict[str, Any], folder: 
     """
     record = Observed()
     asked = parse(module, arguments, changes)
-    with tracked(record, asked), stand_ins(record, folder):
+    # A new folder, since files of an earlier run would replace calculations.
+    new = pathlib.Path(tempfile.mkdtemp(dir=folder))
+    with tracked(record, asked), stand_ins(record, new):
         results = module.run(asked)
     record.add("results", {name: value for name, value in results.items() if name not in ECHOED})
     return record

@@ -86,6 +86,8 @@ ALTERNATIVES: dict[str, Any] = {
     "training.limit": 5,
     "training.trains": "^head/",
     "pmp.prompts": 10,
+    "pmp.polite_taste": 9.0,
+    "group": 2,
     "pmp.agreement": 0.7,
     "cv.vocab_size": 290,
     "cv.heads": 1,
