@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.diagnostics import falls
+
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -65,9 +67,13 @@ def not_finite(rows: Rows, *, names: Sequence[str] = ("reward", "kl", "entropy",
 
 
 def negative_kl(rows: Rows, *, min_kl: float = -1.0) -> str | None:
-    """Checks that the mean KL from the reference is at least ``min_kl`` nats; a true KL cannot be negative."""
-    kl = min(_newest(rows, "kl", 1), default=0.0)
-    if kl >= min_kl:
+    """Checks that the mean KL from the reference is at least ``min_kl`` nats; a true KL cannot be negative.
+
+    The alarm is raised at once below twice ``min_kl``, and otherwise in the second consecutive row below ``min_kl``,
+    because the mean over a batch is a noisy estimate.
+    """
+    kl = max(_newest(rows, "kl", 1), default=0.0)
+    if kl >= 2 * min_kl and max(_newest(rows, "kl", 2), default=0.0) >= min_kl:
         return None
     return (
         f"the KL from the reference is {kl:.3g} nats, but a KL cannot be negative. Either the answers were not sampled "
@@ -88,7 +94,7 @@ def first_ratio(rows: Rows, *, max_ratio_error: float = 1e-3) -> str | None:
     )
 
 
-def large_ratios(rows: Rows, *, max_ratio: float = 10.0, patience: int = 3) -> str | None:
+def large_ratios(rows: Rows, *, max_ratio: float = 10.0, patience: int = 5) -> str | None:
     """Checks that the largest probability ratio is at most ``max_ratio`` in at least one of the last ``patience`` rows.
 
     A single spike does not raise the alarm, because a rare token with a high reward can cause one in a healthy run.
@@ -201,18 +207,27 @@ def unfinished_answers(
     )
 
 
-def reward_below_start(rows: Rows, *, window: int = 5, z: float = 5.0) -> str | None:
-    """Checks that the reward has not fallen below its first values by more than the noise."""
+def reward_below_start(rows: Rows, *, noise_factor: float = 1.0) -> str | None:
+    """Checks that the reward has not fallen below its first values by more than the noise, from 8 rows on.
+
+    Args:
+        rows: Rows of one stage, newest last.
+        noise_factor: Factor on the fall that noise explains.
+
+    Returns:
+        A message, or None.
+    """
     rewards = _series(rows, "reward")
-    if len(rewards) < 2 * window:
+    if len(rewards) < 8:
         return None
-    first, last = rewards[:window].mean(), rewards[-window:].mean()
-    if first - last <= z * _standard_error(rewards, window):
+    fall = falls.measure(rewards, from_start=True, factor=noise_factor)
+    if fall.size <= fall.bound:
         return None
+    first, last = falls.means(rewards, fall.window)[[0, -1]]
     return (
-        f"the reward fell from {first:.3g} (first {window} rows) to {last:.3g} (last {window} rows), although training "
-        "should raise it. Look first at the signs of the reward, the advantages, the policy loss and the KL penalty, "
-        "then check whether the KL coefficient or the learning rate is too high."
+        f"the reward fell from {first:.3g} (first {fall.window} rows) to {last:.3g} (last {fall.window} rows), although "
+        "training should raise it. Look first at the signs of the reward, the advantages, the policy loss and the KL "
+        "penalty, then check whether the KL coefficient or the learning rate is too high."
     )
 
 
@@ -220,64 +235,73 @@ def overoptimised(
     rows: Rows,
     *,
     judges: Sequence[str] = ("gold", "heldout_reward"),
-    judge_window: int = 8,
     lost_share: float = 1 / 3,
-    judge_z: float = 4.0,
+    noise_factor: float = 1.0,
 ) -> str | None:
     """Checks for over-optimisation: the reward rises while the score of a judge that is not used in training falls.
 
-    The means of the last window of rows are compared with those of the earlier window in which the judge's score is
-    highest. Both changes must exceed the noise. The judge's score must also have lost more than ``lost_share`` of its
-    gain since the start, because some loss occurs in every long run.
+    The newest rows are compared with the earlier window in which the judge's score is highest, from 8 rows on. The fall
+    must exceed the noise. The judge's score must also have lost more than ``lost_share`` of its gain since the start,
+    because some loss occurs in every long run.
 
     Args:
         rows: Rows of one stage, newest last.
         judges: Metrics to compare with ``reward``; the first that raises the alarm is reported.
-        judge_window: Number of rows in a window.
         lost_share: Share of its gain that the judge's score may lose.
-        judge_z: Number of standard errors that both changes must exceed.
+        noise_factor: Factor on the fall that noise explains.
 
     Returns:
         A message, or None.
     """
     for judge in judges:
         rewards, scores = _paired(rows, "reward", judge)
-        if len(scores) < 2 * judge_window:
+        if len(scores) < 8:
             continue
-        means, reward_means = (_window_means(values, judge_window) for values in (scores, rewards))
-        best = int(np.argmax(means[:-1]))
-        lost, gained = means[best] - means[-1], max(means[best] - scores[:3].mean(), 0.0)
-        rise = reward_means[-1] - reward_means[best]
-        noise = judge_z * _standard_error(scores, judge_window)
-        if lost > max(noise, lost_share * gained) and rise > judge_z * _standard_error(rewards, judge_window):
+        fell, fall = falls.falls_alone(scores, rewards, lost_share=lost_share, other_noise=1.0, factor=noise_factor)
+        if fell:
+            (before, after), (high, low) = (
+                falls.means(values, fall.window)[[int(fall.reference), -1]] for values in (rewards, scores)
+            )
             return (
-                f"the reward rose from {reward_means[best]:.3g} to {reward_means[-1]:.3g} while {judge}, which is not "
-                f"used in training, fell from {means[best]:.3g} to {means[-1]:.3g} (means of {judge_window} rows). The "
-                "policy exploits the reward model. Look first at the answers with the highest reward, then stop "
-                "earlier, raise the KL coefficient, or train the reward model on new samples."
+                f"the reward rose from {before:.3g} to {after:.3g} while {judge}, which is not used in training, fell "
+                f"from {high:.3g} to {low:.3g} (means of {fall.window} rows). The policy exploits the reward model. "
+                "Look first at the answers with the highest reward, then stop earlier, raise the KL coefficient, or "
+                "train the reward model on new samples."
             )
     return None
 
 
-def overfitted(rows: Rows, *, validation_window: int = 4, validation_z: float = 4.0) -> str | None:
+def overfitted(rows: Rows, *, lost_share: float = 1 / 3, noise_factor: float = 1.0) -> str | None:
     """Checks for overfitting: the loss falls while ``validation_loss`` rises by more than the noise.
 
-    Only rows that contain both metrics are used. The last window is compared with the earlier window that has the
-    lowest validation loss. To check a trained reward model, use `generalisation_gap`.
+    The newest measurements of the validation loss are compared with the earlier ones at which it is lowest, from the
+    fifth on. The loss of a measurement is the mean over the rows since the previous one. To check a trained reward
+    model, use `generalisation_gap`.
+
+    Args:
+        rows: Rows of one stage, newest last.
+        lost_share: Share of the initial decrease of the validation loss by which it may rise again.
+        noise_factor: Factor on the rise that noise explains.
+
+    Returns:
+        A message, or None.
     """
-    losses, validation_losses = _paired(rows, "loss", "validation_loss")
-    if len(validation_losses) < 2 * validation_window:
+    losses, validation_losses = _validated(rows)
+    if len(validation_losses) < 5:
         return None
-    means, loss_means = (_window_means(values, validation_window) for values in (validation_losses, losses))
-    best = int(np.argmin(means[:-1]))
-    noise = validation_z * _standard_error(validation_losses, validation_window)
-    if means[-1] - means[best] <= noise or loss_means[-1] >= loss_means[best]:
+    rose, fall = falls.falls_alone(
+        -validation_losses, -losses, lost_share=lost_share, other_noise=0.0, factor=noise_factor
+    )
+    if not rose:
         return None
+    (before, after), (low, high) = (
+        falls.means(values, fall.window)[[int(fall.reference), -1]] for values in (losses, validation_losses)
+    )
     return (
-        f"the loss fell from {loss_means[best]:.3g} to {loss_means[-1]:.3g} while the validation loss rose from "
-        f"{means[best]:.3g} to {means[-1]:.3g} (means of {validation_window} rows): the model overfits its training "
-        "set. Look first at the number of epochs and at whether the pairs of one prompt are spread over several "
-        "batches, then lower the learning rate or stop earlier."
+        f"the loss fell from {before:.3g} to {after:.3g} while the validation loss rose from {low:.3g} to {high:.3g} "
+        f"(means of {fall.window} measurements): the model overfits its training set. Look first at the number of "
+        "epochs and at whether the pairs of one prompt are spread over several batches, then lower the learning rate "
+        "or stop earlier."
     )
 
 
@@ -332,6 +356,18 @@ def _paired(rows: Rows, first: str, second: str) -> np.ndarray:
     return np.array([pair for pair in pairs if np.isfinite(pair).all()]).reshape(-1, 2).T
 
 
+def _validated(rows: Rows) -> np.ndarray:
+    """Returns the loss and the validation loss as ``[2, N]``; the loss is averaged since the previous measurement."""
+    pairs: list[tuple[float, float]] = []
+    since: list[float] = []
+    for row in rows:
+        since += [loss] if math.isfinite(loss := _number(row.get("loss"))) else []
+        if since and math.isfinite(validation := _number(row.get("validation_loss"))):
+            pairs.append((sum(since) / len(since), validation))
+            since = []
+    return np.array(pairs).reshape(-1, 2).T
+
+
 def _first(rows: Rows, name: str) -> float:
     """Returns the first finite value of a metric; NaN if there is none."""
     return next((value for row in rows if math.isfinite(value := _number(row.get(name)))), math.nan)
@@ -341,14 +377,3 @@ def _newest(rows: Rows, name: str, count: int) -> list[float]:
     """Returns a metric in the newest ``count`` rows; an empty list if there are fewer rows or a value is not finite."""
     values = [_number(row.get(name)) for row in rows[-count:]]
     return values if len(values) == count and np.isfinite(values).all() else []
-
-
-def _window_means(values: np.ndarray, window: int) -> np.ndarray:
-    """Returns the means of consecutive windows, aligned so that the last window ends at the newest row."""
-    return values[len(values) % window :].reshape(-1, window).mean(axis=1)
-
-
-def _standard_error(values: np.ndarray, window: int) -> float:
-    """Estimates the standard error of the difference of two window means from the differences of neighbouring rows."""
-    variance = np.square(np.diff(values)).mean() / 2
-    return math.sqrt(2 * variance / window)

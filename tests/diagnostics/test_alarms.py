@@ -91,8 +91,8 @@ CASES = {
         "NaN or infinite: reward.",
     ),
     "negative_kl": (
-        lambda rows: replace(rows, -1, kl=constant(-1.2)),
-        lambda rows: replace(rows, -1, kl=constant(-0.9)),
+        lambda rows: replace(rows, -2, kl=constant(-1.2)),
+        lambda rows: replace(replace(rows, -2, kl=constant(-0.9)), -1, kl=constant(-1.9)),
         "KL from the reference is -1.2 nats",
     ),
     "first_ratio": (
@@ -101,8 +101,8 @@ CASES = {
         "differs from 1 by 0.02",
     ),
     "large_ratios": (
-        lambda rows: replace(rows, -3, ratio_max=constant(11.0)),
-        lambda rows: replace(rows, -2, ratio_max=constant(1e4)),
+        lambda rows: replace(rows, -5, ratio_max=constant(11.0)),
+        lambda rows: replace(rows, -4, ratio_max=constant(1e4)),
         "at least 11-fold",
     ),
     "sampler_gap": (
