@@ -6,8 +6,9 @@ from metric names to numbers, newest row last, with None for NaN and infinity. I
 shows a problem, and None otherwise, so call it whenever a row is added. Metrics that were not logged are not checked.
 Checks are pure functions, so a resumed run that checks its old rows again raises the same alarms.
 
-Some checks compare the means of two windows of rows. A difference counts only if it exceeds a given number of standard
-errors, which are estimated from the differences of neighbouring rows and are therefore hardly affected by a trend.
+The docstring of each check states how fast it detects a fault and how often it is raised on healthy runs of up to 1,000
+rows. Unless the rates are exact, they come from the simulation in tests/diagnostics/test_alarm_rates.py, whose noise has
+an autocorrelation of 0.5, with or without heavy tails. Checks that compare windows of rows use `falls`.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ def rounding_thresholds(dtype: Any) -> dict[str, float]:
 
 
 def not_finite(rows: Rows, *, names: Sequence[str] = ("reward", "kl", "entropy", "ratio_max")) -> str | None:
-    """Checks that none of the metrics ``names`` is NaN or infinite in the newest row."""
+    """Checks that none of the metrics ``names`` is NaN or infinite in the newest row.
+
+    The check is exact: without such a value, it raises no alarm, and it detects one in its row.
+    """
     broken = [name for name in names if rows and name in rows[-1] and not math.isfinite(_number(rows[-1][name]))]
     if not broken:
         return None
@@ -70,7 +74,8 @@ def negative_kl(rows: Rows, *, min_kl: float = -1.0) -> str | None:
     """Checks that the mean KL from the reference is at least ``min_kl`` nats; a true KL cannot be negative.
 
     The alarm is raised at once below twice ``min_kl``, and otherwise in the second consecutive row below ``min_kl``,
-    because the mean over a batch is a noisy estimate.
+    because the mean over a batch is a noisy estimate. False alarms: below 1 %. A wrong sign is detected within 1 row on
+    the plateau, and within 17 rows of the start, where the KL is 0.
     """
     kl = max(_newest(rows, "kl", 1), default=0.0)
     if kl >= 2 * min_kl and max(_newest(rows, "kl", 2), default=0.0) >= min_kl:
@@ -83,7 +88,10 @@ def negative_kl(rows: Rows, *, min_kl: float = -1.0) -> str | None:
 
 
 def first_ratio(rows: Rows, *, max_ratio_error: float = 1e-3) -> str | None:
-    """Checks that probability ratios are 1 before the first update on a batch (metric ``first_ratio_error``)."""
+    """Checks that probability ratios are 1 before the first update on a batch (metric ``first_ratio_error``).
+
+    False alarms: none in the simulation; rounding is 100 times smaller. A fault is detected in its row.
+    """
     error = max(_newest(rows, "first_ratio_error", 1), default=0.0)
     if error <= max_ratio_error:
         return None
@@ -97,7 +105,8 @@ def first_ratio(rows: Rows, *, max_ratio_error: float = 1e-3) -> str | None:
 def large_ratios(rows: Rows, *, max_ratio: float = 10.0, patience: int = 5) -> str | None:
     """Checks that the largest probability ratio is at most ``max_ratio`` in at least one of the last ``patience`` rows.
 
-    A single spike does not raise the alarm, because a rare token with a high reward can cause one in a healthy run.
+    A single spike does not raise the alarm, because a rare token with a high reward can cause one in a healthy run. False
+    alarms: none in the simulation. Ratios that are 20 times as large are detected within ``patience`` rows.
     """
     ratios = _newest(rows, "ratio_max", patience)
     if not ratios or min(ratios) <= max_ratio:
@@ -114,7 +123,7 @@ def sampler_gap(rows: Rows, *, max_gap: float = 1e-2, max_mean_gap: float = 1e-3
 
     The largest difference must be at most ``max_gap`` nats and the mean difference at most ``max_mean_gap``. See
     `rounding_thresholds` for models in 16 bits. If the sampler deliberately draws from a different distribution, pass
-    `math.inf` for both.
+    `math.inf` for both. False alarms: below 1 %. A fault is detected in its row.
     """
     gap, mean_gap = (max(_newest(rows, name, 1), default=0.0) for name in ("sampler_gap", "sampler_gap_mean"))
     if gap <= max_gap and mean_gap <= max_mean_gap:
@@ -132,7 +141,8 @@ def entropy_collapse(
 ) -> str | None:
     """Checks that the policy's entropy has not collapsed.
 
-    The alarm is raised if the entropy is below both thresholds in each of the last ``patience`` rows.
+    The alarm is raised if the entropy is below both thresholds in each of the last ``patience`` rows. False alarms: none
+    in the simulation. An entropy that falls by 30 % per row is detected within 8 rows.
 
     Args:
         rows: Rows of one stage, newest last.
@@ -154,7 +164,10 @@ def entropy_collapse(
 
 
 def equal_rewards(rows: Rows, *, min_std: float = 1e-6, patience: int = 3) -> str | None:
-    """Checks that rewards vary (metric ``training_reward_std``) in at least one of the last ``patience`` rows."""
+    """Checks that rewards vary (metric ``training_reward_std``) in at least one of the last ``patience`` rows.
+
+    False alarms: none in the simulation, where rewards are continuous. Detection: within ``patience`` rows.
+    """
     stds = _newest(rows, "training_reward_std", patience)
     if not stds or max(stds) >= min_std:
         return None
@@ -178,7 +191,8 @@ def unfinished_answers(
     """Checks that few responses lack a stop token; their share is 1 minus the metric ``stopped``.
 
     The alarm is raised if, in each of the last ``patience`` rows, the share is above ``max_unfinished`` and has risen
-    by more than ``unfinished_rise``, and at once if the share in the newest row is above ``almost_all``.
+    by more than ``unfinished_rise``, and at once if the share in the newest row is above ``almost_all``. False alarms:
+    none in the simulation. A rise by 40 percentage points is detected within ``patience`` rows.
 
     Args:
         rows: Rows of one stage, newest last.
@@ -209,6 +223,9 @@ def unfinished_answers(
 
 def reward_below_start(rows: Rows, *, noise_factor: float = 1.0) -> str | None:
     """Checks that the reward has not fallen below its first values by more than the noise, from 8 rows on.
+
+    False alarms: below 1 %. A reward that falls from the start by 20 standard deviations of its noise, as steeply as a
+    healthy one rises, is detected within 21 rows in 95 % of runs, and in half of them within 10.
 
     Args:
         rows: Rows of one stage, newest last.
@@ -242,7 +259,8 @@ def overoptimised(
 
     The newest rows are compared with the earlier window in which the judge's score is highest, from 8 rows on. The fall
     must exceed the noise. The judge's score must also have lost more than ``lost_share`` of its gain since the start,
-    because some loss occurs in every long run.
+    because some loss occurs in every long run. False alarms: below 1 %. In 95 % of runs, a fall by one standard
+    deviation of the noise per row is detected within 15 rows, and one by a tenth of that within 86 (after row 100).
 
     Args:
         rows: Rows of one stage, newest last.
@@ -276,7 +294,8 @@ def overfitted(rows: Rows, *, lost_share: float = 1 / 3, noise_factor: float = 1
 
     The newest measurements of the validation loss are compared with the earlier ones at which it is lowest, from the
     fifth on. The loss of a measurement is the mean over the rows since the previous one. To check a trained reward
-    model, use `generalisation_gap`.
+    model, use `generalisation_gap`. False alarms: below 1 %. In 95 % of runs, a rise by 5 standard deviations of the
+    noise per measurement is detected within 7 measurements, and one by 1 within 12 (after measurement 20).
 
     Args:
         rows: Rows of one stage, newest last.

@@ -149,3 +149,81 @@ def delays(runs, name, fault, *, onset, rows, kind="0.5", seed=0):
     made |= {key: np.broadcast_to(values, (runs, rows)) for key, values in changed.items()}
     first = compared(made, (name,))[name] if name in COMPARING else checked(made, (name,))[name]
     return np.where(first > onset, first - onset, np.inf)
+
+
+def test_the_simulation_agrees_with_the_checks_row_by_row():
+    for fault in ("gold falls by 1 sd of the noise per row", "the validation loss rises by 5 sd per measurement"):
+        name = next(name for name, each in FAULTS if each == fault)
+        made = healthy(np.random.default_rng(0), 2, 48, "0.5")
+        made |= FAULTS[name, fault](made, after(np.arange(48), 24))
+        np.testing.assert_array_equal(compared(made, (name,))[name], checked(made, (name,))[name])
+    made["reward"] = -made["reward"]
+    names = ("reward_below_start",)
+    np.testing.assert_array_equal(compared(made, names)["reward_below_start"], checked(made, names)[names[0]])
+
+
+def test_few_healthy_runs_raise_no_alarm():
+    assert not any(false_alarms(20, 40, "0.5").values())
+    made = healthy(np.random.default_rng(1), 100, 200, "0.5")
+    assert not any(np.isfinite(row).any() for row in compared(made, COMPARING, every=4).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "limit"),
+    [
+        ("reward_below_start", "the reward falls instead of rising", 21),
+        ("overoptimised", "gold loses its whole gain at once", 10),
+        ("overoptimised", "gold falls by 1 sd of the noise per row", 15),
+        ("overfitted", "the validation loss rises by 5 sd per measurement", 8),
+    ],
+)
+def test_strong_faults_are_detected_within_few_rows(name, fault, limit):
+    onset = 0 if name == "reward_below_start" else 20
+    assert np.mean(delays(40, name, fault, onset=onset, rows=onset + 40) <= limit) >= 0.85
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["0.5", "heavy tails"])
+def test_fewer_than_one_healthy_run_in_a_hundred_raises_an_alarm(kind):
+    for rows, runs in ((40, 600), (200, 400), (1000, 300)):
+        rates = false_alarms(runs, rows, kind)
+        assert max(rates.values()) < 0.01, (rows, rates)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "fault", "onset", "limit"),
+    [
+        *((name, fault, 20, 1) for name, fault in FAULTS if name in ("not_finite", "negative_kl", "first_ratio")),
+        *((name, fault, 20, 1) for name, fault in FAULTS if name == "sampler_gap"),
+        *((name, fault, 20, 3) for name, fault in FAULTS if name in ("equal_rewards", "unfinished_answers")),
+        ("large_ratios", "ratios grow 20-fold", 20, 5),
+        ("entropy_collapse", "entropy falls by 30 % per row", 20, 8),
+        ("reward_below_start", "the reward falls instead of rising", 0, 23),
+        ("overoptimised", "gold loses its whole gain at once", 100, 15),
+        ("overoptimised", "gold falls by 1 sd of the noise per row", 100, 16),
+        ("overoptimised", "gold falls by 0.1 sd per row", 100, 92),
+        ("overfitted", "the validation loss rises by 5 sd per measurement", 20, 8),
+        ("overfitted", "the validation loss rises by 1 sd per measurement", 20, 13),
+    ],
+)
+def test_faults_are_detected_within_the_documented_number_of_rows(name, fault, onset, limit):
+    assert np.mean(delays(200, name, fault, onset=onset, rows=onset + 120) <= limit) >= 0.95
+
+
+def test_the_noise_of_a_window_is_that_of_the_autocorrelation():
+    """In long series, the estimate approaches the true standard deviation, whatever the autocorrelation."""
+    rng = np.random.default_rng(0)
+    for rho in (0.0, 0.5, 0.8):
+        values = noise(rng, 40, 2000, rho)
+        averages = falls.means(values, 8)
+        true = np.std(averages[:, ::80]) * math.sqrt(2)
+        assert np.mean(falls.noise(values, 8)) == pytest.approx(true, rel=0.15)
+
+
+def test_the_mean_of_a_window_leaves_out_its_extremes():
+    values = np.array([1.0, 2.0, 90.0, 3.0, 4.0])
+    np.testing.assert_allclose(falls.means(values, 4), [2.5, 3.5])
+    np.testing.assert_allclose(falls.means(values, 2), [1.5, 46.0, 46.5, 3.5])
+    with pytest.raises(ValueError, match="from 5 rows on"):
+        falls.measure(values[:4])
