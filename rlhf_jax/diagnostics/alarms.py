@@ -6,9 +6,9 @@ from metric names to numbers, newest row last, with None for NaN and infinity. I
 shows a problem, and None otherwise, so call it whenever a row is added. Metrics that were not logged are not checked.
 Checks are pure functions, so a resumed run that checks its old rows again raises the same alarms.
 
-The docstring of each check states how fast it detects a fault and how often it is raised on healthy runs of up to 1,000
-rows. Unless the rates are exact, they come from the simulation in tests/diagnostics/test_alarm_rates.py, whose noise has
-an autocorrelation of 0.5, with or without heavy tails. Checks that compare windows of rows use `falls`.
+The docstring of each check states how fast it detects a fault and how often it is raised on healthy runs of up to
+1,000 rows. Unless exact, rates come from the simulation in tests/diagnostics/test_alarm_rates.py, whose noise has an
+autocorrelation of 0.5, with or without heavy tails. Checks that compare windows of rows use `falls`.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def first_ratio(rows: Rows, *, max_ratio_error: float = 1e-3) -> str | None:
 def large_ratios(rows: Rows, *, max_ratio: float = 10.0, patience: int = 5) -> str | None:
     """Checks that the largest probability ratio is at most ``max_ratio`` in at least one of the last ``patience`` rows.
 
-    A single spike does not raise the alarm, because a rare token with a high reward can cause one in a healthy run. False
-    alarms: none in the simulation. Ratios that are 20 times as large are detected within ``patience`` rows.
+    A single spike does not raise the alarm, because a rare token with a high reward can cause one in a healthy run.
+    False alarms: none in the simulation. Ratios that are 20 times as large are detected within ``patience`` rows.
     """
     ratios = _newest(rows, "ratio_max", patience)
     if not ratios or min(ratios) <= max_ratio:
@@ -141,8 +141,8 @@ def entropy_collapse(
 ) -> str | None:
     """Checks that the policy's entropy has not collapsed.
 
-    The alarm is raised if the entropy is below both thresholds in each of the last ``patience`` rows. False alarms: none
-    in the simulation. An entropy that falls by 30 % per row is detected within 8 rows.
+    The alarm is raised if the entropy is below both thresholds in each of the last ``patience`` rows. False alarms:
+    none in the simulation. An entropy that falls by 30 % per row is detected within 8 rows.
 
     Args:
         rows: Rows of one stage, newest last.
@@ -242,7 +242,7 @@ def reward_below_start(rows: Rows, *, noise_factor: float = 1.0) -> str | None:
         return None
     first, last = falls.means(rewards, fall.window)[[0, -1]]
     return (
-        f"the reward fell from {first:.3g} (first {fall.window} rows) to {last:.3g} (last {fall.window} rows), although "
+        f"the reward fell from {first:.3g} (first {fall.window} rows) to {last:.3g} (last {fall.window} rows), though "
         "training should raise it. Look first at the signs of the reward, the advantages, the policy loss and the KL "
         "penalty, then check whether the KL coefficient or the learning rate is too high."
     )
