@@ -74,8 +74,8 @@ def negative_kl(rows: Rows, *, min_kl: float = -1.0) -> str | None:
     """Checks that the mean KL from the reference is at least ``min_kl`` nats; a true KL cannot be negative.
 
     The alarm is raised at once below twice ``min_kl``, and otherwise in the second consecutive row below ``min_kl``,
-    because the mean over a batch is a noisy estimate. False alarms: below 1 %. A wrong sign is detected within 1 row on
-    the plateau, and within 17 rows of the start, where the KL is 0.
+    because the mean over a batch is a noisy estimate. False alarms: below 1 %. A wrong sign is detected within 2 rows, or
+    within 17 rows of the start, where the KL is 0.
     """
     kl = max(_newest(rows, "kl", 1), default=0.0)
     if kl >= 2 * min_kl and max(_newest(rows, "kl", 2), default=0.0) >= min_kl:
@@ -142,7 +142,7 @@ def entropy_collapse(
     """Checks that the policy's entropy has not collapsed.
 
     The alarm is raised if the entropy is below both thresholds in each of the last ``patience`` rows. False alarms:
-    none in the simulation. An entropy that falls by 30 % per row is detected within 8 rows.
+    none in the simulation. An entropy that falls by 30 % per row is detected within 9 rows.
 
     Args:
         rows: Rows of one stage, newest last.
@@ -295,7 +295,7 @@ def overfitted(rows: Rows, *, lost_share: float = 1 / 3, noise_factor: float = 1
     The newest measurements of the validation loss are compared with the earlier ones at which it is lowest, from the
     fifth on. The loss of a measurement is the mean over the rows since the previous one. To check a trained reward
     model, use `generalisation_gap`. False alarms: below 1 %. In 95 % of runs, a rise by 5 standard deviations of the
-    noise per measurement is detected within 7 measurements, and one by 1 within 12 (after measurement 20).
+    noise per measurement is detected within 7 measurements, and one by 1 within 12 (after measurement 20 of 60).
 
     Args:
         rows: Rows of one stage, newest last.

@@ -183,7 +183,7 @@ def test_strong_faults_are_detected_within_few_rows(name, fault, limit):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["0.5", "heavy tails"])
+@pytest.mark.parametrize("kind", NOISES)
 def test_fewer_than_one_healthy_run_in_a_hundred_raises_an_alarm(kind):
     for rows, runs in ((40, 600), (200, 400), (1000, 300)):
         rates = false_alarms(runs, rows, kind)
@@ -194,11 +194,11 @@ def test_fewer_than_one_healthy_run_in_a_hundred_raises_an_alarm(kind):
 @pytest.mark.parametrize(
     ("name", "fault", "onset", "limit"),
     [
-        *((name, fault, 20, 1) for name, fault in FAULTS if name in ("not_finite", "negative_kl", "first_ratio")),
-        *((name, fault, 20, 1) for name, fault in FAULTS if name == "sampler_gap"),
+        *((name, fault, 20, 1) for name, fault in FAULTS if name in ("not_finite", "first_ratio", "sampler_gap")),
+        ("negative_kl", "the KL changes its sign", 20, 2),
         *((name, fault, 20, 3) for name, fault in FAULTS if name in ("equal_rewards", "unfinished_answers")),
         ("large_ratios", "ratios grow 20-fold", 20, 5),
-        ("entropy_collapse", "entropy falls by 30 % per row", 20, 8),
+        ("entropy_collapse", "entropy falls by 30 % per row", 20, 9),
         ("reward_below_start", "the reward falls instead of rising", 0, 23),
         ("overoptimised", "gold loses its whole gain at once", 100, 15),
         ("overoptimised", "gold falls by 1 sd of the noise per row", 100, 16),
@@ -208,7 +208,8 @@ def test_fewer_than_one_healthy_run_in_a_hundred_raises_an_alarm(kind):
     ],
 )
 def test_faults_are_detected_within_the_documented_number_of_rows(name, fault, onset, limit):
-    assert np.mean(delays(200, name, fault, onset=onset, rows=onset + 120) <= limit) >= 0.95
+    rows = onset + max(40, limit + 10)
+    assert np.mean(delays(200, name, fault, onset=onset, rows=rows) <= limit) >= 0.95
 
 
 def test_the_noise_of_a_window_is_that_of_the_autocorrelation():
