@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from launch import device_mesh, host_agreement
 
-from recipe import reward_diagnosis
+from recipe import policy_sampling, reward_diagnosis
 from recipe.jobs import Job
 from recipe.policy_sampling import Answers
 from rlhf_jax import diagnostics, lm, parallel, types
@@ -90,7 +90,8 @@ def _numbers(job: Job, answers: Answers) -> dict[str, Any]:
         "kl": float(np.mean(answers.kl_B)),
         "length": float(np.mean(answers.lengths_B)),
         "stopped": float(np.mean(answers.stopped_B)),
-        "diversity": float(diagnostics.distinct_n(responses, n=2)),
+        # The share of distinct bigrams falls with the number of answers, so it uses as many as best-of-n has.
+        "diversity": float(diagnostics.distinct_n(responses[: job.settings.evaluation.best_of_prompts], n=2)),
     }
     if answers.unknown_B is not None:
         numbers["unknown_words"] = float(np.mean(answers.unknown_B))
@@ -195,8 +196,9 @@ def _best_of_n(job: Job, policy: types.Params, reward: types.Params, rng: jax.Ar
     pool = job.sampler(policy, policy, reward, prompts.at(np.repeat(np.arange(N), n)), rng)
     pick = np.arange(N) * n + pool.scores_B.reshape(N, n).argmax(axis=1)
     best = jax.tree.map(lambda x: x[pick], pool)
-    numbers = _numbers(job, best) | {"kl": float(diagnostics.best_of_n_kl(n)), "n": n, "prompts": N}
     sizes = [2**i for i in range(int(math.log2(n)) + 1)]
+    kl = dict(zip([*sizes, n], policy_sampling.best_of_kl(pool, n, [*sizes, n])))
+    numbers = _numbers(job, best) | {"kl": kl[n], "kl_bound": float(diagnostics.best_of_n_kl(n)), "n": n, "prompts": N}
 
     def mean(values: Any) -> np.ndarray:
         pairs = zip(pool.scores_B.reshape(N, n), values.reshape(N, n))
@@ -206,7 +208,8 @@ def _best_of_n(job: Job, policy: types.Params, reward: types.Params, rng: jax.Ar
     if pool.gold is not None:
         columns["gold"] = mean(pool.gold.total)
     curve = [
-        {"n": size, "kl": float(diagnostics.best_of_n_kl(size))} | {k: float(v[i]) for k, v in columns.items()}
+        {"n": size, "kl": kl[size], "kl_bound": float(diagnostics.best_of_n_kl(size))}
+        | {k: float(v[i]) for k, v in columns.items()}
         for i, size in enumerate(sizes)
     ]
     return Measured(best, numbers), curve

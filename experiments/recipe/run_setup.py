@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 
-from launch import device_mesh, host_agreement, initial_model, mesh_settings, run_folder
+from launch import device_mesh, host_agreement, initial_model, mesh_settings, process_setup, run_folder
 from launch.settings import Settings
 from rich.console import Console
 
@@ -69,6 +70,8 @@ def open_run(
     folder = _open_folder(path, settings, model_files)
     verb = "resuming" if settings.resume else "writing to"
     print_line(out, f"{verb} {folder.path}; data: {task.dropped.report()}")
+    for text in task.notes:
+        folder.note("data", text)
     if model is not None:
         print_line(out, f"starting from {model.path} ({model.cfg.model_type}); chat template: {model.fmt.origin}")
     if mesh is not None:
@@ -108,7 +111,7 @@ def _open_folder(path: pathlib.Path, settings: Settings, model_files: str | None
 
 def _make_progress(weights: Sequence[tuple[str, float]]) -> console.StageProgress:
     if hosts.current().first:
-        return console.StageProgress(weights)
+        return console.StageProgress(weights, elapsed=time.time() - process_setup.START_TIME)
     return console.StageProgress(weights, console=Console(quiet=True), live=False)
 
 

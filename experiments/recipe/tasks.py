@@ -13,7 +13,7 @@ from launch import initial_model
 from launch.settings import Settings
 
 from recipe import human_comparisons, world_words
-from rlhf_jax.data import batching, chat, dialogues, encoding, errors, packing, padding, plain_text, records, tokenizers
+from rlhf_jax.data import chat, dialogues, encoding, errors, packing, padding, plain_text, records, tokenizers
 from rlhf_jax.simulation import corpus, demonstrators, gold, labelers, lexicon, prompts
 from rlhf_jax.simulation import world as world_lib
 from rlhf_jax.train import sft
@@ -33,6 +33,9 @@ class PromptSet:
     mask_BP: np.ndarray
     texts: list[str]
     categories: list[str]
+    asked_B: np.ndarray
+    """Index of what each prompt asks (`simulation.prompts.Prompt.asked`) or, for prompts from a file, of its
+    conversation. Numbers about prompts with the same index are not independent."""
     words_BP: np.ndarray | None = None
     """The prompts as ids of the built-in world's words, which the gold utility requires."""
 
@@ -48,7 +51,7 @@ class PromptSet:
         """Returns the prompts with the indices ``rows``, which may contain duplicates."""
         texts, categories = ([each[i] for i in rows] for each in (self.texts, self.categories))
         words_BP = None if self.words_BP is None else self.words_BP[rows]
-        return PromptSet(self.tokens_BP[rows], self.mask_BP[rows], texts, categories, words_BP)
+        return PromptSet(self.tokens_BP[rows], self.mask_BP[rows], texts, categories, self.asked_B[rows], words_BP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +86,8 @@ class Task:
     world: GoldTask | None = None
     comparisons: tuple[Comparisons, Comparisons] | None = None
     """Training and held-out comparisons from a file; None for the built-in world."""
+    notes: tuple[str, ...] = ()
+    """Warnings about the data, which `run_setup` prints and saves as incidents."""
     in_world_words: bool = False
     """Whether the model has the built-in world's tokenizer, whose ids are the world's words."""
 
@@ -152,7 +157,9 @@ def _prompt_sets(
         if not in_world_words:
             word_ids = [prompts.prompt_tokens(prompt.turns) for prompt in task_prompts]
             words_BP, _ = padding.pad_prompts(word_ids, width=prompts.PROMPT_WIDTH, pad_id=lexicon.PAD_ID)
-        sets.append(PromptSet(tokens_BP, mask_BP, texts, [p.category for p in task_prompts], words_BP))
+        index = {asked: i for i, asked in enumerate(dict.fromkeys(prompt.asked for prompt in task_prompts))}
+        asked_B = np.array([index[prompt.asked] for prompt in task_prompts])
+        sets.append(PromptSet(tokens_BP, mask_BP, texts, [p.category for p in task_prompts], asked_B, words_BP))
     return P, sets
 
 
@@ -177,7 +184,9 @@ def _world_task(settings: Settings, model: initial_model.InitialModel | None) ->
         world, demonstrated, rng, slips=demonstrators.Slips().scaled(settings.world.slips)
     )
     n_compare = settings.comparisons.prompts
-    compare = prompts.draw_prompts(sets.train, n_compare + max(n_compare // 10, 1), _stream(settings, COMPARE))
+    rng = _stream(settings, COMPARE)
+    compare = prompts.draw_prompts(sets.train, n_compare, rng)
+    compare += prompts.draw_prompts(sets.validation, max(n_compare // 10, 1), rng)
     rl = prompts.draw_prompts(sets.train, settings.ppo.iterations * settings.ppo.batch, _stream(settings, RL))
     split = sets.test if settings.evaluation.split == "test" else sets.validation
     evaluated = prompts.draw_prompts(split, settings.evaluation.prompts, _stream(settings, EVALUATE))
@@ -276,17 +285,8 @@ def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None)
         model.check_widths(P, T, source="--data.prompt-width and --data.response-width")
     dropped = errors.DropCount(max_dropped=data.max_dropped)
     rankings = human_comparisons.read(data, dropped)
-    key = jax.random.key(settings.seed)
-    group_N = human_comparisons.conversation_ids(rankings)
-    try:
-        kept, _ = batching.split(int(group_N.max()) + 1, fraction=data.held_out, key=key)
-    except ValueError as error:
-        raise errors.DataError(
-            f"{data.path} has {int(group_N.max()) + 1} conversations, too few for --data.held-out {data.held_out}; add "
-            "records or change the share"
-        ) from error
-    train_N = np.isin(group_N, kept)
-    train, held_out = ([rankings[i] for i in np.flatnonzero(mask_N)] for mask_N in (train_N, ~train_N))
+    notes: list[str] = []
+    train, held_out = human_comparisons.split(data, rankings, jax.random.key(settings.seed), warn=notes.append)
     fmt = human_comparisons.train_chat_format(train, data.vocab_size) if model is None else model.fmt
     # Records that exceed the widths do not count towards --data.max-dropped, which is for defects of the file.
     width_counts = errors.DropCount(max_dropped=1.0)
@@ -325,13 +325,14 @@ def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None)
         eval_prompts=_dialogue_prompts(held_ids, held_out, P, fmt.pad_id).take(settings.evaluation.prompts),
         dropped=dropped,
         comparisons=(train_rows, held_rows),
+        notes=tuple(notes),
     )
 
 
 def _dialogue_prompts(ids: list[list[int]], prompts: Sequence[records.Prompt], width: int, pad_id: int) -> PromptSet:
     tokens_BP, mask_BP = padding.pad_prompts(ids, width=width, pad_id=pad_id)
     texts = ["\n".join(f"{turn.role}: {turn.text}" for turn in each.prompt) for each in prompts]
-    return PromptSet(tokens_BP, mask_BP, texts, [""] * len(prompts))
+    return PromptSet(tokens_BP, mask_BP, texts, [""] * len(prompts), human_comparisons.conversation_ids(prompts))
 
 
 def token_batch(rows: padding.Rows, indices: np.ndarray) -> sft.TokenBatch:

@@ -19,6 +19,11 @@ def test_wilson_agrees_with_scipy(k, n):
         np.testing.assert_allclose(diagnostics.wilson(k, n, confidence=confidence), tuple(expected), atol=1e-12)
 
 
+def test_wilson_contains_rates_of_zero_and_one_in_spite_of_rounding():
+    for n in range(1, 200):
+        assert diagnostics.wilson(0, n)[0] == 0.0 and diagnostics.wilson(n, n)[1] == 1.0
+
+
 def test_wilson_without_trials_is_the_unit_interval():
     assert diagnostics.wilson(0, 0) == (0.0, 1.0)
     with pytest.raises(ValueError, match="successes"):
@@ -31,6 +36,17 @@ def test_mean_interval_agrees_with_scipy():
     got = diagnostics.mean_interval(values)
     np.testing.assert_allclose(got, (values.mean(), *expected), rtol=1e-9)
     assert diagnostics.mean_interval([2.0]) == (2.0, -math.inf, math.inf)
+
+
+def test_average_of_independent_estimates_adds_widths_in_quadrature():
+    got = diagnostics.average([diagnostics.Estimate(1.0, 0.7, 1.4), diagnostics.Estimate(2.0, 1.6, 2.3)])
+    np.testing.assert_allclose(got, (1.5, 1.5 - 0.25, 1.5 + 0.25))
+    values = np.random.default_rng(3).normal(size=50)
+    one = diagnostics.mean_interval(values)
+    four = diagnostics.average([one] * 4)
+    np.testing.assert_allclose(four.hi - four.lo, (one.hi - one.lo) / 2, err_msg="four runs halve the interval")
+    with pytest.raises(ValueError, match="at least one"):
+        diagnostics.average([])
 
 
 def test_bootstrap_agrees_with_theory_and_is_reproducible():
@@ -77,6 +93,22 @@ def test_ratio_over_clusters_agrees_with_mean_interval_and_wilson():
     np.testing.assert_allclose(many[1:], diagnostics.wilson(1000, 4000), atol=2e-5)
 
 
+def test_bounds_of_rates_solve_their_equations():
+    outcomes, z = np.array([1.0, 0.25, 0.5, 0.0, 1.0]), stats.norm.ppf(0.975)
+    mean, *bounds = diagnostics.outcome_rate(outcomes)
+    ties = np.mean(4 * outcomes * (1 - outcomes)) * 5 / (5 + z**2)  # An outcome of 1/4 is three quarters of a tie.
+    for p in bounds:
+        assert (mean - p) ** 2 == pytest.approx(z**2 / 5 * (p * (1 - p) - ties / 4))
+    parts, wholes = np.array([1.0, 2.0, 1.0]), np.array([2.0, 5.0, 1.0])
+    mean, *bounds = diagnostics.ratio_interval(parts, wholes)
+    variance = 3 / 2 * np.sum((parts - mean * wholes) ** 2) / 8**2
+    share = 3 / (3 + z**2)
+    variance = share * variance + (1 - share) * mean * (1 - mean) * np.sum(wholes**2) / 8**2
+    trials, t = mean * (1 - mean) / variance, stats.t.ppf(0.975, 2)
+    for p in bounds:
+        assert (mean - p) ** 2 == pytest.approx(t**2 / trials * p * (1 - p))
+
+
 def test_single_values_have_infinite_intervals_and_confidence_is_validated():
     rng = np.random.default_rng(0)
     assert diagnostics.bootstrap_mean([2.0], rng) == (2.0, -math.inf, math.inf)
@@ -107,6 +139,7 @@ def test_win_rate_counts_ties_as_a_half():
     np.testing.assert_array_equal(diagnostics.win_outcomes(a, b, tie_tolerance=0.1), [1.0, 0.5, 0.0, 0.5])
     assert diagnostics.win_rate(a, b).mean == 0.375
     assert diagnostics.win_rate(a, b, tie_tolerance=0.1).mean == 0.5
+    assert diagnostics.win_outcomes([1.5, 2.5], [1.0, 1.0], tie_tolerance=0.5).tolist() == [0.5, 1.0]
 
 
 def test_win_rate_without_ties_is_wilsons_and_antisymmetric():
@@ -202,6 +235,7 @@ def test_slope_interval_has_nominal_coverage():
 
 def test_slope_is_infinite_if_the_likelihood_has_no_maximum():
     assert diagnostics.calibration_slope([1.0, 2.0], [0.0, 0.0]).mean == math.inf
+    assert diagnostics.calibration_slope([1.0, 2.0], [0.0, 2.0]) == (math.inf, -math.inf, math.inf), "a tied pair"
     assert diagnostics.calibration_slope([0.0, 0.0], [1.0, 2.0]).mean == -math.inf
     with pytest.raises(ValueError, match="all score differences"):
         diagnostics.calibration_slope([1.0], [1.0])

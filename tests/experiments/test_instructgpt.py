@@ -1,6 +1,7 @@
 """Runs instructgpt.py from the command line and checks its files, results and errors."""
 
 import contextlib
+import dataclasses
 import gzip
 import io
 import json
@@ -16,9 +17,13 @@ import instructgpt
 import jax
 import numpy as np
 import pytest
-from recipe import tasks
+import real_run
+from recipe import run_setup, tasks
+from rich.console import Console
 
 from rlhf_jax.data import errors
+from rlhf_jax.report import results as results_lib
+from rlhf_jax.simulation import prompts, world
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = str(ROOT / "experiments" / "instructgpt.py")
@@ -111,6 +116,23 @@ def test_results_are_complete_and_consistent(finished):
     assert model["thresholds"]["count"][0] == model["held_out_pairs"] == model["length_bias"]["count"]
     np.testing.assert_allclose(model["gap"]["validation_accuracy"], model["accuracy"], atol=1e-6)
     assert results["ptx_coef"]["per_token"] == 1.0 and 0 < results["ptx_coef"]["per_sequence"] < 1
+
+
+def test_the_stored_results_of_a_real_run_have_the_shape_of_this_one(finished):
+    folder, _ = finished
+    results, stored = json.loads((folder / "results.json").read_text()), real_run.results()
+    hint = "; copy results.json and metrics.jsonl of `instructgpt.py --preset smoke --seed 0` to tests/cases/smoke_run"
+    assert real_run.shape(results | {"dropped": {}}) == real_run.shape(stored | {"dropped": {}}), hint
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [sorted(row) for row in rows] == [sorted(row) for row in real_run.metrics()], hint
+
+
+def test_a_run_has_one_duration(finished):
+    folder, done = finished
+    seconds = results_lib.seconds_text(json.loads((folder / "results.json").read_text())["seconds"])
+    assert f"duration {seconds}" in " ".join(done.stdout.split())
+    assert f"duration {seconds}" in (folder / "report.html").read_text()
+    assert "stages done\n" in done.stderr
 
 
 def test_every_output_file_is_written(finished):
@@ -219,6 +241,38 @@ def test_human_comparisons_provide_the_data_of_every_stage(tmp_path):
     assert len(task.rl_prompts) == 48 and len(task.eval_prompts) == 12 and not any(task.eval_prompts.categories)
 
 
+def test_every_stage_of_the_world_asks_only_what_its_split_may_ask():
+    task = tasks.make_task(instructgpt.parse(["--preset", "smoke", "--comparisons.prompts", "640"]))
+    sets = prompts.split_prompts(world.make_world(0), 0)
+    P, asked_of = task.prompt_width, {}
+    for rows in prompts.all_prompts(world.make_world(0)).values():
+        for prompt, _ in rows:
+            for prefix in prompts.PREFIXES:
+                turns = dataclasses.replace(prompt, prefix=prefix).turns
+                asked_of[tuple(prompts.prompt_tokens(turns))] = prompt.asked
+
+    def asked(tokens_BP, mask_BP):
+        return [asked_of[tuple(row[mask].tolist())] for row, mask in zip(tokens_BP, mask_BP)]
+
+    def may_ask(universe):
+        return {prompt.asked for rows in universe.values() for prompt, _ in rows}
+
+    demos, rl, held_out = task.demonstrations, task.rl_prompts, task.eval_prompts
+    compare, n = task.world.compare_prompts, task.world.n_compare
+    train = [asked(demos.tokens_BL[:, :P], demos.mask_BL[:, :P]), asked(rl.tokens_BP, rl.mask_BP)]
+    ranked = asked(compare.tokens_BP, compare.mask_BP)
+    assert (n, len(ranked)) == (640, 704)
+    assert set().union(*train, ranked[:n]) <= may_ask(sets.train)
+    assert set(ranked[n:]) <= may_ask(sets.validation)
+    tested = asked(held_out.tokens_BP, held_out.mask_BP)
+    assert set(tested) <= may_ask(sets.test)
+    # The index says which prompts ask the same.
+    indices = {}
+    for each, index in zip(tested, held_out.asked_B.tolist()):
+        assert indices.setdefault(each, index) == index
+    assert len(set(indices.values())) == len(indices)
+
+
 def task_of(path, *more):
     widths = ("--data.max-dropped", 0.1, "--data.held-out", 0.2, "--data.vocab-size", 300)
     parsed = instructgpt.parse([str(each) for each in ("--preset", "smoke", "--data.path", path, *widths, *more)])
@@ -286,6 +340,20 @@ def test_rankings_keep_all_answers_and_refused_roles_are_reported(tmp_path):
         task_of(write(tmp_path / "system.jsonl", records))
 
 
+def test_warnings_about_the_data_are_saved_as_incidents(tmp_path):
+    records = [
+        {"prompt": "Why?", "responses": [f"Yes, that is number {i}.", "No."], "ranks": [1, 2]} for i in range(40)
+    ]
+    path, out = write(tmp_path / "alike.jsonl", records), tmp_path / "run"
+    asked = instructgpt.parse(
+        ["--preset", "smoke", "--data.path", str(path), "--data.held-out", "0.25", "--out", str(out)]
+    )
+    with run_setup.open_run(asked, Console(quiet=True), weights=()) as (folder, job):
+        assert [len(each.ranks_BK) for each in job.task.comparisons] == [30, 10]
+        (incident,) = folder.incidents()
+    assert incident["stage"] == "data" and incident["text"].startswith("all 40 comparisons have the same prompt")
+
+
 @pytest.mark.slow
 def test_ppo_logs_the_score_of_a_heldout_reward_model(tmp_path):
     few = ("--pretrain.steps", 20, "--ppo.iterations", 2, "--evaluation.prompts", 24, "--ppo.critic", "zero-head")
@@ -323,7 +391,7 @@ def test_the_job_runs_on_human_comparisons(tmp_path):
     mean, low, high = results["reward_model"]["accuracy"]
     assert 0 <= low <= mean <= high <= 1 and results["reward_model"]["held_out_pairs"] == 60
     for policy in results["policies"].values():
-        assert "reward" in policy and "gold" not in policy and "gold_win_rate_vs_sft" not in policy
+        assert set(policy) <= real_run.OF_HUMAN_DATA
     assert "gold" not in done.stdout.lower()
 
 
