@@ -5,7 +5,7 @@ The best of n samples is the one with the highest *proxy* score; its quality is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ class BestOfNCurve(NamedTuple):
     """Expected gold score of the sample with the highest proxy score among n, averaged over prompts."""
     lo: np.ndarray
     hi: np.ndarray
-    """Bounds of the bootstrap interval over prompts; infinite for a single prompt."""
+    """Bounds of the interval of the mean, over prompts; infinite for a single prompt."""
 
 
 def best_of_n_kl(n: npt.ArrayLike) -> np.ndarray:
@@ -89,23 +89,19 @@ def best_of_n_mean(proxy_scores: npt.ArrayLike, gold_scores: npt.ArrayLike, ns: 
 def best_of_n_curve(
     proxy_scores: npt.ArrayLike,
     gold_scores: npt.ArrayLike,
-    rng: np.random.Generator,
     *,
     ns: Sequence[int] | None = None,
+    clusters: Sequence[Hashable] | None = None,
     confidence: float = 0.95,
-    resamples: int = 2000,
 ) -> BestOfNCurve:
-    """Computes KL and mean gold score of best-of-n sampling for every n, with bootstrap intervals over prompts.
-
-    All n share the same bootstrap samples of prompts, so that their intervals are comparable.
+    """Computes KL and mean gold score of best-of-n sampling for every n, with intervals over prompts.
 
     Args:
         proxy_scores: ``[B, N]``, the scores that select the best sample, for N samples of each of B prompts.
         gold_scores: ``[B, N]``, the scores to average. To compute the proxy's curve, pass the proxy scores.
-        rng: Random generator; the same state gives the same intervals.
         ns: Values of n, each from 1 to N; by default, all of them.
+        clusters: One label per prompt; prompts with the same label are correlated (`intervals.clustered_mean`).
         confidence: Coverage of the intervals.
-        resamples: Number of bootstrap samples.
 
     Returns:
         KL, mean and interval for each n.
@@ -119,13 +115,9 @@ def best_of_n_curve(
         raise ValueError(f"scores must have the same shape (prompts, samples), got {proxy.shape} and {gold.shape}")
     sizes = range(1, proxy.shape[1] + 1) if ns is None else ns
     means_BM = np.array([best_of_n_mean(p, g, sizes) for p, g in zip(proxy, gold)])
-    B, ends = len(means_BM), intervals.quantiles(confidence)
-    mean_M, kl_M = means_BM.mean(axis=0), best_of_n_kl(np.array(sizes))
-    if B == 1:
-        return BestOfNCurve(np.array(sizes), kl_M, mean_M, np.full_like(mean_M, -np.inf), np.full_like(mean_M, np.inf))
-    resampled = np.array([means_BM[rng.integers(B, size=B)].mean(axis=0) for _ in range(resamples)])
-    lo, hi = np.quantile(resampled, ends, axis=0)
-    return BestOfNCurve(np.array(sizes), kl_M, mean_M, lo, hi)
+    estimates = [intervals.clustered_mean(column, clusters, confidence=confidence) for column in means_BM.T]
+    mean, lo, hi = (np.array(x) for x in zip(*estimates))
+    return BestOfNCurve(np.array(sizes), best_of_n_kl(np.array(sizes)), mean, lo, hi)
 
 
 def _log_binomial(n: npt.ArrayLike, k: npt.ArrayLike) -> np.ndarray:
