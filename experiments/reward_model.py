@@ -66,6 +66,7 @@ if __name__ == "__main__":
 import pathlib
 import time
 
+import numpy as np
 from launch import entry_point, run_folder
 from preferences import cross_validation, cross_validation_results, reward_baselines, reward_run
 from recipe import human_comparisons, run_setup
@@ -115,6 +116,10 @@ def _cross_validate(settings: RewardSettings, out: Console) -> tuple[pathlib.Pat
             f"--folds is {settings.folds}; it must be at most {len(pairs) // 10}, a tenth of the {len(pairs)} pairs of "
             f"{settings.data.path}"
         )
+    if (n := len(np.unique(human_comparisons.conversation_ids(pairs)))) < settings.folds:
+        raise settings_lib.SettingError(
+            f"--folds is {settings.folds}; it must be at most {n}, the number of conversations in {settings.data.path}"
+        )
     folder = run_folder.RunFolder(path) if settings.resume else run_folder.create(path, settings)
     run_setup.print_line(out, f"writing to {path}; data: {len(pairs)} pairs, {counts.report()}")
     with console.StageProgress([(f"fold-{n}", 1.0) for n in range(1, settings.folds + 1)]) as progress:
@@ -122,7 +127,8 @@ def _cross_validate(settings: RewardSettings, out: Console) -> tuple[pathlib.Pat
             pairs, settings.cv, folds=settings.folds, seed=settings.seed, folder=folder, progress=progress
         )
     folder.log.close()
-    return path, {"dropped": counts.dropped, **cross_validation_results.summary(pairs, folds, seed=settings.seed)}
+    summary = cross_validation_results.summary(pairs, folds, seed=settings.seed)
+    return path, {"dropped": counts.dropped, "incidents": folder.incidents(), **summary}
 
 
 def _tables(results: dict[str, Any]) -> list[tuple[str, Table]]:

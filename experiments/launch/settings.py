@@ -28,7 +28,8 @@ class Data:
     response_width: int = 64
     """Maximum number of tokens in an answer. Longer answers are truncated, lose their stop token and are reported."""
     held_out: float = 0.1
-    """Share of the conversations held out to measure the reward model's accuracy and to evaluate policies."""
+    """Share of the comparisons held out to measure the reward model's accuracy and to evaluate policies. Comparisons
+    with the same system text and first question are held out together."""
 
 
 @dataclasses.dataclass(frozen=True)

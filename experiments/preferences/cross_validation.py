@@ -43,18 +43,6 @@ class Encoded:
         return len(self.prompts)
 
 
-def test_indices(group_N: np.ndarray, folds: int, *, seed: int) -> list[np.ndarray]:
-    """Returns the indices of the test pairs of each fold.
-
-    The groups in ``group_N`` are shuffled and never split, so that the sizes of the folds are only about equal.
-    """
-    groups = np.random.default_rng([seed, 17]).permutation(int(group_N.max()) + 1)
-    sizes = np.bincount(group_N)[groups]
-    fold_G = np.empty(len(groups), int)
-    fold_G[groups] = (np.cumsum(sizes) - sizes) * folds // len(group_N)
-    return [np.flatnonzero(fold_G[group_N] == fold) for fold in range(folds)]
-
-
 def encode(fmt: chat.ChatFormat, pairs: Sequence[human_comparisons.Pair], settings: CrossValidation) -> Encoded:
     """Tokenises pairs. A long prompt keeps its last tokens; a long answer keeps its first tokens and its end-of-turn
     token."""
@@ -323,10 +311,14 @@ def cross_validate(
     folder: run_folder.RunFolder,
     progress: Any,
 ) -> list[dict[str, Any]]:
-    """Returns the results of each fold, with margins in the order of `test_indices`; finished folds are restored."""
+    """Returns the results of each fold; finished folds are restored.
+
+    Margins are in the order of `human_comparisons.fold_indices`.
+    """
     programs = Programs(settings)
     results = []
-    for number, test in enumerate(test_indices(human_comparisons.conversation_ids(pairs), folds, seed=seed), start=1):
+    group_N = human_comparisons.conversation_ids(pairs, warn=partial(folder.note, "data"))
+    for number, test in enumerate(human_comparisons.fold_indices(group_N, folds, seed=seed), start=1):
         path = folder.path / f"fold-{number}.json"
         if path.exists():
             progress.skip(f"fold-{number}")

@@ -84,7 +84,7 @@ def summary(
 ) -> dict[str, Any]:
     """Returns the results over all folds; each pair is scored once, by a model that was not trained on it."""
     group_N = human_comparisons.conversation_ids(pairs)
-    tested = cross_validation.test_indices(group_N, len(folds), seed=seed)
+    tested = human_comparisons.fold_indices(group_N, len(folds), seed=seed)
     margins: dict[str, np.ndarray] = {}
     for method in cross_validation.METHODS:
         margins[method] = np.zeros(len(pairs))

@@ -37,16 +37,17 @@ class TfidfChoice:
     """
 
     def __init__(self, pairs: Sequence[human_comparisons.Pair], *, seed: int) -> None:
-        """Fits the vocabulary and the weights; selects the penalty by log loss on 4 inner splits of ``pairs``."""
+        """Fits the vocabulary and the weights; selects the penalty by log loss on up to 4 inner folds of ``pairs``."""
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         self._vectorizer: Any = TfidfVectorizer(sublinear_tf=True, min_df=2)
         self._vectorizer.fit([answer for pair in pairs for answer in (pair.chosen, pair.rejected)])
         difference = self._difference(pairs)
         group_N = human_comparisons.conversation_ids(pairs)
-        split_N = (np.random.default_rng(seed).permutation(int(group_N.max()) + 1) % 4)[group_N]
+        splits = human_comparisons.fold_indices(group_N, min(4, int(group_N.max()) + 1), seed=seed)
+        rest = [np.setdiff1d(np.arange(len(pairs)), test) for test in splits]
         losses = [
-            np.mean([_log_loss(difference[split_N == s] @ _fit(difference[split_N != s], C)) for s in range(4)])
+            np.mean([_log_loss(difference[test] @ _fit(difference[train], C)) for train, test in zip(rest, splits)])
             for C in STRENGTHS
         ]
         self.strength = STRENGTHS[int(np.argmin(losses))]

@@ -1,14 +1,16 @@
-"""Reads a file of human comparisons, groups them by conversation and trains a tokenizer on them."""
+"""Reads a file of human comparisons, splits them by conversation and trains a tokenizer on them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
+import jax
 import numpy as np
 from launch.settings import Data
 
-from rlhf_jax.data import chat, dialogues, errors, readers, records, tokenizers
+from rlhf_jax.data import batching, chat, dialogues, errors, readers, records, tokenizers
 
 _ROLES = (dialogues.USER, dialogues.ASSISTANT)
 
@@ -20,6 +22,9 @@ class Pair:
     prompt: tuple[dialogues.Turn, ...]
     chosen: str
     rejected: str
+
+
+Comparison = TypeVar("Comparison", records.Ranking, Pair)
 
 
 def read(data: Data, counts: errors.DropCount) -> list[records.Ranking]:
@@ -56,18 +61,84 @@ def check_roles(rankings: Sequence[records.Ranking]) -> None:
                 )
 
 
-def conversation_ids(comparisons: Sequence[records.Prompt | records.Ranking | Pair]) -> np.ndarray:
-    """Returns a conversation id, counted from 0, for each comparison.
+def split(
+    data: Data, comparisons: Sequence[Comparison], key: jax.Array, *, warn: Callable[[str], None]
+) -> tuple[list[Comparison], list[Comparison]]:
+    """Returns training comparisons and the share --data.held-out of comparisons, without dividing a conversation.
 
-    Comparisons with the same first user turn belong to the same conversation. They must be held out together, because
-    the prompts of later turns contain the earlier turns. System turns are ignored, since many conversations share them.
+    ``warn`` is called with a message if the share cannot be had. Raises DataError if a part would be empty.
     """
-    ids: dict[str, int] = {}
-    return np.array([ids.setdefault(_first_user_turn(each.prompt), len(ids)) for each in comparisons])
+    n, conversation_N = len(comparisons), conversation_ids(comparisons, warn=warn)
+    try:
+        parts = batching.split(n, fraction=data.held_out, key=key, group_N=conversation_N)
+    except ValueError as error:
+        raise errors.DataError(
+            f"{data.path} has {n} {'comparison' if n == 1 else 'comparisons'}, too few for --data.held-out "
+            f"{data.held_out}; add records or change the share"
+        ) from error
+    held_out = len(parts[1])
+    if abs(held_out - n * data.held_out) > max(1.0, 0.1 * n * data.held_out):
+        warn(
+            f"{held_out} of {n} comparisons ({held_out / n:.1%}) are held out, although --data.held-out is "
+            f"{data.held_out}, because conversations are not divided and the largest has "
+            f"{np.bincount(conversation_N).max()} comparisons"
+        )
+    train, test = ([comparisons[i] for i in part] for part in parts)
+    return train, test
 
 
-def _first_user_turn(prompt: tuple[dialogues.Turn, ...]) -> str:
-    return next((turn.text for turn in prompt if turn.role == dialogues.USER), prompt[0].text)
+def conversation_ids(
+    comparisons: Sequence[records.Prompt | Pair], *, warn: Callable[[str], None] = lambda text: None
+) -> np.ndarray:
+    """Returns a conversation id, counted from 0, for each comparison; at least two comparisons have different ids.
+
+    Comparisons belong to the same conversation if their turns are equal up to and including the first user turn, such
+    as a system turn and a question. They must be held out together, because the prompts of later turns contain the
+    earlier turns. If all comparisons begin alike, the id is that of the whole prompt, and if all prompts are equal,
+    that of the comparison; ``warn`` is then called with a message.
+    """
+    ids = _number([_opening(each.prompt) for each in comparisons])
+    if ids.any() or len(ids) < 2:
+        return ids
+    ids = _number([each.prompt for each in comparisons])
+    start = f"all {len(ids)} comparisons have the same"
+    if ids.any():
+        warn(f"{start} first question, so they are divided by their whole prompts, which share earlier turns")
+        return ids
+    warn(f"{start} prompt, so they are divided as if they were different conversations: no prompt is held out")
+    return np.arange(len(ids))
+
+
+def _opening(prompt: tuple[dialogues.Turn, ...]) -> tuple[dialogues.Turn, ...]:
+    roles = [turn.role for turn in prompt]
+    return prompt[: 1 + (roles.index(dialogues.USER) if dialogues.USER in roles else 0)]
+
+
+def _number(keys: Iterable[tuple[dialogues.Turn, ...]]) -> np.ndarray:
+    """Numbers different keys from 0 in order of appearance."""
+    ids: dict[tuple[dialogues.Turn, ...], int] = {}
+    return np.array([ids.setdefault(key, len(ids)) for key in keys], int)
+
+
+def fold_indices(group_N: np.ndarray, folds: int, *, seed: int) -> list[np.ndarray]:
+    """Returns the indices of the test comparisons of each fold, none of which is empty.
+
+    The groups in ``group_N``, of which there must be at least ``folds``, are shuffled and never divided. A group that
+    is larger than a fold is a fold on its own; the sizes of the others are as equal as the groups allow.
+    """
+    groups = np.random.default_rng([seed, 17]).permutation(int(group_N.max()) + 1)
+    sizes = np.bincount(group_N)[groups]
+    if len(groups) < folds:
+        raise ValueError(f"{len(groups)} groups cannot be divided into {folds} folds")
+    fold_G, left = np.full(len(groups), -1), len(group_N)
+    for alone, large in enumerate(np.argsort(-sizes, kind="stable")):
+        if sizes[large] * (folds - alone) <= left:
+            break
+        fold_G[groups[large]], left = alone, left - sizes[large]
+    rest = fold_G[groups] < 0
+    groups, sizes = groups[rest], sizes[rest]
+    fold_G[groups] = alone + (np.cumsum(sizes) - sizes) * (folds - alone) // left
+    return [np.flatnonzero(fold_G[group_N] == fold) for fold in range(folds)]
 
 
 def train_chat_format(rankings: Iterable[records.Ranking], vocab_size: int) -> chat.ChatFormat:

@@ -69,6 +69,8 @@ def open_run(
     folder = _open_folder(path, settings, model_files)
     verb = "resuming" if settings.resume else "writing to"
     print_line(out, f"{verb} {folder.path}; data: {task.dropped.report()}")
+    for text in task.notes:
+        folder.note("data", text)
     if model is not None:
         print_line(out, f"starting from {model.path} ({model.cfg.model_type}); chat template: {model.fmt.origin}")
     if mesh is not None:

@@ -13,7 +13,7 @@ from launch import initial_model
 from launch.settings import Settings
 
 from recipe import human_comparisons, world_words
-from rlhf_jax.data import batching, chat, dialogues, encoding, errors, packing, padding, plain_text, records, tokenizers
+from rlhf_jax.data import chat, dialogues, encoding, errors, packing, padding, plain_text, records, tokenizers
 from rlhf_jax.simulation import corpus, demonstrators, gold, labelers, lexicon, prompts
 from rlhf_jax.simulation import world as world_lib
 from rlhf_jax.train import sft
@@ -86,6 +86,8 @@ class Task:
     world: GoldTask | None = None
     comparisons: tuple[Comparisons, Comparisons] | None = None
     """Training and held-out comparisons from a file; None for the built-in world."""
+    notes: tuple[str, ...] = ()
+    """Warnings about the data, which `run_setup` prints and saves as incidents."""
     in_world_words: bool = False
     """Whether the model has the built-in world's tokenizer, whose ids are the world's words."""
 
@@ -281,17 +283,8 @@ def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None)
         model.check_widths(P, T, source="--data.prompt-width and --data.response-width")
     dropped = errors.DropCount(max_dropped=data.max_dropped)
     rankings = human_comparisons.read(data, dropped)
-    key = jax.random.key(settings.seed)
-    group_N = human_comparisons.conversation_ids(rankings)
-    try:
-        kept, _ = batching.split(int(group_N.max()) + 1, fraction=data.held_out, key=key)
-    except ValueError as error:
-        raise errors.DataError(
-            f"{data.path} has {int(group_N.max()) + 1} conversations, too few for --data.held-out {data.held_out}; add "
-            "records or change the share"
-        ) from error
-    train_N = np.isin(group_N, kept)
-    train, held_out = ([rankings[i] for i in np.flatnonzero(mask_N)] for mask_N in (train_N, ~train_N))
+    notes: list[str] = []
+    train, held_out = human_comparisons.split(data, rankings, jax.random.key(settings.seed), warn=notes.append)
     fmt = human_comparisons.train_chat_format(train, data.vocab_size) if model is None else model.fmt
     # Records that exceed the widths do not count towards --data.max-dropped, which is for defects of the file.
     width_counts = errors.DropCount(max_dropped=1.0)
@@ -330,6 +323,7 @@ def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None)
         eval_prompts=_dialogue_prompts(held_ids, held_out, P, fmt.pad_id).take(settings.evaluation.prompts),
         dropped=dropped,
         comparisons=(train_rows, held_rows),
+        notes=tuple(notes),
     )
 
 

@@ -78,25 +78,51 @@ def epoch_of(step: int, *, n: int, batch_size: int, drop_last: bool = False) -> 
     return step * batch_size // per_epoch
 
 
-def split(n: int, *, fraction: float, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Splits ``n`` examples at random into a training part and a held-out part.
+def split(
+    n: int, *, fraction: float, key: jax.Array, group_N: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Splits ``n`` examples at random into a training part and a held-out part, without dividing a group.
+
+    Groups are drawn in random order and held out if they fit in what remains of the share. A smallest group that does
+    not fit is held out too if this brings the share closer to ``fraction``, or if nothing fits. The number of held-out
+    examples therefore differs from ``round(n * fraction)`` by less than the size of the largest group.
+
+    >>> import jax, numpy as np
+    >>> from rlhf_jax.data import batching
+    >>> group_N = np.array([0, 0, 0, 0, 0, 0, 1, 1, 2, 2])
+    >>> train, held_out = batching.split(10, fraction=0.4, key=jax.random.key(0), group_N=group_N)
+    >>> held_out.tolist()
+    [6, 7, 8, 9]
 
     Args:
         n: Number of examples.
-        fraction: Share of examples to hold out, between 0 and 1; ``round(n * fraction)`` examples are held out.
+        fraction: Share of examples to hold out, between 0 and 1.
         key: A JAX key; do not use it again.
+        group_N: An integer per example; examples with the same integer stay together. None means that each example is
+            a group, and exactly ``round(n * fraction)`` examples are held out.
 
     Returns:
-        ``(train, held_out)``, disjoint int32 indices, each in ascending order.
+        ``(train, held_out)``, disjoint integer indices, each in ascending order.
 
     Raises:
-        ValueError: If one of the parts would be empty.
+        ValueError: If one of the parts would be empty, because ``n`` is too small or all examples are in one group.
     """
-    held_out = round(n * fraction)
-    if not 0 < held_out < n:
-        raise ValueError(f"holding out the fraction {fraction} of {n} examples leaves one part empty")
-    order = _shuffle(n, key)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+    wanted = round(n * fraction)
+    group_N = np.arange(n) if group_N is None else np.unique(group_N, return_inverse=True)[1]
+    size_G = np.bincount(group_N)
+    if not 0 < wanted < n or len(size_G) < 2:
+        groups = "" if len(size_G) == n else f" in {len(size_G)} groups"
+        raise ValueError(f"holding out the fraction {fraction} of {n} examples{groups} leaves one part empty")
+    order = _shuffle(len(size_G), key)
+    held_G, missing = np.zeros(len(size_G), bool), wanted
+    for group in order:
+        if size_G[group] <= missing:
+            held_G[group], missing = True, missing - size_G[group]
+    left = order[~held_G[order]]
+    smallest = left[size_G[left].argmin()]
+    if not held_G.any() or (size_G[smallest] < 2 * missing and len(left) > 1):
+        held_G[smallest] = True
+    return np.flatnonzero(~held_G[group_N]), np.flatnonzero(held_G[group_N])
 
 
 def fingerprint(arrays: Any) -> str:

@@ -1,5 +1,7 @@
 """Shuffled batches, random splits, and fingerprints of data."""
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +78,37 @@ def test_a_split_is_disjoint_complete_and_repeatable():
     for fraction in (0.0, 1.0, 0.001, -1.0):
         with pytest.raises(ValueError, match="leaves one part empty"):
             batching.split(101, fraction=fraction, key=KEY)
+
+
+@hypothesis.given(
+    st.lists(st.integers(1, 60), min_size=2, max_size=40), st.floats(0.01, 0.99), st.integers(0, 2**31), st.randoms()
+)
+def test_a_split_holds_out_the_share_asked_for_in_whole_groups(sizes, fraction, seed, random):
+    group_N = [7 * group - 3 for group, size in enumerate(sizes) for _ in range(size)]
+    random.shuffle(group_N)
+    n, wanted = len(group_N), round(len(group_N) * fraction)
+    hypothesis.assume(0 < wanted < n)
+    train, held_out = batching.split(n, fraction=fraction, key=jax.random.key(seed), group_N=np.array(group_N))
+    assert sorted([*train.tolist(), *held_out.tolist()]) == list(range(n)) and len(train) and len(held_out)
+    kept, held = ({group_N[i] for i in part} for part in (train, held_out))
+    assert not kept & held
+    assert abs(len(held_out) - wanted) < max(sizes)
+    if min(sizes) <= wanted and len(kept) > 1:
+        assert abs(len(held_out) - wanted) <= max(sizes) / 2
+    if sizes.count(1) >= wanted:
+        assert len(held_out) == wanted
+    again = batching.split(n, fraction=fraction, key=jax.random.key(seed), group_N=np.array(group_N))
+    np.testing.assert_array_equal(again[1], held_out)
+
+
+def test_every_group_can_be_held_out_and_one_group_cannot_be_divided():
+    group_N = np.repeat(np.arange(10), 2)
+    held = [batching.split(20, fraction=0.1, key=jax.random.key(s), group_N=group_N)[1].tolist() for s in range(60)]
+    assert {tuple(each) for each in held} == {(2 * g, 2 * g + 1) for g in range(10)}
+    large = np.repeat([0, 1, 2], [10, 8, 82])
+    assert batching.split(100, fraction=0.04, key=KEY, group_N=large)[1].tolist() == list(range(10, 18))
+    with pytest.raises(ValueError, match="of 4 examples in 1 groups leaves one part empty"):
+        batching.split(4, fraction=0.5, key=KEY, group_N=np.zeros(4, int))
 
 
 def test_a_fingerprint_depends_on_values_order_shape_dtype_and_names():

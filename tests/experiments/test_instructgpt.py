@@ -16,7 +16,8 @@ import instructgpt
 import jax
 import numpy as np
 import pytest
-from recipe import tasks
+from recipe import run_setup, tasks
+from rich.console import Console
 
 from rlhf_jax.data import errors
 
@@ -284,6 +285,20 @@ def test_rankings_keep_all_answers_and_refused_roles_are_reported(tmp_path):
         record["prompt"] = [{"role": "system", "content": "Be short."}, {"role": "user", "content": record["prompt"]}]
     with pytest.raises(errors.DataError, match=r"system\.jsonl: none of 32 comparisons is usable .*roles are refused"):
         task_of(write(tmp_path / "system.jsonl", records))
+
+
+def test_warnings_about_the_data_are_saved_as_incidents(tmp_path):
+    records = [
+        {"prompt": "Why?", "responses": [f"Yes, that is number {i}.", "No."], "ranks": [1, 2]} for i in range(40)
+    ]
+    path, out = write(tmp_path / "alike.jsonl", records), tmp_path / "run"
+    asked = instructgpt.parse(
+        ["--preset", "smoke", "--data.path", str(path), "--data.held-out", "0.25", "--out", str(out)]
+    )
+    with run_setup.open_run(asked, Console(quiet=True), weights=()) as (folder, job):
+        assert [len(each.ranks_BK) for each in job.task.comparisons] == [30, 10]
+        (incident,) = folder.incidents()
+    assert incident["stage"] == "data" and incident["text"].startswith("all 40 comparisons have the same prompt")
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ import pathlib
 import re
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
@@ -46,13 +48,94 @@ def pairs_of(path):
 
 
 def test_folds_test_every_pair_once():
-    tested = cross_validation.test_indices(np.arange(23), 5, seed=3)
+    tested = human_comparisons.fold_indices(np.arange(23), 5, seed=3)
     assert sorted(np.concatenate(tested)) == list(range(23)) and {len(indices) for indices in tested} == {4, 5}
-    other = cross_validation.test_indices(np.arange(23), 5, seed=4)
+    other = human_comparisons.fold_indices(np.arange(23), 5, seed=4)
     assert any((a != b).any() for a, b in zip(tested[:3], other[:3]))
     group = np.array([0, 0, 1, 2, 2, 2, 3, 4, 5, 5])
-    tested = cross_validation.test_indices(group, 2, seed=0)
+    tested = human_comparisons.fold_indices(group, 2, seed=0)
     assert sorted(np.concatenate(tested)) == list(range(10)) and not set(group[tested[0]]) & set(group[tested[1]])
+
+
+@hypothesis.given(st.lists(st.integers(1, 40), min_size=2, max_size=30), st.integers(2, 8), st.integers(0, 99))
+def test_no_fold_is_empty_and_groups_larger_than_a_fold_are_alone(sizes, folds, seed):
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    if len(sizes) < folds:
+        with pytest.raises(ValueError, match=f"{len(sizes)} groups cannot be divided into {folds} folds"):
+            human_comparisons.fold_indices(group, folds, seed=seed)
+        return
+    tested = human_comparisons.fold_indices(group, folds, seed=seed)
+    assert sorted(np.concatenate(tested)) == list(range(len(group))) and min(map(len, tested)) > 0
+    members = [set(group[test]) for test in tested]
+    assert sum(map(len, members)) == len(sizes), "no group is divided"
+    for large in np.flatnonzero(np.array(sizes) * folds > len(group)):
+        assert {large} in members
+    if max(sizes) * folds <= len(group):
+        assert max(map(len, tested)) < len(group) / folds + max(sizes)
+
+
+def pairs_that_open_alike(share, n=200):
+    """Pairs whose system texts differ, and the ``share`` of which ask the same question."""
+    turns = [
+        (dialogues.Turn("system", f"You are {i}."), dialogues.Turn("user", "Who?" if i < share * n else f"Who is {i}?"))
+        for i in range(n)
+    ]
+    return [human_comparisons.Pair(prompt, "a", "b") for prompt in turns]
+
+
+def split(pairs, seed=0, held_out=0.1):
+    notes = []
+    data = settings_lib.Data(path="x.jsonl", held_out=held_out)
+    return *human_comparisons.split(data, pairs, jax.random.key(seed), warn=notes.append), notes
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 1.0])
+def test_a_tenth_is_held_out_however_many_conversations_open_with_one_question(share):
+    with_system = pairs_that_open_alike(share)
+    without = [dataclasses.replace(pair, prompt=pair.prompt[1:]) for pair in with_system]
+    for seed in range(12):
+        for pairs in (with_system, without):
+            train, held_out, notes = split(pairs, seed)
+            assert (len(train), len(held_out)) == (180, 20)
+            if share == 1 and pairs is without:
+                assert notes == [
+                    "all 200 comparisons have the same prompt, so they are divided as if they were different "
+                    "conversations: no prompt is held out"
+                ]
+            else:
+                assert not notes and not {p.prompt for p in train} & {p.prompt for p in held_out}
+
+
+def test_later_turns_stay_with_their_conversation_unless_all_begin_alike():
+    def prompts(first, answers):
+        turns = [dialogues.Turn("user", first), dialogues.Turn("assistant", "Yes."), dialogues.Turn("user", "Why?")]
+        return [tuple([*turns, dialogues.Turn("assistant", f"{i}"), turns[-1]][: 1 + 2 * (i % 3)]) for i in answers]
+
+    pairs = [human_comparisons.Pair(p, "a", "b") for first in range(30) for p in prompts(f"Is it {first}?", range(6))]
+    train, held_out, notes = split(pairs)
+    assert len(held_out) == 18 and not notes
+    assert not {p.prompt[0] for p in train} & {p.prompt[0] for p in held_out}
+    alike = [human_comparisons.Pair(p, "a", "b") for p in prompts("Is it?", range(90))]
+    train, held_out, notes = split(alike)
+    assert len(held_out) == 9 and not {p.prompt for p in train} & {p.prompt for p in held_out}
+    assert notes == [
+        "all 90 comparisons have the same first question, so they are divided by their whole prompts, which share "
+        "earlier turns"
+    ]
+
+
+def test_a_share_that_whole_conversations_do_not_allow_is_a_warning():
+    pairs = [human_comparisons.Pair((dialogues.Turn("user", f"{i // 50}?"),), "a", "b") for i in range(200)]
+    train, held_out, (note,) = split(pairs)
+    assert (len(train), len(held_out)) == (150, 50)
+    assert note == (
+        "50 of 200 comparisons (25.0%) are held out, although --data.held-out is 0.1, because conversations are not "
+        "divided and the largest has 50 comparisons"
+    )
+    with pytest.raises(errors.DataError, match=r"x\.jsonl has 4 comparisons, too few for --data\.held-out 0\.1"):
+        split(pairs[::50])
+    with pytest.raises(errors.DataError, match=r"x\.jsonl has 1 comparison, too few for --data\.held-out 0\.5"):
+        split(pairs[:1], held_out=0.5)
 
 
 def test_tfidf_learns_words_and_favours_neither_order(tmp_path):
@@ -72,7 +155,7 @@ def test_the_summary_combines_all_folds():
     pairs = [human_comparisons.Pair((dialogues.Turn("user", f"q{i}"),), "a" * (1 + i % 3), "bb") for i in range(20)]
     truth = np.random.default_rng(0).normal(size=20)
     folds = []
-    for test in cross_validation.test_indices(np.arange(20), 2, seed=0):
+    for test in human_comparisons.fold_indices(np.arange(20), 2, seed=0):
         margins = truth[test].tolist()
         members = [margins, (-truth[test]).tolist()]
         folds.append(
@@ -107,6 +190,8 @@ def test_rankings_yield_all_pairs_and_conversations_stay_together(tmp_path):
     assert human_comparisons.conversation_ids(pairs).tolist() == [0] * 5 + [1] * 5, (
         "a shared system turn does not merge conversations"
     )
+    other = [human_comparisons.Pair((dialogues.Turn("system", "Be long."), p.prompt[1]), "a", "b") for p in pairs[:1]]
+    assert human_comparisons.conversation_ids([*pairs, *other])[-1] == 2, "different system turns divide conversations"
     with pytest.raises(errors.DataError, match=r"ranked\.json, record 1: a turn has the role 'system'"):
         human_comparisons.check_roles(rankings)
 
@@ -202,6 +287,12 @@ def test_too_many_folds_and_broken_files_are_refused(tmp_path):
     path = write(tmp_path / "pairs.jsonl", 30)
     too_many = refused("--out", tmp_path / "run", "--data.path", path, "--folds", "5")
     assert "at most 3, a tenth of the 30 pairs" in too_many
+    records = [{"prompt": f"Why {i // 20}?", "responses": ["a", "b"], "ranks": [1, 2]} for i in range(40)]
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(json.dumps(record) + "\n" for record in records))
+    too_many = refused("--out", tmp_path / "run", "--data.path", few, "--folds", "3")
+    assert "--folds is 3; it must be at most 2, the number of conversations in" in too_many
+    assert not (tmp_path / "run").exists()
     missing = tmp_path / "none.jsonl"
     assert str(missing) in refused("--out", tmp_path / "run", "--data.path", missing, "--folds", "2")
 
