@@ -80,14 +80,17 @@ def test_ratio_over_clusters_agrees_with_mean_interval_and_wilson():
 def test_single_values_have_infinite_intervals_and_confidence_is_validated():
     rng = np.random.default_rng(0)
     assert diagnostics.bootstrap_mean([2.0], rng) == (2.0, -math.inf, math.inf)
-    curve = diagnostics.best_of_n_curve([[1.0, 2.0]], [[1.0, 2.0]], rng)
+    curve = diagnostics.best_of_n_curve([[1.0, 2.0]], [[1.0, 2.0]])
     assert curve.mean.tolist() == [1.5, 2.0] and set(curve.lo) == {-math.inf} and set(curve.hi) == {math.inf}
     ones, zeros = [1.0, 2.0, 0.5], [0.0, 3.0, 0.0]
     for call in (
         lambda c: diagnostics.mean_interval(ones, confidence=c),
         lambda c: diagnostics.bootstrap_mean(ones, rng, confidence=c),
-        lambda c: diagnostics.best_of_n_curve([ones, zeros], [ones, zeros], rng, confidence=c),
+        lambda c: diagnostics.best_of_n_curve([ones, zeros], [ones, zeros], confidence=c),
         lambda c: diagnostics.calibration_slope(ones, zeros, confidence=c),
+        lambda c: diagnostics.overconfidence(ones, zeros, confidence=c),
+        lambda c: diagnostics.clustered_mean(ones, confidence=c),
+        lambda c: diagnostics.distinct_n_interval([[1, 2]], [0], n=1, confidence=c),
         lambda c: diagnostics.ratio_interval(ones, zeros, confidence=c),
         lambda c: diagnostics.length_correlation(ones, zeros, confidence=c),
         lambda c: diagnostics.length_controlled_win_rate([1, 0, 1], [1, 2, 3], [1, 1, 1], confidence=c),

@@ -221,12 +221,14 @@ def test_length_correlation_is_computed_within_prompts():
     assert tiny.mean == pytest.approx(1.0), "small scores do not underflow"
 
 
-@pytest.mark.parametrize("n", [4, 10, 50])
+@pytest.mark.parametrize("n", [4, 10, 5000])
 def test_length_correlation_agrees_with_scipy(n):
     x, y = np.random.default_rng(n).normal(size=(2, n))
-    expected: Any = stats.pearsonr(x, y)
-    got = diagnostics.length_correlation(x, y)
-    np.testing.assert_allclose(got, (expected.statistic, *expected.confidence_interval(0.95)), rtol=1e-9)
+    expected: Any = stats.pearsonr(x, 0.2 * x + y)
+    got = diagnostics.length_correlation(x, 0.2 * x + y)
+    assert got.mean == pytest.approx(expected.statistic, rel=1e-9)
+    if n == 5000:  # The robust interval of normal values approaches Fisher's.
+        np.testing.assert_allclose(got[1:], expected.confidence_interval(0.95), atol=2e-3)
 
 
 def test_length_bias_matches_hand_computed_values():
