@@ -46,22 +46,22 @@ def best_of_n_kl(n: npt.ArrayLike) -> np.ndarray:
 
 
 def best_of_n_mean(proxy_scores: npt.ArrayLike, gold_scores: npt.ArrayLike, ns: Sequence[int]) -> np.ndarray:
-    """Returns unbiased estimates of the expected gold score of best-of-n sampling, from N samples for one prompt.
+    """Returns unbiased estimates of the expected gold score of best-of-n sampling, from N samples for each prompt.
 
     With samples sorted in ascending order of proxy score, the estimate is ``sum_i C(i - 1, n - 1) / C(N, n) * gold_i``,
     the average gold score of the best sample over all subsets of size n (Nakano 2021, App. I). Samples with tied proxy
     scores are assigned the mean of their gold scores.
 
     Args:
-        proxy_scores: ``[N]``, the scores that select the best sample.
-        gold_scores: ``[N]``, the scores to average. For the expected proxy score, pass the proxy scores.
-        ns: Values of n, each from 1 to N.
+        proxy_scores: ``[..., N]``, the scores that select the best sample.
+        gold_scores: ``[..., N]``, the scores to average. For the expected proxy score, pass the proxy scores.
+        ns: M values of n, each from 1 to N.
 
     Returns:
-        One estimate for each of ``ns``, to be averaged over prompts.
+        Estimates ``[..., M]``, to be averaged over prompts.
 
     Raises:
-        ValueError: If the scores differ in shape, are not of rank 1 or contain NaN, or if an n is out of range.
+        ValueError: If the scores differ in shape, are scalars or contain NaN, or if an n is out of range.
 
     Example:
         >>> from rlhf_jax import diagnostics
@@ -69,21 +69,24 @@ def best_of_n_mean(proxy_scores: npt.ArrayLike, gold_scores: npt.ArrayLike, ns: 
         [3. 5. 6.]
     """
     proxy, gold = np.asarray(proxy_scores, np.float64), np.asarray(gold_scores, np.float64)
-    if proxy.ndim != 1 or proxy.shape != gold.shape or np.isnan(proxy).any() or np.isnan(gold).any():
-        raise ValueError(f"scores must be rank 1, equally long and not NaN, got shapes {proxy.shape} and {gold.shape}")
-    total, sizes = len(proxy), np.asarray(ns, np.int64)
+    if proxy.ndim < 1 or proxy.shape != gold.shape or np.isnan(proxy).any() or np.isnan(gold).any():
+        raise ValueError(f"scores must have the same shape [..., N] and no NaN, got {proxy.shape} and {gold.shape}")
+    total, sizes = proxy.shape[-1], np.asarray(ns, np.int64)
     if ((sizes < 1) | (sizes > total)).any():
         raise ValueError(f"every n must be between 1 and {total}, the number of samples, got {list(ns)}")
-    _, group, count = np.unique(proxy, return_inverse=True, return_counts=True)
-    shared = (np.bincount(group, weights=gold) / count)[np.sort(group)]
+    order = proxy.argsort(axis=-1, kind="stable")
+    proxy, gold = (np.take_along_axis(scores, order, axis=-1) for scores in (proxy, gold))
+    first = np.ones(proxy.shape, bool)  # first of the samples that share a proxy score
+    first[..., 1:] = proxy[..., 1:] != proxy[..., :-1]
+    group = first.ravel().cumsum() - 1
+    shared = (np.bincount(group, weights=gold.ravel()) / np.bincount(group))[group].reshape(gold.shape)
     rank = np.arange(1, total + 1)
     estimates = []
     for n in sizes:
         # Logarithms avoid overflow of the binomial coefficients. The best of n samples has a rank of at least n.
-        possible = rank[n - 1 :]
-        weights = np.exp(_log_binomial(possible - 1, n - 1) - _log_binomial(total, n))
-        estimates.append(np.sum(weights * shared[n - 1 :]))
-    return np.array(estimates)
+        weights = np.exp(_log_binomial(rank[n - 1 :] - 1, n - 1) - _log_binomial(total, n))
+        estimates.append(shared[..., n - 1 :] @ weights)
+    return np.stack(estimates, axis=-1)
 
 
 def best_of_n_curve(
@@ -114,8 +117,8 @@ def best_of_n_curve(
     if proxy.ndim != 2 or proxy.shape != gold.shape or not proxy.size:
         raise ValueError(f"scores must have the same shape (prompts, samples), got {proxy.shape} and {gold.shape}")
     sizes = range(1, proxy.shape[1] + 1) if ns is None else ns
-    means_BM = np.array([best_of_n_mean(p, g, sizes) for p, g in zip(proxy, gold)])
-    estimates = [intervals.clustered_mean(column, clusters, confidence=confidence) for column in means_BM.T]
+    means_MB = best_of_n_mean(proxy, gold, sizes).T
+    estimates = [intervals.clustered_mean(means_B, clusters, confidence=confidence) for means_B in means_MB]
     mean, lo, hi = (np.array(x) for x in zip(*estimates))
     return BestOfNCurve(np.array(sizes), best_of_n_kl(np.array(sizes)), mean, lo, hi)
 

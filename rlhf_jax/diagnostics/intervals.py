@@ -16,6 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+_ROUNDING = 1e-6
+"""Tolerance of rates, whose values may have been computed in float32."""
+
 
 class Estimate(NamedTuple):
     """A point estimate and the bounds of its confidence interval."""
@@ -194,7 +197,7 @@ def clustered_mean(
     """
     values = samples(values)
     index = np.arange(len(values)) if clusters is None else label_indices(clusters, len(values), "clusters")[1]
-    if rate and ((values < 0) | (values > 1)).any():
+    if rate and ((values < -_ROUNDING) | (values > 1 + _ROUNDING)).any():
         raise ValueError("the values of a rate must be in [0, 1], but one is outside")
     return ratio_interval(np.bincount(index, weights=values), np.bincount(index), rate=rate, confidence=confidence)
 
@@ -233,13 +236,14 @@ def ratio_interval(
         raise ValueError("need one part and one whole per cluster; wholes must be at least 0 and not all 0")
     used = (wholes > 0) | (parts != 0)
     parts, wholes = parts[used], wholes[used]
-    # The tolerance is for the rounding of sums of fractions.
-    shares = bool(((parts >= 0) & (parts <= wholes * (1 + 1e-12))).all())
+    slack = _ROUNDING * wholes
+    shares = bool(((parts >= -slack) & (parts <= wholes + slack)).all())
     if rate and not shares:
         raise ValueError("the parts of a rate must be between 0 and their wholes, but one is outside")
     rate = shares if rate is None else rate
     total = float(wholes.sum())
-    mean = min(float(parts.sum()) / total, 1.0) if rate else float(parts.sum()) / total
+    parts = np.clip(parts, 0.0, wholes) if rate else parts
+    mean = float(parts.sum()) / total
     variance, freedom = jackknife(parts - mean * wholes, wholes)
     t = critical(confidence, freedom=freedom)
     if not freedom:
@@ -249,7 +253,7 @@ def ratio_interval(
         return Estimate(mean, mean - width, mean + width)
     effective_clusters, coin = total**2 / float(np.square(wholes).sum()), mean * (1 - mean)
     variance = (effective_clusters * variance + max(variance, coin / total)) / (effective_clusters + 1)
-    return Estimate(mean, *_score_interval(mean, 0.0, coin / variance if variance > 0 else effective_clusters, t))
+    return Estimate(mean, *_score_interval(mean, 0.0, coin / variance if coin > 0 else effective_clusters, t))
 
 
 def jackknife(scores: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
