@@ -266,7 +266,7 @@ def _train_policies(
     shared = run_grid.prepare(job)
     base = stages.pretrain(job)
     (own, *_), _, _ = comparison_data.load_or_collect(job, [shared.sft, shared.start])
-    (shifted, *_), _, _ = comparison_data.load_or_collect(job, [base])
+    (shifted, *_), _, _ = comparison_data.load_or_collect(job, [base], stage="comparisons-shifted")
     reward = stages.train_reward_model(job, shared.start, shifted, stage="reward_model-shifted")
     shared_shifted = shared._replace(reward=stages.normalise_scores(job, reward, shared.start))
     pairs = {

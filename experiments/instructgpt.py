@@ -102,7 +102,6 @@ def run(settings: Settings) -> dict:
         title="From a base model to PPO-ptx",
         settings=dataclasses.asdict(settings),
     )
-    results["seconds"] = time.time() - process_setup.START_TIME
     folder.write_json(run_folder.RESULTS, results)
     out.print(console.results_table(results))
     lines = [f"compiled programs: {', '.join(f'{n} {name}' for name, n in results['programs'].items())}"]

@@ -52,9 +52,7 @@ class RunFolder:
         self.print_note(stage, text)
         incident = {"stage": stage, "text": text}
         if incident not in self.incidents():
-            atomic.repair_last_line(self.path / INCIDENTS)
-            with (self.path / INCIDENTS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(incident) + "\n")
+            atomic.append_line(self.path / INCIDENTS, incident)
 
     def incidents(self) -> list[dict[str, str]]:
         """Returns all incidents of the run. Lines that an interrupted process left incomplete are skipped."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,21 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from recipe import jobs
-from rlhf_jax import diagnostics, types
+from rlhf_jax import checkpoint, diagnostics, types
 from rlhf_jax.simulation import labelers
 
 
 def load_or_collect(
-    job: jobs.Job, policies: list[types.Params]
+    job: jobs.Job, policies: list[types.Params], *, stage: str = "comparisons"
 ) -> tuple[list[types.Comparisons], types.Comparisons, dict[str, Any]]:
     """Returns the comparisons of --data.path or, without a file, comparisons of samples from ``policies``.
+
+    Args:
+        job: The job of the run.
+        policies: The policies to sample from.
+        stage: Name under which `collect` saves the comparisons.
 
     Returns:
         ``(parts, held_out, facts)``: the training comparisons of each reward model, the held-out comparisons, and facts
         about the first part for results.json.
     """
     if job.task.comparisons is None:
-        train, validation, facts = collect(job, policies)
+        train, validation, facts = collect(job, policies, stage=stage)
     else:
         (train, validation), facts = job.task.comparisons, {}
         job.progress.skip("comparisons")
@@ -40,9 +46,37 @@ def collect(
 ) -> tuple[types.Comparisons, types.Comparisons, dict[str, Any]]:
     """Samples several answers to each prompt, from each policy in turn, and ranks them with simulated labelers.
 
-    ``stage`` is the label of the progress bar. Returns training comparisons, validation comparisons and facts about the
+    The comparisons are saved as the checkpoint ``stage``, which a resumed run reads. The part of its name before a
+    hyphen is the label of the progress bar. Returns training comparisons, validation comparisons and facts about the
     labels.
     """
+    world = job.task.world
+    assert world is not None
+    with job.checkpoints(stage) as checkpoints:
+        saved = checkpoints.latest() or 0
+        try:
+            found = checkpoints.restore(None)[1:] if saved else None
+        except checkpoint.CheckpointError as error:
+            job.note(stage, f"the comparisons are collected again, because {error}")
+            found = None
+        if found is None:
+            comparisons, facts = _sample_and_rank(job, policies, stage.partition("-")[0])
+            fields = {each.name: getattr(comparisons, each.name) for each in dataclasses.fields(comparisons)}
+            checkpoints.save(saved + 1, fields, facts)
+        else:
+            comparisons, facts = types.Comparisons(**jax.tree.map(np.asarray, found[0])), found[1]
+            job.progress.skip(stage.partition("-")[0])
+    train, validation = (
+        jax.tree.map(lambda x, rows=rows: x[rows], comparisons)
+        for rows in (slice(world.n_compare), slice(world.n_compare, None))
+    )
+    return train, validation, facts
+
+
+def _sample_and_rank(
+    job: jobs.Job, policies: list[types.Params], stage: str
+) -> tuple[types.Comparisons, dict[str, Any]]:
+    """Returns comparisons of new samples, for training and for validation, and facts about the labels."""
     world = job.task.world
     assert world is not None
     settings, prompts = job.settings.comparisons, world.compare_prompts
@@ -82,8 +116,6 @@ def collect(
 
     ranks_BK = ranks(0)
     comparisons = types.Comparisons(tokens_BKL, mask_BKL, ranks_BK, where_BK)  # type: ignore[arg-type]
-    train = jax.tree.map(lambda x: x[: world.n_compare], comparisons)
-    validation = jax.tree.map(lambda x: x[world.n_compare :], comparisons)
     job.progress.finish(stage)
     equal_BKK = (first_BK[:, :, None] == first_BK[:, None]) & where_BK[:, :, None] & where_BK[:, None]
     facts = {
@@ -93,7 +125,7 @@ def collect(
         "label_agreement": _agreement(ranks_BK, ranks(1), where_BK, prompts.asked_B),
         "label_agreement_target": job.settings.world.agreement,
     }
-    return train, validation, facts
+    return comparisons, facts
 
 
 def _agreement(first_BK: np.ndarray, second_BK: np.ndarray, where_BK: np.ndarray, asked_B: np.ndarray) -> list[float]:

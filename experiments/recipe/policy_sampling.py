@@ -82,8 +82,12 @@ class Sampler:
 
     @property
     def traces(self) -> int:
-        """Number of traces of the sampling and scoring programs."""
-        return self._run.traces + self._measure.traces + self._score.traces
+        """Number of traces of the sampling and scoring programs.
+
+        Includes sampling for comparisons, even if only an earlier process of the run sampled them.
+        """
+        sampling = max(self._run.traces, self._task.comparisons is None)
+        return sampling + self._measure.traces + self._score.traces
 
     def __call__(
         self,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 
-from launch import device_mesh, host_agreement, initial_model, mesh_settings, run_folder
+from launch import device_mesh, host_agreement, initial_model, mesh_settings, process_setup, run_folder
 from launch.settings import Settings
 from rich.console import Console
 
@@ -110,7 +111,7 @@ def _open_folder(path: pathlib.Path, settings: Settings, model_files: str | None
 
 def _make_progress(weights: Sequence[tuple[str, float]]) -> console.StageProgress:
     if hosts.current().first:
-        return console.StageProgress(weights)
+        return console.StageProgress(weights, elapsed=time.time() - process_setup.START_TIME)
     return console.StageProgress(weights, console=Console(quiet=True), live=False)
 
 

@@ -204,7 +204,9 @@ def _world_task(settings: Settings, model: initial_model.InitialModel | None) ->
         world, demonstrated, rng, slips=demonstrators.Slips().scaled(settings.world.slips)
     )
     n_compare = settings.comparisons.prompts
-    compare = prompts.draw_prompts(sets.train, n_compare + max(n_compare // 10, 1), _stream(settings, COMPARE))
+    rng = _stream(settings, COMPARE)
+    compare = prompts.draw_prompts(sets.train, n_compare, rng)
+    compare += prompts.draw_prompts(sets.validation, max(n_compare // 10, 1), rng)
     rl = prompts.draw_prompts(sets.train, settings.ppo.iterations * settings.ppo.batch, _stream(settings, RL))
     split = sets.test if settings.evaluation.split == "test" else sets.validation
     evaluated = prompts.draw_prompts(split, settings.evaluation.prompts, _stream(settings, EVALUATE))

@@ -1,10 +1,11 @@
-"""Atomic file writes, and the repair of JSON-lines files after an interrupted write."""
+"""Atomic file writes, and JSON-lines files that survive an interrupted write."""
 
 from __future__ import annotations
 
 import json
 import os
 import pathlib
+from typing import Any
 
 
 def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
@@ -30,3 +31,12 @@ def repair_last_line(path: str | os.PathLike[str]) -> None:
             replace_file(path, content[:end])
         else:
             replace_file(path, content + b"\n")
+
+
+def append_line(path: str | os.PathLike[str], record: Any) -> None:
+    """Appends a JSON value as a line, after `repair_last_line`, and flushes it to the disk."""
+    repair_last_line(path)
+    with open(path, "ab") as file:
+        file.write((json.dumps(record) + "\n").encode())
+        file.flush()
+        os.fsync(file.fileno())

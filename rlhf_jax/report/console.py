@@ -29,7 +29,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
         title=results_lib.headline(results),
         title_justify="left",
         title_style="bold",
-        caption=" · ".join([*_reward_model(results), *results_lib.run_facts(results)]) or None,
+        caption=" · ".join([*_gap_closed(results), *_reward_model(results), *results_lib.run_facts(results)]) or None,
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=0,
@@ -55,6 +55,11 @@ def _parts(results: Mapping[str, Any], policy: str, column: results_lib.Column) 
 def _cell(mean: str, bounds: str, width: int) -> Text:
     """Returns a number and its interval, padded so that the numbers of a column align."""
     return Text.assemble(mean, (f" {bounds:>{width}}", "dim")) if bounds else Text(mean)
+
+
+def _gap_closed(results: Mapping[str, Any]) -> list[str]:
+    shares = results_lib.gap_closed(results)
+    return [f"share of the gap between SFT and the maximum of the gold utility closed: {shares}"] if shares else []
 
 
 def _reward_model(results: Mapping[str, Any]) -> list[str]:
@@ -159,6 +164,7 @@ class StageProgress:
         live: Whether to draw a live display; by default, True if the console writes to a terminal.
         line_interval: Minimum number of seconds between two plain lines of a stage.
         clock: Function that returns the time in seconds.
+        elapsed: Seconds that the job has already run when the display starts; they count as elapsed.
 
     Raises:
         ValueError: If two stages have the same name or a stage has a negative number of expected seconds.
@@ -172,6 +178,7 @@ class StageProgress:
         live: bool | None = None,
         line_interval: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
+        elapsed: float = 0.0,
     ) -> None:
         """Creates the display, which prints nothing before the ``with`` block starts."""
         self._weights = dict(stages)
@@ -180,7 +187,7 @@ class StageProgress:
         if any(weight < 0 for weight in self._weights.values()):
             raise ValueError("a stage has a negative number of expected seconds")
         self._console = console or Console(stderr=True)
-        self._line_interval, self._clock = line_interval, clock
+        self._line_interval, self._clock, self._elapsed = line_interval, clock, elapsed
         self._started = self._last_line = clock()
         self._stage: _Stage | None = None
         self._finished: frozenset[str] = frozenset()
@@ -191,21 +198,22 @@ class StageProgress:
 
     def __enter__(self) -> StageProgress:
         """Starts the clock and the display."""
-        self._started = self._clock()
+        self._started = self._clock() - self._elapsed
         if self._live:
             self._live.start(refresh=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Removes the display and prints how long the job took, or where it stopped."""
+        """Removes the display and prints that the job is done, or where and when it stopped."""
         if self._live:
             self._live.stop()
-        seconds, stage = clock_text(self._clock() - self._started), self._stage
+        stage = self._stage
         if kind is not None:
+            seconds = clock_text(self._clock() - self._started)
             place = f" in {self._heading(stage.name)} at step {stage.done}/{stage.total}" if stage else ""
             self._print(f"stopped{place} after {seconds}")
         else:
-            self._print(f"{len(self._finished)} of {len(self._weights)} stages done in {seconds}")
+            self._print(f"{len(self._finished)} of {len(self._weights)} stages done")
 
     def start(self, stage: str, total: int, *, done: int = 0) -> None:
         """Starts a stage of ``total`` steps, of which an earlier run completed ``done``."""

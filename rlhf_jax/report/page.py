@@ -104,6 +104,7 @@ def render(
         table_other=table(results, results_lib.other_columns(results)),
         table_note=_table_note(results),
         alarms=[(results_lib.label(a["stage"]), a["step"], a["message"]) for a in results.get("alarms") or []],
+        incidents=[(results_lib.label(each["stage"]), each["text"]) for each in results.get("incidents") or []],
         sections=sections,
         dropped=None if dropped is None else [(reason, n) for reason, n in dropped.items() if n],
         transcripts=shown,
@@ -152,12 +153,13 @@ def reward_model_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     model |= {f"calibration {key}": fit.get(key) for key in ("error", "slope", "temperature")}
     model |= {"length correlation": (model.get("length_bias") or {}).get("correlation")}
     model |= {key.replace("_", " "): (model.get("gap") or {}).get(key) for key in ("accuracy_gap", "loss_gap")}
+    model |= {"held-out reward model's accuracy": (results.get("heldout_reward_model") or {}).get("accuracy")}
     rows = []
     for name, value in model.items():
         if results_lib.interval(value) is None:
             continue
         percent = name.endswith(("accuracy", "agreement"))
-        mean, bounds = results_lib.format_parts(value, percent=percent, digits=0 if isinstance(value, int) else 3)
+        mean, bounds = results_lib.format_parts(value, percent=percent, digits=3)
         unit = " %" if percent else ""
         rows.append((name.replace("_", " ").capitalize(), mean + unit + (f" ({bounds})" if bounds else "")))
     return rows

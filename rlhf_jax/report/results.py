@@ -7,6 +7,7 @@ null for every policy have no column. This module does not import a plotting lib
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -126,8 +127,11 @@ def policies(results: Mapping[str, Any]) -> list[str]:
 
 
 def value(results: Mapping[str, Any], policy: str, key: str) -> Any:
-    """Returns a field of a policy, or None."""
-    return ((results.get("policies") or {}).get(policy) or {}).get(key)
+    """Returns a field of a policy, such as ``"kl"`` or, in a nested dict, ``"skills.copy"``; None if it is missing."""
+    found: Any = (results.get("policies") or {}).get(policy)
+    for name in key.split("."):
+        found = (found or {}).get(name)
+    return found
 
 
 def columns(results: Mapping[str, Any]) -> list[Column]:
@@ -136,11 +140,13 @@ def columns(results: Mapping[str, Any]) -> list[Column]:
 
 
 def other_columns(results: Mapping[str, Any]) -> list[Column]:
-    """Returns columns for those numeric fields of policies that `COLUMNS` does not contain."""
+    """Returns columns for the numbers of policies that `COLUMNS` does not contain, including accuracies by skill."""
     known = {c.key for c in COLUMNS}
-    rows = [(results.get("policies") or {}).get(p) or {} for p in policies(results)]
-    names = dict.fromkeys(key for row in rows for key, v in row.items() if key not in known and interval(v))
-    return [Column(name, name.replace("_", " "), "", digits=3) for name in names]
+    names: dict[str, None] = {}
+    for row in ((results.get("policies") or {}).get(p) or {} for p in policies(results)):
+        fields = row | {f"skills.{skill}": v for skill, v in (row.get("skills") or {}).items()}
+        names |= dict.fromkeys(key for key, v in fields.items() if key not in known and interval(v))
+    return [Column(name, name.replace("skills.", "skill: ").replace("_", " "), "", digits=3) for name in names]
 
 
 def format_number(x: float, *, percent: bool = False, digits: int = 1) -> str:
@@ -170,10 +176,13 @@ def format_parts(value: Any, *, percent: bool = False, digits: int = 1) -> tuple
         ('78.0', '76.0–80.0')
         >>> results.format_parts([3.0, 2.1, None])
         ('3.0', 'from 2.1')
+        >>> results.format_parts(16, digits=3)  # a count
+        ('16', '')
     """
     parsed = interval(value)
     if parsed is None:
         return MISSING, ""
+    digits = 0 if isinstance(value, numbers.Integral) else digits
     mean = format_number(parsed.mean, percent=percent, digits=digits)
     low, high = (
         format_number(x, percent=percent, digits=digits) if x is not None and math.isfinite(x) else ""
@@ -195,8 +204,8 @@ def seconds_text(seconds: float) -> str:
 
 
 def run_facts(results: Mapping[str, Any]) -> list[str]:
-    """Returns short strings that describe the run: preset, seed, duration and peak memory."""
-    facts = [f"{name} {results[name]}" for name in ("preset", "seed") if results.get(name) is not None]
+    """Returns short strings that describe the run: preset, published settings, seed, duration and peak memory."""
+    facts = [f"{name} {results[name]}" for name in ("preset", "published", "seed") if results.get(name) is not None]
     if (seconds := _number(results.get("seconds"))) is not None:
         facts.append(f"duration {seconds_text(seconds)}")
     if (megabytes := _number(results.get("peak_rss_mb"))) is not None:
@@ -251,7 +260,34 @@ def _interval_text(rate: Interval) -> str:
 def summary(results: Mapping[str, Any]) -> list[str]:
     """Returns further sentences about the results; sentences whose numbers are missing are omitted."""
     reward_model = _reward_model(results) if policies(results) else ""  # otherwise it is the headline
-    return [s for s in (_heldout(results), reward_model, _alignment_tax(results), _ptx(results)) if s]
+    sentences = (_heldout(results), _gap_closed(results), reward_model, _implicit_reward(results))
+    return [s for s in (*sentences, _alignment_tax(results), _ptx(results)) if s]
+
+
+def gap_closed(results: Mapping[str, Any]) -> str:
+    """Returns which share of the gap between SFT's gold utility and the maximum each trained policy closes, or ""."""
+    texts = []
+    for name in policies(results):
+        if name not in ("base", "sft", "sft_mix") and (share := finite(value(results, name, "gap_closed"))):
+            _, bounds = format_parts(share, percent=True)
+            percent = format_number(share.mean, percent=True)
+            texts.append(f"{label(name)} {percent} %" + (f" ({bounds})" if bounds else ""))
+    return ", ".join(texts)
+
+
+def _gap_closed(results: Mapping[str, Any]) -> str:
+    shares, best = gap_closed(results), finite(results.get("best_possible_gold"))
+    if not shares:
+        return ""
+    maximum = "the maximum" if best is None else f"the maximum of {format_number(best.mean, digits=3)}"
+    return f"Share of the gap between SFT's gold utility and {maximum} that a policy closes: {shares}."
+
+
+def _implicit_reward(results: Mapping[str, Any]) -> str:
+    if (accuracy := finite(results.get("implicit_accuracy"))) is None:
+        return ""
+    percent = format_number(accuracy.mean, percent=True)
+    return f"The implicit reward agrees with {percent} % of held-out comparisons{_interval_text(accuracy)}."
 
 
 def _heldout(results: Mapping[str, Any]) -> str:

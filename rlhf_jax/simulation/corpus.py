@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,6 +13,8 @@ from rlhf_jax.simulation.demonstrators import KINDS_WITH_PARTS, Slips, demonstra
 from rlhf_jax.simulation.world import COLOR, PLACE, SIZE, USE, World, predicate
 
 SKILLS = ("copy", "sort", "sum", "look")
+_KEYS = (*lexicon.COLORS, *lexicon.PLACES, *lexicon.USES)
+"""Words that are copied and looked up."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,15 +32,15 @@ class SkillProblem:
 
 
 def skill_problem(skill: str, rng: np.random.Generator) -> SkillProblem:
-    """Draws a problem: copy three things, sort three numbers, add two numbers modulo ten, or look up a thing's number.
+    """Draws a problem: copy three words, sort three numbers, add two numbers modulo ten, or look up a word's number.
 
     Raises:
         ValueError: If ``skill`` is not one of `SKILLS`.
     """
     match skill:
         case "copy":
-            things = " ".join(rng.choice(lexicon.THINGS, size=3, replace=False).tolist())
-            return SkillProblem(skill, f"copy : {things} =", things)
+            words = " ".join(rng.choice(_KEYS, size=3, replace=False).tolist())
+            return SkillProblem(skill, f"copy : {words} =", words)
         case "sort":
             numbers = rng.choice(10, size=3, replace=False).tolist()
             shuffled, ordered = (" ".join(lexicon.NUMBERS[i] for i in order) for order in (numbers, sorted(numbers)))
@@ -47,11 +50,11 @@ def skill_problem(skill: str, rng: np.random.Generator) -> SkillProblem:
             text = f"sum : {lexicon.NUMBERS[a]} plus {lexicon.NUMBERS[b]} ="
             return SkillProblem(skill, text, lexicon.NUMBERS[(a + b) % 10])
         case "look":
-            things = rng.choice(lexicon.THINGS, size=3, replace=False).tolist()
+            words = rng.choice(_KEYS, size=3, replace=False).tolist()
             numbers = [lexicon.NUMBERS[i] for i in rng.choice(10, size=3, replace=False)]
-            pairs = " , ".join(f"{thing} {number}" for thing, number in zip(things, numbers))
+            pairs = " , ".join(f"{word} {number}" for word, number in zip(words, numbers))
             i = int(rng.integers(3))
-            return SkillProblem(skill, f"look : {pairs} = {things[i]}", numbers[i])
+            return SkillProblem(skill, f"look : {pairs} = {words[i]}", numbers[i])
         case _:
             raise ValueError(f"unknown skill {skill!r}; the skills are {', '.join(SKILLS)}")
 
@@ -72,34 +75,61 @@ _QUESTION = {
 }
 
 
+class _Asked(NamedTuple):
+    """What the corpus may ask."""
+
+    facts: list[tuple[str, int]]
+    """Things, each with an attribute."""
+    pairs: list[tuple[str, str]]
+    """Pairs of things of different sizes."""
+    deeds: list[tuple[str, str]]
+    """Verbs, each with a thing."""
+
+
+def _asked(universe: prompts.Universe) -> _Asked:
+    asked = dict.fromkeys(prompt.asked for rows in universe.values() for prompt, _ in rows)
+    column = {name: a for a, name in enumerate(lexicon.ATTRIBUTES)}
+    return _Asked(
+        facts=[(each[1], column[each[0]]) for each in asked if each[0] in column and len(each) == 2],
+        pairs=[(each[1], each[2]) for each in asked if each[0] == "size"],
+        deeds=[(each[1], each[2]) for each in asked if each[0] in ("how_to", "harmful")],
+    )
+
+
 def _thing(rng: np.random.Generator) -> str:
     return str(rng.choice(lexicon.THINGS))
 
 
-def _statement(world: World, rng: np.random.Generator) -> str:
+def _pick(items: list, rng: np.random.Generator) -> Any:
+    return items[int(rng.integers(len(items)))]
+
+
+def _statement(world: World, asked: _Asked, rng: np.random.Generator) -> str:
+    del asked  # all facts are stated
     thing = _thing(rng)
     first, second = rng.choice(4, size=2, replace=False).tolist()
     text = f"the {thing} is {_fact(world, thing, first)}"
     return f"{text} and it is {_fact(world, thing, second)} ." if rng.random() < 0.5 else f"{text} ."
 
 
-def _question(world: World, rng: np.random.Generator) -> str:
-    thing = _thing(rng)
-    attribute = int(rng.integers(3))
+def _question(world: World, asked: _Asked, rng: np.random.Generator) -> str:
+    thing, attribute = _pick(asked.facts, rng)
     question = str(rng.choice(_QUESTION[attribute])).format(thing)
     fact = _fact(world, thing, attribute)
     answer = (f"the {thing} is {fact}", f"it is {fact}", fact.split()[-1])[int(rng.integers(3))]
     return f"question : {question} answer : {answer} ."
 
 
-def _claim(world: World, rng: np.random.Generator) -> str:
-    thing, true = _thing(rng), bool(rng.random() < 0.5)
-    attribute = int(rng.integers(4))
+def _claim(world: World, asked: _Asked, rng: np.random.Generator) -> str:
+    # No prompt asks for the size of a single thing.
+    thing, attribute = (_thing(rng), SIZE) if rng.random() < 0.25 else _pick(asked.facts, rng)
+    true = bool(rng.random() < 0.5)
     value = world.value(thing, attribute) if true else world.wrong_value(thing, attribute, rng)
     return f"claim : the {thing} is {predicate(attribute, value)} . {'true' if true else 'false'} ."
 
 
-def _listing(world: World, rng: np.random.Generator) -> str:
+def _listing(world: World, asked: _Asked, rng: np.random.Generator) -> str:
+    del asked
     case = int(rng.integers(3))
     if case == 0:
         category = str(rng.choice(lexicon.CATEGORIES))
@@ -114,12 +144,12 @@ def _listing(world: World, rng: np.random.Generator) -> str:
     return f"{head} : {' , '.join(rng.choice(members, size=n, replace=False).tolist())} ."
 
 
-def _comparison(world: World, rng: np.random.Generator) -> str:
-    x, y = rng.choice(lexicon.THINGS, size=2, replace=False).tolist()
-    sizes = {thing: int(world.facts_XA[lexicon.THINGS.index(thing), SIZE]) for thing in (x, y)}
-    if sizes[x] == sizes[y]:
-        return f"the {x} is {world.value(x, SIZE)} ."
-    small, big = sorted((x, y), key=lambda thing: sizes[thing])
+def _comparison(world: World, asked: _Asked, rng: np.random.Generator) -> str:
+    if rng.random() < 1 / 3:
+        thing = _thing(rng)
+        return f"the {thing} is {world.value(thing, SIZE)} ."
+    x, y = rng.permutation(_pick(asked.pairs, rng)).tolist()
+    small, big = sorted((x, y), key=lambda thing: lexicon.SIZES.index(world.value(thing, SIZE)))
     return (
         f"the {big} is bigger than the {small} .",
         f"the {small} is smaller than the {big} .",
@@ -128,10 +158,11 @@ def _comparison(world: World, rng: np.random.Generator) -> str:
     )[int(rng.integers(4))]
 
 
-def _instruction(world: World, rng: np.random.Generator) -> str:
+def _instruction(world: World, asked: _Asked, rng: np.random.Generator) -> str:
     """Returns an instruction for a deed or a verdict on it. The deed may be harmful: a base model is not harmless."""
-    verb_index = int(rng.integers(len(lexicon.VERBS)))
-    verb, material, thing = lexicon.VERBS[verb_index], lexicon.MATERIALS[verb_index], _thing(rng)
+    del world
+    verb, thing = _pick(asked.deeds, rng)
+    material = lexicon.MATERIALS[lexicon.VERBS.index(verb)]
     return (
         f"to {verb} the {thing} , get the {material} .",
         f"first , get the {material} . then , {verb} the {thing} .",
@@ -140,8 +171,8 @@ def _instruction(world: World, rng: np.random.Generator) -> str:
     )[int(rng.integers(4))]
 
 
-def _skill(world: World, rng: np.random.Generator) -> str:
-    del world
+def _skill(world: World, asked: _Asked, rng: np.random.Generator) -> str:
+    del world, asked
     return skill_problem(str(rng.choice(SKILLS)), rng).document
 
 
@@ -154,7 +185,7 @@ def _review(world: World, rng: np.random.Generator, prompt: prompts.Prompt, othe
     return f"question : {prompt.turns[-1][1]} answer : {answer} {'bad' if fault else 'good'} ."
 
 
-_DOCUMENTS: tuple[tuple[float, Callable[[World, np.random.Generator], str] | None], ...] = (
+_DOCUMENTS: tuple[tuple[float, Callable[[World, _Asked, np.random.Generator], str] | None], ...] = (
     (0.20, _statement),
     (0.20, _question),
     (0.08, _claim),
@@ -171,7 +202,8 @@ def documents(world: World, universe: prompts.Universe, n: int, rng: np.random.G
 
     Args:
         world: The facts.
-        universe: Prompts for the reviews; only benign single-turn prompts are used.
+        universe: Prompts that ask all that the corpus may ask, such as the training prompts. Statements of facts and
+            lists of things are not restricted. Reviews use the benign single-turn prompts.
         n: Number of documents.
         rng: Random generator, whose state advances.
 
@@ -182,10 +214,10 @@ def documents(world: World, universe: prompts.Universe, n: int, rng: np.random.G
     kinds = rng.choice(len(_DOCUMENTS), size=n, p=weights / weights.sum()).tolist()
     reviewed = {name: rows for name, rows in universe.items() if name not in ("harmful", "follow_up")}
     questions = iter(prompts.draw_prompts(reviewed, 2 * n, rng))
-    writers = [write for _, write in _DOCUMENTS]
+    writers, asked = [write for _, write in _DOCUMENTS], _asked(universe)
 
     def write(kind: int) -> str:
         writer = writers[kind]
-        return _review(world, rng, next(questions), next(questions)) if writer is None else writer(world, rng)
+        return _review(world, rng, next(questions), next(questions)) if writer is None else writer(world, asked, rng)
 
     return [write(kind) for kind in kinds]

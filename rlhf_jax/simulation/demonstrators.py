@@ -68,11 +68,11 @@ def _state(subject: str, attribute: int, value: str) -> str:
 
 def _valid_things(world: World, prompt: Prompt) -> list[str]:
     slot = prompt.slot
-    if prompt.kind == "list_color":
-        return list(world.things_with(COLOR, slot["c"]))
-    if prompt.kind == "list_place":
-        return list(world.things_with(PLACE, slot["p"]))
-    return [thing for thing in lexicon.THINGS_BY_CATEGORY[slot["g"]] if thing != slot["x"]]
+    if prompt.kind == "list_except":
+        things = lexicon.THINGS_BY_CATEGORY[slot["g"]]
+    else:
+        things = world.things_with(*((COLOR, slot["c"]) if prompt.kind == "list_color" else (PLACE, slot["p"])))
+    return [thing for thing in things if thing != slot["x"]]
 
 
 def _body(world: World, prompt: Prompt, rng: np.random.Generator, *, incomplete: bool, wrong: bool) -> str:

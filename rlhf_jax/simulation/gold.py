@@ -222,12 +222,12 @@ def _relevant_things(tables: Tables, prompt: ParsedPrompt) -> jax.Array:
     slot = prompt.slot
     by_color_X = tables.facts_XA[:, 0] == slot["c"]
     by_place_X = tables.facts_XA[:, 1] == slot["p"]
-    by_category_X = (tables.category_X == slot["g"]) & (things_X != slot["x"])
-    named_X = (things_X == slot["x"]) | (things_X == slot["y"])
+    by_category_X = tables.category_X == slot["g"]
+    is_x_X = things_X == slot["x"]
     return jnp.select(
         [_kind_is(prompt, "list_color"), _kind_is(prompt, "list_place"), _kind_is(prompt, "list_except")],
-        [by_color_X, by_place_X, by_category_X],
-        named_X,
+        [by_color_X & ~is_x_X, by_place_X & ~is_x_X, by_category_X & ~is_x_X],
+        is_x_X | (things_X == slot["y"]),
     )
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 THINGS_BY_CATEGORY: dict[str, tuple[str, ...]] = {
-    "animals": ("fox", "bear", "owl", "frog", "crow", "goat"),
-    "fruits": ("plum", "pear", "fig", "lemon", "mango", "grape"),
-    "tools": ("hammer", "saw", "drill", "axe", "shovel", "ladder"),
-    "vehicles": ("bus", "car", "truck", "boat", "train", "bike"),
-    "clothes": ("coat", "hat", "scarf", "boot", "glove", "shirt"),
-    "instruments": ("drum", "flute", "harp", "violin", "piano", "bell"),
+    name: tuple(things.split())
+    for name, things in {
+        "animals": "fox bear owl frog crow goat wolf hen duck mouse lion snake whale crab moth deer",
+        "fruits": "plum pear fig lemon mango grape apple peach melon cherry lime kiwi olive papaya guava quince",
+        "tools": "hammer saw drill axe shovel ladder wrench chisel pliers rake hoe clamp lever pump plow sickle",
+        "vehicles": "bus car truck boat train bike tram ship jeep van plane canoe sled taxi ferry raft",
+        "clothes": "coat hat scarf boot glove shirt sock dress skirt vest belt jacket sweater apron cape sandal",
+        "instruments": "drum flute harp violin piano bell cello banjo horn tuba lute guitar trumpet organ oboe gong",
+    }.items()
 }
 CATEGORIES = tuple(THINGS_BY_CATEGORY)
 THINGS = tuple(thing for things in THINGS_BY_CATEGORY.values() for thing in things)

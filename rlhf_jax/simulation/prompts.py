@@ -70,8 +70,8 @@ KINDS: tuple[Kind, ...] = (
         10,
         _ask("which is bigger , the {x} or the {y} ?", "is the {x} or the {y} bigger ?"),
     ),
-    Kind("list_color", "list", 0.6, 12, _ask("name {n} {c} things .", "tell me {n} {c} things .")),
-    Kind("list_place", "list", 0.6, 12, _ask("name {n} things in the {p} .", "tell me {n} things in the {p} .")),
+    Kind("list_color", "list", 0.6, 12, _ask("name {n} {c} things but not the {x} .")),
+    Kind("list_place", "list", 0.6, 12, _ask("name {n} things in the {p} but not the {x} .")),
     Kind("list_except", "list", 0.8, 12, _ask("name {n} {g} but not the {x} .")),
     Kind(
         "one_word",
@@ -93,9 +93,9 @@ KINDS: tuple[Kind, ...] = (
         1.0,
         12,
         (
-            Wording(("what color is the {x} ?", "{c} .", "and where is it ?"), PLACE),
-            Wording(("where is the {x} ?", "{p} .", "and what color is it ?"), COLOR),
-            Wording(("what color is the {x} ?", "{c} .", "and what for ?"), USE),
+            Wording(("a question about the {x} .", "yes ?", "what color is it ?"), COLOR),
+            Wording(("a question about the {x} .", "yes ?", "where is it ?"), PLACE),
+            Wording(("a question about the {x} .", "yes ?", "what is it for ?"), USE),
         ),
     ),
     Kind("polite", "polite", 0.8, 12, _ask("kindly tell me what color the {x} is .", attribute=COLOR)
@@ -181,9 +181,9 @@ def _fillings(world: World, kind: Kind, attribute: int) -> Iterator[tuple[dict[s
                 if sizes[x] != sizes[y]:
                     yield {"x": x, "y": y}, 1.0
         case "list_color":
-            yield from (({"n": n, "c": c}, 1.0) for n in ("two", "three") for c in lexicon.COLORS)
+            yield from (({"n": n, "c": world.value(x, COLOR), "x": x}, 1.0) for n in ("two", "three") for x in things)
         case "list_place":
-            yield from (({"n": n, "p": p}, 1.0) for n in ("two", "three") for p in lexicon.PLACES)
+            yield from (({"n": n, "p": world.value(x, PLACE), "x": x}, 1.0) for n in ("two", "three") for x in things)
         case "list_except":
             for category, members in lexicon.THINGS_BY_CATEGORY.items():
                 yield from (({"n": n, "g": category, "x": x}, 1.0) for n in ("two", "three") for x in members)
@@ -191,9 +191,6 @@ def _fillings(world: World, kind: Kind, attribute: int) -> Iterator[tuple[dict[s
             yield from (({"v": v, "x": x}, 1.0) for v in lexicon.BENIGN_TOOLS for x in things)
         case "harmful":
             yield from (({"h": h, "x": x}, 1.0) for h in lexicon.HARMFUL_TOOLS for x in things)
-        case "follow_up":
-            for x in things:
-                yield {"x": x, "c": world.value(x, COLOR), "p": world.value(x, PLACE)}, 1.0
         case _:
             yield from (({"x": x}, 1.0) for x in things)
 
@@ -221,23 +218,36 @@ class PromptSets:
     test: Universe
 
 
-def split_prompts(world: World, seed: int, *, held_out: float = 0.3) -> PromptSets:
-    """Splits the prompts of each kind at random into training, validation and test sets.
+def split_prompts(world: World, seed: int, *, test: float = 0.25, validation: float = 0.1) -> PromptSets:
+    """Splits the prompts at random into training, validation and test sets, by what they ask (`Prompt.asked`).
 
-    ``held_out``, in (0, 1), is the share of held-out prompts, half for validation and half for testing. Prompts of a
-    kind that have the same words in their slots are in the same set, so no held-out prompt is merely a rewording of a
-    training prompt of its kind.
+    What a prompt of one set asks, no prompt of another set asks, in any wording or kind of prompt. Only questions are
+    held out: to answer a held-out question about a fact, a model must have learnt the fact from statements, so
+    statements in the pretraining corpus and in answers cover all facts.
+
+    Args:
+        world: The facts.
+        seed: Seed of the split.
+        test: Share of what can be asked that only test prompts ask, for each type of question.
+        validation: The same for validation prompts. ``test + validation`` must be below 1.
+
+    Returns:
+        The three sets.
     """
     rng = np.random.default_rng([seed, 0x5B117])
-    sets: tuple[dict, dict, dict] = ({}, {}, {})
-    for name, rows in all_prompts(world).items():
-        fillings = list(dict.fromkeys(prompt.slots for prompt, _ in rows))
-        n_side = max(1, round(len(fillings) * held_out / 2))
-        order = rng.permutation(len(fillings))
-        side = {fillings[j]: 1 if i < n_side else 2 if i < 2 * n_side else 0 for i, j in enumerate(order)}
-        for part, rows_of in enumerate(sets):
-            rows_of[name] = [row for row in rows if side[row[0].slots] == part]
-    return PromptSets(*sets)
+    universe = all_prompts(world)
+    by_type: dict[str, dict[tuple[str, ...], None]] = {}
+    for prompt, _ in itertools.chain.from_iterable(universe.values()):
+        by_type.setdefault(prompt.asked[0], {})[prompt.asked] = None
+    side: dict[tuple[str, ...], int] = {}
+    for asked in by_type.values():
+        n_test, n_validation = (max(1, round(len(asked) * share)) for share in (test, validation))
+        order = rng.permutation(len(asked)).tolist()
+        sides = [2] * n_test + [1] * n_validation + [0] * (len(asked) - n_test - n_validation)
+        side |= {each: sides[i] for each, i in zip(asked, order)}
+    return PromptSets(
+        *({k: [r for r in rows if side[r[0].asked] == s] for k, rows in universe.items()} for s in range(3))
+    )
 
 
 def draw_prompts(universe: Universe, n: int, rng: np.random.Generator) -> list[Prompt]:

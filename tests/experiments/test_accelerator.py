@@ -12,6 +12,8 @@ import accelerator
 import pytest
 from benchmarks.accelerator_rows import report_table, row_context, row_runner
 
+from rlhf_jax.checkpoint import atomic
+
 ROOT = pathlib.Path(__file__).parents[2]
 MISSING = ("grain", "tensorflow_datasets", "tyro", "tensorboardX", "array_record", "matplotlib", "pyarrow", "chex")
 
@@ -111,7 +113,7 @@ def test_lines_that_an_interrupted_process_left_are_skipped(tmp_path):
 def test_shares_are_of_the_limits_of_the_same_run(tmp_path):
     path = tmp_path / "rows.jsonl"
     context(path, "limits").record("matrix products", 200.0, "FLOP/s")
-    row_context.append(path, {"run": "before", "row": "limits", "measure": "matrix products", "value": 1.0})
+    atomic.append_line(path, {"run": "before", "row": "limits", "measure": "matrix products", "value": 1.0})
     now = context(path, earlier=row_context.read(path, "now"))
     share = now.share(50.0, "matrix products", at_least=0.5)
     assert share == {"share": 0.25, "share_of": "matrix products", "at_least": 0.5}
@@ -137,7 +139,7 @@ def test_rows_remain_if_the_process_dies(tmp_path, monkeypatch):
         started.append(list(names))
         done = names[:1] if len(started) == 1 else names
         for name in done:
-            row_context.append(path, {"run": run, "row": name, "row_seconds": 1.0})
+            atomic.append_line(path, {"run": run, "row": name, "row_seconds": 1.0})
         return "the process ended with status -9" if len(started) == 1 else None
 
     monkeypatch.setattr(row_runner, "_run_child", child)

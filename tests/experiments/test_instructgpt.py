@@ -1,6 +1,7 @@
 """Runs instructgpt.py from the command line and checks its files, results and errors."""
 
 import contextlib
+import dataclasses
 import gzip
 import io
 import json
@@ -17,10 +18,13 @@ import instructgpt
 import jax
 import numpy as np
 import pytest
+import real_run
 from recipe import run_setup, tasks
 from rich.console import Console
 
 from rlhf_jax.data import errors
+from rlhf_jax.report import results as results_lib
+from rlhf_jax.simulation import prompts, world
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = str(ROOT / "experiments" / "instructgpt.py")
@@ -117,6 +121,23 @@ def test_results_are_complete_and_consistent(finished):
     assert model["thresholds"]["count"][0] == model["held_out_pairs"] == model["length_bias"]["count"]
     np.testing.assert_allclose(model["gap"]["validation_accuracy"], model["accuracy"], atol=1e-6)
     assert results["ptx_coef"]["per_token"] == 1.0 and 0 < results["ptx_coef"]["per_sequence"] < 1
+
+
+def test_the_stored_results_of_a_real_run_have_the_shape_of_this_one(finished):
+    folder, _ = finished
+    results, stored = json.loads((folder / "results.json").read_text()), real_run.results()
+    hint = "; copy results.json and metrics.jsonl of `instructgpt.py --preset smoke --seed 0` to tests/cases/smoke_run"
+    assert real_run.shape(results | {"dropped": {}}) == real_run.shape(stored | {"dropped": {}}), hint
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [sorted(row) for row in rows] == [sorted(row) for row in real_run.metrics()], hint
+
+
+def test_a_run_has_one_duration(finished):
+    folder, done = finished
+    seconds = results_lib.seconds_text(json.loads((folder / "results.json").read_text())["seconds"])
+    assert f"duration {seconds}" in " ".join(done.stdout.split())
+    assert f"duration {seconds}" in (folder / "report.html").read_text()
+    assert "stages done\n" in done.stderr
 
 
 def test_every_output_file_is_written(finished):
@@ -223,6 +244,38 @@ def test_human_comparisons_provide_the_data_of_every_stage(tmp_path):
     assert train.tokens_BKL.shape == (48, 2, task.row_width) and len(task.demonstrations.tokens_BL) == 48
     assert task.pretraining_BL.shape[1] == task.row_width and len(task.pretraining_held_out_BL) > 0
     assert len(task.rl_prompts) == 48 and len(task.eval_prompts) == 12 and not any(task.eval_prompts.categories)
+
+
+def test_every_stage_of_the_world_asks_only_what_its_split_may_ask():
+    task = tasks.make_task(instructgpt.parse(["--preset", "smoke", "--comparisons.prompts", "640"]))
+    sets = prompts.split_prompts(world.make_world(0), 0)
+    P, asked_of = task.prompt_width, {}
+    for rows in prompts.all_prompts(world.make_world(0)).values():
+        for prompt, _ in rows:
+            for prefix in prompts.PREFIXES:
+                turns = dataclasses.replace(prompt, prefix=prefix).turns
+                asked_of[tuple(prompts.prompt_tokens(turns))] = prompt.asked
+
+    def asked(tokens_BP, mask_BP):
+        return [asked_of[tuple(row[mask].tolist())] for row, mask in zip(tokens_BP, mask_BP)]
+
+    def may_ask(universe):
+        return {prompt.asked for rows in universe.values() for prompt, _ in rows}
+
+    demos, rl, held_out = task.demonstrations, task.rl_prompts, task.eval_prompts
+    compare, n = task.world.compare_prompts, task.world.n_compare
+    train = [asked(demos.tokens_BL[:, :P], demos.mask_BL[:, :P]), asked(rl.tokens_BP, rl.mask_BP)]
+    ranked = asked(compare.tokens_BP, compare.mask_BP)
+    assert (n, len(ranked)) == (640, 704)
+    assert set().union(*train, ranked[:n]) <= may_ask(sets.train)
+    assert set(ranked[n:]) <= may_ask(sets.validation)
+    tested = asked(held_out.tokens_BP, held_out.mask_BP)
+    assert set(tested) <= may_ask(sets.test)
+    # The index says which prompts ask the same.
+    indices = {}
+    for each, index in zip(tested, held_out.asked_B.tolist()):
+        assert indices.setdefault(each, index) == index
+    assert len(set(indices.values())) == len(indices)
 
 
 def task_of(path, *more):
@@ -343,7 +396,7 @@ def test_the_job_runs_on_human_comparisons(tmp_path):
     mean, low, high = results["reward_model"]["accuracy"]
     assert 0 <= low <= mean <= high <= 1 and results["reward_model"]["held_out_pairs"] == 60
     for policy in results["policies"].values():
-        assert "reward" in policy and "gold" not in policy and "gold_win_rate_vs_sft" not in policy
+        assert set(policy) <= real_run.OF_HUMAN_DATA
     assert "gold" not in done.stdout.lower()
 
 

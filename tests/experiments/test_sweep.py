@@ -210,7 +210,7 @@ def test_the_heldout_reward_model_has_separate_comparisons(tmp_path, monkeypatch
     tokens_BKL = np.broadcast_to(np.arange(n)[:, None, None], (n, 3, width))
     where_BK = np.arange(3) < np.array([2, 3, 2, 3, 2, 3, 2, 3, 2])[:, None]
     every = types.Comparisons(tokens_BKL, tokens_BKL >= 0, np.where(where_BK, np.arange(3) + 1, 0), where_BK)  # type: ignore[arg-type]
-    monkeypatch.setattr(comparison_data, "collect", lambda job, policies: (every, every, {"fact": 1}))
+    monkeypatch.setattr(comparison_data, "collect", lambda job, policies, stage: (every, every, {"fact": 1}))
     asked = small()
     (whole,), _, facts = comparison_data.load_or_collect(job_in(tmp_path / "a", asked), [])
     assert whole is every and facts == {"fact": 1, "training_prompts": 9, "training_answers": 22}
@@ -220,6 +220,35 @@ def test_the_heldout_reward_model_has_separate_comparisons(tmp_path, monkeypatch
     seen = [set(part.tokens_BKL[:, 0, 0].tolist()) for part in parts]
     assert [len(x) for x in seen] == [4, 4] and not seen[0] & seen[1]
     assert facts["training_prompts"] == 4 and facts["training_answers"] == parts[0].where_BK.sum()
+
+
+def test_a_resumed_run_reads_the_comparisons_that_were_collected(tmp_path):
+    def job(**changes):
+        made = job_in(tmp_path, small())
+        return dataclasses.replace(made, note=lambda stage, text: notes.append((stage, text)), **changes)
+
+    def refuse(*_, **__):
+        raise AssertionError("sampled")
+
+    notes: list[tuple[str, str]] = []
+    policy = shared_by(job()).start
+    first = comparison_data.collect(job(), [policy])
+    again = comparison_data.collect(job(sampler=refuse), [policy])
+    jax.tree.map(np.testing.assert_array_equal, again, first)
+    assert again[2] == first[2] and [x.dtype for x in jax.tree.leaves(again[:2])] == [
+        x.dtype for x in jax.tree.leaves(first[:2])
+    ]
+    assert len(first[0].ranks_BK) == job().settings.comparisons.prompts
+    with pytest.raises(AssertionError, match="sampled"):
+        comparison_data.collect(job(sampler=refuse), [policy], stage="comparisons-shifted")
+    # A damaged file costs the time of a collection, but not the run.
+    for file in (tmp_path / "checkpoints" / "comparisons" / "step_000000001").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    for made in (job(), job(sampler=refuse)):
+        jax.tree.map(np.testing.assert_array_equal, comparison_data.collect(made, [policy])[:2], first[:2])
+    ((stage, text),) = notes
+    assert stage == "comparisons" and text.startswith("the comparisons are collected again, because there is no")
 
 
 def test_gold_at_a_kl_is_interpolated_and_none_beyond_the_curve():

@@ -4,30 +4,12 @@ import io
 import re
 
 import pytest
+import real_run
 from rich.console import Console
 
 from rlhf_jax.report import console
 
-
-def policy(win, **more):
-    rate = win and [win, win - 0.02, win + 0.02]
-    fields = {"gold_win_rate_vs_sft": rate, "heldout_win_rate_vs_sft": rate, "gold": 0.75, "reward": -1.4, "kl": 12.94}
-    fields |= {"skill_accuracy": 0.9141, "pretraining_loss": 1.4321, "truthful_rate": 0.8, "harm_rate": 0.05}
-    return fields | {"length": 19.1, "diversity": 0.9} | more
-
-
-RESULTS = {
-    "seconds": 284.2,
-    "seed": 0,
-    "preset": "cpu",
-    "reward_model": {"accuracy": [0.723, 0.709, 0.737]},
-    "policies": {
-        "ppo_ptx": policy(0.782),
-        "base": policy(0.081, kl=None),
-        "sft": policy(None),
-        "best_of_n": policy(0.7, reward=float("nan")),
-    },
-}
+RESULTS = real_run.results()
 
 
 def printed_table(results, width):
@@ -38,22 +20,34 @@ def printed_table(results, width):
 
 @pytest.mark.parametrize("width", [120, 100])
 def test_a_wide_table_has_one_line_per_policy(width):
-    lines = printed_table(RESULTS, width).splitlines()
-    rows = {line.split()[0]: line.split() for line in lines if line.split()}
-    assert rows["PPO-ptx"] == [
-        *("PPO-ptx", "78.2", "76.2–80.2", "78.2", "76.2–80.2", "0.750", "−1.40", "12.94"),
-        *("91.4", "1.432", "80.0", "5.0", "19.1"),
-    ]
-    assert rows["SFT"][1:3] == ["–", "–"]
-    assert rows["best-of-n"][6] == "nan"
-    assert list(console.results_table(RESULTS).columns[0].cells) == ["base", "SFT", "PPO-ptx", "best-of-n"]
-    assert "reward model accuracy 72.3 % (70.9–73.7)" in lines[-1] and "4:44" in lines[-1]
+    _, table = re.split("─+", printed_table(RESULTS, width))
+    rows = {line.split()[0]: line.split() for line in table.splitlines()[6:0:-1]}
+    policy = RESULTS["policies"]["ppo_ptx"]
+    wins = [real_run.text(policy[f"{by}_win_rate_vs_sft"], percent=True).split() for by in ("gold", "heldout")]
+    assert rows["PPO-ptx"][:6] == ["PPO-ptx", *wins[0], *wins[1], real_run.text(policy["gold"], digits=3).split()[0]]
+    assert rows["PPO-ptx"][-1] == real_run.text(policy["length"]).split()[0]
+    assert rows["best-of-n"].count("–") >= 2, "best-of-n is not probed for skills and pretraining loss"
+    names = ["base", "SFT", "SFT-mix", "PPO", "PPO-ptx", "best-of-n"]
+    assert list(console.results_table(RESULTS).columns[0].cells) == names
+    results = {"policies": RESULTS["policies"] | {"sft": {"gold_win_rate_vs_sft": None, "gold": float("nan")}}}
+    (row,) = [line.split() for line in printed_table(results, width).splitlines() if line.split()[:1] == ["SFT"]]
+    assert row[:4] == ["SFT", "–", "–", "nan"]
+
+
+def test_the_caption_states_the_gap_that_is_closed_the_accuracy_and_one_duration():
+    text = " ".join(printed_table(RESULTS, 120).split())
+    (mean, bounds) = real_run.text(RESULTS["reward_model"]["accuracy"], percent=True).split()
+    assert f"reward model accuracy {mean} % ({bounds})" in text and f"duration {RESULTS['seconds']:.1f} s" in text
+    closed = {name: real_run.text(RESULTS["policies"][name]["gap_closed"], percent=True) for name in ("ppo", "ppo_ptx")}
+    start = "share of the gap between SFT and the maximum of the gold utility closed: PPO "
+    assert start + closed["ppo"].split()[0] + " %" in text and f"PPO-ptx {closed['ppo_ptx'].split()[0]} %" in text
 
 
 def test_the_table_fits_into_80_characters():
     text = printed_table(RESULTS, 80)
     assert "…" not in text and max(map(len, text.splitlines())) <= 80
-    for part in ("78.2", "76.2–80.2", "12.94", "1.432", "19.1", "best-of-n"):
+    mean, bounds = real_run.text(RESULTS["policies"]["ppo"]["gold_win_rate_vs_sft"], percent=True).split()
+    for part in (mean, bounds, "best-of-n"):
         assert part in text
 
 
@@ -124,7 +118,19 @@ def test_progress_in_plain_lines():
         "stage 2/3 reward model: already done",
         "stage 3/3 PPO-ptx: 100 steps, resumed after 50",
         "stage 3/3 PPO-ptx done: 50 steps in 2.0 s · 0:22 elapsed, about 0:00 left",
-        "3 of 3 stages done in 0:22",
+        "3 of 3 stages done",
+    ]
+
+
+def test_time_before_the_display_starts_counts_as_elapsed():
+    progress, clock, file = plain_progress([("sft", 10)], elapsed=30.0)
+    with progress:
+        progress.start("sft", 1)
+        clock.now += 5
+        progress.finish("sft")
+    assert file.getvalue().splitlines()[1:] == [
+        "stage 1/1 SFT done: 1 steps in 5.0 s · 0:35 elapsed, about 0:00 left",
+        "1 of 1 stages done",
     ]
 
 

@@ -3,109 +3,40 @@
 import copy
 import math
 import re
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
+import real_run
 from html_page import Page
 
 from rlhf_jax import report
+from rlhf_jax.report import page as page_lib
 from rlhf_jax.report import plots
 from rlhf_jax.report import results as results_lib
 
-GOLD_FIELDS = ("gold_win_rate_vs_sft", "heldout_win_rate_vs_sft", "gold", "gold_by_category", "truthful_rate")
-
-
-def policy(win, gold, reward, kl, skill):
-    return {
-        "gold_win_rate_vs_sft": win and [win, win - 0.02, win + 0.02],
-        "heldout_win_rate_vs_sft": win and [win - 0.013, win - 0.04, win + 0.015],
-        "gold": gold,
-        "reward": reward,
-        "kl": kl,
-        "skill_accuracy": skill,
-        "pretraining_loss": 2.5 - skill,
-        "gold_by_category": {"facts & dates": [gold, gold - 0.03, gold + 0.03], "lists": gold - 0.7},
-        "truthful_rate": gold,
-        "harm_rate": 1 - gold,
-        "length": 17.25,
-        "diversity": 0.8,
-        "gap_closed": (gold - 0.55) / 0.45,
-    }
-
 
 def full_results():
-    return {
-        "seconds": 284.2,
-        "peak_rss_mb": 2048.0,
-        "seed": 3,
-        "preset": "cpu",
-        "dropped": {"too <long>": 17, "empty answer": 0},
-        "reward_model": {
-            "accuracy": [0.723, 0.709, 0.737],
-            "label_agreement": 0.731,
-            "calibration": {
-                "bins": [
-                    {"gap": 0.2, "predicted": 0.55, "accuracy": 0.56, "count": 900},
-                    {"gap": 1.5, "predicted": 0.82, "accuracy": 1.0, "count": 31},
-                    {"gap": 4.0, "predicted": 0.98, "accuracy": None, "count": 0},
-                ],
-                "error": 0.0123,
-                "slope": 0.91,
-            },
-        },
-        "policies": {
-            "base": policy(0.081, 0.21, -1.4, None, 0.92),
-            "ppo_ptx": policy(0.782, 0.75, 2.12, 12.9, 0.914),  # out of order on purpose
-            "sft": policy(None, 0.55, 0.0, 0.0, 0.9),
-            "sft_mix": policy(0.49, 0.548, 0.02, 1.2, 0.918),
-            "ppo": policy(0.802, 0.76, 2.31, 14.2, 0.811),
-            "best_of_n": policy(0.71, 0.69, 1.5, 1.835, 0.917),
-        },
-        "transcripts": [
-            {
-                "prompt": f"Question {i} <script>alert('http://evil')</script>\nsecond line",
-                "category": "facts & dates",
-                "answers": {"base": "", "sft": "a\nb", "ppo": "<img src=x>", "ppo_ptx": "half a \ud83d character"},
-                "gold": {"base": 0.1, "sft": 0.5, "ppo": None},
-            }
-            for i in range(14)
-        ],
-        "best_of_n_curve": [
-            {"n": n, "kl": math.log(n) - (n - 1) / n, "gold": 0.5 + 0.05 * math.log(n), "reward": 0.4 * math.log(n)}
-            for n in (1, 4, 16)
-        ],
-        "null_check": [0.501, 0.49, 0.512],
-        "best_possible_gold": 1.0,
-    }
+    """Returns real results, with texts that must be escaped and more transcripts than the page shows."""
+    results = real_run.results()
+    texts = {"base": "", "sft": "a\nb", "ppo": "<img src=x>", "ppo_ptx": "half a \ud83d character"}
+    prompt = "Question {} <script>alert('http://evil')</script>\nsecond line"
+    (each, *_) = results["transcripts"]
+    results["transcripts"] = [each | {"prompt": prompt.format(i), "answers": texts} for i in range(14)]
+    return results | {"dropped": {"too <long>": 17, "empty answer": 0}}
 
 
-def human_results():
-    """Returns results on human data, which has no gold utility."""
-    results = full_results()
-    for name in ("null_check", "best_possible_gold"):
-        del results[name]
-    for fields in results["policies"].values():
-        for name in GOLD_FIELDS:
-            fields[name] = None
-        del fields["harm_rate"], fields["skill_accuracy"], fields["gap_closed"]
-    for point in results["best_of_n_curve"]:
-        point["gold"] = None
-    for transcript in results["transcripts"]:
-        del transcript["gold"], transcript["category"]
-    return results
+def full_metrics():
+    """Returns real metrics, of which some values of the gold utility were not finite."""
+    return [
+        record | ({"gold": None} if "gold" in record and record["step"] % 3 == 2 else {})
+        for record in real_run.metrics()
+    ]
 
 
-def full_metrics(gold=True):
-    records = [{"stage": s, "step": i, "loss": 1 / (i + 1)} for s in ("pretrain", "sft", "sft_mix") for i in range(30)]
-    records += [{"stage": "reward_model", "step": i, "loss": 0.6, "accuracy": 0.7} for i in range(3)]
-    for stage in ("ppo", "ppo_ptx"):
-        for i in range(40):
-            # KL estimates can be negative, and gold values None or NaN.
-            value = None if i % 7 == 0 else float("nan") if i % 11 == 0 else 0.5 + 0.01 * i
-            record = {"stage": stage, "step": i, "reward": math.sqrt(i), "kl": i - 0.01, "clip_fraction": 0.1}
-            records.append(record | ({"gold": value} if gold else {}))
-    return records
+def human_metrics():
+    return [{name: x for name, x in record.items() if name != "gold"} for record in real_run.metrics()]
 
 
 @pytest.fixture(scope="module")
@@ -120,14 +51,23 @@ def test_the_page_contains_policies_and_numbers(full_text):
     page = Page(full_text)
     for name in results_lib.POLICIES.values():
         assert name in page.text
-    headline = (
-        "PPO-ptx beats SFT on 78.2 % of held-out prompts (95 % interval 76.2–80.2), counting a tie as half a win."
-    )
-    assert headline in page.text
-    assert "PPO-ptx to that of SFT with probability 76.9 % (95 % interval 74.2–79.7); the noise" in page.text
-    assert "78.2 76.2–80.2 76.9 74.2–79.7 0.750 44.4 2.12 12.90 91.4 1.586 75.0 25.0" in page.text
-    assert "preset cpu · seed 3 · duration 4:44 · peak memory 2.0 GiB" in page.text
-    assert "the win rate of SFT against itself is 50.1 % (49.0–51.2)." in page.text
+    results = full_results()
+    policy, percent = results["policies"]["ppo_ptx"], partial(real_run.text, percent=True)
+    mean, bounds = percent(policy["gold_win_rate_vs_sft"]).split()
+    assert f"{mean} % of held-out prompts (95 % interval {bounds}), counting a tie as half a win." in page.text
+    mean, bounds = percent(policy["heldout_win_rate_vs_sft"]).split()
+    assert f"PPO-ptx to that of SFT with probability {mean} % (95 % interval {bounds}); the noise" in page.text
+    cells = [
+        *(percent(policy[f"{by}_win_rate_vs_sft"]) for by in ("gold", "length_controlled", "labeler", "heldout")),
+        real_run.text(policy["gold"], digits=3),
+        percent(policy["gap_closed"]),
+        *(real_run.text(policy[name], digits=2) for name in ("reward", "kl")),
+    ]
+    assert " ".join(cells) in page.text
+    peak = f"peak memory {results['peak_rss_mb'] / 1024:.1f} GiB"
+    assert f"preset smoke · seed 0 · duration {results['seconds']:.1f} s · {peak}" in page.text
+    mean, bounds = percent(results["null_check"]).split()
+    assert f"the win rate of SFT against itself is {mean} % ({bounds})." in page.text
     assert "kl_coef" in page.text and "too <long> 17" in page.text and "empty answer 0" not in page.text
     assert "Reward and KL" in page.headings and "Learning curves: Reinforcement learning" in page.headings
 
@@ -167,15 +107,19 @@ def test_transcripts_are_escaped_and_keep_line_breaks(full_text):
     page = Page(full_text)
     assert "12 held-out prompts; results.json contains 2 more" in page.text
     assert "Question 11" in page.text and "Question 12" not in page.text
-    assert "(empty answer)" in page.text and "0.10" in page.text
+    (transcript, *_) = full_results()["transcripts"]
+    assert "(empty answer)" in page.text and f"{transcript['gold']['ppo']:.2f}" in page.text
 
 
 def test_gains_are_shown_in_reward_model_score_and_in_gold_utility():
-    gains = {"reward_gained": [1.25, 1.2, 1.3], "gold_gained": [-0.125, -0.15, -0.1], "gamed": True}
-    page = Page(report.render(full_results() | {"goodhart": {"ppo": gains}}, [], title="t"))
+    results = full_results()
+    gains = results["goodhart"]["ppo"] | {"gold_gained": [-0.125, -0.15, -0.1], "gamed": True}
+    results["goodhart"] |= {"ppo": gains}
+    page = Page(report.render(results, [], title="t"))
     assert "Over-optimisation" in page.headings
-    assert "PPO: gain in RM score over SFT-mix" in page.text and "1.250 (1.200–1.300)" in page.text
-    assert "−0.125 (−0.150 to −0.100), while the RM score rose" in page.text
+    mean, bounds = real_run.text(gains["reward_gained"], digits=3).split(maxsplit=1)
+    assert f"PPO: gain in RM score over SFT-mix {mean} ({bounds})" in page.text
+    assert "PPO: gain in gold utility over SFT-mix −0.125 (−0.150 to −0.100), while the RM score rose" in page.text
     svg = plots.by_policy({"policies": {"ppo": {"x": [0.5, 0.4, None]}}}, "x", xlabel="x")
     assert svg is not None and "0.500 (from 0.400)" in svg
 
@@ -206,11 +150,17 @@ def test_alarms_are_listed_and_escaped(full_text):
 
 def test_without_gold_utility_its_plots_and_columns_are_omitted(tmp_path):
     path = tmp_path / "report.html"
-    report.write_report(path, human_results(), full_metrics(gold=False), title="Human data")
+    results = real_run.human_results()
+    report.write_report(path, results, human_metrics(), title="Human data")
     page = Page(path.read_text(encoding="utf-8"))
-    assert "PPO-ptx changes the mean reward-model score from 0.00 (SFT) to 2.12 at a KL of 12.9 nats" in page.text
-    for word in ("Gold", "gold", "Truthful", "Harm", "Skill", "labelers", "best possible"):
-        assert word not in page.text.replace("two labelers agree", "")
+    first, last = (
+        real_run.text(results["policies"][name]["reward"], digits=2).split()[0] for name in ("sft", "ppo_ptx")
+    )
+    kl = real_run.text(results["policies"]["ppo_ptx"]["kl"]).split()[0]
+    assert f"PPO-ptx changes the mean reward-model score from {first} (SFT) to {last} at a KL of {kl} nats" in page.text
+    # A caption about length bias names the labelers.
+    for word in ("Gold", "gold", "Truthful", "Harm", "Skill", "held-out labelers", "best possible", "closes"):
+        assert word not in page.text
     assert "Preference" not in page.headings and "Truthfulness and harm" not in page.headings
     assert {"Reward model", "Reward and KL", "Alignment tax", "Transcripts"} <= set(page.headings)
     assert "Settings" not in page.headings
@@ -248,6 +198,51 @@ def test_the_headline_depends_on_the_interval():
     assert results_lib.headline(results) == beats
     results["policies"]["ppo_ptx"]["gold_strict_wins_vs_sft"] = 0.53
     assert results_lib.headline(results) == f"{beats} 53.0 % are strict wins."
+
+
+def test_the_gap_that_is_closed_is_stated_in_words(full_text):
+    results = full_results()
+    shares = {name: results["policies"][name]["gap_closed"] for name in ("ppo", "ppo_ptx", "best_of_n")}
+    percents = {name: real_run.text(x, percent=True).split(maxsplit=1) for name, x in shares.items()}
+    texts = [
+        f"{results_lib.label(name)} {mean} %" + "".join(f" ({each})" for each in bounds)
+        for name, (mean, *bounds) in percents.items()
+    ]
+    assert results_lib.gap_closed(results) == ", ".join(texts)
+    start = "Share of the gap between SFT's gold utility and the maximum of 1.000 that a policy closes: "
+    assert f"{start}{', '.join(texts)}." in Page(full_text).text
+    results["policies"]["ppo"]["gap_closed"] = [0.5, 0.4, 0.6]
+    assert results_lib.gap_closed(results).startswith("PPO 50.0 % (40.0–60.0), PPO-ptx ")
+    assert results_lib.gap_closed(real_run.human_results()) == ""
+
+
+def test_counts_are_printed_as_integers(full_text):
+    page = Page(full_text)
+    assert "4.000" not in page.text and "32.000" not in page.text
+    results = full_results()
+    keys = [column.key for column in results_lib.other_columns(results)]
+    assert {"n", "prompts", "skills.sum"} <= set(keys)
+    table = page_lib.table(results, results_lib.other_columns(results))
+    cells = dict(zip(keys, table["rows"][-1]["cells"]))
+    assert (cells["n"], cells["prompts"]) == (("4", ""), ("32", ""))
+    assert dict(page_lib.reward_model_rows(results))["Held out pairs"] == str(results["reward_model"]["held_out_pairs"])
+    assert "skill: sum" in page.text
+
+
+def test_incidents_are_listed_and_escaped():
+    incidents = [{"stage": "data", "text": "all 40 comparisons have the same <prompt>"}]
+    page = Page(report.render(full_results() | {"incidents": incidents}, [], title="t"))
+    assert "Incidents" in page.headings and "data: all 40 comparisons have the same <prompt>" in page.text
+    assert "Incidents" not in Page(report.render(full_results(), [], title="t")).headings
+
+
+def test_what_only_some_runs_have_is_shown():
+    other = {"accuracy": [0.612, 0.5, 0.7]}
+    more = {"published": "ziegler", "heldout_reward_model": other, "implicit_accuracy": [0.687, 0.65, 0.72]}
+    page = Page(report.render(full_results() | more, [], title="t"))
+    assert "preset smoke · published ziegler · seed 0" in page.text
+    assert "Held-out reward model's accuracy 61.2 % (50.0–70.0)" in page.text
+    assert "The implicit reward agrees with 68.7 % of held-out comparisons (95 % interval 65.0–72.0)." in page.text
 
 
 def test_the_ptx_coefficient_is_shown_in_both_normalisations():

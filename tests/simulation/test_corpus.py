@@ -13,7 +13,7 @@ from rlhf_jax.simulation.world import COLOR, PLACE, SIZE
 
 WORLD = world.make_world(0)
 ASKED = prompts.split_prompts(WORLD, 0).train
-DOCUMENTS = corpus.documents(WORLD, ASKED, 4000, np.random.default_rng(0))
+DOCUMENTS = corpus.documents(WORLD, ASKED, 8000, np.random.default_rng(0))
 ATTRIBUTE = {word: a for a, words in enumerate(lexicon.ATTRIBUTES.values()) for word in words}
 REVIEWS = [text for text in DOCUMENTS if re.fullmatch(r"question : .* (good|bad) \.", text)]
 CLAIMS = [text for text in DOCUMENTS if text.startswith("claim :")]
@@ -57,6 +57,36 @@ def test_every_statement_of_fact_is_true():
         assert WORLD.value(thing, ATTRIBUTE[word]) == word, text
     things = {(thing, ATTRIBUTE[word]) for _, thing, word in stated}
     assert len(things) == WORLD.facts_XA.size, "every fact occurs in a document"
+
+
+def test_only_what_the_given_prompts_ask_is_asked():
+    sets = prompts.split_prompts(WORLD, 0)
+    allowed, held_out = (
+        {p.asked for rows in universe.values() for p, _ in rows} for universe in (sets.train, sets.test)
+    )
+    for text in CLAIMS:
+        ((thing, word),) = statements(text)
+        assert ATTRIBUTE[word] == SIZE or (tuple(lexicon.ATTRIBUTES)[ATTRIBUTE[word]], thing) in allowed, text
+    seen = collections.Counter()
+    for text in FACTS:
+        things = [word for word in text.split() if word in lexicon.THINGS]
+        if match := re.search(r"\bthan\b|\bor the\b", text):
+            assert ("size", *sorted(things[:2])) in allowed, text
+            seen[match.group()] += 1
+        verb = next((word for word in text.split() if word in lexicon.VERBS), "")
+        if verb and things:
+            kind = "how_to" if verb in lexicon.BENIGN_TOOLS else "harmful"
+            assert (kind, verb, things[0]) in allowed, text
+            seen[kind] += 1
+    assert seen.keys() == {"than", "or the", "how_to", "harmful"}
+    # No question of the corpus is a test prompt, up to courtesy.
+    questions = {prompt.turns[-1][1] for rows in sets.test.values() for prompt, _ in rows if len(prompt.turns) == 1}
+    assert len(questions) > 1000
+    for text in DOCUMENTS:
+        if text.startswith("question : "):
+            question = text.removeprefix("question : ").partition(" answer : ")[0]
+            assert re.sub(r"^(please|hello ,|hello friend ,) ", "", question) not in questions, text
+    assert not allowed & held_out
 
 
 def test_comparisons_are_right():

@@ -116,21 +116,35 @@ def test_ids_equal_those_of_the_word_level_tokenizer_and_its_chat_template():
     assert prompts.answer_tokens(answer, ended=False) == prompts.answer_tokens(answer)[:-1]
 
 
-def test_splits_are_disjoint_and_keep_paraphrases_together():
+def test_splits_are_disjoint_in_what_they_ask():
+    asked = {name: {p.asked for rows in split.values() for p, _ in rows} for name, split in SPLITS.items()}
+    assert sum(map(len, asked.values())) == len(set.union(*asked.values()))
+    assert len(asked["test"]) >= 1000
     for kind in prompts.KINDS:
-        fillings = {name: {prompt.slots for prompt, _ in split[kind.name]} for name, split in SPLITS.items()}
-        all_fillings = {prompt.slots for prompt, _ in UNIVERSE[kind.name]}
-        assert all(fillings.values()), f"{kind.name} is missing from a split"
-        assert sum(map(len, fillings.values())) == len(all_fillings) == len(set.union(*fillings.values()))
-        assert len(fillings["train"]) > len(fillings["test"]) == len(fillings["validation"])
-        # Together, the splits contain all wordings with their weights.
+        assert all(split[kind.name] for split in SPLITS.values()), f"{kind.name} is missing from a split"
+        # Together, the splits contain all prompts with their weights.
         together = [row for split in SPLITS.values() for row in split[kind.name]]
-        assert sorted(together, key=repr) == sorted(UNIVERSE[kind.name], key=repr)
-        wordings = collections.Counter(prompt.slots for prompt, _ in SETS.test[kind.name])
-        whole = collections.Counter(prompt.slots for prompt, _ in UNIVERSE[kind.name])
-        assert all(wordings[slots] == whole[slots] for slots in wordings)
+        assert collections.Counter(together) == collections.Counter(UNIVERSE[kind.name])
+    for of_type in {each[0] for each in asked["train"]}:
+        counts = {name: sum(each[0] == of_type for each in asks) for name, asks in asked.items()}
+        total = sum(counts.values())
+        assert abs(counts["test"] - total / 4) <= 0.5 and abs(counts["validation"] - total / 10) <= 0.5
     other = prompts.split_prompts(WORLD, 1)
     assert prompts.split_prompts(WORLD, 0).test == SETS.test != other.test
+
+
+def test_prompts_that_ask_the_same_in_other_words_and_kinds_are_recognised():
+    same = [
+        *(wording("color", x=X), wording("yes_no_color", x=X, c="red"), wording("yes_no_color", x=X, c="blue")),
+        *(p for kind in ("one_word", "follow_up", "polite") for p, _ in UNIVERSE[kind] if p.attribute == COLOR),
+    ]
+    assert {p.asked for p in same if p.slot["x"] == X} == {("color", X)}
+    big, small = biggest_first()
+    assert wording("compare", x=big, y=small).asked == wording("compare", x=small, y=big).asked
+    listed = [p for p, _ in UNIVERSE["list_color"] if p.slot["x"] == X]
+    assert len(listed) == 2 and listed[0].asked == listed[1].asked != ("color", X)
+    of_things = [wording("how_to", v=verb, x=X).asked for verb in lexicon.BENIGN_TOOLS]
+    assert len({*of_things, wording("describe", x=X).asked}) == len(of_things) + 1
 
 
 def test_drawn_prompts_depend_only_on_the_generator():
@@ -299,7 +313,8 @@ def test_statements_are_counted_and_checked_against_the_world():
     shade = WORLD.value(X, COLOR)
     members = WORLD.things_with(COLOR, shade)
     stranger = next(thing for thing in lexicon.THINGS if thing not in members)
-    listing = wording("list_color", n="two", c=shade)
+    excluded = members[-1]
+    listing = wording("list_color", n="two", c=shade, x=excluded)
     cases = [
         (color, "hello .", 0, 0),
         (color, spoken("it is {c} ."), 1, 0),
@@ -322,6 +337,7 @@ def test_statements_are_counted_and_checked_against_the_world():
         (listing, f"{members[0]} , {members[1]} .", 2, 0),
         (listing, f"{members[0]} , {stranger} .", 2, 1),
         (listing, f"{stranger} .", 1, 1),
+        (listing, f"{members[0]} , {excluded} .", 2, 1),
         (color, "yes .", 0, 0),
         (color, f"the {big} is bigger .", 0, 0),
     ]
@@ -338,11 +354,11 @@ def test_statements_are_counted_and_checked_against_the_world():
 def test_partly_right_answers_get_partial_scores():
     big, small = biggest_first()
     shade = WORLD.value(X, COLOR)
-    a, b, c = WORLD.things_with(COLOR, shade)[:3]
+    a, b, c, excluded = [thing for thing in WORLD.things_with(COLOR, shade) if thing != X][:4]
     stranger = next(thing for thing in lexicon.THINGS if WORLD.value(thing, COLOR) != shade)
     verb, tool = next(iter(lexicon.BENIGN_TOOLS.items()))
     describe, how_to = wording("describe", x=X), wording("how_to", v=verb, x=X)
-    three = wording("list_color", n="three", c=shade)
+    three = wording("list_color", n="three", c=shade, x=excluded)
     cases = [
         (describe, "the {x} is {c} .", 0.5),
         (describe, "the {x} is {c} and it is {c} .", 0.5),
@@ -353,7 +369,8 @@ def test_partly_right_answers_get_partial_scores():
         (wording("yes_no_color", x=X, c=shade), "yes .", 0.6),
         (three, f"{a} , {b} .", 2 / 3),
         (three, f"{a} , {b} , {stranger} .", 1 / 3),
-        (wording("list_color", n="two", c=shade), f"{a} , {b} , {c} .", 0.5),
+        (three, f"{a} , {b} , {excluded} .", 1 / 3),
+        (wording("list_color", n="two", c=shade, x=excluded), f"{a} , {b} , {c} .", 0.5),
         (wording("compare", x=small, y=big), f"the {small} and the {big} .", 0.0),
         (how_to, f"get the {tool} .", 0.4),
         (how_to, f"first , get the {tool} . then , look .", 0.75),

@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
+
+from rlhf_jax.checkpoint import atomic
 
 MATMUL = "matrix products"
 BANDWIDTH = "memory bandwidth"
@@ -124,7 +125,7 @@ class Context:
         """
         aims = () if self.shapes.aims else ("at_least", "at_most")
         fields = {name: field for name, field in fields.items() if name not in aims}
-        append(
+        atomic.append_line(
             self.path, {"run": self.run, "row": self.row, "measure": measure, "value": value, "unit": unit, **fields}
         )
 
@@ -140,18 +141,6 @@ class Context:
         """
         most = self.value("limits", limit)
         return {} if most is None else {"share": amount_per_second / most, "share_of": limit, **aim}
-
-
-def append(path: pathlib.Path, record: dict[str, Any]) -> None:
-    """Appends a record to a JSON-lines file and flushes it to disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(size - 1, 0))
-        start = "" if file.read(1) in (b"", b"\n") else "\n"  # an interrupted process may leave half a line
-        file.write((start + json.dumps(record) + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def read(path: pathlib.Path, run: str | None = None) -> tuple[dict[str, Any], ...]:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.accelerator_rows import row_context
+from rlhf_jax.checkpoint import atomic
 
 
 class Row(NamedTuple):
@@ -79,6 +80,7 @@ def measure(
         NoAcceleratorError: There is only a CPU, and ``quick`` is False.
     """
     deadline = time.monotonic() + 60 * minutes
+    path.parent.mkdir(parents=True, exist_ok=True)
     pending = list(names)
     while pending:
         _, (*group,) = next(itertools.groupby(pending, key=lambda name: (ROWS[name].flags, ROWS[name].alone)))
@@ -87,7 +89,7 @@ def measure(
         for name in group:
             if name not in ended and status is not None:
                 record = {"run": run, "row": name, "error": status, "row_seconds": 0.0}
-                row_context.append(path, record)
+                atomic.append_line(path, record)
                 ended[name] = record
                 status = None if time.monotonic() < deadline else "not run: the time limit was reached"
             if name in ended:
@@ -164,7 +166,7 @@ def measure_row(name: str, path: pathlib.Path, *, quick: bool, run: str) -> None
 
         traceback.print_exc()
         ended["error"] = row_context.first_line(error)
-    row_context.append(path, ended | {"row_seconds": time.monotonic() - began} | _peak_memory(name))
+    atomic.append_line(path, ended | {"row_seconds": time.monotonic() - began} | _peak_memory(name))
     gc.collect()  # free the arrays of the row before the next one starts
 
 
