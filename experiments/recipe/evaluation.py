@@ -36,7 +36,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates all policies on the same held-out prompts and returns the entries for results.json.
 
-    Every mean over prompts is ``[mean, low, high]`` with its 95 % interval, clustered by what the prompts ask.
+    Every mean over prompts is ``[mean, low, high]`` with its 95 % interval, clustered by what the prompts ask. The
+    diversity and the bound of best-of-n's KL have no interval.
     """
     settings, prompts = job.settings.evaluation, job.task.eval_prompts
     job.progress.start("evaluate", len(policies) + 2)
@@ -102,7 +103,7 @@ def numbers(prompts: PromptSet, answers: Answers, *, few: int) -> dict[str, Any]
         "kl": mean(answers.kl_B, asked_B),
         "length": mean(answers.lengths_B, asked_B),
         "stopped": mean(answers.stopped_B, asked_B, rate=True),
-        "diversity": list(diagnostics.distinct_n_interval(responses, asked_B[:few].tolist(), n=2)),
+        "diversity": float(diagnostics.distinct_n(responses, n=2)),
     }
     if answers.unknown_B is not None:
         numbers["unknown_words"] = mean(answers.unknown_B, asked_B, rate=True)

@@ -20,7 +20,7 @@ from rlhf_jax.diagnostics.calibration import (
     expected_calibration_error,
     overconfidence,
 )
-from rlhf_jax.diagnostics.diversity import distinct_n, distinct_n_interval, self_overlap, token_entropy
+from rlhf_jax.diagnostics.diversity import distinct_n, self_overlap, token_entropy
 from rlhf_jax.diagnostics.goodhart import FallFromPeak, SplitHalves, fall_from_peak, regressional_goodhart, split_halves
 from rlhf_jax.diagnostics.intervals import (
     Estimate,
@@ -71,7 +71,6 @@ __all__ = [
     "clustered_mean",
     "difference",
     "distinct_n",
-    "distinct_n_interval",
     "expected_calibration_error",
     "fall_from_peak",
     "generalisation_gap",

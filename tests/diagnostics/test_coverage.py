@@ -189,9 +189,8 @@ def coverage(simulate, truth, replications):
     true = dict(intervals_in(truth))
     shares = {}
     for path, bounds in hits.items():
-        # The diversity depends on the size of the set, and the training pairs are few: their truth is the mean over
-        # the replications.
-        few = any(word in path for word in ("diversity", "train", "gap/"))
+        # The diagnosis limits the number of training pairs, so their truth is the mean over the replications.
+        few = any(word in path for word in ("train", "gap/"))
         value = np.mean(means[path]) if few else true[path][0]
         shares[path] = float(np.mean([low <= value <= high for low, high in bounds]))
     return shares

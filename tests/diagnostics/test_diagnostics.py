@@ -131,16 +131,6 @@ def test_copies_of_pairs_with_the_same_prompt_add_no_information():
     np.testing.assert_allclose(once, diagnostics.length_controlled_win_rate(outcomes, *lengths), rtol=0.03)
 
 
-def test_the_interval_of_distinct_n_is_the_jackknife_over_clusters():
-    rng = np.random.default_rng(9)
-    rows, clusters = rng.integers(5, size=(12, 6)).tolist(), (np.arange(12) % 4).tolist()
-    got = diagnostics.distinct_n_interval(rows, clusters, n=2)
-    without = [diagnostics.distinct_n([row for row, label in zip(rows, clusters) if label != c], n=2) for c in range(4)]
-    width = stats.t.ppf(0.975, 3) * math.sqrt(3 / 4 * np.square(np.array(without) - np.mean(without)).sum())
-    assert got.mean == diagnostics.distinct_n(rows, n=2) and got.hi - got.mean == pytest.approx(width)
-    assert diagnostics.distinct_n_interval(rows, [0] * 12, n=2)[1:] == (-math.inf, math.inf)
-
-
 def test_single_values_have_infinite_intervals_and_confidence_is_validated():
     rng = np.random.default_rng(0)
     assert diagnostics.bootstrap_mean([2.0], rng) == (2.0, -math.inf, math.inf)
@@ -154,7 +144,6 @@ def test_single_values_have_infinite_intervals_and_confidence_is_validated():
         lambda c: diagnostics.calibration_slope(ones, zeros, confidence=c),
         lambda c: diagnostics.overconfidence(ones, zeros, confidence=c),
         lambda c: diagnostics.clustered_mean(ones, confidence=c),
-        lambda c: diagnostics.distinct_n_interval([[1, 2]], [0], n=1, confidence=c),
         lambda c: diagnostics.ratio_interval(ones, zeros, confidence=c),
         lambda c: diagnostics.length_correlation(ones, zeros, confidence=c),
         lambda c: diagnostics.length_controlled_win_rate([1, 0, 1], [1, 2, 3], [1, 1, 1], confidence=c),
