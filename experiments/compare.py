@@ -5,21 +5,18 @@
     python experiments/compare.py --preset smoke                  all runs within two minutes, too short to learn much
     python experiments/compare.py --resume runs/NAME              resume an interrupted comparison
 
-All methods start from the same SFT model and use the same reward model. The KL to the SFT model and the gold utility
-are measured on the answers sampled in each iteration (in expert iteration, each round). Every seed gives a curve of
-gold utility against KL, and the curves are compared at the KLs of --at. GRPO penalises the KL in the loss, as
-published, instead of in the reward. Best-of-n trains nothing and is measured on held-out prompts; its KL is
-log n - (n - 1) / n. The flags of instructgpt.py are accepted too, but some of them, such as --ppo.method and
---on-alarm, have no effect.
+All methods start from the same SFT model and use the same reward model. Each trained method samples the same number of
+answers and takes the same number of optimiser steps; PPO and PPO-ptx answer each prompt once, the others --group times.
+During training, each policy answers the same held-out prompts several times, which gives a curve of gold utility
+against KL to the SFT model. The curves are compared at the KLs of --at. GRPO penalises the KL in the loss, as
+published, instead of in the reward. Best-of-n trains nothing, but samples n answers to each held-out prompt. Its KL is
+measured, because repeated answers make it lower than log n - (n - 1) / n. The flags of instructgpt.py are accepted too,
+but some of them, such as --ppo.method and --on-alarm, have no effect.
 
 The run folder contains compare.json, compare.html with the figure, config.json, metrics.jsonl, tensorboard/ and
 checkpoints/.
 
-The comparison takes 14 minutes and 2 GB on two CPU cores. The expected gold utilities, to within about 0.007, are:
-
-    SFT model           0.78
-    KL of 1 nat         0.90 for best-of-n, 0.88 for expert iteration, 0.87 for RLOO, PPO and PPO-ptx, 0.86 for GRPO
-    KL of 2 nats        0.89 for expert iteration, RLOO, PPO and PPO-ptx, 0.88 for GRPO
+The comparison takes about 14 minutes and 2 GB on two CPU cores. docs/methods.md has the results.
 """
 
 from __future__ import annotations
@@ -51,7 +48,8 @@ class Compare(Settings):
     group: int = 4
     """Number of answers to each prompt in rloo, grpo and expert iteration (which trains on the best of them)."""
     rounds: int = 4
-    """Number of rounds of expert iteration. All rounds together use half of the prompts that PPO uses."""
+    """Number of rounds of expert iteration. All rounds together sample as many answers as PPO and take as many
+    optimiser steps."""
 
 
 def parse(arguments: list[str]) -> Compare:
@@ -68,6 +66,8 @@ def parse(arguments: list[str]) -> Compare:
     require_divides(settings, "group", ppo.batch, f"--ppo.batch {ppo.batch}")
     prompts = f"--ppo.batch {ppo.batch} divided by --group {settings.group}"
     mesh_settings.check_divides(settings.mesh, prompts, ppo.batch // settings.group)
+    prompts = ppo.iterations * ppo.batch // settings.group
+    require(settings.rounds <= prompts, settings, "rounds", f"at most {prompts}, the number of prompts")
     if not settings.methods:
         raise SettingError("--methods is empty; give at least one method")
     if not settings.at or min(settings.at) < 0:
@@ -76,10 +76,14 @@ def parse(arguments: list[str]) -> Compare:
 
 
 def _shorten(preset: Settings) -> Settings:
-    """Shortens the runs of the default preset, and lowers the KL coefficient so that they still reach large KLs."""
+    """Shortens the runs of the default preset so that they still reach large KLs.
+
+    The KL coefficient is lower, and no method averages its weights, because expert iteration does not.
+    """
     if preset.preset != "default":
         return preset
-    return dataclasses.replace(preset, ppo=dataclasses.replace(preset.ppo, iterations=18, kl_coef=0.03))
+    ppo = dataclasses.replace(preset.ppo, iterations=18, kl_coef=0.03, ema=0.0)
+    return dataclasses.replace(preset, ppo=ppo, evaluation=dataclasses.replace(preset.evaluation, prompts=512))
 
 
 if __name__ == "__main__":
@@ -91,14 +95,21 @@ import time
 import jax
 import numpy as np
 from launch import entry_point, run_folder
-from recipe import jobs, precompile, run_setup
+from recipe import jobs, policy_sampling, precompile, run_setup
 from rich.console import Console
 from sweeps import expert_iteration, frontier_plot, run_grid
 
 from rlhf_jax import diagnostics, metrics
 
 Curve = tuple[np.ndarray, np.ndarray]
-"""KL and gold utility of a run at each iteration or round or, for best-of-n, at each n."""
+"""KL and gold utility on the held-out prompts: of a run at several iterations or rounds or, for best-of-n, at each n.
+The first point is the SFT model."""
+TIMES = 6
+"""Number of times that a run is evaluated, not counting the SFT model."""
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
+"""The values of n in best-of-n."""
+POOL = 80
+"""Minimum number of answers per prompt, over all seeds, from which the KL of best-of-n is measured."""
 
 
 def ppo_settings(settings: Compare, method: Method) -> PPO:
@@ -128,75 +139,167 @@ def run(settings: Compare) -> dict[str, Any]:
         for method in rl_methods
     }
     cells = [cell for method_cells in cells_by_method.values() for cell in method_cells]
-    weights = [(cell.name, 0.9 * settings.ppo.iterations) for cell in cells]
-    weights += [("expert-iteration", 20.0 * settings.seeds), ("best-of-n", 5.0 * settings.seeds)]
+    weights = [(cell.name, 1.4 * settings.ppo.iterations) for cell in cells]
+    weights += [("expert-iteration", 20.0 * settings.seeds), ("best-of-n", 12.0 * settings.seeds)]
     curves: dict[str, list[Curve]] = {}
+    best_of_n: dict[str, Any] = {}
     with run_setup.open_run(settings, out, weights=weights) as (folder, job):
         # PPO and PPO-ptx have the same settings and thus share one compiled program.
         jobs_by_settings = {ppo: run_grid.with_settings(job, ppo) for ppo in dict.fromkeys(c.settings for c in cells)}
         with precompile.in_background(job, {cell.name: jobs_by_settings[cell.settings] for cell in cells}):
             models = run_grid.prepare(job)
             for cell in cells:
-                run_grid.train(job, models, cell, step=jobs_by_settings[cell.settings].ppo_step)
+                run_grid.train(job, models, cell, step=jobs_by_settings[cell.settings].ppo_step, times=TIMES)
+        start = [
+            run_grid.sample_answers(job, models, job.task.eval_prompts, models.start, seed=seed)
+            for seed in range(settings.seeds)
+        ]
         if "expert-iteration" in settings.methods:
             curves["expert-iteration"] = _expert_iteration(job, models, settings)
         if "best-of-n" in settings.methods:
-            curves["best-of-n"] = _best_of_n(job, models, settings)
+            curves["best-of-n"], best_of_n = _best_of_n(job, models, settings)
+        sft = _over_prompts(job.task.eval_prompts.asked_B, [answers.gold.total for answers in start])
     rows = metrics.read(folder.path)
     for method, method_cells in cells_by_method.items():
         curves[method] = [_logged_curve(rows, cell.name) for cell in method_cells]
-    results = summarise(settings, curves) | {"seconds": time.time() - process_setup.START_TIME}
+    for method in curves:
+        if method != "best-of-n":  # whose first point is n = 1
+            golds = [float(np.mean(answers.gold.total)) for answers in start]
+            curves[method] = [_from_start(curve, gold) for curve, gold in zip(curves[method], golds, strict=True)]
+    results = summarise(settings, curves) | {
+        "sft_gold": sft,
+        "held_out_prompts": len(start[0].kl_B),
+        "best_of_n": best_of_n,
+        "seconds": time.time() - process_setup.START_TIME,
+    }
     results = run_folder.finite(results)
-    frontier_plot.write_methods(folder.path / "compare.html", results["methods"], title="Gold utility at equal KL")
+    note = caption(results, seeds=settings.seeds)
+    frontier_plot.write_methods(
+        folder.path / "compare.html", results["methods"], title="Gold utility at equal KL", note=note
+    )
     folder.write_json("compare.json", results)
     out.print(frontier_plot.methods_table(results["methods"], settings.at))
+    out.print(frontier_plot.costs_table(results["methods"]))
+    run_setup.print_line(out, note)
     run_setup.print_line(out, f"figure: {folder.path / 'compare.html'}   results: {folder.path / 'compare.json'}")
     return results
 
 
+def costs(settings: Compare, method: Method) -> dict[str, Any]:
+    """Returns what a method uses: answers, prompts and optimiser steps in training, and samples per answer afterwards.
+
+    PPO-ptx also trains on ``text_rows`` rows of pretraining text.
+    """
+    ppo = settings.ppo
+    steps = ppo.iterations * ppo.epochs * ppo.minibatches
+    prompts = ppo.iterations * ppo.batch // (1 if method in ("ppo", "ppo-ptx") else settings.group)
+    if method == "best-of-n":
+        return {"answers": 0, "prompts": 0, "steps": 0, "text_rows": 0, "samples_per_answer": f"1–{SIZES[-1]}"}
+    if method == "expert-iteration":
+        prompts -= prompts % settings.rounds
+        steps = _steps_per_round(settings) * settings.rounds
+    return {
+        "answers": prompts * (1 if method in ("ppo", "ppo-ptx") else settings.group),
+        "prompts": prompts,
+        "steps": steps,
+        "text_rows": steps * round(ppo.batch // ppo.minibatches * ppo.ptx_ratio) if method == "ppo-ptx" else 0,
+        "samples_per_answer": "1",
+    }
+
+
+def caption(results: dict[str, Any], *, seeds: int) -> str:
+    """Returns the sentences that describe the table and its intervals."""
+    text = (
+        f"All methods share the SFT model, the reward model and its labels, and answer the same "
+        f"{results['held_out_prompts']} held-out prompts. Each mean has its 95 % interval over {seeds} seeds, which "
+        "cover the sampling and the batch order of training, and the sampling of the evaluation. They do not cover the "
+        "choice of the prompts, which is shared by all methods: for the SFT model, the gold utility is "
+        f"{frontier_plot.interval_text(results['sft_gold'])} over prompts."
+    )
+    if results["best_of_n"]:
+        last = {name: values[-1] for name, values in results["best_of_n"].items()}
+        text += (
+            f" The KL of best-of-{last['n']} is {last['kl']:.3f} nats, measured from {last['pool']} answers per "
+            f"prompt; the formula for answers that never repeat gives {last['kl_bound']:.3f}."
+        )
+    return text
+
+
+def _over_prompts(asked_B: np.ndarray, gold_SB: list[np.ndarray]) -> list[float]:
+    """Returns the mean of the seeds' gold utilities with an interval clustered by what the prompts ask."""
+    return list(diagnostics.clustered_mean(np.mean(gold_SB, axis=0), asked_B.tolist()))
+
+
 def _logged_curve(rows: list[dict[str, Any]], stage: str) -> Curve:
-    own = [row for row in rows if row["stage"] == stage]
-    return tuple(np.array([row[name] for row in own]) for name in ("kl", "gold"))  # type: ignore[return-value]
+    kl, gold = (run_grid.MEASURED[name] for name in ("kl", "gold"))
+    own = [row for row in rows if row["stage"] == stage and kl in row]
+    return np.array([row[kl] for row in own]), np.array([row[gold] for row in own])
+
+
+def _from_start(curve: Curve, gold: float) -> Curve:
+    """Returns the curve with the SFT model as the first point."""
+    return np.concatenate([[0.0], curve[0]]), np.concatenate([[gold], curve[1]])
+
+
+def _steps_per_round(settings: Compare) -> int:
+    ppo = settings.ppo
+    return max(1, ppo.iterations * ppo.epochs * ppo.minibatches // settings.rounds)
 
 
 def _expert_iteration(job: jobs.Job, models: run_grid.StartModels, settings: Compare) -> list[Curve]:
     job.progress.start("expert-iteration", settings.seeds)
     curves = []
     for seed in range(settings.seeds):
-        policy, rounds = expert_iteration.train(
+
+        def measure(policy: Any, seed: int = seed) -> dict[str, float]:
+            prompts = job.task.eval_prompts
+            return run_grid.answer_means(run_grid.sample_answers(job, models, prompts, policy, seed=seed))
+
+        _, rounds = expert_iteration.train(
             job,
             models,
-            job.task.rl_prompts.take(len(job.task.rl_prompts) // 2),
+            job.task.rl_prompts.take(costs(settings, "expert-iteration")["prompts"]),
             name=f"expert-seed{seed}",
             seed=seed,
             rounds=settings.rounds,
             samples=settings.group,
-            epochs=2,
+            steps=_steps_per_round(settings),
             learning_rate=settings.sft.learning_rate / 4,
+            measure=measure,
         )
-        last = run_grid.sample_answers(job, models, job.task.eval_prompts, policy, seed=seed)
-        kl = np.array([r.kl for r in rounds] + [float(np.mean(last.kl_B))])
-        gold = np.array([r.gold for r in rounds] + [float(np.mean(last.gold.total))])
+        kl, gold = (np.array([each[name] for each in rounds]) for name in ("kl", "gold"))
         curves.append((kl, gold))
         job.progress.update("expert-iteration", seed + 1, settings.seeds)
     job.progress.finish("expert-iteration")
     return curves
 
 
-def _best_of_n(job: jobs.Job, models: run_grid.StartModels, settings: Compare) -> list[Curve]:
+def _best_of_n(
+    job: jobs.Job, models: run_grid.StartModels, settings: Compare
+) -> tuple[list[Curve], dict[str, list[Any]]]:
+    """Returns the curve of each seed, and the KL at each n, which is measured from the answers of all seeds."""
     job.progress.start("best-of-n", settings.seeds)
-    N, sizes = min(settings.evaluation.best_of_prompts, len(job.task.eval_prompts)), [1, 2, 4, 8, 16]
-    prompts = job.task.eval_prompts.take(N).at(np.repeat(np.arange(N), sizes[-1]))
-    kl, curves = np.array([diagnostics.best_of_n_kl(n) for n in sizes]), []
+    N, samples = len(job.task.eval_prompts), max(SIZES[-1], -(-POOL // settings.seeds))
+    prompts = job.task.eval_prompts.at(np.repeat(np.arange(N), samples))
+    golds, pools = [], []
     for seed in range(settings.seeds):
-        key = jax.random.fold_in(job.key("evaluate"), 1000 + seed)
-        pool = job.sampler(models.start, models.start, models.reward, prompts, key)
-        pairs = zip(pool.scores_B.reshape(N, -1), np.asarray(pool.gold.total).reshape(N, -1), strict=True)
-        gold = np.mean([diagnostics.best_of_n_mean(scores, utility, sizes) for scores, utility in pairs], axis=0)
-        curves.append((kl, gold))
+        pool = run_grid.sample_answers(job, models, prompts, models.start, seed=1000 + seed)
+        scores_NK, gold_NK = pool.scores_B.reshape(N, -1), np.asarray(pool.gold.total).reshape(N, -1)
+        pairs = zip(scores_NK, gold_NK, strict=True)
+        golds.append(np.mean([diagnostics.best_of_n_mean(scores, gold, SIZES) for scores, gold in pairs], axis=0))
+        pools.append(jax.tree.map(lambda x: x.reshape(N, samples, *x.shape[1:]), pool))
         job.progress.update("best-of-n", seed + 1, settings.seeds)
+    together = jax.tree.map(lambda *x: np.concatenate(x, axis=1).reshape(-1, *x[0].shape[2:]), *pools)
+    pool_size = settings.seeds * samples
+    kl = policy_sampling.best_of_kl(together, pool_size, SIZES)
     job.progress.finish("best-of-n")
-    return curves
+    measured = {
+        "n": list(SIZES),
+        "kl": kl,
+        "kl_bound": diagnostics.best_of_n_kl(SIZES).tolist(),
+        "pool": [pool_size] * len(SIZES),
+    }
+    return [(np.array(kl), gold) for gold in golds], measured
 
 
 def summarise(settings: Compare, curves: dict[str, list[Curve]]) -> dict[str, Any]:
@@ -212,12 +315,13 @@ def summarise(settings: Compare, curves: dict[str, list[Curve]]) -> dict[str, An
             reached = all(value is not None for value in gold)
             points.append(list(diagnostics.mean_interval(list(gold))) if reached else [None, None, None])
         runs = [{"kl": kl.tolist(), "gold": gold.tolist()} for kl, gold in curves[method]]
-        methods.append({"method": method, "at": list(settings.at), "gold": points, "runs": runs})
+        each = {"method": method, "at": list(settings.at), "gold": points, "runs": runs}
+        methods.append(each | costs(settings, method))
     return {"methods": methods}
 
 
-def gold_at(kl: np.ndarray, gold: np.ndarray, *, at: float, width: float = 0.35) -> float | None:
-    """Estimates a run's gold utility at the KL ``at`` by local linear regression in √KL.
+def gold_at(kl: np.ndarray, gold: np.ndarray, *, at: float, width: float = 0.5) -> float | None:
+    """Estimates a run's gold utility at the KL ``at`` by local quadratic regression in √KL.
 
     The weights of the points are Gaussian with standard deviation ``width`` in √KL. Returns None if ``at`` is outside
     the range of the run's KLs or the run has only one point.
@@ -225,11 +329,8 @@ def gold_at(kl: np.ndarray, gold: np.ndarray, *, at: float, width: float = 0.35)
     x, target = np.sqrt(np.maximum(kl, 0.0)), at**0.5
     if len(x) < 2 or x.max() < target or x.min() > target:
         return None
-    weight = np.exp(-0.5 * ((x - target) / width) ** 2)
-    covariance = np.cov(x, gold, aweights=weight)
-    mean_x, mean_gold = np.average(x, weights=weight), np.average(gold, weights=weight)
-    slope = covariance[0, 1] / covariance[0, 0] if covariance[0, 0] > 1e-12 else 0.0
-    return float(mean_gold + slope * (target - mean_x))
+    weights = np.exp(-0.25 * ((x - target) / width) ** 2)  # np.polyfit squares them
+    return float(np.polyfit(x - target, gold, min(2, len(np.unique(x)) - 1), w=weights)[-1])
 
 
 def main(arguments: list[str] | None = None) -> None:

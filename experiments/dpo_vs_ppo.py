@@ -8,24 +8,22 @@
 The study has three parts:
 
     world    Policies are trained in the built-in world from one SFT model, with DPO and iterated DPO at several betas
-             and PPO at several KL coefficients. In iterated DPO, a reward model labels the pairs. DPO and the reward
-             model of PPO are also trained on shifted pairs, which are comparisons of base-model answers that the SFT
-             model rarely samples.
+             and PPO at several KL coefficients. DPO is trained on the comparisons of the reward model, with all pairs
+             of a prompt in one batch element, as the reward model is. In iterated DPO, the reward model labels the
+             pairs, and as many answers are sampled as in PPO. DPO and the reward model of PPO are also trained on
+             shifted pairs, which are comparisons of base-model answers that the SFT model rarely samples.
     bandit   The same methods are compared on a table of rewards, for which the KL, the expected reward and the optimum
              are computed exactly.
     exact    DPO and PPO are trained on the three-answer example of Xu's theorem 4.1.
 
 The settings of instructgpt.py apply here too, but some that have no effect, such as --on-alarm, are refused. In the
 world, all seeds share the prompts, comparisons and reward models, so the intervals reflect only sampling and batch
-order. On the bandit, each seed draws new labels. The run folder contains study.json, study.html with the figures,
-config.json, metrics.jsonl, tensorboard/, checkpoints/ and reference/.
+order. On the bandit, each seed draws new labels. Each part prints the numbers of labels, sampled answers and steps. The
+run folder contains study.json, study.html with the figures, config.json, metrics.jsonl, tensorboard/, checkpoints/ and
+reference/.
 
-The study takes 17 minutes and 2.2 GB on two CPU cores. The expected results are:
+The study takes about 15 minutes and 2.2 GB on two CPU cores. The expected results are:
 
-    world    PPO reaches a gold utility of 0.90 at a KL of 1 to 1.6 nats. At 1.5 nats, its gold utility is 0.035 ±0.020
-             above that of DPO, whose seeds vary widely. Shifted pairs reduce the gold utility of DPO by about 0.05
-             ±0.07 and that of PPO by 0.10 ±0.01. Unlike in Xu et al., a reward model trained only on answers from the
-             base model misleads PPO too.
     bandit   At 1 nat, the expected reward of PPO is 0.15 ±0.05 above that of DPO, over ten draws of 400 labels. The
              effect of shifted pairs is not significant.
     exact    The answer that appears in no pair has a probability of 0.99 with DPO and 0.0001 with PPO.
@@ -42,7 +40,8 @@ from launch.setting_checks import require
 from preferences import direct_settings
 
 Part = Literal["world", "bandit", "exact"]
-SHIFTED = "shifted pairs"
+SAMPLES = 4
+"""Number of answers to each prompt in iterated DPO."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +62,7 @@ class StudySettings(direct_settings.DirectSettings, settings_lib.Settings):
     """KLs, in nats, at which methods are compared. Gold utilities are interpolated between coefficients."""
     rounds: int = 3
     """Number of rounds of iterated DPO. Beta is multiplied by this number, so that all rounds together move the policy
-    as far as one pass of DPO. The rounds together use at most as many prompts as DPO has pairs."""
+    as far as one pass of DPO. The rounds together sample as many answers as PPO, four to each prompt."""
     bandit_seeds: int = 10
     """Number of draws of labels on the bandit."""
     bandit_coefs: tuple[float, ...] = (0.1, 0.2, 0.5, 1.0, 2.0)
@@ -97,16 +96,21 @@ def parse(arguments: list[str]) -> StudySettings:
         raise settings_lib.SettingError(
             "--data.path cannot be used with --parts world, which requires a gold utility; leave out one of the two"
         )
+    if settings.pairs != 0:
+        raise settings_lib.SettingError(
+            f"--pairs is {settings.pairs}, but DPO uses the pairs of the reward model, which are all; leave it out"
+        )
     if settings.beta is not None:
         raise settings_lib.SettingError(f"--beta is {settings.beta}, but this study uses --betas; leave it out")
     return settings
 
 
 def _adjust_preset(preset: settings_lib.Settings) -> settings_lib.Settings:
-    """Shortens PPO in the default preset, since the study runs it many times."""
+    """Shortens PPO and the evaluation in the default preset, since the study runs them many times."""
     if preset.preset != "default":
         return preset
-    return dataclasses.replace(preset, ppo=dataclasses.replace(preset.ppo, iterations=18))
+    evaluation = dataclasses.replace(preset.evaluation, prompts=1024)
+    return dataclasses.replace(preset, ppo=dataclasses.replace(preset.ppo, iterations=18), evaluation=evaluation)
 
 
 if __name__ == "__main__":
@@ -116,17 +120,13 @@ if __name__ == "__main__":
 import pathlib
 import time
 
-import numpy as np
 from launch import entry_point, run_folder
-from preferences import bandit_study, direct_alignment, three_actions
+from preferences import bandit_study, direct_alignment, ranked_dpo, study_results, three_actions
 from preferences import pairs as pairs_lib
 from recipe import comparison_data, jobs, run_setup, stages
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from sweeps import frontier_plot, run_grid
-
-from rlhf_jax import diagnostics
 
 
 def run(settings: StudySettings) -> dict[str, Any]:
@@ -137,7 +137,8 @@ def run(settings: StudySettings) -> dict[str, Any]:
 
     def show(part: str, title: str, *, xlabel: str, ylabel: str) -> None:
         figures.append(frontier_plot.frontier(results[part]["lines"], xlabel=xlabel, ylabel=ylabel))
-        out.print(_lines_table(results[part]["lines"], title))
+        out.print(study_results.lines_table(results[part]["lines"], title))
+        out.print(study_results.data_table(results[part]["data"]))
         for name, effect in results[part]["effects"].items():
             out.print(f"{name}: {frontier_plot.interval_text(effect)}", soft_wrap=True, highlight=False)
 
@@ -163,10 +164,17 @@ def run(settings: StudySettings) -> dict[str, Any]:
         "Each line connects the coefficients of a method. Points are means over seeds, with 95 % intervals. Hollow "
         "markers show shifted pairs."
     )
+    if "world" in results:
+        note += (
+            f" In the built-in world, all policies answer the same {results['world']['held_out_prompts']} held-out "
+            "prompts. The seeds cover the sampling and the batch order of training, and the sampling of the "
+            "evaluation, but not the choice of the prompts, the labels and the reward models, which they share."
+        )
     if "exact" in results:
         note += " " + _exact_sentence(results["exact"])
     frontier_plot.write_page(folder.path / "study.html", "DPO and PPO", figures, note)
     folder.write_json("study.json", results)
+    run_setup.print_line(out, note)
     run_setup.print_line(out, f"figures: {folder.path / 'study.html'}   results: {folder.path / 'study.json'}")
     return results
 
@@ -198,16 +206,11 @@ def _exact_sentence(policies: dict[str, Any]) -> str:
     )
 
 
-def _new_table(title: str, *columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
-    return table
-
-
 def _exact_table(policies: dict[str, Any]) -> Table:
     """Returns a table of the part ``exact``, with one row per policy."""
-    table = _new_table("three answers, the third unseen", "policy", "better", "worse", "unseen", "DPO loss")
+    table = study_results.new_table(
+        "three answers, the third unseen", "policy", "better", "worse", "unseen", "DPO loss"
+    )
     for name, policy in policies.items():
         table.add_row(name, *(f"{p:.4g}" for p in policy["probabilities"]), f"{policy['dpo_loss']:.4f}")
     return table
@@ -221,14 +224,18 @@ def _run_bandit(settings: StudySettings) -> dict[str, Any]:
     )
     runs = {method: dict(zip(coefs, rows)) for method, rows in results.items()}
     middle = {"DPO": _middle(coefs), "PPO": _middle(coefs)}
-    return {"lines": [_line(*each) for each in runs.items()], "effects": effects(runs, middle, settings.at)}
+    return {
+        "lines": [study_results.line(*each) for each in runs.items()],
+        "effects": study_results.effects(runs, middle, settings.at),
+        "data": bandit_study.data(pairs=settings.bandit_pairs, rounds=settings.rounds),
+    }
 
 
 def _world_methods(settings: StudySettings) -> list[tuple[str, tuple[float, ...]]]:
     """Returns the methods that are compared in the built-in world, with their coefficients."""
     betas, kl_coefs = settings.betas, settings.kl_coefs
-    dpo = [("DPO", betas), (f"DPO, {SHIFTED}", (_middle(betas),)), ("iterated DPO", betas)]
-    return [*dpo, ("PPO", kl_coefs), (f"PPO, {SHIFTED}", (_middle(kl_coefs),))]
+    dpo = [("DPO", betas), (f"DPO, {study_results.SHIFTED}", (_middle(betas),)), ("iterated DPO", betas)]
+    return [*dpo, ("PPO", kl_coefs), (f"PPO, {study_results.SHIFTED}", (_middle(kl_coefs),))]
 
 
 def _weights(settings: StudySettings) -> list[tuple[str, float]]:
@@ -244,9 +251,9 @@ def _weights(settings: StudySettings) -> list[tuple[str, float]]:
 
 
 def _run_world(settings: StudySettings, job: jobs.Job, folder: run_folder.RunFolder) -> dict[str, Any]:
-    """Returns the lines of the world's figure, the `effects` in the world, and the numbers of pairs and prompts."""
+    """Returns the lines of the world's figure, the `effects` in the world, and what each method is trained on."""
     middle = {"DPO": _middle(settings.betas), "PPO": _middle(settings.kl_coefs)}
-    shared, policies, pairs = _train_policies(job, settings, folder, _world_methods(settings))
+    shared, policies, data = _train_policies(job, settings, folder, _world_methods(settings))
     job.progress.start("evaluate", 1 + len(policies))
     against = run_grid.sample_answers(job, shared, job.task.eval_prompts, shared.sft, seed=0)
     runs: dict[str, dict[float, list[dict[str, float]]]] = {}
@@ -255,38 +262,45 @@ def _run_world(settings: StudySettings, job: jobs.Job, folder: run_folder.RunFol
         runs.setdefault(method, {}).setdefault(coef, []).append(numbers)
         job.progress.update("evaluate", 1 + done, 1 + len(policies))
     job.progress.finish("evaluate")
-    lines = [_line(*each) for each in runs.items()]
-    return {"lines": lines, "effects": effects(runs, middle, settings.at), "pairs": pairs}
+    lines = [study_results.line(*each) for each in runs.items()]
+    return {
+        "lines": lines,
+        "effects": study_results.effects(runs, middle, settings.at),
+        "data": data,
+        "held_out_prompts": len(job.task.eval_prompts),
+    }
 
 
 def _train_policies(
     job: jobs.Job, settings: StudySettings, folder: run_folder.RunFolder, methods: Any
 ) -> tuple[run_grid.StartModels, dict[tuple[str, float, int], Any], dict[str, Any]]:
-    """Returns the shared models, the policies by (method, coefficient, seed), and the numbers of pairs and prompts."""
+    """Returns the shared models, the policies by (method, coefficient, seed), and what each method is trained on."""
     shared = run_grid.prepare(job)
     base = stages.pretrain(job)
     (own, *_), _, _ = comparison_data.load_or_collect(job, [shared.sft, shared.start])
     (shifted, *_), _, _ = comparison_data.load_or_collect(job, [base], stage="comparisons-shifted")
     reward = stages.train_reward_model(job, shared.start, shifted, stage="reward_model-shifted")
     shared_shifted = shared._replace(reward=stages.normalise_scores(job, reward, shared.start))
-    pairs = {
-        name: pairs_lib.from_rankings(
-            rows, prompt_width=job.task.prompt_width, per_prompt=settings.pairs, seed=settings.seed
-        )
-        for name, rows in (("own", own), (SHIFTED, shifted))
+    ranked = {
+        name: ranked_dpo.with_reference(job, shared.start, rows)
+        for name, rows in (("own", own), (study_results.SHIFTED, shifted))
     }
-    trainer = direct_alignment.make_trainer(job, settings, folder.path)
-    # A prompt of a round yields at most one pair, so the rounds together have at most as many pairs as DPO.
-    prompts = job.task.rl_prompts.take(min(len(pairs["own"]), len(job.task.rl_prompts)))
+    step, trainer = ranked_dpo.make_step(job), direct_alignment.make_trainer(job, settings, folder.path)
+    prompts = job.task.rl_prompts.take(settings.ppo.iterations * settings.ppo.batch // SAMPLES)
     if len(prompts) < settings.rounds:
         raise settings_lib.SettingError(
             f"--rounds is {settings.rounds}; it must be at most {len(prompts)}, the number of prompts"
         )
-    counts: dict[str, Any] = {name: len(each) for name, each in pairs.items()} | {"prompts of rounds": len(prompts)}
+    data: dict[str, dict[str, int]] = {}
     policies: dict[tuple[str, float, int], Any] = {}
     for method, coef, seed in ((m, c, s) for m, coefs in methods for c in coefs for s in range(settings.seeds)):
-        name, data = _run_name(method, coef, seed), SHIFTED if SHIFTED in method else "own"
+        name, source = (
+            _run_name(method, coef, seed),
+            study_results.SHIFTED if study_results.SHIFTED in method else "own",
+        )
         if method == "iterated DPO":
+            # A prompt has one pair. Each pair is used SAMPLES times, so that there are as many steps as in PPO.
+            own_settings = dataclasses.replace(settings, beta=settings.rounds * coef, epochs=SAMPLES * settings.epochs)
             policy, rounds = direct_alignment.iterate(
                 trainer,
                 shared.start,
@@ -296,24 +310,43 @@ def _train_policies(
                 name=name,
                 seed=seed,
                 rounds=settings.rounds,
-                samples=4,
-                settings=dataclasses.replace(settings, beta=settings.rounds * coef),
+                samples=SAMPLES,
+                settings=own_settings,
             )
-            counts[name] = sum(each.pairs for each in rounds)
+            steps = sum(direct_alignment.schedule(own_settings, each.pairs).steps for each in rounds)
+            prompts_used = len(prompts) // settings.rounds * settings.rounds
+            used = {"sampled answers": SAMPLES * prompts_used, "prompts": prompts_used, "steps": steps}
         elif "DPO" in method:
-            policy = trainer.train(
+            policy = ranked_dpo.train(
+                job,
+                step,
                 shared.start,
-                pairs[data],
+                ranked[source],
                 name=name,
                 seed=seed,
-                settings=dataclasses.replace(settings, beta=coef),
-                reference_file=f"{data.replace(' ', '-')}-sft_mix",
+                beta=coef,
+                learning_rate=settings.learning_rate or settings.ppo.learning_rate / 2,
+                epochs=settings.epochs,
             )
+            n = len(ranked[source].ranks_BK)
+            used = {
+                "sampled answers": 0,
+                "prompts": 0,
+                "steps": settings.epochs * (n // min(settings.reward_model.batch, n)),
+            }
         else:
-            cell = run_grid.Cell(name, dataclasses.replace(settings.ppo, kl_coef=coef), seed)
-            policy = run_grid.train(job, shared_shifted if data == SHIFTED else shared, cell, step=job.ppo_step)
+            ppo = dataclasses.replace(settings.ppo, kl_coef=coef)
+            cell = run_grid.Cell(name, ppo, seed)
+            policy = run_grid.train(
+                job, shared_shifted if source == study_results.SHIFTED else shared, cell, step=job.ppo_step
+            )
+            answers = ppo.iterations * ppo.batch
+            steps = ppo.iterations * ppo.epochs * ppo.minibatches
+            used = {"sampled answers": answers, "prompts": answers // ppo.samples, "steps": steps}
         policies[method, coef, seed] = policy
-    return shared, policies, counts
+        labels = pairs_lib.count(ranked[source])
+        data[method] = {"labelled pairs": labels["pairs"], "labelled answers": labels["answers"]} | used
+    return shared, policies, data
 
 
 def _middle(coefs: tuple[float, ...]) -> float:
@@ -322,70 +355,6 @@ def _middle(coefs: tuple[float, ...]) -> float:
 
 def _run_name(method: str, coef: float, seed: int) -> str:
     return f"{method.lower().replace(', ', '-').replace(' ', '-')}-{coef:g}-seed{seed}"
-
-
-def _line(method: str, runs: dict[float, list[dict[str, float]]]) -> dict[str, Any]:
-    """Returns the data of a method's line in a figure: its look, points and runs."""
-    families = ("PPO", "DPO", "iterated DPO", "optimum")
-    return {
-        "method": method,
-        "look": families.index(method.split(",")[0]),
-        "paler": SHIFTED in method,
-        "points": [{"coef": coef} | run_grid.mean_over_seeds(each) for coef, each in runs.items()],
-        "runs": {f"{coef:g}": each for coef, each in runs.items()},
-    }
-
-
-def effects(
-    runs: dict[str, dict[float, list[dict[str, float]]]], middle: dict[str, float], at: tuple[float, ...]
-) -> dict[str, list[float]]:
-    """Returns differences in gold utility with 95 % intervals over seeds.
-
-    ``runs`` has the numbers of each seed by method and coefficient. Shifted pairs are compared with pairs of SFT
-    samples at the ``middle`` coefficients. Methods are compared at the KLs ``at``.
-    """
-
-    def gold(method: str) -> list[float]:
-        return [numbers["gold"] for numbers in runs[method][middle[method.split(",")[0]]]]
-
-    cost = {name: _difference(gold(name), gold(f"{name}, {SHIFTED}")) for name in ("DPO", "PPO")}
-    differences = {f"gold that shifted pairs cost {name}": cost[name] for name in cost}
-    differences["what they cost DPO more than PPO"] = _difference(cost["DPO"], cost["PPO"])
-    for kl in at:
-        for method, other in (("PPO", "DPO"), ("iterated DPO", "DPO")):
-            upper, lower = (_gold_at(runs[name], kl) for name in (method, other))
-            if upper is not None and lower is not None:
-                differences[f"gold of {method} above {other} at a KL of {kl:g}"] = _difference(upper, lower)
-    return {name: list(diagnostics.mean_interval(each)) for name, each in differences.items()}
-
-
-def _gold_at(runs: dict[float, list[dict[str, float]]], kl: float) -> list[float] | None:
-    """Returns the gold utility of each seed at a KL, interpolated linearly in √KL between the coefficients.
-
-    Returns None if ``kl`` is outside the range of any seed's KLs.
-    """
-    golds = []
-    for each in zip(*runs.values(), strict=True):
-        points = sorted((max(numbers["kl"], 0.0) ** 0.5, numbers["gold"]) for numbers in each)
-        x, y = zip(*points)
-        if not x[0] <= kl**0.5 <= x[-1]:
-            return None
-        golds.append(float(np.interp(kl**0.5, x, y)))
-    return golds
-
-
-def _difference(a: list[float], b: list[float]) -> list[float]:
-    return [x - y for x, y in zip(a, b, strict=True)]
-
-
-def _lines_table(lines: list[dict[str, Any]], title: str) -> Table:
-    """Returns a table with one row per method and coefficient."""
-    table = _new_table(title, "method", "coef", "KL", "gold")
-    for line in lines:
-        for i, point in enumerate(line["points"]):
-            numbers = (frontier_plot.interval_text(point[name]) for name in ("kl", "gold"))
-            table.add_row("" if i else line["method"], f"{point['coef']:g}", *numbers)
-    return table
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -54,6 +54,11 @@ def test_huge_log_ratios_have_finite_values_and_gradients_of_the_right_sign(marg
         assert np.sign(gradient) == np.sign(margin)
 
 
+def test_ratio_is_exact_up_to_its_bound_and_then_follows_the_tangent():
+    got = kl.ratio(jnp.array([-30.0, 0.5, 19.0, 22.0]), jnp.zeros(4))
+    np.testing.assert_allclose(got, [np.exp(-30), np.exp(0.5), np.exp(19), np.exp(20) * (1 + 2)], rtol=1e-5)
+
+
 def test_estimators_as_losses_have_three_different_gradients():
     theta = jnp.array([0.3, -0.2, 0.9, 0.0])
     reference = jax.nn.log_softmax(jnp.array([-0.5, 0.4, 0.1, 0.6]))

@@ -119,6 +119,13 @@ def test_sharded_reductions_equal_those_on_one_device_when_masks_differ():
     assert abs(mean_of_means - masking.masked_mean(x, where=where)) > 0.1
 
 
+def test_global_maximum_covers_all_devices_and_has_no_gradient():
+    x = jnp.array([[1.0, -9.0], [-3.0, 7.0]])
+    together = jax.vmap(lambda x: masking.global_max(x, axis_name="d"), axis_name="d")(x)
+    np.testing.assert_array_equal(together, [7.0, 7.0])
+    np.testing.assert_array_equal(jax.grad(masking.global_max)(x), 0.0)
+
+
 def test_mean_of_device_gradients_is_the_gradient_of_the_global_mean():
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.normal(size=SHAPE), jnp.float32)
@@ -139,6 +146,10 @@ def test_narrow_dtypes_are_summed_in_float32():
     total = masking.masked_sum(x, where=True)
     assert total.dtype == jnp.float32 and total == 4096.0
     assert masking.masked_mean(jnp.array([1, 2]), where=True) == 1.5
+    assert masking.masked_count(jnp.zeros(2**24 + 1, bool), where=True) == 2**24 + 1
+    with jax.enable_x64(True):
+        wide = masking.masked_mean(jnp.array([1.0, 1.0 + 1e-12]), where=True)
+        assert wide.dtype == jnp.float64 and wide > 1.0
 
 
 def test_axis_follows_numpy():

@@ -25,6 +25,7 @@ S, A = 8, 8
 APPLY = types.ApplyFn(bandit.forward, bandit.logits)
 ADAM = optax.chain(optax.scale_by_adam(eps=1e-5), optax.scale(-1.0))
 STEPS, ITERATIONS, ANSWERS = 300, 120, 1024
+EPOCHS, PARTS = 2, 2  # of a rollout in PPO
 RATE = 0.1
 
 
@@ -119,7 +120,7 @@ def _ppo_models() -> ppo.Models:
 
 def train_ppo(world: Bandit, reward_SA: jax.Array, kl_coef: jax.Array) -> jax.Array:
     """Returns the logits after PPO with the reward model ``reward_SA``."""
-    step = ppo.make_train_step(_ppo_models(), epochs=2, minibatches=2)
+    step = ppo.make_train_step(_ppo_models(), epochs=EPOCHS, minibatches=PARTS)
     frozen = ppo.Frozen({"logits_SA": world.reference_SA}, reward_SA)
     # The step folds its counter into this key. It must differ from `world.key`, into which `_run_once` folds 0 and 1.
     key = jax.random.fold_in(world.key, 1000)
@@ -146,6 +147,15 @@ def _measure(world: Bandit, logits_SA: jax.Array) -> dict[str, jax.Array]:
 
 
 METHODS = ("optimum", "PPO", "DPO", "iterated DPO", "PPO, shifted pairs", "DPO, shifted pairs")
+
+
+def data(*, pairs: int, rounds: int) -> dict[str, dict[str, int]]:
+    """Returns the numbers of labels, sampled answers and steps of every method except the optimum, per run."""
+    dpo_data = {"labelled pairs": pairs, "sampled answers": 0, "steps": STEPS}
+    ppo_data = {"labelled pairs": pairs, "sampled answers": ITERATIONS * ANSWERS, "steps": ITERATIONS * EPOCHS * PARTS}
+    iterated = {"labelled pairs": pairs, "sampled answers": 2 * (pairs // rounds) * rounds, "steps": rounds * STEPS}
+    by_method = {"PPO": ppo_data, "DPO": dpo_data, "iterated DPO": iterated}
+    return {name: by_method[name.partition(",")[0]] for name in METHODS if name != "optimum"}
 
 
 def _run_once(world: Bandit, coef: jax.Array, *, pairs: int, rounds: int) -> dict[str, dict[str, jax.Array]]:

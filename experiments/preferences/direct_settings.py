@@ -46,9 +46,9 @@ class DirectSettings:
     learning_rate: float | None = None
     """Peak learning rate, with warmup over the first tenth of the steps and cosine decay to a tenth. None uses half of
     --ppo.learning-rate."""
-    pairs: int = 4
-    """Maximum number of pairs per prompt, sampled from all pairs of its answers that differ in rank. 0 uses all
-    pairs."""
+    pairs: int = 0
+    """Maximum number of pairs per prompt on which the policy is trained, sampled from all pairs of its answers that
+    differ in rank. 0 uses all pairs, as the reward model does."""
 
     @property
     def paired(self) -> bool:

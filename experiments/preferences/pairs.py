@@ -29,14 +29,28 @@ class Pairs:
         return len(self.prompt_B)
 
 
+def count(ranked: types.Comparisons) -> dict[str, int]:
+    """Returns the numbers of pairs of answers that differ in rank, of answers and of prompts."""
+    ranks_BK, where_BK = np.asarray(ranked.ranks_BK), np.asarray(ranked.where_BK)
+    return {
+        "pairs": int(_better(ranks_BK, where_BK).sum()),
+        "answers": int(where_BK.sum()),
+        "prompts": len(ranks_BK),
+    }
+
+
+def _better(ranks_BK: np.ndarray, where_BK: np.ndarray) -> np.ndarray:
+    """Returns whether the first answer is ranked better than the second, ``[B, K, K]``."""
+    return (ranks_BK[:, :, None] < ranks_BK[:, None, :]) & where_BK[:, :, None] & where_BK[:, None, :]
+
+
 def from_rankings(ranked: types.Comparisons, *, prompt_width: int, per_prompt: int, seed: int) -> Pairs:
     """Returns pairs of answers that differ in rank.
 
     At most ``per_prompt`` pairs per prompt are drawn at random; 0 keeps all. Raises SettingError if there are no pairs.
     """
     ranks_BK, where_BK = np.asarray(ranked.ranks_BK), np.asarray(ranked.where_BK)
-    better_BKK = (ranks_BK[:, :, None] < ranks_BK[:, None, :]) & where_BK[:, :, None] & where_BK[:, None, :]
-    b, i, j = np.nonzero(better_BKK)
+    b, i, j = np.nonzero(_better(ranks_BK, where_BK))
     if per_prompt:
         order = np.random.default_rng([seed, 700]).permutation(len(b))
         order = order[np.argsort(b[order], kind="stable")]

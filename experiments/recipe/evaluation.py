@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from launch import device_mesh, host_agreement
 
-from recipe import reward_diagnosis
+from recipe import policy_sampling, reward_diagnosis
 from recipe.jobs import Job
 from recipe.policy_sampling import Answers
 from recipe.tasks import PromptSet
@@ -37,7 +37,7 @@ def evaluate(
     """Evaluates all policies on the same held-out prompts and returns the entries for results.json.
 
     Every mean over prompts is ``[mean, low, high]`` with its 95 % interval, clustered by what the prompts ask. The
-    diversity and the bound of best-of-n's KL have no interval.
+    diversity and the KL of best-of-n have no interval.
     """
     settings, prompts = job.settings.evaluation, job.task.eval_prompts
     job.progress.start("evaluate", len(policies) + 2)
@@ -237,18 +237,18 @@ def _best_of_n(job: Job, policy: types.Params, reward: types.Params, rng: jax.Ar
     pool = job.sampler(policy, policy, reward, prompts.at(np.repeat(np.arange(N), n)), rng)
     pick = np.arange(N) * n + pool.scores_B.reshape(N, n).argmax(axis=1)
     best = jax.tree.map(lambda x: x[pick], pool)
-    found = numbers(prompts, best, few=N) | {"kl_bound": float(diagnostics.best_of_n_kl(n)), "n": n, "prompts": N}
-    del found["kl"]  # the log-ratio of a single sample, which is 0
+    found = numbers(prompts, best, few=N) | {"n": n, "prompts": N}
+    found |= {"kl": policy_sampling.best_of_kl(pool, n, [n])[0], "kl_bound": float(diagnostics.best_of_n_kl(n))}
     return Measured(best, found), best_of_n_curve(pool, prompts.asked_B)
 
 
 def best_of_n_curve(pool: Answers, asked_B: np.ndarray) -> list[dict[str, Any]]:
-    """Returns the mean score and gold utility of best-of-n for powers of two, from as many answers to each prompt.
+    """Returns KL, mean score and mean gold utility of best-of-n for powers of two, from as many answers to each prompt.
 
-    The upper bound of the KL is reached if no two answers to a prompt have the same score.
+    The KL has no interval, because the bias of its estimate can exceed its sampling error.
     """
-    N = len(asked_B)
-    sizes = [2**i for i in range(int(math.log2(len(pool.scores_B) // N)) + 1)]
+    N, samples = len(asked_B), len(pool.scores_B) // len(asked_B)
+    sizes = [2**i for i in range(int(math.log2(samples)) + 1)]
     scores = {"reward": pool.scores_B} | ({} if pool.gold is None else {"gold": pool.gold.total})
     curves = {
         name: diagnostics.best_of_n_curve(
@@ -257,9 +257,9 @@ def best_of_n_curve(pool: Answers, asked_B: np.ndarray) -> list[dict[str, Any]]:
         for name, each in scores.items()
     }
     return [
-        {"n": n, "kl_bound": float(diagnostics.best_of_n_kl(n))}
+        {"n": n, "kl": kl, "kl_bound": float(diagnostics.best_of_n_kl(n))}
         | {name: [float(x[i]) for x in (curve.mean, curve.lo, curve.hi)] for name, curve in curves.items()}
-        for i, n in enumerate(sizes)
+        for i, (n, kl) in enumerate(zip(sizes, policy_sampling.best_of_kl(pool, samples, sizes)))
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from flax import struct
 from launch import device_mesh, host_agreement
 
 from recipe import tasks, world_words
-from rlhf_jax import kl, parallel, types
+from rlhf_jax import diagnostics, kl, parallel, types
 from rlhf_jax.simulation import gold
 from rlhf_jax.train import ppo
 
@@ -38,6 +39,25 @@ class Answers:
     """Gold utility; None without the built-in world."""
     unknown_B: np.ndarray | None = None
     """Share of words that are not in the built-in world's vocabulary; None if the model has the world's tokenizer."""
+
+
+def pooled_scores(answers: Answers, samples: int) -> np.ndarray:
+    """Returns the scores of ``samples`` consecutive answers per prompt, ``[prompts, samples]``.
+
+    Equal answers to a prompt get the score of one of them, because their scores may be rounded differently.
+    """
+    tokens_BNL = np.where(answers.mask_BL, answers.tokens_BL, -1).reshape(-1, samples, answers.tokens_BL.shape[-1])
+    scores_BN = np.array(answers.scores_B).reshape(-1, samples)
+    for tokens_NL, scores_N in zip(tokens_BNL, scores_BN):
+        _, first, which = np.unique(tokens_NL, axis=0, return_index=True, return_inverse=True)
+        scores_N[:] = scores_N[first[which.ravel()]]
+    return scores_BN
+
+
+def best_of_kl(answers: Answers, samples: int, ns: Sequence[int]) -> list[float]:
+    """Returns the measured KL of best-of-n for each of ``ns``, averaged over prompts with ``samples`` answers each."""
+    pools = pooled_scores(answers, samples)
+    return np.mean([diagnostics.best_of_n_kl_estimate(scores, ns) for scores in pools], axis=0).tolist()
 
 
 class Sampler:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +19,6 @@ from rlhf_jax.train import state as state_lib
 from sweeps import run_grid
 
 
-class Round(NamedTuple):
-    """Means over the answers that a round samples before it fine-tunes."""
-
-    reward: float
-    kl: float
-    gold: float
-
-
 def train(
     job: jobs.Job,
     models: run_grid.StartModels,
@@ -35,9 +28,10 @@ def train(
     seed: int,
     rounds: int,
     samples: int,
-    epochs: int,
+    steps: int,
     learning_rate: float,
-) -> tuple[types.Params, list[Round]]:
+    measure: Callable[[types.Params], dict[str, float]],
+) -> tuple[types.Params, list[dict[str, float]]]:
     """Trains a policy by expert iteration (Anthony et al. 2017).
 
     Each round uses a different part of the prompts and continues from the policy of the previous round. A single round
@@ -51,20 +45,19 @@ def train(
         seed: Seed of the run.
         rounds: Number of rounds.
         samples: Number of answers sampled per prompt; the best is kept.
-        epochs: Number of passes over the kept answers in a round.
+        steps: Number of optimiser steps per round, each on --pretrain.batch of the kept answers.
         learning_rate: Learning rate of fine-tuning.
+        measure: Measures the policy after each round.
 
     Returns:
-        The policy of the last round and the measurements of each round.
+        The policy of the last round and the measurements.
     """
     policy, key = models.start, jax.random.fold_in(job.key("ppo"), seed)
     n = len(prompts) // rounds
-    measured: list[Round] = []
+    measured: list[dict[str, float]] = []
     for r in range(rounds):
         round_prompts = prompts.at(np.repeat(np.arange(r * n, (r + 1) * n), samples))
         answers = job.sampler(policy, models.start, models.reward, round_prompts, jax.random.fold_in(key, 2 * r))
-        gold = np.nan if answers.gold is None else float(np.mean(answers.gold.total))
-        measured.append(Round(float(np.mean(answers.scores_B)), float(np.mean(answers.kl_B)), gold))
         best = np.arange(n) * samples + answers.scores_B.reshape(n, samples).argmax(axis=1)
         policy = _fine_tune(
             job,
@@ -72,9 +65,10 @@ def train(
             jax.tree.map(lambda x: x[best], answers),  # noqa: B023
             name=f"{name}-round{r}",
             key=jax.random.fold_in(key, 2 * r + 1),
-            epochs=epochs,
+            steps=steps,
             learning_rate=learning_rate,
         )
+        measured.append(measure(policy))
     return policy, measured
 
 
@@ -85,11 +79,10 @@ def _fine_tune(
     *,
     name: str,
     key: jax.Array,
-    epochs: int,
+    steps: int,
     learning_rate: float,
 ) -> types.Params:
     rows, batch = len(answers.tokens_BL), job.settings.pretrain.batch
-    steps = max(1, epochs * rows // batch)
     batch = device_mesh.round_rows_down(min(batch, rows), job.mesh, "--pretrain.batch")
     order = batching.epoch_batches(0, n=rows, batch_size=batch, key=key, steps=steps)
     loss_mask_BL = np.zeros_like(answers.mask_BL)

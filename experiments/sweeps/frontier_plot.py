@@ -13,6 +13,10 @@ from rich.table import Table
 from rlhf_jax.report import plots
 
 _SWEEP_FIGURES = (("gold", "Gold utility", "ppo"), ("reward", "Score of the reward model", "reward_model"))
+_SWEEP_NOTE = (
+    "Dots are runs; crosses are means over seeds with their 95 % intervals. All runs answer the same held-out prompts; "
+    "the intervals do not cover the choice of these prompts, nor of the SFT and reward models."
+)
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -39,15 +43,15 @@ def _figure(points: Rows, runs: Rows, key: str, label: str, kind: str) -> str:
 def write_sweep(path: pathlib.Path, points: Rows, runs: Rows, *, title: str) -> None:
     """Writes a self-contained HTML page with one figure per metric of a sweep."""
     figures = [_figure(points, runs, key, label, kind) for key, label, kind in _SWEEP_FIGURES if key in runs[0]]
-    write_page(path, title, figures, "Dots are runs; crosses are means over seeds with their 95 % intervals.")
+    write_page(path, title, figures, _SWEEP_NOTE)
 
 
 _STYLES = (("ppo", "ppo", "^"), ("ppo-ptx", "ppo_ptx", "v"), ("rloo", "sft", "s"), ("grpo", "other", "D"))
 _STYLES += (("expert-iteration", "reward_model", "o"), ("best-of-n", "best_of_n", "P"))
 
 
-def write_methods(path: pathlib.Path, methods: Rows, *, title: str) -> None:
-    """Writes an HTML page with a plot of each method's gold utility, with intervals, against √KL."""
+def write_methods(path: pathlib.Path, methods: Rows, *, title: str, note: str) -> None:
+    """Writes an HTML page with a plot of each method's gold utility, with intervals, against √KL, and a note."""
     styles = {method: (color, marker) for method, color, marker in _STYLES}
     with plots.axes(height=3.4) as (svg, (ax,)):
         for place, each in enumerate(methods):
@@ -73,7 +77,10 @@ def write_methods(path: pathlib.Path, methods: Rows, *, title: str) -> None:
         ax.set_ylabel("Gold utility")
         ax.grid()
         ax.legend()
-    write_page(path, title, svg, "Dots are iterations of single runs; lines are means over seeds with 95 % intervals.")
+    tables = _html_table(_gold_rows(methods, methods[0]["at"])) + _html_table(_cost_rows(methods))
+    write_page(
+        path, title, svg, f"Dots are evaluations of single runs; lines are means over seeds. {note}", tables=tables
+    )
 
 
 _LINES = ("ppo", "sft", "ppo_ptx", "best_of_n", "reward_model", "base", "other")
@@ -106,15 +113,39 @@ def frontier(lines: Rows, *, xlabel: str, ylabel: str) -> str:
 
 def methods_table(methods: Rows, at: Sequence[float]) -> Table:
     """Returns a table of the gold utility at each KL, with intervals over seeds and one row per method."""
-    grid = Table(
-        box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False, title="gold utility at a KL of", title_justify="left"
-    )
-    grid.add_column("")
-    for kl in at:
-        grid.add_column(f"{kl:g}", justify="right")
-    for each in methods:
-        grid.add_row(each["method"], *("–" if p[0] is None else interval_text(p) for p in each["gold"]))
+    header, *rows = _gold_rows(methods, at)
+    return _table("gold utility at a KL of", header, rows)
+
+
+def costs_table(methods: Rows) -> Table:
+    """Returns a table of what each method uses: in training and, in the last column, to give an answer afterwards."""
+    header, *rows = _cost_rows(methods)
+    return _table("what each method uses in training, and samples per answer afterwards", header, rows)
+
+
+def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False, title=title, title_justify="left")
+    for place, name in enumerate(header):
+        grid.add_column(name, justify="right" if place else "left")
+    for row in rows:
+        grid.add_row(*row)
     return grid
+
+
+def _gold_rows(methods: Rows, at: Sequence[float]) -> list[list[str]]:
+    cells = [["–" if point[0] is None else interval_text(point) for point in each["gold"]] for each in methods]
+    return [["", *(f"{kl:g} nats" for kl in at)], *([each["method"], *row] for each, row in zip(methods, cells))]
+
+
+def _cost_rows(methods: Rows) -> list[list[str]]:
+    names = ("answers", "prompts", "steps", "text_rows", "samples_per_answer")
+    header = ["", *(name.replace("_", " ") for name in names)]
+    return [header, *([each["method"], *(str(each[name]) for name in names)] for each in methods)]
+
+
+def _html_table(rows: Sequence[Sequence[str]]) -> str:
+    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
 def write_page(path: pathlib.Path, title: str, figures: Sequence[str], note: str, *, tables: str = "") -> None:

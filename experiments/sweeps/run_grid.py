@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,8 @@ from rlhf_jax import diagnostics, parallel, types
 from rlhf_jax.train import ppo
 
 AXIS = "member"
+MEASURED = {"reward": "eval_reward", "kl": "eval_kl", "gold": "eval_gold"}
+"""Names in the log of what `train` measures on held-out prompts."""
 
 
 class StartModels(NamedTuple):
@@ -54,10 +56,18 @@ def prepare(job: jobs.Job) -> StartModels:
     return StartModels(sft, start, *stages.train_reward_models(job, start, parts))
 
 
-def train(job: jobs.Job, models: StartModels, cell: Cell, *, step: parallel.JitStep | None = None) -> types.Params:
+def train(
+    job: jobs.Job, models: StartModels, cell: Cell, *, step: parallel.JitStep | None = None, times: int = 0
+) -> types.Params:
     """Trains one run, resuming from its last checkpoint, and returns the moving average of its policy.
 
-    ``step`` is the compiled step of the cell's method; by default, a new one is compiled.
+    Args:
+        job: The job of the run.
+        models: The models that all runs share.
+        cell: The run.
+        step: The compiled step of the cell's method; by default, a new one is compiled.
+        times: Number of times that the moving average is evaluated on the held-out prompts during training. The means
+            are logged as `MEASURED` in the rows of these iterations.
     """
     cell_job = with_settings(job, cell.settings)
     batch_at, hyper_at = stages.ppo_inputs(cell_job, "ppo", ptx_coef=cell.ptx_coef)
@@ -70,8 +80,25 @@ def train(job: jobs.Job, models: StartModels, cell: Cell, *, step: parallel.JitS
         hyper_at=hyper_at,
         rng=jax.random.fold_in(job.key("ppo"), cell.seed),
         frozen=models.frozen,
+        callbacks=[_make_evaluation(job, models, cell, times=times)] if times else [],
     )
     return state.ema
+
+
+def _make_evaluation(
+    job: jobs.Job, models: StartModels, cell: Cell, *, times: int
+) -> Callable[[int, Any, Any], dict[str, float] | None]:
+    steps = cell.settings.iterations
+    every = -(-steps // times)
+
+    def evaluate(done: int, state: Any, metrics: Any) -> dict[str, float] | None:
+        del metrics
+        if done % every and done != steps:
+            return None
+        means = answer_means(sample_answers(job, models, job.task.eval_prompts, state.ema, seed=cell.seed))
+        return {log_name: means[name] for name, log_name in MEASURED.items() if name in means}
+
+    return evaluate
 
 
 def train_together(job: jobs.Job, models: StartModels, cells: Sequence[Cell]) -> list[types.Params]:
@@ -127,12 +154,19 @@ def measure(
         The means. Without the built-in world, gold utility and win rate are missing.
     """
     answers = sample_answers(job, models, prompts, policy, seed=seed)
-    numbers = {"reward": answers.scores_B, "kl": answers.kl_B, "length": answers.lengths_B}
-    means = {name: float(np.mean(x)) for name, x in numbers.items()}
+    means = answer_means(answers)
     if answers.gold is not None:
         wins = diagnostics.win_rate(answers.gold.total, baseline.gold.total, tie_tolerance=1e-5)
-        means |= {"gold": float(np.mean(answers.gold.total)), "win_rate": float(wins[0])}
+        means["win_rate"] = float(wins[0])
     return means
+
+
+def answer_means(answers: policy_sampling.Answers) -> dict[str, float]:
+    """Returns the mean reward, KL, length and, in the built-in world, gold utility of answers."""
+    numbers = {"reward": answers.scores_B, "kl": answers.kl_B, "length": answers.lengths_B}
+    if answers.gold is not None:
+        numbers["gold"] = answers.gold.total
+    return {name: float(np.mean(x)) for name, x in numbers.items()}
 
 
 def sample_answers(

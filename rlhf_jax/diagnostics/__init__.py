@@ -11,7 +11,13 @@ from rlhf_jax.diagnostics.accuracy import (
     generalisation_gap,
     quantile_buckets,
 )
-from rlhf_jax.diagnostics.best_of_n import BestOfNCurve, best_of_n_curve, best_of_n_kl, best_of_n_mean
+from rlhf_jax.diagnostics.best_of_n import (
+    BestOfNCurve,
+    best_of_n_curve,
+    best_of_n_kl,
+    best_of_n_kl_estimate,
+    best_of_n_mean,
+)
 from rlhf_jax.diagnostics.calibration import (
     CalibrationCurve,
     calibration_curve,
@@ -63,6 +69,7 @@ __all__ = [
     "average",
     "best_of_n_curve",
     "best_of_n_kl",
+    "best_of_n_kl_estimate",
     "best_of_n_mean",
     "bootstrap_mean",
     "calibration_curve",

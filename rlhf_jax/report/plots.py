@@ -283,9 +283,7 @@ def frontier(results: Mapping[str, Any], curves: Sequence[tuple[Curve, Curve]], 
     Returns:
         Inline SVG, or None if there are no curves.
     """
-    bon = [
-        (results_lib.finite(b.get("kl_bound")), results_lib.finite(b.get(key)), b.get("n")) for b in _best_of_n(results)
-    ]
+    bon = [(results_lib.finite(b.get("kl")), results_lib.finite(b.get(key)), b.get("n")) for b in _best_of_n(results)]
     points = [(math.sqrt(max(0.0, kl.mean)), y.mean, n) for kl, y, n in bon if kl is not None and y is not None]
     if not curves:
         return None
@@ -298,8 +296,7 @@ def frontier(results: Mapping[str, Any], curves: Sequence[tuple[Curve, Curve]], 
             ax.plot(x, y, color=color(kl.stage), label=results_lib.label(kl.stage))
         if points:
             c = color("best_of_n")
-            label = "best-of-n (bound of its KL)"
-            ax.plot([p[0] for p in points], [p[1] for p in points], "P--", color=c, markersize=4.5, label=label)
+            ax.plot([p[0] for p in points], [p[1] for p in points], "P--", color=c, markersize=4.5, label="best-of-n")
             x, y, n = points[-1]
             if n is not None:
                 ax.annotate(f"n = {n}", (x, y), (-4, 4), textcoords="offset points", ha="right", fontsize=7.5, color=c)

@@ -8,7 +8,7 @@ import json
 import pathlib
 
 _FOLDER = pathlib.Path(__file__).parent / "smoke_run"
-OF_HUMAN_DATA = {"reward", "kl", "kl_bound", "length", "stopped", "diversity", "pretraining_loss", "n", "prompts"}
+OF_HUMAN_DATA = {"reward", "kl", "length", "stopped", "diversity", "pretraining_loss", "kl_bound", "n", "prompts"}
 """The fields of a policy in a run on human comparisons, which have no gold utility."""
 
 

@@ -1,5 +1,6 @@
 """Tests of over-optimisation curves, best-of-n curves, split halves, falls from a peak and Goodhart's formula."""
 
+import itertools
 import math
 
 import numpy as np
@@ -78,6 +79,10 @@ def test_standard_errors_agree_with_scipy_curve_fit():
     )
     np.testing.assert_allclose((weighted.alpha.mean, weighted.beta.mean), expected, rtol=1e-5)
     np.testing.assert_allclose(weighted.beta_error, math.sqrt(covariance[1, 1]), rtol=1e-4)
+    residuals = gains - over.predict(weighted, kl)
+    total = gains - np.average(gains, weights=sizes**-2.0)
+    expected = 1 - np.sum((residuals / sizes) ** 2) / np.sum((total / sizes) ** 2)
+    assert (weighted.r_squared, weighted.rmse) == pytest.approx((expected, np.sqrt(np.mean(residuals**2))))
 
 
 def test_true_form_extrapolates_better():
@@ -187,6 +192,15 @@ def test_temporary_gap_between_halves_is_not_a_divergence():
 def test_fall_from_the_peak_is_detected():
     fallen = diagnostics.fall_from_peak(*run(2, gold=lambda c: 0.3 * c if c < 4 else 0.9 - 0.3 * (c - 3)))
     assert fallen.gamed and fallen.peak in (2, 3, 4) and fallen.fall.lo > 0 and fallen.rise.lo > 0
+    proxy, judge = [[0.0, 0.0], [1.0, 3.0], [1.1, 3.3]], [[0.0, 0.0], [2.0, 2.0], [1.0, 0.5]]
+    exact = diagnostics.fall_from_peak(proxy, judge, confidence=0.8)
+    assert exact.peak == 1
+    assert exact.fall == diagnostics.mean_interval([1.0, 1.5], confidence=0.9), "two comparisons, Bonferroni-corrected"
+    np.testing.assert_allclose(exact.rise, diagnostics.mean_interval([0.1, 0.3], confidence=0.9))
+    flat = [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]
+    noisy = diagnostics.fall_from_peak([[0.0] * 3, [0.0] * 3, [3.0, -1.0, 0.5]], flat)
+    assert noisy.rise.mean > 0 > noisy.rise.lo and not noisy.gamed, "the rise may be noise"
+    assert diagnostics.fall_from_peak(flat[:1], flat[:1]).fall == (0.0, 0.0, 0.0)
     assert not diagnostics.fall_from_peak(*run(3, gold=lambda c: 0.3 * c)).gamed
     proxy, judge = run(4, gold=lambda c: -0.3 * c)
     assert not diagnostics.fall_from_peak(-proxy, judge).gamed, "it is not gaming if the proxy falls as well"
@@ -213,3 +227,44 @@ def test_regressional_goodhart_agrees_with_a_simulation():
     assert diagnostics.regressional_goodhart(3.0, variance=1.0, noise_variance=2.0) == 1.0
     with pytest.raises(ValueError, match="not both 0"):
         diagnostics.regressional_goodhart(3.0, variance=0.0, noise_variance=0.0)
+
+
+def exact_best_of_n_kl(probs_A, scores_A, n):
+    """Enumerates all n-tuples of answers; the first of the best answers is selected."""
+    picked_A = np.zeros(len(probs_A))
+    for draws in itertools.product(range(len(probs_A)), repeat=n):
+        picked_A[max(draws, key=lambda a: scores_A[a])] += np.prod(probs_A[list(draws)])
+    return float(np.sum(picked_A * np.log(picked_A / probs_A)))
+
+
+@pytest.mark.parametrize("scores_A", [[0.0, 1.0, 2.0, 3.0], [1.0, 0.0, 1.0, 2.0]], ids=["distinct", "tied"])
+def test_estimated_kl_of_best_of_n_matches_enumeration(scores_A):
+    probs_A, n = np.array([0.4, 0.3, 0.2, 0.1]), 4
+    expected = exact_best_of_n_kl(probs_A, scores_A, n)
+    # A large pool with exactly these shares has no sampling error.
+    pool = np.repeat(scores_A, np.round(20_000 * probs_A).astype(int))
+    assert diagnostics.best_of_n_kl_estimate(pool, [1, n]) == pytest.approx([0.0, expected], abs=1e-3)
+    assert expected < diagnostics.best_of_n_kl(n) - 0.04, "the formula for untied scores is only a bound"
+    rng = np.random.default_rng(0)
+    for size, bias in ((4 * n, 0.01), (n, 0.05)):
+        pools = rng.choice(scores_A, size=(6000, size), p=probs_A)
+        estimates = [diagnostics.best_of_n_kl_estimate(each, [n])[0] for each in pools]
+        assert np.mean(estimates) == pytest.approx(expected, abs=bias), size
+
+
+@given(st.integers(1, 12), st.integers(0, 2**32 - 1))
+def test_estimated_kl_of_best_of_n_is_the_formula_without_ties_and_zero_for_one_answer(total, seed):
+    untied = np.random.default_rng(seed).permutation(total)
+    ns = range(1, total + 1)
+    np.testing.assert_allclose(diagnostics.best_of_n_kl_estimate(untied, ns), diagnostics.best_of_n_kl(ns), atol=1e-9)
+    np.testing.assert_allclose(diagnostics.best_of_n_kl_estimate(np.zeros(total + 2), ns), 0.0, atol=1e-9)
+
+
+def test_estimated_kl_of_best_of_n_refuses_bad_arguments():
+    for scores, ns, message in (
+        ([0.0, math.nan], [1], "NaN"),
+        ([[1.0]], [1], "rank 1"),
+        ([1.0], [2], "between 1 and 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            diagnostics.best_of_n_kl_estimate(scores, ns)

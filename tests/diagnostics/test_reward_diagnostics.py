@@ -198,8 +198,9 @@ def test_accuracy_that_falls_among_high_scores_has_a_negative_rank_correlation()
     assert np.all(np.diff(scan.accuracy) < 0) and scan.spearman == pytest.approx(-1.0)
     flat = diagnostics.accuracy_above_threshold(sign, -sign, thresholds=[-2.0, -1.5, -1.0])
     assert math.isnan(flat.spearman)
-    odd = diagnostics.accuracy_above_threshold([0, 0, 1, 2, 3], [1, 1, 0, 3, 2], thresholds=[0, 1, 2])
-    assert odd.accuracy.tolist() == [0.4, 0.5, 0.5] and odd.spearman == pytest.approx(math.sqrt(3) / 2)
+    for unreached in ([], [9]):
+        odd = diagnostics.accuracy_above_threshold([0, 0, 1, 2, 3], [1, 1, 0, 3, 2], thresholds=[0, 1, 2, *unreached])
+        assert odd.accuracy[:3].tolist() == [0.4, 0.5, 0.5] and odd.spearman == pytest.approx(math.sqrt(3) / 2)
 
 
 # Length
@@ -211,6 +212,11 @@ def test_length_correlation_is_computed_within_prompts():
     assert diagnostics.length_correlation(scores, lengths).mean < -0.9
     within = diagnostics.length_correlation(scores, lengths, groups=["a"] * 3 + ["b"] * 3)
     assert within.mean == pytest.approx(1.0)
+    x, y = np.random.default_rng(1).normal(size=(2, 5, 4))
+    noisy = diagnostics.length_correlation(x.ravel(), y.ravel(), groups=np.repeat(range(5), 4).tolist(), confidence=0.9)
+    r = np.corrcoef(*((z - z.mean(axis=1, keepdims=True)).ravel() for z in (x, y)))[0, 1]
+    width = stats.norm.ppf(0.95) / math.sqrt(20 - 5 - 2)
+    np.testing.assert_allclose(noisy, (r, *(math.tanh(math.atanh(r) + side) for side in (-width, width))))
     constant = diagnostics.length_correlation([0.1] * 4, [1, 2, 3, 4])
     assert math.isnan(constant.mean) and (constant.lo, constant.hi) == (-1.0, 1.0)
     drawn = np.random.default_rng(0).normal(size=30)
@@ -265,9 +271,11 @@ def test_controlled_rate_at_equal_lengths_is_the_plain_rate(outcomes, length):
     got = diagnostics.length_controlled_win_rates(outcomes, lengths, lengths)
     assert got.rates[0].mean == pytest.approx(np.mean(outcomes), abs=1e-9)
     assert got.rates[0].lo <= got.rates[0].mean <= got.rates[0].hi and math.isnan(got.length_effect.mean)
-    p, n = np.mean(outcomes), len(outcomes)
-    if 0.5 not in outcomes and 0 < p < 1:  # The standard error of a rate.
-        assert got.errors[0] == pytest.approx(math.sqrt(p * (1 - p) / n))
+    p, n, z = np.mean(outcomes), len(outcomes), stats.norm.ppf(0.975)
+    if 0 < p < 1:  # The standard error of a mean; ties reduce it, but shrinkage keeps it above 0.
+        share = n / (n + z**2)
+        variance = share * np.mean(np.square(outcomes - p)) + (1 - share) * p * (1 - p)
+        assert got.errors[0] == pytest.approx(math.sqrt(variance / n))
 
 
 def compared(n, *, win, effect, longer, seed):
@@ -322,6 +330,8 @@ def test_outcomes_decided_by_length_alone_have_no_controlled_rate():
     got = diagnostics.length_controlled_win_rates([1.0, 1.0, 0.0], [4, 5, 1], [2, 2, 2])
     assert math.isnan(got.rates[0].mean) and got.rates[0][1:] == (0.0, 1.0) and got.length_effect.mean == math.inf
     assert diagnostics.length_controlled_win_rates([0.0, 0.0, 1.0], [4, 5, 1], [2] * 3).length_effect.mean == -math.inf
+    touching = diagnostics.length_controlled_win_rates([1.0, 1.0, 0.0, 0.0], [4, 2, 2, 1], [2] * 4)
+    assert math.isnan(touching.rates[0].mean) and touching.length_effect.mean == math.inf
     with pytest.raises(ValueError, match="cannot be separated"):
         diagnostics.length_controlled_win_rate([1.0, 0.0], [4, 4], [2, 2])
     # Only the policy that always wins has varying length ratios; the entries of the others do not change.

@@ -14,16 +14,18 @@ from typing import Any
 import dpo as experiment
 import dpo_vs_ppo
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from launch import settings as settings_lib
-from preferences import bandit_study, direct_alignment, direct_settings
+from preferences import bandit_study, direct_alignment, direct_settings, ranked_dpo, study_results
 from preferences import pairs as pairs_lib
 from recipe import jobs, policy_sampling, tasks
 from sweeps import run_grid
 
 from rlhf_jax import checkpoint, lm, metrics, types
 from rlhf_jax.train import loop
+from rlhf_jax.train import state as state_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -274,6 +276,7 @@ def test_invalid_settings_are_refused_by_flag(arguments, message):
         (["--kl-coefs", "0"], "--kl-coefs"),
         (["--seeds", "0"], "--seeds"),
         (["--beta", "0.1"], "uses --betas"),
+        (["--pairs", "4"], "--pairs is 4, but DPO uses the pairs of the reward model"),
         (["--loss", "simpo"], "--loss is 'simpo', but this study only runs dpo"),
         (["--reward-model.heldout"], "--reward-model.heldout has no effect on dpo_vs_ppo.py"),
         (["--ppo.kl-coef", "0.5"], "--ppo.kl-coef has no effect on dpo_vs_ppo.py"),
@@ -304,24 +307,87 @@ def test_a_batch_has_no_more_rows_than_the_data_and_unseen_rows_are_counted():
         schedule(5, micro_batches=8)
 
 
-def test_rounds_of_the_study_multiply_beta_and_use_no_more_pairs_than_one_pass(monkeypatch):
-    settings = dpo_vs_ppo.parse(["--rounds", "2", "--seeds", "2", "--betas", "0.1"])
+def test_the_policy_and_the_reward_model_have_the_same_pairs_by_default():
+    rows, settings = ranked(), experiment.parse([])
+    pairs = pairs_lib.from_rankings(rows, prompt_width=P, per_prompt=settings.pairs, seed=0)
+    labelled = pairs_lib.count(rows)
+    assert labelled == {"pairs": len(pairs), "answers": int(rows.where_BK.sum()), "prompts": 6}
+    used = {"pairs": len(pairs), "prompts": 6, "sampled_answers": 0}
+    data = experiment._training_data(settings, used, rows)
+    assert data["dpo"]["pairs"] == data["reward_model"]["pairs"] and data["dpo"].keys() == data["reward_model"].keys()
+    assert dpo_vs_ppo.parse([]).pairs == 0
+
+
+def test_dpo_on_rankings_of_two_answers_is_dpo_on_pairs(tmp_path):
+    job, trainer = job_in(tmp_path, small())
+    start, pairs = model(job), random_pairs(job, n=8)
+    data = trainer.data(pairs, start, name="pairs")
+    rows, ranks_BK = pairs.rows, np.tile([1, 2], (8, 1))
+    flip_B = np.arange(8) % 2 == 1
+    tokens, mask = (
+        np.where(flip_B[:, None, None], np.asarray(x)[:, ::-1], np.asarray(x)) for x in (rows.tokens_BKL, rows.mask_BKL)
+    )
+    ranks_BK = np.where(flip_B[:, None], ranks_BK[:, ::-1], ranks_BK)
+    comparisons: Any = types.Comparisons(tokens, mask, ranks_BK, np.ones((8, 2), bool))  # pyright: ignore
+    batch = ranked_dpo.with_reference(job, start, comparisons)
+    expected = np.where(flip_B[:, None], data.reference_BK[:, ::-1], data.reference_BK)
+    np.testing.assert_allclose(batch.loss_inputs["reference_K"], expected, rtol=1e-4, atol=1e-3)
+    batch = batch.replace(loss_inputs=batch.loss_inputs | {"beta": np.full(8, 0.3, np.float32)})
+    hyper = direct_alignment.hyperparameters(dataclasses.replace(job.settings, beta=0.3), learning_rate=0.01)
+    moved, key = jax.tree.map(lambda x: 1.2 * x, start), jax.random.key(0)
+    new = [state_lib.create(moved, job.ppo_tx) for _ in range(2)]
+    one, logs = trainer.train_step(new[0], None, hyper, data, key)
+    two, ranked_logs = ranked_dpo.make_step(job)(
+        new[1], None, {"learning_rate": np.float32(0.01), "max_grad_norm": np.float32(1.0)}, batch, key
+    )
+    assert metrics.to_floats(ranked_logs)["loss"] == pytest.approx(metrics.to_floats(logs)["loss"], rel=1e-3)
+    assert "accuracy" not in ranked_logs
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), one.params, two.params)
+
+
+def test_dpo_on_rankings_weighs_all_pairs_of_a_prompt():
+    rng = np.random.default_rng(0)
+    logprobs, reference = rng.normal(size=(2, 4))
+    ranks, where = np.array([2, 1, 2, 3]), np.array([True, True, True, False])
+    better = [(i, j) for i in range(4) for j in range(4) if ranks[i] < ranks[j] and where[i] and where[j]]
+    gaps = [0.3 * (logprobs[i] - reference[i] - logprobs[j] + reference[j]) for i, j in better]
+    # The tied pair counts in the divisor, as in the reward model's loss.
+    expected = sum(math.log1p(math.exp(-gap)) for gap in gaps) / 3
+    loss = ranked_dpo._loss(*map(jnp.asarray, (logprobs, ranks)), where_K=where, reference_K=reference, beta=0.3)
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_methods_of_the_study_have_equal_labels_and_iterated_dpo_the_answers_of_ppo(monkeypatch):
+    settings = dpo_vs_ppo.parse(["--rounds", "2", "--seeds", "2", "--betas", "0.1", "--ppo.iterations", "2"])
     trained, iterated = [], []
-    prompts = type("Prompts", (list,), {"take": lambda self, n: self[:n]})(range(90))
-    job: Any = SimpleNamespace(task=SimpleNamespace(prompt_width=P, rl_prompts=prompts))
-    trainer = SimpleNamespace(train=lambda *_, **options: trained.append(options))
+    prompts = type("Prompts", (list,), {"take": lambda self, n: self[:n]})(range(900))
+    job: Any = SimpleNamespace(task=SimpleNamespace(prompt_width=P, rl_prompts=prompts), ppo_step=None)
+    monkeypatch.setattr(ranked_dpo, "with_reference", lambda job, reference, rows: rows)
+    monkeypatch.setattr(ranked_dpo, "make_step", lambda job: None)
+    monkeypatch.setattr(ranked_dpo, "train", lambda *args, **options: trained.append((args[3], options)))
+    monkeypatch.setattr(dpo_vs_ppo.run_grid, "train", lambda *_, **__: None)
     monkeypatch.setattr(dpo_vs_ppo.run_grid, "prepare", lambda job: run_grid.StartModels(*"sdr"))
-    monkeypatch.setattr(dpo_vs_ppo.comparison_data, "load_or_collect", lambda *_: ([ranked(B=6)], None, {}))
+    monkeypatch.setattr(dpo_vs_ppo.comparison_data, "load_or_collect", lambda *_, **__: ([ranked(B=6)], None, {}))
     for name in ("pretrain", "train_reward_model", "normalise_scores"):
         monkeypatch.setattr(dpo_vs_ppo.stages, name, lambda *_, **__: None)
-    monkeypatch.setattr(direct_alignment, "make_trainer", lambda *_: trainer)
-    iterate = lambda *args, **options: iterated.append((args[3], options)) or (None, [])  # noqa: E731
+    monkeypatch.setattr(direct_alignment, "make_trainer", lambda *_: None)
+    rounds = [SimpleNamespace(pairs=64), SimpleNamespace(pairs=60)]
+    iterate = lambda *args, **options: iterated.append((args[3], options)) or (None, rounds)  # noqa: E731
     monkeypatch.setattr(direct_alignment, "iterate", iterate)
-    methods, folder = [("DPO", (0.1,)), ("iterated DPO", (0.1,))], SimpleNamespace(path=None)
-    _, policies, counts = dpo_vs_ppo._train_policies(job, settings, folder, methods)  # pyright: ignore
-    assert len(policies) == 4 and counts["own"] == len(iterated[0][0]) == counts["prompts of rounds"] < 90
-    assert [options["settings"].beta for _, options in iterated] == [0.2, 0.2] and trained[0]["settings"].beta == 0.1
-    assert {options["reference_file"] for options in trained} == {"own-sft_mix"}, "seeds share the reference's file"
+    methods, folder = [("DPO", (0.1,)), ("iterated DPO", (0.1,)), ("PPO", (0.1,))], SimpleNamespace(path=None)
+    _, policies, data = dpo_vs_ppo._train_policies(job, settings, folder, methods)  # pyright: ignore
+    assert (
+        len(policies) == 6
+        and len(iterated[0][0]) == 512 // 4
+        and [options["beta"] for _, options in trained] == [0.1] * 2
+    )
+    assert [options["settings"].beta for _, options in iterated] == [0.2, 0.2]
+    assert {options["settings"].epochs for _, options in iterated} == {4}
+    labels = pairs_lib.count(ranked(B=6))
+    for each in data.values():
+        assert (each["labelled pairs"], each["labelled answers"]) == (labels["pairs"], labels["answers"])
+    assert data["iterated DPO"]["sampled answers"] == data["PPO"]["sampled answers"] == 512
+    assert [data[name]["steps"] for name in ("DPO", "iterated DPO", "PPO")] == [1, 4 + 4, 2 * 4]
 
 
 @pytest.mark.parametrize("kind", [direct_settings.DirectSettings, experiment.DPOSettings, dpo_vs_ppo.StudySettings])
@@ -354,7 +420,7 @@ def test_the_study_compares_shifted_pairs_at_one_coefficient_and_methods_at_equa
     def runs(*pairs):
         return [{"kl": kl, "gold": gold} for kl, gold in pairs]
 
-    effects = dpo_vs_ppo.effects(
+    effects = study_results.effects(
         {
             "DPO": {0.1: runs((4.0, 0.9), (4.0, 1.0)), 0.2: runs((0.25, 0.6), (0.25, 0.7))},
             "DPO, shifted pairs": {0.2: runs((0.1, 0.5), (0.1, 0.5))},

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import json
 import math
 import pathlib
@@ -16,10 +17,11 @@ import numpy as np
 import pytest
 import sweep
 from launch import published_settings, setting_checks, settings
-from recipe import comparison_data, jobs, precompile, rl_methods, tasks
+from recipe import comparison_data, evaluation, jobs, policy_sampling, precompile, rl_methods, tasks
+from rich import console
 from sweeps import frontier_plot, run_grid
 
-from rlhf_jax import checkpoint, kl, lm, metrics, parallel, types
+from rlhf_jax import checkpoint, diagnostics, kl, lm, metrics, parallel, types
 
 ROOT = pathlib.Path(__file__).parents[2]
 PUBLISHED = json.loads((ROOT / "tests" / "cases" / "published_numbers.json").read_text())
@@ -259,6 +261,67 @@ def test_gold_at_a_kl_is_interpolated_and_none_beyond_the_curve():
     assert compare.gold_at(kl, gold, at=9.0) is None
     noisy = gold + np.random.default_rng(0).normal(size=30) * 0.02
     assert compare.gold_at(kl, noisy, at=1.0) == pytest.approx(0.6, abs=0.02)
+    # Curves are concave in √KL; a local line would be 0.01 too low.
+    few = np.array([0.0, 0.1, 0.5, 0.9, 1.4, 2.2])
+    assert compare.gold_at(few, 0.78 + 0.12 * np.sqrt(few) - 0.04 * few, at=1.0) == pytest.approx(0.86)
+    assert compare.gold_at(few[:2], few[:2], at=0.1) == pytest.approx(0.1)
+
+
+def test_all_trained_methods_have_equal_answers_and_steps():
+    asked = compare.parse([])
+    used = {method: compare.costs(asked, method) for method in compare.METHODS}
+    trained = [each for method, each in used.items() if method != "best-of-n"]
+    assert {each["answers"] for each in trained} == {18 * 256} and {each["steps"] for each in trained} == {72}
+    prompts = {method: each["prompts"] for method, each in used.items()}
+    assert prompts["ppo"] == prompts["ppo-ptx"] == 4608 and prompts["rloo"] == prompts["expert-iteration"] == 1152
+    assert used["best-of-n"]["answers"] == 0 and used["best-of-n"]["samples_per_answer"] == "1–16"
+    assert used["ppo-ptx"]["text_rows"] == 4608 and used["ppo"]["text_rows"] == 0
+
+
+def test_curves_are_held_out_measurements_that_start_at_the_sft_model():
+    rows = [{"stage": "a", "kl": 9.0, "gold": 0.1}, {"stage": "b", "kl": 8.0, "eval_kl": 7.0, "eval_gold": 0.7}]
+    rows.append({"stage": "a", "kl": 9.0, "gold": 0.2, "eval_kl": 1.0, "eval_gold": 0.8})
+    kl, gold = compare._from_start(compare._logged_curve(rows, "a"), 0.75)
+    assert kl.tolist() == [0.0, 1.0] and gold.tolist() == [0.75, 0.8]
+
+
+def test_runs_are_evaluated_on_held_out_prompts_during_training(tmp_path):
+    asked = small(iterations=3, ema=0.0)
+    job = job_in(tmp_path, asked)
+    shared = shared_by(job)
+    policy = run_grid.train(job, shared, run_grid.Cell("run", asked.ppo, 5), times=2)
+    rows = rows_of(tmp_path, "run")
+    assert ["eval_kl" in row for row in rows] == [False, True, True]
+    answers = run_grid.sample_answers(job, shared, job.task.eval_prompts, policy, seed=5)
+    means = run_grid.answer_means(answers)
+    assert {name: rows[-1][log] for name, log in run_grid.MEASURED.items()} == pytest.approx(
+        {name: means[name] for name in run_grid.MEASURED}, rel=1e-5, abs=1e-6
+    )
+
+
+def test_diversity_uses_as_many_answers_of_a_policy_as_of_best_of_n(tmp_path):
+    asked = small()
+    job = job_in(
+        tmp_path, dataclasses.replace(asked, evaluation=dataclasses.replace(asked.evaluation, best_of_prompts=3))
+    )
+    shared = shared_by(job)
+    answers = run_grid.sample_answers(job, shared, job.task.eval_prompts, shared.start, seed=0)
+    assert len(answers.lengths_B) == 8
+    few = jax.tree.map(lambda x: x[:3], answers)
+    values = [evaluation._numbers(job, each)["diversity"] for each in (answers, few)]
+    assert values[0] == values[1] > 0
+
+
+def test_equal_answers_share_a_score_so_that_the_kl_of_best_of_n_is_lower(tmp_path):
+    tokens = np.array([[1, 2, 9], [1, 2, 8], [3, 4, 5], [1, 1, 1], [1, 1, 2], [1, 1, 3]])
+    mask = np.array([[True, True, False]] * 2 + [[True] * 3] * 4)
+    scores = np.array([0.5, 0.50001, 0.7, 0.1, 0.2, 0.3], np.float32)
+    none: Any = None
+    answers = policy_sampling.Answers(tokens, mask, none, none, none, scores, none, none)
+    pooled = policy_sampling.pooled_scores(answers, 3)
+    assert pooled[0, 0] == pooled[0, 1] and pooled.shape == (2, 3)
+    (kl,) = policy_sampling.best_of_kl(answers, 3, [2])
+    assert kl < diagnostics.best_of_n_kl(2) and scores[1] == np.float32(0.50001)
 
 
 @pytest.mark.parametrize(
@@ -346,9 +409,15 @@ def test_figures_show_every_method_and_coefficient(tmp_path):
     run = {"kl": [0.0, 1.0, 2.0], "gold": [0.5, 0.6, 0.65]}
     methods = [
         {"method": name, "at": [1.0, 2.0], "gold": [[0.6, 0.55, 0.65], [None] * 3], "runs": [run]}
+        | compare.costs(compare.parse([]), name)
         for name in compare.METHODS
     ]
-    frontier_plot.write_methods(tmp_path / "c.html", methods, title="Methods")
+    frontier_plot.write_methods(tmp_path / "c.html", methods, title="Methods", note="Seeds only.")
+    table = io.StringIO()
+    for each in (frontier_plot.methods_table(methods, [1.0, 2.0]), frontier_plot.costs_table(methods)):
+        console.Console(file=table, width=80).print(each)
+    for printed in (table.getvalue(), (tmp_path / "c.html").read_text()):
+        assert all(words in printed for words in ("samples per answer", "4608", "1–16", "0.600 ±0.050", "1 nats"))
     text = (tmp_path / "c.html").read_text()
     assert (
         all(name in text for name in compare.METHODS)
@@ -375,5 +444,11 @@ def test_the_command_runs_and_resumes_a_finished_run(script, tmp_path):
     again = subprocess.run([*command[:2], "--resume", tmp_path / "run"], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr[-3000:]
     second = json.loads((tmp_path / "run" / name).read_text())
+    if script == "compare.py":
+        assert all(len(run["kl"]) == len(run["gold"]) for each in first["methods"] for run in each["runs"])
+        assert all(run["kl"][0] == pytest.approx(0.0, abs=1e-6) for each in first["methods"] for run in each["runs"])
+        best = first["best_of_n"]
+        assert all(kl <= bound + 0.01 for kl, bound in zip(best["kl"], best["kl_bound"], strict=True))
+        assert first["sft_gold"][1] < first["sft_gold"][0] < first["sft_gold"][2]
     drop = {"seconds", "traces"}
     assert {k: v for k, v in first.items() if k not in drop} == {k: v for k, v in second.items() if k not in drop}

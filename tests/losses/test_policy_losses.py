@@ -76,6 +76,8 @@ def test_value_loss_has_the_factor_one_half_and_is_clipped():
     # The first value moves by 1.0; clipped to 0.2, its loss is larger. The second moves by 0.1 and is not clipped.
     np.testing.assert_allclose(losses.clipped_value(values, old, returns), [0.5 * 1.8**2, 0.5], rtol=1e-6)
     np.testing.assert_array_equal(losses.value_is_clipped(values, old, returns), [True, False])
+    # A value that moves away from its target has the larger loss unclipped.
+    assert not losses.value_is_clipped(-1.0, 0.0, 2.0)
     np.testing.assert_allclose(losses.squared_value(values, returns), [0.5, 0.5])
     wide = losses.clipped_value(values, old, returns, clip=100.0)
     np.testing.assert_allclose(wide, losses.squared_value(values, returns))
@@ -89,6 +91,12 @@ def test_explained_variance():
     constant = losses.explained_variance(jnp.full(4, 2.0), returns, where=where)
     np.testing.assert_allclose(constant, 0.0, atol=1e-6)
     assert losses.explained_variance(jnp.zeros(3), jnp.ones(3)) == 0.0
+    rng = np.random.default_rng(0)
+    values, returns, where = rng.normal(size=(4, 6)), rng.normal(size=(4, 6)), rng.random((4, 6)) < 0.6
+    expected = 1 - np.mean((values - returns)[where] ** 2) / np.var(returns[where])
+    np.testing.assert_allclose(losses.explained_variance(values, returns, where=where), expected, rtol=1e-5)
+    local = jax.vmap(lambda v, r, w: losses.explained_variance(v, r, where=w, axis_name="d"), axis_name="d")
+    np.testing.assert_allclose(local(values, returns, where), np.full(4, expected), rtol=1e-5)
 
 
 # Supervised
@@ -120,6 +128,10 @@ def test_distillation_gradient_is_the_difference_of_class_probabilities():
         for f in (losses.distill, losses.distill_cross_entropy)
     )
     np.testing.assert_allclose(kl_gradient, ce_gradient, rtol=1e-4, atol=1e-6)
+    at_ids = losses.gather_logprobs(student, ids)
+    for loss in (losses.distill, losses.distill_cross_entropy):
+        into_teacher = jax.grad(lambda t, loss=loss: jnp.sum(loss(at_ids, t)))(logprobs)
+        np.testing.assert_array_equal(into_teacher, 0.0)
     q = np.asarray(jax.nn.softmax(student))
     expected = np.zeros((4, 6))
     for row in range(4):
@@ -129,6 +141,14 @@ def test_distillation_gradient_is_the_difference_of_class_probabilities():
         teacher_rest = 1 - np.sum(np.exp(logprobs[row]))
         expected[row, rest] = q[row, rest] - teacher_rest * q[row, rest] / q[row, rest].sum()
     np.testing.assert_allclose(kl_gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_that_teacher_and_student_exclude_add_nothing():
+    teacher, student = np.array([0.5, 0.2, 0.0]), np.array([0.1, 0.3, 0.0])
+    p, q = np.array([0.5, 0.2, 0.3]), np.array([0.1, 0.3, 0.6])
+    arguments = jnp.log(jnp.array(student)), jnp.log(jnp.array(teacher))
+    np.testing.assert_allclose(losses.distill(*arguments), np.sum(p * np.log(p / q)), rtol=1e-5)
+    np.testing.assert_allclose(losses.distill_cross_entropy(*arguments), -np.sum(p * np.log(q)), rtol=1e-5)
 
 
 def test_perfect_student_has_zero_loss_and_gradient():

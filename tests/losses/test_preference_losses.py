@@ -89,6 +89,9 @@ def by_hand(name, s):
             s["targets"] * softplus(HYPER.margin - beta * (mean[:, 0] - mean[:, 1]))
             + (1 - s["targets"]) * softplus(HYPER.margin + beta * (mean[:, 0] - mean[:, 1]))
         ),
+        "soft-ipo": lambda: (
+            s["targets"] * (h_mean - 1 / (2 * beta)) ** 2 + (1 - s["targets"]) * (-h_mean - 1 / (2 * beta)) ** 2
+        ),
     }[name]()
 
 
@@ -98,6 +101,7 @@ def rewards_by_hand(name, s):
     ratios = s["policy"] - s["reference"]
     return {
         "ipo": HYPER.beta * ratios / s["lengths"],
+        "soft-ipo": HYPER.beta * ratios / s["lengths"],
         "dpo-per-token": HYPER.beta * ratios / s["lengths"],
         "kto": HYPER.beta * (ratios - s["baseline"]),
         "orpo": mean,
@@ -106,7 +110,7 @@ def rewards_by_hand(name, s):
     }.get(name, HYPER.beta * ratios)
 
 
-OBJECTIVES = FAMILY | {"soft-simpo": objectives.soft(objectives.simpo)}
+OBJECTIVES = FAMILY | {"soft-simpo": objectives.soft(objectives.simpo), "soft-ipo": objectives.soft(objectives.ipo)}
 
 
 def compiled(name):

@@ -145,7 +145,7 @@ def test_best_of_n_choice_is_a_softmax_over_existing_completions():
     np.testing.assert_allclose(gradient[:3], np.exp(three) / np.sum(np.exp(three)) - [0, 0, 1], atol=1e-6)
     assert gradient[3] == 0.0
     for invalid in (3, 4, -1):
-        assert jnp.isnan(losses.best_of_n_choice(scores, invalid, where_K=where))
+        assert jnp.isnan(losses.best_of_n_choice(scores.at[3].set(0.5), invalid, where_K=where))
 
 
 # Direct preference losses

@@ -122,6 +122,26 @@ def test_step_matches_hand_computed_values():
     assert float(logs["margin"].value()) == 0 and float(logs["accuracy"].value()) == 0.5
 
 
+def test_step_averages_over_the_tokens_of_each_answer():
+    batch = pairs()
+    means = sums(params(), batch) / np.asarray(batch.answer_BKC).sum(axis=2)
+    _, logs = run(batch, "simpo", margin=0.4)
+    expected = np.logaddexp(0, 0.4 - 0.5 * (means[:, 0] - means[:, 1])).mean()
+    np.testing.assert_allclose(logs["loss"].value(), expected, rtol=1e-4)
+    empty = batch.replace(answer_BKC=batch.answer_BKC.at[0, 1].set(False))
+    state, logs = run(empty, "simpo")
+    assert np.isfinite(logs["loss"].value()) and float(logs["skipped"]) == 0 and moved(state) > 1e-5
+
+
+def test_gradients_are_clipped():
+    plain, logs = run(pairs())
+    assert float(logs["grad_norm"]) > 0.02
+    clipped, logs = run(pairs(), max_grad_norm=0.01)
+    factor = 0.01 / float(logs["grad_norm"])
+    expected = jax.tree.map(lambda start, end: start + factor * (end - start), params(), plain.params)
+    close(clipped.params, expected, atol=1e-6)
+
+
 SHORT = ("dpo", "kto", "simpo")
 LONG = [pytest.param(name, marks=pytest.mark.slow) for name in FAMILY if name not in SHORT]
 
@@ -244,6 +264,15 @@ def test_labels_that_the_objective_ignores_are_refused():
         objectives.dpo(scored._replace(good_BK=jnp.ones((2, 2), bool)), hyper())
     losses_B, _ = objectives.soft(objectives.dpo)(scored._replace(targets_B=jnp.ones(2)), hyper(label_smoothing=0.0))
     np.testing.assert_allclose(losses_B, np.log(2), rtol=1e-6)
+
+
+def test_accuracy_on_soft_labels_is_the_expected_share():
+    batch, p = pairs(), np.linspace(0.2, 1.0, B)
+    ratios = sums(params(), batch) - sums(params(1), batch)
+    right = ratios[:, 0] > ratios[:, 1]
+    step = jax.jit(dpo.make_train_step(response, objectives.soft(objectives.dpo)))
+    _, logs = step(fresh(), params(1), hyper(), batch.replace(targets_B=jnp.asarray(p)), KEY)
+    np.testing.assert_allclose(logs["accuracy"].value(), np.where(right, p, 1 - p).mean(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax import advantages, aggregation, kl, lm, parallel, rewards, types
+from rlhf_jax import advantages, aggregation, kl, lm, metrics, parallel, rewards, types
 from rlhf_jax.simulation import bandit
 from rlhf_jax.train import estimators, ppo
 from rlhf_jax.train.optim import schedules
@@ -20,6 +20,7 @@ from rlhf_jax.types import ApplyFn
 S, A, B = 6, 7, 1536
 APPLY = ApplyFn(bandit.forward, bandit.logits)
 ADAM = optax.chain(optax.scale_by_adam(eps=1e-5), optax.scale(-1.0))
+KEY = jax.random.key(0)
 rng = np.random.default_rng(0)
 REWARDS = jnp.asarray(rng.normal(size=(S, A)), jnp.float32)
 REFERENCE = jnp.asarray(rng.normal(size=(S, A)), jnp.float32)
@@ -187,6 +188,30 @@ def scored(seed, B=8, T=5, **changes):
     return estimators.Scored(**arrays), numbers
 
 
+def assert_gae_matches_a_loop(s, n):
+    mask = n["mask_BT"]
+
+    def white(x, shift):
+        real = x[mask] if mask.any() else np.zeros(1)
+        return ((x - real.mean()) / np.sqrt(real.var() + advantages.WHITEN_EPSILON) + (not shift) * real.mean()) * mask
+
+    pay = -0.3 * (n["logprobs_BT"] - n["reference_BT"]) * mask
+    for i, length in enumerate(mask.sum(axis=1)):
+        if length:
+            pay[i, length - 1] += n["scores_B"][i]
+    pay, values, expected = white(pay, shift=False), n["values_BT"] * mask, np.zeros(mask.shape)
+    for i, length in enumerate(mask.sum(axis=1)):
+        for t in reversed(range(length)):
+            following = values[i, t + 1] if t + 1 < length else 0.0
+            later = expected[i, t + 1] if t + 1 < length else 0.0
+            expected[i, t] = pay[i, t] + 0.9 * following - values[i, t] + 0.9 * 0.6 * later
+    if mask.sum() > 1:
+        hyper: Any = ppo.Hyper(discount=0.9, lambda_=0.6)
+        got, returns = estimators.gae(s, hyper, whiten_rewards=True)
+        np.testing.assert_allclose(got, white(expected, shift=True), atol=1e-4)
+        np.testing.assert_allclose(returns, expected + values, atol=1e-4)
+
+
 @hypothesis.settings(deadline=None, max_examples=25)
 @hypothesis.given(seed=st.integers(0, 10_000), samples=st.sampled_from([2, 4]))
 def test_estimators_match_python_loops(seed, samples):
@@ -218,6 +243,7 @@ def test_estimators_match_python_loops(seed, samples):
     np.testing.assert_allclose(got, (returns - 0.7)[:, None] * n["mask_BT"], atol=2e-5)
     got, _ = estimators.reinforce_pp(s, hyper)
     real = to_go[n["mask_BT"]]
+    assert_gae_matches_a_loop(s, n)
     if len(real) > 1:
         white = (to_go - real.mean()) / np.sqrt(real.var() + advantages.WHITEN_EPSILON) * n["mask_BT"]
         np.testing.assert_allclose(got, white, atol=1e-4)
@@ -244,6 +270,12 @@ def test_reductions_match_hand_computed_values():
     assert of(aggregation.sequence_mean) == pytest.approx((2.5 + 15) / 2)
     assert of(aggregation.sequence_sum) == pytest.approx((10 + 30) / 2)
     assert of(aggregation.constant_mean) == pytest.approx((10 + 30) / (2 * 4))
+    for reduction in (aggregation.token_mean, aggregation.sequence_mean, aggregation.constant_mean):
+        weights_B, total = reduction(mask)
+        gradient = jax.grad(lambda x, w=weights_B: aggregation.weighted_sum(x, w, where=mask))(x) / total
+        np.testing.assert_array_equal(np.asarray(gradient) != 0, mask)
+        weights_B, total = reduction(mask[2:])  # A batch without tokens has loss 0.
+        assert aggregation.weighted_sum(x[2:], weights_B, where=mask[2:]) / total == 0.0
 
 
 # -------------------------------------------------------------------------------------------------- the update's parts
@@ -297,8 +329,8 @@ def test_micro_batches_match_the_whole_minibatch(reduction):
 
 
 def test_loss_matches_a_python_loop():
-    e, hyper = experience(), ppo.Hyper(kl_loss_coef=0.2, entropy_coef=0.05, clip=0.2, value_clip=0.3, value_coef=0.5)
-    state = table_state()
+    e, hyper = experience(), ppo.Hyper(kl_loss_coef=0.2, entropy_coef=0.05, clip=0.3, value_clip=0.4, value_coef=0.5)
+    state, ratios, clipped = table_state(), [], []
     weights_B, total = aggregation.sequence_mean(e.response_mask_BT)
     denominators = ppo.Denominators(total, aggregation.token_mean(e.response_mask_BT)[1])
     value, logs = ppo.loss(
@@ -313,15 +345,23 @@ def test_loss_matches_a_python_loop():
             before, word = int(e.tokens_BL[i, t]), int(e.tokens_BL[i, t + 1])
             new, old, ref = logp[before, word], float(e.logprobs_BT[i, t]), float(e.reference_BT[i, t])
             ratio, advantage = np.exp(new - old), float(e.advantages_BT[i, t])
-            response_loss += max(-advantage * ratio, -advantage * np.clip(ratio, 0.8, 1.2))
+            response_loss += max(-advantage * ratio, -advantage * np.clip(ratio, 0.7, 1.3))
+            ratios.append(new - old)
+            clipped.append(-advantage * np.clip(ratio, 0.7, 1.3) > -advantage * ratio)
             response_loss += 0.2 * (np.exp(ref - new) - 1 + new - ref)
             old_value, target = float(e.values_BT[i, t]), float(e.returns_BT[i, t])
-            kept = np.clip(0.0, old_value - 0.3, old_value + 0.3)
+            kept = np.clip(0.0, old_value - 0.4, old_value + 0.4)
             critic += 0.5 * max((0.0 - target) ** 2, (kept - target) ** 2)
             entropy -= (np.exp(logp[before]) * logp[before]).sum()
             tokens += 1
         policy += response_loss / length / ROWS
     np.testing.assert_allclose(logs["value_loss"], critic / tokens, rtol=1e-5)
+    seen = np.exp(ratios)
+    np.testing.assert_allclose(logs["approx_kl"], np.square(ratios).mean() / 2, rtol=1e-5)
+    np.testing.assert_allclose(logs["clip_fraction"], np.mean(clipped), rtol=1e-5)
+    np.testing.assert_allclose(logs["ratio_mean"], seen.mean(), rtol=1e-5)
+    np.testing.assert_allclose(logs["ratio_max"], seen.max(), rtol=1e-5)
+    np.testing.assert_allclose(logs["ratio_error"], np.abs(seen - 1).max(), rtol=1e-5)
     np.testing.assert_allclose(value, policy + 0.5 * critic / tokens - 0.05 * entropy / tokens, rtol=1e-5)
 
 
@@ -371,7 +411,7 @@ def test_whitened_rewards_keep_their_mean():
 
 def test_normalised_critic_is_rescaled_to_units_of_reward():
     targets = ppo.RunningMoments(weight=jnp.float32(10), mean=jnp.float32(3), squares=jnp.float32(40))
-    past = ppo.RunningMeans(ppo.metrics.Metric(jnp.float32(0), jnp.float32(10)), targets)
+    past = ppo.RunningMeans(metrics.Metric(jnp.float32(0), jnp.float32(10)), targets)
     estimate = functools.partial(estimators.gae, whiten=False)
     normalised, logs = collect(
         [5.0, -7.0, 1.0, 2.0], stopped=(1, 1, 1, 1), past=past, normalise_values=True, estimate=estimate
@@ -386,19 +426,40 @@ def test_normalised_critic_is_rescaled_to_units_of_reward():
     np.testing.assert_allclose(normalised.returns_BT[:, 0], (np.array([5.0, -7.0, 1.0, 2.0]) - 3.0) / 2.0)
 
 
-def test_running_moments_of_large_numbers():
-    """The deviation of 1000 +- 1 must not be lost to the rounding of squares near a million."""
-    rng = np.random.default_rng(0)
-    moments = ppo.RunningMoments(*jnp.zeros((3,)))
-    assert [float(x) for x in moments.scale()] == [0.0, 1.0]
-    batches = [rng.normal(1000.0 + i % 3, 1.0, size=256) for i in range(40)]
-    for batch in batches:
-        x = jnp.asarray(batch, jnp.float32)
-        moments = moments.merge(ppo.metrics.mean_metric(x), jnp.var(x))
-    everything = np.concatenate(batches)
-    mean, deviation = moments.scale()
-    np.testing.assert_allclose(mean, everything.mean(), rtol=1e-6)
-    np.testing.assert_allclose(deviation, everything.std(), rtol=1e-3)
+def test_importance_weights_are_capped_at_the_given_value():
+    experience, _ = collect([1.0, 2.0, 3.0, 4.0], correct_sampler=True, sampler_cap=0.5)
+    np.testing.assert_array_equal(experience.weights_BT, 0.5)
+
+
+def test_value_loss_is_a_mean_over_tokens_for_every_reduction():
+    hyper: Any = ppo.Hyper(learning_rate=0.0, critic_learning_rate=1.0)
+    update = functools.partial(ppo.update, TABLE, minibatches=1)
+    (one, logs), (two, other) = (
+        jax.jit(functools.partial(update, reduction=reduction))(table_state(), experience(), hyper, None, KEY)
+        for reduction in (aggregation.token_mean, aggregation.sequence_sum)
+    )
+    np.testing.assert_allclose(other["value_loss"], logs["value_loss"], rtol=1e-5)
+    np.testing.assert_allclose(two.params["critic"]["values"], one.params["critic"]["values"], atol=1e-6)
+    assert abs(float(other["policy_loss"] - logs["policy_loss"])) > 0.1
+
+
+def test_reinforce_subtracts_the_mean_return_of_earlier_iterations():
+    """With an advantage equal to the baseline and ratios of 1, the policy loss is minus the baseline."""
+
+    def estimate(scored, hyper):
+        return jnp.full(scored.mask_BT.shape, scored.past_return), None
+
+    step = jax.jit(ppo.make_train_step(models(1), minibatches=1, estimate=estimate))
+    frozen = ppo.Frozen(reference={"logits_SA": 0.5 * REFERENCE}, reward={"rewards_SA": REWARDS})
+    batch = ppo.Batch(jnp.arange(12, dtype=jnp.int32)[:, None] % S, jnp.ones((12, 1), bool))
+    hyper: Any = ppo.Hyper(learning_rate=np.float32(0.0), kl_coef=np.float32(0.5))
+    state, baselines, returns = ppo.create({"logits_SA": REFERENCE}, None, ADAM), [], []
+    for _ in range(3):
+        state, logs = step(state, frozen, hyper, batch, KEY)
+        baselines.append(-float(logs["policy_loss"]))
+        returns.append(float(logs["return"].value()))
+    np.testing.assert_allclose(baselines, [0.0, returns[0], np.mean(returns[:2])], rtol=1e-5, atol=1e-6)
+    assert len(set(returns)) == 3
 
 
 def test_scores_of_the_wrong_shape_are_refused():
@@ -423,6 +484,7 @@ def test_a_python_function_can_be_the_reward_of_a_compiled_step():
     for wrong, text in (
         (lambda *_: np.zeros((3, 1)), "returned shape"),
         (lambda *_: np.array([0.0, np.nan, 1.0]), "nan for response 1 of 3"),
+        (lambda *_: np.array([0.0, 1.0, -np.inf]), "-inf for response 2 of 3"),
     ):
         with pytest.raises(Exception, match=text):
             jax.block_until_ready(jax.jit(lambda r, fn=wrong: rewards.from_python(fn)(None, r))(rollout))

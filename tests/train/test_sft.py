@@ -188,6 +188,24 @@ def test_reward_model_learns_the_given_order():
     assert step.traces == 1
 
 
+def test_batch_without_pairs_has_no_effect():
+    tied = comparisons().replace(ranks_BK=jnp.ones((B, K), jnp.int32))  # type: ignore[attr-defined]
+    state, logs = reward_run(tied)
+    assert float(logs["skipped"]) == 0 and float(logs["grad_norm"]) == 0
+    close(state.params, params(), atol=0)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward model"])
+def test_gradients_are_clipped(stage):
+    run: Any
+    run, batch = (sft_run, token_rows()) if stage == "sft" else (reward_run, comparisons())
+    plain, logs = run(batch)
+    bound = 0.1 * float(logs["grad_norm"])
+    clipped, _ = run(batch, max_grad_norm=bound)
+    expected = jax.tree.map(lambda start, end: start + 0.1 * (end - start), params(), plain.params)
+    close(clipped.params, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("stage", ["sft", "reward model"])
 def test_micro_batches_match_the_whole_batch(stage):
     run: Any
