@@ -309,7 +309,9 @@ def summarise(settings: Compare, curves: dict[str, list[Curve]]) -> dict[str, An
     """
     methods = []
     for method in settings.methods:
-        gold_by_seed = [[gold_at(*curve, at=kl) for kl in settings.at] for curve in curves[method]]
+        # Samples determine the curve of best-of-n without the noise of training, and it bends too much for a regression.
+        width = None if method == "best-of-n" else 0.5
+        gold_by_seed = [[gold_at(*curve, at=kl, width=width) for kl in settings.at] for curve in curves[method]]
         points: list[list[float | None]] = []
         for gold in zip(*gold_by_seed, strict=True):
             reached = all(value is not None for value in gold)
@@ -320,15 +322,17 @@ def summarise(settings: Compare, curves: dict[str, list[Curve]]) -> dict[str, An
     return {"methods": methods}
 
 
-def gold_at(kl: np.ndarray, gold: np.ndarray, *, at: float, width: float = 0.5) -> float | None:
+def gold_at(kl: np.ndarray, gold: np.ndarray, *, at: float, width: float | None = 0.5) -> float | None:
     """Estimates a run's gold utility at the KL ``at`` by local quadratic regression in √KL.
 
-    The weights of the points are Gaussian with standard deviation ``width`` in √KL. Returns None if ``at`` is outside
-    the range of the run's KLs or the run has only one point.
+    The weights of the points are Gaussian with standard deviation ``width`` in √KL; None interpolates linearly between
+    the points instead. Returns None if ``at`` is outside the range of the run's KLs or the run has only one point.
     """
     x, target = np.sqrt(np.maximum(kl, 0.0)), at**0.5
     if len(x) < 2 or x.max() < target or x.min() > target:
         return None
+    if width is None:
+        return float(np.interp(target, x, gold))
     weights = np.exp(-0.25 * ((x - target) / width) ** 2)  # np.polyfit squares them
     return float(np.polyfit(x - target, gold, min(2, len(np.unique(x)) - 1), w=weights)[-1])
 

@@ -23,21 +23,21 @@ POOLS = tuple(labelers.make_pool(jax.random.key(i), 5, spread=0.2, tie_width=0.0
 
 
 def asked_clusters(draws, n):
-    """Returns the category and size of each cluster among ``n`` test prompts, pooled over several draws."""
-    found, sets = [], prompts.split_prompts(world.make_world(0), 0)
+    """Returns the clusters of ``n`` test prompts, pooled over several draws, as the categories of their prompts."""
+    sets, clusters = prompts.split_prompts(world.make_world(0), 0), []
     for seed in range(draws):
-        drawn = prompts.draw_prompts(sets.test, n, np.random.default_rng([seed, 4]))
-        first = {p.asked: p.category for p in drawn}
-        found += [(first[asked], size) for asked, size in Counter(p.asked for p in drawn).items()]
-    return np.array([c for c, _ in found]), np.array([size for _, size in found])
+        found: dict[Any, list[str]] = {}
+        for prompt in prompts.draw_prompts(sets.test, n, np.random.default_rng([seed, 4])):
+            found.setdefault(prompt.asked, []).append(prompt.category)
+        clusters += found.values()
+    return clusters
 
 
 def draw_clusters(rng, clusters, n):
     """Draws clusters until they have n prompts; returns the cluster and the category of each prompt, shuffled."""
-    category_C, size_C = clusters
-    chosen = rng.integers(len(size_C), size=n)
-    cluster_B = np.repeat(np.arange(n), size_C[chosen])[:n]
-    category_B = category_C[chosen][cluster_B]
+    chosen = [clusters[i] for i in rng.integers(len(clusters), size=n)]
+    cluster_B = np.repeat(np.arange(n), [len(each) for each in chosen])[:n]
+    category_B = np.array([category for each in chosen for category in each][:n])
     order = rng.permutation(n)
     return cluster_B[order], category_B[order]
 
@@ -196,31 +196,46 @@ def coverage(simulate, truth, replications):
     return shares
 
 
-def check(shares, replications, *, exact):
+def check(shares, replications, *, exact, sparse=()):
+    """Raises AssertionError unless all coverages are from 93 to 97 %; more is allowed for the categories ``sparse``."""
     margin = 0.0 if exact else 3 * np.sqrt(0.05 * 0.95 / replications)
-    wrong = {path: share for path, share in shares.items() if not 0.93 - margin <= share <= 0.97 + margin}
+    wrong = {
+        path: share
+        for path, share in shares.items()
+        if share < 0.93 - margin or (share > 0.97 + margin and not set(path.split("/")) & set(sparse))
+    }
     assert not wrong, wrong
+
+
+def sparse_categories(clusters, draws):
+    """Returns the categories about which fewer than ten things are asked; their intervals are conservative."""
+    counts = Counter(category for each in clusters for category in set(each))
+    return [category for category, count in counts.items() if count < 10 * draws]
 
 
 def evaluation_coverage(icc, replications):
     clusters = asked_clusters(6, 1280)
-    truth = evaluated(np.random.default_rng(5), clusters, 60_000, icc, 6_000)
-    return coverage(lambda rng: evaluated(rng, clusters, 1280, icc, 400), truth, replications)
+    truth = evaluated(np.random.default_rng(5), clusters, 150_000, icc, 400)
+    shares = coverage(lambda rng: evaluated(rng, clusters, 1280, icc, 400), truth, replications)
+    return shares, sparse_categories(clusters, 6)
 
 
 def comparison_coverage(icc, replications):
     clusters = asked_clusters(20, 160)
     truth = compared(np.random.default_rng(5), clusters, 12_000, icc)
-    return coverage(lambda rng: compared(rng, clusters, 160, icc), truth, replications)
+    shares = coverage(lambda rng: compared(rng, clusters, 160, icc), truth, replications)
+    return shares, sparse_categories(clusters, 20)
 
 
 @pytest.mark.parametrize("measure", [evaluation_coverage, comparison_coverage])
 def test_intervals_cover_the_truth(measure):
-    check(measure(0.3, 100), 100, exact=False)
+    shares, sparse = measure(0.3, 100)
+    check(shares, 100, exact=False, sparse=sparse)
 
 
 @pytest.mark.slow  # 1,000 replications; the fast version has 100 and allows for their binomial error
 @pytest.mark.parametrize("icc", [0.1, 0.3, 0.6])
 @pytest.mark.parametrize("measure", [evaluation_coverage, comparison_coverage])
 def test_intervals_have_a_coverage_of_93_to_97_percent(measure, icc):
-    check(measure(icc, 1000), 1000, exact=True)
+    shares, sparse = measure(icc, 1000)
+    check(shares, 1000, exact=True, sparse=sparse)
