@@ -211,9 +211,10 @@ def caption(results: dict[str, Any], *, seeds: int) -> str:
     """Returns the sentences that describe the table and its intervals."""
     text = (
         f"All methods share the SFT model, the reward model and its labels, and answer the same "
-        f"{results['held_out_prompts']} held-out prompts. Each mean has its 95 % interval over {seeds} seeds, which "
-        "cover the sampling and the batch order of training, and the sampling of the evaluation. They do not cover the "
-        "choice of the prompts, which is shared by all methods: for the SFT model, the gold utility is "
+        f"{results['held_out_prompts']} held-out prompts. Means and 95 % intervals are over seeds ({seeds} "
+        "per method). They cover the sampling and the batch order of training, and the sampling of the "
+        "evaluation, but not the choice of the prompts, which is shared by all methods: for the SFT model, the "
+        "gold utility is "
         f"{frontier_plot.interval_text(results['sft_gold'])} over prompts."
     )
     if results["best_of_n"]:
@@ -309,7 +310,7 @@ def summarise(settings: Compare, curves: dict[str, list[Curve]]) -> dict[str, An
     """
     methods = []
     for method in settings.methods:
-        # Samples determine the curve of best-of-n without the noise of training, and it bends too much for a regression.
+        # The curve of best-of-n has no noise of training, and it bends too much for a regression.
         width = None if method == "best-of-n" else 0.5
         gold_by_seed = [[gold_at(*curve, at=kl, width=width) for kl in settings.at] for curve in curves[method]]
         points: list[list[float | None]] = []

@@ -174,6 +174,26 @@ def test_gold_may_lose_a_third_of_its_gain_without_an_alarm():
     assert set(alarms_of(rows(0.25), lost_share=0.1)) == {"overoptimised"}
 
 
+def test_losses_that_rise_together_are_not_called_overfitting():
+    rows = [{"loss": 1 - 0.02 * i, "validation_loss": 1 + 0.05 * i} for i in range(16)]
+    assert alarms.overfitted(rows) is not None
+    assert alarms.overfitted([row | {"loss": 2 - row["loss"]} for row in rows]) is None, "the run diverges"
+
+
+def test_windows_end_at_the_newest_row():
+    rows = [{"loss": 1 - 0.01 * i, "validation_loss": 1.5 if i >= 7 else 1.0} for i in range(11)]
+    assert alarms.overfitted(rows, validation_window=4) is not None
+
+
+def test_falls_are_compared_with_the_standard_error_of_a_difference_of_means():
+    rewards = np.random.default_rng(0).normal(size=30) - 0.1 * np.arange(30)
+    rows = [{"reward": reward} for reward in rewards]
+    error = math.sqrt(np.mean(np.diff(rewards) ** 2) / 2 * (1 / 5 + 1 / 5))
+    z = (rewards[:5].mean() - rewards[-5:].mean()) / error
+    assert alarms.reward_below_start(rows, window=5, z=0.99 * z) is not None
+    assert alarms.reward_below_start(rows, window=5, z=1.01 * z) is None
+
+
 def test_any_judge_raises_the_alarm_and_is_named():
     rows = [{"reward": 0.1 * i, "gold": 0.0, "heldout_reward": -0.1 * i} for i in range(20)]
     assert "heldout_reward, which is not" in alarms_of(rows)["overoptimised"].message

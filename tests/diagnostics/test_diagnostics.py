@@ -19,6 +19,11 @@ def test_wilson_agrees_with_scipy(k, n):
         np.testing.assert_allclose(diagnostics.wilson(k, n, confidence=confidence), tuple(expected), atol=1e-12)
 
 
+def test_wilson_contains_rates_of_zero_and_one_in_spite_of_rounding():
+    for n in range(1, 200):
+        assert diagnostics.wilson(0, n)[0] == 0.0 and diagnostics.wilson(n, n)[1] == 1.0
+
+
 def test_wilson_without_trials_is_the_unit_interval():
     assert diagnostics.wilson(0, 0) == (0.0, 1.0)
     with pytest.raises(ValueError, match="successes"):
@@ -31,6 +36,17 @@ def test_mean_interval_agrees_with_scipy():
     got = diagnostics.mean_interval(values)
     np.testing.assert_allclose(got, (values.mean(), *expected), rtol=1e-9)
     assert diagnostics.mean_interval([2.0]) == (2.0, -math.inf, math.inf)
+
+
+def test_average_of_independent_estimates_adds_widths_in_quadrature():
+    got = diagnostics.average([diagnostics.Estimate(1.0, 0.7, 1.4), diagnostics.Estimate(2.0, 1.6, 2.3)])
+    np.testing.assert_allclose(got, (1.5, 1.5 - 0.25, 1.5 + 0.25))
+    values = np.random.default_rng(3).normal(size=50)
+    one = diagnostics.mean_interval(values)
+    four = diagnostics.average([one] * 4)
+    np.testing.assert_allclose(four.hi - four.lo, (one.hi - one.lo) / 2, err_msg="four runs halve the interval")
+    with pytest.raises(ValueError, match="at least one"):
+        diagnostics.average([])
 
 
 def test_bootstrap_agrees_with_theory_and_is_reproducible():
@@ -131,6 +147,23 @@ def test_copies_of_pairs_with_the_same_prompt_add_no_information():
     np.testing.assert_allclose(once, diagnostics.length_controlled_win_rate(outcomes, *lengths), rtol=0.03)
 
 
+def test_bounds_of_rates_solve_their_equations():
+    outcomes, z = np.array([1.0, 0.25, 0.5, 0.0, 1.0]), stats.norm.ppf(0.975)
+    mean, *bounds = diagnostics.outcome_rate(outcomes)
+    ties = np.mean(4 * outcomes * (1 - outcomes)) * 5 / (5 + z**2)  # An outcome of 1/4 is three quarters of a tie.
+    for p in bounds:
+        assert (mean - p) ** 2 == pytest.approx(z**2 / 5 * (p * (1 - p) - ties / 4))
+    parts, wholes = np.array([1.0, 2.0, 1.0]), np.array([2.0, 5.0, 1.0])
+    mean, *bounds = diagnostics.ratio_interval(parts, wholes)
+    without = (4 - parts) / (8 - wholes)
+    variance = 2 / 3 * np.sum((without - mean) ** 2)
+    clusters = 8**2 / np.sum(wholes**2)
+    variance = (clusters * variance + max(variance, mean * (1 - mean) / 8)) / (clusters + 1)
+    trials, t = mean * (1 - mean) / variance, stats.t.ppf(0.975, clusters - 1)
+    for p in bounds:
+        assert (mean - p) ** 2 == pytest.approx(t**2 / trials * p * (1 - p))
+
+
 def test_single_values_have_infinite_intervals_and_confidence_is_validated():
     rng = np.random.default_rng(0)
     assert diagnostics.bootstrap_mean([2.0], rng) == (2.0, -math.inf, math.inf)
@@ -163,6 +196,7 @@ def test_win_rate_counts_ties_as_a_half():
     np.testing.assert_array_equal(diagnostics.win_outcomes(a, b, tie_tolerance=0.1), [1.0, 0.5, 0.0, 0.5])
     assert diagnostics.win_rate(a, b).mean == 0.375
     assert diagnostics.win_rate(a, b, tie_tolerance=0.1).mean == 0.5
+    assert diagnostics.win_outcomes([1.5, 2.5], [1.0, 1.0], tie_tolerance=0.5).tolist() == [0.5, 1.0]
 
 
 def test_win_rate_without_ties_is_wilsons_and_antisymmetric():
@@ -258,6 +292,7 @@ def test_slope_interval_has_nominal_coverage():
 
 def test_slope_is_infinite_if_the_likelihood_has_no_maximum():
     assert diagnostics.calibration_slope([1.0, 2.0], [0.0, 0.0]).mean == math.inf
+    assert diagnostics.calibration_slope([1.0, 2.0], [0.0, 2.0]) == (math.inf, -math.inf, math.inf), "a tied pair"
     assert diagnostics.calibration_slope([0.0, 0.0], [1.0, 2.0]).mean == -math.inf
     with pytest.raises(ValueError, match="all score differences"):
         diagnostics.calibration_slope([1.0], [1.0])

@@ -201,9 +201,11 @@ def test_equal_answers_are_found_and_agreement_counts_untied_pairs():
     where = np.array([[True, True, True, False]])
     np.testing.assert_array_equal(comparison_data._first_equal(tokens, where), [[0, 1, 0, 3]])
     # Both labelers order (0, 1) and (0, 2) equally, but not (1, 2); the fourth answer does not exist.
-    mean, low, high = comparison_data._agreement(np.array([[1, 2, 3, 0]]), np.array([[1, 3, 2, 0]]), where)
+    mean, low, high = comparison_data._agreement(
+        np.array([[1, 2, 3, 0]]), np.array([[1, 3, 2, 0]]), where, np.array([0])
+    )
     assert mean == pytest.approx(2 / 3) and low <= mean <= high
-    mean, _, _ = comparison_data._agreement(np.array([[1, 2, 2, 0]]), np.array([[1, 3, 2, 0]]), where)
+    mean, _, _ = comparison_data._agreement(np.array([[1, 2, 2, 0]]), np.array([[1, 3, 2, 0]]), where, np.array([0]))
     assert mean == 1.0, "a tie of either labeler does not count"
 
 
@@ -323,7 +325,7 @@ def test_diversity_uses_as_many_answers_of_a_policy_as_of_best_of_n(tmp_path):
     answers = run_grid.sample_answers(job, shared, job.task.eval_prompts, shared.start, seed=0)
     assert len(answers.lengths_B) == 8
     few = jax.tree.map(lambda x: x[:3], answers)
-    values = [evaluation._numbers(job, each)["diversity"] for each in (answers, few)]
+    values = [evaluation.numbers(job.task.eval_prompts, each, few=3)["diversity"] for each in (answers, few)]
     assert values[0] == values[1] > 0
 
 
