@@ -61,6 +61,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "Default: %(default)s.",
     )
     settings = parser.parse_args(arguments)
+    for name in ("rows", "quick", "minutes") if settings.show else ():
+        if getattr(settings, name) != parser.get_default(name):
+            parser.error(f"--{name} has no effect with --show, which measures nothing; leave it out")
     settings.rows = [name.strip() for name in settings.rows.split(",") if name.strip()] or list(row_runner.ROWS)
     unknown = [name for name in settings.rows if name not in row_runner.ROWS]
     if unknown:

@@ -64,7 +64,7 @@ from typing import Annotated, Any
 
 import tyro
 from benchmarks import benchmark_tables, interleaved_runs, peer_environments, speed_ratios, suite
-from launch import command_line
+from launch import command_line, setting_checks
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -101,13 +101,28 @@ class Settings:
 
 
 def parse(arguments: list[str]) -> Settings:
-    """Parses the command line."""
-    return command_line.parse_as(Settings, arguments, prog="benchmark.py", doc=__doc__)
+    """Parses the command line; raises SettingError for a setting without effect."""
+    settings = command_line.parse_as(Settings, arguments, prog="benchmark.py", doc=__doc__)
+    installing = ("tunix_python", "torch_index", "tunix_extra")
+    if settings.install is None:
+        unused = [(installing, "without --install")]
+    else:
+        names = {field.name for field in dataclasses.fields(settings)} - {"install", *installing}
+        unused = [(sorted(names), "with --install, which measures nothing")]
+    if settings.ours_only:
+        unused.append((("peers",), "with --ours-only"))
+    setting_checks.refuse_changed(settings, Settings(), unused)
+    return settings
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command. Returns 1 if a workload of this library failed, 2 for invalid input and 0 otherwise."""
-    settings = parse(arguments)
+    try:
+        settings = parse(arguments)
+        rows = suite.select(settings.only)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     console = Console()
     if settings.install is not None:
         peer_environments.install(
@@ -118,11 +133,6 @@ def main(arguments: list[str]) -> int:
             say=lambda text: console.print(text, highlight=False),
         )
         return 0
-    try:
-        rows = suite.select(settings.only)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     results = measure(settings, rows)
     for title, columns, lines in _tables(results):
         console.print(benchmark_tables.terminal_table(title, columns, lines))

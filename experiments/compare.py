@@ -11,7 +11,7 @@ During training, each policy answers the same held-out prompts several times, wh
 against KL to the SFT model. The curves are compared at the KLs of --at. GRPO penalises the KL in the loss, as
 published, instead of in the reward. Best-of-n trains nothing, but samples n answers to each held-out prompt. Its KL is
 measured, because repeated answers make it lower than log n - (n - 1) / n. The flags of instructgpt.py are accepted too,
-but some of them, such as --ppo.method and --on-alarm, have no effect.
+except those without effect, such as --ppo.method and --on-alarm.
 
 The run folder contains compare.json, compare.html with the figure, config.json, metrics.jsonl, tensorboard/ and
 checkpoints/.
@@ -22,9 +22,10 @@ The comparison takes about 14 minutes and 2 GB on two CPU cores. docs/methods.md
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
-from launch import command_line, mesh_settings, process_setup
+from launch import command_line, mesh_settings, process_setup, setting_checks
 from launch.setting_checks import require, require_divides
 from launch.settings import PPO, SettingError, Settings
 
@@ -54,7 +55,7 @@ class Compare(Settings):
 
 def parse(arguments: list[str]) -> Compare:
     """Parses the command line; raises SettingError for invalid settings."""
-    settings = command_line.parse(Compare, arguments, doc=__doc__, adjust=_shorten)
+    settings = command_line.parse(Compare, arguments, doc=__doc__, adjust=_shorten, unused=_unused)
     if settings.data.path is not None:
         raise SettingError(
             "--data.path is not supported, because the methods are compared by gold utility, which only the built-in "
@@ -73,6 +74,49 @@ def parse(arguments: list[str]) -> Compare:
     if not settings.at or min(settings.at) < 0:
         raise SettingError(f"--at is {settings.at}; give KLs of at least 0")
     return settings
+
+
+def ppo_settings(settings: Compare, method: Method) -> PPO:
+    """Returns the PPO settings of a method. Batch, learning rates and iterations are the same for all methods."""
+    ppo = dataclasses.replace(settings.ppo, method="ppo", samples=1)
+    if method == "rloo":
+        return dataclasses.replace(ppo, method="rloo", samples=settings.group)
+    if method == "grpo":
+        return dataclasses.replace(ppo, method="grpo", samples=settings.group)
+    return ppo
+
+
+def _unused(settings: Compare) -> Iterator[tuple[Sequence[str], str]]:
+    """Yields the settings that have no effect on the methods to compare, and why."""
+    methods = set(settings.methods)
+    chosen = f"with --methods {' '.join(settings.methods)}"
+    rl = [ppo_settings(settings, method) for method in RL_METHODS if method in methods]
+    yield ("ppo.method", "ppo.samples"), "on compare.py; use --methods and --group"
+    yield ("on_alarm",), "on compare.py, which raises no alarms"
+    yield ("hosts",), "on compare.py, which runs on a single host"
+    yield _EVALUATED_ELSEWHERE, "on compare.py, which only samples answers and computes their gold utility"
+    if rl:
+        why = f"{chosen}, none of which has a pretraining loss"
+        yield from setting_checks.unused_ppo(rl, ptx="ppo-ptx" in methods, why=why)
+    else:
+        names = [field.name for field in dataclasses.fields(PPO) if field.name not in _USED_WITHOUT_RL]
+        yield [f"ppo.{name}" for name in names], f"{chosen}, which includes no RL method"
+    for names, users in _USERS:
+        if not methods & set(users):
+            yield names, f"{chosen}; it is a setting of {' and '.join(users)}"
+
+
+RL_METHODS: tuple[Method, ...] = ("ppo", "ppo-ptx", "rloo", "grpo")
+_EVALUATED_ELSEWHERE = [f"evaluation.{name}" for name in ("best_of", "best_of_prompts", "skills")]
+_EVALUATED_ELSEWHERE += ["evaluation.pretraining_rows", "evaluation.transcripts"]
+_USED_WITHOUT_RL = ("iterations", "batch", "minibatches", "epochs", "temperature")
+"""--ppo settings that apply without RL, since expert iteration takes as many optimiser steps as RL."""
+_USERS = (
+    (("group",), ("rloo", "grpo", "expert-iteration")),
+    (("rounds",), ("expert-iteration",)),
+    (("ppo.epochs",), (*RL_METHODS, "expert-iteration")),
+)
+"""Settings of some methods only."""
 
 
 def _shorten(preset: Settings) -> Settings:
@@ -112,20 +156,10 @@ POOL = 80
 """Minimum number of answers per prompt, over all seeds, from which the KL of best-of-n is measured."""
 
 
-def ppo_settings(settings: Compare, method: Method) -> PPO:
-    """Returns the PPO settings of a method. Batch, learning rates and iterations are the same for all methods."""
-    ppo = dataclasses.replace(settings.ppo, method="ppo", samples=1)
-    if method == "rloo":
-        return dataclasses.replace(ppo, method="rloo", samples=settings.group)
-    if method == "grpo":
-        return dataclasses.replace(ppo, method="grpo", samples=settings.group)
-    return ppo
-
-
 def run(settings: Compare) -> dict[str, Any]:
     """Runs the comparison and returns the contents of compare.json."""
     out = Console()
-    rl_methods: list[Method] = [m for m in settings.methods if m in ("ppo", "ppo-ptx", "rloo", "grpo")]
+    rl_methods: list[Method] = [m for m in settings.methods if m in RL_METHODS]
     cells_by_method: dict[Method, list[run_grid.Cell]] = {
         method: [
             run_grid.Cell(

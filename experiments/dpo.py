@@ -8,8 +8,8 @@
     python experiments/dpo.py --data.path FILE.jsonl.gz      human comparisons (docs/data.md)
     python experiments/dpo.py --resume runs/NAME             resume an interrupted run
 
-The base model, the SFT models and the comparisons are created as in instructgpt.py, whose settings apply here too. Most
-of those that have no effect, such as --on-alarm, are refused. Most losses have a reference, which is an SFT model or,
+The base model, the SFT models and the comparisons are created as in instructgpt.py, whose settings apply here too,
+except those without effect, which are refused. Most losses have a reference, which is an SFT model or,
 in later rounds without --hold-reference, the current policy. The log-probabilities of the reference are computed before
 training and saved in reference/. A reward model is trained on the same pairs, unless --pairs reduces those of the
 policy. Its accuracy is compared with the accuracy of the policy's implicit reward. With --rounds, the reward model also
@@ -26,11 +26,12 @@ the reward model on 69 %.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 from launch import command_line, process_setup
 from launch import settings as settings_lib
-from launch.setting_checks import flag_name, require
+from launch.setting_checks import require
 from preferences import direct_settings
 
 
@@ -52,14 +53,16 @@ class DPOSettings(direct_settings.DirectSettings, settings_lib.Settings):
     """Use the SFT model as the reference in all rounds, as in online DPO."""
 
 
-USED_PPO_SETTINGS = ("learning_rate", "iterations", "batch", "minibatches", "adam_eps", "adam_tf1")
-"""The --ppo settings that dpo.py accepts. In the built-in world, --rounds uses ``iterations`` times ``batch`` prompts.
-``minibatches`` has no effect, but may have to be changed with ``batch``, which it must divide."""
+USED_PPO_SETTINGS = ("learning_rate", "adam_eps", "adam_tf1", "adam_b2", "weight_decay")
+"""The --ppo settings that dpo.py accepts. The policy is trained with the optimiser of PPO."""
+ROUND_PPO_SETTINGS = ("iterations", "batch", "minibatches")
+"""The --ppo settings that it also accepts with --rounds in the built-in world, which uses ``iterations`` times
+``batch`` prompts. ``minibatches`` has no effect, but may have to be changed with ``batch``, which it must divide."""
 
 
 def parse(arguments: list[str]) -> DPOSettings:
     """Parses the command line; raises SettingError for invalid settings."""
-    settings = command_line.parse(DPOSettings, arguments, doc=__doc__)
+    settings = command_line.parse(DPOSettings, arguments, doc=__doc__, unused=_unused)
     direct_settings.check(settings)
     direct_settings.check_mesh(settings, settings.mesh)
     for name, least in (("rounds", 0), ("samples", 2)):
@@ -68,23 +71,32 @@ def parse(arguments: list[str]) -> DPOSettings:
         raise settings_lib.SettingError(
             f"--judge {settings.judge} requires the built-in world; leave out --judge or --data.path"
         )
-    defaults = {field.name: field.default for field in dataclasses.fields(DPOSettings)}
-    for name in ("samples", "judge", "hold_reference") if settings.rounds == 0 else ("pairs",):
-        if getattr(settings, name) != defaults[name]:
-            raise settings_lib.SettingError(
-                f"{flag_name(name)} has no effect with --rounds {settings.rounds}; leave it out"
-            )
     if settings.published is not None:
         raise settings_lib.SettingError(
             f"--published {settings.published} selects settings of PPO, which dpo.py does not run; leave it out"
         )
-    ppo = (f"ppo.{field.name}" for field in dataclasses.fields(settings_lib.PPO) if field.name not in USED_PPO_SETTINGS)
-    direct_settings.refuse_unread(settings, (*ppo, "reward_model.heldout", "on_alarm"), program="dpo.py")
-    if settings.hold_reference and not settings.has_reference:
-        raise settings_lib.SettingError(
-            f"--hold-reference has no effect with --loss {settings.loss}, which has no reference; leave it out"
-        )
     return settings
+
+
+def _unused(settings: DPOSettings) -> Iterator[tuple[Sequence[str], str]]:
+    """Yields the settings that have no effect on the run, and why."""
+    names = ("samples", "judge", "hold_reference") if settings.rounds == 0 else ("pairs",)
+    yield names, f"with --rounds {settings.rounds}"
+    if not settings.has_reference:
+        yield ("hold_reference",), f"with --loss {settings.loss}, which has no reference"
+    yield from direct_settings.unused(settings)
+    used = (*USED_PPO_SETTINGS, *ROUND_PPO_SETTINGS)
+    unread = [field.name for field in dataclasses.fields(settings_lib.PPO) if field.name not in used]
+    yield [f"ppo.{name}" for name in unread], "on dpo.py"
+    rounds = [f"ppo.{name}" for name in ROUND_PPO_SETTINGS]
+    if settings.rounds == 0:
+        yield rounds, "on dpo.py without --rounds"
+    elif settings.data.path is not None:
+        yield rounds, "on dpo.py with --data.path, whose prompts it uses"
+    if settings.learning_rate is not None:
+        yield ("ppo.learning_rate",), "with --learning-rate"
+    yield ("reward_model.heldout",), "on dpo.py, which trains one reward model"
+    yield ("hosts",), "on dpo.py, which runs on a single host"
 
 
 if __name__ == "__main__":

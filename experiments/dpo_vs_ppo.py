@@ -16,7 +16,7 @@ The study has three parts:
              are computed exactly.
     exact    DPO and PPO are trained on the three-answer example of Xu's theorem 4.1.
 
-The settings of instructgpt.py apply here too, but some that have no effect, such as --on-alarm, are refused. In the
+The settings of instructgpt.py apply here too, except those without effect, such as --on-alarm. In the
 world, all seeds share the prompts, comparisons and reward models, so the intervals reflect only sampling and batch
 order. On the bandit, each seed draws new labels. Each part prints the numbers of labels, sampled answers and steps. The
 run folder contains study.json, study.html with the figures, config.json, metrics.jsonl, tensorboard/, checkpoints/ and
@@ -32,9 +32,10 @@ The study takes about 15 minutes and 2.2 GB on two CPU cores. The expected resul
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
-from launch import command_line, process_setup
+from launch import command_line, process_setup, setting_checks
 from launch import settings as settings_lib
 from launch.setting_checks import require
 from preferences import direct_settings
@@ -73,16 +74,22 @@ class StudySettings(direct_settings.DirectSettings, settings_lib.Settings):
 
 def parse(arguments: list[str]) -> StudySettings:
     """Parses the command line; raises SettingError for invalid settings."""
-    settings = command_line.parse(StudySettings, arguments, doc=__doc__, adjust=_adjust_preset)
+    settings = command_line.parse(StudySettings, arguments, doc=__doc__, adjust=_adjust_preset, unused=_unused)
     direct_settings.check(settings)
     if settings.loss != "dpo":
         raise settings_lib.SettingError(f"--loss is {settings.loss!r}, but this study only runs dpo; leave it out")
-    direct_settings.refuse_unread(
-        settings, ("ppo.kl_coef", "ppo.ptx_coef", "reward_model.heldout", "on_alarm"), program="dpo_vs_ppo.py"
-    )
+    if settings.ppo.method in setting_checks.KL_IN_LOSS:
+        raise settings_lib.SettingError(
+            f"--ppo.method {settings.ppo.method} has no KL in the reward, so --kl-coefs would have no effect; use a "
+            "different method"
+        )
+    if settings.published is not None and "world" not in settings.parts:
+        raise settings_lib.SettingError(
+            f"--published {settings.published} has no effect without world in --parts; leave it out"
+        )
     for name in ("seeds", "rounds", "bandit_seeds", "bandit_pairs"):
         require(getattr(settings, name) >= 1, settings, name, "at least 1")
-    if settings.rounds > settings.bandit_pairs:
+    if "bandit" in settings.parts and settings.rounds > settings.bandit_pairs:
         raise settings_lib.SettingError(
             f"--rounds is {settings.rounds}; it must be at most --bandit-pairs {settings.bandit_pairs}"
         )
@@ -96,13 +103,33 @@ def parse(arguments: list[str]) -> StudySettings:
         raise settings_lib.SettingError(
             "--data.path cannot be used with --parts world, which requires a gold utility; leave out one of the two"
         )
-    if settings.pairs != 0:
-        raise settings_lib.SettingError(
-            f"--pairs is {settings.pairs}, but DPO uses the pairs of the reward model, which are all; leave it out"
-        )
-    if settings.beta is not None:
-        raise settings_lib.SettingError(f"--beta is {settings.beta}, but this study uses --betas; leave it out")
     return settings
+
+
+_OF_THE_WORLD = ("seed", "model", "on_alarm", "saves", "max_skipped", "mesh", "hosts", "data", "world", "net")
+_OF_THE_WORLD += ("pretrain", "sft", "comparisons", "reward_model", "ppo", "evaluation", "epochs", "batch")
+_OF_THE_WORLD += ("micro_batches", "learning_rate", "pairs", "seeds", "betas", "kl_coefs")
+
+
+def _unused(settings: StudySettings) -> Iterator[tuple[Sequence[str], str]]:
+    """Yields the settings that have no effect on the study, and why."""
+    study = "on dpo_vs_ppo.py"
+    yield ("beta",), f"{study}, which uses --betas"
+    yield ("pairs",), f"{study}, whose DPO uses all pairs, as the reward model does"
+    yield from direct_settings.unused(settings)
+    for part, names in (("world", _OF_THE_WORLD), ("bandit", ("bandit_seeds", "bandit_coefs", "bandit_pairs"))):
+        if part not in settings.parts:
+            yield names, f"without {part} in --parts"
+    if settings.parts == ("exact",):
+        yield ("rounds", "at"), "with --parts exact"
+    yield ("ppo.kl_coef",), f"{study}, which uses --kl-coefs"
+    yield ("reward_model.heldout",), f"{study}, which trains no held-out reward model"
+    yield ("on_alarm",), f"{study}, which raises no alarms"
+    yield ("hosts",), f"{study}, which runs on a single host"
+    unread = ("best_of", "best_of_prompts", "skills", "pretraining_rows", "transcripts")
+    yield [f"evaluation.{name}" for name in unread], f"{study}, which only samples one answer to each prompt"
+    runs = [dataclasses.replace(settings.ppo, kl_coef=coef) for coef in settings.kl_coefs]
+    yield from setting_checks.unused_ppo(runs, ptx=False, why=f"{study}, which trains without a pretraining loss")
 
 
 def _adjust_preset(preset: settings_lib.Settings) -> settings_lib.Settings:

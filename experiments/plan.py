@@ -34,8 +34,10 @@ from planning import plan_settings
 
 
 def parse(arguments: list[str]) -> plan_settings.Plan:
-    """Parses the command line."""
-    return command_line.parse_as(plan_settings.Plan, arguments, prog="plan.py", doc=__doc__)
+    """Parses the command line; raises SettingError for a setting without effect."""
+    plan = command_line.parse_as(plan_settings.Plan, arguments, prog="plan.py", doc=__doc__)
+    plan_settings.check_used(plan)
+    return plan
 
 
 def _before_jax(arguments: list[str]) -> None:
@@ -76,8 +78,8 @@ def run(plan: plan_settings.Plan, out: Console, progress: Console) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command. The exit status is 0 if the step fits, 1 if it does not and 2 for invalid input."""
-    plan = parse(sys.argv[1:] if arguments is None else arguments)
     try:
+        plan = parse(sys.argv[1:] if arguments is None else arguments)
         status = run(plan, Console(), Console(stderr=True))
     except SettingError as error:
         print(f"error: {error}", file=sys.stderr)

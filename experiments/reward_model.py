@@ -36,19 +36,13 @@ from typing import Any
 
 from launch import command_line, process_setup
 from launch import settings as settings_lib
-from preferences.reward_settings import SMOKE_CV, RewardSettings, check
+from preferences.reward_settings import SMOKE_CV, RewardSettings, check, unused
 
 
 def parse(arguments: list[str]) -> RewardSettings:
     """Parses the command line; raises SettingError for invalid settings."""
-    settings = command_line.parse(RewardSettings, arguments, doc=__doc__, adjust=_adjust_preset)
-    preset = settings_lib.preset(
-        settings.preset,
-        dialogues=settings.data.path is not None,
-        pretrained=settings.model is not None,
-        published=settings.published,
-    )
-    check(settings, preset)
+    settings = command_line.parse(RewardSettings, arguments, doc=__doc__, adjust=_adjust_preset, unused=unused)
+    check(settings)
     return settings
 
 

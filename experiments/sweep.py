@@ -8,8 +8,8 @@
 
 All runs share one SFT model, one reward model and one compiled program. On a single GPU or TPU, they train together
 (``jax.vmap`` over keys and coefficients). On a CPU, where this is not faster, and on a mesh, they train one after
-another. The flags of instructgpt.py are accepted too, except --ppo.kl-coef and --ppo.kl-loss-coef. Some, such as
---ppo.ptx-coef and --on-alarm, have no effect. The run folder contains sweep.json, sweep.html with the figure,
+another. The flags of instructgpt.py are accepted too, except those without effect, such as --ppo.kl-coef,
+--ppo.ptx-coef and --on-alarm. The run folder contains sweep.json, sweep.html with the figure,
 config.json, metrics.jsonl, tensorboard/ and checkpoints/.
 """
 
@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
-from launch import command_line, mesh_settings, process_setup
+from launch import command_line, mesh_settings, process_setup, setting_checks
 from launch.setting_checks import require
-from launch.settings import SettingError, Settings, peek
+from launch.settings import PPO, SettingError, Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +44,7 @@ class Sweep(Settings):
 
 def parse(arguments: list[str]) -> Sweep:
     """Parses the command line; raises SettingError for invalid settings."""
-    settings = command_line.parse(Sweep, arguments, doc=__doc__)
-    for flag in ("--ppo.kl-coef", "--ppo.kl-loss-coef"):
-        if peek(arguments, flag) is not None:
-            raise SettingError(f"{flag} has no effect in sweep.py, which uses --kl-coefs instead; leave it out")
+    settings = command_line.parse(Sweep, arguments, doc=__doc__, unused=_unused)
     if not settings.kl_coefs or not all(0 <= coef < math.inf for coef in settings.kl_coefs):
         raise SettingError(f"--kl-coefs is {settings.kl_coefs}; give finite coefficients of at least 0")
     if len(set(settings.kl_coefs)) < len(settings.kl_coefs):
@@ -57,6 +55,22 @@ def parse(arguments: list[str]) -> Sweep:
     return settings
 
 
+def _unused(settings: Sweep) -> Iterator[tuple[Sequence[str], str]]:
+    """Yields the settings that have no effect on the sweep, and why."""
+    yield ("ppo.kl_coef", "ppo.kl_loss_coef"), "in sweep.py, which uses --kl-coefs instead"
+    yield ("on_alarm",), "in sweep.py, which raises no alarms"
+    yield ("hosts",), "in sweep.py, which runs on a single host"
+    unread = ("best_of", "best_of_prompts", "skills", "pretraining_rows", "transcripts")
+    yield [f"evaluation.{name}" for name in unread], "in sweep.py, which only samples one answer to each prompt"
+    runs = [ppo_settings(settings, coef) for coef in settings.kl_coefs]
+    yield from setting_checks.unused_ppo(runs, ptx=False, why="in sweep.py, which trains without a pretraining loss")
+
+
+def ppo_settings(settings: Sweep, coef: float) -> PPO:
+    """Returns the RL settings of the runs with the KL coefficient ``coef``."""
+    return dataclasses.replace(settings.ppo, **{setting_checks.kl_field(settings.ppo): coef})
+
+
 if __name__ == "__main__":
     command_line.answer_help(parse)
     process_setup.use_huge_pages()
@@ -65,7 +79,7 @@ import time
 
 import jax
 from launch import entry_point, run_folder
-from recipe import precompile, rl_methods, run_setup
+from recipe import precompile, run_setup
 from rich.console import Console
 from sweeps import frontier_plot, run_grid
 
@@ -73,7 +87,7 @@ from sweeps import frontier_plot, run_grid
 def cells_of(settings: Sweep) -> list[run_grid.Cell]:
     """Returns the runs of a sweep, ordered by coefficient."""
     return [
-        run_grid.Cell(f"kl{coef:g}-seed{seed}", rl_methods.with_kl_coef(settings.ppo, coef), seed)
+        run_grid.Cell(f"kl{coef:g}-seed{seed}", ppo_settings(settings, coef), seed)
         for coef in settings.kl_coefs
         for seed in range(settings.seeds)
     ]
@@ -103,7 +117,7 @@ def run(settings: Sweep) -> dict[str, Any]:
             measured.append((cell, numbers))
             job.progress.update("evaluate", len(measured), len(cells))
         job.progress.finish("evaluate")
-    kl_field = rl_methods.kl_field(settings.ppo)
+    kl_field = setting_checks.kl_field(settings.ppo)
     coef_of = {cell.name: getattr(cell.settings, kl_field) for cell in cells}
     results = {
         "seconds": time.time() - process_setup.START_TIME,

@@ -73,6 +73,7 @@ def parse(
     *,
     doc: str | None,
     adjust: Callable[[Any], Any] = lambda preset: preset,
+    unused: Callable[[S], setting_checks.Unused] = lambda parsed: setting_checks.unused_ppo([parsed.ppo]),
 ) -> S:
     """Parses and checks the settings of a command.
 
@@ -83,6 +84,7 @@ def parse(
         arguments: The command line without the program's name.
         doc: The description that ``--help`` prints.
         adjust: Changes the preset for the command, before the flags are applied.
+        unused: Returns the settings that have no effect on the run. They are refused if they differ from the preset.
 
     Returns:
         The settings.
@@ -100,8 +102,8 @@ def parse(
             f"--resume {resume} takes all settings from its {config_file.NAME}; leave out all flags except --mesh.* "
             "and --hosts.*"
         )
+    setting_checks.check_used(parsed, default, unused(parsed))
     setting_checks.check(parsed)
-    setting_checks.check_used(parsed, default)
     if parsed.model is None:
         return parsed
     # An absolute path, so that the run can be resumed from any working directory.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import operator
 import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from launch import mesh_settings
@@ -33,8 +35,6 @@ _SHARES = (
 )
 KL_IN_LOSS = ("grpo", "dr-grpo")
 """Methods that penalise the KL in the loss and not in the reward."""
-_CRITIC_SETTINGS = ("critic", "value_coef", "value_clip", "lambda_", "whiten_rewards", "normalise_values")
-_KL_IN_REWARD = ("kl_coef", "kl_target", "kl_gain", "both_kl_terms")
 _COMPARING_METHODS = ("rloo", "grpo", "dr-grpo")
 _OFF_POLICY = (
     "used together with --ppo.correct-sampler: truncated sampling draws from a distribution other than the policy's, "
@@ -63,31 +63,109 @@ def _value(settings: Any, name: str) -> Any:
     return operator.attrgetter(name)(settings)
 
 
+Unused = Iterable[tuple[Sequence[str], str]]
+"""Settings or groups of settings that have no effect on a run, such as ppo.clip or world, and why."""
 _OF_THE_WORLD = ("world", "comparisons", "pretrain.documents", "sft.demonstrations", "evaluation.split")
 _OF_THE_WORLD += ("evaluation.skills",)
-_OF_A_FILE = ("data.vocab_size", "data.prompt_width", "data.response_width", "data.held_out")
+_OF_A_FILE = ("vocab_size", "prompt_width", "response_width", "held_out", "max_dropped")
 _OF_A_NEW_MODEL = ("net", "pretrain.steps", "pretrain.learning_rate", "pretrain.warmup", "data.vocab_size")
+_OF_A_CRITIC = ("critic", "critic_learning_rate", "value_coef", "value_clip", "lambda_", "whiten_rewards")
+_OF_A_CRITIC += ("normalise_values",)
+_OF_KL_IN_REWARD = ("kl_coef", "kl_target", "kl_gain", "both_kl_terms")
 
 
-def check_used(settings: Settings, preset: Settings) -> None:
-    """Raises SettingError for the first setting that was changed from the preset and has no effect on the run."""
-    unused = (
+def kl_field(ppo: PPO) -> str:
+    """Returns the name of the setting with the method's KL coefficient."""
+    return "kl_loss_coef" if ppo.method in KL_IN_LOSS else "kl_coef"
+
+
+def kl_loss_coef(ppo: PPO) -> float:
+    """Returns the weight of the KL in the loss, which has a default with grpo."""
+    default = 0.04 if ppo.method == "grpo" else 0.0
+    return default if ppo.kl_loss_coef is None else ppo.kl_loss_coef
+
+
+def _unused_by_ppo(ppo: PPO) -> dict[str, str]:
+    """Returns the --ppo settings that have no effect with the other ones, each with the reason."""
+    method, in_reward = f"with --ppo.method {ppo.method}", ppo.method not in KL_IN_LOSS
+    unused: dict[str, str] = {}
+    if ppo.method != "ppo":
+        unused |= dict.fromkeys(_OF_A_CRITIC, f"{method}, which has no critic")
+    elif ppo.critic != "zero-head":
+        why = f"with --ppo.critic {ppo.critic}, because Adam cancels it; set --ppo.critic-learning-rate"
+        unused["value_coef"] = why
+    if ppo.method not in ("ppo", "reinforce-pp"):
+        unused["discount"] = f"{method}, whose rewards are not discounted"
+    if not in_reward:
+        why = f"{method}, which has no KL in the reward; set --ppo.kl-loss-coef"
+        return unused | dict.fromkeys(_OF_KL_IN_REWARD, why) | _unused_reference(ppo, 0.0)
+    if ppo.kl_target is None:
+        unused["kl_gain"] = "without --ppo.kl-target, which enables the adaptive coefficient"
+    if ppo.kl_coef == 0:
+        unused |= dict.fromkeys(("kl_target", "kl_gain", "both_kl_terms"), "with --ppo.kl-coef 0")
+    if kl_loss_coef(ppo) == 0:
+        unused["both_kl_terms"] = "without --ppo.kl-loss-coef"
+    return unused | _unused_reference(ppo, ppo.kl_coef)
+
+
+def _unused_reference(ppo: PPO, kl_coef: float) -> dict[str, str]:
+    without = "without a KL penalty; set --ppo.kl-coef or --ppo.kl-loss-coef"
+    return {"reference_ema": without} if kl_coef == kl_loss_coef(ppo) == 0 else {}
+
+
+def unused_ppo(runs: Sequence[PPO], *, ptx: bool = True, why: str = "") -> Unused:
+    """Returns the --ppo settings that have no effect on any of a command's RL runs.
+
+    Args:
+        runs: The settings of the RL runs.
+        ptx: Whether a run may have a pretraining loss.
+        why: Why none has, as in ``"on sweep.py, which ..."``.
+    """
+    unused = [_unused_by_ppo(ppo) for ppo in runs]
+    for name, reason in unused[0].items() if unused else ():
+        if all(name in other for other in unused):
+            yield (f"ppo.{name}",), reason
+    if not ptx:
+        yield ("ppo.ptx_coef", "ppo.ptx_ratio"), why
+    elif all(ppo.ptx_coef == 0 for ppo in runs):
+        yield ("ppo.ptx_ratio",), "with --ppo.ptx-coef 0"
+
+
+def check_used(settings: Settings, preset: Settings, unused: Unused) -> None:
+    """Raises SettingError for the first setting that differs from the preset and has no effect on the run.
+
+    Args:
+        settings: The settings of the run.
+        preset: The settings before flags were applied, or those of the run to resume.
+        unused: Settings without effect, in addition to those that depend only on --data.path and --model.
+    """
+    common = (
         (settings.data.path is not None, _OF_THE_WORLD, "with --data.path, which replaces the built-in world"),
-        (settings.data.path is None, _OF_A_FILE, "without --data.path"),
+        (settings.data.path is None, [f"data.{name}" for name in _OF_A_FILE], "without --data.path"),
         (settings.model is not None, _OF_A_NEW_MODEL, "with --model, which replaces the new model"),
     )
-    for names, why in ((names, why) for applies, names, why in unused if applies):
-        for name in names:
-            value = _value(settings, name)
-            fields = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else [""]
-            for field in fields:
-                full = f"{name}.{field}" if field else name
-                if _value(settings, full) != _value(preset, full):
-                    raise SettingError(f"{flag_name(full)} has no effect {why}; leave it out")
+    refuse_changed(settings, preset, [(names, why) for applies, names, why in common if applies])
+    refuse_changed(settings, preset, unused)
+
+
+def refuse_changed(settings: Any, default: Any, unused: Unused) -> None:
+    """Raises SettingError for the first of the settings ``unused`` that differs from ``default``."""
+    for names, why in unused:
+        for full in itertools.chain.from_iterable(field_names(_value(settings, name), name) for name in names):
+            if _value(settings, full) != _value(default, full):
+                raise SettingError(f"{flag_name(full)} has no effect {why}; leave it out")
+
+
+def field_names(value: Any, prefix: str = "") -> list[str]:
+    """Returns the names of all settings in a group, such as ppo.clip; a setting that is no group is returned itself."""
+    if not dataclasses.is_dataclass(value):
+        return [prefix]
+    fields = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    return [each for name, part in fields for each in field_names(part, f"{prefix}.{name}" if prefix else name)]
 
 
 def _check_ppo(settings: Settings) -> None:
-    ppo, default = settings.ppo, PPO()
+    ppo = settings.ppo
     for name in ("ppo.minibatches", "ppo.samples"):
         require_divides(settings, name, ppo.batch, f"--ppo.batch {ppo.batch}")
     answers = ppo.batch // ppo.minibatches
@@ -96,23 +174,9 @@ def _check_ppo(settings: Settings) -> None:
     if ppo.method in _COMPARING_METHODS:
         requirement = f"at least 2 with --ppo.method {ppo.method}, which compares the answers to a prompt"
         require(ppo.samples >= 2, settings, "ppo.samples", requirement)
-    if ppo.method != "ppo":
-        for name in _CRITIC_SETTINGS:
-            unset = getattr(ppo, name) == getattr(default, name)
-            require(unset, settings, f"ppo.{name}", f"left out with --ppo.method {ppo.method}, which has no critic")
-    without = f"left out with --ppo.method {ppo.method}"
-    if ppo.method in KL_IN_LOSS:
-        for name in _KL_IN_REWARD:
-            unset = getattr(ppo, name) == getattr(default, name)
-            why = f"{without}, which has no KL in the reward; set --ppo.kl-loss-coef"
-            require(unset, settings, f"ppo.{name}", why)
-    elif (ppo.kl_loss_coef or 0) > 0 and not ppo.both_kl_terms:
+    if ppo.method not in KL_IN_LOSS and kl_loss_coef(ppo) > 0 and not ppo.both_kl_terms:
         why = "0 with --ppo.kl-loss-coef, or the KL is penalised twice; --ppo.both-kl-terms allows this"
         require(ppo.kl_coef == 0, settings, "ppo.kl_coef", why)
-    if ppo.method not in ("ppo", "reinforce-pp"):
-        require(ppo.discount == 1, settings, "ppo.discount", f"{without}, whose rewards are not discounted")
-    unset = ppo.kl_gain == default.kl_gain or ppo.kl_target is not None
-    require(unset, settings, "ppo.kl_gain", "left out without --ppo.kl-target, which enables the adaptive coefficient")
     require(text_rows >= 1, settings, "ppo.ptx_ratio", "large enough for each minibatch to have a pretraining row")
     require_divides(settings, "ppo.shards", answers, f"{answers}, the number of answers in a minibatch")
     text = round(text_rows)

@@ -20,7 +20,7 @@ class Data:
     """JSONL, JSON (also .gz) or Parquet file of pairs or rankings in any of the formats in docs/data.md. A pattern with
     * selects several files. None uses the built-in world."""
     max_dropped: float = 0.01
-    """Maximum share of unusable records. A file with a larger share is refused."""
+    """Maximum share of unusable records in --data.path. A file with a larger share is refused."""
     vocab_size: int = 1024
     """Vocabulary size of the byte-level BPE tokenizer trained on the file. Has no effect with --model."""
     prompt_width: int = 128
@@ -164,8 +164,7 @@ class PPO:
     """The RL stages: PPO, or another method, without a pretraining loss (`ppo`) and with one (`ppo_ptx`)."""
 
     method: Literal["ppo", "reinforce", "rloo", "grpo", "dr-grpo", "reinforce-pp"] = "ppo"
-    """RL method. Only ppo has a critic. The other methods refuse settings of the critic except its learning rate, which
-    has no effect."""
+    """RL method. Only ppo has a critic. The other methods refuse settings of the critic."""
     samples: int = 1
     """Number of answers to each prompt. It must be at least 2 for rloo, grpo and dr-grpo, which compare them."""
     iterations: int = 38
@@ -189,8 +188,8 @@ class PPO:
     """Initial critic: `reward` for the reward model (InstructGPT, Stiennon), `policy` for the SFT model with a new head
     (Xu), or `zero-head` for a zero head on the policy's trunk, which both losses then train (Ziegler)."""
     value_coef: float = 1.0
-    """Weight of the value loss (0.1 in Ziegler), for a critic that shares the policy's trunk. For a separate critic,
-    change its learning rate instead."""
+    """Weight of the value loss (0.1 in Ziegler), for --ppo.critic zero-head. For a separate critic, whose Adam cancels
+    the weight, change the learning rate of the critic instead."""
     warmup: int = 5
     """Number of warmup iterations for both learning rates. The warmup is linear and starts at a tenth."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from launch import setting_checks
+
 Stage = Literal["sft", "reward_model", "dpo", "ppo", "ppo-collect", "ppo-update"]
 
 
@@ -71,3 +73,23 @@ class Plan:
     """Maximum number of similar plans to compile if the plan does not fit. The search ends at the first that fits."""
     json: str | None = None
     """JSON file to which all numbers are written. None writes no file."""
+
+
+_USERS: dict[str, tuple[Stage, ...]] = {
+    "length": ("sft", "reward_model"),
+    "completions": ("reward_model",),
+    "prompt": ("dpo", "ppo", "ppo-collect", "ppo-update"),
+    "response": ("dpo", "ppo", "ppo-collect", "ppo-update"),
+    "frozen": ("dpo", "ppo", "ppo-collect", "ppo-update"),
+    "minibatches": ("ppo", "ppo-update"),
+    "epochs": ("ppo", "ppo-collect", "ppo-update"),
+    "micro_batches": ("sft", "reward_model", "dpo", "ppo", "ppo-update"),
+    "remat": ("sft", "reward_model", "dpo", "ppo", "ppo-update"),
+}
+"""Settings of some stages only. ``ppo-collect`` uses the epochs to count the training tokens of an iteration."""
+
+
+def check_used(plan: Plan) -> None:
+    """Raises SettingError for the first setting that differs from its default and has no effect on the stage."""
+    names = [name for name, stages in _USERS.items() if plan.stage not in stages]
+    setting_checks.refuse_changed(plan, Plan(), [(names, f"with --stage {plan.stage}")])

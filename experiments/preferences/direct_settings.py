@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
-from collections.abc import Iterable
 from typing import Literal
 
 from launch import mesh_settings
 from launch import settings as settings_lib
-from launch.setting_checks import flag_name, require, require_divides
+from launch.setting_checks import require, require_divides
 
 Loss = Literal["dpo", "cdpo", "robust", "ipo", "hinge", "kto", "orpo", "simpo", "dpo-sft", "dpo-norm"]
 
@@ -67,7 +65,7 @@ class DirectSettings:
 
 
 def check(settings: DirectSettings) -> None:
-    """Raises SettingError, naming the flag, for a setting that is out of range or that the loss does not use."""
+    """Raises SettingError, naming the flag, for a setting that is out of range."""
     for name, least in (("epochs", 1), ("batch", 1), ("micro_batches", 1), ("pairs", 0)):
         require(getattr(settings, name) >= least, settings, name, f"at least {least}")
     for name in ("beta", "odds_weight", "margin", "sft_coef", "desirable_weight", "undesirable_weight"):
@@ -80,19 +78,24 @@ def check(settings: DirectSettings) -> None:
     require(value is None or 0 <= value < 0.5, settings, "label_smoothing", "at least 0 and below 0.5")
     rows = settings.batch_rows
     require_divides(settings, "micro_batches", rows, f"{rows}, the number of rows per batch")
-    uses = {
-        "beta": settings.loss != "orpo",
-        "label_smoothing": settings.loss in ("cdpo", "robust"),
-        "odds_weight": settings.loss == "orpo",
-        "margin": settings.loss == "simpo",
-        "sft_coef": settings.loss == "dpo-sft",
-        "desirable_weight": settings.loss == "kto",
-        "undesirable_weight": settings.loss == "kto",
-    }
-    defaults = {field.name: field.default for field in dataclasses.fields(DirectSettings)}
-    for name, used in uses.items():
-        default = getattr(settings, name) == defaults[name]
-        require(used or default, settings, name, f"left out with --loss {settings.loss}, which does not use it")
+
+
+_LOSSES = {
+    "label_smoothing": ("cdpo", "robust"),
+    "odds_weight": ("orpo",),
+    "margin": ("simpo",),
+    "sft_coef": ("dpo-sft",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+}
+"""Settings that only some losses use."""
+
+
+def unused(settings: DirectSettings) -> list[tuple[list[str], str]]:
+    """Returns the settings that have no effect with the loss, and why."""
+    names = [name for name, losses in _LOSSES.items() if settings.loss not in losses]
+    names += ["beta"] if settings.loss == "orpo" else []
+    return [(names, f"with --loss {settings.loss}, which does not use it")]
 
 
 def check_mesh(settings: DirectSettings, mesh: settings_lib.Mesh) -> None:
@@ -101,20 +104,3 @@ def check_mesh(settings: DirectSettings, mesh: settings_lib.Mesh) -> None:
     parts = f" divided by --micro-batches {settings.micro_batches}" if settings.micro_batches > 1 else ""
     name = "--batch" if rows == settings.batch else f"the rows of --batch {settings.batch}{parts}"
     mesh_settings.check_divides(mesh, name, rows)
-
-
-def refuse_unread(settings: settings_lib.Settings, names: Iterable[str], *, program: str) -> None:
-    """Raises SettingError, naming the flag, if one of the settings ``names``, such as ppo.clip, is not the preset's.
-
-    ``program`` is the command that ignores them.
-    """
-    preset = settings_lib.preset(
-        settings.preset,
-        dialogues=settings.data.path is not None,
-        pretrained=settings.model is not None,
-        published=settings.published,
-    )
-    for name in names:
-        read = operator.attrgetter(name)
-        if read(settings) != read(preset):
-            raise settings_lib.SettingError(f"{flag_name(name)} has no effect on {program}; leave it out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -154,33 +155,54 @@ def _check_pattern(settings: RewardSettings) -> None:
         raise SettingError(f"--training.trains: {error}") from error
 
 
-def check(settings: RewardSettings, preset: settings_lib.Settings) -> None:
-    """Raises SettingError, naming the flag, for a setting that is out of range or has no effect on this run."""
-    for name in ("ppo", "evaluation"):
-        if getattr(settings, name) != getattr(preset, name):
-            raise SettingError(f"--{name}.* has no effect on reward_model.py, which trains no policy; leave it out")
-    training, pmp, cv, folds = settings.training, settings.pmp, settings.cv, settings.folds
-    if settings.reward_model.heldout:
+_OF_A_SINGLE_MODEL = ("on_alarm", "saves", "max_skipped", "world", "net", "pretrain", "sft", "comparisons", "training")
+_OF_A_SINGLE_MODEL += ("reward_model", "pmp", "data.vocab_size", "data.prompt_width", "data.response_width")
+_OF_A_SINGLE_MODEL += ("data.held_out",)
+
+
+def unused(settings: RewardSettings) -> Iterator[tuple[Sequence[str], str]]:
+    """Yields the settings that have no effect on the run, and why."""
+    training, pmp = settings.training, settings.pmp
+    yield ("ppo", "evaluation"), "on reward_model.py, which trains no policy"
+    yield ("reward_model.heldout",), "on reward_model.py, which trains one reward model"
+    yield ("sft.mix", "sft.mix_epochs"), "on reward_model.py, which starts from `sft`"
+    yield ("hosts",), "on reward_model.py, which runs on a single host"
+    if settings.folds:
+        yield _OF_A_SINGLE_MODEL, "with --folds, which uses --cv.*"
+    else:
+        yield ("cv",), "without --folds"
+    if training.loss in ("plackett-luce", "best"):
+        names = ("ties_in_divisor", "label_smoothing", "margin", "centering")
+        yield [f"training.{name}" for name in names], f"with --training.loss {training.loss}"
+    if training.loss == "pairs":
+        yield ("training.ties_in_divisor",), "with --training.loss pairs, which drops tied pairs"
+    if pmp.prompts == 0:
+        names = [field.name for field in dataclasses.fields(pmp) if field.name != "prompts"]
+        yield [f"pmp.{name}" for name in names], "without --pmp.prompts"
+    elif pmp.tuning_rate is not None:
+        yield ("reward_model.learning_rate",), "with --pmp.prompts, which uses --pmp.tuning-rate"
+
+
+def check(settings: RewardSettings) -> None:
+    """Raises SettingError, naming the flag, for a setting that is out of range or conflicts with another."""
+    if settings.published is not None:
         raise SettingError(
-            "--reward-model.heldout has no effect on reward_model.py, which trains one reward model; leave it out"
+            f"--published {settings.published} selects settings of PPO, which reward_model.py does not run; leave it "
+            "out"
         )
+    training, pmp, cv, folds = settings.training, settings.pmp, settings.cv, settings.folds
     require(folds == 0 or folds >= 2, settings, "folds", "0 or at least 2")
     if folds and settings.data.path is None:
         raise SettingError(f"--folds is {folds}; it needs --data.path")
     for allowed, condition in (
         (not mesh_settings.is_sharded(settings), "left out with --mesh.*"),
         (settings.model is None, "left out with --model"),
-        ((training, pmp) == (Training(), Pretraining()), "left out with --training.* or --pmp.*; it uses --cv.*"),
     ):
         require(not folds or allowed, settings, "folds", condition)
     require(0 <= training.label_smoothing < 0.5, settings, "training.label_smoothing", "in [0, 0.5)")
     for name in ("margin", "centering"):
         value = getattr(training, name)
         require(0 <= value < math.inf, settings, f"training.{name}", "at least 0 and finite")
-    if training.loss in ("plackett-luce", "best"):
-        for name in ("label_smoothing", "margin", "centering"):
-            value = getattr(training, name)
-            require(value == 0, settings, f"training.{name}", f"left out with --training.loss {training.loss}")
     limit = 1 if training.limit is None else training.limit
     for name, value in (("epochs", training.epochs), ("heads", training.heads), ("limit", limit)):
         require(value >= 1, settings, f"training.{name}", "at least 1")

@@ -91,6 +91,7 @@ class Job:
     def rl_models(self, *, axis_name: str | None = None) -> ppo.Models:
         """Returns the functions of the policy, critic and reward model that RL calls."""
         settings, task = self.settings.ppo, self.task
+        shared = rl_methods.has_critic(settings) and settings.critic == "zero-head"
         # The compiled step can compute the gold utility only if token ids are the built-in world's words.
         models = policy_models.ppo_models(
             self.cfg,
@@ -101,7 +102,7 @@ class Job:
             critic=rl_methods.has_critic(settings),
             axis_name=axis_name,
         )
-        return models._replace(join=ppo.shared_trunk) if settings.critic == "zero-head" else models
+        return models._replace(join=ppo.shared_trunk) if shared else models
 
     def new_policy(self, start: Params, reward: Params) -> ppo.PPOState:
         """Creates the initial RL state from the SFT model ``start``, with a critic if the method has one."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from functools import partial
 from typing import Any
@@ -19,6 +18,7 @@ from rlhf_jax.train.optim import schedules
 def train_step_options(settings: PPO) -> dict[str, Any]:
     """Returns the keyword arguments of `ppo.make_train_step` for the RL method of the settings."""
     samples = settings.samples
+    has_kl_loss = settings.method in setting_checks.KL_IN_LOSS or setting_checks.kl_loss_coef(settings) > 0
     estimate, reduction = {
         "ppo": (partial(estimators.gae, whiten_rewards=settings.whiten_rewards), aggregation.token_mean),
         "reinforce": (estimators.reinforce, aggregation.sequence_sum),
@@ -35,7 +35,7 @@ def train_step_options(settings: PPO) -> dict[str, Any]:
         "shards": settings.shards,
         "estimate": estimate,
         "reduction": reduction,
-        "kl_loss": kl.k3 if settings.method in setting_checks.KL_IN_LOSS or _kl_loss_coef(settings) > 0 else None,
+        "kl_loss": kl.k3 if has_kl_loss else None,
         "entropy_bonus": settings.entropy_coef > 0,
         "unfinished": ppo.replace_score if settings.missing_stop == "replace" else ppo.subtract_penalty,
         "normalise_values": settings.normalise_values,
@@ -46,21 +46,6 @@ def train_step_options(settings: PPO) -> dict[str, Any]:
 def has_critic(settings: PPO) -> bool:
     """Returns whether the method trains a critic."""
     return settings.method == "ppo"
-
-
-def with_kl_coef(settings: PPO, coef: float) -> PPO:
-    """Returns the settings with another KL coefficient, of the loss or of the reward as the method has it."""
-    return dataclasses.replace(settings, **{kl_field(settings): coef})
-
-
-def kl_field(settings: PPO) -> str:
-    """Returns the field with the method's KL coefficient."""
-    return "kl_loss_coef" if settings.method in setting_checks.KL_IN_LOSS else "kl_coef"
-
-
-def _kl_loss_coef(settings: PPO) -> float:
-    default = 0.04 if settings.method == "grpo" else 0.0
-    return default if settings.kl_loss_coef is None else settings.kl_loss_coef
 
 
 def hyper(settings: PPO, i: int, *, ptx_coef: float) -> ppo.Hyper:
@@ -80,7 +65,7 @@ def hyper(settings: PPO, i: int, *, ptx_coef: float) -> ppo.Hyper:
         "reward_clip": math.inf if settings.reward_clip is None else settings.reward_clip,
         "value_coef": settings.value_coef,
         "entropy_coef": settings.entropy_coef,
-        "kl_loss_coef": _kl_loss_coef(settings),
+        "kl_loss_coef": setting_checks.kl_loss_coef(settings),
         "ptx_coef": ptx_coef,
         "max_grad_norm": math.inf if settings.max_grad_norm is None else settings.max_grad_norm,
         "ema_decay": settings.ema,

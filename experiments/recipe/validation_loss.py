@@ -13,7 +13,7 @@ from recipe import policy_sampling
 from rlhf_jax import losses, types
 
 TIMES = 8
-"""Maximum number of measurements per stage. The alarm on the validation loss requires as many as this."""
+"""Maximum number of measurements per stage. The alarm on the validation loss can be raised from the fifth on."""
 
 
 def make_callback(

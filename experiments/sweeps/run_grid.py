@@ -116,7 +116,7 @@ def train_together(job: jobs.Job, models: StartModels, cells: Sequence[Cell]) ->
         states, logs = jax.vmap(single_step, in_axes=(0, None, 0, None, 0), axis_name=AXIS)(
             states, frozen, hypers, batch, keys
         )
-        return states, {f"{m}/{name}": values[m] for m in range(M) for name, values in logs.items()}
+        return states, {f"{m}/{name}": jax.tree.map(lambda x, m=m: x[m], logs[name]) for m in range(M) for name in logs}
 
     step = parallel.jit_step(all_steps)
     batch_at, _ = stages.ppo_inputs(first, "ppo", ptx_coef=cells[0].ptx_coef)

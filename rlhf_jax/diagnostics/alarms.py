@@ -6,8 +6,9 @@ from metric names to numbers, newest row last, with None for NaN and infinity. I
 shows a problem, and None otherwise, so call it whenever a row is added. Metrics that were not logged are not checked.
 Checks are pure functions, so a resumed run that checks its old rows again raises the same alarms.
 
-Some checks compare the means of two windows of rows. A difference counts only if it exceeds a given number of standard
-errors, which are estimated from the differences of neighbouring rows and are therefore hardly affected by a trend.
+The docstring of each check states how fast it detects a fault and how often it is raised on healthy runs of up to
+1,000 rows. Unless exact, rates come from the simulation in tests/diagnostics/test_alarm_rates.py, whose noise has an
+autocorrelation of 0.5, with or without heavy tails. Checks that compare windows of rows use `falls`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+
+from rlhf_jax.diagnostics import falls
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -54,7 +57,10 @@ def rounding_thresholds(dtype: Any) -> dict[str, float]:
 
 
 def not_finite(rows: Rows, *, names: Sequence[str] = ("reward", "kl", "entropy", "ratio_max")) -> str | None:
-    """Checks that none of the metrics ``names`` is NaN or infinite in the newest row."""
+    """Checks that none of the metrics ``names`` is NaN or infinite in the newest row.
+
+    The check is exact: without such a value, it raises no alarm, and it detects one in its row.
+    """
     broken = [name for name in names if rows and name in rows[-1] and not math.isfinite(_number(rows[-1][name]))]
     if not broken:
         return None
@@ -65,9 +71,14 @@ def not_finite(rows: Rows, *, names: Sequence[str] = ("reward", "kl", "entropy",
 
 
 def negative_kl(rows: Rows, *, min_kl: float = -1.0) -> str | None:
-    """Checks that the mean KL from the reference is at least ``min_kl`` nats; a true KL cannot be negative."""
-    kl = min(_newest(rows, "kl", 1), default=0.0)
-    if kl >= min_kl:
+    """Checks that the mean KL from the reference is at least ``min_kl`` nats; a true KL cannot be negative.
+
+    The alarm is raised at once below twice ``min_kl``, and otherwise in the second consecutive row below ``min_kl``,
+    because the mean over a batch is a noisy estimate. False alarms: below 1 %. A wrong sign is detected within 2 rows,
+    or within 17 rows of the start, where the KL is 0.
+    """
+    kl = max(_newest(rows, "kl", 1), default=0.0)
+    if kl >= 2 * min_kl and max(_newest(rows, "kl", 2), default=0.0) >= min_kl:
         return None
     return (
         f"the KL from the reference is {kl:.3g} nats, but a KL cannot be negative. Either the answers were not sampled "
@@ -77,7 +88,10 @@ def negative_kl(rows: Rows, *, min_kl: float = -1.0) -> str | None:
 
 
 def first_ratio(rows: Rows, *, max_ratio_error: float = 1e-3) -> str | None:
-    """Checks that probability ratios are 1 before the first update on a batch (metric ``first_ratio_error``)."""
+    """Checks that probability ratios are 1 before the first update on a batch (metric ``first_ratio_error``).
+
+    False alarms: none in the simulation; rounding is 100 times smaller. A fault is detected in its row.
+    """
     error = max(_newest(rows, "first_ratio_error", 1), default=0.0)
     if error <= max_ratio_error:
         return None
@@ -88,10 +102,11 @@ def first_ratio(rows: Rows, *, max_ratio_error: float = 1e-3) -> str | None:
     )
 
 
-def large_ratios(rows: Rows, *, max_ratio: float = 10.0, patience: int = 3) -> str | None:
+def large_ratios(rows: Rows, *, max_ratio: float = 10.0, patience: int = 5) -> str | None:
     """Checks that the largest probability ratio is at most ``max_ratio`` in at least one of the last ``patience`` rows.
 
     A single spike does not raise the alarm, because a rare token with a high reward can cause one in a healthy run.
+    False alarms: none in the simulation. Ratios that are 20 times as large are detected within ``patience`` rows.
     """
     ratios = _newest(rows, "ratio_max", patience)
     if not ratios or min(ratios) <= max_ratio:
@@ -108,7 +123,7 @@ def sampler_gap(rows: Rows, *, max_gap: float = 1e-2, max_mean_gap: float = 1e-3
 
     The largest difference must be at most ``max_gap`` nats and the mean difference at most ``max_mean_gap``. See
     `rounding_thresholds` for models in 16 bits. If the sampler deliberately draws from a different distribution, pass
-    `math.inf` for both.
+    `math.inf` for both. False alarms: below 1 %. A fault is detected in its row.
     """
     gap, mean_gap = (max(_newest(rows, name, 1), default=0.0) for name in ("sampler_gap", "sampler_gap_mean"))
     if gap <= max_gap and mean_gap <= max_mean_gap:
@@ -126,7 +141,8 @@ def entropy_collapse(
 ) -> str | None:
     """Checks that the policy's entropy has not collapsed.
 
-    The alarm is raised if the entropy is below both thresholds in each of the last ``patience`` rows.
+    The alarm is raised if the entropy is below both thresholds in each of the last ``patience`` rows. False alarms:
+    none in the simulation. An entropy that falls by 30 % per row is detected within 9 rows.
 
     Args:
         rows: Rows of one stage, newest last.
@@ -148,7 +164,10 @@ def entropy_collapse(
 
 
 def equal_rewards(rows: Rows, *, min_std: float = 1e-6, patience: int = 3) -> str | None:
-    """Checks that rewards vary (metric ``training_reward_std``) in at least one of the last ``patience`` rows."""
+    """Checks that rewards vary (metric ``training_reward_std``) in at least one of the last ``patience`` rows.
+
+    False alarms: none in the simulation, where rewards are continuous. Detection: within ``patience`` rows.
+    """
     stds = _newest(rows, "training_reward_std", patience)
     if not stds or max(stds) >= min_std:
         return None
@@ -172,7 +191,8 @@ def unfinished_answers(
     """Checks that few responses lack a stop token; their share is 1 minus the metric ``stopped``.
 
     The alarm is raised if, in each of the last ``patience`` rows, the share is above ``max_unfinished`` and has risen
-    by more than ``unfinished_rise``, and at once if the share in the newest row is above ``almost_all``.
+    by more than ``unfinished_rise``, and at once if the share in the newest row is above ``almost_all``. False alarms:
+    none in the simulation. A rise by 40 percentage points is detected within ``patience`` rows.
 
     Args:
         rows: Rows of one stage, newest last.
@@ -201,18 +221,30 @@ def unfinished_answers(
     )
 
 
-def reward_below_start(rows: Rows, *, window: int = 5, z: float = 5.0) -> str | None:
-    """Checks that the reward has not fallen below its first values by more than the noise."""
+def reward_below_start(rows: Rows, *, noise_factor: float = 1.0) -> str | None:
+    """Checks that the reward has not fallen below its first values by more than the noise, from 8 rows on.
+
+    False alarms: below 1 %. A reward that falls from the start by 20 standard deviations of its noise, as steeply as a
+    healthy one rises, is detected within 21 rows in 95 % of runs, and in half of them within 10.
+
+    Args:
+        rows: Rows of one stage, newest last.
+        noise_factor: Factor on the fall that noise explains.
+
+    Returns:
+        A message, or None.
+    """
     rewards = _series(rows, "reward")
-    if len(rewards) < 2 * window:
+    if len(rewards) < 8:
         return None
-    first, last = rewards[:window].mean(), rewards[-window:].mean()
-    if first - last <= z * _standard_error(rewards, window):
+    fall = falls.measure(rewards, from_start=True, factor=noise_factor)
+    if fall.size <= fall.bound:
         return None
+    first, last = falls.means(rewards, fall.window)[[0, -1]]
     return (
-        f"the reward fell from {first:.3g} (first {window} rows) to {last:.3g} (last {window} rows), although training "
-        "should raise it. Look first at the signs of the reward, the advantages, the policy loss and the KL penalty, "
-        "then check whether the KL coefficient or the learning rate is too high."
+        f"the reward fell from {first:.3g} (first {fall.window} rows) to {last:.3g} (last {fall.window} rows), though "
+        "training should raise it. Look first at the signs of the reward, the advantages, the policy loss and the KL "
+        "penalty, then check whether the KL coefficient or the learning rate is too high."
     )
 
 
@@ -220,64 +252,75 @@ def overoptimised(
     rows: Rows,
     *,
     judges: Sequence[str] = ("gold", "heldout_reward"),
-    judge_window: int = 8,
     lost_share: float = 1 / 3,
-    judge_z: float = 4.0,
+    noise_factor: float = 1.0,
 ) -> str | None:
     """Checks for over-optimisation: the reward rises while the score of a judge that is not used in training falls.
 
-    The means of the last window of rows are compared with those of the earlier window in which the judge's score is
-    highest. Both changes must exceed the noise. The judge's score must also have lost more than ``lost_share`` of its
-    gain since the start, because some loss occurs in every long run.
+    The newest rows are compared with the earlier window in which the judge's score is highest, from 8 rows on. The fall
+    must exceed the noise. The judge's score must also have lost more than ``lost_share`` of its gain since the start,
+    because some loss occurs in every long run. False alarms: below 1 %. In 95 % of runs, a fall by one standard
+    deviation of the noise per row is detected within 15 rows, and one by a tenth of that within 86 (after row 100).
 
     Args:
         rows: Rows of one stage, newest last.
         judges: Metrics to compare with ``reward``; the first that raises the alarm is reported.
-        judge_window: Number of rows in a window.
         lost_share: Share of its gain that the judge's score may lose.
-        judge_z: Number of standard errors that both changes must exceed.
+        noise_factor: Factor on the fall that noise explains.
 
     Returns:
         A message, or None.
     """
     for judge in judges:
         rewards, scores = _paired(rows, "reward", judge)
-        if len(scores) < 2 * judge_window:
+        if len(scores) < 8:
             continue
-        means, reward_means = (_window_means(values, judge_window) for values in (scores, rewards))
-        best = int(np.argmax(means[:-1]))
-        lost, gained = means[best] - means[-1], max(means[best] - scores[:3].mean(), 0.0)
-        rise = reward_means[-1] - reward_means[best]
-        noise = judge_z * _standard_error(scores, judge_window)
-        if lost > max(noise, lost_share * gained) and rise > judge_z * _standard_error(rewards, judge_window):
+        fell, fall = falls.falls_alone(scores, rewards, lost_share=lost_share, other_noise=1.0, factor=noise_factor)
+        if fell:
+            (before, after), (high, low) = (
+                falls.means(values, fall.window)[[int(fall.reference), -1]] for values in (rewards, scores)
+            )
             return (
-                f"the reward rose from {reward_means[best]:.3g} to {reward_means[-1]:.3g} while {judge}, which is not "
-                f"used in training, fell from {means[best]:.3g} to {means[-1]:.3g} (means of {judge_window} rows). The "
-                "policy exploits the reward model. Look first at the answers with the highest reward, then stop "
-                "earlier, raise the KL coefficient, or train the reward model on new samples."
+                f"the reward rose from {before:.3g} to {after:.3g} while {judge}, which is not used in training, fell "
+                f"from {high:.3g} to {low:.3g} (means of {fall.window} rows). The policy exploits the reward model. "
+                "Look first at the answers with the highest reward, then stop earlier, raise the KL coefficient, or "
+                "train the reward model on new samples."
             )
     return None
 
 
-def overfitted(rows: Rows, *, validation_window: int = 4, validation_z: float = 4.0) -> str | None:
+def overfitted(rows: Rows, *, lost_share: float = 1 / 3, noise_factor: float = 1.0) -> str | None:
     """Checks for overfitting: the loss falls while ``validation_loss`` rises by more than the noise.
 
-    Only rows that contain both metrics are used. The last window is compared with the earlier window that has the
-    lowest validation loss. To check a trained reward model, use `generalisation_gap`.
+    The newest measurements of the validation loss are compared with the earlier ones at which it is lowest, from the
+    fifth on. The loss of a measurement is the mean over the rows since the previous one. To check a trained reward
+    model, use `generalisation_gap`. False alarms: below 1 %. In 95 % of runs, a rise by 5 standard deviations of the
+    noise per measurement is detected within 7 measurements, and one by 1 within 12 (after measurement 20 of 60).
+
+    Args:
+        rows: Rows of one stage, newest last.
+        lost_share: Share of the initial decrease of the validation loss by which it may rise again.
+        noise_factor: Factor on the rise that noise explains.
+
+    Returns:
+        A message, or None.
     """
-    losses, validation_losses = _paired(rows, "loss", "validation_loss")
-    if len(validation_losses) < 2 * validation_window:
+    losses, validation_losses = _validated(rows)
+    if len(validation_losses) < 5:
         return None
-    means, loss_means = (_window_means(values, validation_window) for values in (validation_losses, losses))
-    best = int(np.argmin(means[:-1]))
-    noise = validation_z * _standard_error(validation_losses, validation_window)
-    if means[-1] - means[best] <= noise or loss_means[-1] >= loss_means[best]:
+    rose, fall = falls.falls_alone(
+        -validation_losses, -losses, lost_share=lost_share, other_noise=0.0, factor=noise_factor
+    )
+    if not rose:
         return None
+    (before, after), (low, high) = (
+        falls.means(values, fall.window)[[int(fall.reference), -1]] for values in (losses, validation_losses)
+    )
     return (
-        f"the loss fell from {loss_means[best]:.3g} to {loss_means[-1]:.3g} while the validation loss rose from "
-        f"{means[best]:.3g} to {means[-1]:.3g} (means of {validation_window} rows): the model overfits its training "
-        "set. Look first at the number of epochs and at whether the pairs of one prompt are spread over several "
-        "batches, then lower the learning rate or stop earlier."
+        f"the loss fell from {before:.3g} to {after:.3g} while the validation loss rose from {low:.3g} to {high:.3g} "
+        f"(means of {fall.window} measurements): the model overfits its training set. Look first at the number of "
+        "epochs and at whether the pairs of one prompt are spread over several batches, then lower the learning rate "
+        "or stop earlier."
     )
 
 
@@ -332,6 +375,18 @@ def _paired(rows: Rows, first: str, second: str) -> np.ndarray:
     return np.array([pair for pair in pairs if np.isfinite(pair).all()]).reshape(-1, 2).T
 
 
+def _validated(rows: Rows) -> np.ndarray:
+    """Returns the loss and the validation loss as ``[2, N]``; the loss is averaged since the previous measurement."""
+    pairs: list[tuple[float, float]] = []
+    since: list[float] = []
+    for row in rows:
+        since += [loss] if math.isfinite(loss := _number(row.get("loss"))) else []
+        if since and math.isfinite(validation := _number(row.get("validation_loss"))):
+            pairs.append((sum(since) / len(since), validation))
+            since = []
+    return np.array(pairs).reshape(-1, 2).T
+
+
 def _first(rows: Rows, name: str) -> float:
     """Returns the first finite value of a metric; NaN if there is none."""
     return next((value for row in rows if math.isfinite(value := _number(row.get(name)))), math.nan)
@@ -341,14 +396,3 @@ def _newest(rows: Rows, name: str, count: int) -> list[float]:
     """Returns a metric in the newest ``count`` rows; an empty list if there are fewer rows or a value is not finite."""
     values = [_number(row.get(name)) for row in rows[-count:]]
     return values if len(values) == count and np.isfinite(values).all() else []
-
-
-def _window_means(values: np.ndarray, window: int) -> np.ndarray:
-    """Returns the means of consecutive windows, aligned so that the last window ends at the newest row."""
-    return values[len(values) % window :].reshape(-1, window).mean(axis=1)
-
-
-def _standard_error(values: np.ndarray, window: int) -> float:
-    """Estimates the standard error of the difference of two window means from the differences of neighbouring rows."""
-    variance = np.square(np.diff(values)).mean() / 2
-    return math.sqrt(2 * variance / window)

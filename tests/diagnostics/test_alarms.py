@@ -13,7 +13,7 @@ from launch import settings
 from recipe import monitoring
 
 from rlhf_jax import metrics
-from rlhf_jax.diagnostics import alarms
+from rlhf_jax.diagnostics import alarms, falls
 from rlhf_jax.train import loop, monitor
 
 
@@ -91,8 +91,8 @@ CASES = {
         "NaN or infinite: reward.",
     ),
     "negative_kl": (
-        lambda rows: replace(rows, -1, kl=constant(-1.2)),
-        lambda rows: replace(rows, -1, kl=constant(-0.9)),
+        lambda rows: replace(rows, -2, kl=constant(-1.2)),
+        lambda rows: replace(replace(rows, -2, kl=constant(-0.9)), -1, kl=constant(-1.9)),
         "KL from the reference is -1.2 nats",
     ),
     "first_ratio": (
@@ -101,8 +101,8 @@ CASES = {
         "differs from 1 by 0.02",
     ),
     "large_ratios": (
-        lambda rows: replace(rows, -3, ratio_max=constant(11.0)),
-        lambda rows: replace(rows, -2, ratio_max=constant(1e4)),
+        lambda rows: replace(rows, -5, ratio_max=constant(11.0)),
+        lambda rows: replace(rows, -4, ratio_max=constant(1e4)),
         "at least 11-fold",
     ),
     "sampler_gap": (
@@ -180,18 +180,13 @@ def test_losses_that_rise_together_are_not_called_overfitting():
     assert alarms.overfitted([row | {"loss": 2 - row["loss"]} for row in rows]) is None, "the run diverges"
 
 
-def test_windows_end_at_the_newest_row():
-    rows = [{"loss": 1 - 0.01 * i, "validation_loss": 1.5 if i >= 7 else 1.0} for i in range(11)]
-    assert alarms.overfitted(rows, validation_window=4) is not None
-
-
-def test_falls_are_compared_with_the_standard_error_of_a_difference_of_means():
+def test_falls_are_compared_with_their_bound_from_the_newest_row():
     rewards = np.random.default_rng(0).normal(size=30) - 0.1 * np.arange(30)
     rows = [{"reward": reward} for reward in rewards]
-    error = math.sqrt(np.mean(np.diff(rewards) ** 2) / 2 * (1 / 5 + 1 / 5))
-    z = (rewards[:5].mean() - rewards[-5:].mean()) / error
-    assert alarms.reward_below_start(rows, window=5, z=0.99 * z) is not None
-    assert alarms.reward_below_start(rows, window=5, z=1.01 * z) is None
+    size = np.sort(rewards[:7])[1:-1].mean() - np.sort(rewards[-7:])[1:-1].mean()
+    factor = size / falls.measure(rewards, from_start=True).bound
+    assert alarms.reward_below_start(rows, noise_factor=0.99 * factor) is not None
+    assert alarms.reward_below_start(rows, noise_factor=1.01 * factor) is None
 
 
 def test_any_judge_raises_the_alarm_and_is_named():

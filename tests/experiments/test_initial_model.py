@@ -287,7 +287,7 @@ def test_every_command_saves_the_fingerprint_of_its_model(checkpoint, tmp_path, 
         raise StartedError
 
     monkeypatch.setattr(run_setup.jobs, "make_job", stop)
-    out = tmp_path / "run"
+    out, few = tmp_path / "run", ("--pretrain.documents", "800", "--sft.demonstrations", "64")
     with pytest.raises(StartedError):
-        script.run(script.parse([*map(str, (*LITTLE, *WORLD)), "--model", str(checkpoint), "--out", str(out)]))
+        script.run(script.parse(["--preset", "smoke", *few, "--model", str(checkpoint), "--out", str(out)]))
     assert config_file.read(str(out))[run_folder.MODEL_FILES] == initial_model.fingerprint(str(checkpoint))

@@ -266,15 +266,18 @@ def refused(*arguments):
     [
         (("--folds", "1"), "--folds is 1"),
         (("--folds", "5"), "--folds is 5; it needs --data.path"),
-        (("--ppo.clip", "0.1"), "--ppo.* has no effect on reward_model.py"),
+        (("--ppo.clip", "0.1"), "--ppo.clip has no effect on reward_model.py"),
         (("--training.label-smoothing", "0.6"), "--training.label-smoothing is 0.6"),
-        (("--training.loss", "best", "--training.margin", "1"), "left out with --training.loss best"),
+        (
+            ("--training.loss", "best", "--training.margin", "1"),
+            "--training.margin has no effect with --training.loss best",
+        ),
         (("--training.heads", "0"), "--training.heads is 0"),
         (("--training.limit", "0"), "--training.limit is 0"),
         (("--training.trains", "^nothing"), "--training.trains: '^nothing' matches none of the parameters"),
         (("--training.trains", "("), "--training.trains: '(' is not a regular expression"),
-        (("--cv.heads", "3"), "--cv.heads is 3"),
-        (("--pmp.agreement", "0.4"), "--pmp.agreement is 0.4"),
+        (("--data.path", "x", "--folds", "2", "--cv.heads", "3"), "--cv.heads is 3"),
+        (("--pmp.prompts", "9", "--pmp.agreement", "0.4"), "--pmp.agreement is 0.4"),
     ],
 )
 def test_invalid_settings_are_refused_by_flag(tmp_path, arguments, message):
@@ -306,7 +309,8 @@ def test_every_setting_survives_the_configuration_file(tmp_path):
 
 
 def test_flags_override_the_smoke_preset_even_with_default_values():
-    settings = script.parse(["--preset", "smoke", "--cv.width", "64", "--cv.epochs", "2"])
+    folds = ["--data.path", "x", "--folds", "2"]
+    settings = script.parse(["--preset", "smoke", *folds, "--cv.width", "64", "--cv.epochs", "2"])
     assert (settings.cv.width, settings.cv.epochs, settings.cv.mlp) == (64, 2, 16)
     assert script.parse(["--training.trains", "^head/kernel_HD", "--training.heads", "2"]).cv.width == 64
 

@@ -357,7 +357,7 @@ def test_equal_answers_share_a_score_so_that_the_kl_of_best_of_n_is_lower(tmp_pa
         (instructgpt.parse, [*GRPO, "--ppo.discount", "0.9"], "ppo.discount"),
         (instructgpt.parse, ["--ppo.method", "reinforce", "--ppo.discount", "0.9"], "ppo.discount"),
         (instructgpt.parse, ["--ppo.kl-loss-coef", "0.1"], "penalised twice; --ppo.both-kl-terms"),
-        (instructgpt.parse, ["--ppo.kl-gain", "0.2"], "left out without --ppo.kl-target"),
+        (instructgpt.parse, ["--ppo.kl-gain", "0.2"], "--ppo.kl-gain has no effect without --ppo.kl-target"),
         (sweep.parse, ["--ppo.micro-batches", "7"], "ppo.micro-batches"),
         (sweep.parse, ["--ppo.kl-coef", "0.1"], "ppo.kl-coef has no effect in sweep.py"),
         (instructgpt.parse, ["--ppo.kl-coef", "-0.1"], "ppo.kl-coef"),

@@ -267,12 +267,13 @@ def test_labels_that_the_objective_ignores_are_refused():
 
 
 def test_accuracy_on_soft_labels_is_the_expected_share():
-    batch, p = pairs(), np.linspace(0.2, 1.0, B)
+    batch, p = pairs(), np.array([0.9, 0.2, 0.8, 0.3, 0.4, 0.7, 0.1, 0.6])
     ratios = sums(params(), batch) - sums(params(1), batch)
     right = ratios[:, 0] > ratios[:, 1]
     step = jax.jit(dpo.make_train_step(response, objectives.soft(objectives.dpo)))
     _, logs = step(fresh(), params(1), hyper(), batch.replace(targets_B=jnp.asarray(p)), KEY)
     np.testing.assert_allclose(logs["accuracy"].value(), np.where(right, p, 1 - p).mean(), rtol=1e-5)
+    assert abs(right.mean() - np.where(right, p, 1 - p).mean()) > 0.05
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])

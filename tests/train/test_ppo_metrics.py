@@ -12,6 +12,7 @@ def test_rollout_metrics_match_a_python_loop():
     rng, rows, width = np.random.default_rng(3), 8, 5
     mask = np.arange(width)[None, :] < rng.integers(0, width + 1, size=(rows, 1))
     logprobs, reference, values, sampled, entropy, returns = rng.normal(size=(6, rows, width))
+    sampled -= 2.0  # The largest gap is negative.
     (scores, raw), finish = rng.normal(size=(2, rows)), np.arange(rows) % 3 == 0
     s = estimators.Scored(*map(jnp.asarray, (scores, logprobs, reference, values, mask, 0.3, 0.0)))
     lengths = mask.sum(axis=1)
