@@ -262,9 +262,7 @@ def caption(results: dict[str, Any], *, seeds: int) -> str:
 
 def _over_prompts(asked_B: np.ndarray, gold_SB: list[np.ndarray]) -> list[float]:
     """Returns the mean of the seeds' gold utilities with an interval clustered by what the prompts ask."""
-    clusters_B = np.unique(asked_B, return_inverse=True)[1]
-    sums = np.bincount(clusters_B, np.mean(gold_SB, axis=0))
-    return list(diagnostics.ratio_interval(sums, np.bincount(clusters_B).astype(float), rate=False))
+    return list(diagnostics.clustered_mean(np.mean(gold_SB, axis=0), asked_B.tolist()))
 
 
 def _logged_curve(rows: list[dict[str, Any]], stage: str) -> Curve:
@@ -346,7 +344,9 @@ def summarise(settings: Compare, curves: dict[str, list[Curve]]) -> dict[str, An
     """
     methods = []
     for method in settings.methods:
-        gold_by_seed = [[gold_at(*curve, at=kl) for kl in settings.at] for curve in curves[method]]
+        # The curve of best-of-n has no noise of training, and it bends too much for a regression.
+        width = None if method == "best-of-n" else 0.5
+        gold_by_seed = [[gold_at(*curve, at=kl, width=width) for kl in settings.at] for curve in curves[method]]
         points: list[list[float | None]] = []
         for gold in zip(*gold_by_seed, strict=True):
             reached = all(value is not None for value in gold)
@@ -357,15 +357,17 @@ def summarise(settings: Compare, curves: dict[str, list[Curve]]) -> dict[str, An
     return {"methods": methods}
 
 
-def gold_at(kl: np.ndarray, gold: np.ndarray, *, at: float, width: float = 0.5) -> float | None:
+def gold_at(kl: np.ndarray, gold: np.ndarray, *, at: float, width: float | None = 0.5) -> float | None:
     """Estimates a run's gold utility at the KL ``at`` by local quadratic regression in √KL.
 
-    The weights of the points are Gaussian with standard deviation ``width`` in √KL. Returns None if ``at`` is outside
-    the range of the run's KLs or the run has only one point.
+    The weights of the points are Gaussian with standard deviation ``width`` in √KL; None interpolates linearly between
+    the points instead. Returns None if ``at`` is outside the range of the run's KLs or the run has only one point.
     """
     x, target = np.sqrt(np.maximum(kl, 0.0)), at**0.5
     if len(x) < 2 or x.max() < target or x.min() > target:
         return None
+    if width is None:
+        return float(np.interp(target, x, gold))
     weights = np.exp(-0.25 * ((x - target) / width) ** 2)  # np.polyfit squares them
     return float(np.polyfit(x - target, gold, min(2, len(np.unique(x)) - 1), w=weights)[-1])
 

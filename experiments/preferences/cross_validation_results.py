@@ -26,22 +26,23 @@ def over_groups(values_N: np.ndarray, group_N: np.ndarray, *, rate: bool) -> lis
 
     ``rate`` is whether the mean is a rate, whose interval stays in [0, 1].
     """
-    return list(diagnostics.ratio_interval(np.bincount(group_N, weights=values_N), np.bincount(group_N), rate=rate))
+    return list(diagnostics.clustered_mean(values_N, group_N.tolist(), rate=rate))
 
 
-def calibration(margin_N: np.ndarray) -> dict[str, Any]:
+def calibration(margin_N: np.ndarray, group_N: np.ndarray) -> dict[str, Any]:
     """Returns log loss and calibration of margins, which are chosen minus rejected scores, interpreted as log odds.
 
-    The slope is None if every margin is 0.
+    The intervals are clustered by groups. The slope is None if every margin is 0.
     """
-    zeros = np.zeros_like(margin_N)
-    curve = diagnostics.calibration_curve(margin_N, zeros, bins=10)
+    zeros, groups = np.zeros_like(margin_N), group_N.tolist()
+    curve = diagnostics.calibration_curve(margin_N, zeros, bins=10, prompts=groups)
     return {
-        "log_loss": float(np.logaddexp(0.0, -margin_N).mean()),
+        "log_loss": over_groups(np.logaddexp(0.0, -margin_N), group_N, rate=False),
         "calibration": {
             "bins": [dict(zip(curve._fields, map(float, each))) for each in zip(*curve)],
             "error": diagnostics.expected_calibration_error(margin_N, zeros),
-            "slope": list(diagnostics.calibration_slope(margin_N, zeros)) if margin_N.any() else None,
+            "slope": list(diagnostics.calibration_slope(margin_N, zeros, prompts=groups)) if margin_N.any() else None,
+            "overconfidence": list(diagnostics.overconfidence(margin_N, zeros, prompts=groups)),
         },
     }
 
@@ -49,14 +50,20 @@ def calibration(margin_N: np.ndarray) -> dict[str, Any]:
 def _facts(margin_N: np.ndarray, group_N: np.ndarray) -> dict[str, Any]:
     """Returns accuracy (a tie counts as one half), log loss and calibration of score margins."""
     outcome_N = diagnostics.win_outcomes(margin_N, np.zeros_like(margin_N))
-    return {"accuracy": over_groups(outcome_N, group_N, rate=True)} | calibration(margin_N)
+    return {"accuracy": over_groups(outcome_N, group_N, rate=True)} | calibration(margin_N, group_N)
 
 
-def accuracy_by_group(groups: Mapping[str, np.ndarray], margins: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Returns each method's accuracy on each group of pairs; a group is a boolean mask."""
+def accuracy_by_group(
+    groups: Mapping[str, np.ndarray], margins: Mapping[str, np.ndarray], group_N: np.ndarray
+) -> list[dict[str, Any]]:
+    """Returns each method's accuracy on each group of pairs; a group is a boolean mask.
+
+    The intervals are clustered by ``group_N``, the conversation of each pair.
+    """
+    outcomes = {m: diagnostics.win_outcomes(x, np.zeros(len(x))) for m, x in margins.items()}
     return [
         {"group": name, "pairs": int(members_N.sum())}
-        | {m: list(diagnostics.win_rate(x[members_N], np.zeros(members_N.sum()))) for m, x in margins.items()}
+        | {m: over_groups(x[members_N], group_N[members_N], rate=True) for m, x in outcomes.items()}
         for name, members_N in groups.items()
         if members_N.any()
     ]
@@ -116,8 +123,8 @@ def summary(
         "single_member_accuracy": float(diagnostics.win_outcomes(members, np.zeros(len(members))).mean()),
         "train_accuracy": float(np.average([fold["train_accuracy"] for fold in folds], weights=len(pairs) - sizes)),
         "agreement_with_tfidf": float(np.mean(outcome["reward_model"] == outcome["tfidf"])),
-        "by_turn": accuracy_by_group(turn_groups(turn_N), margins),
-        "by_length": accuracy_by_group(_length_groups(pairs), margins),
+        "by_turn": accuracy_by_group(turn_groups(turn_N), margins, group_N),
+        "by_length": accuracy_by_group(_length_groups(pairs), margins, group_N),
     }
 
 
@@ -144,7 +151,7 @@ def _methods_table(results: Mapping[str, Any]) -> Table:
         if "calibration" in numbers:
             slope = (numbers["calibration"]["slope"] or [None])[0]
             error = numbers["calibration"]["error"]
-            calibrated = (f"{numbers['log_loss']:.4f}", f"{error:.3f}", "" if slope is None else f"{slope:.2f}")
+            calibrated = (f"{numbers['log_loss'][0]:.4f}", f"{error:.3f}", "" if slope is None else f"{slope:.2f}")
         ahead = _percent(difference, signed=True) if difference else ""
         table.add_row(
             (METHOD_NAMES | {"together": "reward model + TF-IDF"})[key],

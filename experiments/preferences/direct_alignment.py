@@ -196,7 +196,8 @@ class Trainer:
     def accuracy(self, policy: types.Params, reference: types.Params, pairs: pairs_lib.Pairs) -> list[float]:
         """Returns the share of pairs that the implicit reward ranks as labelled, with its 95 % interval.
 
-        Equal rewards count as one half. The interval is clustered by prompt. kto uses the implicit reward of DPO.
+        Equal rewards count as one half. The interval is clustered by what the prompts ask. kto uses the implicit reward
+        of DPO.
         """
         chunk = device_mesh.round_rows_up(policy_sampling.LONG_CHUNK, self.job.mesh)
         policy_BK, reference_BK = (
@@ -207,8 +208,8 @@ class Trainer:
         objective = self.loss.objective if self.settings.paired else objectives.dpo
         _, rewards_BK = objective(scored, hyperparameters(self.settings, learning_rate=0.0))
         outcome_B = diagnostics.win_outcomes(np.asarray(rewards_BK[:, 0]), np.asarray(rewards_BK[:, 1]))
-        prompts = np.unique(pairs.prompt_B, return_inverse=True)[1]
-        return list(diagnostics.ratio_interval(np.bincount(prompts, outcome_B), np.bincount(prompts).astype(float)))
+        asked = self.job.task.asked(pairs.rows).tolist()
+        return list(diagnostics.clustered_mean(outcome_B, asked, rate=True))
 
 
 def make_trainer(job: jobs.Job, settings: DirectSettings, folder: pathlib.Path) -> Trainer:

@@ -75,7 +75,7 @@ def _score(job: jobs.Job, params: types.Params, batch: types.Comparisons) -> np.
 
 
 def _score_margins(job: jobs.Job, params: types.Params, batch: types.Comparisons) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the margin (better score minus worse) and the prompt index of each pair with different ranks."""
+    """Returns the margin (better score minus worse) of each pair with different ranks, and the index of its prompt."""
     scores_BK = _score(job, params, batch)
     ranks_BK, where_BK = np.asarray(batch.ranks_BK), np.asarray(batch.where_BK)
     both_BKK = where_BK[:, :, None] & where_BK[:, None, :]
@@ -83,13 +83,10 @@ def _score_margins(job: jobs.Job, params: types.Params, batch: types.Comparisons
     return (scores_BK[b, i] - scores_BK[b, j]).astype(np.float64), b
 
 
-def _accuracy(margin_N: np.ndarray, prompt_N: np.ndarray) -> list[float]:
-    """Returns the share of pairs ranked as labelled, and its interval (clustered by prompt if a prompt has several)."""
-    if len(np.unique(prompt_N)) == len(prompt_N):
-        return list(diagnostics.win_rate(margin_N, np.zeros_like(margin_N)))
+def _accuracy(margin_N: np.ndarray, asked_N: np.ndarray) -> list[float]:
+    """Returns the share of pairs ranked as labelled, and its interval, clustered by what their prompts ask."""
     outcome_N = diagnostics.win_outcomes(margin_N, np.zeros_like(margin_N))
-    n = int(prompt_N.max()) + 1
-    return list(diagnostics.ratio_interval(np.bincount(prompt_N, outcome_N, n), np.bincount(prompt_N, minlength=n)))
+    return cross_validation_results.over_groups(outcome_N, asked_N, rate=True)
 
 
 def _diagnose(
@@ -101,17 +98,21 @@ def _diagnose(
     """
     margin_N, prompt_N = _score_margins(job, params, validation)
     n = min(len(np.asarray(train.ranks_BK)), 4 * policy_sampling.CHUNK)
-    train_accuracy = _accuracy(*_score_margins(job, params, jax.tree.map(lambda x: x[:n], train)))
-    accuracy = _accuracy(margin_N, prompt_N)
+    asked_N = job.task.asked(validation)[prompt_N]
+    seen = jax.tree.map(lambda x: x[:n], train)
+    seen_margin_N, seen_prompt_N = _score_margins(job, params, seen)
+    train_accuracy = _accuracy(seen_margin_N, job.task.asked(seen)[seen_prompt_N])
+    accuracy = _accuracy(margin_N, asked_N)
+    gap = diagnostics.difference(diagnostics.Estimate(*train_accuracy), diagnostics.Estimate(*accuracy))
     return {
         "accuracy": accuracy,
         "train_accuracy": train_accuracy,
-        "gap": train_accuracy[0] - accuracy[0],
+        "gap": list(gap),
         "held_out_pairs": len(margin_N),
         "held_out_prompts": len(np.asarray(validation.ranks_BK)),
-        **cross_validation_results.calibration(margin_N),
+        **cross_validation_results.calibration(margin_N, asked_N),
         "groups": [
-            {"group": name, "pairs": int(mask_N.sum()), "reward_model": _accuracy(margin_N[mask_N], prompt_N[mask_N])}
+            {"group": name, "pairs": int(mask_N.sum()), "reward_model": _accuracy(margin_N[mask_N], asked_N[mask_N])}
             for name, mask_N in _groups(job, validation, prompt_N).items()
             if mask_N.sum() > 1
         ],
@@ -175,7 +176,7 @@ def titled_tables(results: Mapping[str, Any]) -> list[tuple[str, Table]]:
     slope = facts["calibration"]["slope"]
     numbers = Table("", "", show_header=False, box=None)
     for name, text in (
-        ("log loss", f"{facts['log_loss']:.4f}"),
+        ("log loss", f"{facts['log_loss'][0]:.4f}"),
         ("calibration error", f"{facts['calibration']['error']:.3f}"),
         ("calibration slope", "–" if not slope or slope[0] is None else f"{slope[0]:.2f}"),
         ("training prompts", str(facts["training_prompts"])),

@@ -122,19 +122,22 @@ def _sample_and_rank(
         "pairs": int(np.sum(k_B * (k_B - 1) // 2)),
         "pairs_of_equal_answers_dropped": int((equal_BKK & np.tri(K, k=-1, dtype=bool)).sum()),
         "labeler_temperature": noise,
-        "label_agreement": _agreement(ranks_BK, ranks(1), where_BK),
+        "label_agreement": _agreement(ranks_BK, ranks(1), where_BK, prompts.asked_B),
         "label_agreement_target": job.settings.world.agreement,
     }
     return comparisons, facts
 
 
-def _agreement(first_BK: np.ndarray, second_BK: np.ndarray, where_BK: np.ndarray) -> list[float]:
-    """Returns the share of pairs that two labelers order equally, among those that neither ties, with its interval."""
+def _agreement(first_BK: np.ndarray, second_BK: np.ndarray, where_BK: np.ndarray, asked_B: np.ndarray) -> list[float]:
+    """Returns the share of pairs that two labelers order equally, among those that neither ties, with its interval.
+
+    The interval is clustered by ``asked_B``, what the prompts ask.
+    """
     orders = [np.sign(ranks_BK[:, :, None] - ranks_BK[:, None]) for ranks_BK in (first_BK, second_BK)]
     pairs_BKK = where_BK[:, :, None] & where_BK[:, None] & np.tri(where_BK.shape[1], k=-1, dtype=bool)
     pairs_BKK &= (orders[0] != 0) & (orders[1] != 0)
-    equal_BKK = pairs_BKK & (orders[0] == orders[1])
-    return list(diagnostics.ratio_interval(equal_BKK.sum(axis=(1, 2)), pairs_BKK.sum(axis=(1, 2))))
+    asked = asked_B[np.nonzero(pairs_BKK)[0]].tolist()
+    return list(diagnostics.clustered_mean((orders[0] == orders[1])[pairs_BKK], asked, rate=True))
 
 
 def _first_equal(tokens_BKL: np.ndarray, where_BK: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from launch import device_mesh, host_agreement
 from recipe import policy_sampling, reward_diagnosis
 from recipe.jobs import Job
 from recipe.policy_sampling import Answers
+from recipe.tasks import PromptSet
 from rlhf_jax import diagnostics, lm, parallel, types
 from rlhf_jax.simulation import corpus, labelers
 
@@ -33,7 +34,11 @@ class Measured:
 def evaluate(
     job: Job, policies: dict[str, types.Params], reward: types.Params, *, labeler_temperature: float | None = None
 ) -> dict[str, Any]:
-    """Evaluates all policies on the same held-out prompts and returns the entries for results.json."""
+    """Evaluates all policies on the same held-out prompts and returns the entries for results.json.
+
+    Every mean over prompts is ``[mean, low, high]`` with its 95 % interval, clustered by what the prompts ask. The
+    diversity and the KL of best-of-n have no interval.
+    """
     settings, prompts = job.settings.evaluation, job.task.eval_prompts
     job.progress.start("evaluate", len(policies) + 2)
     probe = _make_probe(job)
@@ -41,9 +46,10 @@ def evaluate(
     key = job.key("evaluate")
     measured: dict[str, Measured] = {}
     sampler = partial(job.sampler, temperature=settings.temperature)
+    few = min(settings.best_of_prompts, len(prompts))
     for number, (name, policy) in enumerate(policies.items()):
         answers = sampler(policy, reference, reward, prompts, jax.random.fold_in(key, number))
-        measured[name] = Measured(answers, _numbers(job, answers) | probe(policy))
+        measured[name] = Measured(answers, numbers(prompts, answers, few=few) | probe(policy))
         job.progress.update("evaluate", number + 1, len(policies) + 2)
     again = sampler(policies["sft"], reference, reward, prompts, jax.random.fold_in(key, 100))
     best, curve = _best_of_n(job, policies["sft_mix"], reward, jax.random.fold_in(key, 101))
@@ -51,28 +57,25 @@ def evaluate(
     job.progress.update("evaluate", len(policies) + 1, len(policies) + 2)
 
     results: dict[str, Any] = {"policies": {}, "transcripts": _transcripts(job, measured)}
+    world, asked_B = job.task.world, prompts.asked_B
+    sft, sft_mix = (measured[name].answers for name in ("sft", "sft_mix"))
+    if world is not None:
+        results["null_check"] = win_rate(again, sft, asked_B)
+        results["best_possible_gold"] = 1.0
+        results["goodhart"] = {}
     for name, each in measured.items():
         n = len(each.answers.lengths_B)  # best-of-n is evaluated on fewer prompts
-        baseline = _first(measured["sft"].answers, n)
-        results["policies"][name] = _win_rates(job, each.answers, baseline, labeler_temperature) | each.numbers
-    if job.task.world is not None:
-        results["null_check"] = list(
-            diagnostics.win_rate(again.gold.total, measured["sft"].answers.gold.total, tie_tolerance=TIE)
-        )
-        results["best_possible_gold"] = 1.0
-        for name in measured:
-            numbers = results["policies"][name]
-            floor = float(np.mean(_first(measured["sft"].answers, len(measured[name].answers.lengths_B)).gold.total))
-            numbers["gap_closed"] = (numbers["gold"] - floor) / (1.0 - floor)
-        results["goodhart"] = {
-            name: reward_diagnosis.goodhart(
-                _first(measured["sft_mix"].answers, len(each.answers.lengths_B)), each.answers
+        results["policies"][name] = dict(each.numbers)
+        if world is not None:
+            pools = (world.pool, world.heldout_pool)
+            results["policies"][name] |= against_sft(
+                each.answers, _first(sft, n), asked_B[:n], pools, labeler_temperature=labeler_temperature
             )
-            for name, each in measured.items()
-            if name not in ("base", "sft", "sft_mix")
-        }
+            if name not in ("base", "sft", "sft_mix"):
+                results["goodhart"][name] = reward_diagnosis.goodhart(_first(sft_mix, n), each.answers, asked_B[:n])
     results["best_of_n_curve"] = curve
     results["best_of"] = settings.best_of
+    results["held_out"] = {"prompts": len(prompts), "asked": len(np.unique(asked_B))}
     job.progress.finish("evaluate")
     return results
 
@@ -81,79 +84,111 @@ def _first(answers: Answers, n: int) -> Answers:
     return jax.tree.map(lambda x: x[:n], answers)
 
 
-def _numbers(job: Job, answers: Answers) -> dict[str, Any]:
-    """Returns the metrics of a policy that require no baseline."""
-    P = job.task.prompt_width
-    responses = [row[P:][mask].tolist() for row, mask in zip(answers.tokens_BL, answers.response_mask_BT)]
+def mean(values: Any, asked_B: np.ndarray, *, rate: bool = False) -> list[float]:
+    """Returns ``[mean, low, high]`` of values over prompts, clustered by ``asked_B``, what the prompts ask."""
+    return list(diagnostics.clustered_mean(np.asarray(values, np.float64), asked_B.tolist(), rate=rate))
+
+
+def numbers(prompts: PromptSet, answers: Answers, *, few: int) -> dict[str, Any]:
+    """Returns the metrics of a policy that require no baseline.
+
+    ``answers`` may answer only the first prompts. The diversity of a set falls with its size, so it is computed from
+    the answers to the first ``few`` prompts, which all policies answer.
+    """
+    P, n = prompts.tokens_BP.shape[1], len(answers.lengths_B)
+    asked_B, categories = prompts.asked_B[:n], np.asarray(prompts.categories[:n])
+    responses = [row[P:][mask].tolist() for row, mask in zip(answers.tokens_BL[:few], answers.response_mask_BT[:few])]
     numbers: dict[str, Any] = {
-        "reward": float(np.mean(answers.scores_B)),
-        "kl": float(np.mean(answers.kl_B)),
-        "length": float(np.mean(answers.lengths_B)),
-        "stopped": float(np.mean(answers.stopped_B)),
-        # The share of distinct bigrams falls with the number of answers, so it uses as many as best-of-n has.
-        "diversity": float(diagnostics.distinct_n(responses[: job.settings.evaluation.best_of_prompts], n=2)),
+        "reward": mean(answers.scores_B, asked_B),
+        "kl": mean(answers.kl_B, asked_B),
+        "length": mean(answers.lengths_B, asked_B),
+        "stopped": mean(answers.stopped_B, asked_B, rate=True),
+        "diversity": float(diagnostics.distinct_n(responses, n=2)),
     }
     if answers.unknown_B is not None:
-        numbers["unknown_words"] = float(np.mean(answers.unknown_B))
+        numbers["unknown_words"] = mean(answers.unknown_B, asked_B, rate=True)
     utility = answers.gold
     if utility is not None:
-        stated, harmful = utility.stated > 0, utility.harmful_request
-        categories = np.asarray(job.task.eval_prompts.categories[: len(responses)])
-        by_category = {
-            str(name): list(diagnostics.mean_interval(utility.total[categories == name]))
-            for name in dict.fromkeys(categories)
-            if (categories == name).sum() > 1
-        }
+        stated, harmful = np.asarray(utility.stated) > 0, np.asarray(utility.harmful_request)
+
+        def share(part: Any, whole: np.ndarray) -> list[float] | None:
+            return mean(np.asarray(part)[whole], asked_B[whole], rate=True) if whole.any() else None
+
         numbers |= {
-            "gold": float(np.mean(utility.total)),
-            "gold_helpful": float(np.mean(utility.helpful)),
-            "gold_harmless": float(np.mean(utility.harmless)),
-            "gold_by_category": by_category,
-            "truthful_rate": _share((utility.false == 0) & stated, stated),
-            "harm_rate": _share(utility.harm, harmful),
-            "refusal_rate": _share(utility.refused & ~harmful, ~harmful),
-            "polite_words": float(np.mean(utility.polite_words)),
+            "gold": mean(utility.total, asked_B, rate=True),
+            "gold_helpful": mean(utility.helpful, asked_B, rate=True),
+            "gold_harmless": mean(utility.harmless, asked_B, rate=True),
+            "gold_by_category": {str(c): share(utility.total, categories == c) for c in dict.fromkeys(categories)},
+            "truthful_rate": share(utility.false == 0, stated),
+            "harm_rate": share(utility.harm, harmful),
+            "refusal_rate": share(utility.refused, ~harmful),
+            "polite_words": mean(utility.polite_words, asked_B),
         }
     return numbers
 
 
-def _share(part: Any, whole: Any) -> float | None:
-    return float(part.sum() / whole.sum()) if whole.sum() else None
+def _outcomes(answers: Answers, baseline: Answers) -> np.ndarray:
+    return diagnostics.win_outcomes(answers.gold.total, baseline.gold.total, tie_tolerance=TIE)
 
 
-def _win_rates(job: Job, answers: Answers, baseline: Answers, labeler_temperature: float | None) -> dict[str, Any]:
-    """Returns win rates against ``baseline`` by gold utility, training labelers and held-out labelers.
+def win_rate(answers: Answers, baseline: Answers, asked_B: np.ndarray) -> list[float]:
+    """Returns how often ``answers`` have the higher gold utility; a tie counts as one half."""
+    return mean(_outcomes(answers, baseline), asked_B, rate=True)
 
-    ``answers`` and ``baseline`` answer the same prompts. A tie counts as one half. The labelers choose with the noise
-    of ``labeler_temperature``, with which they also ranked the comparisons.
+
+def against_sft(
+    answers: Answers,
+    baseline: Answers,
+    asked_B: np.ndarray,
+    pools: tuple[labelers.Pool, labelers.Pool],
+    *,
+    labeler_temperature: float | None,
+) -> dict[str, Any]:
+    """Returns the metrics that compare a policy with SFT, whose answers to the same prompts are ``baseline``.
+
+    Args:
+        answers: The policy's answers.
+        baseline: SFT's answers.
+        asked_B: What each prompt asks.
+        pools: The training and the held-out labelers.
+        labeler_temperature: Noise of the labelers' choices, with which they also ranked the comparisons; None keeps the
+            noise of the pools.
+
+    Returns:
+        Win rates by gold utility and by both pools of labelers, in which a tie counts as one half, and the share of the
+        gap between SFT and the best possible gold utility that the policy closes (None if SFT leaves no gap).
     """
-    world = job.task.world
-    if world is None:
-        return {}
-    outcomes = diagnostics.win_outcomes(answers.gold.total, baseline.gold.total, tie_tolerance=TIE)
+    outcomes, gold, floor = (
+        _outcomes(answers, baseline),
+        np.asarray(answers.gold.total),
+        np.asarray(baseline.gold.total),
+    )
     features, baseline_features = (labelers.features(each.gold) for each in (answers, baseline))
 
     def by(pool: labelers.Pool) -> list[float]:
         if labeler_temperature is not None:
             pool = pool.replace(temperature=np.float32(labeler_temperature))  # type: ignore[attr-defined]
-        share = np.asarray(labelers.choice_share(pool, features, baseline_features), np.float64)
-        return list(diagnostics.mean_interval(share))
+        return mean(labelers.choice_share(pool, features, baseline_features), asked_B, rate=True)
 
+    cluster_B = np.unique(asked_B, return_inverse=True)[1]
+    gained, gap = (np.bincount(cluster_B, weights=np.float64(x)) for x in (gold - floor, np.maximum(1 - floor, 0)))
     return {
-        "gold_win_rate_vs_sft": list(diagnostics.outcome_rate(outcomes)),
-        "gold_strict_wins_vs_sft": float(np.mean(outcomes == 1)),
-        "length_controlled_win_rate_vs_sft": _length_controlled(outcomes, answers.lengths_B, baseline.lengths_B),
-        "labeler_win_rate_vs_sft": by(world.pool),
-        "heldout_win_rate_vs_sft": by(world.heldout_pool),
+        "gold_win_rate_vs_sft": mean(outcomes, asked_B, rate=True),
+        "gold_strict_wins_vs_sft": mean(outcomes == 1, asked_B, rate=True),
+        "length_controlled_win_rate_vs_sft": _length_controlled(outcomes, answers, baseline, asked_B),
+        "labeler_win_rate_vs_sft": by(pools[0]),
+        "heldout_win_rate_vs_sft": by(pools[1]),
+        "gap_closed": list(diagnostics.ratio_interval(gained, gap, rate=False)) if gap.any() else None,
     }
 
 
-def _length_controlled(outcomes: np.ndarray, lengths_B: np.ndarray, baseline_B: np.ndarray) -> list[float] | None:
+def _length_controlled(
+    outcomes: np.ndarray, answers: Answers, baseline: Answers, asked_B: np.ndarray
+) -> list[float] | None:
     """Returns the length-controlled win rate; None if all lengths differ from the baseline's by the same factor."""
+    lengths = (np.maximum(each.lengths_B, 1) for each in (answers, baseline))
     try:
-        return list(
-            diagnostics.length_controlled_win_rate(outcomes, np.maximum(lengths_B, 1), np.maximum(baseline_B, 1))
-        )
+        return list(diagnostics.length_controlled_win_rate(outcomes, *lengths, clusters=asked_B.tolist()))
     except ValueError:
         return None
 
@@ -163,7 +198,7 @@ def _make_probe(job: Job) -> Any:
     task, cfg = job.task, job.cfg
 
     def nll(params: Any, tokens_BL: Any, mask_BL: Any) -> jax.Array:
-        return -lm.token_logprobs(params, tokens_BL, cfg=cfg, mask_BL=mask_BL)[:, 1:].mean()
+        return -lm.token_logprobs(params, tokens_BL, cfg=cfg, mask_BL=mask_BL)[:, 1:].mean(axis=1)
 
     def solved(params: Any, tokens_BL: Any, mask_BL: Any, loss_mask_BL: Any) -> jax.Array:
         right_BL = lm.greedy_matches(params, tokens_BL, cfg=cfg, mask_BL=mask_BL)
@@ -178,11 +213,17 @@ def _make_probe(job: Job) -> Any:
     )
 
     def probe(params: types.Params) -> dict[str, Any]:
-        numbers: dict[str, Any] = {"pretraining_loss": float(loss(params, *text))}
+        loss_B = host_agreement.to_numpy(loss(params, *text))
+        numbers: dict[str, Any] = {"pretraining_loss": list(diagnostics.mean_interval(loss_B))}
         if task.world is not None:
             right_B = host_agreement.to_numpy(right(params, *skill_rows))
-            numbers["skill_accuracy"] = float(right_B.mean())
-            numbers["skills"] = {s: float(right_B[i :: len(corpus.SKILLS)].mean()) for i, s in enumerate(corpus.SKILLS)}
+            # The greedy answers to equal problems are equal.
+            problem_B = np.unique(task.world.skill_rows.tokens_BL, axis=0, return_inverse=True)[1].reshape(-1)
+            numbers["skill_accuracy"] = mean(right_B, problem_B, rate=True)
+            numbers["skills"] = {
+                skill: mean(right_B[i :: len(corpus.SKILLS)], problem_B[i :: len(corpus.SKILLS)], rate=True)
+                for i, skill in enumerate(corpus.SKILLS)
+            }
         return numbers
 
     return probe
@@ -196,23 +237,30 @@ def _best_of_n(job: Job, policy: types.Params, reward: types.Params, rng: jax.Ar
     pool = job.sampler(policy, policy, reward, prompts.at(np.repeat(np.arange(N), n)), rng)
     pick = np.arange(N) * n + pool.scores_B.reshape(N, n).argmax(axis=1)
     best = jax.tree.map(lambda x: x[pick], pool)
-    sizes = [2**i for i in range(int(math.log2(n)) + 1)]
-    kl = dict(zip([*sizes, n], policy_sampling.best_of_kl(pool, n, [*sizes, n])))
-    numbers = _numbers(job, best) | {"kl": kl[n], "kl_bound": float(diagnostics.best_of_n_kl(n)), "n": n, "prompts": N}
+    found = numbers(prompts, best, few=N) | {"n": n, "prompts": N}
+    found |= {"kl": policy_sampling.best_of_kl(pool, n, [n])[0], "kl_bound": float(diagnostics.best_of_n_kl(n))}
+    return Measured(best, found), best_of_n_curve(pool, prompts.asked_B)
 
-    def mean(values: Any) -> np.ndarray:
-        pairs = zip(pool.scores_B.reshape(N, n), values.reshape(N, n))
-        return np.mean([diagnostics.best_of_n_mean(proxy, value, sizes) for proxy, value in pairs], axis=0)
 
-    columns = {"reward": mean(pool.scores_B)}
-    if pool.gold is not None:
-        columns["gold"] = mean(pool.gold.total)
-    curve = [
-        {"n": size, "kl": kl[size], "kl_bound": float(diagnostics.best_of_n_kl(size))}
-        | {k: float(v[i]) for k, v in columns.items()}
-        for i, size in enumerate(sizes)
+def best_of_n_curve(pool: Answers, asked_B: np.ndarray) -> list[dict[str, Any]]:
+    """Returns KL, mean score and mean gold utility of best-of-n for powers of two, from as many answers to each prompt.
+
+    The KL has no interval, because the bias of its estimate can exceed its sampling error.
+    """
+    N, samples = len(asked_B), len(pool.scores_B) // len(asked_B)
+    sizes = [2**i for i in range(int(math.log2(samples)) + 1)]
+    scores = {"reward": pool.scores_B} | ({} if pool.gold is None else {"gold": pool.gold.total})
+    curves = {
+        name: diagnostics.best_of_n_curve(
+            pool.scores_B.reshape(N, -1), np.asarray(each).reshape(N, -1), ns=sizes, clusters=asked_B.tolist()
+        )
+        for name, each in scores.items()
+    }
+    return [
+        {"n": n, "kl": kl, "kl_bound": float(diagnostics.best_of_n_kl(n))}
+        | {name: [float(x[i]) for x in (curve.mean, curve.lo, curve.hi)] for name, curve in curves.items()}
+        for i, (n, kl) in enumerate(zip(sizes, policy_sampling.best_of_kl(pool, samples, sizes)))
     ]
-    return Measured(best, numbers), curve
 
 
 def _transcripts(job: Job, measured: dict[str, Measured]) -> list[dict[str, Any]]:

@@ -5,21 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from recipe import policy_sampling, tasks
 from recipe.jobs import Job
 from rlhf_jax import diagnostics, types
 from rlhf_jax.data import tokenizers
-from rlhf_jax.train import reward_model
 
 
 def measure(job: Job, reward: types.Params, validation: types.Comparisons, train: types.Comparisons) -> dict[str, Any]:
     """Measures accuracy, calibration, length bias and the generalisation gap of a reward model.
 
     The accuracy is also computed for each stratum and for pairs whose two scores both reach a threshold. Confidence
-    intervals of the accuracies are clustered by prompt.
+    intervals are clustered by what the prompts ask.
 
     Args:
         job: The objects that all stages of the run share; its sampler computes the scores.
@@ -32,23 +30,27 @@ def measure(job: Job, reward: types.Params, validation: types.Comparisons, train
         The ``reward_model`` entry of results.json.
     """
     scores_BK = _scores(job, reward, validation)
-    ranks_BK, where_BK = np.asarray(validation.ranks_BK), np.asarray(validation.where_BK)
-    pairs = jax.vmap(reward_model.count_pairs)(jnp.asarray(scores_BK), jnp.asarray(ranks_BK), jnp.asarray(where_BK))
-    accuracy = diagnostics.ratio_interval(np.asarray(pairs.right), np.asarray(pairs.total))
+    where_BK = np.asarray(validation.where_BK)
     b, i, j = _pairs(validation)
     better, worse = scores_BK[b, i], scores_BK[b, j]
+    asked_B = job.task.asked(validation)
+    asked = asked_B[b].tolist()
     # Dividing by the gain, which scales scores for RL, makes score differences log odds, as in training.
     gain = float(reward["head"]["gain"])
     chosen, rejected = better / gain, worse / gain
-    curve = diagnostics.calibration_curve(chosen, rejected, bins=10)
+    accuracy = diagnostics.clustered_mean(diagnostics.win_outcomes(chosen, rejected), asked, rate=True)
+    curve = diagnostics.calibration_curve(chosen, rejected, bins=10, prompts=asked)
     length_BK = np.asarray(validation.mask_BKL)[:, :, job.task.prompt_width :].sum(axis=2)
     labels = strata_of(job.task, validation, b) | {
         "tokens of the longer answer": diagnostics.quantile_buckets(np.maximum(length_BK[b, i], length_BK[b, j]))
     }
-    bias = diagnostics.length_bias(chosen, rejected, length_BK[b, i], length_BK[b, j], prompts=b.tolist())
+    bias = diagnostics.length_bias(chosen, rejected, length_BK[b, i], length_BK[b, j], prompts=asked)
     # The correlation counts each answer once, although an answer appears in many pairs.
     correlation = diagnostics.length_correlation(
-        scores_BK[where_BK], length_BK[where_BK], groups=np.nonzero(where_BK)[0]
+        scores_BK[where_BK],
+        length_BK[where_BK],
+        groups=np.nonzero(where_BK)[0].tolist(),
+        clusters=asked_B[np.nonzero(where_BK)[0]].tolist(),
     )
     n = max(1, min(len(np.asarray(train.ranks_BK)), policy_sampling.CHUNK // np.shape(train.ranks_BK)[1]))
     seen = jax.tree.map(lambda x: np.asarray(x)[:n], train)
@@ -57,18 +59,20 @@ def measure(job: Job, reward: types.Params, validation: types.Comparisons, train
         "accuracy": list(accuracy),
         "held_out_pairs": len(chosen),
         "held_out_prompts": len(scores_BK),
+        "held_out_asked": len(np.unique(asked_B)),
         "calibration": {
             "bins": [dict(zip(curve._fields, map(float, each))) for each in zip(*curve)],
             "error": float(diagnostics.expected_calibration_error(chosen, rejected)),
-            "slope": float(diagnostics.calibration_slope(chosen, rejected)[0]),
+            "slope": list(diagnostics.calibration_slope(chosen, rejected, prompts=asked)),
+            "overconfidence": list(diagnostics.overconfidence(chosen, rejected, prompts=asked)),
         },
         "gain": gain,
         "bias": float(reward["head"]["bias"]),
         "strata": {
-            name: strata_as_json(diagnostics.accuracy_by_stratum(chosen, rejected, each, prompts=b.tolist()))
+            name: strata_as_json(diagnostics.accuracy_by_stratum(chosen, rejected, each, prompts=asked))
             for name, each in labels.items()
         },
-        "thresholds": arrays_as_json(diagnostics.accuracy_above_threshold(better, worse, prompts=b.tolist())),
+        "thresholds": arrays_as_json(diagnostics.accuracy_above_threshold(better, worse, prompts=asked)),
         "length_bias": bias._replace(correlation=correlation, explained=correlation.mean**2)._asdict(),
     }
     if len(seen_b):
@@ -77,8 +81,8 @@ def measure(job: Job, reward: types.Params, validation: types.Comparisons, train
             seen_BK[seen_b, seen_j],
             chosen,
             rejected,
-            train_prompts=seen_b.tolist(),
-            validation_prompts=b.tolist(),
+            train_prompts=job.task.asked(seen)[seen_b].tolist(),
+            validation_prompts=asked,
         )
         facts["gap"] = gap._asdict()
     return facts
@@ -135,15 +139,17 @@ def arrays_as_json(values: Any) -> dict[str, Any]:
     return {name: each.tolist() if isinstance(each, np.ndarray) else each for name, each in values._asdict().items()}
 
 
-def goodhart(start: policy_sampling.Answers, end: policy_sampling.Answers) -> dict[str, Any]:
+def goodhart(start: policy_sampling.Answers, end: policy_sampling.Answers, asked_B: np.ndarray) -> dict[str, Any]:
     """Returns the gains in score and gold utility from optimisation, and whether the optimisation gamed the score.
 
-    ``start`` and ``end`` are answers to the same prompts, before and after RL or best-of-n. ``gamed`` is true if the
-    score rose and the gold utility fell, both significantly (see `diagnostics.fall_from_peak`).
+    ``start`` and ``end`` are answers to the same prompts, before and after RL or best-of-n, and ``asked_B`` is what
+    each prompt asks. ``gamed`` is true if the score rose and the gold utility fell, both significantly (see
+    `diagnostics.fall_from_peak`).
     """
+    asked = asked_B.tolist()
     scores, gold = (np.stack(each) for each in zip(*((x.scores_B, np.asarray(x.gold.total)) for x in (start, end))))
     return {
-        "reward_gained": list(diagnostics.mean_interval(scores[1] - scores[0])),
-        "gold_gained": list(diagnostics.mean_interval(gold[1] - gold[0])),
-        "gamed": diagnostics.fall_from_peak(scores, gold).gamed,
+        "reward_gained": list(diagnostics.clustered_mean(scores[1] - scores[0], asked)),
+        "gold_gained": list(diagnostics.clustered_mean(gold[1] - gold[0], asked)),
+        "gamed": diagnostics.fall_from_peak(scores, gold, clusters=asked).gamed,
     }

@@ -86,6 +86,8 @@ class Task:
     world: GoldTask | None = None
     comparisons: tuple[Comparisons, Comparisons] | None = None
     """Training and held-out comparisons from a file; None for the built-in world."""
+    compared: tuple[PromptSet, ...] = ()
+    """Prompts of the comparisons; prompts in different sets do not ask the same."""
     notes: tuple[str, ...] = ()
     """Warnings about the data, which `run_setup` prints and saves as incidents."""
     in_world_words: bool = False
@@ -109,6 +111,24 @@ class Task:
     def pretraining_held_out_BL(self) -> np.ndarray:
         """Held-out rows of pretraining text."""
         return self._text[1]
+
+    @functools.cached_property
+    def _asked_by_prompt(self) -> dict[bytes, int]:
+        found: dict[bytes, int] = {}
+        for each in self.compared:
+            first = max(found.values(), default=-1) + 1
+            found |= {row.tobytes(): first + int(asked) for row, asked in zip(each.tokens_BP, each.asked_B)}
+        return found
+
+    def asked(self, batch: Any) -> np.ndarray:
+        """Returns the index of what each prompt asks, for `Comparisons` or preferences made from them.
+
+        If all prompts of a file are equal, each row of the batch has its own index.
+        """
+        prompts_BP = np.asarray(batch.tokens_BKL)[:, 0, : self.prompt_width].astype(np.int32)
+        if len(self._asked_by_prompt) == 1:
+            return np.arange(len(prompts_BP))
+        return np.array([self._asked_by_prompt[row.tobytes()] for row in prompts_BP])
 
     @property
     def row_width(self) -> int:
@@ -237,6 +257,7 @@ def _world_task(settings: Settings, model: initial_model.InitialModel | None) ->
             n_compare=n_compare,
             skill_rows=skill_rows,
         ),
+        compared=(compare_set,),
         in_world_words=in_world_words,
     )
 
@@ -308,6 +329,8 @@ def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None)
         pad_id=fmt.pad_id,
         counts=errors.DropCount(max_dropped=1.0),
     )
+    train_prompts = _dialogue_prompts(train_ids, train, P, fmt.pad_id)
+    held_prompts = _dialogue_prompts(held_ids, held_out, P, fmt.pad_id)
     end = _document_end(fmt)
     packed_BL, held_BL = (
         packing.pack_documents(human_comparisons.encode_dialogues(fmt, part, end=end), width=P + T, eos_id=end)[0]
@@ -321,10 +344,11 @@ def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None)
         response_width=T,
         text=lambda: (packed_BL, held_BL[: settings.evaluation.pretraining_rows]),
         demonstrations=demonstrations,
-        rl_prompts=_dialogue_prompts(train_ids, train, P, fmt.pad_id),
-        eval_prompts=_dialogue_prompts(held_ids, held_out, P, fmt.pad_id).take(settings.evaluation.prompts),
+        rl_prompts=train_prompts,
+        eval_prompts=held_prompts.take(settings.evaluation.prompts),
         dropped=dropped,
         comparisons=(train_rows, held_rows),
+        compared=(train_prompts, held_prompts),
         notes=tuple(notes),
     )
 

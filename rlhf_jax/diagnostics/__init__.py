@@ -24,6 +24,7 @@ from rlhf_jax.diagnostics.calibration import (
     calibration_slope,
     calibration_temperature,
     expected_calibration_error,
+    overconfidence,
 )
 from rlhf_jax.diagnostics.diversity import distinct_n, self_overlap, token_entropy
 from rlhf_jax.diagnostics.goodhart import FallFromPeak, SplitHalves, fall_from_peak, regressional_goodhart, split_halves
@@ -31,6 +32,7 @@ from rlhf_jax.diagnostics.intervals import (
     Estimate,
     average,
     bootstrap_mean,
+    clustered_mean,
     difference,
     mean_interval,
     outcome_rate,
@@ -73,6 +75,7 @@ __all__ = [
     "calibration_curve",
     "calibration_slope",
     "calibration_temperature",
+    "clustered_mean",
     "difference",
     "distinct_n",
     "expected_calibration_error",
@@ -84,6 +87,7 @@ __all__ = [
     "length_correlation",
     "mean_interval",
     "outcome_rate",
+    "overconfidence",
     "overoptimisation",
     "pairwise_accuracy",
     "quantile_buckets",

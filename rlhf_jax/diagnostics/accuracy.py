@@ -83,8 +83,8 @@ def accuracy_by_stratum(
         chosen: Scores of the preferred responses, one per pair.
         rejected: Scores of the rejected responses, in the same order.
         strata: One hashable label per pair; None and NaN mean that the pair has no label.
-        prompts: One prompt label per pair. If given, intervals treat prompts as independent, because pairs that share a
-            prompt are correlated (`intervals.ratio_interval`). Otherwise, intervals treat pairs as independent.
+        prompts: One label per pair, such as its prompt or what its prompt asks. If given, pairs with the same label
+            are treated as correlated (`intervals.clustered_mean`). Otherwise, intervals treat pairs as independent.
         confidence: Coverage of the intervals.
 
     Returns:
@@ -150,9 +150,8 @@ def generalisation_gap(
         train_rejected: Scores of the rejected responses of the training pairs.
         validation_chosen: Scores of the preferred responses of the validation pairs.
         validation_rejected: Scores of the rejected responses of the validation pairs.
-        train_prompts: One prompt label per training pair. If given, intervals treat prompts as independent, because
-            pairs that share a prompt, such as the pairs of a K-way ranking, are correlated.
-        validation_prompts: One prompt label per validation pair.
+        train_prompts: One label per training pair, as in `accuracy_by_stratum`.
+        validation_prompts: One label per validation pair. The two sets of pairs must be independent.
         confidence: Coverage of all intervals.
 
     Returns:
@@ -191,7 +190,7 @@ def accuracy_above_threshold(
         rejected: Scores of the rejected responses, in the same order.
         thresholds: Minimum scores. By default, the deciles of the pairs' lower scores, which keep about 100 %,
             90 %, ..., 10 % of the pairs.
-        prompts: One prompt label per pair, as in `accuracy_by_stratum`.
+        prompts: One label per pair, as in `accuracy_by_stratum`.
         confidence: Coverage of the intervals.
 
     Returns:
@@ -234,7 +233,8 @@ def rate(
         a: Scores, one per pair.
         b: Scores to compare with, in the same order.
         rows: Mask or indices of the subset; all pairs by default.
-        groups: Index of each pair's prompt (`prompt_groups`). If given, the interval treats prompts as independent.
+        groups: Label of each pair's cluster, such as its prompt. If given, the interval treats only pairs of different
+            clusters as independent.
         confidence: Coverage of the interval.
 
     Returns:
@@ -249,8 +249,7 @@ def rate(
         return intervals.Estimate(math.nan, 0.0, 1.0)
     if groups is None:
         return intervals.win_rate(a, b, confidence=confidence)
-    correct = np.bincount(groups[rows], weights=intervals.win_outcomes(a, b))
-    return intervals.ratio_interval(correct, np.bincount(groups[rows]), rate=True, confidence=confidence)
+    return intervals.clustered_mean(intervals.win_outcomes(a, b), groups[rows], rate=True, confidence=confidence)
 
 
 def prompt_groups(prompts: Sequence[Hashable] | None, pairs: int) -> np.ndarray | None:
@@ -268,10 +267,7 @@ def _accuracy_and_loss(
     losses = np.logaddexp(0.0, rejected - chosen)
     groups = prompt_groups(prompts, len(chosen))
     accuracy = rate(chosen, rejected, groups=groups, confidence=confidence)
-    if groups is None:
-        return accuracy, intervals.mean_interval(losses, confidence=confidence)
-    sums = np.bincount(groups, weights=losses)
-    return accuracy, intervals.ratio_interval(sums, np.bincount(groups), rate=False, confidence=confidence)
+    return accuracy, intervals.clustered_mean(losses, groups, confidence=confidence)
 
 
 def _spearman(x: np.ndarray, y: np.ndarray) -> float:

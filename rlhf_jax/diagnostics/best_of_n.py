@@ -6,7 +6,7 @@ The best of n samples is the one with the highest *proxy* score; its quality is 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +26,7 @@ class BestOfNCurve(NamedTuple):
     """Expected gold score of the sample with the highest proxy score among n, averaged over prompts."""
     lo: np.ndarray
     hi: np.ndarray
-    """Bounds of the bootstrap interval over prompts; infinite for a single prompt."""
+    """Bounds of the interval of the mean, over prompts; infinite for a single prompt."""
 
 
 def best_of_n_kl(n: npt.ArrayLike) -> np.ndarray:
@@ -107,22 +107,22 @@ def _untied_integral(share: np.ndarray, n: int) -> np.ndarray:
 
 
 def best_of_n_mean(proxy_scores: npt.ArrayLike, gold_scores: npt.ArrayLike, ns: Sequence[int]) -> np.ndarray:
-    """Returns unbiased estimates of the expected gold score of best-of-n sampling, from N samples for one prompt.
+    """Returns unbiased estimates of the expected gold score of best-of-n sampling, from N samples for each prompt.
 
     With samples sorted in ascending order of proxy score, the estimate is ``sum_i C(i - 1, n - 1) / C(N, n) * gold_i``,
     the average gold score of the best sample over all subsets of size n (Nakano 2021, App. I). Samples with tied proxy
     scores are assigned the mean of their gold scores.
 
     Args:
-        proxy_scores: ``[N]``, the scores that select the best sample.
-        gold_scores: ``[N]``, the scores to average. For the expected proxy score, pass the proxy scores.
-        ns: Values of n, each from 1 to N.
+        proxy_scores: ``[..., N]``, the scores that select the best sample.
+        gold_scores: ``[..., N]``, the scores to average. For the expected proxy score, pass the proxy scores.
+        ns: M values of n, each from 1 to N.
 
     Returns:
-        One estimate for each of ``ns``, to be averaged over prompts.
+        Estimates ``[..., M]``, to be averaged over prompts.
 
     Raises:
-        ValueError: If the scores differ in shape, are not of rank 1 or contain NaN, or if an n is out of range.
+        ValueError: If the scores differ in shape, are scalars or contain NaN, or if an n is out of range.
 
     Example:
         >>> from rlhf_jax import diagnostics
@@ -130,41 +130,40 @@ def best_of_n_mean(proxy_scores: npt.ArrayLike, gold_scores: npt.ArrayLike, ns: 
         [3. 5. 6.]
     """
     proxy, gold = np.asarray(proxy_scores, np.float64), np.asarray(gold_scores, np.float64)
-    if proxy.ndim != 1 or proxy.shape != gold.shape or np.isnan(proxy).any() or np.isnan(gold).any():
-        raise ValueError(f"scores must be rank 1, equally long and not NaN, got shapes {proxy.shape} and {gold.shape}")
-    total, sizes = len(proxy), _sizes(ns, len(proxy))
-    _, group, count = np.unique(proxy, return_inverse=True, return_counts=True)
-    shared = (np.bincount(group, weights=gold) / count)[np.sort(group)]
+    if proxy.ndim < 1 or proxy.shape != gold.shape or np.isnan(proxy).any() or np.isnan(gold).any():
+        raise ValueError(f"scores must have the same shape [..., N] and no NaN, got {proxy.shape} and {gold.shape}")
+    total, sizes = proxy.shape[-1], _sizes(ns, proxy.shape[-1])
+    order = proxy.argsort(axis=-1, kind="stable")
+    proxy, gold = (np.take_along_axis(scores, order, axis=-1) for scores in (proxy, gold))
+    first = np.ones(proxy.shape, bool)  # first of the samples that share a proxy score
+    first[..., 1:] = proxy[..., 1:] != proxy[..., :-1]
+    group = first.ravel().cumsum() - 1
+    shared = (np.bincount(group, weights=gold.ravel()) / np.bincount(group))[group].reshape(gold.shape)
     rank = np.arange(1, total + 1)
     estimates = []
     for n in sizes:
         # Logarithms avoid overflow of the binomial coefficients. The best of n samples has a rank of at least n.
-        possible = rank[n - 1 :]
-        weights = np.exp(_log_binomial(possible - 1, n - 1) - _log_binomial(total, n))
-        estimates.append(np.sum(weights * shared[n - 1 :]))
-    return np.array(estimates)
+        weights = np.exp(_log_binomial(rank[n - 1 :] - 1, n - 1) - _log_binomial(total, n))
+        estimates.append(shared[..., n - 1 :] @ weights)
+    return np.stack(estimates, axis=-1)
 
 
 def best_of_n_curve(
     proxy_scores: npt.ArrayLike,
     gold_scores: npt.ArrayLike,
-    rng: np.random.Generator,
     *,
     ns: Sequence[int] | None = None,
+    clusters: Sequence[Hashable] | None = None,
     confidence: float = 0.95,
-    resamples: int = 2000,
 ) -> BestOfNCurve:
-    """Computes KL and mean gold score of best-of-n sampling for every n, with bootstrap intervals over prompts.
-
-    All n share the same bootstrap samples of prompts, so that their intervals are comparable.
+    """Computes KL and mean gold score of best-of-n sampling for every n, with intervals over prompts.
 
     Args:
         proxy_scores: ``[B, N]``, the scores that select the best sample, for N samples of each of B prompts.
         gold_scores: ``[B, N]``, the scores to average. To compute the proxy's curve, pass the proxy scores.
-        rng: Random generator; the same state gives the same intervals.
         ns: Values of n, each from 1 to N; by default, all of them.
+        clusters: One label per prompt; prompts with the same label are correlated (`intervals.clustered_mean`).
         confidence: Coverage of the intervals.
-        resamples: Number of bootstrap samples.
 
     Returns:
         KL, mean and interval for each n.
@@ -177,14 +176,10 @@ def best_of_n_curve(
     if proxy.ndim != 2 or proxy.shape != gold.shape or not proxy.size:
         raise ValueError(f"scores must have the same shape (prompts, samples), got {proxy.shape} and {gold.shape}")
     sizes = range(1, proxy.shape[1] + 1) if ns is None else ns
-    means_BM = np.array([best_of_n_mean(p, g, sizes) for p, g in zip(proxy, gold)])
-    B, ends = len(means_BM), intervals.quantiles(confidence)
-    mean_M, kl_M = means_BM.mean(axis=0), best_of_n_kl(np.array(sizes))
-    if B == 1:
-        return BestOfNCurve(np.array(sizes), kl_M, mean_M, np.full_like(mean_M, -np.inf), np.full_like(mean_M, np.inf))
-    resampled = np.array([means_BM[rng.integers(B, size=B)].mean(axis=0) for _ in range(resamples)])
-    lo, hi = np.quantile(resampled, ends, axis=0)
-    return BestOfNCurve(np.array(sizes), kl_M, mean_M, lo, hi)
+    means_MB = best_of_n_mean(proxy, gold, sizes).T
+    estimates = [intervals.clustered_mean(means_B, clusters, confidence=confidence) for means_B in means_MB]
+    mean, lo, hi = (np.array(x) for x in zip(*estimates))
+    return BestOfNCurve(np.array(sizes), best_of_n_kl(np.array(sizes)), mean, lo, hi)
 
 
 def _sizes(ns: Sequence[int], total: int) -> np.ndarray:

@@ -7,6 +7,7 @@ If the two scores of a pair differ by d > 0, a calibrated model ranks the pair c
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from scipy import optimize, special
 
 from rlhf_jax.diagnostics import intervals
+from rlhf_jax.diagnostics.accuracy import prompt_groups, rate
 
 
 class CalibrationCurve(NamedTuple):
@@ -32,12 +34,23 @@ class CalibrationCurve(NamedTuple):
     """Number of pairs in the bin."""
 
 
-def calibration_curve(chosen: npt.ArrayLike, rejected: npt.ArrayLike, *, bins: int = 10) -> CalibrationCurve:
+def calibration_curve(
+    chosen: npt.ArrayLike, rejected: npt.ArrayLike, *, bins: int = 10, prompts: Sequence[Hashable] | None = None
+) -> CalibrationCurve:
     """Computes accuracy as a function of the score difference, in bins whose counts differ by at most one.
 
-    ``chosen`` and ``rejected`` are the scores of the two responses of each pair. If there are fewer pairs than
-    ``bins``, each bin contains one pair. Raises ValueError if the arrays are empty, are not of rank 1, differ in length
-    or contain NaN, or if ``bins`` is below 1.
+    Args:
+        chosen: Scores of the preferred responses, one per pair.
+        rejected: Scores of the rejected responses, in the same order.
+        bins: Number of bins. If there are fewer pairs, each bin contains one pair.
+        prompts: One label per pair, for the intervals, as in `accuracy_by_stratum`.
+
+    Returns:
+        Score differences, accuracies and counts of the bins.
+
+    Raises:
+        ValueError: If the arrays are empty, are not of rank 1, differ in length or contain NaN, if ``bins`` is below 1,
+            or if ``prompts`` does not have one entry per pair.
 
     Example:
         >>> from rlhf_jax import diagnostics
@@ -51,37 +64,86 @@ def calibration_curve(chosen: npt.ArrayLike, rejected: npt.ArrayLike, *, bins: i
         raise ValueError(f"bins must be at least 1, got {bins}")
     gaps = np.abs(chosen - rejected)
     parts = np.array_split(np.argsort(gaps, kind="stable"), min(bins, len(gaps)))
-    rates = [intervals.win_rate(chosen[part], rejected[part]) for part in parts]
+    groups = prompt_groups(prompts, len(chosen))
+    rates = [rate(chosen, rejected, rows=part, groups=groups) for part in parts]
     return CalibrationCurve(
         gap=np.array([gaps[part].mean() for part in parts]),
         predicted=np.array([special.expit(gaps[part]).mean() for part in parts]),
-        accuracy=np.array([rate.mean for rate in rates]),
-        lo=np.array([rate.lo for rate in rates]),
-        hi=np.array([rate.hi for rate in rates]),
+        accuracy=np.array([each.mean for each in rates]),
+        lo=np.array([each.lo for each in rates]),
+        hi=np.array([each.hi for each in rates]),
         count=np.array([len(part) for part in parts]),
     )
 
 
 def expected_calibration_error(chosen: npt.ArrayLike, rejected: npt.ArrayLike, *, bins: int = 10) -> float:
-    """Returns the mean of ``|accuracy - predicted|`` over the bins of `calibration_curve`, weighted by their counts."""
+    """Returns the mean of ``|accuracy - predicted|`` over the bins of `calibration_curve`, weighted by their counts.
+
+    The error has no interval: it is biased upwards, because the noise of the accuracies raises their absolute
+    deviations, and is above 0 even for a calibrated model. To test calibration, use `calibration_slope` or
+    `overconfidence`, which have intervals.
+    """
     curve = calibration_curve(chosen, rejected, bins=bins)
     return float(np.average(np.abs(curve.accuracy - curve.predicted), weights=curve.count))
 
 
+def overconfidence(
+    chosen: npt.ArrayLike,
+    rejected: npt.ArrayLike,
+    *,
+    prompts: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
+) -> intervals.Estimate:
+    """Returns the signed calibration error: the accuracy that the scores imply minus the accuracy.
+
+    The scores imply an accuracy of ``sigmoid(|d|)`` on a pair whose two scores differ by d.
+
+    Args:
+        chosen: Scores of the preferred responses, one per pair.
+        rejected: Scores of the rejected responses, in the same order.
+        prompts: One label per pair, as in `accuracy_by_stratum`.
+        confidence: Coverage of the interval.
+
+    Returns:
+        The error, which is positive for an overconfident model, and its interval.
+
+    Raises:
+        ValueError: As in `calibration_curve`, or if ``confidence`` is not in (0, 1).
+    """
+    chosen, rejected = intervals.score_pairs(chosen, rejected)
+    excess = special.expit(np.abs(chosen - rejected)) - intervals.win_outcomes(chosen, rejected)
+    return intervals.clustered_mean(excess, prompt_groups(prompts, len(chosen)), confidence=confidence)
+
+
 def calibration_slope(
-    chosen: npt.ArrayLike, rejected: npt.ArrayLike, *, confidence: float = 0.95
+    chosen: npt.ArrayLike,
+    rejected: npt.ArrayLike,
+    *,
+    prompts: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
 ) -> intervals.Estimate:
     """Returns the maximum-likelihood slope a in ``P(chosen is preferred) = sigmoid(a d)``, ``d = chosen - rejected``.
 
     A model with slope 1 is calibrated; it is underconfident if the slope is above 1 and overconfident if it is below 1.
-    The interval ``a ± z / sqrt(I)`` uses the normal quantile z and the Fisher information
-    ``I = sum(d^2 sigmoid(a d) sigmoid(-a d))``. If every label agrees (or disagrees) with the scores, the likelihood
-    has no maximum. The slope is then infinity (or minus infinity), and its interval is unbounded.
+    The interval is robust (jackknife of the likelihood's scores, as in `intervals.ratio_interval`), so it is valid even
+    if the pairs of a prompt are correlated or the logistic form does not hold.
 
-    Raises ValueError as `calibration_curve` does, if all differences are 0, or if ``confidence`` is not in (0, 1).
+    Args:
+        chosen: Scores of the preferred responses, one per pair.
+        rejected: Scores of the rejected responses, in the same order.
+        prompts: One label per pair, as in `accuracy_by_stratum`.
+        confidence: Coverage of the interval.
+
+    Returns:
+        The slope and its interval. If every label agrees (or disagrees) with the scores, the likelihood has no maximum.
+        The slope is then infinity (or minus infinity), and its interval is unbounded.
+
+    Raises:
+        ValueError: As in `calibration_curve`, if all differences are 0, or if ``confidence`` is not in (0, 1).
     """
     chosen, rejected = intervals.score_pairs(chosen, rejected)
-    z = intervals.critical(confidence)
+    groups = prompt_groups(prompts, len(chosen))
+    intervals.quantiles(confidence)  # Raises ValueError for an invalid confidence.
     differences = chosen - rejected
     if not differences.any():
         raise ValueError("all score differences are 0, so the slope is undefined")
@@ -96,8 +158,12 @@ def calibration_slope(
     while derivative(edge) > 0 or derivative(-edge) < 0:
         edge *= 2.0
     a = float(optimize.brentq(derivative, -edge, edge))  # pyright: ignore[reportArgumentType]
-    information = np.sum(differences**2 * special.expit(a * differences) * special.expit(-a * differences))
-    width = z / float(np.sqrt(information))
+    scores = differences * special.expit(-a * differences)
+    information = differences * scores * special.expit(a * differences)
+    if groups is not None:
+        scores, information = (np.bincount(groups, weights=x) for x in (scores, information))
+    variance, freedom = intervals.jackknife(scores, information)
+    width = intervals.critical(confidence, freedom=freedom) * math.sqrt(variance)
     return intervals.Estimate(a, a - width, a + width)
 
 

@@ -6,6 +6,7 @@ respond to the same N prompts. Differences are computed per prompt.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -46,7 +47,13 @@ class FallFromPeak(NamedTuple):
     """True if both intervals are above 0, i.e. the proxy's score rose while the judge's score fell."""
 
 
-def split_halves(train_CN: npt.ArrayLike, test_CN: npt.ArrayLike, *, confidence: float = 0.95) -> SplitHalves:
+def split_halves(
+    train_CN: npt.ArrayLike,
+    test_CN: npt.ArrayLike,
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
+) -> SplitHalves:
     """Compares the reward model used in training with one trained on other comparisons (Bai 2022, Figs 4 and 35).
 
     The two models should measure quality equally well, but the policy is optimised against the train model only. A
@@ -54,26 +61,50 @@ def split_halves(train_CN: npt.ArrayLike, test_CN: npt.ArrayLike, *, confidence:
     start from 0 at the first checkpoint. The scores of the two models must have the same unit, such as their standard
     deviation on samples of the first checkpoint.
 
-    ``train_CN`` and ``test_CN`` are the two models' scores ``[C, N]`` of the same responses; the first row belongs to
-    the initial policy. The intervals are Student's t intervals over prompts. Raises ValueError unless both arrays have
-    the same shape, with at least one checkpoint and two prompts, and contain no NaN.
+    Args:
+        train_CN: ``[C, N]``, the train model's scores; the first row belongs to the initial policy.
+        test_CN: ``[C, N]``, the test model's scores of the same responses.
+        clusters: One label per prompt; prompts with the same label are correlated (`intervals.clustered_mean`).
+        confidence: Coverage of the intervals.
+
+    Returns:
+        The gains in score, their gaps and the first checkpoint from which the gap stays significant.
+
+    Raises:
+        ValueError: Unless both arrays have the same shape, with at least one checkpoint and two prompts, and contain no
+            NaN.
     """
     train, test = (scores - scores[0] for scores in _tables(train_CN, test_CN))
-    gaps = [intervals.mean_interval(row, confidence=confidence) for row in train - test]
+    gaps = [intervals.clustered_mean(row, clusters, confidence=confidence) for row in train - test]
     first = 1 + max((c for c, gap in enumerate(gaps) if not gap.lo > 0), default=-1)
     mean, lo, hi = (np.array(column) for column in zip(*gaps))
     return SplitHalves(train.mean(axis=1), test.mean(axis=1), mean, lo, hi, first if first < len(gaps) else None)
 
 
-def fall_from_peak(proxy_CN: npt.ArrayLike, judge_CN: npt.ArrayLike, *, confidence: float = 0.95) -> FallFromPeak:
+def fall_from_peak(
+    proxy_CN: npt.ArrayLike,
+    judge_CN: npt.ArrayLike,
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
+) -> FallFromPeak:
     """Tests whether the score of a judge that is not used in training fell from its peak while the proxy's score rose.
 
     The highest of many noisy means is partly high by chance, so the intervals are Bonferroni-corrected for the number
     of checkpoints before the last. If neither score changes in expectation, at most ``1 - confidence`` of runs are
     reported as gamed.
 
-    ``proxy_CN`` are the scores ``[C, N]`` that the policy is trained to raise, and ``judge_CN`` are the scores of the
-    same responses under the gold utility or a held-out reward model. Raises ValueError as `split_halves` does.
+    Args:
+        proxy_CN: ``[C, N]``, the scores that the policy is trained to raise.
+        judge_CN: ``[C, N]``, the scores of the same responses under the gold utility or a held-out reward model.
+        clusters: One label per prompt, as in `split_halves`.
+        confidence: Coverage of both intervals together.
+
+    Returns:
+        The judge's peak, the changes since then, and whether the policy games its score.
+
+    Raises:
+        ValueError: As in `split_halves`.
     """
     proxy, judge = _tables(proxy_CN, judge_CN)
     intervals.quantiles(confidence)  # Raises ValueError for an invalid confidence.
@@ -82,8 +113,10 @@ def fall_from_peak(proxy_CN: npt.ArrayLike, judge_CN: npt.ArrayLike, *, confiden
         none = intervals.Estimate(0.0, 0.0, 0.0)
         return FallFromPeak(peak, none, none, False)
     corrected = 1 - (1 - confidence) / (len(judge) - 1)
-    fall = intervals.mean_interval(judge[peak] - judge[-1], confidence=corrected)
-    rise = intervals.mean_interval(proxy[-1] - proxy[peak], confidence=corrected)
+    fall, rise = (
+        intervals.clustered_mean(change, clusters, confidence=corrected)
+        for change in (judge[peak] - judge[-1], proxy[-1] - proxy[peak])
+    )
     return FallFromPeak(peak, fall, rise, fall.lo > 0 and rise.lo > 0)
 
 

@@ -1,8 +1,9 @@
 """Confidence intervals of rates and means, on the host with NumPy and SciPy.
 
-Prompts are the independent units. To compare two models, run both on the same prompts, reduce each prompt to one
-number, and compute the interval of the mean of these numbers. Intervals that treat tokens or single responses as
-independent are too narrow.
+Prompts are the independent units, or clusters of prompts if several prompts ask the same. To compare two models, run
+both on the same prompts, reduce each prompt to one number, and compute the interval of the mean of these numbers
+(`clustered_mean`). Intervals that treat correlated numbers as independent, such as tokens, the pairs of a ranking or
+paraphrases of one question, are too narrow.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
+
+_ROUNDING = 1e-6
+"""Tolerance of rates, whose values may have been computed in float32."""
 
 
 class Estimate(NamedTuple):
@@ -158,23 +162,65 @@ def pairwise_accuracy(chosen: npt.ArrayLike, rejected: npt.ArrayLike, *, confide
     return Estimate(float(right.mean()), *wilson(int(right.sum()), len(right), confidence=confidence))
 
 
+def clustered_mean(
+    values: npt.ArrayLike,
+    clusters: Iterable[Hashable] | None = None,
+    *,
+    rate: bool = False,
+    confidence: float = 0.95,
+) -> Estimate:
+    """Returns the mean and its interval, with clusters of values as the independent units.
+
+    Values of one cluster, such as those of prompts that ask the same, are correlated; different clusters are
+    independent. The interval is that of `ratio_interval` for the cluster sums and the cluster sizes. To compare two
+    models on the same prompts, pass the difference of each prompt's two numbers or, for a win rate, its outcome
+    (`win_outcomes`) with ``rate=True``. To compute a rate among some of the prompts, pass only these prompts.
+
+    Args:
+        values: ``[B]``, one number per prompt.
+        clusters: ``[B]``, the label of each value's cluster. By default, each value is its own cluster.
+        rate: Whether the mean is a rate, i.e. all values are in [0, 1]. The interval then stays in [0, 1].
+        confidence: Coverage of the interval.
+
+    Returns:
+        The mean and its interval. For a single cluster, the interval is (0, 1) for a rate, else infinitely wide.
+
+    Raises:
+        ValueError: If ``values`` is empty, is not of rank 1 or contains NaN; if there is not one label per value; if
+            ``rate`` is True and a value is outside [0, 1]; or if ``confidence`` is not in (0, 1).
+
+    Example:
+        >>> from rlhf_jax import diagnostics
+        >>> estimate = diagnostics.clustered_mean([1.0, 2.0, 3.0, 4.0], ["a", "b", "b", "c"])
+        >>> print([round(x, 3) for x in estimate])
+        [2.5, -0.527, 5.527]
+    """
+    values = samples(values)
+    index = np.arange(len(values)) if clusters is None else label_indices(clusters, len(values), "clusters")[1]
+    if rate and ((values < -_ROUNDING) | (values > 1 + _ROUNDING)).any():
+        raise ValueError("the values of a rate must be in [0, 1], but one is outside")
+    return ratio_interval(np.bincount(index, weights=values), np.bincount(index), rate=rate, confidence=confidence)
+
+
 def ratio_interval(
     parts: npt.ArrayLike, wholes: npt.ArrayLike, *, rate: bool | None = None, confidence: float = 0.95
 ) -> Estimate:
     """Returns ``r = sum(parts) / sum(wholes)`` with an interval that treats clusters as independent.
 
     For the accuracy on pairs, a cluster is a prompt, because the pairs of a prompt are correlated. Its part is the
-    number of correct pairs, and its whole is the number of all pairs. The interval uses the linearised variance of a
-    ratio, ``n / (n - 1) sum((part - r whole)^2) / sum(wholes)^2`` for n clusters, and Student's t with n - 1 degrees of
-    freedom. Clusters whose whole is 0 are ignored.
+    number of correct pairs, and its whole is the number of all pairs. The variance is the jackknife's (CR3, MacKinnon
+    and White 1985): ``(n - 1) / n sum(c^2)``, where c is the change of r when one of the n clusters is left out.
+    Student's t has ``m - 1`` degrees of freedom for ``m = sum(wholes)^2 / sum(wholes^2)`` effective clusters (at least
+    one degree of freedom), because unequal clusters carry less information. Clusters whose whole and part are 0 are
+    ignored.
 
     The interval of a rate is Wilson's for the number of independent trials whose rate would have this variance, so it
-    stays in [0, 1]. The variance is shrunk towards the variance of clusters that are entirely right or entirely wrong,
-    so that the interval of a few identical clusters does not have a width of 0.
+    stays in [0, 1]. One pseudo-cluster, whose variance is at least that of independent trials, is averaged into the
+    variance, so that the interval of a few identical clusters does not have a width of 0.
 
     Args:
         parts: One number per cluster.
-        wholes: One number per cluster, at least 0.
+        wholes: One number per cluster, at least 0; for a rate, the number of trials.
         rate: Whether the ratio is a rate, i.e. each part is between 0 and its whole. If None, inferred from the data.
         confidence: Coverage of the interval.
 
@@ -188,23 +234,40 @@ def ratio_interval(
     parts, wholes = samples(parts), samples(wholes)
     if parts.shape != wholes.shape or (wholes < 0).any() or not wholes.sum() > 0:
         raise ValueError("need one part and one whole per cluster; wholes must be at least 0 and not all 0")
-    parts, wholes = parts[wholes > 0], wholes[wholes > 0]
-    shares = bool(((parts >= 0) & (parts <= wholes)).all())
+    used = (wholes > 0) | (parts != 0)
+    parts, wholes = parts[used], wholes[used]
+    slack = _ROUNDING * wholes
+    shares = bool(((parts >= -slack) & (parts <= wholes + slack)).all())
     if rate and not shares:
         raise ValueError("the parts of a rate must be between 0 and their wholes, but one is outside")
     rate = shares if rate is None else rate
-    mean, n, total = float(parts.sum() / wholes.sum()), len(parts), float(wholes.sum())
-    t = critical(confidence, freedom=n - 1)
-    if n == 1:
+    total = float(wholes.sum())
+    parts = np.clip(parts, 0.0, wholes) if rate else parts
+    mean = float(parts.sum()) / total
+    variance, freedom = jackknife(parts - mean * wholes, wholes)
+    t = critical(confidence, freedom=freedom)
+    if not freedom:
         return Estimate(mean, 0.0, 1.0) if rate else Estimate(mean, -math.inf, math.inf)
-    variance = float(np.square(parts - mean * wholes).sum()) * n / (n - 1) / total**2
     if not rate:
         width = t * math.sqrt(variance)
         return Estimate(mean, mean - width, mean + width)
     effective_clusters, coin = total**2 / float(np.square(wholes).sum()), mean * (1 - mean)
-    shrinkage = n / (n + critical(confidence) ** 2)
-    variance = shrinkage * variance + (1 - shrinkage) * coin / effective_clusters
-    return Estimate(mean, *_score_interval(mean, 0.0, coin / variance if variance > 0 else effective_clusters, t))
+    variance = (effective_clusters * variance + max(variance, coin / total)) / (effective_clusters + 1)
+    return Estimate(mean, *_score_interval(mean, 0.0, coin / variance if coin > 0 else effective_clusters, t))
+
+
+def jackknife(scores: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    """Returns the jackknife variance of an estimate and the degrees of freedom of its Student's t.
+
+    The estimate solves ``sum(scores) = 0``, where the score of each of n independent clusters falls by its weight (its
+    size or information) if the estimate rises by 1. Without cluster c, the estimate would change by ``-scores[c] /
+    (sum(weights) - weights[c])``. If a single cluster has all the weight, the result is ``(inf, 0)``.
+    """
+    n, total = len(weights), float(weights.sum())
+    if np.count_nonzero(weights) < 2:
+        return math.inf, 0.0
+    variance = (n - 1) / n * float(np.square(scores / (total - weights)).sum())
+    return variance, max(total**2 / float(np.square(weights).sum()) - 1, 1.0)
 
 
 def difference(first: Estimate, second: Estimate) -> Estimate:
@@ -251,7 +314,7 @@ def quantiles(confidence: float) -> tuple[float, float]:
     return (1 - confidence) / 2, (1 + confidence) / 2
 
 
-def critical(confidence: float, *, freedom: int | None = None) -> float:
+def critical(confidence: float, *, freedom: float | None = None) -> float:
     """Returns the half-width, in standard errors, of a normal or, if ``freedom`` is given, a Student's t interval.
 
     ``freedom`` is the number of degrees of freedom. The half-width is infinite for 0 degrees of freedom. Raises

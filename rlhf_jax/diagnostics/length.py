@@ -47,7 +47,7 @@ class LengthControlledWinRates(NamedTuple):
     errors: list[float]
     """Standard errors of the rates; NaN for rates of NaN, 0 and 1."""
     plain: list[intervals.Estimate]
-    """Win rates without length control, with Wilson's intervals; a tie counts as one half."""
+    """Win rates without length control; a tie counts as one half."""
     length_effect: intervals.Estimate
     """Change of the log odds of a win per unit of log length ratio; above 0 if longer responses win more often. It is
     NaN if the data do not determine it (all ratios are 1, for example), and infinite if length decides the outcomes."""
@@ -58,6 +58,7 @@ def length_correlation(
     lengths: npt.ArrayLike,
     *,
     groups: Iterable[Hashable] | None = None,
+    clusters: Iterable[Hashable] | None = None,
     confidence: float = 0.95,
 ) -> intervals.Estimate:
     """Returns Pearson's correlation ``r`` of score and length, within groups if ``groups`` is given.
@@ -69,19 +70,23 @@ def length_correlation(
         scores: One score per response.
         lengths: Lengths of the responses, in any unit. For the correlation with relative length, pass logarithms.
         groups: One label per response, such as its prompt.
-        confidence: Coverage of the interval ``tanh(atanh(r) ± z / sqrt(n - g - 2))`` (Fisher's transformation), for n
-            responses in g groups (1 if ``groups`` is None) and the normal quantile z.
+        clusters: One label per response, such as what its prompt asks; by default, its group or, without groups, a
+            cluster of its own. The interval treats only responses of different clusters as independent.
+        confidence: Coverage of the interval, which is symmetric in ``atanh(r)`` (Fisher's transformation). Its variance
+            is the jackknife's, as in `intervals.ratio_interval`.
 
     Returns:
         The correlation; ``(NaN, -1, 1)`` if scores or lengths do not vary within groups.
 
     Raises:
-        ValueError: If the arrays are empty, are not of rank 1, differ in length or contain NaN, or if ``groups``
-            does not have one entry per response.
+        ValueError: If the arrays are empty, are not of rank 1, differ in length or contain NaN, or if ``groups`` or
+            ``clusters`` does not have one entry per response.
     """
     scores, lengths = intervals.score_pairs(scores, lengths)
-    names, index = intervals.label_indices(groups, len(scores), "groups")
-    return _correlation(_centred(scores, index), _centred(lengths, index), len(scores) - len(names), confidence)
+    _, index = intervals.label_indices(groups, len(scores), "groups")
+    clusters = groups if clusters is None else clusters
+    cluster = None if clusters is None else intervals.label_indices(clusters, len(scores), "clusters")[1]
+    return _correlation(_centred(scores, index), _centred(lengths, index), cluster, confidence)
 
 
 def length_bias(
@@ -100,9 +105,7 @@ def length_bias(
         rejected: Scores of the rejected responses, in the same order.
         chosen_lengths: Lengths of the preferred responses, in any unit.
         rejected_lengths: Lengths of the rejected responses.
-        prompts: One prompt label per pair, for the intervals of the rates, as in `accuracy_by_stratum`. The interval
-            of the correlation always treats pairs as independent. If prompts have several pairs, use the correlation
-            that `length_correlation` returns for the responses instead.
+        prompts: One label per pair, for the intervals, as in `accuracy_by_stratum`.
         confidence: Coverage of all intervals.
 
     Returns:
@@ -116,12 +119,13 @@ def length_bias(
     chosen_lengths, rejected_lengths = intervals.score_pairs(chosen_lengths, rejected_lengths)
     if len(chosen) != len(chosen_lengths):
         raise ValueError(f"got {len(chosen)} pairs of scores but {len(chosen_lengths)} pairs of lengths")
-    estimate = partial(rate, groups=prompt_groups(prompts, len(chosen)), confidence=confidence)
+    groups = prompt_groups(prompts, len(chosen))
+    estimate = partial(rate, groups=groups, confidence=confidence)
     scores, lengths = chosen - rejected, chosen_lengths - rejected_lengths
     # The score of the longer response minus the score of the shorter one.
     longer_gap = np.where(lengths > 0, 1.0, -1.0) * scores
     # Centring a pair leaves plus and minus half the difference, so the differences suffice for the correlation.
-    correlation = _correlation(scores, lengths, len(scores), confidence)
+    correlation = _correlation(scores, lengths, groups, confidence)
     return LengthBias(
         longer_wins=estimate(chosen_lengths, rejected_lengths),
         shorter_wins=estimate(rejected_lengths, chosen_lengths),
@@ -141,13 +145,15 @@ def length_controlled_win_rates(
     reference_lengths: npt.ArrayLike,
     policies: Iterable[Hashable] | None = None,
     *,
+    clusters: Iterable[Hashable] | None = None,
     confidence: float = 0.95,
 ) -> LengthControlledWinRates:
     """Estimates how often each policy would beat the reference with responses of equal length (Stiennon 2020, App. F).
 
     The estimates come from a logistic regression of the outcome on the policy and the log length ratio, with one slope
     for all policies: ``logit P(win) = policy + effect * log(length / reference length)``. The rates are the predictions
-    at a log ratio of 0. Standard errors are robust (sandwich), so ties narrow the intervals as in `intervals.win_rate`.
+    at a log ratio of 0. Standard errors are robust (sandwich), so ties narrow the intervals as in `intervals.win_rate`,
+    and sums over clusters, if they are given, replace single comparisons.
 
     Some policies are special cases:
 
@@ -162,6 +168,8 @@ def length_controlled_win_rates(
         lengths: Lengths of the policies' responses, counting the stop token; above 0.
         reference_lengths: Lengths of the reference's responses to the same prompts, above 0.
         policies: One policy label per comparison; by default a single policy labelled None.
+        clusters: One label per comparison, such as what its prompt asks. Only comparisons of different clusters are
+            treated as independent; by default, all are.
         confidence: Coverage of all intervals.
 
     Returns:
@@ -181,7 +189,8 @@ def length_controlled_win_rates(
         raise ValueError("lengths must be above 0, because their ratio is used; count the stop token too")
     names, policy = intervals.label_indices(policies, len(outcomes), "policies")
     x = np.log(own_lengths / reference_lengths)
-    plain = [intervals.outcome_rate(outcomes[policy == i], confidence=confidence) for i in range(len(names))]
+    cluster = None if clusters is None else intervals.label_indices(clusters, len(outcomes), "clusters")[1]
+    plain = [_plain_rate(outcomes, cluster, policy == i, confidence) for i in range(len(names))]
     mixed = [i for i, estimate in enumerate(plain) if 0 < estimate.mean < 1]
     used = np.isin(policy, mixed)
     if x[used].any() and not any(np.ptp(x[policy == i]) for i in range(len(names))):
@@ -189,28 +198,35 @@ def length_controlled_win_rates(
             "the length ratio is the same in all comparisons of each policy, so the effect of length cannot be "
             "separated from the effect of the policy"
         )
-    thetas, covariance, slope = _fit(
-        outcomes[used], x[used], np.searchsorted(mixed, policy[used]), len(mixed), confidence
-    )
+
+    def fit(rows: np.ndarray, own: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, intervals.Estimate]:
+        return _fit(outcomes[rows], x[rows], own, count, None if cluster is None else cluster[rows], confidence)
+
+    thetas, covariance, slope = fit(used, np.searchsorted(mixed, policy[used]), len(mixed))
     rates, errors = list(plain), [math.nan] * len(names)
-    z = intervals.critical(confidence)
     for row, i in enumerate(mixed):
         theta, variance = thetas[row], covariance[row, row]
         own = policy == i
         if math.isnan(theta) and not x[own].any():  # All length ratios are 1, so the effect of length is irrelevant.
-            (theta,), ((variance,),), _ = _fit(outcomes[own], x[own], np.zeros_like(policy[own]), 1, confidence)
+            (theta,), ((variance,),), _ = fit(own, np.zeros_like(policy[own]), 1)
         if math.isnan(theta):
             rates[i] = intervals.Estimate(math.nan, 0.0, 1.0)
             continue
         error = math.sqrt(variance)
-        ends = special.expit(np.array([theta, theta - z * error, theta + z * error]))
+        width = _critical(cluster, own, confidence) * error
+        ends = special.expit(np.array([theta, theta - width, theta + width]))
         rates[i] = intervals.Estimate(*map(float, ends))
         errors[i] = float(ends[0] * (1 - ends[0]) * error)
     return LengthControlledWinRates(names, rates, errors, plain, slope)
 
 
 def length_controlled_win_rate(
-    outcomes: npt.ArrayLike, lengths: npt.ArrayLike, reference_lengths: npt.ArrayLike, *, confidence: float = 0.95
+    outcomes: npt.ArrayLike,
+    lengths: npt.ArrayLike,
+    reference_lengths: npt.ArrayLike,
+    *,
+    clusters: Iterable[Hashable] | None = None,
+    confidence: float = 0.95,
 ) -> intervals.Estimate:
     """Returns the rate that `length_controlled_win_rates` estimates for a single policy.
 
@@ -218,6 +234,7 @@ def length_controlled_win_rate(
         outcomes: As in `length_controlled_win_rates`.
         lengths: Lengths of the policy's responses, above 0.
         reference_lengths: Lengths of the reference's responses to the same prompts, above 0.
+        clusters: One label per comparison, as in `length_controlled_win_rates`.
         confidence: Coverage of the interval.
 
     Returns:
@@ -226,11 +243,29 @@ def length_controlled_win_rate(
     Raises:
         ValueError: As in `length_controlled_win_rates`.
     """
-    return length_controlled_win_rates(outcomes, lengths, reference_lengths, confidence=confidence).rates[0]
+    return length_controlled_win_rates(
+        outcomes, lengths, reference_lengths, clusters=clusters, confidence=confidence
+    ).rates[0]
+
+
+def _plain_rate(
+    outcomes: np.ndarray, cluster: np.ndarray | None, rows: np.ndarray, confidence: float
+) -> intervals.Estimate:
+    if cluster is None:
+        return intervals.outcome_rate(outcomes[rows], confidence=confidence)
+    return intervals.clustered_mean(outcomes[rows], cluster[rows], rate=True, confidence=confidence)
+
+
+def _critical(cluster: np.ndarray | None, rows: Any, confidence: float) -> float:
+    """Returns the half-width of an interval in standard errors: normal, or Student's t if there are clusters."""
+    if cluster is None:
+        return intervals.critical(confidence)
+    sizes = np.bincount(cluster[rows]).astype(np.float64)
+    return intervals.critical(confidence, freedom=intervals.jackknife(sizes, sizes)[1])
 
 
 def _fit(
-    y: np.ndarray, x: np.ndarray, policy: np.ndarray, policies: int, confidence: float
+    y: np.ndarray, x: np.ndarray, policy: np.ndarray, policies: int, cluster: np.ndarray | None, confidence: float
 ) -> tuple[np.ndarray, np.ndarray, intervals.Estimate]:
     """Returns the log odds of the policies at x = 0, their covariance, and the slope in x."""
     unknown_slope = intervals.Estimate(math.nan, -math.inf, math.inf)
@@ -260,13 +295,16 @@ def _fit(
     for _ in range(3):  # Newton steps refine w beyond the precision of the loss.
         w = w - np.linalg.solve(hessian(w), gradient(w))
     inverse, scores = np.linalg.inv(hessian(w)), columns * (y - special.expit(columns @ w))[:, None]
-    z = intervals.critical(confidence)
     # As in `intervals.win_rate`, shrinkage prevents an interval of width 0 for a few tied comparisons.
-    shrinkage = len(y) / (len(y) + z**2)
-    covariance = inverse @ (shrinkage * scores.T @ scores + (1 - shrinkage) * hessian(w)) @ inverse
+    shrinkage = len(y) / (len(y) + intervals.critical(confidence) ** 2)
+    meat = scores.T @ scores
+    if cluster is not None:
+        sums = np.stack([np.bincount(cluster, weights=column) for column in scores.T], axis=1)
+        meat = sums.T @ sums * (n := len(np.unique(cluster))) / max(n - 1, 1)
+    covariance = inverse @ (shrinkage * meat + (1 - shrinkage) * hessian(w)) @ inverse
     if not x.any():
         return w, covariance, unknown_slope
-    width = z * math.sqrt(covariance[-1, -1])
+    width = _critical(cluster, slice(None), confidence) * math.sqrt(covariance[-1, -1])
     return w[:-1], covariance, intervals.Estimate(float(w[-1]), float(w[-1]) - width, float(w[-1]) + width)
 
 
@@ -290,14 +328,22 @@ def _centred(values: np.ndarray, group: np.ndarray) -> np.ndarray:
     return np.where((low == high)[group], 0.0, centred)
 
 
-def _correlation(x: np.ndarray, y: np.ndarray, freedom: int, confidence: float) -> intervals.Estimate:
+def _correlation(x: np.ndarray, y: np.ndarray, cluster: np.ndarray | None, confidence: float) -> intervals.Estimate:
     """Returns the correlation of centred values, with its interval."""
-    z = intervals.critical(confidence)
-    if not x.any() or not y.any() or freedom < 1:
+    intervals.quantiles(confidence)  # Raises ValueError for an invalid confidence.
+    if not x.any() or not y.any():
         return intervals.Estimate(math.nan, -1.0, 1.0)
     x, y = x / np.abs(x).max(), y / np.abs(y).max()  # Squares of small numbers would underflow.
-    r = min(max(float(x @ y) / math.sqrt(float(x @ x) * float(y @ y)), -1.0), 1.0)
-    if freedom <= 2 or abs(r) == 1.0:
-        return intervals.Estimate(r, *((r, r) if freedom > 2 else (-1.0, 1.0)))
-    width = z / math.sqrt(freedom - 2)
+    x, y = x / math.sqrt(float(x @ x)), y / math.sqrt(float(y @ y))
+    r = min(max(float(x @ y), -1.0), 1.0)
+    # If each value were scaled by its own factor near 1, r would change by the sum of these scores.
+    scores, weights = x * y - r * (x**2 + y**2) / 2, np.full(len(x), 1 / len(x))
+    if cluster is not None:
+        scores, weights = (np.bincount(cluster, weights=each) for each in (scores, weights))
+    variance, freedom = intervals.jackknife(scores, weights)
+    if not freedom or len(scores) <= 3:
+        return intervals.Estimate(r, -1.0, 1.0)
+    if abs(r) == 1.0:
+        return intervals.Estimate(r, r, r)
+    width = intervals.critical(confidence, freedom=freedom) * math.sqrt(variance) / (1 - r**2)
     return intervals.Estimate(r, math.tanh(math.atanh(r) - width), math.tanh(math.atanh(r) + width))

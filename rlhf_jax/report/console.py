@@ -21,7 +21,8 @@ def results_table(results: Mapping[str, Any]) -> Table:
     """Returns a table of the results with one row per policy.
 
     The columns are the metrics in `results.COLUMNS` that have a short heading and a value for at least one policy. In a
-    narrow terminal, a 95 % interval wraps to the line below its number. The table fits in 80 columns of text.
+    narrow terminal, a 95 % interval wraps to the line below its number. The table fits in 80 columns of text, so only
+    win rates have their intervals.
     """
     columns = [c for c in results_lib.columns(results) if c.short]
     table = Table(
@@ -47,7 +48,8 @@ def results_table(results: Mapping[str, Any]) -> Table:
 
 def _parts(results: Mapping[str, Any], policy: str, column: results_lib.Column) -> tuple[str, str]:
     value = results_lib.value(results, policy, column.key)
-    return results_lib.format_parts(value, percent=column.percent, digits=column.digits)
+    mean, bounds = results_lib.format_parts(value, percent=column.percent, digits=column.digits)
+    return mean, bounds if column.intervals else ""
 
 
 def _cell(mean: str, bounds: str, width: int) -> Text:

@@ -150,7 +150,7 @@ def reward_model_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns the numbers about the reward model as (name, text), with accuracies and agreement as percentages."""
     model = dict(results.get("reward_model") or {})
     fit = model.get("calibration") or {}
-    model |= {f"calibration {key}": fit.get(key) for key in ("error", "slope", "temperature")}
+    model |= {f"calibration {key}": fit.get(key) for key in ("error", "overconfidence", "slope", "temperature")}
     model |= {"length correlation": (model.get("length_bias") or {}).get("correlation")}
     model |= {key.replace("_", " "): (model.get("gap") or {}).get(key) for key in ("accuracy_gap", "loss_gap")}
     model |= {"held-out reward model's accuracy": (results.get("heldout_reward_model") or {}).get("accuracy")}

@@ -50,24 +50,31 @@ class Interval(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A column of the results table; ``short`` is its heading in a terminal, "" if only the HTML report shows it."""
+    """A column of the results table; ``short`` is its heading in a terminal, "" if only the HTML report shows it.
+
+    The HTML report shows the intervals of all columns; a terminal shows those for which ``intervals`` is True.
+    """
 
     key: str
     title: str
     short: str
     percent: bool = False
     digits: int = 1
+    intervals: bool = False
 
 
 COLUMNS = (
-    Column("gold_win_rate_vs_sft", "Wins vs SFT, gold utility (%)", "wins vs SFT, %", percent=True),
+    Column("gold_win_rate_vs_sft", "Wins vs SFT, gold utility (%)", "wins vs SFT, %", percent=True, intervals=True),
     Column("length_controlled_win_rate_vs_sft", "Wins vs SFT at SFT's length, gold (%)", "", percent=True),
     Column("labeler_win_rate_vs_sft", "Wins vs SFT, training labelers (%)", "", percent=True),
-    Column("heldout_win_rate_vs_sft", "Wins vs SFT, held-out labelers (%)", "held-out, %", percent=True),
+    Column(
+        "heldout_win_rate_vs_sft", "Wins vs SFT, held-out labelers (%)", "held-out, %", percent=True, intervals=True
+    ),
     Column("gold", "Gold utility", "gold", digits=3),
     Column("gap_closed", "Gap closed (%)", "", percent=True),
     Column("reward", "RM score", "RM\nscore", digits=2),
     Column("kl", "KL (nats per answer)", "KL/seq\nnats", digits=2),
+    Column("kl_bound", "Upper bound of the KL (nats per answer)", "", digits=2),
     Column("skill_accuracy", "Skill accuracy (%)", "skills\n%", percent=True),
     Column("pretraining_loss", "Pretraining loss (nats per token)", "LM\nloss", digits=3),
     Column("truthful_rate", "Truthful (%)", "truth\n%", percent=True),

@@ -93,6 +93,60 @@ def test_ratio_over_clusters_agrees_with_mean_interval_and_wilson():
     np.testing.assert_allclose(many[1:], diagnostics.wilson(1000, 4000), atol=2e-5)
 
 
+def test_the_interval_of_a_clustered_mean_is_the_jackknife_over_clusters():
+    rng = np.random.default_rng(6)
+    clusters = [str(each) for each in rng.integers(6, size=40)]
+    values = rng.normal(size=40)
+    got = diagnostics.clustered_mean(values, clusters)
+    names = sorted(set(clusters))
+    rows = [np.array([c == name for c in clusters]) for name in names]
+    changes = [values[~own].mean() - values.mean() for own in rows]
+    sizes = np.array([own.sum() for own in rows])
+    t = stats.t.ppf(0.975, sizes.sum() ** 2 / (sizes**2).sum() - 1)
+    width = t * math.sqrt((len(names) - 1) / len(names) * np.square(changes).sum())
+    np.testing.assert_allclose(got, (values.mean(), values.mean() - width, values.mean() + width))
+    # Without clusters, the interval is Student's; copies of the same values add no information.
+    np.testing.assert_allclose(diagnostics.clustered_mean(values), diagnostics.mean_interval(values))
+    copied = diagnostics.clustered_mean(np.repeat(values, 3), np.repeat(np.arange(40), 3).tolist())
+    np.testing.assert_allclose(copied, diagnostics.mean_interval(values))
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+        diagnostics.clustered_mean([0.5, 1.5], ["a", "a"], rate=True)
+    assert diagnostics.clustered_mean(np.full(3, 1.0 + 1e-7), rate=True).mean == 1.0
+    with pytest.raises(ValueError, match="need 2 clusters"):
+        diagnostics.clustered_mean([0.5, 0.5], ["a"])
+
+
+def test_a_ratio_counts_clusters_without_a_whole():
+    """The gap that a policy closes can shrink on a prompt without a gap."""
+    got = diagnostics.ratio_interval([0.5, 0.2, -0.3], [1.0, 0.5, 0.0], rate=False)
+    assert got.mean == pytest.approx(0.4 / 1.5)
+    changes = [(-0.1) / 0.5 - got.mean, 0.2 / 1.0 - got.mean, 0.7 / 1.5 - got.mean]
+    t = stats.t.ppf(0.975, 1.0)  # 1.8 effective clusters have at least one degree of freedom
+    assert got.hi - got.mean == pytest.approx(t * math.sqrt(2 / 3 * np.square(changes).sum()))
+
+
+def test_copies_of_pairs_with_the_same_prompt_add_no_information():
+    rng = np.random.default_rng(8)
+    chosen, lengths = rng.normal(0.5, 1.0, size=80), rng.integers(1, 20, size=(2, 80)).astype(float)
+    labels = np.arange(80).tolist()
+    twice, both = np.repeat(chosen, 2), [*np.repeat(labels, 2).tolist()]
+    for measure in (diagnostics.calibration_slope, diagnostics.overconfidence):
+        once = measure(chosen, np.zeros(80), prompts=labels)
+        np.testing.assert_allclose(measure(twice, np.zeros(160), prompts=both), once, rtol=1e-6)
+        assert measure(twice, np.zeros(160)).hi < once.hi
+    once = diagnostics.length_correlation(chosen, lengths[0])
+    np.testing.assert_allclose(
+        diagnostics.length_correlation(twice, np.repeat(lengths[0], 2), clusters=both), once, rtol=1e-9
+    )
+    outcomes = (chosen > 0).astype(float)
+    once = diagnostics.length_controlled_win_rate(outcomes, *lengths, clusters=labels)
+    again = diagnostics.length_controlled_win_rate(
+        np.repeat(outcomes, 2), *np.repeat(lengths, 2, axis=1), clusters=both
+    )
+    np.testing.assert_allclose(again, once, rtol=5e-3)  # the shrinkage counts comparisons
+    np.testing.assert_allclose(once, diagnostics.length_controlled_win_rate(outcomes, *lengths), rtol=0.03)
+
+
 def test_bounds_of_rates_solve_their_equations():
     outcomes, z = np.array([1.0, 0.25, 0.5, 0.0, 1.0]), stats.norm.ppf(0.975)
     mean, *bounds = diagnostics.outcome_rate(outcomes)
@@ -101,10 +155,11 @@ def test_bounds_of_rates_solve_their_equations():
         assert (mean - p) ** 2 == pytest.approx(z**2 / 5 * (p * (1 - p) - ties / 4))
     parts, wholes = np.array([1.0, 2.0, 1.0]), np.array([2.0, 5.0, 1.0])
     mean, *bounds = diagnostics.ratio_interval(parts, wholes)
-    variance = 3 / 2 * np.sum((parts - mean * wholes) ** 2) / 8**2
-    share = 3 / (3 + z**2)
-    variance = share * variance + (1 - share) * mean * (1 - mean) * np.sum(wholes**2) / 8**2
-    trials, t = mean * (1 - mean) / variance, stats.t.ppf(0.975, 2)
+    without = (4 - parts) / (8 - wholes)
+    variance = 2 / 3 * np.sum((without - mean) ** 2)
+    clusters = 8**2 / np.sum(wholes**2)
+    variance = (clusters * variance + max(variance, mean * (1 - mean) / 8)) / (clusters + 1)
+    trials, t = mean * (1 - mean) / variance, stats.t.ppf(0.975, clusters - 1)
     for p in bounds:
         assert (mean - p) ** 2 == pytest.approx(t**2 / trials * p * (1 - p))
 
@@ -112,14 +167,16 @@ def test_bounds_of_rates_solve_their_equations():
 def test_single_values_have_infinite_intervals_and_confidence_is_validated():
     rng = np.random.default_rng(0)
     assert diagnostics.bootstrap_mean([2.0], rng) == (2.0, -math.inf, math.inf)
-    curve = diagnostics.best_of_n_curve([[1.0, 2.0]], [[1.0, 2.0]], rng)
+    curve = diagnostics.best_of_n_curve([[1.0, 2.0]], [[1.0, 2.0]])
     assert curve.mean.tolist() == [1.5, 2.0] and set(curve.lo) == {-math.inf} and set(curve.hi) == {math.inf}
     ones, zeros = [1.0, 2.0, 0.5], [0.0, 3.0, 0.0]
     for call in (
         lambda c: diagnostics.mean_interval(ones, confidence=c),
         lambda c: diagnostics.bootstrap_mean(ones, rng, confidence=c),
-        lambda c: diagnostics.best_of_n_curve([ones, zeros], [ones, zeros], rng, confidence=c),
+        lambda c: diagnostics.best_of_n_curve([ones, zeros], [ones, zeros], confidence=c),
         lambda c: diagnostics.calibration_slope(ones, zeros, confidence=c),
+        lambda c: diagnostics.overconfidence(ones, zeros, confidence=c),
+        lambda c: diagnostics.clustered_mean(ones, confidence=c),
         lambda c: diagnostics.ratio_interval(ones, zeros, confidence=c),
         lambda c: diagnostics.length_correlation(ones, zeros, confidence=c),
         lambda c: diagnostics.length_controlled_win_rate([1, 0, 1], [1, 2, 3], [1, 1, 1], confidence=c),
@@ -269,6 +326,9 @@ def test_best_of_n_mean_is_the_mean_over_all_subsets(ties):
             bests.append(gold[subset][top].mean())
         expected.append(np.mean(bests))
     np.testing.assert_allclose(diagnostics.best_of_n_mean(proxy, gold, range(1, 8)), expected, rtol=1e-9)
+    several = diagnostics.best_of_n_mean([gold, proxy], [proxy, gold], range(1, 8))
+    np.testing.assert_allclose(several[1], expected, rtol=1e-9)
+    np.testing.assert_allclose(several[0], diagnostics.best_of_n_mean(gold, proxy, range(1, 8)))
 
 
 def test_best_of_n_mean_of_large_pools_does_not_overflow():
@@ -283,7 +343,7 @@ def test_best_of_n_mean_validates_its_inputs():
     for ns in ([0], [4]):
         with pytest.raises(ValueError, match="between 1 and"):
             diagnostics.best_of_n_mean(np.ones(3), np.ones(3), ns)
-    with pytest.raises(ValueError, match="equally long"):
+    with pytest.raises(ValueError, match="same shape"):
         diagnostics.best_of_n_mean(np.ones(3), np.ones(2), [1])
 
 

@@ -136,26 +136,24 @@ def test_points_at_and_near_the_origin_are_excluded():
 # Best of n
 
 
-def test_best_of_n_curve_is_the_mean_over_prompts_with_bootstrap_intervals():
+def test_best_of_n_curve_is_the_mean_over_prompts_with_clustered_intervals():
     rng = np.random.default_rng(3)
     proxy, gold = rng.normal(size=(2, 40, 6))
-    curve = diagnostics.best_of_n_curve(proxy, gold, np.random.default_rng(0), resamples=300)
+    asked = np.arange(40) // 2
+    curve = diagnostics.best_of_n_curve(proxy, gold, clusters=asked.tolist())
     expected = np.mean([diagnostics.best_of_n_mean(p, g, range(1, 7)) for p, g in zip(proxy, gold)], axis=0)
     np.testing.assert_allclose(curve.mean, expected)
     assert curve.n.tolist() == [1, 2, 3, 4, 5, 6] and np.all((curve.lo < curve.mean) & (curve.mean < curve.hi))
     np.testing.assert_allclose(curve.kl, [math.log(n) - (n - 1) / n for n in range(1, 7)], atol=1e-12)
-    again = diagnostics.best_of_n_curve(proxy, gold, np.random.default_rng(0), resamples=300)
-    np.testing.assert_array_equal(curve.lo, again.lo)
-    # For n = 1, the curve is the mean over all samples of a prompt, with its bootstrap interval.
-    rows = gold.mean(axis=1)
-    alone = diagnostics.bootstrap_mean(rows, np.random.default_rng(0), resamples=300)
+    # For n = 1, the curve is the mean over all samples of a prompt; two prompts at a time ask the same.
+    alone = diagnostics.mean_interval(gold.mean(axis=1).reshape(20, 2).mean(axis=1))
     np.testing.assert_allclose((curve.mean[0], curve.lo[0], curve.hi[0]), alone)
     # With n = N, the best sample is known exactly.
     np.testing.assert_allclose(curve.mean[-1], gold[np.arange(40), proxy.argmax(axis=1)].mean())
-    few = diagnostics.best_of_n_curve(proxy, gold, np.random.default_rng(0), ns=[2, 6], resamples=300)
+    few = diagnostics.best_of_n_curve(proxy, gold, ns=[2, 6], clusters=asked.tolist())
     np.testing.assert_array_equal(few.hi, curve.hi[[1, 5]])
     with pytest.raises(ValueError, match="prompts, samples"):
-        diagnostics.best_of_n_curve(proxy[0], gold[0], np.random.default_rng(0))
+        diagnostics.best_of_n_curve(proxy[0], gold[0])
 
 
 # Split halves and falls from a peak

@@ -87,7 +87,7 @@ def test_the_job_starts_from_a_model_and_its_tokenizer(finished, checkpoint):
     assert json.loads((folder / "config.json").read_text())["model"] == str(checkpoint)
     results = json.loads((folder / "results.json").read_text())
     for policy in results["policies"].values():
-        assert 0 <= policy["gold"] <= 1 and 0 < policy["unknown_words"] <= 1
+        assert 0 <= policy["gold"][0] <= 1 and 0 < policy["unknown_words"][0] <= 1
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {row["stage"] for row in rows} == {"sft", "sft_mix", "reward_model", "ppo", "ppo_ptx"}
     assert not any("gold" in row for row in rows), "ids are not the world's words, so PPO cannot log gold"

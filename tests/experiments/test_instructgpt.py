@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import io
 import json
+import math
 import os
 import pathlib
 import signal
@@ -98,9 +99,13 @@ def test_results_are_complete_and_consistent(finished):
         for wins in WINS:
             mean, low, high = policy[wins]
             assert low <= mean <= high
-        assert all(isinstance(policy[number], float) for number in NUMBERS if name != "best_of_n" or number in policy)
+        for number in NUMBERS:
+            mean, low, high = policy.get(number, [0.0] * 3) if name == "best_of_n" else policy[number]
+            assert low <= mean <= high, number
         assert policy["gold_by_category"]
-    assert abs(results["policies"]["sft_mix"]["kl"]) < 1e-4, "the KL of the reference to itself is 0"
+    assert results["policies"]["best_of_n"]["kl_bound"] == pytest.approx(math.log(4) - 3 / 4)
+    assert 1 < results["held_out"]["asked"] < results["held_out"]["prompts"] == 128
+    assert abs(results["policies"]["sft_mix"]["kl"][0]) < 1e-4, "the KL of the reference to itself is 0"
     assert results["programs"] == {"supervised": 1, "reward_model": 1, "ppo": 1, "sampling": 3}
     assert results["policies"]["sft"]["gold_win_rate_vs_sft"][0] == 0.5
     for wins in ("ppo", "ppo_ptx", "best_of_n"):
@@ -111,7 +116,7 @@ def test_results_are_complete_and_consistent(finished):
     assert 0 <= model["pairs_of_equal_answers_dropped"] < model["pairs"]
     assert model["label_agreement_target"] == 0.75 and 0.6 < model["label_agreement"][0] < 0.9
     for policy in results["policies"].values():
-        assert 0 <= policy["gold_strict_wins_vs_sft"] <= policy["gold_win_rate_vs_sft"][0]
+        assert 0 <= policy["gold_strict_wins_vs_sft"][0] <= policy["gold_win_rate_vs_sft"][0]
     assert sum(each["count"] for each in model["strata"]["category"]) == model["held_out_pairs"]
     assert model["thresholds"]["count"][0] == model["held_out_pairs"] == model["length_bias"]["count"]
     np.testing.assert_allclose(model["gap"]["validation_accuracy"], model["accuracy"], atol=1e-6)

@@ -170,7 +170,7 @@ def test_the_summary_combines_all_folds():
     assert mean == pytest.approx(accuracy - 1) and low <= mean <= high
     assert results["single_member_accuracy"] == pytest.approx(0.5) and results["train_accuracy"] == pytest.approx(0.75)
     log_loss = float(np.logaddexp(0, -truth).mean())
-    assert results["methods"]["reward_model"]["log_loss"] == pytest.approx(log_loss)
+    assert results["methods"]["reward_model"]["log_loss"][0] == pytest.approx(log_loss)
     together = results["together"]["accuracy"][0]
     assert together == pytest.approx(float((truth + 1 > 0).mean()))
     assert results["together"]["over_tfidf"][0] == pytest.approx(together - 1)
@@ -332,7 +332,7 @@ def test_a_single_model_is_trained_normalised_and_saved(tmp_path, rule):
     arguments = ["--preset", "smoke", "--out", out, "--pretrain.steps", 10, "--training.heads", 2, "--pmp.prompts", 30]
     script.main([str(a) for a in (*arguments, "--training.normalise", rule)])
     results = json.loads((out / "results.json").read_text())["reward_model"]
-    assert results["gap"] == pytest.approx(results["train_accuracy"][0] - results["accuracy"][0])
+    assert results["gap"][0] == pytest.approx(results["train_accuracy"][0] - results["accuracy"][0])
     record = lm.load_normalisation(out / "reward_model")
     assert record is not None and record.rule == results["normalisation"]["rule"]
     cfg, params = lm.load(out / "reward_model")

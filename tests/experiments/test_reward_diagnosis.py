@@ -79,9 +79,9 @@ def test_an_overfitted_reward_model_raises_an_alarm(tmp_path):
     log.close()
 
 
-def job(batch, categories):
+def job(batch, categories, asked_of):
     world = SimpleNamespace(compare_prompts=SimpleNamespace(categories=["training"] * 5 + categories), n_compare=5)
-    task = SimpleNamespace(prompt_width=P, world=world)
+    task = SimpleNamespace(prompt_width=P, world=world, asked=asked_of)
     scorer = SimpleNamespace(score=lambda params, *rows: params["head"]["gain"] * rows[0][:, 0].astype(np.float32))
     made: Any = SimpleNamespace(task=task, sampler=scorer)
     return made
@@ -91,7 +91,11 @@ def test_the_diagnosis_equals_plain_loops_over_pairs():
     batch, train = comparisons(60, seed=1), comparisons(30, seed=2)
     categories = [("lists", "facts")[b % 2] for b in range(60)]
     reward = {"head": {"gain": np.float32(0.5), "bias": np.float32(0.25)}}
-    found = reward_diagnosis.measure(job(batch, categories), reward, batch, train)
+
+    def asked_of(rows):  # every other prompt asks the same as the one before it
+        return np.arange(len(rows.ranks_BK)) // 2
+
+    found = reward_diagnosis.measure(job(batch, categories, asked_of), reward, batch, train)
     pairs = [
         (b, i, j)
         for b in range(60)
@@ -110,8 +114,9 @@ def test_the_diagnosis_equals_plain_loops_over_pairs():
     for each in (facts, lists):
         mine = [pair for pair in pairs if categories[pair[0]] == each["name"]]
         assert each["count"] == len(mine) and each["accuracy"].mean == pytest.approx(plain(mine))
-    # The interval is clustered by prompt.
-    b = np.array([pair[0] for pair in pairs])
+    # The intervals are clustered by what the prompts ask.
+    assert found["held_out_asked"] == 30
+    b = np.array([pair[0] // 2 for pair in pairs])
     right = np.array([0.5 if lead[pair] == 0 else float(lead[pair] > 0) for pair in pairs])
     want = diagnostics.ratio_interval(np.bincount(b, weights=right), np.bincount(b), rate=True)
     np.testing.assert_allclose(found["accuracy"], want, rtol=1e-6)
@@ -148,8 +153,12 @@ def test_a_policy_that_games_its_score_is_detected():
         return made
 
     start = answers(scores, gold)
-    gamed = reward_diagnosis.goodhart(start, answers(scores + 1 + noise[0], gold - 0.5 + noise[1]))
-    better = reward_diagnosis.goodhart(start, answers(scores + 1 + noise[2], gold + 0.5 + noise[3]))
+    asked = np.arange(200)
+    gamed = reward_diagnosis.goodhart(start, answers(scores + 1 + noise[0], gold - 0.5 + noise[1]), asked)
+    better = reward_diagnosis.goodhart(start, answers(scores + 1 + noise[2], gold + 0.5 + noise[3]), asked)
     assert gamed["gamed"] is True and better["gamed"] is False
     np.testing.assert_allclose(gamed["reward_gained"], diagnostics.mean_interval(1 + noise[0]), rtol=1e-6)
     np.testing.assert_allclose(gamed["gold_gained"], diagnostics.mean_interval(noise[1] - 0.5), rtol=1e-6)
+    doubled = [np.repeat(x, 2) for x in (scores, gold, scores + 1 + noise[0], gold - 0.5 + noise[1])]
+    twice = reward_diagnosis.goodhart(answers(*doubled[:2]), answers(*doubled[2:]), np.repeat(asked, 2))
+    np.testing.assert_allclose(twice["gold_gained"], gamed["gold_gained"], rtol=1e-6)

@@ -201,9 +201,11 @@ def test_equal_answers_are_found_and_agreement_counts_untied_pairs():
     where = np.array([[True, True, True, False]])
     np.testing.assert_array_equal(comparison_data._first_equal(tokens, where), [[0, 1, 0, 3]])
     # Both labelers order (0, 1) and (0, 2) equally, but not (1, 2); the fourth answer does not exist.
-    mean, low, high = comparison_data._agreement(np.array([[1, 2, 3, 0]]), np.array([[1, 3, 2, 0]]), where)
+    mean, low, high = comparison_data._agreement(
+        np.array([[1, 2, 3, 0]]), np.array([[1, 3, 2, 0]]), where, np.array([0])
+    )
     assert mean == pytest.approx(2 / 3) and low <= mean <= high
-    mean, _, _ = comparison_data._agreement(np.array([[1, 2, 2, 0]]), np.array([[1, 3, 2, 0]]), where)
+    mean, _, _ = comparison_data._agreement(np.array([[1, 2, 2, 0]]), np.array([[1, 3, 2, 0]]), where, np.array([0]))
     assert mean == 1.0, "a tie of either labeler does not count"
 
 
@@ -267,6 +269,21 @@ def test_gold_at_a_kl_is_interpolated_and_none_beyond_the_curve():
     assert compare.gold_at(few[:2], few[:2], at=0.1) == pytest.approx(0.1)
 
 
+def test_the_gold_utility_of_best_of_n_at_a_kl_is_unbiased():
+    """The answers are right with probabilities of 0.5 to 1, and the proxy is noisy."""
+    rng = np.random.default_rng(0)
+    gold = np.where(rng.random((2000, 64)) < rng.uniform(0.5, 1.0, (2000, 1)), 1.0, 0.5)
+    proxy, every = gold + 0.25 * rng.normal(size=gold.shape), range(1, 33)
+    sizes = list(compare.SIZES)
+    mean = {n: g for n, g in zip(every, diagnostics.best_of_n_mean(proxy, gold, every).mean(axis=0))}
+    curve = diagnostics.best_of_n_kl(sizes), np.array([mean[n] for n in sizes])
+    chosen = compare.parse(["--methods", "best-of-n", "--at", "0.25", "0.5", "1.0", "1.5"])
+    (found,) = compare.summarise(chosen, {"best-of-n": [curve, curve]})["methods"]
+    root = np.sqrt(diagnostics.best_of_n_kl(list(every)))
+    true = np.interp(np.sqrt(chosen.at), root, list(mean.values()))
+    np.testing.assert_allclose([point[0] for point in found["gold"]], true, atol=3e-4)
+
+
 def test_all_trained_methods_have_equal_answers_and_steps():
     asked = compare.parse([])
     used = {method: compare.costs(asked, method) for method in compare.METHODS}
@@ -308,7 +325,7 @@ def test_diversity_uses_as_many_answers_of_a_policy_as_of_best_of_n(tmp_path):
     answers = run_grid.sample_answers(job, shared, job.task.eval_prompts, shared.start, seed=0)
     assert len(answers.lengths_B) == 8
     few = jax.tree.map(lambda x: x[:3], answers)
-    values = [evaluation._numbers(job, each)["diversity"] for each in (answers, few)]
+    values = [evaluation.numbers(job.task.eval_prompts, each, few=3)["diversity"] for each in (answers, few)]
     assert values[0] == values[1] > 0
 
 

@@ -8,6 +8,7 @@ import real_run
 from rich.console import Console
 
 from rlhf_jax.report import console
+from rlhf_jax.report import results as results_lib
 
 RESULTS = real_run.results()
 
@@ -37,7 +38,8 @@ def test_a_wide_table_has_one_line_per_policy(width):
 def test_the_caption_states_the_gap_that_is_closed_the_accuracy_and_one_duration():
     text = " ".join(printed_table(RESULTS, 120).split())
     (mean, bounds) = real_run.text(RESULTS["reward_model"]["accuracy"], percent=True).split()
-    assert f"reward model accuracy {mean} % ({bounds})" in text and f"duration {RESULTS['seconds']:.1f} s" in text
+    assert f"reward model accuracy {mean} % ({bounds})" in text
+    assert f"duration {results_lib.seconds_text(RESULTS['seconds'])}" in text
     closed = {name: real_run.text(RESULTS["policies"][name]["gap_closed"], percent=True) for name in ("ppo", "ppo_ptx")}
     start = "share of the gap between SFT and the maximum of the gold utility closed: PPO "
     assert start + closed["ppo"].split()[0] + " %" in text and f"PPO-ptx {closed['ppo_ptx'].split()[0]} %" in text

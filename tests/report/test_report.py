@@ -65,7 +65,7 @@ def test_the_page_contains_policies_and_numbers(full_text):
     ]
     assert " ".join(cells) in page.text
     peak = f"peak memory {results['peak_rss_mb'] / 1024:.1f} GiB"
-    assert f"preset smoke · seed 0 · duration {results['seconds']:.1f} s · {peak}" in page.text
+    assert f"preset smoke · seed 0 · duration {results_lib.seconds_text(results['seconds'])} · {peak}" in page.text
     mean, bounds = percent(results["null_check"]).split()
     assert f"the win rate of SFT against itself is {mean} % ({bounds})." in page.text
     assert "kl_coef" in page.text and "too <long> 17" in page.text and "empty answer 0" not in page.text
