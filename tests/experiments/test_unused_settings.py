@@ -88,7 +88,7 @@ ALTERNATIVES: dict[str, Any] = {
     "pmp.prompts": 10,
     "pmp.polite_taste": 9.0,
     "group": 2,
-    "pmp.agreement": 0.7,
+    "pmp.agreement": 0.98,
     "cv.vocab_size": 290,
     "cv.heads": 1,
     "cv.width": 32,
