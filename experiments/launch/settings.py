@@ -138,7 +138,7 @@ class SFT:
 class Comparisons:
     """Samples of the SFT models in the built-in world, ranked by simulated labelers."""
 
-    prompts: int = 1600
+    prompts: int = 2400
     """Number of training prompts. A tenth as many are added for validation."""
     min_k: int = 4
     """Minimum number of answers per prompt."""
