@@ -74,7 +74,9 @@ class StudySettings(direct_settings.DirectSettings, settings_lib.Settings):
 
 def parse(arguments: list[str]) -> StudySettings:
     """Parses the command line; raises SettingError for invalid settings."""
-    settings = command_line.parse(StudySettings, arguments, doc=__doc__, adjust=_adjust_preset, unused=_unused)
+    settings = command_line.parse(
+        StudySettings, arguments, doc=__doc__, adjust=_adjust_preset, unused=_unused, rl_runs=_rl_runs
+    )
     direct_settings.check(settings)
     if settings.loss != "dpo":
         raise settings_lib.SettingError(f"--loss is {settings.loss!r}, but this study only runs dpo; leave it out")
@@ -101,7 +103,7 @@ def parse(arguments: list[str]) -> StudySettings:
         raise settings_lib.SettingError("--parts is empty; give at least one of world, bandit and exact")
     if "world" in settings.parts and settings.data.path is not None:
         raise settings_lib.SettingError(
-            "--data.path cannot be used with --parts world, which requires a gold utility; leave out one of the two"
+            "--data.path is not supported, because the part world requires a gold utility; leave it out"
         )
     return settings
 
@@ -128,8 +130,12 @@ def _unused(settings: StudySettings) -> Iterator[tuple[Sequence[str], str]]:
     yield ("hosts",), f"{study}, which runs on a single host"
     unread = ("best_of", "best_of_prompts", "skills", "pretraining_rows", "transcripts")
     yield [f"evaluation.{name}" for name in unread], f"{study}, which only samples one answer to each prompt"
-    runs = [dataclasses.replace(settings.ppo, kl_coef=coef) for coef in settings.kl_coefs]
-    yield from setting_checks.unused_ppo(runs, ptx=False, why=f"{study}, which trains without a pretraining loss")
+    why = f"{study}, which trains without a pretraining loss"
+    yield from setting_checks.unused_ppo(_rl_runs(settings), ptx=False, why=why)
+
+
+def _rl_runs(settings: StudySettings) -> list[settings_lib.PPO]:
+    return [dataclasses.replace(settings.ppo, kl_coef=coef) for coef in settings.kl_coefs]
 
 
 def _adjust_preset(preset: settings_lib.Settings) -> settings_lib.Settings:

@@ -12,7 +12,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from launch import config_file, setting_checks, settings
@@ -74,6 +74,7 @@ def parse(
     doc: str | None,
     adjust: Callable[[Any], Any] = lambda preset: preset,
     unused: Callable[[S], setting_checks.Unused] = lambda parsed: setting_checks.unused_ppo([parsed.ppo]),
+    rl_runs: Callable[[S], Iterable[settings.PPO]] = lambda parsed: [parsed.ppo],
 ) -> S:
     """Parses and checks the settings of a command.
 
@@ -85,6 +86,7 @@ def parse(
         doc: The description that ``--help`` prints.
         adjust: Changes the preset for the command, before the flags are applied.
         unused: Returns the settings that have no effect on the run. They are refused if they differ from the preset.
+        rl_runs: Returns the settings of each RL run.
 
     Returns:
         The settings.
@@ -104,6 +106,8 @@ def parse(
         )
     setting_checks.check_used(parsed, default, unused(parsed))
     setting_checks.check(parsed)
+    for ppo in rl_runs(parsed):
+        setting_checks.check_kl_terms(ppo)
     if parsed.model is None:
         return parsed
     # An absolute path, so that the run can be resumed from any working directory.

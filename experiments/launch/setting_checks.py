@@ -64,7 +64,10 @@ def _value(settings: Any, name: str) -> Any:
 
 
 Unused = Iterable[tuple[Sequence[str], str]]
-"""Settings or groups of settings that have no effect on a run, such as ppo.clip or world, and why."""
+"""Settings or groups of settings that have no effect on a run, such as ppo.clip or world, and why.
+
+The reason may end in "; " and advice, such as "; set --ppo.kl-loss-coef". Otherwise, the advice is "leave it out".
+"""
 _OF_THE_WORLD = ("world", "comparisons", "pretrain.documents", "sft.demonstrations", "evaluation.split")
 _OF_THE_WORLD += ("evaluation.skills",)
 _OF_A_FILE = ("vocab_size", "prompt_width", "response_width", "held_out", "max_dropped")
@@ -92,7 +95,8 @@ def _unused_by_ppo(ppo: PPO) -> dict[str, str]:
     if ppo.method != "ppo":
         unused |= dict.fromkeys(_OF_A_CRITIC, f"{method}, which has no critic")
     elif ppo.critic != "zero-head":
-        why = f"with --ppo.critic {ppo.critic}, because Adam cancels it; set --ppo.critic-learning-rate"
+        why = f"with --ppo.critic {ppo.critic}, except on clipping, because Adam cancels it"
+        why += "; set --ppo.critic-learning-rate"
         unused["value_coef"] = why
     if ppo.method not in ("ppo", "reinforce-pp"):
         unused["discount"] = f"{method}, whose rewards are not discounted"
@@ -153,7 +157,8 @@ def refuse_changed(settings: Any, default: Any, unused: Unused) -> None:
     for names, why in unused:
         for full in itertools.chain.from_iterable(field_names(_value(settings, name), name) for name in names):
             if _value(settings, full) != _value(default, full):
-                raise SettingError(f"{flag_name(full)} has no effect {why}; leave it out")
+                advice = "" if "; " in why else "; leave it out"
+                raise SettingError(f"{flag_name(full)} has no effect {why}{advice}")
 
 
 def field_names(value: Any, prefix: str = "") -> list[str]:
@@ -174,17 +179,27 @@ def _check_ppo(settings: Settings) -> None:
     if ppo.method in _COMPARING_METHODS:
         requirement = f"at least 2 with --ppo.method {ppo.method}, which compares the answers to a prompt"
         require(ppo.samples >= 2, settings, "ppo.samples", requirement)
-    if ppo.method not in KL_IN_LOSS and kl_loss_coef(ppo) > 0 and not ppo.both_kl_terms:
-        why = "0 with --ppo.kl-loss-coef, or the KL is penalised twice; --ppo.both-kl-terms allows this"
-        require(ppo.kl_coef == 0, settings, "ppo.kl_coef", why)
     require(text_rows >= 1, settings, "ppo.ptx_ratio", "large enough for each minibatch to have a pretraining row")
     require_divides(settings, "ppo.shards", answers, f"{answers}, the number of answers in a minibatch")
     text = round(text_rows)
     require_divides(settings, "ppo.shards", text, f"{text}, the number of pretraining rows in a minibatch")
 
 
+def check_kl_terms(ppo: PPO) -> None:
+    """Raises SettingError if an RL run has a KL penalty both in the reward and in the loss without being asked to."""
+    in_reward = ppo.method not in KL_IN_LOSS and ppo.kl_coef > 0
+    if in_reward and kl_loss_coef(ppo) > 0 and not ppo.both_kl_terms:
+        raise SettingError(
+            f"--ppo.kl-loss-coef is {ppo.kl_loss_coef}, but the reward has a KL penalty too, so the KL would be "
+            "penalised twice; --ppo.both-kl-terms allows this, and a coefficient of 0 removes the penalty in the reward"
+        )
+
+
 def check(settings: Settings) -> None:
-    """Raises SettingError, naming the flag, for the first setting that is out of range or conflicts with another."""
+    """Raises SettingError, naming the flag, for the first setting that is out of range or conflicts with another.
+
+    `check_kl_terms` is separate, since some commands change the KL coefficients for each run.
+    """
     for name in _POSITIVE:
         value = _value(settings, name)
         require(value is None or 0 < value < math.inf, settings, name, "positive and finite")

@@ -163,7 +163,11 @@ _OF_A_SINGLE_MODEL += ("data.held_out",)
 def unused(settings: RewardSettings) -> Iterator[tuple[Sequence[str], str]]:
     """Yields the settings that have no effect on the run, and why."""
     training, pmp = settings.training, settings.pmp
-    yield ("ppo", "evaluation"), "on reward_model.py, which trains no policy"
+    samples = settings.folds == 0 and (settings.data.path is None or training.normalise == "policy")
+    unread = [f"ppo.{field.name}" for field in dataclasses.fields(settings.ppo) if field.name != "temperature"]
+    yield (*unread, "evaluation"), "on reward_model.py, which trains no policy"
+    if not samples:
+        yield ("ppo.temperature",), "on this run, which samples no answers"
     yield ("reward_model.heldout",), "on reward_model.py, which trains one reward model"
     yield ("sft.mix", "sft.mix_epochs"), "on reward_model.py, which starts from `sft`"
     yield ("hosts",), "on reward_model.py, which runs on a single host"

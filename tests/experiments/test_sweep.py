@@ -350,7 +350,7 @@ def test_equal_answers_share_a_score_so_that_the_kl_of_best_of_n_is_lower(tmp_pa
         (sweep.parse, ["--ppo.method", "rloo"], "ppo.samples"),
         (sweep.parse, ["--ppo.method", "grpo", "--ppo.samples", "4", "--ppo.lambda_", "0.9"], "no critic"),
         (sweep.parse, ["--ppo.method", "rloo", "--ppo.samples", "4", "--ppo.critic", "zero-head"], "no critic"),
-        (sweep.parse, ["--reward-model.heldout", "--reward-model.batch", "1200"], "half of --comparisons.prompts"),
+        (sweep.parse, ["--reward-model.heldout", "--reward-model.batch", "1201"], "half of --comparisons.prompts"),
         (sweep.parse, ["--ppo.samples", "3"], "ppo.samples"),
         (sweep.parse, [*GRPO, "--ppo.kl-target", "6"], "no KL in the reward; set --ppo.kl-loss-coef"),
         (instructgpt.parse, [*GRPO, "--ppo.kl-coef", "0.1"], "no KL in the reward; set --ppo.kl-loss-coef"),
