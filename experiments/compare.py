@@ -55,7 +55,7 @@ class Compare(Settings):
 
 def parse(arguments: list[str]) -> Compare:
     """Parses the command line; raises SettingError for invalid settings."""
-    settings = command_line.parse(Compare, arguments, doc=__doc__, adjust=_shorten, unused=_unused)
+    settings = command_line.parse(Compare, arguments, doc=__doc__, adjust=_shorten, unused=_unused, runs=_runs)
     if settings.data.path is not None:
         raise SettingError(
             "--data.path is not supported, because the methods are compared by gold utility, which only the built-in "
@@ -86,11 +86,15 @@ def ppo_settings(settings: Compare, method: Method) -> PPO:
     return ppo
 
 
+def _runs(settings: Compare) -> list[PPO]:
+    return [ppo_settings(settings, method) for method in RL_METHODS if method in settings.methods]
+
+
 def _unused(settings: Compare) -> Iterator[tuple[Sequence[str], str]]:
     """Yields the settings that have no effect on the methods to compare, and why."""
     methods = set(settings.methods)
     chosen = f"with --methods {' '.join(settings.methods)}"
-    rl = [ppo_settings(settings, method) for method in RL_METHODS if method in methods]
+    rl = _runs(settings)
     yield ("ppo.method", "ppo.samples"), "on compare.py; use --methods and --group"
     yield ("on_alarm",), "on compare.py, which raises no alarms"
     yield ("hosts",), "on compare.py, which runs on a single host"

@@ -53,7 +53,7 @@ class DPOSettings(direct_settings.DirectSettings, settings_lib.Settings):
     """Use the SFT model as the reference in all rounds, as in online DPO."""
 
 
-USED_PPO_SETTINGS = ("learning_rate", "adam_eps", "adam_tf1", "adam_b2", "weight_decay")
+USED_PPO_SETTINGS = ("learning_rate", "adam_eps", "adam_tf1", "adam_b2", "weight_decay", "temperature")
 """The --ppo settings that dpo.py accepts. The policy is trained with the optimiser of PPO."""
 ROUND_PPO_SETTINGS = ("iterations", "batch", "minibatches")
 """The --ppo settings that it also accepts with --rounds in the built-in world, which uses ``iterations`` times

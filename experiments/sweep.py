@@ -44,7 +44,7 @@ class Sweep(Settings):
 
 def parse(arguments: list[str]) -> Sweep:
     """Parses the command line; raises SettingError for invalid settings."""
-    settings = command_line.parse(Sweep, arguments, doc=__doc__, unused=_unused)
+    settings = command_line.parse(Sweep, arguments, doc=__doc__, unused=_unused, runs=_runs)
     if not settings.kl_coefs or not all(0 <= coef < math.inf for coef in settings.kl_coefs):
         raise SettingError(f"--kl-coefs is {settings.kl_coefs}; give finite coefficients of at least 0")
     if len(set(settings.kl_coefs)) < len(settings.kl_coefs):
@@ -57,13 +57,18 @@ def parse(arguments: list[str]) -> Sweep:
 
 def _unused(settings: Sweep) -> Iterator[tuple[Sequence[str], str]]:
     """Yields the settings that have no effect on the sweep, and why."""
-    yield ("ppo.kl_coef", "ppo.kl_loss_coef"), "in sweep.py, which uses --kl-coefs instead"
+    own = ("ppo.kl_coef", f"ppo.{setting_checks.kl_field(settings.ppo)}")
+    yield own, "in sweep.py, which uses --kl-coefs instead"
     yield ("on_alarm",), "in sweep.py, which raises no alarms"
     yield ("hosts",), "in sweep.py, which runs on a single host"
     unread = ("best_of", "best_of_prompts", "skills", "pretraining_rows", "transcripts")
     yield [f"evaluation.{name}" for name in unread], "in sweep.py, which only samples one answer to each prompt"
-    runs = [ppo_settings(settings, coef) for coef in settings.kl_coefs]
-    yield from setting_checks.unused_ppo(runs, ptx=False, why="in sweep.py, which trains without a pretraining loss")
+    why = "in sweep.py, which trains without a pretraining loss"
+    yield from setting_checks.unused_ppo(_runs(settings), ptx=False, why=why)
+
+
+def _runs(settings: Sweep) -> list[PPO]:
+    return [ppo_settings(settings, coef) for coef in settings.kl_coefs]
 
 
 def ppo_settings(settings: Sweep, coef: float) -> PPO:

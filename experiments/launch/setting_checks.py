@@ -164,7 +164,7 @@ def field_names(value: Any, prefix: str = "") -> list[str]:
     return [each for name, part in fields for each in field_names(part, f"{prefix}.{name}" if prefix else name)]
 
 
-def _check_ppo(settings: Settings) -> None:
+def _check_ppo(settings: Settings, runs: Sequence[PPO]) -> None:
     ppo = settings.ppo
     for name in ("ppo.minibatches", "ppo.samples"):
         require_divides(settings, name, ppo.batch, f"--ppo.batch {ppo.batch}")
@@ -174,17 +174,23 @@ def _check_ppo(settings: Settings) -> None:
     if ppo.method in _COMPARING_METHODS:
         requirement = f"at least 2 with --ppo.method {ppo.method}, which compares the answers to a prompt"
         require(ppo.samples >= 2, settings, "ppo.samples", requirement)
-    if ppo.method not in KL_IN_LOSS and kl_loss_coef(ppo) > 0 and not ppo.both_kl_terms:
-        why = "0 with --ppo.kl-loss-coef, or the KL is penalised twice; --ppo.both-kl-terms allows this"
-        require(ppo.kl_coef == 0, settings, "ppo.kl_coef", why)
+    for run in runs:
+        if run.method not in KL_IN_LOSS and kl_loss_coef(run) > 0 and not run.both_kl_terms and run.kl_coef > 0:
+            raise SettingError(
+                f"--ppo.kl-loss-coef is {run.kl_loss_coef}, but the KL penalty in the reward has the coefficient "
+                f"{run.kl_coef}, so the KL is penalised twice; --ppo.both-kl-terms allows this"
+            )
     require(text_rows >= 1, settings, "ppo.ptx_ratio", "large enough for each minibatch to have a pretraining row")
     require_divides(settings, "ppo.shards", answers, f"{answers}, the number of answers in a minibatch")
     text = round(text_rows)
     require_divides(settings, "ppo.shards", text, f"{text}, the number of pretraining rows in a minibatch")
 
 
-def check(settings: Settings) -> None:
-    """Raises SettingError, naming the flag, for the first setting that is out of range or conflicts with another."""
+def check(settings: Settings, *, runs: Sequence[PPO] | None = None) -> None:
+    """Raises SettingError, naming the flag, for the first setting that is out of range or conflicts with another.
+
+    ``runs`` are the settings of the command's RL runs; by default, a single run with ``settings.ppo``.
+    """
     for name in _POSITIVE:
         value = _value(settings, name)
         require(value is None or 0 < value < math.inf, settings, name, "positive and finite")
@@ -214,7 +220,7 @@ def check(settings: Settings) -> None:
     require(width % (2 * heads) == 0, settings, "net.heads", requirement)
     k = settings.comparisons
     require(2 <= k.min_k <= k.max_k, settings, "comparisons.min_k", f"between 2 and --comparisons.max-k {k.max_k}")
-    _check_ppo(settings)
+    _check_ppo(settings, [settings.ppo] if runs is None else runs)
     mesh_settings.check(settings)
     if settings.data.path is None:
         most = settings.comparisons.prompts // (2 if settings.reward_model.heldout else 1)
