@@ -56,7 +56,7 @@ class Compare(Settings):
 
 def parse(arguments: list[str]) -> Compare:
     """Parses the command line; raises SettingError for invalid settings."""
-    settings = command_line.parse(Compare, arguments, doc=__doc__, adjust=_shorten, unused=_unused, rl_runs=_rl_runs)
+    settings = command_line.parse(Compare, arguments, doc=__doc__, adjust=_shorten, unused=_unused, runs=_runs)
     if settings.data.path is not None:
         raise SettingError(
             "--data.path is not supported, because the methods are compared by gold utility, which only the built-in "
@@ -88,7 +88,7 @@ def ppo_settings(settings: Compare, method: Method) -> PPO:
     return dataclasses.replace(ppo, method="rloo", samples=settings.group) if method == "rloo" else ppo
 
 
-def _rl_runs(settings: Compare) -> list[PPO]:
+def _runs(settings: Compare) -> list[PPO]:
     return [ppo_settings(settings, method) for method in RL_METHODS if method in settings.methods]
 
 
@@ -96,7 +96,7 @@ def _unused(settings: Compare) -> Iterator[tuple[Sequence[str], str]]:
     """Yields the settings that have no effect on the methods to compare, and why."""
     methods = set(settings.methods)
     chosen = f"with --methods {' '.join(settings.methods)}"
-    rl = _rl_runs(settings)
+    rl = _runs(settings)
     yield ("ppo.method", "ppo.samples"), "on compare.py; use --methods and --group"
     yield ("ppo.both_kl_terms",), "on compare.py, where only grpo has a KL in the loss"
     yield ("on_alarm",), "on compare.py, which raises no alarms"

@@ -11,9 +11,9 @@
 The base model, the SFT models and the comparisons are created as in instructgpt.py, whose settings apply here too,
 except those without effect, which are refused. Most losses have a reference, which is an SFT model or, in later rounds
 without --hold-reference, the current policy. The log-probabilities of the reference are computed before training and
-saved in reference/. A reward model is trained on the same pairs, unless --pairs reduces those of the
-policy. Its accuracy is compared with the accuracy of the policy's implicit reward. With --rounds, the reward model also
-labels the samples unless --judge selects another source of labels.
+saved in reference/. A reward model is trained on the same pairs, unless --pairs reduces those of the policy. Its
+accuracy is compared with the accuracy of the policy's implicit reward. With --rounds, the reward model also labels the
+samples unless --judge selects another source of labels.
 
 The run folder contains results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/, reference/
 and policy/, a model in Hugging Face format.
@@ -54,8 +54,7 @@ class DPOSettings(direct_settings.DirectSettings, settings_lib.Settings):
 
 
 USED_PPO_SETTINGS = ("learning_rate", "adam_eps", "adam_tf1", "adam_b2", "weight_decay", "temperature")
-"""The --ppo settings that dpo.py accepts. The policy is trained with the optimiser of PPO, and answers are sampled with
-its temperature."""
+"""The --ppo settings that dpo.py accepts. The policy is trained with the optimiser of PPO."""
 ROUND_PPO_SETTINGS = ("iterations", "batch", "minibatches")
 """The --ppo settings that it also accepts with --rounds in the built-in world, which uses ``iterations`` times
 ``batch`` prompts. ``minibatches`` has no effect, but may have to be changed with ``batch``, which it must divide."""

@@ -75,7 +75,7 @@ class StudySettings(direct_settings.DirectSettings, settings_lib.Settings):
 def parse(arguments: list[str]) -> StudySettings:
     """Parses the command line; raises SettingError for invalid settings."""
     settings = command_line.parse(
-        StudySettings, arguments, doc=__doc__, adjust=_adjust_preset, unused=_unused, rl_runs=_rl_runs
+        StudySettings, arguments, doc=__doc__, adjust=_adjust_preset, unused=_unused, runs=_runs
     )
     direct_settings.check(settings)
     if settings.loss != "dpo":
@@ -131,10 +131,10 @@ def _unused(settings: StudySettings) -> Iterator[tuple[Sequence[str], str]]:
     unread = ("best_of", "best_of_prompts", "skills", "pretraining_rows", "transcripts")
     yield [f"evaluation.{name}" for name in unread], f"{study}, which only samples one answer to each prompt"
     why = f"{study}, which trains without a pretraining loss"
-    yield from setting_checks.unused_ppo(_rl_runs(settings), ptx=False, why=why)
+    yield from setting_checks.unused_ppo(_runs(settings), ptx=False, why=why)
 
 
-def _rl_runs(settings: StudySettings) -> list[settings_lib.PPO]:
+def _runs(settings: StudySettings) -> list[settings_lib.PPO]:
     return [dataclasses.replace(settings.ppo, kl_coef=coef) for coef in settings.kl_coefs]
 
 
@@ -152,6 +152,7 @@ if __name__ == "__main__":
 
 import pathlib
 import time
+from functools import partial
 
 from launch import entry_point, run_folder
 from preferences import bandit_study, direct_alignment, ranked_dpo, study_results, three_actions
@@ -346,7 +347,8 @@ def _train_policies(
                 samples=SAMPLES,
                 settings=own_settings,
             )
-            steps = sum(direct_alignment.schedule(own_settings, each.pairs).steps for each in rounds)
+            schedule = partial(direct_alignment.schedule, own_settings, devices=trainer.devices)
+            steps = sum(schedule(each.pairs).steps for each in rounds)
             prompts_used = len(prompts) // settings.rounds * settings.rounds
             used = {"sampled answers": SAMPLES * prompts_used, "prompts": prompts_used, "steps": steps}
         elif "DPO" in method:

@@ -44,7 +44,7 @@ class Sweep(Settings):
 
 def parse(arguments: list[str]) -> Sweep:
     """Parses the command line; raises SettingError for invalid settings."""
-    settings = command_line.parse(Sweep, arguments, doc=__doc__, unused=_unused, rl_runs=_rl_runs)
+    settings = command_line.parse(Sweep, arguments, doc=__doc__, unused=_unused, runs=_runs)
     if not settings.kl_coefs or not all(0 <= coef < math.inf for coef in settings.kl_coefs):
         raise SettingError(f"--kl-coefs is {settings.kl_coefs}; give finite coefficients of at least 0")
     if len(set(settings.kl_coefs)) < len(settings.kl_coefs):
@@ -57,17 +57,17 @@ def parse(arguments: list[str]) -> Sweep:
 
 def _unused(settings: Sweep) -> Iterator[tuple[Sequence[str], str]]:
     """Yields the settings that have no effect on the sweep, and why."""
-    swept = setting_checks.kl_field(settings.ppo)
-    yield ("ppo.kl_coef", f"ppo.{swept}"), "in sweep.py, which uses --kl-coefs instead"
+    own = ("ppo.kl_coef", f"ppo.{setting_checks.kl_field(settings.ppo)}")
+    yield own, "in sweep.py, which uses --kl-coefs instead"
     yield ("on_alarm",), "in sweep.py, which raises no alarms"
     yield ("hosts",), "in sweep.py, which runs on a single host"
     unread = ("best_of", "best_of_prompts", "skills", "pretraining_rows", "transcripts")
     yield [f"evaluation.{name}" for name in unread], "in sweep.py, which only samples one answer to each prompt"
     why = "in sweep.py, which trains without a pretraining loss"
-    yield from setting_checks.unused_ppo(_rl_runs(settings), ptx=False, why=why)
+    yield from setting_checks.unused_ppo(_runs(settings), ptx=False, why=why)
 
 
-def _rl_runs(settings: Sweep) -> list[PPO]:
+def _runs(settings: Sweep) -> list[PPO]:
     return [ppo_settings(settings, coef) for coef in settings.kl_coefs]
 
 

@@ -12,7 +12,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from launch import config_file, setting_checks, settings
@@ -74,7 +74,7 @@ def parse(
     doc: str | None,
     adjust: Callable[[Any], Any] = lambda preset: preset,
     unused: Callable[[S], setting_checks.Unused] = lambda parsed: setting_checks.unused_ppo([parsed.ppo]),
-    rl_runs: Callable[[S], Iterable[settings.PPO]] = lambda parsed: [parsed.ppo],
+    runs: Callable[[S], Sequence[settings.PPO]] = lambda parsed: [parsed.ppo],
 ) -> S:
     """Parses and checks the settings of a command.
 
@@ -86,7 +86,7 @@ def parse(
         doc: The description that ``--help`` prints.
         adjust: Changes the preset for the command, before the flags are applied.
         unused: Returns the settings that have no effect on the run. They are refused if they differ from the preset.
-        rl_runs: Returns the settings of each RL run.
+        runs: Returns the settings of the command's RL runs.
 
     Returns:
         The settings.
@@ -105,9 +105,7 @@ def parse(
             "and --hosts.*"
         )
     setting_checks.check_used(parsed, default, unused(parsed))
-    setting_checks.check(parsed)
-    for ppo in rl_runs(parsed):
-        setting_checks.check_kl_terms(ppo)
+    setting_checks.check(parsed, runs=runs(parsed))
     if parsed.model is None:
         return parsed
     # An absolute path, so that the run can be resumed from any working directory.

@@ -169,7 +169,7 @@ def field_names(value: Any, prefix: str = "") -> list[str]:
     return [each for name, part in fields for each in field_names(part, f"{prefix}.{name}" if prefix else name)]
 
 
-def _check_ppo(settings: Settings) -> None:
+def _check_ppo(settings: Settings, runs: Sequence[PPO]) -> None:
     ppo = settings.ppo
     for name in ("ppo.minibatches", "ppo.samples"):
         require_divides(settings, name, ppo.batch, f"--ppo.batch {ppo.batch}")
@@ -179,26 +179,22 @@ def _check_ppo(settings: Settings) -> None:
     if ppo.method in _COMPARING_METHODS:
         requirement = f"at least 2 with --ppo.method {ppo.method}, which compares the answers to a prompt"
         require(ppo.samples >= 2, settings, "ppo.samples", requirement)
+    for run in runs:
+        if run.method not in KL_IN_LOSS and kl_loss_coef(run) > 0 and not run.both_kl_terms and run.kl_coef > 0:
+            raise SettingError(
+                f"--ppo.kl-loss-coef is {run.kl_loss_coef}, but the KL penalty in the reward has the coefficient "
+                f"{run.kl_coef}, so the KL is penalised twice; --ppo.both-kl-terms allows this"
+            )
     require(text_rows >= 1, settings, "ppo.ptx_ratio", "large enough for each minibatch to have a pretraining row")
     require_divides(settings, "ppo.shards", answers, f"{answers}, the number of answers in a minibatch")
     text = round(text_rows)
     require_divides(settings, "ppo.shards", text, f"{text}, the number of pretraining rows in a minibatch")
 
 
-def check_kl_terms(ppo: PPO) -> None:
-    """Raises SettingError if an RL run has a KL penalty both in the reward and in the loss without being asked to."""
-    in_reward = ppo.method not in KL_IN_LOSS and ppo.kl_coef > 0
-    if in_reward and kl_loss_coef(ppo) > 0 and not ppo.both_kl_terms:
-        raise SettingError(
-            f"--ppo.kl-loss-coef is {ppo.kl_loss_coef}, but the reward has a KL penalty too, so the KL would be "
-            "penalised twice; --ppo.both-kl-terms allows this, and a coefficient of 0 removes the penalty in the reward"
-        )
-
-
-def check(settings: Settings) -> None:
+def check(settings: Settings, *, runs: Sequence[PPO] | None = None) -> None:
     """Raises SettingError, naming the flag, for the first setting that is out of range or conflicts with another.
 
-    `check_kl_terms` is separate, since some commands change the KL coefficients for each run.
+    ``runs`` are the settings of the command's RL runs; by default, a single run with ``settings.ppo``.
     """
     for name in _POSITIVE:
         value = _value(settings, name)
@@ -229,7 +225,7 @@ def check(settings: Settings) -> None:
     require(width % (2 * heads) == 0, settings, "net.heads", requirement)
     k = settings.comparisons
     require(2 <= k.min_k <= k.max_k, settings, "comparisons.min_k", f"between 2 and --comparisons.max-k {k.max_k}")
-    _check_ppo(settings)
+    _check_ppo(settings, [settings.ppo] if runs is None else runs)
     mesh_settings.check(settings)
     if settings.data.path is None:
         most = settings.comparisons.prompts // (2 if settings.reward_model.heldout else 1)

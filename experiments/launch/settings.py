@@ -268,7 +268,7 @@ class Evaluation:
     """Number of held-out prompts. Each policy answers them once, except `sft`, which answers them twice."""
     temperature: float | None = None
     """Sampling temperature of the evaluation, which also applies to the KL; 0.01 is near-greedy (Stiennon, N+). None
-    uses --ppo.temperature. Best-of-n always uses --ppo.temperature."""
+    uses --ppo.temperature, as best-of-n always does except in compare.py."""
     split: str = "test"
     """Split of the built-in world's prompts: `test` to report results, `validation` to tune settings."""
     best_of: int = 16

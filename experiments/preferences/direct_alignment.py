@@ -141,7 +141,7 @@ class Trainer:
             reference,
             rows,
             path=self.folder / f"{name}.npz",
-            settings={"model": repr(self.job.cfg), "temperature": 1.0},
+            settings={"model": repr(self.job.cfg), "temperature": self.job.settings.ppo.temperature},
             rows=device_mesh.round_rows_up(policy_sampling.LONG_CHUNK, self.job.mesh),
             warn=partial(self.job.progress.message, name),
         )
@@ -215,7 +215,8 @@ class Trainer:
 def make_trainer(job: jobs.Job, settings: DirectSettings, folder: pathlib.Path) -> Trainer:
     """Builds a trainer without compiling its functions. Raises SettingError if the mesh cannot split a batch evenly."""
     direct_settings.check_mesh(settings, job.settings.mesh)
-    logprobs = partial(lm.token_logprobs, cfg=job.cfg, prompt_width=job.task.prompt_width)
+    task, temperature = job.task, job.settings.ppo.temperature
+    logprobs = partial(lm.token_logprobs, cfg=job.cfg, prompt_width=task.prompt_width, temperature=temperature)
     loss = LOSSES[settings.loss]
     options: dict[str, Any] = {} if settings.has_reference else {"reference": None}
     train_step = dpo.make_train_step(logprobs, loss.objective, micro_batches=settings.micro_batches, **options)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from launch.settings import SettingError
-from recipe import jobs, policy_sampling
+from recipe import jobs, policy_sampling, reward_diagnosis
 
 from rlhf_jax import types
 from rlhf_jax.simulation import labelers
@@ -31,17 +31,8 @@ class Pairs:
 
 def count(ranked: types.Comparisons) -> dict[str, int]:
     """Returns the numbers of pairs of answers that differ in rank, of answers and of prompts."""
-    ranks_BK, where_BK = np.asarray(ranked.ranks_BK), np.asarray(ranked.where_BK)
-    return {
-        "pairs": int(_better(ranks_BK, where_BK).sum()),
-        "answers": int(where_BK.sum()),
-        "prompts": len(ranks_BK),
-    }
-
-
-def _better(ranks_BK: np.ndarray, where_BK: np.ndarray) -> np.ndarray:
-    """Returns whether the first answer is ranked better than the second, ``[B, K, K]``."""
-    return (ranks_BK[:, :, None] < ranks_BK[:, None, :]) & where_BK[:, :, None] & where_BK[:, None, :]
+    pairs = len(reward_diagnosis.better_pairs(ranked)[0])
+    return {"pairs": pairs, "answers": int(np.sum(ranked.where_BK)), "prompts": len(ranked.ranks_BK)}
 
 
 def from_rankings(ranked: types.Comparisons, *, prompt_width: int, per_prompt: int, seed: int) -> Pairs:
@@ -49,8 +40,7 @@ def from_rankings(ranked: types.Comparisons, *, prompt_width: int, per_prompt: i
 
     At most ``per_prompt`` pairs per prompt are drawn at random; 0 keeps all. Raises SettingError if there are no pairs.
     """
-    ranks_BK, where_BK = np.asarray(ranked.ranks_BK), np.asarray(ranked.where_BK)
-    b, i, j = np.nonzero(_better(ranks_BK, where_BK))
+    b, i, j = reward_diagnosis.better_pairs(ranked)
     if per_prompt:
         order = np.random.default_rng([seed, 700]).permutation(len(b))
         order = order[np.argsort(b[order], kind="stable")]

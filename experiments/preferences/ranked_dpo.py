@@ -36,7 +36,8 @@ def make_step(job: jobs.Job) -> parallel.JitStep:
 
 def _make_score(job: jobs.Job) -> Any:
     P = job.task.prompt_width
-    logprobs = partial(lm.token_logprobs, cfg=job.cfg, prompt_width=P)
+    temperature = job.settings.ppo.temperature
+    logprobs = partial(lm.token_logprobs, cfg=job.cfg, prompt_width=P, temperature=temperature)
 
     def score(params: types.Params, tokens_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:
         return masking.masked_sum(logprobs(params, tokens_BL, mask_BL=mask_BL), where=mask_BL[:, P:], axis=-1)

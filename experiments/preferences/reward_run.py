@@ -67,9 +67,7 @@ def run(settings: RewardSettings, out: Console) -> tuple[pathlib.Path, dict[str,
 
 def _score(job: jobs.Job, params: types.Params, batch: types.Comparisons) -> np.ndarray:
     """Returns the scores ``[B, K]`` of all answers. Raises DivergedError if a score is not finite."""
-    B, K, L = np.shape(batch.tokens_BKL)
-    rows = (np.asarray(x).reshape(B * K, L) for x in (batch.tokens_BKL, batch.mask_BKL))
-    scores_BK = job.sampler.score(params, *rows).reshape(B, K)
+    scores_BK = reward_diagnosis.score_answers(job, params, batch)
     _check_finite(scores_BK[np.asarray(batch.where_BK)])
     return scores_BK
 
@@ -77,9 +75,7 @@ def _score(job: jobs.Job, params: types.Params, batch: types.Comparisons) -> np.
 def _score_margins(job: jobs.Job, params: types.Params, batch: types.Comparisons) -> tuple[np.ndarray, np.ndarray]:
     """Returns the margin (better score minus worse) of each pair with different ranks, and the index of its prompt."""
     scores_BK = _score(job, params, batch)
-    ranks_BK, where_BK = np.asarray(batch.ranks_BK), np.asarray(batch.where_BK)
-    both_BKK = where_BK[:, :, None] & where_BK[:, None, :]
-    b, i, j = np.nonzero(both_BKK & (ranks_BK[:, :, None] < ranks_BK[:, None, :]))
+    b, i, j = reward_diagnosis.better_pairs(batch)
     return (scores_BK[b, i] - scores_BK[b, j]).astype(np.float64), b
 
 

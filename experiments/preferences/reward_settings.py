@@ -163,11 +163,9 @@ _OF_A_SINGLE_MODEL += ("data.held_out",)
 def unused(settings: RewardSettings) -> Iterator[tuple[Sequence[str], str]]:
     """Yields the settings that have no effect on the run, and why."""
     training, pmp = settings.training, settings.pmp
-    samples = settings.folds == 0 and (settings.data.path is None or training.normalise == "policy")
-    unread = [f"ppo.{field.name}" for field in dataclasses.fields(settings.ppo) if field.name != "temperature"]
-    yield (*unread, "evaluation"), "on reward_model.py, which trains no policy"
-    if not samples:
-        yield ("ppo.temperature",), "on this run, which samples no answers"
+    sampled = settings.data.path is None or training.normalise == "policy"  # with --folds, there is a --data.path
+    names = [field.name for field in dataclasses.fields(settings_lib.PPO) if field.name != "temperature" or not sampled]
+    yield (*(f"ppo.{name}" for name in names), "evaluation"), "on reward_model.py, which trains no policy"
     yield ("reward_model.heldout",), "on reward_model.py, which trains one reward model"
     yield ("sft.mix", "sft.mix_epochs"), "on reward_model.py, which starts from `sft`"
     yield ("hosts",), "on reward_model.py, which runs on a single host"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from functools import partial
@@ -75,6 +76,8 @@ def evaluate(
                 results["goodhart"][name] = reward_diagnosis.goodhart(_first(sft_mix, n), each.answers, asked_B[:n])
     results["best_of_n_curve"] = curve
     results["best_of"] = settings.best_of
+    if settings.temperature is not None:
+        results["temperature"] = {"policies": settings.temperature, "best_of_n": job.settings.ppo.temperature}
     results["held_out"] = {"prompts": len(prompts), "asked": len(np.unique(asked_B))}
     job.progress.finish("evaluate")
     return results
@@ -217,16 +220,23 @@ def _make_probe(job: Job) -> Any:
         numbers: dict[str, Any] = {"pretraining_loss": list(diagnostics.mean_interval(loss_B))}
         if task.world is not None:
             right_B = host_agreement.to_numpy(right(params, *skill_rows))
-            # The greedy answers to equal problems are equal.
-            problem_B = np.unique(task.world.skill_rows.tokens_BL, axis=0, return_inverse=True)[1].reshape(-1)
-            numbers["skill_accuracy"] = mean(right_B, problem_B, rate=True)
-            numbers["skills"] = {
-                skill: mean(right_B[i :: len(corpus.SKILLS)], problem_B[i :: len(corpus.SKILLS)], rate=True)
-                for i, skill in enumerate(corpus.SKILLS)
-            }
+            numbers |= skill_accuracy(right_B, task.world.skill_rows.tokens_BL)
         return numbers
 
     return probe
+
+
+def skill_accuracy(right_B: np.ndarray, problems_BL: np.ndarray) -> dict[str, Any]:
+    """Returns the accuracy on all skill problems and by skill, with the skills in rotation; a skill may be missing.
+
+    The intervals are clustered by ``problems_BL``, because the greedy answers to equal problems are equal.
+    """
+    problem_B = np.unique(problems_BL, axis=0, return_inverse=True)[1].reshape(-1)
+    n = len(corpus.SKILLS)
+    by_skill = {
+        skill: mean(right_B[i::n], problem_B[i::n], rate=True) for i, skill in enumerate(corpus.SKILLS[: len(right_B)])
+    }
+    return {"skill_accuracy": mean(right_B, problem_B, rate=True), "skills": by_skill}
 
 
 def _best_of_n(job: Job, policy: types.Params, reward: types.Params, rng: jax.Array) -> tuple[Measured, list[dict]]:
@@ -266,10 +276,10 @@ def best_of_n_curve(pool: Answers, asked_B: np.ndarray) -> list[dict[str, Any]]:
 def _transcripts(job: Job, measured: dict[str, Measured]) -> list[dict[str, Any]]:
     """Returns the policies' answers to a few prompts, which are chosen from the categories in rotation."""
     prompts = job.task.eval_prompts
-    seen: dict[str, int] = {}
-    turn = [seen.setdefault(c, 0) or 0 for c in prompts.categories]
-    for i, category in enumerate(prompts.categories):
-        turn[i], seen[category] = seen[category], seen[category] + 1
+    seen, turn = collections.Counter[str](), []
+    for category in prompts.categories:
+        turn.append(seen[category])
+        seen[category] += 1
     order = sorted(range(len(prompts)), key=lambda i: (turn[i], i))[: job.settings.evaluation.transcripts]
     shown = [name for name in measured if name not in ("sft_mix", "best_of_n")]
     rows = []

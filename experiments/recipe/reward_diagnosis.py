@@ -29,9 +29,9 @@ def measure(job: Job, reward: types.Params, validation: types.Comparisons, train
     Returns:
         The ``reward_model`` entry of results.json.
     """
-    scores_BK = _scores(job, reward, validation)
+    scores_BK = score_answers(job, reward, validation)
     where_BK = np.asarray(validation.where_BK)
-    b, i, j = _pairs(validation)
+    b, i, j = better_pairs(validation)
     better, worse = scores_BK[b, i], scores_BK[b, j]
     asked_B = job.task.asked(validation)
     asked = asked_B[b].tolist()
@@ -54,7 +54,7 @@ def measure(job: Job, reward: types.Params, validation: types.Comparisons, train
     )
     n = max(1, min(len(np.asarray(train.ranks_BK)), policy_sampling.CHUNK // np.shape(train.ranks_BK)[1]))
     seen = jax.tree.map(lambda x: np.asarray(x)[:n], train)
-    seen_BK, (seen_b, seen_i, seen_j) = _scores(job, reward, seen) / gain, _pairs(seen)
+    seen_BK, (seen_b, seen_i, seen_j) = score_answers(job, reward, seen) / gain, better_pairs(seen)
     facts: dict[str, Any] = {
         "accuracy": list(accuracy),
         "held_out_pairs": len(chosen),
@@ -88,13 +88,14 @@ def measure(job: Job, reward: types.Params, validation: types.Comparisons, train
     return facts
 
 
-def _scores(job: Job, reward: types.Params, batch: types.Comparisons) -> np.ndarray:
+def score_answers(job: Job, reward: types.Params, batch: types.Comparisons) -> np.ndarray:
+    """Returns the scores ``[B, K]`` of all answers; those of missing answers are meaningless."""
     B, K, L = np.shape(batch.tokens_BKL)
     flat = np.asarray(batch.tokens_BKL).reshape(B * K, L), np.asarray(batch.mask_BKL).reshape(B * K, L)
     return job.sampler.score(reward, *flat).reshape(B, K)
 
 
-def _pairs(batch: types.Comparisons) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def better_pairs(batch: types.Comparisons) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the indices of the prompt, better answer and worse answer of each pair that is not tied."""
     ranks_BK, where_BK = np.asarray(batch.ranks_BK), np.asarray(batch.where_BK)
     better_BKK = (ranks_BK[:, :, None] < ranks_BK[:, None, :]) & where_BK[:, :, None] & where_BK[:, None, :]

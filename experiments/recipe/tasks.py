@@ -311,16 +311,18 @@ def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None)
     fmt = human_comparisons.train_chat_format(train, data.vocab_size) if model is None else model.fmt
     # Records that exceed the widths do not count towards --data.max-dropped, which is for defects of the file.
     width_counts = errors.DropCount(max_dropped=1.0)
+    # Counted over both parts, because a part with a single conversation would be divided by its prompts.
+    conversation_N = human_comparisons.conversation_ids([*train, *held_out])
     widths: Any = {"prompt_width": P, "response_width": T, "max_answers": max(len(each.responses) for each in rankings)}
     sets = []
-    for part in (train, held_out):
+    for part, conversation_B in ((train, conversation_N[: len(train)]), (held_out, conversation_N[len(train) :])):
         ids, indices = chat.encode_prompts(fmt, [each.prompt for each in part], width=P, counts=width_counts)
         fitting = [part[i] for i in indices]
         rows, _ = encoding.ranking_rows(fmt, ids, fitting, counts=width_counts, **widths)
         if part and not len(rows.ranks_BK):
             raise errors.DataError(f"{data.path}: none of {len(part)} comparisons is usable ({width_counts.report()})")
-        sets.append((ids, fitting, rows))
-    (train_ids, train, train_rows), (held_ids, held_out, held_rows) = sets
+        sets.append((ids, fitting, rows, _dialogue_prompts(ids, fitting, P, fmt.pad_id, conversation_B[indices])))
+    (train_ids, train, train_rows, train_prompts), (_, held_out, held_rows, held_prompts) = sets
     demonstrations = padding.demonstration_rows(
         train_ids,
         chat.encode_answers(fmt, [each.responses[0] for each in train]),
@@ -329,8 +331,6 @@ def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None)
         pad_id=fmt.pad_id,
         counts=errors.DropCount(max_dropped=1.0),
     )
-    train_prompts = _dialogue_prompts(train_ids, train, P, fmt.pad_id)
-    held_prompts = _dialogue_prompts(held_ids, held_out, P, fmt.pad_id)
     end = _document_end(fmt)
     texts = [human_comparisons.encode_dialogues(fmt, part, end=end) for part in (train, held_out)]
     for name, ids in zip(("training", "held-out"), texts):
@@ -357,10 +357,12 @@ def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None)
     )
 
 
-def _dialogue_prompts(ids: list[list[int]], prompts: Sequence[records.Prompt], width: int, pad_id: int) -> PromptSet:
+def _dialogue_prompts(
+    ids: list[list[int]], prompts: Sequence[records.Prompt], width: int, pad_id: int, conversation_B: np.ndarray
+) -> PromptSet:
     tokens_BP, mask_BP = padding.pad_prompts(ids, width=width, pad_id=pad_id)
     texts = ["\n".join(f"{turn.role}: {turn.text}" for turn in each.prompt) for each in prompts]
-    return PromptSet(tokens_BP, mask_BP, texts, [""] * len(prompts), human_comparisons.conversation_ids(prompts))
+    return PromptSet(tokens_BP, mask_BP, texts, [""] * len(prompts), conversation_B)
 
 
 def token_batch(rows: padding.Rows, indices: np.ndarray) -> sft.TokenBatch:

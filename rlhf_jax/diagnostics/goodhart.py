@@ -71,7 +71,7 @@ def split_halves(
         The gains in score, their gaps and the first checkpoint from which the gap stays significant.
 
     Raises:
-        ValueError: Unless both arrays have the same shape, with at least one checkpoint and two prompts, and contain no
+        ValueError: Unless both arrays have the same shape, with at least one checkpoint and one prompt, and contain no
             NaN.
     """
     train, test = (scores - scores[0] for scores in _tables(train_CN, test_CN))
@@ -155,8 +155,8 @@ def regressional_goodhart(
 
 def _tables(left: npt.ArrayLike, right: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
-    if left.ndim != 2 or left.shape != right.shape or left.shape[0] < 1 or left.shape[1] < 2:
-        raise ValueError(f"need equal shapes (checkpoints, at least 2 prompts), got {left.shape} and {right.shape}")
+    if left.ndim != 2 or left.shape != right.shape or not left.size:
+        raise ValueError(f"need equal shapes (checkpoints, prompts) without a 0, got {left.shape} and {right.shape}")
     if np.isnan(left).any() or np.isnan(right).any():
         raise ValueError("a score is NaN")
     return left, right

@@ -29,7 +29,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
         title=results_lib.headline(results),
         title_justify="left",
         title_style="bold",
-        caption=" · ".join([*_gap_closed(results), *_reward_model(results), *results_lib.run_facts(results)]) or None,
+        caption=" · ".join(_caption(results)) or None,
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=0,
@@ -55,6 +55,12 @@ def _parts(results: Mapping[str, Any], policy: str, column: results_lib.Column) 
 def _cell(mean: str, bounds: str, width: int) -> Text:
     """Returns a number and its interval, padded so that the numbers of a column align."""
     return Text.assemble(mean, (f" {bounds:>{width}}", "dim")) if bounds else Text(mean)
+
+
+def _caption(results: Mapping[str, Any]) -> list[str]:
+    differs = results_lib.best_of_n_differs(results)
+    parts = [*_gap_closed(results), *([differs] if differs else []), *_reward_model(results)]
+    return [*parts, *results_lib.run_facts(results)]
 
 
 def _gap_closed(results: Mapping[str, Any]) -> list[str]:

@@ -135,6 +135,10 @@ def _table_note(results: Mapping[str, Any]) -> str:
         "The second line of a cell is the 95 % interval. The KL is measured from SFT-mix, the policy before RL or "
         "direct preference optimisation."
     )
+    if differs := results_lib.best_of_n_differs(results):
+        note += f" {differs[0].upper()}{differs[1:]}."
+        if results_lib.value(results, "best_of_n", "gold_win_rate_vs_sft"):
+            note += " Its win rates compare it with the answers of SFT to the same prompts."
     best = results_lib.finite(results.get("best_possible_gold"))
     if best is not None:
         note += f" The best possible gold utility is {results_lib.format_number(best.mean, digits=3)}."
@@ -268,9 +272,10 @@ def _overoptimisation(results: Mapping[str, Any]) -> list[Figure]:
 
 def _frontiers(results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[Figure]:
     stages = [s for s in _stages(metrics) if s.startswith("ppo")]
+    source = " Curves are means over rollouts, which answer training prompts; best-of-n answers held-out prompts."
     reward, gold = ([pair for s in stages if (pair := plots.paired(metrics, s, key))] for key in ("reward", "gold"))
-    linear = f"If the curve is straight, the reward is linear in the square root of the KL{_linearity(reward)}."
-    falling = "At the same KL, a higher utility is better. If a curve falls, the policy is over-optimised."
+    linear = f"If the curve is straight, the reward is linear in the square root of the KL{_linearity(reward)}.{source}"
+    falling = f"At the same KL, a higher utility is better. If a curve falls, the policy is over-optimised.{source}"
     return _figures(
         (plots.frontier(results, reward, "reward", ylabel="Reward-model score"), "Reward against KL", linear),
         (plots.frontier(results, gold, "gold", ylabel="Gold utility"), "Gold utility against KL", falling),

@@ -283,6 +283,16 @@ def _gap_closed(results: Mapping[str, Any]) -> str:
     return f"Share of the gap between SFT's gold utility and {maximum} that a policy closes: {shares}."
 
 
+def best_of_n_differs(results: Mapping[str, Any]) -> str:
+    """Returns how the evaluation of best-of-n differs from that of the other policies, or "" if it does not."""
+    few, prompts = value(results, "best_of_n", "prompts"), (results.get("held_out") or {}).get("prompts")
+    temperature = results.get("temperature") or {}
+    own, others = temperature.get("best_of_n"), temperature.get("policies")
+    texts = [f"answers {few} of {prompts} prompts"] if few and prompts and few < prompts else []
+    texts += [f"samples at a temperature of {own:g} instead of {others:g}"] if own and others and own != others else []
+    return f"best-of-n {' and '.join(texts)}" if texts and value(results, "best_of_n", "n") else ""
+
+
 def _implicit_reward(results: Mapping[str, Any]) -> str:
     if (accuracy := finite(results.get("implicit_accuracy"))) is None:
         return ""

@@ -201,6 +201,8 @@ def test_fall_from_the_peak_is_detected():
     noisy = diagnostics.fall_from_peak([[0.0] * 3, [0.0] * 3, [3.0, -1.0, 0.5]], flat)
     assert noisy.rise.mean > 0 > noisy.rise.lo and not noisy.gamed, "the rise may be noise"
     assert diagnostics.fall_from_peak(flat[:1], flat[:1]).fall == (0.0, 0.0, 0.0)
+    one = diagnostics.fall_from_peak([[0.0], [1.0]], [[1.0], [0.0]])
+    assert one.fall == (1.0, -math.inf, math.inf) and not one.gamed, "a single prompt has no interval"
     assert not diagnostics.fall_from_peak(*run(3, gold=lambda c: 0.3 * c)).gamed
     proxy, judge = run(4, gold=lambda c: -0.3 * c)
     assert not diagnostics.fall_from_peak(-proxy, judge).gamed, "it is not gaming if the proxy falls as well"

@@ -370,7 +370,7 @@ def test_methods_of_the_study_have_equal_labels_and_iterated_dpo_the_answers_of_
     monkeypatch.setattr(dpo_vs_ppo.comparison_data, "load_or_collect", lambda *_, **__: ([ranked(B=6)], None, {}))
     for name in ("pretrain", "train_reward_model", "normalise_scores"):
         monkeypatch.setattr(dpo_vs_ppo.stages, name, lambda *_, **__: None)
-    monkeypatch.setattr(direct_alignment, "make_trainer", lambda *_: None)
+    monkeypatch.setattr(direct_alignment, "make_trainer", lambda *_: SimpleNamespace(devices=16))
     rounds = [SimpleNamespace(pairs=64), SimpleNamespace(pairs=60)]
     iterate = lambda *args, **options: iterated.append((args[3], options)) or (None, rounds)  # noqa: E731
     monkeypatch.setattr(direct_alignment, "iterate", iterate)
@@ -387,7 +387,21 @@ def test_methods_of_the_study_have_equal_labels_and_iterated_dpo_the_answers_of_
     for each in data.values():
         assert (each["labelled pairs"], each["labelled answers"]) == (labels["pairs"], labels["answers"])
     assert data["iterated DPO"]["sampled answers"] == data["PPO"]["sampled answers"] == 512
-    assert [data[name]["steps"] for name in ("DPO", "iterated DPO", "PPO")] == [1, 4 + 4, 2 * 4]
+    assert [data[name]["steps"] for name in ("DPO", "iterated DPO", "PPO")] == [1, 4 + 5, 2 * 4], (
+        "a batch of 60 pairs is 48 on 16 devices"
+    )
+
+
+def test_log_probabilities_have_the_temperature_of_the_policy(tmp_path):
+    asked = experiment.parse(["--preset", "smoke", "--ppo.temperature", "0.5"])
+    cfg = lm.LMConfig.preset("tiny")
+    job: Any = SimpleNamespace(cfg=cfg, settings=asked, task=SimpleNamespace(prompt_width=3), mesh=None)
+    params, tokens, mask = lm.init(jax.random.key(0), cfg), jnp.array([[5, 6, 7, 8, 9]]), jnp.ones((1, 5), bool)
+    wanted = lm.token_logprobs(params, tokens, cfg=cfg, prompt_width=3, temperature=0.5).sum()
+    assert float(ranked_dpo._make_score(job)(params, tokens, mask)[0]) == pytest.approx(float(wanted), rel=1e-5)
+    rows = types.Preferences(tokens[:, None], mask[:, None], mask[:, None, 3:])
+    scores_BK = direct_alignment.make_trainer(job, asked, tmp_path).score(params, rows)
+    assert float(scores_BK[0, 0]) == pytest.approx(float(wanted), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", [direct_settings.DirectSettings, experiment.DPOSettings, dpo_vs_ppo.StudySettings])

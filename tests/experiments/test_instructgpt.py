@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import pytest
 import real_run
-from recipe import run_setup, tasks
+from recipe import evaluation, run_setup, tasks
 from rich.console import Console
 
 from rlhf_jax.data import errors
@@ -345,6 +345,28 @@ def test_rankings_keep_all_answers_and_refused_roles_are_reported(tmp_path):
         record["prompt"] = [{"role": "system", "content": "Be short."}, {"role": "user", "content": record["prompt"]}]
     with pytest.raises(errors.DataError, match=r"system\.jsonl: none of 32 comparisons is usable .*roles are refused"):
         task_of(write(tmp_path / "system.jsonl", records))
+
+
+def test_the_turns_of_a_single_held_out_conversation_are_one_cluster(tmp_path):
+    def record(conversation, turns):
+        said = [text for turn in range(turns) for text in (f"Question {turn} about {conversation}?", f"Fact {turn}.")]
+        roles = ("user", "assistant")
+        prompt = [{"role": roles[i % 2], "content": text} for i, text in enumerate([*said, "And then?"])]
+        return {"prompt": prompt, "responses": [f"It is the {conversation}.", "No."], "ranks": [1, 2]}
+
+    records = [record(name, turns) for name in ("apple", "bridge") for turns in (1, 2, 3, 4)]
+    path = write(tmp_path / "turns.jsonl", records)
+    arguments = ["--preset", "smoke", "--data.path", str(path), "--data.held-out", "0.5", "--data.vocab-size", "280"]
+    task = tasks.make_task(instructgpt.parse([*arguments, "--data.prompt-width", "256"]))
+    assert len(task.eval_prompts) == 4 and len(set(task.eval_prompts.asked_B.tolist())) == 1
+    train, held_out = map(task.asked, task.comparisons)
+    assert len(set(train.tolist())) == len(set(held_out.tolist())) == 1 and train[0] != held_out[0]
+
+
+def test_accuracies_of_fewer_problems_than_skills_are_reported():
+    found = evaluation.skill_accuracy(np.array([True, False]), np.array([[1, 2], [3, 4]]))
+    assert list(found["skills"]) == ["copy", "sort"] and found["skills"]["sort"] == [0.0, 0.0, 1.0]
+    assert found["skill_accuracy"][0] == 0.5
 
 
 def test_warnings_about_the_data_are_saved_as_incidents(tmp_path):

@@ -327,11 +327,9 @@ def test_methods_without_a_critic_refuse_every_setting_of_the_critic(method):
         ("dpo_vs_ppo", "--parts exact --published xu", "--published xu has no effect without world"),
         ("reward_model", "--published xu", "--published xu selects settings of PPO"),
         ("dpo_vs_ppo", "--data.path x", "--data.path is not supported, .* requires a gold utility; leave it out"),
-        ("dpo_vs_ppo", "--ppo.kl-loss-coef 0.1", "--ppo.kl-loss-coef is 0.1, but the reward has a KL penalty too"),
-        ("sweep", "--ppo.kl-loss-coef 0.1", "--ppo.kl-loss-coef is 0.1, but the reward has a KL penalty too"),
-        ("reward_model", "--data.path x --ppo.temperature 0.5", "--ppo.temperature has no effect on this run, which"),
         ("reward_model", "--cv.width 32", "--cv.width has no effect without --folds"),
         ("reward_model", "--pmp.rate 0.2", "--pmp.rate has no effect without --pmp.prompts"),
+        ("reward_model", "--data.path FILE --ppo.temperature 0.7", "--ppo.temperature has no effect on reward_model"),
         ("reward_model", "--sft.mix 0.2", "--sft.mix has no effect on reward_model.py"),
     ],
 )
@@ -350,11 +348,13 @@ def test_the_same_settings_are_accepted_where_they_have_an_effect():
     ):
         instructgpt.parse(arguments.split())
     sweep.parse(["--ppo.method", "dr-grpo", "--ppo.samples", "4", "--ppo.reference-ema", "0.9"])
-    for arguments in ("--ppo.both-kl-terms", "--kl-coefs 0"):
-        sweep.parse([*arguments.split(), "--ppo.kl-loss-coef", "0.1"])
+    sweep.parse(["--ppo.kl-loss-coef", "0.1", "--ppo.both-kl-terms"])
+    sweep.parse(["--ppo.kl-loss-coef", "0.1", "--kl-coefs", "0"])
+    compare.parse(["--methods", "grpo", "--ppo.kl-loss-coef", "0.1"])
+    for command in (dpo, reward_model):  # the temperature of the samples that are compared
+        assert command.parse(["--ppo.temperature", "0.7"]).ppo.temperature == 0.7
+    reward_model.parse(["--data.path", "FILE", "--training.normalise", "policy", "--ppo.temperature", "0.7"])
     dpo.parse(["--ppo.adam-b2", "0.9", "--ppo.weight-decay", "0.1", "--on-alarm", "stop"])
-    for command in (dpo, reward_model):  # the temperature at which the comparisons are sampled
-        command.parse(["--ppo.temperature", "0.7"])
 
 
 def test_the_kl_loss_in_a_comparison_of_methods_is_that_of_grpo():

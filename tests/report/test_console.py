@@ -45,6 +45,15 @@ def test_the_caption_states_the_gap_that_is_closed_the_accuracy_and_one_duration
     assert start + closed["ppo"].split()[0] + " %" in text and f"PPO-ptx {closed['ppo_ptx'].split()[0]} %" in text
 
 
+def test_the_caption_states_how_best_of_n_differs():
+    policies = {"sft": {"gold": 0.7}, "best_of_n": {"gold": 0.8, "n": 16, "prompts": 400}}
+    results = {"policies": policies, "held_out": {"prompts": 1280}, "temperature": {"best_of_n": 1.0, "policies": 0.01}}
+    text = " ".join(printed_table(results, 120).split())
+    assert "best-of-n answers 400 of 1280 prompts and samples at a temperature of 1 instead of 0.01" in text
+    assert results_lib.best_of_n_differs(results | {"temperature": None}) == "best-of-n answers 400 of 1280 prompts"
+    assert results_lib.best_of_n_differs({"policies": policies, "held_out": {"prompts": 400}}) == ""
+
+
 def test_the_table_fits_into_80_characters():
     text = printed_table(RESULTS, 80)
     assert "…" not in text and max(map(len, text.splitlines())) <= 80

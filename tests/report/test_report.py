@@ -216,6 +216,13 @@ def test_the_gap_that_is_closed_is_stated_in_words(full_text):
     assert results_lib.gap_closed(real_run.human_results()) == ""
 
 
+def test_the_page_says_which_prompts_are_answered(full_text):
+    text = Page(full_text).text
+    prompts = full_results()["policies"]["best_of_n"]["prompts"], full_results()["held_out"]["prompts"]
+    assert "Best-of-n answers {} of {} prompts. Its win rates compare it with the answers".format(*prompts) in text
+    assert "means over rollouts, which answer training prompts; best-of-n answers held-out prompts." in text
+
+
 def test_counts_are_printed_as_integers(full_text):
     page = Page(full_text)
     assert "4.000" not in page.text and "32.000" not in page.text
