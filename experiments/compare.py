@@ -9,9 +9,10 @@ All methods start from the same SFT model and use the same reward model. Each tr
 answers and takes the same number of optimiser steps; PPO and PPO-ptx answer each prompt once, the others --group times.
 During training, each policy answers the same held-out prompts several times, which gives a curve of gold utility
 against KL to the SFT model. The curves are compared at the KLs of --at. GRPO penalises the KL in the loss, as
-published, instead of in the reward. Best-of-n trains nothing, but samples n answers to each held-out prompt. Its KL is
-measured, because repeated answers make it lower than log n - (n - 1) / n. The flags of instructgpt.py are accepted too,
-except those without effect, such as --ppo.method and --on-alarm.
+published, with --ppo.kl-loss-coef; the other RL methods penalise it in the reward, with --ppo.kl-coef. The learning
+rate of expert iteration is a quarter of --sft.learning-rate. Best-of-n trains nothing, but samples n answers to each
+held-out prompt. Its KL is measured, because repeated answers make it lower than log n - (n - 1) / n. The flags of
+instructgpt.py are accepted too, except those without effect, such as --ppo.method and --on-alarm.
 
 The run folder contains compare.json, compare.html with the figure, config.json, metrics.jsonl, tensorboard/ and
 checkpoints/.
@@ -77,13 +78,14 @@ def parse(arguments: list[str]) -> Compare:
 
 
 def ppo_settings(settings: Compare, method: Method) -> PPO:
-    """Returns the PPO settings of a method. Batch, learning rates and iterations are the same for all methods."""
-    ppo = dataclasses.replace(settings.ppo, method="ppo", samples=1)
-    if method == "rloo":
-        return dataclasses.replace(ppo, method="rloo", samples=settings.group)
+    """Returns the PPO settings of a method. Batch, learning rates and iterations are the same for all methods.
+
+    Only GRPO has a KL in the loss.
+    """
     if method == "grpo":
-        return dataclasses.replace(ppo, method="grpo", samples=settings.group)
-    return ppo
+        return dataclasses.replace(settings.ppo, method="grpo", samples=settings.group)
+    ppo = dataclasses.replace(settings.ppo, method="ppo", samples=1, kl_loss_coef=None)
+    return dataclasses.replace(ppo, method="rloo", samples=settings.group) if method == "rloo" else ppo
 
 
 def _runs(settings: Compare) -> list[PPO]:
@@ -96,6 +98,7 @@ def _unused(settings: Compare) -> Iterator[tuple[Sequence[str], str]]:
     chosen = f"with --methods {' '.join(settings.methods)}"
     rl = _runs(settings)
     yield ("ppo.method", "ppo.samples"), "on compare.py; use --methods and --group"
+    yield ("ppo.both_kl_terms",), "on compare.py, where only grpo has a KL in the loss"
     yield ("on_alarm",), "on compare.py, which raises no alarms"
     yield ("hosts",), "on compare.py, which runs on a single host"
     yield _EVALUATED_ELSEWHERE, "on compare.py, which only samples answers and computes their gold utility"
@@ -104,10 +107,13 @@ def _unused(settings: Compare) -> Iterator[tuple[Sequence[str], str]]:
         yield from setting_checks.unused_ppo(rl, ptx="ppo-ptx" in methods, why=why)
     else:
         names = [field.name for field in dataclasses.fields(PPO) if field.name not in _USED_WITHOUT_RL]
-        yield [f"ppo.{name}" for name in names], f"{chosen}, which includes no RL method"
+        why = f"{chosen}, which includes no RL method"
+        if "expert-iteration" in methods:
+            yield ("ppo.learning_rate",), f"{why}; set --sft.learning-rate, of which expert iteration uses a quarter"
+        yield [f"ppo.{name}" for name in names], why
     for names, users in _USERS:
         if not methods & set(users):
-            yield names, f"{chosen}; it is a setting of {' and '.join(users)}"
+            yield names, f"{chosen}, because it is a setting of {', '.join(users)}"
 
 
 RL_METHODS: tuple[Method, ...] = ("ppo", "ppo-ptx", "rloo", "grpo")
@@ -119,6 +125,7 @@ _USERS = (
     (("group",), ("rloo", "grpo", "expert-iteration")),
     (("rounds",), ("expert-iteration",)),
     (("ppo.epochs",), (*RL_METHODS, "expert-iteration")),
+    (("ppo.kl_loss_coef",), ("grpo",)),
 )
 """Settings of some methods only."""
 

@@ -9,11 +9,11 @@
     python experiments/dpo.py --resume runs/NAME             resume an interrupted run
 
 The base model, the SFT models and the comparisons are created as in instructgpt.py, whose settings apply here too,
-except those without effect, which are refused. Most losses have a reference, which is an SFT model or,
-in later rounds without --hold-reference, the current policy. The log-probabilities of the reference are computed before
-training and saved in reference/. A reward model is trained on the same pairs, unless --pairs reduces those of the
-policy. Its accuracy is compared with the accuracy of the policy's implicit reward. With --rounds, the reward model also
-labels the samples unless --judge selects another source of labels.
+except those without effect, which are refused. Most losses have a reference, which is an SFT model or, in later rounds
+without --hold-reference, the current policy. The log-probabilities of the reference are computed before training and
+saved in reference/. A reward model is trained on the same pairs, unless --pairs reduces those of the policy. Its
+accuracy is compared with the accuracy of the policy's implicit reward. With --rounds, the reward model also labels the
+samples unless --judge selects another source of labels.
 
 The run folder contains results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/, reference/
 and policy/, a model in Hugging Face format.

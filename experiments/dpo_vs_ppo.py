@@ -103,7 +103,7 @@ def parse(arguments: list[str]) -> StudySettings:
         raise settings_lib.SettingError("--parts is empty; give at least one of world, bandit and exact")
     if "world" in settings.parts and settings.data.path is not None:
         raise settings_lib.SettingError(
-            "--data.path cannot be used with --parts world, which requires a gold utility; leave out one of the two"
+            "--data.path is not supported, because the part world requires a gold utility; leave it out"
         )
     return settings
 

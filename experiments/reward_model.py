@@ -9,9 +9,9 @@
     python experiments/reward_model.py --resume runs/NAME             resume an interrupted run
 
 Without --folds, the base model and the SFT model are trained first, as in instructgpt.py, whose settings apply here
-too, except those of PPO and evaluation. The run folder contains results.json, report.html, config.json, metrics.jsonl,
-tensorboard/, checkpoints/ and reward_model/, a Hugging Face model with normalised scores, or, with --folds, the results
-of each fold.
+too, except those of PPO and evaluation. Of those of PPO, --ppo.temperature applies to sampled answers. The run folder
+contains results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/ and reward_model/, a Hugging
+Face model with normalised scores, or, with --folds, the results of each fold.
 
 Cross-validation (--folds) requires scikit-learn (pip install "rlhf_jax[baselines]"). In each fold, a tokenizer, a small
 base model and an ensemble of reward models are trained on the training pairs. Two baselines are evaluated on the same

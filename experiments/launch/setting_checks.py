@@ -64,7 +64,10 @@ def _value(settings: Any, name: str) -> Any:
 
 
 Unused = Iterable[tuple[Sequence[str], str]]
-"""Settings or groups of settings that have no effect on a run, such as ppo.clip or world, and why."""
+"""Settings or groups of settings that have no effect on a run, such as ppo.clip or world, and why.
+
+The reason may end in "; " and advice, such as "; set --ppo.kl-loss-coef". Otherwise, the advice is "leave it out".
+"""
 _OF_THE_WORLD = ("world", "comparisons", "pretrain.documents", "sft.demonstrations", "evaluation.split")
 _OF_THE_WORLD += ("evaluation.skills",)
 _OF_A_FILE = ("vocab_size", "prompt_width", "response_width", "held_out", "max_dropped")
@@ -92,7 +95,8 @@ def _unused_by_ppo(ppo: PPO) -> dict[str, str]:
     if ppo.method != "ppo":
         unused |= dict.fromkeys(_OF_A_CRITIC, f"{method}, which has no critic")
     elif ppo.critic != "zero-head":
-        why = f"with --ppo.critic {ppo.critic}, because Adam cancels it; set --ppo.critic-learning-rate"
+        why = f"with --ppo.critic {ppo.critic}, except on clipping, because Adam cancels it"
+        why += "; set --ppo.critic-learning-rate"
         unused["value_coef"] = why
     if ppo.method not in ("ppo", "reinforce-pp"):
         unused["discount"] = f"{method}, whose rewards are not discounted"
@@ -153,7 +157,8 @@ def refuse_changed(settings: Any, default: Any, unused: Unused) -> None:
     for names, why in unused:
         for full in itertools.chain.from_iterable(field_names(_value(settings, name), name) for name in names):
             if _value(settings, full) != _value(default, full):
-                raise SettingError(f"{flag_name(full)} has no effect {why}; leave it out")
+                advice = "" if "; " in why else "; leave it out"
+                raise SettingError(f"{flag_name(full)} has no effect {why}{advice}")
 
 
 def field_names(value: Any, prefix: str = "") -> list[str]:

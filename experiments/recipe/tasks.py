@@ -332,10 +332,14 @@ def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None)
         counts=errors.DropCount(max_dropped=1.0),
     )
     end = _document_end(fmt)
-    packed_BL, held_BL = (
-        packing.pack_documents(human_comparisons.encode_dialogues(fmt, part, end=end), width=P + T, eos_id=end)[0]
-        for part in (train, held_out)
-    )
+    texts = [human_comparisons.encode_dialogues(fmt, part, end=end) for part in (train, held_out)]
+    for name, ids in zip(("training", "held-out"), texts):
+        if (size := sum(len(each) + 1 for each in ids)) < P + T:
+            raise errors.DataError(
+                f"{data.path}: the {name} dialogues have {size} tokens, but a row has {P + T}, --data.prompt-width "
+                "plus --data.response-width; add records or lower these widths"
+            )
+    packed_BL, held_BL = (packing.pack_documents(ids, width=P + T, eos_id=end)[0] for ids in texts)
     dropped.dropped |= width_counts.dropped
     dropped.truncated |= width_counts.truncated
     return Task(

@@ -456,6 +456,8 @@ def test_errors_name_the_file_and_the_line(tmp_path):
 
     missing = tmp_path / "none.jsonl"
     assert str(missing) in refused("--out", out, "--data.path", missing)
+    short = [{"prompt": f"Name {n}.", "chosen": f"{n}", "rejected": "No."} for n in range(20)]
+    assert "the held-out dialogues have" in error_of("short.jsonl", short)
     error_of("broken.jsonl.gz", gzip.compress(b"x" * 1000)[:-20])
     assert "line 2" in error_of("words.jsonl", json.dumps(good[0]).encode() + b"\nnot json\n")
     assert "line 3" in error_of("fields.jsonl", [*good[:2], {"chosen": good[0]["chosen"]}])

@@ -315,6 +315,9 @@ def test_methods_without_a_critic_refuse_every_setting_of_the_critic(method):
         ("compare", "--ppo.method rloo --ppo.samples 2", "--ppo.method has no effect on compare.py"),
         ("compare", "--methods rloo grpo --ppo.value-clip 0.3", "--ppo.value-clip has no effect with"),
         ("compare", "--methods best-of-n --rounds 2", "--rounds has no effect with --methods best-of-n"),
+        ("compare", "--methods ppo rloo --ppo.kl-loss-coef 0.1", "--ppo.kl-loss-coef has no effect with --methods ppo"),
+        ("compare", "--ppo.kl-loss-coef 0.1 --ppo.both-kl-terms", "--ppo.both-kl-terms has no effect on compare.py"),
+        ("compare", "--methods expert-iteration --ppo.learning-rate 0.1", "no RL method; set --sft.learning-rate"),
         ("compare", "--hosts.timeout 9", "--hosts.timeout has no effect on compare.py"),
         ("dpo", "--learning-rate 1e-4 --ppo.learning-rate 1e-4", "--ppo.learning-rate has no effect with"),
         ("dpo", "--ppo.iterations 9", "--ppo.iterations has no effect on dpo.py without --rounds"),
@@ -323,6 +326,7 @@ def test_methods_without_a_critic_refuse_every_setting_of_the_critic(method):
         ("dpo_vs_ppo", "--ppo.method grpo --ppo.samples 4", "--ppo.method grpo has no KL in the reward"),
         ("dpo_vs_ppo", "--parts exact --published xu", "--published xu has no effect without world"),
         ("reward_model", "--published xu", "--published xu selects settings of PPO"),
+        ("dpo_vs_ppo", "--data.path x", "--data.path is not supported, .* requires a gold utility; leave it out"),
         ("reward_model", "--cv.width 32", "--cv.width has no effect without --folds"),
         ("reward_model", "--pmp.rate 0.2", "--pmp.rate has no effect without --pmp.prompts"),
         ("reward_model", "--data.path FILE --ppo.temperature 0.7", "--ppo.temperature has no effect on reward_model"),
@@ -351,6 +355,27 @@ def test_the_same_settings_are_accepted_where_they_have_an_effect():
         assert command.parse(["--ppo.temperature", "0.7"]).ppo.temperature == 0.7
     reward_model.parse(["--data.path", "FILE", "--training.normalise", "policy", "--ppo.temperature", "0.7"])
     dpo.parse(["--ppo.adam-b2", "0.9", "--ppo.weight-decay", "0.1", "--on-alarm", "stop"])
+
+
+def test_the_kl_loss_in_a_comparison_of_methods_is_that_of_grpo():
+    for arguments in ([], ["--methods", "grpo"]):
+        asked = compare.parse([*arguments, "--ppo.kl-loss-coef", "0.1"])
+        runs = {method: compare.ppo_settings(asked, method) for method in compare.RL_METHODS}
+        assert {method: setting_checks.kl_loss_coef(ppo) for method, ppo in runs.items()} == {
+            "ppo": 0,
+            "ppo-ptx": 0,
+            "rloo": 0,
+            "grpo": 0.1,
+        }
+
+
+def test_a_refusal_gives_one_piece_of_advice():
+    with pytest.raises(SettingError) as error:
+        instructgpt.parse(["--ppo.method", "grpo", "--ppo.samples", "4", "--ppo.kl-coef", "0.1"])
+    assert str(error.value).endswith("no KL in the reward; set --ppo.kl-loss-coef")
+    with pytest.raises(SettingError) as error:
+        instructgpt.parse(["--ppo.kl-gain", "0.2"])
+    assert str(error.value).endswith("; leave it out")
 
 
 def test_an_alarm_of_the_reward_model_stops_dpo_if_asked(inputs):
