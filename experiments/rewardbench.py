@@ -74,7 +74,7 @@ from functools import partial
 
 import numpy as np
 from launch import config_file, entry_point, initial_model, run_folder
-from recipe import reward_diagnosis, run_setup
+from recipe import human_comparisons, reward_diagnosis, run_setup
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -253,16 +253,24 @@ def score_rows(
 
 
 def measure(scored: Scored, *, bins: int = 10) -> dict[str, Any]:
-    """Computes all metrics, in the format of the ``reward_model`` entry of results.json."""
+    """Computes all metrics, in the format of the ``reward_model`` entry of results.json.
+
+    Intervals are clustered by conversation, because the pairs of a prompt are not independent.
+    """
     chosen, rejected = scored.chosen_N, scored.rejected_N
-    subsets = diagnostics.accuracy_by_stratum(chosen, rejected, [record.subset for record in scored.records])
+    prompts = human_comparisons.conversation_ids(scored.records).tolist()  # type: ignore[arg-type]
+    by_stratum = partial(diagnostics.accuracy_by_stratum, chosen, rejected, prompts=prompts)
+    accuracy = partial(diagnostics.clustered_mean, clusters=prompts, rate=True)
+    outcomes = diagnostics.win_outcomes(chosen, rejected)
+    subsets = by_stratum([record.subset for record in scored.records])
     longer = np.maximum(scored.chosen_lengths_N, scored.rejected_lengths_N)
-    buckets = diagnostics.accuracy_by_stratum(chosen, rejected, diagnostics.quantile_buckets(longer))
-    curve = diagnostics.calibration_curve(chosen, rejected, bins=bins)
+    buckets = by_stratum(diagnostics.quantile_buckets(longer))
+    curve = diagnostics.calibration_curve(chosen, rejected, bins=bins, prompts=prompts)
+    thresholds = diagnostics.accuracy_above_threshold(chosen, rejected, prompts=prompts)
     differ = (chosen != rejected).any()
     return {
-        "accuracy": list(diagnostics.win_rate(chosen, rejected)),
-        "strict_accuracy": list(diagnostics.pairwise_accuracy(chosen, rejected)),
+        "accuracy": list(accuracy(outcomes)),
+        "strict_accuracy": list(accuracy(outcomes == 1)),
         "mean_subset_accuracy": list(diagnostics.average([each.accuracy for each in subsets])),
         "pairs": len(chosen),
         "ties": int((chosen == rejected).sum()),
@@ -273,12 +281,12 @@ def measure(scored: Scored, *, bins: int = 10) -> dict[str, Any]:
         "calibration": {
             "bins": [dict(zip(curve._fields, map(float, each))) for each in zip(*curve)],
             "error": diagnostics.expected_calibration_error(chosen, rejected, bins=bins),
-            "slope": list(diagnostics.calibration_slope(chosen, rejected)) if differ else None,
+            "slope": list(diagnostics.calibration_slope(chosen, rejected, prompts=prompts)) if differ else None,
             "temperature": diagnostics.calibration_temperature(chosen, rejected) if differ else None,
         },
-        "thresholds": reward_diagnosis.arrays_as_json(diagnostics.accuracy_above_threshold(chosen, rejected)),
+        "thresholds": reward_diagnosis.arrays_as_json(thresholds),
         "length_bias": diagnostics.length_bias(
-            chosen, rejected, scored.chosen_lengths_N, scored.rejected_lengths_N
+            chosen, rejected, scored.chosen_lengths_N, scored.rejected_lengths_N, prompts=prompts
         )._asdict(),
     }
 

@@ -274,7 +274,7 @@ class Evaluation:
     best_of: int = 16
     """Number of samples per prompt in the best-of-n baseline."""
     best_of_prompts: int = 400
-    """Number of held-out prompts in the best-of-n baseline."""
+    """Number of held-out prompts in the best-of-n baseline and in the diversity of every policy."""
     skills: int = 800
     """Number of skill problems of the built-in world, divided evenly among four skills: copy, sort, sum and look."""
     pretraining_rows: int = 512

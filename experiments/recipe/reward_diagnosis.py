@@ -10,7 +10,7 @@ import numpy as np
 from recipe import policy_sampling, tasks
 from recipe.jobs import Job
 from rlhf_jax import diagnostics, types
-from rlhf_jax.data import tokenizers
+from rlhf_jax.data import errors, tokenizers
 
 
 def measure(job: Job, reward: types.Params, validation: types.Comparisons, train: types.Comparisons) -> dict[str, Any]:
@@ -28,10 +28,18 @@ def measure(job: Job, reward: types.Params, validation: types.Comparisons, train
 
     Returns:
         The ``reward_model`` entry of results.json.
+
+    Raises:
+        DataError: No two answers to a held-out prompt differ in rank.
     """
     scores_BK = score_answers(job, reward, validation)
     where_BK = np.asarray(validation.where_BK)
     b, i, j = better_pairs(validation)
+    if not len(b):
+        raise errors.DataError(
+            "no two answers to a held-out prompt differ in rank, so the reward model cannot be measured; use more "
+            "--comparisons.prompts or a larger --data.held-out"
+        )
     better, worse = scores_BK[b, i], scores_BK[b, j]
     asked_B = job.task.asked(validation)
     asked = asked_B[b].tolist()
@@ -52,6 +60,9 @@ def measure(job: Job, reward: types.Params, validation: types.Comparisons, train
         groups=np.nonzero(where_BK)[0].tolist(),
         clusters=asked_B[np.nonzero(where_BK)[0]].tolist(),
     )
+    slope = None  # undefined if all scores are equal
+    if (chosen != rejected).any():
+        slope = list(diagnostics.calibration_slope(chosen, rejected, prompts=asked))
     n = max(1, min(len(np.asarray(train.ranks_BK)), policy_sampling.CHUNK // np.shape(train.ranks_BK)[1]))
     seen = jax.tree.map(lambda x: np.asarray(x)[:n], train)
     seen_BK, (seen_b, seen_i, seen_j) = score_answers(job, reward, seen) / gain, better_pairs(seen)
@@ -63,7 +74,7 @@ def measure(job: Job, reward: types.Params, validation: types.Comparisons, train
         "calibration": {
             "bins": [dict(zip(curve._fields, map(float, each))) for each in zip(*curve)],
             "error": float(diagnostics.expected_calibration_error(chosen, rejected)),
-            "slope": list(diagnostics.calibration_slope(chosen, rejected, prompts=asked)),
+            "slope": slope,
             "overconfidence": list(diagnostics.overconfidence(chosen, rejected, prompts=asked)),
         },
         "gain": gain,

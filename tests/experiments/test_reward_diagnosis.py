@@ -10,6 +10,7 @@ from launch import settings
 from recipe import monitoring, policy_sampling, reward_diagnosis, validation_loss
 
 from rlhf_jax import diagnostics, metrics, types
+from rlhf_jax.data import errors
 
 P, T, K = 2, 3, 4
 
@@ -85,6 +86,16 @@ def job(batch, categories, asked_of):
     scorer = SimpleNamespace(score=lambda params, *rows: params["head"]["gain"] * rows[0][:, 0].astype(np.float32))
     made: Any = SimpleNamespace(task=task, sampler=scorer)
     return made
+
+
+def test_degenerate_held_out_comparisons_are_diagnosed_or_refused():
+    batch, reward = comparisons(60), {"head": {"gain": np.float32(0.5), "bias": np.float32(0.0)}}
+    made = job(batch, ["facts"] * 60, lambda rows: np.arange(len(rows.ranks_BK)))
+    equal = batch.replace(tokens_BKL=np.ones_like(batch.tokens_BKL))
+    assert reward_diagnosis.measure(made, reward, equal, batch)["calibration"]["slope"] is None
+    tied = batch.replace(ranks_BK=np.ones_like(batch.ranks_BK))
+    with pytest.raises(errors.DataError, match="no two answers to a held-out prompt differ in rank"):
+        reward_diagnosis.measure(made, reward, tied, batch)
 
 
 def test_the_diagnosis_equals_plain_loops_over_pairs():

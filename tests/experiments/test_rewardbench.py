@@ -85,7 +85,8 @@ def test_results_follow_from_the_scores(judged):
     results = json.loads((judged / "results.json").read_text())["reward_model"]
     chosen, rejected = (np.array([row[side] for row in rows]) for side in ("chosen", "rejected"))
     assert results["pairs"] == 24
-    np.testing.assert_allclose(results["accuracy"], diagnostics.win_rate(chosen, rejected))
+    outcomes = diagnostics.win_outcomes(chosen, rejected)
+    np.testing.assert_allclose(results["accuracy"], diagnostics.clustered_mean(outcomes, rate=True))
     subsets = {each["name"]: each for each in results["strata"]["subset"]}
     assert {name: each["count"] for name, each in subsets.items()} == {"colors": 12, "stories": 6, None: 6}
     for name, each in subsets.items():
@@ -94,11 +95,26 @@ def test_results_follow_from_the_scores(judged):
     assert results["mean_subset_accuracy"][0] == pytest.approx(np.mean([e["accuracy"][0] for e in subsets.values()]))
     assert sum(each["count"] for each in results["strata"]["tokens of the longer answer"]) == 24
     lengths = [[len(row[side].split()) + 1 for side in ("chosen", "rejected")] for row in records()]
-    bias = diagnostics.length_bias(chosen, rejected, *np.transpose(lengths))
+    bias = diagnostics.length_bias(chosen, rejected, *np.transpose(lengths), prompts=range(24))
     np.testing.assert_allclose(results["length_bias"]["prefers_longer"], bias.prefers_longer)
     slope, temperature = results["calibration"]["slope"][0], results["calibration"]["temperature"]
     assert slope == pytest.approx(diagnostics.calibration_slope(chosen, rejected).mean)
     assert temperature == (pytest.approx(1 / slope) if slope > 0 else None)
+
+
+def test_pairs_of_the_same_prompt_are_not_independent():
+    def measure(repeats):
+        prompts = [(dialogues.Turn("user", f"question {i}"),) for i in range(8)] * repeats
+        pairs = [rewardbench.Pair(prompt, "a", "b", None, "") for prompt in prompts]
+        chosen, lengths = np.tile([1.0, 2.0, -1.0, 3.0, 0.5, -2.0, 1.0, -0.5], repeats), np.arange(8.0 * repeats) + 1
+        return rewardbench.measure(rewardbench.Scored(pairs, chosen, 0 * chosen, lengths, lengths[::-1]), bins=1)
+
+    once, often = measure(1), measure(5)
+    assert often["pairs"] == 40 and once["accuracy"][0] == often["accuracy"][0] == 5 / 8
+    np.testing.assert_allclose(often["calibration"]["slope"], once["calibration"]["slope"], rtol=1e-6)
+    for name in ("accuracy", "strict_accuracy"):
+        (_, low, high), (_, low_once, high_once) = often[name], once[name]
+        assert high - low == pytest.approx(high_once - low_once, rel=0.02), "repeated pairs add no information"
 
 
 def test_the_report_shows_strata_calibration_and_length(judged):
