@@ -359,7 +359,7 @@ def test_equal_answers_share_a_score_so_that_the_kl_of_best_of_n_is_lower(tmp_pa
         (instructgpt.parse, ["--ppo.kl-loss-coef", "0.1"], "penalised twice; --ppo.both-kl-terms"),
         (sweep.parse, ["--ppo.kl-loss-coef", "0.1"], "--ppo.kl-loss-coef is 0.1, .* has the coefficient 0.01, so the"),
         (sweep.parse, [*GRPO, "--ppo.kl-loss-coef", "0.1"], "ppo.kl-loss-coef has no effect in sweep.py"),
-        (compare.parse, ["--ppo.kl-loss-coef", "0.1"], "penalised twice"),
+        (sweep.parse, ["--ppo.kl-loss-coef", "0.1"], "penalised twice"),
         (instructgpt.parse, ["--ppo.kl-gain", "0.2"], "--ppo.kl-gain has no effect without --ppo.kl-target"),
         (sweep.parse, ["--ppo.micro-batches", "7"], "ppo.micro-batches"),
         (sweep.parse, ["--ppo.kl-coef", "0.1"], "ppo.kl-coef has no effect in sweep.py"),
