@@ -107,11 +107,9 @@ def _diagnose(
         "held_out_pairs": len(margin_N),
         "held_out_prompts": len(np.asarray(validation.ranks_BK)),
         **cross_validation_results.calibration(margin_N, asked_N),
-        "groups": [
-            {"group": name, "pairs": int(mask_N.sum()), "reward_model": _accuracy(margin_N[mask_N], asked_N[mask_N])}
-            for name, mask_N in _groups(job, validation, prompt_N).items()
-            if mask_N.sum() > 1
-        ],
+        "groups": cross_validation_results.accuracy_by_group(
+            _groups(job, validation, prompt_N), {"reward_model": margin_N}, asked_N
+        ),
     }
 
 

@@ -359,6 +359,7 @@ def test_the_turns_of_a_single_held_out_conversation_are_one_cluster(tmp_path):
     arguments = ["--preset", "smoke", "--data.path", str(path), "--data.held-out", "0.5", "--data.vocab-size", "280"]
     task = tasks.make_task(instructgpt.parse([*arguments, "--data.prompt-width", "256"]))
     assert len(task.eval_prompts) == 4 and len(set(task.eval_prompts.asked_B.tolist())) == 1
+    assert task.comparisons is not None
     train, held_out = map(task.asked, task.comparisons)
     assert len(set(train.tolist())) == len(set(held_out.tolist())) == 1 and train[0] != held_out[0]
 
