@@ -18,9 +18,7 @@ samples unless --judge selects another source of labels.
 The run folder contains results.json, report.html, config.json, metrics.jsonl, tensorboard/, checkpoints/, reference/
 and policy/, a model in Hugging Face format.
 
-The run takes about 4.5 minutes and 1.4 GB on two CPU cores. With --pairs 4, DPO should beat SFT on 65 to 70 % of
-held-out prompts at a KL of 2.7 nats. Its implicit reward should agree with the labels on 68 % of held-out pairs, and
-the reward model on 69 %.
+The run takes about 5 minutes and 1.4 GB on two CPU cores.
 """
 
 from __future__ import annotations

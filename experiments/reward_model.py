@@ -21,8 +21,8 @@ splits. All pairs of a conversation are in the same fold, and intervals are clus
 On two CPU cores, a run in the built-in world takes about 2 minutes, and five-fold cross-validation on 2,000 pairs
 takes 5 to 7 minutes.
 
-In the built-in world, the reward model should agree with the labelers on 69 % of held-out pairs (95 % interval 66 to
-72 %) and on 71 % of training pairs. In cross-validation on 1,992 harmlessness pairs, the expected accuracies are:
+In the built-in world, the reward model should agree with the labelers on 68 % of held-out pairs (95 % interval 65 to
+70 %) and on 72 % of training pairs. In cross-validation on 1,992 harmlessness pairs, the expected accuracies are:
 
     reward model            61.1 % (59.0 to 63.3); 79 % if the chosen answer is the shorter one, and 38 % otherwise
     logistic regression     62.0 %, which is 0.8 points above the reward model (-1.6 to 3.3)
