@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from rlhf_jax.checkpoint import atomic
-
 MATMUL = "matrix products"
 BANDWIDTH = "memory bandwidth"
 """Names of the measured hardware limits. `Context.share` expresses a rate as a share of one of them."""
@@ -125,7 +123,7 @@ class Context:
         """
         aims = () if self.shapes.aims else ("at_least", "at_most")
         fields = {name: field for name, field in fields.items() if name not in aims}
-        atomic.append_line(
+        append(
             self.path, {"run": self.run, "row": self.row, "measure": measure, "value": value, "unit": unit, **fields}
         )
 
@@ -141,6 +139,13 @@ class Context:
         """
         most = self.value("limits", limit)
         return {} if most is None else {"share": amount_per_second / most, "share_of": limit, **aim}
+
+
+def append(path: pathlib.Path, record: dict[str, Any]) -> None:
+    """Appends a record to the file of measurements."""
+    from rlhf_jax.checkpoint import atomic  # imports JAX, which --help and --show do not need
+
+    atomic.append_line(path, record)
 
 
 def read(path: pathlib.Path, run: str | None = None) -> tuple[dict[str, Any], ...]:

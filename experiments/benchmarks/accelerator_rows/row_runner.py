@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.accelerator_rows import row_context
-from rlhf_jax.checkpoint import atomic
 
 
 class Row(NamedTuple):
@@ -89,7 +88,7 @@ def measure(
         for name in group:
             if name not in ended and status is not None:
                 record = {"run": run, "row": name, "error": status, "row_seconds": 0.0}
-                atomic.append_line(path, record)
+                row_context.append(path, record)
                 ended[name] = record
                 status = None if time.monotonic() < deadline else "not run: the time limit was reached"
             if name in ended:
@@ -166,7 +165,7 @@ def measure_row(name: str, path: pathlib.Path, *, quick: bool, run: str) -> None
 
         traceback.print_exc()
         ended["error"] = row_context.first_line(error)
-    atomic.append_line(path, ended | {"row_seconds": time.monotonic() - began} | _peak_memory(name))
+    row_context.append(path, ended | {"row_seconds": time.monotonic() - began} | _peak_memory(name))
     gc.collect()  # free the arrays of the row before the next one starts
 
 
