@@ -60,6 +60,7 @@ import os
 import pathlib
 import platform
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import tyro
@@ -104,6 +105,7 @@ def parse(arguments: list[str]) -> Settings:
     """Parses the command line; raises SettingError for a setting without effect."""
     settings = command_line.parse_as(Settings, arguments, prog="benchmark.py", doc=__doc__)
     installing = ("tunix_python", "torch_index", "tunix_extra")
+    unused: list[tuple[Sequence[str], str]]
     if settings.install is None:
         unused = [(installing, "without --install")]
     else:

@@ -203,7 +203,7 @@ def run(settings: Compare) -> dict[str, Any]:
             curves["expert-iteration"] = _expert_iteration(job, models, settings)
         if "best-of-n" in settings.methods:
             curves["best-of-n"], best_of_n = _best_of_n(job, models, settings)
-        sft = _over_prompts(job.task.eval_prompts.asked_B, [answers.gold.total for answers in start])
+        sft = _over_prompts(job.task.eval_prompts.asked_B, [np.asarray(answers.gold.total) for answers in start])
     rows = metrics.read(folder.path)
     for method, method_cells in cells_by_method.items():
         curves[method] = [_logged_curve(rows, cell.name) for cell in method_cells]

@@ -165,7 +165,7 @@ def answer_means(answers: policy_sampling.Answers) -> dict[str, float]:
     """Returns the mean reward, KL, length and, in the built-in world, gold utility of answers."""
     numbers = {"reward": answers.scores_B, "kl": answers.kl_B, "length": answers.lengths_B}
     if answers.gold is not None:
-        numbers["gold"] = answers.gold.total
+        numbers["gold"] = np.asarray(answers.gold.total)
     return {name: float(np.mean(x)) for name, x in numbers.items()}
 
 

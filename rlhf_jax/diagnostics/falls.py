@@ -52,8 +52,10 @@ def means(values: np.ndarray, window: int) -> np.ndarray:
     starts = values.shape[-1] - window + 1
     rows = [values[..., i : i + starts] for i in range(window)]
     if window <= 2:
-        return sum(rows) / window
-    return (sum(rows) - functools.reduce(np.maximum, rows) - functools.reduce(np.minimum, rows)) / (window - 2)
+        return np.sum(rows, axis=0) / window
+    return (np.sum(rows, axis=0) - functools.reduce(np.maximum, rows) - functools.reduce(np.minimum, rows)) / (
+        window - 2
+    )
 
 
 def noise(values: np.ndarray, window: int) -> np.ndarray:

@@ -66,8 +66,8 @@ def _feed(put: Callable[[bytes], None], value: Any, functions: tuple[Any, ...]) 
             each(part)
         put(b"}")
     elif isinstance(value, np.ndarray | np.generic | jax.Array):
-        is_key = isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
-        array = np.asarray(jax.random.key_data(value) if is_key else value)
+        is_key = isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)  # type: ignore
+        array = np.asarray(jax.random.key_data(value) if is_key else value)  # type: ignore
         put(f"{array.dtype.str} {array.shape}".encode())
         put(array.tobytes())
     elif isinstance(value, jax.ShapeDtypeStruct):
@@ -197,7 +197,7 @@ def _fake_answers(record: Observed) -> Any:
         utility = None
         if task.world is not None:
             parts = {name: draw.random(n).astype(np.float32) for name in gold.Utility._fields}
-            parts["components"] = {name: draw.random(n).astype(np.float32) for name in gold.COMPONENTS}
+            parts["components"] = {name: draw.random(n).astype(np.float32) for name in gold.COMPONENTS}  # type: ignore
             flags = {name: draw.random(n) < 0.5 for name in ("harm", "refused", "harmful_request", "known")}
             utility = gold.Utility(**parts | flags)  # pyright: ignore
         return policy_sampling.Answers(

@@ -81,18 +81,18 @@ def simulate_answers(rng, cluster_B, category_B, *, icc, skill, shared, repeats=
     helpful = sum(weight * components[name] for name, weight in zip(gold.COMPONENTS, gold.WEIGHTS))
     length = np.minimum(1 + np.exp(1.2 + 0.6 * draw.normal()).astype(int), T)
     utility = gold.Utility(
-        total=np.minimum((helpful + harmless) / np.where(harmful, 1.5, 2.0), 1.0),
-        helpful=helpful,
-        harmless=harmless,
+        total=np.minimum((helpful + harmless) / np.where(harmful, 1.5, 2.0), 1.0),  # type: ignore
+        helpful=helpful,  # type: ignore
+        harmless=harmless,  # type: ignore
         components=components,
         stated=draw.event(0.6).astype(int),
         false=draw.event(0.25).astype(int),
         harm=harm,
         refused=refused,
-        harmful_request=harmful,
+        harmful_request=harmful,  # type: ignore
         polite_words=draw.event(0.7) + 1 * draw.event(0.4),
         length=length,
-        known=np.ones(B, bool),
+        known=np.ones(B, bool),  # type: ignore
     )  # type: ignore[arg-type]
     # A quarter of the words are those of the thing asked about.
     words = np.minimum(rng.geometric(0.05, size=(B, P + T)), 80)
@@ -120,7 +120,7 @@ def evaluated(rng, clusters, n, icc, few):
     sft, again = (simulate_answers(rng, skill=0.6, **options) for _ in range(2))
     policy = simulate_answers(rng, skill=0.75, **options)
     found = evaluation.numbers(held_out, policy, few=few)
-    found |= evaluation.against_sft(policy, sft, cluster_B, POOLS, labeler_temperature=0.2)
+    found |= evaluation.against_sft(policy, sft, cluster_B, POOLS, labeler_temperature=0.2)  # type: ignore
     found |= {"null_check": evaluation.win_rate(again, sft, cluster_B)}
     found |= reward_diagnosis.goodhart(sft, policy, cluster_B)
     options |= {"cluster_B": cluster_B[:few], "category_B": category_B[:few]}
@@ -143,7 +143,7 @@ def compared(rng, clusters, n, icc):
         ranks_BRK = np.where(where_BK[:, None], (-noisy_BRK).argsort(axis=2).argsort(axis=2) + 1, 0)
         length_BK = np.clip(np.exp(1.2 + 0.3 * score_BK + 0.5 * draw.normal().reshape(count, K)), 1, T).astype(int)
         mask_BKL = np.concatenate([np.ones((count, K, P), bool), np.arange(T) < length_BK[..., None]], axis=2)
-        batch: Any = types.Comparisons(score_BK[..., None].repeat(P + T, axis=2), mask_BKL, ranks_BRK[:, 0], where_BK)
+        batch: Any = types.Comparisons(score_BK[..., None].repeat(P + T, axis=2), mask_BKL, ranks_BRK[:, 0], where_BK)  # type: ignore
         sets.append((batch, cluster_B, category_B, ranks_BRK))
     (batch, cluster_B, category_B, ranks_BRK), (seen, seen_B, *_) = sets
     task = SimpleNamespace(
@@ -186,14 +186,14 @@ def coverage(simulate, truth, replications):
     for seed in range(replications):
         for path, (mean, low, high) in intervals_in(simulate(np.random.default_rng([seed, 77]))):
             means.setdefault(path, []).append(mean)
-            hits.setdefault(path, []).append((low, high))
+            hits.setdefault(path, []).append((low, high))  # type: ignore
     true = dict(intervals_in(truth))
     shares = {}
     for path, bounds in hits.items():
         # The diagnosis limits the number of training pairs, so their truth is the mean over the replications.
         few = any(word in path for word in ("train", "gap/"))
         value = np.mean(means[path]) if few else true[path][0]
-        shares[path] = float(np.mean([low <= value <= high for low, high in bounds]))
+        shares[path] = float(np.mean([low <= value <= high for low, high in bounds]))  # type: ignore
     return shares
 
 

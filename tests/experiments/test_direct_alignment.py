@@ -332,8 +332,8 @@ def test_dpo_on_rankings_of_two_answers_is_dpo_on_pairs(tmp_path):
     batch = ranked_dpo.with_reference(job, start, comparisons)
     expected = np.where(flip_B[:, None], data.reference_BK[:, ::-1], data.reference_BK)
     np.testing.assert_allclose(batch.loss_inputs["reference_K"], expected, rtol=1e-4, atol=1e-3)
-    batch = batch.replace(loss_inputs=batch.loss_inputs | {"beta": np.full(8, 0.3, np.float32)})
-    hyper = direct_alignment.hyperparameters(dataclasses.replace(job.settings, beta=0.3), learning_rate=0.01)
+    batch = batch.replace(loss_inputs=batch.loss_inputs | {"beta": np.full(8, 0.3, np.float32)})  # type: ignore
+    hyper = direct_alignment.hyperparameters(dataclasses.replace(job.settings, beta=0.3), learning_rate=0.01)  # type: ignore
     moved, key = jax.tree.map(lambda x: 1.2 * x, start), jax.random.key(0)
     new = [state_lib.create(moved, job.ppo_tx) for _ in range(2)]
     one, logs = trainer.train_step(new[0], None, hyper, data, key)
@@ -353,7 +353,7 @@ def test_dpo_on_rankings_weighs_all_pairs_of_a_prompt():
     gaps = [0.3 * (logprobs[i] - reference[i] - logprobs[j] + reference[j]) for i, j in better]
     # The tied pair counts in the divisor, as in the reward model's loss.
     expected = sum(math.log1p(math.exp(-gap)) for gap in gaps) / 3
-    loss = ranked_dpo._loss(*map(jnp.asarray, (logprobs, ranks)), where_K=where, reference_K=reference, beta=0.3)
+    loss = ranked_dpo._loss(*map(jnp.asarray, (logprobs, ranks)), where_K=where, reference_K=reference, beta=0.3)  # type: ignore
     assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 

@@ -265,7 +265,7 @@ def test_every_stage_of_the_world_asks_only_what_its_split_may_ask():
         return {prompt.asked for rows in universe.values() for prompt, _ in rows}
 
     demos, rl, held_out = task.demonstrations, task.rl_prompts, task.eval_prompts
-    compare, n = task.world.compare_prompts, task.world.n_compare
+    compare, n = task.world.compare_prompts, task.world.n_compare  # type: ignore
     train = [asked(demos.tokens_BL[:, :P], demos.mask_BL[:, :P]), asked(rl.tokens_BP, rl.mask_BP)]
     ranked = asked(compare.tokens_BP, compare.mask_BP)
     assert (n, len(ranked)) == (640, 704)
@@ -379,7 +379,7 @@ def test_warnings_about_the_data_are_saved_as_incidents(tmp_path):
         ["--preset", "smoke", "--data.path", str(path), "--data.held-out", "0.25", "--out", str(out)]
     )
     with run_setup.open_run(asked, Console(quiet=True), weights=()) as (folder, job):
-        assert [len(each.ranks_BK) for each in job.task.comparisons] == [30, 10]
+        assert [len(each.ranks_BK) for each in job.task.comparisons] == [30, 10]  # type: ignore
         (incident,) = folder.incidents()
     assert incident["stage"] == "data" and incident["text"].startswith("all 40 comparisons have the same prompt")
 

@@ -346,7 +346,7 @@ def test_the_same_settings_are_accepted_where_they_have_an_effect():
         "--ppo.method dr-grpo --ppo.samples 4 --ppo.kl-loss-coef 0.1 --ppo.reference-ema 0.9",
         "--ppo.value-coef 1.0 --ppo.kl-gain 0.1 --ppo.method rloo --ppo.samples 4",  # the values of the preset
     ):
-        instructgpt.parse(arguments.split())
+        instructgpt.parse(arguments.split())  # type: ignore
     sweep.parse(["--ppo.method", "dr-grpo", "--ppo.samples", "4", "--ppo.reference-ema", "0.9"])
     sweep.parse(["--ppo.kl-loss-coef", "0.1", "--ppo.both-kl-terms"])
     sweep.parse(["--ppo.kl-loss-coef", "0.1", "--kl-coefs", "0"])
@@ -413,7 +413,7 @@ def test_settings_of_hosts_reach_the_rendezvous(name):
         with mock.patch.object(hosts, "connect") as connect:
             connect.return_value.__enter__.return_value.count = 1
             with host_agreement.join_hosts(made, status=lambda error: 1):
-                return connect.call_args.args, connect.call_args.kwargs | {"facts": None, "exit_status": None}
+                return connect.call_args.args, connect.call_args.kwargs | {"facts": None, "exit_status": None}  # type: ignore
 
     made = settings.preset("smoke")
     changed = dry_run.with_changes(made, {f"hosts.{name}": alternative(made, f"hosts.{name}")})

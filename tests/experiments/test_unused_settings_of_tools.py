@@ -152,7 +152,7 @@ def test_settings_of_rewardbench_change_the_scoring(tmp_path):
         made = rewardbench.RewardBenchSettings(
             model="model",
             data=rewardbench.Data(str(tmp_path / "pairs.jsonl"), changes.pop("max_dropped", 0.5)),
-            **{"out": str(tmp_path / "out")} | changes,
+            **{"out": str(tmp_path / "out")} | changes,  # type: ignore
         )
         with (
             mock.patch.object(rewardbench, "read", read),

@@ -458,7 +458,7 @@ def test_reinforce_subtracts_the_mean_return_of_earlier_iterations():
         state, logs = step(state, frozen, hyper, batch, KEY)
         baselines.append(-float(logs["policy_loss"]))
         returns.append(float(logs["return"].value()))
-    np.testing.assert_allclose(baselines, [0.0, returns[0], np.mean(returns[:2])], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(baselines, [0.0, returns[0], np.mean(returns[:2])], rtol=1e-5, atol=1e-6)  # type: ignore
     assert len(set(returns)) == 3
 
 

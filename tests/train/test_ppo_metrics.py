@@ -17,7 +17,7 @@ def test_rollout_metrics_match_a_python_loop():
     s = estimators.Scored(*map(jnp.asarray, (scores, logprobs, reference, values, mask, 0.3, 0.0)))
     lengths = mask.sum(axis=1)
     rollout = types.Rollout(*map(jnp.asarray, (mask, mask, mask, sampled, lengths, finish.astype(int))))
-    logs = ppo_metrics.rollout_metrics(rollout, *map(jnp.asarray, (raw, entropy)), s, jnp.asarray(returns))
+    logs = ppo_metrics.rollout_metrics(rollout, *map(jnp.asarray, (raw, entropy)), s, jnp.asarray(returns))  # type: ignore
     cells = [(i, t) for i in range(rows) for t in range(lengths[i])]
 
     def real(x):

@@ -42,6 +42,6 @@ def test_an_iteration_updates_controller_baseline_and_moments():
     np.testing.assert_allclose(after.kl_scale.kl_coef, 0.5 * (1 + 0.5 * -0.1), rtol=1e-6)
     np.testing.assert_allclose(after.past.returns.value(), (6 + 3) / 4)
     np.testing.assert_allclose(after.past.targets.scale(), [3.0, 2.0])
-    np.testing.assert_allclose(after.reference["w"], 0.25)
+    np.testing.assert_allclose(after.reference["w"], 0.25)  # type: ignore
     skipped = ppo_state.finish_iteration(state, hyper, logs, skipped=jnp.array(True))
     jax.tree.map(np.testing.assert_array_equal, skipped, state)
