@@ -142,7 +142,7 @@ class Prompt:
 
     @property
     def asked(self) -> tuple[str, ...]:
-        """What the prompt asks, regardless of its kind and wording, such as ``("color", "fox")``.
+        """Identifies what the prompt asks, e.g. ``("color", "fox")``, independently of its kind and wording.
 
         Prompts that ask for the same fact, including whether it has a certain value, ask the same. So do prompts for
         lists that differ only in the length of the list.
