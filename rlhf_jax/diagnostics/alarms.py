@@ -74,8 +74,8 @@ def negative_kl(rows: Rows, *, min_kl: float = -1.0) -> str | None:
     """Checks that the mean KL from the reference is at least ``min_kl`` nats; a true KL cannot be negative.
 
     The alarm is raised at once below twice ``min_kl``, and otherwise in the second consecutive row below ``min_kl``,
-    because the mean over a batch is a noisy estimate. False alarms: below 1 %. A wrong sign is detected within 2 rows, or
-    later if it is wrong from the start, where the KL is 0.
+    because the mean over a batch is a noisy estimate. False alarms: below 1 %. A wrong sign is detected within 2 rows,
+    or later if it is wrong from the start, where the KL is 0.
     """
     kl = max(_newest(rows, "kl", 1), default=0.0)
     if kl >= 2 * min_kl and max(_newest(rows, "kl", 2), default=0.0) >= min_kl:
