@@ -124,10 +124,12 @@ def split_answer(turns: Turns) -> tuple[Turns, dialogues.Answer]:
     last = turns[-1]
     if last.role != dialogues.ASSISTANT:
         raise errors.UnusableRecord("ends in a human turn")
-    if last.extra.get("weight") == 0:
-        raise errors.UnusableRecord("the weight of the answer is 0")
-    extra = {name: value for name, value in last.extra.items() if name != "weight"}
-    return dialogues.split_answer((*turns[:-1], dialogues.Turn(last.role, last.text, extra)))
+    if "weight" in last.extra:
+        if last.extra["weight"] == 0:
+            raise errors.UnusableRecord("the weight of the answer is 0")
+        extra = {name: value for name, value in last.extra.items() if name != "weight"}
+        turns = (*turns[:-1], dialogues.Turn(last.role, last.text, extra))
+    return dialogues.split_answer(turns)
 
 
 def repeats(prompt: Turns, dialogue_prompt: Turns) -> bool:

@@ -28,7 +28,7 @@ def read_demonstrations(
     - ``"... is null"``, with the name of the null field
     - ``"the weight of the answer is 0"``
     - ``"system texts differ"``: the system turn differs from the field ``system`` or ``system_prompt``
-    - ``"content has a part of type ..."`` or ``"... beside the prompt"``: the prompt contains an image or another medium
+    - ``"content has a part of type ..."`` or ``"... beside the prompt"``: the prompt contains an image or other media
     - ``"a character is not UTF-8"`` or ``"a character is a lone surrogate"``
     - ``"prompts differ"`` or ``"answers differ"``: the record has ``messages`` and also a ``prompt`` or an answer that
       does not agree with them

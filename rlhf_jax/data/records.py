@@ -24,10 +24,10 @@ answer is a string or a message list that consists of one assistant turn. Texts 
 hh-rlhf form, in which white space around a turn is removed and ``"\r\n"`` becomes ``"\n"``.
 
 A prompt can also be named ``instruction`` or ``question``, and a message list ``conversations`` or ``conversation``.
-With every form, ``system`` or ``system_prompt`` contains the system text, and ``tools`` the functions that the assistant
-may call. ``history`` contains the turns before the question, as ``[question, answer]`` pairs or as messages. A text in
-``input`` or ``context`` beside a prompt is refused, because its place in the prompt is unknown. An answer with
-``"weight": 0`` is not trained on, so its record is unusable.
+With every form, ``system`` or ``system_prompt`` contains the system text, and ``tools`` the functions that the
+assistant may call. ``history`` contains the turns before the question, as ``[question, answer]`` pairs or as messages.
+A text in ``input`` or ``context`` beside a prompt is refused, because its place in the prompt is unknown. An answer
+with ``"weight": 0`` is not trained on, so its record is unusable.
 
 A ``prompt`` *agrees* with a dialogue if it equals the dialogue's prompt or consists only of the first or the last user
 turn in it; white space around texts is ignored. A ``prompt`` that is given in addition to ``messages`` must agree with
