@@ -14,10 +14,9 @@ from rlhf_jax.data.chat.encoders import (
     messages,
     try_answers,
 )
-from rlhf_jax.data.chat.formats import OPTIONS, ChatFormat, chat_format
+from rlhf_jax.data.chat.formats import ChatFormat, chat_format
 
 __all__ = [
-    "OPTIONS",
     "ChatFormat",
     "chat_format",
     "encode_answer",

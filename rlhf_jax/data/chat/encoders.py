@@ -1,6 +1,6 @@
 """Encoding of conversations as token ids.
 
-The ids are those from ``tokenizer.apply_chat_template`` with the options of the format. As in other libraries, the
+The ids are those from ``tokenizer.apply_chat_template`` with the date of the format. As in other libraries, the
 spelling of a control token in a text becomes that token; the encoders of `encoding` count such records.
 
 A prompt ends where the model replies, and an answer ends with its stop token. If a token spans the start of an answer,

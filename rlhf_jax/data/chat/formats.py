@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import datetime
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rlhf_jax.data import dialogues, errors
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
     import transformers
 
 _DATE = datetime.date(2024, 7, 26)
-OPTIONS: Mapping[str, Any] = {"date_string": _DATE.strftime("%d %b %Y"), "strftime_now": _DATE.strftime}
-"""Options for all templates, unless others are given: templates that write the current date write 26 July 2024, so that
-a model is trained and used with the same prompt. It is the date that Llama 3's templates write without a clock."""
+_CLOCK: Mapping[str, Any] = {"date_string": _DATE.strftime("%d %b %Y"), "strftime_now": _DATE.strftime}
+"""Variables from which templates take the current date. A fixed date makes runs reproducible; this one is the date that
+Llama 3.1's template writes without a clock."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,10 +31,11 @@ class ChatFormat:
     template: str
     origin: str
     """Where the template comes from, as a phrase for messages."""
-    options: Mapping[str, Any]
-    """Values of the template's variables, which ``apply_chat_template`` accepts as keyword arguments."""
+    clock: Mapping[str, Any]
+    """The fixed date for a template that writes the current date, as keyword arguments of ``apply_chat_template``."""
     stop_ids: tuple[int, ...]
-    """Ids that end an answer: the token with which answers end in training, then the EOS token if it is different."""
+    """Ids that end an answer: the token with which answers end in training, the EOS token, and any further ids, without
+    duplicates."""
     pad_id: int
     """Token id used for padding: the pad token or the unknown token, whichever first exists and does not end an answer;
     otherwise the first of ``stop_ids``."""
@@ -43,7 +45,7 @@ class ChatFormat:
     @property
     def renderer(self) -> rendering.Renderer:
         """The template with the values of its variables."""
-        return _renderer(self.tokenizer, self.template, self.options)
+        return _renderer(self.tokenizer, self.template, self.clock)
 
 
 def chat_format(
@@ -52,7 +54,7 @@ def chat_format(
     model_type: str | None = None,
     template: str | None = None,
     options: Mapping[str, Any] | None = None,
-    extra_stop_ids: Sequence[int] = (),
+    stop_ids: Iterable[int] = (),
 ) -> ChatFormat:
     """Returns the chat format of a tokenizer, checked on sample dialogues.
 
@@ -72,9 +74,9 @@ def chat_format(
         model_type: ``model_type`` from the model's ``config.json``; it distinguishes model families with the same
             control tokens if the tokenizer has no template.
         template: Chat template to use instead of the tokenizer's own template or the template of a family.
-        options: Values of the template's variables, such as ``{"enable_thinking": False}``; they take precedence over
-            `OPTIONS`.
-        extra_stop_ids: Further ids that end an answer, such as those in a model's ``generation_config.json``.
+        options: Values of the template's variables, such as ``{"enable_thinking": False}`` or a ``date_string``. They
+            are JSON values and are written at the start of the template, so that they are saved with the tokenizer.
+        stop_ids: Further ids that end an answer, such as those from `rlhf_jax.lm.load_stop_ids`.
 
     Returns:
         The format.
@@ -85,23 +87,29 @@ def chat_format(
             to change.
     """
     chosen, origin = (template, "given") if template is not None else _choose(tokenizer, model_type)
+    options = dict(options or {})
+    chosen = "".join(_assignment(name, value) for name, value in options.items()) + chosen
+    clock = {name: value for name, value in _CLOCK.items() if name in chosen and name not in options}
+    if options:
+        origin += f", with {', '.join(f'{name} = {value!r}' for name, value in options.items())}"
+    if clock:
+        origin += f", with the date {_CLOCK['date_string']}"
     if chosen != tokenizer.chat_template:
         tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = chosen
-    options = {**OPTIONS, **(options or {})}
-    ending = _checked_ending(tokenizer, _renderer(tokenizer, chosen, options))
+    ending = _checked_ending(tokenizer, _renderer(tokenizer, chosen, clock))
     stop, eos, pad, unknown = (
         _id(tokenizer, token)
         for token in (ending.stop, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
     )
-    stop_ids = tuple(dict.fromkeys(i for i in (stop, eos, *extra_stop_ids) if i is not None))
+    ends = tuple(dict.fromkeys(i for i in (stop, eos, *stop_ids) if i is not None))
     return ChatFormat(
         tokenizer=tokenizer,
         template=chosen,
         origin=origin,
-        options=options,
-        stop_ids=stop_ids,
-        pad_id=next((i for i in (pad, unknown) if i is not None and i not in stop_ids), stop_ids[0]),
+        clock=clock,
+        stop_ids=ends,
+        pad_id=next((i for i in (pad, unknown) if i is not None and i not in ends), ends[0]),
         ending=ending,
     )
 
@@ -113,8 +121,26 @@ def control_pattern(tokenizer: Any) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
-def _renderer(tokenizer: Any, template: str, options: Mapping[str, Any]) -> rendering.Renderer:
-    return rendering.Renderer(template, {**tokenizer.special_tokens_map, **options})
+def _assignment(name: str, value: Any) -> str:
+    """Returns template code that gives a variable a value, unless the caller of the template does."""
+    if not name.isidentifier():
+        raise errors.DataError(f"the name of a template option must be an identifier, got {name!r}")
+    return f"{{%- set {name} = {_literal(value)} if {name} is not defined or {name} is none else {name} -%}}"
+
+
+def _literal(value: Any) -> str:
+    """Returns a JSON value as Jinja code."""
+    if value is None:
+        return "none"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(key)}: {_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return json.dumps(value)
+
+
+def _renderer(tokenizer: Any, template: str, clock: Mapping[str, Any]) -> rendering.Renderer:
+    return rendering.Renderer(template, {**tokenizer.special_tokens_map, **clock})
 
 
 def _id(tokenizer: Any, token: str | None) -> int | None:

@@ -39,7 +39,7 @@ class Renderer:
 
     template: str
     variables: Mapping[str, Any]
-    """Special tokens of the tokenizer and options of the template."""
+    """Special tokens of the tokenizer, and the date."""
 
     def render(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] = (), prompt: bool) -> str:
         """Returns the messages as text, followed by the generation prompt if ``prompt`` is set.

@@ -30,7 +30,7 @@ from rlhf_jax import types
 from rlhf_jax.lm import config
 from rlhf_jax.lm import heads as lm_heads
 from rlhf_jax.lm import params as lm_params
-from rlhf_jax.lm.hub import families, layouts, score_heads, tensor_files
+from rlhf_jax.lm.hub import families, layouts, score_heads, special_ids, tensor_files
 
 Shard = Callable[[tuple[str, ...]], jax.sharding.Sharding]
 """Maps the logical axes of an array (`rlhf_jax.lm.params.Spec.axes`) to its sharding."""
@@ -169,6 +169,21 @@ def load_normalisation(path: str | os.PathLike[str]) -> lm_heads.Normalisation |
     """
     hf, source = _read_config(_folder(path))
     return score_heads.read_normalisation(hf, source)
+
+
+def load_stop_ids(path: str | os.PathLike[str]) -> tuple[int, ...]:
+    """Returns the ids that end an answer according to a model directory, in ascending order.
+
+    They are the ids that ``config.json`` and, if it exists, ``generation_config.json`` list as ``eos_token_id``.
+
+    Raises:
+        FileNotFoundError: The directory or ``config.json`` is missing.
+        ValueError: ``eos_token_id`` is neither null, an id in the vocabulary nor a list of such ids.
+    """
+    folder = _folder(path)
+    hf, source = _read_config(folder)
+    cfg = _config({**hf, **_NO_TOKENS}, source)
+    return special_ids.read_stop_ids(folder, vocab_size=cfg.vocab_size)
 
 
 def model_type_of(cfg: config.LMConfig) -> str:
