@@ -214,7 +214,7 @@ def _world_task(settings: Settings, model: initial_model.InitialModel | None) ->
     P, (demonstrated_set, rl_set, eval_set, compare_set) = _prompt_sets(
         fmt, [demonstrated, rl, evaluated, compare], dropped
     )
-    answer_ids = chat.encode_answers(fmt, answers)
+    answer_ids = chat.encode_answers(fmt, list(map(_turns, demonstrated)), answers)
     T = _answer_width(answers, answer_ids, in_world_words=in_world_words)
     skill_rows = _skill_rows(settings, fmt, P + T)
     if model is not None:

@@ -16,12 +16,6 @@ from rlhf_jax.data.chat import rendering, templates
 if TYPE_CHECKING:
     import transformers
 
-_DATE = datetime.date(2024, 7, 26)
-_CLOCK: Mapping[str, Any] = {"date_string": _DATE.strftime("%d %b %Y"), "strftime_now": _DATE.strftime}
-"""Variables from which templates take the current date. A fixed date makes runs reproducible; this one is the date that
-Llama 3.1's template writes without a clock."""
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChatFormat:
     """The chat format of a tokenizer; created and checked by `chat_format`."""
@@ -32,7 +26,8 @@ class ChatFormat:
     origin: str
     """Where the template comes from, as a phrase for messages."""
     clock: Mapping[str, Any]
-    """The fixed date for a template that writes the current date, as keyword arguments of ``apply_chat_template``."""
+    """The date of a template that writes the current date, as keyword arguments of ``apply_chat_template``. It is fixed
+    so that all prompts contain the same date."""
     stop_ids: tuple[int, ...]
     """Ids that end an answer: the token with which answers end in training, the EOS token, and any further ids, without
     duplicates."""
@@ -54,6 +49,7 @@ def chat_format(
     model_type: str | None = None,
     template: str | None = None,
     options: Mapping[str, Any] | None = None,
+    date: datetime.date | None = None,
     stop_ids: Iterable[int] = (),
 ) -> ChatFormat:
     """Returns the chat format of a tokenizer, checked on sample dialogues.
@@ -76,6 +72,7 @@ def chat_format(
         template: Chat template to use instead of the tokenizer's own template or the template of a family.
         options: Values of the template's variables, such as ``{"enable_thinking": False}`` or a ``date_string``. They
             are JSON values and are written at the start of the template, so that they are saved with the tokenizer.
+        date: The date for templates that write the current date, such as Llama 3.1's. By default, today.
         stop_ids: Further ids that end an answer, such as those from `rlhf_jax.lm.load_stop_ids`.
 
     Returns:
@@ -89,11 +86,13 @@ def chat_format(
     chosen, origin = (template, "given") if template is not None else _choose(tokenizer, model_type)
     options = dict(options or {})
     chosen = "".join(_assignment(name, value) for name, value in options.items()) + chosen
-    clock = {name: value for name, value in _CLOCK.items() if name in chosen and name not in options}
+    date = datetime.date.today() if date is None else date
+    clock = {"date_string": f"{date:%d %b %Y}", "strftime_now": date.strftime}
+    clock = {name: value for name, value in clock.items() if name in chosen and name not in options}
     if options:
         origin += f", with {', '.join(f'{name} = {value!r}' for name, value in options.items())}"
     if clock:
-        origin += f", with the date {_CLOCK['date_string']}"
+        origin += f", with the date {date:%d %b %Y}"
     if chosen != tokenizer.chat_template:
         tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = chosen
