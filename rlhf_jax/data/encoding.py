@@ -11,6 +11,7 @@ to look up other fields of the records::
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -248,14 +249,32 @@ def _answer_ids(
         )
     )
     stage, found = counts.stage(), []
-    for i, (_, answers) in enumerate(answered):
+    for i, (record, answers) in enumerate(answered):
         ids = list(itertools.islice(encoded, len(answers)))
+        unused = _unused_keys(fmt, record, answers)
         if any(isinstance(each, errors.DataError) for each in ids):
             stage.drop("the chat template does not write the answer after the prompt")
+        elif any(unused & set(turn.extra) and not turn.text.strip() for turn in map(dialogues.answer_turn, answers)):
+            stage.drop("the chat template does not write tool calls")
         else:
             found.append((i, ids))
+            for name in sorted(unused):
+                stage.note(f"the chat template does not use {name!r}")
+            if chat.has_special_token(fmt, [*record.prompt, *map(dialogues.answer_turn, answers)]):
+                stage.note("a text contains the spelling of a special token")
     counts.add(stage, records=len(answered), source="answers")
     return [ids for _, ids in found], np.asarray([i for i, _ in found], np.int64)
+
+
+def _unused_keys(fmt: chat.ChatFormat, record: records.Prompt, answers: Sequence[dialogues.Answer]) -> set[str]:
+    """Returns the keys of the messages of a record that the chat template does not use."""
+    unused: set[str] = set()
+    for answer in answers:
+        turns = [*record.prompt, dialogues.answer_turn(answer)]
+        if record.tools or any(turn.extra for turn in turns):
+            with contextlib.suppress(errors.DataError):
+                unused |= chat.unused_keys(fmt, turns, tools=record.tools)
+    return unused
 
 
 def _contradict(answers: Sequence[Sequence[int]], ranks: Sequence[int], width: int) -> bool:

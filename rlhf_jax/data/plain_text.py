@@ -65,7 +65,7 @@ def _without_prefixes(tokenizer: transformers.PreTrainedTokenizerFast) -> tokeni
 def _encode(tokenizer: Any, texts: Sequence[str], *, split_special_tokens: bool) -> list[list[int]]:
     if not texts:
         return []
-    with _word_errors(tokenizer, texts):
+    with _word_errors(tokenizer, texts, plain=split_special_tokens):
         return tokenizer(
             list(texts),
             add_special_tokens=False,
@@ -86,8 +86,7 @@ def _plain_offsets(backend: Any) -> Iterator[None]:
 
 
 def _without_prefix(part: Any) -> Any:
-    """Returns a normalizer or pre-tokenizer, as JSON, that inserts no space before texts; None if it did nothing else.
-    """
+    """Returns a normalizer or pre-tokenizer, as JSON, without the insertion of spaces; None if nothing else remains."""
     if not isinstance(part, dict):
         return part
     for steps in ("normalizers", "pretokenizers"):
@@ -102,8 +101,11 @@ def _without_prefix(part: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _word_errors(tokenizer: Any, texts: Sequence[str]) -> Iterator[None]:
-    """Raises DataError with the first unknown word if a word-level tokenizer fails; its error does not name the word."""
+def _word_errors(tokenizer: Any, texts: Sequence[str], *, plain: bool = False) -> Iterator[None]:
+    """Raises DataError with the first unknown word if a word-level tokenizer fails, whose error does not name it.
+
+    ``plain`` is whether the texts contain no control tokens.
+    """
     try:
         yield
     except Exception as error:
@@ -112,7 +114,7 @@ def _word_errors(tokenizer: Any, texts: Sequence[str]) -> Iterator[None]:
             raise
         added = [token.content for token in backend.get_added_tokens_decoder().values()]
         control = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
-        for word in (word for text in texts for word in control.sub(" ", text).split()):
+        for word in (word for text in texts for word in (text if plain else control.sub(" ", text)).split()):
             if any(backend.token_to_id(piece) is None for piece, _ in backend.pre_tokenizer.pre_tokenize_str(word)):
                 raise errors.DataError(f"the word {word!r} is not in the tokenizer's vocabulary") from error
         raise

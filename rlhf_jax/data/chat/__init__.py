@@ -11,8 +11,10 @@ from rlhf_jax.data.chat.encoders import (
     encode_dialogue,
     encode_prompt,
     encode_prompts,
+    has_special_token,
     messages,
     try_answers,
+    unused_keys,
 )
 from rlhf_jax.data.chat.formats import ChatFormat, chat_format
 
@@ -24,6 +26,8 @@ __all__ = [
     "encode_dialogue",
     "encode_prompt",
     "encode_prompts",
+    "has_special_token",
     "messages",
     "try_answers",
+    "unused_keys",
 ]

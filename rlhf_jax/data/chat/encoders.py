@@ -1,6 +1,6 @@
 """Encoding of conversations as token ids.
 
-The ids are those from ``tokenizer.apply_chat_template`` with the date of the format. As in other libraries, the
+The ids are those from ``tokenizer.apply_chat_template``. As in other libraries, the
 spelling of a control token in a text becomes that token; the encoders of `encoding` count such records.
 
 A prompt ends where the model replies, and an answer ends with its stop token. If a token spans the start of an answer,
@@ -23,8 +23,8 @@ Tools = Sequence[Mapping[str, Any]]
 
 
 def messages(turns: Turns) -> list[dict[str, Any]]:
-    """Converts turns to the dictionaries that ``apply_chat_template`` accepts."""
-    return [{"role": turn.role, "content": turn.text, **turn.extra} for turn in turns]
+    """Converts turns to the dictionaries that ``apply_chat_template`` accepts: ``role``, ``content`` and other keys."""
+    return [{**turn.extra, "role": turn.role, "content": turn.text} for turn in turns]
 
 
 def encode_prompt(fmt: ChatFormat, turns: Turns, *, tools: Tools = ()) -> list[int]:
@@ -129,7 +129,7 @@ def encode_dialogue(
     answers = [i for i, turn in enumerate(turns) if turn.role == dialogues.ASSISTANT and turn.extra.get("weight") != 0]
     if train_on == "last":
         answers = [i for i in answers if i == last]
-    text, spans = rendering.answer_spans(fmt.renderer, fmt.ending, messages(turns), answers, tools=tools)
+    text, spans = rendering.answer_spans(fmt.renderer, messages(turns), answers, stop=fmt.stop, tools=tools)
     ids, offsets = plain_text.encode_with_offsets(fmt.tokenizer, text)
     learnt = np.zeros(len(ids), bool)
     starts, ends = np.asarray(offsets).reshape(-1, 2).T
@@ -204,11 +204,35 @@ def encode_prompts(
     return [fitting[i] for i in kept], np.asarray(kept, np.int64)
 
 
+def unused_keys(fmt: ChatFormat, turns: Turns, *, tools: Tools = ()) -> set[str]:
+    """Returns the keys of messages, other than role and content, without which the rendering is the same.
+
+    Args:
+        fmt: The chat format.
+        turns: The turns, whose further keys are checked.
+        tools: Descriptions of tools; the result contains ``"tools"`` if the template does not use them.
+
+    Raises:
+        DataError: If the template rejects the turns.
+    """
+    whole = messages(turns)
+    text = fmt.renderer.render(whole, tools=tools, prompt=False)
+    unused = {"tools"} if tools and fmt.renderer.render(whole, prompt=False) == text else set()
+    for name in {name for turn in turns for name in turn.extra} - {"weight"}:
+        others = [{key: value for key, value in message.items() if key != name} for message in whole]
+        if fmt.renderer.render(others, tools=tools, prompt=False) == text:
+            unused.add(name)
+    return unused
+
+
+def has_special_token(fmt: ChatFormat, turns: Turns) -> bool:
+    """Returns whether a text contains the spelling of a special token, which is encoded as that token."""
+    return any(token in turn.text for turn in turns for token in fmt.special_tokens)
+
+
 def _n_system_turns(turns: Turns) -> int:
     """Returns the number of turns before the first user or assistant turn."""
-    return next(
-        (i for i, turn in enumerate(turns) if turn.role in (dialogues.USER, dialogues.ASSISTANT)), len(turns)
-    )
+    return next((i for i, turn in enumerate(turns) if turn.role in (dialogues.USER, dialogues.ASSISTANT)), len(turns))
 
 
 def _prompt_text(fmt: ChatFormat, turns: Turns, tools: Tools) -> str:
@@ -220,7 +244,7 @@ def _answer_texts(fmt: ChatFormat, prompt: Turns, answer: dialogues.Answer, tool
     before = _prompt_text(fmt, prompt, tools)
     turns = [*prompt, dialogues.answer_turn(answer)]
     text, ((start, end),) = rendering.answer_spans(
-        fmt.renderer, fmt.ending, messages(turns), [len(prompt)], tools=tools
+        fmt.renderer, messages(turns), [len(prompt)], stop=fmt.stop, tools=tools
     )
     if start != len(before) or not text.startswith(before):
         raise errors.DataError(

@@ -16,6 +16,11 @@ from rlhf_jax.data.chat import rendering, templates
 if TYPE_CHECKING:
     import transformers
 
+
+_CLOCK = re.compile(r"""strftime_now\(\s*("[^"]*"|'[^']*')""")
+"""Matches a call of the clock of chat templates, with its format."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChatFormat:
     """The chat format of a tokenizer; created and checked by `chat_format`."""
@@ -25,22 +30,18 @@ class ChatFormat:
     template: str
     origin: str
     """Where the template comes from, as a phrase for messages."""
-    clock: Mapping[str, Any]
-    """The date of a template that writes the current date, as keyword arguments of ``apply_chat_template``. It is fixed
-    so that all prompts contain the same date."""
+    renderer: rendering.Renderer = dataclasses.field(repr=False)
+    """The template with the values of its variables. The current date is fixed, so that all prompts have the same."""
     stop_ids: tuple[int, ...]
     """Ids that end an answer: the token with which answers end in training, the EOS token, and any further ids, without
     duplicates."""
     pad_id: int
     """Token id used for padding: the pad token or the unknown token, whichever first exists and does not end an answer;
     otherwise the first of ``stop_ids``."""
-    ending: rendering.Ending
-    """How the template ends answers."""
-
-    @property
-    def renderer(self) -> rendering.Renderer:
-        """The template with the values of its variables."""
-        return _renderer(self.tokenizer, self.template, self.clock)
+    stop: str
+    """Spelling of the token with which answers end in training."""
+    special_tokens: tuple[str, ...] = dataclasses.field(repr=False)
+    """Spellings of the tokenizer's special tokens."""
 
 
 def chat_format(
@@ -85,39 +86,53 @@ def chat_format(
     """
     chosen, origin = (template, "given") if template is not None else _choose(tokenizer, model_type)
     options = dict(options or {})
+    _check_options(chosen, options)
     chosen = "".join(_assignment(name, value) for name, value in options.items()) + chosen
     date = datetime.date.today() if date is None else date
-    clock = {"date_string": f"{date:%d %b %Y}", "strftime_now": date.strftime}
-    clock = {name: value for name, value in clock.items() if name in chosen and name not in options}
     if options:
         origin += f", with {', '.join(f'{name} = {value!r}' for name, value in options.items())}"
-    if clock:
+    if _CLOCK.search(chosen):
         origin += f", with the date {date:%d %b %Y}"
     if chosen != tokenizer.chat_template:
         tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = chosen
-    ending = _checked_ending(tokenizer, _renderer(tokenizer, chosen, clock))
-    stop, eos, pad, unknown = (
-        _id(tokenizer, token)
-        for token in (ending.stop, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+    renderer = rendering.Renderer(_fixed_date(date, chosen) + chosen, dict(tokenizer.special_tokens_map))
+    stop = _checked_stop(tokenizer, renderer)
+    end, eos, pad, unknown = (
+        _id(tokenizer, token) for token in (stop, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
     )
-    ends = tuple(dict.fromkeys(i for i in (stop, eos, *stop_ids) if i is not None))
+    ends = tuple(dict.fromkeys(i for i in (end, eos, *stop_ids) if i is not None))
     return ChatFormat(
         tokenizer=tokenizer,
         template=chosen,
         origin=origin,
-        clock=clock,
+        renderer=renderer,
         stop_ids=ends,
         pad_id=next((i for i in (pad, unknown) if i is not None and i not in ends), ends[0]),
-        ending=ending,
+        stop=stop,
+        special_tokens=tuple(token.content for token in _added_tokens(tokenizer) if token.special),
     )
 
 
-def control_pattern(tokenizer: Any) -> re.Pattern[str]:
+def _control_pattern(tokenizer: Any) -> re.Pattern[str]:
     """Returns a pattern that matches the spelling of any added token of a tokenizer, except white space."""
-    tokens = [token.content for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values()]
-    longest_first = sorted(filter(str.strip, tokens), key=len, reverse=True)
+    longest_first = sorted(filter(str.strip, (t.content for t in _added_tokens(tokenizer))), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _check_options(template: str, options: Mapping[str, Any]) -> None:
+    """Raises DataError for an option that the template does not use."""
+    import jinja2.meta
+
+    if unknown := [name for name in options if not re.search(rf"\b{re.escape(name)}\b", template)]:
+        # Generation marks are an extension of transformers, which Jinja cannot parse.
+        code = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", template)
+        environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+        names = jinja2.meta.find_undeclared_variables(environment.parse(code))
+        names = names - {"messages", "raise_exception", "add_generation_prompt", "strftime_now"}
+        raise errors.DataError(
+            f"the chat template has no variable {unknown[0]!r}; it has {', '.join(sorted(names)) or 'none'}"
+        )
 
 
 def _assignment(name: str, value: Any) -> str:
@@ -138,8 +153,16 @@ def _literal(value: Any) -> str:
     return json.dumps(value)
 
 
-def _renderer(tokenizer: Any, template: str, clock: Mapping[str, Any]) -> rendering.Renderer:
-    return rendering.Renderer(template, {**tokenizer.special_tokens_map, **clock})
+def _fixed_date(date: datetime.date, template: str) -> str:
+    """Returns template code that replaces the clock ``strftime_now`` by one that has stopped at a date."""
+    if not _CLOCK.search(template):
+        return ""
+    times = {literal[1:-1]: date.strftime(literal[1:-1]) for literal in _CLOCK.findall(template)}
+    return "{%- macro strftime_now(format) -%}{{ " + _literal(times) + "[format] }}{%- endmacro -%}"
+
+
+def _added_tokens(tokenizer: Any) -> Iterable[Any]:
+    return tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
 
 
 def _id(tokenizer: Any, token: str | None) -> int | None:
@@ -161,27 +184,27 @@ def _choose(tokenizer: Any, model_type: str | None) -> tuple[str, str]:
     return templates.plain(bos=begins), "plain text with User: and Assistant:, because the tokenizer has none"
 
 
-def _checked_ending(tokenizer: Any, renderer: rendering.Renderer) -> rendering.Ending:
-    """Returns how answers end; raises DataError if the template is unusable."""
+def _checked_stop(tokenizer: Any, renderer: rendering.Renderer) -> str:
+    """Returns the spelling of the token that ends answers; raises DataError if the template is unusable."""
     question, answer = {"role": dialogues.USER, "content": "one"}, {"role": dialogues.ASSISTANT, "content": "two"}
     probe = {**answer, "content": rendering.PROBE}
-    is_token = control_pattern(tokenizer)
-    endings = []
+    token, stops = _control_pattern(tokenizer), set()
     for messages in ([question, probe], [question, probe, question], [question, answer, question, probe]):
-        ending = rendering.find_ending(renderer, is_token, messages=messages)
-        if ending is None:
-            token = "a stop token" if tokenizer.eos_token is None else f"the token {str(tokenizer.eos_token)!r}"
-            raise errors.DataError(f"the chat template does not end an answer: put {token} after the assistant's text")
-        endings.append(ending)
-    if len({ending.stop for ending in endings}) > 1:
-        names = " and ".join(sorted({repr(ending.stop) for ending in endings}))
+        found = rendering.find_stop(renderer, token, messages=messages)
+        if found is None:
+            eos = "a stop token" if tokenizer.eos_token is None else f"the token {str(tokenizer.eos_token)!r}"
+            raise errors.DataError(f"the chat template does not end an answer: put {eos} after the assistant's text")
+        stops.add(found)
+    if len(stops) > 1:
+        names = " and ".join(sorted(map(repr, stops)))
         raise errors.DataError(
             f"the chat template ends answers with different tokens ({names}): end all answers with the same token"
         )
     dialogue = [question, answer, question, answer]
-    text, spans = rendering.answer_spans(renderer, endings[0], dialogue, (1, 3))
+    (stop,) = stops
+    text, spans = rendering.answer_spans(renderer, dialogue, (1, 3), stop=stop)
     for i, (start, end) in zip((1, 3), spans):
-        if answer["content"] not in text[start:end] or text[start:end].count(endings[0].stop) != 1:
+        if answer["content"] not in text[start:end] or text[start:end].count(stop) != 1:
             raise errors.DataError(
                 f"the chat template does not show the text of an answer and its stop token once: {text[start:end]!r}"
             )
@@ -190,4 +213,4 @@ def _checked_ending(tokenizer: Any, renderer: rendering.Renderer) -> rendering.E
                 f"the chat template starts an answer before the end of its generation prompt, {prompt[start:]!r}: put "
                 "{% generation %} directly after the text that add_generation_prompt adds"
             )
-    return endings[0]
+    return stop

@@ -17,7 +17,6 @@ If a template has *generation marks*, ``{% generation %}`` and ``{% endgeneratio
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,7 +38,7 @@ class Renderer:
 
     template: str
     variables: Mapping[str, Any]
-    """Special tokens of the tokenizer, and the date."""
+    """Special tokens of the tokenizer."""
 
     def render(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] = (), prompt: bool) -> str:
         """Returns the messages as text, followed by the generation prompt if ``prompt`` is set.
@@ -74,31 +73,21 @@ class Renderer:
         return text, [span for group in spans for span in group]
 
 
-@dataclasses.dataclass(frozen=True)
-class Ending:
-    """How a template ends answers."""
-
-    stop: str
-    """Spelling of the token that ends an answer."""
-    text: str
-    """What follows the text of an answer, up to and including ``stop``."""
-
-
 def answer_spans(
     renderer: Renderer,
-    ending: Ending,
     messages: Sequence[Message],
     answers: Sequence[int],
     *,
+    stop: str,
     tools: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[str, list[Span]]:
     """Returns the rendering of messages, and the spans of some answers in it.
 
     Args:
         renderer: The template.
-        ending: How it ends answers.
         messages: The messages.
         answers: Indices of the messages whose spans to find; they must be the assistant's.
+        stop: Spelling of the token that ends answers.
         tools: Descriptions of tools, for the template.
 
     Returns:
@@ -116,30 +105,34 @@ def answer_spans(
                 f"the chat template marks {len(spans)} parts of a dialogue with {len(marked)} answers"
             )
         of_answer = dict(zip(marked, spans))
-        return text, [_up_to_stop(text, of_answer[i], ending) for i in answers]
+        return text, [_up_to_stop(text, of_answer[i], stop) for i in answers]
     views = _Views(renderer, messages, tools, text)
-    return text, [(views.start(i), views.end(i, ending)) for i in answers]
+    return text, [(views.start(i), views.end(i, stop)) for i in answers]
 
 
-def find_ending(renderer: Renderer, is_token: re.Pattern[str], *, messages: Sequence[Message]) -> Ending | None:
-    """Returns how the answer ends whose text is ``PROBE``: at the first token after it. None if no token follows it."""
+def find_stop(renderer: Renderer, token: re.Pattern[str], *, messages: Sequence[Message]) -> str | None:
+    """Returns the first match of ``token`` after the message whose text is ``PROBE``, or None."""
     text = renderer.render(messages, prompt=False)
     if text.count(PROBE) != 1:
         raise errors.DataError(f"the chat template writes the text of an answer {text.count(PROBE)} times, not once")
-    rest = text[text.index(PROBE) + len(PROBE) :]
-    found = is_token.search(rest)
-    return None if found is None else Ending(stop=found[0], text=rest[: found.end()])
+    found = token.search(text, text.index(PROBE))
+    return None if found is None else found[0]
 
 
-def _up_to_stop(text: str, span: Span, ending: Ending) -> Span:
+def _up_to_stop(text: str, span: Span, stop: str) -> Span:
     start, end = span
-    stop = text.rfind(ending.stop, start, end)
-    if stop < 0:
+    place = text.rfind(stop, start, end)
+    if place < 0:
         raise errors.DataError(
             "the generation marks of the chat template exclude the end of an answer from the loss: put the token "
-            f"{ending.stop!r} after the assistant's text and before {{% endgeneration %}}"
+            f"{stop!r} after the assistant's text and before {{% endgeneration %}}"
         )
-    return start, stop + len(ending.stop)
+    return start, place + len(stop)
+
+
+def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Returns the length of the longest common prefix."""
+    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,22 +155,24 @@ class _Views:
         # as the template writes it.
         after = prompt[self._content(prompt, self.messages[:i], i - 1, prompt=True)[1] :]
         previous_end = self._content(self.text, self.messages, i - 1)[1]
-        shared = len(os.path.commonprefix([self.text[previous_end:], after]))
+        shared = _common(self.text[previous_end:], after)
         start = previous_end + shared
         if shared != len(after) and start != self._content(self.text, self.messages, i)[0]:
             raise self._undetermined(i)
         return start
 
-    def end(self, i: int, ending: Ending) -> int:
+    def end(self, i: int, stop: str) -> int:
         """Returns where the answer ``i`` ends in the text, after its stop token."""
         upto = self.text if i == len(self.messages) - 1 else self._render(self.messages[: i + 1], prompt=False)
-        end = upto.rfind(ending.stop) + len(ending.stop)
-        if ending.stop in upto and self.text.startswith(upto[:end]):
+        end = upto.rfind(stop) + len(stop)
+        if stop in upto and self.text.startswith(upto[:end]):
             return end
-        end = self._content(self.text, self.messages, i)[1]
-        if not self.text.startswith(ending.text, end):
+        # The first stop token after the text of the answer ends it; other parts, such as tool calls, may come between.
+        place = self.text.find(stop, self._content(self.text, self.messages, i)[1])
+        end = place + len(stop)
+        if place < 0 or end > self._content(self.text, self.messages, i + 1)[0]:
             raise self._undetermined(i)
-        return end + len(ending.text)
+        return end
 
     def _content(self, text: str, messages: Sequence[Message], i: int, *, prompt: bool = False) -> Span:
         """Returns the part of ``text``, the rendering of ``messages``, that depends on the text of message ``i``."""
@@ -185,8 +180,8 @@ class _Views:
         other = self._render(changed, prompt=prompt)
         if other.count(PROBE) != 1:
             raise self._undetermined(i)
-        before = len(os.path.commonprefix([text, other]))
-        after = len(os.path.commonprefix([text[before:][::-1], other[before:][::-1]]))
+        before = _common(text, other)
+        after = _common(text[before:][::-1], other[before:][::-1])
         return before, len(text) - after
 
     def _render(self, messages: Sequence[Message], *, prompt: bool) -> str:
