@@ -389,6 +389,11 @@ def _check_leaves(flat: Mapping[str, Any], cfg: config.LMConfig) -> None:
         if name in flat and flat[name].shape != row.shape:
             raise ValueError(f"params[{name}] has shape {flat[name].shape}; this LMConfig requires {row.shape}")
     unknown = sorted(flat.keys() - rows.keys())
+    if any(name.endswith(("/lora_a", "/lora_b")) for name in unknown):
+        raise ValueError(
+            "params have adapters attached, which a model directory cannot contain: save lm.lora.merge(base, adapters, "
+            "scale=...) instead, or the adapters alone with lm.peft.save"
+        )
     if unknown:
         raise ValueError(f"params contain entries that this LMConfig lacks: {', '.join(unknown[:5])}")
 
