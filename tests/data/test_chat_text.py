@@ -36,6 +36,7 @@ def test_prompts_and_answers_make_up_the_dialogue(name, contents):
 def test_an_answer_is_encoded_separately_if_a_token_spans_its_start():
     tokenizer = make_qwen(words=("a\n\nb",))
     fmt = chat.chat_format(tokenizer)
+    tokenizer = fmt.tokenizer
     newline, pair = ([tokenizer.convert_tokens_to_ids(token)] for token in ("Ċ", "ĊĊ"))
     prompt, answer = chat.encode_prompt(fmt, TURNS[:1]), chat.encode_answer(fmt, TURNS[:1], "\nso")
     assert prompt[-1:] == newline == answer[:1]

@@ -19,7 +19,7 @@ from launch import config_file, initial_model, run_folder, settings
 from recipe import run_setup, tasks, world_words
 
 from rlhf_jax import lm
-from rlhf_jax.data import chat, tokenizers
+from rlhf_jax.data import chat, dialogues, tokenizers
 from rlhf_jax.simulation import lexicon, prompts
 
 SMALL = settings.preset("smoke", pretrained=True)
@@ -214,7 +214,7 @@ def with_changes(made, changes):
 def test_answers_are_decoded_to_the_worlds_words(byte_pairs):
     fmt = chat.chat_format(byte_pairs)
     answers = ["the fox is red .", "Red? the fox", "", "the <|end|> fox", "the " * 50]
-    ids = chat.encode_answers(fmt, answers)
+    ids = chat.encode_answers(fmt, [(dialogues.Turn("user", "what"),)] * len(answers), answers)
     ids[1] = ids[1][:-1]  # truncated, without the end token
     width = max(map(len, ids))
     tokens_BT = np.array([[*x, *[fmt.pad_id] * (width - len(x))] for x in ids])
@@ -271,7 +271,7 @@ def test_unusable_model_folders_raise_a_one_sentence_error(checkpoint, byte_pair
     with pytest.raises(settings.SettingError, match=f"its tokenizer has {n} ids, more than the {n - 3} of the model"):
         initial_model.load(str(small))
     unmarked = save_gpt2(tmp_path / "unmarked", chat_cases.make_gpt2(template="{{ messages[0]['content'] }}"))
-    with pytest.raises(settings.SettingError, match=r"no {% generation %} marks"):
+    with pytest.raises(settings.SettingError, match="the chat template does not end an answer"):
         initial_model.load(str(unmarked))
 
 
