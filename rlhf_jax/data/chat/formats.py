@@ -38,6 +38,8 @@ class ChatFormat:
     pad_id: int
     """Token id used for padding: the pad token or the unknown token, whichever first exists and does not end an answer;
     otherwise the first of ``stop_ids``."""
+    date: datetime.date | None
+    """The current date that the template writes; None if it writes none."""
     stop: str
     """Spelling of the token with which answers end in training."""
     special_tokens: tuple[str, ...] = dataclasses.field(repr=False)
@@ -107,6 +109,7 @@ def chat_format(
         template=chosen,
         origin=origin,
         renderer=renderer,
+        date=date if _CLOCK.search(chosen) else None,
         stop_ids=ends,
         pad_id=next((i for i in (pad, unknown) if i is not None and i not in ends), ends[0]),
         stop=stop,
