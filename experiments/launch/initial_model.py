@@ -18,6 +18,8 @@ from rlhf_jax.data import chat, errors, tokenizers
 
 _FILES = ("*.json", "*.jinja", "*.safetensors", "tokenizer.model")
 
+_AS_IT_IS = Template()
+
 
 @dataclasses.dataclass(frozen=True)
 class InitialModel:
@@ -37,7 +39,7 @@ class InitialModel:
             )
 
 
-def load(path: str, *, mesh: jax.sharding.Mesh | None = None, template: Template = Template()) -> InitialModel:
+def load(path: str, *, mesh: jax.sharding.Mesh | None = None, template: Template = _AS_IT_IS) -> InitialModel:
     """Loads a language model from a folder and shards it over ``mesh``, if given; raises SettingError if that fails.
 
     Many models pad their vocabulary to a round number. The ids after the tokenizer's last one are removed, so that they
@@ -88,7 +90,7 @@ def _options(template: Template) -> dict[str, Any]:
     return {"options": options, "date": date}
 
 
-def _load(path: str, mesh: jax.sharding.Mesh | None = None, template: Template = Template()) -> InitialModel:
+def _load(path: str, mesh: jax.sharding.Mesh | None = None, template: Template = _AS_IT_IS) -> InitialModel:
     given = _options(template)
     try:
         shard = None if mesh is None else device_mesh.make_sharder(lm.load_config(path), mesh)

@@ -259,7 +259,7 @@ def _answer_ids(
         else:
             found.append((i, ids))
             for name in sorted(unused):
-                stage.note(f"the chat template does not use {name!r}")
+                stage.unused[name] = stage.unused.get(name, 0) + 1
             if chat.has_special_token(fmt, [*record.prompt, *map(dialogues.answer_turn, answers)]):
                 stage.note("a text contains the spelling of a special token")
     counts.add(stage, records=len(answered), source="answers")

@@ -295,10 +295,10 @@ def test_options_and_the_date_of_the_chat_template_are_saved_with_the_run(tmp_pa
     assert opening(instructgpt.parse(["--resume", str(tmp_path / "run")]))[0].template == made.template
     undated = save_gpt2(tmp_path / "undated", byte_pairs)
     for flags, message in (
-        (["--template.options", "x"], "--template.options is 'x'; it must be a JSON object"),
+        (["--template.options", "x"], "is 'x'; it must be a JSON object"),
         (["--template.options", '{"mod": 1}'], "the chat template has no variable 'mod'; it has none"),
-        (["--template.date", "May"], "--template.date is 'May'; it must be a date, such as 2025-01-31"),
-        (["--template.date", "2024-07-26"], "--template.date has no effect: the chat template of --model writes no"),
+        (["--template.date", "May"], "is 'May'; it must be a date, such as 2025-01-31"),
+        (["--template.date", "2024-07-26"], "the chat template of --model writes no date"),
     ):
         with pytest.raises(settings.SettingError, match=message):
             opening(instructgpt.parse(["--model", str(undated), *flags]))

@@ -118,7 +118,8 @@ def encode_dialogue(
 
     Returns:
         ``(ids, loss_mask)``, of the same length. The ids are those of the whole rendering. The mask selects the tokens
-        of an answer through its stop token; a token that also contains the end of the prompt is not selected.
+        of an answer through its stop token. A token that also contains the end of the prompt is selected only if it
+        contains more of the answer than white space.
 
     Raises:
         DataError: If the dialogue does not end in an assistant turn, the template rejects the turns, or its rendering
@@ -134,7 +135,9 @@ def encode_dialogue(
     learnt = np.zeros(len(ids), bool)
     starts, ends = np.asarray(offsets).reshape(-1, 2).T
     for start, end in spans:
-        learnt |= (starts >= start) & (starts < end) & (ends <= end)
+        inside = (starts >= start) & (starts < end) & (ends <= end)
+        across = [a < start < b and bool(text[start:b].strip()) for a, b in offsets]
+        learnt |= inside | np.asarray(across)
     return ids, learnt.tolist()
 
 

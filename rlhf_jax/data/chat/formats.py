@@ -175,7 +175,11 @@ def _id(tokenizer: Any, token: str | None) -> int | None:
 def _choose(tokenizer: Any, model_type: str | None) -> tuple[str, str]:
     """Returns a template and a description of its origin."""
     if tokenizer.chat_template is not None:
-        return tokenizer.get_chat_template(), "the tokenizer's own"
+        try:
+            return tokenizer.get_chat_template(), "the tokenizer's own"
+        except ValueError as error:  # several named templates, none of them "default"
+            names = ", ".join(sorted(tokenizer.chat_template))
+            raise errors.DataError(f"the tokenizer has several chat templates ({names}): pass one of them") from error
     family = templates.likely(lambda token: _id(tokenizer, token) is not None, model_type)
     if family is not None:
         return family.template, f"{family.name}'s, because the tokenizer has none"

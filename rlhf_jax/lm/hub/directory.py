@@ -228,6 +228,7 @@ def _folder(path: str | os.PathLike[str]) -> pathlib.Path:
         raise FileNotFoundError(
             f"there is no model directory at {folder}; models are read only from local directories and never downloaded"
         )
+    tensor_files.refuse_adapters(folder)
     return folder
 
 
