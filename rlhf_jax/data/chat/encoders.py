@@ -37,7 +37,20 @@ def encode_prompt(fmt: ChatFormat, turns: Turns, *, tools: Tools = ()) -> list[i
 
 
 def encode_answer(fmt: ChatFormat, prompt: Turns, answer: dialogues.Answer, *, tools: Tools = ()) -> list[int]:
-    """Returns the ids of the answer to a prompt, with its stop token; see `encode_answers`."""
+    """Returns the ids of the answer to a prompt, with its stop token.
+
+    Args:
+        fmt: The chat format.
+        prompt: Turns of the prompt.
+        answer: The answer.
+        tools: Descriptions of tools, for the template.
+
+    Returns:
+        The ids, which continue those of `encode_prompt`.
+
+    Raises:
+        DataError: See `encode_answers`.
+    """
     return encode_answers(fmt, [prompt], [answer], tools=[tools])[0]
 
 
@@ -55,6 +68,9 @@ def encode_answers(
         prompts: Turns of the prompt of each answer.
         answers: The answers.
         tools: Descriptions of tools for each prompt.
+
+    Returns:
+        The ids of each answer, which continue those of `encode_prompt`.
 
     Raises:
         DataError: If an answer does not continue its prompt (see `try_answers`), or a word is not in the tokenizer's
@@ -79,6 +95,15 @@ def try_answers(
     The template must write an answer directly after the prompt of `encode_prompt`. With Qwen3's template and
     ``enable_thinking=False``, for example, it does not if the answer contains a thought, because the prompt then ends
     with an empty thought.
+
+    Args:
+        fmt: The chat format.
+        prompts: Turns of the prompt of each answer.
+        answers: The answers.
+        tools: Descriptions of tools for each prompt.
+
+    Returns:
+        The ids of each answer, or the reason why it cannot be encoded.
     """
     tools = [()] * len(prompts) if tools is None else tools
     parts: list[tuple[str, str] | errors.DataError] = []
