@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_jax.data import errors
+from rlhf_jax.lm.hub import tokenizer_files
 
 if TYPE_CHECKING:
     import transformers
@@ -136,7 +137,10 @@ def word_level(
 
 
 def load(path: str | os.PathLike[str]) -> transformers.PreTrainedTokenizerFast:
-    """Loads a tokenizer that ``save_pretrained`` saved in a local directory; nothing is downloaded.
+    """Loads a tokenizer that ``save_pretrained`` or `rlhf_jax.lm.save` saved in a local directory.
+
+    Nothing is downloaded. `rlhf_jax.lm.save` saves a chat template with generation marks beside one without them, which
+    other libraries use; the loaded tokenizer has the marks.
 
     Raises:
         DataError: If the directory has no ``tokenizer.json``.
@@ -146,7 +150,9 @@ def load(path: str | os.PathLike[str]) -> transformers.PreTrainedTokenizerFast:
     name = os.fspath(path)
     if not os.path.isfile(os.path.join(name, "tokenizer.json")):
         raise errors.DataError(f"{name} has no tokenizer.json")
-    return transformers.PreTrainedTokenizerFast.from_pretrained(name, local_files_only=True)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(name, local_files_only=True)
+    tokenizer.chat_template = tokenizer_files.restore_marks(tokenizer.chat_template)
+    return tokenizer
 
 
 def _in_chat_form(backend: Any, *, extra: Sequence[str]) -> transformers.PreTrainedTokenizerFast:
