@@ -61,9 +61,9 @@ class ChatFormat:
     value is the frame, or the error that `rendering.make_frame` raised."""
 
 
-def messages(turns: Sequence[dialogues.Turn]) -> list[dict[str, str]]:
-    """Converts turns to the ``role``/``content`` dictionaries that ``apply_chat_template`` accepts."""
-    return [{"role": turn.role, "content": turn.text} for turn in turns]
+def messages(turns: Sequence[dialogues.Turn]) -> list[dict[str, Any]]:
+    """Converts turns to the dictionaries that ``apply_chat_template`` accepts: ``role``, ``content`` and other keys."""
+    return [{**turn.extra, "role": turn.role, "content": turn.text} for turn in turns]
 
 
 def chat_format(

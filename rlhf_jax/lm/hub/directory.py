@@ -243,6 +243,7 @@ def _folder(path: str | os.PathLike[str]) -> pathlib.Path:
         raise FileNotFoundError(
             f"there is no model directory at {folder}; models are read only from local directories and never downloaded"
         )
+    tensor_files.refuse_adapters(folder)
     return folder
 
 
@@ -424,6 +425,11 @@ def _check_leaves(flat: Mapping[str, Any], cfg: config.LMConfig) -> None:
         if name in flat and flat[name].shape != row.shape:
             raise ValueError(f"params[{name}] has shape {flat[name].shape}; this LMConfig requires {row.shape}")
     unknown = sorted(flat.keys() - rows.keys())
+    if any(name.endswith(("/lora_a", "/lora_b")) for name in unknown):
+        raise ValueError(
+            "params have adapters attached, which a model directory cannot contain: save lm.lora.merge(base, adapters, "
+            "scale=...) instead, or the adapters alone with lm.peft.save"
+        )
     if unknown:
         raise ValueError(f"params contain entries that this LMConfig lacks: {', '.join(unknown[:5])}")
 
