@@ -198,7 +198,8 @@ def encode(
     prompts, kept = chat.encode_prompts(fmt, [record.prompt for record in records], width=max_length, counts=counts)
     records_kept = [records[i] for i in kept]
     sides = [
-        chat.encode_answers(fmt, [getattr(record, side) for record in records_kept]) for side in ("chosen", "rejected")
+        chat.encode_answers(fmt, [each.prompt for each in records_kept], [getattr(each, side) for each in records_kept])
+        for side in ("chosen", "rejected")
     ]
     fits = []
     for i, prompt in enumerate(prompts):

@@ -62,7 +62,7 @@ def stored(folder: pathlib.Path) -> dict[str, Stored]:
         )
     found: dict[str, Stored] = {}
     for name in sorted(set(places.values())) or [SINGLE]:
-        for tensor in _tensors_in(folder / name):
+        for tensor in tensors_in(folder / name):
             if tensor.name in found:
                 raise ValueError(f"the tensor {tensor.name} is in both {found[tensor.name].file} and {tensor.file}")
             found[tensor.name] = tensor
@@ -88,6 +88,18 @@ def unreadable(file: pathlib.Path, error: Exception) -> ValueError:
         if opened.read(40).startswith(b"version https://git-lfs"):
             return ValueError(f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` in {file.parent}")
     return ValueError(f"{file} is truncated or not a safetensors file: {error}")
+
+
+def equal(left: Stored, right: Stored, *, rows: int = 4096) -> bool:
+    """Returns whether two tensors have the same shape and values; reads ``rows`` rows of each at a time."""
+    if left.shape != right.shape:
+        return False
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(safetensors.safe_open(each.file, framework="np")) for each in (left, right)]
+        slices = [file.get_slice(each.name) for file, each in zip(opened, (left, right), strict=True)]
+        n = left.shape[0]
+        spans = (slice(i, min(i + rows, n)) for i in range(0, n, rows))
+        return all(np.array_equal(*(part[span] for part in slices)) for span in spans)
 
 
 def write(
@@ -181,7 +193,8 @@ def atomic_folder(folder: pathlib.Path, *, marker: str) -> Iterator[pathlib.Path
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _tensors_in(file: pathlib.Path) -> list[Stored]:
+def tensors_in(file: pathlib.Path) -> list[Stored]:
+    """Returns references to the tensors of a file; raises the errors of `stored` if it is missing or unreadable."""
     if not file.exists():
         if others := sorted(path.name for path in file.parent.glob("*.safetensors")):
             raise FileNotFoundError(
