@@ -111,8 +111,8 @@ def answer(value: Any, key: str) -> dialogues.Answer:
     before, last = split_answer(turns(value, key))
     if before:
         raise errors.DataError(
-            f"{key!r} contains {len(before) + 1} messages; it must contain only the answer, and the prompt all messages "
-            "before it"
+            f"{key!r} contains {len(before) + 1} messages; it must contain only the answer, and the prompt all "
+            "messages before it"
         )
     return last
 
