@@ -30,7 +30,7 @@ from sweeps import frontier_plot
 
 from rlhf_jax import lm, metrics, parallel, report
 from rlhf_jax.report import console
-from rlhf_jax.simulation import gold
+from rlhf_jax.simulation import gold, prompts
 from rlhf_jax.train import loop, monitor
 
 ECHOED = ("seed", "preset", "published", "best_of", "seconds", "peak_rss_mb")
@@ -54,7 +54,9 @@ def _feed(put: Callable[[bytes], None], value: Any, functions: tuple[Any, ...]) 
     """Adds a value to a digest. ``functions`` has the functions that contain it, as a function may contain itself."""
     each = functools.partial(_feed, put, functions=functions)
     put(type(value).__name__.encode() + b"|")
-    if value is None or isinstance(value, str | bytes | int | float | complex | pathlib.Path | np.dtype):
+    if type(value) is object:  # a default value that only its identity marks
+        pass
+    elif value is None or isinstance(value, str | bytes | int | float | complex | pathlib.Path | np.dtype):
         put(repr(value).encode())
     elif isinstance(value, list | tuple):
         for part in value:
@@ -293,6 +295,18 @@ def _shared_jit(function: Any = None, **options: Any) -> Any:
     return _JITTED.setdefault(key, _JIT(function, **options))
 
 
+_SPLITS: dict[str, Any] = {}
+_SPLIT = prompts.split_prompts
+
+
+def _shared_split(world: Any, seed: int) -> Any:
+    """Returns the split of the world's prompts, which takes longer than the rest of a run without training."""
+    key = digest(world, seed)
+    if key not in _SPLITS:
+        _SPLITS[key] = _SPLIT(world, seed)
+    return _SPLITS[key]
+
+
 @functools.cache
 def _model(path: str) -> initial_model.InitialModel:
     return _LOAD(path)
@@ -322,6 +336,7 @@ def stand_ins(record: Observed, folder: pathlib.Path) -> Iterator[None]:
         (run_folder.RunFolder, "write_json", lambda *_: None),
         (run_folder, "write_json", lambda *_: None),
         (run_folder.RunFolder, "checkpoints", lambda *_: _Quiet()),
+        (prompts, "split_prompts", _shared_split),
         (initial_model, "load", lambda path, **_: _model(path)),
         (metrics, "read", lambda *_: []),
         (metrics, "MetricLog", lambda *_: _Quiet()),
