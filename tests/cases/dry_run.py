@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from jax.interpreters import partial_eval
 from launch import command_line, initial_model, run_folder, settings
+from preferences import cross_validation_results
 from recipe import jobs, monitoring, policy_sampling, precompile
 from rich.console import Console
 from sweeps import frontier_plot
@@ -345,6 +346,7 @@ def stand_ins(record: Observed, folder: pathlib.Path) -> Iterator[None]:
         (console, "results_table", lambda *_: ""),
         (Console, "print", lambda *_, **__: None),
         (report, "write_report", lambda *_, **__: None),
+        (cross_validation_results, "write_page", lambda *_, **__: None),
         (frontier_plot, "write_page", lambda *_, **__: None),
         (frontier_plot, "write_sweep", lambda *_, **__: None),
         (frontier_plot, "write_methods", lambda *_, **__: None),
