@@ -67,18 +67,11 @@ def _load(path: str, mesh: jax.sharding.Mesh | None = None) -> InitialModel:
     n = 1 + max(tokenizer.get_vocab().values())
     if n > cfg.vocab_size:
         raise SettingError(
-            f"cannot use --model {path}: its tokenizer has {n} ids, more than the {cfg.vocab_size} of the model"
+            f"cannot use --model {path}: its tokenizer has {n} ids, more than the {cfg.vocab_size} of the model; add "
+            f"rows for the new tokens with lm.resize(params, cfg, {n}) and save the model"
         )
-    return InitialModel(path, *_truncate_vocabulary(cfg, params, n), fmt)
-
-
-def _truncate_vocabulary(cfg: lm.LMConfig, params: types.Params, n: int) -> tuple[lm.LMConfig, types.Params]:
-    if n == cfg.vocab_size:
-        return cfg, params
-    truncated = {**params, "embed": {**params["embed"], "tokens": params["embed"]["tokens"][:n]}}
-    if "unembed" in params:
-        truncated["unembed"] = {"kernel": params["unembed"]["kernel"][:, :n]}
-    return dataclasses.replace(cfg, vocab_size=n), truncated
+    params, cfg = lm.resize(params, cfg, n)
+    return InitialModel(path, cfg, params, fmt)
 
 
 def fingerprint(path: str) -> str:

@@ -89,6 +89,15 @@ class Hosts:
 
 
 @dataclasses.dataclass(frozen=True)
+class Compute:
+    """Number format of the computation."""
+
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Compute dtype of all models; parameters, optimiser and log-probabilities are float32. None uses the dtype in the
+    config.json of --model, or float32 if that is float16, and float32 without --model."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Net:
     """Size of the small Llama model that is trained from scratch unless --model is given."""
 
@@ -317,6 +326,7 @@ class Settings:
     hosts: Hosts = dataclasses.field(default_factory=Hosts)
     data: Data = dataclasses.field(default_factory=Data)
     world: World = dataclasses.field(default_factory=World)
+    compute: Compute = dataclasses.field(default_factory=Compute)
     net: Net = dataclasses.field(default_factory=Net)
     pretrain: Pretrain = dataclasses.field(default_factory=Pretrain)
     sft: SFT = dataclasses.field(default_factory=SFT)
