@@ -92,8 +92,8 @@ class Pair(NamedTuple):
     """A record: a prompt, two answers and the subset, if any."""
 
     prompt: tuple[dialogues.Turn, ...]
-    chosen: str
-    rejected: str
+    chosen: dialogues.Answer
+    rejected: dialogues.Answer
     subset: str | None
     where: str
     """File and line of the record."""

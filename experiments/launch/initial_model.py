@@ -59,12 +59,14 @@ def _load(path: str, mesh: jax.sharding.Mesh | None = None) -> InitialModel:
         shard = None if mesh is None else device_mesh.make_sharder(lm.load_config(path), mesh)
         cfg, params = lm.load(path, shard=shard)
         tokenizer = tokenizers.load(path)
-        fmt = chat.chat_format(tokenizer, model_type=cfg.model_type)
+        n = 1 + max(tokenizer.get_vocab().values())
+        # Ids that the tokenizer lacks are removed from the vocabulary below, so they cannot end an answer.
+        stop_ids = [i for i in lm.load_stop_ids(path) if i < n]
+        fmt = chat.chat_format(tokenizer, model_type=cfg.model_type, stop_ids=stop_ids)
     except (OSError, ValueError) as error:
         raise SettingError(f"cannot use --model {path}: {error}") from error
     except Exception as error:  # safetensors and tokenizers raise bare exceptions for damaged files
         raise SettingError(f"cannot read --model {path}: {error}") from error
-    n = 1 + max(tokenizer.get_vocab().values())
     if n > cfg.vocab_size:
         raise SettingError(
             f"cannot use --model {path}: its tokenizer has {n} ids, more than the {cfg.vocab_size} of the model; add "

@@ -115,9 +115,9 @@ class Net:
 class Pretrain:
     """Pretraining of the base model on a text corpus. It is skipped with --model."""
 
-    documents: int = 80_000
+    documents: int = 56_000
     """Number of documents in the built-in world's corpus."""
-    steps: int = 640
+    steps: int = 448
     """Number of optimiser steps."""
     batch: int = 64
     """Rows per step, in pretraining and in supervised fine-tuning."""
@@ -131,7 +131,7 @@ class Pretrain:
 class SFT:
     """Supervised fine-tuning of two models: `sft`, the baseline, and `sft_mix`, from which PPO starts."""
 
-    demonstrations: int = 6000
+    demonstrations: int = 5000
     """Number of demonstrations in the built-in world."""
     epochs: int = 2
     """Number of passes over the demonstrations for `sft`."""
@@ -147,7 +147,7 @@ class SFT:
 class Comparisons:
     """Samples of the SFT models in the built-in world, ranked by simulated labelers."""
 
-    prompts: int = 2400
+    prompts: int = 2000
     """Number of training prompts. A tenth as many are added for validation."""
     min_k: int = 4
     """Minimum number of answers per prompt."""
@@ -164,8 +164,9 @@ class RewardModel:
     learning_rate: float = 1.5e-3
     """Peak learning rate, with cosine decay to a tenth."""
     heldout: bool = False
-    """Train on half of the comparisons, and train a second reward model on the other half. PPO logs the mean score of
-    the second model as heldout_reward and raises an alarm if it falls while the reward rises."""
+    """Train on half of the comparisons, and train a second reward model on the other half. No question is in both
+    halves. PPO logs the second model's mean score as heldout_reward and raises an alarm if it falls while the reward
+    rises."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +177,7 @@ class PPO:
     """RL method. Only ppo has a critic. The other methods refuse settings of the critic."""
     samples: int = 1
     """Number of answers to each prompt. It must be at least 2 for rloo, grpo and dr-grpo, which compare them."""
-    iterations: int = 38
+    iterations: int = 30
     """Number of iterations. Each samples a rollout and then updates the policy on it."""
     batch: int = 256
     """Answers per rollout."""

@@ -275,8 +275,9 @@ def _demonstration_rows(
 
 
 def _document_end(fmt: chat.ChatFormat) -> int:
-    """Returns the token between documents: the EOS token, which is the last stop token."""
-    return fmt.stop_ids[-1]
+    """Returns the token between documents: the EOS token or, without one, the token that ends answers in training."""
+    eos = fmt.tokenizer.eos_token_id
+    return fmt.stop_ids[0] if eos is None else eos
 
 
 def _packed(fmt: chat.ChatFormat, texts: list[str], *, width: int) -> np.ndarray:

@@ -42,10 +42,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_jax.data import dialogues, errors, sources
+from rlhf_jax.data import conversations, dialogues, errors, sources
 
 Scalar = str | int | float | bool
-Turns = tuple[dialogues.Turn, ...]
+Turns = conversations.Turns
 
 _ANSWER_FIELDS = {"prompt", "messages", "response", "completion"}
 _RANKING_FIELDS = {"prompt", "responses", "ranks", "scores", "margin"}
@@ -60,6 +60,8 @@ class Prompt:
     """A prompt to answer."""
 
     prompt: Turns
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """The functions that the assistant may call, for the chat template."""
     metadata: Mapping[str, Scalar] = dataclasses.field(default_factory=dict)
     location: str = dataclasses.field(default="", compare=False)
     """Place in the source, such as file and line; ignored when records are compared."""
@@ -69,7 +71,7 @@ class Prompt:
 class Demonstration(Prompt):
     """A prompt with an answer to imitate."""
 
-    response: str
+    response: dialogues.Answer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,7 @@ class Ranking(Prompt):
     `parse_ranking` sorts them best first; ties keep their order.
     """
 
-    responses: tuple[str, ...]
+    responses: tuple[dialogues.Answer, ...]
     ranks: tuple[int, ...]
     """Rank of each response, at least 1. A lower rank is better; equal ranks are ties."""
     scores: tuple[float, ...] | None = None
@@ -100,8 +102,8 @@ def parse_demonstration(fields: Mapping[str, Any], *, location: str = "") -> Dem
     """Parses a demonstration; the module docstring lists its fields and the errors."""
     fields = _without_nulls(fields)
     prompt, response = _prompt_and_answer(fields)
-    metadata = _metadata(fields, _ANSWER_FIELDS)
-    return Demonstration(prompt=prompt, response=response, metadata=metadata, location=location)
+    metadata, tools = _metadata(fields, _ANSWER_FIELDS), conversations.tools(fields)
+    return Demonstration(prompt=prompt, response=response, tools=tools, metadata=metadata, location=location)
 
 
 def parse_judged(fields: Mapping[str, Any], *, location: str = "") -> Judged:
@@ -113,14 +115,21 @@ def parse_judged(fields: Mapping[str, Any], *, location: str = "") -> Judged:
     if label not in (False, True):
         raise errors.DataError(f"'label' is {label!r}; it must be true or false")
     prompt, response = _prompt_and_answer(fields)
-    metadata = _metadata(fields, _ANSWER_FIELDS | {"label"})
-    return Judged(prompt=prompt, response=response, good=bool(label), metadata=metadata, location=location)
+    return Judged(
+        prompt=prompt,
+        response=response,
+        good=bool(label),
+        tools=conversations.tools(fields),
+        metadata=_metadata(fields, _ANSWER_FIELDS | {"label"}),
+        location=location,
+    )
 
 
 def parse_prompt(fields: Mapping[str, Any], *, location: str = "") -> Prompt:
     """Parses a prompt; the module docstring lists its fields and the errors."""
     fields = _without_nulls(fields)
-    return Prompt(prompt=_prompt(fields), metadata=_metadata(fields, {"prompt"}), location=location)
+    prompt, tools = conversations.prompt(fields), conversations.tools(fields)
+    return Prompt(prompt=prompt, tools=tools, metadata=_metadata(fields, {"prompt"}), location=location)
 
 
 def parse_ranking(fields: Mapping[str, Any], *, location: str = "") -> Ranking:
@@ -155,6 +164,7 @@ def parse_ranking(fields: Mapping[str, Any], *, location: str = "") -> Ranking:
         ranks=tuple(ranks[i] for i in order),
         scores=scores,
         margin=_margin(margin, len(ranks), scores),
+        tools=conversations.tools(fields),
         metadata=_metadata(fields, form),
         location=location,
     )
@@ -166,7 +176,7 @@ def _without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _metadata(fields: Mapping[str, Any], form: set[str]) -> dict[str, Scalar]:
-    others = {key: value for key, value in fields.items() if key not in form}
+    others = {key: value for key, value in fields.items() if key not in form | {"tools"}}
     if isinstance(nested := others.get("metadata"), Mapping):
         others = {key: value for key, value in others.items() if key != "metadata"} | dict(nested)
     metadata = {}
@@ -188,90 +198,22 @@ def _refuse_mixed_forms(fields: Mapping[str, Any], key: str, *others: str) -> No
 # -------------------------------------------------------------------------------------------------- prompts and answers
 
 
-def _prompt(fields: Mapping[str, Any]) -> Turns:
-    if "prompt" not in fields:
-        raise errors.MissingFieldError("prompt")
-    value = fields["prompt"]
-    if isinstance(value, list | Mapping):
-        turns = _turns(value, "prompt")
-    elif dialogues.is_dialogue(sources.require_text(value, "prompt")):
-        turns = dialogues.parse_dialogue(value + "\n\nAssistant:")[:-1]
-        if turns[-1] == dialogues.Turn(dialogues.ASSISTANT, ""):  # the text already ended with "Assistant:"
-            turns = turns[:-1]
-    else:
-        turns = (dialogues.Turn(dialogues.USER, value),)
-    return _usable_prompt(turns)
-
-
-def _usable_prompt(turns: Turns) -> Turns:
-    if (reason := dialogues.prompt_drop_reason(turns)) is not None:
-        raise errors.UnusableRecord(reason)
-    return turns
-
-
-def _turns(value: Any, key: str) -> Turns:
-    if isinstance(value, Mapping) and isinstance(value.get("role"), list) and isinstance(value.get("content"), list):
-        # TFDS and Hugging Face store a list of objects as one object, with a list for each field.
-        roles, contents = value["role"], value["content"]
-        if len(roles) != len(contents):
-            raise errors.DataError(
-                f"{key!r} has {len(roles)} roles and {len(contents)} contents; the numbers must be equal"
-            )
-        value = [{"role": role, "content": content} for role, content in zip(roles, contents)]
-    if not isinstance(value, list):
-        form = "a list of messages" if key == "messages" else "a string or a list of messages"
-        raise errors.DataError(f"{key!r} has type {type(value).__name__}; it must be {form}")
-    turns = []
-    for n, message in enumerate(value, start=1):
-        if not isinstance(message, Mapping):
-            raise errors.DataError(f"message {n} of {key!r} has type {type(message).__name__}; it must be an object")
-        for name in ("role", "content"):
-            if name not in message:
-                raise errors.DataError(f"message {n} of {key!r} has no {name!r}")
-        if message["content"] is None:
-            raise errors.UnusableRecord("content is null")
-        role, content = (
-            sources.require_text(message[name], f"{name} of message {n} of {key}") for name in ("role", "content")
-        )
-        turns.append(dialogues.Turn(role, content))
-    return tuple(turns)
-
-
-def _answer(value: Any, key: str) -> str:
-    if value is None:
-        raise errors.UnusableRecord("an answer is null")
-    if not isinstance(value, list | Mapping):
-        return sources.require_text(value, key)
-    before, answer = _split_answer(_turns(value, key))
-    if before:
-        raise errors.DataError(f"{key!r} contains {len(before) + 1} messages; it must contain only the answer")
-    return answer
-
-
-def _split_answer(turns: Turns) -> tuple[Turns, str]:
-    if not turns:
-        raise errors.UnusableRecord("empty answer")
-    if turns[-1].role != dialogues.ASSISTANT:
-        raise errors.UnusableRecord("ends in a human turn")
-    return dialogues.split_answer(turns)
-
-
-def _prompt_and_answer(fields: Mapping[str, Any]) -> tuple[Turns, str]:
+def _prompt_and_answer(fields: Mapping[str, Any]) -> tuple[Turns, dialogues.Answer]:
     key = next((key for key in ("response", "completion") if key in fields), None)
     if key == "response":
         _refuse_mixed_forms(fields, "response", "completion")
     if "messages" in fields:
-        prompt, answer = _split_answer(_turns(fields["messages"], "messages"))
-        prompt = _usable_prompt(prompt)
-        if "prompt" in fields and not _repeats(_prompt(fields), prompt):
+        prompt, answer = conversations.split_answer(conversations.turns(fields["messages"], "messages"))
+        prompt = conversations.usable_prompt(prompt)
+        if "prompt" in fields and not conversations.repeats(conversations.prompt(fields), prompt):
             raise errors.UnusableRecord("prompts differ")
-        if key is not None and _answer(fields[key], key).strip() != answer.strip():
+        if key is not None and _text_key(conversations.answer(fields[key], key)) != _text_key(answer):
             raise errors.UnusableRecord("answers differ")
     elif key is not None:
-        prompt, answer = _prompt(fields), _answer(fields[key], key)
+        prompt, answer = conversations.prompt(fields), conversations.answer(fields[key], key)
     else:
         raise errors.MissingFieldError("response" if "prompt" in fields else "prompt", "messages")
-    if not answer.strip():
+    if dialogues.is_blank(dialogues.answer_turn(answer)):
         raise errors.UnusableRecord("empty answer")
     return prompt, answer
 
@@ -279,27 +221,32 @@ def _prompt_and_answer(fields: Mapping[str, Any]) -> tuple[Turns, str]:
 # ------------------------------------------------------------------------------------------------ pairs and rankings
 
 
-def _pair(fields: Mapping[str, Any]) -> tuple[Turns, tuple[str, str]]:
+def _pair(fields: Mapping[str, Any]) -> tuple[Turns, tuple[dialogues.Answer, ...]]:
     chosen, rejected = fields["chosen"], fields["rejected"]
     both_texts = isinstance(chosen, str) and isinstance(rejected, str)
     if both_texts and dialogues.is_dialogue(chosen) and dialogues.is_dialogue(rejected):
         return _dialogue_pair(fields)
     if both_texts or not (isinstance(chosen, list | Mapping) and isinstance(rejected, list | Mapping)):
-        return _prompt(fields), (_answer(chosen, "chosen"), _answer(rejected, "rejected"))
+        return conversations.prompt(fields), (
+            conversations.answer(chosen, "chosen"),
+            conversations.answer(rejected, "rejected"),
+        )
     (prompt, better), (other_prompt, worse) = (
-        _split_answer(_turns(fields[key], key)) for key in ("chosen", "rejected")
+        conversations.split_answer(conversations.turns(fields[key], key)) for key in ("chosen", "rejected")
     )
-    if prompt != other_prompt or (prompt and "prompt" in fields and not _repeats(_prompt(fields), prompt)):
+    if not conversations.same(prompt, other_prompt) or (
+        prompt and "prompt" in fields and not conversations.repeats(conversations.prompt(fields), prompt)
+    ):
         raise errors.UnusableRecord("prompts differ")
-    return _usable_prompt(prompt) if prompt else _prompt(fields), (better, worse)
+    return conversations.usable_prompt(prompt) if prompt else conversations.prompt(fields), (better, worse)
 
 
-def _dialogue_pair(fields: Mapping[str, Any]) -> tuple[Turns, tuple[str, str]]:
+def _dialogue_pair(fields: Mapping[str, Any]) -> tuple[Turns, tuple[dialogues.Answer, ...]]:
     """Parses a pair of whole dialogues in the hh-rlhf form."""
     chosen, rejected = (_dialogue(fields[key], key) for key in ("chosen", "rejected"))
     reason = dialogues.drop_reason(chosen, rejected)
     prompt, answer = chosen[:-1], chosen[-1].text
-    if reason is None and "prompt" in fields and not _repeats(_prompt(fields), prompt):
+    if reason is None and "prompt" in fields and not conversations.repeats(conversations.prompt(fields), prompt):
         reason = "prompts differ"
     if reason is not None:
         raise errors.UnusableRecord(reason)
@@ -314,25 +261,11 @@ def _dialogue(value: str, key: str) -> Turns:
         raise errors.DataError(f"in {key!r}, {error}") from None
 
 
-def _repeats(prompt: Turns, dialogue_prompt: Turns) -> bool:
-    """Returns whether ``prompt`` equals ``dialogue_prompt``, or consists only of its first or last question.
-
-    White space around the texts is ignored, because only some forms keep it.
-    """
-    prompt, dialogue_prompt = _stripped(prompt), _stripped(dialogue_prompt)
-    questions = [turn for turn in dialogue_prompt if turn.role == dialogues.USER]
-    return prompt == dialogue_prompt or any(prompt == (question,) for question in (*questions[:1], *questions[-1:]))
-
-
-def _stripped(turns: Turns) -> Turns:
-    return tuple(dialogues.Turn(turn.role, turn.text.replace("\r\n", "\n").strip()) for turn in turns)
-
-
 def _ranked_answers(
     fields: Mapping[str, Any],
-) -> tuple[Turns, tuple[str, ...], tuple[int, ...], tuple[float, ...] | None]:
-    prompt = _prompt(fields)
-    responses = tuple(_answer(value, "responses") for value in _list(fields, "responses"))
+) -> tuple[Turns, tuple[dialogues.Answer, ...], tuple[int, ...], tuple[float, ...] | None]:
+    prompt = conversations.prompt(fields)
+    responses = tuple(conversations.answer(value, "responses") for value in _list(fields, "responses"))
     if len(responses) < 2:
         raise errors.UnusableRecord("fewer than two answers")
     ranks, scores = (_list(fields, key) if key in fields else None for key in ("ranks", "scores"))
@@ -357,12 +290,15 @@ def _list(fields: Mapping[str, Any], key: str) -> list[Any]:
     return fields[key]
 
 
-def _check_answers(responses: Sequence[str], ranks: Sequence[int]) -> None:
-    texts = [text.strip() for text in responses]
-    if not all(texts):
+def _text_key(answer: dialogues.Answer) -> str:
+    return dialogues.answer_turn(answer).text.strip()
+
+
+def _check_answers(responses: Sequence[dialogues.Answer], ranks: Sequence[int]) -> None:
+    if any(dialogues.is_blank(dialogues.answer_turn(answer)) for answer in responses):
         raise errors.UnusableRecord("empty answer")
-    rank_of: dict[str, int] = {}
-    if any(rank_of.setdefault(text, rank) != rank for text, rank in zip(texts, ranks)):
+    rank_of: dict[tuple[str, str], int] = {}
+    if any(rank_of.setdefault(dialogues.answer_key(answer), rank) != rank for answer, rank in zip(responses, ranks)):
         raise errors.UnusableRecord("same answer twice")
 
 

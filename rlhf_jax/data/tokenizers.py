@@ -139,14 +139,21 @@ def load(path: str | os.PathLike[str]) -> transformers.PreTrainedTokenizerFast:
     """Loads a tokenizer that ``save_pretrained`` saved in a local directory; nothing is downloaded.
 
     Raises:
-        DataError: If the directory has no ``tokenizer.json``.
+        DataError: If the directory has no ``tokenizer.json``, or its files cannot be read.
     """
     import transformers
 
     name = os.fspath(path)
-    if not os.path.isfile(os.path.join(name, "tokenizer.json")):
+    file = os.path.join(name, "tokenizer.json")
+    if not os.path.isfile(file):
         raise errors.DataError(f"{name} has no tokenizer.json")
-    return transformers.PreTrainedTokenizerFast.from_pretrained(name, local_files_only=True)
+    with open(file, "rb") as opened:
+        if opened.read(40).startswith(b"version https://git-lfs"):
+            raise errors.DataError(f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` in {name}")
+    try:
+        return transformers.PreTrainedTokenizerFast.from_pretrained(name, local_files_only=True)
+    except Exception as error:  # the tokenizers package raises exceptions of many kinds
+        raise errors.DataError(f"the tokenizer in {name} cannot be read: {error}") from error
 
 
 def _in_chat_form(backend: Any, *, extra: Sequence[str]) -> transformers.PreTrainedTokenizerFast:

@@ -12,7 +12,7 @@ from rlhf_jax.lm.config import LMConfig
 from rlhf_jax.lm.distributions import TopK, token_kl, token_listed_logprobs, token_top_k
 from rlhf_jax.lm.heads import with_head, without_head
 from rlhf_jax.lm.hub import peft
-from rlhf_jax.lm.hub.directory import load, load_config, load_normalisation, save
+from rlhf_jax.lm.hub.directory import load, load_config, load_normalisation, load_stop_ids, save
 from rlhf_jax.lm.logprobs import (
     TokenStats,
     entropy,
@@ -47,6 +47,7 @@ __all__ = [
     "load",
     "load_config",
     "load_normalisation",
+    "load_stop_ids",
     "logical_axes",
     "logits",
     "lora",

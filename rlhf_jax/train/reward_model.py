@@ -85,11 +85,9 @@ def make_train_step(
             `best_choice`. The prompt's ``batch.loss_inputs`` are passed as further keyword arguments.
         head_of_domain: Whether head h learns only from the prompts of domain h.
         join: ``(frozen, params) -> params`` builds the parameters that ``score`` and ``packed_scores`` receive. By
-            default all parameters are trained. Use `partition.join` to train only those that match a pattern, or the
-            following function to train adapters together with a head::
-
-                lambda base, params: {**lora.attach(base, params["lora"], scale=...), "head": params["head"]}
-
+            default all parameters are trained. Use `partition.join` to train only those that match a pattern, or
+            ``partial(lm.lora.attach, scale=...)`` to train adapters together with a head (``{**adapters, "head":
+            head}``), which `lm.peft.save` writes.
         micro_batches: Number of parts into which the batch is split to save memory. The update does not depend on it.
         axis_name: Name of the mapped axis over which the batch is split; None if it is not split.
 

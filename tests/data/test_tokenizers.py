@@ -277,3 +277,20 @@ def test_texts_become_rows_with_a_loss_on_the_answers(tokenizer):
         assert learnt[-1] == tokenizer.eos_token_id
         assert rows.tokens_BL[row, 59] == 3  # the answer starts at column P in every row
     assert counts.dropped == counts.truncated == {}
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(bpe, tmp_path):
+    with pytest.raises(errors.DataError, match=r"nowhere has no tokenizer\.json"):
+        tokenizers.load(tmp_path / "nowhere")
+    bpe.save_pretrained(tmp_path / "t")
+    file = tmp_path / "t" / "tokenizer.json"
+    whole = file.read_text()
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 123456\n")
+    with pytest.raises(errors.DataError, match=r"t/tokenizer\.json is a Git LFS pointer.*git lfs pull"):
+        tokenizers.load(tmp_path / "t")
+    for broken in (whole[: len(whole) // 2], "{}", ""):
+        file.write_text(broken)
+        with pytest.raises(errors.DataError, match=r"the tokenizer in .*/t cannot be read: "):
+            tokenizers.load(tmp_path / "t")
+    file.write_text(whole)
+    assert tokenizers.load(tmp_path / "t").get_vocab() == bpe.get_vocab()

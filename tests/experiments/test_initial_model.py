@@ -79,6 +79,18 @@ def finished(checkpoint, tmp_path_factory):
     return folder, done
 
 
+def test_every_id_that_the_files_list_ends_an_answer(byte_pairs, tmp_path):
+    """Sampling from Qwen2.5-Instruct, for example, stops at ``<|im_end|>`` and at ``<|endoftext|>``."""
+    path = save_gpt2(tmp_path / "m", byte_pairs, more=10)
+    ids = byte_pairs.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+    assert initial_model.load(str(path)).fmt.stop_ids == (*dict.fromkeys((ids[1], byte_pairs.eos_token_id)),)
+    listed = {"eos_token_id": [ids[0], ids[2], len(byte_pairs) + 3]}
+    (path / "generation_config.json").write_text(json.dumps(listed))
+    model = initial_model.load(str(path))
+    assert model.fmt.stop_ids[0] == ids[1] and set(model.fmt.stop_ids) == set(ids)
+    assert tasks._document_end(model.fmt) == byte_pairs.eos_token_id
+
+
 @pytest.mark.slow  # a whole run; the fast version builds only the task and the models
 def test_the_job_starts_from_a_model_and_its_tokenizer(finished, checkpoint):
     folder, done = finished

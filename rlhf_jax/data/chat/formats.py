@@ -47,7 +47,8 @@ class ChatFormat:
     origin: str
     """Where the template comes from, as a phrase for messages."""
     stop_ids: tuple[int, ...]
-    """Ids that end an answer: the token with which answers end in training, then the EOS token if it is different."""
+    """Ids that end an answer: the token with which answers end in training, the EOS token, and any further ids, without
+    duplicates."""
     pad_id: int
     """Token id used for padding: the pad token or the unknown token, whichever first exists and does not end an answer;
     otherwise the first of ``stop_ids``."""
@@ -60,13 +61,17 @@ class ChatFormat:
     value is the frame, or the error that `rendering.make_frame` raised."""
 
 
-def messages(turns: Sequence[dialogues.Turn]) -> list[dict[str, str]]:
-    """Converts turns to the ``role``/``content`` dictionaries that ``apply_chat_template`` accepts."""
-    return [{"role": turn.role, "content": turn.text} for turn in turns]
+def messages(turns: Sequence[dialogues.Turn]) -> list[dict[str, Any]]:
+    """Converts turns to the dictionaries that ``apply_chat_template`` accepts: ``role``, ``content`` and other keys."""
+    return [{**turn.extra, "role": turn.role, "content": turn.text} for turn in turns]
 
 
 def chat_format(
-    tokenizer: transformers.PreTrainedTokenizerFast, *, model_type: str | None = None, template: str | None = None
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    *,
+    model_type: str | None = None,
+    template: str | None = None,
+    stop_ids: Iterable[int] = (),
 ) -> ChatFormat:
     """Returns the chat format of a tokenizer, checked on sample dialogues.
 
@@ -82,6 +87,7 @@ def chat_format(
         model_type: ``model_type`` from the model's ``config.json``; it distinguishes model families with the same
             control tokens.
         template: Chat template to use instead of the tokenizer's own template or the template of a family.
+        stop_ids: Further ids that end an answer, such as those from `rlhf_jax.lm.load_stop_ids`.
 
     Returns:
         The format.
@@ -98,13 +104,13 @@ def chat_format(
     control = rendering.control_tokens(tokenizer, chosen)
     stop = _check_template(tokenizer, chosen, control)
     eos, pad, unknown = (_id(tokenizer, name) for name in ("eos_token", "pad_token", "unk_token"))
-    stop_ids = (stop,) if eos is None or eos == stop else (stop, eos)
+    ends = tuple(dict.fromkeys(i for i in (stop, eos, *stop_ids) if i is not None))
     return ChatFormat(
         tokenizer=tokenizer,
         template=chosen,
         origin=origin,
-        stop_ids=stop_ids,
-        pad_id=next((i for i in (pad, unknown) if i is not None and i not in stop_ids), stop),
+        stop_ids=ends,
+        pad_id=next((i for i in (pad, unknown) if i is not None and i not in ends), stop),
         encoder=plain_text.text_encoder(tokenizer, control.ids),
         control=control,
     )

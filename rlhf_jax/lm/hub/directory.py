@@ -31,7 +31,7 @@ from rlhf_jax import types
 from rlhf_jax.lm import config
 from rlhf_jax.lm import heads as lm_heads
 from rlhf_jax.lm import params as lm_params
-from rlhf_jax.lm.hub import families, layouts, score_heads, tensor_files
+from rlhf_jax.lm.hub import families, layouts, score_heads, special_ids, tensor_files
 
 Shard = Callable[[tuple[str, ...]], jax.sharding.Sharding]
 """Maps the logical axes of an array (`rlhf_jax.lm.params.Spec.axes`) to its sharding."""
@@ -172,6 +172,21 @@ def load_normalisation(path: str | os.PathLike[str]) -> lm_heads.Normalisation |
     return score_heads.read_normalisation(hf, source)
 
 
+def load_stop_ids(path: str | os.PathLike[str]) -> tuple[int, ...]:
+    """Returns the ids that end an answer according to a model directory, in ascending order.
+
+    They are the ids that ``config.json`` and, if it exists, ``generation_config.json`` list as ``eos_token_id``.
+
+    Raises:
+        FileNotFoundError: The directory or ``config.json`` is missing.
+        ValueError: ``eos_token_id`` is neither null, an id in the vocabulary nor a list of such ids.
+    """
+    folder = _folder(path)
+    hf, source = _read_config(folder)
+    cfg = _config({**hf, **_NO_TOKENS}, source)
+    return special_ids.read_stop_ids(folder, vocab_size=cfg.vocab_size)
+
+
 def model_type_of(cfg: config.LMConfig) -> str:
     """Returns ``cfg.model_type`` or, if it is empty, the first model type that can represent ``cfg``.
 
@@ -214,6 +229,7 @@ def _folder(path: str | os.PathLike[str]) -> pathlib.Path:
         raise FileNotFoundError(
             f"there is no model directory at {folder}; models are read only from local directories and never downloaded"
         )
+    tensor_files.refuse_adapters(folder)
     return folder
 
 
@@ -377,6 +393,11 @@ def _check_leaves(flat: Mapping[str, Any], cfg: config.LMConfig) -> None:
         if name in flat and flat[name].shape != row.shape:
             raise ValueError(f"params[{name}] has shape {flat[name].shape}; this LMConfig requires {row.shape}")
     unknown = sorted(flat.keys() - rows.keys())
+    if any(name.endswith(("/lora_a", "/lora_b")) for name in unknown):
+        raise ValueError(
+            "params have adapters attached, which a model directory cannot contain: save lm.lora.merge(base, adapters, "
+            "scale=...) instead, or the adapters alone with lm.peft.save"
+        )
     if unknown:
         raise ValueError(f"params contain entries that this LMConfig lacks: {', '.join(unknown[:5])}")
 
