@@ -321,8 +321,8 @@ class Settings:
     saves: int = 5
     """Number of checkpoints per stage. A killed run loses only the work since the last one."""
     max_skipped: int = 10
-    """Number of consecutive skipped steps after which the run stops. Steps with a non-finite loss or gradient are
-    skipped."""
+    """Number of consecutive skipped steps after which the run stops. Steps with a non-finite loss or gradient, or
+    with nothing to learn from, are skipped."""
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     hosts: Hosts = dataclasses.field(default_factory=Hosts)
     data: Data = dataclasses.field(default_factory=Data)

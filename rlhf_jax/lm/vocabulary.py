@@ -83,7 +83,9 @@ def resize(params: types.Params, cfg: config.LMConfig, vocab_size: int) -> tuple
 
 def _resized(x: jax.Array, size: int, *, axis: int) -> jax.Array:
     old = x.shape[axis]
-    if size <= old:
+    if size == old:
+        return x
+    if size < old:
         return jax.lax.slice_in_dim(x, 0, size, axis=axis)
     mean = jnp.mean(x, axis=axis, keepdims=True, dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
     shape = list(x.shape)
