@@ -28,8 +28,8 @@ class Data:
     """Comparisons to score."""
 
     path: str
-    """JSONL (also .gz) or Parquet file. Each record has prompt, chosen, rejected and, optionally, subset, or ranks two
-    answers in any other format of docs/data.md."""
+    """JSONL (also compressed) or Parquet file. Each record has prompt, chosen, rejected and, optionally, subset, or
+    ranks two answers in any other format of docs/data.md."""
     max_dropped: float = 0.01
     """Maximum share of dropped records, such as those that are empty, tied, not pairs, too long or rejected by the chat
     template. A file with a larger share is refused."""

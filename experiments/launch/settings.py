@@ -17,8 +17,8 @@ class Data:
     """Human comparisons that replace the built-in world."""
 
     path: str | None = None
-    """JSONL, JSON (also .gz) or Parquet file of pairs or rankings in any of the formats in docs/data.md. A pattern with
-    * selects several files. None uses the built-in world."""
+    """JSONL, JSON (also compressed) or Parquet file of pairs or rankings in any of the formats in docs/data.md. A
+    pattern with * selects several files. None uses the built-in world."""
     max_dropped: float = 0.01
     """Maximum share of unusable records in --data.path. A file with a larger share is refused."""
     vocab_size: int = 1024

@@ -58,6 +58,8 @@ class DropCount:
     max_truncated: float | None = None
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)
     truncated: dict[str, int] = dataclasses.field(default_factory=dict)
+    unused: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Number of records by field that contains text and is not used, except as metadata."""
 
     def __post_init__(self) -> None:
         """Raises ValueError if a limit is not between 0 and 1."""
@@ -79,8 +81,9 @@ class DropCount:
 
     def add(self, stage: DropCount, *, records: int, source: str) -> None:
         """Adds the counts of a stage that received ``records`` records, then calls `check` on the stage."""
-        for totals, added in ((self.dropped, stage.dropped), (self.truncated, stage.truncated)):
-            for reason, n in added.items():
+        for name in ("dropped", "truncated", "unused"):
+            totals = getattr(self, name)
+            for reason, n in getattr(stage, name).items():
                 totals[reason] = totals.get(reason, 0) + n
         stage.check(records, source=source)
 
@@ -100,11 +103,18 @@ class DropCount:
                 )
 
     def report(self) -> str:
-        """Returns all counts in one line, such as ``dropped 8 (empty answer 4, prompts differ 4), truncated 0``."""
+        """Returns all counts in one line, such as ``dropped 8 (empty answer 4, prompts differ 4), truncated 0``.
+
+        Fields that contain text and are not used are named at the end of the line, if there are any.
+        """
         parts = []
         for verb, counts in (("dropped", self.dropped), ("truncated", self.truncated)):
             reasons = f" ({_by_reason(counts)})" if counts else ""
             parts.append(f"{verb} {sum(counts.values())}{reasons}")
+        if self.unused:
+            parts.append(
+                f"fields with text that are not used: {_by_reason({repr(k): n for k, n in self.unused.items()})}"
+            )
         return ", ".join(parts)
 
 

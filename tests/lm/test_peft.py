@@ -155,6 +155,21 @@ def test_errors_name_the_file_and_the_senseless_value(field, value, tmp_path):
             peft.load(tmp_path / "a", CFG)
 
 
+@pytest.mark.parametrize("dtype", ["F64", "F16", "BF16", "I8", "F8_E4M3"])
+def test_only_floating_point_files_are_read(dtype, tmp_path):
+    """Quantised adapters would need scales, without which their numbers mean nothing."""
+    own = jax.tree.map(lambda x: jnp.round(4 * x), adapters())
+    peft.save(tmp_path / "a", CFG, own, scale=1.0)
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    kinds = {"F64": np.float64, "F16": np.float16, "BF16": jnp.bfloat16, "I8": np.int8, "F8_E4M3": jnp.float8_e4m3fn}
+    st_numpy.save_file({name: x.astype(kinds[dtype]) for name, x in st_numpy.load_file(file).items()}, file)
+    if dtype in ("I8", "F8_E4M3"):
+        with pytest.raises(ValueError, match=rf"adapter_model\.safetensors: base_model.* is {dtype}; only"):
+            peft.load(tmp_path / "a", CFG)
+    else:
+        same(peft.load(tmp_path / "a", CFG)[0], own)
+
+
 def with_head(own, *, heads=None, seed=3):
     shapes = lm.with_head(jax.random.key(0), {}, CFG, heads=heads)["head"]
     return {**own, "head": drawn(shapes, 1.0, seed)}

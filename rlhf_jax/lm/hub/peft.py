@@ -300,9 +300,9 @@ def _read_file(path: pathlib.Path) -> _File:
     try:
         with safetensors.safe_open(path, framework="np") as opened:
             header = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name).astype(np.float32) for name in opened.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise tensor_files.unreadable(path, error) from error
+    tensors = {tensor.name: tensor.read().astype(np.float32) for tensor in tensor_files.tensors_in(path)}
     try:
         spans, bias = (json.loads(header.get(*field)) for field in (("rlhf_jax", "null"), ("reward_bias", "0")))
     except ValueError as error:

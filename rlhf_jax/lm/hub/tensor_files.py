@@ -62,7 +62,7 @@ def stored(folder: pathlib.Path) -> dict[str, Stored]:
         )
     found: dict[str, Stored] = {}
     for name in sorted(set(places.values())) or [SINGLE]:
-        for tensor in _tensors_in(folder / name):
+        for tensor in tensors_in(folder / name):
             if tensor.name in found:
                 raise ValueError(f"the tensor {tensor.name} is in both {found[tensor.name].file} and {tensor.file}")
             found[tensor.name] = tensor
@@ -182,7 +182,8 @@ def atomic_folder(folder: pathlib.Path, *, marker: str) -> Iterator[pathlib.Path
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _tensors_in(file: pathlib.Path) -> list[Stored]:
+def tensors_in(file: pathlib.Path) -> list[Stored]:
+    """Returns references to the tensors of a file; raises the errors of `stored` if it is missing or unreadable."""
     if not file.exists():
         if others := sorted(path.name for path in file.parent.glob("*.safetensors")):
             raise FileNotFoundError(
