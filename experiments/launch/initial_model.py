@@ -60,6 +60,11 @@ def _load(path: str, mesh: jax.sharding.Mesh | None = None) -> InitialModel:
         cfg, params = lm.load(path, shard=shard)
         tokenizer = tokenizers.load(path)
         n = 1 + max(tokenizer.get_vocab().values())
+        if n > cfg.vocab_size:
+            raise ValueError(
+                f"its tokenizer has {n} ids, more than the {cfg.vocab_size} of the model; add rows for the new tokens "
+                f"with lm.resize(params, cfg, {n}) and save the model"
+            )
         # Ids that the tokenizer lacks are removed from the vocabulary below, so they cannot end an answer.
         stop_ids = [i for i in lm.load_stop_ids(path) if i < n]
         fmt = chat.chat_format(tokenizer, model_type=cfg.model_type, stop_ids=stop_ids)
@@ -67,11 +72,6 @@ def _load(path: str, mesh: jax.sharding.Mesh | None = None) -> InitialModel:
         raise SettingError(f"cannot use --model {path}: {error}") from error
     except Exception as error:  # safetensors and tokenizers raise bare exceptions for damaged files
         raise SettingError(f"cannot read --model {path}: {error}") from error
-    if n > cfg.vocab_size:
-        raise SettingError(
-            f"cannot use --model {path}: its tokenizer has {n} ids, more than the {cfg.vocab_size} of the model; add "
-            f"rows for the new tokens with lm.resize(params, cfg, {n}) and save the model"
-        )
     params, cfg = lm.resize(params, cfg, n)
     return InitialModel(path, cfg, params, fmt)
 

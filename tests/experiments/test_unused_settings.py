@@ -267,7 +267,7 @@ def check_changes(variant: Variant, inputs: Any, *, only: Any = lambda name: Tru
 
 @pytest.mark.parametrize("variant", [VARIANTS[0]], ids=name_of)
 def test_changing_an_rl_setting_changes_the_run(variant, inputs):
-    check_changes(variant, inputs, only=lambda name: name.startswith("ppo."))
+    check_changes(variant, inputs, only=lambda name: name.startswith(("ppo.", "compute.")))
 
 
 @pytest.mark.parametrize("variant", [each for each in VARIANTS[1:] if each[1] != "pmp"], ids=name_of)
