@@ -70,7 +70,7 @@ if __name__ == "__main__":
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -97,6 +97,8 @@ class Pair(NamedTuple):
     subset: str | None
     where: str
     """File and line of the record."""
+    tools: Sequence[Mapping[str, Any]] = ()
+    """Descriptions of the tools that the assistant may call."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,9 +177,8 @@ def read(path: str, *, counts: errors.DropCount) -> list[Pair]:
             continue
         chosen, rejected = ranking.responses if ranking.ranks[0] < ranking.ranks[1] else ranking.responses[::-1]
         subset = ranking.metadata.get("subset")
-        # The name of a subset may contain an unpaired surrogate, which cannot be printed.
-        name = None if subset is None else str(subset).encode("utf-8", "replace").decode()
-        pairs.append(Pair(ranking.prompt, chosen, rejected, name, ranking.location))
+        name = None if subset is None else str(subset)
+        pairs.append(Pair(ranking.prompt, chosen, rejected, name, ranking.location, ranking.tools))
     counts.add(stage, records=len(rankings), source=path)
     return pairs
 
@@ -198,10 +199,18 @@ def encode(
         DataError: Too many records are dropped, or no record is left.
     """
     stage = counts.stage()
-    prompts, kept = chat.encode_prompts(fmt, [record.prompt for record in records], width=max_length, counts=counts)
+    prompts, kept = chat.encode_prompts(
+        fmt,
+        [record.prompt for record in records],
+        width=max_length,
+        counts=counts,
+        tools=[record.tools for record in records],
+    )
     records_kept = [records[i] for i in kept]
+    asked, tools = [record.prompt for record in records_kept], [record.tools for record in records_kept]
     sides = [
-        chat.encode_answers(fmt, [getattr(record, side) for record in records_kept]) for side in ("chosen", "rejected")
+        chat.encode_answers(fmt, asked, answers, tools=tools)
+        for answers in ([record.chosen for record in records_kept], [record.rejected for record in records_kept])
     ]
     fits = []
     for i, prompt in enumerate(prompts):

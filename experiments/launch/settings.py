@@ -33,6 +33,17 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
+class Template:
+    """The chat template of --model."""
+
+    options: str | None = None
+    """Values of the template's variables as a JSON object, such as {"enable_thinking": false}. They are saved with the
+    trained models."""
+    date: str | None = None
+    """Date (YYYY-MM-DD) for a template that writes the current date. None is the day on which the run starts."""
+
+
+@dataclasses.dataclass(frozen=True)
 class World:
     """The demonstrations and the simulated labelers of the built-in world."""
 
@@ -326,6 +337,7 @@ class Settings:
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     hosts: Hosts = dataclasses.field(default_factory=Hosts)
     data: Data = dataclasses.field(default_factory=Data)
+    template: Template = dataclasses.field(default_factory=Template)
     world: World = dataclasses.field(default_factory=World)
     compute: Compute = dataclasses.field(default_factory=Compute)
     net: Net = dataclasses.field(default_factory=Net)

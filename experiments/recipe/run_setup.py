@@ -62,7 +62,8 @@ def open_run(
         run_folder.check_model_unchanged(settings.resume, settings, model_files)
     if settings.resume:
         run_folder.check_data_unchanged(settings.resume, settings)
-    model = initial_model.load(settings.model, mesh=mesh) if settings.model else None
+    model = initial_model.load(settings.model, mesh=mesh, template=settings.template) if settings.model else None
+    settings = initial_model.with_date(settings, model)
     task = tasks.make_task(settings, model)
     if task.comparisons is not None:  # the file may have fewer comparisons than a batch
         n = len(task.comparisons[0].ranks_BK) // (2 if settings.reward_model.heldout else 1)

@@ -1,6 +1,7 @@
 """Tests instructgpt.py with --model: tokenizer, chat format, gold utility of decoded answers, and errors."""
 
 import dataclasses
+import datetime
 import json
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from launch import config_file, initial_model, run_folder, settings
 from recipe import jobs, run_setup, tasks, world_words
 
 from rlhf_jax import lm
-from rlhf_jax.data import chat, tokenizers
+from rlhf_jax.data import chat, dialogues, tokenizers
 from rlhf_jax.simulation import lexicon, prompts
 
 SMALL = settings.preset("smoke", pretrained=True)
@@ -233,7 +234,7 @@ def with_changes(made, changes):
 def test_answers_are_decoded_to_the_worlds_words(byte_pairs):
     fmt = chat.chat_format(byte_pairs)
     answers = ["the fox is red .", "Red? the fox", "", "the <|end|> fox", "the " * 50]
-    ids = chat.encode_answers(fmt, answers)
+    ids = chat.encode_answers(fmt, [(dialogues.Turn("user", "what"),)] * len(answers), answers)
     ids[1] = ids[1][:-1]  # truncated, without the end token
     width = max(map(len, ids))
     tokens_BT = np.array([[*x, *[fmt.pad_id] * (width - len(x))] for x in ids])
@@ -290,8 +291,38 @@ def test_unusable_model_folders_raise_a_one_sentence_error(checkpoint, byte_pair
     with pytest.raises(settings.SettingError, match=f"its tokenizer has {n} ids, more than the {n - 3} of the model"):
         initial_model.load(str(small))
     unmarked = save_gpt2(tmp_path / "unmarked", chat_cases.make_gpt2(template="{{ messages[0]['content'] }}"))
-    with pytest.raises(settings.SettingError, match=r"no {% generation %} marks"):
+    with pytest.raises(settings.SettingError, match="the chat template writes the text of an answer 0 times"):
         initial_model.load(str(unmarked))
+
+
+def test_options_and_the_date_of_the_chat_template_are_saved_with_the_run(tmp_path, byte_pairs):
+    dated = "{{ strftime_now('%d %b %Y') + (mood | default(' calm')) }}" + CHATML
+    tokenizer = chat_cases.make_qwen(template=dated, words=[" ".join(lexicon.WORDS), "user\n0123"], size=700)
+    folder = save_gpt2(tmp_path / "dated", tokenizer)
+    arguments = ["--preset", "smoke", "--model", str(folder), "--template.options", '{"mood": " glad"}']
+
+    def opening(made):
+        model = initial_model.load(made.model, template=made.template)
+        ids = chat.encode_prompt(model.fmt, [dialogues.Turn("user", "what")])
+        return initial_model.with_date(made, model), model.fmt.tokenizer.decode(ids).partition("<|im_start|>")[0]
+
+    made, text = opening(instructgpt.parse([*arguments, "--template.date", "2024-07-26"]))
+    assert text == "26 Jul 2024 glad" and made.template.date == "2024-07-26"
+    made, text = opening(instructgpt.parse(arguments))
+    assert datetime.date.fromisoformat(made.template.date).strftime("%d %b %Y glad") == text, "today"
+    run_folder.create(tmp_path / "run", made)
+    assert opening(instructgpt.parse(["--resume", str(tmp_path / "run")]))[0].template == made.template
+    undated = save_gpt2(tmp_path / "undated", byte_pairs)
+    for flags, message in (
+        (["--template.options", "x"], "is 'x'; it must be a JSON object"),
+        (["--template.options", '{"mod": 1}'], "the chat template has no variable 'mod'; it has none"),
+        (["--template.date", "May"], "is 'May'; it must be a date, such as 2025-01-31"),
+        (["--template.date", "2024-07-26"], "the chat template of --model writes no date"),
+    ):
+        with pytest.raises(settings.SettingError, match=message):
+            opening(instructgpt.parse(["--model", str(undated), *flags]))
+    with pytest.raises(settings.SettingError, match="date has no effect without --model"):
+        instructgpt.parse(["--template.date", "2024-07-26"])
 
 
 @pytest.mark.parametrize("script", [instructgpt, sweep, compare], ids=lambda script: script.__name__)

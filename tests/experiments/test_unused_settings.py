@@ -105,8 +105,9 @@ ALTERNATIVES: dict[str, Any] = {
     "hosts.index": 1,
 }
 """Other values of settings for which half, twice, the next number or the next choice is not possible."""
-ELSEWHERE = {"model", "preset", "published", "resume", "data.path", "out"}
-"""Settings that are covered by the tests at the end of this file, as are --mesh and, in instructgpt.py, --hosts."""
+ELSEWHERE = {"model", "preset", "published", "resume", "data.path", "out", "template.options", "template.date"}
+"""Settings that are covered by the tests at the end of this file, as are --mesh and, in instructgpt.py, --hosts; those
+of --template are covered in test_initial_model.py."""
 WITHOUT_EFFECT = {
     ("dpo", "ppo.minibatches"): "must divide --ppo.batch, with which it may have to be changed",
     ("compare", "ppo.minibatches"): "likewise",

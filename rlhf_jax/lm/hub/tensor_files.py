@@ -90,6 +90,18 @@ def unreadable(file: pathlib.Path, error: Exception) -> ValueError:
     return ValueError(f"{file} is truncated or not a safetensors file: {error}")
 
 
+def equal(left: Stored, right: Stored, *, rows: int = 4096) -> bool:
+    """Returns whether two tensors have the same shape and values; reads ``rows`` rows of each at a time."""
+    if left.shape != right.shape:
+        return False
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(safetensors.safe_open(each.file, framework="np")) for each in (left, right)]
+        slices = [file.get_slice(each.name) for file, each in zip(opened, (left, right), strict=True)]
+        n = left.shape[0]
+        spans = (slice(i, min(i + rows, n)) for i in range(0, n, rows))
+        return all(np.array_equal(*(part[span] for part in slices)) for span in spans)
+
+
 def write(
     folder: pathlib.Path,
     shapes: Mapping[str, tuple[int, ...]],
