@@ -17,8 +17,8 @@ class Data:
     """Human comparisons that replace the built-in world."""
 
     path: str | None = None
-    """JSONL, JSON (also .gz) or Parquet file of pairs or rankings in any of the formats in docs/data.md. A pattern with
-    * selects several files. None uses the built-in world."""
+    """JSONL, JSON (also compressed) or Parquet file of pairs or rankings in any of the formats in docs/data.md. A
+    pattern with * selects several files. None uses the built-in world."""
     max_dropped: float = 0.01
     """Maximum share of unusable records in --data.path. A file with a larger share is refused."""
     vocab_size: int = 1024
@@ -30,6 +30,17 @@ class Data:
     held_out: float = 0.1
     """Share of the comparisons held out to measure the reward model's accuracy and to evaluate policies. Comparisons
     with the same system text and first question are held out together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """The chat template of --model."""
+
+    options: str | None = None
+    """Values of the template's variables as a JSON object, such as {"enable_thinking": false}. They are saved with the
+    trained models."""
+    date: str | None = None
+    """Date (YYYY-MM-DD) for a template that writes the current date. None is the day on which the run starts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +100,15 @@ class Hosts:
 
 
 @dataclasses.dataclass(frozen=True)
+class Compute:
+    """Number format of the computation."""
+
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Compute dtype of all models; parameters, optimiser and log-probabilities are float32. None uses the dtype in the
+    config.json of --model, or float32 if that is float16, and float32 without --model."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Net:
     """Size of the small Llama model that is trained from scratch unless --model is given."""
 
@@ -106,9 +126,9 @@ class Net:
 class Pretrain:
     """Pretraining of the base model on a text corpus. It is skipped with --model."""
 
-    documents: int = 80_000
+    documents: int = 56_000
     """Number of documents in the built-in world's corpus."""
-    steps: int = 640
+    steps: int = 448
     """Number of optimiser steps."""
     batch: int = 64
     """Rows per step, in pretraining and in supervised fine-tuning."""
@@ -122,7 +142,7 @@ class Pretrain:
 class SFT:
     """Supervised fine-tuning of two models: `sft`, the baseline, and `sft_mix`, from which PPO starts."""
 
-    demonstrations: int = 6000
+    demonstrations: int = 5000
     """Number of demonstrations in the built-in world."""
     epochs: int = 2
     """Number of passes over the demonstrations for `sft`."""
@@ -138,7 +158,7 @@ class SFT:
 class Comparisons:
     """Samples of the SFT models in the built-in world, ranked by simulated labelers."""
 
-    prompts: int = 2400
+    prompts: int = 2000
     """Number of training prompts. A tenth as many are added for validation."""
     min_k: int = 4
     """Minimum number of answers per prompt."""
@@ -155,8 +175,9 @@ class RewardModel:
     learning_rate: float = 1.5e-3
     """Peak learning rate, with cosine decay to a tenth."""
     heldout: bool = False
-    """Train on half of the comparisons, and train a second reward model on the other half. PPO logs the mean score of
-    the second model as heldout_reward and raises an alarm if it falls while the reward rises."""
+    """Train on half of the comparisons, and train a second reward model on the other half. No question is in both
+    halves. PPO logs the second model's mean score as heldout_reward and raises an alarm if it falls while the reward
+    rises."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +188,7 @@ class PPO:
     """RL method. Only ppo has a critic. The other methods refuse settings of the critic."""
     samples: int = 1
     """Number of answers to each prompt. It must be at least 2 for rloo, grpo and dr-grpo, which compare them."""
-    iterations: int = 38
+    iterations: int = 30
     """Number of iterations. Each samples a rollout and then updates the policy on it."""
     batch: int = 256
     """Answers per rollout."""
@@ -311,12 +332,14 @@ class Settings:
     saves: int = 5
     """Number of checkpoints per stage. A killed run loses only the work since the last one."""
     max_skipped: int = 10
-    """Number of consecutive skipped steps after which the run stops. Steps with a non-finite loss or gradient are
-    skipped."""
+    """Number of consecutive skipped steps after which the run stops. Steps with a non-finite loss or gradient, or
+    with nothing to learn from, are skipped."""
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     hosts: Hosts = dataclasses.field(default_factory=Hosts)
     data: Data = dataclasses.field(default_factory=Data)
+    template: Template = dataclasses.field(default_factory=Template)
     world: World = dataclasses.field(default_factory=World)
+    compute: Compute = dataclasses.field(default_factory=Compute)
     net: Net = dataclasses.field(default_factory=Net)
     pretrain: Pretrain = dataclasses.field(default_factory=Pretrain)
     sft: SFT = dataclasses.field(default_factory=SFT)

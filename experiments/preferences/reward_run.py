@@ -55,7 +55,7 @@ def run(settings: RewardSettings, out: Console) -> tuple[pathlib.Path, dict[str,
         job.cfg,
         reward,
         tokenizer=task.tokenizer,
-        pad_id=task.fmt.pad_id,
+        stop_ids=task.fmt.stop_ids,
         normalisation=record,
     )
     dropped = task.dropped.dropped | task.dropped.truncated | counts.dropped | counts.truncated

@@ -11,6 +11,7 @@ import numpy as np
 
 from recipe import jobs
 from rlhf_jax import checkpoint, diagnostics, types
+from rlhf_jax.data import batching
 from rlhf_jax.simulation import labelers
 
 
@@ -35,8 +36,10 @@ def load_or_collect(
         job.progress.skip("comparisons")
     n, parts = len(train.ranks_BK), [train]
     if job.settings.reward_model.heldout:
-        order = np.random.default_rng([job.settings.seed, 501]).permutation(n)
-        parts = [jax.tree.map(lambda x, h=h: x[h], train) for h in (order[: n // 2], order[n // 2 : n // 2 * 2])]
+        halves = batching.split(
+            n, fraction=0.5, key=jax.random.fold_in(job.key("comparisons"), 501), group_N=job.task.asked(train)
+        )
+        parts = [jax.tree.map(lambda x, h=h: x[h], train) for h in halves]
     sizes = {"training_prompts": len(parts[0].ranks_BK), "training_answers": int(np.sum(parts[0].where_BK))}
     return parts, validation, facts | sizes
 

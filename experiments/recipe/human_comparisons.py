@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
@@ -40,9 +41,9 @@ def read(data: Data, counts: errors.DropCount) -> list[records.Ranking]:
 
 
 def pairs(rankings: Iterable[records.Ranking]) -> list[Pair]:
-    """Returns all pairs of answers to the same prompt whose ranks differ."""
+    """Returns all pairs of answers to the same prompt whose ranks differ, as texts."""
     return [
-        Pair(each.prompt, better, worse)
+        Pair(each.prompt, dialogues.answer_text(better), dialogues.answer_text(worse))
         for each in rankings
         for i, better in enumerate(each.responses)
         for j, worse in enumerate(each.responses)
@@ -148,19 +149,24 @@ def train_chat_format(rankings: Iterable[records.Ranking], vocab_size: int) -> c
     are dropped later.
     """
     texts = [
-        dialogues.format_dialogue((*(turn for turn in each.prompt if turn.role in _ROLES), _answer(text)))
+        dialogues.format_dialogue((*(turn for turn in each.prompt if turn.role in _ROLES), _answer(answer)))
         for each in rankings
-        for text in each.responses
+        for answer in map(dialogues.answer_text, each.responses)
     ]
     return chat.chat_format(tokenizers.train_bpe(texts, vocab_size=vocab_size))
 
 
 def encode_dialogues(fmt: chat.ChatFormat, rankings: Iterable[records.Ranking], *, end: int) -> list[list[int]]:
-    """Tokenises prompts with their best answers, without a final ``end`` token, which packing adds."""
+    """Tokenises prompts with their best answers, without a final ``end`` token, which packing adds.
+
+    Dialogues that the chat template rejects, which are dropped when their rows are made, are missing.
+    """
     encoded = []
     for each in rankings:
-        ids, _ = chat.encode_dialogue(fmt, (*each.prompt, _answer(each.responses[0])))
-        encoded.append(ids[:-1] if ids[-1] == end else ids)
+        turns = (*each.prompt, dialogues.answer_turn(each.responses[0]))
+        with contextlib.suppress(errors.DataError):
+            ids, _ = chat.encode_dialogue(fmt, turns, train_on="last", tools=each.tools)
+            encoded.append(ids[:-1] if ids[-1] == end else ids)
     return encoded
 
 

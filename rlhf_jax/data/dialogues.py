@@ -11,8 +11,10 @@ around a turn belongs to the format and is removed. The line end ``"\r\n"`` is r
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rlhf_jax.data import errors
 
@@ -35,6 +37,44 @@ class Turn:
 
     role: str
     text: str
+    """The content; empty if the turn consists of tool calls alone."""
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    """The other keys of the message, such as ``tool_calls``, ``tool_call_id``, ``name`` or ``reasoning_content``."""
+
+
+Answer = str | Turn
+"""An answer: its text, or the assistant's turn if that has more than a text, such as tool calls."""
+
+_CALLS = ("tool_calls", "function_call")
+
+
+def answer_turn(answer: Answer) -> Turn:
+    """Returns an answer as a turn of the assistant.
+
+    >>> from rlhf_jax.data import dialogues
+    >>> dialogues.answer_turn("Yes.").role
+    'assistant'
+    """
+    return Turn(ASSISTANT, answer) if isinstance(answer, str) else answer
+
+
+def answer_text(answer: Answer) -> str:
+    """Returns an answer as one text, for display and measurement: its text, and its tool calls as JSON."""
+    if isinstance(answer, str):
+        return answer
+    calls = [json.dumps(answer.extra[key], ensure_ascii=False) for key in _CALLS if answer.extra.get(key)]
+    return "\n".join([answer.text, *calls] if answer.text else calls)
+
+
+def is_blank(turn: Turn) -> bool:
+    """Returns whether a turn has neither a text other than white space nor a tool call."""
+    return not turn.text.strip() and not any(turn.extra.get(key) for key in _CALLS)
+
+
+def answer_key(answer: Answer) -> tuple[str, str]:
+    """Returns what two answers must have in common to be the same answer; white space around texts is ignored."""
+    turn = answer_turn(answer)
+    return turn.text.strip(), json.dumps(turn.extra, sort_keys=True, default=repr) if turn.extra else ""
 
 
 def is_dialogue(text: str) -> bool:
@@ -67,15 +107,17 @@ def format_dialogue(turns: Sequence[Turn]) -> str:
     return "".join(f"\n\n{_NAMES[turn.role]}: {turn.text}" for turn in turns)
 
 
-def split_answer(turns: Sequence[Turn]) -> tuple[tuple[Turn, ...], str]:
+def split_answer(turns: Sequence[Turn]) -> tuple[tuple[Turn, ...], Answer]:
     """Splits a dialogue that ends in an assistant turn into ``(prompt, answer)``.
+
+    The answer is a text, or the turn itself if it has other keys than its role and its text.
 
     Raises:
         DataError: If the dialogue does not end in an assistant turn.
     """
     if not turns or turns[-1].role != ASSISTANT:
         raise errors.DataError("the dialogue does not end in an assistant turn")
-    return tuple(turns[:-1]), turns[-1].text
+    return tuple(turns[:-1]), turns[-1] if turns[-1].extra else turns[-1].text
 
 
 def drop_reason(chosen: tuple[Turn, ...], rejected: tuple[Turn, ...]) -> str | None:
@@ -96,10 +138,12 @@ def drop_reason(chosen: tuple[Turn, ...], rejected: tuple[Turn, ...]) -> str | N
 def prompt_drop_reason(prompt: Sequence[Turn]) -> str | None:
     """Returns the reason why turns are not a usable prompt, or None if they are usable.
 
-    The last turn must have text, and must be neither an assistant turn nor a system turn.
+    The last turn must have text, unless it is the result of a tool, and must be neither an assistant turn nor a system
+    turn.
     """
-    if all(turn.role == "system" or not turn.text.strip() for turn in prompt):
+    if all(turn.role == "system" or is_blank(turn) for turn in prompt):
         return "empty prompt"
     if prompt[-1].role == ASSISTANT:
         return "prompt ends in an assistant turn"
-    return "empty prompt" if prompt[-1].role == "system" or not prompt[-1].text.strip() else None
+    empty = prompt[-1].role == "system" or (prompt[-1].role != "tool" and is_blank(prompt[-1]))
+    return "empty prompt" if empty else None

@@ -38,7 +38,8 @@ class DropCount:
     """Numbers of dropped and truncated records, by reason.
 
     ``dropped`` counts records that are missing from the result, and ``max_dropped`` limits their share. ``truncated``
-    counts records that were kept but shortened. Truncation is common for long dialogues, so the share of truncated
+    counts records that were kept but shortened. ``noted`` counts records that were kept as they are, but about which
+    the user should know. Truncation is common for long dialogues, so the share of truncated
     records is limited only if ``max_truncated`` is given. Both limits are shares from 0 to 1.
 
     One object can collect the counts of a whole pipeline. Each stage of the pipeline counts in a separate object, which
@@ -58,6 +59,9 @@ class DropCount:
     max_truncated: float | None = None
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)
     truncated: dict[str, int] = dataclasses.field(default_factory=dict)
+    unused: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Number of records by field that contains text and is not used, except as metadata."""
+    noted: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises ValueError if a limit is not between 0 and 1."""
@@ -73,14 +77,19 @@ class DropCount:
         """Counts one truncated record."""
         self.truncated[reason] = self.truncated.get(reason, 0) + 1
 
+    def note(self, reason: str) -> None:
+        """Counts one record of which the user should know something, given as the reason."""
+        self.noted[reason] = self.noted.get(reason, 0) + 1
+
     def stage(self) -> DropCount:
         """Returns an empty count with the same limits."""
         return DropCount(max_dropped=self.max_dropped, max_truncated=self.max_truncated)
 
     def add(self, stage: DropCount, *, records: int, source: str) -> None:
         """Adds the counts of a stage that received ``records`` records, then calls `check` on the stage."""
-        for totals, added in ((self.dropped, stage.dropped), (self.truncated, stage.truncated)):
-            for reason, n in added.items():
+        for name in ("dropped", "truncated", "unused", "noted"):
+            totals = getattr(self, name)
+            for reason, n in getattr(stage, name).items():
                 totals[reason] = totals.get(reason, 0) + n
         stage.check(records, source=source)
 
@@ -100,11 +109,20 @@ class DropCount:
                 )
 
     def report(self) -> str:
-        """Returns all counts in one line, such as ``dropped 8 (empty answer 4, prompts differ 4), truncated 0``."""
+        """Returns all counts in one line, such as ``dropped 8 (empty answer 4, prompts differ 4), truncated 0``.
+
+        Fields that contain text and are not used are named at the end of the line, if there are any.
+        """
         parts = []
         for verb, counts in (("dropped", self.dropped), ("truncated", self.truncated)):
             reasons = f" ({_by_reason(counts)})" if counts else ""
             parts.append(f"{verb} {sum(counts.values())}{reasons}")
+        if self.unused:
+            parts.append(
+                f"fields with text that are not used: {_by_reason({repr(k): n for k, n in self.unused.items()})}"
+            )
+        if self.noted:
+            parts.append(f"noted {sum(self.noted.values())} ({_by_reason(self.noted)})")
         return ", ".join(parts)
 
 

@@ -26,12 +26,17 @@ def read_demonstrations(
     - ``"empty answer"``
     - ``"ends in a human turn"``: the last turn of a dialogue is not an assistant turn
     - ``"... is null"``, with the name of the null field
+    - ``"the weight of the answer is 0"``
+    - ``"system texts differ"``: the system turn differs from the field ``system`` or ``system_prompt``
+    - ``"content has a part of type ..."`` or ``"... beside the prompt"``: the prompt contains an image or other media
+    - ``"a character is not UTF-8"`` or ``"a character is a lone surrogate"``
     - ``"prompts differ"`` or ``"answers differ"``: the record has ``messages`` and also a ``prompt`` or an answer that
       does not agree with them
 
     Args:
         source: A path, a list of paths, or `sources.Tfds`.
-        counts: Counts dropped records and limits their share; None creates a ``DropCount()``, whose limit is 1 %.
+        counts: Counts dropped records and limits their share; None creates a ``DropCount()``, whose limit is 1 %. It
+            also counts the records in which a field contains text that is not used (``counts.unused``).
 
     Returns:
         ``(records, counts)``, with the records in the order of the source.
@@ -86,15 +91,25 @@ def _read(
     n = 0
     for n, raw in enumerate(sources.raw_records(source, fields=fields), start=1):  # noqa: B007
         try:
-            parsed.append(parse(raw.fields, location=raw.location))
+            if raw.flaw is not None:
+                raise errors.UnusableRecord(raw.flaw)
+            record = parse(raw.fields, location=raw.location)
         except errors.UnusableRecord as reason:
             stage.drop(str(reason))
         except errors.MissingFieldError as error:
             null = next((name for name in error.names if name in raw.fields), None)
             if null is None:
-                raise errors.DataError(f"{raw.location}: {error}") from None
+                present = ", ".join(map(repr, raw.fields)) or "none"
+                raise errors.DataError(
+                    f"{raw.location}: {error}; its fields are {present}: rename or convert them to one of the forms in "
+                    "docs/data.md"
+                ) from None
             stage.drop(f"{null} is null")
         except errors.DataError as error:
             raise errors.DataError(f"{raw.location}: {error}") from None
+        else:
+            parsed.append(record)
+            for name in record.unused:
+                stage.unused[name] = stage.unused.get(name, 0) + 1
     counts.add(stage, records=n, source=sources.describe(source))
     return parsed, counts

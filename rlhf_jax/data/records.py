@@ -1,16 +1,17 @@
 r"""Records and their parsers: demonstrations, rankings, judged answers and prompts. `readers` reads whole sources.
 
-The table lists the forms of each kind of record. A *message list* is ``[{"role": "user", "content": "..."}, ...]``.
+The table lists the forms of each kind of record. A *message list* is ``[{"role": "user", "content": "..."}, ...]``, or
+has the keys ``from`` and ``value`` of ShareGPT.
 
 ==============  ======================================================================================================
 record          fields
 ==============  ======================================================================================================
-demonstrations  ``prompt`` and ``response`` (or ``completion``)
+demonstrations  ``prompt`` and ``response`` (or ``completion``, ``output``, ``answer``)
                 ``messages``, a message list whose last turn is the assistant's answer
 rankings        ``prompt``, ``responses`` and ``ranks`` (1 is best, equal ranks are ties) or ``scores`` (higher is
-                better)
-                ``prompt``, ``chosen`` and ``rejected`` (a pair); optionally ``margin``, ``score_chosen``,
-                ``score_rejected``
+                better, equal scores are ties)
+                ``prompt``, ``chosen`` and ``rejected`` (one answer each, or lists of answers); optionally ``margin``,
+                ``score_chosen``, ``score_rejected`` (or ``chosen_score``, ``chosen_rating`` and so on)
                 ``chosen`` and ``rejected`` as whole dialogues, which are message lists or have the hh-rlhf form (see
                 `dialogues`); optionally ``prompt``, which must agree with them, and the other fields of a pair
 judged          the fields of a demonstration, and ``label`` (true means good, false means bad)
@@ -22,12 +23,20 @@ the hh-rlhf form. The last turn of a prompt must have text, and must be neither 
 answer is a string or a message list that consists of one assistant turn. Texts are kept as written, except in the
 hh-rlhf form, in which white space around a turn is removed and ``"\r\n"`` becomes ``"\n"``.
 
+A prompt can also be named ``instruction``, ``question`` or ``query``, and a message list ``conversations`` or
+``conversation``.
+With every form, ``system`` or ``system_prompt`` contains the system text, and ``tools`` the functions that the
+assistant may call. ``history`` contains the turns before the question, as ``[question, answer]`` pairs or as messages.
+A text in ``input`` or ``context`` beside a prompt is refused, because its place in the prompt is unknown. An answer
+with ``"weight": 0`` is not trained on, so its record is unusable.
+
 A ``prompt`` *agrees* with a dialogue if it equals the dialogue's prompt or consists only of the first or the last user
 turn in it; white space around texts is ignored. A ``prompt`` that is given in addition to ``messages`` must agree with
 them, and an answer that is given in addition must equal theirs.
 
 Other fields that hold a string, a finite number or a boolean, such as an annotator or a subset, are stored in
 ``metadata``. The fields of an object named ``metadata`` are stored there too. Lists and other objects are ignored.
+``unused`` names the other fields that contain a text of several words, which may have been meant for the model.
 
 The parsers raise `errors.DataError` if a record has the wrong form: a field is missing or has the wrong type, or the
 record mixes two forms. They raise `errors.UnusableRecord` if a record has the right form but cannot be used, for
@@ -42,14 +51,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_jax.data import dialogues, errors, sources
+from rlhf_jax.data import conversations, dialogues, errors, sources
 
 Scalar = str | int | float | bool
-Turns = tuple[dialogues.Turn, ...]
+Turns = conversations.Turns
 
-_ANSWER_FIELDS = {"prompt", "messages", "response", "completion"}
-_RANKING_FIELDS = {"prompt", "responses", "ranks", "scores", "margin"}
-_PAIR_FIELDS = {"prompt", "chosen", "rejected", "score_chosen", "score_rejected", "margin"}
 _MARGIN_TOLERANCE = 0.01
 """Accepted deviation of a margin from the difference of the two scores, relative to the largest absolute value among
 the margin and the scores."""
@@ -60,7 +66,12 @@ class Prompt:
     """A prompt to answer."""
 
     prompt: Turns
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """The functions that the assistant may call, for the chat template."""
     metadata: Mapping[str, Scalar] = dataclasses.field(default_factory=dict)
+    unused: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    """Names of fields that contain text and are not part of the record, except as metadata; ignored when records are
+    compared."""
     location: str = dataclasses.field(default="", compare=False)
     """Place in the source, such as file and line; ignored when records are compared."""
 
@@ -69,7 +80,7 @@ class Prompt:
 class Demonstration(Prompt):
     """A prompt with an answer to imitate."""
 
-    response: str
+    response: dialogues.Answer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +97,7 @@ class Ranking(Prompt):
     `parse_ranking` sorts them best first; ties keep their order.
     """
 
-    responses: tuple[str, ...]
+    responses: tuple[dialogues.Answer, ...]
     ranks: tuple[int, ...]
     """Rank of each response, at least 1. A lower rank is better; equal ranks are ties."""
     scores: tuple[float, ...] | None = None
@@ -98,29 +109,27 @@ class Ranking(Prompt):
 
 def parse_demonstration(fields: Mapping[str, Any], *, location: str = "") -> Demonstration:
     """Parses a demonstration; the module docstring lists its fields and the errors."""
-    fields = _without_nulls(fields)
+    fields = _Fields(fields)
     prompt, response = _prompt_and_answer(fields)
-    metadata = _metadata(fields, _ANSWER_FIELDS)
-    return Demonstration(prompt=prompt, response=response, metadata=metadata, location=location)
+    return Demonstration(prompt=prompt, response=response, **_other_fields(fields), location=location)
 
 
 def parse_judged(fields: Mapping[str, Any], *, location: str = "") -> Judged:
     """Parses a judged answer; the module docstring lists its fields and the errors."""
-    fields = _without_nulls(fields)
+    fields = _Fields(fields)
     label = fields.get("label")
     if label is None:
         raise errors.MissingFieldError("label")
     if label not in (False, True):
         raise errors.DataError(f"'label' is {label!r}; it must be true or false")
     prompt, response = _prompt_and_answer(fields)
-    metadata = _metadata(fields, _ANSWER_FIELDS | {"label"})
-    return Judged(prompt=prompt, response=response, good=bool(label), metadata=metadata, location=location)
+    return Judged(prompt=prompt, response=response, good=bool(label), **_other_fields(fields), location=location)
 
 
 def parse_prompt(fields: Mapping[str, Any], *, location: str = "") -> Prompt:
     """Parses a prompt; the module docstring lists its fields and the errors."""
-    fields = _without_nulls(fields)
-    return Prompt(prompt=_prompt(fields), metadata=_metadata(fields, {"prompt"}), location=location)
+    fields = _Fields(fields)
+    return Prompt(prompt=conversations.prompt(fields), **_other_fields(fields), location=location)
 
 
 def parse_ranking(fields: Mapping[str, Any], *, location: str = "") -> Ranking:
@@ -131,22 +140,25 @@ def parse_ranking(fields: Mapping[str, Any], *, location: str = "") -> Ranking:
     >>> ranking.responses, ranking.ranks, ranking.margin
     (('4', '5'), (1, 2), 1.0)
     """
-    fields = _without_nulls(fields)
+    fields = _Fields(fields)
     margin = _number(fields, "margin")
-    form = _RANKING_FIELDS if "responses" in fields else _PAIR_FIELDS
-    if form is _RANKING_FIELDS:
+    if "responses" in fields:
         _refuse_mixed_forms(fields, "responses", "chosen", "rejected")
         prompt, responses, ranks, scores = _ranked_answers(fields)
     elif "chosen" in fields and "rejected" in fields:
-        prompt, responses = _pair(fields)
-        ranks, scores = (1, 2), _pair_scores(fields)
+        prompt, chosen, rejected = _pair(fields)
+        responses, ranks = (*chosen, *rejected), (1,) * len(chosen) + (2,) * len(rejected)
+        scores = _pair_scores(fields, len(chosen), len(rejected))
     else:
         raise errors.MissingFieldError("rejected" if "chosen" in fields else "chosen", "responses")
     _check_answers(responses, ranks)
+    if scores is not None:
+        if _disagree(ranks, scores):
+            raise errors.UnusableRecord("ranks and scores disagree")
+        best = {score: min(rank for rank, other in zip(ranks, scores) if other == score) for score in scores}
+        ranks = tuple(best[score] for score in scores)
     if len(set(ranks)) == 1:
         raise errors.UnusableRecord("all answers tied")
-    if scores is not None and _disagree(ranks, scores):
-        raise errors.UnusableRecord("ranks and scores disagree")
     order = sorted(range(len(ranks)), key=ranks.__getitem__)
     scores = None if scores is None else tuple(scores[i] for i in order)
     return Ranking(
@@ -155,28 +167,54 @@ def parse_ranking(fields: Mapping[str, Any], *, location: str = "") -> Ranking:
         ranks=tuple(ranks[i] for i in order),
         scores=scores,
         margin=_margin(margin, len(ranks), scores),
-        metadata=_metadata(fields, form),
+        **_other_fields(fields),
         location=location,
     )
 
 
-def _without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Drops null fields. A row of a Parquet file has a null field for each column that it does not use."""
-    return {key: value for key, value in fields.items() if value is not None}
+class _Fields(dict[str, Any]):
+    """The fields of a record, except null ones, and the names of those that have been used.
+
+    A row of a Parquet file has a null field for each column that it does not use.
+    """
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        super().__init__({key: value for key, value in fields.items() if value is not None})
+        self.used: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.used.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default  # noqa: SIM401
 
 
-def _metadata(fields: Mapping[str, Any], form: set[str]) -> dict[str, Scalar]:
-    others = {key: value for key, value in fields.items() if key not in form}
+def _other_fields(fields: _Fields) -> dict[str, Any]:
+    """Returns the arguments ``tools``, ``metadata`` and ``unused`` of a record, from the fields that were not used."""
+    conversations.refuse_media(fields)
+    tools = conversations.tools(fields)
+    others = {key: value for key, value in fields.items() if key not in fields.used}
     if isinstance(nested := others.get("metadata"), Mapping):
-        others = {key: value for key, value in others.items() if key != "metadata"} | dict(nested)
+        del others["metadata"]
     metadata = {}
-    for key, value in others.items():
+    for key, value in (others | (dict(nested) if isinstance(nested, Mapping) else {})).items():
+        sources.require_text(key, "the name of a field")
         if isinstance(value, str):
             sources.require_text(value, key)
         # Infinity and NaN are ignored: JSON has neither, and tables use NaN for missing numbers.
         if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
-            metadata[sources.require_text(key, "the name of a field")] = value
-    return metadata
+            metadata[key] = value
+    unused = tuple(key for key, value in others.items() if _contains_text(value))
+    return {"tools": tools, "metadata": metadata, "unused": unused}
+
+
+def _contains_text(value: Any) -> bool:
+    """Returns whether a value contains a string of several words; a single word is a name or a label, not a text."""
+    if isinstance(value, str):
+        return not value.isascii() or len(value.split(maxsplit=1)) > 1
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return any(map(_contains_text, items))
 
 
 def _refuse_mixed_forms(fields: Mapping[str, Any], key: str, *others: str) -> None:
@@ -188,122 +226,79 @@ def _refuse_mixed_forms(fields: Mapping[str, Any], key: str, *others: str) -> No
 # -------------------------------------------------------------------------------------------------- prompts and answers
 
 
-def _prompt(fields: Mapping[str, Any]) -> Turns:
-    if "prompt" not in fields:
-        raise errors.MissingFieldError("prompt")
-    value = fields["prompt"]
-    if isinstance(value, list | Mapping):
-        turns = _turns(value, "prompt")
-    elif dialogues.is_dialogue(sources.require_text(value, "prompt")):
-        turns = dialogues.parse_dialogue(value + "\n\nAssistant:")[:-1]
-        if turns[-1] == dialogues.Turn(dialogues.ASSISTANT, ""):  # the text already ended with "Assistant:"
-            turns = turns[:-1]
-    else:
-        turns = (dialogues.Turn(dialogues.USER, value),)
-    return _usable_prompt(turns)
-
-
-def _usable_prompt(turns: Turns) -> Turns:
-    if (reason := dialogues.prompt_drop_reason(turns)) is not None:
-        raise errors.UnusableRecord(reason)
-    return turns
-
-
-def _turns(value: Any, key: str) -> Turns:
-    if isinstance(value, Mapping) and isinstance(value.get("role"), list) and isinstance(value.get("content"), list):
-        # TFDS and Hugging Face store a list of objects as one object, with a list for each field.
-        roles, contents = value["role"], value["content"]
-        if len(roles) != len(contents):
-            raise errors.DataError(
-                f"{key!r} has {len(roles)} roles and {len(contents)} contents; the numbers must be equal"
-            )
-        value = [{"role": role, "content": content} for role, content in zip(roles, contents)]
-    if not isinstance(value, list):
-        form = "a list of messages" if key == "messages" else "a string or a list of messages"
-        raise errors.DataError(f"{key!r} has type {type(value).__name__}; it must be {form}")
-    turns = []
-    for n, message in enumerate(value, start=1):
-        if not isinstance(message, Mapping):
-            raise errors.DataError(f"message {n} of {key!r} has type {type(message).__name__}; it must be an object")
-        for name in ("role", "content"):
-            if name not in message:
-                raise errors.DataError(f"message {n} of {key!r} has no {name!r}")
-        if message["content"] is None:
-            raise errors.UnusableRecord("content is null")
-        role, content = (
-            sources.require_text(message[name], f"{name} of message {n} of {key}") for name in ("role", "content")
-        )
-        turns.append(dialogues.Turn(role, content))
-    return tuple(turns)
-
-
-def _answer(value: Any, key: str) -> str:
-    if value is None:
-        raise errors.UnusableRecord("an answer is null")
-    if not isinstance(value, list | Mapping):
-        return sources.require_text(value, key)
-    before, answer = _split_answer(_turns(value, key))
-    if before:
-        raise errors.DataError(f"{key!r} contains {len(before) + 1} messages; it must contain only the answer")
-    return answer
-
-
-def _split_answer(turns: Turns) -> tuple[Turns, str]:
-    if not turns:
-        raise errors.UnusableRecord("empty answer")
-    if turns[-1].role != dialogues.ASSISTANT:
-        raise errors.UnusableRecord("ends in a human turn")
-    return dialogues.split_answer(turns)
-
-
-def _prompt_and_answer(fields: Mapping[str, Any]) -> tuple[Turns, str]:
-    key = next((key for key in ("response", "completion") if key in fields), None)
+def _prompt_and_answer(fields: Mapping[str, Any]) -> tuple[Turns, dialogues.Answer]:
+    key = conversations.first(fields, "response", "completion")
     if key == "response":
         _refuse_mixed_forms(fields, "response", "completion")
-    if "messages" in fields:
-        prompt, answer = _split_answer(_turns(fields["messages"], "messages"))
-        prompt = _usable_prompt(prompt)
-        if "prompt" in fields and not _repeats(_prompt(fields), prompt):
+    whole = conversations.first(fields, *(conversations.CONVERSATIONS if key is None else ("messages",)))
+    if whole is not None:
+        prompt, answer = conversations.split_answer(conversations.turns(fields[whole], whole))
+        prompt = conversations.usable_prompt(conversations.with_system(fields, prompt))
+        if not _agrees(fields, prompt):
             raise errors.UnusableRecord("prompts differ")
-        if key is not None and _answer(fields[key], key).strip() != answer.strip():
+        if key is not None and _stripped(conversations.answer(fields[key], key)) != _stripped(answer):
             raise errors.UnusableRecord("answers differ")
-    elif key is not None:
-        prompt, answer = _prompt(fields), _answer(fields[key], key)
+    elif (key := key or conversations.first(fields, "output", "answer")) is not None:
+        prompt, answer = conversations.prompt(fields), conversations.answer(fields[key], key)
     else:
-        raise errors.MissingFieldError("response" if "prompt" in fields else "prompt", "messages")
-    if not answer.strip():
+        asked = conversations.first(fields, *conversations.PROMPTS)
+        raise errors.MissingFieldError("prompt" if asked is None else "response", "messages")
+    if dialogues.is_blank(dialogues.answer_turn(answer)):
         raise errors.UnusableRecord("empty answer")
     return prompt, answer
 
 
+def _agrees(fields: Mapping[str, Any], whole: Turns) -> bool:
+    """Returns whether the field ``prompt``, if there is one, agrees with the prompt of a whole conversation."""
+    return "prompt" not in fields or conversations.repeats(
+        conversations.usable_prompt(conversations.question(fields)), whole
+    )
+
+
+def _stripped(answer: dialogues.Answer) -> str:
+    return dialogues.answer_turn(answer).text.strip()
+
+
 # ------------------------------------------------------------------------------------------------ pairs and rankings
 
+Answers = tuple[dialogues.Answer, ...]
 
-def _pair(fields: Mapping[str, Any]) -> tuple[Turns, tuple[str, str]]:
+
+def _pair(fields: Mapping[str, Any]) -> tuple[Turns, Answers, Answers]:
+    """Returns the prompt, the chosen answers and the rejected answers; in most forms, there is one of each."""
     chosen, rejected = fields["chosen"], fields["rejected"]
-    both_texts = isinstance(chosen, str) and isinstance(rejected, str)
-    if both_texts and dialogues.is_dialogue(chosen) and dialogues.is_dialogue(rejected):
-        return _dialogue_pair(fields)
-    if both_texts or not (isinstance(chosen, list | Mapping) and isinstance(rejected, list | Mapping)):
-        return _prompt(fields), (_answer(chosen, "chosen"), _answer(rejected, "rejected"))
-    (prompt, better), (other_prompt, worse) = (
-        _split_answer(_turns(fields[key], key)) for key in ("chosen", "rejected")
+    if all(isinstance(each, str) and dialogues.is_dialogue(each) for each in (chosen, rejected)):
+        prompt, better, worse = _dialogue_pair(fields)
+        return conversations.with_system(fields, prompt), (better,), (worse,)
+    if all(isinstance(each, list | Mapping) and not _is_list_of_answers(each) for each in (chosen, rejected)):
+        (prompt, better), (other_prompt, worse) = (
+            conversations.split_answer(conversations.turns(fields[key], key)) for key in ("chosen", "rejected")
+        )
+        if not conversations.same(prompt, other_prompt) or (prompt and not _agrees(fields, prompt)):
+            raise errors.UnusableRecord("prompts differ")
+        whole = conversations.usable_prompt(conversations.with_system(fields, prompt)) if prompt else None
+        return whole or conversations.prompt(fields), (better,), (worse,)
+    better, worse = (
+        tuple(conversations.answer(each, key) for each in (value if _is_list_of_answers(value) else [value]))
+        for key, value in (("chosen", chosen), ("rejected", rejected))
     )
-    if prompt != other_prompt or (prompt and "prompt" in fields and not _repeats(_prompt(fields), prompt)):
-        raise errors.UnusableRecord("prompts differ")
-    return _usable_prompt(prompt) if prompt else _prompt(fields), (better, worse)
+    return conversations.prompt(fields), better, worse
 
 
-def _dialogue_pair(fields: Mapping[str, Any]) -> tuple[Turns, tuple[str, str]]:
+def _is_list_of_answers(value: Any) -> bool:
+    """Returns whether a value is a list of texts or of message lists, as opposed to one message list."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], str | list)
+
+
+def _dialogue_pair(fields: Mapping[str, Any]) -> tuple[Turns, str, str]:
     """Parses a pair of whole dialogues in the hh-rlhf form."""
     chosen, rejected = (_dialogue(fields[key], key) for key in ("chosen", "rejected"))
     reason = dialogues.drop_reason(chosen, rejected)
-    prompt, answer = chosen[:-1], chosen[-1].text
-    if reason is None and "prompt" in fields and not _repeats(_prompt(fields), prompt):
+    if reason is None and not _agrees(fields, chosen[:-1]):
         reason = "prompts differ"
     if reason is not None:
         raise errors.UnusableRecord(reason)
-    return prompt, (answer, rejected[-1].text)
+    return chosen[:-1], chosen[-1].text, rejected[-1].text
 
 
 def _dialogue(value: str, key: str) -> Turns:
@@ -314,25 +309,11 @@ def _dialogue(value: str, key: str) -> Turns:
         raise errors.DataError(f"in {key!r}, {error}") from None
 
 
-def _repeats(prompt: Turns, dialogue_prompt: Turns) -> bool:
-    """Returns whether ``prompt`` equals ``dialogue_prompt``, or consists only of its first or last question.
-
-    White space around the texts is ignored, because only some forms keep it.
-    """
-    prompt, dialogue_prompt = _stripped(prompt), _stripped(dialogue_prompt)
-    questions = [turn for turn in dialogue_prompt if turn.role == dialogues.USER]
-    return prompt == dialogue_prompt or any(prompt == (question,) for question in (*questions[:1], *questions[-1:]))
-
-
-def _stripped(turns: Turns) -> Turns:
-    return tuple(dialogues.Turn(turn.role, turn.text.replace("\r\n", "\n").strip()) for turn in turns)
-
-
 def _ranked_answers(
     fields: Mapping[str, Any],
-) -> tuple[Turns, tuple[str, ...], tuple[int, ...], tuple[float, ...] | None]:
-    prompt = _prompt(fields)
-    responses = tuple(_answer(value, "responses") for value in _list(fields, "responses"))
+) -> tuple[Turns, tuple[dialogues.Answer, ...], tuple[int, ...], tuple[float, ...] | None]:
+    prompt = conversations.prompt(fields)
+    responses = tuple(conversations.answer(value, "responses") for value in _list(fields, "responses"))
     if len(responses) < 2:
         raise errors.UnusableRecord("fewer than two answers")
     ranks, scores = (_list(fields, key) if key in fields else None for key in ("ranks", "scores"))
@@ -357,12 +338,11 @@ def _list(fields: Mapping[str, Any], key: str) -> list[Any]:
     return fields[key]
 
 
-def _check_answers(responses: Sequence[str], ranks: Sequence[int]) -> None:
-    texts = [text.strip() for text in responses]
-    if not all(texts):
+def _check_answers(responses: Sequence[dialogues.Answer], ranks: Sequence[int]) -> None:
+    if any(dialogues.is_blank(dialogues.answer_turn(answer)) for answer in responses):
         raise errors.UnusableRecord("empty answer")
-    rank_of: dict[str, int] = {}
-    if any(rank_of.setdefault(text, rank) != rank for text, rank in zip(texts, ranks)):
+    rank_of: dict[tuple[str, str], int] = {}
+    if any(rank_of.setdefault(dialogues.answer_key(answer), rank) != rank for answer, rank in zip(responses, ranks)):
         raise errors.UnusableRecord("same answer twice")
 
 
@@ -396,9 +376,23 @@ def _number(fields: Mapping[str, Any], key: str) -> float | None:
     return _score(fields[key])
 
 
-def _pair_scores(fields: Mapping[str, Any]) -> tuple[float, float] | None:
-    chosen, rejected = (_number(fields, key) for key in ("score_chosen", "score_rejected"))
-    return None if chosen is None or rejected is None else (chosen, rejected)
+def _pair_scores(fields: _Fields, n_chosen: int, n_rejected: int) -> tuple[float, ...] | None:
+    """Returns the scores of the chosen and the rejected answers; a list has one for each, None if some are missing."""
+    names = ("score_chosen", "score_rejected")
+    if not any(name in fields for name in names):
+        # A file may use another name for something else, so values that are not numbers are ignored.
+        others = (("chosen" + end, "rejected" + end) for end in ("_score", "_rating", "-rating"))
+        names = next((pair for pair in others if all(_is_finite_number(dict.get(fields, key)) for key in pair)), names)
+    scores: list[float] = []
+    for key, n in zip(names, (n_chosen, n_rejected)):
+        listed = isinstance(fields.get(key), list)
+        found = [_score(each) for each in fields[key]] if listed else [_number(fields, key)]
+        if found == [None]:
+            return None
+        if len(found) != n:
+            raise errors.UnusableRecord("scores and answers differ in number")
+        scores.extend(found)  # type: ignore[arg-type]
+    return tuple(scores)
 
 
 def _disagree(ranks: Sequence[int], scores: Sequence[float]) -> bool:

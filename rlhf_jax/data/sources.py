@@ -3,14 +3,17 @@
 A raw record is a dictionary of named fields, together with its location. The parsers in `records` check the fields;
 this module only raises errors for sources that cannot be read.
 
-=========================  ==========================================================================================
-``*.jsonl`` or other name  one JSON object on each line
-``*.json``                 one JSON object on each line, or one array of objects
-``*.gz``                   one of the forms above, compressed with gzip
-``*.parquet``              the rows of a Parquet file, such as those of Hugging Face data sets; needs pyarrow, which the
-                           extra ``rlhf_jax[parquet]`` installs
-``Tfds(name, split)``      a set that TFDS has prepared as array_record files; TensorFlow is not needed
-=========================  ==========================================================================================
+=================================  ==================================================================================
+JSON Lines, ``*.jsonl``            one JSON object on each line
+JSON, ``*.json``                   one array of objects, or one object whose field ``data`` is such an array
+Parquet, ``*.parquet``             the rows of a Parquet file, such as those of Hugging Face data sets; needs pyarrow,
+                                   which the extra ``rlhf_jax[parquet]`` installs
+``*.gz``, ``.bz2``, ``.xz``,       JSON or JSON Lines, compressed; Zstandard (``.zst``) needs pyarrow
+``.zst``
+``Tfds(name, split)``              a set that TFDS has prepared as array_record files; TensorFlow is not needed
+=================================  ==================================================================================
+
+The form of a file is recognised by its contents; its name does not matter.
 
 A list of paths is read as one source, in order. A path that contains ``*`` is a pattern, whose matches are read in
 sorted order, unless a file has exactly this name. A byte order mark at the start of a file and blank lines at its end
@@ -19,22 +22,23 @@ are ignored.
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
+import datetime
+import decimal
 import glob
-import gzip
 import itertools
 import json
 import os
-import pathlib
 import re
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlhf_jax.data import errors
+from rlhf_jax.data import errors, files
+
+NOT_UTF8 = "a character is not UTF-8"
+"""Reason for which records with a broken character are dropped."""
 
 JSON_FIELD = "fields_json"
 """Name of the text feature in which `tfds_builder` stores the fields without a separate feature, as one JSON object."""
@@ -48,6 +52,8 @@ class RawRecord(NamedTuple):
     location: str
     """File and number of the line, row or record, counted from 1, for messages."""
     fields: dict[str, Any]
+    flaw: str | None = None
+    """Reason why the record cannot be used, or None."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,65 +124,38 @@ def expand_paths(source: Path | Sequence[Path]) -> list[Path]:
 
 
 def _file_records(name: str, fields: str) -> Iterator[RawRecord]:
-    if name.endswith(".parquet"):
-        return _parquet_records(name)
-    if name.removesuffix(".gz").endswith(".json"):
-        return _json_records(name, fields)
-    return _json_lines(_read_lines(name), name, fields)
-
-
-def _refuse_directory(name: str) -> None:
-    if pathlib.Path(name).is_dir():
-        raise errors.DataError(f"{name} is a directory, not a file; name its files, as in {os.path.join(name, '*')}")
+    return _parquet_records(name) if files.is_parquet(name) else _json_records(name, fields)
 
 
 # --------------------------------------------------------------------------------------------------------------- JSON
 
 
 def require_text(value: Any, key: str) -> str:
-    """Returns the value of the field ``key``, or raises DataError if it is not a string of valid characters."""
+    """Returns the value of the field ``key``.
+
+    Raises:
+        DataError: If the value is not a string.
+        UnusableRecord: If the string contains a character that no tokenizer accepts.
+    """
+    if isinstance(value, bytes):  # which `_plain` could not decode
+        raise errors.UnusableRecord(NOT_UTF8)
     if not isinstance(value, str):
         raise errors.DataError(f"{key!r} has type {type(value).__name__}; it must be a string")
-    try:
-        # JSON strings can contain a lone surrogate, which no tokenizer accepts.
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise errors.DataError(f"{key!r} contains a lone surrogate, which is not a character") from None
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            # A byte that is not UTF-8 was decoded as one of these surrogates; others are written as "\\ud83d".
+            escaped = "\udc80" <= value[error.start] <= "\udcff"
+            raise errors.UnusableRecord(NOT_UTF8 if escaped else "a character is a lone surrogate") from None
     return value
-
-
-def _read_lines(name: str) -> Iterator[bytes]:
-    """Yields the lines of a plain or gzip file, without a byte order mark or trailing blank lines."""
-    _refuse_directory(name)
-    n, blank = 0, []
-    try:
-        with gzip.open(name, "rb") if name.endswith(".gz") else open(name, "rb") as file:
-            for line in file:
-                n += 1
-                line = line.removeprefix(codecs.BOM_UTF8) if n == 1 else line
-                if line.strip():
-                    yield from blank
-                    blank.clear()
-                    yield line
-                else:
-                    blank.append(line)
-    except FileNotFoundError:
-        raise errors.DataError(f"{name} does not exist") from None
-    except EOFError:
-        raise errors.DataError(f"{errors.location(name, n + 1)}: the gzip file is truncated here") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise errors.DataError(f"{errors.location(name, n + 1)}: the gzip file is damaged ({error})") from None
-    except OSError as error:
-        raise errors.DataError(f"{name} cannot be read ({error.strerror or error})") from None
 
 
 def _parse_json(raw: bytes, unit: str) -> Any:
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
+        return json.loads(raw.decode("utf-8", "surrogateescape"), object_pairs_hook=_object)
     except errors.DataError:
         raise
-    except UnicodeDecodeError as error:
-        raise errors.DataError(f"the {unit} is not UTF-8 ({error.reason} at byte {error.start})") from None
     except (ValueError, RecursionError) as error:
         where = "" if unit == "line" or not isinstance(error, json.JSONDecodeError) else f" in line {error.lineno}"
         why = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply, or a number is too long"
@@ -192,7 +171,47 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def _json_lines(lines: Iterator[bytes], name: str, fields: str) -> Iterator[RawRecord]:
+def _json_records(name: str, fields: str) -> Iterator[RawRecord]:
+    """Yields the objects of a JSON file: one on each line, an array of objects, or one object that contains them."""
+    lines = files.read_lines(name)
+    head = []
+    for line in lines:
+        head.append(line)
+        if line.strip():
+            break
+    if head and head[-1].lstrip().startswith(b"["):
+        try:
+            array = _parse_json(b"".join([*head, *lines]), "file")
+        except errors.DataError as error:
+            raise errors.DataError(f"{name}: {error}") from None
+        return _array_records(array, name, fields)
+    document = _parsed(head)
+    head.extend(itertools.islice(lines, 1))
+    if document is not None:
+        array = _contained(document) if len(head) == 1 else None
+    else:
+        head.extend(lines)  # an object on several lines, unless the first line is broken
+        document = _parsed(head)
+        array = None if document is None else _contained(document) or [document]
+    if array is not None:
+        return _array_records(array, name, fields)
+    return _json_lines(itertools.chain(head, lines), name, fields)
+
+
+def _parsed(lines: list[bytes]) -> Any:
+    try:
+        return _parse_json(b"".join(lines), "file")
+    except errors.DataError:
+        return None
+
+
+def _contained(document: Any) -> list[Any] | None:
+    """Returns the records in the field ``data`` of an object, or None."""
+    data = document.get("data") if isinstance(document, dict) else None
+    return data if isinstance(data, list) and data and isinstance(data[0], dict) else None
+
+
+def _json_lines(lines: Iterable[bytes], name: str, fields: str) -> Iterator[RawRecord]:
     for n, line in enumerate(lines, start=1):
         location = errors.location(name, n)
         try:
@@ -205,21 +224,7 @@ def _json_lines(lines: Iterator[bytes], name: str, fields: str) -> Iterator[RawR
         yield RawRecord(location, record)
 
 
-def _json_records(name: str, fields: str) -> Iterator[RawRecord]:
-    """Yields the objects of a ``.json`` file, which contains either one array of objects or one object on each line."""
-    lines = _read_lines(name)
-    head = []
-    for line in lines:
-        head.append(line)
-        if line.strip():
-            break
-    if not head or not head[-1].lstrip().startswith(b"["):
-        yield from _json_lines(itertools.chain(head, lines), name, fields)
-        return
-    try:
-        array = _parse_json(b"".join([*head, *lines]), "file")
-    except errors.DataError as error:
-        raise errors.DataError(f"{name}: {error}") from None
+def _array_records(array: list[Any], name: str, fields: str) -> Iterator[RawRecord]:
     for n, record in enumerate(array, start=1):
         location = f"{name}, record {n}"
         if not isinstance(record, dict):
@@ -231,13 +236,31 @@ def _json_records(name: str, fields: str) -> Iterator[RawRecord]:
 # ------------------------------------------------------------------------------------------------------------ Parquet
 
 
-def _rows(batch: Any) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a record batch; raises at the first row with a value that cannot be converted."""
+def _rows(batch: Any) -> Iterator[dict[str, Any] | None]:
+    """Yields the rows of a record batch, and None for a row with a text that is not UTF-8."""
     try:
         rows = batch.to_pylist()
     except (ValueError, OverflowError):
-        rows = (batch.slice(n, 1).to_pylist()[0] for n in range(batch.num_rows))
+        rows = (_row(batch.slice(n, 1)) for n in range(batch.num_rows))
     yield from rows
+
+
+def _row(batch: Any) -> dict[str, Any] | None:
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError:
+        return None
+
+
+def _without_nulls(value: Any) -> Any:
+    """Drops the null fields inside objects, except null contents of messages.
+
+    All objects in a column of a Parquet file have the same fields, so those that an object lacks are null.
+    """
+    if isinstance(value, dict):
+        kept = ("content", "value")
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None or key in kept}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _parquet_records(name: str) -> Iterator[RawRecord]:
@@ -248,16 +271,17 @@ def _parquet_records(name: str) -> Iterator[RawRecord]:
         raise errors.DataError(
             f"{name}: reading Parquet needs pyarrow; install it with pip install 'rlhf_jax[parquet]'"
         ) from None
-    if not os.path.exists(name):
-        raise errors.DataError(f"{name} does not exist")
-    _refuse_directory(name)
     n = 0
     try:
         with pyarrow.parquet.ParquetFile(name) as file:
             for batch in file.iter_batches(batch_size=1024):
                 for record in _rows(batch):
                     n += 1
-                    yield RawRecord(f"{name}, row {n}", record)
+                    location = f"{name}, row {n}"
+                    if record is None:
+                        yield RawRecord(location, {}, NOT_UTF8)
+                    else:
+                        yield RawRecord(location, {key: _without_nulls(_plain(record[key])) for key in record})
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         why = " ".join(str(error).split()).rstrip(".")
         raise errors.DataError(f"{name}, row {n + 1}: the Parquet file cannot be read ({why})") from None
@@ -335,14 +359,19 @@ def plain_fields(example: dict[str, Any]) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, bytes):
-        return value.decode("utf-8")
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray | np.generic):
         return _plain(value.tolist())
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return value
+    if isinstance(value, decimal.Decimal):
+        return float(value)
+    return value.isoformat() if isinstance(value, datetime.date | datetime.time) else value
 
 
 def _first_sentence(error: BaseException) -> str:

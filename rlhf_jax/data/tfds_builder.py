@@ -8,8 +8,8 @@ Neither writing nor reading a set requires TensorFlow::
     rows = tfds.data_source("rlhf_rankings/mine", split="train", data_dir="sets")
 
 A set keeps the records in the order of their source. Its text feature ``fields_json`` contains the scores, the margin
-and the metadata of a record as one JSON object, because a TFDS feature would round floats to 32 bits. The other
-features are:
+and the metadata of a record as one JSON object, because a TFDS feature would round floats to 32 bits. It also contains
+the tools, and the messages of a record in which a message has more than a role and a text. The other features are:
 
 =======================  =========================================================================
 ``rlhf_demonstrations``  ``prompt`` (a sequence of ``role`` and ``content``), ``response``
@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from rlhf_jax.data import errors, readers, records, sources
+from rlhf_jax.data import dialogues, errors, readers, records, sources
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -162,11 +162,24 @@ def example(record: records.Prompt) -> dict[str, Any]:
     """Converts a record to a TFDS example; `sources.plain_fields` and the parsers of `records` convert it back."""
     fields: dict[str, Any] = {"prompt": [{"role": turn.role, "content": turn.text} for turn in record.prompt]}
     others: dict[str, Any] = {"metadata": dict(record.metadata)}
+    if record.tools:
+        others["tools"] = record.tools
+    # Messages with more than a role and a text are also stored as JSON, which replaces the features when read.
+    if any(turn.extra for turn in record.prompt):
+        others["prompt"] = [_message(turn) for turn in record.prompt]
     if isinstance(record, records.Demonstration):
-        fields["response"] = record.response
+        fields["response"] = dialogues.answer_text(record.response)
+        if not isinstance(record.response, str):
+            others["response"] = _message(record.response)
     if isinstance(record, records.Judged):
         fields["label"] = record.good
     if isinstance(record, records.Ranking):
-        fields |= {"responses": list(record.responses), "ranks": list(record.ranks)}
+        fields |= {"responses": [dialogues.answer_text(each) for each in record.responses], "ranks": list(record.ranks)}
+        if not all(isinstance(each, str) for each in record.responses):
+            others["responses"] = [each if isinstance(each, str) else _message(each) for each in record.responses]
         others |= {"scores": record.scores, "margin": record.margin}
     return fields | {sources.JSON_FIELD: json.dumps(others, ensure_ascii=False, allow_nan=False)}
+
+
+def _message(turn: dialogues.Turn) -> dict[str, Any]:
+    return {**turn.extra, "role": turn.role, "content": turn.text}

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_jax.data import errors
+from rlhf_jax.lm.hub import tokenizer_files
 
 if TYPE_CHECKING:
     import transformers
@@ -30,13 +31,12 @@ UNKNOWN = "<|unk|>"
 SPECIAL_TOKENS = (PAD, END, USER, ASSISTANT)
 """Special tokens in the order of their ids, from 0."""
 
-# The generation marks enclose the tokens that contribute to the loss: the text of an assistant turn and its end token.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'user' -%}"
     "{{ '<|user|>' + message['content'] + '<|end|>' }}"
     "{%- elif message['role'] == 'assistant' -%}"
-    "{{ '<|assistant|>' }}{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}"
+    "{{ '<|assistant|>' + message['content'] + '<|end|>' }}"
     "{%- else -%}"
     "{{ raise_exception('the role is user or assistant, not ' + message['role']) }}"
     "{%- endif -%}"
@@ -74,8 +74,7 @@ def train_bpe(
             f"tokens and {_BYTES} bytes"
         )
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    # Without a prefix space, the first word of a text decodes as written. A post-processor would trim the spans from
-    # which the assistant mask of a chat template is computed, so the tokenizer has none.
+    # Without a prefix space, the first word of a text decodes as written.
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
@@ -136,17 +135,29 @@ def word_level(
 
 
 def load(path: str | os.PathLike[str]) -> transformers.PreTrainedTokenizerFast:
-    """Loads a tokenizer that ``save_pretrained`` saved in a local directory; nothing is downloaded.
+    """Loads a tokenizer that ``save_pretrained`` or `rlhf_jax.lm.save` saved in a local directory.
+
+    Nothing is downloaded. `rlhf_jax.lm.save` saves a chat template with generation marks beside one without them, which
+    other libraries use; the loaded tokenizer has the marks.
 
     Raises:
-        DataError: If the directory has no ``tokenizer.json``.
+        DataError: If the directory has no ``tokenizer.json``, or its files cannot be read.
     """
     import transformers
 
     name = os.fspath(path)
-    if not os.path.isfile(os.path.join(name, "tokenizer.json")):
+    file = os.path.join(name, "tokenizer.json")
+    if not os.path.isfile(file):
         raise errors.DataError(f"{name} has no tokenizer.json")
-    return transformers.PreTrainedTokenizerFast.from_pretrained(name, local_files_only=True)
+    with open(file, "rb") as opened:
+        if opened.read(40).startswith(b"version https://git-lfs"):
+            raise errors.DataError(f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` in {name}")
+    try:
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(name, local_files_only=True)
+    except Exception as error:  # the tokenizers package raises exceptions of many kinds
+        raise errors.DataError(f"the tokenizer in {name} cannot be read: {error}") from error
+    tokenizer.chat_template = tokenizer_files.restore_marks(tokenizer.chat_template)
+    return tokenizer
 
 
 def _in_chat_form(backend: Any, *, extra: Sequence[str]) -> transformers.PreTrainedTokenizerFast:

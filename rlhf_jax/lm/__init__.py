@@ -12,7 +12,7 @@ from rlhf_jax.lm.config import LMConfig
 from rlhf_jax.lm.distributions import TopK, token_kl, token_listed_logprobs, token_top_k
 from rlhf_jax.lm.heads import with_head, without_head
 from rlhf_jax.lm.hub import peft
-from rlhf_jax.lm.hub.directory import load, load_config, load_normalisation, save
+from rlhf_jax.lm.hub.directory import load, load_config, load_normalisation, load_stop_ids, save
 from rlhf_jax.lm.logprobs import (
     TokenStats,
     entropy,
@@ -26,6 +26,7 @@ from rlhf_jax.lm.logprobs import (
 from rlhf_jax.lm.packed import packed_means, packed_scores, packed_sums
 from rlhf_jax.lm.params import abstract, count, init, logical_axes
 from rlhf_jax.lm.transformer import forward, logits
+from rlhf_jax.lm.vocabulary import check_ids, resize
 
 __all__ = [
     "KVCache",
@@ -34,6 +35,7 @@ __all__ = [
     "TopK",
     "abstract",
     "apply_fn",
+    "check_ids",
     "costs",
     "count",
     "create_cache",
@@ -45,6 +47,7 @@ __all__ = [
     "load",
     "load_config",
     "load_normalisation",
+    "load_stop_ids",
     "logical_axes",
     "logits",
     "lora",
@@ -52,6 +55,7 @@ __all__ = [
     "packed_scores",
     "packed_sums",
     "peft",
+    "resize",
     "save",
     "score",
     "selected_logprobs",

@@ -14,6 +14,12 @@ as `sft.make_train_step`; the train state then contains only the adapters, and t
 ``frozen``. Since B is initialised to 0, a policy with new adapters is equal to its base model, which can therefore be
 the reference model (see `train.ppo.Models.join`).
 
+A reward model or critic is trained as adapters plus head. Its pytree contains the head of :mod:`rlhf_jax.lm.heads`
+beside the adapters, and `attach` and `merge` replace the head of the base model, if it has one::
+
+    trained = {**adapters, "head": lm.with_head(rng, base, cfg)["head"]}
+    lm.score(lora.attach(base, trained, scale=2.0), tokens_BL, mask_BL=mask_BL, cfg=cfg)
+
 :mod:`rlhf_jax.lm.hub.peft` reads and writes adapters in the format of PEFT.
 """
 
@@ -97,14 +103,14 @@ def table(cfg: config.LMConfig, *, rank: int, pattern: str | Sequence[str]) -> d
 def attach(params: types.Params, adapters: types.Params, *, scale: Any) -> types.Params:
     """Returns ``params`` with ``adapters`` added; `lm.forward` and the functions that call it accept the result.
 
-    Layers then compute x W + scale (x A) B without forming the merged kernel. The result shares the arrays of
-    ``params`` and is differentiable with respect to all arguments.
+    A head in ``adapters`` becomes the head of the result. Layers then compute x W + scale (x A) B without forming the
+    merged kernel. The result shares the arrays of ``params`` and is differentiable with respect to all arguments.
 
     Raises:
         ValueError: An adapter is incomplete, has no kernel in ``params`` or does not fit the kernel's shape, or
             ``params`` already have an adapter for the kernel.
     """
-    attached = lm_params.flatten(params)
+    attached = lm_params.flatten(_with_own_head(params, adapters))
     for node, _, a, b in pairs(params, adapters):
         attached |= {f"{node}/lora_a": a, f"{node}/lora_b": b * scale}
     return lm_params.nest(attached)
@@ -113,12 +119,12 @@ def attach(params: types.Params, adapters: types.Params, *, scale: Any) -> types
 def merge(params: types.Params, adapters: types.Params, *, scale: Any) -> types.Params:
     """Returns ordinary parameters with W + scale A B in place of every adapted W, in the dtype of W.
 
-    All other arrays are shared with ``params``.
+    A head in ``adapters`` becomes the head of the result. All other arrays are shared with ``params``.
 
     Raises:
         ValueError: As in `attach`.
     """
-    merged = lm_params.flatten(params)
+    merged = lm_params.flatten(_with_own_head(params, adapters))
     for node, kernel, a, b in pairs(params, adapters):
         # Accelerators do not multiply in full float32 precision by default.
         change = scale * jnp.matmul(a, b, precision="highest", preferred_element_type=jnp.float32)
@@ -127,8 +133,9 @@ def merge(params: types.Params, adapters: types.Params, *, scale: Any) -> types.
 
 
 def pairs(params: types.Params, adapters: types.Params) -> Iterator[Pair]:
-    """Yields each adapter with its kernel; the leaves of ``params`` may be shapes. Raises the errors of `attach`."""
-    kernels, leaves = lm_params.flatten(params), lm_params.flatten(adapters)
+    """Yields each adapter with its kernel, but no head; the leaves of ``params`` may be shapes. Raises as `attach`."""
+    kernels = lm_params.flatten(params)
+    leaves = lm_params.flatten({name: node for name, node in adapters.items() if name != "head"})
     for node in dict.fromkeys(name.rpartition("/")[0] for name in leaves):
         names = f"{node}/kernel", f"{node}/lora_a", f"{node}/lora_b"
         pair = Pair(node, kernels.get(names[0]), leaves.pop(names[1], None), leaves.pop(names[2], None))
@@ -146,13 +153,20 @@ def pairs(params: types.Params, adapters: types.Params) -> Iterator[Pair]:
             )
         yield pair
     if leaves:
-        raise ValueError(f"adapters may contain only lora_a and lora_b, but have {', '.join(sorted(leaves))}")
+        raise ValueError(
+            f"adapters may contain only lora_a and lora_b, but have {', '.join(sorted(leaves))}; a head belongs under "
+            '"head"'
+        )
 
 
 def sides(kernel: lm_params.Spec) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns the input and output shapes of a kernel in one layer, such as ``(D,), (H, C)`` for queries."""
     split = 2 if kernel.axes[1] == "embed" else len(kernel.axes) - 1
     return kernel.shape[1:split], kernel.shape[split:]
+
+
+def _with_own_head(params: types.Params, adapters: types.Params) -> types.Params:
+    return {**params, "head": adapters["head"]} if "head" in adapters else params
 
 
 def _rows(node: str, kernel: lm_params.Spec, rank: int) -> dict[str, lm_params.Spec]:

@@ -146,10 +146,6 @@ BROKEN_LINES = {
     "no rejected": (json.dumps({"chosen": record()["chosen"]}), "the record has neither 'rejected' nor 'responses'"),
     "no chosen": ('{"rejected": "a"}', "the record has neither 'chosen' nor 'responses'"),
     "a number": ('{"prompt": "a", "chosen": 3, "rejected": "a"}', "'chosen' has type int; it must be a string"),
-    "half a pair": (
-        json.dumps({"chosen": PROMPT + "\n\nAssistant: \ud800", "rejected": PROMPT + "\n\nAssistant: a"}),
-        "'chosen' contains a lone surrogate",
-    ),
     "no answer": (
         json.dumps({"chosen": PROMPT + "\n\nAssistant: a", "rejected": "\n\nHuman: hi"}),
         "in 'rejected', the dialogue has no assistant turn",
@@ -177,13 +173,6 @@ def test_a_broken_line_raises_a_one_sentence_error_with_file_and_line(tmp_path, 
     assert error.value.__cause__ is None
 
 
-def test_a_line_that_is_not_utf8_is_an_error(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    path.write_bytes(GOOD.encode() + b"\n" + b'{"chosen": "\xff"}\n')
-    with pytest.raises(errors.DataError, match=r"line 2: the line is not UTF-8 \(invalid start byte at byte 12\)"):
-        readers.read_rankings(path)
-
-
 def test_a_missing_file_a_directory_and_an_empty_file_are_errors(tmp_path):
     with pytest.raises(errors.DataError, match=r"nowhere\.jsonl does not exist"):
         readers.read_rankings(tmp_path / "nowhere.jsonl")
@@ -197,7 +186,7 @@ def test_a_missing_file_a_directory_and_an_empty_file_are_errors(tmp_path):
         readers.read_rankings(tmp_path / "empty.jsonl.gz")
 
 
-def test_truncated_damaged_and_fake_gzip_files_are_errors(tmp_path):
+def test_truncated_and_damaged_gzip_files_are_errors(tmp_path):
     rng = np.random.default_rng(0)
     noise = ["".join(map(chr, rng.integers(97, 123, 200))) for _ in range(400)]
     whole = gzip.compress("".join(json.dumps(record(f" {word}")) + "\n" for word in noise).encode())
@@ -217,9 +206,8 @@ def test_truncated_damaged_and_fake_gzip_files_are_errors(tmp_path):
     with pytest.raises(errors.DataError, match=r"line \d+: the gzip file is damaged"):
         readers.read_rankings(path)
 
-    path.write_text(GOOD)
-    with pytest.raises(errors.DataError, match=r"line 1: the gzip file is damaged \(Not a gzipped file"):
-        readers.read_rankings(path)
+    path.write_text(GOOD)  # a browser may have decompressed the file without changing its name
+    assert len(readers.read_rankings(path)[0]) == 1
 
 
 # ------------------------------------------------------------------------------------------------------- counts

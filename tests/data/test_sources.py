@@ -1,7 +1,11 @@
 """Raw records from every file type, and errors for files that cannot be read."""
 
+import bz2
+import datetime
+import decimal
 import gzip
 import json
+import lzma
 import sys
 
 import pyarrow
@@ -121,9 +125,130 @@ def test_only_a_star_is_special_in_a_file_name(tmp_path):
         assert locations == [f"{tmp_path / name}-a.jsonl, line {n}" for n in range(1, 6)]
 
 
-def test_a_parquet_text_that_is_not_utf8_is_an_error_that_names_its_row(tmp_path):
+BROKEN = {
+    "a character is not UTF-8": b'{"prompt": "caf\xe9", "response": "a", "domain": "x"}',
+    "a character is a lone surrogate": b'{"prompt": "q", "response": "\\ud83d", "domain": "x"}',
+}
+
+
+@pytest.mark.parametrize("reason", BROKEN)
+def test_a_broken_character_drops_one_record(tmp_path, reason):
+    lines = [json.dumps(row).encode() for row in ROWS]
+    with_broken = [*lines[:2], BROKEN[reason], *lines[2:]]
+    in_metadata = BROKEN[reason].replace(b'"domain"', b'"prompt"').replace(b'"prompt"', b'"domain"', 1)
+    in_a_name = b'{"prompt": "q", "response": "a", "caf\xe9\\ud83d": 1}'
+    for name, content, n in (
+        ("d.jsonl", b"\n".join(with_broken), 1),
+        ("d.json", b"[" + b",".join(with_broken) + b"]", 1),
+        ("m.jsonl", b"\n".join([*lines[:2], in_metadata, in_a_name, *lines[2:]]), 2),
+    ):
+        (tmp_path / name).write_bytes(content)
+        parsed, counts = readers.read_demonstrations(tmp_path / name, counts=errors.DropCount(max_dropped=1.0))
+        assert [record.response for record in parsed] == [row["response"] for row in ROWS]
+        assert (sum(counts.dropped.values()), counts.dropped[reason] >= 1) == (n, True)
+
+
+def test_a_parquet_text_that_is_not_utf8_drops_its_row(tmp_path):
     texts = pyarrow.array([b"a", b"b", b"\xff", b"d"])
     broken = pyarrow.StringArray.from_buffers(4, *texts.buffers()[1:])
-    pyarrow.parquet.write_table(pyarrow.table({"prompt": broken}), tmp_path / "d.parquet")
-    with pytest.raises(errors.DataError, match=r"d\.parquet, row 3: the Parquet file cannot be read \(.*utf-8"):
-        readers.read_prompts(tmp_path / "d.parquet")
+    for column in (broken, texts):
+        pyarrow.parquet.write_table(pyarrow.table({"prompt": column}), tmp_path / "d.parquet")
+        parsed, counts = readers.read_prompts(tmp_path / "d.parquet", counts=errors.DropCount(max_dropped=1.0))
+        assert [record.prompt[0].text for record in parsed] == ["a", "b", "d"]
+        assert parsed[2].location.endswith("row 4")
+        assert counts.dropped == {"a character is not UTF-8": 1}
+
+
+def test_null_fields_inside_a_parquet_object_are_those_that_it_lacks(tmp_path):
+    calls = [
+        {"function": {"name": "f", "arguments": {"city": "Rome"}}},
+        {"function": {"name": "g", "arguments": {"n": 3}}},
+    ]
+    messages = [ASK, {"role": "assistant", "content": None, "tool_calls": calls}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": messages}]), tmp_path / "d.parquet")
+    (record,), _ = readers.read_demonstrations(tmp_path / "d.parquet")
+    assert record.prompt == (dialogues.Turn("user", "why"),)
+    assert record.response == dialogues.Turn("assistant", "", {"tool_calls": calls})
+
+
+def test_parquet_values_become_json_values(tmp_path):
+    day = datetime.datetime(2024, 1, 2, 3, 4)
+    messages = [{**ASK, "time": day, "cost": decimal.Decimal("1.5")}, {**SAY, "time": day}]
+    row = {"messages": messages, "day": day, "name": b"caf\xc3\xa9", "other": b"\xff"}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "d.parquet")
+    (record,), _ = readers.read_demonstrations(tmp_path / "d.parquet")
+    assert record.prompt == (dialogues.Turn("user", "why", {"time": "2024-01-02T03:04:00", "cost": 1.5}),)
+    assert record.metadata == {"day": "2024-01-02T03:04:00", "name": "café"}
+
+
+def test_compression_and_form_are_recognised_by_the_contents(tmp_path):
+    text = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    halves = [text[: text.index(b"\n") + 1], text[text.index(b"\n") + 1 :]]
+    array = json.dumps(ROWS).encode()
+
+    def zstd(content):
+        return pyarrow.compress(content, codec="zstd", asbytes=True)
+
+    for compress in (gzip.compress, bz2.compress, lzma.compress, zstd, bytes):
+        for name in ("d.jsonl", "d.JSONL.GZ", "d.jsonl.zst", "d"):
+            for content in (compress(text), compress(halves[0]) + compress(halves[1]), compress(array)):
+                (tmp_path / name).write_bytes(content)
+                read_rows(tmp_path / name)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "d.PARQUET")
+    read_rows(tmp_path / "d.PARQUET")
+    read_rows((tmp_path / "d.PARQUET").rename(tmp_path / "0000"))
+    for kind, compress in (
+        ("bzip2", bz2.compress),
+        ("xz", lzma.compress),
+        ("Zstandard", zstd),
+        ("gzip", gzip.compress),
+    ):
+        (tmp_path / "cut").write_bytes(compress(text)[:-9])
+        with pytest.raises(errors.DataError, match=rf"cut, line \d: the {kind} file is truncated here"):
+            readers.read_demonstrations(tmp_path / "cut")
+        content = compress(text)
+        (tmp_path / "bad").write_bytes(content[:10] + bytes(99) + content[99:])
+        with pytest.raises(errors.DataError, match=rf"bad, line 1: the {kind} file is damaged"):
+            readers.read_demonstrations(tmp_path / "bad")
+
+
+def test_zstandard_needs_pyarrow(tmp_path, monkeypatch):
+    (tmp_path / "d.zst").write_bytes(pyarrow.compress(b"{}", codec="zstd", asbytes=True))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(
+        errors.DataError, match=r"with Zstandard, which needs pyarrow; install it with pip install .* zstd -d"
+    ):
+        readers.read_demonstrations(tmp_path / "d.zst")
+
+
+def test_one_object_is_a_record_or_contains_the_records(tmp_path):
+    for indent in (None, 1):
+        path = tmp_path / "d.json"
+        path.write_text(json.dumps({"version": 1, "data": ROWS}, indent=indent))
+        assert read_rows(path)[-1].location == f"{path}, record 5"
+        path.write_text("\ufeff" + json.dumps(ROWS[0], indent=indent), encoding="utf-8")
+        (record,), _ = readers.read_demonstrations(path)
+        assert record.response == "a0"
+    path.write_text(json.dumps({"train": ROWS}))
+    with pytest.raises(errors.DataError, match=r"its fields are 'train': rename or convert them to one of the forms"):
+        readers.read_demonstrations(path)
+    path.write_text("{\n" + json.dumps(ROWS[0]))
+    with pytest.raises(errors.DataError, match=r"d\.json, line 1: the line is not JSON"):
+        readers.read_demonstrations(path)
+
+
+def test_other_formats_are_refused_with_what_to_do(tmp_path):
+    cases = {
+        "d.csv": (b"prompt,response\na,b\n", "comma-separated values; convert it to JSON Lines"),
+        "d.TSV.gz": (gzip.compress(b"prompt\tresponse\n"), "tab-separated values; convert it to JSON Lines"),
+        "d.xlsx": (b"PK\x03\x04", "a spreadsheet; convert it"),
+        "d.jsonl": (b"PK\x03\x04", "a zip archive; unpack it"),
+        "d.arrow": (b"\xff\xff\xff\xff", "an Arrow file; convert it to Parquet"),
+        "d.parquet": (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS; download the file"),
+        "d.json": (b"<!DOCTYPE html><html>", "a web page"),
+        "u.jsonl": (json.dumps(ROWS[0]).encode("utf-16"), "UTF-16; convert it to UTF-8, for example with iconv"),
+    }
+    for name, (content, message) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(errors.DataError, match=f"{name} is .*{message}"):
+            readers.read_demonstrations(tmp_path / name)

@@ -14,6 +14,8 @@ pytest.importorskip("array_record")
 
 from rlhf_jax.data import chat, encoding, errors, pipeline, readers, records, sources, tfds_builder, tokenizers  # noqa: E402
 
+CALLS = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
+CALL = {"role": "assistant", "content": "", "tool_calls": CALLS}
 TURNS = [{"role": "user", "content": "wärum"}, {"role": "assistant", "content": "só"}, {"role": "user", "content": "?"}]
 KINDS = {
     "demonstrations": (
@@ -22,6 +24,7 @@ KINDS = {
         [
             {"prompt": "a", "response": "b"},
             {"messages": [*TURNS, {"role": "assistant", "content": " c\n"}], "domain": "x"},
+            {"messages": [TURNS[0], CALL], "tools": [CALLS[0]["function"]]},
         ],
     ),
     "rankings": (
@@ -32,6 +35,11 @@ KINDS = {
             {"prompt": "a", "responses": ["a", "b"], "scores": [0.1, 1 / 3]},
             {"prompt": "a", "chosen": "a", "rejected": "b", "margin": 0.7, "turn": 2},
             {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+            {
+                "prompt": [TURNS[0], CALL, {"role": "tool", "name": "f", "content": "3"}],
+                "chosen": CALL,
+                "rejected": "3",
+            },
         ],
     ),
     "judged": (
@@ -79,7 +87,7 @@ def test_a_data_set_yields_the_records_of_its_file_in_order(data_dir, kind):
 
 def test_a_data_set_is_stored_in_array_record_files_that_tfds_reads(data_dir):
     rows = tfds.data_source("rlhf_rankings/mine", split="train", data_dir=str(data_dir))
-    assert len(rows) == 4
+    assert len(rows) == 5
     assert [text.decode() for text in rows[0]["responses"]] == ["b", "a", "c"]
     np.testing.assert_array_equal(rows[0]["ranks"], [1, 2, 2])
     assert rows[0]["prompt"]["content"][0].decode() == "wärum"

@@ -215,6 +215,7 @@ def test_the_heldout_reward_model_has_separate_comparisons(tmp_path, monkeypatch
     where_BK = np.arange(3) < np.array([2, 3, 2, 3, 2, 3, 2, 3, 2])[:, None]
     every = types.Comparisons(tokens_BKL, tokens_BKL >= 0, np.where(where_BK, np.arange(3) + 1, 0), where_BK)  # type: ignore[arg-type]
     monkeypatch.setattr(comparison_data, "collect", lambda job, policies, stage: (every, every, {"fact": 1}))
+    monkeypatch.setattr(tasks.Task, "asked", lambda task, batch: batch.tokens_BKL[:, 0, 0] // 3)
     asked = small()
     (whole,), _, facts = comparison_data.load_or_collect(job_in(tmp_path / "a", asked), [])
     assert whole is every and facts == {"fact": 1, "training_prompts": 9, "training_answers": 22}
@@ -222,8 +223,9 @@ def test_the_heldout_reward_model_has_separate_comparisons(tmp_path, monkeypatch
     parts, held_out, facts = comparison_data.load_or_collect(job_in(tmp_path / "b", asked), [])
     assert held_out is every, "the validation comparisons are not divided"
     seen = [set(part.tokens_BKL[:, 0, 0].tolist()) for part in parts]
-    assert [len(x) for x in seen] == [4, 4] and not seen[0] & seen[1]
-    assert facts["training_prompts"] == 4 and facts["training_answers"] == parts[0].where_BK.sum()
+    assert sorted(map(len, seen)) == [3, 6] and not seen[0] & seen[1]
+    assert not {i // 3 for i in seen[0]} & {i // 3 for i in seen[1]}, "what a prompt asks is not divided"
+    assert facts["training_prompts"] == len(seen[0]) and facts["training_answers"] == parts[0].where_BK.sum()
 
 
 def test_a_resumed_run_reads_the_comparisons_that_were_collected(tmp_path):

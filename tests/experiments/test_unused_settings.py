@@ -108,8 +108,9 @@ ALTERNATIVES: dict[str, Any] = {
     "hosts.index": 1,
 }
 """Other values of settings for which half, twice, the next number or the next choice is not possible."""
-ELSEWHERE = {"model", "preset", "published", "resume", "data.path", "out"}
-"""Settings that are covered by the tests at the end of this file, as are --mesh and, in instructgpt.py, --hosts."""
+ELSEWHERE = {"model", "preset", "published", "resume", "data.path", "out", "template.options", "template.date"}
+"""Settings that are covered by the tests at the end of this file, as are --mesh and, in instructgpt.py, --hosts; those
+of --template are covered in test_initial_model.py."""
 WITHOUT_EFFECT = {
     ("dpo", "ppo.minibatches"): "must divide --ppo.batch, with which it may have to be changed",
     ("compare", "ppo.minibatches"): "likewise",
@@ -279,7 +280,7 @@ def check_changes(variant: Variant, inputs: Any, *, only: Any = lambda name: Tru
 
 @pytest.mark.parametrize("variant", [VARIANTS[0]], ids=name_of)
 def test_changing_an_rl_setting_changes_the_run(variant, inputs):
-    check_changes(variant, inputs, only=lambda name: name.startswith("ppo."))
+    check_changes(variant, inputs, only=lambda name: name.startswith(("ppo.", "compute.")))
 
 
 @pytest.mark.parametrize("variant", [each for each in VARIANTS[1:] if each[1] != "pmp"], ids=name_of)

@@ -111,6 +111,52 @@ def test_extra_fields_round_trip_and_the_file_dtype_is_the_default(tmp_path):
     assert lm.load(tmp_path / "m")[0] == lm.LMConfig(**SMALL, dtype="bfloat16", model_type="llama")
 
 
+def with_output_layer(folder, cfg, array, *, without=""):
+    """Saves a tied model whose file contains ``lm_head.weight`` too, and lacks the tensor ``without``."""
+    params = random_params(cfg)
+    lm.save(folder, cfg, params)
+    file = folder / "model.safetensors"
+    tensors = {name: x for name, x in st_numpy.load_file(file).items() if name != without}
+    st_numpy.save_file(tensors | {"lm_head.weight": array(np.asarray(params["embed"]["tokens"]))}, file)
+    return params
+
+
+@pytest.mark.parametrize("name", ["llama-tied-biased", "gpt2"])
+def test_an_output_layer_equal_to_the_embeddings_is_tied(name, tmp_path):
+    params = with_output_layer(tmp_path / "m", CONFIGS[name], np.array)
+    cfg, loaded = lm.load(tmp_path / "m")
+    assert cfg == lm.load_config(tmp_path / "m")
+    assert_same_bits(loaded, params)
+    params = with_output_layer(
+        tmp_path / "m", CONFIGS["llama-tied-biased"], np.array, without="model.embed_tokens.weight"
+    )
+    assert_same_bits(lm.load(tmp_path / "m")[1], params)
+
+
+@pytest.mark.parametrize("name", ["llama-tied-biased", "gpt2"])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_an_output_layer_that_differs_from_tied_embeddings_is_kept(name, dtype, tmp_path):
+    def change(embeddings):
+        head = embeddings.copy()
+        head[-1, -1] += 1.0
+        return head.astype(dtype)
+
+    params = with_output_layer(tmp_path / "m", CONFIGS[name], change)
+    with pytest.warns(
+        UserWarning, match=r"tie_word_embeddings is true in config\.json, but lm_head\.weight differs from"
+    ):
+        cfg, loaded = lm.load(tmp_path / "m")
+    assert cfg == dataclasses.replace(lm.load_config(tmp_path / "m"), tie_embeddings=False)
+    head = change(np.asarray(params["embed"]["tokens"])).astype(np.float32)
+    np.testing.assert_array_equal(loaded["unembed"]["kernel"], head.T)
+    hidden = lm.forward(loaded, jnp.asarray(TOKENS), cfg=cfg).hidden_BLD
+    np.testing.assert_allclose(logits_of(loaded, cfg), np.asarray(hidden) @ head.T, rtol=1e-4, atol=1e-4)
+    lm.save(tmp_path / "again", cfg, loaded)
+    again, restored = lm.load(tmp_path / "again")
+    assert again == cfg
+    assert_same_bits(restored, loaded)
+
+
 def test_only_an_older_model_is_overwritten(tmp_path):
     cfg = CONFIGS["llama"]
     first, second = random_params(cfg), random_params(cfg, seed=7)

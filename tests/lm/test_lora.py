@@ -185,10 +185,8 @@ def test_supervised_training_updates_adapters_only():
     same(frozen, before)
 
 
-def test_reward_model_trains_adapters_and_head():
-    def join(frozen, own):
-        return {**lora.attach(frozen, own["lora"], scale=2.0), "head": own["head"]}
-
+def test_reward_model_trains_adapters_and_head(tmp_path):
+    join = functools.partial(lora.attach, scale=2.0)
     step = parallel.jit_step(reward_model.make_train_step(functools.partial(lm.score, cfg=CFG), join=join))
     tokens_BKL = jnp.asarray(TOKENS[:, :10].reshape(3, 2, 5), jnp.int32)
     ranks_BK = jnp.array([[1, 2], [2, 1], [1, 2]])
@@ -196,7 +194,7 @@ def test_reward_model_trains_adapters_and_head():
     hyper = {"learning_rate": np.float32(0.01), "max_grad_norm": np.float32(1.0)}
     whole, before = model(head=True), copied(model(head=True))
     frozen = {name: node for name, node in whole.items() if name != "head"}
-    state = state_lib.create({"lora": fresh(), "head": whole["head"]}, ADAM)
+    state = state_lib.create({**fresh(), "head": whole["head"]}, ADAM)
     found = []
     for _ in range(20):
         state, logs = step(state, frozen, hyper, batch, jax.random.key(0))
@@ -204,6 +202,15 @@ def test_reward_model_trains_adapters_and_head():
     assert found[-1] < 0.5 * found[0] and float(logs["accuracy"].value()) == 1
     assert abs(state.params["head"]["kernel_D"] - whole["head"]["kernel_D"]).max() > 1e-3
     same(whole, before)
+    # The trained adapters and head, saved and attached to the same base model, give the same scores.
+    lm.peft.save(tmp_path / "rm", CFG, state.params, scale=2.0)
+    loaded, scale = lm.peft.load(tmp_path / "rm", CFG)
+    tokens = tokens_BKL.reshape(6, 5)
+    scores = [
+        lm.score(params, tokens, mask_BL=tokens > 0, cfg=CFG)
+        for params in (join(frozen, state.params), lora.attach(frozen, loaded, scale=scale))
+    ]
+    np.testing.assert_allclose(scores[0], scores[1], rtol=1e-5)
 
 
 P, T, B = 4, 6, 16

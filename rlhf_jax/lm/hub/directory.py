@@ -10,7 +10,8 @@ A model with a scalar head is written as the ``...ForSequenceClassification`` cl
 
 The field ``reward_normalisation`` of ``config.json`` records how the scores were normalised; `load_normalisation`
 returns this record. Settings without a counterpart in ``transformers`` (compute dtype, remat and attention
-implementation) are written to ``config.json`` under ``rlhf_jax``.
+implementation) are written to ``config.json`` under ``rlhf_jax``. Without them, a model computes in the dtype that
+``config.json`` names, and in float32 if that is float16 or float64: float16 is for files only.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -30,7 +32,7 @@ from rlhf_jax import types
 from rlhf_jax.lm import config
 from rlhf_jax.lm import heads as lm_heads
 from rlhf_jax.lm import params as lm_params
-from rlhf_jax.lm.hub import families, layouts, score_heads, tensor_files
+from rlhf_jax.lm.hub import families, layouts, score_heads, special_ids, tensor_files, tokenizer_files
 
 Shard = Callable[[tuple[str, ...]], jax.sharding.Sharding]
 """Maps the logical axes of an array (`rlhf_jax.lm.params.Spec.axes`) to its sharding."""
@@ -60,6 +62,9 @@ def load(
     The directory must contain ``config.json`` and safetensors files. Tensors are read one at a time, so that host
     memory holds at most one tensor in addition to the result.
 
+    If ``tie_word_embeddings`` is true and the files contain an output layer that differs from the embeddings, a warning
+    says so and ``cfg.tie_embeddings`` is False, unlike in `load_config`; `save` then writes both.
+
     Args:
         path: A local directory.
         dtype: Dtype of the parameters, regardless of the dtype of the files; a head is always float32.
@@ -78,6 +83,7 @@ def load(
     cfg = _config(hf, source)
     family = families.FAMILIES[hf["model_type"]]
     stored = _with_trunk(tensor_files.stored(folder), family)
+    cfg, stored = _untied(folder, cfg, family, stored)
     head = _SCORE in stored
     heads = score_heads.stored_heads(stored.get(_SCORE))
     plan = list(_plan(cfg, family, head=head, unembed=family.unembed in stored))
@@ -112,7 +118,8 @@ def save(
     tokenizer: Any = None,
     *,
     dtype: Any = jnp.float32,
-    pad_id: int = 0,
+    stop_ids: Iterable[int] | None = None,
+    pad_id: int | None = None,
     normalisation: lm_heads.Normalisation | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
@@ -122,20 +129,26 @@ def save(
     The directory is written under a temporary name and then renamed, so that it is never incomplete. An existing model
     directory is replaced. Tensors are copied to the host one at a time.
 
+    ``transformers`` finds the last token of each row that a reward model scores by the pad id. Therefore, the pad token
+    of a reward model is never one of ``stop_ids``: if the tokenizer's pad token is, or if it has none, another control
+    token becomes the pad token in the saved files. If there is none, no pad token is saved, and ``transformers`` scores
+    rows one at a time.
+
     Args:
         path: Directory to write.
         cfg: Architecture. If ``cfg.model_type`` is empty, the first model type that can represent ``cfg`` is used.
         params: Parameters of the model.
         tokenizer: Tokenizer with a ``save_pretrained`` method, saved in the same directory; None saves none.
         dtype: Dtype of the files, to which values are rounded.
-        pad_id: ``pad_token_id`` of a reward model if the tokenizer does not define one; ``transformers`` finds the last
-            token of each row by this id.
+        stop_ids: Ids that end an answer, such as `rlhf_jax.data.chat.ChatFormat.stop_ids`, written to ``config.json``
+            and, for a language model, ``generation_config.json``; by default, the EOS token of the tokenizer.
+        pad_id: ``pad_token_id`` if no tokenizer is given; by default, there is none.
         normalisation: Record of how the scores of a reward model were normalised, saved in ``config.json``.
         max_shard_bytes: Maximum size of each file; a larger tensor is written to a separate file.
 
     Raises:
-        ValueError: ``cfg`` cannot be written as ``cfg.model_type`` or, if that is empty, as any known type, or a
-            parameter is missing, unknown, of the wrong shape or not finite.
+        ValueError: ``cfg`` cannot be written as ``cfg.model_type`` or, if that is empty, as any known type, an id is
+            outside the vocabulary, or a parameter is missing, unknown, of the wrong shape or not finite.
         FileExistsError: ``path`` exists and is not a model directory.
     """
     model_type = model_type_of(cfg)
@@ -143,14 +156,17 @@ def save(
     flat = lm_params.flatten(params)
     _check_leaves(flat, cfg)
     has_head = "head/gain" in flat
-    hf = _config_json(model_type, family, cfg, flat, tokenizer, pad_id, jnp.dtype(dtype).name)
+    special = special_ids.fields(tokenizer, stop_ids, pad_id=pad_id, reward=has_head, vocab_size=cfg.vocab_size)
+    hf = _config_json(model_type, family, cfg, flat, jnp.dtype(dtype).name) | special
     if normalisation is not None:
         hf["reward_normalisation"] = dataclasses.asdict(normalisation)
     plan = list(_plan(cfg, family, head=has_head, unembed=not has_head))
 
     with tensor_files.atomic_folder(pathlib.Path(path), marker="config.json") as temporary:
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+            tokenizer_files.write(temporary, tokenizer, pad_id=special["pad_token_id"])
+        if not has_head:
+            special_ids.write_generation(temporary, special)
         tensor_files.write_json(temporary / "config.json", hf)
         tensor_files.write(
             temporary,
@@ -169,6 +185,21 @@ def load_normalisation(path: str | os.PathLike[str]) -> lm_heads.Normalisation |
     """
     hf, source = _read_config(_folder(path))
     return score_heads.read_normalisation(hf, source)
+
+
+def load_stop_ids(path: str | os.PathLike[str]) -> tuple[int, ...]:
+    """Returns the ids that end an answer according to a model directory, in ascending order.
+
+    They are the ids that ``config.json`` and, if it exists, ``generation_config.json`` list as ``eos_token_id``.
+
+    Raises:
+        FileNotFoundError: The directory or ``config.json`` is missing.
+        ValueError: ``eos_token_id`` is neither null, an id in the vocabulary nor a list of such ids.
+    """
+    folder = _folder(path)
+    hf, source = _read_config(folder)
+    cfg = _config({**hf, **_NO_TOKENS}, source)
+    return special_ids.read_stop_ids(folder, vocab_size=cfg.vocab_size)
 
 
 def model_type_of(cfg: config.LMConfig) -> str:
@@ -213,6 +244,7 @@ def _folder(path: str | os.PathLike[str]) -> pathlib.Path:
         raise FileNotFoundError(
             f"there is no model directory at {folder}; models are read only from local directories and never downloaded"
         )
+    tensor_files.refuse_adapters(folder)
     return folder
 
 
@@ -233,6 +265,8 @@ def _config(hf: Mapping[str, Any], source: pathlib.Path) -> config.LMConfig:
     # The dtype of the files is the default compute dtype; "torch_dtype" is the older spelling.
     ours: dict[str, Any] = hf.get("rlhf_jax") or {"dtype": hf.get("dtype") or hf.get("torch_dtype") or "float32"}
     ours = {field: ours[field] for field in _OURS if field in ours}
+    # Gradients in float16 would need loss scaling. float32 represents every float16 number; bfloat16 would round it.
+    ours |= {"dtype": "float32"} if ours.get("dtype") in ("float16", "float64") else {}
     try:
         return config.LMConfig(
             **layouts.read_fields(_normalised_config(hf), family), **ours, model_type=hf["model_type"]
@@ -265,6 +299,26 @@ def _with_trunk(stored: dict[str, tensor_files.Stored], family: layouts.Family) 
     if any(name.startswith(family.base) for name in stored):
         return stored
     return {name if name in (_SCORE, family.unembed) else family.base + name: x for name, x in stored.items()}
+
+
+def _untied(
+    folder: pathlib.Path, cfg: config.LMConfig, family: layouts.Family, stored: dict[str, tensor_files.Stored]
+) -> tuple[config.LMConfig, dict[str, tensor_files.Stored]]:
+    """Returns the config and the tensors, untied if the embeddings and the output layer in the files differ."""
+    (name,) = (family.trunk + tensor.name for tensor in family.tensors(cfg) if tensor.parts == ("embed/tokens",))
+    embed, unembed = stored.get(name), stored.get(family.unembed)
+    if not cfg.tie_embeddings or unembed is None:
+        return cfg, stored
+    if embed is None:
+        return cfg, {**stored, name: unembed}  # some writers keep either of the two names of a shared tensor
+    if tensor_files.equal(embed, unembed):
+        return cfg, stored
+    warnings.warn(
+        f"{folder}: tie_word_embeddings is true in config.json, but {family.unembed} differs from {name}; the model is "
+        "loaded with both (tie_embeddings=False)",
+        stacklevel=3,
+    )
+    return dataclasses.replace(cfg, tie_embeddings=False), stored
 
 
 def _plan(
@@ -374,6 +428,11 @@ def _check_leaves(flat: Mapping[str, Any], cfg: config.LMConfig) -> None:
         if name in flat and flat[name].shape != row.shape:
             raise ValueError(f"params[{name}] has shape {flat[name].shape}; this LMConfig requires {row.shape}")
     unknown = sorted(flat.keys() - rows.keys())
+    if any(name.endswith(("/lora_a", "/lora_b")) for name in unknown):
+        raise ValueError(
+            "params have adapters attached, which a model directory cannot contain: save lm.lora.merge(base, adapters, "
+            "scale=...) instead, or the adapters alone with lm.peft.save"
+        )
     if unknown:
         raise ValueError(f"params contain entries that this LMConfig lacks: {', '.join(unknown[:5])}")
 
@@ -383,24 +442,17 @@ def _config_json(
     family: layouts.Family,
     cfg: config.LMConfig,
     flat: Mapping[str, Any],
-    tokenizer: Any,
-    pad_id: int,
     dtype: str,
 ) -> dict[str, Any]:
     has_head = score_heads.count(flat) > 0
     lm_class = family.lm_class or family.class_name + "ForCausalLM"
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
     hf = {
         "architectures": [family.class_name + "ForSequenceClassification" if has_head else lm_class],
         "model_type": model_type,
-        # The dtype of the files; the compute dtype is under "rlhf_jax".
+        # The dtype of the files, also under the older name; the compute dtype is under "rlhf_jax".
         "dtype": dtype,
+        "torch_dtype": dtype,
         **layouts.write_fields(cfg, family),
-        **special,
         "rlhf_jax": {field: getattr(cfg, field) for field in _OURS},
     }
-    if not has_head:
-        return hf
-    if hf["pad_token_id"] is None:
-        hf["pad_token_id"] = pad_id
-    return hf | score_heads.fields(flat)
+    return hf | score_heads.fields(flat) if has_head else hf

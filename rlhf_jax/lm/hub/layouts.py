@@ -134,6 +134,16 @@ def write_rope(cfg: config.LMConfig) -> dict[str, Any]:
     return rope
 
 
+def rope_fields(cfg: config.LMConfig) -> dict[str, Any]:
+    """Returns ``rope_parameters`` and the fields that versions of ``transformers`` before 5 read instead."""
+    rope = write_rope(cfg)
+    fields: dict[str, Any] = {"rope_parameters": rope, "rope_theta": cfg.rope_theta}
+    if cfg.rope_scaling is not None:
+        separate = ("rope_theta", "partial_rotary_factor")
+        fields["rope_scaling"] = {name: value for name, value in rope.items() if name not in separate}
+    return fields
+
+
 def read_window(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of `LMConfig` for ``sliding_window`` and ``layer_types``."""
     kinds = hf.get("layer_types") or ["sliding_attention"] * hf["num_hidden_layers"]

@@ -8,9 +8,16 @@ such a tensor, while :mod:`rlhf_jax.lm.lora` has an A and a B for each kernel. T
 * Otherwise, `save` concatenates the A matrices and writes a block-diagonal B. The rank is the sum of the ranks.
 * `load` returns, for each kernel, the ranks of A and the part of B that belong to the kernel.
 
-A directory has a single rank ``r``, so adapters of lower rank are padded with zeros. The scale is ``lora_alpha / r``,
-or ``lora_alpha / sqrt(r)`` in a loaded directory with ``use_rslora``. The safetensors header records which ranks belong
-to each kernel, so that `load` returns exactly the saved adapters.
+`save` writes a single rank ``r``, so adapters of lower rank are padded with zeros. The safetensors header records which
+ranks belong to each kernel, so that `load` returns exactly the saved adapters. The scale is ``lora_alpha / r``, or
+``lora_alpha / sqrt(r)`` in a loaded directory with ``use_rslora``. In a directory whose modules have different ranks or
+scales (``rank_pattern``, ``alpha_pattern``), or in which only some layers are adapted, `load` pads the adapters of each
+kernel with zeros to the same rank in all layers, and multiplies B by the ratio of the module's scale to the scale that
+it returns.
+
+A reward model that is trained as adapters plus head is written as PEFT writes a sequence classifier (``SEQ_CLS``): the
+file contains ``score.weight``, which is the kernel of the head times its gain. PEFT has no bias. It is written to the
+safetensors header as ``reward_bias``, from which `load` restores it; it must be added to the scores that PEFT computes.
 """
 
 from __future__ import annotations
@@ -30,22 +37,39 @@ import safetensors.numpy
 from rlhf_jax import types
 from rlhf_jax.lm import config, lora
 from rlhf_jax.lm import params as lm_params
-from rlhf_jax.lm.hub import directory, families, layouts, tensor_files
+from rlhf_jax.lm.hub import adapter_config, directory, families, layouts, score_heads, tensor_files
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _A, _B = "base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"
 
-_READ = ("peft_type", "r", "lora_alpha", "use_rslora", "fan_in_fan_out", "init_lora_weights")
-_WITHOUT_EFFECT = (
-    *("auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "inference_mode", "lora_dropout"),
-    *("megatron_core", "peft_version", "qalora_group_size", "revision", "target_modules", "task_type"),
-)
-"""Fields that do not affect the computation. Tensor names, not ``target_modules``, show which layers are adapted."""
-_BASE_KEPT = (True, False, "gaussian", "eva", "orthogonal")
-"""Values of ``init_lora_weights`` that leave the weights of the base model unchanged."""
+_HEAD = "base_model.model.score.weight"
 
 Spans = Mapping[str, tuple[int, int]]
 """Range (start, stop) of the ranks that belong to each kernel."""
+
+
+class _File(NamedTuple):
+    """Content of a tensor file; tensors that have been used are removed."""
+
+    path: pathlib.Path
+    tensors: dict[str, np.ndarray]
+    spans: Spans | None
+    bias: Any
+
+    def has(self, name: str) -> bool:
+        return _A.format(name) in self.tensors or _B.format(name) in self.tensors
+
+    def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name not in self.tensors:
+            raise ValueError(f"{self.path} lacks the tensor {name}")
+        array = self.tensors.pop(name)
+        if array.shape != shape:
+            raise ValueError(
+                f"{self.path}: the tensor {name} has shape {array.shape}; {_CONFIG} and this LMConfig require {shape}"
+            )
+        if not np.isfinite(array).all():
+            raise ValueError(f"{self.path}: the tensor {name} contains a value that is not finite")
+        return array
 
 
 class _Module(NamedTuple):
@@ -88,14 +112,19 @@ def save(
     Args:
         path: Directory to write.
         cfg: Architecture of the base model.
-        adapters: Adapters, as returned by `lora.init`.
-        scale: Ratio alpha / r, as in `lora.attach`.
+        adapters: Adapters, as returned by `lora.init`. For a reward model, they contain ``"head"`` as well, or are
+            ``{"lora": adapters, "head": head}``.
+        scale: Ratio alpha / r, as in `lora.attach`; above 0.
         base_model_name: Value of ``base_model_name_or_path`` in ``adapter_config.json``.
 
     Raises:
-        ValueError: ``cfg`` cannot be written (see `lm.save`), or the adapters are empty or do not fit ``cfg``.
+        ValueError: ``cfg`` cannot be written (see `lm.save`), the scale is not a number above 0, or the adapters or the
+            head are empty, not finite or do not fit ``cfg``.
         FileExistsError: ``path`` exists and is not an adapter directory.
     """
+    if not 0 < float(scale) < math.inf:
+        raise ValueError(f"scale is {scale!r}; it must be a number above 0")
+    adapters = {**{name: node for name, node in adapters.items() if name != "lora"}, **adapters.get("lora", {})}
     ours = {
         pair.node: (np.asarray(pair.a, np.float32), np.asarray(pair.b, np.float32))
         for pair in lora.pairs(lm_params.abstract(cfg), adapters)
@@ -107,7 +136,7 @@ def save(
     if rank == 0:
         raise ValueError("adapters is empty: there is nothing to write")
 
-    tensors = {}
+    tensors, header = {}, {"format": "pt"}
     for module in modules:
         for i in range(cfg.n_layers):
             name = module.name.format(i=i)
@@ -115,7 +144,7 @@ def save(
             # safetensors writes the memory of a transposed view in the wrong order.
             tensors[_A.format(name)] = np.ascontiguousarray(a_RI)
             tensors[_B.format(name)] = np.ascontiguousarray(b_OR)
-    record = {node: span for of_module in spans.values() for node, span in of_module.items()}
+    header["rlhf_jax"] = json.dumps({node: span for of_module in spans.values() for node, span in of_module.items()})
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -128,48 +157,55 @@ def save(
         "fan_in_fan_out": _fan_in_fan_out(every),
         "bias": "none",
     }
+    if "head" in adapters:
+        flat = lm_params.flatten({"head": adapters["head"]})
+        score_heads.check(flat, cfg)
+        tensors[_HEAD] = score_heads.weight(flat)
+        header["reward_bias"] = json.dumps(score_heads.fields(flat)["reward_bias"])
+        fields |= {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise ValueError(f"{name} contains a value that is not finite")
 
     with tensor_files.atomic_folder(pathlib.Path(path), marker=_CONFIG) as temporary:
         tensor_files.write_json(temporary / _CONFIG, fields)
-        header = {"format": "pt", "rlhf_jax": json.dumps(record)}
         safetensors.numpy.save_file(tensors, temporary / _TENSORS, metadata=header)
 
 
 def load(path: str | os.PathLike[str], cfg: config.LMConfig) -> tuple[types.Params, float]:
     """Returns ``(adapters, scale)`` for a base model with architecture ``cfg``; adapters are float32.
 
-    The base model is not read. Dropout is ignored, since PEFT applies it only during training.
+    If the directory contains the head of a sequence classifier, the adapters contain ``"head"``. The base model is not
+    read. Dropout is ignored, since PEFT applies it only during training.
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: ``adapter_config.json`` lacks a field or requests more than W + scale A B (DoRA, rank patterns,
-            trained biases, fully saved modules or an unknown feature), the tensor file is truncated, or a tensor is
-            missing, unexpected, of the wrong shape or not finite.
+        ValueError: ``adapter_config.json`` lacks a field, has a senseless value or requests more than W + scale A B and
+            a head (DoRA, trained biases, other fully saved modules or an unknown feature), the tensor file is
+            truncated, or a tensor is missing, unexpected, of the wrong shape or not finite.
     """
-    folder = pathlib.Path(path)
-    fields, modules = tensor_files.read_json(folder / _CONFIG), _modules(cfg)
-    _refuse(fields, fan_in_fan_out=_fan_in_fan_out(modules))
-    rank: int = fields["r"]
-    scale = fields["lora_alpha"] / (math.sqrt(rank) if fields.get("use_rslora") else rank)
-    tensors, record = _read_tensors(folder / _TENSORS)
+    folder, modules = pathlib.Path(path), _modules(cfg)
+    settings = adapter_config.read(folder / _CONFIG, fan_in_fan_out=_fan_in_fan_out(modules))
+    file = _read_file(folder / _TENSORS)
 
     leaves: dict[str, np.ndarray] = {}
     for module in modules:
         names = [module.name.format(i=i) for i in range(cfg.n_layers)]
-        if not any(_A.format(name) in tensors for name in names):
+        if not any(file.has(name) for name in names):
             continue
-        spans = {node: (0, rank) for node in module.nodes} if record is None else record
-        layers = [_unpack_layer(module, spans, tensors, name, rank) for name in names]
+        layers = [_unpack_layer(module, settings, file, name, i) for i, name in enumerate(names)]
         for node in layers[0]:
-            leaves[f"{node}/lora_a"] = np.stack([layer[node][0] for layer in layers])
-            leaves[f"{node}/lora_b"] = np.stack([layer[node][1] for layer in layers])
-    if tensors:
-        raise ValueError(
-            f"{folder} contains tensors without a kernel in this LMConfig: {', '.join(sorted(tensors)[:5])}"
-        )
+            leaves[f"{node}/lora_a"] = _stacked([layer[node][0] for layer in layers], axis=1)
+            leaves[f"{node}/lora_b"] = _stacked([layer[node][1] for layer in layers], axis=0)
     if not leaves:
-        raise ValueError(f"{folder} has no adapters")
-    return lm_params.nest({name: jnp.asarray(leaf) for name, leaf in leaves.items()}), scale
+        raise ValueError(f"{file.path} has no adapters for this LMConfig")
+    leaves |= _read_head(settings, file, cfg)
+    if file.tensors:
+        raise ValueError(
+            f"{file.path} contains tensors without a kernel in this LMConfig: {', '.join(sorted(file.tensors)[:5])}; "
+            f"{adapter_config.MERGE}"
+        )
+    return lm_params.nest({name: jnp.asarray(leaf) for name, leaf in leaves.items()}), settings.scale
 
 
 def _modules(cfg: config.LMConfig) -> list[_Module]:
@@ -209,59 +245,69 @@ def _pack_layer(
 
 
 def _unpack_layer(
-    module: _Module, spans: Spans, tensors: dict[str, np.ndarray], name: str, rank: int
+    module: _Module, settings: adapter_config.Settings, file: _File, name: str, layer: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    out = sum(math.prod(shape) for shape in module.outputs)
-    a_RI = _take(tensors, _A.format(name), (rank, module.inputs))
-    b_OR = _take(tensors, _B.format(name), (out, rank))
+    rank, out = settings.rank(name), sum(math.prod(shape) for shape in module.outputs)
+    if settings.adapts(name, layer):
+        a_RI = file.take(_A.format(name), (rank, module.inputs))
+        b_OR = file.take(_B.format(name), (out, rank)) * np.float32(settings.scale_of(name) / settings.scale)
+    elif file.has(name):
+        raise ValueError(
+            f"{file.path} contains an adapter for {name}, which PEFT ignores because {settings.source} excludes it "
+            "(target_modules, exclude_modules or layers_to_transform): correct one of the two files"
+        )
+    else:
+        rank = 1
+        a_RI, b_OR = np.zeros((rank, module.inputs), np.float32), np.zeros((out, rank), np.float32)
+    spans = {node: (0, rank) for node in module.nodes} if file.spans is None else file.spans
     adapters = {}
     for node, part in zip(module.nodes, module.unpack(b_OR, rank), strict=True):
         start, stop = spans.get(node, (0, 0))
         if part[:start].any() or part[stop:].any():
             raise ValueError(
-                f"{_B.format(name)} contradicts the header of its file: {node} must be 0 outside the ranks "
-                f"[{start}, {stop})"
+                f"{file.path}: {_B.format(name)} contradicts the header of its file: {node} must be 0 outside the "
+                f"ranks [{start}, {stop})"
             )
         if node in spans:
             adapters[node] = a_RI[start:stop].T, part[start:stop]
     return adapters
 
 
-def _read_tensors(file: pathlib.Path) -> tuple[dict[str, np.ndarray], Spans | None]:
-    if not file.exists():
-        raise FileNotFoundError(f"{file.parent} has no {file.name}; pickled adapters (.bin) are not supported")
+def _stacked(layers: Sequence[np.ndarray], *, axis: int) -> np.ndarray:
+    """Returns the matrices of all layers in one array, with the axis of the ranks padded with zeros."""
+    rank = max(layer.shape[axis] for layer in layers)
+    pads = [[(0, rank - layer.shape[axis] if i == axis else 0) for i in range(2)] for layer in layers]
+    return np.stack([np.pad(layer, pad) for layer, pad in zip(layers, pads, strict=True)])
+
+
+def _read_head(settings: adapter_config.Settings, file: _File, cfg: config.LMConfig) -> dict[str, np.ndarray]:
+    if _HEAD not in file.tensors:
+        if settings.has_head:
+            raise ValueError(
+                f"{file.path} lacks the tensor {_HEAD}, but {settings.source} describes a model with a head (task_type "
+                "or modules_to_save): set task_type to CAUSAL_LM and modules_to_save to null to load only the adapters"
+            )
+        return {}
+    kernel_HD = file.take(_HEAD, (len(file.tensors[_HEAD]), cfg.d_model))
+    heads = len(kernel_HD) if len(kernel_HD) > 1 else None
+    numbers = score_heads.numbers(kernel_HD, heads, file.bias, file.path)
+    return {f"head/{name}": np.asarray(number) for name, number in numbers.items()}
+
+
+def _read_file(path: pathlib.Path) -> _File:
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}; pickled adapters (.bin) are not supported")
     try:
-        with safetensors.safe_open(file, framework="np") as opened:
-            record = json.loads((opened.metadata() or {}).get("rlhf_jax", "null"))
-            return {name: opened.get_tensor(name).astype(np.float32) for name in opened.keys()}, record  # noqa: SIM118
+        with safetensors.safe_open(path, framework="np") as opened:
+            header = opened.metadata() or {}
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from error
-
-
-def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    if name not in tensors:
-        raise ValueError(f"the adapter file lacks the tensor {name}")
-    array = tensors.pop(name)
-    if array.shape != shape:
-        raise ValueError(f"the tensor {name} has shape {array.shape}; r and this LMConfig require {shape}")
-    if not np.isfinite(array).all():
-        raise ValueError(f"the tensor {name} contains a value that is not finite")
-    return array
-
-
-def _refuse(fields: Mapping[str, Any], *, fan_in_fan_out: bool) -> None:
-    known = {"peft_type": ("LORA",), "init_lora_weights": _BASE_KEPT, "fan_in_fan_out": (fan_in_fan_out,)}
-    for field in ("peft_type", "r", "lora_alpha"):
-        if field not in fields:
-            raise ValueError(f"{_CONFIG} lacks the field {field}")
-    for field, value in fields.items():
-        if field in known:
-            refused = value not in known[field]
-        else:
-            # Unknown fields of newer PEFT versions are accepted only if they are switched off.
-            refused = field not in _READ + _WITHOUT_EFFECT and value not in (None, False, 0, "", "none", [], {})
-        if refused:
-            raise ValueError(f"{_CONFIG} has {field} = {value!r}, which is not supported for this model")
+        raise tensor_files.unreadable(path, error) from error
+    tensors = {tensor.name: tensor.read().astype(np.float32) for tensor in tensor_files.tensors_in(path)}
+    try:
+        spans, bias = (json.loads(header.get(*field)) for field in (("rlhf_jax", "null"), ("reward_bias", "0")))
+    except ValueError as error:
+        raise ValueError(f"{path}: the field rlhf_jax or reward_bias of the header is not JSON: {error}") from error
+    return _File(path, tensors, spans, bias)
 
 
 def _fan_in_fan_out(modules: Sequence[_Module]) -> bool:

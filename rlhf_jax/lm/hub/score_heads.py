@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_jax.lm import config
 from rlhf_jax.lm import heads as lm_heads
+from rlhf_jax.lm import params as lm_params
 from rlhf_jax.lm.hub import tensor_files
 
 
@@ -22,14 +24,27 @@ def count(flat: Mapping[str, Any]) -> int:
     return len(flat["head/kernel_HD"]) if "head/kernel_HD" in flat else int("head/kernel_D" in flat)
 
 
+def check(flat: Mapping[str, Any], cfg: config.LMConfig) -> None:
+    """Raises ValueError if the parameters of the head are incomplete, unknown, of the wrong shape or not finite."""
+    head = {name: np.asarray(leaf) for name, leaf in flat.items() if name.startswith("head/")}
+    heads = len(head["head/kernel_HD"]) if "head/kernel_HD" in head else None
+    given = {name: leaf.shape for name, leaf in head.items()}
+    wanted = {name: row.shape for name, row in lm_params.head_table(cfg, heads=heads).items()}
+    if given != wanted:
+        raise ValueError(f"the head has the shapes {given}; this LMConfig requires {wanted}")
+    for name, leaf in head.items():
+        if not np.isfinite(leaf).all():
+            raise ValueError(f"{name} contains a value that is not finite")
+
+
 def numbers(kernel_HD: np.ndarray, heads: int | None, bias: Any, source: pathlib.Path) -> dict[str, np.ndarray]:
     """Returns the parameters of the head from ``score.weight`` and ``reward_bias``.
 
     Args:
         kernel_HD: ``score.weight``.
         heads: Result of `stored_heads`.
-        bias: ``reward_bias`` of config.json.
-        source: Path of config.json, for error messages.
+        bias: ``reward_bias``, a number or a list.
+        source: Path of the file that contains ``reward_bias``, for error messages.
 
     Returns:
         Dict of the kernel, bias and gain.

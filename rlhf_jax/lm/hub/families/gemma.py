@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf_jax.lm import config
 from rlhf_jax.lm.hub.families import llama
-from rlhf_jax.lm.hub.layouts import Family, Tensor, norm, read_rope, read_window, write_rope, write_window
+from rlhf_jax.lm.hub.layouts import Family, Tensor, norm, read_rope, read_window, rope_fields, write_rope, write_window
 
 _FIXED = {"norm_plus_one": True, "embed_scale": True}
 _FIELDS = {theirs: ours for theirs, ours in llama.FIELDS.items() if theirs != "hidden_act"}
@@ -39,7 +39,7 @@ def _read_1(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_1(cfg: config.LMConfig) -> dict[str, Any]:
-    return {"rope_parameters": write_rope(cfg), "rope_theta": cfg.rope_theta, "attention_bias": cfg.qkv_bias}
+    return rope_fields(cfg) | {"attention_bias": cfg.qkv_bias}
 
 
 def _read_2(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,9 +66,8 @@ def _read_3(hf: Mapping[str, Any]) -> dict[str, Any]:
 def _write_3(cfg: config.LMConfig) -> dict[str, Any]:
     rope = write_rope(cfg)
     local = {"rope_type": "default", "rope_theta": cfg.local_rope_theta} if cfg.local_rope_theta else rope
-    found = _write_2(cfg) | {"rope_parameters": {"full_attention": rope, "sliding_attention": local}}
-    del found["rope_theta"]
-    return found
+    nested = {"full_attention": rope, "sliding_attention": local}
+    return _write_2(cfg) | {"rope_parameters": nested, "rope_local_base_freq": local["rope_theta"]}
 
 
 GEMMA = Family(

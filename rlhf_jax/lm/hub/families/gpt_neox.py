@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_jax.lm import config
 from rlhf_jax.lm.hub.families import llama
-from rlhf_jax.lm.hub.layouts import Family, Tensor, linear, norm, read_rope, write_rope
+from rlhf_jax.lm.hub.layouts import Family, Tensor, linear, norm, read_rope, rope_fields
 
 
 def _tensors(cfg: config.LMConfig) -> list[Tensor]:
@@ -29,9 +29,10 @@ def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(cfg: config.LMConfig) -> dict[str, Any]:
-    rope = write_rope(cfg) | {"partial_rotary_factor": cfg.rope_fraction}
-    old = {"rotary_pct": cfg.rope_fraction, "rotary_emb_base": cfg.rope_theta}
-    return {"rope_parameters": rope, "attention_bias": cfg.qkv_bias} | old
+    fields = rope_fields(cfg)
+    fields["rope_parameters"]["partial_rotary_factor"] = cfg.rope_fraction
+    old = {"rotary_pct": cfg.rope_fraction, "rotary_emb_base": fields.pop("rope_theta")}
+    return fields | {"attention_bias": cfg.qkv_bias} | old
 
 
 GPT_NEOX = Family(

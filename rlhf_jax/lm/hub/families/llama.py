@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf_jax.lm import config
-from rlhf_jax.lm.hub.layouts import Family, Tensor, linear, norm, read_rope, read_window, write_rope, write_window
+from rlhf_jax.lm.hub.layouts import Family, Tensor, linear, norm, read_rope, read_window, rope_fields, write_window
 
 FIELDS = {
     "vocab_size": "vocab_size",
@@ -54,7 +54,7 @@ def _read_llama(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_llama(cfg: config.LMConfig) -> dict[str, Any]:
-    return {"rope_parameters": write_rope(cfg), "rope_theta": cfg.rope_theta, "attention_bias": cfg.qkv_bias}
+    return rope_fields(cfg) | {"attention_bias": cfg.qkv_bias}
 
 
 def _read_mistral(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,14 +62,13 @@ def _read_mistral(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_mistral(cfg: config.LMConfig) -> dict[str, Any]:
-    window = {"sliding_window": cfg.sliding_window or None}
-    return {"rope_parameters": write_rope(cfg), "rope_theta": cfg.rope_theta} | window
+    return rope_fields(cfg) | {"sliding_window": cfg.sliding_window or None}
 
 
 def _write_qwen2(cfg: config.LMConfig) -> dict[str, Any]:
     first = min((i for i in range(cfg.n_layers) if cfg.is_local(i)), default=cfg.n_layers)
     window = write_window(cfg) | {"use_sliding_window": cfg.windowed, "max_window_layers": first}
-    return {"rope_parameters": write_rope(cfg), "rope_theta": cfg.rope_theta} | window
+    return rope_fields(cfg) | window
 
 
 LLAMA = Family(

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_jax.lm import config
 from rlhf_jax.lm.hub.families import llama
-from rlhf_jax.lm.hub.layouts import Family, Tensor, linear, norm, read_rope, read_window, write_rope
+from rlhf_jax.lm.hub.layouts import Family, Tensor, linear, norm, read_rope, read_window, rope_fields
 
 
 def _tensors(cfg: config.LMConfig) -> list[Tensor]:
@@ -28,10 +28,10 @@ def _read(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(cfg: config.LMConfig) -> dict[str, Any]:
-    rope = write_rope(cfg) | {"partial_rotary_factor": cfg.rope_fraction}
-    old = {"partial_rotary_factor": cfg.rope_fraction, "rope_theta": cfg.rope_theta}
-    lengths = {"original_max_position_embeddings": cfg.max_length}
-    return {"rope_parameters": rope, "sliding_window": cfg.sliding_window or None} | old | lengths
+    fields = rope_fields(cfg)
+    fields["rope_parameters"]["partial_rotary_factor"] = cfg.rope_fraction
+    old = {"partial_rotary_factor": cfg.rope_fraction, "original_max_position_embeddings": cfg.max_length}
+    return fields | {"sliding_window": cfg.sliding_window or None} | old
 
 
 PHI3 = Family("model.", "Phi3", _tensors, llama.FIELDS, {}, _read, _write)
