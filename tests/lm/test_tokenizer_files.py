@@ -100,3 +100,16 @@ def test_every_version_has_the_class_of_the_saved_tokenizer(tmp_path):
         assert again.get_vocab() == tokenizer.get_vocab()
         assert again.all_special_tokens == tokenizer.all_special_tokens
         assert again.padding_side == "left"
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_decoded_text_keeps_its_spaces_in_every_version(forced, tmp_path):
+    """Llama 3's published tokenizer asks for a cleanup that version 5 of transformers does not carry out."""
+    option = "clean_up_tokenization_spaces"
+    options = {option: True, f"{option}_for_bpe_even_though_it_will_corrupt_output": forced}
+    tokenizer: Any = chat_cases.byte_level(("<|end|>",), eos_token="<|end|>", **options)
+    save(tmp_path / "m", tokenizer)
+    assert json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())[option] is forced
+    again: Any = tokenizers.load(tmp_path / "m")
+    ids = again("where , is it ?")["input_ids"]
+    assert again.decode(ids) == tokenizer.decode(ids) == ("where, is it?" if forced else "where , is it ?")
