@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from launch import command_line, process_setup
 from launch.setting_checks import require
-from launch.settings import SettingError
+from launch.settings import Compute, SettingError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,7 @@ class RewardBenchSettings:
     model: str
     """Folder of a reward model in Hugging Face format, with its tokenizer."""
     data: Data
+    compute: Compute = dataclasses.field(default_factory=Compute)
     out: str | None = None
     """Output folder. None uses runs/rewardbench-TIME."""
     batch: int = 16
@@ -69,7 +70,7 @@ if __name__ == "__main__":
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -96,6 +97,8 @@ class Pair(NamedTuple):
     subset: str | None
     where: str
     """File and line of the record."""
+    tools: Sequence[Mapping[str, Any]] = ()
+    """Descriptions of the tools that the assistant may call."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +117,8 @@ def run(settings: RewardBenchSettings) -> dict[str, Any]:
     out = Console()
     path = run_folder.free_folder(settings.out, kind="rewardbench")
     model = initial_model.load_reward_model(settings.model)
-    max_length = min(settings.max_length or model.cfg.max_length, model.cfg.max_length)
+    cfg = dataclasses.replace(model.cfg, dtype=settings.compute.dtype or model.cfg.dtype)
+    max_length = min(settings.max_length or cfg.max_length, cfg.max_length)
     counts = errors.DropCount(max_dropped=settings.data.max_dropped)
     records = read(settings.data.path, counts=counts)
     with console.StageProgress([("tokenise", 1.0), ("score", 20.0)]) as progress:
@@ -127,7 +131,7 @@ def run(settings: RewardBenchSettings) -> dict[str, Any]:
         # Created after the data is read, so that unusable data leaves no folder, but before the slow scoring.
         _create_folder(path, settings)
         progress.start("score", len(rows))
-        step = parallel.JitStep(partial(_score, cfg=model.cfg), donate_argnums=())
+        step = parallel.JitStep(partial(_score, cfg=cfg), donate_argnums=())
 
         def score(tokens_BL: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
             return np.asarray(step(model.params, tokens_BL, mask_BL))
@@ -149,6 +153,7 @@ def run(settings: RewardBenchSettings) -> dict[str, Any]:
     results = run_folder.finite(results)
     _write(path, settings, results, scored)
     out.print(accuracy_table(results["reward_model"]))
+    run_setup.print_line(out, run_setup.describe_dtype(cfg))
     run_setup.print_line(out, f"data: {counts.report()}")
     run_setup.print_line(out, f"report: {path / 'report.html'}   results: {path / run_folder.RESULTS}")
     return results
@@ -172,9 +177,8 @@ def read(path: str, *, counts: errors.DropCount) -> list[Pair]:
             continue
         chosen, rejected = ranking.responses if ranking.ranks[0] < ranking.ranks[1] else ranking.responses[::-1]
         subset = ranking.metadata.get("subset")
-        # The name of a subset may contain an unpaired surrogate, which cannot be printed.
-        name = None if subset is None else str(subset).encode("utf-8", "replace").decode()
-        pairs.append(Pair(ranking.prompt, chosen, rejected, name, ranking.location))
+        name = None if subset is None else str(subset)
+        pairs.append(Pair(ranking.prompt, chosen, rejected, name, ranking.location, ranking.tools))
     counts.add(stage, records=len(rankings), source=path)
     return pairs
 
@@ -195,10 +199,18 @@ def encode(
         DataError: Too many records are dropped, or no record is left.
     """
     stage = counts.stage()
-    prompts, kept = chat.encode_prompts(fmt, [record.prompt for record in records], width=max_length, counts=counts)
+    prompts, kept = chat.encode_prompts(
+        fmt,
+        [record.prompt for record in records],
+        width=max_length,
+        counts=counts,
+        tools=[record.tools for record in records],
+    )
     records_kept = [records[i] for i in kept]
+    asked, tools = [record.prompt for record in records_kept], [record.tools for record in records_kept]
     sides = [
-        chat.encode_answers(fmt, [getattr(record, side) for record in records_kept]) for side in ("chosen", "rejected")
+        chat.encode_answers(fmt, asked, answers, tools=tools)
+        for answers in ([record.chosen for record in records_kept], [record.rejected for record in records_kept])
     ]
     fits = []
     for i, prompt in enumerate(prompts):

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
+import json
 import pathlib
+from typing import Any
 
 import jax
 
 from launch import device_mesh
-from launch.settings import SettingError
+from launch.settings import SettingError, Settings, Template
 from rlhf_jax import lm, types
-from rlhf_jax.data import chat, tokenizers
+from rlhf_jax.data import chat, errors, tokenizers
 
 _FILES = ("*.json", "*.jinja", "*.safetensors", "tokenizer.model")
+
+_AS_IT_IS = Template()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +39,13 @@ class InitialModel:
             )
 
 
-def load(path: str, *, mesh: jax.sharding.Mesh | None = None) -> InitialModel:
+def load(path: str, *, mesh: jax.sharding.Mesh | None = None, template: Template = _AS_IT_IS) -> InitialModel:
     """Loads a language model from a folder and shards it over ``mesh``, if given; raises SettingError if that fails.
 
     Many models pad their vocabulary to a round number. The ids after the tokenizer's last one are removed, so that they
     cannot be sampled.
     """
-    model = _load(path, mesh)
+    model = _load(path, mesh, template)
     if "head" in model.params:
         raise SettingError(f"cannot use --model {path}: it is a reward model, not a language model")
     return model
@@ -54,33 +59,58 @@ def load_reward_model(path: str) -> InitialModel:
     return model
 
 
-def _load(path: str, mesh: jax.sharding.Mesh | None = None) -> InitialModel:
+def with_date(settings: Settings, model: InitialModel | None) -> Settings:
+    """Returns the settings with the date that the chat template writes, so that a resumed run has the same prompts.
+
+    Raises:
+        SettingError: A date is given, but the template writes none.
+    """
+    if model is None or str(model.fmt.date or "") == (settings.template.date or ""):
+        return settings
+    if model.fmt.date is None:
+        raise SettingError("--template.date has no effect: the chat template of --model writes no date; leave it out")
+    return dataclasses.replace(settings, template=dataclasses.replace(settings.template, date=str(model.fmt.date)))
+
+
+def _options(template: Template) -> dict[str, Any]:
+    """Returns the arguments of `chat.chat_format` for the settings of the template."""
+    try:
+        options = json.loads(template.options or "{}")
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise SettingError(
+            f"--template.options is {template.options!r}; it must be a JSON object, such as "
+            """'{"enable_thinking": false}'"""
+        )
+    try:
+        date = None if template.date is None else datetime.date.fromisoformat(template.date)
+    except ValueError as error:
+        raise SettingError(f"--template.date is {template.date!r}; it must be a date, such as 2025-01-31") from error
+    return {"options": options, "date": date}
+
+
+def _load(path: str, mesh: jax.sharding.Mesh | None = None, template: Template = _AS_IT_IS) -> InitialModel:
+    given = _options(template)
     try:
         shard = None if mesh is None else device_mesh.make_sharder(lm.load_config(path), mesh)
         cfg, params = lm.load(path, shard=shard)
         tokenizer = tokenizers.load(path)
         n = 1 + max(tokenizer.get_vocab().values())
+        if n > cfg.vocab_size:
+            raise errors.DataError(
+                f"its tokenizer has {n} ids, more than the {cfg.vocab_size} of the model; add rows for the new tokens "
+                f"with lm.resize(params, cfg, {n}) and save the model"
+            )
         # Ids that the tokenizer lacks are removed from the vocabulary below, so they cannot end an answer.
         stop_ids = [i for i in lm.load_stop_ids(path) if i < n]
-        fmt = chat.chat_format(tokenizer, model_type=cfg.model_type, stop_ids=stop_ids)
+        fmt = chat.chat_format(tokenizer, model_type=cfg.model_type, stop_ids=stop_ids, **given)
     except (OSError, ValueError) as error:
         raise SettingError(f"cannot use --model {path}: {error}") from error
     except Exception as error:  # safetensors and tokenizers raise bare exceptions for damaged files
         raise SettingError(f"cannot read --model {path}: {error}") from error
-    if n > cfg.vocab_size:
-        raise SettingError(
-            f"cannot use --model {path}: its tokenizer has {n} ids, more than the {cfg.vocab_size} of the model"
-        )
-    return InitialModel(path, *_truncate_vocabulary(cfg, params, n), fmt)
-
-
-def _truncate_vocabulary(cfg: lm.LMConfig, params: types.Params, n: int) -> tuple[lm.LMConfig, types.Params]:
-    if n == cfg.vocab_size:
-        return cfg, params
-    truncated = {**params, "embed": {**params["embed"], "tokens": params["embed"]["tokens"][:n]}}
-    if "unembed" in params:
-        truncated["unembed"] = {"kernel": params["unembed"]["kernel"][:, :n]}
-    return dataclasses.replace(cfg, vocab_size=n), truncated
+    params, cfg = lm.resize(params, cfg, n)
+    return InitialModel(path, cfg, params, fmt)
 
 
 def fingerprint(path: str) -> str:

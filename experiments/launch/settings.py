@@ -33,6 +33,17 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
+class Template:
+    """The chat template of --model."""
+
+    options: str | None = None
+    """Values of the template's variables as a JSON object, such as {"enable_thinking": false}. They are saved with the
+    trained models."""
+    date: str | None = None
+    """Date (YYYY-MM-DD) for a template that writes the current date. None is the day on which the run starts."""
+
+
+@dataclasses.dataclass(frozen=True)
 class World:
     """The demonstrations and the simulated labelers of the built-in world."""
 
@@ -86,6 +97,15 @@ class Hosts:
     """Seconds to wait for the other processes to connect."""
     silence: float = 30.0
     """Seconds without a heartbeat after which a process is considered lost. Closed connections are detected at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """Number format of the computation."""
+
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Compute dtype of all models; parameters, optimiser and log-probabilities are float32. None uses the dtype in the
+    config.json of --model, or float32 if that is float16, and float32 without --model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,12 +332,14 @@ class Settings:
     saves: int = 5
     """Number of checkpoints per stage. A killed run loses only the work since the last one."""
     max_skipped: int = 10
-    """Number of consecutive skipped steps after which the run stops. Steps with a non-finite loss or gradient are
-    skipped."""
+    """Number of consecutive skipped steps after which the run stops. Steps with a non-finite loss or gradient, or
+    with nothing to learn from, are skipped."""
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     hosts: Hosts = dataclasses.field(default_factory=Hosts)
     data: Data = dataclasses.field(default_factory=Data)
+    template: Template = dataclasses.field(default_factory=Template)
     world: World = dataclasses.field(default_factory=World)
+    compute: Compute = dataclasses.field(default_factory=Compute)
     net: Net = dataclasses.field(default_factory=Net)
     pretrain: Pretrain = dataclasses.field(default_factory=Pretrain)
     sft: SFT = dataclasses.field(default_factory=SFT)

@@ -47,7 +47,8 @@ def encode(fmt: chat.ChatFormat, pairs: Sequence[human_comparisons.Pair], settin
     """Tokenises pairs. A long prompt keeps its last tokens; a long answer keeps its first tokens and its end-of-turn
     token."""
     counts = errors.DropCount(max_dropped=1.0)
-    prompts, kept = chat.encode_prompts(fmt, [pair.prompt for pair in pairs], width=1 << 30, counts=counts)
+    turns = [pair.prompt for pair in pairs]
+    prompts, kept = chat.encode_prompts(fmt, turns, width=1 << 30, counts=counts)
     assert len(kept) == len(pairs)
     T = settings.response_width
 
@@ -55,7 +56,7 @@ def encode(fmt: chat.ChatFormat, pairs: Sequence[human_comparisons.Pair], settin
         return ids if len(ids) <= T else [*ids[: T - 1], ids[-1]]
 
     chosen, rejected = (
-        [truncate(ids) for ids in chat.encode_answers(fmt, [getattr(pair, side) for pair in pairs])]
+        list(map(truncate, chat.encode_answers(fmt, turns, [getattr(pair, side) for pair in pairs])))
         for side in ("chosen", "rejected")
     )
     return Encoded([ids[-settings.prompt_width :] for ids in prompts], (chosen, rejected))

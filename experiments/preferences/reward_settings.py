@@ -157,7 +157,7 @@ def _check_pattern(settings: RewardSettings) -> None:
 
 _OF_A_SINGLE_MODEL = ("on_alarm", "saves", "max_skipped", "world", "net", "pretrain", "sft", "comparisons", "training")
 _OF_A_SINGLE_MODEL += ("reward_model", "pmp", "data.vocab_size", "data.prompt_width", "data.response_width")
-_OF_A_SINGLE_MODEL += ("data.held_out",)
+_OF_A_SINGLE_MODEL += ("data.held_out", "compute")
 
 
 def unused(settings: RewardSettings) -> Iterator[tuple[Sequence[str], str]]:

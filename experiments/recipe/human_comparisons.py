@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
@@ -156,11 +157,16 @@ def train_chat_format(rankings: Iterable[records.Ranking], vocab_size: int) -> c
 
 
 def encode_dialogues(fmt: chat.ChatFormat, rankings: Iterable[records.Ranking], *, end: int) -> list[list[int]]:
-    """Tokenises prompts with their best answers, without a final ``end`` token, which packing adds."""
+    """Tokenises prompts with their best answers, without a final ``end`` token, which packing adds.
+
+    Dialogues that the chat template rejects, which are dropped when their rows are made, are missing.
+    """
     encoded = []
     for each in rankings:
-        ids, _ = chat.encode_dialogue(fmt, (*each.prompt, dialogues.answer_turn(each.responses[0])))
-        encoded.append(ids[:-1] if ids[-1] == end else ids)
+        turns = (*each.prompt, dialogues.answer_turn(each.responses[0]))
+        with contextlib.suppress(errors.DataError):
+            ids, _ = chat.encode_dialogue(fmt, turns, train_on="last", tools=each.tools)
+            encoded.append(ids[:-1] if ids[-1] == end else ids)
     return encoded
 
 

@@ -214,7 +214,7 @@ def _world_task(settings: Settings, model: initial_model.InitialModel | None) ->
     P, (demonstrated_set, rl_set, eval_set, compare_set) = _prompt_sets(
         fmt, [demonstrated, rl, evaluated, compare], dropped
     )
-    answer_ids = chat.encode_answers(fmt, answers)
+    answer_ids = chat.encode_answers(fmt, list(map(_turns, demonstrated)), answers)
     T = _answer_width(answers, answer_ids, in_world_words=in_world_words)
     skill_rows = _skill_rows(settings, fmt, P + T)
     if model is not None:
@@ -317,16 +317,26 @@ def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None)
     widths: Any = {"prompt_width": P, "response_width": T, "max_answers": max(len(each.responses) for each in rankings)}
     sets = []
     for part, conversation_B in ((train, conversation_N[: len(train)]), (held_out, conversation_N[len(train) :])):
-        ids, indices = chat.encode_prompts(fmt, [each.prompt for each in part], width=P, counts=width_counts)
+        tools = [each.tools for each in part]
+        ids, indices = chat.encode_prompts(
+            fmt, [each.prompt for each in part], width=P, counts=width_counts, tools=tools
+        )
         fitting = [part[i] for i in indices]
         rows, _ = encoding.ranking_rows(fmt, ids, fitting, counts=width_counts, **widths)
         if part and not len(rows.ranks_BK):
             raise errors.DataError(f"{data.path}: none of {len(part)} comparisons is usable ({width_counts.report()})")
         sets.append((ids, fitting, rows, _dialogue_prompts(ids, fitting, P, fmt.pad_id, conversation_B[indices])))
     (train_ids, train, train_rows, train_prompts), (_, held_out, held_rows, held_prompts) = sets
+    best = chat.try_answers(
+        fmt,
+        [each.prompt for each in train],
+        [each.responses[0] for each in train],
+        tools=[each.tools for each in train],
+    )
+    demonstrated = [(ids, answer) for ids, answer in zip(train_ids, best) if not isinstance(answer, errors.DataError)]
     demonstrations = padding.demonstration_rows(
-        train_ids,
-        chat.encode_answers(fmt, [each.responses[0] for each in train]),
+        [ids for ids, _ in demonstrated],
+        [answer for _, answer in demonstrated],
         prompt_width=P,
         response_width=T,
         pad_id=fmt.pad_id,
@@ -343,6 +353,8 @@ def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None)
     packed_BL, held_BL = (packing.pack_documents(ids, width=P + T, eos_id=end)[0] for ids in texts)
     dropped.dropped |= width_counts.dropped
     dropped.truncated |= width_counts.truncated
+    dropped.noted |= width_counts.noted
+    dropped.unused |= width_counts.unused
     return Task(
         fmt=fmt,
         prompt_width=P,

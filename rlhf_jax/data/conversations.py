@@ -14,7 +14,7 @@ from rlhf_jax.data import dialogues, errors, sources
 
 Turns = tuple[dialogues.Turn, ...]
 
-PROMPTS = ("prompt", "instruction", "question")
+PROMPTS = ("prompt", "instruction", "question", "query")
 """Names of a prompt; the first that a record has is used."""
 CONVERSATIONS = ("messages", "conversations", "conversation")
 """Names of a message list; the first that a record has is used."""
@@ -43,9 +43,6 @@ def prompt(fields: Mapping[str, Any]) -> Turns:
                 f"the record has {name!r} beside {key!r}: join both texts in {key!r}, as the model is to read them, or "
                 f"rename {name!r} if the model is not to read it"
             )
-    for name in ("image", "images", "audio", "audios", "video", "videos"):
-        if isinstance(fields.get(name), list | Mapping | bytes) and fields[name]:
-            raise errors.UnusableRecord(f"{name} beside the prompt")
     asked = question(fields, key)
     if fields.get("history"):
         if len(asked) - _n_system(asked) != 1:
@@ -113,7 +110,10 @@ def answer(value: Any, key: str) -> dialogues.Answer:
         return sources.require_text(value, key)
     before, last = split_answer(turns(value, key))
     if before:
-        raise errors.DataError(f"{key!r} contains {len(before) + 1} messages; it must contain only the answer")
+        raise errors.DataError(
+            f"{key!r} contains {len(before) + 1} messages; it must contain only the answer, and the prompt all "
+            "messages before it"
+        )
     return last
 
 
@@ -245,7 +245,14 @@ def _require_valid(value: Any, where: str) -> None:
         _require_valid(item, where)
 
 
-# ------------------------------------------------------------------------------------------------------------- tools
+# --------------------------------------------------------------------------------------------------- media and tools
+
+
+def refuse_media(fields: Mapping[str, Any]) -> None:
+    """Raises UnusableRecord if a record contains images, sounds or videos."""
+    for name in ("image", "images", "audio", "audios", "video", "videos"):
+        if isinstance(fields.get(name), list | Mapping | bytes) and fields[name]:
+            raise errors.UnusableRecord(f"{name} beside the prompt")
 
 
 def tools(fields: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
@@ -253,10 +260,10 @@ def tools(fields: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     value = fields.get("tools")
     try:
         value = json.loads(value) if isinstance(value, str) and value.strip() else value
-        listed = [json.loads(item) if isinstance(item, str) else item for item in value] if value else []
+        listed: Any = [json.loads(item) if isinstance(item, str) else item for item in value] if value else []
     except (ValueError, TypeError, RecursionError):
-        listed = [None]
-    if not all(isinstance(item, Mapping) for item in listed):
+        listed = None
+    if listed is None or not all(isinstance(item, Mapping) for item in listed):
         raise errors.DataError(
             "'tools' must be a list of objects that describe functions, or a JSON string of one; change it, or rename "
             "the field if it contains something else"

@@ -138,10 +138,12 @@ def drop_reason(chosen: tuple[Turn, ...], rejected: tuple[Turn, ...]) -> str | N
 def prompt_drop_reason(prompt: Sequence[Turn]) -> str | None:
     """Returns the reason why turns are not a usable prompt, or None if they are usable.
 
-    The last turn must have text, and must be neither an assistant turn nor a system turn.
+    The last turn must have text, unless it is the result of a tool, and must be neither an assistant turn nor a system
+    turn.
     """
     if all(turn.role == "system" or is_blank(turn) for turn in prompt):
         return "empty prompt"
     if prompt[-1].role == ASSISTANT:
         return "prompt ends in an assistant turn"
-    return "empty prompt" if prompt[-1].role == "system" or is_blank(prompt[-1]) else None
+    empty = prompt[-1].role == "system" or (prompt[-1].role != "tool" and is_blank(prompt[-1]))
+    return "empty prompt" if empty else None

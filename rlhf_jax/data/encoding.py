@@ -11,6 +11,7 @@ to look up other fields of the records::
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rlhf_jax import types
-from rlhf_jax.data import chat, errors, padding, records
+from rlhf_jax.data import chat, dialogues, errors, padding, records
 
 
 class PromptRows(NamedTuple):
@@ -85,12 +86,17 @@ def encode_demonstrations(
     Raises:
         DataError: If too many prompts are dropped, or too many prompts or answers are truncated.
     """
-    ids, kept = _prompt_ids(fmt, demonstrations, prompt_width, counts)
-    answers = chat.encode_answers(fmt, [demonstrations[i].response for i in kept])
+    prompt_ids, fitting = _prompt_ids(fmt, demonstrations, prompt_width, counts)
+    answers, whole = _answer_ids(fmt, [(demonstrations[i], [demonstrations[i].response]) for i in fitting], counts)
     rows = padding.demonstration_rows(
-        ids, answers, prompt_width=prompt_width, response_width=response_width, pad_id=fmt.pad_id, counts=counts
+        [prompt_ids[i] for i in whole],
+        [ids for (ids,) in answers],
+        prompt_width=prompt_width,
+        response_width=response_width,
+        pad_id=fmt.pad_id,
+        counts=counts,
     )
-    return rows, kept
+    return rows, fitting[whole]
 
 
 def encode_judged(
@@ -197,19 +203,19 @@ def ranking_rows(
     Raises:
         DataError: If too many records are dropped, too many answers are truncated, or a record has more than K answers.
     """
-    encoded = iter(chat.encode_answers(fmt, [text for record in rankings for text in record.responses]))
-    answers = [list(itertools.islice(encoded, len(record.responses))) for record in rankings]
+    answers, whole = _answer_ids(fmt, [(record, record.responses) for record in rankings], counts)
+    answers_of = dict(zip(whole.tolist(), answers))
     stage = counts.stage()
     kept = []
-    for i, record in enumerate(rankings):
-        if _contradict(answers[i], record.ranks, response_width):
+    for i, ids in answers_of.items():
+        if _contradict(ids, rankings[i].ranks, response_width):
             stage.drop("same answer within the width")
         else:
             kept.append(i)
-    counts.add(stage, records=len(rankings), source="comparisons")
+    counts.add(stage, records=len(answers), source="comparisons")
     rows = padding.ranking_rows(
         [prompt_ids[i] for i in kept],
-        [answers[i] for i in kept],
+        [answers_of[i] for i in kept],
         [rankings[i].ranks for i in kept],
         prompt_width=prompt_width,
         response_width=response_width,
@@ -223,7 +229,52 @@ def ranking_rows(
 def _prompt_ids(
     fmt: chat.ChatFormat, prompts: Sequence[records.Prompt], width: int, counts: errors.DropCount
 ) -> tuple[list[list[int]], np.ndarray]:
-    return chat.encode_prompts(fmt, [record.prompt for record in prompts], width=width, counts=counts)
+    tools = [record.tools for record in prompts]
+    return chat.encode_prompts(fmt, [record.prompt for record in prompts], width=width, counts=counts, tools=tools)
+
+
+def _answer_ids(
+    fmt: chat.ChatFormat,
+    answered: Sequence[tuple[records.Prompt, Sequence[dialogues.Answer]]],
+    counts: errors.DropCount,
+) -> tuple[list[list[list[int]]], np.ndarray]:
+    """Returns the ids of each record's answers, and the indices of the records whose answers can all be encoded."""
+    pairs = [(record, answer) for record, answers in answered for answer in answers]
+    encoded = iter(
+        chat.try_answers(
+            fmt,
+            [record.prompt for record, _ in pairs],
+            [answer for _, answer in pairs],
+            tools=[record.tools for record, _ in pairs],
+        )
+    )
+    stage, found = counts.stage(), []
+    for i, (record, answers) in enumerate(answered):
+        ids = list(itertools.islice(encoded, len(answers)))
+        unused = _unused_keys(fmt, record, answers)
+        if any(isinstance(each, errors.DataError) for each in ids):
+            stage.drop("the chat template does not write the answer after the prompt")
+        elif any(unused & set(turn.extra) and not turn.text.strip() for turn in map(dialogues.answer_turn, answers)):
+            stage.drop("the chat template does not write tool calls")
+        else:
+            found.append((i, ids))
+            for name in sorted(unused):
+                stage.unused[name] = stage.unused.get(name, 0) + 1
+            if chat.has_special_token(fmt, [*record.prompt, *map(dialogues.answer_turn, answers)]):
+                stage.note("a text contains the spelling of a special token")
+    counts.add(stage, records=len(answered), source="answers")
+    return [ids for _, ids in found], np.asarray([i for i, _ in found], np.int64)
+
+
+def _unused_keys(fmt: chat.ChatFormat, record: records.Prompt, answers: Sequence[dialogues.Answer]) -> set[str]:
+    """Returns the keys of the messages of a record that the chat template does not use."""
+    unused: set[str] = set()
+    for answer in answers:
+        turns = [*record.prompt, dialogues.answer_turn(answer)]
+        if record.tools or any(turn.extra for turn in turns):
+            with contextlib.suppress(errors.DataError):
+                unused |= chat.unused_keys(fmt, turns, tools=record.tools)
+    return unused
 
 
 def _contradict(answers: Sequence[Sequence[int]], ranks: Sequence[int], width: int) -> bool:

@@ -38,7 +38,8 @@ class DropCount:
     """Numbers of dropped and truncated records, by reason.
 
     ``dropped`` counts records that are missing from the result, and ``max_dropped`` limits their share. ``truncated``
-    counts records that were kept but shortened. Truncation is common for long dialogues, so the share of truncated
+    counts records that were kept but shortened. ``noted`` counts records that were kept as they are, but about which
+    the user should know. Truncation is common for long dialogues, so the share of truncated
     records is limited only if ``max_truncated`` is given. Both limits are shares from 0 to 1.
 
     One object can collect the counts of a whole pipeline. Each stage of the pipeline counts in a separate object, which
@@ -60,6 +61,7 @@ class DropCount:
     truncated: dict[str, int] = dataclasses.field(default_factory=dict)
     unused: dict[str, int] = dataclasses.field(default_factory=dict)
     """Number of records by field that contains text and is not used, except as metadata."""
+    noted: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises ValueError if a limit is not between 0 and 1."""
@@ -75,13 +77,17 @@ class DropCount:
         """Counts one truncated record."""
         self.truncated[reason] = self.truncated.get(reason, 0) + 1
 
+    def note(self, reason: str) -> None:
+        """Counts one record of which the user should know something, given as the reason."""
+        self.noted[reason] = self.noted.get(reason, 0) + 1
+
     def stage(self) -> DropCount:
         """Returns an empty count with the same limits."""
         return DropCount(max_dropped=self.max_dropped, max_truncated=self.max_truncated)
 
     def add(self, stage: DropCount, *, records: int, source: str) -> None:
         """Adds the counts of a stage that received ``records`` records, then calls `check` on the stage."""
-        for name in ("dropped", "truncated", "unused"):
+        for name in ("dropped", "truncated", "unused", "noted"):
             totals = getattr(self, name)
             for reason, n in getattr(stage, name).items():
                 totals[reason] = totals.get(reason, 0) + n
@@ -115,6 +121,8 @@ class DropCount:
             parts.append(
                 f"fields with text that are not used: {_by_reason({repr(k): n for k, n in self.unused.items()})}"
             )
+        if self.noted:
+            parts.append(f"noted {sum(self.noted.values())} ({_by_reason(self.noted)})")
         return ", ".join(parts)
 
 

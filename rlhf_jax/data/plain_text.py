@@ -1,19 +1,12 @@
-"""Encoding of plain text without ever producing control tokens, whatever a user types.
-
-A *control token* is a special token of the tokenizer, or another token that has a meaning in a chat format. If a text
-contains the spelling of a control token, the spelling is encoded as ordinary characters.
-
-Some tokenizers encode a text differently depending on its place. For example, SentencePiece inserts a space before the
-first word of an input; with older tokenizer files, it also inserts one after every special token. `TextEncoder`
-therefore requires the place of each text.
-"""
+"""Encoding of texts: plain text, rendered chat templates, and texts that continue other texts."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import functools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_jax.data import errors
@@ -22,9 +15,6 @@ if TYPE_CHECKING:
     import tokenizers
     import transformers
 
-START, AFTER, MIDDLE = range(3)
-"""Places of a text: at the start of the input, directly after a control token, and after other text."""
-
 
 def encode_texts(tokenizer: transformers.PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
     """Encodes plain texts in one call. The result never contains a special token.
@@ -32,114 +22,99 @@ def encode_texts(tokenizer: transformers.PreTrainedTokenizerFast, texts: Sequenc
     Raises:
         DataError: If a word is not in the vocabulary of a word-level tokenizer without an unknown token.
     """
-    if not texts:
-        return []
-    try:
-        encoded = tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-    except Exception as error:
-        _raise_for_unknown_word(error, tokenizer.backend_tokenizer, texts)
-        raise
-    return encoded["input_ids"]
+    return _encode(tokenizer, texts, split_special_tokens=True)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class TextEncoder:
-    """Encoder of texts with given places; created by `text_encoder`."""
+def encode_rendered(tokenizer: transformers.PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+    """Encodes renderings of a chat template in one call, as ``apply_chat_template`` does: with control tokens.
 
-    backends: tuple[tokenizers.Tokenizer, ...]
-    """For each of the three places, a copy of the tokenizer that encodes control tokens as text."""
-    control_ids: frozenset[int]
-    control_pattern: re.Pattern[str]
-    """Matches the spelling of any control token."""
-
-    def __call__(self, texts: Iterable[tuple[int, str]]) -> dict[tuple[int, str], list[int]]:
-        """Returns the ids of each distinct ``(place, text)``. All texts of one place are encoded together.
-
-        Raises:
-            DataError: If a word is unknown (see `encode_texts`), or a text cannot be encoded without control tokens.
-        """
-        ids_of: dict[tuple[int, str], list[int]] = {}
-        distinct = dict.fromkeys(texts)
-        for place, backend in enumerate(self.backends):
-            here = [text for at, text in distinct if at == place]
-            try:
-                encoded = backend.encode_batch_fast(here, add_special_tokens=False) if here else []
-            except Exception as error:
-                _raise_for_unknown_word(error, backend, here)
-                raise
-            for text, encoding in zip(here, encoded):
-                ids = encoding.ids
-                if self.control_pattern.search(text) and not self.control_ids.isdisjoint(ids):
-                    ids = self._encode_in_pieces(place, text)
-                ids_of[place, text] = ids
-        return ids_of
-
-    def _encode_in_pieces(self, place: int, text: str) -> list[int]:
-        """Encodes a text in pieces, split after the first character of each spelling of a control token."""
-        cuts = [match.start() + 1 for match in self.control_pattern.finditer(text)]
-        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
-        ids: list[int] = []
-        for i, piece in enumerate(pieces):
-            ids += self.backends[MIDDLE if i else place].encode(piece, add_special_tokens=False).ids
-        if not self.control_ids.isdisjoint(ids):
-            raise errors.DataError(f"the tokenizer encodes the text {text[:80]!r} as a control token")
-        return ids
+    Raises:
+        DataError: As for `encode_texts`.
+    """
+    return _encode(tokenizer, texts, split_special_tokens=False)
 
 
-def text_encoder(tokenizer: transformers.PreTrainedTokenizerFast, control: Iterable[str]) -> TextEncoder:
-    """Returns the plain-text encoder of a tokenizer whose control tokens have the spellings ``control``."""
+def encode_with_offsets(
+    tokenizer: transformers.PreTrainedTokenizerFast, text: str
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Returns the ids of `encode_rendered`, and the characters of the text that each token covers."""
+    backend = tokenizer.backend_tokenizer
+    with _word_errors(tokenizer, [text]), _plain_offsets(backend):
+        encoding = backend.encode(text, add_special_tokens=False)
+    return encoding.ids, encoding.offsets
+
+
+def encode_continuation(tokenizer: transformers.PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Encodes a text that follows other text, so that a SentencePiece tokenizer inserts no space before it."""
+    with _word_errors(tokenizer, [text]):
+        return _without_prefixes(tokenizer).encode(text, add_special_tokens=False).ids
+
+
+@functools.lru_cache(maxsize=4)
+def _without_prefixes(tokenizer: transformers.PreTrainedTokenizerFast) -> tokenizers.Tokenizer:
+    """Returns a tokenizer's backend or, if it inserts spaces before texts, a copy that inserts none."""
     import tokenizers
 
-    control = set(control)
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    spec["truncation"] = spec["padding"] = None
-    for token in spec["added_tokens"]:
-        token["special"] = token["special"] or token["content"] in control
-    copies: list[tuple[dict[str, Any], tokenizers.Tokenizer]] = []
-    for dropped_schemes in ((), ("first",), ("first", "always")):
-        parts = {name: _without_prefix(spec[name], dropped_schemes) for name in ("normalizer", "pre_tokenizer")}
-        equal = [backend for other_parts, backend in copies if other_parts == parts]
-        # Parsing a large vocabulary takes a second, and most tokenizers need only one copy because they add no prefix.
-        backend = equal[0] if equal else tokenizers.Tokenizer.from_str(json.dumps(spec | parts))
-        backend.encode_special_tokens = True
-        copies.append((parts, backend))
-    longest_first = sorted(control, key=len, reverse=True)
-    return TextEncoder(
-        backends=tuple(backend for _, backend in copies),
-        control_ids=frozenset(i for token in control if (i := copies[0][1].token_to_id(token)) is not None),
-        control_pattern=re.compile("|".join(map(re.escape, longest_first)) or r"(?!)"),
-    )
+    backend = tokenizer.backend_tokenizer
+    spec = json.loads(backend.to_str())
+    parts = {name: _without_prefix(spec[name]) for name in ("normalizer", "pre_tokenizer")}
+    changed = any(spec[name] != part for name, part in parts.items())
+    return tokenizers.Tokenizer.from_str(json.dumps(spec | parts)) if changed else backend
 
 
-def _without_prefix(part: Any, dropped_schemes: Sequence[str]) -> Any:
-    """Returns a normalizer or pre-tokenizer, as JSON, that inserts no space before texts; None if it did nothing else.
+def _encode(tokenizer: Any, texts: Sequence[str], *, split_special_tokens: bool) -> list[list[int]]:
+    if not texts:
+        return []
+    with _word_errors(tokenizer, texts, plain=split_special_tokens):
+        return tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            split_special_tokens=split_special_tokens,
+            return_attention_mask=False,
+            verbose=False,
+        )["input_ids"]
 
-    The part is changed only if its ``prepend_scheme`` (``first``: at the start of an input, ``always``: also after
-    special tokens) is in ``dropped_schemes``. A part that inserts spaces without a scheme counts as ``always``.
-    """
+
+@contextlib.contextmanager
+def _plain_offsets(backend: Any) -> Iterator[None]:
+    """Removes the post-processor in this context, because that of GPT-2 and Llama 3 trims spaces from offsets."""
+    processor, backend.post_processor = backend.post_processor, None
+    try:
+        yield
+    finally:
+        backend.post_processor = processor
+
+
+def _without_prefix(part: Any) -> Any:
+    """Returns a normalizer or pre-tokenizer, as JSON, without the insertion of spaces; None if nothing else remains."""
     if not isinstance(part, dict):
         return part
     for steps in ("normalizers", "pretokenizers"):
         if steps in part:
-            kept = [_without_prefix(step, dropped_schemes) for step in part[steps]]
+            kept = [_without_prefix(step) for step in part[steps]]
             return part | {steps: [step for step in kept if step is not None]}
-    if part.get("prepend_scheme") in dropped_schemes:
+    if "prepend_scheme" in part:
         return part | {"prepend_scheme": "never"}
-    if "always" in dropped_schemes and part.get("add_prefix_space"):
+    if part.get("add_prefix_space"):
         return part | {"add_prefix_space": False}
-    return None if "always" in dropped_schemes and part.get("type") == "Prepend" else part
+    return None if part.get("type") == "Prepend" else part
 
 
-def _raise_for_unknown_word(error: Exception, backend: tokenizers.Tokenizer, texts: Sequence[str]) -> None:
-    """Raises DataError with the first unknown word if the tokenizer is word-level; ``error`` does not name the word."""
-    if type(backend.model).__name__ != "WordLevel" or backend.pre_tokenizer is None:
-        return
-    for word in (word for text in texts for word in text.split()):
-        if any(backend.token_to_id(piece) is None for piece, _ in backend.pre_tokenizer.pre_tokenize_str(word)):
-            raise errors.DataError(f"the word {word!r} is not in the tokenizer's vocabulary") from error
+@contextlib.contextmanager
+def _word_errors(tokenizer: Any, texts: Sequence[str], *, plain: bool = False) -> Iterator[None]:
+    """Raises DataError with the first unknown word if a word-level tokenizer fails, whose error does not name it.
+
+    ``plain`` is whether the texts contain no control tokens.
+    """
+    try:
+        yield
+    except Exception as error:
+        backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
+        if type(backend.model).__name__ != "WordLevel" or backend.pre_tokenizer is None:
+            raise
+        added = [token.content for token in backend.get_added_tokens_decoder().values()]
+        control = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
+        for word in (word for text in texts for word in (text if plain else control.sub(" ", text)).split()):
+            if any(backend.token_to_id(piece) is None for piece, _ in backend.pre_tokenizer.pre_tokenize_str(word)):
+                raise errors.DataError(f"the word {word!r} is not in the tokenizer's vocabulary") from error
+        raise

@@ -11,7 +11,7 @@ demonstrations  ``prompt`` and ``response`` (or ``completion``, ``output``, ``an
 rankings        ``prompt``, ``responses`` and ``ranks`` (1 is best, equal ranks are ties) or ``scores`` (higher is
                 better, equal scores are ties)
                 ``prompt``, ``chosen`` and ``rejected`` (one answer each, or lists of answers); optionally ``margin``,
-                ``score_chosen``, ``score_rejected``
+                ``score_chosen``, ``score_rejected`` (or ``chosen_score``, ``chosen_rating`` and so on)
                 ``chosen`` and ``rejected`` as whole dialogues, which are message lists or have the hh-rlhf form (see
                 `dialogues`); optionally ``prompt``, which must agree with them, and the other fields of a pair
 judged          the fields of a demonstration, and ``label`` (true means good, false means bad)
@@ -23,7 +23,8 @@ the hh-rlhf form. The last turn of a prompt must have text, and must be neither 
 answer is a string or a message list that consists of one assistant turn. Texts are kept as written, except in the
 hh-rlhf form, in which white space around a turn is removed and ``"\r\n"`` becomes ``"\n"``.
 
-A prompt can also be named ``instruction`` or ``question``, and a message list ``conversations`` or ``conversation``.
+A prompt can also be named ``instruction``, ``question`` or ``query``, and a message list ``conversations`` or
+``conversation``.
 With every form, ``system`` or ``system_prompt`` contains the system text, and ``tools`` the functions that the
 assistant may call. ``history`` contains the turns before the question, as ``[question, answer]`` pairs or as messages.
 A text in ``input`` or ``context`` beside a prompt is refused, because its place in the prompt is unknown. An answer
@@ -191,6 +192,7 @@ class _Fields(dict[str, Any]):
 
 def _other_fields(fields: _Fields) -> dict[str, Any]:
     """Returns the arguments ``tools``, ``metadata`` and ``unused`` of a record, from the fields that were not used."""
+    conversations.refuse_media(fields)
     tools = conversations.tools(fields)
     others = {key: value for key, value in fields.items() if key not in fields.used}
     if isinstance(nested := others.get("metadata"), Mapping):
@@ -276,10 +278,11 @@ def _pair(fields: Mapping[str, Any]) -> tuple[Turns, Answers, Answers]:
             raise errors.UnusableRecord("prompts differ")
         whole = conversations.usable_prompt(conversations.with_system(fields, prompt)) if prompt else None
         return whole or conversations.prompt(fields), (better,), (worse,)
-    return conversations.prompt(fields), *(
+    better, worse = (
         tuple(conversations.answer(each, key) for each in (value if _is_list_of_answers(value) else [value]))
         for key, value in (("chosen", chosen), ("rejected", rejected))
     )
+    return conversations.prompt(fields), better, worse
 
 
 def _is_list_of_answers(value: Any) -> bool:
@@ -373,10 +376,15 @@ def _number(fields: Mapping[str, Any], key: str) -> float | None:
     return _score(fields[key])
 
 
-def _pair_scores(fields: Mapping[str, Any], n_chosen: int, n_rejected: int) -> tuple[float, ...] | None:
+def _pair_scores(fields: _Fields, n_chosen: int, n_rejected: int) -> tuple[float, ...] | None:
     """Returns the scores of the chosen and the rejected answers; a list has one for each, None if some are missing."""
+    names = ("score_chosen", "score_rejected")
+    if not any(name in fields for name in names):
+        # A file may use another name for something else, so values that are not numbers are ignored.
+        others = (("chosen" + end, "rejected" + end) for end in ("_score", "_rating", "-rating"))
+        names = next((pair for pair in others if all(_is_finite_number(dict.get(fields, key)) for key in pair)), names)
     scores: list[float] = []
-    for key, n in (("score_chosen", n_chosen), ("score_rejected", n_rejected)):
+    for key, n in zip(names, (n_chosen, n_rejected)):
         listed = isinstance(fields.get(key), list)
         found = [_score(each) for each in fields[key]] if listed else [_number(fields, key)]
         if found == [None]:

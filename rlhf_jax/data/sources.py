@@ -23,6 +23,8 @@ are ignored.
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import decimal
 import glob
 import itertools
 import json
@@ -367,7 +369,9 @@ def _plain(value: Any) -> Any:
         return _plain(value.tolist())
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return value
+    if isinstance(value, decimal.Decimal):
+        return float(value)
+    return value.isoformat() if isinstance(value, datetime.date | datetime.time) else value
 
 
 def _first_sentence(error: BaseException) -> str:

@@ -31,13 +31,12 @@ UNKNOWN = "<|unk|>"
 SPECIAL_TOKENS = (PAD, END, USER, ASSISTANT)
 """Special tokens in the order of their ids, from 0."""
 
-# The generation marks enclose the tokens that contribute to the loss: the text of an assistant turn and its end token.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'user' -%}"
     "{{ '<|user|>' + message['content'] + '<|end|>' }}"
     "{%- elif message['role'] == 'assistant' -%}"
-    "{{ '<|assistant|>' }}{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}"
+    "{{ '<|assistant|>' + message['content'] + '<|end|>' }}"
     "{%- else -%}"
     "{{ raise_exception('the role is user or assistant, not ' + message['role']) }}"
     "{%- endif -%}"
@@ -75,8 +74,7 @@ def train_bpe(
             f"tokens and {_BYTES} bytes"
         )
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    # Without a prefix space, the first word of a text decodes as written. A post-processor would trim the spans from
-    # which the assistant mask of a chat template is computed, so the tokenizer has none.
+    # Without a prefix space, the first word of a text decodes as written.
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(

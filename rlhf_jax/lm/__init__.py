@@ -26,6 +26,7 @@ from rlhf_jax.lm.logprobs import (
 from rlhf_jax.lm.packed import packed_means, packed_scores, packed_sums
 from rlhf_jax.lm.params import abstract, count, init, logical_axes
 from rlhf_jax.lm.transformer import forward, logits
+from rlhf_jax.lm.vocabulary import check_ids, resize
 
 __all__ = [
     "KVCache",
@@ -34,6 +35,7 @@ __all__ = [
     "TopK",
     "abstract",
     "apply_fn",
+    "check_ids",
     "costs",
     "count",
     "create_cache",
@@ -53,6 +55,7 @@ __all__ = [
     "packed_scores",
     "packed_sums",
     "peft",
+    "resize",
     "save",
     "score",
     "selected_logprobs",

@@ -29,18 +29,22 @@ def embed(
         cfg: Architecture.
 
     Returns:
-        Sum of token embeddings and, if there are any, learned positions, scaled if ``cfg.embed_scale`` is set.
+        Sum of token embeddings and, if there are any, learned positions, scaled if ``cfg.embed_scale`` is set. Real
+        tokens with an id outside the vocabulary are NaN.
     """
+    table_VD = params["embed"]["tokens"]
     # Padding may have any id, even one outside the vocabulary, so id 0 is looked up instead.
-    ids_BL, table_VD = jnp.where(mask_BL, tokens_BL, 0), params["embed"]["tokens"]
+    inside_BL = (tokens_BL >= 0) & (tokens_BL < table_VD.shape[0])
+    ids_BL = jnp.where(mask_BL & inside_BL, tokens_BL, 0)
     # Learned positions are added before the sum is cast to the compute dtype.
     dtype = table_VD.dtype if cfg.positions == "learned" else cfg.compute_dtype
-    x_BLD = table_VD[ids_BL] if weights.is_unstacked(params) else look_up(table_VD, ids_BL, dtype)
+    x_BLD = _rows(table_VD, ids_BL) if weights.is_unstacked(params) else look_up(table_VD, ids_BL, dtype)
     if cfg.positions == "learned":
         table_LD = params["embed"]["positions"]
         table_LD = table_LD if weights.is_unstacked(params) else parallel.gather_weight(table_LD, None, "embed")
         x_BLD = x_BLD + table_LD[positions_BL + cfg.position_offset]
-    x_BLD = x_BLD.astype(cfg.compute_dtype)
+    # A gather clamps its indices, so an id outside the vocabulary would silently get the last row.
+    x_BLD = jnp.where((inside_BL | ~mask_BL)[..., None], x_BLD.astype(cfg.compute_dtype), jnp.nan)
     return x_BLD * jnp.asarray(cfg.d_model**0.5, x_BLD.dtype) if cfg.embed_scale else x_BLD
 
 
@@ -56,25 +60,30 @@ def look_up(table_VD: jax.Array, tokens_BL: jax.Array, dtype: Any) -> jax.Array:
     rows = None if mesh is None else parallel.spec(("batch", "length"), mesh, shape=tokens_BL.shape)
     where = None if mesh is None else parallel.spec(("vocab", "embed"), mesh, shape=table_VD.shape)
     if rows is None or where is None:
-        return table_VD[tokens_BL].astype(dtype)
+        return _rows(table_VD, tokens_BL).astype(dtype)
     over_vocab, over_features = where
     if over_features is None or over_features not in (rows[0] or ()):
         # Devices with different features have the same rows, so plain indexing suffices.
-        return parallel.gather_weight(table_VD, "vocab", "embed")[tokens_BL].astype(dtype)
+        return _rows(parallel.gather_weight(table_VD, "vocab", "embed"), tokens_BL).astype(dtype)
 
     def look_up_shard(table: jax.Array, tokens: jax.Array) -> jax.Array:
         table = lax.all_gather(table, over_features, axis=1, tiled=True)
         if over_vocab is None:
-            return table[tokens].astype(dtype)
+            return _rows(table, tokens).astype(dtype)
         places = tokens - lax.axis_index(over_vocab) * table.shape[0]
         here = (places >= 0) & (places < table.shape[0])
-        found = table[jnp.where(here, places, 0)].astype(dtype)
+        found = _rows(table, jnp.where(here, places, 0)).astype(dtype)
         # Only one device has a non-zero term, so the sum is exact in any dtype.
         return lax.psum(jnp.where(here[..., None], found, jnp.zeros((), dtype)), over_vocab)
 
     return jax.shard_map(look_up_shard, in_specs=(where, rows), out_specs=PartitionSpec(*rows, None))(
         table_VD, tokens_BL
     )
+
+
+def _rows(table_VD: jax.Array, ids: jax.Array) -> jax.Array:
+    """Returns ``table_VD[ids]`` for ids in [0, V), without the operations that handle other ids."""
+    return table_VD.at[ids].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def rotary_angles(positions_BL: jax.Array, theta: float, scaling: Any, cfg: config.LMConfig) -> Angles | None:

@@ -158,3 +158,107 @@ def format_of(name):
 
 def shown(fmt, ids):
     return backend_of(fmt.tokenizer).decode(ids, skip_special_tokens=False)
+
+
+def learnt_texts(fmt, ids, learnt):
+    """Returns the texts of the runs of tokens that a loss mask selects."""
+    runs = [[]]
+    for i, on in zip(ids, learnt):
+        if on:
+            runs[-1].append(i)
+        elif runs[-1]:
+            runs.append([])
+    return [shown(fmt, run) for run in runs if run]
+
+
+def _headed(opening, ending, *, role="message['role']", before="", content="message['content']"):
+    header = f"'{opening[0]}' + {role} + '{opening[1]}'"
+    return (
+        before
+        + "{% for message in messages %}{{ "
+        + f"{header} + {content} + '{ending}'"
+        + " }}{% endfor %}{% if add_generation_prompt %}{{ '"
+        + f"{opening[0]}assistant{opening[1]}"
+        + "' }}{% endif %}"
+    )
+
+
+_CHATML = _headed(("<|im_start|>", "\\n"), "<|im_end|>\\n")
+_DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou know.<|im_end|>\\n' }}{% endif %}"
+)
+_GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    "{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+    "{{ '<start_of_turn>' + role + '\\n' + m['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+)
+_PHI3 = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + '<|end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+_BRACKETS = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ ' [INST] ' + m['content'] + ' [/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}{% else %}{{ m['content'] }}{% endif %}"
+    "{% endfor %}"
+)
+_DEEPSEEK = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|user|>' + m['content'] }}"
+    "{% elif m['role'] == 'assistant' %}{{ '<|assistant|>' + m['content'] + '<|end|>' }}{% else %}{{ m['content'] }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+# The thoughts of earlier answers are removed, and the last answer has a thought, which may be empty.
+_QWEN3 = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'assistant' %}{% set text = m.content %}"
+    "{% set thought = '' %}{% if '</think>' in text %}"
+    "{% set thought = text.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}"
+    "{% set text = text.split('</think>')[-1].lstrip('\\n') %}{% endif %}{{ '<|im_start|>assistant\\n' }}"
+    "{% if loop.index0 > ns.last and (loop.last or thought) %}"
+    "{{ '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + text.lstrip('\\n') }}"
+    "{% else %}{{ text }}{% endif %}"
+    "{{ '<|im_end|>\\n' }}{% else %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    "{% endif %}"
+)
+_ANSWERS = ("In the garden.", "Nobody knows.")
+
+OWN: dict[str, Any] = {
+    "qwen2": (make_qwen, _CHATML, [f"{text}<|im_end|>" for text in _ANSWERS]),
+    "default system": (make_qwen, _DEFAULT_SYSTEM + _CHATML, [f"{text}<|im_end|>" for text in _ANSWERS]),
+    "qwen3": (
+        make_qwen3,
+        _QWEN3,
+        ["In the garden.<|im_end|>", "<think>\n\n</think>\n\nNobody knows.<|im_end|>"],
+    ),
+    "llama3": (
+        make_llama3,
+        _headed(
+            ("<|start_header_id|>", "<|end_header_id|>\\n\\n"),
+            "<|eot_id|>",
+            before="{{ bos_token }}",
+            content="message['content'] | trim",
+        ),
+        [f"{text}<|eot_id|>" for text in _ANSWERS],
+    ),
+    "always prompts": (
+        make_llama3,
+        _headed(("<|start_header_id|>", "<|end_header_id|>\\n"), "<|eot_id|>").replace(
+            "{% if add_generation_prompt %}", "{% if true %}"
+        ),
+        [f"{text}<|eot_id|>" for text in _ANSWERS],
+    ),
+    "gemma": (make_gemma, _GEMMA, [f"{text}<end_of_turn>" for text in _ANSWERS]),
+    "phi3": (make_phi3, _PHI3, [f"{text}<|end|>" for text in _ANSWERS]),
+    "deepseek": (make_phi3, _DEEPSEEK, [f"{text}<|end|>" for text in _ANSWERS]),
+    "zephyr": (
+        make_llama2,
+        _headed(("<|", "|>\\n"), "</s>\\n"),
+        [f"{text}</s>" for text in _ANSWERS],
+    ),
+    "mistral": (make_mistral, _BRACKETS, [f" {text}</s>" for text in _ANSWERS]),
+    "llama2": (make_llama2, _BRACKETS, [f" {text}</s>" for text in _ANSWERS]),
+}
+"""Templates as tokenizers have them, without generation marks: a tokenizer, the template, and what the assistant writes
+in ``TURNS``, found by hand."""

@@ -38,6 +38,12 @@ def test_a_call_without_text_is_kept_in_a_context_and_as_an_answer(tmp_path, con
     assert ranking.responses == (turn, "No.")
 
 
+def test_a_tool_may_return_nothing():
+    call = {"role": "assistant", "content": "", "tool_calls": CALL}
+    prompt = records.parse_prompt({"prompt": [ASK, call, {"role": "tool", "content": ""}]}).prompt
+    assert [turn.role for turn in prompt] == ["user", "assistant", "tool"]
+
+
 def test_answers_that_differ_in_a_call_or_a_thought_alone_are_two_answers():
     for chosen, rejected in (
         (LOOK, {**LOOK, "tool_calls": OTHER_CALL}),

@@ -24,6 +24,7 @@ def read(tmp_path, reader, *rows):
         {"instruction": "why", "input": "", "output": "so"},  # Alpaca
         {"instruction": "why", "context": "", "response": "so", "category": "qa"},  # Dolly
         {"question": "why", "answer": "so"},
+        {"query": "why", "response": "so"},  # MetaMath
         {"prompt": "why", "response": "so", "answer": "42"},
         {"conversations": [{"from": "human", "value": "why"}, {"from": "gpt", "value": "so"}]},
         {"conversation": [ASK, SAY]},
@@ -128,6 +129,8 @@ def test_images_beside_a_prompt_drop_the_record(tmp_path):
     ]
     parsed, counts = read(tmp_path, readers.read_prompts, *rows)
     assert (len(parsed), counts.dropped) == (2, {"image beside the prompt": 1})
+    _, counts = read(tmp_path, readers.read_demonstrations, {"messages": [ASK, SAY], "images": [{"path": "a.png"}]})
+    assert counts.dropped == {"images beside the prompt": 1}
 
 
 def test_fields_with_text_that_are_not_used_are_named_once(tmp_path):
@@ -191,6 +194,9 @@ def test_equal_scores_are_a_tie_in_every_form():
     for fields in (
         {"chosen": "so", "rejected": "no", "score_chosen": 5.0, "score_rejected": 5},
         {"chosen": ["so"], "rejected": ["no", "maybe"], "score_chosen": [5], "score_rejected": [5, 5]},
+        {"chosen": "so", "rejected": "no", "chosen_rating": 5.0, "rejected_rating": 5.0},
+        {"chosen": "so", "rejected": "no", "chosen-rating": 5.0, "rejected-rating": 5.0},
+        {"chosen": "so", "rejected": "no", "chosen_score": 5, "rejected_score": 5},
         {"responses": ["so", "no"], "scores": [5, 5.0]},
         {"responses": ["so", "no"], "scores": [5, 5], "ranks": [1, 2]},
     ):
@@ -200,6 +206,10 @@ def test_equal_scores_are_a_tie_in_every_form():
         {"prompt": "why", "responses": ["a", "b", "c"], "scores": [1, 5, 5], "ranks": [3, 2, 1]}
     )
     assert (ranking.responses, ranking.ranks, ranking.scores) == (("b", "c", "a"), (1, 1, 3), (5.0, 5.0, 1.0))
+    pair = {"prompt": "why", "chosen": "so", "rejected": "no"}
+    assert records.parse_ranking(pair | {"chosen_score": 5, "rejected_score": 2}).margin == 3.0
+    named = pair | {"chosen_score": "high", "rejected_score": "low"}
+    assert records.parse_ranking(named).metadata == {"chosen_score": "high", "rejected_score": "low"}
 
 
 def test_a_binarised_ultrafeedback_record_is_read():

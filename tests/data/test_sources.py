@@ -1,6 +1,8 @@
 """Raw records from every file type, and errors for files that cannot be read."""
 
 import bz2
+import datetime
+import decimal
 import gzip
 import json
 import lzma
@@ -167,6 +169,16 @@ def test_null_fields_inside_a_parquet_object_are_those_that_it_lacks(tmp_path):
     (record,), _ = readers.read_demonstrations(tmp_path / "d.parquet")
     assert record.prompt == (dialogues.Turn("user", "why"),)
     assert record.response == dialogues.Turn("assistant", "", {"tool_calls": calls})
+
+
+def test_parquet_values_become_json_values(tmp_path):
+    day = datetime.datetime(2024, 1, 2, 3, 4)
+    messages = [{**ASK, "time": day, "cost": decimal.Decimal("1.5")}, {**SAY, "time": day}]
+    row = {"messages": messages, "day": day, "name": b"caf\xc3\xa9", "other": b"\xff"}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "d.parquet")
+    (record,), _ = readers.read_demonstrations(tmp_path / "d.parquet")
+    assert record.prompt == (dialogues.Turn("user", "why", {"time": "2024-01-02T03:04:00", "cost": 1.5}),)
+    assert record.metadata == {"day": "2024-01-02T03:04:00", "name": "café"}
 
 
 def test_compression_and_form_are_recognised_by_the_contents(tmp_path):

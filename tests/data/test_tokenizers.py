@@ -2,7 +2,6 @@
 
 import functools
 import json
-from typing import Any
 
 import numpy as np
 import pytest
@@ -114,8 +113,10 @@ def test_an_unknown_word_is_an_error_that_names_it(words):
         plain_text.encode_texts(words, ["the cat", "the cat sat"])
     with pytest.raises(errors.DataError, match="the word 'mouse' is not"):
         chat.encode_prompt(format_of(words), [dialogues.Turn(USER, "where is the mouse")])
+    with pytest.raises(errors.DataError, match="the word 'mouse' is not"):
+        chat.encode_answer(format_of(words), TURNS, "the mouse")
     with pytest.raises(errors.DataError, match=r"the word '<\|end\|>' is not"):
-        chat.encode_answer(format_of(words), "the <|end|>")
+        plain_text.encode_texts(words, ["the <|end|>"])
 
 
 def test_an_unknown_word_can_have_a_token():
@@ -148,7 +149,7 @@ def test_bad_word_lists_are_refused(bad, message):
 
 def test_prompt_and_answer_encoded_separately_equal_the_chat_template(tokenizer):
     prompt = chat.encode_prompt(format_of(tokenizer), TURNS)
-    answer = chat.encode_answer(format_of(tokenizer), ANSWER)
+    answer = chat.encode_answer(format_of(tokenizer), TURNS, ANSWER)
     assert prompt[0] == 2 and prompt[-1] == 3 and answer[-1] == 1
     assert answer.count(1) == 1 and prompt.count(1) == 3
     rendered = tokenizer.apply_chat_template(chat.messages(TURNS), add_generation_prompt=True, return_dict=True)
@@ -159,36 +160,36 @@ def test_prompt_and_answer_encoded_separately_equal_the_chat_template(tokenizer)
     assert rendered["input_ids"] == prompt + answer
 
 
-def test_the_generation_marks_cover_every_answer_with_its_end_token(tokenizer):
+def test_the_loss_mask_covers_every_answer_with_its_end_token(tokenizer):
     turns = [*TURNS, dialogues.Turn(ASSISTANT, ANSWER)]
-    rendered = tokenizer.apply_chat_template(chat.messages(turns), return_dict=True, return_assistant_tokens_mask=True)
+    ids, learnt = chat.encode_dialogue(format_of(tokenizer), turns)
     expected = []
     for turn in turns:
         n = len(encode_text(tokenizer, turn.text))
-        expected += [0, *([1] * (n + 1))] if turn.role == ASSISTANT else [0] * (n + 2)
-    assert rendered["assistant_masks"] == expected
-    spoken = [i for i, said in zip(rendered["input_ids"], rendered["assistant_masks"]) if said]
-    both = [chat.encode_answer(format_of(tokenizer), text) for text in (TURNS[1].text, ANSWER)]
+        expected += [False, *([True] * (n + 1))] if turn.role == ASSISTANT else [False] * (n + 2)
+    assert learnt == expected
+    spoken = [i for i, said in zip(ids, learnt) if said]
+    both = [chat.encode_answer(format_of(tokenizer), turns[:n], turns[n].text) for n in (1, 3)]
     assert spoken == both[0] + both[1]
 
 
 def test_a_word_level_prompt_has_the_documented_ids(words):
     assert chat.encode_prompt(format_of(words), TURNS) == [2, 4, 5, 6, 7, 1, 3, 6, 7, 5, 10, 1, 2, 6, 8, 1, 3]
-    assert chat.encode_answer(format_of(words), ANSWER) == [10, 9, 1]
-    assert chat.encode_answer(format_of(words), "") == [1]
+    assert chat.encode_answer(format_of(words), TURNS, ANSWER) == [10, 9, 1]
+    assert chat.encode_answer(format_of(words), TURNS, "") == [1]
 
 
-def test_special_tokens_in_a_text_stay_text(bpe):
-    prompt = chat.encode_prompt(format_of(bpe), [dialogues.Turn(USER, NASTY)])
-    assert [i for i in prompt if i < 4] == [2, 1, 3]
-    assert bpe.decode(prompt) == f"<|user|>{NASTY}<|end|><|assistant|>"
-    assert [i for i in chat.encode_answer(format_of(bpe), NASTY) if i < 4] == [1]
-    # The tokenizer itself still recognises special tokens.
-    assert bpe("<|end|>", add_special_tokens=False)["input_ids"] == [1]
+def test_special_tokens_are_recognised_in_dialogues_but_not_in_plain_text(bpe):
+    prompt = [dialogues.Turn(USER, NASTY)]
+    assert chat.encode_prompt(format_of(bpe), prompt) == bpe.apply_chat_template(
+        chat.messages(prompt), add_generation_prompt=True, return_dict=False
+    )
+    assert not {0, 1, 2, 3} & set(encode_text(bpe, NASTY)) and bpe.decode(encode_text(bpe, NASTY)) == NASTY
+    assert chat.has_special_token(format_of(bpe), prompt) and not chat.has_special_token(format_of(bpe), TURNS)
 
 
 def test_an_unknown_role_and_a_tokenizer_without_roles_are_errors(words):
-    with pytest.raises(errors.DataError, match="prompt 0 has a turn of role 'system'"):
+    with pytest.raises(errors.DataError, match="rejects the turns: the role is user or assistant, not system"):
         chat.encode_prompt(format_of(words), [dialogues.Turn("system", "the cat")])
     with pytest.raises(Exception, match="the role is user or assistant, not system"):
         words.apply_chat_template([{"role": "system", "content": "the cat"}])
@@ -211,13 +212,7 @@ def test_a_saved_tokenizer_is_restored(tokenizer, tmp_path):
         assert (loaded.pad_token_id, loaded.eos_token_id, loaded.bos_token) == (0, 1, None)
         assert loaded.chat_template == tokenizers.CHAT_TEMPLATE
         assert chat.encode_prompt(format_of(loaded), TURNS) == chat.encode_prompt(format_of(tokenizer), TURNS)
-        rendered: Any = loaded.apply_chat_template(
-            chat.messages([*TURNS, dialogues.Turn(ASSISTANT, ANSWER)]),
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        assert sum(rendered["assistant_masks"]) > 3
-        ids = chat.encode_answer(format_of(loaded), ANSWER)
+        ids = chat.encode_answer(format_of(loaded), TURNS, ANSWER)
         assert loaded.decode(ids, skip_special_tokens=True) == ANSWER
 
 
@@ -265,7 +260,7 @@ def test_consecutive_assistant_turns_are_encoded_as_they_are(words):
 def test_texts_become_rows_with_a_loss_on_the_answers(tokenizer):
     counts = any_share()
     prompts, kept = chat.encode_prompts(format_of(tokenizer), [TURNS, TURNS[2:]], width=60, counts=counts)
-    answers = chat.encode_answers(format_of(tokenizer), [ANSWER, "the end"])
+    answers = chat.encode_answers(format_of(tokenizer), [TURNS, TURNS[2:]], [ANSWER, "the end"])
     rows = padding.demonstration_rows(
         prompts, [answers[i] for i in kept], prompt_width=60, response_width=20, pad_id=0, counts=counts
     )

@@ -1,10 +1,12 @@
 """Tests instructgpt.py with --model: tokenizer, chat format, gold utility of decoded answers, and errors."""
 
 import dataclasses
+import datetime
 import json
 import shutil
 import subprocess
 import time
+import types
 from typing import Any
 
 import chat_cases
@@ -16,10 +18,10 @@ import pytest
 import sweep
 import test_instructgpt as job
 from launch import config_file, initial_model, run_folder, settings
-from recipe import run_setup, tasks, world_words
+from recipe import jobs, run_setup, tasks, world_words
 
 from rlhf_jax import lm
-from rlhf_jax.data import chat, tokenizers
+from rlhf_jax.data import chat, dialogues, tokenizers
 from rlhf_jax.simulation import lexicon, prompts
 
 SMALL = settings.preset("smoke", pretrained=True)
@@ -96,6 +98,7 @@ def test_the_job_starts_from_a_model_and_its_tokenizer(finished, checkpoint):
     folder, done = finished
     assert "pretrain: already done" in done.stderr
     assert f"starting from {checkpoint} (gpt2)" in done.stdout and "with generation marks" in done.stdout
+    assert "computing in float32" in done.stdout
     assert json.loads((folder / "config.json").read_text())["model"] == str(checkpoint)
     results = json.loads((folder / "results.json").read_text())
     for policy in results["policies"].values():
@@ -128,6 +131,23 @@ def test_the_job_starts_from_the_policy_of_another_run(finished, tmp_path):
     assert results["reward_model"]["held_out_prompts"] == 16
     assert all("gold" not in policy and "reward" in policy for policy in results["policies"].values())
     assert initial_model.load(str(out / "policy")).cfg.model_type == "gpt2"
+
+
+@pytest.mark.parametrize(("flag", "dtype"), [(None, "float32"), ("float32", "float32"), ("bfloat16", "bfloat16")])
+def test_a_float16_model_computes_in_float32_or_as_the_flag_says(byte_pairs, tmp_path, flag, dtype):
+    path = save_gpt2(tmp_path / "m", byte_pairs)
+    config = json.loads((path / "config.json").read_text())
+    del config["rlhf_jax"]
+    (path / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    model = initial_model.load(str(path))
+    asked = dataclasses.replace(SMALL, compute=settings.Compute(flag))
+    task: Any = types.SimpleNamespace(tokenizer=range(300), row_width=70)
+    assert jobs.model_config(asked, task, model) == dataclasses.replace(model.cfg, dtype=dtype)
+    new = jobs.model_config(asked, task, None)
+    assert (new.dtype, new.vocab_size) == (dtype, 300)
+    assert run_setup.describe_dtype(new).startswith(f"computing in {dtype}, with parameters in float32")
+    restored = config_file.from_dict(settings.Settings, json.loads(json.dumps(dataclasses.asdict(asked))))
+    assert restored.compute == asked.compute
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -214,7 +234,7 @@ def with_changes(made, changes):
 def test_answers_are_decoded_to_the_worlds_words(byte_pairs):
     fmt = chat.chat_format(byte_pairs)
     answers = ["the fox is red .", "Red? the fox", "", "the <|end|> fox", "the " * 50]
-    ids = chat.encode_answers(fmt, answers)
+    ids = chat.encode_answers(fmt, [(dialogues.Turn("user", "what"),)] * len(answers), answers)
     ids[1] = ids[1][:-1]  # truncated, without the end token
     width = max(map(len, ids))
     tokens_BT = np.array([[*x, *[fmt.pad_id] * (width - len(x))] for x in ids])
@@ -271,8 +291,38 @@ def test_unusable_model_folders_raise_a_one_sentence_error(checkpoint, byte_pair
     with pytest.raises(settings.SettingError, match=f"its tokenizer has {n} ids, more than the {n - 3} of the model"):
         initial_model.load(str(small))
     unmarked = save_gpt2(tmp_path / "unmarked", chat_cases.make_gpt2(template="{{ messages[0]['content'] }}"))
-    with pytest.raises(settings.SettingError, match=r"no {% generation %} marks"):
+    with pytest.raises(settings.SettingError, match="the chat template writes the text of an answer 0 times"):
         initial_model.load(str(unmarked))
+
+
+def test_options_and_the_date_of_the_chat_template_are_saved_with_the_run(tmp_path, byte_pairs):
+    dated = "{{ strftime_now('%d %b %Y') + (mood | default(' calm')) }}" + CHATML
+    tokenizer = chat_cases.make_qwen(template=dated, words=[" ".join(lexicon.WORDS), "user\n0123"], size=700)
+    folder = save_gpt2(tmp_path / "dated", tokenizer)
+    arguments = ["--preset", "smoke", "--model", str(folder), "--template.options", '{"mood": " glad"}']
+
+    def opening(made):
+        model = initial_model.load(made.model, template=made.template)
+        ids = chat.encode_prompt(model.fmt, [dialogues.Turn("user", "what")])
+        return initial_model.with_date(made, model), model.fmt.tokenizer.decode(ids).partition("<|im_start|>")[0]
+
+    made, text = opening(instructgpt.parse([*arguments, "--template.date", "2024-07-26"]))
+    assert text == "26 Jul 2024 glad" and made.template.date == "2024-07-26"
+    made, text = opening(instructgpt.parse(arguments))
+    assert datetime.date.fromisoformat(made.template.date).strftime("%d %b %Y glad") == text, "today"
+    run_folder.create(tmp_path / "run", made)
+    assert opening(instructgpt.parse(["--resume", str(tmp_path / "run")]))[0].template == made.template
+    undated = save_gpt2(tmp_path / "undated", byte_pairs)
+    for flags, message in (
+        (["--template.options", "x"], "is 'x'; it must be a JSON object"),
+        (["--template.options", '{"mod": 1}'], "the chat template has no variable 'mod'; it has none"),
+        (["--template.date", "May"], "is 'May'; it must be a date, such as 2025-01-31"),
+        (["--template.date", "2024-07-26"], "the chat template of --model writes no date"),
+    ):
+        with pytest.raises(settings.SettingError, match=message):
+            opening(instructgpt.parse(["--model", str(undated), *flags]))
+    with pytest.raises(settings.SettingError, match="date has no effect without --model"):
+        instructgpt.parse(["--template.date", "2024-07-26"])
 
 
 @pytest.mark.parametrize("script", [instructgpt, sweep, compare], ids=lambda script: script.__name__)

@@ -205,7 +205,7 @@ def test_truncation_keeps_the_end_of_prompts_and_the_end_of_turn_tokens(tmp_path
     encoded = cross_validation.encode(fmt, pairs, settings)
     assert {len(ids) for ids in encoded.prompts} == {5}
     assert {len(ids) for side in encoded.answers for ids in side} == {4}
-    end = chat.encode_answers(fmt, ["x"])[0][-1]
+    end = fmt.stop_ids[0]
     assert all(ids[-1] == end for side in encoded.answers for ids in side)
     batch = cross_validation.pack_pairs(
         encoded, np.arange(6), width=9, pad_id=fmt.pad_id, dropped=0.5, rng=np.random.default_rng(0)

@@ -182,6 +182,24 @@ def test_pairs_that_are_too_long_are_dropped(model):
         rewardbench.encode(fmt, records, max_length=5, counts=counts)
 
 
+def test_tools_and_calls_reach_the_chat_template(model, tmp_path):
+    tokenizer = tokenizers.load(model[0])
+    template = (
+        "{% for tool in tools or [] %}{{ tool.name + ' ' }}{% endfor %}{% for m in messages %}{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}{{ ' ' + call.name }}{% endfor %}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% else %}{{ ' ' }}{% endif %}{% endfor %}"
+    )
+    fmt = chat.chat_format(tokenizer, template=template)
+    call = {"role": "assistant", "content": "red", "tool_calls": [{"name": "blue"}]}
+    row = {"prompt": "what", "chosen": call, "rejected": "red", "tools": [{"name": "fox"}]}
+    pairs = rewardbench.read(str(write(tmp_path / "file.jsonl", [row])), counts=errors.DropCount())
+    _, rows, _ = rewardbench.encode(fmt, pairs, max_length=16, counts=errors.DropCount())
+    assert [tokenizer.decode(ids, skip_special_tokens=True).split() for ids in rows] == [
+        ["fox", "what", "red", "blue"],
+        ["fox", "what", "red"],
+    ]
+
+
 # The reader
 
 
@@ -195,7 +213,7 @@ def test_pairs_of_every_format_and_file_type_are_read_and_other_records_counted(
     from_parquet = rewardbench.read(str(tmp_path / "file.parquet"), counts=counts)
     from_lines = rewardbench.read(str(write(tmp_path / "file.jsonl", rows)), counts=counts)
     assert [pair[:4] for pair in from_parquet] == [pair[:4] for pair in from_lines] and not counts.dropped
-    assert from_lines[2][1:] == (rows[2]["chosen"], rows[2]["rejected"], None, f"{tmp_path / 'file.jsonl'}, line 3")
+    assert from_lines[2][1:5] == (rows[2]["chosen"], rows[2]["rejected"], None, f"{tmp_path / 'file.jsonl'}, line 3")
     two = {"prompt": "what", "responses": ["red", "blue"], "ranks": [2, 1], "subset": 3}
     three = two | {"responses": ["red", "blue", "fox"], "ranks": [1, 2, 3]}
     (pair,) = rewardbench.read(str(write(tmp_path / "ranked", [two, three])), counts=counts)

@@ -25,6 +25,7 @@ from launch.settings import SettingError
 from preferences import direct_settings, reward_settings
 
 from rlhf_jax import parallel
+from rlhf_jax.data import errors
 from rlhf_jax.distributed import hosts
 from rlhf_jax.simulation import lexicon
 
@@ -40,7 +41,7 @@ TINY: dict[str, dict[str, Any]] = {
     "ppo": {"iterations": 4, "batch": 8, "minibatches": 2, "warmup": 1, "ema": 0.5},
     "evaluation": {"prompts": 8, "best_of": 4, "best_of_prompts": 4, "skills": 8, "pretraining_rows": 4}
     | {"transcripts": 2},
-    "data": {"vocab_size": 300, "prompt_width": 48, "response_width": 24},
+    "data": {"vocab_size": 300, "prompt_width": 48, "response_width": 24, "max_dropped": 0.1},
 }
 ALTERNATIVES: dict[str, Any] = {
     "saves": 2,
@@ -53,8 +54,10 @@ ALTERNATIVES: dict[str, Any] = {
     "data.prompt_width": 40,
     "data.response_width": 20,
     "data.held_out": 0.3,
+    "data.max_dropped": 0.0,
     "world.labelers": 5,
     "world.agreement": 0.8,
+    "world.polite_taste": 9.0,
     "comparisons.min_k": 3,
     "reward_model.batch": 2,
     "ppo.batch": 16,
@@ -105,8 +108,9 @@ ALTERNATIVES: dict[str, Any] = {
     "hosts.index": 1,
 }
 """Other values of settings for which half, twice, the next number or the next choice is not possible."""
-ELSEWHERE = {"model", "preset", "published", "resume", "data.path", "out"}
-"""Settings that are covered by the tests at the end of this file, as are --mesh and, in instructgpt.py, --hosts."""
+ELSEWHERE = {"model", "preset", "published", "resume", "data.path", "out", "template.options", "template.date"}
+"""Settings that are covered by the tests at the end of this file, as are --mesh and, in instructgpt.py, --hosts; those
+of --template are covered in test_initial_model.py."""
 WITHOUT_EFFECT = {
     ("dpo", "ppo.minibatches"): "must divide --ppo.batch, with which it may have to be changed",
     ("compare", "ppo.minibatches"): "likewise",
@@ -167,7 +171,8 @@ def name_of(value: Any) -> str:
 def inputs(tmp_path_factory):
     """Returns a folder, and the values of --data.path and --model."""
     folder = tmp_path_factory.mktemp("tiny")
-    path = test_instructgpt.write(folder / "pairs.jsonl", test_instructgpt.comparisons(40))
+    unusable = {"chosen": test_instructgpt.dialogue("Hi?", ""), "rejected": test_instructgpt.dialogue("Hi?", "Go.")}
+    path = test_instructgpt.write(folder / "pairs.jsonl", [*test_instructgpt.comparisons(40), unusable])
     text = " ".join(lexicon.WORDS)
     words = [text, "user\n" + text, "assistant\n" + text]
     tokenizer = test_initial_model.chat_cases.make_qwen(template=test_initial_model.CHATML, words=words, size=700)
@@ -250,6 +255,15 @@ OWN = {
 } - {field.name for field in dataclasses.fields(settings.Settings)}
 
 
+def has_effect(command: Any, arguments: Any, changes: Any, name: str, before: dry_run.Observed, folder: Any) -> bool:
+    """Returns whether a changed setting changes the run; --data.max-dropped must make it end at an unusable record."""
+    if name == "data.max_dropped":
+        with pytest.raises(errors.DataError, match="1 of 41 records were dropped"):
+            dry_run.observe(command, arguments, changes, folder)
+        return True
+    return bool(before.differences(dry_run.observe(command, arguments, changes, folder)))
+
+
 def check_changes(variant: Variant, inputs: Any, *, only: Any = lambda name: True) -> None:
     command = COMMANDS[variant[0]]
     arguments, base = command_line(variant, inputs)
@@ -260,14 +274,13 @@ def check_changes(variant: Variant, inputs: Any, *, only: Any = lambda name: Tru
         changes = base | {name: alternative(made, name)} if not covered_elsewhere(variant[0], name) else {}
         skipped = not changes or name in base or (variant[0], name) in WITHOUT_EFFECT or not only(name)
         if not skipped and not is_refused(command, arguments, changes, name):
-            after = dry_run.observe(command, arguments, changes, inputs[0])
-            without_effect += [] if before.differences(after) else [name]
+            without_effect += [] if has_effect(command, arguments, changes, name, before, inputs[0]) else [name]
     assert not without_effect
 
 
 @pytest.mark.parametrize("variant", [VARIANTS[0]], ids=name_of)
 def test_changing_an_rl_setting_changes_the_run(variant, inputs):
-    check_changes(variant, inputs, only=lambda name: name.startswith("ppo."))
+    check_changes(variant, inputs, only=lambda name: name.startswith(("ppo.", "compute.")))
 
 
 @pytest.mark.parametrize("variant", [each for each in VARIANTS[1:] if each[1] != "pmp"], ids=name_of)

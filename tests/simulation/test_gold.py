@@ -112,7 +112,7 @@ def test_ids_equal_those_of_the_word_level_tokenizer_and_its_chat_template():
         turns = [dialogues.Turn(role, text) for role, text in prompt.turns]
         assert chat.encode_prompt(fmt, turns) == ids
     answer = "the fox is red ."
-    assert chat.encode_answer(fmt, answer) == prompts.answer_tokens(answer)
+    assert chat.encode_answer(fmt, turns, answer) == prompts.answer_tokens(answer)
     assert prompts.answer_tokens(answer, ended=False) == prompts.answer_tokens(answer)[:-1]
 
 
