@@ -11,7 +11,6 @@ import pytest
 
 from rlhf_jax import lm
 from rlhf_jax.data import chat, dialogues, tokenizers
-from rlhf_jax.data.chat import templates
 from rlhf_jax.lm.hub import tokenizer_files
 
 MESSAGES = [
@@ -19,6 +18,11 @@ MESSAGES = [
     {"role": "assistant", "content": "In the garden.\n"},
     {"role": "user", "content": "why  so"},
 ]
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|assistant|>' }}{% generation %}"
+    "{{ m.content + '<|end|>' }}{% endgeneration %}{% else %}{{ '<|user|>' + m.content + '<|end|>' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
 SPACED = """{%- for m in messages %}
     {%- if m.role == 'assistant' %}
   {{ '<|assistant|>' }}  {%- generation -%}
@@ -42,7 +46,7 @@ def plain_jinja(template, **variables):
     return environment.from_string(template).render(messages=MESSAGES, **variables)
 
 
-@pytest.mark.parametrize("template", [tokenizers.CHAT_TEMPLATE, SPACED, *templates.FAMILIES[1].forms])
+@pytest.mark.parametrize("template", [MARKED, SPACED])
 def test_the_main_template_is_plain_jinja_and_writes_the_same_text(template, tmp_path):
     tokenizer = chat_cases.byte_level(("<|user|>", "<|assistant|>", "<|end|>"), template=template, eos_token="<|end|>")
     expected: Any = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
@@ -66,7 +70,7 @@ def test_a_template_without_marks_is_saved_unchanged(tmp_path):
 
 
 def test_other_named_templates_are_kept(tmp_path):
-    named = {"default": tokenizers.CHAT_TEMPLATE, "tool_use": "tools"}
+    named = {"default": MARKED, "tool_use": "tools"}
     tokenizer = chat_cases.byte_level(("<|user|>", "<|assistant|>", "<|end|>"), eos_token="<|end|>")
     tokenizer.chat_template = named
     save(tmp_path / "m", tokenizer)
@@ -76,7 +80,9 @@ def test_other_named_templates_are_kept(tmp_path):
 def test_transformers_finds_the_marked_template_by_its_name(tmp_path):
     import transformers
 
-    save(tmp_path / "m", tokenizers.train_bpe(["where is it"], vocab_size=280))
+    trained = tokenizers.train_bpe(["where is it"], vocab_size=280)
+    trained.chat_template = MARKED
+    save(tmp_path / "m", trained)
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
     messages = chat.messages([dialogues.Turn("user", "where"), dialogues.Turn("assistant", "it")])
     marked = tokenizer.apply_chat_template(
