@@ -46,6 +46,7 @@ TINY: dict[str, dict[str, Any]] = {
 ALTERNATIVES: dict[str, Any] = {
     "saves": 2,
     "out": "elsewhere",
+    "compute.dtype": "bfloat16",
     "sft.mix": 0.5,
     "pretrain.documents": 30,
     "net.heads": 1,
