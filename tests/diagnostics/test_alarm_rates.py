@@ -206,9 +206,6 @@ def test_fewer_than_one_healthy_run_in_a_hundred_raises_an_alarm(kind):
     for rows, runs in ((40, 600), (200, 400), (1000, 300)):
         rates = false_alarms(runs, rows, kind)
         assert max(rates.values()) < 0.01, (rows, rates)
-    made = healthy(np.random.default_rng(1), 700, 1000, kind)  # these checks have the most chances of a false alarm
-    rates = {name: float(np.isfinite(row).mean()) for name, row in compared(made, COMPARING, every=4).items()}
-    assert max(rates.values()) < 0.01, rates
 
 
 @pytest.mark.slow

@@ -75,7 +75,6 @@ ALTERNATIVES: dict[str, Any] = {
     "ppo.reference_ema": 0.9,
     "ppo.ptx_ratio": 2.0,
     "ppo.discount": 0.9,
-    "compute.dtype": "bfloat16",
     "evaluation.prompts": 3,
     "evaluation.pretraining_rows": 2,
     "evaluation.temperature": 0.5,
