@@ -169,6 +169,8 @@ def unused(settings: RewardSettings) -> Iterator[tuple[Sequence[str], str]]:
     yield ("reward_model.heldout",), "on reward_model.py, which trains one reward model"
     yield ("sft.mix", "sft.mix_epochs"), "on reward_model.py, which starts from `sft`"
     yield ("hosts",), "on reward_model.py, which runs on a single host"
+    if settings.model is not None:
+        yield ("pretrain.documents",), "on reward_model.py with --model, which pretrains no model"
     if settings.folds:
         yield _OF_A_SINGLE_MODEL, "with --folds, which uses --cv.*"
     else:

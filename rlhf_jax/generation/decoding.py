@@ -10,7 +10,7 @@ from jax import lax
 
 from rlhf_jax import parallel, types
 from rlhf_jax.generation import sampling as sampling_lib
-from rlhf_jax.lm import config, heads, transformer, vocabulary
+from rlhf_jax.lm import config, embedding, heads, transformer
 
 
 class Drawn(NamedTuple):
@@ -138,5 +138,5 @@ def check(
         raise ValueError(
             f"a prompt and its response can have {width} tokens together, more than cfg.max_length = {cfg.max_length}"
         )
-    vocabulary.check_ids(prompts_BP, cfg.vocab_size, mask=mask_BP, name="prompts_BP")
+    embedding.check_ids(prompts_BP, cfg.vocab_size, mask=mask_BP, name="prompts_BP")
     sampling_lib.check_ids(sampling, cfg.vocab_size)

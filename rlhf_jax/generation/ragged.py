@@ -13,7 +13,7 @@ import numpy as np
 from rlhf_jax import types
 from rlhf_jax.generation import continuous
 from rlhf_jax.generation import sampling as sampling_lib
-from rlhf_jax.lm import config, vocabulary
+from rlhf_jax.lm import config, embedding
 
 
 class Answer(NamedTuple):
@@ -83,7 +83,7 @@ class RaggedSampler:
         for i, ids in enumerate(prompts):
             if not 0 < len(ids) <= longest:
                 raise ValueError(f"prompt {i} has {len(ids)} tokens; it must have between 1 and {longest}")
-            vocabulary.check_ids(ids, self._vocab_size, name=f"the ids of prompt {i}")
+            embedding.check_ids(ids, self._vocab_size, name=f"the ids of prompt {i}")
         buckets = np.searchsorted(self._widths, [len(ids) for ids in prompts])
         answers: dict[int, Answer] = {}
         for bucket in sorted(set(buckets.tolist())):

@@ -10,6 +10,7 @@ from rlhf_jax.lm.cache import KVCache
 from rlhf_jax.lm.cache import create as create_cache
 from rlhf_jax.lm.config import LMConfig
 from rlhf_jax.lm.distributions import TopK, token_kl, token_listed_logprobs, token_top_k
+from rlhf_jax.lm.embedding import check_ids, resize
 from rlhf_jax.lm.heads import with_head, without_head
 from rlhf_jax.lm.hub import peft
 from rlhf_jax.lm.hub.directory import load, load_config, load_normalisation, load_stop_ids, save
@@ -26,7 +27,6 @@ from rlhf_jax.lm.logprobs import (
 from rlhf_jax.lm.packed import packed_means, packed_scores, packed_sums
 from rlhf_jax.lm.params import abstract, count, init, logical_axes
 from rlhf_jax.lm.transformer import forward, logits
-from rlhf_jax.lm.vocabulary import check_ids, resize
 
 __all__ = [
     "KVCache",

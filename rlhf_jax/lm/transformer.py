@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rlhf_jax import parallel, types
-from rlhf_jax.lm import attention, config, embedding, kernels, vocabulary
+from rlhf_jax.lm import attention, config, embedding, kernels
 from rlhf_jax.lm import cache as kv_cache
 from rlhf_jax.lm import params as lm_params
 from rlhf_jax.lm import weights as weights_lib
@@ -106,7 +106,7 @@ def forward(
             token of an array in host memory has an id outside the vocabulary.
     """
     _check(tokens_BL, mask_BL, positions_BL, segments_BL, cache, cfg)
-    vocabulary.check_ids(tokens_BL, cfg.vocab_size, mask=mask_BL, name="tokens_BL")
+    embedding.check_ids(tokens_BL, cfg.vocab_size, mask=mask_BL, name="tokens_BL")
     if cache is None:
         return types.LMOutput(_read(params, tokens_BL, mask_BL, positions_BL, segments_BL, columns, cfg))
     return _continue(params, tokens_BL, mask_BL, positions_BL, cache, used_slots or cache.slots, cfg)

@@ -46,6 +46,7 @@ TINY: dict[str, dict[str, Any]] = {
 ALTERNATIVES: dict[str, Any] = {
     "saves": 2,
     "out": "elsewhere",
+    "compute.dtype": "bfloat16",
     "sft.mix": 0.5,
     "pretrain.documents": 30,
     "net.heads": 1,
@@ -74,6 +75,8 @@ ALTERNATIVES: dict[str, Any] = {
     "ppo.reference_ema": 0.9,
     "ppo.ptx_ratio": 2.0,
     "ppo.discount": 0.9,
+    "evaluation.prompts": 3,
+    "evaluation.pretraining_rows": 2,
     "evaluation.temperature": 0.5,
     "evaluation.split": "validation",
     "evaluation.best_of_prompts": 2,
@@ -90,6 +93,7 @@ ALTERNATIVES: dict[str, Any] = {
     "training.trains": "^head/",
     "pmp.prompts": 10,
     "pmp.polite_taste": 9.0,
+    "pmp.tuning_rate": 0.02,
     "group": 2,
     "pmp.agreement": 0.75,
     "cv.vocab_size": 290,
@@ -172,7 +176,9 @@ def inputs(tmp_path_factory):
     """Returns a folder, and the values of --data.path and --model."""
     folder = tmp_path_factory.mktemp("tiny")
     unusable = {"chosen": test_instructgpt.dialogue("Hi?", ""), "rejected": test_instructgpt.dialogue("Hi?", "Go.")}
-    path = test_instructgpt.write(folder / "pairs.jsonl", [*test_instructgpt.comparisons(40), unusable])
+    answers = {"responses": ["The apple.", "A desk.", "No.", "The garden is lovely."], "ranks": [1, 2, 3, 4]}
+    rankings = [{"prompt": f"Which of them do you like, number {i}?"} | answers for i in range(9)]
+    path = test_instructgpt.write(folder / "data.jsonl", [*test_instructgpt.comparisons(80), *rankings, unusable])
     text = " ".join(lexicon.WORDS)
     words = [text, "user\n" + text, "assistant\n" + text]
     tokenizer = test_initial_model.chat_cases.make_qwen(template=test_initial_model.CHATML, words=words, size=700)
@@ -258,7 +264,7 @@ OWN = {
 def has_effect(command: Any, arguments: Any, changes: Any, name: str, before: dry_run.Observed, folder: Any) -> bool:
     """Returns whether a changed setting changes the run; --data.max-dropped must make it end at an unusable record."""
     if name == "data.max_dropped":
-        with pytest.raises(errors.DataError, match="1 of 41 records were dropped"):
+        with pytest.raises(errors.DataError, match="1 of 90 records were dropped"):
             dry_run.observe(command, arguments, changes, folder)
         return True
     return bool(before.differences(dry_run.observe(command, arguments, changes, folder)))
@@ -343,6 +349,7 @@ def test_methods_without_a_critic_refuse_every_setting_of_the_critic(method):
         ("reward_model", "--cv.width 32", "--cv.width has no effect without --folds"),
         ("reward_model", "--pmp.rate 0.2", "--pmp.rate has no effect without --pmp.prompts"),
         ("reward_model", "--data.path FILE --ppo.temperature 0.7", "--ppo.temperature has no effect on reward_model"),
+        ("reward_model", "--model DIR --pretrain.documents 9", "--pretrain.documents has no effect on reward_model.py"),
         ("reward_model", "--sft.mix 0.2", "--sft.mix has no effect on reward_model.py"),
     ],
 )
