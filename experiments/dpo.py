@@ -163,7 +163,7 @@ def run(settings: DPOSettings) -> dict[str, Any]:
         **evaluated,
     }
     results = run_folder.finite(results) | {"seconds": time.time() - process_setup.START_TIME}
-    lm.save(folder.path / "policy", job.cfg, policy, tokenizer=job.task.tokenizer, stop_ids=job.task.fmt.stop_ids)
+    lm.save(folder.path / "policy", job.cfg, policy, tokenizer=job.task.tokenizer)
     report.write_report(
         folder.path / "report.html",
         results,

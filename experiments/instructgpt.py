@@ -94,7 +94,7 @@ def run(settings: Settings) -> dict:
     if not hosts.current().first:
         return results
     for name, params in models.items():
-        lm.save(folder.path / name, job.cfg, params, tokenizer=job.task.tokenizer, stop_ids=job.task.fmt.stop_ids)
+        lm.save(folder.path / name, job.cfg, params, tokenizer=job.task.tokenizer)
     report.write_report(
         folder.path / "report.html",
         results,

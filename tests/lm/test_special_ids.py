@@ -185,7 +185,7 @@ def test_a_language_model_keeps_the_pad_token_of_its_tokenizer(tmp_path):
     tokenizer = chat_cases.byte_level(TURN_TOKENS, eos_token="<|im_end|>", pad_token="<|im_end|>")
     fmt = chat.chat_format(tokenizer, stop_ids=[tokenizer.convert_tokens_to_ids("<|endoftext|>")])
     cfg = lm.LMConfig(vocab_size=len(tokenizer), n_layers=1, d_model=16, n_heads=2)
-    lm.save(tmp_path / "m", cfg, lm.init(jax.random.key(0), cfg), fmt.tokenizer, stop_ids=fmt.stop_ids)
+    lm.save(tmp_path / "m", cfg, lm.init(jax.random.key(0), cfg), fmt.tokenizer)
     assert tokenizers.load(tmp_path / "m").pad_token == "<|im_end|>"
     generated = json.loads((tmp_path / "m" / "generation_config.json").read_text())
     ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])

@@ -26,7 +26,8 @@ class ChatFormat:
     """The chat format of a tokenizer; created and checked by `chat_format`."""
 
     tokenizer: transformers.PreTrainedTokenizerFast
-    """The tokenizer with ``template`` as its chat template, to be saved with a model trained in this format."""
+    """A copy of the tokenizer with ``template`` as its chat template, to be saved with a model trained in this format.
+    `rlhf_jax.lm.save` also saves its attribute ``stop_ids``, which equals that of the format."""
     template: str
     origin: str
     """Where the template comes from, as a phrase for messages."""
@@ -95,15 +96,15 @@ def chat_format(
         origin += f", with {', '.join(f'{name} = {value!r}' for name, value in options.items())}"
     if _CLOCK.search(chosen):
         origin += f", with the date {date:%d %b %Y}"
-    if chosen != tokenizer.chat_template:
-        tokenizer = copy.copy(tokenizer)
-        tokenizer.chat_template = chosen
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = chosen
     renderer = rendering.Renderer(_fixed_date(date, chosen) + chosen, dict(tokenizer.special_tokens_map))
     stop = _checked_stop(tokenizer, renderer)
     end, eos, pad, unknown = (
         _id(tokenizer, token) for token in (stop, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
     )
     ends = tuple(dict.fromkeys(i for i in (end, eos, *stop_ids) if i is not None))
+    tokenizer.stop_ids = ends  # type: ignore[attr-defined]  # read by lm.save
     return ChatFormat(
         tokenizer=tokenizer,
         template=chosen,

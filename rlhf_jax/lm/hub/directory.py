@@ -141,7 +141,8 @@ def save(
         tokenizer: Tokenizer with a ``save_pretrained`` method, saved in the same directory; None saves none.
         dtype: Dtype of the files, to which values are rounded.
         stop_ids: Ids that end an answer, such as `rlhf_jax.data.chat.ChatFormat.stop_ids`, written to ``config.json``
-            and, for a language model, ``generation_config.json``; by default, the EOS token of the tokenizer.
+            and, for a language model, ``generation_config.json``. By default, those of the tokenizer if it is the
+            tokenizer of a ``ChatFormat``, otherwise its EOS token.
         pad_id: ``pad_token_id`` if no tokenizer is given; by default, there is none.
         normalisation: Record of how the scores of a reward model were normalised, saved in ``config.json``.
         max_shard_bytes: Maximum size of each file; a larger tensor is written to a separate file.
@@ -156,6 +157,7 @@ def save(
     flat = lm_params.flatten(params)
     _check_leaves(flat, cfg)
     has_head = "head/gain" in flat
+    stop_ids = getattr(tokenizer, "stop_ids", None) if stop_ids is None else stop_ids
     special = special_ids.fields(tokenizer, stop_ids, pad_id=pad_id, reward=has_head, vocab_size=cfg.vocab_size)
     hf = _config_json(model_type, family, cfg, flat, jnp.dtype(dtype).name) | special
     if normalisation is not None:
