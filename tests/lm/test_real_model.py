@@ -5,11 +5,12 @@ The environment variables name what to test; without them, the tests are skipped
     RLHF_JAX_REAL_MODEL=FOLDER pytest -n 0 -m slow tests/lm/test_real_model.py
     RLHF_JAX_REAL_TOKENIZERS=FOLDER pytest -n 0 -m slow tests/lm/test_real_model.py
 
-The first is the folder of an instruct model with a few hundred million parameters at most, such as the one that
-tests/cases/make_smollm2.py writes, and the second a folder of folders with ``tokenizer.json`` and
-``tokenizer_config.json``.
+The first is the folder of a small instruct model, such as the one that tests/cases/make_smollm2.py writes. The second
+contains one folder for each tokenizer, with ``tokenizer.json`` and ``tokenizer_config.json``.
 """
 
+import dataclasses
+import functools
 import os
 import pathlib
 from typing import Any
@@ -65,6 +66,13 @@ def in_torch(folder, kind="CausalLM"):
     return auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
+def auto_tokenizer(folder):
+    import transformers
+
+    auto: Any = transformers.AutoTokenizer
+    return auto.from_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def theirs():
     return in_torch(MODEL)
@@ -77,12 +85,14 @@ def questions(fmt, n):
 def assert_same_logits(cfg, params, fmt, model):
     import torch
 
-    compute = jax.jit(lambda params, rows: lm.logits(params, lm.forward(params, rows, cfg=cfg).hidden_BLD, cfg=cfg))
-    for ids in [chat.encode_dialogue(fmt, turns)[0] for turns in random_dialogues(3)]:
+    rows = [chat.encode_dialogue(fmt, turns)[0] for turns in random_dialogues(3)]
+    tokens, mask = padding.pad_prompts(rows, width=max(map(len, rows)), pad_id=fmt.pad_id)
+    hidden_BLD = jax.jit(functools.partial(lm.forward, cfg=cfg))(params, tokens, mask_BL=mask).hidden_BLD
+    found_BLV = np.asarray(lm.logits(params, hidden_BLD, cfg=cfg))
+    for ids, found in zip(rows, found_BLV):
         with torch.no_grad():
-            expected = model(torch.tensor([ids])).logits.numpy()
-        found = np.asarray(compute(params, jnp.asarray([ids])))
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+            expected = model(torch.tensor([ids])).logits[0].numpy()
+        np.testing.assert_allclose(found[-len(ids) :], expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
 def assert_same_answers(cfg, params, fmt, model, *, n, length=60):
@@ -117,9 +127,7 @@ def test_greedy_answers_are_those_of_transformers(ours, theirs, n, length):
 
 def assert_same_ids(folder, fmt):
     """Checks the ids of dialogues, and that the loss is on the answers; returns how many the template accepts."""
-    import transformers
-
-    reference: Any = transformers.AutoTokenizer.from_pretrained(folder)  # type: ignore[attr-defined]
+    reference = auto_tokenizer(folder)
     accepted = 0
     for turns in random_dialogues():
         try:
@@ -171,10 +179,10 @@ def test_trained_models_behave_the_same_in_transformers(ours, tmp_path):
     hyper = {"learning_rate": 1e-5, "max_grad_norm": 1.0}
     counts = errors.DropCount(max_dropped=1.0, max_truncated=1.0)
     widths: Any = dict(prompt_width=PROMPT, response_width=ANSWER, pad_id=fmt.pad_id, counts=counts)
-    prompts = questions(fmt, 4)
-    turns = [[Turn(U, text)] for text in QUESTIONS[:4]]
-    good = chat.encode_answers(fmt, turns, ["Paris.", "Rain falls.", "It is 4.", "Owl, crow and swan."])
-    bad = chat.encode_answers(fmt, turns, ["No.", "I do not know.", "", "Nothing."])
+    prompts = questions(fmt, 2)
+    turns = [[Turn(U, text)] for text in QUESTIONS[:2]]
+    good = chat.encode_answers(fmt, turns, ["It is Paris.", "Rain falls."])
+    bad = chat.encode_answers(fmt, turns, ["", "I do not know."])
 
     rows = jax.tree.map(jnp.asarray, padding.demonstration_rows(prompts, good, **widths))
     batch = sft.TokenBatch(rows.tokens_BL, rows.mask_BL, rows.loss_mask_BL)
@@ -186,7 +194,7 @@ def test_trained_models_behave_the_same_in_transformers(ours, tmp_path):
     def score(params, tokens_BL, mask_BL):
         return lm.score(params, tokens_BL, cfg=cfg, mask_BL=mask_BL)
 
-    pairs = padding.ranking_rows(prompts, list(zip(good, bad)), [(1, 2)] * 4, **widths)
+    pairs = padding.ranking_rows(prompts, list(zip(good, bad)), [(1, 2)] * 2, **widths)
     start = state_lib.create(lm.with_head(jax.random.key(0), policy, cfg), ADAM)
     reward = trained(reward_model.make_train_step(score), start, None, hyper, jax.tree.map(jnp.asarray, pairs))
     lm.save(tmp_path / "reward", cfg, reward, fmt.tokenizer, stop_ids=fmt.stop_ids)
@@ -195,7 +203,7 @@ def test_trained_models_behave_the_same_in_transformers(ours, tmp_path):
     spec = generation.Sampling(max_new_tokens=ANSWER, stop_ids=fmt.stop_ids, pad_id=fmt.pad_id)
     models = ppo.Models(
         lambda params, rng_B, tokens, mask, temperature: generation.generate(
-            params, rng_B, tokens, mask, cfg=cfg, sampling=spec.replace(temperature=temperature)
+            params, rng_B, tokens, mask, cfg=cfg, sampling=dataclasses.replace(spec, temperature=temperature)
         ),
         lambda params, tokens, mask, temperature: lm.token_stats(
             params, tokens, cfg=cfg, prompt_width=PROMPT, mask_BL=mask, temperature=temperature
@@ -219,12 +227,11 @@ def test_trained_models_behave_the_same_in_transformers(ours, tmp_path):
 def check_scores(folder, cfg, params, rows):
     """Checks that ``transformers`` computes the same scores of rows padded on either side."""
     import torch
-    import transformers
 
     score = jax.jit(lambda params, tokens, mask: lm.score(params, tokens, cfg=cfg, mask_BL=mask))
     scores = score(params, *map(jnp.asarray, padding.pad_prompts(rows, width=PROMPT + ANSWER, pad_id=0)))
     assert np.std(scores) > 1e-3
-    model, tokenizer = in_torch(folder, "SequenceClassification"), transformers.AutoTokenizer.from_pretrained(folder)  # type: ignore[attr-defined]
+    model, tokenizer = in_torch(folder, "SequenceClassification"), auto_tokenizer(folder)
     for side in ("left", "right"):
         inputs = tokenizer.pad({"input_ids": rows}, padding_side=side, return_tensors="pt")
         with torch.no_grad():
