@@ -44,7 +44,7 @@ QUESTIONS = (
         "Say only the word yes.",
     ),
 )
-PROMPT, ANSWER = 64, 16
+PROMPT, ANSWER = 64, 8
 ADAM = optax.chain(optax.scale_by_adam(), optax.scale(-1.0))
 
 
@@ -178,8 +178,9 @@ def test_trained_models_behave_the_same_in_transformers(ours, tmp_path):
     cfg, params, fmt = ours
     hyper = {"learning_rate": 1e-5, "max_grad_norm": 1.0}
     counts = errors.DropCount(max_dropped=1.0, max_truncated=1.0)
-    widths: Any = dict(prompt_width=PROMPT, response_width=ANSWER, pad_id=fmt.pad_id, counts=counts)
     prompts = questions(fmt, 2)
+    width = max(map(len, prompts))
+    widths: Any = dict(prompt_width=width, response_width=ANSWER, pad_id=fmt.pad_id, counts=counts)
     turns = [[Turn(U, text)] for text in QUESTIONS[:2]]
     good = chat.encode_answers(fmt, turns, ["It is Paris.", "Rain falls."])
     bad = chat.encode_answers(fmt, turns, ["", "I do not know."])
@@ -206,13 +207,13 @@ def test_trained_models_behave_the_same_in_transformers(ours, tmp_path):
             params, rng_B, tokens, mask, cfg=cfg, sampling=dataclasses.replace(spec, temperature=temperature)
         ),
         lambda params, tokens, mask, temperature: lm.token_stats(
-            params, tokens, cfg=cfg, prompt_width=PROMPT, mask_BL=mask, temperature=temperature
+            params, tokens, cfg=cfg, prompt_width=width, mask_BL=mask, temperature=temperature
         ),
-        lambda params, tokens, mask: lm.values(params, tokens, cfg=cfg, prompt_width=PROMPT, mask_BL=mask),
+        lambda params, tokens, mask: lm.values(params, tokens, cfg=cfg, prompt_width=width, mask_BL=mask),
         lambda params, rollout: score(params, rollout.tokens_BL, rollout.mask_BL),
         join=ppo.shared_trunk,
     )
-    batch = ppo.Batch(*map(jnp.asarray, padding.pad_prompts(prompts, width=PROMPT, pad_id=fmt.pad_id)))
+    batch = ppo.Batch(*map(jnp.asarray, padding.pad_prompts(prompts, width=width, pad_id=fmt.pad_id)))
     critic = {"head": lm.with_head(jax.random.key(0), policy, cfg, zero=True)["head"]}
     step = ppo.make_train_step(models, minibatches=1)
     frozen = ppo.Frozen(reference=policy, reward=reward)
@@ -220,7 +221,7 @@ def test_trained_models_behave_the_same_in_transformers(ours, tmp_path):
     lm.save(tmp_path / "policy", cfg, policy, fmt.tokenizer, stop_ids=fmt.stop_ids)
     model = in_torch(tmp_path / "policy")
     assert_same_logits(cfg, policy, fmt, model)
-    assert_same_answers(cfg, policy, fmt, model, n=8)
+    assert_same_answers(cfg, policy, fmt, model, n=3, length=20)
     assert assert_same_ids(tmp_path / "policy", fmt) >= 26
 
 
