@@ -109,6 +109,7 @@ def parse(arguments: list[str]) -> StudySettings:
 
 
 _OF_THE_WORLD = ("seed", "model", "on_alarm", "saves", "max_skipped", "mesh", "hosts", "data", "world", "net")
+_OF_THE_WORLD += ("compute",)
 _OF_THE_WORLD += ("pretrain", "sft", "comparisons", "reward_model", "ppo", "evaluation", "epochs", "batch")
 _OF_THE_WORLD += ("micro_batches", "learning_rate", "pairs", "seeds", "betas", "kl_coefs")
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from launch import command_line, process_setup
 from launch.setting_checks import require
-from launch.settings import SettingError
+from launch.settings import Compute, SettingError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,7 @@ class RewardBenchSettings:
     model: str
     """Folder of a reward model in Hugging Face format, with its tokenizer."""
     data: Data
+    compute: Compute = dataclasses.field(default_factory=Compute)
     out: str | None = None
     """Output folder. None uses runs/rewardbench-TIME."""
     batch: int = 16
@@ -116,7 +117,8 @@ def run(settings: RewardBenchSettings) -> dict[str, Any]:
     out = Console()
     path = run_folder.free_folder(settings.out, kind="rewardbench")
     model = initial_model.load_reward_model(settings.model)
-    max_length = min(settings.max_length or model.cfg.max_length, model.cfg.max_length)
+    cfg = dataclasses.replace(model.cfg, dtype=settings.compute.dtype or model.cfg.dtype)
+    max_length = min(settings.max_length or cfg.max_length, cfg.max_length)
     counts = errors.DropCount(max_dropped=settings.data.max_dropped)
     records = read(settings.data.path, counts=counts)
     with console.StageProgress([("tokenise", 1.0), ("score", 20.0)]) as progress:
@@ -129,7 +131,7 @@ def run(settings: RewardBenchSettings) -> dict[str, Any]:
         # Created after the data is read, so that unusable data leaves no folder, but before the slow scoring.
         _create_folder(path, settings)
         progress.start("score", len(rows))
-        step = parallel.JitStep(partial(_score, cfg=model.cfg), donate_argnums=())
+        step = parallel.JitStep(partial(_score, cfg=cfg), donate_argnums=())
 
         def score(tokens_BL: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
             return np.asarray(step(model.params, tokens_BL, mask_BL))
@@ -151,6 +153,7 @@ def run(settings: RewardBenchSettings) -> dict[str, Any]:
     results = run_folder.finite(results)
     _write(path, settings, results, scored)
     out.print(accuracy_table(results["reward_model"]))
+    run_setup.print_line(out, run_setup.describe_dtype(cfg))
     run_setup.print_line(out, f"data: {counts.report()}")
     run_setup.print_line(out, f"report: {path / 'report.html'}   results: {path / run_folder.RESULTS}")
     return results

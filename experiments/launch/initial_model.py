@@ -98,7 +98,10 @@ def _load(path: str, mesh: jax.sharding.Mesh | None = None, template: Template =
         tokenizer = tokenizers.load(path)
         n = 1 + max(tokenizer.get_vocab().values())
         if n > cfg.vocab_size:
-            raise errors.DataError(f"its tokenizer has {n} ids, more than the {cfg.vocab_size} of the model")
+            raise errors.DataError(
+                f"its tokenizer has {n} ids, more than the {cfg.vocab_size} of the model; add rows for the new tokens "
+                f"with lm.resize(params, cfg, {n}) and save the model"
+            )
         # Ids that the tokenizer lacks are removed from the vocabulary below, so they cannot end an answer.
         stop_ids = [i for i in lm.load_stop_ids(path) if i < n]
         fmt = chat.chat_format(tokenizer, model_type=cfg.model_type, stop_ids=stop_ids, **given)
@@ -106,16 +109,8 @@ def _load(path: str, mesh: jax.sharding.Mesh | None = None, template: Template =
         raise SettingError(f"cannot use --model {path}: {error}") from error
     except Exception as error:  # safetensors and tokenizers raise bare exceptions for damaged files
         raise SettingError(f"cannot read --model {path}: {error}") from error
-    return InitialModel(path, *_truncate_vocabulary(cfg, params, n), fmt)
-
-
-def _truncate_vocabulary(cfg: lm.LMConfig, params: types.Params, n: int) -> tuple[lm.LMConfig, types.Params]:
-    if n == cfg.vocab_size:
-        return cfg, params
-    truncated = {**params, "embed": {**params["embed"], "tokens": params["embed"]["tokens"][:n]}}
-    if "unembed" in params:
-        truncated["unembed"] = {"kernel": params["unembed"]["kernel"][:, :n]}
-    return dataclasses.replace(cfg, vocab_size=n), truncated
+    params, cfg = lm.resize(params, cfg, n)
+    return InitialModel(path, cfg, params, fmt)
 
 
 def fingerprint(path: str) -> str:

@@ -100,6 +100,15 @@ class Hosts:
 
 
 @dataclasses.dataclass(frozen=True)
+class Compute:
+    """Number format of the computation."""
+
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Compute dtype of all models; parameters, optimiser and log-probabilities are float32. None uses the dtype in the
+    config.json of --model, or float32 if that is float16, and float32 without --model."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Net:
     """Size of the small Llama model that is trained from scratch unless --model is given."""
 
@@ -323,13 +332,14 @@ class Settings:
     saves: int = 5
     """Number of checkpoints per stage. A killed run loses only the work since the last one."""
     max_skipped: int = 10
-    """Number of consecutive skipped steps after which the run stops. Steps with a non-finite loss or gradient are
-    skipped."""
+    """Number of consecutive skipped steps after which the run stops. Steps with a non-finite loss or gradient, or
+    with nothing to learn from, are skipped."""
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     hosts: Hosts = dataclasses.field(default_factory=Hosts)
     data: Data = dataclasses.field(default_factory=Data)
     template: Template = dataclasses.field(default_factory=Template)
     world: World = dataclasses.field(default_factory=World)
+    compute: Compute = dataclasses.field(default_factory=Compute)
     net: Net = dataclasses.field(default_factory=Net)
     pretrain: Pretrain = dataclasses.field(default_factory=Pretrain)
     sft: SFT = dataclasses.field(default_factory=SFT)

@@ -97,7 +97,6 @@ def singles(pairs: Pairs, *, prompt_width: int) -> types.Preferences:
     For KTO's baseline, ``mismatched`` pairs each prompt with an answer to a different one. Raises SettingError if more
     than half of the pairs have the same prompt.
     """
-    prompt_N = np.concatenate([pairs.prompt_B, pairs.prompt_B])
 
     def split(x: Any) -> Any:
         return np.concatenate([np.asarray(x)[:, :1], np.asarray(x)[:, 1:]])
@@ -109,15 +108,14 @@ def singles(pairs: Pairs, *, prompt_width: int) -> types.Preferences:
         answer_BKC=split(rows.answer_BKC),
         good_BK=(np.arange(2 * len(pairs)) < len(pairs))[:, None],
     )
-    N = len(prompt_N)
-    for shift in range(N // 4 + 1, N):
-        if not np.any(prompt_N == np.roll(prompt_N, shift)):
-            mismatched = jax.device_get(dpo.mismatched(answers, prompt_width=prompt_width, shift=shift))
-            return answers.replace(mismatched=mismatched)
-    raise SettingError(
-        "--loss kto needs answers to several prompts for its baseline, but more than half of the pairs have the same "
-        "prompt; use more prompts"
-    )
+    try:
+        mismatched = dpo.mismatched(answers, prompt_width=prompt_width, shift=len(pairs) // 2 + 1)
+    except ValueError as error:
+        raise SettingError(
+            "--loss kto needs answers to several prompts for its baseline, but more than half of the pairs have the "
+            "same prompt; use more prompts"
+        ) from error
+    return answers.replace(mismatched=jax.device_get(mismatched))
 
 
 def reward_judge(answers: policy_sampling.Answers, samples: int, key: jax.Array) -> np.ndarray:

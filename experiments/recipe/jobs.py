@@ -230,7 +230,7 @@ def _rollout_sampling(spec: generation.Sampling, settings: Settings) -> generati
 def model_config(settings: Settings, task: tasks.Task, model: initial_model.InitialModel | None) -> lm.LMConfig:
     """Returns the architecture of --model or, without it, of a new model with the size given by --net.*."""
     if model is not None:
-        return model.cfg
+        return dataclasses.replace(model.cfg, dtype=settings.compute.dtype or model.cfg.dtype)
     return lm.LMConfig(
         vocab_size=len(task.tokenizer),
         n_layers=settings.net.layers,
@@ -239,4 +239,5 @@ def model_config(settings: Settings, task: tasks.Task, model: initial_model.Init
         d_mlp=settings.net.mlp,
         max_length=max(task.row_width, 64),
         tie_embeddings=True,
+        dtype=settings.compute.dtype or "float32",
     )

@@ -12,6 +12,7 @@ from launch.settings import Settings
 from rich.console import Console
 
 from recipe import jobs, tasks
+from rlhf_jax import lm
 from rlhf_jax.distributed import hosts
 from rlhf_jax.report import console
 
@@ -75,8 +76,10 @@ def open_run(
         folder.note("data", text)
     if model is not None:
         print_line(out, f"starting from {model.path} ({model.cfg.model_type}); chat template: {model.fmt.origin}")
+    cfg = jobs.model_config(settings, task, model)
+    print_line(out, describe_dtype(cfg))
     if mesh is not None:
-        for line in device_mesh.describe(mesh, jobs.model_config(settings, task, model)):
+        for line in device_mesh.describe(mesh, cfg):
             print_line(out, line)
     second = [("heldout_reward_model", 10.0)] if settings.reward_model.heldout else []
     with folder.log, _make_progress([*first_stages, *second, *weights]) as progress:
@@ -114,6 +117,11 @@ def _make_progress(weights: Sequence[tuple[str, float]]) -> console.StageProgres
     if hosts.current().first:
         return console.StageProgress(weights, elapsed=time.time() - process_setup.START_TIME)
     return console.StageProgress(weights, console=Console(quiet=True), live=False)
+
+
+def describe_dtype(cfg: lm.LMConfig) -> str:
+    """Returns a line that names the dtype in which the models compute."""
+    return f"computing in {cfg.dtype}, with parameters in float32 (--compute.dtype)"
 
 
 def print_line(out: Console, text: str) -> None:

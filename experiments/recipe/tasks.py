@@ -354,6 +354,7 @@ def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None)
     dropped.dropped |= width_counts.dropped
     dropped.truncated |= width_counts.truncated
     dropped.noted |= width_counts.noted
+    dropped.unused |= width_counts.unused
     return Task(
         fmt=fmt,
         prompt_width=P,

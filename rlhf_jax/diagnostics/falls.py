@@ -17,12 +17,16 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 AUTOCORRELATION = 0.5
 """Assumed correlation of the noise of neighbouring rows. In logged PPO runs, it is between -0.4 and 0.4."""
+
+JUMP_ROWS = range(6, 32)
+"""Numbers of rows in which `jump` is measured; in longer series, `measure` detects a jump as early."""
 
 _ASSUMED_WINDOWS = 2
 """Weight of the noise that is estimated from rows; every further window after `_FIRST_WINDOWS` has weight 1."""
@@ -103,8 +107,45 @@ def measure(values: np.ndarray, *, from_start: bool = False, factor: float = 1.0
     return Fall(size, factor * math.sqrt(20 + tests) * noise(values, window), reference, window)
 
 
+def jump(values: np.ndarray, *, factor: float = 1.0) -> Fall:
+    """Returns the fall of a short series by a jump that has lasted for the newest three rows.
+
+    `measure` counts a jump as noise while there are few rows. Here, the noise is estimated without the two largest
+    second differences, which are those at a jump. To make up for the missing rows, the size is the distance between the
+    highest of the newest three rows and the lowest row of the earlier window, not the difference of two means.
+
+    Args:
+        values: Series, ``[..., N]``, without NaN. N must be in `JUMP_ROWS`.
+        factor: Factor on the bound. A larger one causes fewer false alarms and later detection.
+
+    Returns:
+        The fall. Noise explains it unless ``size > bound``.
+
+    Example:
+        >>> import numpy as np
+        >>> from rlhf_jax.diagnostics import falls
+        >>> series = np.array([5.0, 5.1, 5.0, 4.9, 5.0, 5.1, 3.0, 3.1, 3.0])
+        >>> [bool(fall.size > fall.bound) for fall in (falls.measure(series), falls.jump(series))]
+        [False, True]
+    """
+    rows, window = values.shape[-1], 3
+    if rows not in JUMP_ROWS:
+        raise ValueError(f"the series has {rows} rows; a jump is measured from {JUMP_ROWS[0]} to {JUMP_ROWS[-1]} rows")
+    lowest = np.min([values[..., i : rows - 2 * window + 1 + i] for i in range(window)], axis=0)
+    others = np.sort(_second_differences(values, 1), axis=-1)[..., :-2]
+    bound = factor * 5.5 * (1 + 5 / rows) * np.mean(others, axis=-1)
+    size = np.max(lowest, axis=-1) - np.max(values[..., -window:], axis=-1)
+    return Fall(size, bound, np.argmax(lowest, axis=-1), window)
+
+
 def falls_alone(
-    values: np.ndarray, other: np.ndarray, *, lost_share: float, other_noise: float, factor: float = 1.0
+    values: np.ndarray,
+    other: np.ndarray,
+    *,
+    lost_share: float,
+    other_noise: float,
+    factor: float = 1.0,
+    method: Callable[..., Fall] = measure,
 ) -> tuple[np.ndarray, Fall]:
     """Tests whether ``values`` have fallen at the newest row while ``other`` has risen.
 
@@ -114,11 +155,12 @@ def falls_alone(
         lost_share: Share of its gain since the first row that ``values`` may lose.
         other_noise: Multiple of its noise by which ``other`` must have risen since the reference window.
         factor: Factor on the bound of the fall.
+        method: `measure` or `jump`.
 
     Returns:
         Whether both happened, and the fall of ``values``.
     """
-    fall = measure(values, factor=factor)
+    fall = method(values, factor=factor)
     best = fall.size + means(values[..., -fall.window :], fall.window)[..., -1]
     lost_too_much = fall.size > np.maximum(fall.bound, lost_share * (best - values[..., 0]))
     others = means(other, fall.window)

@@ -95,7 +95,7 @@ def generate(
         ValueError: If a shape or dtype is wrong, P + T exceeds ``cfg.max_length``, or ``slots`` or ``refill`` is less
             than 1.
     """
-    decoding.check(rng_N, prompts_NP, mask_NP, sampling, max_length=cfg.max_length)
+    decoding.check(rng_N, prompts_NP, mask_NP, sampling, cfg=cfg)
     (N, P), T = prompts_NP.shape, sampling.max_new_tokens
     for name, number in (("slots", slots), ("refill", refill)):
         if number is not None and number < 1:

@@ -10,7 +10,7 @@ from jax import lax
 
 from rlhf_jax import parallel, types
 from rlhf_jax.generation import sampling as sampling_lib
-from rlhf_jax.lm import config, heads, transformer
+from rlhf_jax.lm import config, embedding, heads, transformer
 
 
 class Drawn(NamedTuple):
@@ -101,8 +101,8 @@ def check(
     mask_BP: jax.Array,
     sampling: sampling_lib.Sampling,
     *,
+    cfg: config.LMConfig | types.ApplyFn,
     n: int = 1,
-    max_length: int | None = None,
 ) -> None:
     """Checks the arguments of `generate`.
 
@@ -111,11 +111,12 @@ def check(
         prompts_BP: Prompts.
         mask_BP: Mask of the prompts.
         sampling: Sampling distribution and stop conditions.
+        cfg: The model; the length and the ids of a row are checked only for an `LMConfig`.
         n: Number of responses to each prompt.
-        max_length: Maximum number of tokens in a prompt and its response together; None for no limit.
 
     Raises:
-        ValueError: If a shape or dtype is wrong, ``n`` is less than 1, or rows would exceed ``max_length``.
+        ValueError: If a shape or dtype is wrong, ``n`` is less than 1, rows would exceed ``cfg.max_length``, or a
+            prompt in host memory or ``sampling`` has an id outside the vocabulary.
     """
     if prompts_BP.ndim != 2 or mask_BP.shape != prompts_BP.shape:
         raise ValueError(
@@ -130,8 +131,12 @@ def check(
         raise ValueError(
             f"rng_B has shape {rng_B.shape}; it must have {prompts_BP.shape[0] * n} keys, one per response"
         )
+    if isinstance(cfg, types.ApplyFn):
+        return
     width = prompts_BP.shape[1] + sampling.max_new_tokens
-    if max_length is not None and width > max_length:
+    if width > cfg.max_length:
         raise ValueError(
-            f"a prompt and its response can have {width} tokens together, more than cfg.max_length = {max_length}"
+            f"a prompt and its response can have {width} tokens together, more than cfg.max_length = {cfg.max_length}"
         )
+    embedding.check_ids(prompts_BP, cfg.vocab_size, mask=mask_BP, name="prompts_BP")
+    sampling_lib.check_ids(sampling, cfg.vocab_size)

@@ -89,8 +89,7 @@ def generate(
         >>> generation.generate(params, keys, prompts, prompts >= 0, cfg=model, sampling=sampling).tokens_BL.tolist()
         [[0, 1, 2, 3, 4, 0, 0, 0]]
     """
-    max_length = None if isinstance(cfg, types.ApplyFn) else cfg.max_length
-    decoding.check(rng_B, prompts_BP, mask_BP, sampling, n=n, max_length=max_length)
+    decoding.check(rng_B, prompts_BP, mask_BP, sampling, cfg=cfg, n=n)
     P, T = prompts_BP.shape[1], sampling.max_new_tokens
     B = prompts_BP.shape[0] * n
     params = params if isinstance(cfg, types.ApplyFn) else weights.unstack(params, cfg)

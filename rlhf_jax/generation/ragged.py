@@ -13,7 +13,7 @@ import numpy as np
 from rlhf_jax import types
 from rlhf_jax.generation import continuous
 from rlhf_jax.generation import sampling as sampling_lib
-from rlhf_jax.lm import config
+from rlhf_jax.lm import config, embedding
 
 
 class Answer(NamedTuple):
@@ -46,7 +46,7 @@ class RaggedSampler:
         slots: Number of responses decoded at once.
 
     Raises:
-        ValueError: If ``widths`` is empty, or a width is not positive.
+        ValueError: If ``widths`` is empty, a width is not positive, or ``sampling`` has an id outside the vocabulary.
 
     Attributes:
         programs: Number of programs compiled so far.
@@ -58,10 +58,11 @@ class RaggedSampler:
         """Stores the settings; programs are compiled when they are first needed."""
         if not widths or min(widths) < 1:
             raise ValueError(f"widths is {tuple(widths)}; it must contain only positive widths, at least one")
+        sampling_lib.check_ids(sampling, cfg.vocab_size)
         self.programs = 0
         self._widths = sorted(set(widths))
         self._slots = slots
-        self._pad_id = sampling.pad_id
+        self._pad_id, self._vocab_size = sampling.pad_id, cfg.vocab_size
 
         def run(params: types.Params, rng: jax.Array, prompts: jax.Array, mask: jax.Array, limits: jax.Array, sampling):
             self.programs += 1  # runs when a new shape is traced
@@ -76,12 +77,13 @@ class RaggedSampler:
         """Returns a response to each prompt; ``rng`` is consumed.
 
         Raises:
-            ValueError: If a prompt is empty or longer than the largest width.
+            ValueError: If a prompt is empty or longer than the largest width, or has an id outside the vocabulary.
         """
         longest = self._widths[-1]
         for i, ids in enumerate(prompts):
             if not 0 < len(ids) <= longest:
                 raise ValueError(f"prompt {i} has {len(ids)} tokens; it must have between 1 and {longest}")
+            embedding.check_ids(ids, self._vocab_size, name=f"the ids of prompt {i}")
         buckets = np.searchsorted(self._widths, [len(ids) for ids in prompts])
         answers: dict[int, Answer] = {}
         for bucket in sorted(set(buckets.tolist())):

@@ -117,12 +117,30 @@ def check_on_policy(sampling: Sampling) -> None:
         )
 
 
+def check_ids(sampling: Sampling, vocab_size: int) -> None:
+    """Raises ``ValueError`` if a stop id, a forbidden id or the pad id is outside the vocabulary.
+
+    Responses would never end at such a stop id.
+    """
+    named = {"stop_ids": sampling.stop_ids, "forbidden_ids": sampling.forbidden_ids, "pad_id": (sampling.pad_id,)}
+    named["stop_sequences"] = sum(sampling.stop_sequences, ())
+    for name, ids in named.items():
+        for token in ids:
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"Sampling.{name} has the id {token}; the model has {vocab_size} ids, 0 to {vocab_size - 1} (if "
+                    "tokens were added to the tokenizer, resize the model with lm.resize)"
+                )
+
+
 def log_distribution(logits: jax.Array, sampling: Sampling, *, step: jax.Array | int | None = None) -> jax.Array:
     """Returns the log-probabilities of the sampling distribution, ``[..., V]`` float32.
 
     Tokens that cannot be drawn have log-probability ``-inf``. ``step``, ``[...]`` or a scalar, is the number of tokens
-    that the response already has; if it is None, ``min_new_tokens`` has no effect.
+    that the response already has; if it is None, ``min_new_tokens`` has no effect. Raises ``ValueError`` if an id in
+    ``sampling`` is outside the vocabulary.
     """
+    check_ids(sampling, logits.shape[-1])
     scaled = logits.astype(jnp.float32) / sampling.temperature
     if sampling.forbidden_ids:
         scaled = jnp.where(_among(sampling.forbidden_ids, scaled), -jnp.inf, scaled)
@@ -224,13 +242,8 @@ def ends(tail_BK: jax.Array, sampling: Sampling, *, length: jax.Array | int) -> 
 
 
 def _among(ids: tuple[int, ...], scores: jax.Array) -> np.ndarray:
-    """Returns a bool mask of ``ids`` that broadcasts to ``[..., V]``; raises ``ValueError`` for an invalid id."""
+    """Returns a bool mask of ``ids`` that broadcasts to ``[..., V]``."""
     vocab = scores.shape[-1]
-    if min(ids) < 0 or max(ids) >= vocab:
-        wrong = max(ids) if max(ids) >= vocab else min(ids)
-        raise ValueError(
-            f"Sampling.stop_ids or Sampling.forbidden_ids contains the id {wrong}; ids must be in [0, {vocab - 1}]"
-        )
     mask = np.zeros(vocab, bool)
     mask[list(ids)] = True
     return mask.reshape((1,) * (scores.ndim - 1) + (vocab,))

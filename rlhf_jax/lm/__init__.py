@@ -10,6 +10,7 @@ from rlhf_jax.lm.cache import KVCache
 from rlhf_jax.lm.cache import create as create_cache
 from rlhf_jax.lm.config import LMConfig
 from rlhf_jax.lm.distributions import TopK, token_kl, token_listed_logprobs, token_top_k
+from rlhf_jax.lm.embedding import check_ids, resize
 from rlhf_jax.lm.heads import with_head, without_head
 from rlhf_jax.lm.hub import peft
 from rlhf_jax.lm.hub.directory import load, load_config, load_normalisation, load_stop_ids, save
@@ -34,6 +35,7 @@ __all__ = [
     "TopK",
     "abstract",
     "apply_fn",
+    "check_ids",
     "costs",
     "count",
     "create_cache",
@@ -53,6 +55,7 @@ __all__ = [
     "packed_scores",
     "packed_sums",
     "peft",
+    "resize",
     "save",
     "score",
     "selected_logprobs",

@@ -17,7 +17,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "norm": ("layernorm", "rmsnorm"),
     "activation": ("gelu", "gelu_tanh", "silu", "relu"),
     "positions": ("learned", "rope"),
-    "dtype": ("float32", "bfloat16", "float16"),
+    "dtype": ("float32", "bfloat16"),
     "remat": ("none", "dots", "full"),
     "attention": ("auto", "einsum", "xla", "cudnn"),
 }
@@ -101,7 +101,8 @@ class LMConfig:
     """Cap on the logits, applied like ``attn_softcap``; 0 for no cap."""
     tie_embeddings: bool = False
     dtype: str = "float32"
-    """Compute dtype of the layers. Parameters may have a different dtype; norm statistics and logits are float32."""
+    """Compute dtype of the layers, "float32" or "bfloat16". Parameters may have a different dtype; norm statistics and
+    logits are float32. float16 is for files only: without loss scaling, small gradients would become 0 in it."""
     remat: Remat = "none"
     """What the backward pass recomputes. It always recomputes norms, activations, attention scores and weights gathered
     on a mesh. This setting adds nothing ("none"), everything except matmuls without a batch dimension ("dots"), or
@@ -133,6 +134,8 @@ class LMConfig:
             object.__setattr__(self, "d_mlp", 4 * self.d_model)
         if self.attn_scale == 0:
             object.__setattr__(self, "attn_scale", self.d_head**-0.5)
+        not_half = 'float32 or bfloat16; float16 is for files only (lm.save with dtype="float16")'
+        _require(self.dtype != "float16", "dtype", self.dtype, not_half)
         for name, choices in _CHOICES.items():
             _require(getattr(self, name) in choices, name, getattr(self, name), "one of " + ", ".join(choices))
         divides = self.n_heads % self.n_kv_heads == 0

@@ -222,6 +222,8 @@ def selected_logprobs(logits: jax.Array, targets: jax.Array, *, temperature: jax
     >>> print(round(float(lm.selected_logprobs(jnp.zeros(4), jnp.array(2))), 4))
     -1.3863
 
+    Targets outside [0, V) have the log-probability NaN.
+
     Raises:
         ValueError: ``logits`` without its last axis and ``targets`` have different shapes.
     """
@@ -230,7 +232,8 @@ def selected_logprobs(logits: jax.Array, targets: jax.Array, *, temperature: jax
     scaled = logits.astype(jnp.float32) / temperature
     # A masked sum, which XLA fuses with the mask, is used because the gradient of a gather would be a slow scatter.
     hot = lax.broadcasted_iota(targets.dtype, scaled.shape, scaled.ndim - 1) == targets[..., None]
-    return jnp.sum(jnp.where(hot, scaled, 0.0), axis=-1) - jax.nn.logsumexp(scaled, axis=-1)
+    logprobs = jnp.sum(jnp.where(hot, scaled, 0.0), axis=-1) - jax.nn.logsumexp(scaled, axis=-1)
+    return jnp.where((targets >= 0) & (targets < scaled.shape[-1]), logprobs, jnp.nan)
 
 
 def entropy(logits: jax.Array, *, temperature: jax.Array | float = 1.0) -> jax.Array:

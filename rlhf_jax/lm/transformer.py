@@ -97,13 +97,16 @@ def forward(
 
     Returns:
         `LMOutput` with hidden states ``[B,L,D]`` after the final norm, in the compute dtype, and the updated cache if
-        one was given. Hidden states at padding are finite but meaningless.
+        one was given. Hidden states at padding are finite but meaningless. A real token with an id outside the
+        vocabulary makes the hidden states of its row NaN.
 
     Raises:
         ValueError: An argument has the wrong rank, shape or dtype, rows or cache are longer than ``cfg.max_length``,
-            ``tokens_BL`` has more columns than the cache has slots, or segments are combined with a cache.
+            ``tokens_BL`` has more columns than the cache has slots, segments are combined with a cache, or a real
+            token of an array in host memory has an id outside the vocabulary.
     """
     _check(tokens_BL, mask_BL, positions_BL, segments_BL, cache, cfg)
+    embedding.check_ids(tokens_BL, cfg.vocab_size, mask=mask_BL, name="tokens_BL")
     if cache is None:
         return types.LMOutput(_read(params, tokens_BL, mask_BL, positions_BL, segments_BL, columns, cfg))
     return _continue(params, tokens_BL, mask_BL, positions_BL, cache, used_slots or cache.slots, cfg)

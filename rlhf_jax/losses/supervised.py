@@ -25,10 +25,15 @@ def top_k_logprobs(logits: jax.Array, *, k: int) -> tuple[jax.Array, jax.Array]:
 
 
 def gather_logprobs(logits: jax.Array, ids: jax.Array) -> jax.Array:
-    """Returns the log-probabilities ``[..., K]`` that logits ``[..., V]`` assign to token ids ``[..., K]``."""
+    """Returns the log-probabilities ``[..., K]`` that logits ``[..., V]`` assign to token ids ``[..., K]``.
+
+    Ids outside [0, V) have the log-probability NaN.
+    """
     logits = masking.as_float32(logits)
+    inside = (ids >= 0) & (ids < logits.shape[-1])
     # Subtracting the normaliser after gathering avoids a second vocabulary-sized array.
-    return jnp.take_along_axis(logits, ids, axis=-1) - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    chosen = jnp.take_along_axis(logits, jnp.where(inside, ids, 0), axis=-1)
+    return jnp.where(inside, chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True), jnp.nan)
 
 
 def distill(logprobs: jax.Array, teacher_logprobs: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from rlhf_jax import masking, metrics
@@ -69,37 +70,64 @@ def answer_logprobs(logprobs: Callable[..., jax.Array], params: Params, batch: P
 
 
 def mismatched(batch: Preferences, *, prompt_width: int, shift: int = 1) -> Preferences:
-    """Pairs each prompt with the answers of the row ``shift`` rows earlier, for KTO's baseline.
+    """Pairs each prompt with the answers of a row that has a different prompt, for KTO's baseline.
 
-    The arrays may be NumPy arrays or traced JAX arrays.
+    If possible, that is the row ``shift`` rows earlier. If a row would get answers to its own prompt, as in batches
+    with several answers to a prompt, the rows are paired differently: sorted by prompt and shifted by the number of
+    rows of the most frequent prompt. Under `jax.jit`, prompts cannot be compared, and rows that are ``shift`` apart,
+    cyclically, must have different prompts.
 
     Args:
         batch: The first P columns of ``tokens_BKL`` hold left-padded prompts, and ``answer_BKC`` covers the columns
-            after them. Rows that are ``shift`` apart, cyclically, must have different prompts.
+            after them.
         prompt_width: P, the width of the prompts.
-        shift: Number of rows, at least 1.
+        shift: Number of rows.
 
     Returns:
         A batch to store as ``Preferences.mismatched``.
 
     Raises:
-        ValueError: If ``answer_BKC`` does not cover exactly the columns after the prompt.
+        ValueError: If ``answer_BKC`` does not cover exactly the columns after the prompt, or more than half of the rows
+            have the same prompt, as in a batch of one.
     """
 
     def crossed(x_BKL: Any) -> Any:
-        answers = jnp.roll(x_BKL[..., prompt_width:], shift, axis=0)
-        return jnp.concatenate([x_BKL[..., :prompt_width], answers], axis=-1)
+        return jnp.concatenate([x_BKL[..., :prompt_width], x_BKL[source_B, :, prompt_width:]], axis=-1)
 
     if batch.answer_BKC.shape[-1] + prompt_width != batch.tokens_BKL.shape[-1]:
         raise ValueError(
             f"answer_BKC has {batch.answer_BKC.shape[-1]} columns; with prompt_width={prompt_width} it must have the "
             f"{batch.tokens_BKL.shape[-1] - prompt_width} columns after the prompt"
         )
+    source_B = _rows_of_other_prompts(batch, prompt_width, shift)
     return Preferences(
         tokens_BKL=crossed(batch.tokens_BKL),
         mask_BKL=None if batch.mask_BKL is None else crossed(batch.mask_BKL),
-        answer_BKC=jnp.roll(batch.answer_BKC, shift, axis=0),
+        answer_BKC=jnp.asarray(batch.answer_BKC)[source_B],
     )
+
+
+def _rows_of_other_prompts(batch: Preferences, prompt_width: int, shift: int) -> np.ndarray:
+    """Returns, for each row, the index of a row with a different prompt; see `mismatched`."""
+    B, tokens, mask = batch.tokens_BKL.shape[0], batch.tokens_BKL, batch.mask_BKL
+    source_B = (np.arange(B) - shift) % B
+    if isinstance(tokens, jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
+        most = B if np.any(source_B == np.arange(B)) else 1
+    else:
+        prompts_BP = np.asarray(tokens)[:, 0, :prompt_width]
+        if mask is not None:  # padding may have any id
+            prompts_BP = np.where(np.asarray(mask)[:, 0, :prompt_width], prompts_BP, -1)
+        _, prompt_B, counts = np.unique(prompts_BP, axis=0, return_inverse=True, return_counts=True)
+        prompt_B, most = prompt_B.reshape(-1), int(counts.max())
+        if 2 * most <= B and np.any(prompt_B[source_B] == prompt_B):
+            order = np.argsort(prompt_B, kind="stable")
+            source_B[order] = np.roll(order, most)
+    if 2 * most > B:
+        raise ValueError(
+            f"{most} of {B} rows have the same prompt, so some would be matched with an answer to their own prompt, "
+            "which makes KTO's baseline wrong; use a batch in which at most half of the rows share a prompt"
+        )
+    return source_B
 
 
 def frozen_as_reference(frozen: Any) -> Params:
@@ -149,7 +177,8 @@ def make_train_step(
         - ``baseline``: KTO's baseline, in nats per answer, if the batch has mismatched answers.
         - ``grad_norm``: l2 norm of the gradient before clipping.
         - ``learning_rate``: learning rate of the step.
-        - ``skipped``: 1 if the update was not finite and was skipped, else 0.
+        - ``skipped``: 1 if the update was skipped, because it was not finite or no answer of the batch has a token
+          (``empty_batch`` is then 1), else 0.
         - ``bad_rows``, ``bad_row``: number of rows with a non-finite loss; index of the first, or -1 for none.
 
         The step raises ``ValueError`` if the reference is needed and missing, if the objective would ignore the labels
@@ -214,6 +243,7 @@ def make_train_step(
             max_grad_norm=hyper.max_grad_norm,
             micro_batches=micro_batches,
             axis_name=axis_name,
+            empty=masking.masked_count(batch.answer_BKC, where=batch.answer_BKC, axis_name=axis_name) == 0,
         )
         return state, logs if kto_baseline is None else logs | {"baseline": kto_baseline}
 

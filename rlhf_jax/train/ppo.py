@@ -334,6 +334,12 @@ def update(
                 hyper.ptx_coef, pretraining, mask_MT, weights_B=weights_M, total=total, axis_name=axis_name
             )
 
+        learnt = masking.masked_count(mask_MT, where=mask_MT, axis_name=axis_name) > 0
+        if pretraining is not None:
+            text_BL = pretraining.loss_mask_BL
+            some_text = masking.masked_count(text_BL, where=text_BL, axis_name=axis_name) > 0
+            learnt |= (hyper.ptx_coef > 0) & some_text
+
         # 7. Optimiser step and average of the policy weights (InstructGPT C.4).
         if axis_name is not None:
             grads = jax.lax.pmean(grads, axis_name)
@@ -344,7 +350,7 @@ def update(
         joint = models.join is shared_trunk
         max_norms = hyper.max_grad_norm if joint else dict.fromkeys(grads, hyper.max_grad_norm)
         state, update_logs = optim_update.apply_gradients(
-            state, grads, learning_rate=rates, max_grad_norm=max_norms, loss=value
+            state, grads, learning_rate=rates, max_grad_norm=max_norms, loss=value, empty=~learnt
         )
         # A skipped update does not change the average either.
         decay = jnp.where(update_logs["skipped"] > 0, 1.0, hyper.ema_decay)
@@ -434,7 +440,8 @@ def make_train_step(
         - ``ratio_max``: largest ratio in any update; ``first_ratio_error``: largest distance of a ratio from 1 in the
           first update, when policy and old policy are still equal.
         - ``grad_norm``, ``grad_norm_policy``, ``grad_norm_critic``: l2 norms of the gradients before clipping.
-        - ``skipped``: number of skipped updates; ``bad_update``: index of the first, or -1 for none.
+        - ``skipped``: number of updates that were skipped, because they were not finite or their minibatch has no token
+          to learn from (``empty_batch`` is then above 0); ``bad_update``: index of the first, or -1 for none.
         - ``learning_rate``: learning rate of the policy.
 
         The step raises ``ValueError`` for the reasons given in `collect` and `update`.

@@ -102,7 +102,8 @@ def make_train_step(
         - ``score``: mean score of the completions.
         - ``grad_norm``: l2 norm of the gradient before clipping.
         - ``learning_rate``: learning rate of the step.
-        - ``skipped``: 1 if the update was not finite and was skipped, else 0.
+        - ``skipped``: 1 if the update was skipped, because it was not finite or no prompt of the batch has a pair with
+          different ranks and a domain weight above 0 (``empty_batch`` is then 1), else 0.
         - ``bad_rows``, ``bad_row``: number of prompts with a non-finite loss; index of the first, or -1 for none.
 
         The step raises ``ValueError`` for a packed batch if ``packed_scores`` is None or the number of groups differs
@@ -178,8 +179,11 @@ def make_train_step(
         del rng
         weights_G = hyper.get("domain_weights")
         informative_B = jax.vmap(comparison.has_pairs)(batch.ranks_BK, batch.where_BK)
+        learnt_B = informative_B
         if weights_G is not None:
             informative_B = _by_domain(informative_B, batch, weights_G.shape[0])
+            # Prompts of a domain that has no weight count, because they make the loss NaN.
+            learnt_B &= ~jnp.any(informative_B & (weights_G == 0)[:, None], axis=0)
         total = masking.masked_count(
             informative_B, where=informative_B, axis=None if weights_G is None else 1, axis_name=axis_name
         ).astype(jnp.float32)
@@ -192,6 +196,7 @@ def make_train_step(
             max_grad_norm=hyper["max_grad_norm"],
             micro_batches=micro_batches,
             axis_name=axis_name,
+            empty=masking.masked_count(learnt_B, where=learnt_B, axis_name=axis_name) == 0,
         )
 
     return train_step

@@ -65,7 +65,8 @@ def make_train_step(
         - ``loss``: mean negative log-probability, in nats per token.
         - ``grad_norm``: l2 norm of the gradient before clipping.
         - ``learning_rate``: learning rate of the step.
-        - ``skipped``: 1 if the update was not finite and was skipped, else 0.
+        - ``skipped``: 1 if the update was skipped, because it was not finite or the batch has no token to learn from
+          (``empty_batch`` is then 1), else 0.
         - ``bad_rows``, ``bad_row``: number of rows with a non-finite log-probability; index of the first, or -1 for
           none.
 
@@ -106,6 +107,7 @@ def make_train_step(
             max_grad_norm=hyper["max_grad_norm"],
             micro_batches=micro_batches,
             axis_name=axis_name,
+            empty=total == 0,
         )
 
     return train_step

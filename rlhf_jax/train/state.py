@@ -30,6 +30,9 @@ def create(params: Any, tx: optax.GradientTransformation, apply_fn: Callable[...
     Returns:
         The state.
 
+    Raises:
+        ValueError: If a parameter is float16, whose gradients would be float16 too.
+
     Example:
 
         >>> import jax.numpy as jnp
@@ -39,6 +42,12 @@ def create(params: Any, tx: optax.GradientTransformation, apply_fn: Callable[...
         >>> int(state.create({"w": jnp.ones(3)}, tx).step)
         0
     """
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        if jnp.dtype(x.dtype) == jnp.float16:
+            raise ValueError(
+                f"params{jax.tree_util.keystr(path)} is float16, in which small gradients become 0; train in float32 "
+                "(or bfloat16), and use float16 only for files"
+            )
     params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
     state = TrainState.create(apply_fn=apply_fn or _no_apply, params=params, tx=tx)
     return state.replace(step=jnp.zeros((), jnp.int32))

@@ -24,13 +24,14 @@ import jax
 import numpy as np
 from jax.interpreters import partial_eval
 from launch import command_line, initial_model, run_folder, settings
+from preferences import cross_validation_results
 from recipe import jobs, monitoring, policy_sampling, precompile
 from rich.console import Console
 from sweeps import frontier_plot
 
 from rlhf_jax import lm, metrics, parallel, report
 from rlhf_jax.report import console
-from rlhf_jax.simulation import gold
+from rlhf_jax.simulation import gold, prompts
 from rlhf_jax.train import loop, monitor
 
 ECHOED = ("seed", "preset", "published", "best_of", "seconds", "peak_rss_mb")
@@ -54,7 +55,9 @@ def _feed(put: Callable[[bytes], None], value: Any, functions: tuple[Any, ...]) 
     """Adds a value to a digest. ``functions`` has the functions that contain it, as a function may contain itself."""
     each = functools.partial(_feed, put, functions=functions)
     put(type(value).__name__.encode() + b"|")
-    if value is None or isinstance(value, str | bytes | int | float | complex | pathlib.Path | np.dtype):
+    if type(value) is object:  # a default value that only its identity marks
+        pass
+    elif value is None or isinstance(value, str | bytes | int | float | complex | pathlib.Path | np.dtype):
         put(repr(value).encode())
     elif isinstance(value, list | tuple):
         for part in value:
@@ -293,6 +296,18 @@ def _shared_jit(function: Any = None, **options: Any) -> Any:
     return _JITTED.setdefault(key, _JIT(function, **options))
 
 
+_SPLITS: dict[str, Any] = {}
+_SPLIT = prompts.split_prompts
+
+
+def _shared_split(world: Any, seed: int) -> Any:
+    """Returns the split of the world's prompts, which takes longer than the rest of a run without training."""
+    key = digest(world, seed)
+    if key not in _SPLITS:
+        _SPLITS[key] = _SPLIT(world, seed)
+    return _SPLITS[key]
+
+
 @functools.cache
 def _model(path: str) -> initial_model.InitialModel:
     return _LOAD(path)
@@ -322,6 +337,7 @@ def stand_ins(record: Observed, folder: pathlib.Path) -> Iterator[None]:
         (run_folder.RunFolder, "write_json", lambda *_: None),
         (run_folder, "write_json", lambda *_: None),
         (run_folder.RunFolder, "checkpoints", lambda *_: _Quiet()),
+        (prompts, "split_prompts", _shared_split),
         (initial_model, "load", lambda path, **_: _model(path)),
         (metrics, "read", lambda *_: []),
         (metrics, "MetricLog", lambda *_: _Quiet()),
@@ -330,6 +346,7 @@ def stand_ins(record: Observed, folder: pathlib.Path) -> Iterator[None]:
         (console, "results_table", lambda *_: ""),
         (Console, "print", lambda *_, **__: None),
         (report, "write_report", lambda *_, **__: None),
+        (cross_validation_results, "write_page", lambda *_, **__: None),
         (frontier_plot, "write_page", lambda *_, **__: None),
         (frontier_plot, "write_sweep", lambda *_, **__: None),
         (frontier_plot, "write_methods", lambda *_, **__: None),

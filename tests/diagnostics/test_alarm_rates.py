@@ -58,8 +58,14 @@ def first_rows(fired, tested):
     return np.where(fired.any(axis=1), np.array(tested)[fired.argmax(axis=1)], np.inf)
 
 
-def opposed(values, other, other_noise):
-    return falls.falls_alone(values, other, lost_share=1 / 3, other_noise=other_noise)[0]
+def opposed(values, other, other_noise, *, method=falls.measure):
+    return falls.falls_alone(values, other, lost_share=1 / 3, other_noise=other_noise, method=method)[0]
+
+
+def overfits(runs, rows):
+    series = (-runs["validation_loss"][:, :rows], -runs["loss"][:, :rows])
+    jumps = opposed(*series, 0.0, method=falls.jump) if rows in falls.JUMP_ROWS else False
+    return opposed(*series, 0.0) | jumps
 
 
 def below_start(rewards):
@@ -71,7 +77,7 @@ COMPARING = {
     # name of the check: (first row that it tests, whether it raises the alarm after n rows)
     "reward_below_start": (8, lambda m, n: below_start(m["reward"][:, :n])),
     "overoptimised": (8, lambda m, n: opposed(m["gold"][:, :n], m["reward"][:, :n], 1.0)),
-    "overfitted": (5, lambda m, n: opposed(-m["validation_loss"][:, :n], -m["loss"][:, :n], 0.0)),
+    "overfitted": (5, overfits),
 }
 """The checks that compare windows of rows, for all runs at once."""
 THRESHOLDS = tuple(name for name in alarms.CHECKS if name not in COMPARING)
@@ -139,6 +145,9 @@ FAULTS = {
     ("overfitted", "the validation loss rises by 1 sd per measurement"): lambda m, k: {
         "validation_loss": m["validation_loss"] + 0.01 * k
     },
+    ("overfitted", "the validation loss jumps by 20 sd"): lambda m, k: {
+        "validation_loss": m["validation_loss"] + 0.2 * (k > 0)
+    },
 }  # fmt: skip
 
 
@@ -151,8 +160,16 @@ def delays(runs, name, fault, *, onset, rows, kind="0.5", seed=0):
     return np.where(first > onset, first - onset, np.inf)
 
 
+def jump_delays(runs, sd, *, onset, rows, kind="0.5", seed=0):
+    """Returns the delays with which a single rise of the validation loss by ``sd`` of its noise is detected."""
+    made = healthy(np.random.default_rng(seed), runs, rows, kind)
+    made["validation_loss"] = made["validation_loss"] + 0.01 * sd * (np.arange(rows) >= onset)
+    first = compared(made, ("overfitted",))["overfitted"]
+    return np.where(first > onset, first - onset, np.inf)
+
+
 def test_the_simulation_agrees_with_the_checks_row_by_row():
-    for fault in ("gold falls by 1 sd of the noise per row", "the validation loss rises by 5 sd per measurement"):
+    for fault in ("gold falls by 1 sd of the noise per row", "the validation loss jumps by 20 sd"):
         name = next(name for name, each in FAULTS if each == fault)
         made = healthy(np.random.default_rng(0), 2, 48, "0.5")
         made |= FAULTS[name, fault](made, after(np.arange(48), 24))
@@ -175,6 +192,7 @@ def test_few_healthy_runs_raise_no_alarm():
         ("overoptimised", "gold loses its whole gain at once", 10),
         ("overoptimised", "gold falls by 1 sd of the noise per row", 15),
         ("overfitted", "the validation loss rises by 5 sd per measurement", 8),
+        ("overfitted", "the validation loss jumps by 20 sd", 6),
     ],
 )
 def test_strong_faults_are_detected_within_few_rows(name, fault, limit):
@@ -205,11 +223,48 @@ def test_fewer_than_one_healthy_run_in_a_hundred_raises_an_alarm(kind):
         ("overoptimised", "gold falls by 0.1 sd per row", 100, 92),
         ("overfitted", "the validation loss rises by 5 sd per measurement", 20, 8),
         ("overfitted", "the validation loss rises by 1 sd per measurement", 20, 13),
+        ("overfitted", "the validation loss jumps by 20 sd", 20, 6),
     ],
 )
 def test_faults_are_detected_within_the_documented_number_of_rows(name, fault, onset, limit):
     rows = onset + max(40, limit + 10)
     assert np.mean(delays(200, name, fault, onset=onset, rows=rows) <= limit) >= 0.95
+
+
+@pytest.mark.parametrize(("sd", "onset", "rows", "limit"), [(20, 8, 16, 5), (30, 3, 8, 5)])
+def test_a_jump_is_detected_although_there_are_few_measurements(sd, onset, rows, limit):
+    assert np.mean(jump_delays(300, sd, onset=onset, rows=rows) <= limit) >= 0.93
+
+
+def test_few_measurements_of_healthy_runs_raise_no_alarm():
+    """The test for a jump is repeated while there are 6 to 31 measurements, also if the validation loss is constant."""
+    for seed, kind in enumerate(NOISES):
+        made = healthy(np.random.default_rng(seed), 2000, 31, kind)
+        assert not np.isfinite(compared(made, ("overfitted",))["overfitted"]).any()
+    made = healthy(np.random.default_rng(5), 4000, 31, "0.5", learns=False)
+    assert np.isfinite(compared(made, ("overfitted",))["overfitted"]).mean() < 0.01
+
+
+def test_a_jump_that_does_not_last_raises_no_alarm():
+    values = np.random.default_rng(0).normal(size=(500, 12))
+    for rows, size in (([4], 50.0), ([4, 5], 50.0), ([10], -50.0), ([11], -50.0), ([10, 11], -50.0)):
+        fall = falls.jump(values + size * np.isin(np.arange(12), rows))
+        assert not (fall.size > fall.bound).any()
+    fall = falls.jump(values - 50.0 * (np.arange(12) >= 9))
+    assert (fall.size > fall.bound).all() and (fall.reference <= 6).all() and fall.window == 3
+
+
+def test_a_jump_is_measured_between_the_nearest_rows():
+    values = np.array([7.0, 9.0, 9.5, 10.0, 4.0, 3.0, 2.0])
+    fall = falls.jump(values)
+    assert (fall.size, fall.reference) == (9.0 - 4.0, 1)
+    # Absolute second differences are 1.5, 0, 6.5, 5 and 0; the two largest are left out.
+    assert fall.bound == pytest.approx(5.5 * (1 + 5 / 7) * 0.5)
+    assert falls.jump(values, factor=2.0).bound == pytest.approx(2 * fall.bound)
+    assert falls.jump(np.stack([values, -values])).size.tolist() == [5.0, -7.5]
+    for rows in (5, 32):
+        with pytest.raises(ValueError, match="from 6 to 31 rows"):
+            falls.jump(np.zeros(rows))
 
 
 def test_the_noise_of_a_window_is_that_of_the_autocorrelation():

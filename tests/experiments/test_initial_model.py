@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import time
+import types
 from typing import Any
 
 import chat_cases
@@ -17,7 +18,7 @@ import pytest
 import sweep
 import test_instructgpt as job
 from launch import config_file, initial_model, run_folder, settings
-from recipe import run_setup, tasks, world_words
+from recipe import jobs, run_setup, tasks, world_words
 
 from rlhf_jax import lm
 from rlhf_jax.data import chat, dialogues, tokenizers
@@ -97,6 +98,7 @@ def test_the_job_starts_from_a_model_and_its_tokenizer(finished, checkpoint):
     folder, done = finished
     assert "pretrain: already done" in done.stderr
     assert f"starting from {checkpoint} (gpt2)" in done.stdout and "with generation marks" in done.stdout
+    assert "computing in float32" in done.stdout
     assert json.loads((folder / "config.json").read_text())["model"] == str(checkpoint)
     results = json.loads((folder / "results.json").read_text())
     for policy in results["policies"].values():
@@ -129,6 +131,23 @@ def test_the_job_starts_from_the_policy_of_another_run(finished, tmp_path):
     assert results["reward_model"]["held_out_prompts"] == 16
     assert all("gold" not in policy and "reward" in policy for policy in results["policies"].values())
     assert initial_model.load(str(out / "policy")).cfg.model_type == "gpt2"
+
+
+@pytest.mark.parametrize(("flag", "dtype"), [(None, "float32"), ("float32", "float32"), ("bfloat16", "bfloat16")])
+def test_a_float16_model_computes_in_float32_or_as_the_flag_says(byte_pairs, tmp_path, flag, dtype):
+    path = save_gpt2(tmp_path / "m", byte_pairs)
+    config = json.loads((path / "config.json").read_text())
+    del config["rlhf_jax"]
+    (path / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    model = initial_model.load(str(path))
+    asked = dataclasses.replace(SMALL, compute=settings.Compute(flag))
+    task: Any = types.SimpleNamespace(tokenizer=range(300), row_width=70)
+    assert jobs.model_config(asked, task, model) == dataclasses.replace(model.cfg, dtype=dtype)
+    new = jobs.model_config(asked, task, None)
+    assert (new.dtype, new.vocab_size) == (dtype, 300)
+    assert run_setup.describe_dtype(new).startswith(f"computing in {dtype}, with parameters in float32")
+    restored = config_file.from_dict(settings.Settings, json.loads(json.dumps(dataclasses.asdict(asked))))
+    assert restored.compute == asked.compute
 
 
 @pytest.mark.parametrize("tied", [True, False])

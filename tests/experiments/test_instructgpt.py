@@ -343,8 +343,19 @@ def test_rankings_keep_all_answers_and_refused_roles_are_reported(tmp_path):
     assert text.startswith("How many") and text.endswith(("?Two.", "?No.")), "the demonstration is the best answer"
     for record in records:
         record["prompt"] = [{"role": "system", "content": "Be short."}, {"role": "user", "content": record["prompt"]}]
-    with pytest.raises(errors.DataError, match=r"system\.jsonl: none of 32 comparisons is usable .*roles are refused"):
+    with pytest.raises(
+        errors.DataError, match=r"system\.jsonl: none of 32 comparisons is usable .*refused by the chat template"
+    ):
         task_of(write(tmp_path / "system.jsonl", records))
+
+
+def test_fields_that_are_not_used_are_reported(tmp_path):
+    records = [
+        {**pair, "prompt": [{"role": "user", "content": pair["prompt"], "name": "Ann"}], "note": "a long note"}
+        for pair in plain(comparisons(40))
+    ]
+    report = task_of(write(tmp_path / "named.jsonl", records)).dropped.report()
+    assert report.endswith("fields with text that are not used: 'name' 40, 'note' 40")
 
 
 def test_the_turns_of_a_single_held_out_conversation_are_one_cluster(tmp_path):

@@ -25,6 +25,7 @@ from launch.settings import SettingError
 from preferences import direct_settings, reward_settings
 
 from rlhf_jax import parallel
+from rlhf_jax.data import errors
 from rlhf_jax.distributed import hosts
 from rlhf_jax.simulation import lexicon
 
@@ -40,11 +41,12 @@ TINY: dict[str, dict[str, Any]] = {
     "ppo": {"iterations": 4, "batch": 8, "minibatches": 2, "warmup": 1, "ema": 0.5},
     "evaluation": {"prompts": 8, "best_of": 4, "best_of_prompts": 4, "skills": 8, "pretraining_rows": 4}
     | {"transcripts": 2},
-    "data": {"vocab_size": 300, "prompt_width": 48, "response_width": 24},
+    "data": {"vocab_size": 300, "prompt_width": 48, "response_width": 24, "max_dropped": 0.1},
 }
 ALTERNATIVES: dict[str, Any] = {
     "saves": 2,
     "out": "elsewhere",
+    "compute.dtype": "bfloat16",
     "sft.mix": 0.5,
     "pretrain.documents": 30,
     "net.heads": 1,
@@ -53,8 +55,10 @@ ALTERNATIVES: dict[str, Any] = {
     "data.prompt_width": 40,
     "data.response_width": 20,
     "data.held_out": 0.3,
+    "data.max_dropped": 0.0,
     "world.labelers": 5,
     "world.agreement": 0.8,
+    "world.polite_taste": 9.0,
     "comparisons.min_k": 3,
     "reward_model.batch": 2,
     "ppo.batch": 16,
@@ -71,6 +75,8 @@ ALTERNATIVES: dict[str, Any] = {
     "ppo.reference_ema": 0.9,
     "ppo.ptx_ratio": 2.0,
     "ppo.discount": 0.9,
+    "evaluation.prompts": 3,
+    "evaluation.pretraining_rows": 2,
     "evaluation.temperature": 0.5,
     "evaluation.split": "validation",
     "evaluation.best_of_prompts": 2,
@@ -87,6 +93,7 @@ ALTERNATIVES: dict[str, Any] = {
     "training.trains": "^head/",
     "pmp.prompts": 10,
     "pmp.polite_taste": 9.0,
+    "pmp.tuning_rate": 0.02,
     "group": 2,
     "pmp.agreement": 0.75,
     "cv.vocab_size": 290,
@@ -168,7 +175,10 @@ def name_of(value: Any) -> str:
 def inputs(tmp_path_factory):
     """Returns a folder, and the values of --data.path and --model."""
     folder = tmp_path_factory.mktemp("tiny")
-    path = test_instructgpt.write(folder / "pairs.jsonl", test_instructgpt.comparisons(40))
+    unusable = {"chosen": test_instructgpt.dialogue("Hi?", ""), "rejected": test_instructgpt.dialogue("Hi?", "Go.")}
+    answers = {"responses": ["The apple.", "A desk.", "No.", "The garden is lovely."], "ranks": [1, 2, 3, 4]}
+    rankings = [{"prompt": f"Which of them do you like, number {i}?"} | answers for i in range(9)]
+    path = test_instructgpt.write(folder / "data.jsonl", [*test_instructgpt.comparisons(80), *rankings, unusable])
     text = " ".join(lexicon.WORDS)
     words = [text, "user\n" + text, "assistant\n" + text]
     tokenizer = test_initial_model.chat_cases.make_qwen(template=test_initial_model.CHATML, words=words, size=700)
@@ -251,6 +261,15 @@ OWN = {
 } - {field.name for field in dataclasses.fields(settings.Settings)}
 
 
+def has_effect(command: Any, arguments: Any, changes: Any, name: str, before: dry_run.Observed, folder: Any) -> bool:
+    """Returns whether a changed setting changes the run; --data.max-dropped must make it end at an unusable record."""
+    if name == "data.max_dropped":
+        with pytest.raises(errors.DataError, match="1 of 90 records were dropped"):
+            dry_run.observe(command, arguments, changes, folder)
+        return True
+    return bool(before.differences(dry_run.observe(command, arguments, changes, folder)))
+
+
 def check_changes(variant: Variant, inputs: Any, *, only: Any = lambda name: True) -> None:
     command = COMMANDS[variant[0]]
     arguments, base = command_line(variant, inputs)
@@ -261,14 +280,13 @@ def check_changes(variant: Variant, inputs: Any, *, only: Any = lambda name: Tru
         changes = base | {name: alternative(made, name)} if not covered_elsewhere(variant[0], name) else {}
         skipped = not changes or name in base or (variant[0], name) in WITHOUT_EFFECT or not only(name)
         if not skipped and not is_refused(command, arguments, changes, name):
-            after = dry_run.observe(command, arguments, changes, inputs[0])
-            without_effect += [] if before.differences(after) else [name]
+            without_effect += [] if has_effect(command, arguments, changes, name, before, inputs[0]) else [name]
     assert not without_effect
 
 
 @pytest.mark.parametrize("variant", [VARIANTS[0]], ids=name_of)
 def test_changing_an_rl_setting_changes_the_run(variant, inputs):
-    check_changes(variant, inputs, only=lambda name: name.startswith("ppo."))
+    check_changes(variant, inputs, only=lambda name: name.startswith(("ppo.", "compute.")))
 
 
 @pytest.mark.parametrize("variant", [each for each in VARIANTS[1:] if each[1] != "pmp"], ids=name_of)
@@ -331,6 +349,7 @@ def test_methods_without_a_critic_refuse_every_setting_of_the_critic(method):
         ("reward_model", "--cv.width 32", "--cv.width has no effect without --folds"),
         ("reward_model", "--pmp.rate 0.2", "--pmp.rate has no effect without --pmp.prompts"),
         ("reward_model", "--data.path FILE --ppo.temperature 0.7", "--ppo.temperature has no effect on reward_model"),
+        ("reward_model", "--model DIR --pretrain.documents 9", "--pretrain.documents has no effect on reward_model.py"),
         ("reward_model", "--sft.mix 0.2", "--sft.mix has no effect on reward_model.py"),
     ],
 )

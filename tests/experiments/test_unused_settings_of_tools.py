@@ -1,6 +1,7 @@
 """Settings of the commands that train nothing change what is measured or written, or are refused by name."""
 
 import dataclasses
+import functools
 import json
 import types
 import typing
@@ -17,7 +18,7 @@ import pytest
 import rewardbench
 import torture
 from benchmarks.accelerator_rows import report_table
-from launch import initial_model, setting_checks
+from launch import initial_model, setting_checks, settings
 from launch.settings import SettingError
 from planning import abstract_steps, plan_settings, planner
 
@@ -144,20 +145,21 @@ def test_settings_of_rewardbench_change_the_scoring(tmp_path):
             record.append(counts.max_dropped)
             return original(path, counts=counts)
 
-        def call(self, params, tokens_BL, mask_BL):
-            record.append(np.shape(tokens_BL))
+        def call(function, params, tokens_BL, mask_BL):
+            record.append((np.shape(tokens_BL), function.keywords["cfg"].dtype))
             return np.asarray(mask_BL).sum(axis=1) * np.float32(0.1) + tokens_BL[:, -1]
 
         original = rewardbench.read
         made = rewardbench.RewardBenchSettings(
             model="model",
             data=rewardbench.Data(str(tmp_path / "pairs.jsonl"), changes.pop("max_dropped", 0.5)),
+            compute=settings.Compute(changes.pop("dtype", None)),
             **{"out": str(tmp_path / "out")} | changes,  # type: ignore
         )
         with (
             mock.patch.object(rewardbench, "read", read),
             mock.patch.object(rewardbench.initial_model, "load_reward_model", lambda _: model),
-            mock.patch.object(parallel.JitStep, "__call__", call),
+            mock.patch.object(rewardbench.parallel, "JitStep", lambda function, **_: functools.partial(call, function)),
             mock.patch.object(rewardbench, "_create_folder", lambda path, made: record.append(path)),
             mock.patch.object(rewardbench, "_write", lambda *_: None),
             mock.patch.object(rewardbench, "measure", lambda scored, bins: record.append((bins, len(scored.records)))),
@@ -167,9 +169,10 @@ def test_settings_of_rewardbench_change_the_scoring(tmp_path):
         return record
 
     changes: dict[str, Any] = {"out": str(tmp_path / "new"), "batch": 5, "max_length": 16, "bins": 3}
-    changes["max_dropped"] = 0.9
-    fields = {field.name for field in dataclasses.fields(rewardbench.RewardBenchSettings)} - {"model", "data"}
-    assert fields | {"max_dropped"} == set(changes)
+    changes |= {"max_dropped": 0.9, "dtype": "bfloat16"}
+    groups = {"model", "data", "compute"}
+    fields = {field.name for field in dataclasses.fields(rewardbench.RewardBenchSettings)} - groups
+    assert fields | {"max_dropped", "dtype"} == set(changes)
     before = observe()
     assert [name for name, value in changes.items() if observe(**{name: value}) == before] == []
 

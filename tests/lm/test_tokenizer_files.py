@@ -11,7 +11,6 @@ import pytest
 
 from rlhf_jax import lm
 from rlhf_jax.data import chat, dialogues, tokenizers
-from rlhf_jax.data.chat import templates
 from rlhf_jax.lm.hub import tokenizer_files
 
 MESSAGES = [
@@ -19,6 +18,11 @@ MESSAGES = [
     {"role": "assistant", "content": "In the garden.\n"},
     {"role": "user", "content": "why  so"},
 ]
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|assistant|>' }}{% generation %}"
+    "{{ m.content + '<|end|>' }}{% endgeneration %}{% else %}{{ '<|user|>' + m.content + '<|end|>' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
 SPACED = """{%- for m in messages %}
     {%- if m.role == 'assistant' %}
   {{ '<|assistant|>' }}  {%- generation -%}
@@ -42,7 +46,7 @@ def plain_jinja(template, **variables):
     return environment.from_string(template).render(messages=MESSAGES, **variables)
 
 
-@pytest.mark.parametrize("template", [tokenizers.CHAT_TEMPLATE, SPACED, *templates.FAMILIES[1].forms])
+@pytest.mark.parametrize("template", [MARKED, SPACED])
 def test_the_main_template_is_plain_jinja_and_writes_the_same_text(template, tmp_path):
     tokenizer = chat_cases.byte_level(("<|user|>", "<|assistant|>", "<|end|>"), template=template, eos_token="<|end|>")
     expected: Any = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
@@ -66,7 +70,7 @@ def test_a_template_without_marks_is_saved_unchanged(tmp_path):
 
 
 def test_other_named_templates_are_kept(tmp_path):
-    named = {"default": tokenizers.CHAT_TEMPLATE, "tool_use": "tools"}
+    named = {"default": MARKED, "tool_use": "tools"}
     tokenizer = chat_cases.byte_level(("<|user|>", "<|assistant|>", "<|end|>"), eos_token="<|end|>")
     tokenizer.chat_template = named
     save(tmp_path / "m", tokenizer)
@@ -76,7 +80,9 @@ def test_other_named_templates_are_kept(tmp_path):
 def test_transformers_finds_the_marked_template_by_its_name(tmp_path):
     import transformers
 
-    save(tmp_path / "m", tokenizers.train_bpe(["where is it"], vocab_size=280))
+    trained = tokenizers.train_bpe(["where is it"], vocab_size=280)
+    trained.chat_template = MARKED
+    save(tmp_path / "m", trained)
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
     messages = chat.messages([dialogues.Turn("user", "where"), dialogues.Turn("assistant", "it")])
     marked = tokenizer.apply_chat_template(
@@ -100,3 +106,16 @@ def test_every_version_has_the_class_of_the_saved_tokenizer(tmp_path):
         assert again.get_vocab() == tokenizer.get_vocab()
         assert again.all_special_tokens == tokenizer.all_special_tokens
         assert again.padding_side == "left"
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_decoded_text_keeps_its_spaces_in_every_version(forced, tmp_path):
+    """Llama 3's published tokenizer asks for a cleanup that version 5 of transformers does not carry out."""
+    option = "clean_up_tokenization_spaces"
+    options = {option: True, f"{option}_for_bpe_even_though_it_will_corrupt_output": forced}
+    tokenizer: Any = chat_cases.byte_level(("<|end|>",), eos_token="<|end|>", **options)
+    save(tmp_path / "m", tokenizer)
+    assert json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())[option] is forced
+    again: Any = tokenizers.load(tmp_path / "m")
+    ids = again("where , is it ?")["input_ids"]
+    assert again.decode(ids) == tokenizer.decode(ids) == ("where, is it?" if forced else "where , is it ?")

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -225,6 +227,42 @@ def test_kto_baseline_comes_from_answers_to_other_prompts():
     np.testing.assert_allclose(logs["rejected_logprob"].value(), policy[~good].mean(), rtol=1e-4)
     with pytest.raises(ValueError, match="mismatched"):
         run(batch.replace(mismatched=None), "kto")
+
+
+def answers_to(prompts: list[int]) -> Any:
+    """Returns marked answers; a prompt is one token, and answer i consists of the token 10 + i."""
+    n = len(prompts)
+    tokens = np.stack([np.full(n, 9), prompts, 10 + np.arange(n), 10 + np.arange(n)], axis=1)[:, None].astype(np.int32)
+    mask = np.broadcast_to([False, True, True, True], tokens.shape)
+    tokens[:, 0, 0] = np.arange(n)  # padding may have any id
+    return types.Preferences(tokens, mask, mask[..., 2:], good_BK=np.arange(n)[:, None] % 2 == 0)  # pyright: ignore
+
+
+@hypothesis.given(st.lists(st.integers(1, 4), min_size=1, max_size=9), st.integers(1, 10))
+@hypothesis.settings(deadline=None)
+def test_no_row_is_matched_with_an_answer_to_its_own_prompt(prompts, shift):
+    batch, n = answers_to(prompts), len(prompts)
+    if 2 * max(prompts.count(x) for x in prompts) > n:
+        with pytest.raises(ValueError, match=f"of {n} rows have the same prompt"):
+            dpo.mismatched(batch, prompt_width=2, shift=shift)
+        return
+    crossed = dpo.mismatched(batch, prompt_width=2, shift=shift)
+    sources = np.asarray(crossed.tokens_BKL)[:, 0, 2] - 10
+    assert sorted(sources) == list(range(n))  # every answer is used once
+    assert all(prompts[i] != prompts[j] for i, j in enumerate(sources))
+    np.testing.assert_array_equal(crossed.tokens_BKL[..., :2], batch.tokens_BKL[..., :2])
+    plain = [(i - shift) % n for i in range(n)]
+    if all(prompts[i] != prompts[j] for i, j in enumerate(plain)):
+        assert sources.tolist() == plain
+    np.testing.assert_array_equal(crossed.answer_BKC, np.asarray(batch.answer_BKC)[sources])
+
+
+def test_a_batch_of_one_has_no_mismatched_answer_also_under_jit():
+    for match in (dpo.mismatched, jax.jit(dpo.mismatched, static_argnames="prompt_width")):
+        with pytest.raises(ValueError, match="1 of 1 rows have the same prompt"):
+            match(answers_to([3]), prompt_width=2)
+    traced = jax.jit(dpo.mismatched, static_argnames="prompt_width")(answers_to([3, 4, 5]), prompt_width=2)
+    np.testing.assert_array_equal(traced.tokens_BKL, dpo.mismatched(answers_to([3, 4, 5]), prompt_width=2).tokens_BKL)
 
 
 def test_training_separates_chosen_from_rejected_and_compiles_once():

@@ -139,6 +139,118 @@ def test_dpo_and_reward_models_report_the_bad_row():
     assert (float(logs["bad_rows"]), float(logs["bad_row"])) == (1, at)
 
 
+# -------------------------------------------------------------------------------------------- nothing to learn from
+
+
+def emptied(name, batch):
+    """Returns a batch of a stage without a token or a pair to learn from."""
+    if name == "sft":
+        return batch.replace(loss_mask_BL=np.zeros_like(batch.loss_mask_BL))
+    if name == "dpo":
+        return batch.replace(answer_BKC=np.zeros_like(batch.answer_BKC))
+    return batch.replace(ranks_BK=np.ones_like(batch.ranks_BK))  # reward_model
+
+
+def trained_on(run, batches):
+    """Returns the state after steps on the batches, and the metrics of the last step."""
+    state, logs = jax.tree.map(jnp.array, run.state), None
+    for batch in batches:
+        state, logs = run.step(state, run.frozen, run.hyper_at(0), batch, jax.random.key(0))
+    return state, metrics.to_floats(logs)
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "reward_model"])
+def test_a_batch_with_nothing_to_learn_from_changes_nothing_but_the_counter(name):
+    run = stage(name)
+    first, second = run.batch_at(0), run.batch_at(1)
+    before, usual = trained_on(run, [first])
+    after, logs = trained_on(run, [first, emptied(name, second)])
+    jax.tree.map(
+        np.testing.assert_array_equal, (before.params, before.opt_state), (after.params, after.opt_state)
+    )  # momentum is not 0
+    assert int(after.step) == int(before.step) + 1
+    assert (usual["skipped"], usual["empty_batch"]) == (0, 0) and (logs["skipped"], logs["empty_batch"]) == (1, 1)
+    assert nonfinite.explain(logs).startswith("the batch has nothing to learn from")
+    later, _ = trained_on(run, [first, emptied(name, second), second])
+    straight, _ = trained_on(run, [first, second])
+    jax.tree.map(np.testing.assert_array_equal, later.params, straight.params)
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "reward_model"])
+def test_some_rows_with_something_to_learn_from_are_enough(name):
+    run = stage(name)
+    batch = run.batch_at(1)
+    part = jax.tree.map(lambda x, y: np.concatenate([x[:-1], y[-1:]]), emptied(name, batch), batch)
+    if name == "reward_model":
+        part = part.replace(ranks_BK=np.concatenate([part.ranks_BK[:-1], [[1, 2, 2]]]))
+    _, logs = trained_on(run, [part])
+    assert logs["skipped"] == 0 and logs["grad_norm"] > 0
+
+
+def test_domains_of_weight_zero_are_nothing_to_learn_from():
+    run = stage("reward_model")
+    batch = run.batch_at(0).replace(domain_B=np.array([0, 1] * 4))
+    for weights, domains, empty, skipped in (
+        ([1.0, 0.0], [0, 1], 0, 0),
+        ([0.0, 1.0], [0, 0], 1, 1),
+        ([0.0, 1.0], [0, 2], 0, 1),  # a domain without a weight makes the loss NaN
+    ):
+        hyper = {**run.hyper_at(0), "domain_weights": np.array(weights, np.float32)}
+        rows = batch.replace(domain_B=np.array(domains * 4))
+        _, logs = run.step(jax.tree.map(jnp.array, run.state), None, hyper, rows, None)
+        assert (float(logs["empty_batch"]), float(logs["skipped"])) == (empty, skipped)
+
+
+@pytest.mark.parametrize(("ptx_coef", "text", "skipped"), [(0.0, True, 4), (0.5, False, 4), (0.5, True, 0)])
+def test_minibatches_without_a_token_are_skipped_in_ppo(ptx_coef, text, skipped):
+    def silent(*args):
+        rollout = tiny_runs._generate(*args)
+        return rollout.replace(response_mask_BT=jnp.zeros_like(rollout.response_mask_BT))
+
+    run = stage("ppo")
+    models = ppo.Models(
+        silent,
+        tiny_runs._logprobs_and_entropy,
+        tiny_runs._values,
+        tiny_runs._score_rollout,
+        tiny_runs._token_logprobs,
+    )
+    step = jax.jit(ppo.make_train_step(models, epochs=2, minibatches=2))
+    batch = run.batch_at(0)
+    batch = batch._replace(ptx=batch.ptx.replace(loss_mask_BL=batch.ptx.loss_mask_BL & text))
+    state = run.state.replace(opt_state=jax.tree.map(lambda x: x + jnp.ones_like(x), run.state.opt_state))
+    new, logs = step(state, run.frozen, ppo_hyper(ptx_coef=ptx_coef), batch, jax.random.key(0))
+    assert float(logs["skipped"]) == skipped and (float(logs["empty_batch"]) > 0) == (skipped > 0)
+    same = [np.array_equal(a, b) for a, b in zip(jax.tree.leaves(new.params), jax.tree.leaves(state.params))]
+    assert all(same) == (skipped > 0)
+    if skipped:
+        assert "nothing to learn from" in nonfinite.explain(metrics.to_floats(logs))
+
+
+def test_fit_reports_an_empty_batch_and_stops_after_too_many(tmp_path):
+    run, warnings, rows = stage("sft"), [], []
+
+    def start(bad):
+        return loop.fit(
+            run.step,
+            jax.tree.map(jnp.array, run.state),
+            steps=5,
+            batch_at=lambda i: emptied("sft", run.batch_at(i)) if i in bad else run.batch_at(i),
+            hyper_at=run.hyper_at,
+            rng=jax.random.key(0),
+            stage="sft",
+            log=lambda done, row: rows.append(row),
+            warn=warnings.append,
+            max_skipped=3,
+        )
+
+    start({1, 3})
+    assert [row["skipped"] for row in rows] == [0, 1, 0, 1, 0] and "empty_batch" not in rows[0]
+    assert len(warnings) == 1 and "sft: skipped step 2: the batch has nothing to learn from" in warnings[0]
+    with pytest.raises(loop.DivergedError, match=r"skipped 3 steps in a row.*nothing to learn from"):
+        start({1, 2, 3, 4})
+
+
 # ---------------------------------------------------------------------------------------------------------- the loop
 
 

@@ -94,11 +94,11 @@ def test_loss_depends_only_on_the_context_of_response_tokens():
         assert abs(float(changed_logs["loss"].value() - logs["loss"].value())) > 1e-4
 
 
-def test_batch_without_loss_tokens_has_no_effect():
+def test_batch_without_loss_tokens_is_skipped():
     batch = token_rows()
     state, logs = sft_run(batch.replace(loss_mask_BL=jnp.zeros((B, L), bool)))  # type: ignore[attr-defined]
     close(state.params, params(), atol=0)
-    assert float(logs["grad_norm"]) == 0 and float(logs["skipped"]) == 0
+    assert float(logs["grad_norm"]) == 0 and float(logs["skipped"]) == 1
 
 
 # --------------------------------------------------------------------------------------------------- reward models
@@ -188,10 +188,10 @@ def test_reward_model_learns_the_given_order():
     assert step.traces == 1
 
 
-def test_batch_without_pairs_has_no_effect():
+def test_batch_without_pairs_is_skipped():
     tied = comparisons().replace(ranks_BK=jnp.ones((B, K), jnp.int32))  # type: ignore[attr-defined]
     state, logs = reward_run(tied)
-    assert float(logs["skipped"]) == 0 and float(logs["grad_norm"]) == 0
+    assert float(logs["skipped"]) == 1 and float(logs["grad_norm"]) == 0
     close(state.params, params(), atol=0)
 
 

@@ -107,9 +107,14 @@ def try_answers(
     """
     tools = [()] * len(prompts) if tools is None else tools
     parts: list[tuple[str, str] | errors.DataError] = []
+    texts: dict[
+        int, str
+    ] = {}  # the texts of prompts by identity, because the answers to a prompt are often consecutive
     for prompt, answer, described in zip(prompts, answers, tools, strict=True):
         try:
-            parts.append(_answer_texts(fmt, prompt, answer, described))
+            if id(prompt) not in texts:
+                texts = {id(prompt): _prompt_text(fmt, prompt, described)}
+            parts.append((texts[id(prompt)], _answer_text(fmt, texts[id(prompt)], prompt, answer, described)))
         except errors.DataError as error:
             parts.append(error)
     usable = [part for part in parts if not isinstance(part, errors.DataError)]
@@ -267,16 +272,15 @@ def _prompt_text(fmt: ChatFormat, turns: Turns, tools: Tools) -> str:
     return fmt.renderer.render(messages(turns), tools=tools, prompt=True)
 
 
-def _answer_texts(fmt: ChatFormat, prompt: Turns, answer: dialogues.Answer, tools: Tools) -> tuple[str, str]:
-    """Returns the texts of a prompt and of the answer that follows it."""
-    before = _prompt_text(fmt, prompt, tools)
-    turns = [*prompt, dialogues.answer_turn(answer)]
+def _answer_text(fmt: ChatFormat, before: str, prompt: Turns, answer: dialogues.Answer, tools: Tools) -> str:
+    """Returns the text of an answer to a prompt, whose text is ``before``."""
+    turns = messages([*prompt, dialogues.answer_turn(answer)])
     text, ((start, end),) = rendering.answer_spans(
-        fmt.renderer, messages(turns), [len(prompt)], stop=fmt.stop, tools=tools
+        fmt.renderer, turns, [len(prompt)], stop=fmt.stop, tools=tools, prompts={len(prompt): before}
     )
     if start != len(before) or not text.startswith(before):
         raise errors.DataError(
             "the chat template does not write the answer after its generation prompt: the prompt ends in "
             f"{before[-40:]!r}, the text before the answer in {text[:start][-40:]!r}"
         )
-    return before, text[start:end]
+    return text[start:end]

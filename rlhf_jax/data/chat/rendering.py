@@ -80,6 +80,7 @@ def answer_spans(
     *,
     stop: str,
     tools: Sequence[Mapping[str, Any]] = (),
+    prompts: Mapping[int, str] | None = None,
 ) -> tuple[str, list[Span]]:
     """Returns the rendering of messages, and the spans of some answers in it.
 
@@ -89,6 +90,7 @@ def answer_spans(
         answers: Indices of the messages whose spans to find; they must be the assistant's.
         stop: Spelling of the token that ends answers.
         tools: Descriptions of tools, for the template.
+        prompts: Renderings of the prompts of answers, if they are known, by the index of the answer.
 
     Returns:
         ``(text, spans)``; each span is ``(start, end)``, from the end of the prompt through the stop token.
@@ -106,7 +108,7 @@ def answer_spans(
             )
         of_answer = dict(zip(marked, spans))
         return text, [_up_to_stop(text, of_answer[i], stop) for i in answers]
-    views = _Views(renderer, messages, tools, text)
+    views = _Views(renderer, messages, tools, text, prompts or {})
     return text, [(views.start(i), views.end(i, stop)) for i in answers]
 
 
@@ -143,10 +145,11 @@ class _Views:
     messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]]
     text: str
+    prompts: Mapping[int, str]
 
     def start(self, i: int) -> int:
         """Returns where the answer ``i`` starts in the text."""
-        prompt = self._render(self.messages[:i], prompt=True)
+        prompt = self.prompts[i] if i in self.prompts else self._render(self.messages[:i], prompt=True)
         if self.text.startswith(prompt):
             return len(prompt)
         if i == 0:

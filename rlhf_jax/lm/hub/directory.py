@@ -10,7 +10,8 @@ A model with a scalar head is written as the ``...ForSequenceClassification`` cl
 
 The field ``reward_normalisation`` of ``config.json`` records how the scores were normalised; `load_normalisation`
 returns this record. Settings without a counterpart in ``transformers`` (compute dtype, remat and attention
-implementation) are written to ``config.json`` under ``rlhf_jax``.
+implementation) are written to ``config.json`` under ``rlhf_jax``. Without them, a model computes in the dtype that
+``config.json`` names, and in float32 if that is float16 or float64: float16 is for files only.
 """
 
 from __future__ import annotations
@@ -264,6 +265,8 @@ def _config(hf: Mapping[str, Any], source: pathlib.Path) -> config.LMConfig:
     # The dtype of the files is the default compute dtype; "torch_dtype" is the older spelling.
     ours: dict[str, Any] = hf.get("rlhf_jax") or {"dtype": hf.get("dtype") or hf.get("torch_dtype") or "float32"}
     ours = {field: ours[field] for field in _OURS if field in ours}
+    # Gradients in float16 would need loss scaling. float32 represents every float16 number; bfloat16 would round it.
+    ours |= {"dtype": "float32"} if ours.get("dtype") in ("float16", "float64") else {}
     try:
         return config.LMConfig(
             **layouts.read_fields(_normalised_config(hf), family), **ours, model_type=hf["model_type"]

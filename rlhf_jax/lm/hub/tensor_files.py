@@ -120,7 +120,7 @@ def write(
         max_shard_bytes: Maximum size of each file; a larger tensor is written to a separate file.
 
     Raises:
-        ValueError: A value is not finite, or ``shapes`` and ``arrays`` disagree.
+        ValueError: A value is not finite in ``dtype``, or ``shapes`` and ``arrays`` disagree.
     """
     dtype = np.dtype(dtype)
     sizes = {name: int(np.prod(shape)) * dtype.itemsize for name, shape in shapes.items()}
@@ -141,13 +141,14 @@ def write(
             out.write(_header(names, shapes, sizes, _NAMES[dtype]))
             for name in names:
                 given, make = next(following)
-                array = make()
+                with np.errstate(over="ignore"):  # checked below
+                    array = make().astype(dtype, copy=False)
                 if given != name or array.shape != shapes[name]:
                     raise ValueError(f"expected {name} with shape {shapes[name]}, got {given} with shape {array.shape}")
                 if not np.isfinite(array).all():
-                    raise ValueError(f"{name} contains a value that is not finite")
+                    raise ValueError(f"{name} contains a value that is not finite or too large for {dtype.name}")
                 # A transposed view is copied because its bytes are in a different order.
-                out.write(np.ascontiguousarray(array.astype(dtype, copy=False)).reshape(-1).view(np.uint8).data)
+                out.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     if total > 1:
         places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places})

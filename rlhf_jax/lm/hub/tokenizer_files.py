@@ -12,6 +12,7 @@ MARKED = "generation_marks"
 """Name of the chat template with generation marks among the additional templates."""
 
 _CONFIG = "tokenizer_config.json"
+_FORCED = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 _MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 
 
@@ -23,6 +24,8 @@ def write(folder: pathlib.Path, tokenizer: Any, *, pad_id: int | None) -> None:
     * The class is ``PreTrainedTokenizerFast``, which all versions know and which uses ``tokenizer.json`` unchanged.
     * A chat template with generation marks, a tag that only ``transformers`` knows, is saved as the additional template
       `MARKED`. The main template writes the same text without marks.
+    * Versions before 5 remove spaces before punctuation from decoded text if ``clean_up_tokenization_spaces`` is set;
+      version 5 ignores it for BPE tokenizers, so it is saved as false for them.
     * The pad token has the id ``pad_id``; if that is None, there is no pad token.
     * How this process loaded the tokenizer is left out.
 
@@ -41,9 +44,12 @@ def write(folder: pathlib.Path, tokenizer: Any, *, pad_id: int | None) -> None:
     if isinstance(fields.get("extra_special_tokens"), list):
         # Versions before 5 have this name for the list and expect a dict under the other one.
         fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if type(model).__name__ == "BPE" and not fields.get(_FORCED):
+        fields["clean_up_tokenization_spaces"] = False
     if pad_id != getattr(tokenizer, "pad_token_id", None):
         fields["pad_token"] = None if pad_id is None else tokenizer.convert_ids_to_tokens(pad_id)
-    tensor_files.write_json(folder / _CONFIG, fields)
+    tensor_files.write_json(folder / _CONFIG, dict(sorted(fields.items())))
 
 
 def restore_marks(template: Any) -> Any:

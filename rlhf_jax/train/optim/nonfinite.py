@@ -1,7 +1,7 @@
-"""Diagnosis of steps with non-finite numbers: which rows of the batch contain them, and a message for the user.
+"""Diagnosis of skipped steps: which rows of the batch have non-finite numbers, and a message for the user.
 
-`update.apply_gradients` skips such a step. Inside the step, `row_metrics` locates the rows; on the host, `explain`
-turns the metrics into a message.
+`update.apply_gradients` skips a step with such a number, and one whose batch has nothing to learn from. Inside the
+step, `row_metrics` locates the rows; on the host, `explain` turns the metrics into a message.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-DETAILS = ("bad_rows", "bad_row", "bad_update")
+DETAILS = ("bad_rows", "bad_row", "bad_update", "empty_batch")
 """Metrics that are logged for skipped steps only."""
 
 
@@ -65,13 +65,20 @@ def row_metrics(rows: BadRows, *, axis_name: str | tuple[str, ...] | None = None
 
 
 def explain(floats: Mapping[str, float]) -> str:
-    """Returns a clause that names the non-finite losses, gradients and rows of a skipped step, given its metrics.
+    """Returns a clause that says why a step was skipped, given its metrics.
+
+    It names the non-finite losses, gradients and rows, or says that the batch has nothing to learn from.
 
     Example:
         >>> from rlhf_jax.train.optim import nonfinite
         >>> nonfinite.explain({"loss": float("nan"), "grad_norm": 1.0, "bad_rows": 1.0, "bad_row": 3.0})
         'loss is not finite (row 3 of the batch)'
     """
+    if floats.get("empty_batch", 0) > 0:
+        return (
+            "the batch has nothing to learn from (no token or no pair with a label), and the weights did not change; "
+            "check the loss masks, labels and ranks of the data"
+        )
     unused = {"ptx_loss"} if floats.get("ptx_coef_per_token") == 0 else set()
     bad = [name for name, number in floats.items() if not math.isfinite(number) and name not in unused]
     parts = [name.removeprefix("grad_norm_") for name in bad if name.startswith("grad_norm_")]

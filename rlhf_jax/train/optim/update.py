@@ -122,9 +122,12 @@ def apply_gradients(
     max_grad_norm: Any = None,
     axis_name: str | tuple[str, ...] | None = None,
     loss: Any = None,
+    empty: Any = None,
 ) -> tuple[Any, dict[str, jax.Array]]:
     """Applies one update; if the gradient, loss or learning rate is not finite, only advances the step counter.
 
+    The same holds for a batch with nothing to learn from: its gradient is 0, but momentum and weight decay would move
+    the parameters. The optimiser state is unchanged too, so that a later update is as if there had been no such batch.
     The counter always advances, so that ``fold_in(rng, state.step)`` gives every step different random numbers.
 
     Args:
@@ -137,17 +140,20 @@ def apply_gradients(
             None disables clipping.
         axis_name: Axis (pmap, shard_map, vmap) over which gradients and loss are averaged first.
         loss: Loss to check for non-finite values; None for no check.
+        empty: bool scalar, True if the whole batch, over all devices, has nothing to learn from, such as no token in
+            the loss mask; None if it has.
 
     Returns:
-        ``(state, metrics)``, float32 scalars: ``grad_norm``, the global norm before clipping, finite or not; and
-        ``skipped``, 1.0 if the update was skipped, else 0.0. Code that updates an average or a controller after the
-        step must do so only if ``skipped`` is 0.
+        ``(state, metrics)``, float32 scalars: ``grad_norm``, the global norm before clipping, finite or not;
+        ``skipped``, 1.0 if the update was skipped, else 0.0; and ``empty_batch``, 1.0 if ``empty``, else 0.0. Code
+        that updates an average or a controller after the step must do so only if ``skipped`` is 0.
     """
+    empty = jnp.asarray(False if empty is None else empty)
     if axis_name is not None:
         grads = jax.lax.pmean(grads, axis_name)
         loss = None if loss is None else jax.lax.pmean(loss, axis_name)
     norm = global_norm(grads)
-    finite = jnp.isfinite(norm)
+    finite = jnp.isfinite(norm) & ~empty
     for number in (loss, *jax.tree.leaves(learning_rate)):
         if number is not None:
             finite &= jnp.all(jnp.isfinite(number))
@@ -166,7 +172,11 @@ def apply_gradients(
         params=keep_old(params, state.params),
         opt_state=keep_old(opt_state, state.opt_state),
     )
-    return state, {"grad_norm": norm, "skipped": 1.0 - finite.astype(jnp.float32)}
+    return state, {
+        "grad_norm": norm,
+        "skipped": 1.0 - finite.astype(jnp.float32),
+        "empty_batch": empty.astype(jnp.float32),
+    }
 
 
 def gradient_step(
@@ -179,6 +189,7 @@ def gradient_step(
     max_grad_norm: Any = None,
     micro_batches: int = 1,
     axis_name: str | tuple[str, ...] | None = None,
+    empty: Any = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Computes gradients and applies them: :func:`loss_and_grads` followed by :func:`apply_gradients`.
 
@@ -191,14 +202,14 @@ def gradient_step(
         max_grad_norm: As in :func:`apply_gradients`.
         micro_batches: As in :func:`loss_and_grads`.
         axis_name: Name of the mapped axis over which the batch is split; None if it is not split.
+        empty: As in :func:`apply_gradients`.
 
     Returns:
         ``(state, metrics)``: the metrics of ``loss_fn``, with ``"bad"`` replaced by ``bad_rows`` and ``bad_row``; those
         of :func:`apply_gradients`; and ``learning_rate``.
     """
     (loss, logs), grads = loss_and_grads(loss_fn, state.params, batch, total, micro_batches=micro_batches)
-    state, update_logs = apply_gradients(
-        state, grads, learning_rate=learning_rate, max_grad_norm=max_grad_norm, axis_name=axis_name, loss=loss
-    )
+    options = {"max_grad_norm": max_grad_norm, "axis_name": axis_name}
+    state, update_logs = apply_gradients(state, grads, learning_rate=learning_rate, loss=loss, empty=empty, **options)
     logs |= nonfinite.row_metrics(logs.pop("bad"), axis_name=axis_name)
     return state, logs | update_logs | {"learning_rate": learning_rate}
