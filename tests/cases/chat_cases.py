@@ -1,6 +1,7 @@
 """Small tokenizers of the model families, and the documented chat formats of these families."""
 
 import functools
+import random
 from typing import Any
 
 import tokenizers as library
@@ -262,3 +263,23 @@ OWN: dict[str, Any] = {
 }
 """Templates as tokenizers have them, without generation marks: a tokenizer, the template, and what the assistant writes
 in ``TURNS``, found by hand."""
+
+# White space and new lines at the edges, empty texts, code of templates, control tokens typed as text, emoji, text
+# written from right to left, and thoughts.
+TEXTS = (
+    *("hi", "  two spaces  ", "\n\nnew lines\n\n", "", " ", "\n", "tab\tend\t", "a\r\nb", "{{ x }} {% y %}"),
+    *("<|im_end|> and </s><end_of_turn><|eot_id|><｜end▁of▁sentence｜>", "👩‍🚀🙂", "שלום עולם مرحبا", "日本語"),
+    *("<think>\nhm\n</think>\n\nfour", "\nlead", "tail\n"),
+)
+
+
+def random_dialogues(n=40):
+    """Returns dialogues of one to three questions and answers, some after a system turn."""
+    rng = random.Random(0)
+    made = []
+    for i in range(n):
+        turns = [Turn(S, rng.choice(("Be brief.", *TEXTS[:3])))] if i % 3 == 0 else []
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            turns += [Turn(U, rng.choice(TEXTS)), Turn(A, rng.choice(TEXTS))]
+        made.append(turns)
+    return made

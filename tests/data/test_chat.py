@@ -1,7 +1,6 @@
 """Chat formats: ids are those of the tokenizer's own template, and the loss mask selects what the assistant writes."""
 
 import datetime
-import random
 
 import pytest
 import tokenizers as library
@@ -26,37 +25,12 @@ from chat_cases import (
     make_llama3,
     make_qwen,
     make_qwen3,
+    random_dialogues,
     shown,
 )
 
 from rlhf_jax.data import chat, errors, padding, tokenizers
 from rlhf_jax.data.chat import templates
-
-TEXTS = (
-    *("hi", "  two spaces  ", "\n\nnew lines\n\n", "", " ", "\n", "tab\tend\t", "a\r\nb", "{{ x }} {% y %}"),
-    *(
-        "<|im_end|> and </s><end_of_turn>",
-        "👩‍🚀🙂",
-        "שלום עולם مرحبا",
-        "日本語",
-        "<think>\nhm\n</think>\n\nfour",
-        "\nlead",
-        "tail\n",
-    ),
-)
-
-
-def random_dialogues(n=40):
-    """Returns dialogues of one to three questions and answers, some after a system turn."""
-    rng = random.Random(0)
-    made = []
-    for i in range(n):
-        turns = [Turn(S, rng.choice(("Be brief.", *TEXTS[:3])))] if i % 3 == 0 else []
-        for _ in range(rng.choice((1, 1, 2, 3))):
-            turns += [Turn(U, rng.choice(TEXTS)), Turn(A, rng.choice(TEXTS))]
-        made.append(turns)
-    return made
-
 
 # --------------------------------------------------------------------------------------------- the tokenizer's template
 
