@@ -102,9 +102,7 @@ def _load(path: str, mesh: jax.sharding.Mesh | None = None, template: Template =
                 f"its tokenizer has {n} ids, more than the {cfg.vocab_size} of the model; add rows for the new tokens "
                 f"with lm.resize(params, cfg, {n}) and save the model"
             )
-        # Ids that the tokenizer lacks are removed from the vocabulary below, so they cannot end an answer.
-        stop_ids = [i for i in lm.load_stop_ids(path) if i < n]
-        fmt = chat.chat_format(tokenizer, model_type=cfg.model_type, stop_ids=stop_ids, **given)
+        fmt = chat.chat_format(tokenizer, model_type=cfg.model_type, **given)
     except (OSError, ValueError) as error:
         raise SettingError(f"cannot use --model {path}: {error}") from error
     except Exception as error:  # safetensors and tokenizers raise bare exceptions for damaged files

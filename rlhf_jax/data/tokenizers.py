@@ -14,11 +14,12 @@ The Hugging Face packages are imported inside the functions, because importing t
 from __future__ import annotations
 
 import os
+import pathlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_jax.data import errors
-from rlhf_jax.lm.hub import tokenizer_files
+from rlhf_jax.lm.hub import special_ids, tokenizer_files
 
 if TYPE_CHECKING:
     import transformers
@@ -138,7 +139,8 @@ def load(path: str | os.PathLike[str]) -> transformers.PreTrainedTokenizerFast:
     """Loads a tokenizer that ``save_pretrained`` or `rlhf_jax.lm.save` saved in a local directory.
 
     Nothing is downloaded. `rlhf_jax.lm.save` saves a chat template with generation marks beside one without them, which
-    other libraries use; the loaded tokenizer has the marks.
+    other libraries use; the loaded tokenizer has the marks. Its attribute ``stop_ids`` contains the ids that end an
+    answer according to ``config.json`` and ``generation_config.json``, as far as it has them.
 
     Raises:
         DataError: If the directory has no ``tokenizer.json``, or its files cannot be read.
@@ -157,6 +159,13 @@ def load(path: str | os.PathLike[str]) -> transformers.PreTrainedTokenizerFast:
     except Exception as error:  # the tokenizers package raises exceptions of many kinds
         raise errors.DataError(f"the tokenizer in {name} cannot be read: {error}") from error
     tokenizer.chat_template = tokenizer_files.restore_marks(tokenizer.chat_template)
+    n = 1 + max(tokenizer.get_vocab().values())
+    # A model's vocabulary can be larger than its tokenizer's.
+    try:
+        listed = special_ids.read_stop_ids(pathlib.Path(name), vocab_size=1 << 31)
+    except ValueError as error:
+        raise errors.DataError(str(error)) from error
+    tokenizer.stop_ids = tuple(i for i in listed if i < n)  # type: ignore[attr-defined]
     return tokenizer
 
 

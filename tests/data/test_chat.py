@@ -1,6 +1,7 @@
 """Chat formats: ids are those of the tokenizer's own template, and the loss mask selects what the assistant writes."""
 
 import datetime
+import json
 
 import pytest
 import tokenizers as library
@@ -364,3 +365,22 @@ def test_the_stop_token_is_learnt_even_if_the_pad_token_is_missing_or_equal_to_i
         assert rows.tokens_BL[row][rows.loss_mask_BL[row]].tolist() == answer
         assert answer[-1] == fmt.stop_ids[0]
     assert (rows.tokens_BL[~rows.mask_BL] == fmt.pad_id).all()
+
+
+def test_the_stop_ids_of_a_models_files_end_answers(tmp_path):
+    make_qwen(template=OWN["qwen2"][1]).save_pretrained(tmp_path)
+    tokenizer = tokenizers.load(tmp_path)
+    stop, other = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert chat.chat_format(tokenizer).stop_ids == (stop,)
+    ids = [
+        other,
+        stop,
+        1 + max(tokenizer.get_vocab().values()),
+    ]  # the model's vocabulary is larger than the tokenizer's
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    fmt = chat.chat_format(tokenizers.load(tmp_path))
+    assert fmt.stop_ids == (stop, other) == fmt.tokenizer.stop_ids
+    assert chat.chat_format(tokenizers.load(tmp_path), stop_ids=()).stop_ids == (stop,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["x"]}')
+    with pytest.raises(errors.DataError, match="eos_token_id contains 'x'"):
+        tokenizers.load(tmp_path)

@@ -54,7 +54,7 @@ def chat_format(
     template: str | None = None,
     options: Mapping[str, Any] | None = None,
     date: datetime.date | None = None,
-    stop_ids: Iterable[int] = (),
+    stop_ids: Iterable[int] | None = None,
 ) -> ChatFormat:
     """Returns the chat format of a tokenizer, checked on sample dialogues.
 
@@ -77,7 +77,7 @@ def chat_format(
         options: Values of the template's variables, such as ``{"enable_thinking": False}`` or a ``date_string``. They
             are JSON values and are written at the start of the template, so that they are saved with the tokenizer.
         date: The date for templates that write the current date, such as Llama 3.1's. By default, today.
-        stop_ids: Further ids that end an answer, such as those from `rlhf_jax.lm.load_stop_ids`.
+        stop_ids: Further ids that end an answer. By default, those that `tokenizers.load` found in the model's files.
 
     Returns:
         The format.
@@ -103,6 +103,7 @@ def chat_format(
     end, eos, pad, unknown = (
         _id(tokenizer, token) for token in (stop, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
     )
+    stop_ids = getattr(tokenizer, "stop_ids", ()) if stop_ids is None else stop_ids
     ends = tuple(dict.fromkeys(i for i in (end, eos, *stop_ids) if i is not None))
     tokenizer.stop_ids = ends  # type: ignore[attr-defined]  # read by lm.save
     return ChatFormat(
