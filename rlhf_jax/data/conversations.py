@@ -123,7 +123,7 @@ def split_answer(turns: Turns) -> tuple[Turns, dialogues.Answer]:
         raise errors.UnusableRecord("empty answer")
     last = turns[-1]
     if last.role != dialogues.ASSISTANT:
-        raise errors.UnusableRecord("ends in a human turn")
+        raise errors.UnusableRecord("does not end in an assistant turn")
     if "weight" in last.extra:
         if last.extra["weight"] == 0:
             raise errors.UnusableRecord("the weight of the answer is 0")

@@ -123,7 +123,7 @@ def split_answer(turns: Sequence[Turn]) -> tuple[tuple[Turn, ...], Answer]:
 def drop_reason(chosen: tuple[Turn, ...], rejected: tuple[Turn, ...]) -> str | None:
     """Returns the reason why a pair of dialogues is not a usable comparison, or None if it is usable."""
     if chosen[-1].role != ASSISTANT or rejected[-1].role != ASSISTANT:
-        return "ends in a human turn"
+        return "does not end in an assistant turn"
     if chosen[:-1] != rejected[:-1]:
         return "prompts differ"
     if (reason := prompt_drop_reason(chosen[:-1])) is not None:

@@ -24,7 +24,7 @@ def read_demonstrations(
     - ``"empty prompt"``: the last turn of the prompt is empty or a system turn
     - ``"prompt ends in an assistant turn"``
     - ``"empty answer"``
-    - ``"ends in a human turn"``: the last turn of a dialogue is not an assistant turn
+    - ``"does not end in an assistant turn"``: the last turn of a dialogue is not an assistant turn
     - ``"... is null"``, with the name of the null field
     - ``"the weight of the answer is 0"``
     - ``"system texts differ"``: the system turn differs from the field ``system`` or ``system_prompt``

@@ -148,6 +148,15 @@ def test_tool_calls_reach_the_template_and_unused_keys_are_named():
     assert chat.unused_keys(fmt, turns, tools=[{"name": "look"}]) == {"name", "tool_calls", "tools"}
 
 
+def test_a_call_that_starts_like_a_thought_is_found_among_earlier_answers():
+    make, template, _ = OWN["qwen3"]
+    calls = template.replace("{{ text }}", "{{ text }}{% for c in m.tool_calls or [] %}{{ '<tool>' + c }}{% endfor %}")
+    fmt = chat.chat_format(make(template=calls), options={"enable_thinking": False})
+    turns = [TURNS[0], Turn(A, "", {"tool_calls": ["look"]}), Turn("tool", "so"), TURNS[3]]
+    ids, learnt = chat.encode_dialogue(fmt, turns)
+    assert learnt_texts(fmt, ids, learnt) == ["<tool>look<|im_end|>", "Nobody knows.<|im_end|>"]
+
+
 def test_an_answer_of_weight_0_is_not_trained_on():
     fmt = format_of("qwen2")
     turns = [TURNS[0], Turn(A, TURNS[1].text, {"weight": 0}), TURNS[2], Turn(A, TURNS[3].text, {"weight": 1})]
@@ -384,3 +393,36 @@ def test_the_stop_ids_of_a_models_files_end_answers(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["x"]}')
     with pytest.raises(errors.DataError, match="eos_token_id contains 'x'"):
         tokenizers.load(tmp_path)
+
+
+def test_what_a_template_leaves_out_is_an_error():
+    make, template, _ = OWN["qwen2"]
+    silent = "{% for m in messages if m['role'] in ('user', 'assistant') %}{% set message = m %}" + template.partition(
+        "{% for message in messages %}"
+    )[2].replace("{% endfor %}", "{% endfor %}", 1)
+    fmt = chat.chat_format(make(template=silent))
+    turns = [TURNS[0], TURNS[1], Turn("human", "what is 2+2?"), TURNS[3]]
+    with pytest.raises(errors.DataError, match="does not write a turn of role 'human'"):
+        chat.encode_dialogue(fmt, turns)
+    with pytest.raises(errors.DataError, match="does not write a turn of role 'human'"):
+        chat.encode_prompt(fmt, turns[:3])
+    call = {"tool_calls": [{"function": {"name": "look"}}]}
+    with pytest.raises(errors.DataError, match="does not write tool calls"):
+        chat.encode_dialogue(fmt, [TURNS[0], Turn(A, "", call)])
+    with pytest.raises(ValueError, match="train_on must be"):
+        chat.encode_dialogue(fmt, TURNS, train_on="none")
+    thinking = chat.chat_format(make_qwen3(template=OWN["qwen3"][1]), options={"enable_thinking": False})
+    with pytest.raises(errors.DataError, match="an option of the template may contradict the data"):
+        chat.encode_dialogue(thinking, [TURNS[0], Turn(A, "<think>\nwhere\n</think>\n\nso")])
+
+
+def test_unusable_arguments_of_a_format_are_refused():
+    make, template, _ = OWN["qwen2"]
+    for arguments, message in (
+        ({"template": "{% for m in messages %}"}, "not valid Jinja: line 1"),
+        ({"options": {"messages": []}}, "'messages' is not an option"),
+        ({"stop_ids": [-1]}, "stop_ids contains -1"),
+        ({"stop_ids": ["x"]}, "stop_ids contains 'x'"),
+    ):
+        with pytest.raises(errors.DataError, match=message):
+            chat.chat_format(make(template=template), **arguments)

@@ -119,10 +119,11 @@ def test_unusable_records_are_counted_by_reason_and_the_others_keep_their_line_n
         "empty answer": 2,
         "prompts differ": 2,
         "same answer twice": 1,
-        "ends in a human turn": 1,
+        "does not end in an assistant turn": 1,
     }
     assert counts.report() == (
-        "dropped 6 (empty answer 2, ends in a human turn 1, prompts differ 2, same answer twice 1), truncated 0"
+        "dropped 6 (does not end in an assistant turn 1, empty answer 2, prompts differ 2, same answer twice 1), "
+        "truncated 0"
     )
 
 

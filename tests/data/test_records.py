@@ -202,7 +202,7 @@ RANKING_FLAWS = {
         {"chosen": HH + "\n\nAssistant: a", "rejected": HH + "\n\nAssistant: b"},
     ],
     "prompt is null": [{"prompt": None, "chosen": "a", "rejected": "b"}],
-    "ends in a human turn": [{"chosen": [ASK, SAY, ASK], "rejected": [ASK, SAY]}],
+    "does not end in an assistant turn": [{"chosen": [ASK, SAY, ASK], "rejected": [ASK, SAY]}],
     "an answer is null": [k_way(responses=["a", None, "c"])],
     "rejected is null": [{"prompt": "why", "chosen": "a", "rejected": None}],
 }
@@ -236,7 +236,7 @@ def test_other_unusable_records_are_dropped_and_counted(tmp_path):
     assert counts.dropped == {
         "empty answer": 2,
         "empty prompt": 2,
-        "ends in a human turn": 1,
+        "does not end in an assistant turn": 1,
         "response is null": 1,
         "content is null": 1,
     }

@@ -43,9 +43,14 @@ CHATML = (
 )
 
 
-def save_gpt2(path, tokenizer, *, more=0, max_length=160, **fields):
+def save_gpt2(path, tokenizer, *, more=0, size=None, max_length=160, **fields):
     cfg = lm.LMConfig(
-        vocab_size=len(tokenizer) + more, n_layers=1, d_model=32, n_heads=2, max_length=max_length, **(GPT2 | fields)
+        vocab_size=size or len(tokenizer) + more,
+        n_layers=1,
+        d_model=32,
+        n_heads=2,
+        max_length=max_length,
+        **(GPT2 | fields),
     )
     lm.save(path, cfg, lm.init(jax.random.key(0), cfg=cfg), tokenizer=tokenizer)
     return path
@@ -286,7 +291,10 @@ def test_unusable_model_folders_raise_a_one_sentence_error(checkpoint, byte_pair
     with pytest.raises(settings.SettingError, match=r"--data.prompt-width and --data.response-width: 48 \+ 24 tokens"):
         tasks.make_task(with_changes(SMALL, {"data": {"path": str(path)}}), initial_model.load(str(short)))
 
-    small = save_gpt2(tmp_path / "small", byte_pairs, more=-3)
+    with pytest.raises(ValueError, match=r"more than cfg.vocab_size = .*lm.resize\(params, cfg"):
+        save_gpt2(tmp_path / "small", byte_pairs, more=-3)
+    small = save_gpt2(tmp_path / "small", None, size=len(byte_pairs) - 3)
+    byte_pairs.save_pretrained(small)
     n = len(byte_pairs)
     with pytest.raises(settings.SettingError, match=f"its tokenizer has {n} ids, more than the {n - 3} of the model"):
         initial_model.load(str(small))

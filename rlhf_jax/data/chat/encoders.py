@@ -20,6 +20,7 @@ from rlhf_jax.data.chat.formats import ChatFormat
 
 Turns = Sequence[dialogues.Turn]
 Tools = Sequence[Mapping[str, Any]]
+_USUAL_ROLES = ("user", "assistant", "system", "tool", "function", "ipython")
 
 
 def messages(turns: Turns) -> list[dict[str, Any]]:
@@ -156,11 +157,18 @@ def encode_dialogue(
             does not show where an answer starts and ends.
     """
     dialogues.split_answer(turns)
+    if train_on not in ("all", "last"):
+        raise ValueError(f'train_on must be "all" or "last", got {train_on!r}')
     last = len(turns) - 1
     answers = [i for i, turn in enumerate(turns) if turn.role == dialogues.ASSISTANT and turn.extra.get("weight") != 0]
     if train_on == "last":
         answers = [i for i in answers if i == last]
     text, spans = rendering.answer_spans(fmt.renderer, messages(turns), answers, stop=fmt.stop, tools=tools)
+    _check_written(text, turns)
+    if any(turns[i].extra and not turns[i].text.strip() for i in answers) and "tool_calls" in unused_keys(
+        fmt, turns, tools=tools
+    ):
+        raise errors.DataError("the chat template does not write tool calls, and an answer consists of them")
     ids, offsets = plain_text.encode_with_offsets(fmt.tokenizer, text)
     learnt = np.zeros(len(ids), bool)
     starts, ends = np.asarray(offsets).reshape(-1, 2).T
@@ -269,7 +277,16 @@ def _n_system_turns(turns: Turns) -> int:
 
 
 def _prompt_text(fmt: ChatFormat, turns: Turns, tools: Tools) -> str:
-    return fmt.renderer.render(messages(turns), tools=tools, prompt=True)
+    text = fmt.renderer.render(messages(turns), tools=tools, prompt=True)
+    _check_written(text, turns)
+    return text
+
+
+def _check_written(text: str, turns: Turns) -> None:
+    """Raises DataError if a turn with an unusual role is missing; some templates leave out roles unknown to them."""
+    for turn in turns:
+        if turn.role not in _USUAL_ROLES and turn.text.strip() not in text:
+            raise errors.DataError(f"the chat template does not write a turn of role {turn.role!r}")
 
 
 def _answer_text(fmt: ChatFormat, before: str, prompt: Turns, answer: dialogues.Answer, tools: Tools) -> str:

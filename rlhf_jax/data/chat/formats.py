@@ -103,7 +103,10 @@ def chat_format(
     end, eos, pad, unknown = (
         _id(tokenizer, token) for token in (stop, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
     )
-    stop_ids = getattr(tokenizer, "stop_ids", ()) if stop_ids is None else stop_ids
+    stop_ids = list(getattr(tokenizer, "stop_ids", ()) if stop_ids is None else stop_ids)
+    vocab_size = 1 + max(tokenizer.get_vocab().values())
+    if wrong := [i for i in stop_ids if not isinstance(i, int) or not 0 <= i < vocab_size]:
+        raise errors.DataError(f"stop_ids contains {wrong[0]!r}; ids must be integers in [0, {vocab_size - 1}]")
     ends = tuple(dict.fromkeys(i for i in (end, eos, *stop_ids) if i is not None))
     tokenizer.stop_ids = ends  # type: ignore[attr-defined]  # read by lm.save
     return ChatFormat(
@@ -129,6 +132,9 @@ def _check_options(template: str, options: Mapping[str, Any]) -> None:
     """Raises DataError for an option that the template does not use."""
     import jinja2.meta
 
+    for name in ("messages", "add_generation_prompt"):
+        if name in options:
+            raise errors.DataError(f"{name!r} is not an option: the encoders set it")
     if unknown := [name for name in options if not re.search(rf"\b{re.escape(name)}\b", template)]:
         # Generation marks are an extension of transformers, which Jinja cannot parse.
         code = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", template)

@@ -55,6 +55,7 @@ class Renderer:
     def _render(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], prompt: bool, *, marks: bool
     ) -> tuple[str, list[Span]]:
+        import jinja2
         from transformers.utils import chat_template_utils
 
         try:
@@ -66,6 +67,8 @@ class Renderer:
                 return_assistant_tokens_mask=marks,
                 **self.variables,
             )
+        except jinja2.TemplateSyntaxError as error:
+            raise errors.DataError(f"the chat template is not valid Jinja: line {error.lineno}: {error}") from error
         # A template is a program; what it raises for unexpected messages is not limited to errors of Jinja.
         except Exception as error:
             raise errors.DataError(f"the chat template rejects the turns: {error}") from error
@@ -152,6 +155,13 @@ class _Views:
         prompt = self.prompts[i] if i in self.prompts else self._render(self.messages[:i], prompt=True)
         if self.text.startswith(prompt):
             return len(prompt)
+        if i == len(self.messages) - 1:
+            n = _common(self.text, prompt)
+            raise errors.DataError(
+                "the chat template does not write the last answer after its generation prompt, which ends in "
+                f"{prompt[n:]!r} where the dialogue has {self.text[n : n + 20]!r}: an option of the template may "
+                "contradict the data"
+            )
         if i == 0:
             raise self._undetermined(i)
         # What follows the previous message in the prompt, such as the header of an answer, also follows it here, as far
@@ -159,10 +169,12 @@ class _Views:
         after = prompt[self._content(prompt, self.messages[:i], i - 1, prompt=True)[1] :]
         previous_end = self._content(self.text, self.messages, i - 1)[1]
         shared = _common(self.text[previous_end:], after)
-        start = previous_end + shared
-        if shared != len(after) and start != self._content(self.text, self.messages, i)[0]:
+        if shared == len(after):
+            return previous_end + shared
+        content_start = self._content(self.text, self.messages, i)[0]
+        if previous_end + shared < content_start:
             raise self._undetermined(i)
-        return start
+        return content_start
 
     def end(self, i: int, stop: str) -> int:
         """Returns where the answer ``i`` ends in the text, after its stop token."""

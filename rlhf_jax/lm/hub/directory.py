@@ -148,8 +148,9 @@ def save(
         max_shard_bytes: Maximum size of each file; a larger tensor is written to a separate file.
 
     Raises:
-        ValueError: ``cfg`` cannot be written as ``cfg.model_type`` or, if that is empty, as any known type, an id is
-            outside the vocabulary, or a parameter is missing, unknown, of the wrong shape or not finite.
+        ValueError: ``cfg`` cannot be written as ``cfg.model_type`` or, if that is empty, as any known type, the
+            tokenizer is larger than the model's vocabulary, an id is outside it, or a parameter is missing, unknown, of
+            the wrong shape or not finite.
         FileExistsError: ``path`` exists and is not a model directory.
     """
     model_type = model_type_of(cfg)
@@ -157,6 +158,12 @@ def save(
     flat = lm_params.flatten(params)
     _check_leaves(flat, cfg)
     has_head = "head/gain" in flat
+    ids = tokenizer.get_vocab().values() if hasattr(tokenizer, "get_vocab") else ()
+    if (n := 1 + max(ids, default=-1)) > cfg.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {n} ids, more than cfg.vocab_size = {cfg.vocab_size}; add rows for the new tokens with "
+            f"lm.resize(params, cfg, {n})"
+        )
     stop_ids = getattr(tokenizer, "stop_ids", None) if stop_ids is None else stop_ids
     special = special_ids.fields(tokenizer, stop_ids, pad_id=pad_id, reward=has_head, vocab_size=cfg.vocab_size)
     hf = _config_json(model_type, family, cfg, flat, jnp.dtype(dtype).name) | special
