@@ -447,6 +447,7 @@ def assert_close(job, other, stages=STAGES, atol=1e-5):
             np.testing.assert_allclose(x.astype(float), y.astype(float), rtol=0, atol=atol)
 
 
+@pytest.mark.slow
 def test_two_processes_resume_after_one_is_killed_and_match_a_single_process(single, cache, tmp_path):
     job = Job(tmp_path, cache, stages=STAGES, save_every=1, pause=0.3).wait_for_line(1, "sft 2")
     job.processes[1].send_signal(signal.SIGKILL)

@@ -35,21 +35,32 @@ def test_the_library_needs_few_packages(bare_environment):
     assert done.returncode == 1, "the packages must be missing for this test to mean anything"
 
 
-def test_all_rows_run_with_tiny_shapes(bare_environment, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    command = [sys.executable, "accelerator.py", "--quick", "--out", str(path), "--minutes", "30"]
+def records_of(environment, path, *flags):
+    """Runs tiny rows; returns their records, by the names of rows and of measures, and the printed table."""
+    command = [sys.executable, "accelerator.py", "--quick", "--out", str(path), "--minutes", "30", *flags]
     done = subprocess.run(
-        command, cwd=ROOT / "experiments", env=bare_environment, capture_output=True, text=True, check=False
+        command, cwd=ROOT / "experiments", env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    assert {each["row"] for each in records if "row_seconds" in each} == set(row_runner.ROWS)
-    numbers = {each["measure"]: each for each in records if "measure" in each}
-    for name in ("SFT step", "DPO step", "reward model step", "generation, batch 1", "PPO iteration"):
-        assert numbers[name]["value"] > 0
-        assert f"| {name} |" in done.stdout
+    rows = {each["row"] for each in records if "row_seconds" in each}
+    return rows, {each["measure"]: each for each in records if "measure" in each}, done.stdout
+
+
+def test_some_rows_run_with_tiny_shapes(bare_environment, tmp_path):
+    rows, numbers, table = records_of(bare_environment, tmp_path / "rows.jsonl", "--rows", "limits,sft")
+    assert rows == {"limits", "sft"} and "| SFT step |" in table
     step, limit = numbers["SFT step"], numbers["matrix products"]
     assert step["share"] == pytest.approx(step["flops"] / statistics.median(step["seconds"]) / limit["value"])
+
+
+@pytest.mark.slow
+def test_all_rows_run_with_tiny_shapes(bare_environment, tmp_path):
+    rows, numbers, table = records_of(bare_environment, tmp_path / "rows.jsonl")
+    assert rows == set(row_runner.ROWS)
+    for name in ("SFT step", "DPO step", "reward model step", "generation, batch 1", "PPO iteration"):
+        assert numbers[name]["value"] > 0
+        assert f"| {name} |" in table
     assert numbers["first_ratio_error, float32"]["value"] == 0
     assert numbers["same seed, same bits"]["value"] is True
     assert numbers["same bits after a restored checkpoint"]["value"] is True

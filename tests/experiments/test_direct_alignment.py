@@ -190,6 +190,7 @@ def test_every_loss_trains_by_its_name_and_restores_a_finished_run(tmp_path, los
         assert len(job.progress.texts) == 1 and "do not match this run's data" in job.progress.texts[0]
 
 
+@pytest.mark.slow
 def test_rounds_sample_and_label_with_the_latest_policy_as_reference(tmp_path):
     job, trainer = job_in(tmp_path, small(learning_rate=0.01))
     start = model(job)

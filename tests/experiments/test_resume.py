@@ -163,6 +163,7 @@ def check(process, results, *, kills, terms, corruptions):
     assert f"{n} of {n} interrupted runs resumed bit-identically; no failures" in process.stdout
 
 
+@pytest.mark.slow
 def test_interrupted_runs_and_corrupted_checkpoints_lose_nothing(tmp_path):
     few = ("--kills", 4, "--terms", 0, "--flips", 10, "--truncations", 2, "--deletions", 2, "--steps", 16)
     check(*torture(tmp_path / "out", *few), kills=4, terms=0, corruptions=14)

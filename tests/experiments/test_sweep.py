@@ -304,6 +304,7 @@ def test_curves_are_held_out_measurements_that_start_at_the_sft_model():
     assert kl.tolist() == [0.0, 1.0] and gold.tolist() == [0.75, 0.8]
 
 
+@pytest.mark.slow
 def test_runs_are_evaluated_on_held_out_prompts_during_training(tmp_path):
     asked = small(iterations=3, ema=0.0)
     job = job_in(tmp_path, asked)

@@ -260,6 +260,7 @@ def ppo_hyper(**changes) -> Any:
     return ppo.Hyper(**{name: np.float32(value) for name, value in (numbers | changes).items()})
 
 
+@pytest.mark.slow
 def test_base_is_the_reference_of_a_policy_with_adapters():
     frozen, before = ppo.Frozen(reference=model(), reward={}), copied(model())
     critic = {"lora": fresh(), "head": model(head=True)["head"]}

@@ -134,7 +134,8 @@ def test_dpo_and_reward_models_report_the_bad_row():
     words = run.state.params["words"]
     tokens = np.where(batch.tokens_BKL == 23, 22, batch.tokens_BKL)
     tokens[at, 0, 0] = 23
-    state = run.state.replace(params={**run.state.params, "words": words.at[23].set(jnp.nan)})
+    state = jax.tree.map(jnp.array, run.state)  # the step donates it
+    state = state.replace(params={**state.params, "words": words.at[23].set(jnp.nan)})
     _, logs = run.step(state, None, run.hyper_at(0), batch.replace(tokens_BKL=tokens), None)
     assert (float(logs["bad_rows"]), float(logs["bad_row"])) == (1, at)
 

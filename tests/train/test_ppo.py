@@ -497,6 +497,7 @@ def test_step_depends_on_key_and_counter_only():
     assert len({float(logs["reward"].sum) for logs in later}) > 1, "later steps with the same key draw other responses"
 
 
+@pytest.mark.slow
 def test_vmap_over_seeds_and_coefficients_matches_a_loop():
     single = ppo.make_train_step(lm_models("member"), epochs=EPOCHS, minibatches=MINIBATCHES)
     swept = jax.jit(jax.vmap(single, in_axes=(0, None, 0, None, 0), axis_name="member"))
