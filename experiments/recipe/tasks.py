@@ -276,7 +276,7 @@ def _demonstration_rows(
 
 def _document_end(fmt: chat.ChatFormat) -> int:
     """Returns the token between documents: the EOS token or, without one, the token that ends answers in training."""
-    eos = fmt.tokenizer.eos_token_id
+    eos: Any = fmt.tokenizer.eos_token_id
     return fmt.stop_ids[0] if eos is None else eos
 
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax import core
 
 from rlhf_jax import masking, metrics
 from rlhf_jax.losses import preference
@@ -111,7 +112,7 @@ def _rows_of_other_prompts(batch: Preferences, prompt_width: int, shift: int) ->
     """Returns, for each row, the index of a row with a different prompt; see `mismatched`."""
     B, tokens, mask = batch.tokens_BKL.shape[0], batch.tokens_BKL, batch.mask_BKL
     source_B = (np.arange(B) - shift) % B
-    if isinstance(tokens, jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
+    if isinstance(tokens, core.Tracer) or isinstance(mask, core.Tracer):
         most = B if np.any(source_B == np.arange(B)) else 1
     else:
         prompts_BP = np.asarray(tokens)[:, 0, :prompt_width]

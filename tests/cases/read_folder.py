@@ -4,6 +4,7 @@ python read_folder.py FOLDER NAME...  # reads FOLDER/NAME and writes FOLDER/NAME
 
 FOLDER contains the inputs: tokens.npz, and texts.json with texts and a conversation.
 """
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 
 import json
 import pathlib

@@ -1,4 +1,5 @@
 """Chat formats: ids are those of the tokenizer's own template, and the loss mask selects what the assistant writes."""
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 
 import datetime
 import json

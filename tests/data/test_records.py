@@ -1,4 +1,5 @@
 """Parsing of all record formats, reading with counts of dropped records, and encoding into token rows."""
+# pyright: reportAttributeAccessIssue=false
 
 import dataclasses
 import gzip

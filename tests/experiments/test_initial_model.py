@@ -1,4 +1,5 @@
 """Tests instructgpt.py with --model: tokenizer, chat format, gold utility of decoded answers, and errors."""
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 import dataclasses
 import datetime

@@ -1,4 +1,5 @@
 """Tests the reader, the scores and the command line of experiments/rewardbench.py, and the reward-model plots."""
+# pyright: reportAttributeAccessIssue=false
 
 import gzip
 import json

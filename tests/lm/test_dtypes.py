@@ -1,4 +1,5 @@
 """float16 is a format of files: models that are stored in it compute in float32."""
+# pyright: reportArgumentType=false
 
 import dataclasses
 import json

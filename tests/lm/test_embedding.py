@@ -1,4 +1,5 @@
 """Ids outside the vocabulary, which are refused on the host and give NaN on the device, and changes of its size."""
+# pyright: reportArgumentType=false
 
 import dataclasses
 from functools import partial

@@ -8,6 +8,7 @@ The environment variables name what to test; without them, the tests are skipped
 The first is the folder of a small instruct model, such as the one that tests/cases/make_smollm2.py writes. The second
 contains one folder for each tokenizer, with ``tokenizer.json`` and ``tokenizer_config.json``.
 """
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 import dataclasses
 import functools

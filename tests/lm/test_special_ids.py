@@ -1,4 +1,5 @@
 """Tests of the ids that end an answer and of the pad id in saved directories."""
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportUnhashable=false
 
 import json
 from typing import Any

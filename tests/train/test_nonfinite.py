@@ -1,4 +1,5 @@
 """Non-finite steps are skipped, and the warning names the non-finite loss or gradient, and the row."""
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 import dataclasses
 import functools

@@ -176,7 +176,7 @@ def _added_tokens(tokenizer: Any) -> Iterable[Any]:
     return tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
 
 
-def _id(tokenizer: Any, token: str | None) -> int | None:
+def _id(tokenizer: Any, token: Any) -> int | None:
     return None if token is None else tokenizer.backend_tokenizer.token_to_id(str(token))
 
 
