@@ -1,6 +1,6 @@
 """Runs InstructGPT's recipe, from pretraining to PPO-ptx, and reports the results (Ouyang et al. 2022).
 
-    python experiments/instructgpt.py                            under 5 minutes on two CPU cores, 2 GB of memory
+    python experiments/instructgpt.py                            about 5 minutes on two CPU cores, 2 GB of memory
     python experiments/instructgpt.py --preset smoke             all stages in about a minute, too short to learn much
     python experiments/instructgpt.py --data.path FILE.jsonl.gz  human comparisons from a file (docs/data.md)
     python experiments/instructgpt.py --model PATH               start from a model in Hugging Face format
