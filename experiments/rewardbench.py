@@ -116,7 +116,7 @@ def run(settings: RewardBenchSettings) -> dict[str, Any]:
     """Scores the comparisons, saves all files and returns the contents of results.json."""
     out = Console()
     path = run_folder.free_folder(settings.out, kind="rewardbench")
-    model = initial_model.load_reward_model(settings.model)
+    model = initial_model.load(settings.model, kind=initial_model.REWARD_MODEL)
     cfg = dataclasses.replace(model.cfg, dtype=settings.compute.dtype or model.cfg.dtype)
     max_length = min(settings.max_length or cfg.max_length, cfg.max_length)
     counts = errors.DropCount(max_dropped=settings.data.max_dropped)

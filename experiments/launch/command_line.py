@@ -19,6 +19,7 @@ from launch import config_file, setting_checks, settings
 
 S = TypeVar("S", bound=settings.Settings)
 T = TypeVar("T")
+R = TypeVar("R", bound=settings.RunSettings)
 
 _HELP = {"-h", "--help"}
 
@@ -96,20 +97,72 @@ def parse(
     """
     resume = settings.peek(arguments, "--resume")
     default = config_file.read_settings(kind, resume) if resume else adjust(kind(**_preset_fields(arguments)))
-    parsed = parse_as(kind, arguments, prog=f"{kind.command}.py", doc=doc, default=default)
-    # With --resume, only these flags are allowed, since a checkpoint can be restored on any mesh and number of hosts.
-    free = {"resume": None, "mesh": default.mesh, "hosts": default.hosts}
-    if resume and dataclasses.replace(parsed, **free) != dataclasses.replace(default, resume=None):
-        raise settings.SettingError(
-            f"--resume {resume} takes all settings from its {config_file.NAME}; leave out all flags except --mesh.* "
-            "and --hosts.*"
-        )
+    parsed = _parse_or_resume(kind, arguments, doc=doc, default=default, resume=resume, free=("mesh", "hosts"))
     setting_checks.check_used(parsed, default, unused(parsed))
     setting_checks.check(parsed, runs=runs(parsed))
-    if parsed.model is None:
-        return parsed
-    # An absolute path, so that the run can be resumed from any working directory.
-    return dataclasses.replace(parsed, model=str(pathlib.Path(parsed.model).absolute()))
+    return with_absolute_paths(parsed)
+
+
+def parse_stage(
+    kind: type[R], arguments: list[str], *, doc: str | None, check: Callable[[R], None] = lambda parsed: None
+) -> R:
+    """Parses and checks the settings of a command without presets.
+
+    Args:
+        kind: The settings class of the command.
+        arguments: The command line without the program's name.
+        doc: The description that ``--help`` prints.
+        check: Raises SettingError for settings that are out of range; those of `StageSettings` are checked anyway.
+
+    Returns:
+        The settings.
+
+    Raises:
+        SettingError: A setting is out of range or conflicts with another, or the run cannot be resumed.
+    """
+    resume = settings.peek(arguments, "--resume")
+    default = config_file.read_settings(kind, resume) if resume else None
+    parsed = _parse_or_resume(kind, arguments, doc=doc, default=default, resume=resume, free=("mesh",))
+    setting_checks.check_stage(parsed)
+    check(parsed)
+    return with_absolute_paths(parsed)
+
+
+def _parse_or_resume(
+    kind: type[T], arguments: list[str], *, doc: str | None, default: Any, resume: str | None, free: Sequence[str]
+) -> T:
+    """Parses the command line. With --resume, only the settings in ``free`` may differ from ``default``.
+
+    They may because a checkpoint can be restored on any mesh and number of hosts.
+    """
+    parsed: Any = parse_as(kind, arguments, prog=f"{kind.command}.py", doc=doc, default=default)  # type: ignore
+    if resume:
+        same = {"resume": None} | {name: getattr(default, name) for name in free}
+        if dataclasses.replace(parsed, **same) != dataclasses.replace(default, resume=None):
+            flags = " and ".join(f"--{name}.*" for name in free)
+            raise settings.SettingError(
+                f"--resume {resume} takes all settings from its {config_file.NAME}; leave out all flags except {flags}"
+            )
+    return parsed
+
+
+def with_absolute_paths(parsed: R) -> R:
+    """Makes the paths of models and data absolute, so that the run can be resumed from any working directory."""
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(absolute, value))
+        path = pathlib.Path(value)
+        known = path.exists() or any(c in value for c in "*?[")
+        return str(path.absolute()) if known else value
+
+    for name in parsed.inputs:
+        group, _, last = name.rpartition(".")
+        holder = getattr(parsed, group) if group else parsed
+        if (value := getattr(holder, last)) is not None:
+            changed: Any = dataclasses.replace(holder, **{last: absolute(value)})
+            parsed = dataclasses.replace(parsed, **{group: changed}) if group else changed
+    return parsed
 
 
 def _preset_fields(arguments: list[str]) -> dict[str, Any]:

@@ -10,11 +10,20 @@ from typing import Any, TypeVar
 from launch import settings as settings_lib
 from launch.settings import SettingError
 
-S = TypeVar("S", bound=settings_lib.Settings)
+S = TypeVar("S", bound=settings_lib.RunSettings)
 
 NAME = "config.json"
-VERSION = 3
+VERSION = 4
 """Version of the run folder's layout. Runs with a different version, or without a version, are refused."""
+
+
+def is_run(folder: pathlib.Path) -> bool:
+    """Returns whether the config.json in a folder is that of a run, and not that of a model."""
+    try:
+        values = json.loads((folder / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and "command" in values and "version" in values
 
 
 def read(resume: str) -> dict[str, Any]:
@@ -50,7 +59,8 @@ def read_settings(kind: type[S], resume: str) -> S:
     values = read(resume)
     if values["command"] != kind.command:
         raise SettingError(f"--resume {resume} is a run of {values['command']}.py; resume it with that command")
-    values["hosts"] = dataclasses.asdict(settings_lib.Hosts())
+    if "hosts" in values:
+        values["hosts"] = dataclasses.asdict(settings_lib.Hosts())
     return from_dict(kind, values)
 
 

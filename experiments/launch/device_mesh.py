@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from launch import mesh_settings
 from launch.mesh_settings import AXES
-from launch.settings import SettingError, Settings
+from launch.run_settings import RunSettings, SettingError
 from rlhf_jax import lm, parallel
 
+S = TypeVar("S", bound=RunSettings)
 
-def resolve(settings: Settings) -> Settings:
+
+def resolve(settings: S) -> S:
     """Replaces a ``mesh.data`` of -1 with the size of the data axis and returns the settings.
 
     A run on several hosts without mesh sizes is resolved as if ``mesh.data`` were -1. Must be called before JAX
@@ -44,7 +46,7 @@ def resolve(settings: Settings) -> Settings:
     return resolved
 
 
-def make(settings: Settings) -> jax.sharding.Mesh | None:
+def make(settings: RunSettings) -> jax.sharding.Mesh | None:
     """Creates the mesh for settings that `resolve` has returned; returns None if they use a single device."""
     sizes = {axis: getattr(settings.mesh, axis) for axis in AXES}
     return parallel.make_mesh(**sizes) if any(size != 1 for size in sizes.values()) else None

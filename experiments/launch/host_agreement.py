@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 import rlhf_jax
-from launch import config_file, initial_model, run_folder
+from launch import config_file, run_folder, setting_checks
 from launch.settings import SettingError, Settings
 from rlhf_jax import metrics
 from rlhf_jax.distributed import hosts, processes
@@ -57,10 +57,8 @@ def host_facts(settings: Settings) -> dict[str, Any]:
             facts |= {f"--{name}.{part}": each for part, each in value.items()}
         elif name != "hosts":
             facts[f"--{name}"] = value
-    if settings.data.path is not None:
-        facts["the contents of --data.path"] = run_folder.data_digest(settings)
-    if settings.model is not None:
-        facts["the files of --model"] = initial_model.fingerprint(settings.model)
+    for name, digest in run_folder.input_digests(settings).items():
+        facts[f"the contents of {setting_checks.flag_name(name)}"] = digest
     facts["the code"] = _code_digest()
     return facts | {f"the version of {name}": importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
 

@@ -7,18 +7,27 @@ import datetime
 import hashlib
 import json
 import pathlib
-from typing import Any
+import re
+from functools import partial
+from typing import Any, TypeVar
 
 import jax
 
-from launch import device_mesh
-from launch.settings import SettingError, Settings, Template
-from rlhf_jax import lm, types
+from launch import config_file, device_mesh
+from launch.run_settings import RunSettings, SettingError, Template, TrainCompute
+from rlhf_jax import lm, parallel, types
 from rlhf_jax.data import chat, errors, tokenizers
+from rlhf_jax.lm import config
 
+LANGUAGE_MODEL, REWARD_MODEL = "language model", "reward model"
+_SAVED_AS = {LANGUAGE_MODEL: ("model", "policy"), REWARD_MODEL: ("model", "reward_model")}
+"""Names under which commands save models in their run folders."""
 _FILES = ("*.json", "*.jinja", "*.safetensors", "tokenizer.model")
 
+_LONG = 4096
+"""Maximum length of a new model with rotary positions."""
 _AS_IT_IS = Template()
+S = TypeVar("S", bound=RunSettings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,37 +48,102 @@ class InitialModel:
             )
 
 
-def load(path: str, *, mesh: jax.sharding.Mesh | None = None, template: Template = _AS_IT_IS) -> InitialModel:
-    """Loads a language model from a folder and shards it over ``mesh``, if given; raises SettingError if that fails.
+def is_architecture(model: str) -> bool:
+    """Returns whether ``model`` names a preset of `lm.LMConfig` instead of a folder."""
+    return model in config.PRESETS and not pathlib.Path(model).exists()
+
+
+def load(
+    path: str,
+    *,
+    kind: str = LANGUAGE_MODEL,
+    flag: str = "--model",
+    mesh: jax.sharding.Mesh | None = None,
+    template: Template = _AS_IT_IS,
+) -> InitialModel:
+    """Loads a model from a folder in Hugging Face format, or from the run folder of a command that saved one.
 
     Many models pad their vocabulary to a round number. The ids after the tokenizer's last one are removed, so that they
     cannot be sampled.
+
+    Args:
+        path: The folder.
+        kind: ``LANGUAGE_MODEL`` or ``REWARD_MODEL``.
+        flag: The flag that error messages name.
+        mesh: The mesh over which parameters are sharded; None for one device.
+        template: Settings of the chat template.
+
+    Raises:
+        SettingError: The folder has no usable model of this kind.
     """
-    model = _load(path, mesh, template)
-    if "head" in model.params:
-        raise SettingError(f"cannot use --model {path}: it is a reward model, not a language model")
+    folder = _saved_in_run(path, kind, flag)
+    model = _load(folder, flag, mesh, template)
+    if ("head" in model.params) != (kind == REWARD_MODEL):
+        raise SettingError(f"cannot use {flag} {path}: it is a {_other(kind)}, not a {kind}")
     return model
 
 
-def load_reward_model(path: str) -> InitialModel:
-    """Loads a reward model, as saved by instructgpt.py, from a folder; raises SettingError if that fails."""
-    model = _load(path)
-    if "head" not in model.params:
-        raise SettingError(f"cannot use --model {path}: it is a language model, not a reward model")
-    return model
+def create(
+    architecture: str, fmt: chat.ChatFormat, key: jax.Array, *, mesh: jax.sharding.Mesh | None = None
+) -> InitialModel:
+    """Returns a model with random weights and the vocabulary of ``fmt``, for which `is_architecture` is true."""
+    cfg = lm.LMConfig.preset(architecture, vocab_size=len(fmt.tokenizer))
+    if cfg.positions == "rope":  # not limited by a table of positions
+        cfg = dataclasses.replace(cfg, max_length=max(cfg.max_length, _LONG))
+    make = partial(lm.init, cfg=cfg)
+    if mesh is None:
+        params = jax.jit(make)(key)
+    else:
+        shardings = parallel.shardings(jax.eval_shape(make, key), mesh, lm.logical_axes(cfg))
+        params = jax.jit(make, out_shardings=shardings)(key)
+    return InitialModel(architecture, cfg, params, fmt)
 
 
-def with_date(settings: Settings, model: InitialModel | None) -> Settings:
+def _other(kind: str) -> str:
+    return LANGUAGE_MODEL if kind == REWARD_MODEL else REWARD_MODEL
+
+
+def _saved_in_run(path: str, kind: str, flag: str) -> str:
+    """Returns ``path`` or, if it is the folder of a run, the folder of the model of this kind that the run saved."""
+    folder = pathlib.Path(path)
+    if not folder.exists():
+        if is_architecture(path):
+            raise SettingError(f"cannot use {flag} {path}: random weights cannot be used here; give a folder")
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+            name = path.split("/")[1]
+            raise SettingError(
+                f"{flag} {path} does not exist; if it is a model on the Hugging Face Hub, download it with "
+                f"`hf download {path} --local-dir {name}` and use {flag} {name}"
+            )
+        return path
+    if not (folder / config_file.NAME).is_file() or not config_file.is_run(folder):
+        return path
+    for name in _SAVED_AS[kind]:
+        if (folder / name / "config.json").is_file():
+            return str(folder / name)
+    raise SettingError(
+        f"cannot use {flag} {path}: it is the folder of a run that has saved no {kind} "
+        f"({' or '.join(f'{name}/' for name in _SAVED_AS[kind])}); is the run finished?"
+    )
+
+
+def with_compute(cfg: lm.LMConfig, compute: TrainCompute) -> lm.LMConfig:
+    """Returns the architecture with the number format and the rematerialisation of the settings."""
+    return dataclasses.replace(cfg, dtype=compute.dtype or cfg.dtype, remat=compute.remat)
+
+
+def with_date(settings: S, model: InitialModel | None) -> S:
     """Returns the settings with the date that the chat template writes, so that a resumed run has the same prompts.
 
     Raises:
         SettingError: A date is given, but the template writes none.
     """
-    if model is None or str(model.fmt.date or "") == (settings.template.date or ""):
+    template = settings.template  # type: ignore[attr-defined]
+    if model is None or str(model.fmt.date or "") == (template.date or ""):
         return settings
     if model.fmt.date is None:
         raise SettingError("--template.date has no effect: the chat template of --model writes no date; leave it out")
-    return dataclasses.replace(settings, template=dataclasses.replace(settings.template, date=str(model.fmt.date)))
+    return dataclasses.replace(settings, template=dataclasses.replace(template, date=str(model.fmt.date)))  # type: ignore[call-arg]
 
 
 def _options(template: Template) -> dict[str, Any]:
@@ -90,7 +164,7 @@ def _options(template: Template) -> dict[str, Any]:
     return {"options": options, "date": date}
 
 
-def _load(path: str, mesh: jax.sharding.Mesh | None = None, template: Template = _AS_IT_IS) -> InitialModel:
+def _load(path: str, flag: str, mesh: jax.sharding.Mesh | None, template: Template) -> InitialModel:
     given = _options(template)
     try:
         shard = None if mesh is None else device_mesh.make_sharder(lm.load_config(path), mesh)
@@ -104,9 +178,9 @@ def _load(path: str, mesh: jax.sharding.Mesh | None = None, template: Template =
             )
         fmt = chat.chat_format(tokenizer, model_type=cfg.model_type, **given)
     except (OSError, ValueError) as error:
-        raise SettingError(f"cannot use --model {path}: {error}") from error
+        raise SettingError(f"cannot use {flag} {path}: {error}") from error
     except Exception as error:  # safetensors and tokenizers raise bare exceptions for damaged files
-        raise SettingError(f"cannot read --model {path}: {error}") from error
+        raise SettingError(f"cannot read {flag} {path}: {error}") from error
     params, cfg = lm.resize(params, cfg, n)
     return InitialModel(path, cfg, params, fmt)
 

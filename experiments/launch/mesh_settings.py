@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from launch.settings import Mesh, SettingError, Settings
+from launch.run_settings import Mesh, RunSettings, SettingError
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 
 
-def is_sharded(settings: Settings) -> bool:
+def is_sharded(settings: RunSettings) -> bool:
     """Returns whether the size of any mesh axis differs from 1."""
     return any(getattr(settings.mesh, axis) != 1 for axis in AXES)
 
 
-def check(settings: Settings) -> None:
+def check(settings: RunSettings) -> None:
     """Raises SettingError for an invalid mesh size or a batch that is not a multiple of data x fsdp.
 
     While ``data`` is -1, batches are not checked. `device_mesh.resolve` computes ``data`` and checks them.
@@ -28,16 +28,8 @@ def check(settings: Settings) -> None:
         )
     if mesh.data == -1 or mesh.data * mesh.fsdp == 1:
         return
-    ppo, pretrain = settings.ppo, settings.pretrain
-    answers = ppo.batch // ppo.minibatches
-    minibatch = f"--ppo.batch {ppo.batch} divided by --ppo.minibatches {ppo.minibatches}"
-    parts = f" and --ppo.micro-batches {ppo.micro_batches}" if ppo.micro_batches > 1 else ""
-    samples = f" divided by --ppo.samples {ppo.samples}" if ppo.samples > 1 else ""
-    check_divides(mesh, "--pretrain.batch", pretrain.batch)
-    check_divides(mesh, "--reward-model.batch", settings.reward_model.batch)
-    check_divides(mesh, f"--ppo.batch{f' {ppo.batch}' if samples else ''}{samples}", ppo.batch // ppo.samples)
-    check_divides(mesh, minibatch + parts, answers // ppo.micro_batches)
-    check_divides(mesh, f"--ppo.ptx-ratio {ppo.ptx_ratio:g} times {minibatch}", round(answers * ppo.ptx_ratio))
+    for name, rows in settings.batches().items():
+        check_divides(mesh, name, rows)
 
 
 def check_divides(mesh: Mesh, name: str, rows: int) -> None:

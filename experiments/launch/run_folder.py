@@ -14,16 +14,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from launch import config_file
-from launch.settings import SettingError, Settings
+from launch import config_file, initial_model, setting_checks
+from launch.run_settings import RunSettings, SettingError
 from rlhf_jax import checkpoint, metrics
 from rlhf_jax.checkpoint import atomic
 from rlhf_jax.data import errors, sources
 from rlhf_jax.distributed import hosts
 
 RESULTS, INCIDENTS = "results.json", "incidents.jsonl"
-MODEL_FILES, DATA_FILE = "model_files", "data_file"
-"""Keys of the model's and the data's fingerprints in config.json."""
+INPUTS = "input_digests"
+"""Key of the digests of models and data files in config.json."""
 
 
 class RunFolder:
@@ -81,12 +81,12 @@ def finite(values: Any) -> Any:
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
-def free_path(settings: Settings, *, kind: str | None = None) -> pathlib.Path:
+def free_path(settings: RunSettings, *, kind: str | None = None) -> pathlib.Path:
     """Returns the path of a new run's folder without creating it; raises SettingError if it is in use.
 
     Without --out, the folder's name begins with ``kind``, which defaults to the name of the command.
     """
-    return free_folder(settings.out, kind=f"{kind or settings.command}-{settings.preset}-seed-{settings.seed}")
+    return free_folder(settings.out, kind=settings.folder_name(kind))
 
 
 def free_folder(out: str | None, *, kind: str) -> pathlib.Path:
@@ -100,13 +100,9 @@ def free_folder(out: str | None, *, kind: str) -> pathlib.Path:
     return path
 
 
-def create(path: pathlib.Path, settings: Settings, *, model_files: str | None = None) -> RunFolder:
-    """Creates the folder of a new run; raises SettingError if that fails.
-
-    ``model_files`` is the fingerprint of the model from which the run starts.
-    """
-    extra = {"version": config_file.VERSION, "command": settings.command}
-    extra |= {MODEL_FILES: model_files, DATA_FILE: data_digest(settings)}
+def create(path: pathlib.Path, settings: RunSettings) -> RunFolder:
+    """Creates the folder of a new run; raises SettingError if that fails."""
+    extra = {"version": config_file.VERSION, "command": settings.command, INPUTS: input_digests(settings)}
     try:
         path.mkdir(parents=True, exist_ok=True)
         write_json(path / config_file.NAME, dataclasses.asdict(settings) | extra)
@@ -115,31 +111,37 @@ def create(path: pathlib.Path, settings: Settings, *, model_files: str | None = 
     return RunFolder(path)
 
 
-def check_model_unchanged(resume: str, settings: Settings, model_files: str) -> None:
-    """Raises SettingError if the files of --model have changed since the run started."""
-    if config_file.read(resume)[MODEL_FILES] != model_files:
-        raise SettingError(
-            f"--resume {resume}: the files in {settings.model} have changed since the run started; restore them or "
-            "start a new run with --out"
-        )
+def check_inputs_unchanged(resume: str, settings: RunSettings) -> None:
+    """Raises SettingError if a model or a data file of the run to resume has changed since the run started."""
+    saved, now = config_file.read(resume)[INPUTS], input_digests(settings)
+    for name in settings.inputs:
+        if saved[name] != now[name]:
+            value = setting_checks.value_of(settings, name)
+            what = f"the files in {value} have" if pathlib.Path(str(value)).is_dir() else f"{value} has"
+            raise SettingError(
+                f"--resume {resume}: {what} changed since the run started; restore "
+                f"{'them' if what.endswith('have') else 'it'} or start a new run with --out"
+            )
 
 
-def check_data_unchanged(resume: str, settings: Settings) -> None:
-    """Raises SettingError if the files of --data.path have changed since the run started."""
-    if config_file.read(resume)[DATA_FILE] != data_digest(settings):
-        raise SettingError(
-            f"--resume {resume}: {settings.data.path} has changed since the run started; restore it or start a new run "
-            "with --out"
-        )
+def input_digests(settings: RunSettings) -> dict[str, Any]:
+    """Returns a digest of each model folder and data file of the settings, by name of the setting."""
+
+    def digest(path: Any) -> Any:
+        if isinstance(path, tuple):
+            return [digest(each) for each in path]
+        if path is None:
+            return None
+        return initial_model.fingerprint(path) if pathlib.Path(path).is_dir() else data_digest(path)
+
+    return {name: digest(setting_checks.value_of(settings, name)) for name in settings.inputs}
 
 
-def data_digest(settings: Settings) -> str | None:
-    """Returns a SHA-256 of the data files, or None if no file is given or a file cannot be read."""
-    if settings.data.path is None:
-        return None
+def data_digest(source: str) -> str | None:
+    """Returns a SHA-256 of data files, or None if one of them cannot be read."""
     digest = hashlib.sha256()
     try:
-        for path in sources.expand_paths(settings.data.path):
+        for path in sources.expand_paths(source):
             with open(path, "rb") as file:
                 while block := file.read(1 << 20):
                     digest.update(block)

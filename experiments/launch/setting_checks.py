@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from launch import mesh_settings
+from launch.run_settings import Lora, Optimizer, StageSettings
 from launch.settings import PPO, SettingError, Settings
 
 _POSITIVE = (
@@ -50,16 +51,17 @@ def flag_name(name: str) -> str:
 def require(ok: bool, settings: Any, name: str, requirement: str) -> None:
     """Raises SettingError with the flag and its value unless ``ok``. ``requirement`` completes "it must be"."""
     if not ok:
-        raise SettingError(f"{flag_name(name)} is {_value(settings, name)!r}; it must be {requirement}")
+        raise SettingError(f"{flag_name(name)} is {value_of(settings, name)!r}; it must be {requirement}")
 
 
 def require_divides(settings: Any, name: str, size: int, what: str) -> None:
     """Raises SettingError unless the setting divides ``size``, which the message calls ``what``."""
-    if size % (value := _value(settings, name)):
+    if size % (value := value_of(settings, name)):
         raise SettingError(f"{flag_name(name)} is {value}; it must divide {what}")
 
 
-def _value(settings: Any, name: str) -> Any:
+def value_of(settings: Any, name: str) -> Any:
+    """Returns the value of a setting, such as that of ``ppo.clip``."""
     return operator.attrgetter(name)(settings)
 
 
@@ -156,8 +158,8 @@ def check_used(settings: Settings, preset: Settings, unused: Unused) -> None:
 def refuse_changed(settings: Any, default: Any, unused: Unused) -> None:
     """Raises SettingError for the first of the settings ``unused`` that differs from ``default``."""
     for names, why in unused:
-        for full in itertools.chain.from_iterable(field_names(_value(settings, name), name) for name in names):
-            if _value(settings, full) != _value(default, full):
+        for full in itertools.chain.from_iterable(field_names(value_of(settings, name), name) for name in names):
+            if value_of(settings, full) != value_of(default, full):
                 advice = "" if "; " in why else "; leave it out"
                 raise SettingError(f"{flag_name(full)} has no effect {why}{advice}")
 
@@ -198,22 +200,22 @@ def check(settings: Settings, *, runs: Sequence[PPO] | None = None) -> None:
     ``runs`` are the settings of the command's RL runs; by default, a single run with ``settings.ppo``.
     """
     for name in _POSITIVE:
-        value = _value(settings, name)
-        require(value is None or 0 < value < math.inf, settings, name, "positive and finite")
+        number = value_of(settings, name)
+        require(number is None or 0 < number < math.inf, settings, name, "positive and finite")
     for name in _NOT_NEGATIVE:
-        value = _value(settings, name)
-        require(value is None or 0 <= value < math.inf, settings, name, "at least 0 and finite")
+        number = value_of(settings, name)
+        require(number is None or 0 <= number < math.inf, settings, name, "at least 0 and finite")
     for name in _SHARES:
-        value = _value(settings, name)
-        require(value is None or 0 <= value <= 1, settings, name, "between 0 and 1")
+        number = value_of(settings, name)
+        require(number is None or 0 <= number <= 1, settings, name, "between 0 and 1")
     require(0 < settings.data.held_out < 1, settings, "data.held_out", "above 0 and below 1")
     require(settings.sft.mix < 1, settings, "sft.mix", "below 1")
     require(settings.ppo.ema < 1, settings, "ppo.ema", "below 1")
     require(settings.ppo.adam_b2 < 1, settings, "ppo.adam_b2", "below 1")
     for name in ("ppo.top_k", "ppo.top_p"):
-        value = _value(settings, name)
-        require(value is None or settings.ppo.correct_sampler, settings, name, _OFF_POLICY)
-        require(value is None or value > 0, settings, name, "positive")
+        number = value_of(settings, name)
+        require(number is None or settings.ppo.correct_sampler, settings, name, _OFF_POLICY)
+        require(number is None or number > 0, settings, name, "positive")
     require((settings.ppo.top_p or 0.0) <= 1, settings, "ppo.top_p", "at most 1")
     require(
         settings.data.vocab_size >= 260, settings, "data.vocab_size", "at least 260 (256 bytes and 4 special tokens)"
@@ -233,3 +235,44 @@ def check(settings: Settings, *, runs: Sequence[PPO] | None = None) -> None:
         half = "half of " if settings.reward_model.heldout else ""
         requirement = f"at most {half}--comparisons.prompts {settings.comparisons.prompts}"
         require(settings.reward_model.batch <= most, settings, "reward_model.batch", requirement)
+
+
+def check_stage(settings: Any) -> None:
+    """Raises SettingError for the first setting of a command without presets that is out of range.
+
+    Only settings that the command has are checked.
+    """
+    for name in _OF_STAGES_POSITIVE:
+        number = _found(settings, name)
+        require(number is None or 0 < number < math.inf, settings, name, "positive and finite")
+    for name in ("seed", "weight_decay", "epsilon", "data.held_out"):
+        number = _found(settings, name)
+        require(number is None or 0 <= number < math.inf, settings, name, "at least 0 and finite")
+    for name in ("b1", "b2", "data.held_out"):
+        number = _found(settings, name)
+        require(number is None or number < 1, settings, name, "below 1")
+    limit = _found(settings, "data.max_dropped")
+    require(limit is None or 0 <= limit <= 1, settings, "data.max_dropped", "between 0 and 1")
+    size = _found(settings, "data.vocab_size")
+    require(size is None or size >= 260, settings, "data.vocab_size", "at least 260 (256 bytes and 4 special tokens)")
+    if isinstance(settings, StageSettings):
+        require_divides(settings, "micro_batches", settings.batch, f"--batch {settings.batch}")
+        unused = {"adafactor": ("b1", "b2", "epsilon"), "lion": ("epsilon",)}.get(settings.optimizer, ())
+        refuse_changed(settings, Optimizer(), [(unused, f"with --optimizer {settings.optimizer}")])
+        if settings.lora.rank is None:
+            refuse_changed(settings, dataclasses.replace(settings, lora=Lora()), [(("lora",), "without --lora.rank")])
+        require(not (settings.steps and settings.epochs != 1), settings, "epochs", "left out with --steps")
+    mesh_settings.check(settings)
+
+
+_OF_STAGES_POSITIVE = (
+    *("learning_rate", "epochs", "steps", "batch", "micro_batches", "max_grad_norm", "saves", "max_skipped"),
+    *("lora.rank", "lora.alpha", "data.width", "data.prompt_width", "data.response_width", "max_new_tokens"),
+)
+
+
+def _found(settings: Any, name: str) -> Any:
+    try:
+        return value_of(settings, name)
+    except AttributeError:
+        return None

@@ -6,10 +6,9 @@ import dataclasses
 from typing import Any, ClassVar, Literal
 
 from launch import published_settings
+from launch.run_settings import Compute, Mesh, RunSettings, SettingError, Template, TrainCompute
 
-
-class SettingError(ValueError):
-    """An invalid setting; the message names the flag and says what to do."""
+__all__ = ["Compute", "Mesh", "RunSettings", "SettingError", "Template", "TrainCompute"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,17 +29,6 @@ class Data:
     held_out: float = 0.1
     """Share of the comparisons held out to measure the reward model's accuracy and to evaluate policies. Comparisons
     with the same system text and first question are held out together."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Template:
-    """The chat template of --model."""
-
-    options: str | None = None
-    """Values of the template's variables as a JSON object, such as {"enable_thinking": false}. They are saved with the
-    trained models."""
-    date: str | None = None
-    """Date (YYYY-MM-DD) for a template that writes the current date. None is the day on which the run starts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,23 +53,6 @@ class World:
 
 
 @dataclasses.dataclass(frozen=True)
-class Mesh:
-    """Sizes of the axes of the device mesh. The defaults use a single device."""
-
-    data: int = 1
-    """Number of copies of the model, each of which processes part of the rows. -1 uses as many copies as
-    the number of devices allows."""
-    fsdp: int = 1
-    """Number of devices over which rows, parameters and optimiser state are sharded."""
-    tensor: int = 1
-    """Number of devices over which attention heads, MLP and vocabulary are sharded."""
-    sequence: int = 1
-    """Number of devices over which the tokens of a row are sharded."""
-    simulate: int | None = None
-    """Number of devices to simulate on the CPU, to try a mesh without the hardware. None uses real devices."""
-
-
-@dataclasses.dataclass(frozen=True)
 class Hosts:
     """Processes of a run on several hosts. They are detected automatically on a TPU slice, under SLURM and under Open
     MPI before version 5. Elsewhere, set coordinator, count and index.
@@ -97,15 +68,6 @@ class Hosts:
     """Seconds to wait for the other processes to connect."""
     silence: float = 30.0
     """Seconds without a heartbeat after which a process is considered lost. Closed connections are detected at once."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Compute:
-    """Number format of the computation."""
-
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Compute dtype of all models; parameters, optimiser and log-probabilities are float32. None uses the dtype in the
-    config.json of --model, or float32 if that is float16, and float32 without --model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,11 +267,11 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(RunSettings):
     """Settings of instructgpt.py."""
 
     command: ClassVar[str] = "instructgpt"
-    """Name of the command, saved in config.json."""
+    inputs: ClassVar[tuple[str, ...]] = ("model", "data.path")
 
     model: str | None = None
     """Folder of the model to start from, in Hugging Face format and with its tokenizer. None trains a new model of the
@@ -324,22 +286,13 @@ class Settings:
     """Seed of the built-in world, the data, the initial weights and all samples."""
     out: str | None = None
     """Output folder. None uses runs/NAME-PRESET-seed-SEED-TIME, where NAME is the command or, for dpo.py, the loss."""
-    resume: str | None = None
-    """Folder of a run to resume with its saved settings. None starts a new run."""
     on_alarm: Literal["report", "stop"] = "report"
     """Response to an alarm in reward-model training or RL, such as a rising validation loss or a negative KL. `report`
     prints it and continues; `stop` saves and stops the run."""
-    saves: int = 5
-    """Number of checkpoints per stage. A killed run loses only the work since the last one."""
-    max_skipped: int = 10
-    """Number of consecutive skipped steps after which the run stops. Steps with a non-finite loss or gradient, or
-    with nothing to learn from, are skipped."""
-    mesh: Mesh = dataclasses.field(default_factory=Mesh)
     hosts: Hosts = dataclasses.field(default_factory=Hosts)
     data: Data = dataclasses.field(default_factory=Data)
     template: Template = dataclasses.field(default_factory=Template)
     world: World = dataclasses.field(default_factory=World)
-    compute: Compute = dataclasses.field(default_factory=Compute)
     net: Net = dataclasses.field(default_factory=Net)
     pretrain: Pretrain = dataclasses.field(default_factory=Pretrain)
     sft: SFT = dataclasses.field(default_factory=SFT)
@@ -347,6 +300,25 @@ class Settings:
     reward_model: RewardModel = dataclasses.field(default_factory=RewardModel)
     ppo: PPO = dataclasses.field(default_factory=PPO)
     evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
+
+    def folder_name(self, kind: str | None = None) -> str:
+        """Returns the beginning of the run folder's default name; ``kind`` defaults to the name of the command."""
+        return f"{kind or self.command}-{self.preset}-seed-{self.seed}"
+
+    def batches(self) -> dict[str, int]:
+        """Returns the numbers of rows that must be multiples of --mesh.data x --mesh.fsdp, by flag or description."""
+        ppo = self.ppo
+        answers = ppo.batch // ppo.minibatches
+        minibatch = f"--ppo.batch {ppo.batch} divided by --ppo.minibatches {ppo.minibatches}"
+        parts = f" and --ppo.micro-batches {ppo.micro_batches}" if ppo.micro_batches > 1 else ""
+        samples = f" divided by --ppo.samples {ppo.samples}" if ppo.samples > 1 else ""
+        return {
+            "--pretrain.batch": self.pretrain.batch,
+            "--reward-model.batch": self.reward_model.batch,
+            f"--ppo.batch{f' {ppo.batch}' if samples else ''}{samples}": ppo.batch // ppo.samples,
+            minibatch + parts: answers // ppo.micro_batches,
+            f"--ppo.ptx-ratio {ppo.ptx_ratio:g} times {minibatch}": round(answers * ppo.ptx_ratio),
+        }
 
 
 SMOKE: dict[str, dict[str, Any]] = {

@@ -4,44 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 from launch import initial_model
 from launch.settings import Settings
 
-from recipe import optimiser_choice, policy_models, policy_sampling, rl_methods, tasks
-from rlhf_jax import checkpoint, generation, lm, parallel, types
-from rlhf_jax.checkpoint import manifest
-from rlhf_jax.distributed import hosts
-from rlhf_jax.train import loop, ppo, reward_model, sft
-
-STAGES = ("pretrain", "sft", "sft_mix", "comparisons", "reward_model", "ppo", "ppo_ptx", "evaluate")
-STAGES += ("heldout_reward_model",)  # the position of a stage determines its random key, so append new ones
+from recipe import engine, optimiser_choice, policy_models, policy_sampling, rl_methods, tasks
+from rlhf_jax import generation, lm, parallel, types
+from rlhf_jax.train import ppo, reward_model, sft
 
 Params = types.Params
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job(engine.Engine):
     """The objects that all stages of a run share. A job is built once so that each step compiles once."""
 
     settings: Settings
     task: tasks.Task
-    cfg: lm.LMConfig
     spec: generation.Sampling
     """Settings of the sampler, without top-k and top-p."""
     base: Params | None
     """Parameters of --model; None if the base model is trained from scratch."""
-    checkpoints: Callable[[str], checkpoint.Checkpoints]
-    log: Any
-    progress: Any
     sampler: policy_sampling.Sampler
     supervised_step: parallel.JitStep
     reward_step: parallel.JitStep
@@ -49,44 +37,12 @@ class Job:
     """Optimiser of pretraining, SFT and reward models."""
     ppo_tx: optax.GradientTransformation
     """Optimiser of RL."""
-    mesh: jax.sharding.Mesh | None = None
-    """The mesh of the run; None on one device."""
-    note: Callable[[str, str], None] = lambda stage, text: print(f"{stage}: {text}", file=sys.stderr)
-    """``note(stage, text)`` prints and saves an incident; the default only prints it."""
-
-    def key(self, stage: str) -> jax.Array:
-        """Returns the random key of a stage, ignoring a suffix after a hyphen: ``ppo-more`` has the key of ``ppo``."""
-        return jax.random.fold_in(jax.random.key(self.settings.seed), 100 + STAGES.index(stage.partition("-")[0]))
 
     @functools.cached_property
     def ppo_step(self) -> parallel.JitStep:
         """The compiled RL iteration, with the method of the settings."""
         train_step = ppo.make_train_step(self.rl_models(), **rl_methods.train_step_options(self.settings.ppo))
         return parallel.jit_step(train_step, mesh=self.mesh)
-
-    def create_on_mesh(self, make: Callable[..., Any], *args: Any) -> Any:
-        """Returns ``make(*args)``, a train state or parameters, which are sharded by `parallel.RULES` on a mesh."""
-        if self.mesh is None:
-            return make(*args)
-        args = tuple(self.put_params(each) for each in args)
-        sharding = parallel.shardings(jax.eval_shape(make, *args), self.mesh, self.axes)
-        with jax.set_mesh(self.mesh):
-            return jax.jit(make, out_shardings=sharding)(*args)
-
-    def put_params(self, params: Params) -> Params:
-        """Shards parameters over the mesh, if there is one."""
-        if self.mesh is None:
-            return params
-        return parallel.shard(params, parallel.shardings(params, self.mesh, self.axes))
-
-    def replicate(self, x: np.ndarray) -> jax.Array:
-        """Replicates a host array on all devices."""
-        return jnp.asarray(x) if self.mesh is None else parallel.replicate(x, self.mesh)
-
-    @property
-    def axes(self) -> Params:
-        """The logical axes of the model's parameters, including a scalar head."""
-        return lm.logical_axes(self.cfg, head=True)
 
     def rl_models(self, *, axis_name: str | None = None) -> ppo.Models:
         """Returns the functions of the policy, critic and reward model that RL calls."""
@@ -131,57 +87,6 @@ class Job:
         """
         steps = {"supervised": self.supervised_step, "reward_model": self.reward_step, "ppo": self.ppo_step}
         return {name: max(step.traces, 1) for name, step in steps.items()} | {"sampling": self.sampler.traces}
-
-    def fit(
-        self, stage: str, train_step: parallel.JitStep, state: Any, steps: int, *, batch_at: Any, **options: Any
-    ) -> Any:
-        """Trains one stage, showing its progress and saving checkpoints.
-
-        Args:
-            stage: Name of the stage in logs, checkpoints and the progress bar.
-            train_step: The compiled step.
-            state: The initial train state. If there is a checkpoint, the newest one is restored instead.
-            steps: Number of steps.
-            batch_at: Returns the batch of a step as NumPy arrays, with the rows of all hosts. Each host uses its share.
-            **options: Other arguments of `loop.fit`. ``log`` defaults to the run's log, ``rng`` to the stage's key.
-
-        Returns:
-            The train state after the last step.
-        """
-        mesh = self.mesh
-        options = {"log": self.log} | ({} if "rng" in options else {"rng": self.key(stage)}) | options
-        options |= self.loop_checks(stage, steps, batch_at)
-        self.progress.start(stage, steps)
-        with self.checkpoints(stage) as checkpoints:
-            state = loop.fit(
-                train_step,
-                state,
-                steps=steps,
-                stage=stage,
-                checkpoints=checkpoints,
-                save_every=max(1, -(-steps // self.settings.saves)),
-                progress=self.progress.update,
-                batch_at=batch_at if mesh is None else lambda i: parallel.local_rows(batch_at(i), mesh),
-                should_stop=hosts.current().stop_agreement(),
-                **options,
-            )
-        self.progress.finish(stage)
-        return state
-
-    def loop_checks(self, stage: str, steps: int, batch_at: Callable[[int], Any]) -> dict[str, Any]:
-        """Returns the arguments of `loop.fit` that handle skipped steps and identify the stage's data.
-
-        The fingerprint consists of the number of steps and, on a single host, of digests of the first and last batch. A
-        run is not resumed if its fingerprint has changed, for example because the batch size is different.
-        """
-        fingerprint: Any = [steps]
-        if jax.process_count() == 1 and steps > 0:
-            fingerprint += [manifest.digest_tree(batch_at(i)) for i in (0, steps - 1)]
-        return {
-            "max_skipped": self.settings.max_skipped,
-            "warn": partial(self.note, stage),
-            "fingerprint": fingerprint,
-        }
 
 
 def make_job(
@@ -230,7 +135,7 @@ def _rollout_sampling(spec: generation.Sampling, settings: Settings) -> generati
 def model_config(settings: Settings, task: tasks.Task, model: initial_model.InitialModel | None) -> lm.LMConfig:
     """Returns the architecture of --model or, without it, of a new model with the size given by --net.*."""
     if model is not None:
-        return dataclasses.replace(model.cfg, dtype=settings.compute.dtype or model.cfg.dtype)
+        return initial_model.with_compute(model.cfg, settings.compute)
     return lm.LMConfig(
         vocab_size=len(task.tokenizer),
         n_layers=settings.net.layers,
@@ -240,4 +145,5 @@ def model_config(settings: Settings, task: tasks.Task, model: initial_model.Init
         max_length=max(task.row_width, 64),
         tie_embeddings=True,
         dtype=settings.compute.dtype or "float32",
+        remat=settings.compute.remat,
     )

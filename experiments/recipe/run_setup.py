@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from launch import device_mesh, host_agreement, initial_model, mesh_settings, process_setup, run_folder
+from launch.run_settings import RunSettings
 from launch.settings import Settings
 from rich.console import Console
 
@@ -50,6 +53,78 @@ def open_run(
         SettingError: The settings do not fit the devices, the model, the data or the run to resume.
         DataError: The data is unusable.
     """
+
+    def prepare(resolved: Settings, mesh: Any) -> tuple[Settings, Any]:
+        model = initial_model.load(settings.model, mesh=mesh, template=settings.template) if settings.model else None
+        dated = initial_model.with_date(settings, model)
+        task = tasks.make_task(dated, model)
+        if task.comparisons is not None:  # the file may have fewer comparisons than a batch
+            n = len(task.comparisons[0].ranks_BK) // (2 if settings.reward_model.heldout else 1)
+            mesh_settings.check_divides(resolved.mesh, "--reward-model.batch", min(settings.reward_model.batch, n))
+        accept(task)
+        return dated, (model, task)
+
+    second = [("heldout_reward_model", 10.0)] if settings.reward_model.heldout else []
+    with open_folder(settings, out, stages=[*first_stages, *second, *weights], kind=kind, prepare=prepare) as run:
+        model, task = run.prepared
+        print_line(out, f"data: {task.dropped.report()}")
+        for text in task.notes:
+            run.folder.note("data", text)
+        if model is not None:
+            print_line(out, f"starting from {model.path} ({model.cfg.model_type}); chat template: {model.fmt.origin}")
+        cfg = jobs.model_config(settings, task, model)
+        describe(run, cfg, out)
+        yield run.folder, jobs.make_job(task=task, model=model, **run.engine_fields)
+
+
+P = TypeVar("P")
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenRun:
+    """A run folder whose progress is shown, and what was prepared before it was created."""
+
+    settings: Any
+    """The settings with the sizes of the mesh."""
+    folder: run_folder.RunFolder
+    progress: console.StageProgress
+    mesh: Any
+    prepared: Any
+
+    @property
+    def engine_fields(self) -> dict[str, Any]:
+        """The arguments of `engine.Engine` except ``cfg``."""
+        folder = self.folder
+        shared = {"settings": self.settings, "progress": self.progress, "mesh": self.mesh, "note": folder.note}
+        return shared | {"checkpoints": folder.checkpoints, "log": folder.log}
+
+
+@contextlib.contextmanager
+def open_folder(
+    settings: Any,
+    out: Console,
+    *,
+    stages: Sequence[tuple[str, float]],
+    prepare: Callable[[Any, Any], tuple[RunSettings, Any]],
+    kind: str | None = None,
+) -> Iterator[OpenRun]:
+    """Opens the folder of a new run, or of the run to resume, and shows its progress while the block runs.
+
+    Nothing is written until all checks have passed: the mesh fits the devices, ``prepare`` accepts the inputs, and they
+    have not changed since the run to resume was started.
+
+    Args:
+        settings: The settings of the command.
+        out: The console to print to. It is silenced on all hosts except the first.
+        stages: The stages of the run, each with its expected duration in seconds.
+        prepare: ``prepare(settings, mesh)`` loads the model and the data and returns the settings to save and whatever
+            the command needs. Its ``settings`` have the sizes of the mesh.
+        kind: Prefix of the run folder's default name; None uses the name of the command.
+
+    Raises:
+        SettingError: The settings do not fit the devices, the inputs or the run to resume.
+        DataError: The data is unusable.
+    """
     group = hosts.current()
     out.quiet = not group.first
     resolved = device_mesh.resolve(settings)
@@ -57,55 +132,30 @@ def open_run(
     path = pathlib.Path(
         settings.resume or group.broadcast_from_first("path", lambda: str(run_folder.free_path(settings, kind=kind)))
     )
-    model_files = initial_model.fingerprint(settings.model) if settings.model else None
-    if settings.resume and model_files:
-        run_folder.check_model_unchanged(settings.resume, settings, model_files)
     if settings.resume:
-        run_folder.check_data_unchanged(settings.resume, settings)
-    model = initial_model.load(settings.model, mesh=mesh, template=settings.template) if settings.model else None
-    settings = initial_model.with_date(settings, model)
-    task = tasks.make_task(settings, model)
-    if task.comparisons is not None:  # the file may have fewer comparisons than a batch
-        n = len(task.comparisons[0].ranks_BK) // (2 if settings.reward_model.heldout else 1)
-        mesh_settings.check_divides(resolved.mesh, "--reward-model.batch", min(settings.reward_model.batch, n))
-    accept(task)
-    folder = _open_folder(path, settings, model_files)
-    verb = "resuming" if settings.resume else "writing to"
-    print_line(out, f"{verb} {folder.path}; data: {task.dropped.report()}")
-    for text in task.notes:
-        folder.note("data", text)
-    if model is not None:
-        print_line(out, f"starting from {model.path} ({model.cfg.model_type}); chat template: {model.fmt.origin}")
-    cfg = jobs.model_config(settings, task, model)
-    print_line(out, describe_dtype(cfg))
-    if mesh is not None:
-        for line in device_mesh.describe(mesh, cfg):
-            print_line(out, line)
-    second = [("heldout_reward_model", 10.0)] if settings.reward_model.heldout else []
-    with folder.log, _make_progress([*first_stages, *second, *weights]) as progress:
+        run_folder.check_inputs_unchanged(settings.resume, settings)
+    saved, prepared = prepare(resolved, mesh)
+    folder = _open_folder(path, saved)
+    print_line(out, f"{'resuming' if settings.resume else 'writing to'} {folder.path}")
+    with folder.log, _make_progress(stages) as progress:
         folder.print_note = progress.message
-        yield (
-            folder,
-            jobs.make_job(
-                resolved,
-                task,
-                model=model,
-                checkpoints=folder.checkpoints,
-                log=folder.log,
-                progress=progress,
-                mesh=mesh,
-                note=folder.note,
-            ),
-        )
+        yield OpenRun(resolved, folder, progress, mesh, prepared)
 
 
-def _open_folder(path: pathlib.Path, settings: Settings, model_files: str | None) -> run_folder.RunFolder:
+def describe(run: OpenRun, cfg: lm.LMConfig, out: Console) -> None:
+    """Prints the number format and the mesh of a run."""
+    print_line(out, describe_dtype(cfg))
+    for line in [] if run.mesh is None else device_mesh.describe(run.mesh, cfg):
+        print_line(out, line)
+
+
+def _open_folder(path: pathlib.Path, settings: RunSettings) -> run_folder.RunFolder:
     """Opens the run folder, which only the first host creates and writes to."""
     if hosts.current().first:
         if settings.resume:
             folder = run_folder.RunFolder(path)
         else:
-            folder = run_folder.create(path, settings, model_files=model_files)
+            folder = run_folder.create(path, settings)
         hosts.current().broadcast_from_first("folder", lambda: str(path))
         return folder
     hosts.current().broadcast_from_first("folder", str)

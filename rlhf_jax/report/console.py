@@ -282,9 +282,11 @@ class StageProgress:
         self._print(f"{self._heading(stage)}: already done")
 
     def message(self, stage: str, text: str) -> None:
-        """Prints a message about a stage on a separate line, above the live display if there is one."""
-        self._check(stage)
-        self._print(f"{self._heading(stage)}: {text}")
+        """Prints a message on a separate line, above the live display if there is one.
+
+        ``stage`` is a stage or another subject, such as the data.
+        """
+        self._print(f"{self._heading(stage) if stage in self._weights else stage}: {text}")
 
     def remaining(self) -> float:
         """Returns the estimated remaining seconds of the whole job (`remaining_seconds`)."""

@@ -146,7 +146,7 @@ def test_a_float16_model_computes_in_float32_or_as_the_flag_says(byte_pairs, tmp
     del config["rlhf_jax"]
     (path / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
     model = initial_model.load(str(path))
-    asked = dataclasses.replace(SMALL, compute=settings.Compute(flag))
+    asked = dataclasses.replace(SMALL, compute=settings.TrainCompute(flag))
     task: Any = types.SimpleNamespace(tokenizer=range(300), row_width=70)
     assert jobs.model_config(asked, task, model) == dataclasses.replace(model.cfg, dtype=dtype)
     new = jobs.model_config(asked, task, None)
@@ -339,9 +339,9 @@ def test_a_run_does_not_resume_with_a_changed_model(checkpoint, tmp_path, script
     model, run = shutil.copytree(checkpoint, tmp_path / "model"), tmp_path / "run"
     made = script.parse(["--preset", "smoke", "--model", str(model)])
     before = initial_model.fingerprint(str(model))
-    run_folder.create(run, made, model_files=before)
+    run_folder.create(run, made)
     assert dataclasses.replace(script.parse(["--resume", str(run)]), resume=None) == made
-    run_folder.check_model_unchanged(str(run), made, before)
+    run_folder.check_inputs_unchanged(str(run), made)
     (model / "README.md").write_text("not read")
     assert initial_model.fingerprint(str(model)) == before
     config = json.loads((model / "config.json").read_text())
@@ -362,4 +362,4 @@ def test_every_command_saves_the_fingerprint_of_its_model(checkpoint, tmp_path, 
     out, few = tmp_path / "run", ("--pretrain.documents", "800", "--sft.demonstrations", "64")
     with pytest.raises(StartedError):
         script.run(script.parse(["--preset", "smoke", *few, "--model", str(checkpoint), "--out", str(out)]))
-    assert config_file.read(str(out))[run_folder.MODEL_FILES] == initial_model.fingerprint(str(checkpoint))
+    assert config_file.read(str(out))[run_folder.INPUTS]["model"] == initial_model.fingerprint(str(checkpoint))

@@ -19,7 +19,7 @@ EXPERIMENTS = pathlib.Path(settings.__file__).parents[1]
 SOURCE = "\n".join(
     p.read_text()
     for p in [*EXPERIMENTS.glob("launch/*.py"), *EXPERIMENTS.glob("recipe/*.py"), EXPERIMENTS / "instructgpt.py"]
-    if p.stem != "settings"
+    if p.stem not in ("settings", "run_settings")
 )
 
 
@@ -34,7 +34,7 @@ def fields(cls: Any = settings.Settings):
 @pytest.mark.parametrize(("cls", "name"), list(fields()), ids=lambda x: getattr(x, "__name__", x))
 def test_every_setting_is_used_and_has_a_help_text(cls, name):
     assert re.search(rf"\.{name}\b", SOURCE), f"no stage reads {cls.__name__}.{name}"
-    text = pathlib.Path(settings.__file__).read_text()
+    text = "\n".join((EXPERIMENTS / "launch" / name).read_text() for name in ("settings.py", "run_settings.py"))
     assert re.search(rf'^    {name}: [^\n]*\n    """.+', text, re.MULTILINE), f"{cls.__name__}.{name} has no help"
 
 

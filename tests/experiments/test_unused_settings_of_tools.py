@@ -136,7 +136,7 @@ def test_settings_of_rewardbench_change_the_scoring(tmp_path):
     lm.save(tmp_path / "model", cfg, params, tokenizer)
     rows = [{"prompt": "a b " * (1 + i % 5), "chosen": "a " * (1 + i % 9), "rejected": "c"} for i in range(20)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model = initial_model.load_reward_model(str(tmp_path / "model"))
+    model = initial_model.load(str(tmp_path / "model"), kind=initial_model.REWARD_MODEL)
 
     def observe(**changes):
         record = []
@@ -158,7 +158,7 @@ def test_settings_of_rewardbench_change_the_scoring(tmp_path):
         )
         with (
             mock.patch.object(rewardbench, "read", read),
-            mock.patch.object(rewardbench.initial_model, "load_reward_model", lambda _: model),
+            mock.patch.object(rewardbench.initial_model, "load", lambda *_, **__: model),
             mock.patch.object(rewardbench.parallel, "JitStep", lambda function, **_: functools.partial(call, function)),
             mock.patch.object(rewardbench, "_create_folder", lambda path, made: record.append(path)),
             mock.patch.object(rewardbench, "_write", lambda *_: None),

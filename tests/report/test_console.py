@@ -183,8 +183,8 @@ def test_a_message_is_not_wrapped_and_appears_above_the_display():
         progress.start("ppo", 9)
         progress.message("ppo", text)
     assert f"stage 2/2 PPO: {text}" in file.getvalue().splitlines()
-    with pytest.raises(ValueError, match="unknown stage"):
-        progress.message("rm", text)
+    progress.message("data", "short")
+    assert file.getvalue().splitlines()[-1] == "data: short", "a subject that is no stage"
     screen = io.StringIO()
     terminal = Console(file=screen, width=60, force_terminal=True)
     with console.StageProgress([("ppo", 20)], console=terminal, live=True) as progress:

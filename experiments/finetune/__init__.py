@@ -1,0 +1,1 @@
+"""Parts of the commands that train and evaluate a user's own models on their own data."""

@@ -1,0 +1,115 @@
+"""Trains a model, or adapters on it, on rows of data with the settings of a command."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from launch import device_mesh, initial_model
+from launch.run_settings import Lora, SettingError, StageSettings
+from recipe import engine, optimiser_choice
+
+from rlhf_jax import lm, parallel, types
+from rlhf_jax.data import batching
+from rlhf_jax.train import state as state_lib
+from rlhf_jax.train.optim import schedules, update
+
+
+class Trainable(NamedTuple):
+    """The parameters that are trained, and how the model is built from them."""
+
+    params: types.Params
+    frozen: Any
+    """The first argument of ``join``; None if all parameters are trained."""
+    join: Callable[[Any, Any], types.Params]
+    """``(frozen, params) -> params`` builds the parameters that the functions of the model receive."""
+    merge: Callable[[Any, Any], types.Params]
+    """As ``join``, but returns an ordinary model, which can be saved."""
+
+
+def trainable(lora: Lora, cfg: lm.LMConfig, params: types.Params, key: jax.Array) -> Trainable:
+    """Returns all parameters or, with --lora.rank, new adapters together with the head of ``params``, if any.
+
+    Raises:
+        SettingError: --lora.pattern matches no kernel.
+    """
+    if lora.rank is None:
+        return Trainable(params, None, update.all_trained, update.all_trained)
+    try:
+        adapters = lm.lora.init(key, cfg, rank=lora.rank, pattern=lora.pattern)
+    except ValueError as error:
+        raise SettingError(f"--lora.pattern {lora.pattern}: {error}") from error
+    head = {"head": params["head"]} if "head" in params else {}
+    attach, merge = (partial(each, scale=lora.scale) for each in (lm.lora.attach, lm.lora.merge))
+    return Trainable({**adapters, **head}, params, attach, merge)
+
+
+def learning_rate(settings: StageSettings) -> float:
+    """Returns the peak learning rate, whose default depends on what is trained."""
+    if settings.learning_rate is not None:
+        return settings.learning_rate
+    if settings.lora.rank is not None:
+        return 2e-4
+    return 1e-3 if initial_model.is_architecture(settings.model) else 2e-5
+
+
+def count_steps(settings: StageSettings, rows: int, *, batch: int) -> int:
+    """Returns the number of optimiser steps on ``rows`` rows."""
+    return settings.steps or math.ceil(settings.epochs * rows / batch)
+
+
+def fit(
+    run: engine.Engine,
+    stage: str,
+    make_train_step: Callable[..., Any],
+    start: Trainable,
+    data: Any,
+    settings: StageSettings,
+    *,
+    hyper: dict[str, Any] | None = None,
+    **options: Any,
+) -> types.Params:
+    """Trains on shuffled rows and returns the trained parameters, without merging adapters.
+
+    Args:
+        run: The engine.
+        stage: Name of the stage.
+        make_train_step: Returns the train step; receives ``join`` and ``micro_batches``.
+        start: What is trained.
+        data: A pytree of NumPy arrays whose first axis is the rows.
+        settings: The settings of the command.
+        hyper: Further hyperparameters of the step.
+        **options: Other arguments of `Engine.fit`.
+    """
+    n = len(jax.tree.leaves(data)[0])
+    batch = settings.batch
+    if n < batch:
+        batch = device_mesh.round_rows_down(n - n % settings.micro_batches, run.mesh, "--batch")
+        run.note(stage, f"a step has {batch} rows instead of --batch {settings.batch}: the data has only {n} rows")
+    if batch == 0:
+        raise SettingError(f"--micro-batches is {settings.micro_batches}; the data has only {n} rows")
+    steps = count_steps(settings, n, batch=batch)
+    key, peak = run.key(stage), learning_rate(settings)
+    order = batching.epoch_batches(0, n=n, batch_size=batch, key=key, steps=steps)
+
+    def hyper_at(i: int) -> dict[str, Any]:
+        warmup = schedules.constant_with_warmup(i, steps, warmup=max(1, steps // 10))
+        rate = np.float32(peak * warmup * schedules.cosine(i, steps))
+        return {"learning_rate": rate, "max_grad_norm": np.float32(settings.max_grad_norm), **(hyper or {})}
+
+    step = make_train_step(join=start.join, micro_batches=settings.micro_batches)
+    state = run.fit(
+        stage,
+        parallel.jit_step(step, mesh=run.mesh),
+        run.create_on_mesh(partial(state_lib.create, tx=optimiser_choice.chosen(settings)), start.params),
+        steps,
+        batch_at=lambda i: jax.tree.map(lambda x: x[order[i]], data),
+        hyper_at=hyper_at,
+        frozen=start.frozen,
+        **options,
+    )
+    return state.params

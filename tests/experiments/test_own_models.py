@@ -1,0 +1,76 @@
+"""The commands that train a user's own models on their own data, on tiny models."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import launch
+import pytest
+
+from rlhf_jax import lm
+
+EXPERIMENTS = pathlib.Path(launch.__path__[0]).parent
+
+
+def command(script: str, *arguments: object, status: int = 0) -> str:
+    """Runs a command and returns its output."""
+    done = subprocess.run(
+        [sys.executable, str(EXPERIMENTS / script), *map(str, arguments)], capture_output=True, text=True
+    )
+    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def demonstrations(tmp_path_factory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("own") / "demonstrations.jsonl"
+    words = ("tea", "milk", "bread", "salt", "rice", "fish", "corn", "plum")
+    records = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Do you like {a} and {b}?"},
+                {"role": "assistant", "content": f"I like {b}."},
+            ]
+        }
+        for a in words
+        for b in words
+    ]
+    path.write_text("\n".join(map(json.dumps, records)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def sft_run(demonstrations, tmp_path_factory) -> pathlib.Path:
+    out = tmp_path_factory.mktemp("sft") / "run"
+    flags = ("--data.vocab-size", 300, "--steps", 12, "--batch", 4, "--data.width", 64, "--data.held-out", 0.1)
+    command("sft.py", "--model", "tiny", "--data.path", demonstrations, "--out", out, *flags)
+    return out
+
+
+def test_sft_lowers_the_held_out_loss_and_saves_a_model_that_commands_accept(sft_run, demonstrations, tmp_path):
+    results = json.loads((sft_run / "results.json").read_text())
+    before, after = results["held_out_loss"]["before"], results["held_out_loss"]["after"]
+    assert after[2] < before[1] and results["steps"] == 12
+    assert results["conversations"]["held_out"] == 6
+    cfg, _ = lm.load(sft_run / "model")
+    assert cfg.n_layers == 2 and (sft_run / "report.html").stat().st_size > 1000
+    text = command(
+        "sft.py",
+        *(
+            "--model",
+            sft_run,
+            "--data.path",
+            demonstrations,
+            "--out",
+            tmp_path / "more",
+            "--steps",
+            2,
+            "--data.held-out",
+            0.1,
+        ),
+        *("--lora.rank", 2, "--optimizer", "lion", "--no-packing", "--micro-batches", 2, "--compute.dtype", "bfloat16"),
+    )
+    again = json.loads((tmp_path / "more" / "results.json").read_text())
+    assert again["held_out_loss"]["before"][0] == pytest.approx(after[0], rel=0.01), "the saved model"
+    assert "bfloat16" in text and "already finished" in command("sft.py", "--resume", tmp_path / "more")
