@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import typing
 from typing import Any, TypeVar
 
 from launch import settings as settings_lib
@@ -69,19 +70,19 @@ def from_dict(kind: type[S], values: dict[str, Any]) -> S:
     fields = dataclasses.fields(kind)
     if missing := {field.name for field in fields} - set(values):
         raise SettingError(f"{NAME} lacks the setting {min(missing)}; start a new run with --out")
-    return kind(**{field.name: _restore(values[field.name], field) for field in fields})
+    hints = typing.get_type_hints(kind)
+    return kind(**{each.name: _restore(values[each.name], each, hints[each.name]) for each in fields})
 
 
-def _restore(value: Any, field: dataclasses.Field) -> Any:
+def _restore(value: Any, field: dataclasses.Field, kind: Any) -> Any:
     """Converts a JSON value to the type of its field: a group of settings, a tuple or a scalar."""
-    group: Any = field.default_factory
-    if isinstance(group, type) and dataclasses.is_dataclass(group):
-        inner = dataclasses.fields(group)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        inner, hints = dataclasses.fields(kind), typing.get_type_hints(kind)
         if not isinstance(value, dict) or set(value) != {each.name for each in inner}:
             raise SettingError(
                 f"the settings of {field.name} in {NAME} differ from those of this version; start a new run with --out"
             )
-        return group(**{each.name: _restore(value[each.name], each) for each in inner})
+        return kind(**{each.name: _restore(value[each.name], each, hints[each.name]) for each in inner})
     value = tuple(value) if isinstance(value, list) else value
     default = field.default
     expected = (int, float) if isinstance(default, float) else type(default)
