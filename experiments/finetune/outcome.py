@@ -37,10 +37,7 @@ def show_finished(settings: RunSettings, out: Console, rows: Rows) -> dict[str, 
 
 
 def describe_data(out: Console, counts: errors.DropCount, sizes: Mapping[str, int]) -> None:
-    """Prints the sizes of the data and the records that are not used or are shortened.
-
-    More than 10 % of shortened records are saved as an incident.
-    """
+    """Prints the sizes of the data and the records that are not used or are shortened."""
     text = ", ".join(f"{n} {name}" for name, n in sizes.items())
     run_setup.print_line(out, f"data: {text}; {counts.report()}")
 
@@ -50,8 +47,9 @@ def describe_model(
 ) -> None:
     """Prints the model, its chat template, number format and mesh."""
     n = sum(x.size for x in jax.tree.leaves(model.params))
+    kind = f"{cfg.model_type}, " if cfg.model_type else ""
     run_setup.print_line(
-        out, f"model: {model.path} ({cfg.model_type}, {n / 1e6:.3g} M parameters); chat template: {model.fmt.origin}"
+        out, f"model: {model.path} ({kind}{n / 1e6:.3g} M parameters); chat template: {model.fmt.origin}"
     )
     run_setup.describe(opened, cfg, out)
 

@@ -1,0 +1,180 @@
+"""reward_model.py and dpo.py with a model and comparisons of the user's own, on tiny models."""
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import reward_model
+from finetune import comparisons, preference_settings
+from launch import initial_model
+from launch.run_settings import SettingError
+
+from rlhf_jax import lm, metrics
+
+WORDS = ("tea", "milk", "bread", "salt", "rice", "fish", "corn", "plum")
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory) -> pathlib.Path:
+    """An easy preference: answers that like something are preferred to answers that refuse."""
+    path = tmp_path_factory.mktemp("own_pairs") / "pairs.jsonl"
+    records = [
+        {"prompt": f"Do you like {a} and {b}?", "chosen": f"I like {b}.", "rejected": f"No, not {a}, I hate it."}
+        for a in WORDS
+        for b in WORDS
+    ]
+    path.write_text("\n".join(map(json.dumps, records)))
+    return path
+
+
+def train(script: Any, out: pathlib.Path, *arguments: object) -> dict[str, Any]:
+    script.main([*map(str, arguments), "--out", str(out)])
+    return json.loads((out / "results.json").read_text())
+
+
+def losses(run: pathlib.Path) -> list[float]:
+    return [row["loss"] for row in metrics.read(run) if "loss" in row]
+
+
+NEW = ("--model", "tiny", "--data.vocab-size", 300)
+SHORT = ("--steps", 3, "--batch", 8)
+
+
+@pytest.fixture(scope="session")
+def reward_run(pairs, tmp_path_factory) -> pathlib.Path:
+    out = tmp_path_factory.mktemp("own_reward") / "run"
+    train(reward_model, out, *NEW, "--data.path", pairs, "--epochs", 3, "--batch", 8)
+    return out
+
+
+def test_a_reward_model_is_trained_on_its_own(reward_run):
+    results = json.loads((reward_run / "results.json").read_text())
+    facts = results["reward_model"]
+    assert facts["accuracy"][0] > 0.9 and facts["gap"]["train_accuracy"][0] > 0.9
+    assert results["comparisons"] == {"training": 58, "held_out": 6} and results["steps"] == 22
+    assert {row["stage"] for row in metrics.read(reward_run)} == {"reward_model"}, "no SFT model is trained first"
+    assert any("validation_loss" in row for row in metrics.read(reward_run))
+    assert results["packing"]["share_of_unpacked_tokens"] < 0.9 and facts["normalisation"]["gain"] == 1
+    assert (reward_run / "report.html").stat().st_size > 1000
+
+
+def test_the_saved_reward_model_prefers_chosen_answers_whose_mean_score_is_0(reward_run):
+    model = initial_model.load(str(reward_run), kind=initial_model.REWARD_MODEL)
+    scores = []
+    for answer in ("I like milk.", "No, not tea, I hate it."):
+        turns = [{"role": "user", "content": "Do you like tea and milk?"}, {"role": "assistant", "content": answer}]
+        ids = model.fmt.tokenizer.apply_chat_template(turns, return_dict=False)
+        scores.append(
+            float(lm.score(model.params, np.array([ids]), mask_BL=np.ones((1, len(ids)), bool), cfg=model.cfg))
+        )
+    assert scores[0] > scores[1] + 1 and abs(scores[0]) < 1
+
+
+def test_transformers_loads_the_saved_reward_model(reward_run):
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(reward_run / "model")
+    assert loaded.config.num_labels == 1
+
+
+def test_packing_and_micro_batches_do_not_change_the_losses(pairs, tmp_path):
+    runs = {"whole": ("--packing", "False"), "packed": ("--packing", "True"), "parts": ("--micro-batches", 2)}
+    found = {}
+    for name, flags in runs.items():
+        results = train(reward_model, tmp_path / name, *NEW, "--data.path", pairs, *SHORT, *flags)
+        found[name] = losses(tmp_path / name)
+        assert (results["packing"] is None) == (name == "whole")
+    np.testing.assert_allclose(found["packed"], found["whole"], rtol=1e-4)
+    np.testing.assert_allclose(found["parts"], found["whole"], rtol=1e-4)
+
+
+def test_adapters_heads_and_partial_training_leave_the_rest_of_the_model_as_it_was(pairs, reward_run, tmp_path):
+    base = tmp_path / "base"
+    saved = initial_model.load(str(reward_run), kind=initial_model.REWARD_MODEL)
+    params = lm.without_head(saved.params)
+    lm.save(base, saved.cfg, params, tokenizer=saved.fmt.tokenizer, stop_ids=saved.fmt.stop_ids)
+    common = ("--model", base, "--data.path", pairs, *SHORT)
+    train(reward_model, tmp_path / "lora", *common, "--lora.rank", 2, "--training.heads", 2, "--learning-rate", 1e-2)
+    train(reward_model, tmp_path / "head", *common, "--training.trains", "^head/", "--training.loss", "pairs")
+    for name, same in (("lora", False), ("head", True)):
+        cfg, trained = lm.load(tmp_path / name / "model")
+        assert cfg.n_layers == saved.cfg.n_layers and trained["head"]["kernel_D"].ndim == 1
+        equal = jax.tree.map(lambda a, b: bool((a == b).all()), params, lm.without_head(trained))
+        assert equal["embed"] == jax.tree.map(lambda _: True, equal["embed"])
+        assert all(jax.tree.leaves(equal["layers"])) == same
+
+
+def test_a_reward_run_resumes_with_the_same_results(pairs, reward_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(reward_run, run)
+    first = json.loads((run / "results.json").read_text())
+    (run / "results.json").unlink()
+    reward_model.main(["--resume", str(run)])
+    again = json.loads((run / "results.json").read_text())
+    assert {name: again[name] for name in ("reward_model", "steps")} == {
+        name: first[name] for name in ("reward_model", "steps")
+    }
+    reward_model.main(["--resume", str(run)])
+    assert "already finished" in capsys.readouterr().out
+
+
+LENGTHS = (np.array([10] * 99 + [500]), np.array([70] * 80 + [300] * 20))
+
+
+def chosen_widths(max_length: int, **widths: int) -> tuple[int, int]:
+    data = preference_settings.Comparisons("x", **widths)  # type: ignore[arg-type]
+    return comparisons.choose_widths(LENGTHS, data, max_length=max_length)
+
+
+def test_widths_hold_99_percent_within_the_length_of_the_model():
+    assert chosen_widths(4096) == (512, 320), "the 99th of 100 numbers, rounded up to a multiple of 32"
+    assert chosen_widths(700) == (350, 350), "answers get what prompts leave, at least half"
+    assert chosen_widths(700, prompt_width=64) == (64, 320) and chosen_widths(700, response_width=600) == (100, 600)
+    assert chosen_widths(200, prompt_width=150) == (150, 50)
+    with pytest.raises(SettingError, match="--data.prompt-width 150 plus --data.response-width 64 exceeds 200"):
+        chosen_widths(200, prompt_width=150, response_width=64)
+    assert comparisons.cut_warnings(LENGTHS, (32, 320)) == []
+    assert comparisons.cut_warnings(LENGTHS, (32, 64)) == [
+        "100 of 100 answers (100%) are longer than 64 tokens and are cut; --data.response-width 320 would hold 99 % of "
+        "them"
+    ]
+
+
+def test_cut_answers_are_an_incident(pairs, tmp_path):
+    flags = ("--data.response-width", 8, "--training.normalise", "none")
+    results = train(reward_model, tmp_path / "run", *NEW, "--data.path", pairs, *SHORT, *flags)
+    (incident,) = results["incidents"]
+    assert incident["stage"] == "data" and "--data.response-width 32 would hold 99 %" in incident["text"]
+    assert results["widths"]["response"] == 8 and "normalisation" not in results["reward_model"]
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        (reward_model, ("--training.trains", "^head/", "--lora.rank", "2"), "--training.trains has no effect with"),
+        (reward_model, ("--training.loss", "best", "--training.margin", "1"), "--training.margin has no effect with"),
+        (reward_model, ("--training.heads", "0"), "--training.heads is 0"),
+        (reward_model, ("--data.held-out", "0"), "--data.held-out is 0.0; it must be above 0"),
+        (reward_model, ("--lora.alpha", "4"), "--lora.alpha has no effect without --lora.rank"),
+        (reward_model, ("--data.prompt-width", "0"), "--data.prompt-width is 0"),
+    ],
+)
+def test_invalid_settings_are_refused_by_flag(script, flags, message):
+    with pytest.raises(SettingError, match=message):
+        script.parse(["--model", "MODEL", "--data.path", "FILE", *flags])
+
+
+def test_other_commands_of_the_scripts_keep_their_settings(capsys):
+    assert not isinstance(reward_model.parse(["--data.path", "FILE"]), preference_settings.OwnRewardSettings)
+    for flags, shown, hidden in (
+        (["--model", "M", "--data.path", "F"], "--lora.rank", "--preset"),
+        ([], "--preset", "--lora.rank"),
+    ):
+        with pytest.raises(SystemExit):
+            reward_model.parse([*flags, "--help"])
+        text = capsys.readouterr().out
+        assert shown in text and hidden not in text and "--model MODEL --data.path FILE" in text
