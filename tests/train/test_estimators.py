@@ -401,9 +401,7 @@ def test_extra_metrics_are_means_over_tokens_and_change_nothing(micro):
     jax.tree.map(np.testing.assert_array_equal, plain[0].params, more[0].params)
     assert set(more[1]) == set(plain[1]) | {"shifted", "seen_entropy"}
     np.testing.assert_allclose(more[1]["shifted"], plain[1]["ratio_mean"] + 0.25, rtol=1e-5)
-    _, entropy_BT = TABLE.logprobs(
-        table_state().params["policy"], experience().tokens_BL, experience().mask_BL, 1.0
-    )
+    _, entropy_BT = TABLE.logprobs(table_state().params["policy"], experience().tokens_BL, experience().mask_BL, 1.0)
     real = np.asarray(experience().response_mask_BT)
     np.testing.assert_allclose(more[1]["seen_entropy"], np.asarray(entropy_BT)[real].mean(), rtol=1e-5)
 
