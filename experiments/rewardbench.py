@@ -343,7 +343,7 @@ def _write(path: Any, settings: RewardBenchSettings, results: dict[str, Any], sc
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command."""
-    entry_point.execute(run, parse, arguments)
+    entry_point.execute(run, parse, arguments, stopped="stopped; start the command again with another --out")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,13 @@ USER_ERRORS = (
 """User errors, which are printed without a traceback."""
 
 
-def execute(run: Callable[[Any], Any], parse: Callable[[list[str]], Any], arguments: list[str] | None) -> None:
+def execute(
+    run: Callable[[Any], Any],
+    parse: Callable[[list[str]], Any],
+    arguments: list[str] | None,
+    *,
+    stopped: str | None = None,
+) -> None:
     """Parses the command line and runs the command.
 
     The exit status is 2 for a user error, 3 for an alarm with --on-alarm stop, and 75 for a run stopped by a signal.
@@ -37,6 +43,7 @@ def execute(run: Callable[[Any], Any], parse: Callable[[list[str]], Any], argume
         run: The command, a function of its settings.
         parse: Returns the settings of a command line.
         arguments: The command line without the program's name; None uses ``sys.argv``.
+        stopped: What is printed if a signal stops the run; by default, that --resume continues it.
     """
     with _ignore_closed_event_loops():  # outermost, since a failed save may still be closing when its error is printed
         try:
@@ -45,7 +52,7 @@ def execute(run: Callable[[Any], Any], parse: Callable[[list[str]], Any], argume
                 with host_agreement.join_hosts(parsed, status=_exit_status):
                     run(parsed)
         except (*USER_ERRORS, loop.Alarmed, *_STOPPED) as error:
-            print(_describe(error), file=sys.stderr)
+            print(stopped if stopped and isinstance(error, _STOPPED) else _describe(error), file=sys.stderr)
             process_setup.exit_process(_exit_status(error))
 
 
