@@ -94,7 +94,7 @@ if __name__ == "__main__":
 
 import time
 
-from finetune import generate
+from finetune import answers
 from launch import device_mesh, entry_point, initial_model, run_folder
 from recipe import run_setup
 from rich.console import Console
@@ -141,25 +141,25 @@ def run(settings: SampleSettings) -> list[dict[str, Any]]:
     initial_model.with_date(settings, model)
     cfg = dataclasses.replace(model.cfg, dtype=settings.compute.dtype or model.cfg.dtype)
     model = dataclasses.replace(model, cfg=cfg)
-    prompts = generate.encode_prompts(
+    prompts = answers.encode_prompts(
         model, found, width=settings.prompt_width, max_new_tokens=settings.max_new_tokens, counts=counts
     )
-    spec = generate.sampling(
+    spec = answers.sampling(
         model.fmt,
         temperature=settings.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,
         max_new_tokens=settings.max_new_tokens,
     )
-    file = generate.SampleFile(settings.out, identity(settings, model, settings.prompts))
+    file = answers.SampleFile(settings.out, identity(settings, model, settings.prompts))
     if file.lines:
         run_setup.print_line(out, f"continuing {settings.out}, which has {len(file.lines)} answers")
     run_setup.print_line(out, f"prompts: {len(prompts.ids)}; {counts.report()}")
     run_setup.print_line(out, f"model: {model.path} ({cfg.model_type}); chat template: {model.fmt.origin}")
     run_setup.print_line(out, run_setup.describe_dtype(cfg))
-    sampler = generate.Sampler(cfg, spec, batch=settings.batch, mesh=mesh)
+    sampler = answers.Sampler(cfg, spec, batch=settings.batch, mesh=mesh)
     with console.StageProgress([("sample", 60.0)], elapsed=time.time() - process_setup.START_TIME) as progress:
-        lines = generate.sample_file(
+        lines = answers.sample_file(
             sampler,
             model,
             prompts,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sample
-from finetune import generate
+from finetune import answers
 from launch import initial_model, run_folder
 
 from rlhf_jax import lm
@@ -91,18 +91,18 @@ def test_an_answer_does_not_depend_on_its_batch_and_an_interrupted_run_continues
     whole = sample.run(settings(policies, prompts, tmp_path))
     interrupted = settings(policies, prompts, tmp_path, out=str(tmp_path / "again.jsonl"), batch=3)
     model = initial_model.load(policies[0])
-    file = generate.SampleFile(interrupted.out, sample.identity(interrupted, model, prompts))
+    file = answers.SampleFile(interrupted.out, sample.identity(interrupted, model, prompts))
     file.append(whole[7:12])
-    partial = pathlib.Path(f"{interrupted.out}{generate.PARTIAL}")
+    partial = pathlib.Path(f"{interrupted.out}{answers.PARTIAL}")
     with partial.open("a") as stream:
         stream.write('{"index": 9, "sam')  # the process was killed in the middle of a line
     with pytest.raises(run_folder.SettingError, match="--temperature was different"):
         sample.run(settings(policies, prompts, tmp_path, out=interrupted.out, temperature=0.5))
     with pytest.raises(run_folder.SettingError, match="the model was different"):
         sample.run(settings(policies[1:], prompts, tmp_path, out=interrupted.out))
-    calls, keep = [], generate.Sampler.__call__
+    calls, keep = [], answers.Sampler.__call__
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate.Sampler, "__call__", lambda *args, **kw: calls.append(args[3]) or keep(*args, **kw))
+        patch.setattr(answers.Sampler, "__call__", lambda *args, **kw: calls.append(args[3]) or keep(*args, **kw))
         continued = sample.run(interrupted)
     assert len(calls[0]) == 19 and not partial.exists()
     for a, b in zip(whole, continued, strict=True):
@@ -130,10 +130,10 @@ def test_long_prompts_lose_their_oldest_turns_and_are_counted(policies, prompts,
     model = initial_model.load(policies[0])
     length = len(chat.encode_prompt(model.fmt, found[0].prompt))
     counts = errors.DropCount()
-    short = generate.encode_prompts(model, found, width=length - 1, max_new_tokens=6, counts=counts)
+    short = answers.encode_prompts(model, found, width=length - 1, max_new_tokens=6, counts=counts)
     assert counts.truncated == {"prompt turns dropped": 1}
     assert short.ids[0] == chat.encode_prompt(model.fmt, found[0].prompt[2:])
-    assert generate.encode_prompts(model, found, width=None, max_new_tokens=6, counts=counts).ids[0] != short.ids[0]
+    assert answers.encode_prompts(model, found, width=None, max_new_tokens=6, counts=counts).ids[0] != short.ids[0]
     lines = sample.run(settings(policies, prompts, tmp_path, prompt_width=length - 1, limit=1, n=1))
     assert "truncated 1 (prompt turns dropped 1)" in capsys.readouterr().out
     assert len(lines[0]["prompt"]) == 3, "the file has the prompt as it was given"
@@ -162,7 +162,7 @@ def test_sample_refuses_settings_that_are_out_of_range(flags, message):
 
 def test_batches_contain_each_row_once_in_few_widths():
     lengths = np.random.default_rng(0).integers(1, 300, size=101).tolist()
-    made = list(generate.batches(lengths, size=8, most=299))
+    made = list(answers.batches(lengths, size=8, most=299))
     assert sorted(np.concatenate([rows for rows, _ in made])) == list(range(101))
     assert {width for _, width in made} <= {32, 64, 128, 256, 299}
     for rows, width in made:

@@ -112,8 +112,8 @@ def encode_prompts(
 def batches(lengths: Sequence[int], *, size: int, most: int) -> Iterator[tuple[np.ndarray, int]]:
     """Divides rows into batches of similar length, longest first.
 
-    >>> from finetune import generate
-    >>> [(rows.tolist(), width) for rows, width in generate.batches([5, 40, 7], size=2, most=50)]
+    >>> from finetune import answers
+    >>> [(rows.tolist(), width) for rows, width in answers.batches([5, 40, 7], size=2, most=50)]
     [([1, 2], 50), ([0], 32)]
 
     Args:
@@ -297,7 +297,7 @@ def sample_file(
     every = [(row, sample) for row in range(len(prompts.ids)) for sample in range(n)]
     wanted = [each for each in every if (prompts.numbers[each[0]], each[1]) not in done]
     on_progress(len(every) - len(wanted), len(every))
-    for answers in sampler(model.params, prompts, wanted, seed=seed):
-        file.append([line_of(model.fmt, prompts, answer) | also(answer) for answer in answers])
+    for batch in sampler(model.params, prompts, wanted, seed=seed):
+        file.append([line_of(model.fmt, prompts, answer) | also(answer) for answer in batch])
         on_progress(len(file.lines), len(every))
     return file.finish()
