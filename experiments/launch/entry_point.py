@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from launch import host_agreement, process_setup, settings
+from launch import config_file, folder_lock, host_agreement, process_setup, settings
 from rlhf_jax import checkpoint, metrics, parallel
 from rlhf_jax.data import errors
 from rlhf_jax.distributed import hosts
@@ -54,6 +54,8 @@ def execute(
         except (*USER_ERRORS, loop.Alarmed, *_STOPPED) as error:
             print(stopped if stopped and isinstance(error, _STOPPED) else _describe(error), file=sys.stderr)
             process_setup.exit_process(_exit_status(error))
+        finally:
+            folder_lock.release_all()
 
 
 def _describe(error: BaseException) -> str:
@@ -61,7 +63,10 @@ def _describe(error: BaseException) -> str:
         return f"error: {error}"
     if isinstance(error, loop.Alarmed):
         return f"{error}; to continue anyway, use --resume"
-    return f"{str(error) or 'stopped'}; continue with --resume"
+    folder = folder_lock.held()
+    if isinstance(error, loop.Preempted) or (folder is not None and config_file.is_run(folder)):
+        return f"{str(error) or 'stopped'}; continue with --resume"
+    return process_setup.STOPPED_EARLY if folder is None else "stopped; start it again"
 
 
 def _exit_status(error: BaseException) -> int:

@@ -13,6 +13,8 @@ _START_TIME_VARIABLE = "RLHF_JAX_START_TIME"
 START_TIME = float(os.environ.pop(_START_TIME_VARIABLE, None) or time.time())
 """Start time of the command, in seconds since 1970."""
 
+STOPPED_EARLY = "stopped before the run began; start it again"
+
 _owns_process = False
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # hides a warning about torch
@@ -36,7 +38,7 @@ def use_huge_pages() -> None:
 
 def stop_early(number: int, frame: Any) -> NoReturn:
     """Ends the process on a signal that arrives before `entry_point.execute` handles signals."""
-    print("stopped before the run began; start it again", file=sys.stderr)
+    print(STOPPED_EARLY, file=sys.stderr)
     exit_process(75)
 
 

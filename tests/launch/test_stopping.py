@@ -8,7 +8,7 @@ import sys
 
 import launch
 import pytest
-from launch import entry_point
+from launch import entry_point, folder_lock
 
 EXPERIMENTS = pathlib.Path(launch.__path__[0]).parent
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -25,9 +25,18 @@ def stopped(run, capsys):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_signal_between_stages_ends_the_command_with_one_line(number, capsys):
-    line = stopped(lambda settings: signal.raise_signal(number), capsys)
-    assert line.startswith("stopped between two training stages; ")
+def test_signal_between_stages_ends_the_command_with_one_line(number, tmp_path, capsys):
+    def run(settings):
+        (tmp_path / "config.json").write_text(config)
+        folder_lock.acquire(tmp_path)
+        signal.raise_signal(number)
+
+    config = '{"command": "sft", "version": 4}'
+    assert stopped(run, capsys) == "stopped between two training stages; continue with --resume"
+    config = "{}"  # of a command that cannot be resumed
+    assert stopped(run, capsys) == "stopped; start it again"
+    assert folder_lock.held() is None
+    assert "before the run began" in stopped(lambda settings: signal.raise_signal(number), capsys)
 
 
 def test_later_signals_do_not_prevent_the_line(capsys):
@@ -38,7 +47,7 @@ def test_later_signals_do_not_prevent_the_line(capsys):
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGINT)
 
-    assert stopped(run, capsys).startswith("stopped; ")
+    assert stopped(run, capsys).startswith("stopped before the run began; ")
 
 
 @pytest.mark.parametrize("number", SIGNALS)
