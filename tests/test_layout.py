@@ -25,7 +25,7 @@ LIBRARY = (
 EXPERIMENTS = (
     ("launch",),
     ("recipe",),
-    ("sweeps",),
+    ("sweeps", "finetune"),
     ("preferences", "planning", "fault_injection", "benchmarks"),
 )
 COMMANDS_OF_A_STAGE = {"dpo", "ppo", "reward_model", "sft"}
