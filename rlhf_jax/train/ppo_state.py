@@ -12,8 +12,7 @@ from flax import struct
 from rlhf_jax import kl, metrics, rewards
 from rlhf_jax.train import state as state_lib
 from rlhf_jax.train.optim import update
-from rlhf_jax.train.sft import TokenBatch
-from rlhf_jax.types import Params, Rollout
+from rlhf_jax.types import Params, Rollout, TokenBatch
 
 
 class Models(NamedTuple):
