@@ -126,6 +126,7 @@ def run(settings: Any) -> dict[str, Any]:
 def _cross_validate(settings: RewardSettings, out: Console) -> tuple[pathlib.Path, dict[str, Any]]:
     reward_baselines.need_sklearn()
     if settings.resume:
+        run_folder.lock(f"--resume {settings.resume}", pathlib.Path(settings.resume))
         run_folder.check_inputs_unchanged(settings.resume, settings)
     path = pathlib.Path(settings.resume) if settings.resume else run_folder.free_path(settings)
     counts = errors.DropCount(max_dropped=settings.data.max_dropped)

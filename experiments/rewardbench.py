@@ -74,7 +74,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
-from launch import config_file, entry_point, initial_model, run_folder
+from launch import entry_point, initial_model, run_folder
 from recipe import human_comparisons, reward_diagnosis, run_setup
 from rich import box
 from rich.console import Console
@@ -129,7 +129,7 @@ def run(settings: RewardBenchSettings) -> dict[str, Any]:
             raise errors.DataError(f"--data.path {settings.data.path}: {error}") from None
         progress.finish("tokenise")
         # Created after the data is read, so that unusable data leaves no folder, but before the slow scoring.
-        _create_folder(path, settings)
+        run_folder.create_folder(path, dataclasses.asdict(settings))
         progress.start("score", len(rows))
         step = parallel.JitStep(partial(_score, cfg=cfg), donate_argnums=())
 
@@ -323,14 +323,6 @@ def accuracy_table(model: dict[str, Any]) -> Table:
     return table
 
 
-def _create_folder(path: Any, settings: RewardBenchSettings) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        run_folder.write_json(path / config_file.NAME, dataclasses.asdict(settings))
-    except OSError as error:
-        raise SettingError(f"--out {path} cannot be written: {error.strerror}") from error
-
-
 def _write(path: Any, settings: RewardBenchSettings, results: dict[str, Any], scored: Scored) -> None:
     scores = zip(scored.records, scored.chosen_N.tolist(), scored.rejected_N.tolist())
     rows = [{"record": r.where, "subset": r.subset, "chosen": a, "rejected": b} for r, a, b in scores]
@@ -343,7 +335,7 @@ def _write(path: Any, settings: RewardBenchSettings, results: dict[str, Any], sc
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command."""
-    entry_point.execute(run, parse, arguments)
+    entry_point.execute(run, parse, arguments, stopped="stopped; start the command again with another --out")
 
 
 if __name__ == "__main__":

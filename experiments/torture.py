@@ -57,7 +57,7 @@ def run(settings: TortureSettings) -> dict[str, Any]:
     """Runs all tests and returns the contents of torture.json."""
     began, out = time.monotonic(), Console()
     folder = run_folder.free_folder(settings.out, kind="torture")
-    folder.mkdir(parents=True, exist_ok=True)
+    run_folder.create_folder(folder, dataclasses.asdict(settings))
     size = interruptions.RunSettings(settings.steps, settings.save_every, settings.seed)
     stages = settings.stages
     kills, terms = (_shares(count, len(stages)) for count in (settings.kills, settings.terms))

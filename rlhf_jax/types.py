@@ -57,6 +57,21 @@ class ApplyFn(NamedTuple):
 
 
 @struct.dataclass
+class TokenBatch:
+    """Rows of tokens, with masks of the real tokens and of the tokens to train on."""
+
+    tokens_BL: jax.Array
+    """int32 token ids."""
+    mask_BL: jax.Array
+    """bool, True at real tokens."""
+    loss_mask_BL: jax.Array
+    """bool, True at the tokens that contribute to the loss."""
+    segments_BL: jax.Array | None = None
+    """int32, number of the sequence to which each token of a packed row belongs (`data.packing`); None without packing.
+    The first token of a sequence has no context; its log-probability is 0, regardless of the loss mask."""
+
+
+@struct.dataclass
 class Rollout:
     """Prompts and the responses that a policy sampled. Prompts are left-padded to P, responses right-padded to T."""
 

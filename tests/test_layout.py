@@ -25,7 +25,7 @@ LIBRARY = (
 EXPERIMENTS = (
     ("launch",),
     ("recipe",),
-    ("sweeps",),
+    ("sweeps", "finetune"),
     ("preferences", "planning", "fault_injection", "benchmarks"),
 )
 COMMANDS_OF_A_STAGE = {"dpo", "ppo", "reward_model", "sft"}
@@ -93,6 +93,7 @@ def test_library_modules_have_under_400_lines_without_docstrings():
 
 def test_test_folders_mirror_the_packages():
     known = {package.relative_to(ROOT / "rlhf_jax").as_posix() for package in packages("rlhf_jax")}
+    known |= {package.relative_to(ROOT / "experiments").as_posix() for package in packages("experiments")}
     known |= {"experiments", "cases"}
     folders = {path.parent.relative_to(ROOT / "tests").as_posix() for path in modules("tests")}
     assert folders <= known

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-from recipe import policy_models
 
 from benchmarks import benchmark_models
 from rlhf_jax import generation, lm, parallel, types
 from rlhf_jax.train import dpo as dpo_lib
-from rlhf_jax.train import objectives, ppo, reward_model, sft
+from rlhf_jax.train import objectives, ppo, ppo_models, reward_model, sft
 from rlhf_jax.train import state as state_lib
 
 HYPER = {"learning_rate": np.float32(1e-4), "max_grad_norm": np.float32(1.0)}
@@ -89,7 +88,7 @@ class PPOInputs(NamedTuple):
 
 def ppo_inputs(cfg: lm.LMConfig, *, samples: int, prompt: int, answer: int) -> PPOInputs:
     """Returns the inputs of PPO with random models. There are no stop tokens, so all answers have full length."""
-    models = policy_models.ppo_models(cfg, generation.Sampling(max_new_tokens=answer), prompt_width=prompt)
+    models = ppo_models.from_config(cfg, generation.Sampling(max_new_tokens=answer), prompt_width=prompt)
     rates = {"learning_rate": 1e-5, "critic_learning_rate": 1e-5, "kl_coef": 0.05, "max_grad_norm": 1.0}
     hyper = ppo.Hyper(**{name: np.float32(rate) for name, rate in rates.items()})
     mask_BP = np.ones((samples, prompt), bool)

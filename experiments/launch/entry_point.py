@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from launch import host_agreement, process_setup, settings
+from launch import config_file, folder_lock, host_agreement, process_setup, settings
 from rlhf_jax import checkpoint, metrics, parallel
 from rlhf_jax.data import errors
 from rlhf_jax.distributed import hosts
@@ -28,7 +28,13 @@ USER_ERRORS = (
 """User errors, which are printed without a traceback."""
 
 
-def execute(run: Callable[[Any], Any], parse: Callable[[list[str]], Any], arguments: list[str] | None) -> None:
+def execute(
+    run: Callable[[Any], Any],
+    parse: Callable[[list[str]], Any],
+    arguments: list[str] | None,
+    *,
+    stopped: str | None = None,
+) -> None:
     """Parses the command line and runs the command.
 
     The exit status is 2 for a user error, 3 for an alarm with --on-alarm stop, and 75 for a run stopped by a signal.
@@ -37,16 +43,19 @@ def execute(run: Callable[[Any], Any], parse: Callable[[list[str]], Any], argume
         run: The command, a function of its settings.
         parse: Returns the settings of a command line.
         arguments: The command line without the program's name; None uses ``sys.argv``.
+        stopped: What is printed if a signal stops the run; by default, that --resume continues it.
     """
     with _ignore_closed_event_loops():  # outermost, since a failed save may still be closing when its error is printed
         try:
-            with _stop_on_sigterm():
+            with _stop_on_signals():
                 parsed = parse(sys.argv[1:] if arguments is None else arguments)
                 with host_agreement.join_hosts(parsed, status=_exit_status):
                     run(parsed)
-        except (*USER_ERRORS, loop.Alarmed, loop.Preempted, _StoppedError) as error:
-            print(_describe(error), file=sys.stderr)
+        except (*USER_ERRORS, loop.Alarmed, *_STOPPED) as error:
+            print(stopped if stopped and isinstance(error, _STOPPED) else _describe(error), file=sys.stderr)
             process_setup.exit_process(_exit_status(error))
+        finally:
+            folder_lock.release_all()
 
 
 def _describe(error: BaseException) -> str:
@@ -54,35 +63,47 @@ def _describe(error: BaseException) -> str:
         return f"error: {error}"
     if isinstance(error, loop.Alarmed):
         return f"{error}; to continue anyway, use --resume"
-    return f"{error}; continue with --resume"
+    folder = folder_lock.held()
+    if isinstance(error, loop.Preempted) or (folder is not None and config_file.is_run(folder)):
+        return f"{str(error) or 'stopped'}; continue with --resume"
+    return process_setup.STOPPED_EARLY if folder is None else "stopped; start it again"
 
 
 def _exit_status(error: BaseException) -> int:
     """Returns the exit status for an exception."""
-    statuses = {USER_ERRORS: 2, loop.Alarmed: 3, (loop.Preempted, _StoppedError): 75}  # EX_TEMPFAIL: try again later
+    statuses = {USER_ERRORS: 2, loop.Alarmed: 3, _STOPPED: 75}  # EX_TEMPFAIL: try again later
     return next((status for kinds, status in statuses.items() if isinstance(error, kinds)), 1)
 
 
 class _StoppedError(BaseException):
-    """Raised when SIGTERM arrives between two stages, at which point all finished stages are saved."""
+    """Raised when a signal arrives outside a training stage, where all finished stages are saved."""
+
+
+_STOPPED = (loop.Preempted, _StoppedError, KeyboardInterrupt)
 
 
 @contextlib.contextmanager
-def _stop_on_sigterm() -> Iterator[None]:
-    """Raises `_StoppedError` on SIGTERM, except within a stage, where `loop.fit` finishes the step and saves."""
+def _stop_on_signals() -> Iterator[None]:
+    """Raises `_StoppedError` on SIGTERM and Ctrl-C; within a stage, `loop.fit` instead finishes the step and saves.
+
+    After the first signal, SIGTERM is ignored, so that it does not interrupt the clean-up; another Ctrl-C does.
+    """
 
     def stop(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal must not interrupt the clean-up
-        raise _StoppedError("stopped between two stages")
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        raise _StoppedError("stopped between two training stages")
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, stop)
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+        for number, handler in previous.items():
+            early = handler is None or handler is process_setup.stop_early
+            signal.signal(number, signal.SIG_DFL if early else handler)
 
 
 @contextlib.contextmanager

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import sys
 import time
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _START_TIME_VARIABLE = "RLHF_JAX_START_TIME"
 START_TIME = float(os.environ.pop(_START_TIME_VARIABLE, None) or time.time())
 """Start time of the command, in seconds since 1970."""
+
+STOPPED_EARLY = "stopped before the run began; start it again"
 
 _owns_process = False
 
@@ -20,14 +23,23 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # hides a warni
 def use_huge_pages() -> None:
     """Restarts the process with glibc's huge pages, which make CPU steps about a third faster.
 
-    Does so only on Linux and only if GLIBC_TUNABLES is not set. Also makes `exit_process` end the process immediately.
-    Only commands call this function, before their slow imports.
+    Does so only on Linux and only if GLIBC_TUNABLES is not set. Also makes `exit_process` end the process immediately,
+    and SIGTERM and Ctrl-C during the imports end it without a traceback. Only commands call this function, before their
+    slow imports.
     """
     global _owns_process
     _owns_process = True
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop_early)
     if sys.platform == "linux" and os.environ.get("GLIBC_TUNABLES") is None:  # glibc reads it at process start only
         environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", _START_TIME_VARIABLE: repr(START_TIME)}
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+
+
+def stop_early(number: int, frame: Any) -> NoReturn:
+    """Ends the process on a signal that arrives before `entry_point.execute` handles signals."""
+    print(STOPPED_EARLY, file=sys.stderr)
+    exit_process(75)
 
 
 def exit_process(status: int) -> NoReturn:

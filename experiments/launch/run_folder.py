@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from launch import config_file, initial_model, setting_checks
+from launch import config_file, folder_lock, initial_model, setting_checks
 from launch.run_settings import RunSettings, SettingError
 from rlhf_jax import checkpoint, metrics
 from rlhf_jax.checkpoint import atomic
@@ -94,21 +94,51 @@ def free_folder(out: str | None, *, kind: str) -> pathlib.Path:
     path = pathlib.Path(out or f"runs/{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
     if path.exists() and not path.is_dir():
         raise SettingError(f"--out {path} is a file; give a new or empty folder")
-    if path.is_dir() and any(path.iterdir()):
-        content = "a run (resume it with --resume)" if (path / config_file.NAME).exists() else "other files"
+    if path.is_dir() and any(each.name != folder_lock.NAME for each in path.iterdir()):
+        _refuse_if_used(f"--out {path}", folder_lock.owner(path))
+        content = "a run (resume it with --resume)" if config_file.is_run(path) else "files"
         raise SettingError(f"--out {path} already contains {content}; give a new or empty folder")
     return path
 
 
 def create(path: pathlib.Path, settings: RunSettings) -> RunFolder:
-    """Creates the folder of a new run; raises SettingError if that fails."""
+    """Creates and locks the folder of a new run; raises SettingError if that fails."""
     extra = {"version": config_file.VERSION, "command": settings.command, INPUTS: input_digests(settings)}
+    create_folder(path, dataclasses.asdict(settings) | extra)
+    return RunFolder(path)
+
+
+def create_folder(path: pathlib.Path, config: dict[str, Any]) -> None:
+    """Creates and locks a folder with the config.json ``config``; raises SettingError if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        write_json(path / config_file.NAME, dataclasses.asdict(settings) | extra)
+        lock(f"--out {path}", path)
+        free_folder(str(path), kind="")  # another process may have used it before it was locked
+        write_json(path / config_file.NAME, config)
     except OSError as error:
         raise SettingError(f"cannot write to --out {path}: {error.strerror}") from error
+
+
+def resume(path: pathlib.Path) -> RunFolder:
+    """Locks and opens the folder of a run to resume; raises SettingError if that fails."""
+    lock(f"--resume {path}", path)
     return RunFolder(path)
+
+
+def lock(flag: str, path: pathlib.Path) -> None:
+    """Locks a folder until the process ends; raises SettingError, which begins with ``flag``, if that fails."""
+    try:
+        folder_lock.acquire(path)
+    except folder_lock.LockedError as error:
+        _refuse_if_used(flag, str(error))
+    except OSError as error:
+        raise SettingError(f"{flag}: cannot write to the folder: {error.strerror}") from error
+
+
+def _refuse_if_used(flag: str, owner: str | None) -> None:
+    if owner is not None:
+        advice = "wait until it ends or stop it" if flag.startswith("--resume") else "give a new or empty folder"
+        raise SettingError(f"{flag} is in use by {owner}; {advice}")
 
 
 def check_inputs_unchanged(resume: str, settings: RunSettings) -> None:

@@ -15,12 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from recipe import policy_models
 
 from planning.plan_settings import Plan
 from rlhf_jax import generation, lm, parallel, types
 from rlhf_jax.lm import costs
-from rlhf_jax.train import dpo, objectives, ppo, reward_model, sft
+from rlhf_jax.train import dpo, objectives, ppo, ppo_models, reward_model, sft
 from rlhf_jax.train import state as state_lib
 
 STOP_ID = 2
@@ -110,7 +109,7 @@ def _dpo(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh) -> Program:
 
 def _ppo(plan: Plan, cfg: lm.LMConfig, mesh: Mesh | AbstractMesh, *, part: str) -> Program:
     spec = generation.Sampling(max_new_tokens=plan.response, stop_ids=(STOP_ID,))
-    models = policy_models.ppo_models(cfg, spec, prompt_width=plan.prompt)
+    models = ppo_models.from_config(cfg, spec, prompt_width=plan.prompt)
     policy, critic = lm.abstract(cfg), lm.abstract(cfg, head=True)
     state = jax.eval_shape(
         partial(ppo.create, tx=_optimiser(plan)), _cast(policy, plan.params), _cast(critic, plan.params)

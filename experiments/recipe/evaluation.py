@@ -209,7 +209,7 @@ def _make_probe(job: Job) -> Any:
 
     held_BL = task.pretraining_held_out_BL
     text = device_mesh.put_rows(job.mesh, held_BL, np.ones(held_BL.shape, bool))
-    skill_rows = () if task.world is None else device_mesh.put_rows(job.mesh, *task.world.skill_rows)
+    skill_rows = () if task.world is None else device_mesh.put_rows(job.mesh, *_arrays(task.world.skill_rows))
     loss, right = (
         parallel.JitStep(each, donate_argnums=(), mesh=job.mesh, batch_args=(), replicated_args=())
         for each in (nll, solved)
@@ -224,6 +224,10 @@ def _make_probe(job: Job) -> Any:
         return numbers
 
     return probe
+
+
+def _arrays(rows: types.TokenBatch) -> tuple[Any, ...]:
+    return rows.tokens_BL, rows.mask_BL, rows.loss_mask_BL
 
 
 def skill_accuracy(right_B: np.ndarray, problems_BL: np.ndarray) -> dict[str, Any]:

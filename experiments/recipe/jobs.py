@@ -13,9 +13,9 @@ import optax
 from launch import initial_model
 from launch.settings import Settings
 
-from recipe import engine, optimiser_choice, policy_models, policy_sampling, rl_methods, tasks
+from recipe import engine, optimiser_choice, policy_sampling, rl_methods, tasks, world_words
 from rlhf_jax import generation, lm, parallel, types
-from rlhf_jax.train import ppo, reward_model, sft
+from rlhf_jax.train import ppo, ppo_models, reward_model, sft
 
 Params = types.Params
 
@@ -49,11 +49,13 @@ class Job(engine.Engine):
         settings, task = self.settings.ppo, self.task
         shared = rl_methods.has_critic(settings) and settings.critic == "zero-head"
         # The compiled step can compute the gold utility only if token ids are the built-in world's words.
-        models = policy_models.ppo_models(
+        models = ppo_models.from_config(
             self.cfg,
             _rollout_sampling(self.spec, self.settings),
             prompt_width=task.prompt_width,
-            tables=task.world.tables if task.world and task.in_world_words else None,
+            watch=world_words.make_watch(task.world.tables, prompt_width=task.prompt_width)
+            if task.world and task.in_world_words
+            else None,
             samples=settings.samples,
             critic=rl_methods.has_critic(settings),
             axis_name=axis_name,
@@ -103,7 +105,7 @@ def make_job(
     """Configures the model and builds all steps, each of which compiles when it is first called."""
     cfg = model_config(settings, task, model)
     spec = generation.Sampling(max_new_tokens=task.response_width, stop_ids=task.fmt.stop_ids, pad_id=task.fmt.pad_id)
-    models = policy_models.ppo_models(cfg, spec, prompt_width=task.prompt_width)
+    models = ppo_models.from_config(cfg, spec, prompt_width=task.prompt_width)
     if not settings.ppo.correct_sampler:
         generation.check_on_policy(_rollout_sampling(spec, settings))
     token_logprobs = partial(lm.token_logprobs, cfg=cfg)

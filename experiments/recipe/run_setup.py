@@ -133,6 +133,8 @@ def open_folder(
         settings.resume or group.broadcast_from_first("path", lambda: str(run_folder.free_path(settings, kind=kind)))
     )
     if settings.resume:
+        if group.first:
+            run_folder.lock(f"--resume {path}", path)
         run_folder.check_inputs_unchanged(settings.resume, settings)
     saved, prepared = prepare(resolved, mesh)
     folder = _open_folder(path, saved)

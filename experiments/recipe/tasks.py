@@ -13,11 +13,11 @@ from launch import initial_model
 from launch.settings import Settings
 
 from recipe import human_comparisons, world_words
+from rlhf_jax import types
 from rlhf_jax.data import chat, dialogues, encoding, errors, packing, padding, plain_text, records, tokenizers
 from rlhf_jax.simulation import corpus, demonstrators, gold, labelers, lexicon, prompts
 from rlhf_jax.simulation import world as world_lib
 from rlhf_jax.train import sft
-from rlhf_jax.types import Comparisons
 
 _UNBOUNDED = 1 << 30
 """A width that exceeds the length of any prompt."""
@@ -65,7 +65,7 @@ class GoldTask:
     """Prompts of the training comparisons, followed by a tenth as many for validation."""
     n_compare: int
     """Number of training prompts in ``compare_prompts``."""
-    skill_rows: padding.Rows
+    skill_rows: types.TokenBatch
     """One skill problem per row. The loss mask selects its answer."""
 
 
@@ -79,12 +79,12 @@ class Task:
     text: Callable[[], tuple[np.ndarray, np.ndarray]]
     """Creates the training and held-out rows of pretraining text. This takes seconds and is deferred until the
     rows are used."""
-    demonstrations: padding.Rows
+    demonstrations: types.TokenBatch
     rl_prompts: PromptSet
     eval_prompts: PromptSet
     dropped: errors.DropCount
     world: GoldTask | None = None
-    comparisons: tuple[Comparisons, Comparisons] | None = None
+    comparisons: tuple[types.Comparisons, types.Comparisons] | None = None
     """Training and held-out comparisons from a file; None for the built-in world."""
     compared: tuple[PromptSet, ...] = ()
     """Prompts of the comparisons; prompts in different sets do not ask the same."""
@@ -264,10 +264,10 @@ def _world_task(settings: Settings, model: initial_model.InitialModel | None) ->
 
 def _demonstration_rows(
     prompt_set: PromptSet, answers: list[list[int]], width: int, pad_id: int, counts: errors.DropCount
-) -> padding.Rows:
+) -> types.TokenBatch:
     """Returns rows of prompts and answers. Answers longer than ``width`` are truncated and end without a stop token."""
     tokens_BT, mask_BT = padding.pad_answers(answers, width=width, pad_id=pad_id, counts=counts)
-    return padding.Rows(
+    return types.TokenBatch(
         tokens_BL=np.concatenate([prompt_set.tokens_BP, tokens_BT], axis=1),
         mask_BL=np.concatenate([prompt_set.mask_BP, mask_BT], axis=1),
         loss_mask_BL=np.concatenate([np.zeros_like(prompt_set.mask_BP), mask_BT], axis=1),
@@ -285,7 +285,7 @@ def _packed(fmt: chat.ChatFormat, texts: list[str], *, width: int) -> np.ndarray
     return packing.pack_documents(ids, width=width, eos_id=_document_end(fmt))[0]
 
 
-def _skill_rows(settings: Settings, fmt: chat.ChatFormat, width: int) -> padding.Rows:
+def _skill_rows(settings: Settings, fmt: chat.ChatFormat, width: int) -> types.TokenBatch:
     """Formats skill problems and answers as in the corpus, in rows of at least ``width`` tokens."""
     problems = corpus.skill_problems(settings.evaluation.skills, _stream(settings, SKILLS))
     questions = plain_text.encode_texts(fmt.tokenizer, [problem.text for problem in problems])
@@ -297,7 +297,7 @@ def _skill_rows(settings: Settings, fmt: chat.ChatFormat, width: int) -> padding
         ids = [_document_end(fmt), *ids]  # in packed text, each document follows the end token of the previous one
         tokens_BL[row, : len(ids)], mask_BL[row, : len(ids)] = ids, True
         loss_mask_BL[row, 1 + len(question) : len(ids)] = True
-    return padding.Rows(tokens_BL, mask_BL, loss_mask_BL)
+    return types.TokenBatch(tokens_BL, mask_BL, loss_mask_BL)
 
 
 def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None) -> Task:
@@ -378,9 +378,9 @@ def _dialogue_prompts(
     return PromptSet(tokens_BP, mask_BP, texts, [""] * len(prompts), conversation_B)
 
 
-def token_batch(rows: padding.Rows, indices: np.ndarray) -> sft.TokenBatch:
+def token_batch(rows: types.TokenBatch, indices: np.ndarray) -> sft.TokenBatch:
     """Returns the batch of the rows at ``indices``."""
-    return sft.TokenBatch(*(x[indices] for x in rows))  # type: ignore[arg-type]
+    return jax.tree.map(lambda x: x[indices], rows)
 
 
 def text_batch(rows_BL: np.ndarray) -> sft.TokenBatch:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax import types
 from rlhf_jax.data import chat, tokenizers
 from rlhf_jax.simulation import gold, lexicon, prompts
 
@@ -34,6 +36,17 @@ class Read(NamedTuple):
 def is_world_tokenizer(fmt: chat.ChatFormat) -> bool:
     """Returns whether the tokenizer is the built-in world's, whose ids are the world's words."""
     return fmt.template == tokenizers.CHAT_TEMPLATE and fmt.tokenizer.get_vocab() == lexicon.IDS
+
+
+def make_watch(tables: gold.Tables, *, prompt_width: int) -> Callable[[types.Rollout], dict[str, jax.Array]]:
+    """Returns the function `ppo.Models.watch` that logs the gold utility of rollouts in the world's words."""
+    utility = jax.vmap(gold.utility, in_axes=(None, 0, 0, 0))
+
+    def watch(rollout: types.Rollout) -> dict[str, jax.Array]:
+        prompts_BP, answers_BT = rollout.tokens_BL[:, :prompt_width], rollout.tokens_BL[:, prompt_width:]
+        return {"gold": utility(tables, prompts_BP, answers_BT, rollout.response_mask_BT).total}
+
+    return watch
 
 
 def read(fmt: chat.ChatFormat, tokens_BT: np.ndarray, mask_BT: np.ndarray) -> Read:

@@ -80,6 +80,30 @@ def split_into_pairs(batch: types.Comparisons) -> types.Comparisons:
     return pairs
 
 
+def preferences(batch: types.Comparisons, *, prompt_width: int) -> types.Preferences:
+    """Returns each pair of answers to a prompt as an element of a DPO batch, with the better answer first.
+
+    Pairs have the order of `split_into_pairs`.
+
+    >>> import numpy as np
+    >>> from rlhf_jax import types
+    >>> from rlhf_jax.data import comparison_transforms
+    >>> tokens_BKL = np.array([[[5, 6, 0], [5, 7, 8]]])
+    >>> batch = types.Comparisons(tokens_BKL, tokens_BKL > 0, np.array([[2, 1]]), np.ones((1, 2), bool))
+    >>> comparison_transforms.preferences(batch, prompt_width=1).answer_BKC.astype(int).tolist()
+    [[[1, 1], [1, 0]]]
+
+    Args:
+        batch: Comparisons of padded rows.
+        prompt_width: P.
+
+    Returns:
+        `types.Preferences` of NumPy arrays with K = 2 and C = L - P.
+    """
+    pairs = split_into_pairs(batch)
+    return types.Preferences(pairs.tokens_BKL, pairs.mask_BKL, pairs.mask_BKL[..., prompt_width:])
+
+
 def add_control_tokens(batch: types.Comparisons, *, good_id: int, bad_id: int, column: int) -> types.Comparisons:
     """Converts pairs to the binarised form that preference-model pretraining uses (Askell et al. 2021).
 

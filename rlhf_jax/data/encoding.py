@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,17 +28,6 @@ class PromptRows(NamedTuple):
     tokens_BP: np.ndarray
     mask_BP: np.ndarray
     """True at real tokens."""
-
-
-class JudgedRows(NamedTuple):
-    """Rows with one answer each, labelled good or bad."""
-
-    tokens_BL: np.ndarray
-    mask_BL: np.ndarray
-    loss_mask_BL: np.ndarray
-    """True at the tokens of the answer and its stop token."""
-    good_B: np.ndarray
-    """bool; True means good."""
 
 
 def encode_prompts(
@@ -69,7 +58,7 @@ def encode_demonstrations(
     prompt_width: int,
     response_width: int,
     counts: errors.DropCount,
-) -> tuple[padding.Rows, np.ndarray]:
+) -> tuple[types.TokenBatch, np.ndarray]:
     """Encodes demonstrations for supervised fine-tuning, with the loss on the answer and its stop token.
 
     Args:
@@ -106,7 +95,7 @@ def encode_judged(
     prompt_width: int,
     response_width: int,
     counts: errors.DropCount,
-) -> tuple[JudgedRows, np.ndarray]:
+) -> tuple[types.Preferences, np.ndarray]:
     """Encodes answers labelled good or bad, for KTO.
 
     Args:
@@ -117,7 +106,8 @@ def encode_judged(
         counts: Counts dropped prompts and truncations; see `chat.encode_prompts` and `padding.pad_answers`.
 
     Returns:
-        ``(rows, kept)`` as from `encode_demonstrations`; the rows also contain the labels.
+        ``(preferences, kept)``: `types.Preferences` of NumPy arrays with K = 1 and C = T, and the indices as from
+        `encode_demonstrations`. Before training, add KTO's baseline with `train.dpo.mismatched`.
 
     Raises:
         DataError: If too many prompts are dropped, or too many prompts or answers are truncated.
@@ -125,7 +115,13 @@ def encode_judged(
     rows, kept = encode_demonstrations(
         fmt, judged, prompt_width=prompt_width, response_width=response_width, counts=counts
     )
-    return JudgedRows(*rows, good_B=np.asarray([judged[i].good for i in kept], np.bool_)), kept
+    preferences: Any = types.Preferences(
+        tokens_BKL=rows.tokens_BL[:, None],
+        mask_BKL=rows.mask_BL[:, None],
+        answer_BKC=rows.loss_mask_BL[:, None, prompt_width:],
+        good_BK=np.asarray([[judged[i].good] for i in kept], np.bool_).reshape(-1, 1),
+    )
+    return preferences, kept
 
 
 def encode_rankings(

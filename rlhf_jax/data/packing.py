@@ -103,7 +103,7 @@ def pack(
 
 
 def pack_rows(
-    rows: padding.Rows, *, width: int, pad_id: int, counts: errors.DropCount, truncate: bool = False
+    rows: types.TokenBatch, *, width: int, pad_id: int, counts: errors.DropCount, truncate: bool = False
 ) -> Packed:
     """Packs the real tokens of padded rows.
 

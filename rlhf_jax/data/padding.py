@@ -7,7 +7,7 @@ arrays, int32 for tokens and bool for masks. `chat` encodes texts as ids.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -15,17 +15,6 @@ from rlhf_jax import types
 from rlhf_jax.data import errors
 
 Ids = Sequence[int]
-
-
-class Rows(NamedTuple):
-    """Padded token rows, and a mask of the tokens that contribute to the loss."""
-
-    tokens_BL: np.ndarray
-    mask_BL: np.ndarray
-    """True at real tokens."""
-    loss_mask_BL: np.ndarray
-    """True at the tokens that contribute to the loss, which are the answer and its stop token. The mask is aligned with
-    the tokens, not shifted."""
 
 
 def pad_prompts(prompts: Sequence[Ids], *, width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
@@ -74,7 +63,7 @@ def demonstration_rows(
     response_width: int,
     pad_id: int,
     counts: errors.DropCount,
-) -> Rows:
+) -> types.TokenBatch:
     """Returns rows for supervised fine-tuning, with the loss on the answer and its stop token only.
 
     >>> from rlhf_jax.data import errors, padding
@@ -92,7 +81,7 @@ def demonstration_rows(
         counts: Counts truncated answers as ``"answer truncated"``.
 
     Returns:
-        `Rows` of shape ``[B, P + T]``.
+        `types.TokenBatch` of NumPy arrays, of shape ``[B, P + T]``.
 
     Raises:
         DataError: If the numbers of prompts and answers differ; see also `pad_prompts` and `pad_answers`.
@@ -100,11 +89,12 @@ def demonstration_rows(
     _require_equal_lengths(prompts=prompts, answers=answers)
     tokens_BP, mask_BP = pad_prompts(prompts, width=prompt_width, pad_id=pad_id)
     tokens_BT, mask_BT = pad_answers(answers, width=response_width, pad_id=pad_id, counts=counts)
-    return Rows(
+    rows: Any = types.TokenBatch(
         tokens_BL=np.concatenate([tokens_BP, tokens_BT], axis=1),
         mask_BL=np.concatenate([mask_BP, mask_BT], axis=1),
         loss_mask_BL=np.concatenate([np.zeros_like(mask_BP), mask_BT], axis=1),
     )
+    return rows
 
 
 def ranking_rows(

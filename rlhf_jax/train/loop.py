@@ -93,7 +93,8 @@ class StageLog:
 def _stop_signals() -> Iterator[Callable[[], bool]]:
     """Yields ``stop() -> bool``, whether SIGTERM or SIGINT was received. A later SIGINT interrupts immediately.
 
-    Python allows only the main thread to install handlers. In other threads ``stop`` always returns False.
+    A signal that did not end the block with an exception is raised again afterwards, for the previous handlers. Python
+    allows only the main thread to install handlers. In other threads ``stop`` always returns False.
     """
     received: list[int] = []
 
@@ -110,6 +111,8 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    if received:
+        signal.raise_signal(received[0])
 
 
 @contextlib.contextmanager
@@ -277,7 +280,8 @@ def fit(
 
     Raises:
         Preempted: On SIGTERM or Ctrl-C if the main thread runs the loop, and if ``should_stop`` returns True for
-            another reason; the state is saved if ``checkpoints`` is given.
+            another reason; the state is saved if ``checkpoints`` is given. A signal for which ``should_stop`` returns
+            False is raised again at the end.
         Alarmed: If the log raised it; the state is saved if ``checkpoints`` is given.
         DivergedError: After ``max_skipped`` consecutive skipped iterations; the state is saved if ``checkpoints`` is
             given.
@@ -350,8 +354,10 @@ def fit(
             if checkpoints is not None and save_every is not None and (i + 1) % save_every == 0:
                 saved = save(i + 1)
         report.flush()
-        if checkpoints is not None and saved != steps and steps > 0:
-            saved = save(steps)
+        if checkpoints is not None and steps > 0:
+            if saved != steps:
+                saved = save(steps)
+            checkpoints.wait()  # before the last check, so that a signal during this wait is not missed
         if should_stop(steps, stop() or report.must_stop()):  # this stage is complete, but the next must not start
             leave(steps)
     return state

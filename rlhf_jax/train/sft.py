@@ -12,25 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from rlhf_jax import masking, metrics
 from rlhf_jax.train.optim import nonfinite, update
+from rlhf_jax.types import TokenBatch
 
-
-@struct.dataclass
-class TokenBatch:
-    """Rows of tokens, with masks of the real tokens and of the tokens to train on."""
-
-    tokens_BL: jax.Array
-    """int32 token ids."""
-    mask_BL: jax.Array
-    """bool, True at real tokens."""
-    loss_mask_BL: jax.Array
-    """bool, True at the tokens that contribute to the loss."""
-    segments_BL: jax.Array | None = None
-    """int32, number of the sequence to which each token of a packed row belongs (`data.packing`); None without packing.
-    The first token of a sequence has no context; its log-probability is 0, regardless of the loss mask."""
+__all__ = ["TokenBatch", "batch_logprobs", "make_train_step"]
 
 
 def batch_logprobs(token_logprobs: Callable[..., jax.Array], params: Any, batch: TokenBatch) -> jax.Array:

@@ -201,7 +201,7 @@ def test_packed_supervised_training_equals_padded_training(cfg):
         state, logs = step(state, None, hyper, on_device(batch), jax.random.key(0))
         return logs["loss"].value(), jax.tree.map(jnp.subtract, state.params, model(cfg))
 
-    want = run(sft.TokenBatch(*rows))
+    want = run(rows)
     got = run(sft.TokenBatch(packed.tokens_BL, packed.mask_BL, packed.loss_mask_BL, packed.segments_BL))
     assert_close(got[0], want[0])
     assert_close(got[1], want[1])

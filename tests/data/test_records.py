@@ -336,8 +336,9 @@ def test_records_are_encoded_with_the_indices_they_came_from(fmt):
     np.testing.assert_array_equal(rows.loss_mask_BL, [[False] * 4 + [True] * 2] * 2)
     assert counts.dropped == {"prompt too long": 1}
     judged_rows, kept = encoding.encode_judged(fmt, judged, counts=counts, **widths)
-    np.testing.assert_array_equal(judged_rows.good_B, [False, True])
-    np.testing.assert_array_equal(judged_rows.tokens_BL, rows.tokens_BL)
+    np.testing.assert_array_equal(judged_rows.good_BK, [[False], [True]])
+    np.testing.assert_array_equal(judged_rows.tokens_BKL[:, 0], rows.tokens_BL)
+    np.testing.assert_array_equal(judged_rows.answer_BKC, np.ones((2, 1, 2), bool))
     prompt_rows, kept = encoding.encode_prompts(fmt, judged, prompt_width=6, counts=counts)
     np.testing.assert_array_equal(kept, [0, 1, 2])
     np.testing.assert_array_equal(prompt_rows.tokens_BP[:2], [[0, 0, 2, 4, 1, 3], [2, 4, 5, 6, 1, 3]])

@@ -124,7 +124,10 @@ def test_the_report_shows_strata_calibration_and_length(judged):
     for words in ("Accuracy by group", "Calibration", "Length bias", "colors (n = 12)", "unknown (n = 6)"):
         assert words in page.text
     assert json.loads((judged / "config.json").read_text())["batch"] == 10
-    assert {path.name for path in judged.iterdir()} == {"config.json", "results.json", "report.html", "scores.jsonl"}
+    assert {path.name for path in judged.iterdir()} == FILES
+
+
+FILES = {"config.json", "results.json", "report.html", "scores.jsonl", "lock"}
 
 
 def test_order_and_batch_size_do_not_change_scores():
@@ -158,7 +161,7 @@ def test_invalid_input_is_a_one_line_error_and_writes_nothing(model, judged, tmp
         capsys, "--model", model[0].with_name("policy"), "--data.path", path, "--out", out
     )
     assert "no model directory" in refused(capsys, "--model", tmp_path / "no", "--data.path", path, "--out", out)
-    assert "already contains a run" in refused(capsys, *valid[:4], "--out", judged)
+    assert "already contains files; give a new" in refused(capsys, *valid[:4], "--out", judged)
     assert "--batch is 0" in refused(capsys, *valid, "--batch", 0)
     assert "--data.max-dropped is 2.0" in refused(capsys, *valid, "--data.max-dropped", 2)
     assert "prompt too long" in refused(capsys, *valid, "--max-length", 20)
@@ -168,7 +171,7 @@ def test_invalid_input_is_a_one_line_error_and_writes_nothing(model, judged, tmp
     assert not out.exists()
     monkeypatch.setattr(rewardbench, "score_rows", lambda *_, **__: pytest.fail("scored before the folder was made"))
     (tmp_path / "file").write_text("in the way")
-    assert "cannot be written" in refused(capsys, *valid[:4], "--out", tmp_path / "file" / "out")
+    assert "cannot write to --out" in refused(capsys, *valid[:4], "--out", tmp_path / "file" / "out")
 
 
 def test_pairs_that_are_too_long_are_dropped(model):

@@ -186,8 +186,7 @@ def test_trained_models_behave_the_same_in_transformers(ours, tmp_path):
     good = chat.encode_answers(fmt, turns, ["It is Paris.", "Rain falls."])
     bad = chat.encode_answers(fmt, turns, ["", "I do not know."])
 
-    rows = jax.tree.map(jnp.asarray, padding.demonstration_rows(prompts, good, **widths))
-    batch = sft.TokenBatch(rows.tokens_BL, rows.mask_BL, rows.loss_mask_BL)
+    batch = jax.tree.map(jnp.asarray, padding.demonstration_rows(prompts, good, **widths))
     step = sft.make_train_step(
         lambda params, tokens, mask_BL: lm.token_logprobs(params, tokens, cfg=cfg, mask_BL=mask_BL)
     )

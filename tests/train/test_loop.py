@@ -194,6 +194,42 @@ def test_interrupt_stops_between_iterations_and_restores_handlers(whole, tmp_pat
         run(callbacks=[interrupt])
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_while_the_last_save_is_awaited_stops_the_run(whole, tmp_path, monkeypatch, number):
+    wait = checkpoint.Checkpoints.wait
+
+    def interrupted(self):
+        last = self._saving == STEPS
+        wait(self)
+        if last:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "wait", interrupted)
+    with pytest.raises(loop.Preempted) as stopped:
+        run(tmp_path)
+    assert (stopped.value.step, stopped.value.saved) == (STEPS, True)
+    monkeypatch.undo()
+    same(run(tmp_path), whole[0])
+    assert metrics.read(tmp_path) == whole[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_after_the_last_check_reaches_the_previous_handler(whole, number):
+    received = []
+
+    def check(done, wanted):
+        if done == STEPS:
+            signal.raise_signal(number)
+        return wanted  # evaluated before the signal
+
+    before = signal.signal(number, lambda number, frame: received.append(number))
+    try:
+        same(run(should_stop=check), whole[0])
+    finally:
+        signal.signal(number, before)
+    assert received == [number]
+
+
 def test_runs_in_a_thread(whole):
     result = []
     thread = threading.Thread(target=lambda: result.append(run()))

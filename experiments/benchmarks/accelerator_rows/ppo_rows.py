@@ -8,12 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from recipe import policy_models
 
 from benchmarks import train_workloads
 from benchmarks.accelerator_rows import row_context, training_rows
 from rlhf_jax import generation, lm
-from rlhf_jax.train import ppo
+from rlhf_jax.train import ppo, ppo_models
 
 
 def iteration(context: row_context.Context) -> None:
@@ -82,7 +81,7 @@ def seeds(context: row_context.Context) -> None:
     inputs = train_workloads.ppo_inputs(cfg, samples=shapes.seed_samples, prompt=16, answer=24)
     batch = inputs.batch(np.random.default_rng(0))
     keys_M = jax.random.split(jax.random.key(2), shapes.seeds)
-    models = policy_models.ppo_models(cfg, generation.Sampling(max_new_tokens=24), prompt_width=16, axis_name=axis)
+    models = ppo_models.from_config(cfg, generation.Sampling(max_new_tokens=24), prompt_width=16, axis_name=axis)
     single = jax.jit(ppo.make_train_step(inputs.models, minibatches=4), donate_argnums=0)
     together = jax.jit(
         jax.vmap(ppo.make_train_step(models, minibatches=4), in_axes=(0, None, None, None, 0), axis_name=axis),

@@ -1,0 +1,197 @@
+"""Samples answers of a model to the prompts of a file.
+
+    python experiments/sample.py --model runs/NAME --prompts prompts.jsonl --out samples.jsonl
+    python experiments/sample.py --model path/to/Qwen2.5-0.5B --prompts FILE --n 4 --temperature 0.7 --top-p 0.9
+
+The output has one JSON object per answer: prompt (messages), response (text without special tokens), tokens (number of
+tokens with the stop token), stopped (whether the model ended the answer itself), logprob (sum of the tokens'
+log-probabilities under the distribution from which they were drawn), index (number of the prompt), sample (number of
+the answer to this prompt) and metadata (the other fields of the prompt's record). It can be used as a file of prompts
+or of demonstrations.
+
+An interrupted run leaves its answers in OUT.partial; the same command continues it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from launch import command_line, mesh_settings, process_setup
+from launch.run_settings import Compute, Mesh, Template
+from launch.setting_checks import require
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Settings with which answers are sampled."""
+
+    n: int = 1
+    """Number of answers to each prompt."""
+    temperature: float = 1.0
+    """Sampling temperature. 0 chooses the most likely token."""
+    top_k: int | None = None
+    """Number of most likely tokens from which the next token is drawn. None uses all."""
+    top_p: float | None = None
+    """Total probability of the most likely tokens from which the next token is drawn. None uses all."""
+    max_new_tokens: int = 256
+    """Maximum number of tokens in an answer."""
+    prompt_width: int | None = None
+    """Maximum number of tokens in a prompt. Longer prompts lose their oldest turns and are counted. None shortens only
+    prompts that exceed the model's maximum length without --max-new-tokens."""
+    batch: int = 16
+    """Number of answers that are decoded together."""
+    limit: int | None = None
+    """Number of prompts to use, from the start of the file. None uses all."""
+    max_dropped: float = 0.01
+    """Maximum share of unusable prompts. A file with a larger share is refused."""
+    seed: int = 0
+    """Seed of the samples."""
+    template: Template = dataclasses.field(default_factory=Template)
+    compute: Compute = dataclasses.field(default_factory=Compute)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+
+    def batches(self) -> dict[str, int]:
+        """Returns the number of rows that must be a multiple of --mesh.data x --mesh.fsdp, by flag."""
+        return {"--batch": self.batch}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleSettings(Sampling):
+    """Settings of sample.py."""
+
+    model: str
+    """The model: a folder in Hugging Face format, or the output folder of an earlier command."""
+    prompts: str
+    """JSONL, JSON (also compressed) or Parquet file with prompts in any of the forms in docs/data.md. A pattern with *
+    selects several files."""
+    out: str = "samples.jsonl"
+    """JSONL file to write."""
+
+
+def parse(arguments: list[str]) -> SampleSettings:
+    """Parses the command line; raises SettingError for invalid settings."""
+    settings = command_line.parse_as(SampleSettings, arguments, prog="sample.py", doc=__doc__)
+    check(settings)
+    return settings
+
+
+def check(settings: Sampling) -> None:
+    """Raises SettingError for the first setting that is out of range."""
+    for name in ("n", "max_new_tokens", "batch", "prompt_width", "limit", "top_k"):
+        value = getattr(settings, name)
+        require(value is None or value >= 1, settings, name, "at least 1")
+    for name, most in (("temperature", float("inf")), ("max_dropped", 1)):
+        require(0 <= getattr(settings, name) <= most, settings, name, f"between 0 and {most}")
+    require(settings.seed >= 0, settings, "seed", "at least 0")
+    require(settings.top_p is None or 0 < settings.top_p <= 1, settings, "top_p", "above 0 and at most 1")
+    mesh_settings.check(settings)
+
+
+if __name__ == "__main__":
+    command_line.answer_help(parse)
+    process_setup.use_huge_pages()
+
+import time
+
+from finetune import answers
+from launch import device_mesh, entry_point, initial_model, run_folder
+from recipe import run_setup
+from rich.console import Console
+from rich.text import Text
+
+from rlhf_jax.data import errors, readers, records
+from rlhf_jax.report import console
+
+EXAMPLES = 3
+"""Number of answers that are printed."""
+
+
+def read_prompts(settings: Any, path: str, counts: errors.DropCount) -> list[records.Prompt]:
+    """Reads the first --limit prompts of a file; raises DataError if none is usable."""
+    found = readers.read_prompts(path, counts=counts)[0][: settings.limit]
+    if not found:
+        raise errors.DataError(f"--prompts {path} has no usable record ({counts.report()})")
+    return found
+
+
+def identity(settings: Sampling, model: initial_model.InitialModel, prompts: str) -> dict[str, Any]:
+    """Returns the settings on which answers depend, by flag, with digests of the model and the prompts."""
+    return {
+        "the model": initial_model.fingerprint(model.path),
+        "the file of --prompts": run_folder.data_digest(prompts),
+        "the date of the chat template": str(model.fmt.date),
+        "--compute.dtype": model.cfg.dtype,
+        "--template.options": settings.template.options,
+        **{
+            f"--{name.replace('_', '-')}": getattr(settings, name)
+            for name in ("n", "temperature", "top_k", "top_p", "max_new_tokens", "prompt_width", "limit", "seed")
+        },
+    }
+
+
+def run(settings: SampleSettings) -> list[dict[str, Any]]:
+    """Samples the answers and returns the lines of the file."""
+    out = Console()
+    resolved = device_mesh.resolve(settings)
+    mesh = device_mesh.make(resolved)
+    counts = errors.DropCount(max_dropped=settings.max_dropped)
+    found = read_prompts(settings, settings.prompts, counts)
+    model = initial_model.load(settings.model, mesh=mesh, template=settings.template)
+    initial_model.with_date(settings, model)
+    cfg = dataclasses.replace(model.cfg, dtype=settings.compute.dtype or model.cfg.dtype)
+    model = dataclasses.replace(model, cfg=cfg)
+    prompts = answers.encode_prompts(
+        model, found, width=settings.prompt_width, max_new_tokens=settings.max_new_tokens, counts=counts
+    )
+    spec = answers.sampling(
+        model.fmt,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        max_new_tokens=settings.max_new_tokens,
+    )
+    file = answers.SampleFile(settings.out, identity(settings, model, settings.prompts))
+    if file.lines:
+        run_setup.print_line(out, f"continuing {settings.out}, which has {len(file.lines)} answers")
+    run_setup.print_line(out, f"prompts: {len(prompts.ids)}; {counts.report()}")
+    run_setup.print_line(out, f"model: {model.path} ({cfg.model_type}); chat template: {model.fmt.origin}")
+    run_setup.print_line(out, run_setup.describe_dtype(cfg))
+    sampler = answers.Sampler(cfg, spec, batch=settings.batch, mesh=mesh)
+    with console.StageProgress([("sample", 60.0)], elapsed=time.time() - process_setup.START_TIME) as progress:
+        lines = answers.sample_file(
+            sampler,
+            model,
+            prompts,
+            file,
+            n=settings.n,
+            seed=settings.seed,
+            on_progress=lambda done, total: progress.update("sample", done, total),
+        )
+        progress.finish("sample")
+    print_examples(out, lines)
+    stopped = sum(line["stopped"] for line in lines) / len(lines)
+    tokens = sum(line["tokens"] for line in lines) / len(lines)
+    run_setup.print_line(
+        out, f"{len(lines)} answers, {tokens:.1f} tokens on average, {stopped:.1%} stopped: {settings.out}"
+    )
+    return lines
+
+
+def print_examples(out: Console, lines: list[dict[str, Any]], *, most: int = 400) -> None:
+    """Prints the first answers, each with the last turn of its prompt, cut after ``most`` characters."""
+    for line in lines[:EXAMPLES]:
+        for name, text, style in (("prompt", line["prompt"][-1]["content"], "dim"), ("answer", line["response"], "")):
+            shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text[:most])
+            shown += " …" if len(text) > most else ""
+            heading = Text(f"{name} {line['index']}: ", style="bold")
+            out.print(heading.append(shown, style=f"not bold {style}".strip()), soft_wrap=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command."""
+    entry_point.execute(run, parse, arguments, stopped="stopped; the same command continues the run")
+
+
+if __name__ == "__main__":
+    main()
