@@ -6,6 +6,7 @@ import shutil
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import reward_model
@@ -67,10 +68,8 @@ def test_the_saved_reward_model_prefers_chosen_answers_whose_mean_score_is_0(rew
     scores = []
     for answer in ("I like milk.", "No, not tea, I hate it."):
         turns = [{"role": "user", "content": "Do you like tea and milk?"}, {"role": "assistant", "content": answer}]
-        ids = model.fmt.tokenizer.apply_chat_template(turns, return_dict=False)
-        scores.append(
-            float(lm.score(model.params, np.array([ids]), mask_BL=np.ones((1, len(ids)), bool), cfg=model.cfg))
-        )
+        ids = jnp.array([model.fmt.tokenizer.apply_chat_template(turns, return_dict=False)])
+        scores.append(float(lm.score(model.params, ids, mask_BL=jnp.ones(ids.shape, bool), cfg=model.cfg)[0]))
     assert scores[0] > scores[1] + 1 and abs(scores[0]) < 1
 
 
@@ -95,7 +94,7 @@ def test_packing_and_micro_batches_do_not_change_the_losses(pairs, tmp_path):
 def test_adapters_heads_and_partial_training_leave_the_rest_of_the_model_as_it_was(pairs, reward_run, tmp_path):
     base = tmp_path / "base"
     saved = initial_model.load(str(reward_run), kind=initial_model.REWARD_MODEL)
-    params = lm.without_head(saved.params)
+    params = lm.init(jax.random.key(3), saved.cfg)
     lm.save(base, saved.cfg, params, tokenizer=saved.fmt.tokenizer, stop_ids=saved.fmt.stop_ids)
     common = ("--model", base, "--data.path", pairs, *SHORT)
     train(reward_model, tmp_path / "lora", *common, "--lora.rank", 2, "--training.heads", 2, "--learning-rate", 1e-2)
@@ -132,10 +131,12 @@ def chosen_widths(max_length: int, **widths: int) -> tuple[int, int]:
 
 def test_widths_hold_99_percent_within_the_length_of_the_model():
     assert chosen_widths(4096) == (512, 320), "the 99th of 100 numbers, rounded up to a multiple of 32"
-    assert chosen_widths(700) == (350, 350), "answers get what prompts leave, at least half"
+    assert chosen_widths(700) == (380, 320) and chosen_widths(600) == (300, 300), (
+        "answers get what prompts leave, at least half"
+    )
     assert chosen_widths(700, prompt_width=64) == (64, 320) and chosen_widths(700, response_width=600) == (100, 600)
     assert chosen_widths(200, prompt_width=150) == (150, 50)
-    with pytest.raises(SettingError, match="--data.prompt-width 150 plus --data.response-width 64 exceeds 200"):
+    with pytest.raises(SettingError, match=r"width 150 plus --data\.response-width 64 exceeds 200"):
         chosen_widths(200, prompt_width=150, response_width=64)
     assert comparisons.cut_warnings(LENGTHS, (32, 320)) == []
     assert comparisons.cut_warnings(LENGTHS, (32, 64)) == [
