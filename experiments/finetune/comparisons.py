@@ -58,6 +58,11 @@ class Data:
     """Warnings, which are saved as incidents."""
 
     @property
+    def row_width(self) -> int:
+        """Number of tokens of a row, which consists of a prompt and an answer."""
+        return self.prompt_width + self.response_width
+
+    @property
     def longest(self) -> int:
         """Number of tokens of the longest prompt with an answer, rounded up to a multiple of 32."""
         parts = self.train, self.held_out

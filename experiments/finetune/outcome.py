@@ -54,12 +54,17 @@ def describe_model(
     run_setup.describe(opened, cfg, out)
 
 
+def chunk_rows(size: int, mesh: Any) -> int:
+    """Returns ``size``, rounded up to a number of rows that the devices of the mesh can share evenly."""
+    return device_mesh.round_rows_up(size, mesh)
+
+
 def in_chunks(function: Callable[[Any], Any], rows: Any, *, size: int, mesh: Any) -> Any:
     """Calls a function of a batch on all rows, ``size`` at a time, and returns the results as NumPy arrays.
 
     The last chunk is filled up with its last row, so that the function compiles once.
     """
-    n, size = len(jax.tree.leaves(rows)[0]), device_mesh.round_rows_up(size, mesh)
+    n, size = len(jax.tree.leaves(rows)[0]), chunk_rows(size, mesh)
     parts = []
     for start in range(0, n, size):
         indices = np.minimum(np.arange(start, start + size), n - 1)
