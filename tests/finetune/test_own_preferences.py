@@ -1,10 +1,12 @@
 """reward_model.py and dpo.py with a model and comparisons of the user's own, on tiny models."""
 
 import json
+import math
 import pathlib
 import shutil
 from typing import Any
 
+import dpo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from launch import initial_model
 from launch.run_settings import SettingError
 
 from rlhf_jax import lm, metrics
+from rlhf_jax.data import errors
 
 WORDS = ("tea", "milk", "bread", "salt", "rice", "fish", "corn", "plum")
 
@@ -121,6 +124,78 @@ def test_a_reward_run_resumes_with_the_same_results(pairs, reward_run, tmp_path,
     assert "already finished" in capsys.readouterr().out
 
 
+# ----------------------------------------------------------------------------------------------------------------- DPO
+
+
+@pytest.fixture(scope="session")
+def dpo_run(pairs, tmp_path_factory) -> pathlib.Path:
+    out = tmp_path_factory.mktemp("own_dpo") / "run"
+    train(dpo, out, *NEW, "--data.path", pairs, "--epochs", 2, "--batch", 8, "--learning-rate", 1e-3)
+    return out
+
+
+def test_a_policy_is_trained_on_its_own_from_its_reference(dpo_run):
+    results = json.loads((dpo_run / "results.json").read_text())
+    assert results["implicit_accuracy_before"][0] == 0.5 and results["implicit_accuracy"][0] == 1
+    assert results["margin"][1] > 0 and results["steps"] == 15
+    assert {row["stage"] for row in metrics.read(dpo_run)} == {"dpo"}, "no other stage is trained first"
+    assert losses(dpo_run)[0] == pytest.approx(math.log(2), rel=1e-5), "the policy starts as the reference"
+    assert (dpo_run / "reference" / "dpo.npz").exists() and not (dpo_run / "policy").exists()
+    assert initial_model.load(str(dpo_run)).cfg.n_layers == 2
+
+
+def test_the_reported_log_probabilities_are_those_of_the_saved_policy(dpo_run, pairs):
+    model = initial_model.load(str(dpo_run))
+    settings = dpo.parse(["--model", str(dpo_run), "--data.path", str(pairs)])
+    _, data = comparisons.load(settings, None, errors.DropCount())
+    rows, P = jax.tree.map(np.asarray, data.held_out.rows), data.prompt_width
+    tokens_BL, mask_BL = rows.tokens_BKL[:, 0], rows.mask_BKL[:, 0]
+    logprobs_BT = lm.token_logprobs(
+        model.params, jnp.asarray(tokens_BL), mask_BL=jnp.asarray(mask_BL), cfg=model.cfg, prompt_width=P
+    )
+    mean = float(np.where(mask_BL[:, P:], logprobs_BT, 0.0).sum(axis=1).mean())
+    results = json.loads((dpo_run / "results.json").read_text())
+    assert mean == pytest.approx(results["logprobs"]["chosen"]["after"][0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("kto",), ("orpo", "--pairs", 1), ("ipo", "--lora.rank", 4, "--learning-rate", 2e-2, "--micro-batches", 2)],
+    ids=lambda flags: flags[0],
+)
+def test_other_losses_and_adapters_raise_the_implicit_accuracy(flags, pairs, tmp_path):
+    rate = () if "--learning-rate" in flags else ("--learning-rate", 2e-3)
+    common = (*NEW, "--data.path", pairs, "--batch", 8, "--steps", 12, *rate)
+    results = train(dpo, tmp_path / "run", *common, "--loss", *flags)
+    assert results["implicit_accuracy"][0] > 0.9 and results["incidents"] == []
+    assert (tmp_path / "run" / "reference").exists() == (flags[0] != "orpo")
+
+
+def test_a_dpo_run_resumes_with_the_same_results(dpo_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(dpo_run, run)
+    first = json.loads((run / "results.json").read_text())
+    (run / "results.json").unlink()
+    dpo.main(["--resume", str(run)])
+    again = json.loads((run / "results.json").read_text())
+    same = ("implicit_accuracy", "margin", "logprobs", "steps")
+    assert {name: again[name] for name in same} == {name: first[name] for name in same}
+
+
+def test_transformers_computes_the_logits_of_the_saved_policy(dpo_run):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model = initial_model.load(str(dpo_run))
+    ids = np.array([model.fmt.tokenizer("Do you like tea?")["input_ids"]])
+    with torch.no_grad():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(dpo_run / "model")(torch.tensor(ids)).logits.numpy()
+    ours = lm.forward(model.params, jnp.asarray(ids), cfg=model.cfg)
+    np.testing.assert_allclose(lm.logits(model.params, ours.hidden_BLD, cfg=model.cfg), theirs, atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------- data and settings
+
+
 LENGTHS = (np.array([10] * 99 + [500]), np.array([70] * 80 + [300] * 20))
 
 
@@ -162,6 +237,10 @@ def test_cut_answers_are_an_incident(pairs, tmp_path):
         (reward_model, ("--data.held-out", "0"), "--data.held-out is 0.0; it must be above 0"),
         (reward_model, ("--lora.alpha", "4"), "--lora.alpha has no effect without --lora.rank"),
         (reward_model, ("--data.prompt-width", "0"), "--data.prompt-width is 0"),
+        (dpo, ("--label-smoothing", "0.1"), "--label-smoothing has no effect with --loss dpo"),
+        (dpo, ("--loss", "orpo", "--beta", "0.1"), "--beta has no effect with --loss orpo"),
+        (dpo, ("--beta", "0"), "--beta is 0.0; it must be above 0"),
+        (dpo, ("--micro-batches", "3"), "--micro-batches is 3; it must divide"),
     ],
 )
 def test_invalid_settings_are_refused_by_flag(script, flags, message):
@@ -171,6 +250,7 @@ def test_invalid_settings_are_refused_by_flag(script, flags, message):
 
 def test_other_commands_of_the_scripts_keep_their_settings(capsys):
     assert not isinstance(reward_model.parse(["--data.path", "FILE"]), preference_settings.OwnRewardSettings)
+    assert isinstance(dpo.parse(["--model", "M", "--data.path", "F", "--rounds", "2"]), dpo.DPOSettings)
     for flags, shown, hidden in (
         (["--model", "M", "--data.path", "F"], "--lora.rank", "--preset"),
         ([], "--preset", "--lora.rank"),
