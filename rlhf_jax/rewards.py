@@ -1,6 +1,7 @@
 """Token rewards from scores and a KL penalty, score adjustments for unfinished responses, and score functions.
 
-A score function has the signature ``(params, rollout) -> [B]``; `weighted` and `from_python` build score functions.
+A score function has the signature ``(params, rollout) -> [B]`` or, if it scores every token, ``[B, T]`` (process
+rewards). `weighted` and `from_python` build score functions.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from rlhf_jax import masking, types
 
 
 def token_rewards(
-    scores_B: jax.Array,
+    scores: jax.Array,
     logprobs_BT: jax.Array,
     reference_logprobs_BT: jax.Array,
     mask_BT: jax.Array,
@@ -25,12 +26,14 @@ def token_rewards(
 ) -> jax.Array:
     """Returns ``-kl_coef * (logprob - reference_logprob)`` for each real token, plus the score at the last real token.
 
+    Scores of tokens, ``[B, T]``, are added at their tokens instead; ``score`` below is then their sum.
+
     Each row sums to ``score - kl_coef * log(policy / reference)``, which is the RL objective of InstructGPT (Eq 2) and
     the sequence-level reward of RLOO (Ahmadian 2024). Compute the rewards once per rollout, with the log-probabilities
     of the policy that sampled the tokens, and keep them fixed during all epochs.
 
     Args:
-        scores_B: One score per response, of any dtype.
+        scores: ``[B]``, one score per response, or ``[B, T]``, one per token, of any dtype.
         logprobs_BT: Log-probabilities under the behaviour policy.
         reference_logprobs_BT: Log-probabilities under the frozen reference.
         mask_BT: True at real response tokens, including the stop token.
@@ -51,15 +54,24 @@ def token_rewards(
         >>> print(rewards.token_rewards(jnp.array([2.0]), logprobs_BT, reference_BT, mask_BT, kl_coef=0.1))
         [[-0.05  2.    0.  ]]
     """
-    masking.check_rank(1, scores_B=scores_B)
     masking.check_rank(2, logprobs_BT=logprobs_BT)
     masking.check_same_shape(logprobs_BT=logprobs_BT, reference_logprobs_BT=reference_logprobs_BT, mask_BT=mask_BT)
-    if scores_B.shape[0] != mask_BT.shape[0]:
-        raise ValueError(f"need one score per row, got {scores_B.shape[0]} scores for {mask_BT.shape[0]} rows")
+    if scores.shape not in (mask_BT.shape[:1], mask_BT.shape):
+        raise ValueError(
+            f"need one score per row or per token, got scores of shape {scores.shape} for a mask of shape "
+            f"{mask_BT.shape}"
+        )
     mask_BT = mask_BT.astype(bool)
     kl_BT = masking.masked_fill(logprobs_BT, where=mask_BT) - masking.masked_fill(reference_logprobs_BT, where=mask_BT)
-    score_BT = jnp.where(_is_last(mask_BT), masking.as_float32(scores_B)[:, None], 0.0)
-    return score_BT - kl_coef * kl_BT
+    return as_token_scores(scores, mask_BT) - kl_coef * kl_BT
+
+
+def as_token_scores(scores: jax.Array, mask_BT: jax.Array) -> jax.Array:
+    """Returns float32 ``[B, T]`` scores, 0 outside the mask: scores ``[B]`` are put at the last real token."""
+    mask_BT, scores = mask_BT.astype(bool), masking.as_float32(scores)
+    if scores.ndim == 1:
+        return jnp.where(_is_last(mask_BT), scores[:, None], 0.0)
+    return masking.masked_fill(scores, where=mask_BT)
 
 
 def replace_unfinished(scores_B: jax.Array, stopped_B: jax.Array, *, score: float | jax.Array) -> jax.Array:
@@ -84,50 +96,57 @@ def weighted(
 ) -> Callable[[Mapping[str, Any], types.Rollout], jax.Array]:
     """Returns a score function that computes a weighted sum of scores, such as helpfulness and harmlessness.
 
-    The ``params`` argument of the score function maps the name of each scorer to the parameters of that scorer. Raises
-    ValueError if ``scorers`` and ``weights`` have different names.
+    The ``params`` argument of the score function maps the name of each scorer to the parameters of that scorer. If a
+    scorer returns one score per token, so does the score function, and scores of whole responses are added at the last
+    token. Raises ValueError if ``scorers`` and ``weights`` have different names.
     """
     if set(scorers) != set(weights):
         raise ValueError(f"scorers are {sorted(scorers)} and weights {sorted(weights)}; they must have the same names")
 
     def score(params: Mapping[str, Any], rollout: types.Rollout) -> jax.Array:
         parts = [weights[name] * masking.as_float32(scorers[name](params[name], rollout)) for name in scorers]
+        if any(part.ndim == 2 for part in parts):
+            parts = [as_token_scores(part, rollout.response_mask_BT) for part in parts]
         return sum(parts[1:], parts[0])
 
     return score
 
 
 def from_python(
-    fn: Callable[[np.ndarray, np.ndarray, np.ndarray], Any],
+    fn: Callable[[np.ndarray, np.ndarray, np.ndarray], Any], *, per_token: bool = False
 ) -> Callable[[Any, types.Rollout], jax.Array]:
     """Returns a score function that calls ``fn(tokens_BL, mask_BL, response_mask_BT)`` on the host.
 
     The score function can be used inside a compiled step. ``fn`` receives NumPy arrays and must return one finite
-    number per response, of any numeric type; otherwise the step fails. A score function written in JAX is faster,
-    because ``fn`` makes the device and the host wait for each other.
+    number per response, of any numeric type, or, with ``per_token``, an array ``[B, T]`` with one per response token,
+    whose numbers outside ``response_mask_BT`` are ignored; otherwise the step fails. A score function written in JAX is
+    faster, because ``fn`` makes the device and the host wait for each other.
     """
+    unit = "token" if per_token else "response"
 
     def on_host(tokens_BL: Any, mask_BL: Any, response_mask_BT: Any) -> np.ndarray:
         rows = np.asarray(tokens_BL), np.asarray(mask_BL), np.asarray(response_mask_BT)
-        scores_B = np.asarray(fn(*rows), np.float32)
-        if scores_B.shape != rows[0].shape[:1]:
+        scores = np.asarray(fn(*rows), np.float32)
+        expected = rows[2].shape if per_token else rows[0].shape[:1]
+        if scores.shape != expected:
             raise ValueError(
-                f"the reward function returned shape {scores_B.shape} for {len(rows[0])} responses; it must return one "
-                "number per response"
+                f"the reward function returned shape {scores.shape} for {len(rows[0])} responses; it must return one "
+                f"number per {unit}" + f", shape {expected}" * per_token
             )
-        if not np.isfinite(scores_B).all():
-            row = int(np.flatnonzero(~np.isfinite(scores_B))[0])
+        scores = np.where(rows[2], scores, np.float32(0)) if per_token else scores
+        if not np.isfinite(scores).all():
+            place = tuple(np.argwhere(~np.isfinite(scores))[0])
+            where = f"response {place[0]} of {len(scores)}" + (f", token {place[1]}" if per_token else "")
             raise ValueError(
-                f"the reward function returned {scores_B[row]} for response {row} of {len(scores_B)}, counted "
-                "from 0; scores must be finite"
+                f"the reward function returned {scores[place]} for {where}, counted from 0; scores must be finite"
             )
-        return scores_B
+        return scores
 
     def score(params: Any, rollout: types.Rollout) -> jax.Array:
         del params
-        shape = jax.ShapeDtypeStruct(rollout.tokens_BL.shape[:1], jnp.float32)
+        shape = rollout.response_mask_BT.shape if per_token else rollout.tokens_BL.shape[:1]
         arrays = rollout.tokens_BL, rollout.mask_BL, rollout.response_mask_BT
-        return jax.pure_callback(on_host, shape, *arrays, vmap_method="sequential")
+        return jax.pure_callback(on_host, jax.ShapeDtypeStruct(shape, jnp.float32), *arrays, vmap_method="sequential")
 
     return score
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from rlhf_jax import rewards
+from rlhf_jax import rewards, types
 
 B, T = 4, 5
 compiled = jax.jit(rewards.token_rewards)
@@ -91,11 +91,54 @@ def test_unfinished_responses_get_the_fixed_score_or_the_penalty():
     np.testing.assert_allclose(per_sweep[:, 1], [-1.0, 0.0])
 
 
+@hypothesis.given(seed=st.integers(0, 2**32 - 1), lengths=st.lists(st.integers(0, T), min_size=B, max_size=B))
+def test_scores_of_tokens_are_added_at_their_tokens(seed, lengths):
+    rng = np.random.default_rng(seed)
+    scores, logprobs, reference = rng.normal(size=(3, B, T))
+    mask = np.arange(T)[None, :] < np.array(lengths)[:, None]
+    expected = np.where(mask, scores - 0.3 * (logprobs - reference), 0.0)
+    got = compiled(np.where(mask, scores, np.nan), logprobs, reference, mask, kl_coef=0.3)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    # Scores at the last tokens only are the scores of whole responses, to the bit.
+    whole, last = (
+        scores[:, 0],
+        np.where(mask & (np.arange(T)[None, :] == np.array(lengths)[:, None] - 1), scores[:, :1], 0.0),
+    )
+    both = (compiled(each, logprobs, reference, mask, kl_coef=0.3) for each in (whole, last))
+    np.testing.assert_array_equal(*both)
+
+
+def test_weighted_puts_scores_of_responses_at_the_last_token_beside_scores_of_tokens():
+    mask = jnp.array([[True, True, False], [True, True, True], [False, False, False]])
+    rollout = types.Rollout(mask, mask, mask, mask, mask.sum(1), mask.sum(1))
+    parts = {"steps": lambda p, r: jnp.arange(9.0).reshape(3, 3), "whole": lambda p, r: p * jnp.array([1, 2, 3])}
+    score = jax.jit(rewards.weighted(parts, {"steps": 2.0, "whole": 0.5}))
+    np.testing.assert_allclose(score({"steps": None, "whole": 10.0}, rollout), [[0, 7, 0], [6, 8, 20], [0, 0, 0]])
+
+
+def test_a_python_function_may_score_every_token():
+    mask = jnp.array([[True, True, False], [True, False, False]])
+    rollout = types.Rollout(mask, mask, mask, mask, mask.sum(1), mask.sum(1))
+
+    def call(numbers):
+        score = rewards.from_python(lambda tokens, mask, response: numbers, per_token=True)
+        return jax.block_until_ready(jax.jit(lambda r: score(None, r))(rollout))
+
+    got = call([[1, 2, np.nan], [3, 4, 5]])
+    np.testing.assert_array_equal(got, [[1, 2, 0], [3, 0, 0]])
+    assert got.dtype == jnp.float32
+    for wrong, text in (
+        ([1, 2], "number per token"),
+        ([[1, np.inf, 0], [0, 0, 0]], "inf for response 0 of 2, token 1"),
+    ):
+        with pytest.raises(Exception, match=text):
+            call(wrong)
+
+
 def test_mismatched_shapes_raise():
     square, call = jnp.zeros((2, 3)), partial(rewards.token_rewards, kl_coef=0.1)
-    with pytest.raises(ValueError, match="rank"):
-        call(jnp.zeros((2, 1)), square, square, square)
-    with pytest.raises(ValueError, match="score per row"):
-        call(jnp.zeros(3), square, square, square)
+    for wrong in (jnp.zeros((2, 1)), jnp.zeros(3), jnp.zeros(()), jnp.zeros((2, 3, 1))):
+        with pytest.raises(ValueError, match="score per row or per token"):
+            call(wrong, square, square, square)
     with pytest.raises(ValueError, match="shapes"):
         call(jnp.zeros(2), square, jnp.zeros((2, 4)), square)

@@ -10,6 +10,9 @@ methods without a critic. Each method is a choice of estimator, reduction and KL
     Dr. GRPO      partial(dr_grpo, samples=8)     constant_mean
     REINFORCE++   reinforce_pp                    token_mean
 
+With process rewards, one score per token, `gae` and `reinforce_pp` use each score at its token. The other methods
+compare whole responses and use the sum of the scores, so they give the same advantages for equal sums.
+
 If a batch is split over devices, `ppo` also passes ``axis_name`` to the estimator, which then computes batch statistics
 over all devices. All responses to a prompt are on the same device.
 """
@@ -31,7 +34,8 @@ class Scored(NamedTuple):
     """A batch of scored responses; the ``samples`` responses to a prompt are adjacent."""
 
     scores_B: jax.Array
-    """float32 scores, after any clipping and any adjustment for responses without a stop token."""
+    """float32 scores, after any clipping and any adjustment for responses without a stop token; with process rewards,
+    the sum of ``token_scores_BT``."""
     logprobs_BT: jax.Array
     """Log-probabilities under the policy that sampled the responses, in nats."""
     reference_BT: jax.Array
@@ -44,6 +48,8 @@ class Scored(NamedTuple):
     """KL coefficient beta, in reward per nat."""
     past_return: jax.Array
     """Mean return (score minus KL penalty) over the responses of all earlier iterations; 0 in the first iteration."""
+    token_scores_BT: jax.Array | None = None
+    """float32 scores of the tokens, 0 at padding (process rewards); None if the score belongs to the last token."""
 
 
 Estimator = Callable[..., tuple[jax.Array, jax.Array | None]]
@@ -184,10 +190,12 @@ def reinforce_pp(scored: Scored, hyper: Any, *, axis_name: AxisName = None) -> t
 def token_rewards(scored: Scored) -> jax.Array:
     """Returns KL-penalised rewards, ``[B, T]``: ``r_t = -beta (log pi - log pi_ref) + [t is last] s``.
 
-    The sum over a response is the objective of InstructGPT Eq 2; see `rewards.token_rewards`.
+    With process rewards, ``s_t`` takes the place of the last term. The sum over a response is the objective of
+    InstructGPT Eq 2; see `rewards.token_rewards`.
     """
+    scores = scored.scores_B if scored.token_scores_BT is None else scored.token_scores_BT
     return rewards.token_rewards(
-        scored.scores_B, scored.logprobs_BT, scored.reference_BT, scored.mask_BT, kl_coef=scored.kl_coef
+        scores, scored.logprobs_BT, scored.reference_BT, scored.mask_BT, kl_coef=scored.kl_coef
     )
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +28,15 @@ import jax.numpy as jnp
 from rlhf_jax import aggregation, masking, metrics
 from rlhf_jax.losses import policy as policy_losses
 from rlhf_jax.losses import value as value_losses
-from rlhf_jax.train import estimators, ppo_metrics, ppo_state
+from rlhf_jax.train import estimators, ppo_metrics, ppo_state, scoring
 from rlhf_jax.train import minibatches as minibatch_lib
 from rlhf_jax.train import ptx as ptx_lib
 from rlhf_jax.train.minibatches import AxisName
 from rlhf_jax.train.optim import update as optim_update
 from rlhf_jax.train.ppo_state import (
     Batch,
+    Denominators,
+    ExtraMetrics,
     Frozen,
     Hyper,
     Models,
@@ -112,7 +114,8 @@ def collect(
         logged.
 
     Raises:
-        ValueError: If `Models.score` does not return one score per response, or if the estimator rejects the batch.
+        ValueError: If `Models.score` does not return one score per response or per token, or if the estimator rejects
+            the batch.
     """
     params = models.join(frozen, params)
 
@@ -123,14 +126,8 @@ def collect(
     tokens_BL, mask_BL, response_BT = rollout.tokens_BL, rollout.mask_BL, rollout.response_mask_BT
 
     # 2. Score: s(x, y), replaced for responses without a stop token (Ziegler 2019).
-    raw_scores_B = masking.as_float32(models.score(frozen.reward, rollout))
-    if raw_scores_B.shape != (B,) or response_BT.shape[0] != B:
-        raise ValueError(
-            f"Models.score returned shape {raw_scores_B.shape} for {response_BT.shape[0]} responses; "
-            f"{batch.prompts_BP.shape[0]} prompts with samples={samples} need one score per response, shape ({B},)"
-        )
-    clipped_B = jnp.clip(raw_scores_B, -hyper.reward_clip, hyper.reward_clip)
-    scores_B = unfinished(clipped_B, rollout.finish_B == 1, hyper)
+    raw = scoring.score(models, frozen.reward, rollout, responses=B)
+    scores_B, token_scores_BT = scoring.training_scores(raw, rollout, hyper, unfinished)
 
     # Log-probabilities of policy and reference, and values of the critic, V_t.
     logprobs_BT, entropy_BT = models.logprobs(params["policy"], tokens_BL, mask_BL, hyper.temperature)
@@ -142,7 +139,9 @@ def collect(
     # 3. and 4. KL-penalised reward (InstructGPT Eq 2), GAE (Schulman 2016 Eq 16).
     kl_coef = hyper.kl_coef * kl_scale
     past_return = jnp.zeros(()) if past is None else jnp.where(past.returns.weight > 0, past.returns.value(), 0.0)
-    scored = estimators.Scored(scores_B, logprobs_BT, reference_BT, values_BT, response_BT, kl_coef, past_return)
+    scored = estimators.Scored(
+        scores_B, logprobs_BT, reference_BT, values_BT, response_BT, kl_coef, past_return, token_scores_BT
+    )
     axis: Any = {} if axis_name is None else {"axis_name": axis_name}
     advantages_BT, returns_BT = estimate(scored, hyper, **axis)
 
@@ -159,22 +158,13 @@ def collect(
         else None,
         reference_BT=reference_BT,
     )
-    logs = ppo_metrics.rollout_metrics(rollout, raw_scores_B, entropy_BT, scored, returns_BT, axis_name=axis_name)
+    logs = ppo_metrics.rollout_metrics(rollout, raw.raw_B, entropy_BT, scored, returns_BT, axis_name=axis_name)
     mean = partial(metrics.mean_metric, axis_name=axis_name)
     if frozen.heldout is not None:
-        logs["heldout_reward"] = mean(masking.as_float32(models.score(frozen.heldout, rollout)))
-    if models.watch is not None:
-        logs |= {name: mean(numbers_B) for name, numbers_B in models.watch(rollout).items()}
+        logs["heldout_reward"] = mean(scoring.score(models, frozen.heldout, rollout, responses=B).raw_B)
+    watched = raw.parts if models.watch is None else raw.parts | models.watch(rollout)
+    logs |= {name: mean(numbers_B) for name, numbers_B in watched.items()}
     return experience, logs
-
-
-class Denominators(NamedTuple):
-    """Denominators of the sums of a minibatch, shared by its micro-batches."""
-
-    policy: jax.Array
-    """Denominator of the policy loss, from the `aggregation.Reduction`."""
-    tokens: jax.Array
-    """Number of response tokens."""
 
 
 def loss(
@@ -185,6 +175,8 @@ def loss(
     *,
     weights_B: jax.Array | None = None,
     denominators: Denominators | None = None,
+    policy_loss: Callable[..., jax.Array] = policy_losses.clipped_policy,
+    extra_metrics: ExtraMetrics | None = None,
     kl_loss: Callable[..., jax.Array] | None = None,
     entropy_bonus: bool = False,
     axis_name: AxisName = None,
@@ -202,7 +194,7 @@ def loss(
         hyper: Hyperparameters.
         weights_B: Weight of the tokens of each response in the policy loss. By default the loss is a mean over tokens.
         denominators: Denominators for ``weights_B``; pass both or neither.
-        kl_loss, entropy_bonus, axis_name: As in `make_train_step`.
+        policy_loss, extra_metrics, kl_loss, entropy_bonus, axis_name: As in `make_train_step`.
 
     Returns:
         ``(loss, metrics)``, float32 scalars.
@@ -219,18 +211,18 @@ def loss(
     tokens_BL, mask_BL, old_BT = experience.tokens_BL, experience.mask_BL, experience.logprobs_BT
     logprobs_BT, entropy_BT = models.logprobs(params["policy"], tokens_BL, mask_BL, hyper.temperature)
     surrogate = (logprobs_BT, old_BT, experience.advantages_BT)
-    policy_BT = policy_losses.clipped_policy(*surrogate, clip=hyper.clip)
+    policy_BT = policy_loss(*surrogate, clip=hyper.clip)
     if experience.weights_BT is not None:
         policy_BT = experience.weights_BT * policy_BT
     if kl_loss is not None:
         assert experience.reference_BT is not None
         policy_BT = policy_BT + hyper.kl_loss_coef * kl_loss(logprobs_BT, experience.reference_BT)
     policy_sum = aggregation.weighted_sum(policy_BT, weights_B, where=where_BT, axis_name=axis_name)
-    objective = policy_loss = policy_sum / denominators.policy
+    objective = policy_sum / denominators.policy
     log_ratio_BT = jnp.where(where_BT, logprobs_BT - old_BT, 0.0)
     ratio_BT = jnp.exp(log_ratio_BT)
     logs = {
-        "policy_loss": policy_loss,
+        "policy_loss": objective,
         "approx_kl": token_mean(0.5 * jnp.square(log_ratio_BT)),
         "clip_fraction": token_mean(policy_losses.policy_is_clipped(*surrogate, clip=hyper.clip)),
         "ratio_mean": token_mean(ratio_BT),
@@ -248,7 +240,8 @@ def loss(
         logs["value_loss"] = value_loss
     if entropy_bonus:
         objective -= hyper.entropy_coef * token_mean(entropy_BT)
-    return objective, logs
+    extra = {} if extra_metrics is None else extra_metrics(experience, logprobs_BT, entropy_BT, hyper)
+    return objective, logs | {name: token_mean(jax.lax.stop_gradient(x_BT)) for name, x_BT in extra.items()}
 
 
 def update(
@@ -264,10 +257,9 @@ def update(
     minibatches: int = 8,
     micro_batches: int = 1,
     reduction: aggregation.Reduction = aggregation.token_mean,
-    kl_loss: Callable[..., jax.Array] | None = None,
-    entropy_bonus: bool = False,
     shards: int = 1,
     axis_name: AxisName = None,
+    **loss_options: Any,
 ) -> tuple[PPOState, dict[str, jax.Array]]:
     """Trains policy and critic on a batch of experience: ``epochs * minibatches`` optimiser steps in one scan.
 
@@ -282,8 +274,8 @@ def update(
         ptx: Pretraining rows, as in `Batch`; None for plain PPO.
         rng: Key for the order of the responses; consumed.
         frozen: The first argument of `Models.join`.
-        epochs, minibatches, micro_batches, reduction, kl_loss, entropy_bonus, shards, axis_name: As in
-            `make_train_step`.
+        epochs, minibatches, micro_batches, reduction, shards, axis_name: As in `make_train_step`.
+        **loss_options: Further arguments of `loss`.
 
     Returns:
         ``(state, metrics)``. The metrics are described in `make_train_step`.
@@ -296,7 +288,7 @@ def update(
     rows_USR = minibatch_lib.minibatches(rng, B, epochs=epochs, count=minibatches, shards=shards, axis_name=axis_name)
     ptx_U = minibatch_lib.split_updates(ptx, rows_USR.shape[0], shards=rows_USR.shape[1])
     join = partial(models.join, frozen)
-    options: Any = {"kl_loss": kl_loss, "entropy_bonus": entropy_bonus, "axis_name": axis_name}
+    options: Any = {**loss_options, "axis_name": axis_name}
 
     def loss_fn(
         params: Params, part: tuple[Experience, jax.Array], denominators: Denominators
@@ -370,6 +362,8 @@ def make_train_step(
     samples: int = 1,
     estimate: estimators.Estimator = estimators.gae,
     reduction: aggregation.Reduction = aggregation.token_mean,
+    policy_loss: Callable[..., jax.Array] = policy_losses.clipped_policy,
+    extra_metrics: ExtraMetrics | None = None,
     kl_loss: Callable[..., jax.Array] | None = None,
     entropy_bonus: bool = False,
     unfinished: Callable[..., jax.Array] = replace_score,
@@ -391,10 +385,14 @@ def make_train_step(
         estimate: Computes advantages and returns of a scored batch; see `train.estimators`.
         reduction: Reduces the token losses of the policy to a scalar; see `aggregation`. The value loss is always a
             mean over tokens.
+        policy_loss: The loss of a token, ``(logprobs_BT, old_logprobs_BT, advantages_BT, *, clip) -> [B, T]``;
+            ``clip`` is `Hyper.clip`. ``clip_fraction`` is always that of the default.
+        extra_metrics: ``(experience, logprobs_BT, entropy_BT, hyper) -> {name: [B, T]}``, called with each minibatch
+            and the policy that is trained; means over response tokens are logged.
         kl_loss: `kl.k2` or `kl.k3`, added to the policy loss with weight `Hyper.kl_loss_coef`; None for no KL loss.
         entropy_bonus: Whether to subtract `Hyper.entropy_coef` times the entropy from the loss.
         unfinished: ``(scores_B, stopped_B, hyper) -> scores_B``, the rule for responses without a stop token:
-            `replace_score` or `subtract_penalty`.
+            `replace_score` or `subtract_penalty`. For scores of tokens, see `train.scoring.training_scores`.
         normalise_values: Whether the critic learns returns minus their running mean, divided by their running
             standard deviation (Xu 2024).
         correct_sampler: Whether to weight the policy loss of each token by the ratio of its probabilities under policy
@@ -413,7 +411,7 @@ def make_train_step(
         which the step folds ``state.step``. Metrics of the critic, the pretraining rows and `Frozen.heldout` are logged
         only if these are given. Metrics of the rollout:
 
-        - ``reward``, ``reward_std``: mean and standard deviation of the scores that `Models.score` returned.
+        - ``reward``, ``reward_std``: mean and standard deviation of the scores of `Models.score`, summed over tokens.
         - ``training_reward``, ``training_reward_std``: the same for the rewards that the policy is trained on, after
           clipping and ``unfinished``: a response without a stop token gets `Hyper.missing_stop_score`, not its score.
         - ``kl``: mean over the responses of the summed ``log pi - log pi_ref``, in nats per response.
@@ -463,6 +461,8 @@ def make_train_step(
         minibatches=minibatches,
         micro_batches=micro_batches,
         reduction=reduction,
+        policy_loss=policy_loss,
+        extra_metrics=extra_metrics,
         kl_loss=kl_loss,
         entropy_bonus=entropy_bonus,
         shards=shards,

@@ -25,10 +25,11 @@ class Models(NamedTuple):
     values: Callable[..., jax.Array] | None
     """``(params, tokens_BL, mask_BL) -> values_BT``, the critic's value before each response token; None without a
     critic."""
-    score: Callable[..., jax.Array]
-    """``(params, rollout) -> scores_B``: a reward model or any other function of the responses. A response without a
-    stop token is trained with `Hyper.missing_stop_score` in place of its score (see ``unfinished`` in
-    `ppo.make_train_step`)."""
+    score: Callable[..., Any]
+    """``(params, rollout) -> scores_B``: a reward model or any other function of the responses. It may instead return
+    ``[B, T]``, one score per response token (process rewards), and a pair of the scores and a dict ``{name: [B]}`` of
+    numbers whose means are logged. A response without a stop token is trained with `Hyper.missing_stop_score` in place
+    of its score (see ``unfinished`` in `ppo.make_train_step`)."""
     token_logprobs: Callable[..., jax.Array] | None = None
     """``(params, tokens_BL, mask_BL=...) -> [B, L]``, called on the pretraining rows of PPO-ptx."""
     watch: Callable[[Rollout], dict[str, jax.Array]] | None = None
@@ -90,7 +91,8 @@ class Hyper:
     """Score of a response without a stop token (Ziegler 2019: -1); with ``unfinished=subtract_penalty``, this negative
     number is added to the response's score instead."""
     reward_clip: Any = jnp.inf
-    """Scores are clipped to [-reward_clip, reward_clip] (Xu 2024: 20); infinity disables clipping."""
+    """Scores are clipped to [-reward_clip, reward_clip] (Xu 2024: 20), token by token if each token has one; infinity
+    disables clipping."""
     value_coef: Any = 1.0
     """Weight of the value loss. It matters mainly if critic and policy share a trunk (Ziegler 2019: 0.1)."""
     entropy_coef: Any = 0.0
@@ -181,6 +183,19 @@ class Batch(NamedTuple):
     """bool, True at the tokens of the prompts; the last column must be True."""
     ptx: TokenBatch | None = None
     """Pretraining rows ``[epochs * minibatches * rows, L]``; each update takes ``rows`` of them."""
+
+
+class Denominators(NamedTuple):
+    """Denominators of the sums of a minibatch, shared by its micro-batches."""
+
+    policy: jax.Array
+    """Denominator of the policy loss, from the `aggregation.Reduction`."""
+    tokens: jax.Array
+    """Number of response tokens."""
+
+
+ExtraMetrics = Callable[..., dict[str, jax.Array]]
+"""See ``extra_metrics`` in `ppo.make_train_step`."""
 
 
 def create(policy: Params, critic: Params | None, tx: Any, *, reference: Params | None = None) -> PPOState:

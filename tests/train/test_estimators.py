@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax import advantages, aggregation, kl, lm, metrics, parallel, rewards, types
+from rlhf_jax import advantages, aggregation, kl, lm, losses, metrics, parallel, rewards, types
 from rlhf_jax.simulation import bandit
 from rlhf_jax.train import estimators, ppo
 from rlhf_jax.train.optim import schedules
@@ -197,7 +197,9 @@ def assert_gae_matches_a_loop(s, n):
 
     pay = -0.3 * (n["logprobs_BT"] - n["reference_BT"]) * mask
     for i, length in enumerate(mask.sum(axis=1)):
-        if length:
+        if "scores_BT" in n:
+            pay[i] += n["scores_BT"][i]
+        elif length:
             pay[i, length - 1] += n["scores_B"][i]
     pay, values, expected = white(pay, shift=False), n["values_BT"] * mask, np.zeros(mask.shape)
     for i, length in enumerate(mask.sum(axis=1)):
@@ -247,6 +249,60 @@ def test_estimators_match_python_loops(seed, samples):
     if len(real) > 1:
         white = (to_go - real.mean()) / np.sqrt(real.var() + advantages.WHITEN_EPSILON) * n["mask_BT"]
         np.testing.assert_allclose(got, white, atol=1e-4)
+
+
+EVERY = {
+    "gae": functools.partial(estimators.gae, whiten_rewards=True),
+    "reinforce": estimators.reinforce,
+    "rloo": functools.partial(estimators.rloo, samples=4),
+    "grpo": functools.partial(estimators.grpo, samples=4),
+    "dr_grpo": functools.partial(estimators.dr_grpo, samples=4),
+    "reinforce_pp": estimators.reinforce_pp,
+}
+
+
+def with_token_scores(s, scores_BT):
+    scores_BT = jnp.where(s.mask_BT, jnp.asarray(scores_BT, jnp.float32), 0.0)
+    return s._replace(scores_B=scores_BT.sum(axis=1), token_scores_BT=scores_BT)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_score_at_the_last_token_equals_the_score_of_the_response(name):
+    s, _ = scored(4)
+    s = s._replace(scores_B=jnp.where(s.mask_BT.any(axis=1), s.scores_B, 0.0))
+    hyper: Any = ppo.Hyper(discount=0.9, lambda_=0.6)
+    last = with_token_scores(s, rewards.as_token_scores(s.scores_B, s.mask_BT))
+    jax.tree.map(np.testing.assert_array_equal, EVERY[name](s, hyper), EVERY[name](last, hyper))
+
+
+@hypothesis.settings(deadline=None, max_examples=15)
+@hypothesis.given(seed=st.integers(0, 10_000))
+def test_methods_that_compare_responses_use_the_sum_of_token_scores(seed):
+    s, n = scored(seed)
+    hyper: Any = ppo.Hyper(discount=0.9, lambda_=0.6)
+    steps = with_token_scores(s, np.random.default_rng(seed + 1).normal(size=n["mask_BT"].shape))
+    for name in ("reinforce", "rloo", "grpo", "dr_grpo"):
+        whole = EVERY[name](steps._replace(token_scores_BT=None), hyper)[0]
+        np.testing.assert_allclose(EVERY[name](steps, hyper)[0], whole, atol=2e-5)
+
+
+@hypothesis.settings(deadline=None, max_examples=15)
+@hypothesis.given(seed=st.integers(0, 10_000))
+def test_gae_and_reinforce_pp_use_each_score_at_its_token(seed):
+    s, n = scored(seed)
+    mask, hyper = n["mask_BT"], ppo.Hyper(discount=0.9, lambda_=0.6)
+    scores = np.random.default_rng(seed + 1).normal(size=mask.shape) * mask
+    steps = with_token_scores(s, scores)
+    assert_gae_matches_a_loop(steps, n | {"scores_BT": scores})
+    to_go = np.zeros(mask.shape)
+    for i, length in enumerate(mask.sum(axis=1)):
+        for t in reversed(range(length)):
+            pay = scores[i, t] - 0.3 * (n["logprobs_BT"][i, t] - n["reference_BT"][i, t])
+            to_go[i, t] = pay + 0.9 * (to_go[i, t + 1] if t + 1 < length else 0.0)
+    if mask.sum() > 1:
+        real = to_go[mask]
+        white = (to_go - real.mean()) / np.sqrt(real.var() + advantages.WHITEN_EPSILON) * mask
+        np.testing.assert_allclose(estimators.reinforce_pp(steps, hyper)[0], white, atol=1e-4)
 
 
 @pytest.mark.parametrize("samples", [1, 3])
@@ -326,6 +382,46 @@ def test_micro_batches_match_the_whole_minibatch(reduction):
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), state.params, outcomes[0][0].params)
         for name, value in outcomes[0][1].items():
             np.testing.assert_allclose(logs[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def shifted_ratio(experience, logprobs_BT, entropy_BT, hyper):
+    return {"shifted": jnp.exp(logprobs_BT - experience.logprobs_BT) + hyper.clip, "seen_entropy": entropy_BT}
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+def test_extra_metrics_are_means_over_tokens_and_change_nothing(micro):
+    options: Any = dict(epochs=1, minibatches=1, micro_batches=micro)
+    hyper: Any = ppo.Hyper(learning_rate=0.5, clip=0.25)
+    plain, more = (
+        jax.jit(functools.partial(ppo.update, TABLE, **options, **extra))(
+            table_state(), experience(), hyper, None, jax.random.key(0)
+        )
+        for extra in ({}, {"extra_metrics": shifted_ratio})
+    )
+    jax.tree.map(np.testing.assert_array_equal, plain[0].params, more[0].params)
+    assert set(more[1]) == set(plain[1]) | {"shifted", "seen_entropy"}
+    np.testing.assert_allclose(more[1]["shifted"], plain[1]["ratio_mean"] + 0.25, rtol=1e-5)
+    _, entropy_BT = TABLE.logprobs(table_state().params["policy"], experience().tokens_BL, experience().mask_BL, 1.0)
+    real = np.asarray(experience().response_mask_BT)
+    np.testing.assert_allclose(more[1]["seen_entropy"], np.asarray(entropy_BT)[real].mean(), rtol=1e-5)
+
+
+def test_a_policy_loss_replaces_the_clipped_one():
+    def sequence_free(logprobs, old_logprobs, advantages, *, clip):
+        return -advantages * logprobs + clip * jnp.square(logprobs - old_logprobs)
+
+    e, hyper = experience(), ppo.Hyper(clip=0.25)
+    params = table_state().params
+    default, logs = ppo.loss(TABLE, params, e, hyper)
+    named, _ = ppo.loss(TABLE, params, e, hyper, policy_loss=losses.clipped_policy)
+    assert default == named
+    _, other = ppo.loss(TABLE, params, e, hyper, policy_loss=sequence_free)
+    table = np.asarray(params["policy"]["table"], np.float64)
+    logp = table - np.log(np.exp(table).sum(1, keepdims=True))
+    new = np.take_along_axis(logp[np.asarray(e.tokens_BL[:, :-1])], np.asarray(e.tokens_BL)[:, 1:, None], 2)[..., 0]
+    each = -np.asarray(e.advantages_BT) * new + 0.25 * (new - np.asarray(e.logprobs_BT)) ** 2
+    np.testing.assert_allclose(other["policy_loss"], each[np.asarray(e.response_mask_BT)].mean(), rtol=1e-5)
+    assert other["clip_fraction"] == logs["clip_fraction"] and other["value_loss"] == logs["value_loss"]
 
 
 def test_loss_matches_a_python_loop():
@@ -463,8 +559,8 @@ def test_reinforce_subtracts_the_mean_return_of_earlier_iterations():
 
 
 def test_scores_of_the_wrong_shape_are_refused():
-    with pytest.raises(ValueError, match=r"Models.score returned shape \(4, 1\)"):
-        collect(np.zeros((4, 1)))
+    with pytest.raises(ValueError, match=r"Models.score returned shape \(4, 2\)"):
+        collect(np.zeros((4, 2)))
     with pytest.raises(ValueError, match=r"Models.score returned shape \(\)"):
         collect(0.0)
 

@@ -100,7 +100,7 @@ def farthest(a, b):
     return max(float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
-def scripted(scores, *, lengths=(3, 1, 2, 3), stopped=(1, 1, 0, 1)):
+def scripted(scores, *, lengths=(3, 1, 2, 3), stopped=(1, 1, 0, 1), **options):
     """Returns models with fixed responses of up to three tokens, a uniform policy and the given ``scores``."""
     n, width = len(lengths), 3
     mask = jnp.arange(width)[None, :] < jnp.array(lengths)[:, None]
@@ -119,7 +119,8 @@ def scripted(scores, *, lengths=(3, 1, 2, 3), stopped=(1, 1, 0, 1)):
     models = ppo.Models(generate, lambda *_: (zeros, zeros), lambda *_: zeros, lambda *_: scores)
     prompts = ppo.Batch(jnp.zeros((n, 1), jnp.int32), jnp.ones((n, 1), bool))
     nothing = {"policy": {}, "critic": {}}
-    return lambda **h: ppo.collect(models, nothing, ppo.Frozen({}, {}), hyper(**h), prompts, jax.random.key(0))
+    key = jax.random.key(0)
+    return lambda **h: ppo.collect(models, nothing, ppo.Frozen({}, {}), hyper(**h), prompts, key, **options)
 
 
 # ------------------------------------------------------------------------------------------------------- collect
@@ -198,6 +199,44 @@ def test_scores_of_any_type_become_returns(scores):
     )
     valid = np.asarray(experience.advantages_BT)[np.asarray(experience.response_mask_BT)]
     np.testing.assert_allclose([valid.mean(), valid.std()], [0, 1], atol=1e-3)
+
+
+STEPS = np.array([[0.5, -1.0, 3.0], [2.0, np.nan, np.inf], [-4.0, 1.0, np.nan], [0.25, 0.5, 1.0]])
+
+
+@pytest.mark.parametrize("rule", [ppo.replace_score, ppo.subtract_penalty])
+def test_scores_of_tokens_are_clipped_and_the_missing_stop_rule_applies_to_their_sum(rule):
+    numbers = dict(lambda_=1.0, kl_coef=0.0, reward_clip=2.5, missing_stop_score=-9.0)
+    experience, logs = scripted(jnp.asarray(STEPS, jnp.float32), unfinished=rule)(**numbers)
+    # The second response has one token; the third has two and no stop token.
+    clipped = np.array([[0.5, -1.0, 2.5], [2.0, 0, 0], [-2.5, 1.0, 0], [0.25, 0.5, 1.0]])
+    sums = clipped.sum(axis=1)
+    total = -9.0 if rule is ppo.replace_score else -9.0 + sums[2]
+    clipped[2, 1] += total - sums[2]
+    to_go = np.cumsum(clipped[:, ::-1], axis=1)[:, ::-1]
+    np.testing.assert_allclose(experience.returns_BT, np.where(experience.response_mask_BT, to_go, 0.0), atol=1e-5)
+    np.testing.assert_allclose(logs["reward"].value(), np.mean([2.5, 2.0, -3.0, 1.75]), rtol=1e-6)
+    np.testing.assert_allclose(logs["training_reward"].value(), clipped.sum(axis=1).mean(), rtol=1e-5)
+    np.testing.assert_allclose(logs["training_reward_std"], clipped.sum(axis=1).std(), rtol=1e-4)
+    assert logs["bad_rows"] == 0
+
+
+def test_a_score_at_the_last_token_gives_the_experience_of_the_score():
+    numbers = dict(lambda_=0.7, kl_coef=0.3, reward_clip=1.0, missing_stop_score=-2.0)
+    whole, logs = scripted(jnp.array([0.5, 1.5, 0.7, -3.0]))(**numbers)
+    last = np.zeros((4, 3))
+    last[[0, 1, 2, 3], [2, 0, 1, 2]] = [0.5, 1.5, 0.7, -3.0]
+    steps, more = scripted(jnp.asarray(last, jnp.float32))(**numbers)
+    close(whole, steps, rtol=1e-6)
+    close(logs, more, rtol=1e-6)
+
+
+def test_numbers_beside_the_scores_are_logged():
+    scores = jnp.array([0.5, 1.5, 0.7, -3.0])
+    same_, logs = scripted((scores, {"helpful": 2 * scores}))()
+    plain, _ = scripted(scores)()
+    same(same_, plain)
+    np.testing.assert_allclose(logs["helpful"].value(), 2 * logs["reward"].value(), rtol=1e-6)
 
 
 def test_returns_contain_the_kl_penalty():
