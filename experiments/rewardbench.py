@@ -74,7 +74,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
-from finetune import scoring
+from finetune import reward_scores
 from launch import entry_point, initial_model, run_folder
 from recipe import human_comparisons, reward_diagnosis, run_setup
 from rich import box
@@ -132,13 +132,13 @@ def run(settings: RewardBenchSettings) -> dict[str, Any]:
         # Created after the data is read, so that unusable data leaves no folder, but before the slow scoring.
         run_folder.create_folder(path, dataclasses.asdict(settings))
         progress.start("score", len(rows))
-        step = parallel.JitStep(partial(scoring.score_batch, cfg=cfg), donate_argnums=())
+        step = parallel.JitStep(partial(reward_scores.score_batch, cfg=cfg), donate_argnums=())
 
         def score(tokens_BL: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
             return np.asarray(step(model.params, tokens_BL, mask_BL))
 
         update = partial(progress.update, "score", total=len(rows))
-        scores = scoring.score_rows(
+        scores = reward_scores.score_rows(
             rows, score, batch=settings.batch, max_length=max_length, pad_id=model.fmt.pad_id, on_progress=update
         )
         progress.finish("score")
@@ -183,7 +183,7 @@ def read(path: str, *, counts: errors.DropCount) -> list[Pair]:
 def encode(
     fmt: chat.ChatFormat, records: Sequence[Pair], *, max_length: int, counts: errors.DropCount
 ) -> tuple[list[Pair], list[list[int]], np.ndarray]:
-    """Tokenises pairs as rows of at most ``max_length`` tokens; see `scoring.encode`.
+    """Tokenises pairs as rows of at most ``max_length`` tokens; see `reward_scores.encode`.
 
     A pair whose two answers have the same tokens after truncation is dropped.
 
@@ -195,7 +195,7 @@ def encode(
     Raises:
         DataError: Too many records are dropped, or no record is left.
     """
-    encoded = scoring.encode(
+    encoded = reward_scores.encode(
         fmt,
         [record.prompt for record in records],
         [(record.chosen, record.rejected) for record in records],

@@ -140,7 +140,7 @@ def test_order_and_batch_size_do_not_change_scores():
 
     done = []
     for batch in (1, 4, 16):
-        scores = rewardbench.scoring.score_rows(
+        scores = rewardbench.reward_scores.score_rows(
             rows, score, batch=batch, max_length=90, pad_id=0, on_progress=done.append
         )
         np.testing.assert_array_equal(scores, [3.5, 40.5, 5.5, 90.5, 33.5, 1.5])
@@ -172,7 +172,7 @@ def test_invalid_input_is_a_one_line_error_and_writes_nothing(model, judged, tmp
     assert "unknown.jsonl" in error and "zebra" in error
     assert not out.exists()
     monkeypatch.setattr(
-        rewardbench.scoring, "score_rows", lambda *_, **__: pytest.fail("scored before the folder was made")
+        rewardbench.reward_scores, "score_rows", lambda *_, **__: pytest.fail("scored before the folder was made")
     )
     (tmp_path / "file").write_text("in the way")
     assert "cannot write to --out" in refused(capsys, *valid[:4], "--out", tmp_path / "file" / "out")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sample
-from finetune import answers, reward_functions, scoring
+from finetune import answers, reward_functions, reward_scores
 from launch import initial_model, run_folder
 from launch import settings as launch_settings
 from recipe import jobs
@@ -174,7 +174,7 @@ def test_batches_contain_each_row_once_in_few_widths():
         assert longest <= width <= max(32, 2 * longest - 1)
 
 
-# --------------------------------------------------------------------------------------------------------- scoring
+# --------------------------------------------------------------------------------------------------- reward models
 
 QUESTION, ANSWER, AGAIN = (
     dialogues.Turn(role, text)
@@ -189,7 +189,7 @@ def test_long_rows_lose_their_oldest_turns_and_then_the_end_of_their_answers():
     ids = chat.encode_answer(fmt, turns, reply)
     for width in range(len(short), len(whole) + len(ids) + 2):
         counts = errors.DropCount(max_dropped=1.0)
-        rows = scoring.encode(fmt, [turns], [(reply, "yes")], width=width, counts=counts)
+        rows = reward_scores.encode(fmt, [turns], [(reply, "yes")], width=width, counts=counts)
         if width == len(short):
             assert not rows.kept and counts.dropped == {"prompt too long": 1}
             continue
@@ -200,7 +200,7 @@ def test_long_rows_lose_their_oldest_turns_and_then_the_end_of_their_answers():
         expected = {} if fits else {"prompt turns dropped": 1}
         cut = sum(len(each) > room for each in (ids, chat.encode_answer(fmt, turns, "yes")))
         assert counts.truncated == expected | ({"answer truncated": cut} if cut else {}) and not counts.dropped
-    rows = scoring.encode(fmt, [turns], [(reply, "yes")], width=99, counts=counts, stopped=[(False, True)])
+    rows = reward_scores.encode(fmt, [turns], [(reply, "yes")], width=99, counts=counts, stopped=[(False, True)])
     assert rows.answers[0][0] == ids[:-1], "an answer that was cut off has no stop token"
 
 
@@ -215,7 +215,7 @@ def test_prompts_keep_as_many_turns_as_fit_and_their_system_turn():
         kept = (turns[0], *turns[start:])
         width = len(chat.encode_prompt(fmt, kept)) + 2
         counts = errors.DropCount()
-        rows = scoring.encode(fmt, [turns], [("yes", "no")], width=width, counts=counts)
+        rows = reward_scores.encode(fmt, [turns], [("yes", "no")], width=width, counts=counts)
         assert rows.prompts == [chat.encode_prompt(fmt, kept)]
         assert counts.truncated == ({"prompt turns dropped": 1} if start > 1 else {})
 
