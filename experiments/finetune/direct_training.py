@@ -37,20 +37,22 @@ def run(settings: OwnDPOSettings) -> dict[str, Any]:
 
     def prepare(resolved: OwnDPOSettings, mesh: Any) -> tuple[OwnDPOSettings, Any]:
         model, data = comparisons.load(settings, mesh, counts)
-        return initial_model.with_date(settings, model), (model, data)
+        pairs, held_out = (
+            pairs_lib.from_rankings(part.rows, prompt_width=data.prompt_width, per_prompt=n, seed=settings.seed)
+            for part, n in ((data.train, settings.pairs), (data.held_out, 0))
+        )
+        rows = pairs.rows if settings.paired else pairs_lib.singles(pairs, prompt_width=data.prompt_width)
+        training.rows_per_step(settings, len(rows.tokens_BKL), mesh)
+        return initial_model.with_date(settings, model), (model, data, pairs, held_out, rows)
 
     stages = [("reference", 15.0), (STAGE, 60.0), ("evaluate", 10.0)]
     with run_setup.open_folder(settings, out, stages=stages, prepare=prepare) as opened:
-        model, data = opened.prepared
+        model, data, pairs, held_out, rows = opened.prepared
         cfg = initial_model.with_compute(model.cfg, settings.compute)
         job = engine.Engine(cfg=cfg, **opened.engine_fields)
         comparisons.describe(out, opened.folder, data, counts)
         outcome.describe_model(opened, out, model, cfg)
         P = data.prompt_width
-        pairs, held_out = (
-            pairs_lib.from_rankings(part.rows, prompt_width=P, per_prompt=n, seed=settings.seed)
-            for part, n in ((data.train, settings.pairs), (data.held_out, 0))
-        )
         logprobs = partial(lm.token_logprobs, cfg=cfg, prompt_width=P)
         score = parallel.JitStep(
             partial(dpo.answer_logprobs, logprobs),
@@ -60,7 +62,6 @@ def run(settings: OwnDPOSettings) -> dict[str, Any]:
             replicated_args=(),
         )
         chunk = max(1, _SCORED_TOKENS // (2 * data.row_width))
-        rows = pairs.rows if settings.paired else pairs_lib.singles(pairs, prompt_width=P)
         if settings.has_reference:
             job.progress.start("reference", 1)
             rows = reference_lib.attach_logprobs(

@@ -40,18 +40,19 @@ def run(settings: OwnRewardSettings) -> dict[str, Any]:
 
     def prepare(resolved: OwnRewardSettings, mesh: Any) -> tuple[OwnRewardSettings, Any]:
         model, data = comparisons.load(settings, mesh, counts)
-        return initial_model.with_date(settings, model), (model, data)
-
-    with run_setup.open_folder(settings, out, stages=[(STAGE, 60.0), ("evaluate", 5.0)], prepare=prepare) as opened:
-        model, data = opened.prepared
-        cfg = initial_model.with_compute(model.cfg, settings.compute)
-        job = engine.Engine(cfg=cfg, **opened.engine_fields)
-        comparisons.describe(out, opened.folder, data, counts)
-        outcome.describe_model(opened, out, model, cfg)
         train = data.train.take(settings.training.limit)
         rows = train.rows
         if settings.training.loss == "pairs":
             rows = comparison_transforms.split_into_pairs(rows)
+        training.rows_per_step(settings, len(rows.ranks_BK), mesh)
+        return initial_model.with_date(settings, model), (model, data, train, rows)
+
+    with run_setup.open_folder(settings, out, stages=[(STAGE, 60.0), ("evaluate", 5.0)], prepare=prepare) as opened:
+        model, data, train, rows = opened.prepared
+        cfg = initial_model.with_compute(model.cfg, settings.compute)
+        job = engine.Engine(cfg=cfg, **opened.engine_fields)
+        comparisons.describe(out, opened.folder, data, counts)
+        outcome.describe_model(opened, out, model, cfg)
         start = _trainable(settings, job, model)
         planned = training.schedule(job, STAGE, len(rows.ranks_BK), settings)
         batch_at, saving = _batches(settings, job, rows, planned, pad_id=model.fmt.pad_id)

@@ -63,6 +63,17 @@ def count_steps(settings: StageSettings, rows: int, *, batch: int) -> int:
     return settings.steps or math.ceil(settings.epochs * rows / batch)
 
 
+def rows_per_step(settings: StageSettings, rows: int, mesh: Any) -> int:
+    """Returns the batch size for ``rows`` rows; raises SettingError if they are too few for a step."""
+    if rows >= settings.batch:
+        return settings.batch
+    if rows < settings.micro_batches:
+        raise SettingError(
+            f"--micro-batches is {settings.micro_batches}; it must be at most {rows}, the number of rows of the data"
+        )
+    return device_mesh.round_rows_down(rows - rows % settings.micro_batches, mesh, "--batch")
+
+
 class Schedule(NamedTuple):
     """The rows of each step."""
 
@@ -73,13 +84,10 @@ class Schedule(NamedTuple):
 
 
 def schedule(run: engine.Engine, stage: str, rows: int, settings: StageSettings) -> Schedule:
-    """Returns the schedule of a stage on ``rows`` rows, whose batches are smaller than --batch if there are fewer."""
-    batch = settings.batch
-    if rows < batch:
-        batch = device_mesh.round_rows_down(rows - rows % settings.micro_batches, run.mesh, "--batch")
+    """Returns the schedule of a stage on ``rows`` rows; notes batches that are smaller than --batch."""
+    batch = rows_per_step(settings, rows, run.mesh)
+    if batch < settings.batch:
         run.note(stage, f"a step has {batch} rows instead of --batch {settings.batch}: the data has only {rows} rows")
-    if batch == 0:
-        raise SettingError(f"--micro-batches is {settings.micro_batches}; the data has only {rows} rows")
     steps = count_steps(settings, rows, batch=batch)
     order = batching.epoch_batches(0, n=rows, batch_size=batch, key=run.key(stage), steps=steps)
     return Schedule(order, steps, batch)
