@@ -39,7 +39,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from finetune import outcome, policy_data, policy_rewards, policy_samples, training
 from launch import device_mesh, entry_point, initial_model, run_folder
 from recipe import engine, monitoring, optimiser_choice, rl_methods, run_setup

@@ -48,10 +48,10 @@ def load(
     loaded: list[tuple[str, Any]] = []
     for path in settings.reward_model:
         model = load_compatible(path, "--reward-model", policy, mesh, compute=settings.compute)
-        if lm.heads.count_heads(model.params) is not None:
+        if (heads := lm.heads.count_heads(model.params)) is not None:
             raise SettingError(
-                f"cannot use --reward-model {path}: it has {lm.heads.count_heads(model.params)} heads; combine them with "
-                "lm.heads.combine and save the model"
+                f"cannot use --reward-model {path}: it has {heads} heads; combine them with lm.heads.combine and save "
+                "the model"
             )
         loaded.append(("reward_model", model))
     for spec in settings.reward:

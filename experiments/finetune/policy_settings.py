@@ -62,8 +62,9 @@ class PPOSettings(RunSettings, Optimizer):
     """Scale the scores of each reward model to mean 0 and standard deviation 1 on answers of the policy, so that KL
     coefficients are comparable. Scores of reward functions are never changed."""
     critic: str | None = None
-    """Initial critic: the folder of a reward model, `new-head` for the policy with a new head, or `zero-head` for a zero
-    head on the policy's trunk, which both losses then train. None uses the first reward model, or else `new-head`."""
+    """Initial critic: the folder of a reward model, `new-head` for the policy with a new head, or `zero-head` for a
+    zero head on the policy's trunk, which both losses then train. None uses the first reward model, or else
+    `new-head`."""
     reference: str | None = None
     """Folder of the model from which the KL is measured. None uses --policy."""
     ptx: str | None = None

@@ -164,8 +164,8 @@ class RL:
     epochs: int = 1
     """Number of passes over each rollout (1 in InstructGPT, 4 in Ziegler and Stiennon)."""
     value_coef: float = 1.0
-    """Weight of the value loss (0.1 in Ziegler), for a critic with a zero head. For a separate critic, whose Adam cancels
-    the weight, change the learning rate of the critic instead."""
+    """Weight of the value loss (0.1 in Ziegler), for a critic with a zero head. For a separate critic, whose Adam
+    cancels the weight, change the learning rate of the critic instead."""
     warmup: int = 5
     """Number of warmup iterations for both learning rates. The warmup is linear and starts at a tenth."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
