@@ -31,7 +31,7 @@ class Data:
     """JSONL (also compressed) or Parquet file. Each record has prompt, chosen, rejected and, optionally, subset, or
     ranks two answers in any other format of docs/data.md."""
     max_dropped: float = 0.01
-    """Maximum share of dropped records, such as those that are empty, tied, not pairs, too long or rejected by the chat
+    """Maximum share of dropped records, such as those that are empty, tied, not pairs or rejected by the chat
     template. A file with a larger share is refused."""
 
 
@@ -48,8 +48,8 @@ class RewardBenchSettings:
     batch: int = 16
     """Number of answers scored together."""
     max_length: int | None = None
-    """Maximum number of tokens in a prompt with its answer. A prompt that exceeds it loses its oldest turns. Records
-    that are still too long are dropped. Both are counted in results.json. None uses the model's maximum length."""
+    """Maximum number of tokens in a prompt with its answer. Longer prompts lose their oldest turns, then the end of
+    the answers is cut off. Both are counted in results.json. None uses the model's maximum length."""
     bins: int = 10
     """Maximum number of bins in the calibration curve. All bins have about the same number of pairs."""
 
@@ -70,10 +70,11 @@ if __name__ == "__main__":
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
+from finetune import reward_scores
 from launch import entry_point, initial_model, run_folder
 from recipe import human_comparisons, reward_diagnosis, run_setup
 from rich import box
@@ -81,7 +82,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rlhf_jax import diagnostics, lm, parallel, report, types
+from rlhf_jax import diagnostics, parallel, report
 from rlhf_jax.checkpoint import atomic
 from rlhf_jax.data import chat, dialogues, errors, readers
 from rlhf_jax.report import console
@@ -131,13 +132,13 @@ def run(settings: RewardBenchSettings) -> dict[str, Any]:
         # Created after the data is read, so that unusable data leaves no folder, but before the slow scoring.
         run_folder.create_folder(path, dataclasses.asdict(settings))
         progress.start("score", len(rows))
-        step = parallel.JitStep(partial(_score, cfg=cfg), donate_argnums=())
+        step = parallel.JitStep(partial(reward_scores.score_batch, cfg=cfg), donate_argnums=())
 
         def score(tokens_BL: np.ndarray, mask_BL: np.ndarray) -> np.ndarray:
             return np.asarray(step(model.params, tokens_BL, mask_BL))
 
         update = partial(progress.update, "score", total=len(rows))
-        scores = score_rows(
+        scores = reward_scores.score_rows(
             rows, score, batch=settings.batch, max_length=max_length, pad_id=model.fmt.pad_id, on_progress=update
         )
         progress.finish("score")
@@ -157,10 +158,6 @@ def run(settings: RewardBenchSettings) -> dict[str, Any]:
     run_setup.print_line(out, f"data: {counts.report()}")
     run_setup.print_line(out, f"report: {path / 'report.html'}   results: {path / run_folder.RESULTS}")
     return results
-
-
-def _score(params: types.Params, tokens_BL: Any, mask_BL: Any, *, cfg: lm.LMConfig) -> Any:
-    return lm.score(params, tokens_BL, cfg=cfg, mask_BL=mask_BL)
 
 
 def read(path: str, *, counts: errors.DropCount) -> list[Pair]:
@@ -186,9 +183,9 @@ def read(path: str, *, counts: errors.DropCount) -> list[Pair]:
 def encode(
     fmt: chat.ChatFormat, records: Sequence[Pair], *, max_length: int, counts: errors.DropCount
 ) -> tuple[list[Pair], list[list[int]], np.ndarray]:
-    """Tokenises pairs. Pairs with more than ``max_length`` tokens in either of their two rows are dropped and counted.
+    """Tokenises pairs as rows of at most ``max_length`` tokens; see `reward_scores.encode`.
 
-    A prompt that alone exceeds ``max_length`` first loses its oldest turns and is counted too.
+    A pair whose two answers have the same tokens after truncation is dropped.
 
     Returns:
         ``(records, rows, lengths)``: the N remaining records, 2N rows of token ids and the lengths of the 2N answers in
@@ -198,70 +195,24 @@ def encode(
     Raises:
         DataError: Too many records are dropped, or no record is left.
     """
-    stage = counts.stage()
-    prompts, kept = chat.encode_prompts(
+    encoded = reward_scores.encode(
         fmt,
         [record.prompt for record in records],
+        [(record.chosen, record.rejected) for record in records],
         width=max_length,
         counts=counts,
         tools=[record.tools for record in records],
     )
-    records_kept = [records[i] for i in kept]
-    asked, tools = [record.prompt for record in records_kept], [record.tools for record in records_kept]
-    sides = [
-        chat.encode_answers(fmt, asked, answers, tools=tools)
-        for answers in ([record.chosen for record in records_kept], [record.rejected for record in records_kept])
-    ]
-    fits = []
-    for i, prompt in enumerate(prompts):
-        if len(prompt) + max(len(side[i]) for side in sides) <= max_length:
-            fits.append(i)
-        else:
-            stage.drop("too long")
-    counts.add(stage, records=len(records), source="records")
-    if not fits:
-        raise errors.DataError("no record is left to score")
-    rows = [prompts[i] + side[i] for side in sides for i in fits]
-    return [records_kept[i] for i in fits], rows, np.array([len(side[i]) for side in sides for i in fits])
-
-
-def score_rows(
-    rows: Sequence[Sequence[int]],
-    score: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    *,
-    batch: int,
-    max_length: int,
-    pad_id: int,
-    on_progress: Callable[[int], None] = lambda done: None,
-) -> np.ndarray:
-    """Scores rows of different lengths.
-
-    Rows of similar length are batched together and padded to one of a few widths, so that few programs are compiled.
-
-    Args:
-        rows: Rows of token ids.
-        score: ``(tokens_BL, mask_BL) -> scores_B``.
-        batch: Number of rows in a batch.
-        max_length: Maximum width to which rows are padded.
-        pad_id: Id of the padding token.
-        on_progress: Called after each batch with the number of rows scored so far.
-
-    Returns:
-        The scores, in the order of ``rows``.
-    """
-    order = np.argsort([len(row) for row in rows], kind="stable")
-    scores = np.zeros(len(rows))
-    for first in range(0, len(rows), batch):
-        indices = order[first : first + batch]
-        longest = len(rows[indices[-1]])
-        width = min(max(32, 1 << (longest - 1).bit_length()), max(max_length, longest))
-        tokens_BL, mask_BL = np.full((batch, width), pad_id, np.int32), np.zeros((batch, width), bool)
-        # The last batch is padded with copies of its first row.
-        for b, row in enumerate([rows[i] for i in indices] + [rows[indices[0]]] * (batch - len(indices))):
-            tokens_BL[b, : len(row)], mask_BL[b, : len(row)] = row, True
-        scores[indices] = score(tokens_BL, mask_BL)[: len(indices)]
-        on_progress(first + len(indices))
-    return scores
+    stage = counts.stage()
+    differ = [n for n, (chosen, rejected) in enumerate(encoded.answers) if chosen != rejected]
+    for _ in range(len(encoded.kept) - len(differ)):
+        stage.drop("same answer within the width")
+    counts.add(stage, records=len(encoded.kept), source="records")
+    if not differ:
+        raise errors.DataError(f"no record is left to score ({counts.report()})")
+    sides = [[encoded.answers[n][side] for n in differ] for side in range(2)]
+    rows = [encoded.prompts[n] + ids for side in sides for n, ids in zip(differ, side)]
+    return [records[encoded.kept[n]] for n in differ], rows, np.array([len(ids) for side in sides for ids in side])
 
 
 def measure(scored: Scored, *, bins: int = 10) -> dict[str, Any]:
@@ -335,7 +286,7 @@ def _write(path: Any, settings: RewardBenchSettings, results: dict[str, Any], sc
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command."""
-    entry_point.execute(run, parse, arguments, stopped="stopped; start the command again with another --out")
+    entry_point.execute(run, parse, arguments)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Tests that the documentation's Python blocks run and that its commands name existing scripts and flags."""
 
+import ast
+import builtins
 import contextlib
 import functools
 import importlib
@@ -98,3 +100,27 @@ def test_names_that_pages_mention_exist():
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1000
+
+
+def test_the_programs_of_the_python_page_are_complete_and_short(tmp_path):
+    _, *programs = blocks(ROOT / "docs" / "python.md", "python")
+    assert len(programs) == 5
+    for program in programs:
+        assert len([line for line in program.splitlines() if line.strip()]) <= 40
+        names = {node.id for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Name)}
+        assert names <= defined(program) | set(dir(builtins)), "a program uses a name of another one"
+
+
+def defined(program):
+    """Returns the names that a program binds."""
+    names = set()
+    for node in ast.walk(ast.parse(program)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.FunctionDef | ast.Lambda):
+            names |= {each.arg for each in node.args.args} | (
+                {node.name} if isinstance(node, ast.FunctionDef) else set()
+            )
+    return names

@@ -18,6 +18,14 @@ VERSION = 4
 """Version of the run folder's layout. Runs with a different version, or without a version, are refused."""
 
 
+def check_local(flag: str, path: str | None) -> None:
+    """Raises SettingError for an address such as gs://bucket/name, which would be taken for a local folder."""
+    if path is not None and "://" in path:
+        raise SettingError(
+            f"{flag} {path} is not a local folder; mount the bucket and give the folder where it is mounted"
+        )
+
+
 def is_run(folder: pathlib.Path) -> bool:
     """Returns whether the config.json in a folder is that of a run, and not that of a model."""
     try:
@@ -32,6 +40,7 @@ def read(resume: str) -> dict[str, Any]:
 
     Raises SettingError if the file is missing, unreadable or from a different version.
     """
+    check_local("--resume", resume)
     path = pathlib.Path(resume) / NAME
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -24,8 +24,8 @@ _SAVED_AS = {LANGUAGE_MODEL: ("model", "policy"), REWARD_MODEL: ("model", "rewar
 """Names under which commands save models in their run folders."""
 _FILES = ("*.json", "*.jinja", "*.safetensors", "tokenizer.model")
 
-_LONG = 4096
-"""Maximum length of a new model with rotary positions."""
+ROTARY_LENGTH = 4096
+"""Least maximum length of a new model with rotary positions, which is not limited to the widths of its training."""
 _AS_IT_IS = Template()
 S = TypeVar("S", bound=RunSettings)
 
@@ -89,7 +89,7 @@ def create(
     """Returns a model with random weights and the vocabulary of ``fmt``, for which `is_architecture` is true."""
     cfg = lm.LMConfig.preset(architecture, vocab_size=len(fmt.tokenizer))
     if cfg.positions == "rope":  # not limited by a table of positions
-        cfg = dataclasses.replace(cfg, max_length=max(cfg.max_length, _LONG))
+        cfg = dataclasses.replace(cfg, max_length=max(cfg.max_length, ROTARY_LENGTH))
     make = partial(lm.init, cfg=cfg)
     if mesh is None:
         params = jax.jit(make)(key)
@@ -105,6 +105,7 @@ def _other(kind: str) -> str:
 
 def _saved_in_run(path: str, kind: str, flag: str) -> str:
     """Returns ``path`` or, if it is the folder of a run, the folder of the model of this kind that the run saved."""
+    config_file.check_local(flag, path)
     folder = pathlib.Path(path)
     if not folder.exists():
         if is_architecture(path):

@@ -144,7 +144,7 @@ def model_config(settings: Settings, task: tasks.Task, model: initial_model.Init
         d_model=settings.net.width,
         n_heads=settings.net.heads,
         d_mlp=settings.net.mlp,
-        max_length=max(task.row_width, 64),
+        max_length=max(task.row_width, initial_model.ROTARY_LENGTH),
         tie_embeddings=True,
         dtype=settings.compute.dtype or "float32",
         remat=settings.compute.remat,

@@ -140,7 +140,9 @@ def test_order_and_batch_size_do_not_change_scores():
 
     done = []
     for batch in (1, 4, 16):
-        scores = rewardbench.score_rows(rows, score, batch=batch, max_length=90, pad_id=0, on_progress=done.append)
+        scores = rewardbench.reward_scores.score_rows(
+            rows, score, batch=batch, max_length=90, pad_id=0, on_progress=done.append
+        )
         np.testing.assert_array_equal(scores, [3.5, 40.5, 5.5, 90.5, 33.5, 1.5])
     assert {width for _, width in shapes} == {32, 64, 90} and done[-1] == 6
 
@@ -169,21 +171,25 @@ def test_invalid_input_is_a_one_line_error_and_writes_nothing(model, judged, tmp
     error = refused(capsys, "--model", model[0], "--data.path", unknown, "--out", out)
     assert "unknown.jsonl" in error and "zebra" in error
     assert not out.exists()
-    monkeypatch.setattr(rewardbench, "score_rows", lambda *_, **__: pytest.fail("scored before the folder was made"))
+    monkeypatch.setattr(
+        rewardbench.reward_scores, "score_rows", lambda *_, **__: pytest.fail("scored before the folder was made")
+    )
     (tmp_path / "file").write_text("in the way")
     assert "cannot write to --out" in refused(capsys, *valid[:4], "--out", tmp_path / "file" / "out")
 
 
-def test_pairs_that_are_too_long_are_dropped(model):
+def test_long_pairs_lose_turns_and_then_the_end_of_their_answers(model):
     fmt = chat.chat_format(tokenizers.load(model[0]))
     pairs = [("red", "red blue green"), ("red", "blue"), (" ".join(["red"] * 9), "red")]
     records = [rewardbench.Pair((dialogues.Turn("user", "what"),), *pair, None, "") for pair in pairs]
     counts = errors.DropCount(max_dropped=1.0)
     kept, rows, lengths = rewardbench.encode(fmt, records, max_length=8, counts=counts)
-    assert [record.chosen for record in kept] == ["red", "red"] and counts.dropped == {"too long": 1}
-    assert lengths.tolist() == [2, 2, 4, 2] and [len(row) for row in rows] == [6, 6, 8, 6]
+    assert kept == records and not counts.dropped and counts.truncated == {"answer truncated": 1}
+    assert lengths.tolist() == [2, 2, 4, 4, 2, 2] and [len(row) for row in rows] == [6, 6, 8, 8, 6, 6]
+    kept, _, _ = rewardbench.encode(fmt, records, max_length=5, counts=counts)
+    assert kept == [records[1]] and counts.dropped == {"same answer within the width": 2}
     with pytest.raises(errors.DataError, match="no record is left"):
-        rewardbench.encode(fmt, records, max_length=5, counts=counts)
+        rewardbench.encode(fmt, records, max_length=4, counts=counts)
 
 
 def test_tools_and_calls_reach_the_chat_template(model, tmp_path):

@@ -160,7 +160,7 @@ def test_settings_of_rewardbench_change_the_scoring(tmp_path):
             mock.patch.object(rewardbench, "read", read),
             mock.patch.object(rewardbench.initial_model, "load", lambda *_, **__: model),
             mock.patch.object(rewardbench.parallel, "JitStep", lambda function, **_: functools.partial(call, function)),
-            mock.patch.object(rewardbench, "_create_folder", lambda path, made: record.append(path)),
+            mock.patch.object(rewardbench.run_folder, "create_folder", lambda path, made: record.append(path)),
             mock.patch.object(rewardbench, "_write", lambda *_: None),
             mock.patch.object(rewardbench, "measure", lambda scored, bins: record.append((bins, len(scored.records)))),
             mock.patch.object(rewardbench, "accuracy_table", lambda _: ""),

@@ -2,17 +2,21 @@
 
 import json
 import pathlib
+import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import sample
-from finetune import answers
+from finetune import answers, reward_functions, reward_scores
 from launch import initial_model, run_folder
+from launch import settings as launch_settings
+from recipe import jobs
 
 from rlhf_jax import lm
-from rlhf_jax.data import chat, errors, readers, tokenizers
+from rlhf_jax.data import chat, dialogues, errors, readers, tokenizers
 
 WORDS = ("tea", "milk", "bread", "salt", "rice", "fish", "corn", "plum", "what", "is", "no", "yes")
 DIALOGUES = [f"{a} is {b} {c}" for a in WORDS[:8] for b in WORDS[4:8] for c in WORDS[:2]]
@@ -168,3 +172,82 @@ def test_batches_contain_each_row_once_in_few_widths():
     for rows, width in made:
         longest = max(lengths[i] for i in rows)
         assert longest <= width <= max(32, 2 * longest - 1)
+
+
+# --------------------------------------------------------------------------------------------------- reward models
+
+QUESTION, ANSWER, AGAIN = (
+    dialogues.Turn(role, text)
+    for role, text in (("user", "what is tea"), ("assistant", "tea"), ("user", "is milk tea"))
+)
+
+
+def test_long_rows_lose_their_oldest_turns_and_then_the_end_of_their_answers():
+    fmt = chat.chat_format(tokenizers.word_level(WORDS))
+    turns, reply = (QUESTION, ANSWER, AGAIN), "no no no no"
+    whole, short = (chat.encode_prompt(fmt, part) for part in (turns, turns[2:]))
+    ids = chat.encode_answer(fmt, turns, reply)
+    for width in range(len(short), len(whole) + len(ids) + 2):
+        counts = errors.DropCount(max_dropped=1.0)
+        rows = reward_scores.encode(fmt, [turns], [(reply, "yes")], width=width, counts=counts)
+        if width == len(short):
+            assert not rows.kept and counts.dropped == {"prompt too long": 1}
+            continue
+        fits = width >= len(whole) + len(ids)
+        prompt = whole if fits else short
+        room = width - len(prompt)
+        assert rows.prompts == [prompt] and rows.answers[0][0] == ids[:room]
+        expected = {} if fits else {"prompt turns dropped": 1}
+        cut = sum(len(each) > room for each in (ids, chat.encode_answer(fmt, turns, "yes")))
+        assert counts.truncated == expected | ({"answer truncated": cut} if cut else {}) and not counts.dropped
+    rows = reward_scores.encode(fmt, [turns], [(reply, "yes")], width=99, counts=counts, stopped=[(False, True)])
+    assert rows.answers[0][0] == ids[:-1], "an answer that was cut off has no stop token"
+
+
+def test_prompts_keep_as_many_turns_as_fit_and_their_system_turn():
+    fmt = chat.chat_format(
+        tokenizers.word_level(WORDS),
+        template="{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %} "
+        "{% endfor %}",
+    )
+    turns = (dialogues.Turn("system", "salt"), QUESTION, ANSWER, AGAIN, ANSWER, QUESTION)
+    for start in (1, 3, 5):
+        kept = (turns[0], *turns[start:])
+        width = len(chat.encode_prompt(fmt, kept)) + 2
+        counts = errors.DropCount()
+        rows = reward_scores.encode(fmt, [turns], [("yes", "no")], width=width, counts=counts)
+        assert rows.prompts == [chat.encode_prompt(fmt, kept)]
+        assert counts.truncated == ({"prompt turns dropped": 1} if start > 1 else {})
+
+
+@pytest.mark.parametrize(("width", "length"), [(192, 4096), (5000, 5000)])
+def test_a_new_model_is_not_limited_to_the_width_of_its_training(width, length):
+    task: Any = types.SimpleNamespace(tokenizer=range(10), row_width=width)
+    assert jobs.model_config(launch_settings.Settings(), task, None).max_length == length
+
+
+# --------------------------------------------------------------------------------------------------- reward functions
+
+
+def test_a_reward_function_is_loaded_from_a_module_or_a_file(tmp_path, monkeypatch):
+    (tmp_path / "own_rewards.py").write_text(
+        "def length(prompts, responses):\n    return [len(p) + len(r) for p, r in zip(prompts, responses)]\n"
+        "def one(prompts, responses):\n    return 1.0\n"
+        "def bad(prompts, responses):\n    return [float('nan') for _ in prompts]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    prompt = [{"role": "user", "content": "tea"}]
+    for name in ("own_rewards", str(tmp_path / "own_rewards.py")):
+        np.testing.assert_array_equal(reward_functions.load(f"{name}:length")([prompt] * 2, ["abc", ""]), [4, 1])
+    with pytest.raises(errors.DataError, match="it must return one number per answer"):
+        reward_functions.load("own_rewards:one")([prompt] * 2, ["a", "b"])
+    with pytest.raises(errors.DataError, match="returned nan for the answer 'a'"):
+        reward_functions.load("own_rewards:bad")([prompt], ["a"])
+    for text, message in (
+        ("own_rewards", "it must have the form module:function"),
+        ("own_rewards:none", "own_rewards has no function none"),
+        ("no_such_module:f", "cannot import no_such_module"),
+        ("no/file.py:f", "no/file.py does not exist"),
+    ):
+        with pytest.raises(run_folder.SettingError, match=message):
+            reward_functions.load(text, flag="--reward")

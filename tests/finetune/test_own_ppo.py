@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import ppo
 import pytest
-from finetune import policy_settings, reward_functions
+from finetune import policy_functions, policy_settings
 from launch import run_folder
 from launch.run_settings import SettingError
 
@@ -178,10 +178,10 @@ def test_errors_of_reward_functions_name_the_line(files, tmp_path):
     with pytest.raises(SettingError, match="has no function missing"):
         ppo.run(settings(files, tmp_path / "c", reward="missing"))
     assert not (tmp_path / "c").exists()
-    with pytest.raises(SettingError, match="must be MODULE:FUNCTION"):
-        reward_functions.RewardFunction("count")
+    with pytest.raises(SettingError, match="must have the form module:function"):
+        policy_functions.RewardFunction("count")
     with pytest.raises(SettingError, match="cannot import nowhere"):
-        reward_functions.RewardFunction("nowhere:count")
+        policy_functions.RewardFunction("nowhere:count")
 
 
 def test_an_error_within_a_step_is_that_of_the_function(files, tmp_path):
