@@ -35,7 +35,7 @@ def is_run(folder: pathlib.Path) -> bool:
     return isinstance(values, dict) and "command" in values and "version" in values
 
 
-def read(resume: str) -> dict[str, Any]:
+def read(resume: str, *, flag: str = "--resume") -> dict[str, Any]:
     """Returns the contents of config.json in the run folder ``resume``.
 
     Raises SettingError if the file is missing, unreadable or from a different version.
@@ -45,16 +45,16 @@ def read(resume: str) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise SettingError(f"--resume {resume} is not a run folder: {path} does not exist") from None
+        raise SettingError(f"{flag} {resume} is not a run folder: {path} does not exist") from None
     except (OSError, ValueError) as error:
         raise SettingError(
-            f"--resume {resume}: {path} is damaged ({error}); restore it or start a new run with --out"
+            f"{flag} {resume}: {path} is damaged ({error}); restore it or start a new run with --out"
         ) from error
     version = values.get("version") if isinstance(values, dict) else None
     if version != VERSION:
         has = "no version" if version is None else f"version {version}"
         raise SettingError(
-            f"--resume {resume} is not a run of this version of rlhf_jax: {path} has {has} instead of version "
+            f"{flag} {resume} is not a run of this version of rlhf_jax: {path} has {has} instead of version "
             f"{VERSION}; start a new run with --out"
         )
     return values
