@@ -6,8 +6,8 @@
     python experiments/sft.py --resume runs/NAME                                resume an interrupted run
 
 The file has prompts with answers in any of the forms of docs/data.md: prompt and response, messages, ShareGPT or Alpaca
-records. Conversations are rendered with the model's own chat template. The loss is on the last answer of each
-conversation and its stop token (--data.train-on).
+records. Of comparisons, the preferred answers are used. Conversations are rendered with the model's own chat template.
+The loss is on the last answer of each conversation and its stop token (--data.train-on).
 
 The run folder contains model/, in Hugging Face format with its tokenizer, results.json, report.html, config.json,
 metrics.jsonl, tensorboard/ and checkpoints/. Other commands accept the run folder as their --model.
@@ -88,7 +88,7 @@ def run(settings: SFTSettings) -> dict[str, Any]:
 
     def prepare(resolved: SFTSettings, mesh: Any) -> tuple[SFTSettings, Any]:
         key, data = jax.random.key(settings.seed), settings.data
-        found = demonstrations.read(data.path, counts)
+        found, preferred = demonstrations.read(data.path, counts)
         if initial_model.is_architecture(settings.model):
             fmt = demonstrations.train_chat_format(found, data.vocab_size)
             model = initial_model.create(settings.model, fmt, key, mesh=mesh)
@@ -110,14 +110,23 @@ def run(settings: SFTSettings) -> dict[str, Any]:
         )
         rows = demonstrations.rows(train, width=width, pad_id=model.fmt.pad_id, packed=settings.packing)
         training.rows_per_step(settings, len(rows.tokens_BL), mesh)
-        return initial_model.with_date(settings, model), (model, train, held_out, rows)
+        return initial_model.with_date(settings, model), (model, train, held_out, rows, preferred)
 
-    with run_setup.open_folder(settings, out, stages=[("sft", 60.0), ("evaluate", 5.0)], prepare=prepare) as opened:
-        model, train, held_out, rows = opened.prepared
+    def stages(prepared: Any) -> list[tuple[str, float]]:
+        """Returns the stages with the work of each, in forward passes of a row."""
+        _, _, held_out, rows, _ = prepared
+        batch = min(settings.batch, len(rows.tokens_BL))
+        steps = training.count_steps(settings, len(rows.tokens_BL), batch=batch)
+        return [("sft", 3.0 * steps * batch), ("evaluate", 2.0 * len(held_out.ids))]
+
+    with run_setup.open_folder(settings, out, stages=stages, prepare=prepare) as opened:
+        model, train, held_out, rows, preferred = opened.prepared
         width = rows.tokens_BL.shape[1]
         cfg, fmt = initial_model.with_compute(model.cfg, settings.compute), model.fmt
         job = engine.Engine(cfg=cfg, **opened.engine_fields)
         n = len(train.ids) + len(held_out.ids)
+        if preferred:
+            run_setup.print_line(out, "the file has comparisons; their preferred answers are the demonstrations")
         outcome.describe_data(out, counts, {"tokens per row": width, "conversations": n})
         outcome.describe_model(opened, out, model, cfg)
         start = training.trainable(settings.lora, cfg, model.params, jax.random.fold_in(job.key("sft"), 2))

@@ -131,3 +131,12 @@ def defined(program):
                 {node.name} if isinstance(node, ast.FunctionDef) else set()
             )
     return names
+
+
+def test_the_run_on_a_slice_of_16_chips_has_batches_that_divide_them():
+    (command,) = [
+        each for each in commands(ROOT / "docs" / "hosts.md") if "--mesh.data -1" in each and "--mesh.fsdp 4" in each
+    ]
+    _, *arguments = shlex.split(command.rstrip("'\\"))
+    instructgpt = importlib.import_module("instructgpt")
+    instructgpt.parse(["4" if argument == "-1" else argument for argument in arguments])

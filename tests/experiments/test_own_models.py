@@ -7,8 +7,10 @@ import sys
 
 import launch
 import pytest
+from finetune import demonstrations as demonstrations_lib
 
 from rlhf_jax import lm
+from rlhf_jax.data import errors
 
 EXPERIMENTS = pathlib.Path(launch.__path__[0]).parent
 
@@ -85,3 +87,14 @@ def test_data_that_is_too_small_is_refused_before_a_folder_is_created(demonstrat
     text = command("sft.py", *flags, "--data.held-out", 0, "--micro-batches", 8, status=2)
     assert text == "error: --micro-batches is 8; it must be at most 2, the number of rows of the data\n"
     assert not (tmp_path / "run").exists()
+
+
+def test_sft_trains_on_the_preferred_answers_of_comparisons(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    records = [{"prompt": f"Is {n} even?", "chosen": "Yes, it is.", "rejected": "No."} for n in range(0, 80, 2)]
+    path.write_text("\n".join(map(json.dumps, records)))
+    flags = ("--data.vocab-size", 280, "--steps", 1, "--batch", 4, "--data.held-out", 0.1, "--out", tmp_path / "run")
+    text = command("sft.py", "--model", "tiny", "--data.path", path, *flags)
+    assert "their preferred answers are the demonstrations" in text
+    found, _ = demonstrations_lib.read(str(path), errors.DropCount())
+    assert {each.response for each in found} == {"Yes, it is."}
