@@ -34,7 +34,7 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -142,9 +142,13 @@ class _KLLimit:
     def __init__(self, log: Any, limit: float | None) -> None:
         self._log, self._limit, self.reached = log, limit, False
 
+    def exceeded(self, values: Mapping[str, float | None]) -> bool:
+        """Returns whether the KL of a logged iteration is above the limit."""
+        return self._limit is not None and (values.get("kl") or 0.0) > self._limit
+
     def __call__(self, step: int, values: dict[str, float]) -> None:
         self._log(step, values)
-        if self._limit is not None and values["kl"] > self._limit:
+        if self.exceeded(values):
             self.reached = True
             raise loop.Alarmed(f"KL {values['kl']:.3g} above --stop-at-kl {self._limit:g} at step {step}")
 
@@ -284,6 +288,16 @@ def _fit(
         text = None if ptx is None or text_order is None else jax.tree.map(lambda x: x[text_order[i]], ptx)
         return ppo.Batch(prompts.tokens_BP[order[i]], prompts.mask_BP[order[i]], text)  # type: ignore[arg-type]
 
+    def newest_state() -> ppo.PPOState:
+        with job.checkpoints(stage) as checkpoints:
+            return checkpoints.restore(new_state())[1]
+
+    with job.checkpoints(stage) as checkpoints:
+        saved = checkpoints.latest() or 0
+    if any(limit.exceeded(row) for row in job.log.rows(stage) if row["step"] <= saved):  # ended before the resume
+        limit.reached = True
+        job.progress.skip(stage)
+        return newest_state()
     try:
         return job.fit(
             stage,
@@ -300,8 +314,7 @@ def _fit(
             raise
         job.note(stage, f"ended after {alarmed.step} of {method.iterations} iterations: {alarmed.reason}")
         job.progress.finish(stage)
-        with job.checkpoints(stage) as checkpoints:
-            return checkpoints.restore(new_state())[1]
+        return newest_state()
 
 
 def _evaluate(
