@@ -124,7 +124,7 @@ def read_ptx(fmt: chat.ChatFormat, path: str, *, width: int) -> TokenBatch:
             raise errors.DataError(f"--ptx {path} has fewer tokens than a row, which has {width}; add text")
         return tasks.text_batch(rows_BL)
     counts = errors.DropCount(max_dropped=1.0)
-    found = demonstrations.read(path, counts)
+    found, _ = demonstrations.read(path, counts)
     encoded, _ = demonstrations.encode(fmt, found, width=width, max_width=width, train_on="last", counts=counts)
     return demonstrations.rows(encoded, width=width, pad_id=fmt.pad_id, packed=True)
 
