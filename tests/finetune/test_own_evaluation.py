@@ -95,7 +95,7 @@ def test_an_answer_does_not_depend_on_its_batch_and_an_interrupted_run_continues
     whole = sample.run(settings(policies, prompts, tmp_path))
     interrupted = settings(policies, prompts, tmp_path, out=str(tmp_path / "again.jsonl"), batch=3)
     model = initial_model.load(policies[0])
-    file = answers.SampleFile(interrupted.out, sample.identity(interrupted, model, prompts))
+    file = answers.SampleFile(interrupted.out, answers.identity(interrupted, model, prompts))
     file.append(whole[7:12])
     partial = pathlib.Path(f"{interrupted.out}{answers.PARTIAL}")
     with partial.open("a") as stream:
