@@ -75,7 +75,8 @@ def run(settings: SampleSettings) -> list[dict[str, Any]]:
         model, found, width=settings.prompt_width, max_new_tokens=settings.max_new_tokens, counts=counts
     )
     spec = answers.sampling(
-        model.fmt,
+        model.fmt.stop_ids,
+        model.fmt.pad_id,
         temperature=settings.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,

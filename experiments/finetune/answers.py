@@ -49,17 +49,32 @@ class Answer(NamedTuple):
 
 
 def sampling(
-    fmt: chat.ChatFormat, *, temperature: float, top_k: int | None, top_p: float | None, max_new_tokens: int
+    stop_ids: tuple[int, ...],
+    pad_id: int,
+    *,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    max_new_tokens: int,
 ) -> generation.Sampling:
-    """Returns the sampling distribution; a temperature of 0 chooses the most likely token."""
+    """Returns the sampling distribution; a temperature of 0 chooses the most likely token.
+
+    Args:
+        stop_ids: Ids that end an answer.
+        pad_id: Id of the padding token.
+        temperature: Sampling temperature.
+        top_k: Number of most likely tokens to draw from; None for all.
+        top_p: Total probability of the most likely tokens to draw from; None for all.
+        max_new_tokens: Maximum number of tokens in an answer.
+    """
     return generation.Sampling(
         temperature=temperature or 1.0,
         greedy=temperature == 0,
         top_k=top_k,
         top_p=top_p,
         max_new_tokens=max_new_tokens,
-        stop_ids=fmt.stop_ids,
-        pad_id=fmt.pad_id,
+        stop_ids=stop_ids,
+        pad_id=pad_id,
     )
 
 
@@ -172,7 +187,7 @@ class Sampler:
         self._run = parallel.JitStep(run, donate_argnums=(), mesh=mesh, batch_args=(1, 2, 3), replicated_args=())
 
     def __call__(
-        self, params: Any, prompts: Prompts, wanted: Sequence[tuple[int, int]], *, seed: int
+        self, params: Any, prompts: Prompts, wanted: Sequence[tuple[int, int]], *, seed: int, policy: int = 0
     ) -> Iterator[list[Answer]]:
         """Yields the answers of one batch after another.
 
@@ -181,6 +196,7 @@ class Sampler:
             prompts: The prompts.
             wanted: Row of the prompt and sample number of each answer.
             seed: Seed of the samples.
+            policy: Number of the policy; the samples of different policies are independent.
         """
         longest = max(map(len, prompts.ids))
         for rows, width in batches([len(prompts.ids[i]) for i, _ in wanted], size=self._batch, most=longest):
@@ -190,7 +206,7 @@ class Sampler:
                 [prompts.ids[i] for i, _ in filled], width=width, pad_id=self._spec.pad_id
             )
             numbers = np.array([(prompts.numbers[i], sample) for i, sample in filled])
-            inputs = _keys(seed, numbers), tokens_BP, mask_BP
+            inputs = _keys(seed, policy, numbers), tokens_BP, mask_BP
             rollout = jax.device_get(
                 self._run(params, *(inputs if self._mesh is None else parallel.local_rows(inputs, self._mesh)))
             )
@@ -206,9 +222,11 @@ class Sampler:
 
 
 @jax.jit
-def _keys(seed: Any, numbers_B2: Any) -> jax.Array:
+def _keys(seed: Any, policy: Any, numbers_B2: Any) -> jax.Array:
     def key(pair: Any) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), pair[0]), pair[1])
+        return jax.random.fold_in(jax.random.fold_in(first, pair[0]), pair[1])
+
+    first = jax.random.fold_in(jax.random.key(seed), policy)
 
     return jax.vmap(key)(numbers_B2)
 
