@@ -7,7 +7,7 @@ import functools
 import json
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -68,12 +68,7 @@ def names(paths: Sequence[str]) -> list[str]:
     shortest = [short(path) for path in paths]
     several = {name for name in shortest if len({p for p, each in zip(paths, shortest) if each == name}) > 1}
     full = [path if name in several else name for path, name in zip(paths, shortest)]
-    seen: Counter[str] = Counter()
-    numbered = []
-    for name in full:
-        seen[name] += 1
-        numbered.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return numbered
+    return [f"{name} ({earlier + 1})" if earlier else name for name, earlier in _numbered(full)]
 
 
 def sample(
@@ -249,11 +244,13 @@ def _sums(params: Any, tokens_BL: Any, mask_BL: Any, marks_BL: Any, temperature:
 def read(path: str, *, name: str) -> Given:
     """Reads a file of samples, with one answer per line.
 
+    Lines with the same prompt and the same index, if they have one, are answers to the same prompt.
+
     Raises:
         SettingError: The file cannot be read.
         DataError: A line has no prompt or no response.
     """
-    by_prompt: dict[str, tuple[records.Prompt, list[dict[str, Any]]]] = {}
+    by_prompt: dict[Any, tuple[records.Prompt, list[dict[str, Any]]]] = {}
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -269,7 +266,7 @@ def read(path: str, *, name: str) -> Given:
             raise errors.DataError(
                 f"{where} is not a sample: it must be a JSON object with prompt and response, as sample.py writes it"
             ) from error
-        by_prompt.setdefault(key_of(record), (record, []))[1].append(line)
+        by_prompt.setdefault((key_of(record), line.get("index")), (record, []))[1].append(line)
     if not by_prompt:
         raise errors.DataError(f"--samples {path} has no lines")
     return Given(name, path, [record for record, _ in by_prompt.values()], [each for _, each in by_prompt.values()])
@@ -284,10 +281,12 @@ def key_of(record: records.Prompt) -> str:
 def join(policies: Sequence[Given], *, note: Callable[[str], None]) -> list[Given]:
     """Returns the answers to the prompts that all policies have, in the order of the first, with equal numbers of each.
 
+    If a file of prompts has the same prompt several times, the first of each policy belong together, and so on.
+
     Raises:
         DataError: There is no such prompt.
     """
-    places = [{key_of(record): row for row, record in enumerate(given.records)} for given in policies]
+    places = [{key: row for row, key in enumerate(_numbered(map(key_of, given.records)))} for given in policies]
     keys = [key for key in places[0] if all(key in each for each in places)]
     if not keys:
         raise errors.DataError(f"{policies[0].path} and the others have no prompt in common")
@@ -299,6 +298,16 @@ def join(policies: Sequence[Given], *, note: Callable[[str], None]) -> list[Give
         if any(len(given.lines[row]) > n for row in chosen):
             note(f"only the first {n} answers of {given.name} to each prompt are used, as many as every policy has")
     return [given.at(chosen, n) for given, chosen in zip(policies, rows)]
+
+
+def _numbered(keys: Iterable[str]) -> list[tuple[str, int]]:
+    """Returns each key with the number of equal keys before it."""
+    seen: Counter[str] = Counter()
+    numbered = []
+    for key in keys:
+        numbered.append((key, seen[key]))
+        seen[key] += 1
+    return numbered
 
 
 def trained_on(policy: str, reward_model: str) -> bool:

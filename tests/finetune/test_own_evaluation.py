@@ -264,7 +264,7 @@ def evaluation(tmp_path, **changes):
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory):
     """A reward model whose tokenizer has the words in another order than the policies'."""
-    folder = tmp_path_factory.mktemp("judge") / "reward_model"
+    folder = tmp_path_factory.mktemp("run") / "judge" / "reward_model"
     return save_model(folder, seed=20, words=WORDS[::-1], head=True)
 
 
@@ -289,14 +289,17 @@ def score(model, line):
 
 
 def test_evaluate_agrees_with_a_direct_computation(compared, reward_model):
-    made, results, samples = compared
+    _, results, samples = compared
     model = initial_model.load(reward_model, kind=initial_model.REWARD_MODEL)
     first, second = results["policies"].values()
     assert list(results["policies"]) == ["policy-0", "policy-10"] == [results["baseline"], "policy-10"]
     assert results["judges"] == ["judge", "own.py:length"] and results["held_out"] == {"prompts": 12}
     scores = np.array([[score(model, line) for line in lines] for lines in samples])
-    asked = [line["index"] for line in samples[0]]
-    assert asked == [i for i in range(12) for _ in range(2)] == [line["index"] for line in samples[1]]
+    numbers = [[line["index"] for line in lines] for lines in samples]
+    assert numbers == [[i for i in range(12) for _ in range(2)]] * 2
+    questions = [line["prompt"][0]["content"] for line in samples[0]]
+    asked = [questions.index(each) for each in questions]
+    assert len(set(asked)) < 12, "the file has a prompt twice, which is one cluster"
     for row, own in zip((first, second), scores):
         assert row["score"] == pytest.approx(list(diagnostics.clustered_mean(own, asked)), rel=1e-4, abs=1e-5)
     wins = np.mean((scores[1] > scores[0]) + 0.5 * (scores[1] == scores[0]))
@@ -360,23 +363,24 @@ def test_evaluate_writes_a_report_with_all_numbers(compared, capsys):
         assert words in shown
 
 
-def test_evaluate_joins_files_of_samples_by_prompt(compared, reward_model, tmp_path, capsys):
-    made, results, samples = compared
+def test_evaluate_joins_files_of_samples_by_prompt(compared, reward_model, tmp_path):
+    _, _, samples = compared
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    order = np.random.default_rng(0).permutation(len(samples[1]))
-    kept = [line for line in samples[0] if line["index"] != 3]
+    kept = [line for line in samples[0] if line["index"] != 5]
     files[0].write_text("".join(json.dumps(line) + "\n" for line in kept))
-    files[1].write_text("".join(json.dumps(samples[1][i]) + "\n" for i in sorted(order, key=lambda i: -i // 2)))
+    files[1].write_text(
+        "".join(json.dumps(samples[1][i]) + "\n" for i in np.argsort(-np.arange(24) // 2, kind="stable"))
+    )
     again = evaluate.run(evaluation(tmp_path, samples=tuple(map(str, files)), reward_model=(reward_model,)))
     assert again["held_out"]["prompts"] == 11 and list(again["policies"]) == ["a", "b"]
     model = initial_model.load(reward_model, kind=initial_model.REWARD_MODEL)
-    expected = np.mean([score(model, line) for line in samples[1] if line["index"] != 3])
+    expected = np.mean([score(model, line) for line in samples[1] if line["index"] != 5])
     assert again["policies"]["b"]["score"][0] == pytest.approx(expected, rel=1e-4)
     texts = [each["text"] for each in again["incidents"]]
     assert any("1 prompts of b are left out" in text for text in texts)
     assert any("the KL is left out" in text for text in texts) and "kl" not in again["policies"]["b"]
     files[1].write_text('{"prompt": "tea"}\n')
-    with pytest.raises(errors.DataError, match="b.jsonl, line 1 is not a sample"):
+    with pytest.raises(errors.DataError, match=r"b.jsonl, line 1 is not a sample"):
         evaluate.run(evaluation(tmp_path / "no", samples=tuple(map(str, files)), reward_model=(reward_model,)))
     assert not (tmp_path / "no").exists()
 
