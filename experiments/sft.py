@@ -6,8 +6,8 @@
     python experiments/sft.py --resume runs/NAME                                resume an interrupted run
 
 The file has prompts with answers in any of the forms of docs/data.md: prompt and response, messages, ShareGPT or Alpaca
-records. Conversations are rendered with the model's own chat template. The loss is on the last answer of each
-conversation and its stop token (--data.train-on).
+records. Of comparisons, the preferred answers are used. Conversations are rendered with the model's own chat template.
+The loss is on the last answer of each conversation and its stop token (--data.train-on).
 
 The run folder contains model/, in Hugging Face format with its tokenizer, results.json, report.html, config.json,
 metrics.jsonl, tensorboard/ and checkpoints/. Other commands accept the run folder as their --model.
@@ -88,7 +88,7 @@ def run(settings: SFTSettings) -> dict[str, Any]:
 
     def prepare(resolved: SFTSettings, mesh: Any) -> tuple[SFTSettings, Any]:
         key, data = jax.random.key(settings.seed), settings.data
-        found = demonstrations.read(data.path, counts)
+        found, preferred = demonstrations.read(data.path, counts)
         if initial_model.is_architecture(settings.model):
             fmt = demonstrations.train_chat_format(found, data.vocab_size)
             model = initial_model.create(settings.model, fmt, key, mesh=mesh)
@@ -102,18 +102,26 @@ def run(settings: SFTSettings) -> dict[str, Any]:
         encoded, width = demonstrations.encode(
             model.fmt, found, width=data.width, max_width=limit, train_on=data.train_on, counts=counts
         )
-        return initial_model.with_date(settings, model), (model, encoded, width)
+        train, held_out = demonstrations.split(
+            encoded,
+            data.held_out,
+            jax.random.fold_in(engine.stage_key(settings.seed, "sft"), 1),
+            flag="--data.held-out",
+        )
+        rows = demonstrations.rows(train, width=width, pad_id=model.fmt.pad_id, packed=settings.packing)
+        training.rows_per_step(settings, len(rows.tokens_BL), mesh)
+        return initial_model.with_date(settings, model), (model, train, held_out, rows, preferred)
 
     with run_setup.open_folder(settings, out, stages=[("sft", 60.0), ("evaluate", 5.0)], prepare=prepare) as opened:
-        model, encoded, width = opened.prepared
+        model, train, held_out, rows, preferred = opened.prepared
+        width = rows.tokens_BL.shape[1]
         cfg, fmt = initial_model.with_compute(model.cfg, settings.compute), model.fmt
         job = engine.Engine(cfg=cfg, **opened.engine_fields)
-        outcome.describe_data(out, counts, {"tokens per row": width, "conversations": len(encoded.ids)})
+        n = len(train.ids) + len(held_out.ids)
+        if preferred:
+            run_setup.print_line(out, "the file has comparisons; their preferred answers are the demonstrations")
+        outcome.describe_data(out, counts, {"tokens per row": width, "conversations": n})
         outcome.describe_model(opened, out, model, cfg)
-        train, held_out = demonstrations.split(
-            encoded, settings.data.held_out, jax.random.fold_in(job.key("sft"), 1), flag="--data.held-out"
-        )
-        rows = demonstrations.rows(train, width=width, pad_id=fmt.pad_id, packed=settings.packing)
         start = training.trainable(settings.lora, cfg, model.params, jax.random.fold_in(job.key("sft"), 2))
         token_logprobs = partial(lm.token_logprobs, cfg=cfg)
         began = time.monotonic()

@@ -11,7 +11,7 @@ import numpy as np
 from launch.run_settings import SettingError
 from recipe import human_comparisons
 
-from rlhf_jax.data import batching, chat, dialogues, errors, packing, readers, records, tokenizers
+from rlhf_jax.data import batching, chat, dialogues, errors, packing, readers, records, sources, tokenizers
 from rlhf_jax.train import sft
 
 TrainOn = Literal["last", "all", "everything"]
@@ -30,12 +30,28 @@ class Encoded:
         return Encoded(*([values[i] for i in indices] for values in (self.ids, self.learnt, self.records)))
 
 
-def read(path: str, counts: errors.DropCount) -> list[records.Demonstration]:
-    """Reads all demonstrations of a file; raises DataError if none is usable."""
-    found, _ = readers.read_demonstrations(path, counts=counts)
+def read(path: str, counts: errors.DropCount) -> tuple[list[records.Demonstration], bool]:
+    """Reads all demonstrations of a file or, if its first record is a comparison, prompts with their preferred answers.
+
+    Returns:
+        ``(demonstrations, preferred)``; ``preferred`` is whether the answers are those of comparisons.
+
+    Raises:
+        DataError: The file cannot be read, or has no usable record.
+    """
+    first = next(iter(sources.raw_records(path)), None)
+    preferred = first is not None and ({"chosen", "rejected"} <= set(first.fields) or "responses" in first.fields)
+    found: list[records.Demonstration] = []
+    if preferred:
+        rankings, _ = readers.read_rankings(path, counts=counts)
+        for each in rankings:
+            shared = {field.name: getattr(each, field.name) for field in dataclasses.fields(records.Prompt)}
+            found.append(records.Demonstration(response=each.responses[0], **shared))
+    else:
+        found, _ = readers.read_demonstrations(path, counts=counts)
     if not found:
         raise errors.DataError(f"{path} has no usable record ({counts.report()})")
-    return found
+    return found, preferred
 
 
 def train_chat_format(found: Sequence[records.Demonstration], vocab_size: int) -> chat.ChatFormat:

@@ -62,6 +62,17 @@ def count_steps(settings: StageSettings, rows: int, *, batch: int) -> int:
     return settings.steps or math.ceil(settings.epochs * rows / batch)
 
 
+def rows_per_step(settings: StageSettings, rows: int, mesh: Any) -> int:
+    """Returns the batch size for ``rows`` rows; raises SettingError if they are too few for a step."""
+    if rows >= settings.batch:
+        return settings.batch
+    if rows < settings.micro_batches:
+        raise SettingError(
+            f"--micro-batches is {settings.micro_batches}; it must be at most {rows}, the number of rows of the data"
+        )
+    return device_mesh.round_rows_down(rows - rows % settings.micro_batches, mesh, "--batch")
+
+
 def fit(
     run: engine.Engine,
     stage: str,
@@ -86,12 +97,9 @@ def fit(
         **options: Other arguments of `Engine.fit`.
     """
     n = len(jax.tree.leaves(data)[0])
-    batch = settings.batch
-    if n < batch:
-        batch = device_mesh.round_rows_down(n - n % settings.micro_batches, run.mesh, "--batch")
+    batch = rows_per_step(settings, n, run.mesh)
+    if batch < settings.batch:
         run.note(stage, f"a step has {batch} rows instead of --batch {settings.batch}: the data has only {n} rows")
-    if batch == 0:
-        raise SettingError(f"--micro-batches is {settings.micro_batches}; the data has only {n} rows")
     steps = count_steps(settings, n, batch=batch)
     key, peak = run.key(stage), learning_rate(settings)
     order = batching.epoch_batches(0, n=n, batch_size=batch, key=key, steps=steps)

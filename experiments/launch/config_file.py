@@ -18,6 +18,14 @@ VERSION = 4
 """Version of the run folder's layout. Runs with a different version, or without a version, are refused."""
 
 
+def check_local(flag: str, path: str | None) -> None:
+    """Raises SettingError for an address such as gs://bucket/name, which would be taken for a local folder."""
+    if path is not None and "://" in path:
+        raise SettingError(
+            f"{flag} {path} is not a local folder; mount the bucket and give the folder where it is mounted"
+        )
+
+
 def is_run(folder: pathlib.Path) -> bool:
     """Returns whether the config.json in a folder is that of a run, and not that of a model."""
     try:
@@ -27,25 +35,26 @@ def is_run(folder: pathlib.Path) -> bool:
     return isinstance(values, dict) and "command" in values and "version" in values
 
 
-def read(resume: str) -> dict[str, Any]:
+def read(resume: str, *, flag: str = "--resume") -> dict[str, Any]:
     """Returns the contents of config.json in the run folder ``resume``.
 
     Raises SettingError if the file is missing, unreadable or from a different version.
     """
+    check_local("--resume", resume)
     path = pathlib.Path(resume) / NAME
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise SettingError(f"--resume {resume} is not a run folder: {path} does not exist") from None
+        raise SettingError(f"{flag} {resume} is not a run folder: {path} does not exist") from None
     except (OSError, ValueError) as error:
         raise SettingError(
-            f"--resume {resume}: {path} is damaged ({error}); restore it or start a new run with --out"
+            f"{flag} {resume}: {path} is damaged ({error}); restore it or start a new run with --out"
         ) from error
     version = values.get("version") if isinstance(values, dict) else None
     if version != VERSION:
         has = "no version" if version is None else f"version {version}"
         raise SettingError(
-            f"--resume {resume} is not a run of this version of rlhf_jax: {path} has {has} instead of version "
+            f"{flag} {resume} is not a run of this version of rlhf_jax: {path} has {has} instead of version "
             f"{VERSION}; start a new run with --out"
         )
     return values

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import signal
 import sys
 import threading
@@ -12,6 +14,7 @@ from typing import Any
 
 from launch import config_file, folder_lock, host_agreement, process_setup, settings
 from rlhf_jax import checkpoint, metrics, parallel
+from rlhf_jax.checkpoint import checkpoints
 from rlhf_jax.data import errors
 from rlhf_jax.distributed import hosts
 from rlhf_jax.train import loop
@@ -51,7 +54,9 @@ def execute(
                 parsed = parse(sys.argv[1:] if arguments is None else arguments)
                 with host_agreement.join_hosts(parsed, status=_exit_status):
                     run(parsed)
-        except (*USER_ERRORS, loop.Alarmed, *_STOPPED) as error:
+        except (*USER_ERRORS, loop.Alarmed, *_STOPPED, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in checkpoints.DISK_ERRORS:
+                raise
             print(stopped if stopped and isinstance(error, _STOPPED) else _describe(error), file=sys.stderr)
             process_setup.exit_process(_exit_status(error))
         finally:
@@ -60,18 +65,31 @@ def execute(
 
 def _describe(error: BaseException) -> str:
     if isinstance(error, USER_ERRORS):
-        return f"error: {error}"
+        full = isinstance(error, checkpoint.CheckpointError | metrics.LogError) and _NO_SPACE in str(error)
+        return f"error: {error}" + (f"; free space and {_RESUME}" if full else "")
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"error: {where}{error.strerror}; correct this and {_again()}"
     if isinstance(error, loop.Alarmed):
         return f"{error}; to continue anyway, use --resume"
+    if isinstance(error, loop.Preempted) or _again() == _RESUME:
+        return f"{str(error) or 'stopped'}; {_RESUME}"
+    return process_setup.STOPPED_EARLY if folder_lock.held() is None else f"stopped; {_again()}"
+
+
+_RESUME = "continue with --resume"
+_NO_SPACE = os.strerror(errno.ENOSPC)
+
+
+def _again() -> str:
+    """Returns how to continue the command, which depends on whether it has saved a run that can be resumed."""
     folder = folder_lock.held()
-    if isinstance(error, loop.Preempted) or (folder is not None and config_file.is_run(folder)):
-        return f"{str(error) or 'stopped'}; continue with --resume"
-    return process_setup.STOPPED_EARLY if folder is None else "stopped; start it again"
+    return _RESUME if folder is not None and config_file.is_run(folder) else "start it again"
 
 
 def _exit_status(error: BaseException) -> int:
     """Returns the exit status for an exception."""
-    statuses = {USER_ERRORS: 2, loop.Alarmed: 3, _STOPPED: 75}  # EX_TEMPFAIL: try again later
+    statuses = {(*USER_ERRORS, OSError): 2, loop.Alarmed: 3, _STOPPED: 75}  # EX_TEMPFAIL: try again later
     return next((status for kinds, status in statuses.items() if isinstance(error, kinds)), 1)
 
 
@@ -110,14 +128,14 @@ def _stop_on_signals() -> Iterator[None]:
 def _ignore_closed_event_loops() -> Iterator[None]:
     """Silences "Event loop is closed" errors. They follow a failed read or write that has its own error message."""
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-    previous = sys.excepthook
+    hook, unraisable_hook = sys.excepthook, sys.unraisablehook
 
-    def hook(kind: Any, error: Any, trace: Any) -> None:
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-            previous(kind, error, trace)
+    def is_closed_loop(error: Any) -> bool:
+        return type(error) is RuntimeError and str(error) == "Event loop is closed"
 
-    sys.excepthook = hook
+    sys.excepthook = lambda kind, error, trace: None if is_closed_loop(error) else hook(kind, error, trace)
+    sys.unraisablehook = lambda args: None if is_closed_loop(args.exc_value) else unraisable_hook(args)
     try:
         yield
     finally:
-        sys.excepthook = previous
+        sys.excepthook, sys.unraisablehook = hook, unraisable_hook

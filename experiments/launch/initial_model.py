@@ -114,6 +114,7 @@ def _other(kind: str) -> str:
 
 def _saved_in_run(path: str, kind: str, flag: str) -> str:
     """Returns ``path`` or, if it is the folder of a run, the folder of the model of this kind that the run saved."""
+    config_file.check_local(flag, path)
     folder = pathlib.Path(path)
     if not folder.exists():
         if is_architecture(path):

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import pathlib
 import sys
 import time
@@ -91,9 +92,13 @@ def free_path(settings: RunSettings, *, kind: str | None = None) -> pathlib.Path
 
 def free_folder(out: str | None, *, kind: str) -> pathlib.Path:
     """Returns ``out`` or, if it is None, a new path runs/KIND-TIME; raises SettingError if the path is in use."""
+    config_file.check_local("--out", out)
     path = pathlib.Path(out or f"runs/{kind}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if path.exists() and not path.is_dir():
-        raise SettingError(f"--out {path} is a file; give a new or empty folder")
+    existing = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not existing.is_dir():
+        raise SettingError(f"--out {path}: {existing} is a file; give a new or empty folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise SettingError(f"--out {path}: this process may not write in {existing}; give another folder")
     if path.is_dir() and any(each.name != folder_lock.NAME for each in path.iterdir()):
         _refuse_if_used(f"--out {path}", folder_lock.owner(path))
         content = "a run (resume it with --resume)" if config_file.is_run(path) else "files"
@@ -116,7 +121,7 @@ def create_folder(path: pathlib.Path, config: dict[str, Any]) -> None:
         free_folder(str(path), kind="")  # another process may have used it before it was locked
         write_json(path / config_file.NAME, config)
     except OSError as error:
-        raise SettingError(f"cannot write to --out {path}: {error.strerror}") from error
+        raise SettingError(f"cannot write to --out {path}: {error.strerror}; give another folder") from error
 
 
 def resume(path: pathlib.Path) -> RunFolder:
@@ -132,7 +137,9 @@ def lock(flag: str, path: pathlib.Path) -> None:
     except folder_lock.LockedError as error:
         _refuse_if_used(flag, str(error))
     except OSError as error:
-        raise SettingError(f"{flag}: cannot write to the folder: {error.strerror}") from error
+        raise SettingError(
+            f"{flag}: cannot write to the folder: {error.strerror}; free space or change the permissions"
+        ) from error
 
 
 def _refuse_if_used(flag: str, owner: str | None) -> None:

@@ -23,6 +23,11 @@ STAGES += ("heldout_reward_model",)  # the position of a stage determines its ra
 STAGES += ("dpo",)
 
 
+def stage_key(seed: int, stage: str) -> jax.Array:
+    """Returns the random key of a stage, ignoring a suffix after a hyphen: ``ppo-more`` has the key of ``ppo``."""
+    return jax.random.fold_in(jax.random.key(seed), 100 + STAGES.index(stage.partition("-")[0]))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Engine:
     """The objects with which all stages of a run are trained."""
@@ -39,8 +44,8 @@ class Engine:
     """``note(stage, text)`` prints and saves an incident; the default only prints it."""
 
     def key(self, stage: str) -> jax.Array:
-        """Returns the random key of a stage, ignoring a suffix after a hyphen: ``ppo-more`` has the key of ``ppo``."""
-        return jax.random.fold_in(jax.random.key(self.settings.seed), 100 + STAGES.index(stage.partition("-")[0]))
+        """Returns `stage_key` with the seed of the run."""
+        return stage_key(self.settings.seed, stage)
 
     @property
     def axes(self) -> types.Params:

@@ -42,7 +42,7 @@ def evaluate(
     """
     settings, prompts = job.settings.evaluation, job.task.eval_prompts
     job.progress.start("evaluate", len(policies) + 2)
-    probe = _make_probe(job)
+    probe = make_probe(job)
     reference = policies["sft_mix"]
     key = job.key("evaluate")
     measured: dict[str, Measured] = {}
@@ -196,7 +196,7 @@ def _length_controlled(
         return None
 
 
-def _make_probe(job: Job) -> Any:
+def make_probe(job: Job) -> Any:
     """Returns a function that measures what a policy retains from pretraining: loss on text and skill accuracy."""
     task, cfg = job.task, job.cfg
 

@@ -12,7 +12,11 @@ from rich.table import Table
 
 from rlhf_jax.report import plots
 
-_SWEEP_FIGURES = (("gold", "Gold utility", "ppo"), ("reward", "Score of the reward model", "reward_model"))
+_SWEEP_FIGURES = (
+    ("gold", "Gold utility"),
+    ("reward", "Score of the reward model"),
+    ("pretraining_loss", "Loss on pretraining text, nats"),
+)
 _SWEEP_NOTE = (
     "Dots are runs; crosses are means over seeds with their 95 % intervals. All runs answer the same held-out prompts; "
     "the intervals do not cover the choice of these prompts, nor of the SFT and reward models."
@@ -20,29 +24,52 @@ _SWEEP_NOTE = (
 Rows = Sequence[Mapping[str, Any]]
 
 
-def _figure(points: Rows, runs: Rows, key: str, label: str, kind: str) -> str:
-    """Returns an SVG of a metric against √KL; dots are runs, and crosses are means with intervals."""
-    with plots.axes(height=2.6) as (svg, (ax,)):
-        ax.plot([_root(r["kl"]) for r in runs], [r[key] for r in runs], ".", color=plots.color(kind), alpha=0.35)
-        ordered = sorted(points, key=lambda p: p["kl"][0])
-        ax.plot(
-            [_root(p["kl"][0]) for p in ordered], [p[key][0] for p in ordered], color=plots.color(kind), linewidth=0.8
-        )
-        for point in ordered:
-            x, y = [_root(v) for v in point["kl"]], point[key]
-            if y[1] is not None and y[2] is not None:
-                ax.plot([x[0], x[0]], y[1:], color=plots.color(kind))
-                ax.plot(x[1:], [y[0], y[0]], color=plots.color(kind))
-            ax.annotate(f"{point['kl_coef']:g}", (x[0], y[0]), xytext=(4, -9), textcoords="offset points", fontsize=7)
-        ax.set_xlabel("√KL to the reference, nats per sequence (labels: KL coefficient)")
+def _figure(points: Rows, runs: Rows, key: str, label: str, swept: Sequence[str]) -> str:
+    """Returns an SVG of a metric against √KL; dots are runs, and crosses are means with intervals.
+
+    A line connects the means that differ only in the first of the settings ``swept``.
+    """
+    first, *others = swept
+
+    def line_of(row: Mapping[str, Any]) -> tuple[float, ...]:
+        return tuple(row[name] for name in others)
+
+    lines = list(dict.fromkeys(map(line_of, points)))
+    with plots.axes(height=2.6 + 0.2 * bool(others)) as (svg, (ax,)):
+        for place, line in enumerate(lines):
+            color = plots.color(_LINES[place % len(_LINES)])
+            own = [row for row in runs if line_of(row) == line]
+            ax.plot([_root(r["kl"]) for r in own], [r[key] for r in own], ".", color=color, alpha=0.35)
+            ordered = sorted((p for p in points if line_of(p) == line), key=lambda p: p["kl"][0])
+            x, y = [_root(p["kl"][0]) for p in ordered], [p[key][0] for p in ordered]
+            name = ", ".join(f"{words(name)} {value:g}" for name, value in zip(others, line))
+            ax.plot(x, y, color=color, linewidth=0.8, label=name or None)
+            for point in ordered:
+                _cross(ax, [_root(v) for v in point["kl"]], point[key], color)
+                at = _root(point["kl"][0]), point[key][0]
+                ax.annotate(f"{point[first]:g}", at, xytext=(4, -9), textcoords="offset points", fontsize=7)
+        ax.set_xlabel(f"√KL to the reference, nats per sequence (labels: {words(first)})")
         ax.set_ylabel(label)
         ax.grid()
+        if others:
+            ax.legend()
     return svg[0]
 
 
-def write_sweep(path: pathlib.Path, points: Rows, runs: Rows, *, title: str) -> None:
-    """Writes a self-contained HTML page with one figure per metric of a sweep."""
-    figures = [_figure(points, runs, key, label, kind) for key, label, kind in _SWEEP_FIGURES if key in runs[0]]
+def _cross(ax: Any, x: Sequence[float], y: Sequence[float | None], color: str) -> None:
+    if y[1] is not None and y[2] is not None:
+        ax.plot([x[0], x[0]], y[1:], color=color)
+        ax.plot(x[1:], [y[0], y[0]], color=color)
+
+
+def words(name: str) -> str:
+    """Returns the name of a setting as words, such as ``KL coef`` for ``kl_coef``."""
+    return name.strip("_").replace("_", " ").replace("kl ", "KL ")
+
+
+def write_sweep(path: pathlib.Path, points: Rows, runs: Rows, *, swept: Sequence[str], title: str) -> None:
+    """Writes a self-contained HTML page with one figure per metric of a sweep over the settings ``swept``."""
+    figures = [_figure(points, runs, key, label, swept) for key, label in _SWEEP_FIGURES if key in runs[0]]
     write_page(path, title, figures, _SWEEP_NOTE)
 
 
@@ -160,15 +187,15 @@ def write_page(path: pathlib.Path, title: str, figures: Sequence[str], note: str
     path.write_text(f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>{head}{body}\n")
 
 
-def table(points: Sequence[Mapping[str, Any]]) -> Table:
-    """Returns a table of means with their intervals over seeds, one row per coefficient."""
-    names = [name for name in points[0] if name != "kl_coef"]
+def table(points: Sequence[Mapping[str, Any]], *, swept: Sequence[str]) -> Table:
+    """Returns a table of means with their intervals over seeds, one row per combination of the settings ``swept``."""
+    names = [name for name in points[0] if name not in swept]
     grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-    grid.add_column("KL coef", justify="right")
-    for name in names:
-        grid.add_column(name.replace("_", " "), justify="right")
+    for name in (*swept, *names):
+        grid.add_column(words(name), justify="right")
     for point in points:
-        grid.add_row(f"{point['kl_coef']:g}", *(interval_text(point[name]) for name in names))
+        values = (f"{point[name]:g}" for name in swept)
+        grid.add_row(*values, *(interval_text(point[name]) for name in names))
     return grid
 
 

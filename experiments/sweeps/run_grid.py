@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ from recipe import comparison_data, jobs, optimiser_choice, policy_sampling, rl_
 
 from rlhf_jax import diagnostics, parallel, types
 from rlhf_jax.train import ppo
+from sweeps import grids
 
 AXIS = "member"
 MEASURED = {"reward": "eval_reward", "kl": "eval_kl", "gold": "eval_gold"}
@@ -181,6 +184,26 @@ def sample_answers(
 def mean_over_seeds(numbers: Sequence[dict[str, float]]) -> dict[str, list[float]]:
     """Returns each number's mean and 95 % interval over seeds."""
     return {name: list(diagnostics.mean_interval([each[name] for each in numbers])) for name in numbers[0]}
+
+
+def widest(runs: Sequence[PPO]) -> PPO:
+    """Returns settings whose compiled step serves all runs, which may differ only in numbers of `ppo.Hyper`.
+
+    A term that a run does not use has a weight of 0.
+    """
+    most = {name: max(getattr(run, name) or 0.0 for run in runs) for name in ("entropy_coef", "kl_loss_coef")}
+    return dataclasses.replace(runs[0], **{name: value for name, value in most.items() if value > 0})
+
+
+def copy_stages(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies the checkpoints of the stages before RL from one run folder to another, unless it has them already."""
+    for stage in grids.SHARED_STAGES:
+        old, new = source / "checkpoints" / stage, target / "checkpoints" / stage
+        if old.is_dir() and not new.exists():
+            partial = new.with_name(f"{stage}.copying")  # so that an interrupted copy is not taken for a checkpoint
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(old, partial)
+            partial.rename(new)
 
 
 def with_settings(job: jobs.Job, settings: PPO) -> jobs.Job:

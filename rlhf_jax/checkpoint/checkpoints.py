@@ -42,13 +42,14 @@ CheckpointError = manifest_lib.CheckpointError
 # `Checkpoints.wait` raises the errors of Orbax's threads, so they need not be logged as well.
 logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
 
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+"""Numbers of the errors that a full, read-only, missing or broken disk causes."""
 
 
 def _reason(error: BaseException) -> str:
-    """Returns the message of one of `_DISK_ERRORS` if ``error`` contains it, otherwise the first line of ``error``."""
+    """Returns the message of one of `DISK_ERRORS` if ``error`` contains it, otherwise the first line of ``error``."""
     text = str(error).strip()
-    for number in _DISK_ERRORS:
+    for number in DISK_ERRORS:
         if os.strerror(number) in text:
             return os.strerror(number)
     lines = text.splitlines()

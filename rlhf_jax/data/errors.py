@@ -105,7 +105,7 @@ class DropCount:
                 share = n / records if records else 1.0
                 raise DataError(
                     f"{source}: {n} of {records} records were {verb} ({_by_reason(counts)}), which is "
-                    f"{share:.1%}, more than {name} = {limit:.1%}"
+                    f"{share:.1%}, more than {name} = {limit:.1%}; correct these records or raise the limit"
                 )
 
     def report(self) -> str:

@@ -88,7 +88,8 @@ def _open(name: str) -> io.BufferedReader:
     try:
         return open(name, "rb")
     except FileNotFoundError:
-        raise errors.DataError(f"{name} does not exist") from None
+        advice = "; only local files are read, so download it or mount its bucket" if "://" in name else ""
+        raise errors.DataError(f"{name} does not exist{advice}") from None
     except OSError as error:
         raise errors.DataError(f"{name} cannot be read ({error.strerror or error})") from None
 

@@ -16,6 +16,8 @@ rankings        ``prompt``, ``responses`` and ``ranks`` (1 is best, equal ranks 
                 `dialogues`); optionally ``prompt``, which must agree with them, and the other fields of a pair
 judged          the fields of a demonstration, and ``label`` (true means good, false means bad)
 prompts         ``prompt``
+                ``messages``, whose last turn is left out if it is the assistant's
+                ``chosen`` and ``rejected``, as in rankings, of which only the prompt is used
 ==============  ======================================================================================================
 
 A prompt is a message list or a string. A string is one user turn, unless it begins with ``"\n\nHuman:"``, which marks
@@ -127,9 +129,26 @@ def parse_judged(fields: Mapping[str, Any], *, location: str = "") -> Judged:
 
 
 def parse_prompt(fields: Mapping[str, Any], *, location: str = "") -> Prompt:
-    """Parses a prompt; the module docstring lists its fields and the errors."""
+    """Parses a prompt; the module docstring lists its fields and the errors.
+
+    >>> from rlhf_jax.data import records
+    >>> pair = {"chosen": "\\n\\nHuman: Hi.\\n\\nAssistant: Hello.", "rejected": "\\n\\nHuman: Hi.\\n\\nAssistant: No."}
+    >>> [turn.text for turn in records.parse_prompt(pair).prompt]
+    ['Hi.']
+    """
     fields = _Fields(fields)
-    return Prompt(prompt=conversations.prompt(fields), **_other_fields(fields), location=location)
+    whole = conversations.first(fields, *conversations.PROMPTS, *conversations.CONVERSATIONS)
+    if whole is None and "chosen" in fields and "rejected" in fields:
+        prompt, _, _ = _pair(fields)
+    elif whole in conversations.CONVERSATIONS and _is_answered(turns := conversations.turns(fields[whole], whole)):
+        prompt = conversations.usable_prompt(conversations.with_system(fields, conversations.split_answer(turns)[0]))
+    else:
+        prompt = conversations.prompt(fields)
+    return Prompt(prompt=prompt, **_other_fields(fields), location=location)
+
+
+def _is_answered(turns: Turns) -> bool:
+    return len(turns) > 1 and turns[-1].role == dialogues.ASSISTANT
 
 
 def parse_ranking(fields: Mapping[str, Any], *, location: str = "") -> Ranking:

@@ -132,7 +132,8 @@ def test_too_many_unusable_records_are_an_error_that_names_the_counts(tmp_path):
     with pytest.raises(errors.DataError) as error:
         readers.read_rankings(path)
     assert str(error.value) == (
-        f"{path}: 1 of 99 records were dropped (empty answer 1), which is 1.0%, more than max_dropped = 1.0%"
+        f"{path}: 1 of 99 records were dropped (empty answer 1), which is 1.0%, more than max_dropped = 1.0%; "
+        "correct these records or raise the limit"
     )
     write(path, [record(" ", " bad")] + [record()] * 99)
     assert len(readers.read_rankings(path)[0]) == 99

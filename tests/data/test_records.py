@@ -324,6 +324,19 @@ def fmt():
     return chat.chat_format(tokenizers.word_level([f"w{i}" for i in range(10)]))
 
 
+def test_prompts_are_read_from_conversations_and_pairs():
+    ask, say = {"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}
+    for fields in (
+        {"messages": [ask, say]},
+        {"messages": [ask]},
+        {"chosen": [ask, say], "rejected": [ask, {**say, "content": "no"}]},
+        {"prompt": "why", "chosen": "so", "rejected": "no"},
+    ):
+        assert records.parse_prompt(fields).prompt == WHY, fields
+    with pytest.raises(errors.UnusableRecord, match="prompt ends in an assistant turn"):
+        records.parse_prompt({"prompt": [ask, say]})
+
+
 def test_records_are_encoded_with_the_indices_they_came_from(fmt):
     # Ids: pad 0, end 1, user 2, assistant 3, then w0 = 4 and so on.
     widths = {"prompt_width": 4, "response_width": 2}

@@ -7,8 +7,10 @@ import sys
 
 import launch
 import pytest
+from finetune import demonstrations as demonstrations_lib
 
 from rlhf_jax import lm
+from rlhf_jax.data import errors
 
 EXPERIMENTS = pathlib.Path(launch.__path__[0]).parent
 
@@ -74,3 +76,25 @@ def test_sft_lowers_the_held_out_loss_and_saves_a_model_that_commands_accept(sft
     again = json.loads((tmp_path / "more" / "results.json").read_text())
     assert again["held_out_loss"]["before"][0] == pytest.approx(after[0], rel=0.01), "the saved model"
     assert "bfloat16" in text and "already finished" in command("sft.py", "--resume", tmp_path / "more")
+
+
+def test_data_that_is_too_small_is_refused_before_a_folder_is_created(demonstrations, tmp_path):
+    few = tmp_path / "few.jsonl"
+    few.write_text("\n".join(demonstrations.read_text().splitlines()[:3]))
+    flags = ("--model", "tiny", "--data.path", few, "--data.vocab-size", 300, "--out", tmp_path / "run")
+    text = command("sft.py", *flags, status=2)
+    assert text.startswith("error: --data.held-out is 0.05, but the file has too few") and text.count("\n") == 1
+    text = command("sft.py", *flags, "--data.held-out", 0, "--micro-batches", 8, status=2)
+    assert text == "error: --micro-batches is 8; it must be at most 2, the number of rows of the data\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_sft_trains_on_the_preferred_answers_of_comparisons(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    records = [{"prompt": f"Is {n} even?", "chosen": "Yes, it is.", "rejected": "No."} for n in range(0, 80, 2)]
+    path.write_text("\n".join(map(json.dumps, records)))
+    flags = ("--data.vocab-size", 280, "--steps", 1, "--batch", 4, "--data.held-out", 0.1, "--out", tmp_path / "run")
+    text = command("sft.py", "--model", "tiny", "--data.path", path, *flags)
+    assert "their preferred answers are the demonstrations" in text
+    found, _ = demonstrations_lib.read(str(path), errors.DropCount())
+    assert {each.response for each in found} == {"Yes, it is."}

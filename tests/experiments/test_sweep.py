@@ -11,12 +11,13 @@ import sys
 from typing import Any
 
 import compare
+import dpo
 import instructgpt
 import jax
 import numpy as np
 import pytest
 import sweep
-from launch import published_settings, setting_checks, settings
+from launch import published_settings, run_folder, setting_checks, settings
 from recipe import comparison_data, evaluation, jobs, policy_sampling, precompile, rl_methods, tasks
 from rich import console
 from sweeps import frontier_plot, run_grid
@@ -347,8 +348,14 @@ def test_equal_answers_share_a_score_so_that_the_kl_of_best_of_n_is_lower(tmp_pa
 @pytest.mark.parametrize(
     ("parse", "arguments", "message"),
     [
-        (sweep.parse, ["--kl-coefs", "0.1", "-1"], "kl-coefs"),
-        (sweep.parse, ["--kl-coefs", "0.1", "0.1"], "once"),
+        (sweep.parse, ["--over", "ppo.kl-coef=0.1,-1"], "ppo.kl-coef is -1"),
+        (
+            sweep.parse,
+            ["--over", "ppo.batch=1,2"],
+            "--over ppo.batch=1,2: give NAME=VALUE,VALUE, where NAME is one of ppo.kl-coef",
+        ),
+        (sweep.parse, ["--over", "ppo.clip=a"], "not a list of numbers"),
+        (sweep.parse, ["--over", "ppo.kl-coef=0.1,0.1"], "once"),
         (sweep.parse, ["--seeds", "0"], "seeds"),
         (sweep.parse, ["--ppo.method", "rloo"], "ppo.samples"),
         (sweep.parse, ["--ppo.method", "grpo", "--ppo.samples", "4", "--ppo.lambda_", "0.9"], "no critic"),
@@ -409,7 +416,7 @@ def test_documented_table_of_published_settings_is_that_of_the_code():
 
 
 def test_a_sweep_of_grpo_varies_the_coefficient_of_its_loss():
-    asked = sweep.parse([*GRPO, "--kl-coefs", "0.01", "0.1", "--seeds", "1"])
+    asked = sweep.parse([*GRPO, "--over", "ppo.kl-loss-coef=0.01,0.1", "--seeds", "1"])
     hypers = [rl_methods.hyper(cell.settings, 0, ptx_coef=0.0) for cell in sweep.cells_of(asked)]
     assert [float(each.kl_loss_coef) for each in hypers] == pytest.approx([0.01, 0.1])
     assert all(float(each.kl_coef) == 0 for each in hypers), "the logged coefficient is the one that is used"
@@ -448,17 +455,24 @@ def test_figures_show_every_method_and_coefficient(tmp_path):
         and "http" not in text.replace("www.w3.org", "")
     )
     points = [
-        {"kl_coef": c, "kl": [1.0, 0.9, 1.1], "gold": [0.6, 0.5, 0.7], "reward": [1.0, None, None]} for c in (0.1, 1)
+        {"kl_coef": c, "ptx_coef": p, "kl": [1.0, 0.9, 1.1], "gold": [0.6, 0.5, 0.7], "reward": [1.0, None, None]}
+        for c in (0.1, 1)
+        for p in (0, 4)
     ]
-    runs = [{"kl": 1.0, "gold": 0.6, "reward": 1.0}]
-    frontier_plot.write_sweep(tmp_path / "s.html", points, runs, title="Sweep")
-    assert (tmp_path / "s.html").read_text().count("<svg") == 2
+    runs = [{"kl_coef": 0.1, "ptx_coef": 4, "kl": 1.0, "gold": 0.6, "reward": 1.0}]
+    frontier_plot.write_sweep(tmp_path / "s.html", points, runs, swept=("kl_coef", "ptx_coef"), title="Sweep")
+    page = (tmp_path / "s.html").read_text()
+    assert page.count("<svg") == 2 and "ptx coef 4" in page
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["sweep.py", "compare.py"])
 def test_the_command_runs_and_resumes_a_finished_run(script, tmp_path):
-    more = ["--kl-coefs", "0.1", "0.5", "--seeds", "2"] if script == "sweep.py" else ["--seeds", "2", "--rounds", "2"]
+    more = (
+        ["--over", "ppo.kl_coef=0.1,0.5", "ppo.ptx_coef=0,2", "--seeds", "2"]
+        if script == "sweep.py"
+        else ["--seeds", "2", "--rounds", "2"]
+    )
     command = [sys.executable, str(ROOT / "experiments" / script), "--preset", "smoke"]
     done = subprocess.run([*command, "--out", tmp_path / "run", *more], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -475,3 +489,53 @@ def test_the_command_runs_and_resumes_a_finished_run(script, tmp_path):
         assert first["sft_gold"][1] < first["sft_gold"][0] < first["sft_gold"][2]
     drop = {"seconds", "traces"}
     assert {k: v for k, v in first.items() if k not in drop} == {k: v for k, v in second.items() if k not in drop}
+
+
+def test_a_sweep_uses_the_models_and_settings_of_another_run(tmp_path):
+    made = dataclasses.replace(small(), seed=3, out=str(tmp_path / "old"))
+    run_folder.create(tmp_path / "old", made)
+    (tmp_path / "old" / "checkpoints" / "sft").mkdir(parents=True)
+    (tmp_path / "old" / "checkpoints" / "sft" / "1").write_text("saved")
+    (tmp_path / "old" / "checkpoints" / "ppo").mkdir()
+    flags = ["--from-run", str(tmp_path / "old"), "--seeds", "1", "--ppo.batch", "16"]
+    asked = sweep.parse(flags)
+    assert asked.seed == 3 and asked.net == made.net and asked.out is None
+    assert asked.ppo == dataclasses.replace(made.ppo, batch=16) and len(sweep.cells_of(asked)) == 4
+    new = tmp_path / "new"
+    (new / "checkpoints" / "sft.copying").mkdir(parents=True)
+    for _ in range(2):  # a resumed sweep keeps what it has
+        run_grid.copy_stages(tmp_path / "old", new)
+        assert (new / "checkpoints" / "sft" / "1").read_text() == "saved"
+        assert [path.name for path in (new / "checkpoints").iterdir()] == ["sft"], "later stages are not copied"
+        (tmp_path / "old" / "checkpoints" / "sft" / "1").write_text("changed")
+    for more, message in (
+        (["--seed", "4"], "--seed has no effect with --from-run"),
+        (["--net.layers", "2"], "--net.layers has no effect with --from-run"),
+        (["--ppo.temperature", "0.5"], "--ppo.temperature has no effect with --from-run"),
+    ):
+        with pytest.raises(settings.SettingError, match=message):
+            sweep.parse([*flags, *more])
+    run_folder.create(tmp_path / "other", dataclasses.replace(dpo.parse([]), out=str(tmp_path / "other")))
+    with pytest.raises(settings.SettingError, match="is a run of dpo"):
+        sweep.parse(["--from-run", str(tmp_path / "other")])
+    with pytest.raises(settings.SettingError, match=r"--from-run \S+ is not a run folder"):
+        sweep.parse(["--from-run", str(tmp_path)])
+
+
+def test_all_combinations_share_one_compiled_step(tmp_path):
+    over = ("ppo.kl_coef=0,0.5", "ppo.entropy_coef=0,0.1", "ppo.ptx_coef=0,2")
+    asked = dataclasses.replace(sweep.parse(["--over", *over, "--seeds", "1"]), **vars(small()))
+    cells = sweep.cells_of(asked)
+    assert [cell.name for cell in cells[:2]] == [
+        "kl_coef0-entropy_coef0-ptx_coef0-seed0",
+        "kl_coef0-entropy_coef0-ptx_coef2-seed0",
+    ]
+    job = job_in(tmp_path, asked)
+    step = run_grid.with_settings(job, run_grid.widest([cell.settings for cell in cells])).ppo_step
+    shared = shared_by(job)
+    policies = [run_grid.train(job, shared, cell, step=step) for cell in (cells[0], cells[1], cells[-1])]
+    assert step.traces == 1
+    alone = run_grid.train(job_in(tmp_path / "alone", asked), shared, cells[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), policies[0], alone)
+    logged = [rows_of(tmp_path, cell.name)[-1] for cell in (cells[0], cells[1])]
+    assert logged[1]["ptx_loss"] > 0 and "ptx_loss" in logged[0]

@@ -103,6 +103,7 @@ ALTERNATIVES: dict[str, Any] = {
     "methods": ("ppo", "best-of-n"),
     "at": (0.7,),
     "kl_coefs": (0.05, 0.5),
+    "over": ("ppo.clip=0.1,0.4",),
     "betas": (0.2, 0.3, 0.4),
     "parts": ("exact",),
     "bandit_coefs": (0.3,),
@@ -113,8 +114,9 @@ ALTERNATIVES: dict[str, Any] = {
 }
 """Other values of settings for which half, twice, the next number or the next choice is not possible."""
 ELSEWHERE = {"model", "preset", "published", "resume", "data.path", "out", "template.options", "template.date"}
+ELSEWHERE |= {"from_run"}
 """Settings that are covered by the tests at the end of this file, as are --mesh and, in instructgpt.py, --hosts; those
-of --template are covered in test_initial_model.py."""
+of --template are covered in test_initial_model.py, and --from-run in test_sweep.py."""
 WITHOUT_EFFECT = {
     ("dpo", "ppo.minibatches"): "must divide --ppo.batch, with which it may have to be changed",
     ("compare", "ppo.minibatches"): "likewise",
@@ -330,7 +332,7 @@ def test_methods_without_a_critic_refuse_every_setting_of_the_critic(method):
         ("instructgpt", "--data.max-dropped 0.5", "--data.max-dropped has no effect without --data.path"),
         ("sweep", "--on-alarm stop", "--on-alarm has no effect in sweep.py"),
         ("sweep", "--ppo.ptx-coef 2", "--ppo.ptx-coef has no effect in sweep.py"),
-        ("sweep", "--kl-coefs 0 --ppo.kl-target 6", "--ppo.kl-target has no effect with --ppo.kl-coef 0"),
+        ("sweep", "--over ppo.kl_coef=0 --ppo.kl-target 6", "--ppo.kl-target has no effect with --ppo.kl-coef 0"),
         ("compare", "--ppo.method rloo --ppo.samples 2", "--ppo.method has no effect on compare.py"),
         ("compare", "--methods rloo grpo --ppo.value-clip 0.3", "--ppo.value-clip has no effect with"),
         ("compare", "--methods best-of-n --rounds 2", "--rounds has no effect with --methods best-of-n"),
@@ -369,7 +371,7 @@ def test_the_same_settings_are_accepted_where_they_have_an_effect():
         instructgpt.parse(arguments.split())  # type: ignore
     sweep.parse(["--ppo.method", "dr-grpo", "--ppo.samples", "4", "--ppo.reference-ema", "0.9"])
     sweep.parse(["--ppo.kl-loss-coef", "0.1", "--ppo.both-kl-terms"])
-    sweep.parse(["--ppo.kl-loss-coef", "0.1", "--kl-coefs", "0"])
+    sweep.parse(["--ppo.kl-loss-coef", "0.1", "--over", "ppo.kl_coef=0"])
     compare.parse(["--methods", "grpo", "--ppo.kl-loss-coef", "0.1"])
     for command in (dpo, reward_model):  # the temperature of the samples that are compared
         assert command.parse(["--ppo.temperature", "0.7"]).ppo.temperature == 0.7

@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C at any moment end a command with exit status 75 and one line."""
 
+import errno
 import os
 import pathlib
 import signal
@@ -9,6 +10,8 @@ import sys
 import launch
 import pytest
 from launch import entry_point, folder_lock
+
+from rlhf_jax import checkpoint
 
 EXPERIMENTS = pathlib.Path(launch.__path__[0]).parent
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -57,3 +60,26 @@ def test_signal_during_the_imports_ends_the_command_with_one_line(number):
     environment = os.environ | {"PYTHONPATH": str(EXPERIMENTS), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (75, "stopped before the run began; start it again\n")
+
+
+def test_full_disk_is_one_line_that_says_what_to_do(tmp_path, capsys):
+    def fails(run):
+        with pytest.raises(SystemExit) as exit:
+            entry_point.execute(run, lambda arguments: None, [])
+        assert exit.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    def run(settings):
+        (tmp_path / "config.json").write_text('{"command": "sft", "version": 4}')
+        folder_lock.acquire(tmp_path)
+        raise error
+
+    error: Exception = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "results.json")
+    full = "No space left on device"
+    assert fails(run) == f"error: results.json: {full}; correct this and continue with --resume"
+    error = checkpoint.CheckpointError(f"cannot save step 4: {full}")
+    assert fails(run) == f"error: cannot save step 4: {full}; free space and continue with --resume"
+    error = OSError("of another kind")
+    with pytest.raises(OSError, match="of another kind"):
+        entry_point.execute(run, lambda arguments: None, [])
