@@ -112,7 +112,14 @@ def run(settings: SFTSettings) -> dict[str, Any]:
         training.rows_per_step(settings, len(rows.tokens_BL), mesh)
         return initial_model.with_date(settings, model), (model, train, held_out, rows, preferred)
 
-    with run_setup.open_folder(settings, out, stages=[("sft", 60.0), ("evaluate", 5.0)], prepare=prepare) as opened:
+    def stages(prepared: Any) -> list[tuple[str, float]]:
+        """Returns the stages with the work of each, in forward passes of a row."""
+        _, _, held_out, rows, _ = prepared
+        batch = min(settings.batch, len(rows.tokens_BL))
+        steps = training.count_steps(settings, len(rows.tokens_BL), batch=batch)
+        return [("sft", 3.0 * steps * batch), ("evaluate", 2.0 * len(held_out.ids))]
+
+    with run_setup.open_folder(settings, out, stages=stages, prepare=prepare) as opened:
         model, train, held_out, rows, preferred = opened.prepared
         width = rows.tokens_BL.shape[1]
         cfg, fmt = initial_model.with_compute(model.cfg, settings.compute), model.fmt

@@ -37,12 +37,7 @@ def load(text: str, *, flag: str = "--reward") -> RewardFunction:
     Raises:
         SettingError: There is no such module or function.
     """
-    module_name, colon, name = text.rpartition(":")
-    if not colon or not module_name or not name:
-        raise SettingError(f"{flag} is {text!r}; it must have the form module:function or path/to/file.py:function")
-    function = getattr(_import(module_name, f"{flag} {text}"), name, None)
-    if not callable(function):
-        raise SettingError(f"{flag} {text}: {module_name} has no function {name}")
+    function = find(text, flag=flag)
 
     def checked(prompts: Sequence[Messages], responses: Sequence[str]) -> np.ndarray:
         if len(prompts) != len(responses):
@@ -63,6 +58,17 @@ def load(text: str, *, flag: str = "--reward") -> RewardFunction:
         return scores
 
     return checked
+
+
+def find(text: str, *, flag: str = "--reward") -> Callable[..., Any]:
+    """Returns the function that ``text`` names, as in `load`, without checks of its results."""
+    module_name, colon, name = text.rpartition(":")
+    if not colon or not module_name or not name:
+        raise SettingError(f"{flag} is {text!r}; it must have the form module:function or path/to/file.py:function")
+    function = getattr(_import(module_name, f"{flag} {text}"), name, None)
+    if not callable(function):
+        raise SettingError(f"{flag} {text}: {module_name} has no function {name}")
+    return function
 
 
 def _import(name: str, where: str) -> Any:

@@ -172,8 +172,29 @@ def field_names(value: Any, prefix: str = "") -> list[str]:
     return [each for name, part in fields for each in field_names(part, f"{prefix}.{name}" if prefix else name)]
 
 
-def _check_ppo(settings: Settings, runs: Sequence[PPO]) -> None:
+def _check_ranges(settings: Any, group: str = "") -> None:
+    for name in (name for name in _POSITIVE if name.startswith(group)):
+        number = value_of(settings, name)
+        require(number is None or 0 < number < math.inf, settings, name, "positive and finite")
+    for name in (name for name in _NOT_NEGATIVE if name.startswith(group)):
+        number = value_of(settings, name)
+        require(number is None or 0 <= number < math.inf, settings, name, "at least 0 and finite")
+    for name in (name for name in _SHARES if name.startswith(group)):
+        number = value_of(settings, name)
+        require(number is None or 0 <= number <= 1, settings, name, "between 0 and 1")
+
+
+def check_ppo(settings: Any, runs: Sequence[PPO]) -> None:
+    """Raises SettingError for the first of the settings in ``settings.ppo`` that is out of range or in conflict."""
+    _check_ranges(settings, "ppo.")
     ppo = settings.ppo
+    require(ppo.ema < 1, settings, "ppo.ema", "below 1")
+    require(ppo.adam_b2 < 1, settings, "ppo.adam_b2", "below 1")
+    for name in ("ppo.top_k", "ppo.top_p"):
+        number = value_of(settings, name)
+        require(number is None or ppo.correct_sampler, settings, name, _OFF_POLICY)
+        require(number is None or number > 0, settings, name, "positive")
+    require((ppo.top_p or 0.0) <= 1, settings, "ppo.top_p", "at most 1")
     for name in ("ppo.minibatches", "ppo.samples"):
         require_divides(settings, name, ppo.batch, f"--ppo.batch {ppo.batch}")
     answers = ppo.batch // ppo.minibatches
@@ -199,24 +220,9 @@ def check(settings: Settings, *, runs: Sequence[PPO] | None = None) -> None:
 
     ``runs`` are the settings of the command's RL runs; by default, a single run with ``settings.ppo``.
     """
-    for name in _POSITIVE:
-        number = value_of(settings, name)
-        require(number is None or 0 < number < math.inf, settings, name, "positive and finite")
-    for name in _NOT_NEGATIVE:
-        number = value_of(settings, name)
-        require(number is None or 0 <= number < math.inf, settings, name, "at least 0 and finite")
-    for name in _SHARES:
-        number = value_of(settings, name)
-        require(number is None or 0 <= number <= 1, settings, name, "between 0 and 1")
+    _check_ranges(settings)
     require(0 < settings.data.held_out < 1, settings, "data.held_out", "above 0 and below 1")
     require(settings.sft.mix < 1, settings, "sft.mix", "below 1")
-    require(settings.ppo.ema < 1, settings, "ppo.ema", "below 1")
-    require(settings.ppo.adam_b2 < 1, settings, "ppo.adam_b2", "below 1")
-    for name in ("ppo.top_k", "ppo.top_p"):
-        number = value_of(settings, name)
-        require(number is None or settings.ppo.correct_sampler, settings, name, _OFF_POLICY)
-        require(number is None or number > 0, settings, name, "positive")
-    require((settings.ppo.top_p or 0.0) <= 1, settings, "ppo.top_p", "at most 1")
     require(
         settings.data.vocab_size >= 260, settings, "data.vocab_size", "at least 260 (256 bytes and 4 special tokens)"
     )
@@ -228,7 +234,7 @@ def check(settings: Settings, *, runs: Sequence[PPO] | None = None) -> None:
     require(width % (2 * heads) == 0, settings, "net.heads", requirement)
     k = settings.comparisons
     require(2 <= k.min_k <= k.max_k, settings, "comparisons.min_k", f"between 2 and --comparisons.max-k {k.max_k}")
-    _check_ppo(settings, [settings.ppo] if runs is None else runs)
+    check_ppo(settings, [settings.ppo] if runs is None else runs)
     mesh_settings.check(settings)
     if settings.data.path is None:
         most = settings.comparisons.prompts // (2 if settings.reward_model.heldout else 1)

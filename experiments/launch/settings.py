@@ -143,8 +143,8 @@ class RewardModel:
 
 
 @dataclasses.dataclass(frozen=True)
-class PPO:
-    """The RL stages: PPO, or another method, without a pretraining loss (`ppo`) and with one (`ppo_ptx`)."""
+class RL:
+    """The settings of RL that all commands have."""
 
     method: Literal["ppo", "reinforce", "rloo", "grpo", "dr-grpo", "reinforce-pp"] = "ppo"
     """RL method. Only ppo has a critic. The other methods refuse settings of the critic."""
@@ -163,28 +163,13 @@ class PPO:
     this number affects the results. If it is a multiple of --mesh.data x --mesh.fsdp, answers stay on their device."""
     epochs: int = 1
     """Number of passes over each rollout (1 in InstructGPT, 4 in Ziegler and Stiennon)."""
-    learning_rate: float = 6e-4
-    """Learning rate of the policy after the warmup."""
-    critic_learning_rate: float = 1e-3
-    """Learning rate of the critic after the warmup."""
-    critic: Literal["reward", "policy", "zero-head"] = "reward"
-    """Initial critic: `reward` for the reward model (InstructGPT, Stiennon), `policy` for the SFT model with a new head
-    (Xu), or `zero-head` for a zero head on the policy's trunk, which both losses then train (Ziegler)."""
     value_coef: float = 1.0
-    """Weight of the value loss (0.1 in Ziegler), for --ppo.critic zero-head. For a separate critic, whose Adam cancels
-    the weight, change the learning rate of the critic instead."""
+    """Weight of the value loss (0.1 in Ziegler), for a critic with a zero head. For a separate critic, whose Adam
+    cancels the weight, change the learning rate of the critic instead."""
     warmup: int = 5
     """Number of warmup iterations for both learning rates. The warmup is linear and starts at a tenth."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Decay of both learning rates: none (InstructGPT), linear to 0 (Ziegler, Stiennon) or cosine to a tenth."""
-    adam_eps: float = 1e-5
-    """Epsilon of Adam."""
-    adam_b2: float = 0.95
-    """Decay of Adam's second moment (0.95 in InstructGPT, 0.999 in Ziegler). That of the first moment is 0.9."""
-    weight_decay: float = 0.0
-    """Weight decay of AdamW, multiplied by the learning rate. 0 is Adam."""
-    adam_tf1: bool = False
-    """Use TensorFlow 1's Adam. It adds epsilon before the bias correction, which makes the first steps smaller."""
     kl_coef: float = 0.055
     """Weight of the KL penalty in the reward, per nat. Scores have standard deviation 1 on SFT samples. grpo and
     dr-grpo have no KL in the reward; they use --ppo.kl-loss-coef."""
@@ -226,8 +211,6 @@ class PPO:
     from all tokens."""
     correct_sampler: bool = False
     """Weight each token by its probability under the policy divided by that under the sampler, capped at 2."""
-    missing_stop_score: float = -3.0
-    """Score for an answer without a stop token, in standard deviations of the reward."""
     missing_stop: Literal["replace", "subtract"] = "replace"
     """Whether --ppo.missing-stop-score, which should be negative, replaces the score of an answer without a stop token
     (`replace`, as in the papers) or is added to it (`subtract`)."""
@@ -241,6 +224,29 @@ class PPO:
     """Weight of the mean pretraining loss per token in PPO-ptx (27.8 in InstructGPT, which normalises differently)."""
     ptx_ratio: float = 1.0
     """Pretraining rows per answer and epoch in PPO-ptx (8 in InstructGPT)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PPO(RL):
+    """The RL stages: PPO, or another method, without a pretraining loss (`ppo`) and with one (`ppo_ptx`)."""
+
+    learning_rate: float = 6e-4
+    """Learning rate of the policy after the warmup."""
+    critic_learning_rate: float = 1e-3
+    """Learning rate of the critic after the warmup."""
+    critic: Literal["reward", "policy", "zero-head"] = "reward"
+    """Initial critic: `reward` for the reward model (InstructGPT, Stiennon), `policy` for the SFT model with a new head
+    (Xu), or `zero-head` for a zero head on the policy's trunk, which both losses then train (Ziegler)."""
+    adam_eps: float = 1e-5
+    """Epsilon of Adam."""
+    adam_b2: float = 0.95
+    """Decay of Adam's second moment (0.95 in InstructGPT, 0.999 in Ziegler). That of the first moment is 0.9."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW, multiplied by the learning rate. 0 is Adam."""
+    adam_tf1: bool = False
+    """Use TensorFlow 1's Adam. It adds epsilon before the bias correction, which makes the first steps smaller."""
+    missing_stop_score: float = -3.0
+    """Score for an answer without a stop token, in standard deviations of the reward."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,18 +313,21 @@ class Settings(RunSettings):
 
     def batches(self) -> dict[str, int]:
         """Returns the numbers of rows that must be multiples of --mesh.data x --mesh.fsdp, by flag or description."""
-        ppo = self.ppo
-        answers = ppo.batch // ppo.minibatches
-        minibatch = f"--ppo.batch {ppo.batch} divided by --ppo.minibatches {ppo.minibatches}"
-        parts = f" and --ppo.micro-batches {ppo.micro_batches}" if ppo.micro_batches > 1 else ""
-        samples = f" divided by --ppo.samples {ppo.samples}" if ppo.samples > 1 else ""
-        return {
-            "--pretrain.batch": self.pretrain.batch,
-            "--reward-model.batch": self.reward_model.batch,
-            f"--ppo.batch{f' {ppo.batch}' if samples else ''}{samples}": ppo.batch // ppo.samples,
-            minibatch + parts: answers // ppo.micro_batches,
-            f"--ppo.ptx-ratio {ppo.ptx_ratio:g} times {minibatch}": round(answers * ppo.ptx_ratio),
-        }
+        first = {"--pretrain.batch": self.pretrain.batch, "--reward-model.batch": self.reward_model.batch}
+        return first | rl_batches(self.ppo)
+
+
+def rl_batches(ppo: RL, *, ptx: bool = True) -> dict[str, int]:
+    """Returns the numbers of rows of RL that must be multiples of --mesh.data x --mesh.fsdp, by flag or description."""
+    answers = ppo.batch // ppo.minibatches
+    minibatch = f"--ppo.batch {ppo.batch} divided by --ppo.minibatches {ppo.minibatches}"
+    parts = f" and --ppo.micro-batches {ppo.micro_batches}" if ppo.micro_batches > 1 else ""
+    samples = f" divided by --ppo.samples {ppo.samples}" if ppo.samples > 1 else ""
+    text = {f"--ppo.ptx-ratio {ppo.ptx_ratio:g} times {minibatch}": round(answers * ppo.ptx_ratio)}
+    return {
+        f"--ppo.batch{f' {ppo.batch}' if samples else ''}{samples}": ppo.batch // ppo.samples,
+        minibatch + parts: answers // ppo.micro_batches,
+    } | (text if ptx else {})
 
 
 SMOKE: dict[str, dict[str, Any]] = {

@@ -32,10 +32,10 @@ def _muon(*, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
 
     def dimensions(params: types.Params) -> Any:
         def of_leaf(path: Any, leaf: jax.Array) -> Any:
-            names = [entry.key for entry in path]
-            if names[0] != "layers" or names[-1] != "kernel":
+            names = [entry.key for entry in path]  # in RL, policy or critic comes first
+            if "layers" not in names or names[-1] != "kernel":
                 return None
-            return optax.contrib.MuonDimensionNumbers(*contracted_axes.get(names[1], ((1,), (2,))))
+            return optax.contrib.MuonDimensionNumbers(*contracted_axes.get(names[-2], ((1,), (2,))))
 
         return jax.tree_util.tree_map_with_path(of_leaf, params)
 

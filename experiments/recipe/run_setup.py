@@ -104,7 +104,7 @@ def open_folder(
     settings: Any,
     out: Console,
     *,
-    stages: Sequence[tuple[str, float]],
+    stages: Sequence[tuple[str, float]] | Callable[[Any], Sequence[tuple[str, float]]],
     prepare: Callable[[Any, Any], tuple[RunSettings, Any]],
     kind: str | None = None,
 ) -> Iterator[OpenRun]:
@@ -116,7 +116,8 @@ def open_folder(
     Args:
         settings: The settings of the command.
         out: The console to print to. It is silenced on all hosts except the first.
-        stages: The stages of the run, each with its expected duration in seconds.
+        stages: The stages of the run, each with its expected duration in any unit, or a function that returns them
+            for the second value of ``prepare``.
         prepare: ``prepare(settings, mesh)`` loads the model and the data and returns the settings to save and whatever
             the command needs. Its ``settings`` have the sizes of the mesh.
         kind: Prefix of the run folder's default name; None uses the name of the command.
@@ -139,7 +140,7 @@ def open_folder(
     saved, prepared = prepare(resolved, mesh)
     folder = _open_folder(path, saved)
     print_line(out, f"{'resuming' if settings.resume else 'writing to'} {folder.path}")
-    with folder.log, _make_progress(stages) as progress:
+    with folder.log, _make_progress(stages(prepared) if callable(stages) else stages) as progress:
         folder.print_note = progress.message
         yield OpenRun(resolved, folder, progress, mesh, prepared)
 

@@ -274,7 +274,7 @@ def _demonstration_rows(
     )
 
 
-def _document_end(fmt: chat.ChatFormat) -> int:
+def document_end(fmt: chat.ChatFormat) -> int:
     """Returns the token between documents: the EOS token or, without one, the token that ends answers in training."""
     eos: Any = fmt.tokenizer.eos_token_id
     return fmt.stop_ids[0] if eos is None else eos
@@ -282,7 +282,7 @@ def _document_end(fmt: chat.ChatFormat) -> int:
 
 def _packed(fmt: chat.ChatFormat, texts: list[str], *, width: int) -> np.ndarray:
     ids = plain_text.encode_texts(fmt.tokenizer, texts)
-    return packing.pack_documents(ids, width=width, eos_id=_document_end(fmt))[0]
+    return packing.pack_documents(ids, width=width, eos_id=document_end(fmt))[0]
 
 
 def _skill_rows(settings: Settings, fmt: chat.ChatFormat, width: int) -> types.TokenBatch:
@@ -294,7 +294,7 @@ def _skill_rows(settings: Settings, fmt: chat.ChatFormat, width: int) -> types.T
     tokens_BL = np.full((len(problems), width), fmt.pad_id, np.int32)
     mask_BL, loss_mask_BL = np.zeros(tokens_BL.shape, bool), np.zeros(tokens_BL.shape, bool)
     for row, (question, ids) in enumerate(zip(questions, whole)):
-        ids = [_document_end(fmt), *ids]  # in packed text, each document follows the end token of the previous one
+        ids = [document_end(fmt), *ids]  # in packed text, each document follows the end token of the previous one
         tokens_BL[row, : len(ids)], mask_BL[row, : len(ids)] = ids, True
         loss_mask_BL[row, 1 + len(question) : len(ids)] = True
     return types.TokenBatch(tokens_BL, mask_BL, loss_mask_BL)
@@ -342,7 +342,7 @@ def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None)
         pad_id=fmt.pad_id,
         counts=errors.DropCount(max_dropped=1.0),
     )
-    end = _document_end(fmt)
+    end = document_end(fmt)
     texts = [human_comparisons.encode_dialogues(fmt, part, end=end) for part in (train, held_out)]
     for name, ids in zip(("training", "held-out"), texts):
         if (size := sum(len(each) + 1 for each in ids)) < P + T:

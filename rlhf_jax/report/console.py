@@ -81,40 +81,37 @@ def remaining_seconds(
     waiting: float,
     current: float = 0.0,
     elapsed: float = 0.0,
-    fraction: float = 0.0,
-) -> float:
-    """Estimates the remaining seconds of a job from the expected and the measured durations of its stages.
+    rest: float | None = None,
+) -> float | None:
+    """Estimates the remaining seconds of a job from the weights and the measured durations of its stages.
 
-    A stage's weight is its expected duration in seconds on a reference machine, and its pace is the ratio of measured
-    to expected seconds. The estimate for the current stage starts from the pace of the finished stages and moves to the
-    current stage's pace as the stage advances, so that compilation at its start has little influence.
+    A stage's weight is its expected duration in any unit, for example in seconds on a reference machine. Weights are
+    converted to seconds by the ratio of measured seconds to weight, over the finished stages and the current one.
 
     Args:
         finished: ``(weight, seconds)`` of each finished stage.
         waiting: Total weight of the stages that have not started.
         current: Weight of the current stage, 0 between stages.
         elapsed: Seconds since the current stage started.
-        fraction: Completed fraction of the current stage, in [0, 1].
+        rest: Remaining seconds of the current stage according to its own speed; None if that is not known yet.
 
     Returns:
-        The estimated number of seconds.
+        The estimated number of seconds; None if nothing has been measured yet.
 
     Example:
         >>> from rlhf_jax.report import console
-        >>> console.remaining_seconds(finished=[(10, 30)], waiting=20)  # three times as slow as expected
+        >>> console.remaining_seconds(finished=[(10, 30)], waiting=20)  # 3 s per unit of weight
         60.0
     """
     finished = list(finished)
     weight, seconds = sum(w for w, _ in finished), sum(s for _, s in finished)
-    pace = seconds / weight if weight > 0 else 1.0
-    rest = max(0.0, pace * current - elapsed)
-    if fraction > 0:
-        own = elapsed * (1 - fraction) / fraction
-        rest = (1 - fraction) * rest + fraction * own
-    seen = weight + fraction * current
-    if seen > 0:
-        pace = (seconds + fraction * (elapsed + rest)) / seen
-    return rest + pace * waiting
+    if rest is not None:
+        weight, seconds = weight + current, seconds + elapsed + rest
+    unknown = waiting + (current if rest is None else 0.0)
+    if unknown > 0 and weight == 0:
+        return None
+    pace = seconds / weight if weight > 0 else 0.0
+    return (max(0.0, pace * current - elapsed) if rest is None else rest) + pace * waiting
 
 
 def clock_text(seconds: float) -> str:
@@ -133,6 +130,24 @@ class _Stage(NamedTuple):
     done: int
     total: int
     started: float
+
+    reports: tuple[tuple[int, float], ...] = ()
+    """Number of steps done and the time at the first two reports of steps by this run."""
+    last: float = 0.0
+    """Time of the last report of a step."""
+
+    def rest(self, now: float) -> float | None:
+        """Returns the remaining seconds at the mean speed since the first steps; None if there is only one report.
+
+        The first step, which includes compilation, does not count, nor does the second if there is a third: its report
+        follows the first one immediately if logging started slowly.
+        """
+        starts = [each for each in self.reports if each[0] < self.done]
+        if not starts:
+            return None
+        done, start = starts[-1]
+        seconds = (self.last - start) / (self.done - done)
+        return max(0.0, seconds * (self.total - self.done) - (now - self.last))
 
     @property
     def fraction(self) -> float:
@@ -165,7 +180,7 @@ class StageProgress:
             progress.skip("reward_model")  # restored, not trained
 
     Args:
-        stages: ``(name, expected seconds)`` in order. After the first stage, only the ratios of these seconds matter.
+        stages: ``(name, expected seconds)`` in order. Only the ratios of these seconds matter.
         console: Console to write to; stderr by default.
         live: Whether to draw a live display; by default, True if the console writes to a terminal.
         line_interval: Minimum number of seconds between two plain lines of a stage.
@@ -237,7 +252,8 @@ class StageProgress:
             stage: Name of the stage.
             done: Number of completed steps, including those of an earlier run.
             total: Number of steps of the whole stage.
-            metrics: Numbers by name; the first four are shown.
+            metrics: Numbers by name; the first four are shown. An empty dict before the first step means that an
+                earlier run completed the ``done`` steps.
 
         Raises:
             ValueError: If the stage is unknown.
@@ -246,8 +262,12 @@ class StageProgress:
         if self._stage is None or stage != self._stage.name:
             self.start(stage, total)
         assert self._stage is not None
-        self._stage = self._stage._replace(done=done, total=total)
-        now = self._clock()
+        current, now = self._stage, self._clock()
+        if metrics is not None and not metrics and not current.reports:
+            self._stage = current._replace(done=done, total=total, resumed_at=done)
+            return
+        reports = (*current.reports, (done, now))[:2]
+        self._stage = current._replace(done=done, total=total, reports=reports, last=now)
         # Reading a metric blocks until the accelerator has computed it, so metrics are read only when they are shown.
         if now - self._last_line < (0.5 if self._live else self._line_interval):
             return
@@ -259,7 +279,7 @@ class StageProgress:
             self._print(f"{self._heading(stage)} {done}/{total} · {self._times()}{shown}")
 
     def finish(self, stage: str) -> None:
-        """Ends a stage; its duration improves the estimate of the remaining time."""
+        """Ends a stage; its duration is used to estimate those of later stages."""
         self._check(stage)
         current = self._stage
         if current is None or stage != current.name:
@@ -288,17 +308,21 @@ class StageProgress:
         """
         self._print(f"{self._heading(stage) if stage in self._weights else stage}: {text}")
 
-    def remaining(self) -> float:
-        """Returns the estimated remaining seconds of the whole job (`remaining_seconds`)."""
+    def remaining(self) -> float | None:
+        """Returns the estimated remaining seconds of the whole job (`remaining_seconds`).
+
+        The current stage is estimated from its own speed, without its first steps, which include compilation.
+        """
         stage, started = self._stage, self._finished
         if stage is None:
             current = {}
         else:
             started = started | {stage.name}
+            now = self._clock()
             current = {
                 "current": stage.own_share * self._weights[stage.name],
-                "elapsed": self._clock() - stage.started,
-                "fraction": stage.own_fraction,
+                "elapsed": now - stage.started,
+                "rest": stage.rest(now),
             }
         waiting = sum(weight for name, weight in self._weights.items() if name not in started)
         return remaining_seconds(finished=self._durations, waiting=waiting, **current)
@@ -312,7 +336,8 @@ class StageProgress:
         return f"stage {place}/{len(self._weights)} {results_lib.label(stage)}"
 
     def _times(self) -> str:
-        return f"{clock_text(self._clock() - self._started)} elapsed, about {clock_text(self.remaining())} left"
+        elapsed, remaining = f"{clock_text(self._clock() - self._started)} elapsed", self.remaining()
+        return elapsed if remaining is None else f"{elapsed}, about {clock_text(remaining)} left"
 
     def _print(self, text: str) -> None:
         self._console.print(Text(text), soft_wrap=True)

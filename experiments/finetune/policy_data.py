@@ -1,0 +1,141 @@
+"""Reads the prompts on which a policy is trained, and the rows of PPO-ptx's pretraining loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from launch import initial_model
+from launch.run_settings import SettingError
+from recipe import human_comparisons, tasks
+
+from finetune import answers, demonstrations
+from rlhf_jax.data import batching, chat, errors, packing, padding, plain_text, readers, records, sources
+from rlhf_jax.types import TokenBatch
+
+MOST_HELD_OUT = 256
+"""Maximum number of prompts on which a policy is evaluated."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Left-padded prompts with their records."""
+
+    tokens_BP: np.ndarray
+    mask_BP: np.ndarray
+    records: list[records.Prompt]
+    asked_B: np.ndarray
+    """Number of each prompt's conversation. Numbers about prompts of the same conversation are not independent."""
+
+    def __len__(self) -> int:
+        """Returns the number of prompts."""
+        return len(self.records)
+
+    def at(self, rows: Sequence[int] | np.ndarray) -> Prompts:
+        """Returns the prompts with these indices."""
+        rows = np.asarray(rows, np.int64)
+        return Prompts(self.tokens_BP[rows], self.mask_BP[rows], [self.records[i] for i in rows], self.asked_B[rows])
+
+
+def read_prompts(
+    model: initial_model.InitialModel,
+    path: str,
+    *,
+    width: int | None,
+    max_new_tokens: int,
+    counts: errors.DropCount,
+) -> Prompts:
+    """Reads and encodes the prompts of a file.
+
+    Prompts with equal tokens are used more than once only if their other columns are equal too, because a reward
+    function gets the columns of a prompt by its tokens.
+
+    Args:
+        model: The policy.
+        path: The file.
+        width: Maximum number of tokens of a prompt; None is the width that holds 99 % of them.
+        max_new_tokens: Maximum number of tokens of an answer.
+        counts: Counts unusable prompts; those that do not fit do not count towards its limit.
+
+    Raises:
+        SettingError: The model is too short for a prompt and its answer.
+        DataError: Too many prompts are unusable, or none is left.
+    """
+    found, _ = readers.read_prompts(path, counts=counts)
+    fitting = errors.DropCount(max_dropped=1.0)
+    encoded = answers.encode_prompts(
+        model, found, width=width, max_new_tokens=max_new_tokens, counts=fitting, flag="--policy"
+    )
+    if width is None:
+        lengths = [len(ids) for ids in encoded.ids]
+        limit = model.cfg.max_length - max_new_tokens
+        width = min(limit, -(-int(np.quantile(lengths, 0.99, method="higher")) // 8) * 8)
+        fitting = errors.DropCount(max_dropped=1.0)
+        encoded = answers.encode_prompts(
+            model, found, width=width, max_new_tokens=max_new_tokens, counts=fitting, flag="--policy"
+        )
+    kept = _distinct(encoded, fitting)
+    counts.max_dropped = 1.0
+    counts.add(fitting, records=len(found), source=path)
+    chosen = [encoded.records[i] for i in kept]
+    tokens_BP, mask_BP = padding.pad_prompts([encoded.ids[i] for i in kept], width=width, pad_id=model.fmt.pad_id)
+    return Prompts(tokens_BP, mask_BP, chosen, human_comparisons.conversation_ids(chosen))
+
+
+def _distinct(encoded: answers.Prompts, counts: errors.DropCount) -> list[int]:
+    first: dict[tuple[int, ...], records.Prompt] = {}
+    kept = []
+    for i, (ids, record) in enumerate(zip(encoded.ids, encoded.records)):
+        same = first.setdefault(tuple(ids), record)
+        if (same.prompt, same.metadata) == (record.prompt, record.metadata):
+            kept.append(i)
+        else:
+            counts.drop("same tokens as another prompt with other columns")
+    return kept
+
+
+def split(prompts: Prompts, fraction: float, key: jax.Array) -> tuple[Prompts, Prompts]:
+    """Returns training and held-out prompts, without dividing conversations with the same first question."""
+    if fraction == 0:
+        return prompts, prompts.at([])
+    fraction = min(fraction, MOST_HELD_OUT / len(prompts))
+    try:
+        parts = batching.split(len(prompts), fraction=fraction, key=key, group_N=prompts.asked_B)
+    except ValueError as error:
+        raise SettingError(
+            f"--held-out is {fraction:g}, but the file has too few prompts to hold any out; add prompts or set it to 0"
+        ) from error
+    return prompts.at(parts[0]), prompts.at(parts[1])
+
+
+def read_ptx(fmt: chat.ChatFormat, path: str, *, width: int) -> TokenBatch:
+    """Reads the rows of PPO-ptx: text, in which all tokens are learnt, or demonstrations, of which answers are learnt.
+
+    Raises:
+        DataError: The file is unusable or too short for a row.
+    """
+    if (texts := _texts(path)) is not None:
+        ids = plain_text.encode_texts(fmt.tokenizer, texts)
+        rows_BL, _ = packing.pack_documents(ids, width=width, eos_id=tasks.document_end(fmt))
+        if not len(rows_BL):
+            raise errors.DataError(f"--ptx {path} has fewer tokens than a row, which has {width}; add text")
+        return tasks.text_batch(rows_BL)
+    counts = errors.DropCount(max_dropped=1.0)
+    found = demonstrations.read(path, counts)
+    encoded, _ = demonstrations.encode(fmt, found, width=width, max_width=width, train_on="last", counts=counts)
+    return demonstrations.rows(encoded, width=width, pad_id=fmt.pad_id, packed=True)
+
+
+def _texts(path: str) -> list[str] | None:
+    """Returns the texts of a .txt file or of records with a field ``text``; None for other records."""
+    if path.endswith(".txt"):
+        return [pathlib.Path(file).read_text(encoding="utf-8") for file in sources.expand_paths(path)]
+    texts = []
+    for raw in sources.raw_records(path, fields="text, or the fields of demonstrations"):
+        if raw.flaw is not None or "text" not in raw.fields:
+            return None
+        texts.append(sources.require_text(raw.fields["text"], "text"))
+    return texts

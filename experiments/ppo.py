@@ -1,0 +1,341 @@
+"""Trains a policy by reinforcement learning from its own answers (PPO, Ouyang et al. 2022, section 3.5).
+
+    python experiments/ppo.py --policy SFT --reward-model RM --prompts prompts.jsonl
+    python experiments/ppo.py --policy SFT --reward my_rewards.py:score --prompts prompts.jsonl   a Python function
+    python experiments/ppo.py --policy SFT --reward-model RM --prompts FILE --ppo.method grpo --ppo.samples 8
+    python experiments/ppo.py --policy SFT --reward-model RM --prompts FILE --ptx demonstrations.jsonl   PPO-ptx
+    python experiments/ppo.py --resume runs/NAME                                resume an interrupted run
+
+SFT and RM are folders in Hugging Face format or output folders of sft.py and reward_model.py. The function of a FILE.py
+gets the prompts, as lists of chat messages, and the answers, as texts, and returns a number for each answer. If it has
+a parameter `records`, it also gets the other columns of each prompt. To score every token, it has a parameter `tokens`,
+the tokens of each answer, and returns a list of numbers for each answer.
+
+The run folder contains model/, the moving average of the policy in Hugging Face format, samples.jsonl, results.json,
+report.html, config.json, metrics.jsonl, tensorboard/ and checkpoints/.
+"""
+
+from __future__ import annotations
+
+from finetune import policy_settings
+from finetune.policy_settings import NEW_HEAD, ZERO_HEAD, PPOSettings
+from launch import command_line, process_setup
+
+
+def parse(arguments: list[str]) -> PPOSettings:
+    """Parses the command line; raises SettingError for invalid settings."""
+    parsed = command_line.parse_stage(PPOSettings, arguments, doc=__doc__, check=policy_settings.check)
+    return policy_settings.with_absolute_files(parsed)
+
+
+if __name__ == "__main__":
+    command_line.answer_help(parse)
+    process_setup.use_huge_pages()
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+from finetune import outcome, policy_data, policy_rewards, policy_samples, training
+from launch import device_mesh, entry_point, initial_model, run_folder
+from recipe import engine, monitoring, optimiser_choice, rl_methods, run_setup
+from rich.console import Console
+
+from rlhf_jax import generation, lm, parallel, types
+from rlhf_jax.data import batching, errors
+from rlhf_jax.train import loop, ppo, ppo_models
+from rlhf_jax.train.optim import update
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The models, rewards and data of a run."""
+
+    policy: initial_model.InitialModel
+    reference: types.Params
+    rewards: policy_rewards.Rewards
+    critic: initial_model.InitialModel | None
+    """The initial critic; None if the policy gets a new head, or if the method has no critic."""
+    prompts: policy_data.Prompts
+    ptx: types.TokenBatch | None
+
+
+def run(settings: PPOSettings) -> dict[str, Any]:
+    """Trains the policy and returns the contents of results.json."""
+    out = Console()
+    if finished := outcome.show_finished(settings, out, policy_samples.table):
+        return finished
+    counts = errors.DropCount(max_dropped=settings.max_dropped)
+    stage = "ppo" if settings.ptx is None else "ppo_ptx"
+    prepare = partial(_prepare, counts=counts)
+    with run_setup.open_folder(settings, out, stages=[(stage, 100.0), ("evaluate", 5.0)], prepare=prepare) as opened:
+        inputs: Inputs = opened.prepared
+        job = engine.Engine(cfg=inputs.policy.cfg, **opened.engine_fields)
+        outcome.describe_data(out, counts, {"prompts": len(inputs.prompts)})
+        outcome.describe_model(opened, out, inputs.policy, job.cfg)
+        with _reward_errors(inputs.rewards):
+            params, results = _train(job, stage, settings, inputs, opened)
+    results |= {"dropped": counts.dropped | counts.truncated}
+    results["alarms"] = monitoring.raised_alarms(opened.folder.log, settings, dtype=job.cfg.dtype)  # type: ignore
+    outcome.save_model(opened.folder, job.cfg, params, inputs.policy.fmt)
+    return outcome.finish(
+        opened.folder, settings, results, out, title="Reinforcement learning", rows=policy_samples.table
+    )
+
+
+def _prepare(resolved: PPOSettings, mesh: Any, *, counts: errors.DropCount) -> tuple[PPOSettings, Inputs]:
+    """Loads and checks all inputs."""
+    load: Any = partial(initial_model.load, mesh=mesh)
+    policy = load(resolved.policy, flag="--policy", template=resolved.template)
+    policy = dataclasses.replace(policy, cfg=initial_model.with_compute(policy.cfg, resolved.compute))
+    compatible = partial(policy_rewards.load_compatible, policy=policy, mesh=mesh, compute=resolved.compute)
+    found = policy_rewards.load(resolved, policy, mesh)
+    critic = None
+    if rl_methods.has_critic(policy_settings.method(resolved)):
+        if resolved.critic is None:
+            critic = next(iter(found.models.values()), None)
+        elif resolved.critic not in (NEW_HEAD, ZERO_HEAD):
+            critic = compatible(resolved.critic, "--critic")
+    reference = policy.params
+    if resolved.reference is not None:
+        other = compatible(resolved.reference, "--reference", kind=initial_model.LANGUAGE_MODEL)
+        if other.cfg != policy.cfg:
+            raise run_folder.SettingError(
+                f"cannot use --reference {resolved.reference}: its architecture differs from that of --policy "
+                f"{resolved.policy}; give a model of the same size and family"
+            )
+        reference = other.params
+    prompts = policy_data.read_prompts(
+        policy, resolved.prompts, width=resolved.prompt_width, max_new_tokens=resolved.max_new_tokens, counts=counts
+    )
+    width = prompts.tokens_BP.shape[1] + resolved.max_new_tokens
+    named = {f"--reward-model {each.path}": each for each in found.models.values()}
+    for name, each in (named | ({} if critic is None else {"the critic": critic})).items():
+        if each.cfg.max_length < width:
+            raise run_folder.SettingError(
+                f"cannot use {name}: a prompt and its answer have up to {width} tokens, more than its maximum length "
+                f"{each.cfg.max_length}; lower --max-new-tokens or --prompt-width"
+            )
+    ptx = None if resolved.ptx is None else policy_data.read_ptx(policy.fmt, resolved.ptx, width=width)
+    return initial_model.with_date(resolved, policy), Inputs(policy, reference, found, critic, prompts, ptx)
+
+
+@contextlib.contextmanager
+def _reward_errors(found: policy_rewards.Rewards) -> Iterator[None]:
+    """Replaces the error of a compiled program by that of the reward function that caused it."""
+    try:
+        yield
+    except run_folder.SettingError:
+        raise
+    except Exception as error:
+        if found.failure is None:
+            raise
+        raise found.failure from error
+
+
+class _KLLimit:
+    """A log that ends the stage when the KL of an iteration exceeds the limit."""
+
+    def __init__(self, log: Any, limit: float | None) -> None:
+        self._log, self._limit, self.reached = log, limit, False
+
+    def __call__(self, step: int, values: dict[str, float]) -> None:
+        self._log(step, values)
+        if self._limit is not None and values["kl"] > self._limit:
+            self.reached = True
+            raise loop.Alarmed(f"KL {values['kl']:.3g} above --stop-at-kl {self._limit:g} at step {step}")
+
+    def rewind(self, step: int) -> None:
+        self._log.rewind(step)
+
+
+def _train(
+    job: engine.Engine, stage: str, settings: PPOSettings, inputs: Inputs, opened: run_setup.OpenRun
+) -> tuple[types.Params, dict[str, Any]]:
+    """Trains and evaluates the policy; returns its averaged parameters and results."""
+    method, policy, mesh = policy_settings.method(settings), inputs.policy, job.mesh
+    key = job.key(stage)
+    train, held_out = policy_data.split(inputs.prompts, settings.held_out, jax.random.fold_in(key, 2))
+    spec = generation.Sampling(
+        max_new_tokens=settings.max_new_tokens,
+        stop_ids=policy.fmt.stop_ids,
+        pad_id=policy.fmt.pad_id,
+        top_k=method.top_k,
+        top_p=method.top_p,
+    )
+    if not method.correct_sampler:
+        generation.check_on_policy(spec)
+    scorer = policy_rewards.Scorer(inputs.rewards, policy.fmt, inputs.prompts, mesh)
+    models = ppo_models.from_config(
+        job.cfg,
+        spec,
+        prompt_width=inputs.prompts.tokens_BP.shape[1],
+        samples=method.samples,
+        critic=rl_methods.has_critic(method),
+        critic_cfg=None if inputs.critic is None else inputs.critic.cfg,
+        score=scorer.score,
+    )
+    one_each = ppo_models.from_config(job.cfg, spec, prompt_width=inputs.prompts.tokens_BP.shape[1])
+    size = device_mesh.round_rows_up(min(64, method.batch), mesh)
+    sampler = policy_samples.Sampler(one_each, temperature=method.temperature, size=size, mesh=mesh)
+
+    def sample_some() -> types.Rollout:
+        some = train.at(range(min(policy_rewards.NORMALISED_ON if inputs.rewards.models else 8, len(train))))
+        return sampler(policy.params, inputs.reference, some, jax.random.fold_in(key, 3)).rollout
+
+    parts = policy_rewards.parameters(job, scorer, sample_some, normalise=settings.normalise, size=size)
+    start, critic = _trainables(job, settings, inputs, parts, key=jax.random.fold_in(key, 4))
+    frozen = ppo.Frozen(inputs.reference, {"parts": parts, "critic": None if critic is None else critic.frozen})
+    if settings.critic == ZERO_HEAD:
+        models = models._replace(join=ppo.shared_trunk)
+    elif settings.lora.rank is not None:
+        models = models._replace(join=partial(_join, start, critic))
+    tx = optimiser_choice.chosen(settings)
+
+    def new_state() -> ppo.PPOState:
+        reference = None if method.reference_ema is None else inputs.reference
+        make = lambda policy, critic, reference: ppo.create(policy, critic, tx, reference=reference)  # noqa: E731
+        return job.create_on_mesh(make, start.params, None if critic is None else critic.params, reference)
+
+    say = partial(job.progress.message, stage)
+    watch = monitoring.watch_stage(job.log, stage, settings, say, dtype=job.cfg.dtype)  # type: ignore[arg-type]
+    limit = _KLLimit(watch, settings.stop_at_kl)
+    callbacks = []
+    if settings.show_every:
+        show = policy_samples.make_show(
+            opened.folder.path,
+            sampler,
+            scorer,
+            held_out if len(held_out) else train,
+            every=settings.show_every,
+            key=jax.random.fold_in(key, 5),
+            policy_of=lambda params: start.join(inputs.reference, params["policy"]),
+            frozen=frozen,
+            say=say,
+        )
+        callbacks.append(show)
+    step = parallel.jit_step(ppo.make_train_step(models, **rl_methods.train_step_options(method)), mesh=mesh)
+    state = _fit(job, stage, step, new_state, method, limit, train, inputs.ptx, frozen=frozen, callbacks=callbacks)
+    params = start.merge(inputs.reference, state.ema)
+    del state
+    iterations = len(job.log.rows(stage))
+    results: dict[str, Any] = {"iterations": iterations, "prompts": {"training": len(train), "held_out": len(held_out)}}
+    if limit.reached:
+        results["stopped_at_kl"] = settings.stop_at_kl
+    return params, results | _evaluate(job, sampler, scorer, inputs, frozen, params, held_out)
+
+
+def _trainables(
+    job: engine.Engine, settings: PPOSettings, inputs: Inputs, parts: dict[str, types.Params], *, key: jax.Array
+) -> tuple[training.Trainable, training.Trainable | None]:
+    """Returns what is trained of the policy and of the critic, if the method has one."""
+    policy = inputs.policy
+    start = training.trainable(settings.lora, job.cfg, policy.params, jax.random.fold_in(key, 0))
+    if not rl_methods.has_critic(policy_settings.method(settings)):
+        return start, None
+    if settings.critic == ZERO_HEAD:
+        head = lm.with_head(key, policy.params, job.cfg, zero=True)["head"]
+        return start, training.Trainable({"head": head}, None, update.all_trained, update.all_trained)
+    if inputs.critic is None:
+        cfg, initial = job.cfg, lm.with_head(jax.random.fold_in(key, 1), policy.params, job.cfg)
+    else:
+        name = next((name for name, each in inputs.rewards.models.items() if each is inputs.critic), None)
+        cfg, initial = inputs.critic.cfg, inputs.critic.params if name is None else parts[name]
+    return start, training.trainable(settings.lora, cfg, job.put_params(initial), jax.random.fold_in(key, 2))
+
+
+def _join(
+    start: training.Trainable, critic: training.Trainable | None, frozen: ppo.Frozen, params: types.Params
+) -> types.Params:
+    """Attaches the adapters of policy and critic to their models."""
+    joined = {"policy": start.join(frozen.reference, params["policy"])}
+    return joined if critic is None else joined | {"critic": critic.join(frozen.reward["critic"], params["critic"])}
+
+
+def _fit(
+    job: engine.Engine,
+    stage: str,
+    step: parallel.JitStep,
+    new_state: Any,
+    method: Any,
+    limit: _KLLimit,
+    prompts: policy_data.Prompts,
+    ptx: types.TokenBatch | None,
+    **options: Any,
+) -> ppo.PPOState:
+    """Trains until the last iteration or the KL limit, and returns the state."""
+    key, n_text = (
+        job.key(stage),
+        method.epochs * method.minibatches * round(method.batch // method.minibatches * method.ptx_ratio),
+    )
+    order = batching.epoch_batches(
+        0, n=len(prompts), batch_size=method.batch // method.samples, key=key, steps=method.iterations
+    )
+    text_order = None
+    if ptx is not None:
+        n = len(ptx.tokens_BL)
+        text_key = jax.random.fold_in(key, 1)
+        text_order = batching.epoch_batches(0, n=n, batch_size=n_text, key=text_key, steps=method.iterations)
+
+    def batch_at(i: int) -> ppo.Batch:
+        text = None if ptx is None or text_order is None else jax.tree.map(lambda x: x[text_order[i]], ptx)
+        return ppo.Batch(prompts.tokens_BP[order[i]], prompts.mask_BP[order[i]], text)  # type: ignore[arg-type]
+
+    try:
+        return job.fit(
+            stage,
+            step,
+            new_state(),
+            method.iterations,
+            batch_at=batch_at,
+            hyper_at=lambda i: rl_methods.hyper(method, i, ptx_coef=method.ptx_coef),
+            log=limit,
+            **options,
+        )
+    except loop.Alarmed as alarmed:
+        if not limit.reached:
+            raise
+        job.note(stage, f"ended after {alarmed.step} of {method.iterations} iterations: {alarmed.reason}")
+        job.progress.finish(stage)
+        with job.checkpoints(stage) as checkpoints:
+            return checkpoints.restore(new_state())[1]
+
+
+def _evaluate(
+    job: engine.Engine,
+    sampler: policy_samples.Sampler,
+    scorer: policy_rewards.Scorer,
+    inputs: Inputs,
+    frozen: ppo.Frozen,
+    params: types.Params,
+    held_out: policy_data.Prompts,
+) -> dict[str, Any]:
+    """Returns the results of the policy before and after training on the held-out prompts, if there are any."""
+    if not len(held_out):
+        job.progress.skip("evaluate")
+        return {}
+    job.progress.start("evaluate", 2)
+    measured = {}
+    for number, (name, policy) in enumerate({"before": inputs.policy.params, "after": params}.items()):
+        sampled = sampler(policy, inputs.reference, held_out, jax.random.fold_in(job.key("evaluate"), number))
+        measured[name] = policy_samples.Measured(
+            sampled, scorer.measure(frozen.reward, sampled.rollout, size=sampler.size)
+        )
+        job.progress.update("evaluate", number + 1, 2)
+    job.progress.finish("evaluate")
+    return {
+        "evaluation": policy_samples.compare(measured["before"], measured["after"], held_out),
+        "transcripts": policy_samples.transcripts(scorer, held_out, measured),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command."""
+    entry_point.execute(run, parse, arguments)
+
+
+if __name__ == "__main__":
+    main()

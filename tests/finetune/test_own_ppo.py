@@ -1,0 +1,236 @@
+"""The command that trains a user's own policy by reinforcement learning, on tiny models."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+import ppo
+import pytest
+from finetune import policy_functions, policy_settings
+from launch import run_folder
+from launch.run_settings import SettingError
+
+from rlhf_jax import lm
+from rlhf_jax.data import chat, tokenizers
+
+WORDS = ("tea", "milk", "bread", "salt", "rice", "fish", "corn", "plum", "papaya", "yes")
+SHORT = ("--max-new-tokens", 6, "--ppo.batch", 16, "--ppo.iterations", 3, "--show-every", 0, "--held-out", 0.25)
+REWARDS = """
+def count_a(prompts, answers):
+    assert prompts[0][-1]["role"] == "user"
+    return [answer.count("a") for answer in answers]
+
+
+def each_a(prompts, answers, *, tokens, records):
+    assert all("number" in record for record in records)
+    return [[token.count("a") for token in answer] for answer in tokens]
+
+
+def broken(prompts, answers):
+    return [1 / 0 for answer in answers]
+
+
+def short(prompts, answers):
+    return [1.0]
+"""
+
+
+def save_model(path, *, seed, head=False, width=16, words=WORDS):
+    """Saves a tiny random model whose tokens are words."""
+    fmt = chat.chat_format(tokenizers.word_level(words))
+    cfg = lm.LMConfig(
+        vocab_size=len(fmt.tokenizer),
+        n_layers=1,
+        d_model=width,
+        n_heads=2,
+        d_mlp=2 * width,
+        max_length=64,
+        tie_embeddings=True,
+    )
+    params = jax.tree.map(lambda x: 2.0 * x, lm.init(jax.random.key(seed), cfg))
+    if head:
+        params = lm.with_head(jax.random.key(seed + 1), params, cfg)
+    lm.save(path, cfg, params, tokenizer=fmt.tokenizer, stop_ids=fmt.stop_ids)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Returns the paths of a policy, reward models, prompts and reward functions."""
+    folder = tmp_path_factory.mktemp("ppo")
+    records = [{"prompt": f"{a} {b}", "number": i} for i, a in enumerate(WORDS) for b in WORDS[:4]]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "rewards.py").write_text(REWARDS)
+    return {
+        "policy": save_model(folder / "policy", seed=0),
+        "reward": save_model(folder / "reward", seed=5, head=True),
+        "wide": save_model(folder / "wide", seed=6, head=True, width=24),
+        "foreign": save_model(folder / "foreign", seed=7, head=True, words=(*WORDS[1:], WORDS[0])),
+        "prompts": str(folder / "prompts.jsonl"),
+        "functions": str(folder / "rewards.py"),
+    }
+
+
+def settings(files, out, *flags, reward="count_a"):
+    given = () if reward is None else ("--reward", f"{files['functions']}:{reward}")
+    arguments = ("--policy", files["policy"], "--prompts", files["prompts"], "--out", out, *SHORT, *given, *flags)
+    return ppo.parse([str(each) for each in arguments])
+
+
+def test_training_raises_the_count_of_a_letter(files, tmp_path, capsys):
+    rates = ("--ppo.learning-rate", 0.02, "--ppo.critic-learning-rate", 0.02, "--ppo.kl-coef", 0.0, "--ppo.ema", 0.5)
+    flags = ("--ppo.iterations", 16, "--ppo.batch", 32, "--ppo.warmup", 1, "--show-every", 8, *rates)
+    results = ppo.run(settings(files, tmp_path / "run", *flags))
+    found = results["evaluation"]
+    assert found["after"]["reward"][0] > 2 * found["before"]["reward"][0] and found["win_rate"][1] > 0.5
+    assert found["before"]["kl"][0] == 0 and found["after"]["kl"][1] > 0
+    cfg, params = lm.load(tmp_path / "run" / "model")
+    assert cfg.n_layers == 1 and "head" not in params
+    lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [8, 8, 16, 16]
+    assert all(line["reward"] == line["response"].count("a") == line["count_a"] for line in lines)
+    assert "papaya" in (tmp_path / "run" / "report.html").read_text()
+    assert "step 16, reward" in capsys.readouterr().err
+
+
+def weights(run):
+    return jax.tree.leaves(lm.load(pathlib.Path(run) / "model")[1])
+
+
+def test_resumed_run_has_the_bits_of_an_uninterrupted_one(files, tmp_path, monkeypatch):
+    flags = ("--show-every", 1, "--saves", 3, "--ppo.learning-rate", 0.01)
+    ppo.run(settings(files, tmp_path / "whole", *flags))
+    make_show = ppo.policy_samples.make_show
+
+    def make_interrupted(*args, **options):
+        show = make_show(*args, **options)
+
+        def interrupted(done, state, metrics):
+            show(done, state, metrics)
+            if done == 2:
+                raise KeyboardInterrupt
+
+        return interrupted
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ppo.policy_samples, "make_show", make_interrupted)
+        ppo.run(settings(files, tmp_path / "cut", *flags))
+    ppo.run(ppo.parse(["--resume", str(tmp_path / "cut")]))
+    for whole, cut in zip(weights(tmp_path / "whole"), weights(tmp_path / "cut"), strict=True):
+        np.testing.assert_array_equal(whole, cut)
+    texts = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "cut")]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(("--reward-model", "wide"), id="larger reward model and critic"),
+        pytest.param(("--reward-model", "reward", "wide", "--reward-weights", 1, 0.5, 2, "--lora.rank", 2), id="lora"),
+        pytest.param(("--ppo.method", "grpo", "--ppo.samples", 4), id="grpo"),
+        pytest.param(("--critic", "zero-head", "--optimizer", "muon"), id="zero head", marks=pytest.mark.slow),
+        pytest.param(
+            ("--reward-model", "reward", "--no-normalise", "--ptx", "prompts"), id="ptx", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_kinds_of_runs(files, tmp_path, flags):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": " ".join(WORDS[i:] + WORDS[:i])}) + "\n" for i in range(10)))
+    flags = [text if each == "prompts" else files.get(each, each) for each in flags]
+    results = ppo.run(settings(files, tmp_path / "run", *flags, reward="each_a"))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    last = rows[-1]
+    assert results["iterations"] == 3 and np.isfinite(last["reward"])
+    assert ("explained_variance" in last) == ("grpo" not in flags)
+    assert ("ptx_loss" in last) == ("--ptx" in flags)
+    if "--reward-weights" in flags:
+        parts = last["reward_reward_model"] + 0.5 * last["reward_reward_model_2"] + 2 * last["reward_each_a"]
+        assert last["reward"] == pytest.approx(parts, abs=1e-5)
+    assert all(np.isfinite(x).all() for x in weights(tmp_path / "run"))
+
+
+def test_normalised_scores_have_mean_0_and_deviation_1_on_answers_of_the_policy(files, tmp_path):
+    flags = ("--reward-model", files["wide"], "--held-out", 0.9, "--ppo.learning-rate", 1e-6)
+    results = ppo.run(settings(files, tmp_path / "run", *flags, reward=None))
+    low, high = results["evaluation"]["before"]["reward"][1:]
+    assert low < 0 < high
+
+
+def test_training_ends_at_the_kl_limit_and_the_policy_is_saved(files, tmp_path):
+    flags = ("--stop-at-kl", 0.05, "--ppo.iterations", 12, "--ppo.learning-rate", 0.05, "--ppo.kl-coef", 0)
+    results = ppo.run(settings(files, tmp_path / "run", *flags))
+    assert results["stopped_at_kl"] == 0.05 and 1 < results["iterations"] < 12
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    over = [row["step"] for row in rows if row.get("kl", 0) > 0.05]
+    assert over[0] in (results["iterations"] - 1, results["iterations"])
+    assert "above --stop-at-kl 0.05" in results["incidents"][0]["text"]
+    assert weights(tmp_path / "run")
+
+
+def test_errors_of_reward_functions_name_the_line(files, tmp_path):
+    with pytest.raises(SettingError, match=r'failed: ZeroDivisionError.*rewards.py, line 13: "return \[1 / 0'):
+        ppo.run(settings(files, tmp_path / "a", reward="broken"))
+    with pytest.raises(SettingError, match="returned 1 values for"):
+        ppo.run(settings(files, tmp_path / "b", reward="short"))
+    with pytest.raises(SettingError, match="has no function missing"):
+        ppo.run(settings(files, tmp_path / "c", reward="missing"))
+    assert not (tmp_path / "c").exists()
+    with pytest.raises(SettingError, match="must have the form module:function"):
+        policy_functions.RewardFunction("count")
+    with pytest.raises(SettingError, match="cannot import nowhere"):
+        policy_functions.RewardFunction("nowhere:count")
+
+
+def test_an_error_within_a_step_is_that_of_the_function(files, tmp_path):
+    path = tmp_path / "late.py"
+    path.write_text("n = [0]\ndef late(prompts, answers):\n    n[0] += 1\n    return [0.0] * (len(answers) // n[0])\n")
+    chosen = dataclasses.replace(settings(files, tmp_path / "run"), reward=(f"{path}:late",))
+    with pytest.raises(SettingError, match="returned 8 values for 16 answers"):
+        ppo.run(chosen)
+
+
+def test_models_with_other_tokens_are_refused(files, tmp_path):
+    with pytest.raises(SettingError, match="its tokenizer differs from that of --policy"):
+        ppo.run(settings(files, tmp_path / "run", "--reward-model", files["foreign"]))
+    with pytest.raises(SettingError, match="not a reward model"):
+        ppo.run(settings(files, tmp_path / "run", "--reward-model", files["policy"]))
+    with pytest.raises(SettingError, match="must be below 64"):
+        ppo.run(settings(files, tmp_path / "run", "--max-new-tokens", 70))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--reward-weights", 1, 2), "must have one for each of the 1 rewards"),
+        (("--no-normalise",), "--normalise has no effect without --reward-model"),
+        (("--ppo.ptx-coef", 2), "--ppo.ptx-coef has no effect without --ptx"),
+        (("--ppo.value-coef", 2), "--ppo.value-coef has no effect with a separate critic"),
+        (("--ppo.method", "reinforce", "--critic", "new-head"), "--critic has no effect with --ppo.method reinforce"),
+        (("--ppo.method", "grpo"), "--ppo.samples is 1; it must be at least 2"),
+        (("--ppo.minibatches", 3), "--ppo.minibatches is 3; it must divide"),
+        (("--lora.alpha", 2), "--lora.alpha has no effect without --lora.rank"),
+        (("--lora.rank", 2, "--critic", "zero-head"), "leave it out with --lora.rank"),
+        (("--optimizer", "lion", "--epsilon", 1e-3), "--epsilon has no effect with --optimizer lion"),
+        (("--ppo.top-p", 0.9), "--ppo.top-p is 0.9; it must be used together with --ppo.correct-sampler"),
+        (("--stop-at-kl", 0), "--stop-at-kl is 0.0; it must be above 0"),
+        (("--mesh.data", 3), "--ppo.batch is 16; it must be a multiple of 3"),
+    ],
+)
+def test_settings_without_effect_or_out_of_range_are_refused(files, tmp_path, flags, message):
+    with pytest.raises(SettingError) as caught:
+        settings(files, tmp_path / "run", *flags)
+    assert message in str(caught.value)
+
+
+def test_a_reward_is_required_and_defaults_depend_on_the_rewards(files, tmp_path):
+    with pytest.raises(SettingError, match="no reward is given"):
+        settings(files, tmp_path / "run", reward=None)
+    function = policy_settings.method(settings(files, tmp_path / "run"))
+    assert (function.missing_stop_score, function.missing_stop, function.learning_rate) == (0.0, "subtract", 2e-5)
+    model = settings(files, tmp_path / "run", "--reward-model", files["reward"], "--lora.rank", 2, reward=None)
+    model = policy_settings.method(model)
+    assert (model.missing_stop_score, model.missing_stop, model.learning_rate) == (-3.0, "replace", 2e-4)
+    assert run_folder.finite({"coef": function.ptx_coef}) == {"coef": 0.0}
