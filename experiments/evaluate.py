@@ -42,7 +42,8 @@ class EvaluateSettings(sampling_settings.Sampling):
     reward model on which a policy was trained is a poor judge of this policy."""
     reward: tuple[str, ...] = ()
     """Functions that judge the answers, as module:function or file.py:function. A function receives a list of prompts,
-    each a list of messages, and a list of answers, and returns one number per answer."""
+    each a list of messages, and a list of answers, and returns one number per answer. If it has a parameter
+    records, it also receives the other columns of each prompt."""
     reference: str | None = None
     """The model to which the KL is measured. None is the baseline."""
     width: int | None = None
@@ -86,7 +87,8 @@ import pathlib
 import time
 
 import numpy as np
-from finetune import answers, compared_policies, judges, reward_functions
+from finetune import answers, reward_functions
+from judging import compared_policies, judges
 from launch import device_mesh, entry_point, initial_model, run_folder
 from recipe import run_setup
 from rich import box

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sample
-from finetune import answers, compared_policies, judges, reward_functions, reward_scores
+from finetune import answers, reward_functions
+from judging import compared_policies, judges, reward_scores
 from launch import initial_model, run_folder
 from launch import settings as launch_settings
 from recipe import jobs
@@ -234,15 +235,21 @@ def test_a_reward_function_is_loaded_from_a_module_or_a_file(tmp_path, monkeypat
         "def length(prompts, responses):\n    return [len(p) + len(r) for p, r in zip(prompts, responses)]\n"
         "def one(prompts, responses):\n    return 1.0\n"
         "def bad(prompts, responses):\n    return [float('nan') for _ in prompts]\n"
+        "def column(prompts, responses, *, records):\n    return [each['weight'] for each in records]\n"
     )
     monkeypatch.chdir(tmp_path)
     prompt = [{"role": "user", "content": "tea"}]
     for name in ("own_rewards", str(tmp_path / "own_rewards.py")):
-        np.testing.assert_array_equal(reward_functions.load(f"{name}:length")([prompt] * 2, ["abc", ""]), [4, 1])
+        scores = reward_functions.load(f"{name}:length")([prompt] * 2, ["abc", ""], [{}] * 2)
+        np.testing.assert_array_equal(scores, [4, 1])
+    with_records = reward_functions.load("own_rewards:column")([prompt], ["a"], [{"weight": 7}])
+    np.testing.assert_array_equal(with_records, [7])
+    with pytest.raises(errors.DataError, match=r"failed: KeyError: 'weight' \(.*own_rewards.py, line 8\)"):
+        reward_functions.load("own_rewards:column")([prompt], ["a"], [{}])
     with pytest.raises(errors.DataError, match="it must return one number per answer"):
-        reward_functions.load("own_rewards:one")([prompt] * 2, ["a", "b"])
+        reward_functions.load("own_rewards:one")([prompt] * 2, ["a", "b"], [{}] * 2)
     with pytest.raises(errors.DataError, match="returned nan for the answer 'a'"):
-        reward_functions.load("own_rewards:bad")([prompt], ["a"])
+        reward_functions.load("own_rewards:bad")([prompt], ["a"], [{}])
     for text, message in (
         ("own_rewards", "it must have the form module:function"),
         ("own_rewards:none", "own_rewards has no function none"),

@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from finetune import answers, sampling_settings
 from launch import config_file, initial_model
 from launch.run_settings import SettingError
 
-from finetune import answers, reward_scores, sampling_settings
+from judging import reward_scores
 from rlhf_jax import lm, parallel
 from rlhf_jax.data import errors, records
 
@@ -54,7 +55,7 @@ class Given:
 def names(paths: Sequence[str]) -> list[str]:
     """Returns a short, unique name for each path.
 
-    >>> from finetune import compared_policies
+    >>> from judging import compared_policies
     >>> compared_policies.names(["runs/a/model", "runs/b", "c.jsonl", "runs/b"])
     ['a', 'b', 'c', 'b (2)']
     """
@@ -259,7 +260,7 @@ def read(path: str, *, name: str) -> Given:
         where = errors.location(path, number)
         try:
             line = json.loads(written)
-            record = records.parse_prompt({key: line[key] for key in ("prompt", "tools") if key in line})
+            record = records.parse_prompt({key: line[key] for key in ("prompt", "tools", "metadata") if key in line})
             if not isinstance(line["response"], str):
                 raise TypeError
         except (ValueError, KeyError, TypeError, errors.UnusableRecord) as error:

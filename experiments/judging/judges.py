@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from finetune import reward_functions, sampling_settings
 from launch import initial_model
 from launch.run_settings import SettingError
 from recipe import human_comparisons
 
-from finetune import compared_policies, reward_functions, reward_scores, sampling_settings
+from judging import compared_policies, reward_scores
 from rlhf_jax import diagnostics, parallel
 from rlhf_jax.data import chat, errors
 
@@ -90,22 +91,21 @@ def score_with_function(
     """Returns the scores of all answers under a Python function, ``[policies, N, S]``.
 
     Args:
-        function: ``(prompts, responses) -> scores``.
+        function: ``(prompts, responses, records) -> scores``.
         policies: The policies, with the same N prompts and S answers to each.
         batch: Number of answers per call.
         on_progress: Called with the numbers of finished and of all answers.
     """
-    pairs = [
-        (chat.messages(record.prompt), line["response"])
+    rows = [
+        (chat.messages(record.prompt), line["response"], record.metadata)
         for given in policies
         for record, lines in zip(given.records, given.lines)
         for line in lines
     ]
     scores = []
-    for first in range(0, len(pairs), batch):
-        prompts, responses = zip(*pairs[first : first + batch])
-        scores.append(function(prompts, responses))
-        on_progress(min(first + batch, len(pairs)), len(pairs))
+    for first in range(0, len(rows), batch):
+        scores.append(function(*zip(*rows[first : first + batch])))
+        on_progress(min(first + batch, len(rows)), len(rows))
     return np.concatenate(scores).reshape(len(policies), len(policies[0].lines), -1)
 
 
