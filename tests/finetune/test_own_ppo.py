@@ -198,7 +198,7 @@ def test_rows_of_the_pretraining_loss(files, tmp_path):
     text.write_text(" ".join(WORDS * 3))
     rows = policy_data.read_ptx(fmt, str(text), width=12)
     assert rows.tokens_BL.shape == (2, 12) and not rows.loss_mask_BL[:, 0].any() and rows.loss_mask_BL[:, 1:].all()
-    with pytest.raises(errors.DataError, match="fewer tokens than a row"):
+    with pytest.raises(errors.DataError, match="has 31 tokens, fewer than a row"):
         policy_data.read_ptx(fmt, str(text), width=50)
 
 
