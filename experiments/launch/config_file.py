@@ -40,7 +40,7 @@ def read(resume: str, *, flag: str = "--resume") -> dict[str, Any]:
 
     Raises SettingError if the file is missing, unreadable or from a different version.
     """
-    check_local("--resume", resume)
+    check_local(flag, resume)
     path = pathlib.Path(resume) / NAME
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

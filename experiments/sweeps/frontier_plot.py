@@ -37,7 +37,7 @@ def _figure(points: Rows, runs: Rows, key: str, label: str, swept: Sequence[str]
     lines = list(dict.fromkeys(map(line_of, points)))
     with plots.axes(height=2.6 + 0.2 * bool(others)) as (svg, (ax,)):
         for place, line in enumerate(lines):
-            color = plots.color(_LINES[place % len(_LINES)])
+            color = plots.color(LINE_COLORS[place % len(LINE_COLORS)])
             own = [row for row in runs if line_of(row) == line]
             ax.plot([_root(r["kl"]) for r in own], [r[key] for r in own], ".", color=color, alpha=0.35)
             ordered = sorted((p for p in points if line_of(p) == line), key=lambda p: p["kl"][0])
@@ -104,13 +104,14 @@ def write_methods(path: pathlib.Path, methods: Rows, *, title: str, note: str) -
         ax.set_ylabel("Gold utility")
         ax.grid()
         ax.legend()
-    tables = _html_table(_gold_rows(methods, methods[0]["at"])) + _html_table(_cost_rows(methods))
+    tables = html_table(_gold_rows(methods, methods[0]["at"])) + html_table(_cost_rows(methods))
     write_page(
         path, title, svg, f"Dots are evaluations of single runs; lines are means over seeds. {note}", tables=tables
     )
 
 
-_LINES = ("ppo", "sft", "ppo_ptx", "best_of_n", "reward_model", "base", "other")
+LINE_COLORS = ("ppo", "sft", "ppo_ptx", "best_of_n", "reward_model", "base", "other")
+"""Colours of lines without a colour of their own, as names for `plots.color`."""
 _MARKERS = "^os^oDv"
 
 
@@ -121,7 +122,7 @@ def frontier(lines: Rows, *, xlabel: str, ylabel: str) -> str:
     """
     with plots.axes(height=3.6) as (svg, (ax,)):
         for place, line in enumerate(lines):
-            color = plots.color(_LINES[line["look"] % len(_LINES)])
+            color = plots.color(LINE_COLORS[line["look"] % len(LINE_COLORS)])
             points = sorted(line["points"], key=lambda p: p["kl"][0])
             x, y = ([_root(p["kl"][0]) for p in points], [p["gold"][0] for p in points])
             style, face = ("--", "none") if line["paler"] else ("-", color)
@@ -141,19 +142,20 @@ def frontier(lines: Rows, *, xlabel: str, ylabel: str) -> str:
 def methods_table(methods: Rows, at: Sequence[float]) -> Table:
     """Returns a table of the gold utility at each KL, with intervals over seeds and one row per method."""
     header, *rows = _gold_rows(methods, at)
-    return _table("gold utility at a KL of", header, rows)
+    return text_table("gold utility at a KL of", header, rows)
 
 
 def costs_table(methods: Rows) -> Table:
     """Returns a table of what each method uses: in training and, in the last column, to give an answer afterwards."""
     header, *rows = _cost_rows(methods)
-    return _table("what each method uses in training, and samples per answer afterwards", header, rows)
+    return text_table("what each method uses in training, and samples per answer afterwards", header, rows)
 
 
-def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def text_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Returns a table for the terminal, with all columns but the first aligned on the right."""
     grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False, title=title, title_justify="left")
     for place, name in enumerate(header):
-        grid.add_column(name, justify="right" if place else "left")
+        grid.add_column(name, justify="right" if place else "left", overflow="fold")
     for row in rows:
         grid.add_row(*row)
     return grid
@@ -170,7 +172,8 @@ def _cost_rows(methods: Rows) -> list[list[str]]:
     return [header, *([each["method"], *(str(each[name]) for name in names)] for each in methods)]
 
 
-def _html_table(rows: Sequence[Sequence[str]]) -> str:
+def html_table(rows: Sequence[Sequence[str]]) -> str:
+    """Returns an HTML table of plain text."""
     lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
