@@ -189,7 +189,7 @@ def _text(value: results_lib.Interval) -> str:
         return "" if x is None else f"{x:.0f}" if abs(x) >= 1000 else f"{x:.{digits}g}"
 
     mean, low, high = (number(x, digits) for x, digits in zip(value, (4, 3, 3)))
-    return f"{mean} ({low} to {high})" if low and high else mean
+    return f"{mean} ({low} to {high})" if low and high and value.low != value.high else mean
 
 
 def choose(runs: Sequence[Run], *, names: Sequence[str] = (), stages: Sequence[str] = ()) -> list[Key]:
