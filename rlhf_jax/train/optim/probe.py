@@ -73,6 +73,8 @@ _WITH_PARAMETERS = {
     "integer_pow": lambda p, x: np.asarray(x) ** p["y"],
     "convert_element_type": lambda p, x: np.asarray(x, p["new_dtype"]),
     "reshape": lambda p, x: np.reshape(x, p["new_sizes"]),
+    "slice": lambda p, x: x[tuple(map(slice, p["start_indices"], p["limit_indices"], p["strides"] or [1] * x.ndim))],
+    "dot_general": lambda p, a, b: _dot(p, a, b),
     "squeeze": lambda p, x: np.squeeze(x, p["dimensions"]),
     "transpose": lambda p, x: np.transpose(x, p["permutation"]),
     "reduce_sum": lambda p, x: np.sum(x, p["axes"]),
@@ -93,6 +95,10 @@ def _evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
         inputs = [read(each) for each in equation.invars]
         if name in ("jit", "pjit"):
             outputs = _evaluate(parameters["jaxpr"].jaxpr, parameters["jaxpr"].consts, inputs)
+        elif name == "scan" and parameters["num_consts"] + len(equation.outvars) == len(inputs):  # a loop
+            outputs, body, n = inputs[parameters["num_consts"] :], parameters["jaxpr"], parameters["num_consts"]
+            for _ in range(parameters["length"]):
+                outputs = _evaluate(body.jaxpr, body.consts, [*inputs[:n], *outputs])
         elif name in _SIMPLE:
             outputs = [_SIMPLE[name](*inputs)]
         elif name == "div" and np.issubdtype(np.result_type(inputs[0]), np.floating):
@@ -108,6 +114,17 @@ def _evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
         for variable, output in zip(equation.outvars, outputs, strict=True):
             values[variable] = np.asarray(output, variable.aval.dtype)
     return [read(each) for each in jaxpr.outvars]
+
+
+def _dot(parameters: Any, a: Any, b: Any) -> np.ndarray:
+    (contracted_a, contracted_b), (batch_a, batch_b) = parameters["dimension_numbers"]
+    letters_a, letters_b = list(range(np.ndim(a))), list(range(np.ndim(a), np.ndim(a) + np.ndim(b)))
+    for i, j in zip((*contracted_a, *batch_a), (*contracted_b, *batch_b), strict=True):
+        letters_b[j] = letters_a[i]
+    out = [letters_a[i] for i in batch_a]
+    out += [each for i, each in enumerate(letters_a) if i not in (*contracted_a, *batch_a)]
+    out += [each for j, each in enumerate(letters_b) if j not in (*contracted_b, *batch_b)]
+    return np.einsum(a, letters_a, b, letters_b, out)
 
 
 def _broadcast(x: Any, shape: Any, axes: Any) -> np.ndarray:
