@@ -7,6 +7,7 @@ rows of its batch.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -269,20 +270,27 @@ class SampleFile:
             SettingError: The file exists, belongs to a run with another identity, or cannot be written.
         """
         self.path, self._partial = pathlib.Path(path), pathlib.Path(f"{path}{PARTIAL}")
-        self.lines: list[Line] = []
         if self.path.exists():
             raise SettingError(f"--out {self.path} exists already; delete it or choose another name")
         try:
-            if not self._partial.exists():
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                atomic.replace_file(self._partial, as_lines([dict(identity)]))
-            atomic.repair_last_line(self._partial)
-            first, *self.lines = map(json.loads, self._partial.read_text(encoding="utf-8").splitlines())
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = self._partial.open("a+b")
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process or `finish` closes the file
+            self._stream.seek(0)
+            content = self._stream.read()
+            self._stream.truncate(content.rfind(b"\n") + 1)  # a killed process may have left an incomplete line
+            written = [json.loads(line) for line in content.split(b"\n")[:-1]]
+        except BlockingIOError as error:
+            raise SettingError(f"another process writes to --out {self.path}; choose another name") from error
         except OSError as error:
-            raise SettingError(f"--out {self.path} cannot be written: {error.strerror}") from error
+            raise SettingError(f"cannot write to --out {self.path}: {error.strerror}") from error
         except ValueError as error:
             raise SettingError(f"{self._partial} is damaged; delete it to start again") from error
+        if not written:
+            self._write([dict(identity)])
+        first, self.lines = (written[0], written[1:]) if written else (json.loads(json.dumps(identity)), [])
         if changed := [name for name in identity if first.get(name) != json.loads(json.dumps(identity[name]))]:
+            self._stream.close()
             raise SettingError(
                 f"{self._partial} has the answers of an interrupted run in which {changed[0]} was different; delete it "
                 "or choose another --out"
@@ -294,16 +302,20 @@ class SampleFile:
         return {(line["index"], line["sample"]) for line in self.lines}
 
     def append(self, lines: Sequence[Line]) -> None:
-        """Adds answers and flushes them to the disk."""
-        with self._partial.open("ab") as file:
-            file.write(as_lines(lines))
+        """Adds answers."""
+        self._write(lines)
         self.lines += lines
+
+    def _write(self, lines: Sequence[Line]) -> None:
+        self._stream.write(as_lines(lines))
+        self._stream.flush()
 
     def finish(self) -> list[Line]:
         """Writes the finished file and returns its lines, in the order of the prompts."""
         self.lines.sort(key=lambda line: (line["index"], line["sample"]))
         atomic.replace_file(self.path, as_lines(self.lines))
         self._partial.unlink()
+        self._stream.close()
         return self.lines
 
 

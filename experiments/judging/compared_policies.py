@@ -256,7 +256,9 @@ def read(path: str, *, name: str) -> Given:
         text = pathlib.Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingError(f"--samples {path} cannot be read: {error}") from error
-    for number, written in enumerate(text.splitlines(), start=1):
+    for number, written in enumerate(text.split("\n"), start=1):  # texts may contain other line separators
+        if not written.strip():
+            continue
         where = errors.location(path, number)
         try:
             line = json.loads(written)

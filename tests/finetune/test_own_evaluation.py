@@ -97,7 +97,10 @@ def test_an_answer_does_not_depend_on_its_batch_and_an_interrupted_run_continues
     interrupted = settings(policies, prompts, tmp_path, out=str(tmp_path / "again.jsonl"), batch=3)
     model = initial_model.load(policies[0])
     file = answers.SampleFile(interrupted.out, answers.identity(interrupted, model, prompts))
-    file.append(whole[7:12])
+    file.append([whole[7] | {"note": "a\u2028b\ud800"}, *whole[8:12]])
+    with pytest.raises(run_folder.SettingError, match="another process writes to --out"):
+        sample.run(interrupted)
+    file._stream.close()
     partial = pathlib.Path(f"{interrupted.out}{answers.PARTIAL}")
     with partial.open("a") as stream:
         stream.write('{"index": 9, "sam')  # the process was killed in the middle of a line
@@ -111,7 +114,9 @@ def test_an_answer_does_not_depend_on_its_batch_and_an_interrupted_run_continues
         continued = sample.run(interrupted)
     assert len(calls[0]) == 19 and not partial.exists()
     for a, b in zip(whole, continued, strict=True):
-        assert a | {"logprob": 0} == b | {"logprob": 0} and a["logprob"] == pytest.approx(b["logprob"], abs=1e-4)
+        assert a | {"logprob": 0} == {key: b[key] for key in a} | {"logprob": 0} and a["logprob"] == pytest.approx(
+            b["logprob"], abs=1e-4
+        )
     with pytest.raises(run_folder.SettingError, match="exists already; delete it or choose another name"):
         sample.run(interrupted)
     other = sample.run(settings(policies, prompts, tmp_path, out=str(tmp_path / "other.jsonl"), seed=1))
