@@ -101,6 +101,7 @@ def parse(
     parsed = _parse_or_resume(kind, arguments, doc=doc, default=default, resume=resume, free=("mesh", "hosts", *stops))
     setting_checks.check_used(parsed, default, unused(parsed))
     setting_checks.check(parsed, runs=runs(parsed))
+    setting_checks.check_log(parsed)
     return with_absolute_paths(parsed)
 
 
@@ -125,6 +126,7 @@ def parse_stage(
     default = config_file.read_settings(kind, resume) if resume else None
     parsed = _parse_or_resume(kind, arguments, doc=doc, default=default, resume=resume, free=("mesh",))
     setting_checks.check_stage(parsed)
+    setting_checks.check_log(parsed)
     check(parsed)
     return with_absolute_paths(parsed)
 
