@@ -199,6 +199,10 @@ def data_digest(source: str) -> str | None:
 
 
 def finished_results(resume: str) -> dict[str, Any] | None:
-    """Returns the contents of results.json, the last file that a run writes; None if the run is not finished."""
+    """Returns the contents of results.json, the last file that a run writes; None if the run is not finished.
+
+    A run that stopped at --stop-after is not finished.
+    """
     path = pathlib.Path(resume) / RESULTS
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return None if not results or "stopped_after" in results else results

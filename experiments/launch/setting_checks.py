@@ -74,7 +74,8 @@ The reason may end in "; " and advice, such as "; set --ppo.kl-loss-coef". Other
 """
 _OF_THE_WORLD = ("world", "comparisons", "pretrain.documents", "sft.demonstrations", "evaluation.split")
 _OF_THE_WORLD += ("evaluation.skills",)
-_OF_A_FILE = ("vocab_size", "prompt_width", "response_width", "held_out", "max_dropped")
+_OF_A_FILE = ("demonstrations", "prompts", "pretraining")
+_OF_A_FILE += ("vocab_size", "prompt_width", "response_width", "held_out", "max_dropped")
 _OF_A_NEW_MODEL = ("net", "pretrain.steps", "pretrain.learning_rate", "pretrain.warmup", "data.vocab_size")
 _OF_A_CRITIC = ("critic", "critic_learning_rate", "value_coef", "value_clip", "lambda_", "whiten_rewards")
 _OF_A_CRITIC += ("normalise_values",)
