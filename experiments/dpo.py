@@ -1,5 +1,8 @@
 """Trains a policy with DPO or a related loss on comparisons, starting from an SFT model, and evaluates it.
 
+    python experiments/dpo.py --model MODEL --data.path FILE
+                                                             your own model and data; other settings apply, which --help
+                                                             shows if it follows these flags
     python experiments/dpo.py                                DPO on the built-in world
     python experiments/dpo.py --loss kto                     or cdpo, robust, ipo, hinge, orpo, simpo, dpo-sft, dpo-norm
     python experiments/dpo.py --rounds 4                     four rounds of sampling, labelling and training
@@ -27,6 +30,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
+from finetune import preference_settings
 from launch import command_line, process_setup
 from launch import settings as settings_lib
 from launch.setting_checks import require
@@ -58,8 +62,32 @@ ROUND_PPO_SETTINGS = ("iterations", "batch", "minibatches")
 ``batch`` prompts. ``minibatches`` has no effect, but may have to be changed with ``batch``, which it must divide."""
 
 
-def parse(arguments: list[str]) -> DPOSettings:
+OWN = """Trains your own model with DPO or a related loss on your own comparisons.
+
+    python experiments/dpo.py --model MODEL --data.path FILE
+    python experiments/dpo.py --model MODEL --data.path FILE --loss kto      or cdpo, robust, ipo, hinge, orpo, simpo,
+                                                                             dpo-sft, dpo-norm
+    python experiments/dpo.py --model MODEL --data.path FILE --lora.rank 16  low-rank adapters, merged at the end
+    python experiments/dpo.py --model tiny --data.path FILE                  a small model with random weights
+    python experiments/dpo.py --resume runs/NAME                             resume an interrupted run
+
+MODEL is a folder in Hugging Face format or the output folder of an earlier command, such as sft.py. FILE has pairs or
+rankings in any of the forms of docs/data.md. Only the policy is trained, and MODEL is its reference. The
+log-probabilities of the reference are computed before training and saved in reference/. Without --model or --data.path,
+dpo.py trains in the built-in world or from scratch; with --rounds, it trains the stages of instructgpt.py first. --help
+shows the settings of these runs if it does not follow these flags.
+
+The run folder contains model/, in Hugging Face format with its tokenizer, results.json (accuracy of the implicit reward
+and log-probabilities of held-out pairs, before and after), report.html, config.json, metrics.jsonl, tensorboard/,
+checkpoints/ and reference/. Other commands accept the run folder as their --model.
+"""
+
+
+def parse(arguments: list[str]) -> Any:
     """Parses the command line; raises SettingError for invalid settings."""
+    if preference_settings.is_own(arguments, "--rounds"):
+        own = preference_settings.OwnDPOSettings
+        return command_line.parse_stage(own, arguments, doc=OWN, check=preference_settings.check_dpo)
     settings = command_line.parse(DPOSettings, arguments, doc=__doc__, unused=_unused)
     direct_settings.check(settings)
     direct_settings.check_mesh(settings, settings.mesh)
@@ -104,6 +132,7 @@ if __name__ == "__main__":
 import time
 
 import numpy as np
+from finetune import direct_training
 from launch import entry_point, run_folder
 from preferences import direct_alignment
 from preferences import pairs as pairs_lib
@@ -115,8 +144,10 @@ from rlhf_jax.report import console
 from rlhf_jax.report import results as results_lib
 
 
-def run(settings: DPOSettings) -> dict[str, Any]:
+def run(settings: Any) -> dict[str, Any]:
     """Runs all stages and returns the contents of results.json."""
+    if isinstance(settings, preference_settings.OwnDPOSettings):
+        return direct_training.run(settings)
     out = Console()
     if settings.resume and (finished := run_folder.finished_results(settings.resume)):
         run_setup.print_line(out, f"{settings.resume} is already finished; there is nothing to run")

@@ -34,7 +34,8 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -79,7 +80,6 @@ def run(settings: PPOSettings) -> dict[str, Any]:
         with _reward_errors(inputs.rewards):
             params, results = _train(job, stage, settings, inputs, opened)
     results |= {"dropped": counts.dropped | counts.truncated}
-    results["alarms"] = monitoring.raised_alarms(opened.folder.log, settings, dtype=job.cfg.dtype)  # type: ignore
     outcome.save_model(opened.folder, job.cfg, params, inputs.policy.fmt)
     return outcome.finish(
         opened.folder, settings, results, out, title="Reinforcement learning", rows=policy_samples.table
@@ -142,9 +142,13 @@ class _KLLimit:
     def __init__(self, log: Any, limit: float | None) -> None:
         self._log, self._limit, self.reached = log, limit, False
 
+    def exceeded(self, values: Mapping[str, float | None]) -> bool:
+        """Returns whether the KL of a logged iteration is above the limit."""
+        return self._limit is not None and (values.get("kl") or 0.0) > self._limit
+
     def __call__(self, step: int, values: dict[str, float]) -> None:
         self._log(step, values)
-        if self._limit is not None and values["kl"] > self._limit:
+        if self.exceeded(values):
             self.reached = True
             raise loop.Alarmed(f"KL {values['kl']:.3g} above --stop-at-kl {self._limit:g} at step {step}")
 
@@ -201,7 +205,9 @@ def _train(
         return job.create_on_mesh(make, start.params, None if critic is None else critic.params, reference)
 
     say = partial(job.progress.message, stage)
-    watch = monitoring.watch_stage(job.log, stage, settings, say, dtype=job.cfg.dtype)  # type: ignore[arg-type]
+    watch = monitoring.watch(
+        job.log, stage, say, stop=settings.on_alarm == "stop", dtype=job.cfg.dtype, **_thresholds(method)
+    )
     limit = _KLLimit(watch, settings.stop_at_kl)
     callbacks = []
     if settings.show_every:
@@ -223,9 +229,22 @@ def _train(
     del state
     iterations = len(job.log.rows(stage))
     results: dict[str, Any] = {"iterations": iterations, "prompts": {"training": len(train), "held_out": len(held_out)}}
+    results["alarms"] = [
+        {"stage": stage, "step": alarm.step, "name": alarm.name, "message": alarm.message} for alarm in watch.alarms
+    ]
     if limit.reached:
         results["stopped_at_kl"] = settings.stop_at_kl
     return params, results | _evaluate(job, sampler, scorer, inputs, frozen, params, held_out)
+
+
+def _thresholds(method: Any) -> dict[str, float]:
+    """Returns the thresholds of alarms that differ from their defaults."""
+    changed: dict[str, float] = {}
+    if method.correct_sampler:  # the sampler may then differ from the policy
+        changed |= {"max_gap": math.inf, "max_mean_gap": math.inf}
+    if method.missing_stop == "subtract" and method.missing_stop_score == 0:  # unfinished answers keep their scores
+        changed |= {"max_unfinished": math.inf, "almost_all": math.inf}
+    return changed
 
 
 def _trainables(
@@ -284,6 +303,16 @@ def _fit(
         text = None if ptx is None or text_order is None else jax.tree.map(lambda x: x[text_order[i]], ptx)
         return ppo.Batch(prompts.tokens_BP[order[i]], prompts.mask_BP[order[i]], text)  # type: ignore[arg-type]
 
+    def newest_state() -> ppo.PPOState:
+        with job.checkpoints(stage) as checkpoints:
+            return checkpoints.restore(new_state())[1]
+
+    with job.checkpoints(stage) as checkpoints:
+        saved = checkpoints.latest() or 0
+    if any(limit.exceeded(row) for row in job.log.rows(stage) if row["step"] <= saved):  # ended before the resume
+        limit.reached = True
+        job.progress.skip(stage)
+        return newest_state()
     try:
         return job.fit(
             stage,
@@ -300,8 +329,7 @@ def _fit(
             raise
         job.note(stage, f"ended after {alarmed.step} of {method.iterations} iterations: {alarmed.reason}")
         job.progress.finish(stage)
-        with job.checkpoints(stage) as checkpoints:
-            return checkpoints.restore(new_state())[1]
+        return newest_state()
 
 
 def _evaluate(

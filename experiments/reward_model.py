@@ -1,5 +1,8 @@
-"""Trains and evaluates a reward model, or cross-validates it against simple baselines.
+"""Trains and evaluates a reward model in the built-in world or on human comparisons, or cross-validates it.
 
+    python experiments/reward_model.py --model MODEL --data.path FILE
+                                                                      your own model and data; other settings apply,
+                                                                      which --help shows if it follows these flags
     python experiments/reward_model.py                                the built-in world
     python experiments/reward_model.py --data.path FILE.jsonl.gz      human comparisons
     python experiments/reward_model.py --data.path FILE --folds 5     cross-validation of the model and two baselines
@@ -34,13 +37,34 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from finetune import preference_settings
 from launch import command_line, process_setup
 from launch import settings as settings_lib
 from preferences.reward_settings import SMOKE_CV, RewardSettings, check, unused
 
+OWN = """Trains a reward model on your own comparisons, starting from your own model.
 
-def parse(arguments: list[str]) -> RewardSettings:
+    python experiments/reward_model.py --model MODEL --data.path FILE
+    python experiments/reward_model.py --model MODEL --data.path FILE --lora.rank 16     low-rank adapters and a head
+    python experiments/reward_model.py --model MODEL --data.path FILE --training.trains ^head/   only the head
+    python experiments/reward_model.py --model tiny --data.path FILE                     a small model, random weights
+    python experiments/reward_model.py --resume runs/NAME                                resume an interrupted run
+
+MODEL is a folder in Hugging Face format or the output folder of an earlier command, such as sft.py. FILE has pairs or
+rankings in any of the forms of docs/data.md. Only the reward model is trained. Without --model or --data.path,
+reward_model.py trains in the built-in world or from scratch, with the settings that --help shows without these flags.
+
+The run folder contains model/, in Hugging Face format with its tokenizer, results.json (accuracy, calibration, length
+bias and groups of the held-out comparisons), report.html, config.json, metrics.jsonl, tensorboard/ and checkpoints/.
+Other commands accept the run folder as their reward model.
+"""
+
+
+def parse(arguments: list[str]) -> Any:
     """Parses the command line; raises SettingError for invalid settings."""
+    if preference_settings.is_own(arguments, "--folds"):
+        own = preference_settings.OwnRewardSettings
+        return command_line.parse_stage(own, arguments, doc=OWN, check=preference_settings.check_reward)
     settings = command_line.parse(RewardSettings, arguments, doc=__doc__, adjust=_adjust_preset, unused=unused)
     check(settings)
     return settings
@@ -61,6 +85,7 @@ import pathlib
 import time
 
 import numpy as np
+from finetune import reward_training
 from launch import entry_point, run_folder
 from preferences import cross_validation, cross_validation_results, reward_baselines, reward_run
 from recipe import human_comparisons, run_setup
@@ -71,8 +96,10 @@ from rlhf_jax.data import errors
 from rlhf_jax.report import console
 
 
-def run(settings: RewardSettings) -> dict[str, Any]:
+def run(settings: Any) -> dict[str, Any]:
     """Trains or cross-validates and returns the contents of results.json."""
+    if isinstance(settings, preference_settings.OwnRewardSettings):
+        return reward_training.run(settings)
     out = Console()
     if settings.resume and (results := run_folder.finished_results(settings.resume)):
         run_setup.print_line(out, f"{settings.resume} is already finished; there is nothing to run")

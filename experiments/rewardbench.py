@@ -74,7 +74,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
-from finetune import reward_scores
+from judging import reward_scores
 from launch import entry_point, initial_model, run_folder
 from recipe import human_comparisons, reward_diagnosis, run_setup
 from rich import box

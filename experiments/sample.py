@@ -17,47 +17,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from launch import command_line, mesh_settings, process_setup
-from launch.run_settings import Compute, Mesh, Template
-from launch.setting_checks import require
+from finetune import sampling_settings
+from launch import command_line, process_setup
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """Settings with which answers are sampled."""
-
-    n: int = 1
-    """Number of answers to each prompt."""
-    temperature: float = 1.0
-    """Sampling temperature. 0 chooses the most likely token."""
-    top_k: int | None = None
-    """Number of most likely tokens from which the next token is drawn. None uses all."""
-    top_p: float | None = None
-    """Total probability of the most likely tokens from which the next token is drawn. None uses all."""
-    max_new_tokens: int = 256
-    """Maximum number of tokens in an answer."""
-    prompt_width: int | None = None
-    """Maximum number of tokens in a prompt. Longer prompts lose their oldest turns and are counted. None shortens only
-    prompts that exceed the model's maximum length without --max-new-tokens."""
-    batch: int = 16
-    """Number of answers that are decoded together."""
-    limit: int | None = None
-    """Number of prompts to use, from the start of the file. None uses all."""
-    max_dropped: float = 0.01
-    """Maximum share of unusable prompts. A file with a larger share is refused."""
-    seed: int = 0
-    """Seed of the samples."""
-    template: Template = dataclasses.field(default_factory=Template)
-    compute: Compute = dataclasses.field(default_factory=Compute)
-    mesh: Mesh = dataclasses.field(default_factory=Mesh)
-
-    def batches(self) -> dict[str, int]:
-        """Returns the number of rows that must be a multiple of --mesh.data x --mesh.fsdp, by flag."""
-        return {"--batch": self.batch}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleSettings(Sampling):
+class SampleSettings(sampling_settings.Sampling):
     """Settings of sample.py."""
 
     model: str
@@ -72,20 +37,8 @@ class SampleSettings(Sampling):
 def parse(arguments: list[str]) -> SampleSettings:
     """Parses the command line; raises SettingError for invalid settings."""
     settings = command_line.parse_as(SampleSettings, arguments, prog="sample.py", doc=__doc__)
-    check(settings)
+    sampling_settings.check(settings)
     return settings
-
-
-def check(settings: Sampling) -> None:
-    """Raises SettingError for the first setting that is out of range."""
-    for name in ("n", "max_new_tokens", "batch", "prompt_width", "limit", "top_k"):
-        value = getattr(settings, name)
-        require(value is None or value >= 1, settings, name, "at least 1")
-    for name, most in (("temperature", float("inf")), ("max_dropped", 1)):
-        require(0 <= getattr(settings, name) <= most, settings, name, f"between 0 and {most}")
-    require(settings.seed >= 0, settings, "seed", "at least 0")
-    require(settings.top_p is None or 0 < settings.top_p <= 1, settings, "top_p", "above 0 and at most 1")
-    mesh_settings.check(settings)
 
 
 if __name__ == "__main__":
@@ -95,39 +48,16 @@ if __name__ == "__main__":
 import time
 
 from finetune import answers
-from launch import device_mesh, entry_point, initial_model, run_folder
+from launch import device_mesh, entry_point, initial_model
 from recipe import run_setup
 from rich.console import Console
 from rich.text import Text
 
-from rlhf_jax.data import errors, readers, records
+from rlhf_jax.data import errors
 from rlhf_jax.report import console
 
 EXAMPLES = 3
 """Number of answers that are printed."""
-
-
-def read_prompts(settings: Any, path: str, counts: errors.DropCount) -> list[records.Prompt]:
-    """Reads the first --limit prompts of a file; raises DataError if none is usable."""
-    found = readers.read_prompts(path, counts=counts)[0][: settings.limit]
-    if not found:
-        raise errors.DataError(f"--prompts {path} has no usable record ({counts.report()})")
-    return found
-
-
-def identity(settings: Sampling, model: initial_model.InitialModel, prompts: str) -> dict[str, Any]:
-    """Returns the settings on which answers depend, by flag, with digests of the model and the prompts."""
-    return {
-        "the model": initial_model.fingerprint(model.path),
-        "the file of --prompts": run_folder.data_digest(prompts),
-        "the date of the chat template": str(model.fmt.date),
-        "--compute.dtype": model.cfg.dtype,
-        "--template.options": settings.template.options,
-        **{
-            f"--{name.replace('_', '-')}": getattr(settings, name)
-            for name in ("n", "temperature", "top_k", "top_p", "max_new_tokens", "prompt_width", "limit", "seed")
-        },
-    }
 
 
 def run(settings: SampleSettings) -> list[dict[str, Any]]:
@@ -136,7 +66,7 @@ def run(settings: SampleSettings) -> list[dict[str, Any]]:
     resolved = device_mesh.resolve(settings)
     mesh = device_mesh.make(resolved)
     counts = errors.DropCount(max_dropped=settings.max_dropped)
-    found = read_prompts(settings, settings.prompts, counts)
+    found = answers.read_prompts(settings, settings.prompts, counts)
     model = initial_model.load(settings.model, mesh=mesh, template=settings.template)
     initial_model.with_date(settings, model)
     cfg = dataclasses.replace(model.cfg, dtype=settings.compute.dtype or model.cfg.dtype)
@@ -145,13 +75,14 @@ def run(settings: SampleSettings) -> list[dict[str, Any]]:
         model, found, width=settings.prompt_width, max_new_tokens=settings.max_new_tokens, counts=counts
     )
     spec = answers.sampling(
-        model.fmt,
+        model.fmt.stop_ids,
+        model.fmt.pad_id,
         temperature=settings.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,
         max_new_tokens=settings.max_new_tokens,
     )
-    file = answers.SampleFile(settings.out, identity(settings, model, settings.prompts))
+    file = answers.SampleFile(settings.out, answers.identity(settings, model, settings.prompts))
     if file.lines:
         run_setup.print_line(out, f"continuing {settings.out}, which has {len(file.lines)} answers")
     run_setup.print_line(out, f"prompts: {len(prompts.ids)}; {counts.report()}")

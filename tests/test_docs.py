@@ -51,16 +51,19 @@ def test_the_python_blocks_of_a_page_run_in_order(name, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+OWN = ["--model", "MODEL", "--data.path", "FILE"]
+
+
 @pytest.fixture(scope="module")
 def flags():
-    """Returns the flags of each script, read from its --help."""
+    """Returns the flags of each script, read from its --help, which depends on whether model and data are given."""
 
     @functools.cache
-    def of(script):
+    def of(script, own=False):
         assert (ROOT / script).is_file(), f"{script} does not exist"
         shown = io.StringIO()
         with contextlib.redirect_stdout(shown), pytest.raises(SystemExit) as left:
-            importlib.import_module(pathlib.Path(script).stem).main(["--help"])
+            importlib.import_module(pathlib.Path(script).stem).main([*OWN * own, "--help"])
         assert left.value.code in (0, None)
         return {"--help", *re.findall(r"--[\w.-]+", shown.getvalue())}
 
@@ -72,12 +75,16 @@ def test_commands_name_scripts_and_flags_that_exist(name, flags):
     for command in commands(NAMES[name]):
         script, *arguments = shlex.split(command)
         given = {argument.split("=")[0] for argument in arguments if argument.startswith("--")}
-        assert given <= flags(script), f"{command}: unknown {sorted(given - flags(script))}"
+        known = flags(script, set(OWN) & given == {"--model", "--data.path"})
+        assert given <= known, f"{command}: unknown {sorted(given - known)}"
 
 
 def test_flags_that_pages_mention_exist(flags):
     scripts = [f"experiments/{path.name}" for path in sorted((ROOT / "experiments").glob("*.py"))]
-    known = set().union(*map(flags, scripts)) | {"--doctest-modules", "--keep-going"}
+    known = set().union(*(flags(script, own) for script in scripts for own in (False, True))) | {
+        "--doctest-modules",
+        "--keep-going",
+    }
     for name, page in NAMES.items():
         mentioned = set(re.findall(r"`(--[a-z][\w.-]*\w)(?![\w.*-])", page.read_text(encoding="utf-8")))
         assert mentioned <= known, f"{name}: unknown {sorted(mentioned - known)}"

@@ -25,8 +25,10 @@ LIBRARY = (
 EXPERIMENTS = (
     ("launch",),
     ("recipe",),
-    ("sweeps", "finetune"),
+    ("sweeps",),
     ("preferences", "planning", "fault_injection", "benchmarks"),
+    ("finetune",),
+    ("judging",),
 )
 COMMANDS_OF_A_STAGE = {"dpo", "ppo", "reward_model", "sft"}
 """Commands that may share their name with the module of `rlhf_jax.train` that they run."""

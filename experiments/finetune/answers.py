@@ -7,6 +7,7 @@ rows of its batch.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,12 +15,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from launch import device_mesh, initial_model
+from launch import device_mesh, initial_model, run_folder
 from launch.run_settings import SettingError
 
+from finetune import sampling_settings
 from rlhf_jax import generation, lm, parallel
 from rlhf_jax.checkpoint import atomic
-from rlhf_jax.data import chat, errors, padding, records
+from rlhf_jax.data import chat, errors, padding, readers, records
 
 PARTIAL = ".partial"
 """Suffix of the file that contains the answers of an unfinished run. Its first line identifies the run."""
@@ -48,18 +50,56 @@ class Answer(NamedTuple):
 
 
 def sampling(
-    fmt: chat.ChatFormat, *, temperature: float, top_k: int | None, top_p: float | None, max_new_tokens: int
+    stop_ids: tuple[int, ...],
+    pad_id: int,
+    *,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    max_new_tokens: int,
 ) -> generation.Sampling:
-    """Returns the sampling distribution; a temperature of 0 chooses the most likely token."""
+    """Returns the sampling distribution; a temperature of 0 chooses the most likely token.
+
+    Args:
+        stop_ids: Ids that end an answer.
+        pad_id: Id of the padding token.
+        temperature: Sampling temperature.
+        top_k: Number of most likely tokens to draw from; None for all.
+        top_p: Total probability of the most likely tokens to draw from; None for all.
+        max_new_tokens: Maximum number of tokens in an answer.
+    """
     return generation.Sampling(
         temperature=temperature or 1.0,
         greedy=temperature == 0,
         top_k=top_k,
         top_p=top_p,
         max_new_tokens=max_new_tokens,
-        stop_ids=fmt.stop_ids,
-        pad_id=fmt.pad_id,
+        stop_ids=stop_ids,
+        pad_id=pad_id,
     )
+
+
+def read_prompts(settings: sampling_settings.Sampling, path: str, counts: errors.DropCount) -> list[records.Prompt]:
+    """Reads the first --limit prompts of a file; raises DataError if none is usable."""
+    found = readers.read_prompts(path, counts=counts)[0][: settings.limit]
+    if not found:
+        raise errors.DataError(f"--prompts {path} has no usable record ({counts.report()})")
+    return found
+
+
+def identity(settings: sampling_settings.Sampling, model: initial_model.InitialModel, prompts: str) -> dict[str, Any]:
+    """Returns the settings on which answers depend, by flag, with digests of the model and the prompts."""
+    return {
+        "the model": initial_model.fingerprint(model.path),
+        "the file of --prompts": run_folder.data_digest(prompts),
+        "the date of the chat template": str(model.fmt.date),
+        "--compute.dtype": model.cfg.dtype,
+        "--template.options": settings.template.options,
+        **{
+            f"--{name.replace('_', '-')}": getattr(settings, name)
+            for name in ("n", "temperature", "top_k", "top_p", "max_new_tokens", "prompt_width", "limit", "seed")
+        },
+    }
 
 
 def encode_prompts(
@@ -148,7 +188,7 @@ class Sampler:
         self._run = parallel.JitStep(run, donate_argnums=(), mesh=mesh, batch_args=(1, 2, 3), replicated_args=())
 
     def __call__(
-        self, params: Any, prompts: Prompts, wanted: Sequence[tuple[int, int]], *, seed: int
+        self, params: Any, prompts: Prompts, wanted: Sequence[tuple[int, int]], *, seed: int, policy: int = 0
     ) -> Iterator[list[Answer]]:
         """Yields the answers of one batch after another.
 
@@ -157,6 +197,7 @@ class Sampler:
             prompts: The prompts.
             wanted: Row of the prompt and sample number of each answer.
             seed: Seed of the samples.
+            policy: Number of the policy; the samples of different policies are independent.
         """
         longest = max(map(len, prompts.ids))
         for rows, width in batches([len(prompts.ids[i]) for i, _ in wanted], size=self._batch, most=longest):
@@ -166,7 +207,7 @@ class Sampler:
                 [prompts.ids[i] for i, _ in filled], width=width, pad_id=self._spec.pad_id
             )
             numbers = np.array([(prompts.numbers[i], sample) for i, sample in filled])
-            inputs = _keys(seed, numbers), tokens_BP, mask_BP
+            inputs = _keys(seed, policy, numbers), tokens_BP, mask_BP
             rollout = jax.device_get(
                 self._run(params, *(inputs if self._mesh is None else parallel.local_rows(inputs, self._mesh)))
             )
@@ -182,9 +223,11 @@ class Sampler:
 
 
 @jax.jit
-def _keys(seed: Any, numbers_B2: Any) -> jax.Array:
+def _keys(seed: Any, policy: Any, numbers_B2: Any) -> jax.Array:
     def key(pair: Any) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), pair[0]), pair[1])
+        return jax.random.fold_in(jax.random.fold_in(first, pair[0]), pair[1])
+
+    first = jax.random.fold_in(jax.random.key(seed), policy)
 
     return jax.vmap(key)(numbers_B2)
 
@@ -227,20 +270,27 @@ class SampleFile:
             SettingError: The file exists, belongs to a run with another identity, or cannot be written.
         """
         self.path, self._partial = pathlib.Path(path), pathlib.Path(f"{path}{PARTIAL}")
-        self.lines: list[Line] = []
         if self.path.exists():
             raise SettingError(f"--out {self.path} exists already; delete it or choose another name")
         try:
-            if not self._partial.exists():
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                atomic.replace_file(self._partial, _as_lines([dict(identity)]))
-            atomic.repair_last_line(self._partial)
-            first, *self.lines = map(json.loads, self._partial.read_text(encoding="utf-8").splitlines())
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = self._partial.open("a+b")
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process or `finish` closes the file
+            self._stream.seek(0)
+            content = self._stream.read()
+            self._stream.truncate(content.rfind(b"\n") + 1)  # a killed process may have left an incomplete line
+            written = [json.loads(line) for line in content.split(b"\n")[:-1]]
+        except BlockingIOError as error:
+            raise SettingError(f"another process writes to --out {self.path}; choose another name") from error
         except OSError as error:
-            raise SettingError(f"--out {self.path} cannot be written: {error.strerror}") from error
+            raise SettingError(f"cannot write to --out {self.path}: {error.strerror}") from error
         except ValueError as error:
             raise SettingError(f"{self._partial} is damaged; delete it to start again") from error
+        if not written:
+            self._write([dict(identity)])
+        first, self.lines = (written[0], written[1:]) if written else (json.loads(json.dumps(identity)), [])
         if changed := [name for name in identity if first.get(name) != json.loads(json.dumps(identity[name]))]:
+            self._stream.close()
             raise SettingError(
                 f"{self._partial} has the answers of an interrupted run in which {changed[0]} was different; delete it "
                 "or choose another --out"
@@ -252,20 +302,25 @@ class SampleFile:
         return {(line["index"], line["sample"]) for line in self.lines}
 
     def append(self, lines: Sequence[Line]) -> None:
-        """Adds answers and flushes them to the disk."""
-        with self._partial.open("ab") as file:
-            file.write(_as_lines(lines))
+        """Adds answers."""
+        self._write(lines)
         self.lines += lines
+
+    def _write(self, lines: Sequence[Line]) -> None:
+        self._stream.write(as_lines(lines))
+        self._stream.flush()
 
     def finish(self) -> list[Line]:
         """Writes the finished file and returns its lines, in the order of the prompts."""
         self.lines.sort(key=lambda line: (line["index"], line["sample"]))
-        atomic.replace_file(self.path, _as_lines(self.lines))
+        atomic.replace_file(self.path, as_lines(self.lines))
         self._partial.unlink()
+        self._stream.close()
         return self.lines
 
 
-def _as_lines(values: Sequence[Mapping[str, Any]]) -> bytes:
+def as_lines(values: Sequence[Mapping[str, Any]]) -> bytes:
+    """Returns the content of a JSONL file."""
     text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
     return text.encode("utf-8", "backslashreplace")
 
@@ -279,7 +334,6 @@ def sample_file(
     n: int,
     seed: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-    also: Callable[[Answer], Mapping[str, Any]] = lambda answer: {},
 ) -> list[Line]:
     """Samples the answers that a file does not have yet and returns all lines of the finished file.
 
@@ -291,13 +345,12 @@ def sample_file(
         n: Number of answers to each prompt.
         seed: Seed of the samples.
         on_progress: Called with the number of answers so far and their total.
-        also: Returns further fields of the line of an answer.
     """
     done = file.done
     every = [(row, sample) for row in range(len(prompts.ids)) for sample in range(n)]
     wanted = [each for each in every if (prompts.numbers[each[0]], each[1]) not in done]
     on_progress(len(every) - len(wanted), len(every))
     for batch in sampler(model.params, prompts, wanted, seed=seed):
-        file.append([line_of(model.fmt, prompts, answer) | also(answer) for answer in batch])
+        file.append([line_of(model.fmt, prompts, answer) for answer in batch])
         on_progress(len(file.lines), len(every))
     return file.finish()

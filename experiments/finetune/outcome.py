@@ -37,10 +37,7 @@ def show_finished(settings: RunSettings, out: Console, rows: Rows) -> dict[str, 
 
 
 def describe_data(out: Console, counts: errors.DropCount, sizes: Mapping[str, int]) -> None:
-    """Prints the sizes of the data and the records that are not used or are shortened.
-
-    More than 10 % of shortened records are saved as an incident.
-    """
+    """Prints the sizes of the data and the records that are not used or are shortened."""
     text = ", ".join(f"{n} {name}" for name, n in sizes.items())
     run_setup.print_line(out, f"data: {text}; {counts.report()}")
 
@@ -50,10 +47,16 @@ def describe_model(
 ) -> None:
     """Prints the model, its chat template, number format and mesh."""
     n = sum(x.size for x in jax.tree.leaves(model.params))
+    kind = f"{cfg.model_type}, " if cfg.model_type else ""
     run_setup.print_line(
-        out, f"model: {model.path} ({cfg.model_type}, {n / 1e6:.3g} M parameters); chat template: {model.fmt.origin}"
+        out, f"model: {model.path} ({kind}{n / 1e6:.3g} M parameters); chat template: {model.fmt.origin}"
     )
     run_setup.describe(opened, cfg, out)
+
+
+def chunk_rows(size: int, mesh: Any) -> int:
+    """Returns ``size``, rounded up to a number of rows that the devices of the mesh can share evenly."""
+    return device_mesh.round_rows_up(size, mesh)
 
 
 def in_chunks(function: Callable[[Any], Any], rows: Any, *, size: int, mesh: Any) -> Any:
@@ -61,7 +64,7 @@ def in_chunks(function: Callable[[Any], Any], rows: Any, *, size: int, mesh: Any
 
     The last chunk is filled up with its last row, so that the function compiles once.
     """
-    n, size = len(jax.tree.leaves(rows)[0]), device_mesh.round_rows_up(size, mesh)
+    n, size = len(jax.tree.leaves(rows)[0]), chunk_rows(size, mesh)
     parts = []
     for start in range(0, n, size):
         indices = np.minimum(np.arange(start, start + size), n - 1)

@@ -119,12 +119,11 @@ def read_ptx(fmt: chat.ChatFormat, path: str, *, width: int) -> TokenBatch:
     """
     if (texts := _texts(path)) is not None:
         ids = plain_text.encode_texts(fmt.tokenizer, texts)
-        rows_BL, _ = packing.pack_documents(ids, width=width, eos_id=tasks.document_end(fmt))
-        if not len(rows_BL):
-            raise errors.DataError(f"--ptx {path} has fewer tokens than a row, which has {width}; add text")
-        return tasks.text_batch(rows_BL)
+        if (n := sum(len(each) + 1 for each in ids)) < width:
+            raise errors.DataError(f"--ptx {path} has {n} tokens, fewer than a row, which has {width}; add text")
+        return tasks.text_batch(packing.pack_documents(ids, width=width, eos_id=tasks.document_end(fmt))[0])
     counts = errors.DropCount(max_dropped=1.0)
-    found = demonstrations.read(path, counts)
+    found, _ = demonstrations.read(path, counts)
     encoded, _ = demonstrations.encode(fmt, found, width=width, max_width=width, train_on="last", counts=counts)
     return demonstrations.rows(encoded, width=width, pad_id=fmt.pad_id, packed=True)
 
@@ -132,10 +131,16 @@ def read_ptx(fmt: chat.ChatFormat, path: str, *, width: int) -> TokenBatch:
 def _texts(path: str) -> list[str] | None:
     """Returns the texts of a .txt file or of records with a field ``text``; None for other records."""
     if path.endswith(".txt"):
-        return [pathlib.Path(file).read_text(encoding="utf-8") for file in sources.expand_paths(path)]
+        try:
+            return [pathlib.Path(file).read_text(encoding="utf-8") for file in sources.expand_paths(path)]
+        except (OSError, UnicodeDecodeError) as error:
+            raise errors.DataError(f"--ptx {path} cannot be read: {error}") from error
     texts = []
     for raw in sources.raw_records(path, fields="text, or the fields of demonstrations"):
         if raw.flaw is not None or "text" not in raw.fields:
             return None
-        texts.append(sources.require_text(raw.fields["text"], "text"))
+        try:
+            texts.append(sources.require_text(raw.fields["text"], "text"))
+        except (errors.UnusableRecord, errors.DataError) as error:
+            raise errors.DataError(f"{raw.location}: {error}") from None
     return texts

@@ -53,7 +53,7 @@ def load(
                 f"cannot use --reward-model {path}: it has {heads} heads; combine them with lm.heads.combine and save "
                 "the model"
             )
-        loaded.append(("reward_model", model))
+        loaded.append(("model", model))
     for spec in settings.reward:
         function = RewardFunction(spec)
         loaded.append((function.name, function))
@@ -132,14 +132,22 @@ class Scorer:
         for name, model in self.found.models.items():
             model_params = params["parts"][name]
             parts[name] = lm.score(model_params, rollout.tokens_BL, cfg=model.cfg, mask_BL=rollout.mask_BL)
+        whole = self._replicated(rollout)
         for name, function in self.found.functions.items():
             call = rewards.from_python(partial(self._call, function), per_token=bool(function.per_token))
-            parts[name] = call(None, rollout)
+            parts[name] = self._replicated(call(None, whole))
         total = rewards.weighted({name: _part for name in parts}, self.found.weights)(parts, rollout)
         if len(parts) == 1:
             return total
         sums = {name: part if part.ndim == 1 else part.sum(axis=1) for name, part in parts.items()}
         return total, {f"reward_{name}": part for name, part in sums.items()}
+
+    def _replicated(self, tree: Any) -> Any:
+        """Replicates arrays of a program, because a function on the host needs and returns all rows."""
+        if self._mesh is None:
+            return tree
+        sharding = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
+        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), tree)
 
     def measure(self, params: Mapping[str, Any], sampled: types.Rollout, *, size: int) -> dict[str, np.ndarray]:
         """Returns the scores of answers by name of the reward, and their weighted sum as ``reward``, all ``[B]``."""

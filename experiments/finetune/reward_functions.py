@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,32 +19,44 @@ from rlhf_jax.data import errors
 
 Messages = Sequence[dict[str, Any]]
 """A prompt as a list of messages with ``role`` and ``content``."""
-RewardFunction = Callable[[Sequence[Messages], Sequence[str]], np.ndarray]
-"""``(prompts, responses) -> scores_B``."""
+Records = Sequence[Mapping[str, Any]]
+"""The other columns of each prompt."""
+RewardFunction = Callable[[Sequence[Messages], Sequence[str], Records], np.ndarray]
+"""``(prompts, responses, records) -> scores_B``."""
 
 
 def load(text: str, *, flag: str = "--reward") -> RewardFunction:
     """Returns the function that ``text`` names.
 
     The function receives a list of prompts, each a list of chat messages, and a list with one answer to each, as text.
-    It must return one finite number per answer.
+    If it has a parameter ``records``, it also receives the other columns of each prompt. It must return one finite
+    number per answer.
 
     Args:
         text: ``module:function`` or ``path/to/file.py:function``. Modules are also found in the working directory.
         flag: The flag that error messages name.
 
     Returns:
-        A function that also checks the result, and raises DataError if it is unusable.
+        A function that also checks the result, and raises DataError if it is unusable or the function fails.
 
     Raises:
         SettingError: There is no such module or function.
     """
     function = find(text, flag=flag)
+    try:
+        with_records = "records" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a function without a signature, such as some written in C
+        with_records = False
 
-    def checked(prompts: Sequence[Messages], responses: Sequence[str]) -> np.ndarray:
-        if len(prompts) != len(responses):
-            raise ValueError(f"got {len(prompts)} prompts and {len(responses)} answers")
-        values = function(list(prompts), list(responses))
+    def checked(prompts: Sequence[Messages], responses: Sequence[str], records: Records) -> np.ndarray:
+        options = {"records": list(records)} if with_records else {}
+        try:
+            values = function(list(prompts), list(responses), **options)
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise errors.DataError(
+                f"{flag} {text} failed: {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
+            ) from error
         try:
             scores = np.asarray(values, np.float64)
         except (TypeError, ValueError) as error:

@@ -52,9 +52,10 @@ def learning_rate(settings: StageSettings) -> float:
     """Returns the peak learning rate, whose default depends on what is trained."""
     if settings.learning_rate is not None:
         return settings.learning_rate
+    whole, adapters, new = settings.default_rates
     if settings.lora.rank is not None:
-        return 2e-4
-    return 1e-3 if initial_model.is_architecture(settings.model) else 2e-5
+        return adapters
+    return new if initial_model.is_architecture(settings.model) else whole
 
 
 def count_steps(settings: StageSettings, rows: int, *, batch: int) -> int:
@@ -73,6 +74,25 @@ def rows_per_step(settings: StageSettings, rows: int, mesh: Any) -> int:
     return device_mesh.round_rows_down(rows - rows % settings.micro_batches, mesh, "--batch")
 
 
+class Schedule(NamedTuple):
+    """The rows of each step."""
+
+    order: Any
+    """``order[i]`` are the indices of the rows of step i."""
+    steps: int
+    batch: int
+
+
+def schedule(run: engine.Engine, stage: str, rows: int, settings: StageSettings) -> Schedule:
+    """Returns the schedule of a stage on ``rows`` rows; notes batches that are smaller than --batch."""
+    batch = rows_per_step(settings, rows, run.mesh)
+    if batch < settings.batch:
+        run.note(stage, f"a step has {batch} rows instead of --batch {settings.batch}: the data has only {rows} rows")
+    steps = count_steps(settings, rows, batch=batch)
+    order = batching.epoch_batches(0, n=rows, batch_size=batch, key=run.key(stage), steps=steps)
+    return Schedule(order, steps, batch)
+
+
 def fit(
     run: engine.Engine,
     stage: str,
@@ -82,6 +102,8 @@ def fit(
     settings: StageSettings,
     *,
     hyper: dict[str, Any] | None = None,
+    planned: Schedule | None = None,
+    batch_at: Callable[[int], Any] | None = None,
     **options: Any,
 ) -> types.Params:
     """Trains on shuffled rows and returns the trained parameters, without merging adapters.
@@ -94,15 +116,12 @@ def fit(
         data: A pytree of NumPy arrays whose first axis is the rows.
         settings: The settings of the command.
         hyper: Further hyperparameters of the step.
+        planned: The schedule, if the caller has already computed it.
+        batch_at: Returns the batch of a step; by default, the rows of ``data`` that the schedule selects.
         **options: Other arguments of `Engine.fit`.
     """
-    n = len(jax.tree.leaves(data)[0])
-    batch = rows_per_step(settings, n, run.mesh)
-    if batch < settings.batch:
-        run.note(stage, f"a step has {batch} rows instead of --batch {settings.batch}: the data has only {n} rows")
-    steps = count_steps(settings, n, batch=batch)
-    key, peak = run.key(stage), learning_rate(settings)
-    order = batching.epoch_batches(0, n=n, batch_size=batch, key=key, steps=steps)
+    order, steps, _ = planned or schedule(run, stage, len(jax.tree.leaves(data)[0]), settings)
+    peak = learning_rate(settings)
 
     def hyper_at(i: int) -> dict[str, Any]:
         warmup = schedules.constant_with_warmup(i, steps, warmup=max(1, steps // 10))
@@ -115,7 +134,7 @@ def fit(
         parallel.jit_step(step, mesh=run.mesh),
         run.create_on_mesh(partial(state_lib.create, tx=optimiser_choice.chosen(settings)), start.params),
         steps,
-        batch_at=lambda i: jax.tree.map(lambda x: x[order[i]], data),
+        batch_at=batch_at or (lambda i: jax.tree.map(lambda x: x[order[i]], data)),
         hyper_at=hyper_at,
         frozen=start.frozen,
         **options,

@@ -83,6 +83,15 @@ def load(
     return model
 
 
+def check_exists(path: str, *, kind: str, flag: str) -> None:
+    """Raises SettingError if `load` would find no model of this kind, without reading any weights."""
+    folder = _saved_in_run(path, kind, flag)
+    try:
+        lm.load_config(folder)
+    except (OSError, ValueError) as error:
+        raise SettingError(f"cannot use {flag} {path}: {error}") from error
+
+
 def create(
     architecture: str, fmt: chat.ChatFormat, key: jax.Array, *, mesh: jax.sharding.Mesh | None = None
 ) -> InitialModel:

@@ -152,6 +152,8 @@ class StageSettings(RunSettings, Optimizer, Training):
     """Settings of a command that trains a model of the user's own in a single stage."""
 
     inputs: ClassVar[tuple[str, ...]] = ("model", "data.path")
+    default_rates: ClassVar[tuple[float, float, float]] = (2e-5, 2e-4, 1e-3)
+    """Default learning rates for a given model, with --lora.rank and for random weights."""
 
     template: Template = dataclasses.field(default_factory=Template)
 

@@ -14,8 +14,8 @@ Loss = Literal["dpo", "cdpo", "robust", "ipo", "hinge", "kto", "orpo", "simpo", 
 
 
 @dataclasses.dataclass(frozen=True)
-class DirectSettings:
-    """Settings of DPO and related losses."""
+class LossSettings:
+    """Settings of the preference loss."""
 
     loss: Loss = "dpo"
     """Preference loss. ipo, orpo, simpo and dpo-norm average log-probabilities over tokens; orpo and simpo need no
@@ -35,6 +35,22 @@ class DirectSettings:
     """Target difference between the two rewards in simpo. None uses 0.5."""
     sft_coef: float | None = None
     """Weight of the SFT loss that dpo-sft adds to DPO. None uses 0.5."""
+
+    @property
+    def paired(self) -> bool:
+        """Whether a row of a batch is a pair of answers. Otherwise, a row is a single labelled answer."""
+        return self.loss != "kto"
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss needs a reference model."""
+        return self.loss not in ("orpo", "simpo")
+
+
+@dataclasses.dataclass(frozen=True)
+class DirectSettings(LossSettings):
+    """Settings of DPO and related losses."""
+
     epochs: int = 1
     """Number of passes over the pairs."""
     batch: int = 64
@@ -49,33 +65,28 @@ class DirectSettings:
     differ in rank. 0 uses all pairs, as the reward model does."""
 
     @property
-    def paired(self) -> bool:
-        """Whether a row of a batch is a pair of answers. Otherwise, a row is a single labelled answer."""
-        return self.loss != "kto"
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether the loss needs a reference model."""
-        return self.loss not in ("orpo", "simpo")
-
-    @property
     def batch_rows(self) -> int:
         """Number of rows per batch."""
         return self.batch if self.paired else 2 * self.batch
+
+
+def check_loss(settings: LossSettings) -> None:
+    """Raises SettingError, naming the flag, for a setting of the loss that is out of range."""
+    for name in ("beta", "odds_weight", "margin", "sft_coef", "desirable_weight", "undesirable_weight"):
+        value = getattr(settings, name)
+        require(value is None or 0 <= value < math.inf, settings, name, "at least 0 and finite")
+    require(settings.beta is None or settings.beta > 0, settings, "beta", "above 0")
+    value = settings.label_smoothing
+    require(value is None or 0 <= value < 0.5, settings, "label_smoothing", "at least 0 and below 0.5")
 
 
 def check(settings: DirectSettings) -> None:
     """Raises SettingError, naming the flag, for a setting that is out of range."""
     for name, least in (("epochs", 1), ("batch", 1), ("micro_batches", 1), ("pairs", 0)):
         require(getattr(settings, name) >= least, settings, name, f"at least {least}")
-    for name in ("beta", "odds_weight", "margin", "sft_coef", "desirable_weight", "undesirable_weight"):
-        value = getattr(settings, name)
-        require(value is None or 0 <= value < math.inf, settings, name, "at least 0 and finite")
-    require(settings.beta is None or settings.beta > 0, settings, "beta", "above 0")
+    check_loss(settings)
     value = settings.learning_rate
     require(value is None or 0 < value < math.inf, settings, "learning_rate", "above 0 and finite")
-    value = settings.label_smoothing
-    require(value is None or 0 <= value < 0.5, settings, "label_smoothing", "at least 0 and below 0.5")
     rows = settings.batch_rows
     require_divides(settings, "micro_batches", rows, f"{rows}, the number of rows per batch")
 
@@ -91,7 +102,7 @@ _LOSSES = {
 """Settings that only some losses use."""
 
 
-def unused(settings: DirectSettings) -> list[tuple[list[str], str]]:
+def unused(settings: LossSettings) -> list[tuple[list[str], str]]:
     """Returns the settings that have no effect with the loss, and why."""
     names = [name for name, losses in _LOSSES.items() if settings.loss not in losses]
     names += ["beta"] if settings.loss == "orpo" else []

@@ -15,8 +15,8 @@ from launch.settings import SettingError
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
-    """Training of the reward model. --reward-model.batch and --reward-model.learning-rate apply as well."""
+class RewardLoss:
+    """The loss of a reward model."""
 
     loss: Literal["ranking", "pairs", "plackett-luce", "best"] = "ranking"
     """Loss. `ranking` keeps all pairs of a prompt in one row (InstructGPT); `pairs` shuffles them as separate rows.
@@ -31,6 +31,12 @@ class Training:
     centering: float = 0.0
     """Weight of the penalty on the squared sum of a pair's scores (0.01 in Eisenstein 2023). Only for `ranking` and
     `pairs`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Training(RewardLoss):
+    """Training of the reward model. --reward-model.batch and --reward-model.learning-rate apply as well."""
+
     epochs: int = 1
     """Number of passes over the comparisons. InstructGPT (C.2) overfits with more than one."""
     heads: int = 1
@@ -160,6 +166,15 @@ _OF_A_SINGLE_MODEL += ("reward_model", "pmp", "data.vocab_size", "data.prompt_wi
 _OF_A_SINGLE_MODEL += ("data.held_out", "compute")
 
 
+def unused_of_loss(training: RewardLoss) -> Iterator[tuple[Sequence[str], str]]:
+    """Yields the settings of the loss that have no effect on the run, and why."""
+    if training.loss in ("plackett-luce", "best"):
+        names = ("ties_in_divisor", "label_smoothing", "margin", "centering")
+        yield [f"training.{name}" for name in names], f"with --training.loss {training.loss}"
+    if training.loss == "pairs":
+        yield ("training.ties_in_divisor",), "with --training.loss pairs, which drops tied pairs"
+
+
 def unused(settings: RewardSettings) -> Iterator[tuple[Sequence[str], str]]:
     """Yields the settings that have no effect on the run, and why."""
     training, pmp = settings.training, settings.pmp
@@ -175,16 +190,21 @@ def unused(settings: RewardSettings) -> Iterator[tuple[Sequence[str], str]]:
         yield _OF_A_SINGLE_MODEL, "with --folds, which uses --cv.*"
     else:
         yield ("cv",), "without --folds"
-    if training.loss in ("plackett-luce", "best"):
-        names = ("ties_in_divisor", "label_smoothing", "margin", "centering")
-        yield [f"training.{name}" for name in names], f"with --training.loss {training.loss}"
-    if training.loss == "pairs":
-        yield ("training.ties_in_divisor",), "with --training.loss pairs, which drops tied pairs"
+    yield from unused_of_loss(training)
     if pmp.prompts == 0:
         names = [field.name for field in dataclasses.fields(pmp) if field.name != "prompts"]
         yield [f"pmp.{name}" for name in names], "without --pmp.prompts"
     elif pmp.tuning_rate is not None:
         yield ("reward_model.learning_rate",), "with --pmp.prompts, which uses --pmp.tuning-rate"
+
+
+def check_loss(settings: Any) -> None:
+    """Raises SettingError for a setting of the loss, ``settings.training``, that is out of range."""
+    training = settings.training
+    require(0 <= training.label_smoothing < 0.5, settings, "training.label_smoothing", "in [0, 0.5)")
+    for name in ("margin", "centering"):
+        value = getattr(training, name)
+        require(0 <= value < math.inf, settings, f"training.{name}", "at least 0 and finite")
 
 
 def check(settings: RewardSettings) -> None:
@@ -203,10 +223,7 @@ def check(settings: RewardSettings) -> None:
         (settings.model is None, "left out with --model"),
     ):
         require(not folds or allowed, settings, "folds", condition)
-    require(0 <= training.label_smoothing < 0.5, settings, "training.label_smoothing", "in [0, 0.5)")
-    for name in ("margin", "centering"):
-        value = getattr(training, name)
-        require(0 <= value < math.inf, settings, f"training.{name}", "at least 0 and finite")
+    check_loss(settings)
     limit = 1 if training.limit is None else training.limit
     for name, value in (("epochs", training.epochs), ("heads", training.heads), ("limit", limit)):
         require(value >= 1, settings, f"training.{name}", "at least 1")

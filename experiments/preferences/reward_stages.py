@@ -14,7 +14,7 @@ from launch import device_mesh
 from launch.settings import SettingError
 from recipe import comparison_data, jobs, stages, tasks
 
-from preferences.reward_settings import RewardSettings, Training
+from preferences.reward_settings import RewardLoss, RewardSettings
 from rlhf_jax import lm, losses, parallel, types
 from rlhf_jax.data import batching, comparison_transforms
 from rlhf_jax.simulation import labelers
@@ -24,7 +24,7 @@ from rlhf_jax.train.optim import partition, schedules
 from rlhf_jax.train.optim import update as step_lib
 
 
-def _make_loss(training: Training) -> Callable[..., jax.Array]:
+def make_loss(training: RewardLoss) -> Callable[..., jax.Array]:
     """Returns the loss function of one prompt."""
     if training.loss == "plackett-luce":
         return losses.plackett_luce
@@ -67,7 +67,7 @@ def train(
         data,
         params,
         cfg=job.cfg,
-        loss=_make_loss(training),
+        loss=make_loss(training),
         trains=training.trains,
         batch=batch,
         epochs=training.epochs,

@@ -37,15 +37,29 @@ def watch_stage(
         The ``log`` argument of `loop.fit`.
     """
     # With --ppo.correct-sampler, the sampler may differ from the policy, which is no cause for an alarm.
-    thresholds = alarms.rounding_thresholds(dtype)
-    if settings.ppo.correct_sampler:
-        thresholds |= {"max_gap": math.inf, "max_mean_gap": math.inf}
+    changed = {"max_gap": math.inf, "max_mean_gap": math.inf} if settings.ppo.correct_sampler else {}
+    return watch(log, stage, print_alarm, stop=settings.on_alarm == "stop", dtype=dtype, **changed)
+
+
+def watch(
+    log: metrics.MetricLog, stage: str, print_alarm: Callable[[str], None], *, stop: bool, dtype: str, **changed: float
+) -> monitor.Watch:
+    """Returns a log of a stage that raises alarms.
+
+    Args:
+        log: The log of the run. Rows that it already has for the stage are checked too.
+        stage: Name of the stage.
+        print_alarm: Called with the text of each new alarm.
+        stop: Whether an alarm stops the run.
+        dtype: Compute dtype of the models, on which the thresholds for rounding depend.
+        **changed: Other thresholds that differ from their defaults.
+    """
     return monitor.Watch(
         loop.StageLog(log, stage),
         warn=print_alarm,
-        stop=settings.on_alarm == "stop",
+        stop=stop,
         rows=log.rows(stage),
-        **thresholds,
+        **alarms.rounding_thresholds(dtype) | changed,
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -32,7 +34,51 @@ def measure(job: Job, reward: types.Params, validation: types.Comparisons, train
     Raises:
         DataError: No two answers to a held-out prompt differ in rank.
     """
-    scores_BK = score_answers(job, reward, validation)
+    n = max(1, min(len(np.asarray(train.ranks_BK)), policy_sampling.CHUNK // np.shape(train.ranks_BK)[1]))
+    seen = jax.tree.map(lambda x: np.asarray(x)[:n], train)
+    parts = (Scored(rows, score_answers(job, reward, rows), job.task.asked(rows)) for rows in (validation, seen))
+    return diagnose(
+        *parts,
+        prompt_width=job.task.prompt_width,
+        head=reward["head"],
+        strata=partial(strata_of, job.task, validation),
+    )
+
+
+class Scored(NamedTuple):
+    """Comparisons and their scores."""
+
+    rows: types.Comparisons
+    scores_BK: np.ndarray
+    """Scores of all answers; those of missing answers are meaningless."""
+    asked_B: np.ndarray
+    """Index of what each prompt asks, by which intervals are clustered."""
+
+
+def diagnose(
+    held_out: Scored,
+    seen: Scored,
+    *,
+    prompt_width: int,
+    head: Any,
+    strata: Callable[[np.ndarray], dict[str, list[str]]],
+) -> dict[str, Any]:
+    """Measures what `measure` describes, given the scores.
+
+    Args:
+        held_out: Held-out comparisons.
+        seen: Training comparisons.
+        prompt_width: Number of columns before the answers.
+        head: Head of the reward model.
+        strata: Returns labels of pairs by kind of stratum, given the index of each pair's prompt.
+
+    Returns:
+        The ``reward_model`` entry of results.json.
+
+    Raises:
+        DataError: No two answers to a held-out prompt differ in rank.
+    """
+    validation, scores_BK, asked_B = held_out
     where_BK = np.asarray(validation.where_BK)
     b, i, j = better_pairs(validation)
     if not len(b):
@@ -41,15 +87,14 @@ def measure(job: Job, reward: types.Params, validation: types.Comparisons, train
             "--comparisons.prompts or a larger --data.held-out"
         )
     better, worse = scores_BK[b, i], scores_BK[b, j]
-    asked_B = job.task.asked(validation)
     asked = asked_B[b].tolist()
     # Dividing by the gain, which scales scores for RL, makes score differences log odds, as in training.
-    gain = float(reward["head"]["gain"])
+    gain = float(head["gain"])
     chosen, rejected = better / gain, worse / gain
     accuracy = diagnostics.clustered_mean(diagnostics.win_outcomes(chosen, rejected), asked, rate=True)
     curve = diagnostics.calibration_curve(chosen, rejected, bins=10, prompts=asked)
-    length_BK = np.asarray(validation.mask_BKL)[:, :, job.task.prompt_width :].sum(axis=2)
-    labels = strata_of(job.task, validation, b) | {
+    length_BK = np.asarray(validation.mask_BKL)[:, :, prompt_width:].sum(axis=2)
+    labels = strata(b) | {
         "tokens of the longer answer": diagnostics.quantile_buckets(np.maximum(length_BK[b, i], length_BK[b, j]))
     }
     bias = diagnostics.length_bias(chosen, rejected, length_BK[b, i], length_BK[b, j], prompts=asked)
@@ -63,9 +108,7 @@ def measure(job: Job, reward: types.Params, validation: types.Comparisons, train
     slope = None  # undefined if all scores are equal
     if (chosen != rejected).any():
         slope = list(diagnostics.calibration_slope(chosen, rejected, prompts=asked))
-    n = max(1, min(len(np.asarray(train.ranks_BK)), policy_sampling.CHUNK // np.shape(train.ranks_BK)[1]))
-    seen = jax.tree.map(lambda x: np.asarray(x)[:n], train)
-    seen_BK, (seen_b, seen_i, seen_j) = score_answers(job, reward, seen) / gain, better_pairs(seen)
+    seen_BK, (seen_b, seen_i, seen_j) = seen.scores_BK / gain, better_pairs(seen.rows)
     facts: dict[str, Any] = {
         "accuracy": list(accuracy),
         "held_out_pairs": len(chosen),
@@ -78,7 +121,7 @@ def measure(job: Job, reward: types.Params, validation: types.Comparisons, train
             "overconfidence": list(diagnostics.overconfidence(chosen, rejected, prompts=asked)),
         },
         "gain": gain,
-        "bias": float(reward["head"]["bias"]),
+        "bias": float(head["bias"]),
         "strata": {
             name: strata_as_json(diagnostics.accuracy_by_stratum(chosen, rejected, each, prompts=asked))
             for name, each in labels.items()
@@ -92,7 +135,7 @@ def measure(job: Job, reward: types.Params, validation: types.Comparisons, train
             seen_BK[seen_b, seen_j],
             chosen,
             rejected,
-            train_prompts=job.task.asked(seen)[seen_b].tolist(),
+            train_prompts=seen.asked_B[seen_b].tolist(),
             validation_prompts=asked,
         )
         facts["gap"] = gap._asdict()

@@ -81,6 +81,7 @@ def render(
     import markupsafe
 
     sections = [
+        Section("Comparison with the baseline", _comparison(results)),
         Section("Preference", _preference(results) + _categories(results)),
         Section("Reward model", _calibration(results) + _reward_model(results), reward_model_rows(results)),
         Section("Reward and KL", _frontiers(results, metrics)),
@@ -110,6 +111,7 @@ def render(
         transcripts=shown,
         transcripts_left=len(results.get("transcripts") or []) - len(shown),
         scored=any(a["gold"] for t in shown for a in t["answers"]),
+        score_name="score" if results.get("baseline") else "gold utility",
         settings=list(flatten(settings or {})),
     )
 
@@ -131,10 +133,10 @@ def table(results: Mapping[str, Any], columns: Sequence[results_lib.Column]) -> 
 
 
 def _table_note(results: Mapping[str, Any]) -> str:
-    note = (
-        "The second line of a cell is the 95 % interval. The KL is measured from SFT-mix, the policy before RL or "
-        "direct preference optimisation."
-    )
+    note = "The second line of a cell is the 95 % interval. The KL is measured from "
+    if (reference := results.get("reference")) is not None:
+        return f"{note}{results_lib.label(str(reference))}."
+    note += "SFT-mix, the policy before RL or direct preference optimisation."
     if differs := results_lib.best_of_n_differs(results):
         note += f" {differs[0].upper()}{differs[1:]}."
         if results_lib.value(results, "best_of_n", "gold_win_rate_vs_sft"):
@@ -171,6 +173,18 @@ def reward_model_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _figures(*figures: tuple[str | None, str, str]) -> list[Figure]:
     return [Figure(svg, name, caption) for svg, name, caption in figures if svg is not None]
+
+
+def _comparison(results: Mapping[str, Any]) -> list[Figure]:
+    if not (baseline := results.get("baseline")):
+        return []
+    wins = plots.by_policy(results, "win_rate", xlabel=f"Wins against {results_lib.label(baseline)} (%)", scale=100)
+    score = plots.by_policy(results, "score", xlabel="Score", against=baseline)
+    judge = (results.get("judges") or ["the judge"])[0]
+    return _figures(
+        (wins, "Win rates", f"Share of answers that {judge} prefers to the baseline's. A tie counts as one half."),
+        (score, "Scores", f"Mean score of the answers under {judge}. The dashed line marks the baseline."),
+    )
 
 
 def _preference(results: Mapping[str, Any]) -> list[Figure]:
@@ -353,7 +367,7 @@ def transcripts(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns the first `MAX_TRANSCRIPTS` transcripts, with policies in display order and formatted gold utilities."""
     shown = []
     for t in (results.get("transcripts") or [])[:MAX_TRANSCRIPTS]:
-        answers, gold = t.get("answers") or {}, t.get("gold") or {}
+        answers, gold = t.get("answers") or {}, t.get("gold") or t.get("scores") or {}
         shown.append(
             {
                 "prompt": t.get("prompt") or "",

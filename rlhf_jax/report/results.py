@@ -64,6 +64,9 @@ class Column(NamedTuple):
 
 
 COLUMNS = (
+    Column("score", "Score", "score", digits=3),
+    Column("win_rate", "Wins vs the baseline (%)", "wins, %", percent=True, intervals=True),
+    Column("length_controlled_win_rate", "Wins vs the baseline at equal length (%)", "", percent=True),
     Column("gold_win_rate_vs_sft", "Wins vs SFT, gold utility (%)", "wins vs SFT, %", percent=True, intervals=True),
     Column("length_controlled_win_rate_vs_sft", "Wins vs SFT at SFT's length, gold (%)", "", percent=True),
     Column("labeler_win_rate_vs_sft", "Wins vs SFT, training labelers (%)", "", percent=True),
@@ -219,6 +222,8 @@ def headline(results: Mapping[str, Any]) -> str:
     Without a win rate, the sentence describes reward-model scores; without policies, the reward model's accuracy.
     """
     names = policies(results)
+    if sentences := _against_baseline(results):
+        return sentences[0]
     for name in MAIN_POLICIES:
         rate = finite(value(results, name, "gold_win_rate_vs_sft")) if name in names else None
         if rate is not None:
@@ -242,14 +247,25 @@ def headline(results: Mapping[str, Any]) -> str:
     return f"Results of {len(names)} {'policy' if len(names) == 1 else 'policies'}."
 
 
-def _verdict(rate: Interval) -> str:
+def _against_baseline(results: Mapping[str, Any]) -> list[str]:
+    """Returns a sentence about the win rate of each policy against the policy that the results call the baseline."""
+    other = label(str(results.get("baseline") or ""))
+    rates = {name: finite(value(results, name, "win_rate")) for name in policies(results) if other}
+    return [
+        f"{label(name)} {_verdict(rate, other)} of answers{_interval_text(rate)}."
+        for name, rate in rates.items()
+        if rate is not None
+    ]
+
+
+def _verdict(rate: Interval, other: str = "SFT") -> str:
     percent = f"{format_number(rate.mean, percent=True)} %"
     low, high = (rate.low, rate.high) if rate.low is not None and rate.high is not None else (rate.mean, rate.mean)
     if low > 0.5:
-        return f"beats SFT on {percent}"
+        return f"beats {other} on {percent}"
     if high < 0.5:
-        return f"loses to SFT: it wins on {percent}"
-    return f"does not differ significantly from SFT: it wins on {percent}"
+        return f"loses to {other}: it wins on {percent}"
+    return f"does not differ significantly from {other}: it wins on {percent}"
 
 
 def _interval_text(rate: Interval) -> str:
@@ -261,7 +277,8 @@ def summary(results: Mapping[str, Any]) -> list[str]:
     """Returns further sentences about the results; sentences whose numbers are missing are omitted."""
     reward_model = _reward_model(results) if policies(results) else ""  # otherwise it is the headline
     sentences = (_heldout(results), _gap_closed(results), reward_model, _implicit_reward(results))
-    return [s for s in (*sentences, _alignment_tax(results), _ptx(results)) if s]
+    others = _against_baseline(results)[1:]
+    return [s for s in (*others, *sentences, _alignment_tax(results), _ptx(results)) if s]
 
 
 def gap_closed(results: Mapping[str, Any]) -> str:

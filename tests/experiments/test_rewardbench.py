@@ -175,7 +175,7 @@ def test_invalid_input_is_a_one_line_error_and_writes_nothing(model, judged, tmp
         rewardbench.reward_scores, "score_rows", lambda *_, **__: pytest.fail("scored before the folder was made")
     )
     (tmp_path / "file").write_text("in the way")
-    assert "cannot write to --out" in refused(capsys, *valid[:4], "--out", tmp_path / "file" / "out")
+    assert "is a file; give a new or empty folder" in refused(capsys, *valid[:4], "--out", tmp_path / "file" / "out")
 
 
 def test_long_pairs_lose_turns_and_then_the_end_of_their_answers(model):

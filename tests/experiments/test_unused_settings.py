@@ -256,11 +256,9 @@ def test_every_setting_is_read_or_refused(variant, inputs):
     assert not unread
 
 
-OWN = {
-    field.name
-    for each in COMMANDS.values()
-    for field in dataclasses.fields(typing.get_type_hints(each.parse)["return"])
-} - {field.name for field in dataclasses.fields(settings.Settings)}
+OWN = {field.name for each in COMMANDS.values() for field in dataclasses.fields(each.parse([]))} - {
+    field.name for field in dataclasses.fields(settings.Settings)
+}
 
 
 def has_effect(command: Any, arguments: Any, changes: Any, name: str, before: dry_run.Observed, folder: Any) -> bool:

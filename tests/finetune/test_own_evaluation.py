@@ -5,17 +5,19 @@ import pathlib
 import types
 from typing import Any
 
+import evaluate
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import sample
-from finetune import answers, reward_functions, reward_scores
+from finetune import answers, reward_functions
+from judging import compared_policies, judges, reward_scores
 from launch import initial_model, run_folder
 from launch import settings as launch_settings
 from recipe import jobs
 
-from rlhf_jax import lm
+from rlhf_jax import diagnostics, lm
 from rlhf_jax.data import chat, dialogues, errors, readers, tokenizers
 
 WORDS = ("tea", "milk", "bread", "salt", "rice", "fish", "corn", "plum", "what", "is", "no", "yes")
@@ -38,7 +40,6 @@ def save_model(path, *, seed, words=WORDS, head=False, max_length=64, positions=
     params = jax.tree.map(lambda x: 4.0 * x, lm.init(jax.random.key(seed), cfg))
     if head:
         params = lm.with_head(jax.random.key(seed + 1), params, cfg)
-        params["head"]["kernel"] = jax.random.normal(jax.random.key(seed + 2), params["head"]["kernel"].shape)
     lm.save(path, cfg, params, tokenizer=fmt.tokenizer, stop_ids=fmt.stop_ids)
     return str(path)
 
@@ -95,8 +96,11 @@ def test_an_answer_does_not_depend_on_its_batch_and_an_interrupted_run_continues
     whole = sample.run(settings(policies, prompts, tmp_path))
     interrupted = settings(policies, prompts, tmp_path, out=str(tmp_path / "again.jsonl"), batch=3)
     model = initial_model.load(policies[0])
-    file = answers.SampleFile(interrupted.out, sample.identity(interrupted, model, prompts))
-    file.append(whole[7:12])
+    file = answers.SampleFile(interrupted.out, answers.identity(interrupted, model, prompts))
+    file.append([whole[7] | {"note": "a\u2028b\ud800"}, *whole[8:12]])
+    with pytest.raises(run_folder.SettingError, match="another process writes to --out"):
+        sample.run(interrupted)
+    file._stream.close()
     partial = pathlib.Path(f"{interrupted.out}{answers.PARTIAL}")
     with partial.open("a") as stream:
         stream.write('{"index": 9, "sam')  # the process was killed in the middle of a line
@@ -110,7 +114,9 @@ def test_an_answer_does_not_depend_on_its_batch_and_an_interrupted_run_continues
         continued = sample.run(interrupted)
     assert len(calls[0]) == 19 and not partial.exists()
     for a, b in zip(whole, continued, strict=True):
-        assert a | {"logprob": 0} == b | {"logprob": 0} and a["logprob"] == pytest.approx(b["logprob"], abs=1e-4)
+        assert a | {"logprob": 0} == {key: b[key] for key in a} | {"logprob": 0} and a["logprob"] == pytest.approx(
+            b["logprob"], abs=1e-4
+        )
     with pytest.raises(run_folder.SettingError, match="exists already; delete it or choose another name"):
         sample.run(interrupted)
     other = sample.run(settings(policies, prompts, tmp_path, out=str(tmp_path / "other.jsonl"), seed=1))
@@ -234,15 +240,21 @@ def test_a_reward_function_is_loaded_from_a_module_or_a_file(tmp_path, monkeypat
         "def length(prompts, responses):\n    return [len(p) + len(r) for p, r in zip(prompts, responses)]\n"
         "def one(prompts, responses):\n    return 1.0\n"
         "def bad(prompts, responses):\n    return [float('nan') for _ in prompts]\n"
+        "def column(prompts, responses, *, records):\n    return [each['weight'] for each in records]\n"
     )
     monkeypatch.chdir(tmp_path)
     prompt = [{"role": "user", "content": "tea"}]
     for name in ("own_rewards", str(tmp_path / "own_rewards.py")):
-        np.testing.assert_array_equal(reward_functions.load(f"{name}:length")([prompt] * 2, ["abc", ""]), [4, 1])
+        scores = reward_functions.load(f"{name}:length")([prompt] * 2, ["abc", ""], [{}] * 2)
+        np.testing.assert_array_equal(scores, [4, 1])
+    with_records = reward_functions.load("own_rewards:column")([prompt], ["a"], [{"weight": 7}])
+    np.testing.assert_array_equal(with_records, [7])
+    with pytest.raises(errors.DataError, match=r"failed: KeyError: 'weight' \(.*own_rewards.py, line 8\)"):
+        reward_functions.load("own_rewards:column")([prompt], ["a"], [{}])
     with pytest.raises(errors.DataError, match="it must return one number per answer"):
-        reward_functions.load("own_rewards:one")([prompt] * 2, ["a", "b"])
+        reward_functions.load("own_rewards:one")([prompt] * 2, ["a", "b"], [{}] * 2)
     with pytest.raises(errors.DataError, match="returned nan for the answer 'a'"):
-        reward_functions.load("own_rewards:bad")([prompt], ["a"])
+        reward_functions.load("own_rewards:bad")([prompt], ["a"], [{}])
     for text, message in (
         ("own_rewards", "it must have the form module:function"),
         ("own_rewards:none", "own_rewards has no function none"),
@@ -251,3 +263,178 @@ def test_a_reward_function_is_loaded_from_a_module_or_a_file(tmp_path, monkeypat
     ):
         with pytest.raises(run_folder.SettingError, match=message):
             reward_functions.load(text, flag="--reward")
+
+
+# --------------------------------------------------------------------------------------------------------- evaluate.py
+
+
+def evaluation(tmp_path, **changes):
+    defaults = {"max_new_tokens": 6, "n": 2, "batch": 4, "out": str(tmp_path / "out"), "transcripts": 3}
+    return evaluate.EvaluateSettings(**(defaults | changes))
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory):
+    """A reward model whose tokenizer has the words in another order than the policies'."""
+    folder = tmp_path_factory.mktemp("run") / "judge" / "reward_model"
+    return save_model(folder, seed=20, words=WORDS[::-1], head=True)
+
+
+@pytest.fixture(scope="module")
+def compared(policies, prompts, reward_model, tmp_path_factory):
+    """The settings, the results and the samples of a comparison of two policies by two judges."""
+    folder = tmp_path_factory.mktemp("compared")
+    (folder / "own.py").write_text("def length(prompts, responses):\n    return [len(r) for r in responses]\n")
+    options = {"policies": tuple(policies), "prompts": prompts, "reward_model": (reward_model,), "temperature": 0.9}
+    made = evaluation(folder, **options, reward=(f"{folder}/own.py:length",))
+    results = evaluate.run(made)
+    files = sorted((folder / "out" / "samples").iterdir())
+    return made, results, [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+
+
+def score(model, line):
+    """Returns the score of one answer, computed on its own."""
+    turns = tuple(dialogues.Turn(each["role"], each["content"]) for each in line["prompt"])
+    ids = chat.encode_answer(model.fmt, turns, line["response"])
+    row = chat.encode_prompt(model.fmt, turns) + (ids if line["stopped"] else ids[:-1])
+    return float(lm.score(model.params, jnp.array([row]), cfg=model.cfg)[0])
+
+
+def test_evaluate_agrees_with_a_direct_computation(compared, reward_model):
+    _, results, samples = compared
+    model = initial_model.load(reward_model, kind=initial_model.REWARD_MODEL)
+    first, second = results["policies"].values()
+    assert list(results["policies"]) == ["policy-0", "policy-10"] == [results["baseline"], "policy-10"]
+    assert results["judges"] == ["judge", "own.py:length"] and results["held_out"] == {"prompts": 12}
+    scores = np.array([[score(model, line) for line in lines] for lines in samples])
+    numbers = [[line["index"] for line in lines] for lines in samples]
+    assert numbers == [[i for i in range(12) for _ in range(2)]] * 2
+    questions = [line["prompt"][0]["content"] for line in samples[0]]
+    asked = [questions.index(each) for each in questions]
+    assert len(set(asked)) < 12, "the file has a prompt twice, which is one cluster"
+    for row, own in zip((first, second), scores):
+        assert row["score"] == pytest.approx(list(diagnostics.clustered_mean(own, asked)), rel=1e-4, abs=1e-5)
+    wins = np.mean((scores[1] > scores[0]) + 0.5 * (scores[1] == scores[0]))
+    assert second["win_rate"][0] == pytest.approx(wins) and "win_rate" not in first
+    lengths = np.array([[len(line["response"]) for line in lines] for lines in samples], float)
+    assert second["score (own.py:length)"][0] == pytest.approx(lengths[1].mean())
+    wins = np.mean((lengths[1] > lengths[0]) + 0.5 * (lengths[1] == lengths[0]))
+    assert second["judges"]["own.py:length"]["win_rate"][0] == pytest.approx(wins)
+    controlled = diagnostics.length_controlled_win_rates(
+        diagnostics.win_outcomes(scores[1], scores[0]), lengths[1] + 1, lengths[0] + 1, clusters=asked
+    )
+    assert second["length_controlled_win_rate"] == pytest.approx(list(controlled.rates[0]), rel=1e-5)
+    for row, lines in zip((first, second), samples):
+        assert row["length"][0] == pytest.approx(np.mean([line["tokens"] for line in lines]))
+        assert row["stopped"][0] == pytest.approx(np.mean([line["stopped"] for line in lines]))
+        pairs = [pair for line in lines for pair in zip(line["response"].split(), line["response"].split()[1:])]
+        assert row["diversity"] == pytest.approx(len(set(pairs)) / len(pairs))
+
+
+def test_the_kl_is_the_mean_log_ratio_at_the_sampling_temperature(compared, policies):
+    made, results, samples = compared
+    models = [initial_model.load(path) for path in policies]
+    found = compared_policies.sample(
+        made,
+        answers.read_prompts(made, made.prompts, errors.DropCount()),
+        name="policy-10",
+        path=policies[1],
+        number=1,
+        mesh=None,
+        measure=False,
+        counts=errors.DropCount(),
+        on_progress=lambda *_: None,
+    )
+    assert judges.flat(found) == samples[1], "a policy's samples do not depend on the other policies"
+    ratios = []
+    for prompt, each in found.ids:
+        for ids in each:
+            row = jnp.array([prompt + ids])
+            a, b = (
+                float(lm.token_logprobs(m.params, row, cfg=m.cfg, temperature=0.9)[0, len(prompt) :].sum())
+                for m in models[::-1]
+            )
+            ratios.append(a - b)
+    assert results["policies"]["policy-10"]["kl"][0] == pytest.approx(np.mean(ratios), rel=1e-4)
+    assert "kl" not in results["policies"]["policy-0"] and np.mean(ratios) > 0
+    logprobs = [line["logprob"] for line in samples[1]]
+    own = compared_policies._logprobs(made, models[1], found, None, lambda *_: None)
+    np.testing.assert_allclose(own.ravel(), logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_evaluate_writes_a_report_with_all_numbers(compared, capsys):
+    made, results, _ = compared
+    page = (pathlib.Path(made.out) / "report.html").read_text()
+    for words in ("Comparison with the baseline", "Wins vs the baseline", "policy-10", "Transcripts", "own.py:length"):
+        assert words in page
+    assert json.loads((pathlib.Path(made.out) / "results.json").read_text())["policies"] == results["policies"]
+    assert len(results["transcripts"]) == 3 and set(results["transcripts"][0]["scores"]) == {"policy-0", "policy-10"}
+    evaluate.Console(width=120).print(evaluate.results_table(results))
+    shown = capsys.readouterr().out
+    for words in ("wins against the baseline, %", "KL, nats per answer", "score, own.py:length", "policy-10"):
+        assert words in shown
+
+
+def test_evaluate_joins_files_of_samples_by_prompt(compared, reward_model, tmp_path):
+    _, _, samples = compared
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    kept = [line for line in samples[0] if line["index"] != 5]
+    files[0].write_text("".join(json.dumps(line) + "\n" for line in kept))
+    files[1].write_text(
+        "".join(json.dumps(samples[1][i]) + "\n" for i in np.argsort(-np.arange(24) // 2, kind="stable"))
+    )
+    again = evaluate.run(evaluation(tmp_path, samples=tuple(map(str, files)), reward_model=(reward_model,)))
+    assert again["held_out"]["prompts"] == 11 and list(again["policies"]) == ["a", "b"]
+    model = initial_model.load(reward_model, kind=initial_model.REWARD_MODEL)
+    expected = np.mean([score(model, line) for line in samples[1] if line["index"] != 5])
+    assert again["policies"]["b"]["score"][0] == pytest.approx(expected, rel=1e-4)
+    texts = [each["text"] for each in again["incidents"]]
+    assert any("1 prompts of b are left out" in text for text in texts)
+    assert any("the KL is left out" in text for text in texts) and "kl" not in again["policies"]["b"]
+    files[1].write_text('{"prompt": "tea"}\n')
+    with pytest.raises(errors.DataError, match=r"b.jsonl, line 1 is not a sample"):
+        evaluate.run(evaluation(tmp_path / "no", samples=tuple(map(str, files)), reward_model=(reward_model,)))
+    assert not (tmp_path / "no").exists()
+
+
+def test_policies_with_other_tokenizers_are_compared_without_a_kl(policies, prompts, reward_model, tmp_path):
+    other = save_model(tmp_path / "other", seed=3, words=WORDS[::-1])
+    settings = evaluation(tmp_path, policies=(policies[0], other), prompts=prompts, reward_model=(reward_model,), n=1)
+    results = evaluate.run(settings)
+    assert "kl" not in results["policies"]["other"] and results["policies"]["other"]["win_rate"]
+    assert "has another tokenizer" in results["incidents"][0]["text"]
+
+
+def test_a_policy_does_not_beat_itself_and_long_rows_are_shortened(policies, prompts, reward_model, tmp_path):
+    same = dict(policies=(policies[0],) * 2, prompts=prompts, reward_model=(reward_model,), temperature=0.0)
+    results = evaluate.run(evaluation(tmp_path, **same, width=10))
+    assert results["policies"]["policy-0 (2)"]["win_rate"][0] == 0.5
+    assert results["dropped"]["prompt turns dropped"] == 1
+    assert results["policies"]["policy-0"]["score"] == results["policies"]["policy-0 (2)"]["score"]
+
+
+@pytest.mark.parametrize("recorded", ["run", "run/model"])
+def test_a_reward_model_with_which_the_policy_was_trained_is_recognised(tmp_path, recorded):
+    for name in ("run/model", "ppo/model", "other/model"):
+        (tmp_path / name).mkdir(parents=True)
+    config = {"command": "ppo", "version": 4, "reward_model": [str(tmp_path / recorded)]}
+    (tmp_path / "ppo" / "config.json").write_text(json.dumps(config))
+    for policy in ("ppo", "ppo/model"):
+        for judge, expected in (("run", True), ("run/model", True), ("other", False), ("other/model", False)):
+            assert compared_policies.trained_on(str(tmp_path / policy), str(tmp_path / judge)) is expected
+    assert not compared_policies.trained_on(str(tmp_path / "other"), str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--policies", "a", "--prompts", "p", "--reward", "m:f"], "it must be at least two models"),
+        (["--policies", "a", "b", "--reward", "m:f"], "--prompts is missing"),
+        (["--policies", "a", "b", "--prompts", "p"], "there is no judge; set --reward-model"),
+        (["--samples", "a", "b", "--prompts", "p", "--reward", "m:f"], "--prompts has no effect with --samples"),
+        (["--samples", "a", "--reward", "m:f"], "it must be at least two files"),
+    ],
+)
+def test_evaluate_refuses_settings_that_do_not_fit_together(flags, message):
+    with pytest.raises(run_folder.SettingError, match=message):
+        evaluate.parse(flags)

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import ppo
 import pytest
-from finetune import policy_functions, policy_settings
-from launch import run_folder
+from finetune import policy_data, policy_functions, policy_settings
+from launch import initial_model, run_folder
 from launch.run_settings import SettingError
 
 from rlhf_jax import lm
-from rlhf_jax.data import chat, tokenizers
+from rlhf_jax.data import chat, errors, tokenizers
 
 WORDS = ("tea", "milk", "bread", "salt", "rice", "fish", "corn", "plum", "papaya", "yes")
 SHORT = ("--max-new-tokens", 6, "--ppo.batch", 16, "--ppo.iterations", 3, "--show-every", 0, "--held-out", 0.25)
@@ -147,7 +147,7 @@ def test_kinds_of_runs(files, tmp_path, flags):
     assert ("explained_variance" in last) == ("grpo" not in flags)
     assert ("ptx_loss" in last) == ("--ptx" in flags)
     if "--reward-weights" in flags:
-        parts = last["reward_reward_model"] + 0.5 * last["reward_reward_model_2"] + 2 * last["reward_each_a"]
+        parts = last["reward_model"] + 0.5 * last["reward_model_2"] + 2 * last["reward_each_a"]
         assert last["reward"] == pytest.approx(parts, abs=1e-5)
     assert all(np.isfinite(x).all() for x in weights(tmp_path / "run"))
 
@@ -167,7 +167,39 @@ def test_training_ends_at_the_kl_limit_and_the_policy_is_saved(files, tmp_path):
     over = [row["step"] for row in rows if row.get("kl", 0) > 0.05]
     assert over[0] in (results["iterations"] - 1, results["iterations"])
     assert "above --stop-at-kl 0.05" in results["incidents"][0]["text"]
-    assert weights(tmp_path / "run")
+    saved = weights(tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()  # as if the run had been killed during the evaluation
+    again = ppo.run(ppo.parse(["--resume", str(tmp_path / "run")]))
+    assert again["iterations"] == results["iterations"] and again["evaluation"] == results["evaluation"]
+    for first, second in zip(saved, weights(tmp_path / "run"), strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+def test_equal_prompts_are_kept_unless_their_columns_differ(files, tmp_path):
+    model = initial_model.load(files["policy"], flag="--policy")
+    path = tmp_path / "prompts.jsonl"
+    records = [("tea", 1), ("tea", 1), ("tea", 2), (" ".join(WORDS[:9]), 3), ("milk", 4)]
+    path.write_text("".join(json.dumps({"prompt": text, "number": n}) + "\n" for text, n in records))
+    counts = errors.DropCount()
+    found = policy_data.read_prompts(model, str(path), width=8, max_new_tokens=4, counts=counts)
+    assert [record.metadata["number"] for record in found.records] == [1, 1, 4]
+    assert counts.dropped == {"same tokens as another prompt with other columns": 1, "prompt too long": 1}
+    wide = policy_data.read_prompts(model, str(path), width=None, max_new_tokens=4, counts=errors.DropCount())
+    assert wide.tokens_BP.shape == (4, 16) and list(wide.asked_B) == [0, 0, 1, 2]
+
+
+def test_rows_of_the_pretraining_loss(files, tmp_path):
+    fmt = initial_model.load(files["policy"], flag="--policy").fmt
+    demonstrations, text = tmp_path / "d.jsonl", tmp_path / "t.txt"
+    demonstrations.write_text(json.dumps({"prompt": "tea milk", "response": "yes"}) + "\n")
+    rows = policy_data.read_ptx(fmt, str(demonstrations), width=12)
+    learnt = np.asarray(rows.tokens_BL)[np.asarray(rows.loss_mask_BL)]
+    assert fmt.tokenizer.decode(learnt, skip_special_tokens=True) == "yes" and learnt[-1] in fmt.stop_ids
+    text.write_text(" ".join(WORDS * 3))
+    rows = policy_data.read_ptx(fmt, str(text), width=12)
+    assert rows.tokens_BL.shape == (2, 12) and not rows.loss_mask_BL[:, 0].any() and rows.loss_mask_BL[:, 1:].all()
+    with pytest.raises(errors.DataError, match="has 31 tokens, fewer than a row"):
+        policy_data.read_ptx(fmt, str(text), width=50)
 
 
 def test_errors_of_reward_functions_name_the_line(files, tmp_path):

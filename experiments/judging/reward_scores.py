@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-
 from finetune import answers as batching
+
 from rlhf_jax import lm, types
 from rlhf_jax.data import chat, dialogues, errors
 

@@ -1,0 +1,228 @@
+"""Reads human comparisons and encodes them as rows, with widths that hold nearly all prompts and answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from launch import initial_model, run_folder
+from launch.run_settings import SettingError
+from recipe import human_comparisons
+from rich.console import Console
+
+from finetune import outcome, preference_settings
+from rlhf_jax import types
+from rlhf_jax.data import chat, comparison_transforms, encoding, errors, packing, readers, records
+
+_MEASURED = 10_000
+"""Maximum number of records that are encoded to choose the widths."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Comparisons as rows, each of which has all answers to a prompt."""
+
+    rows: types.Comparisons
+    """Comparisons of NumPy arrays, in which at least two answers to each prompt differ in rank."""
+    conversation_B: np.ndarray
+    """The conversation of each prompt, by which intervals are clustered."""
+    turn_B: np.ndarray
+    """Number of user turns in each prompt."""
+
+    def __len__(self) -> int:
+        """Returns the number of prompts."""
+        return len(self.conversation_B)
+
+    def take(self, n: int | None) -> Encoded:
+        """Returns the first n prompts; None for all."""
+        rows = jax.tree.map(lambda x: x[:n], self.rows)
+        return Encoded(rows, self.conversation_B[:n], self.turn_B[:n])
+
+    def strata(self, prompt_N: np.ndarray) -> dict[str, list[str]]:
+        """Returns the turn of each pair, given the index of its prompt."""
+        return {"turn": [str(self.turn_B[b]) if self.turn_B[b] < 4 else "4 and on" for b in prompt_N]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The comparisons of a file, encoded for a model."""
+
+    train: Encoded
+    held_out: Encoded
+    prompt_width: int
+    response_width: int
+    notes: tuple[str, ...]
+    """Warnings, which are saved as incidents."""
+
+    @property
+    def row_width(self) -> int:
+        """Number of tokens of a row, which consists of a prompt and an answer."""
+        return self.prompt_width + self.response_width
+
+    @property
+    def longest(self) -> int:
+        """Number of tokens of the longest prompt with an answer, rounded up to a multiple of 32."""
+        parts = self.train, self.held_out
+        return max(-(-int(np.asarray(part.rows.mask_BKL).sum(axis=2).max()) // 32) * 32 for part in parts)
+
+
+def load(settings: Any, mesh: Any, counts: errors.DropCount) -> tuple[initial_model.InitialModel, Data]:
+    """Loads --model, or creates it with a tokenizer trained on the file, and reads and encodes --data.path.
+
+    Raises:
+        SettingError: The model or a width is unusable.
+        DataError: The data is unusable.
+    """
+    data, key, notes = settings.data, jax.random.key(settings.seed), []
+    rankings, _ = readers.read_rankings(data.path, counts=counts)
+    if not rankings:
+        raise errors.DataError(f"{data.path} has no usable record ({counts.report()})")
+    parts = human_comparisons.split(data, rankings, key, warn=notes.append)
+    if initial_model.is_architecture(settings.model):
+        fmt = human_comparisons.train_chat_format(parts[0], data.vocab_size)
+        model = initial_model.create(settings.model, fmt, key, mesh=mesh)
+    else:
+        model = initial_model.load(settings.model, mesh=mesh, template=settings.template)
+    lengths = measure(model.fmt, rankings)
+    widths = choose_widths(lengths, data, max_length=model.cfg.max_length)
+    notes += cut_warnings(lengths, widths)
+    answers = max(len(each.responses) for each in rankings)
+    # Counted over both parts, because a part with a single conversation would be divided by its prompts.
+    conversation_N = human_comparisons.conversation_ids([*parts[0], *parts[1]])
+    groups = conversation_N[: len(parts[0])], conversation_N[len(parts[0]) :]
+    encoded = [
+        _encode(model.fmt, part, group_B, widths, answers, counts, path=data.path)
+        for part, group_B in zip(parts, groups)
+    ]
+    return model, Data(*encoded, *widths, tuple(notes))
+
+
+def describe(out: Console, folder: run_folder.RunFolder, data: Data, counts: errors.DropCount) -> None:
+    """Prints the sizes of the data, and prints and saves the warnings about it."""
+    sizes = {"training comparisons": len(data.train), "held-out comparisons": len(data.held_out)}
+    sizes |= {"tokens per prompt": data.prompt_width, "tokens per answer": data.response_width}
+    outcome.describe_data(out, counts, sizes)
+    for text in data.notes:
+        folder.note("data", text)
+
+
+def _encode(
+    fmt: chat.ChatFormat,
+    rankings: Sequence[records.Ranking],
+    conversation_N: np.ndarray,
+    widths: tuple[int, int],
+    max_answers: int,
+    counts: errors.DropCount,
+    *,
+    path: str,
+) -> Encoded:
+    # Records that exceed the widths do not count towards --data.max-dropped, which is for defects of the file.
+    found = errors.DropCount(max_dropped=1.0)
+    P, T = widths
+    rows, kept = encoding.encode_rankings(
+        fmt, rankings, prompt_width=P, response_width=T, counts=found, max_answers=max_answers
+    )
+    ranks_BK, where_BK = np.asarray(rows.ranks_BK), np.asarray(rows.where_BK)
+    differ_B = np.array([len(set(ranks[where])) > 1 for ranks, where in zip(ranks_BK, where_BK)], bool)
+    if differ_B.any():
+        rows = comparison_transforms.drop_uninformative(rows, found)
+    for name in ("dropped", "truncated", "noted", "unused"):
+        totals = getattr(counts, name)
+        for reason, n in getattr(found, name).items():
+            totals[reason] = totals.get(reason, 0) + n
+    if not differ_B.any():
+        raise errors.DataError(f"{path}: none of {len(rankings)} comparisons is usable ({found.report()})")
+    kept = kept[differ_B]
+    turn_B = np.array([sum(turn.role == "user" for turn in rankings[i].prompt) for i in kept])
+    return Encoded(rows, conversation_N[kept], turn_B)
+
+
+def measure(fmt: chat.ChatFormat, rankings: Sequence[records.Ranking]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the numbers of tokens of prompts and of answers, of evenly spaced records if there are many."""
+    some = [rankings[i] for i in np.unique(np.linspace(0, len(rankings) - 1, _MEASURED).astype(int))]
+    counts = errors.DropCount(max_dropped=1.0)
+    prompts, _ = chat.encode_prompts(
+        fmt, [each.prompt for each in some], width=1 << 30, counts=counts, tools=[each.tools for each in some]
+    )
+    answered = [(each, answer) for each in some for answer in each.responses]
+    answers = chat.try_answers(
+        fmt,
+        [each.prompt for each, _ in answered],
+        [answer for _, answer in answered],
+        tools=[each.tools for each, _ in answered],
+    )
+    found = [len(each) for each in answers if not isinstance(each, errors.DataError)]
+    if not prompts or not found:
+        raise errors.DataError(f"the chat template of --model rejects every record ({counts.report()})")
+    return np.array([len(ids) for ids in prompts]), np.array(found)
+
+
+def choose_widths(
+    lengths: tuple[np.ndarray, np.ndarray], data: preference_settings.Comparisons, *, max_length: int
+) -> tuple[int, int]:
+    """Returns the widths of prompts and answers: those of the settings or those that hold 99 % of the file's.
+
+    If both together exceed the model's maximum length, answers get what prompts leave, but at least half.
+
+    Raises:
+        SettingError: The widths of the settings exceed ``max_length``.
+    """
+    given = data.prompt_width, data.response_width
+    flags = "--data.prompt-width", "--data.response-width"
+    total = sum(width or 1 for width in given)
+    if total > max_length:
+        set_flags = " plus ".join(f"{flag} {width}" for flag, width in zip(flags, given) if width)
+        raise SettingError(f"{set_flags} exceeds {max_length}, the maximum length of --model; lower it")
+    prompt, answer = (width or _holding_99(lengths[i]) for i, width in enumerate(given))
+    if prompt + answer > max_length:
+        if given[1] is None:
+            least = 1 if given[0] else max_length // 2
+            answer = min(answer, max(max_length - prompt, least))
+        if given[0] is None:
+            prompt = min(prompt, max_length - answer)
+    return prompt, answer
+
+
+def _holding_99(lengths_N: np.ndarray) -> int:
+    return -(-int(np.quantile(lengths_N, 0.99, method="higher")) // 32) * 32
+
+
+def cut_warnings(lengths: tuple[np.ndarray, np.ndarray], widths: tuple[int, int]) -> list[str]:
+    """Returns warnings that more than a tenth of the prompts or of the answers exceed their width."""
+    notes = []
+    for name, flag, lengths_N, width in zip(
+        ("prompts", "answers"), ("--data.prompt-width", "--data.response-width"), lengths, widths
+    ):
+        cut = int((lengths_N > width).sum())
+        if cut > 0.1 * len(lengths_N):
+            notes.append(
+                f"{cut} of {len(lengths_N)} {name} ({cut / len(lengths_N):.0%}) are longer than {width} tokens and "
+                f"are cut; {flag} {_holding_99(lengths_N)} would hold 99 % of them"
+            )
+    return notes
+
+
+def packed_size(rows: types.Comparisons, order: Any, steps: int, *, groups: int, multiple: int) -> tuple[int, int]:
+    """Returns the width and number of rows into which the answers of every batch fit.
+
+    Args:
+        rows: All comparisons.
+        order: ``order[i]`` are the indices of the comparisons of step i.
+        steps: Number of steps.
+        groups: Number of micro-batches, which are packed separately.
+        multiple: The number of rows of a micro-batch is a multiple of this number.
+
+    Returns:
+        ``(width, rows)``.
+    """
+    length_BK = (np.asarray(rows.mask_BKL) & np.asarray(rows.where_BK)[:, :, None]).sum(axis=2)
+    width = min(-(-int(length_BK.max()) // 32) * 32, np.shape(rows.mask_BKL)[2])
+    most = 0
+    for i in range(steps):
+        for group in range(groups):
+            lengths = length_BK[np.asarray(order[i])[group::groups]].ravel().tolist()
+            most = max(most, 1 + max(row for row, _ in packing.best_fit(lengths, width=width)))
+    return width, -(-most // multiple) * multiple * groups

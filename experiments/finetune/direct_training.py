@@ -1,0 +1,167 @@
+"""Trains a policy with DPO or a related loss on a user's own comparisons, from a given model; see dpo.py."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from launch import initial_model
+from preferences import direct_alignment
+from preferences import pairs as pairs_lib
+from recipe import engine, run_setup
+from rich.console import Console
+
+from finetune import comparisons, outcome, training
+from finetune.preference_settings import OwnDPOSettings
+from rlhf_jax import diagnostics, lm, parallel
+from rlhf_jax.data import errors
+from rlhf_jax.report import results as results_lib
+from rlhf_jax.train import dpo, objectives
+from rlhf_jax.train import reference as reference_lib
+
+STAGE = "dpo"
+_SCORED_TOKENS = 8192
+"""Number of tokens of pairs whose log-probabilities are computed at once."""
+
+
+def run(settings: OwnDPOSettings) -> dict[str, Any]:
+    """Trains the policy and returns the contents of results.json."""
+    out = Console()
+    if finished := outcome.show_finished(settings, out, table):
+        return finished
+    counts = errors.DropCount(max_dropped=settings.data.max_dropped)
+
+    def prepare(resolved: OwnDPOSettings, mesh: Any) -> tuple[OwnDPOSettings, Any]:
+        model, data = comparisons.load(settings, mesh, counts)
+        pairs, held_out = (
+            pairs_lib.from_rankings(part.rows, prompt_width=data.prompt_width, per_prompt=n, seed=settings.seed)
+            for part, n in ((data.train, settings.pairs), (data.held_out, 0))
+        )
+        rows = pairs.rows if settings.paired else pairs_lib.singles(pairs, prompt_width=data.prompt_width)
+        training.rows_per_step(settings, len(rows.tokens_BKL), mesh)
+        return initial_model.with_date(settings, model), (model, data, pairs, held_out, rows)
+
+    stages = [("reference", 15.0), (STAGE, 60.0), ("evaluate", 10.0)]
+    with run_setup.open_folder(settings, out, stages=stages, prepare=prepare) as opened:
+        model, data, pairs, held_out, rows = opened.prepared
+        cfg = initial_model.with_compute(model.cfg, settings.compute)
+        job = engine.Engine(cfg=cfg, **opened.engine_fields)
+        comparisons.describe(out, opened.folder, data, counts)
+        outcome.describe_model(opened, out, model, cfg)
+        P = data.prompt_width
+        logprobs = partial(lm.token_logprobs, cfg=cfg, prompt_width=P)
+        score = parallel.JitStep(
+            partial(dpo.answer_logprobs, logprobs),
+            donate_argnums=(),
+            mesh=job.mesh,
+            batch_args=(1,),
+            replicated_args=(),
+        )
+        chunk = max(1, _SCORED_TOKENS // (2 * data.row_width))
+        if settings.has_reference:
+            job.progress.start("reference", 1)
+            rows = reference_lib.attach_logprobs(
+                score,
+                model.params,
+                rows,
+                path=opened.folder.path / "reference" / f"{STAGE}.npz",
+                settings={"model": repr(cfg)},
+                rows=outcome.chunk_rows(chunk, job.mesh),
+                warn=partial(job.progress.message, "reference"),
+            )
+            job.progress.finish("reference")
+        else:
+            job.progress.skip("reference")
+        start = training.trainable(settings.lora, cfg, model.params, jax.random.fold_in(job.key(STAGE), 1))
+        planned = training.schedule(job, STAGE, len(rows.tokens_BKL), settings)
+        hyper = direct_alignment.hyperparameters(settings, learning_rate=0.0)
+
+        def make_train_step(**options: Any) -> Any:
+            objective = direct_alignment.LOSSES[settings.loss].objective
+            step = dpo.make_train_step(logprobs, objective, reference=None, **options)
+            return lambda state, frozen, values, batch, rng: step(state, frozen, hyper.replace(**values), batch, rng)
+
+        began = time.monotonic()
+        trained = training.fit(job, STAGE, make_train_step, start, rows, settings, planned=planned)
+        seconds = time.monotonic() - began
+        params = start.merge(start.frozen, trained)
+        job.progress.start("evaluate", 2)
+        before_BK, after_BK = (
+            reference_lib.answer_logprobs(score, each, held_out.rows, rows=outcome.chunk_rows(chunk, job.mesh))
+            for each in (model.params, params)
+        )
+        job.progress.finish("evaluate")
+    measured = _measure(settings, hyper, held_out, before_BK, after_BK, data.held_out.conversation_B)
+    results = {
+        "loss": settings.loss,
+        "comparisons": {"training": len(data.train), "held_out": len(data.held_out)},
+        "pairs": {"training": len(pairs), "held_out": len(held_out)},
+        "widths": {"prompt": P, "response": data.response_width},
+        "steps": planned.steps,
+        "training_seconds": seconds,
+        "dropped": counts.dropped | counts.truncated,
+        **measured,
+    }
+    outcome.save_model(opened.folder, cfg, params, model.fmt)
+    title = f"{results_lib.label(settings.loss)} from {model.path}"
+    return outcome.finish(opened.folder, settings, results, out, title=title, rows=table)
+
+
+def _measure(
+    settings: OwnDPOSettings,
+    hyper: dpo.Hyper,
+    pairs: pairs_lib.Pairs,
+    before_BK: np.ndarray,
+    after_BK: np.ndarray,
+    conversation_B: np.ndarray,
+) -> dict[str, Any]:
+    """Returns accuracies and mean log-probabilities of held-out pairs, before and after training, with intervals.
+
+    The implicit reward is that of the loss; of DPO for kto. The intervals are clustered by conversation.
+    """
+    groups = conversation_B[pairs.prompt_B].tolist()
+    lengths_BK = np.maximum(np.asarray(pairs.rows.answer_BKC).sum(axis=-1), 1).astype(np.float32)
+    objective = direct_alignment.LOSSES[settings.loss].objective if settings.paired else objectives.dpo
+
+    def rewards(policy_BK: np.ndarray) -> np.ndarray:
+        scored = objectives.Scored(*map(jnp.asarray, (policy_BK, before_BK, lengths_BK)))
+        return np.asarray(objective(scored, hyper)[1])
+
+    def accuracy(values_BK: np.ndarray) -> list[float]:
+        outcome_B = diagnostics.win_outcomes(values_BK[:, 0], values_BK[:, 1])
+        return list(diagnostics.clustered_mean(outcome_B, groups, rate=True))
+
+    parts = {"before": before_BK, "after": after_BK}
+    margin_B = np.float64(np.subtract(*rewards(after_BK).T))
+    return {
+        "implicit_accuracy": accuracy(rewards(after_BK)),
+        "implicit_accuracy_before": accuracy(rewards(before_BK)),
+        "likelihood_accuracy": {name: accuracy(each / lengths_BK) for name, each in parts.items()},
+        "margin": list(diagnostics.clustered_mean(margin_B, groups)),
+        "logprobs": {
+            answer: {
+                name: list(diagnostics.clustered_mean(np.float64(each[:, k]), groups)) for name, each in parts.items()
+            }
+            for k, answer in enumerate(("chosen", "rejected"))
+        },
+    }
+
+
+def table(results: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Returns the rows of the table that the command prints."""
+    n = results["pairs"]["held_out"]
+    rows = [
+        (f"implicit accuracy on {n} held-out pairs before", results["implicit_accuracy_before"]),
+        ("implicit accuracy after", results["implicit_accuracy"]),
+        ("margin of the implicit rewards after", results["margin"]),
+    ]
+    for when in ("before", "after"):
+        name = f"share of chosen answers more likely per token {when}"
+        rows.append((name, results["likelihood_accuracy"][when]))
+    for answer, numbers in results["logprobs"].items():
+        rows += [(f"log-probability of {answer} answers {when}", numbers[when]) for when in ("before", "after")]
+    return [*rows, ("steps", results["steps"])]

@@ -1,0 +1,126 @@
+"""Settings of reward_model.py and dpo.py with a user's own model and data. Docstrings of fields are help texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar, Literal
+
+from launch import config_file
+from launch.run_settings import SettingError, StageSettings
+from launch.setting_checks import refuse_changed, require
+from launch.settings import peek
+from preferences import direct_settings, reward_settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparisons:
+    """Human comparisons."""
+
+    path: str
+    """JSONL, JSON (also compressed) or Parquet file of pairs or rankings in any of the formats in docs/data.md. A
+    pattern with * selects several files."""
+    max_dropped: float = 0.01
+    """Maximum share of unusable records. A file with a larger share is refused."""
+    held_out: float = 0.1
+    """Share of the comparisons held out to measure accuracy. Comparisons with the same system text and first question
+    are held out together."""
+    prompt_width: int | None = None
+    """Maximum number of tokens in a prompt. Longer prompts lose their oldest turns. None uses the width that holds 99 %
+    of the prompts, at most what the model's maximum length leaves for them."""
+    response_width: int | None = None
+    """Maximum number of tokens in an answer. Longer answers are truncated and lose their stop token. None uses the
+    width that holds 99 % of the answers, at most what the model's maximum length leaves for them."""
+    vocab_size: int = 8192
+    """Vocabulary size of the tokenizer that is trained on the file if --model has random weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardTraining(reward_settings.RewardLoss):
+    """Training of the reward model."""
+
+    heads: int = 1
+    """Number of heads on one trunk. The heads form an ensemble, whose scores are averaged."""
+    trains: str = ""
+    """Regular expression for the names of the parameters to train, such as ^head/. The others are frozen. The empty
+    default trains all parameters."""
+    limit: int | None = None
+    """Maximum number of training prompts. None uses all prompts."""
+    normalise: Literal["chosen", "held-out", "none"] = "chosen"
+    """Texts whose scores are shifted to mean 0 after training: the `chosen` answers of at most 1,024 training prompts
+    (as InstructGPT does with demonstrations) or all `held-out` answers (HH). `none` leaves the scores unchanged."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnRewardSettings(StageSettings):
+    """Settings of reward_model.py with --model and --data.path."""
+
+    command: ClassVar[str] = "reward_model"
+
+    batch: int = 16
+    """Number of prompts per step, each with all its answers; of pairs with --training.loss pairs."""
+    data: Comparisons
+    training: RewardTraining = dataclasses.field(default_factory=RewardTraining)
+    packing: bool | None = None
+    """Put several answers, each with its prompt, into a row. They do not see each other, and the result is the same.
+    None does so if it saves a tenth of the tokens, and on one device."""
+    on_alarm: Literal["report", "stop"] = "report"
+    """Response to an alarm, such as a rising validation loss. `report` prints it and continues; `stop` saves and stops
+    the run."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnDPOSettings(direct_settings.LossSettings, StageSettings):
+    """Settings of dpo.py with --model and --data.path."""
+
+    command: ClassVar[str] = "dpo"
+    default_rates: ClassVar[tuple[float, float, float]] = (2e-6, 5e-5, 5e-4)
+
+    learning_rate: float | None = None
+    """Peak learning rate, with a linear warmup over the first tenth of the steps and cosine decay to a tenth. None uses
+    2e-6 for a given model, 5e-5 with --lora.rank and 5e-4 for random weights."""
+    batch: int = 16
+    """Number of rows per step: pairs or, for kto, answers."""
+    data: Comparisons
+    pairs: int = 0
+    """Maximum number of pairs per prompt, sampled from all pairs of its answers that differ in rank. 0 uses all."""
+
+
+def is_own(arguments: list[str], *others: str) -> bool:
+    """Returns whether a command line, or the run that it resumes, has a model and a file of its own.
+
+    The flags in ``others``, such as --folds, select other settings.
+    """
+    if resume := peek(arguments, "--resume"):
+        return "lora" in config_file.read(resume)
+    given = [peek(arguments, flag) is not None for flag in ("--model", "--data.path", *others)]
+    return given[0] and given[1] and not any(given[2:])
+
+
+def check_reward(settings: OwnRewardSettings) -> None:
+    """Raises SettingError, naming the flag, for a setting of the reward model that is out of range or unused."""
+    _check_data(settings)
+    training = settings.training
+    reward_settings.check_loss(settings)
+    limit = 1 if training.limit is None else training.limit
+    for name, value in (("heads", training.heads), ("limit", limit)):
+        require(value >= 1, settings, f"training.{name}", "at least 1")
+    if training.trains and settings.lora.rank is not None:
+        raise SettingError("--training.trains has no effect with --lora.rank, which trains adapters; leave it out")
+    unused = list(reward_settings.unused_of_loss(training))
+    refuse_changed(settings, dataclasses.replace(settings, training=RewardTraining()), unused)
+
+
+def check_dpo(settings: OwnDPOSettings) -> None:
+    """Raises SettingError, naming the flag, for a setting of dpo.py that is out of range or unused."""
+    _check_data(settings)
+    direct_settings.check_loss(settings)
+    require(settings.pairs >= 0, settings, "pairs", "at least 0")
+    fields = [field.name for field in dataclasses.fields(direct_settings.LossSettings) if field.name != "loss"]
+    defaults: dict[str, Any] = {name: getattr(direct_settings.LossSettings(), name) for name in fields}
+    refuse_changed(settings, dataclasses.replace(settings, **defaults), direct_settings.unused(settings))
+
+
+def _check_data(settings: Any) -> None:
+    share = settings.data.held_out
+    require(0 < share < 1 and math.isfinite(share), settings, "data.held_out", "above 0 and below 1")

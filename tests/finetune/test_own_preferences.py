@@ -1,0 +1,261 @@
+"""reward_model.py and dpo.py with a model and comparisons of the user's own, on tiny models."""
+
+import json
+import math
+import pathlib
+import shutil
+from typing import Any
+
+import dpo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reward_model
+from finetune import comparisons, preference_settings
+from launch import initial_model
+from launch.run_settings import SettingError
+
+from rlhf_jax import lm, metrics
+from rlhf_jax.data import errors
+
+WORDS = ("tea", "milk", "bread", "salt", "rice", "fish", "corn", "plum")
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory) -> pathlib.Path:
+    """An easy preference: answers that like something are preferred to answers that refuse."""
+    path = tmp_path_factory.mktemp("own_pairs") / "pairs.jsonl"
+    records = [
+        {"prompt": f"Do you like {a} and {b}?", "chosen": f"I like {b}.", "rejected": f"No, not {a}, I hate it."}
+        for a in WORDS
+        for b in WORDS
+    ]
+    path.write_text("\n".join(map(json.dumps, records)))
+    return path
+
+
+def train(script: Any, out: pathlib.Path, *arguments: object) -> dict[str, Any]:
+    script.main([*map(str, arguments), "--out", str(out)])
+    return json.loads((out / "results.json").read_text())
+
+
+def losses(run: pathlib.Path) -> list[float]:
+    return [row["loss"] for row in metrics.read(run) if "loss" in row]
+
+
+NEW = ("--model", "tiny", "--data.vocab-size", 300)
+SHORT = ("--steps", 3, "--batch", 8)
+
+
+@pytest.fixture(scope="session")
+def reward_run(pairs, tmp_path_factory) -> pathlib.Path:
+    out = tmp_path_factory.mktemp("own_reward") / "run"
+    train(reward_model, out, *NEW, "--data.path", pairs, "--epochs", 3, "--batch", 8)
+    return out
+
+
+def test_a_reward_model_is_trained_on_its_own(reward_run):
+    results = json.loads((reward_run / "results.json").read_text())
+    facts = results["reward_model"]
+    assert facts["accuracy"][0] > 0.9 and facts["gap"]["train_accuracy"][0] > 0.9
+    assert results["comparisons"] == {"training": 58, "held_out": 6} and results["steps"] == 22
+    assert {row["stage"] for row in metrics.read(reward_run)} == {"reward_model"}, "no SFT model is trained first"
+    assert any("validation_loss" in row for row in metrics.read(reward_run))
+    assert results["packing"]["share_of_unpacked_tokens"] < 0.9 and facts["normalisation"]["gain"] == 1
+    assert (reward_run / "report.html").stat().st_size > 1000
+
+
+def test_the_saved_reward_model_prefers_chosen_answers_whose_mean_score_is_0(reward_run):
+    model = initial_model.load(str(reward_run), kind=initial_model.REWARD_MODEL)
+    scores = []
+    for answer in ("I like milk.", "No, not tea, I hate it."):
+        turns = [{"role": "user", "content": "Do you like tea and milk?"}, {"role": "assistant", "content": answer}]
+        ids = jnp.array([model.fmt.tokenizer.apply_chat_template(turns, return_dict=False)])
+        scores.append(float(lm.score(model.params, ids, mask_BL=jnp.ones(ids.shape, bool), cfg=model.cfg)[0]))
+    assert scores[0] > scores[1] + 1 and abs(scores[0]) < 1
+
+
+def test_transformers_loads_the_saved_reward_model(reward_run):
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(reward_run / "model")
+    assert loaded.config.num_labels == 1
+
+
+def test_packing_and_micro_batches_do_not_change_the_losses(pairs, tmp_path):
+    runs = {"whole": ("--packing", "False"), "packed": ("--packing", "True"), "parts": ("--micro-batches", 2)}
+    found = {}
+    for name, flags in runs.items():
+        results = train(reward_model, tmp_path / name, *NEW, "--data.path", pairs, *SHORT, *flags)
+        found[name] = losses(tmp_path / name)
+        assert (results["packing"] is None) == (name == "whole")
+    np.testing.assert_allclose(found["packed"], found["whole"], rtol=1e-4)
+    np.testing.assert_allclose(found["parts"], found["whole"], rtol=1e-4)
+
+
+def test_adapters_heads_and_partial_training_leave_the_rest_of_the_model_as_it_was(pairs, reward_run, tmp_path):
+    base = tmp_path / "base"
+    saved = initial_model.load(str(reward_run), kind=initial_model.REWARD_MODEL)
+    params = lm.init(jax.random.key(3), saved.cfg)
+    lm.save(base, saved.cfg, params, tokenizer=saved.fmt.tokenizer, stop_ids=saved.fmt.stop_ids)
+    common = ("--model", base, "--data.path", pairs, *SHORT)
+    train(reward_model, tmp_path / "lora", *common, "--lora.rank", 2, "--training.heads", 2, "--learning-rate", 1e-2)
+    train(reward_model, tmp_path / "head", *common, "--training.trains", "^head/", "--training.loss", "pairs")
+    for name, same in (("lora", False), ("head", True)):
+        cfg, trained = lm.load(tmp_path / name / "model")
+        assert cfg.n_layers == saved.cfg.n_layers and trained["head"]["kernel_D"].ndim == 1
+        np.testing.assert_array_equal(trained["embed"]["tokens"], params["embed"]["tokens"])
+        equal = jax.tree.map(lambda a, b: bool((a == b).all()), params["layers"], trained["layers"])
+        assert all(jax.tree.leaves(equal)) == same
+
+
+def test_a_reward_run_resumes_with_the_same_results(pairs, reward_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(reward_run, run)
+    first = json.loads((run / "results.json").read_text())
+    (run / "results.json").unlink()
+    reward_model.main(["--resume", str(run)])
+    again = json.loads((run / "results.json").read_text())
+    assert {name: again[name] for name in ("reward_model", "steps")} == {
+        name: first[name] for name in ("reward_model", "steps")
+    }
+    reward_model.main(["--resume", str(run)])
+    assert "already finished" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------- DPO
+
+
+@pytest.fixture(scope="session")
+def dpo_run(pairs, tmp_path_factory) -> pathlib.Path:
+    out = tmp_path_factory.mktemp("own_dpo") / "run"
+    train(dpo, out, *NEW, "--data.path", pairs, "--epochs", 2, "--batch", 8, "--learning-rate", 1e-3)
+    return out
+
+
+def test_a_policy_is_trained_on_its_own_from_its_reference(dpo_run):
+    results = json.loads((dpo_run / "results.json").read_text())
+    assert results["implicit_accuracy_before"][0] == 0.5 and results["implicit_accuracy"][0] == 1
+    assert results["margin"][1] > 0 and results["steps"] == 15
+    assert {row["stage"] for row in metrics.read(dpo_run)} == {"dpo"}, "no other stage is trained first"
+    assert losses(dpo_run)[0] == pytest.approx(math.log(2), rel=1e-5), "the policy starts as the reference"
+    assert (dpo_run / "reference" / "dpo.npz").exists() and not (dpo_run / "policy").exists()
+    assert initial_model.load(str(dpo_run)).cfg.n_layers == 2
+
+
+def test_the_reported_log_probabilities_are_those_of_the_saved_policy(dpo_run, pairs):
+    model = initial_model.load(str(dpo_run))
+    settings = dpo.parse(["--model", str(dpo_run), "--data.path", str(pairs)])
+    _, data = comparisons.load(settings, None, errors.DropCount())
+    rows, P = jax.tree.map(np.asarray, data.held_out.rows), data.prompt_width
+    tokens_BL, mask_BL = rows.tokens_BKL[:, 0], rows.mask_BKL[:, 0]
+    logprobs_BT = lm.token_logprobs(
+        model.params, jnp.asarray(tokens_BL), mask_BL=jnp.asarray(mask_BL), cfg=model.cfg, prompt_width=P
+    )
+    mean = float(np.where(mask_BL[:, P:], logprobs_BT, 0.0).sum(axis=1).mean())
+    results = json.loads((dpo_run / "results.json").read_text())
+    assert mean == pytest.approx(results["logprobs"]["chosen"]["after"][0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("kto",), ("orpo", "--pairs", 1), ("ipo", "--lora.rank", 4, "--learning-rate", 2e-2, "--micro-batches", 2)],
+    ids=lambda flags: flags[0],
+)
+def test_other_losses_and_adapters_raise_the_implicit_accuracy(flags, pairs, tmp_path):
+    rate = () if "--learning-rate" in flags else ("--learning-rate", 2e-3)
+    common = (*NEW, "--data.path", pairs, "--batch", 8, "--steps", 12, *rate)
+    results = train(dpo, tmp_path / "run", *common, "--loss", *flags)
+    assert results["implicit_accuracy"][0] > 0.9 and results["incidents"] == []
+    assert (tmp_path / "run" / "reference").exists() == (flags[0] != "orpo")
+
+
+def test_a_dpo_run_resumes_with_the_same_results(dpo_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(dpo_run, run)
+    first = json.loads((run / "results.json").read_text())
+    (run / "results.json").unlink()
+    dpo.main(["--resume", str(run)])
+    again = json.loads((run / "results.json").read_text())
+    same = ("implicit_accuracy", "margin", "logprobs", "steps")
+    assert {name: again[name] for name in same} == {name: first[name] for name in same}
+
+
+def test_transformers_computes_the_logits_of_the_saved_policy(dpo_run):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model = initial_model.load(str(dpo_run))
+    ids = np.array([model.fmt.tokenizer("Do you like tea?")["input_ids"]])
+    with torch.no_grad():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(dpo_run / "model")(torch.tensor(ids)).logits.numpy()
+    ours = lm.forward(model.params, jnp.asarray(ids), cfg=model.cfg)
+    np.testing.assert_allclose(lm.logits(model.params, ours.hidden_BLD, cfg=model.cfg), theirs, atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------- data and settings
+
+
+LENGTHS = (np.array([10] * 99 + [500]), np.array([70] * 80 + [300] * 20))
+
+
+def chosen_widths(max_length: int, **widths: int) -> tuple[int, int]:
+    data = preference_settings.Comparisons("x", **widths)  # type: ignore[arg-type]
+    return comparisons.choose_widths(LENGTHS, data, max_length=max_length)
+
+
+def test_widths_hold_99_percent_within_the_length_of_the_model():
+    assert chosen_widths(4096) == (512, 320), "the 99th of 100 numbers, rounded up to a multiple of 32"
+    assert chosen_widths(700) == (380, 320) and chosen_widths(600) == (300, 300), (
+        "answers get what prompts leave, at least half"
+    )
+    assert chosen_widths(700, prompt_width=64) == (64, 320) and chosen_widths(700, response_width=600) == (100, 600)
+    assert chosen_widths(200, prompt_width=150) == (150, 50)
+    with pytest.raises(SettingError, match=r"width 150 plus --data\.response-width 64 exceeds 200"):
+        chosen_widths(200, prompt_width=150, response_width=64)
+    assert comparisons.cut_warnings(LENGTHS, (32, 320)) == []
+    assert comparisons.cut_warnings(LENGTHS, (32, 64)) == [
+        "100 of 100 answers (100%) are longer than 64 tokens and are cut; --data.response-width 320 would hold 99 % of "
+        "them"
+    ]
+
+
+def test_cut_answers_are_an_incident(pairs, tmp_path):
+    flags = ("--data.response-width", 8, "--training.normalise", "none")
+    results = train(reward_model, tmp_path / "run", *NEW, "--data.path", pairs, *SHORT, *flags)
+    (incident,) = results["incidents"]
+    assert incident["stage"] == "data" and "--data.response-width 32 would hold 99 %" in incident["text"]
+    assert results["widths"]["response"] == 8 and "normalisation" not in results["reward_model"]
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        (reward_model, ("--training.trains", "^head/", "--lora.rank", "2"), "--training.trains has no effect with"),
+        (reward_model, ("--training.loss", "best", "--training.margin", "1"), "--training.margin has no effect with"),
+        (reward_model, ("--training.heads", "0"), "--training.heads is 0"),
+        (reward_model, ("--data.held-out", "0"), "--data.held-out is 0.0; it must be above 0"),
+        (reward_model, ("--lora.alpha", "4"), "--lora.alpha has no effect without --lora.rank"),
+        (reward_model, ("--data.prompt-width", "0"), "--data.prompt-width is 0"),
+        (dpo, ("--label-smoothing", "0.1"), "--label-smoothing has no effect with --loss dpo"),
+        (dpo, ("--loss", "orpo", "--beta", "0.1"), "--beta has no effect with --loss orpo"),
+        (dpo, ("--beta", "0"), "--beta is 0.0; it must be above 0"),
+        (dpo, ("--micro-batches", "3"), "--micro-batches is 3; it must divide"),
+    ],
+)
+def test_invalid_settings_are_refused_by_flag(script, flags, message):
+    with pytest.raises(SettingError, match=message):
+        script.parse(["--model", "MODEL", "--data.path", "FILE", *flags])
+
+
+def test_other_commands_of_the_scripts_keep_their_settings(capsys):
+    assert not isinstance(reward_model.parse(["--data.path", "FILE"]), preference_settings.OwnRewardSettings)
+    assert isinstance(dpo.parse(["--model", "M", "--data.path", "F", "--rounds", "2"]), dpo.DPOSettings)
+    for flags, shown, hidden in (
+        (["--model", "M", "--data.path", "F"], "--lora.rank", "--preset"),
+        ([], "--preset", "--lora.rank"),
+    ):
+        with pytest.raises(SystemExit):
+            reward_model.parse([*flags, "--help"])
+        text = capsys.readouterr().out
+        assert shown in text and hidden not in text and "--model MODEL --data.path FILE" in text
