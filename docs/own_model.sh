@@ -33,7 +33,7 @@ stage() { # NAME COMMAND FLAGS...: runs a command with the output folder OUT/NAM
 # Three parts: training, a second reward model that only judges, and prompts for the evaluation. Comparisons with the
 # same first question are in the same part.
 mkdir -p "$out"
-python - "$comparisons" "$out" <<'END'
+[[ -e $out/test.jsonl ]] || python - "$comparisons" "$out" <<'END'
 import hashlib, json, pathlib, sys
 from rlhf_jax.data import errors, records, sources
 
@@ -56,8 +56,8 @@ stage judge reward_model.py --model "$out/sft" --data.path "$out/judge.jsonl" "$
 stage ppo ppo.py --policy "$out/sft" --reward-model "$out/reward_model" --prompts "$out/train.jsonl" \
     "${compute[@]}" "${ppo[@]}"
 stage dpo dpo.py --model "$out/sft" --data.path "$out/train.jsonl" "${compute[@]}" "${preferences[@]}"
-python experiments/sample.py --model "$out/ppo" --prompts "$out/test.jsonl" --out "$out/samples.jsonl" \
-    "${compute[@]}" "${sampling[@]}"
+[[ -e $out/samples.jsonl ]] || python experiments/sample.py --model "$out/ppo" --prompts "$out/test.jsonl" \
+    --out "$out/samples.jsonl" "${compute[@]}" "${sampling[@]}"
 [[ -e $out/evaluation/results.json ]] || {
     rm -rf "$out/evaluation"
     python experiments/evaluate.py --policies "$out/sft" "$out/ppo" "$out/dpo" --prompts "$out/test.jsonl" \
