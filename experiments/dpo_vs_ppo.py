@@ -183,7 +183,7 @@ def run(settings: StudySettings) -> dict[str, Any]:
         xlabel = "Built-in world: √KL to the SFT model, nats per sequence"
         show("world", "built-in world: gold utility and KL of each coefficient", xlabel=xlabel, ylabel="Gold utility")
     elif settings.resume:
-        folder = run_folder.resume(pathlib.Path(settings.resume))
+        folder = run_folder.resume(pathlib.Path(settings.resume), settings)
     else:
         folder = run_folder.create(run_folder.free_path(settings, kind=kind), settings)
     if "exact" in settings.parts:

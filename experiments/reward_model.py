@@ -142,7 +142,7 @@ def _cross_validate(settings: RewardSettings, out: Console) -> tuple[pathlib.Pat
         raise settings_lib.SettingError(
             f"--folds is {settings.folds}; it must be at most {n}, the number of conversations in {settings.data.path}"
         )
-    folder = run_folder.RunFolder(path) if settings.resume else run_folder.create(path, settings)
+    folder = run_folder.resume(path, settings) if settings.resume else run_folder.create(path, settings)
     run_setup.print_line(out, f"writing to {path}; data: {len(pairs)} pairs, {counts.report()}")
     with console.StageProgress([(f"fold-{n}", 1.0) for n in range(1, settings.folds + 1)]) as progress:
         folds = cross_validation.cross_validate(

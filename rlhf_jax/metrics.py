@@ -11,8 +11,7 @@ import json
 import math
 import os
 import pathlib
-import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,15 +20,13 @@ import numpy as np
 from flax import struct
 
 from rlhf_jax import masking
+from rlhf_jax import sinks as sinks_lib
 from rlhf_jax.checkpoint import atomic
 
 FILE_NAME = "metrics.jsonl"
 
-_FLUSH_SECONDS = 2
 
-
-class LogError(RuntimeError):
-    """The log cannot be written; the message contains the directory and the reason."""
+LogError = sinks_lib.LogError
 
 
 @struct.dataclass
@@ -93,31 +90,39 @@ def read(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 class MetricLog:
-    """Appends metrics to ``directory/metrics.jsonl`` and to TensorBoard files under ``directory/tensorboard``.
+    """Appends metrics to ``directory/metrics.jsonl`` and to sinks, by default TensorBoard files in the directory.
 
-    ``metrics.jsonl`` is the complete record: `write` flushes each line to the file before it returns. The TensorBoard
-    files are flushed every few seconds, so an interrupted process can lose their last points. Each training stage has
-    its own step counter and is a separate TensorBoard run, so that a resumed stage purges only its own points.
+    ``metrics.jsonl`` is the complete record: `write` flushes each line to the file before it returns. Sinks such as
+    TensorBoard write later, so an interrupted process can lose their last points. Each training stage has its own step
+    counter.
 
     All methods that write to disk raise `LogError` if writing fails, for example because the disk is full or read-only.
+
+    Args:
+        directory: The folder of the run, which is created.
+        sinks: Functions that open a `sinks.Sink` for the directory, such as `sinks.TensorBoard` and `sinks.Wandb`.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]):
-        """Creates the directory and opens ``metrics.jsonl``; completes or removes a last line without a newline."""
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        sinks: Sequence[Callable[[pathlib.Path], sinks_lib.Sink]] = (sinks_lib.TensorBoard,),
+    ):
+        """Opens ``metrics.jsonl``; completes or removes a last line without a newline."""
         self._directory = pathlib.Path(directory)
         self._path = self._directory / FILE_NAME
-        self._boards: dict[str, _Board] = {}
-        self._purge_steps: dict[str, int] = {}
         with self._convert_errors():
             self._directory.mkdir(parents=True, exist_ok=True)
             atomic.repair_last_line(self._path)
             self._file = self._path.open("a", encoding="utf-8")
+            self._sinks = [make(self._directory) for make in sinks]
 
     def write(self, stage: str, step: int, values: Mapping[str, Metric | jax.Array | float]) -> None:
-        """Appends the line ``{"stage": ..., "step": ..., **values}`` and the TensorBoard scalars ``stage/name``.
+        """Appends the line ``{"stage": ..., "step": ..., **values}`` and passes the values to the sinks.
 
-        NaN and infinity, which JSON cannot represent, become null and are omitted from TensorBoard. Raises ValueError
-        if a value is named "stage" or "step".
+        NaN and infinity, which JSON cannot represent, become null and are not passed to the sinks. Raises ValueError if
+        a value is named "stage" or "step".
         """
         if {"stage", "step"} & values.keys():
             raise ValueError(f'a metric cannot be named "stage" or "step", got {sorted(values)}')
@@ -126,8 +131,9 @@ class MetricLog:
         with self._convert_errors():
             self._file.write(json.dumps({"stage": stage, "step": int(step), **finite}, allow_nan=False) + "\n")
             self._file.flush()
-            shown = {f"{stage}/{name}": number for name, number in finite.items() if number is not None}
-            self._board(stage).add(int(step), shown)
+            shown = {name: number for name, number in finite.items() if number is not None}
+            for sink in self._sinks:
+                sink.write(stage, int(step), shown)
 
     def rewind(self, stage: str, step: int, *, drop_stages: Collection[str] = ()) -> None:
         """Removes the lines logged after a checkpoint, so that a resumed run does not log them twice.
@@ -146,10 +152,9 @@ class MetricLog:
             ]
             atomic.replace_file(self._path, b"".join(kept))
             self._file = self._path.open("a", encoding="utf-8")
-        for name, first in {**dict.fromkeys(drop_stages, 0), stage: step + 1}.items():
-            self._purge_steps[name] = first
-            if name in self._boards:
-                self._boards.pop(name).close()
+            for name, last in {**dict.fromkeys(drop_stages, -1), stage: step}.items():
+                for sink in self._sinks:
+                    sink.rewind(name, last)
 
     def rows(self, stage: str) -> list[dict[str, Any]]:
         """Returns the records of one stage, in the order in which they were written."""
@@ -157,11 +162,11 @@ class MetricLog:
 
     def close(self) -> None:
         """Flushes and closes all files; nothing can be logged afterwards."""
-        boards, self._boards = self._boards, {}
+        sinks, self._sinks = self._sinks, []
         with self._convert_errors():
             self._file.close()
-            for board in boards.values():
-                board.close()
+            for sink in sinks:
+                sink.close()
 
     def __enter__(self) -> MetricLog:
         """Returns the log; the end of the ``with`` block closes it."""
@@ -178,49 +183,6 @@ class MetricLog:
             yield
         except OSError as error:
             raise LogError(f"cannot write to {self._directory}: {error.strerror or error}") from error
-
-    def _board(self, stage: str) -> _Board:
-        if stage not in self._boards:
-            folder = self._directory / "tensorboard" / stage
-            self._boards[stage] = _Board(folder, self._purge_steps.pop(stage, None))
-        return self._boards[stage]
-
-
-class _Board:
-    """A TensorBoard event file.
-
-    This class writes the events itself, because tensorboardX's ``SummaryWriter`` passes them to a thread through a
-    queue: if the disk is full, the thread dies, and a later write blocks forever.
-    """
-
-    def __init__(self, folder: pathlib.Path, purge_step: int | None) -> None:
-        # Imported here, so that the library also works without tensorboardX if no log is written.
-        from tensorboardX import event_file_writer, summary
-        from tensorboardX.proto import event_pb2
-
-        self._proto: Any = event_pb2
-        self._scalar = summary.scalar
-        folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads event files in the order of their names, which contain the time in whole seconds. The suffix
-        # orders files created within the same second and prevents one from overwriting the other.
-        self._events = event_file_writer.EventsWriter(str(folder / "events"), f".{time.time_ns()}")
-        self._flushed = 0.0
-        if purge_step is not None:
-            start = self._proto.SessionLog(status=self._proto.SessionLog.START)
-            self._write(step=purge_step, session_log=start)
-
-    def add(self, step: int, numbers: Mapping[str, float]) -> None:
-        for name, number in numbers.items():
-            self._write(step=step, summary=self._scalar(name, number))
-        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
-            self._events.flush()
-            self._flushed = time.monotonic()
-
-    def close(self) -> None:
-        self._events.close()
-
-    def _write(self, **fields: Any) -> None:
-        self._events.write_event(self._proto.Event(wall_time=time.time(), **fields))
 
 
 def _number(value: Any) -> float:

@@ -20,7 +20,7 @@ LIBRARY = (
         "parallel",
         "checkpoint",
     ),
-    *("metrics", "lm", "generation", "diagnostics", "data", "train", "simulation", "report"),
+    *("sinks", "metrics", "lm", "generation", "diagnostics", "data", "train", "simulation", "report"),
 )
 EXPERIMENTS = (
     ("launch",),

@@ -97,9 +97,11 @@ def parse(
     """
     resume = settings.peek(arguments, "--resume")
     default = config_file.read_settings(kind, resume) if resume else adjust(kind(**_preset_fields(arguments)))
-    parsed = _parse_or_resume(kind, arguments, doc=doc, default=default, resume=resume, free=("mesh", "hosts"))
+    stops = ["stop_after"] if hasattr(default, "stop_after") else []
+    parsed = _parse_or_resume(kind, arguments, doc=doc, default=default, resume=resume, free=("mesh", "hosts", *stops))
     setting_checks.check_used(parsed, default, unused(parsed))
     setting_checks.check(parsed, runs=runs(parsed))
+    setting_checks.check_log(parsed)
     return with_absolute_paths(parsed)
 
 
@@ -124,6 +126,7 @@ def parse_stage(
     default = config_file.read_settings(kind, resume) if resume else None
     parsed = _parse_or_resume(kind, arguments, doc=doc, default=default, resume=resume, free=("mesh",))
     setting_checks.check_stage(parsed)
+    setting_checks.check_log(parsed)
     check(parsed)
     return with_absolute_paths(parsed)
 
@@ -139,7 +142,8 @@ def _parse_or_resume(
     if resume:
         same = {"resume": None} | {name: getattr(default, name) for name in free}
         if dataclasses.replace(parsed, **same) != dataclasses.replace(default, resume=None):
-            flags = " and ".join(f"--{name}.*" for name in free)
+            groups = [dataclasses.is_dataclass(getattr(default, name)) for name in free]
+            flags = " and ".join(setting_checks.flag_name(name) + ".*" * group for name, group in zip(free, groups))
             raise settings.SettingError(
                 f"--resume {resume} takes all settings from its {config_file.NAME}; leave out all flags except {flags}"
             )

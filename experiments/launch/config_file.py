@@ -63,14 +63,16 @@ def read(resume: str, *, flag: str = "--resume") -> dict[str, Any]:
 def read_settings(kind: type[S], resume: str) -> S:
     """Returns the settings, of class ``kind``, with which the run in ``resume`` was started.
 
-    The --hosts settings are not restored. Raises SettingError if `read` does, if the run belongs to another command, or
-    if its settings do not fit ``kind``.
+    The --hosts settings and --stop-after are not restored. Raises SettingError if `read` does, if the run belongs to
+    another command, or if its settings do not fit ``kind``.
     """
     values = read(resume)
     if values["command"] != kind.command:
         raise SettingError(f"--resume {resume} is a run of {values['command']}.py; resume it with that command")
     if "hosts" in values:
         values["hosts"] = dataclasses.asdict(settings_lib.Hosts())
+    if "stop_after" in values:
+        values["stop_after"] = None
     return from_dict(kind, values)
 
 

@@ -20,7 +20,10 @@ from rlhf_jax.data import chat, errors, tokenizers
 from rlhf_jax.lm import config
 
 LANGUAGE_MODEL, REWARD_MODEL = "language model", "reward model"
-_SAVED_AS = {LANGUAGE_MODEL: ("model", "policy"), REWARD_MODEL: ("model", "reward_model")}
+_SAVED_AS = {
+    LANGUAGE_MODEL: ("model", "policy", "ppo", "sft_mix", "sft", "base"),
+    REWARD_MODEL: ("model", "reward_model"),
+}
 """Names under which commands save models in their run folders."""
 _FILES = ("*.json", "*.jinja", "*.safetensors", "tokenizer.model")
 
@@ -133,7 +136,7 @@ def _saved_in_run(path: str, kind: str, flag: str) -> str:
             return str(folder / name)
     raise SettingError(
         f"cannot use {flag} {path}: it is the folder of a run that has saved no {kind} "
-        f"({' or '.join(f'{name}/' for name in _SAVED_AS[kind])}); is the run finished?"
+        f"({' or '.join(f'{name}/' for name in _SAVED_AS[kind][:2])}); is the run finished?"
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from launch import config_file, folder_lock, initial_model, setting_checks
 from launch.run_settings import RunSettings, SettingError
-from rlhf_jax import checkpoint, metrics
+from rlhf_jax import checkpoint, metrics, sinks
 from rlhf_jax.checkpoint import atomic
 from rlhf_jax.data import errors, sources
 from rlhf_jax.distributed import hosts
@@ -110,7 +110,18 @@ def create(path: pathlib.Path, settings: RunSettings) -> RunFolder:
     """Creates and locks the folder of a new run; raises SettingError if that fails."""
     extra = {"version": config_file.VERSION, "command": settings.command, INPUTS: input_digests(settings)}
     create_folder(path, dataclasses.asdict(settings) | extra)
-    return RunFolder(path)
+    return RunFolder(path, open_log(path, settings))
+
+
+def open_log(path: pathlib.Path, settings: RunSettings) -> metrics.MetricLog:
+    """Opens the log of a run with the sinks that --log selects."""
+    config = dataclasses.asdict(settings) | {"command": settings.command}
+    made = {
+        "tensorboard": sinks.TensorBoard,
+        "wandb": partial(sinks.Wandb, config=config),
+        "trackio": partial(sinks.Trackio, config=config),
+    }
+    return metrics.MetricLog(path, sinks=[made[name] for name in dict.fromkeys(settings.log)])
 
 
 def create_folder(path: pathlib.Path, config: dict[str, Any]) -> None:
@@ -124,10 +135,10 @@ def create_folder(path: pathlib.Path, config: dict[str, Any]) -> None:
         raise SettingError(f"cannot write to --out {path}: {error.strerror}; give another folder") from error
 
 
-def resume(path: pathlib.Path) -> RunFolder:
+def resume(path: pathlib.Path, settings: RunSettings) -> RunFolder:
     """Locks and opens the folder of a run to resume; raises SettingError if that fails."""
     lock(f"--resume {path}", path)
-    return RunFolder(path)
+    return RunFolder(path, open_log(path, settings))
 
 
 def lock(flag: str, path: pathlib.Path) -> None:
@@ -188,6 +199,10 @@ def data_digest(source: str) -> str | None:
 
 
 def finished_results(resume: str) -> dict[str, Any] | None:
-    """Returns the contents of results.json, the last file that a run writes; None if the run is not finished."""
+    """Returns the contents of results.json, the last file that a run writes; None if the run is not finished.
+
+    A run that stopped at --stop-after is not finished.
+    """
     path = pathlib.Path(resume) / RESULTS
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return None if not results or "stopped_after" in results else results

@@ -77,6 +77,9 @@ class RunSettings:
     max_skipped: int = 10
     """Number of consecutive skipped steps after which the run stops. Steps with a non-finite loss or gradient, or
     with nothing to learn from, are skipped."""
+    log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Where to log the metrics in addition to metrics.jsonl. With `wandb`, WANDB_MODE=offline logs without a network.
+    A resumed run continues the run of the service."""
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     compute: TrainCompute = dataclasses.field(default_factory=TrainCompute)
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 import math
 import operator
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from launch import mesh_settings
-from launch.run_settings import Lora, Optimizer, StageSettings
+from launch.run_settings import Lora, Optimizer, RunSettings, StageSettings
 from launch.settings import PPO, SettingError, Settings
 
 _POSITIVE = (
@@ -72,7 +74,8 @@ The reason may end in "; " and advice, such as "; set --ppo.kl-loss-coef". Other
 """
 _OF_THE_WORLD = ("world", "comparisons", "pretrain.documents", "sft.demonstrations", "evaluation.split")
 _OF_THE_WORLD += ("evaluation.skills",)
-_OF_A_FILE = ("vocab_size", "prompt_width", "response_width", "held_out", "max_dropped")
+_OF_A_FILE = ("demonstrations", "prompts", "pretraining")
+_OF_A_FILE += ("vocab_size", "prompt_width", "response_width", "held_out", "max_dropped")
 _OF_A_NEW_MODEL = ("net", "pretrain.steps", "pretrain.learning_rate", "pretrain.warmup", "data.vocab_size")
 _OF_A_CRITIC = ("critic", "critic_learning_rate", "value_coef", "value_clip", "lambda_", "whiten_rewards")
 _OF_A_CRITIC += ("normalise_values",)
@@ -241,6 +244,13 @@ def check(settings: Settings, *, runs: Sequence[PPO] | None = None) -> None:
         half = "half of " if settings.reward_model.heldout else ""
         requirement = f"at most {half}--comparisons.prompts {settings.comparisons.prompts}"
         require(settings.reward_model.batch <= most, settings, "reward_model.batch", requirement)
+
+
+def check_log(settings: RunSettings) -> None:
+    """Raises SettingError if the package of a service in --log is not installed."""
+    for name in settings.log:
+        if name != "tensorboard" and name not in sys.modules and importlib.util.find_spec(name) is None:
+            raise SettingError(f"--log {name} needs a package; install it with pip install 'rlhf_jax[{name}]'")
 
 
 def check_stage(settings: Any) -> None:

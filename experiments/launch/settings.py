@@ -17,7 +17,15 @@ class Data:
 
     path: str | None = None
     """JSONL, JSON (also compressed) or Parquet file of pairs or rankings in any of the formats in docs/data.md. A
-    pattern with * selects several files. None uses the built-in world."""
+    pattern with * selects several files. None uses the built-in world. --data.comparisons is another name."""
+    demonstrations: str | None = None
+    """File of prompts with answers for the SFT models. None uses the best answers of the training comparisons."""
+    prompts: str | None = None
+    """File of prompts for RL and evaluation, of which the share --data.held-out is only used for evaluation. None uses
+    the prompts of the comparisons."""
+    pretraining: str | None = None
+    """File of documents for pretraining and PPO-ptx: text with blank lines between documents (.txt), or records with a
+    field `text`. None uses the dialogues of the comparisons."""
     max_dropped: float = 0.01
     """Maximum share of unusable records in --data.path. A file with a larger share is refused."""
     vocab_size: int = 1024
@@ -277,7 +285,9 @@ class Settings(RunSettings):
     """Settings of instructgpt.py."""
 
     command: ClassVar[str] = "instructgpt"
-    inputs: ClassVar[tuple[str, ...]] = ("model", "data.path")
+    inputs: ClassVar[tuple[str, ...]] = (
+        *("model", "data.path", "data.demonstrations", "data.prompts", "data.pretraining"),
+    )
 
     model: str | None = None
     """Folder of the model to start from, in Hugging Face format and with its tokenizer. None trains a new model of the

@@ -163,7 +163,7 @@ def _check_pattern(settings: RewardSettings) -> None:
 
 _OF_A_SINGLE_MODEL = ("on_alarm", "saves", "max_skipped", "world", "net", "pretrain", "sft", "comparisons", "training")
 _OF_A_SINGLE_MODEL += ("reward_model", "pmp", "data.vocab_size", "data.prompt_width", "data.response_width")
-_OF_A_SINGLE_MODEL += ("data.held_out", "compute")
+_OF_A_SINGLE_MODEL += ("data.held_out", "data.demonstrations", "data.prompts", "data.pretraining", "compute")
 
 
 def unused_of_loss(training: RewardLoss) -> Iterator[tuple[Sequence[str], str]]:
@@ -184,6 +184,8 @@ def unused(settings: RewardSettings) -> Iterator[tuple[Sequence[str], str]]:
     yield ("reward_model.heldout",), "on reward_model.py, which trains one reward model"
     yield ("sft.mix", "sft.mix_epochs"), "on reward_model.py, which starts from `sft`"
     yield ("hosts",), "on reward_model.py, which runs on a single host"
+    if training.normalise != "policy":
+        yield ("data.prompts",), f"on reward_model.py with --training.normalise {training.normalise}"
     if settings.model is not None:
         yield ("pretrain.documents",), "on reward_model.py with --model, which pretrains no model"
     if settings.folds:

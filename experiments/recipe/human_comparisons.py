@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import pathlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
@@ -11,7 +13,7 @@ import jax
 import numpy as np
 from launch.settings import Data
 
-from rlhf_jax.data import batching, chat, dialogues, errors, readers, records, tokenizers
+from rlhf_jax.data import batching, chat, dialogues, errors, readers, records, sources, tokenizers
 
 _ROLES = (dialogues.USER, dialogues.ASSISTANT)
 
@@ -38,6 +40,43 @@ def read(data: Data, counts: errors.DropCount) -> list[records.Ranking]:
     if not rankings:
         raise errors.DataError(f"{data.path} has no usable record ({counts.report()})")
     return rankings
+
+
+def read_prompts(
+    data: Data, counts: errors.DropCount, key: jax.Array, *, warn: Callable[[str], None]
+) -> tuple[list[records.Prompt], list[records.Prompt]]:
+    """Returns the prompts of --data.prompts for RL, and the share --data.held-out of them for evaluation."""
+    assert data.prompts is not None
+    found, _ = readers.read_prompts(data.prompts, counts=counts)
+    if not found:
+        raise errors.DataError(f"{data.prompts} has no usable record ({counts.report()})")
+    return split(dataclasses.replace(data, path=data.prompts), found, key, warn=warn)  # type: ignore[type-var]
+
+
+def read_texts(data: Data, key: jax.Array) -> tuple[list[str], list[str]]:
+    """Returns the documents of --data.pretraining, and the share --data.held-out of them for evaluation."""
+    assert data.pretraining is not None
+    texts: list[str] = []
+    for path in sources.expand_paths(data.pretraining):
+        if str(path).endswith(".txt"):
+            try:
+                text = pathlib.Path(path).read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise errors.DataError(f"cannot read {path}: {error}") from error
+            texts += filter(None, (part.strip() for part in re.split(r"\n\s*\n", text)))
+            continue
+        for record in sources.raw_records(str(path), fields="text"):
+            if not isinstance(text := record.fields.get("text"), str):
+                raise errors.DataError(f"{record.location}: the record has no field 'text' with a document")
+            texts.append(text)
+    try:
+        parts = batching.split(len(texts), fraction=data.held_out, key=key)
+    except ValueError as error:
+        raise errors.DataError(
+            f"{data.pretraining} has {len(texts)} documents, too few for --data.held-out {data.held_out}"
+        ) from error
+    train, held_out = ([texts[i] for i in part] for part in parts)
+    return train, held_out
 
 
 def pairs(rankings: Iterable[records.Ranking]) -> list[Pair]:

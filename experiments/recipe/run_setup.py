@@ -156,7 +156,7 @@ def _open_folder(path: pathlib.Path, settings: RunSettings) -> run_folder.RunFol
     """Opens the run folder, which only the first host creates and writes to."""
     if hosts.current().first:
         if settings.resume:
-            folder = run_folder.RunFolder(path)
+            folder = run_folder.resume(path, settings)
         else:
             folder = run_folder.create(path, settings)
         hosts.current().broadcast_from_first("folder", lambda: str(path))

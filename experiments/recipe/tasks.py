@@ -14,7 +14,18 @@ from launch.settings import Settings
 
 from recipe import human_comparisons, world_words
 from rlhf_jax import types
-from rlhf_jax.data import chat, dialogues, encoding, errors, packing, padding, plain_text, records, tokenizers
+from rlhf_jax.data import (
+    chat,
+    dialogues,
+    encoding,
+    errors,
+    packing,
+    padding,
+    plain_text,
+    readers,
+    records,
+    tokenizers,
+)
 from rlhf_jax.simulation import corpus, demonstrators, gold, labelers, lexicon, prompts
 from rlhf_jax.simulation import world as world_lib
 from rlhf_jax.train import sft
@@ -327,6 +338,11 @@ def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None)
             raise errors.DataError(f"{data.path}: none of {len(part)} comparisons is usable ({width_counts.report()})")
         sets.append((ids, fitting, rows, _dialogue_prompts(ids, fitting, P, fmt.pad_id, conversation_B[indices])))
     (train_ids, train, train_rows, train_prompts), (_, held_out, held_rows, held_prompts) = sets
+    key = jax.random.key(settings.seed)
+    rl_prompts, eval_prompts = train_prompts, held_prompts
+    if data.prompts is not None:
+        asked = human_comparisons.read_prompts(data, dropped, key, warn=notes.append)
+        rl_prompts, eval_prompts = (_encoded_prompts(fmt, part, P, width_counts) for part in asked)
     best = chat.try_answers(
         fmt,
         [each.prompt for each in train],
@@ -342,12 +358,24 @@ def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None)
         pad_id=fmt.pad_id,
         counts=errors.DropCount(max_dropped=1.0),
     )
+    if data.demonstrations is not None:
+        answered, _ = readers.read_demonstrations(data.demonstrations, counts=dropped)
+        demonstrations, _ = encoding.encode_demonstrations(
+            fmt, answered, prompt_width=P, response_width=T, counts=width_counts
+        )
+        if not len(demonstrations.tokens_BL):
+            raise errors.DataError(f"{data.demonstrations} has no usable demonstration ({width_counts.report()})")
     end = document_end(fmt)
     texts = [human_comparisons.encode_dialogues(fmt, part, end=end) for part in (train, held_out)]
+    text_path, noun = data.path, "dialogues"
+    if data.pretraining is not None:
+        text_path, noun = data.pretraining, "documents"
+        documents = human_comparisons.read_texts(data, key)
+        texts = [plain_text.encode_texts(fmt.tokenizer, part) for part in documents]
     for name, ids in zip(("training", "held-out"), texts):
         if (size := sum(len(each) + 1 for each in ids)) < P + T:
             raise errors.DataError(
-                f"{data.path}: the {name} dialogues have {size} tokens, but a row has {P + T}, --data.prompt-width "
+                f"{text_path}: the {name} {noun} have {size} tokens, but a row has {P + T}, --data.prompt-width "
                 "plus --data.response-width; add records or lower these widths"
             )
     packed_BL, held_BL = (packing.pack_documents(ids, width=P + T, eos_id=end)[0] for ids in texts)
@@ -361,13 +389,24 @@ def _dialogue_task(settings: Settings, model: initial_model.InitialModel | None)
         response_width=T,
         text=lambda: (packed_BL, held_BL[: settings.evaluation.pretraining_rows]),
         demonstrations=demonstrations,
-        rl_prompts=train_prompts,
-        eval_prompts=held_prompts.take(settings.evaluation.prompts),
+        rl_prompts=rl_prompts,
+        eval_prompts=eval_prompts.take(settings.evaluation.prompts),
         dropped=dropped,
         comparisons=(train_rows, held_rows),
         compared=(train_prompts, held_prompts),
         notes=tuple(notes),
     )
+
+
+def _encoded_prompts(
+    fmt: chat.ChatFormat, asked: Sequence[records.Prompt], width: int, counts: errors.DropCount
+) -> PromptSet:
+    turns, tools = [each.prompt for each in asked], [each.tools for each in asked]
+    ids, kept = chat.encode_prompts(fmt, turns, width=width, counts=counts, tools=tools)
+    if not ids:
+        raise errors.DataError(f"none of {len(asked)} prompts in --data.prompts is usable ({counts.report()})")
+    conversation_B = human_comparisons.conversation_ids(asked)[kept]
+    return _dialogue_prompts(ids, [asked[i] for i in kept], width, fmt.pad_id, conversation_B)
 
 
 def _dialogue_prompts(

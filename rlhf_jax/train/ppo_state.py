@@ -198,7 +198,14 @@ ExtraMetrics = Callable[..., dict[str, jax.Array]]
 """See ``extra_metrics`` in `ppo.make_train_step`."""
 
 
-def create(policy: Params, critic: Params | None, tx: Any, *, reference: Params | None = None) -> PPOState:
+def create(
+    policy: Params,
+    critic: Params | None,
+    tx: Any,
+    *,
+    reference: Params | None = None,
+    check_learning_rate: bool = True,
+) -> PPOState:
     """Returns a new state at step 0.
 
     Args:
@@ -208,11 +215,14 @@ def create(policy: Params, critic: Params | None, tx: Any, *, reference: Params 
         tx: An optax transformation with unit learning rate, see `optim.update.apply_gradients`.
         reference: Initial parameters of a reference that follows the policy with decay `Hyper.reference_decay` and
             replaces `Frozen.reference`; None for a frozen reference.
+        check_learning_rate: Whether to check ``tx``, see `state.create`.
 
     Returns:
         A `PPOState`.
     """
-    base = state_lib.create({"policy": policy} | ({} if critic is None else {"critic": critic}), tx)
+    base = state_lib.create(
+        {"policy": policy} | ({} if critic is None else {"critic": critic}), tx, check_learning_rate=check_learning_rate
+    )
     ema, reference = (jax.tree.map(lambda x: jnp.array(x, copy=True), tree) for tree in (policy, reference))
     returns = metrics.Metric(jnp.zeros(()), jnp.zeros(()))
     past = RunningMeans(returns, RunningMoments(jnp.zeros(()), jnp.zeros(()), jnp.zeros(())))

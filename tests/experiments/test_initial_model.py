@@ -96,7 +96,7 @@ def test_every_id_that_the_files_list_ends_an_answer(byte_pairs, tmp_path):
     (path / "generation_config.json").write_text(json.dumps(listed))
     model = initial_model.load(str(path))
     assert model.fmt.stop_ids[0] == ids[1] and set(model.fmt.stop_ids) == set(ids)
-    assert tasks._document_end(model.fmt) == byte_pairs.eos_token_id
+    assert tasks.document_end(model.fmt) == byte_pairs.eos_token_id
 
 
 @pytest.mark.slow  # a whole run; the fast version builds only the task and the models

@@ -49,7 +49,7 @@ def test_folder_of_a_living_process_is_refused_and_that_of_a_killed_one_is_free(
         folder_lock.acquire(tmp_path)
     assert str(error.value).startswith(named) and folder_lock.owner(tmp_path) == str(error.value)
     with pytest.raises(SettingError) as error:
-        run_folder.resume(tmp_path)
+        run_folder.resume(tmp_path, Settings())
     assert str(error.value).startswith(f"--resume {tmp_path} is in use by {named}")
     with pytest.raises(SettingError) as error:
         run_folder.free_folder(str(tmp_path), kind="sft")
