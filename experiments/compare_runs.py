@@ -98,7 +98,7 @@ def _notes(
         notes.append(f"{each.path} has no results.json, so it is not finished: its curves are shown, but no results")
     settings = [set(group.runs[0].settings) for group in groups]
     if partial := len(set.union(*settings) - set.intersection(*settings)):
-        notes.append(f"{partial} settings that only some of the groups have are left out")
+        notes.append(f"settings that only some of the groups have are left out ({partial})")
     if len(groups) > 1 and "Settings that differ" not in tables:
         notes.append("no setting that all groups have differs")
     if "Results" not in tables:

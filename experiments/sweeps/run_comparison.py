@@ -119,7 +119,7 @@ def group(runs: Sequence[Run], labels: Sequence[str] = ()) -> list[Group]:
     if labels and len(labels) != len(groups):
         first = ", ".join(each.runs[0].path for each in groups)
         raise SettingError(
-            f"--labels has {len(labels)} labels for {len(groups)} groups of runs that differ only in the seed; give "
+            f"--labels names {len(labels)} instead of {len(groups)} groups of runs that differ only in the seed; give "
             f"one label per group, in the order of their first runs: {first}"
         )
     differ = differences(groups)

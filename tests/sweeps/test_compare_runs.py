@@ -120,7 +120,7 @@ def test_different_commands_share_only_common_metrics(folders, tmp_path):
     other = write(tmp_path / "other", command="instructgpt", stage="sft", extra=1)
     page = compare([*folders, other], tmp_path)
     assert "<svg" not in page and "no metrics in common" in page
-    assert "1 settings that only some of the groups have are left out" in page
+    assert "settings that only some of the groups have are left out (1)" in page
     assert ["command", "ppo", "ppo", "instructgpt"] in run_comparison.settings_table(groups_of([*folders, other]))
 
 
@@ -146,10 +146,11 @@ def test_a_changed_data_file_separates_groups(tmp_path):
 
 def test_refusals_say_what_is_wrong_and_what_to_do(folders, tmp_path):
     assert "is not a run folder" in refusal([str(tmp_path)])
+    assert "RUN gs://bucket/a is not a local folder" in refusal(["gs://bucket/a"])
     assert "name at least one" in refusal([])
     assert "choose from kl, own, reward" in refusal(folders, "--metrics", "gold")
     assert "choose from ppo" in refusal(folders, "--stages", "sft")
-    assert "--labels has 1 labels for 2 groups" in refusal(folders, "--labels", "a")
+    assert "--labels names 1 instead of 2 groups" in refusal(folders, "--labels", "a")
     assert "same settings and the same seed" in refusal([*folders, folders[0]])
     (tmp_path / "high" / "results.json").write_text("{")
     assert "a file is damaged" in refusal(folders)
