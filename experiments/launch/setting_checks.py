@@ -154,7 +154,7 @@ def check_used(settings: Settings, preset: Settings, unused: Unused) -> None:
         (
             settings.given_model is None,
             ("template",),
-            "without the folder of a --model, whose chat template it changes",
+            "without --model, whose chat template it changes",
         ),
         (settings.given_model is not None, _OF_A_NEW_MODEL, "with --model, which replaces the new model"),
         (settings.model is not None, ("net",), f"with --model {settings.model}, which has its own size"),
