@@ -108,8 +108,10 @@ def method(chosen: PPOSettings) -> settings.PPO:
         normalised = chosen.normalise and not chosen.reward
         score = -3.0 if normalised else 0.0
         shared["missing_stop"] = own.missing_stop if normalised else "subtract"
+    if chosen.ptx is None:
+        shared["ptx_coef"] = 0.0
     return settings.PPO(
-        **shared | {"ptx_coef": 0.0 if chosen.ptx is None else own.ptx_coef},
+        **shared,
         learning_rate=own.learning_rate or (2e-4 if adapters else 2e-5),
         critic_learning_rate=own.critic_learning_rate or (5e-4 if adapters else 5e-5),
         critic="zero-head" if chosen.critic == ZERO_HEAD else "reward",
